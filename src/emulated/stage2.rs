@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Stage 2: which memory each address of an IOAS leads to.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use vm_memory::GuestRegionMmap;
+
+use crate::iommufd::{Protection, UserMemory};
+
+/// One contiguous mapping: addresses `start..=last` (bytes) lead to `memory`.
+#[derive(Debug, Clone)]
+pub(crate) struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// Last address, included.
+    pub last: u64,
+    /// What it leads to; as long as the mapping.
+    pub memory: UserMemory,
+    /// What devices may do with it.
+    pub protection: Protection,
+}
+
+impl Mapping {
+    /// The region `address` leads to and the offset in it, in bytes. `address` lies in the mapping.
+    pub fn target(&self, address: u64) -> (&Arc<GuestRegionMmap>, u64) {
+        (self.memory.region(), self.memory.offset() + (address - self.start))
+    }
+}
+
+/// The mappings of one IOAS, disjoint. Readers and writers may be on any thread; a removal is
+/// complete for DMA only when every [`super::hardware::Hardware`] was told.
+#[derive(Debug, Default)]
+pub(crate) struct Stage2 {
+    mappings: RwLock<BTreeMap<u64, Mapping>>,
+}
+
+impl Stage2 {
+    /// The mapping that `address` lies in.
+    pub fn lookup(&self, address: u64) -> Option<Mapping> {
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let (_, mapping) = mappings.range(..=address).next_back()?;
+        (address <= mapping.last).then(|| mapping.clone())
+    }
+
+    /// Adds a mapping. The caller has checked that it overlaps none.
+    pub fn insert(&self, mapping: Mapping) {
+        self.mappings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(mapping.start, mapping);
+    }
+
+    /// Removes the mapping that starts at `start`.
+    pub fn remove(&self, start: u64) -> Option<Mapping> {
+        self.mappings.write().unwrap_or_else(PoisonError::into_inner).remove(&start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestAddress;
+
+    #[test]
+    fn an_address_leads_into_its_mapping_only() {
+        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x4000, None).unwrap());
+        let stage2 = Stage2::default();
+        stage2.insert(Mapping {
+            start: 0x10000,
+            last: 0x11fff,
+            memory: UserMemory::new(region, 0x1000, 0x2000).unwrap(),
+            protection: Protection::READ_WRITE,
+        });
+        assert!(stage2.lookup(0xffff).is_none());
+        assert_eq!(stage2.lookup(0x10000).unwrap().target(0x10000).1, 0x1000);
+        assert_eq!(stage2.lookup(0x11fff).unwrap().target(0x11fff).1, 0x2fff);
+        assert!(stage2.lookup(0x12000).is_none());
+        assert_eq!(stage2.remove(0x10000).unwrap().last, 0x11fff);
+        assert!(stage2.lookup(0x10000).is_none());
+    }
+}

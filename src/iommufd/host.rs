@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The trait of the verbs.
+
+use std::fmt::Debug;
+use std::ops::RangeInclusive;
+use std::sync::Weak;
+
+use super::{
+    Errno, Extensions, HostError, HostFault, HwInfo, HwptAlloc, InvalidateData, InvalidateError,
+    IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
+};
+
+/// Where a host delivers DMA faults.
+pub trait FaultSink: Send + Sync {
+    /// One DMA request failed. Called by the thread that made the request, with no lock of the
+    /// host held; by the time it returns the fault is visible to whoever looks.
+    fn dma_fault(&self, fault: &HostFault);
+}
+
+/// One iommufd and the devices bound to it.
+///
+/// Every method is one ioctl and may be called from any thread. When it fails nothing has
+/// changed, but for [`HostIommu::hwpt_invalidate`], which says how far it came. An invalidation,
+/// an unmap, a replace or a detach returns only when no DMA can use what it took away any more.
+pub trait HostIommu: Debug + Send + Sync {
+    /// Binds the device that the host knows as `name` (a VFIO cdev's path; an emulated device's
+    /// name) and gives its object. The device starts blocked: it reaches nothing until attached.
+    ///
+    /// # Errors
+    /// `ENODEV` no such device; `EBUSY` bound already.
+    fn device_bind(&self, name: &str) -> Result<ObjectId>;
+
+    /// Detaches the device from everything and ends its object.
+    ///
+    /// # Errors
+    /// `ENOENT` no such device; `EBUSY` while a vDEVICE of it exists.
+    fn device_unbind(&self, dev: ObjectId) -> Result<()>;
+
+    /// Attaches `dev`, or its `pasid`, to the IOAS or HWPT `pt`; *replaces* without a gap what was
+    /// attached before. Returns the HWPT that serves (`pt` itself, or the automatic one).
+    ///
+    /// # Errors
+    /// `ENOENT` no such object; `EINVAL` not a page table, or incompatible with the device, its
+    /// IOMMU or its PASIDs; `EADDRINUSE` a reserved region is mapped.
+    fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId>;
+
+    /// Detaches `dev`, or its `pasid`: its DMA is blocked. Nothing happens when it was detached.
+    ///
+    /// # Errors
+    /// `ENOENT` no such device.
+    fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()>;
+
+    /// Destroys an object that nothing uses.
+    ///
+    /// # Errors
+    /// `ENOENT` no such object; `EBUSY` something uses it.
+    fn destroy(&self, id: ObjectId) -> Result<()>;
+
+    /// Makes an empty IOAS.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    fn ioas_alloc(&self) -> Result<ObjectId>;
+
+    /// Limits automatic placement to `ranges` (bytes, both ends included).
+    ///
+    /// # Errors
+    /// `ENOENT`; `EINVAL` a range is empty or two overlap; `EADDRINUSE` reserved for a device.
+    fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()>;
+
+    /// What the IOAS can map.
+    ///
+    /// # Errors
+    /// `ENOENT`.
+    fn ioas_iova_ranges(&self, ioas: ObjectId) -> Result<IovaRanges>;
+
+    /// Maps `memory` and returns the IOVA it is at, in bytes.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EINVAL` unaligned, empty or reserved; `EEXIST` or `EADDRINUSE` mapped already;
+    /// `EOVERFLOW` past the end of the address space; `ENOMEM`.
+    fn ioas_map(
+        &self,
+        ioas: ObjectId,
+        memory: &UserMemory,
+        target: MapTarget,
+        protection: Protection,
+    ) -> Result<u64>;
+
+    /// Maps in `dst` what `src` maps at `src_iova` for `length` bytes, sharing its pages; returns
+    /// the IOVA in `dst`.
+    ///
+    /// # Errors
+    /// As [`HostIommu::ioas_map`]; `ENOENT` also when `src` does not map the whole range.
+    fn ioas_copy(
+        &self,
+        dst: ObjectId,
+        target: MapTarget,
+        src: ObjectId,
+        src_iova: u64,
+        length: u64,
+        protection: Protection,
+    ) -> Result<u64>;
+
+    /// Unmaps whole mappings; `iova = 0, length = u64::MAX` unmaps all. Returns the bytes unmapped.
+    ///
+    /// # Errors
+    /// `ENOENT` nothing is mapped there, or a mapping would be cut.
+    fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64>;
+
+    /// What IOMMU `dev` is behind.
+    ///
+    /// # Errors
+    /// `ENOENT`.
+    fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo>;
+
+    /// Makes a HWPT.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EOPNOTSUPP` flags, data or parent that this IOMMU does not support; `EINVAL` a
+    /// parent that can be none.
+    fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId>;
+
+    /// Invalidates what the IOMMU caches of user-owned tables of `hwpt` (a HWPT_NESTED or vIOMMU).
+    ///
+    /// # Errors
+    /// [`InvalidateError`] says how many entries are complete.
+    fn hwpt_invalidate(
+        &self,
+        hwpt: ObjectId,
+        data: InvalidateData<'_>,
+    ) -> std::result::Result<(), InvalidateError>;
+
+    /// Makes a vIOMMU: the slice of the physical IOMMU of `dev` that a guest gets, over the nesting
+    /// parent `hwpt`.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EINVAL` not a nesting parent of this IOMMU; `EOPNOTSUPP` a kind it does not have.
+    fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId>;
+
+    /// Tells the vIOMMU by which `virt_id` the guest knows `dev`.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EINVAL` the device is behind another physical IOMMU; `EEXIST` it has a vDEVICE or
+    /// the id is taken.
+    fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId>;
+
+    /// What this host can do beyond the kernel's uAPI.
+    fn extensions(&self) -> Extensions {
+        Extensions::default()
+    }
+
+    /// Delivers DMA faults of `dev` to `sink` while that lives; replaces an earlier sink.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` unless [`Extensions::fault_reports`].
+    fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Result<()> {
+        drop(sink);
+        Err(HostError::new(
+            Verb::DeviceBind,
+            dev,
+            Errno::EOPNOTSUPP,
+            "this host does not report DMA faults to user space",
+        ))
+    }
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory of this process that an IOAS can map.
+
+use std::fmt;
+use std::sync::Arc;
+
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
+
+/// A piece of this process's memory that stays mapped for as long as the value lives.
+///
+/// The uAPI names such memory by a bare `user_va`; here the owner of the mapping travels with the
+/// address, so that neither a host that pins pages nor one that reads them later can be left with
+/// a dangling pointer. Cloning is cheap and names the same memory.
+#[derive(Clone)]
+pub struct UserMemory {
+    region: Arc<GuestRegionMmap>,
+    offset: u64,
+    length: u64,
+}
+
+/// The piece asked for does not lie in the region.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{length:#x} bytes at offset {offset:#x} do not lie in a region of {region:#x} bytes")]
+pub struct UserMemoryError {
+    offset: u64,
+    length: u64,
+    region: u64,
+}
+
+impl UserMemory {
+    /// `length` bytes of `region` from `offset` on; both in bytes.
+    ///
+    /// # Errors
+    /// When the piece does not lie in the region.
+    pub fn new(
+        region: Arc<GuestRegionMmap>,
+        offset: u64,
+        length: u64,
+    ) -> std::result::Result<Self, UserMemoryError> {
+        match offset.checked_add(length) {
+            Some(end) if end <= region.len() => Ok(Self { region, offset, length }),
+            _ => Err(UserMemoryError { offset, length, region: region.len() }),
+        }
+    }
+
+    /// All of `region`.
+    pub fn whole(region: Arc<GuestRegionMmap>) -> Self {
+        let length = region.len();
+        Self { region, offset: 0, length }
+    }
+
+    /// The region the piece lies in.
+    pub fn region(&self) -> &Arc<GuestRegionMmap> {
+        &self.region
+    }
+
+    /// Where in the region the piece starts, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// How long the piece is, in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The address of the piece in this process: the uAPI's `user_va`.
+    pub fn user_va(&self) -> u64 {
+        self.region.as_ptr() as u64 + self.offset
+    }
+}
+
+impl fmt::Debug for UserMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "UserMemory({:#x}+{:#x})", self.user_va(), self.length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestAddress;
+
+    #[test]
+    fn a_piece_lies_in_its_region() {
+        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x4000, None).unwrap());
+        let piece = UserMemory::new(region.clone(), 0x1000, 0x3000).unwrap();
+        assert_eq!(piece.user_va(), UserMemory::whole(region.clone()).user_va() + 0x1000);
+        assert!(UserMemory::new(region.clone(), 0x1000, 0x3001).is_err());
+        assert!(UserMemory::new(region, u64::MAX, 2).is_err());
+    }
+}

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The iommufd verbs as a trait, in the terms of `linux/iommufd.h`.
+//!
+//! [`HostIommu`] is whatever serves them: the kernel's `/dev/iommu`, or the emulated host of
+//! [`crate::emulated`]. Errors are Linux's errno with the verb and the object named.
+#![forbid(unsafe_code)]
+
+mod counted;
+mod error;
+mod host;
+mod memory;
+mod types;
+
+pub use counted::{CountedHost, VerbCounters, VerbObserver};
+pub use error::{Errno, HostError, Result, Verb};
+pub use host::{FaultSink, HostIommu};
+pub use memory::{UserMemory, UserMemoryError};
+pub use types::*;

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the verbs take and give, typed.
+//!
+//! Structures that carry hardware words are those of `iommufd-bindings`; what is an enumeration
+//! with a length and a pointer in the uAPI is an `enum` here, so that an illegal pair of
+//! `data_type` and `data_len` cannot be written down.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use bitfield_struct::bitfield;
+pub use iommufd_bindings::{iommu_hw_info_vtd, iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate};
+
+/// The id of an object of one iommufd: IOAS, HWPT, device, vIOMMU, vDEVICE. Never 0.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct ObjectId(pub u32);
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Debug for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.0)
+    }
+}
+
+/// Where in an IOAS a mapping goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapTarget {
+    /// At this IOVA (`IOMMU_IOAS_MAP_FIXED_IOVA`), in bytes, aligned as the IOAS asks.
+    Fixed(u64),
+    /// Wherever the host finds room.
+    Anywhere,
+}
+
+/// What devices may do with a mapping (`IOMMU_IOAS_MAP_READABLE`, `IOMMU_IOAS_MAP_WRITEABLE`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Protection {
+    /// Devices may read.
+    pub read: bool,
+    /// Devices may write.
+    pub write: bool,
+}
+
+impl Protection {
+    /// Devices may read and write.
+    pub const READ_WRITE: Self = Self { read: true, write: true };
+    /// Devices may read.
+    pub const READ_ONLY: Self = Self { read: true, write: false };
+}
+
+/// What an IOAS can map (`struct iommu_ioas_iova_ranges`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IovaRanges {
+    /// IOVAs in bytes, both ends included, ascending, disjoint.
+    pub allowed: Vec<RangeInclusive<u64>>,
+    /// What a fixed IOVA, a length and a `user_va` must be multiples of, in bytes.
+    pub alignment: u64,
+}
+
+/// Flags of `IOMMU_HWPT_ALLOC` (`enum iommufd_hwpt_alloc_flags`).
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct HwptFlags {
+    /// `IOMMU_HWPT_ALLOC_NEST_PARENT`: a stage 2 that nested HWPTs can stand on.
+    pub nest_parent: bool,
+    /// `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`.
+    pub dirty_tracking: bool,
+    /// `IOMMU_HWPT_FAULT_ID_VALID`: [`HwptAlloc::fault`] names a fault queue.
+    pub fault_id_valid: bool,
+    /// `IOMMU_HWPT_ALLOC_PASID`: may be attached to a PASID, or to a device that has PASIDs attached.
+    pub pasid: bool,
+    /// Bits that no version of the uAPI gives a meaning yet.
+    #[bits(28)]
+    pub unknown: u32,
+}
+
+/// What format the new HWPT's user-owned tables have (`data_type` and what it points to).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum HwptData {
+    /// `IOMMU_HWPT_DATA_NONE`: a HWPT_PAGING, filled from its IOAS.
+    None,
+    /// `IOMMU_HWPT_DATA_VTD_S1`: VT-d first-stage tables in the user's address space.
+    VtdS1(iommu_hwpt_vtd_s1),
+    /// Twostage's own: VT-d *second-stage* tables that the user (the guest) owns, walked on top of
+    /// the parent. No hardware can do this; a host offers it with
+    /// [`Extensions::guest_second_stage`].
+    VtdSecondStage(HwptVtdSecondStage),
+}
+
+/// Data of [`HwptData::VtdSecondStage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HwptVtdSecondStage {
+    /// Address of the top table in the parent's input address space (GPA), in bytes, 4 KiB aligned.
+    pub pgtbl_addr: u64,
+    /// Input address width of the tables: 39, 48 or 57 bits.
+    pub addr_width: u32,
+}
+
+/// Arguments of `IOMMU_HWPT_ALLOC` (`struct iommu_hwpt_alloc`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HwptAlloc {
+    /// Which kind of HWPT.
+    pub flags: HwptFlags,
+    /// The device the HWPT must be compatible with.
+    pub dev: ObjectId,
+    /// An IOAS (gives a HWPT_PAGING), or a nesting parent or a vIOMMU (gives a HWPT_NESTED).
+    pub pt: ObjectId,
+    /// Format of user-owned tables.
+    pub data: HwptData,
+    /// The fault queue, when the flags say that it is valid.
+    pub fault: Option<ObjectId>,
+}
+
+/// An array of invalidations of one format (`struct iommu_hwpt_invalidate`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum InvalidateData<'a> {
+    /// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`. Addresses in bytes, counts in 4 KiB pages; everything
+    /// is `addr = 0, npages = u64::MAX`.
+    VtdS1(&'a [iommu_hwpt_vtd_s1_invalidate]),
+    /// The same entries for a HWPT of [`HwptData::VtdSecondStage`].
+    VtdSecondStage(&'a [iommu_hwpt_vtd_s1_invalidate]),
+}
+
+impl InvalidateData<'_> {
+    /// How many entries the array has.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::VtdS1(entries) | Self::VtdSecondStage(entries) => entries.len(),
+        }
+    }
+
+    /// Whether the array has no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The `flags` bit of an invalidation that leaves paging-structure caches alone
+/// (`IOMMU_VTD_INV_FLAGS_LEAF`).
+pub const VTD_INV_FLAGS_LEAF: u32 = 1;
+/// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor requests are allowed (`IOMMU_VTD_S1_SRE`).
+pub const VTD_S1_SRE: u64 = 1 << 0;
+/// `flags` bit of `struct iommu_hwpt_vtd_s1`: extended-access flag is kept (`IOMMU_VTD_S1_EAFE`).
+pub const VTD_S1_EAFE: u64 = 1 << 1;
+/// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor writes honour R/W (`IOMMU_VTD_S1_WPE`).
+pub const VTD_S1_WPE: u64 = 1 << 2;
+
+/// `IOMMU_HWPT_INVALIDATE` stopped part-way: the first `done` entries are complete, the entry at
+/// `done` is the one that failed, none after it was looked at (`entry_num` on return; exact on
+/// VT-d).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{error} ({done} entries were done)")]
+pub struct InvalidateError {
+    /// Entries that are complete.
+    pub done: usize,
+    /// What stopped it.
+    pub error: super::HostError,
+}
+
+/// Which IOMMU a device is behind, and what its registers say (`IOMMU_GET_HW_INFO`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum HwInfoData {
+    /// `IOMMU_HW_INFO_TYPE_NONE`.
+    None,
+    /// `IOMMU_HW_INFO_TYPE_INTEL_VTD`.
+    Vtd(iommu_hw_info_vtd),
+}
+
+/// Generic abilities of a device and its IOMMU (`enum iommufd_hw_capabilities`).
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct HwCapabilities {
+    /// `IOMMU_HW_CAP_DIRTY_TRACKING`.
+    pub dirty_tracking: bool,
+    /// `IOMMU_HW_CAP_PCI_PASID_EXEC`.
+    pub pci_pasid_exec: bool,
+    /// `IOMMU_HW_CAP_PCI_PASID_PRIV`.
+    pub pci_pasid_priv: bool,
+    /// `IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED`.
+    pub pci_ats_not_supported: bool,
+    #[bits(60)]
+    __: u64,
+}
+
+/// What `IOMMU_GET_HW_INFO` says of a device (`struct iommu_hw_info`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HwInfo {
+    /// Registers of the IOMMU.
+    pub data: HwInfoData,
+    /// Generic abilities.
+    pub capabilities: HwCapabilities,
+    /// Width of the PASIDs the device may use, in bits; 0 when it has none.
+    pub max_pasid_log2: u8,
+}
+
+/// Kinds of vIOMMU (`enum iommu_viommu_type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ViommuKind {
+    /// `IOMMU_VIOMMU_TYPE_DEFAULT`: no kind in particular; no driver supports it.
+    Default,
+    /// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`.
+    ArmSmmuV3,
+}
+
+/// What a host can do beyond the kernel's uAPI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extensions {
+    /// Takes [`HwptData::VtdSecondStage`]: walks second-stage tables that the guest owns.
+    pub guest_second_stage: bool,
+    /// Reports every unrecoverable DMA fault to a [`super::FaultSink`] (Linux 7.2's VT-d reports
+    /// none to user space).
+    pub fault_reports: bool,
+}
+
+/// An unrecoverable fault of one DMA request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostFault {
+    /// The device that made the request.
+    pub dev: ObjectId,
+    /// Its PASID, when the request had one.
+    pub pasid: Option<u32>,
+    /// The IOVA, in bytes, of the first byte that could not be reached.
+    pub address: u64,
+    /// The request was a write (or an atomic).
+    pub write: bool,
+    /// The request asked to execute.
+    pub execute: bool,
+    /// The request asked for supervisor privilege.
+    pub privileged: bool,
+    /// The architecture's own reason (VT-d: the fault reason codes of §7.1.3).
+    pub reason: u8,
+    /// The fault is the host's own stage 2's, not that of tables the user owns.
+    pub stage2: bool,
+}

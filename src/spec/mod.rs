@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Layouts from the public specifications, typed: registers, table entries, descriptors, faults.
+//!
+//! Layouts only: no algorithm and no `unsafe`. Nobody else in the crate shifts and masks.
+#![forbid(unsafe_code)]
+
+pub mod pci;
+pub mod vtd;

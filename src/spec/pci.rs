@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Who a PCI Express transaction comes from: Requester ID and PASID.
+//!
+//! Source: PCI Express Base Specification 6.0, §2.2.4.2 (Requester ID) and §6.20 (PASID).
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A Requester ID: bus (bits 15:8), device (7:3) and function (2:0) of a PCI function.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Bdf(u16);
+
+impl Bdf {
+    /// The Requester ID of `bus`:`device`.`function`; `None` when `device` > 31 or `function` > 7.
+    pub const fn new(bus: u8, device: u8, function: u8) -> Option<Self> {
+        if device > 31 || function > 7 {
+            return None;
+        }
+        Some(Self((bus as u16) << 8 | (device as u16) << 3 | function as u16))
+    }
+
+    /// The Requester ID as it stands in a transaction, a fault record or a source-id field.
+    pub const fn from_raw(raw: u16) -> Self {
+        Self(raw)
+    }
+
+    /// The 16 bits of the Requester ID.
+    pub const fn raw(self) -> u16 {
+        self.0
+    }
+
+    /// Bus number.
+    pub const fn bus(self) -> u8 {
+        (self.0 >> 8) as u8
+    }
+
+    /// Device number, 0 to 31.
+    pub const fn device(self) -> u8 {
+        (self.0 >> 3) as u8 & 0x1f
+    }
+
+    /// Function number, 0 to 7.
+    pub const fn function(self) -> u8 {
+        self.0 as u8 & 0x7
+    }
+
+    /// Device and function in one byte, the index of a root entry's context table.
+    pub const fn devfn(self) -> u8 {
+        self.0 as u8
+    }
+}
+
+impl fmt::Display for Bdf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}:{:02x}.{}", self.bus(), self.device(), self.function())
+    }
+}
+
+impl fmt::Debug for Bdf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Text that is no `bus:device.function`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a PCI address; write bus:device.function in hexadecimal, such as 00:04.0")]
+pub struct ParseBdfError(String);
+
+impl FromStr for Bdf {
+    type Err = ParseBdfError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            let (bus, rest) = text.split_once(':')?;
+            let (device, function) = rest.split_once('.')?;
+            Self::new(
+                u8::from_str_radix(bus, 16).ok()?,
+                u8::from_str_radix(device, 16).ok()?,
+                u8::from_str_radix(function, 16).ok()?,
+            )
+        };
+        parse().ok_or_else(|| ParseBdfError(text.to_owned()))
+    }
+}
+
+/// A Process Address Space ID: 20 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Pasid(u32);
+
+impl Pasid {
+    /// Width of a PASID in bits (PCIe 6.0 §6.20).
+    pub const BITS: u32 = 20;
+
+    /// The PASID `value`; `None` when it needs more than 20 bits.
+    pub const fn new(value: u32) -> Option<Self> {
+        if value >> Self::BITS != 0 {
+            return None;
+        }
+        Some(Self(value))
+    }
+
+    /// The 20 bits of the PASID.
+    pub const fn raw(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Pasid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Debug for Pasid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pasid({:#x})", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bdf_packs_as_the_specification_says() {
+        let bdf = Bdf::new(0x12, 0x1f, 7).unwrap();
+        assert_eq!(bdf.raw(), 0x12ff);
+        assert_eq!((bdf.bus(), bdf.device(), bdf.function()), (0x12, 0x1f, 7));
+        assert_eq!(bdf.to_string(), "12:1f.7");
+        assert_eq!("12:1f.7".parse::<Bdf>().unwrap(), bdf);
+        assert_eq!(Bdf::new(0, 32, 0), None);
+        assert_eq!(Bdf::new(0, 0, 8), None);
+    }
+
+    #[test]
+    fn text_that_is_no_address_is_refused_by_name() {
+        for text in ["", "00", "00:04", "0:20.0", "00:04.8", "zz:04.0"] {
+            let error = text.parse::<Bdf>().unwrap_err().to_string();
+            assert!(error.contains(&format!("'{text}'")), "{error}");
+        }
+    }
+
+    #[test]
+    fn pasid_has_20_bits() {
+        assert_eq!(Pasid::new(0xf_ffff).unwrap().raw(), 0xf_ffff);
+        assert_eq!(Pasid::new(0x10_0000), None);
+    }
+}

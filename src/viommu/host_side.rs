@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The small traits a virtual IOMMU stands on, and the one it offers upward.
+
+use std::fmt::Debug;
+
+use super::{Invalidation, Requester, RequesterConfig};
+use crate::spec::pci::Bdf;
+
+/// What is behind a virtual IOMMU: it turns policies into translations.
+///
+/// Calls come one at a time (the virtual IOMMU's lock is held). A call returns only when the host
+/// has done what was asked: the virtual IOMMU acknowledges to the guest right after.
+pub trait HostSide: Debug + Send + Sync {
+    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing.
+    ///
+    /// # Errors
+    /// The host refused; the requester is then blocked, whatever it was before, and `config` is
+    /// remembered as not applied.
+    fn configure(
+        &self,
+        requester: Requester,
+        config: &RequesterConfig,
+    ) -> Result<(), HostSideError>;
+
+    /// Forgets everything about the PASIDs of `rid` (the requester is no longer a device of this
+    /// virtual IOMMU, or its PASID table is gone): each is blocked.
+    ///
+    /// # Errors
+    /// The host refused; the requests are blocked all the same.
+    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError>;
+
+    /// Invalidates a batch, in any order within it: all of what stands between two ordering points
+    /// of the guest's queue.
+    ///
+    /// # Errors
+    /// The host could not do all of it. What it could not invalidate is then blocked, so that no
+    /// stale translation is used; the guest must be told.
+    fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError>;
+}
+
+/// The host refused.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct HostSideError {
+    /// What was being done, and for which requester.
+    pub what: String,
+    /// The verb that failed.
+    #[source]
+    pub source: std::sync::Arc<dyn std::error::Error + Send + Sync>,
+}
+
+/// Where a virtual IOMMU's own interrupts go: message-signalled, never remapped.
+pub trait InterruptSink: Send + Sync {
+    /// Writes `data` to `address` (0xFEEx_xxxx on x86).
+    fn send_msi(&self, address: u64, data: u32);
+}
+
+/// An unrecoverable fault of a DMA request, brought back from the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DmaFault {
+    /// Who made the request.
+    pub requester: Requester,
+    /// The IOVA, in bytes.
+    pub address: u64,
+    /// It was a write (or an atomic).
+    pub write: bool,
+    /// It asked to execute.
+    pub execute: bool,
+    /// It asked for supervisor privilege.
+    pub privileged: bool,
+    /// The architecture's reason as the host saw it. Meaningless for a requester that the virtual
+    /// IOMMU itself has blocked: it knows the reason better.
+    pub reason: u8,
+    /// The host's stage 2 refused: the guest's tables lead to what is no guest memory.
+    pub stage2: bool,
+}
+
+/// What a virtual IOMMU offers to whoever brings faults back.
+pub trait FaultTarget: Send + Sync {
+    /// Records the fault as the architecture says. May be called from any thread that holds no
+    /// lock of the host.
+    fn dma_fault(&self, fault: &DmaFault);
+}

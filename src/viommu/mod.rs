@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest-facing virtual IOMMUs: registers, queues, tables and faults.
+//!
+//! A model here knows guest memory ([`TableMemory`]), a place to send interrupts
+//! ([`InterruptSink`]) and the small trait of what is behind it ([`HostSide`]). It never sees a
+//! file descriptor and never KVM. A pure function decides a [`Policy`] from guest tables, the
+//! policy is applied to the host, and only then does the guest see it acknowledged.
+#![forbid(unsafe_code)]
+
+mod host_side;
+mod memory;
+mod policy;
+pub mod vtd;
+
+pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError, InterruptSink};
+pub use memory::{BadAddress, TableMemory};
+pub use policy::{
+    DomainTag, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
+    VtdSecondStage,
+};

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a virtual IOMMU asks of the host: policies of requesters, and invalidations.
+
+use std::fmt;
+
+use crate::spec::pci::{Bdf, Pasid};
+
+/// Who makes a DMA request: a PCI function, and the PASID when the request carries one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Requester {
+    /// Requester ID as the guest sees it.
+    pub rid: Bdf,
+    /// PASID of the request; `None` for a request without.
+    pub pasid: Option<Pasid>,
+}
+
+impl Requester {
+    /// `rid`'s requests without PASID.
+    pub const fn rid(rid: Bdf) -> Self {
+        Self { rid, pasid: None }
+    }
+}
+
+impl fmt::Display for Requester {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pasid {
+            Some(pasid) => write!(f, "{} PASID {pasid}", self.rid),
+            None => write!(f, "{}", self.rid),
+        }
+    }
+}
+
+/// A first-stage table (VT-d scalable mode, PGTT first-stage).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct VtdFirstStage {
+    /// GPA of the top table, in bytes (FSPTPTR).
+    pub table: u64,
+    /// Input address width in bits: 48 (4-level) or 57 (5-level).
+    pub address_width: u8,
+    /// Supervisor requests are allowed (SRE).
+    pub supervisor_requests: bool,
+    /// Supervisor writes honour R/W (WPE).
+    pub write_protect: bool,
+    /// The extended-accessed flag is kept (EAFE).
+    pub extended_accessed: bool,
+}
+
+/// A second-stage table that the guest owns (VT-d legacy mode, or PGTT second-stage).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct VtdSecondStage {
+    /// GPA of the top table, in bytes (SSPTPTR).
+    pub table: u64,
+    /// Input address width in bits: 39, 48 or 57.
+    pub address_width: u8,
+}
+
+/// Guest-owned tables, by format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage1 {
+    /// VT-d first-stage: hardware nests it.
+    VtdFirstStage(VtdFirstStage),
+    /// VT-d second-stage: only a host with [`crate::iommufd::Extensions::guest_second_stage`].
+    VtdSecondStage(VtdSecondStage),
+}
+
+/// What becomes of a requester's DMA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// Every request fails. `reason` is what the guest is told of each: the architecture's own
+    /// fault reason code (VT-d §7.1.3).
+    Blocked {
+        /// Fault reason code.
+        reason: u8,
+        /// The guest's tables ask that faults be not recorded (FPD).
+        fault_disabled: bool,
+    },
+    /// Untranslated: the IOVA is the GPA. A decision, never a leftover.
+    Bypass,
+    /// Through tables that the guest owns.
+    Stage1(Stage1),
+}
+
+/// How the guest's invalidations name what a requester caches.
+///
+/// VT-d tags by domain id and PASID; for requests without PASID, `pasid` is the context entry's
+/// RID_PASID (0 in legacy mode).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DomainTag {
+    /// Domain id.
+    pub domain: u16,
+    /// PASID of the table entry that serves the requester.
+    pub pasid: u32,
+}
+
+/// A requester's policy with all the guest has said of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RequesterConfig {
+    /// What becomes of its DMA.
+    pub policy: Policy,
+    /// How invalidations name it.
+    pub tag: DomainTag,
+    /// The guest's tables ask that faults be not recorded (FPD).
+    pub fault_disabled: bool,
+}
+
+/// A range of 4 KiB pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PageRange {
+    /// First byte, 4 KiB aligned.
+    pub address: u64,
+    /// Number of 4 KiB pages, at least 1. `address + pages * 4096` may be past 2^64: whoever
+    /// forwards it clamps.
+    pub pages: u64,
+    /// Only leaf entries changed; paging-structure caches may stay (VT-d's invalidation hint).
+    pub leaf: bool,
+}
+
+/// "What you cache under this name is no longer true."
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Invalidation {
+    /// Domain id; `None` for every domain.
+    pub domain: Option<u16>,
+    /// PASID; `None` for every PASID of the domain.
+    pub pasid: Option<u32>,
+    /// Addresses; `None` for all of them.
+    pub range: Option<PageRange>,
+}
+
+impl Invalidation {
+    /// Everything.
+    pub const ALL: Self = Self { domain: None, pasid: None, range: None };
+
+    /// Whether the invalidation names what is tagged `tag`.
+    pub fn names(&self, tag: DomainTag) -> bool {
+        self.domain.is_none_or(|domain| domain == tag.domain)
+            && self.pasid.is_none_or(|pasid| pasid == tag.pasid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_invalidation_names_tags_by_what_it_gives() {
+        let tag = DomainTag { domain: 3, pasid: 9 };
+        let of = |domain, pasid| Invalidation { domain, pasid, range: None };
+        assert!(Invalidation::ALL.names(tag));
+        assert!(of(Some(3), None).names(tag));
+        assert!(of(Some(3), Some(9)).names(tag));
+        assert!(!of(Some(3), Some(8)).names(tag));
+        assert!(!of(Some(4), Some(9)).names(tag));
+    }
+}
