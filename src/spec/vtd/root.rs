@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Root and context entries, legacy (§9.1, §9.3) and scalable mode (§9.2, §9.4).
+
+use bitfield_struct::bitfield;
+
+use super::PAGE_SHIFT;
+
+/// Entries of a root table: one a bus.
+pub const ROOT_ENTRIES: u64 = 256;
+/// Size of a root entry, legacy or scalable mode, in bytes.
+pub const ROOT_ENTRY_SIZE: u64 = 16;
+/// Size of a legacy context entry, in bytes; a table has 256.
+pub const CONTEXT_ENTRY_SIZE: u64 = 16;
+/// Size of a scalable-mode context entry, in bytes; a table has 128.
+pub const SCALABLE_CONTEXT_ENTRY_SIZE: u64 = 32;
+/// Entries of a scalable-mode context table: the lower or upper half of the 256 functions.
+pub const SCALABLE_CONTEXT_ENTRIES: u8 = 128;
+
+/// One half of a root entry: a present flag and a table pointer. A legacy root entry (§9.1) has it
+/// in its low half alone; a scalable-mode root entry (§9.2) has one for functions 0x00 to 0x7f and
+/// one for 0x80 to 0xff.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct RootHalf {
+    /// P, LP or UP: present.
+    pub p: bool,
+    #[bits(11)]
+    __: u16,
+    /// CTP, LCTP or UCTP: address of the context table, in 4 KiB pages.
+    #[bits(52)]
+    pub ctp: u64,
+}
+
+impl RootHalf {
+    /// Reserved whatever the address width.
+    pub const RESERVED: u64 = 0xffe;
+
+    /// GPA of the context table, in bytes.
+    pub const fn context_table(self) -> u64 {
+        self.ctp() << PAGE_SHIFT
+    }
+}
+
+/// Translation type of a legacy context entry (TT).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ContextTranslationType {
+    /// 00: untranslated requests go through second-stage tables; others are blocked.
+    Untranslated,
+    /// 01: all requests go through second-stage tables; device-TLBs are served.
+    All,
+    /// 10: untranslated requests pass; others are blocked.
+    PassThrough,
+}
+
+/// Low 64 bits of a legacy context entry (§9.3).
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct ContextLow {
+    /// P: present.
+    pub p: bool,
+    /// FPD: faults are not recorded.
+    pub fpd: bool,
+    /// TT: translation type, as bits; see [`ContextLow::translation_type`].
+    #[bits(2)]
+    pub tt: u8,
+    __: u8,
+    /// SSPTPTR: address of the top second-stage table, in 4 KiB pages.
+    #[bits(52)]
+    pub ssptptr: u64,
+}
+
+impl ContextLow {
+    /// Reserved whatever the address width.
+    pub const RESERVED: u64 = 0xff0;
+
+    /// The translation type; `None` for the reserved 11.
+    pub const fn translation_type(self) -> Option<ContextTranslationType> {
+        match self.tt() {
+            0 => Some(ContextTranslationType::Untranslated),
+            1 => Some(ContextTranslationType::All),
+            2 => Some(ContextTranslationType::PassThrough),
+            _ => None,
+        }
+    }
+
+    /// GPA of the top second-stage table, in bytes.
+    pub const fn second_stage_table(self) -> u64 {
+        self.ssptptr() << PAGE_SHIFT
+    }
+}
+
+/// High 64 bits of a legacy context entry (§9.3).
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct ContextHigh {
+    /// AW: width of the second-stage tables, as bits; see [`address_width`].
+    #[bits(3)]
+    pub aw: u8,
+    #[bits(5)]
+    __: u8,
+    /// DID: domain id.
+    pub did: u16,
+    #[bits(40)]
+    __: u64,
+}
+
+impl ContextHigh {
+    /// Reserved bits; bits 6:3 are ignored.
+    pub const RESERVED: u64 = 0xffff_ffff_ff00_0080;
+}
+
+/// The width in bits that an AW field (§9.3, §9.6) names, which is also its place in CAP.SAGAW;
+/// `None` for a reserved encoding.
+pub const fn address_width(aw: u8) -> Option<u8> {
+    match aw {
+        1 => Some(39),
+        2 => Some(48),
+        3 => Some(57),
+        _ => None,
+    }
+}
+
+/// Bits 63:0 of a scalable-mode context entry (§9.4).
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct ScalableContextLow {
+    /// P: present.
+    pub p: bool,
+    /// FPD: faults are not recorded.
+    pub fpd: bool,
+    /// DTE: device-TLBs are served.
+    pub dte: bool,
+    /// PASIDE: requests with PASID are served.
+    pub paside: bool,
+    /// PRE: page requests are served.
+    pub pre: bool,
+    #[bits(4)]
+    __: u8,
+    /// PDTS: the PASID directory has `2^(pdts + 7)` entries.
+    #[bits(3)]
+    pub pdts: u8,
+    /// PASIDDIRPTR: address of the PASID directory, in 4 KiB pages.
+    #[bits(52)]
+    pub pasiddirptr: u64,
+}
+
+impl ScalableContextLow {
+    /// Reserved whatever the address width.
+    pub const RESERVED: u64 = 0x1e0;
+
+    /// GPA of the PASID directory, in bytes.
+    pub const fn pasid_directory(self) -> u64 {
+        self.pasiddirptr() << PAGE_SHIFT
+    }
+
+    /// Entries of the PASID directory.
+    pub const fn directory_entries(self) -> u32 {
+        1 << (self.pdts() + 7)
+    }
+
+    /// PASIDs that the directory reaches: `0..pasids()`.
+    pub const fn pasids(self) -> u32 {
+        1 << (self.pdts() + 13)
+    }
+}
+
+/// Bits 127:64 of a scalable-mode context entry (§9.4).
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct ScalableContextHigh {
+    /// RID_PASID: the PASID of requests without.
+    #[bits(20)]
+    pub rid_pasid: u32,
+    /// RID_PRIV: requests without PASID have supervisor privilege.
+    pub rid_priv: bool,
+    #[bits(43)]
+    __: u64,
+}
+
+impl ScalableContextHigh {
+    /// Reserved bits.
+    pub const RESERVED: u64 = 0xffff_ffff_ffe0_0000;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_stand_where_the_specification_puts_them() {
+        assert_eq!(RootHalf::from_bits(0x1234_5001).context_table(), 0x1234_5000);
+        assert_eq!(ContextLow::new().with_tt(3).into_bits(), 3 << 2);
+        assert_eq!(
+            ContextLow::from_bits(8).translation_type(),
+            Some(ContextTranslationType::PassThrough)
+        );
+        assert_eq!(ContextLow::from_bits(0xc).translation_type(), None);
+        assert_eq!(ContextHigh::new().with_did(0xffff).into_bits(), 0xffff << 8);
+        assert_eq!(ScalableContextLow::new().with_pdts(7).into_bits(), 7 << 9);
+        assert_eq!(ScalableContextLow::new().with_pre(true).into_bits(), 1 << 4);
+        assert_eq!(ScalableContextHigh::new().with_rid_priv(true).into_bits(), 1 << 20);
+    }
+
+    #[test]
+    fn the_directory_reaches_at_most_20_bits_of_pasid() {
+        assert_eq!(ScalableContextLow::new().with_pdts(0).pasids(), 1 << 13);
+        assert_eq!(ScalableContextLow::new().with_pdts(7).pasids(), 1 << 20);
+        assert_eq!(ScalableContextLow::new().with_pdts(7).directory_entries(), 1 << 14);
+    }
+}
