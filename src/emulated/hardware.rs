@@ -7,11 +7,12 @@ use std::sync::{Arc, Weak};
 
 use super::stage2::Stage2;
 use crate::iommufd::{
-    iommu_hwpt_vtd_s1, Errno, FaultSink, HwInfoData, HwptData, HwptVtdSecondStage, ObjectId,
+    iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HwInfoData, HwptData, HwptVtdSecondStage,
+    ObjectId, ViommuKind,
 };
 
 /// How an IOMMU tags what it caches of one HWPT: the domain id that a host driver would choose.
-/// Unique among the living HWPTs of the emulated host.
+/// Unique among the living HWPTs of the emulated host, and not used again soon after one is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct CacheTag(pub u32);
 
@@ -51,11 +52,23 @@ pub(crate) trait Hardware: Debug + Send + Sync {
     /// What its registers say.
     fn info(&self) -> HwInfoData;
 
-    /// Whether its driver would take `data` for a HWPT; the errno it would answer otherwise.
+    /// Whether its driver would take `data` for a HWPT; the errno it would answer otherwise:
+    /// `EOPNOTSUPP` for a format it does not have (an allocation then fails), `EINVAL` for values it
+    /// cannot walk (Linux's VT-d driver looks at those only when a device is attached).
     fn accepts(&self, data: &HwptData) -> Result<(), Errno>;
 
     /// Width of the PASIDs it translates, in bits; 0 for none.
     fn pasid_bits(&self) -> u8;
+
+    /// What it can do that no hardware can.
+    fn extensions(&self) -> Extensions {
+        Extensions { guest_second_stage: true, fault_reports: true }
+    }
+
+    /// Which kinds of vIOMMU its driver offers. Linux's VT-d driver offers none.
+    fn viommu_kinds(&self) -> &[ViommuKind] {
+        &[]
+    }
 
     /// Sends DMA of `rid` (or its `pasid`) to `translation`, in place of what was there.
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation);

@@ -27,6 +27,8 @@ macro_rules! errnos {
 }
 
 errnos! {
+    /// The operation is not permitted.
+    EPERM = 1,
     /// No such object.
     ENOENT = 2,
     /// The hardware or the page tables could not be reached.

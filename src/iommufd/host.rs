@@ -30,10 +30,11 @@ pub trait HostIommu: Debug + Send + Sync {
     /// `ENODEV` no such device; `EBUSY` bound already.
     fn device_bind(&self, name: &str) -> Result<ObjectId>;
 
-    /// Detaches the device from everything and ends its object.
+    /// Detaches the device from everything and ends its object, and its vDEVICE with it (whose id
+    /// is then not used again).
     ///
     /// # Errors
-    /// `ENOENT` no such device; `EBUSY` while a vDEVICE of it exists.
+    /// `ENOENT` no such device.
     fn device_unbind(&self, dev: ObjectId) -> Result<()>;
 
     /// Attaches `dev`, or its `pasid`, to the IOAS or HWPT `pt`; *replaces* without a gap what was
