@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The device alone, translation off: what QEMU documents for `edu`.
+#include "fixture.h"
+
+#define DEVICE (&edus[0])
+#define INTERRUPT_CAUSE 0x12u
+
+static u32 reg(enum edu_register offset)
+{
+    return read32(DEVICE->registers + offset);
+}
+
+static void reg_write(enum edu_register offset, u32 value)
+{
+    write32(DEVICE->registers + offset, value);
+}
+
+static void identification(void)
+{
+    EXPECT((u16)reg(EDU_ID) == 0x00ed, "identification reads 0x%x", reg(EDU_ID));
+}
+
+static void liveness(void)
+{
+    reg_write(EDU_LIVENESS, 0x12345678);
+    EXPECT(reg(EDU_LIVENESS) == ~0x12345678u, "0x%x", reg(EDU_LIVENESS));
+}
+
+static void factorial(void)
+{
+    reg_write(EDU_STATUS, 0);
+    reg_write(EDU_FACTORIAL, 10);
+    EXPECT(WAIT_UNTIL(!(reg(EDU_STATUS) & EDU_STATUS_COMPUTING)), "the computation does not end");
+    EXPECT(reg(EDU_FACTORIAL) == 3628800, "10! = %u", reg(EDU_FACTORIAL));
+}
+
+static void interrupt_status(void)
+{
+    reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
+    EXPECT(reg(EDU_IRQ_STATUS) == INTERRUPT_CAUSE, "status 0x%x after raising", reg(EDU_IRQ_STATUS));
+    reg_write(EDU_IRQ_ACK, INTERRUPT_CAUSE);
+    EXPECT(reg(EDU_IRQ_STATUS) == 0, "status 0x%x after acknowledging", reg(EDU_IRQ_STATUS));
+}
+
+static void msi(void)
+{
+    bool arrived;
+
+    SKIP_UNLESS(pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI), "no MSI capability");
+    interrupt_count_clear(VECTOR_EDU_MSI);
+    reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
+    arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI));
+    reg_write(EDU_IRQ_ACK, INTERRUPT_CAUSE);
+    pci_msi_disable(DEVICE->id);
+    EXPECT(arrived, "the message does not arrive");
+    EXPECT(interrupt_count(VECTOR_EDU_MSI) == 1, "%u arrivals", interrupt_count(VECTOR_EDU_MSI));
+}
+
+static void acknowledge(void)
+{
+    reg_write(EDU_IRQ_ACK, INTERRUPT_CAUSE);
+}
+
+static void intx(void)
+{
+    bool arrived;
+
+    SKIP_UNLESS(ioapic_route_pci(VECTOR_EDU_INTX), "no I/O APIC");
+    interrupt_on(VECTOR_EDU_INTX, acknowledge);
+    interrupt_count_clear(VECTOR_EDU_INTX);
+    reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
+    arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_INTX));
+    acknowledge();
+    (void)ioapic_route_pci(0);
+    EXPECT(arrived, "the line's interrupt does not arrive");
+    EXPECT(reg(EDU_IRQ_STATUS) == 0, "status 0x%x after acknowledging", reg(EDU_IRQ_STATUS));
+}
+
+static void dma_round_trip(void)
+{
+    volatile u64 *page = page_new();
+
+    page[0] = 0x1122334455667788;
+    EXPECT(edu_read_from(DEVICE, NO_PASID, gpa_of(page), 512, 8), "the read does not end");
+    EXPECT(edu_write_to(DEVICE, NO_PASID, gpa_of(page) + 8, 512, 8), "the write does not end");
+    EXPECT(page[1] == page[0], "0x%lx went in, 0x%lx came out", page[0], page[1]);
+}
+
+static void dma_interrupt(void)
+{
+    volatile u64 *page = page_new();
+    bool arrived;
+
+    SKIP_UNLESS(pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI), "no MSI capability");
+    interrupt_count_clear(VECTOR_EDU_MSI);
+    write64(DEVICE->registers + EDU_DMA_SOURCE, gpa_of(page));
+    write64(DEVICE->registers + EDU_DMA_DESTINATION, EDU_BUFFER);
+    write64(DEVICE->registers + EDU_DMA_COUNT, 8);
+    write64(DEVICE->registers + EDU_DMA_COMMAND, EDU_DMA_START | EDU_DMA_IRQ);
+    arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI));
+    EXPECT(arrived, "the message does not arrive");
+    EXPECT(reg(EDU_IRQ_STATUS) == EDU_IRQ_DMA_DONE, "status 0x%x", reg(EDU_IRQ_STATUS));
+    reg_write(EDU_IRQ_ACK, EDU_IRQ_DMA_DONE);
+    pci_msi_disable(DEVICE->id);
+}
+
+static void dma_whole_buffer(void)
+{
+    volatile u64 *pages = pages_new(2);
+    const u32 last = EDU_BUFFER_SIZE / 8 - 1;
+
+    pages[0] = 0xaaaa;
+    pages[last] = 0xbbbb;
+    EXPECT(edu_read_from(DEVICE, NO_PASID, gpa_of(pages), 0, EDU_BUFFER_SIZE), "the read does not end");
+    EXPECT(edu_write_to(DEVICE, NO_PASID, gpa_of(pages) + PAGE_SIZE, 0, EDU_BUFFER_SIZE),
+           "the write does not end");
+    EXPECT(pages[512] == 0xaaaa && pages[512 + last] == 0xbbbb, "first word 0x%lx, last 0x%lx", pages[512],
+           pages[512 + last]);
+}
+
+static const struct check list[] = {
+    {"identification register", identification},
+    {"liveness register inverts", liveness},
+    {"factorial", factorial},
+    {"interrupt status is raised and acknowledged", interrupt_status},
+    {"MSI arrives once", msi},
+    {"INTx arrives through the I/O APIC", intx},
+    {"DMA in and out with translation off", dma_round_trip},
+    {"DMA of the whole buffer", dma_whole_buffer},
+    {"DMA completion interrupt", dma_interrupt},
+};
+CHECK_GROUP(edu, list, NULL, NULL);

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// What checks of the remapping unit share: a root table, an address space, and probes that say
+// where a DMA went or why it was refused.
+#pragma once
+#include "../check.h"
+#include "../hw/context.h"
+#include "../hw/edu.h"
+#include "../hw/faults.h"
+#include "../hw/paging.h"
+#include "../hw/queue.h"
+#include "../hw/vtd.h"
+#include "../lib/interrupts.h"
+#include "../lib/io.h"
+#include "../lib/memory.h"
+
+// Domain IDs. 0 belongs to the unit in caching mode.
+enum { DOMAIN_A = 2, DOMAIN_B = 3 };
+
+// IOVAs the checks map. They lie beyond memory wherever the devices' DMA can name such an address,
+// so that only stage 1 can make them mean something.
+u64 iova_base(void);
+#define IOVA (iova_base())
+#define IOVA_OTHER (iova_base() + 0x1000000)
+#define IOVA_MAILBOX (iova_base() + 0x2000000)
+
+// Guest-physical addresses where no memory is.
+#define NO_MEMORY 0x4000000000ull
+
+// The root table of the running check; its mode is that of the setup.
+extern u64 *root;
+
+// Setups: a fresh, empty root table in force, translation still off, records and counters clear.
+void setup_scalable(void);        // 256-bit queue on
+void setup_legacy_queue(void);    // 128-bit queue on
+void setup_legacy_registers(void); // queue off
+void teardown(void);
+
+// Drops whatever is cached and switches translation on.
+bool enable(void);
+
+// A first-stage space of 4 levels with the mailbox mapped.
+struct page_table space_new(void);
+// The same for the second stage, with the widest tables of at most 4 levels the unit has.
+struct page_table second_stage_space_new(void);
+
+// Puts `space` behind `edu` without PASID (its RID_PASID, 0). Returns the PASID-table entry.
+u64 *attach(const struct edu *edu, const struct page_table *space, u16 domain);
+u64 *attach_pasid(const struct edu *edu, u32 pasid, const struct page_table *space, u16 domain);
+// Legacy mode: returns the context entry.
+u64 *attach_legacy(const struct edu *edu, const struct page_table *space, u16 domain);
+u64 *context_of(const struct edu *edu);
+
+// The address of the PASID directory in a scalable-mode context entry.
+u64 *directory_of(const struct edu *edu);
+
+// Two pages a mapping is changed between.
+struct target {
+    volatile u64 *old, *new;
+};
+struct target target_new(void);
+
+// A write by `edu` to `iova` reaches the old (new) page and not the other.
+bool lands_on_old(const struct edu *edu, u32 pasid, u64 iova, struct target target);
+bool lands_on_new(const struct edu *edu, u32 pasid, u64 iova, struct target target);
+// The unit still uses the old page although the tables say the new one. Satisfied by either page
+// with `stale-required=0` on the command line: the specification permits caching, it does not demand it.
+bool lands_on_stale(const struct edu *edu, u32 pasid, u64 iova, struct target target);
+
+// A write by `edu` to `iova` arrives in `page`.
+bool write_arrives(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
+// A read by `edu` from `iova` brings what is in `page`; needs the mailbox mapped for it.
+bool read_arrives(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
+// What the last read, refused or not, left in the device; it is written out through the mailbox.
+u64 device_holds(const struct edu *edu, u32 pasid, u64 mailbox_iova);
+
+// The access moves no byte of `page` (which it would reach, were it allowed; null when none), and
+// one fault is recorded, with this reason, the device's ID, the PASID and the page's address.
+bool write_faults(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page, unsigned reason);
+bool read_faults(const struct edu *edu, u32 pasid, u64 iova, unsigned reason);
+// The access moves no byte and nothing is recorded.
+bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
+
+// Runs an invalidation; says so when the queue refuses it.
+bool invalidate(struct descriptor descriptor);

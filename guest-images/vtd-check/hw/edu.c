@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#include "edu.h"
+#include "../lib/io.h"
+#include "../lib/memory.h"
+
+enum {
+    EDU_PCI_ID = 0x11e81234,
+    EDU_BAR_SIZE = 0x100000,
+    EDU_PASID_VALID = 1u << 31,
+    PASID_CONTROL = 4, // the capability register in the low half, the control register in the high
+    PASID_ENABLE = 1 << 16,
+};
+
+struct edu edus[EDU_MOST];
+unsigned edu_count;
+
+void edu_init(void)
+{
+    pci_id found[EDU_MOST];
+
+    edu_count = pci_find(EDU_PCI_ID, found, EDU_MOST);
+    for (unsigned n = 0; n < edu_count; n++) {
+        struct edu *edu = &edus[n];
+        u16 pasid = pci_extended_capability(found[n], PCI_EXT_CAP_PASID);
+
+        edu->id = found[n];
+        edu->registers = pci_enable(found[n], EDU_BAR_SIZE);
+        edu->has_pasid = pasid != 0;
+        if (pasid)
+            pci_write(found[n], pasid + PASID_CONTROL, PASID_ENABLE);
+    }
+}
+
+static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)
+{
+    if (edu->has_pasid)
+        write32(edu->registers + EDU_DMA_PASID, pasid == NO_PASID ? 0 : pasid | EDU_PASID_VALID);
+    write64(edu->registers + EDU_DMA_SOURCE, source);
+    write64(edu->registers + EDU_DMA_DESTINATION, destination);
+    write64(edu->registers + EDU_DMA_COUNT, count);
+    write64(edu->registers + EDU_DMA_COMMAND, EDU_DMA_START | direction);
+    return WAIT_UNTIL(!(read64(edu->registers + EDU_DMA_COMMAND) & EDU_DMA_START));
+}
+
+bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count)
+{
+    return dma(edu, pasid, EDU_BUFFER + offset, iova, count, EDU_DMA_TO_MEMORY);
+}
+
+bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count)
+{
+    return dma(edu, pasid, iova, EDU_BUFFER + offset, count, 0);
+}
+
+unsigned edu_dma_bits(void)
+{
+    static unsigned known;
+    volatile u64 *word;
+
+    if (known)
+        return known;
+    // A device of 28 bits drops the high one and hits the page; a device of 64 writes where
+    // nothing is.
+    word = page_new();
+    *word = 1;
+    (void)edu_write_to(&edus[0], NO_PASID, gpa_of(word) | BIT(40), 0, sizeof(*word));
+    known = *word == 1 ? 64 : 28;
+    return known;
+}

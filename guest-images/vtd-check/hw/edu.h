@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The `edu` device (1234:11e8): the educational device that QEMU documents, and one register of
+// Twostage's that gives a DMA a PASID.
+#pragma once
+#include "pci.h"
+
+#define EDU_MOST 4
+
+enum edu_register {
+    EDU_ID = 0x00,
+    EDU_LIVENESS = 0x04,
+    EDU_FACTORIAL = 0x08,
+    EDU_STATUS = 0x20,
+    EDU_IRQ_STATUS = 0x24,
+    EDU_IRQ_RAISE = 0x60,
+    EDU_IRQ_ACK = 0x64,
+    EDU_DMA_SOURCE = 0x80,
+    EDU_DMA_DESTINATION = 0x88,
+    EDU_DMA_COUNT = 0x90,
+    EDU_DMA_COMMAND = 0x98,
+    EDU_DMA_PASID = 0xa0,
+
+    EDU_STATUS_COMPUTING = 1 << 0,
+    EDU_DMA_START = 1 << 0,
+    EDU_DMA_TO_MEMORY = 1 << 1,
+    EDU_DMA_IRQ = 1 << 2,
+    EDU_IRQ_DMA_DONE = 0x100,
+};
+
+// The device's buffer, as its DMA addresses name it.
+#define EDU_BUFFER 0x40000ull
+#define EDU_BUFFER_SIZE 4096u
+
+// No PASID: the transaction carries only the Requester ID.
+#define NO_PASID (~0u)
+
+struct edu {
+    pci_id id;
+    u64 registers;
+    bool has_pasid; // the PASID extended capability is there and enabled
+};
+
+extern struct edu edus[EDU_MOST];
+extern unsigned edu_count;
+
+// Finds and enables them.
+void edu_init(void);
+
+// Writes `count` bytes of the device's buffer from `offset` to memory at `iova`, or the reverse.
+// False when the device did not come to an end.
+bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
+bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
+
+// Address bits the devices' DMA carries: 64, or 28 for an edu with its original DMA mask.
+// Asked once, with no IOMMU in the way.
+unsigned edu_dma_bits(void);

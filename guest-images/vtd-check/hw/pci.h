@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// PCI configuration space: ECAM where there is one, ports 0xCF8/0xCFC otherwise.
+#pragma once
+#include "../lib/types.h"
+
+enum {
+    PCI_ID = 0x00,
+    PCI_COMMAND = 0x04, // command in the low half, status in the high half
+    PCI_BAR0 = 0x10,
+    PCI_CAPABILITIES = 0x34,
+
+    PCI_COMMAND_MEMORY = 1 << 1,
+    PCI_COMMAND_MASTER = 1 << 2,
+    PCI_COMMAND_INTX_OFF = 1 << 10,
+    PCI_STATUS_CAPABILITIES = 1 << 20,
+
+    PCI_CAP_MSI = 0x05,
+    PCI_EXT_CAP_PASID = 0x1b,
+};
+
+// A function by its Requester ID (bus, device, function), as fault records name it.
+typedef u16 pci_id;
+
+void pci_init(void);
+bool pci_has_ecam(void);
+
+u32 pci_read(pci_id function, u16 offset);
+void pci_write(pci_id function, u16 offset, u32 value);
+
+// Finds functions of bus 0 with this vendor and device ID (as register 0 reads); returns how many.
+unsigned pci_find(u32 id, pci_id *found, unsigned most);
+
+// Offset of a capability, 0 when the function lacks it. Extended ones need ECAM.
+u16 pci_capability(pci_id function, u8 id);
+u16 pci_extended_capability(pci_id function, u16 id);
+
+// Where BAR 0 (32-bit memory) lies; gives it a place when no firmware has, and switches memory
+// decoding and bus mastering on.
+u64 pci_enable(pci_id function, u32 size);
+
+// Points the function's single MSI at `vector`; false when it has no MSI capability.
+bool pci_msi_enable(pci_id function, unsigned vector);
+void pci_msi_disable(pci_id function);

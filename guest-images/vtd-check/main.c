@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// vtd-check: drives a VT-d remapping unit and `edu` devices, and says what holds.
+#include "check.h"
+#include "hw/edu.h"
+#include "hw/pci.h"
+#include "hw/vtd.h"
+#include "lib/cmdline.h"
+#include "lib/console.h"
+#include "lib/interrupts.h"
+
+extern const struct check_group edu_checks;
+
+static const struct check_group *const groups[] = {
+    &edu_checks,
+};
+
+static void introduce(void)
+{
+    print("# vtd-check, started by %s; %s; %u edu\n", boot_protocol(),
+          pci_has_ecam() ? "ECAM" : "no ECAM, PCI through ports", edu_count);
+    print("# VT-d at 0x%lx: VER %02x CAP 0x%lx ECAP 0x%lx\n", vtd.base, vtd_read32(VTD_VER), vtd.cap, vtd.ecap);
+}
+
+void guest_main(u32 magic, u64 start_info)
+{
+    console_init();
+    cmdline_init(magic, start_info);
+    interrupts_init();
+    pci_init();
+    edu_init();
+    if (edu_count == 0) {
+        print("there is no edu device (1234:11e8) on bus 0\n");
+        machine_exit(1);
+    }
+    if (!vtd_init()) {
+        print("no VT-d unit answers at 0x%lx\n", vtd.base);
+        machine_exit(1);
+    }
+    introduce();
+    for (unsigned n = 0; n < ARRAY_LEN(groups); n++)
+        check_run(groups[n]);
+    machine_exit(check_summary() ? 0 : 1);
+}
