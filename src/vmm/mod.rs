@@ -1,1 +1,30 @@
-//! Stand-in until the machine lands.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The lightweight VMM: a KVM machine just large enough to put a guest, a virtual IOMMU and PCI
+//! devices together.
+//!
+//! [`Machine`] is built from a [`config::MachineConfig`] and runs until the guest ends it. vCPU
+//! threads bring register accesses to the [`bus`]; one event loop serves file descriptors; each
+//! device that does DMA has a worker of its own. Nothing here decides what a DMA may reach: that
+//! is the IOMMU's.
+
+pub mod boot;
+pub mod bus;
+pub mod cli;
+pub mod config;
+mod debug_exit;
+pub mod error;
+mod event_loop;
+pub mod exit_code;
+mod exits;
+mod interrupts;
+mod machine;
+pub mod memory;
+mod reset;
+mod serial;
+mod signals;
+mod stop;
+mod vcpu;
+
+pub use error::{Error, Result};
+pub use machine::Machine;
+pub use stop::StopReason;

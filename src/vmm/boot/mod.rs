@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Boot: a kernel image in guest memory, what it is told about the machine, and the state its
+//! first vCPU starts in.
+//!
+//! Two ways: the PVH entry of an ELF64 image, and Multiboot (version 1) for an ELF32 image. Both
+//! start in 32-bit protected mode with paging off. An image is somebody's file: every number in
+//! it is checked against the file and against guest memory.
+#![forbid(unsafe_code)]
+
+mod elf;
+mod memory_map;
+mod multiboot;
+mod pvh;
+mod start_state;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use vm_memory::{Bytes, GuestAddress};
+
+pub use start_state::StartState;
+
+use super::config::PayloadConfig;
+use super::memory::MachineMemory;
+use elf::{Class, ElfImage};
+
+/// Kernels are loaded from here up; the memory below is for what they are told.
+pub const KERNEL_START: u64 = 0x10_0000;
+/// Where the command line goes.
+const CMDLINE_START: u64 = 0x2_0000;
+/// How long the command line may be, with the zero at its end.
+const CMDLINE_SIZE: usize = 0x1_0000;
+/// Alignment of the initramfs, in bytes.
+const MODULE_ALIGNMENT: u64 = 4096;
+
+/// Why a machine cannot boot what it was given.
+#[derive(Debug)]
+pub struct BootError {
+    what: &'static str,
+    path: Option<PathBuf>,
+    reason: Reason,
+}
+
+impl fmt::Display for BootError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.path {
+            Some(path) => write!(f, "{} {}: {}", self.what, path.display(), self.reason),
+            None => write!(f, "{}: {}", self.what, self.reason),
+        }
+    }
+}
+
+impl std::error::Error for BootError {}
+
+/// What is wrong with a file, or with the memory it should go to.
+#[derive(Debug, thiserror::Error)]
+enum Reason {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("not a regular file")]
+    NotAFile,
+    #[error("not an ELF image")]
+    NotElf,
+    #[error("a big-endian ELF image; x86 is little-endian")]
+    BigEndian,
+    #[error("ELF class {0}; expected 1 (32-bit) or 2 (64-bit)")]
+    Class(u8),
+    #[error("an ELF image for machine {0}; expected 3 (i386) or 62 (x86-64)")]
+    Machine(u16),
+    #[error("truncated: {0} lies past the end of the file")]
+    Truncated(&'static str),
+    #[error("an ELF64 image without a PVH entry (note XEN_ELFNOTE_PHYS32_ENTRY)")]
+    NoPvhEntry,
+    #[error("an ELF32 image without a Multiboot header in its first 8 KiB")]
+    NoMultibootHeader,
+    #[error("its Multiboot header asks for {0}, which this loader does not have")]
+    MultibootFlag(&'static str),
+    #[error("no loadable segment")]
+    NoSegments,
+    #[error("a segment of {length:#x} bytes at {start:#x} does not lie in guest memory from {KERNEL_START:#x} up")]
+    Outside { start: u64, length: u64 },
+    #[error("the entry point {0:#x} is not in a segment")]
+    Entry(u64),
+    #[error("the ELF loader refused it: {0}")]
+    Loader(#[from] linux_loader::loader::Error),
+    #[error("the boot parameters cannot be written: {0}")]
+    Parameters(#[from] linux_loader::configurator::Error),
+    #[error("{0} bytes; the boot protocol has room for {max}", max = CMDLINE_SIZE - 1)]
+    CmdlineTooLong(usize),
+    #[error("contains a zero byte")]
+    CmdlineZero,
+    #[error("{0} bytes do not fit into guest memory beside the kernel")]
+    NoRoom(u64),
+    #[error(
+        "{0:#x} bytes of guest memory are too few to boot; it takes more than {KERNEL_START:#x}"
+    )]
+    MemoryTooSmall(u64),
+    #[error("guest memory: {0}")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+}
+
+/// Memory that holds a file for the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Module {
+    start: u64,
+    length: u64,
+}
+
+/// What a kernel is told, whatever the protocol.
+struct BootInfo<'a> {
+    memory: &'a MachineMemory,
+    cmdline: u64,
+    module: Option<Module>,
+}
+
+/// Loads `payload` into `memory`.
+///
+/// # Errors
+/// Which file, and what is wrong with it.
+pub fn load(memory: &MachineMemory, payload: &PayloadConfig) -> Result<StartState, BootError> {
+    if !memory.contains(0, KERNEL_START + 1) {
+        let reason = Reason::MemoryTooSmall(memory.low_size());
+        return Err(BootError { what: "--memory", path: None, reason });
+    }
+    let in_kernel =
+        |reason| BootError { what: "--kernel", path: Some(payload.kernel.clone()), reason };
+    let bytes = read_file(&payload.kernel).map_err(in_kernel)?;
+    let image = ElfImage::parse(&bytes).map_err(in_kernel)?;
+    check_segments(memory, &image).map_err(in_kernel)?;
+
+    let cmdline = write_cmdline(memory, &payload.cmdline).map_err(|reason| BootError {
+        what: "--cmdline",
+        path: None,
+        reason,
+    })?;
+    let module = payload
+        .initramfs
+        .as_ref()
+        .map(|path| {
+            place_module(memory, &image, path).map_err(|reason| BootError {
+                what: "--initramfs",
+                path: Some(path.clone()),
+                reason,
+            })
+        })
+        .transpose()?;
+    let info = BootInfo { memory, cmdline, module };
+    match image.class {
+        Class::Elf64 => pvh::load(&image, &info),
+        Class::Elf32 => multiboot::load(&image, &info),
+    }
+    .map_err(in_kernel)
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, Reason> {
+    // A directory or a device would be read for ever, or not at all.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(Reason::NotAFile);
+    }
+    Ok(std::fs::read(path)?)
+}
+
+/// Every segment must lie in RAM, clear of what the kernel is told.
+fn check_segments(memory: &MachineMemory, image: &ElfImage<'_>) -> Result<(), Reason> {
+    if image.segments.is_empty() {
+        return Err(Reason::NoSegments);
+    }
+    for segment in &image.segments {
+        let (start, length) = (segment.start, segment.memory_size);
+        if start < KERNEL_START || !memory.contains(start, length) {
+            return Err(Reason::Outside { start, length });
+        }
+    }
+    Ok(())
+}
+
+fn write_cmdline(memory: &MachineMemory, cmdline: &str) -> Result<u64, Reason> {
+    let bytes = cmdline.as_bytes();
+    if bytes.len() >= CMDLINE_SIZE {
+        return Err(Reason::CmdlineTooLong(bytes.len()));
+    }
+    if bytes.contains(&0) {
+        return Err(Reason::CmdlineZero);
+    }
+    // Guest memory starts out as zeros: the one at the end is there.
+    memory.map().write_slice(bytes, GuestAddress(CMDLINE_START))?;
+    Ok(CMDLINE_START)
+}
+
+/// Puts a file as high as it goes below 4 GiB, above the kernel.
+fn place_module(
+    memory: &MachineMemory,
+    image: &ElfImage<'_>,
+    path: &Path,
+) -> Result<Module, Reason> {
+    let bytes = read_file(path)?;
+    let length = bytes.len() as u64;
+    let low_size = memory.low_size();
+    let kernel_end =
+        image.segments.iter().map(|s| s.start + s.memory_size).filter(|end| *end <= low_size).max();
+    let start = low_size
+        .checked_sub(length)
+        .map(|start| start & !(MODULE_ALIGNMENT - 1))
+        .filter(|start| *start >= kernel_end.unwrap_or(KERNEL_START))
+        .ok_or(Reason::NoRoom(length))?;
+    memory.map().write_slice(&bytes, GuestAddress(start))?;
+    Ok(Module { start, length })
+}

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Multiboot: a 32-bit ELF image with a header near its start.
+//!
+//! Source: Multiboot Specification 0.6.96, §3.1 (header), §3.2 (machine state), §3.3 (boot
+//! information).
+
+use vm_memory::{Bytes, GuestAddress};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::elf::ElfImage;
+use super::memory_map::memory_map;
+use super::{BootInfo, Reason, StartState};
+
+/// How far into the file the header may start and must end.
+const SEARCH: usize = 8192;
+const HEADER_MAGIC: u32 = 0x1bad_b002;
+const LOADER_MAGIC: u32 = 0x2bad_b002;
+
+/// Header flags: bits 0 to 15 must be honoured or the image be refused.
+const HEADER_VIDEO: u32 = 1 << 2;
+const HEADER_ADDRESSES: u32 = 1 << 16;
+/// Page-aligned modules, and memory information: both are always given.
+const HEADER_HONOURED: u32 = 0b11;
+const HEADER_REQUIRED: u32 = 0xffff;
+
+/// Flags of the boot information: which of its fields are valid.
+const INFO_MEMORY: u32 = 1 << 0;
+const INFO_CMDLINE: u32 = 1 << 2;
+const INFO_MODULES: u32 = 1 << 3;
+const INFO_MEMORY_MAP: u32 = 1 << 6;
+
+const INFORMATION: u64 = 0x6000;
+const MODULE_LIST: u64 = 0x6800;
+const MEMORY_MAP: u64 = 0x7000;
+
+#[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: U32,
+    flags: U32,
+    checksum: U32,
+}
+
+/// §3.3, up to the last field given here.
+#[derive(Default, IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct Information {
+    flags: U32,
+    /// KiB from 0 up.
+    mem_lower: U32,
+    /// KiB from 1 MiB up.
+    mem_upper: U32,
+    boot_device: U32,
+    cmdline: U32,
+    mods_count: U32,
+    mods_addr: U32,
+    syms: [U32; 4],
+    mmap_length: U32,
+    mmap_addr: U32,
+    _rest: [U32; 11],
+}
+
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct ModuleEntry {
+    mod_start: U32,
+    mod_end: U32,
+    string: U32,
+    reserved: U32,
+}
+
+/// `size` does not count itself.
+#[derive(IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct MemoryMapEntry {
+    size: U32,
+    base_addr: U64,
+    length: U64,
+    kind: U32,
+}
+
+/// Loads `image` and tells it `info`.
+pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, Reason> {
+    let flags = find_header(image.bytes).ok_or(Reason::NoMultibootHeader)?;
+    if flags & HEADER_ADDRESSES != 0 {
+        return Err(Reason::MultibootFlag("load addresses other than the ELF program headers'"));
+    }
+    if flags & HEADER_VIDEO != 0 {
+        return Err(Reason::MultibootFlag("a video mode"));
+    }
+    if flags & HEADER_REQUIRED & !HEADER_HONOURED != 0 {
+        return Err(Reason::MultibootFlag("a feature of a later version"));
+    }
+    if !image.covers(image.entry) {
+        return Err(Reason::Entry(image.entry));
+    }
+    let memory = info.memory.map();
+    for segment in &image.segments {
+        // What the file does not have is zero, as guest memory is to start with.
+        memory.write_slice(segment.bytes, GuestAddress(segment.start))?;
+    }
+
+    let map: Vec<u8> = memory_map(info.memory)
+        .into_iter()
+        .flat_map(|entry| {
+            let entry = MemoryMapEntry {
+                size: ((size_of::<MemoryMapEntry>() - size_of::<U32>()) as u32).into(),
+                base_addr: entry.start.into(),
+                length: entry.length.into(),
+                kind: entry.kind.into(),
+            };
+            entry.as_bytes().to_vec()
+        })
+        .collect();
+    memory.write_slice(&map, GuestAddress(MEMORY_MAP))?;
+    let mut information = Information {
+        flags: (INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP).into(),
+        mem_lower: 640.into(),
+        mem_upper: kib_above_1_mib(info.memory.low_size()).into(),
+        cmdline: low(info.cmdline),
+        mmap_length: (map.len() as u32).into(),
+        mmap_addr: low(MEMORY_MAP),
+        ..Information::default()
+    };
+    if let Some(module) = info.module {
+        let entry = ModuleEntry {
+            mod_start: low(module.start),
+            mod_end: low(module.start + module.length),
+            string: low(info.cmdline),
+            reserved: 0.into(),
+        };
+        memory.write_slice(entry.as_bytes(), GuestAddress(MODULE_LIST))?;
+        information.mods_count = 1.into();
+        information.mods_addr = low(MODULE_LIST);
+    }
+    memory.write_slice(information.as_bytes(), GuestAddress(INFORMATION))?;
+    Ok(StartState { rip: image.entry, rax: LOADER_MAGIC.into(), rbx: INFORMATION })
+}
+
+/// The flags of the header, which is 4-byte aligned and whose words add up to 0.
+fn find_header(bytes: &[u8]) -> Option<u32> {
+    let bytes = &bytes[..bytes.len().min(SEARCH)];
+    (0..bytes.len()).step_by(4).find_map(|offset| {
+        let (header, _) = Header::ref_from_prefix(bytes.get(offset..)?).ok()?;
+        let sum = header.magic.get().wrapping_add(header.flags.get());
+        (header.magic == HEADER_MAGIC && sum.wrapping_add(header.checksum.get()) == 0)
+            .then(|| header.flags.get())
+    })
+}
+
+/// An address below 4 GiB, where everything the protocol names lies: in the low memory region.
+fn low(address: u64) -> U32 {
+    (address as u32).into()
+}
+
+/// `mem_upper` for `low_size` bytes of memory below 4 GiB.
+fn kib_above_1_mib(low_size: u64) -> u32 {
+    // Less than 4 GiB, so the KiB fit.
+    (low_size.saturating_sub(1 << 20) >> 10) as u32
+}

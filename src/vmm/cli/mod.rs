@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line, in the habits of cloud-hypervisor's.
+#![forbid(unsafe_code)]
+
+mod options;
+mod size;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use self::options::{CpusOption, MemoryOption};
+use super::config::{DeviceConfig, IommuConfig, MachineConfig, PayloadConfig, SerialConfig};
+use super::{exit_code, Machine};
+
+/// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
+#[derive(Debug, Parser)]
+#[command(name = "twostage", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs a virtual machine until its guest ends it.
+    Run(RunArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Kernel: an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
+    #[arg(long, value_name = "PATH")]
+    kernel: PathBuf,
+
+    /// File handed to the kernel as its initial file system.
+    #[arg(long, value_name = "PATH")]
+    initramfs: Option<PathBuf>,
+
+    /// Command line of the kernel.
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    cmdline: String,
+
+    /// Number of vCPUs.
+    #[arg(long, value_name = "boot=N", default_value = "boot=1")]
+    cpus: CpusOption,
+
+    /// Memory of the guest, such as size=512M or size=2G.
+    #[arg(long, value_name = "size=SIZE", default_value = "size=512M")]
+    memory: MemoryOption,
+
+    /// Virtual IOMMU.
+    #[arg(
+        long,
+        value_name = "vtd[,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off]"
+    )]
+    iommu: Option<IommuConfig>,
+
+    /// PCI device; may be given several times. The first is 00:01.0.
+    #[arg(long = "device", value_name = "edu[,iommu=on|off,pasid=on|off,dma-mask=MASK]")]
+    devices: Vec<DeviceConfig>,
+
+    /// Where the serial port leads.
+    #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
+    serial: SerialConfig,
+}
+
+impl RunArgs {
+    fn machine_config(self) -> MachineConfig {
+        MachineConfig {
+            payload: PayloadConfig {
+                kernel: self.kernel,
+                initramfs: self.initramfs,
+                cmdline: self.cmdline,
+            },
+            vcpus: self.cpus.boot,
+            memory: self.memory.size,
+            iommu: self.iommu,
+            devices: self.devices,
+            serial: self.serial,
+        }
+    }
+}
+
+/// Runs the command that the process was started with. The exit code is the guest's, or one of
+/// [`exit_code`].
+pub fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_target(false)
+        .init();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let Command::Run(args) = cli.command;
+    ExitCode::from(run(args))
+}
+
+fn run(args: RunArgs) -> u8 {
+    let config = args.machine_config();
+    match Machine::new(&config).and_then(Machine::run) {
+        Ok(reason) => {
+            if !reason.is_orderly() {
+                eprintln!("twostage: error: {reason}");
+            }
+            reason.exit_code()
+        }
+        Err(error) => {
+            eprintln!("twostage: error: {error}");
+            error.exit_code()
+        }
+    }
+}
+
+/// Help and version as clap prints them; an error in one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // Standard output may be closed; there is nobody left to tell.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    let line = text
+        .lines()
+        .take_while(|line| !line.is_empty())
+        .map(|line| line.trim().trim_start_matches("error: "))
+        .collect::<Vec<_>>()
+        .join(" ");
+    eprintln!("twostage: error: {line} (see --help)");
+    ExitCode::from(exit_code::USAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_make_a_machine() {
+        let cli = Cli::try_parse_from(["twostage", "run", "--kernel", "vmlinux"]).unwrap();
+        let Command::Run(args) = cli.command;
+        let config = args.machine_config();
+        assert_eq!(config.validate(), Ok(()));
+        assert_eq!(config.memory, 512 << 20);
+        assert_eq!(config.vcpus, 1);
+    }
+
+    #[test]
+    fn devices_add_up() {
+        let words = "twostage run --kernel k --iommu vtd --device edu --device edu,pasid=on";
+        let cli = Cli::try_parse_from(words.split(' ')).unwrap();
+        let Command::Run(args) = cli.command;
+        assert_eq!(args.devices.len(), 2);
+        assert_eq!(args.iommu, Some(IommuConfig::default()));
+    }
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Option values of the form `name,key=value,…`, and what each means.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::size::{parse_number, parse_size};
+use crate::vmm::config::{DeviceConfig, EduConfig, IommuConfig, SerialConfig};
+
+/// `key=value` pairs, each taken at most once.
+#[derive(Default)]
+struct Pairs<'a> {
+    pairs: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Pairs<'a> {
+    fn parse(text: &'a str) -> Result<Self, String> {
+        let mut pairs = BTreeMap::new();
+        for pair in text.split(',') {
+            let (key, value) = pair
+                .split_once('=')
+                .filter(|(key, value)| !key.is_empty() && !value.is_empty())
+                .ok_or_else(|| format!("'{pair}' is not of the form key=value"))?;
+            if pairs.insert(key, value).is_some() {
+                return Err(format!("'{key}' is given twice"));
+            }
+        }
+        Ok(Self { pairs })
+    }
+
+    /// Takes the value of `key` through `parse`; `default` when it is not given.
+    fn take<T>(
+        &mut self,
+        key: &str,
+        default: T,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<T, String> {
+        match self.pairs.remove(key) {
+            Some(value) => parse(value).map_err(|error| format!("{key}: {error}")),
+            None => Ok(default),
+        }
+    }
+
+    /// Every key must have been taken; `known` is what there could have been.
+    fn finish(self, known: &str) -> Result<(), String> {
+        match self.pairs.keys().next() {
+            Some(key) => Err(format!("unknown key '{key}'; known: {known}")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn on_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("'{text}' is neither on nor off")),
+    }
+}
+
+fn small(text: &str) -> Result<u8, String> {
+    parse_number(text)?.try_into().map_err(|_| format!("'{text}' is more than 255"))
+}
+
+/// `--cpus boot=N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpusOption {
+    /// Number of vCPUs.
+    pub boot: u8,
+}
+
+impl FromStr for CpusOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut pairs = Pairs::parse(text)?;
+        let boot = pairs.take("boot", 1, small)?;
+        pairs.finish("boot")?;
+        Ok(Self { boot })
+    }
+}
+
+/// `--memory size=SIZE`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryOption {
+    /// RAM in bytes.
+    pub size: u64,
+}
+
+impl MemoryOption {
+    /// RAM of a machine of which nothing is said.
+    pub const DEFAULT_SIZE: u64 = 512 << 20;
+}
+
+impl FromStr for MemoryOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut pairs = Pairs::parse(text)?;
+        let size = pairs.take("size", Self::DEFAULT_SIZE, parse_size)?;
+        pairs.finish("size")?;
+        Ok(Self { size })
+    }
+}
+
+/// The name in front of the pairs, and the pairs.
+fn named(text: &str) -> Result<(&str, Pairs<'_>), String> {
+    match text.split_once(',') {
+        Some((name, pairs)) => Ok((name, Pairs::parse(pairs)?)),
+        None => Ok((text, Pairs::default())),
+    }
+}
+
+impl FromStr for IommuConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (model, mut pairs) = named(text)?;
+        if model != "vtd" {
+            return Err(format!("unknown IOMMU '{model}'; known: vtd"));
+        }
+        let default = Self::default();
+        let config = Self {
+            address: pairs.take("addr", default.address, register_page)?,
+            address_width: pairs.take("aw", default.address_width, |text| match text {
+                "48" => Ok(48),
+                "57" => Ok(57),
+                _ => Err(format!("'{text}' is neither 48 nor 57")),
+            })?,
+            pasid_bits: pairs.take("pasid-bits", default.pasid_bits, |text| {
+                match small(text)? {
+                    bits @ 0..=20 => Ok(bits),
+                    bits => Err(format!("{bits} is more than the 20 bits a PASID has")),
+                }
+            })?,
+            second_stage: pairs.take("second-stage", default.second_stage, on_off)?,
+            ats: pairs.take("ats", default.ats, on_off)?,
+            caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
+        };
+        pairs.finish("addr, aw, ats, caching-mode, pasid-bits, second-stage")?;
+        Ok(config)
+    }
+}
+
+fn register_page(text: &str) -> Result<u64, String> {
+    let address = parse_number(text)?;
+    if address % 4096 != 0 {
+        return Err(format!("'{text}' is not a multiple of 4096"));
+    }
+    Ok(address)
+}
+
+impl FromStr for DeviceConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (model, mut pairs) = named(text)?;
+        if model != "edu" {
+            return Err(format!("unknown device '{model}'; known: edu"));
+        }
+        let default = EduConfig::default();
+        let config = EduConfig {
+            iommu: pairs.take("iommu", default.iommu, |text| on_off(text).map(Some))?,
+            pasid: pairs.take("pasid", default.pasid, on_off)?,
+            dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
+        };
+        pairs.finish("dma-mask, iommu, pasid")?;
+        Ok(Self::Edu(config))
+    }
+}
+
+impl FromStr for SerialConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None if text == "tty" => Ok(Self::Tty),
+            None if text == "null" => Ok(Self::Null),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(PathBuf::from(path))),
+            _ => Err(format!("'{text}' is none of tty, null, file=PATH")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_understood() {
+        assert_eq!("boot=4".parse(), Ok(CpusOption { boot: 4 }));
+        assert_eq!("size=1G".parse(), Ok(MemoryOption { size: 1 << 30 }));
+        assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
+        assert_eq!(
+            "vtd,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on"
+                .parse(),
+            Ok(IommuConfig {
+                address: 0xfed0_0000,
+                address_width: 57,
+                pasid_bits: 16,
+                second_stage: false,
+                ats: true,
+                caching_mode: true,
+            })
+        );
+        assert_eq!("edu".parse(), Ok(DeviceConfig::Edu(EduConfig::default())));
+        assert_eq!(
+            "edu,iommu=off,dma-mask=0xffffffff".parse(),
+            Ok(DeviceConfig::Edu(EduConfig {
+                iommu: Some(false),
+                pasid: false,
+                dma_mask: 0xffff_ffff
+            }))
+        );
+        assert_eq!("tty".parse(), Ok(SerialConfig::Tty));
+        assert_eq!("null".parse(), Ok(SerialConfig::Null));
+        assert_eq!("file=/tmp/x".parse(), Ok(SerialConfig::File("/tmp/x".into())));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        fn refused<T: FromStr<Err = String>>(text: &str, hint: &str) {
+            match text.parse::<T>() {
+                Ok(_) => panic!("'{text}' was taken"),
+                Err(error) => assert!(error.contains(hint), "'{text}': {error}"),
+            }
+        }
+        refused::<CpusOption>("4", "'4'");
+        refused::<CpusOption>("boot=300", "boot: '300'");
+        refused::<CpusOption>("boot=1,boot=2", "twice");
+        refused::<CpusOption>("boot=1,max=2", "unknown key 'max'");
+        refused::<CpusOption>("boot=", "'boot='");
+        refused::<MemoryOption>("size=lots", "size: 'lots'");
+        refused::<IommuConfig>("smmuv3", "unknown IOMMU 'smmuv3'");
+        refused::<IommuConfig>("vtd,aw=39", "aw: '39'");
+        refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
+        refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");
+        refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
+        refused::<IommuConfig>("vtd,", "key=value");
+        refused::<DeviceConfig>("nvme", "unknown device 'nvme'");
+        refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");
+        refused::<SerialConfig>("file=", "'file='");
+        refused::<SerialConfig>("pty", "'pty'");
+    }
+}

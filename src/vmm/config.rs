@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a machine is built from. The command line is one way to fill these in.
+
+use std::path::PathBuf;
+
+use super::memory::VTD_REGISTERS;
+
+/// A whole machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// What it boots.
+    pub payload: PayloadConfig,
+    /// Number of vCPUs, at least 1.
+    pub vcpus: u8,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// The virtual IOMMU, if there is one.
+    pub iommu: Option<IommuConfig>,
+    /// PCI devices, from 00:01.0 up.
+    pub devices: Vec<DeviceConfig>,
+    /// Where the serial port leads.
+    pub serial: SerialConfig,
+}
+
+/// What a machine boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PayloadConfig {
+    /// An ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
+    pub kernel: PathBuf,
+    /// A file handed to the kernel as its initial file system (the first module).
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A virtual VT-d.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuConfig {
+    /// Guest-physical address of the register page.
+    pub address: u64,
+    /// Input address width of first-stage tables, in bits: 48 or 57.
+    pub address_width: u8,
+    /// Width of PASIDs, in bits; 0 for none.
+    pub pasid_bits: u8,
+    /// Second-stage tables of the guest's own are offered.
+    pub second_stage: bool,
+    /// Device TLBs (ATS) are offered.
+    pub ats: bool,
+    /// Caching mode: not-present entries may be cached too, the guest invalidates after mapping.
+    pub caching_mode: bool,
+}
+
+impl Default for IommuConfig {
+    fn default() -> Self {
+        Self {
+            address: VTD_REGISTERS,
+            address_width: 48,
+            pasid_bits: 20,
+            second_stage: true,
+            ats: false,
+            caching_mode: false,
+        }
+    }
+}
+
+/// A PCI device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceConfig {
+    /// The educational device.
+    Edu(EduConfig),
+}
+
+/// The educational device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EduConfig {
+    /// Behind the virtual IOMMU; unsaid, it is when the machine has one.
+    pub iommu: Option<bool>,
+    /// Has the PASID capability, and the register that chooses one.
+    pub pasid: bool,
+    /// DMA addresses are cut to these bits.
+    pub dma_mask: u64,
+}
+
+impl EduConfig {
+    /// The address bits the device has unless told otherwise.
+    pub const DEFAULT_DMA_MASK: u64 = (1 << 28) - 1;
+}
+
+impl Default for EduConfig {
+    fn default() -> Self {
+        Self { iommu: None, pasid: false, dma_mask: Self::DEFAULT_DMA_MASK }
+    }
+}
+
+/// Where the serial port leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// Standard input and output.
+    Tty,
+    /// Nowhere.
+    Null,
+    /// Into this file, which is created or emptied.
+    File(PathBuf),
+}
+
+/// A configuration that contradicts itself or asks for what nobody can build.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No vCPU.
+    #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
+    NoVcpus,
+    /// A device behind what is not there.
+    #[error("--device {0}: iommu=on, but there is no --iommu")]
+    NoIommu(usize),
+    /// PASIDs without an IOMMU to tell them apart.
+    #[error("--device {0}: pasid=on needs the device behind an IOMMU (--iommu vtd, no iommu=off)")]
+    PasidWithoutIommu(usize),
+    /// PASIDs that the IOMMU does not have.
+    #[error("--device {0}: pasid=on, but --iommu has pasid-bits=0")]
+    NoPasidBits(usize),
+    /// More devices than bus 0 has room for.
+    #[error("--device: {0} devices; bus 0 has room for {max}", max = MAX_DEVICES)]
+    TooManyDevices(usize),
+}
+
+/// Device numbers 1 to 31 of bus 0; the host bridge is device 0.
+pub const MAX_DEVICES: usize = 31;
+
+impl MachineConfig {
+    /// Checks what no part can check alone. Devices are counted from 1, as in their errors.
+    ///
+    /// # Errors
+    /// The first contradiction.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.vcpus == 0 {
+            return Err(ConfigError::NoVcpus);
+        }
+        if self.devices.len() > MAX_DEVICES {
+            return Err(ConfigError::TooManyDevices(self.devices.len()));
+        }
+        for (number, device) in (1..).zip(&self.devices) {
+            let DeviceConfig::Edu(edu) = device;
+            match &self.iommu {
+                None if edu.iommu == Some(true) => return Err(ConfigError::NoIommu(number)),
+                None if edu.pasid => return Err(ConfigError::PasidWithoutIommu(number)),
+                Some(_) if edu.pasid && edu.iommu == Some(false) => {
+                    return Err(ConfigError::PasidWithoutIommu(number));
+                }
+                Some(iommu) if edu.pasid && iommu.pasid_bits == 0 => {
+                    return Err(ConfigError::NoPasidBits(number));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(iommu: Option<IommuConfig>, edu: EduConfig) -> MachineConfig {
+        MachineConfig {
+            payload: PayloadConfig {
+                kernel: "kernel".into(),
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            vcpus: 1,
+            memory: 1 << 20,
+            iommu,
+            devices: vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)],
+            serial: SerialConfig::Null,
+        }
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let vtd = Some(IommuConfig::default());
+        let no_pasid = Some(IommuConfig { pasid_bits: 0, ..IommuConfig::default() });
+        let edu = |iommu, pasid| EduConfig { iommu, pasid, ..EduConfig::default() };
+        for (iommu, edu, error) in [
+            (None, edu(Some(true), false), ConfigError::NoIommu(2)),
+            (None, edu(None, true), ConfigError::PasidWithoutIommu(2)),
+            (vtd.clone(), edu(Some(false), true), ConfigError::PasidWithoutIommu(2)),
+            (no_pasid.clone(), edu(None, true), ConfigError::NoPasidBits(2)),
+        ] {
+            assert_eq!(machine(iommu, edu).validate(), Err(error));
+        }
+        for (iommu, edu) in [
+            (None, edu(None, false)),
+            (None, edu(Some(false), false)),
+            (vtd.clone(), edu(None, true)),
+            (vtd, edu(Some(false), false)),
+            (no_pasid, edu(Some(true), false)),
+        ] {
+            assert_eq!(machine(iommu, edu).validate(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_machine_has_vcpus_and_a_bus_of_limited_length() {
+        let mut config = machine(None, EduConfig::default());
+        config.vcpus = 0;
+        assert_eq!(config.validate(), Err(ConfigError::NoVcpus));
+        config.vcpus = 1;
+        config.devices = vec![DeviceConfig::Edu(EduConfig::default()); 32];
+        assert_eq!(config.validate(), Err(ConfigError::TooManyDevices(32)));
+    }
+}

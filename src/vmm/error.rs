@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What can keep a machine from being built or from going on, each in one line for its user.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::boot::BootError;
+use super::bus::Overlap;
+use super::config::ConfigError;
+use super::exit_code;
+use super::memory::MemoryError;
+
+/// Why there is no machine, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration contradicts itself.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Guest memory cannot be had.
+    #[error("--memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// The kernel or the initramfs cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Two parts of the machine claim the same addresses.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+    /// `/dev/kvm` cannot be opened.
+    #[error("/dev/kvm: {source}; {}", kvm_advice(.source))]
+    KvmOpen {
+        /// What the open said.
+        source: io::Error,
+    },
+    /// A call to KVM failed.
+    #[error("KVM: {what}: {source}")]
+    Kvm {
+        /// What was being done.
+        what: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM lacks something the machine cannot do without.
+    #[error("KVM: {0}")]
+    KvmLacks(String),
+    /// The operating system refused something.
+    #[error("{what}: {source}")]
+    Os {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("{path}: {source}", path = .path.display())]
+    Output {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The event loop failed.
+    #[error("event loop: {0}")]
+    EventLoop(String),
+}
+
+/// A result with [`enum@Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The exit code that goes with the error.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
+            Self::Boot(_) => exit_code::NO_INPUT,
+            Self::KvmOpen { .. } | Self::KvmLacks(_) => exit_code::UNAVAILABLE,
+            Self::Kvm { .. } | Self::Os { .. } | Self::EventLoop(_) => exit_code::OS_ERROR,
+            Self::Output { .. } => exit_code::IO_ERROR,
+        }
+    }
+
+    /// Names what was being done when KVM failed.
+    pub(super) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { what, source }
+    }
+
+    /// Names what was being done when the operating system failed.
+    pub(super) fn os<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::Os { what, source: source.into() }
+    }
+}
+
+fn kvm_advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "is the CPU's virtualization switched on and the kvm module loaded?"
+        }
+        io::ErrorKind::PermissionDenied => "is this user in the group 'kvm'?",
+        _ => "it cannot be used",
+    }
+}

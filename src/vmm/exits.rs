@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Exits of vCPUs: counted, and brought to the device that answers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvm_ioctls::VcpuExit;
+
+use super::bus::Bus;
+
+/// What a vCPU thread does after an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Enters the guest again.
+    Enter,
+    /// The guest faulted three times over.
+    TripleFault,
+    /// KVM could not go on; the vCPU says why.
+    InternalError,
+    /// The processor refused to enter the guest, with this reason.
+    FailedEntry(u64),
+    /// An exit that this machine never asked for.
+    Unexpected,
+}
+
+macro_rules! exit_kinds {
+    ($($(#[$doc:meta])* $variant:ident => $name:literal),* $(,)?) => {
+        /// Kinds of exits, as they are counted.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum ExitKind {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl ExitKind {
+            /// Every kind, in the order of its discriminant.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The name in reports.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+        }
+    };
+}
+
+exit_kinds! {
+    /// Port read.
+    IoIn => "io-in",
+    /// Port write.
+    IoOut => "io-out",
+    /// Memory-mapped read.
+    MmioRead => "mmio-read",
+    /// Memory-mapped write.
+    MmioWrite => "mmio-write",
+    /// An access that no device answers, of any of the kinds above (and counted there too).
+    Unclaimed => "unclaimed",
+    /// A signal.
+    Interrupted => "interrupted",
+    /// Anything else.
+    Other => "other",
+}
+
+/// Exits by kind. Reads are of each number alone, not of one moment.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    counts: [AtomicU64; ExitKind::ALL.len()],
+}
+
+impl ExitCounters {
+    /// How often `kind` happened.
+    pub fn get(&self, kind: ExitKind) -> u64 {
+        // The discriminant of a kind is its place in ALL, so the index is in range.
+        self.counts[kind as usize].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count(&self, kind: ExitKind) {
+        self.counts[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Where exits lead.
+#[derive(Debug, Default)]
+pub(super) struct Exits {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Guest-physical addresses that are no RAM.
+    pub mmio: Bus,
+    /// Exits by kind.
+    pub counters: ExitCounters,
+}
+
+impl Exits {
+    /// Serves one exit.
+    pub fn dispatch(&self, exit: VcpuExit<'_>) -> Next {
+        match exit {
+            VcpuExit::IoIn(port, data) => {
+                self.counters.count(ExitKind::IoIn);
+                for item in items_mut(data) {
+                    self.claimed(self.ports.read(port.into(), item));
+                }
+            }
+            VcpuExit::IoOut(port, data) => {
+                self.counters.count(ExitKind::IoOut);
+                for item in items(data) {
+                    self.claimed(self.ports.write(port.into(), item));
+                }
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.counters.count(ExitKind::MmioRead);
+                self.claimed(self.mmio.read(address, data));
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                self.counters.count(ExitKind::MmioWrite);
+                self.claimed(self.mmio.write(address, data));
+            }
+            other => {
+                self.counters.count(ExitKind::Other);
+                return match other {
+                    // Halting is the in-kernel LAPIC's business; should it come out, go on.
+                    VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => Next::Enter,
+                    VcpuExit::Shutdown => Next::TripleFault,
+                    VcpuExit::InternalError => Next::InternalError,
+                    VcpuExit::FailEntry(reason, _) => Next::FailedEntry(reason),
+                    _ => Next::Unexpected,
+                };
+            }
+        }
+        Next::Enter
+    }
+
+    fn claimed(&self, claimed: bool) {
+        if !claimed {
+            self.counters.count(ExitKind::Unclaimed);
+        }
+    }
+}
+
+/// A port access as single items. KVM gives a repeated string instruction as one exit with the
+/// items side by side; only lengths that no single access has are taken for that, byte by byte.
+fn items(data: &[u8]) -> std::slice::Chunks<'_, u8> {
+    data.chunks(item_size(data.len()))
+}
+
+fn items_mut(data: &mut [u8]) -> std::slice::ChunksMut<'_, u8> {
+    let size = item_size(data.len());
+    data.chunks_mut(size)
+}
+
+fn item_size(length: usize) -> usize {
+    match length {
+        2 | 4 => length,
+        _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_answers_reads_as_ones_and_is_counted() {
+        let exits = Exits::default();
+        let mut data = [0; 4];
+        assert_eq!(exits.dispatch(VcpuExit::MmioRead(0xfed9_0000, &mut data)), Next::Enter);
+        assert_eq!(data, [0xff; 4]);
+        assert_eq!(exits.dispatch(VcpuExit::IoOut(0x80, &[1])), Next::Enter);
+        assert_eq!(exits.counters.get(ExitKind::MmioRead), 1);
+        assert_eq!(exits.counters.get(ExitKind::IoOut), 1);
+        assert_eq!(exits.counters.get(ExitKind::Unclaimed), 2);
+    }
+
+    #[test]
+    fn exits_that_end_the_machine_are_told_apart() {
+        let exits = Exits::default();
+        assert_eq!(exits.dispatch(VcpuExit::Shutdown), Next::TripleFault);
+        assert_eq!(exits.dispatch(VcpuExit::InternalError), Next::InternalError);
+        assert_eq!(exits.dispatch(VcpuExit::FailEntry(7, 0)), Next::FailedEntry(7));
+        assert_eq!(exits.dispatch(VcpuExit::Debug(Default::default())), Next::Unexpected);
+    }
+}

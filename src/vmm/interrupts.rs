@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Interrupts: which interrupt controller the machine has, and how devices reach it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    kvm_enable_cap, kvm_msi, kvm_pit_config, KVM_CAP_SPLIT_IRQCHIP, KVM_PIT_SPEAKER_DUMMY,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Error, Result};
+use crate::viommu::InterruptSink;
+
+/// Where the interrupt controllers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IrqChip {
+    /// PIC, IOAPIC and LAPICs in the kernel.
+    InKernel,
+    /// Only LAPICs in the kernel, and no IOAPIC: message-signalled interrupts alone.
+    Split,
+}
+
+impl fmt::Display for IrqChip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InKernel => "in-kernel (PIC, IOAPIC, LAPIC)",
+            Self::Split => "split (LAPIC in the kernel, no IOAPIC: INTx is not wired)",
+        })
+    }
+}
+
+/// The interrupt controllers of one machine.
+#[derive(Debug)]
+pub(super) struct Interrupts {
+    vm: Arc<VmFd>,
+    chip: IrqChip,
+}
+
+impl Interrupts {
+    /// Gives `vm` the interrupt controllers that this KVM has. Before any vCPU.
+    pub fn new(vm: Arc<VmFd>) -> Result<Self> {
+        let chip = match vm.create_irq_chip() {
+            Ok(()) => IrqChip::InKernel,
+            Err(error) => {
+                log::info!("no in-kernel interrupt controllers ({error}); trying split ones");
+                let split = kvm_enable_cap {
+                    cap: KVM_CAP_SPLIT_IRQCHIP,
+                    // No pins are routed from an IOAPIC in user space.
+                    args: [0; 4],
+                    ..kvm_enable_cap::default()
+                };
+                vm.enable_cap(&split).map_err(Error::kvm("making interrupt controllers"))?;
+                log::warn!("split interrupt controllers: INTx is not wired, use MSI");
+                IrqChip::Split
+            }
+        };
+        if chip == IrqChip::InKernel {
+            // Port 0x61 is answered too, so that guests that measure time by it do not hang.
+            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+            vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
+        }
+        Ok(Self { vm, chip })
+    }
+
+    /// Where the interrupt controllers are.
+    pub fn chip(&self) -> IrqChip {
+        self.chip
+    }
+
+    /// Raises the edge-triggered interrupt `gsi` whenever `event` is written.
+    pub fn wire_edge(&self, event: &EventFd, gsi: u32) -> Result<()> {
+        match self.chip {
+            IrqChip::InKernel => {
+                self.vm.register_irqfd(event, gsi).map_err(Error::kvm("wiring an interrupt"))
+            }
+            IrqChip::Split => Ok(()),
+        }
+    }
+
+    /// Drives the level-triggered interrupt line `gsi`.
+    pub fn set_line(&self, gsi: u32, level: bool) {
+        if self.chip == IrqChip::InKernel {
+            if let Err(error) = self.vm.set_irq_line(gsi, level) {
+                log::error!("interrupt line {gsi}: {error}");
+            }
+        }
+    }
+}
+
+impl InterruptSink for Interrupts {
+    fn send_msi(&self, address: u64, data: u32) {
+        let msi = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..kvm_msi::default()
+        };
+        // A message to no LAPIC is lost, as it is on a real bus: 0 is no error.
+        if let Err(error) = self.vm.signal_msi(msi) {
+            log::debug!("message-signalled interrupt {address:#x}/{data:#x}: {error}");
+        }
+    }
+}

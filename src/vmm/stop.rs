@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How a machine is told to stop, and why it did.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use super::exit_code;
+use super::{Error, Result};
+
+/// Why a machine stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopReason {
+    /// The guest wrote this to the debug-exit port.
+    DebugExit(u8),
+    /// The guest asked for a reset.
+    Reset(ResetCause),
+    /// KVM could not go on with a vCPU.
+    Stuck(String),
+    /// This signal came.
+    Signal(i32),
+    /// A thread of the machine ended that should not have: a bug here.
+    Software(String),
+}
+
+/// How the guest reset itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetCause {
+    /// The keyboard controller's reset line.
+    KeyboardController,
+    /// A fault while a double fault was delivered, at this RIP.
+    TripleFault {
+        /// Instruction pointer of the vCPU.
+        rip: u64,
+    },
+}
+
+impl StopReason {
+    /// The exit code that goes with the reason.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::DebugExit(value) => *value,
+            Self::Reset(_) => exit_code::GUEST_RESET,
+            Self::Stuck(_) => exit_code::GUEST_STUCK,
+            // Signal numbers are below 65.
+            Self::Signal(number) => exit_code::SIGNAL_BASE.wrapping_add(*number as u8),
+            Self::Software(_) => exit_code::SOFTWARE,
+        }
+    }
+
+    /// Whether the machine ended as its guest or its user wanted it to.
+    pub fn is_orderly(&self) -> bool {
+        matches!(self, Self::DebugExit(_) | Self::Signal(_))
+    }
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DebugExit(value) => write!(f, "the guest ended the machine with {value}"),
+            Self::Reset(ResetCause::KeyboardController) => {
+                f.write_str("the guest reset the machine through the keyboard controller")
+            }
+            Self::Reset(ResetCause::TripleFault { rip }) => {
+                write!(f, "the guest reset the machine with a triple fault at RIP {rip:#x}")
+            }
+            Self::Stuck(what) | Self::Software(what) => f.write_str(what),
+            Self::Signal(number) => write!(f, "signal {number}"),
+        }
+    }
+}
+
+/// Stops a machine. Clones stop the same machine; the first reason given is the one that counts.
+#[derive(Debug, Clone)]
+pub(super) struct Stopper {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    reason: OnceLock<StopReason>,
+    event: EventFd,
+}
+
+impl Stopper {
+    pub fn new() -> Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
+        Ok(Self { inner: Arc::new(Inner { reason: OnceLock::new(), event }) })
+    }
+
+    /// Stops the machine because of `reason`.
+    pub fn stop(&self, reason: StopReason) {
+        if self.inner.reason.set(reason).is_ok() {
+            if let Err(error) = self.inner.event.write(1) {
+                // Unreachable in practice: the counter of an eventfd written once is not full.
+                log::error!("cannot wake the event loop: {error}");
+            }
+        }
+    }
+
+    /// Why the machine was stopped, once it is.
+    pub fn reason(&self) -> Option<&StopReason> {
+        self.inner.reason.get()
+    }
+
+    /// Becomes readable when the machine is stopped.
+    pub fn event(&self) -> &EventFd {
+        &self.inner.event
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_counts() {
+        let stopper = Stopper::new().unwrap();
+        assert_eq!(stopper.reason(), None);
+        stopper.stop(StopReason::DebugExit(3));
+        stopper.stop(StopReason::Signal(15));
+        assert_eq!(stopper.reason(), Some(&StopReason::DebugExit(3)));
+        assert_eq!(stopper.event().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn codes_are_those_documented() {
+        assert_eq!(StopReason::DebugExit(255).exit_code(), 255);
+        assert_eq!(StopReason::Signal(15).exit_code(), 143);
+        let fault = StopReason::Reset(ResetCause::TripleFault { rip: 0x10 });
+        assert_eq!(fault.exit_code(), exit_code::GUEST_RESET);
+        assert!(fault.to_string().contains("0x10"));
+        assert!(!fault.is_orderly());
+    }
+}

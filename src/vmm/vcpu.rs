@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! vCPUs: how they are set up, and the thread each runs in.
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::Killable;
+
+use super::boot::StartState;
+use super::exits::{ExitKind, Exits, Next};
+use super::memory::MachineMemory;
+use super::signals::kick_signal;
+use super::stop::{ResetCause, StopReason, Stopper};
+use super::{Error, Result};
+
+/// Longest x86 instruction, in bytes.
+const MAX_INSTRUCTION: usize = 15;
+/// `KVM_INTERNAL_ERROR_EMULATION`.
+const INTERNAL_ERROR_EMULATION: u32 = 1;
+
+/// One vCPU, not running yet.
+#[derive(Debug)]
+pub(super) struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+}
+
+impl Vcpu {
+    /// vCPU `id` of `vm`. The first starts with `start`; the others wait for INIT and SIPI, which
+    /// the LAPICs in the kernel bring them.
+    pub fn new(kvm: &Kvm, vm: &VmFd, id: u8, start: &StartState) -> Result<Self> {
+        let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("making a vCPU"))?;
+        let mut cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("asking for CPUID"))?;
+        set_apic_id(&mut cpuid, id);
+        fd.set_cpuid2(&cpuid).map_err(Error::kvm("setting CPUID"))?;
+        if id == 0 {
+            let mut sregs = fd.get_sregs().map_err(Error::kvm("reading registers"))?;
+            start.set_sregs(&mut sregs);
+            fd.set_sregs(&sregs).map_err(Error::kvm("setting registers"))?;
+            fd.set_regs(&start.regs()).map_err(Error::kvm("setting registers"))?;
+        }
+        Ok(Self { id, fd })
+    }
+
+    /// Runs the vCPU in a thread of its own until the machine stops.
+    pub fn spawn(
+        self,
+        exits: Arc<Exits>,
+        memory: MachineMemory,
+        stopper: Stopper,
+    ) -> Result<VcpuThread> {
+        let handle = thread::Builder::new()
+            .name(format!("vcpu{}", self.id))
+            .spawn(move || {
+                let _guard = PanicGuard(&stopper);
+                self.run(&exits, &memory, &stopper);
+            })
+            .map_err(Error::os("vCPU thread"))?;
+        Ok(VcpuThread(Some(handle)))
+    }
+
+    fn run(mut self, exits: &Exits, memory: &MachineMemory, stopper: &Stopper) {
+        while stopper.reason().is_none() {
+            let next = match self.fd.run() {
+                Ok(exit) => exits.dispatch(exit),
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    exits.counters.count(ExitKind::Interrupted);
+                    Next::Enter
+                }
+                Err(error) => {
+                    stopper.stop(StopReason::Stuck(format!("vCPU {}: KVM_RUN: {error}", self.id)));
+                    return;
+                }
+            };
+            let reason = match next {
+                Next::Enter => continue,
+                Next::TripleFault => {
+                    StopReason::Reset(ResetCause::TripleFault { rip: self.rip().unwrap_or(0) })
+                }
+                Next::InternalError => StopReason::Stuck(self.describe_internal_error(memory)),
+                Next::FailedEntry(reason) => StopReason::Stuck(format!(
+                    "vCPU {}: the processor refuses to enter the guest (reason {reason:#x})",
+                    self.id
+                )),
+                Next::Unexpected => StopReason::Stuck(format!(
+                    "vCPU {}: KVM left the guest for reason {}, which nobody asked for",
+                    self.id,
+                    self.fd.get_kvm_run().exit_reason
+                )),
+            };
+            stopper.stop(reason);
+        }
+    }
+
+    fn rip(&self) -> Option<u64> {
+        self.fd.get_regs().ok().map(|regs| regs.rip)
+    }
+
+    /// What KVM could not do, at which instruction, and what may help.
+    fn describe_internal_error(&mut self, memory: &MachineMemory) -> String {
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which `internal` is the member
+        // of the union that KVM filled in; it is plain integers.
+        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+        let rip = self.rip().unwrap_or(0);
+        let instruction = self.instruction_at(rip, memory);
+        if suberror == INTERNAL_ERROR_EMULATION {
+            format!(
+                "vCPU {}: this KVM cannot run the guest's instruction at RIP {rip:#x} \
+                 (bytes {instruction}); a KVM without VT-x or SVM emulates the guest's ring 0 and \
+                 knows few instructions there: no int n, CMPXCHG16B, XSAVE, BMI, SSE or AVX",
+                self.id
+            )
+        } else {
+            format!(
+                "vCPU {}: KVM internal error, suberror {suberror}, at RIP {rip:#x} (bytes \
+                 {instruction})",
+                self.id
+            )
+        }
+    }
+
+    /// The bytes at `rip`, as far as they can be read.
+    fn instruction_at(&self, rip: u64, memory: &MachineMemory) -> String {
+        let base = self.fd.get_sregs().map_or(0, |sregs| sregs.cs.base);
+        let linear = base.wrapping_add(rip);
+        let mut bytes = Vec::with_capacity(MAX_INSTRUCTION);
+        for offset in 0..MAX_INSTRUCTION as u64 {
+            let Ok(translation) = self.fd.translate_gva(linear.wrapping_add(offset)) else { break };
+            if translation.valid == 0 {
+                break;
+            }
+            let Ok(byte) = memory.map().read_obj::<u8>(GuestAddress(translation.physical_address))
+            else {
+                break;
+            };
+            bytes.push(format!("{byte:02x}"));
+        }
+        if bytes.is_empty() {
+            "unreadable".to_owned()
+        } else {
+            bytes.join(" ")
+        }
+    }
+}
+
+/// Tells the vCPU which LAPIC is its own (Intel SDM Vol. 2, CPUID leaves 1, 0xB and 0x1F).
+fn set_apic_id(cpuid: &mut CpuId, id: u8) {
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24,
+            0xb | 0x1f => entry.edx = id.into(),
+            _ => {}
+        }
+    }
+}
+
+/// Stops the machine when the thread that holds it panics.
+struct PanicGuard<'a>(&'a Stopper);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.stop(StopReason::Software("a vCPU thread panicked".to_owned()));
+        }
+    }
+}
+
+/// A running vCPU. Dropping it waits for the thread, whose machine must have been stopped.
+#[derive(Debug)]
+pub(super) struct VcpuThread(Option<JoinHandle<()>>);
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        let Some(handle) = self.0.take() else { return };
+        // A signal that comes just before the thread enters KVM is lost, so it is sent until the
+        // thread is gone.
+        while !handle.is_finished() {
+            if let Err(error) = handle.kill(kick_signal()) {
+                log::debug!("kicking a vCPU: {error}");
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        if handle.join().is_err() {
+            log::error!("a vCPU thread panicked");
+        }
+    }
+}
