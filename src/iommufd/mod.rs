@@ -7,6 +7,9 @@
 
 mod counted;
 mod error;
+#[cfg(any(test, feature = "test-support"))]
+#[doc(hidden)]
+pub mod fake;
 mod host;
 mod memory;
 mod types;

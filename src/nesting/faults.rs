@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The way back: a fault of a host device becomes one of a guest requester.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{PoisonError, RwLock, Weak};
+
+use crate::iommufd::{FaultSink, HostFault, ObjectId};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::{DmaFault, FaultTarget, Requester};
+
+/// Names the guest requester of each host fault and hands the fault to the virtual IOMMU.
+///
+/// Faults come from DMA threads, while another thread may hold the lock of [`super::Nesting`] in
+/// an invalidation that waits for just that DMA. So this part has locks of its own, held for a
+/// look-up only: never while anything is called.
+#[derive(Default)]
+pub(super) struct FaultRouter {
+    rids: RwLock<HashMap<ObjectId, Bdf>>,
+    target: RwLock<Option<Weak<dyn FaultTarget>>>,
+}
+
+impl FaultRouter {
+    /// From now on faults go to `target`, while that lives.
+    pub fn set_target(&self, target: Weak<dyn FaultTarget>) {
+        *self.target.write().unwrap_or_else(PoisonError::into_inner) = Some(target);
+    }
+
+    /// Faults of `dev` are the guest's `rid`'s.
+    pub fn add(&self, dev: ObjectId, rid: Bdf) {
+        self.rids.write().unwrap_or_else(PoisonError::into_inner).insert(dev, rid);
+    }
+
+    /// Faults of `dev` are nobody's any more.
+    pub fn remove(&self, dev: ObjectId) {
+        self.rids.write().unwrap_or_else(PoisonError::into_inner).remove(&dev);
+    }
+
+    fn requester(&self, fault: &HostFault) -> Option<Requester> {
+        let rids = self.rids.read().unwrap_or_else(PoisonError::into_inner);
+        let rid = *rids.get(&fault.dev)?;
+        match fault.pasid {
+            None => Some(Requester::rid(rid)),
+            Some(pasid) => Some(Requester { rid, pasid: Some(Pasid::new(pasid)?) }),
+        }
+    }
+}
+
+impl FaultSink for FaultRouter {
+    fn dma_fault(&self, fault: &HostFault) {
+        let Some(requester) = self.requester(fault) else {
+            log::debug!("a fault of {:?} belongs to no requester of the guest", fault.dev);
+            return;
+        };
+        let target = self.target.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(target) = target.and_then(|target| target.upgrade()) else { return };
+        target.dma_fault(&DmaFault {
+            requester,
+            address: fault.address,
+            write: fault.write,
+            execute: fault.execute,
+            privileged: fault.privileged,
+            reason: fault.reason,
+            stage2: fault.stage2,
+        });
+    }
+}
+
+impl fmt::Debug for FaultRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultRouter").field("rids", &self.rids).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Target(Mutex<Vec<DmaFault>>);
+
+    impl FaultTarget for Target {
+        fn dma_fault(&self, fault: &DmaFault) {
+            self.0.lock().unwrap().push(*fault);
+        }
+    }
+
+    const FAULT: HostFault = HostFault {
+        dev: ObjectId(7),
+        pasid: Some(5),
+        address: 0x1234,
+        write: true,
+        execute: false,
+        privileged: false,
+        reason: 0x71,
+        stage2: false,
+    };
+
+    #[test]
+    fn a_fault_finds_its_requester() {
+        let router = FaultRouter::default();
+        let target = Arc::new(Target::default());
+        router.dma_fault(&FAULT); // No target and no device yet: nothing happens.
+        router.set_target(Arc::downgrade(&target) as Weak<dyn FaultTarget>);
+        router.dma_fault(&FAULT);
+        assert!(target.0.lock().unwrap().is_empty());
+
+        let rid = Bdf::new(0, 4, 0).unwrap();
+        router.add(FAULT.dev, rid);
+        router.dma_fault(&FAULT);
+        router.dma_fault(&HostFault { pasid: None, ..FAULT });
+        router.dma_fault(&HostFault { pasid: Some(1 << 20), ..FAULT }); // No PASID of PCIe.
+        router.remove(FAULT.dev);
+        router.dma_fault(&FAULT);
+
+        let seen = target.0.lock().unwrap();
+        let requesters: Vec<_> = seen.iter().map(|fault| fault.requester).collect();
+        let with_pasid = Requester { rid, pasid: Pasid::new(5) };
+        assert_eq!(requesters, [with_pasid, Requester::rid(rid)]);
+        assert_eq!((seen[0].address, seen[0].reason, seen[0].write), (0x1234, 0x71, true));
+    }
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From the guest's invalidations to the host's: one call per HWPT and batch.
+
+use std::collections::BTreeMap;
+
+use super::error::{NestingError, Result};
+use super::ranges::{FlushSet, EVERYTHING};
+use super::stage1::NestedHwpts;
+use super::state::State;
+use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateError, ObjectId};
+use crate::viommu::{Invalidation, Stage1};
+
+/// What each HWPT is to forget because of `batch`. Requesters that are blocked or bypass stage 1
+/// use no nested HWPT, and nothing of theirs is cached under the guest's names.
+///
+/// Ranges are gathered by what they name before that is looked up: so a guest pays for the length
+/// of its batch and for the names it has given, not for their product.
+fn plan(batch: &[Invalidation], nested: &NestedHwpts) -> BTreeMap<ObjectId, FlushSet> {
+    let mut by_name: BTreeMap<(Option<u16>, Option<u32>), FlushSet> = BTreeMap::new();
+    for invalidation in batch {
+        let name = (invalidation.domain, invalidation.pasid);
+        by_name.entry(name).or_default().add(invalidation.range);
+    }
+    let mut by_hwpt: BTreeMap<ObjectId, FlushSet> = BTreeMap::new();
+    for ((domain, pasid), ranges) in by_name {
+        for hwpt in nested.named(domain, pasid) {
+            by_hwpt.entry(hwpt).or_default().extend(&ranges);
+        }
+    }
+    by_hwpt
+}
+
+impl State {
+    /// See [`crate::viommu::HostSide::invalidate`].
+    pub fn invalidate(&mut self, batch: &[Invalidation]) -> Result<()> {
+        self.counters.invalidations_in += batch.len() as u64;
+        let mut result = Ok(());
+        for (hwpt, ranges) in plan(batch, &self.nested) {
+            let added = ranges.added();
+            let entries = ranges.into_entries();
+            self.counters.merged += added - entries.len() as u64;
+            if let Err(error) = self.flush(hwpt, &entries) {
+                // What cannot be invalidated must not be used.
+                for requester in self.nested.users(hwpt) {
+                    self.block(requester);
+                }
+                result = result.and(Err(error));
+            }
+        }
+        result
+    }
+
+    /// Makes `hwpt` forget everything.
+    pub fn flush_everything(&mut self, hwpt: ObjectId) -> Result<()> {
+        self.flush(hwpt, &[EVERYTHING])
+    }
+
+    /// Has the host work off `entries`. Where it stops, a flush of everything takes the place of
+    /// the entry that failed: it does what that one and all after it ask for, and those before it
+    /// are complete.
+    fn flush(&mut self, hwpt: ObjectId, entries: &[iommu_hwpt_vtd_s1_invalidate]) -> Result<()> {
+        let Err(stopped) = self.invalidate_hwpt(hwpt, entries) else { return Ok(()) };
+        log::debug!("the rest of HWPT {hwpt} is flushed whole: {stopped}");
+        self.invalidate_hwpt(hwpt, &[EVERYTHING]).map_err(|stopped| NestingError::Host {
+            what: format!("invalidating HWPT {hwpt}"),
+            source: stopped.error,
+        })
+    }
+
+    fn invalidate_hwpt(
+        &mut self,
+        hwpt: ObjectId,
+        entries: &[iommu_hwpt_vtd_s1_invalidate],
+    ) -> std::result::Result<(), InvalidateError> {
+        let data = match self.nested.stage1(hwpt) {
+            Some(Stage1::VtdSecondStage(_)) => InvalidateData::VtdSecondStage(entries),
+            _ => InvalidateData::VtdS1(entries),
+        };
+        let result = self.host().hwpt_invalidate(hwpt, data);
+        let done = match &result {
+            Ok(()) => entries.len(),
+            Err(stopped) => stopped.done.min(entries.len()),
+        };
+        self.counters.entries_out += done as u64;
+        result
+    }
+}

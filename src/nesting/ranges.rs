@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Arithmetic of the page ranges that one HWPT is to forget.
+
+use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, VTD_INV_FLAGS_LEAF};
+use crate::viommu::PageRange;
+
+/// Pages are counted in 4 KiB, whatever the size of the mapping.
+const PAGE_SHIFT: u32 = 12;
+/// The page number past the last one of a 64-bit address space.
+const SPACE_END: u64 = 1 << (u64::BITS - PAGE_SHIFT);
+/// More ranges than this become one flush of everything: each costs the host a descriptor of its
+/// own, and refilling a cache from scratch is cheaper than so many. Far below what one call may
+/// carry (`IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX`, 2^19).
+const MAX_ENTRIES: usize = 256;
+
+/// Everything, with the paging-structure caches: the uAPI's way to say so.
+pub(super) const EVERYTHING: iommu_hwpt_vtd_s1_invalidate =
+    iommu_hwpt_vtd_s1_invalidate { addr: 0, npages: u64::MAX, flags: 0, __reserved: 0 };
+
+/// Pages `first..end`, by number. Numbers of pages, unlike addresses, cannot wrap.
+#[derive(Debug, Clone, Copy)]
+struct Span {
+    first: u64,
+    end: u64,
+    leaf: bool,
+}
+
+/// What one HWPT is to forget: some ranges, or everything.
+#[derive(Debug, Clone, Default)]
+pub struct FlushSet {
+    everything: bool,
+    spans: Vec<Span>,
+    added: u64,
+}
+
+impl FlushSet {
+    /// Adds `range`, clamped to the end of the address space, or everything.
+    pub fn add(&mut self, range: Option<PageRange>) {
+        self.added += 1;
+        if self.everything {
+            return;
+        }
+        let Some(range) = range else { return self.add_everything() };
+        let first = range.address >> PAGE_SHIFT;
+        // At least one page: a range that names none would otherwise leave its page stale.
+        let end = first.saturating_add(range.pages.max(1)).min(SPACE_END);
+        if first == 0 && end == SPACE_END {
+            return self.add_everything();
+        }
+        self.spans.push(Span { first, end, leaf: range.leaf });
+    }
+
+    /// Adds all of `other`.
+    pub fn extend(&mut self, other: &Self) {
+        self.added += other.added;
+        if other.everything {
+            self.add_everything();
+        } else if !self.everything {
+            self.spans.extend_from_slice(&other.spans);
+        }
+    }
+
+    /// How many ranges were added so far.
+    pub fn added(&self) -> u64 {
+        self.added
+    }
+
+    fn add_everything(&mut self) {
+        self.everything = true;
+        self.spans = Vec::new();
+    }
+
+    /// The entries of one host call: ascending, none overlapping or adjacent to another, none
+    /// past 2^64. Together they cover every range that was added, and nothing else unless there
+    /// are so many that everything is cheaper. An entry leaves paging-structure caches alone only
+    /// if each range in it asked for no more.
+    pub fn into_entries(mut self) -> Vec<iommu_hwpt_vtd_s1_invalidate> {
+        if self.everything {
+            return vec![EVERYTHING];
+        }
+        self.spans.sort_unstable_by_key(|span| span.first);
+        let mut merged: Vec<Span> = Vec::new();
+        for span in self.spans {
+            match merged.last_mut() {
+                Some(last) if span.first <= last.end => {
+                    last.end = last.end.max(span.end);
+                    last.leaf &= span.leaf;
+                }
+                _ => merged.push(span),
+            }
+        }
+        let covers_all = |span: &Span| span.first == 0 && span.end == SPACE_END;
+        if merged.len() > MAX_ENTRIES || merged.first().is_some_and(covers_all) {
+            return vec![EVERYTHING];
+        }
+        merged.iter().map(Span::entry).collect()
+    }
+}
+
+impl Span {
+    fn entry(&self) -> iommu_hwpt_vtd_s1_invalidate {
+        iommu_hwpt_vtd_s1_invalidate {
+            addr: self.first << PAGE_SHIFT,
+            npages: self.end - self.first,
+            flags: if self.leaf { VTD_INV_FLAGS_LEAF } else { 0 },
+            __reserved: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn range(address: u64, pages: u64, leaf: bool) -> Option<PageRange> {
+        Some(PageRange { address, pages, leaf })
+    }
+
+    fn entries(ranges: &[Option<PageRange>]) -> Vec<(u64, u64, bool)> {
+        let mut set = FlushSet::default();
+        ranges.iter().for_each(|range| set.add(*range));
+        let entries = set.into_entries();
+        entries.iter().map(|entry| (entry.addr, entry.npages, entry.flags != 0)).collect()
+    }
+
+    const ALL: (u64, u64, bool) = (0, u64::MAX, false);
+
+    #[test]
+    fn adjacent_and_overlapping_ranges_become_one() {
+        assert_eq!(entries(&[]), []);
+        let adjacent = [range(0x3000, 2, true), range(0x1000, 2, true)];
+        assert_eq!(entries(&adjacent), [(0x1000, 4, true)]);
+        let inside = [range(0x1000, 8, true), range(0x3000, 1, true)];
+        assert_eq!(entries(&inside), [(0x1000, 8, true)]);
+        let apart = [range(0x1000, 1, true), range(0x3000, 1, false)];
+        assert_eq!(entries(&apart), [(0x1000, 1, true), (0x3000, 1, false)]);
+    }
+
+    #[test]
+    fn the_paging_structure_caches_stay_only_if_all_agree() {
+        let mixed = [range(0x1000, 1, true), range(0x2000, 1, false), range(0x3000, 1, true)];
+        assert_eq!(entries(&mixed), [(0x1000, 3, false)]);
+    }
+
+    #[test]
+    fn nothing_passes_the_end_of_the_address_space() {
+        let last_page = u64::MAX & !0xfff;
+        assert_eq!(entries(&[range(last_page, u64::MAX, true)]), [(last_page, 1, true)]);
+        assert_eq!(entries(&[range(last_page, 1, true)]), [(last_page, 1, true)]);
+        assert_eq!(entries(&[range(0x1000, u64::MAX, true)]), [(0x1000, SPACE_END - 1, true)]);
+        assert_eq!(entries(&[range(0x1000, 0, true)]), [(0x1000, 1, true)]);
+    }
+
+    #[test]
+    fn everything_absorbs_the_rest() {
+        assert_eq!(entries(&[range(0x1000, 1, true), None, range(0x5000, 1, true)]), [ALL]);
+        assert_eq!(entries(&[range(0, u64::MAX, true)]), [ALL]);
+        assert_eq!(entries(&[range(0, 1 << 51, true), range(1 << 63, 1 << 51, true)]), [ALL]);
+        let mut whole = FlushSet::default();
+        whole.add(None);
+        let mut some = FlushSet::default();
+        some.add(range(0x1000, 1, true));
+        some.extend(&whole);
+        assert_eq!(some.into_entries(), [EVERYTHING]);
+    }
+
+    #[test]
+    fn too_many_ranges_become_everything() {
+        let scattered = |n: u64| (0..n).map(|i| range(i << 20, 1, true)).collect::<Vec<_>>();
+        assert_eq!(entries(&scattered(MAX_ENTRIES as u64)).len(), MAX_ENTRIES);
+        assert_eq!(entries(&scattered(MAX_ENTRIES as u64 + 1)), [ALL]);
+    }
+
+    proptest! {
+        /// Against a page-by-page account: the same pages, and `leaf` nowhere it was not asked.
+        #[test]
+        fn merged_ranges_cover_the_same_pages(
+            ranges in prop::collection::vec((0u64..400, 1u64..20, any::<bool>()), 0..60),
+        ) {
+            let mut pages = BTreeMap::new();
+            let mut set = FlushSet::default();
+            for &(first, count, leaf) in &ranges {
+                set.add(range(first << 12, count, leaf));
+                for page in first..first + count {
+                    *pages.entry(page).or_insert(true) &= leaf;
+                }
+            }
+            let entries = set.into_entries();
+            let mut covered = BTreeMap::new();
+            for entry in &entries {
+                for page in (entry.addr >> 12)..(entry.addr >> 12) + entry.npages {
+                    prop_assert_eq!(covered.insert(page, entry.flags != 0), None);
+                }
+            }
+            prop_assert!(covered.keys().eq(pages.keys()));
+            for (page, leaf) in &covered {
+                prop_assert!(!leaf || pages[page]);
+            }
+            for pair in entries.windows(2) {
+                prop_assert!(pair[0].addr + (pair[0].npages << 12) < pair[1].addr);
+            }
+        }
+
+        /// Anywhere in 64 bits: every range is covered, and no entry wraps.
+        #[test]
+        fn any_range_is_covered_and_none_wraps(
+            ranges in prop::collection::vec((any::<u64>(), any::<u64>(), 0u32..64), 1..40),
+        ) {
+            let ranges: Vec<_> = ranges
+                .iter()
+                .map(|&(address, pages, shift)| (address & !0xfff, (pages >> shift).max(1)))
+                .collect();
+            let mut set = FlushSet::default();
+            for &(address, pages) in &ranges {
+                set.add(range(address, pages, true));
+            }
+            let entries = set.into_entries();
+            // In 128 bits nothing wraps by itself.
+            let last = |address: u64, pages: u64| u128::from(address) + u128::from(pages) * 4096 - 1;
+            let space = u128::from(u64::MAX);
+            for entry in &entries {
+                prop_assert!(*entry == EVERYTHING || last(entry.addr, entry.npages) <= space);
+            }
+            for &(address, pages) in &ranges {
+                let needed = last(address, pages).min(space);
+                prop_assert!(entries.iter().any(|entry| *entry == EVERYTHING
+                    || (entry.addr <= address && last(entry.addr, entry.npages) >= needed)));
+            }
+        }
+    }
+}

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From policies to attachments: what each requester's DMA goes through.
+
+use super::error::{NestingError, Result};
+use super::state::{Device, State};
+use crate::iommufd::{
+    iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId,
+    VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
+};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage};
+
+/// Tables start a page of 4 KiB. The kernel would take the low bits for flags of the PASID entry.
+const TABLE_ALIGNMENT: u64 = 4096;
+
+/// What a requester is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Attached {
+    /// Nothing: it is blocked.
+    #[default]
+    Nothing,
+    /// The nesting parent: untranslated.
+    Parent,
+    /// This `HWPT_NESTED`.
+    Nested(ObjectId),
+}
+
+/// What the host was last told of a requester.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Slot {
+    /// What it was attached to.
+    pub attached: Attached,
+    /// An attach or a detach failed since, so that the host's books and its hardware may disagree.
+    /// Only a detach makes them agree again.
+    unsettled: bool,
+}
+
+impl Slot {
+    /// Attached, without a doubt.
+    pub fn on(attached: Attached) -> Self {
+        Self { attached, unsettled: false }
+    }
+}
+
+impl State {
+    fn slot(&self, requester: Requester) -> Slot {
+        self.slots.get(&requester).copied().unwrap_or_default()
+    }
+
+    /// See [`crate::viommu::HostSide::configure`].
+    pub fn configure(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
+        let result = self.apply(requester, config);
+        if result.is_err() {
+            self.block(requester);
+        }
+        result
+    }
+
+    fn apply(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
+        let Some(device) = self.devices.get(&requester.rid).copied() else {
+            return match config.policy {
+                Policy::Blocked { .. } => Ok(()),
+                _ => Err(NestingError::NoDevice(requester.rid)),
+            };
+        };
+        if requester.pasid.is_some_and(|pasid| pasid.raw() == 0) {
+            return self.apply_to_pasid_zero(requester, config);
+        }
+        if self.slot(requester).unsettled {
+            self.detach(requester)?;
+        }
+        let attached = self.slot(requester).attached;
+        match config.policy {
+            Policy::Blocked { .. } if attached == Attached::Nothing => self.unchanged(),
+            Policy::Blocked { .. } => self.detach(requester),
+            Policy::Bypass if attached == Attached::Parent => self.unchanged(),
+            Policy::Bypass => self.attach(requester, &device, device.parent.hwpt, Attached::Parent),
+            Policy::Stage1(stage1) => self.nest(requester, &device, stage1, config.tag),
+        }
+    }
+
+    fn unchanged(&mut self) -> Result<()> {
+        self.counters.unchanged += 1;
+        Ok(())
+    }
+
+    /// On the host, attaching to PASID 0 is attaching the RID: requests with PASID 0 and requests
+    /// without share one entry. So nothing is done, and anything but the RID's policy is refused.
+    fn apply_to_pasid_zero(
+        &mut self,
+        requester: Requester,
+        config: &RequesterConfig,
+    ) -> Result<()> {
+        let rid = Requester::rid(requester.rid);
+        let same = match (self.slot(rid).attached, config.policy) {
+            (Attached::Nothing, Policy::Blocked { .. }) => true,
+            (Attached::Parent, Policy::Bypass) => true,
+            (Attached::Nested(hwpt), Policy::Stage1(stage1)) => {
+                self.nested.stage1(hwpt) == Some(stage1) && self.nested.knows(hwpt, config.tag)
+            }
+            _ => false,
+        };
+        if !same {
+            return Err(NestingError::PasidZero(requester));
+        }
+        self.unchanged()
+    }
+
+    /// Sends `requester` through `stage1`.
+    fn nest(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        stage1: Stage1,
+        tag: DomainTag,
+    ) -> Result<()> {
+        let found = self.nested.find(device.parent.hwpt, &stage1);
+        let hwpt = match found {
+            Some(hwpt) => hwpt,
+            None => self.alloc_nested(requester, device, stage1)?,
+        };
+        // The host caches under a tag of its own for each HWPT, the guest under a DomainTag for
+        // each user. Under a tag that none of the users had, the guest knows nothing to be cached,
+        // and need not have invalidated what the host still caches for the others.
+        let adopts = found.is_some() && !self.nested.knows(hwpt, tag);
+        if adopts {
+            self.flush_everything(hwpt)?;
+        }
+        if self.slot(requester).attached != Attached::Nested(hwpt) {
+            self.attach(requester, device, hwpt, Attached::Nested(hwpt))?;
+            self.counters.nested_shares += u64::from(found.is_some());
+        } else if !adopts {
+            self.counters.unchanged += 1;
+        }
+        self.nested.join(hwpt, requester, tag);
+        Ok(())
+    }
+
+    /// Makes the `HWPT_NESTED` of `stage1`, without a user yet.
+    fn alloc_nested(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        stage1: Stage1,
+    ) -> Result<ObjectId> {
+        check_pasid(requester, device)?;
+        let data = match stage1 {
+            Stage1::VtdFirstStage(first) => HwptData::VtdS1(vtd_s1(&first)),
+            Stage1::VtdSecondStage(_) if !self.nests_second_stage() => {
+                return Err(NestingError::GuestSecondStage(requester));
+            }
+            Stage1::VtdSecondStage(second) => HwptData::VtdSecondStage(HwptVtdSecondStage {
+                pgtbl_addr: second.table,
+                addr_width: second.address_width.into(),
+            }),
+        };
+        let table = match stage1 {
+            Stage1::VtdFirstStage(first) => first.table,
+            Stage1::VtdSecondStage(second) => second.table,
+        };
+        if table % TABLE_ALIGNMENT != 0 {
+            return Err(NestingError::UnalignedTable { requester, table });
+        }
+        let args = HwptAlloc {
+            flags: HwptFlags::new().with_pasid(device.parent.pasid),
+            dev: device.dev,
+            pt: device.parent.hwpt,
+            data,
+            fault: None,
+        };
+        let hwpt = self.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
+        self.counters.nested_allocs += 1;
+        self.nested.insert(hwpt, device.parent.hwpt, stage1);
+        Ok(hwpt)
+    }
+
+    /// Attaches `requester` to `pt`, in place of what was there. When the host refuses, the
+    /// requester is blocked and `pt` is gone if nobody else uses it.
+    fn attach(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        pt: ObjectId,
+        attached: Attached,
+    ) -> Result<()> {
+        check_pasid(requester, device)?;
+        let before = self.slot(requester);
+        let pasid = requester.pasid.map(Pasid::raw);
+        if let Err(source) = self.host().device_attach(device.dev, pasid, pt) {
+            self.counters.refused_attaches += 1;
+            // VT-d blocks before it checks, and never reverts; iommufd goes on to believe in the
+            // old page table, and would take attaching that again for done.
+            self.slots.insert(requester, Slot { unsettled: true, ..before });
+            self.block(requester);
+            self.destroy_unused(attached);
+            return Err(NestingError::Host { what: format!("attaching {requester}"), source });
+        }
+        self.slots.insert(requester, Slot::on(attached));
+        self.counters.replaces += u64::from(before.attached != Attached::Nothing);
+        self.release(requester, before.attached);
+        Ok(())
+    }
+
+    /// Blocks `requester`, as far as the host lets it be done. What fails is tried again when the
+    /// requester is next configured or removed.
+    pub fn block(&mut self, requester: Requester) {
+        if let Err(error) = self.detach(requester) {
+            log::error!("{requester} could not be blocked: {error}");
+        }
+    }
+
+    /// Detaches `requester`: its DMA is blocked.
+    pub fn detach(&mut self, requester: Requester) -> Result<()> {
+        let slot = self.slot(requester);
+        // A slot that says anything belongs to a device.
+        let Some(device) = self.devices.get(&requester.rid).copied() else { return Ok(()) };
+        if slot == Slot::default() {
+            return Ok(());
+        }
+        if let Err(source) = self.detach_on_host(device.dev, requester.pasid.map(Pasid::raw)) {
+            self.slots.insert(requester, Slot { unsettled: true, ..slot });
+            return Err(NestingError::Host { what: format!("detaching {requester}"), source });
+        }
+        self.slots.remove(&requester);
+        self.release(requester, slot.attached);
+        Ok(())
+    }
+
+    /// The detach itself. Nothing else can block a requester, so it is tried once more if it
+    /// fails. A device that is not there any more (`ENOENT`) is attached to nothing.
+    pub fn detach_on_host(
+        &mut self,
+        dev: ObjectId,
+        pasid: Option<u32>,
+    ) -> crate::iommufd::Result<()> {
+        let mut result = self.host().device_detach(dev, pasid);
+        if result.is_err() {
+            result = self.host().device_detach(dev, pasid);
+        }
+        match result {
+            Err(error) if error.errno != Errno::ENOENT => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// `requester` does not use `attached` any more.
+    fn release(&mut self, requester: Requester, attached: Attached) {
+        if let Attached::Nested(hwpt) = attached {
+            self.nested.leave(hwpt, requester);
+            self.destroy_unused(attached);
+        }
+    }
+
+    fn destroy_unused(&mut self, attached: Attached) {
+        if let Attached::Nested(hwpt) = attached {
+            if self.nested.remove_unused(hwpt) {
+                self.destroy(hwpt);
+            }
+        }
+    }
+
+    /// See [`crate::viommu::HostSide::forget_pasids`].
+    pub fn forget_pasids(&mut self, rid: Bdf) -> Result<()> {
+        let pasids: Vec<Requester> = self
+            .slots
+            .range(Requester::rid(rid)..)
+            .map(|(requester, _)| *requester)
+            .take_while(|requester| requester.rid == rid)
+            .filter(|requester| requester.pasid.is_some())
+            .collect();
+        let mut result = Ok(());
+        for requester in pasids {
+            result = result.and(self.detach(requester));
+        }
+        result
+    }
+}
+
+/// Linux answers an attach of a PASID to a device without PASIDs with success, and does nothing.
+fn check_pasid(requester: Requester, device: &Device) -> Result<()> {
+    let bits = device.info.max_pasid_log2;
+    match requester.pasid {
+        Some(pasid) if pasid.raw().checked_shr(bits.into()).unwrap_or(0) != 0 => {
+            Err(NestingError::PasidTooWide { requester, bits })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn vtd_s1(tables: &VtdFirstStage) -> iommu_hwpt_vtd_s1 {
+    let flag = |set: bool, flag: u64| if set { flag } else { 0 };
+    iommu_hwpt_vtd_s1 {
+        flags: flag(tables.supervisor_requests, VTD_S1_SRE)
+            | flag(tables.extended_accessed, VTD_S1_EAFE)
+            | flag(tables.write_protect, VTD_S1_WPE),
+        pgtbl_addr: tables.table,
+        addr_width: tables.address_width.into(),
+        __reserved: 0,
+    }
+}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which host calls a configuration costs, and in what order.
+
+use super::*;
+use crate::iommufd::{Errno, Protection, Verb};
+
+#[test]
+fn the_first_attach() {
+    let host = RecordingHost::new(Extensions::default());
+    let dev = host.add_device(0, hw_info(0, 8));
+    let nesting = Nesting::new(host.clone()).unwrap();
+    nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    nesting.add_device(A, dev).unwrap();
+    let rig = Rig { host, nesting };
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.expect(&[
+        "IOAS_ALLOC - = #2",
+        "IOAS_MAP #2 0x0+0x10000 rw",
+        "GET_HW_INFO #1",
+        "HWPT_ALLOC paging NEST_PARENT PASID on #2 for #1 = #3",
+        "DEVICE_ATTACH #1 to #3",
+        "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #3 for #1 = #4",
+        "DEVICE_ATTACH #1 to #4",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn an_unchanged_entry_costs_nothing() {
+    let rig = Rig::new();
+    for policy in [first_stage(0x1000), Policy::Bypass, BLOCKED] {
+        rig.configure(Requester::rid(A), policy).unwrap();
+        rig.host.take_log();
+        rig.configure(Requester::rid(A), policy).unwrap();
+        rig.expect(&[]);
+    }
+    assert_eq!(rig.nesting.counters().unchanged, 3);
+}
+
+#[test]
+fn a_changed_pointer_replaces() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+        "HWPT_ALLOC VTD_S1(0x2000, 48 bits, flags 0x0) PASID on #4 for #1 = #6",
+        "DEVICE_ATTACH #1 to #6",
+        "DESTROY #5",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn flags_reach_the_host_in_its_own_bits() {
+    let rig = Rig::new();
+    let tables = VtdFirstStage {
+        table: 0x1000,
+        address_width: 57,
+        supervisor_requests: true,
+        write_protect: true,
+        extended_accessed: true,
+    };
+    let policy = Policy::Stage1(Stage1::VtdFirstStage(tables));
+    rig.configure(Requester::rid(A), policy).unwrap();
+    let calls = rig.host.take_log();
+    assert!(calls[0].contains("VTD_S1(0x1000, 57 bits, flags 0x7)"), "{calls:?}");
+}
+
+#[test]
+fn a_shared_table_is_one_object_until_its_last_user_leaves() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure(Requester::rid(B), first_stage(0x1000)).unwrap();
+    rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
+    rig.configure(Requester::rid(B), Policy::Bypass).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+        "DEVICE_ATTACH #2 to #5",
+        "DEVICE_ATTACH #1 to #4",
+        "DEVICE_ATTACH #2 to #4",
+        "DESTROY #5",
+    ]);
+    let counters = rig.nesting.counters();
+    assert_eq!((counters.nested_allocs, counters.nested_shares, counters.replaces), (1, 1, 4));
+    rig.ends_clean();
+}
+
+#[test]
+fn a_table_shared_under_a_new_name_is_flushed_first() {
+    let rig = Rig::new();
+    let (old, new) = (TAG, DomainTag { domain: 8, pasid: 0 });
+    rig.configure_tagged(Requester::rid(A), first_stage(0x1000), old).unwrap();
+    rig.host.take_log();
+    rig.configure_tagged(Requester::rid(B), first_stage(0x1000), new).unwrap();
+    rig.expect(&["HWPT_INVALIDATE #5 [all]", "DEVICE_ATTACH #2 to #5"]);
+    // Now both names are known: the guest keeps each in order.
+    rig.configure_tagged(Requester::rid(A), first_stage(0x1000), new).unwrap();
+    rig.expect(&[]);
+    // Nobody goes by the old name any more: it is new again.
+    rig.configure_tagged(Requester::rid(B), first_stage(0x1000), old).unwrap();
+    rig.expect(&["HWPT_INVALIDATE #5 [all]"]);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_renamed_requester_that_cannot_be_flushed_is_blocked() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.take_log();
+    rig.host.fail_invalidation(0, Errno::EIO);
+    rig.host.fail_invalidation(0, Errno::EIO);
+    let renamed = DomainTag { domain: 8, pasid: 0 };
+    rig.configure_tagged(Requester::rid(A), first_stage(0x1000), renamed).unwrap_err();
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [all] ! EIO",
+        "HWPT_INVALIDATE #5 [all] ! EIO",
+        "DEVICE_DETACH #1",
+        "DESTROY #5",
+    ]);
+    assert_eq!(rig.host.reaches(DEV_A, None), None);
+}
+
+#[test]
+fn a_changed_type_from_stage_1_to_bypass_to_blocked_and_back() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.take_log();
+    rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
+    rig.expect(&["DEVICE_ATTACH #1 to #4", "DESTROY #5"]);
+    rig.configure(Requester::rid(A), BLOCKED).unwrap();
+    rig.expect(&["DEVICE_DETACH #1"]);
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+    ]);
+    rig.configure(Requester::rid(A), BLOCKED).unwrap();
+    rig.expect(&["DEVICE_DETACH #1", "DESTROY #5"]);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_refused_attach_blocks_and_is_tried_again() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.take_log();
+    rig.host.fail_next(Verb::DeviceAttach, Errno::EINVAL);
+    let error = rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap_err();
+    assert!(error.to_string().contains("00:04.0"), "{error}");
+    assert!(error.to_string().contains("EINVAL"), "{error}");
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x2000, 48 bits, flags 0x0) PASID on #4 for #1 = #6",
+        "DEVICE_ATTACH #1 to #6 ! EINVAL",
+        "DEVICE_DETACH #1",
+        "DESTROY #5",
+        "DESTROY #6",
+    ]);
+    assert_eq!(rig.host.reaches(DEV_A, None), None);
+    assert_eq!(rig.nesting.counters().refused_attaches, 1);
+    // The same again is no repetition: it had failed.
+    rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x2000, 48 bits, flags 0x0) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn after_a_refused_attach_the_old_tables_can_be_reached_again() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure(Requester::rid(B), first_stage(0x1000)).unwrap();
+    rig.host.fail_next(Verb::DeviceAttach, Errno::EINVAL);
+    rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap_err();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    // Without the detach the host would have taken this for done, and left A blocked.
+    assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(5)));
+    rig.ends_clean();
+}
+
+#[test]
+fn a_refused_allocation_blocks() {
+    let rig = Rig::new();
+    rig.host.fail_next(Verb::HwptAlloc, Errno::EOPNOTSUPP);
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap_err();
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #4 for #1 ! EOPNOTSUPP",
+        "DEVICE_DETACH #1",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_detach_that_fails_is_tried_once_more_and_then_first_of_all() {
+    let rig = Rig::new();
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    rig.configure(Requester::rid(A), BLOCKED).unwrap();
+    rig.expect(&["DEVICE_DETACH #1 ! EIO", "DEVICE_DETACH #1"]);
+
+    (0..4).for_each(|_| rig.host.fail_next(Verb::DeviceDetach, Errno::EIO));
+    rig.configure(Requester::rid(B), BLOCKED).unwrap_err();
+    rig.host.take_log();
+    // What it is attached to is not to be trusted: no repetition, though it is the parent still.
+    rig.configure(Requester::rid(B), Policy::Bypass).unwrap();
+    rig.expect(&["DEVICE_DETACH #2", "DEVICE_ATTACH #2 to #4"]);
+    rig.ends_clean();
+}
+
+#[test]
+fn pasids_have_attachments_of_their_own() {
+    let rig = Rig::new();
+    rig.configure(pasid(A, 5), first_stage(0x1000)).unwrap();
+    rig.configure(pasid(A, 6), Policy::Bypass).unwrap();
+    rig.configure(Requester::rid(A), BLOCKED).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 PASID 0x5 to #5",
+        "DEVICE_ATTACH #1 PASID 0x6 to #4",
+        "DEVICE_DETACH #1",
+    ]);
+    rig.nesting.forget_pasids(A).unwrap();
+    rig.expect(&["DEVICE_DETACH #1 PASID 0x5", "DESTROY #5", "DEVICE_DETACH #1 PASID 0x6"]);
+    rig.nesting.forget_pasids(A).unwrap();
+    rig.expect(&[]);
+    rig.ends_clean();
+}
+
+#[test]
+fn pasids_that_the_device_does_not_have_are_refused() {
+    let rig = Rig::new();
+    let error = rig.configure(pasid(A, 0x100), first_stage(0x1000)).unwrap_err();
+    assert!(error.to_string().contains("8-bit PASIDs"), "{error}");
+    rig.configure(pasid(A, 0x100), BLOCKED).unwrap();
+    rig.expect(&[]);
+}
+
+#[test]
+fn pasid_zero_goes_with_the_rid() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.take_log();
+    rig.configure(pasid(A, 0), first_stage(0x1000)).unwrap();
+    rig.configure(pasid(A, 0), first_stage(0x2000)).unwrap_err();
+    rig.configure(pasid(A, 0), Policy::Bypass).unwrap_err();
+    rig.configure(pasid(A, 0), BLOCKED).unwrap_err();
+    rig.expect(&[]);
+}
+
+#[test]
+fn second_stage_tables_of_the_guest_need_a_host_that_walks_them() {
+    let rig = Rig::new();
+    let error = rig.configure(Requester::rid(A), second_stage(0x1000)).unwrap_err();
+    assert!(error.to_string().contains("second-stage"), "{error}");
+    rig.expect(&["DEVICE_DETACH #1"]);
+
+    let rig = Rig::with(Extensions { guest_second_stage: true, ..Extensions::default() });
+    rig.configure(Requester::rid(A), second_stage(0x1000)).unwrap();
+    rig.nesting.invalidate(&[Invalidation::ALL]).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC second-stage(0x1000, 48 bits) PASID on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+        "HWPT_INVALIDATE #5 second-stage [all]",
+    ]);
+}
+
+#[test]
+fn a_table_off_its_page_never_reaches_the_host() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1008)).unwrap_err();
+    rig.expect(&["DEVICE_DETACH #1"]);
+}
+
+#[test]
+fn a_requester_without_a_device_is_blocked_already() {
+    let rig = Rig::new();
+    let nobody = Requester::rid(Bdf::from_raw(0x99));
+    rig.configure(nobody, BLOCKED).unwrap();
+    let error = rig.configure(nobody, Policy::Bypass).unwrap_err();
+    assert!(error.to_string().contains("00:13.1"), "{error}");
+    rig.nesting.forget_pasids(nobody.rid).unwrap();
+    rig.expect(&[]);
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which host calls a batch of invalidations costs.
+
+use super::*;
+use crate::iommufd::{Errno, Verb};
+
+#[test]
+fn a_batch_is_one_call_per_hwpt_and_ordering_point() {
+    let rig = Rig::new();
+    let other = DomainTag { domain: 8, pasid: 0 };
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure_tagged(Requester::rid(B), first_stage(0x2000), other).unwrap();
+    rig.host.take_log();
+    let first = [page(TAG, 0x1000), page(other, 0x9000), page(TAG, 0x2000), page(TAG, 0x8000)];
+    rig.nesting.invalidate(&first).unwrap();
+    rig.nesting.invalidate(&[page(TAG, 0x3000)]).unwrap();
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [0x1000/2 leaf, 0x8000/1 leaf]",
+        "HWPT_INVALIDATE #6 [0x9000/1 leaf]",
+        "HWPT_INVALIDATE #5 [0x3000/1 leaf]",
+    ]);
+    let counters = rig.nesting.counters();
+    assert_eq!((counters.invalidations_in, counters.entries_out, counters.merged), (5, 4, 1));
+    rig.ends_clean();
+}
+
+#[test]
+fn only_nested_requesters_that_are_named_cost_a_call() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
+    rig.configure(Requester::rid(B), BLOCKED).unwrap();
+    rig.configure_tagged(pasid(B, 3), first_stage(0x1000), DomainTag { domain: 7, pasid: 3 })
+        .unwrap();
+    rig.host.take_log();
+    rig.nesting.invalidate(&[page(TAG, 0x1000)]).unwrap();
+    rig.nesting.invalidate(&[]).unwrap();
+    rig.expect(&[]);
+    let domain = Invalidation { domain: Some(7), pasid: None, range: None };
+    rig.nesting.invalidate(&[domain, page(TAG, 0x1000)]).unwrap();
+    rig.expect(&["HWPT_INVALIDATE #5 [all]"]);
+}
+
+#[test]
+fn a_partial_invalidation_goes_on_with_everything_where_it_stopped() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.take_log();
+    rig.host.fail_invalidation(1, Errno::EINVAL);
+    let batch = [page(TAG, 0x1000), page(TAG, 0x3000), page(TAG, 0x5000)];
+    rig.nesting.invalidate(&batch).unwrap();
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [0x1000/1 leaf, 0x3000/1 leaf, 0x5000/1 leaf] ! EINVAL",
+        "HWPT_INVALIDATE #5 [all]",
+    ]);
+    assert_eq!(rig.nesting.counters().entries_out, 2);
+    assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(5)));
+}
+
+#[test]
+fn what_cannot_be_invalidated_is_blocked_and_the_rest_is_done() {
+    let rig = Rig::new();
+    let other = DomainTag { domain: 8, pasid: 0 };
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure(pasid(A, 1), first_stage(0x1000)).unwrap();
+    rig.configure_tagged(Requester::rid(B), first_stage(0x2000), other).unwrap();
+    rig.host.take_log();
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    let error = rig.nesting.invalidate(&[page(TAG, 0x1000), page(other, 0x1000)]).unwrap_err();
+    assert!(error.to_string().contains("EIO"), "{error}");
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [0x1000/1 leaf] ! EIO",
+        "HWPT_INVALIDATE #5 [all] ! EIO",
+        "DEVICE_DETACH #1",
+        "DEVICE_DETACH #1 PASID 0x1",
+        "DESTROY #5",
+        "HWPT_INVALIDATE #6 [0x1000/1 leaf]",
+    ]);
+    assert_eq!(rig.host.reaches(DEV_A, None), None);
+    // Blocked requesters are nested anew when they are next configured.
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(5)));
+    rig.ends_clean();
+}

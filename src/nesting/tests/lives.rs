@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Devices, memory and host objects that come and go.
+
+use std::sync::Mutex;
+
+use super::*;
+use crate::iommufd::{Errno, HostFault, Protection, Verb};
+use crate::nesting::NestingError;
+use crate::viommu::{DmaFault, FaultTarget};
+
+#[test]
+fn each_physical_iommu_has_a_nesting_parent() {
+    let host = RecordingHost::new(Extensions::default());
+    for iommu in [0, 1, 1] {
+        host.add_device(iommu, hw_info(0, 0));
+    }
+    let nesting = Nesting::new(host.clone()).unwrap();
+    for dev in 1..=3 {
+        nesting.add_device(Bdf::from_raw(dev), ObjectId(dev.into())).unwrap();
+    }
+    let rig = Rig { host, nesting };
+    rig.expect(&[
+        "IOAS_ALLOC - = #4",
+        "GET_HW_INFO #1",
+        "HWPT_ALLOC paging NEST_PARENT on #4 for #1 = #5",
+        "DEVICE_ATTACH #1 to #5",
+        "GET_HW_INFO #2",
+        "DEVICE_ATTACH #2 to #5 ! EINVAL",
+        "HWPT_ALLOC paging NEST_PARENT on #4 for #2 = #6",
+        "DEVICE_ATTACH #2 to #6",
+        "GET_HW_INFO #3",
+        "DEVICE_ATTACH #3 to #5 ! EINVAL",
+        "DEVICE_ATTACH #3 to #6",
+    ]);
+    // The same tables on two parents are two objects.
+    for dev in 1..=3 {
+        rig.configure(Requester::rid(Bdf::from_raw(dev)), first_stage(0x1000)).unwrap();
+    }
+    assert_eq!(rig.nesting.counters().nested_allocs, 2);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_device_with_pasids_needs_a_parent_made_for_them() {
+    let host = RecordingHost::new(Extensions::default());
+    let (plain, with) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(0, 8)));
+    let nesting = Nesting::new(host.clone()).unwrap();
+    nesting.add_device(A, plain).unwrap();
+    nesting.add_device(B, with).unwrap();
+    let rig = Rig { host, nesting };
+    let calls = rig.host.take_log();
+    assert_eq!(calls[5], "HWPT_ALLOC paging NEST_PARENT PASID on #3 for #2 = #5");
+    rig.configure(pasid(B, 1), Policy::Bypass).unwrap();
+    rig.configure(pasid(A, 1), Policy::Bypass).unwrap_err();
+    rig.ends_clean();
+}
+
+#[test]
+fn a_removed_device_leaves_nothing() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure(pasid(A, 5), first_stage(0x2000)).unwrap();
+    rig.host.take_log();
+    rig.nesting.remove_device(A).unwrap();
+    rig.expect(&["DEVICE_DETACH #1 PASID 0x5", "DESTROY #6", "DEVICE_DETACH #1", "DESTROY #5"]);
+    rig.nesting.remove_device(B).unwrap();
+    rig.expect(&["DEVICE_DETACH #2", "DESTROY #4"]);
+    assert_eq!(rig.nesting.remove_device(B), Err(NestingError::NoDevice(B)));
+    rig.nesting.add_device(B, DEV_B).unwrap();
+    assert_eq!(rig.host.reaches(DEV_B, None), Some(PARENT));
+    assert_eq!(rig.nesting.add_device(B, DEV_A), Err(NestingError::DeviceExists(B)));
+    assert_eq!(rig.nesting.add_device(A, DEV_B), Err(NestingError::DeviceExists(A)));
+    rig.ends_clean();
+}
+
+#[test]
+fn a_device_that_cannot_be_detached_stays_until_it_can() {
+    let rig = Rig::new();
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    rig.nesting.remove_device(A).unwrap_err();
+    assert_eq!(rig.nesting.hw_infos().len(), 2);
+    rig.nesting.remove_device(A).unwrap();
+    rig.ends_clean();
+}
+
+#[test]
+fn shutdown_is_in_the_order_of_use_and_final() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.take_log();
+    rig.nesting.shutdown().unwrap();
+    rig.expect(&["DEVICE_DETACH #1", "DESTROY #5", "DEVICE_DETACH #2", "DESTROY #4", "DESTROY #3"]);
+    assert_eq!(rig.host.live_objects(), []);
+    assert_eq!(rig.nesting.add_device(A, DEV_A), Err(NestingError::ShutDown));
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap_err();
+    drop(rig.nesting);
+    assert_eq!(rig.host.take_log(), Vec::<String>::new());
+}
+
+#[test]
+fn what_could_not_be_destroyed_is_destroyed_later() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.host.fail_next(Verb::Destroy, Errno::EBUSY);
+    rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
+    assert_eq!(rig.host.live_objects(), [IOAS, PARENT, ObjectId(5)]);
+    rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap();
+    rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
+    assert_eq!(rig.host.live_objects(), [IOAS, PARENT]);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_host_that_destroys_nothing_is_not_filled_up() {
+    let rig = Rig::new();
+    (0..10_000).for_each(|_| rig.host.fail_next(Verb::Destroy, Errno::EBUSY));
+    let refused =
+        (1..100u64).find(|n| rig.configure(Requester::rid(A), first_stage(n << 12)).is_err());
+    assert!(refused.is_some(), "a guest could pile up host objects");
+    assert_eq!(rig.host.reaches(DEV_A, None), None);
+    assert!(rig.host.live_objects().len() < 30);
+}
+
+#[test]
+fn erratum_772415_forbids_read_only_memory() {
+    let host = RecordingHost::new(Extensions::default());
+    let (sound, flawed) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(1, 0)));
+    let nesting = Nesting::new(host.clone()).unwrap();
+    nesting.add_device(A, sound).unwrap();
+    nesting.map_memory(0xf000, &memory(), Protection::READ_ONLY).unwrap();
+    let refusal = NestingError::ReadOnlyErratum { gpa: 0xf000, rid: B };
+    assert_eq!(nesting.add_device(B, flawed), Err(refusal));
+    nesting.unmap_memory(0xf000, 0x10000).unwrap();
+    nesting.add_device(B, flawed).unwrap();
+    let refusal = NestingError::ReadOnlyErratum { gpa: 0, rid: B };
+    assert!(refusal.to_string().contains("772415"), "{refusal}");
+    assert_eq!(nesting.map_memory(0, &memory(), Protection::READ_ONLY), Err(refusal));
+    nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+}
+
+#[derive(Default)]
+struct Target(Mutex<Vec<DmaFault>>);
+
+impl FaultTarget for Target {
+    fn dma_fault(&self, fault: &DmaFault) {
+        self.0.lock().unwrap().push(*fault);
+    }
+}
+
+#[test]
+fn faults_come_back_to_their_requester() {
+    let rig = Rig::with(Extensions { fault_reports: true, ..Extensions::default() });
+    let target = Arc::new(Target::default());
+    rig.nesting.set_fault_target(Arc::downgrade(&target) as _);
+    let fault = HostFault {
+        dev: DEV_B,
+        pasid: None,
+        address: 0x5000,
+        write: false,
+        execute: false,
+        privileged: false,
+        reason: 0x71,
+        stage2: true,
+    };
+    // A fault arrives while the lock of nesting is held, as in an invalidation that waits for DMA.
+    let held = rig.nesting.state();
+    rig.host.report_fault(&fault);
+    drop(held);
+    assert_eq!(target.0.lock().unwrap()[0].requester, Requester::rid(B));
+    rig.nesting.remove_device(B).unwrap();
+    rig.host.report_fault(&fault);
+    assert_eq!(target.0.lock().unwrap().len(), 1);
+}
+
+#[test]
+fn the_host_tells_of_each_device() {
+    let rig = Rig::new();
+    let infos = rig.nesting.hw_infos();
+    let told: Vec<_> = infos.iter().map(|d| (d.rid, d.dev, d.info.max_pasid_log2)).collect();
+    assert_eq!(told, [(A, DEV_A, 8), (B, DEV_B, 8)]);
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Tests of [`Nesting`](super::Nesting) against a host that records its calls.
+
+mod calls;
+mod fail_nth;
+mod invalidations;
+mod lives;
+
+use std::sync::Arc;
+
+use vm_memory::{GuestAddress, GuestRegionMmap};
+
+use super::Nesting;
+use crate::iommufd::fake::RecordingHost;
+use crate::iommufd::{
+    iommu_hw_info_vtd, Extensions, HwCapabilities, HwInfo, HwInfoData, ObjectId, UserMemory,
+};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::{
+    DomainTag, HostSide, HostSideError, Invalidation, PageRange, Policy, Requester,
+    RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage,
+};
+
+/// The guest's devices: two behind one physical IOMMU, with 8-bit PASIDs.
+const A: Bdf = Bdf::from_raw(0x20);
+const B: Bdf = Bdf::from_raw(0x28);
+/// The device objects of the two: the first ids that the host gives.
+const DEV_A: ObjectId = ObjectId(1);
+const DEV_B: ObjectId = ObjectId(2);
+/// What comes after them.
+const IOAS: ObjectId = ObjectId(3);
+const PARENT: ObjectId = ObjectId(4);
+
+const BLOCKED: Policy = Policy::Blocked { reason: 0x58, fault_disabled: false };
+const TAG: DomainTag = DomainTag { domain: 7, pasid: 0 };
+
+fn hw_info(flags: u32, max_pasid_log2: u8) -> HwInfo {
+    let vtd = iommu_hw_info_vtd { flags, __reserved: 0, cap_reg: 0, ecap_reg: 0 };
+    HwInfo { data: HwInfoData::Vtd(vtd), capabilities: HwCapabilities::new(), max_pasid_log2 }
+}
+
+fn memory() -> UserMemory {
+    let region = GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap();
+    UserMemory::whole(Arc::new(region))
+}
+
+fn pasid(rid: Bdf, pasid: u32) -> Requester {
+    Requester { rid, pasid: Some(Pasid::new(pasid).unwrap()) }
+}
+
+fn first_stage(table: u64) -> Policy {
+    Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
+        table,
+        address_width: 48,
+        supervisor_requests: false,
+        write_protect: false,
+        extended_accessed: false,
+    }))
+}
+
+fn second_stage(table: u64) -> Policy {
+    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width: 48 }))
+}
+
+fn page(tag: DomainTag, address: u64) -> Invalidation {
+    let range = PageRange { address, pages: 1, leaf: true };
+    Invalidation { domain: Some(tag.domain), pasid: Some(tag.pasid), range: Some(range) }
+}
+
+/// Both devices added, the log empty.
+struct Rig {
+    host: Arc<RecordingHost>,
+    nesting: Nesting,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self::with(Extensions::default())
+    }
+
+    fn with(extensions: Extensions) -> Self {
+        let host = RecordingHost::new(extensions);
+        let (a, b) = (host.add_device(0, hw_info(0, 8)), host.add_device(0, hw_info(0, 8)));
+        assert_eq!((a, b), (DEV_A, DEV_B));
+        let nesting = Nesting::new(host.clone()).unwrap();
+        nesting.add_device(A, DEV_A).unwrap();
+        nesting.add_device(B, DEV_B).unwrap();
+        host.take_log();
+        Self { host, nesting }
+    }
+
+    fn configure(&self, requester: Requester, policy: Policy) -> Result<(), HostSideError> {
+        self.configure_tagged(requester, policy, TAG)
+    }
+
+    fn configure_tagged(
+        &self,
+        requester: Requester,
+        policy: Policy,
+        tag: DomainTag,
+    ) -> Result<(), HostSideError> {
+        self.nesting.configure(requester, &RequesterConfig { policy, tag, fault_disabled: false })
+    }
+
+    /// What the host was asked since the last time.
+    #[track_caller]
+    fn expect(&self, calls: &[&str]) {
+        assert_eq!(self.host.take_log(), calls);
+    }
+
+    /// Drops nesting: nothing may be left of what it made.
+    #[track_caller]
+    fn ends_clean(self) {
+        drop(self.nesting);
+        assert_eq!(self.host.live_objects(), []);
+    }
+}
