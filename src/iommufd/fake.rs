@@ -235,18 +235,14 @@ impl HostIommu for RecordingHost {
     }
 
     fn device_unbind(&self, dev: ObjectId) -> Result<()> {
-        self.call(
-            Verb::DeviceUnbind,
-            Some(dev),
-            || format!("{dev:?}"),
-            |state| {
-                state.device(dev)?;
-                state.attached.retain(|(of, _), _| *of != dev);
-                state.reaches.retain(|(of, _), _| *of != dev);
-                state.objects.remove(&dev);
-                Ok(())
-            },
-        )
+        let text = || format!("{dev:?}");
+        self.call(Verb::DeviceUnbind, Some(dev), text, |state| {
+            state.device(dev)?;
+            state.attached.retain(|(of, _), _| *of != dev);
+            state.reaches.retain(|(of, _), _| *of != dev);
+            state.objects.remove(&dev);
+            Ok(())
+        })
     }
 
     fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
@@ -264,33 +260,25 @@ impl HostIommu for RecordingHost {
     }
 
     fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()> {
-        self.call(
-            Verb::DeviceDetach,
-            Some(dev),
-            || source(dev, pasid),
-            |state| {
-                state.device(dev)?;
-                state.attached.remove(&(dev, pasid));
-                state.reaches.remove(&(dev, pasid));
-                Ok(())
-            },
-        )
+        let text = || source(dev, pasid);
+        self.call(Verb::DeviceDetach, Some(dev), text, |state| {
+            state.device(dev)?;
+            state.attached.remove(&(dev, pasid));
+            state.reaches.remove(&(dev, pasid));
+            Ok(())
+        })
     }
 
     fn destroy(&self, id: ObjectId) -> Result<()> {
-        self.call(
-            Verb::Destroy,
-            Some(id),
-            || format!("{id:?}"),
-            |state| {
-                state.get(id)?;
-                if state.in_use(id) {
-                    return Err(Errno::EBUSY);
-                }
-                state.objects.remove(&id);
-                Ok(())
-            },
-        )
+        let text = || format!("{id:?}");
+        self.call(Verb::Destroy, Some(id), text, |state| {
+            state.get(id)?;
+            if state.in_use(id) {
+                return Err(Errno::EBUSY);
+            }
+            state.objects.remove(&id);
+            Ok(())
+        })
     }
 
     fn ioas_alloc(&self) -> Result<ObjectId> {
