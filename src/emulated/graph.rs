@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The objects of an iommufd and what leads to what, for reports and leak checks.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use super::objects::{Object, ObjectKind, Objects};
+use crate::iommufd::{HwptData, HwptFlags, ObjectId};
+
+/// One object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct GraphObject {
+    /// Its id.
+    pub id: ObjectId,
+    /// Its kind.
+    pub kind: ObjectKind,
+    /// Its name, where it has one, and what else identifies it.
+    pub name: String,
+    /// What it was allocated with, by the uAPI's names; `AUTO` for an automatic HWPT.
+    pub flags: Vec<&'static str>,
+    /// What it stands on.
+    pub on: Vec<GraphEdge>,
+}
+
+/// A way from an object to one that it stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct GraphEdge {
+    /// The object stood on.
+    pub to: ObjectId,
+    /// The PASID that is attached, for a device.
+    pub pasid: Option<u32>,
+}
+
+/// All objects of one iommufd, ascending by id.
+///
+/// Its text is the tree of Linux's documentation of iommufd: what stands on an object is below it,
+/// after an arrow that points back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct ObjectGraph {
+    /// The objects.
+    pub objects: Vec<GraphObject>,
+    /// Bytes of pinned memory.
+    pub pinned_bytes: u64,
+}
+
+impl ObjectGraph {
+    /// The graph of `objects`.
+    pub(super) fn of(objects: &Objects) -> Self {
+        Self {
+            objects: objects.table().iter().map(|(id, object)| describe(id, object)).collect(),
+            pinned_bytes: objects.pinned_bytes(),
+        }
+    }
+
+    /// The objects of one kind.
+    pub fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = &GraphObject> {
+        self.objects.iter().filter(move |object| object.kind == kind)
+    }
+
+    fn fmt_above(
+        &self,
+        below: &GraphObject,
+        depth: usize,
+        f: &mut fmt::Formatter<'_>,
+    ) -> fmt::Result {
+        for object in &self.objects {
+            for edge in object.on.iter().filter(|edge| edge.to == below.id) {
+                write!(f, "{:depth$}← {object}", "", depth = 2 * depth)?;
+                match edge.pasid {
+                    Some(pasid) => writeln!(f, " PASID {pasid:#x}")?,
+                    None => writeln!(f)?,
+                }
+                self.fmt_above(object, depth + 1, f)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ObjectGraph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for object in self.objects.iter().filter(|object| object.on.is_empty()) {
+            writeln!(f, "{object}")?;
+            self.fmt_above(object, 1, f)?;
+        }
+        writeln!(f, "{} objects, {:#x} bytes pinned", self.objects.len(), self.pinned_bytes)
+    }
+}
+
+impl fmt::Display for GraphObject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.id)?;
+        if !self.flags.is_empty() {
+            write!(f, " [{}]", self.flags.join("|"))?;
+        }
+        if !self.name.is_empty() {
+            write!(f, " {}", self.name)?;
+        }
+        Ok(())
+    }
+}
+
+fn describe(id: ObjectId, object: &Object) -> GraphObject {
+    let (name, flags, on) = match object {
+        Object::Ioas(ioas) => (format!("{} mappings", ioas.space.area_count()), vec![], vec![]),
+        Object::HwptPaging(hwpt) => {
+            let mut flags = flag_names(hwpt.flags);
+            if hwpt.automatic {
+                flags.push("AUTO");
+            }
+            (String::new(), flags, vec![edge(hwpt.ioas)])
+        }
+        Object::HwptNested(hwpt) => {
+            let on = edge(hwpt.viommu.unwrap_or(hwpt.parent));
+            (tables_name(&hwpt.data), flag_names(hwpt.flags), vec![on])
+        }
+        Object::Device(device) => {
+            let on = device
+                .attachments
+                .iter()
+                .map(|(pasid, hwpt)| GraphEdge { to: *hwpt, pasid: *pasid });
+            (format!("{} ({})", device.name, device.rid), vec![], on.collect())
+        }
+        Object::Viommu(viommu) => (format!("{:?}", viommu.kind), vec![], vec![edge(viommu.parent)]),
+        Object::Vdevice(vdevice) => (
+            format!("of DEVICE {}, virtual id {:#x}", vdevice.dev, vdevice.virt_id),
+            vec![],
+            vec![edge(vdevice.viommu)],
+        ),
+    };
+    GraphObject { id, kind: object.kind(), name, flags, on }
+}
+
+fn edge(to: ObjectId) -> GraphEdge {
+    GraphEdge { to, pasid: None }
+}
+
+fn flag_names(flags: HwptFlags) -> Vec<&'static str> {
+    [
+        (flags.nest_parent(), "NEST_PARENT"),
+        (flags.dirty_tracking(), "DIRTY_TRACKING"),
+        (flags.fault_id_valid(), "FAULT_ID_VALID"),
+        (flags.pasid(), "PASID"),
+    ]
+    .into_iter()
+    .filter_map(|(set, name)| set.then_some(name))
+    .collect()
+}
+
+fn tables_name(data: &HwptData) -> String {
+    match data {
+        HwptData::None => String::new(),
+        HwptData::VtdS1(tables) => {
+            format!("VTD_S1 at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
+        }
+        HwptData::VtdSecondStage(tables) => {
+            format!("VTD_SECOND_STAGE at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
+        }
+    }
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The emulated host: what serves the iommufd verbs inside this process.
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::graph::ObjectGraph;
+use super::hardware::Hardware;
+use super::objects::{
+    DeviceConfig, Entries, HwptRequest, InvalidateFormat, MachineError, MapRequest, Objects, UnitId,
+};
+use crate::iommufd::{
+    Extensions, FaultSink, HostIommu, HwInfo, HwptAlloc, HwptData, InvalidateData, InvalidateError,
+    IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
+};
+use crate::spec::pci::Bdf;
+
+/// An iommufd with its devices and IOMMUs, all of them emulated.
+///
+/// Its objects follow Linux 7.2: the same rules, checked in the same order, with the same errno.
+/// Where Linux does what its own documentation rules out (a replacement that fails half-way, an
+/// unmap that fails after it unmapped a part), the contract of [`HostIommu`] holds instead.
+///
+/// One lock covers the objects; the IOMMUs are told under it. DMA does not take it.
+#[derive(Debug, Default)]
+pub struct EmulatedHost {
+    objects: Mutex<Objects>,
+}
+
+impl EmulatedHost {
+    /// A host without IOMMUs, devices and objects.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Adds an IOMMU.
+    pub(crate) fn add_hardware(&self, hardware: Arc<dyn Hardware>) -> UnitId {
+        self.objects().machine_mut().add_unit(hardware)
+    }
+
+    /// Adds a device behind `unit`, to be bound by `name`.
+    ///
+    /// # Errors
+    /// The name or the Requester ID is taken, or `config` is no device's.
+    pub fn add_device(
+        &self,
+        name: &str,
+        unit: UnitId,
+        rid: Bdf,
+        config: DeviceConfig,
+    ) -> std::result::Result<(), MachineError> {
+        self.objects().machine_mut().add_device(name, unit, rid, config)
+    }
+
+    /// The objects and what leads to what, at one moment.
+    pub fn graph(&self) -> ObjectGraph {
+        ObjectGraph::of(&self.objects())
+    }
+
+    /// How many objects there are, automatic ones and devices among them.
+    pub fn live_objects(&self) -> usize {
+        self.objects().table().len()
+    }
+
+    /// How much memory is pinned, in bytes: each page once, however many HWPTs and IOASes share it.
+    pub fn pinned_bytes(&self) -> u64 {
+        self.objects().pinned_bytes()
+    }
+
+    /// Closes the iommufd: detaches and unbinds every device, telling the hardware first, then ends
+    /// every object. IOMMUs and devices stay, so that it can be used again.
+    pub fn close(&self) {
+        self.objects().close();
+    }
+
+    /// The objects, locked.
+    pub(super) fn objects(&self) -> MutexGuard<'_, Objects> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for EmulatedHost {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl HostIommu for EmulatedHost {
+    fn device_bind(&self, name: &str) -> Result<ObjectId> {
+        self.objects().device_bind(name).map_err(|refusal| refusal.of(Verb::DeviceBind, None))
+    }
+
+    fn device_unbind(&self, dev: ObjectId) -> Result<()> {
+        self.objects().device_unbind(dev).map_err(|refusal| refusal.of(Verb::DeviceUnbind, dev))
+    }
+
+    fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
+        self.objects()
+            .device_attach(dev, pasid, pt)
+            .map_err(|refusal| refusal.of(Verb::DeviceAttach, dev))
+    }
+
+    fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()> {
+        self.objects()
+            .device_detach(dev, pasid)
+            .map_err(|refusal| refusal.of(Verb::DeviceDetach, dev))
+    }
+
+    fn destroy(&self, id: ObjectId) -> Result<()> {
+        self.objects().destroy(id).map_err(|refusal| refusal.of(Verb::Destroy, id))
+    }
+
+    fn ioas_alloc(&self) -> Result<ObjectId> {
+        self.objects().ioas_alloc().map_err(|refusal| refusal.of(Verb::IoasAlloc, None))
+    }
+
+    fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()> {
+        self.objects()
+            .ioas_allow_iovas(ioas, ranges)
+            .map_err(|refusal| refusal.of(Verb::IoasAllowIovas, ioas))
+    }
+
+    fn ioas_iova_ranges(&self, ioas: ObjectId) -> Result<IovaRanges> {
+        self.objects()
+            .ioas_iova_ranges(ioas)
+            .map_err(|refusal| refusal.of(Verb::IoasIovaRanges, ioas))
+    }
+
+    fn ioas_map(
+        &self,
+        ioas: ObjectId,
+        memory: &UserMemory,
+        target: MapTarget,
+        protection: Protection,
+    ) -> Result<u64> {
+        let (user_va, length) = (memory.user_va(), memory.length());
+        let request = MapRequest { target, user_va, length, protection };
+        self.objects()
+            .ioas_map(ioas, request, || Ok(memory.clone()))
+            .map_err(|refusal| refusal.of(Verb::IoasMap, ioas))
+    }
+
+    fn ioas_copy(
+        &self,
+        dst: ObjectId,
+        target: MapTarget,
+        src: ObjectId,
+        src_iova: u64,
+        length: u64,
+        protection: Protection,
+    ) -> Result<u64> {
+        self.objects()
+            .ioas_copy(dst, target, src, src_iova, length, protection)
+            .map_err(|refusal| refusal.of(Verb::IoasCopy, dst))
+    }
+
+    fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64> {
+        self.objects()
+            .ioas_unmap(ioas, iova, length)
+            .map_err(|refusal| refusal.of(Verb::IoasUnmap, ioas))
+    }
+
+    fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
+        self.objects().get_hw_info(dev).map_err(|refusal| refusal.of(Verb::GetHwInfo, dev))
+    }
+
+    fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {
+        let HwptAlloc { flags, dev, pt, data, fault } = *args;
+        let read = || Ok(data);
+        let request = HwptRequest {
+            flags,
+            dev,
+            pt,
+            fault,
+            data: if data == HwptData::None { None } else { Some(&read) },
+        };
+        self.objects().hwpt_alloc(&request).map_err(|refusal| refusal.of(Verb::HwptAlloc, args.pt))
+    }
+
+    fn hwpt_invalidate(
+        &self,
+        hwpt: ObjectId,
+        data: InvalidateData<'_>,
+    ) -> std::result::Result<(), InvalidateError> {
+        let (format, list) = match data {
+            InvalidateData::VtdS1(list) => (InvalidateFormat::VtdS1, list),
+            InvalidateData::VtdSecondStage(list) => (InvalidateFormat::VtdSecondStage, list),
+        };
+        // Only asked for numbers below the count.
+        let read = |number: usize| Ok(list.get(number).copied().unwrap_or_default());
+        let entries = Entries { count: list.len(), read: &read };
+        self.objects().hwpt_invalidate(hwpt, format, &entries).map_err(|(done, refusal)| {
+            InvalidateError { done, error: refusal.of(Verb::HwptInvalidate, hwpt) }
+        })
+    }
+
+    fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
+        self.objects()
+            .viommu_alloc(kind, dev, hwpt)
+            .map_err(|refusal| refusal.of(Verb::ViommuAlloc, hwpt))
+    }
+
+    fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
+        self.objects()
+            .vdevice_alloc(viommu, dev, virt_id)
+            .map_err(|refusal| refusal.of(Verb::VdeviceAlloc, viommu))
+    }
+
+    fn extensions(&self) -> Extensions {
+        self.objects().machine().extensions()
+    }
+
+    fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Result<()> {
+        self.objects()
+            .set_fault_sink(dev, sink)
+            .map_err(|refusal| refusal.of(Verb::DeviceBind, dev))
+    }
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The inside of an IOAS: which IOVAs are mapped, reserved or allowed, and the pages behind them.
+#![forbid(unsafe_code)]
+
+mod pages;
+mod placement;
+mod ranges;
+mod space;
+
+pub(crate) use pages::{Pages, PinAccount};
+pub(crate) use ranges::range_of;
+pub(crate) use space::{Area, IovaSpace, Piece};
+
+/// Size of a page of the host, in bytes.
+pub(crate) const PAGE_SIZE: u64 = 4096;

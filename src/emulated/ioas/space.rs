@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The IOVAs of one IOAS: what is mapped where, what is reserved, what automatic placement may use.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::ranges::{complement, merged, overlap, range_of};
+use super::{Pages, PAGE_SIZE};
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::iommufd::{Errno, ObjectId, Protection};
+
+/// One mapping: never split, never merged.
+#[derive(Debug, Clone)]
+pub(crate) struct Area {
+    /// Last IOVA, included.
+    pub last: u64,
+    /// What it leads to.
+    pub pages: Arc<Pages>,
+    /// Where in the pages it starts, in bytes.
+    pub offset: u64,
+    /// What devices may do with it.
+    pub protection: Protection,
+}
+
+/// A part of some pages, about to be mapped.
+#[derive(Debug, Clone)]
+pub(crate) struct Piece {
+    /// The pages.
+    pub pages: Arc<Pages>,
+    /// Where in them the part starts, in bytes.
+    pub offset: u64,
+    /// How long it is, in bytes.
+    pub length: u64,
+}
+
+/// What IOVAs of one IOAS are used for. Finding, adding and removing one area takes time
+/// logarithmic in the number of areas; nothing takes time by the size of an area.
+#[derive(Debug, Default)]
+pub(crate) struct IovaSpace {
+    /// By first IOVA; disjoint.
+    areas: BTreeMap<u64, Area>,
+    /// With the object that each is reserved for. They may overlap each other, never an area.
+    reserved: Vec<(ObjectId, RangeInclusive<u64>)>,
+    /// Merged and ascending; empty for "everything".
+    allowed: Vec<RangeInclusive<u64>>,
+}
+
+impl IovaSpace {
+    /// The areas, ascending, each with its first IOVA.
+    pub fn areas(&self) -> impl Iterator<Item = (u64, &Area)> {
+        self.areas.iter().map(|(start, area)| (*start, area))
+    }
+
+    /// How many areas there are.
+    pub fn area_count(&self) -> usize {
+        self.areas.len()
+    }
+
+    /// The IOVAs that no reservation takes.
+    pub fn usable(&self) -> Vec<RangeInclusive<u64>> {
+        complement(self.reserved.iter().map(|(_, range)| range.clone()).collect())
+    }
+
+    /// The ranges automatic placement is limited to; empty for no limit.
+    pub(super) fn allowed(&self) -> &[RangeInclusive<u64>] {
+        &self.allowed
+    }
+
+    /// Whether `ranges` could be reserved.
+    ///
+    /// # Errors
+    /// `EADDRINUSE`: something is mapped there, or the user asked for the addresses.
+    pub fn check_reservable(&self, ranges: &[RangeInclusive<u64>]) -> Outcome<()> {
+        for range in ranges {
+            if let Some((start, area)) = self.first_area_in(range) {
+                let (first, end) = (range.start(), range.end());
+                let last = area.last;
+                return refuse(
+                    Errno::EADDRINUSE,
+                    format!("{start:#x}..={last:#x} is mapped, {first:#x}..={end:#x} is reserved"),
+                );
+            }
+            if let Some(allowed) = self.allowed.iter().find(|allowed| overlap(allowed, range)) {
+                return refuse(
+                    Errno::EADDRINUSE,
+                    format!("{allowed:#x?} was asked for, {range:#x?} is reserved"),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Reserves what [`Self::check_reservable`] found free, until [`Self::unreserve`].
+    pub fn reserve(&mut self, owner: ObjectId, ranges: &[RangeInclusive<u64>]) {
+        self.reserved.extend(ranges.iter().map(|range| (owner, range.clone())));
+    }
+
+    /// Drops all reservations of `owner`.
+    pub fn unreserve(&mut self, owner: ObjectId) {
+        self.reserved.retain(|(of, _)| *of != owner);
+    }
+
+    /// Limits automatic placement to `ranges`, in place of an earlier limit.
+    ///
+    /// # Errors
+    /// `EINVAL` a range has fewer than two addresses, or two overlap; `EADDRINUSE` one is reserved.
+    /// The earlier limit then stays.
+    pub fn set_allowed(&mut self, ranges: &[RangeInclusive<u64>]) -> Outcome<()> {
+        for (index, range) in ranges.iter().enumerate() {
+            if range.start() >= range.end() {
+                return refuse(Errno::EINVAL, format!("{range:#x?} is empty or one byte"));
+            }
+            if ranges.iter().take(index).any(|earlier| overlap(earlier, range)) {
+                return refuse(Errno::EINVAL, format!("{range:#x?} overlaps an earlier range"));
+            }
+        }
+        if let Some(range) = ranges.iter().find(|range| self.reservation_in(range).is_some()) {
+            return refuse(Errno::EADDRINUSE, format!("{range:#x?} is reserved in part"));
+        }
+        self.allowed = merged(ranges.to_vec());
+        Ok(())
+    }
+
+    /// Whether `length` bytes can be mapped at `iova`.
+    ///
+    /// # Errors
+    /// `EINVAL` unaligned or reserved; `EOVERFLOW` past the end; `EEXIST` mapped in part.
+    pub fn check_free(&self, iova: u64, length: u64, alignment: u64) -> Outcome<()> {
+        if iova % alignment != 0 {
+            return refuse(
+                Errno::EINVAL,
+                format!("IOVA {iova:#x} is no multiple of {alignment:#x}"),
+            );
+        }
+        let Some(range) = range_of(iova, length) else {
+            return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
+        };
+        if let Some(reserved) = self.reservation_in(&range) {
+            return refuse(Errno::EINVAL, format!("{reserved:#x?} is reserved"));
+        }
+        if let Some((start, area)) = self.first_area_in(&range) {
+            let last = area.last;
+            return refuse(Errno::EEXIST, format!("{start:#x}..={last:#x} is mapped already"));
+        }
+        Ok(())
+    }
+
+    /// Whether every area suits an IOMMU whose smallest page is `alignment` bytes.
+    ///
+    /// # Errors
+    /// `EADDRINUSE`.
+    pub fn check_alignment(&self, alignment: u64) -> Outcome<()> {
+        let misfit = self.areas().find(|(start, area)| {
+            let length = (area.last - start).wrapping_add(1);
+            let page_offset = area.pages.user_va(area.offset) % PAGE_SIZE;
+            (start | length | page_offset) % alignment != 0
+        });
+        match misfit {
+            None => Ok(()),
+            Some((start, _)) => refuse(
+                Errno::EADDRINUSE,
+                format!("the mapping at {start:#x} is not aligned to {alignment:#x}"),
+            ),
+        }
+    }
+
+    /// Adds an area where [`Self::check_free`] found room.
+    pub fn insert(&mut self, start: u64, area: Area) {
+        self.areas.insert(start, area);
+    }
+
+    /// What is mapped at `length` bytes from `iova` on, without a gap; the first and the last
+    /// piece may be parts of their areas.
+    ///
+    /// # Errors
+    /// `EINVAL` no byte; `EOVERFLOW` past the end; `ENOENT` a gap.
+    pub fn pieces(&self, iova: u64, length: u64) -> Outcome<Vec<Piece>> {
+        if length == 0 {
+            return refuse(Errno::EINVAL, "length 0");
+        }
+        let Some(range) = range_of(iova, length) else {
+            return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
+        };
+        let mut pieces = Vec::new();
+        let mut at = iova;
+        loop {
+            let found = self.areas.range(..=at).next_back().filter(|(_, area)| at <= area.last);
+            let Some((start, area)) = found else {
+                return refuse(Errno::ENOENT, format!("nothing is mapped at {at:#x}"));
+            };
+            let last = area.last.min(*range.end());
+            // `last - at` is less than the length of a mapping, which fits in 64 bits.
+            pieces.push(Piece {
+                pages: area.pages.clone(),
+                offset: area.offset + (at - start),
+                length: last - at + 1,
+            });
+            if last == *range.end() {
+                return Ok(pieces);
+            }
+            at = last + 1;
+        }
+    }
+
+    /// Takes the areas that lie in `range` out.
+    ///
+    /// # Errors
+    /// `ENOENT` there is none, or one lies in the range only in part; none is then taken. (Linux
+    /// would already have taken those before the one that is cut; here a call that fails changes
+    /// nothing.)
+    pub fn take(&mut self, range: &RangeInclusive<u64>) -> Outcome<Vec<(u64, Area)>> {
+        let Some((first, _)) = self.first_area_in(range) else {
+            return refuse(Errno::ENOENT, format!("nothing is mapped in {range:#x?}"));
+        };
+        let last = self.areas.range(range.clone()).next_back().map_or(first, |(start, _)| *start);
+        for start in [first, last] {
+            let end = self.areas.get(&start).map_or(start, |area| area.last);
+            if start < *range.start() || end > *range.end() {
+                return refuse(
+                    Errno::ENOENT,
+                    format!("{range:#x?} would cut the mapping {start:#x}..={end:#x}"),
+                );
+            }
+        }
+        let starts: Vec<u64> = self.areas.range(first..=last).map(|(start, _)| *start).collect();
+        let mut taken = Vec::with_capacity(starts.len());
+        for start in starts {
+            taken.extend(self.areas.remove(&start).map(|area| (start, area)));
+        }
+        Ok(taken)
+    }
+
+    /// Takes all areas out.
+    pub fn take_all(&mut self) -> Vec<(u64, Area)> {
+        std::mem::take(&mut self.areas).into_iter().collect()
+    }
+
+    /// The lowest area that shares an address with `range`.
+    pub(super) fn first_area_in(&self, range: &RangeInclusive<u64>) -> Option<(u64, &Area)> {
+        let before = self.areas.range(..*range.start()).next_back();
+        let before = before.filter(|(_, area)| area.last >= *range.start());
+        let found = before.or_else(|| self.areas.range(range.clone()).next());
+        found.map(|(start, area)| (*start, area))
+    }
+
+    /// A reservation that shares an address with `range`.
+    pub(super) fn reservation_in(
+        &self,
+        range: &RangeInclusive<u64>,
+    ) -> Option<RangeInclusive<u64>> {
+        self.reserved.iter().map(|(_, reserved)| reserved).find(|r| overlap(r, range)).cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommufd::UserMemory;
+    use proptest::prelude::*;
+    use vm_memory::{GuestAddress, GuestRegionMmap};
+
+    fn pages() -> Arc<Pages> {
+        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap());
+        Arc::new(Pages::new(UserMemory::whole(region), true, Arc::default()))
+    }
+
+    fn area(start: u64, length: u64) -> (u64, Area) {
+        let last = start + (length - 1);
+        (start, Area { last, pages: pages(), offset: 0, protection: Protection::READ_WRITE })
+    }
+
+    fn space(areas: &[(u64, u64)]) -> IovaSpace {
+        let mut space = IovaSpace::default();
+        for (start, length) in areas {
+            let (start, area) = area(*start, *length);
+            space.insert(start, area);
+        }
+        space
+    }
+
+    fn errno<T: std::fmt::Debug>(outcome: Outcome<T>) -> Errno {
+        outcome.unwrap_err().errno
+    }
+
+    #[test]
+    fn a_fixed_iova_is_aligned_in_range_unreserved_and_free() {
+        let mut space = space(&[(0x4000, 0x1000)]);
+        space.reserve(ObjectId(1), &[0x8000..=0x8fff]);
+        assert_eq!(errno(space.check_free(0x1001, 0x1000, 0x1000)), Errno::EINVAL);
+        assert_eq!(errno(space.check_free(u64::MAX - 0xfff, 0x2000, 0x1000)), Errno::EOVERFLOW);
+        assert_eq!(errno(space.check_free(0x7000, 0x2000, 0x1000)), Errno::EINVAL);
+        assert_eq!(errno(space.check_free(0x3000, 0x2000, 0x1000)), Errno::EEXIST);
+        assert_eq!(errno(space.check_free(0x4000, 0x1000, 0x1000)), Errno::EEXIST);
+        space.check_free(0x3000, 0x1000, 0x1000).unwrap();
+        space.check_free(u64::MAX - 0xfff, 0x1000, 0x1000).unwrap();
+    }
+
+    #[test]
+    fn a_reservation_meets_no_mapping_and_no_allowed_range() {
+        let mut space = space(&[(0x4000, 0x1000)]);
+        space.set_allowed(&[0x10000..=0x1ffff]).unwrap();
+        assert_eq!(errno(space.check_reservable(&[0..=0, 0x4fff..=0x5000])), Errno::EADDRINUSE);
+        assert_eq!(errno(space.check_reservable(&[0x1ffff..=0x1ffff])), Errno::EADDRINUSE);
+        space.check_reservable(&[0x5000..=0xffff]).unwrap();
+    }
+
+    #[test]
+    fn the_allowed_list_is_replaced_whole_or_not_at_all() {
+        let mut space = IovaSpace::default();
+        space.reserve(ObjectId(1), &[0x8000..=0x8fff]);
+        space.set_allowed(&[0x1000..=0x1fff, 0x2000..=0x2fff]).unwrap();
+        assert_eq!(space.allowed(), [0x1000..=0x2fff]);
+        let one_byte = 0x3000..=0x3000;
+        assert_eq!(errno(space.set_allowed(&[0x6000..=0x6fff, one_byte])), Errno::EINVAL);
+        assert_eq!(errno(space.set_allowed(&[0..=9, 9..=11])), Errno::EINVAL);
+        assert_eq!(errno(space.set_allowed(&[0x8fff..=0x9000])), Errno::EADDRINUSE);
+        assert_eq!(space.allowed(), [0x1000..=0x2fff]);
+        space.set_allowed(&[]).unwrap();
+        assert!(space.allowed().is_empty());
+    }
+
+    #[test]
+    fn areas_are_taken_whole_or_not_at_all() {
+        let mut space = space(&[(0x1000, 0x1000), (0x3000, 0x2000)]);
+        assert_eq!(errno(space.take(&(0x5000..=0x5fff))), Errno::ENOENT);
+        assert_eq!(errno(space.take(&(0x1000..=0x3fff))), Errno::ENOENT);
+        assert_eq!(errno(space.take(&(0x1001..=0x4fff))), Errno::ENOENT);
+        assert_eq!(space.area_count(), 2);
+        let taken = space.take(&(0..=0x8fff)).unwrap();
+        assert_eq!(taken.iter().map(|(start, _)| *start).collect::<Vec<_>>(), [0x1000, 0x3000]);
+        assert_eq!(space.area_count(), 0);
+    }
+
+    #[test]
+    fn pieces_span_areas_without_a_gap() {
+        let space = space(&[(0x1000, 0x1000), (0x2000, 0x2000)]);
+        let pieces = space.pieces(0x1800, 0x1000).unwrap();
+        let parts: Vec<_> = pieces.iter().map(|piece| (piece.offset, piece.length)).collect();
+        assert_eq!(parts, [(0x800, 0x800), (0, 0x800)]);
+        assert_eq!(errno(space.pieces(0x3000, 0x1001)), Errno::ENOENT);
+        assert_eq!(errno(space.pieces(0x3000, 0)), Errno::EINVAL);
+        assert_eq!(errno(space.pieces(0x3000, u64::MAX)), Errno::EOVERFLOW);
+    }
+
+    proptest! {
+        #[test]
+        fn areas_are_found_as_a_scan_finds_them(
+            slots in prop::collection::btree_set(0u64..16, 0..8),
+            from in 0u64..70,
+            length in 1u64..40,
+        ) {
+            // Areas of 3 addresses with a gap of 1 between neighbours.
+            let areas: Vec<_> = slots.iter().map(|slot| (slot * 4, 3)).collect();
+            let mut space = space(&areas);
+            let range = from..=from + length - 1;
+            let touching: Vec<_> = areas
+                .iter()
+                .filter(|(start, length)| overlap(&(*start..=start + length - 1), &range))
+                .collect();
+            let found = space.first_area_in(&range).map(|(start, _)| start);
+            prop_assert_eq!(found, touching.first().map(|(start, _)| *start));
+            let cut = touching
+                .iter()
+                .any(|(start, length)| *start < from || start + length - 1 > *range.end());
+            match space.take(&range) {
+                Ok(taken) => prop_assert!(!cut && taken.len() == touching.len()),
+                Err(_) => prop_assert!(cut || touching.is_empty()),
+            }
+        }
+    }
+}

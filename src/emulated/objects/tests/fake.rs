@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Hardware that only writes down what it is told, and a host around it.
+
+use std::sync::{Arc, Mutex, Weak};
+
+use vm_memory::{GuestAddress, GuestRegionMmap};
+
+use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use crate::emulated::objects::{DeviceConfig, UnitId};
+use crate::emulated::stage2::Stage2;
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HostIommu, HwInfoData,
+    HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory, ViommuKind,
+};
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::regs::{Cap, Ecap};
+
+/// What the hardware was told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Told {
+    /// The top table of the user, if there is one.
+    Install(u16, Option<u32>, Option<u64>),
+    Remove(u16, Option<u32>),
+    Invalidate(CacheTag, CacheRange),
+    Stage2Unmapped,
+    FaultSink(u16, Option<ObjectId>),
+}
+
+/// An IOMMU that translates nothing.
+#[derive(Debug)]
+pub struct Fake {
+    pub info: iommu_hw_info_vtd,
+    pub pasid_bits: u8,
+    pub kinds: Vec<ViommuKind>,
+    pub extensions: Extensions,
+    told: Mutex<Vec<Told>>,
+}
+
+impl Fake {
+    /// An IOMMU in scalable mode that can do all Linux asks for, 48 bits wide.
+    pub fn able() -> Self {
+        let ecap = Ecap::new().with_smts(true).with_fsts(true).with_ssts(true).with_nest(true);
+        let ecap = ecap.with_ssads(true).with_smpwcs(true);
+        Self::new(Cap::new().with_mgaw(47).with_sagaw(0b0110), ecap)
+    }
+
+    pub fn new(cap: Cap, ecap: Ecap) -> Self {
+        Self {
+            info: iommu_hw_info_vtd {
+                flags: 1,
+                cap_reg: cap.into_bits(),
+                ecap_reg: ecap.into_bits(),
+                ..Default::default()
+            },
+            pasid_bits: 20,
+            kinds: Vec::new(),
+            extensions: Extensions { guest_second_stage: true, fault_reports: true },
+            told: Mutex::default(),
+        }
+    }
+
+    /// What it was told since the last time it was asked.
+    pub fn told(&self) -> Vec<Told> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+
+    fn tell(&self, told: Told) {
+        self.told.lock().unwrap().push(told);
+    }
+}
+
+impl Hardware for Fake {
+    fn info(&self) -> HwInfoData {
+        HwInfoData::Vtd(self.info)
+    }
+
+    fn accepts(&self, data: &HwptData) -> Result<(), Errno> {
+        match data {
+            HwptData::None => Ok(()),
+            HwptData::VtdS1(tables) if tables.addr_width == 48 => Ok(()),
+            HwptData::VtdS1(_) => Err(Errno::EINVAL),
+            HwptData::VtdSecondStage(_) if self.extensions.guest_second_stage => Ok(()),
+            HwptData::VtdSecondStage(_) => Err(Errno::EOPNOTSUPP),
+        }
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        self.pasid_bits
+    }
+
+    fn extensions(&self) -> Extensions {
+        self.extensions
+    }
+
+    fn viommu_kinds(&self) -> &[ViommuKind] {
+        &self.kinds
+    }
+
+    fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
+        let table = translation.tables.map(|tables| match tables {
+            UserTables::VtdFirstStage(tables) => tables.pgtbl_addr,
+            UserTables::VtdSecondStage(tables) => tables.pgtbl_addr,
+        });
+        self.tell(Told::Install(rid, pasid, table));
+    }
+
+    fn remove(&self, rid: u16, pasid: Option<u32>) {
+        self.tell(Told::Remove(rid, pasid));
+    }
+
+    fn invalidate(&self, tag: CacheTag, range: CacheRange) {
+        self.tell(Told::Invalidate(tag, range));
+    }
+
+    fn stage2_unmapped(&self, _: &Arc<Stage2>) {
+        self.tell(Told::Stage2Unmapped);
+    }
+
+    fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
+        self.tell(Told::FaultSink(rid, sink.map(|(dev, _)| dev)));
+    }
+}
+
+/// A host with two devices behind one IOMMU and a third behind another.
+pub struct Bench {
+    pub host: Arc<EmulatedHost>,
+    pub fake: Arc<Fake>,
+    pub other: Arc<Fake>,
+}
+
+pub const RID_A: u16 = 0x20;
+
+/// A HwptAlloc on its way.
+pub const PLAIN: HwptFlags = HwptFlags::new();
+pub const PARENT: HwptFlags = HwptFlags::new().with_nest_parent(true);
+pub const PASID: HwptFlags = HwptFlags::new().with_pasid(true);
+
+impl Bench {
+    pub fn new() -> Self {
+        Self::of(Fake::able(), Fake::able())
+    }
+
+    pub fn of(fake: Fake, other: Fake) -> Self {
+        let (host, fake, other) = (EmulatedHost::new(), Arc::new(fake), Arc::new(other));
+        let unit = host.add_hardware(fake.clone());
+        let far = host.add_hardware(other.clone());
+        let config = || DeviceConfig { pasid_bits: 16, ..DeviceConfig::default() };
+        let add = |name: &str, unit: UnitId, rid: u16| {
+            host.add_device(name, unit, Bdf::from_raw(rid), config()).unwrap();
+        };
+        add("a", unit, RID_A);
+        add("b", unit, 0x28);
+        add("far", far, 0x20);
+        Self { host, fake, other }
+    }
+
+    pub fn bind(&self, name: &str) -> ObjectId {
+        let dev = self.host.device_bind(name).unwrap();
+        self.fake.told();
+        self.other.told();
+        dev
+    }
+
+    pub fn ioas(&self) -> ObjectId {
+        self.host.ioas_alloc().unwrap()
+    }
+
+    /// Maps fresh memory at `iova`.
+    pub fn map(&self, ioas: ObjectId, iova: u64, length: u64) -> crate::iommufd::Result<u64> {
+        let target = MapTarget::Fixed(iova);
+        self.host.ioas_map(ioas, &memory(length), target, Protection::READ_WRITE)
+    }
+
+    pub fn paging(&self, dev: ObjectId, pt: ObjectId, flags: HwptFlags) -> Outcome {
+        self.host.hwpt_alloc(&HwptAlloc { flags, dev, pt, data: HwptData::None, fault: None })
+    }
+
+    pub fn nested(&self, dev: ObjectId, pt: ObjectId, flags: HwptFlags, table: u64) -> Outcome {
+        let data = HwptData::VtdS1(s1(table));
+        self.host.hwpt_alloc(&HwptAlloc { flags, dev, pt, data, fault: None })
+    }
+
+    pub fn unmapped(&self, ioas: ObjectId) -> u64 {
+        self.host.ioas_unmap(ioas, 0, u64::MAX).unwrap()
+    }
+}
+
+type Outcome = crate::iommufd::Result<ObjectId>;
+
+pub fn s1(pgtbl_addr: u64) -> iommu_hwpt_vtd_s1 {
+    iommu_hwpt_vtd_s1 { pgtbl_addr, addr_width: 48, ..Default::default() }
+}
+
+/// Memory that is its own mapping, page-aligned.
+pub fn memory(length: u64) -> UserMemory {
+    let length = usize::try_from(length).unwrap();
+    UserMemory::whole(Arc::new(GuestRegionMmap::from_range(GuestAddress(0), length, None).unwrap()))
+}
+
+/// The errno of a verb that must fail.
+pub trait Failure {
+    fn errno(self) -> Errno;
+}
+
+impl<T: std::fmt::Debug> Failure for crate::iommufd::Result<T> {
+    fn errno(self) -> Errno {
+        self.unwrap_err().errno
+    }
+}

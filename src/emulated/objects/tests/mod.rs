@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The rules of the objects, each sentence a test.
+
+mod attach;
+pub(crate) mod fake;

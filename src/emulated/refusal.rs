@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Why a verb is refused, before it is known which verb it was.
+
+use std::borrow::Cow;
+
+use crate::iommufd::{Errno, HostError, ObjectId, Verb};
+
+/// Linux's errno, and in words what was wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    /// Linux's error number.
+    pub errno: Errno,
+    /// What was wrong, with the value.
+    pub detail: Cow<'static, str>,
+}
+
+/// What a rule of the objects answers.
+pub(crate) type Outcome<T> = Result<T, Refusal>;
+
+impl Refusal {
+    /// `verb`, called on `object`, failed because of this.
+    pub fn of(self, verb: Verb, object: impl Into<Option<ObjectId>>) -> HostError {
+        HostError::new(verb, object, self.errno, self.detail)
+    }
+}
+
+/// Refuses with `errno` because of `detail`.
+pub(crate) fn refuse<T>(errno: Errno, detail: impl Into<Cow<'static, str>>) -> Outcome<T> {
+    Err(Refusal { errno, detail: detail.into() })
+}
