@@ -9,9 +9,29 @@
 #include "lib/interrupts.h"
 
 extern const struct check_group edu_checks;
+extern const struct check_group registers_checks;
+extern const struct check_group legacy_blocked_checks;
+extern const struct check_group blocked_checks;
+extern const struct check_group first_stage_checks;
+extern const struct check_group stale_first_stage_checks;
+extern const struct check_group legacy_second_stage_checks;
+extern const struct check_group stale_legacy_by_register_checks;
+extern const struct check_group stale_legacy_by_queue_checks;
+extern const struct check_group second_stage_checks;
+extern const struct check_group stale_second_stage_checks;
 
 static const struct check_group *const groups[] = {
     &edu_checks,
+    &registers_checks,
+    &legacy_blocked_checks,
+    &blocked_checks,
+    &first_stage_checks,
+    &stale_first_stage_checks,
+    &legacy_second_stage_checks,
+    &stale_legacy_by_register_checks,
+    &stale_legacy_by_queue_checks,
+    &second_stage_checks,
+    &stale_second_stage_checks,
 };
 
 static void introduce(void)

@@ -2,7 +2,6 @@
 // The device alone, translation off: what QEMU documents for `edu`.
 #include "fixture.h"
 
-#define DEVICE (&edus[0])
 #define INTERRUPT_CAUSE 0x12u
 
 static u32 reg(enum edu_register offset)

@@ -13,6 +13,10 @@
 #include "../lib/io.h"
 #include "../lib/memory.h"
 
+// The device most checks use, and the other one, where there are two.
+#define DEVICE (&edus[0])
+#define SECOND (&edus[1])
+
 // Domain IDs. 0 belongs to the unit in caching mode.
 enum { DOMAIN_A = 2, DOMAIN_B = 3 };
 

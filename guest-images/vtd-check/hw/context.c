@@ -57,9 +57,10 @@ static void set(u64 *entry, unsigned type, u64 first_quad, u16 domain, u64 third
     entry[0] = first_quad | (u64)type << 6 | ENTRY_P;
 }
 
+// AW says nothing about a first stage, but as much as QEMU's unit believes it does; Linux sets it too.
 void pasid_entry_first_stage(u64 *entry, u64 tables, unsigned levels, u16 domain)
 {
-    set(entry, PGTT_FIRST_STAGE, 0, domain, tables | (levels == 5 ? FSPM_5_LEVEL : 0));
+    set(entry, PGTT_FIRST_STAGE, address_width(levels) << 2, domain, tables | (levels == 5 ? FSPM_5_LEVEL : 0));
 }
 
 void pasid_entry_second_stage(u64 *entry, u64 tables, unsigned levels, u16 domain)

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The guest's own second-stage tables: legacy mode's only ones, and scalable mode's PGTT 010b.
+#include "fixture.h"
+
+#define LARGE_OFFSET 0x7000ull
+
+static bool offered(void)
+{
+    if (!(cap_sagaw() & 0xe))
+        check_skip("CAP.SAGAW offers no second stage");
+    return !check_is_over();
+}
+
+static void maps_4k(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *page = page_new();
+
+    REQUIRE(offered());
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + 8, page));
+    REQUIRE(read_arrives(DEVICE, NO_PASID, IOVA + 16, page));
+}
+
+static void maps_2m(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *page = (void *)(LARGE_REGION_A + LARGE_OFFSET);
+
+    REQUIRE(offered());
+    SKIP_UNLESS(cap_ss_2m(), "CAP.SSLPS offers no 2 MiB pages");
+    map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, SS_READ_WRITE);
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + LARGE_OFFSET, page));
+}
+
+static void rights(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *read_only = page_new(), *write_only = page_new();
+
+    REQUIRE(offered());
+    map_leaf(&space, IOVA, gpa_of(read_only), LEVEL_4K, SS_R);
+    map_leaf(&space, IOVA + PAGE_SIZE, gpa_of(write_only), LEVEL_4K, SS_W);
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, read_only, LEGACY_NO_WRITE));
+    REQUIRE(read_arrives(DEVICE, NO_PASID, IOVA, read_only));
+    REQUIRE(read_faults(DEVICE, NO_PASID, IOVA + PAGE_SIZE, LEGACY_NO_READ));
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + PAGE_SIZE, write_only));
+}
+
+static void not_mapped(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_NO_WRITE));
+    REQUIRE(read_faults(DEVICE, NO_PASID, IOVA, LEGACY_NO_READ));
+}
+
+static void beyond_width(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    SKIP_UNLESS(edu_dma_bits() == 64, "the device's DMA mask is too narrow");
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, BIT(60), NULL, LEGACY_ADDRESS_BEYOND));
+}
+
+static void table_in_no_memory(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    *table_entry(&space, IOVA, 2) = NO_MEMORY | SS_READ_WRITE;
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_TABLE_ACCESS));
+}
+
+static void pass_through(void)
+{
+    volatile u64 *page = page_new();
+    unsigned widest = cap_sagaw() & BIT(3) ? 5 : cap_sagaw() & BIT(2) ? 4 : 3;
+
+    SKIP_UNLESS(ecap_pass_through(), "ECAP.PT is 0");
+    legacy_context_set(legacy_context(root, DEVICE->id), TT_PASS_THROUGH, 0, widest, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, gpa_of(page), page));
+}
+
+static void reserved_type(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    legacy_context_set(legacy_context(root, DEVICE->id), TT_RESERVED, gpa_of(space.top), space.levels, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_INVALID));
+}
+
+static void unsupported_width(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    attach_legacy(DEVICE, &space, DOMAIN_A)[1] |= 7;
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_INVALID));
+}
+
+static void reserved_in_context(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    attach_legacy(DEVICE, &space, DOMAIN_A)[1] |= BIT(40);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_RESERVED));
+}
+
+static void reserved_in_root(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    root[1] = BIT(20);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_ROOT_RESERVED));
+}
+
+static void reserved_in_page_entry(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *page = page_new();
+
+    REQUIRE(offered());
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
+    *table_entry(&space, IOVA, space.levels) |= space.levels == 4 ? PAGE_LARGE : 0;
+    SKIP_UNLESS(space.levels == 4, "the top table of 3 levels may hold leaves");
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, LEGACY_TABLE_RESERVED));
+}
+
+static void faults_silenced(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    REQUIRE(offered());
+    attach_legacy(DEVICE, &space, DOMAIN_A)[0] |= ENTRY_FPD;
+    REQUIRE(enable());
+    REQUIRE(write_vanishes(DEVICE, NO_PASID, IOVA, NULL));
+}
+
+static const struct check legacy_list[] = {
+    {"4 KiB page", maps_4k},
+    {"2 MiB page", maps_2m},
+    {"read-only and write-only pages: faults 05h and 06h", rights},
+    {"not mapped: faults 05h and 06h", not_mapped},
+    {"address beyond the width: fault 04h", beyond_width},
+    {"table in no memory: fault 07h", table_in_no_memory},
+    {"pass-through context entry", pass_through},
+    {"reserved translation type: fault 03h", reserved_type},
+    {"unsupported address width: fault 03h", unsupported_width},
+    {"reserved bit in the context entry: fault 0Bh", reserved_in_context},
+    {"reserved bit in the root entry: fault 0Ah", reserved_in_root},
+    {"reserved bit in a page-table entry: fault 0Ch", reserved_in_page_entry},
+    {"FPD in the context entry: blocked without a record", faults_silenced},
+};
+CHECK_GROUP(legacy_second_stage, legacy_list, setup_legacy_queue, teardown);
+
+static void scalable_maps_4k(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *page = page_new();
+
+    SKIP_UNLESS(ecap_second_stage(), "ECAP.SSTS is 0");
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
+    REQUIRE(read_arrives(DEVICE, NO_PASID, IOVA, page));
+}
+
+static void scalable_maps_2m(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *page = (void *)(LARGE_REGION_A + LARGE_OFFSET);
+
+    SKIP_UNLESS(ecap_second_stage(), "ECAP.SSTS is 0");
+    SKIP_UNLESS(cap_ss_2m(), "CAP.SSLPS offers no 2 MiB pages");
+    map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, SS_READ_WRITE);
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA + LARGE_OFFSET, page));
+}
+
+static void scalable_not_mapped(void)
+{
+    struct page_table space = second_stage_space_new();
+
+    SKIP_UNLESS(ecap_second_stage(), "ECAP.SSTS is 0");
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, SS_PERMISSION));
+}
+
+static void scalable_not_offered(void)
+{
+    struct page_table space = second_stage_new(4);
+
+    SKIP_UNLESS(!ecap_second_stage(), "ECAP.SSTS is 1");
+    map_leaf(&space, IOVA, gpa_of(page_new()), LEVEL_4K, SS_READ_WRITE);
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, PASID_ENTRY_INVALID));
+}
+
+static const struct check scalable_list[] = {
+    {"4 KiB page", scalable_maps_4k},
+    {"2 MiB page", scalable_maps_2m},
+    {"not mapped: fault 79h", scalable_not_mapped},
+    {"where it is not offered: fault 5Bh", scalable_not_offered},
+};
+CHECK_GROUP(second_stage, scalable_list, setup_scalable, teardown);
