@@ -101,6 +101,8 @@ struct page_table space_new(void)
 {
     struct page_table space = first_stage_new(4);
 
+    if (!ecap_first_stage())
+        check_skip("ECAP.FSTS is 0");
     map_leaf(&space, IOVA_MAILBOX, gpa_of(mailbox), LEVEL_4K, FS_READ_WRITE);
     return space;
 }

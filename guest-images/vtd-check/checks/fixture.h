@@ -39,10 +39,11 @@ void setup_legacy_queue(void);    // 128-bit queue on
 void setup_legacy_registers(void); // queue off
 void teardown(void);
 
-// Drops whatever is cached and switches translation on.
+// Drops whatever is cached and switches translation on. False when the check is over.
 bool enable(void);
 
-// A first-stage space of 4 levels with the mailbox mapped.
+// A first-stage space of 4 levels with the mailbox mapped. Skips the check where the unit has no
+// first stage; `enable` then says that the check is over.
 struct page_table space_new(void);
 // The same for the second stage, with the widest tables of at most 4 levels the unit has.
 struct page_table second_stage_space_new(void);

@@ -98,9 +98,9 @@ void print(const char *format, ...)
     va_end(arguments);
 }
 
-void machine_exit(u32 code)
+void machine_exit(u8 code)
 {
-    out32(EXIT_PORT, code);
+    out8(EXIT_PORT, code);
     for (;;)
         asm volatile("cli; hlt");
 }

@@ -10,4 +10,4 @@ __attribute__((format(printf, 1, 2))) void print(const char *format, ...);
 void print_list(const char *format, va_list arguments);
 
 // Ends the machine: 0 when all went well, 1 otherwise.
-__attribute__((noreturn)) void machine_exit(u32 code);
+__attribute__((noreturn)) void machine_exit(u8 code);
