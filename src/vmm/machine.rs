@@ -13,7 +13,9 @@ use super::debug_exit::{self, DebugExit};
 use super::event_loop::EventLoop;
 use super::exits::Exits;
 use super::interrupts::Interrupts;
-use super::memory::{MachineMemory, KVM_TSS};
+use super::machine_pci::PciTopology;
+use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
+use super::pci::{ConfigPorts, Ecam, PciMemory};
 use super::reset::{self, KeyboardController};
 use super::serial::{self, Console, SerialPort};
 use super::stop::{StopReason, Stopper};
@@ -69,17 +71,26 @@ impl Machine {
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts)?;
         let mut exits = Exits::default();
-        let port_devices: [(_, Arc<dyn BusDevice>); 3] = [
+        let pci = PciTopology::new(&config.devices, &memory, interrupts.clone())?;
+        let ports: [(_, Arc<dyn BusDevice>); 4] = [
             (serial::FIRST_PORT..=serial::LAST_PORT, serial.clone()),
             (debug_exit::PORT..=debug_exit::PORT, Arc::new(DebugExit::new(stopper.clone()))),
             (
                 reset::FIRST_PORT..=reset::LAST_PORT,
                 Arc::new(KeyboardController::new(stopper.clone())),
             ),
+            (
+                ConfigPorts::FIRST_PORT..=ConfigPorts::LAST_PORT,
+                Arc::new(ConfigPorts::new(pci.bus.clone())),
+            ),
         ];
-        for (range, device) in port_devices {
+        for (range, device) in ports {
             exits.ports.insert(range, device)?;
         }
+        exits.mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
+        exits
+            .mmio
+            .insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
 
         let vcpus = (0..config.vcpus)
             .map(|id| Vcpu::new(&kvm, &vm, id, &start))

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How an emulated device makes memory requests.
+#![forbid(unsafe_code)]
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::spec::pci::Pasid;
+use crate::vmm::memory::MachineMemory;
+
+/// A request was refused: by the IOMMU, which has reported it, or because nothing is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("DMA at {address:#x} was refused")]
+pub struct DmaError {
+    /// The IOVA of the request, in bytes.
+    pub address: u64,
+}
+
+/// Makes memory requests in the name of one function.
+///
+/// A request lies in one 4 KiB page, as on PCI Express (PCIe 6.0 §2.2.7), and is done as a whole
+/// or not at all.
+pub trait DmaMaster: Send {
+    /// Fills `data` from `iova` on, with `pasid` on the request if there is one.
+    ///
+    /// # Errors
+    /// The request was refused; `data` is then unspecified.
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError>;
+
+    /// Writes `data` to `iova` on, with `pasid` on the request if there is one.
+    ///
+    /// # Errors
+    /// The request was refused; memory is then as it was.
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError>;
+}
+
+/// Guest memory without an IOMMU in between: the IOVA is the GPA.
+#[derive(Debug)]
+pub struct DirectMemory(pub MachineMemory);
+
+impl DirectMemory {
+    fn check(&self, pasid: Option<Pasid>, iova: u64, length: usize) -> Result<(), DmaError> {
+        // Without an IOMMU nobody knows what a PASID means.
+        if pasid.is_some() || !self.0.contains(iova, length as u64) {
+            return Err(DmaError { address: iova });
+        }
+        Ok(())
+    }
+}
+
+impl DmaMaster for DirectMemory {
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        self.check(pasid, iova, data.len())?;
+        self.0.map().read_slice(data, GuestAddress(iova)).map_err(|_| DmaError { address: iova })
+    }
+
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
+        self.check(pasid, iova, data.len())?;
+        self.0.map().write_slice(data, GuestAddress(iova)).map_err(|_| DmaError { address: iova })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_memory_is_refused_as_a_whole() {
+        let mut memory = DirectMemory(MachineMemory::new(0x2000).unwrap());
+        memory.write(None, 0x1000, &[1, 2, 3, 4]).unwrap();
+        let mut data = [0; 4];
+        memory.read(None, 0x1000, &mut data).unwrap();
+        assert_eq!(data, [1, 2, 3, 4]);
+        let error = memory.write(None, 0x1ffe, &[9; 4]).unwrap_err();
+        assert_eq!(error, DmaError { address: 0x1ffe });
+        memory.read(None, 0x1ffc, &mut data).unwrap();
+        assert_eq!(data, [0; 4]);
+        assert!(memory.read(Pasid::new(1), 0x1000, &mut data).is_err());
+        assert!(memory.read(None, u64::MAX, &mut data).is_err());
+    }
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The educational device, 1234:11e8, as QEMU documents it in `docs/specs/edu`.
+//!
+//! A BAR of registers, a factorial, interrupts by INTx or MSI, and DMA between memory and a 4 KiB
+//! buffer. A DMA is done by a worker of the device and is over as soon as it is over. One
+//! addition: with `pasid=on` the function has a PASID capability, and while software has that
+//! enabled, register 0xA0 puts a PASID on the DMA.
+#![forbid(unsafe_code)]
+
+mod dma;
+mod registers;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{channel, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use self::dma::{Engine, Transfer};
+use self::registers::{Effect, Registers};
+use super::DmaMaster;
+use crate::viommu::InterruptSink;
+use crate::vmm::config::EduConfig;
+use crate::vmm::pci::{
+    ConfigSpace, ExpressCapability, Identity, IntxPin, MsiCapability, PasidCapability, PciFunction,
+};
+use crate::vmm::{Error, Result};
+
+const IDENTITY: Identity =
+    Identity { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, revision: 0x10 };
+/// Length of BAR 0, in bytes.
+pub const BAR_SIZE: u32 = 1 << 20;
+
+/// DMA of a device. Reads are of each number alone, not of one moment.
+#[derive(Debug, Default)]
+pub struct DmaCounters {
+    done: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl DmaCounters {
+    /// Transfers that were done.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Transfers that were refused by the IOMMU, or that no memory or no buffer answers.
+    pub fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
+    }
+}
+
+/// The device. Dropping it ends its worker.
+pub struct Edu {
+    shared: Arc<Shared>,
+    /// Taken when the device is dropped, which ends the worker.
+    transfers: Option<Mutex<Sender<Transfer>>>,
+    worker: Option<JoinHandle<()>>,
+}
+
+/// What vCPU threads and the worker share. Lock order: registers, then configuration space.
+struct Shared {
+    registers: Mutex<Registers>,
+    config: Mutex<ConfigSpace>,
+    msi: MsiCapability,
+    pasid: Option<PasidCapability>,
+    intx: IntxPin,
+    messages: Arc<dyn InterruptSink>,
+    counters: DmaCounters,
+}
+
+impl Edu {
+    /// A device whose BAR is at `address`, which interrupts through `intx` or `messages` and makes
+    /// its DMA through `memory`.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn new(
+        config: &EduConfig,
+        address: u32,
+        intx: IntxPin,
+        messages: Arc<dyn InterruptSink>,
+        memory: Box<dyn DmaMaster>,
+    ) -> Result<Self> {
+        let mut space = ConfigSpace::new(IDENTITY);
+        space.add_bar(0, BAR_SIZE, address);
+        space.set_intx(intx.line());
+        let msi = MsiCapability::add(&mut space);
+        let pasid = config.pasid.then(|| {
+            ExpressCapability::add(&mut space);
+            PasidCapability::add(&mut space)
+        });
+        let shared = Arc::new(Shared {
+            registers: Mutex::default(),
+            config: Mutex::new(space),
+            msi,
+            pasid,
+            intx,
+            messages,
+            counters: DmaCounters::default(),
+        });
+        let (transfers, work) = channel::<Transfer>();
+        let mut engine = Engine::new(memory, config.dma_mask);
+        let worker = thread::Builder::new()
+            .name("edu-dma".to_owned())
+            .spawn({
+                let shared = shared.clone();
+                move || {
+                    for transfer in work {
+                        shared.transfer(&mut engine, &transfer);
+                    }
+                }
+            })
+            .map_err(Error::os("device thread"))?;
+        Ok(Self { shared, transfers: Some(Mutex::new(transfers)), worker: Some(worker) })
+    }
+
+    /// What became of the device's DMA.
+    pub fn counters(&self) -> &DmaCounters {
+        &self.shared.counters
+    }
+
+    fn start(&self, transfer: Transfer) {
+        let Some(transfers) = &self.transfers else { return };
+        let sent = transfers.lock().unwrap_or_else(PoisonError::into_inner).send(transfer);
+        if sent.is_err() {
+            // The worker panicked. The device goes on without DMA.
+            log::error!("edu: the DMA worker is gone");
+            self.shared.registers().transfer_ended();
+        }
+    }
+}
+
+impl Shared {
+    fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Register 0xA0 is there only while software has the PASID capability enabled.
+    fn pasid_enabled(&self) -> bool {
+        self.pasid.is_some_and(|capability| capability.enabled(&self.config()))
+    }
+
+    /// Does one transfer, on the worker's thread.
+    fn transfer(&self, engine: &mut Engine, transfer: &Transfer) {
+        // Without the right to make requests the function makes none (PCIe 6.0 §7.5.1.1.3).
+        let result = match self.config().command().bus_master() {
+            true => Some(()),
+            false => None,
+        }
+        .ok_or(dma::Failure::NotBusMaster)
+        .and_then(|()| engine.run(transfer));
+        match result {
+            Ok(()) => self.counters.done.fetch_add(1, Ordering::Relaxed),
+            Err(failure) => {
+                log::debug!("edu: {failure}");
+                self.counters.failed.fetch_add(1, Ordering::Relaxed)
+            }
+        };
+        let mut registers = self.registers();
+        if let Effect::Interrupt { raised } = registers.transfer_ended() {
+            self.interrupt(&registers, raised);
+        }
+    }
+
+    /// Brings the interrupt outputs in line with `registers`; `raised`: a cause was just raised.
+    fn interrupt(&self, registers: &Registers, raised: bool) {
+        let pending = registers.interrupt_pending();
+        let mut config = self.config();
+        let message = self.msi.message(&config);
+        config.set_interrupt_status(pending);
+        let command = config.command();
+        drop(config);
+        self.intx.set(pending && message.is_none() && !command.interrupt_disable());
+        if let (true, true, Some(message)) = (raised, command.bus_master(), message) {
+            self.messages.send_msi(message.address, message.data);
+        }
+    }
+}
+
+impl PciFunction for Edu {
+    fn config(&self) -> &Mutex<ConfigSpace> {
+        &self.shared.config
+    }
+
+    fn config_written(&self) {
+        // MSI may have been switched, or INTx disabled.
+        let registers = self.shared.registers();
+        self.shared.interrupt(&registers, false);
+    }
+
+    fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
+        let pasid = self.shared.pasid_enabled();
+        let value = self.shared.registers().read(offset, data.len(), pasid);
+        let bytes = value.to_le_bytes();
+        // A register access has at most eight bytes.
+        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    }
+
+    fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
+        let mut bytes = [0; 8];
+        bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+        let value = u64::from_le_bytes(bytes);
+        let pasid = self.shared.pasid_enabled();
+        let mut registers = self.shared.registers();
+        match registers.write(offset, data.len(), value, pasid) {
+            Effect::None => {}
+            Effect::Interrupt { raised } => self.shared.interrupt(&registers, raised),
+            Effect::Transfer(transfer) => {
+                drop(registers);
+                self.start(transfer);
+            }
+        }
+    }
+}
+
+impl Drop for Edu {
+    fn drop(&mut self) {
+        self.transfers = None;
+        if let Some(worker) = self.worker.take() {
+            if worker.join().is_err() {
+                log::error!("edu: the DMA worker panicked");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Edu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Edu")
+            .field("registers", &self.shared.registers)
+            .field("counters", &self.shared.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

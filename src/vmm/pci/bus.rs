@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Bus 0: which functions are on it, and where their BARs are.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use super::{BarPlacement, ConfigSpace};
+use crate::spec::pci::Bdf;
+use crate::vmm::bus::BusDevice;
+use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
+
+/// A PCI function. Any vCPU thread may call it at any time.
+pub trait PciFunction: Send + Sync {
+    /// Its configuration space.
+    fn config(&self) -> &Mutex<ConfigSpace>;
+
+    /// Software wrote to configuration space, which is not locked now.
+    fn config_written(&self) {}
+
+    /// Software reads `data.len()` bytes at `offset` of memory BAR `bar`.
+    fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]);
+
+    /// Software writes `data` at `offset` of memory BAR `bar`.
+    fn write_bar(&self, bar: usize, offset: u64, data: &[u8]);
+}
+
+/// A BAR of a function on the bus.
+struct Decoder {
+    placement: BarPlacement,
+    function: Arc<dyn PciFunction>,
+}
+
+/// The root bus. Functions are added while the machine is built.
+#[derive(Default)]
+pub struct PciBus {
+    functions: BTreeMap<Bdf, Arc<dyn PciFunction>>,
+    /// Every BAR that answers, as configuration space has it.
+    decoders: RwLock<Vec<Decoder>>,
+}
+
+impl PciBus {
+    /// Puts `function` at `bdf`, in place of whatever was there.
+    pub fn insert(&mut self, bdf: Bdf, function: Arc<dyn PciFunction>) {
+        self.functions.insert(bdf, function);
+        self.update_decoders();
+    }
+
+    /// Software reads configuration space; a function that is not there reads as ones.
+    pub fn read_config(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
+        match self.functions.get(&bdf) {
+            Some(function) => lock(function.config()).read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Software writes configuration space.
+    pub fn write_config(&self, bdf: Bdf, offset: u16, data: &[u8]) {
+        let Some(function) = self.functions.get(&bdf) else { return };
+        let moved = {
+            let mut config = lock(function.config());
+            let before = config.bar_placements();
+            config.write(offset, data);
+            config.bar_placements() != before
+        };
+        if moved {
+            self.update_decoders();
+        }
+        function.config_written();
+    }
+
+    /// Collects the BARs anew. Those outside the PCI memory window do not answer.
+    fn update_decoders(&self) {
+        // Held throughout, so that of two updates at once the later one sees the newer BARs.
+        let mut decoders = self.decoders.write().unwrap_or_else(PoisonError::into_inner);
+        decoders.clear();
+        for function in self.functions.values() {
+            let placements = lock(function.config()).bar_placements();
+            decoders.extend(
+                placements
+                    .into_iter()
+                    .filter(|bar| bar.start >= PCI_MMIO_START && bar.last <= PCI_MMIO_LAST)
+                    .map(|placement| Decoder { placement, function: function.clone() }),
+            );
+        }
+    }
+
+    /// The function whose BAR answers for all of an access, the BAR and the offset in it.
+    fn decode(&self, address: u64, length: usize) -> Option<(Arc<dyn PciFunction>, usize, u64)> {
+        let decoders = self.decoders.read().unwrap_or_else(PoisonError::into_inner);
+        decoders.iter().find_map(|decoder| {
+            let offset = decoder.placement.offset(address, length)?;
+            Some((decoder.function.clone(), decoder.placement.index, offset))
+        })
+    }
+}
+
+impl fmt::Debug for PciBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.functions.keys()).finish()
+    }
+}
+
+fn lock(config: &Mutex<ConfigSpace>) -> std::sync::MutexGuard<'_, ConfigSpace> {
+    config.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The PCI memory window, from [`PCI_MMIO_START`] on.
+#[derive(Debug)]
+pub struct PciMemory(pub Arc<PciBus>);
+
+impl BusDevice for PciMemory {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match self.0.decode(PCI_MMIO_START + offset, data.len()) {
+            Some((function, bar, offset)) => function.read_bar(bar, offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some((function, bar, offset)) = self.0.decode(PCI_MMIO_START + offset, data.len()) {
+            function.write_bar(bar, offset, data);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::pci::Identity;
+
+    struct Echo(Mutex<ConfigSpace>);
+
+    impl PciFunction for Echo {
+        fn config(&self) -> &Mutex<ConfigSpace> {
+            &self.0
+        }
+
+        fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {
+            data.fill(bar as u8 | offset as u8);
+        }
+
+        fn write_bar(&self, _: usize, _: u64, _: &[u8]) {}
+    }
+
+    fn bus() -> Arc<PciBus> {
+        let identity = Identity { vendor: 0x1234, device: 0x5678, class: 0, revision: 0 };
+        let mut config = ConfigSpace::new(identity);
+        config.add_bar(1, 0x1000, PCI_MMIO_START as u32);
+        let mut bus = PciBus::default();
+        bus.insert(Bdf::new(0, 3, 0).unwrap(), Arc::new(Echo(Mutex::new(config))));
+        Arc::new(bus)
+    }
+
+    fn read(memory: &PciMemory, offset: u64) -> u8 {
+        let mut byte = [0];
+        memory.read(offset, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn a_bar_answers_where_software_put_it() {
+        let bus = bus();
+        let bdf = Bdf::new(0, 3, 0).unwrap();
+        let memory = PciMemory(bus.clone());
+        assert_eq!(read(&memory, 0x10), 0xff);
+        bus.write_config(bdf, 4, &[2, 0]);
+        assert_eq!(read(&memory, 0x10), 0x11);
+        bus.write_config(bdf, 0x14, &0xe100_0000u32.to_le_bytes());
+        assert_eq!(read(&memory, 0x10), 0xff);
+        assert_eq!(read(&memory, 0x100_0010), 0x11);
+        // Outside the window nothing answers: RAM and the IOMMU's registers cannot be covered.
+        bus.write_config(bdf, 0x14, &0x0010_0000u32.to_le_bytes());
+        assert_eq!(read(&memory, 0x100_0010), 0xff);
+        assert!(bus.decode(0x10_0000, 4).is_none());
+    }
+
+    #[test]
+    fn a_function_that_is_not_there_reads_as_ones() {
+        let bus = bus();
+        let mut data = [0; 4];
+        bus.read_config(Bdf::new(0, 3, 0).unwrap(), 0, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x5678_1234);
+        bus.read_config(Bdf::new(0, 3, 1).unwrap(), 0, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bus.write_config(Bdf::new(1, 3, 0).unwrap(), 4, &[2, 0]);
+    }
+}

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The capabilities a function can have here: MSI, PCI Express, PASID.
+
+use super::layout::*;
+use super::ConfigSpace;
+use crate::spec::pci::Pasid;
+
+/// An MSI capability: one vector, a 64-bit address, no masking.
+#[derive(Debug, Clone, Copy)]
+pub struct MsiCapability {
+    offset: u16,
+}
+
+/// A message-signalled interrupt as software set it up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Where it is written.
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+}
+
+/// Message address, from the start of the capability.
+const MSI_ADDRESS: u16 = 4;
+const MSI_ADDRESS_HIGH: u16 = 8;
+const MSI_DATA: u16 = 12;
+
+impl MsiCapability {
+    /// Gives `config` the capability.
+    pub fn add(config: &mut ConfigSpace) -> Self {
+        let control = MsiControl::new().with_address_64(true).into_bits().to_le_bytes();
+        let changeable =
+            MsiControl::new().with_enable(true).with_multiple_message_enable(7).into_bits();
+        let mut body = [0; 12];
+        body[..2].copy_from_slice(&control);
+        let mut writable = [0xff; 12];
+        writable[..2].copy_from_slice(&changeable.to_le_bytes());
+        // Messages are doublewords: the low two bits of the address are zero.
+        writable[2] = 0xfc;
+        Self { offset: config.add_capability(CAPABILITY_MSI, &body, &writable) }
+    }
+
+    /// The message, when interrupts are messages.
+    pub fn message(&self, config: &ConfigSpace) -> Option<MsiMessage> {
+        MsiControl::from_bits(config.u16(self.offset + 2)).enable().then(|| MsiMessage {
+            address: u64::from(config.u32(self.offset + MSI_ADDRESS))
+                | u64::from(config.u32(self.offset + MSI_ADDRESS_HIGH)) << 32,
+            data: config.u16(self.offset + MSI_DATA).into(),
+        })
+    }
+}
+
+/// A PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3), without which
+/// software does not look for extended capabilities.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpressCapability;
+
+/// Version 2, Root Complex Integrated Endpoint.
+const EXPRESS_CAPABILITIES: u16 = 2 | 9 << 4;
+/// Device Capabilities 2: End-End TLP prefixes (PASID is one) are supported.
+const END_END_TLP_PREFIX: u32 = 1 << 21;
+/// Device Capabilities 2, from the start of the body.
+const DEVICE_CAPABILITIES_2: usize = 0x24 - 2;
+
+impl ExpressCapability {
+    /// Gives `config` the capability.
+    pub fn add(config: &mut ConfigSpace) -> Self {
+        let mut body = [0; 0x3c - 2];
+        body[..2].copy_from_slice(&EXPRESS_CAPABILITIES.to_le_bytes());
+        body[DEVICE_CAPABILITIES_2..][..4].copy_from_slice(&END_END_TLP_PREFIX.to_le_bytes());
+        config.add_capability(CAPABILITY_EXPRESS, &body, &[]);
+        Self
+    }
+}
+
+/// A PASID extended capability of all 20 bits, without execute or privileged requests.
+#[derive(Debug, Clone, Copy)]
+pub struct PasidCapability {
+    offset: u16,
+}
+
+impl PasidCapability {
+    /// Gives `config` the capability.
+    pub fn add(config: &mut ConfigSpace) -> Self {
+        let capabilities = PasidCapabilities::new().with_max_width(Pasid::BITS as u8).into_bits();
+        let control = PasidControl::new().with_enable(true).into_bits();
+        let [c0, c1] = capabilities.to_le_bytes();
+        let [w0, w1] = control.to_le_bytes();
+        let offset = config.add_extended_capability(
+            EXTENDED_CAPABILITY_PASID,
+            1,
+            &[c0, c1, 0, 0],
+            &[0, 0, w0, w1],
+        );
+        Self { offset }
+    }
+
+    /// Whether requests may carry a PASID.
+    pub fn enabled(&self, config: &ConfigSpace) -> bool {
+        PasidControl::from_bits(config.u16(self.offset + 6)).enable()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::pci::Identity;
+
+    fn config() -> ConfigSpace {
+        ConfigSpace::new(Identity { vendor: 1, device: 2, class: 0, revision: 0 })
+    }
+
+    #[test]
+    fn msi_is_off_until_enabled() {
+        let mut config = config();
+        let msi = MsiCapability::add(&mut config);
+        config.write(msi.offset + MSI_ADDRESS, &0xfee0_0003u32.to_le_bytes());
+        config.write(msi.offset + MSI_ADDRESS_HIGH, &1u32.to_le_bytes());
+        config.write(msi.offset + MSI_DATA, &0x41u16.to_le_bytes());
+        assert_eq!(msi.message(&config), None);
+        config.write(msi.offset + 2, &[0xff, 0xff]);
+        let control = MsiControl::from_bits(config.u16(msi.offset + 2));
+        assert_eq!(control.multiple_message_capable(), 0);
+        assert!(control.address_64());
+        assert_eq!(msi.message(&config), Some(MsiMessage { address: 0x1_fee0_0000, data: 0x41 }));
+    }
+
+    #[test]
+    fn pasid_is_off_until_enabled() {
+        let mut config = config();
+        let pasid = PasidCapability::add(&mut config);
+        assert_eq!(config.u32(0x100), 0x0001_001b);
+        assert_eq!(config.u32(0x104), 20 << 8);
+        assert!(!pasid.enabled(&config));
+        config.write(0x104, &[0xff; 4]);
+        assert_eq!(config.u32(0x104), 1 << 16 | 20 << 8);
+        assert!(pasid.enabled(&config));
+    }
+}

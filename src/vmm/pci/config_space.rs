@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The configuration space of one function: bytes, and which of their bits software may change.
+
+use std::fmt;
+
+use super::bar::{self, BarPlacement};
+use super::layout::*;
+
+/// Who a function says it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Vendor ID.
+    pub vendor: u16,
+    /// Device ID.
+    pub device: u16,
+    /// Base class, sub-class and programming interface, from bit 23 down.
+    pub class: u32,
+    /// Revision ID.
+    pub revision: u8,
+}
+
+/// Configuration space of a type 0 function. It answers any access that lies in it.
+#[derive(Clone)]
+pub struct ConfigSpace {
+    bytes: Box<[u8; CONFIG_SIZE]>,
+    /// Bits that software may change.
+    writable: Box<[u8; CONFIG_SIZE]>,
+    /// Sizes in bytes of the memory BARs; 0 for none.
+    bars: [u32; BARS],
+    /// Where the pointer to the next capability goes, and where that capability goes.
+    capability: Place,
+    extended_capability: Place,
+}
+
+/// Where a list of capabilities goes on.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// The register that will point to the next one.
+    pointer: u16,
+    /// Where the next one is.
+    next: u16,
+}
+
+impl ConfigSpace {
+    /// The configuration space of a function without BARs or capabilities.
+    pub fn new(identity: Identity) -> Self {
+        let mut config = Self {
+            bytes: Box::new([0; CONFIG_SIZE]),
+            writable: Box::new([0; CONFIG_SIZE]),
+            bars: [0; BARS],
+            capability: Place { pointer: CAPABILITIES_POINTER, next: HEADER_END },
+            // The first extended capability has a fixed place and nothing that points to it.
+            extended_capability: Place { pointer: 0, next: EXTENDED_START },
+        };
+        config.put(VENDOR_ID, &identity.vendor.to_le_bytes());
+        config.put(DEVICE_ID, &identity.device.to_le_bytes());
+        config
+            .put(REVISION_ID, &(identity.class << 8 | u32::from(identity.revision)).to_le_bytes());
+        let command = Command::new()
+            .with_memory_space(true)
+            .with_bus_master(true)
+            .with_interrupt_disable(true);
+        config.allow(COMMAND, &command.into_bits().to_le_bytes());
+        config.allow(INTERRUPT_LINE, &[0xff]);
+        config
+    }
+
+    /// Gives the function memory BAR `index` (32 bits, not prefetchable) of `size` bytes, a power
+    /// of two of at least 4096, at `address`.
+    pub fn add_bar(&mut self, index: usize, size: u32, address: u32) {
+        debug_assert!(size.is_power_of_two() && size >= 4096 && index < BARS);
+        // The low bits read as zero whatever is written: that is how software learns the size.
+        self.put(bar::register(index), &address.to_le_bytes());
+        self.allow(bar::register(index), &(!(size - 1)).to_le_bytes());
+        self.bars[index] = size;
+    }
+
+    /// Gives the function the interrupt pin INTA, which leads to `line`.
+    pub fn set_intx(&mut self, line: u8) {
+        self.put(INTERRUPT_LINE, &[line]);
+        self.put(INTERRUPT_PIN, &[1]);
+    }
+
+    /// Adds a capability: `body` follows its two-byte header, `writable` says which bits of the
+    /// body software may change. Returns its offset.
+    pub(super) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u16 {
+        let offset = self.capability.next;
+        // An offset in the first 256 bytes.
+        self.put(self.capability.pointer, &[offset as u8]);
+        self.put(offset, &[id, 0]);
+        self.put(offset + 2, body);
+        self.allow(offset + 2, writable);
+        let end = offset + 2 + body.len() as u16;
+        self.capability = Place { pointer: offset + 1, next: end.next_multiple_of(4) };
+        let status = self.u16(STATUS) | STATUS_CAPABILITIES;
+        self.put(STATUS, &status.to_le_bytes());
+        offset
+    }
+
+    /// Adds an extended capability, as [`Self::add_capability`]; `body` follows its four-byte
+    /// header.
+    pub(super) fn add_extended_capability(
+        &mut self,
+        id: u16,
+        version: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> u16 {
+        let offset = self.extended_capability.next;
+        if offset != EXTENDED_START {
+            let pointer = self.extended_capability.pointer;
+            let linked = self.u32(pointer) | u32::from(offset) << 20;
+            self.put(pointer, &linked.to_le_bytes());
+        }
+        self.put(offset, &(u32::from(id) | u32::from(version) << 16).to_le_bytes());
+        self.put(offset + 4, body);
+        self.allow(offset + 4, writable);
+        let end = offset + 4 + body.len() as u16;
+        self.extended_capability = Place { pointer: offset, next: end.next_multiple_of(4) };
+        offset
+    }
+
+    /// Software reads; what does not lie in configuration space reads as ones.
+    pub fn read(&self, offset: u16, data: &mut [u8]) {
+        let start = usize::from(offset);
+        match self.bytes.get(start..start + data.len()) {
+            Some(bytes) => data.copy_from_slice(bytes),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Software writes; read-only bits keep their value.
+    pub fn write(&mut self, offset: u16, data: &[u8]) {
+        let start = usize::from(offset);
+        let range = start..start + data.len();
+        let (Some(bytes), Some(writable)) =
+            (self.bytes.get_mut(range.clone()), self.writable.get(range))
+        else {
+            return;
+        };
+        for ((byte, mask), value) in bytes.iter_mut().zip(writable).zip(data) {
+            *byte = *byte & !mask | value & mask;
+        }
+    }
+
+    /// The command register.
+    pub fn command(&self) -> Command {
+        Command::from_bits(self.u16(COMMAND))
+    }
+
+    /// Whether the status register says that an INTx interrupt is pending.
+    pub fn set_interrupt_status(&mut self, pending: bool) {
+        let status = self.u16(STATUS) & !STATUS_INTERRUPT;
+        let status = if pending { status | STATUS_INTERRUPT } else { status };
+        self.put(STATUS, &status.to_le_bytes());
+    }
+
+    /// Where the memory BARs are, as far as the function answers memory accesses at all.
+    pub fn bar_placements(&self) -> Vec<BarPlacement> {
+        if !self.command().memory_space() {
+            return Vec::new();
+        }
+        (0..BARS)
+            .filter(|index| self.bars[*index] != 0)
+            .map(|index| BarPlacement::new(index, self.u32(bar::register(index)), self.bars[index]))
+            .collect()
+    }
+
+    pub(super) fn u16(&self, offset: u16) -> u16 {
+        let mut bytes = [0; 2];
+        self.read(offset, &mut bytes);
+        u16::from_le_bytes(bytes)
+    }
+
+    pub(super) fn u32(&self, offset: u16) -> u32 {
+        let mut bytes = [0; 4];
+        self.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Sets bytes whether software may write them or not. Offsets here are the program's own.
+    fn put(&mut self, offset: u16, bytes: &[u8]) {
+        let start = usize::from(offset);
+        self.bytes[start..start + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Lets software change the bits set in `mask`.
+    fn allow(&mut self, offset: u16, mask: &[u8]) {
+        let start = usize::from(offset);
+        self.writable[start..start + mask.len()].copy_from_slice(mask);
+    }
+}
+
+impl fmt::Debug for ConfigSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConfigSpace")
+            .field("vendor", &format_args!("{:#06x}", self.u16(VENDOR_ID)))
+            .field("device", &format_args!("{:#06x}", self.u16(DEVICE_ID)))
+            .field("command", &self.command())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ConfigSpace {
+        ConfigSpace::new(Identity {
+            vendor: 0x1234,
+            device: 0x11e8,
+            class: 0x00ff00,
+            revision: 0x10,
+        })
+    }
+
+    #[test]
+    fn the_header_says_who_it_is_and_stays_so() {
+        let mut config = config();
+        config.write(VENDOR_ID, &[0; 4]);
+        config.write(REVISION_ID, &[0xff; 4]);
+        assert_eq!(config.u32(VENDOR_ID), 0x11e8_1234);
+        assert_eq!(config.u32(REVISION_ID), 0x00ff_0010);
+        config.write(COMMAND, &[0xff; 2]);
+        assert_eq!(config.u16(COMMAND), 0x0406);
+    }
+
+    #[test]
+    fn a_bar_tells_its_size_and_moves() {
+        let mut config = config();
+        config.add_bar(0, 0x10_0000, 0xe000_0000);
+        assert_eq!(config.bar_placements(), []);
+        config.write(COMMAND, &[2, 0]);
+        assert_eq!(config.bar_placements(), [BarPlacement::new(0, 0xe000_0000, 0x10_0000)]);
+        config.write(BAR0, &[0xff; 4]);
+        assert_eq!(config.u32(BAR0), 0xfff0_0000);
+        config.write(BAR0, &0xe123_4567u32.to_le_bytes());
+        assert_eq!(config.bar_placements(), [BarPlacement::new(0, 0xe120_0000, 0x10_0000)]);
+        // BARs that are not there cannot be written.
+        config.write(BAR0 + 4, &[0xff; 4]);
+        assert_eq!(config.u32(BAR0 + 4), 0);
+    }
+
+    #[test]
+    fn capabilities_are_linked() {
+        let mut config = config();
+        assert_eq!(config.u16(STATUS) & STATUS_CAPABILITIES, 0);
+        let first = config.add_capability(5, &[1; 12], &[]);
+        let second = config.add_capability(0x10, &[2; 4], &[]);
+        assert_ne!(config.u16(STATUS) & STATUS_CAPABILITIES, 0);
+        assert_eq!(config.u32(CAPABILITIES_POINTER), u32::from(first));
+        assert_eq!(config.u16(first), second << 8 | 5);
+        assert_eq!(config.u16(second), 0x10);
+
+        let first = config.add_extended_capability(0x1b, 1, &[3; 4], &[0; 4]);
+        let second = config.add_extended_capability(0x0f, 1, &[4; 4], &[0; 4]);
+        assert_eq!(first, EXTENDED_START);
+        assert_eq!(config.u32(first), u32::from(second) << 20 | 1 << 16 | 0x1b);
+        assert_eq!(config.u32(second), 1 << 16 | 0x0f);
+    }
+
+    #[test]
+    fn accesses_outside_are_harmless() {
+        let mut config = config();
+        let mut data = [0; 4];
+        config.read(4094, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        config.write(4094, &data);
+        config.write(u16::MAX, &data);
+    }
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! INTx: the interrupt pins of functions, and the few shared lines they lead to.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::spec::pci::Bdf;
+
+/// The interrupt lines (GSIs) that pins share. Free of ISA devices, and within reach of both the
+/// PIC and the IOAPIC.
+const LINES: [u8; 4] = [10, 11, 5, 9];
+
+/// Drives a line: (GSI, level).
+type Drive = dyn Fn(u32, bool) + Send + Sync;
+
+/// Leads pins to lines.
+pub struct IntxRouter {
+    lines: [Arc<Line>; LINES.len()],
+}
+
+struct Line {
+    gsi: u8,
+    /// One bit for each device number whose pin is asserted: the line is their OR.
+    asserted: Mutex<u32>,
+    drive: Arc<Drive>,
+}
+
+impl IntxRouter {
+    /// A router whose lines are driven through `drive`.
+    pub fn new(drive: Arc<Drive>) -> Self {
+        let line = |gsi| Arc::new(Line { gsi, asserted: Mutex::new(0), drive: drive.clone() });
+        Self { lines: LINES.map(line) }
+    }
+
+    /// INTA of the function at `bdf`, on bus 0.
+    pub fn pin(&self, bdf: Bdf) -> IntxPin {
+        let line = &self.lines[usize::from(bdf.device()) % self.lines.len()];
+        IntxPin { line: line.clone(), device: bdf.device() }
+    }
+}
+
+impl fmt::Debug for IntxRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IntxRouter").finish_non_exhaustive()
+    }
+}
+
+/// An interrupt pin, not asserted to begin with.
+pub struct IntxPin {
+    line: Arc<Line>,
+    device: u8,
+}
+
+impl IntxPin {
+    /// The interrupt line that the pin leads to.
+    pub fn line(&self) -> u8 {
+        self.line.gsi
+    }
+
+    /// Asserts or deasserts the pin.
+    pub fn set(&self, asserted: bool) {
+        let bit = 1 << self.device;
+        // Held while the line is driven: levels reach the interrupt controller in order.
+        let mut pins = self.line.asserted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = *pins != 0;
+        *pins = if asserted { *pins | bit } else { *pins & !bit };
+        let after = *pins != 0;
+        if before != after {
+            (self.line.drive)(self.line.gsi.into(), after);
+        }
+    }
+}
+
+impl fmt::Debug for IntxPin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "IntxPin({})", self.line.gsi)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shared_line_falls_when_the_last_pin_does() {
+        let levels = Arc::new(Mutex::new(Vec::new()));
+        let seen = levels.clone();
+        let router =
+            IntxRouter::new(Arc::new(move |gsi, level| seen.lock().unwrap().push((gsi, level))));
+        let one = router.pin(Bdf::new(0, 1, 0).unwrap());
+        let five = router.pin(Bdf::new(0, 5, 0).unwrap());
+        let two = router.pin(Bdf::new(0, 2, 0).unwrap());
+        assert_eq!(one.line(), five.line());
+        assert_ne!(one.line(), two.line());
+        one.set(true);
+        five.set(true);
+        one.set(true);
+        one.set(false);
+        five.set(false);
+        two.set(false);
+        let line = u32::from(one.line());
+        assert_eq!(*levels.lock().unwrap(), [(line, true), (line, false)]);
+    }
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Layout of configuration space: offsets and fields of a type 0 header and its capabilities.
+
+use bitfield_struct::bitfield;
+
+/// Bytes of a function's configuration space.
+pub const CONFIG_SIZE: usize = 4096;
+/// Where extended configuration space starts.
+pub const EXTENDED_START: u16 = 0x100;
+
+/// Vendor ID.
+pub const VENDOR_ID: u16 = 0x00;
+/// Device ID.
+pub const DEVICE_ID: u16 = 0x02;
+/// Command register.
+pub const COMMAND: u16 = 0x04;
+/// Status register.
+pub const STATUS: u16 = 0x06;
+/// Revision ID; the class code follows.
+pub const REVISION_ID: u16 = 0x08;
+/// First base address register.
+pub const BAR0: u16 = 0x10;
+/// Number of base address registers.
+pub const BARS: usize = 6;
+/// Offset of the first capability.
+pub const CAPABILITIES_POINTER: u16 = 0x34;
+/// Interrupt line: for software, by software.
+pub const INTERRUPT_LINE: u16 = 0x3c;
+/// Interrupt pin: 1 for INTA.
+pub const INTERRUPT_PIN: u16 = 0x3d;
+/// End of the type 0 header, and the first place for a capability.
+pub const HEADER_END: u16 = 0x40;
+
+/// Status: an INTx interrupt is pending.
+pub const STATUS_INTERRUPT: u16 = 1 << 3;
+/// Status: there is a capability list.
+pub const STATUS_CAPABILITIES: u16 = 1 << 4;
+
+/// Capability ID of MSI.
+pub const CAPABILITY_MSI: u8 = 0x05;
+/// Capability ID of PCI Express.
+pub const CAPABILITY_EXPRESS: u8 = 0x10;
+/// Extended capability ID of PASID.
+pub const EXTENDED_CAPABILITY_PASID: u16 = 0x1b;
+
+/// Command register (§7.5.1.1.3).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct Command {
+    /// Answers port accesses.
+    pub io_space: bool,
+    /// Answers memory accesses.
+    pub memory_space: bool,
+    /// May make requests of its own: DMA, and MSI.
+    pub bus_master: bool,
+    #[bits(7)]
+    __: u8,
+    /// Must not assert INTx.
+    pub interrupt_disable: bool,
+    #[bits(5)]
+    __: u8,
+}
+
+/// MSI message control (§7.7.1.2).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct MsiControl {
+    /// Interrupts are messages.
+    pub enable: bool,
+    /// Vectors the function asks for, as a power of two.
+    #[bits(3)]
+    pub multiple_message_capable: u8,
+    /// Vectors it was given, as a power of two.
+    #[bits(3)]
+    pub multiple_message_enable: u8,
+    /// The message address has 64 bits.
+    pub address_64: bool,
+    #[bits(8)]
+    __: u8,
+}
+
+/// PASID capability register (§7.8.9.2).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct PasidCapabilities {
+    __: bool,
+    /// May ask to execute.
+    pub execute_permission: bool,
+    /// May ask for supervisor privilege.
+    pub privileged_mode: bool,
+    #[bits(5)]
+    __: u8,
+    /// Width of the PASIDs the function can use, in bits.
+    #[bits(5)]
+    pub max_width: u8,
+    #[bits(3)]
+    __: u8,
+}
+
+/// PASID control register (§7.8.9.3).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct PasidControl {
+    /// Requests may carry a PASID.
+    pub enable: bool,
+    /// They may ask to execute.
+    pub execute_permission: bool,
+    /// They may ask for supervisor privilege.
+    pub privileged_mode: bool,
+    #[bits(13)]
+    __: u16,
+}

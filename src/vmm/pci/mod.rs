@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! PCI Express: one root bus, its functions, and the ways a guest reaches them.
+//!
+//! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
+//! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.8.9 PASID).
+#![forbid(unsafe_code)]
+
+mod bar;
+mod bus;
+mod capabilities;
+mod config_ports;
+mod config_space;
+mod ecam;
+mod host_bridge;
+mod intx;
+mod layout;
+
+pub use bar::BarPlacement;
+pub use bus::{PciBus, PciFunction, PciMemory};
+pub use capabilities::{ExpressCapability, MsiCapability, MsiMessage, PasidCapability};
+pub use config_ports::ConfigPorts;
+pub use config_space::{ConfigSpace, Identity};
+pub use ecam::Ecam;
+pub use host_bridge::HostBridge;
+pub use intx::{IntxPin, IntxRouter};
+pub use layout::Command;
