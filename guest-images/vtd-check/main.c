@@ -14,11 +14,17 @@ extern const struct check_group legacy_blocked_checks;
 extern const struct check_group blocked_checks;
 extern const struct check_group first_stage_checks;
 extern const struct check_group stale_first_stage_checks;
+extern const struct check_group pasid_checks;
+extern const struct check_group malformed_tables_checks;
+extern const struct check_group fault_log_checks;
+extern const struct check_group queue_checks;
 extern const struct check_group legacy_second_stage_checks;
 extern const struct check_group stale_legacy_by_register_checks;
 extern const struct check_group stale_legacy_by_queue_checks;
 extern const struct check_group second_stage_checks;
 extern const struct check_group stale_second_stage_checks;
+extern const struct check_group shared_checks;
+extern const struct check_group last_checks;
 
 static const struct check_group *const groups[] = {
     &edu_checks,
@@ -27,11 +33,17 @@ static const struct check_group *const groups[] = {
     &blocked_checks,
     &first_stage_checks,
     &stale_first_stage_checks,
+    &pasid_checks,
+    &malformed_tables_checks,
+    &fault_log_checks,
+    &queue_checks,
     &legacy_second_stage_checks,
     &stale_legacy_by_register_checks,
     &stale_legacy_by_queue_checks,
     &second_stage_checks,
     &stale_second_stage_checks,
+    &shared_checks,
+    &last_checks,
 };
 
 static void introduce(void)

@@ -234,6 +234,11 @@ u64 device_holds(const struct edu *edu, u32 pasid, u64 mailbox_iova)
     return *mailbox;
 }
 
+u64 mailbox_gpa(void)
+{
+    return gpa_of(mailbox);
+}
+
 // Takes the one record that the access by `edu` must have left.
 static bool fault_matches(const struct edu *edu, u32 pasid, u64 iova, bool is_read, unsigned reason)
 {

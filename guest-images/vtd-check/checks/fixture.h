@@ -77,6 +77,7 @@ bool write_arrives(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *pag
 bool read_arrives(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
 // What the last read, refused or not, left in the device; it is written out through the mailbox.
 u64 device_holds(const struct edu *edu, u32 pasid, u64 mailbox_iova);
+u64 mailbox_gpa(void);
 
 // The access moves no byte of `page` (which it would reach, were it allowed; null when none), and
 // one fault is recorded, with this reason, the device's ID, the PASID and the page's address.
