@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::spec::pci::Bdf;
 
-/// The interrupt lines (GSIs) that pins share. Free of ISA devices, and within reach of both the
-/// PIC and the IOAPIC.
+/// The interrupt lines that pins share, as inputs of the PIC. Free of ISA devices.
 const LINES: [u8; 4] = [10, 11, 5, 9];
+/// The same lines' inputs of the IOAPIC start here, as a PC's chipset has them beside the PIC's.
+const IOAPIC_PINS_START: u32 = 16;
 
 /// Drives a line: (GSI, level).
 type Drive = dyn Fn(u32, bool) + Send + Sync;
@@ -19,7 +20,9 @@ pub struct IntxRouter {
 }
 
 struct Line {
-    gsi: u8,
+    irq: u8,
+    /// Inputs of the interrupt controllers.
+    gsis: [u32; 2],
     /// One bit for each device number whose pin is asserted: the line is their OR.
     asserted: Mutex<u32>,
     drive: Arc<Drive>,
@@ -28,8 +31,12 @@ struct Line {
 impl IntxRouter {
     /// A router whose lines are driven through `drive`.
     pub fn new(drive: Arc<Drive>) -> Self {
-        let line = |gsi| Arc::new(Line { gsi, asserted: Mutex::new(0), drive: drive.clone() });
-        Self { lines: LINES.map(line) }
+        let line = |index: usize| {
+            let irq = LINES[index];
+            let gsis = [irq.into(), IOAPIC_PINS_START + index as u32];
+            Arc::new(Line { irq, gsis, asserted: Mutex::new(0), drive: drive.clone() })
+        };
+        Self { lines: std::array::from_fn(line) }
     }
 
     /// INTA of the function at `bdf`, on bus 0.
@@ -52,9 +59,9 @@ pub struct IntxPin {
 }
 
 impl IntxPin {
-    /// The interrupt line that the pin leads to.
+    /// The input of the PIC that the pin leads to.
     pub fn line(&self) -> u8 {
-        self.line.gsi
+        self.line.irq
     }
 
     /// Asserts or deasserts the pin.
@@ -66,14 +73,16 @@ impl IntxPin {
         *pins = if asserted { *pins | bit } else { *pins & !bit };
         let after = *pins != 0;
         if before != after {
-            (self.line.drive)(self.line.gsi.into(), after);
+            for gsi in self.line.gsis {
+                (self.line.drive)(gsi, after);
+            }
         }
     }
 }
 
 impl fmt::Debug for IntxPin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "IntxPin({})", self.line.gsi)
+        write!(f, "IntxPin({})", self.line.irq)
     }
 }
 
@@ -99,6 +108,6 @@ mod tests {
         five.set(false);
         two.set(false);
         let line = u32::from(one.line());
-        assert_eq!(*levels.lock().unwrap(), [(line, true), (line, false)]);
+        assert_eq!(*levels.lock().unwrap(), [(line, true), (17, true), (line, false), (17, false)]);
     }
 }
