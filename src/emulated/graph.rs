@@ -105,7 +105,7 @@ impl fmt::Display for GraphObject {
 
 fn describe(id: ObjectId, object: &Object) -> GraphObject {
     let (name, flags, on) = match object {
-        Object::Ioas(ioas) => (format!("{} mappings", ioas.space.area_count()), vec![], vec![]),
+        Object::Ioas(ioas) => (format!("({})", mappings(ioas.space.area_count())), vec![], vec![]),
         Object::HwptPaging(hwpt) => {
             let mut flags = flag_names(hwpt.flags);
             if hwpt.automatic {
@@ -132,6 +132,10 @@ fn describe(id: ObjectId, object: &Object) -> GraphObject {
         ),
     };
     GraphObject { id, kind: object.kind(), name, flags, on }
+}
+
+fn mappings(count: usize) -> String {
+    format!("{count} mapping{}", if count == 1 { "" } else { "s" })
 }
 
 fn edge(to: ObjectId) -> GraphEdge {

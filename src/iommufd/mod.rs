@@ -7,6 +7,7 @@
 
 mod counted;
 mod error;
+mod fail_nth;
 #[cfg(any(test, feature = "test-support"))]
 #[doc(hidden)]
 pub mod fake;
@@ -16,6 +17,7 @@ mod types;
 
 pub use counted::{CountedHost, VerbCounters, VerbObserver};
 pub use error::{Errno, HostError, Result, Verb};
+pub use fail_nth::FailNth;
 pub use host::{FaultSink, HostIommu};
 pub use memory::{UserMemory, UserMemoryError};
 pub use types::*;

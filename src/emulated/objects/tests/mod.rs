@@ -3,3 +3,8 @@
 
 mod attach;
 pub(crate) mod fake;
+mod hwpt;
+mod invalidate;
+mod ioas;
+mod lifetime;
+mod random;
