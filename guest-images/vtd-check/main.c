@@ -26,8 +26,7 @@ extern const struct check_group stale_second_stage_checks;
 extern const struct check_group shared_checks;
 extern const struct check_group last_checks;
 
-static const struct check_group *const groups[] = {
-    &edu_checks,
+static const struct check_group *const vtd_groups[] = {
     &registers_checks,
     &legacy_blocked_checks,
     &blocked_checks,
@@ -50,7 +49,24 @@ static void introduce(void)
 {
     print("# vtd-check, started by %s; %s; %u edu\n", boot_protocol(),
           pci_has_ecam() ? "ECAM" : "no ECAM, PCI through ports", edu_count);
-    print("# VT-d at 0x%lx: VER %02x CAP 0x%lx ECAP 0x%lx\n", vtd.base, vtd_read32(VTD_VER), vtd.cap, vtd.ecap);
+}
+
+// Runs every group of checks, or, with `vtd=0` on the command line, those that need no unit.
+static void run_checks(void)
+{
+    check_run(&edu_checks);
+    if (!cmdline_number("vtd", 1)) {
+        print("# vtd=0: no remapping unit, its checks are left out\n");
+        return;
+    }
+    if (!vtd_init()) {
+        print("no VT-d unit answers at 0x%lx\n", vtd.base);
+        machine_exit(1);
+    }
+    print("# VT-d at 0x%lx: VER %02x CAP 0x%lx ECAP 0x%lx, %u fault records\n", vtd.base, vtd_read32(VTD_VER),
+          vtd.cap, vtd.ecap, vtd.fault_record_count);
+    for (unsigned n = 0; n < ARRAY_LEN(vtd_groups); n++)
+        check_run(vtd_groups[n]);
 }
 
 void guest_main(u32 magic, u64 start_info)
@@ -64,12 +80,7 @@ void guest_main(u32 magic, u64 start_info)
         print("there is no edu device (1234:11e8) on bus 0\n");
         machine_exit(1);
     }
-    if (!vtd_init()) {
-        print("no VT-d unit answers at 0x%lx\n", vtd.base);
-        machine_exit(1);
-    }
     introduce();
-    for (unsigned n = 0; n < ARRAY_LEN(groups); n++)
-        check_run(groups[n]);
+    run_checks();
     machine_exit(check_summary() ? 0 : 1);
 }
