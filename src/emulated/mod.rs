@@ -5,6 +5,7 @@
 //! counts, errno, partial results. Its hardware half walks stage 1 through stage 2 and caches what
 //! hardware may cache, so that a forgotten invalidation shows.
 
+mod gate;
 mod graph;
 mod hardware;
 mod host;

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A big-reader lock: reading is as cheap as it gets, writing waits for every reader.
+//!
+//! DMA reads translations all the time; invalidations change them rarely, and must not return
+//! while any DMA still uses what they took away. So each [`Reader`] owns a slot on cache lines of
+//! its own and marks it busy while it reads; nothing that readers write is shared between them. A
+//! writer closes the gate, waits until every slot is idle, has the value to itself, and opens the
+//! gate. A reader that finds the gate closed marks its slot idle again and queues up behind the
+//! writer: it sleeps, it does not spin.
+//!
+//! # Why this is exclusive
+//!
+//! A reader stores *busy* and then loads *closed*; a writer stores *closed* and then loads *busy*.
+//! All four are sequentially consistent, so they have one total order, and whichever store comes
+//! second in it is followed by a load that must see the first: the reader finds the gate closed, or
+//! the writer finds the slot busy, or both. Never neither. (With acquire and release alone both
+//! loads could run ahead of the stores, and both sides would go in.)
+//!
+//! * *What readers did happens before what the writer does.* A reader leaves by a release store of
+//!   *idle*; the writer goes in after its load, an acquire, has seen that store or a later one of
+//!   the same slot, which comes after it in the reader's program order.
+//! * *What the writer did happens before what readers do.* The writer opens the gate by a release
+//!   store. A reader that entered after the writer looked at its slot has the writer's *closed*
+//!   before its own load in the total order, so the load sees that or something newer: the
+//!   release store of this writer, or what a later writer stored, who had the mutex after this one.
+//! * *Writers exclude each other* by a mutex. *Closed* is only ever true while it is held, so a
+//!   reader that holds it may mark its slot busy without looking.
+//!
+//! # Progress
+//!
+//! A writer waits for at most one read section of each reader: once closed, the gate lets nobody
+//! in. A reader waits for the mutex, which a writer holds for one write; having it, the reader goes
+//! in whatever other writers want, so a stream of writers cannot keep it out.
+//!
+//! A thread that holds a [`ReadGuard`] must not write to the same gate: it would wait for itself.
+//! A guard that is leaked makes every later write wait forever; it breaks no promise of memory
+//! safety.
+
+use std::cell::UnsafeCell;
+use std::fmt;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Rounds of waiting for a reader before the writer gives way to other threads, and before it
+/// sleeps between looks. A read section is a copy of at most some pages: it ends within the first,
+/// unless its thread is not running.
+const SPIN_ROUNDS: u32 = 128;
+const YIELD_ROUNDS: u32 = 1024;
+const SLEEP: Duration = Duration::from_micros(50);
+
+/// A value that no other data shares a cache line with, nor the line that is prefetched with it.
+#[repr(align(128))]
+struct CachePadded<T>(T);
+
+/// Whether one reader is inside.
+type Slot = CachePadded<AtomicBool>;
+
+/// See the [module's documentation](self).
+pub(crate) struct Gate<T> {
+    /// A writer is inside or waits for readers to leave. Written with `slots` locked.
+    closed: CachePadded<AtomicBool>,
+    /// Held by who writes; the slot of every reader.
+    slots: Mutex<Vec<Arc<Slot>>>,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: a gate hands out `&T` to readers on several threads at once (hence `T: Sync`) and `&mut
+// T` to one writer on any thread (hence `T: Send`), never both at a time: see the module's
+// documentation. Everything else in it is `Sync` by itself.
+unsafe impl<T: Send + Sync> Sync for Gate<T> {}
+
+impl<T> Gate<T> {
+    /// A gate in front of `value`, open.
+    pub fn new(value: T) -> Arc<Self> {
+        Arc::new(Self {
+            closed: CachePadded(AtomicBool::new(false)),
+            slots: Mutex::new(Vec::new()),
+            value: UnsafeCell::new(value),
+        })
+    }
+
+    /// A new reader.
+    pub fn reader(self: &Arc<Self>) -> Reader<T> {
+        let slot = Arc::new(CachePadded(AtomicBool::new(false)));
+        self.lock().push(Arc::clone(&slot));
+        Reader { gate: Arc::clone(self), slot }
+    }
+
+    /// Changes the value with no reader inside. What readers looked up before is out of use when
+    /// `change` starts, and all that enter after see what it did.
+    pub fn write<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        let closed = self.close();
+        closed.wait_until_idle();
+        // SAFETY: `closed` keeps other writers and new readers out until it is dropped, and every
+        // reader that was inside has left: nobody else refers to the value.
+        change(unsafe { &mut *self.value.get() })
+    }
+
+    /// Keeps other writers and new readers out until the result is dropped.
+    fn close(&self) -> Closed<'_, T> {
+        let mut slots = self.lock();
+        // A reader that is gone has left its slot to us alone. To drop the slot's last reference is
+        // to acquire what the reader released with its own: all it did happens before.
+        slots.retain(|slot| Arc::strong_count(slot) > 1);
+        self.closed.0.store(true, Ordering::SeqCst);
+        Closed { gate: self, slots }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> fmt::Debug for Gate<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The value may be in the middle of a change.
+        f.debug_struct("Gate").finish_non_exhaustive()
+    }
+}
+
+/// The gate is closed for as long as this lives.
+struct Closed<'a, T> {
+    gate: &'a Gate<T>,
+    slots: MutexGuard<'a, Vec<Arc<Slot>>>,
+}
+
+impl<T> Closed<'_, T> {
+    /// Waits until every reader that was inside has left.
+    fn wait_until_idle(&self) {
+        for slot in self.slots.iter() {
+            let mut round = 0;
+            while slot.0.load(Ordering::SeqCst) {
+                match round {
+                    0..SPIN_ROUNDS => std::hint::spin_loop(),
+                    SPIN_ROUNDS..YIELD_ROUNDS => std::thread::yield_now(),
+                    _ => std::thread::sleep(SLEEP),
+                }
+                round = round.saturating_add(1);
+            }
+        }
+    }
+}
+
+impl<T> Drop for Closed<'_, T> {
+    fn drop(&mut self) {
+        // Before the mutex is released, with `slots`.
+        self.gate.closed.0.store(false, Ordering::Release);
+    }
+}
+
+/// One who may read: at most one read section at a time.
+pub(crate) struct Reader<T> {
+    gate: Arc<Gate<T>>,
+    /// Busy while this reader is inside. Nobody else writes it.
+    slot: Arc<Slot>,
+}
+
+impl<T> Reader<T> {
+    /// Starts a read section, which ends when the guard is dropped. Keep it short: writers wait.
+    #[inline]
+    pub fn enter(&mut self) -> ReadGuard<'_, T> {
+        // A swap and not a store: on x86 both are the same locked instruction, and elsewhere a swap
+        // is never dearer than a store and a fence.
+        self.slot.0.swap(true, Ordering::SeqCst);
+        if self.gate.closed.0.load(Ordering::SeqCst) {
+            self.enter_after_writer();
+        }
+        ReadGuard { gate: &self.gate, slot: &self.slot }
+    }
+
+    #[cold]
+    fn enter_after_writer(&self) {
+        self.slot.0.store(false, Ordering::Release);
+        let _no_writer = self.gate.lock();
+        self.slot.0.swap(true, Ordering::SeqCst);
+    }
+}
+
+impl<T> Clone for Reader<T> {
+    /// Another reader of the same gate, with a slot of its own.
+    fn clone(&self) -> Self {
+        self.gate.reader()
+    }
+}
+
+impl<T> fmt::Debug for Reader<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").finish_non_exhaustive()
+    }
+}
+
+/// A read section: the value does not change while this lives.
+pub(crate) struct ReadGuard<'a, T> {
+    gate: &'a Gate<T>,
+    slot: &'a Slot,
+}
+
+impl<T> Deref for ReadGuard<'_, T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: the slot is busy and was marked so before the gate was seen open (or with the
+        // writers' mutex held), so no writer touches the value until this guard is dropped.
+        unsafe { &*self.gate.value.get() }
+    }
+}
+
+impl<T> Drop for ReadGuard<'_, T> {
+    #[inline]
+    fn drop(&mut self) {
+        self.slot.0.store(false, Ordering::Release);
+    }
+}
+
+impl<T> fmt::Debug for ReadGuard<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReadGuard").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU64;
+    use std::thread;
+
+    const WRITES: u64 = 20_000;
+
+    #[test]
+    fn readers_see_whole_writes_only_and_the_last_one_at_once() {
+        // Plain memory: a reader inside together with a writer is a data race that tears the pair
+        // (and that a race detector reports).
+        let gate = Gate::new((0u64, 0u64));
+        let published = AtomicU64::new(0);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                let mut reader = gate.reader();
+                let (published, done) = (&published, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Acquire) {
+                        let before = published.load(Ordering::Acquire);
+                        let pair = reader.enter();
+                        assert_eq!(pair.0, pair.1);
+                        assert!(pair.0 >= before, "a write that had returned was not seen");
+                    }
+                });
+            }
+            for value in 1..=WRITES {
+                gate.write(|pair| {
+                    pair.0 = value;
+                    std::hint::black_box(&mut *pair);
+                    pair.1 = value;
+                });
+                published.store(value, Ordering::Release);
+            }
+            done.store(true, Ordering::Release);
+        });
+    }
+
+    /// Lets readers watch a cell that every writer sets while it is inside, and counts how often
+    /// one was seen inside together with a reader.
+    fn meetings(wait: bool) -> u64 {
+        let gate = Gate::new(AtomicBool::new(false));
+        let met = AtomicU64::new(0);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                let mut reader = gate.reader();
+                let (met, done) = (&met, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Acquire) {
+                        let writer_inside = reader.enter();
+                        for _ in 0..64 {
+                            if writer_inside.load(Ordering::Relaxed) {
+                                met.fetch_add(1, Ordering::Relaxed);
+                            }
+                        }
+                    }
+                });
+            }
+            let mut writes = 0;
+            // Without the wait, until the readers have noticed: on a loaded machine that may take
+            // a while, so the bound is generous.
+            while writes < WRITES || (!wait && met.load(Ordering::Relaxed) == 0 && writes < 1 << 24)
+            {
+                let closed = gate.close();
+                if wait {
+                    closed.wait_until_idle();
+                }
+                // SAFETY: shared access only, as the readers have; the cell is atomic.
+                let inside = unsafe { &*gate.value.get() };
+                inside.store(true, Ordering::Relaxed);
+                std::hint::spin_loop();
+                inside.store(false, Ordering::Relaxed);
+                drop(closed);
+                writes += 1;
+            }
+            done.store(true, Ordering::Release);
+        });
+        met.into_inner()
+    }
+
+    #[test]
+    fn a_reader_never_meets_a_writer() {
+        assert_eq!(meetings(true), 0);
+    }
+
+    #[test]
+    fn a_writer_that_does_not_wait_is_caught() {
+        assert_ne!(meetings(false), 0);
+    }
+
+    #[test]
+    fn readers_come_and_go() {
+        let gate = Gate::new(0);
+        let mut first = gate.reader();
+        let mut second = first.clone();
+        assert_eq!((*first.enter(), *second.enter()), (0, 0));
+        drop(first);
+        gate.write(|value| *value = 1);
+        assert_eq!(gate.lock().len(), 1);
+        assert_eq!(*second.enter(), 1);
+    }
+
+    #[test]
+    fn a_panicking_writer_opens_the_gate() {
+        let gate = Gate::new(0);
+        let mut reader = gate.reader();
+        thread::scope(|scope| {
+            assert!(scope.spawn(|| gate.write(|_| panic!("on purpose"))).join().is_err());
+        });
+        assert_eq!(*reader.enter(), 0);
+        gate.write(|value| *value = 2);
+        assert_eq!(*reader.enter(), 2);
+    }
+}
