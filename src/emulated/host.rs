@@ -10,6 +10,7 @@ use super::hardware::Hardware;
 use super::objects::{
     DeviceConfig, Entries, HwptRequest, InvalidateFormat, MachineError, MapRequest, Objects, UnitId,
 };
+use super::vtd::VtdUnit;
 use crate::iommufd::{
     Extensions, FaultSink, HostIommu, HwInfo, HwptAlloc, HwptData, InvalidateData, InvalidateError,
     IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
@@ -32,6 +33,11 @@ impl EmulatedHost {
     /// A host without IOMMUs, devices and objects.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Adds an IOMMU, which serves this host alone.
+    pub fn add_unit(&self, unit: Arc<VtdUnit>) -> UnitId {
+        self.add_hardware(unit)
     }
 
     /// Adds an IOMMU.

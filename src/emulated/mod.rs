@@ -5,6 +5,7 @@
 //! counts, errno, partial results. Its hardware half walks stage 1 through stage 2 and caches what
 //! hardware may cache, so that a forgotten invalidation shows.
 
+mod dma;
 mod gate;
 mod graph;
 mod hardware;
@@ -13,7 +14,10 @@ mod ioas;
 mod objects;
 mod refusal;
 mod stage2;
+mod vtd;
 
+pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::EmulatedHost;
 pub use objects::{DeviceConfig, MachineError, ObjectKind, UnitId};
+pub use vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};

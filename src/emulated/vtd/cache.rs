@@ -40,7 +40,8 @@ impl Source {
         Self(u64::from(tag) << 32 | u64::from(pasid))
     }
 
-    fn tag(self) -> u32 {
+    /// The tag.
+    pub fn tag(self) -> u32 {
         (self.0 >> 32) as u32
     }
 }
@@ -188,8 +189,8 @@ impl Cache {
     }
 
     /// Drops every entry for which `condemned` holds; gives how many.
-    pub fn drop_where(&mut self, mut condemned: impl FnMut(u32, u64) -> bool) -> u64 {
-        self.drop_entries(|key, value| condemned(key.source.tag(), value))
+    pub fn drop_where(&mut self, mut condemned: impl FnMut(Source, u64) -> bool) -> u64 {
+        self.drop_entries(|key, value| condemned(key.source, value))
     }
 
     /// Drops the entries of `tag`, of every PASID, that translate an address in `first..=last`
@@ -201,7 +202,9 @@ impl Cache {
         let spans = |level: u8| (last / page_size(level)) - (first / page_size(level)) + 1;
         if levels.iter().any(|&level| spans(level) > sets) {
             return self.drop_entries(|key, _| {
-                key.source.tag() == tag && key.overlaps(first, last) && levels.contains(&key.level())
+                key.source.tag() == tag
+                    && key.overlaps(first, last)
+                    && levels.contains(&key.level())
             });
         }
         let mut dropped = 0;
@@ -285,7 +288,8 @@ mod tests {
     #[test]
     fn a_full_cache_evicts_and_stays_in_bounds() {
         let mut cache = Cache::new(16);
-        let evicted = (0..1000).filter(|page| cache.insert(key(1, 0, page << 12, 1), *page)).count();
+        let evicted =
+            (0..1000).filter(|page| cache.insert(key(1, 0, page << 12, 1), *page)).count();
         let held = cache.drop_where(|_, _| true);
         assert!(held <= 16);
         assert_eq!(held + evicted as u64, 1000);

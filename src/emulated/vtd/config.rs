@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an emulated VT-d unit can do, and the registers that say so.
+#![forbid(unsafe_code)]
+
+use crate::iommufd::{
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, HwInfoData, HwptData, HwptVtdSecondStage,
+    VTD_S1_EAFE, VTD_S1_SRE,
+};
+use crate::spec::vtd::regs::{Cap, Ecap};
+
+/// Host address width (HAW), in bits: all that a paging entry can hold, so that no address bit of
+/// an entry is reserved.
+pub(super) const HOST_ADDRESS_WIDTH: u8 = 52;
+
+/// Bits of the widest PASID (PCIe §6.20).
+const MAX_PASID_BITS: u8 = 20;
+
+/// Widths of guest addresses that a unit translates (CAP.MGAW).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressWidth {
+    /// 48 bits: 4-level tables.
+    Bits48,
+    /// 57 bits: 5-level tables too.
+    Bits57,
+}
+
+impl AddressWidth {
+    /// The width in bits.
+    pub const fn bits(self) -> u8 {
+        match self {
+            Self::Bits48 => 48,
+            Self::Bits57 => 57,
+        }
+    }
+}
+
+/// What an emulated VT-d unit can do, and how much it caches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VtdUnitConfig {
+    /// Widest guest address (CAP.MGAW, CAP.SAGAW, CAP.FS5LP).
+    pub address_width: AddressWidth,
+    /// 1 GiB pages, of both stages (CAP.FS1GP, CAP.SSLPS).
+    pub huge_pages: bool,
+    /// Width of a PASID in bits, at most 20 (ECAP.PSS); 0 for none (ECAP.PASID).
+    pub pasid_bits: u8,
+    /// Supervisor requests (ECAP.SRS).
+    pub supervisor_requests: bool,
+    /// The extended accessed flag (ECAP.EAFS).
+    pub extended_accessed: bool,
+    /// User-owned first-stage tables nested on the host's stage 2 (ECAP.NEST).
+    pub nesting: bool,
+    /// User-owned second-stage tables on the host's stage 2: no hardware has that.
+    pub guest_second_stage: bool,
+    /// Entries of the IOTLB, rounded up to a power of two; 0 for no IOTLB.
+    pub iotlb_entries: usize,
+    /// Entries of the paging-structure cache, likewise.
+    pub paging_structure_entries: usize,
+    /// Entries of the cache of stage-2 translations, likewise.
+    pub stage2_entries: usize,
+}
+
+impl Default for VtdUnitConfig {
+    /// A recent unit: everything but supervisor requests and the extended accessed flag, 48 bits.
+    fn default() -> Self {
+        Self {
+            address_width: AddressWidth::Bits48,
+            huge_pages: true,
+            pasid_bits: MAX_PASID_BITS,
+            supervisor_requests: false,
+            extended_accessed: false,
+            nesting: true,
+            guest_second_stage: true,
+            iotlb_entries: 4096,
+            paging_structure_entries: 1024,
+            stage2_entries: 1024,
+        }
+    }
+}
+
+impl VtdUnitConfig {
+    /// CAP, as GET_HW_INFO gives it.
+    pub(super) fn cap(&self) -> Cap {
+        let five_levels = self.address_width == AddressWidth::Bits57;
+        Cap::new()
+            .with_nd(6)
+            .with_sagaw(if five_levels { 0b1110 } else { 0b0110 })
+            .with_mgaw(self.address_width.bits() - 1)
+            .with_sslps(self.second_stage_large_pages())
+            .with_psi(true)
+            .with_mamv(18)
+            .with_dwd(true)
+            .with_drd(true)
+            .with_fs1gp(self.huge_pages)
+            .with_fs5lp(five_levels)
+            .with_esirtps(true)
+            .with_esrtps(true)
+    }
+
+    /// ECAP, as GET_HW_INFO gives it.
+    pub(super) fn ecap(&self) -> Ecap {
+        let pasid_bits = self.pasid_bits();
+        Ecap::new()
+            .with_c(true)
+            .with_qi(true)
+            .with_pt(true)
+            .with_sc(true)
+            .with_nest(self.nesting)
+            .with_srs(self.supervisor_requests)
+            .with_eafs(self.extended_accessed)
+            .with_pss(pasid_bits.saturating_sub(1))
+            .with_pasid(pasid_bits > 0)
+            .with_smts(true)
+            .with_ssts(true)
+            .with_fsts(true)
+            .with_smpwcs(true)
+    }
+
+    /// Both, as GET_HW_INFO gives them.
+    pub(super) fn info(&self) -> HwInfoData {
+        HwInfoData::Vtd(iommu_hw_info_vtd {
+            cap_reg: self.cap().into_bits(),
+            ecap_reg: self.ecap().into_bits(),
+            ..Default::default()
+        })
+    }
+
+    /// Width of a PASID, in bits.
+    pub(super) fn pasid_bits(&self) -> u8 {
+        self.pasid_bits.min(MAX_PASID_BITS)
+    }
+
+    /// CAP.SSLPS.
+    pub(super) fn second_stage_large_pages(&self) -> u8 {
+        if self.huge_pages {
+            0b11
+        } else {
+            0b01
+        }
+    }
+
+    /// Whether a HWPT with `data` works on the unit; the errno of Linux's driver if not.
+    pub(super) fn accepts(&self, data: &HwptData) -> Result<(), Errno> {
+        match data {
+            HwptData::None => Ok(()),
+            HwptData::VtdS1(_) if !self.nesting => Err(Errno::EOPNOTSUPP),
+            HwptData::VtdS1(tables) => self.accepts_first_stage(tables),
+            HwptData::VtdSecondStage(_) if !self.guest_second_stage => Err(Errno::EOPNOTSUPP),
+            HwptData::VtdSecondStage(tables) => self.accepts_second_stage(tables),
+        }
+    }
+
+    fn accepts_first_stage(&self, tables: &iommu_hwpt_vtd_s1) -> Result<(), Errno> {
+        let width = match tables.addr_width {
+            48 => true,
+            57 => self.address_width == AddressWidth::Bits57,
+            _ => false,
+        };
+        let supervisor = tables.flags & VTD_S1_SRE == 0 || self.supervisor_requests;
+        let extended = tables.flags & VTD_S1_EAFE == 0 || self.extended_accessed;
+        (width && supervisor && extended).then_some(()).ok_or(Errno::EINVAL)
+    }
+
+    fn accepts_second_stage(&self, tables: &HwptVtdSecondStage) -> Result<(), Errno> {
+        match tables.addr_width {
+            39 | 48 => Ok(()),
+            57 if self.address_width == AddressWidth::Bits57 => Ok(()),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommufd::VTD_S1_WPE;
+
+    fn first_stage(addr_width: u32, flags: u64) -> HwptData {
+        HwptData::VtdS1(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })
+    }
+
+    fn second_stage(addr_width: u32) -> HwptData {
+        HwptData::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr: 0, addr_width })
+    }
+
+    #[test]
+    fn tables_must_fit_the_features() {
+        let plain = VtdUnitConfig::default();
+        let rich = VtdUnitConfig {
+            address_width: AddressWidth::Bits57,
+            supervisor_requests: true,
+            extended_accessed: true,
+            ..VtdUnitConfig::default()
+        };
+        let poor =
+            VtdUnitConfig { nesting: false, guest_second_stage: false, ..VtdUnitConfig::default() };
+        for (data, by_plain, by_rich) in [
+            (HwptData::None, Ok(()), Ok(())),
+            (first_stage(48, VTD_S1_WPE), Ok(()), Ok(())),
+            (first_stage(57, 0), Err(Errno::EINVAL), Ok(())),
+            (first_stage(39, 0), Err(Errno::EINVAL), Err(Errno::EINVAL)),
+            (first_stage(48, VTD_S1_SRE), Err(Errno::EINVAL), Ok(())),
+            (first_stage(48, VTD_S1_EAFE), Err(Errno::EINVAL), Ok(())),
+            (second_stage(39), Ok(()), Ok(())),
+            (second_stage(57), Err(Errno::EINVAL), Ok(())),
+            (second_stage(40), Err(Errno::EINVAL), Err(Errno::EINVAL)),
+        ] {
+            assert_eq!(plain.accepts(&data), by_plain, "{data:?}");
+            assert_eq!(rich.accepts(&data), by_rich, "{data:?}");
+        }
+        assert_eq!(poor.accepts(&first_stage(48, 0)), Err(Errno::EOPNOTSUPP));
+        assert_eq!(poor.accepts(&second_stage(48)), Err(Errno::EOPNOTSUPP));
+        assert_eq!(poor.accepts(&HwptData::None), Ok(()));
+    }
+
+    #[test]
+    fn registers_say_what_the_unit_can_do() {
+        let config = VtdUnitConfig { pasid_bits: 16, ..VtdUnitConfig::default() };
+        assert_eq!(config.cap().guest_address_width(), 48);
+        assert!(!config.cap().fs5lp() && config.cap().fs1gp());
+        assert_eq!(config.ecap().pasid_bits(), 16);
+        assert!(config.ecap().nest() && config.ecap().smts() && !config.ecap().srs());
+        let none = VtdUnitConfig { pasid_bits: 0, ..VtdUnitConfig::default() };
+        assert!(!none.ecap().pasid());
+        let wide = VtdUnitConfig { pasid_bits: 200, ..VtdUnitConfig::default() };
+        assert_eq!(wide.ecap().pasid_bits(), 20);
+    }
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The remapping engine: PASID table, caches, and the way of a request through them.
+//!
+//! Readers translate, with shared access; a writer changes attachments and drops what is cached,
+//! with exclusive access. The gate in front sees to it.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use vm_memory::{Address, GuestAddress, VolatileSlice};
+
+use super::caches::{Caches, Target};
+use super::config::VtdUnitConfig;
+use super::context::{Context, Tables};
+use super::counters::LocalCounters;
+use super::pasid_table::{Cached, PasidCache, PasidTable};
+use super::rights::{Fault, RequestKind};
+use super::walk::Walk;
+use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
+use crate::emulated::stage2::Stage2;
+use crate::spec::vtd::fault::FaultReason;
+
+/// One DMA request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request {
+    /// Requester id.
+    pub rid: u16,
+    /// PASID, when it carries one.
+    pub pasid: Option<u32>,
+    /// IOVA in bytes.
+    pub address: u64,
+    /// What it wants.
+    pub kind: RequestKind,
+}
+
+/// See the [module's documentation](self).
+#[derive(Debug)]
+pub(crate) struct Engine {
+    config: VtdUnitConfig,
+    pasid_table: PasidTable,
+    caches: Caches,
+    /// Of what is done with exclusive access.
+    counters: Arc<LocalCounters>,
+}
+
+impl Engine {
+    /// An engine that blocks everybody.
+    pub fn new(config: VtdUnitConfig, counters: Arc<LocalCounters>) -> Self {
+        let caches = Caches::new(&config);
+        Self { config, pasid_table: PasidTable::default(), caches, counters }
+    }
+
+    /// Where `request` goes.
+    #[inline]
+    pub fn translate(
+        &self,
+        pasid_cache: &mut PasidCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<Target, Fault> {
+        let context = self.context(pasid_cache, counters, request)?;
+        let Request { address, kind, .. } = *request;
+        if let Some(target) = self.caches.translation(context.source, address, kind) {
+            counters.iotlb_hits.count();
+            return Ok(target);
+        }
+        counters.iotlb_misses.count();
+        self.walk(context, counters, address, kind)
+    }
+
+    /// `length` bytes at `target`; none when its memory is shorter.
+    #[inline]
+    pub fn slice(&self, target: &Target, length: usize) -> Option<VolatileSlice<'_>> {
+        self.caches.slice(target.place, length)
+    }
+
+    /// Where the region that `target` lies in says that it is.
+    pub fn guest_address(&self, target: &Target) -> Option<GuestAddress> {
+        let base = self.caches.memory(target.place)?.base;
+        base.checked_add(target.place.offset)
+    }
+
+    #[inline]
+    fn context(
+        &self,
+        pasid_cache: &mut PasidCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<&Context, Fault> {
+        match pasid_cache.get(&self.pasid_table, request.rid, request.pasid) {
+            Some((context, Cached::Hit)) => {
+                counters.pasid_cache_hits.count();
+                Ok(context)
+            }
+            Some((context, cached)) => {
+                counters.pasid_cache_misses.count();
+                counters.pasid_cache_evictions.add((cached == Cached::Evicted).into());
+                Ok(context)
+            }
+            None => {
+                counters.pasid_cache_misses.count();
+                Err(Fault::stage1(self.not_present(request.pasid)))
+            }
+        }
+    }
+
+    /// Why a requester without a context is blocked.
+    fn not_present(&self, pasid: Option<u32>) -> FaultReason {
+        match (pasid, self.config.pasid_bits()) {
+            (Some(_), 0) => FaultReason::PasidDisabled,
+            // No shift overflows: PASIDs have at most 20 bits.
+            (Some(pasid), bits) if pasid >> bits != 0 => FaultReason::PasidBeyondDirectory,
+            _ => FaultReason::PasidEntryNotPresent,
+        }
+    }
+
+    #[cold]
+    fn walk(
+        &self,
+        context: &Context,
+        counters: &LocalCounters,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<Target, Fault> {
+        let walk = Walk { caches: &self.caches, context, counters };
+        let output = match &context.tables {
+            Tables::None => walk.stage2_only(iova, kind)?,
+            Tables::FirstStage(tables) => walk.walk(tables, iova, kind)?,
+            Tables::SecondStage(tables) => walk.walk(tables, iova, kind)?,
+            Tables::Unsupported => return Err(Fault::stage1(FaultReason::PasidEntryInvalid)),
+        };
+        let place = output.page.place;
+        if let Some(level) = output.level {
+            let source = context.source;
+            self.caches.add_translation(source, iova, level, place, output.rights, counters);
+        }
+        Ok(Target { place, length: output.length })
+    }
+
+    /// Sends DMA of `rid` (or its `pasid`) to `translation`.
+    pub fn install(&mut self, rid: u16, pasid: Option<u32>, translation: Translation) {
+        self.remove(rid, pasid);
+        let stage2_tag = self.stage2_tag(&translation.stage2);
+        let context = Context::new(pasid, translation, stage2_tag, &self.config);
+        self.pasid_table.insert(rid, pasid, context);
+    }
+
+    /// Blocks DMA of `rid` (or its `pasid`).
+    pub fn remove(&mut self, rid: u16, pasid: Option<u32>) {
+        if let Some(old) = self.pasid_table.remove(rid, pasid) {
+            self.forget(old);
+        }
+    }
+
+    /// Drops what is cached of the tables of `tag`.
+    pub fn invalidate(&mut self, tag: CacheTag, range: CacheRange) {
+        let dropped = self.caches.invalidate(tag.0, range);
+        self.count_invalidation(dropped);
+    }
+
+    /// Drops what is cached through `stage2`.
+    pub fn stage2_unmapped(&mut self, stage2: &Arc<Stage2>) {
+        let through = |context: &&Context| Arc::ptr_eq(&context.stage2, stage2);
+        let tags = self.pasid_table.contexts().filter(through).map(|context| context.tag.0);
+        let tags: BTreeSet<u32> = tags.collect();
+        let source = self.pasid_table.contexts().find(through).map(|context| context.stage2_source);
+        let dropped = self.caches.drop_sources(&tags, source);
+        self.count_invalidation(dropped);
+    }
+
+    /// Drops what is cached for `old` alone: its tag may name another HWPT from now on.
+    fn forget(&mut self, old: Context) {
+        let mut others = self.pasid_table.contexts();
+        let tag = (!others.any(|context| context.tag == old.tag)).then_some(old.tag.0);
+        let mut others = self.pasid_table.contexts();
+        let stage2 = (!others.any(|context| context.stage2_source == old.stage2_source))
+            .then_some(old.stage2_source);
+        let dropped = self.caches.drop_sources(&tag.into_iter().collect(), stage2);
+        self.count_invalidation(dropped);
+    }
+
+    /// The tag of `stage2`: the one it has, or the first that none has.
+    fn stage2_tag(&self, stage2: &Arc<Stage2>) -> u32 {
+        let known =
+            self.pasid_table.contexts().find(|context| Arc::ptr_eq(&context.stage2, stage2));
+        if let Some(context) = known {
+            return context.stage2_source.tag();
+        }
+        let taken: BTreeSet<u32> =
+            self.pasid_table.contexts().map(|context| context.stage2_source.tag()).collect();
+        // There are fewer contexts than tags.
+        (0..u32::MAX).find(|tag| !taken.contains(tag)).unwrap_or(u32::MAX)
+    }
+
+    fn count_invalidation(&self, dropped: u64) {
+        self.counters.invalidations.count();
+        self.counters.invalidated_entries.add(dropped);
+    }
+}

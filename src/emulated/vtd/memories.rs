@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The memory that cached translations lead to, by number.
+//!
+//! A cache entry names a memory by a small number and keeps nothing alive by itself; this table
+//! does, so that a hit costs no reference counting. Any thread may add a memory while others look
+//! up; [`Memories::retain`] has the table to itself.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use bitfield_struct::bitfield;
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+/// Memories at once. Guest memory is a handful; a unit that serves more than these has its
+/// requests to the others blocked.
+const CAPACITY: usize = 1024;
+
+/// A byte of a memory in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Number of the memory.
+    pub memory: u16,
+    /// Offset in it, in bytes.
+    pub offset: u64,
+}
+
+impl Place {
+    /// The place `bytes` before this one; none when the memory starts in between.
+    pub fn back(self, bytes: u64) -> Option<Self> {
+        Some(Self { memory: self.memory, offset: self.offset.checked_sub(bytes)? })
+    }
+}
+
+/// A place that starts a 4 KiB page of its memory, with some flags, as a cache entry's value.
+#[bitfield(u64)]
+pub(super) struct CachedPlace {
+    /// What the kind of cache makes of them.
+    #[bits(12)]
+    pub flags: u16,
+    #[bits(40)]
+    frame: u64,
+    #[bits(12)]
+    memory: u16,
+}
+
+impl CachedPlace {
+    /// `place` with `flags`; none when the place starts no page.
+    pub fn of(place: Place, flags: u16) -> Option<Self> {
+        let frame = place.offset >> 12;
+        let fits = place.offset & 0xfff == 0 && frame < 1 << 40;
+        fits.then(|| Self::new().with_flags(flags).with_frame(frame).with_memory(place.memory))
+    }
+
+    /// The place `offset` bytes after the start of the page.
+    #[inline]
+    pub fn place(self, offset: u64) -> Place {
+        Place { memory: self.memory(), offset: (self.frame() << 12) + offset }
+    }
+}
+
+/// One memory.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// The mapping in this process.
+    pub mapping: Arc<MmapRegion>,
+    /// Where the region that it belongs to says it starts.
+    pub base: GuestAddress,
+}
+
+impl Memory {
+    fn is(&self, region: &GuestRegionMmap) -> bool {
+        self.mapping.as_ptr() == region.as_ptr()
+            && self.mapping.size() == region.size()
+            && self.base == region.start_addr()
+    }
+}
+
+/// See the [module's documentation](self).
+#[derive(Debug)]
+pub(super) struct Memories {
+    slots: Box<[OnceLock<Memory>]>,
+    /// No slot from here on was ever used.
+    used: AtomicUsize,
+}
+
+impl Memories {
+    /// An empty table.
+    pub fn new() -> Self {
+        Self { slots: (0..CAPACITY).map(|_| OnceLock::new()).collect(), used: AtomicUsize::new(0) }
+    }
+
+    /// The memory with `number`.
+    #[inline]
+    pub fn get(&self, number: u16) -> Option<&Memory> {
+        self.slots.get(usize::from(number))?.get()
+    }
+
+    /// The number of `region`, which is added if need be; none when the table is full.
+    pub fn number(&self, region: &GuestRegionMmap) -> Option<u16> {
+        let used = self.used.load(Ordering::Acquire);
+        let known =
+            self.slots.iter().take(used).position(|slot| slot.get().is_some_and(|m| m.is(region)));
+        let number = known.or_else(|| self.add(region))?;
+        u16::try_from(number).ok()
+    }
+
+    fn add(&self, region: &GuestRegionMmap) -> Option<usize> {
+        // Who comes second to a slot finds the memory that the first put there: perhaps the same.
+        let number = self.slots.iter().position(|slot| {
+            slot.get_or_init(|| Memory { mapping: region.get_mmap(), base: region.start_addr() })
+                .is(region)
+        })?;
+        self.used.fetch_max(number + 1, Ordering::Release);
+        Some(number)
+    }
+
+    /// Lets go of every memory for whose number `wanted` does not hold.
+    pub fn retain(&mut self, wanted: impl Fn(u16) -> bool) {
+        for (number, slot) in (0..).zip(self.slots.iter_mut()) {
+            if !wanted(number) {
+                slot.take();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(base: u64) -> Arc<GuestRegionMmap> {
+        Arc::new(GuestRegionMmap::from_range(GuestAddress(base), 0x1000, None).unwrap())
+    }
+
+    #[test]
+    fn a_memory_keeps_its_number_until_it_is_let_go() {
+        let mut memories = Memories::new();
+        let regions = [region(0), region(0), region(0x10000)];
+        for (number, region) in (0..).zip(&regions) {
+            assert_eq!(memories.number(region), Some(number));
+        }
+        assert_eq!(memories.number(&regions[1]), Some(1));
+        memories.retain(|number| number != 1);
+        assert!(memories.get(1).is_none());
+        assert_eq!(memories.get(2).unwrap().base, GuestAddress(0x10000));
+        assert_eq!(memories.number(&regions[2]), Some(2));
+        assert_eq!(memories.number(&region(0)), Some(1));
+        assert!(memories.get(u16::MAX).is_none());
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_frees_what_it_lets_go() {
+        let mut memories = Memories::new();
+        let first = region(0);
+        let mapping = first.get_mmap();
+        assert_eq!(memories.number(&first), Some(0));
+        for number in 1..CAPACITY {
+            assert_eq!(memories.number(&region(0)), Some(number as u16));
+        }
+        assert_eq!(memories.number(&region(0)), None);
+        drop(first);
+        assert_eq!(Arc::strong_count(&mapping), 2);
+        memories.retain(|_| false);
+        assert_eq!(Arc::strong_count(&mapping), 1);
+    }
+
+    #[test]
+    fn only_page_starts_are_cached() {
+        let place = Place { memory: 1023, offset: 0x7_ffff_f000 };
+        let cached = CachedPlace::of(place, 0xabc).unwrap();
+        assert_eq!(cached.place(5), Place { memory: 1023, offset: 0x7_ffff_f005 });
+        assert_eq!(cached.flags(), 0xabc);
+        assert!(CachedPlace::of(Place { memory: 0, offset: 0x801 }, 0).is_none());
+        assert!(CachedPlace::of(Place { memory: 0, offset: 1 << 52 }, 0).is_none());
+    }
+}

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An emulated VT-d unit in scalable mode, for devices of this process.
+//!
+//! A request goes from (requester id, PASID) through the PASID table that the host's attachments
+//! fill, through the user's own tables if its HWPT is nested, each of whose pointers goes through
+//! stage 2, and through stage 2. On its way it meets the caches that hardware has: a PASID cache,
+//! paging-structure caches and an IOTLB, whose entries stay until they are invalidated. A guest
+//! that forgets an invalidation sees it here as it would on hardware.
+#![forbid(unsafe_code)]
+
+mod cache;
+mod caches;
+mod config;
+mod context;
+mod counters;
+mod engine;
+mod first_stage;
+mod format;
+mod memories;
+mod pasid_table;
+mod rights;
+mod second_stage;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::gate::Gate;
+use super::hardware::{CacheRange, CacheTag, Hardware, Translation};
+use super::stage2::Stage2;
+use crate::iommufd::{Errno, Extensions, FaultSink, HostFault, HwInfoData, HwptData, ObjectId};
+use counters::Counters;
+
+pub use config::{AddressWidth, VtdUnitConfig};
+pub use counters::VtdCounters;
+
+pub(super) use caches::Target;
+pub(super) use counters::LocalCounters;
+pub(super) use engine::{Engine, Request};
+pub(super) use pasid_table::PasidCache;
+pub(super) use rights::{Fault, RequestKind};
+
+/// An emulated VT-d unit. See the [module's documentation](self).
+#[derive(Debug)]
+pub struct VtdUnit {
+    config: VtdUnitConfig,
+    gate: Arc<Gate<Engine>>,
+    counters: Counters,
+    /// Where the faults of a requester id go. Never held together with the gate.
+    sinks: Mutex<BTreeMap<u16, (ObjectId, Weak<dyn FaultSink>)>>,
+}
+
+impl VtdUnit {
+    /// A unit with nothing attached: it blocks all DMA.
+    pub fn new(config: VtdUnitConfig) -> Arc<Self> {
+        let counters = Counters::default();
+        let engine = Engine::new(config.clone(), counters.share());
+        Arc::new(Self {
+            config,
+            gate: Gate::new(engine),
+            counters,
+            sinks: Mutex::new(BTreeMap::new()),
+        })
+    }
+
+    /// What the unit has done so far. Requests under way may or may not be counted.
+    pub fn counters(&self) -> VtdCounters {
+        self.counters.read()
+    }
+
+    /// The gate that translations are read through.
+    pub(super) fn gate(&self) -> &Arc<Gate<Engine>> {
+        &self.gate
+    }
+
+    /// A share of the counters.
+    pub(super) fn counters_share(&self) -> Arc<LocalCounters> {
+        self.counters.share()
+    }
+
+    /// Tells who wants to know that `request` was blocked. Not to be called with the gate entered:
+    /// the sink may invalidate.
+    pub(super) fn report(&self, request: &Request, fault: Fault) {
+        let sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        let sink = sinks.get(&request.rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)));
+        drop(sinks);
+        if let Some((dev, sink)) = sink {
+            sink.dma_fault(&HostFault {
+                dev,
+                pasid: request.pasid,
+                address: request.address,
+                write: request.kind.write(),
+                execute: request.kind.execute(),
+                privileged: request.kind.privileged(),
+                reason: fault.reason.code(),
+                stage2: fault.stage2,
+            });
+        }
+    }
+}
+
+impl Hardware for VtdUnit {
+    fn info(&self) -> HwInfoData {
+        self.config.info()
+    }
+
+    fn accepts(&self, data: &HwptData) -> Result<(), Errno> {
+        self.config.accepts(data)
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        self.config.pasid_bits()
+    }
+
+    fn extensions(&self) -> Extensions {
+        Extensions {
+            guest_second_stage: self.config.guest_second_stage,
+            fault_reports: true,
+        }
+    }
+
+    fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
+        self.gate.write(|engine| engine.install(rid, pasid, translation));
+    }
+
+    fn remove(&self, rid: u16, pasid: Option<u32>) {
+        self.gate.write(|engine| engine.remove(rid, pasid));
+    }
+
+    fn invalidate(&self, tag: CacheTag, range: CacheRange) {
+        self.gate.write(|engine| engine.invalidate(tag, range));
+    }
+
+    fn stage2_unmapped(&self, stage2: &Arc<Stage2>) {
+        self.gate.write(|engine| engine.stage2_unmapped(stage2));
+    }
+
+    fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
+        let mut sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        match sink {
+            Some(sink) => sinks.insert(rid, sink),
+            None => sinks.remove(&rid),
+        };
+    }
+}

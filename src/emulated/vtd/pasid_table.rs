@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The host-side PASID table, and the PASID cache of a requester in front of it.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use super::context::Context;
+
+/// Who a context serves: requester id, and PASID for requests that carry one.
+type Requester = (u16, Option<u32>);
+
+/// Where each requester's DMA goes. Who is not in it is blocked.
+#[derive(Debug, Default)]
+pub(super) struct PasidTable {
+    /// Contexts by index.
+    contexts: Vec<Option<Context>>,
+    indices: BTreeMap<Requester, usize>,
+    /// Counts changes: what was looked up in an earlier generation is no longer true.
+    generation: u64,
+}
+
+impl PasidTable {
+    /// Gives `rid` (or its `pasid`), which must have none, a context.
+    pub fn insert(&mut self, rid: u16, pasid: Option<u32>, context: Context) {
+        self.generation += 1;
+        let free = self.contexts.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.contexts.len());
+        match self.contexts.get_mut(index) {
+            Some(slot) => *slot = Some(context),
+            None => self.contexts.push(Some(context)),
+        }
+        self.indices.insert((rid, pasid), index);
+    }
+
+    /// Takes away what `rid` (or its `pasid`) has.
+    pub fn remove(&mut self, rid: u16, pasid: Option<u32>) -> Option<Context> {
+        self.generation += 1;
+        let index = self.indices.remove(&(rid, pasid))?;
+        self.contexts.get_mut(index)?.take()
+    }
+
+    /// Every context.
+    pub fn contexts(&self) -> impl Iterator<Item = &Context> {
+        self.contexts.iter().flatten()
+    }
+}
+
+/// Lines of a PASID cache, each for the PASIDs of one remainder.
+const LINES: usize = 8;
+
+/// Where in the table the contexts of one requester id are. Belongs to one thread; what it holds is
+/// invalid as soon as the table has changed.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct PasidCache {
+    generation: u64,
+    /// The PASID and the index of its context.
+    lines: [Option<(Option<u32>, usize)>; LINES],
+}
+
+/// What came of looking in a PASID cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cached {
+    /// It was there.
+    Hit,
+    /// It was not, and nothing had to go for it.
+    Miss,
+    /// It was not, and another line had to go for it.
+    Evicted,
+}
+
+impl PasidCache {
+    /// The context of `rid` (or its `pasid`), and whether the cache had it. A requester without a
+    /// context is not cached.
+    #[inline]
+    pub(super) fn get<'a>(
+        &mut self,
+        table: &'a PasidTable,
+        rid: u16,
+        pasid: Option<u32>,
+    ) -> Option<(&'a Context, Cached)> {
+        if self.generation == table.generation {
+            if let Some((held, index)) = *self.line(pasid) {
+                if held == pasid {
+                    return Some((table.contexts.get(index)?.as_ref()?, Cached::Hit));
+                }
+            }
+        }
+        self.fill(table, rid, pasid)
+    }
+
+    #[cold]
+    fn fill<'a>(
+        &mut self,
+        table: &'a PasidTable,
+        rid: u16,
+        pasid: Option<u32>,
+    ) -> Option<(&'a Context, Cached)> {
+        if self.generation != table.generation {
+            *self = Self { generation: table.generation, ..Self::default() };
+        }
+        let index = *table.indices.get(&(rid, pasid))?;
+        let context = table.contexts.get(index)?.as_ref()?;
+        let evicted = self.line(pasid).replace((pasid, index)).is_some();
+        Some((context, if evicted { Cached::Evicted } else { Cached::Miss }))
+    }
+
+    #[inline]
+    fn line(&mut self, pasid: Option<u32>) -> &mut Option<(Option<u32>, usize)> {
+        // In bounds: a remainder of the length.
+        &mut self.lines[pasid.unwrap_or(0) as usize % LINES]
+    }
+}

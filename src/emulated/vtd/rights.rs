@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Kinds of request, and who may do what.
+#![forbid(unsafe_code)]
+
+use crate::spec::vtd::fault::FaultReason;
+
+/// What a request wants: read or write, as user or supervisor, to execute or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RequestKind(u8);
+
+impl RequestKind {
+    const WRITE: u8 = 1;
+    const PRIVILEGED: u8 = 2;
+    const EXECUTE: u8 = 4;
+
+    /// A kind by its three properties.
+    #[inline]
+    pub fn new(write: bool, privileged: bool, execute: bool) -> Self {
+        Self(u8::from(write) | u8::from(privileged) << 1 | u8::from(execute) << 2)
+    }
+
+    /// Every kind.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..8).map(Self)
+    }
+
+    /// A write (or an atomic).
+    pub fn write(self) -> bool {
+        self.0 & Self::WRITE != 0
+    }
+
+    /// A supervisor request (PR).
+    pub fn privileged(self) -> bool {
+        self.0 & Self::PRIVILEGED != 0
+    }
+
+    /// An execute request (ER).
+    pub fn execute(self) -> bool {
+        self.0 & Self::EXECUTE != 0
+    }
+}
+
+/// The kinds of request that a translation serves as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rights(u8);
+
+impl Rights {
+    /// The kinds for which `allowed` holds.
+    pub fn of(allowed: impl Fn(RequestKind) -> bool) -> Self {
+        Self(
+            RequestKind::all().filter(|&kind| allowed(kind)).fold(0, |set, kind| set | 1 << kind.0),
+        )
+    }
+
+    /// The rights in a cache entry's flags.
+    pub fn from_flags(flags: u16) -> Self {
+        Self(flags as u8)
+    }
+
+    /// The rights as a cache entry's flags.
+    pub fn flags(self) -> u16 {
+        self.0.into()
+    }
+
+    /// Whether `kind` is one of them.
+    #[inline]
+    pub fn allow(self, kind: RequestKind) -> bool {
+        self.0 >> kind.0 & 1 != 0
+    }
+}
+
+/// A request was blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// The architecture's reason.
+    pub reason: FaultReason,
+    /// It was the host's stage 2 that refused.
+    pub stage2: bool,
+}
+
+impl Fault {
+    /// The fault of tables that the user owns, or of the PASID table.
+    pub fn stage1(reason: FaultReason) -> Self {
+        Self { reason, stage2: false }
+    }
+
+    /// The fault of the host's stage 2.
+    pub fn stage2(reason: FaultReason) -> Self {
+        Self { reason, stage2: true }
+    }
+}

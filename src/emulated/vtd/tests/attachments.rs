@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Attaching, detaching, stage 2 alone, faults delivered, interrupt addresses, transfers.
+
+use super::*;
+
+const NOT_PRESENT: (FaultReason, bool) = (FaultReason::PasidEntryNotPresent, false);
+const STAGE2: (FaultReason, bool) = (FaultReason::SecondStageDenied, true);
+
+#[test]
+fn who_is_not_attached_is_blocked_and_reported() {
+    let machine = Machine::new(VtdUnitConfig { pasid_bits: 10, ..VtdUnitConfig::default() });
+    let sink = machine.sink();
+    let mut port = machine.port();
+    assert_eq!(machine.read_u64(&mut port, PLAIN, HIGH), Err(NOT_PRESENT));
+    assert_eq!(machine.write_u64(&mut port, supervisor(1), HIGH + 5, 0), Err(NOT_PRESENT));
+    let beyond = (FaultReason::PasidBeyondDirectory, false);
+    assert_eq!(machine.read_u64(&mut port, pasid(1 << 10), HIGH), Err(beyond));
+    let fault = HostFault {
+        dev: DEVICE,
+        pasid: None,
+        address: HIGH,
+        write: false,
+        execute: false,
+        privileged: false,
+        reason: 0x59,
+        stage2: false,
+    };
+    let second =
+        HostFault { pasid: Some(1), address: HIGH + 5, write: true, privileged: true, ..fault };
+    let third = HostFault { pasid: Some(1 << 10), reason: 0x46, ..fault };
+    assert_eq!(sink.take(), [fault, second, third]);
+    machine.unit.set_fault_sink(RID, None);
+    assert_eq!(machine.read_u64(&mut port, PLAIN, HIGH), Err(NOT_PRESENT));
+    assert_eq!(sink.take(), []);
+    assert_eq!(machine.unit.counters().faults, 4);
+}
+
+#[test]
+fn a_unit_without_pasids_says_so() {
+    let machine = Machine::new(VtdUnitConfig { pasid_bits: 0, ..VtdUnitConfig::default() });
+    let outcome = machine.read_u64(&mut machine.port(), pasid(0), HIGH);
+    assert_eq!(outcome, Err((FaultReason::PasidDisabled, false)));
+}
+
+#[test]
+fn without_user_tables_the_iova_is_the_gpa() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let mut port = machine.port();
+    machine.install(None, 1, None);
+    machine.poke(LOW + 0x3ff8, 11);
+    machine.poke(HIGH, 22);
+    for _ in 0..2 {
+        assert_eq!(machine.read_u64(&mut port, PLAIN, LOW + 0x3ff8), Ok(11));
+        assert_eq!(machine.read_u64(&mut port, PLAIN, HIGH), Ok(22));
+        assert_eq!(machine.read_u64(&mut port, PLAIN, NOWHERE), Err(STAGE2));
+        assert_eq!(machine.read_u64(&mut port, PLAIN, READ_ONLY), Ok(0));
+        assert_eq!(machine.write_u64(&mut port, PLAIN, READ_ONLY, 1), Err(STAGE2));
+        // Privilege is nothing to stage 2, execution is nothing it grants.
+        machine.install(Some(1), 2, None);
+        assert_eq!(machine.read_u64(&mut port, supervisor(1), HIGH), Ok(22));
+        let execute = DmaAttributes { execute: true, ..pasid(1) };
+        let refused = Err((FaultReason::ExecuteDisabled, false));
+        assert_eq!(machine.read_u64(&mut port, execute, HIGH), refused);
+        let beyond = Err((FaultReason::AddressBeyondGuest, true));
+        assert_eq!(machine.read_u64(&mut port, PLAIN, 1 << 48), beyond);
+    }
+    machine.unit.remove(RID, None);
+    assert_eq!(machine.read_u64(&mut port, PLAIN, HIGH), Err(NOT_PRESENT));
+    assert_eq!(machine.read_u64(&mut port, pasid(1), HIGH), Ok(22));
+}
+
+#[test]
+fn a_transfer_goes_page_by_page_up_to_the_fault() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let sink = machine.sink();
+    let mut port = machine.port();
+    machine.install(None, 1, None);
+    let data: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
+    port.write(PLAIN, LOW + 0x123, &data).unwrap();
+    let mut back = vec![0; data.len()];
+    port.read(PLAIN, LOW + 0x123, &mut back).unwrap();
+    assert_eq!(back, data);
+
+    let end = LOW + HALF;
+    let error = port.write(PLAIN, end - 0x800, &data[..0x1000]).unwrap_err();
+    let (reason, stage2) = STAGE2;
+    assert_eq!(error, DmaError::Fault { address: end, reason, stage2 });
+    assert_eq!(sink.take().iter().map(|fault| fault.address).collect::<Vec<_>>(), [end]);
+    port.read(PLAIN, end - 0x800, &mut back[..0x800]).unwrap();
+    assert_eq!(back[..0x800], data[..0x800]);
+    port.read(PLAIN, NOWHERE, &mut []).unwrap();
+}
+
+#[test]
+fn a_transfer_may_reach_the_end_of_the_address_space_but_not_pass_it() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let mut port = machine.port();
+    let root = machine.table();
+    machine.map(root, 4, !0xfff, 1, HIGH, RW);
+    machine.attach(None, 1, root, 4, 0);
+    port.write(PLAIN, u64::MAX - 0xfff, &[7; 0x1000]).unwrap();
+    let error = port.write(PLAIN, u64::MAX, &[7; 2]).unwrap_err();
+    assert_eq!(error, DmaError::PastEnd { address: u64::MAX, length: 2 });
+    port.write(PLAIN, u64::MAX, &[9]).unwrap();
+    assert_eq!(machine.peek(HIGH + 0xff8), 0x0907_0707_0707_0707);
+}
+
+#[test]
+fn interrupt_addresses_are_no_memory_without_pasid() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let sink = machine.sink();
+    let mut port = machine.port();
+    let root = machine.table();
+    machine.map(root, 4, 0xfee0_0000, 1, HIGH, RW);
+    machine.attach(None, 1, root, 4, 0);
+    machine.attach(Some(3), 1, root, 4, 0);
+    let error = port.write(PLAIN, 0xfee0_0000, &[0; 4]).unwrap_err();
+    assert_eq!(error, DmaError::Interrupt { address: 0xfee0_0000 });
+    let error = port.read(PLAIN, 0xfeef_ffff, &mut [0]).unwrap_err();
+    assert_eq!(error, DmaError::Interrupt { address: 0xfeef_ffff });
+    assert_eq!(sink.take(), []);
+    // With PASID they are addresses as any other.
+    machine.poke(HIGH, 5);
+    assert_eq!(machine.read_u64(&mut port, pasid(3), 0xfee0_0000), Ok(5));
+    let absent = Err((FaultReason::FirstStageNotPresent, false));
+    assert_eq!(machine.read_u64(&mut port, pasid(3), 0xfee0_1000), absent);
+}
+
+#[test]
+fn translate_gives_what_is_contiguous() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let mut port = machine.port();
+    machine.install(None, 1, None);
+    for _ in 0..2 {
+        let large = port.translate(PLAIN, HIGH + 0x10, 1 << 20, DmaAccess::Read).unwrap();
+        assert_eq!(large.slice().len(), 64 << 10);
+        drop(large);
+        let small = port.translate(PLAIN, READ_ONLY + 0x10, 1 << 20, DmaAccess::Read).unwrap();
+        assert_eq!(small.slice().len(), 0xff0);
+    }
+}
+
+#[test]
+fn memory_is_let_go_with_its_last_user() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let mut port = machine.port();
+    let mapping = machine.region.get_mmap();
+    let before = Arc::strong_count(&mapping);
+    machine.install(None, 1, None);
+    machine.install(Some(1), 2, None);
+    machine.read_u64(&mut port, PLAIN, HIGH).unwrap();
+    machine.read_u64(&mut port, pasid(1), HIGH).unwrap();
+    assert_eq!(Arc::strong_count(&mapping), before + 1);
+    machine.unit.remove(RID, None);
+    machine.read_u64(&mut port, pasid(1), HIGH).unwrap();
+    assert_eq!(Arc::strong_count(&mapping), before + 1);
+    machine.unit.stage2_unmapped(&machine.stage2);
+    assert_eq!(Arc::strong_count(&mapping), before);
+    machine.read_u64(&mut port, pasid(1), HIGH).unwrap();
+    machine.unit.remove(RID, Some(1));
+    assert_eq!(Arc::strong_count(&mapping), before);
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The page walk: user-owned tables, each of whose pointers goes through stage 2.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::caches::{Caches, Stage2Miss, Stage2Page, Table};
+use super::context::Context;
+use super::counters::LocalCounters;
+use super::format::{Path, TableFormat};
+use super::rights::{Fault, RequestKind, Rights};
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::first_stage::{index, page_size};
+
+/// How often a walk starts again because an entry changed between its being read and its flags
+/// being set. The guest changes entries at will; it must not keep a walk going at will.
+const ATTEMPTS: u32 = 16;
+
+/// Level of the largest page: 1 GiB.
+const MAX_PAGE_LEVEL: u8 = 3;
+
+/// What both stages make of an IOVA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Output {
+    /// What stage 2 makes of the GPA that stage 1 gives.
+    pub page: Stage2Page,
+    /// Bytes from the one asked for to the end of what is contiguous in both stages.
+    pub length: u64,
+    /// Level of the page that is contiguous in both stages; none when not even 4 KiB are.
+    pub level: Option<u8>,
+    /// The requests that both stages allow, without a further walk.
+    pub rights: Rights,
+}
+
+impl Output {
+    /// `page` is what stage 2 makes of `gpa`, which stage 1 has in a page of `level` with `rights`.
+    fn new(page: Stage2Page, gpa: u64, level: u8, rights: Rights) -> Self {
+        Self {
+            page,
+            length: page.length.min(page_size(level) - (gpa & (page_size(level) - 1))),
+            level: page.level.map(|page_level| page_level.min(level)),
+            rights: Rights::of(|kind| rights.allow(kind) && page.allows(kind)),
+        }
+    }
+}
+
+/// A walk through the tables of one context.
+#[derive(Debug)]
+pub(super) struct Walk<'a> {
+    pub caches: &'a Caches,
+    pub context: &'a Context,
+    pub counters: &'a LocalCounters,
+}
+
+/// An entry that a walk came through.
+struct Step<'a> {
+    entry: &'a AtomicU64,
+    word: u64,
+    leaf: bool,
+    writable: bool,
+    /// The table that it points to and what is allowed so far, unless it is a leaf.
+    below: Option<(Table, Path)>,
+}
+
+impl Walk<'_> {
+    /// Translates `iova` for a request of `kind`, setting accessed and dirty flags.
+    pub fn walk<F: TableFormat>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<Output, Fault> {
+        self.counters.walks.count();
+        tables.check_request(kind).map_err(Fault::stage1)?;
+        tables.check_address(iova).map_err(Fault::stage1)?;
+        for _ in 0..ATTEMPTS {
+            if let Some(output) = self.attempt(tables, iova, kind)? {
+                return Ok(output);
+            }
+        }
+        Err(Fault::stage1(F::REASONS.flags_update))
+    }
+
+    /// One walk; none when an entry changed under it.
+    fn attempt<F: TableFormat>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<Option<Output>, Fault> {
+        let cached = self.caches.table(self.context.source, iova, tables.levels(), self.counters);
+        let (mut table, mut path) = match cached {
+            Some(start) => start,
+            None => {
+                let reasons = (F::REASONS.top_beyond, F::REASONS.top_denied);
+                (self.locate(tables.table(), tables.levels(), reasons)?, Path::UNLIMITED)
+            }
+        };
+        // One for each level.
+        let mut steps: [Option<Step>; 5] = Default::default();
+        let mut leaf = None;
+        for step in &mut steps {
+            let top = table.level == tables.levels();
+            let access = if top { F::REASONS.top_access } else { F::REASONS.access };
+            let entry =
+                self.caches.entry(&table, index(iova, table.level)).ok_or(Fault::stage1(access))?;
+            let word = u64::from_le(entry.load(Ordering::Acquire));
+            let decoded = tables.decode(word, table.level).map_err(Fault::stage1)?;
+            path = path & decoded.path;
+            let writable = table.writable;
+            let mut below = None;
+            if decoded.leaf {
+                let level = table.level;
+                leaf = Some((decoded.address | iova & (page_size(level) - 1), level, word));
+            } else {
+                // Not below 1: an entry of level 1 is a leaf.
+                let reasons = (F::REASONS.beyond, F::REASONS.denied);
+                table = self.locate(decoded.address, table.level - 1, reasons)?;
+                below = Some((table, path));
+            }
+            *step = Some(Step { entry, word, leaf: decoded.leaf, writable, below });
+            if decoded.leaf {
+                break;
+            }
+        }
+        // There always is a leaf: every level was looked at.
+        let (gpa, level, word) = leaf.ok_or(Fault::stage1(F::REASONS.access))?;
+        tables.check_path(path, kind).map_err(Fault::stage1)?;
+        let page = self.page(gpa, kind)?;
+
+        // Nothing stands in the way of the request any more.
+        for step in steps.iter().flatten() {
+            let wanted = step.word | tables.flags(step.leaf, kind.write());
+            if wanted == step.word {
+                continue;
+            }
+            if !step.writable {
+                return Err(Fault::stage2(F::REASONS.flags_denied));
+            }
+            let (old, new) = (step.word.to_le(), wanted.to_le());
+            if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                return Ok(None);
+            }
+        }
+        // Only now: an entry whose accessed flag is clear must not be cached.
+        for (table, path) in steps.iter().flatten().filter_map(|step| step.below) {
+            self.caches.add_table(self.context.source, iova, &table, path, self.counters);
+        }
+        let word = word | tables.flags(true, kind.write());
+        let rights = Rights::of(|kind| {
+            tables.check_request(kind).is_ok()
+                && tables.check_path(path, kind).is_ok()
+                && (!kind.write() || tables.is_dirty(word))
+        });
+        Ok(Some(Output::new(page, gpa, level, rights)))
+    }
+
+    /// Translates `gpa` for a request of `kind`, by stage 2 alone.
+    pub fn stage2_only(&self, gpa: u64, kind: RequestKind) -> Result<Output, Fault> {
+        if kind.execute() {
+            return Err(Fault::stage1(FaultReason::ExecuteDisabled));
+        }
+        let page = self.page(gpa, kind)?;
+        Ok(Output::new(page, gpa, MAX_PAGE_LEVEL, Rights::of(|kind| !kind.execute())))
+    }
+
+    /// The page that a request of `kind` accesses at `gpa`.
+    fn page(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Fault> {
+        match self.caches.stage2(self.context, gpa, self.counters) {
+            Ok(page) if page.allows(kind) => Ok(page),
+            Err(Stage2Miss::Beyond) => Err(Fault::stage2(FaultReason::AddressBeyondGuest)),
+            Ok(_) | Err(Stage2Miss::Absent) => Err(Fault::stage2(FaultReason::SecondStageDenied)),
+        }
+    }
+
+    /// Where the table of `level` at `gpa` is; `reasons` for one beyond stage 2 and one that stage
+    /// 2 does not let be read.
+    fn locate(
+        &self,
+        gpa: u64,
+        level: u8,
+        (beyond, denied): (FaultReason, FaultReason),
+    ) -> Result<Table, Fault> {
+        match self.caches.stage2(self.context, gpa, self.counters) {
+            Ok(page) if page.read => {
+                Ok(Table { place: page.place, level, length: page.length, writable: page.write })
+            }
+            Err(Stage2Miss::Beyond) => Err(Fault::stage2(beyond)),
+            Ok(_) | Err(Stage2Miss::Absent) => Err(Fault::stage2(denied)),
+        }
+    }
+}
