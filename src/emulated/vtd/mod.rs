@@ -49,8 +49,11 @@ pub struct VtdUnit {
     gate: Arc<Gate<Engine>>,
     counters: Counters,
     /// Where the faults of a requester id go. Never held together with the gate.
-    sinks: Mutex<BTreeMap<u16, (ObjectId, Weak<dyn FaultSink>)>>,
+    sinks: Mutex<BTreeMap<u16, SinkOfDevice>>,
 }
+
+/// The device object that a fault names, and who is told.
+type SinkOfDevice = (ObjectId, Weak<dyn FaultSink>);
 
 impl VtdUnit {
     /// A unit with nothing attached: it blocks all DMA.
@@ -115,10 +118,7 @@ impl Hardware for VtdUnit {
     }
 
     fn extensions(&self) -> Extensions {
-        Extensions {
-            guest_second_stage: self.config.guest_second_stage,
-            fault_reports: true,
-        }
+        Extensions { guest_second_stage: self.config.guest_second_stage, fault_reports: true }
     }
 
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
@@ -137,7 +137,7 @@ impl Hardware for VtdUnit {
         self.gate.write(|engine| engine.stage2_unmapped(stage2));
     }
 
-    fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
+    fn set_fault_sink(&self, rid: u16, sink: Option<SinkOfDevice>) {
         let mut sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
         match sink {
             Some(sink) => sinks.insert(rid, sink),

@@ -4,6 +4,7 @@
 mod attachments;
 mod first_stage;
 mod second_stage;
+mod staleness;
 
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, Weak};
