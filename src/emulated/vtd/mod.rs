@@ -42,7 +42,12 @@ pub(super) use engine::{Engine, Request};
 pub(super) use pasid_table::PasidCache;
 pub(super) use rights::{Fault, RequestKind};
 
-/// An emulated VT-d unit. See the [module's documentation](self).
+/// An emulated VT-d unit in scalable mode, for devices of this process.
+///
+/// Attachments come from the [`EmulatedHost`](super::EmulatedHost) that it is added to; devices
+/// reach it by a [`DmaPort`](super::DmaPort). Until something is attached it blocks all DMA. What
+/// it caches stays until the host invalidates it: a guest that forgets an invalidation sees the old
+/// translation, as on hardware.
 #[derive(Debug)]
 pub struct VtdUnit {
     config: VtdUnitConfig,
