@@ -10,8 +10,8 @@ use super::faults::FaultRouter;
 use super::requesters::{Attached, Slot};
 use super::stage1::NestedHwpts;
 use crate::iommufd::{
-    Errno, FaultSink, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags, MapTarget,
-    ObjectId, Protection, UserMemory,
+    Errno, FaultSink, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags,
+    MapTarget, ObjectId, Protection, UserMemory,
 };
 use crate::spec::pci::Bdf;
 use crate::viommu::Requester;
@@ -164,7 +164,6 @@ impl State {
         info: &HwInfo,
     ) -> Result<Parent> {
         let pasid = info.max_pasid_log2 > 0;
-        let mut refusal = None;
         for parent in self.parents.clone() {
             if pasid && !parent.pasid {
                 continue;
@@ -172,14 +171,8 @@ impl State {
             match self.host().device_attach(dev, None, parent.hwpt) {
                 Ok(_) => return Ok(parent),
                 Err(error) if error.errno == Errno::EINVAL => {}
-                Err(error) => {
-                    refusal = Some(error);
-                    break;
-                }
+                Err(error) => return self.refuse(rid, dev, error),
             }
-        }
-        if let Some(error) = refusal {
-            return self.refuse(rid, dev, error);
         }
         let args = HwptAlloc {
             flags: HwptFlags::new().with_nest_parent(true).with_pasid(pasid),
@@ -200,12 +193,7 @@ impl State {
     }
 
     /// After the first attach of a device failed: it stays blocked.
-    fn refuse<T>(
-        &mut self,
-        rid: Bdf,
-        dev: ObjectId,
-        source: crate::iommufd::HostError,
-    ) -> Result<T> {
+    fn refuse(&mut self, rid: Bdf, dev: ObjectId, source: HostError) -> Result<Parent> {
         self.counters.refused_attaches += 1;
         if let Err(error) = self.detach_on_host(dev, None) {
             log::error!("{rid} could not be blocked: {error}");
