@@ -43,8 +43,8 @@ pub enum NestingError {
         /// Width of the device's PASIDs, in bits; 0 for none.
         bits: u8,
     },
-    /// PASID 0 names, on the host, the requests without PASID: it cannot differ from them.
-    #[error("{0}: the host translates PASID 0 as it does requests without PASID, and only so")]
+    /// PASID 0 names, on the host, the requests without PASID: it has no configuration of its own.
+    #[error("{0}: the host translates PASID 0 as it does requests without PASID")]
     PasidZero(Requester),
     /// The guest owns second-stage tables, and the host cannot walk them.
     #[error("{0}: the host cannot nest second-stage tables that the guest owns")]

@@ -64,7 +64,8 @@ impl State {
             };
         };
         if requester.pasid.is_some_and(|pasid| pasid.raw() == 0) {
-            return self.apply_to_pasid_zero(requester, config);
+            // On the host, attaching to PASID 0 is attaching the RID.
+            return Err(NestingError::PasidZero(requester));
         }
         if self.slot(requester).unsettled {
             self.detach(requester)?;
@@ -82,28 +83,6 @@ impl State {
     fn unchanged(&mut self) -> Result<()> {
         self.counters.unchanged += 1;
         Ok(())
-    }
-
-    /// On the host, attaching to PASID 0 is attaching the RID: requests with PASID 0 and requests
-    /// without share one entry. So nothing is done, and anything but the RID's policy is refused.
-    fn apply_to_pasid_zero(
-        &mut self,
-        requester: Requester,
-        config: &RequesterConfig,
-    ) -> Result<()> {
-        let rid = Requester::rid(requester.rid);
-        let same = match (self.slot(rid).attached, config.policy) {
-            (Attached::Nothing, Policy::Blocked { .. }) => true,
-            (Attached::Parent, Policy::Bypass) => true,
-            (Attached::Nested(hwpt), Policy::Stage1(stage1)) => {
-                self.nested.stage1(hwpt) == Some(stage1) && self.nested.knows(hwpt, config.tag)
-            }
-            _ => false,
-        };
-        if !same {
-            return Err(NestingError::PasidZero(requester));
-        }
-        self.unchanged()
     }
 
     /// Sends `requester` through `stage1`.
