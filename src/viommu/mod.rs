@@ -9,11 +9,14 @@
 
 mod host_side;
 mod memory;
+mod observer;
 mod policy;
+mod ratelimit;
 pub mod vtd;
 
 pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError, InterruptSink};
 pub use memory::{BadAddress, TableMemory};
+pub use observer::{FaultOutcome, Observer, RegisterAccess};
 pub use policy::{
     DomainTag, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
     VtdSecondStage,

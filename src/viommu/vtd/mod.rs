@@ -1,1 +1,222 @@
-//! x
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual Intel VT-d: registers, queued invalidation, tables and faults, as a guest drives them.
+//!
+//! A register write is complete when [`VtdIommu::mmio_write`] returns: what it asks has been given
+//! to the host, and only then does a status register, a status word in memory or the queue head
+//! say so. From the moment translation is enabled every function is blocked until its tables say
+//! otherwise.
+//!
+//! Not offered: interrupt remapping, page requests, advanced fault logging, protected memory
+//! regions, nested tables of the guest's own. Their registers read as after reset.
+//!
+//! # Locks
+//! The registers are one lock, held across calls to the host. The fault log has its own, and so
+//! have the published policies: both are taken after the registers, for a moment, and are all that
+//! [`FaultTarget::dma_fault`] takes. It may therefore come from any thread, even while another
+//! waits in the host for DMA to end.
+
+mod apply;
+mod caps;
+mod commands;
+mod config;
+mod counters;
+mod explain;
+mod faults;
+mod interrupts;
+mod invalidate;
+mod policy;
+mod policy_legacy;
+mod policy_scalable;
+mod queue;
+mod registers;
+mod requesters;
+mod state;
+
+use std::fmt;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use caps::{Capabilities, CapabilityConflict, HostUnit};
+pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
+pub use counters::VtdCounters;
+pub use faults::FaultLog;
+pub use interrupts::EventRegisters;
+pub use state::{Registers, VtdState};
+
+use super::observer::{FaultOutcome, Observer};
+use super::ratelimit::RateLimit;
+use super::{
+    DmaFault, DomainTag, FaultTarget, HostSide, InterruptSink, Policy, Requester, RequesterConfig,
+    TableMemory,
+};
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::fault::FaultReason;
+use apply::Scope;
+use counters::Counters;
+use interrupts::Msi;
+use requesters::Requesters;
+
+/// A virtual VT-d unit.
+pub struct VtdIommu {
+    caps: Capabilities,
+    memory: Arc<dyn TableMemory>,
+    host: Arc<dyn HostSide>,
+    interrupts: Arc<dyn InterruptSink>,
+    observer: Option<Arc<dyn Observer>>,
+    registers: Mutex<Registers>,
+    faults: Mutex<FaultLog>,
+    requesters: Requesters,
+    counters: Counters,
+    log: RateLimit,
+}
+
+impl VtdIommu {
+    /// A unit after reset, with no device behind it.
+    ///
+    /// # Errors
+    /// The configuration is impossible ([`VtdConfig::check`]).
+    pub fn new(
+        config: VtdConfig,
+        memory: Arc<dyn TableMemory>,
+        host: Arc<dyn HostSide>,
+        interrupts: Arc<dyn InterruptSink>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Arc<Self>, ConfigError> {
+        Ok(Arc::new(Self {
+            caps: config.capabilities()?,
+            memory,
+            host,
+            interrupts,
+            observer,
+            registers: Mutex::default(),
+            faults: Mutex::new(FaultLog::new(config.fault_records)),
+            requesters: Requesters::default(),
+            counters: Counters::default(),
+            log: RateLimit::default(),
+        }))
+    }
+
+    /// The capability registers.
+    pub fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    /// Puts a function behind the unit. It passes while translation is disabled, and goes by its
+    /// tables when it is enabled. Nothing happens for a function that is there already.
+    pub fn add_device(&self, rid: Bdf) {
+        let registers = self.lock();
+        if !self.requesters.add(rid) {
+            return;
+        }
+        if registers.gsts.tes() {
+            self.reevaluate_function(rid, Scope::Global, registers.root);
+        } else {
+            self.bypass(rid);
+        }
+    }
+
+    /// Takes a function away: it is blocked. Nothing happens for a function that is not there.
+    pub fn remove_device(&self, rid: Bdf) {
+        // Held so that nobody gives the function a policy meanwhile.
+        let _registers = self.lock();
+        if !self.requesters.remove(rid) {
+            return;
+        }
+        self.forget_pasids(rid);
+        let reason = FaultReason::ContextNotPresent.code();
+        let config = RequesterConfig {
+            policy: Policy::Blocked { reason, fault_disabled: true },
+            tag: DomainTag { domain: 0, pasid: 0 },
+            fault_disabled: true,
+        };
+        if let Err(error) = self.host.configure(Requester::rid(rid), &config) {
+            self.host_failed(&error);
+        }
+    }
+
+    /// Works through the invalidation queue up to its tail or its first error. Register writes do
+    /// so themselves; any other thread may, too.
+    pub fn drain_queue(&self) {
+        self.run_queue(&mut self.lock());
+    }
+
+    /// What the unit has done so far.
+    pub fn counters(&self) -> VtdCounters {
+        self.counters.snapshot()
+    }
+
+    /// All that the guest can see, at one moment.
+    pub fn state(&self) -> VtdState {
+        let registers = self.lock();
+        VtdState {
+            registers: registers.clone(),
+            faults: self.fault_log().clone(),
+            devices: self.requesters.functions(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, msi: Option<Msi>) {
+        if let Some(msi) = msi {
+            msi.send(&*self.interrupts);
+        }
+    }
+
+    /// Counts and logs a mistake of the guest that the architecture has no error for.
+    fn guest_error(&self, what: fmt::Arguments<'_>) {
+        self.counters.guest_errors.fetch_add(1, Ordering::Relaxed);
+        self.log.warn(format_args!("VT-d: guest mistake: {what}"));
+    }
+
+    fn record(&self, fault: &DmaFault, reason: FaultReason) -> FaultOutcome {
+        let (recorded, msi) = self.fault_log().record(fault, reason);
+        self.send(msi);
+        if recorded {
+            self.counters.faults_recorded.fetch_add(1, Ordering::Relaxed);
+            FaultOutcome::Recorded
+        } else {
+            self.counters.faults_lost.fetch_add(1, Ordering::Relaxed);
+            FaultOutcome::Lost
+        }
+    }
+}
+
+impl FaultTarget for VtdIommu {
+    fn dma_fault(&self, fault: &DmaFault) {
+        let Some(standing) = self.requesters.standing(fault.requester) else {
+            self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
+            return;
+        };
+        let (reason, outcome) = match explain::explain(standing, &self.tables(standing.root), fault)
+        {
+            Some((reason, false)) => (reason.code(), self.record(fault, reason)),
+            explanation => {
+                self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+                let reason = explanation.map_or(fault.reason, |(reason, _)| reason.code());
+                (reason, FaultOutcome::Suppressed)
+            }
+        };
+        if let Some(observer) = &self.observer {
+            observer.fault(fault, reason, outcome);
+        }
+    }
+}
+
+impl fmt::Debug for VtdIommu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VtdIommu")
+            .field("caps", &self.caps)
+            .field("host", &self.host)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

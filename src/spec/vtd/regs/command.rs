@@ -35,6 +35,7 @@ pub struct Gcmd {
 /// Global status register (§11.4.4); read-only.
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Gsts {
     #[bits(23)]
     __: u32,
@@ -74,6 +75,7 @@ pub enum TranslationTableMode {
 /// Root table address register (§11.4.5).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Rtaddr {
     #[bits(10)]
     __: u16,
@@ -137,6 +139,7 @@ impl ContextGranularity {
 /// Context command register (§11.4.6).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Ccmd {
     /// DID: domain id.
     pub did: u16,
@@ -192,6 +195,7 @@ impl IotlbGranularity {
 /// IOTLB invalidate register (§11.4.6).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct IotlbReg {
     __: u32,
     /// DID: domain id.
@@ -219,6 +223,7 @@ pub struct IotlbReg {
 /// Invalidate address register (§11.4.6).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Iva {
     /// AM: low bits of the page number to ignore.
     #[bits(6)]
@@ -247,6 +252,7 @@ pub struct Pmen {
 /// Interrupt remapping table address register (§11.4.10).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Irta {
     /// S: the table has `2^(s + 1)` entries.
     #[bits(4)]

@@ -8,6 +8,7 @@ use crate::spec::vtd::PAGE_SHIFT;
 /// Fault status register (§11.4.7).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Fsts {
     /// PFO: a fault was lost because the next record was in use. RW1C.
     pub pfo: bool,
@@ -33,6 +34,7 @@ pub struct Fsts {
 /// Control of an event: FECTL (§11.4.7), IECTL (§11.4.9), PECTL (§11.4.11).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct EventControl {
     #[bits(30)]
     __: u32,
@@ -45,6 +47,7 @@ pub struct EventControl {
 /// Low 64 bits of a fault recording register (§11.4.7).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FaultRecordLow {
     #[bits(12)]
     __: u16,
@@ -56,6 +59,7 @@ pub struct FaultRecordLow {
 /// High 64 bits of a fault recording register (§11.4.7).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FaultRecordHigh {
     /// SID: who made the request.
     pub sid: u16,
@@ -85,6 +89,7 @@ pub struct FaultRecordHigh {
 
 /// A fault recording register (FRCD, §11.4.7): 128 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FaultRecord {
     /// Bits 63:0.
     pub low: FaultRecordLow,

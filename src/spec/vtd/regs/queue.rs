@@ -8,6 +8,7 @@ use crate::spec::vtd::PAGE_SHIFT;
 /// Head or tail of a queue: IQH, IQT (§11.4.9), PQH, PQT (§11.4.11).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct QueuePointer {
     #[bits(4)]
     __: u8,
@@ -33,6 +34,7 @@ impl QueuePointer {
 /// Invalidation queue address register (§11.4.9).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Iqa {
     /// QS: the queue has `2^qs` pages of 4 KiB.
     #[bits(3)]
@@ -117,6 +119,7 @@ impl IqErrorInfo {
 /// Invalidation queue error record register (§11.4.9); read-only.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Iqercd {
     /// IQEI: why the queue stopped, while FSTS.IQE; see [`IqErrorInfo`].
     #[bits(4)]
@@ -132,6 +135,7 @@ pub struct Iqercd {
 /// Invalidation completion status register (§11.4.9).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Ics {
     /// IWC: a wait descriptor with IF is complete. RW1C.
     pub iwc: bool,

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Who watches a virtual IOMMU, for traces.
+
+use std::fmt;
+
+use super::{DmaFault, Requester, RequesterConfig};
+
+/// One register access by the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegisterAccess {
+    /// The specification's name of the register.
+    pub name: &'static str,
+    /// Offset of the access in the register page, in bytes.
+    pub offset: u64,
+    /// Size of the access, in bytes.
+    pub size: u8,
+    /// What was read or written.
+    pub value: u64,
+    /// The guest wrote.
+    pub write: bool,
+}
+
+/// What became of a fault of a DMA request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultOutcome {
+    /// It is in a fault record.
+    Recorded,
+    /// There was no room for it: the guest sees the overflow.
+    Lost,
+    /// The guest's tables ask that it be not recorded, or translation is off.
+    Suppressed,
+}
+
+/// Sees what a virtual IOMMU does, in the order it does it. Called with locks of the virtual IOMMU
+/// held: an observer calls nothing of it. Without an observer no event is even built.
+pub trait Observer: Send + Sync {
+    /// The guest read a register, or writes one: what the write sets off follows.
+    fn register(&self, _access: &RegisterAccess) {}
+
+    /// A descriptor of the invalidation queue was taken; what it asks may still be gathered with
+    /// what follows.
+    fn descriptor(&self, _name: &'static str, _descriptor: &dyn fmt::Debug) {}
+
+    /// A policy was given to the host, which refused it when `applied` is false.
+    fn policy(&self, _requester: Requester, _config: &RequesterConfig, _applied: bool) {}
+
+    /// A DMA request failed; `reason` is what the guest is told.
+    fn fault(&self, _fault: &DmaFault, _reason: u8, _outcome: FaultOutcome) {}
+}

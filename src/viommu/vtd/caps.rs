@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! CAP and ECAP: what the configuration offers, and what every host unit can serve.
+//!
+//! Pure functions. Abilities that a guest can do without (1 GiB pages, the extended accessed flag)
+//! are lowered to what every host unit has; those that were asked for by value (address width,
+//! PASID bits) make an error that names the bit and the device.
+
+use super::config::{ConfigError, VtdConfig};
+use crate::spec::vtd::regs::{Cap, Ecap};
+
+/// Where the IVA and IOTLB registers stand, in 16 bytes.
+const IRO: u16 = 0x10;
+/// Where the fault recording registers stand, in 16 bytes.
+const FRO: u16 = 0x22;
+/// The largest page-selective invalidation: 1 GiB.
+const MAMV: u8 = 18;
+
+/// The capability registers of a virtual VT-d, and the width of guest physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// CAP.
+    pub cap: Cap,
+    /// ECAP.
+    pub ecap: Ecap,
+    /// Width of guest physical addresses, in bits.
+    pub host_address_width: u8,
+    /// Second-stage tables of the guest are served. No register says this for legacy mode.
+    pub second_stage: bool,
+}
+
+/// The registers of a host unit, and a device behind it to name it by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostUnit {
+    /// The device whose `IOMMU_GET_HW_INFO` this is.
+    pub device: String,
+    /// CAP of the unit.
+    pub cap: Cap,
+    /// ECAP of the unit.
+    pub ecap: Ecap,
+}
+
+/// A host unit cannot serve what the configuration asks for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the IOMMU of {device} lacks {bit}: {needed_for}")]
+pub struct CapabilityConflict {
+    /// A device behind the unit.
+    pub device: String,
+    /// The register and field, such as `ECAP.NEST`.
+    pub bit: &'static str,
+    /// What the field is needed for, and what to change.
+    pub needed_for: String,
+}
+
+impl VtdConfig {
+    /// The capability registers that offer this configuration.
+    ///
+    /// # Errors
+    /// The configuration is impossible ([`VtdConfig::check`]).
+    pub fn capabilities(&self) -> Result<Capabilities, ConfigError> {
+        self.check()?;
+        let five_level = self.address_width == 57;
+        let cap = Cap::new()
+            .with_nd(6)
+            .with_cm(self.caching_mode)
+            // Bit 1: 39 bits, bit 2: 48, bit 3: 57. Never empty, even where no second-stage table
+            // is offered: drivers size IOVAs by it.
+            .with_sagaw(if five_level { 0b01110 } else { 0b00110 })
+            .with_mgaw(self.address_width - 1)
+            .with_zlr(true)
+            .with_fro(FRO)
+            .with_sslps(if self.second_stage { 0b11 } else { 0 })
+            .with_psi(true)
+            // `check` bounds the number from 1 to 128.
+            .with_nfr((self.fault_records - 1) as u8)
+            .with_mamv(MAMV)
+            .with_dwd(true)
+            .with_drd(true)
+            .with_fs1gp(self.scalable_mode && self.first_stage_1g)
+            .with_fs5lp(self.scalable_mode && five_level)
+            .with_esrtps(true);
+        let ecap = Ecap::new()
+            .with_c(true)
+            .with_qi(true)
+            .with_dt(self.device_iotlb)
+            .with_pt(true)
+            .with_sc(self.snoop_control)
+            .with_iro(IRO)
+            .with_srs(self.scalable_mode && self.supervisor_requests)
+            .with_eafs(self.scalable_mode && self.extended_accessed)
+            .with_pasid(self.pasid_bits > 0)
+            .with_pss(self.pasid_bits.saturating_sub(1))
+            .with_smts(self.scalable_mode)
+            .with_ssts(self.scalable_mode && self.second_stage)
+            .with_fsts(self.scalable_mode)
+            .with_smpwcs(self.scalable_mode && self.coherent_walks)
+            .with_rps(self.scalable_mode);
+        Ok(Capabilities {
+            cap,
+            ecap,
+            host_address_width: self.host_address_width(),
+            second_stage: self.second_stage,
+        })
+    }
+
+    /// This configuration, lowered to what all of `hosts` can serve.
+    ///
+    /// # Errors
+    /// A unit cannot serve what was asked for by value.
+    pub fn intersect(&self, hosts: &[HostUnit]) -> Result<Self, CapabilityConflict> {
+        let mut lowered = self.clone();
+        for host in hosts {
+            self.require(host)?;
+            lowered.first_stage_1g &= host.cap.fs1gp();
+            lowered.supervisor_requests &= host.ecap.srs();
+            lowered.extended_accessed &= host.ecap.eafs();
+            lowered.snoop_control &= host.ecap.sc();
+            lowered.coherent_walks &= host.ecap.smpwcs();
+        }
+        Ok(lowered)
+    }
+
+    fn require(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
+        let HostUnit { device, cap, ecap } = host;
+        let conflict = |bit, needed_for: String| {
+            Err(CapabilityConflict { device: device.clone(), bit, needed_for })
+        };
+        if self.scalable_mode && !ecap.smts() {
+            return conflict("ECAP.SMTS", "scalable mode is needed for nested translation".into());
+        }
+        if self.scalable_mode && !ecap.nest() {
+            return conflict("ECAP.NEST", "the guest's first-stage tables are nested".into());
+        }
+        if self.address_width == 57 && !cap.fs5lp() {
+            return conflict("CAP.FS5LP", "an address width of 57 bits was asked for".into());
+        }
+        if self.pasid_bits > 0 && !ecap.pasid() {
+            let bits = self.pasid_bits;
+            return conflict("ECAP.PASID", format!("{bits} PASID bits were asked for"));
+        }
+        if self.pasid_bits > ecap.pasid_bits() {
+            let (bits, has) = (self.pasid_bits, ecap.pasid_bits());
+            return conflict("ECAP.PSS", format!("{bits} PASID bits were asked for, it has {has}"));
+        }
+        if self.device_iotlb && !ecap.dt() {
+            return conflict("ECAP.DT", "device-TLBs were asked for".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn able() -> HostUnit {
+        HostUnit {
+            device: "edu0".into(),
+            cap: Cap::new().with_fs1gp(true).with_fs5lp(true),
+            ecap: Ecap::new()
+                .with_smts(true)
+                .with_nest(true)
+                .with_pasid(true)
+                .with_pss(19)
+                .with_dt(true)
+                .with_srs(true)
+                .with_eafs(true)
+                .with_sc(true)
+                .with_smpwcs(true),
+        }
+    }
+
+    #[test]
+    fn the_default_offers_nested_first_stage_only() {
+        let Capabilities { cap, ecap, .. } = VtdConfig::default().capabilities().unwrap();
+        assert!(ecap.smts() && ecap.fsts() && ecap.qi() && ecap.pt() && cap.cm());
+        assert!(!ecap.ssts() && !ecap.nest() && !ecap.dt() && !ecap.ir() && !ecap.prs());
+        assert_eq!((cap.guest_address_width(), ecap.pasid_bits()), (48, 16));
+        assert_eq!((cap.fault_records(), cap.fault_record_offset()), (8, 0x220));
+        assert!(!cap.fs5lp() && cap.sagaw() != 0);
+    }
+
+    #[test]
+    fn the_registers_fit_the_page() {
+        let config = VtdConfig { fault_records: 128, ..Default::default() };
+        let cap = config.capabilities().unwrap().cap;
+        let end = cap.fault_record_offset() + 16 * cap.fault_records();
+        assert!(end <= super::super::MMIO_SIZE);
+    }
+
+    #[test]
+    fn fifty_seven_bits_are_five_levels() {
+        let config = VtdConfig { address_width: 57, ..Default::default() };
+        let Capabilities { cap, host_address_width, .. } = config.capabilities().unwrap();
+        assert!(cap.fs5lp() && cap.sagaw() == 0b1110 && cap.guest_address_width() == 57);
+        assert_eq!(host_address_width, 52);
+    }
+
+    #[test]
+    fn legacy_only_offers_nothing_of_scalable_mode() {
+        let config = VtdConfig {
+            scalable_mode: false,
+            second_stage: true,
+            pasid_bits: 0,
+            ..Default::default()
+        };
+        let Capabilities { cap, ecap, .. } = config.capabilities().unwrap();
+        assert!(!ecap.smts() && !ecap.fsts() && !ecap.ssts() && !ecap.pasid() && !ecap.rps());
+        assert!(!cap.fs1gp() && cap.sslps() == 3);
+    }
+
+    #[test]
+    fn what_a_guest_can_do_without_is_lowered() {
+        let config = VtdConfig { pasid_bits: 20, device_iotlb: true, ..Default::default() };
+        assert_eq!(config.intersect(&[able()]), Ok(config.clone()));
+        let mut poor = able();
+        poor.cap.set_fs1gp(false);
+        poor.ecap.set_eafs(false);
+        let lowered = config.intersect(&[able(), poor]).unwrap();
+        assert!(!lowered.first_stage_1g && !lowered.extended_accessed);
+        assert!(lowered.supervisor_requests && lowered.snoop_control);
+    }
+
+    #[test]
+    fn a_conflict_names_the_bit_and_the_device() {
+        let config = VtdConfig {
+            address_width: 57,
+            pasid_bits: 20,
+            device_iotlb: true,
+            ..Default::default()
+        };
+        let lacking: [(fn(&mut HostUnit), &str); 6] = [
+            (|host| host.ecap.set_smts(false), "ECAP.SMTS"),
+            (|host| host.ecap.set_nest(false), "ECAP.NEST"),
+            (|host| host.cap.set_fs5lp(false), "CAP.FS5LP"),
+            (|host| host.ecap.set_pasid(false), "ECAP.PASID"),
+            (|host| host.ecap.set_pss(18), "ECAP.PSS"),
+            (|host| host.ecap.set_dt(false), "ECAP.DT"),
+        ];
+        for (take_away, bit) in lacking {
+            let mut host = HostUnit { device: "nic1".into(), ..able() };
+            take_away(&mut host);
+            let error = config.intersect(&[able(), host]).unwrap_err();
+            assert_eq!((error.device.as_str(), error.bit), ("nic1", bit));
+            assert!(error.to_string().starts_with("the IOMMU of nic1 lacks "), "{error}");
+        }
+    }
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The global command register (§11.4.4): each command is complete when its write returns.
+
+use super::state::Registers;
+use super::VtdIommu;
+use crate::spec::vtd::regs::{Gcmd, QueuePointer};
+use crate::viommu::Invalidation;
+
+impl VtdIommu {
+    /// Carries out what `command` changes. Drivers change one thing a write; where several change,
+    /// pointers come first and translation last, so that nothing is enabled half-way.
+    pub(super) fn global_command(&self, registers: &mut Registers, command: Gcmd) {
+        if command.srtp() {
+            self.set_root_table_pointer(registers);
+        }
+        if command.qie() != registers.gsts.qies() {
+            self.set_queue_enabled(registers, command.qie());
+        }
+        if command.te() != registers.gsts.tes() {
+            self.set_translation_enabled(registers, command.te());
+        }
+        // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and SIRTP, IRE and
+        // CFI no table (ECAP.IR): they are ignored, and their status stays clear.
+    }
+
+    /// Latches RTADDR. Caches are emptied with it (CAP.ESRTPS).
+    fn set_root_table_pointer(&self, registers: &mut Registers) {
+        registers.root = Some(registers.rtaddr);
+        if registers.gsts.tes() {
+            self.enable_translation(registers.root);
+        }
+        // The command cannot fail; what the host could not empty it has blocked, counted and
+        // logged, and faults tell the guest.
+        let _ = self.invalidate_host(&[Invalidation::ALL]);
+        registers.gsts.set_rtps(true);
+    }
+
+    fn set_queue_enabled(&self, registers: &mut Registers, enabled: bool) {
+        registers.gsts.set_qies(enabled);
+        if enabled {
+            self.run_queue(registers);
+        } else {
+            registers.iqh = QueuePointer::new();
+        }
+    }
+
+    /// Requesters are blocked or served by their tables before TES is set, and pass before it is
+    /// cleared.
+    fn set_translation_enabled(&self, registers: &mut Registers, enabled: bool) {
+        if enabled {
+            self.enable_translation(registers.root);
+        } else {
+            self.disable_translation();
+        }
+        registers.gsts.set_tes(enabled);
+    }
+}

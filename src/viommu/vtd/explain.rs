@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the guest is told of a DMA fault that the host brought back.
+//!
+//! A requester that the virtual unit blocked: the reason it was blocked for. One that goes through
+//! the guest's tables: the reason of the walk, put in terms of the guest's own tables, as if the
+//! host's stage 2 were the memory that they stand in.
+
+use super::policy::Tables;
+use super::requesters::Standing;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::viommu::{DmaFault, Policy, RequesterConfig, Stage1};
+
+/// The reason, and whether the guest's tables ask that the fault be not recorded.
+pub(super) type Explanation = (FaultReason, bool);
+
+/// Explains `fault`, given how its requester stands; `None` when the guest is told nothing, as
+/// translation is not enabled.
+pub(super) fn explain(
+    standing: Standing,
+    tables: &Tables<'_>,
+    fault: &DmaFault,
+) -> Option<Explanation> {
+    if !standing.translating {
+        return None;
+    }
+    let config = match standing.given {
+        Some(given) => given.config,
+        // A PASID that was given nothing had no present entry when its tables were read last.
+        None => unserved(tables.config(fault.requester)),
+    };
+    let legacy = standing.root.map(Rtaddr::mode) == Some(TranslationTableMode::Legacy);
+    let reason = match config.policy {
+        Policy::Blocked { reason, fault_disabled } => {
+            // Policies are made from reasons, so the code is known.
+            let reason = FaultReason::from_code(reason)?;
+            return Some((reason, fault_disabled && reason.is_qualified()));
+        }
+        Policy::Bypass if legacy => FaultReason::LegacyAddressBeyond,
+        Policy::Bypass => FaultReason::AddressBeyondHost,
+        Policy::Stage1(Stage1::VtdFirstStage(_)) => first_stage(fault),
+        Policy::Stage1(Stage1::VtdSecondStage(_)) if legacy => legacy_second_stage(fault),
+        Policy::Stage1(Stage1::VtdSecondStage(_)) => second_stage(fault),
+    };
+    Some((reason, config.fault_disabled && reason.is_qualified()))
+}
+
+/// `config` of tables that may have changed since: what would be served now was not then.
+fn unserved(config: RequesterConfig) -> RequesterConfig {
+    match config.policy {
+        Policy::Blocked { .. } => config,
+        _ => {
+            let reason = FaultReason::PasidEntryNotPresent.code();
+            let policy = Policy::Blocked { reason, fault_disabled: config.fault_disabled };
+            RequesterConfig { policy, ..config }
+        }
+    }
+}
+
+fn denied(fault: &DmaFault) -> FaultReason {
+    if fault.write {
+        FaultReason::WriteDenied
+    } else {
+        FaultReason::ReadDenied
+    }
+}
+
+/// Through first-stage tables.
+fn first_stage(fault: &DmaFault) -> FaultReason {
+    use FaultReason as R;
+    let host = R::from_code(fault.reason);
+    if !fault.stage2 {
+        return host.unwrap_or_else(|| denied(fault));
+    }
+    match host {
+        Some(R::FirstStageTopAccess | R::FirstStageTopSecondStageDenied) => R::FirstStageTopAccess,
+        Some(R::FirstStageAccess | R::FirstStagePointerBeyond | R::FirstStageSecondStageDenied) => {
+            R::FirstStageAccess
+        }
+        Some(R::FirstStageFlagsSecondStageDenied | R::FirstStageFlagsUpdate) => {
+            R::FirstStageFlagsUpdate
+        }
+        // The page itself is no memory that the request may use.
+        _ => denied(fault),
+    }
+}
+
+/// Through second-stage tables, in scalable mode.
+fn second_stage(fault: &DmaFault) -> FaultReason {
+    use FaultReason as R;
+    match R::from_code(fault.reason) {
+        Some(reason) if !fault.stage2 => reason,
+        Some(reason @ (R::SecondStageTopAccess | R::SecondStageAccess)) => reason,
+        _ => R::SecondStageDenied,
+    }
+}
+
+/// Through second-stage tables, in legacy mode: the same faults by their legacy codes.
+fn legacy_second_stage(fault: &DmaFault) -> FaultReason {
+    use FaultReason as R;
+    match R::from_code(fault.reason) {
+        Some(R::SecondStageTopAccess | R::SecondStageAccess | R::LegacySecondStageAccess) => {
+            R::LegacySecondStageAccess
+        }
+        Some(R::SecondStageReserved | R::LegacySecondStageReserved) if !fault.stage2 => {
+            R::LegacySecondStageReserved
+        }
+        Some(R::AddressBeyondGuest | R::LegacyAddressBeyond) if !fault.stage2 => {
+            R::LegacyAddressBeyond
+        }
+        Some(R::OutputInterruptRange | R::LegacyOutputInterruptRange) if !fault.stage2 => {
+            R::LegacyOutputInterruptRange
+        }
+        _ if fault.write => R::LegacyWriteDenied,
+        _ => R::LegacyReadDenied,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::VtdConfig;
+    use super::super::requesters::Given;
+    use super::*;
+    use crate::spec::pci::{Bdf, Pasid};
+    use crate::viommu::{DomainTag, Requester, VtdFirstStage, VtdSecondStage};
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    const FIRST: Policy = Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
+        table: 0x1000,
+        address_width: 48,
+        supervisor_requests: false,
+        write_protect: false,
+        extended_accessed: false,
+    }));
+    const SECOND: Policy =
+        Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table: 0, address_width: 48 }));
+
+    fn of(policy: Policy, ttm: u8, fault: DmaFault, fault_disabled: bool) -> Option<Explanation> {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let caps = VtdConfig::default().capabilities().unwrap();
+        let root = Some(Rtaddr::new().with_ttm(ttm));
+        let tables = Tables { memory: &memory, caps: &caps, root };
+        let tag = DomainTag { domain: 1, pasid: 0 };
+        let config = RequesterConfig { policy, tag, fault_disabled };
+        let given = Some(Given { config, applied: true });
+        explain(Standing { translating: true, root, given }, &tables, &fault)
+    }
+
+    fn fault(reason: u8, write: bool, stage2: bool) -> DmaFault {
+        DmaFault {
+            requester: Requester::rid(Bdf::from_raw(8)),
+            address: 0x1000,
+            write,
+            execute: false,
+            privileged: false,
+            reason,
+            stage2,
+        }
+    }
+
+    fn code(policy: Policy, ttm: u8, reason: u8, write: bool, stage2: bool) -> u8 {
+        of(policy, ttm, fault(reason, write, stage2), false).unwrap().0.code()
+    }
+
+    #[test]
+    fn a_blocked_requester_gets_the_reason_of_its_blocking() {
+        let policy = Policy::Blocked { reason: 0x41, fault_disabled: false };
+        assert_eq!(code(policy, 1, 0x77, true, true), 0x41);
+    }
+
+    #[test]
+    fn fpd_suppresses_qualified_faults_only() {
+        let policy = |reason| Policy::Blocked { reason, fault_disabled: true };
+        assert!(of(policy(0x41), 1, fault(0, true, false), true).unwrap().1);
+        assert!(!of(policy(0x40), 1, fault(0, true, false), true).unwrap().1);
+        assert!(of(FIRST, 1, fault(0x71, true, false), true).unwrap().1);
+        assert!(!of(FIRST, 1, fault(0x71, true, false), false).unwrap().1);
+    }
+
+    #[test]
+    fn first_stage_reasons_pass() {
+        for reason in [0x71, 0x72, 0x80, 0x81, 0x85, 0x86] {
+            assert_eq!(code(FIRST, 1, reason, true, false), reason);
+        }
+        // A host that gives no reason, or one that does not exist.
+        assert_eq!(code(FIRST, 1, 0, true, false), 0x85);
+        assert_eq!(code(FIRST, 1, 0xff, false, false), 0x86);
+    }
+
+    #[test]
+    fn a_refusal_of_the_hosts_stage_2_is_told_as_the_guests_own() {
+        let cases = [(0x73, 0x73), (0x75, 0x73), (0x70, 0x70), (0x74, 0x70), (0x76, 0x70)];
+        for (host, guest) in cases.into_iter().chain([(0x77, 0x91), (0x91, 0x91), (0x79, 0x85)]) {
+            assert_eq!(code(FIRST, 1, host, true, true), guest, "{host:#x}");
+        }
+        assert_eq!(code(FIRST, 1, 0x78, false, true), 0x86);
+        for (host, guest) in [(0x7b, 0x7b), (0x78, 0x78), (0x79, 0x79), (0x84, 0x79)] {
+            assert_eq!(code(SECOND, 1, host, true, true), guest, "{host:#x}");
+        }
+        assert_eq!(code(Policy::Bypass, 1, 0x79, true, true), 0x83);
+        assert_eq!(code(Policy::Bypass, 0, 0x79, true, true), 0x04);
+    }
+
+    #[test]
+    fn legacy_mode_has_codes_of_its_own() {
+        let cases = [(0x78, 7), (0x7b, 7), (0x7a, 0xc), (0x84, 4), (0x87, 0xe), (0x79, 5), (0, 5)];
+        for (host, guest) in cases {
+            assert_eq!(code(SECOND, 0, host, true, false), guest, "{host:#x}");
+        }
+        assert_eq!(code(SECOND, 0, 0x79, false, false), 0x06);
+        assert_eq!(code(SECOND, 0, 0x79, false, true), 0x06);
+    }
+
+    #[test]
+    fn without_translation_the_guest_is_told_nothing() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let caps = VtdConfig::default().capabilities().unwrap();
+        let tables = Tables { memory: &memory, caps: &caps, root: None };
+        let standing = Standing { translating: false, root: None, given: None };
+        assert_eq!(explain(standing, &tables, &fault(0x71, true, false)), None);
+    }
+
+    #[test]
+    fn a_pasid_that_was_given_nothing_is_explained_by_the_tables() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let caps = VtdConfig::default().capabilities().unwrap();
+        let root = Some(Rtaddr::new().with_ttm(1));
+        let tables = Tables { memory: &memory, caps: &caps, root };
+        let standing = Standing { translating: true, root, given: None };
+        let requester = Requester { rid: Bdf::from_raw(8), pasid: Pasid::new(3) };
+        let fault = DmaFault { requester, ..fault(0, true, false) };
+        let explained = explain(standing, &tables, &fault);
+        assert_eq!(explained, Some((FaultReason::RootNotPresent, false)));
+    }
+}

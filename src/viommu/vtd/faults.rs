@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The fault log: fault status, fault records and the fault event (§7.2, §7.3, §11.4.7).
+//!
+//! A lock of its own, taken after the model's, because faults come from any thread.
+
+use crate::spec::vtd::regs::{FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
+use crate::spec::vtd::{fault::FaultReason, PAGE_SHIFT};
+use crate::viommu::DmaFault;
+
+use super::interrupts::{EventRegisters, Msi};
+
+/// Fault status and records, as the guest sees them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct FaultLog {
+    /// FSTS.
+    pub status: Fsts,
+    /// FECTL, FEDATA, FEADDR, FEUADDR.
+    pub event: EventRegisters,
+    /// FRCD, one for each fault recording register.
+    pub records: Vec<FaultRecord>,
+    /// The record that the next fault goes to.
+    pub next: u8,
+}
+
+/// An error of the invalidation queue (§6.5.2.10 and FSTS).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum QueueError {
+    /// IQE: the descriptor at the head is wrong.
+    Queue,
+    /// ITE: a device did not answer.
+    TimeOut,
+}
+
+impl FaultLog {
+    /// An empty log with `records` fault recording registers (1 to 256).
+    pub(super) fn new(records: u16) -> Self {
+        Self {
+            status: Fsts::new(),
+            event: EventRegisters::default(),
+            records: vec![FaultRecord::default(); usize::from(records)],
+            next: 0,
+        }
+    }
+
+    /// Records a fault with `reason`. `false` when there was no room: the overflow is then set.
+    pub(super) fn record(&mut self, fault: &DmaFault, reason: FaultReason) -> (bool, Option<Msi>) {
+        if self.status.pfo() {
+            return (false, None);
+        }
+        let next = self.next;
+        let records = self.records.len();
+        // `next` is kept below the number of records, which is never 0.
+        let Some(slot) = self.records.get_mut(usize::from(next)) else { return (false, None) };
+        if slot.high.f() {
+            self.status.set_pfo(true);
+            return (false, None);
+        }
+        *slot = to_record(fault, reason);
+        self.next = ((usize::from(next) + 1) % records) as u8;
+        let raise = !self.condition();
+        if !self.status.ppf() {
+            self.status.set_ppf(true);
+            self.status.set_fri(next);
+        }
+        (true, if raise { self.event.raise() } else { None })
+    }
+
+    /// The invalidation queue stops with `error`.
+    pub(super) fn queue_error(&mut self, error: QueueError) -> Option<Msi> {
+        let raise = !self.condition();
+        match error {
+            QueueError::Queue => self.status.set_iqe(true),
+            QueueError::TimeOut => self.status.set_ite(true),
+        }
+        if raise {
+            self.event.raise()
+        } else {
+            None
+        }
+    }
+
+    /// Whether an error holds the invalidation queue.
+    pub(super) fn holds_queue(&self) -> bool {
+        self.status.iqe() || self.status.ite()
+    }
+
+    /// The guest writes FSTS: bits that are 1 clear what they name.
+    pub(super) fn write_status(&mut self, value: u32) {
+        let clear = Fsts::from_bits(value);
+        self.status.set_pfo(self.status.pfo() && !clear.pfo());
+        self.status.set_iqe(self.status.iqe() && !clear.iqe());
+        self.status.set_ice(self.status.ice() && !clear.ice());
+        self.status.set_ite(self.status.ite() && !clear.ite());
+        self.settle();
+    }
+
+    /// The 64-bit word `word` (two a record) of the fault recording registers.
+    pub(super) fn record_word(&self, word: usize) -> u64 {
+        self.records.get(word / 2).map_or(0, |record| record.to_words()[word % 2])
+    }
+
+    /// The guest writes `value` to that word: 1 clears F, all else is read-only.
+    pub(super) fn write_record_word(&mut self, word: usize, value: u64) {
+        if word % 2 == 0 || !FaultRecordHigh::from_bits(value).f() {
+            return;
+        }
+        if let Some(record) = self.records.get_mut(word / 2) {
+            record.high.set_f(false);
+        }
+        if !self.records.iter().any(|record| record.high.f()) {
+            self.status.set_ppf(false);
+        }
+        self.settle();
+    }
+
+    /// Whether anything that raises the fault event is set.
+    fn condition(&self) -> bool {
+        let status = self.status;
+        status.ppf() || status.iqe() || status.ice() || status.ite()
+    }
+
+    fn settle(&mut self) {
+        if !self.condition() {
+            self.event.clear();
+        }
+    }
+}
+
+fn to_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
+    let mut high = FaultRecordHigh::new()
+        .with_sid(fault.requester.rid.raw())
+        .with_fr(reason.code())
+        .with_t1(!fault.write)
+        .with_f(true);
+    if let Some(pasid) = fault.requester.pasid {
+        high = high
+            .with_pp(true)
+            .with_pv(pasid.raw())
+            .with_exe(fault.execute)
+            .with_privileged(fault.privileged);
+    }
+    FaultRecord { low: FaultRecordLow::new().with_fi(fault.address >> PAGE_SHIFT), high }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::pci::{Bdf, Pasid};
+    use crate::viommu::Requester;
+
+    fn fault(address: u64) -> DmaFault {
+        DmaFault {
+            requester: Requester::rid(Bdf::from_raw(0x0108)),
+            address,
+            write: false,
+            execute: true,
+            privileged: true,
+            reason: 0,
+            stage2: false,
+        }
+    }
+
+    fn unmasked(records: u16) -> FaultLog {
+        let mut log = FaultLog::new(records);
+        log.event.data = 0x41;
+        assert_eq!(log.event.write_control(0), None);
+        log
+    }
+
+    const REASON: FaultReason = FaultReason::FirstStageNotPresent;
+    const MSI: Option<Msi> = Some(Msi { address: 0, data: 0x41 });
+
+    #[test]
+    fn a_record_tells_who_what_and_where() {
+        let mut log = FaultLog::new(2);
+        assert_eq!(log.record(&fault(0x1234_5678), REASON), (true, None));
+        let record = log.records[0];
+        assert_eq!(record.address(), 0x1234_5000);
+        assert_eq!((record.high.sid(), record.high.fr()), (0x0108, 0x71));
+        assert!(record.high.f() && record.high.t1() && !record.high.t2());
+        // Privilege and execution mean nothing without a PASID.
+        assert!(!record.high.pp() && !record.high.exe() && !record.high.privileged());
+        let pasid = Pasid::new(0xabcde);
+        let requester = Requester { pasid, ..fault(0).requester };
+        assert!(log.record(&DmaFault { requester, write: true, ..fault(0) }, REASON).0);
+        let high = log.records[1].high;
+        assert!(high.pp() && high.exe() && high.privileged() && !high.t1());
+        assert_eq!(high.pv(), 0xabcde);
+    }
+
+    #[test]
+    fn the_event_is_raised_once_until_all_is_cleared() {
+        let mut log = unmasked(4);
+        assert_eq!(log.record(&fault(0), REASON), (true, MSI));
+        assert_eq!(log.record(&fault(0), REASON), (true, None));
+        assert_eq!(log.queue_error(QueueError::Queue), None);
+        log.write_record_word(1, 1 << 63);
+        assert!(log.status.ppf());
+        log.write_record_word(3, 1 << 63);
+        assert!(!log.status.ppf());
+        // IQE is still set: a new fault is no new condition.
+        assert_eq!(log.record(&fault(0), REASON), (true, None));
+        log.write_status(1 << 4);
+        log.write_record_word(5, 1 << 63);
+        assert_eq!(log.record(&fault(0), REASON), (true, MSI));
+        assert_eq!(log.status.fri(), 3);
+    }
+
+    #[test]
+    fn a_full_log_overflows_until_the_overflow_is_cleared() {
+        let mut log = unmasked(2);
+        for _ in 0..2 {
+            assert!(log.record(&fault(0), REASON).0);
+        }
+        assert!(!log.status.pfo());
+        assert!(!log.record(&fault(0), REASON).0);
+        assert!(log.status.pfo());
+        // Room alone is not enough.
+        log.write_record_word(1, 1 << 63);
+        assert!(!log.record(&fault(0), REASON).0);
+        log.write_status(1);
+        assert!(log.record(&fault(0x9000), REASON).0);
+        assert_eq!(log.records[0].address(), 0x9000);
+    }
+
+    #[test]
+    fn a_masked_event_is_pending_until_cleared() {
+        let mut log = FaultLog::new(1);
+        assert_eq!(log.queue_error(QueueError::TimeOut), None);
+        assert!(log.event.control.ip() && log.holds_queue());
+        log.write_status(1 << 6);
+        assert!(!log.event.control.ip() && !log.holds_queue());
+    }
+
+    #[test]
+    fn only_f_can_be_written() {
+        let mut log = FaultLog::new(1);
+        assert!(log.record(&fault(0x5000), REASON).0);
+        let before = log.records[0];
+        log.write_record_word(0, u64::MAX);
+        log.write_record_word(1, !(1 << 63));
+        log.write_record_word(7, u64::MAX);
+        assert_eq!(log.records[0], before);
+        assert_eq!((log.record_word(0), log.record_word(2)), (0x5000, 0));
+    }
+}

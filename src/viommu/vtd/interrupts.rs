@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The four registers of an event: control, data, address, upper address (§11.4.7, §11.4.9).
+
+use crate::spec::vtd::regs::EventControl;
+use crate::viommu::InterruptSink;
+
+/// A message that an event sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub(super) struct Msi {
+    pub address: u64,
+    pub data: u32,
+}
+
+impl Msi {
+    pub fn send(self, sink: &dyn InterruptSink) {
+        sink.send_msi(self.address, self.data);
+    }
+}
+
+/// Registers of one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct EventRegisters {
+    /// FECTL, IECTL.
+    pub control: EventControl,
+    /// FEDATA, IEDATA.
+    pub data: u32,
+    /// FEADDR, IEADDR.
+    pub address: u32,
+    /// FEUADDR, IEUADDR.
+    pub upper_address: u32,
+}
+
+impl Default for EventRegisters {
+    /// The state after reset: masked.
+    fn default() -> Self {
+        let control = EventControl::new().with_im(true);
+        Self { control, data: 0, address: 0, upper_address: 0 }
+    }
+}
+
+impl EventRegisters {
+    /// The condition of the event came true: a message to send, or a pending one when masked.
+    pub(super) fn raise(&mut self) -> Option<Msi> {
+        self.control.set_ip(true);
+        self.deliver()
+    }
+
+    /// The guest cleared every status that makes the condition.
+    pub(super) fn clear(&mut self) {
+        self.control.set_ip(false);
+    }
+
+    /// The guest writes the control register; unmasking sends what is pending.
+    pub(super) fn write_control(&mut self, value: u32) -> Option<Msi> {
+        self.control.set_im(EventControl::from_bits(value).im());
+        self.deliver()
+    }
+
+    /// The guest writes the address register.
+    pub(super) fn write_address(&mut self, value: u32) {
+        self.address = value & !0x3;
+    }
+
+    fn deliver(&mut self) -> Option<Msi> {
+        if self.control.im() || !self.control.ip() {
+            return None;
+        }
+        self.control.set_ip(false);
+        let address = u64::from(self.upper_address) << 32 | u64::from(self.address);
+        Some(Msi { address, data: self.data })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_masked_event_waits_for_the_unmask() {
+        let mut event = EventRegisters { data: 0x41, upper_address: 1, ..Default::default() };
+        event.write_address(0xfee0_1003);
+        assert_eq!(event.raise(), None);
+        assert!(event.control.ip());
+        assert_eq!(event.write_control(1 << 31), None);
+        let msi = Msi { address: 0x1_fee0_1000, data: 0x41 };
+        assert_eq!(event.write_control(0), Some(msi));
+        assert!(!event.control.ip());
+        assert_eq!(event.write_control(0), None);
+        assert_eq!(event.raise(), Some(msi));
+    }
+
+    #[test]
+    fn a_cleared_event_is_not_pending() {
+        let mut event = EventRegisters::default();
+        assert_eq!(event.raise(), None);
+        event.clear();
+        assert_eq!(event.write_control(0), None);
+    }
+}

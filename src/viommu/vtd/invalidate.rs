@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an invalidation names, and the register-based interface (§6.5.1, §11.4.6).
+
+use std::sync::atomic::Ordering;
+
+use super::apply::Scope;
+use super::state::Registers;
+use super::VtdIommu;
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::qi::{AddressMask, ContextScope, IotlbScope};
+use crate::spec::vtd::regs::{
+    Ccmd, ContextGranularity, IotlbGranularity, IotlbReg, Rtaddr, TranslationTableMode,
+};
+use crate::spec::vtd::PAGE_SHIFT;
+use crate::viommu::{HostSideError, Invalidation, PageRange};
+
+/// What an IOTLB invalidation asks of the host. It names no PASID: every PASID of the domain.
+pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
+    match scope {
+        IotlbScope::Global => Invalidation::ALL,
+        IotlbScope::Domain(domain) => {
+            Invalidation { domain: Some(domain), pasid: None, range: None }
+        }
+        IotlbScope::Pages { domain, range } => {
+            Invalidation { domain: Some(domain), pasid: None, range: page_range(range) }
+        }
+    }
+}
+
+/// What a PASID-based IOTLB invalidation asks of the host.
+pub(super) fn pasid_iotlb(domain: u16, pasid: Pasid, range: Option<AddressMask>) -> Invalidation {
+    Invalidation {
+        domain: Some(domain),
+        pasid: Some(pasid.raw()),
+        range: range.and_then(page_range),
+    }
+}
+
+/// The pages of `range`; `None` when it spans all addresses.
+fn page_range(range: AddressMask) -> Option<PageRange> {
+    let AddressMask { address, mask, leaf } = range;
+    let shift = u32::from(mask) + PAGE_SHIFT;
+    (shift < u64::BITS).then(|| PageRange {
+        address: address & !((1 << shift) - 1),
+        pages: 1 << mask,
+        leaf,
+    })
+}
+
+impl VtdIommu {
+    /// Gives a batch to the host; nothing for an empty one.
+    pub(super) fn invalidate_host(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.counters.batches.fetch_add(1, Ordering::Relaxed);
+        self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        self.host.invalidate(batch).inspect_err(|error| {
+            // What the host blocked for this is given anew at the next occasion.
+            self.requesters.distrust_host();
+            self.host_failed(error);
+        })
+    }
+
+    /// CCMD.ICC was written as 1. CAIG says what was done: nothing, when the register-based
+    /// interface may not be used or the request is reserved.
+    pub(super) fn context_command(&self, registers: &mut Registers) {
+        let command = registers.ccmd;
+        let granularity = ContextGranularity::from_bits(command.cirg())
+            .filter(|_| register_interface_allowed(registers));
+        let scope = granularity.map(|granularity| match granularity {
+            ContextGranularity::Global => ContextScope::Global,
+            ContextGranularity::Domain => ContextScope::Domain(command.did()),
+            ContextGranularity::Device => ContextScope::Device {
+                domain: command.did(),
+                source: Bdf::from_raw(command.sid()),
+                function_mask: command.fm(),
+            },
+        });
+        if let Some(scope) = scope {
+            self.invalidate_context(registers, Scope::from(scope));
+        } else {
+            self.guest_error(format_args!("a context command that is not allowed: {command:?}"));
+        }
+        let done = granularity.map_or(0, ContextGranularity::into_bits);
+        registers.ccmd = Ccmd::with_caig(command, done).with_icc(false);
+    }
+
+    /// IOTLB.IVT was written as 1. IAIG says what was done, as CAIG does.
+    pub(super) fn iotlb_command(&self, registers: &mut Registers) {
+        let command = registers.iotlb;
+        let iva = registers.iva;
+        let granularity = IotlbGranularity::from_bits(command.iirg())
+            .filter(|_| register_interface_allowed(registers))
+            // A mask that is larger than offered widens to the domain.
+            .map(|granularity| match granularity {
+                IotlbGranularity::Page if iva.am() > self.caps.cap.mamv() => {
+                    IotlbGranularity::Domain
+                }
+                granularity => granularity,
+            });
+        let scope = granularity.map(|granularity| match granularity {
+            IotlbGranularity::Global => IotlbScope::Global,
+            IotlbGranularity::Domain => IotlbScope::Domain(command.did()),
+            IotlbGranularity::Page => IotlbScope::Pages {
+                domain: command.did(),
+                range: AddressMask {
+                    address: iva.addr() << PAGE_SHIFT,
+                    mask: iva.am(),
+                    leaf: iva.ih(),
+                },
+            },
+        });
+        let done = match scope {
+            Some(scope) => self.invalidate_host(&[iotlb(scope)]).ok().and(granularity),
+            None => {
+                self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
+                None
+            }
+        };
+        let done = done.map_or(0, IotlbGranularity::into_bits);
+        registers.iotlb = IotlbReg::with_iaig(command, done).with_ivt(false);
+    }
+
+    /// Drops what context and PASID caches hold of `scope`: the tables are read anew.
+    pub(super) fn invalidate_context(&self, registers: &Registers, scope: Scope) {
+        if registers.gsts.tes() {
+            self.reevaluate(scope, registers.root);
+        }
+    }
+}
+
+/// Whether the register-based interface may be used: not beside the queue, and not in scalable
+/// mode, which has queued invalidation only (§6.5).
+fn register_interface_allowed(registers: &Registers) -> bool {
+    let mode = registers.root.map(Rtaddr::mode);
+    !registers.gsts.qies() && mode != Some(TranslationTableMode::Scalable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(address: u64, mask: u8) -> Option<PageRange> {
+        page_range(AddressMask { address, mask, leaf: true })
+    }
+
+    #[test]
+    fn an_address_mask_is_an_aligned_range() {
+        let of = |address, pages| Some(PageRange { address, pages, leaf: true });
+        assert_eq!(range(0x1234_5000, 0), of(0x1234_5000, 1));
+        assert_eq!(range(0x1234_5000, 9), of(0x1220_0000, 512));
+        assert_eq!(range(u64::MAX << 12, 0), of(u64::MAX << 12, 1));
+        assert_eq!(range(u64::MAX << 12, 51), of(1 << 63, 1 << 51));
+        assert_eq!(range(0x1000, 52), None);
+        assert_eq!(range(0x1000, 63), None);
+    }
+}

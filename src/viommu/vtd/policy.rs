@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From the guest's tables to the policy of a requester. Pure: reads, decides, changes nothing.
+//!
+//! When several things are wrong with the tables the guest is told of the one that the
+//! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
+//! request of a requester; what depends on the request (rights, privilege) is for the translation.
+
+use super::caps::Capabilities;
+use super::{policy_legacy, policy_scalable};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::above_width;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::viommu::{
+    BadAddress, DomainTag, Policy, Requester, RequesterConfig, Stage1, TableMemory,
+};
+
+/// What decides: guest memory, what the unit offers, and the root table as SRTP latched it.
+#[derive(Clone, Copy)]
+pub(super) struct Tables<'a> {
+    pub memory: &'a dyn TableMemory,
+    pub caps: &'a Capabilities,
+    /// `None` while the guest has never set a root table.
+    pub root: Option<Rtaddr>,
+}
+
+/// Why a requester is blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Blocked {
+    pub reason: FaultReason,
+    /// An entry on the way, this one included, has FPD set.
+    pub fault_disabled: bool,
+}
+
+impl Blocked {
+    pub const fn recorded(reason: FaultReason) -> Self {
+        Self { reason, fault_disabled: false }
+    }
+}
+
+/// What the tables say of a requester that they serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Served {
+    /// The guest-owned tables, or none for pass-through.
+    pub stage1: Option<Stage1>,
+    pub tag: DomainTag,
+    pub fault_disabled: bool,
+}
+
+impl Tables<'_> {
+    /// What becomes of `requester`'s untranslated requests.
+    pub fn config(&self, requester: Requester) -> RequesterConfig {
+        let served = self.root().and_then(|root| match root.mode() {
+            TranslationTableMode::Scalable => policy_scalable::serve(self, root, requester),
+            _ => policy_legacy::serve(self, root, requester),
+        });
+        to_config(requester, served)
+    }
+
+    /// Calls `visit` with every PASID of `rid` whose PASID table entry is present.
+    ///
+    /// PASID 0 is left out: hosts keep their own requests without PASID there, so that a PASID 0
+    /// cannot be attached apart from its requester.
+    pub fn for_each_pasid(&self, rid: Bdf, mut visit: impl FnMut(Pasid, RequesterConfig)) {
+        let Ok(root) = self.root() else { return };
+        if root.mode() != TranslationTableMode::Scalable {
+            return;
+        }
+        policy_scalable::for_each_pasid(self, root, rid, |pasid, served| {
+            let requester = Requester { rid, pasid: Some(pasid) };
+            visit(pasid, to_config(requester, served));
+        });
+    }
+
+    /// The latched root table, if its mode and address are possible.
+    fn root(&self) -> Result<Rtaddr, Blocked> {
+        let invalid = Blocked::recorded(FaultReason::RootTableAddressInvalid);
+        let root = self.root.ok_or(invalid)?;
+        let supported = match root.mode() {
+            TranslationTableMode::Legacy => true,
+            TranslationTableMode::Scalable => self.caps.ecap.smts(),
+            TranslationTableMode::Reserved | TranslationTableMode::AbortDma => false,
+        };
+        if !supported || self.is_beyond_width(root.root_table()) {
+            return Err(invalid);
+        }
+        Ok(root)
+    }
+
+    /// Whether the table pointer `address` (bytes) has bits that the unit's addresses do not have.
+    pub fn is_beyond_width(&self, address: u64) -> bool {
+        address & above_width(self.caps.host_address_width) != 0
+    }
+
+    /// Whether a second-stage table may have the width that `aw` names; its bits if so.
+    pub fn second_stage_width(&self, aw: u8) -> Option<u8> {
+        let width = crate::spec::vtd::root::address_width(aw)?;
+        (self.caps.cap.sagaw() >> aw & 1 != 0).then_some(width)
+    }
+
+    /// `N` 64-bit words at `address` (bytes), each read in one piece.
+    pub fn words<const N: usize>(&self, address: u64) -> Result<[u64; N], BadAddress> {
+        let mut words = [0; N];
+        for (word, offset) in words.iter_mut().zip((0..).step_by(8)) {
+            // Tables are page aligned and below the address width, so the sum does not wrap.
+            *word = self.memory.load_u64(address + offset)?;
+        }
+        Ok(words)
+    }
+}
+
+fn to_config(requester: Requester, served: Result<Served, Blocked>) -> RequesterConfig {
+    match served {
+        Ok(Served { stage1, tag, fault_disabled }) => {
+            let policy = stage1.map_or(Policy::Bypass, Policy::Stage1);
+            RequesterConfig { policy, tag, fault_disabled }
+        }
+        Err(blocked) => blocked_config(requester, blocked),
+    }
+}
+
+/// The configuration of a requester that is blocked.
+pub(super) fn blocked_config(requester: Requester, blocked: Blocked) -> RequesterConfig {
+    let Blocked { reason, fault_disabled } = blocked;
+    RequesterConfig {
+        policy: Policy::Blocked { reason: reason.code(), fault_disabled },
+        tag: DomainTag { domain: 0, pasid: requester.pasid.map_or(0, Pasid::raw) },
+        fault_disabled,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::VtdConfig;
+    use super::*;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    fn reason(caps: &Capabilities, root: Option<Rtaddr>, pasid: Option<u32>) -> u8 {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let tables = Tables { memory: &memory, caps, root };
+        let pasid = pasid.and_then(Pasid::new);
+        match tables.config(Requester { rid: Bdf::from_raw(0x20), pasid }).policy {
+            Policy::Blocked { reason, fault_disabled: false } => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_impossible_root_table_address_blocks_everyone() {
+        let caps = VtdConfig::default().capabilities().unwrap();
+        assert_eq!(reason(&caps, None, None), 0x30);
+        assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(2)), None), 0x30);
+        assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(3)), None), 0x30);
+        let beyond = Rtaddr::new().with_ttm(1).with_rta(1 << (48 - 12));
+        assert_eq!(reason(&caps, Some(beyond), None), 0x30);
+        let config = VtdConfig {
+            scalable_mode: false,
+            second_stage: true,
+            pasid_bits: 0,
+            ..Default::default()
+        };
+        let caps = config.capabilities().unwrap();
+        assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(1)), None), 0x30);
+    }
+
+    #[test]
+    fn the_mode_chooses_the_tables() {
+        let caps = VtdConfig::default().capabilities().unwrap();
+        assert_eq!(reason(&caps, Some(Rtaddr::new()), None), 0x01);
+        assert_eq!(reason(&caps, Some(Rtaddr::new()), Some(1)), 0x31);
+        assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(1)), None), 0x39);
+        assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(1)), Some(1)), 0x39);
+    }
+}

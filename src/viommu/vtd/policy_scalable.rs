@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Policies from scalable-mode root, context and PASID entries (§3.4.3, §6.2, §9.2, §9.4–§9.6).
+
+use super::policy::{Blocked, Served, Tables};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::pasid::{
+    PasidDirectoryEntry, PasidEntry, Pgtt, DIRECTORY_ENTRY_SIZE, TABLE_ENTRIES, TABLE_ENTRY_SIZE,
+};
+use crate::spec::vtd::regs::Rtaddr;
+use crate::spec::vtd::root::{
+    RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
+    SCALABLE_CONTEXT_ENTRY_SIZE,
+};
+use crate::viommu::{DomainTag, Requester, Stage1, VtdFirstStage, VtdSecondStage};
+
+/// What the tables at `root` say of `requester`.
+pub(super) fn serve(
+    tables: &Tables<'_>,
+    root: Rtaddr,
+    requester: Requester,
+) -> Result<Served, Blocked> {
+    let context = context_entry(tables, root, requester.rid)?;
+    let blocked = |reason| Err(Blocked { reason, fault_disabled: context.low.fpd() });
+    let pasid = match requester.pasid {
+        Some(_) if !context.low.paside() => return blocked(FaultReason::PasidDisabled),
+        Some(pasid) if pasid.raw() >= context.pasids(tables) => {
+            return blocked(FaultReason::PasidBeyondDirectory);
+        }
+        Some(pasid) => pasid.raw(),
+        None if context.high.rid_pasid() >= context.low.pasids() => {
+            return blocked(FaultReason::RidPasidBeyondDirectory);
+        }
+        None => context.high.rid_pasid(),
+    };
+    let directory = directory_entry(tables, &context, pasid / TABLE_ENTRIES)?;
+    table_entry(tables, &directory, pasid).and_then(|entry| entry.serve(tables, pasid))
+}
+
+/// Calls `visit` with every PASID but 0 of `rid` whose PASID table entry is present, in ascending
+/// order. Bounded by the smaller of what the directory reaches and what the unit offers.
+pub(super) fn for_each_pasid(
+    tables: &Tables<'_>,
+    root: Rtaddr,
+    rid: Bdf,
+    mut visit: impl FnMut(Pasid, Result<Served, Blocked>),
+) {
+    let Ok(context) = context_entry(tables, root, rid) else { return };
+    if !context.low.paside() {
+        return;
+    }
+    let pasids = context.pasids(tables);
+    for index in 0..pasids.div_ceil(TABLE_ENTRIES) {
+        let Ok(directory) = directory_entry(tables, &context, index) else { continue };
+        let first = index * TABLE_ENTRIES;
+        for raw in first.max(1)..(first + TABLE_ENTRIES).min(pasids) {
+            let Ok(entry) = table_entry(tables, &directory, raw) else { continue };
+            // The offered width keeps PASIDs within 20 bits.
+            let Some(pasid) = Pasid::new(raw) else { return };
+            visit(pasid, entry.serve(tables, raw));
+        }
+    }
+}
+
+/// A context entry that is present and well formed.
+struct Context {
+    low: ScalableContextLow,
+    high: ScalableContextHigh,
+}
+
+impl Context {
+    /// PASIDs of requests with PASID: `0..pasids`.
+    fn pasids(&self, tables: &Tables<'_>) -> u32 {
+        self.low.pasids().min(1 << tables.caps.ecap.pasid_bits())
+    }
+}
+
+fn context_entry(tables: &Tables<'_>, root: Rtaddr, rid: Bdf) -> Result<Context, Blocked> {
+    let address = root.root_table() + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
+    let halves: [u64; 2] =
+        tables.words(address).map_err(|_| Blocked::recorded(FaultReason::RootAccess))?;
+    let [lower, upper] = halves;
+    let word = if rid.devfn() < SCALABLE_CONTEXT_ENTRIES { lower } else { upper };
+    let half = RootHalf::from_bits(word);
+    if !half.p() {
+        return Err(Blocked::recorded(FaultReason::RootNotPresent));
+    }
+    let table = half.context_table();
+    if word & RootHalf::RESERVED != 0 || tables.is_beyond_width(table) {
+        return Err(Blocked::recorded(FaultReason::RootReserved));
+    }
+    let index = u64::from(rid.devfn() % SCALABLE_CONTEXT_ENTRIES);
+    let words: [u64; 4] = tables
+        .words(table + index * SCALABLE_CONTEXT_ENTRY_SIZE)
+        .map_err(|_| Blocked::recorded(FaultReason::ContextAccess))?;
+    let [low_word, high_word, third, fourth] = words;
+    let low = ScalableContextLow::from_bits(low_word);
+    let high = ScalableContextHigh::from_bits(high_word);
+    let blocked = |reason| Err(Blocked { reason, fault_disabled: low.fpd() });
+    if !low.p() {
+        return blocked(FaultReason::ContextNotPresent);
+    }
+    let ecap = tables.caps.ecap;
+    let not_offered = (low.dte() && !ecap.dt())
+        || (low.paside() && !ecap.pasid())
+        || (low.pre() && !ecap.prs())
+        || (high.rid_priv() && !ecap.rprivs());
+    if low_word & ScalableContextLow::RESERVED != 0
+        || high_word & ScalableContextHigh::RESERVED != 0
+        || third | fourth != 0
+        || tables.is_beyond_width(low.pasid_directory())
+        || not_offered
+    {
+        return blocked(FaultReason::ContextReserved);
+    }
+    Ok(Context { low, high })
+}
+
+/// A PASID directory entry that is present and well formed.
+struct Directory {
+    table: u64,
+    /// FPD of the context entry or of this one.
+    fault_disabled: bool,
+}
+
+fn directory_entry(
+    tables: &Tables<'_>,
+    context: &Context,
+    index: u32,
+) -> Result<Directory, Blocked> {
+    let address = context.low.pasid_directory() + u64::from(index) * DIRECTORY_ENTRY_SIZE;
+    let word = tables
+        .memory
+        .load_u64(address)
+        .map_err(|_| Blocked::recorded(FaultReason::PasidDirectoryAccess))?;
+    let entry = PasidDirectoryEntry::from_bits(word);
+    let fault_disabled = context.low.fpd() || entry.fpd();
+    let blocked = |reason| Err(Blocked { reason, fault_disabled });
+    if !entry.p() {
+        return blocked(FaultReason::PasidDirectoryNotPresent);
+    }
+    if word & PasidDirectoryEntry::RESERVED != 0 || tables.is_beyond_width(entry.pasid_table()) {
+        return blocked(FaultReason::PasidDirectoryReserved);
+    }
+    Ok(Directory { table: entry.pasid_table(), fault_disabled })
+}
+
+/// A PASID table entry that is present.
+struct TableEntry {
+    words: [u64; 8],
+    entry: PasidEntry,
+    /// FPD of this entry or of one before.
+    fault_disabled: bool,
+}
+
+fn table_entry(
+    tables: &Tables<'_>,
+    directory: &Directory,
+    pasid: u32,
+) -> Result<TableEntry, Blocked> {
+    let address = directory.table + u64::from(pasid % TABLE_ENTRIES) * TABLE_ENTRY_SIZE;
+    let access = |_| Blocked::recorded(FaultReason::PasidTableAccess);
+    // Most entries of a table are not present: their first word is enough.
+    let [first] = tables.words(address).map_err(access)?;
+    let mut words = [first, 0, 0, 0, 0, 0, 0, 0];
+    let present = PasidEntry::from_words(words).qw0.p();
+    if present {
+        words = tables.words(address).map_err(access)?;
+    }
+    let entry = PasidEntry::from_words(words);
+    let fault_disabled = directory.fault_disabled || entry.qw0.fpd();
+    if !entry.qw0.p() {
+        return Err(Blocked { reason: FaultReason::PasidEntryNotPresent, fault_disabled });
+    }
+    Ok(TableEntry { words, entry, fault_disabled })
+}
+
+impl TableEntry {
+    fn serve(&self, tables: &Tables<'_>, pasid: u32) -> Result<Served, Blocked> {
+        let blocked = |reason| Blocked { reason, fault_disabled: self.fault_disabled };
+        if self.has_reserved_bits(tables) {
+            return Err(blocked(FaultReason::PasidEntryReserved));
+        }
+        let stage1 = self.stage1(tables).ok_or_else(|| blocked(FaultReason::PasidEntryInvalid))?;
+        let tag = DomainTag { domain: self.entry.qw1.did(), pasid };
+        Ok(Served { stage1, tag, fault_disabled: self.fault_disabled })
+    }
+
+    /// Whether a field is set that is reserved always, or because the unit does not offer what
+    /// it controls.
+    fn has_reserved_bits(&self, tables: &Tables<'_>) -> bool {
+        let PasidEntry { qw0, qw1, qw2, .. } = self.entry;
+        let ecap = tables.caps.ecap;
+        let reserved =
+            self.words.iter().zip(PasidEntry::RESERVED).any(|(word, mask)| word & mask != 0);
+        let not_offered = (qw0.ssee() && !ecap.ers())
+            || (qw0.ssade() && !ecap.ssads())
+            || (qw1.pgsnp() && !ecap.sc())
+            || (qw2.sre() && !ecap.srs())
+            || (qw2.ere() && !ecap.ers())
+            || (qw2.eafe() && !ecap.eafs());
+        // A pointer counts only where the type uses it.
+        let beyond_width = match self.entry.translation_type() {
+            Some(Pgtt::FirstStage) => tables.is_beyond_width(self.entry.first_stage_table()),
+            Some(Pgtt::SecondStage) => tables.is_beyond_width(self.entry.second_stage_table()),
+            _ => false,
+        };
+        reserved || not_offered || beyond_width
+    }
+
+    /// The tables that the entry names, none for pass-through; `None` when it is programmed
+    /// wrongly.
+    fn stage1(&self, tables: &Tables<'_>) -> Option<Option<Stage1>> {
+        let PasidEntry { qw0, qw2, .. } = self.entry;
+        let ecap = tables.caps.ecap;
+        match self.entry.translation_type()? {
+            Pgtt::FirstStage if ecap.fsts() => {
+                let address_width = match qw2.fspm() {
+                    0 => 48,
+                    1 if tables.caps.cap.fs5lp() => 57,
+                    _ => return None,
+                };
+                Some(Some(Stage1::VtdFirstStage(VtdFirstStage {
+                    table: self.entry.first_stage_table(),
+                    address_width,
+                    supervisor_requests: qw2.sre(),
+                    write_protect: qw2.wpe(),
+                    extended_accessed: qw2.eafe(),
+                })))
+            }
+            Pgtt::SecondStage if ecap.ssts() => {
+                let address_width = tables.second_stage_width(qw0.aw())?;
+                let table = self.entry.second_stage_table();
+                Some(Some(Stage1::VtdSecondStage(VtdSecondStage { table, address_width })))
+            }
+            Pgtt::PassThrough if ecap.pt() => Some(None),
+            // Nested: there is no unit to nest the guest's two stages on a third.
+            Pgtt::FirstStage | Pgtt::SecondStage | Pgtt::Nested | Pgtt::PassThrough => None,
+        }
+    }
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The invalidation queue (§6.5.2).
+//!
+//! IOTLB invalidations are gathered up to the next ordering point (a wait, an invalidation of the
+//! context, PASID or interrupt entry cache, the tail) and given to the host in one call. IQH moves
+//! past a descriptor only when what it asks is done; a wait is answered before that. When the host
+//! cannot do a batch, IQH stays at its first descriptor and the queue stops.
+
+use std::sync::atomic::Ordering;
+
+use super::apply::Scope;
+use super::faults::QueueError;
+use super::invalidate::{iotlb, pasid_iotlb};
+use super::state::Registers;
+use super::VtdIommu;
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::qi::{
+    DecodeError, Descriptor, IotlbScope, PasidCacheScope, StatusWrite, Words, WORDS,
+};
+use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
+use crate::viommu::Invalidation;
+
+/// Why a pass over the queue ends before the tail.
+enum Stop {
+    /// The descriptor at the fetch pointer, or a register of the queue, is wrong.
+    Guest(IqErrorInfo),
+    /// The host could not do the batch.
+    Host,
+    /// A wait came after a device-TLB invalidation that no device answered.
+    TimeOut(Bdf),
+}
+
+/// One pass over the queue.
+#[derive(Default)]
+struct Pass {
+    /// Offset of the next descriptor to fetch, in bytes.
+    fetch: u64,
+    /// What was gathered since the last ordering point.
+    batch: Vec<Invalidation>,
+    /// A device that does not answer was asked.
+    unanswered: Option<Bdf>,
+}
+
+impl VtdIommu {
+    /// Works through the queue up to its tail or its first error.
+    pub(super) fn run_queue(&self, registers: &mut Registers) {
+        if !registers.gsts.qies() || self.fault_log().holds_queue() {
+            return;
+        }
+        if registers.iqh == registers.iqt {
+            return;
+        }
+        let mut pass = Pass { fetch: registers.iqh.offset(), ..Pass::default() };
+        let result = check_queue(registers, self.caps.ecap.smts())
+            .map_err(Stop::Guest)
+            .and_then(|()| self.walk(registers, &mut pass));
+        if let Err(stop) = result {
+            self.stop_queue(registers, pass, stop);
+        }
+    }
+
+    fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
+        let size = registers.iqa.size();
+        let step = registers.iqa.descriptor_size();
+        let tail = registers.iqt.offset();
+        // The tail is in the queue and aligned, so it is met before the queue wraps fully; the
+        // bound says so without that argument.
+        for _ in 1..size / step {
+            if pass.fetch == tail {
+                break;
+            }
+            let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
+            self.counters.descriptor(&descriptor);
+            if let Some(observer) = &self.observer {
+                observer.descriptor(descriptor.name(), &descriptor);
+            }
+            let gathered = self.perform(registers, pass, &descriptor)?;
+            pass.fetch = (pass.fetch + step) % size;
+            if let (Descriptor::Wait { .. }, Some(device)) = (&descriptor, pass.unanswered) {
+                return Err(Stop::TimeOut(device));
+            }
+            if !gathered {
+                registers.iqh = QueuePointer::from_offset(pass.fetch);
+            }
+        }
+        self.flush(registers, pass)?;
+        pass.unanswered.map_or(Ok(()), |device| Err(Stop::TimeOut(device)))
+    }
+
+    /// Reads and decodes the descriptor at `offset` of the queue.
+    fn fetch(&self, registers: &Registers, offset: u64) -> Result<Descriptor, IqErrorInfo> {
+        let mut words: Words = [0; WORDS];
+        let count = registers.iqa.descriptor_size() / 8;
+        for (index, word) in (0..count).zip(&mut words) {
+            *word = registers
+                .iqa
+                .base()
+                .checked_add(offset + 8 * index)
+                .and_then(|address| self.memory.load_u64(address).ok())
+                .ok_or(IqErrorInfo::FetchError)?;
+        }
+        let descriptor = Descriptor::decode(words).map_err(|error| match error {
+            DecodeError::Type(_) => IqErrorInfo::InvalidType,
+            DecodeError::Reserved(_) => IqErrorInfo::ReservedField,
+        })?;
+        self.check_supported(registers, &descriptor)?;
+        Ok(descriptor)
+    }
+
+    /// Whether the unit takes `descriptor` in its mode and with its capabilities.
+    fn check_supported(
+        &self,
+        registers: &Registers,
+        descriptor: &Descriptor,
+    ) -> Result<(), IqErrorInfo> {
+        let ecap = self.caps.ecap;
+        let scalable = mode(registers) == Some(TranslationTableMode::Scalable);
+        let supported = match descriptor {
+            Descriptor::ContextCache(_) | Descriptor::Iotlb { .. } | Descriptor::Wait { .. } => {
+                true
+            }
+            Descriptor::DeviceTlb { .. } => ecap.dt(),
+            Descriptor::InterruptEntryCache(_) => ecap.ir(),
+            Descriptor::PasidIotlb { .. } | Descriptor::PasidCache(_) => scalable,
+            Descriptor::PasidDeviceTlb { .. } => scalable && ecap.dt(),
+            Descriptor::PageGroupResponse { .. } => scalable && ecap.prs(),
+        };
+        if !supported {
+            return Err(IqErrorInfo::InvalidType);
+        }
+        let reserved = match *descriptor {
+            Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
+                range.mask > self.caps.cap.mamv()
+            }
+            Descriptor::Wait { drain_page_requests, .. } => drain_page_requests && !ecap.pds(),
+            Descriptor::DeviceTlb { physical_function, .. }
+            | Descriptor::PasidDeviceTlb { physical_function, .. } => {
+                physical_function != 0 && !ecap.dit()
+            }
+            _ => false,
+        };
+        if reserved {
+            return Err(IqErrorInfo::ReservedField);
+        }
+        Ok(())
+    }
+
+    /// Does what `descriptor` asks, or gathers it: `true` when it is not done yet.
+    fn perform(
+        &self,
+        registers: &mut Registers,
+        pass: &mut Pass,
+        descriptor: &Descriptor,
+    ) -> Result<bool, Stop> {
+        match *descriptor {
+            Descriptor::Iotlb { scope, .. } => pass.batch.push(iotlb(scope)),
+            Descriptor::PasidIotlb { domain, pasid, range } => {
+                pass.batch.push(pasid_iotlb(domain, pasid, range));
+            }
+            // The host flushes device-TLBs together with its IOTLB. What remains is the device
+            // that is not there.
+            Descriptor::DeviceTlb { source, .. } | Descriptor::PasidDeviceTlb { source, .. } => {
+                if !self.requesters.contains(source) {
+                    pass.unanswered.get_or_insert(source);
+                }
+            }
+            Descriptor::ContextCache(scope) => {
+                self.flush(registers, pass)?;
+                self.invalidate_context(registers, Scope::from(scope));
+            }
+            Descriptor::PasidCache(scope) => {
+                self.flush(registers, pass)?;
+                self.invalidate_context(registers, Scope::from(scope));
+            }
+            Descriptor::InterruptEntryCache(_) => self.flush(registers, pass)?,
+            Descriptor::Wait { status, interrupt, .. } => {
+                self.flush(registers, pass)?;
+                // A wait behind a device that did not answer is aborted: no status, no interrupt.
+                if pass.unanswered.is_none() {
+                    self.complete_wait(registers, status, interrupt);
+                }
+            }
+            // No unit offers page requests yet, so there is no request to respond to.
+            Descriptor::PageGroupResponse { .. } => {}
+        }
+        Ok(!pass.batch.is_empty())
+    }
+
+    /// Gives what was gathered to the host; IQH then follows.
+    fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
+        self.invalidate_host(&pass.batch).map_err(|_| Stop::Host)?;
+        pass.batch.clear();
+        registers.iqh = QueuePointer::from_offset(pass.fetch);
+        Ok(())
+    }
+
+    fn complete_wait(
+        &self,
+        registers: &mut Registers,
+        status: Option<StatusWrite>,
+        interrupt: bool,
+    ) {
+        if let Some(StatusWrite { address, data }) = status {
+            if let Err(error) = self.memory.store_u32(address, data) {
+                self.guest_error(format_args!("the status of a wait cannot be written: {error}"));
+            }
+        }
+        if interrupt && !registers.ics.iwc() {
+            registers.ics.set_iwc(true);
+            self.send(registers.invalidation_event.raise());
+        }
+    }
+
+    fn raise_queue_error(&self, error: QueueError) {
+        let msi = self.fault_log().queue_error(error);
+        self.send(msi);
+    }
+
+    fn stop_queue(&self, registers: &mut Registers, mut pass: Pass, stop: Stop) {
+        // What stands before a wrong descriptor is done all the same.
+        let stop = match stop {
+            Stop::Guest(info) => {
+                self.flush(registers, &mut pass).err().unwrap_or(Stop::Guest(info))
+            }
+            stop => stop,
+        };
+        let mut unanswered = pass.unanswered;
+        let head = registers.iqh.offset();
+        self.counters.queue_errors.fetch_add(1, Ordering::Relaxed);
+        match stop {
+            Stop::Guest(info) => {
+                registers.iqercd.set_iqei(info.code());
+                self.raise_queue_error(QueueError::Queue);
+                self.log
+                    .warn(format_args!("VT-d: invalidation queue error at {head:#x}: {info:?}"));
+            }
+            Stop::Host => {
+                // No code of the specification says that the unit itself failed.
+                registers.iqercd.set_iqei(0);
+                self.raise_queue_error(QueueError::Queue);
+                self.log.warn(format_args!("VT-d: the invalidations at {head:#x} failed"));
+            }
+            Stop::TimeOut(device) => {
+                registers.iqh = QueuePointer::from_offset(pass.fetch);
+                unanswered = Some(device);
+            }
+        }
+        if let Some(device) = unanswered {
+            registers.iqercd.set_itesid(device.raw());
+            self.raise_queue_error(QueueError::TimeOut);
+            self.log.warn(format_args!("VT-d: device-TLB invalidation of {device} timed out"));
+        }
+    }
+}
+
+impl From<PasidCacheScope> for Scope {
+    fn from(scope: PasidCacheScope) -> Self {
+        match scope {
+            PasidCacheScope::Global => Self::Global,
+            PasidCacheScope::Domain(domain) => Self::Domain(domain),
+            // Without regard to the domain: an entry that becomes present changes domains.
+            PasidCacheScope::Pasid { pasid, .. } => Self::Pasid(pasid),
+        }
+    }
+}
+
+fn mode(registers: &Registers) -> Option<TranslationTableMode> {
+    registers.root.map(Rtaddr::mode)
+}
+
+/// Whether queue and translation table mode fit, and the tail lies in the queue.
+fn check_queue(registers: &Registers, scalable_mode: bool) -> Result<(), IqErrorInfo> {
+    let Registers { iqa, iqt, .. } = registers;
+    let width_allowed = match mode(registers) {
+        Some(TranslationTableMode::Reserved) => return Err(IqErrorInfo::InvalidTtm),
+        Some(TranslationTableMode::Scalable) => iqa.dw(),
+        _ => scalable_mode || !iqa.dw(),
+    };
+    if !width_allowed {
+        return Err(IqErrorInfo::InvalidWidth);
+    }
+    if iqt.offset() >= iqa.size() {
+        return Err(IqErrorInfo::InvalidTail);
+    }
+    if iqt.offset() % iqa.descriptor_size() != 0 {
+        return Err(IqErrorInfo::TailMisaligned);
+    }
+    Ok(())
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The register page: reads, and writes with what they set off (§11.4).
+//!
+//! The page is a row of 64-bit slots, each one 64-bit register or two 32-bit ones. An access is a
+//! slot or half of one.
+
+use std::sync::atomic::Ordering;
+
+use super::config::MMIO_SIZE;
+use super::state::Registers;
+use super::VtdIommu;
+use crate::spec::vtd::regs::{
+    self, Ccmd, EventControl, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, QueuePointer, Rtaddr, FRCD_SIZE,
+};
+use crate::viommu::observer::RegisterAccess;
+
+/// The version of the architecture that VER tells: 4.0.
+const VERSION: u32 = 0x40;
+
+const LOW: u64 = 0x0000_0000_ffff_ffff;
+const HIGH: u64 = 0xffff_ffff_0000_0000;
+
+/// One access: the slot it falls in, and its bits there.
+#[derive(Clone, Copy)]
+struct Access {
+    slot: u64,
+    mask: u64,
+    shift: u32,
+}
+
+impl Access {
+    /// The access of `size` bytes at `offset`; `None` unless it is an aligned 32- or 64-bit access
+    /// in the page.
+    fn new(offset: u64, size: usize) -> Option<Self> {
+        if offset >= MMIO_SIZE {
+            return None;
+        }
+        let slot = offset & !7;
+        match (size, offset & 7) {
+            (8, 0) => Some(Self { slot, mask: u64::MAX, shift: 0 }),
+            (4, 0) => Some(Self { slot, mask: LOW, shift: 0 }),
+            (4, 4) => Some(Self { slot, mask: HIGH, shift: 32 }),
+            _ => None,
+        }
+    }
+
+    /// `old` with the bits of this access taken from `value`.
+    fn merge(self, old: u64, value: u64) -> u64 {
+        old & !self.mask | value & self.mask
+    }
+}
+
+impl VtdIommu {
+    /// The guest reads `data.len()` bytes at `offset` of the register page. Aligned 32- and 64-bit
+    /// reads give registers; any other gives all ones.
+    pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        self.counters.register_reads.fetch_add(1, Ordering::Relaxed);
+        let size = data.len();
+        let Some(access) = Access::new(offset, size) else {
+            data.fill(0xff);
+            return;
+        };
+        let registers = self.lock();
+        let value = (self.read_slot(&registers, access.slot) & access.mask) >> access.shift;
+        for (byte, from) in data.iter_mut().zip(value.to_le_bytes()) {
+            *byte = from;
+        }
+        self.observe_access(offset, size, value, false);
+    }
+
+    /// The guest writes `data` at `offset` of the register page. Aligned 32- and 64-bit writes
+    /// take effect before this returns; any other is ignored.
+    pub fn mmio_write(&self, offset: u64, data: &[u8]) {
+        self.counters.register_writes.fetch_add(1, Ordering::Relaxed);
+        let Some(access) = Access::new(offset, data.len()) else {
+            self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
+            return;
+        };
+        let mut bytes = [0; 8];
+        for (byte, from) in bytes.iter_mut().zip(data) {
+            *byte = *from;
+        }
+        let value = u64::from_le_bytes(bytes);
+        let mut registers = self.lock();
+        self.observe_access(offset, data.len(), value, true);
+        self.write_slot(&mut registers, access, value << access.shift);
+    }
+
+    fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
+        if let Some(observer) = &self.observer {
+            let name = regs::name(offset, self.caps.cap, self.caps.ecap);
+            // `Access::new` took 4 or 8.
+            let size = size as u8;
+            observer.register(&RegisterAccess { name, offset, size, value, write });
+        }
+    }
+
+    fn read_slot(&self, registers: &Registers, slot: u64) -> u64 {
+        let event = &registers.invalidation_event;
+        match slot {
+            regs::VER => pair(VERSION, 0),
+            regs::CAP => self.caps.cap.into_bits(),
+            regs::ECAP => self.caps.ecap.into_bits(),
+            regs::GCMD => pair(0, registers.gsts.into_bits()),
+            regs::RTADDR => registers.rtaddr.into_bits(),
+            regs::CCMD => registers.ccmd.into_bits(),
+            FSTS_SLOT => pair(0, self.fault_log().status.into_bits()),
+            regs::FECTL => {
+                let event = self.fault_log().event;
+                pair(event.control.into_bits(), event.data)
+            }
+            regs::FEADDR => {
+                let event = self.fault_log().event;
+                pair(event.address, event.upper_address)
+            }
+            regs::IQH => registers.iqh.into_bits(),
+            regs::IQT => registers.iqt.into_bits(),
+            regs::IQA => registers.iqa.into_bits(),
+            ICS_SLOT => pair(0, registers.ics.into_bits()),
+            regs::IECTL => pair(event.control.into_bits(), event.data),
+            regs::IEADDR => pair(event.address, event.upper_address),
+            regs::IQERCD => registers.iqercd.into_bits(),
+            regs::IRTA => registers.irta.into_bits(),
+            // No page requests are offered: the event stays masked.
+            regs::PECTL => pair(EventControl::new().with_im(true).into_bits(), 0),
+            slot if slot == self.iva_slot() => registers.iva.into_bits(),
+            slot if slot == self.iotlb_slot() => registers.iotlb.into_bits(),
+            slot => {
+                self.fault_record_word(slot).map_or(0, |word| self.fault_log().record_word(word))
+            }
+        }
+    }
+
+    /// `value` has the bits of the access in their place in the slot.
+    fn write_slot(&self, registers: &mut Registers, access: Access, value: u64) {
+        let low = (access.mask & LOW != 0).then_some(value as u32);
+        let high = (access.mask & HIGH != 0).then_some((value >> 32) as u32);
+        match access.slot {
+            regs::GCMD => {
+                if let Some(command) = low {
+                    self.global_command(registers, Gcmd::from_bits(command));
+                }
+            }
+            regs::RTADDR => {
+                let new = Rtaddr::from_bits(access.merge(registers.rtaddr.into_bits(), value));
+                registers.rtaddr = Rtaddr::new().with_ttm(new.ttm()).with_rta(new.rta());
+            }
+            regs::CCMD => {
+                let old = registers.ccmd;
+                let new = Ccmd::from_bits(access.merge(old.into_bits(), value));
+                registers.ccmd = Ccmd::new()
+                    .with_did(new.did())
+                    .with_sid(new.sid())
+                    .with_fm(new.fm())
+                    .with_caig(old.caig())
+                    .with_cirg(new.cirg())
+                    .with_icc(new.icc());
+                if new.icc() {
+                    self.context_command(registers);
+                }
+            }
+            FSTS_SLOT => {
+                if let Some(value) = high {
+                    self.fault_log().write_status(value);
+                    self.run_queue(registers);
+                }
+            }
+            regs::FECTL => {
+                let mut log = self.fault_log();
+                // Data first, as a 64-bit write unmasks with the data it brings.
+                if let Some(data) = high {
+                    log.event.data = data;
+                }
+                let msi = low.and_then(|control| log.event.write_control(control));
+                drop(log);
+                self.send(msi);
+            }
+            regs::FEADDR => {
+                let mut log = self.fault_log();
+                if let Some(address) = low {
+                    log.event.write_address(address);
+                }
+                if let Some(upper) = high {
+                    log.event.upper_address = upper;
+                }
+            }
+            regs::IQT => {
+                let new = QueuePointer::from_bits(access.merge(registers.iqt.into_bits(), value));
+                registers.iqt = QueuePointer::from_offset(new.offset());
+                if low.is_some() {
+                    self.run_queue(registers);
+                }
+            }
+            regs::IQA => {
+                if registers.gsts.qies() {
+                    self.guest_error(format_args!("IQA written while the queue is enabled"));
+                    return;
+                }
+                let new = Iqa::from_bits(access.merge(registers.iqa.into_bits(), value));
+                registers.iqa = Iqa::new().with_qs(new.qs()).with_dw(new.dw()).with_iqa(new.iqa());
+            }
+            ICS_SLOT => {
+                if high.is_some_and(|value| Ics::from_bits(value).iwc()) {
+                    registers.ics.set_iwc(false);
+                    registers.invalidation_event.clear();
+                }
+            }
+            regs::IECTL => {
+                if let Some(data) = high {
+                    registers.invalidation_event.data = data;
+                }
+                let event = &mut registers.invalidation_event;
+                self.send(low.and_then(|control| event.write_control(control)));
+            }
+            regs::IEADDR => {
+                if let Some(address) = low {
+                    registers.invalidation_event.write_address(address);
+                }
+                if let Some(upper) = high {
+                    registers.invalidation_event.upper_address = upper;
+                }
+            }
+            regs::IRTA => {
+                let new = Irta::from_bits(access.merge(registers.irta.into_bits(), value));
+                registers.irta =
+                    Irta::new().with_s(new.s()).with_eime(new.eime()).with_addr(new.addr());
+            }
+            slot if slot == self.iva_slot() => {
+                let new = Iva::from_bits(access.merge(registers.iva.into_bits(), value));
+                registers.iva =
+                    Iva::new().with_am(new.am()).with_ih(new.ih()).with_addr(new.addr());
+            }
+            slot if slot == self.iotlb_slot() => {
+                let old = registers.iotlb;
+                let new = IotlbReg::from_bits(access.merge(old.into_bits(), value));
+                registers.iotlb = IotlbReg::new()
+                    .with_did(new.did())
+                    .with_dw(new.dw())
+                    .with_dr(new.dr())
+                    .with_iaig(old.iaig())
+                    .with_iirg(new.iirg())
+                    .with_ivt(new.ivt());
+                if new.ivt() {
+                    self.iotlb_command(registers);
+                }
+            }
+            // Read-only and reserved registers, and fault records.
+            slot => {
+                if let Some(word) = self.fault_record_word(slot) {
+                    self.fault_log().write_record_word(word, value & access.mask);
+                }
+            }
+        }
+    }
+
+    fn iva_slot(&self) -> u64 {
+        self.caps.ecap.iotlb_offset() + regs::IVA
+    }
+
+    fn iotlb_slot(&self) -> u64 {
+        self.caps.ecap.iotlb_offset() + regs::IOTLB
+    }
+
+    /// Which 64-bit word of the fault recording registers `slot` is.
+    fn fault_record_word(&self, slot: u64) -> Option<usize> {
+        let offset = slot.checked_sub(self.caps.cap.fault_record_offset())?;
+        let inside = offset < self.caps.cap.fault_records() * FRCD_SIZE;
+        inside.then_some(offset as usize / 8)
+    }
+}
+
+const FSTS_SLOT: u64 = regs::FSTS - 4;
+const ICS_SLOT: u64 = regs::ICS - 4;
+
+fn pair(low: u32, high: u32) -> u64 {
+    u64::from(high) << 32 | u64::from(low)
+}

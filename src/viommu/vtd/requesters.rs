@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What every requester was given, readable without the model's lock.
+//!
+//! The model (one thread at a time) writes here around its calls to the host; faults, from any
+//! thread, read what the guest is to be told. The lock is held for a lookup or an insertion, never
+//! across a call.
+
+use std::collections::BTreeMap;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::regs::Rtaddr;
+use crate::viommu::{Requester, RequesterConfig};
+
+/// The configuration of a requester.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Given {
+    pub config: RequesterConfig,
+    /// The host has it. Otherwise the host refused, or lost it, and must be told again.
+    pub applied: bool,
+}
+
+/// The requesters of one function.
+#[derive(Debug, Clone, Default)]
+struct Function {
+    /// Requests without PASID; `None` before the first configuration.
+    rid: Option<Given>,
+    pasids: BTreeMap<Pasid, Given>,
+}
+
+/// The published state.
+#[derive(Debug, Clone, Default)]
+struct Published {
+    translating: bool,
+    root: Option<Rtaddr>,
+    functions: BTreeMap<Bdf, Function>,
+}
+
+/// How translation stands, for whoever has a fault to explain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// Translation is enabled, or is being enabled.
+    pub translating: bool,
+    /// The root table that decides.
+    pub root: Option<Rtaddr>,
+    /// What the requester was given; `None` for a PASID without a present table entry.
+    pub given: Option<Given>,
+}
+
+/// Every requester and what it was given.
+#[derive(Debug, Default)]
+pub(super) struct Requesters {
+    published: RwLock<Published>,
+}
+
+impl Requesters {
+    fn read(&self) -> RwLockReadGuard<'_, Published> {
+        self.published.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Published> {
+        self.published.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a function, without configuration; `false` when it is there already.
+    pub fn add(&self, rid: Bdf) -> bool {
+        let mut published = self.write();
+        let absent = !published.functions.contains_key(&rid);
+        published.functions.entry(rid).or_default();
+        absent
+    }
+
+    /// Removes a function; `false` when it is not there.
+    pub fn remove(&self, rid: Bdf) -> bool {
+        self.write().functions.remove(&rid).is_some()
+    }
+
+    /// Every function, in ascending order.
+    pub fn functions(&self) -> Vec<Bdf> {
+        self.read().functions.keys().copied().collect()
+    }
+
+    /// Whether `rid` is a function of this unit.
+    pub fn contains(&self, rid: Bdf) -> bool {
+        self.read().functions.contains_key(&rid)
+    }
+
+    /// The PASIDs of `rid` that were given something.
+    pub fn pasids(&self, rid: Bdf) -> Vec<Pasid> {
+        let published = self.read();
+        let pasids = published.functions.get(&rid).map(|function| &function.pasids);
+        pasids.into_iter().flat_map(BTreeMap::keys).copied().collect()
+    }
+
+    /// From now on faults are explained by the tables at `root`, or not at all.
+    pub fn set_translating(&self, translating: bool, root: Option<Rtaddr>) {
+        let mut published = self.write();
+        published.translating = translating;
+        published.root = root;
+    }
+
+    /// What `requester` was given.
+    pub fn given(&self, requester: Requester) -> Option<Given> {
+        self.read().given(requester)
+    }
+
+    /// What there is to know of a fault of `requester`; `None` when it is no function of this unit.
+    pub fn standing(&self, requester: Requester) -> Option<Standing> {
+        let published = self.read();
+        published.functions.get(&requester.rid)?;
+        Some(Standing {
+            translating: published.translating,
+            root: published.root,
+            given: published.given(requester),
+        })
+    }
+
+    /// Publishes what `requester` is given. Nothing happens for a function that is not there.
+    pub fn give(&self, requester: Requester, given: Given) {
+        let mut published = self.write();
+        let Some(function) = published.functions.get_mut(&requester.rid) else { return };
+        match requester.pasid {
+            None => function.rid = Some(given),
+            Some(pasid) => {
+                function.pasids.insert(pasid, given);
+            }
+        }
+    }
+
+    /// Forgets one PASID.
+    pub fn forget_pasid(&self, rid: Bdf, pasid: Pasid) {
+        if let Some(function) = self.write().functions.get_mut(&rid) {
+            function.pasids.remove(&pasid);
+        }
+    }
+
+    /// Forgets every PASID of `rid`.
+    pub fn forget_pasids(&self, rid: Bdf) {
+        if let Some(function) = self.write().functions.get_mut(&rid) {
+            function.pasids.clear();
+        }
+    }
+
+    /// The host may have lost any of what it was given: it is told again at the next occasion.
+    pub fn distrust_host(&self) {
+        for function in self.write().functions.values_mut() {
+            let given = function.rid.iter_mut().chain(function.pasids.values_mut());
+            given.for_each(|given| given.applied = false);
+        }
+    }
+}
+
+impl Published {
+    fn given(&self, requester: Requester) -> Option<Given> {
+        let function = self.functions.get(&requester.rid)?;
+        match requester.pasid {
+            None => function.rid,
+            Some(pasid) => function.pasids.get(&pasid).copied(),
+        }
+    }
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! All that the guest can see of a virtual VT-d, as plain data.
+
+use super::faults::FaultLog;
+use super::interrupts::EventRegisters;
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::regs::{
+    Ccmd, Gsts, Ics, IotlbReg, Iqa, Iqercd, Irta, Iva, QueuePointer, Rtaddr,
+};
+
+/// Registers but for those of faults, which have a lock of their own.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Registers {
+    /// GSTS.
+    pub gsts: Gsts,
+    /// RTADDR, as written.
+    pub rtaddr: Rtaddr,
+    /// The root table that GCMD.SRTP latched: the one that decides.
+    pub root: Option<Rtaddr>,
+    /// CCMD.
+    pub ccmd: Ccmd,
+    /// IVA.
+    pub iva: Iva,
+    /// IOTLB.
+    pub iotlb: IotlbReg,
+    /// IQA.
+    pub iqa: Iqa,
+    /// IQH: all before it is complete.
+    pub iqh: QueuePointer,
+    /// IQT.
+    pub iqt: QueuePointer,
+    /// IQERCD.
+    pub iqercd: Iqercd,
+    /// ICS.
+    pub ics: Ics,
+    /// IECTL, IEDATA, IEADDR, IEUADDR.
+    pub invalidation_event: EventRegisters,
+    /// IRTA.
+    pub irta: Irta,
+}
+
+/// Everything the guest can see; a snapshot of one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct VtdState {
+    /// Registers but for those of faults.
+    pub registers: Registers,
+    /// Fault status and records.
+    pub faults: FaultLog,
+    /// The functions behind the unit, ascending.
+    pub devices: Vec<Bdf>,
+}

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The unit as a guest drives it, over a host that records.
+
+mod faults;
+mod policies;
+mod properties;
+mod queue;
+mod registers;
+mod translation;
+
+use std::sync::{Arc, Mutex};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::*;
+use crate::spec::pci::Pasid;
+use crate::spec::vtd::qi::Descriptor;
+use crate::spec::vtd::regs::{self, FaultRecord};
+use crate::viommu::{HostSideError, Invalidation, Stage1};
+
+/// What the host was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Call {
+    Configure(Requester, Policy),
+    ForgetPasids(Bdf),
+    Invalidate(Vec<Invalidation>),
+}
+
+/// A host that records what it is asked, and the word at [`STATUS`] as it was then.
+#[derive(Debug)]
+struct FakeHost {
+    memory: GuestMemoryMmap,
+    calls: Mutex<Vec<Call>>,
+    status_then: Mutex<Vec<u32>>,
+    refuse: Mutex<bool>,
+}
+
+impl FakeHost {
+    fn record(&self, call: Call) -> Result<(), HostSideError> {
+        self.calls.lock().unwrap().push(call);
+        let status = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
+        self.status_then.lock().unwrap().push(status);
+        if *self.refuse.lock().unwrap() {
+            let source = Arc::new(std::io::Error::other("refused"));
+            return Err(HostSideError { what: "test".into(), source });
+        }
+        Ok(())
+    }
+}
+
+impl HostSide for FakeHost {
+    fn configure(
+        &self,
+        requester: Requester,
+        config: &RequesterConfig,
+    ) -> Result<(), HostSideError> {
+        self.record(Call::Configure(requester, config.policy))
+    }
+
+    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError> {
+        self.record(Call::ForgetPasids(rid))
+    }
+
+    fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
+        self.record(Call::Invalidate(batch.to_vec()))
+    }
+}
+
+#[derive(Default)]
+struct FakeSink(Mutex<Vec<(u64, u32)>>);
+
+impl InterruptSink for FakeSink {
+    fn send_msi(&self, address: u64, data: u32) {
+        self.0.lock().unwrap().push((address, data));
+    }
+}
+
+const MEMORY_SIZE: u64 = 0x10_0000;
+const ROOT: u64 = 0x1000;
+const CONTEXT: u64 = 0x2000;
+const DIRECTORY: u64 = 0x3000;
+const PASID_TABLE: u64 = 0x4000;
+const FIRST_STAGE: u64 = 0x5000;
+const QUEUE: u64 = 0x8000;
+const STATUS: u64 = 0x7000;
+/// 01:01.0
+const RID: Bdf = Bdf::from_raw(0x0108);
+/// 01:10.0, in the upper half of the root entry.
+const UPPER_RID: Bdf = Bdf::from_raw(0x0180);
+const DOMAIN: u16 = 0x17;
+
+struct Guest {
+    memory: GuestMemoryMmap,
+    host: Arc<FakeHost>,
+    sink: Arc<FakeSink>,
+    iommu: Arc<VtdIommu>,
+}
+
+impl Guest {
+    /// A unit with one device, after reset.
+    fn new(config: VtdConfig) -> Self {
+        let memory =
+            GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap();
+        let host = Arc::new(FakeHost {
+            memory: memory.clone(),
+            calls: Mutex::default(),
+            status_then: Mutex::default(),
+            refuse: Mutex::default(),
+        });
+        let sink = Arc::new(FakeSink::default());
+        let iommu =
+            VtdIommu::new(config, Arc::new(memory.clone()), host.clone(), sink.clone(), None)
+                .unwrap();
+        iommu.add_device(RID);
+        let guest = Self { memory, host, sink, iommu };
+        guest.calls();
+        guest
+    }
+
+    /// A default unit with well-formed scalable-mode tables, a running 256-bit queue and
+    /// translation enabled.
+    fn running() -> Self {
+        let guest = Self::new(VtdConfig::default());
+        guest.write_tables();
+        guest.set_root(0x400);
+        guest.enable_queue(0x800);
+        guest.enable_translation();
+        guest.calls();
+        guest
+    }
+
+    /// Root, context, PASID directory and PASID table for [`RID`], with first-stage tables for
+    /// its requests without PASID.
+    fn write_tables(&self) {
+        self.write(ROOT + 0x10, &[CONTEXT | 1, 0]);
+        self.write(CONTEXT + 0x100, &[DIRECTORY | 1 << 3 | 1, 0, 0, 0]);
+        self.write(DIRECTORY, &[PASID_TABLE | 1]);
+        self.write_pasid(0, FIRST_STAGE);
+    }
+
+    /// A first-stage PASID table entry.
+    fn write_pasid(&self, pasid: u64, table: u64) {
+        self.write(PASID_TABLE + 64 * pasid, &[1 << 6 | 1, u64::from(DOMAIN), table]);
+    }
+
+    fn write(&self, address: u64, words: &[u64]) {
+        for (index, word) in words.iter().enumerate() {
+            self.memory.write_obj(*word, GuestAddress(address + 8 * index as u64)).unwrap();
+        }
+    }
+
+    fn status(&self) -> u32 {
+        self.memory.read_obj(GuestAddress(STATUS)).unwrap()
+    }
+
+    fn read32(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.iommu.mmio_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn read64(&self, offset: u64) -> u64 {
+        let mut data = [0; 8];
+        self.iommu.mmio_read(offset, &mut data);
+        u64::from_le_bytes(data)
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        self.iommu.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    fn write64(&self, offset: u64, value: u64) {
+        self.iommu.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    /// A global command as drivers give it: what is enabled, and one bit changed.
+    fn command(&self, change: impl FnOnce(u32) -> u32) {
+        let enabled = self.read32(regs::GSTS) & 0x96ff_ffff;
+        self.write32(regs::GCMD, change(enabled));
+    }
+
+    /// Sets the root table, with `flags` in the low bits (TTM).
+    fn set_root(&self, flags: u64) {
+        self.write64(regs::RTADDR, ROOT | flags);
+        self.command(|enabled| enabled | 1 << 30);
+    }
+
+    fn enable_translation(&self) {
+        self.command(|enabled| enabled | 1 << 31);
+    }
+
+    fn disable_translation(&self) {
+        self.command(|enabled| enabled & !(1 << 31));
+    }
+
+    /// Enables a queue of one page, with `flags` in the low bits of IQA (DW, QS).
+    fn enable_queue(&self, flags: u64) {
+        self.write64(regs::IQT, 0);
+        self.write64(regs::IQA, QUEUE | flags);
+        self.command(|enabled| enabled | 1 << 26);
+    }
+
+    /// Puts raw 256-bit descriptors behind the tail without moving it; gives the tail they need.
+    fn queue_words(&self, descriptors: &[[u64; 4]]) -> u64 {
+        let mut tail = self.read64(regs::IQT);
+        for words in descriptors {
+            self.write(QUEUE + tail, words);
+            tail = (tail + 32) % 0x1000;
+        }
+        tail
+    }
+
+    fn submit_words(&self, descriptors: &[[u64; 4]]) {
+        let tail = self.queue_words(descriptors);
+        self.write64(regs::IQT, tail);
+    }
+
+    fn submit(&self, descriptors: &[Descriptor]) {
+        let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+        self.submit_words(&words);
+    }
+
+    /// What the host was asked since the last time.
+    fn calls(&self) -> Vec<Call> {
+        self.host.status_then.lock().unwrap().clear();
+        std::mem::take(&mut self.host.calls.lock().unwrap())
+    }
+
+    fn refuse(&self, refuse: bool) {
+        *self.host.refuse.lock().unwrap() = refuse;
+    }
+
+    /// Messages sent since the last time.
+    fn messages(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut self.sink.0.lock().unwrap())
+    }
+
+    fn fault_record(&self, index: u64) -> FaultRecord {
+        let offset = 0x220 + 16 * index;
+        FaultRecord::from_words([self.read64(offset), self.read64(offset + 8)])
+    }
+
+    /// The reason that a DMA fault of `requester` is recorded with, whatever the host says;
+    /// `None` when it is not recorded.
+    fn reason(&self, requester: Requester) -> Option<u8> {
+        self.iommu.dma_fault(&fault(requester));
+        let record = self.fault_record(0);
+        let recorded = record.high.f().then_some(record.high.fr());
+        let index = self.iommu.state().faults.next;
+        // Back to the first record for the next time.
+        if index != 0 {
+            self.iommu.fault_log().next = 0;
+            self.write64(0x228, 1 << 63);
+        }
+        recorded
+    }
+}
+
+/// A write that faulted for the host's reason 0xff.
+fn fault(requester: Requester) -> DmaFault {
+    DmaFault {
+        requester,
+        address: 0x1234_5678,
+        write: true,
+        execute: false,
+        privileged: false,
+        reason: 0xff,
+        stage2: false,
+    }
+}
+
+fn pasid(value: u32) -> Pasid {
+    Pasid::new(value).unwrap()
+}
+
+fn with_pasid(value: u32) -> Requester {
+    Requester { rid: RID, pasid: Some(pasid(value)) }
+}
+
+/// The policy of tables at `table`, as [`Guest::write_pasid`] writes them.
+fn first_stage(table: u64) -> Policy {
+    Policy::Stage1(Stage1::VtdFirstStage(crate::viommu::VtdFirstStage {
+        table,
+        address_width: 48,
+        supervisor_requests: false,
+        write_protect: false,
+        extended_accessed: false,
+    }))
+}
+
+fn blocked(reason: u8) -> Policy {
+    Policy::Blocked { reason, fault_disabled: false }
+}
+
+fn wait(data: u32) -> Descriptor {
+    Descriptor::Wait {
+        status: Some(crate::spec::vtd::qi::StatusWrite { address: STATUS, data }),
+        interrupt: false,
+        fence: false,
+        drain_page_requests: false,
+    }
+}

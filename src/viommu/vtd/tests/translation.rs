@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Enabling, disabling, and tables that change.
+
+use super::*;
+use crate::spec::vtd::qi::{ContextScope, PasidCacheScope};
+
+fn configured(requester: Requester, policy: Policy) -> Call {
+    Call::Configure(requester, policy)
+}
+
+#[test]
+fn a_new_device_passes_while_translation_is_disabled() {
+    let guest = Guest::new(VtdConfig::default());
+    guest.iommu.add_device(UPPER_RID);
+    let bypass = configured(Requester::rid(UPPER_RID), Policy::Bypass);
+    assert_eq!(guest.calls(), [bypass, Call::ForgetPasids(UPPER_RID)]);
+    guest.iommu.add_device(UPPER_RID);
+    assert_eq!(guest.calls(), []);
+}
+
+#[test]
+fn every_requester_is_blocked_or_served_before_the_enable_is_acknowledged() {
+    let guest = Guest::new(VtdConfig::default());
+    guest.iommu.add_device(UPPER_RID);
+    guest.write_tables();
+    guest.set_root(0x400);
+    guest.calls();
+    guest.enable_translation();
+    let served = configured(Requester::rid(RID), first_stage(FIRST_STAGE));
+    assert_eq!(guest.calls(), [served, configured(Requester::rid(UPPER_RID), blocked(0x39))]);
+    assert_eq!(guest.read32(regs::GSTS), 1 << 31 | 1 << 30);
+}
+
+#[test]
+fn translation_without_a_root_table_blocks() {
+    let guest = Guest::new(VtdConfig::default());
+    guest.enable_translation();
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), blocked(0x30))]);
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x30));
+}
+
+#[test]
+fn disabling_lets_requests_pass_and_blocks_pasids() {
+    let guest = Guest::running();
+    guest.disable_translation();
+    let bypass = configured(Requester::rid(RID), Policy::Bypass);
+    assert_eq!(guest.calls(), [bypass, Call::ForgetPasids(RID)]);
+    assert_eq!(guest.read32(regs::GSTS) >> 31, 0);
+    assert_eq!(guest.reason(Requester::rid(RID)), None);
+}
+
+#[test]
+fn a_changed_entry_is_taken_at_its_invalidation_and_not_before() {
+    let guest = Guest::running();
+    guest.write_pasid(0, 0x6000);
+    guest.submit(&[wait(1)]);
+    assert_eq!(guest.calls(), []);
+    let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(0) };
+    guest.submit(&[Descriptor::PasidCache(scope), wait(2)]);
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), first_stage(0x6000))]);
+    // Unchanged: nothing to tell the host.
+    guest.submit(&[Descriptor::PasidCache(scope), wait(3)]);
+    assert_eq!(guest.calls(), []);
+}
+
+#[test]
+fn pasids_come_and_go_with_their_entries() {
+    let guest = Guest::running();
+    guest.write_pasid(5, 0x6000);
+    guest.write_pasid(6, 0x6000);
+    let one = |value| {
+        let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(value) };
+        Descriptor::PasidCache(scope)
+    };
+    guest.submit(&[one(5)]);
+    assert_eq!(guest.calls(), [configured(with_pasid(5), first_stage(0x6000))]);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Domain(DOMAIN))]);
+    assert_eq!(guest.calls(), [configured(with_pasid(6), first_stage(0x6000))]);
+    guest.write(PASID_TABLE + 64 * 5, &[0]);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    assert_eq!(guest.calls(), [configured(with_pasid(5), blocked(0x59))]);
+    // The whole table at once.
+    guest.write(DIRECTORY, &[0]);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    let gone = configured(Requester::rid(RID), blocked(0x51));
+    assert_eq!(guest.calls(), [gone, Call::ForgetPasids(RID)]);
+    assert_eq!(guest.reason(with_pasid(6)), Some(0x51));
+}
+
+#[test]
+fn pasid_0_is_never_given_apart_from_its_requester() {
+    let guest = Guest::running();
+    let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(0) };
+    guest.submit(&[Descriptor::PasidCache(scope), Descriptor::PasidCache(PasidCacheScope::Global)]);
+    assert_eq!(guest.calls(), []);
+}
+
+#[test]
+fn invalidations_of_another_scope_leave_an_entry_alone() {
+    let guest = Guest::running();
+    guest.write_pasid(0, 0x6000);
+    guest.write(PASID_TABLE + 8, &[0x18]);
+    guest.submit(&[
+        Descriptor::PasidCache(PasidCacheScope::Domain(0x99)),
+        Descriptor::PasidCache(PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(1) }),
+        Descriptor::ContextCache(ContextScope::Device {
+            domain: 0,
+            source: UPPER_RID,
+            function_mask: 0,
+        }),
+    ]);
+    assert_eq!(guest.calls(), []);
+    // By the old domain, and by the new one.
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Domain(0x18))]);
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), first_stage(0x6000))]);
+}
+
+#[test]
+fn context_invalidations_name_functions_by_mask() {
+    for (function_mask, source, named) in [
+        (0, 0x0108, true),
+        (0, 0x0109, false),
+        (1, 0x010c, true),
+        (2, 0x010e, true),
+        (3, 0x010f, true),
+    ] {
+        let guest = Guest::running();
+        guest.write(CONTEXT + 0x100, &[0]);
+        let source = Bdf::from_raw(source);
+        let scope = ContextScope::Device { domain: 0, source, function_mask };
+        guest.submit(&[Descriptor::ContextCache(scope)]);
+        assert_eq!(guest.calls().is_empty(), !named, "{function_mask} {source}");
+    }
+}
+
+#[test]
+fn a_new_root_table_is_taken_while_translating() {
+    let guest = Guest::running();
+    guest.write(0x9000 + 0x10, &[0, 0]);
+    guest.write64(regs::RTADDR, 0x9400);
+    assert_eq!(guest.calls(), []);
+    guest.command(|enabled| enabled | 1 << 30);
+    let gone = configured(Requester::rid(RID), blocked(0x39));
+    assert_eq!(guest.calls(), [gone, Call::Invalidate(vec![Invalidation::ALL])]);
+}
+
+#[test]
+fn a_refused_requester_is_blocked_and_asked_again() {
+    let guest = Guest::running();
+    guest.refuse(true);
+    guest.write_pasid(0, 0x6000);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global), wait(1)]);
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), first_stage(0x6000))]);
+    assert_eq!(guest.status(), 1);
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x5b));
+    assert_eq!(guest.iommu.counters().host_errors, 1);
+    guest.refuse(false);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), first_stage(0x6000))]);
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x85));
+}
+
+#[test]
+fn a_device_that_comes_and_goes_while_translating() {
+    let guest = Guest::running();
+    guest.iommu.remove_device(RID);
+    let calls = guest.calls();
+    assert_eq!(calls[0], Call::ForgetPasids(RID));
+    let Call::Configure(_, Policy::Blocked { .. }) = calls[1] else { panic!("{calls:?}") };
+    guest.iommu.remove_device(RID);
+    assert_eq!(guest.calls(), []);
+    guest.write_pasid(1, 0x6000);
+    guest.iommu.add_device(RID);
+    let served = configured(Requester::rid(RID), first_stage(FIRST_STAGE));
+    assert_eq!(guest.calls(), [served, configured(with_pasid(1), first_stage(0x6000))]);
+}
+
+#[test]
+fn legacy_tables_are_served_where_second_stage_tables_are_offered() {
+    let guest = Guest::new(VtdConfig { second_stage: true, ..Default::default() });
+    guest.write(ROOT + 0x10, &[CONTEXT | 1, 0]);
+    guest.write(CONTEXT + 0x80, &[0x5001, u64::from(DOMAIN) << 8 | 2]);
+    guest.set_root(0);
+    guest.calls();
+    guest.enable_translation();
+    let tables = crate::viommu::VtdSecondStage { table: 0x5000, address_width: 48 };
+    let policy = Policy::Stage1(Stage1::VtdSecondStage(tables));
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), policy)]);
+    // By register, as the queue is off: the entry is gone.
+    guest.write(CONTEXT + 0x80, &[0, 0]);
+    guest.write64(regs::CCMD, 1 << 63 | 2 << 61 | u64::from(DOMAIN));
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), blocked(0x02))]);
+    assert_eq!(guest.read64(regs::CCMD) >> 59, 0b01010);
+}
