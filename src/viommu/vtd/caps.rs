@@ -228,7 +228,8 @@ mod tests {
             device_iotlb: true,
             ..Default::default()
         };
-        let lacking: [(fn(&mut HostUnit), &str); 6] = [
+        type TakeAway = fn(&mut HostUnit);
+        let lacking: [(TakeAway, &str); 6] = [
             (|host| host.ecap.set_smts(false), "ECAP.SMTS"),
             (|host| host.ecap.set_nest(false), "ECAP.NEST"),
             (|host| host.cap.set_fs5lp(false), "CAP.FS5LP"),

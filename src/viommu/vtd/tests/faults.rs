@@ -1,1 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Faults that the host brings back.
+
+use super::*;
+use crate::spec::vtd::regs::Fsts;
+
+#[test]
+fn a_fault_is_recorded_and_interrupts() {
+    let guest = Guest::running();
+    guest.write32(regs::FEDATA, 0x41);
+    guest.write32(regs::FEADDR, 0xfee0_2000);
+    guest.write32(regs::FECTL, 0);
+    guest.iommu.dma_fault(&DmaFault { reason: 0x71, ..fault(Requester::rid(RID)) });
+    assert_eq!(guest.messages(), [(0xfee0_2000, 0x41)]);
+    let record = guest.fault_record(0);
+    assert_eq!((record.address(), record.high.sid()), (0x1234_5000, RID.raw()));
+    assert_eq!((record.high.fr(), record.high.t1(), record.high.pp()), (0x71, false, false));
+    let status = Fsts::from_bits(guest.read32(regs::FSTS));
+    assert!(status.ppf() && !status.pfo() && status.fri() == 0);
+    guest.write32(0x22c, 1 << 31);
+    assert_eq!(guest.read32(regs::FSTS), 0);
+}
+
+#[test]
+fn the_log_overflows_and_recovers() {
+    let guest = Guest::running();
+    for _ in 0..10 {
+        guest.iommu.dma_fault(&fault(Requester::rid(RID)));
+    }
+    let status = Fsts::from_bits(guest.read32(regs::FSTS));
+    assert!(status.pfo() && status.ppf());
+    assert!((0..8).all(|index| guest.fault_record(index).high.f()));
+    let counters = guest.iommu.counters();
+    assert_eq!((counters.faults_recorded, counters.faults_lost), (8, 2));
+    for index in 0..8 {
+        guest.write64(0x228 + 16 * index, 1 << 63);
+    }
+    guest.write32(regs::FSTS, 1);
+    assert_eq!(guest.read32(regs::FSTS), 0);
+    guest.iommu.dma_fault(&fault(Requester::rid(RID)));
+    assert!(guest.fault_record(0).high.f());
+}
+
+#[test]
+fn a_blocked_pasid_is_told_by_its_tables() {
+    let guest = Guest::running();
+    assert_eq!(guest.reason(with_pasid(9)), Some(0x59));
+    assert_eq!(guest.reason(with_pasid(64)), Some(0x51));
+    assert_eq!(guest.reason(with_pasid(0xf_ffff)), Some(0x46));
+    // Present since, and not yet told: still blocked.
+    guest.write_pasid(9, 0x6000);
+    assert_eq!(guest.reason(with_pasid(9)), Some(0x59));
+}
+
+#[test]
+fn fpd_suppresses_the_record() {
+    let guest = Guest::running();
+    guest.write(PASID_TABLE + 64 * 9, &[2]);
+    assert_eq!(guest.reason(with_pasid(9)), None);
+    assert_eq!(guest.iommu.counters().faults_suppressed, 1);
+    assert_eq!(guest.read32(regs::FSTS), 0);
+}
+
+#[test]
+fn a_fault_of_a_stranger_is_not_recorded() {
+    let guest = Guest::running();
+    assert_eq!(guest.reason(Requester::rid(UPPER_RID)), None);
+}
+
+#[test]
+fn a_fault_is_recorded_while_the_registers_are_locked() {
+    let guest = Guest::running();
+    let registers = guest.iommu.lock();
+    let iommu = guest.iommu.clone();
+    let worker = std::thread::spawn(move || iommu.dma_fault(&fault(Requester::rid(RID))));
+    worker.join().unwrap();
+    drop(registers);
+    assert!(guest.fault_record(0).high.f());
+}
