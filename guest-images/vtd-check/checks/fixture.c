@@ -255,7 +255,7 @@ static bool fault_matches(const struct edu *edu, u32 pasid, u64 iova, bool is_re
         check_fail("fault address 0x%lx instead of 0x%lx", fault.address, page);
     else if (fault.is_read != is_read)
         check_fail("fault type says %s", fault.is_read ? "read" : "write");
-    else if (cmdline_number("qemu", 0) == 0 && fault.has_pasid != (pasid != NO_PASID))
+    else if (fault.has_pasid != (pasid != NO_PASID) && !cmdline_number("rid-pasid-in-record", 0))
         check_fail("fault record %s a PASID", fault.has_pasid ? "has" : "lacks");
     else if (pasid != NO_PASID && fault.pasid != pasid)
         check_fail("fault PASID 0x%x instead of 0x%x", fault.pasid, pasid);

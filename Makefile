@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# `make help` lists what there is. Every target installs the Debian packages it misses, and says so.
+
+SHELL       := /bin/sh
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+need   := scripts/install-deps
+guest  := guest-images/build/vtd-check.elf
+binary := target/release/twostage
+
+# What `make run` starts: two devices behind one virtual VT-d, the first of them with PASIDs.
+run_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
+             --iommu vtd,aw=57,pasid-bits=20 \
+             --device edu,pasid=on,dma-mask=0xffffffffffffffff \
+             --device edu,dma-mask=0xffffffffffffffff
+
+help:
+	@echo 'make run       build, and run the test guest under /dev/kvm with a virtual VT-d'
+	@echo 'make test      lint, then every test, the guest under /dev/kvm among them'
+	@echo 'make test-all  test, then more cases, optimised, and the guest under QEMU'"'"'s VT-d'
+	@echo 'make bench     benchmarks (criterion)'
+	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
+	@echo 'make doc       API documentation'
+	@echo 'make guest     the test guest alone'
+	@echo 'make clean     remove what was built'
+
+run: guest kvm
+	@$(need) cc cargo
+	cargo build --release --locked
+	$(binary) run $(run_flags)
+
+test: lint guest kvm
+	@$(need) cc cargo
+	cargo test --locked
+	cargo test --locked --no-default-features --lib
+
+test-all: test
+	PROPTEST_CASES=4096 cargo test --locked --release -- --include-ignored
+	scripts/guest-under-qemu
+
+bench:
+	@$(need) cc cargo
+	cargo bench --locked
+
+lint:
+	@$(need) cc cargo rustfmt cargo-clippy
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
+	scripts/cargo-deny --log-level error check licenses bans sources
+
+doc:
+	@$(need) cc cargo
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	@echo 'open target/doc/twostage/index.html'
+
+guest:
+	@$(need) make gcc objcopy
+	@$(MAKE) --no-print-directory -C guest-images/vtd-check
+
+kvm:
+	@scripts/kvm-here
+
+clean:
+	cargo clean
+	rm -rf guest-images/build
+
+.PHONY: help run test test-all bench lint doc guest kvm clean
+.DEFAULT_GOAL := help
