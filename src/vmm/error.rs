@@ -61,6 +61,9 @@ pub enum Error {
     /// The PCI bus cannot be built.
     #[error("PCI: {0}")]
     Pci(String),
+    /// The virtual IOMMU or the host behind it cannot be built.
+    #[error("IOMMU: {0}")]
+    Iommu(String),
     /// The event loop failed.
     #[error("event loop: {0}")]
     EventLoop(String),
@@ -76,9 +79,11 @@ impl Error {
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
             Self::Boot(_) => exit_code::NO_INPUT,
             Self::KvmOpen { .. } | Self::KvmLacks(_) => exit_code::UNAVAILABLE,
-            Self::Kvm { .. } | Self::Os { .. } | Self::Pci(_) | Self::EventLoop(_) => {
-                exit_code::OS_ERROR
-            }
+            Self::Kvm { .. }
+            | Self::Os { .. }
+            | Self::Pci(_)
+            | Self::Iommu(_)
+            | Self::EventLoop(_) => exit_code::OS_ERROR,
             Self::Output { .. } => exit_code::IO_ERROR,
         }
     }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The one loop that waits for file descriptors.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use libc::SIGUSR1;
 use vmm_sys_util::epoll::EventSet;
@@ -10,22 +13,32 @@ use super::signals;
 use super::stop::{StopReason, Stopper};
 use super::{Error, Result};
 
+/// What the loop has to tell its owner.
+#[derive(Debug)]
+pub(super) enum Wake {
+    /// The user wants a report (SIGUSR1).
+    Report,
+    /// The machine is to stop.
+    Stopped(StopReason),
+}
+
 /// The loop, with whatever subscribes to it.
 pub(super) struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
     stopper: Stopper,
+    report: Rc<Cell<bool>>,
 }
 
 impl EventLoop {
-    /// A loop that ends when `stopper` stops the machine, or a signal does. `on_report` is called
-    /// on SIGUSR1.
-    pub fn new(stopper: Stopper, on_report: Box<dyn FnMut()>) -> Result<Self> {
+    /// A loop that waits for signals and for `stopper`.
+    pub fn new(stopper: Stopper) -> Result<Self> {
+        let report = Rc::new(Cell::new(false));
         let mut manager =
             EventManager::new().map_err(|error| Error::EventLoop(format!("{error:?}")))?;
         let signals = signals::install()?;
-        let control = Control { stopper: stopper.clone(), signals, on_report };
+        let control = Control { stopper: stopper.clone(), signals, report: report.clone() };
         manager.add_subscriber(Box::new(control) as Box<dyn MutEventSubscriber>);
-        Ok(Self { manager, stopper })
+        Ok(Self { manager, stopper, report })
     }
 
     /// Adds a subscriber.
@@ -33,11 +46,14 @@ impl EventLoop {
         self.manager.add_subscriber(subscriber);
     }
 
-    /// Serves file descriptors until the machine is stopped.
-    pub fn run(&mut self) -> Result<StopReason> {
+    /// Serves file descriptors until there is something to tell.
+    pub fn wait(&mut self) -> Result<Wake> {
         loop {
+            if self.report.take() {
+                return Ok(Wake::Report);
+            }
             if let Some(reason) = self.stopper.reason() {
-                return Ok(reason.clone());
+                return Ok(Wake::Stopped(reason.clone()));
             }
             self.manager.run().map_err(|error| Error::EventLoop(format!("{error:?}")))?;
         }
@@ -48,7 +64,7 @@ impl EventLoop {
 struct Control {
     stopper: Stopper,
     signals: &'static EventFd,
-    on_report: Box<dyn FnMut()>,
+    report: Rc<Cell<bool>>,
 }
 
 impl MutEventSubscriber for Control {
@@ -64,7 +80,7 @@ impl MutEventSubscriber for Control {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         for signal in signals::take() {
             if signal == SIGUSR1 {
-                (self.on_report)();
+                self.report.set(true);
             } else {
                 self.stopper.stop(StopReason::Signal(signal));
             }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A machine: its parts, put together and run.
+#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,23 +11,30 @@ use super::boot;
 use super::bus::BusDevice;
 use super::config::{MachineConfig, SerialConfig};
 use super::debug_exit::{self, DebugExit};
-use super::event_loop::EventLoop;
-use super::exits::Exits;
+use super::event_loop::{EventLoop, Wake};
+use super::exits::{ExitKind, Exits};
 use super::interrupts::Interrupts;
-use super::machine_pci::PciTopology;
+use super::iommu::Iommu;
+use super::machine_pci::{assigned_functions, PciTopology};
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::pci::{ConfigPorts, Ecam, PciMemory};
+use super::report::Report;
 use super::reset::{self, KeyboardController};
 use super::serial::{self, Console, SerialPort};
 use super::stop::{StopReason, Stopper};
-use super::vcpu::Vcpu;
+use super::trace::{Trace, TracedInterrupts};
+use super::vcpu::{Vcpu, VcpuThread};
 use super::{Error, Result};
+use crate::viommu::vtd::MMIO_SIZE;
+use crate::viommu::InterruptSink;
 
 /// A machine that has not run yet.
 pub struct Machine {
-    // Dropped in this order: vCPUs and devices before the memory they use.
+    // Dropped in this order: whoever uses a part goes before it, and the memory goes last.
     vcpus: Vec<Vcpu>,
     exits: Arc<Exits>,
+    pci: PciTopology,
+    iommu: Option<Iommu>,
     serial: Arc<SerialPort>,
     interrupts: Arc<Interrupts>,
     memory: MachineMemory,
@@ -34,22 +42,12 @@ pub struct Machine {
     console: bool,
 }
 
-impl fmt::Debug for Machine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Machine")
-            .field("vcpus", &self.vcpus.len())
-            .field("exits", &self.exits)
-            .field("interrupts", &self.interrupts)
-            .finish_non_exhaustive()
-    }
-}
-
 impl Machine {
-    /// Builds the machine that `config` describes, its kernel loaded.
+    /// Builds the machine that `config` describes, its kernel loaded; `trace` sees what it does.
     ///
     /// # Errors
     /// What is wrong with the configuration, the files, or this host.
-    pub fn new(config: &MachineConfig) -> Result<Self> {
+    pub fn new(config: &MachineConfig, trace: Option<Arc<Trace>>) -> Result<Self> {
         config.validate()?;
         let memory = MachineMemory::new(config.memory)?;
         let start = boot::load(&memory, &config.payload)?;
@@ -67,11 +65,23 @@ impl Machine {
         vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
         memory.register(&vm)?;
         let interrupts = Arc::new(Interrupts::new(vm.clone())?);
+        let messages: Arc<dyn InterruptSink> = match trace.clone() {
+            Some(trace) => Arc::new(TracedInterrupts { inner: interrupts.clone(), trace }),
+            None => interrupts.clone(),
+        };
 
+        let iommu = match &config.iommu {
+            Some(iommu) => {
+                let functions = assigned_functions(config)?;
+                Some(Iommu::new(iommu, &memory, &functions, messages.clone(), trace)?)
+            }
+            None => None,
+        };
+        let pci = PciTopology::new(config, &memory, iommu.as_ref(), interrupts.clone(), messages)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts)?;
+
         let mut exits = Exits::default();
-        let pci = PciTopology::new(&config.devices, &memory, interrupts.clone())?;
         let ports: [(_, Arc<dyn BusDevice>); 4] = [
             (serial::FIRST_PORT..=serial::LAST_PORT, serial.clone()),
             (debug_exit::PORT..=debug_exit::PORT, Arc::new(DebugExit::new(stopper.clone()))),
@@ -87,42 +97,91 @@ impl Machine {
         for (range, device) in ports {
             exits.ports.insert(range, device)?;
         }
-        exits.mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
-        exits
-            .mmio
-            .insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
+        let mmio = &mut exits.mmio;
+        mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
+        mmio.insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
+        if let (Some(config), Some(iommu)) = (&config.iommu, &iommu) {
+            let first = config.address;
+            mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
+        }
 
         let vcpus = (0..config.vcpus)
             .map(|id| Vcpu::new(&kvm, &vm, id, &start))
             .collect::<Result<Vec<_>>>()?;
         let console = config.serial == SerialConfig::Tty;
-        Ok(Self { vcpus, exits: Arc::new(exits), serial, interrupts, memory, stopper, console })
+        Ok(Self {
+            vcpus,
+            exits: Arc::new(exits),
+            pci,
+            iommu,
+            serial,
+            interrupts,
+            memory,
+            stopper,
+            console,
+        })
     }
 
-    /// Runs the machine until the guest, a signal or an error ends it.
+    /// Runs the machine until the guest, a signal or an error ends it. `on_report` is given a
+    /// report on every SIGUSR1, and at the end.
     ///
     /// # Errors
     /// When its threads or the event loop cannot be started.
-    pub fn run(mut self) -> Result<StopReason> {
-        log::info!("interrupt controllers: {}", self.interrupts.chip());
-        let mut events = EventLoop::new(self.stopper.clone(), Box::new(|| {}))?;
+    pub fn run(mut self, on_report: &mut dyn FnMut(&Report)) -> Result<StopReason> {
+        let mut events = EventLoop::new(self.stopper.clone())?;
         if self.console {
             events.add(Box::new(Console::new(self.serial.clone())?));
         }
-        let mut threads = Vec::with_capacity(self.vcpus.len());
-        for vcpu in self.vcpus.drain(..) {
-            threads.push(vcpu.spawn(
-                self.exits.clone(),
-                self.memory.clone(),
-                self.stopper.clone(),
-            )?);
-        }
-        let reason = events.run();
-        if let Err(error) = &reason {
+        let mut threads = Vec::new();
+        let vcpus = std::mem::take(&mut self.vcpus);
+        let result = self.serve(vcpus, &mut threads, &mut events, on_report);
+        if let Err(error) = &result {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
+        // Waits for the vCPUs, so that the last report is of a machine at rest.
         drop(threads);
-        reason
+        on_report(&self.report());
+        result
+    }
+
+    /// Starts `vcpus`, which become `threads`, and serves `events` until the machine is stopped.
+    fn serve(
+        &self,
+        vcpus: Vec<Vcpu>,
+        threads: &mut Vec<VcpuThread>,
+        events: &mut EventLoop,
+        on_report: &mut dyn FnMut(&Report),
+    ) -> Result<StopReason> {
+        for vcpu in vcpus {
+            let (exits, memory) = (self.exits.clone(), self.memory.clone());
+            threads.push(vcpu.spawn(exits, memory, self.stopper.clone())?);
+        }
+        loop {
+            match events.wait()? {
+                Wake::Report => on_report(&self.report()),
+                Wake::Stopped(reason) => return Ok(reason),
+            }
+        }
+    }
+
+    fn report(&self) -> Report {
+        let count = |kind: &ExitKind| (kind.name(), self.exits.counters.get(*kind));
+        Report {
+            interrupt_controllers: self.interrupts.chip().to_string(),
+            exits: ExitKind::ALL.iter().map(count).collect(),
+            devices: self.pci.report(),
+            iommu: self.iommu.as_ref().map(Iommu::report),
+        }
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus.len())
+            .field("exits", &self.exits)
+            .field("iommu", &self.iommu)
+            .finish_non_exhaustive()
     }
 }
 

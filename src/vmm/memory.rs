@@ -102,6 +102,11 @@ impl MachineMemory {
         self.regions.iter().map(|region| (region.start_addr().raw_value(), region.len()))
     }
 
+    /// Guest-physical address of the first byte of `region`.
+    pub fn start_of(&self, region: &GuestRegionMmap) -> u64 {
+        region.start_addr().raw_value()
+    }
+
     /// How much of the memory below 4 GiB there is, in bytes.
     pub fn low_size(&self) -> u64 {
         self.ranges().next().map_or(0, |(_, length)| length)

@@ -18,14 +18,17 @@ mod event_loop;
 pub mod exit_code;
 mod exits;
 mod interrupts;
+mod iommu;
 mod machine;
 mod machine_pci;
 pub mod memory;
 pub mod pci;
+pub mod report;
 mod reset;
 mod serial;
 mod signals;
 mod stop;
+pub mod trace;
 mod vcpu;
 
 pub use error::{Error, Result};

@@ -3,15 +3,19 @@
 #![forbid(unsafe_code)]
 
 mod options;
+mod report_output;
 mod size;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 
 use self::options::{CpusOption, MemoryOption};
+use self::report_output::ReportOption;
 use super::config::{DeviceConfig, IommuConfig, MachineConfig, PayloadConfig, SerialConfig};
+use super::trace::Trace;
 use super::{exit_code, Machine};
 
 /// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
@@ -64,6 +68,15 @@ struct RunArgs {
     /// Where the serial port leads.
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
+
+    /// Form of the reports, at the end and on SIGUSR1, and where they go: standard error, or a file
+    /// that holds the last one.
+    #[arg(long, value_name = "none|text|json[,file=PATH]", default_value = "text")]
+    report: ReportOption,
+
+    /// Writes a trace of what the virtual IOMMU and the host do: JSON for Perfetto or Chrome.
+    #[arg(long, value_name = "PATH")]
+    trace: Option<PathBuf>,
 }
 
 impl RunArgs {
@@ -98,8 +111,12 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: RunArgs) -> u8 {
-    let config = args.machine_config();
-    match Machine::new(&config).and_then(Machine::run) {
+    let output = args.report.clone();
+    let result = args.trace.as_deref().map(Trace::create).transpose().and_then(|trace| {
+        let machine = Machine::new(&args.machine_config(), trace.map(Arc::new))?;
+        machine.run(&mut |report| output.write(report))
+    });
+    match result {
         Ok(reason) => {
             if !reason.is_orderly() {
                 eprintln!("twostage: error: {reason}");

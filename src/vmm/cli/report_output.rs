@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `--report`: in which form reports are written, and where.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::vmm::report::Report;
+
+/// The form of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Text,
+    Json,
+}
+
+/// `--report none|text|json[,file=PATH]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReportOption {
+    format: Option<Format>,
+    file: Option<PathBuf>,
+}
+
+impl FromStr for ReportOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (format, file) = match text.split_once(",file=") {
+            Some((format, path)) if !path.is_empty() => (format, Some(PathBuf::from(path))),
+            _ => (text, None),
+        };
+        let format = match format {
+            "none" if file.is_none() => None,
+            "text" => Some(Format::Text),
+            "json" => Some(Format::Json),
+            _ => return Err(format!("'{text}' is none of none, text, json[,file=PATH]")),
+        };
+        Ok(Self { format, file })
+    }
+}
+
+impl ReportOption {
+    /// Writes `report`. That it cannot be written is no reason to stop a machine.
+    pub fn write(&self, report: &Report) {
+        let Some(format) = self.format else { return };
+        let text = match format {
+            Format::Text => report.to_string(),
+            Format::Json => match serde_json::to_string_pretty(report) {
+                Ok(json) => json + "\n",
+                Err(error) => return log::error!("the report is no JSON: {error}"),
+            },
+        };
+        let written = match &self.file {
+            Some(path) => std::fs::write(path, text),
+            None => io::stderr().lock().write_all(text.as_bytes()),
+        };
+        if let Err(error) = written {
+            log::error!("the report cannot be written: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_and_files_are_understood() {
+        let parse = |text: &str| text.parse::<ReportOption>();
+        assert_eq!(parse("none"), Ok(ReportOption { format: None, file: None }));
+        assert_eq!(parse("text"), Ok(ReportOption { format: Some(Format::Text), file: None }));
+        let file = Some(PathBuf::from("/tmp/r"));
+        assert_eq!(
+            parse("json,file=/tmp/r"),
+            Ok(ReportOption { format: Some(Format::Json), file })
+        );
+        for text in ["", "xml", "json,", "json,file=", "none,file=/tmp/r", "file=/tmp/r"] {
+            assert!(parse(text).unwrap_err().contains(text), "{text}");
+        }
+    }
+}

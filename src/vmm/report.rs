@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Reports: what a machine has done so far, and the host objects it has just now.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::emulated::{self, ObjectGraph};
+use crate::nesting::NestingCounters;
+use crate::spec::pci::Bdf;
+
+/// A report, as JSON by `serde` and as text by `Display`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Where the interrupt controllers are.
+    pub interrupt_controllers: String,
+    /// Exits of vCPUs by kind; unclaimed ones are counted by their kind too.
+    pub exits: BTreeMap<&'static str, u64>,
+    /// The devices.
+    pub devices: Vec<DeviceReport>,
+    /// The virtual IOMMU and the host behind it.
+    pub iommu: Option<IommuReport>,
+}
+
+/// One device.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceReport {
+    /// Where it is.
+    #[serde(serialize_with = "as_text")]
+    pub bdf: Bdf,
+    /// What it is.
+    pub model: &'static str,
+    /// Whether it is behind the virtual IOMMU.
+    pub behind_iommu: bool,
+    /// Transfers that were done.
+    pub dma_done: u64,
+    /// Transfers that were refused.
+    pub dma_failed: u64,
+}
+
+/// The virtual IOMMU and the host behind it.
+#[derive(Debug, Clone, Serialize)]
+pub struct IommuReport {
+    /// What the guest did with the virtual IOMMU.
+    pub viommu: crate::viommu::vtd::VtdCounters,
+    /// What became of that.
+    pub nesting: NestingCounters,
+    /// Calls to the host by verb, those that were made.
+    pub host_calls: BTreeMap<&'static str, CallReport>,
+    /// What the emulated IOMMU did.
+    pub hardware: emulated::VtdCounters,
+    /// The host's objects.
+    pub graph: ObjectGraph,
+}
+
+/// Calls of one verb.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct CallReport {
+    /// All of them.
+    pub calls: u64,
+    /// Those that failed.
+    pub failures: u64,
+}
+
+fn as_text<T: fmt::Display, S: serde::Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(value)
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "interrupt controllers: {}", self.interrupt_controllers)?;
+        section(f, "exits", &self.exits)?;
+        for device in &self.devices {
+            let way = if device.behind_iommu { "behind the IOMMU" } else { "not behind the IOMMU" };
+            writeln!(
+                f,
+                "{} {}, {way}: DMA {} done, {} refused",
+                device.bdf, device.model, device.dma_done, device.dma_failed
+            )?;
+        }
+        match &self.iommu {
+            Some(iommu) => iommu.fmt(f),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for IommuReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        section(f, "virtual IOMMU", &fields(&self.viommu))?;
+        section(f, "nesting", &fields(&self.nesting))?;
+        let calls = |(verb, report): (&&'static str, &CallReport)| (*verb, report.calls);
+        section(f, "host calls", &self.host_calls.iter().map(calls).collect::<BTreeMap<_, _>>())?;
+        let failures = |(verb, report): (&&'static str, &CallReport)| (*verb, report.failures);
+        section(
+            f,
+            "host calls refused",
+            &self.host_calls.iter().map(failures).collect::<BTreeMap<_, _>>(),
+        )?;
+        section(f, "emulated IOMMU", &fields(&self.hardware))?;
+        writeln!(f, "host objects:")?;
+        for line in self.graph.to_string().lines() {
+            writeln!(f, "  {line}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The numbers of a structure of counters, by name.
+fn fields<T: Serialize>(counters: &T) -> BTreeMap<String, u64> {
+    let value = serde_json::to_value(counters).unwrap_or_default();
+    let object = value.as_object().cloned().unwrap_or_default();
+    object.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
+}
+
+/// One line: the counters that are not zero.
+fn section<K: fmt::Display>(
+    f: &mut fmt::Formatter<'_>,
+    title: &str,
+    counters: &BTreeMap<K, u64>,
+) -> fmt::Result {
+    let counted: Vec<_> = counters
+        .iter()
+        .filter(|(_, count)| **count != 0)
+        .map(|(name, count)| format!("{name} {count}"))
+        .collect();
+    let counted = if counted.is_empty() { "none".to_owned() } else { counted.join(", ") };
+    writeln!(f, "{title}: {counted}")
+}

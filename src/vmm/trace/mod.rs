@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Traces: what happened when, as Chrome's and Perfetto's JSON.
+//!
+//! A [`Trace`] is an array of events in the Trace Event Format, written as they happen. It can be
+//! loaded even when the process was killed and the array has no end.
+#![forbid(unsafe_code)]
+
+mod observers;
+
+use std::cell::Cell;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{json, Value};
+
+use super::{Error, Result};
+pub(super) use observers::TracedInterrupts;
+
+/// A trace that is being written. Any thread may add to it.
+pub struct Trace {
+    path: PathBuf,
+    origin: Instant,
+    out: Mutex<Output>,
+}
+
+struct Output {
+    /// Gone after an error.
+    writer: Option<Box<dyn Write + Send>>,
+    empty: bool,
+}
+
+impl Trace {
+    /// A trace in the file at `path`, which is created or emptied.
+    ///
+    /// # Errors
+    /// The file cannot be created.
+    pub fn create(path: &Path) -> Result<Self> {
+        let failed = |source| Error::Output { path: path.to_owned(), source };
+        let file = File::create(path).map_err(failed)?;
+        Self::new(path, Box::new(BufWriter::new(file))).map_err(failed)
+    }
+
+    fn new(path: &Path, mut writer: Box<dyn Write + Send>) -> io::Result<Self> {
+        writer.write_all(b"[")?;
+        let out = Mutex::new(Output { writer: Some(writer), empty: true });
+        Ok(Self { path: path.to_owned(), origin: Instant::now(), out })
+    }
+
+    /// Something that happened just now.
+    pub fn instant(&self, category: &'static str, name: &str, args: Value) {
+        let ts = micros(self.origin.elapsed());
+        self.event(json!({
+            "ph": "i", "s": "t", "cat": category, "name": name, "ts": ts, "args": args,
+        }));
+    }
+
+    /// Something that began at `started` and took `duration`.
+    pub fn complete(
+        &self,
+        category: &'static str,
+        name: &str,
+        started: Instant,
+        duration: Duration,
+        args: Value,
+    ) {
+        let ts = micros(started.saturating_duration_since(self.origin));
+        let dur = micros(duration);
+        self.event(json!({
+            "ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "args": args,
+        }));
+    }
+
+    /// Writes `event` in the name of the calling thread.
+    fn event(&self, mut event: Value) {
+        let (thread, new) = thread_number();
+        event["pid"] = 1.into();
+        event["tid"] = thread.into();
+        if new {
+            if let Some(name) = std::thread::current().name() {
+                self.write(&json!({
+                    "ph": "M", "name": "thread_name", "pid": 1, "tid": thread,
+                    "args": { "name": name },
+                }));
+            }
+        }
+        self.write(&event);
+    }
+
+    fn write(&self, event: &Value) {
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let separator = if out.empty { "\n" } else { ",\n" };
+        let Some(writer) = &mut out.writer else { return };
+        if let Err(error) = write!(writer, "{separator}{event}") {
+            log::warn!("{}: {error}; the trace ends here", self.path.display());
+            out.writer = None;
+        }
+        out.empty = false;
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        let out = self.out.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(writer) = &mut out.writer {
+            if let Err(error) = writer.write_all(b"\n]\n").and_then(|()| writer.flush()) {
+                log::warn!("{}: {error}; the trace is not complete", self.path.display());
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Trace").field(&self.path).finish()
+    }
+}
+
+/// The format counts in microseconds; fractions are allowed.
+fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}
+
+/// A small number for the calling thread, and whether this is the first time it asks.
+fn thread_number() -> (u32, bool) {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    thread_local!(static NUMBER: Cell<u32> = const { Cell::new(0) });
+    NUMBER.with(|number| {
+        let new = number.get() == 0;
+        if new {
+            number.set(NEXT.fetch_add(1, Ordering::Relaxed));
+        }
+        (number.get(), new)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_that_ends_is_valid_json() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let trace = Trace::create(file.path()).unwrap();
+        trace.instant("test", "first \"quoted\"", json!({ "value": 7 }));
+        let worker = std::thread::Builder::new().name("worker".into());
+        std::thread::scope(|scope| {
+            worker
+                .spawn_scoped(scope, || {
+                    let started = Instant::now();
+                    trace.complete("test", "second", started, Duration::from_micros(5), json!({}));
+                })
+                .unwrap();
+        });
+        drop(trace);
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let events: Vec<Value> = serde_json::from_str(&text).unwrap();
+        let named = |name: &str| events.iter().find(|event| event["name"] == name).unwrap();
+        assert_eq!(named("first \"quoted\"")["args"]["value"], 7);
+        assert_eq!(named("second")["dur"], 5.0);
+        assert_eq!(named("second")["ph"], "X");
+        let thread = events.iter().find(|event| event["args"]["name"] == "worker").unwrap();
+        assert_eq!(thread["tid"], named("second")["tid"]);
+        assert_ne!(thread["tid"], named("first \"quoted\"")["tid"]);
+    }
+
+    #[test]
+    fn an_empty_trace_is_valid_too() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        drop(Trace::create(file.path()).unwrap());
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        assert_eq!(serde_json::from_str::<Vec<Value>>(&text).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_is_named() {
+        let error = Trace::create(Path::new("/nonexistent/trace.json")).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/trace.json"), "{error}");
+    }
+
+    #[test]
+    fn a_full_disk_ends_the_trace_and_nothing_else() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                // The start of the array still fits.
+                if bytes == b"[" {
+                    Ok(1)
+                } else {
+                    Err(io::ErrorKind::StorageFull.into())
+                }
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let trace = Trace::new(Path::new("full"), Box::new(Full)).unwrap();
+        trace.instant("test", "lost", Value::Null);
+        trace.instant("test", "lost too", Value::Null);
+        assert!(trace.out.lock().unwrap().writer.is_none());
+    }
+}
