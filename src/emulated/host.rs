@@ -123,7 +123,7 @@ impl HostIommu for EmulatedHost {
 
     fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()> {
         self.objects()
-            .ioas_allow_iovas(ioas, ranges)
+            .ioas_allow_iovas(ioas, ranges.iter().cloned().map(Ok))
             .map_err(|refusal| refusal.of(Verb::IoasAllowIovas, ioas))
     }
 

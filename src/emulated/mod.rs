@@ -15,6 +15,7 @@ mod objects;
 mod port_iommu;
 mod refusal;
 mod stage2;
+pub mod uapi;
 mod vtd;
 
 pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};

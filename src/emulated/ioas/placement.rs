@@ -129,7 +129,7 @@ mod tests {
         let mut space = space(&[]);
         space.reserve(ObjectId(1), &[0..=0xffff, 0x12000..=0x12fff]);
         assert_eq!(space.place(0x1000, VA, 0x1000).unwrap(), 0x10000);
-        space.set_allowed(&[0x11000..=0x11fff, 0x20000..=0x21fff]).unwrap();
+        space.set_allowed([0x11000..=0x11fff, 0x20000..=0x21fff].map(Ok)).unwrap();
         assert_eq!(space.place(0x2000, VA, 0x1000).unwrap(), 0x20000);
         assert_eq!(space.place(0x4000, VA, 0x1000).unwrap_err().errno, Errno::ENOSPC);
     }

@@ -106,19 +106,28 @@ impl IovaSpace {
     /// # Errors
     /// `EINVAL` a range has fewer than two addresses, or two overlap; `EADDRINUSE` one is reserved.
     /// The earlier limit then stays.
-    pub fn set_allowed(&mut self, ranges: &[RangeInclusive<u64>]) -> Outcome<()> {
-        for (index, range) in ranges.iter().enumerate() {
-            if range.start() >= range.end() {
+    pub fn set_allowed(
+        &mut self,
+        ranges: impl IntoIterator<Item = Outcome<RangeInclusive<u64>>>,
+    ) -> Outcome<()> {
+        let mut allowed: BTreeMap<u64, u64> = BTreeMap::new();
+        for range in ranges {
+            let range = range?;
+            let (start, last) = (*range.start(), *range.end());
+            if start >= last {
                 return refuse(Errno::EINVAL, format!("{range:#x?} is empty or one byte"));
             }
-            if ranges.iter().take(index).any(|earlier| overlap(earlier, range)) {
+            let below = allowed.range(..=last).next_back();
+            if below.is_some_and(|(_, below_last)| *below_last >= start) {
                 return refuse(Errno::EINVAL, format!("{range:#x?} overlaps an earlier range"));
             }
+            allowed.insert(start, last);
         }
-        if let Some(range) = ranges.iter().find(|range| self.reservation_in(range).is_some()) {
+        let allowed: Vec<_> = allowed.into_iter().map(|(start, last)| start..=last).collect();
+        if let Some(range) = allowed.iter().find(|range| self.reservation_in(range).is_some()) {
             return refuse(Errno::EADDRINUSE, format!("{range:#x?} is reserved in part"));
         }
-        self.allowed = merged(ranges.to_vec());
+        self.allowed = merged(allowed);
         Ok(())
     }
 
@@ -279,6 +288,10 @@ mod tests {
         space
     }
 
+    fn allow(space: &mut IovaSpace, ranges: &[RangeInclusive<u64>]) -> Outcome<()> {
+        space.set_allowed(ranges.iter().cloned().map(Ok))
+    }
+
     fn errno<T: std::fmt::Debug>(outcome: Outcome<T>) -> Errno {
         outcome.unwrap_err().errno
     }
@@ -299,7 +312,7 @@ mod tests {
     #[test]
     fn a_reservation_meets_no_mapping_and_no_allowed_range() {
         let mut space = space(&[(0x4000, 0x1000)]);
-        space.set_allowed(&[0x10000..=0x1ffff]).unwrap();
+        allow(&mut space, &[0x10000..=0x1ffff]).unwrap();
         assert_eq!(errno(space.check_reservable(&[0..=0, 0x4fff..=0x5000])), Errno::EADDRINUSE);
         assert_eq!(errno(space.check_reservable(&[0x1ffff..=0x1ffff])), Errno::EADDRINUSE);
         space.check_reservable(&[0x5000..=0xffff]).unwrap();
@@ -309,14 +322,14 @@ mod tests {
     fn the_allowed_list_is_replaced_whole_or_not_at_all() {
         let mut space = IovaSpace::default();
         space.reserve(ObjectId(1), &[0x8000..=0x8fff]);
-        space.set_allowed(&[0x1000..=0x1fff, 0x2000..=0x2fff]).unwrap();
+        allow(&mut space, &[0x1000..=0x1fff, 0x2000..=0x2fff]).unwrap();
         assert_eq!(space.allowed(), [0x1000..=0x2fff]);
         let one_byte = 0x3000..=0x3000;
-        assert_eq!(errno(space.set_allowed(&[0x6000..=0x6fff, one_byte])), Errno::EINVAL);
-        assert_eq!(errno(space.set_allowed(&[0..=9, 9..=11])), Errno::EINVAL);
-        assert_eq!(errno(space.set_allowed(&[0x8fff..=0x9000])), Errno::EADDRINUSE);
+        assert_eq!(errno(allow(&mut space, &[0x6000..=0x6fff, one_byte])), Errno::EINVAL);
+        assert_eq!(errno(allow(&mut space, &[0..=9, 9..=11])), Errno::EINVAL);
+        assert_eq!(errno(allow(&mut space, &[0x8fff..=0x9000])), Errno::EADDRINUSE);
         assert_eq!(space.allowed(), [0x1000..=0x2fff]);
-        space.set_allowed(&[]).unwrap();
+        allow(&mut space, &[]).unwrap();
         assert!(space.allowed().is_empty());
     }
 

@@ -89,6 +89,7 @@ impl Objects {
         }
         // Tombstones end with the descriptor.
         self.table = Table::default();
+        self.closed += 1;
     }
 
     /// Who uses `id`, in words.

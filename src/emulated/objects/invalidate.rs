@@ -8,7 +8,7 @@ use crate::emulated::refusal::{refuse, Outcome, Refusal};
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, Errno, HwptData, ObjectId, VTD_INV_FLAGS_LEAF};
 
 /// Linux takes no more entries in one call.
-pub(crate) const MAX_ENTRIES: usize = 1 << 19;
+pub(crate) const MAX_INVALIDATE_ENTRIES: usize = 1 << 19;
 
 /// The formats of entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl Objects {
         format: InvalidateFormat,
         count: usize,
     ) -> Outcome<()> {
-        if count > MAX_ENTRIES {
+        if count > MAX_INVALIDATE_ENTRIES {
             return refuse(Errno::EINVAL, format!("{count} entries"));
         }
         let nested = match self.table.get(hwpt) {

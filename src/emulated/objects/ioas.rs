@@ -52,11 +52,11 @@ impl Objects {
         self.table.insert(Object::Ioas(Ioas::default()))
     }
 
-    /// `IOMMU_IOAS_ALLOW_IOVAS`.
+    /// `IOMMU_IOAS_ALLOW_IOVAS`. Ranges are read one after the other, up to the first bad one.
     pub fn ioas_allow_iovas(
         &mut self,
         ioas: ObjectId,
-        ranges: &[RangeInclusive<u64>],
+        ranges: impl IntoIterator<Item = Outcome<RangeInclusive<u64>>>,
     ) -> Outcome<()> {
         self.table.ioas_mut(ioas)?.space.set_allowed(ranges)
     }

@@ -15,14 +15,14 @@ mod ioas;
 mod machine;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod viommu;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 pub(crate) use hwpt::HwptRequest;
-pub(crate) use invalidate::{Entries, InvalidateFormat};
+pub(crate) use invalidate::{Entries, InvalidateFormat, MAX_INVALIDATE_ENTRIES};
 pub(crate) use ioas::MapRequest;
 pub use machine::{DeviceConfig, MachineError, UnitId};
 pub(crate) use table::Object;
@@ -44,6 +44,8 @@ pub(crate) struct Objects {
     /// Cache tags of the living HWPTs.
     tags: BTreeSet<u32>,
     account: Arc<PinAccount>,
+    /// How often the iommufd was closed: object ids from before mean nothing.
+    closed: u64,
 }
 
 impl Objects {
@@ -60,6 +62,11 @@ impl Objects {
     /// The objects.
     pub fn table(&self) -> &Table {
         &self.table
+    }
+
+    /// Changes when the iommufd is closed, and with it every object id.
+    pub fn epoch(&self) -> u64 {
+        self.closed
     }
 
     /// Bytes of pinned memory.

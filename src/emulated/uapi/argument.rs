@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The structure that an ioctl takes: sizes, zero-extension, fields.
+
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::iommufd::{Errno, ObjectId};
+
+/// Larger than every structure of the uAPI, in bytes.
+const CAPACITY: usize = 64;
+
+/// A copy of a structure, as large as this version of the uAPI knows it. Fields are named by their
+/// offset (`offset_of!`); they are in the byte order of the host.
+#[derive(Debug)]
+pub(super) struct Argument {
+    bytes: [u8; CAPACITY],
+    size: usize,
+    answer: bool,
+}
+
+impl Argument {
+    /// The size that the structure says of itself, in its first four bytes.
+    pub fn declared_size(user: &[u8]) -> Result<usize, Errno> {
+        let size = user.first_chunk().ok_or(Errno::EFAULT)?;
+        usize::try_from(u32::from_ne_bytes(*size)).map_err(|_| Errno::EFAULT)
+    }
+
+    /// Copies the structure of `declared` bytes that `user` starts with. A shorter one than `size`
+    /// is extended with zeroes.
+    ///
+    /// # Errors
+    /// `EINVAL` shorter than its first version; `EFAULT` longer than `user`; `E2BIG` longer than
+    /// `size`, with something in the excess.
+    pub fn copy_in(
+        user: &[u8],
+        declared: usize,
+        size: usize,
+        min_size: usize,
+    ) -> Result<Self, Errno> {
+        debug_assert!(size <= CAPACITY);
+        if declared < min_size {
+            return Err(Errno::EINVAL);
+        }
+        let structure = user.get(..declared).ok_or(Errno::EFAULT)?;
+        let (known, excess) = structure.split_at(declared.min(size));
+        if excess.iter().any(|byte| *byte != 0) {
+            return Err(Errno::E2BIG);
+        }
+        let mut bytes = [0; CAPACITY];
+        for (to, from) in bytes.iter_mut().zip(known) {
+            *to = *from;
+        }
+        Ok(Self { bytes, size, answer: false })
+    }
+
+    /// Writes the structure back, as much of it as the user knows.
+    pub fn copy_out(&self, user: &mut [u8], declared: usize) {
+        let known = self.size.min(declared);
+        for (to, from) in user.iter_mut().zip(&self.bytes).take(known) {
+            *to = *from;
+        }
+    }
+
+    /// The structure is to be written back even when the ioctl fails.
+    pub fn answer_anyhow(&mut self) {
+        self.answer = true;
+    }
+
+    /// Whether [`Self::answer_anyhow`] was called.
+    pub fn is_answer(&self) -> bool {
+        self.answer
+    }
+
+    /// The bytes of the field at `offset`; zeroes past the end of every structure.
+    pub fn bytes<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let field = self.bytes.get(offset..).and_then(|rest| rest.first_chunk());
+        field.copied().unwrap_or([0; N])
+    }
+
+    /// The 32-bit field at `offset`.
+    pub fn u32(&self, offset: usize) -> u32 {
+        u32::from_ne_bytes(self.bytes(offset))
+    }
+
+    /// The 64-bit field at `offset`.
+    pub fn u64(&self, offset: usize) -> u64 {
+        u64::from_ne_bytes(self.bytes(offset))
+    }
+
+    /// The object id at `offset`.
+    pub fn id(&self, offset: usize) -> ObjectId {
+        ObjectId(self.u32(offset))
+    }
+
+    /// Sets the field at `offset`.
+    pub fn set<const N: usize>(&mut self, offset: usize, value: [u8; N]) {
+        if let Some(field) = self.bytes.get_mut(offset..).and_then(|rest| rest.first_chunk_mut()) {
+            *field = value;
+        }
+    }
+
+    /// Sets the 32-bit field at `offset`.
+    pub fn set_u32(&mut self, offset: usize, value: u32) {
+        self.set(offset, value.to_ne_bytes());
+    }
+
+    /// Sets the 64-bit field at `offset`.
+    pub fn set_u64(&mut self, offset: usize, value: u64) {
+        self.set(offset, value.to_ne_bytes());
+    }
+
+    /// Refuses a field that must be zero and is not.
+    pub fn reserved(&self, offset: usize) -> Outcome<()> {
+        self.flags(offset, 0).map(drop)
+    }
+
+    /// The flags at `offset`, none of which is outside `known`.
+    pub fn flags(&self, offset: usize, known: u32) -> Outcome<u32> {
+        let flags = self.u32(offset);
+        if flags & !known != 0 {
+            return refuse(Errno::EOPNOTSUPP, format!("{:#x} is not supported", flags & !known));
+        }
+        Ok(flags)
+    }
+}

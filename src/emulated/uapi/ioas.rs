@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `IOMMU_DESTROY` and the ioctls of an IOAS.
+
+use std::mem::offset_of;
+use std::ops::RangeInclusive;
+
+use iommufd_bindings::*;
+
+use super::argument::Argument;
+use super::user_space::{UserFault, UserSpace};
+use crate::emulated::objects::MapRequest;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{Errno, MapTarget, Protection};
+
+const FIXED: u32 = iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA;
+const WRITEABLE: u32 = iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE;
+const READABLE: u32 = iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE;
+
+pub(super) fn destroy(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    _: &dyn UserSpace,
+) -> Outcome<()> {
+    host.objects().destroy(argument.id(offset_of!(iommu_destroy, id)))
+}
+
+pub(super) fn alloc(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    _: &dyn UserSpace,
+) -> Outcome<()> {
+    argument.flags(offset_of!(iommu_ioas_alloc, flags), 0)?;
+    let id = host.objects().ioas_alloc()?;
+    argument.set_u32(offset_of!(iommu_ioas_alloc, out_ioas_id), id.0);
+    Ok(())
+}
+
+pub(super) fn allow_iovas(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    user: &dyn UserSpace,
+) -> Outcome<()> {
+    argument.reserved(offset_of!(iommu_ioas_allow_iovas, __reserved))?;
+    let ioas = argument.id(offset_of!(iommu_ioas_allow_iovas, ioas_id));
+    let count = argument.u32(offset_of!(iommu_ioas_allow_iovas, num_iovas));
+    let list = argument.u64(offset_of!(iommu_ioas_allow_iovas, allowed_iovas));
+    let ranges = (0..u64::from(count)).map(|index| Ok(read_range(user, list, index)?));
+    host.objects().ioas_allow_iovas(ioas, ranges)
+}
+
+pub(super) fn iova_ranges(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    user: &dyn UserSpace,
+) -> Outcome<()> {
+    argument.reserved(offset_of!(iommu_ioas_iova_ranges, __reserved))?;
+    let ioas = argument.id(offset_of!(iommu_ioas_iova_ranges, ioas_id));
+    let ranges = host.objects().ioas_iova_ranges(ioas)?;
+    let room = argument.u32(offset_of!(iommu_ioas_iova_ranges, num_iovas));
+    let list = argument.u64(offset_of!(iommu_ioas_iova_ranges, allowed_iovas));
+    for (index, range) in (0..u64::from(room)).zip(&ranges.allowed) {
+        write_range(user, list, index, range)?;
+    }
+    // More ranges than 2^32 do not fit in memory.
+    let needed = u32::try_from(ranges.allowed.len()).unwrap_or(u32::MAX);
+    argument.set_u32(offset_of!(iommu_ioas_iova_ranges, num_iovas), needed);
+    argument.set_u64(offset_of!(iommu_ioas_iova_ranges, out_iova_alignment), ranges.alignment);
+    if needed > room {
+        argument.answer_anyhow();
+        return refuse(Errno::EMSGSIZE, format!("{needed} ranges do not fit in {room}"));
+    }
+    Ok(())
+}
+
+pub(super) fn map(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    user: &dyn UserSpace,
+) -> Outcome<()> {
+    let flags = argument.flags(offset_of!(iommu_ioas_map, flags), FIXED | WRITEABLE | READABLE)?;
+    argument.reserved(offset_of!(iommu_ioas_map, __reserved))?;
+    let ioas = argument.id(offset_of!(iommu_ioas_map, ioas_id));
+    let user_va = argument.u64(offset_of!(iommu_ioas_map, user_va));
+    let length = argument.u64(offset_of!(iommu_ioas_map, length));
+    let target = target(flags, argument.u64(offset_of!(iommu_ioas_map, iova)))?;
+    let request = MapRequest { target, user_va, length, protection: protection(flags) };
+    let iova = host.objects().ioas_map(ioas, request, || Ok(user.memory(user_va, length)?))?;
+    argument.set_u64(offset_of!(iommu_ioas_map, iova), iova);
+    Ok(())
+}
+
+pub(super) fn copy(host: &EmulatedHost, argument: &mut Argument, _: &dyn UserSpace) -> Outcome<()> {
+    let flags = argument.flags(offset_of!(iommu_ioas_copy, flags), FIXED | WRITEABLE | READABLE)?;
+    let dst = argument.id(offset_of!(iommu_ioas_copy, dst_ioas_id));
+    let src = argument.id(offset_of!(iommu_ioas_copy, src_ioas_id));
+    let length = argument.u64(offset_of!(iommu_ioas_copy, length));
+    let src_iova = argument.u64(offset_of!(iommu_ioas_copy, src_iova));
+    let target = target(flags, argument.u64(offset_of!(iommu_ioas_copy, dst_iova)))?;
+    let protection = protection(flags);
+    let iova = host.objects().ioas_copy(dst, target, src, src_iova, length, protection)?;
+    argument.set_u64(offset_of!(iommu_ioas_copy, dst_iova), iova);
+    Ok(())
+}
+
+pub(super) fn unmap(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    _: &dyn UserSpace,
+) -> Outcome<()> {
+    let ioas = argument.id(offset_of!(iommu_ioas_unmap, ioas_id));
+    let iova = argument.u64(offset_of!(iommu_ioas_unmap, iova));
+    let length = argument.u64(offset_of!(iommu_ioas_unmap, length));
+    let unmapped = host.objects().ioas_unmap(ioas, iova, length)?;
+    argument.set_u64(offset_of!(iommu_ioas_unmap, length), unmapped);
+    Ok(())
+}
+
+/// Where to map; the IOVA is looked at even when it is not asked for.
+fn target(flags: u32, iova: u64) -> Outcome<MapTarget> {
+    if iova == u64::MAX {
+        return refuse(Errno::EOVERFLOW, "the IOVA is 2^64-1");
+    }
+    Ok(if flags & FIXED != 0 { MapTarget::Fixed(iova) } else { MapTarget::Anywhere })
+}
+
+fn protection(flags: u32) -> Protection {
+    Protection { read: flags & READABLE != 0, write: flags & WRITEABLE != 0 }
+}
+
+/// Where the `index`-th range of the list is. An address that wraps leads nowhere.
+fn range_address(list: u64, index: u64) -> u64 {
+    list.wrapping_add(index.wrapping_mul(size_of::<iommu_iova_range>() as u64))
+}
+
+fn read_range(
+    user: &dyn UserSpace,
+    list: u64,
+    index: u64,
+) -> Result<RangeInclusive<u64>, UserFault> {
+    let mut words = [[0; 8]; 2];
+    user.read(range_address(list, index), words.as_flattened_mut())?;
+    let [start, last] = words.map(u64::from_ne_bytes);
+    Ok(start..=last)
+}
+
+fn write_range(
+    user: &dyn UserSpace,
+    list: u64,
+    index: u64,
+    range: &RangeInclusive<u64>,
+) -> Result<(), UserFault> {
+    let words = [range.start().to_ne_bytes(), range.end().to_ne_bytes()];
+    user.write(range_address(list, index), words.as_flattened())
+}

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The byte-level uAPI of `linux/iommufd.h` and `linux/vfio.h` over the emulated host.
+//!
+//! What a process would hand to `ioctl(2)` is taken apart here as Linux does it: sizes, excess
+//! bytes, reserved fields, flags and user pointers are checked in the same order, with the same
+//! errno, and the same bytes are written back. The rules of the objects are those of
+//! [`super::objects`].
+#![forbid(unsafe_code)]
+
+mod argument;
+mod hwpt;
+mod ioas;
+#[cfg(test)]
+mod tests;
+mod user_space;
+mod vfio;
+
+pub use user_space::{RegionSpace, UserFault, UserSpace};
+pub use vfio::DeviceFile;
+
+use std::mem::{offset_of, size_of};
+
+use iommufd_bindings::*;
+
+use super::refusal::{refuse, Outcome};
+use super::EmulatedHost;
+use crate::iommufd::Errno;
+use argument::Argument;
+
+/// One ioctl of `/dev/iommu`.
+struct Operation {
+    number: u32,
+    /// Size of the structure as this version of the uAPI knows it, in bytes.
+    size: usize,
+    /// Size of its first version, in bytes.
+    min_size: usize,
+    run: fn(&EmulatedHost, &mut Argument, &dyn UserSpace) -> Outcome<()>,
+}
+
+/// The operation `number` on the structure `$type`, whose first version ended after `$last`.
+macro_rules! operation {
+    ($number:ident, $type:ident, $last:ident: $field:ty, $run:expr) => {
+        Operation {
+            number: $number,
+            size: size_of::<$type>(),
+            min_size: offset_of!($type, $last) + size_of::<$field>(),
+            run: $run,
+        }
+    };
+}
+
+/// Every ioctl of Linux 7.2, in the order of their numbers.
+const OPERATIONS: [Operation; 21] = [
+    operation!(IOMMUFD_CMD_DESTROY, iommu_destroy, id: u32, ioas::destroy),
+    operation!(IOMMUFD_CMD_IOAS_ALLOC, iommu_ioas_alloc, out_ioas_id: u32, ioas::alloc),
+    operation!(
+        IOMMUFD_CMD_IOAS_ALLOW_IOVAS,
+        iommu_ioas_allow_iovas,
+        allowed_iovas: u64,
+        ioas::allow_iovas
+    ),
+    operation!(IOMMUFD_CMD_IOAS_COPY, iommu_ioas_copy, src_iova: u64, ioas::copy),
+    operation!(
+        IOMMUFD_CMD_IOAS_IOVA_RANGES,
+        iommu_ioas_iova_ranges,
+        out_iova_alignment: u64,
+        ioas::iova_ranges
+    ),
+    operation!(IOMMUFD_CMD_IOAS_MAP, iommu_ioas_map, iova: u64, ioas::map),
+    operation!(IOMMUFD_CMD_IOAS_UNMAP, iommu_ioas_unmap, length: u64, ioas::unmap),
+    operation!(IOMMUFD_CMD_OPTION, iommu_option, val64: u64, not_served),
+    operation!(IOMMUFD_CMD_VFIO_IOAS, iommu_vfio_ioas, __reserved: u16, not_served),
+    operation!(IOMMUFD_CMD_HWPT_ALLOC, iommu_hwpt_alloc, __reserved: u32, hwpt::alloc),
+    operation!(IOMMUFD_CMD_GET_HW_INFO, iommu_hw_info, __reserved: [u8; 3], hwpt::hw_info),
+    operation!(
+        IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING,
+        iommu_hwpt_set_dirty_tracking,
+        __reserved: u32,
+        not_served
+    ),
+    operation!(
+        IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP,
+        iommu_hwpt_get_dirty_bitmap,
+        data: u64,
+        not_served
+    ),
+    operation!(
+        IOMMUFD_CMD_HWPT_INVALIDATE,
+        iommu_hwpt_invalidate,
+        __reserved: u32,
+        hwpt::invalidate
+    ),
+    operation!(IOMMUFD_CMD_FAULT_QUEUE_ALLOC, iommu_fault_alloc, out_fault_fd: u32, not_served),
+    operation!(IOMMUFD_CMD_IOAS_MAP_FILE, iommu_ioas_map_file, iova: u64, not_served),
+    operation!(IOMMUFD_CMD_VIOMMU_ALLOC, iommu_viommu_alloc, out_viommu_id: u32, hwpt::viommu),
+    operation!(IOMMUFD_CMD_VDEVICE_ALLOC, iommu_vdevice_alloc, virt_id: u64, hwpt::vdevice),
+    operation!(
+        IOMMUFD_CMD_IOAS_CHANGE_PROCESS,
+        iommu_ioas_change_process,
+        __reserved: u32,
+        not_served
+    ),
+    operation!(IOMMUFD_CMD_VEVENTQ_ALLOC, iommu_veventq_alloc, out_veventq_fd: u32, not_served),
+    operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, not_served),
+];
+
+/// `_IO(IOMMUFD_TYPE, number)`: no direction and no size.
+const fn request_of(number: u32) -> u32 {
+    (IOMMUFD_TYPE as u32) << 8 | number
+}
+
+impl EmulatedHost {
+    /// `ioctl(2)` on `/dev/iommu`.
+    ///
+    /// `argument` is the memory that the third parameter points to, as much of it as the process
+    /// may access; pointers in it are addresses of `user`. `user` must not call the host.
+    ///
+    /// # Errors
+    /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: `OPTION`,
+    /// `VFIO_IOAS`, `IOAS_MAP_FILE`, `IOAS_CHANGE_PROCESS`, dirty tracking, fault and event queues.
+    pub fn ioctl(
+        &self,
+        request: u32,
+        argument: &mut [u8],
+        user: &dyn UserSpace,
+    ) -> Result<(), Errno> {
+        let index = (request & 0xff).checked_sub(IOMMUFD_CMD_BASE).map(|index| index as usize);
+        let Some(operation) = index.and_then(|index| OPERATIONS.get(index)) else {
+            return Err(Errno::ENOTTY);
+        };
+        let size = Argument::declared_size(argument)?;
+        if request != request_of(operation.number) {
+            return Err(Errno::ENOTTY);
+        }
+        let mut copy = Argument::copy_in(argument, size, operation.size, operation.min_size)?;
+        let outcome = (operation.run)(self, &mut copy, user);
+        if outcome.is_ok() || copy.is_answer() {
+            copy.copy_out(argument, size);
+        }
+        outcome.map_err(|refusal| {
+            log::debug!("ioctl {request:#x}: {}: {}", refusal.errno, refusal.detail);
+            refusal.errno
+        })
+    }
+}
+
+fn not_served(_: &EmulatedHost, _: &mut Argument, _: &dyn UserSpace) -> Outcome<()> {
+    refuse(Errno::EOPNOTSUPP, "the emulated host does not serve this ioctl")
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The byte-level rules, one ioctl a file.
+
+mod generic;
+mod hwpt;
+mod ioas;
+mod vfio;
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
+
+use super::{request_of, RegionSpace};
+use crate::emulated::objects::tests::fake::Bench;
+use crate::iommufd::{Errno, ObjectId};
+
+/// A field of an argument.
+#[derive(Debug, Clone, Copy)]
+enum Field {
+    D(u32),
+    Q(u64),
+}
+use Field::{D, Q};
+
+/// A process with a little memory, and a host.
+struct Process {
+    bench: Bench,
+    space: RegionSpace,
+    region: Arc<GuestRegionMmap>,
+}
+
+const MEMORY: u64 = 0x8000;
+/// Where no process has memory.
+const NOWHERE: u64 = 0x1000;
+
+impl Process {
+    fn new() -> Self {
+        Self::of(Bench::new())
+    }
+
+    fn of(bench: Bench) -> Self {
+        let region = GuestRegionMmap::from_range(GuestAddress(0), MEMORY as usize, None).unwrap();
+        let region = Arc::new(region);
+        Self { bench, space: RegionSpace::new(vec![region.clone()]), region }
+    }
+
+    /// Address of the byte at `offset` of the memory.
+    fn at(&self, offset: u64) -> u64 {
+        self.region.as_ptr() as u64 + offset
+    }
+
+    fn poke(&self, offset: u64, fields: &[Field]) -> u64 {
+        let bytes = flat(fields);
+        self.region.write_slice(&bytes, MemoryRegionAddress(offset)).unwrap();
+        self.at(offset)
+    }
+
+    fn peek(&self, offset: u64) -> u64 {
+        self.region.read_obj(MemoryRegionAddress(offset)).unwrap()
+    }
+
+    /// Makes ioctl `number` on a structure of these fields, after its size.
+    fn call(&self, number: u32, fields: &[Field]) -> Result<Vec<u8>, Errno> {
+        let (outcome, answer) = self.call_and_look(number, fields);
+        outcome.map(|()| answer)
+    }
+
+    /// The same, with what the structure is afterwards even when the call failed.
+    fn call_and_look(&self, number: u32, fields: &[Field]) -> (Result<(), Errno>, Vec<u8>) {
+        let mut bytes = flat(&[D(0)]);
+        bytes.extend(flat(fields));
+        let size = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&size.to_ne_bytes());
+        let outcome = self.bench.host.ioctl(request_of(number), &mut bytes, &self.space);
+        (outcome, bytes)
+    }
+
+    fn errno(&self, number: u32, fields: &[Field]) -> Errno {
+        self.call(number, fields).expect_err(&format!("{fields:?}"))
+    }
+}
+
+fn flat(fields: &[Field]) -> Vec<u8> {
+    fields
+        .iter()
+        .flat_map(|field| match field {
+            D(value) => value.to_ne_bytes().to_vec(),
+            Q(value) => value.to_ne_bytes().to_vec(),
+        })
+        .collect()
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_ne_bytes(bytes[offset..offset + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_ne_bytes(bytes[offset..offset + 8].try_into().unwrap())
+}
+
+fn id(id: ObjectId) -> Field {
+    D(id.0)
+}

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ioctls of a VFIO device.
+
+use super::{flat, u32_at, Field, Process, D, Q};
+use crate::emulated::objects::tests::fake::PASID;
+use crate::emulated::uapi::DeviceFile;
+use crate::iommufd::{Errno, ObjectId};
+
+const BIND: u32 = 0x3b76;
+const ATTACH: u32 = 0x3b77;
+const DETACH: u32 = 0x3b78;
+
+fn call(file: &DeviceFile, request: u32, fields: &[Field]) -> Result<Vec<u8>, Errno> {
+    let mut bytes = flat(fields);
+    file.ioctl(request, &mut bytes).map(|()| bytes)
+}
+
+fn open(process: &Process) -> DeviceFile {
+    process.bench.host.open_device("a").unwrap()
+}
+
+#[test]
+fn binding_is_the_first_thing_a_device_takes() {
+    let process = Process::new();
+    assert_eq!(process.bench.host.open_device("x").unwrap_err(), Errno::ENODEV);
+    let file = open(&process);
+    for request in [ATTACH, DETACH, 0x3b64] {
+        assert_eq!(call(&file, request, &[D(16), D(0), D(1), D(0)]), Err(Errno::EINVAL));
+    }
+    let bind = |file: &DeviceFile, fields: &[Field]| call(file, BIND, fields);
+    assert_eq!(bind(&file, &[]), Err(Errno::EFAULT));
+    assert_eq!(bind(&file, &[D(15), D(9), D(!0), D(0)]), Err(Errno::EINVAL));
+    assert_eq!(bind(&file, &[D(17), D(0), D(3), D(0)]), Err(Errno::EFAULT));
+    assert_eq!(bind(&file, &[D(32), D(0), D(3), D(0), Q(0), Q(1)]), Err(Errno::E2BIG));
+    assert_eq!(bind(&file, &[D(16), D(1), D(3), D(0)]), Err(Errno::EINVAL), "a token");
+    assert_eq!(bind(&file, &[D(16), D(0), D(!0), D(0)]), Err(Errno::EINVAL), "no iommufd");
+    let answer = bind(&file, &[D(32), D(0), D(3), D(0), Q(0), Q(0)]).unwrap();
+    assert_eq!(u32_at(&answer, 12), 1, "out_devid");
+    assert_eq!(bind(&file, &[D(16), D(0), D(3), D(0)]), Err(Errno::EINVAL), "bound");
+    let other = open(&process);
+    assert_eq!(bind(&other, &[D(16), D(0), D(3), D(0)]), Err(Errno::EINVAL), "elsewhere");
+    assert_eq!(call(&file, 0x3b64, &[D(4)]), Err(Errno::ENOTTY));
+    drop(file);
+    bind(&other, &[D(16), D(0), D(3), D(0)]).expect("closing unbinds");
+}
+
+#[test]
+fn attach_gives_the_hwpt_that_serves() {
+    let process = Process::new();
+    let file = open(&process);
+    call(&file, BIND, &[D(16), D(0), D(3), D(0)]).unwrap();
+    let ioas = process.bench.ioas();
+    let attach = |fields: &[Field]| call(&file, ATTACH, fields);
+    assert_eq!(attach(&[D(12), D(0)]), Err(Errno::EFAULT));
+    assert_eq!(attach(&[D(11), D(2), D(ioas.0)]), Err(Errno::EINVAL));
+    assert_eq!(attach(&[D(12), D(2), D(ioas.0)]), Err(Errno::EINVAL));
+    assert_eq!(attach(&[D(12), D(1), D(ioas.0)]), Err(Errno::EINVAL), "no room for a PASID");
+    assert_eq!(attach(&[D(16), D(1), D(ioas.0)]), Err(Errno::EFAULT));
+    assert_eq!(attach(&[D(12), D(0), D(99)]), Err(Errno::ENOENT));
+    let answer = attach(&[D(5000), D(0), D(ioas.0)]).expect("bytes beyond are not looked at");
+    let automatic = u32_at(&answer, 8);
+    assert_ne!(automatic, ioas.0);
+    let dev = ObjectId(1);
+    let pasid = process.bench.paging(dev, ioas, PASID).unwrap();
+    attach(&[D(12), D(0), D(pasid.0)]).unwrap();
+    attach(&[D(16), D(1), D(pasid.0), D(7)]).unwrap();
+    assert!(process.bench.host.graph().to_string().contains("PASID 0x7"));
+
+    let detach = |fields: &[Field]| call(&file, DETACH, fields);
+    assert_eq!(detach(&[D(8)]), Err(Errno::EFAULT));
+    assert_eq!(detach(&[D(7), D(2)]), Err(Errno::EINVAL));
+    assert_eq!(detach(&[D(8), D(2)]), Err(Errno::EINVAL));
+    assert_eq!(detach(&[D(8), D(1), D(7)]), Err(Errno::EINVAL));
+    detach(&[D(12), D(1), D(7)]).unwrap();
+    detach(&[D(12), D(1), D(8)]).expect("even when it was not attached");
+    detach(&[D(8), D(0)]).unwrap();
+    process.call(iommufd_bindings::IOMMUFD_CMD_DESTROY, &[D(pasid.0)]).unwrap();
+}
+
+#[test]
+fn closing_a_device_of_a_closed_host_is_fine() {
+    let process = Process::new();
+    let file = open(&process);
+    call(&file, BIND, &[D(16), D(0), D(3), D(0)]).unwrap();
+    process.bench.host.close();
+    drop(file);
+    assert_eq!(process.bench.host.live_objects(), 0);
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ioctls of a VFIO device that concern iommufd: bind, attach, detach.
+
+use std::mem::{offset_of, size_of};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::argument::Argument;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{Errno, ObjectId};
+
+/// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
+const fn request(n: u32) -> u32 {
+    (b';' as u32) << 8 | (100 + n)
+}
+
+const BIND_IOMMUFD: u32 = request(18);
+const ATTACH_IOMMUFD_PT: u32 = request(19);
+const DETACH_IOMMUFD_PT: u32 = request(20);
+/// `VFIO_DEVICE_ATTACH_PASID` and `VFIO_DEVICE_DETACH_PASID`.
+const FLAG_PASID: u32 = 1;
+
+/// `struct vfio_device_bind_iommufd`.
+#[repr(C)]
+struct Bind {
+    argsz: u32,
+    flags: u32,
+    iommufd: i32,
+    out_devid: u32,
+    token_uuid_ptr: u64,
+}
+
+/// `struct vfio_device_attach_iommufd_pt`.
+#[repr(C)]
+struct Attach {
+    argsz: u32,
+    flags: u32,
+    pt_id: u32,
+    pasid: u32,
+}
+
+/// `struct vfio_device_detach_iommufd_pt`.
+#[repr(C)]
+struct Detach {
+    argsz: u32,
+    flags: u32,
+    pasid: u32,
+}
+
+/// An open VFIO character device. Dropping it closes it: the device is detached and unbound.
+#[derive(Debug)]
+pub struct DeviceFile {
+    host: Arc<EmulatedHost>,
+    name: String,
+    /// The device's object, and the epoch of the host that the id belongs to.
+    bound: Mutex<Option<(u64, ObjectId)>>,
+}
+
+impl EmulatedHost {
+    /// Opens the device `name`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is none.
+    pub fn open_device(self: &Arc<Self>, name: &str) -> Result<DeviceFile, Errno> {
+        self.objects().machine().part(name).map_err(|refusal| refusal.errno)?;
+        let (host, name) = (self.clone(), name.to_owned());
+        Ok(DeviceFile { host, name, bound: Mutex::new(None) })
+    }
+}
+
+impl DeviceFile {
+    /// `ioctl(2)` on the device. Any `iommufd` that is not negative is the host's.
+    ///
+    /// # Errors
+    /// Linux's; `EINVAL` for all but binding before the device is bound.
+    pub fn ioctl(&self, request: u32, argument: &mut [u8]) -> Result<(), Errno> {
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = match (request, self.living(*bound)) {
+            (BIND_IOMMUFD, living) => self.bind(living, &mut bound, argument),
+            (_, None) => refuse(Errno::EINVAL, "the device is not bound"),
+            (ATTACH_IOMMUFD_PT, Some(dev)) => self.attach(dev, argument),
+            (DETACH_IOMMUFD_PT, Some(dev)) => self.detach(dev, argument),
+            _ => refuse(Errno::ENOTTY, "no such ioctl"),
+        };
+        outcome.map_err(|refusal| {
+            log::debug!("ioctl {request:#x} of {}: {}", self.name, refusal.detail);
+            refusal.errno
+        })
+    }
+
+    /// The object, unless the host was closed since it was bound.
+    fn living(&self, bound: Option<(u64, ObjectId)>) -> Option<ObjectId> {
+        let (epoch, dev) = bound?;
+        (epoch == self.host.objects().epoch()).then_some(dev)
+    }
+
+    fn bind(
+        &self,
+        living: Option<ObjectId>,
+        bound: &mut Option<(u64, ObjectId)>,
+        user: &mut [u8],
+    ) -> Outcome<()> {
+        const MIN_SIZE: usize = offset_of!(Bind, token_uuid_ptr);
+        let declared = size(user)?;
+        let mut argument = copy_in(user, declared, size_of::<Bind>(), MIN_SIZE)?;
+        let iommufd = i32::from_ne_bytes(argument.bytes(offset_of!(Bind, iommufd)));
+        // The only flag names a token, which emulated devices do not have.
+        if argument.u32(offset_of!(Bind, flags)) != 0 || iommufd < 0 {
+            return refuse(Errno::EINVAL, "unknown flags, or no iommufd");
+        }
+        if living.is_some() {
+            return refuse(Errno::EINVAL, "the device is bound already");
+        }
+        let mut objects = self.host.objects();
+        let dev = match objects.device_bind(&self.name) {
+            Ok(dev) => dev,
+            // Through another descriptor: VFIO's own answer.
+            Err(refusal) if refusal.errno == Errno::EBUSY => {
+                return refuse(Errno::EINVAL, refusal.detail);
+            }
+            Err(refusal) => return Err(refusal),
+        };
+        *bound = Some((objects.epoch(), dev));
+        argument.set_u32(offset_of!(Bind, out_devid), dev.0);
+        argument.copy_out(user, declared);
+        Ok(())
+    }
+
+    fn attach(&self, dev: ObjectId, user: &mut [u8]) -> Outcome<()> {
+        let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
+        let pt = argument.id(offset_of!(Attach, pt_id));
+        let hwpt = self.host.objects().device_attach(dev, pasid, pt)?;
+        argument.set_u32(offset_of!(Attach, pt_id), hwpt.0);
+        argument.copy_out(user, offset_of!(Attach, pasid));
+        Ok(())
+    }
+
+    fn detach(&self, dev: ObjectId, user: &mut [u8]) -> Outcome<()> {
+        let (_, pasid) = slot(user, offset_of!(Detach, pasid))?;
+        self.host.objects().device_detach(dev, pasid)
+    }
+}
+
+impl Drop for DeviceFile {
+    fn drop(&mut self) {
+        let bound = *self.bound.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(dev) = self.living(bound) {
+            // Fails only when somebody else unbound the device.
+            let _ = self.host.objects().device_unbind(dev);
+        }
+    }
+}
+
+/// The structure of an attach or a detach, and the PASID at `pasid_offset` when its flags say that
+/// it has one. The structure's first version ended there; bytes past the PASID never count.
+fn slot(user: &[u8], pasid_offset: usize) -> Outcome<(Argument, Option<u32>)> {
+    let first_version = copy_in(user, pasid_offset, pasid_offset, pasid_offset)?;
+    let declared = size(user)?;
+    if declared < pasid_offset {
+        return refuse(Errno::EINVAL, format!("argsz {declared}"));
+    }
+    let flags = first_version.u32(offset_of!(Attach, flags));
+    if flags & !FLAG_PASID != 0 {
+        return refuse(Errno::EINVAL, format!("flags {flags:#x}"));
+    }
+    if flags & FLAG_PASID == 0 {
+        return Ok((first_version, None));
+    }
+    let full = pasid_offset + size_of::<u32>();
+    if declared < full {
+        return refuse(Errno::EINVAL, format!("argsz {declared} has no room for a PASID"));
+    }
+    let argument = copy_in(user, full, full, full)?;
+    let pasid = argument.u32(pasid_offset);
+    Ok((argument, Some(pasid)))
+}
+
+fn size(user: &[u8]) -> Outcome<usize> {
+    Argument::declared_size(user).or_else(|errno| refuse(errno, "argsz"))
+}
+
+fn copy_in(user: &[u8], declared: usize, size: usize, min_size: usize) -> Outcome<Argument> {
+    Argument::copy_in(user, declared, size, min_size)
+        .or_else(|errno| refuse(errno, format!("a structure of {declared} bytes")))
+}
