@@ -5,8 +5,8 @@
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::dma::DmaPort;
 use super::graph::ObjectGraph;
-use super::hardware::Hardware;
 use super::objects::{
     DeviceConfig, Entries, HwptRequest, InvalidateFormat, MachineError, MapRequest, Objects, UnitId,
 };
@@ -37,12 +37,13 @@ impl EmulatedHost {
 
     /// Adds an IOMMU, which serves this host alone.
     pub fn add_unit(&self, unit: Arc<VtdUnit>) -> UnitId {
-        self.add_hardware(unit)
+        self.objects().machine_mut().add_vtd(unit)
     }
 
-    /// Adds an IOMMU.
-    pub(crate) fn add_hardware(&self, hardware: Arc<dyn Hardware>) -> UnitId {
-        self.objects().machine_mut().add_unit(hardware)
+    /// Adds an IOMMU that only listens.
+    #[cfg(test)]
+    pub(crate) fn add_hardware(&self, hardware: Arc<dyn super::hardware::Hardware>) -> UnitId {
+        self.objects().machine_mut().add_hardware(hardware)
     }
 
     /// Adds a device behind `unit`, to be bound by `name`.
@@ -57,6 +58,15 @@ impl EmulatedHost {
         config: DeviceConfig,
     ) -> std::result::Result<(), MachineError> {
         self.objects().machine_mut().add_device(name, unit, rid, config)
+    }
+
+    /// Where the DMA of the device `name` enters its IOMMU, bound or not; `None` when there is no
+    /// such device.
+    pub fn dma_port(&self, name: &str) -> Option<DmaPort> {
+        let objects = self.objects();
+        let part = objects.machine().part(name).ok()?;
+        let unit = objects.machine().unit(part.unit).ok()?;
+        unit.vtd.as_ref().map(|unit| unit.port(part.rid.raw()))
     }
 
     /// The objects and what leads to what, at one moment.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::driver::{Driver, MSI_WINDOW};
 use crate::emulated::hardware::Hardware;
 use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::vtd::VtdUnit;
 use crate::iommufd::{Errno, Extensions, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
 
@@ -62,6 +63,8 @@ pub enum MachineError {
 pub(crate) struct Unit {
     pub hardware: Arc<dyn Hardware>,
     pub driver: Driver,
+    /// The same hardware, where devices of this process can do DMA through it.
+    pub vtd: Option<Arc<VtdUnit>>,
 }
 
 /// One device, bound or not.
@@ -82,10 +85,20 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Adds an IOMMU.
-    pub fn add_unit(&mut self, hardware: Arc<dyn Hardware>) -> UnitId {
+    /// Adds an IOMMU that devices of this process can do DMA through.
+    pub fn add_vtd(&mut self, unit: Arc<VtdUnit>) -> UnitId {
+        self.add(unit.clone(), Some(unit))
+    }
+
+    /// Adds an IOMMU that only listens.
+    #[cfg(test)]
+    pub fn add_hardware(&mut self, hardware: Arc<dyn Hardware>) -> UnitId {
+        self.add(hardware, None)
+    }
+
+    fn add(&mut self, hardware: Arc<dyn Hardware>, vtd: Option<Arc<VtdUnit>>) -> UnitId {
         let driver = Driver::new(&hardware.info());
-        self.units.push(Unit { hardware, driver });
+        self.units.push(Unit { hardware, driver, vtd });
         UnitId(self.units.len() - 1)
     }
 

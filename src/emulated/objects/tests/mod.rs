@@ -2,6 +2,7 @@
 //! The rules of the objects, each sentence a test.
 
 mod attach;
+mod dma;
 pub(crate) mod fake;
 mod hwpt;
 mod invalidate;

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The objects over the emulated hardware: what the verbs mean for DMA.
+
+use std::sync::{Arc, Mutex};
+
+use vm_memory::{Bytes, MemoryRegionAddress};
+
+use super::fake::{memory, Failure};
+use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
+use crate::iommufd::{
+    iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, FaultSink, HostFault, HostIommu,
+    HwptAlloc, HwptData, HwptFlags, InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
+};
+use crate::spec::pci::Bdf;
+
+const RW: Protection = Protection::READ_WRITE;
+const PASID: DmaAttributes = DmaAttributes { pasid: Some(5), privileged: false, execute: false };
+
+struct Rig {
+    host: Arc<EmulatedHost>,
+    port: DmaPort,
+    dev: ObjectId,
+    ioas: ObjectId,
+    memory: UserMemory,
+}
+
+/// A bound device, and 64 KiB of memory mapped at 0x10000.
+fn rig() -> Rig {
+    let host = EmulatedHost::new();
+    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    let config = DeviceConfig { pasid_bits: 8, ..DeviceConfig::default() };
+    host.add_device("edu", unit, Bdf::from_raw(0x20), config).unwrap();
+    let port = host.dma_port("edu").unwrap();
+    assert!(host.dma_port("nobody").is_none());
+    let (dev, ioas) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
+    let memory = memory(0x10000);
+    host.ioas_map(ioas, &memory, MapTarget::Fixed(0x10000), RW).unwrap();
+    Rig { host, port, dev, ioas, memory }
+}
+
+impl Rig {
+    fn alloc(&self, pt: ObjectId, flags: HwptFlags, data: HwptData) -> ObjectId {
+        let args = HwptAlloc { flags, dev: self.dev, pt, data, fault: None };
+        self.host.hwpt_alloc(&args).unwrap()
+    }
+
+    fn poke(&self, offset: u64, value: u64) {
+        self.memory.region().write_obj(value, MemoryRegionAddress(offset)).unwrap();
+    }
+
+    /// What a DMA read of 8 bytes finds.
+    fn read(&mut self, attributes: DmaAttributes, iova: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        let outcome = self.port.read(attributes, iova, &mut bytes);
+        outcome.ok().map(|()| u64::from_le_bytes(bytes))
+    }
+}
+
+#[test]
+fn a_device_reaches_what_its_ioas_maps_while_it_is_attached() {
+    let mut rig = rig();
+    rig.poke(0x1000, 42);
+    let plain = DmaAttributes::default();
+    assert_eq!(rig.read(plain, 0x11000), None, "blocked until attached");
+    rig.host.device_attach(rig.dev, None, rig.ioas).unwrap();
+    assert_eq!(rig.read(plain, 0x11000), Some(42));
+    assert_eq!(rig.read(plain, 0x20000), None, "beyond the mapping");
+    let copy = MapTarget::Fixed(0x50000);
+    rig.host.ioas_copy(rig.ioas, copy, rig.ioas, 0x10000, 0x10000, RW).unwrap();
+    assert_eq!(rig.read(plain, 0x51000), Some(42));
+    rig.host.ioas_unmap(rig.ioas, 0x10000, 0x10000).unwrap();
+    assert_eq!((rig.read(plain, 0x11000), rig.read(plain, 0x51000)), (None, Some(42)));
+    let empty = rig.host.ioas_alloc().unwrap();
+    rig.host.device_attach(rig.dev, None, empty).unwrap();
+    assert_eq!(rig.read(plain, 0x51000), None, "replaced");
+    rig.host.device_attach(rig.dev, None, rig.ioas).unwrap();
+    assert_eq!(rig.read(plain, 0x51000), Some(42));
+    rig.host.device_detach(rig.dev, None).unwrap();
+    assert_eq!(rig.read(plain, 0x51000), None, "detached");
+}
+
+#[test]
+fn read_only_memory_is_not_written() {
+    let mut rig = rig();
+    let target = MapTarget::Fixed(0x50000);
+    rig.host.ioas_map(rig.ioas, &rig.memory, target, Protection::READ_ONLY).unwrap();
+    rig.host.device_attach(rig.dev, None, rig.ioas).unwrap();
+    let plain = DmaAttributes::default();
+    assert!(rig.port.write(plain, 0x50000, &[1]).is_err());
+    rig.port.write(plain, 0x10000, &[1]).unwrap();
+    assert_eq!(rig.read(plain, 0x50000), Some(1));
+}
+
+#[test]
+fn a_nested_hwpt_walks_the_users_tables_and_keeps_them_cached() {
+    let mut rig = rig();
+    // 4-level tables in the device's own view of memory: IOVA 0 leads to `leaf`.
+    for (level, table) in [0u64, 0x1000, 0x2000].into_iter().enumerate() {
+        rig.poke(table, (0x11000 + 0x1000 * level as u64) | 7);
+    }
+    let leaf = |rig: &Rig, page: u64| rig.poke(0x3000, page | 7);
+    rig.poke(0x4000, 44);
+    rig.poke(0x5000, 55);
+    leaf(&rig, 0x14000);
+    let parent = rig.alloc(rig.ioas, HwptFlags::new().with_nest_parent(true), HwptData::None);
+    let tables = iommu_hwpt_vtd_s1 { pgtbl_addr: 0x10000, addr_width: 48, ..Default::default() };
+    let flags = HwptFlags::new().with_pasid(true);
+    let nested = rig.alloc(parent, flags, HwptData::VtdS1(tables));
+    rig.host.device_attach(rig.dev, Some(5), nested).unwrap();
+    assert_eq!(rig.read(PASID, 0), Some(44));
+    assert_eq!(rig.read(DmaAttributes::default(), 0), None, "another requester");
+    leaf(&rig, 0x15000);
+    assert_eq!(rig.read(PASID, 0), Some(44), "stale until invalidated");
+    let page = iommu_hwpt_vtd_s1_invalidate { npages: 1, ..Default::default() };
+    rig.host.hwpt_invalidate(nested, InvalidateData::VtdS1(&[page])).unwrap();
+    assert_eq!(rig.read(PASID, 0), Some(55));
+    rig.host.ioas_unmap(rig.ioas, 0, u64::MAX).unwrap();
+    assert_eq!(rig.read(PASID, 0), None, "what stage 2 lost is gone at once");
+}
+
+#[test]
+fn values_the_unit_cannot_walk_are_refused_at_the_attachment() {
+    let rig = rig();
+    let parent = rig.alloc(rig.ioas, HwptFlags::new().with_nest_parent(true), HwptData::None);
+    for (flags, addr_width) in [(0, 57), (0, 39), (1, 48), (2, 48)] {
+        let tables = iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() };
+        let nested = rig.alloc(parent, HwptFlags::new(), HwptData::VtdS1(tables));
+        assert_eq!(rig.host.device_attach(rig.dev, None, nested).errno(), Errno::EINVAL);
+    }
+}
+
+#[derive(Default)]
+struct Seen(Mutex<Vec<HostFault>>);
+
+impl FaultSink for Seen {
+    fn dma_fault(&self, fault: &HostFault) {
+        self.0.lock().unwrap().push(*fault);
+    }
+}
+
+#[test]
+fn faults_name_the_device_object() {
+    let mut rig = rig();
+    let seen = Arc::new(Seen::default());
+    let weak = Arc::downgrade(&seen);
+    rig.host.set_fault_sink(rig.dev, weak).unwrap();
+    rig.host.device_attach(rig.dev, None, rig.ioas).unwrap();
+    assert_eq!(rig.read(DmaAttributes::default(), 0x5000), None);
+    let faults = std::mem::take(&mut *seen.0.lock().unwrap());
+    assert_eq!(faults.len(), 1);
+    assert_eq!((faults[0].dev, faults[0].address, faults[0].write), (rig.dev, 0x5000, false));
+    assert!(faults[0].stage2);
+    rig.host.device_unbind(rig.dev).unwrap();
+    assert_eq!(rig.read(DmaAttributes::default(), 0x5000), None);
+    assert!(seen.0.lock().unwrap().is_empty(), "an unbound device reports to nobody");
+}
+
+#[test]
+fn the_extensions_are_those_of_every_unit() {
+    let host = EmulatedHost::new();
+    assert!(!host.extensions().guest_second_stage && !host.extensions().fault_reports);
+    host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    assert!(host.extensions().guest_second_stage && host.extensions().fault_reports);
+    let plain = VtdUnitConfig { guest_second_stage: false, ..VtdUnitConfig::default() };
+    host.add_unit(VtdUnit::new(plain));
+    assert!(!host.extensions().guest_second_stage && host.extensions().fault_reports);
+}
