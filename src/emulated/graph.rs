@@ -165,3 +165,20 @@ fn tables_name(data: &HwptData) -> String {
         }
     }
 }
+
+#[cfg(all(test, feature = "serde"))]
+mod tests {
+    use crate::emulated::EmulatedHost;
+    use crate::iommufd::HostIommu;
+
+    #[test]
+    fn a_graph_is_reported_as_json() {
+        let host = EmulatedHost::new();
+        host.ioas_alloc().unwrap();
+        let json = serde_json::to_value(host.graph()).unwrap();
+        let object = serde_json::json!({
+            "id": 1, "kind": "IOAS", "name": "(0 mappings)", "flags": [], "on": []
+        });
+        assert_eq!(json, serde_json::json!({ "objects": [object], "pinned_bytes": 0 }));
+    }
+}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `IOMMU_HWPT_INVALIDATE`.
 
+use super::hwpt::HwptNested;
 use super::{Object, Objects};
 use crate::emulated::hardware::CacheRange;
 use crate::emulated::ioas::PAGE_SIZE;
@@ -37,19 +38,21 @@ impl Objects {
         format: InvalidateFormat,
         entries: &Entries<'_>,
     ) -> Result<(), (usize, Refusal)> {
-        self.check_invalidate(hwpt, format, entries.count).map_err(|refusal| (0, refusal))?;
+        let nested =
+            self.check_invalidate(hwpt, format, entries.count).map_err(|refusal| (0, refusal))?;
         for done in 0..entries.count {
-            self.invalidate_one(hwpt, done, entries).map_err(|refusal| (done, refusal))?;
+            self.invalidate_one(nested, done, entries).map_err(|refusal| (done, refusal))?;
         }
         Ok(())
     }
 
+    /// The HWPT_NESTED that `count` entries of `format` are for.
     fn check_invalidate(
         &self,
         hwpt: ObjectId,
         format: InvalidateFormat,
         count: usize,
-    ) -> Outcome<()> {
+    ) -> Outcome<&HwptNested> {
         if count > MAX_INVALIDATE_ENTRIES {
             return refuse(Errno::EINVAL, format!("{count} entries"));
         }
@@ -75,12 +78,16 @@ impl Objects {
                 format!("HWPT_NESTED {hwpt} takes {expected:?}, not {format:?}"),
             );
         }
-        Ok(())
+        Ok(nested)
     }
 
-    fn invalidate_one(&self, hwpt: ObjectId, number: usize, entries: &Entries<'_>) -> Outcome<()> {
+    fn invalidate_one(
+        &self,
+        nested: &HwptNested,
+        number: usize,
+        entries: &Entries<'_>,
+    ) -> Outcome<()> {
         let range = cache_range(&(entries.read)(number)?, number)?;
-        let nested = self.table.hwpt_nested(hwpt)?;
         for unit in nested.attached.units() {
             self.machine.unit(unit)?.hardware.invalidate(nested.tag, range);
         }

@@ -4,7 +4,7 @@
 //! What a process would hand to `ioctl(2)` is taken apart here as Linux does it: sizes, excess
 //! bytes, reserved fields, flags and user pointers are checked in the same order, with the same
 //! errno, and the same bytes are written back. The rules of the objects are those of
-//! [`super::objects`].
+//! [`EmulatedHost`].
 #![forbid(unsafe_code)]
 
 mod argument;
