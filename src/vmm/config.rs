@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a machine is built from. The command line is one way to fill these in.
+#![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 
-use super::memory::VTD_REGISTERS;
+use super::memory::{self, VTD_REGISTERS};
 
 /// A whole machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,6 +110,9 @@ pub enum ConfigError {
     /// No vCPU.
     #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
     NoVcpus,
+    /// The virtual IOMMU's registers would be on top of something else.
+    #[error("--iommu: addr={0:#x} is where {1} is")]
+    RegisterPage(u64, &'static str),
     /// A device behind what is not there.
     #[error("--device {0}: iommu=on, but there is no --iommu")]
     NoIommu(usize),
@@ -137,6 +141,11 @@ impl MachineConfig {
         }
         if self.devices.len() > MAX_DEVICES {
             return Err(ConfigError::TooManyDevices(self.devices.len()));
+        }
+        if let Some(iommu) = &self.iommu {
+            if let Some(occupant) = memory::occupant(self.memory, iommu.address) {
+                return Err(ConfigError::RegisterPage(iommu.address, occupant));
+            }
         }
         for (number, device) in (1..).zip(&self.devices) {
             let DeviceConfig::Edu(edu) = device;
@@ -197,6 +206,17 @@ mod tests {
         ] {
             assert_eq!(machine(iommu, edu).validate(), Ok(()));
         }
+    }
+
+    #[test]
+    fn the_register_page_needs_a_place_of_its_own() {
+        let at = |address| {
+            let iommu = IommuConfig { address, ..IommuConfig::default() };
+            machine(Some(iommu), EduConfig::default()).validate()
+        };
+        assert_eq!(at(VTD_REGISTERS), Ok(()));
+        assert_eq!(at(0x1000), Err(ConfigError::RegisterPage(0x1000, "RAM")));
+        assert_eq!(at(0xe000_0000), Err(ConfigError::RegisterPage(0xe000_0000, "PCI memory")));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The debug-exit port: what a guest writes becomes the exit code of the process.
+#![forbid(unsafe_code)]
 
 use super::bus::BusDevice;
 use super::stop::{StopReason, Stopper};

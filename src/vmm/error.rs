@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What can keep a machine from being built or from going on, each in one line for its user.
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use super::bus::Overlap;
 use super::config::ConfigError;
 use super::exit_code;
 use super::memory::MemoryError;
+use crate::viommu::vtd::CapabilityConflict;
 
 /// Why there is no machine, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +63,9 @@ pub enum Error {
     /// The PCI bus cannot be built.
     #[error("PCI: {0}")]
     Pci(String),
+    /// The host's IOMMU cannot serve what the virtual one was to offer.
+    #[error("--iommu: {0}")]
+    Capability(#[from] CapabilityConflict),
     /// The virtual IOMMU or the host behind it cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
@@ -78,7 +83,9 @@ impl Error {
         match self {
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
             Self::Boot(_) => exit_code::NO_INPUT,
-            Self::KvmOpen { .. } | Self::KvmLacks(_) => exit_code::UNAVAILABLE,
+            Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Capability(_) => {
+                exit_code::UNAVAILABLE
+            }
             Self::Kvm { .. }
             | Self::Os { .. }
             | Self::Pci(_)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Interrupts: which interrupt controller the machine has, and how devices reach it.
+#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;

@@ -83,7 +83,7 @@ impl Iommu {
         }
 
         let hosts: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
-        let offered = vtd_config(config).intersect(&hosts).map_err(failed("--iommu"))?;
+        let offered = vtd_config(config).intersect(&hosts)?;
         let observer = trace.map(|trace| trace as Arc<dyn Observer>);
         let tables = Arc::new(memory.map().clone());
         let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)

@@ -28,6 +28,16 @@ pub const VTD_REGISTERS: u64 = 0xfed9_0000;
 /// Where KVM keeps its task-state segment, just below the usual place of a BIOS.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
+/// What stands at fixed addresses besides RAM, both ends included.
+const FIXED: [(u64, u64, &str); 5] = [
+    (ECAM_START, ECAM_START + (ECAM_SIZE - 1), "PCI configuration space"),
+    (PCI_MMIO_START, PCI_MMIO_LAST, "PCI memory"),
+    (0xfec0_0000, 0xfec0_0fff, "the IOAPIC"),
+    (0xfee0_0000, 0xfeef_ffff, "the LAPICs and interrupt messages"),
+    // An identity page table, then three pages of task-state segment.
+    (KVM_TSS - 0x1000, KVM_TSS + 0x2fff, "KVM"),
+];
+
 /// What RAM and KVM deal in, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
@@ -138,6 +148,16 @@ impl MachineMemory {
     }
 }
 
+/// What is at `address` in a machine with `size` bytes of RAM, if anything is.
+pub fn occupant(size: u64, address: u64) -> Option<&'static str> {
+    let in_ram = |(start, length): (u64, u64)| address >= start && address - start < length;
+    if ranges(size).into_iter().any(in_ram) {
+        return Some("RAM");
+    }
+    let fixed = |(start, last, _): &&(u64, u64, _)| (*start..=*last).contains(&address);
+    FIXED.iter().find(fixed).map(|(_, _, name)| *name)
+}
+
 fn check_size(size: u64, host: Option<u64>) -> std::result::Result<(), MemoryError> {
     if size == 0 {
         return Err(MemoryError::Zero);
@@ -177,6 +197,22 @@ mod tests {
         assert_eq!(ranges(512 << 20), [(0, 512 << 20)]);
         assert_eq!(ranges(LOW_RAM_END), [(0, LOW_RAM_END)]);
         assert_eq!(ranges(4 << 30), [(0, LOW_RAM_END), (HIGH_RAM_START, 0x5000_0000)]);
+    }
+
+    #[test]
+    fn it_is_known_who_stands_where() {
+        assert_eq!(occupant(512 << 20, VTD_REGISTERS), None);
+        assert_eq!(occupant(512 << 20, 0), Some("RAM"));
+        assert_eq!(occupant(512 << 20, 512 << 20), None);
+        assert_eq!(occupant(4 << 30, HIGH_RAM_START), Some("RAM"));
+        assert_eq!(
+            occupant(512 << 20, ECAM_START + ECAM_SIZE - 1),
+            Some("PCI configuration space")
+        );
+        assert_eq!(occupant(512 << 20, 0xfee0_1000), Some("the LAPICs and interrupt messages"));
+        assert_eq!(occupant(512 << 20, KVM_TSS), Some("KVM"));
+        // A size that no host has is refused elsewhere; it is no reason to panic.
+        assert_eq!(occupant(u64::MAX & !0xfff, 0), Some("RAM"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The serial port: a 16550 at 0x3f8, and where its bytes go and come from.
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};

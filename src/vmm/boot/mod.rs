@@ -12,6 +12,10 @@ mod memory_map;
 mod multiboot;
 mod pvh;
 mod start_state;
+#[cfg(test)]
+mod test_images;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::path::{Path, PathBuf};

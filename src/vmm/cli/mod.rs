@@ -6,6 +6,8 @@ mod options;
 mod report_output;
 mod size;
 
+use std::fmt;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -119,15 +121,21 @@ fn run(args: RunArgs) -> u8 {
     match result {
         Ok(reason) => {
             if !reason.is_orderly() {
-                eprintln!("twostage: error: {reason}");
+                complain(&reason);
             }
             reason.exit_code()
         }
         Err(error) => {
-            eprintln!("twostage: error: {error}");
+            complain(&error);
             error.exit_code()
         }
     }
+}
+
+/// Says in one line what went wrong.
+fn complain(what: &dyn fmt::Display) {
+    // With standard error closed the exit code alone has to tell.
+    let _ = writeln!(io::stderr(), "twostage: error: {what}");
 }
 
 /// Help and version as clap prints them; an error in one line.
@@ -144,7 +152,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         .map(|line| line.trim().trim_start_matches("error: "))
         .collect::<Vec<_>>()
         .join(" ");
-    eprintln!("twostage: error: {line} (see --help)");
+    complain(&format_args!("{line} (see --help)"));
     ExitCode::from(exit_code::USAGE)
 }
 

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Images that boot, and files that do not: each refused by name, none of them a panic.
+
+use std::io::Write;
+
+use proptest::prelude::*;
+use tempfile::NamedTempFile;
+
+use super::test_images::*;
+use super::*;
+
+const RAM: u64 = 0x40_0000;
+
+fn file(bytes: &[u8]) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+fn load_with(
+    memory: &MachineMemory,
+    image: &[u8],
+    initramfs: Option<&[u8]>,
+    cmdline: &str,
+) -> Result<StartState, BootError> {
+    let kernel = file(image);
+    let initramfs = initramfs.map(file);
+    let payload = PayloadConfig {
+        kernel: kernel.path().to_owned(),
+        initramfs: initramfs.as_ref().map(|file| file.path().to_owned()),
+        cmdline: cmdline.to_owned(),
+    };
+    load(memory, &payload)
+}
+
+fn load_image(image: &[u8]) -> Result<StartState, BootError> {
+    load_with(&MachineMemory::new(RAM).unwrap(), image, None, "")
+}
+
+fn word(memory: &MachineMemory, address: u64) -> u32 {
+    memory.map().read_obj(GuestAddress(address)).unwrap()
+}
+
+fn string(memory: &MachineMemory, address: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    memory.map().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+    bytes
+}
+
+#[test]
+fn a_pvh_image_is_told_of_the_machine() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let start = load_with(&memory, &pvh(b"\xf4code"), Some(b"files"), "a=1 b").unwrap();
+    assert_eq!(start.rip, u64::from(CODE_START));
+    assert_eq!(string(&memory, start.rip, 5), b"\xf4code");
+    let info = start.rbx;
+    assert_eq!(word(&memory, info), 0x336e_c578);
+    // One module, whose address and size the list has.
+    assert_eq!(word(&memory, info + 12), 1);
+    let modules = u64::from(word(&memory, info + 16));
+    assert_eq!(word(&memory, modules + 8), 5);
+    assert_eq!(string(&memory, u64::from(word(&memory, modules)), 5), b"files");
+    assert_eq!(string(&memory, u64::from(word(&memory, info + 24)), 6), b"a=1 b\0");
+    // The memory map names all RAM.
+    let map = u64::from(word(&memory, info + 40));
+    let entries = u64::from(word(&memory, info + 48));
+    let ram: u64 = (0..entries)
+        .map(|entry| map + entry * 24)
+        .filter(|entry| word(&memory, entry + 16) == 1)
+        .map(|entry| u64::from(word(&memory, entry + 8)))
+        .sum();
+    assert_eq!(ram, RAM - 0x6_0000);
+}
+
+#[test]
+fn a_multiboot_image_is_told_of_the_machine() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let start = load_with(&memory, &multiboot(b"\xf4code"), Some(b"files"), "a=1 b").unwrap();
+    assert_eq!((start.rip, start.rax), (u64::from(CODE_START), 0x2bad_b002));
+    assert_eq!(string(&memory, start.rip, 5), b"\xf4code");
+    let info = start.rbx;
+    assert_eq!(word(&memory, info) & 0b100_1101, 0b100_1101);
+    assert_eq!(word(&memory, info + 4), 640);
+    assert_eq!(word(&memory, info + 8), 3 * 1024);
+    assert_eq!(string(&memory, u64::from(word(&memory, info + 16)), 6), b"a=1 b\0");
+    assert_eq!(word(&memory, info + 20), 1);
+    let module = u64::from(word(&memory, info + 24));
+    let (from, to) = (word(&memory, module), word(&memory, module + 4));
+    assert_eq!(to - from, 5);
+    assert_eq!(from % 4096, 0);
+    assert_eq!(string(&memory, from.into(), 5), b"files");
+    // The entries of the map fill its length.
+    let (length, map) = (word(&memory, info + 44), word(&memory, info + 48));
+    let mut at = 0;
+    while at < length {
+        at += word(&memory, u64::from(map + at)) + 4;
+    }
+    assert_eq!(at, length);
+}
+
+#[test]
+fn without_an_initramfs_there_is_no_module() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let start = load_with(&memory, &multiboot(b"\xf4"), None, "").unwrap();
+    assert_eq!(word(&memory, start.rbx + 20), 0);
+    let memory = MachineMemory::new(RAM).unwrap();
+    let start = load_with(&memory, &pvh(b"\xf4"), None, "").unwrap();
+    assert_eq!(word(&memory, start.rbx + 12), 0);
+}
+
+fn refused(image: &[u8], hint: &str) {
+    let error = load_image(image).unwrap_err().to_string();
+    assert!(error.starts_with("--kernel "), "{error}");
+    assert!(error.contains(hint), "{error} does not say '{hint}'");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+fn patched(mut image: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
+    image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    image
+}
+
+#[test]
+fn foreign_files_are_refused_by_name() {
+    refused(b"", "not an ELF image");
+    refused(b"#!/bin/sh\n", "not an ELF image");
+    refused(b"\x7fELF", "truncated");
+    refused(&patched(pvh(b"\xf4"), 4, &[7]), "class 7");
+    refused(&patched(pvh(b"\xf4"), 5, &[2]), "big-endian");
+    refused(&patched(pvh(b"\xf4"), 5, &[9]), "not an ELF image");
+    refused(&patched(pvh(b"\xf4"), 18, &[183, 0]), "machine 183");
+    refused(&patched(pvh(b"\xf4"), 18, &[3, 0]), "machine 3");
+    refused(&patched(pvh(b"\xf4"), NOTE + 8, &[17]), "without a PVH entry");
+    refused(&patched(multiboot(b"\xf4"), MULTIBOOT_HEADER + 8, &[0]), "Multiboot header");
+    refused(&multiboot_with_flags(b"\xf4", 1 << 2), "a video mode");
+    refused(&multiboot_with_flags(b"\xf4", 1 << 9), "a later version");
+    refused(&multiboot_with_flags(b"\xf4", 1 << 16), "load addresses");
+}
+
+#[test]
+fn images_that_do_not_fit_are_refused_by_name() {
+    let header = PROGRAM_HEADER_32;
+    let image = || multiboot(b"\xf4");
+    refused(&patched(image(), header, &[0]), "no loadable segment");
+    refused(&patched(image(), header + 4, &[0xff; 4]), "truncated: a segment");
+    refused(&patched(image(), header + 16, &[0xff; 4]), "truncated: a segment");
+    refused(&patched(image(), header + 20, &[0; 4]), "no loadable segment");
+    refused(&patched(image(), header + 12, &[0, 0x60, 0, 0]), "0x6000 does not lie");
+    refused(&patched(image(), header + 12, &[0xff; 4]), "0xffffffff does not lie");
+    refused(&patched(image(), header + 20, &[0xff; 4]), "does not lie in guest memory");
+    refused(&patched(image(), 24, &[0; 4]), "entry point 0x0");
+    refused(&patched(image(), 28, &[0xff; 4]), "program header table");
+    refused(&patched(image(), 42, &[1, 0]), "program header table");
+    refused(&patched(image(), 44, &[0xff; 2]), "program header table");
+    refused(&patched(pvh(b"\xf4"), NOTE + 16, &[0; 4]), "entry point 0x0");
+    let physical = PROGRAM_HEADER_64 + 24;
+    refused(&patched(pvh(b"\xf4"), physical, &[0xff; 8]), "does not lie in guest memory");
+}
+
+#[test]
+fn a_file_cut_short_anywhere_is_refused() {
+    for image in [pvh(&[0xf4; 32]), multiboot(&[0xf4; 32])] {
+        for length in 0..image.len() {
+            assert!(load_image(&image[..length]).is_err(), "{length} bytes were taken");
+        }
+        load_image(&image).unwrap();
+    }
+}
+
+#[test]
+fn paths_and_sizes_are_checked() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let payload = |kernel: &str| PayloadConfig {
+        kernel: kernel.into(),
+        initramfs: None,
+        cmdline: String::new(),
+    };
+    let error = load(&memory, &payload("/nonexistent/kernel")).unwrap_err().to_string();
+    assert!(error.contains("--kernel /nonexistent/kernel: No such file"), "{error}");
+    let error = load(&memory, &payload("/")).unwrap_err().to_string();
+    assert!(error.contains("not a regular file"), "{error}");
+
+    let image = multiboot(b"\xf4");
+    let long = "x".repeat(CMDLINE_SIZE);
+    let error = load_with(&memory, &image, None, &long).unwrap_err().to_string();
+    assert!(error.contains("--cmdline: 65536 bytes"), "{error}");
+    let error = load_with(&memory, &image, None, "a\0b").unwrap_err().to_string();
+    assert!(error.contains("zero byte"), "{error}");
+    let large = vec![0; RAM as usize - CODE_START as usize];
+    let error = load_with(&memory, &image, Some(&large), "").unwrap_err().to_string();
+    assert!(error.contains("--initramfs") && error.contains("do not fit"), "{error}");
+    let small = MachineMemory::new(0x10_0000).unwrap();
+    let error = load_with(&small, &image, None, "").unwrap_err().to_string();
+    assert!(error.contains("too few to boot"), "{error}");
+}
+
+proptest! {
+    /// Headers of any content are taken or refused, and nothing else happens.
+    #[test]
+    fn damaged_images_do_no_harm(
+        which: bool,
+        damage in prop::collection::vec((0usize..CODE, any::<u8>()), 1..16),
+    ) {
+        let mut image = if which { pvh(&[0xf4; 16]) } else { multiboot(&[0xf4; 16]) };
+        for (offset, byte) in damage {
+            image[offset] = byte;
+        }
+        let _ = load_image(&image);
+    }
+}

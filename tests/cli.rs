@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The `twostage` command from outside: bad input, small guests, signals.
+//!
+//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
+#![cfg(feature = "vmm")]
+
+#[path = "../src/vmm/boot/test_images.rs"]
+mod images;
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use images::{multiboot, pvh};
+use tempfile::{NamedTempFile, TempDir};
+use twostage::vmm::exit_code::{GUEST_RESET, GUEST_STUCK, NO_INPUT, UNAVAILABLE, USAGE};
+
+const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
+
+fn twostage(args: &[&str]) -> Output {
+    Command::new(TWOSTAGE).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn kernel(image: &[u8]) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(image).unwrap();
+    file
+}
+
+fn text(path: &NamedTempFile) -> &str {
+    path.path().to_str().unwrap()
+}
+
+/// The command failed with `code` and one line that says `hint`.
+fn assert_refused(output: &Output, code: u8, hint: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code.into()), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("twostage: error: "), "{stderr}");
+    assert!(stderr.contains(hint), "'{stderr}' does not say '{hint}'");
+    assert!(output.stdout.is_empty());
+}
+
+/// Whether guests can run here.
+fn kvm() -> bool {
+    let there = kvm_ioctls::Kvm::new().is_ok();
+    if !there {
+        eprintln!("no /dev/kvm: not tested");
+    }
+    there
+}
+
+/// Machine code for 32-bit protected mode.
+mod code {
+    /// Writes `byte` to I/O port `port`.
+    pub fn out(port: u16, byte: u8) -> Vec<u8> {
+        let [low, high] = port.to_le_bytes();
+        // mov $port, %dx; mov $byte, %al; out %al, (%dx)
+        vec![0x66, 0xba, low, high, 0xb0, byte, 0xee]
+    }
+
+    /// Writes `text` to the serial port.
+    pub fn print(text: &str) -> Vec<u8> {
+        text.bytes().flat_map(|byte| out(0x3f8, byte)).collect()
+    }
+
+    /// Ends the machine with `value`.
+    pub fn exit(value: u8) -> Vec<u8> {
+        out(0xf4, value)
+    }
+
+    /// hlt, for ever.
+    pub const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
+}
+
+#[test]
+fn contradictory_and_impossible_options_are_usage_errors() {
+    let image = kernel(&multiboot(&code::exit(0)));
+    let run = ["run", "--kernel", text(&image)];
+    for (args, hint) in [
+        (&["--cpus", "boot=0"][..], "at least one vCPU"),
+        (&["--cpus", "boot=many"], "'many'"),
+        (&["--memory", "size=0"], "a guest needs memory"),
+        (&["--memory", "size=5000"], "not a multiple of 4096"),
+        (&["--memory", "size=1024T"], "of memory this host has"),
+        (&["--memory", "size=99999999999999T"], "64 bits"),
+        (&["--memory", "512M"], "key=value"),
+        (&["--iommu", "amd"], "unknown IOMMU 'amd'"),
+        (&["--iommu", "vtd,aw=39"], "neither 48 nor 57"),
+        (&["--iommu", "vtd,addr=0x1000"], "where RAM is"),
+        (&["--device", "edu,iommu=on"], "there is no --iommu"),
+        (&["--device", "edu,pasid=on"], "behind an IOMMU"),
+        (&["--iommu", "vtd", "--device", "edu,pasid=on,iommu=off"], "behind an IOMMU"),
+        (&["--iommu", "vtd,pasid-bits=0", "--device", "edu,pasid=on"], "pasid-bits=0"),
+        (&["--device", "floppy"], "unknown device 'floppy'"),
+        (&["--serial", "loud"], "'loud'"),
+        (&["--report", "xml"], "'xml'"),
+        (&["--frobnicate"], "--frobnicate"),
+    ] {
+        let output = twostage(&[&run, args].concat());
+        assert_refused(&output, USAGE, hint);
+    }
+    assert_refused(&twostage(&["run"]), USAGE, "--kernel");
+    assert_refused(&twostage(&["walk"]), USAGE, "'walk'");
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    let output = twostage(&["run", "--help"]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("--iommu"));
+    assert!(twostage(&["--version"]).status.success());
+}
+
+#[test]
+fn files_that_are_no_kernels_are_refused() {
+    for (path, hint) in [("/nonexistent/kernel", "No such file"), ("/", "not a regular file")] {
+        assert_refused(&twostage(&["run", "--kernel", path]), NO_INPUT, hint);
+    }
+    let mut big_endian = pvh(&code::exit(0));
+    big_endian[5] = 2;
+    let mut arm = pvh(&code::exit(0));
+    arm[18] = 183;
+    let whole = multiboot(&code::exit(0));
+    for (image, hint) in [
+        (&b"MZ nonsense"[..], "not an ELF image"),
+        (&big_endian, "big-endian"),
+        (&arm, "machine 183"),
+        (&whole[..whole.len() - 1], "truncated"),
+    ] {
+        let image = kernel(image);
+        assert_refused(&twostage(&["run", "--kernel", text(&image)]), NO_INPUT, hint);
+    }
+    let image = kernel(&whole);
+    let args = ["run", "--kernel", text(&image), "--initramfs", "/nonexistent/initrd"];
+    assert_refused(&twostage(&args), NO_INPUT, "--initramfs /nonexistent/initrd");
+    let args = ["run", "--kernel", text(&image), "--memory", "size=64K"];
+    assert_refused(&twostage(&args), NO_INPUT, "too few to boot");
+}
+
+/// Runs the command in a mount namespace of its own, after `prepare`; nothing when the system does
+/// not allow that.
+fn in_namespace(prepare: &str, command: &str) -> Option<Output> {
+    let unshare = |script: &str| {
+        Command::new("unshare").args(["--mount", "sh", "-c", script]).stdin(Stdio::null()).output()
+    };
+    if !unshare(prepare).is_ok_and(|output| output.status.success()) {
+        eprintln!("'{prepare}' in a mount namespace is not allowed: not tested");
+        return None;
+    }
+    Some(unshare(&format!("{prepare} && exec {command}")).unwrap())
+}
+
+#[test]
+fn a_kvm_that_is_not_there_or_not_for_us_is_named() {
+    if !kvm() {
+        return;
+    }
+    let image = kernel(&multiboot(&code::exit(0)));
+    let command = format!("'{TWOSTAGE}' run --kernel '{}'", text(&image));
+    if let Some(output) = in_namespace("mount -t tmpfs none /dev", &command) {
+        assert_refused(&output, UNAVAILABLE, "/dev/kvm: No such file");
+    }
+    if let Some(output) = in_namespace("mount --bind /dev/null /dev/kvm", &command) {
+        assert_refused(&output, UNAVAILABLE, "API version");
+    }
+    // Another user can run the command and read the image, but not open /dev/kvm.
+    let dir = TempDir::new().unwrap();
+    let copy = |from: &Path, name: &str| {
+        let to = dir.path().join(name);
+        std::fs::copy(from, &to).unwrap();
+        to.display().to_string()
+    };
+    let (binary, image) = (copy(Path::new(TWOSTAGE), "twostage"), copy(image.path(), "kernel"));
+    let nobody = "setpriv --reuid=65534 --clear-groups";
+    let prepare = format!(
+        "chmod 755 '{}' && chmod 644 '{image}' && {nobody} test -x '{binary}' && \
+         {nobody} test ! -w /dev/kvm",
+        dir.path().display()
+    );
+    let command = format!("{nobody} '{binary}' run --kernel '{image}'");
+    if let Some(output) = in_namespace(&prepare, &command) {
+        assert_refused(&output, UNAVAILABLE, "/dev/kvm: Permission denied");
+    }
+}
+
+/// Runs a guest whose serial port is standard output.
+fn run_guest(image: &[u8], more: &[&str]) -> Output {
+    let image = kernel(image);
+    twostage(&[&["run", "--report", "none", "--kernel", text(&image)], more].concat())
+}
+
+#[test]
+fn a_guest_prints_and_chooses_the_exit_code() {
+    if !kvm() {
+        return;
+    }
+    for (image, value) in [(multiboot as fn(&[u8]) -> Vec<u8>, 42), (pvh, 255), (pvh, 0)] {
+        let guest = [code::print("hello\n"), code::exit(value), code::HALT.to_vec()].concat();
+        let output = run_guest(&image(&guest), &["--memory", "size=16M"]);
+        assert_eq!(output.status.code(), Some(value.into()));
+        assert_eq!(output.stdout, b"hello\n");
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn the_serial_port_leads_where_it_is_told() {
+    if !kvm() {
+        return;
+    }
+    let guest = multiboot(&[code::print("quiet"), code::exit(0), code::HALT.to_vec()].concat());
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("serial");
+    let output = run_guest(&guest, &["--serial", &format!("file={}", file.display())]);
+    assert!(output.status.success() && output.stdout.is_empty());
+    assert_eq!(std::fs::read(file).unwrap(), b"quiet");
+    let output = run_guest(&guest, &["--serial", "null"]);
+    assert!(output.status.success() && output.stdout.is_empty());
+    let output = run_guest(&guest, &["--serial", "file=/nonexistent/serial"]);
+    assert_refused(&output, twostage::vmm::exit_code::IO_ERROR, "/nonexistent/serial");
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest() {
+    if !kvm() {
+        return;
+    }
+    // mov $0x3fd, %dx; wait: in (%dx), %al; test $1, %al; jz wait; mov $0x3f8, %dx; in (%dx), %al;
+    // out %al, $0xf4
+    let echo = [
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xe6,
+        0xf4, 0xf4,
+    ];
+    let image = kernel(&multiboot(&echo));
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--report", "none", "--kernel", text(&image)])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"*").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(b'*'.into()));
+}
+
+#[test]
+fn a_guest_that_resets_itself_ends_the_machine() {
+    if !kvm() {
+        return;
+    }
+    let keyboard = [code::out(0x64, 0xfe), code::HALT.to_vec()].concat();
+    let output = run_guest(&multiboot(&keyboard), &[]);
+    assert_refused(&output, GUEST_RESET, "keyboard controller");
+    // No interrupt table: lidt of six zeros after the code, then ud2.
+    let zeros = (images::CODE_START + 0x100).to_le_bytes();
+    let triple = [&[0x0f, 0x01, 0x1d][..], &zeros, &[0x0f, 0x0b]].concat();
+    let output = run_guest(&multiboot(&triple), &[]);
+    assert_refused(&output, GUEST_RESET, "triple fault");
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_run_is_named() {
+    if !kvm() {
+        return;
+    }
+    // nop; int3. A processor faults three times over, for there is no interrupt table.
+    let output = run_guest(&multiboot(&[0x90, 0xcc]), &[]);
+    match output.status.code() {
+        Some(code) if code == i32::from(GUEST_STUCK) => {
+            assert_refused(&output, GUEST_STUCK, "RIP 0x100001 (bytes cc");
+        }
+        _ => assert_refused(&output, GUEST_RESET, "triple fault"),
+    }
+}
+
+/// A guest that says that it runs, and then waits for ever.
+fn waiting_guest(more: &[&str]) -> (Child, NamedTempFile) {
+    let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--cpus", "boot=2", "--kernel", text(&image)])
+        .args(more)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut byte = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
+    (child, image)
+}
+
+fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn signals_end_the_machine_in_order() {
+    if !kvm() {
+        return;
+    }
+    for (name, number) in [("TERM", 15), ("INT", 2), ("HUP", 1)] {
+        let dir = TempDir::new().unwrap();
+        let (report, trace) = (dir.path().join("report"), dir.path().join("trace"));
+        let (child, _image) = waiting_guest(&[
+            "--iommu",
+            "vtd",
+            "--device",
+            "edu",
+            "--report",
+            &format!("json,file={}", report.display()),
+            "--trace",
+            trace.to_str().unwrap(),
+        ]);
+        signal(&child, name);
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(128 + number), "{stderr}");
+        assert!(stderr.is_empty(), "{stderr}");
+        let json = |path| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+        };
+        assert_eq!(json(&report)["devices"][0]["bdf"], "00:01.0");
+        assert!(json(&trace).as_array().unwrap().iter().any(|event| event["name"] == "IOAS_MAP"));
+    }
+}
+
+#[test]
+fn a_report_can_be_had_while_the_guest_runs() {
+    if !kvm() {
+        return;
+    }
+    let (mut child, _image) = waiting_guest(&["--iommu", "vtd", "--device", "edu"]);
+    signal(&child, "USR1");
+    let mut stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut report = String::new();
+    while !report.contains("objects,") {
+        let read = std::io::BufRead::read_line(&mut stderr, &mut report).unwrap();
+        assert_ne!(read, 0, "{report}");
+    }
+    assert!(report.contains("io-out"), "{report}");
+    assert!(report.contains("NEST_PARENT"), "{report}");
+    assert!(child.try_wait().unwrap().is_none());
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn the_terminal_is_left_as_it_was() {
+    if !kvm() {
+        return;
+    }
+    let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
+    // A terminal of its own; `timeout` ends the machine, and `stty` says what is left.
+    let script = format!(
+        "timeout --foreground -s TERM 1 '{TWOSTAGE}' run --report none --kernel '{}'; \
+         echo code $?; stty -a",
+        text(&image)
+    );
+    let output = Command::new("script")
+        .args(["-q", "-e", "-c", &script, "/dev/null"])
+        .stdin(Stdio::null())
+        .output();
+    let Ok(output) = output else {
+        eprintln!("no script(1): not tested");
+        return;
+    };
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(shown.contains("code 124"), "{shown}");
+    for flag in [" icanon", " echo ", "isig "] {
+        assert!(shown.contains(flag), "{shown}");
+    }
+}
+
+#[test]
+fn a_host_that_cannot_serve_the_virtual_iommu_is_named() {
+    if !kvm() {
+        return;
+    }
+    let guest = multiboot(&code::HALT);
+    let output = run_guest(&guest, &["--iommu", "vtd,ats=on", "--device", "edu"]);
+    assert_refused(&output, UNAVAILABLE, "ECAP.DT");
+}
