@@ -14,8 +14,10 @@ extern const struct check_group legacy_blocked_checks;
 extern const struct check_group blocked_checks;
 extern const struct check_group first_stage_checks;
 extern const struct check_group stale_first_stage_checks;
+extern const struct check_group in_flight_checks;
 extern const struct check_group pasid_checks;
 extern const struct check_group malformed_tables_checks;
+extern const struct check_group interrupt_range_checks;
 extern const struct check_group fault_log_checks;
 extern const struct check_group queue_checks;
 extern const struct check_group legacy_second_stage_checks;
@@ -32,8 +34,10 @@ static const struct check_group *const vtd_groups[] = {
     &blocked_checks,
     &first_stage_checks,
     &stale_first_stage_checks,
+    &in_flight_checks,
     &pasid_checks,
     &malformed_tables_checks,
+    &interrupt_range_checks,
     &fault_log_checks,
     &queue_checks,
     &legacy_second_stage_checks,

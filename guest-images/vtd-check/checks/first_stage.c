@@ -35,7 +35,7 @@ static void page_1g(void)
     u64 iova = 0x1000000000;
 
     SKIP_UNLESS(cap_fs_1g(), "CAP.FS1GP is 0");
-    SKIP_UNLESS(edu_dma_bits() == 64, "the device's DMA mask is too narrow");
+    SKIP_UNLESS(edu_reaches(iova), "the device's DMA mask is too narrow");
     map_leaf(&space, iova, 0, LEVEL_1G, FS_READ_WRITE);
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
@@ -66,7 +66,7 @@ static void five_levels(void)
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, low));
-    SKIP_UNLESS(edu_dma_bits() == 64, "the device's DMA mask is too narrow");
+    SKIP_UNLESS(edu_reaches(high_iova), "the device's DMA mask is too narrow");
     REQUIRE(write_arrives(DEVICE, NO_PASID, high_iova, high));
 }
 
@@ -104,28 +104,24 @@ static void accessed_and_dirty(void)
     EXPECT((*leaf & (FS_A | FS_D)) == (FS_A | FS_D), "leaf 0x%lx after a write", *leaf);
 }
 
+// An IOVA whose walk ends at an empty entry of `level`, whatever else is mapped.
+static u64 unmapped_at(unsigned level)
+{
+    return IOVA + (level == 4 ? BIT(40) : BIT(12 + 9 * level) - PAGE_SIZE);
+}
+
 static void not_present(void)
 {
     struct page_table space = space_new();
     volatile u64 *page = page_new();
 
-    for (unsigned level = 1; level <= 4; level++) {
-        u64 iova = IOVA + (level == 4 ? BIT(40) : BIT(12 + 9 * level) - PAGE_SIZE);
-
-        if (level == 4 && edu_dma_bits() != 64)
-            break;
-        // Everything above `level` is there; the entry itself is empty.
-        (void)table_entry(&space, iova, level);
-    }
+    for (unsigned level = 1; level <= 4; level++)
+        (void)table_entry(&space, unmapped_at(level), level);
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
-    for (unsigned level = 1; level <= 4; level++) {
-        u64 iova = IOVA + (level == 4 ? BIT(40) : BIT(12 + 9 * level) - PAGE_SIZE);
-
-        if (level == 4 && edu_dma_bits() != 64)
-            break;
-        REQUIRE(write_faults(DEVICE, NO_PASID, iova, page, FS_NOT_PRESENT));
-        REQUIRE(read_faults(DEVICE, NO_PASID, iova, FS_NOT_PRESENT));
+    for (unsigned level = 1; level <= 4 && edu_reaches(unmapped_at(level)); level++) {
+        REQUIRE(write_faults(DEVICE, NO_PASID, unmapped_at(level), page, FS_NOT_PRESENT));
+        REQUIRE(read_faults(DEVICE, NO_PASID, unmapped_at(level), FS_NOT_PRESENT));
     }
 }
 
@@ -182,7 +178,7 @@ static void not_canonical(void)
 {
     struct page_table space = space_new();
 
-    SKIP_UNLESS(edu_dma_bits() == 64, "the device's DMA mask is too narrow");
+    SKIP_UNLESS(edu_reaches(BIT(63)), "the device's DMA mask is too narrow");
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, BIT(47), NULL, NOT_CANONICAL));

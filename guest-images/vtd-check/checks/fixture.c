@@ -15,7 +15,7 @@ static bool devices_loaded;
 
 u64 iova_base(void)
 {
-    return edu_dma_bits() == 64 ? 0x2000000000ull : 0x8000000ull;
+    return edu_reaches(0x2000000000) ? 0x2000000000 : 0x8000000;
 }
 
 static u64 pattern_of(const struct edu *edu)
@@ -38,7 +38,7 @@ static void devices_load(void)
 static void setup(u64 mode)
 {
     pages_release_all();
-    (void)edu_dma_bits();
+    (void)edu_reaches(0);
     if (!devices_loaded)
         devices_load();
     devices_loaded = true;
@@ -107,10 +107,20 @@ struct page_table space_new(void)
     return space;
 }
 
+bool legacy_second_stage(void)
+{
+    return cmdline_number("legacy-second-stage", 1);
+}
+
 struct page_table second_stage_space_new(void)
 {
     struct page_table space = second_stage_new(cap_sagaw() & BIT(2) ? 4 : 3);
+    bool is_scalable = vtd_read64(VTD_RTADDR) & RTADDR_SCALABLE;
 
+    if (is_scalable && !ecap_second_stage())
+        check_skip("ECAP.SSTS is 0");
+    if (!is_scalable && !legacy_second_stage())
+        check_skip("the unit has no second stage");
     map_leaf(&space, IOVA_MAILBOX, gpa_of(mailbox), LEVEL_4K, SS_READ_WRITE);
     return space;
 }

@@ -4,19 +4,11 @@
 
 #define LARGE_OFFSET 0x7000ull
 
-static bool offered(void)
-{
-    if (!(cap_sagaw() & 0xe))
-        check_skip("CAP.SAGAW offers no second stage");
-    return !check_is_over();
-}
-
 static void maps_4k(void)
 {
     struct page_table space = second_stage_space_new();
     volatile u64 *page = page_new();
 
-    REQUIRE(offered());
     map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
     attach_legacy(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
@@ -29,7 +21,6 @@ static void maps_2m(void)
     struct page_table space = second_stage_space_new();
     volatile u64 *page = (void *)(LARGE_REGION_A + LARGE_OFFSET);
 
-    REQUIRE(offered());
     SKIP_UNLESS(cap_ss_2m(), "CAP.SSLPS offers no 2 MiB pages");
     map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, SS_READ_WRITE);
     attach_legacy(DEVICE, &space, DOMAIN_A);
@@ -42,7 +33,6 @@ static void rights(void)
     struct page_table space = second_stage_space_new();
     volatile u64 *read_only = page_new(), *write_only = page_new();
 
-    REQUIRE(offered());
     map_leaf(&space, IOVA, gpa_of(read_only), LEVEL_4K, SS_R);
     map_leaf(&space, IOVA + PAGE_SIZE, gpa_of(write_only), LEVEL_4K, SS_W);
     attach_legacy(DEVICE, &space, DOMAIN_A);
@@ -57,7 +47,6 @@ static void not_mapped(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     attach_legacy(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_NO_WRITE));
@@ -68,8 +57,7 @@ static void beyond_width(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
-    SKIP_UNLESS(edu_dma_bits() == 64, "the device's DMA mask is too narrow");
+    SKIP_UNLESS(edu_reaches(BIT(60)), "the device's DMA mask is too narrow");
     attach_legacy(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, BIT(60), NULL, LEGACY_ADDRESS_BEYOND));
@@ -79,11 +67,21 @@ static void table_in_no_memory(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     *table_entry(&space, IOVA, 2) = NO_MEMORY | SS_READ_WRITE;
     attach_legacy(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_TABLE_ACCESS));
+}
+
+static void not_offered(void)
+{
+    struct page_table space = second_stage_new(4);
+
+    SKIP_UNLESS(!legacy_second_stage(), "it is offered");
+    map_leaf(&space, IOVA, gpa_of(page_new()), LEVEL_4K, SS_READ_WRITE);
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_INVALID));
 }
 
 static void pass_through(void)
@@ -101,7 +99,6 @@ static void reserved_type(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     legacy_context_set(legacy_context(root, DEVICE->id), TT_RESERVED, gpa_of(space.top), space.levels, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_INVALID));
@@ -111,7 +108,6 @@ static void unsupported_width(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     attach_legacy(DEVICE, &space, DOMAIN_A)[1] |= 7;
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_INVALID));
@@ -121,7 +117,6 @@ static void reserved_in_context(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     attach_legacy(DEVICE, &space, DOMAIN_A)[1] |= BIT(40);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_RESERVED));
@@ -131,7 +126,6 @@ static void reserved_in_root(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     attach_legacy(DEVICE, &space, DOMAIN_A);
     root[1] = BIT(20);
     REQUIRE(enable());
@@ -143,10 +137,9 @@ static void reserved_in_page_entry(void)
     struct page_table space = second_stage_space_new();
     volatile u64 *page = page_new();
 
-    REQUIRE(offered());
     map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
-    *table_entry(&space, IOVA, space.levels) |= space.levels == 4 ? PAGE_LARGE : 0;
     SKIP_UNLESS(space.levels == 4, "the top table of 3 levels may hold leaves");
+    *table_entry(&space, IOVA, 4) |= PAGE_LARGE;
     attach_legacy(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, LEGACY_TABLE_RESERVED));
@@ -156,7 +149,6 @@ static void faults_silenced(void)
 {
     struct page_table space = second_stage_space_new();
 
-    REQUIRE(offered());
     attach_legacy(DEVICE, &space, DOMAIN_A)[0] |= ENTRY_FPD;
     REQUIRE(enable());
     REQUIRE(write_vanishes(DEVICE, NO_PASID, IOVA, NULL));
@@ -169,6 +161,7 @@ static const struct check legacy_list[] = {
     {"not mapped: faults 05h and 06h", not_mapped},
     {"address beyond the width: fault 04h", beyond_width},
     {"table in no memory: fault 07h", table_in_no_memory},
+    {"where it is not offered: fault 03h", not_offered},
     {"pass-through context entry", pass_through},
     {"reserved translation type: fault 03h", reserved_type},
     {"unsupported address width: fault 03h", unsupported_width},
@@ -184,7 +177,6 @@ static void scalable_maps_4k(void)
     struct page_table space = second_stage_space_new();
     volatile u64 *page = page_new();
 
-    SKIP_UNLESS(ecap_second_stage(), "ECAP.SSTS is 0");
     map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
@@ -197,7 +189,6 @@ static void scalable_maps_2m(void)
     struct page_table space = second_stage_space_new();
     volatile u64 *page = (void *)(LARGE_REGION_A + LARGE_OFFSET);
 
-    SKIP_UNLESS(ecap_second_stage(), "ECAP.SSTS is 0");
     SKIP_UNLESS(cap_ss_2m(), "CAP.SSLPS offers no 2 MiB pages");
     map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, SS_READ_WRITE);
     attach(DEVICE, &space, DOMAIN_A);
@@ -209,7 +200,6 @@ static void scalable_not_mapped(void)
 {
     struct page_table space = second_stage_space_new();
 
-    SKIP_UNLESS(ecap_second_stage(), "ECAP.SSTS is 0");
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, SS_PERMISSION));

@@ -25,17 +25,6 @@ static struct invalidation iotlb(unsigned granularity, u64 address, unsigned mas
     return (struct invalidation){inv_iotlb(granularity, DOMAIN_A, address | mask), granularity, address, mask};
 }
 
-static bool offered(void)
-{
-    bool scalable = vtd_read64(VTD_RTADDR) & RTADDR_SCALABLE;
-
-    if (scalable && !ecap_second_stage())
-        check_skip("ECAP.SSTS is 0");
-    else if (!(cap_sagaw() & 0xe))
-        check_skip("CAP.SAGAW offers no second stage");
-    return !check_is_over();
-}
-
 static void attach_here(struct page_table *space)
 {
     if (vtd_read64(VTD_RTADDR) & RTADDR_SCALABLE)
@@ -50,7 +39,6 @@ static void changed_pages(unsigned count, struct invalidation how)
     struct page_table space = second_stage_space_new();
     struct target targets[4];
 
-    REQUIRE(offered());
     for (unsigned n = 0; n < count; n++) {
         targets[n] = target_new();
         map_leaf(&space, IOVA + n * PAGE_SIZE, gpa_of(targets[n].old), LEVEL_4K, SS_READ_WRITE);
@@ -88,7 +76,6 @@ static void large_page(void)
     struct page_table space = second_stage_space_new();
     struct target target = {(void *)LARGE_REGION_A, (void *)LARGE_REGION_B};
 
-    REQUIRE(offered());
     SKIP_UNLESS(cap_psi() && cap_ss_2m(), "CAP.PSI or 2 MiB pages are missing");
     map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, SS_READ_WRITE);
     attach_here(&space);
@@ -115,7 +102,6 @@ static void changed_context(unsigned granularity)
     struct page_table old = second_stage_space_new(), new = second_stage_space_new();
     struct target target = target_new();
 
-    REQUIRE(offered());
     map_leaf(&old, IOVA, gpa_of(target.old), LEVEL_4K, SS_READ_WRITE);
     map_leaf(&new, IOVA, gpa_of(target.new), LEVEL_4K, SS_READ_WRITE);
     attach_legacy(DEVICE, &old, DOMAIN_A);

@@ -52,18 +52,21 @@ bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 c
     return dma(edu, pasid, iova, EDU_BUFFER + offset, count, 0);
 }
 
-unsigned edu_dma_bits(void)
+// A device of 28 bits drops the high bit and hits the page; a device of 64 writes where nothing is.
+static u64 ask_for_dma_mask(void)
 {
-    static unsigned known;
-    volatile u64 *word;
+    volatile u64 *word = page_new();
 
-    if (known)
-        return known;
-    // A device of 28 bits drops the high one and hits the page; a device of 64 writes where
-    // nothing is.
-    word = page_new();
     *word = 1;
     (void)edu_write_to(&edus[0], NO_PASID, gpa_of(word) | BIT(40), 0, sizeof(*word));
-    known = *word == 1 ? 64 : 28;
-    return known;
+    return *word == 1 ? ~0ull : BIT(28) - 1;
+}
+
+bool edu_reaches(u64 address)
+{
+    static u64 mask;
+
+    if (!mask)
+        mask = ask_for_dma_mask();
+    return (address & ~mask) == 0;
 }

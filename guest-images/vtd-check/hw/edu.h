@@ -51,6 +51,6 @@ void edu_init(void);
 bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
 bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
 
-// Address bits the devices' DMA carries: 64, or 28 for an edu with its original DMA mask.
-// Asked once, with no IOMMU in the way.
-unsigned edu_dma_bits(void);
+// Whether the devices' DMA can name `address`: all of them, or those of 28 bits for an edu with its
+// original DMA mask. The device is asked the first time, which needs translation off.
+bool edu_reaches(u64 address);

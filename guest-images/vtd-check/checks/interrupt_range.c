@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// FEEx_xxxxh belongs to interrupts (VT-d 3.14): requests without PASID to it are messages, never
+// translated, and no translation may lead into it.
+#include "fixture.h"
+
+enum { INTERRUPT_ADDRESS_OUTPUT = 0x87 };
+
+static void message_while_blocked(void)
+{
+    bool arrived;
+
+    SKIP_UNLESS(pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI), "no MSI capability");
+    REQUIRE(enable());
+    interrupt_count_clear(VECTOR_EDU_MSI);
+    write32(DEVICE->registers + EDU_IRQ_RAISE, 1);
+    arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI));
+    write32(DEVICE->registers + EDU_IRQ_ACK, 1);
+    pci_msi_disable(DEVICE->id);
+    EXPECT(arrived, "the message does not arrive");
+    EXPECT(fault_pending() == 0, "%u fault records", fault_pending());
+}
+
+static void output_in_range(void)
+{
+    struct page_table space = space_new();
+
+    map_leaf(&space, IOVA, MSI_ADDRESS, LEVEL_4K, FS_READ_WRITE);
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, INTERRUPT_ADDRESS_OUTPUT));
+}
+
+// The table maps the range; the request does not get there.
+static void input_in_range(void)
+{
+    struct page_table space = space_new();
+    volatile u64 *page = page_new(), *vector = page_new();
+
+    SKIP_UNLESS(edu_reaches(MSI_ADDRESS), "the device's DMA mask is too narrow");
+    map_leaf(&space, MSI_ADDRESS, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
+    map_leaf(&space, IOVA, gpa_of(vector), LEVEL_4K, FS_READ_WRITE);
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(enable());
+    *vector = VECTOR_EDU_MSI;
+    EXPECT(edu_read_from(DEVICE, NO_PASID, IOVA, 2048, 8), "the read does not end");
+    interrupt_count_clear(VECTOR_EDU_MSI);
+    EXPECT(edu_write_to(DEVICE, NO_PASID, msi_address(), 2048, 4), "the write does not end");
+    EXPECT(page[(msi_address() & (PAGE_SIZE - 1)) / 8] == 0, "the request was translated");
+    EXPECT(WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI)), "the request is no interrupt");
+}
+
+static const struct check list[] = {
+    {"a blocked device's MSI arrives", message_while_blocked},
+    {"a translation that leads there: fault 87h", output_in_range},
+    {"a write there is an interrupt, whatever the tables say", input_in_range},
+};
+CHECK_GROUP(interrupt_range, list, setup_scalable, teardown);
