@@ -8,7 +8,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy};
 
 use super::config::{DeviceConfig, MachineConfig};
 use super::devices::edu::{self, Edu};
-use super::devices::{DirectMemory, DmaMaster};
+use super::devices::{DirectMemory, DmaMaster, MessageWrites};
 use super::interrupts::Interrupts;
 use super::iommu::{AssignedFunction, Iommu};
 use super::memory::{MachineMemory, PCI_MMIO_LAST, PCI_MMIO_START};
@@ -84,6 +84,7 @@ impl PciTopology {
                 Some(iommu) => iommu.dma_master(bdf),
                 None => Box::new(DirectMemory(memory.clone())),
             };
+            let dma = Box::new(MessageWrites::new(dma, messages.clone()));
             // The window lies below 4 GiB.
             let address = address as u32;
             let edu = Edu::new(edu_config, address, intx.pin(bdf), messages.clone(), dma)?;

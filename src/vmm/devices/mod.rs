@@ -3,5 +3,7 @@
 
 mod dma_master;
 pub mod edu;
+mod message_writes;
 
 pub use dma_master::{DirectMemory, DmaError, DmaMaster};
+pub use message_writes::MessageWrites;

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Requests to the interrupt range: messages, whoever makes them and however.
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::{DmaError, DmaMaster};
+use crate::spec::pci::Pasid;
+use crate::viommu::InterruptSink;
+
+/// Where a request without PASID is an interrupt message and no memory access (VT-d 3.14).
+const INTERRUPT_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
+
+/// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as a
+/// message, and nothing else there is done.
+pub struct MessageWrites {
+    memory: Box<dyn DmaMaster>,
+    messages: Arc<dyn InterruptSink>,
+}
+
+impl MessageWrites {
+    /// `memory`, with the interrupt range going to `messages`.
+    pub fn new(memory: Box<dyn DmaMaster>, messages: Arc<dyn InterruptSink>) -> Self {
+        Self { memory, messages }
+    }
+}
+
+fn is_interrupt(pasid: Option<Pasid>, iova: u64) -> bool {
+    pasid.is_none() && INTERRUPT_RANGE.contains(&iova)
+}
+
+impl DmaMaster for MessageWrites {
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        if is_interrupt(pasid, iova) {
+            return Err(DmaError { address: iova });
+        }
+        self.memory.read(pasid, iova, data)
+    }
+
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
+        if !is_interrupt(pasid, iova) {
+            return self.memory.write(pasid, iova, data);
+        }
+        match <[u8; 4]>::try_from(data) {
+            Ok(message) if iova % 4 == 0 => {
+                self.messages.send_msi(iova, u32::from_le_bytes(message));
+                Ok(())
+            }
+            _ => Err(DmaError { address: iova }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Takes every request.
+    struct Everything;
+
+    impl DmaMaster for Everything {
+        fn read(&mut self, _: Option<Pasid>, _: u64, _: &mut [u8]) -> Result<(), DmaError> {
+            Ok(())
+        }
+
+        fn write(&mut self, _: Option<Pasid>, _: u64, _: &[u8]) -> Result<(), DmaError> {
+            Ok(())
+        }
+    }
+
+    #[derive(Default)]
+    struct Messages(Mutex<Vec<(u64, u32)>>);
+
+    impl InterruptSink for Messages {
+        fn send_msi(&self, address: u64, data: u32) {
+            self.0.lock().unwrap().push((address, data));
+        }
+    }
+
+    #[test]
+    fn a_dword_to_the_interrupt_range_is_a_message_and_nothing_else_there_is_done() {
+        let messages = Arc::new(Messages::default());
+        let mut dma = MessageWrites::new(Box::new(Everything), messages.clone());
+        dma.write(None, 0xfee0_1000, &[0x21, 0, 0, 0]).unwrap();
+        assert_eq!(*messages.0.lock().unwrap(), [(0xfee0_1000, 0x21)]);
+
+        assert!(dma.write(None, 0xfee0_0000, &[0; 8]).is_err());
+        assert!(dma.write(None, 0xfee0_0002, &[0; 4]).is_err());
+        assert!(dma.read(None, 0xfeef_fffc, &mut [0; 4]).is_err());
+        dma.write(Pasid::new(1), 0xfee0_0000, &[0; 4]).unwrap();
+        dma.write(None, 0xfedf_fffc, &[0; 4]).unwrap();
+        dma.write(None, 0xfef0_0000, &[0; 4]).unwrap();
+        assert_eq!(messages.0.lock().unwrap().len(), 1);
+    }
+}
