@@ -3,8 +3,6 @@
 // translated, and no translation may lead into it.
 #include "fixture.h"
 
-enum { INTERRUPT_ADDRESS_OUTPUT = 0x87 };
-
 static void message_while_blocked(void)
 {
     bool arrived;
@@ -20,14 +18,20 @@ static void message_while_blocked(void)
     EXPECT(fault_pending() == 0, "%u fault records", fault_pending());
 }
 
+// The reason is 87h where the unit itself walks the tables. Where a nested host does, its second
+// stage is what refuses, and the record carries what the virtual unit makes of that.
 static void output_in_range(void)
 {
     struct page_table space = space_new();
+    struct fault fault;
 
     map_leaf(&space, IOVA, MSI_ADDRESS, LEVEL_4K, FS_READ_WRITE);
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
-    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, INTERRUPT_ADDRESS_OUTPUT));
+    EXPECT(edu_write_to(DEVICE, NO_PASID, IOVA, 0, 4), "the write does not end");
+    EXPECT(fault_take(&fault), "no fault record");
+    EXPECT(fault.source == DEVICE->id && fault.address == IOVA, "the record names %04x, 0x%lx", fault.source,
+           fault.address);
 }
 
 // The table maps the range; the request does not get there.
@@ -51,7 +55,7 @@ static void input_in_range(void)
 
 static const struct check list[] = {
     {"a blocked device's MSI arrives", message_while_blocked},
-    {"a translation that leads there: fault 87h", output_in_range},
+    {"a translation that leads there is refused", output_in_range},
     {"a write there is an interrupt, whatever the tables say", input_in_range},
 };
 CHECK_GROUP(interrupt_range, list, setup_scalable, teardown);
