@@ -26,12 +26,12 @@ impl VtdIommu {
     /// Latches RTADDR. Caches are emptied with it (CAP.ESRTPS).
     fn set_root_table_pointer(&self, registers: &mut Registers) {
         registers.root = Some(registers.rtaddr);
+        // The command cannot fail. What the host could not empty it has blocked: that is logged,
+        // and where translation is enabled the policies are given anew right after.
+        let _ = self.invalidate_host(&[Invalidation::ALL]);
         if registers.gsts.tes() {
             self.enable_translation(registers.root);
         }
-        // The command cannot fail; what the host could not empty it has blocked, counted and
-        // logged, and faults tell the guest.
-        let _ = self.invalidate_host(&[Invalidation::ALL]);
         registers.gsts.set_rtps(true);
     }
 
