@@ -190,9 +190,12 @@ impl VtdIommu {
         match &result {
             Ok(()) => self.requesters.give(requester, given),
             Err(error) => {
-                let fault_disabled = config.fault_disabled;
-                let blocked = Blocked { reason: refused, fault_disabled };
-                let config = blocked_config(requester, blocked);
+                let config = if is_blocked(&config) {
+                    config
+                } else {
+                    let fault_disabled = config.fault_disabled;
+                    blocked_config(requester, Blocked { reason: refused, fault_disabled })
+                };
                 self.requesters.give(requester, Given { config, applied: false });
                 self.host_failed(error);
             }

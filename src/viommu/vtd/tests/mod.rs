@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The unit as a guest drives it, over a host that records.
 
+mod fail_nth;
 mod faults;
 mod policies;
 mod properties;
@@ -26,13 +27,24 @@ enum Call {
     Invalidate(Vec<Invalidation>),
 }
 
+#[derive(Debug, Default)]
+enum Refuse {
+    #[default]
+    Nothing,
+    Everything,
+    /// One call, after this many.
+    After(i64),
+}
+
 /// A host that records what it is asked, and the word at [`STATUS`] as it was then.
 #[derive(Debug)]
 struct FakeHost {
     memory: GuestMemoryMmap,
     calls: Mutex<Vec<Call>>,
     status_then: Mutex<Vec<u32>>,
-    refuse: Mutex<bool>,
+    refuse: Mutex<Refuse>,
+    /// A unit whose first device faults during every call.
+    faulting: Mutex<Option<Arc<VtdIommu>>>,
 }
 
 impl FakeHost {
@@ -40,7 +52,18 @@ impl FakeHost {
         self.calls.lock().unwrap().push(call);
         let status = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
         self.status_then.lock().unwrap().push(status);
-        if *self.refuse.lock().unwrap() {
+        if let Some(iommu) = &*self.faulting.lock().unwrap() {
+            iommu.dma_fault(&fault(Requester::rid(RID)));
+        }
+        let refused = match &mut *self.refuse.lock().unwrap() {
+            Refuse::Nothing => false,
+            Refuse::Everything => true,
+            Refuse::After(calls) => {
+                *calls -= 1;
+                *calls == -1
+            }
+        };
+        if refused {
             let source = Arc::new(std::io::Error::other("refused"));
             return Err(HostSideError { what: "test".into(), source });
         }
@@ -106,6 +129,7 @@ impl Guest {
             calls: Mutex::default(),
             status_then: Mutex::default(),
             refuse: Mutex::default(),
+            faulting: Mutex::default(),
         });
         let sink = Arc::new(FakeSink::default());
         let iommu =
@@ -227,6 +251,7 @@ impl Guest {
     }
 
     fn refuse(&self, refuse: bool) {
+        let refuse = if refuse { Refuse::Everything } else { Refuse::Nothing };
         *self.host.refuse.lock().unwrap() = refuse;
     }
 

@@ -161,6 +161,32 @@ fn a_refused_requester_is_blocked_and_asked_again() {
 }
 
 #[test]
+fn a_block_that_the_host_refused_is_asked_again() {
+    let guest = Guest::running();
+    guest.write(PASID_TABLE, &[0]);
+    guest.refuse(true);
+    let again = [configured(Requester::rid(RID), blocked(0x59))];
+    for refuse in [false, true] {
+        guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+        assert_eq!(guest.calls(), again);
+        assert_eq!(guest.reason(Requester::rid(RID)), Some(0x59));
+        guest.refuse(refuse);
+    }
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    assert_eq!(guest.calls(), []);
+}
+
+#[test]
+fn a_fault_during_the_blocking_is_told_why() {
+    let guest = Guest::running();
+    guest.write(PASID_TABLE, &[0]);
+    *guest.host.faulting.lock().unwrap() = Some(guest.iommu.clone());
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    *guest.host.faulting.lock().unwrap() = None;
+    assert_eq!(guest.fault_record(0).high.fr(), 0x59);
+}
+
+#[test]
 fn a_device_that_comes_and_goes_while_translating() {
     let guest = Guest::running();
     guest.iommu.remove_device(RID);
