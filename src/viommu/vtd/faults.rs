@@ -163,8 +163,7 @@ mod tests {
 
     fn unmasked(records: u16) -> FaultLog {
         let mut log = FaultLog::new(records);
-        log.event.data = 0x41;
-        assert_eq!(log.event.write_control(0), None);
+        assert_eq!(log.event.write_control(Some(0), Some(0x41)), None);
         log
     }
 

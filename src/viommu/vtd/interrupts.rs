@@ -52,15 +52,18 @@ impl EventRegisters {
         self.control.set_ip(false);
     }
 
-    /// The guest writes the control register; unmasking sends what is pending.
-    pub(super) fn write_control(&mut self, value: u32) -> Option<Msi> {
-        self.control.set_im(EventControl::from_bits(value).im());
+    /// The guest writes the control register, the data register or both; unmasking sends what is
+    /// pending, with the data that came with it.
+    pub(super) fn write_control(&mut self, control: Option<u32>, data: Option<u32>) -> Option<Msi> {
+        self.data = data.unwrap_or(self.data);
+        self.control.set_im(EventControl::from_bits(control?).im());
         self.deliver()
     }
 
-    /// The guest writes the address register.
-    pub(super) fn write_address(&mut self, value: u32) {
-        self.address = value & !0x3;
+    /// The guest writes the address register, the upper address register or both.
+    pub(super) fn write_address(&mut self, address: Option<u32>, upper: Option<u32>) {
+        self.address = address.map_or(self.address, |address| address & !0x3);
+        self.upper_address = upper.unwrap_or(self.upper_address);
     }
 
     fn deliver(&mut self) -> Option<Msi> {
@@ -79,15 +82,16 @@ mod tests {
 
     #[test]
     fn a_masked_event_waits_for_the_unmask() {
-        let mut event = EventRegisters { data: 0x41, upper_address: 1, ..Default::default() };
-        event.write_address(0xfee0_1003);
+        let mut event = EventRegisters::default();
+        event.write_address(Some(0xfee0_1003), Some(1));
         assert_eq!(event.raise(), None);
         assert!(event.control.ip());
-        assert_eq!(event.write_control(1 << 31), None);
+        assert_eq!(event.write_control(Some(1 << 31), Some(0x40)), None);
         let msi = Msi { address: 0x1_fee0_1000, data: 0x41 };
-        assert_eq!(event.write_control(0), Some(msi));
+        assert_eq!(event.write_control(None, None), None);
+        assert_eq!(event.write_control(Some(0), Some(0x41)), Some(msi));
         assert!(!event.control.ip());
-        assert_eq!(event.write_control(0), None);
+        assert_eq!(event.write_control(Some(0), None), None);
         assert_eq!(event.raise(), Some(msi));
     }
 
@@ -96,6 +100,6 @@ mod tests {
         let mut event = EventRegisters::default();
         assert_eq!(event.raise(), None);
         event.clear();
-        assert_eq!(event.write_control(0), None);
+        assert_eq!(event.write_control(Some(0), None), None);
     }
 }

@@ -17,6 +17,10 @@ use crate::viommu::observer::RegisterAccess;
 /// The version of the architecture that VER tells: 4.0.
 const VERSION: u32 = 0x40;
 
+/// The slots whose upper halves are FSTS and ICS; nothing is in their lower halves.
+const FSTS_SLOT: u64 = regs::FSTS - 4;
+const ICS_SLOT: u64 = regs::ICS - 4;
+
 const LOW: u64 = 0x0000_0000_ffff_ffff;
 const HIGH: u64 = 0xffff_ffff_0000_0000;
 
@@ -44,9 +48,10 @@ impl Access {
         }
     }
 
-    /// `old` with the bits of this access taken from `value`.
-    fn merge(self, old: u64, value: u64) -> u64 {
-        old & !self.mask | value & self.mask
+    /// `old` with those bits of this access that are `writable` taken from `value`.
+    fn merge(self, old: u64, value: u64, writable: u64) -> u64 {
+        let mask = self.mask & writable;
+        old & !mask | value & mask
     }
 }
 
@@ -135,6 +140,7 @@ impl VtdIommu {
     fn write_slot(&self, registers: &mut Registers, access: Access, value: u64) {
         let low = (access.mask & LOW != 0).then_some(value as u32);
         let high = (access.mask & HIGH != 0).then_some((value >> 32) as u32);
+        let event = &mut registers.invalidation_event;
         match access.slot {
             regs::GCMD => {
                 if let Some(command) = low {
@@ -142,20 +148,13 @@ impl VtdIommu {
                 }
             }
             regs::RTADDR => {
-                let new = Rtaddr::from_bits(access.merge(registers.rtaddr.into_bits(), value));
-                registers.rtaddr = Rtaddr::new().with_ttm(new.ttm()).with_rta(new.rta());
+                let new = access.merge(registers.rtaddr.into_bits(), value, Rtaddr::WRITABLE);
+                registers.rtaddr = Rtaddr::from_bits(new);
             }
             regs::CCMD => {
-                let old = registers.ccmd;
-                let new = Ccmd::from_bits(access.merge(old.into_bits(), value));
-                registers.ccmd = Ccmd::new()
-                    .with_did(new.did())
-                    .with_sid(new.sid())
-                    .with_fm(new.fm())
-                    .with_caig(old.caig())
-                    .with_cirg(new.cirg())
-                    .with_icc(new.icc());
-                if new.icc() {
+                let new = access.merge(registers.ccmd.into_bits(), value, Ccmd::WRITABLE);
+                registers.ccmd = Ccmd::from_bits(new);
+                if registers.ccmd.icc() {
                     self.context_command(registers);
                 }
             }
@@ -166,81 +165,44 @@ impl VtdIommu {
                 }
             }
             regs::FECTL => {
-                let mut log = self.fault_log();
-                // Data first, as a 64-bit write unmasks with the data it brings.
-                if let Some(data) = high {
-                    log.event.data = data;
-                }
-                let msi = low.and_then(|control| log.event.write_control(control));
-                drop(log);
+                let msi = self.fault_log().event.write_control(low, high);
                 self.send(msi);
             }
-            regs::FEADDR => {
-                let mut log = self.fault_log();
-                if let Some(address) = low {
-                    log.event.write_address(address);
-                }
-                if let Some(upper) = high {
-                    log.event.upper_address = upper;
-                }
-            }
+            regs::FEADDR => self.fault_log().event.write_address(low, high),
             regs::IQT => {
-                let new = QueuePointer::from_bits(access.merge(registers.iqt.into_bits(), value));
-                registers.iqt = QueuePointer::from_offset(new.offset());
+                let new = access.merge(registers.iqt.into_bits(), value, QueuePointer::WRITABLE);
+                registers.iqt = QueuePointer::from_bits(new);
                 if low.is_some() {
                     self.run_queue(registers);
                 }
             }
+            regs::IQA if registers.gsts.qies() => {
+                self.guest_error(format_args!("IQA written while the queue is enabled"));
+            }
             regs::IQA => {
-                if registers.gsts.qies() {
-                    self.guest_error(format_args!("IQA written while the queue is enabled"));
-                    return;
-                }
-                let new = Iqa::from_bits(access.merge(registers.iqa.into_bits(), value));
-                registers.iqa = Iqa::new().with_qs(new.qs()).with_dw(new.dw()).with_iqa(new.iqa());
+                let new = access.merge(registers.iqa.into_bits(), value, Iqa::WRITABLE);
+                registers.iqa = Iqa::from_bits(new);
             }
             ICS_SLOT => {
                 if high.is_some_and(|value| Ics::from_bits(value).iwc()) {
                     registers.ics.set_iwc(false);
-                    registers.invalidation_event.clear();
+                    event.clear();
                 }
             }
-            regs::IECTL => {
-                if let Some(data) = high {
-                    registers.invalidation_event.data = data;
-                }
-                let event = &mut registers.invalidation_event;
-                self.send(low.and_then(|control| event.write_control(control)));
-            }
-            regs::IEADDR => {
-                if let Some(address) = low {
-                    registers.invalidation_event.write_address(address);
-                }
-                if let Some(upper) = high {
-                    registers.invalidation_event.upper_address = upper;
-                }
-            }
+            regs::IECTL => self.send(event.write_control(low, high)),
+            regs::IEADDR => event.write_address(low, high),
             regs::IRTA => {
-                let new = Irta::from_bits(access.merge(registers.irta.into_bits(), value));
-                registers.irta =
-                    Irta::new().with_s(new.s()).with_eime(new.eime()).with_addr(new.addr());
+                let new = access.merge(registers.irta.into_bits(), value, Irta::WRITABLE);
+                registers.irta = Irta::from_bits(new);
             }
             slot if slot == self.iva_slot() => {
-                let new = Iva::from_bits(access.merge(registers.iva.into_bits(), value));
-                registers.iva =
-                    Iva::new().with_am(new.am()).with_ih(new.ih()).with_addr(new.addr());
+                let new = access.merge(registers.iva.into_bits(), value, Iva::WRITABLE);
+                registers.iva = Iva::from_bits(new);
             }
             slot if slot == self.iotlb_slot() => {
-                let old = registers.iotlb;
-                let new = IotlbReg::from_bits(access.merge(old.into_bits(), value));
-                registers.iotlb = IotlbReg::new()
-                    .with_did(new.did())
-                    .with_dw(new.dw())
-                    .with_dr(new.dr())
-                    .with_iaig(old.iaig())
-                    .with_iirg(new.iirg())
-                    .with_ivt(new.ivt());
-                if new.ivt() {
+                let new = access.merge(registers.iotlb.into_bits(), value, IotlbReg::WRITABLE);
+                registers.iotlb = IotlbReg::from_bits(new);
+                if registers.iotlb.ivt() {
                     self.iotlb_command(registers);
                 }
             }
@@ -268,9 +230,6 @@ impl VtdIommu {
         inside.then_some(offset as usize / 8)
     }
 }
-
-const FSTS_SLOT: u64 = regs::FSTS - 4;
-const ICS_SLOT: u64 = regs::ICS - 4;
 
 fn pair(low: u32, high: u32) -> u64 {
     u64::from(high) << 32 | u64::from(low)

@@ -88,6 +88,9 @@ pub struct Rtaddr {
 }
 
 impl Rtaddr {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = !0x3ff;
+
     /// The translation table mode.
     pub const fn mode(self) -> TranslationTableMode {
         match self.ttm() {
@@ -160,6 +163,11 @@ pub struct Ccmd {
     pub icc: bool,
 }
 
+impl Ccmd {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = 0xe000_0003_ffff_ffff;
+}
+
 /// Granularity of an IOTLB invalidation (IOTLB.IIRG, descriptor field G).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IotlbGranularity {
@@ -220,6 +228,11 @@ pub struct IotlbReg {
     pub ivt: bool,
 }
 
+impl IotlbReg {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = 0xb003_ffff_0000_0000;
+}
+
 /// Invalidate address register (§11.4.6).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
@@ -235,6 +248,11 @@ pub struct Iva {
     /// ADDR: address, in 4 KiB pages.
     #[bits(52)]
     pub addr: u64,
+}
+
+impl Iva {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = !0xf80;
 }
 
 /// Protected memory enable register (§11.4.8).
@@ -266,6 +284,11 @@ pub struct Irta {
     pub addr: u64,
 }
 
+impl Irta {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = !0x7f0;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -288,6 +311,20 @@ mod tests {
         assert_eq!(Iva::new().with_ih(true).into_bits(), 1 << 6);
         assert_eq!(Pmen::new().with_epm(true).into_bits(), 1 << 31);
         assert_eq!(Irta::new().with_eime(true).into_bits(), 1 << 11);
+    }
+
+    #[test]
+    fn what_is_writable_is_what_is_neither_reserved_nor_read_only() {
+        let all = Rtaddr::new().with_ttm(3).with_rta((1 << 52) - 1);
+        assert_eq!(all.into_bits(), Rtaddr::WRITABLE);
+        let all = Ccmd::new().with_did(!0).with_sid(!0).with_fm(3).with_cirg(3).with_icc(true);
+        assert_eq!(all.into_bits(), Ccmd::WRITABLE);
+        let all = IotlbReg::new().with_did(!0).with_dw(true).with_dr(true).with_iirg(3);
+        assert_eq!(all.with_ivt(true).into_bits(), IotlbReg::WRITABLE);
+        let all = Iva::new().with_am(63).with_ih(true).with_addr((1 << 52) - 1);
+        assert_eq!(all.into_bits(), Iva::WRITABLE);
+        let all = Irta::new().with_s(15).with_eime(true).with_addr((1 << 52) - 1);
+        assert_eq!(all.into_bits(), Irta::WRITABLE);
     }
 
     #[test]

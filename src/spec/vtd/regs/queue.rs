@@ -20,6 +20,9 @@ pub struct QueuePointer {
 }
 
 impl QueuePointer {
+    /// Bits that software can write, where it can write any.
+    pub const WRITABLE: u64 = 0x7_fff0;
+
     /// Offset into the queue, in bytes.
     pub const fn offset(self) -> u64 {
         (self.index() as u64) << 4
@@ -48,6 +51,9 @@ pub struct Iqa {
 }
 
 impl Iqa {
+    /// Bits that software can write.
+    pub const WRITABLE: u64 = !0x7f8;
+
     /// GPA of the queue, in bytes.
     pub const fn base(self) -> u64 {
         self.iqa() << PAGE_SHIFT
@@ -176,7 +182,9 @@ mod tests {
     #[test]
     fn fields_stand_where_the_specification_puts_them() {
         assert_eq!(QueuePointer::from_offset(0x7_fff0).into_bits(), 0x7_fff0);
-        assert_eq!(QueuePointer::from_bits(u64::MAX).offset(), 0x7_fff0);
+        assert_eq!(QueuePointer::from_bits(u64::MAX).offset(), QueuePointer::WRITABLE);
+        let all = Iqa::new().with_qs(7).with_dw(true).with_iqa((1 << 52) - 1);
+        assert_eq!(all.into_bits(), Iqa::WRITABLE);
         let iqa = Iqa::from_bits(0x1234_5801);
         assert_eq!((iqa.base(), iqa.size()), (0x1234_5000, 0x2000));
         assert_eq!((iqa.dw(), iqa.descriptor_size()), (true, 32));
