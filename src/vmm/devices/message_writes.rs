@@ -2,6 +2,7 @@
 //! Requests to the interrupt range: messages, whoever makes them and however.
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -23,6 +24,12 @@ impl MessageWrites {
     /// `memory`, with the interrupt range going to `messages`.
     pub fn new(memory: Box<dyn DmaMaster>, messages: Arc<dyn InterruptSink>) -> Self {
         Self { memory, messages }
+    }
+}
+
+impl fmt::Debug for MessageWrites {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MessageWrites").finish_non_exhaustive()
     }
 }
 

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The `twostage` command runs the bare-metal test guest under `/dev/kvm`, and every check of the
+//! guest's holds.
+//!
+//! The images are built here when they are not yet. Without KVM these tests fail, unless
+//! `TWOSTAGE_KVM=off` says that they are to be left out.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+/// A guest that hangs is ended after this many seconds.
+const LIMIT: &str = "120";
+
+const WIDE_EDU: &str = "edu,dma-mask=0xffffffffffffffff";
+const WIDE_EDU_WITH_PASID: &str = "edu,pasid=on,dma-mask=0xffffffffffffffff";
+
+/// The directory of the guest images, built once.
+fn images() -> &'static Path {
+    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images");
+        let status = Command::new("make")
+            .arg("-C")
+            .arg(sources.join("vtd-check"))
+            .status()
+            .expect("make builds the guest; 'make guest' installs what it needs");
+        assert!(status.success(), "the guest does not build");
+        sources.join("build")
+    })
+}
+
+/// Whether there is a KVM to run the guest in; panics when there is none and nobody said so.
+fn kvm() -> bool {
+    if std::env::var_os("TWOSTAGE_KVM").is_some_and(|value| value == "off") {
+        eprintln!("TWOSTAGE_KVM=off: the guest is NOT run");
+        return false;
+    }
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = opened {
+        panic!("/dev/kvm: {error}; TWOSTAGE_KVM=off leaves the guest out");
+    }
+    true
+}
+
+/// What a machine is built from, beside the image.
+struct Machine<'a> {
+    image: &'a str,
+    cmdline: &'a str,
+    iommu: Option<&'a str>,
+    devices: &'a [&'a str],
+    vcpus: u8,
+}
+
+const MACHINE: Machine = Machine {
+    image: "vtd-check.elf",
+    cmdline: "",
+    iommu: Some("vtd,aw=57,pasid-bits=20"),
+    devices: &[WIDE_EDU_WITH_PASID, WIDE_EDU],
+    vcpus: 1,
+};
+
+/// What came of a run.
+struct Outcome {
+    /// Groups, the part of a check's line between its number and the first colon, that had a check
+    /// skipped.
+    skipped: BTreeSet<String>,
+    passed: usize,
+    report: Value,
+}
+
+impl Machine<'_> {
+    /// Runs the machine; panics when a check failed or the guest did not come to its end.
+    fn run(&self) -> Outcome {
+        let directory = tempfile::tempdir().unwrap();
+        let (serial, report) = (directory.path().join("serial"), directory.path().join("report"));
+        let mut command = Command::new("timeout");
+        command.arg(LIMIT).arg(env!("CARGO_BIN_EXE_twostage")).arg("run");
+        command.arg("--kernel").arg(images().join(self.image));
+        command.args(["--cmdline", self.cmdline, "--memory", "size=256M"]);
+        command.args(["--cpus", &format!("boot={}", self.vcpus)]);
+        command.arg("--serial").arg(format!("file={}", serial.display()));
+        command.arg("--report").arg(format!("json,file={}", report.display()));
+        if let Some(iommu) = self.iommu {
+            command.args(["--iommu", iommu]);
+        }
+        for device in self.devices {
+            command.args(["--device", device]);
+        }
+        let output = command.output().expect("timeout(1) and the binary run");
+        let text = std::fs::read_to_string(&serial).unwrap_or_default();
+        let context = || format!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{}:\n{}", output.status, context());
+
+        let lines = |kind: &str| -> Vec<&str> {
+            text.lines().filter(|line| line.split(' ').next() == Some(kind)).collect()
+        };
+        let (passed, skipped) = (lines("ok"), lines("skip"));
+        let summary = format!("{} passed, 0 failed, {} skipped", passed.len(), skipped.len());
+        assert_eq!(text.lines().last(), Some(summary.as_str()), "{}", context());
+        let report = std::fs::read_to_string(&report).unwrap();
+        Outcome {
+            skipped: skipped.iter().filter_map(|line| group_of(line)).collect(),
+            passed: passed.len(),
+            report: serde_json::from_str(&report).unwrap(),
+        }
+    }
+}
+
+/// The group in a line such as `ok 12 blocked: a description`.
+fn group_of(line: &str) -> Option<String> {
+    let (head, _) = line.split_once(':')?;
+    head.split(' ').nth(2).map(str::to_owned)
+}
+
+/// The number at `path` of `report`, which must be there.
+fn number(report: &Value, path: &str) -> u64 {
+    report.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path} in {report:#}"))
+}
+
+/// The objects of one kind in the report's graph.
+fn objects<'a>(report: &'a Value, kind: &str) -> Vec<&'a Value> {
+    let objects = report.pointer("/iommu/graph/objects").and_then(Value::as_array);
+    let objects = objects.unwrap_or_else(|| panic!("no objects in {report:#}"));
+    objects.iter().filter(|object| object["kind"] == kind).collect()
+}
+
+/// The ids of what `object` stands on.
+fn stands_on(object: &Value) -> Vec<&Value> {
+    object["on"].as_array().into_iter().flatten().map(|edge| &edge["to"]).collect()
+}
+
+/// The end of every run: all devices on one nested table over the nesting parent, and nothing of it
+/// by accident.
+fn assert_nested(outcome: &Outcome, devices: usize) {
+    let report = &outcome.report;
+    let parents = objects(report, "HWPT_PAGING");
+    let [parent] = parents.as_slice() else { panic!("one HWPT_PAGING: {report:#}") };
+    let flags = parent["flags"].as_array().unwrap();
+    assert!(flags.iter().any(|flag| flag == "NEST_PARENT"), "{parent:#}");
+    let nested = objects(report, "HWPT_NESTED");
+    let [nested] = nested.as_slice() else { panic!("one HWPT_NESTED: {report:#}") };
+    assert_eq!(stands_on(nested), [&parent["id"]]);
+    let attached: Vec<_> = objects(report, "DEVICE").into_iter().map(stands_on).collect();
+    assert_eq!(attached, vec![vec![&nested["id"]]; devices], "{report:#}");
+
+    assert_ne!(number(report, "/iommu/host_calls/HWPT_INVALIDATE/calls"), 0);
+    for counter in [
+        "/iommu/nesting/invalidations_in",
+        "/iommu/nesting/entries_out",
+        "/iommu/nesting/replaces",
+        "/iommu/viommu/faults_recorded",
+        "/iommu/viommu/queue_errors",
+        "/iommu/hardware/iotlb_hits",
+    ] {
+        assert_ne!(number(report, counter), 0, "{counter}");
+    }
+    for (verb, calls) in report.pointer("/iommu/host_calls").unwrap().as_object().unwrap() {
+        assert_eq!(calls["failures"], 0, "{verb}");
+    }
+}
+
+fn groups(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// Groups with a check for each of two capabilities of which a unit has one.
+const EITHER_OR: [&str; 3] = ["first_stage", "legacy_second_stage", "second_stage"];
+
+#[test]
+fn every_check_holds_with_five_levels_and_two_devices() {
+    if !kvm() {
+        return;
+    }
+    let outcome = MACHINE.run();
+    let skipped = groups(&EITHER_OR);
+    assert_eq!(outcome.skipped, &skipped | &groups(&["malformed_tables"]));
+    assert!(outcome.passed > 160, "{} checks", outcome.passed);
+    assert_nested(&outcome, 2);
+}
+
+#[test]
+fn every_check_holds_when_started_by_multiboot() {
+    if !kvm() {
+        return;
+    }
+    let pvh = MACHINE.run();
+    let outcome = Machine { image: "vtd-check.multiboot", ..MACHINE }.run();
+    assert_eq!(outcome.passed, pvh.passed);
+    assert_nested(&outcome, 2);
+}
+
+#[test]
+fn every_check_holds_with_four_levels_and_caching_mode() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine { iommu: Some("vtd,aw=48,caching-mode=on"), ..MACHINE }.run();
+    assert_eq!(outcome.skipped, groups(&EITHER_OR));
+    assert_nested(&outcome, 2);
+}
+
+#[test]
+fn every_check_holds_without_a_second_stage_of_the_guests_own() {
+    if !kvm() {
+        return;
+    }
+    let iommu = Some("vtd,aw=48,pasid-bits=8,second-stage=off");
+    let outcome = Machine { iommu, cmdline: "legacy-second-stage=0", ..MACHINE }.run();
+    let stale = ["stale_legacy_by_register", "stale_legacy_by_queue", "stale_second_stage"];
+    let skipped = &groups(&EITHER_OR) | &groups(&stale);
+    assert_eq!(outcome.skipped, &skipped | &groups(&["pasid"]));
+    assert_nested(&outcome, 2);
+}
+
+#[test]
+fn every_check_holds_for_one_device_of_28_address_bits() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine { iommu: Some("vtd"), devices: &["edu"], ..MACHINE }.run();
+    assert_nested(&outcome, 1);
+}
+
+#[test]
+fn every_check_holds_on_a_machine_of_two_vcpus() {
+    if !kvm() {
+        return;
+    }
+    assert_nested(&Machine { vcpus: 2, ..MACHINE }.run(), 2);
+}
+
+#[test]
+fn the_device_works_without_an_iommu() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine { iommu: None, cmdline: "vtd=0", devices: &["edu"], ..MACHINE }.run();
+    assert_eq!(outcome.skipped, groups(&[]));
+    assert_eq!(outcome.report["iommu"], Value::Null);
+}
