@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest's IOMMU driver: it builds tables in guest memory, and programs the unit by registers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::fault::FaultReason;
+use twostage::spec::vtd::first_stage::{index, FirstStageEntry, ENTRY_SIZE};
+use twostage::spec::vtd::pasid::{
+    PasidDirectoryEntry, PasidEntry, PasidEntry0, PasidEntry1, PasidEntry2, Pgtt,
+    DIRECTORY_ENTRY_SIZE, TABLE_ENTRIES, TABLE_ENTRY_SIZE,
+};
+use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope, StatusWrite};
+use twostage::spec::vtd::regs::{
+    self, Cap, FaultRecord, Fsts, Gcmd, Gsts, Iqa, QueuePointer, Rtaddr,
+};
+use twostage::spec::vtd::root::{
+    RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
+    SCALABLE_CONTEXT_ENTRY_SIZE,
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+pub const PAGE: u64 = 0x1000;
+/// Where the driver takes pages from, in guest memory.
+const FIRST_FREE: u64 = 0x10_0000;
+/// The status a wait descriptor stores.
+const DONE: u32 = 0x600d;
+
+/// The register page, as the guest's loads and stores reach it.
+pub trait Registers {
+    fn read(&self, offset: u64, bytes: &mut [u8]);
+    fn write(&self, offset: u64, bytes: &[u8]);
+}
+
+/// The driver. Every guest address is a GPA, in bytes.
+pub struct Guest<R> {
+    pub memory: Arc<GuestMemoryMmap>,
+    pub registers: R,
+    free: AtomicU64,
+    root: u64,
+    queue: u64,
+    status: u64,
+}
+
+/// What a PASID table entry says.
+#[derive(Debug, Clone, Copy)]
+pub enum Entry {
+    NotPresent,
+    FirstStage { table: u64, domain: u16 },
+    PassThrough { domain: u16 },
+}
+
+/// How the queue answered.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// The wait descriptor stored its status.
+    Done,
+    /// It did not; so FSTS stands.
+    Stopped(Fsts),
+}
+
+impl<R: Registers> Guest<R> {
+    /// A driver with an empty root table, and a queue of one page of 256-bit descriptors.
+    pub fn new(memory: Arc<GuestMemoryMmap>, registers: R) -> Self {
+        let free = AtomicU64::new(FIRST_FREE);
+        let mut guest = Self { memory, registers, free, root: 0, queue: 0, status: 0 };
+        guest.root = guest.page();
+        guest.queue = guest.page();
+        guest.status = guest.page();
+        guest
+    }
+
+    /// A zeroed page.
+    pub fn page(&self) -> u64 {
+        let page = self.free.fetch_add(PAGE, Ordering::Relaxed);
+        self.memory.write_slice(&[0; PAGE as usize], GuestAddress(page)).unwrap();
+        page
+    }
+
+    pub fn load(&self, address: u64) -> u64 {
+        self.memory.load(GuestAddress(address), Ordering::SeqCst).unwrap()
+    }
+
+    pub fn store(&self, address: u64, value: u64) {
+        self.memory.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
+    }
+
+    pub fn read32(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.registers.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub fn read64(&self, offset: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.registers.read(offset, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    pub fn write32(&self, offset: u64, value: u32) {
+        self.registers.write(offset, &value.to_le_bytes());
+    }
+
+    pub fn write64(&self, offset: u64, value: u64) {
+        self.registers.write(offset, &value.to_le_bytes());
+    }
+
+    pub fn status(&self) -> Gsts {
+        Gsts::from_bits(self.read32(regs::GSTS))
+    }
+
+    /// Sets the root table (scalable mode), starts the queue and turns translation on.
+    pub fn enable(&self) {
+        let rtaddr = Rtaddr::new().with_ttm(1).with_rta(self.root / PAGE);
+        self.write64(regs::RTADDR, rtaddr.into_bits());
+        self.write32(regs::GCMD, Gcmd::new().with_srtp(true).into_bits());
+        assert!(self.status().rtps());
+        self.write64(regs::IQT, 0);
+        let iqa = Iqa::new().with_dw(true).with_iqa(self.queue / PAGE);
+        self.write64(regs::IQA, iqa.into_bits());
+        self.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
+        assert!(self.status().qies());
+        self.write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(true).into_bits());
+        assert!(self.status().tes());
+    }
+
+    /// Turns translation off; the queue stays.
+    pub fn disable(&self) {
+        self.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
+        assert!(!self.status().tes());
+    }
+
+    /// Puts `descriptors` and a wait into the queue, and rings the tail.
+    pub fn submit(&self, descriptors: &[Descriptor]) -> Completion {
+        self.store(self.status, 0);
+        let wait = Descriptor::Wait {
+            status: Some(StatusWrite { address: self.status, data: DONE }),
+            interrupt: false,
+            fence: false,
+            drain_page_requests: false,
+        };
+        let mut tail = self.read64(regs::IQT);
+        for descriptor in descriptors.iter().chain([&wait]) {
+            for (word, value) in descriptor.encode().iter().enumerate() {
+                self.store(self.queue + tail + 8 * word as u64, *value);
+            }
+            tail = (tail + 32) % PAGE;
+        }
+        self.write64(regs::IQT, QueuePointer::from_offset(tail).into_bits());
+        self.completion()
+    }
+
+    /// Clears an error of the queue: the unit goes on at the descriptor it stopped at.
+    pub fn resume(&self) -> Completion {
+        self.write32(regs::FSTS, Fsts::new().with_iqe(true).into_bits());
+        self.completion()
+    }
+
+    fn completion(&self) -> Completion {
+        match self.load(self.status) as u32 {
+            DONE => Completion::Done,
+            _ => Completion::Stopped(self.faults()),
+        }
+    }
+
+    /// Has the unit look again at what a PASID table entry says of all domains.
+    pub fn flush_pasid_cache(&self) -> Completion {
+        self.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)])
+    }
+
+    pub fn faults(&self) -> Fsts {
+        Fsts::from_bits(self.read32(regs::FSTS))
+    }
+
+    /// The oldest fault record, taken out; with its reason. FRI says where the first one was when
+    /// there was none before; from there on they follow each other.
+    pub fn take_fault(&self) -> Option<(FaultRecord, Option<FaultReason>)> {
+        let status = self.faults();
+        let cap = Cap::from_bits(self.read64(regs::CAP));
+        let records = (0..cap.fault_records()).map(|index| {
+            let index = (u64::from(status.fri()) + index) % cap.fault_records();
+            let at = cap.fault_record_offset() + index * regs::FRCD_SIZE;
+            (at, FaultRecord::from_words([self.read64(at), self.read64(at + 8)]))
+        });
+        let (at, record) = records.into_iter().find(|(_, record)| record.high.f())?;
+        assert!(status.ppf());
+        // F is RW1C, in the top 32 bits.
+        self.write32(at + 12, 1 << 31);
+        Some((record, FaultReason::from_code(record.high.fr())))
+    }
+
+    /// Makes the PASID table entry of `rid`'s `pasid`, and the tables that lead to it.
+    pub fn set_entry(&self, rid: Bdf, pasid: u32, entry: Entry) {
+        let slot = self.pasid_slot(rid, pasid);
+        let (pgtt, domain, table) = match entry {
+            Entry::NotPresent => {
+                self.store(slot, 0);
+                return;
+            }
+            Entry::FirstStage { table, domain } => (Pgtt::FirstStage, domain, table),
+            Entry::PassThrough { domain } => (Pgtt::PassThrough, domain, 0),
+        };
+        let entry = PasidEntry {
+            // AW: 48 bits, which pass-through must name.
+            qw0: PasidEntry0::new().with_p(true).with_aw(2).with_pgtt(pgtt.into_bits()),
+            qw1: PasidEntry1::new().with_did(domain),
+            qw2: PasidEntry2::new().with_fsptptr(table / PAGE),
+            reserved: [0; 5],
+        };
+        // The word with P last.
+        for (word, value) in entry.to_words().iter().enumerate().rev() {
+            self.store(slot + 8 * word as u64, *value);
+        }
+    }
+
+    fn pasid_slot(&self, rid: Bdf, pasid: u32) -> u64 {
+        assert!(rid.devfn() < SCALABLE_CONTEXT_ENTRIES, "the upper context table is not used");
+        let root = self.root + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
+        let table = self
+            .table_at(root, |page| RootHalf::new().with_p(true).with_ctp(page / PAGE).into_bits());
+        let context = table + u64::from(rid.devfn()) * SCALABLE_CONTEXT_ENTRY_SIZE;
+        self.store(context + 8, ScalableContextHigh::new().with_rid_pasid(0).into_bits());
+        let directory = self.table_at(context, |page| {
+            let low = ScalableContextLow::new().with_p(true).with_paside(true);
+            low.with_pasiddirptr(page / PAGE).into_bits()
+        });
+        let entry = directory + u64::from(pasid / TABLE_ENTRIES) * DIRECTORY_ENTRY_SIZE;
+        let table = self.table_at(entry, |page| {
+            PasidDirectoryEntry::new().with_p(true).with_smptblptr(page / PAGE).into_bits()
+        });
+        table + u64::from(pasid % TABLE_ENTRIES) * TABLE_ENTRY_SIZE
+    }
+
+    /// Maps one page of `level` (1: 4 KiB, 2: 2 MiB) in the 4-level first-stage table `top`.
+    pub fn map(&self, top: u64, iova: u64, gpa: u64, level: u8, writable: bool) {
+        let user = FirstStageEntry::new().with_p(true).with_us(true);
+        let mut table = top;
+        for above in (level + 1..=4).rev() {
+            let entry = table + index(iova, above) * ENTRY_SIZE;
+            table =
+                self.table_at(entry, |page| user.with_rw(true).with_frame(page / PAGE).into_bits());
+        }
+        let leaf = user.with_rw(writable).with_ps(level > 1).with_frame(gpa / PAGE);
+        self.store(table + index(iova, level) * ENTRY_SIZE, leaf.into_bits());
+    }
+
+    /// Takes the leaf of a 4 KiB page out of the table.
+    pub fn unmap(&self, top: u64, iova: u64) {
+        let mut table = top;
+        for above in (2..=4).rev() {
+            table = self.load(table + index(iova, above) * ENTRY_SIZE) & !0xfff;
+        }
+        self.store(table + index(iova, 1) * ENTRY_SIZE, 0);
+    }
+
+    /// The table that the entry at `entry` points to; a new one if it points to none.
+    fn table_at(&self, entry: u64, pointer: impl Fn(u64) -> u64) -> u64 {
+        let word = self.load(entry);
+        if word & 1 != 0 {
+            return word & 0x000f_ffff_ffff_f000;
+        }
+        let page = self.page();
+        self.store(entry, pointer(page));
+        page
+    }
+}

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The whole stack in one process: guest, virtual VT-d, nesting, emulated host, devices.
+
+use std::sync::{Arc, Mutex, Weak};
+
+use twostage::emulated::{
+    DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, ObjectGraph, VtdUnit,
+    VtdUnitConfig,
+};
+use twostage::iommufd::{Errno, FailNth, HostIommu, HwInfoData, ObjectId, Protection, UserMemory};
+use twostage::nesting::Nesting;
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::vtd::regs::{Cap, Ecap};
+use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
+use twostage::viommu::{FaultTarget, InterruptSink};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::guest::{Guest, Registers};
+
+/// The emulated host; one call of it can be made to fail, and the one after that, too.
+pub type Host = FailNth<FailNth<EmulatedHost>>;
+
+/// The guest's two devices.
+pub const A: Bdf = Bdf::from_raw(0x20);
+pub const B: Bdf = Bdf::from_raw(0x28);
+/// Width of their PASIDs.
+const PASID_BITS: u8 = 8;
+
+/// Guest memory: start and size of each region, in bytes.
+const REGIONS: [(u64, usize); 2] = [(0, 16 << 20), (1 << 32, 4 << 20)];
+/// The start of the region above 4 GiB.
+pub const HIGH: u64 = REGIONS[1].0;
+/// Its size.
+pub const HIGH_SIZE: u64 = REGIONS[1].1 as u64;
+
+impl Registers for Arc<VtdIommu> {
+    fn read(&self, offset: u64, bytes: &mut [u8]) {
+        self.mmio_read(offset, bytes);
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) {
+        self.mmio_write(offset, bytes);
+    }
+}
+
+/// The interrupts that the virtual unit sent: address and data.
+#[derive(Debug, Default)]
+pub struct Interrupts(Mutex<Vec<(u64, u32)>>);
+
+impl Interrupts {
+    pub fn take(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl InterruptSink for Interrupts {
+    fn send_msi(&self, address: u64, data: u32) {
+        self.0.lock().unwrap().push((address, data));
+    }
+}
+
+/// Host, unit, nesting, virtual unit and guest.
+pub struct Machine {
+    pub guest: Guest<Arc<VtdIommu>>,
+    pub iommu: Arc<VtdIommu>,
+    pub nesting: Arc<Nesting>,
+    pub host: Arc<Host>,
+    pub unit: Arc<VtdUnit>,
+    pub interrupts: Arc<Interrupts>,
+    devices: Vec<ObjectId>,
+}
+
+/// A host with one unit and two devices, nothing bound; every call of it can be made to fail.
+pub fn host() -> (Arc<Host>, Arc<VtdUnit>) {
+    let unit = VtdUnit::new(VtdUnitConfig::default());
+    let host = EmulatedHost::new();
+    let id = host.add_unit(unit.clone());
+    for (name, rid) in [("a", A), ("b", B)] {
+        let config = DeviceConfig { pasid_bits: PASID_BITS, ..DeviceConfig::default() };
+        host.add_device(name, id, rid, config).unwrap();
+    }
+    (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
+}
+
+impl Machine {
+    pub fn new() -> Self {
+        let (host, unit) = host();
+        Self::on(host, unit).unwrap()
+    }
+
+    /// Builds everything on `host`, as a VMM does before it starts its guest.
+    pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>) -> Result<Self, String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let nesting = Arc::new(Nesting::new(host.clone()).map_err(|error| text(&error))?);
+        let region = |&(start, size)| {
+            Arc::new(GuestRegionMmap::from_range(GuestAddress(start), size, None).unwrap())
+        };
+        let regions: Vec<_> = REGIONS.iter().map(region).collect();
+        for ((start, _), region) in REGIONS.iter().zip(&regions) {
+            nesting
+                .map_memory(*start, &UserMemory::whole(region.clone()), Protection::READ_WRITE)
+                .map_err(|error| text(&error))?;
+        }
+        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
+        let mut devices = Vec::new();
+        for (name, rid) in [("a", A), ("b", B)] {
+            let dev = host.device_bind(name).map_err(|error| text(&error))?;
+            devices.push(dev);
+            nesting.add_device(rid, dev).map_err(|error| text(&error))?;
+        }
+        let config = VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() };
+        let config = config.intersect(&units(&nesting)).map_err(|error| text(&error))?;
+        let interrupts = Arc::new(Interrupts::default());
+        let iommu =
+            VtdIommu::new(config, memory.clone(), nesting.clone(), interrupts.clone(), None)
+                .map_err(|error| text(&error))?;
+        nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
+        iommu.add_device(A);
+        iommu.add_device(B);
+        let guest = Guest::new(memory, iommu.clone());
+        Ok(Self { guest, iommu, nesting, host, unit, interrupts, devices })
+    }
+
+    /// Where the DMA of `rid` enters.
+    pub fn port(&self, rid: Bdf) -> DmaPort {
+        self.unit.port(rid.raw())
+    }
+
+    /// Eight bytes that `rid` (or its `pasid`) reads at `iova`.
+    pub fn read(&self, rid: Bdf, pasid: Option<u32>, iova: u64) -> Result<u64, DmaError> {
+        let mut bytes = [0; 8];
+        let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
+        self.port(rid).read(attributes, iova, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Has `rid` (or its `pasid`) write eight bytes at `iova`.
+    pub fn write(
+        &self,
+        rid: Bdf,
+        pasid: Option<u32>,
+        iova: u64,
+        value: u64,
+    ) -> Result<(), DmaError> {
+        let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
+        self.port(rid).write(attributes, iova, &value.to_le_bytes())
+    }
+
+    /// Makes the `n`-th host call from now on (1 is the next) fail.
+    pub fn fail_nth(&self, n: u64) {
+        self.host.fail_nth(n, Errno::ENOMEM);
+    }
+
+    /// Makes the next two host calls fail.
+    pub fn fail_twice(&self) {
+        self.fail_nth(1);
+        // The first does not get that far.
+        self.host.inner().fail_nth(1, Errno::ENOMEM);
+    }
+
+    /// The host's objects.
+    pub fn graph(&self) -> ObjectGraph {
+        self.host.inner().inner().graph()
+    }
+
+    /// Ends the machine, and tells how many objects the host is left with.
+    pub fn end(self) -> usize {
+        let Self { guest, iommu, nesting, host, devices, .. } = self;
+        drop((guest, iommu));
+        assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
+        for dev in devices {
+            // The failure that a test asked for may come as late as here.
+            if host.device_unbind(dev).is_err() {
+                host.device_unbind(dev).unwrap();
+            }
+        }
+        host.inner().inner().live_objects()
+    }
+}
+
+/// What the host says of its units, as the virtual unit's configuration wants it.
+fn units(nesting: &Nesting) -> Vec<HostUnit> {
+    let unit = |device: twostage::nesting::DeviceInfo| match device.info.data {
+        HwInfoData::Vtd(vtd) => Some(HostUnit {
+            device: device.rid.to_string(),
+            cap: Cap::from_bits(vtd.cap_reg),
+            ecap: Ecap::from_bits(vtd.ecap_reg),
+        }),
+        HwInfoData::None => None,
+    };
+    nesting.hw_infos().into_iter().filter_map(unit).collect()
+}
+
+/// The PASID `raw`, of at most 20 bits.
+pub fn pasid(raw: u32) -> Pasid {
+    Pasid::new(raw).unwrap()
+}

@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One DMA through two stages: a guest's driver programs the virtual VT-d by its registers, and
+//! devices do DMA through an emulated host IOMMU with caches.
+
+mod fail_nth;
+mod guest;
+mod machine;
+
+use guest::{Completion, Entry, PAGE};
+use machine::{Machine, A, B, HIGH, HIGH_SIZE};
+use twostage::emulated::{DmaError, ObjectKind};
+use twostage::spec::vtd::fault::FaultReason;
+use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
+use twostage::spec::vtd::regs;
+
+/// An address that is no guest memory, so that only stage 1 can map it.
+const IOVA: u64 = 0x7000_1234_5000;
+const DOMAIN: u16 = 5;
+
+/// A machine whose device A goes, untagged by PASID, through the table that is given too. `IOVA`
+/// leads to a page that starts with 1.
+fn nested() -> (Machine, u64, u64) {
+    let machine = Machine::new();
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.map(table, IOVA, page, 1, true);
+    guest.store(page, 1);
+    guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN });
+    guest.enable();
+    (machine, table, page)
+}
+
+fn pages(iova: u64, mask: u8) -> AddressMask {
+    AddressMask { address: iova, mask, leaf: true }
+}
+
+fn pasid_pages(domain: u16, pasid: u32, range: Option<AddressMask>) -> Descriptor {
+    Descriptor::PasidIotlb { domain, pasid: machine::pasid(pasid), range }
+}
+
+fn iotlb(scope: IotlbScope) -> Descriptor {
+    Descriptor::Iotlb { scope, drain_writes: true, drain_reads: true }
+}
+
+#[track_caller]
+fn expect_fault(machine: &Machine, reason: FaultReason, address: u64, pasid: Option<u32>) {
+    let (record, told) = machine.guest.take_fault().expect("the guest is told");
+    assert_eq!(told, Some(reason));
+    assert_eq!(record.high.sid(), A.raw());
+    assert_eq!(record.address(), address & !(PAGE - 1));
+    assert_eq!(record.high.pp().then(|| record.high.pv()), pasid);
+}
+
+#[test]
+fn a_dma_goes_through_both_stages() {
+    let (machine, _, page) = nested();
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    machine.write(A, None, IOVA + 8, 2).unwrap();
+    assert_eq!(machine.guest.load(page + 8), 2);
+    let graph = machine.graph();
+    let nested: Vec<_> = graph.of_kind(ObjectKind::HwptNested).collect();
+    assert_eq!(nested.len(), 1, "{graph}");
+    let parent = graph.objects.iter().find(|object| object.id == nested[0].on[0].to).unwrap();
+    assert!(parent.flags.contains(&"NEST_PARENT"), "{graph}");
+    assert_eq!(machine.end(), 0);
+}
+
+#[test]
+fn large_pages_and_memory_above_4_gib() {
+    let (machine, table, _) = nested();
+    let iova = 0x6000_0000_0000;
+    machine.guest.map(table, iova, HIGH, 2, true);
+    machine.guest.store(HIGH + 0x12_3458, 3);
+    assert_eq!(machine.read(A, None, iova + 0x12_3458), Ok(3));
+}
+
+#[test]
+fn before_translation_a_function_passes_and_pasids_do_not() {
+    let machine = Machine::new();
+    let page = machine.guest.page();
+    machine.guest.store(page, 4);
+    assert_eq!(machine.read(A, None, page), Ok(4));
+    assert!(machine.read(A, Some(1), page).is_err());
+    assert_eq!(machine.guest.take_fault(), None);
+}
+
+#[test]
+fn without_tables_a_function_is_blocked_from_the_moment_of_enabling() {
+    let machine = Machine::new();
+    let page = machine.guest.page();
+    machine.guest.enable();
+    assert!(machine.read(A, None, page).is_err());
+    expect_fault(&machine, FaultReason::RootNotPresent, page, None);
+    assert!(machine.write(A, Some(3), page, 1).is_err());
+    expect_fault(&machine, FaultReason::RootNotPresent, page, Some(3));
+    machine.guest.disable();
+    assert_eq!(machine.read(A, None, page), Ok(0));
+}
+
+#[test]
+fn pass_through_is_a_decision() {
+    let machine = Machine::new();
+    let page = machine.guest.page();
+    machine.guest.store(page, 5);
+    machine.guest.set_entry(A, 0, Entry::PassThrough { domain: DOMAIN });
+    machine.guest.enable();
+    assert_eq!(machine.read(A, None, page), Ok(5));
+    assert!(machine.read(B, None, page).is_err());
+}
+
+#[test]
+fn a_changed_leaf_is_stale_before_the_invalidation_and_new_after() {
+    let exact = |domain| iotlb(IotlbScope::Pages { domain, range: pages(IOVA, 0) });
+    let enough = [
+        pasid_pages(DOMAIN, 0, Some(pages(IOVA, 0))),
+        pasid_pages(DOMAIN, 0, Some(pages(IOVA, 9))),
+        pasid_pages(DOMAIN, 0, None),
+        exact(DOMAIN),
+        iotlb(IotlbScope::Domain(DOMAIN)),
+        iotlb(IotlbScope::Global),
+    ];
+    let not_enough = [
+        pasid_pages(DOMAIN, 0, Some(pages(IOVA + PAGE, 0))),
+        pasid_pages(DOMAIN, 1, None),
+        pasid_pages(DOMAIN + 1, 0, None),
+        exact(DOMAIN + 1),
+        iotlb(IotlbScope::Domain(DOMAIN + 1)),
+    ];
+    for descriptor in enough {
+        let (machine, table, _) = nested();
+        let guest = &machine.guest;
+        let other = guest.page();
+        guest.store(other, 2);
+        assert_eq!(machine.read(A, None, IOVA), Ok(1));
+        guest.map(table, IOVA, other, 1, true);
+        assert_eq!(machine.read(A, None, IOVA), Ok(1), "hardware caches");
+        assert_eq!(guest.submit(&not_enough), Completion::Done);
+        assert_eq!(machine.read(A, None, IOVA), Ok(1), "nobody asked for this page");
+        assert_eq!(guest.submit(&[descriptor]), Completion::Done);
+        assert_eq!(machine.read(A, None, IOVA), Ok(2), "{descriptor:?}");
+        guest.unmap(table, IOVA);
+        assert_eq!(guest.submit(&[descriptor]), Completion::Done);
+        assert!(machine.read(A, None, IOVA).is_err());
+        expect_fault(&machine, FaultReason::FirstStageNotPresent, IOVA, None);
+    }
+}
+
+#[test]
+fn faults_are_in_the_guest_s_records() {
+    let (machine, table, page) = nested();
+    let guest = &machine.guest;
+    assert!(machine.read(A, None, IOVA + PAGE + 0x123).is_err());
+    expect_fault(&machine, FaultReason::FirstStageNotPresent, IOVA + PAGE, None);
+
+    guest.map(table, IOVA + 2 * PAGE, page, 1, false);
+    assert_eq!(machine.read(A, None, IOVA + 2 * PAGE), Ok(1));
+    let error = machine.write(A, None, IOVA + 2 * PAGE, 9).unwrap_err();
+    assert!(matches!(error, DmaError::Fault { stage2: false, .. }), "{error}");
+    let (record, reason) = guest.take_fault().unwrap();
+    assert_eq!((reason, record.high.t1()), (Some(FaultReason::WriteDenied), false));
+
+    // Tables that lead to what is no memory: stage 2 refuses, the guest's own tables are told of.
+    guest.map(table, IOVA + 3 * PAGE, HIGH + HIGH_SIZE, 1, true);
+    let error = machine.read(A, None, IOVA + 3 * PAGE).unwrap_err();
+    assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
+    expect_fault(&machine, FaultReason::ReadDenied, IOVA + 3 * PAGE, None);
+    assert_eq!(guest.take_fault(), None);
+    assert_eq!(guest.load(page), 1);
+}
+
+#[test]
+fn a_fault_raises_the_fault_event_once_until_it_is_seen() {
+    let (machine, _, _) = nested();
+    let guest = &machine.guest;
+    let (address, data) = (0xfee0_1000, 0x41);
+    guest.write32(regs::FEDATA, data);
+    guest.write32(regs::FEADDR, address);
+    guest.write32(regs::FECTL, 0);
+    let fault = || assert!(machine.read(A, None, IOVA + PAGE).is_err());
+    let event = vec![(u64::from(address), data)];
+    fault();
+    assert_eq!(machine.interrupts.take(), event);
+    fault();
+    assert_eq!(machine.interrupts.take(), []);
+    while guest.take_fault().is_some() {}
+    fault();
+    assert_eq!(machine.interrupts.take(), event);
+}
+
+#[test]
+fn each_pasid_has_tables_of_its_own() {
+    let (machine, _, _) = nested();
+    let guest = &machine.guest;
+    let tables = [guest.page(), guest.page()];
+    for (pasid, table) in [6, 7].into_iter().zip(tables) {
+        let page = guest.page();
+        guest.store(page, u64::from(pasid));
+        guest.map(table, IOVA, page, 1, true);
+        guest.set_entry(A, pasid, Entry::FirstStage { table, domain: DOMAIN });
+    }
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    assert_eq!(machine.read(A, Some(6), IOVA), Ok(6));
+    assert_eq!(machine.read(A, Some(7), IOVA), Ok(7));
+    assert!(machine.read(A, Some(8), IOVA).is_err());
+    expect_fault(&machine, FaultReason::PasidEntryNotPresent, IOVA, Some(8));
+
+    // An invalidation of one PASID leaves the others stale.
+    let page = guest.page();
+    guest.store(page, 8);
+    tables.iter().for_each(|table| guest.map(*table, IOVA, page, 1, true));
+    assert_eq!(guest.submit(&[pasid_pages(DOMAIN, 7, None)]), Completion::Done);
+    assert_eq!(machine.read(A, Some(6), IOVA), Ok(6));
+    assert_eq!(machine.read(A, Some(7), IOVA), Ok(8));
+
+    guest.set_entry(A, 6, Entry::NotPresent);
+    let one = PasidCacheScope::Pasid { domain: DOMAIN, pasid: machine::pasid(6) };
+    assert_eq!(guest.submit(&[Descriptor::PasidCache(one)]), Completion::Done);
+    assert!(machine.read(A, Some(6), IOVA).is_err());
+    assert_eq!(machine.read(A, Some(7), IOVA), Ok(8));
+    assert_eq!(machine.end(), 0);
+}
+
+#[test]
+fn a_changed_table_pointer_counts_from_the_pasid_cache_invalidation_on() {
+    let (machine, _, _) = nested();
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.map(table, IOVA, page, 1, true);
+    guest.store(page, 2);
+    guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN });
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(2));
+    let graph = machine.graph();
+    assert_eq!(graph.of_kind(ObjectKind::HwptNested).count(), 1, "{graph}");
+}
+
+#[test]
+fn a_domain_id_that_changes_leaves_nothing_stale() {
+    let (machine, table, _) = nested();
+    let guest = &machine.guest;
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    let other = guest.page();
+    guest.store(other, 2);
+    guest.map(table, IOVA, other, 1, true);
+    guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN + 1 });
+    // As §6.5.3.3 asks: the caches of the old domain, of which nothing is left by then.
+    let old = Descriptor::PasidCache(PasidCacheScope::Domain(DOMAIN));
+    let done = guest.submit(&[old, pasid_pages(DOMAIN, 0, None)]);
+    assert_eq!(done, Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(2));
+}
+
+#[test]
+fn two_devices_with_the_same_tables_share_one_object() {
+    let (machine, table, _) = nested();
+    let guest = &machine.guest;
+    guest.set_entry(B, 0, Entry::FirstStage { table, domain: DOMAIN });
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    assert_eq!(machine.read(B, None, IOVA), Ok(1));
+    let graph = machine.graph();
+    assert_eq!(graph.of_kind(ObjectKind::HwptNested).count(), 1, "{graph}");
+    assert_eq!(machine.nesting.counters().nested_shares, 1);
+
+    let other = guest.page();
+    guest.store(other, 2);
+    guest.map(table, IOVA, other, 1, true);
+    assert_eq!(guest.submit(&[pasid_pages(DOMAIN, 0, None)]), Completion::Done);
+    assert_eq!((machine.read(A, None, IOVA), machine.read(B, None, IOVA)), (Ok(2), Ok(2)));
+}
+
+#[test]
+fn what_stands_before_an_ordering_point_is_one_host_call() {
+    let (machine, _, _) = nested();
+    let page = |n| pasid_pages(DOMAIN, 0, Some(pages(IOVA + n * PAGE, 0)));
+    let before = machine.nesting.counters();
+    let batch: Vec<_> = (0..100).map(page).collect();
+    assert_eq!(machine.guest.submit(&batch), Completion::Done);
+    let after = machine.nesting.counters();
+    assert_eq!(after.host_calls - before.host_calls, 1);
+    assert_eq!(after.entries_out - before.entries_out, 1);
+    assert_eq!(after.merged - before.merged, 99);
+}
+
+#[test]
+fn a_refused_attach_is_visible_and_tried_again() {
+    let (machine, _, _) = nested();
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.map(table, IOVA, page, 1, true);
+    guest.store(page, 2);
+    guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN });
+    // HWPT_ALLOC, then DEVICE_ATTACH.
+    machine.fail_nth(2);
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    assert_eq!(machine.nesting.counters().refused_attaches, 1);
+    assert!(machine.read(A, None, IOVA).is_err());
+    expect_fault(&machine, FaultReason::PasidEntryInvalid, IOVA, None);
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(2));
+    assert_eq!(machine.end(), 0);
+}
+
+#[test]
+fn an_invalidation_that_fails_once_is_made_good() {
+    let (machine, table, _) = nested();
+    let guest = &machine.guest;
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    guest.unmap(table, IOVA);
+    machine.fail_nth(1);
+    assert_eq!(guest.submit(&[pasid_pages(DOMAIN, 0, None)]), Completion::Done);
+    assert!(machine.read(A, None, IOVA).is_err());
+    expect_fault(&machine, FaultReason::FirstStageNotPresent, IOVA, None);
+}
+
+#[test]
+fn an_invalidation_that_cannot_be_done_stops_the_queue_and_leaves_nothing_stale() {
+    let (machine, table, _) = nested();
+    let guest = &machine.guest;
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    let other = guest.page();
+    guest.store(other, 2);
+    guest.map(table, IOVA, other, 1, true);
+    machine.fail_twice();
+    let Completion::Stopped(status) = guest.submit(&[pasid_pages(DOMAIN, 0, None)]) else {
+        panic!("the guest is told that the invalidation is done");
+    };
+    assert!(status.iqe());
+    assert!(machine.read(A, None, IOVA).is_err(), "blocked, not stale");
+    assert!(guest.take_fault().is_some());
+    assert_eq!(guest.resume(), Completion::Done);
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(2));
+}
+
+#[test]
+fn memory_that_is_taken_away_is_not_reached_any_more() {
+    let (machine, table, _) = nested();
+    machine.guest.map(table, IOVA, HIGH, 1, true);
+    let flush = pasid_pages(DOMAIN, 0, None);
+    assert_eq!(machine.guest.submit(&[flush]), Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(0));
+    machine.nesting.unmap_memory(HIGH, HIGH_SIZE).unwrap();
+    let error = machine.read(A, None, IOVA).unwrap_err();
+    assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
+}
+
+/// Faults take their way to the guest while invalidations hold every lock above the host and wait
+/// for DMA: a lock too many on that way, and this test hangs.
+#[test]
+fn faults_and_invalidations_do_not_wait_for_each_other() {
+    let (machine, _, _) = nested();
+    std::thread::scope(|scope| {
+        let faults = scope.spawn(|| {
+            for _ in 0..2000 {
+                assert!(machine.read(A, None, IOVA + PAGE).is_err());
+            }
+        });
+        while !faults.is_finished() {
+            let flush = pasid_pages(DOMAIN, 0, None);
+            assert_eq!(machine.guest.submit(&[flush]), Completion::Done);
+            machine.guest.take_fault();
+        }
+    });
+}
