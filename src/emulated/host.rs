@@ -24,6 +24,30 @@ use crate::spec::pci::Bdf;
 /// unmap that fails after it unmapped a part), the contract of [`HostIommu`] holds instead.
 ///
 /// One lock covers the objects; the IOMMUs are told under it. DMA does not take it.
+///
+/// ```
+/// use std::sync::Arc;
+/// use twostage::emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+/// use twostage::iommufd::{HostIommu, MapTarget, Protection, UserMemory};
+/// use twostage::spec::pci::Bdf;
+/// use vm_memory::{GuestAddress, GuestRegionMmap};
+///
+/// let host = EmulatedHost::new();
+/// let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+/// let rid = Bdf::new(0, 4, 0).expect("a PCI address");
+/// host.add_device("disk", unit, rid, DeviceConfig::default())?;
+///
+/// let (dev, ioas) = (host.device_bind("disk")?, host.ioas_alloc()?);
+/// let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None)?);
+/// let memory = UserMemory::whole(region);
+/// host.ioas_map(ioas, &memory, MapTarget::Fixed(0x8000), Protection::READ_WRITE)?;
+/// host.device_attach(dev, None, ioas)?;
+///
+/// let mut port = host.dma_port("disk").expect("the device");
+/// port.write(DmaAttributes::default(), 0x8000, b"hello")?;
+/// assert!(port.write(DmaAttributes::default(), 0x9000, b"hello").is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct EmulatedHost {
     objects: Mutex<Objects>,

@@ -62,6 +62,12 @@ impl IovaSpace {
         complement(self.reserved.iter().map(|(_, range)| range.clone()).collect())
     }
 
+    /// How many reservations `owner` has.
+    #[cfg(test)]
+    pub fn reservations_of(&self, owner: ObjectId) -> usize {
+        self.reserved.iter().filter(|(of, _)| *of == owner).count()
+    }
+
     /// The ranges automatic placement is limited to; empty for no limit.
     pub(super) fn allowed(&self) -> &[RangeInclusive<u64>] {
         &self.allowed

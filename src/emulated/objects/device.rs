@@ -2,10 +2,11 @@
 //! Devices: bind, attach, replace, detach, unbind.
 
 use std::collections::BTreeMap;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use super::machine::UnitId;
 use super::{DeviceConfig, Object, Objects};
+use crate::emulated::hardware::Hardware;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwInfo, HwptFlags, ObjectId};
 use crate::spec::pci::Bdf;
@@ -40,12 +41,12 @@ impl Objects {
             attachments: BTreeMap::new(),
             vdevice: None,
         };
-        let (unit, rid) = (device.unit, device.rid);
+        let (hardware, rid) = (self.hardware(device.unit)?, device.rid);
         let dev = self.table.insert(Object::Device(device))?;
         // The driver of the device holds it until unbind, so DESTROY never ends it.
         self.table.hold(dev);
         self.machine.set_bound(name, Some(dev));
-        self.machine.unit(unit)?.hardware.remove(rid.raw(), None);
+        hardware.remove(rid.raw(), None);
         Ok(dev)
     }
 
@@ -63,7 +64,7 @@ impl Objects {
         }
         let device = self.table.device(dev)?;
         let (name, rid) = (device.name.clone(), device.rid);
-        self.machine.unit(device.unit)?.hardware.set_fault_sink(rid.raw(), None);
+        self.hardware(device.unit)?.set_fault_sink(rid.raw(), None);
         self.machine.set_bound(&name, None);
         self.table.release(dev);
         self.table.remove(dev);
@@ -89,10 +90,11 @@ impl Objects {
 
     /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`. Nothing happens to a slot that is not attached.
     pub fn device_detach(&mut self, dev: ObjectId, slot: Slot) -> Outcome<()> {
-        let device = self.table.device_mut(dev)?;
-        let Some(hwpt) = device.attachments.remove(&slot) else { return Ok(()) };
+        let device = self.table.device(dev)?;
+        let Some(hwpt) = device.attachments.get(&slot).copied() else { return Ok(()) };
         let (unit, rid) = (device.unit, device.rid);
-        self.machine.unit(unit)?.hardware.remove(rid.raw(), slot);
+        self.hardware(unit)?.remove(rid.raw(), slot);
+        self.table.device_mut(dev)?.attachments.remove(&slot);
         self.leave(dev, slot, unit, hwpt, None)
     }
 
@@ -115,7 +117,7 @@ impl Objects {
     /// Delivers faults of `dev` to `sink`.
     pub fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Outcome<()> {
         let device = self.table.device(dev)?;
-        let hardware = &self.machine.unit(device.unit)?.hardware;
+        let hardware = self.hardware(device.unit)?;
         if !hardware.extensions().fault_reports {
             return refuse(Errno::EOPNOTSUPP, "the IOMMU reports no faults to its user");
         }
@@ -164,7 +166,7 @@ impl Objects {
         self.check_driver(device, hwpt)?;
 
         let (unit, rid, reserved) = (device.unit, device.rid, device.config.reserved_regions());
-        let translation = self.translation(hwpt)?;
+        let (hardware, translation) = (self.hardware(unit)?, self.translation(hwpt)?);
         if slot.is_none() {
             let space = &mut self.table.ioas_mut(ioas)?.space;
             space.unreserve(dev);
@@ -173,7 +175,7 @@ impl Objects {
         self.table.hold(hwpt);
         self.attached_mut(hwpt)?.add(unit);
         self.table.device_mut(dev)?.attachments.insert(slot, hwpt);
-        self.machine.unit(unit)?.hardware.install(rid.raw(), slot, translation);
+        hardware.install(rid.raw(), slot, translation);
         match old {
             Some(old) => self.leave(dev, slot, unit, old, Some(ioas)),
             None => Ok(()),
@@ -225,6 +227,10 @@ impl Objects {
             );
         }
         Ok(())
+    }
+
+    fn hardware(&self, unit: UnitId) -> Outcome<Arc<dyn Hardware>> {
+        Ok(self.machine.unit(unit)?.hardware.clone())
     }
 
     /// Width of the PASIDs that both the device and its IOMMU have, in bits.

@@ -194,7 +194,6 @@ macro_rules! typed_mut {
 typed! {
     ioas => Ioas;
     hwpt_paging => HwptPaging;
-    hwpt_nested => HwptNested;
     device => Device;
     viommu => Viommu;
     vdevice => Vdevice;

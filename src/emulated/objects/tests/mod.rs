@@ -3,6 +3,7 @@
 
 mod attach;
 mod dma;
+mod fail_nth;
 pub(crate) mod fake;
 mod hwpt;
 mod invalidate;

@@ -158,7 +158,23 @@ fn check(objects: &Objects, installed: &Installed) -> Result<(), TestCaseError> 
             prop_assert!(table.ioas(hwpt.ioas).unwrap().hwpts.contains(&id));
         }
     }
+    check_reservations(objects)?;
     check_mappings(objects)
+}
+
+/// A device has its regions reserved once, in the IOAS that serves it and in no other.
+fn check_reservations(objects: &Objects) -> Result<(), TestCaseError> {
+    for (dev, object) in objects.table().iter() {
+        let Object::Device(device) = object else { continue };
+        let served =
+            device.attachments.get(&None).map(|hwpt| objects.stage2_of(*hwpt).unwrap().ioas);
+        for (id, object) in objects.table().iter() {
+            let Object::Ioas(ioas) = object else { continue };
+            let expected = if served == Some(id) { 1 } else { 0 };
+            prop_assert_eq!(ioas.space.reservations_of(dev), expected, "{:?} in {:?}", dev, id);
+        }
+    }
+    Ok(())
 }
 
 /// Mappings lie outside reservations, DMA finds them, and their pages are accounted once.
