@@ -8,8 +8,11 @@
 mod images;
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use images::{multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
@@ -272,6 +275,32 @@ fn an_instruction_that_kvm_cannot_run_is_named() {
     }
 }
 
+#[test]
+fn a_second_vcpu_waits_for_its_startup_message() {
+    if !kvm() {
+        return;
+    }
+    // mov dword [register], value
+    let store = |register: u32, value: u32| {
+        [&[0xc7, 0x05][..], &register.to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    const LAPIC: u32 = 0xfee0_0000;
+    let guest = [
+        // At 0x8000, for 16-bit real mode: mov $3, %al; out %al, $0xf4; hlt.
+        store(0x8000, 0xf4e6_03b0),
+        store(0x8004, 0xf4),
+        // LAPIC: enabled; INIT, then SIPI with vector 8, to LAPIC 1.
+        store(LAPIC + 0xf0, 0x1ff),
+        store(LAPIC + 0x310, 1 << 24),
+        store(LAPIC + 0x300, 0x4500),
+        store(LAPIC + 0x300, 0x4608),
+        code::HALT.to_vec(),
+    ]
+    .concat();
+    let output = run_guest(&pvh(&guest), &["--cpus", "boot=2"]);
+    assert_eq!(output.status.code(), Some(3));
+}
+
 /// A guest that says that it runs, and then waits for ever.
 fn waiting_guest(more: &[&str]) -> (Child, NamedTempFile) {
     let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
@@ -322,6 +351,42 @@ fn signals_end_the_machine_in_order() {
         assert_eq!(json(&report)["devices"][0]["bdf"], "00:01.0");
         assert!(json(&trace).as_array().unwrap().iter().any(|event| event["name"] == "IOAS_MAP"));
     }
+}
+
+/// Whether a vCPU of `child` waits in write(2).
+fn waits_in_write(child: &Child) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    tasks.flatten().any(|task| {
+        let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        read("comm").starts_with("vcpu") && read("syscall").starts_with("1 ")
+    })
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_can_be_stopped() {
+    if !kvm() {
+        return;
+    }
+    // mov $0x3f8, %dx; again: out %al, (%dx); jmp again
+    let guest = kernel(&multiboot(&[0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd]));
+    // A socket that takes no more.
+    let (mut output, _reader) = UnixStream::pair().unwrap();
+    output.set_nonblocking(true).unwrap();
+    while output.write(&[0; 4096]).is_ok() {}
+    output.set_nonblocking(false).unwrap();
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--report", "none", "--kernel", text(&guest)])
+        .stdin(Stdio::piped())
+        .stdout(OwnedFd::from(output))
+        .spawn()
+        .unwrap();
+    while !waits_in_write(&child) {
+        assert!(child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.stdin.as_mut().unwrap().write_all(b"typed meanwhile").unwrap();
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(143));
 }
 
 #[test]

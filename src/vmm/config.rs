@@ -21,6 +21,8 @@ pub struct MachineConfig {
     pub devices: Vec<DeviceConfig>,
     /// Where the serial port leads.
     pub serial: SerialConfig,
+    /// The file that a trace is written to, if any.
+    pub trace: Option<PathBuf>,
 }
 
 /// What a machine boots.
@@ -181,6 +183,7 @@ mod tests {
             iommu,
             devices: vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)],
             serial: SerialConfig::Null,
+            trace: None,
         }
     }
 

@@ -40,29 +40,32 @@ pub(super) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Gives `vm` the interrupt controllers that this KVM has. Before any vCPU.
+    /// Gives `vm` the interrupt controllers that this KVM has, in the kernel if it can be. Before
+    /// any vCPU.
     pub fn new(vm: Arc<VmFd>) -> Result<Self> {
-        let chip = match vm.create_irq_chip() {
-            Ok(()) => IrqChip::InKernel,
-            Err(error) => {
-                log::info!("no in-kernel interrupt controllers ({error}); trying split ones");
-                let split = kvm_enable_cap {
-                    cap: KVM_CAP_SPLIT_IRQCHIP,
-                    // No pins are routed from an IOAPIC in user space.
-                    args: [0; 4],
-                    ..kvm_enable_cap::default()
-                };
-                vm.enable_cap(&split).map_err(Error::kvm("making interrupt controllers"))?;
-                log::warn!("split interrupt controllers: INTx is not wired, use MSI");
-                IrqChip::Split
-            }
+        Self::in_kernel(vm.clone()).or_else(|error| {
+            log::warn!("{error}; trying split ones, where INTx is not wired");
+            Self::split(vm)
+        })
+    }
+
+    fn in_kernel(vm: Arc<VmFd>) -> Result<Self> {
+        vm.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
+        // Port 0x61 is answered too, so that guests that measure time by it do not hang.
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+        vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
+        Ok(Self { vm, chip: IrqChip::InKernel })
+    }
+
+    fn split(vm: Arc<VmFd>) -> Result<Self> {
+        let split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            // There is no IOAPIC whose pins would need routes.
+            args: [0; 4],
+            ..kvm_enable_cap::default()
         };
-        if chip == IrqChip::InKernel {
-            // Port 0x61 is answered too, so that guests that measure time by it do not hang.
-            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
-            vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
-        }
-        Ok(Self { vm, chip })
+        vm.enable_cap(&split).map_err(Error::kvm("splitting interrupt controllers"))?;
+        Ok(Self { vm, chip: IrqChip::Split })
     }
 
     /// Where the interrupt controllers are.
@@ -102,5 +105,32 @@ impl InterruptSink for Interrupts {
         if let Err(error) = self.vm.signal_msi(msi) {
             log::debug!("message-signalled interrupt {address:#x}/{data:#x}: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_ioctls::Kvm;
+
+    #[test]
+    fn either_kind_takes_messages_and_lines() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("no /dev/kvm: not tested");
+            return;
+        };
+        let vm = || Arc::new(kvm.create_vm().unwrap());
+        let event = EventFd::new(0).unwrap();
+        for interrupts in [Interrupts::in_kernel(vm()), Interrupts::split(vm())] {
+            let interrupts = interrupts.unwrap();
+            let _vcpu = interrupts.vm.create_vcpu(0).unwrap();
+            interrupts.wire_edge(&event, 4).unwrap();
+            interrupts.set_line(10, true);
+            interrupts.set_line(10, false);
+            interrupts.send_msi(0xfee0_0000, 0x41);
+            // Nobody answers to this address; it is lost.
+            interrupts.send_msi(0xfee0_7000, 0x41);
+        }
+        assert_eq!(Interrupts::new(vm()).unwrap().chip(), IrqChip::InKernel);
     }
 }

@@ -43,11 +43,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine that `config` describes, its kernel loaded; `trace` sees what it does.
+    /// Builds the machine that `config` describes, its kernel loaded.
     ///
     /// # Errors
     /// What is wrong with the configuration, the files, or this host.
-    pub fn new(config: &MachineConfig, trace: Option<Arc<Trace>>) -> Result<Self> {
+    pub fn new(config: &MachineConfig) -> Result<Self> {
         config.validate()?;
         let memory = MachineMemory::new(config.memory)?;
         let start = boot::load(&memory, &config.payload)?;
@@ -65,6 +65,8 @@ impl Machine {
         vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
         memory.register(&vm)?;
         let interrupts = Arc::new(Interrupts::new(vm.clone())?);
+        // Not before most of what can go wrong: a machine that cannot be leaves no files behind.
+        let trace = config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new);
         let messages: Arc<dyn InterruptSink> = match trace.clone() {
             Some(trace) => Arc::new(TracedInterrupts { inner: interrupts.clone(), trace }),
             None => interrupts.clone(),
@@ -79,7 +81,7 @@ impl Machine {
         };
         let pci = PciTopology::new(config, &memory, iommu.as_ref(), interrupts.clone(), messages)?;
         let stopper = Stopper::new()?;
-        let serial = SerialPort::new(&config.serial, &interrupts)?;
+        let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
 
         let mut exits = Exits::default();
         let ports: [(_, Arc<dyn BusDevice>); 4] = [

@@ -4,8 +4,9 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_superio::serial::SerialEvents;
@@ -17,6 +18,7 @@ use vmm_sys_util::terminal::Terminal;
 use super::bus::BusDevice;
 use super::config::SerialConfig;
 use super::interrupts::Interrupts;
+use super::stop::Stopper;
 use super::{Error, Result};
 
 /// First of the eight I/O ports.
@@ -58,17 +60,49 @@ impl SerialEvents for InputTaken {
 
 type Uart = Serial<Irq, InputTaken, Box<dyn Write + Send>>;
 
+/// Standard output, as long as the machine runs. Nobody may be reading it, and a vCPU that waits in
+/// a write must not keep a stopped machine alive.
+struct StandardOutput {
+    file: File,
+    stopper: Stopper,
+}
+
+impl Write for StandardOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A vCPU is kicked with a signal, so a write that waits is interrupted, and asked for anew.
+        if self.stopper.reason().is_some() {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
 /// The serial port of a machine.
 pub(super) struct SerialPort {
     uart: Mutex<Uart>,
+    /// Written when there may be room for input again.
     input_taken: EventFd,
+    /// The event loop found the port busy, and wants to hear when it is not.
+    input_waits: AtomicBool,
 }
 
 impl SerialPort {
     /// A port that leads where `config` says, its interrupt wired.
-    pub fn new(config: &SerialConfig, interrupts: &Interrupts) -> Result<Arc<Self>> {
+    pub fn new(
+        config: &SerialConfig,
+        interrupts: &Interrupts,
+        stopper: Stopper,
+    ) -> Result<Arc<Self>> {
         let out: Box<dyn Write + Send> = match config {
-            SerialConfig::Tty => Box::new(io::stdout()),
+            SerialConfig::Tty => {
+                let fd = io::stdout().as_fd().try_clone_to_owned();
+                let file = File::from(fd.map_err(Error::os("standard output"))?);
+                Box::new(StandardOutput { file, stopper })
+            }
             SerialConfig::Null => Box::new(io::sink()),
             SerialConfig::File(path) => Box::new(
                 File::create(path)
@@ -80,7 +114,34 @@ impl SerialPort {
         let input_taken = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
         let taken = InputTaken(input_taken.try_clone().map_err(Error::os("eventfd"))?);
         let uart = Mutex::new(Serial::with_events(Irq(irq), taken, out));
-        Ok(Arc::new(Self { uart, input_taken }))
+        Ok(Arc::new(Self { uart, input_taken, input_waits: AtomicBool::new(false) }))
+    }
+
+    /// Lets the guest access the port.
+    fn access<T>(&self, access: impl FnOnce(&mut Uart) -> T) -> T {
+        let result = access(&mut self.uart.lock().unwrap_or_else(PoisonError::into_inner));
+        // The port is free again by now: whoever finds it busy after this has set the flag anew.
+        if self.input_waits.swap(false, Ordering::SeqCst) {
+            if let Err(error) = self.input_taken.write(1) {
+                log::debug!("serial input: {error}");
+            }
+        }
+        result
+    }
+
+    /// The port for the event loop, which must not wait for a guest's output; nothing while the
+    /// guest accesses the port, and then `input_taken` will be written.
+    fn try_lock(&self) -> Option<MutexGuard<'_, Uart>> {
+        let attempt = || match self.uart.try_lock() {
+            Ok(uart) => Some(uart),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        attempt().or_else(|| {
+            self.input_waits.store(true, Ordering::SeqCst);
+            // It may have become free before the flag was up.
+            attempt()
+        })
     }
 }
 
@@ -89,14 +150,13 @@ impl BusDevice for SerialPort {
         data.fill(0xff);
         if let [byte] = data {
             // The range of the device is eight ports.
-            *byte = self.uart.lock().unwrap_or_else(PoisonError::into_inner).read(offset as u8);
+            *byte = self.access(|uart| uart.read(offset as u8));
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let [byte] = data {
-            let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = uart.write(offset as u8, *byte) {
+            if let Err(error) = self.access(|uart| uart.write(offset as u8, *byte)) {
                 log::debug!("serial port: {error}");
             }
         }
@@ -121,7 +181,7 @@ impl Console {
 
     /// Takes what was typed, as much as the port has room for. Says what to wait for next.
     fn pump(&mut self) -> Input {
-        let mut uart = self.port.uart.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut uart) = self.port.try_lock() else { return Input::Full };
         let mut bytes = [0; 64];
         let room = uart.fifo_capacity().min(bytes.len());
         if room == 0 {
@@ -150,7 +210,7 @@ impl Console {
 enum Input {
     /// There may be more.
     Open,
-    /// The guest has to read first.
+    /// The guest has to read first, or to finish its access.
     Full,
     /// There is no more.
     Ended,

@@ -10,14 +10,12 @@ use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 
 use self::options::{CpusOption, MemoryOption};
 use self::report_output::ReportOption;
 use super::config::{DeviceConfig, IommuConfig, MachineConfig, PayloadConfig, SerialConfig};
-use super::trace::Trace;
 use super::{exit_code, Machine};
 
 /// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
@@ -94,6 +92,7 @@ impl RunArgs {
             iommu: self.iommu,
             devices: self.devices,
             serial: self.serial,
+            trace: self.trace,
         }
     }
 }
@@ -114,10 +113,8 @@ pub fn main() -> ExitCode {
 
 fn run(args: RunArgs) -> u8 {
     let output = args.report.clone();
-    let result = args.trace.as_deref().map(Trace::create).transpose().and_then(|trace| {
-        let machine = Machine::new(&args.machine_config(), trace.map(Arc::new))?;
-        machine.run(&mut |report| output.write(report))
-    });
+    let result = Machine::new(&args.machine_config())
+        .and_then(|machine| machine.run(&mut |report| output.write(report)));
     match result {
         Ok(reason) => {
             if !reason.is_orderly() {

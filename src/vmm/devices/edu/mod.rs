@@ -16,7 +16,7 @@ use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use self::dma::{Engine, Transfer};
+use self::dma::{Engine, Failure, Transfer};
 use self::registers::{Effect, Registers};
 use super::DmaMaster;
 use crate::viommu::InterruptSink;
@@ -148,12 +148,8 @@ impl Shared {
     /// Does one transfer, on the worker's thread.
     fn transfer(&self, engine: &mut Engine, transfer: &Transfer) {
         // Without the right to make requests the function makes none (PCIe 6.0 §7.5.1.1.3).
-        let result = match self.config().command().bus_master() {
-            true => Some(()),
-            false => None,
-        }
-        .ok_or(dma::Failure::NotBusMaster)
-        .and_then(|()| engine.run(transfer));
+        let bus_master = self.config().command().bus_master();
+        let result = if bus_master { engine.run(transfer) } else { Err(Failure::NotBusMaster) };
         match result {
             Ok(()) => self.counters.done.fetch_add(1, Ordering::Relaxed),
             Err(failure) => {
