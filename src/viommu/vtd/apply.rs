@@ -24,7 +24,7 @@ pub(super) enum Scope {
     Global,
     /// Those tagged with the domain, by what they were given or by what the tables say now.
     Domain(u16),
-    /// Functions: all that equal `source` in the bits that `mask` leaves.
+    /// Functions: all that equal `source` but for the bits `ignored`.
     Functions { source: Bdf, ignored: u16 },
     /// Those that a PASID table entry serves: the PASID of each function, and requests without
     /// PASID where RID_PASID is it.

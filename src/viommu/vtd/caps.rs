@@ -15,15 +15,13 @@ const FRO: u16 = 0x22;
 /// The largest page-selective invalidation: 1 GiB.
 const MAMV: u8 = 18;
 
-/// The capability registers of a virtual VT-d, and the width of guest physical addresses.
+/// The capability registers of a virtual VT-d, and what they cannot tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
     /// CAP.
     pub cap: Cap,
     /// ECAP.
     pub ecap: Ecap,
-    /// Width of guest physical addresses, in bits.
-    pub host_address_width: u8,
     /// Second-stage tables of the guest are served. No register says this for legacy mode.
     pub second_stage: bool,
 }
@@ -94,12 +92,7 @@ impl VtdConfig {
             .with_fsts(self.scalable_mode)
             .with_smpwcs(self.scalable_mode && self.coherent_walks)
             .with_rps(self.scalable_mode);
-        Ok(Capabilities {
-            cap,
-            ecap,
-            host_address_width: self.host_address_width(),
-            second_stage: self.second_stage,
-        })
+        Ok(Capabilities { cap, ecap, second_stage: self.second_stage })
     }
 
     /// This configuration, lowered to what all of `hosts` can serve.
@@ -190,9 +183,8 @@ mod tests {
     #[test]
     fn fifty_seven_bits_are_five_levels() {
         let config = VtdConfig { address_width: 57, ..Default::default() };
-        let Capabilities { cap, host_address_width, .. } = config.capabilities().unwrap();
+        let Capabilities { cap, .. } = config.capabilities().unwrap();
         assert!(cap.fs5lp() && cap.sagaw() == 0b1110 && cap.guest_address_width() == 57);
-        assert_eq!(host_address_width, 52);
     }
 
     #[test]

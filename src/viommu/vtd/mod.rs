@@ -10,10 +10,11 @@
 //! regions, nested tables of the guest's own. Their registers read as after reset.
 //!
 //! # Locks
-//! The registers are one lock, held across calls to the host. The fault log has its own, and so
-//! have the published policies: both are taken after the registers, for a moment, and are all that
-//! [`FaultTarget::dma_fault`] takes. It may therefore come from any thread, even while another
-//! waits in the host for DMA to end.
+//! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
+//! which may call the unit but to report faults. The fault log has a lock of its own, and so have
+//! the published policies: both are taken after the registers, for a moment, and are all that
+//! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while
+//! another waits in the host for DMA to end.
 
 mod apply;
 mod caps;
@@ -37,7 +38,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use caps::{Capabilities, CapabilityConflict, HostUnit};
-pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
+pub use config::{ConfigError, VtdConfig, HOST_ADDRESS_WIDTH, MMIO_SIZE};
 pub use counters::VtdCounters;
 pub use faults::FaultLog;
 pub use interrupts::EventRegisters;

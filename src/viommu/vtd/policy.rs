@@ -6,6 +6,7 @@
 //! request of a requester; what depends on the request (rights, privilege) is for the translation.
 
 use super::caps::Capabilities;
+use super::config::HOST_ADDRESS_WIDTH;
 use super::{policy_legacy, policy_scalable};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::above_width;
@@ -89,7 +90,7 @@ impl Tables<'_> {
 
     /// Whether the table pointer `address` (bytes) has bits that the unit's addresses do not have.
     pub fn is_beyond_width(&self, address: u64) -> bool {
-        address & above_width(self.caps.host_address_width) != 0
+        address & above_width(HOST_ADDRESS_WIDTH) != 0
     }
 
     /// Whether a second-stage table may have the width that `aw` names; its bits if so.
@@ -151,7 +152,7 @@ mod tests {
         assert_eq!(reason(&caps, None, None), 0x30);
         assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(2)), None), 0x30);
         assert_eq!(reason(&caps, Some(Rtaddr::new().with_ttm(3)), None), 0x30);
-        let beyond = Rtaddr::new().with_ttm(1).with_rta(1 << (48 - 12));
+        let beyond = Rtaddr::new().with_ttm(1).with_rta(1 << (52 - 12));
         assert_eq!(reason(&caps, Some(beyond), None), 0x30);
         let config = VtdConfig {
             scalable_mode: false,

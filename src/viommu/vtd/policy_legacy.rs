@@ -88,7 +88,7 @@ mod tests {
     const ROOT: u64 = 0x1000;
     const CONTEXT: u64 = 0x2000;
     const RID: u16 = 0x0108;
-    const RESERVED_ADDRESS: u64 = 1 << 48;
+    const RESERVED_ADDRESS: u64 = 1 << 52;
 
     /// A well-formed pair of entries, with `root` and `context` words XORed in, decided.
     fn decide(config: &VtdConfig, root: [u64; 2], context: [u64; 2]) -> Policy {

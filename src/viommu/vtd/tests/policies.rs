@@ -15,7 +15,7 @@ struct Spoiled {
 
 const ROOT_ENTRY: u64 = ROOT + 0x10;
 const CONTEXT_ENTRY: u64 = CONTEXT + 0x100;
-const ABOVE: u64 = 1 << 48;
+const ABOVE: u64 = 1 << 52;
 const NO_MEMORY: u64 = 1 << 40;
 
 impl Spoiled {
