@@ -3,6 +3,7 @@
 
 mod attachments;
 mod first_stage;
+mod reference;
 mod second_stage;
 mod staleness;
 
