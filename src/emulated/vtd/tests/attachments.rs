@@ -160,3 +160,24 @@ fn memory_is_let_go_with_its_last_user() {
     machine.unit.remove(RID, Some(1));
     assert_eq!(Arc::strong_count(&mapping), before);
 }
+
+/// A sink that answers a fault as a host may: by invalidating at once.
+struct Invalidating(Arc<VtdUnit>);
+
+impl FaultSink for Invalidating {
+    fn dma_fault(&self, _fault: &HostFault) {
+        self.0.invalidate(CacheTag(1), ALL);
+        self.0.remove(RID, Some(1));
+    }
+}
+
+#[test]
+fn a_sink_is_called_outside_of_the_critical_section() {
+    let machine = Machine::new(VtdUnitConfig::default());
+    let sink: Arc<dyn FaultSink> = Arc::new(Invalidating(Arc::clone(&machine.unit)));
+    machine.unit.set_fault_sink(RID, Some((DEVICE, Arc::downgrade(&sink))));
+    machine.install(Some(1), 1, None);
+    let mut port = machine.port();
+    assert_eq!(machine.read_u64(&mut port, PLAIN, HIGH), Err(NOT_PRESENT));
+    assert_eq!(machine.read_u64(&mut port, pasid(1), HIGH), Err(NOT_PRESENT));
+}

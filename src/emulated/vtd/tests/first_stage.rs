@@ -343,3 +343,38 @@ fn tables_that_the_unit_cannot_walk_are_invalid_programming() {
     let outcome = machine.read_u64(&mut machine.port(), PLAIN, IOVA);
     assert_eq!(outcome, user_fault(FaultReason::PasidEntryInvalid));
 }
+
+#[test]
+fn a_guest_that_keeps_changing_an_entry_does_not_keep_a_walk_going() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    let machine = Machine::new(VtdUnitConfig { iotlb_entries: 0, ..VtdUnitConfig::default() });
+    let root = machine.table();
+    let leaf = machine.map(root, 4, IOVA, 1, HIGH, 0x7);
+    machine.attach(None, 1, root, 4, 0);
+    let mut port = machine.port();
+    let done = AtomicBool::new(false);
+    let (region, offset) = (Arc::clone(&machine.region), machine.offset(leaf));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let slot: &std::sync::atomic::AtomicU64 =
+                vm_memory::VolatileMemory::get_atomic_ref(&**region, offset).unwrap();
+            let mut software = 0;
+            while !done.load(Ordering::Relaxed) {
+                software ^= 0x200;
+                slot.store((HIGH | 0x7 | software).to_le(), Ordering::Relaxed);
+            }
+        });
+        for _ in 0..20_000 {
+            let mut bytes = [0];
+            match port.write(PLAIN, IOVA, &bytes).and_then(|()| port.read(PLAIN, IOVA, &mut bytes))
+            {
+                Ok(()) => {}
+                Err(error) => {
+                    assert_eq!(fault(error), (FaultReason::FirstStageFlagsUpdate, false));
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
