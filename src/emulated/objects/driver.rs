@@ -30,6 +30,8 @@ pub(crate) struct Driver {
     guest_address_width: u8,
     /// Width of second-stage tables in bits (SAGAW, at most MGAW).
     second_stage_width: u8,
+    /// Snoop control (SC): second-stage tables can enforce cache coherency, and then do.
+    snoop_control: bool,
     /// A nesting parent cannot hold read-only mappings (erratum 772415).
     no_read_only_parent: bool,
 }
@@ -51,7 +53,7 @@ pub(crate) struct PagingDomain {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     First { five_level: bool },
-    Second { width: u8 },
+    Second { width: u8, coherent: bool },
 }
 
 impl Driver {
@@ -68,6 +70,7 @@ impl Driver {
                 five_level: false,
                 guest_address_width: 48,
                 second_stage_width: 48,
+                snoop_control: false,
                 no_read_only_parent: false,
             },
         }
@@ -91,6 +94,7 @@ impl Driver {
                 31.. if cap.sagaw() >= 1 << 1 => guest_address_width.min(39),
                 _ => 0,
             },
+            snoop_control: ecap.sc(),
             no_read_only_parent: info.flags & HW_INFO_VTD_ERRATA_772415 != 0,
         }
     }
@@ -134,7 +138,7 @@ impl Driver {
             return refuse(Errno::EOPNOTSUPP, "the IOMMU has no second stage");
         }
         Ok(PagingDomain {
-            stage: Stage::Second { width: self.second_stage_width },
+            stage: Stage::Second { width: self.second_stage_width, coherent: self.snoop_control },
             last_iova: last_of_width(self.second_stage_width),
             nest_parent,
             dirty_tracking,
@@ -156,9 +160,11 @@ impl Driver {
             }
             Stage::Second { .. } if domain.nest_parent && !self.nest => "a nesting parent",
             Stage::Second { .. } if !self.second_stage => "a second stage",
-            Stage::Second { width } if width > self.second_stage_width => {
+            Stage::Second { width, .. } if width > self.second_stage_width => {
                 "a second stage of this width"
             }
+            // Decided when the page table is made, for good: its entries ask for snooping.
+            Stage::Second { coherent: true, .. } if !self.snoop_control => "snoop control",
             Stage::Second { .. } => return Ok(()),
         };
         refuse(Errno::EINVAL, format!("the device's IOMMU does not do {misfit}"))

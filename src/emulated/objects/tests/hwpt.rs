@@ -141,6 +141,29 @@ fn a_format_that_the_iommu_lacks_is_not_supported() {
 }
 
 #[test]
+fn cache_coherency_is_enforced_by_the_parent() {
+    let ecap = Ecap::new().with_smts(true).with_ssts(true).with_nest(true);
+    let cap = Cap::new().with_mgaw(47).with_sagaw(0b0100);
+    let bench = Bench::of(Fake::new(cap, ecap.with_sc(true)), Fake::new(cap, ecap));
+    let (a, far, ioas) = (bench.bind("a"), bench.bind("far"), bench.ioas());
+    let [coherent, plain] = [a, far].map(|dev| bench.paging(dev, ioas, PARENT).unwrap());
+    let on_coherent = bench.nested(far, coherent, PLAIN, 0).unwrap();
+    let on_plain = bench.nested(a, plain, PLAIN, 0).unwrap();
+    for (dev, hwpt, fits) in [
+        (a, coherent, true),
+        (a, on_coherent, true),
+        (a, plain, true),
+        (far, coherent, false),
+        (far, on_coherent, false),
+        (far, on_plain, true),
+    ] {
+        let outcome = bench.host.device_attach(dev, None, hwpt);
+        assert_eq!(outcome.is_ok(), fits, "{dev:?} {hwpt:?}");
+        assert!(fits || outcome.errno() == Errno::EINVAL);
+    }
+}
+
+#[test]
 fn a_nested_hwpt_may_serve_devices_behind_several_iommus() {
     let bench = Bench::new();
     let (a, far, ioas) = (bench.bind("a"), bench.bind("far"), bench.ioas());
