@@ -2,13 +2,13 @@
 //! Every host call fails in turn, across the whole stack: no panic, no leak; whatever the guest
 //! was told is done is never stale; what does not work is blocked, and the guest is told.
 
-use twostage::emulated::{GraphObject, ObjectKind};
+use twostage::emulated::{GraphObject, ObjectKind, VtdUnitConfig};
 use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope};
 
 use crate::guest::{Completion, Entry, PAGE};
-use crate::machine::{self, Machine, A, B};
+use crate::machine::{self, vtd_config, Machine, A, B};
 use crate::{pasid_pages, DOMAIN, IOVA};
 
 /// A requester, and what its DMA at `IOVA` finds by the guest's tables; `None` where they block it.
@@ -117,9 +117,9 @@ impl Life {
 
 /// Lives with the `n`-th call failing; says whether there was such a call.
 fn live(n: u64) -> bool {
-    let (host, unit) = machine::host();
+    let (host, unit) = machine::host(VtdUnitConfig::default());
     host.fail_nth(n, Errno::ENOMEM);
-    match Machine::on(host.clone(), unit) {
+    match Machine::on(host.clone(), unit, vtd_config()) {
         Ok(machine) => {
             let life = Life::begin(machine);
             life.run();

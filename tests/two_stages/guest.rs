@@ -19,6 +19,7 @@ use twostage::spec::vtd::root::{
     RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
     SCALABLE_CONTEXT_ENTRY_SIZE,
 };
+use twostage::spec::vtd::second_stage::SecondStageEntry;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub const PAGE: u64 = 0x1000;
@@ -48,6 +49,7 @@ pub struct Guest<R> {
 pub enum Entry {
     NotPresent,
     FirstStage { table: u64, domain: u16 },
+    SecondStage { table: u64, domain: u16 },
     PassThrough { domain: u16 },
 }
 
@@ -199,15 +201,17 @@ impl<R: Registers> Guest<R> {
                 return;
             }
             Entry::FirstStage { table, domain } => (Pgtt::FirstStage, domain, table),
+            Entry::SecondStage { table, domain } => (Pgtt::SecondStage, domain, table),
             Entry::PassThrough { domain } => (Pgtt::PassThrough, domain, 0),
         };
-        let entry = PasidEntry {
-            // AW: 48 bits, which pass-through must name.
-            qw0: PasidEntry0::new().with_p(true).with_aw(2).with_pgtt(pgtt.into_bits()),
-            qw1: PasidEntry1::new().with_did(domain),
-            qw2: PasidEntry2::new().with_fsptptr(table / PAGE),
-            reserved: [0; 5],
+        // AW: 48 bits, which pass-through must name, too.
+        let qw0 = PasidEntry0::new().with_p(true).with_aw(2).with_pgtt(pgtt.into_bits());
+        let qw1 = PasidEntry1::new().with_did(domain);
+        let (qw0, qw2) = match pgtt {
+            Pgtt::FirstStage => (qw0, PasidEntry2::new().with_fsptptr(table / PAGE)),
+            _ => (qw0.with_ssptptr(table / PAGE), PasidEntry2::new()),
         };
+        let entry = PasidEntry { qw0, qw1, qw2, reserved: [0; 5] };
         // The word with P last.
         for (word, value) in entry.to_words().iter().enumerate().rev() {
             self.store(slot + 8 * word as u64, *value);
@@ -243,6 +247,19 @@ impl<R: Registers> Guest<R> {
         }
         let leaf = user.with_rw(writable).with_ps(level > 1).with_frame(gpa / PAGE);
         self.store(table + index(iova, level) * ENTRY_SIZE, leaf.into_bits());
+    }
+
+    /// Maps one 4 KiB page in the 4-level second-stage table `top`.
+    pub fn map_second_stage(&self, top: u64, iova: u64, gpa: u64, writable: bool) {
+        let readable = SecondStageEntry::new().with_r(true);
+        let mut table = top;
+        for above in (2..=4).rev() {
+            let entry = table + index(iova, above) * ENTRY_SIZE;
+            table = self
+                .table_at(entry, |page| readable.with_w(true).with_frame(page / PAGE).into_bits());
+        }
+        let leaf = readable.with_w(writable).with_frame(gpa / PAGE);
+        self.store(table + index(iova, 1) * ENTRY_SIZE, leaf.into_bits());
     }
 
     /// Takes the leaf of a 4 KiB page out of the table.

@@ -70,9 +70,14 @@ pub struct Machine {
     devices: Vec<ObjectId>,
 }
 
+/// What the virtual unit is to offer, as far as the host can.
+pub fn vtd_config() -> VtdConfig {
+    VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() }
+}
+
 /// A host with one unit and two devices, nothing bound; every call of it can be made to fail.
-pub fn host() -> (Arc<Host>, Arc<VtdUnit>) {
-    let unit = VtdUnit::new(VtdUnitConfig::default());
+pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
+    let unit = VtdUnit::new(config);
     let host = EmulatedHost::new();
     let id = host.add_unit(unit.clone());
     for (name, rid) in [("a", A), ("b", B)] {
@@ -84,12 +89,17 @@ pub fn host() -> (Arc<Host>, Arc<VtdUnit>) {
 
 impl Machine {
     pub fn new() -> Self {
-        let (host, unit) = host();
-        Self::on(host, unit).unwrap()
+        Self::with(VtdUnitConfig::default(), vtd_config())
+    }
+
+    /// On a host with one unit as `unit` says, with a virtual unit as `config` says.
+    pub fn with(unit: VtdUnitConfig, config: VtdConfig) -> Self {
+        let (host, unit) = host(unit);
+        Self::on(host, unit, config).unwrap()
     }
 
     /// Builds everything on `host`, as a VMM does before it starts its guest.
-    pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>) -> Result<Self, String> {
+    pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>, config: VtdConfig) -> Result<Self, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let nesting = Arc::new(Nesting::new(host.clone()).map_err(|error| text(&error))?);
         let region = |&(start, size)| {
@@ -108,7 +118,6 @@ impl Machine {
             devices.push(dev);
             nesting.add_device(rid, dev).map_err(|error| text(&error))?;
         }
-        let config = VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() };
         let config = config.intersect(&units(&nesting)).map_err(|error| text(&error))?;
         let interrupts = Arc::new(Interrupts::default());
         let iommu =

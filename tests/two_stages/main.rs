@@ -7,11 +7,12 @@ mod guest;
 mod machine;
 
 use guest::{Completion, Entry, PAGE};
-use machine::{Machine, A, B, HIGH, HIGH_SIZE};
-use twostage::emulated::{DmaError, ObjectKind};
+use machine::{vtd_config, Machine, A, B, HIGH, HIGH_SIZE};
+use twostage::emulated::{DmaError, ObjectKind, VtdUnitConfig};
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
+use twostage::viommu::vtd::VtdConfig;
 
 /// An address that is no guest memory, so that only stage 1 can map it.
 const IOVA: u64 = 0x7000_1234_5000;
@@ -344,6 +345,45 @@ fn memory_that_is_taken_away_is_not_reached_any_more() {
     machine.nesting.unmap_memory(HIGH, HIGH_SIZE).unwrap();
     let error = machine.read(A, None, IOVA).unwrap_err();
     assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
+}
+
+/// A machine whose guest is offered second-stage tables of its own, and device A goes through one.
+/// The host walks them if `host_walks`.
+fn second_stage(host_walks: bool) -> (Machine, u64) {
+    let unit = VtdUnitConfig { guest_second_stage: host_walks, ..VtdUnitConfig::default() };
+    let machine = Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() });
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.map_second_stage(table, IOVA, page, true);
+    guest.store(page, 1);
+    guest.set_entry(A, 0, Entry::SecondStage { table, domain: DOMAIN });
+    guest.enable();
+    (machine, table)
+}
+
+#[test]
+fn second_stage_tables_of_the_guest_go_through_the_host_s() {
+    let (machine, table) = second_stage(true);
+    let guest = &machine.guest;
+    assert_eq!(machine.read(A, None, IOVA), Ok(1));
+    let other = guest.page();
+    guest.store(other, 2);
+    guest.map_second_stage(table, IOVA, other, false);
+    assert_eq!(machine.read(A, None, IOVA), Ok(1), "hardware caches");
+    let exact = iotlb(IotlbScope::Pages { domain: DOMAIN, range: pages(IOVA, 0) });
+    assert_eq!(guest.submit(&[exact]), Completion::Done);
+    assert_eq!(machine.read(A, None, IOVA), Ok(2));
+    assert!(machine.write(A, None, IOVA, 3).is_err());
+    expect_fault(&machine, FaultReason::SecondStageDenied, IOVA, None);
+    assert_eq!(machine.end(), 0);
+}
+
+#[test]
+fn second_stage_tables_are_refused_where_the_host_cannot_walk_them() {
+    let (machine, _) = second_stage(false);
+    assert!(machine.read(A, None, IOVA).is_err());
+    expect_fault(&machine, FaultReason::PasidEntryInvalid, IOVA, None);
+    assert_eq!(machine.graph().of_kind(ObjectKind::HwptNested).count(), 0);
 }
 
 /// Faults take their way to the guest while invalidations hold every lock above the host and wait
