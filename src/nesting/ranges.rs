@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn nothing_passes_the_end_of_the_address_space() {
-        let last_page = u64::MAX & !0xfff;
+        let last_page = !0xfffu64;
         assert_eq!(entries(&[range(last_page, u64::MAX, true)]), [(last_page, 1, true)]);
         assert_eq!(entries(&[range(last_page, 1, true)]), [(last_page, 1, true)]);
         assert_eq!(entries(&[range(0x1000, u64::MAX, true)]), [(0x1000, SPACE_END - 1, true)]);
