@@ -81,7 +81,7 @@ fn build_tables(memory: &GuestRegionMmap, pages: u64) {
         if page % 512 == 0 {
             store(TABLES + 2 * PAGE + index(iova, 2) * 8, leaf_table(page) | 0x27);
         }
-        store(leaf_table(page) + index(iova, 1) * 8, shuffled(page, pages) * PAGE | 0x67);
+        store(leaf_table(page) + index(iova, 1) * 8, (shuffled(page, pages) * PAGE) | 0x67);
     }
 }
 

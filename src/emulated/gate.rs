@@ -30,11 +30,12 @@
 //!
 //! A writer waits for at most one read section of each reader: once closed, the gate lets nobody
 //! in. A reader waits for the mutex, which a writer holds for one write; having it, the reader goes
-//! in whatever other writers want, so a stream of writers cannot keep it out.
+//! in whatever other writers want. The mutex is as fair as the system's: threads that write without
+//! a pause may overtake a reader that sleeps, but no writer makes it start over.
 //!
 //! A thread that holds a [`ReadGuard`] must not write to the same gate: it would wait for itself.
-//! A guard that is leaked makes every later write wait forever; it breaks no promise of memory
-//! safety.
+//! A guard that is leaked makes writes wait for as long as its reader lives; it breaks no promise
+//! of memory safety.
 
 use std::cell::UnsafeCell;
 use std::fmt;

@@ -16,6 +16,9 @@ use crate::spec::vtd::first_stage::{index, page_size};
 /// being set. The guest changes entries at will; it must not keep a walk going at will.
 const ATTEMPTS: u32 = 16;
 
+/// Levels of the deepest tables.
+const MAX_LEVELS: usize = 5;
+
 /// Level of the largest page: 1 GiB.
 const MAX_PAGE_LEVEL: u8 = 3;
 
@@ -55,11 +58,25 @@ pub(super) struct Walk<'a> {
 /// An entry that a walk came through.
 struct Step<'a> {
     entry: &'a AtomicU64,
+    /// What was read from it.
     word: u64,
-    leaf: bool,
+    /// Stage 2 lets it be written.
     writable: bool,
     /// The table that it points to and what is allowed so far, unless it is a leaf.
     below: Option<(Table, Path)>,
+}
+
+/// All that a walk came through, and where it ended.
+struct Descent<'a> {
+    steps: [Option<Step<'a>>; MAX_LEVELS],
+    /// What the entries allow together.
+    path: Path,
+    /// Where the IOVA leads.
+    gpa: u64,
+    /// Level of the leaf.
+    level: u8,
+    /// What was read from the leaf.
+    leaf: u64,
 }
 
 impl Walk<'_> {
@@ -88,6 +105,28 @@ impl Walk<'_> {
         iova: u64,
         kind: RequestKind,
     ) -> Result<Option<Output>, Fault> {
+        let Descent { steps, path, gpa, level, leaf } = self.descend(tables, iova)?;
+        tables.check_path(path, kind).map_err(Fault::stage1)?;
+        let page = self.page(gpa, kind)?;
+        // Nothing stands in the way of the request any more.
+        if !set_flags(tables, &steps, kind)? {
+            return Ok(None);
+        }
+        // Only now: an entry whose accessed flag is clear must not be cached.
+        for (table, path) in steps.iter().flatten().filter_map(|step| step.below) {
+            self.caches.add_table(self.context.source, iova, &table, path, self.counters);
+        }
+        let leaf = leaf | tables.flags(true, kind.write());
+        let rights = Rights::of(|kind| {
+            tables.check_request(kind).is_ok()
+                && tables.check_path(path, kind).is_ok()
+                && (!kind.write() || tables.is_dirty(leaf))
+        });
+        Ok(Some(Output::new(page, gpa, level, rights)))
+    }
+
+    /// Reads the entries from the lowest table that is cached, or the top table, to the leaf.
+    fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, Fault> {
         let cached = self.caches.table(self.context.source, iova, tables.levels(), self.counters);
         let (mut table, mut path) = match cached {
             Some(start) => start,
@@ -96,63 +135,34 @@ impl Walk<'_> {
                 (self.locate(tables.table(), tables.levels(), reasons)?, Path::UNLIMITED)
             }
         };
-        // One for each level.
-        let mut steps: [Option<Step>; 5] = Default::default();
-        let mut leaf = None;
-        for step in &mut steps {
-            let top = table.level == tables.levels();
+        let mut steps: [Option<Step>; MAX_LEVELS] = Default::default();
+        for number in 0..MAX_LEVELS {
+            let level = table.level;
+            let top = level == tables.levels();
             let access = if top { F::REASONS.top_access } else { F::REASONS.access };
             let entry =
-                self.caches.entry(&table, index(iova, table.level)).ok_or(Fault::stage1(access))?;
+                self.caches.entry(&table, index(iova, level)).ok_or(Fault::stage1(access))?;
             let word = u64::from_le(entry.load(Ordering::Acquire));
-            let decoded = tables.decode(word, table.level).map_err(Fault::stage1)?;
+            let decoded = tables.decode(word, level).map_err(Fault::stage1)?;
             path = path & decoded.path;
             let writable = table.writable;
-            let mut below = None;
-            if decoded.leaf {
-                let level = table.level;
-                leaf = Some((decoded.address | iova & (page_size(level) - 1), level, word));
+            let below = if decoded.leaf {
+                None
             } else {
-                // Not below 1: an entry of level 1 is a leaf.
+                // Not below level 1: an entry of that level is a leaf.
                 let reasons = (F::REASONS.beyond, F::REASONS.denied);
-                table = self.locate(decoded.address, table.level - 1, reasons)?;
-                below = Some((table, path));
-            }
-            *step = Some(Step { entry, word, leaf: decoded.leaf, writable, below });
+                table = self.locate(decoded.address, level - 1, reasons)?;
+                Some((table, path))
+            };
+            // In bounds: counted to the length.
+            steps[number] = Some(Step { entry, word, writable, below });
             if decoded.leaf {
-                break;
+                let gpa = decoded.address | iova & (page_size(level) - 1);
+                return Ok(Descent { steps, path, gpa, level, leaf: word });
             }
         }
-        // There always is a leaf: every level was looked at.
-        let (gpa, level, word) = leaf.ok_or(Fault::stage1(F::REASONS.access))?;
-        tables.check_path(path, kind).map_err(Fault::stage1)?;
-        let page = self.page(gpa, kind)?;
-
-        // Nothing stands in the way of the request any more.
-        for step in steps.iter().flatten() {
-            let wanted = step.word | tables.flags(step.leaf, kind.write());
-            if wanted == step.word {
-                continue;
-            }
-            if !step.writable {
-                return Err(Fault::stage2(F::REASONS.flags_denied));
-            }
-            let (old, new) = (step.word.to_le(), wanted.to_le());
-            if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-                return Ok(None);
-            }
-        }
-        // Only now: an entry whose accessed flag is clear must not be cached.
-        for (table, path) in steps.iter().flatten().filter_map(|step| step.below) {
-            self.caches.add_table(self.context.source, iova, &table, path, self.counters);
-        }
-        let word = word | tables.flags(true, kind.write());
-        let rights = Rights::of(|kind| {
-            tables.check_request(kind).is_ok()
-                && tables.check_path(path, kind).is_ok()
-                && (!kind.write() || tables.is_dirty(word))
-        });
-        Ok(Some(Output::new(page, gpa, level, rights)))
+        // Not reached: there are no more levels than steps, and the last has leaves only.
+        Err(Fault::stage1(F::REASONS.access))
     }
 
     /// Translates `gpa` for a request of `kind`, by stage 2 alone.
@@ -189,4 +199,28 @@ impl Walk<'_> {
             Ok(_) | Err(Stage2Miss::Absent) => Err(Fault::stage2(denied)),
         }
     }
+}
+
+/// Sets the flags that a request of `kind` leaves in the entries of `steps`. Whether it could: not
+/// when an entry has changed since it was read.
+fn set_flags<F: TableFormat>(
+    tables: &F,
+    steps: &[Option<Step<'_>>],
+    kind: RequestKind,
+) -> Result<bool, Fault> {
+    for step in steps.iter().flatten() {
+        let leaf = step.below.is_none();
+        let wanted = step.word | tables.flags(leaf, kind.write());
+        if wanted == step.word {
+            continue;
+        }
+        if !step.writable {
+            return Err(Fault::stage2(F::REASONS.flags_denied));
+        }
+        let (old, new) = (step.word.to_le(), wanted.to_le());
+        if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

@@ -303,7 +303,7 @@ fn outcome(machine: &Machine, port: &mut DmaPort, request: &TestRequest) -> Resu
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn the_walker_does_what_the_reference_does(case in case()) {
