@@ -9,7 +9,7 @@
 pub const USAGE: u8 = 64;
 /// A file that was named is missing, unreadable, or not what it should be.
 pub const NO_INPUT: u8 = 66;
-/// KVM, or something the machine needs of it, is not there.
+/// KVM, or something the machine needs of it or of the host's IOMMU, is not there.
 pub const UNAVAILABLE: u8 = 69;
 /// A thread of the machine panicked, or something else that is a bug here.
 pub const SOFTWARE: u8 = 70;

@@ -226,3 +226,69 @@ impl DmaMaster for DmaPort {
 fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
     DmaAttributes { pasid: pasid.map(Pasid::raw), ..DmaAttributes::default() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::emulated::ObjectKind;
+    use vm_memory::{Bytes, GuestAddress};
+
+    struct NoInterrupts;
+
+    impl InterruptSink for NoInterrupts {
+        fn send_msi(&self, _: u64, _: u32) {}
+    }
+
+    const FUNCTION: AssignedFunction = AssignedFunction { bdf: Bdf::from_raw(8), pasid: true };
+
+    fn iommu(config: &IommuConfig, memory: &MachineMemory) -> Result<Iommu> {
+        Iommu::new(config, memory, &[FUNCTION], Arc::new(NoInterrupts), None)
+    }
+
+    /// Writes a 32-bit register of the page.
+    fn write(iommu: &Iommu, offset: u64, value: u32) {
+        iommu.registers().write(offset, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn a_function_passes_until_translation_is_enabled_and_is_blocked_then() {
+        let memory = MachineMemory::new(1 << 20).unwrap();
+        let iommu = iommu(&IommuConfig::default(), &memory).unwrap();
+        let mut dma = iommu.dma_master(FUNCTION.bdf);
+        dma.write(None, 0x4000, b"passes").unwrap();
+        let mut bytes = [0; 6];
+        memory.map().read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();
+        assert_eq!(&bytes, b"passes");
+        assert!(dma.write(None, 1 << 20, b"no memory").is_err());
+        assert!(dma.write(Pasid::new(1), 0x4000, b"no PASIDs yet").is_err());
+
+        // An empty root table at 0, scalable mode (RTADDR.TTM 01b); SRTP, then TE.
+        write(&iommu, 0x20, 1 << 10);
+        write(&iommu, 0x18, 1 << 30);
+        write(&iommu, 0x18, 1 << 31);
+        assert!(dma.read(None, 0x4000, &mut bytes).is_err());
+        let report = iommu.report();
+        assert_eq!(report.viommu.faults_recorded, 1);
+        assert_eq!(report.host_calls["DEVICE_DETACH"].calls, 1);
+    }
+
+    #[test]
+    fn nothing_is_left_on_the_host() {
+        let memory = MachineMemory::new(1 << 20).unwrap();
+        let iommu = iommu(&IommuConfig::default(), &memory).unwrap();
+        let host = iommu.emulated.clone();
+        let parents = host.graph().of_kind(ObjectKind::HwptPaging).count();
+        assert_eq!(parents, 1);
+        assert_eq!(host.pinned_bytes(), 1 << 20);
+        drop(iommu);
+        assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0));
+    }
+
+    #[test]
+    fn what_the_host_cannot_serve_is_named() {
+        let memory = MachineMemory::new(1 << 20).unwrap();
+        let config = IommuConfig { ats: true, ..IommuConfig::default() };
+        let error = iommu(&config, &memory).unwrap_err().to_string();
+        assert!(error.contains("00:01.0") && error.contains("ECAP.DT"), "{error}");
+    }
+}

@@ -20,7 +20,7 @@ mod exits;
 mod interrupts;
 mod iommu;
 mod machine;
-mod machine_pci;
+
 pub mod memory;
 pub mod pci;
 pub mod report;
@@ -28,6 +28,7 @@ mod reset;
 mod serial;
 mod signals;
 mod stop;
+mod topology;
 pub mod trace;
 mod vcpu;
 

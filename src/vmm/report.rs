@@ -129,3 +129,58 @@ fn section<K: fmt::Display>(
     let counted = if counted.is_empty() { "none".to_owned() } else { counted.join(", ") };
     writeln!(f, "{title}: {counted}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            interrupt_controllers: "split".to_owned(),
+            exits: BTreeMap::from([("io-out", 3), ("mmio-read", 0)]),
+            devices: vec![DeviceReport {
+                bdf: Bdf::from_raw(8),
+                model: "edu",
+                behind_iommu: true,
+                dma_done: 5,
+                dma_failed: 2,
+            }],
+            iommu: Some(IommuReport {
+                viommu: Default::default(),
+                nesting: NestingCounters { merged: 4, ..NestingCounters::default() },
+                host_calls: BTreeMap::from([
+                    ("HWPT_ALLOC", CallReport { calls: 9, failures: 1 }),
+                    ("IOAS_MAP", CallReport { calls: 2, failures: 0 }),
+                ]),
+                hardware: Default::default(),
+                graph: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x1000 },
+            }),
+        }
+    }
+
+    #[test]
+    fn text_names_what_was_counted() {
+        let text = report().to_string();
+        for line in [
+            "interrupt controllers: split",
+            "exits: io-out 3",
+            "00:01.0 edu, behind the IOMMU: DMA 5 done, 2 refused",
+            "virtual IOMMU: none",
+            "nesting: merged 4",
+            "host calls: HWPT_ALLOC 9, IOAS_MAP 2",
+            "host calls refused: HWPT_ALLOC 1",
+            "  0 objects, 0x1000 bytes pinned",
+        ] {
+            assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn json_has_every_number() {
+        let json = serde_json::to_value(report()).unwrap();
+        assert_eq!(json["exits"]["mmio-read"], 0);
+        assert_eq!(json["devices"][0]["bdf"], "00:01.0");
+        assert_eq!(json["iommu"]["host_calls"]["HWPT_ALLOC"]["failures"], 1);
+        assert_eq!(json["iommu"]["viommu"]["wait"], 0);
+    }
+}

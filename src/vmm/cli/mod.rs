@@ -29,8 +29,23 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Runs a virtual machine until its guest ends it.
+    #[command(next_line_help = true, after_help = EXIT_CODES)]
     Run(RunArgs),
 }
+
+/// As in [`exit_code`].
+const EXIT_CODES: &str = "\
+Exit codes:
+  What the guest writes to port 0xf4, modulo 256; otherwise
+   64  the command line contradicts itself
+   66  a file is missing or not what it should be
+   69  KVM, or something the machine needs of it or of the host's IOMMU, is not there
+   70  a bug
+   71  the operating system refused a resource
+   74  a file cannot be written
+   80  the guest reset itself
+   81  KVM cannot go on with the guest
+  128  and the number of the signal that ended the machine";
 
 #[derive(Debug, Args)]
 struct RunArgs {
@@ -54,7 +69,7 @@ struct RunArgs {
     #[arg(long, value_name = "size=SIZE", default_value = "size=512M")]
     memory: MemoryOption,
 
-    /// Virtual IOMMU.
+    /// Virtual IOMMU. Devices are behind it unless they say otherwise.
     #[arg(
         long,
         value_name = "vtd[,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off]"
@@ -161,6 +176,23 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_has_the_exit_codes() {
+        for code in [
+            exit_code::USAGE,
+            exit_code::NO_INPUT,
+            exit_code::UNAVAILABLE,
+            exit_code::SOFTWARE,
+            exit_code::OS_ERROR,
+            exit_code::IO_ERROR,
+            exit_code::GUEST_RESET,
+            exit_code::GUEST_STUCK,
+            exit_code::SIGNAL_BASE,
+        ] {
+            assert!(EXIT_CODES.contains(&format!(" {code}  ")), "{code}");
+        }
     }
 
     #[test]

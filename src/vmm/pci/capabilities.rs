@@ -50,11 +50,6 @@ impl MsiCapability {
     }
 }
 
-/// A PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3), without which
-/// software does not look for extended capabilities.
-#[derive(Debug, Clone, Copy)]
-pub struct ExpressCapability;
-
 /// Version 2, Root Complex Integrated Endpoint.
 const EXPRESS_CAPABILITIES: u16 = 2 | 9 << 4;
 /// Device Capabilities 2: End-End TLP prefixes (PASID is one) are supported.
@@ -62,15 +57,13 @@ const END_END_TLP_PREFIX: u32 = 1 << 21;
 /// Device Capabilities 2, from the start of the body.
 const DEVICE_CAPABILITIES_2: usize = 0x24 - 2;
 
-impl ExpressCapability {
-    /// Gives `config` the capability.
-    pub fn add(config: &mut ConfigSpace) -> Self {
-        let mut body = [0; 0x3c - 2];
-        body[..2].copy_from_slice(&EXPRESS_CAPABILITIES.to_le_bytes());
-        body[DEVICE_CAPABILITIES_2..][..4].copy_from_slice(&END_END_TLP_PREFIX.to_le_bytes());
-        config.add_capability(CAPABILITY_EXPRESS, &body, &[]);
-        Self
-    }
+/// Gives `config` the PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3),
+/// without which software does not look for extended capabilities. Nothing in it can be changed.
+pub fn add_express_capability(config: &mut ConfigSpace) {
+    let mut body = [0; 0x3c - 2];
+    body[..2].copy_from_slice(&EXPRESS_CAPABILITIES.to_le_bytes());
+    body[DEVICE_CAPABILITIES_2..][..4].copy_from_slice(&END_END_TLP_PREFIX.to_le_bytes());
+    config.add_capability(CAPABILITY_EXPRESS, &body, &[]);
 }
 
 /// A PASID extended capability of all 20 bits, without execute or privileged requests.
@@ -123,6 +116,14 @@ mod tests {
         assert_eq!(control.multiple_message_capable(), 0);
         assert!(control.address_64());
         assert_eq!(msi.message(&config), Some(MsiMessage { address: 0x1_fee0_0000, data: 0x41 }));
+    }
+
+    #[test]
+    fn the_express_capability_is_that_of_an_integrated_endpoint() {
+        let mut config = config();
+        add_express_capability(&mut config);
+        assert_eq!(config.u32(0x40), 0x0092_0010);
+        assert_eq!(config.u32(0x40 + 0x24), 1 << 21);
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod layout;
 
 pub use bar::BarPlacement;
 pub use bus::{PciBus, PciFunction, PciMemory};
-pub use capabilities::{ExpressCapability, MsiCapability, MsiMessage, PasidCapability};
+pub use capabilities::{add_express_capability, MsiCapability, MsiMessage, PasidCapability};
 pub use config_ports::ConfigPorts;
 pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;

@@ -22,7 +22,8 @@ use super::DmaMaster;
 use crate::viommu::InterruptSink;
 use crate::vmm::config::EduConfig;
 use crate::vmm::pci::{
-    ConfigSpace, ExpressCapability, Identity, IntxPin, MsiCapability, PasidCapability, PciFunction,
+    add_express_capability, ConfigSpace, Identity, IntxPin, MsiCapability, PasidCapability,
+    PciFunction,
 };
 use crate::vmm::{Error, Result};
 
@@ -87,7 +88,7 @@ impl Edu {
         space.set_intx(intx.line());
         let msi = MsiCapability::add(&mut space);
         let pasid = config.pasid.then(|| {
-            ExpressCapability::add(&mut space);
+            add_express_capability(&mut space);
             PasidCapability::add(&mut space)
         });
         let shared = Arc::new(Shared {
