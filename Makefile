@@ -17,7 +17,8 @@ run_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
 help:
 	@echo 'make run       build, and run the test guest under /dev/kvm with a virtual VT-d'
 	@echo 'make test      lint, then every test, the guest under /dev/kvm among them'
-	@echo 'make test-all  test, then more cases, optimised, and the guest under QEMU'"'"'s VT-d'
+	@echo 'make test-all  test, then more cases, optimised, the guest under QEMU'"'"'s VT-d, and nested-check'
+	@echo 'make nested-check  the test guest under twostage in nested KVM: a KVM with real SVM semantics'
 	@echo 'make bench     benchmarks (criterion)'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
 	@echo 'make doc       API documentation'
@@ -40,6 +41,12 @@ test: lint guest
 test-all: test
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
+	$(MAKE) --no-print-directory nested-check
+
+nested-check: guest
+	@$(need) cc cargo
+	cargo build --release --locked
+	scripts/nested -- run $(run_flags)
 
 bench:
 	@$(need) cc cargo
@@ -69,5 +76,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run test test-all bench lint doc guest kvm clean
+.PHONY: help run test test-all nested-check bench lint doc guest kvm clean
 .DEFAULT_GOAL := help

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Sourced by the scripts that fetch from Debian: packages of suites that the system does not use,
+# unpacked into the user's cache. The system's packages and apt lists stay as they are. The mirror is
+# the one the system uses; Debian's archive keyring verifies its indexes, the indexes the packages.
+# shellcheck shell=sh
+
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/twostage
+private_apt_state=$cache/apt
+
+# The address of the system's Debian mirror.
+debian_mirror() {
+    cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |
+        sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' | grep -m 1 'debian/\?$'
+}
+
+# private_apt COMMAND ARGUMENTS...: apt-get or apt-cache with the sources of `private_apt_open`.
+private_apt() {
+    command=$1
+    shift
+    "$command" -qq -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$private_apt_state/sources.list.d" \
+        -o Dir::State::lists="$private_apt_state/lists" -o Dir::Cache="$private_apt_state/cache" \
+        -o APT::Sandbox::User="$(id -un)" -o Acquire::Languages=none "$@"
+}
+
+# private_apt_open SUITE...: reads the indexes of these suites, and of no other.
+private_apt_open() {
+    private_apt_close
+    mkdir -p "$private_apt_state/sources.list.d" "$private_apt_state/lists/partial" \
+        "$private_apt_state/cache/archives/partial"
+    mirror=$(debian_mirror) || {
+        echo "error: the system's apt sources name no Debian mirror" >&2
+        return 1
+    }
+    for suite in "$@"; do
+        echo "deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+    done >"$private_apt_state/sources.list.d/suites.list"
+    private_apt apt-get update >&2
+}
+
+# Forgets indexes and archives.
+private_apt_close() {
+    rm -rf "$private_apt_state"
+}
+
+# download_packages PACKAGE...: into the current directory.
+download_packages() {
+    private_apt apt-get download "$@" >&2
+}
+
+# newest PATTERN: the package of the highest version whose name matches this extended regular
+# expression, or nothing.
+newest_package() {
+    private_apt apt-cache pkgnames | grep -xE "$1" | sort -V | tail -n 1
+}
