@@ -4,9 +4,9 @@
 SHELL       := /bin/sh
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
-need   := scripts/install-deps
-guest  := guest-images/build/vtd-check.elf
-binary := target/release/twostage
+need     := scripts/install-deps
+guest    := guest-images/build/vtd-check.elf
+binary   := target/release/twostage
 
 # What `make run` starts: two devices behind one virtual VT-d, the first of them with PASIDs.
 run_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
