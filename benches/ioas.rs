@@ -32,7 +32,8 @@ fn sparse(length: u64) -> UserMemory {
 fn host() -> (Arc<EmulatedHost>, ObjectId) {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
-    host.add_device("edu0", unit, Bdf::from_raw(0x20), DeviceConfig::default()).expect("a new name and id");
+    host.add_device("edu0", unit, Bdf::from_raw(0x20), DeviceConfig::default())
+        .expect("a new name and id");
     let dev = host.device_bind("edu0").expect("it is there");
     let ioas = host.ioas_alloc().expect("ids are left");
     let parent = HwptAlloc {

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The invalidation queue, from the tail write to the wait's status: the whole stack in one
+//! process, over the emulated host. The limit beside it is a register access alone.
+
+use std::hint::black_box;
+
+use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
+use twostage::spec::pci::Pasid;
+use twostage::spec::vtd::qi::{AddressMask, Descriptor};
+use twostage::spec::vtd::regs;
+
+#[allow(dead_code)] // The tests use all of the driver, the bench a part.
+#[path = "../tests/two_stages/guest.rs"]
+mod guest;
+#[allow(dead_code)]
+#[path = "../tests/two_stages/machine.rs"]
+mod machine;
+
+use guest::{Completion, Entry, PAGE};
+use machine::{Machine, A};
+
+const DOMAIN: u16 = 1;
+const IOVA: u64 = 0x4000_0000;
+
+/// A machine whose device `A` is on first-stage tables that map a page at `IOVA`.
+fn machine() -> Machine {
+    let machine = Machine::new();
+    let table = machine.guest.page();
+    machine.guest.map(table, IOVA, machine.guest.page(), 1, true);
+    machine.guest.enable();
+    machine.guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN });
+    assert_eq!(machine.guest.flush_pasid_cache(), Completion::Done);
+    machine.read(A, None, IOVA).expect("the page is mapped");
+    machine
+}
+
+fn page(number: u64) -> Descriptor {
+    let address = IOVA + number * PAGE;
+    let pasid = Pasid::new(0).expect("0 fits in 20 bits");
+    let range = Some(AddressMask { address, mask: 0, leaf: true });
+    Descriptor::PasidIotlb { domain: DOMAIN, pasid, range }
+}
+
+fn tail_to_status(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("descriptors from tail write to wait status");
+    for (name, stride) in [("adjacent pages", 1), ("scattered pages", 2)] {
+        // One fewer than the queue of 128 holds, with the wait.
+        for count in [1, 16, 120] {
+            let machine = machine();
+            let descriptors: Vec<_> = (0..count).map(|number| page(number * stride)).collect();
+            group.throughput(Throughput::Elements(count));
+            group.bench_function(BenchmarkId::new(name, count), |bencher| {
+                bencher.iter(|| {
+                    let completion = machine.guest.submit(black_box(&descriptors));
+                    assert_eq!(completion, Completion::Done);
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+/// What a driver's look at a status register costs here.
+fn register_read(criterion: &mut Criterion) {
+    let machine = machine();
+    criterion.bench_function("register read", |bencher| {
+        bencher.iter(|| machine.guest.read32(black_box(regs::FSTS)));
+    });
+}
+
+criterion_group!(benches, tail_to_status, register_read);
+criterion_main!(benches);
