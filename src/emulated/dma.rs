@@ -172,7 +172,7 @@ impl DmaPort {
         let engine = self.reader.enter();
         match engine.translate(&mut self.pasid_cache, &self.counters, &request) {
             Ok(target) => {
-                let length = length.min(MAX_PIECE).min(target.length as usize);
+                let length = length.min(piece(attributes, iova, target.length));
                 Ok(Translated { engine, target, length })
             }
             Err(fault) => {
@@ -209,6 +209,17 @@ impl Translated<'_> {
     pub(super) fn length(&self) -> usize {
         self.length
     }
+}
+
+/// How many bytes from `iova` on one section may access, when `target` bytes are in one page. A
+/// page of 1 GiB may hold addresses that are interrupt messages.
+#[inline]
+fn piece(attributes: DmaAttributes, iova: u64, target: u64) -> usize {
+    let mut length = target.min(MAX_PIECE as u64);
+    if attributes.pasid.is_none() && iova < *INTERRUPT_RANGE.start() {
+        length = length.min(*INTERRUPT_RANGE.start() - iova);
+    }
+    length as usize
 }
 
 #[inline]

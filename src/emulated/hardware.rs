@@ -76,8 +76,8 @@ pub(crate) trait Hardware: Debug + Send + Sync {
     /// Blocks DMA of `rid` (or its `pasid`).
     fn remove(&self, rid: u16, pasid: Option<u32>);
 
-    /// Drops what is cached of one HWPT's user tables.
-    fn invalidate(&self, tag: CacheTag, range: CacheRange);
+    /// Drops what is cached of one HWPT's user tables, in all of `ranges` at once.
+    fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]);
 
     /// Something was unmapped from `stage2`: drops all that was cached through it.
     fn stage2_unmapped(&self, stage2: &Arc<Stage2>);

@@ -162,6 +162,7 @@ fn unit_config(config: &IommuConfig) -> VtdUnitConfig {
             _ => AddressWidth::Bits48,
         },
         guest_second_stage: config.second_stage,
+        device_tlb: config.ats,
         ..VtdUnitConfig::default()
     }
 }

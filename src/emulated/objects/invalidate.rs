@@ -40,10 +40,20 @@ impl Objects {
     ) -> Result<(), (usize, Refusal)> {
         let nested =
             self.check_invalidate(hwpt, format, entries.count).map_err(|refusal| (0, refusal))?;
-        for done in 0..entries.count {
-            self.invalidate_one(nested, done, entries).map_err(|refusal| (done, refusal))?;
+        // The hardware is told once: it holds DMA up for each call.
+        let mut ranges = Vec::with_capacity(entries.count);
+        let mut read = |number| {
+            ranges.push(cache_range(&(entries.read)(number)?, number)?);
+            Ok(())
+        };
+        let refused = (0..entries.count).find_map(|number| read(number).err());
+        if !ranges.is_empty() {
+            for unit in nested.attached.units() {
+                let unit = self.machine.unit(unit).map_err(|refusal| (0, refusal))?;
+                unit.hardware.invalidate(nested.tag, &ranges);
+            }
         }
-        Ok(())
+        refused.map_or(Ok(()), |refusal| Err((ranges.len(), refusal)))
     }
 
     /// The HWPT_NESTED that `count` entries of `format` are for.
@@ -79,19 +89,6 @@ impl Objects {
             );
         }
         Ok(nested)
-    }
-
-    fn invalidate_one(
-        &self,
-        nested: &HwptNested,
-        number: usize,
-        entries: &Entries<'_>,
-    ) -> Outcome<()> {
-        let range = cache_range(&(entries.read)(number)?, number)?;
-        for unit in nested.attached.units() {
-            self.machine.unit(unit)?.hardware.invalidate(nested.tag, range);
-        }
-        Ok(())
     }
 }
 

@@ -47,6 +47,9 @@ pub struct VtdUnitConfig {
     pub supervisor_requests: bool,
     /// The extended accessed flag (ECAP.EAFS).
     pub extended_accessed: bool,
+    /// Takes invalidations of device-TLBs (ECAP.DT). Devices of this process keep none of their
+    /// own: what they might cache, the unit does.
+    pub device_tlb: bool,
     /// User-owned first-stage tables nested on the host's stage 2 (ECAP.NEST).
     pub nesting: bool,
     /// User-owned second-stage tables on the host's stage 2: no hardware has that.
@@ -60,7 +63,8 @@ pub struct VtdUnitConfig {
 }
 
 impl Default for VtdUnitConfig {
-    /// A recent unit: everything but supervisor requests and the extended accessed flag, 48 bits.
+    /// A recent unit with 48 bits: all but supervisor requests, the extended accessed flag and
+    /// device-TLBs.
     fn default() -> Self {
         Self {
             address_width: AddressWidth::Bits48,
@@ -68,6 +72,7 @@ impl Default for VtdUnitConfig {
             pasid_bits: MAX_PASID_BITS,
             supervisor_requests: false,
             extended_accessed: false,
+            device_tlb: false,
             nesting: true,
             guest_second_stage: true,
             iotlb_entries: 4096,
@@ -102,6 +107,7 @@ impl VtdUnitConfig {
         Ecap::new()
             .with_c(true)
             .with_qi(true)
+            .with_dt(self.device_tlb)
             .with_pt(true)
             .with_sc(true)
             .with_nest(self.nesting)

@@ -153,10 +153,12 @@ impl Engine {
         }
     }
 
-    /// Drops what is cached of the tables of `tag`.
-    pub fn invalidate(&mut self, tag: CacheTag, range: CacheRange) {
-        let dropped = self.caches.invalidate(tag.0, range);
-        self.count_invalidation(dropped);
+    /// Drops what is cached of the tables of `tag`, in all of `ranges`.
+    pub fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
+        for range in ranges {
+            let dropped = self.caches.invalidate(tag.0, *range);
+            self.count_invalidation(dropped);
+        }
     }
 
     /// Drops what is cached through `stage2`.

@@ -134,8 +134,8 @@ impl Hardware for VtdUnit {
         self.gate.write(|engine| engine.remove(rid, pasid));
     }
 
-    fn invalidate(&self, tag: CacheTag, range: CacheRange) {
-        self.gate.write(|engine| engine.invalidate(tag, range));
+    fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]) {
+        self.gate.write(|engine| engine.invalidate(tag, ranges));
     }
 
     fn stage2_unmapped(&self, stage2: &Arc<Stage2>) {

@@ -109,8 +109,10 @@ impl Hardware for Fake {
         self.tell(Told::Remove(rid, pasid));
     }
 
-    fn invalidate(&self, tag: CacheTag, range: CacheRange) {
-        self.tell(Told::Invalidate(tag, range));
+    fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]) {
+        for range in ranges {
+            self.tell(Told::Invalidate(tag, *range));
+        }
     }
 
     fn stage2_unmapped(&self, _: &Arc<Stage2>) {

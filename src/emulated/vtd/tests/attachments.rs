@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Attaching, detaching, stage 2 alone, faults delivered, interrupt addresses, transfers.
 
+use vm_memory::{Bytes, MemoryRegionAddress};
+
 use super::*;
 
 const NOT_PRESENT: (FaultReason, bool) = (FaultReason::PasidEntryNotPresent, false);
@@ -127,6 +129,33 @@ fn interrupt_addresses_are_no_memory_without_pasid() {
 }
 
 #[test]
+fn a_1_gib_page_ends_where_interrupt_messages_start() {
+    const GPA: u64 = 0x80_0000_0000;
+    const GIB: u64 = 1 << 30;
+    let machine = Machine::new(VtdUnitConfig::default());
+    let mut port = machine.port();
+    // Never touched but for two pages of it.
+    let region = GuestRegionMmap::from_range(GuestAddress(GPA), GIB as usize, None).unwrap();
+    let memory = UserMemory::whole(Arc::new(region));
+    let (last, protection) = (GPA + GIB - 1, Protection::READ_WRITE);
+    machine.stage2.insert(Mapping { start: GPA, last, memory: memory.clone(), protection });
+    let root = machine.table();
+    machine.map(root, 4, 0xc000_0000, 3, GPA, RW);
+    machine.attach(None, 1, root, 4, 0);
+    machine.attach(Some(3), 1, root, 4, 0);
+    let at_interrupts = || {
+        let mut byte = [0];
+        memory.region().read_slice(&mut byte, MemoryRegionAddress(0x3ee0_0000)).unwrap();
+        byte[0]
+    };
+    let error = port.write(PLAIN, 0xfedf_f000, &[7; 0x2000]).unwrap_err();
+    assert_eq!(error, DmaError::Interrupt { address: 0xfee0_0000 });
+    assert_eq!(at_interrupts(), 0);
+    port.write(pasid(3), 0xfedf_f000, &[8; 0x2000]).unwrap();
+    assert_eq!(at_interrupts(), 8);
+}
+
+#[test]
 fn translate_gives_what_is_contiguous() {
     let machine = Machine::new(VtdUnitConfig::default());
     let mut port = machine.port();
@@ -166,7 +195,7 @@ struct Invalidating(Arc<VtdUnit>);
 
 impl FaultSink for Invalidating {
     fn dma_fault(&self, _fault: &HostFault) {
-        self.0.invalidate(CacheTag(1), ALL);
+        self.0.invalidate(CacheTag(1), &[ALL]);
         self.0.remove(RID, Some(1));
     }
 }

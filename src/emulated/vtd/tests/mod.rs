@@ -148,7 +148,7 @@ impl Machine {
     }
 
     pub fn invalidate(&self, tag: u32, range: CacheRange) {
-        self.unit.invalidate(CacheTag(tag), range);
+        self.unit.invalidate(CacheTag(tag), &[range]);
     }
 
     /// What a one-byte read gives: the fault's reason and whether it was stage 2's, or the GPA
