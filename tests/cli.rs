@@ -435,13 +435,3 @@ fn the_terminal_is_left_as_it_was() {
         assert!(shown.contains(flag), "{shown}");
     }
 }
-
-#[test]
-fn a_host_that_cannot_serve_the_virtual_iommu_is_named() {
-    if !kvm() {
-        return;
-    }
-    let guest = multiboot(&code::HALT);
-    let output = run_guest(&guest, &["--iommu", "vtd,ats=on", "--device", "edu"]);
-    assert_refused(&output, UNAVAILABLE, "ECAP.DT");
-}
