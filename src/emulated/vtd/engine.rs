@@ -14,7 +14,7 @@ use super::caches::{Caches, Target};
 use super::config::VtdUnitConfig;
 use super::context::{Context, Tables};
 use super::counters::LocalCounters;
-use super::pasid_table::{Cached, PasidCache, PasidTable};
+use super::pasid_table::{PasidCache, PasidTable};
 use super::rights::{Fault, RequestKind};
 use super::walk::Walk;
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
@@ -51,8 +51,23 @@ impl Engine {
         Self { config, pasid_table: PasidTable::default(), caches, counters }
     }
 
-    /// Where `request` goes.
+    /// Where `request` goes, when all that takes is cached.
     #[inline]
+    pub fn cached(
+        &self,
+        pasid_cache: &PasidCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target> {
+        let context = pasid_cache.get(&self.pasid_table, request.pasid)?;
+        let target = self.caches.translation(context.source, request.address, request.kind)?;
+        counters.pasid_cache_hits.count();
+        counters.iotlb_hits.count();
+        Some(target)
+    }
+
+    /// Where `request` goes. What it takes is cached from then on.
+    #[cold]
     pub fn translate(
         &self,
         pasid_cache: &mut PasidCache,
@@ -81,27 +96,23 @@ impl Engine {
         base.checked_add(target.place.offset)
     }
 
-    #[inline]
     fn context(
         &self,
         pasid_cache: &mut PasidCache,
         counters: &LocalCounters,
         request: &Request,
     ) -> Result<&Context, Fault> {
-        match pasid_cache.get(&self.pasid_table, request.rid, request.pasid) {
-            Some((context, Cached::Hit)) => {
-                counters.pasid_cache_hits.count();
+        if let Some(context) = pasid_cache.get(&self.pasid_table, request.pasid) {
+            counters.pasid_cache_hits.count();
+            return Ok(context);
+        }
+        counters.pasid_cache_misses.count();
+        match pasid_cache.fill(&self.pasid_table, request.rid, request.pasid) {
+            Some((context, evicted)) => {
+                counters.pasid_cache_evictions.add(evicted.into());
                 Ok(context)
             }
-            Some((context, cached)) => {
-                counters.pasid_cache_misses.count();
-                counters.pasid_cache_evictions.add((cached == Cached::Evicted).into());
-                Ok(context)
-            }
-            None => {
-                counters.pasid_cache_misses.count();
-                Err(Fault::stage1(self.not_present(request.pasid)))
-            }
+            None => Err(Fault::stage1(self.not_present(request.pasid))),
         }
     }
 
@@ -115,7 +126,6 @@ impl Engine {
         }
     }
 
-    #[cold]
     fn walk(
         &self,
         context: &Context,

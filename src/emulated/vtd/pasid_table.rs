@@ -57,56 +57,39 @@ pub(crate) struct PasidCache {
     lines: [Option<(Option<u32>, usize)>; LINES],
 }
 
-/// What came of looking in a PASID cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cached {
-    /// It was there.
-    Hit,
-    /// It was not, and nothing had to go for it.
-    Miss,
-    /// It was not, and another line had to go for it.
-    Evicted,
-}
-
 impl PasidCache {
-    /// The context of `rid` (or its `pasid`), and whether the cache had it. A requester without a
-    /// context is not cached.
+    /// The context for requests with `pasid`, when it is cached.
     #[inline]
-    pub(super) fn get<'a>(
-        &mut self,
-        table: &'a PasidTable,
-        rid: u16,
-        pasid: Option<u32>,
-    ) -> Option<(&'a Context, Cached)> {
-        if self.generation == table.generation {
-            if let Some((held, index)) = *self.line(pasid) {
-                if held == pasid {
-                    return Some((table.contexts.get(index)?.as_ref()?, Cached::Hit));
-                }
-            }
+    pub(super) fn get<'a>(&self, table: &'a PasidTable, pasid: Option<u32>) -> Option<&'a Context> {
+        // In bounds: a remainder of the length.
+        let (held, index) = self.lines[line(pasid)]?;
+        if self.generation != table.generation || held != pasid {
+            return None;
         }
-        self.fill(table, rid, pasid)
+        table.contexts.get(index)?.as_ref()
     }
 
-    #[cold]
-    fn fill<'a>(
+    /// The context of `rid` (or its `pasid`), cached from now on, and whether another had to go for
+    /// it. A requester without a context is not cached.
+    pub(super) fn fill<'a>(
         &mut self,
         table: &'a PasidTable,
         rid: u16,
         pasid: Option<u32>,
-    ) -> Option<(&'a Context, Cached)> {
+    ) -> Option<(&'a Context, bool)> {
         if self.generation != table.generation {
             *self = Self { generation: table.generation, ..Self::default() };
         }
         let index = *table.indices.get(&(rid, pasid))?;
         let context = table.contexts.get(index)?.as_ref()?;
-        let evicted = self.line(pasid).replace((pasid, index)).is_some();
-        Some((context, if evicted { Cached::Evicted } else { Cached::Miss }))
-    }
-
-    #[inline]
-    fn line(&mut self, pasid: Option<u32>) -> &mut Option<(Option<u32>, usize)> {
         // In bounds: a remainder of the length.
-        &mut self.lines[pasid.unwrap_or(0) as usize % LINES]
+        let evicted = self.lines[line(pasid)].replace((pasid, index)).is_some();
+        Some((context, evicted))
     }
+}
+
+/// The line that the context for requests with `pasid` can be in.
+#[inline]
+fn line(pasid: Option<u32>) -> usize {
+    pasid.unwrap_or(0) as usize % LINES
 }
