@@ -162,7 +162,7 @@ fn check_size(size: u64, host: Option<u64>) -> std::result::Result<(), MemoryErr
     if size == 0 {
         return Err(MemoryError::Zero);
     }
-    if size % PAGE_SIZE != 0 {
+    if !size.is_multiple_of(PAGE_SIZE) {
         return Err(MemoryError::NotPages(size));
     }
     match host {

@@ -142,7 +142,7 @@ impl IovaSpace {
     /// # Errors
     /// `EINVAL` unaligned or reserved; `EOVERFLOW` past the end; `EEXIST` mapped in part.
     pub fn check_free(&self, iova: u64, length: u64, alignment: u64) -> Outcome<()> {
-        if iova % alignment != 0 {
+        if !iova.is_multiple_of(alignment) {
             return refuse(
                 Errno::EINVAL,
                 format!("IOVA {iova:#x} is no multiple of {alignment:#x}"),
@@ -169,7 +169,7 @@ impl IovaSpace {
         let misfit = self.areas().find(|(start, area)| {
             let length = (area.last - start).wrapping_add(1);
             let page_offset = area.pages.user_va(area.offset) % PAGE_SIZE;
-            (start | length | page_offset) % alignment != 0
+            !(start | length | page_offset).is_multiple_of(alignment)
         });
         match misfit {
             None => Ok(()),

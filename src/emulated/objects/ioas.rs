@@ -250,7 +250,7 @@ fn check_protection(protection: Protection) -> Outcome<()> {
 
 fn find_iova(ioas: &Ioas, target: MapTarget, length: u64, user_va: u64) -> Outcome<u64> {
     let alignment = ioas.alignment();
-    if length % alignment != 0 {
+    if !length.is_multiple_of(alignment) {
         return refuse(
             Errno::EINVAL,
             format!("length {length:#x} is no multiple of {alignment:#x}"),
@@ -267,7 +267,7 @@ fn find_iova(ioas: &Ioas, target: MapTarget, length: u64, user_va: u64) -> Outco
 
 fn check_page_offset(ioas: &Ioas, user_va: u64) -> Outcome<()> {
     let alignment = ioas.alignment();
-    if user_va % PAGE_SIZE % alignment != 0 {
+    if !(user_va % PAGE_SIZE).is_multiple_of(alignment) {
         return refuse(
             Errno::EINVAL,
             format!("memory at {user_va:#x} is not aligned to {alignment:#x}"),

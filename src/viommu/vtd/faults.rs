@@ -102,7 +102,7 @@ impl FaultLog {
 
     /// The guest writes `value` to that word: 1 clears F, all else is read-only.
     pub(super) fn write_record_word(&mut self, word: usize, value: u64) {
-        if word % 2 == 0 || !FaultRecordHigh::from_bits(value).f() {
+        if word.is_multiple_of(2) || !FaultRecordHigh::from_bits(value).f() {
             return;
         }
         if let Some(record) = self.records.get_mut(word / 2) {

@@ -50,7 +50,7 @@ impl DmaMaster for MessageWrites {
             return self.memory.write(pasid, iova, data);
         }
         match <[u8; 4]>::try_from(data) {
-            Ok(message) if iova % 4 == 0 => {
+            Ok(message) if iova.is_multiple_of(4) => {
                 self.messages.send_msi(iova, u32::from_le_bytes(message));
                 Ok(())
             }

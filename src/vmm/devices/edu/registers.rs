@@ -161,7 +161,7 @@ impl Registers {
 /// Whether an access is one that the device answers: aligned, and of a size it takes there.
 fn access_fits(offset: u64, size: usize) -> bool {
     let sized = size == 4 || size == 8 && offset >= WIDE_START;
-    sized && offset % size as u64 == 0
+    sized && offset.is_multiple_of(size as u64)
 }
 
 /// `number!` modulo 2^32.
