@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/fs.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "../../pattern.h"
+#include "../files.h"
+#include "../options.h"
+#include "../report.h"
+#include "checks.h"
+
+#define MIB ((uint64_t)1 << 20)
+enum { BLOCK = 4096 };
+
+struct disk {
+    const char *name;
+    int file;
+    uint64_t size; // bytes that may be written: whole MiB, without the last one (see reboot.c)
+    char *buffer;  // 1 MiB
+};
+
+// NULL, or what is wrong. `flags` beside O_DIRECT.
+static const char *open_disk(struct disk *disk, const char *name, int flags)
+{
+    char path[64];
+    uint64_t bytes;
+
+    *disk = (struct disk){.name = name, .file = -1};
+    snprintf(path, sizeof(path), "/dev/%s", name);
+    disk->file = open(path, flags | O_DIRECT | O_CLOEXEC);
+    if (disk->file < 0 || ioctl(disk->file, BLKGETSIZE64, &bytes) < 0)
+        return strerror(errno);
+    if (bytes < 2 * MIB)
+        return "smaller than 2 MiB";
+    disk->size = (bytes / MIB - 1) * MIB;
+    return posix_memalign((void **)&disk->buffer, BLOCK, MIB) ? "no memory" : NULL;
+}
+
+static void close_disk(struct disk *disk)
+{
+    if (disk->file >= 0)
+        close(disk->file);
+    free(disk->buffer);
+}
+
+// Writes, or reads and compares, `size` bytes at `offset`. Says what failed; "" if nothing did.
+static const char *transfer(struct disk *disk, bool write, uint64_t seed, uint64_t offset, size_t size)
+{
+    static char wrong[160];
+    ssize_t done;
+
+    if (write)
+        pattern_fill(disk->buffer, size, seed, offset);
+    done = write ? pwrite(disk->file, disk->buffer, size, (off_t)offset)
+                 : pread(disk->file, disk->buffer, size, (off_t)offset);
+    if (done != (ssize_t)size) {
+        snprintf(wrong, sizeof(wrong), "%s at %#" PRIx64 ": %zd bytes of %zu, %s", write ? "write" : "read", offset,
+                 done, size, done < 0 ? strerror(errno) : "short");
+        return wrong;
+    }
+    size_t at = write ? size : pattern_check(disk->buffer, size, seed, offset);
+    if (at == size)
+        return "";
+    uint64_t found;
+    memcpy(&found, disk->buffer + at, 8);
+    snprintf(wrong, sizeof(wrong), "at %#" PRIx64 ": found %#" PRIx64 ", written was %#" PRIx64, offset + at, found,
+             pattern_word(seed, offset + at));
+    return wrong;
+}
+
+static void sequential(struct disk *disk, uint64_t size, uint64_t seed)
+{
+    double seconds[2];
+
+    for (int write = 1; write >= 0; write--) {
+        double start = now();
+        for (uint64_t offset = 0; offset < size; offset += MIB) {
+            const char *wrong = transfer(disk, write, seed, offset, MIB);
+            if (wrong[0]) {
+                failed("blk", "%s, sequential: %s", disk->name, wrong);
+                return;
+            }
+        }
+        if (write && fdatasync(disk->file) < 0) {
+            failed("blk", "%s: flush: %s", disk->name, strerror(errno));
+            return;
+        }
+        seconds[write] = now() - start;
+    }
+    double mib = (double)(size / MIB);
+    passed("blk", "%s: %.0f MiB written in %.2f s (%.0f MiB/s), read back in %.2f s (%.0f MiB/s)", disk->name, mib,
+           seconds[1], mib / seconds[1], seconds[0], mib / seconds[0]);
+}
+
+// Blocks far from each other, each one once: a multiplier that is odd and not a factor of the count.
+static uint64_t scattered(uint64_t index, uint64_t blocks)
+{
+    return index * 7919 % blocks;
+}
+
+static void scattered_blocks(struct disk *disk, uint64_t operations, uint64_t seed)
+{
+    uint64_t blocks = disk->size / BLOCK;
+    double seconds[2];
+
+    // The scatter visits each block once only if the two have no factor in common.
+    while (blocks % 7919 == 0)
+        blocks--;
+    if (operations > blocks)
+        operations = blocks;
+    for (int write = 1; write >= 0; write--) {
+        double start = now();
+        for (uint64_t i = 0; i < operations; i++) {
+            const char *wrong = transfer(disk, write, seed, scattered(i, blocks) * BLOCK, BLOCK);
+            if (wrong[0]) {
+                failed("blk", "%s, block %" PRIu64 ": %s", disk->name, i, wrong);
+                return;
+            }
+        }
+        seconds[write] = now() - start;
+    }
+    passed("blk", "%s: %" PRIu64 " scattered 4 KiB blocks written in %.2f s (%.0f/s), read back in %.2f s (%.0f/s)",
+           disk->name, operations, seconds[1], (double)operations / seconds[1], seconds[0],
+           (double)operations / seconds[0]);
+}
+
+static bool check_disk(const char *name, void *context)
+{
+    unsigned *disks = context;
+    struct disk disk;
+    uint64_t wanted = option_number("blk.mib", 32) * MIB;
+
+    if (strncmp(name, "vd", 2) != 0)
+        return true;
+    ++*disks;
+    if (strcmp(first_line("/sys/block/%s/ro", name), "1") == 0) {
+        skipped("blk", "%s is read-only", name);
+        return true;
+    }
+    const char *wrong = open_disk(&disk, name, O_RDWR);
+    if (wrong) {
+        failed("blk", "%s: %s", name, wrong);
+    } else {
+        sequential(&disk, wanted < disk.size ? wanted : disk.size, *disks);
+        scattered_blocks(&disk, option_number("blk.blocks", 1000), 100 + *disks);
+    }
+    close_disk(&disk);
+    return true;
+}
+
+void check_blk(void)
+{
+    unsigned disks = 0;
+
+    for_each_name("/sys/block", check_disk, &disks);
+    if (!disks)
+        failed("blk", "there is no virtio disk");
+}
+
+const char *try_disk(const char *name)
+{
+    static uint64_t seed = 1000;
+    struct disk disk;
+    const char *wrong = open_disk(&disk, name, O_RDWR);
+
+    seed++;
+    for (int write = 1; write >= 0 && !wrong; write--) {
+        const char *text = transfer(&disk, write, seed, 0, MIB);
+        wrong = text[0] ? text : NULL;
+    }
+    close_disk(&disk);
+    return wrong;
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#include "devices.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "files.h"
+
+struct found {
+    struct device *devices;
+    unsigned count;
+};
+
+static bool take_name(const char *name, void *node)
+{
+    snprintf(node, sizeof(((struct device *)0)->node), "%s", name);
+    return false;
+}
+
+static bool take_virtio(const char *name, void *context)
+{
+    if (strncmp(name, "virtio", 6) != 0)
+        return true;
+    snprintf(context, sizeof(((struct device *)0)->virtio), "%s", name);
+    return false;
+}
+
+static bool take_pci(const char *name, void *context)
+{
+    struct found *found = context;
+    struct device *device = &found->devices[found->count];
+    char path[256];
+
+    *device = (struct device){0};
+    snprintf(device->pci, sizeof(device->pci), "%s", name);
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s", name);
+    for_each_name(path, take_virtio, device->virtio);
+    if (!device->virtio[0])
+        return true;
+    snprintf(device->driver, sizeof(device->driver), "%s", link_name("/sys/bus/virtio/devices/%s/driver", device->virtio));
+    if (!device->driver[0])
+        return true;
+    snprintf(path, sizeof(path), "/sys/bus/virtio/devices/%s/block", device->virtio);
+    for_each_name(path, take_name, device->node);
+    snprintf(path, sizeof(path), "/sys/bus/virtio/devices/%s/net", device->virtio);
+    for_each_name(path, take_name, device->node);
+    return ++found->count < MAX_DEVICES;
+}
+
+unsigned find_devices(struct device devices[static MAX_DEVICES])
+{
+    struct found found = {devices, 0};
+
+    for_each_name("/sys/bus/pci/devices", take_pci, &found);
+    return found.count;
+}
+
+bool find_device(const char *driver, struct device *device)
+{
+    struct device all[MAX_DEVICES];
+    unsigned count = find_devices(all);
+
+    for (unsigned i = 0; i < count; i++) {
+        if (strcmp(all[i].driver, driver) == 0) {
+            *device = all[i];
+            return true;
+        }
+    }
+    return false;
+}

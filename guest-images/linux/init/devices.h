@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The virtio devices of the machine, as sysfs shows them.
+#pragma once
+
+#include <stdbool.h>
+
+enum { MAX_DEVICES = 32 };
+
+struct device {
+    char pci[32];    // PCI address: "0000:00:01.0"
+    char virtio[16]; // "virtio0"; another one after the PCI driver let go of it
+    char driver[16]; // "virtio_blk", "virtio_net", "virtio_rng"
+    char node[16];   // "vda", "eth0"; "" for others
+};
+
+// The devices that have a driver, in the order of their PCI addresses. How many there are.
+unsigned find_devices(struct device devices[static MAX_DEVICES]);
+
+// The first device with this driver. False if there is none.
+bool find_device(const char *driver, struct device *device);

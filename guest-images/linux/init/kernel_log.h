@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The kernel's log.
+#pragma once
+
+// Calls `each` for every line that contains one of `needles` (the last is NULL), without its time.
+// How many there were.
+unsigned log_lines(const char *const *needles, void (*each)(const char *line));
+
+// How many lines contain `needle`.
+unsigned log_count(const char *needle);
+
+// What a fault that the IOMMU recorded begins with in the log.
+extern const char dmar_fault[];

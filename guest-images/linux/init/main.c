@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The only program of the Linux test guest. The kernel's command line says what it does:
+//
+//   twostage.test=LIST       the checks, in this order (boot,iommu,blk,net,rng,clean)
+//   twostage.end=HOW         poweroff (the default); exit: by the debug-exit port; reboot
+//
+// and what the checks want to know (see each). It never returns: the first process must not.
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/io.h>
+#include <sys/klog.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include "checks/checks.h"
+#include "files.h"
+#include "modules.h"
+#include "options.h"
+#include "report.h"
+
+enum { DEBUG_EXIT_PORT = 0xf4, CONSOLE_LEVEL = 8, ERRORS_ONLY = 4 };
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} checks[] = {
+    {"boot", check_boot},     {"iommu", check_iommu},   {"blk", check_blk},     {"net", check_net},     {"rng", check_rng},
+    {"rebind", check_rebind}, {"reboot", check_reboot}, {"fault", check_fault}, {"clean", check_clean},
+};
+
+static void set_up(void)
+{
+    mkdir("/dev", 0755);
+    mkdir("/proc", 0755);
+    mkdir("/sys", 0755);
+    mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+    mount("proc", "/proc", "proc", 0, NULL);
+    mount("sysfs", "/sys", "sysfs", 0, NULL);
+    // The kernel's messages stay in its log: they would break up the lines here.
+    if (!on_command_line("debug"))
+        klogctl(CONSOLE_LEVEL, NULL, ERRORS_ONLY);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+}
+
+static void run(const char *name)
+{
+    for (unsigned i = 0; i < sizeof(checks) / sizeof(checks[0]); i++) {
+        if (strcmp(checks[i].name, name) == 0) {
+            checks[i].run();
+            return;
+        }
+    }
+    failed("main", "there is no check '%s'", name);
+}
+
+static void end(unsigned failures)
+{
+    const char *how = option("end", "poweroff");
+
+    fflush(stdout);
+    sync();
+    if (strcmp(how, "exit") == 0 && ioperm(DEBUG_EXIT_PORT, 1, 1) == 0)
+        outb(failures ? 1 : 0, DEBUG_EXIT_PORT);
+    reboot(strcmp(how, "reboot") == 0 ? RB_AUTOBOOT : RB_POWER_OFF);
+}
+
+int main(void)
+{
+    char list[256];
+    struct utsname kernel;
+
+    set_up();
+    uname(&kernel);
+    note("Linux %s %s, init after %s s", kernel.release, kernel.version, strtok(strdup(first_line("/proc/uptime")), " "));
+    load_modules();
+    snprintf(list, sizeof(list), "%s", option("test", "boot,iommu,blk,net,rng,clean"));
+    for (char *name = strtok(list, ","); name; name = strtok(NULL, ","))
+        run(name);
+    end(summary());
+    for (;;)
+        pause();
+}

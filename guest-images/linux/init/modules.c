@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#include "modules.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "report.h"
+
+static int load(const char *path)
+{
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return errno;
+    int error = syscall(SYS_finit_module, file, "", 0) < 0 ? errno : 0;
+    close(file);
+    return error;
+}
+
+void load_modules(void)
+{
+    char name[128], path[160];
+    FILE *order = fopen("/modules/order", "re");
+
+    if (!order)
+        return;
+    while (fscanf(order, "%127s", name) == 1) {
+        snprintf(path, sizeof(path), "/modules/%s", name);
+        int error = load(path);
+        if (error && error != EEXIST)
+            failed("modules", "%s: %s", name, strerror(error));
+    }
+    fclose(order);
+}
