@@ -78,7 +78,7 @@ fn build_tables(memory: &GuestRegionMmap, pages: u64) {
     store(TABLES + PAGE + index(IOVA, 3) * 8, (TABLES + 2 * PAGE) | 0x27);
     for page in 0..pages {
         let iova = IOVA + page * PAGE;
-        if page % 512 == 0 {
+        if page.is_multiple_of(512) {
             store(TABLES + 2 * PAGE + index(iova, 2) * 8, leaf_table(page) | 0x27);
         }
         store(leaf_table(page) + index(iova, 1) * 8, (shuffled(page, pages) * PAGE) | 0x67);
