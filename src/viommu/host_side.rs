@@ -49,12 +49,6 @@ pub struct HostSideError {
     pub source: std::sync::Arc<dyn std::error::Error + Send + Sync>,
 }
 
-/// Where a virtual IOMMU's own interrupts go: message-signalled, never remapped.
-pub trait InterruptSink: Send + Sync {
-    /// Writes `data` to `address` (0xFEEx_xxxx on x86).
-    fn send_msi(&self, address: u64, data: u32);
-}
-
 /// An unrecoverable fault of a DMA request, brought back from the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DmaFault {

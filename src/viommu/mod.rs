@@ -8,13 +8,15 @@
 #![forbid(unsafe_code)]
 
 mod host_side;
+mod interrupts;
 mod memory;
 mod observer;
 mod policy;
 mod ratelimit;
 pub mod vtd;
 
-pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError, InterruptSink};
+pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError};
+pub use interrupts::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 pub use memory::{BadAddress, TableMemory};
 pub use observer::{FaultOutcome, Observer, RegisterAccess};
 pub use policy::{

@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use super::{DmaFault, Requester, RequesterConfig};
+use super::{DmaFault, MsiMessage, Requester, RequesterConfig};
+use crate::spec::pci::Bdf;
 
 /// One register access by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +21,7 @@ pub struct RegisterAccess {
     pub write: bool,
 }
 
-/// What became of a fault of a DMA request.
+/// What became of a fault of a DMA or interrupt request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultOutcome {
     /// It is in a fault record.
@@ -46,4 +47,14 @@ pub trait Observer: Send + Sync {
 
     /// A DMA request failed; `reason` is what the guest is told.
     fn fault(&self, _fault: &DmaFault, _reason: u8, _outcome: FaultOutcome) {}
+
+    /// An interrupt of `source` was blocked; `reason` is what the guest is told.
+    fn interrupt_fault(
+        &self,
+        _source: Bdf,
+        _message: MsiMessage,
+        _reason: u8,
+        _outcome: FaultOutcome,
+    ) {
+    }
 }

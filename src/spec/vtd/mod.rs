@@ -7,6 +7,7 @@
 
 pub mod fault;
 pub mod first_stage;
+pub mod interrupt;
 pub mod pasid;
 pub mod qi;
 pub mod regs;

@@ -12,6 +12,8 @@ use crate::spec::vtd::regs::{Cap, Ecap};
 const IRO: u16 = 0x10;
 /// Where the fault recording registers stand, in 16 bytes.
 const FRO: u16 = 0x22;
+/// The largest invalidation of interrupt entries: half of the largest table.
+const MHMV: u8 = 15;
 /// The largest page-selective invalidation: 1 GiB.
 const MAMV: u8 = 18;
 
@@ -75,11 +77,15 @@ impl VtdConfig {
             .with_drd(true)
             .with_fs1gp(self.scalable_mode && self.first_stage_1g)
             .with_fs5lp(self.scalable_mode && five_level)
+            .with_esirtps(self.interrupt_remapping)
             .with_esrtps(true);
         let ecap = Ecap::new()
             .with_c(true)
             .with_qi(true)
             .with_dt(self.device_iotlb)
+            .with_ir(self.interrupt_remapping)
+            .with_eim(self.interrupt_remapping)
+            .with_mhmv(if self.interrupt_remapping { MHMV } else { 0 })
             .with_pt(true)
             .with_sc(self.snoop_control)
             .with_iro(IRO)

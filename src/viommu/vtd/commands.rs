@@ -13,14 +13,20 @@ impl VtdIommu {
         if command.srtp() {
             self.set_root_table_pointer(registers);
         }
+        if command.sirtp() && self.caps.ecap.ir() {
+            self.set_interrupt_table_pointer(registers);
+        }
         if command.qie() != registers.gsts.qies() {
             self.set_queue_enabled(registers, command.qie());
         }
         if command.te() != registers.gsts.tes() {
             self.set_translation_enabled(registers, command.te());
         }
-        // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and SIRTP, IRE and
-        // CFI no table (ECAP.IR): they are ignored, and their status stays clear.
+        if self.caps.ecap.ir() {
+            self.set_interrupt_remapping(registers, command);
+        }
+        // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and without ECAP.IR
+        // there is nothing to remap: such bits are ignored, and their status stays clear.
     }
 
     /// Latches RTADDR. Caches are emptied with it (CAP.ESRTPS).
@@ -33,6 +39,15 @@ impl VtdIommu {
             self.enable_translation(registers.root);
         }
         registers.gsts.set_rtps(true);
+    }
+
+    fn set_interrupt_remapping(&self, registers: &mut Registers, command: Gcmd) {
+        let before = registers.gsts;
+        registers.gsts.set_ires(command.ire());
+        registers.gsts.set_cfis(command.cfi());
+        if registers.gsts != before {
+            self.publish_remapping(registers);
+        }
     }
 
     fn set_queue_enabled(&self, registers: &mut Registers, enabled: bool) {

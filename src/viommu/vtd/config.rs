@@ -29,6 +29,8 @@ pub struct VtdConfig {
     pub caching_mode: bool,
     /// Offer device-TLBs (ATS).
     pub device_iotlb: bool,
+    /// Offer interrupt remapping, with 32-bit destinations (IR, EIM).
+    pub interrupt_remapping: bool,
     /// Offer 1 GiB first-stage pages.
     pub first_stage_1g: bool,
     /// Offer supervisor requests (SRS).
@@ -52,6 +54,7 @@ impl Default for VtdConfig {
             second_stage: false,
             caching_mode: true,
             device_iotlb: false,
+            interrupt_remapping: false,
             first_stage_1g: true,
             supervisor_requests: true,
             extended_accessed: true,

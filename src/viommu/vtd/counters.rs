@@ -20,6 +20,8 @@ pub(super) struct Counters {
     pub faults_recorded: AtomicU64,
     pub faults_lost: AtomicU64,
     pub faults_suppressed: AtomicU64,
+    pub interrupts_remapped: AtomicU64,
+    pub interrupts_blocked: AtomicU64,
     pub queue_errors: AtomicU64,
     pub guest_errors: AtomicU64,
     pub host_errors: AtomicU64,
@@ -55,6 +57,8 @@ impl Counters {
             faults_recorded: of(&self.faults_recorded),
             faults_lost: of(&self.faults_lost),
             faults_suppressed: of(&self.faults_suppressed),
+            interrupts_remapped: of(&self.interrupts_remapped),
+            interrupts_blocked: of(&self.interrupts_blocked),
             queue_errors: of(&self.queue_errors),
             guest_errors: of(&self.guest_errors),
             host_errors: of(&self.host_errors),
@@ -100,6 +104,11 @@ pub struct VtdCounters {
     pub faults_lost: u64,
     /// Faults that the guest's tables asked not to record.
     pub faults_suppressed: u64,
+    /// Interrupts that were sent through the unit while it remaps. Those that go past it by a
+    /// translation it gave are not counted.
+    pub interrupts_remapped: u64,
+    /// Interrupts that were blocked.
+    pub interrupts_blocked: u64,
     /// Times the invalidation queue stopped with an error.
     pub queue_errors: u64,
     /// Other mistakes of the guest: commands that were ignored, status addresses that are no memory.

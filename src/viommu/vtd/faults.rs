@@ -3,11 +3,12 @@
 //!
 //! A lock of its own, taken after the model's, because faults come from any thread.
 
+use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
 use crate::spec::vtd::{fault::FaultReason, PAGE_SHIFT};
-use crate::viommu::DmaFault;
+use crate::viommu::{DmaFault, MsiMessage};
 
-use super::interrupts::{EventRegisters, Msi};
+use super::interrupts::EventRegisters;
 
 /// Fault status and records, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,8 +44,29 @@ impl FaultLog {
         }
     }
 
-    /// Records a fault with `reason`. `false` when there was no room: the overflow is then set.
-    pub(super) fn record(&mut self, fault: &DmaFault, reason: FaultReason) -> (bool, Option<Msi>) {
+    /// Records a fault of DMA with `reason`. `false` when there was no room: the overflow is then
+    /// set.
+    pub(super) fn record(
+        &mut self,
+        fault: &DmaFault,
+        reason: FaultReason,
+    ) -> (bool, Option<MsiMessage>) {
+        self.add(dma_record(fault, reason))
+    }
+
+    /// Records a fault of an interrupt that `source` sent, as [`FaultLog::record`] does.
+    pub(super) fn record_interrupt(
+        &mut self,
+        source: Bdf,
+        index: u16,
+        reason: FaultReason,
+    ) -> (bool, Option<MsiMessage>) {
+        let high =
+            FaultRecordHigh::new().with_sid(source.raw()).with_fr(reason.code()).with_f(true);
+        self.add(FaultRecord { low: FaultRecordLow::of_interrupt(index), high })
+    }
+
+    fn add(&mut self, record: FaultRecord) -> (bool, Option<MsiMessage>) {
         if self.status.pfo() {
             return (false, None);
         }
@@ -56,7 +78,7 @@ impl FaultLog {
             self.status.set_pfo(true);
             return (false, None);
         }
-        *slot = to_record(fault, reason);
+        *slot = record;
         self.next = ((usize::from(next) + 1) % records) as u8;
         let raise = !self.condition();
         if !self.status.ppf() {
@@ -67,7 +89,7 @@ impl FaultLog {
     }
 
     /// The invalidation queue stops with `error`.
-    pub(super) fn queue_error(&mut self, error: QueueError) -> Option<Msi> {
+    pub(super) fn queue_error(&mut self, error: QueueError) -> Option<MsiMessage> {
         let raise = !self.condition();
         match error {
             QueueError::Queue => self.status.set_iqe(true),
@@ -127,7 +149,7 @@ impl FaultLog {
     }
 }
 
-fn to_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
+fn dma_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
     let mut high = FaultRecordHigh::new()
         .with_sid(fault.requester.rid.raw())
         .with_fr(reason.code())
@@ -168,7 +190,7 @@ mod tests {
     }
 
     const REASON: FaultReason = FaultReason::FirstStageNotPresent;
-    const MSI: Option<Msi> = Some(Msi { address: 0, data: 0x41 });
+    const MSI: Option<MsiMessage> = Some(MsiMessage { address: 0, data: 0x41 });
 
     #[test]
     fn a_record_tells_who_what_and_where() {

@@ -2,21 +2,7 @@
 //! The four registers of an event: control, data, address, upper address (§11.4.7, §11.4.9).
 
 use crate::spec::vtd::regs::EventControl;
-use crate::viommu::InterruptSink;
-
-/// A message that an event sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use]
-pub(super) struct Msi {
-    pub address: u64,
-    pub data: u32,
-}
-
-impl Msi {
-    pub fn send(self, sink: &dyn InterruptSink) {
-        sink.send_msi(self.address, self.data);
-    }
-}
+use crate::viommu::MsiMessage;
 
 /// Registers of one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +28,7 @@ impl Default for EventRegisters {
 
 impl EventRegisters {
     /// The condition of the event came true: a message to send, or a pending one when masked.
-    pub(super) fn raise(&mut self) -> Option<Msi> {
+    pub(super) fn raise(&mut self) -> Option<MsiMessage> {
         self.control.set_ip(true);
         self.deliver()
     }
@@ -54,7 +40,11 @@ impl EventRegisters {
 
     /// The guest writes the control register, the data register or both; unmasking sends what is
     /// pending, with the data that came with it.
-    pub(super) fn write_control(&mut self, control: Option<u32>, data: Option<u32>) -> Option<Msi> {
+    pub(super) fn write_control(
+        &mut self,
+        control: Option<u32>,
+        data: Option<u32>,
+    ) -> Option<MsiMessage> {
         self.data = data.unwrap_or(self.data);
         self.control.set_im(EventControl::from_bits(control?).im());
         self.deliver()
@@ -66,13 +56,13 @@ impl EventRegisters {
         self.upper_address = upper.unwrap_or(self.upper_address);
     }
 
-    fn deliver(&mut self) -> Option<Msi> {
+    fn deliver(&mut self) -> Option<MsiMessage> {
         if self.control.im() || !self.control.ip() {
             return None;
         }
         self.control.set_ip(false);
         let address = u64::from(self.upper_address) << 32 | u64::from(self.address);
-        Some(Msi { address, data: self.data })
+        Some(MsiMessage { address, data: self.data })
     }
 }
 
@@ -87,7 +77,7 @@ mod tests {
         assert_eq!(event.raise(), None);
         assert!(event.control.ip());
         assert_eq!(event.write_control(Some(1 << 31), Some(0x40)), None);
-        let msi = Msi { address: 0x1_fee0_1000, data: 0x41 };
+        let msi = MsiMessage { address: 0x1_fee0_1000, data: 0x41 };
         assert_eq!(event.write_control(None, None), None);
         assert_eq!(event.write_control(Some(0), Some(0x41)), Some(msi));
         assert!(!event.control.ip());

@@ -6,15 +6,15 @@
 //! say so. From the moment translation is enabled every function is blocked until its tables say
 //! otherwise.
 //!
-//! Not offered: interrupt remapping, page requests, advanced fault logging, protected memory
-//! regions, nested tables of the guest's own. Their registers read as after reset.
+//! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of the guest's own. Their registers read as after reset.
 //!
 //! # Locks
 //! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
 //! which may call the unit but to report faults. The fault log has a lock of its own, and so have
 //! the published policies: both are taken after the registers, for a moment, and are all that
 //! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while
-//! another waits in the host for DMA to end.
+//! another waits in the host for DMA to end. Interrupt remapping has a lock of its own, between the
+//! registers and the fault log: interrupts may come from any thread, too.
 
 mod apply;
 mod caps;
@@ -23,6 +23,8 @@ mod config;
 mod counters;
 mod explain;
 mod faults;
+mod interrupt_entries;
+mod interrupt_remapping;
 mod interrupts;
 mod invalidate;
 mod policy;
@@ -47,14 +49,14 @@ pub use state::{Registers, VtdState};
 use super::observer::{FaultOutcome, Observer};
 use super::ratelimit::RateLimit;
 use super::{
-    DmaFault, DomainTag, FaultTarget, HostSide, InterruptSink, Policy, Requester, RequesterConfig,
-    TableMemory,
+    DmaFault, DomainTag, FaultTarget, HostSide, InterruptSink, MsiMessage, Policy, Requester,
+    RequesterConfig, TableMemory,
 };
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
 use apply::Scope;
 use counters::Counters;
-use interrupts::Msi;
+use interrupt_remapping::Remapping;
 use requesters::Requesters;
 
 /// A virtual VT-d unit.
@@ -67,6 +69,7 @@ pub struct VtdIommu {
     registers: Mutex<Registers>,
     faults: Mutex<FaultLog>,
     requesters: Requesters,
+    remapping: Remapping,
     counters: Counters,
     log: RateLimit,
 }
@@ -92,6 +95,7 @@ impl VtdIommu {
             registers: Mutex::default(),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
             requesters: Requesters::default(),
+            remapping: Remapping::default(),
             counters: Counters::default(),
             log: RateLimit::default(),
         }))
@@ -164,9 +168,9 @@ impl VtdIommu {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send(&self, msi: Option<Msi>) {
-        if let Some(msi) = msi {
-            msi.send(&*self.interrupts);
+    fn send(&self, msi: Option<MsiMessage>) {
+        if let Some(MsiMessage { address, data }) = msi {
+            self.interrupts.send_msi(address, data);
         }
     }
 
@@ -176,8 +180,8 @@ impl VtdIommu {
         self.log.warn(format_args!("VT-d: guest mistake: {what}"));
     }
 
-    fn record(&self, fault: &DmaFault, reason: FaultReason) -> FaultOutcome {
-        let (recorded, msi) = self.fault_log().record(fault, reason);
+    /// Counts what the fault log made of a fault, and sends its event.
+    fn recorded(&self, (recorded, msi): (bool, Option<MsiMessage>)) -> FaultOutcome {
         self.send(msi);
         if recorded {
             self.counters.faults_recorded.fetch_add(1, Ordering::Relaxed);
@@ -197,7 +201,10 @@ impl FaultTarget for VtdIommu {
         };
         let (reason, outcome) = match explain::explain(standing, &self.tables(standing.root), fault)
         {
-            Some((reason, false)) => (reason.code(), self.record(fault, reason)),
+            Some((reason, false)) => {
+                let recorded = self.fault_log().record(fault, reason);
+                (reason.code(), self.recorded(recorded))
+            }
             explanation => {
                 self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
                 let reason = explanation.map_or(fault.reason, |(reason, _)| reason.code());

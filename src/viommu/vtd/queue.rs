@@ -15,7 +15,8 @@ use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::qi::{
-    DecodeError, Descriptor, IotlbScope, PasidCacheScope, StatusWrite, Words, WORDS,
+    DecodeError, Descriptor, InterruptEntryScope, IotlbScope, PasidCacheScope, StatusWrite, Words,
+    WORDS,
 };
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::viommu::Invalidation;
@@ -132,6 +133,9 @@ impl VtdIommu {
             Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
                 range.mask > self.caps.cap.mamv()
             }
+            Descriptor::InterruptEntryCache(InterruptEntryScope::Index { mask, .. }) => {
+                mask > ecap.mhmv()
+            }
             Descriptor::Wait { drain_page_requests, .. } => drain_page_requests && !ecap.pds(),
             Descriptor::DeviceTlb { physical_function, .. }
             | Descriptor::PasidDeviceTlb { physical_function, .. } => {
@@ -172,7 +176,10 @@ impl VtdIommu {
                 self.flush(registers, pass)?;
                 self.invalidate_context(registers, Scope::from(scope));
             }
-            Descriptor::InterruptEntryCache(_) => self.flush(registers, pass)?,
+            Descriptor::InterruptEntryCache(scope) => {
+                self.flush(registers, pass)?;
+                self.invalidate_interrupt_entries(scope);
+            }
             Descriptor::Wait { status, interrupt, .. } => {
                 self.flush(registers, pass)?;
                 // A wait behind a device that did not answer is aborted: no status, no interrupt.

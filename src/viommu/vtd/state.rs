@@ -36,8 +36,10 @@ pub struct Registers {
     pub ics: Ics,
     /// IECTL, IEDATA, IEADDR, IEUADDR.
     pub invalidation_event: EventRegisters,
-    /// IRTA.
+    /// IRTA, as written.
     pub irta: Irta,
+    /// The interrupt remapping table that GCMD.SIRTP latched: the one that decides.
+    pub interrupt_table: Irta,
 }
 
 /// Everything the guest can see; a snapshot of one moment.

@@ -4,20 +4,12 @@
 use super::layout::*;
 use super::ConfigSpace;
 use crate::spec::pci::Pasid;
+use crate::viommu::MsiMessage;
 
 /// An MSI capability: one vector, a 64-bit address, no masking.
 #[derive(Debug, Clone, Copy)]
 pub struct MsiCapability {
     offset: u16,
-}
-
-/// A message-signalled interrupt as software set it up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MsiMessage {
-    /// Where it is written.
-    pub address: u64,
-    /// What is written.
-    pub data: u32,
 }
 
 /// Message address, from the start of the capability.

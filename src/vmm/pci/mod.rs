@@ -17,10 +17,12 @@ mod layout;
 
 pub use bar::BarPlacement;
 pub use bus::{PciBus, PciFunction, PciMemory};
-pub use capabilities::{add_express_capability, MsiCapability, MsiMessage, PasidCapability};
+pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
 pub use config_ports::ConfigPorts;
 pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
 pub use intx::{IntxPin, IntxRouter};
 pub use layout::Command;
+
+pub use crate::viommu::MsiMessage;

@@ -9,8 +9,10 @@ use serde_json::json;
 
 use super::Trace;
 use crate::iommufd::{ObjectId, Verb, VerbObserver};
+use crate::spec::pci::Bdf;
 use crate::viommu::{
-    DmaFault, FaultOutcome, InterruptSink, Observer, RegisterAccess, Requester, RequesterConfig,
+    DmaFault, FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
+    RequesterConfig,
 };
 
 impl VerbObserver for Trace {
@@ -73,5 +75,15 @@ impl Observer for Trace {
             "outcome": format!("{outcome:?}"),
         });
         self.instant("fault", &fault.requester.to_string(), args);
+    }
+
+    fn interrupt_fault(&self, source: Bdf, message: MsiMessage, reason: u8, outcome: FaultOutcome) {
+        let args = json!({
+            "address": format!("{:#x}", message.address),
+            "data": format!("{:#x}", message.data),
+            "reason": format!("{reason:#x}"),
+            "outcome": format!("{outcome:?}"),
+        });
+        self.instant("interrupt fault", &source.to_string(), args);
     }
 }

@@ -287,6 +287,16 @@ pub struct Irta {
 impl Irta {
     /// Bits that software can write.
     pub const WRITABLE: u64 = !0x7f0;
+
+    /// GPA of the table, in bytes.
+    pub const fn base(self) -> u64 {
+        self.addr() << PAGE_SHIFT
+    }
+
+    /// Number of entries in the table.
+    pub const fn entries(self) -> u32 {
+        2 << self.s()
+    }
 }
 
 #[cfg(test)]

@@ -51,9 +51,25 @@ pub struct EventControl {
 pub struct FaultRecordLow {
     #[bits(12)]
     __: u16,
-    /// FI: page number of the faulting address.
+    /// FI: page number of the faulting address; for an interrupt, see
+    /// [`FaultRecordLow::interrupt_index`].
     #[bits(52)]
     pub fi: u64,
+}
+
+impl FaultRecordLow {
+    /// Where the interrupt index starts in FI: it is bits 63:48 of the word.
+    const INDEX_SHIFT: u32 = 48 - PAGE_SHIFT;
+
+    /// FI of an interrupt whose table entry is `index`.
+    pub const fn of_interrupt(index: u16) -> Self {
+        Self::new().with_fi((index as u64) << Self::INDEX_SHIFT)
+    }
+
+    /// The table entry of an interrupt, for the reasons 20h to 28h.
+    pub const fn interrupt_index(self) -> u16 {
+        (self.fi() >> Self::INDEX_SHIFT) as u16
+    }
 }
 
 /// High 64 bits of a fault recording register (§11.4.7).
@@ -133,6 +149,8 @@ mod tests {
         assert_eq!(FaultRecordHigh::new().with_fr(0xff).into_bits(), 0xff << 32);
         assert_eq!(FaultRecordHigh::new().with_pv(0xf_ffff).into_bits(), 0xf_ffff << 40);
         assert_eq!(FaultRecordHigh::new().with_t1(true).into_bits(), 1 << 62);
+        assert_eq!(FaultRecordLow::of_interrupt(0xffff).into_bits(), 0xffff << 48);
+        assert_eq!(FaultRecordLow::of_interrupt(0x1234).interrupt_index(), 0x1234);
         let words = [0x1234_5000, 1 << 63 | 0x42];
         assert_eq!(FaultRecord::from_words(words).to_words(), words);
         assert_eq!(FaultRecord::from_words(words).address(), 0x1234_5000);

@@ -3,6 +3,7 @@
 
 mod fail_nth;
 mod faults;
+mod interrupts;
 mod policies;
 mod properties;
 mod queue;

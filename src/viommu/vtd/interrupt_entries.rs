@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What becomes of one interrupt request (§5.1): a pure function of the request, of what the guest
+//! set up, and of the table entry.
+
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::interrupt::{
+    CompatibilityAddress, Irte, MessageData, RemappableAddress, RemappableData, SourceValidation,
+    IRTE_SIZE,
+};
+use crate::spec::vtd::regs::Irta;
+use crate::viommu::{BadAddress, MsiMessage, TableMemory};
+
+/// How the guest wants its interrupts remapped, while it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Setup {
+    /// The table that GCMD.SIRTP latched.
+    pub table: Irta,
+    /// GSTS.CFIS: compatibility-format interrupts pass.
+    pub compatibility: bool,
+}
+
+/// Why an interrupt is blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InterruptFault {
+    pub reason: FaultReason,
+    /// The table entry; 0 where the request names none.
+    pub index: u16,
+    /// The entry asks that the fault be not recorded (FPD).
+    pub fault_disabled: bool,
+}
+
+/// Whether a write to `address` is an interrupt request, and no access to memory (§3.14).
+pub(super) fn is_interrupt_request(address: u64) -> bool {
+    address >> 32 == 0 && CompatibilityAddress::from_bits(address as u32).is_interrupt()
+}
+
+/// Reads entry `index` of the table at `table`.
+pub(super) fn read_entry(
+    memory: &dyn TableMemory,
+    table: Irta,
+    index: u16,
+) -> Result<Irte, BadAddress> {
+    let word = |offset: u64| {
+        let address = table.base().checked_add(IRTE_SIZE * u64::from(index) + offset);
+        address.map_or(Err(BadAddress { address: u64::MAX, length: 8 }), |address| {
+            memory.load_u64(address)
+        })
+    };
+    // P first: of an entry that is made present last, all else is there.
+    Ok(Irte::from_words([word(0)?, word(8)?]))
+}
+
+/// What the interrupt request `message` of `source` becomes; `entry` gives table entries.
+pub(super) fn decide(
+    setup: Setup,
+    source: Bdf,
+    message: MsiMessage,
+    entry: impl FnOnce(u16) -> Result<Irte, BadAddress>,
+) -> Result<MsiMessage, InterruptFault> {
+    let fault = |reason, index| InterruptFault { reason, index, fault_disabled: false };
+    let address = RemappableAddress::from_bits(message.address as u32);
+    let extended = setup.table.eime();
+    if !address.remappable() {
+        if extended || !setup.compatibility {
+            return Err(fault(FaultReason::InterruptCompatibilityBlocked, 0));
+        }
+        return Ok(message);
+    }
+    let data = RemappableData::from_bits(message.data);
+    let mut index = u32::from(address.handle());
+    if address.shv() {
+        if data.reserved() != 0 {
+            return Err(fault(FaultReason::InterruptRequestReserved, 0));
+        }
+        index += u32::from(data.subhandle());
+    }
+    if index >= setup.table.entries() {
+        return Err(fault(FaultReason::InterruptIndexBeyond, index as u16));
+    }
+    // The largest table has 65536 entries.
+    let index = index as u16;
+    let irte = entry(index).map_err(|_| fault(FaultReason::InterruptEntryAccess, index))?;
+    match refused(irte, extended, source) {
+        Some(reason) => {
+            let fault_disabled = irte.low.fpd() && reason.is_qualified();
+            Err(InterruptFault { reason, index, fault_disabled })
+        }
+        None => Ok(message_of(irte, extended)),
+    }
+}
+
+/// Why `irte` does not serve `source`, if it does not.
+fn refused(irte: Irte, extended: bool, source: Bdf) -> Option<FaultReason> {
+    if !irte.low.p() {
+        Some(FaultReason::InterruptEntryNotPresent)
+    } else if irte.has_reserved(extended) {
+        Some(FaultReason::InterruptEntryReserved)
+    } else if !source_matches(irte, source) {
+        Some(FaultReason::InterruptSourceMismatch)
+    } else {
+        None
+    }
+}
+
+/// Whether an entry like `irte` is sound, whoever uses it.
+pub(super) fn is_valid(irte: Irte, extended: bool) -> bool {
+    irte.low.p() && !irte.has_reserved(extended)
+}
+
+fn source_matches(irte: Irte, source: Bdf) -> bool {
+    let sid = irte.high.sid();
+    match irte.high.validation() {
+        SourceValidation::None => true,
+        SourceValidation::Source => (sid ^ source.raw()) & !irte.high.ignored_source_bits() == 0,
+        SourceValidation::Bus => (sid >> 8..=sid & 0xff).contains(&source.bus().into()),
+        SourceValidation::Reserved => false,
+    }
+}
+
+/// The message that `irte` sends.
+fn message_of(irte: Irte, extended: bool) -> MsiMessage {
+    let destination = irte.destination(extended);
+    let address = CompatibilityAddress::new()
+        .with_logical(irte.low.dm())
+        .with_redirection_hint(irte.low.rh())
+        .with_destination(destination as u8);
+    let data = MessageData::new()
+        .with_vector(irte.low.v())
+        .with_delivery_mode(irte.low.dlm())
+        .with_assert(true)
+        .with_level(irte.low.tm());
+    MsiMessage {
+        address: u64::from(destination & !0xff) << 32 | u64::from(address.into_bits()),
+        data: data.into_bits(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use FaultReason::*;
+
+    const SOURCE: Bdf = Bdf::from_raw(0x1234);
+    /// A table of 256 entries.
+    const TABLE: Irta = Irta::new().with_s(7).with_addr(1);
+    const SETUP: Setup = Setup { table: TABLE, compatibility: false };
+    const EXTENDED: Setup = Setup { table: TABLE.with_eime(true), compatibility: true };
+    const COMPATIBILITY: Setup = Setup { compatibility: true, ..SETUP };
+
+    fn of_handle(handle: u16) -> MsiMessage {
+        let address = RemappableAddress::new().with_handle(handle).into_bits();
+        MsiMessage { address: address.into(), data: 0 }
+    }
+
+    fn with_subhandle(handle: u16, data: u32) -> MsiMessage {
+        let address = RemappableAddress::new().with_handle(handle).with_shv(true).into_bits();
+        MsiMessage { address: address.into(), data }
+    }
+
+    /// What is blocked, and for which entry, when entry 7 is `words`.
+    fn blocked(setup: Setup, message: MsiMessage, words: [u64; 2]) -> Option<(FaultReason, u16)> {
+        let entry = |index| {
+            assert_eq!(index, 7);
+            Ok(Irte::from_words(words))
+        };
+        decide(setup, SOURCE, message, entry).err().map(|fault| (fault.reason, fault.index))
+    }
+
+    #[test]
+    fn each_reason_of_the_request_is_told() {
+        let never = |_| unreachable!();
+        let reason = |setup, message| {
+            let fault = decide(setup, SOURCE, message, never).unwrap_err();
+            assert!(!fault.fault_disabled);
+            (fault.reason, fault.index)
+        };
+        let compatibility = MsiMessage { address: 0xfee0_1000, data: 0x41 };
+        assert_eq!(reason(SETUP, compatibility), (InterruptCompatibilityBlocked, 0));
+        assert_eq!(reason(EXTENDED, compatibility), (InterruptCompatibilityBlocked, 0));
+        let reserved = with_subhandle(0, 0x1_0000);
+        assert_eq!(reason(SETUP, reserved), (InterruptRequestReserved, 0));
+        assert_eq!(reason(SETUP, of_handle(256)), (InterruptIndexBeyond, 256));
+        assert_eq!(reason(SETUP, with_subhandle(255, 1)), (InterruptIndexBeyond, 256));
+        let beyond_all = with_subhandle(0xffff, 0xffff);
+        assert_eq!(reason(SETUP, beyond_all), (InterruptIndexBeyond, 0xfffe));
+        let unreadable = |_| Err(BadAddress { address: 0, length: 8 });
+        let fault = decide(SETUP, SOURCE, of_handle(255), unreadable).unwrap_err();
+        assert_eq!((fault.reason, fault.index), (InterruptEntryAccess, 255));
+    }
+
+    #[test]
+    fn each_reason_of_the_entry_is_told() {
+        let low = |bits: u64| [bits, 0];
+        for (words, reason) in [
+            (low(0), InterruptEntryNotPresent),
+            // Reserved bits count only in a present entry.
+            (low(1 << 12), InterruptEntryNotPresent),
+            (low(1 << 12 | 1), InterruptEntryReserved),
+            (low(1 << 15 | 1), InterruptEntryReserved),
+            (low(3 << 5 | 1), InterruptEntryReserved),
+            (low(1 << 48 | 1), InterruptEntryReserved),
+            ([1, 1 << 20], InterruptEntryReserved),
+            ([1, 3 << 18], InterruptEntryReserved),
+            ([1, 1 << 18], InterruptSourceMismatch),
+        ] {
+            assert_eq!(blocked(SETUP, of_handle(7), words), Some((reason, 7)), "{words:x?}");
+        }
+        assert_eq!(blocked(SETUP, with_subhandle(3, 4), low(1)), None);
+        assert_eq!(blocked(EXTENDED, of_handle(7), low(1 << 48 | 1)), None);
+    }
+
+    #[test]
+    fn fpd_suppresses_what_the_entry_itself_is_to_blame_for() {
+        let disabled = |words| {
+            decide(SETUP, SOURCE, of_handle(0), |_| Ok(Irte::from_words(words)))
+                .unwrap_err()
+                .fault_disabled
+        };
+        assert!(disabled([0b10, 0]));
+        assert!(!disabled([0b00, 0]));
+        assert!(disabled([1 << 12 | 0b11, 0]));
+        assert!(disabled([0b11, 1 << 18]));
+    }
+
+    #[test]
+    fn the_source_is_validated_as_the_entry_says() {
+        // SQ, SVT, SID.
+        let served = |source: u16, sq: u64, svt: u64, sid: u64| {
+            let words = [1, svt << 18 | sq << 16 | sid];
+            let source = Bdf::from_raw(source);
+            decide(SETUP, source, of_handle(0), |_| Ok(Irte::from_words(words))).is_ok()
+        };
+        assert!(served(0xffff, 0, 0, 0x1234));
+        assert!(served(0x1234, 0, 1, 0x1234));
+        for (sq, ignored) in [(0, 0b000), (1, 0b100), (2, 0b110), (3, 0b111u16)] {
+            for bit in 0..16 {
+                let source = 0x1234 ^ 1 << bit;
+                assert_eq!(served(source, sq, 1, 0x1234), ignored & 1 << bit != 0, "{sq} {bit}");
+            }
+        }
+        for (bus, inside) in [(0x0f, false), (0x10, true), (0x12, true), (0x13, false)] {
+            assert_eq!(served(bus << 8 | 0x55, 0, 2, 0x1012), inside, "{bus:#x}");
+        }
+        assert!(!served(0x1100, 0, 2, 0x1210));
+    }
+
+    #[test]
+    fn compatibility_format_passes_as_it_is_where_it_may() {
+        let message = MsiMessage { address: 0xfee1_200c, data: 0xc141 };
+        assert_eq!(decide(COMPATIBILITY, SOURCE, message, |_| unreachable!()), Ok(message));
+    }
+
+    #[test]
+    fn the_entry_makes_the_message() {
+        let words = [0x0102_0304 << 32 | 0x41 << 16 | 4 << 5 | 0b11101, 0];
+        let of = |setup| decide(setup, SOURCE, of_handle(0), |_| Ok(Irte::from_words(words)));
+        let message = of(EXTENDED).unwrap();
+        assert_eq!(message, MsiMessage { address: 0x0102_0300_fee0_400c, data: 0xc441 });
+        let narrow = [0x1200 << 32 | 0x30 << 16 | 1, 0];
+        let message = decide(SETUP, SOURCE, of_handle(0), |_| Ok(Irte::from_words(narrow)));
+        assert_eq!(message, Ok(MsiMessage { address: 0xfee1_2000, data: 0x4030 }));
+    }
+
+    #[test]
+    fn the_largest_table_has_an_entry_for_every_index() {
+        let setup = Setup { table: TABLE.with_s(15), ..SETUP };
+        let entry = |index| {
+            assert_eq!(index, 0xffff);
+            Ok(Irte::from_words([1, 0]))
+        };
+        assert!(decide(setup, SOURCE, of_handle(0xffff), entry).is_ok());
+        assert!(decide(setup, SOURCE, with_subhandle(0xfffe, 1), entry).is_ok());
+    }
+
+    #[test]
+    fn only_the_interrupt_range_is_one() {
+        for (address, is) in [
+            (0xfee0_0000, true),
+            (0xfeef_fffc, true),
+            (0xfedf_fffc, false),
+            (0xfef0_0000, false),
+            (0x1_fee0_0000, false),
+        ] {
+            assert_eq!(is_interrupt_request(address), is, "{address:#x}");
+        }
+    }
+}
