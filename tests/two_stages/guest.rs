@@ -175,10 +175,13 @@ impl<R: Registers> Guest<R> {
         Fsts::from_bits(self.read32(regs::FSTS))
     }
 
-    /// The oldest fault record, taken out; with its reason. FRI says where the first one was when
-    /// there was none before; from there on they follow each other.
+    /// The oldest fault record, taken out; with its reason. While PPF is set, FRI says where the
+    /// first one was when there was none before; from there on they follow each other.
     pub fn take_fault(&self) -> Option<(FaultRecord, Option<FaultReason>)> {
         let status = self.faults();
+        if !status.ppf() {
+            return None;
+        }
         let cap = Cap::from_bits(self.read64(regs::CAP));
         let records = (0..cap.fault_records()).map(|index| {
             let index = (u64::from(status.fri()) + index) % cap.fault_records();
@@ -186,7 +189,6 @@ impl<R: Registers> Guest<R> {
             (at, FaultRecord::from_words([self.read64(at), self.read64(at + 8)]))
         });
         let (at, record) = records.into_iter().find(|(_, record)| record.high.f())?;
-        assert!(status.ppf());
         // F is RW1C, in the top 32 bits.
         self.write32(at + 12, 1 << 31);
         Some((record, FaultReason::from_code(record.high.fr())))
