@@ -57,7 +57,8 @@ static void overflow(void)
     SKIP_UNLESS(records == 1 || fault_pending() == 2, "faults of one device are collapsed into one record");
     for (unsigned n = 2; n <= records; n++)
         REQUIRE(provoke(n));
-    SKIP_UNLESS(vtd_read32(VTD_FSTS) & FSTS_PFO || records > 1, "faults of one device are collapsed into one record");
+    SKIP_UNLESS(vtd_read32(VTD_FSTS) & FSTS_PFO || records > 1,
+                "faults of one device are collapsed into one record");
     EXPECT(vtd_read32(VTD_FSTS) & FSTS_PFO, "FSTS.PFO is 0 after %u faults", records + 1);
     // Until software clears PFO, nothing more is recorded, free records or not.
     EXPECT(fault_take(&fault) && fault.address == IOVA, "the first record has address 0x%lx", fault.address);

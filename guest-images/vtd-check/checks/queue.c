@@ -152,7 +152,10 @@ static void stops_at(struct descriptor bad, u64 third_quad, unsigned reason)
 
 static void type_zero(void) { stops_at((struct descriptor){0, 0}, 0, IQEI_TYPE); }
 static void type_unknown(void) { stops_at((struct descriptor){0xf, 0}, 0, IQEI_TYPE); }
-static void type_high_bits(void) { stops_at((struct descriptor){TYPE_IOTLB | BIT(11) | 1 << 4, 0}, 0, IQEI_TYPE); }
+static void type_high_bits(void)
+{
+    stops_at((struct descriptor){TYPE_IOTLB | BIT(11) | IOTLB_GLOBAL << 4, 0}, 0, IQEI_TYPE);
+}
 static void context_granularity(void) { stops_at(inv_context(0, 0, 0), 0, IQEI_RESERVED); }
 static void iotlb_granularity(void) { stops_at(inv_iotlb(0, 0, 0), 0, IQEI_RESERVED); }
 static void pasid_iotlb_granularity(void) { stops_at(inv_pasid_iotlb(1, 1, 0, 0), 0, IQEI_RESERVED); }
@@ -168,9 +171,12 @@ static struct descriptor with_bit(struct descriptor descriptor, unsigned bit)
 static void reserved_bits(void)
 {
     const struct descriptor bad[] = {
-        with_bit(inv_context(CONTEXT_GLOBAL, 0, 0), 6), with_bit(inv_iotlb(IOTLB_GLOBAL, 0, 0), 40),
-        with_bit(inv_pasid_iotlb(PASID_IOTLB_PASID, 1, 0, 0), 13), with_bit(inv_pasid_cache(PASID_CACHE_GLOBAL, 0, 0), 60),
-        with_bit(inv_wait(WAIT_FENCE, 0, 0), 20), inv_iotlb(IOTLB_PAGE, 1, IOVA | BIT(8)),
+        with_bit(inv_context(CONTEXT_GLOBAL, 0, 0), 6),
+        with_bit(inv_iotlb(IOTLB_GLOBAL, 0, 0), 40),
+        with_bit(inv_pasid_iotlb(PASID_IOTLB_PASID, 1, 0, 0), 13),
+        with_bit(inv_pasid_cache(PASID_CACHE_GLOBAL, 0, 0), 60),
+        with_bit(inv_wait(WAIT_FENCE, 0, 0), 20),
+        inv_iotlb(IOTLB_PAGE, 1, IOVA | BIT(8)),
         inv_wait(WAIT_SW, 0, gpa_of(&status_word) | 1),
     };
 
@@ -245,7 +251,8 @@ static void garbage(void)
         if ((slot[0] & 0xf) == TYPE_WAIT)
             slot[0] ^= 0xf;
         queue_submit();
-        EXPECT(WAIT_UNTIL(queue_error() || vtd_read64(VTD_IQH) == queue_tail()), "descriptor %u hangs the queue", n);
+        EXPECT(WAIT_UNTIL(queue_error() || vtd_read64(VTD_IQH) == queue_tail()),
+               "descriptor %u hangs the queue", n);
         if (queue_error()) {
             errors++;
             queue_recover();

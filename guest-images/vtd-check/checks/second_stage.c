@@ -99,7 +99,8 @@ static void reserved_type(void)
 {
     struct page_table space = second_stage_space_new();
 
-    legacy_context_set(legacy_context(root, DEVICE->id), TT_RESERVED, gpa_of(space.top), space.levels, DOMAIN_A);
+    legacy_context_set(legacy_context(root, DEVICE->id), TT_RESERVED, gpa_of(space.top), space.levels,
+                       DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, LEGACY_CONTEXT_INVALID));
 }
