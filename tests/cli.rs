@@ -126,7 +126,7 @@ fn files_that_are_no_kernels_are_refused() {
     arm[18] = 183;
     let whole = multiboot(&code::exit(0));
     for (image, hint) in [
-        (&b"MZ nonsense"[..], "not an ELF image"),
+        (&b"MZ nonsense"[..], "neither a bzImage nor an ELF image"),
         (&big_endian, "big-endian"),
         (&arm, "machine 183"),
         (&whole[..whole.len() - 1], "truncated"),

@@ -28,7 +28,7 @@ pub struct MachineConfig {
 /// What a machine boots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PayloadConfig {
-    /// An ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
+    /// A bzImage, an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
     pub kernel: PathBuf,
     /// A file handed to the kernel as its initial file system (the first module).
     pub initramfs: Option<PathBuf>,

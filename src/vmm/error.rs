@@ -63,6 +63,9 @@ pub enum Error {
     /// The PCI bus cannot be built.
     #[error("PCI: {0}")]
     Pci(String),
+    /// The ACPI tables cannot be written.
+    #[error("ACPI: {0}")]
+    Acpi(String),
     /// The host's IOMMU cannot serve what the virtual one was to offer.
     #[error("--iommu: {0}")]
     Capability(#[from] CapabilityConflict),
@@ -89,6 +92,7 @@ impl Error {
             Self::Kvm { .. }
             | Self::Os { .. }
             | Self::Pci(_)
+            | Self::Acpi(_)
             | Self::Iommu(_)
             | Self::EventLoop(_) => exit_code::OS_ERROR,
             Self::Output { .. } => exit_code::IO_ERROR,

@@ -2,7 +2,7 @@
 //! The exit codes of the `twostage` command.
 //!
 //! A guest that ends the machine through the debug-exit port chooses the code itself: the value
-//! it wrote, modulo 256. The codes below are those of the command; they follow `sysexits.h`.
+//! it wrote, modulo 256; a guest that switches the machine off ends it with 0. The codes below are those of the command; they follow `sysexits.h`.
 #![forbid(unsafe_code)]
 
 /// The command line cannot be understood or contradicts itself.
@@ -17,7 +17,7 @@ pub const SOFTWARE: u8 = 70;
 pub const OS_ERROR: u8 = 71;
 /// A file could not be written.
 pub const IO_ERROR: u8 = 74;
-/// The guest reset itself: keyboard controller or triple fault.
+/// The guest reset itself: reset register, keyboard controller or triple fault.
 pub const GUEST_RESET: u8 = 80;
 /// KVM could not go on with the guest: an instruction it cannot run, a failed entry.
 pub const GUEST_STUCK: u8 = 81;

@@ -6,7 +6,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    kvm_enable_cap, kvm_msi, kvm_pit_config, KVM_CAP_SPLIT_IRQCHIP, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_msi, kvm_pic_state, kvm_pit_config,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,6 +33,9 @@ impl fmt::Display for IrqChip {
     }
 }
 
+/// The pair of 8259s, and those bits of ELCR (edge or level) that can be set in each.
+const PICS: [(u32, u8); 2] = [(KVM_IRQCHIP_PIC_MASTER, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0xde)];
+
 /// The interrupt controllers of one machine.
 #[derive(Debug)]
 pub(super) struct Interrupts {
@@ -51,6 +55,14 @@ impl Interrupts {
 
     fn in_kernel(vm: Arc<VmFd>) -> Result<Self> {
         vm.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
+        // Masked, as firmware leaves them: a guest that never looks at them must not be interrupted
+        // at the vectors they start out with, which are the processor's exceptions.
+        for (chip_id, elcr_mask) in PICS {
+            let pic = kvm_pic_state { imr: 0xff, elcr_mask, ..kvm_pic_state::default() };
+            let chip = kvm_irqchip__bindgen_ty_1 { pic };
+            vm.set_irqchip(&kvm_irqchip { chip_id, chip, ..kvm_irqchip::default() })
+                .map_err(Error::kvm("masking interrupt controllers"))?;
+        }
         // Port 0x61 is answered too, so that guests that measure time by it do not hang.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
         vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;

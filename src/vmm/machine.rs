@@ -7,16 +7,19 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm};
 
+use super::acpi::{self, IoApic, IommuPlatform, Platform};
 use super::boot;
 use super::bus::BusDevice;
 use super::config::{MachineConfig, SerialConfig};
+use super::cpuid::VcpuIdentity;
 use super::debug_exit::{self, DebugExit};
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitKind, Exits};
-use super::interrupts::Interrupts;
+use super::interrupts::{Interrupts, IrqChip};
 use super::iommu::Iommu;
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::pci::{ConfigPorts, Ecam, PciMemory};
+use super::power::{self, PortsWithReset, SleepRegisters};
 use super::report::Report;
 use super::reset::{self, KeyboardController};
 use super::serial::{self, Console, SerialPort};
@@ -25,6 +28,7 @@ use super::topology::{assigned_functions, PciTopology};
 use super::trace::{Trace, TracedInterrupts};
 use super::vcpu::{Vcpu, VcpuThread};
 use super::{Error, Result};
+use crate::spec::pci::Bdf;
 use crate::viommu::vtd::MMIO_SIZE;
 use crate::viommu::InterruptSink;
 
@@ -84,16 +88,19 @@ impl Machine {
         let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
 
         let mut exits = Exits::default();
-        let ports: [(_, Arc<dyn BusDevice>); 4] = [
+        let config_ports =
+            PortsWithReset { config: ConfigPorts::new(pci.bus.clone()), stopper: stopper.clone() };
+        let ports: [(_, Arc<dyn BusDevice>); 5] = [
             (serial::FIRST_PORT..=serial::LAST_PORT, serial.clone()),
             (debug_exit::PORT..=debug_exit::PORT, Arc::new(DebugExit::new(stopper.clone()))),
             (
                 reset::FIRST_PORT..=reset::LAST_PORT,
                 Arc::new(KeyboardController::new(stopper.clone())),
             ),
+            (ConfigPorts::FIRST_PORT..=ConfigPorts::LAST_PORT, Arc::new(config_ports)),
             (
-                ConfigPorts::FIRST_PORT..=ConfigPorts::LAST_PORT,
-                Arc::new(ConfigPorts::new(pci.bus.clone())),
+                u64::from(power::SLEEP_CONTROL_PORT)..=power::SLEEP_STATUS_PORT.into(),
+                Arc::new(SleepRegisters(stopper.clone())),
             ),
         ];
         for (range, device) in ports {
@@ -107,8 +114,10 @@ impl Machine {
             mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
         }
 
+        acpi::write_tables(&memory, &platform(config, interrupts.chip())?)?;
         let vcpus = (0..config.vcpus)
-            .map(|id| Vcpu::new(&kvm, &vm, id, &start))
+            .map(|id| VcpuIdentity { id, count: config.vcpus })
+            .map(|identity| Vcpu::new(&kvm, &vm, identity, &start))
             .collect::<Result<Vec<_>>>()?;
         let console = config.serial == SerialConfig::Tty;
         Ok(Self {
@@ -186,6 +195,29 @@ impl fmt::Debug for Machine {
             .finish_non_exhaustive()
     }
 }
+
+/// What ACPI tells the guest of the machine that `config` describes.
+fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
+    let in_kernel = chip == IrqChip::InKernel;
+    let iommu = match &config.iommu {
+        Some(iommu) => {
+            let behind = assigned_functions(config)?;
+            let all = behind.len() == config.devices.len();
+            let functions = behind.iter().map(|function| function.bdf).collect();
+            Some(IommuPlatform {
+                address: iommu.address,
+                functions: (!all).then_some(functions),
+                interrupt_remapping: false,
+                ats: iommu.ats,
+            })
+        }
+        None => None,
+    };
+    Ok(Platform { vcpus: config.vcpus, ioapic: in_kernel.then_some(IOAPIC), pic: in_kernel, iommu })
+}
+
+/// The IOAPIC: the source id is that of no function which could be on the bus.
+const IOAPIC: IoApic = IoApic { id: 0, address: 0xfec0_0000, bdf: Bdf::from_raw(0xfff8) };
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.
 fn open_kvm() -> Result<Kvm> {

@@ -7,10 +7,12 @@
 //! device that does DMA has a worker of its own. Nothing here decides what a DMA may reach: that
 //! is the IOMMU's.
 
+pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;
+mod cpuid;
 mod debug_exit;
 pub mod devices;
 pub mod error;
@@ -23,6 +25,7 @@ mod machine;
 
 pub mod memory;
 pub mod pci;
+mod power;
 pub mod report;
 mod reset;
 mod serial;

@@ -26,7 +26,7 @@ pub(super) const FIRST_PORT: u64 = 0x3f8;
 /// Last of the eight I/O ports.
 pub(super) const LAST_PORT: u64 = 0x3ff;
 /// ISA interrupt of the first serial port.
-const IRQ: u32 = 4;
+pub(super) const IRQ: u32 = 4;
 
 /// Raises the port's interrupt.
 struct Irq(EventFd);

@@ -15,6 +15,8 @@ use super::{Error, Result};
 pub enum StopReason {
     /// The guest wrote this to the debug-exit port.
     DebugExit(u8),
+    /// The guest switched the machine off.
+    PowerOff,
     /// The guest asked for a reset.
     Reset(ResetCause),
     /// KVM could not go on with a vCPU.
@@ -30,6 +32,8 @@ pub enum StopReason {
 pub enum ResetCause {
     /// The keyboard controller's reset line.
     KeyboardController,
+    /// The reset register, as ACPI names it or at its port.
+    ResetRegister,
     /// A fault while a double fault was delivered, at this RIP.
     TripleFault {
         /// Instruction pointer of the vCPU.
@@ -42,6 +46,7 @@ impl StopReason {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::DebugExit(value) => *value,
+            Self::PowerOff => 0,
             Self::Reset(_) => exit_code::GUEST_RESET,
             Self::Stuck(_) => exit_code::GUEST_STUCK,
             // Signal numbers are below 65.
@@ -52,7 +57,7 @@ impl StopReason {
 
     /// Whether the machine ended as its guest or its user wanted it to.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, Self::DebugExit(_) | Self::Signal(_))
+        matches!(self, Self::DebugExit(_) | Self::PowerOff | Self::Signal(_))
     }
 }
 
@@ -60,8 +65,12 @@ impl fmt::Display for StopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::DebugExit(value) => write!(f, "the guest ended the machine with {value}"),
+            Self::PowerOff => f.write_str("the guest switched the machine off"),
             Self::Reset(ResetCause::KeyboardController) => {
                 f.write_str("the guest reset the machine through the keyboard controller")
+            }
+            Self::Reset(ResetCause::ResetRegister) => {
+                f.write_str("the guest reset the machine through its reset register")
             }
             Self::Reset(ResetCause::TripleFault { rip }) => {
                 write!(f, "the guest reset the machine with a triple fault at RIP {rip:#x}")
@@ -129,6 +138,8 @@ mod tests {
     fn codes_are_those_documented() {
         assert_eq!(StopReason::DebugExit(255).exit_code(), 255);
         assert_eq!(StopReason::Signal(15).exit_code(), 143);
+        assert_eq!(StopReason::PowerOff.exit_code(), 0);
+        assert!(StopReason::PowerOff.is_orderly());
         let fault = StopReason::Reset(ResetCause::TripleFault { rip: 0x10 });
         assert_eq!(fault.exit_code(), exit_code::GUEST_RESET);
         assert!(fault.to_string().contains("0x10"));

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_bindings::{kvm_msr_entry, Msrs, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
 use super::boot::StartState;
+use super::cpuid::{self, VcpuIdentity};
 use super::exits::{ExitKind, Exits, Next};
 use super::memory::MachineMemory;
 use super::signals::kick_signal;
@@ -19,6 +20,13 @@ use super::{Error, Result};
 
 /// Longest x86 instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
+/// Model-specific registers as firmware leaves them (Intel SDM Vol. 4, table 2-2).
+const FIRMWARE_MSRS: [kvm_msr_entry; 2] = [
+    // IA32_MISC_ENABLE: fast string operations.
+    kvm_msr_entry { index: 0x1a0, reserved: 0, data: 1 << 0 },
+    // IA32_MTRR_DEF_TYPE: memory-type ranges enabled, write-back where none says otherwise.
+    kvm_msr_entry { index: 0x2ff, reserved: 0, data: 1 << 11 | 6 },
+];
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const INTERNAL_ERROR_EMULATION: u32 = 1;
 
@@ -30,15 +38,18 @@ pub(super) struct Vcpu {
 }
 
 impl Vcpu {
-    /// vCPU `id` of `vm`. The first starts with `start`; the others wait for INIT and SIPI, which
-    /// the LAPICs in the kernel bring them.
-    pub fn new(kvm: &Kvm, vm: &VmFd, id: u8, start: &StartState) -> Result<Self> {
+    /// A vCPU of `vm`. The first starts with `start`; the others wait for INIT and SIPI, which the
+    /// LAPICs in the kernel bring them.
+    pub fn new(kvm: &Kvm, vm: &VmFd, identity: VcpuIdentity, start: &StartState) -> Result<Self> {
+        let id = identity.id;
         let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("making a vCPU"))?;
         let mut cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("asking for CPUID"))?;
-        set_apic_id(&mut cpuid, id);
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        cpuid::set_identity(&mut cpuid, identity, tsc_deadline);
         fd.set_cpuid2(&cpuid).map_err(Error::kvm("setting CPUID"))?;
+        set_firmware_msrs(&fd)?;
         if id == 0 {
             let mut sregs = fd.get_sregs().map_err(Error::kvm("reading registers"))?;
             start.set_sregs(&mut sregs);
@@ -149,15 +160,19 @@ impl Vcpu {
     }
 }
 
-/// Tells the vCPU which LAPIC is its own (Intel SDM Vol. 2, CPUID leaves 1, 0xB and 0x1F).
-fn set_apic_id(cpuid: &mut CpuId, id: u8) {
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24,
-            0xb | 0x1f => entry.edx = id.into(),
-            _ => {}
+/// Sets the registers that firmware would. One that this KVM does not have stays as it is.
+fn set_firmware_msrs(fd: &VcpuFd) -> Result<()> {
+    for msr in FIRMWARE_MSRS {
+        let msrs = Msrs::from_entries(&[msr]).map_err(|error| {
+            // One entry is never too many.
+            Error::KvmLacks(format!("model-specific registers: {error:?}"))
+        })?;
+        let set = fd.set_msrs(&msrs).map_err(Error::kvm("setting model-specific registers"))?;
+        if set == 0 {
+            log::debug!("KVM does not let model-specific register {:#x} be set", msr.index);
         }
     }
+    Ok(())
 }
 
 /// Stops the machine when the thread that holds it panics.

@@ -112,9 +112,9 @@ pub(super) struct ElfImage<'a> {
 
 impl<'a> ElfImage<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Reason> {
-        let magic = bytes.get(..MAGIC.len()).ok_or(Reason::NotElf)?;
+        let magic = bytes.get(..MAGIC.len()).ok_or(Reason::Unknown)?;
         if magic != MAGIC {
-            return Err(Reason::NotElf);
+            return Err(Reason::Unknown);
         }
         let (ident, _) =
             Ident::ref_from_prefix(bytes).map_err(|_| Reason::Truncated("the ELF header"))?;
@@ -127,7 +127,7 @@ impl<'a> ElfImage<'a> {
         match ident.data {
             DATA_LITTLE_ENDIAN => {}
             DATA_BIG_ENDIAN => return Err(Reason::BigEndian),
-            _ => return Err(Reason::NotElf),
+            _ => return Err(Reason::Unknown),
         }
         match (class, ident.machine.get()) {
             (Class::Elf32, MACHINE_386 | MACHINE_X86_64) | (Class::Elf64, MACHINE_X86_64) => {}

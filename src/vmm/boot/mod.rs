@@ -2,11 +2,12 @@
 //! Boot: a kernel image in guest memory, what it is told about the machine, and the state its
 //! first vCPU starts in.
 //!
-//! Two ways: the PVH entry of an ELF64 image, and Multiboot (version 1) for an ELF32 image. Both
-//! start in 32-bit protected mode with paging off. An image is somebody's file: every number in
-//! it is checked against the file and against guest memory.
+//! Three ways: Linux's own protocol for a bzImage, the PVH entry of an ELF64 image, and Multiboot
+//! (version 1) for an ELF32 image. All start in 32-bit protected mode with paging off. An image is
+//! somebody's file: every number in it is checked against the file and against guest memory.
 #![forbid(unsafe_code)]
 
+mod bzimage;
 mod elf;
 mod memory_map;
 mod multiboot;
@@ -26,6 +27,7 @@ pub use start_state::StartState;
 
 use super::config::PayloadConfig;
 use super::memory::MachineMemory;
+use bzimage::BzImage;
 use elf::{Class, ElfImage};
 
 /// Kernels are loaded from here up; the memory below is for what they are told.
@@ -63,8 +65,15 @@ enum Reason {
     Io(#[from] std::io::Error),
     #[error("not a regular file")]
     NotAFile,
-    #[error("not an ELF image")]
-    NotElf,
+    #[error("neither a bzImage nor an ELF image")]
+    Unknown,
+    #[error(
+        "a Linux kernel of boot protocol {}.{:02}; it takes at least 2.10 and a bzImage",
+        .0 >> 8, .0 & 0xff
+    )]
+    OldBootProtocol(u16),
+    #[error("a kernel that wants to unpack itself to {start:#x}..{end:#x}, which is not RAM")]
+    NoRoomToUnpack { start: u64, end: u64 },
     #[error("a big-endian ELF image; x86 is little-endian")]
     BigEndian,
     #[error("ELF class {0}; expected 1 (32-bit) or 2 (64-bit)")]
@@ -89,8 +98,8 @@ enum Reason {
     Loader(#[from] linux_loader::loader::Error),
     #[error("the boot parameters cannot be written: {0}")]
     Parameters(#[from] linux_loader::configurator::Error),
-    #[error("{0} bytes; the boot protocol has room for {max}", max = CMDLINE_SIZE - 1)]
-    CmdlineTooLong(usize),
+    #[error("{length} bytes; the kernel has room for {max}")]
+    CmdlineTooLong { length: usize, max: usize },
     #[error("contains a zero byte")]
     CmdlineZero,
     #[error("{0} bytes do not fit into guest memory beside the kernel")]
@@ -117,6 +126,61 @@ struct BootInfo<'a> {
     module: Option<Module>,
 }
 
+/// A kernel image whose headers are sound.
+enum Image<'a> {
+    Linux(BzImage<'a>),
+    Elf(ElfImage<'a>),
+}
+
+impl<'a> Image<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self, Reason> {
+        match BzImage::parse(bytes)? {
+            Some(image) => Ok(Self::Linux(image)),
+            None => ElfImage::parse(bytes).map(Self::Elf),
+        }
+    }
+
+    /// What the kernel takes up must lie in RAM, clear of what it is told.
+    fn check(&self, memory: &MachineMemory) -> Result<(), Reason> {
+        match self {
+            Self::Linux(image) => image.check(memory),
+            Self::Elf(image) => check_segments(memory, image),
+        }
+    }
+
+    /// How long the command line may be, in bytes, without the zero at its end.
+    fn cmdline_max(&self) -> usize {
+        match self {
+            Self::Linux(image) => image.cmdline_max().min(CMDLINE_SIZE - 1),
+            Self::Elf(_) => CMDLINE_SIZE - 1,
+        }
+    }
+
+    /// Where a module may be: from the end of the kernel to the last address it can reach, in the
+    /// first `low_size` bytes of memory.
+    fn module_range(&self, low_size: u64) -> (u64, u64) {
+        match self {
+            Self::Linux(image) => (image.end(), low_size.min(image.module_end())),
+            Self::Elf(image) => {
+                let ends = image.segments.iter().map(|s| s.start + s.memory_size);
+                let kernel_end = ends.filter(|end| *end <= low_size).max();
+                (kernel_end.unwrap_or(KERNEL_START), low_size)
+            }
+        }
+    }
+
+    /// Loads the kernel and tells it `info`.
+    fn load(&self, info: &BootInfo<'_>) -> Result<StartState, Reason> {
+        match self {
+            Self::Linux(image) => image.load(info),
+            Self::Elf(image) => match image.class {
+                Class::Elf64 => pvh::load(image, info),
+                Class::Elf32 => multiboot::load(image, info),
+            },
+        }
+    }
+}
+
 /// Loads `payload` into `memory`.
 ///
 /// # Errors
@@ -129,31 +193,22 @@ pub fn load(memory: &MachineMemory, payload: &PayloadConfig) -> Result<StartStat
     let in_kernel =
         |reason| BootError { what: "--kernel", path: Some(payload.kernel.clone()), reason };
     let bytes = read_file(&payload.kernel).map_err(in_kernel)?;
-    let image = ElfImage::parse(&bytes).map_err(in_kernel)?;
-    check_segments(memory, &image).map_err(in_kernel)?;
+    let image = Image::parse(&bytes).map_err(in_kernel)?;
+    image.check(memory).map_err(in_kernel)?;
 
-    let cmdline = write_cmdline(memory, &payload.cmdline).map_err(|reason| BootError {
-        what: "--cmdline",
-        path: None,
-        reason,
-    })?;
+    let cmdline = write_cmdline(memory, &payload.cmdline, image.cmdline_max())
+        .map_err(|reason| BootError { what: "--cmdline", path: None, reason })?;
     let module = payload
         .initramfs
         .as_ref()
         .map(|path| {
-            place_module(memory, &image, path).map_err(|reason| BootError {
-                what: "--initramfs",
-                path: Some(path.clone()),
-                reason,
+            place_module(memory, image.module_range(memory.low_size()), path).map_err(|reason| {
+                BootError { what: "--initramfs", path: Some(path.clone()), reason }
             })
         })
         .transpose()?;
-    let info = BootInfo { memory, cmdline, module };
-    match image.class {
-        Class::Elf64 => pvh::load(&image, &info),
-        Class::Elf32 => multiboot::load(&image, &info),
-    }
-    .map_err(in_kernel)
+    start_state::write_gdt(memory).map_err(|error| in_kernel(error.into()))?;
+    image.load(&BootInfo { memory, cmdline, module }).map_err(in_kernel)
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, Reason> {
@@ -178,10 +233,10 @@ fn check_segments(memory: &MachineMemory, image: &ElfImage<'_>) -> Result<(), Re
     Ok(())
 }
 
-fn write_cmdline(memory: &MachineMemory, cmdline: &str) -> Result<u64, Reason> {
+fn write_cmdline(memory: &MachineMemory, cmdline: &str, max: usize) -> Result<u64, Reason> {
     let bytes = cmdline.as_bytes();
-    if bytes.len() >= CMDLINE_SIZE {
-        return Err(Reason::CmdlineTooLong(bytes.len()));
+    if bytes.len() > max {
+        return Err(Reason::CmdlineTooLong { length: bytes.len(), max });
     }
     if bytes.contains(&0) {
         return Err(Reason::CmdlineZero);
@@ -191,21 +246,15 @@ fn write_cmdline(memory: &MachineMemory, cmdline: &str) -> Result<u64, Reason> {
     Ok(CMDLINE_START)
 }
 
-/// Puts a file as high as it goes below 4 GiB, above the kernel.
-fn place_module(
-    memory: &MachineMemory,
-    image: &ElfImage<'_>,
-    path: &Path,
-) -> Result<Module, Reason> {
+/// Puts a file as high as it goes in `range`, which lies below 4 GiB.
+fn place_module(memory: &MachineMemory, range: (u64, u64), path: &Path) -> Result<Module, Reason> {
     let bytes = read_file(path)?;
     let length = bytes.len() as u64;
-    let low_size = memory.low_size();
-    let kernel_end =
-        image.segments.iter().map(|s| s.start + s.memory_size).filter(|end| *end <= low_size).max();
-    let start = low_size
+    let (first, end) = range;
+    let start = end
         .checked_sub(length)
         .map(|start| start & !(MODULE_ALIGNMENT - 1))
-        .filter(|start| *start >= kernel_end.unwrap_or(KERNEL_START))
+        .filter(|start| *start >= first)
         .ok_or(Reason::NoRoom(length))?;
     memory.map().write_slice(&bytes, GuestAddress(start))?;
     Ok(Module { start, length })

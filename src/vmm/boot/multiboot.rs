@@ -135,7 +135,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         information.mods_addr = low(MODULE_LIST);
     }
     memory.write_slice(information.as_bytes(), GuestAddress(INFORMATION))?;
-    Ok(StartState { rip: image.entry, rax: LOADER_MAGIC.into(), rbx: INFORMATION })
+    Ok(StartState { rip: image.entry, rax: LOADER_MAGIC.into(), rbx: INFORMATION, rsi: 0 })
 }
 
 /// The flags of the header, which is 4-byte aligned and whose words add up to 0.

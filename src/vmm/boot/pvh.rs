@@ -17,6 +17,7 @@ use vm_memory::GuestAddress;
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
 use super::{BootInfo, Reason, StartState};
+use crate::vmm::acpi::RSDP_ADDRESS;
 
 const START_INFO: u64 = 0x6000;
 const MODULE_LIST: u64 = 0x6800;
@@ -57,6 +58,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         nr_modules: modules.len() as u32,
         modlist_paddr: if modules.is_empty() { 0 } else { MODULE_LIST },
         cmdline_paddr: info.cmdline,
+        rsdp_paddr: RSDP_ADDRESS,
         memmap_paddr: MEMORY_MAP,
         memmap_entries: map.len() as u32,
         ..hvm_start_info::default()
@@ -65,5 +67,5 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
     params.set_sections(&map, GuestAddress(MEMORY_MAP));
     params.set_modules(&modules, GuestAddress(MODULE_LIST));
     PvhBootConfigurator::write_bootparams(&params, info.memory.map())?;
-    Ok(StartState { rip: entry.0, rax: 0, rbx: START_INFO })
+    Ok(StartState { rip: entry.0, rax: 0, rbx: START_INFO, rsi: 0 })
 }

@@ -90,3 +90,31 @@ pub fn pvh(code: &[u8]) -> Vec<u8> {
     put(&mut image, CODE, code);
     image
 }
+
+/// Where the code of a bzImage is in the file: behind the boot sector and one of real-mode code.
+pub const BZIMAGE_CODE: usize = 1024;
+/// Where a bzImage of these tests unpacks itself to.
+pub const UNPACKED_START: u32 = 0x20_0000;
+
+/// A bzImage of boot protocol 2.15 whose protected-mode code is `code`, padded to 16 bytes.
+pub fn bzimage(code: &[u8]) -> Vec<u8> {
+    let mut image = Vec::new();
+    let paragraphs = code.len().div_ceil(16);
+    // setup_sects; syssize; boot_flag, jump, header, version; loadflags.
+    put(&mut image, 0x1f1, &[1]);
+    put_words(&mut image, 0x1f4, &[paragraphs as u32]);
+    put_half_words(&mut image, 0x1fe, &[0xaa55, 0x66eb]);
+    put(&mut image, 0x202, b"HdrS");
+    put_half_words(&mut image, 0x206, &[0x020f]);
+    put(&mut image, 0x211, &[1]);
+    // code32_start; initrd_addr_max, kernel_alignment, relocatable_kernel; cmdline_size.
+    put_words(&mut image, 0x214, &[CODE_START]);
+    put_words(&mut image, 0x22c, &[0x7fff_ffff, UNPACKED_START, 1]);
+    put_words(&mut image, 0x238, &[2047]);
+    // pref_address, init_size.
+    put_long_words(&mut image, 0x258, &[UNPACKED_START.into()]);
+    put_words(&mut image, 0x260, &[0x10_0000]);
+    put(&mut image, BZIMAGE_CODE, code);
+    image.resize(BZIMAGE_CODE + paragraphs * 16, 0);
+    image
+}

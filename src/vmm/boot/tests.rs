@@ -8,6 +8,7 @@ use tempfile::NamedTempFile;
 
 use super::test_images::*;
 use super::*;
+use crate::vmm::acpi::RSDP_ADDRESS;
 
 const RAM: u64 = 0x40_0000;
 
@@ -55,6 +56,7 @@ fn a_pvh_image_is_told_of_the_machine() {
     assert_eq!(string(&memory, start.rip, 5), b"\xf4code");
     let info = start.rbx;
     assert_eq!(word(&memory, info), 0x336e_c578);
+    assert_eq!(word(&memory, info + 32), RSDP_ADDRESS as u32);
     // One module, whose address and size the list has.
     assert_eq!(word(&memory, info + 12), 1);
     let modules = u64::from(word(&memory, info + 16));
@@ -99,6 +101,61 @@ fn a_multiboot_image_is_told_of_the_machine() {
 }
 
 #[test]
+fn a_bzimage_is_told_of_the_machine() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let start = load_with(&memory, &bzimage(b"\xf4code"), Some(b"files"), "a=1 b").unwrap();
+    assert_eq!(start.rip, u64::from(CODE_START));
+    assert_eq!(string(&memory, start.rip, 5), b"\xf4code");
+    let zero_page = start.rsi;
+    // The setup header is the file's, with what the loader has to say.
+    assert_eq!(string(&memory, zero_page + 0x202, 4), b"HdrS");
+    assert_eq!(word(&memory, zero_page + 0x210) & 0xff, 0xff);
+    assert_eq!(word(&memory, zero_page + 0x70), RSDP_ADDRESS as u32);
+    let cmdline = word(&memory, zero_page + 0x228);
+    assert_eq!(string(&memory, cmdline.into(), 6), b"a=1 b\0");
+    let (ramdisk, size) = (word(&memory, zero_page + 0x218), word(&memory, zero_page + 0x21c));
+    assert_eq!(string(&memory, ramdisk.into(), 5), b"files");
+    assert_eq!(size, 5);
+    assert!(ramdisk >= UNPACKED_START + 0x10_0000, "the kernel would unpack itself over it");
+    // The memory map names all RAM.
+    let entries = u64::from(word(&memory, zero_page + 0x1e8) & 0xff);
+    let ram: u32 = (0..entries)
+        .map(|entry| zero_page + 0x2d0 + entry * 20)
+        .filter(|entry| word(&memory, entry + 16) == 1)
+        .map(|entry| word(&memory, entry + 8))
+        .sum();
+    assert_eq!(u64::from(ram), RAM - 0x6_0000);
+}
+
+#[test]
+fn bzimages_that_cannot_boot_are_refused_by_name() {
+    let image = || bzimage(b"\xf4");
+    refused(&image()[..0x240], "truncated: the setup header");
+    refused(&image()[..BZIMAGE_CODE], "truncated: the kernel");
+    refused(&patched(image(), 0x1f4, &[0xff; 4]), "truncated: the kernel");
+    refused(&patched(image(), 0x206, &[0x09, 0x02]), "boot protocol 2.09");
+    refused(&patched(image(), 0x211, &[0]), "boot protocol 2.15");
+    refused(&patched(image(), 0x260, &[0xff; 4]), "unpack itself to 0x200000..0x1001fffff");
+    refused(&patched(image(), 0x258, &[0xff; 8]), "which is not RAM");
+    refused(&patched(image(), 0x202, b"HdrX"), "neither a bzImage");
+
+    let memory = MachineMemory::new(RAM).unwrap();
+    let error = load_with(&memory, &image(), None, &"x".repeat(2048)).unwrap_err().to_string();
+    assert!(error.contains("--cmdline: 2048 bytes; the kernel has room for 2047"), "{error}");
+    let large = vec![0; 0x10_0001];
+    let error = load_with(&memory, &image(), Some(&large), "").unwrap_err().to_string();
+    assert!(error.contains("--initramfs") && error.contains("do not fit"), "{error}");
+}
+
+#[test]
+fn an_initramfs_stays_where_the_kernel_can_reach_it() {
+    let memory = MachineMemory::new(0x80_0000).unwrap();
+    let image = patched(bzimage(b"\xf4"), 0x22c, &0x3f_ffffu32.to_le_bytes());
+    let start = load_with(&memory, &image, Some(b"files"), "").unwrap();
+    assert_eq!(word(&memory, start.rsi + 0x218), 0x3f_f000);
+}
+
+#[test]
 fn without_an_initramfs_there_is_no_module() {
     let memory = MachineMemory::new(RAM).unwrap();
     let start = load_with(&memory, &multiboot(b"\xf4"), None, "").unwrap();
@@ -122,12 +179,12 @@ fn patched(mut image: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
 
 #[test]
 fn foreign_files_are_refused_by_name() {
-    refused(b"", "not an ELF image");
-    refused(b"#!/bin/sh\n", "not an ELF image");
+    refused(b"", "neither a bzImage nor an ELF image");
+    refused(b"#!/bin/sh\n", "neither a bzImage nor an ELF image");
     refused(b"\x7fELF", "truncated");
     refused(&patched(pvh(b"\xf4"), 4, &[7]), "class 7");
     refused(&patched(pvh(b"\xf4"), 5, &[2]), "big-endian");
-    refused(&patched(pvh(b"\xf4"), 5, &[9]), "not an ELF image");
+    refused(&patched(pvh(b"\xf4"), 5, &[9]), "neither a bzImage nor an ELF image");
     refused(&patched(pvh(b"\xf4"), 18, &[183, 0]), "machine 183");
     refused(&patched(pvh(b"\xf4"), 18, &[3, 0]), "machine 3");
     refused(&patched(pvh(b"\xf4"), NOTE + 8, &[17]), "without a PVH entry");
@@ -198,10 +255,14 @@ proptest! {
     /// Headers of any content are taken or refused, and nothing else happens.
     #[test]
     fn damaged_images_do_no_harm(
-        which: bool,
+        which in 0..3,
         damage in prop::collection::vec((0usize..CODE, any::<u8>()), 1..16),
     ) {
-        let mut image = if which { pvh(&[0xf4; 16]) } else { multiboot(&[0xf4; 16]) };
+        let mut image = match which {
+            0 => pvh(&[0xf4; 16]),
+            1 => multiboot(&[0xf4; 16]),
+            _ => bzimage(&[0xf4; 16]),
+        };
         for (offset, byte) in damage {
             image[offset] = byte;
         }

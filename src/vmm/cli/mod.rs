@@ -49,7 +49,8 @@ Exit codes:
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Kernel: an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
+    /// Kernel: a bzImage, an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot
+    /// header.
     #[arg(long, value_name = "PATH")]
     kernel: PathBuf,
 

@@ -11,6 +11,17 @@ const LINES: [u8; 4] = [10, 11, 5, 9];
 /// The same lines' inputs of the IOAPIC start here, as a PC's chipset has them beside the PIC's.
 const IOAPIC_PINS_START: u32 = 16;
 
+/// The input of the IOAPIC that INTA of device number `device` on bus 0 leads to: its global system
+/// interrupt.
+pub fn interrupt_of_pin(device: u8) -> u32 {
+    IOAPIC_PINS_START + line_of_pin(device) as u32
+}
+
+/// The line, by its place in [`LINES`].
+fn line_of_pin(device: u8) -> usize {
+    usize::from(device) % LINES.len()
+}
+
 /// Drives a line: (GSI, level).
 type Drive = dyn Fn(u32, bool) + Send + Sync;
 
@@ -41,7 +52,7 @@ impl IntxRouter {
 
     /// INTA of the function at `bdf`, on bus 0.
     pub fn pin(&self, bdf: Bdf) -> IntxPin {
-        let line = &self.lines[usize::from(bdf.device()) % self.lines.len()];
+        let line = &self.lines[line_of_pin(bdf.device())];
         IntxPin { line: line.clone(), device: bdf.device() }
     }
 }
@@ -107,6 +118,7 @@ mod tests {
         one.set(false);
         five.set(false);
         two.set(false);
+        assert_eq!(interrupt_of_pin(1), 17);
         let line = u32::from(one.line());
         assert_eq!(*levels.lock().unwrap(), [(line, true), (17, true), (line, false), (17, false)]);
     }

@@ -22,7 +22,7 @@ pub use config_ports::ConfigPorts;
 pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
-pub use intx::{IntxPin, IntxRouter};
+pub use intx::{interrupt_of_pin, IntxPin, IntxRouter};
 pub use layout::Command;
 
 pub use crate::viommu::MsiMessage;

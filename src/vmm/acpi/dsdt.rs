@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! DSDT: the devices that do not say themselves where they are, and the sleep states.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, Interrupt, Name, Package,
+    PackageBuilder, Path, ResourceTemplate, Scope, IO,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::Aml;
+
+use super::{Table, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::vmm::config::MAX_DEVICES;
+use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::vmm::pci::{interrupt_of_pin, ConfigPorts};
+use crate::vmm::power::SLEEP_TYPE_SOFT_OFF;
+use crate::vmm::serial;
+
+/// Revision: integers have 64 bits.
+const REVISION: u8 = 2;
+
+/// The DSDT.
+pub(super) fn dsdt() -> Table {
+    let mut sdt = Sdt::new(*b"DSDT", HEADER_LENGTH, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut aml = Vec::new();
+    host_bridge(&mut aml);
+    serial_port(&mut aml);
+    soft_off(&mut aml);
+    sdt.append_slice(&aml);
+    Table(sdt)
+}
+
+/// `\_SB.PCI0`: the root of the PCI hierarchy.
+fn host_bridge(aml: &mut Vec<u8>) {
+    let mut routes = PackageBuilder::new();
+    // Device 0 is the host bridge, which interrupts nobody.
+    for device in 1..=MAX_DEVICES as u8 {
+        // All functions of the device, INTA: the one pin that is wired.
+        let address = u32::from(device) << 16 | 0xffff;
+        let interrupt = interrupt_of_pin(device);
+        routes.add_element(&Package::new(vec![&address, &0u8, &0u8, &interrupt]));
+    }
+    Scope::new(
+        Path::new("_SB_"),
+        vec![&Device::new(
+            Path::new("PCI0"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+                &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+                &Name::new(Path::new("_UID"), &0u8),
+                &Name::new(Path::new("_SEG"), &0u8),
+                &Name::new(Path::new("_BBN"), &0u8),
+                &Name::new(Path::new("_PRT"), &routes),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![
+                        &AddressSpace::new_bus_number(0u16, 0xff),
+                        &IO::new(
+                            ConfigPorts::FIRST_PORT as u16,
+                            ConfigPorts::FIRST_PORT as u16,
+                            1,
+                            8,
+                        ),
+                        &AddressSpace::new_memory(
+                            AddressSpaceCacheable::NotCacheable,
+                            true,
+                            PCI_MMIO_START as u32,
+                            PCI_MMIO_LAST as u32,
+                            None,
+                        ),
+                    ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// `\_SB.COM1`.
+fn serial_port(aml: &mut Vec<u8>) {
+    let first = serial::FIRST_PORT as u16;
+    let ports = (serial::LAST_PORT - serial::FIRST_PORT + 1) as u8;
+    Scope::new(
+        Path::new("_SB_"),
+        vec![&Device::new(
+            Path::new("COM1"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+                &Name::new(Path::new("_UID"), &0u8),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![
+                        &IO::new(first, first, 1, ports),
+                        // A consumer's, edge-triggered, active high, not shared.
+                        &Interrupt::new(true, true, false, false, serial::IRQ),
+                    ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// `\_S5`: the one sleep state there is.
+fn soft_off(aml: &mut Vec<u8>) {
+    let package = Package::new(vec![&SLEEP_TYPE_SOFT_OFF, &0u8, &0u8, &0u8]);
+    Name::new(Path::new("_S5_"), &package).to_aml_bytes(aml);
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! ACPI: the tables that tell a guest what machine it is on.
+//!
+//! The machine is hardware-reduced: no fixed ACPI hardware, no interrupt of its own, and the
+//! sleep and reset registers of the power module. The tables lie where a PC has its BIOS, which
+//! no memory map calls RAM.
+//!
+//! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
+#![forbid(unsafe_code)]
+
+pub mod dmar;
+mod dsdt;
+mod fadt;
+mod madt;
+
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START};
+use super::{Error, Result};
+use crate::spec::pci::Bdf;
+use crate::viommu::vtd::HOST_ADDRESS_WIDTH;
+
+/// Guest-physical address of the RSDP; the other tables follow. Guests also look for it here by
+/// themselves (ACPI §5.2.5.1).
+pub const RSDP_ADDRESS: u64 = 0xe_0000;
+/// Where the tables must end.
+const TABLES_END: u64 = 0x10_0000;
+/// Alignment of tables, in bytes.
+const TABLE_ALIGNMENT: u64 = 64;
+
+/// Who made the tables.
+const OEM_ID: [u8; 6] = *b"TWOSTG";
+const OEM_TABLE_ID: [u8; 8] = *b"TWOSTAGE";
+const OEM_REVISION: u32 = 1;
+/// Length of the header that all tables but the RSDP have, in bytes.
+const HEADER_LENGTH: u32 = 36;
+
+/// What the tables tell of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Platform {
+    /// Number of vCPUs; their APIC ids count from 0.
+    pub vcpus: u8,
+    /// The IOAPIC, if there is one.
+    pub ioapic: Option<IoApic>,
+    /// There is a PC's pair of interrupt controllers too.
+    pub pic: bool,
+    /// The virtual VT-d, if there is one.
+    pub iommu: Option<IommuPlatform>,
+}
+
+/// An IOAPIC, whose inputs are the global system interrupts from 0 up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoApic {
+    /// Its APIC id.
+    pub id: u8,
+    /// Guest-physical address of its registers.
+    pub address: u32,
+    /// The source id of its interrupt requests.
+    pub bdf: Bdf,
+}
+
+/// A virtual VT-d.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuPlatform {
+    /// Guest-physical address of the register page.
+    pub address: u64,
+    /// The functions behind it; unsaid, all of them.
+    pub functions: Option<Vec<Bdf>>,
+    /// It remaps interrupts, those of the IOAPIC among them.
+    pub interrupt_remapping: bool,
+    /// Functions may use device TLBs.
+    pub ats: bool,
+}
+
+/// Writes the tables of `platform` into `memory`.
+///
+/// # Errors
+/// When there is no room for them.
+pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Result<()> {
+    let mut writer = Writer { memory, next: RSDP_ADDRESS };
+    // The RSDP is first, and known last.
+    writer.reserve(Rsdp::len());
+    let dsdt = writer.write(&dsdt::dsdt())?;
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(writer.write(&fadt::fadt(dsdt))?);
+    xsdt.add_entry(writer.write(&madt::madt(platform))?);
+    xsdt.add_entry(writer.write(&mcfg())?);
+    if let Some(iommu) = &platform.iommu {
+        xsdt.add_entry(writer.write(&dmar(iommu, platform.ioapic))?);
+    }
+    let xsdt = writer.write(&xsdt)?;
+    writer.next = RSDP_ADDRESS;
+    writer.write(&Rsdp::new(OEM_ID, xsdt))?;
+    Ok(())
+}
+
+/// PCI configuration space.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let last_bus = (ECAM_SIZE >> 20) - 1;
+    mcfg.add_ecam(ECAM_START, 0, 0, last_bus as u8);
+    mcfg
+}
+
+/// The remapping hardware.
+fn dmar(iommu: &IommuPlatform, ioapic: Option<IoApic>) -> dmar::DMAR {
+    let mut dmar = dmar::DMAR::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, HOST_ADDRESS_WIDTH);
+    if iommu.interrupt_remapping {
+        dmar = dmar.flag(dmar::Flags::IntrRemap);
+    }
+    let mut drhd = dmar::Drhd::new(0, iommu.address);
+    match &iommu.functions {
+        None => drhd = drhd.include_pci_all(),
+        Some(functions) => {
+            for function in functions {
+                drhd.add_scope(dmar::DeviceScope::pci_endpoint(path(*function)));
+            }
+        }
+    }
+    if let Some(ioapic) = ioapic.filter(|_| iommu.interrupt_remapping) {
+        drhd.add_scope(dmar::DeviceScope::ioapic(ioapic.id, path(ioapic.bdf)));
+    }
+    dmar.add_structure(drhd);
+    if iommu.ats {
+        dmar.add_structure(dmar::Atsr::new(0).all_ports());
+    }
+    dmar
+}
+
+fn path(bdf: Bdf) -> dmar::PciPath {
+    dmar::PciPath::new(bdf.bus(), bdf.device(), bdf.function())
+}
+
+/// A table without a type of its own.
+struct Table(Sdt);
+
+impl Aml for Table {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0.as_slice());
+    }
+}
+
+/// Puts tables into memory, one after the other.
+struct Writer<'a> {
+    memory: &'a MachineMemory,
+    next: u64,
+}
+
+impl Writer<'_> {
+    /// Passes over `length` bytes.
+    fn reserve(&mut self, length: usize) {
+        self.next = (self.next + length as u64).next_multiple_of(TABLE_ALIGNMENT);
+    }
+
+    /// Writes `table`, and says where it is.
+    fn write(&mut self, table: &dyn Aml) -> Result<u64> {
+        let mut bytes = Vec::new();
+        table.to_aml_bytes(&mut bytes);
+        let address = self.next;
+        self.reserve(bytes.len());
+        if self.next > TABLES_END {
+            return Err(Error::Acpi("the tables do not fit below 1 MiB".to_owned()));
+        }
+        self.memory
+            .map()
+            .write_slice(&bytes, GuestAddress(address))
+            .map_err(|error| Error::Acpi(error.to_string()))?;
+        Ok(address)
+    }
+}
+
+#[cfg(test)]
+mod tests;

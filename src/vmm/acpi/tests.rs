@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Tables as a guest finds them: from the RSDP on, every checksum right.
+
+use std::collections::BTreeMap;
+
+use super::*;
+
+const RAM: u64 = 0x20_0000;
+
+fn platform() -> Platform {
+    Platform {
+        vcpus: 2,
+        ioapic: Some(IoApic { id: 0, address: 0xfec0_0000, bdf: Bdf::from_raw(0xfff8) }),
+        pic: false,
+        iommu: None,
+    }
+}
+
+fn iommu() -> IommuPlatform {
+    IommuPlatform { address: 0xfed9_0000, functions: None, interrupt_remapping: false, ats: false }
+}
+
+fn read(memory: &MachineMemory, address: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    memory.map().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+    bytes
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn long_word(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
+}
+
+/// The table at `address`.
+fn table(memory: &MachineMemory, address: u64) -> (String, Vec<u8>) {
+    let length = u32::from_le_bytes(read(memory, address + 4, 4).try_into().unwrap());
+    let bytes = read(memory, address, length as usize);
+    let signature = String::from_utf8(bytes[..4].to_vec()).unwrap();
+    assert_eq!(sum(&bytes), 0, "checksum of {signature}");
+    (signature, bytes)
+}
+
+/// Every table but RSDP and XSDT, by signature.
+fn tables(platform: &Platform) -> BTreeMap<String, Vec<u8>> {
+    let memory = MachineMemory::new(RAM).unwrap();
+    write_tables(&memory, platform).unwrap();
+    let rsdp = read(&memory, RSDP_ADDRESS, 36);
+    assert_eq!(&rsdp[..8], b"RSD PTR ");
+    assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
+    let (signature, xsdt) = table(&memory, long_word(&rsdp, 24));
+    assert_eq!(signature, "XSDT");
+    let mut tables: BTreeMap<_, _> = xsdt[36..]
+        .chunks_exact(8)
+        .map(|entry| table(&memory, u64::from_le_bytes(entry.try_into().unwrap())))
+        .collect();
+    let (signature, dsdt) = table(&memory, long_word(&tables["FACP"], 140));
+    tables.insert(signature, dsdt);
+    tables
+}
+
+fn signatures(platform: &Platform) -> Vec<String> {
+    tables(platform).into_keys().collect()
+}
+
+#[test]
+fn there_is_a_dmar_when_there_is_an_iommu() {
+    assert_eq!(signatures(&platform()), ["APIC", "DSDT", "FACP", "MCFG"]);
+    let platform = Platform { iommu: Some(iommu()), ..platform() };
+    assert_eq!(signatures(&platform), ["APIC", "DMAR", "DSDT", "FACP", "MCFG"]);
+}
+
+#[test]
+fn the_dmar_names_what_is_behind_the_unit() {
+    let dmar = |iommu: IommuPlatform| {
+        let tables = tables(&Platform { iommu: Some(iommu), ..platform() });
+        tables["DMAR"][36..].to_vec()
+    };
+    let header = |flags: u8| [[HOST_ADDRESS_WIDTH - 1, flags].as_slice(), &[0; 10]].concat();
+    let drhd = |length: u8, flags: u8| {
+        [0, 0, length, 0, flags, 0, 0, 0, 0x00, 0x00, 0xd9, 0xfe, 0, 0, 0, 0]
+    };
+    // Everything, nothing else.
+    assert_eq!(dmar(iommu()), [header(0), drhd(16, 1).to_vec()].concat());
+    // Two functions out of more; ATS.
+    let functions = [Bdf::new(0, 1, 0).unwrap(), Bdf::new(0, 3, 2).unwrap()];
+    let some = IommuPlatform { functions: Some(functions.to_vec()), ats: true, ..iommu() };
+    let scopes = [1, 8, 0, 0, 0, 0, 1, 0, 1, 8, 0, 0, 0, 0, 3, 2];
+    let atsr = [2, 0, 8, 0, 1, 0, 0, 0];
+    assert_eq!(
+        dmar(some),
+        [header(0), drhd(32, 0).to_vec(), scopes.to_vec(), atsr.to_vec()].concat()
+    );
+    // Interrupts are remapped, the IOAPIC's too.
+    let remapping = IommuPlatform { interrupt_remapping: true, ..iommu() };
+    let ioapic = [3, 8, 0, 0, 0, 0xff, 0x1f, 0];
+    assert_eq!(dmar(remapping), [header(1), drhd(24, 1).to_vec(), ioapic.to_vec()].concat());
+}
+
+#[test]
+fn the_madt_lists_processors_and_interrupt_controllers() {
+    let madt = |platform: Platform| tables(&platform)["APIC"][36..].to_vec();
+    let lapics = [0, 8, 0, 0, 1, 0, 0, 0, 0, 8, 1, 1, 1, 0, 0, 0];
+    let ioapic = [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0];
+    let address = [0, 0, 0xe0, 0xfe];
+    let split = [&address[..], &[0; 4], &lapics, &ioapic].concat();
+    assert_eq!(madt(platform()), split);
+    let timer = [2, 10, 0, 0, 2, 0, 0, 0, 0, 0];
+    let in_kernel = [&address[..], &[1, 0, 0, 0], &lapics, &ioapic, &timer].concat();
+    assert_eq!(madt(Platform { pic: true, ..platform() }), in_kernel);
+    let bare = [&address[..], &[0; 4], &lapics].concat();
+    assert_eq!(madt(Platform { ioapic: None, ..platform() }), bare);
+}
+
+#[test]
+fn the_fadt_names_the_registers_of_power() {
+    let fadt = &tables(&platform())["FACP"];
+    let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
+    assert_eq!(flags >> 20 & 1, 1, "hardware-reduced");
+    assert_eq!(flags >> 10 & 1, 1, "reset register");
+    // System I/O, 8 bits wide, accessed as a byte.
+    let port = |number: u16| [&[1, 8, 0, 1][..], &u64::from(number).to_le_bytes()].concat();
+    assert_eq!(fadt[116..128], port(0xcf9));
+    assert_eq!(fadt[128], 6);
+    assert_eq!(fadt[244..256], port(0x600));
+    assert_eq!(fadt[256..268], port(0x601));
+}
+
+#[test]
+fn the_largest_machine_fits() {
+    let functions: Vec<_> = (0..32).map(|device| Bdf::new(0, device, 0).unwrap()).collect();
+    let iommu = IommuPlatform { functions: Some(functions), ats: true, ..iommu() };
+    let platform = Platform { vcpus: 255, pic: true, iommu: Some(iommu), ..platform() };
+    assert_eq!(tables(&platform)["APIC"].len(), 44 + 255 * 8 + 12 + 10);
+    let memory = MachineMemory::new(0xe_0000).unwrap();
+    assert!(write_tables(&memory, &platform).is_err(), "tables that end where there is no RAM");
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! bzImage: Linux's own image, started through the 32-bit entry of its boot protocol.
+//!
+//! Source: Linux, `Documentation/arch/x86/boot.rst` and `zero-page.rst`.
+
+use std::io::Cursor;
+
+use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::bzimage;
+use linux_loader::loader::KernelLoader;
+use vm_memory::{ByteValued, GuestAddress};
+
+use super::memory_map::memory_map;
+use super::{BootInfo, Reason, StartState, KERNEL_START};
+use crate::vmm::acpi::RSDP_ADDRESS;
+use crate::vmm::memory::MachineMemory;
+
+/// Where the boot parameters ("zero page") go.
+const ZERO_PAGE: u64 = 0x7000;
+/// Where in the file the setup header starts.
+const SETUP_HEADER: usize = 0x1f1;
+const SECTOR: usize = 512;
+/// `boot_flag` and `header` of every kernel with a setup header.
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
+/// The first version that says where and how much memory the kernel unpacks itself to.
+const VERSION_2_10: u16 = 0x020a;
+/// `loadflags`: the protected-mode code goes to 1 MiB, which makes the image a bzImage.
+const LOADED_HIGH: u8 = 1 << 0;
+/// `setup_sects` of 0 stands for this many.
+const DEFAULT_SETUP_SECTORS: usize = 4;
+/// Unit of `syssize`.
+const PARAGRAPH: usize = 16;
+/// `type_of_loader` of a boot loader without a number of its own.
+const LOADER_UNDEFINED: u8 = 0xff;
+/// `vid_mode`: whatever the display is in.
+const VIDEO_NORMAL: u16 = 0xffff;
+
+/// A bzImage whose pieces lie in the file.
+pub(super) struct BzImage<'a> {
+    bytes: &'a [u8],
+    header: setup_header,
+}
+
+impl<'a> BzImage<'a> {
+    /// The image, if the file is for Linux's boot protocol at all.
+    pub fn parse(bytes: &'a [u8]) -> Result<Option<Self>, Reason> {
+        let half_word =
+            |offset: usize| Some(u16::from_le_bytes(*bytes.get(offset..)?.first_chunk()?));
+        let word = |offset: usize| Some(u32::from_le_bytes(*bytes.get(offset..)?.first_chunk()?));
+        if half_word(0x1fe) != Some(BOOT_FLAG) || word(0x202) != Some(HEADER_MAGIC) {
+            return Ok(None);
+        }
+        let header = *bytes
+            .get(SETUP_HEADER..)
+            .and_then(|rest| rest.get(..size_of::<setup_header>()))
+            .and_then(setup_header::from_slice)
+            .ok_or(Reason::Truncated("the setup header"))?;
+        if header.version < VERSION_2_10 || header.loadflags & LOADED_HIGH == 0 {
+            return Err(Reason::OldBootProtocol(header.version));
+        }
+        let image = Self { bytes, header };
+        // Both numbers have 32 bits at the most: no sum of them overflows.
+        if bytes.len() < image.setup_size() + header.syssize as usize * PARAGRAPH {
+            return Err(Reason::Truncated("the kernel"));
+        }
+        Ok(Some(image))
+    }
+
+    /// Length of the boot sector and the real-mode code, which stay behind.
+    fn setup_size(&self) -> usize {
+        let sectors = match self.header.setup_sects {
+            0 => DEFAULT_SETUP_SECTORS,
+            sectors => sectors.into(),
+        };
+        (1 + sectors) * SECTOR
+    }
+
+    /// Where the kernel unpacks itself to, unless it chooses an address at random.
+    fn unpacked_start(&self) -> u64 {
+        let alignment = u64::from(self.header.kernel_alignment).max(1);
+        match self.header.relocatable_kernel {
+            0 => self.header.pref_address,
+            // At least 1 MiB, to the alignment; no address it prefers is below that.
+            _ => KERNEL_START.next_multiple_of(alignment).max(self.header.pref_address),
+        }
+    }
+
+    /// First address behind the memory that the kernel takes before it knows its memory map.
+    pub fn end(&self) -> u64 {
+        let loaded = KERNEL_START + (self.bytes.len() - self.setup_size()) as u64;
+        self.unpacked_start().saturating_add(self.header.init_size.into()).max(loaded)
+    }
+
+    /// First address that an initramfs must not reach to.
+    pub fn module_end(&self) -> u64 {
+        u64::from(self.header.initrd_addr_max) + 1
+    }
+
+    /// How long the command line may be, in bytes, without the zero at its end.
+    pub fn cmdline_max(&self) -> usize {
+        self.header.cmdline_size as usize
+    }
+
+    /// The kernel, packed and unpacked, must find RAM.
+    pub fn check(&self, memory: &MachineMemory) -> Result<(), Reason> {
+        let end = self.end();
+        if memory.contains(KERNEL_START, end - KERNEL_START) {
+            Ok(())
+        } else {
+            Err(Reason::NoRoomToUnpack { start: self.unpacked_start(), end })
+        }
+    }
+
+    /// Loads the kernel and tells it `info`.
+    pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, Reason> {
+        let memory = info.memory.map();
+        let mut file = Cursor::new(self.bytes);
+        let loaded =
+            bzimage::BzImage::load(memory, Some(GuestAddress(KERNEL_START)), &mut file, None)?;
+        let mut params = boot_params { hdr: self.header, ..boot_params::default() };
+        params.hdr.type_of_loader = LOADER_UNDEFINED;
+        params.hdr.vid_mode = VIDEO_NORMAL;
+        // Everything named here lies below 4 GiB.
+        params.hdr.code32_start = loaded.kernel_load.0 as u32;
+        params.hdr.cmd_line_ptr = info.cmdline as u32;
+        if let Some(module) = info.module {
+            params.hdr.ramdisk_image = module.start as u32;
+            params.hdr.ramdisk_size = module.length as u32;
+        }
+        params.acpi_rsdp_addr = RSDP_ADDRESS;
+        let mut table = params.e820_table;
+        let mut entries = 0;
+        for (slot, entry) in table.iter_mut().zip(memory_map(info.memory)) {
+            *slot = boot_e820_entry { addr: entry.start, size: entry.length, r#type: entry.kind };
+            entries += 1;
+        }
+        params.e820_table = table;
+        params.e820_entries = entries;
+        let params = BootParams::new(&params, GuestAddress(ZERO_PAGE));
+        LinuxBootConfigurator::write_bootparams(&params, memory)?;
+        Ok(StartState { rip: loaded.kernel_load.0, rax: 0, rbx: 0, rsi: ZERO_PAGE })
+    }
+}
