@@ -11,6 +11,7 @@ void check_net(void);    // ping, bulk transfer both ways
 void check_rng(void);    // /dev/hwrng
 void check_rebind(void); // every device: its driver and its PCI driver let go and take it again
 void check_reboot(void); // the machine restarts; does not return the first times
+void check_kexec(void);  // another kernel starts without a reset; does not return the first time
 void check_fault(void);  // the IOMMU has refused a device's DMA, and the log says so
 void check_clean(void);  // the IOMMU has refused nothing
 

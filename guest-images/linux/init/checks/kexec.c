@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// The kernel starts another one, without the machine's reset: what the first one left in the IOMMU is
+// what the second one finds. For images that have /kexec.
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kexec.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../files.h"
+#include "../options.h"
+#include "../report.h"
+#include "checks.h"
+
+#define STARTED "twostage.kexec=started"
+
+// The command line of the second kernel is that of the first, and the word that tells them apart.
+static int load(void)
+{
+    char command_line[4096];
+    int kernel = open("/kexec/vmlinuz", O_RDONLY | O_CLOEXEC);
+    int initramfs = open("/kexec/initramfs", O_RDONLY | O_CLOEXEC);
+    FILE *file = fopen("/proc/cmdline", "re");
+
+    if (kernel < 0 || initramfs < 0 || !file || !fgets(command_line, sizeof(command_line) - 64, file))
+        return errno;
+    fclose(file);
+    command_line[strcspn(command_line, "\n")] = '\0';
+    strcat(command_line, " " STARTED);
+    if (syscall(SYS_kexec_file_load, kernel, initramfs, strlen(command_line) + 1, command_line, 0UL) < 0)
+        return errno;
+    close(kernel);
+    close(initramfs);
+    return 0;
+}
+
+void check_kexec(void)
+{
+    if (on_command_line(STARTED)) {
+        passed("kexec", "this kernel was started by another one");
+        return;
+    }
+    if (!exists("/kexec/vmlinuz")) {
+        skipped("kexec", "this image has no /kexec");
+        return;
+    }
+    int error = load();
+    if (error) {
+        failed("kexec", "kexec_file_load: %s", strerror(error));
+        return;
+    }
+    summary();
+    note("starting the second kernel");
+    sync();
+    reboot(RB_KEXEC);
+    failed("kexec", "%s", strerror(errno));
+}
