@@ -13,6 +13,13 @@ debian_mirror() {
         sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' | grep -m 1 'debian/\?$'
 }
 
+# Parallel runs share the state: waits until no other has it, and keeps it until this process ends.
+lock_private_apt() {
+    mkdir -p "$cache"
+    exec 9>"$cache/apt.lock"
+    flock 9
+}
+
 # private_apt COMMAND ARGUMENTS...: apt-get or apt-cache with the sources of `private_apt_open`.
 private_apt() {
     command=$1
@@ -31,8 +38,8 @@ private_apt_open() {
         echo "error: the system's apt sources name no Debian mirror" >&2
         return 1
     }
-    for suite in "$@"; do
-        echo "deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+    for private_apt_suite in "$@"; do
+        echo "deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $private_apt_suite main"
     done >"$private_apt_state/sources.list.d/suites.list"
     private_apt apt-get update >&2
 }
@@ -47,7 +54,7 @@ download_packages() {
     private_apt apt-get download "$@" >&2
 }
 
-# newest PATTERN: the package of the highest version whose name matches this extended regular
+# newest_package PATTERN: the package of the highest version whose name matches this extended regular
 # expression, or nothing.
 newest_package() {
     private_apt apt-cache pkgnames | grep -xE "$1" | sort -V | tail -n 1
