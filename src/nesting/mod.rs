@@ -23,6 +23,7 @@ mod faults;
 mod invalidate;
 mod ranges;
 mod requesters;
+mod slot;
 mod stage1;
 mod state;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! From policies to attachments: what each requester's DMA goes through.
 
 use super::error::{NestingError, Result};
+use super::slot::{Attached, Slot};
 use super::state::{Device, State};
 use crate::iommufd::{
     iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId,
@@ -12,35 +13,6 @@ use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig, Stage1, VtdFi
 
 /// Tables start a page of 4 KiB. The kernel would take the low bits for flags of the PASID entry.
 const TABLE_ALIGNMENT: u64 = 4096;
-
-/// What a requester is attached to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum Attached {
-    /// Nothing: it is blocked.
-    #[default]
-    Nothing,
-    /// The nesting parent: untranslated.
-    Parent,
-    /// This `HWPT_NESTED`.
-    Nested(ObjectId),
-}
-
-/// What the host was last told of a requester.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Slot {
-    /// What it was attached to.
-    pub attached: Attached,
-    /// An attach or a detach failed since, so that the host's books and its hardware may disagree.
-    /// Only a detach makes them agree again.
-    unsettled: bool,
-}
-
-impl Slot {
-    /// Attached, without a doubt.
-    pub fn on(attached: Attached) -> Self {
-        Self { attached, unsettled: false }
-    }
-}
 
 impl State {
     fn slot(&self, requester: Requester) -> Slot {

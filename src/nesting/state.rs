@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use super::counters::NestingCounters;
 use super::error::{Context, NestingError, Result};
 use super::faults::FaultRouter;
-use super::requesters::{Attached, Slot};
+use super::slot::{Attached, Slot};
 use super::stage1::NestedHwpts;
 use crate::iommufd::{
     Errno, FaultSink, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags,

@@ -8,8 +8,9 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
-use super::policy::{blocked_config, Blocked, Tables};
+use super::policy::blocked_config;
 use super::requesters::Given;
+use super::tables::{Blocked, Tables};
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;

@@ -5,8 +5,8 @@
 //! the guest's tables: the reason of the walk, put in terms of the guest's own tables, as if the
 //! host's stage 2 were the memory that they stand in.
 
-use super::policy::Tables;
 use super::requesters::Standing;
+use super::tables::Tables;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::viommu::{DmaFault, Policy, RequesterConfig, Stage1};

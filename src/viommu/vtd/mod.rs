@@ -34,6 +34,7 @@ mod queue;
 mod registers;
 mod requesters;
 mod state;
+mod tables;
 
 use std::fmt;
 use std::sync::atomic::Ordering;

@@ -5,48 +5,11 @@
 //! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
 //! request of a requester; what depends on the request (rights, privilege) is for the translation.
 
-use super::caps::Capabilities;
-use super::config::HOST_ADDRESS_WIDTH;
+use super::tables::{Blocked, Served, Tables};
 use super::{policy_legacy, policy_scalable};
 use crate::spec::pci::{Bdf, Pasid};
-use crate::spec::vtd::above_width;
-use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
-use crate::viommu::{
-    BadAddress, DomainTag, Policy, Requester, RequesterConfig, Stage1, TableMemory,
-};
-
-/// What decides: guest memory, what the unit offers, and the root table as SRTP latched it.
-#[derive(Clone, Copy)]
-pub(super) struct Tables<'a> {
-    pub memory: &'a dyn TableMemory,
-    pub caps: &'a Capabilities,
-    /// `None` while the guest has never set a root table.
-    pub root: Option<Rtaddr>,
-}
-
-/// Why a requester is blocked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Blocked {
-    pub reason: FaultReason,
-    /// An entry on the way, this one included, has FPD set.
-    pub fault_disabled: bool,
-}
-
-impl Blocked {
-    pub const fn recorded(reason: FaultReason) -> Self {
-        Self { reason, fault_disabled: false }
-    }
-}
-
-/// What the tables say of a requester that they serve.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Served {
-    /// The guest-owned tables, or none for pass-through.
-    pub stage1: Option<Stage1>,
-    pub tag: DomainTag,
-    pub fault_disabled: bool,
-}
+use crate::spec::vtd::regs::TranslationTableMode;
+use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig};
 
 impl Tables<'_> {
     /// What becomes of `requester`'s untranslated requests.
@@ -72,42 +35,6 @@ impl Tables<'_> {
             visit(pasid, to_config(requester, served));
         });
     }
-
-    /// The latched root table, if its mode and address are possible.
-    fn root(&self) -> Result<Rtaddr, Blocked> {
-        let invalid = Blocked::recorded(FaultReason::RootTableAddressInvalid);
-        let root = self.root.ok_or(invalid)?;
-        let supported = match root.mode() {
-            TranslationTableMode::Legacy => true,
-            TranslationTableMode::Scalable => self.caps.ecap.smts(),
-            TranslationTableMode::Reserved | TranslationTableMode::AbortDma => false,
-        };
-        if !supported || self.is_beyond_width(root.root_table()) {
-            return Err(invalid);
-        }
-        Ok(root)
-    }
-
-    /// Whether the table pointer `address` (bytes) has bits that the unit's addresses do not have.
-    pub fn is_beyond_width(&self, address: u64) -> bool {
-        address & above_width(HOST_ADDRESS_WIDTH) != 0
-    }
-
-    /// Whether a second-stage table may have the width that `aw` names; its bits if so.
-    pub fn second_stage_width(&self, aw: u8) -> Option<u8> {
-        let width = crate::spec::vtd::root::address_width(aw)?;
-        (self.caps.cap.sagaw() >> aw & 1 != 0).then_some(width)
-    }
-
-    /// `N` 64-bit words at `address` (bytes), each read in one piece.
-    pub fn words<const N: usize>(&self, address: u64) -> Result<[u64; N], BadAddress> {
-        let mut words = [0; N];
-        for (word, offset) in words.iter_mut().zip((0..).step_by(8)) {
-            // Tables are page aligned and below the address width, so the sum does not wrap.
-            *word = self.memory.load_u64(address + offset)?;
-        }
-        Ok(words)
-    }
 }
 
 fn to_config(requester: Requester, served: Result<Served, Blocked>) -> RequesterConfig {
@@ -132,8 +59,10 @@ pub(super) fn blocked_config(requester: Requester, blocked: Blocked) -> Requeste
 
 #[cfg(test)]
 mod tests {
+    use super::super::caps::Capabilities;
     use super::super::config::VtdConfig;
     use super::*;
+    use crate::spec::vtd::regs::Rtaddr;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     fn reason(caps: &Capabilities, root: Option<Rtaddr>, pasid: Option<u32>) -> u8 {

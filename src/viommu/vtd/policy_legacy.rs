@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from legacy root and context entries (§3.4.2, §9.1, §9.3).
 
-use super::policy::{Blocked, Served, Tables};
+use super::tables::{Blocked, Served, Tables};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::{
@@ -79,7 +79,7 @@ fn context_entry(
 #[cfg(test)]
 mod tests {
     use super::super::config::VtdConfig;
-    use super::super::policy::Tables;
+    use super::super::tables::Tables;
     use super::*;
     use crate::spec::pci::Bdf;
     use crate::viommu::Policy;

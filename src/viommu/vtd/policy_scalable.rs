@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from scalable-mode root, context and PASID entries (§3.4.3, §6.2, §9.2, §9.4–§9.6).
 
-use super::policy::{Blocked, Served, Tables};
+use super::tables::{Blocked, Served, Tables};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::{

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What scalable-mode tables decide, and the reason for each thing that can be wrong with them.
 
-use super::super::policy::Tables;
+use super::super::tables::Tables;
 use super::*;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::viommu::{VtdFirstStage, VtdSecondStage};
