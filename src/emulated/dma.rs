@@ -188,6 +188,79 @@ impl DmaPort {
     }
 }
 
+impl DmaPort {
+    /// Starts a critical section for several accesses: see [`Section`].
+    pub(super) fn enter(&mut self) -> Section<'_> {
+        let (unit, counters) = (&*self.unit, &*self.counters);
+        Section {
+            rid: self.rid,
+            pasid_cache: &mut self.pasid_cache,
+            counters,
+            engine: self.reader.enter(),
+            faults: Unreported { unit, counters, list: Vec::new() },
+        }
+    }
+}
+
+/// A read-side critical section around any number of translations and the accesses that they
+/// serve. Invalidations wait until it is dropped. Faults are reported then, and not before: whoever
+/// is told may invalidate.
+#[derive(Debug)]
+pub(super) struct Section<'a> {
+    rid: u16,
+    pasid_cache: &'a mut PasidCache,
+    counters: &'a LocalCounters,
+    engine: ReadGuard<'a, Engine>,
+    /// Dropped, and with that reported, after the gate has been left: fields are dropped in order.
+    faults: Unreported<'a>,
+}
+
+impl Section<'_> {
+    /// Translates `iova` (bytes): where the regions that were mapped say that the memory is, and
+    /// how many bytes from there on are in one piece; at least one.
+    ///
+    /// # Errors
+    /// As [`DmaPort::read`], but that the fault is reported at the end of the section.
+    pub fn translate(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        access: DmaAccess,
+    ) -> Result<(GuestAddress, usize), DmaError> {
+        if attributes.pasid.is_none() && INTERRUPT_RANGE.contains(&iova) {
+            return Err(DmaError::Interrupt { address: iova });
+        }
+        let request = request(self.rid, attributes, iova, access);
+        match self.engine.translate(self.pasid_cache, self.counters, &request) {
+            Ok(target) => {
+                let address = self.engine.guest_address(&target);
+                let length = MAX_PIECE.min(target.length as usize);
+                address.map(|address| (address, length)).ok_or_else(|| no_memory(iova))
+            }
+            Err(fault) => {
+                self.faults.list.push((request, fault));
+                Err(fault_error(&request, fault))
+            }
+        }
+    }
+}
+
+/// Faults of a section that nobody has been told of.
+#[derive(Debug)]
+struct Unreported<'a> {
+    unit: &'a VtdUnit,
+    counters: &'a LocalCounters,
+    list: Vec<(Request, Fault)>,
+}
+
+impl Drop for Unreported<'_> {
+    fn drop(&mut self) {
+        for (request, fault) in self.list.drain(..) {
+            blocked(self.unit, self.counters, &request, fault);
+        }
+    }
+}
+
 /// A read-side critical section around one translation.
 #[derive(Debug)]
 pub struct Translated<'a> {
@@ -203,16 +276,6 @@ impl Translated<'_> {
     pub fn slice(&self) -> VolatileSlice<'_> {
         // A mapping lies in its memory ([`crate::iommufd::UserMemory`]), so there always is one.
         self.engine.slice(&self.target, self.length).unwrap_or_else(|| (&mut [][..]).into())
-    }
-
-    /// Where the regions that were mapped say that the memory is (bytes).
-    pub(super) fn guest_address(&self) -> Option<GuestAddress> {
-        self.engine.guest_address(&self.target)
-    }
-
-    /// Bytes of the slice.
-    pub(super) fn length(&self) -> usize {
-        self.length
     }
 }
 
@@ -241,6 +304,10 @@ fn request(rid: u16, attributes: DmaAttributes, address: u64, access: DmaAccess)
 fn blocked(unit: &VtdUnit, counters: &LocalCounters, request: &Request, fault: Fault) -> DmaError {
     counters.faults.count();
     unit.report(request, fault);
+    fault_error(request, fault)
+}
+
+fn fault_error(request: &Request, fault: Fault) -> DmaError {
     let Fault { reason, stage2 } = fault;
     DmaError::Fault { address: request.address, reason, stage2 }
 }

@@ -5,6 +5,7 @@ mod attachments;
 mod first_stage;
 mod reference;
 mod second_stage;
+mod sections;
 mod staleness;
 
 use std::cell::Cell;
