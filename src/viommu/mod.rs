@@ -12,7 +12,7 @@ mod interrupts;
 mod memory;
 mod observer;
 mod policy;
-mod ratelimit;
+pub(crate) mod ratelimit;
 pub mod vtd;
 
 pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError};

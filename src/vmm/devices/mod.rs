@@ -4,6 +4,7 @@
 mod dma_master;
 pub mod edu;
 mod message_writes;
+pub mod virtio;
 
 pub use dma_master::{DirectMemory, DmaError, DmaMaster};
 pub use message_writes::MessageWrites;

@@ -65,6 +65,20 @@ impl ConfigSpace {
         config
     }
 
+    /// Says which subsystem the function is, by its vendor and that one's own number.
+    pub fn set_subsystem(&mut self, vendor: u16, id: u16) {
+        let both = u32::from(id) << 16 | u32::from(vendor);
+        self.put(SUBSYSTEM_VENDOR_ID, &both.to_le_bytes());
+    }
+
+    /// Adds a vendor's own capability of which software may change nothing: `body` follows its
+    /// three-byte header. Returns its offset.
+    pub fn add_vendor_capability(&mut self, body: &[u8]) -> u16 {
+        // A capability lies in the first 256 bytes.
+        let length = [(body.len() + 3) as u8];
+        self.add_capability(CAPABILITY_VENDOR, &[&length, body].concat(), &[])
+    }
+
     /// Gives the function memory BAR `index` (32 bits, not prefetchable) of `size` bytes, a power
     /// of two of at least 4096, at `address`.
     pub fn add_bar(&mut self, index: usize, size: u32, address: u32) {

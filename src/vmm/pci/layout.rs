@@ -18,6 +18,8 @@ pub const COMMAND: u16 = 0x04;
 pub const STATUS: u16 = 0x06;
 /// Revision ID; the class code follows.
 pub const REVISION_ID: u16 = 0x08;
+/// Subsystem vendor ID; the subsystem ID follows.
+pub const SUBSYSTEM_VENDOR_ID: u16 = 0x2c;
 /// First base address register.
 pub const BAR0: u16 = 0x10;
 /// Number of base address registers.
@@ -38,6 +40,10 @@ pub const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// Capability ID of MSI.
 pub const CAPABILITY_MSI: u8 = 0x05;
+/// Capability ID of a vendor's own capability.
+pub const CAPABILITY_VENDOR: u8 = 0x09;
+/// Capability ID of MSI-X.
+pub const CAPABILITY_MSIX: u8 = 0x11;
 /// Capability ID of PCI Express.
 pub const CAPABILITY_EXPRESS: u8 = 0x10;
 /// Extended capability ID of PASID.
@@ -77,6 +83,21 @@ pub struct MsiControl {
     pub address_64: bool,
     #[bits(8)]
     __: u8,
+}
+
+/// MSI-X message control (§7.7.2.2).
+#[bitfield(u16)]
+#[derive(PartialEq, Eq)]
+pub struct MsixControl {
+    /// Number of vectors, less one.
+    #[bits(11)]
+    pub table_size: u16,
+    #[bits(3)]
+    __: u8,
+    /// Every vector is masked.
+    pub function_mask: bool,
+    /// Interrupts are messages.
+    pub enable: bool,
 }
 
 /// PASID capability register (§7.8.9.2).

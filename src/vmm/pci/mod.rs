@@ -2,7 +2,7 @@
 //! PCI Express: one root bus, its functions, and the ways a guest reaches them.
 //!
 //! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
-//! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.8.9 PASID).
+//! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9 PASID).
 #![forbid(unsafe_code)]
 
 mod bar;
@@ -14,6 +14,7 @@ mod ecam;
 mod host_bridge;
 mod intx;
 mod layout;
+mod msix;
 
 pub use bar::BarPlacement;
 pub use bus::{PciBus, PciFunction, PciMemory};
@@ -23,6 +24,7 @@ pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
 pub use intx::{interrupt_of_pin, IntxPin, IntxRouter};
-pub use layout::Command;
+pub use layout::{Command, MsixControl};
+pub use msix::{InterruptVector, MessageVector, Msix, MsixCapability, MsixPlace};
 
 pub use crate::viommu::MsiMessage;

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a device does, whatever transport it is on.
+#![forbid(unsafe_code)]
+
+use std::os::fd::RawFd;
+
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::memory::DeviceMemory;
+use super::queue::{Broken, Virtqueue};
+
+/// Feature bits of a device or of a driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// The feature with this number, alone.
+    pub const fn bit(number: u32) -> Self {
+        Self(1 << number)
+    }
+
+    /// These and `other`.
+    #[must_use]
+    pub const fn with(self, number: u32) -> Self {
+        Self(self.0 | 1 << number)
+    }
+
+    /// Whether the feature with this number is among them.
+    pub const fn has(self, number: u32) -> bool {
+        self.0 >> number & 1 != 0
+    }
+
+    /// What every device offers (virtio 1.3 §6): version 1, indirect descriptors, event indices;
+    /// and behind an IOMMU that it is.
+    pub const fn of_transport(behind_iommu: bool) -> Self {
+        let features = Self(0)
+            .with(VIRTIO_F_VERSION_1)
+            .with(VIRTIO_RING_F_INDIRECT_DESC)
+            .with(VIRTIO_RING_F_EVENT_IDX);
+        match behind_iommu {
+            true => features.with(VIRTIO_F_ACCESS_PLATFORM),
+            false => features,
+        }
+    }
+}
+
+/// What a device says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// Its name in log lines and reports.
+    pub name: &'static str,
+    /// Device type (§5).
+    pub device_type: u16,
+    /// PCI base class, sub-class and programming interface, from bit 23 down.
+    pub class: u32,
+    /// What it offers beside [`Features::of_transport`].
+    pub features: Features,
+    /// The most descriptors of each queue: powers of two.
+    pub queue_sizes: &'static [u16],
+    /// Its configuration, which does not change.
+    pub config: Vec<u8>,
+}
+
+/// What a device does. It runs on a thread of its own.
+pub trait Backend: Send {
+    /// What it says of itself. Always the same.
+    fn model(&self) -> Model;
+
+    /// The driver is ready and accepted `features`.
+    ///
+    /// # Errors
+    /// When the device cannot do that: it then needs a reset.
+    fn start(&mut self, features: Features) -> Result<(), Broken>;
+
+    /// What becomes readable when there is input from outside. It is asked for once after each
+    /// start; edges count, so input is read until there is no more.
+    fn input(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// Serves queue `number`, a bounded part of it. Says whether there may be more.
+    ///
+    /// # Errors
+    /// When the device cannot go on without a reset.
+    fn serve(
+        &mut self,
+        number: usize,
+        queues: &mut [Virtqueue],
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Broken>;
+
+    /// The queue that input goes to, to be served when there is some.
+    fn input_queue(&self) -> usize {
+        0
+    }
+}

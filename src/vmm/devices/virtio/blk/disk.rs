@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A raw disk image, and the buffer between it and guest memory.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
+
+/// Bytes of a sector, the unit of addresses (virtio 1.3 §5.2.6).
+pub const SECTOR_SIZE: u64 = 512;
+/// What `O_DIRECT` may want offsets, lengths and buffers aligned to.
+const PAGE_SIZE: usize = 4096;
+
+/// Why there is no disk.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// It cannot be opened.
+    #[error("{path}: {source}", path = .path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("{path}: neither a file nor a block device", path = .0.display())]
+    Kind(PathBuf),
+    /// There is nothing in it.
+    #[error("{path}: the image is empty", path = .0.display())]
+    Empty(PathBuf),
+    /// Not whole blocks.
+    #[error("{path}: {size} bytes are not a multiple of {block} bytes", path = .path.display())]
+    Unaligned {
+        /// The image.
+        path: PathBuf,
+        /// Its length in bytes.
+        size: u64,
+        /// Length of a block in bytes.
+        block: u32,
+    },
+}
+
+/// A raw disk image.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    size: u64,
+    block_size: u32,
+    read_only: bool,
+    id: String,
+}
+
+impl Disk {
+    /// Opens the image at `path`; `direct` goes around the host's page cache.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or its length is no disk's.
+    pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<Self, DiskError> {
+        let failed = |source| DiskError::Open { path: path.to_owned(), source };
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        let opened = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
+        let mut file = opened.map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let kind = metadata.mode() & libc::S_IFMT;
+        if kind != libc::S_IFREG && kind != libc::S_IFBLK {
+            return Err(DiskError::Kind(path.to_owned()));
+        }
+        // The length of a block device is not in its metadata.
+        let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if size == 0 {
+            return Err(DiskError::Empty(path.to_owned()));
+        }
+        let block_size = if direct { direct_block_size(&file).map_err(failed)? } else { 512 };
+        if size % u64::from(block_size) != 0 {
+            return Err(DiskError::Unaligned { path: path.to_owned(), size, block: block_size });
+        }
+        let id = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
+        Ok(Self { file, size, block_size, read_only, id })
+    }
+
+    /// Length in bytes: whole blocks.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The length in bytes that requests are multiples of.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Whether it cannot be written.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// What tells it from other disks, in ASCII.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Whether `length` bytes from `offset` on are whole blocks of the disk.
+    pub fn has(&self, offset: u64, length: u64) -> bool {
+        let block = u64::from(self.block_size);
+        let end = offset.checked_add(length);
+        offset % block == 0 && length % block == 0 && end.is_some_and(|end| end <= self.size)
+    }
+
+    /// Reads the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// What the system says; an image that became shorter is an error too.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(data, offset)
+    }
+
+    /// Writes the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    /// Returns when all that was written is on the medium.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// The alignment that direct input and output of `file` needs: tried, as it has no better name.
+fn direct_block_size(file: &File) -> io::Result<u32> {
+    let mut buffer = BounceBuffer::new(PAGE_SIZE);
+    match file.read_at(&mut buffer.bytes()[..SECTOR_SIZE as usize], 0) {
+        Ok(_) => Ok(SECTOR_SIZE as u32),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(PAGE_SIZE as u32),
+        Err(error) => Err(error),
+    }
+}
+
+/// Memory that is aligned as `O_DIRECT` wants it.
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_SIZE]);
+
+/// A buffer aligned to 4096 bytes.
+pub struct BounceBuffer(Vec<Page>);
+
+impl BounceBuffer {
+    /// A buffer of `length` bytes, rounded up to whole pages.
+    pub fn new(length: usize) -> Self {
+        Self(vec![Page::new_zeroed(); length.div_ceil(PAGE_SIZE)])
+    }
+
+    /// All of it.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        self.0.as_mut_slice().as_mut_bytes()
+    }
+}
+
+impl std::fmt::Debug for BounceBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BounceBuffer({} pages)", self.0.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn image(length: usize) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&vec![7; length]).unwrap();
+        file
+    }
+
+    #[test]
+    fn only_whole_sectors_are_a_disk() {
+        let error = Disk::open(Path::new("/nonexistent/disk"), false, false).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/disk: No such file"), "{error}");
+        let error = Disk::open(image(0).path(), false, false).unwrap_err();
+        assert!(matches!(error, DiskError::Empty(_)));
+        let error = Disk::open(image(1000).path(), false, false).unwrap_err();
+        assert!(error.to_string().contains("1000 bytes are not a multiple of 512"), "{error}");
+        let error = Disk::open(Path::new("/dev/null"), true, false).unwrap_err();
+        assert!(matches!(error, DiskError::Kind(_)));
+    }
+
+    #[test]
+    fn ranges_are_whole_blocks_that_the_disk_has() {
+        let disk = Disk::open(image(4096).path(), true, false).unwrap();
+        assert!(disk.has(0, 4096) && disk.has(512, 0) && disk.has(3584, 512));
+        assert!(!disk.has(3584, 1024) && !disk.has(1, 512) && !disk.has(0, 511));
+        assert!(!disk.has(u64::MAX - 511, 512));
+        assert!(disk.write(0, &[1]).is_err());
+    }
+
+    #[test]
+    fn direct_or_not_it_holds_what_was_written() {
+        let file = image(16384);
+        for direct in [false, true] {
+            let disk = match Disk::open(file.path(), false, direct) {
+                Ok(disk) => disk,
+                // Not every file system of a test machine can do without its cache.
+                Err(DiskError::Open { source, .. })
+                    if source.raw_os_error() == Some(libc::EINVAL) =>
+                {
+                    continue
+                }
+                Err(error) => panic!("{error}"),
+            };
+            let mut buffer = BounceBuffer::new(8192);
+            assert_eq!(buffer.bytes().as_ptr() as usize % 4096, 0);
+            buffer.bytes().fill(u8::from(direct));
+            disk.write(4096, buffer.bytes()).unwrap();
+            disk.flush().unwrap();
+            buffer.bytes().fill(9);
+            disk.read(8192, &mut buffer.bytes()[..4096]).unwrap();
+            assert!(buffer.bytes()[..4096].iter().all(|byte| *byte == u8::from(direct)));
+            assert!(disk.read(16384, buffer.bytes()).is_err());
+        }
+    }
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The block device (virtio 1.3 §5.2).
+//!
+//! Data goes through a buffer of the device, piece by piece: the disk is read or written while no
+//! section is open, and memory is copied while nothing is waited for.
+#![forbid(unsafe_code)]
+
+mod disk;
+#[cfg(test)]
+mod tests;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+use super::backend::{Backend, Features, Model};
+use super::chain::{Chain, Unreachable};
+use super::memory::DeviceMemory;
+use super::queue::{Broken, Virtqueue};
+use crate::viommu::ratelimit::RateLimit;
+
+pub use disk::{BounceBuffer, Disk, DiskError, SECTOR_SIZE};
+
+/// Descriptors of the queue.
+const QUEUE_SIZE: u16 = 256;
+/// Data buffers of a request: what is left of a queue full beside header and status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Bytes that are transferred at once: what a section copies at most.
+const PIECE: usize = 128 << 10;
+
+/// Header of a request (§5.2.6).
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct Header {
+    kind: U32,
+    reserved: U32,
+    sector: U64,
+}
+
+/// The start of the configuration (§5.2.4): fields of features that are not offered are zero.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Config {
+    capacity: U64,
+    size_max: U32,
+    seg_max: U32,
+    geometry: U32,
+    blk_size: U32,
+}
+
+/// Why a request fails.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Unreachable(#[from] Unreachable),
+    #[error("disk: {0}")]
+    Disk(#[from] std::io::Error),
+    #[error("sector {sector} and {length} bytes are not blocks of the disk")]
+    Range { sector: u64, length: u64 },
+    #[error("the disk is read-only")]
+    ReadOnly,
+    #[error("requests of type {0} are not supported")]
+    Unsupported(u32),
+}
+
+impl Failure {
+    fn status(&self) -> u8 {
+        let status = match self {
+            Self::Unsupported(_) => VIRTIO_BLK_S_UNSUPP,
+            _ => VIRTIO_BLK_S_IOERR,
+        };
+        // Three values, all small.
+        status as u8
+    }
+}
+
+/// The block device.
+#[derive(Debug)]
+pub struct Block {
+    engine: Engine,
+    failures: RateLimit,
+}
+
+/// What does the requests.
+#[derive(Debug)]
+struct Engine {
+    disk: Disk,
+    buffer: BounceBuffer,
+    /// The driver knows of flushes. If not, every write is one (§5.2.6.2).
+    flushes: bool,
+}
+
+impl Block {
+    /// A device that holds `disk`.
+    pub fn new(disk: Disk) -> Self {
+        let engine = Engine { disk, buffer: BounceBuffer::new(PIECE), flushes: false };
+        Self { engine, failures: RateLimit::default() }
+    }
+}
+
+impl Backend for Block {
+    fn model(&self) -> Model {
+        let disk = &self.engine.disk;
+        let features = Features::default()
+            .with(VIRTIO_BLK_F_SEG_MAX)
+            .with(VIRTIO_BLK_F_BLK_SIZE)
+            .with(VIRTIO_BLK_F_FLUSH);
+        let config = Config {
+            capacity: (disk.size() / SECTOR_SIZE).into(),
+            size_max: 0.into(),
+            seg_max: SEG_MAX.into(),
+            geometry: 0.into(),
+            blk_size: disk.block_size().into(),
+        };
+        Model {
+            name: "blk",
+            device_type: VIRTIO_ID_BLOCK as u16,
+            // Mass storage, of no standard kind.
+            class: 0x01_8000,
+            features: if disk.is_read_only() { features.with(VIRTIO_BLK_F_RO) } else { features },
+            queue_sizes: &[QUEUE_SIZE],
+            config: config.as_bytes().to_vec(),
+        }
+    }
+
+    fn start(&mut self, features: Features) -> Result<(), Broken> {
+        self.engine.flushes = features.has(VIRTIO_BLK_F_FLUSH);
+        Ok(())
+    }
+
+    fn serve(
+        &mut self,
+        number: usize,
+        queues: &mut [Virtqueue],
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Broken> {
+        let Some(queue) = queues.get_mut(number) else { return Ok(false) };
+        let counters = queue.counters();
+        queue.drain(memory, |memory, chain| {
+            // The last byte to write is the status; the data is before it.
+            let status_at = chain.writable().checked_sub(1).ok_or(Broken::Status)?;
+            let result = self.engine.request(memory, chain, status_at);
+            let (status, written) = match &result {
+                Ok(()) => (VIRTIO_BLK_S_OK as u8, chain.writable()),
+                // How much of the data was written before is nobody's business.
+                Err(failure) => (failure.status(), if status_at == 0 { 1 } else { 0 }),
+            };
+            if let Err(failure) = result {
+                if matches!(failure, Failure::Unreachable(_)) {
+                    counters.unreachable.add();
+                }
+                self.failures.warn(format_args!("blk: a request fails: {failure}"));
+            }
+            chain.write(memory, status_at, &[status]).map_err(|_| Broken::Status)?;
+            // Chains have less than 2^32 bytes.
+            Ok(written as u32)
+        })
+    }
+}
+
+impl Engine {
+    /// Does the request of `chain`, which has `length` bytes for data to the driver.
+    fn request(
+        &mut self,
+        memory: &mut DeviceMemory,
+        chain: &Chain,
+        length: u64,
+    ) -> Result<(), Failure> {
+        let mut header = Header::new_zeroed();
+        chain.read(memory, 0, header.as_mut_bytes())?;
+        let sector = header.sector.get();
+        match header.kind.get() {
+            VIRTIO_BLK_T_IN => self.read(memory, chain, sector, length),
+            VIRTIO_BLK_T_OUT => {
+                // The header has been read, so there are as many bytes.
+                let length = chain.readable() - size_of::<Header>() as u64;
+                self.write(memory, chain, sector, length)
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(self.disk.flush()?),
+            VIRTIO_BLK_T_GET_ID => {
+                let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+                id.iter_mut().zip(self.disk.id().bytes()).for_each(|(to, from)| *to = from);
+                // A driver that has less room gets less.
+                let length = length.min(id.len() as u64) as usize;
+                Ok(chain.write(memory, 0, &id[..length])?)
+            }
+            kind => Err(Failure::Unsupported(kind)),
+        }
+    }
+
+    fn read(
+        &mut self,
+        memory: &mut DeviceMemory,
+        chain: &Chain,
+        sector: u64,
+        length: u64,
+    ) -> Result<(), Failure> {
+        let start = self.start(sector, length)?;
+        let mut done = 0;
+        while done < length {
+            let piece = self.buffer.piece(length - done);
+            self.disk.read(start + done, piece)?;
+            chain.write(memory, done, piece)?;
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write(
+        &mut self,
+        memory: &mut DeviceMemory,
+        chain: &Chain,
+        sector: u64,
+        length: u64,
+    ) -> Result<(), Failure> {
+        if self.disk.is_read_only() {
+            return Err(Failure::ReadOnly);
+        }
+        let start = self.start(sector, length)?;
+        let mut done = 0;
+        while done < length {
+            let piece = self.buffer.piece(length - done);
+            chain.read(memory, size_of::<Header>() as u64 + done, piece)?;
+            self.disk.write(start + done, piece)?;
+            done += piece.len() as u64;
+        }
+        if !self.flushes {
+            self.disk.flush()?;
+        }
+        Ok(())
+    }
+
+    /// The byte that `sector` starts at, if `length` bytes from there on are blocks of the disk.
+    fn start(&self, sector: u64, length: u64) -> Result<u64, Failure> {
+        sector
+            .checked_mul(SECTOR_SIZE)
+            .filter(|start| self.disk.has(*start, length))
+            .ok_or(Failure::Range { sector, length })
+    }
+}
+
+impl BounceBuffer {
+    /// The start of the buffer: `left` bytes, or all there is.
+    fn piece(&mut self, left: u64) -> &mut [u8] {
+        let bytes = self.bytes();
+        let length = left.min(bytes.len() as u64) as usize;
+        &mut bytes[..length]
+    }
+}

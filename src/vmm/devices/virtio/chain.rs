@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Descriptor chains, read once, and the copies between their buffers and the device.
+//!
+//! What a driver wrote is read one time and checked; nothing later depends on what it may write
+//! meanwhile. Buffers are translated anew in each section.
+#![forbid(unsafe_code)]
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::memory::{DeviceMemory, SectionMemory};
+use super::queue::Broken;
+
+/// A buffer as the driver described it: addresses of the device's own address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Buffer {
+    address: GuestAddress,
+    /// In bytes, not 0.
+    length: u32,
+}
+
+/// A chain of buffers, those for the device to read first (virtio 1.3 §2.7.4.2).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    head: u16,
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+}
+
+/// A buffer cannot be reached: the IOMMU, or the lack of memory, is in the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a buffer cannot be reached")]
+pub struct Unreachable;
+
+impl Chain {
+    /// Reads a chain of at most `limit` descriptors.
+    pub(super) fn read_from<'a>(
+        descriptors: virtio_queue::DescriptorChain<&SectionMemory<'a>>,
+        limit: u16,
+    ) -> Result<Self, Broken> {
+        let mut chain =
+            Self { head: descriptors.head_index(), readable: Vec::new(), writable: Vec::new() };
+        let (mut count, mut complete) = (0, false);
+        for descriptor in descriptors {
+            count += 1;
+            if count > limit {
+                return Err(Broken::Chain("it is longer than the queue"));
+            }
+            complete = !descriptor.has_next();
+            let buffer = Buffer { address: descriptor.addr(), length: descriptor.len() };
+            let buffers = match descriptor.is_write_only() {
+                true => &mut chain.writable,
+                false if chain.writable.is_empty() => &mut chain.readable,
+                false => return Err(Broken::Chain("a buffer to read follows one to write")),
+            };
+            if buffer.length != 0 {
+                buffers.push(buffer);
+            }
+        }
+        // Iteration ends early where a descriptor cannot be read or leads nowhere.
+        if !complete {
+            return Err(Broken::Chain("it does not end"));
+        }
+        Ok(chain)
+    }
+
+    /// Index of the first descriptor.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes for the device to read.
+    pub fn readable(&self) -> u64 {
+        length(&self.readable)
+    }
+
+    /// Bytes for the device to write.
+    pub fn writable(&self) -> u64 {
+        length(&self.writable)
+    }
+
+    /// Fills `data` with the bytes to read from `offset` on, in one section: keep it short.
+    ///
+    /// # Errors
+    /// When a buffer cannot be reached, or the chain has fewer bytes.
+    pub fn read(
+        &self,
+        memory: &mut DeviceMemory,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), Unreachable> {
+        let section = memory.section();
+        let mut rest = data;
+        for (address, length) in pieces(&self.readable, offset, rest.len()) {
+            let (piece, after) = rest.split_at_mut_checked(length).ok_or(Unreachable)?;
+            section.read_slice(piece, address).map_err(|_| Unreachable)?;
+            rest = after;
+        }
+        rest.is_empty().then_some(()).ok_or(Unreachable)
+    }
+
+    /// Writes `data` to the bytes to write from `offset` on, in one section: keep it short.
+    ///
+    /// # Errors
+    /// As [`Chain::read`]; some bytes may have been written.
+    pub fn write(
+        &self,
+        memory: &mut DeviceMemory,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), Unreachable> {
+        let section = memory.section();
+        let mut rest = data;
+        for (address, length) in pieces(&self.writable, offset, rest.len()) {
+            let (piece, after) = rest.split_at_checked(length).ok_or(Unreachable)?;
+            section.write_slice(piece, address).map_err(|_| Unreachable)?;
+            rest = after;
+        }
+        rest.is_empty().then_some(()).ok_or(Unreachable)
+    }
+}
+
+fn length(buffers: &[Buffer]) -> u64 {
+    buffers.iter().map(|buffer| u64::from(buffer.length)).sum()
+}
+
+/// The pieces of `buffers` that are `count` bytes from `offset` on, as far as there are so many.
+fn pieces(
+    buffers: &[Buffer],
+    offset: u64,
+    count: usize,
+) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+    let (mut skip, mut left) = (offset, count);
+    buffers.iter().filter_map(move |buffer| {
+        let length = u64::from(buffer.length);
+        let skipped = skip.min(length);
+        skip -= skipped;
+        // At most the length of a buffer, so it fits.
+        let taken = left.min((length - skipped) as usize);
+        left -= taken;
+        // A buffer past the end of the address space cannot be reached wherever it seems to be.
+        let address = GuestAddress(buffer.address.0.saturating_add(skipped));
+        (taken != 0).then_some((address, taken))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn buffers(lengths: &[u32]) -> Vec<Buffer> {
+        let mut address = 0x1000;
+        let buffer = |length: &u32| {
+            let buffer = Buffer { address: GuestAddress(address), length: *length };
+            // A gap after each, so that no two are one.
+            address += u64::from(*length) + 3;
+            buffer
+        };
+        lengths.iter().map(buffer).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_the_bytes_asked_for(
+            lengths in proptest::collection::vec(1u32..20, 0..6),
+            offset in 0u64..80,
+            count in 0usize..80,
+        ) {
+            let buffers = buffers(&lengths);
+            let bytes = buffers.iter().flat_map(|buffer| {
+                (0..u64::from(buffer.length)).map(|byte| buffer.address.0 + byte)
+            });
+            let expected: Vec<_> = bytes.skip(offset as usize).take(count).collect();
+            let got: Vec<_> = pieces(&buffers, offset, count)
+                .flat_map(|(address, length)| (0..length as u64).map(move |byte| address.0 + byte))
+                .collect();
+            prop_assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
+    fn a_chain_without_enough_bytes_cannot_be_reached() {
+        let map = vm_memory::GuestMemoryMmap::from_ranges(&[(GuestAddress(0x1000), 0x1000)]);
+        let mut memory = DeviceMemory::direct(map.unwrap());
+        let chain = Chain { head: 0, readable: buffers(&[4, 4]), writable: buffers(&[8]) };
+        assert_eq!((chain.readable(), chain.writable()), (8, 8));
+        chain.write(&mut memory, 0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+        let mut data = [0; 3];
+        chain.read(&mut memory, 3, &mut data).unwrap();
+        // The second buffer starts at the eighth byte.
+        assert_eq!(data, [4, 8, 0]);
+        assert_eq!(chain.read(&mut memory, 6, &mut data), Err(Unreachable));
+        assert_eq!(chain.write(&mut memory, 6, &data), Err(Unreachable));
+        let away = Chain {
+            writable: vec![Buffer { address: GuestAddress(u64::MAX - 1), length: 8 }],
+            ..chain
+        };
+        assert_eq!(away.write(&mut memory, 4, &[0]), Err(Unreachable));
+    }
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the transport and the worker of a device share, without waiting for each other.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicU8, Ordering};
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use crate::viommu::ratelimit::RateLimit;
+use crate::vmm::pci::Msix;
+use crate::vmm::{Error, Result};
+
+/// The vector that is none (virtio 1.3 §4.1.4.3).
+pub const NO_VECTOR: u16 = 0xffff;
+/// Interrupt status: a queue was used (§4.1.4.5).
+const ISR_QUEUE: u8 = 1;
+/// Interrupt status: the configuration changed.
+const ISR_CONFIGURATION: u8 = 2;
+
+/// A count that one thread adds to and others read.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// One more.
+    pub fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many there were.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Requests of a device. Reads are of each number alone, not of one moment.
+#[derive(Debug, Default)]
+pub struct RequestCounters {
+    /// Chains that were given back to the driver.
+    pub done: Count,
+    /// Requests that failed because a buffer could not be reached.
+    pub unreachable: Count,
+}
+
+/// What the transport and the worker of a device share.
+pub struct Link {
+    name: String,
+    /// The vectors' messages.
+    pub msix: Msix,
+    /// Requests of the device.
+    pub counters: Arc<RequestCounters>,
+    /// Written when a queue has something new: by the guest, or by the device itself.
+    queue_events: Vec<EventFd>,
+    queue_vectors: Vec<AtomicU16>,
+    config_vector: AtomicU16,
+    isr: AtomicU8,
+    needs_reset: AtomicBool,
+    driver_ok: AtomicBool,
+    bus_master: AtomicBool,
+    mistakes: RateLimit,
+}
+
+impl Link {
+    /// The link of a device with `queues` queues that interrupts through `msix`; `name` is for log
+    /// lines.
+    ///
+    /// # Errors
+    /// When the system has no file descriptors left.
+    pub fn new(name: String, queues: usize, msix: Msix) -> Result<Self> {
+        let event = |_| EventFd::new(EFD_NONBLOCK).map_err(Error::os("making an event"));
+        Ok(Self {
+            name,
+            msix,
+            counters: Arc::default(),
+            queue_events: (0..queues).map(event).collect::<Result<_>>()?,
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            isr: AtomicU8::new(0),
+            needs_reset: AtomicBool::new(false),
+            driver_ok: AtomicBool::new(false),
+            bus_master: AtomicBool::new(false),
+            mistakes: RateLimit::default(),
+        })
+    }
+
+    /// The name of the device.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The events of the queues, in their order.
+    pub fn queue_events(&self) -> &[EventFd] {
+        &self.queue_events
+    }
+
+    /// Tells the worker that queue `number` has something new.
+    pub fn notify(&self, number: usize) {
+        if let Some(event) = self.queue_events.get(number) {
+            // It fails only when the event has been written 2^64 - 2 times and not read: the
+            // worker will look anyway.
+            let _ = event.write(1);
+        }
+    }
+
+    /// Tells the worker to look at every queue.
+    pub fn notify_all(&self) {
+        (0..self.queue_events.len()).for_each(|number| self.notify(number));
+    }
+
+    /// Interrupts the driver: queue `number` was used.
+    pub fn queue_used(&self, number: usize) {
+        self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
+        if let Some(vector) = self.queue_vectors.get(number) {
+            self.send(vector.load(Ordering::SeqCst));
+        }
+    }
+
+    /// The device cannot go on until it is reset (§2.1.2); the driver is told if it is ready for
+    /// that.
+    pub fn set_needs_reset(&self, why: &dyn fmt::Display) {
+        self.mistake(why);
+        self.needs_reset.store(true, Ordering::SeqCst);
+        if self.driver_ok.load(Ordering::SeqCst) {
+            self.isr.fetch_or(ISR_CONFIGURATION, Ordering::SeqCst);
+            self.send(self.config_vector.load(Ordering::SeqCst));
+        }
+    }
+
+    /// Whether the device cannot go on until it is reset.
+    pub fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// Logs what the driver did wrong.
+    pub fn mistake(&self, what: &dyn fmt::Display) {
+        self.mistakes.warn(format_args!("{}: {what}", self.name));
+    }
+
+    /// The driver is ready, or not any more.
+    pub fn set_driver_ok(&self, ok: bool) {
+        self.driver_ok.store(ok, Ordering::SeqCst);
+    }
+
+    /// The function may make requests of its own, or not any more.
+    pub fn set_bus_master(&self, allowed: bool) {
+        if !self.bus_master.swap(allowed, Ordering::SeqCst) && allowed {
+            self.notify_all();
+        }
+    }
+
+    /// Whether the function may make requests of its own.
+    pub fn bus_master(&self) -> bool {
+        self.bus_master.load(Ordering::SeqCst)
+    }
+
+    /// Reads the interrupt status, and clears it.
+    pub fn take_isr(&self) -> u8 {
+        self.isr.swap(0, Ordering::SeqCst)
+    }
+
+    /// The vector of configuration changes.
+    pub fn config_vector(&self) -> u16 {
+        self.config_vector.load(Ordering::SeqCst)
+    }
+
+    /// Sets the vector of configuration changes; one that is not there becomes none.
+    pub fn set_config_vector(&self, vector: u16) {
+        self.config_vector.store(self.existing(vector), Ordering::SeqCst);
+    }
+
+    /// The vector of queue `number`.
+    pub fn queue_vector(&self, number: usize) -> u16 {
+        self.queue_vectors.get(number).map_or(NO_VECTOR, |vector| vector.load(Ordering::SeqCst))
+    }
+
+    /// Sets the vector of queue `number`; one that is not there becomes none.
+    pub fn set_queue_vector(&self, number: usize, vector: u16) {
+        if let Some(place) = self.queue_vectors.get(number) {
+            place.store(self.existing(vector), Ordering::SeqCst);
+        }
+    }
+
+    /// Back to how it was made. The worker must have stopped.
+    pub fn reset(&self) {
+        self.needs_reset.store(false, Ordering::SeqCst);
+        self.driver_ok.store(false, Ordering::SeqCst);
+        self.isr.store(0, Ordering::SeqCst);
+        self.config_vector.store(NO_VECTOR, Ordering::SeqCst);
+        for vector in &self.queue_vectors {
+            vector.store(NO_VECTOR, Ordering::SeqCst);
+        }
+    }
+
+    fn existing(&self, vector: u16) -> u16 {
+        match usize::from(vector) < self.msix.len() {
+            true => vector,
+            false => NO_VECTOR,
+        }
+    }
+
+    fn send(&self, vector: u16) {
+        // Messages are requests too.
+        if vector != NO_VECTOR && self.bus_master() {
+            self.msix.trigger(vector);
+        }
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("name", &self.name)
+            .field("needs_reset", &self.needs_reset)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Virtio devices (OASIS Virtio 1.3): block, network and entropy, over PCI.
+//!
+//! vCPU threads work on the transport ([`VirtioPci`]); from the driver's DRIVER_OK to the reset a
+//! worker of its own has the device's [`Backend`] and queues to itself. A device reaches memory
+//! only in sections of its [`DeviceMemory`], each a bounded piece of work in which nothing is
+//! waited for: so an invalidation of the IOMMU returns when no copy by an older translation is
+//! under way, and never waits for a disk or a network.
+//!
+//! What a driver does wrong is ignored where registers are concerned; where queues are, the device
+//! needs a reset.
+
+mod backend;
+mod blk;
+mod chain;
+mod link;
+mod memory;
+mod net;
+mod pci;
+mod queue;
+mod rng;
+#[cfg(test)]
+mod testing;
+mod worker;
+
+pub use backend::{Backend, Features, Model};
+pub use blk::{Block, Disk, DiskError};
+pub use chain::{Chain, Unreachable};
+pub use link::{Count, RequestCounters};
+pub use memory::{DeviceMemory, DmaSection, SectionMemory};
+pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
+pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};
+pub use queue::{Broken, QueueSetup, Virtqueue};
+pub use rng::Rng;

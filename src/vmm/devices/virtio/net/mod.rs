@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The network device (virtio 1.3 §5.1), one pair of queues over a tap interface.
+//!
+//! The tap interface speaks the device's own headers, so checksums and segmentation that a driver
+//! leaves to the device are left to the host's network stack.
+
+mod link;
+mod mac;
+mod tap;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::RawFd;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+};
+
+use super::backend::{Backend, Features, Model};
+use super::chain::Chain;
+use super::memory::DeviceMemory;
+use super::queue::{Broken, Virtqueue};
+
+pub use link::FrameLink;
+pub use mac::{MacAddress, NoMac};
+pub use tap::{Tap, TapError};
+
+/// Queue of buffers for what comes in.
+const RECEIVE: usize = 0;
+/// Queue of what goes out.
+const TRANSMIT: usize = 1;
+/// Descriptors of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// The longest frame of the host's stack, its header included: 64 KiB and a link-layer header.
+const MAX_FRAME: usize = Tap::HEADER_SIZE + 65_536 + 18;
+/// Header: the number of buffers that a frame is in.
+const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+
+/// The network device.
+#[derive(Debug)]
+pub struct Net<L> {
+    link: L,
+    mac: MacAddress,
+    /// What came in, and has no buffer of the driver's yet.
+    incoming: Vec<u8>,
+    incoming_length: usize,
+    outgoing: Vec<u8>,
+}
+
+impl<L: FrameLink> Net<L> {
+    /// A device with address `mac`, whose frames come from and go to `link`.
+    pub fn new(link: L, mac: MacAddress) -> Self {
+        Self {
+            link,
+            mac,
+            incoming: vec![0; MAX_FRAME],
+            incoming_length: 0,
+            outgoing: vec![0; MAX_FRAME],
+        }
+    }
+
+    /// Brings what comes in to the driver, as far as it has buffers, at most one queue full.
+    fn receive(
+        &mut self,
+        queue: &mut Virtqueue,
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Broken> {
+        queue.disable_notification(memory)?;
+        for _ in 0..QUEUE_SIZE {
+            if self.incoming_length == 0 && !self.next_frame()? {
+                // Buffers are there or are not: there is nothing to put in.
+                return Ok(false);
+            }
+            match queue.pop(memory)? {
+                Some(chain) => {
+                    let written = self.deliver(&chain, queue, memory);
+                    queue.push(memory, chain.head(), written)?;
+                }
+                None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes the next frame from outside, if there is one.
+    fn next_frame(&mut self) -> Result<bool, Broken> {
+        match self.link.receive(&mut self.incoming) {
+            Ok(length) if length < Tap::HEADER_SIZE => Ok(false),
+            Ok(length) => {
+                self.incoming_length = length;
+                // Without mergeable buffers a frame is in one (§5.1.6.4.1).
+                self.incoming[NUM_BUFFERS].copy_from_slice(&1u16.to_le_bytes());
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            // The interface may be down just now.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
+            Err(error) => Err(Broken::Device(format!("receiving: {error}"))),
+        }
+    }
+
+    /// Puts the frame into the buffers of `chain`; one that does not fit, or whose buffers cannot
+    /// be reached, is lost. Says how many bytes were written.
+    fn deliver(&mut self, chain: &Chain, queue: &Virtqueue, memory: &mut DeviceMemory) -> u32 {
+        let length = std::mem::take(&mut self.incoming_length);
+        let frame = &self.incoming[..length];
+        if chain.writable() < length as u64 {
+            return 0;
+        }
+        match chain.write(memory, 0, frame) {
+            Ok(()) => {
+                queue.counters().done.add();
+                length as u32
+            }
+            Err(_) => {
+                queue.counters().unreachable.add();
+                0
+            }
+        }
+    }
+
+    /// Sends what the driver has. What is malformed, cannot be reached or has no room is lost, as
+    /// frames are.
+    fn transmit(
+        &mut self,
+        queue: &mut Virtqueue,
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Broken> {
+        let counters = queue.counters();
+        queue.drain(memory, |memory, chain| {
+            let length = chain.readable();
+            if length <= Tap::HEADER_SIZE as u64 || length > MAX_FRAME as u64 {
+                return Ok(0);
+            }
+            // At most MAX_FRAME, the length of the buffer.
+            let frame = &mut self.outgoing[..length as usize];
+            if chain.read(memory, 0, frame).is_err() {
+                counters.unreachable.add();
+            } else if let Err(error) = self.link.send(frame) {
+                log::debug!("net: a frame is lost: {error}");
+            }
+            Ok(0)
+        })
+    }
+}
+
+impl<L: FrameLink> Backend for Net<L> {
+    fn model(&self) -> Model {
+        let features = Features::default()
+            .with(VIRTIO_NET_F_MAC)
+            .with(VIRTIO_NET_F_CSUM)
+            .with(VIRTIO_NET_F_GUEST_CSUM)
+            .with(VIRTIO_NET_F_HOST_TSO4)
+            .with(VIRTIO_NET_F_HOST_TSO6)
+            .with(VIRTIO_NET_F_HOST_ECN);
+        Model {
+            name: "net",
+            device_type: VIRTIO_ID_NET as u16,
+            class: 0x02_0000,
+            features,
+            queue_sizes: &[QUEUE_SIZE; 2],
+            config: self.mac.0.to_vec(),
+        }
+    }
+
+    fn start(&mut self, features: Features) -> Result<(), Broken> {
+        self.incoming_length = 0;
+        let partial_checksums = features.has(VIRTIO_NET_F_GUEST_CSUM);
+        let result = self.link.set_partial_checksums(partial_checksums);
+        result.map_err(|error| Broken::Device(format!("setting offloads: {error}")))
+    }
+
+    fn input(&self) -> Option<RawFd> {
+        Some(self.link.as_raw_fd())
+    }
+
+    fn input_queue(&self) -> usize {
+        RECEIVE
+    }
+
+    fn serve(
+        &mut self,
+        number: usize,
+        queues: &mut [Virtqueue],
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Broken> {
+        let Some(queue) = queues.get_mut(number) else { return Ok(false) };
+        match number {
+            RECEIVE => self.receive(queue, memory),
+            TRANSMIT => self.transmit(queue, memory),
+            _ => Ok(false),
+        }
+    }
+}

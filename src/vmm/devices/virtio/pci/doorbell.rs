@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Notifications that reach the worker without an exit to user space, as far as there is a KVM.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+/// What can turn guest writes to an address into events.
+pub trait Doorbells: Send + Sync {
+    /// From now on a guest's write to `address` writes `event`, and reaches nobody else. Says
+    /// whether that is so; if not, writes come the usual way.
+    fn attach(&self, address: u64, event: &EventFd) -> bool;
+
+    /// No longer.
+    fn detach(&self, address: u64, event: &EventFd);
+}
+
+/// Doorbells of a KVM: ioeventfd.
+#[derive(Debug)]
+pub struct KvmDoorbells(pub Arc<VmFd>);
+
+impl Doorbells for KvmDoorbells {
+    fn attach(&self, address: u64, event: &EventFd) -> bool {
+        let result = self.0.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
+        if let Err(error) = &result {
+            log::warn!("notifications at {address:#x} go through user space: {error}");
+        }
+        result.is_ok()
+    }
+
+    fn detach(&self, address: u64, event: &EventFd) {
+        if let Err(error) =
+            self.0.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+        {
+            log::error!("notifications stay at {address:#x}: {error}");
+        }
+    }
+}
+
+/// No doorbells: every notification is an exit.
+#[derive(Debug)]
+pub struct NoDoorbells;
+
+impl Doorbells for NoDoorbells {
+    fn attach(&self, _: u64, _: &EventFd) -> bool {
+        false
+    }
+
+    fn detach(&self, _: u64, _: &EventFd) {}
+}

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where the structures of a device are, and the capabilities that say so (virtio 1.3 §4.1.4).
+#![forbid(unsafe_code)]
+
+use super::common::COMMON_SIZE;
+use crate::vmm::pci::{ConfigSpace, MsixPlace};
+
+/// The one BAR of a device.
+pub(super) const BAR: u8 = 0;
+/// Its length in bytes.
+pub const BAR_SIZE: u32 = 0x8000;
+/// Each structure has a page of its own, so that they can be trapped, or not, each by itself.
+const PAGE: u64 = 0x1000;
+/// Notification: what is written there is queue `n`'s when it is at `n` times this.
+pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
+
+/// A structure in the BAR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Structure {
+    Common,
+    Isr,
+    Device,
+    Notify,
+    MsixTable,
+    MsixPending,
+}
+
+impl Structure {
+    /// The structure at `offset` of the BAR, and the offset in it.
+    pub fn at(offset: u64) -> Option<(Self, u64)> {
+        let structure = match offset / PAGE {
+            0 => Self::Common,
+            1 => Self::Isr,
+            2 => Self::Device,
+            3 => Self::Notify,
+            4 => Self::MsixTable,
+            5 => Self::MsixPending,
+            _ => return None,
+        };
+        Some((structure, offset % PAGE))
+    }
+
+    /// Its offset in the BAR.
+    pub fn start(self) -> u32 {
+        let page = match self {
+            Self::Common => 0,
+            Self::Isr => 1,
+            Self::Device => 2,
+            Self::Notify => 3,
+            Self::MsixTable => 4,
+            Self::MsixPending => 5,
+        };
+        page * PAGE as u32
+    }
+
+    /// Its place in the terms of MSI-X.
+    pub fn msix_place(self) -> MsixPlace {
+        MsixPlace { bar: BAR, offset: self.start() }
+    }
+}
+
+// Types of structures, in capabilities.
+const COMMON_CFG: u8 = 1;
+const NOTIFY_CFG: u8 = 2;
+const ISR_CFG: u8 = 3;
+const DEVICE_CFG: u8 = 4;
+
+/// Adds the capabilities of a device with `queues` queues and `config` bytes of configuration.
+pub(super) fn add_capabilities(space: &mut ConfigSpace, queues: u32, config: u32) {
+    let notify_length = queues * NOTIFY_MULTIPLIER;
+    let structures = [
+        (COMMON_CFG, Structure::Common, COMMON_SIZE),
+        (ISR_CFG, Structure::Isr, 1),
+        (NOTIFY_CFG, Structure::Notify, notify_length),
+        (DEVICE_CFG, Structure::Device, config),
+    ];
+    for (kind, structure, length) in structures.into_iter().filter(|(_, _, length)| *length != 0) {
+        let mut body = vec![kind, BAR, 0, 0, 0];
+        body.extend(structure.start().to_le_bytes());
+        body.extend(length.to_le_bytes());
+        if structure == Structure::Notify {
+            body.extend(NOTIFY_MULTIPLIER.to_le_bytes());
+        }
+        space.add_vendor_capability(&body);
+    }
+}

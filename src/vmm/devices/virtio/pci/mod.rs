@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Virtio over PCI (virtio 1.3 §4.1), without the legacy interface and without INTx.
+#![forbid(unsafe_code)]
+
+mod common;
+mod doorbell;
+mod layout;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use self::common::{CommonConfig, Effect};
+use self::layout::{Structure, NOTIFY_MULTIPLIER};
+use super::backend::{Backend, Features, Model};
+use super::link::{Link, RequestCounters};
+use super::memory::DeviceMemory;
+use super::queue::{Broken, Virtqueue};
+use super::worker::{Device, Worker};
+use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::vmm::pci::{ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction};
+use crate::vmm::Result;
+
+pub use doorbell::{Doorbells, KvmDoorbells, NoDoorbells};
+pub use layout::BAR_SIZE;
+
+/// Vendor of all virtio devices.
+const VENDOR: u16 = 0x1af4;
+/// Device ID of device type 0; others follow.
+const DEVICE_BASE: u16 = 0x1040;
+/// Anything from 0x40 on says that there is no legacy interface (§4.1.2.1).
+const SUBSYSTEM: u16 = 0x40;
+
+/// A virtio device as a PCI function. Dropping it stops it.
+///
+/// Lock order: the transport, then configuration space. The worker takes neither.
+pub struct VirtioPci {
+    model: Model,
+    config: Mutex<ConfigSpace>,
+    msix: MsixCapability,
+    link: Arc<Link>,
+    transport: Mutex<Transport>,
+    doorbells: Arc<dyn Doorbells>,
+}
+
+/// What vCPU threads work on.
+struct Transport {
+    common: CommonConfig,
+    // The worker goes before the device that it works with.
+    worker: Option<Worker>,
+    device: Arc<Mutex<Device>>,
+    /// Where notifications are doorbells: the address of the first.
+    attached: Option<u64>,
+}
+
+impl VirtioPci {
+    /// The device that `backend` is, named `name` in log lines, with its BAR at `address`. Each
+    /// vector is made by `vector`.
+    ///
+    /// # Errors
+    /// When the system has no file descriptors left.
+    pub fn new(
+        name: String,
+        backend: Box<dyn Backend>,
+        memory: DeviceMemory,
+        address: u32,
+        vector: &dyn Fn() -> Arc<dyn InterruptVector>,
+        doorbells: Arc<dyn Doorbells>,
+    ) -> Result<Self> {
+        let model = backend.model();
+        let queues = model.queue_sizes.len();
+        // One for each queue, one for the configuration. There are few.
+        let vectors = queues + 1;
+        let mut config = ConfigSpace::new(Identity {
+            vendor: VENDOR,
+            device: DEVICE_BASE + model.device_type,
+            class: model.class,
+            revision: 1,
+        });
+        config.set_subsystem(VENDOR, SUBSYSTEM);
+        config.add_bar(layout::BAR.into(), BAR_SIZE, address);
+        layout::add_capabilities(&mut config, queues as u32, model.config.len() as u32);
+        let msix = MsixCapability::add(
+            &mut config,
+            vectors as u16,
+            Structure::MsixTable.msix_place(),
+            Structure::MsixPending.msix_place(),
+        );
+        let vectors = (0..vectors).map(|_| vector()).collect();
+        let link = Arc::new(Link::new(name, queues, Msix::new(vectors))?);
+        let offered =
+            Features(model.features.0 | Features::of_transport(memory.is_behind_iommu()).0);
+        let transport = Transport {
+            common: CommonConfig::new(offered, model.queue_sizes),
+            worker: None,
+            device: Arc::new(Mutex::new(Device { backend, memory })),
+            attached: None,
+        };
+        Ok(Self {
+            model,
+            config: Mutex::new(config),
+            msix,
+            link,
+            transport: Mutex::new(transport),
+            doorbells,
+        })
+    }
+
+    /// What kind of device it is, in reports.
+    pub fn model(&self) -> &'static str {
+        self.model.name
+    }
+
+    /// What became of its requests.
+    pub fn counters(&self) -> &RequestCounters {
+        &self.link.counters
+    }
+
+    fn transport(&self) -> MutexGuard<'_, Transport> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_common(&self, offset: u64, data: &[u8]) {
+        let mut transport = self.transport();
+        let written = transport.common.write(offset, data.len(), number(data), &self.link);
+        match written {
+            Ok(Effect::None) => {}
+            Ok(Effect::Start) => {
+                if let Err(broken) = transport.start(&self.link) {
+                    self.link.set_needs_reset(&broken);
+                }
+            }
+            Ok(Effect::Reset) => transport.reset(&self.link),
+            Err(mistake) => self.link.mistake(&mistake),
+        }
+    }
+
+    /// Puts the doorbells where the BAR is now.
+    fn move_doorbells(&self) {
+        let mut transport = self.transport();
+        let placements =
+            self.config.lock().unwrap_or_else(PoisonError::into_inner).bar_placements();
+        let place = placements
+            .first()
+            .filter(|bar| bar.start >= PCI_MMIO_START && bar.last <= PCI_MMIO_LAST)
+            .map(|bar| bar.start + u64::from(Structure::Notify.start()));
+        if place == transport.attached {
+            return;
+        }
+        self.detach_doorbells(&mut transport);
+        if let Some(first) = place {
+            let attached: Vec<_> = self
+                .addresses(first)
+                .map(|(address, event)| self.doorbells.attach(address, event))
+                .collect();
+            if attached.iter().all(|attached| *attached) {
+                transport.attached = place;
+            } else {
+                let some = self.addresses(first).zip(attached).filter(|(_, attached)| *attached);
+                some.for_each(|((address, event), _)| self.doorbells.detach(address, event));
+            }
+        }
+    }
+
+    fn detach_doorbells(&self, transport: &mut Transport) {
+        if let Some(first) = transport.attached.take() {
+            self.addresses(first)
+                .for_each(|(address, event)| self.doorbells.detach(address, event));
+        }
+    }
+
+    /// Where each queue is notified, the first at `first`, and its event.
+    fn addresses(
+        &self,
+        first: u64,
+    ) -> impl Iterator<Item = (u64, &vmm_sys_util::eventfd::EventFd)> {
+        let addresses = (first..).step_by(NOTIFY_MULTIPLIER as usize);
+        addresses.zip(self.link.queue_events())
+    }
+}
+
+impl Transport {
+    /// Lets the device go, with the queues that the driver set up.
+    fn start(&mut self, link: &Arc<Link>) -> std::result::Result<(), Broken> {
+        let features = self.common.accepted();
+        let event_index = features.has(VIRTIO_RING_F_EVENT_IDX);
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queues = Vec::new();
+        for (number, setup) in self.common.queues().iter().enumerate() {
+            let memory = &mut device.memory;
+            queues.push(Virtqueue::new(setup, event_index, number, link.clone(), memory)?);
+        }
+        device.backend.start(features)?;
+        drop(device);
+        let failed = |error: io::Error| Broken::Device(format!("starting its worker: {error}"));
+        self.worker =
+            Some(Worker::start(self.device.clone(), queues, link.clone()).map_err(failed)?);
+        Ok(())
+    }
+
+    /// Stops the device, and waits for that: nothing of before reaches memory afterwards.
+    fn reset(&mut self, link: &Link) {
+        self.worker = None;
+        self.common.reset();
+        link.reset();
+    }
+}
+
+impl PciFunction for VirtioPci {
+    fn config(&self) -> &Mutex<ConfigSpace> {
+        &self.config
+    }
+
+    fn config_written(&self) {
+        let (command, control) = {
+            let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+            (config.command(), self.msix.control(&config))
+        };
+        self.link.msix.set_control(control);
+        self.link.set_bus_master(command.bus_master());
+        self.move_doorbells();
+    }
+
+    fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match Structure::at(offset) {
+            Some((Structure::Common, offset)) => {
+                match self.transport().common.read(offset, data.len(), &self.link) {
+                    Ok(value) => {
+                        data.iter_mut().zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
+                    }
+                    Err(mistake) => self.link.mistake(&mistake),
+                }
+            }
+            Some((Structure::Isr, 0)) => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.link.take_isr();
+                }
+            }
+            Some((Structure::Device, offset)) => {
+                // An offset in a page.
+                let config = self.model.config.get(offset as usize..).unwrap_or_default();
+                data.iter_mut().zip(config).for_each(|(to, from)| *to = *from);
+            }
+            Some((Structure::MsixTable, offset)) => self.link.msix.read_table(offset, data),
+            Some((Structure::MsixPending, offset)) => self.link.msix.read_pending(offset, data),
+            Some((Structure::Isr | Structure::Notify, _)) | None => {}
+        }
+    }
+
+    fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
+        match Structure::at(offset) {
+            Some((Structure::Common, offset)) => self.write_common(offset, data),
+            // The queue's address says which queue it is; what is written says the same.
+            Some((Structure::Notify, offset)) => {
+                self.link.notify((offset / u64::from(NOTIFY_MULTIPLIER)) as usize);
+            }
+            Some((Structure::MsixTable, offset)) => self.link.msix.write_table(offset, data),
+            // No configuration here has a field that drivers may write.
+            Some((Structure::Device | Structure::Isr | Structure::MsixPending, _)) | None => {}
+        }
+    }
+}
+
+impl Drop for VirtioPci {
+    fn drop(&mut self) {
+        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        transport.worker = None;
+        self.detach_doorbells(&mut transport);
+    }
+}
+
+impl fmt::Debug for VirtioPci {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioPci").field("link", &self.link).finish_non_exhaustive()
+    }
+}
+
+/// A little-endian number of at most eight bytes.
+fn number(data: &[u8]) -> u64 {
+    data.iter().take(8).rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}

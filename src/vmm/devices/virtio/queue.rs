@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One virtqueue as its device works on it.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestAddress;
+
+use super::chain::Chain;
+use super::link::{Link, RequestCounters};
+use super::memory::DeviceMemory;
+
+/// Why a device cannot go on: its driver has to reset it.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// A ring cannot be reached, or what is in it contradicts itself.
+    #[error("virtqueue: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// The available ring cannot be read.
+    #[error("virtqueue: the available ring cannot be read")]
+    Available,
+    /// The queue's areas cannot be reached.
+    #[error("virtqueue {0}: its areas are not memory that the device can reach")]
+    Areas(usize),
+    /// A descriptor chain is malformed.
+    #[error("descriptor chain: {0}")]
+    Chain(&'static str),
+    /// A request has nowhere to put its status, or that place cannot be reached.
+    #[error("the status of a request cannot be written")]
+    Status,
+    /// The device itself cannot start or go on.
+    #[error("{0}")]
+    Device(String),
+}
+
+/// What a driver said of one queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueSetup {
+    /// The most descriptors it can have: a power of two.
+    pub max_size: u16,
+    /// How many it has.
+    pub size: u16,
+    /// The driver uses it.
+    pub enabled: bool,
+    /// Address of the descriptor table.
+    pub descriptors: u64,
+    /// Address of the available ring.
+    pub available: u64,
+    /// Address of the used ring.
+    pub used: u64,
+}
+
+/// A virtqueue in use. One that the driver did not enable never has anything.
+#[derive(Debug)]
+pub struct Virtqueue {
+    queue: Queue,
+    number: usize,
+    link: Arc<Link>,
+}
+
+impl Virtqueue {
+    /// Queue `number` as the driver set it up; `event_index` was negotiated.
+    ///
+    /// # Errors
+    /// When the setup is no queue, or the device cannot reach it.
+    pub fn new(
+        setup: &QueueSetup,
+        event_index: bool,
+        number: usize,
+        link: Arc<Link>,
+        memory: &mut DeviceMemory,
+    ) -> Result<Self, Broken> {
+        let mut queue = Queue::new(setup.max_size)?;
+        if setup.enabled {
+            queue.try_set_size(setup.size)?;
+            queue.try_set_desc_table_address(GuestAddress(setup.descriptors))?;
+            queue.try_set_avail_ring_address(GuestAddress(setup.available))?;
+            queue.try_set_used_ring_address(GuestAddress(setup.used))?;
+            queue.set_event_idx(event_index);
+            queue.set_ready(true);
+            if !queue.is_valid(&memory.section()) {
+                return Err(Broken::Areas(number));
+            }
+        }
+        Ok(Self { queue, number, link })
+    }
+
+    /// What became of the device's requests.
+    pub fn counters(&self) -> Arc<RequestCounters> {
+        self.link.counters.clone()
+    }
+
+    /// Takes the next chain that the driver made available.
+    ///
+    /// # Errors
+    /// When the ring or the chain is malformed or cannot be reached.
+    pub fn pop(&mut self, memory: &mut DeviceMemory) -> Result<Option<Chain>, Broken> {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        let section = memory.section();
+        let available = self.queue.avail_idx(&section, Ordering::Acquire)?;
+        if available.0 == self.queue.next_avail() {
+            return Ok(None);
+        }
+        let size = self.queue.size();
+        let chain = self.queue.iter(&section)?.next().ok_or(Broken::Available)?;
+        Chain::read_from(chain, size).map(Some)
+    }
+
+    /// Gives back the chain that was taken last: it will be taken again.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns the chain with first descriptor `head` to the driver, with `written` bytes written
+    /// to the start of its buffers, and interrupts the driver if it wants that.
+    ///
+    /// # Errors
+    /// When the used ring cannot be reached.
+    pub fn push(
+        &mut self,
+        memory: &mut DeviceMemory,
+        head: u16,
+        written: u32,
+    ) -> Result<(), Broken> {
+        let section = memory.section();
+        self.queue.add_used(&section, head, written)?;
+        let interrupt = self.queue.needs_notification(&section)?;
+        drop(section);
+        if interrupt {
+            self.link.queue_used(self.number);
+        }
+        Ok(())
+    }
+
+    /// Asks for a notification when there is more. Says whether there is more already.
+    ///
+    /// # Errors
+    /// When the rings cannot be reached.
+    pub fn enable_notification(&mut self, memory: &mut DeviceMemory) -> Result<bool, Broken> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
+        Ok(self.queue.enable_notification(&memory.section())?)
+    }
+
+    /// Does without notifications for now.
+    ///
+    /// # Errors
+    /// When the used ring cannot be reached.
+    pub fn disable_notification(&mut self, memory: &mut DeviceMemory) -> Result<(), Broken> {
+        if !self.queue.ready() {
+            return Ok(());
+        }
+        Ok(self.queue.disable_notification(&memory.section())?)
+    }
+
+    /// Serves what is available, at most one queue full: `serve` says how many bytes it wrote. Says
+    /// whether there may be more.
+    ///
+    /// # Errors
+    /// What `serve` fails with, or when the queue is broken.
+    pub fn drain(
+        &mut self,
+        memory: &mut DeviceMemory,
+        mut serve: impl FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Broken>,
+    ) -> Result<bool, Broken> {
+        self.disable_notification(memory)?;
+        for _ in 0..self.queue.size() {
+            match self.pop(memory)? {
+                Some(chain) => {
+                    let written = serve(memory, &chain)?;
+                    self.push(memory, chain.head(), written)?;
+                    self.link.counters.done.add();
+                }
+                None if self.enable_notification(memory)? => {
+                    self.disable_notification(memory)?;
+                }
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+}

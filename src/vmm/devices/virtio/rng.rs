@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The entropy device (virtio 1.3 §5.4).
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+
+use super::backend::{Backend, Features, Model};
+use super::memory::DeviceMemory;
+use super::queue::{Broken, Virtqueue};
+
+/// Bytes that one request is given at most; drivers take less than they ask for.
+const MAX_REQUEST: usize = 4096;
+
+/// The entropy device.
+#[derive(Debug)]
+pub struct Rng {
+    source: File,
+}
+
+impl Rng {
+    /// A device that gives what it reads from `source`.
+    ///
+    /// # Errors
+    /// When the source cannot be opened.
+    pub fn open(source: &Path) -> io::Result<Self> {
+        Ok(Self { source: File::open(source)? })
+    }
+}
+
+impl Backend for Rng {
+    fn model(&self) -> Model {
+        Model {
+            name: "rng",
+            device_type: VIRTIO_ID_RNG as u16,
+            class: 0x00_ff00,
+            features: Features::default(),
+            queue_sizes: &[64],
+            config: Vec::new(),
+        }
+    }
+
+    fn start(&mut self, _features: Features) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    fn serve(
+        &mut self,
+        number: usize,
+        queues: &mut [Virtqueue],
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Broken> {
+        let Some(queue) = queues.get_mut(number) else { return Ok(false) };
+        let counters = queue.counters();
+        let mut buffer = [0; MAX_REQUEST];
+        queue.drain(memory, |memory, chain| {
+            let length = chain.writable().min(MAX_REQUEST as u64) as usize;
+            // At most the length of the buffer.
+            let data = &mut buffer[..length];
+            let read = self.source.read(data);
+            let count = read.map_err(|error| Broken::Device(format!("its source: {error}")))?;
+            // Nobody is told that a request failed: it gives nothing.
+            match chain.write(memory, 0, &data[..count]) {
+                Ok(()) => Ok(count as u32),
+                Err(_) => {
+                    counters.unreachable.add();
+                    Ok(0)
+                }
+            }
+        })
+    }
+}
