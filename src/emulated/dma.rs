@@ -231,17 +231,19 @@ impl Section<'_> {
             return Err(DmaError::Interrupt { address: iova });
         }
         let request = request(self.rid, attributes, iova, access);
-        match self.engine.translate(self.pasid_cache, self.counters, &request) {
-            Ok(target) => {
-                let address = self.engine.guest_address(&target);
-                let length = MAX_PIECE.min(target.length as usize);
-                address.map(|address| (address, length)).ok_or_else(|| no_memory(iova))
+        let cached = self.engine.cached(self.pasid_cache, self.counters, &request);
+        let target = match cached {
+            Some(target) => target,
+            None => {
+                let target = self.engine.translate(self.pasid_cache, self.counters, &request);
+                target.map_err(|fault| {
+                    self.faults.list.push((request, fault));
+                    fault_error(&request, fault)
+                })?
             }
-            Err(fault) => {
-                self.faults.list.push((request, fault));
-                Err(fault_error(&request, fault))
-            }
-        }
+        };
+        let address = self.engine.guest_address(&target).ok_or_else(|| no_memory(iova))?;
+        Ok((address, piece(attributes, iova, target.length)))
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use super::devices::virtio::MacAddress;
 use super::memory::{self, VTD_REGISTERS};
 
 /// A whole machine.
@@ -71,6 +72,81 @@ impl Default for IommuConfig {
 pub enum DeviceConfig {
     /// The educational device.
     Edu(EduConfig),
+    /// A virtio block device.
+    Disk(DiskConfig),
+    /// A virtio network device.
+    Net(NetConfig),
+    /// A virtio entropy device.
+    Rng(RngConfig),
+}
+
+impl DeviceConfig {
+    /// Whether it is to be behind the virtual IOMMU, if anything is said of that.
+    pub fn iommu(&self) -> Option<bool> {
+        match self {
+            Self::Edu(edu) => edu.iommu,
+            Self::Disk(disk) => disk.iommu,
+            Self::Net(net) => net.iommu,
+            Self::Rng(rng) => rng.iommu,
+        }
+    }
+
+    /// Whether it has the PASID capability.
+    pub fn pasid(&self) -> bool {
+        matches!(self, Self::Edu(EduConfig { pasid: true, .. }))
+    }
+
+    /// The option that makes such a device.
+    fn option(&self) -> &'static str {
+        match self {
+            Self::Edu(_) => "--device",
+            Self::Disk(_) => "--disk",
+            Self::Net(_) => "--net",
+            Self::Rng(_) => "--rng",
+        }
+    }
+}
+
+/// A virtio block device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The raw image, a file or a block device.
+    pub path: PathBuf,
+    /// It cannot be written.
+    pub read_only: bool,
+    /// Around the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Behind the virtual IOMMU; unsaid, it is when the machine has one.
+    pub iommu: Option<bool>,
+}
+
+/// A virtio network device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConfig {
+    /// What it is connected to.
+    pub tap: TapConfig,
+    /// Its address; unsaid, one is made of its number.
+    pub mac: Option<MacAddress>,
+    /// Behind the virtual IOMMU; unsaid, it is when the machine has one.
+    pub iommu: Option<bool>,
+}
+
+/// A tap interface of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TapConfig {
+    /// By its name.
+    Name(String),
+    /// By a file descriptor that the process was started with.
+    Fd(i32),
+}
+
+/// A virtio entropy device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngConfig {
+    /// Where its bytes come from.
+    pub source: PathBuf,
+    /// Behind the virtual IOMMU; unsaid, it is when the machine has one.
+    pub iommu: Option<bool>,
 }
 
 /// The educational device.
@@ -116,8 +192,8 @@ pub enum ConfigError {
     #[error("--iommu: addr={0:#x} is where {1} is")]
     RegisterPage(u64, &'static str),
     /// A device behind what is not there.
-    #[error("--device {0}: iommu=on, but there is no --iommu")]
-    NoIommu(usize),
+    #[error("{0} {1}: iommu=on, but there is no --iommu")]
+    NoIommu(&'static str, usize),
     /// PASIDs without an IOMMU to tell them apart.
     #[error("--device {0}: pasid=on needs the device behind an IOMMU (--iommu vtd, no iommu=off)")]
     PasidWithoutIommu(usize),
@@ -125,7 +201,7 @@ pub enum ConfigError {
     #[error("--device {0}: pasid=on, but --iommu has pasid-bits=0")]
     NoPasidBits(usize),
     /// More devices than bus 0 has room for.
-    #[error("--device: {0} devices; bus 0 has room for {max}", max = MAX_DEVICES)]
+    #[error("{0} devices; bus 0 has room for {max}", max = MAX_DEVICES)]
     TooManyDevices(usize),
 }
 
@@ -150,14 +226,16 @@ impl MachineConfig {
             }
         }
         for (number, device) in (1..).zip(&self.devices) {
-            let DeviceConfig::Edu(edu) = device;
+            let (behind, pasid) = (device.iommu(), device.pasid());
             match &self.iommu {
-                None if edu.iommu == Some(true) => return Err(ConfigError::NoIommu(number)),
-                None if edu.pasid => return Err(ConfigError::PasidWithoutIommu(number)),
-                Some(_) if edu.pasid && edu.iommu == Some(false) => {
+                None if behind == Some(true) => {
+                    return Err(ConfigError::NoIommu(device.option(), number));
+                }
+                None if pasid => return Err(ConfigError::PasidWithoutIommu(number)),
+                Some(_) if pasid && behind == Some(false) => {
                     return Err(ConfigError::PasidWithoutIommu(number));
                 }
-                Some(iommu) if edu.pasid && iommu.pasid_bits == 0 => {
+                Some(iommu) if pasid && iommu.pasid_bits == 0 => {
                     return Err(ConfigError::NoPasidBits(number));
                 }
                 _ => {}
@@ -193,7 +271,7 @@ mod tests {
         let no_pasid = Some(IommuConfig { pasid_bits: 0, ..IommuConfig::default() });
         let edu = |iommu, pasid| EduConfig { iommu, pasid, ..EduConfig::default() };
         for (iommu, edu, error) in [
-            (None, edu(Some(true), false), ConfigError::NoIommu(2)),
+            (None, edu(Some(true), false), ConfigError::NoIommu("--device", 2)),
             (None, edu(None, true), ConfigError::PasidWithoutIommu(2)),
             (vtd.clone(), edu(Some(false), true), ConfigError::PasidWithoutIommu(2)),
             (no_pasid.clone(), edu(None, true), ConfigError::NoPasidBits(2)),

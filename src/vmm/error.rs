@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use super::boot::BootError;
 use super::bus::Overlap;
 use super::config::ConfigError;
+use super::devices::virtio::{DiskError, TapError};
 use super::exit_code;
 use super::memory::MemoryError;
 use crate::viommu::vtd::CapabilityConflict;
@@ -69,6 +70,20 @@ pub enum Error {
     /// The host's IOMMU cannot serve what the virtual one was to offer.
     #[error("--iommu: {0}")]
     Capability(#[from] CapabilityConflict),
+    /// There is no disk.
+    #[error("--disk: {0}")]
+    Disk(#[from] DiskError),
+    /// There is no tap interface.
+    #[error("--net: {0}")]
+    Tap(#[from] TapError),
+    /// A source of entropy cannot be opened.
+    #[error("--rng: {path}: {source}", path = .path.display())]
+    Rng {
+        /// The source.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The virtual IOMMU or the host behind it cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
@@ -85,12 +100,13 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
-            Self::Boot(_) => exit_code::NO_INPUT,
+            Self::Boot(_) | Self::Disk(_) | Self::Rng { .. } => exit_code::NO_INPUT,
             Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Capability(_) => {
                 exit_code::UNAVAILABLE
             }
             Self::Kvm { .. }
             | Self::Os { .. }
+            | Self::Tap(_)
             | Self::Pci(_)
             | Self::Acpi(_)
             | Self::Iommu(_)

@@ -103,7 +103,12 @@ impl Iommu {
 
     /// How the function at `bdf` makes its memory requests.
     pub fn dma_master(&self, bdf: Bdf) -> Box<dyn DmaMaster> {
-        Box::new(self.unit.port(bdf.raw()))
+        Box::new(self.dma_port(bdf))
+    }
+
+    /// Where memory requests of the function at `bdf` enter the IOMMU.
+    pub fn dma_port(&self, bdf: Bdf) -> DmaPort {
+        self.unit.port(bdf.raw())
     }
 
     /// What was done so far, and the host's objects.

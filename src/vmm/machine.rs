@@ -13,6 +13,7 @@ use super::bus::BusDevice;
 use super::config::{MachineConfig, SerialConfig};
 use super::cpuid::VcpuIdentity;
 use super::debug_exit::{self, DebugExit};
+use super::devices::virtio::KvmDoorbells;
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitKind, Exits};
 use super::interrupts::{Interrupts, IrqChip};
@@ -24,7 +25,7 @@ use super::report::Report;
 use super::reset::{self, KeyboardController};
 use super::serial::{self, Console, SerialPort};
 use super::stop::{StopReason, Stopper};
-use super::topology::{assigned_functions, PciTopology};
+use super::topology::{assigned_functions, PciTopology, Wiring};
 use super::trace::{Trace, TracedInterrupts};
 use super::vcpu::{Vcpu, VcpuThread};
 use super::{Error, Result};
@@ -83,7 +84,12 @@ impl Machine {
             }
             None => None,
         };
-        let pci = PciTopology::new(config, &memory, iommu.as_ref(), interrupts.clone(), messages)?;
+        let wiring = Wiring {
+            interrupts: interrupts.clone(),
+            messages,
+            doorbells: Arc::new(KvmDoorbells(vm.clone())),
+        };
+        let pci = PciTopology::new(config, &memory, iommu.as_ref(), wiring)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
 

@@ -6,13 +6,16 @@ use std::sync::Arc;
 
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
-use super::config::{DeviceConfig, MachineConfig};
+use super::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig};
 use super::devices::edu::{self, Edu};
+use super::devices::virtio::{
+    self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, Rng, Tap, VirtioPci,
+};
 use super::devices::{DirectMemory, DmaMaster, MessageWrites};
 use super::interrupts::Interrupts;
 use super::iommu::{AssignedFunction, Iommu};
 use super::memory::{MachineMemory, PCI_MMIO_LAST, PCI_MMIO_START};
-use super::pci::{HostBridge, IntxRouter, PciBus};
+use super::pci::{HostBridge, InterruptVector, IntxRouter, MessageVector, PciBus, PciFunction};
 use super::report::DeviceReport;
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
@@ -28,8 +31,7 @@ fn bdf_of(number: usize) -> Result<Bdf> {
 
 /// Whether a device is behind the virtual IOMMU.
 fn behind_iommu(config: &MachineConfig, device: &DeviceConfig) -> bool {
-    let DeviceConfig::Edu(edu) = device;
-    config.iommu.is_some() && edu.iommu.unwrap_or(true)
+    config.iommu.is_some() && device.iommu().unwrap_or(true)
 }
 
 /// The functions that go behind the virtual IOMMU.
@@ -37,23 +39,38 @@ pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
         if behind_iommu(config, device) {
-            let DeviceConfig::Edu(edu) = device;
-            functions.push(AssignedFunction { bdf: bdf_of(number)?, pasid: edu.pasid });
+            functions.push(AssignedFunction { bdf: bdf_of(number)?, pasid: device.pasid() });
         }
     }
     Ok(functions)
 }
 
+/// How devices reach the vCPUs, and are reached.
+pub(super) struct Wiring {
+    /// For INTx.
+    pub interrupts: Arc<Interrupts>,
+    /// For messages.
+    pub messages: Arc<dyn InterruptSink>,
+    /// For notifications.
+    pub doorbells: Arc<dyn Doorbells>,
+}
+
 /// The bus, and the devices on it.
 pub(super) struct PciTopology {
     pub bus: Arc<PciBus>,
-    edus: Vec<PlacedEdu>,
+    devices: Vec<PlacedDevice>,
 }
 
-struct PlacedEdu {
+struct PlacedDevice {
     bdf: Bdf,
     behind_iommu: bool,
-    edu: Arc<Edu>,
+    device: Device,
+}
+
+/// A device, by what reports say of it.
+enum Device {
+    Edu(Arc<Edu>),
+    Virtio(Arc<VirtioPci>),
 }
 
 impl PciTopology {
@@ -62,48 +79,125 @@ impl PciTopology {
         config: &MachineConfig,
         memory: &MachineMemory,
         iommu: Option<&Iommu>,
-        interrupts: Arc<Interrupts>,
-        messages: Arc<dyn InterruptSink>,
+        wiring: Wiring,
     ) -> Result<Self> {
-        let mut bus = PciBus::default();
-        let mut edus = Vec::new();
-        let mut window = AddressAllocator::new(PCI_MMIO_START, PCI_MMIO_LAST - PCI_MMIO_START + 1)
-            .map_err(|error| Error::Pci(error.to_string()))?;
-        let intx = IntxRouter::new(Arc::new(move |gsi, level| interrupts.set_line(gsi, level)));
-        bus.insert(Bdf::from_raw(0), Arc::new(HostBridge::new()));
-        for (number, device) in config.devices.iter().enumerate() {
+        let mut devices = Vec::new();
+        let mut builder = Builder {
+            bus: PciBus::default(),
+            window: AddressAllocator::new(PCI_MMIO_START, PCI_MMIO_LAST - PCI_MMIO_START + 1)
+                .map_err(|error| Error::Pci(error.to_string()))?,
+            intx: {
+                let interrupts = wiring.interrupts.clone();
+                IntxRouter::new(Arc::new(move |gsi, level| interrupts.set_line(gsi, level)))
+            },
+            memory,
+            wiring,
+        };
+        builder.bus.insert(Bdf::from_raw(0), Arc::new(HostBridge::new()));
+        for (number, config_of_device) in config.devices.iter().enumerate() {
             let bdf = bdf_of(number)?;
-            let DeviceConfig::Edu(edu_config) = device;
-            let size = u64::from(edu::BAR_SIZE);
-            let address = window
-                .allocate(size, size, AllocPolicy::FirstMatch)
-                .map_err(|error| Error::Pci(error.to_string()))?
-                .start();
-            let iommu = iommu.filter(|_| behind_iommu(config, device));
-            let dma: Box<dyn DmaMaster> = match iommu {
-                Some(iommu) => iommu.dma_master(bdf),
-                None => Box::new(DirectMemory(memory.clone())),
+            let iommu = iommu.filter(|_| behind_iommu(config, config_of_device));
+            let device = match config_of_device {
+                DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu)?),
+                virtio => Device::Virtio(builder.virtio(bdf, backend(bdf, virtio)?, iommu)?),
             };
-            let dma = Box::new(MessageWrites::new(dma, messages.clone()));
-            // The window lies below 4 GiB.
-            let address = address as u32;
-            let edu = Edu::new(edu_config, address, intx.pin(bdf), messages.clone(), dma)?;
-            let edu = Arc::new(edu);
-            bus.insert(bdf, edu.clone());
-            edus.push(PlacedEdu { bdf, behind_iommu: iommu.is_some(), edu });
+            devices.push(PlacedDevice { bdf, behind_iommu: iommu.is_some(), device });
         }
-        Ok(Self { bus: Arc::new(bus), edus })
+        Ok(Self { bus: Arc::new(builder.bus), devices })
     }
 
     /// What the devices have done so far.
     pub fn report(&self) -> Vec<DeviceReport> {
-        let report = |placed: &PlacedEdu| DeviceReport {
-            bdf: placed.bdf,
-            model: "edu",
-            behind_iommu: placed.behind_iommu,
-            dma_done: placed.edu.counters().done(),
-            dma_failed: placed.edu.counters().failed(),
+        let report = |placed: &PlacedDevice| {
+            let (model, dma_done, dma_failed) = match &placed.device {
+                Device::Edu(edu) => ("edu", edu.counters().done(), edu.counters().failed()),
+                Device::Virtio(virtio) => {
+                    let counters = virtio.counters();
+                    (virtio.model(), counters.done.get(), counters.unreachable.get())
+                }
+            };
+            let PlacedDevice { bdf, behind_iommu, .. } = *placed;
+            DeviceReport { bdf, model, behind_iommu, dma_done, dma_failed }
         };
-        self.edus.iter().map(report).collect()
+        self.devices.iter().map(report).collect()
     }
+}
+
+/// Puts devices on the bus.
+struct Builder<'a> {
+    bus: PciBus,
+    window: AddressAllocator,
+    intx: IntxRouter,
+    memory: &'a MachineMemory,
+    wiring: Wiring,
+}
+
+impl Builder<'_> {
+    /// A place for a BAR.
+    fn place(&mut self, size: u32) -> Result<u32> {
+        let size = u64::from(size);
+        let range = self.window.allocate(size, size, AllocPolicy::FirstMatch);
+        // The window lies below 4 GiB.
+        range.map(|range| range.start() as u32).map_err(|error| Error::Pci(error.to_string()))
+    }
+
+    fn insert<T: PciFunction + 'static>(&mut self, bdf: Bdf, function: T) -> Arc<T> {
+        let function = Arc::new(function);
+        self.bus.insert(bdf, function.clone());
+        function
+    }
+
+    fn edu(&mut self, bdf: Bdf, config: &EduConfig, iommu: Option<&Iommu>) -> Result<Arc<Edu>> {
+        let address = self.place(edu::BAR_SIZE)?;
+        let dma: Box<dyn DmaMaster> = match iommu {
+            Some(iommu) => iommu.dma_master(bdf),
+            None => Box::new(DirectMemory(self.memory.clone())),
+        };
+        let messages = &self.wiring.messages;
+        let dma = Box::new(MessageWrites::new(dma, messages.clone()));
+        let edu = Edu::new(config, address, self.intx.pin(bdf), messages.clone(), dma)?;
+        Ok(self.insert(bdf, edu))
+    }
+
+    fn virtio(
+        &mut self,
+        bdf: Bdf,
+        backend: Box<dyn Backend>,
+        iommu: Option<&Iommu>,
+    ) -> Result<Arc<VirtioPci>> {
+        let address = self.place(virtio::BAR_SIZE)?;
+        let memory = self.memory.map().clone();
+        let memory = match iommu {
+            Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(bdf)),
+            None => DeviceMemory::direct(memory),
+        };
+        let messages = &self.wiring.messages;
+        let vector = || Arc::new(MessageVector::new(messages.clone())) as Arc<dyn InterruptVector>;
+        let name = format!("{bdf} {}", backend.model().name);
+        let doorbells = self.wiring.doorbells.clone();
+        let device = VirtioPci::new(name, backend, memory, address, &vector, doorbells)?;
+        Ok(self.insert(bdf, device))
+    }
+}
+
+/// What the virtio device of `config` does, with the files that takes open.
+fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
+    Ok(match config {
+        DeviceConfig::Disk(disk) => {
+            Box::new(Block::new(Disk::open(&disk.path, disk.read_only, disk.direct)?))
+        }
+        DeviceConfig::Net(net) => {
+            let tap = match &net.tap {
+                TapConfig::Name(name) => Tap::open(name)?,
+                TapConfig::Fd(fd) => Tap::from_fd(*fd)?,
+            };
+            let mac = net.mac.unwrap_or_else(|| MacAddress::local(bdf.device()));
+            Box::new(Net::new(tap, mac))
+        }
+        DeviceConfig::Rng(rng) => {
+            let failed = |source| Error::Rng { path: rng.source.clone(), source };
+            Box::new(Rng::open(&rng.source).map_err(failed)?)
+        }
+        DeviceConfig::Edu(_) => return Err(Error::Pci("edu is no virtio device".into())),
+    })
 }

@@ -5,6 +5,7 @@
 mod options;
 mod report_output;
 mod size;
+mod virtio_options;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -15,7 +16,10 @@ use clap::{Args, Parser, Subcommand};
 
 use self::options::{CpusOption, MemoryOption};
 use self::report_output::ReportOption;
-use super::config::{DeviceConfig, IommuConfig, MachineConfig, PayloadConfig, SerialConfig};
+use super::config::{
+    DeviceConfig, DiskConfig, IommuConfig, MachineConfig, NetConfig, PayloadConfig, RngConfig,
+    SerialConfig,
+};
 use super::{exit_code, Machine};
 
 /// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
@@ -81,6 +85,19 @@ struct RunArgs {
     #[arg(long = "device", value_name = "edu[,iommu=on|off,pasid=on|off,dma-mask=MASK]")]
     devices: Vec<DeviceConfig>,
 
+    /// Virtio block device with a raw image; may be given several times, after every --device.
+    #[arg(long = "disk", value_name = "path=FILE[,readonly=on|off,direct=on|off,iommu=on|off]")]
+    disks: Vec<DiskConfig>,
+
+    /// Virtio network device on a tap interface of the host; may be given several times, after
+    /// every --disk.
+    #[arg(long = "net", value_name = "tap=NAME|fd=NUMBER[,mac=ADDRESS,iommu=on|off]")]
+    nets: Vec<NetConfig>,
+
+    /// Virtio entropy device; may be given several times, after every --net.
+    #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off]")]
+    rngs: Vec<RngConfig>,
+
     /// Where the serial port leads.
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
@@ -97,6 +114,9 @@ struct RunArgs {
 
 impl RunArgs {
     fn machine_config(self) -> MachineConfig {
+        let disks = self.disks.into_iter().map(DeviceConfig::Disk);
+        let nets = self.nets.into_iter().map(DeviceConfig::Net);
+        let rngs = self.rngs.into_iter().map(DeviceConfig::Rng);
         MachineConfig {
             payload: PayloadConfig {
                 kernel: self.kernel,
@@ -106,17 +126,21 @@ impl RunArgs {
             vcpus: self.cpus.boot,
             memory: self.memory.size,
             iommu: self.iommu,
-            devices: self.devices,
+            devices: self.devices.into_iter().chain(disks).chain(nets).chain(rngs).collect(),
             serial: self.serial,
             trace: self.trace,
         }
     }
 }
 
+/// What is logged unless `RUST_LOG` says otherwise. A guest can make `virtio_queue` log as much as
+/// it wants; what it did wrong is said elsewhere too, with a limit.
+const LOG_FILTER: &str = "warn,virtio_queue=off";
+
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
 pub fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOG_FILTER))
         .format_target(false)
         .init();
     let cli = match Cli::try_parse() {

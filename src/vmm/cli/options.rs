@@ -10,12 +10,12 @@ use crate::vmm::config::{DeviceConfig, EduConfig, IommuConfig, SerialConfig};
 
 /// `key=value` pairs, each taken at most once.
 #[derive(Default)]
-struct Pairs<'a> {
+pub(super) struct Pairs<'a> {
     pairs: BTreeMap<&'a str, &'a str>,
 }
 
 impl<'a> Pairs<'a> {
-    fn parse(text: &'a str) -> Result<Self, String> {
+    pub(super) fn parse(text: &'a str) -> Result<Self, String> {
         let mut pairs = BTreeMap::new();
         for pair in text.split(',') {
             let (key, value) = pair
@@ -30,7 +30,7 @@ impl<'a> Pairs<'a> {
     }
 
     /// Takes the value of `key` through `parse`; `default` when it is not given.
-    fn take<T>(
+    pub(super) fn take<T>(
         &mut self,
         key: &str,
         default: T,
@@ -43,7 +43,7 @@ impl<'a> Pairs<'a> {
     }
 
     /// Every key must have been taken; `known` is what there could have been.
-    fn finish(self, known: &str) -> Result<(), String> {
+    pub(super) fn finish(self, known: &str) -> Result<(), String> {
         match self.pairs.keys().next() {
             Some(key) => Err(format!("unknown key '{key}'; known: {known}")),
             None => Ok(()),
@@ -51,7 +51,7 @@ impl<'a> Pairs<'a> {
     }
 }
 
-fn on_off(text: &str) -> Result<bool, String> {
+pub(super) fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),

@@ -59,7 +59,7 @@ fn an_invalidation_waits_for_the_section() {
                 .unwrap();
         machine.poke(leaf, NEW | RW);
         scope.spawn(|| {
-            unit.invalidate(CacheTag(1), page(IOVA, true));
+            unit.invalidate(CacheTag(1), &[page(IOVA, true)]);
             done.store(true, Ordering::SeqCst);
         });
         for _ in 0..2000 {

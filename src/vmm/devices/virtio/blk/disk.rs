@@ -74,7 +74,7 @@ impl Disk {
             return Err(DiskError::Empty(path.to_owned()));
         }
         let block_size = if direct { direct_block_size(&file).map_err(failed)? } else { 512 };
-        if size % u64::from(block_size) != 0 {
+        if !size.is_multiple_of(block_size.into()) {
             return Err(DiskError::Unaligned { path: path.to_owned(), size, block: block_size });
         }
         let id = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
@@ -105,7 +105,8 @@ impl Disk {
     pub fn has(&self, offset: u64, length: u64) -> bool {
         let block = u64::from(self.block_size);
         let end = offset.checked_add(length);
-        offset % block == 0 && length % block == 0 && end.is_some_and(|end| end <= self.size)
+        let whole = offset.is_multiple_of(block) && length.is_multiple_of(block);
+        whole && end.is_some_and(|end| end <= self.size)
     }
 
     /// Reads the bytes from `offset` on.
