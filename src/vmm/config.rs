@@ -52,6 +52,9 @@ pub struct IommuConfig {
     pub ats: bool,
     /// Caching mode: not-present entries may be cached too, the guest invalidates after mapping.
     pub caching_mode: bool,
+    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where it
+    /// is not in the kernel anyway.
+    pub interrupt_remapping: Option<bool>,
 }
 
 impl Default for IommuConfig {
@@ -63,6 +66,7 @@ impl Default for IommuConfig {
             second_stage: true,
             ats: false,
             caching_mode: false,
+            interrupt_remapping: None,
         }
     }
 }

@@ -87,6 +87,9 @@ pub enum Error {
     /// The virtual IOMMU or the host behind it cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
+    /// An interrupt cannot be wired.
+    #[error("interrupts: {0}")]
+    Interrupts(String),
     /// The event loop failed.
     #[error("event loop: {0}")]
     EventLoop(String),
@@ -110,6 +113,7 @@ impl Error {
             | Self::Pci(_)
             | Self::Acpi(_)
             | Self::Iommu(_)
+            | Self::Interrupts(_)
             | Self::EventLoop(_) => exit_code::OS_ERROR,
             Self::Output { .. } => exit_code::IO_ERROR,
         }

@@ -3,10 +3,12 @@
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
 use kvm_ioctls::VcpuExit;
 
 use super::bus::Bus;
+use super::interrupts::Ioapic;
 
 /// What a vCPU thread does after an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +56,8 @@ exit_kinds! {
     MmioRead => "mmio-read",
     /// Memory-mapped write.
     MmioWrite => "mmio-write",
+    /// The end of an interrupt that an IOAPIC outside the kernel waits for.
+    IoapicEoi => "ioapic-eoi",
     /// An access that no device answers, of any of the kinds above (and counted there too).
     Unclaimed => "unclaimed",
     /// A signal.
@@ -87,6 +91,8 @@ pub(super) struct Exits {
     pub ports: Bus,
     /// Guest-physical addresses that are no RAM.
     pub mmio: Bus,
+    /// The IOAPIC, if it is not in the kernel.
+    pub ioapic: Option<Arc<Ioapic>>,
     /// Exits by kind.
     pub counters: ExitCounters,
 }
@@ -114,6 +120,12 @@ impl Exits {
             VcpuExit::MmioWrite(address, data) => {
                 self.counters.count(ExitKind::MmioWrite);
                 self.claimed(self.mmio.write(address, data));
+            }
+            VcpuExit::IoapicEoi(vector) => {
+                self.counters.count(ExitKind::IoapicEoi);
+                if let Some(ioapic) = &self.ioapic {
+                    ioapic.end_of_interrupt(vector);
+                }
             }
             other => {
                 self.counters.count(ExitKind::Other);

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::bus::BusDevice;
 use super::config::IommuConfig;
@@ -24,7 +24,7 @@ use crate::nesting::{DeviceInfo, Nesting};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use crate::viommu::{FaultTarget, InterruptSink, Observer};
+use crate::viommu::{FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Observer};
 
 /// A function that is to be behind the virtual IOMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,14 +41,17 @@ pub(super) struct Iommu {
     host: Arc<dyn HostIommu>,
     verbs: Arc<VerbCounters>,
     devices: Vec<ObjectId>,
+    interrupt_remapping: bool,
     emulated: Arc<EmulatedHost>,
     unit: Arc<VtdUnit>,
 }
 
 impl Iommu {
     /// A virtual IOMMU in front of `functions`, over an emulated host that has `memory` as stage 2.
+    /// Its own interrupts go to `interrupts`; it remaps those of others if `interrupt_remapping`.
     pub fn new(
         config: &IommuConfig,
+        interrupt_remapping: bool,
         memory: &MachineMemory,
         functions: &[AssignedFunction],
         interrupts: Arc<dyn InterruptSink>,
@@ -83,7 +86,7 @@ impl Iommu {
         }
 
         let hosts: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
-        let offered = vtd_config(config).intersect(&hosts)?;
+        let offered = vtd_config(config, interrupt_remapping).intersect(&hosts)?;
         let observer = trace.map(|trace| trace as Arc<dyn Observer>);
         let tables = Arc::new(memory.map().clone());
         let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
@@ -93,12 +96,23 @@ impl Iommu {
         for function in functions {
             vtd.add_device(function.bdf);
         }
-        Ok(Self { vtd, nesting, host, verbs, devices, emulated, unit })
+        Ok(Self { vtd, nesting, host, verbs, devices, interrupt_remapping, emulated, unit })
     }
 
     /// The register page.
     pub fn registers(&self) -> Arc<dyn BusDevice> {
         Arc::new(RegisterPage(self.vtd.clone()))
+    }
+
+    /// Who remaps the interrupts of what is behind the IOMMU, if it does.
+    pub fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
+        let vtd: Arc<dyn InterruptRemapper> = self.vtd.clone();
+        self.interrupt_remapping.then(|| Arc::downgrade(&vtd))
+    }
+
+    /// From now on `listener` is told when interrupts are remapped otherwise than before.
+    pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        self.vtd.add_interrupt_listener(listener);
     }
 
     /// How the function at `bdf` makes its memory requests.
@@ -173,13 +187,14 @@ fn unit_config(config: &IommuConfig) -> VtdUnitConfig {
 }
 
 /// What the guest is to be offered.
-fn vtd_config(config: &IommuConfig) -> VtdConfig {
+fn vtd_config(config: &IommuConfig, interrupt_remapping: bool) -> VtdConfig {
     VtdConfig {
         address_width: config.address_width,
         pasid_bits: config.pasid_bits,
         second_stage: config.second_stage,
         caching_mode: config.caching_mode,
         device_iotlb: config.ats,
+        interrupt_remapping,
         ..VtdConfig::default()
     }
 }
@@ -248,7 +263,7 @@ mod tests {
     const FUNCTION: AssignedFunction = AssignedFunction { bdf: Bdf::from_raw(8), pasid: true };
 
     fn iommu(config: &IommuConfig, memory: &MachineMemory) -> Result<Iommu> {
-        Iommu::new(config, memory, &[FUNCTION], Arc::new(NoInterrupts), None)
+        Iommu::new(config, false, memory, &[FUNCTION], Arc::new(NoInterrupts), None)
     }
 
     /// Writes a 32-bit register of the page.

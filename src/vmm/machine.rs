@@ -16,7 +16,9 @@ use super::debug_exit::{self, DebugExit};
 use super::devices::virtio::KvmDoorbells;
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitKind, Exits};
-use super::interrupts::{Interrupts, IrqChip};
+use super::interrupts::{
+    Interrupts, IrqChip, KvmMessages, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID, IOAPIC_SIZE,
+};
 use super::iommu::Iommu;
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::pci::{ConfigPorts, Ecam, PciMemory};
@@ -29,7 +31,6 @@ use super::topology::{assigned_functions, PciTopology, Wiring};
 use super::trace::{Trace, TracedInterrupts};
 use super::vcpu::{Vcpu, VcpuThread};
 use super::{Error, Result};
-use crate::spec::pci::Bdf;
 use crate::viommu::vtd::MMIO_SIZE;
 use crate::viommu::InterruptSink;
 
@@ -69,31 +70,39 @@ impl Machine {
         // Ignored by processors that need no such segment; KVM wants it before any vCPU.
         vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
         memory.register(&vm)?;
-        let interrupts = Arc::new(Interrupts::new(vm.clone())?);
+        let wants_remapping = config.iommu.as_ref().and_then(|iommu| iommu.interrupt_remapping);
+        let chip = IrqChip::create(&vm, wants_remapping == Some(true))?;
+        let remapping = wants_remapping.unwrap_or(chip == IrqChip::Split);
         // Not before most of what can go wrong: a machine that cannot be leaves no files behind.
         let trace = config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new);
+        let messages = Arc::new(KvmMessages(vm.clone()));
         let messages: Arc<dyn InterruptSink> = match trace.clone() {
-            Some(trace) => Arc::new(TracedInterrupts { inner: interrupts.clone(), trace }),
-            None => interrupts.clone(),
+            Some(trace) => Arc::new(TracedInterrupts { inner: messages, trace }),
+            None => messages,
         };
 
         let iommu = match &config.iommu {
             Some(iommu) => {
                 let functions = assigned_functions(config)?;
-                Some(Iommu::new(iommu, &memory, &functions, messages.clone(), trace)?)
+                let messages = messages.clone();
+                Some(Iommu::new(iommu, remapping, &memory, &functions, messages, trace)?)
             }
             None => None,
         };
-        let wiring = Wiring {
-            interrupts: interrupts.clone(),
-            messages,
-            doorbells: Arc::new(KvmDoorbells(vm.clone())),
-        };
+        let remapper = iommu.as_ref().and_then(Iommu::interrupt_remapper);
+        let interrupts = Arc::new(Interrupts::new(vm.clone(), chip, messages, remapper));
+        if let Some(iommu) = &iommu {
+            for listener in interrupts.listeners() {
+                iommu.add_interrupt_listener(listener);
+            }
+        }
+        let doorbells = Arc::new(KvmDoorbells(vm.clone()));
+        let wiring = Wiring { interrupts: interrupts.clone(), doorbells };
         let pci = PciTopology::new(config, &memory, iommu.as_ref(), wiring)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
 
-        let mut exits = Exits::default();
+        let mut exits = Exits { ioapic: interrupts.ioapic(), ..Exits::default() };
         let config_ports =
             PortsWithReset { config: ConfigPorts::new(pci.bus.clone()), stopper: stopper.clone() };
         let ports: [(_, Arc<dyn BusDevice>); 5] = [
@@ -115,12 +124,16 @@ impl Machine {
         let mmio = &mut exits.mmio;
         mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
         mmio.insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
+        if let Some(ioapic) = interrupts.ioapic() {
+            let first = u64::from(IOAPIC_ADDRESS);
+            mmio.insert(first..=first + (IOAPIC_SIZE - 1), ioapic)?;
+        }
         if let (Some(config), Some(iommu)) = (&config.iommu, &iommu) {
             let first = config.address;
             mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
         }
 
-        acpi::write_tables(&memory, &platform(config, interrupts.chip())?)?;
+        acpi::write_tables(&memory, &platform(config, chip, remapping)?)?;
         let vcpus = (0..config.vcpus)
             .map(|id| VcpuIdentity { id, count: config.vcpus })
             .map(|identity| Vcpu::new(&kvm, &vm, identity, &start))
@@ -203,8 +216,7 @@ impl fmt::Debug for Machine {
 }
 
 /// What ACPI tells the guest of the machine that `config` describes.
-fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
-    let in_kernel = chip == IrqChip::InKernel;
+fn platform(config: &MachineConfig, chip: IrqChip, interrupt_remapping: bool) -> Result<Platform> {
     let iommu = match &config.iommu {
         Some(iommu) => {
             let behind = assigned_functions(config)?;
@@ -213,17 +225,16 @@ fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
             Some(IommuPlatform {
                 address: iommu.address,
                 functions: (!all).then_some(functions),
-                interrupt_remapping: false,
+                interrupt_remapping,
                 ats: iommu.ats,
             })
         }
         None => None,
     };
-    Ok(Platform { vcpus: config.vcpus, ioapic: in_kernel.then_some(IOAPIC), pic: in_kernel, iommu })
+    let ioapic = IoApic { id: IOAPIC_ID, address: IOAPIC_ADDRESS, bdf: IOAPIC_BDF };
+    let pic = chip == IrqChip::InKernel;
+    Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu })
 }
-
-/// The IOAPIC: the source id is that of no function which could be on the bus.
-const IOAPIC: IoApic = IoApic { id: 0, address: 0xfec0_0000, bdf: Bdf::from_raw(0xfff8) };
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.
 fn open_kvm() -> Result<Kvm> {

@@ -10,14 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::Serial;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use vmm_sys_util::terminal::Terminal;
 
 use super::bus::BusDevice;
 use super::config::SerialConfig;
-use super::interrupts::Interrupts;
+use super::interrupts::{EdgeLine, Interrupts};
 use super::stop::Stopper;
 use super::{Error, Result};
 
@@ -27,17 +27,6 @@ pub(super) const FIRST_PORT: u64 = 0x3f8;
 pub(super) const LAST_PORT: u64 = 0x3ff;
 /// ISA interrupt of the first serial port.
 pub(super) const IRQ: u32 = 4;
-
-/// Raises the port's interrupt.
-struct Irq(EventFd);
-
-impl Trigger for Irq {
-    type E = io::Error;
-
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
-    }
-}
 
 /// Tells the event loop when the guest has read all that was typed.
 struct InputTaken(EventFd);
@@ -58,7 +47,7 @@ impl SerialEvents for InputTaken {
     }
 }
 
-type Uart = Serial<Irq, InputTaken, Box<dyn Write + Send>>;
+type Uart = Serial<EdgeLine, InputTaken, Box<dyn Write + Send>>;
 
 /// Standard output, as long as the machine runs. Nobody may be reading it, and a vCPU that waits in
 /// a write must not keep a stopped machine alive.
@@ -109,11 +98,10 @@ impl SerialPort {
                     .map_err(|source| Error::Output { path: path.clone(), source })?,
             ),
         };
-        let irq = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
-        interrupts.wire_edge(&irq, IRQ)?;
+        let irq = interrupts.edge_line(IRQ)?;
         let input_taken = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
         let taken = InputTaken(input_taken.try_clone().map_err(Error::os("eventfd"))?);
-        let uart = Mutex::new(Serial::with_events(Irq(irq), taken, out));
+        let uart = Mutex::new(Serial::with_events(irq, taken, out));
         Ok(Arc::new(Self { uart, input_taken, input_waits: AtomicBool::new(false) }))
     }
 

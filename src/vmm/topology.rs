@@ -12,14 +12,13 @@ use super::devices::virtio::{
     self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, Rng, Tap, VirtioPci,
 };
 use super::devices::{DirectMemory, DmaMaster, MessageWrites};
-use super::interrupts::Interrupts;
+use super::interrupts::{FunctionInterrupts, Interrupts};
 use super::iommu::{AssignedFunction, Iommu};
 use super::memory::{MachineMemory, PCI_MMIO_LAST, PCI_MMIO_START};
-use super::pci::{HostBridge, InterruptVector, IntxRouter, MessageVector, PciBus, PciFunction};
+use super::pci::{HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
 use super::report::DeviceReport;
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
-use crate::viommu::InterruptSink;
 
 /// Where the device `number` of a configuration goes, counted from 0: the host bridge is first.
 fn bdf_of(number: usize) -> Result<Bdf> {
@@ -47,10 +46,8 @@ pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
 
 /// How devices reach the vCPUs, and are reached.
 pub(super) struct Wiring {
-    /// For INTx.
+    /// For INTx and messages.
     pub interrupts: Arc<Interrupts>,
-    /// For messages.
-    pub messages: Arc<dyn InterruptSink>,
     /// For notifications.
     pub doorbells: Arc<dyn Doorbells>,
 }
@@ -147,15 +144,20 @@ impl Builder<'_> {
         function
     }
 
+    /// The interrupts of the function at `bdf`, remapped by the IOMMU it is behind.
+    fn interrupts(&self, bdf: Bdf, iommu: Option<&Iommu>) -> FunctionInterrupts {
+        self.wiring.interrupts.of_function(bdf, iommu.and_then(Iommu::interrupt_remapper))
+    }
+
     fn edu(&mut self, bdf: Bdf, config: &EduConfig, iommu: Option<&Iommu>) -> Result<Arc<Edu>> {
         let address = self.place(edu::BAR_SIZE)?;
         let dma: Box<dyn DmaMaster> = match iommu {
             Some(iommu) => iommu.dma_master(bdf),
             None => Box::new(DirectMemory(self.memory.clone())),
         };
-        let messages = &self.wiring.messages;
+        let messages = Arc::new(self.interrupts(bdf, iommu));
         let dma = Box::new(MessageWrites::new(dma, messages.clone()));
-        let edu = Edu::new(config, address, self.intx.pin(bdf), messages.clone(), dma)?;
+        let edu = Edu::new(config, address, self.intx.pin(bdf), messages, dma)?;
         Ok(self.insert(bdf, edu))
     }
 
@@ -171,8 +173,8 @@ impl Builder<'_> {
             Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(bdf)),
             None => DeviceMemory::direct(memory),
         };
-        let messages = &self.wiring.messages;
-        let vector = || Arc::new(MessageVector::new(messages.clone())) as Arc<dyn InterruptVector>;
+        let interrupts = self.interrupts(bdf, iommu);
+        let vector = || Ok(interrupts.vector()? as Arc<dyn InterruptVector>);
         let name = format!("{bdf} {}", backend.model().name);
         let doorbells = self.wiring.doorbells.clone();
         let device = VirtioPci::new(name, backend, memory, address, &vector, doorbells)?;

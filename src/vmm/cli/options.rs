@@ -137,8 +137,10 @@ impl FromStr for IommuConfig {
             second_stage: pairs.take("second-stage", default.second_stage, on_off)?,
             ats: pairs.take("ats", default.ats, on_off)?,
             caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
+            interrupt_remapping: pairs
+                .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
         };
-        pairs.finish("addr, aw, ats, caching-mode, pasid-bits, second-stage")?;
+        pairs.finish("addr, aw, ats, caching-mode, intremap, pasid-bits, second-stage")?;
         Ok(config)
     }
 }
@@ -193,7 +195,7 @@ mod tests {
         assert_eq!("size=1G".parse(), Ok(MemoryOption { size: 1 << 30 }));
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
-            "vtd,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on"
+            "vtd,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on,intremap=on"
                 .parse(),
             Ok(IommuConfig {
                 address: 0xfed0_0000,
@@ -202,6 +204,7 @@ mod tests {
                 second_stage: false,
                 ats: true,
                 caching_mode: true,
+                interrupt_remapping: Some(true),
             })
         );
         assert_eq!("edu".parse(), Ok(DeviceConfig::Edu(EduConfig::default())));
@@ -237,6 +240,7 @@ mod tests {
         refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
         refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
+        refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
         refused::<IommuConfig>("vtd,", "key=value");
         refused::<DeviceConfig>("nvme", "unknown device 'nvme'");
         refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");

@@ -25,6 +25,6 @@ pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
 pub use intx::{interrupt_of_pin, IntxPin, IntxRouter};
 pub use layout::{Command, MsixControl};
-pub use msix::{InterruptVector, MessageVector, Msix, MsixCapability, MsixPlace};
+pub use msix::{InterruptVector, Msix, MsixCapability, MsixPlace};
 
 pub use crate::viommu::MsiMessage;

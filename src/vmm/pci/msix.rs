@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layout::*;
 use super::{ConfigSpace, MsiMessage};
-use crate::viommu::InterruptSink;
 
 /// Bytes of one entry of the vector table.
 const ENTRY_SIZE: usize = 16;
@@ -25,42 +24,6 @@ pub trait InterruptVector: Send + Sync {
 
     /// Sends the message.
     fn trigger(&self);
-}
-
-/// A vector whose message goes to a sink each time, by way of user space.
-pub struct MessageVector {
-    sink: Arc<dyn InterruptSink>,
-    message: Mutex<Option<MsiMessage>>,
-}
-
-impl MessageVector {
-    /// A vector without a message, to send to `sink`.
-    pub fn new(sink: Arc<dyn InterruptSink>) -> Self {
-        Self { sink, message: Mutex::new(None) }
-    }
-
-    fn message(&self) -> MutexGuard<'_, Option<MsiMessage>> {
-        self.message.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl InterruptVector for MessageVector {
-    fn update(&self, message: Option<MsiMessage>) {
-        *self.message() = message;
-    }
-
-    fn trigger(&self) {
-        let message = *self.message();
-        if let Some(message) = message {
-            self.sink.send_msi(message.address, message.data);
-        }
-    }
-}
-
-impl fmt::Debug for MessageVector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MessageVector").field("message", &self.message).finish_non_exhaustive()
-    }
 }
 
 /// An MSI-X capability.
@@ -362,24 +325,5 @@ mod tests {
         let control = msix.control(&config);
         assert!(control.enable() && control.function_mask());
         assert_eq!(control.table_size(), 2);
-    }
-
-    #[test]
-    fn a_message_goes_to_the_sink_while_there_is_one() {
-        #[derive(Default)]
-        struct Sink(Mutex<Vec<(u64, u32)>>);
-        impl InterruptSink for Sink {
-            fn send_msi(&self, address: u64, data: u32) {
-                self.0.lock().unwrap().push((address, data));
-            }
-        }
-        let sink = Arc::new(Sink::default());
-        let vector = MessageVector::new(sink.clone());
-        vector.trigger();
-        vector.update(Some(MsiMessage { address: 0xfee0_0000, data: 7 }));
-        vector.trigger();
-        vector.update(None);
-        vector.trigger();
-        assert_eq!(*sink.0.lock().unwrap(), [(0xfee0_0000, 7)]);
     }
 }

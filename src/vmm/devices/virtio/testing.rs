@@ -102,10 +102,10 @@ impl Rig {
             }
         };
         let vectors = Mutex::new(Vec::new());
-        let vector = || -> Arc<dyn InterruptVector> {
+        let vector = || -> crate::vmm::Result<Arc<dyn InterruptVector>> {
             let vector = Arc::new(Vector::default());
             vectors.lock().unwrap().push(vector.clone());
-            vector
+            Ok(vector)
         };
         let name = "test".to_owned();
         let pci = VirtioPci::new(name, backend, reach, 0xe000_0000, &vector, doorbells).unwrap();
@@ -154,14 +154,13 @@ impl Rig {
 
     pub fn read_config(&self, offset: u16, length: usize) -> u64 {
         let mut data = [0; 8];
-        self.pci.config_reading(offset, length);
         self.pci.config().lock().unwrap().read(offset, &mut data[..length]);
         u64::from_le_bytes(data)
     }
 
     pub fn write_config(&self, offset: u16, data: &[u8]) {
         self.pci.config().lock().unwrap().write(offset, data);
-        self.pci.config_written(offset, data.len());
+        self.pci.config_written();
     }
 
     pub fn read(&self, offset: u64, length: usize) -> u64 {

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 mod common;
-mod config_window;
 mod doorbell;
 mod layout;
 #[cfg(test)]
@@ -16,7 +15,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use self::common::{CommonConfig, Effect};
-use self::config_window::ConfigWindow;
 use self::layout::{Structure, NOTIFY_MULTIPLIER};
 use super::backend::{Backend, Features, Model};
 use super::link::{Link, RequestCounters};
@@ -44,7 +42,6 @@ pub struct VirtioPci {
     model: Model,
     config: Mutex<ConfigSpace>,
     msix: MsixCapability,
-    window: ConfigWindow,
     link: Arc<Link>,
     transport: Mutex<Transport>,
     doorbells: Arc<dyn Doorbells>,
@@ -65,13 +62,13 @@ impl VirtioPci {
     /// vector is made by `vector`.
     ///
     /// # Errors
-    /// When the system has no file descriptors left.
+    /// When the system has no file descriptors left, or `vector` says so.
     pub fn new(
         name: String,
         backend: Box<dyn Backend>,
         memory: DeviceMemory,
         address: u32,
-        vector: &dyn Fn() -> Arc<dyn InterruptVector>,
+        vector: &dyn Fn() -> Result<Arc<dyn InterruptVector>>,
         doorbells: Arc<dyn Doorbells>,
     ) -> Result<Self> {
         let model = backend.model();
@@ -86,15 +83,14 @@ impl VirtioPci {
         });
         config.set_subsystem(VENDOR, SUBSYSTEM);
         config.add_bar(layout::BAR.into(), BAR_SIZE, address);
-        layout::add_structures(&mut config, queues as u32, model.config.len() as u32);
+        layout::add_capabilities(&mut config, queues as u32, model.config.len() as u32);
         let msix = MsixCapability::add(
             &mut config,
             vectors as u16,
             Structure::MsixTable.msix_place(),
             Structure::MsixPending.msix_place(),
         );
-        let window = ConfigWindow::add(&mut config);
-        let vectors = (0..vectors).map(|_| vector()).collect();
+        let vectors = (0..vectors).map(|_| vector()).collect::<Result<_>>()?;
         let link = Arc::new(Link::new(name, queues, Msix::new(vectors))?);
         let offered =
             Features(model.features.0 | Features::of_transport(memory.is_behind_iommu()).0);
@@ -108,7 +104,6 @@ impl VirtioPci {
             model,
             config: Mutex::new(config),
             msix,
-            window,
             link,
             transport: Mutex::new(transport),
             doorbells,
@@ -220,29 +215,7 @@ impl PciFunction for VirtioPci {
         &self.config
     }
 
-    fn config_reading(&self, offset: u16, length: usize) {
-        if !self.window.is_data(offset, length) {
-            return;
-        }
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(access) = self.window.access(&config) else { return };
-        drop(config);
-        let mut data = [0; 4];
-        self.read_bar(access.bar, access.offset, &mut data[..access.length]);
-        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        self.window.set_data(&mut config, data);
-    }
-
-    fn config_written(&self, offset: u16, length: usize) {
-        if self.window.is_data(offset, length) {
-            let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-            let (access, data) = (self.window.access(&config), self.window.data(&config));
-            drop(config);
-            if let Some(access) = access {
-                self.write_bar(access.bar, access.offset, &data[..access.length]);
-            }
-            return;
-        }
+    fn config_written(&self) {
         let (command, control) = {
             let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
             (config.command(), self.msix.control(&config))

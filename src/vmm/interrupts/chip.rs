@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which interrupt controllers KVM gives a machine.
+
+use std::fmt;
+
+use kvm_bindings::{
+    kvm_enable_cap, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+};
+use kvm_ioctls::VmFd;
+
+use super::redirection::PINS;
+use crate::vmm::{Error, Result};
+
+/// Where the interrupt controllers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IrqChip {
+    /// PIC, IOAPIC and LAPICs in the kernel.
+    InKernel,
+    /// LAPICs in the kernel, the IOAPIC in this process; no PIC.
+    Split,
+}
+
+impl fmt::Display for IrqChip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InKernel => "in-kernel (PIC, IOAPIC, LAPIC)",
+            Self::Split => "split (LAPIC in the kernel, IOAPIC here, no PIC)",
+        })
+    }
+}
+
+/// The pair of 8259s, and those bits of ELCR (edge or level) that can be set in each.
+const PICS: [(u32, u8); 2] = [(KVM_IRQCHIP_PIC_MASTER, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0xde)];
+
+impl IrqChip {
+    /// Gives `vm` interrupt controllers, before any vCPU: in the kernel if they can be, unless they
+    /// are to be `split`.
+    ///
+    /// # Errors
+    /// This KVM has none of the kind.
+    pub fn create(vm: &VmFd, split: bool) -> Result<Self> {
+        if split {
+            return create_split(vm);
+        }
+        create_in_kernel(vm).or_else(|error| {
+            log::warn!("{error}; trying split ones");
+            create_split(vm)
+        })
+    }
+}
+
+fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
+    vm.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
+    // Masked, as firmware leaves them: a guest that never looks at them must not be interrupted
+    // at the vectors they start out with, which are the processor's exceptions.
+    for (chip_id, elcr_mask) in PICS {
+        let pic = kvm_pic_state { imr: 0xff, elcr_mask, ..kvm_pic_state::default() };
+        let chip = kvm_irqchip__bindgen_ty_1 { pic };
+        vm.set_irqchip(&kvm_irqchip { chip_id, chip, ..kvm_irqchip::default() })
+            .map_err(Error::kvm("masking interrupt controllers"))?;
+    }
+    // Port 0x61 is answered too, so that guests that measure time by it do not hang.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
+    Ok(IrqChip::InKernel)
+}
+
+fn create_split(vm: &VmFd) -> Result<IrqChip> {
+    let split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        // KVM tells of ends of interrupts by the routes of so many GSIs.
+        args: [PINS.into(), 0, 0, 0],
+        ..kvm_enable_cap::default()
+    };
+    vm.enable_cap(&split).map_err(Error::kvm("splitting interrupt controllers"))?;
+    // Destinations have 32 bits, and one of all ones in the lower eight is no broadcast.
+    let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    let wide = kvm_enable_cap {
+        cap: KVM_CAP_X2APIC_API,
+        args: [flags.into(), 0, 0, 0],
+        ..kvm_enable_cap::default()
+    };
+    vm.enable_cap(&wide).map_err(Error::kvm("widening interrupt destinations"))?;
+    Ok(IrqChip::Split)
+}

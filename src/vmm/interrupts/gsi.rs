@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! KVM's interrupt routing: what each global system interrupt (GSI) leads to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
+    kvm_irq_routing_msi, KvmIrqRouting, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_IRQ_ROUTES,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::errno;
+
+use super::redirection::PINS;
+use super::IrqChip;
+use crate::viommu::MsiMessage;
+use crate::vmm::{Error, Result};
+
+/// Inputs of the two PICs; those of the first come first.
+const PIC_INPUTS: u32 = 16;
+
+/// Takes the whole routing.
+pub(super) trait Routing: Send + Sync {
+    /// Replaces what was there. When this returns, nothing uses it any more.
+    fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error>;
+}
+
+impl Routing for VmFd {
+    fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error> {
+        let routing =
+            KvmIrqRouting::from_entries(entries).map_err(|_| errno::Error::new(libc::E2BIG))?;
+        self.set_gsi_routing(&routing)
+    }
+}
+
+/// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others lead to
+/// messages.
+pub(super) struct GsiTable {
+    routing: Arc<dyn Routing>,
+    /// The interrupt controllers in the kernel.
+    fixed: Vec<kvm_irq_routing_entry>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    messages: BTreeMap<u32, MsiMessage>,
+    used: BTreeSet<u32>,
+    /// KVM refused the last change.
+    refused: bool,
+}
+
+impl GsiTable {
+    /// The routing of a machine with `chip`, which KVM has it from the start.
+    pub fn new(routing: Arc<dyn Routing>, chip: IrqChip) -> Self {
+        let fixed = match chip {
+            IrqChip::InKernel => in_kernel_routes(),
+            IrqChip::Split => Vec::new(),
+        };
+        Self { routing, fixed, table: Mutex::default() }
+    }
+
+    /// A GSI for messages, leading nowhere. Given back with [`GsiTable::release`].
+    pub fn allocate(&self) -> Result<u32> {
+        let mut table = self.table();
+        let last = KVM_MAX_IRQ_ROUTES as u32 - self.fixed.len() as u32;
+        let free = (PINS..last).find(|gsi| !table.used.contains(gsi));
+        let gsi = free.ok_or(Error::Interrupts("KVM has no more interrupt routes".into()))?;
+        table.used.insert(gsi);
+        Ok(gsi)
+    }
+
+    /// Gives `gsi` back; it leads nowhere again.
+    pub fn release(&self, gsi: u32) {
+        // That it leads somewhere a little longer harms nobody: nobody triggers it.
+        let _ = self.update([(gsi, None)]);
+        self.table().used.remove(&gsi);
+    }
+
+    /// Leads GSIs to messages, or nowhere. When this returns without an error, nothing of before is
+    /// in use.
+    pub fn update(
+        &self,
+        changes: impl IntoIterator<Item = (u32, Option<MsiMessage>)>,
+    ) -> std::result::Result<(), errno::Error> {
+        let mut table = self.table();
+        let mut changed = table.refused;
+        for (gsi, message) in changes {
+            let before = match message {
+                Some(message) => table.messages.insert(gsi, message),
+                None => table.messages.remove(&gsi),
+            };
+            changed |= before != message;
+        }
+        if !changed {
+            return Ok(());
+        }
+        let messages = table.messages.iter().map(|(gsi, message)| message_route(*gsi, *message));
+        let entries: Vec<_> = self.fixed.iter().copied().chain(messages).collect();
+        let result = self.routing.set(&entries);
+        table.refused = result.is_err();
+        result
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for GsiTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(&self.table().messages).finish()
+    }
+}
+
+fn message_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let msi = kvm_irq_routing_msi {
+        address_lo: message.address as u32,
+        address_hi: (message.address >> 32) as u32,
+        data: message.data,
+        ..kvm_irq_routing_msi::default()
+    };
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+        ..kvm_irq_routing_entry::default()
+    }
+}
+
+/// What KVM routes when it makes its own PICs and IOAPIC: each pin to the GSI of its number.
+fn in_kernel_routes() -> Vec<kvm_irq_routing_entry> {
+    let route = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+        },
+        ..kvm_irq_routing_entry::default()
+    };
+    let pics = (0..PIC_INPUTS).map(|gsi| match gsi {
+        0..8 => route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
+        _ => route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
+    });
+    let ioapic = (0..PINS).map(|gsi| route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
+    pics.chain(ioapic).collect()
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Remembers each routing: (GSI, type).
+    #[derive(Default)]
+    pub struct FakeRouting {
+        pub calls: Mutex<Vec<Vec<(u32, u32)>>>,
+        pub refuse: std::sync::atomic::AtomicBool,
+    }
+
+    impl Routing for FakeRouting {
+        fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error> {
+            let entries = entries.iter().map(|entry| (entry.gsi, entry.type_)).collect();
+            self.calls.lock().unwrap().push(entries);
+            match self.refuse.load(std::sync::atomic::Ordering::SeqCst) {
+                true => Err(errno::Error::new(libc::EINVAL)),
+                false => Ok(()),
+            }
+        }
+    }
+
+    const ONE: MsiMessage = MsiMessage { address: 0xfee0_0000, data: 0x41 };
+    const MSI: u32 = KVM_IRQ_ROUTING_MSI;
+
+    #[test]
+    fn several_changes_are_one_call_and_none_is_none() {
+        let routing = Arc::new(FakeRouting::default());
+        let table = GsiTable::new(routing.clone(), IrqChip::Split);
+        let calls = || std::mem::take(&mut *routing.calls.lock().unwrap());
+        table.update([(24, None)]).unwrap();
+        assert!(calls().is_empty());
+        table.update([(30, Some(ONE)), (2, Some(ONE))]).unwrap();
+        assert_eq!(calls(), [[(2, MSI), (30, MSI)]]);
+        table.update([(30, Some(ONE)), (2, Some(ONE))]).unwrap();
+        assert!(calls().is_empty());
+        table.update([(2, Some(MsiMessage { data: 0x42, ..ONE }))]).unwrap();
+        table.update([(2, None)]).unwrap();
+        assert_eq!(calls(), [vec![(2, MSI), (30, MSI)], vec![(30, MSI)]]);
+    }
+
+    #[test]
+    fn a_change_that_was_refused_is_tried_again() {
+        let routing = Arc::new(FakeRouting::default());
+        let table = GsiTable::new(routing.clone(), IrqChip::Split);
+        routing.refuse.store(true, std::sync::atomic::Ordering::SeqCst);
+        assert!(table.update([(24, Some(ONE))]).is_err());
+        routing.refuse.store(false, std::sync::atomic::Ordering::SeqCst);
+        table.update([(24, Some(ONE))]).unwrap();
+        table.update([(24, Some(ONE))]).unwrap();
+        assert_eq!(routing.calls.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn the_kernels_own_controllers_keep_their_routes() {
+        let routing = Arc::new(FakeRouting::default());
+        let table = GsiTable::new(routing.clone(), IrqChip::InKernel);
+        table.update([(24, Some(ONE))]).unwrap();
+        let calls = routing.calls.lock().unwrap();
+        assert_eq!(calls[0].len(), 16 + 24 + 1);
+        assert_eq!(calls[0].last(), Some(&(24, MSI)));
+        assert_eq!(calls[0].iter().filter(|(gsi, _)| *gsi == 4).count(), 2);
+    }
+
+    #[test]
+    fn gsis_are_allocated_above_the_pins_and_given_back() {
+        let table = GsiTable::new(Arc::new(FakeRouting::default()), IrqChip::InKernel);
+        assert_eq!((table.allocate().unwrap(), table.allocate().unwrap()), (24, 25));
+        table.release(24);
+        assert_eq!((table.allocate().unwrap(), table.allocate().unwrap()), (24, 26));
+        while table.allocate().is_ok() {}
+        table.release(1000);
+        assert_eq!(table.allocate().unwrap(), 1000);
+    }
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Who sends an interrupt, and who remaps it on its way.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use super::{MsiRoutes, VectorRoute};
+use crate::spec::pci::Bdf;
+use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
+use crate::vmm::Result;
+
+/// A function as its interrupts show it.
+#[derive(Clone)]
+pub struct InterruptSource {
+    bdf: Bdf,
+    /// The virtual IOMMU it is behind, if that remaps interrupts. Its registers keep it alive; when
+    /// they are gone, so is the guest.
+    remapper: Option<Weak<dyn InterruptRemapper>>,
+}
+
+impl InterruptSource {
+    /// The function `bdf`, whose interrupts `remapper` remaps, or nobody.
+    pub fn new(bdf: Bdf, remapper: Option<Weak<dyn InterruptRemapper>>) -> Self {
+        Self { bdf, remapper }
+    }
+
+    /// What `message` becomes, for whoever keeps it until the next change; `None` when it would be
+    /// blocked.
+    pub fn translate(&self, message: MsiMessage) -> Option<MsiMessage> {
+        match &self.remapper {
+            None => Some(message),
+            Some(remapper) => remapper.upgrade()?.translate(self.bdf, message),
+        }
+    }
+
+    /// Sends `message` to `sink`. `false` when it is blocked, and the guest is told.
+    pub fn send(&self, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
+        match &self.remapper {
+            None => {
+                sink.send_msi(message.address, message.data);
+                true
+            }
+            Some(remapper) => remapper
+                .upgrade()
+                .is_some_and(|remapper| remapper.send_remapped(self.bdf, message, sink)),
+        }
+    }
+}
+
+impl fmt::Debug for InterruptSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.bdf, if self.remapper.is_some() { "remapped" } else { "direct" })
+    }
+}
+
+/// The interrupts of one function. A message sent through its [`InterruptSink`] is looked up each
+/// time; one that is sent often has a [`VectorRoute`].
+#[derive(Clone)]
+pub struct FunctionInterrupts {
+    source: InterruptSource,
+    messages: Arc<dyn InterruptSink>,
+    routes: Arc<MsiRoutes>,
+}
+
+impl FunctionInterrupts {
+    pub(super) fn new(
+        source: InterruptSource,
+        messages: Arc<dyn InterruptSink>,
+        routes: Arc<MsiRoutes>,
+    ) -> Self {
+        Self { source, messages, routes }
+    }
+
+    /// A route for one vector of the function.
+    ///
+    /// # Errors
+    /// KVM has no more of them, or the process no more file descriptors.
+    pub fn vector(&self) -> Result<Arc<VectorRoute>> {
+        self.routes.allocate(self.source.clone())
+    }
+}
+
+impl InterruptSink for FunctionInterrupts {
+    fn send_msi(&self, address: u64, data: u32) {
+        self.source.send(MsiMessage { address, data }, &*self.messages);
+    }
+}
+
+impl fmt::Debug for FunctionInterrupts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FunctionInterrupts").field(&self.source).finish()
+    }
+}
