@@ -6,11 +6,18 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::Chain;
 use super::link::{Link, RequestCounters};
 use super::memory::DeviceMemory;
+
+/// Offset of the first element of the used ring, and length of one (virtio 1.3 §2.7.8).
+const USED_RING: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// Offset of the first element of the available ring, and length of one (§2.7.6).
+const AVAILABLE_RING: u64 = 4;
+const AVAILABLE_ELEMENT: u64 = 2;
 
 /// Why a device cannot go on: its driver has to reset it.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +99,11 @@ impl Virtqueue {
         self.link.counters.clone()
     }
 
+    /// How many descriptors it has.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Takes the next chain that the driver made available.
     ///
     /// # Errors
@@ -129,6 +141,50 @@ impl Virtqueue {
         let section = memory.section();
         self.queue.add_used(&section, head, written)?;
         let interrupt = self.queue.needs_notification(&section)?;
+        drop(section);
+        if interrupt {
+            self.link.queue_used(self.number);
+        }
+        Ok(())
+    }
+
+    /// Returns chains to the driver as [`Self::push`] does, in the order in which they were taken.
+    /// The driver sees all of them at once.
+    ///
+    /// # Errors
+    /// When the used ring cannot be reached.
+    pub fn push_all(
+        &mut self,
+        memory: &mut DeviceMemory,
+        used: &[(u16, u32)],
+    ) -> Result<(), Broken> {
+        let Some(((head, written), before)) = used.split_last() else { return Ok(()) };
+        let section = memory.section();
+        let old = self.queue.next_used();
+        let mut at = old;
+        for (head, written) in before {
+            let offset = USED_RING + USED_ELEMENT * u64::from(at % self.queue.size());
+            let address = GuestAddress(self.queue.used_ring().saturating_add(offset));
+            // The head, then the length.
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            section
+                .write_obj(element.to_le(), address)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            at = at.wrapping_add(1);
+        }
+        // The last one makes the index cover those before it.
+        self.queue.set_next_used(at);
+        self.queue.add_used(&section, *head, *written)?;
+        let mut interrupt = self.queue.needs_notification(&section)?;
+        if self.queue.event_idx_enabled() {
+            // That looked at the last one alone (§2.7.7.2).
+            let offset = AVAILABLE_RING + AVAILABLE_ELEMENT * u64::from(self.queue.size());
+            let address = GuestAddress(self.queue.avail_ring().saturating_add(offset));
+            let event = section.load::<u16>(address, Ordering::Relaxed);
+            let event = u16::from_le(event.map_err(virtio_queue::Error::GuestMemory)?);
+            let new = self.queue.next_used();
+            interrupt |= new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old);
+        }
         drop(section);
         if interrupt {
             self.link.queue_used(self.number);

@@ -354,6 +354,16 @@ impl TestQueue<'_> {
         self.rig.set_u16(self.base + PAGE + 2, index);
     }
 
+    /// The first descriptor of the next chain.
+    pub fn next_head(&self) -> u64 {
+        self.free.into()
+    }
+
+    /// Asks for an interrupt when the used index passes `index`, with event indices.
+    pub fn set_used_event(&self, index: u16) {
+        self.rig.set_u16(self.base + PAGE + 4 + 2 * u64::from(Self::SIZE), index);
+    }
+
     pub fn notify(&self) {
         self.rig.write(0x3000 + 4 * self.number, 2, self.number);
     }

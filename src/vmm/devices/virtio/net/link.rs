@@ -4,7 +4,21 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+};
+
 use super::Tap;
+use crate::vmm::devices::virtio::backend::Features;
+
+/// What the driver takes, and what a tap interface calls that.
+const OFFLOADS: [(u32, u32); 4] = [
+    (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+];
 
 /// Where frames come from and go to, each with a virtio-net header in front. Nothing waits; the
 /// file descriptor is readable when there is a frame.
@@ -21,11 +35,12 @@ pub trait FrameLink: AsRawFd + Send {
     /// What the system says; the frame is lost.
     fn send(&mut self, frame: &[u8]) -> io::Result<()>;
 
-    /// Whether frames may come in whose checksums are not complete.
+    /// Frames may come in as a driver that accepted `features` takes them: with checksums that are
+    /// not complete, or longer than the wire's.
     ///
     /// # Errors
     /// What the system says.
-    fn set_partial_checksums(&mut self, partial: bool) -> io::Result<()>;
+    fn set_offloads(&mut self, features: Features) -> io::Result<()>;
 }
 
 impl FrameLink for Tap {
@@ -37,7 +52,14 @@ impl FrameLink for Tap {
         Tap::send(self, frame)
     }
 
-    fn set_partial_checksums(&mut self, partial: bool) -> io::Result<()> {
-        self.set_offload(if partial { libc::TUN_F_CSUM } else { 0 })
+    fn set_offloads(&mut self, features: Features) -> io::Result<()> {
+        // The others need the first (virtio 1.3 §5.1.3.1).
+        let flags = match features.has(VIRTIO_NET_F_GUEST_CSUM) {
+            true => {
+                OFFLOADS.iter().filter(|(bit, _)| features.has(*bit)).map(|(_, flag)| flag).sum()
+            }
+            false => 0,
+        };
+        self.set_offload(flags)
     }
 }

@@ -15,8 +15,9 @@ use std::os::fd::RawFd;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
 };
 
 use super::backend::{Backend, Features, Model};
@@ -36,7 +37,7 @@ const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 /// The longest frame of the host's stack, its header included: 64 KiB and a link-layer header.
 const MAX_FRAME: usize = Tap::HEADER_SIZE + 65_536 + 18;
-/// Header: the number of buffers that a frame is in.
+/// Header: the number of buffers that a frame is in (§5.1.6).
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
 /// The network device.
@@ -48,6 +49,18 @@ pub struct Net<L> {
     incoming: Vec<u8>,
     incoming_length: usize,
     outgoing: Vec<u8>,
+    /// A frame may be in several buffers of the driver's.
+    mergeable: bool,
+}
+
+/// What buffers the driver has for a frame.
+enum Buffers {
+    /// These.
+    Enough(Vec<Chain>),
+    /// Too few as yet.
+    NotYet,
+    /// All that there can be are too small.
+    NeverEnough,
 }
 
 impl<L: FrameLink> Net<L> {
@@ -59,6 +72,7 @@ impl<L: FrameLink> Net<L> {
             incoming: vec![0; MAX_FRAME],
             incoming_length: 0,
             outgoing: vec![0; MAX_FRAME],
+            mergeable: false,
         }
     }
 
@@ -74,13 +88,10 @@ impl<L: FrameLink> Net<L> {
                 // Buffers are there or are not: there is nothing to put in.
                 return Ok(false);
             }
-            match queue.pop(memory)? {
-                Some(chain) => {
-                    let written = self.deliver(&chain, queue, memory);
-                    queue.push(memory, chain.head(), written)?;
-                }
-                None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
-                None => return Ok(false),
+            match self.take_buffers(queue, memory)? {
+                Buffers::Enough(chains) => self.deliver(&chains, queue, memory)?,
+                Buffers::NeverEnough => self.incoming_length = 0,
+                Buffers::NotYet => return Ok(false),
             }
         }
         Ok(true)
@@ -92,8 +103,6 @@ impl<L: FrameLink> Net<L> {
             Ok(length) if length < Tap::HEADER_SIZE => Ok(false),
             Ok(length) => {
                 self.incoming_length = length;
-                // Without mergeable buffers a frame is in one (§5.1.6.4.1).
-                self.incoming[NUM_BUFFERS].copy_from_slice(&1u16.to_le_bytes());
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -103,24 +112,67 @@ impl<L: FrameLink> Net<L> {
         }
     }
 
-    /// Puts the frame into the buffers of `chain`; one that does not fit, or whose buffers cannot
-    /// be reached, is lost. Says how many bytes were written.
-    fn deliver(&mut self, chain: &Chain, queue: &Virtqueue, memory: &mut DeviceMemory) -> u32 {
+    /// Takes as many buffers as the frame needs; or none, and notifications are on.
+    fn take_buffers(
+        &self,
+        queue: &mut Virtqueue,
+        memory: &mut DeviceMemory,
+    ) -> Result<Buffers, Broken> {
+        let limit = if self.mergeable { usize::from(queue.size()) } else { 1 };
+        let (mut chains, mut room) = (Vec::new(), 0);
+        // A turn of the loop takes a buffer, or finds none and looks again.
+        for _ in 0..2 * limit {
+            match queue.pop(memory)? {
+                Some(chain) => {
+                    room += chain.writable();
+                    chains.push(chain);
+                    if room >= self.incoming_length as u64 {
+                        return Ok(Buffers::Enough(chains));
+                    }
+                    if chains.len() == limit {
+                        break;
+                    }
+                }
+                None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
+                None => {
+                    chains.iter().for_each(|_| queue.undo_pop());
+                    return Ok(Buffers::NotYet);
+                }
+            }
+        }
+        chains.iter().for_each(|_| queue.undo_pop());
+        Ok(Buffers::NeverEnough)
+    }
+
+    /// Puts the frame into the buffers of `chains`, and gives them to the driver together. A frame
+    /// whose buffers cannot be reached is lost.
+    fn deliver(
+        &mut self,
+        chains: &[Chain],
+        queue: &mut Virtqueue,
+        memory: &mut DeviceMemory,
+    ) -> Result<(), Broken> {
         let length = std::mem::take(&mut self.incoming_length);
-        let frame = &self.incoming[..length];
-        if chain.writable() < length as u64 {
-            return 0;
+        // There are no more chains than descriptors.
+        let count = chains.len() as u16;
+        self.incoming[NUM_BUFFERS].copy_from_slice(&count.to_le_bytes());
+        let mut rest = &self.incoming[..length];
+        let mut used = Vec::with_capacity(chains.len());
+        let mut reached = true;
+        for chain in chains {
+            let (part, after) = rest.split_at(rest.len().min(chain.writable() as usize));
+            reached = reached && chain.write(memory, 0, part).is_ok();
+            // A frame has less than 2^32 bytes.
+            used.push((chain.head(), part.len() as u32));
+            rest = after;
         }
-        match chain.write(memory, 0, frame) {
-            Ok(()) => {
-                queue.counters().done.add();
-                length as u32
-            }
-            Err(_) => {
-                queue.counters().unreachable.add();
-                0
-            }
+        if reached {
+            queue.counters().done.add();
+        } else {
+            queue.counters().unreachable.add();
+            used.iter_mut().for_each(|(_, written)| *written = 0);
         }
+        queue.push_all(memory, &used)
     }
 
     /// Sends what the driver has. What is malformed, cannot be reached or has no room is lost, as
@@ -156,7 +208,11 @@ impl<L: FrameLink> Backend for Net<L> {
             .with(VIRTIO_NET_F_GUEST_CSUM)
             .with(VIRTIO_NET_F_HOST_TSO4)
             .with(VIRTIO_NET_F_HOST_TSO6)
-            .with(VIRTIO_NET_F_HOST_ECN);
+            .with(VIRTIO_NET_F_HOST_ECN)
+            .with(VIRTIO_NET_F_GUEST_TSO4)
+            .with(VIRTIO_NET_F_GUEST_TSO6)
+            .with(VIRTIO_NET_F_GUEST_ECN)
+            .with(VIRTIO_NET_F_MRG_RXBUF);
         Model {
             name: "net",
             device_type: VIRTIO_ID_NET as u16,
@@ -169,8 +225,8 @@ impl<L: FrameLink> Backend for Net<L> {
 
     fn start(&mut self, features: Features) -> Result<(), Broken> {
         self.incoming_length = 0;
-        let partial_checksums = features.has(VIRTIO_NET_F_GUEST_CSUM);
-        let result = self.link.set_partial_checksums(partial_checksums);
+        self.mergeable = features.has(VIRTIO_NET_F_MRG_RXBUF);
+        let result = self.link.set_offloads(features);
         result.map_err(|error| Broken::Device(format!("setting offloads: {error}")))
     }
 

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use super::*;
-use crate::vmm::devices::virtio::testing::{Place, Rig, PLACES};
+use crate::vmm::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
 
 /// One end of a pair of sockets.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl FrameLink for Wire {
         self.0.send(frame).map(drop)
     }
 
-    fn set_partial_checksums(&mut self, _partial: bool) -> io::Result<()> {
+    fn set_offloads(&mut self, _features: Features) -> io::Result<()> {
         Ok(())
     }
 }
@@ -96,12 +96,62 @@ fn frames_come_in_as_far_as_there_are_buffers() {
         assert_eq!(rig.peek(BUFFERS + 0x3000, 12), expected[1][..12]);
         assert_eq!(rig.peek(BUFFERS + 0x4000, 1500), expected[1][12..]);
         rig.wait_for_interrupts(1, 2);
-        // Too small a buffer: the frame is lost, the buffer comes back.
-        receive.add(&[(BUFFERS, 64, true)]);
+        // Too small a buffer: the frame is lost, and the next one that fits is not.
+        receive.add(&[(BUFFERS, 100, true)]);
         receive.notify();
         far.send(&expected[1]).unwrap();
-        rig.wait("a buffer", || receive.used_index() == 3);
-        assert_eq!(receive.used(2).1, 0);
+        far.send(&expected[0]).unwrap();
+        rig.wait("a frame", || receive.used_index() == 3);
+        assert_eq!(receive.used(2).1, 72);
+    }
+}
+
+#[test]
+fn a_frame_may_be_in_several_buffers() {
+    for place in PLACES {
+        for event_index in [0, 1 << 29] {
+            let (rig, far) = machine(place);
+            let mut queues = rig.start(1 << VIRTIO_NET_F_MRG_RXBUF | event_index);
+            let receive = &mut queues[RECEIVE];
+            let add = |receive: &mut TestQueue<'_>, count: u64| {
+                (0..count)
+                    .map(|_| {
+                        let buffer = BUFFERS + 0x1000 * receive.next_head();
+                        (receive.add(&[(buffer, 1000, true)]), buffer)
+                    })
+                    .collect::<Vec<_>>()
+            };
+            let mut index = 0;
+            // Enough to go around the ring.
+            for round in 0..8 {
+                let mut expected = frame(round, 2500);
+                // Too few at first: none of them is used until there are enough.
+                let mut buffers = add(receive, 2);
+                receive.notify();
+                far.send(&expected).unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                assert_eq!(receive.used_index(), index);
+                buffers.extend(add(receive, 1));
+                receive.notify();
+                rig.wait("a frame", || receive.used_index() == index.wrapping_add(3));
+                expected[10] = 3;
+                for ((head, buffer), part) in buffers.into_iter().zip(expected.chunks(1000)) {
+                    assert_eq!(receive.used(index), (head.into(), part.len() as u32));
+                    assert_eq!(rig.peek(buffer, part.len()), part);
+                    index = index.wrapping_add(1);
+                }
+                rig.wait_for_interrupts(1, u64::from(round) + 1);
+                // In the middle of the next frame: that is asking for one interrupt.
+                receive.set_used_event(index + 1);
+            }
+            // What all buffers together cannot hold is lost; what comes after is not.
+            add(receive, 16);
+            receive.notify();
+            far.send(&frame(1, 20_000)).unwrap();
+            far.send(&frame(2, 100)).unwrap();
+            rig.wait("a frame", || receive.used_index() == index.wrapping_add(1));
+            assert_eq!(receive.used(index).1, 112);
+        }
     }
 }
 
@@ -125,4 +175,35 @@ fn a_frame_that_the_iommu_blocks_is_lost() {
     assert_eq!(receive.request(&[(0x3_0000, 2000, true)]), 0);
     assert_eq!(rig.pci.counters().unreachable.get(), 2);
     assert_eq!(rig.status(), 0xf);
+}
+
+/// With a tap interface that is up and has the address 10.99.99.1, named by TWOSTAGE_TEST_TAP.
+#[test]
+fn the_host_answers_through_a_tap_interface() {
+    let Ok(name) = std::env::var("TWOSTAGE_TEST_TAP") else {
+        eprintln!("TWOSTAGE_TEST_TAP names no tap interface: not tested");
+        return;
+    };
+    let mac = MacAddress::local(1);
+    let rig = Rig::new(Place::Behind, Box::new(Net::new(Tap::open(&name).unwrap(), mac)));
+    let mut queues = rig.start(1 << VIRTIO_NET_F_GUEST_CSUM);
+    let [receive, transmit] = &mut queues[..] else { panic!() };
+    for buffer in 0..8 {
+        receive.add(&[(BUFFERS + 0x1000 * buffer, 2000, true)]);
+    }
+    receive.notify();
+    // Who has 10.99.99.1? Tell 10.99.99.2 (RFC 826).
+    let mut request = vec![0; Tap::HEADER_SIZE];
+    request.extend([0xff; 6]);
+    request.extend(mac.0);
+    request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    request.extend(mac.0);
+    request.extend([10, 99, 99, 2, 0, 0, 0, 0, 0, 0, 10, 99, 99, 1]);
+    rig.poke(0x4_0000, &request);
+    transmit.request(&[(0x4_0000, request.len() as u32, false)]);
+    let is_answer = |index: u16| {
+        let frame = rig.peek(BUFFERS + 0x1000 * u64::from(receive.used(index).0), 54);
+        frame[12..18] == mac.0 && frame[24..26] == [8, 6] && frame[32..34] == [0, 2]
+    };
+    rig.wait("an answer", || (0..receive.used_index()).any(is_answer));
 }

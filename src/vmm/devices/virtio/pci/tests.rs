@@ -234,7 +234,7 @@ impl FrameLink for Silence {
         Ok(())
     }
 
-    fn set_partial_checksums(&mut self, _: bool) -> io::Result<()> {
+    fn set_offloads(&mut self, _: Features) -> io::Result<()> {
         Ok(())
     }
 }
