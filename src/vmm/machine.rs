@@ -133,6 +133,8 @@ impl Machine {
             mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
         }
 
+        power::write_reset_vector(&memory)
+            .map_err(|error| Error::Acpi(format!("the reset vector: {error}")))?;
         acpi::write_tables(&memory, &platform(config, chip, remapping)?)?;
         let vcpus = (0..config.vcpus)
             .map(|id| VcpuIdentity { id, count: config.vcpus })

@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 use bitfield_struct::bitfield;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::bus::BusDevice;
+use super::memory::MachineMemory;
 use super::pci::ConfigPorts;
 use super::stop::{ResetCause, StopReason, Stopper};
 
@@ -23,6 +25,27 @@ pub(super) const RESET_PORT: u16 = 0xcf9;
 pub(super) const RESET_VALUE: u8 = 0x06;
 /// The bit of it that resets; without the other one, the processors alone.
 const RESET_NOW: u8 = 0x04;
+
+/// Where a PC's processor finds the BIOS, in real mode at F000:FFF0.
+const RESET_VECTOR: u64 = 0xf_fff0;
+/// What is there: this machine's BIOS knows how to reset the machine. Linux reboots this way when
+/// ACPI is hardware-reduced and there is no EFI.
+#[rustfmt::skip]
+const RESET_CODE: [u8; 9] = {
+    let [port_low, port_high] = RESET_PORT.to_le_bytes();
+    [
+        0xba, port_low, port_high, // mov dx, RESET_PORT
+        0xb0, RESET_VALUE,         // mov al, RESET_VALUE
+        0xee,                      // out dx, al
+        0xf4,                      // hlt
+        0xeb, 0xfd,                // jmp to it: should something wake the processor up
+    ]
+};
+
+/// Makes a jump to the BIOS a reset.
+pub(super) fn write_reset_vector(memory: &MachineMemory) -> Result<(), GuestMemoryError> {
+    memory.map().write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))
+}
 
 /// Sleep control register.
 #[bitfield(u8)]
@@ -105,6 +128,17 @@ mod tests {
         assert_eq!(status, [0]);
         registers.write(0, &[soft_off | 1 << 5]);
         assert_eq!(stopper.reason(), Some(&StopReason::PowerOff));
+    }
+
+    #[test]
+    fn the_reset_vector_writes_to_the_reset_register() {
+        let memory = MachineMemory::new(1 << 20).unwrap();
+        write_reset_vector(&memory).unwrap();
+        let mut code = [0; 16];
+        memory.map().read_slice(&mut code, GuestAddress(0xf_fff0)).unwrap();
+        assert_eq!(code[..6], [0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee]);
+        // The jump leads two bytes and itself back, to the halt.
+        assert_eq!(code[6..9], [0xf4, 0xeb, (-3i8) as u8]);
     }
 
     #[test]
