@@ -167,6 +167,9 @@ fn groups(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
+/// Where interrupts are not remapped.
+const REMAPPING: &str = "interrupt_remapping";
+
 /// Groups with a check for each of two capabilities of which a unit has one.
 const EITHER_OR: [&str; 3] = ["first_stage", "legacy_second_stage", "second_stage"];
 
@@ -177,7 +180,7 @@ fn every_check_holds_with_five_levels_and_two_devices() {
     }
     let outcome = MACHINE.run();
     let skipped = groups(&EITHER_OR);
-    assert_eq!(outcome.skipped, &skipped | &groups(&["malformed_tables"]));
+    assert_eq!(outcome.skipped, &skipped | &groups(&["malformed_tables", REMAPPING]));
     assert!(outcome.passed > 160, "{} checks", outcome.passed);
     assert_nested(&outcome, 2);
 }
@@ -199,8 +202,31 @@ fn every_check_holds_with_four_levels_and_caching_mode() {
         return;
     }
     let outcome = Machine { iommu: Some("vtd,aw=48,caching-mode=on"), ..MACHINE }.run();
-    assert_eq!(outcome.skipped, groups(&EITHER_OR));
+    assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&[REMAPPING]));
     assert_nested(&outcome, 2);
+}
+
+#[test]
+fn every_check_holds_with_interrupts_remapped() {
+    if !kvm() {
+        return;
+    }
+    for iommu in ["vtd,aw=48,intremap=on", "vtd,aw=48,intremap=on,caching-mode=on"] {
+        let outcome = Machine { iommu: Some(iommu), ..MACHINE }.run();
+        assert_eq!(outcome.skipped, groups(&EITHER_OR));
+        assert_nested(&outcome, 2);
+        let report = &outcome.report;
+        let controllers = report["interrupt_controllers"].as_str();
+        assert!(controllers.is_some_and(|chip| chip.starts_with("split")), "{controllers:?}");
+        for counter in [
+            "/exits/ioapic-eoi",
+            "/iommu/viommu/interrupt_entry_cache",
+            "/iommu/viommu/interrupts_remapped",
+            "/iommu/viommu/interrupts_blocked",
+        ] {
+            assert_ne!(number(report, counter), 0, "{counter}");
+        }
+    }
 }
 
 #[test]
@@ -212,7 +238,7 @@ fn every_check_holds_without_a_second_stage_of_the_guests_own() {
     let outcome = Machine { iommu, cmdline: "legacy-second-stage=0", ..MACHINE }.run();
     let stale = ["stale_legacy_by_register", "stale_legacy_by_queue", "stale_second_stage"];
     let skipped = &groups(&EITHER_OR) | &groups(&stale);
-    assert_eq!(outcome.skipped, &skipped | &groups(&["pasid"]));
+    assert_eq!(outcome.skipped, &skipped | &groups(&["pasid", REMAPPING]));
     assert_nested(&outcome, 2);
 }
 

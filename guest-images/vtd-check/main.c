@@ -18,6 +18,7 @@ extern const struct check_group in_flight_checks;
 extern const struct check_group pasid_checks;
 extern const struct check_group malformed_tables_checks;
 extern const struct check_group interrupt_range_checks;
+extern const struct check_group interrupt_remapping_checks;
 extern const struct check_group fault_log_checks;
 extern const struct check_group queue_checks;
 extern const struct check_group legacy_second_stage_checks;
@@ -38,6 +39,7 @@ static const struct check_group *const vtd_groups[] = {
     &pasid_checks,
     &malformed_tables_checks,
     &interrupt_range_checks,
+    &interrupt_remapping_checks,
     &fault_log_checks,
     &queue_checks,
     &legacy_second_stage_checks,

@@ -38,6 +38,7 @@ bool fault_take(struct fault *fault)
         high = read64(record(index) + 8);
         *fault = (struct fault){
             .address = low & ~(PAGE_SIZE - 1),
+            .index = (u16)bits(low, 63, 48),
             .source = (u16)high,
             .reason = (u8)bits(high, 39, 32),
             .is_read = bits(high, 62, 62),

@@ -16,6 +16,13 @@ enum fault_reason {
     LEGACY_ROOT_RESERVED = 0x0a,
     LEGACY_CONTEXT_RESERVED = 0x0b,
     LEGACY_TABLE_RESERVED = 0x0c,
+    INTERRUPT_REQUEST_RESERVED = 0x20,
+    INTERRUPT_INDEX_BEYOND = 0x21,
+    INTERRUPT_ENTRY_NOT_PRESENT = 0x22,
+    INTERRUPT_ENTRY_ACCESS = 0x23,
+    INTERRUPT_ENTRY_RESERVED = 0x24,
+    INTERRUPT_COMPATIBILITY_BLOCKED = 0x25,
+    INTERRUPT_SOURCE_MISMATCH = 0x26,
     RTADDR_INVALID = 0x30,
     PASID_IN_LEGACY_MODE = 0x31,
     ROOT_ACCESS = 0x38,
@@ -48,6 +55,7 @@ enum fault_reason {
 
 struct fault {
     u64 address; // of the page
+    u16 index;   // of an interrupt's table entry
     u16 source;
     u8 reason;
     bool is_read;

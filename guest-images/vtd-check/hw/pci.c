@@ -111,7 +111,7 @@ u64 pci_enable(pci_id function, u32 size)
     return bar;
 }
 
-bool pci_msi_enable(pci_id function, unsigned vector)
+bool pci_msi_set(pci_id function, u32 address, u32 data)
 {
     u16 msi = pci_capability(function, PCI_CAP_MSI);
     u32 control;
@@ -119,15 +119,20 @@ bool pci_msi_enable(pci_id function, unsigned vector)
     if (!msi)
         return false;
     control = pci_read(function, msi);
-    pci_write(function, msi + 4, msi_address());
+    pci_write(function, msi + 4, address);
     if (control & MSI_CONTROL_64BIT) {
         pci_write(function, msi + 8, 0);
-        pci_write(function, msi + 12, vector);
+        pci_write(function, msi + 12, data);
     } else {
-        pci_write(function, msi + 8, vector);
+        pci_write(function, msi + 8, data);
     }
     pci_write(function, msi, control | MSI_CONTROL_ENABLE);
     return true;
+}
+
+bool pci_msi_enable(pci_id function, unsigned vector)
+{
+    return pci_msi_set(function, msi_address(), vector);
 }
 
 void pci_msi_disable(pci_id function)

@@ -38,6 +38,9 @@ u16 pci_extended_capability(pci_id function, u16 id);
 // decoding and bus mastering on.
 u64 pci_enable(pci_id function, u32 size);
 
+// Has the function's single MSI write `data` to `address`; false when it has no MSI capability.
+bool pci_msi_set(pci_id function, u32 address, u32 data);
+
 // Points the function's single MSI at `vector`; false when it has no MSI capability.
 bool pci_msi_enable(pci_id function, unsigned vector);
 void pci_msi_disable(pci_id function);

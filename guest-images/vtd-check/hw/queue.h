@@ -11,6 +11,7 @@ struct descriptor {
 enum { CONTEXT_GLOBAL = 1, CONTEXT_DOMAIN = 2, CONTEXT_DEVICE = 3 };
 enum { IOTLB_GLOBAL = 1, IOTLB_DOMAIN = 2, IOTLB_PAGE = 3 };
 enum { PASID_IOTLB_PASID = 2, PASID_IOTLB_PAGE = 3 };
+enum { INTERRUPT_ENTRY_GLOBAL = 0, INTERRUPT_ENTRY_INDEX = 1 };
 enum { PASID_CACHE_DOMAIN = 0, PASID_CACHE_PASID = 1, PASID_CACHE_GLOBAL = 3 };
 
 enum {
@@ -50,6 +51,11 @@ static inline struct descriptor inv_pasid_iotlb(unsigned granularity, u16 domain
 static inline struct descriptor inv_pasid_cache(unsigned granularity, u16 domain, u32 pasid)
 {
     return (struct descriptor){TYPE_PASID_CACHE | granularity << 4 | (u64)domain << 16 | (u64)pasid << 32, 0};
+}
+
+static inline struct descriptor inv_interrupt_entry(unsigned granularity, u16 index, unsigned mask)
+{
+    return (struct descriptor){TYPE_INTERRUPT_ENTRY | granularity << 4 | (u64)mask << 27 | (u64)index << 32, 0};
 }
 
 static inline struct descriptor inv_wait(u64 flags, u32 data, u64 address)

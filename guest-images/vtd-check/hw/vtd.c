@@ -58,11 +58,21 @@ bool vtd_switch(u32 bit, bool on)
     return WAIT_UNTIL(!!(vtd_read32(VTD_GSTS) & bit) == on);
 }
 
+static bool set_pointer(enum vtd_register pointer, u64 value, u32 command)
+{
+    vtd_write64(pointer, value);
+    vtd_write32(VTD_GCMD, (vtd_read32(VTD_GSTS) & GCMD_KEEP) | command);
+    return WAIT_UNTIL(vtd_read32(VTD_GSTS) & command);
+}
+
 bool vtd_set_root(u64 rtaddr)
 {
-    vtd_write64(VTD_RTADDR, rtaddr);
-    vtd_write32(VTD_GCMD, (vtd_read32(VTD_GSTS) & GCMD_KEEP) | (u32)GCMD_SRTP);
-    return WAIT_UNTIL(vtd_read32(VTD_GSTS) & GCMD_SRTP);
+    return set_pointer(VTD_RTADDR, rtaddr, (u32)GCMD_SRTP);
+}
+
+bool vtd_set_interrupt_table(u64 irta)
+{
+    return set_pointer(VTD_IRTA, irta, (u32)GCMD_SIRTP);
 }
 
 // "At least": a coarser granularity has a smaller number, and 0 says that nothing was done.

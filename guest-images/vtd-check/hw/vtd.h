@@ -25,12 +25,16 @@ enum vtd_register {
     VTD_IEADDR = 0x0a8,
     VTD_IEUADDR = 0x0ac,
     VTD_IQERCD = 0x0b0,
+    VTD_IRTA = 0x0b8,
 };
 
 // GCMD and GSTS.
 #define GCMD_TE BIT(31)
 #define GCMD_SRTP BIT(30)
 #define GCMD_QIE BIT(26)
+#define GCMD_IRE BIT(25)
+#define GCMD_SIRTP BIT(24)
+#define GCMD_CFI BIT(23)
 
 // FSTS.
 #define FSTS_PFO BIT(0)
@@ -91,6 +95,8 @@ static inline unsigned cap_mamv(void) { return (unsigned)bits(vtd.cap, 53, 48); 
 static inline bool cap_fs_1g(void) { return bits(vtd.cap, 56, 56); }
 static inline bool cap_fs_5_level(void) { return bits(vtd.cap, 60, 60); }
 static inline bool ecap_qi(void) { return bits(vtd.ecap, 1, 1); }
+static inline bool ecap_interrupt_remapping(void) { return bits(vtd.ecap, 3, 3); }
+static inline bool ecap_extended_interrupts(void) { return bits(vtd.ecap, 4, 4); }
 static inline bool ecap_pass_through(void) { return bits(vtd.ecap, 6, 6); }
 static inline bool ecap_nested(void) { return bits(vtd.ecap, 26, 26); }
 static inline unsigned ecap_pasid_bits(void) { return 1 + (unsigned)bits(vtd.ecap, 39, 35); }
@@ -105,6 +111,9 @@ bool vtd_switch(u32 bit, bool on);
 
 // Makes `rtaddr` the root table pointer in force.
 bool vtd_set_root(u64 rtaddr);
+
+// The same for IRTA and GCMD.SIRTP.
+bool vtd_set_interrupt_table(u64 irta);
 
 // Register-based invalidation, only while the queue is off. Granularity: 1 global, 2 domain,
 // 3 device (context cache) or page (IOTLB). True when the unit did at least that much.

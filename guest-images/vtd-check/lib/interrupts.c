@@ -30,6 +30,8 @@ enum {
     IOAPIC_MASKED = 1 << 16,
     IOAPIC_LEVEL = 1 << 15,
     IOAPIC_ACTIVE_LOW = 1 << 13,
+    IOAPIC_INDEX_HIGH = 1 << 11,
+    IOAPIC_REMAPPABLE = 1 << 16, // of the upper half
     FIRST_PCI_LINE = 16,
     LAST_PCI_LINE = 23,
 };
@@ -109,7 +111,12 @@ void interrupt_on(unsigned vector, void (*handler)(void))
 
 u32 msi_address(void)
 {
-    return MSI_ADDRESS | (read32(LAPIC_ID) >> 24) << 12;
+    return MSI_ADDRESS | apic_id() << 12;
+}
+
+u32 apic_id(void)
+{
+    return read32(LAPIC_ID) >> 24;
 }
 
 static void ioapic_write(u32 index, u32 value)
@@ -118,7 +125,8 @@ static void ioapic_write(u32 index, u32 value)
     write32(IOAPIC_DATA, value);
 }
 
-bool ioapic_route_pci(unsigned vector)
+// `high` is the upper half of every entry; `low` is all of the lower one.
+static bool route_pci(u32 high, u32 low)
 {
     u32 version;
 
@@ -127,10 +135,21 @@ bool ioapic_route_pci(unsigned vector)
     if (version == ~0u || bits(version, 23, 16) < LAST_PCI_LINE)
         return false;
     for (u32 line = FIRST_PCI_LINE; line <= LAST_PCI_LINE; line++) {
-        u32 entry = vector ? IOAPIC_LEVEL | IOAPIC_ACTIVE_LOW | vector : IOAPIC_MASKED;
-
-        ioapic_write(IOAPIC_REDIRECTION + 2 * line + 1, read32(LAPIC_ID));
-        ioapic_write(IOAPIC_REDIRECTION + 2 * line, entry);
+        ioapic_write(IOAPIC_REDIRECTION + 2 * line + 1, high);
+        ioapic_write(IOAPIC_REDIRECTION + 2 * line, low);
     }
     return true;
+}
+
+bool ioapic_route_pci(unsigned vector)
+{
+    return route_pci(apic_id() << 24, vector ? IOAPIC_LEVEL | IOAPIC_ACTIVE_LOW | vector : IOAPIC_MASKED);
+}
+
+bool ioapic_route_pci_remapped(unsigned vector, u16 index)
+{
+    u32 index_high = index >> 15 ? IOAPIC_INDEX_HIGH : 0;
+
+    return route_pci((u32)index << 17 | IOAPIC_REMAPPABLE,
+                     IOAPIC_LEVEL | IOAPIC_ACTIVE_LOW | index_high | vector);
 }

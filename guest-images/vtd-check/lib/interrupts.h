@@ -26,6 +26,11 @@ void interrupt_on(unsigned vector, void (*handler)(void));
 #define MSI_ADDRESS 0xfee00000u
 u32 msi_address(void);
 
+// This CPU's APIC ID.
+u32 apic_id(void);
+
 // Routes every PCI interrupt line of the I/O APIC to `vector`, or masks them all with vector 0.
 // False when there is no I/O APIC.
 bool ioapic_route_pci(unsigned vector);
+// The same through entry `index` of the interrupt remapping table, which has that vector, too.
+bool ioapic_route_pci_remapped(unsigned vector, u16 index);
