@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use images::{multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
-use twostage::vmm::exit_code::{GUEST_RESET, GUEST_STUCK, NO_INPUT, UNAVAILABLE, USAGE};
+use twostage::vmm::exit_code::{GUEST_RESET, GUEST_STUCK, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE};
 
 const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 
@@ -433,5 +433,31 @@ fn the_terminal_is_left_as_it_was() {
     assert!(shown.contains("code 124"), "{shown}");
     for flag in [" icanon", " echo ", "isig "] {
         assert!(shown.contains(flag), "{shown}");
+    }
+}
+
+#[test]
+fn devices_that_cannot_be_are_named() {
+    let image = kernel(&pvh(&code::out(0xf4, 0)));
+    let unaligned = kernel(&[0; 1000]);
+    let (empty, unaligned) = (NamedTempFile::new().unwrap(), text(&unaligned).to_owned());
+    let path = |path: &str| format!("path={path}");
+    for (option, value, code, hint) in [
+        ("--disk", path("/nonexistent/disk"), NO_INPUT, "/nonexistent/disk: No such file"),
+        ("--disk", path("/dev/null"), NO_INPUT, "neither a file nor a block device"),
+        ("--disk", path(text(&empty)), NO_INPUT, "the image is empty"),
+        ("--disk", path(&unaligned), NO_INPUT, "1000 bytes are not a multiple of 512"),
+        ("--disk", path(&unaligned) + ",iommu=on", USAGE, "there is no --iommu"),
+        ("--disk", "readonly=on".into(), USAGE, "path=FILE is missing"),
+        ("--rng", "src=/nonexistent/rng".into(), NO_INPUT, "/nonexistent/rng: No such file"),
+        ("--net", "tap=twostage-none".into(), OS_ERROR, "no such interface"),
+        ("--net", "tap=lo".into(), OS_ERROR, "tap=lo: "),
+        ("--net", "fd=77".into(), OS_ERROR, "fd 77: Bad file descriptor"),
+    ] {
+        if code != USAGE && !kvm() {
+            continue;
+        }
+        let output = twostage(&["run", "--kernel", text(&image), option, &value]);
+        assert_refused(&output, code, hint);
     }
 }

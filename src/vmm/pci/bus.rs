@@ -15,8 +15,12 @@ pub trait PciFunction: Send + Sync {
     /// Its configuration space.
     fn config(&self) -> &Mutex<ConfigSpace>;
 
-    /// Software wrote to configuration space, which is not locked now.
-    fn config_written(&self) {}
+    /// Software is about to read `length` bytes at `offset` of configuration space, which is not
+    /// locked now.
+    fn config_reading(&self, _offset: u16, _length: usize) {}
+
+    /// Software wrote `length` bytes at `offset` of configuration space, which is not locked now.
+    fn config_written(&self, _offset: u16, _length: usize) {}
 
     /// Software reads `data.len()` bytes at `offset` of memory BAR `bar`.
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]);
@@ -49,7 +53,10 @@ impl PciBus {
     /// Software reads configuration space; a function that is not there reads as ones.
     pub fn read_config(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
         match self.functions.get(&bdf) {
-            Some(function) => lock(function.config()).read(offset, data),
+            Some(function) => {
+                function.config_reading(offset, data.len());
+                lock(function.config()).read(offset, data);
+            }
             None => data.fill(0xff),
         }
     }
@@ -66,7 +73,7 @@ impl PciBus {
         if moved {
             self.update_decoders();
         }
-        function.config_written();
+        function.config_written(offset, data.len());
     }
 
     /// Collects the BARs anew. Those outside the PCI memory window do not answer.

@@ -71,12 +71,19 @@ impl ConfigSpace {
         self.put(SUBSYSTEM_VENDOR_ID, &both.to_le_bytes());
     }
 
-    /// Adds a vendor's own capability of which software may change nothing: `body` follows its
-    /// three-byte header. Returns its offset.
-    pub fn add_vendor_capability(&mut self, body: &[u8]) -> u16 {
+    /// Adds a vendor's own capability: `body` follows its three-byte header, `writable` says which
+    /// bits of the body software may change. Returns its offset.
+    pub fn add_vendor_capability(&mut self, body: &[u8], writable: &[u8]) -> u16 {
         // A capability lies in the first 256 bytes.
         let length = [(body.len() + 3) as u8];
-        self.add_capability(CAPABILITY_VENDOR, &[&length, body].concat(), &[])
+        let (body, writable) = ([&length, body].concat(), [&[0], writable].concat());
+        self.add_capability(CAPABILITY_VENDOR, &body, &writable)
+    }
+
+    /// Sets what software reads from the four bytes at `offset`, which must be in the header or a
+    /// capability.
+    pub fn set_u32(&mut self, offset: u16, value: u32) {
+        self.put(offset, &value.to_le_bytes());
     }
 
     /// Gives the function memory BAR `index` (32 bits, not prefetchable) of `size` bytes, a power
@@ -186,7 +193,8 @@ impl ConfigSpace {
         u16::from_le_bytes(bytes)
     }
 
-    pub(super) fn u32(&self, offset: u16) -> u32 {
+    /// The four bytes at `offset`.
+    pub fn u32(&self, offset: u16) -> u32 {
         let mut bytes = [0; 4];
         self.read(offset, &mut bytes);
         u32::from_le_bytes(bytes)

@@ -184,7 +184,7 @@ impl PciFunction for Edu {
         &self.shared.config
     }
 
-    fn config_written(&self) {
+    fn config_written(&self, _offset: u16, _length: usize) {
         // MSI may have been switched, or INTx disabled.
         let registers = self.shared.registers();
         self.shared.interrupt(&registers, false);

@@ -53,7 +53,7 @@ impl Fixture {
 
     fn write_config(&self, offset: u16, data: &[u8]) {
         self.edu.config().lock().unwrap().write(offset, data);
-        self.edu.config_written();
+        self.edu.config_written(offset, data.len());
     }
 
     fn write(&self, offset: u64, value: u64) {

@@ -154,13 +154,14 @@ impl Rig {
 
     pub fn read_config(&self, offset: u16, length: usize) -> u64 {
         let mut data = [0; 8];
+        self.pci.config_reading(offset, length);
         self.pci.config().lock().unwrap().read(offset, &mut data[..length]);
         u64::from_le_bytes(data)
     }
 
     pub fn write_config(&self, offset: u16, data: &[u8]) {
         self.pci.config().lock().unwrap().write(offset, data);
-        self.pci.config_written();
+        self.pci.config_written(offset, data.len());
     }
 
     pub fn read(&self, offset: u64, length: usize) -> u64 {

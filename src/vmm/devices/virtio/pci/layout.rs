@@ -66,7 +66,7 @@ const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
 
 /// Adds the capabilities of a device with `queues` queues and `config` bytes of configuration.
-pub(super) fn add_capabilities(space: &mut ConfigSpace, queues: u32, config: u32) {
+pub(super) fn add_structures(space: &mut ConfigSpace, queues: u32, config: u32) {
     let notify_length = queues * NOTIFY_MULTIPLIER;
     let structures = [
         (COMMON_CFG, Structure::Common, COMMON_SIZE),
@@ -81,6 +81,6 @@ pub(super) fn add_capabilities(space: &mut ConfigSpace, queues: u32, config: u32
         if structure == Structure::Notify {
             body.extend(NOTIFY_MULTIPLIER.to_le_bytes());
         }
-        space.add_vendor_capability(&body);
+        space.add_vendor_capability(&body, &[]);
     }
 }

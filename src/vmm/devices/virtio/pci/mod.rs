@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod common;
+mod config_window;
 mod doorbell;
 mod layout;
 #[cfg(test)]
@@ -15,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use self::common::{CommonConfig, Effect};
+use self::config_window::ConfigWindow;
 use self::layout::{Structure, NOTIFY_MULTIPLIER};
 use super::backend::{Backend, Features, Model};
 use super::link::{Link, RequestCounters};
@@ -42,6 +44,7 @@ pub struct VirtioPci {
     model: Model,
     config: Mutex<ConfigSpace>,
     msix: MsixCapability,
+    window: ConfigWindow,
     link: Arc<Link>,
     transport: Mutex<Transport>,
     doorbells: Arc<dyn Doorbells>,
@@ -83,13 +86,14 @@ impl VirtioPci {
         });
         config.set_subsystem(VENDOR, SUBSYSTEM);
         config.add_bar(layout::BAR.into(), BAR_SIZE, address);
-        layout::add_capabilities(&mut config, queues as u32, model.config.len() as u32);
+        layout::add_structures(&mut config, queues as u32, model.config.len() as u32);
         let msix = MsixCapability::add(
             &mut config,
             vectors as u16,
             Structure::MsixTable.msix_place(),
             Structure::MsixPending.msix_place(),
         );
+        let window = ConfigWindow::add(&mut config);
         let vectors = (0..vectors).map(|_| vector()).collect::<Result<_>>()?;
         let link = Arc::new(Link::new(name, queues, Msix::new(vectors))?);
         let offered =
@@ -104,6 +108,7 @@ impl VirtioPci {
             model,
             config: Mutex::new(config),
             msix,
+            window,
             link,
             transport: Mutex::new(transport),
             doorbells,
@@ -215,7 +220,29 @@ impl PciFunction for VirtioPci {
         &self.config
     }
 
-    fn config_written(&self) {
+    fn config_reading(&self, offset: u16, length: usize) {
+        if !self.window.is_data(offset, length) {
+            return;
+        }
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(access) = self.window.access(&config) else { return };
+        drop(config);
+        let mut data = [0; 4];
+        self.read_bar(access.bar, access.offset, &mut data[..access.length]);
+        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        self.window.set_data(&mut config, data);
+    }
+
+    fn config_written(&self, offset: u16, length: usize) {
+        if self.window.is_data(offset, length) {
+            let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+            let (access, data) = (self.window.access(&config), self.window.data(&config));
+            drop(config);
+            if let Some(access) = access {
+                self.write_bar(access.bar, access.offset, &data[..access.length]);
+            }
+            return;
+        }
         let (command, control) = {
             let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
             (config.command(), self.msix.control(&config))

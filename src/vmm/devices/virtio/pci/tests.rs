@@ -34,17 +34,50 @@ fn capabilities_lead_to_the_structures() {
         if rig.read_config(at, 1) == 9 {
             let length = rig.read_config(at + 2, 1);
             let kind = rig.read_config(at + 3, 1);
-            assert_eq!(length, if kind == 2 { 20 } else { 16 });
+            assert_eq!(length, if kind == 2 || kind == 5 { 20 } else { 16 });
             found.push((kind, rig.read_config(at + 8, 4), rig.read_config(at + 12, 4)));
         }
         at = rig.read_config(at + 1, 1) as u16;
     }
     // This device has no configuration of its own.
-    assert_eq!(found, [(1, 0, 0x38), (3, 0x1000, 1), (2, 0x3000, 4)]);
+    assert_eq!(found, [(1, 0, 0x38), (3, 0x1000, 1), (2, 0x3000, 4), (5, 0, 0)]);
     let msix = rig.capability(0x11).unwrap();
     assert_eq!(rig.read_config(msix + 2, 2), 1);
     assert_eq!(rig.read_config(msix + 4, 4), 0x4000);
     assert_eq!(rig.read_config(msix + 8, 4), 0x5000);
+}
+
+#[test]
+fn the_bar_is_reached_through_configuration_space() {
+    let rig = Rig::new(Place::Direct, rng());
+    let mut window = 0x34;
+    loop {
+        window = rig.read_config(window + u16::from(window != 0x34), 1) as u16;
+        assert_ne!(window, 0);
+        if rig.read_config(window, 1) == 9 && rig.read_config(window + 3, 1) == 5 {
+            break;
+        }
+    }
+    let access = |offset: u32, length: u32| {
+        rig.write_config(window + 4, &[0]);
+        rig.write_config(window + 8, &offset.to_le_bytes());
+        rig.write_config(window + 12, &length.to_le_bytes());
+    };
+    access(0x14, 1);
+    rig.write_config(window + 16, &[3]);
+    assert_eq!((rig.status(), rig.read_config(window + 16, 4)), (3, 3));
+    access(0x12, 2);
+    assert_eq!(rig.read_config(window + 16, 2), 1);
+    // What the device does not have reads as it was, and is not written.
+    for (offset, length) in [(0x14, 3), (0x14, 0), (0x8000, 1), (0x15, 2), (u32::MAX, 1)] {
+        access(offset, length);
+        rig.write_config(window + 16, &[0; 4]);
+        assert_eq!(rig.read_config(window + 16, 4), 0);
+    }
+    access(0x14, 1);
+    rig.write_config(window + 4, &[1]);
+    rig.write_config(window + 16, &[0]);
+    assert_eq!(rig.status(), 3);
 }
 
 #[test]
