@@ -117,9 +117,11 @@ impl Virtqueue {
         if available.0 == self.queue.next_avail() {
             return Ok(None);
         }
-        let size = self.queue.size();
+        // Not the size that the driver chose: drivers go by what the device says of itself when
+        // they make indirect chains.
+        let limit = self.queue.max_size();
         let chain = self.queue.iter(&section)?.next().ok_or(Broken::Available)?;
-        Chain::read_from(chain, size).map(Some)
+        Chain::read_from(chain, limit).map(Some)
     }
 
     /// Gives back the chain that was taken last: it will be taken again.
