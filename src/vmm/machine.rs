@@ -85,12 +85,13 @@ impl Machine {
             Some(iommu) => {
                 let functions = assigned_functions(config)?;
                 let messages = messages.clone();
+                let trace = trace.clone();
                 Some(Iommu::new(iommu, remapping, &memory, &functions, messages, trace)?)
             }
             None => None,
         };
         let remapper = iommu.as_ref().and_then(Iommu::interrupt_remapper);
-        let interrupts = Arc::new(Interrupts::new(vm.clone(), chip, messages, remapper));
+        let interrupts = Arc::new(Interrupts::new(vm.clone(), chip, messages, remapper, trace));
         if let Some(iommu) = &iommu {
             for listener in interrupts.listeners() {
                 iommu.add_interrupt_listener(listener);
@@ -200,6 +201,7 @@ impl Machine {
         let count = |kind: &ExitKind| (kind.name(), self.exits.counters.get(*kind));
         Report {
             interrupt_controllers: self.interrupts.chip().to_string(),
+            interrupts: self.interrupts.report(),
             exits: ExitKind::ALL.iter().map(count).collect(),
             devices: self.pci.report(),
             iommu: self.iommu.as_ref().map(Iommu::report),

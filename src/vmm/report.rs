@@ -16,12 +16,23 @@ use crate::spec::pci::Bdf;
 pub struct Report {
     /// Where the interrupt controllers are.
     pub interrupt_controllers: String,
+    /// Message-signalled interrupts of devices.
+    pub interrupts: InterruptReport,
     /// Exits of vCPUs by kind; unclaimed ones are counted by their kind too.
     pub exits: BTreeMap<&'static str, u64>,
     /// The devices.
     pub devices: Vec<DeviceReport>,
     /// The virtual IOMMU and the host behind it.
     pub iommu: Option<IommuReport>,
+}
+
+/// Message-signalled interrupts of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct InterruptReport {
+    /// Those that went through a route in the kernel.
+    pub routed: u64,
+    /// Times the kernel was given other routes.
+    pub route_updates: u64,
 }
 
 /// One device.
@@ -71,6 +82,7 @@ fn as_text<T: fmt::Display, S: serde::Serializer>(value: &T, to: S) -> Result<S:
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "interrupt controllers: {}", self.interrupt_controllers)?;
+        section(f, "interrupts", &fields(&self.interrupts))?;
         section(f, "exits", &self.exits)?;
         for device in &self.devices {
             let way = if device.behind_iommu { "behind the IOMMU" } else { "not behind the IOMMU" };
@@ -137,6 +149,7 @@ mod tests {
     fn report() -> Report {
         Report {
             interrupt_controllers: "split".to_owned(),
+            interrupts: InterruptReport { routed: 7, route_updates: 0 },
             exits: BTreeMap::from([("io-out", 3), ("mmio-read", 0)]),
             devices: vec![DeviceReport {
                 bdf: Bdf::from_raw(8),
@@ -163,6 +176,7 @@ mod tests {
         let text = report().to_string();
         for line in [
             "interrupt controllers: split",
+            "interrupts: routed 7",
             "exits: io-out 3",
             "00:01.0 edu, behind the IOMMU: DMA 5 done, 2 refused",
             "virtual IOMMU: none",

@@ -74,10 +74,11 @@ struct RunArgs {
     #[arg(long, value_name = "size=SIZE", default_value = "size=512M")]
     memory: MemoryOption,
 
-    /// Virtual IOMMU. Devices are behind it unless they say otherwise.
+    /// Virtual IOMMU. Devices are behind it unless they say otherwise. Remapping interrupts takes
+    /// the IOAPIC out of the kernel.
     #[arg(
         long,
-        value_name = "vtd[,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off]"
+        value_name = "vtd[,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off]"
     )]
     iommu: Option<IommuConfig>,
 

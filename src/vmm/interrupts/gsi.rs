@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -42,6 +43,7 @@ pub(super) struct GsiTable {
     /// The interrupt controllers in the kernel.
     fixed: Vec<kvm_irq_routing_entry>,
     table: Mutex<Table>,
+    updates: AtomicU64,
 }
 
 #[derive(Default)]
@@ -59,7 +61,7 @@ impl GsiTable {
             IrqChip::InKernel => in_kernel_routes(),
             IrqChip::Split => Vec::new(),
         };
-        Self { routing, fixed, table: Mutex::default() }
+        Self { routing, fixed, table: Mutex::default(), updates: AtomicU64::new(0) }
     }
 
     /// A GSI for messages, leading nowhere. Given back with [`GsiTable::release`].
@@ -99,9 +101,15 @@ impl GsiTable {
         }
         let messages = table.messages.iter().map(|(gsi, message)| message_route(*gsi, *message));
         let entries: Vec<_> = self.fixed.iter().copied().chain(messages).collect();
+        self.updates.fetch_add(1, Ordering::Relaxed);
         let result = self.routing.set(&entries);
         table.refused = result.is_err();
         result
+    }
+
+    /// How often KVM was given a routing.
+    pub fn updates(&self) -> u64 {
+        self.updates.load(Ordering::Relaxed)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -150,20 +158,22 @@ fn in_kernel_routes() -> Vec<kvm_irq_routing_entry> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
 
     /// Remembers each routing: (GSI, type).
     #[derive(Default)]
     pub struct FakeRouting {
         pub calls: Mutex<Vec<Vec<(u32, u32)>>>,
-        pub refuse: std::sync::atomic::AtomicBool,
+        pub refuse: AtomicBool,
     }
 
     impl Routing for FakeRouting {
         fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error> {
             let entries = entries.iter().map(|entry| (entry.gsi, entry.type_)).collect();
             self.calls.lock().unwrap().push(entries);
-            match self.refuse.load(std::sync::atomic::Ordering::SeqCst) {
+            match self.refuse.load(Ordering::SeqCst) {
                 true => Err(errno::Error::new(libc::EINVAL)),
                 false => Ok(()),
             }
@@ -193,12 +203,12 @@ pub(super) mod tests {
     fn a_change_that_was_refused_is_tried_again() {
         let routing = Arc::new(FakeRouting::default());
         let table = GsiTable::new(routing.clone(), IrqChip::Split);
-        routing.refuse.store(true, std::sync::atomic::Ordering::SeqCst);
+        routing.refuse.store(true, Ordering::SeqCst);
         assert!(table.update([(24, Some(ONE))]).is_err());
-        routing.refuse.store(false, std::sync::atomic::Ordering::SeqCst);
+        routing.refuse.store(false, Ordering::SeqCst);
         table.update([(24, Some(ONE))]).unwrap();
         table.update([(24, Some(ONE))]).unwrap();
-        assert_eq!(routing.calls.lock().unwrap().len(), 2);
+        assert_eq!((routing.calls.lock().unwrap().len(), table.updates()), (2, 2));
     }
 
     #[test]

@@ -79,10 +79,17 @@ impl Ioapic {
     /// Sends the interrupt of a level-triggered pin, if it is asserted and does not wait for an EOI.
     fn serve_level(&self, state: &mut State, pin: u32) {
         let asserted = state.asserted & 1 << pin != 0;
-        let Some(entry) = state.entries.get_mut(pin as usize) else { return };
+        let Some(entry) = state.entries.get(pin as usize).copied() else { return };
         let may = entry.level() && !entry.masked() && !entry.remote_irr();
-        if asserted && may && self.output.send(entry.message()) {
-            entry.set_remote_irr(true);
+        if !asserted || !may {
+            return;
+        }
+        // What would have been blocked when the entry was written may pass by now, unannounced.
+        self.watch(state);
+        if self.output.send(entry.message()) {
+            if let Some(entry) = state.entries.get_mut(pin as usize) {
+                entry.set_remote_irr(true);
+            }
         }
     }
 
@@ -343,5 +350,10 @@ mod tests {
         assert_eq!(watched(), []);
         ioapic.interrupts_changed();
         assert_eq!(watched(), wanted);
+        // Wanted before the interrupt is sent, whatever was said of it before.
+        ioapic.set_pin(16, LEVEL | 0x50);
+        output.watched.lock().unwrap().clear();
+        ioapic.set_line(16, true);
+        assert_eq!((watched(), output.take()), (wanted, vec![0x50]));
     }
 }

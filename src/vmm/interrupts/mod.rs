@@ -27,6 +27,8 @@ pub use source::{FunctionInterrupts, InterruptSource};
 
 use self::gsi::GsiTable;
 use self::ioapic::PinOutput;
+use super::report::InterruptReport;
+use super::trace::Trace;
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
@@ -64,6 +66,7 @@ impl InterruptSink for KvmMessages {
 pub(super) struct Interrupts {
     vm: Arc<VmFd>,
     chip: IrqChip,
+    table: Arc<GsiTable>,
     ioapic: Option<Arc<Ioapic>>,
     routes: Arc<MsiRoutes>,
     messages: Messages,
@@ -81,26 +84,33 @@ impl std::fmt::Debug for Messages {
 
 impl Interrupts {
     /// Interrupts of `vm`, which has `chip`. What is sent goes to `messages` in the end; `remapper`
-    /// remaps those of an IOAPIC that is here.
+    /// remaps those of an IOAPIC that is here. What does not come to `messages` is traced apart.
     pub fn new(
         vm: Arc<VmFd>,
         chip: IrqChip,
         messages: Arc<dyn InterruptSink>,
         remapper: Option<Weak<dyn InterruptRemapper>>,
+        trace: Option<Arc<Trace>>,
     ) -> Self {
         let table = Arc::new(GsiTable::new(vm.clone(), chip));
-        let routes = MsiRoutes::new(table.clone(), vm.clone(), messages.clone());
+        let routes = MsiRoutes::new(table.clone(), vm.clone(), messages.clone(), trace);
         let ioapic = (chip == IrqChip::Split).then(|| {
             let source = InterruptSource::new(IOAPIC_BDF, remapper);
+            let table = table.clone();
             let output = IoapicOutput { table, source, messages: messages.clone() };
             Ioapic::new(IOAPIC_ID, Box::new(output))
         });
-        Self { vm, chip, ioapic, routes, messages: Messages(messages) }
+        Self { vm, chip, table, ioapic, routes, messages: Messages(messages) }
     }
 
     /// Where the interrupt controllers are.
     pub fn chip(&self) -> IrqChip {
         self.chip
+    }
+
+    /// What was done so far.
+    pub fn report(&self) -> InterruptReport {
+        InterruptReport { routed: self.routes.triggered(), route_updates: self.table.updates() }
     }
 
     /// The IOAPIC, if it is not in the kernel.
@@ -216,7 +226,7 @@ mod tests {
             assert_eq!(chip == IrqChip::Split, split);
             let _vcpu = vm.create_vcpu(0).unwrap();
             let messages = Arc::new(KvmMessages(vm.clone()));
-            let interrupts = Interrupts::new(vm, chip, messages, None);
+            let interrupts = Interrupts::new(vm, chip, messages, None, None);
             assert_eq!(interrupts.ioapic().is_some(), split);
             assert_eq!(interrupts.listeners().len(), 1 + usize::from(split));
             interrupts.edge_line(4).unwrap().trigger().unwrap();
@@ -229,7 +239,7 @@ mod tests {
             let vector = function.vector().unwrap();
             vector.update(Some(MsiMessage { address: 0xfee0_0000, data: 0x42 }));
             vector.trigger();
-            assert!(format!("{vector:?}").contains("routed: true"), "{vector:?}");
+            assert_eq!(interrupts.report(), InterruptReport { routed: 1, route_updates: 1 });
         }
     }
 }

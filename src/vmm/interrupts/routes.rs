@@ -3,8 +3,10 @@
 //! message without leaving the kernel.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use serde_json::json;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
@@ -12,6 +14,7 @@ use super::gsi::GsiTable;
 use super::InterruptSource;
 use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use crate::vmm::pci::InterruptVector;
+use crate::vmm::trace::Trace;
 use crate::vmm::{Error, Result};
 
 /// Ties eventfds to GSIs.
@@ -41,6 +44,8 @@ pub struct MsiRoutes {
     irqfds: Arc<dyn Irqfds>,
     messages: Arc<dyn InterruptSink>,
     routes: Mutex<Vec<Weak<VectorRoute>>>,
+    trace: Option<Arc<Trace>>,
+    triggered: AtomicU64,
 }
 
 impl MsiRoutes {
@@ -49,8 +54,15 @@ impl MsiRoutes {
         table: Arc<GsiTable>,
         irqfds: Arc<dyn Irqfds>,
         messages: Arc<dyn InterruptSink>,
+        trace: Option<Arc<Trace>>,
     ) -> Arc<Self> {
-        Arc::new(Self { table, irqfds, messages, routes: Mutex::default() })
+        let (routes, triggered) = (Mutex::default(), AtomicU64::new(0));
+        Arc::new(Self { table, irqfds, messages, routes, trace, triggered })
+    }
+
+    /// How often a route was triggered, and KVM did the rest.
+    pub fn triggered(&self) -> u64 {
+        self.triggered.load(Ordering::Relaxed)
     }
 
     /// A route for a vector of `source`, without a message.
@@ -131,6 +143,10 @@ impl InterruptVector for VectorRoute {
         let mut state = self.state();
         let Some(message) = state.message else { return };
         if state.routed {
+            self.routes.triggered.fetch_add(1, Ordering::Relaxed);
+            if let Some(trace) = &self.routes.trace {
+                trace.instant("interrupt", "route", json!({ "gsi": self.gsi }));
+            }
             if let Err(error) = self.event.write(1) {
                 log::debug!("interrupt route {}: {error}", self.gsi);
             }
@@ -181,7 +197,7 @@ impl fmt::Debug for VectorRoute {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
+    use std::sync::atomic::AtomicBool;
 
     use super::super::gsi::tests::FakeRouting;
     use super::super::IrqChip;
@@ -192,15 +208,21 @@ mod tests {
     const SOURCE: Bdf = Bdf::from_raw(0x18);
 
     #[derive(Default)]
-    struct Untied(Mutex<Vec<u32>>);
+    struct Ties {
+        undone: Mutex<Vec<u32>>,
+        refuse: AtomicBool,
+    }
 
-    impl Irqfds for Untied {
+    impl Irqfds for Ties {
         fn tie(&self, _: &EventFd, _: u32) -> std::result::Result<(), errno::Error> {
-            Ok(())
+            match self.refuse.load(Ordering::SeqCst) {
+                true => Err(errno::Error::new(libc::EMFILE)),
+                false => Ok(()),
+            }
         }
 
         fn untie(&self, _: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error> {
-            self.0.lock().unwrap().push(gsi);
+            self.undone.lock().unwrap().push(gsi);
             Ok(())
         }
     }
@@ -244,7 +266,7 @@ mod tests {
 
     struct Machine {
         routing: Arc<FakeRouting>,
-        irqfds: Arc<Untied>,
+        irqfds: Arc<Ties>,
         sink: Arc<Sink>,
         adder: Arc<Adder>,
         routes: Arc<MsiRoutes>,
@@ -252,10 +274,10 @@ mod tests {
 
     impl Machine {
         fn new(add: Option<u32>) -> Self {
-            let (routing, irqfds) = (Arc::new(FakeRouting::default()), Arc::new(Untied::default()));
+            let (routing, irqfds) = (Arc::new(FakeRouting::default()), Arc::new(Ties::default()));
             let sink = Arc::new(Sink::default());
             let table = Arc::new(GsiTable::new(routing.clone(), IrqChip::Split));
-            let routes = MsiRoutes::new(table, irqfds.clone(), sink.clone());
+            let routes = MsiRoutes::new(table, irqfds.clone(), sink.clone(), None);
             let adder = Arc::new(Adder { add: Mutex::new(add), blocked: Mutex::default() });
             Self { routing, irqfds, sink, adder, routes }
         }
@@ -306,6 +328,7 @@ mod tests {
         route.trigger();
         route.trigger();
         assert_eq!((written(&route), machine.routed().0), (2, 1));
+        assert_eq!(machine.routes.triggered(), 2);
         route.update(None);
         route.trigger();
         assert_eq!((written(&route), machine.routed()), (0, (2, None)));
@@ -366,11 +389,21 @@ mod tests {
         route.update(message(5));
         drop(route);
         assert_eq!(
-            (machine.routed(), &machine.irqfds.0.lock().unwrap()[..]),
+            (machine.routed(), &machine.irqfds.undone.lock().unwrap()[..]),
             ((2, None), &[24][..])
         );
         assert_eq!(machine.route().gsi, 24);
         machine.change(Some(1));
+    }
+
+    #[test]
+    fn a_route_that_kvm_refuses_is_none() {
+        let machine = Machine::new(Some(0));
+        machine.irqfds.refuse.store(true, Ordering::SeqCst);
+        let error = machine.routes.allocate(InterruptSource::new(SOURCE, None)).unwrap_err();
+        assert!(error.to_string().contains("interrupt route"), "{error}");
+        machine.irqfds.refuse.store(false, Ordering::SeqCst);
+        assert_eq!(machine.route().gsi, 24);
     }
 
     #[test]

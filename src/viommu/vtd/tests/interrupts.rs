@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Interrupt remapping as a guest sets it up and devices use it.
 
+use std::sync::atomic::{AtomicBool, AtomicU32};
+
 use super::*;
 use crate::spec::vtd::interrupt::RemappableAddress;
 use crate::spec::vtd::qi::InterruptEntryScope;
@@ -279,4 +281,49 @@ fn a_listener_knows_before_the_guest_does() {
     // A command that changes nothing is no change; a translation that blocks is no fault.
     guest.command(|enabled| enabled);
     assert_eq!((told(), guest.interrupt_fault()), (vec![], None));
+}
+
+/// Takes vectors, none of which may be below the floor.
+#[derive(Default)]
+struct Rising {
+    floor: AtomicU32,
+    seen: AtomicU32,
+}
+
+impl InterruptSink for Rising {
+    fn send_msi(&self, _: u64, data: u32) {
+        let vector = data & 0xff;
+        assert!(vector >= self.floor.load(Ordering::SeqCst), "{vector:#x} is stale");
+        self.seen.fetch_max(vector, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn no_interrupt_of_before_comes_after_the_invalidation() {
+    let guest = Guest::remapping();
+    let sink = Rising::default();
+    let over = AtomicBool::new(false);
+    guest.write_irte(1, irte(0x20));
+    std::thread::scope(|scope| {
+        let senders = [(); 2].map(|()| {
+            scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    assert!(guest.iommu.send_remapped(RID, of_handle(1), &sink));
+                }
+            })
+        });
+        for vector in 0x21..0xf0 {
+            // The vector alone changes: whoever reads an entry meanwhile finds either.
+            guest.write_irte(1, irte(vector));
+            guest.submit(&[entries(1, 0), wait(vector as u32)]);
+            assert_eq!(guest.status(), vector as u32);
+            sink.floor.store(vector as u32, Ordering::SeqCst);
+            // One with the new vector, so that the old one would be missed.
+            while sink.seen.load(Ordering::SeqCst) < vector as u32 {
+                assert!(senders.iter().all(|sender| !sender.is_finished()));
+                std::thread::yield_now();
+            }
+        }
+        over.store(true, Ordering::SeqCst);
+    });
 }

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::viommu::InterruptRemapper;
 
 fn words() -> impl Strategy<Value = [u64; 4]> {
     let sparse = any::<[u64; 4]>().prop_map(|[low, high, ..]| [low & !0xfffc_0e00, high, 0, 0]);
@@ -65,6 +66,41 @@ proptest! {
         let used = state.faults.records.iter().any(|record| record.high.f());
         prop_assert_eq!(state.faults.status.ppf(), used);
         prop_assert_eq!(state.devices, vec![RID]);
+    }
+
+    #[test]
+    fn any_interrupts_are_answered(
+        table in prop::collection::vec(any::<[u64; 2]>(), 256),
+        present in any::<bool>(),
+        flags in 0..0x1000u64,
+        commands in prop::collection::vec(any::<u32>(), 0..8),
+        messages in prop::collection::vec((any::<u16>(), any::<u32>(), any::<u32>()), 0..32),
+    ) {
+        let guest = Guest::new(VtdConfig { interrupt_remapping: true, ..Default::default() });
+        for (index, [low, high]) in (0..).zip(table) {
+            guest.write(0x9000 + 16 * index, &[low | u64::from(present), high]);
+        }
+        guest.enable_queue(0x800);
+        guest.write64(regs::IRTA, 0x9000 | flags);
+        guest.write32(regs::GCMD, 1 << 26 | 1 << 25 | 1 << 24);
+        let mut commands = commands.into_iter();
+        for (source, address, data) in messages {
+            let message = MsiMessage { address: (0xfee0_0000 | address & 0xf_ffff).into(), data };
+            let sink = FakeSink::default();
+            let source = Bdf::from_raw(source);
+            let expected = guest.iommu.translate(source, message);
+            let sent = guest.iommu.send_remapped(source, message, &sink);
+            prop_assert_eq!(sent, expected.is_some());
+            let sent = sink.0.into_inner().unwrap();
+            let expected = expected.map(|message| (message.address, message.data));
+            prop_assert_eq!(sent.first().copied(), expected);
+            if let Some(command) = commands.next() {
+                guest.write32(regs::GCMD, command);
+            }
+        }
+        let state = guest.iommu.state();
+        let used = state.faults.records.iter().any(|record| record.high.f());
+        prop_assert_eq!(state.faults.status.ppf(), used);
     }
 
     #[test]
