@@ -98,18 +98,20 @@ pub(super) struct Exits {
 }
 
 impl Exits {
-    /// Serves one exit.
-    pub fn dispatch(&self, exit: VcpuExit<'_>) -> Next {
+    /// Serves one exit. Of a port access `item` is the size of one item, in bytes: a repeated string
+    /// instruction may come as one exit with the items side by side.
+    pub fn dispatch(&self, exit: VcpuExit<'_>, item: u8) -> Next {
+        let item = usize::from(item).max(1);
         match exit {
             VcpuExit::IoIn(port, data) => {
                 self.counters.count(ExitKind::IoIn);
-                for item in items_mut(data) {
+                for item in data.chunks_mut(item) {
                     self.claimed(self.ports.read(port.into(), item));
                 }
             }
             VcpuExit::IoOut(port, data) => {
                 self.counters.count(ExitKind::IoOut);
-                for item in items(data) {
+                for item in data.chunks(item) {
                     self.claimed(self.ports.write(port.into(), item));
                 }
             }
@@ -149,24 +151,6 @@ impl Exits {
     }
 }
 
-/// A port access as single items. KVM gives a repeated string instruction as one exit with the
-/// items side by side; only lengths that no single access has are taken for that, byte by byte.
-fn items(data: &[u8]) -> std::slice::Chunks<'_, u8> {
-    data.chunks(item_size(data.len()))
-}
-
-fn items_mut(data: &mut [u8]) -> std::slice::ChunksMut<'_, u8> {
-    let size = item_size(data.len());
-    data.chunks_mut(size)
-}
-
-fn item_size(length: usize) -> usize {
-    match length {
-        2 | 4 => length,
-        _ => 1,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,20 +159,47 @@ mod tests {
     fn what_nobody_answers_reads_as_ones_and_is_counted() {
         let exits = Exits::default();
         let mut data = [0; 4];
-        assert_eq!(exits.dispatch(VcpuExit::MmioRead(0xfed9_0000, &mut data)), Next::Enter);
+        assert_eq!(exits.dispatch(VcpuExit::MmioRead(0xfed9_0000, &mut data), 1), Next::Enter);
         assert_eq!(data, [0xff; 4]);
-        assert_eq!(exits.dispatch(VcpuExit::IoOut(0x80, &[1])), Next::Enter);
+        assert_eq!(exits.dispatch(VcpuExit::IoOut(0x80, &[1]), 1), Next::Enter);
         assert_eq!(exits.counters.get(ExitKind::MmioRead), 1);
         assert_eq!(exits.counters.get(ExitKind::IoOut), 1);
         assert_eq!(exits.counters.get(ExitKind::Unclaimed), 2);
     }
 
     #[test]
+    fn string_instructions_are_served_item_by_item() {
+        /// Counts up with each access, and remembers how wide it was.
+        #[derive(Debug, Default)]
+        struct Device(std::sync::Mutex<Vec<usize>>);
+        impl crate::vmm::bus::BusDevice for Device {
+            fn read(&self, _: u64, data: &mut [u8]) {
+                let mut widths = self.0.lock().unwrap();
+                data.fill(widths.len() as u8);
+                widths.push(data.len());
+            }
+            fn write(&self, _: u64, data: &[u8]) {
+                self.0.lock().unwrap().push(data.len());
+            }
+        }
+        let device = Arc::new(Device::default());
+        let mut exits = Exits::default();
+        exits.ports.insert(0x3f8..=0x3ff, device.clone()).unwrap();
+        let mut data = [9; 4];
+        assert_eq!(exits.dispatch(VcpuExit::IoIn(0x3f8, &mut data), 1), Next::Enter);
+        assert_eq!(data, [0, 1, 2, 3]);
+        assert_eq!(exits.dispatch(VcpuExit::IoIn(0x3f8, &mut data), 2), Next::Enter);
+        assert_eq!(data, [4, 4, 5, 5]);
+        assert_eq!(exits.dispatch(VcpuExit::IoOut(0x3f8, &data), 4), Next::Enter);
+        assert_eq!(*device.0.lock().unwrap(), [1, 1, 1, 1, 2, 2, 4]);
+    }
+
+    #[test]
     fn exits_that_end_the_machine_are_told_apart() {
         let exits = Exits::default();
-        assert_eq!(exits.dispatch(VcpuExit::Shutdown), Next::TripleFault);
-        assert_eq!(exits.dispatch(VcpuExit::InternalError), Next::InternalError);
-        assert_eq!(exits.dispatch(VcpuExit::FailEntry(7, 0)), Next::FailedEntry(7));
-        assert_eq!(exits.dispatch(VcpuExit::Debug(Default::default())), Next::Unexpected);
+        assert_eq!(exits.dispatch(VcpuExit::Shutdown, 1), Next::TripleFault);
+        assert_eq!(exits.dispatch(VcpuExit::InternalError, 1), Next::InternalError);
+        assert_eq!(exits.dispatch(VcpuExit::FailEntry(7, 0), 1), Next::FailedEntry(7));
+        assert_eq!(exits.dispatch(VcpuExit::Debug(Default::default()), 1), Next::Unexpected);
     }
 }

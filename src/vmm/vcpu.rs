@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::{kvm_msr_entry, Msrs, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{kvm_msr_entry, kvm_run, Msrs, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
@@ -78,8 +78,16 @@ impl Vcpu {
 
     fn run(mut self, exits: &Exits, memory: &MachineMemory, stopper: &Stopper) {
         while stopper.reason().is_none() {
+            let run: *const kvm_run = self.fd.get_kvm_run();
             let next = match self.fd.run() {
-                Ok(exit) => exits.dispatch(exit),
+                Ok(exit @ (VcpuExit::IoIn(..) | VcpuExit::IoOut(..))) => {
+                    // SAFETY: `run` is the page that `self.fd` keeps mapped. KVM filled in `io`, the
+                    // member of the union for these exits, and writes it again only when the vCPU
+                    // runs. The data that `exit` borrows is behind it in the page.
+                    let item = unsafe { (&raw const (*run).__bindgen_anon_1.io.size).read() };
+                    exits.dispatch(exit, item)
+                }
+                Ok(exit) => exits.dispatch(exit, 1),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                     exits.counters.count(ExitKind::Interrupted);
                     Next::Enter
