@@ -30,8 +30,16 @@ static const struct {
     const char *name;
     void (*run)(void);
 } checks[] = {
-    {"boot", check_boot},     {"iommu", check_iommu},   {"blk", check_blk},     {"net", check_net},     {"rng", check_rng},
-    {"rebind", check_rebind}, {"reboot", check_reboot}, {"kexec", check_kexec},   {"fault", check_fault}, {"clean", check_clean},
+    {"boot", check_boot},
+    {"iommu", check_iommu},
+    {"blk", check_blk},
+    {"net", check_net},
+    {"rng", check_rng},
+    {"rebind", check_rebind},
+    {"reboot", check_reboot},
+    {"kexec", check_kexec},
+    {"clean", check_clean},
+    {"isolation", check_isolation},
 };
 
 static void set_up(void)

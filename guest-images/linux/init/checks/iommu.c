@@ -3,7 +3,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "../devices.h"
 #include "../files.h"
@@ -93,22 +92,6 @@ void check_iommu(void)
     else
         failed("iommu", "the log does not say that interrupts are remapped in x2APIC mode");
     check_interrupts();
-}
-
-void check_fault(void)
-{
-    static const char *const faults[] = {dmar_fault, "DMAR: DRHD: handling fault", NULL};
-    double end = now() + (double)option_number("fault.seconds", 10);
-
-    while (now() < end) {
-        if (log_count(dmar_fault)) {
-            log_lines(faults, say);
-            passed("fault", "%u faults in the log", log_count(dmar_fault));
-            return;
-        }
-        usleep(100000);
-    }
-    failed("fault", "no DMAR fault in the log");
 }
 
 void check_clean(void)
