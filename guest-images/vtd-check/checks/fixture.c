@@ -109,7 +109,7 @@ struct page_table space_new(void)
 
 bool legacy_second_stage(void)
 {
-    return cmdline_number("legacy-second-stage", 1);
+    return cmdline_number("legacy-second-stage", !ecap_scalable() || ecap_second_stage());
 }
 
 struct page_table second_stage_space_new(void)

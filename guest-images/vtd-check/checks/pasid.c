@@ -8,6 +8,8 @@ static bool device_has_pasid(void)
 {
     if (!ecap_pasid())
         check_skip("ECAP.PASID is 0");
+    else if (PASID_2 >> ecap_pasid_bits())
+        check_skip("ECAP.PSS has too few bits for two PASID tables");
     else if (!DEVICE->has_pasid)
         check_skip("the device has no PASID capability");
     return !check_is_over();

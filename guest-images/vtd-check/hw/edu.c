@@ -55,11 +55,15 @@ bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 c
 // A device of 28 bits drops the high bit and hits the page; a device of 64 writes where nothing is.
 static u64 ask_for_dma_mask(void)
 {
-    volatile u64 *word = page_new();
+    for (unsigned n = 0; n < edu_count; n++) {
+        volatile u64 *word = page_new();
 
-    *word = 1;
-    (void)edu_write_to(&edus[0], NO_PASID, gpa_of(word) | BIT(40), 0, sizeof(*word));
-    return *word == 1 ? ~0ull : BIT(28) - 1;
+        *word = 1;
+        (void)edu_write_to(&edus[n], NO_PASID, gpa_of(word) | BIT(40), 0, sizeof(*word));
+        if (*word != 1)
+            return BIT(28) - 1;
+    }
+    return ~0ull;
 }
 
 bool edu_reaches(u64 address)

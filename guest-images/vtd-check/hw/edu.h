@@ -51,6 +51,6 @@ void edu_init(void);
 bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
 bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
 
-// Whether the devices' DMA can name `address`: all of them, or those of 28 bits for an edu with its
-// original DMA mask. The device is asked the first time, which needs translation off.
+// Whether every device's DMA can name `address`: all addresses, or those of 28 bits if an edu has its
+// original DMA mask. The devices are asked the first time, which needs translation off.
 bool edu_reaches(u64 address);
