@@ -255,6 +255,8 @@ fn open_kvm() -> Result<Kvm> {
         (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
         (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
         (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     ] {
         if !kvm.check_extension(capability) {
             return Err(Error::KvmLacks(format!("it lacks {name}")));

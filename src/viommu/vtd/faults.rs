@@ -8,7 +8,7 @@ use crate::spec::vtd::regs::{FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts}
 use crate::spec::vtd::{fault::FaultReason, PAGE_SHIFT};
 use crate::viommu::{DmaFault, MsiMessage};
 
-use super::interrupts::EventRegisters;
+use super::events::EventRegisters;
 
 /// Fault status and records, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]

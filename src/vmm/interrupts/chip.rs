@@ -8,7 +8,7 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, VmFd};
 
 use super::redirection::PINS;
 use crate::vmm::{Error, Result};
@@ -68,6 +68,14 @@ fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
 }
 
 fn create_split(vm: &VmFd) -> Result<IrqChip> {
+    for (capability, name) in
+        [(Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"), (Cap::X2ApicApi, "KVM_CAP_X2APIC_API")]
+    {
+        if !vm.check_extension(capability) {
+            let need = "an IOAPIC outside the kernel (--iommu vtd,intremap=on) needs it";
+            return Err(Error::KvmLacks(format!("it lacks {name}; {need}")));
+        }
+    }
     let split = kvm_enable_cap {
         cap: KVM_CAP_SPLIT_IRQCHIP,
         // KVM tells of ends of interrupts by the routes of so many GSIs.
