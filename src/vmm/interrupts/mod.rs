@@ -12,6 +12,7 @@ mod redirection;
 mod routes;
 mod source;
 
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Weak};
 
@@ -62,24 +63,14 @@ impl InterruptSink for KvmMessages {
 }
 
 /// The interrupts of one machine.
-#[derive(Debug)]
 pub(super) struct Interrupts {
     vm: Arc<VmFd>,
     chip: IrqChip,
     table: Arc<GsiTable>,
     ioapic: Option<Arc<Ioapic>>,
     routes: Arc<MsiRoutes>,
-    messages: Messages,
-}
-
-/// Where messages go once they are remapped.
-#[derive(Clone)]
-struct Messages(Arc<dyn InterruptSink>);
-
-impl std::fmt::Debug for Messages {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Messages").finish_non_exhaustive()
-    }
+    /// Where messages go once they are remapped.
+    messages: Arc<dyn InterruptSink>,
 }
 
 impl Interrupts {
@@ -100,7 +91,7 @@ impl Interrupts {
             let output = IoapicOutput { table, source, messages: messages.clone() };
             Ioapic::new(IOAPIC_ID, Box::new(output))
         });
-        Self { vm, chip, table, ioapic, routes, messages: Messages(messages) }
+        Self { vm, chip, table, ioapic, routes, messages }
     }
 
     /// Where the interrupt controllers are.
@@ -132,7 +123,7 @@ impl Interrupts {
         remapper: Option<Weak<dyn InterruptRemapper>>,
     ) -> FunctionInterrupts {
         let source = InterruptSource::new(bdf, remapper);
-        FunctionInterrupts::new(source, self.messages.0.clone(), self.routes.clone())
+        FunctionInterrupts::new(source, self.messages.clone(), self.routes.clone())
     }
 
     /// The edge-triggered interrupt line `gsi`.
@@ -158,6 +149,16 @@ impl Interrupts {
                 }
             }
         }
+    }
+}
+
+impl fmt::Debug for Interrupts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Interrupts")
+            .field("chip", &self.chip)
+            .field("ioapic", &self.ioapic)
+            .field("routes", &self.routes)
+            .finish_non_exhaustive()
     }
 }
 
