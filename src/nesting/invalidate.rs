@@ -10,21 +10,29 @@ use super::state::State;
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateError, ObjectId};
 use crate::viommu::{Invalidation, Stage1};
 
-/// What each HWPT is to forget because of `batch`. Requesters that are blocked or bypass stage 1
-/// use no nested HWPT, and nothing of theirs is cached under the guest's names.
-///
-/// Ranges are gathered by what they name before that is looked up: so a guest pays for the length
-/// of its batch and for the names it has given, not for their product.
-fn plan(batch: &[Invalidation], nested: &NestedHwpts) -> BTreeMap<ObjectId, FlushSet> {
-    let mut by_name: BTreeMap<(Option<u16>, Option<u32>), FlushSet> = BTreeMap::new();
+/// Ranges by what they name: a domain and a PASID, each or all of them.
+type ByName = BTreeMap<(Option<u16>, Option<u32>), FlushSet>;
+
+/// What `batch` says, gathered before the names are looked up: so a guest pays for the length of
+/// its batch and for the names it has given, not for their product.
+fn by_name(batch: &[Invalidation]) -> ByName {
+    let mut by_name = ByName::new();
     for invalidation in batch {
         let name = (invalidation.domain, invalidation.pasid);
         by_name.entry(name).or_default().add(invalidation.range);
     }
-    let mut by_hwpt: BTreeMap<ObjectId, FlushSet> = BTreeMap::new();
+    by_name
+}
+
+/// Which sets of ranges each HWPT is to forget. Requesters that are blocked or bypass stage 1 use
+/// no nested HWPT, and nothing of theirs is cached under the guest's names.
+///
+/// The sets are shared, for the HWPTs may be many; each is put together when its turn comes.
+fn plan<'a>(by_name: &'a ByName, nested: &NestedHwpts) -> BTreeMap<ObjectId, Vec<&'a FlushSet>> {
+    let mut by_hwpt: BTreeMap<ObjectId, Vec<&FlushSet>> = BTreeMap::new();
     for ((domain, pasid), ranges) in by_name {
-        for hwpt in nested.named(domain, pasid) {
-            by_hwpt.entry(hwpt).or_default().extend(&ranges);
+        for hwpt in nested.named(*domain, *pasid) {
+            by_hwpt.entry(hwpt).or_default().push(ranges);
         }
     }
     by_hwpt
@@ -35,7 +43,10 @@ impl State {
     pub fn invalidate(&mut self, batch: &[Invalidation]) -> Result<()> {
         self.counters.invalidations_in += batch.len() as u64;
         let mut result = Ok(());
-        for (hwpt, ranges) in plan(batch, &self.nested) {
+        let by_name = by_name(batch);
+        for (hwpt, sets) in plan(&by_name, &self.nested) {
+            let mut ranges = FlushSet::default();
+            sets.into_iter().for_each(|set| ranges.extend(set));
             let added = ranges.added();
             let entries = ranges.into_entries();
             self.counters.merged += added - entries.len() as u64;

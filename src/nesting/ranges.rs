@@ -12,6 +12,9 @@ const SPACE_END: u64 = 1 << (u64::BITS - PAGE_SHIFT);
 /// own, and refilling a cache from scratch is cheaper than so many. Far below what one call may
 /// carry (`IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX`, 2^19).
 const MAX_ENTRIES: usize = 256;
+/// So many ranges wait at the most before they are merged: few enough to keep, and so many more
+/// than [`MAX_ENTRIES`] that merging them costs each little.
+const MAX_SPANS: usize = 2 * MAX_ENTRIES;
 
 /// Everything, with the paging-structure caches: the uAPI's way to say so.
 pub(super) const EVERYTHING: iommu_hwpt_vtd_s1_invalidate =
@@ -25,7 +28,8 @@ struct Span {
     leaf: bool,
 }
 
-/// What one HWPT is to forget: some ranges, or everything.
+/// What one HWPT is to forget: some ranges, or everything. Of a size that has a bound, whatever is
+/// added.
 #[derive(Debug, Clone, Default)]
 pub struct FlushSet {
     everything: bool,
@@ -47,7 +51,7 @@ impl FlushSet {
         if first == 0 && end == SPACE_END {
             return self.add_everything();
         }
-        self.spans.push(Span { first, end, leaf: range.leaf });
+        self.push(Span { first, end, leaf: range.leaf });
     }
 
     /// Adds all of `other`.
@@ -55,8 +59,36 @@ impl FlushSet {
         self.added += other.added;
         if other.everything {
             self.add_everything();
-        } else if !self.everything {
-            self.spans.extend_from_slice(&other.spans);
+        }
+        for span in &other.spans {
+            self.push(*span);
+        }
+    }
+
+    fn push(&mut self, span: Span) {
+        if self.everything {
+            return;
+        }
+        self.spans.push(span);
+        if self.spans.len() > MAX_SPANS {
+            self.merge();
+        }
+    }
+
+    /// Joins ranges that overlap or are adjacent; more than [`MAX_ENTRIES`] become everything.
+    fn merge(&mut self) {
+        self.spans.sort_unstable_by_key(|span| span.first);
+        self.spans.dedup_by(|next, last| {
+            let joins = next.first <= last.end;
+            if joins {
+                last.end = last.end.max(next.end);
+                last.leaf &= next.leaf;
+            }
+            joins
+        });
+        let covers_all = |span: &Span| span.first == 0 && span.end == SPACE_END;
+        if self.spans.len() > MAX_ENTRIES || self.spans.first().is_some_and(covers_all) {
+            self.add_everything();
         }
     }
 
@@ -72,28 +104,14 @@ impl FlushSet {
 
     /// The entries of one host call: ascending, none overlapping or adjacent to another, none
     /// past 2^64. Together they cover every range that was added, and nothing else unless there
-    /// are so many that everything is cheaper. An entry leaves paging-structure caches alone only
+    /// were so many at a time that everything is cheaper. An entry leaves paging-structure caches alone only
     /// if each range in it asked for no more.
     pub fn into_entries(mut self) -> Vec<iommu_hwpt_vtd_s1_invalidate> {
+        self.merge();
         if self.everything {
             return vec![EVERYTHING];
         }
-        self.spans.sort_unstable_by_key(|span| span.first);
-        let mut merged: Vec<Span> = Vec::new();
-        for span in self.spans {
-            match merged.last_mut() {
-                Some(last) if span.first <= last.end => {
-                    last.end = last.end.max(span.end);
-                    last.leaf &= span.leaf;
-                }
-                _ => merged.push(span),
-            }
-        }
-        let covers_all = |span: &Span| span.first == 0 && span.end == SPACE_END;
-        if merged.len() > MAX_ENTRIES || merged.first().is_some_and(covers_all) {
-            return vec![EVERYTHING];
-        }
-        merged.iter().map(Span::entry).collect()
+        self.spans.iter().map(Span::entry).collect()
     }
 }
 
@@ -128,6 +146,21 @@ mod tests {
     }
 
     const ALL: (u64, u64, bool) = (0, u64::MAX, false);
+
+    #[test]
+    fn a_set_keeps_no_more_than_its_bound() {
+        let (mut added, mut extended) = (FlushSet::default(), FlushSet::default());
+        for number in 0..10 * MAX_SPANS as u64 {
+            // Apart from each other; then, in the other set, all within a few pages.
+            added.add(range(number << 13, 1, true));
+            let mut one = FlushSet::default();
+            one.add(range((number % 8) << 12, 1, true));
+            extended.extend(&one);
+            assert!(added.spans.len() <= MAX_SPANS && extended.spans.len() <= MAX_SPANS);
+        }
+        assert!(added.spans.is_empty() && added.into_entries() == [EVERYTHING]);
+        assert_eq!(extended.into_entries().len(), 1);
+    }
 
     #[test]
     fn adjacent_and_overlapping_ranges_become_one() {
