@@ -171,7 +171,7 @@ impl Machine {
         if let Err(error) = &result {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
-        // Waits for the vCPUs, so that the last report is of a machine at rest.
+        // Waits for the vCPUs: none of them does anything after the last report.
         drop(threads);
         on_report(&self.report());
         result
