@@ -261,6 +261,44 @@ fn a_guest_that_resets_itself_ends_the_machine() {
 }
 
 #[test]
+fn a_reset_can_start_the_machine_again() {
+    if !kvm() {
+        return;
+    }
+    let guest = [code::print("up."), code::out(0xcf9, 0x06), code::HALT.to_vec()].concat();
+    let image = kernel(&multiboot(&guest));
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("serial");
+    let serial = format!("file={}", file.display());
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--report", "none", "--on-reset", "restart", "--serial", &serial])
+        .args(["--kernel", text(&image), "--memory", "size=16M"])
+        .spawn()
+        .unwrap();
+    // Every life adds to the file.
+    while std::fs::metadata(&file).map_or(0, |file| file.len()) < "up.up.up.".len() as u64 {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert!(std::fs::read(&file).unwrap().starts_with(b"up.up.up."));
+}
+
+#[test]
+fn the_guest_switches_the_machine_off() {
+    if !kvm() {
+        return;
+    }
+    // SLP_TYP 5 and SLP_EN in the sleep control register.
+    let guest = [code::print("bye"), code::out(0x600, 5 << 2 | 1 << 5), code::HALT.to_vec()];
+    let output = run_guest(&multiboot(&guest.concat()), &[]);
+    assert!(output.status.success());
+    assert_eq!(output.stdout, b"bye");
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn an_instruction_that_kvm_cannot_run_is_named() {
     if !kvm() {
         return;

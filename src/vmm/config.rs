@@ -184,6 +184,8 @@ pub enum SerialConfig {
     Null,
     /// Into this file, which is created or emptied.
     File(PathBuf),
+    /// To the end of this file, which is created if need be.
+    Append(PathBuf),
 }
 
 /// A configuration that contradicts itself or asks for what nobody can build.

@@ -82,8 +82,9 @@ impl MutEventSubscriber for Control {
         for signal in signals::take() {
             if signal == SIGUSR1 {
                 self.report.set(true);
-            } else {
-                self.stopper.stop(StopReason::Signal(signal));
+            } else if !self.stopper.stop(StopReason::Signal(signal)) {
+                // This machine stops anyway; one that is started after it must not run on.
+                signals::put_back(signal);
             }
         }
     }

@@ -2,9 +2,10 @@
 //! The serial port: a 16550 at 0x3f8, and where its bytes go and come from.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -93,10 +94,8 @@ impl SerialPort {
                 Box::new(StandardOutput { file, stopper })
             }
             SerialConfig::Null => Box::new(io::sink()),
-            SerialConfig::File(path) => Box::new(
-                File::create(path)
-                    .map_err(|source| Error::Output { path: path.clone(), source })?,
-            ),
+            SerialConfig::File(path) => open(path, File::options().create(true).truncate(true))?,
+            SerialConfig::Append(path) => open(path, File::options().create(true).append(true))?,
         };
         let irq = interrupts.edge_line(IRQ)?;
         let input_taken = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
@@ -149,6 +148,12 @@ impl BusDevice for SerialPort {
             }
         }
     }
+}
+
+/// A file that the port's output goes to.
+fn open(path: &Path, options: &mut OpenOptions) -> Result<Box<dyn Write + Send>> {
+    let file = options.write(true).open(path);
+    Ok(Box::new(file.map_err(|source| Error::Output { path: path.to_owned(), source })?))
 }
 
 /// Standard input as the port's input: raw while it lives, as it was before afterwards.

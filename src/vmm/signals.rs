@@ -21,11 +21,7 @@ const SIGNALS: [c_int; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR1];
 
 extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // Only what a handler may do: an atomic and a write(2), whose errno nobody in between reads.
-    PENDING.fetch_or(1 << signal, Ordering::SeqCst);
-    if let Some(event) = EVENT.get() {
-        // A full counter is readable all the same.
-        let _ = event.write(1);
-    }
+    put_back(signal);
 }
 
 extern "C" fn interrupt_system_call(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
@@ -45,6 +41,15 @@ pub(super) fn install() -> Result<&'static EventFd> {
     register_signal_handler(kick_signal(), interrupt_system_call)
         .map_err(Error::os("signal handler"))?;
     Ok(event)
+}
+
+/// Leaves `signal` to the next who takes signals.
+pub(super) fn put_back(signal: c_int) {
+    PENDING.fetch_or(1 << signal, Ordering::SeqCst);
+    if let Some(event) = EVENT.get() {
+        // A full counter is readable all the same.
+        let _ = event.write(1);
+    }
 }
 
 /// The signal that makes a vCPU thread leave KVM.

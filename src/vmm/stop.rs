@@ -99,14 +99,16 @@ impl Stopper {
         Ok(Self { inner: Arc::new(Inner { reason: OnceLock::new(), event }) })
     }
 
-    /// Stops the machine because of `reason`.
-    pub fn stop(&self, reason: StopReason) {
-        if self.inner.reason.set(reason).is_ok() {
+    /// Stops the machine because of `reason`; `false` when it was stopped already.
+    pub fn stop(&self, reason: StopReason) -> bool {
+        let first = self.inner.reason.set(reason).is_ok();
+        if first {
             if let Err(error) = self.inner.event.write(1) {
                 // Unreachable in practice: the counter of an eventfd written once is not full.
                 log::error!("cannot wake the event loop: {error}");
             }
         }
+        first
     }
 
     /// Why the machine was stopped, once it is.
@@ -128,8 +130,8 @@ mod tests {
     fn the_first_reason_counts() {
         let stopper = Stopper::new().unwrap();
         assert_eq!(stopper.reason(), None);
-        stopper.stop(StopReason::DebugExit(3));
-        stopper.stop(StopReason::Signal(15));
+        assert!(stopper.stop(StopReason::DebugExit(3)));
+        assert!(!stopper.stop(StopReason::Signal(15)));
         assert_eq!(stopper.reason(), Some(&StopReason::DebugExit(3)));
         assert_eq!(stopper.event().read().unwrap(), 1);
     }

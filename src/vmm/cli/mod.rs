@@ -12,7 +12,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::options::{CpusOption, MemoryOption};
 use self::report_output::ReportOption;
@@ -20,6 +20,7 @@ use super::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, NetConfig, PayloadConfig, RngConfig,
     SerialConfig,
 };
+use super::stop::StopReason;
 use super::{exit_code, Machine};
 
 /// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
@@ -40,7 +41,7 @@ enum Command {
 /// As in [`exit_code`].
 const EXIT_CODES: &str = "\
 Exit codes:
-  What the guest writes to port 0xf4, modulo 256; otherwise
+  What the guest writes to port 0xf4, modulo 256; 0 when it switches the machine off; otherwise
    64  the command line contradicts itself
    66  a file is missing or not what it should be
    69  KVM, or something the machine needs of it or of the host's IOMMU, is not there
@@ -103,6 +104,11 @@ struct RunArgs {
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
 
+    /// What happens when the guest resets itself. A restarted machine is a new one: a report or a
+    /// trace tells of it alone.
+    #[arg(long, value_enum, default_value = "exit")]
+    on_reset: OnReset,
+
     /// Form of the reports, at the end and on SIGUSR1, and where they go: standard error, or a file
     /// that holds the last one.
     #[arg(long, value_name = "none|text|json[,file=PATH]", default_value = "text")]
@@ -111,6 +117,15 @@ struct RunArgs {
     /// Writes a trace of what the virtual IOMMU and the host do: JSON for Perfetto or Chrome.
     #[arg(long, value_name = "PATH")]
     trace: Option<PathBuf>,
+}
+
+/// What follows a reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnReset {
+    /// The command ends.
+    Exit,
+    /// The machine starts again, as at first.
+    Restart,
 }
 
 impl RunArgs {
@@ -154,8 +169,15 @@ pub fn main() -> ExitCode {
 
 fn run(args: RunArgs) -> u8 {
     let output = args.report.clone();
-    let result = Machine::new(&args.machine_config())
-        .and_then(|machine| machine.run(&mut |report| output.write(report)));
+    let on_reset = args.on_reset;
+    let mut config = args.machine_config();
+    let live =
+        |config: &MachineConfig| Machine::new(config)?.run(&mut |report| output.write(report));
+    let mut result = live(&config);
+    while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
+        continue_output(&mut config);
+        result = live(&config);
+    }
     match result {
         Ok(reason) => {
             if !reason.is_orderly() {
@@ -167,6 +189,13 @@ fn run(args: RunArgs) -> u8 {
             complain(&error);
             error.exit_code()
         }
+    }
+}
+
+/// Lets a machine that starts again write behind what it has written.
+fn continue_output(config: &mut MachineConfig) {
+    if let SerialConfig::File(path) = &config.serial {
+        config.serial = SerialConfig::Append(path.clone());
     }
 }
 
