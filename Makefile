@@ -10,7 +10,7 @@ binary   := target/release/twostage
 
 # What `make run` starts: two devices behind one virtual VT-d, the first of them with PASIDs.
 run_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
-             --iommu vtd,aw=57,pasid-bits=20 \
+             --iommu vtd,aw=57,pasid-bits=20,intremap=on \
              --device edu,pasid=on,dma-mask=0xffffffffffffffff \
              --device edu,dma-mask=0xffffffffffffffff
 
@@ -18,7 +18,7 @@ help:
 	@echo 'make run       build, and run the test guest under /dev/kvm with a virtual VT-d'
 	@echo 'make test      lint, then every test, the guest under /dev/kvm among them'
 	@echo 'make test-all  test, then more cases, optimised, the guest under QEMU'"'"'s VT-d, and nested-check'
-	@echo 'make nested-check  the test guest under twostage in nested KVM: a KVM with real SVM semantics'
+	@echo 'make nested-check  in nested KVM (QEMU, emulated): the test guest, and Debian kernels behind the virtual VT-d'
 	@echo 'make bench     benchmarks (criterion)'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
 	@echo 'make doc       API documentation'
@@ -46,7 +46,8 @@ test-all: test
 nested-check: guest
 	@$(need) cc cargo
 	cargo build --release --locked
-	scripts/nested -- run $(run_flags)
+	scripts/nested -- run $(run_flags) </dev/null
+	scripts/linux-checks
 
 bench:
 	@$(need) cc cargo
