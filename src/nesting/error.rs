@@ -63,9 +63,10 @@ pub enum NestingError {
 }
 
 impl NestingError {
-    /// As the virtual IOMMU wants it: with `what` it had asked for.
-    pub(super) fn for_viommu(self, what: String) -> HostSideError {
-        HostSideError { what, source: Arc::new(self) }
+    /// As the virtual IOMMU wants it: with `what` it had asked for, and whether what was to be
+    /// blocked is not.
+    pub(super) fn for_viommu(self, what: String, still_reachable: bool) -> HostSideError {
+        HostSideError { what, still_reachable, source: Arc::new(self) }
     }
 }
 

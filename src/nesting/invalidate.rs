@@ -38,11 +38,20 @@ fn plan<'a>(by_name: &'a ByName, nested: &NestedHwpts) -> BTreeMap<ObjectId, Vec
     by_hwpt
 }
 
+/// A batch was not done.
+#[derive(Debug)]
+pub(super) struct Stale {
+    /// The first failure.
+    pub error: NestingError,
+    /// A requester could not be blocked, and may go on to use what was to be forgotten.
+    pub still_reachable: bool,
+}
+
 impl State {
     /// See [`crate::viommu::HostSide::invalidate`].
-    pub fn invalidate(&mut self, batch: &[Invalidation]) -> Result<()> {
+    pub fn invalidate(&mut self, batch: &[Invalidation]) -> std::result::Result<(), Stale> {
         self.counters.invalidations_in += batch.len() as u64;
-        let mut result = Ok(());
+        let mut stale: Option<Stale> = None;
         let by_name = by_name(batch);
         for (hwpt, sets) in plan(&by_name, &self.nested) {
             let mut ranges = FlushSet::default();
@@ -51,14 +60,15 @@ impl State {
             let entries = ranges.into_entries();
             self.counters.merged += added - entries.len() as u64;
             if let Err(error) = self.flush(hwpt, &entries) {
+                let stale = stale.get_or_insert(Stale { error, still_reachable: false });
                 // What cannot be invalidated must not be used.
                 for requester in self.nested.users(hwpt) {
                     self.block(requester);
+                    stale.still_reachable |= self.is_attached(requester);
                 }
-                result = result.and(Err(error));
             }
         }
-        result
+        stale.map_or(Ok(()), Err)
     }
 
     /// Makes `hwpt` forget everything.

@@ -39,6 +39,7 @@ use crate::viommu::{
 pub use counters::NestingCounters;
 pub use error::NestingError;
 use faults::FaultRouter;
+use invalidate::Stale;
 pub use ranges::FlushSet;
 use state::State;
 
@@ -98,12 +99,12 @@ impl Nesting {
         self.state().unmap_memory(gpa, length)
     }
 
-    /// `dev`, a device bound to the host, is the guest's `rid`. It reaches guest memory
-    /// untranslated until the virtual IOMMU configures it.
+    /// `dev`, a device bound to the host, is the guest's `rid`. It is blocked until the virtual
+    /// IOMMU configures it, also when that is enabled already.
     ///
     /// # Errors
     /// The host refuses; the Requester ID or the device is in use; or its IOMMU has erratum 772415
-    /// and guest memory is mapped read-only. The device stays blocked.
+    /// and guest memory is mapped read-only. The device is not added.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
         self.state().add_device(rid, dev)
     }
@@ -158,19 +159,26 @@ impl HostSide for Nesting {
         requester: Requester,
         config: &RequesterConfig,
     ) -> Result<(), HostSideError> {
-        self.state()
-            .configure(requester, config)
-            .map_err(|error| error.for_viommu(format!("configuring {requester}")))
+        let mut state = self.state();
+        state.configure(requester, config).map_err(|error| {
+            error.for_viommu(format!("configuring {requester}"), state.is_attached(requester))
+        })
     }
 
     fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError> {
-        self.state()
-            .forget_pasids(rid)
-            .map_err(|error| error.for_viommu(format!("forgetting the PASIDs of {rid}")))
+        let mut state = self.state();
+        state.forget_pasids(rid).map_err(|error| {
+            let still_reachable = !state.attached_pasids(rid).is_empty();
+            error.for_viommu(format!("forgetting the PASIDs of {rid}"), still_reachable)
+        })
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
-        self.state().invalidate(batch).map_err(|error| error.for_viommu("invalidating".into()))
+        let Stale { error, still_reachable } = match self.state().invalidate(batch) {
+            Ok(()) => return Ok(()),
+            Err(stale) => stale,
+        };
+        Err(error.for_viommu("invalidating".into(), still_reachable))
     }
 }
 

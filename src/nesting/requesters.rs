@@ -210,17 +210,26 @@ impl State {
         }
     }
 
-    /// See [`crate::viommu::HostSide::forget_pasids`].
-    pub fn forget_pasids(&mut self, rid: Bdf) -> Result<()> {
-        let pasids: Vec<Requester> = self
-            .slots
+    /// Whether the host may let DMA of `requester` through: what was attached and never detached
+    /// is.
+    pub fn is_attached(&self, requester: Requester) -> bool {
+        self.slot(requester) != Slot::default()
+    }
+
+    /// The PASIDs of `rid` that the host may let through.
+    pub fn attached_pasids(&self, rid: Bdf) -> Vec<Requester> {
+        self.slots
             .range(Requester::rid(rid)..)
             .map(|(requester, _)| *requester)
             .take_while(|requester| requester.rid == rid)
             .filter(|requester| requester.pasid.is_some())
-            .collect();
+            .collect()
+    }
+
+    /// See [`crate::viommu::HostSide::forget_pasids`].
+    pub fn forget_pasids(&mut self, rid: Bdf) -> Result<()> {
         let mut result = Ok(());
-        for requester in pasids {
+        for requester in self.attached_pasids(rid) {
             result = result.and(self.detach(requester));
         }
         result

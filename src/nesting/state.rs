@@ -140,17 +140,20 @@ impl State {
                 .context(|| format!("asking for the faults of {rid}"))?;
         }
         self.faults.add(dev, rid);
-        match self.attach_to_parent(ioas, rid, dev, &info) {
-            Ok(parent) => {
-                self.devices.insert(rid, Device { dev, parent, info });
-                self.slots.insert(Requester::rid(rid), Slot::on(Attached::Parent));
-                Ok(())
+        let parent = self.attach_to_parent(ioas, rid, dev, &info).inspect_err(|_| {
+            self.faults.remove(dev);
+        })?;
+        self.devices.insert(rid, Device { dev, parent, info });
+        self.slots.insert(Requester::rid(rid), Slot::on(Attached::Parent));
+        // The attachment has shown which parent is the device's. Whether the device may use it
+        // is for the virtual IOMMU to say.
+        if let Err(error) = self.detach(Requester::rid(rid)) {
+            if let Err(error) = self.remove_device(rid) {
+                log::error!("{rid} could not be blocked, and is still there: {error}");
             }
-            Err(error) => {
-                self.faults.remove(dev);
-                Err(error)
-            }
+            return Err(error);
         }
+        Ok(())
     }
 
     /// Attaches `dev` to the nesting parent of its physical IOMMU. The uAPI does not say which

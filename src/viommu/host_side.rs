@@ -14,8 +14,8 @@ pub trait HostSide: Debug + Send + Sync {
     /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing.
     ///
     /// # Errors
-    /// The host refused; the requester is then blocked, whatever it was before, and `config` is
-    /// remembered as not applied.
+    /// The host refused; the requester is then blocked, whatever it was before, unless the error
+    /// says [`HostSideError::still_reachable`].
     fn configure(
         &self,
         requester: Requester,
@@ -26,7 +26,8 @@ pub trait HostSide: Debug + Send + Sync {
     /// virtual IOMMU, or its PASID table is gone): each is blocked.
     ///
     /// # Errors
-    /// The host refused; the requests are blocked all the same.
+    /// The host refused. Those that it did not block are blocked at a later call, of this or of
+    /// [`HostSide::configure`].
     fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError>;
 
     /// Invalidates a batch, in any order within it: all of what stands between two ordering points
@@ -34,7 +35,8 @@ pub trait HostSide: Debug + Send + Sync {
     ///
     /// # Errors
     /// The host could not do all of it. What it could not invalidate is then blocked, so that no
-    /// stale translation is used; the guest must be told.
+    /// stale translation is used, unless the error says [`HostSideError::still_reachable`]; the
+    /// guest must be told.
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError>;
 }
 
@@ -44,6 +46,9 @@ pub trait HostSide: Debug + Send + Sync {
 pub struct HostSideError {
     /// What was being done, and for which requester.
     pub what: String,
+    /// Not even blocking succeeded: DMA may still take a way that the guest has taken back, so that
+    /// nobody may tell the guest that it is gone.
+    pub still_reachable: bool,
     /// The verb that failed.
     #[source]
     pub source: std::sync::Arc<dyn std::error::Error + Send + Sync>,

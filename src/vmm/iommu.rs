@@ -104,6 +104,11 @@ impl Iommu {
         Arc::new(RegisterPage(self.vtd.clone()))
     }
 
+    /// The machine stops: threads that work for the guest in here leave off soon.
+    pub fn halt(&self) {
+        self.vtd.halt();
+    }
+
     /// Who remaps the interrupts of what is behind the IOMMU, if it does.
     pub fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
         let vtd: Arc<dyn InterruptRemapper> = self.vtd.clone();
@@ -290,7 +295,8 @@ mod tests {
         assert!(dma.read(None, 0x4000, &mut bytes).is_err());
         let report = iommu.report();
         assert_eq!(report.viommu.faults_recorded, 1);
-        assert_eq!(report.host_calls["DEVICE_DETACH"].calls, 1);
+        // One when it was added, one when it was blocked.
+        assert_eq!(report.host_calls["DEVICE_DETACH"].calls, 2);
     }
 
     #[test]

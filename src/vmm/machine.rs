@@ -171,6 +171,10 @@ impl Machine {
         if let Err(error) = &result {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
+        // A vCPU may be in the invalidation queue, however long its guest has made that.
+        if let Some(iommu) = &self.iommu {
+            iommu.halt();
+        }
         // Waits for the vCPUs: none of them does anything after the last report.
         drop(threads);
         on_report(&self.report());

@@ -19,6 +19,7 @@ fn the_first_attach() {
         "GET_HW_INFO #1",
         "HWPT_ALLOC paging NEST_PARENT PASID on #2 for #1 = #3",
         "DEVICE_ATTACH #1 to #3",
+        "DEVICE_DETACH #1",
         "HWPT_ALLOC VTD_S1(0x1000, 48 bits, flags 0x0) PASID on #3 for #1 = #4",
         "DEVICE_ATTACH #1 to #4",
     ]);
@@ -149,6 +150,7 @@ fn a_refused_attach_blocks_and_is_tried_again() {
     rig.host.take_log();
     rig.host.fail_next(Verb::DeviceAttach, Errno::EINVAL);
     let error = rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap_err();
+    assert!(!error.still_reachable);
     assert!(error.to_string().contains("00:04.0"), "{error}");
     assert!(error.to_string().contains("EINVAL"), "{error}");
     rig.expect(&[
@@ -202,7 +204,8 @@ fn a_detach_that_fails_is_tried_once_more_and_then_first_of_all() {
     rig.expect(&["DEVICE_DETACH #1 ! EIO", "DEVICE_DETACH #1"]);
 
     (0..4).for_each(|_| rig.host.fail_next(Verb::DeviceDetach, Errno::EIO));
-    rig.configure(Requester::rid(B), BLOCKED).unwrap_err();
+    let error = rig.configure(Requester::rid(B), BLOCKED).unwrap_err();
+    assert!(error.still_reachable);
     rig.host.take_log();
     // What it is attached to is not to be trusted: no repetition, though it is the parent still.
     rig.configure(Requester::rid(B), Policy::Bypass).unwrap();
@@ -222,6 +225,16 @@ fn pasids_have_attachments_of_their_own() {
         "DEVICE_ATTACH #1 PASID 0x6 to #4",
         "DEVICE_DETACH #1",
     ]);
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    assert!(rig.nesting.forget_pasids(A).unwrap_err().still_reachable);
+    rig.expect(&[
+        "DEVICE_DETACH #1 PASID 0x5 ! EIO",
+        "DEVICE_DETACH #1 PASID 0x5 ! EIO",
+        "DEVICE_DETACH #1 PASID 0x6",
+    ]);
+    rig.configure(pasid(A, 6), Policy::Bypass).unwrap();
+    rig.host.take_log();
     rig.nesting.forget_pasids(A).unwrap();
     rig.expect(&["DEVICE_DETACH #1 PASID 0x5", "DESTROY #5", "DEVICE_DETACH #1 PASID 0x6"]);
     rig.nesting.forget_pasids(A).unwrap();

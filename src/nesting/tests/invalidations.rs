@@ -67,7 +67,7 @@ fn what_cannot_be_invalidated_is_blocked_and_the_rest_is_done() {
     rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
     rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
     let error = rig.nesting.invalidate(&[page(TAG, 0x1000), page(other, 0x1000)]).unwrap_err();
-    assert!(error.to_string().contains("EIO"), "{error}");
+    assert!(error.to_string().contains("EIO") && !error.still_reachable, "{error}");
     rig.expect(&[
         "HWPT_INVALIDATE #5 [0x1000/1 leaf] ! EIO",
         "HWPT_INVALIDATE #5 [all] ! EIO",
@@ -80,5 +80,17 @@ fn what_cannot_be_invalidated_is_blocked_and_the_rest_is_done() {
     // Blocked requesters are nested anew when they are next configured.
     rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
     assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(5)));
+    rig.ends_clean();
+}
+
+#[test]
+fn what_can_neither_be_invalidated_nor_blocked_is_told() {
+    let rig = Rig::new();
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    for _ in 0..2 {
+        rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+        rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    }
+    assert!(rig.nesting.invalidate(&[page(TAG, 0x1000)]).unwrap_err().still_reachable);
     rig.ends_clean();
 }

@@ -67,7 +67,7 @@ fn page(tag: DomainTag, address: u64) -> Invalidation {
     Invalidation { domain: Some(tag.domain), pasid: Some(tag.pasid), range: Some(range) }
 }
 
-/// Both devices added, the log empty.
+/// Both devices added and passing, the log empty.
 struct Rig {
     host: Arc<RecordingHost>,
     nesting: Nesting,
@@ -85,8 +85,13 @@ impl Rig {
         let nesting = Nesting::new(host.clone()).unwrap();
         nesting.add_device(A, DEV_A).unwrap();
         nesting.add_device(B, DEV_B).unwrap();
-        host.take_log();
-        Self { host, nesting }
+        let rig = Self { host, nesting };
+        for rid in [A, B] {
+            assert_eq!(rig.host.reaches(if rid == A { DEV_A } else { DEV_B }, None), None);
+            rig.configure_tagged(Requester::rid(rid), Policy::Bypass, TAG).unwrap();
+        }
+        rig.host.take_log();
+        rig
     }
 
     fn configure(&self, requester: Requester, policy: Policy) -> Result<(), HostSideError> {

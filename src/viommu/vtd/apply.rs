@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::policy::blocked_config;
 use super::requesters::Given;
+use super::state::Registers;
 use super::tables::{Blocked, Tables};
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
@@ -17,6 +18,18 @@ use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::qi::ContextScope;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::viommu::{DomainTag, HostSideError, Policy, Requester, RequesterConfig};
+
+/// Why what the guest asks for may not be acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NotApplied {
+    /// The host let a requester keep what the guest has taken back.
+    StillReachable,
+    /// The unit was halted on the way.
+    Halted,
+}
+
+/// Whether every requester has its policy, or is blocked where the host refused it.
+pub(super) type Applied = Result<(), NotApplied>;
 
 /// Which requesters an invalidation of context or PASID cache names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +84,40 @@ impl Scope {
     }
 }
 
+/// What several invalidations of context or PASID cache name together.
+#[derive(Debug, Default)]
+pub(super) struct Scopes(Vec<Scope>);
+
+impl Scopes {
+    /// More than so many are cheaper done as one that names all.
+    const MAX: usize = 8;
+
+    /// Adds `scope`, unless it is named already.
+    pub fn add(&mut self, scope: Scope) {
+        if self.0.contains(&Scope::Global) || self.0.contains(&scope) {
+            return;
+        }
+        if scope == Scope::Global || self.0.len() == Self::MAX {
+            self.0 = vec![Scope::Global];
+        } else {
+            self.0.push(scope);
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// What is to be done, one after the other.
+    pub fn iter(&self) -> impl Iterator<Item = Scope> + '_ {
+        self.0.iter().copied()
+    }
+}
+
 fn is_blocked(config: &RequesterConfig) -> bool {
     matches!(config.policy, Policy::Blocked { .. })
 }
@@ -82,114 +129,195 @@ impl VtdIommu {
     }
 
     /// Enables translation: every requester has its policy when this returns.
-    pub(super) fn enable_translation(&self, root: Option<Rtaddr>) {
+    pub(super) fn enable_translation(&self, root: Option<Rtaddr>) -> Applied {
         self.requesters.set_translating(true, root);
-        self.reevaluate(Scope::Global, root);
+        self.reevaluate(Scope::Global, root)
     }
 
     /// Disables translation: requests without PASID pass, those with PASID are blocked.
-    pub(super) fn disable_translation(&self) {
+    pub(super) fn disable_translation(&self) -> Applied {
+        let mut applied = Ok(());
         for rid in self.requesters.functions() {
-            self.bypass(rid);
+            applied = applied.and(self.bypass(rid));
         }
+        applied?;
         self.requesters.set_translating(false, None);
+        Ok(())
     }
 
     /// What a function is given while translation is disabled.
-    pub(super) fn bypass(&self, rid: Bdf) {
+    pub(super) fn bypass(&self, rid: Bdf) -> Applied {
         let tag = DomainTag { domain: 0, pasid: 0 };
         let config = RequesterConfig { policy: Policy::Bypass, tag, fault_disabled: false };
-        self.give(Requester::rid(rid), config, FaultReason::RootTableAddressInvalid);
-        self.forget_pasids(rid);
+        let applied = self.give(Requester::rid(rid), config, FaultReason::RootTableAddressInvalid);
+        applied.and(self.forget_pasids(rid))
     }
 
     /// Reads the tables anew for the requesters that `scope` names and gives the host what changed.
-    pub(super) fn reevaluate(&self, scope: Scope, root: Option<Rtaddr>) {
+    pub(super) fn reevaluate(&self, scope: Scope, root: Option<Rtaddr>) -> Applied {
+        self.counters.evaluations.fetch_add(1, Ordering::Relaxed);
+        let mut applied = Ok(());
         for rid in self.requesters.functions() {
+            self.check_halted()?;
             if scope.names_function(rid) {
-                self.reevaluate_function(rid, scope, root);
+                applied = applied.and(self.reevaluate_function(rid, scope, root));
             }
         }
+        applied
     }
 
     /// [`VtdIommu::reevaluate`] for one function.
-    pub(super) fn reevaluate_function(&self, rid: Bdf, scope: Scope, root: Option<Rtaddr>) {
+    pub(super) fn reevaluate_function(
+        &self,
+        rid: Bdf,
+        scope: Scope,
+        root: Option<Rtaddr>,
+    ) -> Applied {
         let tables = self.tables(root);
         let refused = refused_reason(root);
         let requester = Requester::rid(rid);
         let config = tables.config(requester);
+        let mut applied = Ok(());
         if scope.names(self.requesters.given(requester), &config) {
-            self.give(requester, config, refused);
+            applied = self.give(requester, config, refused);
         }
         if let Scope::Pasid(pasid) = scope {
-            self.reevaluate_pasid(&tables, Requester { rid, pasid: Some(pasid) }, refused);
-            return;
+            let requester = Requester { rid, pasid: Some(pasid) };
+            return applied.and(self.reevaluate_pasid(&tables, requester, refused));
         }
+        applied.and(self.reevaluate_pasids(&tables, rid, scope, refused))
+    }
+
+    /// Reads the tables anew for all PASIDs of one function.
+    fn reevaluate_pasids(
+        &self,
+        tables: &Tables<'_>,
+        rid: Bdf,
+        scope: Scope,
+        refused: FaultReason,
+    ) -> Applied {
         let mut present = BTreeMap::new();
-        tables.for_each_pasid(rid, |pasid, config| {
-            present.insert(pasid, config);
-        });
+        let visited = tables.for_each_pasid(
+            rid,
+            || self.check_halted().is_ok(),
+            |pasid, config| {
+                present.insert(pasid, config);
+            },
+        );
+        if visited.is_break() {
+            return Err(NotApplied::Halted);
+        }
         if present.is_empty() {
             // One call for a PASID table that is gone, however many PASIDs it had.
-            if !self.requesters.pasids(rid).is_empty() {
-                self.forget_pasids(rid);
-            }
-            return;
+            return if self.requesters.pasids(rid).is_empty() {
+                Ok(())
+            } else {
+                self.forget_pasids(rid)
+            };
         }
+        let mut applied = Ok(());
         for (&pasid, &config) in &present {
+            self.check_halted()?;
             let requester = Requester { rid, pasid: Some(pasid) };
             if scope.names(self.requesters.given(requester), &config) {
-                self.give(requester, config, refused);
+                applied = applied.and(self.give(requester, config, refused));
             }
         }
         for pasid in self.requesters.pasids(rid) {
+            self.check_halted()?;
             let requester = Requester { rid, pasid: Some(pasid) };
             if !present.contains_key(&pasid) {
                 let config = tables.config(requester);
                 if scope.names(self.requesters.given(requester), &config) {
-                    self.withdraw_pasid(requester, config, refused);
+                    applied = applied.and(self.withdraw_pasid(requester, config, refused));
                 }
             }
         }
+        applied
     }
 
     /// Reads the tables anew for one PASID of one function.
-    fn reevaluate_pasid(&self, tables: &Tables<'_>, requester: Requester, refused: FaultReason) {
-        let Some(pasid) = requester.pasid else { return };
+    fn reevaluate_pasid(
+        &self,
+        tables: &Tables<'_>,
+        requester: Requester,
+        refused: FaultReason,
+    ) -> Applied {
         // PASID 0 is never given apart from its requester; see `Tables::for_each_pasid`.
-        if pasid.raw() == 0 {
-            return;
+        if requester.pasid.is_none_or(|pasid| pasid.raw() == 0) {
+            return Ok(());
         }
         let config = tables.config(requester);
         if !is_blocked(&config) {
-            self.give(requester, config, refused);
+            self.give(requester, config, refused)
         } else if self.requesters.given(requester).is_some() {
-            self.withdraw_pasid(requester, config, refused);
+            self.withdraw_pasid(requester, config, refused)
+        } else {
+            Ok(())
         }
     }
 
-    /// Blocks a PASID that the tables no longer serve, and forgets it: faults are then explained
-    /// by the tables themselves.
-    fn withdraw_pasid(&self, requester: Requester, config: RequesterConfig, refused: FaultReason) {
-        self.give(requester, config, refused);
-        if let Some(pasid) = requester.pasid {
+    /// Gives anew what the host has lost because it could not invalidate it. Whoever asks for
+    /// invalidations alone does not ask for the policies that were lost with them.
+    pub(super) fn regain(&self, registers: &Registers) -> Applied {
+        if !self.requesters.distrusts_host() {
+            return Ok(());
+        }
+        let mut applied = Ok(());
+        if registers.gsts.tes() {
+            let tables = self.tables(registers.root);
+            let refused = refused_reason(registers.root);
+            for requester in self.requesters.unapplied() {
+                self.check_halted()?;
+                applied = applied.and(if requester.pasid.is_some() {
+                    self.reevaluate_pasid(&tables, requester, refused)
+                } else {
+                    self.give(requester, tables.config(requester), refused)
+                });
+            }
+        }
+        applied?;
+        self.requesters.trust_host();
+        Ok(())
+    }
+
+    /// Blocks a PASID that the tables no longer serve, and forgets it when the host has done so:
+    /// faults are then explained by the tables themselves.
+    fn withdraw_pasid(
+        &self,
+        requester: Requester,
+        config: RequesterConfig,
+        refused: FaultReason,
+    ) -> Applied {
+        let applied = self.give(requester, config, refused);
+        let given = self.requesters.given(requester);
+        if let (Some(pasid), Some(Given { applied: true, .. })) = (requester.pasid, given) {
             self.requesters.forget_pasid(requester.rid, pasid);
         }
+        applied
     }
 
     /// Gives `config` to the host unless it has it. When the host refuses, the requester is
     /// blocked, and the guest is told `refused` of each of its requests.
-    pub(super) fn give(&self, requester: Requester, config: RequesterConfig, refused: FaultReason) {
+    pub(super) fn give(
+        &self,
+        requester: Requester,
+        config: RequesterConfig,
+        refused: FaultReason,
+    ) -> Applied {
         if self.requesters.given(requester) == Some(Given { config, applied: true }) {
-            return;
+            return Ok(());
         }
         let given = Given { config, applied: true };
         if is_blocked(&config) {
             self.requesters.give(requester, given);
         }
         let result = self.host.configure(requester, &config);
-        match &result {
-            Ok(()) => self.requesters.give(requester, given),
+        let applied = match &result {
+            Ok(()) => {
+                self.requesters.give(requester, given);
+                Ok(())
+            }
             Err(error) => {
                 let config = if is_blocked(&config) {
                     config
@@ -198,27 +326,50 @@ impl VtdIommu {
                     blocked_config(requester, Blocked { reason: refused, fault_disabled })
                 };
                 self.requesters.give(requester, Given { config, applied: false });
-                self.host_failed(error);
+                self.host_failed(error)
             }
-        }
+        };
         self.counters.policies.fetch_add(1, Ordering::Relaxed);
         if let Some(observer) = &self.observer {
             observer.policy(requester, &config, result.is_ok());
         }
+        applied
     }
 
-    /// Blocks every PASID of `rid`.
-    pub(super) fn forget_pasids(&self, rid: Bdf) {
-        self.requesters.forget_pasids(rid);
-        if let Err(error) = self.host.forget_pasids(rid) {
-            self.host_failed(&error);
+    /// Blocks every PASID of `rid`, and forgets them when the host has done so.
+    pub(super) fn forget_pasids(&self, rid: Bdf) -> Applied {
+        let gone = Blocked::recorded(FaultReason::PasidEntryNotPresent);
+        self.requesters.give_pasids(rid, |requester| {
+            // Until it is done, and kept to be asked again if it is not.
+            Given { config: blocked_config(requester, gone), applied: false }
+        });
+        match self.host.forget_pasids(rid) {
+            Ok(()) => {
+                self.requesters.forget_pasids(rid);
+                Ok(())
+            }
+            Err(error) => self.host_failed(&error),
         }
     }
 
-    /// Counts and logs what the host refused.
-    pub(super) fn host_failed(&self, error: &HostSideError) {
+    /// Counts and logs what the host refused. A mere refusal has its effect, for the requester is
+    /// blocked; what cannot be blocked has none.
+    pub(super) fn host_failed(&self, error: &HostSideError) -> Applied {
         self.counters.host_errors.fetch_add(1, Ordering::Relaxed);
         self.log.warn(format_args!("VT-d: the host refused: {error}"));
+        if error.still_reachable {
+            self.log.warn(format_args!("VT-d: and what it was to block is reachable still"));
+            return Err(NotApplied::StillReachable);
+        }
+        Ok(())
+    }
+
+    /// Ends what is long when the unit is halted.
+    fn check_halted(&self) -> Applied {
+        if self.is_halted() {
+            return Err(NotApplied::Halted);
+        }
+        Ok(())
     }
 }
 

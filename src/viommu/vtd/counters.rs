@@ -16,6 +16,7 @@ pub(super) struct Counters {
     pub descriptors: [AtomicU64; TYPES],
     pub batches: AtomicU64,
     pub invalidations: AtomicU64,
+    pub evaluations: AtomicU64,
     pub policies: AtomicU64,
     pub faults_recorded: AtomicU64,
     pub faults_lost: AtomicU64,
@@ -53,6 +54,7 @@ impl Counters {
             page_group_response: of(page_group_response),
             batches: of(&self.batches),
             invalidations: of(&self.invalidations),
+            evaluations: of(&self.evaluations),
             policies: of(&self.policies),
             faults_recorded: of(&self.faults_recorded),
             faults_lost: of(&self.faults_lost),
@@ -96,6 +98,8 @@ pub struct VtdCounters {
     pub batches: u64,
     /// Invalidations in them.
     pub invalidations: u64,
+    /// Times that tables were read anew for all that an invalidation, or a command, names.
+    pub evaluations: u64,
     /// Policies given to the host.
     pub policies: u64,
     /// Faults in fault records.

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::apply::Scope;
+use super::apply::{Applied, Scope};
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
@@ -58,12 +58,13 @@ impl VtdIommu {
         self.host.invalidate(batch).inspect_err(|error| {
             // What the host blocked for this is given anew at the next occasion.
             self.requesters.distrust_host();
-            self.host_failed(error);
+            // Nobody acknowledges an invalidation that failed, whatever became of its requesters.
+            let _ = self.host_failed(error);
         })
     }
 
     /// CCMD.ICC was written as 1. CAIG says what was done: nothing, when the register-based
-    /// interface may not be used or the request is reserved.
+    /// interface may not be used, the request is reserved or the host fails.
     pub(super) fn context_command(&self, registers: &mut Registers) {
         let command = registers.ccmd;
         let granularity = ContextGranularity::from_bits(command.cirg())
@@ -77,12 +78,17 @@ impl VtdIommu {
                 function_mask: command.fm(),
             },
         });
-        if let Some(scope) = scope {
-            self.invalidate_context(registers, Scope::from(scope));
-        } else {
-            self.guest_error(format_args!("a context command that is not allowed: {command:?}"));
-        }
-        let done = granularity.map_or(0, ContextGranularity::into_bits);
+        let done = match scope {
+            Some(scope) => {
+                self.invalidate_context(registers, Scope::from(scope)).ok().and(granularity)
+            }
+            None => {
+                let what = "a context command that is not allowed";
+                self.guest_error(format_args!("{what}: {command:?}"));
+                None
+            }
+        };
+        let done = done.map_or(0, ContextGranularity::into_bits);
         registers.ccmd = Ccmd::with_caig(command, done).with_icc(false);
     }
 
@@ -112,7 +118,11 @@ impl VtdIommu {
             },
         });
         let done = match scope {
-            Some(scope) => self.invalidate_host(&[iotlb(scope)]).ok().and(granularity),
+            Some(scope) => {
+                let done =
+                    self.invalidate_host(&[iotlb(scope)]).is_ok() && self.regain(registers).is_ok();
+                granularity.filter(|_| done)
+            }
             None => {
                 self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
                 None
@@ -123,10 +133,11 @@ impl VtdIommu {
     }
 
     /// Drops what context and PASID caches hold of `scope`: the tables are read anew.
-    pub(super) fn invalidate_context(&self, registers: &Registers, scope: Scope) {
+    pub(super) fn invalidate_context(&self, registers: &Registers, scope: Scope) -> Applied {
         if registers.gsts.tes() {
-            self.reevaluate(scope, registers.root);
+            return self.reevaluate(scope, registers.root);
         }
+        Ok(())
     }
 }
 

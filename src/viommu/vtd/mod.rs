@@ -9,7 +9,7 @@
 //! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of the guest's own. Their registers read as after reset.
 //!
 //! # Locks
-//! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
+//! The registers are one lock, had in turn, let go at each ordering point of the queue and held across calls to the host and to the interrupt sink, neither of
 //! which may call the unit but to report faults. The fault log has a lock of its own, and so have
 //! the published policies: both are taken after the registers, for a moment, and are all that
 //! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while
@@ -37,7 +37,7 @@ mod state;
 mod tables;
 
 use std::fmt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use caps::{Capabilities, CapabilityConflict, HostUnit};
@@ -58,6 +58,7 @@ use crate::spec::vtd::fault::FaultReason;
 use apply::Scope;
 use counters::Counters;
 use interrupt_remapping::Remapping;
+use queue::Slice;
 use requesters::Requesters;
 
 /// A virtual VT-d unit.
@@ -67,7 +68,11 @@ pub struct VtdIommu {
     host: Arc<dyn HostSide>,
     interrupts: Arc<dyn InterruptSink>,
     observer: Option<Arc<dyn Observer>>,
+    /// Taken for a moment before `registers`, so that they are had in turn: who works through the
+    /// queue and lets them go between two slices has them again after those who wait.
+    turn: Mutex<()>,
     registers: Mutex<Registers>,
+    halted: AtomicBool,
     faults: Mutex<FaultLog>,
     requesters: Requesters,
     remapping: Remapping,
@@ -93,7 +98,9 @@ impl VtdIommu {
             host,
             interrupts,
             observer,
+            turn: Mutex::default(),
             registers: Mutex::default(),
+            halted: AtomicBool::new(false),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
             requesters: Requesters::default(),
             remapping: Remapping::default(),
@@ -108,27 +115,31 @@ impl VtdIommu {
     }
 
     /// Puts a function behind the unit. It passes while translation is disabled, and goes by its
-    /// tables when it is enabled. Nothing happens for a function that is there already.
+    /// tables when it is enabled. Nothing happens for a function that is there already. What the
+    /// host refuses is logged; the function is then blocked.
     pub fn add_device(&self, rid: Bdf) {
         let registers = self.lock();
         if !self.requesters.add(rid) {
             return;
         }
-        if registers.gsts.tes() {
-            self.reevaluate_function(rid, Scope::Global, registers.root);
+        // The host has it blocked until it is given something, so that a refusal leaves it so.
+        let _ = if registers.gsts.tes() {
+            self.reevaluate_function(rid, Scope::Global, registers.root)
         } else {
-            self.bypass(rid);
-        }
+            self.bypass(rid)
+        };
     }
 
-    /// Takes a function away: it is blocked. Nothing happens for a function that is not there.
+    /// Takes a function away: it is blocked. Nothing happens for a function that is not there. What
+    /// the host does not block is logged, and is for whoever takes the device from the host.
     pub fn remove_device(&self, rid: Bdf) {
         // Held so that nobody gives the function a policy meanwhile.
         let _registers = self.lock();
         if !self.requesters.remove(rid) {
             return;
         }
-        self.forget_pasids(rid);
+        // Nobody is told: the guest has no part in it.
+        let _ = self.forget_pasids(rid);
         let reason = FaultReason::ContextNotPresent.code();
         let config = RequesterConfig {
             policy: Policy::Blocked { reason, fault_disabled: true },
@@ -136,14 +147,30 @@ impl VtdIommu {
             fault_disabled: true,
         };
         if let Err(error) = self.host.configure(Requester::rid(rid), &config) {
-            self.host_failed(&error);
+            let _ = self.host_failed(&error);
         }
     }
 
     /// Works through the invalidation queue up to its tail or its first error. Register writes do
-    /// so themselves; any other thread may, too.
+    /// so themselves; any other thread may, too, and several at once share the work.
+    ///
+    /// Others have the registers in turn at each ordering point of the queue, however much of it
+    /// there is.
     pub fn drain_queue(&self) {
-        self.run_queue(&mut self.lock());
+        while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
+    }
+
+    /// The machine stops: whoever works through the queue, or through the PASIDs of a function,
+    /// leaves off at the next descriptor or PASID table, and nobody begins again. What is under way
+    /// is not acknowledged to the guest.
+    ///
+    /// Waits for nothing. Registers can be read and written as before.
+    pub fn halt(&self) {
+        self.halted.store(true, Ordering::Relaxed);
+    }
+
+    fn is_halted(&self) -> bool {
+        self.halted.load(Ordering::Relaxed)
     }
 
     /// What the unit has done so far.
@@ -162,6 +189,7 @@ impl VtdIommu {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

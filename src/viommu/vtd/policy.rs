@@ -5,6 +5,8 @@
 //! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
 //! request of a requester; what depends on the request (rights, privilege) is for the translation.
 
+use std::ops::ControlFlow;
+
 use super::tables::{Blocked, Served, Tables};
 use super::{policy_legacy, policy_scalable};
 use crate::spec::pci::{Bdf, Pasid};
@@ -25,15 +27,22 @@ impl Tables<'_> {
     ///
     /// PASID 0 is left out: hosts keep their own requests without PASID there, so that a PASID 0
     /// cannot be attached apart from its requester.
-    pub fn for_each_pasid(&self, rid: Bdf, mut visit: impl FnMut(Pasid, RequesterConfig)) {
-        let Ok(root) = self.root() else { return };
+    ///
+    /// A directory may have 2^20 of them: `go_on` is asked before each table, and ends it.
+    pub fn for_each_pasid(
+        &self,
+        rid: Bdf,
+        go_on: impl Fn() -> bool,
+        mut visit: impl FnMut(Pasid, RequesterConfig),
+    ) -> ControlFlow<()> {
+        let Ok(root) = self.root() else { return ControlFlow::Continue(()) };
         if root.mode() != TranslationTableMode::Scalable {
-            return;
+            return ControlFlow::Continue(());
         }
-        policy_scalable::for_each_pasid(self, root, rid, |pasid, served| {
+        policy_scalable::for_each_pasid(self, root, rid, go_on, |pasid, served| {
             let requester = Requester { rid, pasid: Some(pasid) };
             visit(pasid, to_config(requester, served));
-        });
+        })
     }
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from scalable-mode root, context and PASID entries (§3.4.3, §6.2, §9.2, §9.4–§9.6).
 
+use std::ops::ControlFlow;
+
 use super::tables::{Blocked, Served, Tables};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
@@ -38,28 +40,34 @@ pub(super) fn serve(
 }
 
 /// Calls `visit` with every PASID but 0 of `rid` whose PASID table entry is present, in ascending
-/// order. Bounded by the smaller of what the directory reaches and what the unit offers.
+/// order. Bounded by the smaller of what the directory reaches and what the unit offers; broken off
+/// before a table when `go_on` says no.
 pub(super) fn for_each_pasid(
     tables: &Tables<'_>,
     root: Rtaddr,
     rid: Bdf,
+    go_on: impl Fn() -> bool,
     mut visit: impl FnMut(Pasid, Result<Served, Blocked>),
-) {
-    let Ok(context) = context_entry(tables, root, rid) else { return };
+) -> ControlFlow<()> {
+    let Ok(context) = context_entry(tables, root, rid) else { return ControlFlow::Continue(()) };
     if !context.low.paside() {
-        return;
+        return ControlFlow::Continue(());
     }
     let pasids = context.pasids(tables);
     for index in 0..pasids.div_ceil(TABLE_ENTRIES) {
+        if !go_on() {
+            return ControlFlow::Break(());
+        }
         let Ok(directory) = directory_entry(tables, &context, index) else { continue };
         let first = index * TABLE_ENTRIES;
         for raw in first.max(1)..(first + TABLE_ENTRIES).min(pasids) {
             let Ok(entry) = table_entry(tables, &directory, raw) else { continue };
             // The offered width keeps PASIDs within 20 bits.
-            let Some(pasid) = Pasid::new(raw) else { return };
+            let Some(pasid) = Pasid::new(raw) else { return ControlFlow::Continue(()) };
             visit(pasid, entry.serve(tables, raw));
         }
     }
+    ControlFlow::Continue(())
 }
 
 /// A context entry that is present and well formed.

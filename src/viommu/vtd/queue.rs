@@ -2,13 +2,16 @@
 //! The invalidation queue (§6.5.2).
 //!
 //! IOTLB invalidations are gathered up to the next ordering point (a wait, an invalidation of the
-//! context, PASID or interrupt entry cache, the tail) and given to the host in one call. IQH moves
-//! past a descriptor only when what it asks is done; a wait is answered before that. When the host
-//! cannot do a batch, IQH stays at its first descriptor and the queue stops.
+//! context, PASID or interrupt entry cache, the tail) and given to the host in one call; so are
+//! invalidations of context and PASID cache, up to anything else, and tables are read once for all
+//! of them. IQH moves past a descriptor only when what it asks is done; a wait is answered before
+//! that. When the host cannot do a batch, IQH stays at its first descriptor and the queue stops.
+//!
+//! The queue is worked through in slices, from one ordering point to the next.
 
 use std::sync::atomic::Ordering;
 
-use super::apply::Scope;
+use super::apply::{NotApplied, Scope, Scopes};
 use super::faults::QueueError;
 use super::invalidate::{iotlb, pasid_iotlb};
 use super::state::Registers;
@@ -21,46 +24,78 @@ use crate::spec::vtd::qi::{
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
 use crate::viommu::Invalidation;
 
-/// Why a pass over the queue ends before the tail.
+/// What is left of the queue after a slice of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Slice {
+    /// Descriptors before the tail.
+    More,
+    /// Nothing, or nothing may be done before the guest has cleared an error.
+    Done,
+}
+
+/// Why the queue stops before the tail.
 enum Stop {
     /// The descriptor at the fetch pointer, or a register of the queue, is wrong.
     Guest(IqErrorInfo),
     /// The host could not do the batch.
     Host,
+    /// The unit was halted.
+    Halted,
     /// A wait came after a device-TLB invalidation that no device answered.
     TimeOut(Bdf),
 }
 
-/// One pass over the queue.
+/// One slice of the queue. Invalidations of one kind at a time are gathered.
 #[derive(Default)]
 struct Pass {
     /// Offset of the next descriptor to fetch, in bytes.
     fetch: u64,
-    /// What was gathered since the last ordering point.
+    /// IOTLB invalidations gathered since the last ordering point.
     batch: Vec<Invalidation>,
-    /// A device that does not answer was asked.
-    unanswered: Option<Bdf>,
+    /// Invalidations of context and PASID cache gathered since then.
+    scopes: Scopes,
+}
+
+impl Pass {
+    fn is_empty(&self) -> bool {
+        self.batch.is_empty() && self.scopes.is_empty()
+    }
+
+    /// Whether what was gathered must be done before `descriptor`.
+    fn is_ordered_before(&self, descriptor: &Descriptor) -> bool {
+        match descriptor {
+            Descriptor::Iotlb { .. }
+            | Descriptor::PasidIotlb { .. }
+            | Descriptor::DeviceTlb { .. }
+            | Descriptor::PasidDeviceTlb { .. } => !self.scopes.is_empty(),
+            Descriptor::ContextCache(_) | Descriptor::PasidCache(_) => !self.batch.is_empty(),
+            Descriptor::Wait { .. }
+            | Descriptor::InterruptEntryCache(_)
+            | Descriptor::PageGroupResponse { .. } => !self.is_empty(),
+        }
+    }
 }
 
 impl VtdIommu {
-    /// Works through the queue up to its tail or its first error.
-    pub(super) fn run_queue(&self, registers: &mut Registers) {
+    /// Works through the queue up to the next ordering point, its tail or its first error.
+    pub(super) fn run_slice(&self, registers: &mut Registers) -> Slice {
         if !registers.gsts.qies() || self.fault_log().holds_queue() {
-            return;
+            return Slice::Done;
         }
         if registers.iqh == registers.iqt {
-            return;
+            return Slice::Done;
         }
         let mut pass = Pass { fetch: registers.iqh.offset(), ..Pass::default() };
         let result = check_queue(registers, self.caps.ecap.smts())
             .map_err(Stop::Guest)
             .and_then(|()| self.walk(registers, &mut pass));
-        if let Err(stop) = result {
+        result.unwrap_or_else(|stop| {
             self.stop_queue(registers, pass, stop);
-        }
+            Slice::Done
+        })
     }
 
-    fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
+    fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Slice, Stop> {
         let size = registers.iqa.size();
         let step = registers.iqa.descriptor_size();
         let tail = registers.iqt.offset();
@@ -70,22 +105,35 @@ impl VtdIommu {
             if pass.fetch == tail {
                 break;
             }
+            if self.is_halted() {
+                return Err(Stop::Halted);
+            }
             let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
+            if pass.is_ordered_before(&descriptor) {
+                self.flush(registers, pass)?;
+                return Ok(Slice::More);
+            }
             self.counters.descriptor(&descriptor);
             if let Some(observer) = &self.observer {
                 observer.descriptor(descriptor.name(), &descriptor);
             }
-            let gathered = self.perform(registers, pass, &descriptor)?;
+            self.perform(registers, pass, &descriptor);
             pass.fetch = (pass.fetch + step) % size;
-            if let (Descriptor::Wait { .. }, Some(device)) = (&descriptor, pass.unanswered) {
-                return Err(Stop::TimeOut(device));
-            }
-            if !gathered {
+            if pass.is_empty() {
                 registers.iqh = QueuePointer::from_offset(pass.fetch);
+            }
+            match (&descriptor, registers.unanswered) {
+                (Descriptor::Wait { .. }, Some(device)) => return Err(Stop::TimeOut(device)),
+                (Descriptor::Wait { .. } | Descriptor::InterruptEntryCache(_), _)
+                    if pass.fetch != tail =>
+                {
+                    return Ok(Slice::More);
+                }
+                _ => {}
             }
         }
         self.flush(registers, pass)?;
-        pass.unanswered.map_or(Ok(()), |device| Err(Stop::TimeOut(device)))
+        registers.unanswered.map_or(Ok(Slice::Done), |device| Err(Stop::TimeOut(device)))
     }
 
     /// Reads and decodes the descriptor at `offset` of the queue.
@@ -149,13 +197,8 @@ impl VtdIommu {
         Ok(())
     }
 
-    /// Does what `descriptor` asks, or gathers it: `true` when it is not done yet.
-    fn perform(
-        &self,
-        registers: &mut Registers,
-        pass: &mut Pass,
-        descriptor: &Descriptor,
-    ) -> Result<bool, Stop> {
+    /// Does what `descriptor` asks, or gathers it.
+    fn perform(&self, registers: &mut Registers, pass: &mut Pass, descriptor: &Descriptor) {
         match *descriptor {
             Descriptor::Iotlb { scope, .. } => pass.batch.push(iotlb(scope)),
             Descriptor::PasidIotlb { domain, pasid, range } => {
@@ -165,38 +208,32 @@ impl VtdIommu {
             // that is not there.
             Descriptor::DeviceTlb { source, .. } | Descriptor::PasidDeviceTlb { source, .. } => {
                 if !self.requesters.contains(source) {
-                    pass.unanswered.get_or_insert(source);
+                    registers.unanswered.get_or_insert(source);
                 }
             }
-            Descriptor::ContextCache(scope) => {
-                self.flush(registers, pass)?;
-                self.invalidate_context(registers, Scope::from(scope));
-            }
-            Descriptor::PasidCache(scope) => {
-                self.flush(registers, pass)?;
-                self.invalidate_context(registers, Scope::from(scope));
-            }
-            Descriptor::InterruptEntryCache(scope) => {
-                self.flush(registers, pass)?;
-                self.invalidate_interrupt_entries(scope);
-            }
+            Descriptor::ContextCache(scope) => pass.scopes.add(scope.into()),
+            Descriptor::PasidCache(scope) => pass.scopes.add(scope.into()),
+            Descriptor::InterruptEntryCache(scope) => self.invalidate_interrupt_entries(scope),
             Descriptor::Wait { status, interrupt, .. } => {
-                self.flush(registers, pass)?;
                 // A wait behind a device that did not answer is aborted: no status, no interrupt.
-                if pass.unanswered.is_none() {
+                if registers.unanswered.is_none() {
                     self.complete_wait(registers, status, interrupt);
                 }
             }
             // No unit offers page requests yet, so there is no request to respond to.
             Descriptor::PageGroupResponse { .. } => {}
         }
-        Ok(!pass.batch.is_empty())
     }
 
     /// Gives what was gathered to the host; IQH then follows.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         self.invalidate_host(&pass.batch).map_err(|_| Stop::Host)?;
+        self.regain(registers)?;
+        for scope in pass.scopes.iter() {
+            self.invalidate_context(registers, scope)?;
+        }
         pass.batch.clear();
+        pass.scopes.clear();
         registers.iqh = QueuePointer::from_offset(pass.fetch);
         Ok(())
     }
@@ -231,7 +268,10 @@ impl VtdIommu {
             }
             stop => stop,
         };
-        let mut unanswered = pass.unanswered;
+        if matches!(stop, Stop::Halted) {
+            return;
+        }
+        let mut unanswered = registers.unanswered.take();
         let head = registers.iqh.offset();
         self.counters.queue_errors.fetch_add(1, Ordering::Relaxed);
         match stop {
@@ -251,11 +291,21 @@ impl VtdIommu {
                 registers.iqh = QueuePointer::from_offset(pass.fetch);
                 unanswered = Some(device);
             }
+            Stop::Halted => {}
         }
         if let Some(device) = unanswered {
             registers.iqercd.set_itesid(device.raw());
             self.raise_queue_error(QueueError::TimeOut);
             self.log.warn(format_args!("VT-d: device-TLB invalidation of {device} timed out"));
+        }
+    }
+}
+
+impl From<NotApplied> for Stop {
+    fn from(not_applied: NotApplied) -> Self {
+        match not_applied {
+            NotApplied::StillReachable => Self::Host,
+            NotApplied::Halted => Self::Halted,
         }
     }
 }

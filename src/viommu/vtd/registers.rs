@@ -89,6 +89,11 @@ impl VtdIommu {
         let mut registers = self.lock();
         self.observe_access(offset, data.len(), value, true);
         self.write_slot(&mut registers, access, value << access.shift);
+        drop(registers);
+        // What lets the queue go on: it is enabled, has a new tail, or an error was cleared.
+        if matches!(access.slot, regs::GCMD | FSTS_SLOT | regs::IQT) {
+            self.drain_queue();
+        }
     }
 
     fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
@@ -161,7 +166,6 @@ impl VtdIommu {
             FSTS_SLOT => {
                 if let Some(value) = high {
                     self.fault_log().write_status(value);
-                    self.run_queue(registers);
                 }
             }
             regs::FECTL => {
@@ -172,9 +176,6 @@ impl VtdIommu {
             regs::IQT => {
                 let new = access.merge(registers.iqt.into_bits(), value, QueuePointer::WRITABLE);
                 registers.iqt = QueuePointer::from_bits(new);
-                if low.is_some() {
-                    self.run_queue(registers);
-                }
             }
             regs::IQA if registers.gsts.qies() => {
                 self.guest_error(format_args!("IQA written while the queue is enabled"));

@@ -34,6 +34,8 @@ struct Published {
     translating: bool,
     root: Option<Rtaddr>,
     functions: BTreeMap<Bdf, Function>,
+    /// The host lost what it was given, and was not given it anew since.
+    distrusted: bool,
 }
 
 /// How translation stands, for whoever has a fault to explain.
@@ -134,6 +136,15 @@ impl Requesters {
         }
     }
 
+    /// Publishes `given` for every PASID of `rid` that was given something.
+    pub fn give_pasids(&self, rid: Bdf, given: impl Fn(Requester) -> Given) {
+        let mut published = self.write();
+        let Some(function) = published.functions.get_mut(&rid) else { return };
+        for (&pasid, place) in &mut function.pasids {
+            *place = given(Requester { rid, pasid: Some(pasid) });
+        }
+    }
+
     /// Forgets every PASID of `rid`.
     pub fn forget_pasids(&self, rid: Bdf) {
         if let Some(function) = self.write().functions.get_mut(&rid) {
@@ -143,10 +154,41 @@ impl Requesters {
 
     /// The host may have lost any of what it was given: it is told again at the next occasion.
     pub fn distrust_host(&self) {
-        for function in self.write().functions.values_mut() {
+        let mut published = self.write();
+        published.distrusted = true;
+        for function in published.functions.values_mut() {
             let given = function.rid.iter_mut().chain(function.pasids.values_mut());
             given.for_each(|given| given.applied = false);
         }
+    }
+
+    /// Whether the host has been distrusted since the last [`Requesters::trust_host`].
+    pub fn distrusts_host(&self) -> bool {
+        self.read().distrusted
+    }
+
+    /// All that the host had lost was given to it anew.
+    pub fn trust_host(&self) {
+        self.write().distrusted = false;
+    }
+
+    /// Every requester whose configuration the host does not have.
+    pub fn unapplied(&self) -> Vec<Requester> {
+        let published = self.read();
+        let of_function = |(&rid, function): (&Bdf, &Function)| {
+            let own = function.rid.iter().map(|given| (None, *given));
+            let pasids = function.pasids.iter().map(|(&pasid, given)| (Some(pasid), *given));
+            own.chain(pasids)
+                .filter(|(_, given)| !given.applied)
+                .map(|(pasid, _)| Requester { rid, pasid })
+                .collect::<Vec<_>>()
+        };
+        published.functions.iter().flat_map(of_function).collect()
+    }
+
+    /// Whether translation is enabled, or an attempt to enable it was not undone.
+    pub fn is_translating(&self) -> bool {
+        self.read().translating
     }
 }
 

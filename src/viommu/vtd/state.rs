@@ -30,6 +30,8 @@ pub struct Registers {
     pub iqh: QueuePointer,
     /// IQT.
     pub iqt: QueuePointer,
+    /// A device that did not answer a device-TLB invalidation: the next wait is aborted for it.
+    pub unanswered: Option<Bdf>,
     /// IQERCD.
     pub iqercd: Iqercd,
     /// ICS.

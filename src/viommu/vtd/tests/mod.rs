@@ -44,6 +44,10 @@ struct FakeHost {
     calls: Mutex<Vec<Call>>,
     status_then: Mutex<Vec<u32>>,
     refuse: Mutex<Refuse>,
+    /// What is refused is not blocked either.
+    blocks_nothing: AtomicBool,
+    /// A unit that is halted during every call.
+    halting: Mutex<Option<Arc<VtdIommu>>>,
     /// A unit whose first device faults during every call.
     faulting: Mutex<Option<Arc<VtdIommu>>>,
 }
@@ -56,6 +60,9 @@ impl FakeHost {
         if let Some(iommu) = &*self.faulting.lock().unwrap() {
             iommu.dma_fault(&fault(Requester::rid(RID)));
         }
+        if let Some(iommu) = &*self.halting.lock().unwrap() {
+            iommu.halt();
+        }
         let refused = match &mut *self.refuse.lock().unwrap() {
             Refuse::Nothing => false,
             Refuse::Everything => true,
@@ -66,7 +73,8 @@ impl FakeHost {
         };
         if refused {
             let source = Arc::new(std::io::Error::other("refused"));
-            return Err(HostSideError { what: "test".into(), source });
+            let still_reachable = self.blocks_nothing.load(Ordering::Relaxed);
+            return Err(HostSideError { what: "test".into(), still_reachable, source });
         }
         Ok(())
     }
@@ -130,6 +138,8 @@ impl Guest {
             calls: Mutex::default(),
             status_then: Mutex::default(),
             refuse: Mutex::default(),
+            blocks_nothing: AtomicBool::default(),
+            halting: Mutex::default(),
             faulting: Mutex::default(),
         });
         let sink = Arc::new(FakeSink::default());
@@ -254,6 +264,12 @@ impl Guest {
     fn refuse(&self, refuse: bool) {
         let refuse = if refuse { Refuse::Everything } else { Refuse::Nothing };
         *self.host.refuse.lock().unwrap() = refuse;
+    }
+
+    /// The host refuses everything, blocking included; or nothing any more.
+    fn fail_to_block(&self, fail: bool) {
+        self.refuse(fail);
+        self.host.blocks_nothing.store(fail, Ordering::Relaxed);
     }
 
     /// Messages sent since the last time.

@@ -235,7 +235,13 @@ fn pasids_are_found_in_order_and_within_what_is_offered() {
         let root = Some(Rtaddr::new().with_ttm(1).with_rta(ROOT >> 12));
         let mut found = Vec::new();
         let tables = Tables { memory: &tables.memory, caps: &caps, root };
-        tables.for_each_pasid(RID, |pasid, config| found.push((pasid.raw(), config.policy)));
+        let _ = tables.for_each_pasid(
+            RID,
+            || true,
+            |pasid, config| {
+                found.push((pasid.raw(), config.policy));
+            },
+        );
         found
     };
     let served = first_stage(0x6000);

@@ -8,6 +8,7 @@ use crate::spec::vtd::qi::{
 use crate::spec::vtd::regs::{Fsts, IqErrorInfo, Iqercd};
 use crate::viommu::PageRange;
 
+const PASID_CACHE: Descriptor = Descriptor::PasidCache(PasidCacheScope::Global);
 const PAGE: AddressMask = AddressMask { address: 0x5000, mask: 0, leaf: false };
 
 fn iotlb(scope: IotlbScope) -> Descriptor {
@@ -34,6 +35,14 @@ impl Guest {
 
     fn fault_status(&self) -> Fsts {
         Fsts::from_bits(self.read32(regs::FSTS))
+    }
+
+    /// The queue stopped at `head` for a failure of the host.
+    #[track_caller]
+    fn assert_stopped_by_host(&self, head: u64) {
+        assert!(self.fault_status().iqe());
+        assert_eq!(Iqercd::from_bits(self.read64(regs::IQERCD)).iqei(), 0);
+        assert_eq!(self.head(), head);
     }
 
     /// The queue stopped at `head` with `info`.
@@ -279,15 +288,129 @@ fn a_batch_that_the_host_cannot_do_stops_the_queue_before_it() {
     assert_eq!((guest.head(), guest.status()), (32, 1));
     let counters = guest.iommu.counters();
     assert_eq!((counters.host_errors, counters.queue_errors), (1, 1));
-    // Once the host is well the batch is done, and policies are given anew when asked for.
+    // Once the host is well the batch is done, and what it had blocked for it is given anew.
     guest.refuse(false);
     guest.calls();
     guest.write32(regs::FSTS, 1 << 4);
     assert_eq!((guest.head(), guest.status()), (4 * 32, 2));
-    assert_eq!(guest.calls().len(), 1);
-    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    let batch = vec![invalidation(Some(0), None), invalidation(Some(1), None)];
     let again = Call::Configure(Requester::rid(RID), first_stage(FIRST_STAGE));
-    assert_eq!(guest.calls(), [again]);
+    assert_eq!(guest.calls(), [Call::Invalidate(batch), again]);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global), pasid_iotlb(0, None)]);
+    assert_eq!(guest.calls(), [Call::Invalidate(vec![invalidation(Some(0), None)])]);
+}
+
+#[test]
+fn what_the_host_cannot_block_stops_the_queue_and_is_tried_again() {
+    let guest = Guest::running();
+    guest.write_pasid(1, 0x6000);
+    guest.submit(&[PASID_CACHE, wait(1)]);
+    // The PASID's entry alone, then its whole table.
+    for gone in [PASID_TABLE + 64, DIRECTORY] {
+        guest.write(gone, &[0]);
+        guest.fail_to_block(true);
+        let head = guest.head();
+        guest.submit(&[PASID_CACHE, PASID_CACHE, wait(2)]);
+        guest.assert_stopped_by_host(head);
+        assert_eq!(guest.status(), 1);
+        // It fails again.
+        guest.write32(regs::FSTS, 1 << 4);
+        guest.assert_stopped_by_host(head);
+        guest.fail_to_block(false);
+        guest.calls();
+        guest.write32(regs::FSTS, 1 << 4);
+        assert_eq!(guest.status(), 2);
+        assert_ne!(guest.calls(), []);
+        // Now it is done.
+        guest.submit(&[PASID_CACHE]);
+        assert_eq!(guest.calls(), []);
+        guest.write(DIRECTORY, &[PASID_TABLE | 1]);
+        guest.write_pasid(1, 0x6000);
+        guest.submit(&[PASID_CACHE, wait(1)]);
+        guest.calls();
+    }
+}
+
+#[test]
+fn invalidations_of_context_and_pasid_cache_are_merged() {
+    let guest = Guest::running();
+    let evaluations = |descriptors: &[Descriptor]| {
+        let before = guest.iommu.counters().evaluations;
+        guest.submit(descriptors);
+        guest.iommu.counters().evaluations - before
+    };
+    let one = |value| {
+        let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(value) };
+        Descriptor::PasidCache(scope)
+    };
+    assert_eq!(evaluations(&[PASID_CACHE; 100]), 1);
+    assert_eq!(evaluations(&[one(1), one(2), one(1)]), 2);
+    assert_eq!(evaluations(&[one(1), PASID_CACHE, one(2)]), 1);
+    assert_eq!(evaluations(&(1..20).map(one).collect::<Vec<_>>()), 1);
+    // Not past what is ordered behind them.
+    assert_eq!(evaluations(&[PASID_CACHE, wait(1), PASID_CACHE]), 2);
+    assert_eq!(evaluations(&[PASID_CACHE, pasid_iotlb(0, None), PASID_CACHE]), 2);
+    assert_eq!(guest.head(), guest.read64(regs::IQT));
+}
+
+#[test]
+fn the_registers_are_let_go_at_each_ordering_point() {
+    let guest = Guest::running();
+    let queued = [PASID_CACHE, PASID_CACHE, pasid_iotlb(0, None), PASID_CACHE, wait(1), wait(2)];
+    let tail = guest.queue_words(&queued.map(|descriptor| descriptor.encode()));
+    guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
+    for head in [2, 3, 4, 5] {
+        assert_eq!(guest.iommu.run_slice(&mut guest.iommu.lock()), Slice::More);
+        assert_eq!(guest.head(), 32 * head);
+    }
+    assert_eq!(guest.status(), 1);
+    assert_eq!(guest.iommu.run_slice(&mut guest.iommu.lock()), Slice::Done);
+    assert_eq!((guest.head(), guest.status()), (tail, 2));
+}
+
+#[test]
+fn a_halted_unit_leaves_the_rest_of_the_queue() {
+    let guest = Guest::running();
+    let queued = [pasid_iotlb(0, None), PASID_CACHE].repeat(50);
+    *guest.host.halting.lock().unwrap() = Some(guest.iommu.clone());
+    let before = guest.iommu.counters().evaluations;
+    guest.submit(&queued);
+    *guest.host.halting.lock().unwrap() = None;
+    assert_eq!(guest.calls().len(), 1);
+    assert_eq!(guest.iommu.counters().evaluations, before);
+    assert_eq!(guest.head(), 32);
+    assert!(!guest.fault_status().iqe());
+    guest.submit(&[wait(3)]);
+    assert_eq!(guest.status(), 0);
+}
+
+#[test]
+fn a_halted_unit_leaves_the_rest_of_the_pasids() {
+    let guest = Guest::running();
+    (1..40).for_each(|value| guest.write_pasid(value, 0x6000));
+    *guest.host.halting.lock().unwrap() = Some(guest.iommu.clone());
+    guest.submit(&[PASID_CACHE, wait(3)]);
+    *guest.host.halting.lock().unwrap() = None;
+    assert_eq!(guest.calls(), [Call::Configure(with_pasid(1), first_stage(0x6000))]);
+    // Not acknowledged, and no error of the guest.
+    assert_eq!((guest.head(), guest.status()), (0, 0));
+    assert!(!guest.fault_status().iqe());
+}
+
+#[test]
+fn threads_that_drain_the_queue_at_once_share_it() {
+    let guest = Guest::running();
+    let descriptors: Vec<_> = (0..60).flat_map(|data| [pasid_iotlb(0, None), wait(data)]).collect();
+    let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+    let tail = guest.queue_words(&words);
+    guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| guest.iommu.drain_queue());
+        }
+    });
+    assert_eq!((guest.status(), guest.head()), (59, tail));
+    assert_eq!(guest.calls().len(), 60);
 }
 
 #[test]

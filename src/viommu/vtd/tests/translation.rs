@@ -218,3 +218,36 @@ fn legacy_tables_are_served_where_second_stage_tables_are_offered() {
     assert_eq!(guest.calls(), [configured(Requester::rid(RID), blocked(0x02))]);
     assert_eq!(guest.read64(regs::CCMD) >> 59, 0b01010);
 }
+
+#[test]
+fn commands_are_not_acknowledged_while_requesters_are_reachable() {
+    const TES: u32 = 1 << 31;
+    const RTPS: u32 = 1 << 30;
+    let guest = Guest::new(VtdConfig::default());
+    guest.write_tables();
+    guest.fail_to_block(true);
+    guest.set_root(0x400);
+    assert_eq!(guest.read32(regs::GSTS) & RTPS, 0);
+    guest.fail_to_block(false);
+    guest.set_root(0x400);
+    assert_eq!(guest.read32(regs::GSTS) & RTPS, RTPS);
+
+    guest.fail_to_block(true);
+    guest.enable_translation();
+    assert_eq!(guest.read32(regs::GSTS) & TES, 0);
+    guest.fail_to_block(false);
+    // Taken back, and given again.
+    guest.calls();
+    guest.disable_translation();
+    assert_eq!(guest.calls()[0], configured(Requester::rid(RID), Policy::Bypass));
+    guest.enable_translation();
+    assert_eq!(guest.read32(regs::GSTS) & TES, TES);
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x85));
+
+    guest.fail_to_block(true);
+    guest.disable_translation();
+    assert_eq!(guest.read32(regs::GSTS) & TES, TES);
+    guest.fail_to_block(false);
+    guest.disable_translation();
+    assert_eq!(guest.read32(regs::GSTS) & TES, 0);
+}
