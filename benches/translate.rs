@@ -197,17 +197,18 @@ fn dependent_loads(criterion: &mut Criterion) {
         let leaves: Vec<u64> = (0..pages).map(|page| shuffled(page, pages)).collect();
         let upper: Vec<u64> = vec![0; 3 * 512];
         let addresses = addresses(pages);
-        let mut iteration = 0;
+        let (mut iteration, mut found) = (0, 0);
         group.bench_function(BenchmarkId::new("4 loads, pages", pages), |bencher| {
             bencher.iter(|| {
                 iteration += 1;
-                let iova = addresses[iteration & 0xffff] - IOVA;
+                // The address depends on the walk before, or walks would overlap.
+                let iova = addresses[(iteration ^ found as usize) & 0xffff] - IOVA;
                 let mut base = 0;
                 for level in [2, 1, 0] {
                     let index = base + level * 512 + (iova >> (21 + 9 * level) & 0x1ff);
                     base = black_box(upper[index as usize]);
                 }
-                black_box(leaves[(base + iova / PAGE) as usize])
+                found = leaves[(base + iova / PAGE) as usize];
             });
         });
     }

@@ -5,10 +5,12 @@
 use super::bus::BusDevice;
 use super::stop::{StopReason, Stopper};
 
-/// The I/O port.
-pub(super) const PORT: u64 = 0xf4;
+/// The I/O port: as wide as QEMU's isa-debug-exit usually is.
+pub(super) const FIRST_PORT: u64 = 0xf4;
+/// Its last byte.
+pub(super) const LAST_PORT: u64 = 0xf7;
 
-/// A port of one byte; reads as 0.
+/// A port of up to four bytes, of which the first counts; reads as 0.
 pub(super) struct DebugExit {
     stopper: Stopper,
 }
@@ -24,9 +26,26 @@ impl BusDevice for DebugExit {
         data.fill(0);
     }
 
-    fn write(&self, _offset: u64, data: &[u8]) {
-        if let [value, ..] = data {
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (0, [value, ..]) = (offset, data) {
             self.stopper.stop(StopReason::DebugExit(*value));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_byte_of_an_access_of_any_width_is_the_exit_code() {
+        for data in [&[7][..], &[7, 1], &[7, 1, 2, 3]] {
+            let stopper = Stopper::new().unwrap();
+            let port = DebugExit::new(stopper.clone());
+            port.write(1, &[9]);
+            assert_eq!(stopper.reason(), None);
+            port.write(0, data);
+            assert_eq!(stopper.reason(), Some(&StopReason::DebugExit(7)));
         }
     }
 }

@@ -108,7 +108,10 @@ impl Machine {
             PortsWithReset { config: ConfigPorts::new(pci.bus.clone()), stopper: stopper.clone() };
         let ports: [(_, Arc<dyn BusDevice>); 5] = [
             (serial::FIRST_PORT..=serial::LAST_PORT, serial.clone()),
-            (debug_exit::PORT..=debug_exit::PORT, Arc::new(DebugExit::new(stopper.clone()))),
+            (
+                debug_exit::FIRST_PORT..=debug_exit::LAST_PORT,
+                Arc::new(DebugExit::new(stopper.clone())),
+            ),
             (
                 reset::FIRST_PORT..=reset::LAST_PORT,
                 Arc::new(KeyboardController::new(stopper.clone())),

@@ -127,7 +127,13 @@ impl Vcpu {
         // of the union that KVM filled in; it is plain integers.
         let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
         let rip = self.rip().unwrap_or(0);
-        let instruction = self.instruction_at(rip, memory);
+        let Some(instruction) = self.instruction_at(rip, memory) else {
+            return format!(
+                "vCPU {}: the guest went to RIP {rip:#x}, where no memory of it can be read (KVM \
+                 internal error, suberror {suberror})",
+                self.id
+            );
+        };
         if suberror == INTERNAL_ERROR_EMULATION {
             format!(
                 "vCPU {}: this KVM cannot run the guest's instruction at RIP {rip:#x} \
@@ -144,8 +150,8 @@ impl Vcpu {
         }
     }
 
-    /// The bytes at `rip`, as far as they can be read.
-    fn instruction_at(&self, rip: u64, memory: &MachineMemory) -> String {
+    /// The bytes at `rip`, as far as they can be read; none if the first cannot.
+    fn instruction_at(&self, rip: u64, memory: &MachineMemory) -> Option<String> {
         let base = self.fd.get_sregs().map_or(0, |sregs| sregs.cs.base);
         let linear = base.wrapping_add(rip);
         let mut bytes = Vec::with_capacity(MAX_INSTRUCTION);
@@ -160,11 +166,7 @@ impl Vcpu {
             };
             bytes.push(format!("{byte:02x}"));
         }
-        if bytes.is_empty() {
-            "unreadable".to_owned()
-        } else {
-            bytes.join(" ")
-        }
+        (!bytes.is_empty()).then(|| bytes.join(" "))
     }
 }
 

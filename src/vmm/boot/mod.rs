@@ -90,7 +90,10 @@ enum Reason {
     MultibootFlag(&'static str),
     #[error("no loadable segment")]
     NoSegments,
-    #[error("a segment of {length:#x} bytes at {start:#x} does not lie in guest memory from {KERNEL_START:#x} up")]
+    #[error(
+        "a segment of {length:#x} bytes at {start:#x} does not lie in guest memory from \
+         {KERNEL_START:#x} up, where kernels are linked to; is it a kernel?"
+    )]
     Outside { start: u64, length: u64 },
     #[error("the entry point {0:#x} is not in a segment")]
     Entry(u64),
