@@ -6,6 +6,9 @@ use super::{Object, Objects};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
+/// Users of an object that a refusal to destroy it names at most.
+const NAMED_USERS: usize = 8;
+
 impl Object {
     /// The objects that this one holds, once for each way it does.
     pub fn holds(&self) -> Vec<ObjectId> {
@@ -92,16 +95,20 @@ impl Objects {
         self.closed += 1;
     }
 
-    /// Who uses `id`, in words.
+    /// Who uses `id`, in words: only some, as there may be very many.
     fn in_use(&self, id: ObjectId) -> String {
-        let users: Vec<_> = self
+        let mut users: Vec<_> = self
             .table
             .iter()
             .filter(|(_, object)| object.holds().contains(&id))
             .map(|(user, object)| format!("{} {user}", object.kind()))
+            .take(NAMED_USERS + 1)
             .collect();
         if users.is_empty() {
             return "its driver uses it until it is closed".to_owned();
+        }
+        if let Some(last) = users.get_mut(NAMED_USERS) {
+            *last = "others".to_owned();
         }
         format!("used by {}", users.join(", "))
     }

@@ -17,6 +17,7 @@ use super::counters::LocalCounters;
 use super::format::Path;
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::rights::{RequestKind, Rights};
+use super::sharing::Gone;
 use crate::emulated::hardware::CacheRange;
 use crate::emulated::stage2::Mapping;
 use crate::spec::vtd::first_stage::page_size;
@@ -305,25 +306,24 @@ impl Caches {
         pages + tables
     }
 
-    /// Drops what is cached of any of `tags`, and of the stage 2 `stage2`; gives the number of
-    /// entries.
-    pub fn drop_sources(&mut self, tags: &BTreeSet<u32>, stage2: Option<Source>) -> u64 {
-        let dropped = self.iotlb.drop_where(|source, _| tags.contains(&source.tag()))
-            + self.paging_structures.drop_where(|source, _| tags.contains(&source.tag()))
-            + self.stage2.drop_where(|source, _| Some(source) == stage2);
-        self.release_memories();
-        dropped
-    }
-
-    /// Lets go of memories that no entry leads to.
-    fn release_memories(&mut self) {
+    /// Drops what is cached of `gone`, and lets go of memories that no entry leads to any more;
+    /// gives the number of entries. Looks at every entry once.
+    pub fn drop_gone(&mut self, gone: &Gone) -> u64 {
         let mut wanted = BTreeSet::new();
-        for cache in [&mut self.iotlb, &mut self.paging_structures, &mut self.stage2] {
-            cache.drop_where(|_, value| {
-                wanted.insert(CachedPlace::from_bits(value).place(0).memory);
-                false
-            });
-        }
+        let mut drop_from = |cache: &mut Cache, is_gone: &dyn Fn(u32) -> bool| {
+            cache.drop_where(|source, value| {
+                let dropped = is_gone(source.tag());
+                if !dropped {
+                    wanted.insert(CachedPlace::from_bits(value).place(0).memory);
+                }
+                dropped
+            })
+        };
+        let is_gone = |tag: u32| gone.tags.contains(&tag);
+        let dropped = drop_from(&mut self.iotlb, &is_gone)
+            + drop_from(&mut self.paging_structures, &is_gone)
+            + drop_from(&mut self.stage2, &|tag| Some(tag) == gone.stage2_tag);
         self.memories.retain(|number| wanted.contains(&number));
+        dropped
     }
 }

@@ -5,7 +5,6 @@
 //! with exclusive access. The gate in front sees to it.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestAddress, VolatileSlice};
@@ -16,6 +15,7 @@ use super::context::{Context, Tables};
 use super::counters::LocalCounters;
 use super::pasid_table::{PasidCache, PasidTable};
 use super::rights::{Fault, RequestKind};
+use super::sharing::{Gone, Sharing};
 use super::walk::Walk;
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
 use crate::emulated::stage2::Stage2;
@@ -39,6 +39,7 @@ pub(crate) struct Request {
 pub(crate) struct Engine {
     config: VtdUnitConfig,
     pasid_table: PasidTable,
+    sharing: Sharing,
     caches: Caches,
     /// Of what is done with exclusive access.
     counters: Arc<LocalCounters>,
@@ -48,7 +49,8 @@ impl Engine {
     /// An engine that blocks everybody.
     pub fn new(config: VtdUnitConfig, counters: Arc<LocalCounters>) -> Self {
         let caches = Caches::new(&config);
-        Self { config, pasid_table: PasidTable::default(), caches, counters }
+        let (pasid_table, sharing) = (PasidTable::default(), Sharing::default());
+        Self { config, pasid_table, sharing, caches, counters }
     }
 
     /// Where `request` goes, when all that takes is cached.
@@ -151,7 +153,10 @@ impl Engine {
     /// Sends DMA of `rid` (or its `pasid`) to `translation`.
     pub fn install(&mut self, rid: u16, pasid: Option<u32>, translation: Translation) {
         self.remove(rid, pasid);
-        let stage2_tag = self.stage2_tag(&translation.stage2);
+        let tag = translation.tag.0;
+        let gone = self.sharing.reuse(tag);
+        self.forget(gone);
+        let stage2_tag = self.sharing.add(tag, &translation.stage2);
         let context = Context::new(pasid, translation, stage2_tag, &self.config);
         self.pasid_table.insert(rid, pasid, context);
     }
@@ -159,7 +164,8 @@ impl Engine {
     /// Blocks DMA of `rid` (or its `pasid`).
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>) {
         if let Some(old) = self.pasid_table.remove(rid, pasid) {
-            self.forget(old);
+            let gone = self.sharing.remove(old.tag.0, &old.stage2);
+            self.forget(gone);
         }
     }
 
@@ -173,36 +179,16 @@ impl Engine {
 
     /// Drops what is cached through `stage2`.
     pub fn stage2_unmapped(&mut self, stage2: &Arc<Stage2>) {
-        let through = |context: &&Context| Arc::ptr_eq(&context.stage2, stage2);
-        let tags = self.pasid_table.contexts().filter(through).map(|context| context.tag.0);
-        let tags: BTreeSet<u32> = tags.collect();
-        let source = self.pasid_table.contexts().find(through).map(|context| context.stage2_source);
-        let dropped = self.caches.drop_sources(&tags, source);
-        self.count_invalidation(dropped);
+        let gone = self.sharing.through(stage2);
+        self.forget(gone);
     }
 
-    /// Drops what is cached for `old` alone: its tag may name another HWPT from now on.
-    fn forget(&mut self, old: Context) {
-        let mut others = self.pasid_table.contexts();
-        let tag = (!others.any(|context| context.tag == old.tag)).then_some(old.tag.0);
-        let mut others = self.pasid_table.contexts();
-        let stage2 = (!others.any(|context| context.stage2_source == old.stage2_source))
-            .then_some(old.stage2_source);
-        let dropped = self.caches.drop_sources(&tag.into_iter().collect(), stage2);
-        self.count_invalidation(dropped);
-    }
-
-    /// The tag of `stage2`: the one it has, or the first that none has.
-    fn stage2_tag(&self, stage2: &Arc<Stage2>) -> u32 {
-        let known =
-            self.pasid_table.contexts().find(|context| Arc::ptr_eq(&context.stage2, stage2));
-        if let Some(context) = known {
-            return context.stage2_source.tag();
+    /// Drops what is cached of `gone`.
+    fn forget(&mut self, gone: Option<Gone>) {
+        if let Some(gone) = gone {
+            let dropped = self.caches.drop_gone(&gone);
+            self.count_invalidation(dropped);
         }
-        let taken: BTreeSet<u32> =
-            self.pasid_table.contexts().map(|context| context.stage2_source.tag()).collect();
-        // There are fewer contexts than tags.
-        (0..u32::MAX).find(|tag| !taken.contains(tag)).unwrap_or(u32::MAX)
     }
 
     fn count_invalidation(&self, dropped: u64) {

@@ -20,6 +20,7 @@ mod memories;
 mod pasid_table;
 mod rights;
 mod second_stage;
+mod sharing;
 #[cfg(test)]
 mod tests;
 mod walk;

@@ -14,6 +14,8 @@ type Requester = (u16, Option<u32>);
 pub(super) struct PasidTable {
     /// Contexts by index.
     contexts: Vec<Option<Context>>,
+    /// Indices that no requester has.
+    free: Vec<usize>,
     indices: BTreeMap<Requester, usize>,
     /// Counts changes: what was looked up in an earlier generation is no longer true.
     generation: u64,
@@ -23,8 +25,7 @@ impl PasidTable {
     /// Gives `rid` (or its `pasid`), which must have none, a context.
     pub fn insert(&mut self, rid: u16, pasid: Option<u32>, context: Context) {
         self.generation += 1;
-        let free = self.contexts.iter().position(Option::is_none);
-        let index = free.unwrap_or(self.contexts.len());
+        let index = self.free.pop().unwrap_or(self.contexts.len());
         match self.contexts.get_mut(index) {
             Some(slot) => *slot = Some(context),
             None => self.contexts.push(Some(context)),
@@ -36,12 +37,8 @@ impl PasidTable {
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>) -> Option<Context> {
         self.generation += 1;
         let index = self.indices.remove(&(rid, pasid))?;
+        self.free.push(index);
         self.contexts.get_mut(index)?.take()
-    }
-
-    /// Every context.
-    pub fn contexts(&self) -> impl Iterator<Item = &Context> {
-        self.contexts.iter().flatten()
     }
 }
 

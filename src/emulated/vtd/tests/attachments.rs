@@ -190,6 +190,29 @@ fn memory_is_let_go_with_its_last_user() {
     assert_eq!(Arc::strong_count(&mapping), before);
 }
 
+#[test]
+fn changes_of_one_attachment_leave_the_caches_alone() {
+    const PASIDS: u32 = 1024;
+    let machine = Machine::new(VtdUnitConfig::default());
+    let scans = || machine.unit.counters().invalidations;
+    // One HWPT for each PASID, and once more with all of them on one.
+    for tag in [|pasid: u32| pasid, |_| 5000] {
+        let before = scans();
+        for requester in 1..=PASIDS {
+            machine.install(Some(requester), tag(requester), None);
+        }
+        assert_eq!(scans(), before);
+        for requester in 1..=PASIDS {
+            machine.install(Some(requester), PASIDS + tag(requester), None);
+        }
+        for requester in 1..=PASIDS {
+            machine.unit.remove(RID, Some(requester));
+        }
+        let count = scans() - before;
+        assert!((1..PASIDS as u64 / 16).contains(&count), "{count} scans");
+    }
+}
+
 /// A sink that answers a fault as a host may: by invalidating at once.
 struct Invalidating(Arc<VtdUnit>);
 
