@@ -60,17 +60,12 @@ impl FirstStageEntry {
 
     /// Whether the entry, found at `level`, is a page and not a pointer to a table.
     pub const fn is_leaf(self, level: u8) -> bool {
-        level == 1 || (self.ps() && (level == 2 || level == 3))
+        is_leaf(self.ps(), level)
     }
 
     /// GPA of the next table, or of the page when the entry is a leaf of `level`, in bytes.
     pub const fn address(self, level: u8) -> u64 {
-        let address = self.frame() << PAGE_SHIFT;
-        if self.is_leaf(level) {
-            address & !(page_size(level) - 1)
-        } else {
-            address
-        }
+        address(self.frame(), self.is_leaf(level), level)
     }
 
     /// The bits that must be zero in this entry when it is present at `level` (1 to 5) of a unit
@@ -87,6 +82,21 @@ impl FirstStageEntry {
             _ => PS,
         };
         above | by_level
+    }
+}
+
+/// Whether an entry of either stage, found at `level`, is a page.
+pub(super) const fn is_leaf(ps: bool, level: u8) -> bool {
+    level == 1 || (ps && (level == 2 || level == 3))
+}
+
+/// The address in an entry of either stage: of a table, or of the page of `level` that it is.
+pub(super) const fn address(frame: u64, is_leaf: bool, level: u8) -> u64 {
+    let address = frame << PAGE_SHIFT;
+    if is_leaf {
+        address & !(page_size(level) - 1)
+    } else {
+        address
     }
 }
 

@@ -5,7 +5,7 @@
 
 use bitfield_struct::bitfield;
 
-use super::PAGE_SHIFT;
+use super::first_stage::{address, is_leaf};
 
 pub use super::first_stage::{index, page_size, ENTRY_SIZE, INDEX_BITS};
 
@@ -53,17 +53,12 @@ impl SecondStageEntry {
 
     /// Whether the entry, found at `level`, is a page and not a pointer to a table.
     pub const fn is_leaf(self, level: u8) -> bool {
-        level == 1 || (self.ps() && (level == 2 || level == 3))
+        is_leaf(self.ps(), level)
     }
 
     /// Address of the next table, or of the page when the entry is a leaf of `level`, in bytes.
     pub const fn address(self, level: u8) -> u64 {
-        let address = self.frame() << PAGE_SHIFT;
-        if self.is_leaf(level) {
-            address & !(page_size(level) - 1)
-        } else {
-            address
-        }
+        address(self.frame(), self.is_leaf(level), level)
     }
 
     /// The bits that must be zero in this entry when it is present at `level` (1 to 5) of a unit
