@@ -14,12 +14,10 @@ use vm_memory::{GuestAddress, VolatileSlice};
 use super::gate::{ReadGuard, Reader};
 use super::vtd::{Engine, Fault, LocalCounters, PasidCache, Request, RequestKind, Target, VtdUnit};
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// Bytes that one critical section transfers at most.
 const MAX_PIECE: usize = 64 << 10;
-
-/// Addresses that are interrupt messages when a request without PASID goes there.
-const INTERRUPT_RANGE: std::ops::RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
 /// What a DMA request says of itself beside address and data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -144,6 +144,9 @@ impl InvalidateData<'_> {
 /// The `flags` bit of an invalidation that leaves paging-structure caches alone
 /// (`IOMMU_VTD_INV_FLAGS_LEAF`).
 pub const VTD_INV_FLAGS_LEAF: u32 = 1;
+/// `flags` bit of `struct iommu_hw_info_vtd`: nested translation may write through read-only
+/// mappings of a nesting parent (`IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17`).
+pub const HW_INFO_VTD_ERRATA_772415_SPR17: u32 = 1 << 0;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor requests are allowed (`IOMMU_VTD_S1_SRE`).
 pub const VTD_S1_SRE: u64 = 1 << 0;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: extended-access flag is kept (`IOMMU_VTD_S1_EAFE`).

@@ -11,13 +11,11 @@ use super::slot::{Attached, Slot};
 use super::stage1::NestedHwpts;
 use crate::iommufd::{
     Errno, FaultSink, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags,
-    MapTarget, ObjectId, Protection, UserMemory,
+    MapTarget, ObjectId, Protection, UserMemory, HW_INFO_VTD_ERRATA_772415_SPR17,
 };
 use crate::spec::pci::Bdf;
 use crate::viommu::Requester;
 
-/// `IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17`: read-only mappings are no protection under nesting.
-const VTD_ERRATUM_772415: u32 = 1 << 0;
 /// So many objects may wait for a destroy that failed to succeed; beyond, no HWPT is made, so that
 /// a guest cannot pile up host objects that never go.
 const MAX_DOOMED: usize = 16;
@@ -264,5 +262,5 @@ impl State {
 }
 
 fn has_erratum(info: &HwInfo) -> bool {
-    matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & VTD_ERRATUM_772415 != 0)
+    matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0)
 }

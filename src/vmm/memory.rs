@@ -10,6 +10,7 @@ use vm_memory::{
 };
 
 use super::{Error, Result};
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// End of the RAM below 4 GiB, and start of PCI configuration space (ECAM).
 pub const LOW_RAM_END: u64 = 0xb000_0000;
@@ -33,7 +34,7 @@ const FIXED: [(u64, u64, &str); 5] = [
     (ECAM_START, ECAM_START + (ECAM_SIZE - 1), "PCI configuration space"),
     (PCI_MMIO_START, PCI_MMIO_LAST, "PCI memory"),
     (0xfec0_0000, 0xfec0_0fff, "the IOAPIC"),
-    (0xfee0_0000, 0xfeef_ffff, "the LAPICs and interrupt messages"),
+    (*INTERRUPT_RANGE.start(), *INTERRUPT_RANGE.end(), "the LAPICs and interrupt messages"),
     // An identity page table, then three pages of task-state segment.
     (KVM_TSS - 0x1000, KVM_TSS + 0x2fff, "KVM"),
 ];

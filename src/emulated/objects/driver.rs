@@ -4,14 +4,10 @@
 use std::ops::RangeInclusive;
 
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{iommu_hw_info_vtd, Errno, HwInfoData, HwptFlags};
+use crate::iommufd::{
+    iommu_hw_info_vtd, Errno, HwInfoData, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17,
+};
 use crate::spec::vtd::regs::{Cap, Ecap};
-
-/// Where every x86 device's interrupt messages go; no DMA is translated there.
-pub(crate) const MSI_WINDOW: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
-
-/// `IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17`, which Linux 7.2 sets for every VT-d.
-const HW_INFO_VTD_ERRATA_772415: u32 = 1;
 
 /// What the driver goes by. Register names are those of the VT-d specification (§11.4.2, §11.4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +91,7 @@ impl Driver {
                 _ => 0,
             },
             snoop_control: ecap.sc(),
-            no_read_only_parent: info.flags & HW_INFO_VTD_ERRATA_772415 != 0,
+            no_read_only_parent: info.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0,
         }
     }
 
@@ -191,7 +187,7 @@ mod tests {
         Driver::new(&HwInfoData::Vtd(iommu_hw_info_vtd {
             cap_reg: cap.into_bits(),
             ecap_reg: ecap.into_bits(),
-            flags: HW_INFO_VTD_ERRATA_772415,
+            flags: HW_INFO_VTD_ERRATA_772415_SPR17,
             ..Default::default()
         }))
     }

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::driver::{Driver, MSI_WINDOW};
+use super::driver::Driver;
 use crate::emulated::hardware::Hardware;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::vtd::VtdUnit;
 use crate::iommufd::{Errno, Extensions, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// One IOMMU of an emulated host, as [`super::super::EmulatedHost::add_unit`] named it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,7 +37,7 @@ impl DeviceConfig {
     /// The IOVAs that an IOAS cannot map while the device is attached to it.
     pub(super) fn reserved_regions(&self) -> Vec<RangeInclusive<u64>> {
         let mut regions = self.reserved.clone();
-        regions.push(MSI_WINDOW);
+        regions.push(INTERRUPT_RANGE);
         regions
     }
 }

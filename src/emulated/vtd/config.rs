@@ -4,13 +4,9 @@
 
 use crate::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, HwInfoData, HwptData, HwptVtdSecondStage,
-    VTD_S1_EAFE, VTD_S1_SRE,
+    HW_INFO_VTD_ERRATA_772415_SPR17, VTD_S1_EAFE, VTD_S1_SRE,
 };
 use crate::spec::vtd::regs::{Cap, Ecap};
-
-/// Host address width (HAW), in bits: all that a paging entry can hold, so that no address bit of
-/// an entry is reserved.
-pub(super) const HOST_ADDRESS_WIDTH: u8 = 52;
 
 /// Bits of the widest PASID (PCIe §6.20).
 const MAX_PASID_BITS: u8 = 20;
@@ -54,6 +50,10 @@ pub struct VtdUnitConfig {
     pub nesting: bool,
     /// User-owned second-stage tables on the host's stage 2: no hardware has that.
     pub guest_second_stage: bool,
+    /// Says that it has erratum 772415 (GET_HW_INFO's flags): read-only mappings may be written
+    /// through by nested translation, so an IOAS with a nesting parent takes none (`EINVAL`). Linux
+    /// 7.2 says so of every VT-d.
+    pub erratum_772415: bool,
     /// Entries of the IOTLB, rounded up to a power of two; 0 for no IOTLB.
     pub iotlb_entries: usize,
     /// Entries of the paging-structure cache, likewise.
@@ -64,7 +64,7 @@ pub struct VtdUnitConfig {
 
 impl Default for VtdUnitConfig {
     /// A recent unit with 48 bits: all but supervisor requests, the extended accessed flag and
-    /// device-TLBs.
+    /// device-TLBs; with the erratum that Linux reports of all.
     fn default() -> Self {
         Self {
             address_width: AddressWidth::Bits48,
@@ -75,6 +75,7 @@ impl Default for VtdUnitConfig {
             device_tlb: false,
             nesting: true,
             guest_second_stage: true,
+            erratum_772415: true,
             iotlb_entries: 4096,
             paging_structure_entries: 1024,
             stage2_entries: 1024,
@@ -121,9 +122,11 @@ impl VtdUnitConfig {
             .with_smpwcs(true)
     }
 
-    /// Both, as GET_HW_INFO gives them.
+    /// What GET_HW_INFO gives: flags, and both registers.
     pub(super) fn info(&self) -> HwInfoData {
+        let erratum = if self.erratum_772415 { HW_INFO_VTD_ERRATA_772415_SPR17 } else { 0 };
         HwInfoData::Vtd(iommu_hw_info_vtd {
+            flags: erratum,
             cap_reg: self.cap().into_bits(),
             ecap_reg: self.ecap().into_bits(),
             ..Default::default()

@@ -2,11 +2,11 @@
 //! First-stage tables, as the walker sees them (§3.6, §9.7).
 #![forbid(unsafe_code)]
 
-use super::config::HOST_ADDRESS_WIDTH;
 use super::format::{Entry, Path, Reasons, TableFormat};
 use super::rights::RequestKind;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::first_stage::{is_canonical, FirstStageEntry};
+use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// First-stage tables: what a PASID-table entry says of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,11 +2,11 @@
 //! Second-stage tables that the user owns, as the walker sees them (§3.7, §9.8).
 #![forbid(unsafe_code)]
 
-use super::config::HOST_ADDRESS_WIDTH;
 use super::format::{Entry, Path, Reasons, TableFormat};
 use super::rights::RequestKind;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::second_stage::{page_size, SecondStageEntry};
+use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// Second-stage tables: what a PASID-table entry says of them. Accessed and dirty flags are not
 /// kept (SSADE is clear).

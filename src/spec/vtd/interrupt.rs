@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Interrupt requests (§5.1.2) and interrupt remapping table entries (§9.10).
 
+use std::ops::RangeInclusive;
+
 use bitfield_struct::bitfield;
 
 /// Bits 31:20 of the address of every interrupt request.
 const INTERRUPT_PREFIX: u16 = 0xfee;
+
+/// Where a request without PASID is an interrupt request and no memory access (§3.14).
+pub const INTERRUPT_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
 /// Size of an interrupt remapping table entry, in bytes.
 pub const IRTE_SIZE: u64 = 16;

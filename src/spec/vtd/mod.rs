@@ -19,6 +19,10 @@ pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 /// Binary logarithm of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
 
+/// The widest host address width (HAW) in bits: all that a paging entry can hold (§9.7, §9.8), so
+/// that no address bit of an entry is reserved. The virtual VT-d and the emulated one both have it.
+pub const HOST_ADDRESS_WIDTH: u8 = 52;
+
 /// The bits of a 64-bit word at and above `host_address_width`, up to bit 63 for table pointers:
 /// reserved in each pointer to host memory.
 pub const fn above_width(host_address_width: u8) -> u64 {

@@ -6,10 +6,6 @@ use crate::spec::pci::Pasid;
 /// Size of the register page, in bytes.
 pub const MMIO_SIZE: u64 = 0x1000;
 
-/// Width of guest physical addresses in bits, as the guest is told in its DMAR table: all that a
-/// paging entry can hold. Table pointers beyond it have reserved bits set.
-pub const HOST_ADDRESS_WIDTH: u8 = 52;
-
 /// The most fault recording registers that the register page has room for.
 const MAX_FAULT_RECORDS: u16 = 128;
 

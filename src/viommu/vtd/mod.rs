@@ -41,7 +41,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use caps::{Capabilities, CapabilityConflict, HostUnit};
-pub use config::{ConfigError, VtdConfig, HOST_ADDRESS_WIDTH, MMIO_SIZE};
+pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
 pub use counters::VtdCounters;
 pub use events::EventRegisters;
 pub use faults::FaultLog;

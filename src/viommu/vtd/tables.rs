@@ -2,10 +2,9 @@
 //! The guest's remapping tables, and what can be said of a requester from them.
 
 use super::caps::Capabilities;
-use super::config::HOST_ADDRESS_WIDTH;
-use crate::spec::vtd::above_width;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH};
 use crate::viommu::{BadAddress, DomainTag, Stage1, TableMemory};
 
 /// What decides: guest memory, what the unit offers, and the root table as SRTP latched it.

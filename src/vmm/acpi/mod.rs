@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START};
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
-use crate::viommu::vtd::HOST_ADDRESS_WIDTH;
+use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// Guest-physical address of the RSDP; the other tables follow. Guests also look for it here by
 /// themselves (ACPI §5.2.5.1).

@@ -3,15 +3,12 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{DmaError, DmaMaster};
 use crate::spec::pci::Pasid;
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 use crate::viommu::InterruptSink;
-
-/// Where a request without PASID is an interrupt message and no memory access (VT-d 3.14).
-const INTERRUPT_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
 /// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as a
 /// message, and nothing else there is done.

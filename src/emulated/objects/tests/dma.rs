@@ -165,3 +165,21 @@ fn the_extensions_are_those_of_every_unit() {
     host.add_unit(VtdUnit::new(plain));
     assert!(!host.extensions().guest_second_stage && host.extensions().fault_reports);
 }
+
+#[test]
+fn a_nesting_parent_of_a_unit_with_erratum_772415_takes_no_read_only_mappings() {
+    for (erratum_772415, outcome) in [(true, Err(Errno::EINVAL)), (false, Ok(0x10000))] {
+        let host = EmulatedHost::new();
+        let config = VtdUnitConfig { erratum_772415, ..VtdUnitConfig::default() };
+        let unit = host.add_unit(VtdUnit::new(config));
+        host.add_device("edu", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
+        let (dev, pt) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
+        let flags = HwptFlags::new().with_nest_parent(true);
+        let args = HwptAlloc { flags, dev, pt, data: HwptData::None, fault: None };
+        host.hwpt_alloc(&args).unwrap();
+        let target = MapTarget::Fixed(0x10000);
+        let mapped = host.ioas_map(pt, &memory(0x1000), target, Protection::READ_ONLY);
+        assert_eq!(mapped.map_err(|error| error.errno), outcome);
+    }
+    assert!(VtdUnitConfig::default().erratum_772415, "as Linux says of every VT-d");
+}
