@@ -62,7 +62,7 @@ impl Default for IommuConfig {
         Self {
             address: VTD_REGISTERS,
             address_width: 48,
-            pasid_bits: 20,
+            pasid_bits: 8,
             second_stage: true,
             ats: false,
             caching_mode: false,

@@ -18,7 +18,8 @@ use crate::emulated::{
     AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
 };
 use crate::iommufd::{
-    CountedHost, HostIommu, HwInfoData, ObjectId, Protection, UserMemory, Verb, VerbCounters,
+    CountedHost, Extensions, HostIommu, HwInfoData, ObjectId, Protection, UserMemory, Verb,
+    VerbCounters,
 };
 use crate::nesting::{DeviceInfo, Nesting};
 use crate::spec::pci::{Bdf, Pasid};
@@ -85,7 +86,11 @@ impl Iommu {
             nesting.add_device(function.bdf, dev).map_err(failed("adding a device"))?;
         }
 
-        let hosts: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
+        let hosts: Vec<_> = nesting
+            .hw_infos()
+            .iter()
+            .filter_map(|device| host_unit(device, host.extensions()))
+            .collect();
         let offered = vtd_config(config, interrupt_remapping).intersect(&hosts)?;
         let observer = trace.map(|trace| trace as Arc<dyn Observer>);
         let tables = Arc::new(memory.map().clone());
@@ -205,12 +210,13 @@ fn vtd_config(config: &IommuConfig, interrupt_remapping: bool) -> VtdConfig {
 }
 
 /// The IOMMU of a device, when it is a VT-d.
-fn host_unit(device: &DeviceInfo) -> Option<HostUnit> {
+fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
     match device.info.data {
         HwInfoData::Vtd(registers) => Some(HostUnit {
             device: device.rid.to_string(),
             cap: Cap::from_bits(registers.cap_reg),
             ecap: Ecap::from_bits(registers.ecap_reg),
+            guest_second_stage: extensions.guest_second_stage,
         }),
         HwInfoData::None => None,
     }

@@ -7,7 +7,9 @@ use twostage::emulated::{
     DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, ObjectGraph, VtdUnit,
     VtdUnitConfig,
 };
-use twostage::iommufd::{Errno, FailNth, HostIommu, HwInfoData, ObjectId, Protection, UserMemory};
+use twostage::iommufd::{
+    Errno, Extensions, FailNth, HostIommu, HwInfoData, ObjectId, Protection, UserMemory,
+};
 use twostage::nesting::Nesting;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::regs::{Cap, Ecap};
@@ -118,7 +120,8 @@ impl Machine {
             devices.push(dev);
             nesting.add_device(rid, dev).map_err(|error| text(&error))?;
         }
-        let config = config.intersect(&units(&nesting)).map_err(|error| text(&error))?;
+        let config =
+            config.intersect(&units(&nesting, host.extensions())).map_err(|error| text(&error))?;
         let interrupts = Arc::new(Interrupts::default());
         let iommu =
             VtdIommu::new(config, memory.clone(), nesting.clone(), interrupts.clone(), None)
@@ -188,12 +191,13 @@ impl Machine {
 }
 
 /// What the host says of its units, as the virtual unit's configuration wants it.
-fn units(nesting: &Nesting) -> Vec<HostUnit> {
+fn units(nesting: &Nesting, extensions: Extensions) -> Vec<HostUnit> {
     let unit = |device: twostage::nesting::DeviceInfo| match device.info.data {
         HwInfoData::Vtd(vtd) => Some(HostUnit {
             device: device.rid.to_string(),
             cap: Cap::from_bits(vtd.cap_reg),
             ecap: Ecap::from_bits(vtd.ecap_reg),
+            guest_second_stage: extensions.guest_second_stage,
         }),
         HwInfoData::None => None,
     };

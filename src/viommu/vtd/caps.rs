@@ -28,7 +28,7 @@ pub struct Capabilities {
     pub second_stage: bool,
 }
 
-/// The registers of a host unit, and a device behind it to name it by.
+/// What a host unit can serve, and a device behind it to name it by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostUnit {
     /// The device whose `IOMMU_GET_HW_INFO` this is.
@@ -37,6 +37,9 @@ pub struct HostUnit {
     pub cap: Cap,
     /// ECAP of the unit.
     pub ecap: Ecap,
+    /// The host walks second-stage tables of the guest on top of its own
+    /// ([`crate::iommufd::Extensions::guest_second_stage`]). No register says so.
+    pub guest_second_stage: bool,
 }
 
 /// A host unit cannot serve what the configuration asks for.
@@ -45,7 +48,7 @@ pub struct HostUnit {
 pub struct CapabilityConflict {
     /// A device behind the unit.
     pub device: String,
-    /// The register and field, such as `ECAP.NEST`.
+    /// The register and field, such as `ECAP.NEST`, or the host's ability.
     pub bit: &'static str,
     /// What the field is needed for, and what to change.
     pub needed_for: String,
@@ -119,7 +122,7 @@ impl VtdConfig {
     }
 
     fn require(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
-        let HostUnit { device, cap, ecap } = host;
+        let HostUnit { device, cap, ecap, guest_second_stage } = host;
         let conflict = |bit, needed_for: String| {
             Err(CapabilityConflict { device: device.clone(), bit, needed_for })
         };
@@ -131,6 +134,15 @@ impl VtdConfig {
         }
         if self.address_width == 57 && !cap.fs5lp() {
             return conflict("CAP.FS5LP", "an address width of 57 bits was asked for".into());
+        }
+        if self.address_width > cap.guest_address_width() {
+            let (bits, has) = (self.address_width, cap.guest_address_width());
+            let needed_for = format!("an address width of {bits} bits was asked for, it has {has}");
+            return conflict("CAP.MGAW", needed_for);
+        }
+        if self.second_stage && !guest_second_stage {
+            let needed_for = "second-stage tables of the guest's own were asked for";
+            return conflict("guest_second_stage", needed_for.into());
         }
         if self.pasid_bits > 0 && !ecap.pasid() {
             let bits = self.pasid_bits;
@@ -154,7 +166,7 @@ mod tests {
     fn able() -> HostUnit {
         HostUnit {
             device: "edu0".into(),
-            cap: Cap::new().with_fs1gp(true).with_fs5lp(true),
+            cap: Cap::new().with_mgaw(56).with_fs1gp(true).with_fs5lp(true),
             ecap: Ecap::new()
                 .with_smts(true)
                 .with_nest(true)
@@ -165,6 +177,7 @@ mod tests {
                 .with_eafs(true)
                 .with_sc(true)
                 .with_smpwcs(true),
+            guest_second_stage: true,
         }
     }
 
@@ -173,7 +186,7 @@ mod tests {
         let Capabilities { cap, ecap, .. } = VtdConfig::default().capabilities().unwrap();
         assert!(ecap.smts() && ecap.fsts() && ecap.qi() && ecap.pt() && cap.cm());
         assert!(!ecap.ssts() && !ecap.nest() && !ecap.dt() && !ecap.ir() && !ecap.prs());
-        assert_eq!((cap.guest_address_width(), ecap.pasid_bits()), (48, 16));
+        assert_eq!((cap.guest_address_width(), ecap.pasid_bits()), (48, 8));
         assert_eq!((cap.fault_records(), cap.fault_record_offset()), (8, 0x220));
         assert!(!cap.fs5lp() && cap.sagaw() != 0);
     }
@@ -224,16 +237,19 @@ mod tests {
             address_width: 57,
             pasid_bits: 20,
             device_iotlb: true,
+            second_stage: true,
             ..Default::default()
         };
         type TakeAway = fn(&mut HostUnit);
-        let lacking: [(TakeAway, &str); 6] = [
+        let lacking: [(TakeAway, &str); 8] = [
             (|host| host.ecap.set_smts(false), "ECAP.SMTS"),
             (|host| host.ecap.set_nest(false), "ECAP.NEST"),
             (|host| host.cap.set_fs5lp(false), "CAP.FS5LP"),
             (|host| host.ecap.set_pasid(false), "ECAP.PASID"),
             (|host| host.ecap.set_pss(18), "ECAP.PSS"),
             (|host| host.ecap.set_dt(false), "ECAP.DT"),
+            (|host| host.cap.set_mgaw(55), "CAP.MGAW"),
+            (|host| host.guest_second_stage = false, "guest_second_stage"),
         ];
         for (take_away, bit) in lacking {
             let mut host = HostUnit { device: "nic1".into(), ..able() };

@@ -45,7 +45,9 @@ impl Default for VtdConfig {
     fn default() -> Self {
         Self {
             address_width: 48,
-            pasid_bits: 16,
+            // More cost the host a look at as many entries whenever a guest with a large PASID
+            // directory invalidates all of it.
+            pasid_bits: 8,
             scalable_mode: true,
             second_stage: false,
             caching_mode: true,

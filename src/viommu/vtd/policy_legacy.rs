@@ -24,7 +24,9 @@ pub(super) fn serve(
     let translation_type = low.translation_type().ok_or(invalid)?;
     let width = tables.second_stage_width(high.aw()).ok_or(invalid)?;
     let translated = match translation_type {
-        ContextTranslationType::PassThrough => false,
+        // §9.3: AW is then the widest that is supported.
+        ContextTranslationType::PassThrough if Some(width) == tables.widest_second_stage() => false,
+        ContextTranslationType::PassThrough => return Err(invalid),
         ContextTranslationType::Untranslated => true,
         ContextTranslationType::All if tables.caps.ecap.dt() => true,
         ContextTranslationType::All => return Err(invalid),
@@ -128,6 +130,14 @@ mod tests {
         let tables = VtdSecondStage { table: 0x3000, address_width: 39 };
         assert_eq!(narrow, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         assert_eq!(decide(&VtdConfig::default(), [0; 2], [0b1000, 0]), Policy::Bypass);
+    }
+
+    #[test]
+    fn pass_through_has_the_widest_width() {
+        let wide = VtdConfig { address_width: 57, ..Default::default() };
+        assert_eq!(decide(&wide, [0; 2], [0b1000, 1]), Policy::Bypass);
+        assert_eq!(decide(&wide, [0; 2], [0b1000, 0]), blocked(0x03));
+        assert_eq!(decide(&VtdConfig::default(), [0; 2], [0b1000, 3]), blocked(0x03));
     }
 
     #[test]

@@ -66,6 +66,11 @@ impl Tables<'_> {
         (self.caps.cap.sagaw() >> aw & 1 != 0).then_some(width)
     }
 
+    /// The width of the widest second-stage table there may be, in bits.
+    pub fn widest_second_stage(&self) -> Option<u8> {
+        (0..u8::BITS as u8).rev().find_map(|aw| self.second_stage_width(aw))
+    }
+
     /// `N` 64-bit words at `address` (bytes), each read in one piece.
     pub fn words<const N: usize>(&self, address: u64) -> Result<[u64; N], BadAddress> {
         let mut words = [0; N];

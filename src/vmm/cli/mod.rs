@@ -75,8 +75,9 @@ struct RunArgs {
     #[arg(long, value_name = "size=SIZE", default_value = "size=512M")]
     memory: MemoryOption,
 
-    /// Virtual IOMMU. Devices are behind it unless they say otherwise. Remapping interrupts takes
-    /// the IOAPIC out of the kernel.
+    /// Virtual IOMMU. Devices are behind it unless they say otherwise. PASIDs have 8 bits unless
+    /// `pasid-bits` says otherwise, 20 at the most. Remapping interrupts takes the IOAPIC out of
+    /// the kernel.
     #[arg(
         long,
         value_name = "vtd[,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off]"
