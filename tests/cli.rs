@@ -16,7 +16,9 @@ use std::time::Duration;
 
 use images::{multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
-use twostage::vmm::exit_code::{GUEST_RESET, GUEST_STUCK, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE};
+use twostage::vmm::exit_code::{
+    GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
+};
 
 const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 
@@ -497,5 +499,34 @@ fn devices_that_cannot_be_are_named() {
         }
         let output = twostage(&["run", "--kernel", text(&image), option, &value]);
         assert_refused(&output, code, hint);
+    }
+}
+
+#[test]
+fn outputs_overwrite_nothing_that_is_named() {
+    let image = pvh(&code::out(0xf4, 0));
+    let kernel = kernel(&image);
+    let directory = TempDir::new().unwrap();
+    let new = directory.path().join("new").into_os_string().into_string().unwrap();
+    let run = ["run", "--kernel", text(&kernel), "--report", "none"];
+    for (options, hint) in [
+        (["--trace", text(&kernel)], "--kernel and --trace name the same file"),
+        (["--serial", &format!("file={}", text(&kernel))], "--kernel and --serial"),
+    ] {
+        assert_refused(&twostage(&[&run[..], &options].concat()), USAGE, hint);
+    }
+    let report = format!("json,file={new}");
+    let run = ["run", "--kernel", text(&kernel), "--report", &report, "--trace", &new];
+    assert_refused(&twostage(&run), USAGE, "--trace and --report name the same file");
+    assert_eq!(std::fs::read(kernel.path()).unwrap(), image);
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_an_error() {
+    let kernel = kernel(&pvh(&code::out(0xf4, 0)));
+    let report = |to| twostage(&["run", "--kernel", text(&kernel), "--report", to]);
+    assert_refused(&report("json,file=/nonexistent/report"), IO_ERROR, "--report: ");
+    if kvm() {
+        assert_refused(&report("json,file=/dev/full"), IO_ERROR, "No space left");
     }
 }

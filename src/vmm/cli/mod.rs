@@ -2,6 +2,7 @@
 //! The command line, in the habits of cloud-hypervisor's.
 #![forbid(unsafe_code)]
 
+mod files;
 mod options;
 mod report_output;
 mod size;
@@ -172,8 +173,19 @@ fn run(args: RunArgs) -> u8 {
     let output = args.report.clone();
     let on_reset = args.on_reset;
     let mut config = args.machine_config();
-    let live =
-        |config: &MachineConfig| Machine::new(config)?.run(&mut |report| output.write(report));
+    if let Err(contradiction) = files::check_outputs(&config, output.file()) {
+        complain(&contradiction);
+        return exit_code::USAGE;
+    }
+    if let Err(error) = output.create() {
+        complain(&format_args!("--report: {error}"));
+        return exit_code::IO_ERROR;
+    }
+    let mut unwritten = None;
+    // That a report cannot be written is no reason to stop a machine.
+    let mut live = |config: &MachineConfig| {
+        Machine::new(config)?.run(&mut |report| unwritten = output.write(report).err())
+    };
     let mut result = live(&config);
     while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
         continue_output(&mut config);
@@ -184,7 +196,13 @@ fn run(args: RunArgs) -> u8 {
             if !reason.is_orderly() {
                 complain(&reason);
             }
-            reason.exit_code()
+            match (reason.exit_code(), unwritten) {
+                (0, Some(error)) if output.file().is_some() => {
+                    complain(&format_args!("--report: {error}"));
+                    exit_code::IO_ERROR
+                }
+                (code, _) => code,
+            }
         }
         Err(error) => {
             complain(&error);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `--report`: in which form reports are written, and where.
 
+use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::vmm::report::Report;
@@ -40,22 +41,35 @@ impl FromStr for ReportOption {
 }
 
 impl ReportOption {
-    /// Writes `report`. That it cannot be written is no reason to stop a machine.
-    pub fn write(&self, report: &Report) {
-        let Some(format) = self.format else { return };
-        let text = match format {
-            Format::Text => report.to_string(),
-            Format::Json => match serde_json::to_string_pretty(report) {
-                Ok(json) => json + "\n",
-                Err(error) => return log::error!("the report is no JSON: {error}"),
-            },
+    /// The file that reports go to, if it is not standard error.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// Creates the file that reports go to, before a machine runs in vain.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn create(&self) -> io::Result<()> {
+        match &self.file {
+            Some(path) => OpenOptions::new().create(true).append(true).open(path).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes `report`.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, report: &Report) -> io::Result<()> {
+        let text = match self.format {
+            None => return Ok(()),
+            Some(Format::Text) => report.to_string(),
+            Some(Format::Json) => serde_json::to_string_pretty(report)? + "\n",
         };
-        let written = match &self.file {
+        match &self.file {
             Some(path) => std::fs::write(path, text),
             None => io::stderr().lock().write_all(text.as_bytes()),
-        };
-        if let Err(error) = written {
-            log::error!("the report cannot be written: {error}");
         }
     }
 }
