@@ -201,7 +201,8 @@ fn every_check_holds_with_four_levels_and_caching_mode() {
     if !kvm() {
         return;
     }
-    let outcome = Machine { iommu: Some("vtd,aw=48,caching-mode=on"), ..MACHINE }.run();
+    let outcome =
+        Machine { iommu: Some("vtd,aw=48,pasid-bits=20,caching-mode=on"), ..MACHINE }.run();
     assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&[REMAPPING]));
     assert_nested(&outcome, 2);
 }
@@ -211,8 +212,9 @@ fn every_check_holds_with_interrupts_remapped() {
     if !kvm() {
         return;
     }
-    for iommu in ["vtd,aw=48,intremap=on", "vtd,aw=48,intremap=on,caching-mode=on"] {
-        let outcome = Machine { iommu: Some(iommu), ..MACHINE }.run();
+    for caching_mode in ["off", "on"] {
+        let iommu = format!("vtd,aw=48,pasid-bits=20,intremap=on,caching-mode={caching_mode}");
+        let outcome = Machine { iommu: Some(&iommu), ..MACHINE }.run();
         assert_eq!(outcome.skipped, groups(&EITHER_OR));
         assert_nested(&outcome, 2);
         let report = &outcome.report;

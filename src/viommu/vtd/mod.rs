@@ -6,11 +6,16 @@
 //! say so. From the moment translation is enabled every function is blocked until its tables say
 //! otherwise.
 //!
-//! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of the guest's own. Their registers read as after reset.
+//! Where the host cannot even block what the guest takes back, nothing is acknowledged: the queue
+//! stops with an error, TES and RTPS stay as they were, and it is tried again with the next command.
+//!
+//! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of
+//! the guest's own. Their registers read as after reset.
 //!
 //! # Locks
-//! The registers are one lock, had in turn, let go at each ordering point of the queue and held across calls to the host and to the interrupt sink, neither of
-//! which may call the unit but to report faults. The fault log has a lock of its own, and so have
+//! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
+//! which may call the unit but to report faults and to halt it. Whoever works through the queue
+//! lets go of it at each ordering point, and those who wait have it in turn. The fault log has a lock of its own, and so have
 //! the published policies: both are taken after the registers, for a moment, and are all that
 //! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while
 //! another waits in the host for DMA to end. Interrupt remapping has a lock of its own, between the
