@@ -7,7 +7,7 @@
 //! otherwise.
 //!
 //! Where the host cannot even block what the guest takes back, nothing is acknowledged: the queue
-//! stops with an error, TES and RTPS stay as they were, and it is tried again with the next command.
+//! stops with an error, TES stays as it was and RTPS clear, and the next command tries again.
 //!
 //! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of
 //! the guest's own. Their registers read as after reset.
