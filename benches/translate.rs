@@ -175,15 +175,16 @@ fn misses(criterion: &mut Criterion) {
                 VtdUnitConfig { iotlb_entries: 0, paging_structure_entries, ..Default::default() },
             );
             let addresses = addresses(pages);
-            let mut port = machine.port();
-            let mut iteration = 0;
-            let id = BenchmarkId::new(format!("{name} paging structures, pages"), pages);
-            group.bench_function(id, |bencher| {
-                bencher.iter(|| {
-                    iteration += 1;
-                    translate(&mut port, addresses[iteration & 0xffff]);
+            let at = |iteration: u64| addresses[iteration as usize & 0xffff];
+            for threads in [1, 2] {
+                let name = format!("{name} paging structures, {threads} thread(s), pages");
+                group.bench_function(BenchmarkId::new(name, pages), |bencher| {
+                    bencher.iter_custom(|iterations| {
+                        let ports = (0..threads).map(|_| machine.port()).collect();
+                        on_threads(iterations, ports, |port, it| translate(port, at(it)))
+                    });
                 });
-            });
+            }
         }
     }
     group.finish();
