@@ -53,6 +53,8 @@ pub struct Link {
     pub counters: Arc<RequestCounters>,
     /// Written when a queue has something new: by the guest, or by the device itself.
     queue_events: Vec<EventFd>,
+    /// Queues that have something new which the device may not look at yet.
+    held_back: Vec<AtomicBool>,
     queue_vectors: Vec<AtomicU16>,
     config_vector: AtomicU16,
     isr: AtomicU8,
@@ -75,6 +77,7 @@ impl Link {
             msix,
             counters: Arc::default(),
             queue_events: (0..queues).map(event).collect::<Result<_>>()?,
+            held_back: (0..queues).map(|_| AtomicBool::new(false)).collect(),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             config_vector: AtomicU16::new(NO_VECTOR),
             isr: AtomicU8::new(0),
@@ -143,16 +146,34 @@ impl Link {
         self.driver_ok.store(ok, Ordering::SeqCst);
     }
 
-    /// The function may make requests of its own, or not any more.
+    /// The function may make requests of its own, or not any more. Only what was held back meanwhile
+    /// is looked at: queues that nobody spoke of may be a former driver's, which are no memory now.
     pub fn set_bus_master(&self, allowed: bool) {
         if !self.bus_master.swap(allowed, Ordering::SeqCst) && allowed {
-            self.notify_all();
+            for (number, held_back) in self.held_back.iter().enumerate() {
+                if held_back.swap(false, Ordering::SeqCst) {
+                    self.notify(number);
+                }
+            }
         }
     }
 
     /// Whether the function may make requests of its own.
     pub fn bus_master(&self) -> bool {
         self.bus_master.load(Ordering::SeqCst)
+    }
+
+    /// Whether the device may look at queue `number` now; if not, it is told to when it may.
+    pub fn may_serve(&self, number: usize) -> bool {
+        if self.bus_master() {
+            return true;
+        }
+        if let Some(held_back) = self.held_back.get(number) {
+            held_back.store(true, Ordering::SeqCst);
+            // It may be allowed by now, and whoever allowed it have looked before the store.
+            return self.bus_master() && held_back.swap(false, Ordering::SeqCst);
+        }
+        false
     }
 
     /// Reads the interrupt status, and clears it.
@@ -215,5 +236,26 @@ impl fmt::Debug for Link {
             .field("needs_reset", &self.needs_reset)
             .field("counters", &self.counters)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_held_back_is_looked_at_when_requests_are_allowed() {
+        let link = Link::new("test".into(), 3, Msix::new(Vec::new())).unwrap();
+        let heard = || link.queue_events().iter().map(|e| e.read().is_ok()).collect::<Vec<_>>();
+        assert!(!link.may_serve(1));
+        assert_eq!(heard(), [false; 3]);
+        link.set_bus_master(true);
+        assert_eq!(heard(), [false, true, false]);
+        assert!(link.may_serve(1));
+        // Off and on again, with nothing new in between: nobody is sent to rings of before.
+        link.set_bus_master(false);
+        link.set_bus_master(true);
+        assert_eq!(heard(), [false; 3]);
+        assert!(link.may_serve(0) && link.may_serve(2));
     }
 }

@@ -89,7 +89,7 @@ struct Server<'a> {
 impl Server<'_> {
     fn serve(&mut self, number: usize) {
         // A device that needs a reset does nothing until then, nor does one that may not.
-        if self.link.needs_reset() || !self.link.bus_master() {
+        if self.link.needs_reset() || !self.link.may_serve(number) {
             return;
         }
         let Device { backend, memory } = &mut *self.device;
