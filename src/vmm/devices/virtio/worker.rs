@@ -129,8 +129,12 @@ impl MutEventSubscriber for Server<'_> {
         match events.data() {
             STOP => self.over = true,
             INPUT => {
-                let number = self.device.backend.input_queue();
-                self.serve(number);
+                // While the function may make no requests, what comes in waits for the driver's next
+                // word or the next that comes in: the buffers may be a former driver's.
+                if self.link.bus_master() {
+                    let number = self.device.backend.input_queue();
+                    self.serve(number);
+                }
             }
             number => {
                 let number = number as usize;
