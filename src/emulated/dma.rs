@@ -163,9 +163,7 @@ impl DmaPort {
         length: usize,
         access: DmaAccess,
     ) -> Result<Translated<'_>, DmaError> {
-        if attributes.pasid.is_none() && INTERRUPT_RANGE.contains(&iova) {
-            return Err(DmaError::Interrupt { address: iova });
-        }
+        check_memory(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
         let engine = self.reader.enter();
         // On its own, and first: it is what nearly every request needs, and no more.
@@ -225,9 +223,7 @@ impl Section<'_> {
         iova: u64,
         access: DmaAccess,
     ) -> Result<(GuestAddress, usize), DmaError> {
-        if attributes.pasid.is_none() && INTERRUPT_RANGE.contains(&iova) {
-            return Err(DmaError::Interrupt { address: iova });
-        }
+        check_memory(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
         let cached = self.engine.cached(self.pasid_cache, self.counters, &request);
         let target = match cached {
@@ -277,6 +273,15 @@ impl Translated<'_> {
         // A mapping lies in its memory ([`crate::iommufd::UserMemory`]), so there always is one.
         self.engine.slice(&self.target, self.length).unwrap_or_else(|| (&mut [][..]).into())
     }
+}
+
+/// Whether a request to `iova` is one to memory, and no interrupt message.
+#[inline]
+fn check_memory(attributes: DmaAttributes, iova: u64) -> Result<(), DmaError> {
+    if attributes.pasid.is_none() && INTERRUPT_RANGE.contains(&iova) {
+        return Err(DmaError::Interrupt { address: iova });
+    }
+    Ok(())
 }
 
 /// How many bytes from `iova` on one section may access, when `target` bytes are in one page. A

@@ -186,7 +186,21 @@ impl FromStr for SerialConfig {
 }
 
 #[cfg(test)]
+pub(super) mod testing {
+    use std::str::FromStr;
+
+    /// `text` is refused with an error that contains `hint`.
+    pub fn refused<T: FromStr<Err = String>>(text: &str, hint: &str) {
+        match text.parse::<T>() {
+            Ok(_) => panic!("'{text}' was taken"),
+            Err(error) => assert!(error.contains(hint), "'{text}': {error}"),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
+    use super::testing::refused;
     use super::*;
 
     #[test]
@@ -223,12 +237,6 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        fn refused<T: FromStr<Err = String>>(text: &str, hint: &str) {
-            match text.parse::<T>() {
-                Ok(_) => panic!("'{text}' was taken"),
-                Err(error) => assert!(error.contains(hint), "'{text}': {error}"),
-            }
-        }
         refused::<CpusOption>("4", "'4'");
         refused::<CpusOption>("boot=300", "boot: '300'");
         refused::<CpusOption>("boot=1,boot=2", "twice");

@@ -75,6 +75,7 @@ impl FromStr for RngConfig {
 
 #[cfg(test)]
 mod tests {
+    use super::super::options::testing::refused;
     use super::*;
     use crate::vmm::devices::virtio::MacAddress;
 
@@ -111,12 +112,6 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        fn refused<T: FromStr<Err = String>>(text: &str, hint: &str) {
-            match text.parse::<T>() {
-                Ok(_) => panic!("'{text}' was taken"),
-                Err(error) => assert!(error.contains(hint), "'{text}': {error}"),
-            }
-        }
         refused::<DiskConfig>("disk.img", "'disk.img'");
         refused::<DiskConfig>("readonly=on", "path=FILE is missing");
         refused::<DiskConfig>("path=a,readonly=yes", "readonly: 'yes'");
