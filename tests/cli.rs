@@ -111,6 +111,7 @@ fn contradictory_and_impossible_options_are_usage_errors() {
 
 #[test]
 fn help_and_version_are_no_errors() {
+    assert!(twostage(&["probe", "--help"]).status.success());
     let output = twostage(&["run", "--help"]);
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains("--iommu"));
@@ -163,8 +164,11 @@ fn a_kvm_that_is_not_there_or_not_for_us_is_named() {
     }
     let image = kernel(&multiboot(&code::exit(0)));
     let command = format!("'{TWOSTAGE}' run --kernel '{}'", text(&image));
-    if let Some(output) = in_namespace("mount -t tmpfs none /dev", &command) {
-        assert_refused(&output, UNAVAILABLE, "/dev/kvm: No such file");
+    let probe = format!("'{TWOSTAGE}' probe");
+    for command in [&command, &probe] {
+        if let Some(output) = in_namespace("mount -t tmpfs none /dev", command) {
+            assert_refused(&output, UNAVAILABLE, "/dev/kvm: No such file");
+        }
     }
     if let Some(output) = in_namespace("mount --bind /dev/null /dev/kvm", &command) {
         assert_refused(&output, UNAVAILABLE, "API version");
@@ -187,6 +191,28 @@ fn a_kvm_that_is_not_there_or_not_for_us_is_named() {
     if let Some(output) = in_namespace(&prepare, &command) {
         assert_refused(&output, UNAVAILABLE, "/dev/kvm: Permission denied");
     }
+}
+
+#[test]
+fn a_probe_tells_by_its_exit_code_whether_linux_runs() {
+    assert_refused(&twostage(&["probe", "--report", "xml"]), USAGE, "'xml'");
+    if !kvm() {
+        return;
+    }
+    let probe = |form| twostage(&["probe", "--report", form]);
+    let json = probe("json");
+    let found: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let failed = found["ring0"].as_array().unwrap().iter().any(|trial| {
+        let outcome = trial["outcome"].as_str().unwrap();
+        assert!(!outcome.contains("no end"), "{found:#}");
+        outcome.starts_with("FAILS: ")
+    });
+    assert_eq!(found["linux"], !failed);
+    assert_eq!(json.status.code(), Some(failed.into()));
+    let line = probe("line");
+    assert_eq!(line.status.code(), json.status.code());
+    assert!(line.stdout.starts_with(b"Linux ") && line.stdout.ends_with(b"\n"));
+    assert!(probe("text").stdout.ends_with(&line.stdout));
 }
 
 /// Runs a guest whose serial port is standard output.

@@ -248,7 +248,7 @@ fn platform(config: &MachineConfig, chip: IrqChip, interrupt_remapping: bool) ->
 }
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.
-fn open_kvm() -> Result<Kvm> {
+pub(super) fn open_kvm() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| Error::KvmOpen { source: error.into() })?;
     const API_VERSION: i32 = 12;
     if kvm.get_api_version() != API_VERSION {

@@ -26,6 +26,7 @@ mod machine;
 pub mod memory;
 pub mod pci;
 mod power;
+pub mod probe;
 pub mod report;
 mod reset;
 mod serial;

@@ -4,6 +4,7 @@
 
 mod files;
 mod options;
+mod probe;
 mod report_output;
 mod size;
 mod virtio_options;
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::options::{CpusOption, MemoryOption};
+use self::probe::{probe, ProbeArgs};
 use self::report_output::ReportOption;
 use super::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, NetConfig, PayloadConfig, RngConfig,
@@ -36,7 +38,10 @@ struct Cli {
 enum Command {
     /// Runs a virtual machine until its guest ends it.
     #[command(next_line_help = true, after_help = EXIT_CODES)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
+    /// Tells what this machine's KVM can do, and whether Linux runs on it.
+    #[command(after_help = probe::EXIT_CODES)]
+    Probe(ProbeArgs),
 }
 
 /// As in [`exit_code`].
@@ -165,8 +170,10 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let Command::Run(args) = cli.command;
-    ExitCode::from(run(args))
+    ExitCode::from(match cli.command {
+        Command::Run(args) => run(*args),
+        Command::Probe(args) => probe(&args),
+    })
 }
 
 fn run(args: RunArgs) -> u8 {
@@ -272,7 +279,7 @@ mod tests {
     #[test]
     fn defaults_make_a_machine() {
         let cli = Cli::try_parse_from(["twostage", "run", "--kernel", "vmlinux"]).unwrap();
-        let Command::Run(args) = cli.command;
+        let Command::Run(args) = cli.command else { panic!("{cli:?}") };
         let config = args.machine_config();
         assert_eq!(config.validate(), Ok(()));
         assert_eq!(config.memory, 512 << 20);
@@ -283,7 +290,7 @@ mod tests {
     fn devices_add_up() {
         let words = "twostage run --kernel k --iommu vtd --device edu --device edu,pasid=on";
         let cli = Cli::try_parse_from(words.split(' ')).unwrap();
-        let Command::Run(args) = cli.command;
+        let Command::Run(args) = cli.command else { panic!("{cli:?}") };
         assert_eq!(args.devices.len(), 2);
         assert_eq!(args.iommu, Some(IommuConfig::default()));
     }
