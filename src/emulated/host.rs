@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::dma::DmaPort;
 use super::graph::ObjectGraph;
+use super::ioas::Source;
 use super::objects::{
     DeviceConfig, Entries, HwptRequest, InvalidateFormat, MachineError, MapRequest, Objects, UnitId,
 };
@@ -20,8 +21,8 @@ use crate::spec::pci::Bdf;
 /// An iommufd with its devices and IOMMUs, all of them emulated.
 ///
 /// Its objects follow Linux 7.2: the same rules, checked in the same order, with the same errno.
-/// Where Linux does what its own documentation rules out (a replacement that fails half-way, an
-/// unmap that fails after it unmapped a part), the contract of [`HostIommu`] holds instead.
+/// Where Linux does what its own documentation rules out (a replacement that fails half-way), the
+/// contract of [`HostIommu`] holds instead.
 ///
 /// One lock covers the objects; the IOMMUs are told under it. DMA does not take it.
 ///
@@ -174,10 +175,12 @@ impl HostIommu for EmulatedHost {
         target: MapTarget,
         protection: Protection,
     ) -> Result<u64> {
-        let (user_va, length) = (memory.user_va(), memory.length());
-        let request = MapRequest { target, user_va, length, protection };
-        self.objects()
-            .ioas_map(ioas, request, || Ok(memory.clone()))
+        let (source, length) = (Source::Memory(memory.clone()), memory.length());
+        MapRequest::check(target, length, protection)
+            .and_then(|()| {
+                let request = MapRequest { target, source, length, protection };
+                self.objects().ioas_map(ioas, request)
+            })
             .map_err(|refusal| refusal.of(Verb::IoasMap, ioas))
     }
 
@@ -196,9 +199,7 @@ impl HostIommu for EmulatedHost {
     }
 
     fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64> {
-        self.objects()
-            .ioas_unmap(ioas, iova, length)
-            .map_err(|refusal| refusal.of(Verb::IoasUnmap, ioas))
+        self.unmap(ioas, iova, length).map_err(|refusal| refusal.of(Verb::IoasUnmap, ioas))
     }
 
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {

@@ -16,6 +16,8 @@ mod port_iommu;
 mod refusal;
 mod stage2;
 pub mod uapi;
+mod unmapping;
+mod user_space;
 mod vtd;
 
 pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::GuestRegionMmap;
@@ -29,7 +30,7 @@ impl Mapping {
     }
 }
 
-/// The mappings of one IOAS, disjoint. Readers and writers may be on any thread; a removal is
+/// The mappings of one IOAS that has HWPTs, disjoint; an area of the IOAS is one or more of them. Readers and writers may be on any thread; a removal is
 /// complete for DMA only when every [`super::hardware::Hardware`] was told.
 #[derive(Debug, Default)]
 pub(crate) struct Stage2 {
@@ -53,8 +54,17 @@ impl Stage2 {
     }
 
     /// Removes the mapping that starts at `start`.
+    #[cfg(test)]
     pub fn remove(&self, start: u64) -> Option<Mapping> {
         self.mappings.write().unwrap_or_else(PoisonError::into_inner).remove(&start)
+    }
+
+    /// Removes the mappings that start in `range`; there is none that does so and ends outside.
+    pub fn remove_in(&self, range: RangeInclusive<u64>) {
+        let mut mappings = self.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        while let Some(start) = mappings.range(range.clone()).next().map(|(start, _)| *start) {
+            mappings.remove(&start);
+        }
     }
 }
 
@@ -79,5 +89,19 @@ mod tests {
         assert!(stage2.lookup(0x12000).is_none());
         assert_eq!(stage2.remove(0x10000).unwrap().last, 0x11fff);
         assert!(stage2.lookup(0x10000).is_none());
+    }
+
+    #[test]
+    fn a_range_is_removed_with_all_that_is_in_it() {
+        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap());
+        let stage2 = Stage2::default();
+        for start in [0x1000, 0x2000, 0x3000] {
+            let memory = UserMemory::whole(region.clone());
+            let protection = Protection::READ_WRITE;
+            stage2.insert(Mapping { start, last: start + 0xfff, memory, protection });
+        }
+        stage2.remove_in(0x1000..=0x2fff);
+        assert!(stage2.lookup(0x1000).is_none() && stage2.lookup(0x2000).is_none());
+        assert!(stage2.lookup(0x3000).is_some());
     }
 }

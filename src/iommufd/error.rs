@@ -35,6 +35,8 @@ errnos! {
     EIO = 5,
     /// An argument or a structure is larger than it may be, with something in the excess.
     E2BIG = 7,
+    /// No such open file.
+    EBADF = 9,
     /// No memory, or the memory-lock limit is reached.
     ENOMEM = 12,
     /// Not permitted.
@@ -53,6 +55,8 @@ errnos! {
     ENOTTY = 25,
     /// No room is left in the address space or the table.
     ENOSPC = 28,
+    /// Who should let go of something does not.
+    EDEADLK = 35,
     /// Not a message of the expected size.
     EMSGSIZE = 90,
     /// A reserved field or an unknown type is set.

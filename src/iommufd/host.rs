@@ -20,7 +20,8 @@ pub trait FaultSink: Send + Sync {
 /// One iommufd and the devices bound to it.
 ///
 /// Every method is one ioctl and may be called from any thread. When it fails nothing has
-/// changed, but for [`HostIommu::hwpt_invalidate`], which says how far it came. An invalidation,
+/// changed, but for [`HostIommu::hwpt_invalidate`], which says how far it came, and
+/// [`HostIommu::ioas_unmap`], which may have unmapped what is below. An invalidation,
 /// an unmap, a replace or a detach returns only when no DMA can use what it took away any more.
 pub trait HostIommu: Debug + Send + Sync {
     /// Binds the device that the host knows as `name` (a VFIO cdev's path; an emulated device's
@@ -106,7 +107,8 @@ pub trait HostIommu: Debug + Send + Sync {
     /// Unmaps whole mappings; `iova = 0, length = u64::MAX` unmaps all. Returns the bytes unmapped.
     ///
     /// # Errors
-    /// `ENOENT` nothing is mapped there, or a mapping would be cut.
+    /// `ENOENT` nothing is mapped there, or a mapping would be cut: whole mappings below it are
+    /// then unmapped all the same, as Linux does it.
     fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64>;
 
     /// What IOMMU `dev` is behind.

@@ -49,6 +49,19 @@ impl UserMemory {
         Self { region, offset: 0, length }
     }
 
+    /// The `length` bytes at `offset` of this piece; both in bytes.
+    ///
+    /// # Errors
+    /// When they do not lie in this piece.
+    pub fn part(&self, offset: u64, length: u64) -> std::result::Result<Self, UserMemoryError> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.length => {
+                Self::new(self.region.clone(), self.offset + offset, length)
+            }
+            _ => Err(UserMemoryError { offset, length, region: self.length }),
+        }
+    }
+
     /// The region the piece lies in.
     pub fn region(&self) -> &Arc<GuestRegionMmap> {
         &self.region
@@ -88,5 +101,8 @@ mod tests {
         assert_eq!(piece.user_va(), UserMemory::whole(region.clone()).user_va() + 0x1000);
         assert!(UserMemory::new(region.clone(), 0x1000, 0x3001).is_err());
         assert!(UserMemory::new(region, u64::MAX, 2).is_err());
+        assert_eq!(piece.part(0x1000, 0x2000).unwrap().offset(), 0x2000);
+        assert!(piece.part(0x1000, 0x2001).is_err());
+        assert!(piece.part(u64::MAX, 2).is_err());
     }
 }

@@ -2,14 +2,19 @@
 //! The inside of an IOAS: which IOVAs are mapped, reserved or allowed, and the pages behind them.
 #![forbid(unsafe_code)]
 
+mod coverage;
 mod pages;
+mod payer;
 mod placement;
 mod ranges;
+mod source;
 mod space;
 
 pub(crate) use pages::{Pages, PinAccount};
+pub(crate) use payer::{Payer, RlimitMode};
 pub(crate) use ranges::range_of;
-pub(crate) use space::{Area, IovaSpace, Piece};
+pub(crate) use source::Source;
+pub(crate) use space::{Area, IovaSpace, Piece, Taken};
 
 /// Size of a page of the host, in bytes.
 pub(crate) const PAGE_SIZE: u64 = 4096;

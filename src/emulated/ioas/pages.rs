@@ -3,11 +3,15 @@
 //! once.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::PAGE_SIZE;
-use crate::iommufd::{UserMemory, UserMemoryError};
+use super::coverage::Coverage;
+use super::{Payer, RlimitMode, Source, PAGE_SIZE};
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::user_space::Credentials;
+use crate::iommufd::{Errno, UserMemory};
 
 /// How many bytes are pinned, over all [`Pages`] that share the account.
 #[derive(Debug, Default)]
@@ -23,18 +27,39 @@ impl PinAccount {
 }
 
 /// What one `IOAS_MAP` named: memory, who may ever write to it, and which of it is pinned.
+///
+/// A page has a place in memory only while it is pinned, and keeps it until the last pin is taken.
 #[derive(Debug)]
 pub(crate) struct Pages {
-    memory: UserMemory,
+    source: Source,
+    /// In bytes.
+    length: u64,
     writable: bool,
     account: Arc<PinAccount>,
-    pins: Mutex<Coverage>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// By page number, from the page that the source starts in.
+    pins: Coverage,
+    /// Where the pinned pages are: pieces by offset in bytes, disjoint.
+    places: BTreeMap<u64, UserMemory>,
+    payer: Payer,
 }
 
 impl Pages {
-    /// The pages of `memory`, none pinned. `writable`: the mapping they come from is writable.
-    pub fn new(memory: UserMemory, writable: bool, account: Arc<PinAccount>) -> Self {
-        Self { memory, writable, account, pins: Mutex::default() }
+    /// `length` bytes of `source`, none pinned. `writable`: the mapping they come from is writable.
+    pub fn new(
+        source: Source,
+        length: u64,
+        writable: bool,
+        mode: RlimitMode,
+        account: Arc<PinAccount>,
+    ) -> Self {
+        let payer = Payer::of(&source, mode);
+        let state = State { pins: Coverage::default(), places: BTreeMap::new(), payer };
+        Self { source, length, writable, account, state: Mutex::new(state) }
     }
 
     /// Whether a mapping of these pages may be writable.
@@ -42,109 +67,160 @@ impl Pages {
         self.writable
     }
 
-    /// The uAPI's `user_va` of the byte at `offset`.
-    pub fn user_va(&self, offset: u64) -> u64 {
-        self.memory.user_va() + offset
+    /// Where they come from.
+    pub fn source(&self) -> &Source {
+        &self.source
     }
 
-    /// The memory of `length` bytes at `offset`.
+    /// The uAPI's `user_va` (or `start`) of the byte at `offset`.
+    pub fn start_of(&self, offset: u64) -> u64 {
+        self.source.start() + offset
+    }
+
+    /// Where in its page the byte at `offset` is.
+    pub fn page_offset(&self, offset: u64) -> u64 {
+        self.start_of(offset) % PAGE_SIZE
+    }
+
+    /// Pins the pages under `length` bytes at `offset`, and says where those bytes are: pieces in
+    /// ascending order. Pages that are pinned already stay where they are and are not accounted
+    /// again.
     ///
     /// # Errors
-    /// When the piece does not lie in the pages.
-    pub fn piece(&self, offset: u64, length: u64) -> Result<UserMemory, UserMemoryError> {
-        if offset.checked_add(length).is_none_or(|end| end > self.memory.length()) {
-            // The region may be larger than the pages, so its own check does not suffice.
-            return UserMemory::new(self.memory.region().clone(), u64::MAX, length);
-        }
-        UserMemory::new(self.memory.region().clone(), self.memory.offset() + offset, length)
-    }
-
-    /// Pins the pages under `length` bytes at `offset`; those pinned already are not accounted
-    /// again.
-    pub fn pin(&self, offset: u64, length: u64) {
+    /// `EFAULT` no such memory; `EINVAL` no such pages of a file; `ENOMEM` the memory-lock limit.
+    /// Nothing is then pinned.
+    pub fn pin(&self, offset: u64, length: u64) -> Outcome<Vec<UserMemory>> {
         let (first, end) = self.page_numbers(offset, length);
-        let new = self.pins.lock().unwrap_or_else(PoisonError::into_inner).add(first, end);
-        self.account.bytes.fetch_add(new * PAGE_SIZE, Ordering::Relaxed);
+        let mut state = self.lock();
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        for gap in state.pins.gaps(first, end) {
+            bytes += (gap.end - gap.start) * PAGE_SIZE;
+            self.find(self.offsets(&gap), &mut found)?;
+        }
+        if bytes > 0 {
+            state.payer.charge(&self.source, bytes)?;
+        }
+        state.places.extend(found);
+        state.pins.add(first, end);
+        self.account.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let places = state.places_of(offset, length);
+        debug_assert_eq!(places.iter().map(UserMemory::length).sum::<u64>(), length);
+        Ok(places)
     }
 
     /// Takes one pin from the pages under `length` bytes at `offset`, as given to [`Self::pin`].
     pub fn unpin(&self, offset: u64, length: u64) {
         let (first, end) = self.page_numbers(offset, length);
-        let gone = self.pins.lock().unwrap_or_else(PoisonError::into_inner).sub(first, end);
-        self.account.bytes.fetch_sub(gone * PAGE_SIZE, Ordering::Relaxed);
+        let mut state = self.lock();
+        state.pins.sub(first, end);
+        let mut bytes = 0;
+        for gap in state.pins.gaps(first, end) {
+            bytes += (gap.end - gap.start) * PAGE_SIZE;
+            state.forget(self.offsets(&gap));
+        }
+        state.payer.discharge(bytes);
+        self.account.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Pages from the one the memory starts in: first, and one past the last.
+    /// How often the page at `offset` is pinned.
+    #[cfg(test)]
+    pub fn pins(&self, offset: u64) -> u32 {
+        self.lock().pins.at(self.page_numbers(offset, 1).0)
+    }
+
+    /// Has `who` pay for what is pinned as well, before [`Self::settle`] lets go who pays now.
+    /// None when that is no change.
+    ///
+    /// # Errors
+    /// `ENOMEM` the memory-lock limit of `who`.
+    pub fn charge_also(&self, who: &Credentials) -> Outcome<Option<Payer>> {
+        let state = self.lock();
+        let Some(payer) = state.payer.successor(who) else { return Ok(None) };
+        payer.take_over(self.pinned_bytes(&state))?;
+        Ok(Some(payer))
+    }
+
+    /// Lets go `payer` of what [`Self::charge_also`] had it pay.
+    pub fn discharge(&self, payer: &Payer) {
+        payer.discharge(self.pinned_bytes(&self.lock()));
+    }
+
+    /// Only `payer` pays from now on.
+    pub fn settle(&self, payer: Payer) {
+        let mut state = self.lock();
+        let old = std::mem::replace(&mut state.payer, payer);
+        old.discharge(self.pinned_bytes(&state));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds the memory of the bytes in `offsets`.
+    fn find(&self, offsets: Range<u64>, found: &mut Vec<(u64, UserMemory)>) -> Outcome<()> {
+        let mut at = offsets.start;
+        while at < offsets.end {
+            let left = offsets.end - at;
+            let memory = self.source.pin(at, left, self.writable)?;
+            let length = memory.length();
+            if length == 0 || length > left {
+                return refuse(Errno::EFAULT, format!("{length:#x} bytes in place of {left:#x}"));
+            }
+            found.push((at, memory));
+            at += length;
+        }
+        Ok(())
+    }
+
+    fn pinned_bytes(&self, state: &State) -> u64 {
+        let (first, end) = self.page_numbers(0, self.length);
+        let free: u64 = state.pins.gaps(first, end).iter().map(|gap| gap.end - gap.start).sum();
+        (end - first - free) * PAGE_SIZE
+    }
+
+    /// Pages under `length` bytes at `offset`: first, and one past the last.
     fn page_numbers(&self, offset: u64, length: u64) -> (u64, u64) {
-        let start = self.memory.user_va() % PAGE_SIZE + offset;
+        let start = self.page_offset(0) + offset;
         (start / PAGE_SIZE, (start + length).div_ceil(PAGE_SIZE))
     }
+
+    /// The bytes in `pages`: the first and the last page may be of the source in part.
+    fn offsets(&self, pages: &Range<u64>) -> Range<u64> {
+        let offset = |page: u64| (page * PAGE_SIZE).saturating_sub(self.page_offset(0));
+        offset(pages.start)..offset(pages.end).min(self.length)
+    }
 }
 
-/// How often each page is pinned: a step function, by where it changes.
-#[derive(Debug, Default)]
-struct Coverage {
-    /// From the key on, up to the next key, pages have that many pins. Nothing before the first
-    /// key; neighbours differ.
-    steps: BTreeMap<u64, u32>,
-}
-
-impl Coverage {
-    /// One pin more on `first..end`; returns how many pages had none before.
-    fn add(&mut self, first: u64, end: u64) -> u64 {
-        self.change(first, end, |pins| pins.saturating_add(1), |before, _| before == 0)
+impl State {
+    /// Where `length` bytes at `offset` are, all of them pinned.
+    fn places_of(&self, offset: u64, length: u64) -> Vec<UserMemory> {
+        let end = offset + length;
+        let from = self.places.range(..=offset).next_back().map_or(offset, |(start, _)| *start);
+        let places = self.places.range(from..end).filter_map(|(&start, memory)| {
+            let (first, last) = (start.max(offset), (start + memory.length()).min(end));
+            // The first one may end before.
+            let length = last.checked_sub(first).filter(|length| *length > 0)?;
+            memory.part(first - start, length).ok()
+        });
+        places.collect()
     }
 
-    /// One pin less on `first..end`; returns how many pages have none now.
-    fn sub(&mut self, first: u64, end: u64) -> u64 {
-        self.change(first, end, |pins| pins.saturating_sub(1), |_, after| after == 0)
-    }
-
-    fn change(
-        &mut self,
-        first: u64,
-        end: u64,
-        new: impl Fn(u32) -> u32,
-        counts: impl Fn(u32, u32) -> bool,
-    ) -> u64 {
-        if first >= end {
-            return 0;
-        }
-        self.split(first);
-        self.split(end);
-        let mut counted = 0;
-        let starts: Vec<u64> = self.steps.range(first..end).map(|(start, _)| *start).collect();
-        for (index, &start) in starts.iter().enumerate() {
-            let stop = starts.get(index + 1).copied().unwrap_or(end);
-            if let Some(pins) = self.steps.get_mut(&start) {
-                let before = std::mem::replace(pins, new(*pins));
-                if counts(before, *pins) {
-                    counted += stop - start;
-                }
+    /// Forgets where the bytes in `offsets` are.
+    fn forget(&mut self, offsets: Range<u64>) {
+        let first = self.places.range(..=offsets.start).next_back();
+        let from = first.map_or(offsets.start, |(start, _)| *start);
+        let touched: Vec<u64> =
+            self.places.range(from..offsets.end).map(|(start, _)| *start).collect();
+        for start in touched {
+            let Some(memory) = self.places.remove(&start) else { continue };
+            let end = start + memory.length();
+            // What is left of it before and after.
+            for (first, last) in [(start, offsets.start.min(end)), (offsets.end.max(start), end)] {
+                let length = last.saturating_sub(first);
+                let rest = (length > 0).then(|| memory.part(first - start, length));
+                self.places.extend(rest.and_then(Result::ok).map(|rest| (first, rest)));
             }
-        }
-        for start in starts {
-            self.join(start);
-        }
-        self.join(end);
-        counted
-    }
-
-    fn at(&self, page: u64) -> u32 {
-        self.steps.range(..=page).next_back().map_or(0, |(_, pins)| *pins)
-    }
-
-    /// Makes `page` the start of a step.
-    fn split(&mut self, page: u64) {
-        let pins = self.at(page);
-        self.steps.entry(page).or_insert(pins);
-    }
-
-    /// Drops the step at `page` if it is none.
-    fn join(&mut self, page: u64) {
-        let before = self.steps.range(..page).next_back().map_or(0, |(_, pins)| *pins);
-        if self.steps.get(&page) == Some(&before) {
-            self.steps.remove(&page);
         }
     }
 }
@@ -152,77 +228,182 @@ impl Coverage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::emulated::user_space::{RegionSpace, UserFault, UserSpace};
     use proptest::prelude::*;
     use vm_memory::{GuestAddress, GuestRegionMmap};
 
-    fn memory(offset: u64, length: u64) -> UserMemory {
-        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap());
-        UserMemory::new(region, offset, length).unwrap()
+    fn region(length: usize) -> Arc<GuestRegionMmap> {
+        Arc::new(GuestRegionMmap::from_range(GuestAddress(0), length, None).unwrap())
+    }
+
+    fn pages_of(source: Source, length: u64, account: &Arc<PinAccount>) -> Pages {
+        Pages::new(source, length, true, RlimitMode::User, account.clone())
+    }
+
+    fn pages(offset: u64, length: u64, account: &Arc<PinAccount>) -> Pages {
+        let memory = UserMemory::new(region(0x10000), offset, length).unwrap();
+        pages_of(Source::Memory(memory), length, account)
     }
 
     #[test]
     fn pages_are_accounted_once() {
-        let account = Arc::new(PinAccount::default());
-        let pages = Pages::new(memory(0x1000, 0x4000), true, account.clone());
-        pages.pin(0, 0x4000);
-        pages.pin(0x1000, 0x1000);
+        let account = Arc::default();
+        let pages = pages(0x1000, 0x4000, &account);
+        pages.pin(0, 0x4000).unwrap();
+        pages.pin(0x1000, 0x1000).unwrap();
         assert_eq!(account.bytes(), 0x4000);
         pages.unpin(0, 0x4000);
         assert_eq!(account.bytes(), 0x1000);
+        assert_eq!((pages.pins(0xfff), pages.pins(0x1000)), (0, 1));
         pages.unpin(0x1000, 0x1000);
         assert_eq!(account.bytes(), 0);
     }
 
     #[test]
     fn whole_pages_are_pinned() {
-        let account = Arc::new(PinAccount::default());
-        let pages = Pages::new(memory(0x1800, 0x1000), true, account.clone());
-        pages.pin(0, 0x1000);
+        let account = Arc::default();
+        let pages = pages(0x1800, 0x1000, &account);
+        pages.pin(0, 0x1000).unwrap();
         assert_eq!(account.bytes(), 0x2000);
-        pages.pin(0x800, 0x10);
+        let place = &pages.pin(0x800, 0x10).unwrap()[0];
+        assert_eq!((place.offset(), place.length()), (0x2000, 0x10));
         assert_eq!(account.bytes(), 0x2000);
     }
 
     #[test]
-    fn a_piece_lies_in_the_pages_not_only_in_their_region() {
-        let pages = Pages::new(memory(0x1000, 0x2000), true, Arc::default());
-        assert_eq!(pages.piece(0x1000, 0x1000).unwrap().offset(), 0x2000);
-        assert!(pages.piece(0x1000, 0x1001).is_err());
-        assert!(pages.piece(u64::MAX, 2).is_err());
+    fn memory_of_two_regions_is_two_pieces_and_a_hole_is_a_fault() {
+        let whole = region(0x4000);
+        let mut space = RegionSpace::new(vec![whole.clone()]);
+        let account = Arc::default();
+        let source = |space: &RegionSpace| Source::User(space.share(), whole.as_ptr() as u64);
+        let longer = pages_of(source(&space), 0x5000, &account);
+        assert_eq!(longer.pin(0, 0x5000).unwrap_err().errno, Errno::EFAULT);
+        assert_eq!(account.bytes(), 0, "nothing is left of a pin that failed");
+        longer.pin(0, 0x4000).unwrap();
+        space = RegionSpace::default();
+        let gone = pages_of(source(&space), 0x4000, &account);
+        assert_eq!(gone.pin(0, 1).unwrap_err().errno, Errno::EFAULT);
+        assert_eq!(longer.pin(0x1000, 0x3000).unwrap().len(), 1, "pinned pages stay");
+    }
+
+    #[test]
+    fn pages_of_a_file_are_whole_and_within_it() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(0x4000).unwrap();
+        let account = Arc::default();
+        let user = RegionSpace::default().share();
+        let pages = |start, length| {
+            pages_of(Source::File(user.clone(), file.clone(), start), length, &account)
+        };
+        let inside = pages(0x1800, 0x1000);
+        let place = inside.pin(0, 0x1000).unwrap();
+        assert_eq!((place[0].offset(), place[0].length()), (0x800, 0x1000));
+        assert_eq!(account.bytes(), 0x2000);
+        for (start, length) in [(0x1000, 0x3001), (0x4000, 1), (u64::MAX - 0x1000, 0x1000)] {
+            let outcome = pages(start, length).pin(0, length);
+            assert_eq!(outcome.unwrap_err().errno, Errno::EINVAL, "{start:#x} {length:#x}");
+        }
+    }
+
+    /// A process of its own with a limit.
+    #[derive(Debug)]
+    struct Limited(RegionSpace, Credentials);
+
+    impl UserSpace for Limited {
+        fn share(&self) -> Arc<dyn UserSpace> {
+            Arc::new(Self(self.0.clone(), self.1.clone()))
+        }
+        fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+            self.0.read(address, bytes)
+        }
+        fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+            self.0.write(address, bytes)
+        }
+        fn memory(
+            &self,
+            address: u64,
+            length: u64,
+            writable: bool,
+        ) -> Result<UserMemory, UserFault> {
+            self.0.memory(address, length, writable)
+        }
+        fn credentials(&self) -> Credentials {
+            self.1.clone()
+        }
+    }
+
+    fn limited(memlock_limit: u64) -> Credentials {
+        Credentials { memlock_limit, ipc_lock: false, ..Credentials::privileged() }
+    }
+
+    #[test]
+    fn the_limit_is_of_what_is_pinned_and_moves_with_the_process() {
+        let whole = region(0x8000);
+        let who = limited(0x3000);
+        let user = Limited(RegionSpace::new(vec![whole.clone()]), who.clone());
+        let source = Source::User(user.share(), whole.as_ptr() as u64);
+        let account = Arc::default();
+        let pages = |mode| Pages::new(source.clone(), 0x8000, true, mode, Arc::clone(&account));
+        let (of_user, of_process) = (pages(RlimitMode::User), pages(RlimitMode::Process));
+        of_user.pin(0, 0x2000).unwrap();
+        of_user.pin(0x1000, 0x2000).unwrap();
+        assert_eq!(of_user.pin(0x3000, 1).unwrap_err().errno, Errno::ENOMEM);
+        of_process.pin(0, 0x3000).unwrap();
+        assert_eq!((who.user.bytes(), who.process.bytes()), (0x3000, 0x3000));
+
+        let poor = of_user.charge_also(&limited(0x2000));
+        assert_eq!(poor.unwrap_err().errno, Errno::ENOMEM);
+        assert!(of_user.charge_also(&who).unwrap().is_none(), "the same process");
+        let rich = limited(0x3000);
+        let payer = of_user.charge_also(&rich).unwrap().unwrap();
+        assert_eq!((who.user.bytes(), rich.user.bytes()), (0x3000, 0x3000));
+        of_user.settle(payer);
+        assert_eq!((who.user.bytes(), rich.user.bytes()), (0, 0x3000));
+        of_user.unpin(0x1000, 0x2000);
+        of_user.unpin(0, 0x2000);
+        assert_eq!((rich.user.bytes(), who.process.bytes()), (0, 0x3000));
     }
 
     proptest! {
         #[test]
-        fn coverage_counts_as_an_array_does(
-            changes in prop::collection::vec((0u64..32, 1u64..16, any::<bool>()), 0..40),
+        fn pins_are_counted_as_an_array_does(
+            skew in prop_oneof![Just(0u64), Just(0x800)],
+            changes in prop::collection::vec((0u64..30, 1u64..16, any::<bool>()), 0..40),
         ) {
-            let mut coverage = Coverage::default();
-            let mut counts = [0u32; 64];
+            const UNIT: u64 = 0x800;
+            let account = Arc::default();
+            let pages = pages(0x2000 + skew, 0xc000, &account);
+            let mut counts = [0u32; 32];
             let mut pinned: Vec<(u64, u64)> = Vec::new();
-            for (first, length, add) in changes {
-                if add {
-                    let range = (first, first + length);
-                    let naive = counts[range.0 as usize..range.1 as usize]
-                        .iter_mut()
-                        .map(|pins| { *pins += 1; u64::from(*pins == 1) })
-                        .sum::<u64>();
-                    prop_assert_eq!(coverage.add(range.0, range.1), naive);
-                    pinned.push(range);
-                } else if let Some(range) = pinned.pop() {
-                    let naive = counts[range.0 as usize..range.1 as usize]
-                        .iter_mut()
-                        .map(|pins| { *pins -= 1; u64::from(*pins == 0) })
-                        .sum::<u64>();
-                    prop_assert_eq!(coverage.sub(range.0, range.1), naive);
+            let pages_of = |offset: u64, length: u64| {
+                let start = skew + offset;
+                (start / PAGE_SIZE) as usize..(start + length).div_ceil(PAGE_SIZE) as usize
+            };
+            for (unit, length, add) in changes {
+                let offset = unit * UNIT;
+                let length = (length * UNIT).min(0xc000u64.saturating_sub(offset));
+                if add && length > 0 {
+                    let places = pages.pin(offset, length).unwrap();
+                    let mut at = 0x2000 + skew + offset;
+                    for place in &places {
+                        prop_assert_eq!(place.offset(), at);
+                        at += place.length();
+                    }
+                    prop_assert_eq!(at, 0x2000 + skew + offset + length);
+                    pinned.push((offset, length));
+                    counts[pages_of(offset, length)].iter_mut().for_each(|pins| *pins += 1);
+                } else if let Some((offset, length)) = pinned.pop() {
+                    pages.unpin(offset, length);
+                    counts[pages_of(offset, length)].iter_mut().for_each(|pins| *pins -= 1);
                 }
-                for (page, pins) in counts.iter().enumerate() {
-                    prop_assert_eq!(coverage.at(page as u64), *pins);
-                }
+                let naive = counts.iter().filter(|pins| **pins > 0).count() as u64;
+                prop_assert_eq!(account.bytes(), naive * PAGE_SIZE);
             }
-            for (first, end) in pinned {
-                coverage.sub(first, end);
+            for (offset, length) in pinned {
+                pages.unpin(offset, length);
             }
-            prop_assert!(coverage.steps.is_empty());
+            prop_assert_eq!(account.bytes(), 0);
+            prop_assert!(pages.lock().places.is_empty());
         }
     }
 }

@@ -86,7 +86,7 @@ impl Fit {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Area, Pages};
+    use super::super::{Area, Pages, RlimitMode, Source};
     use super::*;
     use crate::iommufd::{ObjectId, Protection, UserMemory};
     use proptest::prelude::*;
@@ -97,12 +97,13 @@ mod tests {
 
     fn space(areas: &[RangeInclusive<u64>]) -> IovaSpace {
         let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x1000, None).unwrap());
-        let pages = Arc::new(Pages::new(UserMemory::whole(region), true, Arc::default()));
+        let source = Source::Memory(UserMemory::whole(region));
+        let pages = Pages::new(source, 0x1000, true, RlimitMode::User, Arc::default());
+        let pages = Arc::new(pages);
         let mut space = IovaSpace::default();
         for range in areas {
-            let (last, pages) = (*range.end(), pages.clone());
-            let protection = Protection::READ_WRITE;
-            space.insert(*range.start(), Area { last, pages, offset: 0, protection });
+            let area = Area::new(*range.end(), pages.clone(), 0, Protection::READ_WRITE);
+            space.insert(*range.start(), area);
         }
         space
     }

@@ -6,11 +6,11 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::ranges::{complement, merged, overlap, range_of};
-use super::{Pages, PAGE_SIZE};
+use super::Pages;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId, Protection};
 
-/// One mapping: never split, never merged.
+/// One mapping: never merged, and split only where VFIO's first version asks for it.
 #[derive(Debug, Clone)]
 pub(crate) struct Area {
     /// Last IOVA, included.
@@ -21,6 +21,37 @@ pub(crate) struct Area {
     pub offset: u64,
     /// What devices may do with it.
     pub protection: Protection,
+    /// Access objects that have pages of it pinned, once for each time.
+    pub pins: u32,
+    /// How many of those pins keep it from being unmapped.
+    pub locks: u32,
+    /// It is being unmapped: access objects can pin no more of it.
+    pub leaving: bool,
+}
+
+impl Area {
+    /// A mapping of `pages` from `offset` on, which nothing has pinned.
+    pub fn new(last: u64, pages: Arc<Pages>, offset: u64, protection: Protection) -> Self {
+        Self { last, pages, offset, protection, pins: 0, locks: 0, leaving: false }
+    }
+
+    /// Its size in bytes, when `start` is its first IOVA.
+    pub fn length(&self, start: u64) -> u64 {
+        // No area is as large as the address space.
+        self.last - start + 1
+    }
+}
+
+/// The next step of an unmap.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// Nothing is left to unmap.
+    Nothing,
+    /// This area was, with its first IOVA, and is no longer mapped.
+    Area(u64, Area),
+    /// The area with this first IOVA and length is to be, but access objects have pages of it
+    /// pinned, and now must let go of them.
+    Pinned(u64, u64),
 }
 
 /// A part of some pages, about to be mapped.
@@ -167,9 +198,8 @@ impl IovaSpace {
     /// `EADDRINUSE`.
     pub fn check_alignment(&self, alignment: u64) -> Outcome<()> {
         let misfit = self.areas().find(|(start, area)| {
-            let length = (area.last - start).wrapping_add(1);
-            let page_offset = area.pages.user_va(area.offset) % PAGE_SIZE;
-            !(start | length | page_offset).is_multiple_of(alignment)
+            let page_offset = area.pages.page_offset(area.offset);
+            !(start | area.length(*start) | page_offset).is_multiple_of(alignment)
         });
         match misfit {
             None => Ok(()),
@@ -218,41 +248,34 @@ impl IovaSpace {
         }
     }
 
-    /// Takes the areas that lie in `range` out.
+    /// Takes the lowest area in `range` out.
     ///
     /// # Errors
-    /// `ENOENT` there is none, or one lies in the range only in part; none is then taken. (Linux
-    /// would already have taken those before the one that is cut; here a call that fails changes
-    /// nothing.)
-    pub fn take(&mut self, range: &RangeInclusive<u64>) -> Outcome<Vec<(u64, Area)>> {
-        let Some((first, _)) = self.first_area_in(range) else {
-            return refuse(Errno::ENOENT, format!("nothing is mapped in {range:#x?}"));
-        };
-        let last = self.areas.range(range.clone()).next_back().map_or(first, |(start, _)| *start);
-        for start in [first, last] {
-            let end = self.areas.get(&start).map_or(start, |area| area.last);
-            if start < *range.start() || end > *range.end() {
-                return refuse(
-                    Errno::ENOENT,
-                    format!("{range:#x?} would cut the mapping {start:#x}..={end:#x}"),
-                );
+    /// `EBUSY` it is locked; `ENOENT` it lies in the range only in part.
+    pub fn take_next(&mut self, range: &RangeInclusive<u64>) -> Outcome<Taken> {
+        let Some((start, area)) = self.first_area_in(range) else { return Ok(Taken::Nothing) };
+        let last = area.last;
+        if area.locks > 0 {
+            return refuse(Errno::EBUSY, format!("{start:#x}..={last:#x} is locked by a queue"));
+        }
+        if start < *range.start() || last > *range.end() {
+            return refuse(
+                Errno::ENOENT,
+                format!("{range:#x?} would cut the mapping {start:#x}..={last:#x}"),
+            );
+        }
+        let pinned = area.pins > 0;
+        if pinned {
+            if let Some(area) = self.areas.get_mut(&start) {
+                area.leaving = true;
             }
+            return Ok(Taken::Pinned(start, last - start + 1));
         }
-        let starts: Vec<u64> = self.areas.range(first..=last).map(|(start, _)| *start).collect();
-        let mut taken = Vec::with_capacity(starts.len());
-        for start in starts {
-            taken.extend(self.areas.remove(&start).map(|area| (start, area)));
-        }
-        Ok(taken)
-    }
-
-    /// Takes all areas out.
-    pub fn take_all(&mut self) -> Vec<(u64, Area)> {
-        std::mem::take(&mut self.areas).into_iter().collect()
+        Ok(self.areas.remove(&start).map_or(Taken::Nothing, |area| Taken::Area(start, area)))
     }
 
     /// The lowest area that shares an address with `range`.
-    pub(super) fn first_area_in(&self, range: &RangeInclusive<u64>) -> Option<(u64, &Area)> {
+    pub fn first_area_in(&self, range: &RangeInclusive<u64>) -> Option<(u64, &Area)> {
         let before = self.areas.range(..*range.start()).next_back();
         let before = before.filter(|(_, area)| area.last >= *range.start());
         let found = before.or_else(|| self.areas.range(range.clone()).next());
@@ -270,6 +293,7 @@ impl IovaSpace {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{RlimitMode, Source};
     use super::*;
     use crate::iommufd::UserMemory;
     use proptest::prelude::*;
@@ -277,12 +301,13 @@ mod tests {
 
     fn pages() -> Arc<Pages> {
         let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap());
-        Arc::new(Pages::new(UserMemory::whole(region), true, Arc::default()))
+        let source = Source::Memory(UserMemory::whole(region));
+        Arc::new(Pages::new(source, 0x10000, true, RlimitMode::User, Arc::default()))
     }
 
     fn area(start: u64, length: u64) -> (u64, Area) {
         let last = start + (length - 1);
-        (start, Area { last, pages: pages(), offset: 0, protection: Protection::READ_WRITE })
+        (start, Area::new(last, pages(), 0, Protection::READ_WRITE))
     }
 
     fn space(areas: &[(u64, u64)]) -> IovaSpace {
@@ -339,16 +364,39 @@ mod tests {
         assert!(space.allowed().is_empty());
     }
 
+    /// Unmaps `range`: what was taken, and whether it stopped at an area that would be cut.
+    fn unmap(space: &mut IovaSpace, range: RangeInclusive<u64>) -> (Vec<u64>, bool) {
+        let mut taken = Vec::new();
+        loop {
+            match space.take_next(&range) {
+                Ok(Taken::Area(start, _)) => taken.push(start),
+                Ok(_) => return (taken, false),
+                Err(refusal) => {
+                    assert_eq!(refusal.errno, Errno::ENOENT);
+                    return (taken, true);
+                }
+            }
+        }
+    }
+
     #[test]
-    fn areas_are_taken_whole_or_not_at_all() {
-        let mut space = space(&[(0x1000, 0x1000), (0x3000, 0x2000)]);
-        assert_eq!(errno(space.take(&(0x5000..=0x5fff))), Errno::ENOENT);
-        assert_eq!(errno(space.take(&(0x1000..=0x3fff))), Errno::ENOENT);
-        assert_eq!(errno(space.take(&(0x1001..=0x4fff))), Errno::ENOENT);
-        assert_eq!(space.area_count(), 2);
-        let taken = space.take(&(0..=0x8fff)).unwrap();
-        assert_eq!(taken.iter().map(|(start, _)| *start).collect::<Vec<_>>(), [0x1000, 0x3000]);
+    fn areas_are_taken_whole_up_to_one_that_would_be_cut() {
+        let mut space = space(&[(0x1000, 0x1000), (0x3000, 0x2000), (0x8000, 0x1000)]);
+        assert_eq!(unmap(&mut space, 0x5000..=0x5fff), (vec![], false));
+        assert_eq!(unmap(&mut space, 0x1001..=0x4fff), (vec![], true));
+        assert_eq!(unmap(&mut space, 0x1000..=0x3fff), (vec![0x1000], true));
+        assert_eq!(unmap(&mut space, 0..=0x8fff), (vec![0x3000, 0x8000], false));
         assert_eq!(space.area_count(), 0);
+    }
+
+    #[test]
+    fn a_pinned_area_waits_and_a_locked_one_stays() {
+        let mut space = space(&[(0x1000, 0x1000)]);
+        space.areas.get_mut(&0x1000).unwrap().pins = 1;
+        assert!(matches!(space.take_next(&(0..=0x1fff)), Ok(Taken::Pinned(0x1000, 0x1000))));
+        assert!(space.areas[&0x1000].leaving);
+        space.areas.get_mut(&0x1000).unwrap().locks = 1;
+        assert_eq!(errno(space.take_next(&(0..=0xfff + 1))), Errno::EBUSY, "before it is cut");
     }
 
     #[test]
@@ -382,10 +430,13 @@ mod tests {
             let cut = touching
                 .iter()
                 .any(|(start, length)| *start < from || start + length - 1 > *range.end());
-            match space.take(&range) {
-                Ok(taken) => prop_assert!(!cut && taken.len() == touching.len()),
-                Err(_) => prop_assert!(cut || touching.is_empty()),
-            }
+            let whole: Vec<u64> = touching
+                .iter()
+                .map(|(start, length)| (*start, start + length - 1))
+                .take_while(|(start, last)| *start >= from && last <= range.end())
+                .map(|(start, _)| start)
+                .collect();
+            prop_assert_eq!(unmap(&mut space, range), (whole, cut));
         }
     }
 }

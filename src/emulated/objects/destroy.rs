@@ -33,11 +33,9 @@ impl Objects {
             return refuse(Errno::EBUSY, self.in_use(id));
         }
         match object {
-            Object::Ioas(_) => {
-                // No HWPT is left, so no hardware has seen the mappings and nothing is pinned.
-                let areas = self.table.ioas_mut(id)?.space.take_all();
-                self.drop_areas(id, areas)?;
-            }
+            // No HWPT and no access object is left, so no hardware has seen the mappings and
+            // nothing is pinned.
+            Object::Ioas(_) => {}
             Object::HwptPaging(hwpt) => {
                 let (ioas, tag) = (hwpt.ioas, hwpt.tag);
                 let object = self.table.ioas_mut(ioas)?;
@@ -46,6 +44,7 @@ impl Objects {
                 if object.hwpts.is_empty() {
                     self.unfill(ioas)?;
                 }
+                self.align(ioas)?;
                 self.table.release(ioas);
                 self.tags.remove(&tag.0);
             }

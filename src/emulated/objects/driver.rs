@@ -3,6 +3,7 @@
 
 use std::ops::RangeInclusive;
 
+use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{
     iommu_hw_info_vtd, Errno, HwInfoData, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17,
@@ -168,6 +169,11 @@ impl Driver {
 }
 
 impl PagingDomain {
+    /// The smallest page it can hold, in bytes.
+    pub fn smallest_page(&self) -> u64 {
+        PAGE_SIZE
+    }
+
     /// The IOVAs it has no tables for.
     pub fn outside(&self) -> Vec<RangeInclusive<u64>> {
         self.last_iova.checked_add(1).map(|first| first..=u64::MAX).into_iter().collect()

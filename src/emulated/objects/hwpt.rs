@@ -9,7 +9,6 @@ use super::driver::PagingDomain;
 use super::machine::UnitId;
 use super::{Object, Objects};
 use crate::emulated::hardware::{CacheTag, Translation, UserTables};
-use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, HwptData, HwptFlags, ObjectId};
 
@@ -162,17 +161,8 @@ impl Objects {
     /// Whether `ioas` can be filled into `domain` as it is.
     fn check_room(&self, ioas: ObjectId, domain: &PagingDomain) -> Outcome<()> {
         let space = &self.table.ioas(ioas)?.space;
-        space.check_alignment(PAGE_SIZE)?;
-        space.check_reservable(&domain.outside())?;
-        if domain.only_writable {
-            if let Some((start, _)) = space.areas().find(|(_, area)| !area.protection.write) {
-                return refuse(
-                    Errno::EINVAL,
-                    format!("a nesting parent cannot hold the read-only mapping at {start:#x}"),
-                );
-            }
-        }
-        Ok(())
+        space.check_alignment(domain.smallest_page())?;
+        space.check_reservable(&domain.outside())
     }
 
     /// Adds a HWPT_PAGING that [`Self::check_room`] found room for.
@@ -187,13 +177,16 @@ impl Objects {
         let attached = Attachments::default();
         let hwpt = HwptPaging { ioas, tag, domain, flags, automatic, attached };
         let id = self.table.insert(Object::HwptPaging(hwpt))?;
-        if self.table.ioas(ioas)?.hwpts.is_empty() {
-            self.fill(ioas)?;
+        if let Err(refusal) = self.fill(ioas, &domain) {
+            self.table.remove(id);
+            self.tags.remove(&tag.0);
+            return Err(refusal);
         }
         let object = self.table.ioas_mut(ioas)?;
         object.hwpts.push(id);
         object.space.reserve(id, &domain.outside());
         self.table.hold(ioas);
+        self.align(ioas)?;
         Ok(id)
     }
 

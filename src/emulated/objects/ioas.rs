@@ -5,45 +5,57 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::ioas::{range_of, Area, IovaSpace, Pages, Piece, PAGE_SIZE};
+use crate::emulated::ioas::{Area, IovaSpace, Pages, Piece, Source, PAGE_SIZE};
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::{Mapping, Stage2};
-use crate::iommufd::{Errno, IovaRanges, MapTarget, ObjectId, Protection, UserMemory};
+use crate::emulated::stage2::Stage2;
+use crate::iommufd::{Errno, IovaRanges, MapTarget, ObjectId, Protection};
 
 /// An I/O address space.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ioas {
     /// What is mapped, reserved and allowed.
     pub space: IovaSpace,
-    /// The same mappings as DMA finds them, shared by all HWPTs of the IOAS.
+    /// What the HWPTs hold of it, as DMA finds it; nothing while there is none.
     pub stage2: Arc<Stage2>,
     /// HWPTs of the IOAS, oldest first.
     pub hwpts: Vec<ObjectId>,
+    /// What IOVAs, lengths and addresses of memory must be multiples of, in bytes.
+    pub alignment: u64,
+    /// HWPTs may hold pages larger than the host's (`IOMMU_OPTION_HUGE_PAGES`).
+    pub huge_pages: bool,
 }
 
-impl Ioas {
-    /// What IOVAs, lengths and addresses of memory must be multiples of, in bytes: the smallest
-    /// page of the HWPTs, once there is one.
-    pub fn alignment(&self) -> u64 {
-        if self.hwpts.is_empty() {
-            1
-        } else {
-            PAGE_SIZE
+impl Default for Ioas {
+    fn default() -> Self {
+        Self {
+            space: IovaSpace::default(),
+            stage2: Arc::default(),
+            hwpts: Vec::new(),
+            alignment: 1,
+            huge_pages: true,
         }
     }
 }
 
 /// What to map, and where.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct MapRequest {
     /// The IOVA.
     pub target: MapTarget,
-    /// Address of the memory in the user's address space.
-    pub user_va: u64,
+    /// The memory.
+    pub source: Source,
     /// In bytes.
     pub length: u64,
     /// What devices may do.
     pub protection: Protection,
+}
+
+impl MapRequest {
+    /// Checks what `IOMMU_IOAS_MAP` and `IOMMU_IOAS_MAP_FILE` check before the IOAS.
+    pub fn check(target: MapTarget, length: u64, protection: Protection) -> Outcome<()> {
+        check_numbers(target, length)?;
+        check_protection(protection)
+    }
 }
 
 impl Objects {
@@ -64,36 +76,20 @@ impl Objects {
     /// `IOMMU_IOAS_IOVA_RANGES`.
     pub fn ioas_iova_ranges(&self, ioas: ObjectId) -> Outcome<IovaRanges> {
         let ioas = self.table.ioas(ioas)?;
-        Ok(IovaRanges { allowed: ioas.space.usable(), alignment: ioas.alignment() })
+        Ok(IovaRanges { allowed: ioas.space.usable(), alignment: ioas.alignment })
     }
 
-    /// `IOMMU_IOAS_MAP`. `memory` is asked for last.
-    ///
-    /// Linux does not touch the memory until the IOAS has a HWPT, so that a bad address can be
-    /// mapped and fails later; here the owner of the memory goes with the mapping, so it must be
-    /// known at once.
-    pub fn ioas_map(
-        &mut self,
-        ioas: ObjectId,
-        request: MapRequest,
-        memory: impl FnOnce() -> Outcome<UserMemory>,
-    ) -> Outcome<u64> {
-        let MapRequest { target, user_va, length, protection } = request;
-        check_numbers(target, length)?;
-        check_protection(protection)?;
+    /// Maps `length` bytes of memory; [`MapRequest::check`] comes before. Without a HWPT the
+    /// memory is not looked at.
+    pub fn ioas_map(&mut self, ioas: ObjectId, request: MapRequest) -> Outcome<u64> {
+        let MapRequest { target, source, length, protection } = request;
         let object = self.table.ioas(ioas)?;
-        if user_va.checked_add(length).is_none() {
-            return refuse(Errno::EOVERFLOW, format!("{user_va:#x} + {length:#x} is past 2^64"));
-        }
-        if length == 0 || length > u64::MAX - PAGE_SIZE {
-            return refuse(Errno::EINVAL, format!("length {length:#x}"));
-        }
-        let iova = find_iova(object, target, length, user_va)?;
-        check_page_offset(object, user_va)?;
-        self.check_filling(object, protection)?;
-        let pages = Pages::new(memory()?, protection.write, self.account.clone());
-        let piece = Piece { pages: Arc::new(pages), offset: 0, length };
-        self.insert_pieces(ioas, iova, vec![piece], protection)?;
+        check_source(&source, length)?;
+        let iova = find_iova(object, target, length, source.start())?;
+        check_page_offset(object, source.start())?;
+        let (mode, account) = (self.rlimit_mode, self.account.clone());
+        let pages = Arc::new(Pages::new(source, length, protection.write, mode, account));
+        self.insert_pieces(ioas, iova, vec![Piece { pages, offset: 0, length }], protection)?;
         Ok(iova)
     }
 
@@ -112,8 +108,8 @@ impl Objects {
         check_protection(protection)?;
         let pieces = self.table.ioas(src)?.space.pieces(src_iova, length)?;
         let object = self.table.ioas(dst)?;
-        let user_va = pieces.first().map_or(0, |piece| piece.pages.user_va(piece.offset));
-        let iova = find_iova(object, target, length, user_va)?;
+        let start = pieces.first().map_or(0, |piece| piece.pages.start_of(piece.offset));
+        let iova = find_iova(object, target, length, start)?;
         for piece in &pieces {
             if protection.write && !piece.pages.writable() {
                 return refuse(
@@ -121,81 +117,51 @@ impl Objects {
                     format!("IOAS {src} maps part of {length:#x} bytes at {src_iova:#x} read-only"),
                 );
             }
-            check_page_offset(object, piece.pages.user_va(piece.offset))?;
+            check_page_offset(object, piece.pages.start_of(piece.offset))?;
         }
-        self.check_filling(object, protection)?;
         self.insert_pieces(dst, iova, pieces, protection)?;
         Ok(iova)
     }
 
-    /// `IOMMU_IOAS_UNMAP`.
-    pub fn ioas_unmap(&mut self, ioas: ObjectId, iova: u64, length: u64) -> Outcome<u64> {
+    /// `IOMMU_OPTION_HUGE_PAGES`, read.
+    pub fn huge_pages(&self, ioas: ObjectId) -> Outcome<bool> {
+        Ok(self.table.ioas(ioas)?.huge_pages)
+    }
+
+    /// `IOMMU_OPTION_HUGE_PAGES`, set. Without huge pages, all is aligned to the host's pages.
+    ///
+    /// # Errors
+    /// `EINVAL` HWPTs hold something already; `EADDRINUSE` something mapped is not aligned.
+    pub fn set_huge_pages(&mut self, ioas: ObjectId, allowed: bool) -> Outcome<()> {
         let object = self.table.ioas_mut(ioas)?;
-        let areas = if (iova, length) == (0, u64::MAX) {
-            object.space.take_all()
-        } else {
-            check_numbers(MapTarget::Fixed(iova), length)?;
-            if length == 0 {
-                return refuse(Errno::EINVAL, "length 0");
-            }
-            let Some(range) = range_of(iova, length) else {
-                return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
-            };
-            object.space.take(&range)?
-        };
-        self.drop_areas(ioas, areas)
-    }
-
-    /// Pins what the IOAS maps, for its first HWPT.
-    pub(super) fn fill(&self, ioas: ObjectId) -> Outcome<()> {
-        for (start, area) in self.table.ioas(ioas)?.space.areas() {
-            area.pages.pin(area.offset, area.last - start + 1);
+        if object.huge_pages == allowed {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    /// Unpins what the IOAS maps, after its last HWPT.
-    pub(super) fn unfill(&self, ioas: ObjectId) -> Outcome<()> {
-        for (start, area) in self.table.ioas(ioas)?.space.areas() {
-            area.pages.unpin(area.offset, area.last - start + 1);
+        if !allowed && !object.hwpts.is_empty() && object.space.area_count() > 0 {
+            return refuse(Errno::EINVAL, "HWPTs may hold huge pages already");
         }
-        Ok(())
+        object.huge_pages = allowed;
+        let aligned = self.align(ioas);
+        if aligned.is_err() {
+            self.table.ioas_mut(ioas)?.huge_pages = !allowed;
+        }
+        aligned
     }
 
-    /// Finishes the unmapping of areas already taken from the IOAS; returns their size in bytes.
-    /// When it returns no DMA uses them.
-    pub(super) fn drop_areas(&mut self, ioas: ObjectId, areas: Vec<(u64, Area)>) -> Outcome<u64> {
+    /// Finds the alignment that all who use the IOAS need.
+    ///
+    /// # Errors
+    /// `EADDRINUSE` something mapped has less: the alignment stays.
+    pub(super) fn align(&mut self, ioas: ObjectId) -> Outcome<()> {
         let object = self.table.ioas(ioas)?;
-        for (start, _) in &areas {
-            object.stage2.remove(*start);
+        let mut alignment = if object.huge_pages { 1 } else { PAGE_SIZE };
+        for hwpt in &object.hwpts {
+            alignment = alignment.max(self.table.hwpt_paging(*hwpt)?.domain.smallest_page());
         }
-        let filled = !object.hwpts.is_empty();
-        if filled && !areas.is_empty() {
-            for unit in self.machine.units() {
-                unit.hardware.stage2_unmapped(&object.stage2);
-            }
+        if alignment > object.alignment {
+            object.space.check_alignment(alignment)?;
         }
-        let mut bytes = 0u64;
-        for (start, area) in &areas {
-            let length = area.last - start + 1;
-            if filled {
-                area.pages.unpin(area.offset, length);
-            }
-            bytes = bytes.saturating_add(length);
-        }
-        Ok(bytes)
-    }
-
-    /// Whether the HWPTs of the IOAS can hold a mapping of this protection.
-    fn check_filling(&self, ioas: &Ioas, protection: Protection) -> Outcome<()> {
-        for hwpt in &ioas.hwpts {
-            if !protection.write && self.table.hwpt_paging(*hwpt)?.domain.only_writable {
-                return refuse(
-                    Errno::EINVAL,
-                    format!("nesting parent {hwpt} cannot hold read-only mappings"),
-                );
-            }
-        }
+        self.table.ioas_mut(ioas)?.alignment = alignment;
         Ok(())
     }
 
@@ -207,29 +173,29 @@ impl Objects {
         pieces: Vec<Piece>,
         protection: Protection,
     ) -> Outcome<()> {
-        let object = self.table.ioas_mut(ioas)?;
-        let mut areas = Vec::with_capacity(pieces.len());
         let mut start = iova;
-        for Piece { pages, offset, length } in pieces {
-            let memory = match pages.piece(offset, length) {
-                Ok(memory) => memory,
-                Err(error) => return refuse(Errno::EFAULT, error.to_string()),
-            };
-            let last = start + (length - 1);
-            let mapping = Mapping { start, last, memory, protection };
-            areas.push((mapping, Area { last, pages, offset, protection }));
+        let area = |Piece { pages, offset, length }: Piece| {
+            let (first, last) = (start, start + (length - 1));
             // Past 2^64 only after the last piece: the whole range was found to fit.
             start = last.wrapping_add(1);
+            (first, Area::new(last, pages, offset, protection))
+        };
+        let areas = pieces.into_iter().map(area).collect();
+        self.add_areas(ioas, areas)
+    }
+}
+
+/// Whether `length` bytes of `source` end within the address space, or the file.
+fn check_source(source: &Source, length: u64) -> Outcome<()> {
+    let start = source.start();
+    let past_end = || refuse(Errno::EOVERFLOW, format!("{start:#x} + {length:#x} is past 2^64"));
+    match source {
+        Source::File(..) if length > 0 && start.checked_add(length - 1).is_none() => past_end(),
+        Source::Memory(_) | Source::User(..) if start.checked_add(length).is_none() => past_end(),
+        _ if length == 0 || length > u64::MAX - PAGE_SIZE => {
+            refuse(Errno::EINVAL, format!("length {length:#x}"))
         }
-        let pin = !object.hwpts.is_empty();
-        for (mapping, area) in areas {
-            if pin {
-                area.pages.pin(area.offset, mapping.last - mapping.start + 1);
-            }
-            object.space.insert(mapping.start, area);
-            object.stage2.insert(mapping);
-        }
-        Ok(())
+        _ => Ok(()),
     }
 }
 
@@ -248,8 +214,8 @@ fn check_protection(protection: Protection) -> Outcome<()> {
     Ok(())
 }
 
-fn find_iova(ioas: &Ioas, target: MapTarget, length: u64, user_va: u64) -> Outcome<u64> {
-    let alignment = ioas.alignment();
+fn find_iova(ioas: &Ioas, target: MapTarget, length: u64, start: u64) -> Outcome<u64> {
+    let alignment = ioas.alignment;
     if !length.is_multiple_of(alignment) {
         return refuse(
             Errno::EINVAL,
@@ -261,16 +227,16 @@ fn find_iova(ioas: &Ioas, target: MapTarget, length: u64, user_va: u64) -> Outco
             ioas.space.check_free(iova, length, alignment)?;
             Ok(iova)
         }
-        MapTarget::Anywhere => ioas.space.place(length, user_va, alignment),
+        MapTarget::Anywhere => ioas.space.place(length, start, alignment),
     }
 }
 
-fn check_page_offset(ioas: &Ioas, user_va: u64) -> Outcome<()> {
-    let alignment = ioas.alignment();
-    if !(user_va % PAGE_SIZE).is_multiple_of(alignment) {
+fn check_page_offset(ioas: &Ioas, start: u64) -> Outcome<()> {
+    let alignment = ioas.alignment;
+    if !(start % PAGE_SIZE).is_multiple_of(alignment) {
         return refuse(
             Errno::EINVAL,
-            format!("memory at {user_va:#x} is not aligned to {alignment:#x}"),
+            format!("memory at {start:#x} is not aligned to {alignment:#x}"),
         );
     }
     Ok(())

@@ -6,9 +6,11 @@
 //! Every device is an IOMMU group of its own.
 #![forbid(unsafe_code)]
 
+mod accounting;
 mod destroy;
 mod device;
 mod driver;
+mod fill;
 mod hwpt;
 mod invalidate;
 mod ioas;
@@ -16,6 +18,7 @@ mod machine;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
+mod unmap;
 mod viommu;
 
 use std::collections::BTreeSet;
@@ -27,8 +30,10 @@ pub(crate) use ioas::MapRequest;
 pub use machine::{DeviceConfig, MachineError, UnitId};
 pub(crate) use table::Object;
 pub use table::ObjectKind;
+pub(crate) use unmap::{Stop, Unmap};
 
-use super::ioas::PinAccount;
+use super::ioas::{PinAccount, RlimitMode};
+use driver::PagingDomain;
 use machine::Machine;
 use table::Table;
 
@@ -44,6 +49,8 @@ pub(crate) struct Objects {
     /// Cache tags of the living HWPTs.
     tags: BTreeSet<u32>,
     account: Arc<PinAccount>,
+    /// On whose account what is mapped from now on is pinned.
+    rlimit_mode: RlimitMode,
     /// How often the iommufd was closed: object ids from before mean nothing.
     closed: u64,
 }

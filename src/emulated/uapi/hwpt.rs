@@ -6,7 +6,7 @@ use std::mem::{offset_of, size_of};
 use iommufd_bindings::*;
 
 use super::argument::Argument;
-use super::user_space::{UserFault, UserSpace};
+use super::{UserFault, UserSpace};
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::objects::{Entries, HwptRequest, InvalidateFormat, MAX_INVALIDATE_ENTRIES};
 use crate::emulated::refusal::{refuse, Outcome};

@@ -7,7 +7,8 @@ use std::ops::RangeInclusive;
 use iommufd_bindings::*;
 
 use super::argument::Argument;
-use super::user_space::{UserFault, UserSpace};
+use super::{UserFault, UserSpace};
+use crate::emulated::ioas::Source;
 use crate::emulated::objects::MapRequest;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::EmulatedHost;
@@ -81,13 +82,56 @@ pub(super) fn map(
     let flags = argument.flags(offset_of!(iommu_ioas_map, flags), FIXED | WRITEABLE | READABLE)?;
     argument.reserved(offset_of!(iommu_ioas_map, __reserved))?;
     let ioas = argument.id(offset_of!(iommu_ioas_map, ioas_id));
-    let user_va = argument.u64(offset_of!(iommu_ioas_map, user_va));
+    let start = argument.u64(offset_of!(iommu_ioas_map, user_va));
     let length = argument.u64(offset_of!(iommu_ioas_map, length));
     let target = target(flags, argument.u64(offset_of!(iommu_ioas_map, iova)))?;
-    let request = MapRequest { target, user_va, length, protection: protection(flags) };
-    let iova = host.objects().ioas_map(ioas, request, || Ok(user.memory(user_va, length)?))?;
+    let protection = protection(flags);
+    MapRequest::check(target, length, protection)?;
+    let source = Source::User(user.share(), start);
+    let request = MapRequest { target, source, length, protection };
+    let iova = host.objects().ioas_map(ioas, request)?;
     argument.set_u64(offset_of!(iommu_ioas_map, iova), iova);
     Ok(())
+}
+
+pub(super) fn map_file(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    user: &dyn UserSpace,
+) -> Outcome<()> {
+    let known = FIXED | WRITEABLE | READABLE;
+    let flags = argument.flags(offset_of!(iommu_ioas_map_file, flags), known)?;
+    let ioas = argument.id(offset_of!(iommu_ioas_map_file, ioas_id));
+    let fd = i32::from_ne_bytes(argument.bytes(offset_of!(iommu_ioas_map_file, fd)));
+    let start = argument.u64(offset_of!(iommu_ioas_map_file, start));
+    let length = argument.u64(offset_of!(iommu_ioas_map_file, length));
+    let target = target(flags, argument.u64(offset_of!(iommu_ioas_map_file, iova)))?;
+    let protection = protection(flags);
+    MapRequest::check(target, length, protection)?;
+    host.objects().table().ioas(ioas)?;
+    if length == 0 {
+        return refuse(Errno::EINVAL, "length 0");
+    }
+    if start.checked_add(length - 1).is_none() {
+        return refuse(Errno::EOVERFLOW, format!("{start:#x} + {length:#x} is past 2^64"));
+    }
+    let Some(file) = user.file(fd) else {
+        return refuse(Errno::EBADF, format!("there is no file {fd}"));
+    };
+    let source = Source::File(user.share(), file, start);
+    let request = MapRequest { target, source, length, protection };
+    let iova = host.objects().ioas_map(ioas, request)?;
+    argument.set_u64(offset_of!(iommu_ioas_map_file, iova), iova);
+    Ok(())
+}
+
+pub(super) fn change_process(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    user: &dyn UserSpace,
+) -> Outcome<()> {
+    argument.reserved(offset_of!(iommu_ioas_change_process, __reserved))?;
+    host.objects().ioas_change_process(&user.credentials())
 }
 
 pub(super) fn copy(host: &EmulatedHost, argument: &mut Argument, _: &dyn UserSpace) -> Outcome<()> {
@@ -111,7 +155,7 @@ pub(super) fn unmap(
     let ioas = argument.id(offset_of!(iommu_ioas_unmap, ioas_id));
     let iova = argument.u64(offset_of!(iommu_ioas_unmap, iova));
     let length = argument.u64(offset_of!(iommu_ioas_unmap, length));
-    let unmapped = host.objects().ioas_unmap(ioas, iova, length)?;
+    let unmapped = host.unmap(ioas, iova, length)?;
     argument.set_u64(offset_of!(iommu_ioas_unmap, length), unmapped);
     Ok(())
 }

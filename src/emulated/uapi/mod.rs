@@ -10,12 +10,12 @@
 mod argument;
 mod hwpt;
 mod ioas;
+mod option;
 #[cfg(test)]
 mod tests;
-mod user_space;
 mod vfio;
 
-pub use user_space::{RegionSpace, UserFault, UserSpace};
+pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::DeviceFile;
 
 use std::mem::{offset_of, size_of};
@@ -68,7 +68,7 @@ const OPERATIONS: [Operation; 21] = [
     ),
     operation!(IOMMUFD_CMD_IOAS_MAP, iommu_ioas_map, iova: u64, ioas::map),
     operation!(IOMMUFD_CMD_IOAS_UNMAP, iommu_ioas_unmap, length: u64, ioas::unmap),
-    operation!(IOMMUFD_CMD_OPTION, iommu_option, val64: u64, not_served),
+    operation!(IOMMUFD_CMD_OPTION, iommu_option, val64: u64, option::option),
     operation!(IOMMUFD_CMD_VFIO_IOAS, iommu_vfio_ioas, __reserved: u16, not_served),
     operation!(IOMMUFD_CMD_HWPT_ALLOC, iommu_hwpt_alloc, __reserved: u32, hwpt::alloc),
     operation!(IOMMUFD_CMD_GET_HW_INFO, iommu_hw_info, __reserved: [u8; 3], hwpt::hw_info),
@@ -91,14 +91,14 @@ const OPERATIONS: [Operation; 21] = [
         hwpt::invalidate
     ),
     operation!(IOMMUFD_CMD_FAULT_QUEUE_ALLOC, iommu_fault_alloc, out_fault_fd: u32, not_served),
-    operation!(IOMMUFD_CMD_IOAS_MAP_FILE, iommu_ioas_map_file, iova: u64, not_served),
+    operation!(IOMMUFD_CMD_IOAS_MAP_FILE, iommu_ioas_map_file, iova: u64, ioas::map_file),
     operation!(IOMMUFD_CMD_VIOMMU_ALLOC, iommu_viommu_alloc, out_viommu_id: u32, hwpt::viommu),
     operation!(IOMMUFD_CMD_VDEVICE_ALLOC, iommu_vdevice_alloc, virt_id: u64, hwpt::vdevice),
     operation!(
         IOMMUFD_CMD_IOAS_CHANGE_PROCESS,
         iommu_ioas_change_process,
         __reserved: u32,
-        not_served
+        ioas::change_process
     ),
     operation!(IOMMUFD_CMD_VEVENTQ_ALLOC, iommu_veventq_alloc, out_veventq_fd: u32, not_served),
     operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, not_served),
@@ -116,8 +116,8 @@ impl EmulatedHost {
     /// may access; pointers in it are addresses of `user`. `user` must not call the host.
     ///
     /// # Errors
-    /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: `OPTION`,
-    /// `VFIO_IOAS`, `IOAS_MAP_FILE`, `IOAS_CHANGE_PROCESS`, dirty tracking, fault and event queues.
+    /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: `VFIO_IOAS`,
+    /// dirty tracking, fault and event queues.
     pub fn ioctl(
         &self,
         request: u32,

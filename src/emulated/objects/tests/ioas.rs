@@ -137,7 +137,7 @@ fn pages_are_pinned_while_a_hwpt_needs_them() {
 }
 
 #[test]
-fn whole_mappings_are_unmapped_or_nothing_is() {
+fn whole_mappings_are_unmapped_up_to_one_that_would_be_cut() {
     let bench = Bench::new();
     let (host, ioas) = (&bench.host, bench.ioas());
     assert_eq!(bench.unmapped(ioas), 0, "unmapping all of nothing is fine");
@@ -151,8 +151,18 @@ fn whole_mappings_are_unmapped_or_nothing_is() {
     assert_eq!(unmap(ioas, 0, 0).errno(), Errno::EINVAL);
     assert_eq!(unmap(ioas, 0x1000, u64::MAX - 1).errno(), Errno::EOVERFLOW);
     assert_eq!(unmap(ioas, 0x2000, 0x1000).errno(), Errno::ENOENT);
-    assert_eq!(unmap(ioas, 0x1000, 0x2001).errno(), Errno::ENOENT, "would cut the second");
+    assert_eq!(unmap(ioas, 0x1001, 0x4000).errno(), Errno::ENOENT, "would cut the first");
     assert_eq!(unmap(ioas, 0x800, 0x3801).unwrap(), 0x2000, "gaps and more are fine");
+    for iova in [0x1000, 0x3000] {
+        bench.map(ioas, iova, 0x1000).unwrap();
+    }
+    assert_eq!(unmap(ioas, 0x1000, 0x2001).errno(), Errno::ENOENT, "would cut the second");
+    assert_eq!(
+        unmap(ioas, 0x1000, 0x1000).errno(),
+        Errno::ENOENT,
+        "the first is gone, as in Linux"
+    );
+    assert_eq!(unmap(ioas, 0x3000, 0x1000).unwrap(), 0x1000);
 }
 
 #[test]
@@ -262,4 +272,30 @@ fn a_tebibyte_is_one_mapping() {
     assert!(bench.host.graph().to_string().contains("1 mapping"));
     assert_eq!(bench.unmapped(ioas), 1 << 40);
     assert_eq!(bench.host.pinned_bytes(), 0);
+}
+
+#[test]
+fn without_huge_pages_all_is_aligned_to_pages() {
+    let bench = Bench::new();
+    let (a, ioas) = (bench.bind("a"), bench.ioas());
+    let alignment = || bench.host.ioas_iova_ranges(ioas).unwrap().alignment;
+    let set = |allowed| {
+        let outcome = bench.host.objects().set_huge_pages(ioas, allowed);
+        outcome.map_err(|refusal| refusal.errno)
+    };
+    bench.map(ioas, 0x1800, 0x1000).unwrap();
+    assert_eq!(set(false), Err(Errno::EADDRINUSE));
+    assert_eq!(alignment(), 1, "nothing has changed");
+    set(true).unwrap();
+    bench.unmapped(ioas);
+    bench.map(ioas, 0x1000, 0x1000).unwrap();
+    set(false).unwrap();
+    assert_eq!(alignment(), 0x1000);
+    assert_eq!(fixed(&bench, ioas, 0x2800, 0x1000), Errno::EINVAL);
+    set(true).unwrap();
+    assert_eq!(alignment(), 1);
+    bench.paging(a, ioas, PLAIN).unwrap();
+    assert_eq!(set(false), Err(Errno::EINVAL), "a HWPT may hold a huge page of it");
+    bench.unmapped(ioas);
+    set(false).unwrap();
 }

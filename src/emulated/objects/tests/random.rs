@@ -188,10 +188,11 @@ fn check_mappings(objects: &Objects) -> Result<(), TestCaseError> {
                 range.contains(&start) && range.contains(&area.last)
             };
             prop_assert!(usable.iter().find(inside).is_some(), "{:?} at {:#x}", id, start);
-            let mapping = ioas.stage2.lookup(area.last).unwrap();
-            prop_assert_eq!((mapping.start, mapping.last), (start, area.last));
-            prop_assert_eq!(mapping.memory.user_va(), area.pages.user_va(area.offset));
-            if !ioas.hwpts.is_empty() {
+            let mapping = ioas.stage2.lookup(area.last);
+            prop_assert_eq!(mapping.is_some(), !ioas.hwpts.is_empty());
+            if let Some(mapping) = mapping {
+                prop_assert_eq!((mapping.start, mapping.last), (start, area.last));
+                prop_assert_eq!(mapping.memory.user_va(), area.pages.start_of(area.offset));
                 let pages =
                     area.offset / PAGE_SIZE..(area.offset + area.last - start + 1) / PAGE_SIZE;
                 pinned.extend(pages.map(|page| (Arc::as_ptr(&area.pages), page)));
@@ -231,7 +232,8 @@ proptest! {
             let before = bench.host.graph();
             let done = make(&bench, &call);
             let told = [bench.fake.told(), bench.other.told()];
-            if !done {
+            // An unmap that stops at a mapping it would cut has unmapped those below.
+            if !done && !matches!(call, Call::Unmap(..)) {
                 prop_assert_eq!(bench.host.graph(), before, "a call that fails changes nothing");
                 prop_assert!(told.iter().all(Vec::is_empty), "{:?}: {:?}", call, told);
             }

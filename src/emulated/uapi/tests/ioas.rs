@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! IOAS ioctls: the order of their checks and what they write back.
 
+use std::sync::Arc;
+
 use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Process, D, MEMORY, NOWHERE, Q};
 use crate::emulated::objects::tests::fake::PLAIN;
+use crate::emulated::user_space::Credentials;
 use crate::iommufd::{Errno, HostIommu, ObjectId};
 
 const FIXED_RW: u32 = 7;
@@ -41,8 +44,6 @@ fn map_checks_in_linuxs_order() {
         (R, ioas, 0, !0, 2, 0, Errno::EOVERFLOW),
         (R, ioas, 0, NOWHERE, 0, 0, Errno::EINVAL),
         (FIXED_RW, ioas, 0, NOWHERE, 0x1000, u64::MAX - 1, Errno::EOVERFLOW),
-        (FIXED_RW, ioas, 0, NOWHERE, 0x1000, 0, Errno::EFAULT),
-        (FIXED_RW, ioas, 0, va, MEMORY + 1, 0, Errno::EFAULT),
     ];
     for (flags, ioas, reserved, va, length, iova, errno) in rows {
         let fields = [D(flags), id(ioas), D(reserved), Q(va), Q(length), Q(iova)];
@@ -54,6 +55,130 @@ fn map_checks_in_linuxs_order() {
     assert_eq!((iova % 0x1000, iova == 0), (0, false), "where the host found room");
     let fields = [D(FIXED_RW), id(ioas), D(0), Q(NOWHERE), Q(0x1000), Q(iova)];
     assert_eq!(process.errno(IOMMUFD_CMD_IOAS_MAP, &fields), Errno::EEXIST, "before the memory");
+}
+
+#[test]
+fn memory_is_not_looked_at_before_there_is_a_hwpt() {
+    let process = Process::new();
+    let (dev, ioas) = (process.bench.bind("a"), process.bench.ioas());
+    let map = |va, length, iova| {
+        let fields = [D(FIXED_RW), id(ioas), D(0), Q(va), Q(length), Q(iova)];
+        process.call(IOMMUFD_CMD_IOAS_MAP, &fields).map(drop)
+    };
+    map(process.at(0), MEMORY, 0x10000).unwrap();
+    map(NOWHERE, 0x1000, 0x40000).unwrap();
+    let outcome = process.bench.paging(dev, ioas, PLAIN);
+    assert_eq!(outcome.unwrap_err().errno, Errno::EFAULT);
+    assert_eq!(process.bench.host.live_objects(), 2);
+    assert_eq!(process.bench.host.pinned_bytes(), 0);
+    process.bench.host.ioas_unmap(ioas, 0x40000, 0x1000).unwrap();
+    process.bench.paging(dev, ioas, PLAIN).unwrap();
+    assert_eq!(process.bench.host.pinned_bytes(), MEMORY);
+    assert_eq!(map(process.at(0), MEMORY + 0x1000, 0x40000), Err(Errno::EFAULT));
+    assert_eq!(map(NOWHERE, 0x1000, 0x40000), Err(Errno::EFAULT));
+    assert_eq!(process.bench.host.pinned_bytes(), MEMORY);
+}
+
+#[test]
+fn a_file_is_mapped_by_offset() {
+    let mut process = Process::new();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.set_len(0x8000).unwrap();
+    process.files.push((5, file));
+    let ioas = process.bench.ioas();
+    let call = |flags, ioas, fd, start, length, iova| {
+        let fields = [D(flags), id(ioas), D(fd), Q(start), Q(length), Q(iova)];
+        process.call(IOMMUFD_CMD_IOAS_MAP_FILE, &fields).map(|answer| u64_at(&answer, 32))
+    };
+    // Each row repairs what the one before it broke.
+    let rows = [
+        (8, NONE, 6, !0, !0, !0, Errno::EOPNOTSUPP),
+        (0, NONE, 6, !0, 0, !0, Errno::EOVERFLOW),
+        (0, NONE, 6, !0, 0, 0, Errno::EINVAL),
+        (R, NONE, 6, !0, 0, 0, Errno::ENOENT),
+        (R, ioas, 6, !0, 0, 0, Errno::EINVAL),
+        (R, ioas, 6, !0, 2, 0, Errno::EOVERFLOW),
+        (R, ioas, 6, 0, 2, 0, Errno::EBADF),
+        (R, ioas, 5, 0, u64::MAX - 1, 0, Errno::EINVAL),
+    ];
+    for (flags, ioas, fd, start, length, iova, errno) in rows {
+        assert_eq!(call(flags, ioas, fd, start, length, iova), Err(errno), "{start:x} {length:x}");
+    }
+    assert_eq!(call(RW, ioas, 5, 0x3000, 0x1000, 0), Ok(0x1000));
+    assert_eq!(call(FIXED_RW, ioas, 5, 0, 0x8001, 0x10000), Ok(0x10000), "not looked at yet");
+    let dev = process.bench.bind("a");
+    let hwpt = || process.bench.paging(dev, ioas, PLAIN).map_err(|error| error.errno);
+    assert_eq!(hwpt(), Err(Errno::EADDRINUSE), "one byte too many");
+    process.bench.host.ioas_unmap(ioas, 0x10000, 0x8001).unwrap();
+    call(FIXED_RW, ioas, 5, 0, 0x9000, 0x10000).unwrap();
+    assert_eq!(hwpt(), Err(Errno::EINVAL), "past the end of the file");
+    process.bench.host.ioas_unmap(ioas, 0x10000, 0x9000).unwrap();
+    hwpt().unwrap();
+    assert_eq!(process.bench.host.pinned_bytes(), 0x1000);
+}
+
+#[test]
+fn files_follow_to_another_process() {
+    let mut process = Process::new();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.set_len(0x8000).unwrap();
+    process.files.push((5, file));
+    let poor = |memlock_limit| {
+        let privileged = Credentials::privileged();
+        Credentials { memlock_limit, ipc_lock: false, ..privileged }
+    };
+    let first = poor(0x4000);
+    process.who = first.clone();
+    let (dev, ioas) = (process.bench.bind("a"), process.bench.ioas());
+    process.bench.paging(dev, ioas, PLAIN).unwrap();
+    let map = |start| {
+        let fields = [D(RW), id(ioas), D(5), Q(start), Q(0x3000), Q(0)];
+        process.call(IOMMUFD_CMD_IOAS_MAP_FILE, &fields).map(drop)
+    };
+    map(0).unwrap();
+    assert_eq!(map(0x3000), Err(Errno::ENOMEM), "more than the user may lock");
+    assert_eq!(first.user.bytes(), 0x3000);
+    let change = |process: &Process| process.call(IOMMUFD_CMD_IOAS_CHANGE_PROCESS, &[D(0)]);
+    assert_eq!(process.errno(IOMMUFD_CMD_IOAS_CHANGE_PROCESS, &[D(1)]), Errno::EOPNOTSUPP);
+    process.who = poor(0x2000);
+    assert_eq!(change(&process).unwrap_err(), Errno::ENOMEM);
+    let second = poor(0x3000);
+    process.who = second.clone();
+    change(&process).unwrap();
+    assert_eq!((first.user.bytes(), second.user.bytes()), (0, 0x3000));
+    process.bench.map(ioas, 0x10_0000, 0x1000).unwrap();
+    assert_eq!(change(&process).unwrap_err(), Errno::EINVAL, "memory of a process");
+}
+
+#[test]
+fn options_are_got_and_set() {
+    let mut process = Process::new();
+    let option = |process: &Process, id, op: u32, reserved: u32, object: ObjectId, value| {
+        let fields = [D(id), D(op | reserved << 16), D(object.0), Q(value)];
+        process.call(IOMMUFD_CMD_OPTION, &fields).map(|answer| u64_at(&answer, 16))
+    };
+    const SET: u32 = 0;
+    const GET: u32 = 1;
+    const NOBODY: ObjectId = ObjectId(0);
+    assert_eq!(option(&process, 0, GET, 1, NOBODY, 0), Err(Errno::EOPNOTSUPP));
+    assert_eq!(option(&process, 2, GET, 0, NOBODY, 0), Err(Errno::EOPNOTSUPP));
+    assert_eq!(option(&process, 0, GET, 0, ObjectId(1), 0), Err(Errno::EOPNOTSUPP));
+    assert_eq!(option(&process, 0, 2, 0, NOBODY, 0), Err(Errno::EOPNOTSUPP));
+    assert_eq!(option(&process, 0, GET, 0, NOBODY, 7), Ok(0));
+    assert_eq!(option(&process, 0, SET, 0, NOBODY, 1), Ok(1));
+    assert_eq!(option(&process, 0, SET, 0, NOBODY, 2), Err(Errno::EINVAL));
+    assert_eq!(option(&process, 0, GET, 0, NOBODY, 7), Ok(1));
+    process.who.sys_resource = false;
+    assert_eq!(option(&process, 0, SET, 0, NOBODY, 2), Err(Errno::EPERM));
+    process.who.sys_resource = true;
+    assert_eq!(option(&process, 1, GET, 0, NONE, 0), Err(Errno::ENOENT));
+    let ioas = process.bench.ioas();
+    assert_eq!(option(&process, 0, SET, 0, NOBODY, 2), Err(Errno::EBUSY));
+    assert_eq!(option(&process, 1, GET, 0, ioas, 7), Ok(1));
+    assert_eq!(option(&process, 1, SET, 0, ioas, 2), Err(Errno::EINVAL));
+    assert_eq!(option(&process, 1, 2, 0, ioas, 2), Err(Errno::EOPNOTSUPP));
+    assert_eq!(option(&process, 1, SET, 0, ioas, 0), Ok(0));
+    assert_eq!(option(&process, 1, GET, 0, ioas, 7), Ok(0));
 }
 
 #[test]

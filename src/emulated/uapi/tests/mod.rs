@@ -6,13 +6,14 @@ mod hwpt;
 mod ioas;
 mod vfio;
 
+use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
-use super::{request_of, RegionSpace};
+use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
 use crate::emulated::objects::tests::fake::Bench;
-use crate::iommufd::{Errno, ObjectId};
+use crate::iommufd::{Errno, ObjectId, UserMemory};
 
 /// A field of an argument.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +28,44 @@ struct Process {
     bench: Bench,
     space: RegionSpace,
     region: Arc<GuestRegionMmap>,
+    /// Open files by descriptor.
+    files: Vec<(i32, Arc<File>)>,
+    who: Credentials,
+}
+
+/// The process as the host sees it.
+#[derive(Debug)]
+struct Caller {
+    space: RegionSpace,
+    files: Vec<(i32, Arc<File>)>,
+    who: Credentials,
+}
+
+impl UserSpace for Caller {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        let Self { space, files, who } = self;
+        Arc::new(Self { space: space.clone(), files: files.clone(), who: who.clone() })
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        self.space.read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+        self.space.write(address, bytes)
+    }
+
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
+        self.space.memory(address, length, writable)
+    }
+
+    fn file(&self, fd: i32) -> Option<Arc<File>> {
+        self.files.iter().find(|(number, _)| *number == fd).map(|(_, file)| file.clone())
+    }
+
+    fn credentials(&self) -> Credentials {
+        self.who.clone()
+    }
 }
 
 const MEMORY: u64 = 0x8000;
@@ -41,7 +80,13 @@ impl Process {
     fn of(bench: Bench) -> Self {
         let region = GuestRegionMmap::from_range(GuestAddress(0), MEMORY as usize, None).unwrap();
         let region = Arc::new(region);
-        Self { bench, space: RegionSpace::new(vec![region.clone()]), region }
+        let (space, who) = (RegionSpace::new(vec![region.clone()]), Credentials::privileged());
+        Self { bench, space, region, files: Vec::new(), who }
+    }
+
+    fn caller(&self) -> Caller {
+        let (space, files) = (self.space.clone(), self.files.clone());
+        Caller { space, files, who: self.who.clone() }
     }
 
     /// Address of the byte at `offset` of the memory.
@@ -71,7 +116,7 @@ impl Process {
         bytes.extend(flat(fields));
         let size = bytes.len() as u32;
         bytes[..4].copy_from_slice(&size.to_ne_bytes());
-        let outcome = self.bench.host.ioctl(request_of(number), &mut bytes, &self.space);
+        let outcome = self.bench.host.ioctl(request_of(number), &mut bytes, &self.caller());
         (outcome, bytes)
     }
 

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where the pages of a mapping come from. Nothing of it is looked at before a page is pinned.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+use super::PAGE_SIZE;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::user_space::{Credentials, UserSpace};
+use crate::iommufd::{Errno, UserMemory};
+
+/// Where pages come from.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    /// Memory of this process that is at hand.
+    Memory(UserMemory),
+    /// The address space of a user, from this address on.
+    User(Arc<dyn UserSpace>, u64),
+    /// A file that a user has open, from this offset on.
+    File(Arc<dyn UserSpace>, Arc<File>, u64),
+}
+
+impl Source {
+    /// The address or the offset that it starts at, in bytes: its alignment is that of the pages.
+    pub fn start(&self) -> u64 {
+        match self {
+            Self::Memory(memory) => memory.user_va(),
+            Self::User(_, start) | Self::File(_, _, start) => *start,
+        }
+    }
+
+    /// Who pays for what is pinned; none when nobody does.
+    pub fn credentials(&self) -> Option<Credentials> {
+        match self {
+            Self::Memory(_) => None,
+            Self::User(user, _) | Self::File(user, ..) => Some(user.credentials()),
+        }
+    }
+
+    /// Pins the memory at `offset` from the start: as many of `length` bytes as are of one piece,
+    /// at least one.
+    ///
+    /// # Errors
+    /// `EFAULT` there is no such memory; `EINVAL` a file that has no such pages.
+    pub fn pin(&self, offset: u64, length: u64, writable: bool) -> Outcome<UserMemory> {
+        match self {
+            Self::Memory(memory) => match memory.part(offset, length) {
+                Ok(memory) => Ok(memory),
+                Err(error) => refuse(Errno::EFAULT, error.to_string()),
+            },
+            // Does not wrap: the end of the source was found to be below 2^64.
+            Self::User(user, start) => Ok(user.memory(start + offset, length, writable)?),
+            Self::File(_, file, start) => pin_file(file, start + offset, length),
+        }
+    }
+}
+
+/// Maps `length` bytes at `offset` of `file`, and the whole pages around them.
+fn pin_file(file: &Arc<File>, offset: u64, length: u64) -> Outcome<UserMemory> {
+    let in_page = offset % PAGE_SIZE;
+    let end = offset.checked_add(length).and_then(|end| end.checked_next_multiple_of(PAGE_SIZE));
+    let size = file.metadata().map_or(0, |metadata| metadata.len());
+    let Some(end) = end.filter(|end| *end <= size) else {
+        return refuse(
+            Errno::EINVAL,
+            format!("{length:#x} bytes at {offset:#x} are not in a file of {size:#x} bytes"),
+        );
+    };
+    let start = offset - in_page;
+    let pages = FileOffset::from_arc(file.clone(), start);
+    let memory = usize::try_from(end - start)
+        .ok()
+        .and_then(|size| GuestRegionMmap::from_range(GuestAddress(0), size, Some(pages)).ok())
+        .and_then(|region| UserMemory::new(Arc::new(region), in_page, length).ok());
+    match memory {
+        Some(memory) => Ok(memory),
+        None => refuse(Errno::EINVAL, "the file cannot be mapped"),
+    }
+}
