@@ -50,7 +50,7 @@ fn kvm() -> bool {
 struct Machine<'a> {
     image: &'a str,
     cmdline: &'a str,
-    iommu: Option<&'a str>,
+    iommus: &'a [&'a str],
     devices: &'a [&'a str],
     vcpus: u8,
 }
@@ -58,7 +58,7 @@ struct Machine<'a> {
 const MACHINE: Machine = Machine {
     image: "vtd-check.elf",
     cmdline: "",
-    iommu: Some("vtd,aw=57,pasid-bits=20"),
+    iommus: &["vtd,aw=57,pasid-bits=20"],
     devices: &[WIDE_EDU_WITH_PASID, WIDE_EDU],
     vcpus: 1,
 };
@@ -84,7 +84,7 @@ impl Machine<'_> {
         command.args(["--cpus", &format!("boot={}", self.vcpus)]);
         command.arg("--serial").arg(format!("file={}", serial.display()));
         command.arg("--report").arg(format!("json,file={}", report.display()));
-        if let Some(iommu) = self.iommu {
+        for iommu in self.iommus {
             command.args(["--iommu", iommu]);
         }
         for device in self.devices {
@@ -123,7 +123,7 @@ fn number(report: &Value, path: &str) -> u64 {
 
 /// The objects of one kind in the report's graph.
 fn objects<'a>(report: &'a Value, kind: &str) -> Vec<&'a Value> {
-    let objects = report.pointer("/iommu/graph/objects").and_then(Value::as_array);
+    let objects = report.pointer("/host/graph/objects").and_then(Value::as_array);
     let objects = objects.unwrap_or_else(|| panic!("no objects in {report:#}"));
     objects.iter().filter(|object| object["kind"] == kind).collect()
 }
@@ -133,34 +133,45 @@ fn stands_on(object: &Value) -> Vec<&Value> {
     object["on"].as_array().into_iter().flatten().map(|edge| &edge["to"]).collect()
 }
 
-/// The end of every run: all devices on one nested table over the nesting parent, and nothing of it
-/// by accident.
-fn assert_nested(outcome: &Outcome, devices: usize) {
+/// The end of every run: all devices of each unit on one nested table over the unit's nesting
+/// parent, and nothing of it by accident.
+fn assert_nested(outcome: &Outcome, units: usize, devices: usize) {
     let report = &outcome.report;
     let parents = objects(report, "HWPT_PAGING");
-    let [parent] = parents.as_slice() else { panic!("one HWPT_PAGING: {report:#}") };
-    let flags = parent["flags"].as_array().unwrap();
-    assert!(flags.iter().any(|flag| flag == "NEST_PARENT"), "{parent:#}");
-    let nested = objects(report, "HWPT_NESTED");
-    let [nested] = nested.as_slice() else { panic!("one HWPT_NESTED: {report:#}") };
-    assert_eq!(stands_on(nested), [&parent["id"]]);
-    let attached: Vec<_> = objects(report, "DEVICE").into_iter().map(stands_on).collect();
-    assert_eq!(attached, vec![vec![&nested["id"]]; devices], "{report:#}");
-
-    assert_ne!(number(report, "/iommu/host_calls/HWPT_INVALIDATE/calls"), 0);
-    for counter in [
-        "/iommu/nesting/invalidations_in",
-        "/iommu/nesting/entries_out",
-        "/iommu/nesting/replaces",
-        "/iommu/viommu/faults_recorded",
-        "/iommu/viommu/queue_errors",
-        "/iommu/hardware/iotlb_hits",
-    ] {
-        assert_ne!(number(report, counter), 0, "{counter}");
+    assert_eq!(parents.len(), units, "{report:#}");
+    for parent in &parents {
+        let flags = parent["flags"].as_array().unwrap();
+        assert!(flags.iter().any(|flag| flag == "NEST_PARENT"), "{parent:#}");
     }
-    for (verb, calls) in report.pointer("/iommu/host_calls").unwrap().as_object().unwrap() {
+    let nested = objects(report, "HWPT_NESTED");
+    let below: BTreeSet<_> = nested.iter().flat_map(|hwpt| ids(stands_on(hwpt))).collect();
+    assert_eq!((nested.len(), below), (units, ids(parents.iter().map(|it| &it["id"]))));
+    let attached: Vec<_> = objects(report, "DEVICE").into_iter().map(stands_on).collect();
+    assert_eq!(attached.len(), devices, "{report:#}");
+    let below: BTreeSet<_> = attached.into_iter().flat_map(ids).collect();
+    assert_eq!(below, ids(nested.iter().map(|it| &it["id"])), "{report:#}");
+
+    assert_ne!(number(report, "/host/calls/HWPT_INVALIDATE/calls"), 0);
+    for unit in 0..units {
+        for counter in [
+            "nesting/invalidations_in",
+            "nesting/entries_out",
+            "nesting/replaces",
+            "viommu/faults_recorded",
+            "viommu/queue_errors",
+            "hardware/iotlb_hits",
+        ] {
+            assert_ne!(number(report, &format!("/iommus/{unit}/{counter}")), 0, "{counter}");
+        }
+    }
+    for (verb, calls) in report.pointer("/host/calls").unwrap().as_object().unwrap() {
         assert_eq!(calls["failures"], 0, "{verb}");
     }
+}
+
+/// As numbers.
+fn ids<'a>(ids: impl IntoIterator<Item = &'a Value>) -> BTreeSet<u64> {
+    ids.into_iter().map(|id| id.as_u64().unwrap()).collect()
 }
 
 fn groups(names: &[&str]) -> BTreeSet<String> {
@@ -182,7 +193,7 @@ fn every_check_holds_with_five_levels_and_two_devices() {
     let skipped = groups(&EITHER_OR);
     assert_eq!(outcome.skipped, &skipped | &groups(&["malformed_tables", REMAPPING]));
     assert!(outcome.passed > 160, "{} checks", outcome.passed);
-    assert_nested(&outcome, 2);
+    assert_nested(&outcome, 1, 2);
 }
 
 #[test]
@@ -193,7 +204,7 @@ fn every_check_holds_when_started_by_multiboot() {
     let pvh = MACHINE.run();
     let outcome = Machine { image: "vtd-check.multiboot", ..MACHINE }.run();
     assert_eq!(outcome.passed, pvh.passed);
-    assert_nested(&outcome, 2);
+    assert_nested(&outcome, 1, 2);
 }
 
 #[test]
@@ -201,10 +212,9 @@ fn every_check_holds_with_four_levels_and_caching_mode() {
     if !kvm() {
         return;
     }
-    let outcome =
-        Machine { iommu: Some("vtd,aw=48,pasid-bits=20,caching-mode=on"), ..MACHINE }.run();
+    let outcome = Machine { iommus: &["vtd,aw=48,pasid-bits=20,caching-mode=on"], ..MACHINE }.run();
     assert_eq!(outcome.skipped, &groups(&EITHER_OR) | &groups(&[REMAPPING]));
-    assert_nested(&outcome, 2);
+    assert_nested(&outcome, 1, 2);
 }
 
 #[test]
@@ -214,20 +224,49 @@ fn every_check_holds_with_interrupts_remapped() {
     }
     for caching_mode in ["off", "on"] {
         let iommu = format!("vtd,aw=48,pasid-bits=20,intremap=on,caching-mode={caching_mode}");
-        let outcome = Machine { iommu: Some(&iommu), ..MACHINE }.run();
+        let outcome = Machine { iommus: &[&iommu], ..MACHINE }.run();
         assert_eq!(outcome.skipped, groups(&EITHER_OR));
-        assert_nested(&outcome, 2);
+        assert_nested(&outcome, 1, 2);
         let report = &outcome.report;
         let controllers = report["interrupt_controllers"].as_str();
         assert!(controllers.is_some_and(|chip| chip.starts_with("split")), "{controllers:?}");
         for counter in [
             "/exits/ioapic-eoi",
-            "/iommu/viommu/interrupt_entry_cache",
-            "/iommu/viommu/interrupts_remapped",
-            "/iommu/viommu/interrupts_blocked",
+            "/iommus/0/viommu/interrupt_entry_cache",
+            "/iommus/0/viommu/interrupts_remapped",
+            "/iommus/0/viommu/interrupts_blocked",
         ] {
             assert_ne!(number(report, counter), 0, "{counter}");
         }
+    }
+}
+
+#[test]
+fn every_check_holds_on_each_of_two_units() {
+    if !kvm() {
+        return;
+    }
+    let outcome = Machine {
+        cmdline: "vtd2=0xfed91000",
+        iommus: &["vtd,id=a,aw=57,pasid-bits=20,intremap=on", "vtd,id=b,pasid-bits=20,intremap=on"],
+        devices: &[
+            "edu,pasid=on,dma-mask=0xffffffffffffffff",
+            "edu,iommu=b,pasid=on,dma-mask=0xffffffffffffffff",
+        ],
+        ..MACHINE
+    }
+    .run();
+    assert!(outcome.passed > 2 * 160, "{} checks", outcome.passed);
+    assert_nested(&outcome, 2, 2);
+    let report = &outcome.report;
+    assert_eq!(
+        (&report["iommus"][0]["id"], &report["iommus"][1]["id"]),
+        (&"a".into(), &"b".into())
+    );
+    assert_eq!(report["devices"][1]["iommu"], "b");
+    for unit in [0, 1] {
+        let remapped = format!("/iommus/{unit}/viommu/interrupts_remapped");
+        assert_ne!(number(report, &remapped), 0, "{remapped}");
     }
 }
 
@@ -236,12 +275,12 @@ fn every_check_holds_without_a_second_stage_of_the_guests_own() {
     if !kvm() {
         return;
     }
-    let iommu = Some("vtd,aw=48,pasid-bits=6,second-stage=off");
-    let outcome = Machine { iommu, ..MACHINE }.run();
+    let iommus = &["vtd,aw=48,pasid-bits=6,second-stage=off"];
+    let outcome = Machine { iommus, ..MACHINE }.run();
     let stale = ["stale_legacy_by_register", "stale_legacy_by_queue", "stale_second_stage"];
     let skipped = &groups(&EITHER_OR) | &groups(&stale);
     assert_eq!(outcome.skipped, &skipped | &groups(&["pasid", REMAPPING]));
-    assert_nested(&outcome, 2);
+    assert_nested(&outcome, 1, 2);
 }
 
 #[test]
@@ -249,8 +288,8 @@ fn every_check_holds_for_one_device_of_28_address_bits() {
     if !kvm() {
         return;
     }
-    let outcome = Machine { iommu: Some("vtd"), devices: &["edu"], ..MACHINE }.run();
-    assert_nested(&outcome, 1);
+    let outcome = Machine { iommus: &["vtd"], devices: &["edu"], ..MACHINE }.run();
+    assert_nested(&outcome, 1, 1);
 }
 
 #[test]
@@ -258,7 +297,7 @@ fn every_check_holds_on_a_machine_of_two_vcpus() {
     if !kvm() {
         return;
     }
-    assert_nested(&Machine { vcpus: 2, ..MACHINE }.run(), 2);
+    assert_nested(&Machine { vcpus: 2, ..MACHINE }.run(), 1, 2);
 }
 
 #[test]
@@ -266,7 +305,8 @@ fn the_device_works_without_an_iommu() {
     if !kvm() {
         return;
     }
-    let outcome = Machine { iommu: None, cmdline: "vtd=0", devices: &["edu"], ..MACHINE }.run();
+    let outcome = Machine { iommus: &[], cmdline: "vtd=0", devices: &["edu"], ..MACHINE }.run();
     assert_eq!(outcome.skipped, groups(&[]));
-    assert_eq!(outcome.report["iommu"], Value::Null);
+    assert_eq!(outcome.report["iommus"], Value::Array(vec![]));
+    assert_eq!(outcome.report["host"], Value::Null);
 }

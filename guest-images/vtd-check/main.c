@@ -28,6 +28,7 @@ extern const struct check_group second_stage_checks;
 extern const struct check_group stale_second_stage_checks;
 extern const struct check_group shared_checks;
 extern const struct check_group last_checks;
+extern const struct check_group two_units_checks;
 
 static const struct check_group *const vtd_groups[] = {
     &registers_checks,
@@ -57,7 +58,17 @@ static void introduce(void)
           pci_has_ecam() ? "ECAM" : "no ECAM, PCI through ports", edu_count);
 }
 
-// Runs every group of checks, or, with `vtd=0` on the command line, those that need no unit.
+// Runs every group that is about one unit.
+static void check_unit(void)
+{
+    print("# VT-d at 0x%lx: VER %02x CAP 0x%lx ECAP 0x%lx, %u fault records\n", vtd->base, vtd_read32(VTD_VER),
+          vtd->cap, vtd->ecap, vtd->fault_record_count);
+    for (unsigned n = 0; n < ARRAY_LEN(vtd_groups); n++)
+        check_run(vtd_groups[n]);
+}
+
+// Runs every group of checks, or, with `vtd=0` on the command line, those that need no unit. Where there
+// are two units, a device is behind each.
 static void run_checks(void)
 {
     check_run(&edu_checks);
@@ -66,13 +77,21 @@ static void run_checks(void)
         return;
     }
     if (!vtd_init()) {
-        print("no VT-d unit answers at 0x%lx\n", vtd.base);
+        print("no VT-d unit answers at 0x%lx\n", vtd->base);
         machine_exit(1);
     }
-    print("# VT-d at 0x%lx: VER %02x CAP 0x%lx ECAP 0x%lx, %u fault records\n", vtd.base, vtd_read32(VTD_VER),
-          vtd.cap, vtd.ecap, vtd.fault_record_count);
-    for (unsigned n = 0; n < ARRAY_LEN(vtd_groups); n++)
-        check_run(vtd_groups[n]);
+    if (vtd_count == 1) {
+        check_unit();
+        return;
+    }
+    (void)edu_reaches(0);
+    for (unsigned unit = 0; unit < vtd_count; unit++) {
+        vtd_use(unit);
+        edu_use(unit, 1);
+        check_unit();
+    }
+    edu_use(0, vtd_count);
+    check_run(&two_units_checks);
 }
 
 void guest_main(u32 magic, u64 start_info)

@@ -3,7 +3,8 @@
 //!
 //! [`Nesting`] implements the [`HostSide`] of a virtual IOMMU with the verbs of a [`HostIommu`]:
 //!
-//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it;
+//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. The
+//!   virtual IOMMUs of one guest share it;
 //! * one nesting parent per physical IOMMU is its stage 2. A device that has PASIDs needs one made
 //!   for PASIDs, so a second parent appears if a device without came first;
 //! * one `HWPT_NESTED` per stage 1 and parent, shared by every requester that names it, made with
@@ -21,6 +22,7 @@ mod counters;
 mod error;
 mod faults;
 mod invalidate;
+mod memory;
 mod ranges;
 mod requesters;
 mod slot;
@@ -75,8 +77,19 @@ impl Nesting {
         Ok(Self { state, faults })
     }
 
+    /// Another virtual IOMMU of the same guest, without devices: it shares the memory of `self`, and
+    /// nothing else.
+    ///
+    /// # Errors
+    /// `self` is shut down.
+    pub fn beside(&self) -> Result<Self, NestingError> {
+        let faults = Arc::new(FaultRouter::default());
+        let state = Mutex::new(self.state().beside(faults.clone())?);
+        Ok(Self { state, faults })
+    }
+
     /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
-    /// device.
+    /// device of every virtual IOMMU that shares the IOAS.
     ///
     /// # Errors
     /// The host refuses; or the mapping is read-only and a device's IOMMU cannot keep it so under
@@ -139,8 +152,8 @@ impl Nesting {
         self.state().counters
     }
 
-    /// Detaches every device and destroys every object made here. Also done on drop; here the
-    /// outcome is told. May be called again, to try again.
+    /// Detaches every device and destroys every object made here; the IOAS goes with the last that
+    /// shares it. Also done on drop; here the outcome is told. May be called again, to try again.
     ///
     /// # Errors
     /// The host did not let go of something.

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The host objects and their lives: IOAS, nesting parents, devices, and what is to be destroyed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use super::counters::NestingCounters;
 use super::error::{Context, NestingError, Result};
 use super::faults::FaultRouter;
+use super::memory::SharedIoas;
 use super::slot::{Attached, Slot};
 use super::stage1::NestedHwpts;
 use crate::iommufd::{
-    Errno, FaultSink, HostError, HostIommu, HwInfo, HwInfoData, HwptAlloc, HwptData, HwptFlags,
-    MapTarget, ObjectId, Protection, UserMemory, HW_INFO_VTD_ERRATA_772415_SPR17,
+    Errno, FaultSink, HostError, HostIommu, HwInfo, HwptAlloc, HwptData, HwptFlags, MapTarget,
+    ObjectId, Protection, UserMemory,
 };
 use crate::spec::pci::Bdf;
 use crate::viommu::Requester;
@@ -46,9 +47,8 @@ pub(super) struct Parent {
 pub(super) struct State {
     host: Arc<dyn HostIommu>,
     faults: Arc<FaultRouter>,
-    ioas: Option<ObjectId>,
-    /// Where read-only mappings start, in bytes.
-    read_only: BTreeSet<u64>,
+    /// Destroyed by the last who shares it.
+    ioas: Option<Arc<SharedIoas>>,
     parents: Vec<Parent>,
     pub devices: BTreeMap<Bdf, Device>,
     /// What each requester is attached to; a requester without a slot is detached.
@@ -61,21 +61,35 @@ pub(super) struct State {
 impl State {
     /// An empty IOAS on `host`.
     pub fn new(host: Arc<dyn HostIommu>, faults: Arc<FaultRouter>) -> Result<Self> {
-        let mut state = Self {
+        let mut state = Self::without_memory(host, faults);
+        let ioas = state.host().ioas_alloc().context(|| "making the IOAS".into())?;
+        state.ioas = Some(Arc::new(SharedIoas::new(ioas)));
+        Ok(state)
+    }
+
+    /// Another one on the same host and the same IOAS.
+    pub fn beside(&self, faults: Arc<FaultRouter>) -> Result<Self> {
+        let mut state = Self::without_memory(self.host.clone(), faults);
+        state.ioas = Some(self.ioas()?);
+        Ok(state)
+    }
+
+    fn without_memory(host: Arc<dyn HostIommu>, faults: Arc<FaultRouter>) -> Self {
+        Self {
             host,
             faults,
             ioas: None,
-            read_only: BTreeSet::new(),
             parents: Vec::new(),
             devices: BTreeMap::new(),
             slots: BTreeMap::new(),
             nested: NestedHwpts::default(),
             doomed: Vec::new(),
             counters: NestingCounters::default(),
-        };
-        let ioas = state.host().ioas_alloc().context(|| "making the IOAS".into())?;
-        state.ioas = Some(ioas);
-        Ok(state)
+        }
+    }
+
+    fn ioas(&self) -> Result<Arc<SharedIoas>> {
+        self.ioas.clone().ok_or(NestingError::ShutDown)
     }
 
     /// The host, for one call, which is counted.
@@ -91,36 +105,34 @@ impl State {
 
     /// See [`super::Nesting::map_memory`].
     pub fn map_memory(&mut self, gpa: u64, memory: &UserMemory, access: Protection) -> Result<()> {
-        let ioas = self.ioas.ok_or(NestingError::ShutDown)?;
+        let ioas = self.ioas()?;
+        let mut users = ioas.users();
         if !access.write {
-            let erratum = self.devices.iter().find(|(_, device)| has_erratum(&device.info));
-            if let Some((rid, _)) = erratum {
-                return Err(NestingError::ReadOnlyErratum { gpa, rid: *rid });
-            }
+            users.check_read_only(gpa)?;
         }
         self.host()
-            .ioas_map(ioas, memory, MapTarget::Fixed(gpa), access)
+            .ioas_map(ioas.id(), memory, MapTarget::Fixed(gpa), access)
             .context(|| format!("mapping guest memory at {gpa:#x}"))?;
         if !access.write {
-            self.read_only.insert(gpa);
+            users.mapped_read_only(gpa);
         }
         Ok(())
     }
 
     /// See [`super::Nesting::unmap_memory`].
     pub fn unmap_memory(&mut self, gpa: u64, length: u64) -> Result<()> {
-        let ioas = self.ioas.ok_or(NestingError::ShutDown)?;
+        let ioas = self.ioas()?;
+        let mut users = ioas.users();
         self.host()
-            .ioas_unmap(ioas, gpa, length)
+            .ioas_unmap(ioas.id(), gpa, length)
             .context(|| format!("unmapping guest memory at {gpa:#x}"))?;
-        let last = gpa.saturating_add(length.saturating_sub(1));
-        self.read_only.retain(|start| !(gpa..=last).contains(start));
+        users.unmapped(gpa, length);
         Ok(())
     }
 
     /// See [`super::Nesting::add_device`].
     pub fn add_device(&mut self, rid: Bdf, dev: ObjectId) -> Result<()> {
-        let ioas = self.ioas.ok_or(NestingError::ShutDown)?;
+        let ioas = self.ioas()?;
         if self.devices.iter().any(|(taken, device)| *taken == rid || device.dev == dev) {
             return Err(NestingError::DeviceExists(rid));
         }
@@ -128,9 +140,22 @@ impl State {
             .host()
             .get_hw_info(dev)
             .context(|| format!("asking which IOMMU {rid} is behind"))?;
-        if let (true, Some(gpa)) = (has_erratum(&info), self.read_only.first()) {
-            return Err(NestingError::ReadOnlyErratum { gpa: *gpa, rid });
+        ioas.users().add_device(rid, dev, &info)?;
+        let result = self.attach_blocked(ioas.id(), rid, dev, info);
+        if !self.devices.contains_key(&rid) {
+            ioas.users().remove_device(dev);
         }
+        result
+    }
+
+    /// Makes `dev` the device `rid`, on its nesting parent but blocked.
+    fn attach_blocked(
+        &mut self,
+        ioas: ObjectId,
+        rid: Bdf,
+        dev: ObjectId,
+        info: HwInfo,
+    ) -> Result<()> {
         if self.host.extensions().fault_reports {
             let sink = Arc::downgrade(&self.faults) as Weak<dyn FaultSink>;
             self.host()
@@ -209,6 +234,9 @@ impl State {
         self.detach(Requester::rid(rid))?;
         self.devices.remove(&rid);
         self.faults.remove(device.dev);
+        if let Some(ioas) = &self.ioas {
+            ioas.users().remove_device(device.dev);
+        }
         if self.devices.values().all(|other| other.parent != device.parent) {
             self.parents.retain(|parent| *parent != device.parent);
             self.destroy(device.parent.hwpt);
@@ -225,7 +253,8 @@ impl State {
         }
         // What is still attached holds its parent, and that the IOAS: the next call tries again.
         result?;
-        self.doomed.extend(self.ioas.take());
+        let last_user = self.ioas.take().and_then(Arc::into_inner);
+        self.doomed.extend(last_user.map(|ioas| ioas.id()));
         self.sweep().or_else(|_| self.sweep()).context(|| "destroying the last host objects".into())
     }
 
@@ -259,8 +288,4 @@ impl State {
         }
         result
     }
-}
-
-fn has_erratum(info: &HwInfo) -> bool {
-    matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0)
 }

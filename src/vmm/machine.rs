@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm};
 
-use super::acpi::{self, IoApic, IommuPlatform, Platform};
+use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot;
 use super::bus::BusDevice;
 use super::config::{MachineConfig, SerialConfig};
@@ -19,7 +19,7 @@ use super::exits::{ExitKind, Exits};
 use super::interrupts::{
     Interrupts, IrqChip, KvmMessages, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID, IOAPIC_SIZE,
 };
-use super::iommu::Iommu;
+use super::iommu::{AssignedFunction, Iommu, Iommus};
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::pci::{ConfigPorts, Ecam, PciMemory};
 use super::power::{self, PortsWithReset, SleepRegisters};
@@ -40,7 +40,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     exits: Arc<Exits>,
     pci: PciTopology,
-    iommu: Option<Iommu>,
+    iommus: Option<Iommus>,
     serial: Arc<SerialPort>,
     interrupts: Arc<Interrupts>,
     memory: MachineMemory,
@@ -70,7 +70,7 @@ impl Machine {
         // Ignored by processors that need no such segment; KVM wants it before any vCPU.
         vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
         memory.register(&vm)?;
-        let wants_remapping = config.iommu.as_ref().and_then(|iommu| iommu.interrupt_remapping);
+        let wants_remapping = config.interrupt_remapping();
         let chip = IrqChip::create(&vm, wants_remapping == Some(true))?;
         let remapping = wants_remapping.unwrap_or(chip == IrqChip::Split);
         // Not before most of what can go wrong: a machine that cannot be leaves no files behind.
@@ -81,25 +81,23 @@ impl Machine {
             None => messages,
         };
 
-        let iommu = match &config.iommu {
-            Some(iommu) => {
-                let functions = assigned_functions(config)?;
-                let messages = messages.clone();
-                let trace = trace.clone();
-                Some(Iommu::new(iommu, remapping, &memory, &functions, messages, trace)?)
-            }
-            None => None,
+        let functions = assigned_functions(config)?;
+        let iommus = {
+            let (messages, trace) = (messages.clone(), trace.clone());
+            Iommus::new(config, remapping, &memory, &functions, messages, trace)?
         };
-        let remapper = iommu.as_ref().and_then(Iommu::interrupt_remapper);
+        let all_iommus = iommus.as_ref().map_or(&[][..], Iommus::all);
+        // The IOAPIC is behind the first.
+        let remapper = all_iommus.first().and_then(Iommu::interrupt_remapper);
         let interrupts = Arc::new(Interrupts::new(vm.clone(), chip, messages, remapper, trace));
-        if let Some(iommu) = &iommu {
+        for iommu in all_iommus {
             for listener in interrupts.listeners() {
                 iommu.add_interrupt_listener(listener);
             }
         }
         let doorbells = Arc::new(KvmDoorbells(vm.clone()));
         let wiring = Wiring { interrupts: interrupts.clone(), doorbells };
-        let pci = PciTopology::new(config, &memory, iommu.as_ref(), wiring)?;
+        let pci = PciTopology::new(config, &memory, all_iommus, wiring)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
 
@@ -132,14 +130,14 @@ impl Machine {
             let first = u64::from(IOAPIC_ADDRESS);
             mmio.insert(first..=first + (IOAPIC_SIZE - 1), ioapic)?;
         }
-        if let (Some(config), Some(iommu)) = (&config.iommu, &iommu) {
-            let first = config.address;
+        for (number, iommu) in all_iommus.iter().enumerate() {
+            let first = config.iommu_address(number);
             mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
         }
 
         power::write_reset_vector(&memory)
             .map_err(|error| Error::Acpi(format!("the reset vector: {error}")))?;
-        acpi::write_tables(&memory, &platform(config, chip, remapping)?)?;
+        acpi::write_tables(&memory, &platform(config, &functions, chip, remapping))?;
         let vcpus = (0..config.vcpus)
             .map(|id| VcpuIdentity { id, count: config.vcpus })
             .map(|identity| Vcpu::new(&kvm, &vm, identity, &start))
@@ -149,7 +147,7 @@ impl Machine {
             vcpus,
             exits: Arc::new(exits),
             pci,
-            iommu,
+            iommus,
             serial,
             interrupts,
             memory,
@@ -175,7 +173,7 @@ impl Machine {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
         // A vCPU may be in the invalidation queue, however long its guest has made that.
-        if let Some(iommu) = &self.iommu {
+        for iommu in self.iommus() {
             iommu.halt();
         }
         // Waits for the vCPUs: none of them does anything after the last report.
@@ -204,6 +202,10 @@ impl Machine {
         }
     }
 
+    fn iommus(&self) -> &[Iommu] {
+        self.iommus.as_ref().map_or(&[], Iommus::all)
+    }
+
     fn report(&self) -> Report {
         let count = |kind: &ExitKind| (kind.name(), self.exits.counters.get(*kind));
         Report {
@@ -211,7 +213,8 @@ impl Machine {
             interrupts: self.interrupts.report(),
             exits: ExitKind::ALL.iter().map(count).collect(),
             devices: self.pci.report(),
-            iommu: self.iommu.as_ref().map(Iommu::report),
+            iommus: self.iommus.as_ref().map(Iommus::reports).unwrap_or_default(),
+            host: self.iommus.as_ref().map(Iommus::host_report),
         }
     }
 }
@@ -221,30 +224,34 @@ impl fmt::Debug for Machine {
         f.debug_struct("Machine")
             .field("vcpus", &self.vcpus.len())
             .field("exits", &self.exits)
-            .field("iommu", &self.iommu)
+            .field("iommus", &self.iommus)
             .finish_non_exhaustive()
     }
 }
 
 /// What ACPI tells the guest of the machine that `config` describes.
-fn platform(config: &MachineConfig, chip: IrqChip, interrupt_remapping: bool) -> Result<Platform> {
-    let iommu = match &config.iommu {
-        Some(iommu) => {
-            let behind = assigned_functions(config)?;
-            let all = behind.len() == config.devices.len();
-            let functions = behind.iter().map(|function| function.bdf).collect();
-            Some(IommuPlatform {
-                address: iommu.address,
-                functions: (!all).then_some(functions),
-                interrupt_remapping,
-                ats: iommu.ats,
-            })
+fn platform(
+    config: &MachineConfig,
+    behind: &[AssignedFunction],
+    chip: IrqChip,
+    interrupt_remapping: bool,
+) -> Platform {
+    let unit = |number| {
+        let functions = behind.iter().filter(|function| function.iommu == number);
+        IommuUnit {
+            address: config.iommu_address(number),
+            functions: functions.map(|function| function.bdf).collect(),
         }
-        None => None,
     };
+    let iommu = (!config.iommus.is_empty()).then(|| IommuPlatform {
+        units: (0..config.iommus.len()).map(unit).collect(),
+        all_functions: behind.len() == config.devices.len(),
+        interrupt_remapping,
+        ats: config.iommus.iter().any(|iommu| iommu.ats),
+    });
     let ioapic = IoApic { id: IOAPIC_ID, address: IOAPIC_ADDRESS, bdf: IOAPIC_BDF };
     let pic = chip == IrqChip::InKernel;
-    Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu })
+    Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu }
 }
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.

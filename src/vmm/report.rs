@@ -22,8 +22,10 @@ pub struct Report {
     pub exits: BTreeMap<&'static str, u64>,
     /// The devices.
     pub devices: Vec<DeviceReport>,
-    /// The virtual IOMMU and the host behind it.
-    pub iommu: Option<IommuReport>,
+    /// The virtual IOMMUs.
+    pub iommus: Vec<IommuReport>,
+    /// The host behind them, if there are any.
+    pub host: Option<HostReport>,
 }
 
 /// Message-signalled interrupts of devices.
@@ -43,26 +45,33 @@ pub struct DeviceReport {
     pub bdf: Bdf,
     /// What it is.
     pub model: &'static str,
-    /// Whether it is behind the virtual IOMMU.
-    pub behind_iommu: bool,
+    /// The virtual IOMMU it is behind, if any.
+    pub iommu: Option<String>,
     /// Transfers that were done.
     pub dma_done: u64,
     /// Transfers that were refused.
     pub dma_failed: u64,
 }
 
-/// The virtual IOMMU and the host behind it.
+/// A virtual IOMMU.
 #[derive(Debug, Clone, Serialize)]
 pub struct IommuReport {
+    /// What devices call it.
+    pub id: String,
     /// What the guest did with the virtual IOMMU.
     pub viommu: crate::viommu::vtd::VtdCounters,
     /// What became of that.
     pub nesting: NestingCounters,
-    /// Calls to the host by verb, those that were made.
-    pub host_calls: BTreeMap<&'static str, CallReport>,
-    /// What the emulated IOMMU did.
+    /// What the emulated unit behind it did.
     pub hardware: emulated::VtdCounters,
-    /// The host's objects.
+}
+
+/// The host behind the virtual IOMMUs.
+#[derive(Debug, Clone, Serialize)]
+pub struct HostReport {
+    /// Calls by verb, those that were made.
+    pub calls: BTreeMap<&'static str, CallReport>,
+    /// Its objects.
     pub graph: ObjectGraph,
 }
 
@@ -85,33 +94,37 @@ impl fmt::Display for Report {
         section(f, "interrupts", &fields(&self.interrupts))?;
         section(f, "exits", &self.exits)?;
         for device in &self.devices {
-            let way = if device.behind_iommu { "behind the IOMMU" } else { "not behind the IOMMU" };
+            let way = device.iommu.as_ref().map_or("no IOMMU", |id| id);
             writeln!(
                 f,
-                "{} {}, {way}: DMA {} done, {} refused",
+                "{} {}, behind {way}: DMA {} done, {} refused",
                 device.bdf, device.model, device.dma_done, device.dma_failed
             )?;
         }
-        match &self.iommu {
-            Some(iommu) => iommu.fmt(f),
-            None => Ok(()),
-        }
+        self.iommus.iter().try_for_each(|iommu| iommu.fmt(f))?;
+        self.host.iter().try_for_each(|host| host.fmt(f))
     }
 }
 
 impl fmt::Display for IommuReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        section(f, "virtual IOMMU", &fields(&self.viommu))?;
-        section(f, "nesting", &fields(&self.nesting))?;
+        let id = &self.id;
+        section(f, &format!("{id}, virtual IOMMU"), &fields(&self.viommu))?;
+        section(f, &format!("{id}, nesting"), &fields(&self.nesting))?;
+        section(f, &format!("{id}, emulated IOMMU"), &fields(&self.hardware))
+    }
+}
+
+impl fmt::Display for HostReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let calls = |(verb, report): (&&'static str, &CallReport)| (*verb, report.calls);
-        section(f, "host calls", &self.host_calls.iter().map(calls).collect::<BTreeMap<_, _>>())?;
+        section(f, "host calls", &self.calls.iter().map(calls).collect::<BTreeMap<_, _>>())?;
         let failures = |(verb, report): (&&'static str, &CallReport)| (*verb, report.failures);
         section(
             f,
             "host calls refused",
-            &self.host_calls.iter().map(failures).collect::<BTreeMap<_, _>>(),
+            &self.calls.iter().map(failures).collect::<BTreeMap<_, _>>(),
         )?;
-        section(f, "emulated IOMMU", &fields(&self.hardware))?;
         writeln!(f, "host objects:")?;
         for line in self.graph.to_string().lines() {
             writeln!(f, "  {line}")?;
@@ -154,18 +167,21 @@ mod tests {
             devices: vec![DeviceReport {
                 bdf: Bdf::from_raw(8),
                 model: "edu",
-                behind_iommu: true,
+                iommu: Some("vtd0".to_owned()),
                 dma_done: 5,
                 dma_failed: 2,
             }],
-            iommu: Some(IommuReport {
+            iommus: vec![IommuReport {
+                id: "vtd0".to_owned(),
                 viommu: Default::default(),
                 nesting: NestingCounters { merged: 4, ..NestingCounters::default() },
-                host_calls: BTreeMap::from([
+                hardware: Default::default(),
+            }],
+            host: Some(HostReport {
+                calls: BTreeMap::from([
                     ("HWPT_ALLOC", CallReport { calls: 9, failures: 1 }),
                     ("IOAS_MAP", CallReport { calls: 2, failures: 0 }),
                 ]),
-                hardware: Default::default(),
                 graph: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x1000 },
             }),
         }
@@ -178,9 +194,9 @@ mod tests {
             "interrupt controllers: split",
             "interrupts: routed 7",
             "exits: io-out 3",
-            "00:01.0 edu, behind the IOMMU: DMA 5 done, 2 refused",
-            "virtual IOMMU: none",
-            "nesting: merged 4",
+            "00:01.0 edu, behind vtd0: DMA 5 done, 2 refused",
+            "vtd0, virtual IOMMU: none",
+            "vtd0, nesting: merged 4",
             "host calls: HWPT_ALLOC 9, IOAS_MAP 2",
             "host calls refused: HWPT_ALLOC 1",
             "  0 objects, 0x1000 bytes pinned",
@@ -194,7 +210,7 @@ mod tests {
         let json = serde_json::to_value(report()).unwrap();
         assert_eq!(json["exits"]["mmio-read"], 0);
         assert_eq!(json["devices"][0]["bdf"], "00:01.0");
-        assert_eq!(json["iommu"]["host_calls"]["HWPT_ALLOC"]["failures"], 1);
-        assert_eq!(json["iommu"]["viommu"]["wait"], 0);
+        assert_eq!(json["host"]["calls"]["HWPT_ALLOC"]["failures"], 1);
+        assert_eq!(json["iommus"][0]["viommu"]["wait"], 0);
     }
 }

@@ -28,17 +28,13 @@ fn bdf_of(number: usize) -> Result<Bdf> {
         .ok_or_else(|| Error::Pci(format!("bus 0 has no room for {} devices", number + 1)))
 }
 
-/// Whether a device is behind the virtual IOMMU.
-fn behind_iommu(config: &MachineConfig, device: &DeviceConfig) -> bool {
-    config.iommu.is_some() && device.iommu().unwrap_or(true)
-}
-
-/// The functions that go behind the virtual IOMMU.
+/// The functions that go behind virtual IOMMUs.
 pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
-        if behind_iommu(config, device) {
-            functions.push(AssignedFunction { bdf: bdf_of(number)?, pasid: device.pasid() });
+        if let Some(iommu) = config.iommu_of(device.iommu()) {
+            let (bdf, pasid) = (bdf_of(number)?, device.pasid());
+            functions.push(AssignedFunction { bdf, pasid, iommu });
         }
     }
     Ok(functions)
@@ -60,7 +56,8 @@ pub(super) struct PciTopology {
 
 struct PlacedDevice {
     bdf: Bdf,
-    behind_iommu: bool,
+    /// What it is behind, by its id.
+    iommu: Option<String>,
     device: Device,
 }
 
@@ -75,7 +72,7 @@ impl PciTopology {
     pub fn new(
         config: &MachineConfig,
         memory: &MachineMemory,
-        iommu: Option<&Iommu>,
+        iommus: &[Iommu],
         wiring: Wiring,
     ) -> Result<Self> {
         let mut devices = Vec::new();
@@ -93,12 +90,13 @@ impl PciTopology {
         builder.bus.insert(Bdf::from_raw(0), Arc::new(HostBridge::new()));
         for (number, config_of_device) in config.devices.iter().enumerate() {
             let bdf = bdf_of(number)?;
-            let iommu = iommu.filter(|_| behind_iommu(config, config_of_device));
+            let iommu = config.iommu_of(config_of_device.iommu()).and_then(|n| iommus.get(n));
             let device = match config_of_device {
                 DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu)?),
                 virtio => Device::Virtio(builder.virtio(bdf, backend(bdf, virtio)?, iommu)?),
             };
-            devices.push(PlacedDevice { bdf, behind_iommu: iommu.is_some(), device });
+            let iommu = iommu.map(|iommu| iommu.id().to_owned());
+            devices.push(PlacedDevice { bdf, iommu, device });
         }
         Ok(Self { bus: Arc::new(builder.bus), devices })
     }
@@ -113,8 +111,8 @@ impl PciTopology {
                     (virtio.model(), counters.done.get(), counters.unreachable.get())
                 }
             };
-            let PlacedDevice { bdf, behind_iommu, .. } = *placed;
-            DeviceReport { bdf, model, behind_iommu, dma_done, dma_failed }
+            let (bdf, iommu) = (placed.bdf, placed.iommu.clone());
+            DeviceReport { bdf, model, iommu, dma_done, dma_failed }
         };
         self.devices.iter().map(report).collect()
     }

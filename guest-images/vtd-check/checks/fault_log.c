@@ -22,7 +22,7 @@ static void in_order(void)
 {
     struct fault fault;
 
-    SKIP_UNLESS(vtd.fault_record_count >= 3, "fewer than 3 fault records");
+    SKIP_UNLESS(vtd->fault_record_count >= 3, "fewer than 3 fault records");
     REQUIRE(nothing_mapped());
     for (unsigned n = 0; n < 3; n++)
         REQUIRE(provoke(n));
@@ -39,7 +39,7 @@ static void round_the_records(void)
     struct fault fault;
 
     REQUIRE(nothing_mapped());
-    for (unsigned n = 0; n < 2 * vtd.fault_record_count + 1; n++) {
+    for (unsigned n = 0; n < 2 * vtd->fault_record_count + 1; n++) {
         REQUIRE(provoke(n));
         EXPECT(fault_take(&fault), "fault %u left no record", n);
         EXPECT(fault.address == IOVA + n * PAGE_SIZE, "fault %u has address 0x%lx", n, fault.address);
@@ -49,7 +49,7 @@ static void round_the_records(void)
 static void overflow(void)
 {
     struct fault fault;
-    unsigned records = vtd.fault_record_count;
+    unsigned records = vtd->fault_record_count;
 
     REQUIRE(nothing_mapped());
     REQUIRE(provoke(0));

@@ -11,7 +11,6 @@
 u64 *root;
 
 static volatile u64 *mailbox;
-static bool devices_loaded;
 
 u64 iova_base(void)
 {
@@ -29,6 +28,9 @@ static void devices_load(void)
     for (unsigned n = 0; n < edu_count; n++) {
         volatile u64 *page = page_new();
 
+        if (edus[n].is_loaded)
+            continue;
+        edus[n].is_loaded = true;
         page[0] = pattern_of(&edus[n]);
         if (!edu_read_from(&edus[n], NO_PASID, gpa_of(page), 0, WORD))
             check_fail("device %02x does no DMA with translation off", edus[n].id);
@@ -39,11 +41,14 @@ static void setup(u64 mode)
 {
     pages_release_all();
     (void)edu_reaches(0);
-    if (!devices_loaded)
-        devices_load();
-    devices_loaded = true;
-    faults_clear();
+    devices_load();
     mailbox = page_new();
+    setup_unit(mode);
+}
+
+void setup_unit(u64 mode)
+{
+    faults_clear();
     root = page_new();
     if (!vtd_set_root(gpa_of(root) | mode))
         check_fail("GCMD.SRTP never showed in GSTS");

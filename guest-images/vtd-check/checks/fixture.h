@@ -39,6 +39,9 @@ void setup_legacy_queue(void);    // 128-bit queue on
 void setup_legacy_registers(void); // queue off
 void teardown(void);
 
+// A setup's part for the unit in use alone, in `mode`, with the queue off.
+void setup_unit(u64 mode);
+
 // Drops whatever is cached and switches translation on. False when the check is over.
 bool enable(void);
 

@@ -13,7 +13,7 @@ static void capability(void)
 {
     unsigned usable_widths = cap_sagaw() & 0xe;
 
-    EXPECT(bits(vtd.cap, 2, 0) != 7, "ND is reserved");
+    EXPECT(bits(vtd->cap, 2, 0) != 7, "ND is reserved");
     EXPECT((cap_sagaw() & ~0xeu) == 0, "SAGAW 0x%x has reserved bits", cap_sagaw());
     EXPECT(usable_widths || !ecap_second_stage(), "second stage without a width");
     EXPECT(cap_mgaw() >= 39 && cap_mgaw() <= 57, "MGAW %u", cap_mgaw());
@@ -31,11 +31,11 @@ static void extended_capability(void)
 
 static void register_places(void)
 {
-    u64 records_end = vtd.fault_records + 16ull * vtd.fault_record_count;
+    u64 records_end = vtd->fault_records + 16ull * vtd->fault_record_count;
 
-    EXPECT(vtd.fault_records >= vtd.base + 0xc0, "fault records at offset 0x%lx", vtd.fault_records - vtd.base);
-    EXPECT(vtd.iotlb >= vtd.base + 0xc0, "IOTLB registers at offset 0x%lx", vtd.iotlb - vtd.base);
-    EXPECT(vtd.iotlb >= records_end || vtd.iotlb + 16 <= vtd.fault_records, "they overlap");
+    EXPECT(vtd->fault_records >= vtd->base + 0xc0, "fault records at offset 0x%lx", vtd->fault_records - vtd->base);
+    EXPECT(vtd->iotlb >= vtd->base + 0xc0, "IOTLB registers at offset 0x%lx", vtd->iotlb - vtd->base);
+    EXPECT(vtd->iotlb >= records_end || vtd->iotlb + 16 <= vtd->fault_records, "they overlap");
 }
 
 static void reset_state(void)
@@ -50,11 +50,11 @@ static void reset_state(void)
 
 static void read_only(void)
 {
-    vtd_write64(VTD_CAP, ~vtd.cap);
-    vtd_write64(VTD_ECAP, ~vtd.ecap);
+    vtd_write64(VTD_CAP, ~vtd->cap);
+    vtd_write64(VTD_ECAP, ~vtd->ecap);
     vtd_write32(VTD_GSTS, ~0u);
     vtd_write64(VTD_IQH, 0x7fff0);
-    EXPECT(vtd_read64(VTD_CAP) == vtd.cap && vtd_read64(VTD_ECAP) == vtd.ecap, "CAP or ECAP changed");
+    EXPECT(vtd_read64(VTD_CAP) == vtd->cap && vtd_read64(VTD_ECAP) == vtd->ecap, "CAP or ECAP changed");
     EXPECT((vtd_read32(VTD_GSTS) & (GCMD_TE | GCMD_QIE)) == 0, "GSTS 0x%x", vtd_read32(VTD_GSTS));
     EXPECT(vtd_read64(VTD_IQH) == 0, "IQH 0x%lx", vtd_read64(VTD_IQH));
 }
@@ -64,8 +64,8 @@ static void halves(void)
     vtd_write32(VTD_RTADDR, 0x12345000);
     vtd_write32(VTD_RTADDR + 4, 0x1);
     EXPECT(vtd_read64(VTD_RTADDR) == 0x112345000, "RTADDR 0x%lx", vtd_read64(VTD_RTADDR));
-    EXPECT(vtd_read32(VTD_CAP) == (u32)vtd.cap, "low half of CAP 0x%x", vtd_read32(VTD_CAP));
-    EXPECT(vtd_read32(VTD_CAP + 4) == vtd.cap >> 32, "high half of CAP 0x%x", vtd_read32(VTD_CAP + 4));
+    EXPECT(vtd_read32(VTD_CAP) == (u32)vtd->cap, "low half of CAP 0x%x", vtd_read32(VTD_CAP));
+    EXPECT(vtd_read32(VTD_CAP + 4) == vtd->cap >> 32, "high half of CAP 0x%x", vtd_read32(VTD_CAP + 4));
     vtd_write64(VTD_RTADDR, 0);
 }
 

@@ -11,16 +11,19 @@ enum {
     PASID_ENABLE = 1 << 16,
 };
 
-struct edu edus[EDU_MOST];
+static struct edu all[EDU_MOST];
+static unsigned all_count;
+
+struct edu *edus = all;
 unsigned edu_count;
 
 void edu_init(void)
 {
     pci_id found[EDU_MOST];
 
-    edu_count = pci_find(EDU_PCI_ID, found, EDU_MOST);
-    for (unsigned n = 0; n < edu_count; n++) {
-        struct edu *edu = &edus[n];
+    all_count = pci_find(EDU_PCI_ID, found, EDU_MOST);
+    for (unsigned n = 0; n < all_count; n++) {
+        struct edu *edu = &all[n];
         u16 pasid = pci_extended_capability(found[n], PCI_EXT_CAP_PASID);
 
         edu->id = found[n];
@@ -29,6 +32,15 @@ void edu_init(void)
         if (pasid)
             pci_write(found[n], pasid + PASID_CONTROL, PASID_ENABLE);
     }
+    edu_use(0, EDU_MOST);
+}
+
+void edu_use(unsigned first, unsigned most)
+{
+    unsigned rest = first < all_count ? all_count - first : 0;
+
+    edus = &all[first];
+    edu_count = rest < most ? rest : most;
 }
 
 static bool dma(const struct edu *edu, u32 pasid, u64 source, u64 destination, u32 count, u32 direction)

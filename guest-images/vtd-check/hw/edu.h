@@ -38,13 +38,18 @@ struct edu {
     pci_id id;
     u64 registers;
     bool has_pasid; // the PASID extended capability is there and enabled
+    bool is_loaded; // its buffer holds what the checks expect
 };
 
-extern struct edu edus[EDU_MOST];
+// The devices in use.
+extern struct edu *edus;
 extern unsigned edu_count;
 
-// Finds and enables them.
+// Finds and enables them. All are in use.
 void edu_init(void);
+
+// From now on only those from number `first` on, `most` of them, are.
+void edu_use(unsigned first, unsigned most);
 
 // Writes `count` bytes of the device's buffer from `offset` to memory at `iova`, or the reverse.
 // False when the device did not come to an end.

@@ -12,7 +12,7 @@
 
 static u64 record(u32 index)
 {
-    return vtd.fault_records + RECORD_SIZE * index;
+    return vtd->fault_records + RECORD_SIZE * index;
 }
 
 static bool is_pending(u32 index)
@@ -28,8 +28,8 @@ bool fault_take(struct fault *fault)
     if (!(status & FSTS_PPF))
         return false;
     // FRI names the first record of a run; those already taken lie before the oldest pending.
-    for (u32 step = 0; step < vtd.fault_record_count; step++) {
-        u32 index = (first + step) % vtd.fault_record_count;
+    for (u32 step = 0; step < vtd->fault_record_count; step++) {
+        u32 index = (first + step) % vtd->fault_record_count;
         u64 low, high;
 
         if (!is_pending(index))
@@ -55,14 +55,14 @@ unsigned fault_pending(void)
 {
     unsigned count = 0;
 
-    for (u32 index = 0; index < vtd.fault_record_count; index++)
+    for (u32 index = 0; index < vtd->fault_record_count; index++)
         count += is_pending(index);
     return count;
 }
 
 void faults_clear(void)
 {
-    for (u32 index = 0; index < vtd.fault_record_count; index++)
+    for (u32 index = 0; index < vtd->fault_record_count; index++)
         if (is_pending(index))
             write32(record(index) + RECORD_TOP, (u32)RECORD_F);
     vtd_write32(VTD_FSTS, FSTS_ERRORS);

@@ -7,9 +7,6 @@
 #define IQA_WIDE BIT(11)
 #define HEAD_MASK 0x7fff0u
 
-static u64 ring;
-static u32 tail;
-static bool wide;
 static volatile u32 status;
 static u32 next_status = 1;
 
@@ -20,11 +17,11 @@ bool queue_start(bool wide_descriptors)
 
 bool queue_start_at(u64 base, bool wide_descriptors)
 {
-    ring = base;
-    wide = wide_descriptors;
-    tail = 0;
+    vtd->queue.ring = base;
+    vtd->queue.wide = wide_descriptors;
+    vtd->queue.tail = 0;
     vtd_write64(VTD_IQT, 0);
-    vtd_write64(VTD_IQA, base | (wide ? IQA_WIDE : 0));
+    vtd_write64(VTD_IQA, base | (vtd->queue.wide ? IQA_WIDE : 0));
     return vtd_switch(GCMD_QIE, true);
 }
 
@@ -36,7 +33,7 @@ void queue_stop(void)
 
 unsigned queue_descriptor_size(void)
 {
-    return wide ? 32 : 16;
+    return vtd->queue.wide ? 32 : 16;
 }
 
 u32 queue_bytes(void)
@@ -46,28 +43,28 @@ u32 queue_bytes(void)
 
 u32 queue_tail(void)
 {
-    return tail;
+    return vtd->queue.tail;
 }
 
 u64 *queue_slot(u32 offset)
 {
-    return (u64 *)(uintptr_t)(ring + offset);
+    return (u64 *)(uintptr_t)(vtd->queue.ring + offset);
 }
 
 void queue_put(struct descriptor descriptor)
 {
-    u64 *slot = queue_slot(tail);
+    u64 *slot = queue_slot(vtd->queue.tail);
 
     slot[0] = descriptor.low;
     slot[1] = descriptor.high;
-    if (wide)
+    if (vtd->queue.wide)
         slot[2] = slot[3] = 0;
-    tail = (tail + queue_descriptor_size()) % queue_bytes();
+    vtd->queue.tail = (vtd->queue.tail + queue_descriptor_size()) % queue_bytes();
 }
 
 void queue_submit(void)
 {
-    vtd_write64(VTD_IQT, tail);
+    vtd_write64(VTD_IQT, vtd->queue.tail);
 }
 
 bool queue_flush(void)
@@ -88,7 +85,7 @@ bool queue_run(struct descriptor descriptor)
 bool queue_invalidate_all(void)
 {
     queue_put(inv_context(CONTEXT_GLOBAL, 0, 0));
-    if (wide)
+    if (vtd->queue.wide)
         queue_put(inv_pasid_cache(PASID_CACHE_GLOBAL, 0, 0));
     return queue_run(inv_iotlb(IOTLB_GLOBAL, 0, 0));
 }
@@ -109,7 +106,7 @@ void queue_recover(void)
 
     slot[0] = inv_wait(WAIT_FENCE, 0, 0).low;
     slot[1] = 0;
-    if (wide)
+    if (vtd->queue.wide)
         slot[2] = slot[3] = 0;
     vtd_write32(VTD_FSTS, FSTS_IQE);
 }

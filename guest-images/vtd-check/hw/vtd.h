@@ -65,18 +65,34 @@ enum {
     IQEI_TAIL_ALIGNMENT = 6,
 };
 
+// The invalidation queue as software has it (see queue.h).
+struct queue {
+    u64 ring;
+    u32 tail;
+    bool wide;
+};
+
 struct vtd {
     u64 base;
     u64 cap, ecap;
     u64 fault_records; // address of the first
     u32 fault_record_count;
     u64 iotlb; // address of IVA; the IOTLB register follows
+    struct queue queue;
 };
 
-extern struct vtd vtd;
+#define VTD_MOST 2
 
-// Finds the unit; false when nothing answers at its address.
+// The units there are (`vtd=` and `vtd2=` on the command line), and the one that is in use.
+extern struct vtd vtd_units[VTD_MOST];
+extern unsigned vtd_count;
+extern struct vtd *vtd;
+
+// Finds the units; false when nothing answers at the address of the last that was looked at.
 bool vtd_init(void);
+
+// From now on everything here is about this unit.
+void vtd_use(unsigned unit);
 
 u32 vtd_read32(enum vtd_register offset);
 void vtd_write32(enum vtd_register offset, u32 value);
@@ -84,27 +100,27 @@ u64 vtd_read64(enum vtd_register offset);
 void vtd_write64(enum vtd_register offset, u64 value);
 
 // Capabilities by their names in the specification.
-static inline unsigned cap_domain_bits(void) { return 4 + 2 * (unsigned)bits(vtd.cap, 2, 0); }
-static inline bool cap_caching_mode(void) { return bits(vtd.cap, 7, 7); }
-static inline unsigned cap_sagaw(void) { return (unsigned)bits(vtd.cap, 12, 8); }
-static inline unsigned cap_mgaw(void) { return 1 + (unsigned)bits(vtd.cap, 21, 16); }
-static inline bool cap_ss_2m(void) { return bits(vtd.cap, 34, 34); }
-static inline bool cap_ss_1g(void) { return bits(vtd.cap, 35, 35); }
-static inline bool cap_psi(void) { return bits(vtd.cap, 39, 39); }
-static inline unsigned cap_mamv(void) { return (unsigned)bits(vtd.cap, 53, 48); }
-static inline bool cap_fs_1g(void) { return bits(vtd.cap, 56, 56); }
-static inline bool cap_fs_5_level(void) { return bits(vtd.cap, 60, 60); }
-static inline bool ecap_qi(void) { return bits(vtd.ecap, 1, 1); }
-static inline bool ecap_interrupt_remapping(void) { return bits(vtd.ecap, 3, 3); }
-static inline bool ecap_extended_interrupts(void) { return bits(vtd.ecap, 4, 4); }
-static inline bool ecap_pass_through(void) { return bits(vtd.ecap, 6, 6); }
-static inline bool ecap_nested(void) { return bits(vtd.ecap, 26, 26); }
-static inline unsigned ecap_pasid_bits(void) { return 1 + (unsigned)bits(vtd.ecap, 39, 35); }
-static inline bool ecap_pasid(void) { return bits(vtd.ecap, 40, 40); }
-static inline bool ecap_scalable(void) { return bits(vtd.ecap, 43, 43); }
-static inline bool ecap_second_stage(void) { return bits(vtd.ecap, 46, 46); }
-static inline bool ecap_first_stage(void) { return bits(vtd.ecap, 47, 47); }
-static inline bool ecap_rid_pasid(void) { return bits(vtd.ecap, 49, 49); }
+static inline unsigned cap_domain_bits(void) { return 4 + 2 * (unsigned)bits(vtd->cap, 2, 0); }
+static inline bool cap_caching_mode(void) { return bits(vtd->cap, 7, 7); }
+static inline unsigned cap_sagaw(void) { return (unsigned)bits(vtd->cap, 12, 8); }
+static inline unsigned cap_mgaw(void) { return 1 + (unsigned)bits(vtd->cap, 21, 16); }
+static inline bool cap_ss_2m(void) { return bits(vtd->cap, 34, 34); }
+static inline bool cap_ss_1g(void) { return bits(vtd->cap, 35, 35); }
+static inline bool cap_psi(void) { return bits(vtd->cap, 39, 39); }
+static inline unsigned cap_mamv(void) { return (unsigned)bits(vtd->cap, 53, 48); }
+static inline bool cap_fs_1g(void) { return bits(vtd->cap, 56, 56); }
+static inline bool cap_fs_5_level(void) { return bits(vtd->cap, 60, 60); }
+static inline bool ecap_qi(void) { return bits(vtd->ecap, 1, 1); }
+static inline bool ecap_interrupt_remapping(void) { return bits(vtd->ecap, 3, 3); }
+static inline bool ecap_extended_interrupts(void) { return bits(vtd->ecap, 4, 4); }
+static inline bool ecap_pass_through(void) { return bits(vtd->ecap, 6, 6); }
+static inline bool ecap_nested(void) { return bits(vtd->ecap, 26, 26); }
+static inline unsigned ecap_pasid_bits(void) { return 1 + (unsigned)bits(vtd->ecap, 39, 35); }
+static inline bool ecap_pasid(void) { return bits(vtd->ecap, 40, 40); }
+static inline bool ecap_scalable(void) { return bits(vtd->ecap, 43, 43); }
+static inline bool ecap_second_stage(void) { return bits(vtd->ecap, 46, 46); }
+static inline bool ecap_first_stage(void) { return bits(vtd->ecap, 47, 47); }
+static inline bool ecap_rid_pasid(void) { return bits(vtd->ecap, 49, 49); }
 
 // Switches translation or the queue on or off and waits until GSTS agrees.
 bool vtd_switch(u32 bit, bool on);

@@ -44,6 +44,36 @@ fn each_physical_iommu_has_a_nesting_parent() {
 }
 
 #[test]
+fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
+    let host = RecordingHost::new(Extensions::default());
+    let (sound, flawed) = (host.add_device(0, hw_info(0, 0)), host.add_device(1, hw_info(1, 0)));
+    let first = Nesting::new(host.clone()).unwrap();
+    let second = first.beside().unwrap();
+    first.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    first.add_device(A, sound).unwrap();
+    second.add_device(B, flawed).unwrap();
+    // The mapping would be of the memory of both.
+    let refusal = NestingError::ReadOnlyErratum { gpa: 0xf0000, rid: B };
+    assert_eq!(first.map_memory(0xf0000, &memory(), Protection::READ_ONLY), Err(refusal));
+    host.take_log();
+    for (nesting, rid) in [(&first, A), (&second, B)] {
+        let policy = first_stage(0x1000);
+        let config = RequesterConfig { policy, tag: TAG, fault_disabled: false };
+        nesting.configure(Requester::rid(rid), &config).unwrap();
+    }
+    host.take_log();
+    // The same domain id of another virtual IOMMU is another domain.
+    second.invalidate(&[page(TAG, 0x7000)]).unwrap();
+    assert_eq!(host.take_log(), ["HWPT_INVALIDATE #7 [0x7000/1 leaf]"]);
+    second.shutdown().unwrap();
+    assert!(matches!(second.beside(), Err(NestingError::ShutDown)));
+    assert!(host.take_log().iter().all(|call| call != "DESTROY #3"));
+    first.shutdown().unwrap();
+    assert_eq!(host.take_log().last().map(String::as_str), Some("DESTROY #3"));
+    assert_eq!(host.live_objects(), []);
+}
+
+#[test]
 fn a_device_with_pasids_needs_a_parent_made_for_them() {
     let host = RecordingHost::new(Extensions::default());
     let (plain, with) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(0, 8)));

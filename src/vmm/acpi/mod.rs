@@ -49,7 +49,7 @@ pub struct Platform {
     pub ioapic: Option<IoApic>,
     /// There is a PC's pair of interrupt controllers too.
     pub pic: bool,
-    /// The virtual VT-d, if there is one.
+    /// The virtual VT-d units, if there are any.
     pub iommu: Option<IommuPlatform>,
 }
 
@@ -64,17 +64,26 @@ pub struct IoApic {
     pub bdf: Bdf,
 }
 
-/// A virtual VT-d.
+/// Virtual VT-d units.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IommuPlatform {
-    /// Guest-physical address of the register page.
-    pub address: u64,
-    /// The functions behind it; unsaid, all of them.
-    pub functions: Option<Vec<Bdf>>,
-    /// It remaps interrupts, those of the IOAPIC among them.
+    /// Each of them; at least one. The IOAPIC is behind the first.
+    pub units: Vec<IommuUnit>,
+    /// Every function there is, or comes to be, is behind one: the last one if no other has it.
+    pub all_functions: bool,
+    /// They remap interrupts, those of the IOAPIC among them.
     pub interrupt_remapping: bool,
     /// Functions may use device TLBs.
     pub ats: bool,
+}
+
+/// A virtual VT-d unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuUnit {
+    /// Guest-physical address of the register page.
+    pub address: u64,
+    /// The functions behind it.
+    pub functions: Vec<Bdf>,
 }
 
 /// Writes the tables of `platform` into `memory`.
@@ -113,19 +122,21 @@ fn dmar(iommu: &IommuPlatform, ioapic: Option<IoApic>) -> dmar::DMAR {
     if iommu.interrupt_remapping {
         dmar = dmar.flag(dmar::Flags::IntrRemap);
     }
-    let mut drhd = dmar::Drhd::new(0, iommu.address);
-    match &iommu.functions {
-        None => drhd = drhd.include_pci_all(),
-        Some(functions) => {
-            for function in functions {
+    for (number, unit) in iommu.units.iter().enumerate() {
+        let mut drhd = dmar::Drhd::new(0, unit.address);
+        // One that has all the others' rest comes last (§8.3).
+        if iommu.all_functions && number + 1 == iommu.units.len() {
+            drhd = drhd.include_pci_all();
+        } else {
+            for function in &unit.functions {
                 drhd.add_scope(dmar::DeviceScope::pci_endpoint(path(*function)));
             }
         }
+        if let Some(ioapic) = ioapic.filter(|_| iommu.interrupt_remapping && number == 0) {
+            drhd.add_scope(dmar::DeviceScope::ioapic(ioapic.id, path(ioapic.bdf)));
+        }
+        dmar.add_structure(drhd);
     }
-    if let Some(ioapic) = ioapic.filter(|_| iommu.interrupt_remapping) {
-        drhd.add_scope(dmar::DeviceScope::ioapic(ioapic.id, path(ioapic.bdf)));
-    }
-    dmar.add_structure(drhd);
     if iommu.ats {
         dmar.add_structure(dmar::Atsr::new(0).all_ports());
     }

@@ -16,8 +16,17 @@ fn platform() -> Platform {
     }
 }
 
+fn unit(address: u64, functions: &[Bdf]) -> IommuUnit {
+    IommuUnit { address, functions: functions.to_vec() }
+}
+
 fn iommu() -> IommuPlatform {
-    IommuPlatform { address: 0xfed9_0000, functions: None, interrupt_remapping: false, ats: false }
+    IommuPlatform {
+        units: vec![unit(0xfed9_0000, &[Bdf::new(0, 1, 0).unwrap()])],
+        all_functions: true,
+        interrupt_remapping: false,
+        ats: false,
+    }
 }
 
 fn read(memory: &MachineMemory, address: u64, length: usize) -> Vec<u8> {
@@ -79,14 +88,16 @@ fn the_dmar_names_what_is_behind_the_unit() {
         tables["DMAR"][36..].to_vec()
     };
     let header = |flags: u8| [[HOST_ADDRESS_WIDTH - 1, flags].as_slice(), &[0; 10]].concat();
-    let drhd = |length: u8, flags: u8| {
-        [0, 0, length, 0, flags, 0, 0, 0, 0x00, 0x00, 0xd9, 0xfe, 0, 0, 0, 0]
+    let drhd_at = |page: u8, length: u8, flags: u8| {
+        [0, 0, length, 0, flags, 0, 0, 0, 0x00, page, 0xd9, 0xfe, 0, 0, 0, 0]
     };
+    let drhd = |length, flags| drhd_at(0, length, flags);
     // Everything, nothing else.
     assert_eq!(dmar(iommu()), [header(0), drhd(16, 1).to_vec()].concat());
     // Two functions out of more; ATS.
     let functions = [Bdf::new(0, 1, 0).unwrap(), Bdf::new(0, 3, 2).unwrap()];
-    let some = IommuPlatform { functions: Some(functions.to_vec()), ats: true, ..iommu() };
+    let units = vec![unit(0xfed9_0000, &functions)];
+    let some = IommuPlatform { units, all_functions: false, ats: true, ..iommu() };
     let scopes = [1, 8, 0, 0, 0, 0, 1, 0, 1, 8, 0, 0, 0, 0, 3, 2];
     let atsr = [2, 0, 8, 0, 1, 0, 0, 0];
     assert_eq!(
@@ -97,6 +108,17 @@ fn the_dmar_names_what_is_behind_the_unit() {
     let remapping = IommuPlatform { interrupt_remapping: true, ..iommu() };
     let ioapic = [3, 8, 0, 0, 0, 0xff, 0x1f, 0];
     assert_eq!(dmar(remapping), [header(1), drhd(24, 1).to_vec(), ioapic.to_vec()].concat());
+    // Two units: the IOAPIC is the first's, and what nobody names the last's.
+    let [a, b] = functions.map(|function| [function]);
+    let units = vec![unit(0xfed9_0000, &a), unit(0xfed9_1000, &b)];
+    let two = IommuPlatform { units, interrupt_remapping: true, ..iommu() };
+    let first = [drhd(32, 0).to_vec(), scopes[..8].to_vec(), ioapic.to_vec()].concat();
+    let second = drhd_at(0x10, 16, 1).to_vec();
+    assert_eq!(dmar(two.clone()), [header(1), first.clone(), second].concat());
+    // A third function is behind neither: each names its own.
+    let two = IommuPlatform { all_functions: false, ..two };
+    let second = [drhd_at(0x10, 24, 0).to_vec(), scopes[8..].to_vec()].concat();
+    assert_eq!(dmar(two), [header(1), first, second].concat());
 }
 
 #[test]
@@ -131,7 +153,11 @@ fn the_fadt_names_the_registers_of_power() {
 #[test]
 fn the_largest_machine_fits() {
     let functions: Vec<_> = (0..32).map(|device| Bdf::new(0, device, 0).unwrap()).collect();
-    let iommu = IommuPlatform { functions: Some(functions), ats: true, ..iommu() };
+    // A unit for each function, and many for none.
+    let units =
+        (0..112).map(|n| unit(0xfed9_0000 + 4096 * n as u64, functions.get(n..=n).unwrap_or(&[])));
+    let (units, ats) = (units.collect(), true);
+    let iommu = IommuPlatform { units, all_functions: false, ats, ..iommu() };
     let platform = Platform { vcpus: 255, pic: true, iommu: Some(iommu), ..platform() };
     assert_eq!(tables(&platform)["APIC"].len(), 44 + 255 * 8 + 12 + 10);
     let memory = MachineMemory::new(0xe_0000).unwrap();

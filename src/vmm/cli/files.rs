@@ -78,22 +78,12 @@ fn identity(path: &Path) -> Option<Identity> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::config::{DiskConfig, PayloadConfig};
+    use crate::vmm::config::{testing, DiskConfig, IommuChoice};
 
     fn config(kernel: &Path) -> MachineConfig {
-        MachineConfig {
-            payload: PayloadConfig {
-                kernel: kernel.into(),
-                initramfs: None,
-                cmdline: String::new(),
-            },
-            vcpus: 1,
-            memory: 1 << 20,
-            iommu: None,
-            devices: Vec::new(),
-            serial: SerialConfig::Null,
-            trace: None,
-        }
+        let mut config = testing::machine();
+        config.payload.kernel = kernel.into();
+        config
     }
 
     #[test]
@@ -116,7 +106,8 @@ mod tests {
         assert!(text.contains("--kernel and --serial"), "{text}");
         let text = refused(&|config| config.trace = Some(new.clone()), Some(&also_new));
         assert!(text.contains("--trace and --report"), "{text}");
-        let disk = DiskConfig { path: new.clone(), read_only: true, direct: false, iommu: None };
+        let iommu = IommuChoice::Unsaid;
+        let disk = DiskConfig { path: new.clone(), read_only: true, direct: false, iommu };
         let text = refused(&|c| c.devices = vec![DeviceConfig::Disk(disk.clone())], Some(&new));
         assert!(text.contains("--disk and --report"), "{text}");
     }

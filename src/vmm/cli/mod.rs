@@ -81,30 +81,31 @@ struct RunArgs {
     #[arg(long, value_name = "size=SIZE", default_value = "size=512M")]
     memory: MemoryOption,
 
-    /// Virtual IOMMU. Devices are behind it unless they say otherwise. PASIDs have 8 bits unless
-    /// `pasid-bits` says otherwise, 20 at the most. Remapping interrupts takes the IOAPIC out of
-    /// the kernel.
+    /// Virtual IOMMU; may be given several times. Devices are behind the first unless they say
+    /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on unless given; `on` is the first).
+    /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Remapping interrupts
+    /// takes the IOAPIC out of the kernel, and is for all or for none.
     #[arg(
-        long,
-        value_name = "vtd[,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off]"
+        long = "iommu",
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off]"
     )]
-    iommu: Option<IommuConfig>,
+    iommus: Vec<IommuConfig>,
 
     /// PCI device; may be given several times. The first is 00:01.0.
-    #[arg(long = "device", value_name = "edu[,iommu=on|off,pasid=on|off,dma-mask=MASK]")]
+    #[arg(long = "device", value_name = "edu[,iommu=on|off|ID,pasid=on|off,dma-mask=MASK]")]
     devices: Vec<DeviceConfig>,
 
     /// Virtio block device with a raw image; may be given several times, after every --device.
-    #[arg(long = "disk", value_name = "path=FILE[,readonly=on|off,direct=on|off,iommu=on|off]")]
+    #[arg(long = "disk", value_name = "path=FILE[,readonly=on|off,direct=on|off,iommu=on|off|ID]")]
     disks: Vec<DiskConfig>,
 
     /// Virtio network device on a tap interface of the host; may be given several times, after
     /// every --disk.
-    #[arg(long = "net", value_name = "tap=NAME|fd=NUMBER[,mac=ADDRESS,iommu=on|off]")]
+    #[arg(long = "net", value_name = "tap=NAME|fd=NUMBER[,mac=ADDRESS,iommu=on|off|ID]")]
     nets: Vec<NetConfig>,
 
     /// Virtio entropy device; may be given several times, after every --net.
-    #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off]")]
+    #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off|ID]")]
     rngs: Vec<RngConfig>,
 
     /// Where the serial port leads.
@@ -148,7 +149,7 @@ impl RunArgs {
             },
             vcpus: self.cpus.boot,
             memory: self.memory.size,
-            iommu: self.iommu,
+            iommus: self.iommus,
             devices: self.devices.into_iter().chain(disks).chain(nets).chain(rngs).collect(),
             serial: self.serial,
             trace: self.trace,
@@ -292,6 +293,6 @@ mod tests {
         let cli = Cli::try_parse_from(words.split(' ')).unwrap();
         let Command::Run(args) = cli.command else { panic!("{cli:?}") };
         assert_eq!(args.devices.len(), 2);
-        assert_eq!(args.iommu, Some(IommuConfig::default()));
+        assert_eq!(args.iommus, [IommuConfig::default()]);
     }
 }

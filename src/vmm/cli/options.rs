@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::size::{parse_number, parse_size};
-use crate::vmm::config::{DeviceConfig, EduConfig, IommuConfig, SerialConfig};
+use crate::vmm::config::{DeviceConfig, EduConfig, IommuChoice, IommuConfig, SerialConfig};
 
 /// `key=value` pairs, each taken at most once.
 #[derive(Default)]
@@ -122,7 +122,8 @@ impl FromStr for IommuConfig {
         }
         let default = Self::default();
         let config = Self {
-            address: pairs.take("addr", default.address, register_page)?,
+            id: pairs.take("id", default.id, |text| id(text).map(Some))?,
+            address: pairs.take("addr", default.address, |text| register_page(text).map(Some))?,
             address_width: pairs.take("aw", default.address_width, |text| match text {
                 "48" => Ok(48),
                 "57" => Ok(57),
@@ -140,9 +141,28 @@ impl FromStr for IommuConfig {
             interrupt_remapping: pairs
                 .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
         };
-        pairs.finish("addr, aw, ats, caching-mode, intremap, pasid-bits, second-stage")?;
+        pairs.finish("addr, ats, aw, caching-mode, id, intremap, pasid-bits, second-stage")?;
         Ok(config)
     }
+}
+
+/// A name that `iommu=` of a device can tell from its other values.
+fn id(text: &str) -> Result<String, String> {
+    match text {
+        "on" | "off" => Err(format!("'{text}' is no name: iommu={text} means something else")),
+        _ => Ok(text.to_owned()),
+    }
+}
+
+/// Takes `iommu=on|off|ID`.
+pub(super) fn iommu(pairs: &mut Pairs<'_>) -> Result<IommuChoice, String> {
+    pairs.take("iommu", IommuChoice::Unsaid, |text| {
+        Ok(match text {
+            "on" => IommuChoice::First,
+            "off" => IommuChoice::Off,
+            id => IommuChoice::Named(id.to_owned()),
+        })
+    })
 }
 
 fn register_page(text: &str) -> Result<u64, String> {
@@ -163,7 +183,7 @@ impl FromStr for DeviceConfig {
         }
         let default = EduConfig::default();
         let config = EduConfig {
-            iommu: pairs.take("iommu", default.iommu, |text| on_off(text).map(Some))?,
+            iommu: iommu(&mut pairs)?,
             pasid: pairs.take("pasid", default.pasid, on_off)?,
             dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
         };
@@ -209,10 +229,11 @@ mod tests {
         assert_eq!("size=1G".parse(), Ok(MemoryOption { size: 1 << 30 }));
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
-            "vtd,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on,intremap=on"
+            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on,intremap=on"
                 .parse(),
             Ok(IommuConfig {
-                address: 0xfed0_0000,
+                id: Some("a".to_owned()),
+                address: Some(0xfed0_0000),
                 address_width: 57,
                 pasid_bits: 16,
                 second_stage: false,
@@ -225,7 +246,7 @@ mod tests {
         assert_eq!(
             "edu,iommu=off,dma-mask=0xffffffff".parse(),
             Ok(DeviceConfig::Edu(EduConfig {
-                iommu: Some(false),
+                iommu: IommuChoice::Off,
                 pasid: false,
                 dma_mask: 0xffff_ffff
             }))
@@ -250,6 +271,7 @@ mod tests {
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
         refused::<IommuConfig>("vtd,", "key=value");
+        refused::<IommuConfig>("vtd,id=on", "id: 'on'");
         refused::<DeviceConfig>("nvme", "unknown device 'nvme'");
         refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");
         refused::<SerialConfig>("file=", "'file='");

@@ -4,17 +4,12 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::options::{on_off, Pairs};
+use super::options::{iommu, on_off, Pairs};
 use crate::vmm::config::{DiskConfig, NetConfig, RngConfig, TapConfig};
 
 /// Takes `key`, which stands for a path.
 fn path(pairs: &mut Pairs<'_>, key: &str) -> Result<Option<PathBuf>, String> {
     pairs.take(key, None, |text| Ok(Some(PathBuf::from(text))))
-}
-
-/// Takes `iommu=on|off`.
-fn iommu(pairs: &mut Pairs<'_>) -> Result<Option<bool>, String> {
-    pairs.take("iommu", None, |text| on_off(text).map(Some))
 }
 
 impl FromStr for DiskConfig {
@@ -77,6 +72,7 @@ impl FromStr for RngConfig {
 mod tests {
     use super::super::options::testing::refused;
     use super::*;
+    use crate::vmm::config::IommuChoice;
     use crate::vmm::devices::virtio::MacAddress;
 
     #[test]
@@ -87,7 +83,7 @@ mod tests {
                 path: "/a=b.img".into(),
                 read_only: false,
                 direct: false,
-                iommu: None,
+                iommu: IommuChoice::Unsaid,
             })
         );
         assert_eq!(
@@ -96,18 +92,18 @@ mod tests {
                 path: "disk".into(),
                 read_only: true,
                 direct: true,
-                iommu: Some(false),
+                iommu: IommuChoice::Off,
             })
         );
         let (tap, mac) = (TapConfig::Name("tap0".into()), Some(MacAddress::local(9)));
         assert_eq!(
             "tap=tap0,mac=02:74:73:00:00:09,iommu=on".parse(),
-            Ok(NetConfig { tap, mac, iommu: Some(true) })
+            Ok(NetConfig { tap, mac, iommu: IommuChoice::First })
         );
         let tap = TapConfig::Fd(3);
-        assert_eq!("fd=3".parse(), Ok(NetConfig { tap, mac: None, iommu: None }));
-        let source = "/dev/urandom".into();
-        assert_eq!("src=/dev/urandom".parse(), Ok(RngConfig { source, iommu: None }));
+        assert_eq!("fd=3".parse(), Ok(NetConfig { tap, mac: None, iommu: IommuChoice::Unsaid }));
+        let (source, iommu) = ("/dev/urandom".into(), IommuChoice::Named("b".into()));
+        assert_eq!("src=/dev/urandom,iommu=b".parse(), Ok(RngConfig { source, iommu }));
     }
 
     #[test]

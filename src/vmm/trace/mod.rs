@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::{Error, Result};
-pub(super) use observers::TracedInterrupts;
+pub(super) use observers::{TracedInterrupts, TracedIommu};
 
 /// A trace that is being written. Any thread may add to it.
 pub struct Trace {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is traced: host calls, the virtual IOMMU, message-signalled interrupts.
+//! What is traced: host calls, virtual IOMMUs, message-signalled interrupts.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{json, Value};
 
 use super::Trace;
 use crate::iommufd::{ObjectId, Verb, VerbObserver};
@@ -46,7 +46,20 @@ impl InterruptSink for TracedInterrupts {
     }
 }
 
-impl Observer for Trace {
+/// What a virtual IOMMU does, traced under its id.
+pub(in crate::vmm) struct TracedIommu {
+    pub trace: Arc<Trace>,
+    pub id: String,
+}
+
+impl TracedIommu {
+    fn instant(&self, category: &'static str, name: &str, mut args: Value) {
+        args["iommu"] = self.id.as_str().into();
+        self.trace.instant(category, name, args);
+    }
+}
+
+impl Observer for TracedIommu {
     fn register(&self, access: &RegisterAccess) {
         let name = if access.write { "write" } else { "read" };
         let args = json!({

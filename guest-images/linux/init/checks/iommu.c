@@ -43,13 +43,34 @@ static void check_domain(const struct device *device)
     const char *strict = on_command_line("iommu.strict=1") ? "DMA" : "DMA-FQ";
     const char *wanted = option("domain", on_command_line("iommu=pt") ? "identity" : strict);
     const char *type = first_line("/sys/bus/pci/devices/%s/iommu_group/type", device->pci);
+    const char *unit = link_name("/sys/bus/pci/devices/%s/iommu", device->pci);
 
     if (!type[0])
         skipped("iommu", "%s is in no IOMMU group", device->pci);
     else if (strcmp(type, wanted) == 0)
-        passed("iommu", "%s has a domain of type %s", device->pci, type);
+        passed("iommu", "%s, behind %s, has a domain of type %s", device->pci, unit, type);
     else
         failed("iommu", "%s has a domain of type %s, not %s", device->pci, type, wanted);
+}
+
+// Whether there are as many units as there should be, and a device behind each.
+static void check_units(const struct device *devices, unsigned count, unsigned units)
+{
+    unsigned wanted = (unsigned)option_number("iommus", 1), used = 0;
+    char seen[MAX_DEVICES][16];
+
+    for (unsigned i = 0; i < count; i++) {
+        const char *unit = link_name("/sys/bus/pci/devices/%s/iommu", devices[i].pci);
+        unsigned known = 0;
+        while (known < used && strcmp(seen[known], unit) != 0)
+            known++;
+        if (unit[0] && known == used)
+            snprintf(seen[used++], sizeof(seen[0]), "%s", unit);
+    }
+    if (units == wanted && used == wanted)
+        passed("iommu", "%u VT-d units, devices behind %u", units, used);
+    else
+        failed("iommu", "%u VT-d units, devices behind %u, not %u (twostage.iommus)", units, used, wanted);
 }
 
 // Whether the interrupts of devices go through remapping, as /proc/interrupts names their chips.
@@ -83,8 +104,7 @@ void check_iommu(void)
 
     log_lines(interesting, say);
     for_each_name("/sys/class/iommu", take_unit, &units);
-    if (!units)
-        failed("iommu", "the kernel uses no VT-d unit");
+    check_units(devices, count, units);
     for (unsigned i = 0; i < count; i++)
         check_domain(&devices[i]);
     if (log_count("DMAR-IR: Enabled IRQ remapping in x2apic mode"))

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What is wrong with a configuration, as far as no part of a machine can tell alone.
+
+use super::{IommuChoice, MachineConfig};
+use crate::viommu::vtd::MMIO_SIZE;
+use crate::vmm::memory;
+
+/// A configuration that contradicts itself or asks for what nobody can build.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No vCPU.
+    #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
+    NoVcpus,
+    /// A virtual IOMMU's registers would be on top of something else.
+    #[error("--iommu: addr={0:#x} is where {1} is")]
+    RegisterPage(u64, &'static str),
+    /// The registers of two virtual IOMMUs would be on top of each other.
+    #[error("--iommu: addr={0:#x} is where the registers of {1} are")]
+    SameRegisterPage(u64, String),
+    /// Two virtual IOMMUs of one name.
+    #[error("--iommu: there are two with id={0}")]
+    SameIommu(String),
+    /// Linux, for one, remaps the interrupts of all units or of none.
+    #[error("--iommu: intremap=on and intremap=off contradict each other; it is one for all")]
+    SomeInterruptsRemapped,
+    /// A device behind what is not there.
+    #[error("{0} {1}: iommu=on, but there is no --iommu")]
+    NoIommu(&'static str, usize),
+    /// A device behind one that is not there, among others.
+    #[error("{0} {1}: iommu={2}, but there is no --iommu with id={2}; there is {3}")]
+    UnknownIommu(&'static str, usize, String, String),
+    /// PASIDs without an IOMMU to tell them apart.
+    #[error("--device {0}: pasid=on needs the device behind an IOMMU (--iommu vtd, no iommu=off)")]
+    PasidWithoutIommu(usize),
+    /// PASIDs that the IOMMU does not have.
+    #[error("--device {0}: pasid=on, but --iommu has pasid-bits=0")]
+    NoPasidBits(usize),
+    /// More devices than bus 0 has room for.
+    #[error("{0} devices; bus 0 has room for {max}", max = MAX_DEVICES)]
+    TooManyDevices(usize),
+}
+
+/// Device numbers 1 to 31 of bus 0; the host bridge is device 0.
+pub const MAX_DEVICES: usize = 31;
+
+impl MachineConfig {
+    /// Checks what no part can check alone. Devices are counted from 1, as in their errors.
+    ///
+    /// # Errors
+    /// The first contradiction.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.vcpus == 0 {
+            return Err(ConfigError::NoVcpus);
+        }
+        if self.devices.len() > MAX_DEVICES {
+            return Err(ConfigError::TooManyDevices(self.devices.len()));
+        }
+        self.validate_iommus()?;
+        self.validate_devices()
+    }
+
+    fn validate_iommus(&self) -> Result<(), ConfigError> {
+        for (number, iommu) in self.iommus.iter().enumerate() {
+            let (id, address) = (self.iommu_id(number), self.iommu_address(number));
+            if let Some(occupant) = memory::occupant(self.memory, address) {
+                return Err(ConfigError::RegisterPage(address, occupant));
+            }
+            for other in 0..number {
+                if self.iommu_id(other) == id {
+                    return Err(ConfigError::SameIommu(id));
+                }
+                if self.iommu_address(other).abs_diff(address) < MMIO_SIZE {
+                    return Err(ConfigError::SameRegisterPage(address, self.iommu_id(other)));
+                }
+            }
+            let remapping = iommu.interrupt_remapping;
+            if remapping.is_some() && remapping != self.interrupt_remapping() {
+                return Err(ConfigError::SomeInterruptsRemapped);
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_devices(&self) -> Result<(), ConfigError> {
+        for (number, device) in (1..).zip(&self.devices) {
+            let (choice, option) = (device.iommu(), device.option());
+            let iommu = self.iommu_of(choice).and_then(|number| self.iommus.get(number));
+            match (choice, iommu) {
+                (IommuChoice::First, None) => return Err(ConfigError::NoIommu(option, number)),
+                (IommuChoice::Named(id), None) => {
+                    return Err(ConfigError::UnknownIommu(
+                        option,
+                        number,
+                        id.clone(),
+                        self.iommu_ids(),
+                    ));
+                }
+                (_, None) if device.pasid() => return Err(ConfigError::PasidWithoutIommu(number)),
+                (_, Some(iommu)) if device.pasid() && iommu.pasid_bits == 0 => {
+                    return Err(ConfigError::NoPasidBits(number));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What the virtual IOMMUs are called, for an error.
+    fn iommu_ids(&self) -> String {
+        let ids: Vec<_> = (0..self.iommus.len()).map(|number| self.iommu_id(number)).collect();
+        if ids.is_empty() {
+            return "no --iommu at all".to_owned();
+        }
+        ids.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::config::{testing, DeviceConfig, EduConfig, IommuConfig};
+    use crate::vmm::memory::VTD_REGISTERS;
+
+    fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
+        let devices = vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)];
+        MachineConfig { iommus: iommus.to_vec(), devices, ..testing::machine() }
+    }
+
+    fn edu(iommu: IommuChoice, pasid: bool) -> EduConfig {
+        EduConfig { iommu, pasid, ..EduConfig::default() }
+    }
+
+    fn named(id: &str) -> IommuConfig {
+        IommuConfig { id: Some(id.to_owned()), ..IommuConfig::default() }
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        use IommuChoice::{First, Named, Off, Unsaid};
+        let vtd = [IommuConfig::default()];
+        let no_pasid = [IommuConfig { pasid_bits: 0, ..IommuConfig::default() }];
+        let no_such = |ids: &str| {
+            ConfigError::UnknownIommu("--device", 2, "other".to_owned(), ids.to_owned())
+        };
+        for (iommus, edu, error) in [
+            (&[][..], edu(First, false), ConfigError::NoIommu("--device", 2)),
+            (&[], edu(Unsaid, true), ConfigError::PasidWithoutIommu(2)),
+            (&[], edu(Named("other".into()), true), no_such("no --iommu at all")),
+            (&vtd, edu(Named("other".into()), false), no_such("vtd0")),
+            (&vtd, edu(Off, true), ConfigError::PasidWithoutIommu(2)),
+            (&no_pasid, edu(Unsaid, true), ConfigError::NoPasidBits(2)),
+        ] {
+            assert_eq!(machine(iommus, edu).validate(), Err(error));
+        }
+        for (iommus, edu) in [
+            (&[][..], edu(Unsaid, false)),
+            (&[], edu(Off, false)),
+            (&vtd, edu(Unsaid, true)),
+            (&vtd, edu(Named("vtd0".into()), true)),
+            (&vtd, edu(Off, false)),
+            (&no_pasid, edu(First, false)),
+        ] {
+            assert_eq!(machine(iommus, edu).validate(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn the_register_page_needs_a_place_of_its_own() {
+        let at = |address| {
+            let iommu = IommuConfig { address: Some(address), ..IommuConfig::default() };
+            machine(&[iommu, IommuConfig::default()], EduConfig::default()).validate()
+        };
+        assert_eq!(at(VTD_REGISTERS), Ok(()));
+        assert_eq!(at(0x1000), Err(ConfigError::RegisterPage(0x1000, "RAM")));
+        assert_eq!(at(0xe000_0000), Err(ConfigError::RegisterPage(0xe000_0000, "PCI memory")));
+        let second = VTD_REGISTERS + MMIO_SIZE;
+        assert_eq!(at(second), Err(ConfigError::SameRegisterPage(second, "vtd0".into())));
+    }
+
+    #[test]
+    fn each_of_several_iommus_has_a_name_and_a_place() {
+        let config = machine(&[named("first"), IommuConfig::default()], EduConfig::default());
+        assert_eq!(config.validate(), Ok(()));
+        assert_eq!((config.iommu_id(0), config.iommu_id(1)), ("first".into(), "vtd1".into()));
+        let places = (config.iommu_address(0), config.iommu_address(1));
+        assert_eq!(places, (VTD_REGISTERS, VTD_REGISTERS + MMIO_SIZE));
+        for (choice, number) in [
+            (IommuChoice::Unsaid, Some(0)),
+            (IommuChoice::First, Some(0)),
+            (IommuChoice::Named("first".into()), Some(0)),
+            (IommuChoice::Named("vtd1".into()), Some(1)),
+            (IommuChoice::Named("vtd0".into()), None),
+            (IommuChoice::Off, None),
+        ] {
+            assert_eq!(config.iommu_of(&choice), number, "{choice:?}");
+        }
+        // A name that the other one has because it has none.
+        let config = machine(&[named("vtd1"), IommuConfig::default()], EduConfig::default());
+        assert_eq!(config.validate(), Err(ConfigError::SameIommu("vtd1".into())));
+    }
+
+    #[test]
+    fn interrupts_are_remapped_for_all_or_for_none() {
+        let remapping =
+            |interrupt_remapping| IommuConfig { interrupt_remapping, ..IommuConfig::default() };
+        let both = |first, second| {
+            let config = machine(&[remapping(first), remapping(second)], EduConfig::default());
+            config.validate().map(|()| config.interrupt_remapping())
+        };
+        assert_eq!(both(None, None), Ok(None));
+        assert_eq!(both(None, Some(false)), Ok(Some(false)));
+        assert_eq!(both(Some(true), None), Ok(Some(true)));
+        assert_eq!(both(Some(true), Some(false)), Err(ConfigError::SomeInterruptsRemapped));
+    }
+
+    #[test]
+    fn a_machine_has_vcpus_and_a_bus_of_limited_length() {
+        let mut config = machine(&[], EduConfig::default());
+        config.vcpus = 0;
+        assert_eq!(config.validate(), Err(ConfigError::NoVcpus));
+        config.vcpus = 1;
+        config.devices = vec![DeviceConfig::Edu(EduConfig::default()); 32];
+        assert_eq!(config.validate(), Err(ConfigError::TooManyDevices(32)));
+    }
+}

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a machine is built from. The command line is one way to fill these in.
+#![forbid(unsafe_code)]
+
+mod check;
+
+use std::path::PathBuf;
+
+use super::devices::virtio::MacAddress;
+use super::memory::VTD_REGISTERS;
+use crate::viommu::vtd::MMIO_SIZE;
+
+pub use check::{ConfigError, MAX_DEVICES};
+
+/// A whole machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// What it boots.
+    pub payload: PayloadConfig,
+    /// Number of vCPUs, at least 1.
+    pub vcpus: u8,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// The virtual IOMMUs.
+    pub iommus: Vec<IommuConfig>,
+    /// PCI devices, from 00:01.0 up.
+    pub devices: Vec<DeviceConfig>,
+    /// Where the serial port leads.
+    pub serial: SerialConfig,
+    /// The file that a trace is written to, if any.
+    pub trace: Option<PathBuf>,
+}
+
+impl MachineConfig {
+    /// What the virtual IOMMU `number` is called: its id, or `vtd` and its number from 0.
+    pub fn iommu_id(&self, number: usize) -> String {
+        let id = self.iommus.get(number).and_then(|iommu| iommu.id.clone());
+        id.unwrap_or_else(|| format!("vtd{number}"))
+    }
+
+    /// Where the register page of the virtual IOMMU `number` is: where it says, or as many pages
+    /// above the usual place as there are virtual IOMMUs before it.
+    pub fn iommu_address(&self, number: usize) -> u64 {
+        let address = self.iommus.get(number).and_then(|iommu| iommu.address);
+        address.unwrap_or_else(|| VTD_REGISTERS.saturating_add(MMIO_SIZE * number as u64))
+    }
+
+    /// The number of the virtual IOMMU that `choice` means; `None` for no IOMMU, or none that there
+    /// is.
+    pub fn iommu_of(&self, choice: &IommuChoice) -> Option<usize> {
+        let numbers = 0..self.iommus.len();
+        match choice {
+            IommuChoice::Off => None,
+            IommuChoice::Unsaid | IommuChoice::First => numbers.into_iter().next(),
+            IommuChoice::Named(id) => {
+                numbers.into_iter().find(|number| self.iommu_id(*number) == *id)
+            }
+        }
+    }
+
+    /// Whether interrupts are remapped, if any virtual IOMMU says so.
+    pub fn interrupt_remapping(&self) -> Option<bool> {
+        self.iommus.iter().find_map(|iommu| iommu.interrupt_remapping)
+    }
+}
+
+/// What a machine boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PayloadConfig {
+    /// A bzImage, an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
+    pub kernel: PathBuf,
+    /// A file handed to the kernel as its initial file system (the first module).
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A virtual VT-d.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IommuConfig {
+    /// What devices call it; unsaid, see [`MachineConfig::iommu_id`].
+    pub id: Option<String>,
+    /// Guest-physical address of the register page; unsaid, see [`MachineConfig::iommu_address`].
+    pub address: Option<u64>,
+    /// Input address width of first-stage tables, in bits: 48 or 57.
+    pub address_width: u8,
+    /// Width of PASIDs, in bits; 0 for none.
+    pub pasid_bits: u8,
+    /// Second-stage tables of the guest's own are offered.
+    pub second_stage: bool,
+    /// Device TLBs (ATS) are offered.
+    pub ats: bool,
+    /// Caching mode: not-present entries may be cached too, the guest invalidates after mapping.
+    pub caching_mode: bool,
+    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where it
+    /// is not in the kernel anyway. What one says holds for all of a machine.
+    pub interrupt_remapping: Option<bool>,
+}
+
+impl Default for IommuConfig {
+    fn default() -> Self {
+        Self {
+            id: None,
+            address: None,
+            address_width: 48,
+            pasid_bits: 8,
+            second_stage: true,
+            ats: false,
+            caching_mode: false,
+            interrupt_remapping: None,
+        }
+    }
+}
+
+/// Which virtual IOMMU a device is behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum IommuChoice {
+    /// Nothing is said: the first one, if the machine has any.
+    #[default]
+    Unsaid,
+    /// The first one.
+    First,
+    /// The one of this id.
+    Named(String),
+    /// None.
+    Off,
+}
+
+/// A PCI device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceConfig {
+    /// The educational device.
+    Edu(EduConfig),
+    /// A virtio block device.
+    Disk(DiskConfig),
+    /// A virtio network device.
+    Net(NetConfig),
+    /// A virtio entropy device.
+    Rng(RngConfig),
+}
+
+impl DeviceConfig {
+    /// The virtual IOMMU it is behind.
+    pub fn iommu(&self) -> &IommuChoice {
+        match self {
+            Self::Edu(edu) => &edu.iommu,
+            Self::Disk(disk) => &disk.iommu,
+            Self::Net(net) => &net.iommu,
+            Self::Rng(rng) => &rng.iommu,
+        }
+    }
+
+    /// Whether it has the PASID capability.
+    pub fn pasid(&self) -> bool {
+        matches!(self, Self::Edu(EduConfig { pasid: true, .. }))
+    }
+
+    /// The option that makes such a device.
+    fn option(&self) -> &'static str {
+        match self {
+            Self::Edu(_) => "--device",
+            Self::Disk(_) => "--disk",
+            Self::Net(_) => "--net",
+            Self::Rng(_) => "--rng",
+        }
+    }
+}
+
+/// A virtio block device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The raw image, a file or a block device.
+    pub path: PathBuf,
+    /// It cannot be written.
+    pub read_only: bool,
+    /// Around the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// The virtual IOMMU it is behind.
+    pub iommu: IommuChoice,
+}
+
+/// A virtio network device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConfig {
+    /// What it is connected to.
+    pub tap: TapConfig,
+    /// Its address; unsaid, one is made of its number.
+    pub mac: Option<MacAddress>,
+    /// The virtual IOMMU it is behind.
+    pub iommu: IommuChoice,
+}
+
+/// A tap interface of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TapConfig {
+    /// By its name.
+    Name(String),
+    /// By a file descriptor that the process was started with.
+    Fd(i32),
+}
+
+/// A virtio entropy device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngConfig {
+    /// Where its bytes come from.
+    pub source: PathBuf,
+    /// The virtual IOMMU it is behind.
+    pub iommu: IommuChoice,
+}
+
+/// The educational device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EduConfig {
+    /// The virtual IOMMU it is behind.
+    pub iommu: IommuChoice,
+    /// Has the PASID capability, and the register that chooses one.
+    pub pasid: bool,
+    /// DMA addresses are cut to these bits.
+    pub dma_mask: u64,
+}
+
+impl EduConfig {
+    /// The address bits the device has unless told otherwise.
+    pub const DEFAULT_DMA_MASK: u64 = (1 << 28) - 1;
+}
+
+impl Default for EduConfig {
+    fn default() -> Self {
+        Self { iommu: IommuChoice::Unsaid, pasid: false, dma_mask: Self::DEFAULT_DMA_MASK }
+    }
+}
+
+/// Where the serial port leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// Standard input and output.
+    Tty,
+    /// Nowhere.
+    Null,
+    /// Into this file, which is created or emptied.
+    File(PathBuf),
+    /// To the end of this file, which is created if need be.
+    Append(PathBuf),
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    /// A machine of one vCPU and 1 MiB, with nothing else.
+    pub fn machine() -> MachineConfig {
+        let payload =
+            PayloadConfig { kernel: "kernel".into(), initramfs: None, cmdline: String::new() };
+        MachineConfig {
+            payload,
+            vcpus: 1,
+            memory: 1 << 20,
+            iommus: Vec::new(),
+            devices: Vec::new(),
+            serial: SerialConfig::Null,
+            trace: None,
+        }
+    }
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The virtual IOMMUs of a machine and all that is behind them: nesting, the host's verbs, counted,
+//! and the emulated host that serves them.
+//!
+//! There is one host with one IOAS, the guest's memory. Each virtual IOMMU has a host side of its
+//! own over it, and an emulated unit of its own behind that.
+#![forbid(unsafe_code)]
+
+mod unit;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::config::MachineConfig;
+use super::memory::MachineMemory;
+use super::report::{CallReport, HostReport, IommuReport};
+use super::trace::Trace;
+use super::Result;
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{CountedHost, HostIommu, Protection, UserMemory, Verb, VerbCounters};
+use crate::nesting::Nesting;
+use crate::spec::pci::Bdf;
+use crate::viommu::InterruptSink;
+pub(super) use unit::Iommu;
+use unit::{failed, Plan};
+
+/// A function that is to be behind a virtual IOMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AssignedFunction {
+    pub bdf: Bdf,
+    /// It has the PASID capability.
+    pub pasid: bool,
+    /// The number of the virtual IOMMU.
+    pub iommu: usize,
+}
+
+/// What the virtual IOMMUs of a machine have in common.
+pub(super) struct Surroundings<'a> {
+    pub emulated: Arc<EmulatedHost>,
+    /// The same host, its calls counted and traced.
+    pub host: Arc<dyn HostIommu>,
+    pub memory: &'a MachineMemory,
+    /// Where their own interrupts go.
+    pub interrupts: Arc<dyn InterruptSink>,
+    pub trace: Option<Arc<Trace>>,
+}
+
+/// The virtual IOMMUs of a machine; at least one.
+pub(super) struct Iommus {
+    // Gone before the check that nothing is left on the host.
+    all: Vec<Iommu>,
+    emulated: Arc<EmulatedHost>,
+    verbs: Arc<VerbCounters>,
+}
+
+impl Iommus {
+    /// The virtual IOMMUs of `config`, in front of `functions`, over an emulated host that has
+    /// `memory` as stage 2; `None` when there are none. Their own interrupts go to `interrupts`;
+    /// they remap those of others if `interrupt_remapping`.
+    pub fn new(
+        config: &MachineConfig,
+        interrupt_remapping: bool,
+        memory: &MachineMemory,
+        functions: &[AssignedFunction],
+        interrupts: Arc<dyn InterruptSink>,
+        trace: Option<Arc<Trace>>,
+    ) -> Result<Option<Self>> {
+        if config.iommus.is_empty() {
+            return Ok(None);
+        }
+        let emulated = EmulatedHost::new();
+        let counted =
+            CountedHost::new(emulated.clone(), trace.clone().map(|trace| trace as Arc<_>));
+        let verbs = counted.counters();
+        let host: Arc<dyn HostIommu> = Arc::new(counted);
+        let around = Surroundings { emulated: emulated.clone(), host, memory, interrupts, trace };
+        let mut iommus = Self { all: Vec::new(), emulated, verbs };
+        // What one emulated unit walks, the host says of all.
+        let guest_second_stage = config.iommus.iter().any(|iommu| iommu.second_stage);
+        for (number, iommu) in config.iommus.iter().enumerate() {
+            let nesting = match iommus.all.first() {
+                Some(first) => first.nesting().beside().map_err(failed("nesting"))?,
+                None => nesting_over(&around)?,
+            };
+            let functions = functions.iter().filter(|function| function.iommu == number);
+            let plan = Plan {
+                id: config.iommu_id(number),
+                config: iommu,
+                interrupt_remapping,
+                guest_second_stage,
+                functions: functions.copied().collect(),
+            };
+            iommus.all.push(Iommu::new(plan, nesting, &around)?);
+        }
+        Ok(Some(iommus))
+    }
+
+    /// Each of them, in the order of the configuration.
+    pub fn all(&self) -> &[Iommu] {
+        &self.all
+    }
+
+    /// What each has done so far.
+    pub fn reports(&self) -> Vec<IommuReport> {
+        self.all.iter().map(Iommu::report).collect()
+    }
+
+    /// What was asked of the host so far, and its objects.
+    pub fn host_report(&self) -> HostReport {
+        let calls = Verb::ALL
+            .iter()
+            .map(|verb| {
+                let (calls, failures) = (self.verbs.calls(*verb), self.verbs.failures(*verb));
+                (verb.name(), CallReport { calls, failures })
+            })
+            .filter(|(_, report)| report.calls != 0)
+            .collect::<BTreeMap<_, _>>();
+        HostReport { calls, graph: self.emulated.graph() }
+    }
+}
+
+/// The host side of the first virtual IOMMU, with the machine's memory.
+fn nesting_over(around: &Surroundings<'_>) -> Result<Nesting> {
+    let nesting = Nesting::new(around.host.clone()).map_err(failed("nesting"))?;
+    for region in around.memory.regions() {
+        let (start, whole) = (around.memory.start_of(region), UserMemory::whole(region.clone()));
+        nesting
+            .map_memory(start, &whole, Protection::READ_WRITE)
+            .map_err(failed("mapping guest memory"))?;
+    }
+    Ok(nesting)
+}
+
+impl Drop for Iommus {
+    /// Gives every host object back, and says what is left.
+    fn drop(&mut self) {
+        self.all.clear();
+        match self.emulated.live_objects() {
+            0 => {}
+            count => log::error!("{count} host objects are left behind"),
+        }
+    }
+}
+
+impl fmt::Debug for Iommus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.all).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Virtual IOMMUs over the emulated host, without a guest.
+
+use super::*;
+use crate::emulated::ObjectKind;
+use crate::spec::pci::Pasid;
+use crate::vmm::config::{testing, IommuConfig};
+use vm_memory::{Bytes, GuestAddress};
+
+struct NoInterrupts;
+
+impl InterruptSink for NoInterrupts {
+    fn send_msi(&self, _: u64, _: u32) {}
+}
+
+const FUNCTION: AssignedFunction =
+    AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, iommu: 0 };
+const OTHER: AssignedFunction = AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, iommu: 1 };
+
+fn iommus(
+    configs: &[IommuConfig],
+    functions: &[AssignedFunction],
+    memory: &MachineMemory,
+) -> Result<Iommus> {
+    let config = MachineConfig { iommus: configs.to_vec(), ..testing::machine() };
+    let interrupts = Arc::new(NoInterrupts);
+    Iommus::new(&config, false, memory, functions, interrupts, None).map(Option::unwrap)
+}
+
+/// One of them, in front of one function.
+fn one(config: IommuConfig, memory: &MachineMemory) -> Iommus {
+    iommus(&[config], &[FUNCTION], memory).unwrap()
+}
+
+/// Translation is enabled, with an empty root table at 0, in scalable mode (RTADDR.TTM 01b).
+fn enable(iommu: &Iommu) {
+    let write = |offset, value: u32| iommu.registers().write(offset, &value.to_le_bytes());
+    write(0x20, 1 << 10);
+    // SRTP, then TE.
+    write(0x18, 1 << 30);
+    write(0x18, 1 << 31);
+}
+
+#[test]
+fn a_machine_without_has_none() {
+    let (config, memory) = (testing::machine(), MachineMemory::new(1 << 20).unwrap());
+    let none = Iommus::new(&config, false, &memory, &[], Arc::new(NoInterrupts), None);
+    assert!(none.unwrap().is_none());
+}
+
+#[test]
+fn a_function_passes_until_translation_is_enabled_and_is_blocked_then() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let iommus = one(IommuConfig::default(), &memory);
+    let iommu = &iommus.all()[0];
+    let mut dma = iommu.dma_master(FUNCTION.bdf);
+    dma.write(None, 0x4000, b"passes").unwrap();
+    let mut bytes = [0; 6];
+    memory.map().read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();
+    assert_eq!(&bytes, b"passes");
+    assert!(dma.write(None, 1 << 20, b"no memory").is_err());
+    assert!(dma.write(Pasid::new(1), 0x4000, b"no PASIDs yet").is_err());
+
+    enable(iommu);
+    assert!(dma.read(None, 0x4000, &mut bytes).is_err());
+    assert_eq!(iommus.reports()[0].viommu.faults_recorded, 1);
+    // One when it was added, one when it was blocked.
+    assert_eq!(iommus.host_report().calls["DEVICE_DETACH"].calls, 2);
+}
+
+#[test]
+fn each_has_its_own_functions_over_the_same_memory() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let configs = [IommuConfig::default(), IommuConfig::default()];
+    let iommus = iommus(&configs, &[FUNCTION, OTHER], &memory).unwrap();
+    let [first, second] = iommus.all() else { panic!("{iommus:?}") };
+    assert_eq!((first.id(), second.id()), ("vtd0", "vtd1"));
+    enable(second);
+    first.dma_master(FUNCTION.bdf).write(None, 0x4000, b"passes").unwrap();
+    second.dma_master(OTHER.bdf).write(None, 0x4000, b"blocked").unwrap_err();
+    // Neither unit knows the function of the other.
+    first.dma_master(OTHER.bdf).write(None, 0x4000, b"unknown").unwrap_err();
+    let faults: Vec<_> =
+        iommus.reports().iter().map(|report| report.viommu.faults_recorded).collect();
+    assert_eq!(faults, [0, 1]);
+    let graph = iommus.host_report().graph;
+    let count = |kind| graph.of_kind(kind).count();
+    assert_eq!((count(ObjectKind::Ioas), count(ObjectKind::HwptPaging)), (1, 2));
+    assert_eq!(graph.pinned_bytes, 1 << 20);
+}
+
+#[test]
+fn nothing_is_left_on_the_host() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let configs = [IommuConfig::default(), IommuConfig::default()];
+    let iommus = iommus(&configs, &[FUNCTION, OTHER], &memory).unwrap();
+    let host = iommus.emulated.clone();
+    assert_eq!(host.pinned_bytes(), 1 << 20);
+    drop(iommus);
+    assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0));
+}
+
+#[test]
+fn the_emulated_host_serves_what_is_asked_for() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let config = |asked: bool| {
+        let (address_width, pasid_bits) = if asked { (57, 20) } else { (48, 6) };
+        let (ats, second_stage) = (asked, asked);
+        IommuConfig { address_width, pasid_bits, ats, second_stage, ..IommuConfig::default() }
+    };
+    let check = |iommu: &Iommu, asked: bool| {
+        let (offered, config) = (iommu.capabilities(), config(asked));
+        assert_eq!(offered.cap.mgaw() + 1, config.address_width);
+        assert_eq!(offered.ecap.pasid_bits(), config.pasid_bits);
+        assert_eq!((offered.ecap.dt(), offered.ecap.ssts()), (asked, asked));
+    };
+    for asked in [false, true] {
+        check(&one(config(asked), &memory).all()[0], asked);
+    }
+    // Beside each other, too.
+    let both = iommus(&[config(false), config(true)], &[FUNCTION, OTHER], &memory).unwrap();
+    check(&both.all()[0], false);
+    check(&both.all()[1], true);
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One virtual IOMMU of a machine: its registers, its nesting, and the emulated unit behind it.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use super::{AssignedFunction, Surroundings};
+use crate::emulated::{AddressWidth, DeviceConfig, DmaAttributes, DmaPort, VtdUnit, VtdUnitConfig};
+use crate::iommufd::{Extensions, HostIommu, HwInfoData, ObjectId};
+use crate::nesting::{DeviceInfo, Nesting};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
+use crate::viommu::{FaultTarget, InterruptListener, InterruptRemapper, Observer};
+use crate::vmm::bus::BusDevice;
+use crate::vmm::config::IommuConfig;
+use crate::vmm::devices::{DmaError, DmaMaster};
+use crate::vmm::report::IommuReport;
+use crate::vmm::trace::TracedIommu;
+use crate::vmm::{Error, Result};
+
+/// What a virtual IOMMU is built from.
+pub(super) struct Plan<'a> {
+    pub id: String,
+    pub config: &'a IommuConfig,
+    pub interrupt_remapping: bool,
+    /// The emulated unit walks second-stage tables of the guest's, whether they are offered or not.
+    pub guest_second_stage: bool,
+    pub functions: Vec<AssignedFunction>,
+}
+
+/// One virtual IOMMU.
+pub(in crate::vmm) struct Iommu {
+    id: String,
+    vtd: Arc<VtdIommu>,
+    nesting: Arc<Nesting>,
+    host: Arc<dyn HostIommu>,
+    devices: Vec<ObjectId>,
+    interrupt_remapping: bool,
+    unit: Arc<VtdUnit>,
+}
+
+impl Iommu {
+    /// The virtual IOMMU of `plan`, whose host side is `nesting`, which has no devices yet.
+    pub(super) fn new(plan: Plan<'_>, nesting: Nesting, around: &Surroundings<'_>) -> Result<Self> {
+        let Plan { id, config, interrupt_remapping, guest_second_stage, functions } = plan;
+        let nesting = Arc::new(nesting);
+        let Surroundings { emulated, host, .. } = around;
+        let unit = VtdUnit::new(unit_config(config, guest_second_stage));
+        let unit_id = emulated.add_unit(unit.clone());
+        let mut devices = Vec::with_capacity(functions.len());
+        for function in &functions {
+            let name = format!("{id}/{}", function.bdf);
+            let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
+            let device = DeviceConfig { pasid_bits, ats: config.ats, ..DeviceConfig::default() };
+            emulated
+                .add_device(&name, unit_id, function.bdf, device)
+                .map_err(failed("adding a device"))?;
+            let dev = host.device_bind(&name).map_err(failed("binding a device"))?;
+            devices.push(dev);
+            nesting.add_device(function.bdf, dev).map_err(failed("adding a device"))?;
+        }
+
+        let hosts: Vec<_> = nesting
+            .hw_infos()
+            .iter()
+            .filter_map(|device| host_unit(device, host.extensions()))
+            .collect();
+        let offered = vtd_config(config, interrupt_remapping).intersect(&hosts)?;
+        let observer = around.trace.clone().map(|trace| {
+            let observer: Arc<dyn Observer> = Arc::new(TracedIommu { trace, id: id.clone() });
+            observer
+        });
+        let tables = Arc::new(around.memory.map().clone());
+        let interrupts = around.interrupts.clone();
+        let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
+            .map_err(failed("--iommu"))?;
+        let target: Arc<dyn FaultTarget> = vtd.clone();
+        nesting.set_fault_target(Arc::downgrade(&target));
+        for function in functions {
+            vtd.add_device(function.bdf);
+        }
+        let host = host.clone();
+        Ok(Self { id, vtd, nesting, host, devices, interrupt_remapping, unit })
+    }
+
+    /// The host side.
+    pub(super) fn nesting(&self) -> &Nesting {
+        &self.nesting
+    }
+
+    /// What devices call it.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What the guest is offered.
+    #[cfg(test)]
+    pub(super) fn capabilities(&self) -> crate::viommu::vtd::Capabilities {
+        self.vtd.capabilities()
+    }
+
+    /// The register page.
+    pub fn registers(&self) -> Arc<dyn BusDevice> {
+        Arc::new(RegisterPage(self.vtd.clone()))
+    }
+
+    /// The machine stops: threads that work for the guest in here leave off soon.
+    pub fn halt(&self) {
+        self.vtd.halt();
+    }
+
+    /// Who remaps the interrupts of what is behind the IOMMU, if it does.
+    pub fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
+        let vtd: Arc<dyn InterruptRemapper> = self.vtd.clone();
+        self.interrupt_remapping.then(|| Arc::downgrade(&vtd))
+    }
+
+    /// From now on `listener` is told when interrupts are remapped otherwise than before.
+    pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        self.vtd.add_interrupt_listener(listener);
+    }
+
+    /// How the function at `bdf` makes its memory requests.
+    pub fn dma_master(&self, bdf: Bdf) -> Box<dyn DmaMaster> {
+        Box::new(self.dma_port(bdf))
+    }
+
+    /// Where memory requests of the function at `bdf` enter the IOMMU.
+    pub fn dma_port(&self, bdf: Bdf) -> DmaPort {
+        self.unit.port(bdf.raw())
+    }
+
+    /// What was done so far.
+    pub(super) fn report(&self) -> IommuReport {
+        IommuReport {
+            id: self.id.clone(),
+            viommu: self.vtd.counters(),
+            nesting: self.nesting.counters(),
+            hardware: self.unit.counters(),
+        }
+    }
+}
+
+impl Drop for Iommu {
+    /// Gives every host object back, in order.
+    fn drop(&mut self) {
+        if let Err(error) = self.nesting.shutdown() {
+            log::error!("{}: host objects are left behind: {error}", self.id);
+        }
+        for dev in self.devices.drain(..) {
+            if let Err(error) = self.host.device_unbind(dev) {
+                log::error!("a device stays bound: {error}");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Iommu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Iommu")
+            .field("id", &self.id)
+            .field("vtd", &self.vtd)
+            .finish_non_exhaustive()
+    }
+}
+
+pub(super) fn failed<E: fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error::Iommu(format!("{what}: {error}"))
+}
+
+/// The emulated unit that can serve `config`.
+fn unit_config(config: &IommuConfig, guest_second_stage: bool) -> VtdUnitConfig {
+    VtdUnitConfig {
+        address_width: match config.address_width {
+            57 => AddressWidth::Bits57,
+            _ => AddressWidth::Bits48,
+        },
+        guest_second_stage,
+        device_tlb: config.ats,
+        ..VtdUnitConfig::default()
+    }
+}
+
+/// What the guest is to be offered.
+fn vtd_config(config: &IommuConfig, interrupt_remapping: bool) -> VtdConfig {
+    VtdConfig {
+        address_width: config.address_width,
+        pasid_bits: config.pasid_bits,
+        second_stage: config.second_stage,
+        caching_mode: config.caching_mode,
+        device_iotlb: config.ats,
+        interrupt_remapping,
+        ..VtdConfig::default()
+    }
+}
+
+/// The IOMMU of a device, when it is a VT-d.
+fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
+    match device.info.data {
+        HwInfoData::Vtd(registers) => Some(HostUnit {
+            device: device.rid.to_string(),
+            cap: Cap::from_bits(registers.cap_reg),
+            ecap: Ecap::from_bits(registers.ecap_reg),
+            guest_second_stage: extensions.guest_second_stage,
+        }),
+        HwInfoData::None => None,
+    }
+}
+
+/// The register page as a bus device.
+struct RegisterPage(Arc<VtdIommu>);
+
+impl BusDevice for RegisterPage {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.mmio_read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.mmio_write(offset, data);
+    }
+}
+
+impl DmaMaster for DmaPort {
+    fn read(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &mut [u8],
+    ) -> std::result::Result<(), DmaError> {
+        DmaPort::read(self, attributes(pasid), iova, data).map_err(|_| DmaError { address: iova })
+    }
+
+    fn write(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &[u8],
+    ) -> std::result::Result<(), DmaError> {
+        DmaPort::write(self, attributes(pasid), iova, data).map_err(|_| DmaError { address: iova })
+    }
+}
+
+fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
+    DmaAttributes { pasid: pasid.map(Pasid::raw), ..DmaAttributes::default() }
+}
