@@ -5,7 +5,7 @@
 use std::fmt;
 
 use super::objects::{Object, ObjectKind, Objects};
-use crate::iommufd::{HwptData, HwptFlags, ObjectId};
+use crate::iommufd::{HwptFlags, ObjectId};
 
 /// One object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,7 +50,11 @@ impl ObjectGraph {
     /// The graph of `objects`.
     pub(super) fn of(objects: &Objects) -> Self {
         Self {
-            objects: objects.table().iter().map(|(id, object)| describe(id, object)).collect(),
+            objects: objects
+                .table()
+                .iter()
+                .map(|(id, object)| describe(objects, id, object))
+                .collect(),
             pinned_bytes: objects.pinned_bytes(),
         }
     }
@@ -103,7 +107,7 @@ impl fmt::Display for GraphObject {
     }
 }
 
-fn describe(id: ObjectId, object: &Object) -> GraphObject {
+fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
     let (name, flags, on) = match object {
         Object::Ioas(ioas) => (format!("({})", mappings(ioas.space.area_count())), vec![], vec![]),
         Object::HwptPaging(hwpt) => {
@@ -115,16 +119,17 @@ fn describe(id: ObjectId, object: &Object) -> GraphObject {
         }
         Object::HwptNested(hwpt) => {
             let on = edge(hwpt.viommu.unwrap_or(hwpt.parent));
-            (tables_name(&hwpt.data), flag_names(hwpt.flags), vec![on])
+            (hwpt.domain.describe(), flag_names(hwpt.flags), vec![on])
         }
         Object::Device(device) => {
-            let on = device
-                .attachments
-                .iter()
-                .map(|(pasid, hwpt)| GraphEdge { to: *hwpt, pasid: *pasid });
-            (format!("{} ({})", device.name, device.rid), vec![], on.collect())
+            let attachments = objects.attachments_of(id).into_iter();
+            let on = attachments.map(|(pasid, to)| GraphEdge { to, pasid }).collect();
+            let (name, rid) = (&device.part.name, device.part.requester.rid);
+            (format!("{name} ({rid})"), vec![], on)
         }
-        Object::Viommu(viommu) => (format!("{:?}", viommu.kind), vec![], vec![edge(viommu.parent)]),
+        Object::Viommu(viommu) => {
+            (format!("type {:#x}", viommu.kind), vec![], vec![edge(viommu.parent)])
+        }
         Object::Vdevice(vdevice) => (
             format!("of DEVICE {}, virtual id {:#x}", vdevice.dev, vdevice.virt_id),
             vec![],
@@ -152,18 +157,6 @@ fn flag_names(flags: HwptFlags) -> Vec<&'static str> {
     .into_iter()
     .filter_map(|(set, name)| set.then_some(name))
     .collect()
-}
-
-fn tables_name(data: &HwptData) -> String {
-    match data {
-        HwptData::None => String::new(),
-        HwptData::VtdS1(tables) => {
-            format!("VTD_S1 at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
-        }
-        HwptData::VtdSecondStage(tables) => {
-            format!("VTD_SECOND_STAGE at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
-        }
-    }
 }
 
 #[cfg(all(test, feature = "serde"))]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One physical IOMMU, as the object half drives it and the hardware half plays it.
+//! One VT-d unit, as its driver programs it and the hardware half plays it.
 #![forbid(unsafe_code)]
 
 use std::fmt::Debug;
@@ -7,8 +7,7 @@ use std::sync::{Arc, Weak};
 
 use super::stage2::Stage2;
 use crate::iommufd::{
-    iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HwInfoData, HwptData, HwptVtdSecondStage,
-    ObjectId, ViommuKind,
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
 };
 
 /// How an IOMMU tags what it caches of one HWPT: the domain id that a host driver would choose.
@@ -46,16 +45,14 @@ pub(crate) enum CacheRange {
     Pages { address: u64, pages: u64, leaf: bool },
 }
 
-/// One physical IOMMU. All calls may come from any thread, together with DMA; a call returns only
+/// One VT-d unit. All calls may come from any thread, together with DMA; a call returns only
 /// when no DMA uses, and none will use, what it took away.
 pub(crate) trait Hardware: Debug + Send + Sync {
     /// What its registers say.
-    fn info(&self) -> HwInfoData;
+    fn info(&self) -> iommu_hw_info_vtd;
 
-    /// Whether its driver would take `data` for a HWPT; the errno it would answer otherwise:
-    /// `EOPNOTSUPP` for a format it does not have (an allocation then fails), `EINVAL` for values it
-    /// cannot walk (Linux's VT-d driver looks at those only when a device is attached).
-    fn accepts(&self, data: &HwptData) -> Result<(), Errno>;
+    /// Whether it can walk `tables`.
+    fn walks(&self, tables: &UserTables) -> bool;
 
     /// Width of the PASIDs it translates, in bits; 0 for none.
     fn pasid_bits(&self) -> u8;
@@ -63,11 +60,6 @@ pub(crate) trait Hardware: Debug + Send + Sync {
     /// What it can do that no hardware can.
     fn extensions(&self) -> Extensions {
         Extensions { guest_second_stage: true, fault_reports: true }
-    }
-
-    /// Which kinds of vIOMMU its driver offers. Linux's VT-d driver offers none.
-    fn viommu_kinds(&self) -> &[ViommuKind] {
-        &[]
     }
 
     /// Sends DMA of `rid` (or its `pasid`) to `translation`, in place of what was there.

@@ -5,26 +5,33 @@
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::device::DeviceConfig;
 use super::dma::DmaPort;
+use super::driver::{DriverInfo, OwnArray, OwnData, Partial, UserData};
 use super::graph::ObjectGraph;
 use super::ioas::Source;
-use super::objects::{
-    DeviceConfig, Entries, HwptRequest, InvalidateFormat, MachineError, MapRequest, Objects, UnitId,
-};
+use super::machine::{Machine, MachineError, UnitId};
+use super::objects::{HwptRequest, MapRequest, Objects};
 use super::vtd::VtdUnit;
 use crate::iommufd::{
-    Extensions, FaultSink, HostIommu, HwInfo, HwptAlloc, HwptData, InvalidateData, InvalidateError,
-    IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
+    Extensions, FaultSink, HostIommu, HwInfo, HwInfoData, HwptAlloc, InvalidateData,
+    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
+    ViommuKind,
 };
 use crate::spec::pci::Bdf;
 
-/// An iommufd with its devices and IOMMUs, all of them emulated.
+/// An iommufd on a [`Machine`] of emulated IOMMUs and devices: what `/dev/iommu` gives when it is
+/// opened.
 ///
 /// Its objects follow Linux 7.2: the same rules, checked in the same order, with the same errno.
 /// Where Linux does what its own documentation rules out (a replacement that fails half-way), the
 /// contract of [`HostIommu`] holds instead.
 ///
-/// One lock covers the objects; the IOMMUs are told under it. DMA does not take it.
+/// # Locks
+/// One lock covers the objects of one iommufd. Under it the [`Machine`] is looked into and drivers
+/// of IOMMUs are called, each of which has a lock of its own and takes no other: several iommufds
+/// that use one IOMMU wait for it one after the other, and never for each other. Nothing holds the
+/// locks of two iommufds. DMA takes none of these.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -49,32 +56,40 @@ use crate::spec::pci::Bdf;
 /// assert!(port.write(DmaAttributes::default(), 0x9000, b"hello").is_err());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct EmulatedHost {
+    machine: Arc<Machine>,
     objects: Mutex<Objects>,
 }
 
+impl Machine {
+    /// Opens an iommufd, which has no objects.
+    pub fn open(self: &Arc<Self>) -> Arc<EmulatedHost> {
+        let objects = Mutex::new(Objects::new(self.clone()));
+        Arc::new(EmulatedHost { machine: self.clone(), objects })
+    }
+}
+
 impl EmulatedHost {
-    /// A host without IOMMUs, devices and objects.
+    /// A host without IOMMUs, devices and objects, on a machine of its own.
     pub fn new() -> Arc<Self> {
-        Arc::default()
+        Machine::new().open()
     }
 
-    /// Adds an IOMMU, which serves this host alone.
+    /// What it was opened on. More iommufds can be opened there.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Adds an IOMMU: [`Machine::add_unit`].
     pub fn add_unit(&self, unit: Arc<VtdUnit>) -> UnitId {
-        self.objects().machine_mut().add_vtd(unit)
+        self.machine.add_unit(unit)
     }
 
-    /// Adds an IOMMU that only listens.
-    #[cfg(test)]
-    pub(crate) fn add_hardware(&self, hardware: Arc<dyn super::hardware::Hardware>) -> UnitId {
-        self.objects().machine_mut().add_hardware(hardware)
-    }
-
-    /// Adds a device behind `unit`, to be bound by `name`.
+    /// Adds a device: [`Machine::add_device`].
     ///
     /// # Errors
-    /// The name or the Requester ID is taken, or `config` is no device's.
+    /// Those of [`Machine::add_device`].
     pub fn add_device(
         &self,
         name: &str,
@@ -82,16 +97,12 @@ impl EmulatedHost {
         rid: Bdf,
         config: DeviceConfig,
     ) -> std::result::Result<(), MachineError> {
-        self.objects().machine_mut().add_device(name, unit, rid, config)
+        self.machine.add_device(name, unit, rid, config)
     }
 
-    /// Where the DMA of the device `name` enters its IOMMU, bound or not; `None` when there is no
-    /// such device.
+    /// Where the DMA of a device enters its IOMMU: [`Machine::dma_port`].
     pub fn dma_port(&self, name: &str) -> Option<DmaPort> {
-        let objects = self.objects();
-        let part = objects.machine().part(name).ok()?;
-        let unit = objects.machine().unit(part.unit).ok()?;
-        unit.vtd.as_ref().map(|unit| unit.port(part.rid.raw()))
+        self.machine.dma_port(name)
     }
 
     /// The objects and what leads to what, at one moment.
@@ -203,19 +214,23 @@ impl HostIommu for EmulatedHost {
     }
 
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
-        self.objects().get_hw_info(dev).map_err(|refusal| refusal.of(Verb::GetHwInfo, dev))
+        let info = self.objects().get_hw_info(dev);
+        let info = info.map_err(|refusal| refusal.of(Verb::GetHwInfo, dev))?;
+        Ok(HwInfo {
+            data: match info.data {
+                DriverInfo::Vtd(info) => HwInfoData::Vtd(info),
+                DriverInfo::Other { .. } => HwInfoData::None,
+            },
+            capabilities: info.capabilities,
+            max_pasid_log2: info.pasid_bits,
+        })
     }
 
     fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {
         let HwptAlloc { flags, dev, pt, data, fault } = *args;
-        let read = || Ok(data);
-        let request = HwptRequest {
-            flags,
-            dev,
-            pt,
-            fault,
-            data: if data == HwptData::None { None } else { Some(&read) },
-        };
+        let data = OwnData::of_hwpt(&data);
+        let data = data.as_ref().map(|data| data as &dyn UserData);
+        let request = HwptRequest { flags, dev, pt, fault, data };
         self.objects().hwpt_alloc(&request).map_err(|refusal| refusal.of(Verb::HwptAlloc, args.pt))
     }
 
@@ -224,21 +239,15 @@ impl HostIommu for EmulatedHost {
         hwpt: ObjectId,
         data: InvalidateData<'_>,
     ) -> std::result::Result<(), InvalidateError> {
-        let (format, list) = match data {
-            InvalidateData::VtdS1(list) => (InvalidateFormat::VtdS1, list),
-            InvalidateData::VtdSecondStage(list) => (InvalidateFormat::VtdSecondStage, list),
-        };
-        // Only asked for numbers below the count.
-        let read = |number: usize| Ok(list.get(number).copied().unwrap_or_default());
-        let entries = Entries { count: list.len(), read: &read };
-        self.objects().hwpt_invalidate(hwpt, format, &entries).map_err(|(done, refusal)| {
+        let entries = OwnArray::of_invalidations(&data);
+        self.objects().hwpt_invalidate(hwpt, &entries).map_err(|Partial { done, refusal }| {
             InvalidateError { done, error: refusal.of(Verb::HwptInvalidate, hwpt) }
         })
     }
 
     fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
         self.objects()
-            .viommu_alloc(kind, dev, hwpt)
+            .viommu_alloc(kind.number(), dev, hwpt, None)
             .map_err(|refusal| refusal.of(Verb::ViommuAlloc, hwpt))
     }
 
@@ -249,7 +258,7 @@ impl HostIommu for EmulatedHost {
     }
 
     fn extensions(&self) -> Extensions {
-        self.objects().machine().extensions()
+        self.machine.extensions()
     }
 
     fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Result<()> {

@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The emulated host: iommufd's objects and an IOMMU with caches, in this process.
 //!
-//! Its object half ([`EmulatedHost`]) behaves as Linux's iommufd does: creation rules, reference
-//! counts, errno, partial results. Its hardware half walks stage 1 through stage 2 and caches what
-//! hardware may cache, so that a forgotten invalidation shows.
+//! A [`Machine`] has IOMMUs and devices; any number of iommufds ([`EmulatedHost`]) are opened on
+//! it. Their objects behave as Linux's do: creation rules, reference counts, errno, partial
+//! results. What is an architecture's own is behind a driver, as in Linux. The hardware half walks
+//! stage 1 through stage 2 and caches what hardware may cache, so that a forgotten invalidation
+//! shows.
 
+mod device;
 mod dma;
+mod driver;
 mod gate;
 mod graph;
 mod hardware;
 mod host;
 mod ioas;
+mod machine;
 mod objects;
 mod port_iommu;
 mod refusal;
@@ -20,9 +25,11 @@ mod unmapping;
 mod user_space;
 mod vtd;
 
+pub use device::DeviceConfig;
 pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::EmulatedHost;
-pub use objects::{DeviceConfig, MachineError, ObjectKind, UnitId};
+pub use machine::{Machine, MachineError, UnitId};
+pub use objects::ObjectKind;
 pub use port_iommu::PortIommu;
 pub use vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};

@@ -57,6 +57,8 @@ errnos! {
     ENOSPC = 28,
     /// Who should let go of something does not.
     EDEADLK = 35,
+    /// The descriptor is of something else.
+    EBADFD = 77,
     /// Not a message of the expected size.
     EMSGSIZE = 90,
     /// A reserved field or an unknown type is set.

@@ -211,6 +211,16 @@ pub enum ViommuKind {
     ArmSmmuV3,
 }
 
+impl ViommuKind {
+    /// The uAPI's number.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Default => iommufd_bindings::iommu_viommu_type_IOMMU_VIOMMU_TYPE_DEFAULT,
+            Self::ArmSmmuV3 => iommufd_bindings::iommu_viommu_type_IOMMU_VIOMMU_TYPE_ARM_SMMUV3,
+        }
+    }
+}
+
 /// What a host can do beyond the kernel's uAPI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Extensions {

@@ -9,21 +9,21 @@ use crate::iommufd::{Errno, ObjectId};
 /// Users of an object that a refusal to destroy it names at most.
 const NAMED_USERS: usize = 8;
 
-impl Object {
-    /// The objects that this one holds, once for each way it does.
-    pub fn holds(&self) -> Vec<ObjectId> {
-        match self {
-            Self::Ioas(_) => Vec::new(),
-            Self::HwptPaging(hwpt) => vec![hwpt.ioas],
-            Self::HwptNested(hwpt) => vec![hwpt.viommu.unwrap_or(hwpt.parent)],
-            Self::Device(device) => device.attachments.values().copied().collect(),
-            Self::Viommu(viommu) => vec![viommu.parent],
-            Self::Vdevice(vdevice) => vec![vdevice.viommu, vdevice.dev],
+impl Objects {
+    /// The objects that `id` holds, once for each way it does.
+    pub fn holds(&self, id: ObjectId) -> Vec<ObjectId> {
+        match self.table.get(id) {
+            None | Some(Object::Ioas(_)) => Vec::new(),
+            Some(Object::HwptPaging(hwpt)) => vec![hwpt.ioas],
+            Some(Object::HwptNested(hwpt)) => vec![hwpt.viommu.unwrap_or(hwpt.parent)],
+            Some(Object::Device(_)) => {
+                self.attachments_of(id).into_iter().map(|(_, hwpt)| hwpt).collect()
+            }
+            Some(Object::Viommu(viommu)) => vec![viommu.parent],
+            Some(Object::Vdevice(vdevice)) => vec![vdevice.viommu, vdevice.dev],
         }
     }
-}
 
-impl Objects {
     /// `IOMMU_DESTROY`.
     pub fn destroy(&mut self, id: ObjectId) -> Outcome<()> {
         let Some(object) = self.table.get(id) else {
@@ -37,7 +37,7 @@ impl Objects {
             // nothing is pinned.
             Object::Ioas(_) => {}
             Object::HwptPaging(hwpt) => {
-                let (ioas, tag) = (hwpt.ioas, hwpt.tag);
+                let ioas = hwpt.ioas;
                 let object = self.table.ioas_mut(ioas)?;
                 object.hwpts.retain(|hwpt| *hwpt != id);
                 object.space.unreserve(id);
@@ -46,12 +46,10 @@ impl Objects {
                 }
                 self.align(ioas)?;
                 self.table.release(ioas);
-                self.tags.remove(&tag.0);
             }
             Object::HwptNested(hwpt) => {
-                let (holds, tag) = (hwpt.viommu.unwrap_or(hwpt.parent), hwpt.tag);
+                let holds = hwpt.viommu.unwrap_or(hwpt.parent);
                 self.table.release(holds);
-                self.tags.remove(&tag.0);
             }
             Object::Viommu(viommu) => {
                 let parent = viommu.parent;
@@ -99,7 +97,7 @@ impl Objects {
         let mut users: Vec<_> = self
             .table
             .iter()
-            .filter(|(_, object)| object.holds().contains(&id))
+            .filter(|(user, _)| self.holds(*user).contains(&id))
             .map(|(user, object)| format!("{} {user}", object.kind()))
             .take(NAMED_USERS + 1)
             .collect();

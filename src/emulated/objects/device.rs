@@ -1,71 +1,72 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices: bind, attach, replace, detach, unbind.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
-use super::machine::UnitId;
-use super::{DeviceConfig, Object, Objects};
-use crate::emulated::hardware::Hardware;
+use super::group::Attachment;
+use super::{Object, Objects};
+use crate::emulated::device::{Requester, Slot};
+use crate::emulated::driver::DriverInfo;
+use crate::emulated::machine::Part;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwInfo, HwptFlags, ObjectId};
-use crate::spec::pci::Bdf;
-
-/// What of a device is attached: the device itself (requests without PASID), or one PASID of it.
-pub(crate) type Slot = Option<u32>;
+use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId};
 
 /// A bound device.
 #[derive(Debug)]
 pub(crate) struct Device {
-    pub name: String,
-    pub unit: UnitId,
-    pub rid: Bdf,
-    pub config: DeviceConfig,
-    /// The HWPT of each attached slot.
-    pub attachments: BTreeMap<Slot, ObjectId>,
+    pub part: Arc<Part>,
     pub vdevice: Option<ObjectId>,
+}
+
+/// How a slot gets a page table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// It has none (`iommufd_device_attach`).
+    Attach,
+    /// It has one (`iommufd_device_replace`).
+    Replace,
+}
+
+/// What `GET_HW_INFO` answers.
+#[derive(Debug)]
+pub(crate) struct DeviceInfo {
+    pub data: DriverInfo,
+    pub capabilities: HwCapabilities,
+    /// Width of its PASIDs in bits.
+    pub pasid_bits: u8,
 }
 
 impl Objects {
     /// `VFIO_DEVICE_BIND_IOMMUFD`: the device is blocked from here on.
     pub fn device_bind(&mut self, name: &str) -> Outcome<ObjectId> {
-        let part = self.machine.part(name)?;
-        if let Some(dev) = part.bound {
-            return refuse(Errno::EBUSY, format!("'{name}' is bound already, as device {dev}"));
-        }
-        let device = Device {
-            name: name.to_owned(),
-            unit: part.unit,
-            rid: part.rid,
-            config: part.config.clone(),
-            attachments: BTreeMap::new(),
-            vdevice: None,
-        };
-        let (hardware, rid) = (self.hardware(device.unit)?, device.rid);
-        let dev = self.table.insert(Object::Device(device))?;
+        let part = self.machine.claim(name, self.context)?;
+        let device = Device { part: part.clone(), vdevice: None };
+        let dev = self.table.insert(Object::Device(device)).inspect_err(|_| {
+            self.machine.release(name);
+        })?;
         // The driver of the device holds it until unbind, so DESTROY never ends it.
         self.table.hold(dev);
-        self.machine.set_bound(name, Some(dev));
-        hardware.remove(rid.raw(), None);
+        // A group that is attached already takes the device in.
+        if !self.groups.contains_key(&part.group) {
+            part.driver.block(&part.requester);
+        }
         Ok(dev)
     }
 
     /// Closing the device: PASIDs are detached first, ascending, then the device itself.
     pub fn device_unbind(&mut self, dev: ObjectId) -> Outcome<()> {
         let device = self.table.device(dev)?;
-        let vdevice = device.vdevice;
-        let mut slots: Vec<Slot> = device.attachments.keys().copied().collect();
-        slots.sort_by_key(|slot| (slot.is_none(), *slot));
-        for slot in slots {
+        let (part, vdevice) = (device.part.clone(), device.vdevice);
+        let mut attachments = self.attachments_of(dev);
+        attachments.sort_by_key(|(slot, _)| (slot.is_none(), *slot));
+        for (slot, _) in attachments {
             self.device_detach(dev, slot)?;
         }
         if let Some(vdevice) = vdevice {
             self.end_vdevice(vdevice)?;
         }
-        let device = self.table.device(dev)?;
-        let (name, rid) = (device.name.clone(), device.rid);
-        self.hardware(device.unit)?.set_fault_sink(rid.raw(), None);
-        self.machine.set_bound(&name, None);
+        part.driver.set_fault_sink(&part.requester, None);
+        self.machine.release(&part.name);
         self.table.release(dev);
         self.table.remove(dev);
         Ok(())
@@ -73,11 +74,30 @@ impl Objects {
 
     /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: the first attachment of the slot, or a replacement.
     pub fn device_attach(&mut self, dev: ObjectId, slot: Slot, pt: ObjectId) -> Outcome<ObjectId> {
+        let part = &self.table.device(dev)?.part;
+        // Linux has 0 stand for "no PASID" and so cannot attach it.
+        if slot == Some(0) {
+            return refuse(Errno::EINVAL, "PASID 0 is none of the device's");
+        }
+        let attachment = self.attachment(part.group, slot);
+        let attached = attachment.is_some_and(|attachment| attachment.devices.contains(&dev));
+        let change = if attached { Change::Replace } else { Change::Attach };
+        self.device_change(dev, slot, pt, change)
+    }
+
+    /// Attaches `slot` to `pt`, an IOAS or a HWPT. Returns the HWPT.
+    pub fn device_change(
+        &mut self,
+        dev: ObjectId,
+        slot: Slot,
+        pt: ObjectId,
+        change: Change,
+    ) -> Outcome<ObjectId> {
         self.table.device(dev)?;
         match self.table.get(pt) {
-            Some(Object::Ioas(_)) => self.attach_automatic(dev, slot, pt),
+            Some(Object::Ioas(_)) => self.change_automatic(dev, slot, pt, change),
             Some(Object::HwptPaging(_) | Object::HwptNested(_)) => {
-                self.attach_hwpt(dev, slot, pt)?;
+                self.change_hwpt(dev, slot, pt, change)?;
                 Ok(pt)
             }
             Some(other) => {
@@ -90,58 +110,76 @@ impl Objects {
 
     /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`. Nothing happens to a slot that is not attached.
     pub fn device_detach(&mut self, dev: ObjectId, slot: Slot) -> Outcome<()> {
-        let device = self.table.device(dev)?;
-        let Some(hwpt) = device.attachments.get(&slot).copied() else { return Ok(()) };
-        let (unit, rid) = (device.unit, device.rid);
-        self.hardware(unit)?.remove(rid.raw(), slot);
-        self.table.device_mut(dev)?.attachments.remove(&slot);
-        self.leave(dev, slot, unit, hwpt, None)
+        let part = self.table.device(dev)?.part.clone();
+        let Some(group) = self.groups.get_mut(&part.group) else { return Ok(()) };
+        let Some(attachment) = group.slots.get_mut(&slot) else { return Ok(()) };
+        if !attachment.devices.remove(&dev) {
+            return Ok(());
+        }
+        let hwpt = attachment.hwpt;
+        if attachment.devices.is_empty() {
+            group.slots.remove(&slot);
+            if group.slots.is_empty() {
+                self.groups.remove(&part.group);
+            }
+            let domain = self.domain(hwpt)?;
+            let members = self.members(part.group, slot)?;
+            part.driver.detach(&requesters(&members), slot, &domain);
+        }
+        if slot.is_none() {
+            let ioas = self.stage2_of(hwpt)?.ioas;
+            self.table.ioas_mut(ioas)?.space.unreserve(dev);
+        }
+        self.leave(hwpt, 1)
     }
 
     /// `IOMMU_GET_HW_INFO`.
-    pub fn get_hw_info(&self, dev: ObjectId) -> Outcome<HwInfo> {
-        let device = self.table.device(dev)?;
-        let unit = self.machine.unit(device.unit)?;
-        let pasid_bits = self.pasid_bits(device)?;
-        Ok(HwInfo {
-            data: unit.hardware.info(),
+    pub fn get_hw_info(&self, dev: ObjectId) -> Outcome<DeviceInfo> {
+        let part = &self.table.device(dev)?.part;
+        let (config, pasid_bits) = (&part.requester.config, part.pasid_bits());
+        Ok(DeviceInfo {
+            data: part.driver.info(),
             capabilities: HwCapabilities::new()
-                .with_dirty_tracking(unit.driver.dirty_tracking())
-                .with_pci_pasid_exec(pasid_bits > 0 && device.config.pasid_exec)
-                .with_pci_pasid_priv(pasid_bits > 0 && device.config.pasid_priv)
-                .with_pci_ats_not_supported(!device.config.ats),
-            max_pasid_log2: pasid_bits,
+                .with_dirty_tracking(part.driver.dirty_tracking(&part.requester))
+                .with_pci_pasid_exec(pasid_bits > 0 && config.pasid_exec)
+                .with_pci_pasid_priv(pasid_bits > 0 && config.pasid_priv)
+                .with_pci_ats_not_supported(!config.ats),
+            pasid_bits,
         })
     }
 
     /// Delivers faults of `dev` to `sink`.
     pub fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Outcome<()> {
-        let device = self.table.device(dev)?;
-        let hardware = self.hardware(device.unit)?;
-        if !hardware.extensions().fault_reports {
+        let part = &self.table.device(dev)?.part;
+        if !part.driver.extensions().fault_reports {
             return refuse(Errno::EOPNOTSUPP, "the IOMMU reports no faults to its user");
         }
-        hardware.set_fault_sink(device.rid.raw(), Some((dev, sink)));
+        part.driver.set_fault_sink(&part.requester, Some((dev, sink)));
         Ok(())
     }
 
     /// Attaches to the first automatic HWPT of `ioas` that fits, or to a new one.
-    fn attach_automatic(&mut self, dev: ObjectId, slot: Slot, ioas: ObjectId) -> Outcome<ObjectId> {
-        let unit = self.table.device(dev)?.unit;
+    fn change_automatic(
+        &mut self,
+        dev: ObjectId,
+        slot: Slot,
+        ioas: ObjectId,
+        change: Change,
+    ) -> Outcome<ObjectId> {
         for hwpt in self.table.ioas(ioas)?.hwpts.clone() {
             if !self.table.hwpt_paging(hwpt)?.automatic {
                 continue;
             }
-            match self.attach_hwpt(dev, slot, hwpt) {
+            match self.change_hwpt(dev, slot, hwpt, change) {
                 Ok(()) => return Ok(hwpt),
                 Err(refusal) if refusal.errno == Errno::EINVAL => {}
                 Err(refusal) => return Err(refusal),
             }
         }
         // What is no matter of the HWPT comes first, as it does in Linux.
-        self.check_attach(dev, slot, ioas, HwptFlags::new())?;
-        let hwpt = self.add_automatic(ioas, unit)?;
-        if let Err(refusal) = self.attach_hwpt(dev, slot, hwpt) {
+        self.check_change(dev, slot, None, ioas, HwptFlags::new(), change)?;
+        let hwpt = self.add_automatic(ioas, dev)?;
+        if let Err(refusal) = self.change_hwpt(dev, slot, hwpt, change) {
             self.destroy(hwpt)?;
             return Err(refusal);
         }
@@ -153,112 +191,143 @@ impl Objects {
     /// All that can fail comes first. (When the driver refuses a replacement, Linux leaves a VT-d
     /// device blocked in hardware while its objects say that the old HWPT is attached, and may drop
     /// the device's reserved regions; here the old attachment stays, as it should.)
-    fn attach_hwpt(&mut self, dev: ObjectId, slot: Slot, hwpt: ObjectId) -> Outcome<()> {
-        let device = self.table.device(dev)?;
-        let old = device.attachments.get(&slot).copied();
-        if old == Some(hwpt) {
-            return Ok(());
-        }
-        let (ioas, flags) = (self.stage2_of(hwpt)?.ioas, self.hwpt_flags(hwpt)?);
-        self.check_attach(dev, slot, ioas, flags)?;
-        let device = self.table.device(dev)?;
-        self.check_pasid(device, slot)?;
-        self.check_driver(device, hwpt)?;
-
-        let (unit, rid, reserved) = (device.unit, device.rid, device.config.reserved_regions());
-        let (hardware, translation) = (self.hardware(unit)?, self.translation(hwpt)?);
-        if slot.is_none() {
-            let space = &mut self.table.ioas_mut(ioas)?.space;
-            space.unreserve(dev);
-            space.reserve(dev, &reserved);
-        }
-        self.table.hold(hwpt);
-        self.attached_mut(hwpt)?.add(unit);
-        self.table.device_mut(dev)?.attachments.insert(slot, hwpt);
-        hardware.install(rid.raw(), slot, translation);
-        match old {
-            Some(old) => self.leave(dev, slot, unit, old, Some(ioas)),
-            None => Ok(()),
-        }
-    }
-
-    /// Checks what does not depend on the driver: reserved regions, then PASIDs.
-    fn check_attach(
-        &self,
-        dev: ObjectId,
-        slot: Slot,
-        ioas: ObjectId,
-        flags: HwptFlags,
-    ) -> Outcome<()> {
-        let device = self.table.device(dev)?;
-        if slot.is_none() {
-            self.table.ioas(ioas)?.space.check_reservable(&device.config.reserved_regions())?;
-        }
-        if flags.pasid() {
-            return Ok(());
-        }
-        let with_pasid = device.attachments.keys().any(Option::is_some);
-        if slot.is_some() || with_pasid {
-            return refuse(
-                Errno::EINVAL,
-                "a HWPT without the PASID flag serves no PASID and no device with PASIDs attached",
-            );
-        }
-        Ok(())
-    }
-
-    /// Whether the device has this PASID, and what serves the device itself lets it be used.
-    fn check_pasid(&self, device: &Device, slot: Slot) -> Outcome<()> {
-        let Some(pasid) = slot else { return Ok(()) };
-        if let Some(hwpt) = device.attachments.get(&None) {
-            if !self.hwpt_flags(*hwpt)?.pasid() {
-                return refuse(
-                    Errno::EINVAL,
-                    format!("the device is attached to HWPT {hwpt}, which lacks the PASID flag"),
-                );
-            }
-        }
-        let bits = self.pasid_bits(device)?;
-        // Linux has 0 stand for "no PASID" and so cannot attach it.
-        if pasid == 0 || pasid >> bits != 0 {
-            return refuse(
-                Errno::EINVAL,
-                format!("PASID {pasid:#x} is none of the device's, which have {bits} bits"),
-            );
-        }
-        Ok(())
-    }
-
-    fn hardware(&self, unit: UnitId) -> Outcome<Arc<dyn Hardware>> {
-        Ok(self.machine.unit(unit)?.hardware.clone())
-    }
-
-    /// Width of the PASIDs that both the device and its IOMMU have, in bits.
-    fn pasid_bits(&self, device: &Device) -> Outcome<u8> {
-        let unit = self.machine.unit(device.unit)?;
-        Ok(device.config.pasid_bits.min(unit.hardware.pasid_bits()))
-    }
-
-    /// The slot no longer has `hwpt`; `now` is the IOAS it goes on to use.
-    fn leave(
+    fn change_hwpt(
         &mut self,
         dev: ObjectId,
         slot: Slot,
-        unit: UnitId,
         hwpt: ObjectId,
-        now: Option<ObjectId>,
+        change: Change,
     ) -> Outcome<()> {
-        let paging = self.stage2_of(hwpt)?;
-        let ioas = paging.ioas;
-        if slot.is_none() && now != Some(ioas) {
-            self.table.ioas_mut(ioas)?.space.unreserve(dev);
+        let (ioas, flags) = (self.stage2_of(hwpt)?.ioas, self.hwpt_flags(hwpt)?);
+        self.check_change(dev, slot, Some(hwpt), ioas, flags, change)?;
+        let part = self.table.device(dev)?.part.clone();
+        let old = self.attachment(part.group, slot).map(|attachment| attachment.hwpt);
+        if old != Some(hwpt) {
+            let members = self.members(part.group, slot)?;
+            let (new, before) = (self.domain(hwpt)?, old.map(|old| self.domain(old)).transpose()?);
+            part.driver.attach(&requesters(&members), slot, &new, before.as_ref())?;
         }
-        self.attached_mut(hwpt)?.sub(unit);
-        self.table.release(hwpt);
+        match (old, change) {
+            (Some(old), Change::Replace) if old != hwpt => {
+                self.move_attachment(dev, &part, slot, hwpt, ioas)
+            }
+            (_, Change::Replace) => Ok(()),
+            (_, Change::Attach) => self.join_attachment(dev, &part, slot, hwpt, ioas),
+        }
+    }
+
+    /// Checks all that the driver has no say in. `hwpt` is none for one that is still to be made.
+    fn check_change(
+        &self,
+        dev: ObjectId,
+        slot: Slot,
+        hwpt: Option<ObjectId>,
+        ioas: ObjectId,
+        flags: HwptFlags,
+        change: Change,
+    ) -> Outcome<()> {
+        let part = &self.table.device(dev)?.part;
+        let attachment = self.attachment(part.group, slot);
+        let attached = attachment.is_some_and(|attachment| attachment.devices.contains(&dev));
+        let there = attachment.map(|attachment| attachment.hwpt);
+        let concerned: Vec<ObjectId> = match (change, attachment) {
+            (Change::Attach, _) if attached => {
+                return refuse(Errno::EBUSY, format!("device {dev} is attached already"));
+            }
+            (Change::Attach, Some(_)) if there != hwpt => {
+                return refuse(Errno::EINVAL, "the group is attached to another HWPT");
+            }
+            (Change::Attach, _) => vec![dev],
+            (Change::Replace, Some(attachment)) if attached => {
+                if there == hwpt {
+                    return Ok(());
+                }
+                attachment.devices.iter().copied().collect()
+            }
+            (Change::Replace, _) => {
+                return refuse(Errno::EINVAL, format!("device {dev} is not attached"));
+            }
+        };
+        if slot.is_none() {
+            for dev in concerned {
+                let regions = self.table.device(dev)?.part.requester.config.reserved_regions();
+                self.table.ioas(ioas)?.space.check_reservable(&regions)?;
+            }
+        }
+        // The first device of a group speaks for all of it.
+        if there.is_none() || change == Change::Replace {
+            self.check_pasid_flag(part.group, slot, flags.pasid())?;
+        }
+        Ok(())
+    }
+
+    /// `dev` joins what its group has in `slot`, or is the first there.
+    fn join_attachment(
+        &mut self,
+        dev: ObjectId,
+        part: &Part,
+        slot: Slot,
+        hwpt: ObjectId,
+        ioas: ObjectId,
+    ) -> Outcome<()> {
+        if slot.is_none() {
+            self.reserve_regions(dev, ioas)?;
+        }
+        let slots = &mut self.groups.entry(part.group).or_default().slots;
+        let new = || Attachment { hwpt, by: dev, devices: Default::default() };
+        slots.entry(slot).or_insert_with(new).devices.insert(dev);
+        self.table.hold(hwpt);
+        Ok(())
+    }
+
+    /// The devices of a group go on to `hwpt` together, as `dev` was told to.
+    fn move_attachment(
+        &mut self,
+        dev: ObjectId,
+        part: &Part,
+        slot: Slot,
+        hwpt: ObjectId,
+        ioas: ObjectId,
+    ) -> Outcome<()> {
+        let Some(attachment) =
+            self.groups.get_mut(&part.group).and_then(|group| group.slots.get_mut(&slot))
+        else {
+            return Ok(());
+        };
+        let old = std::mem::replace(&mut attachment.hwpt, hwpt);
+        attachment.by = dev;
+        let devices = attachment.devices.clone();
+        let before = self.stage2_of(old)?.ioas;
+        for dev in &devices {
+            self.table.hold(hwpt);
+            if slot.is_none() && before != ioas {
+                self.table.ioas_mut(before)?.space.unreserve(*dev);
+                self.reserve_regions(*dev, ioas)?;
+            }
+        }
+        self.leave(old, devices.len())
+    }
+
+    /// Reserves in `ioas` what `dev` needs; it was found free.
+    fn reserve_regions(&mut self, dev: ObjectId, ioas: ObjectId) -> Outcome<()> {
+        let regions = self.table.device(dev)?.part.requester.config.reserved_regions();
+        self.table.ioas_mut(ioas)?.space.reserve(dev, &regions);
+        Ok(())
+    }
+
+    /// `count` devices no longer use `hwpt`, which vanishes if it is automatic and nobody does.
+    fn leave(&mut self, hwpt: ObjectId, count: usize) -> Outcome<()> {
+        for _ in 0..count {
+            self.table.release(hwpt);
+        }
         let automatic = self.table.hwpt_paging(hwpt).is_ok_and(|hwpt| hwpt.automatic);
         if automatic && self.table.users(hwpt) == 0 {
             self.destroy(hwpt)?;
         }
         Ok(())
     }
+}
+
+fn requesters(parts: &[Arc<Part>]) -> Vec<&Requester> {
+    parts.iter().map(|part| &part.requester).collect()
 }

@@ -2,7 +2,8 @@
 //! Mappings as HWPTs hold them: pinned when there is a HWPT, and where its IOMMU finds them.
 
 use super::ioas::Ioas;
-use super::{Objects, PagingDomain};
+use super::Objects;
+use crate::emulated::driver::PagingDomain;
 use crate::emulated::ioas::Area;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::stage2::Mapping;
@@ -14,7 +15,7 @@ impl Objects {
     /// # Errors
     /// As [`crate::emulated::ioas::Pages::pin`]; `EINVAL` a mapping that the HWPT cannot hold.
     /// Nothing is then left of it.
-    pub(super) fn fill(&self, ioas: ObjectId, domain: &PagingDomain) -> Outcome<()> {
+    pub(super) fn fill(&self, ioas: ObjectId, domain: &dyn PagingDomain) -> Outcome<()> {
         let ioas = self.table.ioas(ioas)?;
         let first = ioas.hwpts.is_empty();
         let mut filled = Vec::new();
@@ -57,7 +58,7 @@ impl Objects {
             mappings.extend(pin_if(filled, *start, area)?);
             pinned += 1;
             object.hwpts.iter().try_for_each(|hwpt| {
-                check_holds(&self.table.hwpt_paging(*hwpt)?.domain, *start, area.protection)
+                check_holds(&*self.table.hwpt_paging(*hwpt)?.domain, *start, area.protection)
             })
         });
         if done.is_err() {
@@ -82,8 +83,8 @@ impl Objects {
         for (start, area) in areas {
             object.stage2.remove_in(*start..=area.last);
         }
-        for unit in self.machine.units() {
-            unit.hardware.stage2_unmapped(&object.stage2);
+        for driver in self.machine.drivers() {
+            driver.stage2_unmapped(&object.stage2);
         }
         areas.iter().for_each(|(start, area)| unpin(*start, area));
         Ok(())
@@ -116,8 +117,8 @@ fn take_back(ioas: &Ioas, start: u64, area: &Area) {
 }
 
 /// Whether a HWPT with `domain` can hold a mapping with `protection`.
-fn check_holds(domain: &PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
-    if domain.only_writable && !protection.write {
+fn check_holds(domain: &dyn PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
+    if domain.only_writable() && !protection.write {
         return refuse(
             Errno::EINVAL,
             format!("a nesting parent cannot hold the read-only mapping at {start:#x}"),

@@ -156,7 +156,7 @@ impl Objects {
         let object = self.table.ioas(ioas)?;
         let mut alignment = if object.huge_pages { 1 } else { PAGE_SIZE };
         for hwpt in &object.hwpts {
-            alignment = alignment.max(self.table.hwpt_paging(*hwpt)?.domain.smallest_page());
+            alignment = alignment.max(self.table.hwpt_paging(*hwpt)?.domain.page_size());
         }
         if alignment > object.alignment {
             object.space.check_alignment(alignment)?;

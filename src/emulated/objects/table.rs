@@ -201,8 +201,6 @@ typed! {
 
 typed_mut! {
     ioas_mut => Ioas;
-    hwpt_paging_mut => HwptPaging;
-    hwpt_nested_mut => HwptNested;
     device_mut => Device;
 }
 

@@ -1,18 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! vIOMMUs and vDEVICEs, and the rule that all devices of a vIOMMU are behind one physical IOMMU.
 
-use super::machine::UnitId;
+use std::sync::Arc;
+
 use super::{Object, Objects};
+use crate::emulated::driver::{UserData, ViommuDriver, ViommuRequest};
+use crate::emulated::machine::UnitId;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId, ViommuKind};
+use crate::iommufd::{Errno, ObjectId};
+
+/// The type of vIOMMU that none is of (`IOMMU_VIOMMU_TYPE_DEFAULT`).
+const DEFAULT: u32 = iommufd_bindings::iommu_viommu_type_IOMMU_VIOMMU_TYPE_DEFAULT;
 
 /// A slice of one physical IOMMU. It is bound to the IOMMU, not to the device that named it.
 #[derive(Debug)]
 pub(crate) struct Viommu {
-    pub kind: ViommuKind,
+    /// Its type, by the uAPI's number.
+    pub kind: u32,
     pub unit: UnitId,
     /// The nesting parent.
     pub parent: ObjectId,
+    /// The driver's half.
+    pub driver: Arc<dyn ViommuDriver>,
 }
 
 /// A device as a vIOMMU knows it.
@@ -27,30 +36,31 @@ impl Objects {
     /// `IOMMU_VIOMMU_ALLOC`.
     pub fn viommu_alloc(
         &mut self,
-        kind: ViommuKind,
+        kind: u32,
         dev: ObjectId,
         hwpt: ObjectId,
+        data: Option<&dyn UserData>,
     ) -> Outcome<ObjectId> {
-        if kind == ViommuKind::Default {
-            return refuse(Errno::EOPNOTSUPP, "the default kind of vIOMMU is none");
+        if kind == DEFAULT {
+            return refuse(Errno::EOPNOTSUPP, "the default type of vIOMMU is none");
         }
-        let id = self.table.device(dev)?.unit;
-        let unit = self.machine.unit(id)?;
-        if !unit.hardware.viommu_kinds().contains(&kind) {
+        let part = self.table.device(dev)?.part.clone();
+        if !part.driver.has_viommu(kind) {
             return refuse(
                 Errno::EOPNOTSUPP,
-                format!("the IOMMU of device {dev} has no vIOMMU of kind {kind:?}"),
+                format!("the IOMMU of device {dev} has no vIOMMU of type {kind:#x}"),
             );
         }
-        let domain = self.table.hwpt_paging(hwpt)?.domain;
-        if !domain.nest_parent {
+        let parent = self.table.hwpt_paging(hwpt)?;
+        if !parent.flags.nest_parent() {
             return refuse(
                 Errno::EINVAL,
                 format!("HWPT_PAGING {hwpt} was not allocated with NEST_PARENT"),
             );
         }
-        unit.driver.compatible(&domain)?;
-        let viommu = Viommu { kind, unit: id, parent: hwpt };
+        let request = ViommuRequest { kind, device: &part.requester, parent: &parent.domain, data };
+        let driver = part.driver.alloc_viommu(&request)?;
+        let viommu = Viommu { kind, unit: part.unit, parent: hwpt, driver };
         let viommu = self.table.insert(Object::Viommu(viommu))?;
         self.table.hold(hwpt);
         Ok(viommu)
@@ -63,9 +73,11 @@ impl Objects {
         dev: ObjectId,
         virt_id: u64,
     ) -> Outcome<ObjectId> {
-        let unit = self.table.viommu(viommu)?.unit;
+        let object = self.table.viommu(viommu)?;
+        let (unit, driver) = (object.unit, object.driver.clone());
         let device = self.table.device(dev)?;
-        if device.unit != unit {
+        let part = device.part.clone();
+        if part.unit != unit {
             return refuse(
                 Errno::EINVAL,
                 format!("device {dev} is not behind the IOMMU of vIOMMU {viommu}"),
@@ -81,7 +93,10 @@ impl Objects {
         if let Some((id, _)) = self.table.iter().find(|(_, object)| same_id(object)) {
             return refuse(Errno::EEXIST, format!("vDEVICE {id} has the id {virt_id:#x} already"));
         }
-        let vdevice = self.table.insert(Object::Vdevice(Vdevice { viommu, dev, virt_id }))?;
+        driver.vdevice_init(&part.requester, virt_id)?;
+        let vdevice = Object::Vdevice(Vdevice { viommu, dev, virt_id });
+        let vdevice =
+            self.table.insert(vdevice).inspect_err(|_| driver.vdevice_destroy(virt_id))?;
         self.table.device_mut(dev)?.vdevice = Some(vdevice);
         self.table.hold(viommu);
         self.table.hold(dev);
@@ -97,7 +112,8 @@ impl Objects {
 
     /// Undoes what a vDEVICE holds.
     pub(super) fn forget_vdevice(&mut self, id: ObjectId) -> Outcome<()> {
-        let &Vdevice { viommu, dev, .. } = self.table.vdevice(id)?;
+        let &Vdevice { viommu, dev, virt_id } = self.table.vdevice(id)?;
+        self.table.viommu(viommu)?.driver.vdevice_destroy(virt_id);
         self.table.device_mut(dev)?.vdevice = None;
         self.table.release(viommu);
         self.table.release(dev);

@@ -6,17 +6,16 @@ use std::mem::{offset_of, size_of};
 use iommufd_bindings::*;
 
 use super::argument::Argument;
+use super::user_data::{PointedArray, PointedData};
 use super::{UserFault, UserSpace};
+use crate::emulated::driver::{DriverInfo, Partial, UserData};
 use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::objects::{Entries, HwptRequest, InvalidateFormat, MAX_INVALIDATE_ENTRIES};
+use crate::emulated::objects::{HwptRequest, MAX_INVALIDATE_ENTRIES};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, HwInfoData, HwptData, HwptFlags, ViommuKind};
+use crate::iommufd::{Errno, HwptFlags};
 
 const NONE: u32 = iommu_hwpt_data_type_IOMMU_HWPT_DATA_NONE;
-const VTD_S1: u32 = iommu_hwpt_data_type_IOMMU_HWPT_DATA_VTD_S1;
-const VIOMMU_DEFAULT: u32 = iommu_viommu_type_IOMMU_VIOMMU_TYPE_DEFAULT;
-const VIOMMU_ARM_SMMUV3: u32 = iommu_viommu_type_IOMMU_VIOMMU_TYPE_ARM_SMMUV3;
 
 pub(super) fn alloc(
     host: &EmulatedHost,
@@ -30,21 +29,13 @@ pub(super) fn alloc(
     if (data_type == NONE) != (data_len == 0) {
         return refuse(Errno::EINVAL, format!("{data_len} bytes of data of type {data_type}"));
     }
-    let read = || {
-        if data_type != VTD_S1 {
-            return refuse(Errno::EOPNOTSUPP, format!("data of type {data_type}"));
-        }
-        if data_len as usize != size_of::<iommu_hwpt_vtd_s1>() {
-            return refuse(Errno::EINVAL, format!("{data_len} bytes of VTD_S1 data"));
-        }
-        Ok(HwptData::VtdS1(read_vtd_s1(user, data_uptr)?))
-    };
+    let data = PointedData { user, data_type, length: data_len, address: data_uptr };
     let request = HwptRequest {
         flags: HwptFlags::from_bits(argument.u32(offset_of!(iommu_hwpt_alloc, flags))),
         dev: argument.id(offset_of!(iommu_hwpt_alloc, dev_id)),
         pt: argument.id(offset_of!(iommu_hwpt_alloc, pt_id)),
         fault: Some(argument.id(offset_of!(iommu_hwpt_alloc, fault_id))),
-        data: if data_len == 0 { None } else { Some(&read) },
+        data: if data_len == 0 { None } else { Some(&data) },
     };
     let id = host.objects().hwpt_alloc(&request)?;
     argument.set_u32(offset_of!(iommu_hwpt_alloc, out_hwpt_id), id.0);
@@ -69,10 +60,10 @@ pub(super) fn hw_info(
     };
     let info = host.objects().get_hw_info(argument.id(offset_of!(iommu_hw_info, dev_id)))?;
     let (data_type, data) = match info.data {
-        HwInfoData::None => (iommu_hw_info_type_IOMMU_HW_INFO_TYPE_NONE, Vec::new()),
-        HwInfoData::Vtd(info) => {
+        DriverInfo::Vtd(info) => {
             (iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD, vtd_info_bytes(&info))
         }
+        DriverInfo::Other { data_type, bytes } => (data_type, bytes),
     };
     if wanted != iommu_hw_info_type_IOMMU_HW_INFO_TYPE_DEFAULT && wanted != data_type {
         return refuse(Errno::EOPNOTSUPP, format!("no information of type {wanted}"));
@@ -84,7 +75,7 @@ pub(super) fn hw_info(
     argument.set_u32(offset_of!(iommu_hw_info, data_len), data.len() as u32);
     let capabilities = info.capabilities.into_bits();
     argument.set_u64(offset_of!(iommu_hw_info, out_capabilities), capabilities);
-    argument.set(offset_of!(iommu_hw_info, out_max_pasid_log2), [info.max_pasid_log2]);
+    argument.set(offset_of!(iommu_hw_info, out_max_pasid_log2), [info.pasid_bits]);
     Ok(())
 }
 
@@ -105,24 +96,18 @@ pub(super) fn invalidate(
     if count != 0 && (list == 0 || entry_len == 0 || too_much) {
         return refuse(Errno::EINVAL, format!("{count} entries of {entry_len} bytes at {list:#x}"));
     }
-    let vtd_s1 = iommu_hwpt_invalidate_data_type_IOMMU_HWPT_INVALIDATE_DATA_VTD_S1;
-    let data_type = argument.u32(offset_of!(iommu_hwpt_invalidate, data_type));
-    let format =
-        if data_type == vtd_s1 { InvalidateFormat::VtdS1 } else { InvalidateFormat::Other };
-    let read = |number: usize| {
-        if entry_len as usize != size_of::<iommu_hwpt_vtd_s1_invalidate>() {
-            return refuse(Errno::EINVAL, format!("{entry_len} bytes of VTD_S1 entry"));
-        }
-        // An address that wraps leads nowhere.
-        let offset = (number as u64).wrapping_mul(u64::from(entry_len));
-        Ok(read_invalidation(user, list.wrapping_add(offset))?)
+    let entries = PointedArray {
+        user,
+        data_type: argument.u32(offset_of!(iommu_hwpt_invalidate, data_type)),
+        entry_length: entry_len,
+        count,
+        address: list,
     };
     let hwpt = argument.id(offset_of!(iommu_hwpt_invalidate, hwpt_id));
-    let entries = Entries { count: count as usize, read: &read };
-    let (done, outcome) = match host.objects().hwpt_invalidate(hwpt, format, &entries) {
+    let (done, outcome) = match host.objects().hwpt_invalidate(hwpt, &entries) {
         Ok(()) => (count, Ok(())),
         // At most `count`.
-        Err((done, refusal)) => (done as u32, Err(refusal)),
+        Err(Partial { done, refusal }) => (done as u32, Err(refusal)),
     };
     argument.set_u32(COUNT, done);
     outcome
@@ -131,23 +116,22 @@ pub(super) fn invalidate(
 pub(super) fn viommu(
     host: &EmulatedHost,
     argument: &mut Argument,
-    _: &dyn UserSpace,
+    user: &dyn UserSpace,
 ) -> Outcome<()> {
     // Linux does not look at the reserved field.
     argument.flags(offset_of!(iommu_viommu_alloc, flags), 0)?;
-    let kind = match argument.u32(offset_of!(iommu_viommu_alloc, type_)) {
-        VIOMMU_DEFAULT => Some(ViommuKind::Default),
-        VIOMMU_ARM_SMMUV3 => Some(ViommuKind::ArmSmmuV3),
-        _ => None,
+    let kind = argument.u32(offset_of!(iommu_viommu_alloc, type_));
+    let length = argument.u32(offset_of!(iommu_viommu_alloc, data_len));
+    let data = PointedData {
+        user,
+        data_type: kind,
+        length,
+        address: argument.u64(offset_of!(iommu_viommu_alloc, data_uptr)),
     };
+    let data = (length != 0).then_some(&data as &dyn UserData);
     let dev = argument.id(offset_of!(iommu_viommu_alloc, dev_id));
     let hwpt = argument.id(offset_of!(iommu_viommu_alloc, hwpt_id));
-    let mut objects = host.objects();
-    let Some(kind) = kind else {
-        objects.table().device(dev)?;
-        return refuse(Errno::EOPNOTSUPP, "the IOMMU has no vIOMMU of this kind");
-    };
-    let id = objects.viommu_alloc(kind, dev, hwpt)?;
+    let id = host.objects().viommu_alloc(kind, dev, hwpt, data)?;
     argument.set_u32(offset_of!(iommu_viommu_alloc, out_viommu_id), id.0);
     Ok(())
 }
@@ -188,31 +172,6 @@ fn write_and_clear(
     Ok(())
 }
 
-fn read_vtd_s1(user: &dyn UserSpace, address: u64) -> Result<iommu_hwpt_vtd_s1, UserFault> {
-    let mut words = [[0; 8]; 3];
-    user.read(address, words.as_flattened_mut())?;
-    let [flags, pgtbl_addr, last] = words;
-    let (addr_width, __reserved) = halves(last);
-    Ok(iommu_hwpt_vtd_s1 {
-        flags: u64::from_ne_bytes(flags),
-        pgtbl_addr: u64::from_ne_bytes(pgtbl_addr),
-        addr_width,
-        __reserved,
-    })
-}
-
-fn read_invalidation(
-    user: &dyn UserSpace,
-    address: u64,
-) -> Result<iommu_hwpt_vtd_s1_invalidate, UserFault> {
-    let mut words = [[0; 8]; 3];
-    user.read(address, words.as_flattened_mut())?;
-    let [addr, npages, last] = words;
-    let (flags, __reserved) = halves(last);
-    let (addr, npages) = (u64::from_ne_bytes(addr), u64::from_ne_bytes(npages));
-    Ok(iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved })
-}
-
 fn vtd_info_bytes(info: &iommu_hw_info_vtd) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of::<iommu_hw_info_vtd>());
     bytes.extend(info.flags.to_ne_bytes());
@@ -220,9 +179,4 @@ fn vtd_info_bytes(info: &iommu_hw_info_vtd) -> Vec<u8> {
     bytes.extend(info.cap_reg.to_ne_bytes());
     bytes.extend(info.ecap_reg.to_ne_bytes());
     bytes
-}
-
-/// The two 32-bit fields that 8 bytes hold.
-fn halves([a, b, c, d, e, f, g, h]: [u8; 8]) -> (u32, u32) {
-    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
 }

@@ -13,6 +13,7 @@ mod ioas;
 mod option;
 #[cfg(test)]
 mod tests;
+mod user_data;
 mod vfio;
 
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};

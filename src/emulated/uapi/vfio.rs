@@ -5,8 +5,9 @@ use std::mem::{offset_of, size_of};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::argument::Argument;
+use super::UserSpace;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
+use crate::emulated::{EmulatedHost, Machine};
 use crate::iommufd::{Errno, ObjectId};
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
@@ -50,36 +51,56 @@ struct Detach {
 /// An open VFIO character device. Dropping it closes it: the device is detached and unbound.
 #[derive(Debug)]
 pub struct DeviceFile {
-    host: Arc<EmulatedHost>,
+    machine: Arc<Machine>,
     name: String,
-    /// The device's object, and the epoch of the host that the id belongs to.
-    bound: Mutex<Option<(u64, ObjectId)>>,
+    bound: Mutex<Option<Bound>>,
 }
 
-impl EmulatedHost {
-    /// Opens the device `name`.
+/// A device's object, and the epoch of the iommufd that its id belongs to. The iommufd stays open
+/// for as long as a device is bound to it.
+#[derive(Debug, Clone)]
+struct Bound {
+    host: Arc<EmulatedHost>,
+    epoch: u64,
+    dev: ObjectId,
+}
+
+impl Bound {
+    /// Whether the iommufd has not been closed by force since.
+    fn lives(&self) -> bool {
+        self.host.objects().epoch() == self.epoch
+    }
+}
+
+impl Machine {
+    /// Opens the character device of `name`.
     ///
     /// # Errors
     /// `ENODEV` there is none.
     pub fn open_device(self: &Arc<Self>, name: &str) -> Result<DeviceFile, Errno> {
-        self.objects().machine().part(name).map_err(|refusal| refusal.errno)?;
-        let (host, name) = (self.clone(), name.to_owned());
-        Ok(DeviceFile { host, name, bound: Mutex::new(None) })
+        self.part(name).map_err(|refusal| refusal.errno)?;
+        let (machine, name) = (self.clone(), name.to_owned());
+        Ok(DeviceFile { machine, name, bound: Mutex::new(None) })
     }
 }
 
 impl DeviceFile {
-    /// `ioctl(2)` on the device. Any `iommufd` that is not negative is the host's.
+    /// `ioctl(2)` on the device. Descriptors in the argument are `user`'s.
     ///
     /// # Errors
     /// Linux's; `EINVAL` for all but binding before the device is bound.
-    pub fn ioctl(&self, request: u32, argument: &mut [u8]) -> Result<(), Errno> {
+    pub fn ioctl(
+        &self,
+        request: u32,
+        argument: &mut [u8],
+        user: &dyn UserSpace,
+    ) -> Result<(), Errno> {
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = match (request, self.living(*bound)) {
-            (BIND_IOMMUFD, living) => self.bind(living, &mut bound, argument),
+        let outcome = match (request, bound.clone().filter(Bound::lives)) {
+            (BIND_IOMMUFD, living) => self.bind(living.is_some(), &mut bound, argument, user),
             (_, None) => refuse(Errno::EINVAL, "the device is not bound"),
-            (ATTACH_IOMMUFD_PT, Some(dev)) => self.attach(dev, argument),
-            (DETACH_IOMMUFD_PT, Some(dev)) => self.detach(dev, argument),
+            (ATTACH_IOMMUFD_PT, Some(bound)) => attach(&bound, argument),
+            (DETACH_IOMMUFD_PT, Some(bound)) => detach(&bound, argument),
             _ => refuse(Errno::ENOTTY, "no such ioctl"),
         };
         outcome.map_err(|refusal| {
@@ -88,30 +109,31 @@ impl DeviceFile {
         })
     }
 
-    /// The object, unless the host was closed since it was bound.
-    fn living(&self, bound: Option<(u64, ObjectId)>) -> Option<ObjectId> {
-        let (epoch, dev) = bound?;
-        (epoch == self.host.objects().epoch()).then_some(dev)
-    }
-
     fn bind(
         &self,
-        living: Option<ObjectId>,
-        bound: &mut Option<(u64, ObjectId)>,
-        user: &mut [u8],
+        living: bool,
+        bound: &mut Option<Bound>,
+        argument: &mut [u8],
+        user: &dyn UserSpace,
     ) -> Outcome<()> {
         const MIN_SIZE: usize = offset_of!(Bind, token_uuid_ptr);
-        let declared = size(user)?;
-        let mut argument = copy_in(user, declared, size_of::<Bind>(), MIN_SIZE)?;
-        let iommufd = i32::from_ne_bytes(argument.bytes(offset_of!(Bind, iommufd)));
+        let declared = size(argument)?;
+        let mut copy = copy_in(argument, declared, size_of::<Bind>(), MIN_SIZE)?;
+        let iommufd = i32::from_ne_bytes(copy.bytes(offset_of!(Bind, iommufd)));
         // The only flag names a token, which emulated devices do not have.
-        if argument.u32(offset_of!(Bind, flags)) != 0 || iommufd < 0 {
+        if copy.u32(offset_of!(Bind, flags)) != 0 || iommufd < 0 {
             return refuse(Errno::EINVAL, "unknown flags, or no iommufd");
         }
-        if living.is_some() {
+        if living {
             return refuse(Errno::EINVAL, "the device is bound already");
         }
-        let mut objects = self.host.objects();
+        let host = user
+            .iommufd(iommufd)
+            .or_else(|errno| refuse(errno, format!("descriptor {iommufd}")))?;
+        if !Arc::ptr_eq(host.machine(), &self.machine) {
+            return refuse(Errno::ENODEV, "the iommufd is of another machine");
+        }
+        let mut objects = host.objects();
         let dev = match objects.device_bind(&self.name) {
             Ok(dev) => dev,
             // Through another descriptor: VFIO's own answer.
@@ -120,33 +142,35 @@ impl DeviceFile {
             }
             Err(refusal) => return Err(refusal),
         };
-        *bound = Some((objects.epoch(), dev));
-        argument.set_u32(offset_of!(Bind, out_devid), dev.0);
-        argument.copy_out(user, declared);
+        let epoch = objects.epoch();
+        drop(objects);
+        *bound = Some(Bound { host, epoch, dev });
+        copy.set_u32(offset_of!(Bind, out_devid), dev.0);
+        copy.copy_out(argument, declared);
         Ok(())
     }
+}
 
-    fn attach(&self, dev: ObjectId, user: &mut [u8]) -> Outcome<()> {
-        let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
-        let pt = argument.id(offset_of!(Attach, pt_id));
-        let hwpt = self.host.objects().device_attach(dev, pasid, pt)?;
-        argument.set_u32(offset_of!(Attach, pt_id), hwpt.0);
-        argument.copy_out(user, offset_of!(Attach, pasid));
-        Ok(())
-    }
+fn attach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
+    let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
+    let pt = argument.id(offset_of!(Attach, pt_id));
+    let hwpt = bound.host.objects().device_attach(bound.dev, pasid, pt)?;
+    argument.set_u32(offset_of!(Attach, pt_id), hwpt.0);
+    argument.copy_out(user, offset_of!(Attach, pasid));
+    Ok(())
+}
 
-    fn detach(&self, dev: ObjectId, user: &mut [u8]) -> Outcome<()> {
-        let (_, pasid) = slot(user, offset_of!(Detach, pasid))?;
-        self.host.objects().device_detach(dev, pasid)
-    }
+fn detach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
+    let (_, pasid) = slot(user, offset_of!(Detach, pasid))?;
+    bound.host.objects().device_detach(bound.dev, pasid)
 }
 
 impl Drop for DeviceFile {
     fn drop(&mut self) {
-        let bound = *self.bound.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(dev) = self.living(bound) {
+        let bound = self.bound.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(bound) = bound.filter(Bound::lives) {
             // Fails only when somebody else unbound the device.
-            let _ = self.host.objects().device_unbind(dev);
+            let _ = bound.host.objects().device_unbind(bound.dev);
         }
     }
 }

@@ -2,9 +2,10 @@
 //! What an emulated VT-d unit can do, and the registers that say so.
 #![forbid(unsafe_code)]
 
+use crate::emulated::hardware::UserTables;
 use crate::iommufd::{
-    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, HwInfoData, HwptData, HwptVtdSecondStage,
-    HW_INFO_VTD_ERRATA_772415_SPR17, VTD_S1_EAFE, VTD_S1_SRE,
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, HwptVtdSecondStage, HW_INFO_VTD_ERRATA_772415_SPR17,
+    VTD_S1_EAFE, VTD_S1_SRE,
 };
 use crate::spec::vtd::regs::{Cap, Ecap};
 
@@ -123,14 +124,14 @@ impl VtdUnitConfig {
     }
 
     /// What GET_HW_INFO gives: flags, and both registers.
-    pub(super) fn info(&self) -> HwInfoData {
+    pub(super) fn info(&self) -> iommu_hw_info_vtd {
         let erratum = if self.erratum_772415 { HW_INFO_VTD_ERRATA_772415_SPR17 } else { 0 };
-        HwInfoData::Vtd(iommu_hw_info_vtd {
+        iommu_hw_info_vtd {
             flags: erratum,
             cap_reg: self.cap().into_bits(),
             ecap_reg: self.ecap().into_bits(),
             ..Default::default()
-        })
+        }
     }
 
     /// Width of a PASID, in bits.
@@ -147,18 +148,17 @@ impl VtdUnitConfig {
         }
     }
 
-    /// Whether a HWPT with `data` works on the unit; the errno of Linux's driver if not.
-    pub(super) fn accepts(&self, data: &HwptData) -> Result<(), Errno> {
-        match data {
-            HwptData::None => Ok(()),
-            HwptData::VtdS1(_) if !self.nesting => Err(Errno::EOPNOTSUPP),
-            HwptData::VtdS1(tables) => self.accepts_first_stage(tables),
-            HwptData::VtdSecondStage(_) if !self.guest_second_stage => Err(Errno::EOPNOTSUPP),
-            HwptData::VtdSecondStage(tables) => self.accepts_second_stage(tables),
+    /// Whether the unit can walk `tables`.
+    pub(super) fn walks(&self, tables: &UserTables) -> bool {
+        match tables {
+            UserTables::VtdFirstStage(tables) => self.nesting && self.walks_first_stage(tables),
+            UserTables::VtdSecondStage(tables) => {
+                self.guest_second_stage && self.walks_second_stage(tables)
+            }
         }
     }
 
-    fn accepts_first_stage(&self, tables: &iommu_hwpt_vtd_s1) -> Result<(), Errno> {
+    fn walks_first_stage(&self, tables: &iommu_hwpt_vtd_s1) -> bool {
         let width = match tables.addr_width {
             48 => true,
             57 => self.address_width == AddressWidth::Bits57,
@@ -166,14 +166,14 @@ impl VtdUnitConfig {
         };
         let supervisor = tables.flags & VTD_S1_SRE == 0 || self.supervisor_requests;
         let extended = tables.flags & VTD_S1_EAFE == 0 || self.extended_accessed;
-        (width && supervisor && extended).then_some(()).ok_or(Errno::EINVAL)
+        width && supervisor && extended
     }
 
-    fn accepts_second_stage(&self, tables: &HwptVtdSecondStage) -> Result<(), Errno> {
+    fn walks_second_stage(&self, tables: &HwptVtdSecondStage) -> bool {
         match tables.addr_width {
-            39 | 48 => Ok(()),
-            57 if self.address_width == AddressWidth::Bits57 => Ok(()),
-            _ => Err(Errno::EINVAL),
+            39 | 48 => true,
+            57 => self.address_width == AddressWidth::Bits57,
+            _ => false,
         }
     }
 }
@@ -183,12 +183,12 @@ mod tests {
     use super::*;
     use crate::iommufd::VTD_S1_WPE;
 
-    fn first_stage(addr_width: u32, flags: u64) -> HwptData {
-        HwptData::VtdS1(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })
+    fn first_stage(addr_width: u32, flags: u64) -> UserTables {
+        UserTables::VtdFirstStage(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })
     }
 
-    fn second_stage(addr_width: u32) -> HwptData {
-        HwptData::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr: 0, addr_width })
+    fn second_stage(addr_width: u32) -> UserTables {
+        UserTables::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr: 0, addr_width })
     }
 
     #[test]
@@ -202,23 +202,20 @@ mod tests {
         };
         let poor =
             VtdUnitConfig { nesting: false, guest_second_stage: false, ..VtdUnitConfig::default() };
-        for (data, by_plain, by_rich) in [
-            (HwptData::None, Ok(()), Ok(())),
-            (first_stage(48, VTD_S1_WPE), Ok(()), Ok(())),
-            (first_stage(57, 0), Err(Errno::EINVAL), Ok(())),
-            (first_stage(39, 0), Err(Errno::EINVAL), Err(Errno::EINVAL)),
-            (first_stage(48, VTD_S1_SRE), Err(Errno::EINVAL), Ok(())),
-            (first_stage(48, VTD_S1_EAFE), Err(Errno::EINVAL), Ok(())),
-            (second_stage(39), Ok(()), Ok(())),
-            (second_stage(57), Err(Errno::EINVAL), Ok(())),
-            (second_stage(40), Err(Errno::EINVAL), Err(Errno::EINVAL)),
+        for (tables, by_plain, by_rich) in [
+            (first_stage(48, VTD_S1_WPE), true, true),
+            (first_stage(57, 0), false, true),
+            (first_stage(39, 0), false, false),
+            (first_stage(48, VTD_S1_SRE), false, true),
+            (first_stage(48, VTD_S1_EAFE), false, true),
+            (second_stage(39), true, true),
+            (second_stage(57), false, true),
+            (second_stage(40), false, false),
         ] {
-            assert_eq!(plain.accepts(&data), by_plain, "{data:?}");
-            assert_eq!(rich.accepts(&data), by_rich, "{data:?}");
+            assert_eq!(plain.walks(&tables), by_plain, "{tables:?}");
+            assert_eq!(rich.walks(&tables), by_rich, "{tables:?}");
+            assert!(!poor.walks(&tables), "{tables:?}");
         }
-        assert_eq!(poor.accepts(&first_stage(48, 0)), Err(Errno::EOPNOTSUPP));
-        assert_eq!(poor.accepts(&second_stage(48)), Err(Errno::EOPNOTSUPP));
-        assert_eq!(poor.accepts(&HwptData::None), Ok(()));
     }
 
     #[test]

@@ -29,9 +29,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::gate::Gate;
-use super::hardware::{CacheRange, CacheTag, Hardware, Translation};
+use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use super::stage2::Stage2;
-use crate::iommufd::{Errno, Extensions, FaultSink, HostFault, HwInfoData, HwptData, ObjectId};
+use crate::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
 use counters::Counters;
 
 pub use config::{AddressWidth, VtdUnitConfig};
@@ -111,12 +111,12 @@ impl VtdUnit {
 }
 
 impl Hardware for VtdUnit {
-    fn info(&self) -> HwInfoData {
+    fn info(&self) -> iommu_hw_info_vtd {
         self.config.info()
     }
 
-    fn accepts(&self, data: &HwptData) -> Result<(), Errno> {
-        self.config.accepts(data)
+    fn walks(&self, tables: &UserTables) -> bool {
+        self.config.walks(tables)
     }
 
     fn pasid_bits(&self) -> u8 {

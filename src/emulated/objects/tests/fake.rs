@@ -5,13 +5,14 @@ use std::sync::{Arc, Mutex, Weak};
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
+use super::viommus::WithViommus;
+use crate::emulated::driver::VtdDriver;
 use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
-use crate::emulated::objects::{DeviceConfig, UnitId};
 use crate::emulated::stage2::Stage2;
-use crate::emulated::EmulatedHost;
+use crate::emulated::{DeviceConfig, EmulatedHost, Machine, UnitId};
 use crate::iommufd::{
-    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HostIommu, HwInfoData,
-    HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory, ViommuKind,
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HostIommu, HwptAlloc,
+    HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
 };
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{Cap, Ecap};
@@ -32,7 +33,8 @@ pub enum Told {
 pub struct Fake {
     pub info: iommu_hw_info_vtd,
     pub pasid_bits: u8,
-    pub kinds: Vec<ViommuKind>,
+    /// Its driver has vIOMMUs of one type, as no driver of VT-d has.
+    pub viommus: bool,
     pub extensions: Extensions,
     told: Mutex<Vec<Told>>,
 }
@@ -45,6 +47,11 @@ impl Fake {
         Self::new(Cap::new().with_mgaw(47).with_sagaw(0b0110), ecap)
     }
 
+    /// The same, with vIOMMUs.
+    pub fn with_viommus() -> Self {
+        Self { viommus: true, ..Self::able() }
+    }
+
     pub fn new(cap: Cap, ecap: Ecap) -> Self {
         Self {
             info: iommu_hw_info_vtd {
@@ -54,7 +61,7 @@ impl Fake {
                 ..Default::default()
             },
             pasid_bits: 20,
-            kinds: Vec::new(),
+            viommus: false,
             extensions: Extensions { guest_second_stage: true, fault_reports: true },
             told: Mutex::default(),
         }
@@ -71,17 +78,14 @@ impl Fake {
 }
 
 impl Hardware for Fake {
-    fn info(&self) -> HwInfoData {
-        HwInfoData::Vtd(self.info)
+    fn info(&self) -> iommu_hw_info_vtd {
+        self.info
     }
 
-    fn accepts(&self, data: &HwptData) -> Result<(), Errno> {
-        match data {
-            HwptData::None => Ok(()),
-            HwptData::VtdS1(tables) if tables.addr_width == 48 => Ok(()),
-            HwptData::VtdS1(_) => Err(Errno::EINVAL),
-            HwptData::VtdSecondStage(_) if self.extensions.guest_second_stage => Ok(()),
-            HwptData::VtdSecondStage(_) => Err(Errno::EOPNOTSUPP),
+    fn walks(&self, tables: &UserTables) -> bool {
+        match tables {
+            UserTables::VtdFirstStage(tables) => tables.addr_width == 48,
+            UserTables::VtdSecondStage(_) => self.extensions.guest_second_stage,
         }
     }
 
@@ -91,10 +95,6 @@ impl Hardware for Fake {
 
     fn extensions(&self) -> Extensions {
         self.extensions
-    }
-
-    fn viommu_kinds(&self) -> &[ViommuKind] {
-        &self.kinds
     }
 
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
@@ -124,6 +124,14 @@ impl Hardware for Fake {
     }
 }
 
+fn add_hardware(machine: &Machine, fake: &Arc<Fake>) -> UnitId {
+    let driver = VtdDriver::new(fake.clone(), machine.cache_tags());
+    match fake.viommus {
+        false => machine.add_driver(Arc::new(driver)),
+        true => machine.add_driver(Arc::new(WithViommus(Arc::new(driver)))),
+    }
+}
+
 /// A host with two devices behind one IOMMU and a third behind another.
 pub struct Bench {
     pub host: Arc<EmulatedHost>,
@@ -132,6 +140,7 @@ pub struct Bench {
 }
 
 pub const RID_A: u16 = 0x20;
+pub const RID_B: u16 = 0x28;
 
 /// A HwptAlloc on its way.
 pub const PLAIN: HwptFlags = HwptFlags::new();
@@ -143,16 +152,30 @@ impl Bench {
         Self::of(Fake::able(), Fake::able())
     }
 
+    /// A bench whose IOMMUs have vIOMMUs.
+    pub fn with_viommus() -> Self {
+        Self::of(Fake::with_viommus(), Fake::with_viommus())
+    }
+
     pub fn of(fake: Fake, other: Fake) -> Self {
+        Self::in_group(fake, other, None)
+    }
+
+    /// A bench whose first two devices are one IOMMU group.
+    pub fn grouped() -> Self {
+        Self::in_group(Fake::able(), Fake::able(), Some(7))
+    }
+
+    fn in_group(fake: Fake, other: Fake, group: Option<u32>) -> Self {
         let (host, fake, other) = (EmulatedHost::new(), Arc::new(fake), Arc::new(other));
-        let unit = host.add_hardware(fake.clone());
-        let far = host.add_hardware(other.clone());
-        let config = || DeviceConfig { pasid_bits: 16, ..DeviceConfig::default() };
+        let unit = add_hardware(host.machine(), &fake);
+        let far = add_hardware(host.machine(), &other);
+        let config = || DeviceConfig { pasid_bits: 16, group, ..DeviceConfig::default() };
         let add = |name: &str, unit: UnitId, rid: u16| {
             host.add_device(name, unit, Bdf::from_raw(rid), config()).unwrap();
         };
         add("a", unit, RID_A);
-        add("b", unit, 0x28);
+        add("b", unit, RID_B);
         add("far", far, 0x20);
         Self { host, fake, other }
     }

@@ -2,7 +2,7 @@
 //! Rules of an IOAS: mappings, reservations, pages.
 
 use super::fake::{memory, Bench, Failure, Told, PARENT, PLAIN};
-use crate::emulated::objects::DeviceConfig;
+use crate::emulated::DeviceConfig;
 use crate::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
 use crate::spec::pci::Bdf;
 
@@ -187,7 +187,7 @@ fn an_unmap_is_over_when_the_hardware_was_told() {
 fn a_device_reserves_its_regions_while_attached() {
     let bench = Bench::new();
     let config = DeviceConfig { reserved: vec![0x7000..=0x7fff], ..DeviceConfig::default() };
-    let unit = bench.host.add_hardware(bench.fake.clone());
+    let unit = bench.host.machine().part("a").unwrap().unit;
     bench.host.add_device("rmrr", unit, Bdf::from_raw(0x40), config).unwrap();
     let (dev, ioas) = (bench.bind("rmrr"), bench.ioas());
     let all = || bench.host.ioas_iova_ranges(ioas).unwrap().allowed;

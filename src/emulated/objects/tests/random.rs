@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::fake::{memory, Bench, Fake, Told};
+use super::fake::{memory, Bench, Told};
 use crate::emulated::ioas::{Pages, PAGE_SIZE};
 use crate::emulated::objects::{Object, Objects};
 use crate::iommufd::{
@@ -139,15 +139,15 @@ fn check(objects: &Objects, installed: &Installed) -> Result<(), TestCaseError> 
     let mut users: BTreeMap<ObjectId, u32> = BTreeMap::new();
     let mut attached = BTreeSet::new();
     for (id, object) in table.iter() {
-        for held in object.holds() {
+        for held in objects.holds(id) {
             prop_assert!(table.get(held).is_some(), "{:?} holds {:?}, which is gone", id, held);
             *users.entry(held).or_default() += 1;
         }
         if let Object::Device(device) = object {
             *users.entry(id).or_default() += 1;
-            attached.extend(
-                device.attachments.keys().map(|slot| (device.unit.0, device.rid.raw(), *slot)),
-            );
+            let (unit, rid) = (device.part.unit.0, device.part.requester.rid.raw());
+            let slots = objects.attachments_of(id).into_iter();
+            attached.extend(slots.map(|(slot, _)| (unit, rid, slot)));
         }
     }
     prop_assert_eq!(&attached, &installed.0, "the hardware knows what is attached");
@@ -165,9 +165,9 @@ fn check(objects: &Objects, installed: &Installed) -> Result<(), TestCaseError> 
 /// A device has its regions reserved once, in the IOAS that serves it and in no other.
 fn check_reservations(objects: &Objects) -> Result<(), TestCaseError> {
     for (dev, object) in objects.table().iter() {
-        let Object::Device(device) = object else { continue };
-        let served =
-            device.attachments.get(&None).map(|hwpt| objects.stage2_of(*hwpt).unwrap().ioas);
+        let Object::Device(_) = object else { continue };
+        let own = objects.attachments_of(dev).into_iter().find(|(slot, _)| slot.is_none());
+        let served = own.map(|(_, hwpt)| objects.stage2_of(hwpt).unwrap().ioas);
         for (id, object) in objects.table().iter() {
             let Object::Ioas(ioas) = object else { continue };
             let expected = if served == Some(id) { 1 } else { 0 };
@@ -210,12 +210,7 @@ proptest! {
     fn random_verbs_leave_the_objects_consistent(
         calls in prop::collection::vec(call(), 1..80),
     ) {
-        let fake = || {
-            let mut fake = Fake::able();
-            fake.kinds.push(ViommuKind::ArmSmmuV3);
-            fake
-        };
-        let bench = Bench::of(fake(), fake());
+        let bench = Bench::with_viommus();
         // A start without which most sequences would only be refused.
         for call in [
             Call::Bind(0),

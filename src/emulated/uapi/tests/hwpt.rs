@@ -5,7 +5,7 @@ use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Field, Process, D, NOWHERE, Q};
 use crate::emulated::objects::tests::fake::{Bench, Fake, Told, PARENT, PLAIN};
-use crate::iommufd::{Errno, HostIommu, ObjectId, ViommuKind};
+use crate::iommufd::{Errno, HostIommu, ObjectId};
 
 const NOBODY: ObjectId = ObjectId(99);
 const FAULT_ID_VALID: u32 = 4;
@@ -149,9 +149,7 @@ fn invalidate_always_says_how_many_entries_are_done() {
 
 #[test]
 fn viommus_and_vdevices_by_their_bytes() {
-    let mut fake = Fake::able();
-    fake.kinds.push(ViommuKind::ArmSmmuV3);
-    let process = Process::of(Bench::of(fake, Fake::able()));
+    let process = Process::of(Bench::of(Fake::with_viommus(), Fake::able()));
     let (dev, far, ioas) =
         (process.bench.bind("a"), process.bench.bind("far"), process.bench.ioas());
     let parent = process.bench.paging(dev, ioas, PARENT).unwrap();

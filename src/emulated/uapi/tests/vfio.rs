@@ -1,39 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The ioctls of a VFIO device.
 
+use std::sync::Arc;
+
 use super::{flat, u32_at, Field, Process, D, Q};
 use crate::emulated::objects::tests::fake::PASID;
-use crate::emulated::uapi::DeviceFile;
-use crate::iommufd::{Errno, ObjectId};
+use crate::emulated::uapi::{DeviceFile, UserFault, UserSpace};
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{Errno, HostIommu, ObjectId, UserMemory};
 
 const BIND: u32 = 0x3b76;
 const ATTACH: u32 = 0x3b77;
 const DETACH: u32 = 0x3b78;
 
-fn call(file: &DeviceFile, request: u32, fields: &[Field]) -> Result<Vec<u8>, Errno> {
-    let mut bytes = flat(fields);
-    file.ioctl(request, &mut bytes).map(|()| bytes)
+/// A device, opened by a process whose descriptor 3 is an iommufd, and 4 is none.
+struct Opened {
+    file: DeviceFile,
+    descriptors: Descriptors,
 }
 
-fn open(process: &Process) -> DeviceFile {
-    process.bench.host.open_device("a").unwrap()
+#[derive(Debug, Clone)]
+struct Descriptors(Arc<EmulatedHost>);
+
+impl UserSpace for Descriptors {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        Arc::new(self.clone())
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        Err(UserFault { address, length: bytes.len() as u64 })
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+        Err(UserFault { address, length: bytes.len() as u64 })
+    }
+
+    fn memory(&self, address: u64, length: u64, _: bool) -> Result<UserMemory, UserFault> {
+        Err(UserFault { address, length })
+    }
+
+    fn iommufd(&self, descriptor: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        match descriptor {
+            3 => Ok(self.0.clone()),
+            4 => Err(Errno::EBADFD),
+            _ => Err(Errno::EBADF),
+        }
+    }
+}
+
+fn call(opened: &Opened, request: u32, fields: &[Field]) -> Result<Vec<u8>, Errno> {
+    let mut bytes = flat(fields);
+    opened.file.ioctl(request, &mut bytes, &opened.descriptors).map(|()| bytes)
+}
+
+fn open(process: &Process) -> Opened {
+    open_as(&process.bench.host, "a")
+}
+
+fn open_as(host: &Arc<EmulatedHost>, name: &str) -> Opened {
+    let file = host.machine().open_device(name).unwrap();
+    Opened { file, descriptors: Descriptors(host.clone()) }
 }
 
 #[test]
 fn binding_is_the_first_thing_a_device_takes() {
     let process = Process::new();
-    assert_eq!(process.bench.host.open_device("x").unwrap_err(), Errno::ENODEV);
+    assert_eq!(process.bench.host.machine().open_device("x").unwrap_err(), Errno::ENODEV);
     let file = open(&process);
     for request in [ATTACH, DETACH, 0x3b64] {
         assert_eq!(call(&file, request, &[D(16), D(0), D(1), D(0)]), Err(Errno::EINVAL));
     }
-    let bind = |file: &DeviceFile, fields: &[Field]| call(file, BIND, fields);
+    let bind = |file: &Opened, fields: &[Field]| call(file, BIND, fields);
     assert_eq!(bind(&file, &[]), Err(Errno::EFAULT));
     assert_eq!(bind(&file, &[D(15), D(9), D(!0), D(0)]), Err(Errno::EINVAL));
     assert_eq!(bind(&file, &[D(17), D(0), D(3), D(0)]), Err(Errno::EFAULT));
     assert_eq!(bind(&file, &[D(32), D(0), D(3), D(0), Q(0), Q(1)]), Err(Errno::E2BIG));
     assert_eq!(bind(&file, &[D(16), D(1), D(3), D(0)]), Err(Errno::EINVAL), "a token");
     assert_eq!(bind(&file, &[D(16), D(0), D(!0), D(0)]), Err(Errno::EINVAL), "no iommufd");
+    assert_eq!(bind(&file, &[D(16), D(0), D(4), D(0)]), Err(Errno::EBADFD));
+    assert_eq!(bind(&file, &[D(16), D(0), D(5), D(0)]), Err(Errno::EBADF));
     let answer = bind(&file, &[D(32), D(0), D(3), D(0), Q(0), Q(0)]).unwrap();
     assert_eq!(u32_at(&answer, 12), 1, "out_devid");
     assert_eq!(bind(&file, &[D(16), D(0), D(3), D(0)]), Err(Errno::EINVAL), "bound");
@@ -85,4 +130,35 @@ fn closing_a_device_of_a_closed_host_is_fine() {
     process.bench.host.close();
     drop(file);
     assert_eq!(process.bench.host.live_objects(), 0);
+}
+
+#[test]
+fn a_device_is_bound_to_one_of_several_iommufds_and_keeps_it_open() {
+    let process = Process::new();
+    let other = process.bench.host.machine().open();
+    let (first, second) = (open(&process), open_as(&other, "a"));
+    call(&first, BIND, &[D(16), D(0), D(3), D(0)]).unwrap();
+    assert_eq!(call(&second, BIND, &[D(16), D(0), D(3), D(0)]), Err(Errno::EINVAL));
+    drop(first);
+    call(&second, BIND, &[D(16), D(0), D(3), D(0)]).unwrap();
+    let ioas = other.ioas_alloc().unwrap();
+    let left = Arc::downgrade(&other);
+    let Opened { file, descriptors } = second;
+    drop((other, descriptors));
+    let mut bytes = flat(&[D(12), D(0), D(ioas.0)]);
+    file.ioctl(ATTACH, &mut bytes, &process.space).expect("the device keeps its iommufd open");
+    drop(file);
+    assert!(left.upgrade().is_none(), "nobody else did");
+    process.bench.bind("a");
+}
+
+#[test]
+fn an_iommufd_of_another_machine_is_none() {
+    let process = Process::new();
+    let opened = Opened {
+        file: process.bench.host.machine().open_device("a").unwrap(),
+        descriptors: Descriptors(EmulatedHost::new()),
+    };
+    let bind = [D(16), D(0), D(3), D(0)];
+    assert_eq!(call(&opened, BIND, &bind), Err(Errno::ENODEV));
 }

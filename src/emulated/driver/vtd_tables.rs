@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which page tables Linux's driver makes for an IOMMU, by what its registers say.
+//! Which page tables Linux's VT-d driver makes for a unit, by what its registers say.
 
 use std::ops::RangeInclusive;
 
-use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{
-    iommu_hw_info_vtd, Errno, HwInfoData, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17,
-};
+use crate::iommufd::{iommu_hw_info_vtd, Errno, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17};
 use crate::spec::vtd::regs::{Cap, Ecap};
 
 /// What the driver goes by. Register names are those of the VT-d specification (§11.4.2, §11.4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Driver {
+pub(super) struct Features {
     /// First-stage tables (FSTS, in scalable mode).
     first_stage: bool,
     /// Second-stage tables (SSTS in scalable mode, always in legacy mode).
@@ -35,7 +32,7 @@ pub(crate) struct Driver {
 
 /// A page table that the driver filled in from an IOAS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct PagingDomain {
+pub(super) struct Tables {
     stage: Stage,
     /// The IOVAs it has tables for: 0 up to this.
     last_iova: u64,
@@ -53,27 +50,9 @@ enum Stage {
     Second { width: u8, coherent: bool },
 }
 
-impl Driver {
-    /// The driver of an IOMMU that says `info` of itself.
-    pub fn new(info: &HwInfoData) -> Self {
-        match info {
-            HwInfoData::Vtd(info) => Self::of_registers(info),
-            // An IOMMU that says nothing: plain 48-bit translation.
-            HwInfoData::None => Self {
-                first_stage: false,
-                second_stage: true,
-                nest: false,
-                dirty_tracking: false,
-                five_level: false,
-                guest_address_width: 48,
-                second_stage_width: 48,
-                snoop_control: false,
-                no_read_only_parent: false,
-            },
-        }
-    }
-
-    fn of_registers(info: &iommu_hw_info_vtd) -> Self {
+impl Features {
+    /// What a unit can do that says `info` of itself.
+    pub fn new(info: &iommu_hw_info_vtd) -> Self {
         let (cap, ecap) = (Cap::from_bits(info.cap_reg), Ecap::from_bits(info.ecap_reg));
         let scalable = ecap.smts();
         let guest_address_width = cap.guest_address_width();
@@ -110,13 +89,13 @@ impl Driver {
     ///
     /// # Errors
     /// `EOPNOTSUPP` this IOMMU cannot.
-    pub fn paging_domain(&self, flags: HwptFlags) -> Outcome<PagingDomain> {
+    pub fn tables(&self, flags: HwptFlags) -> Outcome<Tables> {
         let (nest_parent, dirty_tracking) = (flags.nest_parent(), flags.dirty_tracking());
         let only_writable = nest_parent && self.no_read_only_parent;
         if !nest_parent && !dirty_tracking && self.first_stage {
             let five_level = self.five_level && self.guest_address_width > 48;
             let width = self.guest_address_width.min(if five_level { 57 } else { 48 });
-            return Ok(PagingDomain {
+            return Ok(Tables {
                 stage: Stage::First { five_level },
                 // Addresses are sign-extended; only the lower half is given out.
                 last_iova: last_of_width(width.saturating_sub(1)),
@@ -134,7 +113,7 @@ impl Driver {
         if !self.second_stage || self.second_stage_width == 0 {
             return refuse(Errno::EOPNOTSUPP, "the IOMMU has no second stage");
         }
-        Ok(PagingDomain {
+        Ok(Tables {
             stage: Stage::Second { width: self.second_stage_width, coherent: self.snoop_control },
             last_iova: last_of_width(self.second_stage_width),
             nest_parent,
@@ -147,7 +126,7 @@ impl Driver {
     ///
     /// # Errors
     /// `EINVAL`.
-    pub fn compatible(&self, domain: &PagingDomain) -> Outcome<()> {
+    pub fn compatible(&self, domain: &Tables) -> Outcome<()> {
         let misfit = match domain.stage {
             Stage::First { .. } if !self.first_stage => "a first stage",
             Stage::First { five_level: true } if !self.five_level => "a 5-level first stage",
@@ -168,15 +147,10 @@ impl Driver {
     }
 }
 
-impl PagingDomain {
-    /// The smallest page it can hold, in bytes.
-    pub fn smallest_page(&self) -> u64 {
-        PAGE_SIZE
-    }
-
-    /// The IOVAs it has no tables for.
-    pub fn outside(&self) -> Vec<RangeInclusive<u64>> {
-        self.last_iova.checked_add(1).map(|first| first..=u64::MAX).into_iter().collect()
+impl Tables {
+    /// The IOVAs it has tables for.
+    pub fn aperture(&self) -> RangeInclusive<u64> {
+        0..=self.last_iova
     }
 }
 
@@ -189,13 +163,13 @@ fn last_of_width(width: u8) -> u64 {
 mod tests {
     use super::*;
 
-    fn driver(cap: Cap, ecap: Ecap) -> Driver {
-        Driver::new(&HwInfoData::Vtd(iommu_hw_info_vtd {
+    fn unit(cap: Cap, ecap: Ecap) -> Features {
+        Features::new(&iommu_hw_info_vtd {
             cap_reg: cap.into_bits(),
             ecap_reg: ecap.into_bits(),
             flags: HW_INFO_VTD_ERRATA_772415_SPR17,
             ..Default::default()
-        }))
+        })
     }
 
     fn scalable() -> Ecap {
@@ -211,11 +185,11 @@ mod tests {
 
     #[test]
     fn a_plain_page_table_is_a_first_stage_in_scalable_mode() {
-        let driver = driver(width(52), scalable());
-        let plain = driver.paging_domain(HwptFlags::new()).unwrap();
-        assert_eq!(plain.outside(), [1 << 47..=u64::MAX]);
-        let parent = driver.paging_domain(NEST).unwrap();
-        assert_eq!(parent.outside(), [1 << 52..=u64::MAX]);
+        let unit = unit(width(52), scalable());
+        let plain = unit.tables(HwptFlags::new()).unwrap();
+        assert_eq!(plain.aperture(), 0..=(1 << 47) - 1);
+        let parent = unit.tables(NEST).unwrap();
+        assert_eq!(parent.aperture(), 0..=(1 << 52) - 1);
         assert!(parent.only_writable && !plain.only_writable);
     }
 
@@ -223,38 +197,36 @@ mod tests {
     fn the_second_stage_is_as_wide_as_mgaw_and_sagaw_allow() {
         for (mgaw, sagaw, expected) in [(57, 8, 57), (57, 4, 48), (52, 12, 52), (46, 6, 46)] {
             let cap = width(mgaw).with_sagaw(sagaw);
-            let parent = driver(cap, scalable()).paging_domain(NEST).unwrap();
-            assert_eq!(parent.outside(), [1 << expected..=u64::MAX], "{mgaw} {sagaw}");
+            let parent = unit(cap, scalable()).tables(NEST).unwrap();
+            assert_eq!(parent.aperture(), 0..=(1 << expected) - 1, "{mgaw} {sagaw}");
         }
-        let none = driver(width(48).with_sagaw(0), scalable()).paging_domain(NEST);
+        let none = unit(width(48).with_sagaw(0), scalable()).tables(NEST);
         assert_eq!(none.unwrap_err().errno, Errno::EOPNOTSUPP);
     }
 
     #[test]
     fn what_the_registers_lack_is_not_supported() {
-        let errno = |ecap, flags| driver(width(48), ecap).paging_domain(flags).unwrap_err().errno;
+        let errno = |ecap, flags| unit(width(48), ecap).tables(flags).unwrap_err().errno;
         assert_eq!(errno(scalable().with_nest(false), NEST), Errno::EOPNOTSUPP);
         assert_eq!(errno(scalable().with_smts(false), NEST), Errno::EOPNOTSUPP);
         assert_eq!(errno(scalable().with_ssts(false), NEST), Errno::EOPNOTSUPP);
         assert_eq!(errno(scalable().with_ssads(true), DIRTY), Errno::EOPNOTSUPP);
-        driver(width(48), scalable().with_ssads(true).with_smpwcs(true))
-            .paging_domain(DIRTY)
-            .unwrap();
+        unit(width(48), scalable().with_ssads(true).with_smpwcs(true)).tables(DIRTY).unwrap();
     }
 
     #[test]
     fn a_page_table_fits_iommus_that_are_as_able() {
-        let wide = driver(width(57).with_fs5lp(true), scalable());
-        let narrow = driver(width(48), scalable());
-        let legacy = driver(width(48), Ecap::new());
+        let wide = unit(width(57).with_fs5lp(true), scalable());
+        let narrow = unit(width(48), scalable());
+        let legacy = unit(width(48), Ecap::new());
         for (domain, on, fits) in [
-            (wide.paging_domain(NEST), narrow, false),
-            (narrow.paging_domain(NEST), wide, true),
-            (narrow.paging_domain(NEST), legacy, false),
-            (wide.paging_domain(HwptFlags::new()), narrow, false),
-            (narrow.paging_domain(HwptFlags::new()), wide, true),
-            (narrow.paging_domain(HwptFlags::new()), legacy, false),
-            (legacy.paging_domain(HwptFlags::new()), wide, true),
+            (wide.tables(NEST), narrow, false),
+            (narrow.tables(NEST), wide, true),
+            (narrow.tables(NEST), legacy, false),
+            (wide.tables(HwptFlags::new()), narrow, false),
+            (narrow.tables(HwptFlags::new()), wide, true),
+            (narrow.tables(HwptFlags::new()), legacy, false),
+            (legacy.tables(HwptFlags::new()), wide, true),
         ] {
             let outcome = on.compatible(&domain.clone().unwrap());
             assert_eq!(outcome.is_ok(), fits, "{domain:?} on {on:?}");

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an emulated device is, as far as an IOMMU and its driver are concerned.
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
+
+/// What of a device is attached: the device itself (requests without PASID), or one PASID of it.
+pub(crate) type Slot = Option<u32>;
+
+/// What an emulated device is, as far as an IOMMU is concerned.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Width of its PASIDs in bits; 0 when it has no PASID capability.
+    pub pasid_bits: u8,
+    /// It may ask to execute (PASID capability, Execute Permission Supported).
+    pub pasid_exec: bool,
+    /// It may ask for privileged access (PASID capability, Privileged Mode Supported).
+    pub pasid_priv: bool,
+    /// It has a device TLB (ATS).
+    pub ats: bool,
+    /// IOVAs, in bytes and both ends included, that no IOAS it is attached to can map, besides the
+    /// window of interrupt messages (firmware's reserved memory regions).
+    pub reserved: Vec<RangeInclusive<u64>>,
+    /// Devices behind one IOMMU with the same number are one IOMMU group: they reach the same
+    /// memory, and one iommufd at most has them. `None` for a group of its own.
+    pub group: Option<u32>,
+}
+
+impl DeviceConfig {
+    /// The IOVAs that an IOAS cannot map while the device is attached to it.
+    pub(super) fn reserved_regions(&self) -> Vec<RangeInclusive<u64>> {
+        let mut regions = self.reserved.clone();
+        regions.push(INTERRUPT_RANGE);
+        regions
+    }
+}
+
+/// A device as the driver of its IOMMU sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Requester {
+    /// Unique behind its IOMMU.
+    pub rid: Bdf,
+    pub config: DeviceConfig,
+}
