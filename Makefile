@@ -10,7 +10,7 @@ binary   := target/release/twostage
 
 # What `make run` starts: two devices behind one virtual VT-d, the first of them with PASIDs.
 run_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
-             --iommu vtd,aw=57,pasid-bits=20,intremap=on \
+             --iommu vtd,aw=57,pasid-bits=20 \
              --device edu,pasid=on,dma-mask=0xffffffffffffffff \
              --device edu,dma-mask=0xffffffffffffffff
 

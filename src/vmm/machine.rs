@@ -17,7 +17,7 @@ use super::devices::virtio::KvmDoorbells;
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitKind, Exits};
 use super::interrupts::{
-    Interrupts, IrqChip, KvmMessages, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID, IOAPIC_SIZE,
+    Interrupts, IrqChip, KvmMessages, Wanted, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID, IOAPIC_SIZE,
 };
 use super::iommu::{AssignedFunction, Iommu, Iommus};
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
@@ -70,9 +70,9 @@ impl Machine {
         // Ignored by processors that need no such segment; KVM wants it before any vCPU.
         vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
         memory.register(&vm)?;
-        let wants_remapping = config.interrupt_remapping();
-        let chip = IrqChip::create(&vm, wants_remapping == Some(true))?;
-        let remapping = wants_remapping.unwrap_or(chip == IrqChip::Split);
+        let chip = IrqChip::create(&vm, wanted_chip(config))?;
+        // Without a virtual IOMMU there is nobody to do it.
+        let remapping = config.interrupt_remapping().unwrap_or(chip == IrqChip::Split);
         // Not before most of what can go wrong: a machine that cannot be leaves no files behind.
         let trace = config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new);
         let messages = Arc::new(KvmMessages(vm.clone()));
@@ -226,6 +226,16 @@ impl fmt::Debug for Machine {
             .field("exits", &self.exits)
             .field("iommus", &self.iommus)
             .finish_non_exhaustive()
+    }
+}
+
+/// Which interrupt controllers the machine of `config` needs: interrupts can be remapped only on their
+/// way out of an IOAPIC that is not in the kernel.
+fn wanted_chip(config: &MachineConfig) -> Wanted {
+    match config.interrupt_remapping() {
+        Some(true) => Wanted::OnlySplit,
+        None if !config.iommus.is_empty() => Wanted::Split,
+        _ => Wanted::InKernel,
     }
 }
 

@@ -83,8 +83,9 @@ struct RunArgs {
 
     /// Virtual IOMMU; may be given several times. Devices are behind the first unless they say
     /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on unless given; `on` is the first).
-    /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Remapping interrupts
-    /// takes the IOAPIC out of the kernel, and is for all or for none.
+    /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Interrupts are
+    /// remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
+    /// it there, and `intremap=on` insists where KVM cannot do without.
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off]"

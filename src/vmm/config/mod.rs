@@ -92,8 +92,8 @@ pub struct IommuConfig {
     pub ats: bool,
     /// Caching mode: not-present entries may be cached too, the guest invalidates after mapping.
     pub caching_mode: bool,
-    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where it
-    /// is not in the kernel anyway. What one says holds for all of a machine.
+    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
+    /// can do without it. What one says holds for all of a machine.
     pub interrupt_remapping: Option<bool>,
 }
 

@@ -31,23 +31,37 @@ impl fmt::Display for IrqChip {
     }
 }
 
+/// Which interrupt controllers a machine is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Those in the kernel; split ones where there are no others.
+    InKernel,
+    /// Split ones; those in the kernel where there are no others.
+    Split,
+    /// Split ones, no others.
+    OnlySplit,
+}
+
 /// The pair of 8259s, and those bits of ELCR (edge or level) that can be set in each.
 const PICS: [(u32, u8); 2] = [(KVM_IRQCHIP_PIC_MASTER, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0xde)];
 
 impl IrqChip {
-    /// Gives `vm` interrupt controllers, before any vCPU: in the kernel if they can be, unless they
-    /// are to be `split`.
+    /// Gives `vm` interrupt controllers, before any vCPU.
     ///
     /// # Errors
     /// This KVM has none of the kind.
-    pub fn create(vm: &VmFd, split: bool) -> Result<Self> {
-        if split {
-            return create_split(vm);
+    pub fn create(vm: &VmFd, wanted: Wanted) -> Result<Self> {
+        match wanted {
+            Wanted::OnlySplit => create_split(vm),
+            Wanted::Split => create_split(vm).or_else(|error| {
+                log::warn!("{error}; interrupts are not remapped");
+                create_in_kernel(vm)
+            }),
+            Wanted::InKernel => create_in_kernel(vm).or_else(|error| {
+                log::warn!("{error}; trying split ones");
+                create_split(vm)
+            }),
         }
-        create_in_kernel(vm).or_else(|error| {
-            log::warn!("{error}; trying split ones");
-            create_split(vm)
-        })
     }
 }
 
@@ -72,7 +86,7 @@ fn create_split(vm: &VmFd) -> Result<IrqChip> {
         [(Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"), (Cap::X2ApicApi, "KVM_CAP_X2APIC_API")]
     {
         if !vm.check_extension(capability) {
-            let need = "an IOAPIC outside the kernel (--iommu vtd,intremap=on) needs it";
+            let need = "remapping interrupts (--iommu vtd, no intremap=off) needs it";
             return Err(Error::KvmLacks(format!("it lacks {name}; {need}")));
         }
     }

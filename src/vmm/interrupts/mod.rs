@@ -21,7 +21,7 @@ use kvm_ioctls::VmFd;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-pub use chip::IrqChip;
+pub use chip::{IrqChip, Wanted};
 pub use ioapic::Ioapic;
 pub use routes::{MsiRoutes, VectorRoute};
 pub use source::{FunctionInterrupts, InterruptSource};
@@ -221,10 +221,11 @@ mod tests {
             eprintln!("no /dev/kvm: not tested");
             return;
         };
-        for split in [false, true] {
+        for wanted in [Wanted::InKernel, Wanted::Split, Wanted::OnlySplit] {
             let vm = Arc::new(kvm.create_vm().unwrap());
-            let chip = IrqChip::create(&vm, split).unwrap();
-            assert_eq!(chip == IrqChip::Split, split);
+            let chip = IrqChip::create(&vm, wanted).unwrap();
+            let split = chip == IrqChip::Split;
+            assert_eq!(split, wanted != Wanted::InKernel);
             let _vcpu = vm.create_vcpu(0).unwrap();
             let messages = Arc::new(KvmMessages(vm.clone()));
             let interrupts = Interrupts::new(vm, chip, messages, None, None);
