@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde_json::{json, Value};
 
 /// A guest that hangs is ended after this many seconds.
 const LIMIT: &str = "120";
@@ -327,4 +327,40 @@ fn the_device_works_without_an_iommu() {
     assert_eq!(outcome.skipped, groups(&[]));
     assert_eq!(outcome.report["iommus"], Value::Array(vec![]));
     assert_eq!(outcome.report["host"], Value::Null);
+}
+
+#[test]
+fn a_forgotten_invalidation_is_found_by_the_sanitizer_and_named() {
+    if !kvm() {
+        return;
+    }
+    for forget in [false, true] {
+        let outcome = Machine {
+            iommus: &["vtd,aw=48,sanitize=on"],
+            cmdline: if forget { "forget=1" } else { "forget=0" },
+            ..MACHINE
+        }
+        .run();
+        assert_eq!((outcome.passed, outcome.skipped), (2, groups(&[])));
+        let report = &outcome.report;
+        let found = report.pointer("/iommus/0/sanitizer/stale").and_then(Value::as_array).unwrap();
+        assert_eq!(number(report, "/iommus/0/hardware/stale_uses"), found.len() as u64);
+        if !forget {
+            assert_eq!(*found, Vec::<Value>::new());
+            continue;
+        }
+        let pasids: Vec<_> = found.iter().map(|stale| &stale["pasid"]).collect();
+        assert_eq!(pasids, [&Value::Null, &Value::from(5)]);
+        for stale in found {
+            assert_eq!(stale["rid"], "00:01.0");
+            assert_eq!((&stale["level"], &stale["write"]), (&1.into(), &true.into()));
+            let page = |value: &Value| value.as_u64().unwrap() >> 12;
+            assert_ne!(page(&stale["old"]), page(&stale["new"]), "{stale:#}");
+            let range = |entry: &str| stale[entry]["Range"].clone();
+            let leaf = |address: u64| json!({ "address": address, "pages": 1, "leaf": true });
+            let iova = stale["iova"].as_u64().unwrap();
+            assert_eq!(range("needed"), leaf(iova));
+            assert_eq!(range("last"), leaf(iova + 0x100_0000));
+        }
+    }
 }

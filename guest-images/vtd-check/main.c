@@ -29,6 +29,7 @@ extern const struct check_group stale_second_stage_checks;
 extern const struct check_group shared_checks;
 extern const struct check_group last_checks;
 extern const struct check_group two_units_checks;
+extern const struct check_group forget_checks;
 
 static const struct check_group *const vtd_groups[] = {
     &registers_checks,
@@ -52,6 +53,9 @@ static const struct check_group *const vtd_groups[] = {
     &last_checks,
 };
 
+// What `cmdline_number` gives for a word that is not there.
+#define UNSAID (~0ull)
+
 static void introduce(void)
 {
     print("# vtd-check, started by %s; %s; %u edu\n", boot_protocol(),
@@ -67,11 +71,14 @@ static void check_unit(void)
         check_run(vtd_groups[n]);
 }
 
-// Runs every group of checks, or, with `vtd=0` on the command line, those that need no unit. Where there
-// are two units, a device is behind each.
+// Runs every group of checks; with `vtd=0` on the command line, those that need no unit; with `forget=`,
+// that one. Where there are two units, a device is behind each.
 static void run_checks(void)
 {
-    check_run(&edu_checks);
+    bool forget = cmdline_number("forget", UNSAID) != UNSAID;
+
+    if (!forget)
+        check_run(&edu_checks);
     if (!cmdline_number("vtd", 1)) {
         print("# vtd=0: no remapping unit, its checks are left out\n");
         return;
@@ -79,6 +86,10 @@ static void run_checks(void)
     if (!vtd_init()) {
         print("no VT-d unit answers at 0x%lx\n", vtd->base);
         machine_exit(1);
+    }
+    if (forget) {
+        check_run(&forget_checks);
+        return;
     }
     if (vtd_count == 1) {
         check_unit();

@@ -32,4 +32,6 @@ pub use host::EmulatedHost;
 pub use machine::{Machine, MachineError, UnitId};
 pub use objects::ObjectKind;
 pub use port_iommu::PortIommu;
-pub use vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};
+pub use vtd::{
+    AddressWidth, InvalidatedPages, SanitizerReport, StaleUse, VtdCounters, VtdUnit, VtdUnitConfig,
+};

@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::emulated::{self, ObjectGraph};
+use crate::emulated::{self, ObjectGraph, SanitizerReport};
 use crate::nesting::NestingCounters;
 use crate::spec::pci::Bdf;
 
@@ -64,6 +64,8 @@ pub struct IommuReport {
     pub nesting: NestingCounters,
     /// What the emulated unit behind it did.
     pub hardware: emulated::VtdCounters,
+    /// What its sanitizer found, if it has one.
+    pub sanitizer: Option<SanitizerReport>,
 }
 
 /// The host behind the virtual IOMMUs.
@@ -111,7 +113,11 @@ impl fmt::Display for IommuReport {
         let id = &self.id;
         section(f, &format!("{id}, virtual IOMMU"), &fields(&self.viommu))?;
         section(f, &format!("{id}, nesting"), &fields(&self.nesting))?;
-        section(f, &format!("{id}, emulated IOMMU"), &fields(&self.hardware))
+        section(f, &format!("{id}, emulated IOMMU"), &fields(&self.hardware))?;
+        match &self.sanitizer {
+            Some(sanitizer) => write!(f, "{id}, {sanitizer}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -176,6 +182,7 @@ mod tests {
                 viommu: Default::default(),
                 nesting: NestingCounters { merged: 4, ..NestingCounters::default() },
                 hardware: Default::default(),
+                sanitizer: Some(SanitizerReport::default()),
             }],
             host: Some(HostReport {
                 calls: BTreeMap::from([
@@ -199,6 +206,7 @@ mod tests {
             "vtd0, nesting: merged 4",
             "host calls: HWPT_ALLOC 9, IOAS_MAP 2",
             "host calls refused: HWPT_ALLOC 1",
+            "vtd0, sanitizer: no stale translation was used",
             "  0 objects, 0x1000 bytes pinned",
         ] {
             assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");

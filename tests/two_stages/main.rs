@@ -8,7 +8,7 @@ mod machine;
 
 use guest::{Completion, Entry, PAGE};
 use machine::{vtd_config, Machine, A, B, HIGH, HIGH_SIZE};
-use twostage::emulated::{DmaError, ObjectKind, VtdUnitConfig};
+use twostage::emulated::{DmaError, InvalidatedPages, ObjectKind, SanitizerReport, VtdUnitConfig};
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
@@ -443,4 +443,64 @@ fn faults_and_invalidations_do_not_wait_for_each_other() {
             machine.guest.take_fault();
         }
     });
+}
+
+/// A machine whose unit compares every request with the tables, and otherwise as [`nested`].
+fn sanitized() -> (Machine, u64) {
+    let unit = VtdUnitConfig { sanitize: true, ..VtdUnitConfig::default() };
+    let machine = Machine::with(unit, vtd_config());
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.map(table, IOVA, page, 1, true);
+    guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN });
+    guest.enable();
+    (machine, table)
+}
+
+#[test]
+fn a_driver_that_invalidates_what_it_changes_is_not_reported() {
+    let (machine, table) = sanitized();
+    let guest = &machine.guest;
+    for mask in [0, 3, 9] {
+        machine.read(A, None, IOVA).unwrap();
+        guest.map(table, IOVA, guest.page(), 1, true);
+        let range = Some(pages(IOVA, mask));
+        assert_eq!(guest.submit(&[pasid_pages(DOMAIN, 0, range)]), Completion::Done);
+        machine.write(A, None, IOVA, 1).unwrap();
+    }
+    guest.unmap(table, IOVA);
+    assert_eq!(guest.submit(&[iotlb(IotlbScope::Domain(DOMAIN))]), Completion::Done);
+    machine.read(A, None, IOVA).unwrap_err();
+    assert_eq!(machine.unit.sanitizer_report(), Some(SanitizerReport::default()));
+}
+
+#[test]
+fn a_driver_that_invalidates_something_else_is_reported_with_what_was_needed() {
+    let others: [(Descriptor, Option<InvalidatedPages>); 3] = {
+        let of = |address, pages, leaf| InvalidatedPages::Range { address, pages, leaf };
+        [
+            (pasid_pages(DOMAIN, 0, Some(pages(IOVA + PAGE, 0))), Some(of(IOVA + PAGE, 1, true))),
+            // Another PASID, another domain: for these tables there was none.
+            (pasid_pages(DOMAIN, 1, None), None),
+            (iotlb(IotlbScope::Domain(DOMAIN + 1)), None),
+        ]
+    };
+    for (descriptor, last) in others {
+        let (machine, table) = sanitized();
+        let guest = &machine.guest;
+        machine.read(A, None, IOVA).unwrap();
+        guest.unmap(table, IOVA);
+        assert_eq!(guest.submit(&[descriptor]), Completion::Done);
+        machine.read(A, None, IOVA).unwrap();
+        let [stale] = machine.unit.sanitizer_report().unwrap().stale[..] else {
+            panic!("one page is stale");
+        };
+        assert_eq!((stale.rid, stale.pasid, stale.iova), (A, None, IOVA));
+        assert_eq!((stale.level, stale.new, stale.invalidated_since), (1, Some(0), false));
+        let needed = InvalidatedPages::Range { address: IOVA, pages: 1, leaf: true };
+        assert_eq!((stale.needed, stale.last), (needed, last));
+        assert_eq!(guest.submit(&[pasid_pages(DOMAIN, 0, None)]), Completion::Done);
+        machine.read(A, None, IOVA).unwrap_err();
+        assert!(machine.unit.sanitizer_report().unwrap().stale[0].invalidated_since);
+    }
 }

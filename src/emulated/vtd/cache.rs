@@ -22,7 +22,7 @@ const WAYS: usize = 4;
 ///
 /// `level` gives the size of the span: 1 is 4 KiB, 2 is 2 MiB, 3 is 1 GiB, and so on as
 /// [`page_size`] has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     /// First address of the span with the level in the bits below, never zero.
     span: u64,
@@ -31,7 +31,7 @@ pub(super) struct Key {
 }
 
 /// Whose an entry is: a tag, and the PASID of the requests that it serves.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Source(u64);
 
 impl Source {
@@ -157,6 +157,11 @@ impl Cache {
         }
     }
 
+    /// How many entries there can be.
+    pub fn entries(&self) -> usize {
+        self.sets.len() * WAYS
+    }
+
     /// The index of the set of `key`. The PASID is left out, so that an invalidation finds the
     /// entries of every PASID of a tag in one set.
     #[inline]
@@ -248,7 +253,7 @@ impl Cache {
 
 impl fmt::Debug for Cache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cache").field("entries", &(self.sets.len() * WAYS)).finish()
+        f.debug_struct("Cache").field("entries", &self.entries()).finish()
     }
 }
 

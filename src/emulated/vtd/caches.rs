@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
 
 use vm_memory::{VolatileMemory, VolatileSlice};
 
@@ -17,6 +18,7 @@ use super::counters::LocalCounters;
 use super::format::Path;
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::rights::{RequestKind, Rights};
+use super::sanitizer::{CachesOfWalk, Origins};
 use super::sharing::Gone;
 use crate::emulated::hardware::CacheRange;
 use crate::emulated::stage2::Mapping;
@@ -95,17 +97,20 @@ pub(super) struct Caches {
     stage2: Cache,
     memories: Memories,
     guest_address_width: u8,
+    /// What entries were made from, if the sanitizer wants to know.
+    origins: Option<Arc<Origins>>,
 }
 
 impl Caches {
-    /// Empty caches.
-    pub fn new(config: &VtdUnitConfig) -> Self {
+    /// Empty caches; what their entries are made from is put down in `origins`.
+    pub fn new(config: &VtdUnitConfig, origins: Option<Arc<Origins>>) -> Self {
         Self {
             iotlb: Cache::new(config.iotlb_entries),
             paging_structures: Cache::new(config.paging_structure_entries),
             stage2: Cache::new(config.stage2_entries),
             memories: Memories::new(),
             guest_address_width: config.address_width.bits(),
+            origins,
         }
     }
 
@@ -122,6 +127,37 @@ impl Caches {
                 length: page_size(level) - offset,
             })
         })
+    }
+
+    /// Level of the page that [`Caches::translation`] finds.
+    pub fn translation_level(&self, source: Source, iova: u64, kind: RequestKind) -> Option<u8> {
+        PAGE_LEVELS.into_iter().find(|&level| {
+            let allows =
+                |value| Rights::from_flags(CachedPlace::from_bits(value).flags()).allow(kind);
+            self.iotlb.get(Key::new(source, iova, level), allows).is_some()
+        })
+    }
+
+    /// Tells the sanitizer, if there is one, what a walk's entries in the caches were made from:
+    /// see [`Origins::record`].
+    pub fn record_origin(
+        &self,
+        way: (Source, u64),
+        start: u8,
+        words: impl Iterator<Item = u64>,
+        page_level: Option<u8>,
+    ) {
+        if let Some(origins) = &self.origins {
+            let Self { iotlb, paging_structures, .. } = self;
+            let words: Vec<_> = words.collect();
+            origins.record(
+                CachesOfWalk { iotlb, paging_structures },
+                way,
+                start,
+                &words,
+                page_level,
+            );
+        }
     }
 
     /// Caches that the page of `level` around `iova` is where `target` says `iova` is.
@@ -207,10 +243,15 @@ impl Caches {
             return Ok(page);
         }
         counters.stage2_misses.count();
-        let mapping = context.stage2.lookup(gpa).ok_or(Stage2Miss::Absent)?;
-        let page = self.page_in(&mapping, gpa).ok_or(Stage2Miss::Absent)?;
+        let page = self.stage2_now(context, gpa).ok_or(Stage2Miss::Absent)?;
         self.add_stage2(context.stage2_source, gpa, &page, counters);
         Ok(page)
+    }
+
+    /// Where stage 2 has `gpa`, past the cache.
+    pub fn stage2_now(&self, context: &Context, gpa: u64) -> Option<Stage2Page> {
+        let mapping = context.stage2.lookup(gpa)?;
+        self.page_in(&mapping, gpa)
     }
 
     fn cached_stage2(&self, source: Source, gpa: u64) -> Option<Stage2Page> {

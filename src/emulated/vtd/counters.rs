@@ -63,6 +63,9 @@ counters! {
     stage2_misses,
     /// Cached stage-2 translations that had to go for others.
     stage2_evictions,
+    /// Requests that went by a translation that the guest's tables no longer had; counted by the
+    /// sanitizer alone.
+    stale_uses,
     /// Requests that were blocked.
     faults,
     /// Invalidations, among them those that changes of attachments and of stage 2 imply.

@@ -15,6 +15,7 @@ use super::context::{Context, Tables};
 use super::counters::LocalCounters;
 use super::pasid_table::{PasidCache, PasidTable};
 use super::rights::{Fault, RequestKind};
+use super::sanitizer::Sanitizer;
 use super::sharing::{Gone, Sharing};
 use super::walk::Walk;
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
@@ -43,14 +44,19 @@ pub(crate) struct Engine {
     caches: Caches,
     /// Of what is done with exclusive access.
     counters: Arc<LocalCounters>,
+    sanitizer: Option<Arc<Sanitizer>>,
 }
 
 impl Engine {
-    /// An engine that blocks everybody.
-    pub fn new(config: VtdUnitConfig, counters: Arc<LocalCounters>) -> Self {
-        let caches = Caches::new(&config);
+    /// An engine that blocks everybody; `sanitizer` is told of translations and invalidations.
+    pub(super) fn new(
+        config: VtdUnitConfig,
+        counters: Arc<LocalCounters>,
+        sanitizer: Option<Arc<Sanitizer>>,
+    ) -> Self {
+        let caches = Caches::new(&config, sanitizer.as_ref().map(|sanitizer| sanitizer.origins()));
         let (pasid_table, sharing) = (PasidTable::default(), Sharing::default());
-        Self { config, pasid_table, sharing, caches, counters }
+        Self { config, pasid_table, sharing, caches, counters, sanitizer }
     }
 
     /// Where `request` goes, when all that takes is cached.
@@ -78,12 +84,20 @@ impl Engine {
     ) -> Result<Target, Fault> {
         let context = self.context(pasid_cache, counters, request)?;
         let Request { address, kind, .. } = *request;
-        if let Some(target) = self.caches.translation(context.source, address, kind) {
-            counters.iotlb_hits.count();
-            return Ok(target);
-        }
-        counters.iotlb_misses.count();
-        self.walk(context, counters, address, kind)
+        let target = match self.caches.translation(context.source, address, kind) {
+            Some(target) => {
+                counters.iotlb_hits.count();
+                target
+            }
+            None => {
+                counters.iotlb_misses.count();
+                self.walk(context, counters, address, kind)?
+            }
+        };
+        Ok(match &self.sanitizer {
+            Some(sanitizer) => sanitizer.check(&self.caches, context, counters, request, target),
+            None => target,
+        })
     }
 
     /// `length` bytes at `target`; none when its memory is shorter.
@@ -109,6 +123,11 @@ impl Engine {
             return Ok(context);
         }
         counters.pasid_cache_misses.count();
+        if self.sanitizer.is_some() {
+            // Nothing is cached, so that `cached` finds nothing and every request comes by here.
+            let context = self.pasid_table.get(request.rid, request.pasid);
+            return context.ok_or_else(|| Fault::stage1(self.not_present(request.pasid)));
+        }
         match pasid_cache.fill(&self.pasid_table, request.rid, request.pasid) {
             Some((context, evicted)) => {
                 counters.pasid_cache_evictions.add(evicted.into());
@@ -174,6 +193,9 @@ impl Engine {
         for range in ranges {
             let dropped = self.caches.invalidate(tag.0, *range);
             self.count_invalidation(dropped);
+            if let Some(sanitizer) = &self.sanitizer {
+                sanitizer.invalidated(tag.0, *range);
+            }
         }
     }
 
@@ -188,6 +210,9 @@ impl Engine {
         if let Some(gone) = gone {
             let dropped = self.caches.drop_gone(&gone);
             self.count_invalidation(dropped);
+            if let Some(sanitizer) = &self.sanitizer {
+                sanitizer.forget(&gone);
+            }
         }
     }
 

@@ -11,6 +11,7 @@ use crate::spec::vtd::fault::FaultReason;
 
 /// What the entries on the way allow, all of them together.
 #[bitfield(u8)]
+#[derive(PartialEq, Eq)]
 pub(super) struct Path {
     /// Reads.
     pub read: bool,
@@ -39,7 +40,7 @@ impl BitAnd for Path {
 }
 
 /// A present, well-formed entry.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry {
     /// It is a page and not a pointer to a table.
     pub leaf: bool,

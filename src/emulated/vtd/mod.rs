@@ -19,6 +19,7 @@ mod format;
 mod memories;
 mod pasid_table;
 mod rights;
+mod sanitizer;
 mod second_stage;
 mod sharing;
 #[cfg(test)]
@@ -33,9 +34,11 @@ use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use super::stage2::Stage2;
 use crate::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
 use counters::Counters;
+use sanitizer::Sanitizer;
 
 pub use config::{AddressWidth, VtdUnitConfig};
 pub use counters::VtdCounters;
+pub use sanitizer::{InvalidatedPages, SanitizerReport, StaleUse};
 
 pub(super) use caches::Target;
 pub(super) use counters::LocalCounters;
@@ -54,6 +57,7 @@ pub struct VtdUnit {
     config: VtdUnitConfig,
     gate: Arc<Gate<Engine>>,
     counters: Counters,
+    sanitizer: Option<Arc<Sanitizer>>,
     /// Where the faults of a requester id go. Never held together with the gate.
     sinks: Mutex<BTreeMap<u16, SinkOfDevice>>,
 }
@@ -65,11 +69,13 @@ impl VtdUnit {
     /// A unit with nothing attached: it blocks all DMA.
     pub fn new(config: VtdUnitConfig) -> Arc<Self> {
         let counters = Counters::default();
-        let engine = Engine::new(config.clone(), counters.share());
+        let sanitizer = config.sanitize.then(Arc::<Sanitizer>::default);
+        let engine = Engine::new(config.clone(), counters.share(), sanitizer.clone());
         Arc::new(Self {
             config,
             gate: Gate::new(engine),
             counters,
+            sanitizer,
             sinks: Mutex::new(BTreeMap::new()),
         })
     }
@@ -77,6 +83,12 @@ impl VtdUnit {
     /// What the unit has done so far. Requests under way may or may not be counted.
     pub fn counters(&self) -> VtdCounters {
         self.counters.read()
+    }
+
+    /// Which stale translations were used so far; `None` for a unit that does not look
+    /// ([`VtdUnitConfig::sanitize`]).
+    pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
+        self.sanitizer.as_ref().map(|sanitizer| sanitizer.report())
     }
 
     /// The gate that translations are read through.

@@ -33,6 +33,11 @@ impl PasidTable {
         self.indices.insert((rid, pasid), index);
     }
 
+    /// What `rid` (or its `pasid`) has.
+    pub fn get(&self, rid: u16, pasid: Option<u32>) -> Option<&Context> {
+        self.contexts.get(*self.indices.get(&(rid, pasid))?)?.as_ref()
+    }
+
     /// Takes away what `rid` (or its `pasid`) has.
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>) -> Option<Context> {
         self.generation += 1;

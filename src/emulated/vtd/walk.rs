@@ -122,7 +122,12 @@ impl Walk<'_> {
                 && tables.check_path(path, kind).is_ok()
                 && (!kind.write() || tables.is_dirty(leaf))
         });
-        Ok(Some(Output::new(page, gpa, level, rights)))
+        let output = Output::new(page, gpa, level, rights);
+        let read = || steps.iter().flatten().map(|step| step.word);
+        // No overflow: there are at most 5 levels.
+        let start = level + read().skip(1).count() as u8;
+        self.caches.record_origin((self.context.source, iova), start, read(), output.level);
+        Ok(Some(output))
     }
 
     /// Reads the entries from the lowest table that is cached, or the top table, to the leaf.

@@ -88,7 +88,7 @@ struct RunArgs {
     /// it there, and `intremap=on` insists where KVM cannot do without.
     #[arg(
         long = "iommu",
-        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off]"
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,sanitize=on|off]"
     )]
     iommus: Vec<IommuConfig>,
 

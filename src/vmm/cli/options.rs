@@ -140,8 +140,11 @@ impl FromStr for IommuConfig {
             caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
             interrupt_remapping: pairs
                 .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
+            sanitize: pairs.take("sanitize", default.sanitize, on_off)?,
         };
-        pairs.finish("addr, ats, aw, caching-mode, id, intremap, pasid-bits, second-stage")?;
+        pairs.finish(
+            "addr, ats, aw, caching-mode, id, intremap, pasid-bits, sanitize, second-stage",
+        )?;
         Ok(config)
     }
 }
@@ -229,7 +232,7 @@ mod tests {
         assert_eq!("size=1G".parse(), Ok(MemoryOption { size: 1 << 30 }));
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
-            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on,intremap=on"
+            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on,intremap=on,sanitize=on"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("a".to_owned()),
@@ -240,6 +243,7 @@ mod tests {
                 ats: true,
                 caching_mode: true,
                 interrupt_remapping: Some(true),
+                sanitize: true,
             })
         );
         assert_eq!("edu".parse(), Ok(DeviceConfig::Edu(EduConfig::default())));

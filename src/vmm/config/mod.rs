@@ -95,6 +95,8 @@ pub struct IommuConfig {
     /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
     /// can do without it. What one says holds for all of a machine.
     pub interrupt_remapping: Option<bool>,
+    /// Every DMA is compared with the guest's tables; uses of stale translations are reported.
+    pub sanitize: bool,
 }
 
 impl Default for IommuConfig {
@@ -108,6 +110,7 @@ impl Default for IommuConfig {
             ats: false,
             caching_mode: false,
             interrupt_remapping: None,
+            sanitize: false,
         }
     }
 }

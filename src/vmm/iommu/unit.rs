@@ -138,6 +138,7 @@ impl Iommu {
             viommu: self.vtd.counters(),
             nesting: self.nesting.counters(),
             hardware: self.unit.counters(),
+            sanitizer: self.unit.sanitizer_report(),
         }
     }
 }
@@ -178,6 +179,7 @@ fn unit_config(config: &IommuConfig, guest_second_stage: bool) -> VtdUnitConfig 
         },
         guest_second_stage,
         device_tlb: config.ats,
+        sanitize: config.sanitize,
         ..VtdUnitConfig::default()
     }
 }

@@ -193,7 +193,7 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     let root = machine.table();
     let leaf = machine.map(root, 4, IOVA, 1, HIGH, RW);
     let config = VtdUnitConfig { iotlb_entries: 0, ..VtdUnitConfig::default() };
-    let caches = Caches::new(&config);
+    let caches = Caches::new(&config, None);
     let stage2 = Arc::clone(&machine.stage2);
     let translation = Translation { tag: CacheTag(1), tables: None, stage2 };
     let context = Context::new(None, translation, 0, &config);

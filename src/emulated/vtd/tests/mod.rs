@@ -4,6 +4,7 @@
 mod attachments;
 mod first_stage;
 mod reference;
+mod sanitizer;
 mod second_stage;
 mod sections;
 mod staleness;
@@ -18,6 +19,7 @@ use crate::emulated::hardware::UserTables;
 use crate::emulated::stage2::Mapping;
 use crate::emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort};
 use crate::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, Protection, UserMemory};
+use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::first_stage::{index, page_size, FirstStageEntry};
 

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the sanitizer found, in words that a driver's author can use.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::emulated::hardware::CacheRange;
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::first_stage::page_size;
+
+/// Pages that are kept; uses of stale translations of others are counted only.
+const MAX_PAGES: usize = 64;
+
+/// 4 KiB pages that an invalidation of the guest's tables names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub enum InvalidatedPages {
+    /// All of them.
+    All,
+    /// Some of them.
+    Range {
+        /// IOVA of the first, in bytes.
+        address: u64,
+        /// How many there are.
+        pages: u64,
+        /// Leaf entries only: paging-structure caches may stay (VT-d's invalidation hint, IH).
+        leaf: bool,
+    },
+}
+
+impl From<CacheRange> for InvalidatedPages {
+    fn from(range: CacheRange) -> Self {
+        match range {
+            CacheRange::All => Self::All,
+            CacheRange::Pages { address, pages, leaf } => Self::Range { address, pages, leaf },
+        }
+    }
+}
+
+impl fmt::Display for InvalidatedPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all pages"),
+            Self::Range { address, pages, leaf } => {
+                let unit = if *pages == 1 { "page" } else { "pages" };
+                let hint = if *leaf { "leaf entries" } else { "leaf and non-leaf entries" };
+                write!(f, "{pages} {unit} from {address:#x}, {hint}")
+            }
+        }
+    }
+}
+
+/// A DMA request used a translation that the guest's tables no longer had: they led elsewhere, or
+/// did not allow the request any more.
+///
+/// The guest changed an entry, and had not completed the invalidation that it needs, while the
+/// device still used what the entry had allowed. Either the invalidation is missing, or the device
+/// was not quiet before it came: see [`invalidated_since`](Self::invalidated_since). (A guest that
+/// shares a processor's page tables with a device has such uses of pages that it is taking away, by
+/// right: between the change and the end of the invalidation the device may use either.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct StaleUse {
+    /// The requester.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
+    pub rid: Bdf,
+    /// Its PASID, when the request carried one.
+    pub pasid: Option<u32>,
+    /// IOVA of the 4 KiB page, in bytes.
+    pub iova: u64,
+    /// The first such request was a write.
+    pub write: bool,
+    /// The guest's tables are second-stage tables, not first-stage.
+    pub second_stage: bool,
+    /// Level (1 is the lowest) of the highest entry that changed.
+    pub level: u8,
+    /// That entry as it was when it was cached; `None` when that is not known any more.
+    pub old: Option<u64>,
+    /// The entry as it is now; `None` when the tables do not lead there any more.
+    pub new: Option<u64>,
+    /// What should have been invalidated, and was not, before the device used it.
+    pub needed: InvalidatedPages,
+    /// The last invalidation of these tables before; `None` when there was none.
+    pub last: Option<InvalidatedPages>,
+    /// How many requests to this page there were, this one included.
+    pub uses: u64,
+    /// The translation was dropped later, by an invalidation that was meant for it or by a wider one.
+    pub invalidated_since: bool,
+}
+
+#[cfg(feature = "serde")]
+fn as_text<T: fmt::Display, S: serde::Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(value)
+}
+
+impl fmt::Display for StaleUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.rid)?;
+        if let Some(pasid) = self.pasid {
+            write!(f, " PASID {pasid:#x}")?;
+        }
+        let access = if self.write { "write" } else { "read" };
+        write!(f, ", {access} at IOVA {:#x}: the entry of level {} ", self.iova, self.level)?;
+        match self.old {
+            Some(old) => write!(f, "was {old:#x} when it was cached and is ")?,
+            None => f.write_str("was another when it was cached and is ")?,
+        }
+        match self.new {
+            Some(new) => write!(f, "{new:#x} now")?,
+            None => f.write_str("out of reach now")?,
+        }
+        // A first stage's translations are tagged by PASID (§6.5.2.4), a second stage's are not.
+        let kind = if self.second_stage { "IOTLB" } else { "PASID-based IOTLB" };
+        write!(f, "; needed: {kind} invalidation of {}", self.needed)?;
+        match self.last {
+            Some(last) => write!(f, "; last seen: {last}"),
+            None => f.write_str("; last seen: none"),
+        }
+    }
+}
+
+/// What the sanitizer of a unit found so far.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct SanitizerReport {
+    /// Stale translations that were used: the first 64 pages, each once, in ascending order.
+    pub stale: Vec<StaleUse>,
+    /// Uses of stale translations of further pages.
+    pub others: u64,
+}
+
+impl fmt::Display for SanitizerReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.stale.len() {
+            0 => writeln!(f, "sanitizer: no stale translation was used")?,
+            1 => writeln!(f, "sanitizer: stale translations of 1 page were used")?,
+            pages => writeln!(f, "sanitizer: stale translations of {pages} pages were used")?,
+        }
+        for stale in &self.stale {
+            let times = if stale.uses == 1 { "time" } else { "times" };
+            let since = if stale.invalidated_since { "since" } else { "never" };
+            writeln!(f, "  {stale}; used {} {times}, invalidated {since}", stale.uses)?;
+        }
+        if self.others != 0 {
+            writeln!(f, "  and {} uses of further pages", self.others)?;
+        }
+        Ok(())
+    }
+}
+
+/// A use, with what it takes to notice that its translation is dropped.
+#[derive(Debug)]
+struct Finding {
+    stale: StaleUse,
+    /// Tag of the HWPT.
+    tag: u32,
+    /// Level of the page that was cached.
+    page_level: u8,
+}
+
+/// What was found so far: the first [`MAX_PAGES`] pages, each once.
+#[derive(Debug, Default)]
+pub(super) struct Findings {
+    pages: BTreeMap<(Bdf, Option<u32>, u64), Finding>,
+    /// Uses of pages beyond those.
+    others: u64,
+    /// The last invalidation of each tag. Those without attachments are forgotten, so there are not
+    /// many more than attachments.
+    last: BTreeMap<u32, InvalidatedPages>,
+}
+
+impl Findings {
+    /// The last invalidation of `tag`.
+    pub fn last_invalidation(&self, tag: u32) -> Option<InvalidatedPages> {
+        self.last.get(&tag).copied()
+    }
+
+    /// Adds a use of what was cached of `tag` as a page of `page_level`. Gives it back when it is
+    /// the first of its page, and is kept.
+    pub fn add(&mut self, stale: StaleUse, tag: u32, page_level: u8) -> Option<StaleUse> {
+        let key = (stale.rid, stale.pasid, stale.iova);
+        if let Some(known) = self.pages.get_mut(&key) {
+            known.stale.uses += 1;
+            return None;
+        }
+        if self.pages.len() >= MAX_PAGES {
+            self.others += 1;
+            return None;
+        }
+        self.pages.insert(key, Finding { stale, tag, page_level });
+        Some(stale)
+    }
+
+    /// The guest invalidated `range` of `tag`.
+    pub fn invalidated(&mut self, tag: u32, range: CacheRange) {
+        self.last.insert(tag, range.into());
+        for finding in self.pages.values_mut().filter(|finding| finding.tag == tag) {
+            let size = page_size(finding.page_level);
+            let first = finding.stale.iova & !(size - 1);
+            if covers(range, first, first | (size - 1)) {
+                finding.stale.invalidated_since = true;
+            }
+        }
+    }
+
+    /// All that was cached of `tag` is gone, for other reasons: its attachments are, or stage 2 has
+    /// changed.
+    pub fn forget(&mut self, tag: u32) {
+        self.last.remove(&tag);
+        for finding in self.pages.values_mut().filter(|finding| finding.tag == tag) {
+            finding.stale.invalidated_since = true;
+        }
+    }
+
+    /// What was found so far.
+    pub fn report(&self) -> SanitizerReport {
+        let stale = self.pages.values().map(|finding| finding.stale).collect();
+        SanitizerReport { stale, others: self.others }
+    }
+}
+
+/// Whether `range` has an address in `first..=last`.
+fn covers(range: CacheRange, first: u64, last: u64) -> bool {
+    match range {
+        CacheRange::All => true,
+        CacheRange::Pages { pages: 0, .. } => false,
+        CacheRange::Pages { address, pages, .. } => {
+            let end = address.saturating_add(pages.saturating_mul(page_size(1)) - 1);
+            address <= last && end >= first
+        }
+    }
+}

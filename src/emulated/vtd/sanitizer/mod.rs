@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The sanitizer: no stale translation is used without its being said.
+//!
+//! Every request that is translated is compared with what the guest's tables say at that moment.
+//! There is a finding when the request goes somewhere, and by the tables it would go elsewhere or
+//! be blocked. There is none when
+//! * the tables allow more than what is cached: such a change needs no invalidation;
+//! * only flags, ignored bits or the size of the page differ: the byte is where it was;
+//! * what was taken away is not what this request needs: a device may go on reading a page that is
+//!   being made read-only;
+//! * the host changed stage 2: that is no matter of the guest's.
+//!
+//! A sanitizing unit has no PASID cache, so that no request takes the short way that looks at
+//! nothing; one that does not sanitize pays nothing for it.
+#![forbid(unsafe_code)]
+
+mod findings;
+mod origins;
+mod trail;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::caches::{Caches, Target};
+use super::context::{Context, Tables};
+use super::counters::LocalCounters;
+use super::engine::Request;
+use super::format::TableFormat;
+use super::sharing::Gone;
+use crate::emulated::hardware::CacheRange;
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::first_stage::page_size;
+use findings::Findings;
+pub use findings::{InvalidatedPages, SanitizerReport, StaleUse};
+pub(super) use origins::{CachesOfWalk, Origins};
+use trail::{read_tables, End, Trail};
+
+/// See the [module's documentation](self).
+#[derive(Debug, Default)]
+pub(super) struct Sanitizer {
+    origins: Arc<Origins>,
+    findings: Mutex<Findings>,
+}
+
+impl Sanitizer {
+    /// What entries of the caches are made from, for who makes them.
+    pub fn origins(&self) -> Arc<Origins> {
+        Arc::clone(&self.origins)
+    }
+
+    /// Compares `target`, which `request` is about to use, with the tables. Gives the part of it
+    /// that has been compared: the tables may have several pages now where one is cached.
+    pub fn check(
+        &self,
+        caches: &Caches,
+        context: &Context,
+        counters: &LocalCounters,
+        request: &Request,
+        target: Target,
+    ) -> Target {
+        let compared = match &context.tables {
+            // Stage 2 is the host's, which drops what it changes.
+            Tables::None | Tables::Unsupported => return target,
+            Tables::FirstStage(tables) => self.compare(caches, context, tables, request, &target),
+            Tables::SecondStage(tables) => self.compare(caches, context, tables, request, &target),
+        };
+        if let Some(stale) = compared.stale {
+            counters.stale_uses.count();
+            let second_stage = matches!(context.tables, Tables::SecondStage(_));
+            self.add(context, request, stale, second_stage);
+        }
+        let to_end =
+            page_size(compared.level) - (request.address & (page_size(compared.level) - 1));
+        Target { length: target.length.min(to_end), ..target }
+    }
+
+    fn compare<F: TableFormat>(
+        &self,
+        caches: &Caches,
+        context: &Context,
+        tables: &F,
+        request: &Request,
+        target: &Target,
+    ) -> Compared {
+        let Request { address, kind, .. } = *request;
+        let cached = caches.translation_level(context.source, address, kind);
+        let then = cached.and_then(|level| self.origins.page(context.source, address, level));
+        let (now, end) = read_tables(caches, context, tables, address);
+        let level = match end {
+            End::Page { level, .. } => level,
+            End::Nowhere => 1,
+        };
+        let difference = match then {
+            Some(then) => then.difference(&now, tables),
+            // It was made from entries that are not known any more: the lowest is as good a guess
+            // as any.
+            None => Some(level),
+        };
+        let as_now = match end {
+            End::Page { gpa, path, .. } => {
+                let page = caches.stage2_now(context, gpa);
+                tables.check_path(path, kind).is_ok()
+                    && page.is_some_and(|page| page.place == target.place)
+            }
+            End::Nowhere => false,
+        };
+        let stale = difference.filter(|_| !as_now).map(|at| Stale {
+            level: at,
+            then: then.unwrap_or_default(),
+            now,
+            page_level: cached.unwrap_or(level),
+        });
+        Compared { level, stale }
+    }
+
+    fn add(&self, context: &Context, request: &Request, stale: Stale, second_stage: bool) {
+        let Stale { level, then, now, page_level } = stale;
+        let tag = context.source.tag();
+        let needed = InvalidatedPages::Range {
+            address: request.address & !(page_size(level) - 1),
+            pages: page_size(level) / page_size(1),
+            leaf: then.ends_at(level),
+        };
+        let mut findings = self.findings();
+        let stale = StaleUse {
+            rid: Bdf::from_raw(request.rid),
+            pasid: request.pasid,
+            iova: request.address & !(page_size(1) - 1),
+            write: request.kind.write(),
+            second_stage,
+            level,
+            old: then.word(level),
+            new: now.word(level),
+            needed,
+            last: findings.last_invalidation(tag),
+            uses: 1,
+            invalidated_since: false,
+        };
+        // So few are kept that the log needs no other limit.
+        if let Some(first) = findings.add(stale, tag, page_level) {
+            log::warn!("sanitizer: stale translation used: {first}");
+        }
+    }
+
+    /// The guest invalidated `range` of `tag`.
+    pub fn invalidated(&self, tag: u32, range: CacheRange) {
+        self.findings().invalidated(tag, range);
+    }
+
+    /// What was cached of `gone` is gone.
+    pub fn forget(&self, gone: &Gone) {
+        let mut findings = self.findings();
+        gone.tags.iter().for_each(|tag| findings.forget(*tag));
+    }
+
+    /// What was found so far.
+    pub fn report(&self) -> SanitizerReport {
+        self.findings().report()
+    }
+
+    fn findings(&self) -> MutexGuard<'_, Findings> {
+        self.findings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What came of a comparison.
+struct Compared {
+    /// Level of the page that was compared.
+    level: u8,
+    stale: Option<Stale>,
+}
+
+/// A stale translation.
+struct Stale {
+    /// Level of the highest entry that differs.
+    level: u8,
+    /// The entries that it was made from, as far as they are known.
+    then: Trail,
+    now: Trail,
+    /// Level of the page that was cached.
+    page_level: u8,
+}

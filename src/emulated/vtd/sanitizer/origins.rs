@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the entries of the caches were made from.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use super::trail::Trail;
+use crate::emulated::vtd::cache::{Cache, Key, Source};
+
+/// For each entry of a cache, the way that it was made from. Entries that are gone are forgotten
+/// when there are twice as many ways as the cache has entries.
+#[derive(Debug, Default)]
+struct Ways(HashMap<Key, Trail>);
+
+impl Ways {
+    fn insert(&mut self, cache: &Cache, key: Key, trail: Trail) {
+        if self.0.len() >= 2 * cache.entries() {
+            self.0.retain(|key, _| cache.get(*key, |_| true).is_some());
+        }
+        self.0.insert(key, trail);
+    }
+}
+
+/// See the [module's documentation](self).
+#[derive(Debug, Default)]
+pub(in crate::emulated::vtd) struct Origins(Mutex<Both>);
+
+#[derive(Debug, Default)]
+struct Both {
+    pages: Ways,
+    tables: Ways,
+}
+
+/// The caches that entries are in.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::emulated::vtd) struct CachesOfWalk<'a> {
+    pub iotlb: &'a Cache,
+    pub paging_structures: &'a Cache,
+}
+
+impl Origins {
+    /// A walk for `iova` began at the table of level `start` and read `words`, the last of which
+    /// is a page; it was cached as one of `page_level`, if at all.
+    pub fn record(
+        &self,
+        caches: CachesOfWalk<'_>,
+        (source, iova): (Source, u64),
+        start: u8,
+        words: &[u64],
+        page_level: Option<u8>,
+    ) {
+        let mut both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // The entries above `start` were not read: the table came from the cache.
+        let above = Key::new(source, iova, start.saturating_add(1));
+        let mut trail = both.tables.0.get(&above).copied().unwrap_or_default();
+        let Some((page, pointers)) = words.split_last() else { return };
+        let mut level = start;
+        for &word in pointers {
+            trail.set(level, word);
+            let key = Key::new(source, iova, level);
+            both.tables.insert(caches.paging_structures, key, trail);
+            level = level.saturating_sub(1);
+        }
+        trail.set(level, *page);
+        if let Some(page_level) = page_level {
+            both.pages.insert(caches.iotlb, Key::new(source, iova, page_level), trail);
+        }
+    }
+
+    /// What the IOTLB's entry of `level` for `iova` was made from.
+    pub fn page(&self, source: Source, iova: u64, level: u8) -> Option<Trail> {
+        let both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        both.pages.0.get(&Key::new(source, iova, level)).copied()
+    }
+}
