@@ -11,8 +11,7 @@ use crate::iommufd::{Errno, ObjectId};
 /// An unmap on its way. It may have to stop and wait for access objects to let go of pages.
 #[derive(Debug)]
 pub(crate) struct Unmap {
-    /// Where.
-    pub ioas: ObjectId,
+    ioas: ObjectId,
     range: RangeInclusive<u64>,
     /// How much was unmapped so far, in bytes.
     pub bytes: u64,

@@ -8,7 +8,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::Aml;
 
-use super::{Table, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{Table, HEADER_LENGTH, LAST_BUS, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::vmm::config::MAX_DEVICES;
 use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::vmm::pci::{interrupt_of_pin, ConfigPorts};
@@ -53,7 +53,7 @@ fn host_bridge(aml: &mut Vec<u8>) {
                 &Name::new(
                     Path::new("_CRS"),
                     &ResourceTemplate::new(vec![
-                        &AddressSpace::new_bus_number(0u16, 0xff),
+                        &AddressSpace::new_bus_number(0u16, u16::from(LAST_BUS)),
                         &IO::new(
                             ConfigPorts::FIRST_PORT as u16,
                             ConfigPorts::FIRST_PORT as u16,

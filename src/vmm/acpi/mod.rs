@@ -20,7 +20,7 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START};
+use super::memory::{MachineMemory, ECAM_START, PCI_BUSES};
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
@@ -39,6 +39,9 @@ const OEM_TABLE_ID: [u8; 8] = *b"TWOSTAGE";
 const OEM_REVISION: u32 = 1;
 /// Length of the header that all tables but the RSDP have, in bytes.
 const HEADER_LENGTH: u32 = 36;
+
+/// The last PCI bus. A bus number has eight bits.
+const LAST_BUS: u8 = (PCI_BUSES - 1) as u8;
 
 /// What the tables tell of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,8 +114,7 @@ pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Resul
 /// PCI configuration space.
 fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let last_bus = (ECAM_SIZE >> 20) - 1;
-    mcfg.add_ecam(ECAM_START, 0, 0, last_bus as u8);
+    mcfg.add_ecam(ECAM_START, 0, 0, LAST_BUS);
     mcfg
 }
 

@@ -137,6 +137,14 @@ fn the_madt_lists_processors_and_interrupt_controllers() {
 }
 
 #[test]
+fn the_mcfg_names_the_buses_there_are() {
+    let mcfg = &tables(&platform())["MCFG"];
+    // Base address; segment 0; first and last bus.
+    assert_eq!(long_word(mcfg, 44), ECAM_START);
+    assert_eq!(mcfg[52..56], [0, 0, 0, 0]);
+}
+
+#[test]
 fn the_fadt_names_the_registers_of_power() {
     let fadt = &tables(&platform())["FACP"];
     let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
