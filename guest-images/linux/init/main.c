@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "checks/checks.h"
+#include "figures.h"
 #include "files.h"
 #include "modules.h"
 #include "options.h"
@@ -40,6 +41,7 @@ static const struct {
     {"kexec", check_kexec},
     {"clean", check_clean},
     {"isolation", check_isolation},
+    {"figures", take_figures},
 };
 
 static void set_up(void)

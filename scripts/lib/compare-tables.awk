@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Makes the tables of scripts/compare-with-qemu: medians over rounds, and sums of counters. Reads lines of
+# guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are called MOMENT.SOURCE.KIND.
+
+$1 != "figure" { next }
+# Counters have a dot in their names.
+$4 ~ /\./ { count($2, $3, $4, $5); next }
+{ key = $2 " " $3 " " $4; values[key, ++runs[key]] = $5; measured = 1 }
+
+function count(vmm, mode, name, value) {
+    counted[mode] = 1
+    split(name, part, ".")
+    when = vmm " " mode " " part[1] " "
+    what = part[2]; kind = part[3]
+    if (what == "kvm_exit") sums[when "exits"] += value
+    else if (what == "kvm_userspace_exit") {
+        sums[when "user"] += value
+        sums[when (kind == 2 ? "ports" : kind == 6 ? "mmio" : "others")] += value
+    } else if (what == "kvm_apic_accept_irq") {
+        # The local timer of Linux has vector 0xec.
+        sums[when (kind == 236 ? "timer" : "interrupts")] += value
+    } else if (what == "descriptors" && kind == "all") sums[when "descriptors"] += value
+    else if (what == "descriptors" && kind == "wait") sums[when "waits"] += value
+    else if (what == "virtual-IOMMU" && kind ~ /^(context_cache|iotlb|device_tlb|interrupt_entry_cache|wait|pasid_iotlb|pasid_cache|pasid_device_tlb|page_group_response)$/) {
+        sums[when "descriptors"] += value
+        if (kind == "wait") sums[when "waits"] += value
+    } else if (what == "host-calls") {
+        sums[when "calls"] += value
+        if (kind == "HWPT_INVALIDATE") sums[when "flushes"] += value
+    }
+}
+
+function median(key,    n, i, j, swap, sorted) {
+    n = runs[key]
+    if (!n) return ""
+    for (i = 1; i <= n; i++) sorted[i] = values[key, i] + 0
+    for (i = 1; i < n; i++) for (j = i + 1; j <= n; j++)
+        if (sorted[j] < sorted[i]) { swap = sorted[i]; sorted[i] = sorted[j]; sorted[j] = swap }
+    return n % 2 ? sorted[(n + 1) / 2] : (sorted[n / 2] + sorted[n / 2 + 1]) / 2
+}
+
+# A row; the ratio is how much better twostage is: less is better, or more.
+function row(label, mode, name, unit, scale, digits, less,    ours, theirs, ratio) {
+    ours = median("twostage " mode " " name); theirs = median("qemu " mode " " name)
+    if (ours == "" || theirs == "" || !ours || !theirs) {
+        printf "| %s | %s | %s | |\n", label, ours == "" ? "no figure" : ours, theirs == "" ? "no figure" : theirs
+        return
+    }
+    ratio = less ? theirs / ours : ours / theirs
+    printf "| %s | %.*f%s | %.*f%s | %.2f |\n", label, digits, ours / scale, unit, digits, theirs / scale, unit, ratio
+}
+
+function counters(label, mode, name, calls) {
+    printf "| %s | %s | %s | %s | %s |\n", label, number("twostage " mode " boot " name),
+        calls ? "" : number("qemu " mode " boot " name), number("twostage " mode " writes " name),
+        calls ? "" : number("qemu " mode " writes " name)
+}
+
+function number(key,    text, digits) {
+    digits = sprintf("%d", sums[key])
+    text = ""
+    while (length(digits) > 3) {
+        text = "," substr(digits, length(digits) - 2) text
+        digits = substr(digits, 1, length(digits) - 3)
+    }
+    return digits text
+}
+
+function tables(    m) {
+    print "| medians | twostage | QEMU | times as good |"
+    print "|---|---|---|---|"
+    for (m = 1; m <= 3; m++) row("boot to init, " modes[m], modes[m], "boot-s", " s", 1, 2, 1)
+    for (m = 1; m <= 3; m++) row("resident memory of its own, " modes[m], modes[m], "own-kib", " MiB", 1024, 1, 1)
+    for (m = 1; m <= 3; m++) row("resident memory with the guest, " modes[m], modes[m], "resident-kib", " MiB", 1024, 1, 1)
+    for (m = 1; m <= 3; m++) row("4 KiB writes, " modes[m], modes[m], "write-4k", "/s", 1, 0, 0)
+    for (m = 1; m <= 3; m++) row("4 KiB reads, " modes[m], modes[m], "read-4k", "/s", 1, 0, 0)
+    for (m = 1; m <= 3; m++) row("1 MiB writes, " modes[m], modes[m], "write-1m", " MiB/s", 1, 0, 0)
+    for (m = 1; m <= 3; m++) row("1 MiB reads, " modes[m], modes[m], "read-1m", " MiB/s", 1, 0, 0)
+    row("one strict unmap", "strict", "invalidation-us", " µs", 1, 1, 1)
+    row("unmaps of a 4 KiB write", "strict", "invalidations-per-write", "", 1, 0, 1)
+}
+
+END {
+    split("off lazy strict", modes, " ")
+    if (measured) tables()
+    for (m = 2; m <= 3; m++) {
+        mode = modes[m]
+        if (!counted[mode]) continue
+        printf "\n| counters, %s | boot: twostage | QEMU | 10,000 writes of 4 KiB: twostage | QEMU |\n", mode
+        print "|---|---|---|---|---|"
+        counters("exits of the processor", mode, "exits")
+        counters("... to user space", mode, "user")
+        counters("... for a port", mode, "ports")
+        counters("... for a register in memory", mode, "mmio")
+        counters("invalidation descriptors", mode, "descriptors")
+        counters("... of them waits", mode, "waits")
+        counters("host calls", mode, "calls", 1)
+        counters("... of them HWPT_INVALIDATE", mode, "flushes", 1)
+        counters("interrupts, without the timer", mode, "interrupts")
+        counters("timer interrupts", mode, "timer")
+    }
+}
