@@ -298,8 +298,11 @@ fn a_reset_can_start_the_machine_again() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("serial");
     let serial = format!("file={}", file.display());
+    let (report, trace) = (dir.path().join("report"), dir.path().join("trace"));
     let mut child = Command::new(TWOSTAGE)
-        .args(["run", "--report", "none", "--on-reset", "restart", "--serial", &serial])
+        .args(["run", "--on-reset", "restart", "--serial", &serial])
+        .args(["--report", &format!("json,file={}", report.display())])
+        .args(["--trace", trace.to_str().unwrap(), "--iommu", "vtd"])
         .args(["--kernel", text(&image), "--memory", "size=16M"])
         .spawn()
         .unwrap();
@@ -311,6 +314,17 @@ fn a_reset_can_start_the_machine_again() {
     signal(&child, "TERM");
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
     assert!(std::fs::read(&file).unwrap().starts_with(b"up.up.up."));
+    let reports = std::fs::read(&report).unwrap();
+    let reports: Vec<serde_json::Value> =
+        serde_json::Deserializer::from_slice(&reports).into_iter().map(Result::unwrap).collect();
+    assert!(reports.len() >= 3, "{reports:#?}");
+    assert!(reports.iter().all(|report| report["iommus"][0]["id"] == "vtd0"), "{reports:#?}");
+    let events: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
+    let maps = events.iter().filter(|event| event["name"] == "IOAS_MAP");
+    let lives: Vec<_> = maps.map(|event| event["pid"].as_u64().unwrap()).collect();
+    assert!(lives.len() >= 3, "{lives:?}");
+    assert!(lives.iter().copied().eq(1..=lives.len() as u64), "{lives:?}");
 }
 
 #[test]

@@ -53,6 +53,7 @@ struct Machine<'a> {
     iommus: &'a [&'a str],
     devices: &'a [&'a str],
     vcpus: u8,
+    trace: Option<&'a Path>,
 }
 
 const MACHINE: Machine = Machine {
@@ -61,6 +62,7 @@ const MACHINE: Machine = Machine {
     iommus: &["vtd,aw=57,pasid-bits=20"],
     devices: &[WIDE_EDU_WITH_PASID, WIDE_EDU],
     vcpus: 1,
+    trace: None,
 };
 
 /// What came of a run.
@@ -89,6 +91,9 @@ impl Machine<'_> {
         }
         for device in self.devices {
             command.args(["--device", device]);
+        }
+        if let Some(trace) = self.trace {
+            command.arg("--trace").arg(trace);
         }
         let output = command.output().expect("timeout(1) and the binary run");
         let text = std::fs::read_to_string(&serial).unwrap_or_default();
@@ -316,6 +321,43 @@ fn every_check_holds_on_a_machine_of_two_vcpus() {
         return;
     }
     assert_nested(&Machine { vcpus: 2, ..MACHINE }.run(), 1, 2);
+}
+
+#[test]
+fn a_trace_tells_of_every_part() {
+    if !kvm() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let devices = &["edu"];
+    let outcome = Machine { trace: Some(file.path()), devices, ..MACHINE }.run();
+    let text = std::fs::read_to_string(file.path()).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&text).unwrap();
+    let of = |category: &str| -> Vec<&Value> {
+        events.iter().filter(|event| event["cat"] == category).collect()
+    };
+    for category in ["register", "descriptor", "policy", "fault", "interrupt fault"] {
+        let events = of(category);
+        assert!(!events.is_empty(), "{category}");
+        assert!(events.iter().all(|event| event["args"]["iommu"] == "vtd0"), "{category}");
+    }
+    let calls = of("host").len() as u64;
+    let report = outcome.report.pointer("/host/calls").and_then(Value::as_object).unwrap();
+    let counted: u64 = report.values().map(|verb| verb["calls"].as_u64().unwrap()).sum();
+    // Some more come when the objects are given back.
+    assert!(calls >= counted, "{calls} calls traced, {counted} counted");
+    for (category, name, argument) in [
+        ("interrupt", "00:01.0", "handle"),
+        ("interrupt", "IOAPIC", "handle"),
+        ("interrupt", "MSI", "vector"),
+        ("interrupt fault", "00:01.0", "reason"),
+        ("device", "DMA write", "address"),
+    ] {
+        let found = of(category).into_iter().any(|event| {
+            event["name"] == name && event["args"].get(argument).is_some_and(|it| !it.is_null())
+        });
+        assert!(found, "{category}: {name} with {argument}");
+    }
 }
 
 #[test]

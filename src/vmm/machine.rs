@@ -46,14 +46,21 @@ pub struct Machine {
     memory: MachineMemory,
     stopper: Stopper,
     console: bool,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Machine {
-    /// Builds the machine that `config` describes, its kernel loaded.
+    /// What is traced of it, if anything is.
+    pub fn trace(&self) -> Option<Arc<Trace>> {
+        self.trace.clone()
+    }
+
+    /// Builds the machine that `config` describes, its kernel loaded. If it lived before, `earlier`
+    /// is its trace of then, which goes on.
     ///
     /// # Errors
     /// What is wrong with the configuration, the files, or this host.
-    pub fn new(config: &MachineConfig) -> Result<Self> {
+    pub fn new(config: &MachineConfig, earlier: Option<Arc<Trace>>) -> Result<Self> {
         config.validate()?;
         let memory = MachineMemory::new(config.memory)?;
         let start = boot::load(&memory, &config.payload)?;
@@ -74,7 +81,13 @@ impl Machine {
         // Without a virtual IOMMU there is nobody to do it.
         let remapping = config.interrupt_remapping().unwrap_or(chip == IrqChip::Split);
         // Not before most of what can go wrong: a machine that cannot be leaves no files behind.
-        let trace = config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new);
+        let trace = match earlier {
+            Some(trace) => {
+                trace.next_life();
+                Some(trace)
+            }
+            None => config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new),
+        };
         let messages = Arc::new(KvmMessages(vm.clone()));
         let messages: Arc<dyn InterruptSink> = match trace.clone() {
             Some(trace) => Arc::new(TracedInterrupts { inner: messages, trace }),
@@ -89,14 +102,17 @@ impl Machine {
         let all_iommus = iommus.as_ref().map_or(&[][..], Iommus::all);
         // The IOAPIC is behind the first.
         let remapper = all_iommus.first().and_then(Iommu::interrupt_remapper);
-        let interrupts = Arc::new(Interrupts::new(vm.clone(), chip, messages, remapper, trace));
+        let interrupts = Arc::new({
+            let trace = trace.clone();
+            Interrupts::new(vm.clone(), chip, messages, remapper, trace)
+        });
         for iommu in all_iommus {
             for listener in interrupts.listeners() {
                 iommu.add_interrupt_listener(listener);
             }
         }
         let doorbells = Arc::new(KvmDoorbells(vm.clone()));
-        let wiring = Wiring { interrupts: interrupts.clone(), doorbells };
+        let wiring = Wiring { interrupts: interrupts.clone(), doorbells, trace: trace.clone() };
         let pci = PciTopology::new(config, &memory, all_iommus, wiring)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
@@ -153,6 +169,7 @@ impl Machine {
             memory,
             stopper,
             console,
+            trace,
         })
     }
 

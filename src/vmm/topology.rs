@@ -17,6 +17,7 @@ use super::iommu::{AssignedFunction, Iommu};
 use super::memory::{MachineMemory, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::pci::{HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
 use super::report::DeviceReport;
+use super::trace::{Trace, TracedDma};
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
 
@@ -46,6 +47,7 @@ pub(super) struct Wiring {
     pub interrupts: Arc<Interrupts>,
     /// For notifications.
     pub doorbells: Arc<dyn Doorbells>,
+    pub trace: Option<Arc<Trace>>,
 }
 
 /// The bus, and the devices on it.
@@ -153,6 +155,10 @@ impl Builder<'_> {
             Some(iommu) => iommu.dma_master(bdf),
             None => Box::new(DirectMemory(self.memory.clone())),
         };
+        let dma = match self.wiring.trace.clone() {
+            Some(trace) => Box::new(TracedDma { inner: dma, trace, name: format!("{bdf} edu") }),
+            None => dma,
+        };
         let messages = Arc::new(self.interrupts(bdf, iommu));
         let dma = Box::new(MessageWrites::new(dma, messages.clone()));
         let edu = Edu::new(config, address, self.intx.pin(bdf), messages, dma)?;
@@ -175,7 +181,8 @@ impl Builder<'_> {
         let vector = || Ok(interrupts.vector()? as Arc<dyn InterruptVector>);
         let name = format!("{bdf} {}", backend.model().name);
         let doorbells = self.wiring.doorbells.clone();
-        let device = VirtioPci::new(name, backend, memory, address, &vector, doorbells)?;
+        let trace = self.wiring.trace.clone();
+        let device = VirtioPci::new(name, backend, memory, address, &vector, doorbells, trace)?;
         Ok(self.insert(bdf, device))
     }
 }

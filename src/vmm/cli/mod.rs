@@ -113,17 +113,18 @@ struct RunArgs {
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
 
-    /// What happens when the guest resets itself. A restarted machine is a new one: a report or a
-    /// trace tells of it alone.
+    /// What happens when the guest resets itself. A restarted machine is a new one, which a report
+    /// tells of alone; what it writes to files goes behind what is there.
     #[arg(long, value_enum, default_value = "exit")]
     on_reset: OnReset,
 
     /// Form of the reports, at the end and on SIGUSR1, and where they go: standard error, or a file
-    /// that holds the last one.
+    /// that holds the last one; of a machine that restarts, the last one of each of its lives.
     #[arg(long, value_name = "none|text|json[,file=PATH]", default_value = "text")]
     report: ReportOption,
 
-    /// Writes a trace of what the virtual IOMMU and the host do: JSON for Perfetto or Chrome.
+    /// Writes a trace of what virtual IOMMUs, the host, interrupts and devices do: JSON for Perfetto
+    /// or Chrome. Each life of a machine that restarts is a process of it.
     #[arg(long, value_name = "PATH")]
     trace: Option<PathBuf>,
 }
@@ -179,7 +180,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: RunArgs) -> u8 {
-    let output = args.report.clone();
+    let mut output = args.report.clone();
     let on_reset = args.on_reset;
     let mut config = args.machine_config();
     if let Err(contradiction) = files::check_outputs(&config, output.file()) {
@@ -190,15 +191,18 @@ fn run(args: RunArgs) -> u8 {
         complain(&format_args!("--report: {error}"));
         return exit_code::IO_ERROR;
     }
-    let mut unwritten = None;
+    let (mut unwritten, mut trace) = (None, None);
     // That a report cannot be written is no reason to stop a machine.
-    let mut live = |config: &MachineConfig| {
-        Machine::new(config)?.run(&mut |report| unwritten = output.write(report).err())
+    let mut live = |config: &MachineConfig, output: &ReportOption| {
+        let machine = Machine::new(config, trace.take())?;
+        trace = machine.trace();
+        machine.run(&mut |report| unwritten = output.write(report).err())
     };
-    let mut result = live(&config);
+    let mut result = live(&config, &output);
     while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
         continue_output(&mut config);
-        result = live(&config);
+        output.next_life();
+        result = live(&config, &output);
     }
     match result {
         Ok(reason) => {

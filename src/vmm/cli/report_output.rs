@@ -2,7 +2,7 @@
 //! `--report`: in which form reports are written, and where.
 
 use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -20,6 +20,8 @@ enum Format {
 pub struct ReportOption {
     format: Option<Format>,
     file: Option<PathBuf>,
+    /// Where in the file the reports of this life of the machine go, each in place of the last.
+    at: u64,
 }
 
 impl FromStr for ReportOption {
@@ -36,7 +38,7 @@ impl FromStr for ReportOption {
             "json" => Some(Format::Json),
             _ => return Err(format!("'{text}' is none of none, text, json[,file=PATH]")),
         };
-        Ok(Self { format, file })
+        Ok(Self { format, file, at: 0 })
     }
 }
 
@@ -57,7 +59,13 @@ impl ReportOption {
         }
     }
 
-    /// Writes `report`.
+    /// The machine lives again: what comes now goes behind what is in the file.
+    pub fn next_life(&mut self) {
+        let length = |path| std::fs::metadata(path).map_or(0, |file| file.len());
+        self.at = self.file().map_or(0, length);
+    }
+
+    /// Writes `report`, in place of the last of this life.
     ///
     /// # Errors
     /// It cannot be written.
@@ -68,7 +76,14 @@ impl ReportOption {
             Some(Format::Json) => serde_json::to_string_pretty(report)? + "\n",
         };
         match &self.file {
-            Some(path) => std::fs::write(path, text),
+            // Also for what is no file and has no length.
+            Some(path) if self.at == 0 => std::fs::write(path, text),
+            Some(path) => {
+                let mut file = OpenOptions::new().write(true).open(path)?;
+                file.set_len(self.at)?;
+                file.seek(SeekFrom::End(0))?;
+                file.write_all(text.as_bytes())
+            }
             None => io::stderr().lock().write_all(text.as_bytes()),
         }
     }
@@ -81,13 +96,11 @@ mod tests {
     #[test]
     fn forms_and_files_are_understood() {
         let parse = |text: &str| text.parse::<ReportOption>();
-        assert_eq!(parse("none"), Ok(ReportOption { format: None, file: None }));
-        assert_eq!(parse("text"), Ok(ReportOption { format: Some(Format::Text), file: None }));
+        let option = |format, file| Ok(ReportOption { format, file, at: 0 });
+        assert_eq!(parse("none"), option(None, None));
+        assert_eq!(parse("text"), option(Some(Format::Text), None));
         let file = Some(PathBuf::from("/tmp/r"));
-        assert_eq!(
-            parse("json,file=/tmp/r"),
-            Ok(ReportOption { format: Some(Format::Json), file })
-        );
+        assert_eq!(parse("json,file=/tmp/r"), option(Some(Format::Json), file));
         for text in ["", "xml", "json,", "json,file=", "none,file=/tmp/r", "file=/tmp/r"] {
             assert!(parse(text).unwrap_err().contains(text), "{text}");
         }

@@ -71,11 +71,12 @@ pub(super) struct Interrupts {
     routes: Arc<MsiRoutes>,
     /// Where messages go once they are remapped.
     messages: Arc<dyn InterruptSink>,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Interrupts {
     /// Interrupts of `vm`, which has `chip`. What is sent goes to `messages` in the end; `remapper`
-    /// remaps those of an IOAPIC that is here. What does not come to `messages` is traced apart.
+    /// remaps those of an IOAPIC that is here.
     pub fn new(
         vm: Arc<VmFd>,
         chip: IrqChip,
@@ -84,14 +85,14 @@ impl Interrupts {
         trace: Option<Arc<Trace>>,
     ) -> Self {
         let table = Arc::new(GsiTable::new(vm.clone(), chip));
-        let routes = MsiRoutes::new(table.clone(), vm.clone(), messages.clone(), trace);
+        let routes = MsiRoutes::new(table.clone(), vm.clone(), messages.clone());
         let ioapic = (chip == IrqChip::Split).then(|| {
-            let source = InterruptSource::new(IOAPIC_BDF, remapper);
+            let source = InterruptSource::new(IOAPIC_BDF, remapper, trace.clone());
             let table = table.clone();
             let output = IoapicOutput { table, source, messages: messages.clone() };
             Ioapic::new(IOAPIC_ID, Box::new(output))
         });
-        Self { vm, chip, table, ioapic, routes, messages }
+        Self { vm, chip, table, ioapic, routes, messages, trace }
     }
 
     /// Where the interrupt controllers are.
@@ -122,7 +123,7 @@ impl Interrupts {
         bdf: Bdf,
         remapper: Option<Weak<dyn InterruptRemapper>>,
     ) -> FunctionInterrupts {
-        let source = InterruptSource::new(bdf, remapper);
+        let source = InterruptSource::new(bdf, remapper, self.trace.clone());
         FunctionInterrupts::new(source, self.messages.clone(), self.routes.clone())
     }
 

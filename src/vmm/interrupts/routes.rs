@@ -6,7 +6,6 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use serde_json::json;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
@@ -14,7 +13,6 @@ use super::gsi::GsiTable;
 use super::InterruptSource;
 use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use crate::vmm::pci::InterruptVector;
-use crate::vmm::trace::Trace;
 use crate::vmm::{Error, Result};
 
 /// Ties eventfds to GSIs.
@@ -44,7 +42,6 @@ pub struct MsiRoutes {
     irqfds: Arc<dyn Irqfds>,
     messages: Arc<dyn InterruptSink>,
     routes: Mutex<Vec<Weak<VectorRoute>>>,
-    trace: Option<Arc<Trace>>,
     triggered: AtomicU64,
 }
 
@@ -54,10 +51,9 @@ impl MsiRoutes {
         table: Arc<GsiTable>,
         irqfds: Arc<dyn Irqfds>,
         messages: Arc<dyn InterruptSink>,
-        trace: Option<Arc<Trace>>,
     ) -> Arc<Self> {
         let (routes, triggered) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { table, irqfds, messages, routes, trace, triggered })
+        Arc::new(Self { table, irqfds, messages, routes, triggered })
     }
 
     /// How often a route was triggered, and KVM did the rest.
@@ -76,7 +72,7 @@ impl MsiRoutes {
             self.table.release(gsi);
             return Err(Error::kvm("making an interrupt route")(error));
         }
-        let state = Mutex::new(State { message: None, routed: false });
+        let state = Mutex::new(State { message: None, routed: None });
         let route = Arc::new(VectorRoute { routes: self.clone(), source, gsi, event, state });
         let mut routes = self.list();
         routes.retain(|route| route.strong_count() > 0);
@@ -104,7 +100,7 @@ impl InterruptListener for MsiRoutes {
             log::error!("interrupt routes: {error}; messages are sent one by one");
         }
         for (state, (_, message)) in states.iter_mut().zip(&changes) {
-            state.routed = result.is_ok() && message.is_some();
+            state.routed = message.filter(|_| result.is_ok());
         }
     }
 }
@@ -128,8 +124,8 @@ pub struct VectorRoute {
 struct State {
     /// The message as software set it up, while it is not masked.
     message: Option<MsiMessage>,
-    /// KVM knows what becomes of it: writing the eventfd sends it.
-    routed: bool,
+    /// What becomes of it, if KVM knows: writing the eventfd sends that.
+    routed: Option<MsiMessage>,
 }
 
 impl InterruptVector for VectorRoute {
@@ -142,11 +138,9 @@ impl InterruptVector for VectorRoute {
     fn trigger(&self) {
         let mut state = self.state();
         let Some(message) = state.message else { return };
-        if state.routed {
+        if let Some(routed) = state.routed {
             self.routes.triggered.fetch_add(1, Ordering::Relaxed);
-            if let Some(trace) = &self.routes.trace {
-                trace.instant("interrupt", "route", json!({ "gsi": self.gsi }));
-            }
+            self.source.trace_route(self.gsi, routed);
             if let Err(error) = self.event.write(1) {
                 log::debug!("interrupt route {}: {error}", self.gsi);
             }
@@ -164,7 +158,7 @@ impl VectorRoute {
         if let Err(error) = &result {
             log::error!("interrupt route {}: {error}; messages are sent one by one", self.gsi);
         }
-        *state = State { message, routed: result.is_ok() && translated.is_some() };
+        *state = State { message, routed: translated.filter(|_| result.is_ok()) };
     }
 
     fn translate(&self, message: Option<MsiMessage>) -> Option<MsiMessage> {
@@ -277,14 +271,14 @@ mod tests {
             let (routing, irqfds) = (Arc::new(FakeRouting::default()), Arc::new(Ties::default()));
             let sink = Arc::new(Sink::default());
             let table = Arc::new(GsiTable::new(routing.clone(), IrqChip::Split));
-            let routes = MsiRoutes::new(table, irqfds.clone(), sink.clone(), None);
+            let routes = MsiRoutes::new(table, irqfds.clone(), sink.clone());
             let adder = Arc::new(Adder { add: Mutex::new(add), blocked: Mutex::default() });
             Self { routing, irqfds, sink, adder, routes }
         }
 
         fn route(&self) -> Arc<VectorRoute> {
             let adder: Arc<dyn InterruptRemapper> = self.adder.clone();
-            let source = InterruptSource::new(SOURCE, Some(Arc::downgrade(&adder)));
+            let source = InterruptSource::new(SOURCE, Some(Arc::downgrade(&adder)), None);
             self.routes.allocate(source).unwrap()
         }
 
@@ -400,7 +394,7 @@ mod tests {
     fn a_route_that_kvm_refuses_is_none() {
         let machine = Machine::new(Some(0));
         machine.irqfds.refuse.store(true, Ordering::SeqCst);
-        let error = machine.routes.allocate(InterruptSource::new(SOURCE, None)).unwrap_err();
+        let error = machine.routes.allocate(InterruptSource::new(SOURCE, None, None)).unwrap_err();
         assert!(error.to_string().contains("interrupt route"), "{error}");
         machine.irqfds.refuse.store(false, Ordering::SeqCst);
         assert_eq!(machine.route().gsi, 24);

@@ -4,9 +4,10 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{MsiRoutes, VectorRoute};
+use super::{MsiRoutes, VectorRoute, IOAPIC_BDF};
 use crate::spec::pci::Bdf;
 use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
+use crate::vmm::trace::{decoded, Trace};
 use crate::vmm::Result;
 
 /// A function as its interrupts show it.
@@ -16,12 +17,34 @@ pub struct InterruptSource {
     /// The virtual IOMMU it is behind, if that remaps interrupts. Its registers keep it alive; when
     /// they are gone, so is the guest.
     remapper: Option<Weak<dyn InterruptRemapper>>,
+    trace: Option<Arc<Trace>>,
 }
 
 impl InterruptSource {
     /// The function `bdf`, whose interrupts `remapper` remaps, or nobody.
-    pub fn new(bdf: Bdf, remapper: Option<Weak<dyn InterruptRemapper>>) -> Self {
-        Self { bdf, remapper }
+    pub fn new(
+        bdf: Bdf,
+        remapper: Option<Weak<dyn InterruptRemapper>>,
+        trace: Option<Arc<Trace>>,
+    ) -> Self {
+        Self { bdf, remapper, trace }
+    }
+
+    /// Traces what a route became: it is sent past everybody here.
+    pub fn trace_route(&self, gsi: u32, message: MsiMessage) {
+        if let Some(trace) = &self.trace {
+            let mut args = decoded(message);
+            args["gsi"] = gsi.into();
+            args["source"] = self.name().into();
+            trace.instant("interrupt", "route", args);
+        }
+    }
+
+    fn name(&self) -> String {
+        match self.bdf {
+            IOAPIC_BDF => "IOAPIC".to_owned(),
+            bdf => bdf.to_string(),
+        }
     }
 
     /// What `message` becomes, for whoever keeps it until the next change; `None` when it would be
@@ -35,6 +58,9 @@ impl InterruptSource {
 
     /// Sends `message` to `sink`. `false` when it is blocked, and the guest is told.
     pub fn send(&self, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
+        if let Some(trace) = &self.trace {
+            trace.instant("interrupt", &self.name(), decoded(message));
+        }
         match &self.remapper {
             None => {
                 sink.send_msi(message.address, message.data);

@@ -2,9 +2,24 @@
 //! Traces: what happened when, as Chrome's and Perfetto's JSON.
 //!
 //! A [`Trace`] is an array of events in the Trace Event Format, written as they happen. It can be
-//! loaded even when the process was killed and the array has no end.
+//! loaded even when the process was killed and the array has no end. It goes on when a machine starts
+//! again: each life is a process of the trace.
+//!
+//! Whoever has something to tell has an `Option` of it: without a trace an event costs the look at
+//! that, and is not built.
+//!
+//! | category | events |
+//! |---|---|
+//! | `register` | accesses to the registers of a virtual IOMMU, by name, with their value |
+//! | `descriptor` | descriptors of the invalidation queue, with their fields |
+//! | `policy` | what a requester's DMA goes through from now on |
+//! | `host` | host calls, with the object and how long they took |
+//! | `fault`, `interrupt fault` | what was refused, why, and whether the guest is told |
+//! | `interrupt` | messages as a function or the IOAPIC sent them, `MSI` as the LAPICs get them, routes that were triggered |
+//! | `device` | queues that were notified, buffers given back, DMA of `edu` |
 #![forbid(unsafe_code)]
 
+mod message;
 mod observers;
 
 use std::cell::Cell;
@@ -19,12 +34,15 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::{Error, Result};
-pub(super) use observers::{TracedInterrupts, TracedIommu};
+pub(super) use message::decoded;
+pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
 
 /// A trace that is being written. Any thread may add to it.
 pub struct Trace {
     path: PathBuf,
     origin: Instant,
+    /// Which of the machine's lives this is, from 1.
+    life: AtomicU32,
     out: Mutex<Output>,
 }
 
@@ -48,7 +66,13 @@ impl Trace {
     fn new(path: &Path, mut writer: Box<dyn Write + Send>) -> io::Result<Self> {
         writer.write_all(b"[")?;
         let out = Mutex::new(Output { writer: Some(writer), empty: true });
-        Ok(Self { path: path.to_owned(), origin: Instant::now(), out })
+        let (path, life) = (path.to_owned(), AtomicU32::new(1));
+        Ok(Self { path, origin: Instant::now(), life, out })
+    }
+
+    /// What comes now is of the machine's next life.
+    pub fn next_life(&self) {
+        self.life.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Something that happened just now.
@@ -78,12 +102,13 @@ impl Trace {
     /// Writes `event` in the name of the calling thread.
     fn event(&self, mut event: Value) {
         let (thread, new) = thread_number();
-        event["pid"] = 1.into();
+        let life = self.life.load(Ordering::Relaxed);
+        event["pid"] = life.into();
         event["tid"] = thread.into();
         if new {
             if let Some(name) = std::thread::current().name() {
                 self.write(&json!({
-                    "ph": "M", "name": "thread_name", "pid": 1, "tid": thread,
+                    "ph": "M", "name": "thread_name", "pid": life, "tid": thread,
                     "args": { "name": name },
                 }));
             }
@@ -166,6 +191,21 @@ mod tests {
         let thread = events.iter().find(|event| event["args"]["name"] == "worker").unwrap();
         assert_eq!(thread["tid"], named("second")["tid"]);
         assert_ne!(thread["tid"], named("first \"quoted\"")["tid"]);
+    }
+
+    #[test]
+    fn lives_are_told_apart() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let trace = Trace::create(file.path()).unwrap();
+        trace.instant("test", "first", json!({}));
+        trace.next_life();
+        trace.instant("test", "second", json!({}));
+        drop(trace);
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let events: Vec<Value> = serde_json::from_str(&text).unwrap();
+        let lives: Vec<_> =
+            events.iter().filter(|event| event["ph"] == "i").map(|event| &event["pid"]).collect();
+        assert_eq!(lives, [1, 2]);
     }
 
     #[test]

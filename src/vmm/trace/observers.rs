@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is traced: host calls, virtual IOMMUs, message-signalled interrupts.
+//! What is traced: host calls, virtual IOMMUs, interrupts on their last way, a device's DMA.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
-use super::Trace;
+use super::{decoded, Trace};
 use crate::iommufd::{ObjectId, Verb, VerbObserver};
-use crate::spec::pci::Bdf;
+use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::{
     DmaFault, FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
     RequesterConfig,
 };
+use crate::vmm::devices::{DmaError, DmaMaster};
 
 impl VerbObserver for Trace {
     fn called(
@@ -32,7 +33,7 @@ impl VerbObserver for Trace {
     }
 }
 
-/// Interrupts on their way to `inner`, traced.
+/// Interrupts on their way to `inner`, to which nothing more is done, traced.
 pub(in crate::vmm) struct TracedInterrupts {
     pub inner: Arc<dyn InterruptSink>,
     pub trace: Arc<Trace>,
@@ -40,8 +41,7 @@ pub(in crate::vmm) struct TracedInterrupts {
 
 impl InterruptSink for TracedInterrupts {
     fn send_msi(&self, address: u64, data: u32) {
-        let args = json!({ "address": format!("{address:#x}"), "data": format!("{data:#x}") });
-        self.trace.instant("interrupt", "MSI", args);
+        self.trace.instant("interrupt", "MSI", decoded(MsiMessage { address, data }));
         self.inner.send_msi(address, data);
     }
 }
@@ -91,12 +91,51 @@ impl Observer for TracedIommu {
     }
 
     fn interrupt_fault(&self, source: Bdf, message: MsiMessage, reason: u8, outcome: FaultOutcome) {
-        let args = json!({
-            "address": format!("{:#x}", message.address),
-            "data": format!("{:#x}", message.data),
-            "reason": format!("{reason:#x}"),
-            "outcome": format!("{outcome:?}"),
-        });
+        let mut args = decoded(message);
+        args["reason"] = format!("{reason:#x}").into();
+        args["outcome"] = format!("{outcome:?}").into();
         self.instant("interrupt fault", &source.to_string(), args);
+    }
+}
+
+/// Memory requests of a device on their way to `inner`, traced.
+pub(in crate::vmm) struct TracedDma {
+    pub inner: Box<dyn DmaMaster>,
+    pub trace: Arc<Trace>,
+    pub name: String,
+}
+
+impl TracedDma {
+    fn done(
+        &self,
+        name: &str,
+        started: Instant,
+        (pasid, iova, length): (Option<Pasid>, u64, usize),
+        result: &Result<(), DmaError>,
+    ) {
+        let args = json!({
+            "device": self.name,
+            "pasid": pasid.map(Pasid::raw),
+            "address": format!("{iova:#x}"),
+            "length": length,
+            "failed_at": result.as_ref().err().map(|error| format!("{:#x}", error.address)),
+        });
+        self.trace.complete("device", name, started, started.elapsed(), args);
+    }
+}
+
+impl DmaMaster for TracedDma {
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        let started = Instant::now();
+        let result = self.inner.read(pasid, iova, data);
+        self.done("DMA read", started, (pasid, iova, data.len()), &result);
+        result
+    }
+
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
+        let started = Instant::now();
+        let result = self.inner.write(pasid, iova, data);
+        self.done("DMA write", started, (pasid, iova, data.len()), &result);
+        result
     }
 }

@@ -6,10 +6,12 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicU8, Ordering};
 use std::sync::Arc;
 
+use serde_json::Value;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use crate::viommu::ratelimit::RateLimit;
 use crate::vmm::pci::Msix;
+use crate::vmm::trace::Trace;
 use crate::vmm::{Error, Result};
 
 /// The vector that is none (virtio 1.3 §4.1.4.3).
@@ -62,15 +64,16 @@ pub struct Link {
     driver_ok: AtomicBool,
     bus_master: AtomicBool,
     mistakes: RateLimit,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Link {
     /// The link of a device with `queues` queues that interrupts through `msix`; `name` is for log
-    /// lines.
+    /// lines and `trace`.
     ///
     /// # Errors
     /// When the system has no file descriptors left.
-    pub fn new(name: String, queues: usize, msix: Msix) -> Result<Self> {
+    pub fn new(name: String, queues: usize, msix: Msix, trace: Option<Arc<Trace>>) -> Result<Self> {
         let event = |_| EventFd::new(EFD_NONBLOCK).map_err(Error::os("making an event"));
         Ok(Self {
             name,
@@ -85,7 +88,18 @@ impl Link {
             driver_ok: AtomicBool::new(false),
             bus_master: AtomicBool::new(false),
             mistakes: RateLimit::default(),
+            trace,
         })
+    }
+
+    /// Traces what happened at queue `number`.
+    pub fn trace(&self, event: &str, number: usize, args: impl FnOnce() -> Value) {
+        if let Some(trace) = &self.trace {
+            let mut args = args();
+            args["device"] = self.name.as_str().into();
+            args["queue"] = number.into();
+            trace.instant("device", event, args);
+        }
     }
 
     /// The name of the device.
@@ -245,7 +259,7 @@ mod tests {
 
     #[test]
     fn only_what_was_held_back_is_looked_at_when_requests_are_allowed() {
-        let link = Link::new("test".into(), 3, Msix::new(Vec::new())).unwrap();
+        let link = Link::new("test".into(), 3, Msix::new(Vec::new()), None).unwrap();
         let heard = || link.queue_events().iter().map(|e| e.read().is_ok()).collect::<Vec<_>>();
         assert!(!link.may_serve(1));
         assert_eq!(heard(), [false; 3]);

@@ -5,6 +5,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
+use serde_json::json;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -142,6 +143,7 @@ impl Virtqueue {
     ) -> Result<(), Broken> {
         let section = memory.section();
         self.queue.add_used(&section, head, written)?;
+        self.trace_used(head, written);
         let interrupt = self.queue.needs_notification(&section)?;
         drop(section);
         if interrupt {
@@ -165,6 +167,7 @@ impl Virtqueue {
         let old = self.queue.next_used();
         let mut at = old;
         for (head, written) in before {
+            self.trace_used(*head, *written);
             let offset = USED_RING + USED_ELEMENT * u64::from(at % self.queue.size());
             let address = GuestAddress(self.queue.used_ring().saturating_add(offset));
             // The head, then the length.
@@ -177,6 +180,7 @@ impl Virtqueue {
         // The last one makes the index cover those before it.
         self.queue.set_next_used(at);
         self.queue.add_used(&section, *head, *written)?;
+        self.trace_used(*head, *written);
         let mut interrupt = self.queue.needs_notification(&section)?;
         if self.queue.event_idx_enabled() {
             // That looked at the last one alone (§2.7.7.2).
@@ -192,6 +196,10 @@ impl Virtqueue {
             self.link.queue_used(self.number);
         }
         Ok(())
+    }
+
+    fn trace_used(&self, head: u16, written: u32) {
+        self.link.trace("used", self.number, || json!({ "head": head, "written": written }));
     }
 
     /// Asks for a notification when there is more. Says whether there is more already.

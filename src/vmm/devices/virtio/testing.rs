@@ -108,7 +108,8 @@ impl Rig {
             Ok(vector)
         };
         let name = "test".to_owned();
-        let pci = VirtioPci::new(name, backend, reach, 0xe000_0000, &vector, doorbells).unwrap();
+        let pci =
+            VirtioPci::new(name, backend, reach, 0xe000_0000, &vector, doorbells, None).unwrap();
         Self { pci, vectors: vectors.into_inner().unwrap(), place, memory, host }
     }
 

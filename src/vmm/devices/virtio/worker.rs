@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use serde_json::json;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
@@ -142,6 +143,7 @@ impl MutEventSubscriber for Server<'_> {
                     // Without a count it is spurious, and looking does no harm.
                     let _ = event.read();
                 }
+                self.link.trace("notified", number, || json!({}));
                 self.serve(number);
             }
         }

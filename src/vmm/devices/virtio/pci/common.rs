@@ -381,7 +381,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn link() -> Link {
-        Link::new("test".into(), 2, Msix::new(Vec::new())).unwrap()
+        Link::new("test".into(), 2, Msix::new(Vec::new()), None).unwrap()
     }
 
     fn common() -> CommonConfig {
@@ -521,7 +521,7 @@ mod tests {
             fn trigger(&self) {}
         }
         let vectors = (0..2).map(|_| std::sync::Arc::new(Nobody) as _).collect();
-        let link = Link::new("test".into(), 2, Msix::new(vectors)).unwrap();
+        let link = Link::new("test".into(), 2, Msix::new(vectors), None).unwrap();
         let mut driver = Driver { common: common(), link };
         for offset in [0x10, 0x1a] {
             assert_eq!(driver.read(offset, 2), 0xffff);

@@ -25,6 +25,7 @@ use super::queue::{Broken, Virtqueue};
 use super::worker::{Device, Worker};
 use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::vmm::pci::{ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction};
+use crate::vmm::trace::Trace;
 use crate::vmm::Result;
 
 pub use doorbell::{Doorbells, KvmDoorbells, NoDoorbells};
@@ -61,7 +62,7 @@ struct Transport {
 }
 
 impl VirtioPci {
-    /// The device that `backend` is, named `name` in log lines, with its BAR at `address`. Each
+    /// The device that `backend` is, named `name` in log lines and `trace`, with its BAR at `address`. Each
     /// vector is made by `vector`.
     ///
     /// # Errors
@@ -73,6 +74,7 @@ impl VirtioPci {
         address: u32,
         vector: &dyn Fn() -> Result<Arc<dyn InterruptVector>>,
         doorbells: Arc<dyn Doorbells>,
+        trace: Option<Arc<Trace>>,
     ) -> Result<Self> {
         let model = backend.model();
         let queues = model.queue_sizes.len();
@@ -95,7 +97,7 @@ impl VirtioPci {
         );
         let window = ConfigWindow::add(&mut config);
         let vectors = (0..vectors).map(|_| vector()).collect::<Result<_>>()?;
-        let link = Arc::new(Link::new(name, queues, Msix::new(vectors))?);
+        let link = Arc::new(Link::new(name, queues, Msix::new(vectors), trace)?);
         let offered =
             Features(model.features.0 | Features::of_transport(memory.is_behind_iommu()).0);
         let transport = Transport {

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an interrupt's message says, in words.
+
+use serde_json::{json, Value};
+
+use crate::spec::vtd::interrupt::{
+    CompatibilityAddress, MessageData, RemappableAddress, RemappableData,
+};
+use crate::viommu::MsiMessage;
+
+/// `message` as it was written, and what that means: in remappable format an entry of the table; else
+/// a vector and a destination, of 32 bits if it has been remapped.
+pub(in crate::vmm) fn decoded(message: MsiMessage) -> Value {
+    let MsiMessage { address, data } = message;
+    let mut value = json!({ "address": format!("{address:#x}"), "data": format!("{data:#x}") });
+    // The upper half is another part of the destination.
+    let compatibility = CompatibilityAddress::from_bits(address as u32);
+    if compatibility.remappable() {
+        let address = RemappableAddress::from_bits(address as u32);
+        value["handle"] = address.handle().into();
+        if address.shv() {
+            value["subhandle"] = RemappableData::from_bits(data).subhandle().into();
+        }
+        return value;
+    }
+    let data = MessageData::from_bits(data);
+    let high = (address >> 32) as u32 & !0xff;
+    value["vector"] = data.vector().into();
+    value["destination"] = (high | u32::from(compatibility.destination())).into();
+    value["logical"] = compatibility.logical().into();
+    value["delivery_mode"] = data.delivery_mode().into();
+    value["level"] = data.level().into();
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remapped_message_has_a_vector_and_a_wide_destination() {
+        let message = MsiMessage { address: 0x0001_0200_fee3_4004, data: 0xc131 };
+        let value = decoded(message);
+        assert_eq!(value["vector"], 0x31);
+        assert_eq!(value["destination"], 0x0001_0234);
+        assert_eq!((&value["logical"], &value["level"]), (&true.into(), &true.into()));
+        assert_eq!((&value["delivery_mode"], &value["data"]), (&1.into(), &"0xc131".into()));
+    }
+
+    #[test]
+    fn a_message_to_be_remapped_names_an_entry() {
+        let value = decoded(MsiMessage { address: 0xfee0_00b8, data: 3 });
+        assert_eq!((&value["handle"], &value["subhandle"]), (&5.into(), &3.into()));
+        assert!(value.get("vector").is_none());
+        assert!(decoded(MsiMessage { address: 0xfee0_00b0, data: 3 }).get("subhandle").is_none());
+    }
+}
