@@ -8,46 +8,47 @@ need     := scripts/install-deps
 guest    := guest-images/build/vtd-check.elf
 binary   := target/release/twostage
 
-# What `make run` starts: two devices behind one virtual VT-d, the first of them with PASIDs.
-run_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
-             --iommu vtd,aw=57,pasid-bits=20 \
-             --device edu,pasid=on,dma-mask=0xffffffffffffffff \
-             --device edu,dma-mask=0xffffffffffffffff
+# What `make demo` starts: two devices behind one virtual VT-d, the first of them with PASIDs.
+demo_flags := --kernel $(guest) --memory size=256M --serial tty --report text \
+              --iommu vtd,aw=57,pasid-bits=20 \
+              --device edu,pasid=on,dma-mask=0xffffffffffffffff \
+              --device edu,dma-mask=0xffffffffffffffff
 
 help:
-	@echo 'make run       build, and run the test guest under /dev/kvm with a virtual VT-d'
-	@echo 'make test      lint, then every test, the guest under /dev/kvm among them'
-	@echo 'make test-all  test, then more cases, optimised, the guest under QEMU'"'"'s VT-d, and nested-check'
-	@echo 'make nested-check  in nested KVM (QEMU, emulated): the test guest, and Debian kernels behind the virtual VT-d'
+	@echo 'make run       build, and run Linux behind a virtual VT-d: under this machine'"'"'s KVM if Linux runs there, else nested'
+	@echo 'make demo      build, and run the small test guest under /dev/kvm'
+	@echo 'make test      lint, then every test, the guests among them'
+	@echo 'make test-all  test, then more cases, optimised, and the small guest under QEMU'"'"'s VT-d'
+	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
 	@echo 'make doc       API documentation'
-	@echo 'make guest     the test guest alone'
+	@echo 'make guest     the small test guest alone'
 	@echo 'make clean     remove what was built'
 
-run: guest kvm
-	@$(need) cc cargo
-	cargo build --release --locked
-	$(binary) run $(run_flags)
+run: binary
+	scripts/linux-guest </dev/null
+
+demo: guest kvm binary
+	$(binary) run $(demo_flags)
 
 # Where there is no KVM, all else is tested first; then the target fails, unless KVM=off says that
-# the guest is to be left out.
+# the guest is to be left out. NESTED=off leaves Linux guests out.
 test: lint guest
 	@$(need) cc cargo
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked --no-default-features --lib
+	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
 test-all: test
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
-	$(MAKE) --no-print-directory nested-check
 
-nested-check: guest
-	@$(need) cc cargo
-	cargo build --release --locked
-	scripts/nested -- run $(run_flags) </dev/null
-	scripts/linux-checks
+# The small guest runs in the nested host where this machine's own KVM is not one for Linux.
+nested-check: guest binary
+	@[ "$(NESTED)" = off ] || $(binary) probe --report line || scripts/nested -- run $(demo_flags) </dev/null
+	@NESTED=$(NESTED) scripts/linux-checks
 
 bench:
 	@$(need) cc cargo
@@ -72,6 +73,10 @@ guest:
 	@$(need) make gcc objcopy
 	@$(MAKE) --no-print-directory -C guest-images/vtd-check
 
+binary:
+	@$(need) cc cargo
+	cargo build --release --locked
+
 kvm:
 	@scripts/kvm-here
 
@@ -79,5 +84,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run test test-all nested-check bench lint doc guest kvm clean
+.PHONY: help run demo test test-all nested-check bench lint doc guest binary kvm clean
 .DEFAULT_GOAL := help

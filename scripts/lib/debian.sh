@@ -20,6 +20,16 @@ lock_private_apt() {
     flock 9
 }
 
+# persistently COMMAND ARGUMENT...: tries three times what a network or a mirror in motion can spoil.
+persistently() {
+    for pause in 5 30; do
+        "$@" && return
+        echo "failed; again in $pause s: $*" >&2
+        sleep "$pause"
+    done
+    "$@"
+}
+
 # private_apt COMMAND ARGUMENTS...: apt-get or apt-cache with the sources of `private_apt_open`.
 private_apt() {
     command=$1
@@ -41,7 +51,7 @@ private_apt_open() {
     for private_apt_suite in "$@"; do
         echo "deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $private_apt_suite main"
     done >"$private_apt_state/sources.list.d/suites.list"
-    private_apt apt-get update >&2
+    persistently private_apt apt-get -o APT::Update::Error-Mode=any update >&2
 }
 
 # Forgets indexes and archives.
@@ -51,7 +61,7 @@ private_apt_close() {
 
 # download_packages PACKAGE...: into the current directory.
 download_packages() {
-    private_apt apt-get download "$@" >&2
+    persistently private_apt apt-get download "$@" >&2
 }
 
 # newest_package PATTERN: the package of the highest version whose name matches this extended regular

@@ -135,6 +135,10 @@ fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
             vec![],
             vec![edge(vdevice.viommu)],
         ),
+        Object::Access(access) => {
+            let on = access.pinned_in.map(edge).into_iter().collect();
+            (String::new(), vec![], on)
+        }
     };
     GraphObject { id, kind: object.kind(), name, flags, on }
 }

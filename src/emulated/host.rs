@@ -123,6 +123,7 @@ impl EmulatedHost {
     /// Closes the iommufd: detaches and unbinds every device, telling the hardware first, then ends
     /// every object. IOMMUs and devices stay, so that it can be used again.
     pub fn close(&self) {
+        self.detach_accesses();
         self.objects().close();
     }
 

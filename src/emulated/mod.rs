@@ -7,6 +7,7 @@
 //! stage 1 through stage 2 and caches what hardware may cache, so that a forgotten invalidation
 //! shows.
 
+mod access;
 mod device;
 mod dma;
 mod driver;
@@ -25,6 +26,7 @@ mod unmapping;
 mod user_space;
 mod vtd;
 
+pub use access::{Access, AccessError, AccessUnmap};
 pub use device::DeviceConfig;
 pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Unmapping from outside the lock of the objects, which it has to leave while it waits.
+//! Unmapping from outside the lock of the objects, which is left while access objects let go.
 #![forbid(unsafe_code)]
 
 use super::objects::{Stop, Unmap};
 use super::refusal::{refuse, Outcome};
 use super::EmulatedHost;
 use crate::iommufd::{Errno, ObjectId};
+
+/// How often access objects are told to let go of one area before that counts as a deadlock.
+const TRIES: u32 = 100;
 
 impl EmulatedHost {
     /// `IOMMU_IOAS_UNMAP`; returns the bytes unmapped.
@@ -19,11 +22,23 @@ impl EmulatedHost {
         Ok(unmap.bytes)
     }
 
-    /// Goes on with `unmap` until it is done or fails.
-    fn finish_unmap(&self, unmap: &mut Unmap) -> Outcome<()> {
-        match self.objects().unmap(unmap)? {
-            Stop::Done => Ok(()),
-            Stop::Pinned(..) => refuse(Errno::EDEADLK, "pinned"),
+    /// Goes on with `unmap` until it is done.
+    ///
+    /// # Errors
+    /// As [`super::objects::Objects::unmap`]; `EDEADLK` an access object does not let go.
+    pub(super) fn finish_unmap(&self, unmap: &mut Unmap) -> Outcome<()> {
+        let mut tries = 0;
+        let mut waits_for = None;
+        loop {
+            let mut objects = self.objects();
+            let Stop::Pinned(iova, length) = objects.unmap(unmap)? else { return Ok(()) };
+            let listeners = objects.unmap_listeners(unmap.ioas)?;
+            drop(objects);
+            tries = if waits_for.replace(iova) == Some(iova) { tries + 1 } else { 1 };
+            if tries > TRIES {
+                return refuse(Errno::EDEADLK, format!("{iova:#x}+{length:#x} stays pinned"));
+            }
+            listeners.iter().for_each(|listener| listener.unmap(iova, length));
         }
     }
 }

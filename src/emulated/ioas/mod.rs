@@ -9,12 +9,14 @@ mod placement;
 mod ranges;
 mod source;
 mod space;
+mod transfer;
 
 pub(crate) use pages::{Pages, PinAccount};
 pub(crate) use payer::{Payer, RlimitMode};
 pub(crate) use ranges::range_of;
 pub(crate) use source::Source;
-pub(crate) use space::{Area, IovaSpace, Piece, Taken};
+pub(crate) use space::{Area, IovaSpace, Part, Piece, Taken};
+pub(crate) use transfer::Transfer;
 
 /// Size of a page of the host, in bytes.
 pub(crate) const PAGE_SIZE: u64 = 4096;

@@ -65,6 +65,17 @@ pub(crate) struct Piece {
     pub length: u64,
 }
 
+/// A part of an area.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    /// First IOVA of the area.
+    pub area: u64,
+    /// First IOVA of the part.
+    pub iova: u64,
+    /// What it leads to.
+    pub piece: Piece,
+}
+
 /// What IOVAs of one IOAS are used for. Finding, adding and removing one area takes time
 /// logarithmic in the number of areas; nothing takes time by the size of an area.
 #[derive(Debug, Default)]
@@ -227,25 +238,44 @@ impl IovaSpace {
         let Some(range) = range_of(iova, length) else {
             return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
         };
-        let mut pieces = Vec::new();
-        let mut at = iova;
+        let (parts, whole) = self.parts(&range);
+        if !whole {
+            return refuse(Errno::ENOENT, format!("{range:#x?} is not mapped as a whole"));
+        }
+        Ok(parts.into_iter().map(|part| part.piece).collect())
+    }
+
+    /// What is mapped from the start of `range` on without a gap, and whether that is all of it;
+    /// the first and the last may be parts of their areas.
+    pub fn parts(&self, range: &RangeInclusive<u64>) -> (Vec<Part>, bool) {
+        let mut parts = Vec::new();
+        let mut at = *range.start();
         loop {
             let found = self.areas.range(..=at).next_back().filter(|(_, area)| at <= area.last);
-            let Some((start, area)) = found else {
-                return refuse(Errno::ENOENT, format!("nothing is mapped at {at:#x}"));
-            };
+            let Some((&start, area)) = found else { return (parts, false) };
             let last = area.last.min(*range.end());
-            // `last - at` is less than the length of a mapping, which fits in 64 bits.
-            pieces.push(Piece {
+            let piece = Piece {
                 pages: area.pages.clone(),
                 offset: area.offset + (at - start),
+                // Less than the length of a mapping, which fits in 64 bits.
                 length: last - at + 1,
-            });
+            };
+            parts.push(Part { area: start, iova: at, piece });
             if last == *range.end() {
-                return Ok(pieces);
+                return (parts, true);
             }
             at = last + 1;
         }
+    }
+
+    /// The area that starts at `start`.
+    pub fn area(&self, start: u64) -> Option<&Area> {
+        self.areas.get(&start)
+    }
+
+    /// The area that starts at `start`, to change who has it pinned.
+    pub fn area_mut(&mut self, start: u64) -> Option<&mut Area> {
+        self.areas.get_mut(&start)
     }
 
     /// Takes the lowest area in `range` out.

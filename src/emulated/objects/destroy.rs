@@ -21,6 +21,7 @@ impl Objects {
             }
             Some(Object::Viommu(viommu)) => vec![viommu.parent],
             Some(Object::Vdevice(vdevice)) => vec![vdevice.viommu, vdevice.dev],
+            Some(Object::Access(access)) => access.pinned_in.into_iter().collect(),
         }
     }
 
@@ -56,6 +57,8 @@ impl Objects {
                 self.table.release(parent);
             }
             Object::Vdevice(_) => self.forget_vdevice(id)?,
+            // Held by whoever made it until it is attached to nothing.
+            Object::Access(_) => {}
             // Always held by its driver, so never here.
             Object::Device(_) => return refuse(Errno::EBUSY, "a device is ended by closing it"),
         }

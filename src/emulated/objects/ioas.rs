@@ -19,6 +19,8 @@ pub(crate) struct Ioas {
     pub stage2: Arc<Stage2>,
     /// HWPTs of the IOAS, oldest first.
     pub hwpts: Vec<ObjectId>,
+    /// Access objects attached to it, oldest first.
+    pub accesses: Vec<ObjectId>,
     /// What IOVAs, lengths and addresses of memory must be multiples of, in bytes.
     pub alignment: u64,
     /// HWPTs may hold pages larger than the host's (`IOMMU_OPTION_HUGE_PAGES`).
@@ -31,6 +33,7 @@ impl Default for Ioas {
             space: IovaSpace::default(),
             stage2: Arc::default(),
             hwpts: Vec::new(),
+            accesses: Vec::new(),
             alignment: 1,
             huge_pages: true,
         }
@@ -157,6 +160,9 @@ impl Objects {
         let mut alignment = if object.huge_pages { 1 } else { PAGE_SIZE };
         for hwpt in &object.hwpts {
             alignment = alignment.max(self.table.hwpt_paging(*hwpt)?.domain.page_size());
+        }
+        for access in &object.accesses {
+            alignment = alignment.max(self.table.access(*access)?.alignment());
         }
         if alignment > object.alignment {
             object.space.check_alignment(alignment)?;

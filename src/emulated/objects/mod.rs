@@ -5,6 +5,7 @@
 //! which Linux does, and only then changes anything; a call that fails has changed nothing.
 #![forbid(unsafe_code)]
 
+mod access;
 mod accounting;
 mod destroy;
 mod device;
@@ -22,6 +23,7 @@ mod viommu;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+pub(crate) use access::Wanted;
 pub(crate) use hwpt::HwptRequest;
 pub(crate) use invalidate::MAX_INVALIDATE_ENTRIES;
 pub(crate) use ioas::MapRequest;

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::access::Access;
 use super::device::Device;
 use super::hwpt::{HwptNested, HwptPaging};
 use super::ioas::Ioas;
@@ -36,6 +37,9 @@ pub enum ObjectKind {
     /// A device as a vIOMMU knows it.
     #[cfg_attr(feature = "serde", serde(rename = "VDEVICE"))]
     Vdevice,
+    /// A user of an IOAS without an IOMMU.
+    #[cfg_attr(feature = "serde", serde(rename = "ACCESS"))]
+    Access,
 }
 
 impl fmt::Display for ObjectKind {
@@ -47,6 +51,7 @@ impl fmt::Display for ObjectKind {
             Self::Device => "DEVICE",
             Self::Viommu => "VIOMMU",
             Self::Vdevice => "VDEVICE",
+            Self::Access => "ACCESS",
         })
     }
 }
@@ -60,6 +65,7 @@ pub(crate) enum Object {
     Device(Device),
     Viommu(Viommu),
     Vdevice(Vdevice),
+    Access(Access),
 }
 
 impl Object {
@@ -71,6 +77,7 @@ impl Object {
             Self::Device(_) => ObjectKind::Device,
             Self::Viommu(_) => ObjectKind::Viommu,
             Self::Vdevice(_) => ObjectKind::Vdevice,
+            Self::Access(_) => ObjectKind::Access,
         }
     }
 }
@@ -197,11 +204,13 @@ typed! {
     device => Device;
     viommu => Viommu;
     vdevice => Vdevice;
+    access => Access;
 }
 
 typed_mut! {
     ioas_mut => Ioas;
     device_mut => Device;
+    access_mut => Access;
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use crate::iommufd::{Errno, ObjectId};
 /// An unmap on its way. It may have to stop and wait for access objects to let go of pages.
 #[derive(Debug)]
 pub(crate) struct Unmap {
-    ioas: ObjectId,
+    /// Where.
+    pub ioas: ObjectId,
     range: RangeInclusive<u64>,
     /// How much was unmapped so far, in bytes.
     pub bytes: u64,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The rules of the objects, each sentence a test.
 
+mod access;
 mod attach;
 mod dma;
 mod fail_nth;
