@@ -21,6 +21,7 @@ help:
 	@echo 'make test-all  test, then more cases, optimised, and the small guest under QEMU'"'"'s VT-d'
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
+	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
 	@echo 'make doc       API documentation'
 	@echo 'make guest     the small test guest alone'
@@ -56,9 +57,15 @@ bench:
 	cargo build --release --locked
 	scripts/compare-with-qemu
 
+# About a quarter of an hour. scripts/fuzz says how to run it longer or shorter.
+fuzz:
+	@$(need) cc c++ cargo
+	scripts/fuzz ioctls 10000000
+
 lint:
 	@$(need) cc cargo rustfmt cargo-clippy
 	cargo fmt --check
+	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
@@ -84,5 +91,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all nested-check bench lint doc guest binary kvm clean
+.PHONY: help run demo test test-all nested-check bench fuzz lint doc guest binary kvm clean
 .DEFAULT_GOAL := help

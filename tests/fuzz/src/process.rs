@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The process, its machine, and what must hold.
+
+use std::fs::File;
+use std::sync::{Arc, OnceLock};
+
+use iommufd_bindings::*;
+use twostage::emulated::uapi::{Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
+use twostage::emulated::{
+    AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit,
+    VtdUnitConfig,
+};
+use twostage::iommufd::{Errno, UserMemory};
+use twostage::spec::pci::Bdf;
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
+
+use crate::table::{iommufd, ATTACH, BIND};
+use crate::value::{MEMORY, PAGE, PAGES};
+
+/// Devices: name, which unit it is behind, function, group.
+const DEVICES: [(&str, usize, u8, Option<u32>); 3] =
+    [("a", 0, 0, Some(1)), ("b", 0, 1, Some(1)), ("far", 1, 2, None)];
+/// Largest DMA, in bytes.
+const MAX_DMA: usize = 0x3000;
+/// Where the tables of a prepared process start.
+const TABLES: u64 = 8 * PAGE;
+/// Where structures are put in a prepared process.
+const SCRATCH: u64 = 7 * PAGE;
+
+/// See the [module's documentation](self).
+pub struct Process {
+    iommufds: [Arc<EmulatedHost>; 2],
+    files: [Option<DeviceFile>; 3],
+    ports: [DmaPort; 3],
+    memory: Arc<GuestRegionMmap>,
+    caller: Caller,
+}
+
+/// The memory of every process, one after the other. To map it anew each time would take longer than
+/// all the rest.
+fn memory() -> Arc<GuestRegionMmap> {
+    static MEMORY: OnceLock<Arc<GuestRegionMmap>> = OnceLock::new();
+    let length = (PAGES * PAGE) as usize;
+    let region = MEMORY.get_or_init(|| {
+        Arc::new(GuestRegionMmap::from_range(GuestAddress(0), length, None).expect("64 KiB"))
+    });
+    region.write_slice(&[0; (PAGES * PAGE) as usize], MemoryRegionAddress(0)).expect("the whole");
+    region.clone()
+}
+
+fn machine() -> Arc<Machine> {
+    let machine = Machine::new();
+    let small = VtdUnitConfig {
+        iotlb_entries: 16,
+        paging_structure_entries: 8,
+        stage2_entries: 8,
+        ..VtdUnitConfig::default()
+    };
+    let other = VtdUnitConfig {
+        address_width: AddressWidth::Bits57,
+        extended_accessed: true,
+        supervisor_requests: true,
+        erratum_772415: false,
+        sanitize: true,
+        ..small.clone()
+    };
+    let units = [small, other].map(|config| machine.add_unit(VtdUnit::new(config)));
+    for (name, unit, function, group) in DEVICES {
+        let rid = Bdf::new(0, 1, function).expect("a function");
+        let reserved = if name == "far" { vec![0x1_0000..=0x1_0fff] } else { Vec::new() };
+        let config =
+            DeviceConfig { pasid_bits: 4, pasid_priv: true, reserved, group, ..Default::default() };
+        machine.add_device(name, units[unit], rid, config).expect("a new device");
+    }
+    machine
+}
+
+impl Process {
+    /// A process; when `prepared`, with device "a" on nested tables.
+    pub fn new(prepared: bool) -> Self {
+        let machine = machine();
+        let memory = memory();
+        let space = RegionSpace::new(vec![memory.clone()]);
+        let iommufds = [machine.open(), machine.open()];
+        let caller = Caller { space, iommufds: iommufds.to_vec(), who: Credentials::privileged() };
+        let ports =
+            DEVICES.map(|(name, ..)| machine.dma_port(name).expect("a device of the machine"));
+        let mut process = Self { iommufds, files: Default::default(), ports, memory, caller };
+        if prepared {
+            process.prepare();
+        }
+        process
+    }
+
+    fn prepare(&mut self) {
+        for (table, below) in [(8, 9), (9, 10), (10, 11)] {
+            self.write(MEMORY + table * PAGE, below * PAGE | 0x27);
+        }
+        for page in 0..7 {
+            self.write(MEMORY + TABLES + 3 * PAGE + page * 8, page * PAGE | 0x67);
+        }
+        self.open_device(0);
+        let dev = self.must(None, BIND, &[0, 0, 0, 0, 0], 12);
+        let ioas = self.must(Some(IOMMUFD_CMD_IOAS_ALLOC), 0, &[0, 0], 8);
+        let (low, high) = (MEMORY as u32, (MEMORY >> 32) as u32);
+        let length = (PAGES * PAGE) as u32;
+        let map = [7, ioas, 0, low, high, length, 0, 0, 0];
+        self.must(Some(IOMMUFD_CMD_IOAS_MAP), 0, &map, 0);
+        let parent = [1, dev, ioas, 0, 0, 0, 0, 0, 0, 0, 0];
+        let parent = self.must(Some(IOMMUFD_CMD_HWPT_ALLOC), 0, &parent, 16);
+        self.write(MEMORY + SCRATCH + 8, TABLES);
+        self.write(MEMORY + SCRATCH + 16, 48);
+        let scratch = low + SCRATCH as u32;
+        let nested = [0, dev, parent, 0, 0, 1, 24, scratch, high, 0, 0];
+        let nested = self.must(Some(IOMMUFD_CMD_HWPT_ALLOC), 0, &nested, 16);
+        self.must(None, ATTACH, &[0, nested], 0);
+    }
+
+    /// Makes an ioctl that must succeed, with these words after the size; the word at `answer` (bytes).
+    fn must(&mut self, number: Option<u32>, request: u32, words: &[u32], answer: usize) -> u32 {
+        let size = 4 + 4 * words.len() as u32;
+        let mut bytes: Vec<u8> =
+            [size].iter().chain(words).flat_map(|word| word.to_le_bytes()).collect();
+        relocate(&mut bytes, &self.memory);
+        let outcome = match (number, &self.files[0]) {
+            (Some(number), _) => self.iommufds[0].ioctl(iommufd(number), &mut bytes, &self.caller),
+            (None, Some(file)) => file.ioctl(request, &mut bytes, &self.caller),
+            (None, None) => Err(Errno::ENODEV),
+        };
+        assert_eq!(outcome, Ok(()), "{number:?} {request:#x} {words:?}");
+        u32::from_le_bytes(bytes[answer..answer + 4].try_into().expect("four bytes"))
+    }
+
+    pub fn ioctl(&mut self, fd: usize, request: u32, argument: &mut [u8]) {
+        relocate(argument, &self.memory);
+        let _ = self.iommufds[fd % 2].ioctl(request, argument, &self.caller);
+    }
+
+    pub fn device_ioctl(&mut self, device: u8, request: u32, argument: &mut [u8]) {
+        if let Some(file) = &self.files[usize::from(device) % 3] {
+            let _ = file.ioctl(request, argument, &self.caller);
+        }
+    }
+
+    pub fn open_device(&mut self, device: u8) {
+        let number = usize::from(device) % 3;
+        let opened = self.iommufds[0].machine().open_device(DEVICES[number].0);
+        self.files[number] = Some(opened.expect("a device of the machine"));
+    }
+
+    pub fn close_device(&mut self, device: u8) {
+        self.files[usize::from(device) % 3] = None;
+    }
+
+    pub fn close_iommufd(&mut self, fd: u8) {
+        self.iommufds[usize::from(fd) % 2].close();
+    }
+
+    /// Writes `word` to the process's memory at `address`, if there is any.
+    pub fn write(&mut self, address: u64, word: u64) {
+        if let Some(offset) = address.checked_sub(MEMORY) {
+            let _ = self.memory.write_slice(&word.to_le_bytes(), MemoryRegionAddress(offset));
+        }
+    }
+
+    pub fn dma(&mut self, device: u8, how: u8, pasid: u32, iova: u64) {
+        let port = &mut self.ports[usize::from(device) % 3];
+        let pasid = (how & 1 != 0).then_some(pasid);
+        let attributes = DmaAttributes { pasid, privileged: how & 2 != 0, execute: how & 4 != 0 };
+        let mut bytes = [how; MAX_DMA];
+        let bytes = &mut bytes[..if how & 0x10 != 0 { MAX_DMA } else { 8 }];
+        // Blocked or not.
+        let _ = match how & 8 != 0 {
+            true => port.write(attributes, iova, bytes),
+            false => port.read(attributes, iova, bytes),
+        };
+    }
+
+    /// What every object stands on is there.
+    pub fn look(&self) {
+        for host in &self.iommufds {
+            let graph = host.graph();
+            assert_eq!(graph.objects.len(), host.live_objects());
+            for object in &graph.objects {
+                for edge in &object.on {
+                    assert!(
+                        graph.objects.iter().any(|other| other.id == edge.to),
+                        "{object} stands on {}, which is not there",
+                        edge.to
+                    );
+                }
+            }
+        }
+    }
+
+    /// Closes everything, devices first or last; nothing is left.
+    pub fn end(mut self, devices_first: bool) {
+        self.look();
+        if devices_first {
+            self.files = Default::default();
+        }
+        for host in &self.iommufds {
+            host.close();
+        }
+        self.files = Default::default();
+        for host in &self.iommufds {
+            assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0), "{}", host.graph());
+        }
+        let Credentials { user, process, .. } = &self.caller.who;
+        assert_eq!((user.bytes(), process.bytes()), (0, 0), "bytes stay locked");
+        for port in &mut self.ports {
+            port.read(DmaAttributes::default(), 0, &mut [0]).expect_err("nothing is attached");
+        }
+        // Of the static and of this process: nobody else has kept the memory.
+        drop((self.iommufds, self.ports, self.caller));
+        assert_eq!(Arc::strong_count(&self.memory), 2, "somebody keeps the process's memory");
+    }
+}
+
+/// Puts the true address of the memory for every 64-bit field that leads to it.
+fn relocate(argument: &mut [u8], memory: &GuestRegionMmap) {
+    for field in argument.chunks_exact_mut(8) {
+        let word = u64::from_le_bytes(field.try_into().unwrap_or_default());
+        let offset = word.wrapping_sub(MEMORY);
+        if offset < PAGES * PAGE {
+            let address = memory.as_ptr() as u64 + offset;
+            field.copy_from_slice(&address.to_le_bytes());
+        }
+    }
+}
+
+/// The process as the host sees it.
+#[derive(Debug)]
+struct Caller {
+    space: RegionSpace,
+    iommufds: Vec<Arc<EmulatedHost>>,
+    who: Credentials,
+}
+
+impl UserSpace for Caller {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        // Without the descriptors: mappings keep this, and an iommufd keeps its mappings.
+        Arc::new(Self { space: self.space.clone(), iommufds: Vec::new(), who: self.who.clone() })
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        self.space.read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+        self.space.write(address, bytes)
+    }
+
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
+        self.space.memory(address, length, writable)
+    }
+
+    fn file(&self, _: i32) -> Option<Arc<File>> {
+        None
+    }
+
+    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        let number = usize::try_from(fd).map_err(|_| Errno::EBADF)?;
+        self.iommufds.get(number).cloned().ok_or(Errno::EBADF)
+    }
+
+    fn credentials(&self) -> Credentials {
+        self.who.clone()
+    }
+}
