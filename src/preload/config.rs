@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the emulated machine is made of: a TOML file.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+use serde::Deserialize;
+use twostage::spec::pci::Bdf;
+
+/// The machine when no file is named.
+const DEFAULT: &str = include_str!("default.toml");
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// IOMMUs.
+    #[serde(default)]
+    pub iommu: Vec<Iommu>,
+    /// Devices behind them.
+    #[serde(default)]
+    pub device: Vec<Device>,
+}
+
+/// One IOMMU.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Iommu {
+    /// By which devices name it.
+    pub name: String,
+    /// What it is.
+    pub model: Model,
+    /// Width of its addresses in bits: 48 or 57.
+    #[serde(default = "forty_eight")]
+    pub address_width: u8,
+    /// Width of its PASIDs in bits, at most 20; 0 for none.
+    #[serde(default = "twenty")]
+    pub pasid_bits: u8,
+    /// Nested translation.
+    #[serde(default = "yes")]
+    pub nesting: bool,
+    /// Device-TLBs can be invalidated.
+    #[serde(default)]
+    pub ats: bool,
+    /// Says that it has erratum 772415, as Linux says of every VT-d: no read-only mappings beside a
+    /// nesting parent.
+    #[serde(default = "yes")]
+    pub erratum_772415: bool,
+}
+
+/// The kinds of IOMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Model {
+    /// Intel VT-d.
+    Vtd,
+    /// Arm SMMUv3, which is not emulated yet.
+    Smmuv3,
+}
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Device {
+    /// The number N of `/dev/vfio/devices/vfioN`.
+    pub vfio: u32,
+    /// Name of its IOMMU.
+    pub iommu: String,
+    /// Its address, such as `00:04.0`.
+    pub address: String,
+    /// Width of its PASIDs in bits; 0 for a device without.
+    #[serde(default)]
+    pub pasid_bits: u8,
+    /// It has a device-TLB.
+    #[serde(default)]
+    pub ats: bool,
+    /// Which engine it has.
+    #[serde(default)]
+    pub dma: Dma,
+    /// IOVAs that cannot be mapped for it, in bytes, both ends included.
+    #[serde(default)]
+    pub reserved: Vec<[u64; 2]>,
+}
+
+/// The DMA engines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dma {
+    /// None.
+    None,
+    /// That of QEMU's educational device.
+    #[default]
+    Edu,
+}
+
+fn forty_eight() -> u8 {
+    48
+}
+
+fn twenty() -> u8 {
+    20
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A description that is of no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{0}")]
+    Read(#[from] std::io::Error),
+    /// It is not of this form.
+    #[error("{0}")]
+    Form(#[from] toml::de::Error),
+    /// It says something that cannot be.
+    #[error("{0}")]
+    Content(String),
+}
+
+impl Config {
+    /// Reads `file`, or the default machine.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        match file {
+            Some(file) => Self::parse(&std::fs::read_to_string(file)?),
+            None => Self::parse(DEFAULT),
+        }
+    }
+
+    /// Reads a description.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        for (index, iommu) in self.iommu.iter().enumerate() {
+            let of = |text: &dyn fmt::Display| content(format!("IOMMU '{}': {text}", iommu.name));
+            if self.iommu.iter().take(index).any(|other| other.name == iommu.name) {
+                return of(&"there are two of that name");
+            }
+            if iommu.model == Model::Smmuv3 {
+                return of(&"the model smmuv3 is not emulated yet; only vtd is");
+            }
+            if !matches!(iommu.address_width, 48 | 57) {
+                return of(&format_args!("address-width is 48 or 57, not {}", iommu.address_width));
+            }
+            if iommu.pasid_bits > 20 {
+                return of(&format_args!("pasid-bits is at most 20, not {}", iommu.pasid_bits));
+            }
+        }
+        for (index, device) in self.device.iter().enumerate() {
+            let of = |text: &dyn fmt::Display| content(format!("device {}: {text}", device.vfio));
+            if self.device.iter().take(index).any(|other| other.vfio == device.vfio) {
+                return of(&"there are two of that number");
+            }
+            if !self.iommu.iter().any(|iommu| iommu.name == device.iommu) {
+                return of(&format_args!("there is no IOMMU '{}'", device.iommu));
+            }
+            if let Err(error) = device.rid() {
+                return of(&error);
+            }
+            if let Some([first, last]) = device.reserved.iter().find(|[first, last]| first > last) {
+                return of(&format_args!("reserved: {first:#x} is above {last:#x}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn content(text: String) -> Result<(), ConfigError> {
+    Err(ConfigError::Content(text))
+}
+
+impl Device {
+    /// Its Requester ID.
+    ///
+    /// # Errors
+    /// When its address is none.
+    pub fn rid(&self) -> Result<Bdf, twostage::spec::pci::ParseBdfError> {
+        self.address.parse()
+    }
+
+    /// Its reserved IOVAs.
+    pub fn reserved(&self) -> Vec<RangeInclusive<u64>> {
+        self.reserved.iter().map(|[first, last]| *first..=*last).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_machine() {
+        let config = Config::load(None).unwrap();
+        assert_eq!((config.iommu.len(), config.device.len()), (1, 2));
+        assert!(config.device.iter().all(|device| device.dma == Dma::Edu));
+    }
+
+    #[test]
+    fn what_a_description_cannot_say() {
+        let unit = "[[iommu]]\nname = 'a'\nmodel = 'vtd'\n";
+        let device = "[[device]]\nvfio = 0\niommu = 'a'\naddress = '00:04.0'\n";
+        for (text, words) in [
+            (format!("{unit}{unit}"), "two of that name"),
+            (format!("{unit}address-width = 39\n"), "48 or 57"),
+            (format!("{unit}pasid-bits = 21\n"), "at most 20"),
+            (format!("{unit}colour = 'red'\n"), "unknown field"),
+            (unit.replace("vtd", "smmuv3"), "not emulated yet"),
+            (unit.replace("vtd", "amd"), "unknown variant"),
+            (device.to_owned(), "no IOMMU 'a'"),
+            (format!("{unit}{device}{device}"), "two of that number"),
+            (format!("{unit}{device}reserved = [[2, 1]]\n"), "is above"),
+            (format!("{unit}{device}").replace("00:04.0", "00:04.9"), "not a PCI address"),
+        ] {
+            let error = Config::parse(&text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+        assert!(Config::parse(&format!("{unit}{device}")).is_ok());
+    }
+}

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A VFIO device: `/dev/vfio/devices/vfioN`.
+//!
+//! The ioctls that concern iommufd are the emulated host's; here is what `linux/vfio.h` says of the
+//! device itself: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
+//! It has no interrupts to give, and its regions cannot be mapped.
+#![forbid(unsafe_code)]
+
+use std::mem::size_of;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use twostage::emulated::uapi::{DeviceFile, UserSpace};
+use twostage::iommufd::Errno;
+
+use crate::edu::{Edu, BAR_SIZE};
+use crate::file::{Argument, Call, Caller, Excess, File, EBADF};
+
+/// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
+const fn request(n: u32) -> u32 {
+    (b';' as u32) << 8 | (100 + n)
+}
+
+const GET_INFO: u32 = request(7);
+const GET_REGION_INFO: u32 = request(8);
+const GET_IRQ_INFO: u32 = request(9);
+const RESET: u32 = request(11);
+const BIND_IOMMUFD: u32 = request(18);
+const ATTACH_IOMMUFD_PT: u32 = request(19);
+const DETACH_IOMMUFD_PT: u32 = request(20);
+
+/// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.
+const DEVICE_FLAGS: u32 = 0b11;
+/// `VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE`.
+const REGION_FLAGS: u32 = 0b11;
+/// `VFIO_PCI_NUM_REGIONS`, and the two that have a size.
+const REGIONS: u32 = 9;
+const BAR0_REGION: u32 = 0;
+const CONFIG_REGION: u32 = 7;
+/// `VFIO_PCI_NUM_IRQS`.
+const IRQS: u32 = 5;
+/// Where a region is in the file: its number, shifted by that much, as in vfio-pci.
+const REGION_SHIFT: u32 = 40;
+
+const CONFIG_SIZE: usize = 256;
+const COMMAND: usize = 0x04;
+/// Memory space, bus master: what of the command register can be written.
+const COMMAND_BITS: u8 = 0b110;
+const BUS_MASTER: u8 = 0b100;
+
+/// An open device.
+#[derive(Debug)]
+pub struct Device {
+    name: String,
+    file: DeviceFile,
+    state: Mutex<Function>,
+}
+
+/// The PCI function behind it.
+#[derive(Debug)]
+struct Function {
+    bound: bool,
+    config: [u8; CONFIG_SIZE],
+    edu: Option<Edu>,
+}
+
+impl Device {
+    /// The device `name` behind `file`, with an engine or without.
+    pub fn new(name: String, file: DeviceFile, edu: Option<Edu>) -> Self {
+        let function = Function { bound: false, config: config_space(), edu };
+        Self { name, file, state: Mutex::new(function) }
+    }
+
+    fn function(&self) -> MutexGuard<'_, Function> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ioctl(&self, caller: &dyn Caller, request: u32, address: u64) -> Result<i64, Errno> {
+        let process = caller.process();
+        match request {
+            BIND_IOMMUFD | ATTACH_IOMMUFD_PT | DETACH_IOMMUFD_PT => {}
+            _ if !self.function().bound => return Err(Errno::EINVAL),
+            RESET => {
+                self.function().reset();
+                return Ok(0);
+            }
+            GET_INFO => return answer(caller, address, [DEVICE_FLAGS, REGIONS, IRQS], 0),
+            GET_REGION_INFO => return self.region_info(caller, address),
+            // No interrupt is signalled: none of any kind.
+            GET_IRQ_INFO => return irq_info(caller, address),
+            _ => return Err(Errno::ENOTTY),
+        }
+        let mut argument = Argument::copy_in(process, address, Excess::Ignored)?;
+        if request == BIND_IOMMUFD {
+            // The host knows one iommufd: whether the number is one is seen here.
+            let fd = argument.bytes.get(8..12).and_then(|fd| fd.first_chunk());
+            let fd = fd.map_or(-1, |fd| i32::from_ne_bytes(*fd));
+            if fd >= 0 && caller.file(fd)?.as_iommufd().is_none() {
+                return Err(EBADF);
+            }
+        }
+        self.file.ioctl(request, &mut argument.bytes)?;
+        argument.copy_out(process)?;
+        if request == BIND_IOMMUFD {
+            self.function().bound = true;
+        }
+        Ok(0)
+    }
+
+    /// `struct vfio_region_info`: argsz, flags, index, cap_offset, size, offset.
+    fn region_info(&self, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
+        let mut info = [0; 32];
+        let argsz = copy_in(caller, address, &mut info)?;
+        if argsz < info.len() {
+            return Err(Errno::EINVAL);
+        }
+        let index = u32_at(&info, 8);
+        let size = match index {
+            BAR0_REGION if self.function().edu.is_some() => BAR_SIZE,
+            CONFIG_REGION => CONFIG_SIZE as u64,
+            _ if index < REGIONS => 0,
+            _ => return Err(Errno::EINVAL),
+        };
+        let flags = if size > 0 { REGION_FLAGS } else { 0 };
+        let offset = u64::from(index) << REGION_SHIFT;
+        let words = [flags, index, 0, size as u32, (size >> 32) as u32, offset as u32];
+        answer(caller, address, words, (offset >> 32) as u32)
+    }
+
+    /// Reads or writes the piece of one region that `offset` and `bytes` name.
+    fn access(&self, offset: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+        let mut function = self.function();
+        if !function.bound {
+            return Err(Errno::EINVAL);
+        }
+        let (region, at) = (offset >> REGION_SHIFT, offset & ((1 << REGION_SHIFT) - 1));
+        match u32::try_from(region) {
+            Ok(CONFIG_REGION) => function.access_config(at, bytes, write),
+            Ok(BAR0_REGION) => function.access_bar(at, bytes, write),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+}
+
+impl Function {
+    fn reset(&mut self) {
+        self.config = config_space();
+    }
+
+    fn access_config(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+        let start = usize::try_from(at).map_err(|_| Errno::EINVAL)?;
+        let end = start.checked_add(bytes.len()).ok_or(Errno::EINVAL)?;
+        let space = self.config.get_mut(start..end).ok_or(Errno::EINVAL)?;
+        for ((offset, place), byte) in space.iter_mut().enumerate().zip(bytes) {
+            if !write {
+                *byte = *place;
+            } else if start + offset == COMMAND {
+                *place = *byte & COMMAND_BITS;
+            }
+        }
+        Ok(())
+    }
+
+    fn access_bar(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+        let bus_master = self.config.get(COMMAND).is_some_and(|byte| byte & BUS_MASTER != 0);
+        let edu = self.edu.as_mut().ok_or(Errno::EINVAL)?;
+        let inside = at.checked_add(bytes.len() as u64).is_some_and(|end| end <= BAR_SIZE);
+        if !inside || bytes.len() > size_of::<u64>() {
+            return Err(Errno::EINVAL);
+        }
+        let mut value = [0; size_of::<u64>()];
+        if write {
+            value.iter_mut().zip(&*bytes).for_each(|(to, from)| *to = *from);
+            edu.write(at, bytes.len(), u64::from_le_bytes(value), bus_master);
+        } else {
+            value = edu.read(at, bytes.len()).to_le_bytes();
+            bytes.iter_mut().zip(value).for_each(|(to, from)| *to = from);
+        }
+        Ok(())
+    }
+}
+
+impl File for Device {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<i64, Errno> {
+        // vfio-pci moves no more than that at once to a BAR, and says how much it did.
+        let piece = |count: u64| vec![0; count.min(size_of::<u64>() as u64) as usize];
+        match call {
+            Call::Ioctl { request, argument } => self.ioctl(caller, request, argument),
+            Call::Read { to, count, offset } => {
+                let mut bytes = piece(count);
+                self.access(offset.unwrap_or(0), &mut bytes, false)?;
+                caller.process().write(to, &bytes).map_err(|_| Errno::EFAULT)?;
+                Ok(bytes.len() as i64)
+            }
+            Call::Write { from, count, offset } => {
+                let mut bytes = piece(count);
+                caller.process().read(from, &mut bytes).map_err(|_| Errno::EFAULT)?;
+                self.access(offset.unwrap_or(0), &mut bytes, true)?;
+                Ok(bytes.len() as i64)
+            }
+        }
+    }
+}
+
+/// A function as a reset leaves it.
+fn config_space() -> [u8; CONFIG_SIZE] {
+    let mut space = [0; CONFIG_SIZE];
+    // Vendor and device, command and status, revision and class.
+    let header = [0x34, 0x12, 0xe8, 0x11, 0, 0, 0, 0, 0x10, 0, 0xff, 0];
+    space.iter_mut().zip(header).for_each(|(to, from)| *to = from);
+    space
+}
+
+/// Fills `structure` from `address` on; returns what its first field says of its length.
+fn copy_in(caller: &dyn Caller, address: u64, structure: &mut [u8]) -> Result<usize, Errno> {
+    caller.process().read(address, structure).map_err(|_| Errno::EFAULT)?;
+    Ok(u32_at(structure, 0) as usize)
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    let word = bytes.get(offset..).and_then(|rest| rest.first_chunk());
+    word.map_or(0, |word| u32::from_ne_bytes(*word))
+}
+
+/// `struct vfio_irq_info`: argsz, flags, index, count.
+fn irq_info(caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
+    let mut info = [0; 16];
+    let argsz = copy_in(caller, address, &mut info)?;
+    let index = u32_at(&info, 8);
+    if argsz < info.len() || index >= IRQS {
+        return Err(Errno::EINVAL);
+    }
+    answer(caller, address, [0, index], 0)
+}
+
+/// Writes `words` and `last` behind the first field of the structure at `address`, whose length is
+/// known to suffice or checked here.
+fn answer<const N: usize>(
+    caller: &dyn Caller,
+    address: u64,
+    words: [u32; N],
+    last: u32,
+) -> Result<i64, Errno> {
+    let bytes: Vec<u8> = words.into_iter().chain([last]).flat_map(u32::to_ne_bytes).collect();
+    let mut head = [0; size_of::<u32>()];
+    let argsz = copy_in(caller, address, &mut head)?;
+    // The first version of every structure ends with `words`.
+    if argsz < size_of::<u32>() * (1 + N) {
+        return Err(Errno::EINVAL);
+    }
+    let room = bytes.len().min(argsz - size_of::<u32>());
+    let bytes = bytes.get(..room).unwrap_or_default();
+    caller.process().write(address + size_of::<u32>() as u64, bytes).map_err(|_| Errno::EFAULT)?;
+    Ok(0)
+}

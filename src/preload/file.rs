@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an emulated file can do, and who asks for it.
+
+use std::fmt::Debug;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use twostage::emulated::uapi::UserSpace;
+use twostage::iommufd::Errno;
+
+use crate::process::Process;
+
+/// `EBADFD`, in no structure of the uAPI but VFIO's: a descriptor of another kind.
+pub const EBADFD: Errno = Errno::from_raw(libc::EBADFD);
+/// No such descriptor.
+pub const EBADF: Errno = Errno::from_raw(libc::EBADF);
+
+/// A call on a descriptor. Addresses are the caller's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// `ioctl(2)`.
+    Ioctl { request: u32, argument: u64 },
+    /// `read(2)`; `pread(2)` when there is an offset.
+    Read { to: u64, count: u64, offset: Option<u64> },
+    /// `write(2)`, likewise.
+    Write { from: u64, count: u64, offset: Option<u64> },
+}
+
+/// Whoever makes a call.
+pub trait Caller {
+    /// Its memory.
+    fn process(&self) -> &Process;
+
+    /// The emulated file that the caller has open as `fd`.
+    ///
+    /// # Errors
+    /// `EBADF` it has none, `EBADFD` it is another.
+    fn file(&self, fd: i32) -> Result<Arc<dyn File>, Errno>;
+
+    /// Gives the caller a descriptor for `file`, closed on exec; returns its number.
+    ///
+    /// # Errors
+    /// What the kernel says when it has no more descriptors.
+    fn install(&self, file: Arc<dyn File>) -> Result<i32, Errno>;
+}
+
+/// What a mapping of an emulated file shows: `offset` bytes into a file of the kernel's.
+#[derive(Debug)]
+pub struct Window {
+    /// The file.
+    pub file: OwnedFd,
+    /// Where in it, in bytes.
+    pub offset: u64,
+}
+
+/// An emulated file that is open. Dropping it closes it.
+pub trait File: Debug + Send + Sync {
+    /// What it is called, for logs and to be recognised by.
+    fn name(&self) -> String;
+
+    /// Answers a call.
+    ///
+    /// # Errors
+    /// Linux's.
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<i64, Errno>;
+
+    /// What `length` bytes at `offset` of the file are, for `mmap(2)`.
+    ///
+    /// # Errors
+    /// Linux's; `ENODEV` for a file that cannot be mapped.
+    fn window(&self, offset: u64, length: u64) -> Result<Window, Errno> {
+        let _ = (offset, length);
+        Err(Errno::ENODEV)
+    }
+
+    /// Itself, as the iommufd that it is.
+    fn as_iommufd(&self) -> Option<&crate::iommufd::Iommufd> {
+        None
+    }
+}
+
+/// An ioctl's argument as the emulated host takes it: a copy, to be written back.
+///
+/// The host wants the structure as long as it says it is; of a longer one than any structure has,
+/// only the beginning goes there.
+#[derive(Debug)]
+pub struct Argument {
+    address: u64,
+    before: Vec<u8>,
+    /// What the host reads and writes.
+    pub bytes: Vec<u8>,
+}
+
+/// More than every structure has, in bytes.
+const LONGEST: usize = 4096;
+
+/// What is asked of the bytes of a structure that no version of it knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Excess {
+    /// iommufd's rule: they are zero.
+    Zero,
+    /// VFIO's: nobody looks at them.
+    Ignored,
+}
+
+impl Argument {
+    /// Copies the structure at `address`, whose first four bytes are its length. As much as can be
+    /// read: the host says what is to become of a shorter one.
+    ///
+    /// # Errors
+    /// `E2BIG` there is something in the excess; `EFAULT` that cannot be read.
+    pub fn copy_in(process: &Process, address: u64, excess: Excess) -> Result<Self, Errno> {
+        let mut bytes = vec![0; LONGEST];
+        let mut length = process.read_some(address, &mut bytes);
+        let declared = bytes.first_chunk().filter(|_| length >= size_of::<u32>());
+        let declared = declared.map_or(0, |size| u32::from_ne_bytes(*size)) as usize;
+        if declared > LONGEST && length == LONGEST {
+            if excess == Excess::Zero {
+                check_zero(process, address + LONGEST as u64, declared - LONGEST)?;
+            }
+            for (to, from) in bytes.iter_mut().zip((LONGEST as u32).to_ne_bytes()) {
+                *to = from;
+            }
+        } else {
+            length = length.min(declared.max(size_of::<u32>()));
+        }
+        bytes.truncate(length);
+        let mut before = bytes.clone();
+        // The size goes back as it was.
+        for (to, from) in before.iter_mut().zip((declared as u32).to_ne_bytes()) {
+            *to = from;
+        }
+        Ok(Self { address, before, bytes })
+    }
+
+    /// Writes back what the host changed, from the first changed byte to the last.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    pub fn copy_out(&self, process: &Process) -> Result<(), Errno> {
+        let after = self.bytes.get(size_of::<u32>()..).unwrap_or_default();
+        let before = self.before.get(size_of::<u32>()..).unwrap_or_default();
+        let differs = || after.iter().zip(before).map(|(after, before)| after != before);
+        let (Some(first), Some(last)) =
+            (differs().position(|differs| differs), differs().rposition(|differs| differs))
+        else {
+            return Ok(());
+        };
+        let address = self.address + (size_of::<u32>() + first) as u64;
+        let changed = after.get(first..=last).unwrap_or_default();
+        process.write(address, changed).map_err(|_| Errno::EFAULT)
+    }
+}
+
+/// Whether `length` bytes at `address` are zero.
+fn check_zero(process: &Process, address: u64, length: usize) -> Result<(), Errno> {
+    let mut piece = [0; LONGEST];
+    for start in (0..length).step_by(LONGEST) {
+        let wanted = LONGEST.min(length - start);
+        let Some(piece) = piece.get_mut(..wanted) else { break };
+        let read = process.read_some(address + start as u64, piece);
+        if piece.iter().take(read).any(|byte| *byte != 0) {
+            return Err(Errno::E2BIG);
+        }
+        if read < wanted {
+            return Err(Errno::EFAULT);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn structure(size: u32, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        bytes[..4].copy_from_slice(&size.to_ne_bytes());
+        bytes
+    }
+
+    #[test]
+    fn as_much_as_the_structure_says() {
+        let process = Process::own();
+        let user = structure(16, 64);
+        let argument = Argument::copy_in(&process, user.as_ptr() as u64, Excess::Zero).unwrap();
+        assert_eq!(argument.bytes, user[..16]);
+        assert!(Argument::copy_in(&process, 0, Excess::Zero).unwrap().bytes.is_empty());
+    }
+
+    #[test]
+    fn zeroes_past_every_structure_are_cut_off() {
+        let process = Process::own();
+        let mut user = structure(10_000, 10_000);
+        let argument = Argument::copy_in(&process, user.as_ptr() as u64, Excess::Zero).unwrap();
+        assert_eq!(argument.bytes.len(), LONGEST);
+        assert_eq!(argument.bytes[..4], (LONGEST as u32).to_ne_bytes());
+        argument.copy_out(&process).unwrap();
+        assert_eq!(user[..4], 10_000u32.to_ne_bytes(), "the size stays");
+        user[9_999] = 1;
+        let address = user.as_ptr() as u64;
+        let refused = Argument::copy_in(&process, address, Excess::Zero).unwrap_err();
+        assert_eq!(refused, Errno::E2BIG);
+        assert!(Argument::copy_in(&process, address, Excess::Ignored).is_ok());
+    }
+
+    #[test]
+    fn only_what_changed_is_written() {
+        let process = Process::own();
+        let mut user = structure(16, 16);
+        let address = user.as_mut_ptr() as u64;
+        let mut argument = Argument::copy_in(&process, address, Excess::Zero).unwrap();
+        argument.bytes[8] = 7;
+        argument.bytes[10] = 9;
+        user[15] = 5;
+        argument.copy_out(&process).unwrap();
+        assert_eq!(user[8..], [7, 0, 9, 0, 0, 0, 0, 5]);
+    }
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Closing and duplicating descriptors.
+
+use std::ffi::{c_int, c_ulong};
+use std::os::fd::RawFd;
+
+use super::answer_int;
+use crate::file::EBADF;
+use crate::table::{self, Entry};
+use crate::{next, state};
+
+/// `to` is a duplicate of `fd` now.
+fn duplicated(fd: RawFd, to: RawFd) {
+    // A number too high for the table does the same as a file that is not emulated: nothing.
+    table::set(to, table::file(fd).map_or(Entry::NotOurs, Entry::File));
+}
+
+/// Makes `to` a number of the program's own to overwrite; what it stood for.
+fn give_up(to: RawFd) -> Option<Entry> {
+    match table::get(to) {
+        Entry::Internal => None,
+        entry => Some(entry),
+    }
+}
+
+/// A descriptor of what `entry` says was closed.
+fn closed(entry: Entry) {
+    if let Entry::File(slot) = entry {
+        state::current().released(slot);
+    }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn close(fd: c_int) -> c_int {
+    match table::get(fd) {
+        // SAFETY: as the program asked.
+        Entry::NotOurs => unsafe { next::close(fd) },
+        Entry::Internal => answer_int(Err(EBADF)),
+        entry => {
+            table::set(fd, Entry::NotOurs);
+            // SAFETY: as above.
+            let result = unsafe { next::close(fd) };
+            closed(entry);
+            result
+        }
+    }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
+    let on_exec = flags & libc::CLOSE_RANGE_CLOEXEC as c_int != 0;
+    if first > last || on_exec {
+        // SAFETY: as the program asked.
+        return unsafe { next::close_range(first, last, flags) };
+    }
+    let mut files = Vec::new();
+    let mut start = first;
+    let mut result = 0;
+    // The pieces between descriptors that the program does not know of.
+    for (fd, entry) in table::ours(first, last) {
+        let number = fd as u32;
+        if let Entry::File(_) = entry {
+            table::set(fd, Entry::NotOurs);
+            files.push(entry);
+        } else if entry == Entry::Internal {
+            if start < number {
+                // SAFETY: as above.
+                result |= unsafe { next::close_range(start, number - 1, flags) };
+            }
+            start = number + 1;
+        }
+    }
+    if start <= last {
+        // SAFETY: as above.
+        result |= unsafe { next::close_range(start, last, flags) };
+    }
+    files.into_iter().for_each(closed);
+    result
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn closefrom(first: c_int) {
+    // SAFETY: as the program asked.
+    unsafe { close_range(first.max(0) as u32, u32::MAX, 0) };
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn dup(fd: c_int) -> c_int {
+    // SAFETY: as the program asked.
+    let new = unsafe { next::dup(fd) };
+    duplicated(fd, new);
+    new
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn dup2(fd: c_int, to: c_int) -> c_int {
+    if fd == to {
+        // SAFETY: as the program asked.
+        return unsafe { next::dup2(fd, to) };
+    }
+    // SAFETY: as above.
+    duplicate_over(fd, to, || unsafe { next::dup2(fd, to) })
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
+    // SAFETY: as the program asked.
+    duplicate_over(fd, to, || unsafe { next::dup3(fd, to, flags) })
+}
+
+fn duplicate_over(fd: c_int, to: c_int, duplicate: impl FnOnce() -> c_int) -> c_int {
+    let Some(before) = give_up(to) else { return answer_int(Err(EBADF)) };
+    let new = duplicate();
+    if new >= 0 {
+        duplicated(fd, new);
+        closed(before);
+    }
+    new
+}
+
+macro_rules! fcntl {
+    ($($name:ident)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
+            // SAFETY: as the program asked.
+            let result = unsafe { next::$name(fd, command, argument) };
+            if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) && result >= 0 {
+                duplicated(fd, result);
+            }
+            result
+        }
+    )* };
+}
+
+fcntl!(fcntl fcntl64);

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Reading, writing and ioctls.
+
+use std::ffi::{c_int, c_ulong, c_void};
+use std::os::fd::RawFd;
+
+use libc::{iovec, off64_t, size_t, ssize_t};
+use twostage::emulated::uapi::UserSpace;
+use twostage::iommufd::Errno;
+
+use super::{answer, answer_int, ours};
+use crate::file::Call;
+use crate::process::Process;
+use crate::{next, state};
+
+/// Makes `call` when `fd` is ours.
+fn call(fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
+    ours(fd)?.call(fd, call)
+}
+
+/// The type of all ioctls of VFIO and iommufd (`VFIO_TYPE`, `IOMMUFD_TYPE`).
+const TYPE: c_ulong = b';' as c_ulong;
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int {
+    let ioctl = Call::Ioctl { request: request as u32, argument };
+    let mut result = call(fd, ioctl);
+    // One that came in a way that no hook saw.
+    if result.is_none() && (request >> 8) & 0xff == TYPE && state::is_emulated(fd) {
+        result = state::current().recognise(fd).and_then(|_| call(fd, ioctl));
+    }
+    match result {
+        Some(result) => answer_int(result),
+        // SAFETY: as the program asked.
+        None => unsafe { next::ioctl(fd, request, argument) },
+    }
+}
+
+fn offset_of(offset: off64_t) -> Result<u64, Errno> {
+    u64::try_from(offset).map_err(|_| Errno::EINVAL)
+}
+
+fn read_call(to: *mut c_void, count: size_t, offset: Option<u64>) -> Call {
+    Call::Read { to: to as u64, count: count as u64, offset }
+}
+
+fn write_call(from: *const c_void, count: size_t, offset: Option<u64>) -> Call {
+    Call::Write { from: from as u64, count: count as u64, offset }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn read(fd: c_int, to: *mut c_void, count: size_t) -> ssize_t {
+    match call(fd, read_call(to, count, None)) {
+        Some(result) => answer(result) as ssize_t,
+        // SAFETY: as the program asked.
+        None => unsafe { next::read(fd, to, count) },
+    }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn __read_chk(
+    fd: c_int,
+    to: *mut c_void,
+    count: size_t,
+    room: size_t,
+) -> ssize_t {
+    match call(fd, read_call(to, count.min(room), None)) {
+        Some(result) => answer(result) as ssize_t,
+        // SAFETY: as the program asked.
+        None => unsafe { next::__read_chk(fd, to, count, room) },
+    }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn write(fd: c_int, from: *const c_void, count: size_t) -> ssize_t {
+    match call(fd, write_call(from, count, None)) {
+        Some(result) => answer(result) as ssize_t,
+        // SAFETY: as the program asked.
+        None => unsafe { next::write(fd, from, count) },
+    }
+}
+
+/// One call for each piece, until one does not do all it is asked for: files of ours know no others.
+fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iovec) -> Call) -> i64 {
+    let mut done = 0;
+    for index in 0..count.max(0) as u64 {
+        let mut vector = [0; size_of::<iovec>()];
+        let address = vectors as u64 + index * size_of::<iovec>() as u64;
+        if Process::own().read(address, &mut vector).is_err() {
+            return answer(Err(Errno::EFAULT));
+        }
+        let word = |at: usize| {
+            let word = vector.get(at..).and_then(|rest| rest.first_chunk());
+            word.map_or(0, |word| usize::from_ne_bytes(*word))
+        };
+        let vector = iovec { iov_base: word(0) as *mut c_void, iov_len: word(size_of::<usize>()) };
+        match call(fd, one(&vector)) {
+            Some(Ok(count)) => {
+                done += count;
+                if count < vector.iov_len as i64 {
+                    break;
+                }
+            }
+            _ if done > 0 => break,
+            Some(Err(errno)) => return answer(Err(errno)),
+            None => return answer(Err(crate::file::EBADF)),
+        }
+    }
+    done
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn readv(fd: c_int, vectors: *const iovec, count: c_int) -> ssize_t {
+    if ours(fd).is_some() {
+        let one = |vector: &iovec| read_call(vector.iov_base, vector.iov_len, None);
+        return each_piece(fd, vectors, count, one) as ssize_t;
+    }
+    // SAFETY: as the program asked.
+    unsafe { next::readv(fd, vectors, count) }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn writev(fd: c_int, vectors: *const iovec, count: c_int) -> ssize_t {
+    if ours(fd).is_some() {
+        let one = |vector: &iovec| write_call(vector.iov_base, vector.iov_len, None);
+        return each_piece(fd, vectors, count, one) as ssize_t;
+    }
+    // SAFETY: as the program asked.
+    unsafe { next::writev(fd, vectors, count) }
+}
+
+macro_rules! at_offset {
+    ($($name:ident, $pointer:ty, $one:ident;)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(
+            fd: c_int,
+            buffer: $pointer,
+            count: size_t,
+            offset: off64_t,
+        ) -> ssize_t {
+            let result = ours(fd).and_then(|_| match offset_of(offset) {
+                Ok(offset) => call(fd, $one(buffer, count, Some(offset))),
+                Err(errno) => Some(Err(errno)),
+            });
+            match result {
+                Some(result) => answer(result) as ssize_t,
+                // SAFETY: as the program asked.
+                None => unsafe { next::$name(fd, buffer, count, offset) },
+            }
+        }
+    )* };
+}
+
+at_offset! {
+    pread, *mut c_void, read_call;
+    pread64, *mut c_void, read_call;
+    pwrite, *const c_void, write_call;
+    pwrite64, *const c_void, write_call;
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `libtwostage_iommufd.so`: a program started with it in `LD_PRELOAD` sees `/dev/iommu`,
+//! `/dev/vfio/vfio` and the VFIO devices of an emulated machine.
+//!
+//! ```text
+//! program ──open, ioctl, read, mmap…──► hooks ──not ours──► the next library (libc)
+//!                                         │ a descriptor of ours
+//!                                         ▼
+//!                   table: number → file; state: the files of this process
+//!                                         │
+//!                        own ◄────────────┴────────────► foreign: forwarded to the owner
+//!                         ▼
+//!                  devices: iommufd and VFIO devices over `twostage::emulated`
+//! ```
+//!
+//! # What is promised
+//!
+//! * A descriptor of an emulated file is a real one: one end of a socket pair. It is dup-able,
+//!   pollable, closed on exec as asked, and counted by the kernel: the file ends with the last
+//!   descriptor, in whichever process.
+//! * The machine is made at the first open, and lives in the process that made it (the *owner*).
+//!   Calls on a descriptor that was inherited through fork, exec or a socket are forwarded to the
+//!   owner; when that is gone they fail with `ENODEV`. What a child opens itself is its own.
+//! * exec ends the machine of the process that calls it. A program started by exec sees devices only
+//!   when `LD_PRELOAD` is in its environment.
+//! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
+//!   when the program unmaps them ([`pins`]).
+//! * All other calls go to the next library as they are. Nothing runs before the first open.
+//!
+//! # What is not
+//!
+//! * Calls that do not go through libc's exported functions are not seen: system calls made by hand,
+//!   and those that libc makes inside itself (`fopen` of a device, `free` of pinned memory).
+//! * Private memory of another process cannot be pinned: `EFAULT`.
+//! * `/dev/vfio` and `/sys` list none of the devices; the paths alone are there.
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+// The hooks, which all else is for, are not exported from a test.
+#![cfg_attr(test, allow(dead_code))]
+
+mod config;
+mod device;
+mod edu;
+mod file;
+mod hooks;
+mod iommufd;
+mod logger;
+mod maps;
+mod next;
+mod pins;
+mod process;
+mod remote;
+mod service;
+mod state;
+mod sys;
+mod table;
+mod world;

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The functions that the hooks stand in front of: those of the next library.
+//!
+//! One is called as it is. Where it is not known (early in the start of a process, while another
+//! thread looks for it, in a libc that lacks it) the system call is made instead.
+
+use std::ffi::{c_char, c_int, c_ulong, c_void, CStr};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use libc::{iovec, mode_t, off64_t, size_t, ssize_t, syscall, AT_FDCWD};
+
+/// Finds `name` in the libraries after this one, once. Null also while a search is under way, so
+/// that one that needs memory, and through it one of our hooks, does not start another.
+fn find(found: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
+    static SEARCHING: AtomicBool = AtomicBool::new(false);
+    let known = found.load(Ordering::Acquire);
+    if !known.is_null() || SEARCHING.swap(true, Ordering::Acquire) {
+        return known;
+    }
+    // SAFETY: the name is a C string, and a library may ask for RTLD_NEXT.
+    let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
+    found.store(function, Ordering::Release);
+    SEARCHING.store(false, Ordering::Release);
+    function
+}
+
+/// `fn name(arguments) -> result, type of the function in libc, the system call;`
+macro_rules! next {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty, $libc:ty, $system_call:expr;)*) => {
+        $(
+            /// The next library's function.
+            ///
+            /// # Safety
+            /// As the function of that name in libc.
+            pub unsafe fn $name($($argument: $type),*) -> $result {
+                static FOUND: AtomicPtr<c_void> = AtomicPtr::new(null_mut());
+                const NAME: &CStr =
+                    match CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                        Ok(name) => name,
+                        // An identifier has no zero byte; and this is at compile time.
+                        Err(_) => panic!(),
+                    };
+                let function = find(&FOUND, NAME);
+                if function.is_null() {
+                    // SAFETY: the caller promises what the system call needs.
+                    return unsafe { $system_call } as $result;
+                }
+                // SAFETY: what libc has under this name is of this type.
+                let function: $libc = unsafe { std::mem::transmute(function) };
+                // SAFETY: the caller promises what the function needs.
+                unsafe { function($($argument),*) }
+            }
+        )*
+    };
+}
+
+type Path = *const c_char;
+type Buffer = *mut c_void;
+type Data = *const c_void;
+type Vectors = *const iovec;
+
+next! {
+    fn open(path: Path, flags: c_int, mode: mode_t) -> c_int,
+        unsafe extern "C" fn(Path, c_int, ...) -> c_int,
+        syscall(libc::SYS_openat, AT_FDCWD, path, flags, mode);
+    fn open64(path: Path, flags: c_int, mode: mode_t) -> c_int,
+        unsafe extern "C" fn(Path, c_int, ...) -> c_int,
+        syscall(libc::SYS_openat, AT_FDCWD, path, flags, mode);
+    fn openat(directory: c_int, path: Path, flags: c_int, mode: mode_t) -> c_int,
+        unsafe extern "C" fn(c_int, Path, c_int, ...) -> c_int,
+        syscall(libc::SYS_openat, directory, path, flags, mode);
+    fn openat64(directory: c_int, path: Path, flags: c_int, mode: mode_t) -> c_int,
+        unsafe extern "C" fn(c_int, Path, c_int, ...) -> c_int,
+        syscall(libc::SYS_openat, directory, path, flags, mode);
+    fn __open_2(path: Path, flags: c_int) -> c_int,
+        unsafe extern "C" fn(Path, c_int) -> c_int,
+        syscall(libc::SYS_openat, AT_FDCWD, path, flags, 0);
+    fn __open64_2(path: Path, flags: c_int) -> c_int,
+        unsafe extern "C" fn(Path, c_int) -> c_int,
+        syscall(libc::SYS_openat, AT_FDCWD, path, flags, 0);
+    fn __openat_2(directory: c_int, path: Path, flags: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, Path, c_int) -> c_int,
+        syscall(libc::SYS_openat, directory, path, flags, 0);
+    fn __openat64_2(directory: c_int, path: Path, flags: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, Path, c_int) -> c_int,
+        syscall(libc::SYS_openat, directory, path, flags, 0);
+
+    fn close(fd: c_int) -> c_int,
+        unsafe extern "C" fn(c_int) -> c_int,
+        syscall(libc::SYS_close, fd);
+    fn close_range(first: u32, last: u32, flags: c_int) -> c_int,
+        unsafe extern "C" fn(u32, u32, c_int) -> c_int,
+        syscall(libc::SYS_close_range, first, last, flags);
+    fn dup(fd: c_int) -> c_int,
+        unsafe extern "C" fn(c_int) -> c_int,
+        syscall(libc::SYS_dup, fd);
+    fn dup2(fd: c_int, to: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, c_int) -> c_int,
+        if fd == to { syscall(libc::SYS_fcntl, fd, libc::F_GETFD).min(i64::from(fd)) }
+        else { syscall(libc::SYS_dup3, fd, to, 0) };
+    fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, c_int, c_int) -> c_int,
+        syscall(libc::SYS_dup3, fd, to, flags);
+    fn fcntl(fd: c_int, command: c_int, argument: c_ulong) -> c_int,
+        unsafe extern "C" fn(c_int, c_int, ...) -> c_int,
+        syscall(libc::SYS_fcntl, fd, command, argument);
+    fn fcntl64(fd: c_int, command: c_int, argument: c_ulong) -> c_int,
+        unsafe extern "C" fn(c_int, c_int, ...) -> c_int,
+        syscall(libc::SYS_fcntl, fd, command, argument);
+    fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int,
+        unsafe extern "C" fn(c_int, c_ulong, ...) -> c_int,
+        syscall(libc::SYS_ioctl, fd, request, argument);
+
+    fn read(fd: c_int, to: Buffer, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Buffer, size_t) -> ssize_t,
+        syscall(libc::SYS_read, fd, to, count);
+    fn write(fd: c_int, from: Data, count: size_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Data, size_t) -> ssize_t,
+        syscall(libc::SYS_write, fd, from, count);
+    fn readv(fd: c_int, to: Vectors, count: c_int) -> ssize_t,
+        unsafe extern "C" fn(c_int, Vectors, c_int) -> ssize_t,
+        syscall(libc::SYS_readv, fd, to, count);
+    fn writev(fd: c_int, from: Vectors, count: c_int) -> ssize_t,
+        unsafe extern "C" fn(c_int, Vectors, c_int) -> ssize_t,
+        syscall(libc::SYS_writev, fd, from, count);
+    fn pread(fd: c_int, to: Buffer, count: size_t, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Buffer, size_t, off64_t) -> ssize_t,
+        syscall(libc::SYS_pread64, fd, to, count, offset);
+    fn pread64(fd: c_int, to: Buffer, count: size_t, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Buffer, size_t, off64_t) -> ssize_t,
+        syscall(libc::SYS_pread64, fd, to, count, offset);
+    fn pwrite(fd: c_int, from: Data, count: size_t, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Data, size_t, off64_t) -> ssize_t,
+        syscall(libc::SYS_pwrite64, fd, from, count, offset);
+    fn pwrite64(fd: c_int, from: Data, count: size_t, offset: off64_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Data, size_t, off64_t) -> ssize_t,
+        syscall(libc::SYS_pwrite64, fd, from, count, offset);
+    fn __read_chk(fd: c_int, to: Buffer, count: size_t, room: size_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Buffer, size_t, size_t) -> ssize_t,
+        syscall(libc::SYS_read, fd, to, count.min(room));
+
+    fn mmap(address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t)
+        -> Buffer,
+        unsafe extern "C" fn(Buffer, size_t, c_int, c_int, c_int, off64_t) -> Buffer,
+        syscall(libc::SYS_mmap, address, length, protection, flags, fd, offset);
+    fn mmap64(address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t)
+        -> Buffer,
+        unsafe extern "C" fn(Buffer, size_t, c_int, c_int, c_int, off64_t) -> Buffer,
+        syscall(libc::SYS_mmap, address, length, protection, flags, fd, offset);
+    fn munmap(address: Buffer, length: size_t) -> c_int,
+        unsafe extern "C" fn(Buffer, size_t) -> c_int,
+        syscall(libc::SYS_munmap, address, length);
+    fn mremap(address: Buffer, old: size_t, new: size_t, flags: c_int, to: Buffer) -> Buffer,
+        unsafe extern "C" fn(Buffer, size_t, size_t, c_int, ...) -> Buffer,
+        syscall(libc::SYS_mremap, address, old, new, flags, to);
+
+    fn stat(path: Path, status: *mut libc::stat64) -> c_int,
+        unsafe extern "C" fn(Path, *mut libc::stat64) -> c_int,
+        syscall(libc::SYS_newfstatat, AT_FDCWD, path, status, 0);
+    fn stat64(path: Path, status: *mut libc::stat64) -> c_int,
+        unsafe extern "C" fn(Path, *mut libc::stat64) -> c_int,
+        syscall(libc::SYS_newfstatat, AT_FDCWD, path, status, 0);
+    fn lstat(path: Path, status: *mut libc::stat64) -> c_int,
+        unsafe extern "C" fn(Path, *mut libc::stat64) -> c_int,
+        syscall(libc::SYS_newfstatat, AT_FDCWD, path, status, libc::AT_SYMLINK_NOFOLLOW);
+    fn lstat64(path: Path, status: *mut libc::stat64) -> c_int,
+        unsafe extern "C" fn(Path, *mut libc::stat64) -> c_int,
+        syscall(libc::SYS_newfstatat, AT_FDCWD, path, status, libc::AT_SYMLINK_NOFOLLOW);
+    fn fstat(fd: c_int, status: *mut libc::stat64) -> c_int,
+        unsafe extern "C" fn(c_int, *mut libc::stat64) -> c_int,
+        syscall(libc::SYS_fstat, fd, status);
+    fn fstat64(fd: c_int, status: *mut libc::stat64) -> c_int,
+        unsafe extern "C" fn(c_int, *mut libc::stat64) -> c_int,
+        syscall(libc::SYS_fstat, fd, status);
+    fn fstatat(directory: c_int, path: Path, status: *mut libc::stat64, flags: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, Path, *mut libc::stat64, c_int) -> c_int,
+        syscall(libc::SYS_newfstatat, directory, path, status, flags);
+    fn fstatat64(directory: c_int, path: Path, status: *mut libc::stat64, flags: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, Path, *mut libc::stat64, c_int) -> c_int,
+        syscall(libc::SYS_newfstatat, directory, path, status, flags);
+    fn statx(directory: c_int, path: Path, flags: c_int, mask: u32, status: *mut libc::statx) -> c_int,
+        unsafe extern "C" fn(c_int, Path, c_int, u32, *mut libc::statx) -> c_int,
+        syscall(libc::SYS_statx, directory, path, flags, mask, status);
+    fn access(path: Path, mode: c_int) -> c_int,
+        unsafe extern "C" fn(Path, c_int) -> c_int,
+        syscall(libc::SYS_faccessat, AT_FDCWD, path, mode);
+    fn faccessat(directory: c_int, path: Path, mode: c_int, flags: c_int) -> c_int,
+        unsafe extern "C" fn(c_int, Path, c_int, c_int) -> c_int,
+        syscall(libc::SYS_faccessat2, directory, path, mode, flags);
+}

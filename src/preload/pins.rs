@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that stays for as long as an emulated device may reach it.
+//!
+//! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, where the
+//! program does not see it: what becomes of the first is of no matter then. Private memory cannot be
+//! mapped twice. It is used where it is; when the program unmaps it, the hook leaves it in place
+//! until nobody uses it ([`release`]), and refuses to move it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
+
+use libc::{MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE};
+use twostage::iommufd::{Errno, UserMemory};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use crate::maps::{self, Mapping};
+use crate::{state, sys};
+
+const PAGE_SIZE: u64 = 4096;
+
+/// How many private pieces are held: hooks look at nothing else while it is 0.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+/// Whether the program has unmapped some of them.
+static UNMAPPED: AtomicBool = AtomicBool::new(false);
+
+/// A file, and whether its mapping can be written.
+type CopyOf = ((String, u64), bool);
+
+/// What a process has pinned.
+#[derive(Debug, Default)]
+pub struct Pins {
+    /// Second mappings that may still be in use, with the offset in the file that they start at.
+    copies: BTreeMap<CopyOf, Vec<(u64, Weak<GuestRegionMmap>)>>,
+    held: Vec<Held>,
+    /// With that many entries it is time to look for dead ones.
+    sweep_at: usize,
+}
+
+/// Private memory, used where it is.
+#[derive(Debug)]
+struct Held {
+    start: u64,
+    end: u64,
+    region: Weak<GuestRegionMmap>,
+    /// What the program has unmapped of it.
+    unmapped: Vec<(u64, u64)>,
+}
+
+fn pins() -> MutexGuard<'static, Pins> {
+    state::current().pins.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A child begins with nothing pinned: what its parent has pinned is the parent's.
+pub fn forget() {
+    HELD.store(0, Ordering::Release);
+    UNMAPPED.store(false, Ordering::Release);
+}
+
+/// Pins memory of process `pid`, which is `own` or another: of `length` bytes at `address` as many
+/// as are in one mapping.
+///
+/// # Errors
+/// `EFAULT` nothing is mapped there, or it cannot be read, or not written when `writable`; it is
+/// private memory of another process; the process is gone. `ENOMEM` it cannot be mapped again.
+pub fn pin(
+    pid: i32,
+    own: bool,
+    address: u64,
+    length: u64,
+    writable: bool,
+) -> Result<UserMemory, Errno> {
+    let mapping = maps::find(pid, address).ok_or(Errno::EFAULT)?;
+    let accessible = if writable { mapping.writable } else { mapping.readable };
+    if !accessible {
+        return Err(Errno::EFAULT);
+    }
+    let length = length.min(mapping.end - address);
+    let mut pins = pins();
+    let (region, start) = if mapping.shared {
+        match pins.second_mapping(pid, own, &mapping, address, length) {
+            // Huge pages cannot be mapped twice without the file: used where they are.
+            Err(_) if own => pins.hold(address, length)?,
+            result => result?,
+        }
+    } else if own {
+        pins.hold(address, length)?
+    } else {
+        log::warn!("private memory of process {pid} at {address:#x} cannot be pinned from here");
+        return Err(Errno::EFAULT);
+    };
+    UserMemory::new(region, address - start, length).map_err(|_| Errno::EFAULT)
+}
+
+/// The program unmaps, or maps over, `length` bytes at `address`: whether all of it may go.
+/// Otherwise some is pinned, and none of that was unmapped; all else was.
+pub fn release(address: u64, length: u64) -> bool {
+    if HELD.load(Ordering::Acquire) == 0 {
+        return true;
+    }
+    pins().release(address, address.saturating_add(length))
+}
+
+/// Whether any of `length` bytes at `address` is pinned where it is.
+pub fn is_held(address: u64, length: u64) -> bool {
+    let end = address.saturating_add(length);
+    HELD.load(Ordering::Acquire) != 0
+        && pins().held.iter().any(|held| held.is_live() && held.start < end && address < held.end)
+}
+
+/// Lets go of what the program has unmapped and nobody uses any more.
+pub fn sweep() {
+    if UNMAPPED.load(Ordering::Acquire) {
+        pins().sweep();
+    }
+}
+
+impl Held {
+    fn is_live(&self) -> bool {
+        self.region.strong_count() > 0
+    }
+}
+
+impl Pins {
+    /// A second mapping of the shared memory `mapping`, and the address in the process `pid` that it
+    /// starts with. One serves all that is pinned of the same part of a file.
+    fn second_mapping(
+        &mut self,
+        pid: i32,
+        own: bool,
+        mapping: &Mapping,
+        address: u64,
+        length: u64,
+    ) -> Result<(Arc<GuestRegionMmap>, u64), Errno> {
+        let key = (mapping.file.clone(), mapping.writable);
+        let copies = self.copies.entry(key).or_default();
+        let wanted = mapping.offset + (address - mapping.start);
+        let known = copies.iter().find_map(|(offset, region)| {
+            let region = region.upgrade()?;
+            let end = offset + region.len();
+            (*offset <= wanted && wanted + length <= end).then_some((*offset, region))
+        });
+        let (offset, region) = match known {
+            Some(known) => known,
+            None => {
+                let region = Arc::new(map_again(pid, own, mapping)?);
+                copies.retain(|(_, region)| region.strong_count() > 0);
+                copies.push((mapping.offset, Arc::downgrade(&region)));
+                (mapping.offset, region)
+            }
+        };
+        // Where that offset is, or would be, in the process. May wrap: only differences count.
+        Ok((region, mapping.start.wrapping_add(offset).wrapping_sub(mapping.offset)))
+    }
+
+    /// The pages of this process around `length` bytes at `address`, where they are.
+    fn hold(&mut self, address: u64, length: u64) -> Result<(Arc<GuestRegionMmap>, u64), Errno> {
+        if self.held.len() >= self.sweep_at {
+            self.sweep();
+            self.sweep_at = 2 * self.held.len().max(32);
+        }
+        let start = address & !(PAGE_SIZE - 1);
+        let end = (address + length).next_multiple_of(PAGE_SIZE);
+        let builder = MmapRegionBuilder::<()>::new((end - start) as usize)
+            .with_mmap_prot(PROT_READ | PROT_WRITE);
+        // SAFETY: the memory is a mapping of this process, and stays one for as long as the region
+        // lives: the hooks of munmap, mmap and mremap see to that.
+        let builder = unsafe { builder.with_raw_mmap_pointer(start as *mut u8) };
+        let region = Arc::new(guest_region(builder.build().map_err(|_| Errno::EFAULT)?)?);
+        let weak = Arc::downgrade(&region);
+        self.held.push(Held { start, end, region: weak, unmapped: Vec::new() });
+        HELD.fetch_add(1, Ordering::Release);
+        Ok((region, start))
+    }
+
+    fn release(&mut self, address: u64, end: u64) -> bool {
+        self.sweep();
+        let pinned = self.held.iter().any(|held| held.start < end && address < held.end);
+        if !pinned {
+            return true;
+        }
+        let mut at = address;
+        while at < end {
+            let held = |held: &&mut Held| held.start <= at && at < held.end;
+            let piece = if let Some(held) = self.held.iter_mut().find(held) {
+                let piece = held.end.min(end);
+                held.unmapped.push((at, piece));
+                UNMAPPED.store(true, Ordering::Release);
+                piece
+            } else {
+                let next = self.held.iter().map(|held| held.start).filter(|start| *start > at);
+                let piece = next.min().map_or(end, |next| next.min(end));
+                // SAFETY: the program asked for it, and nothing here is pinned.
+                unsafe { sys::unmap(at, piece - at) };
+                piece
+            };
+            at = piece;
+        }
+        false
+    }
+
+    fn sweep(&mut self) {
+        self.copies.retain(|_, copies| {
+            copies.retain(|(_, region)| region.strong_count() > 0);
+            !copies.is_empty()
+        });
+        let (live, dead): (Vec<_>, Vec<_>) = self.held.drain(..).partition(Held::is_live);
+        self.held = live;
+        HELD.fetch_sub(dead.len(), Ordering::Release);
+        UNMAPPED.store(self.held.iter().any(|held| !held.unmapped.is_empty()), Ordering::Release);
+        for (start, end) in dead.into_iter().flat_map(|held| held.unmapped) {
+            // Another pin may have the same pages: it unmaps them in the end.
+            if self.release(start, end) {
+                // SAFETY: the program unmapped it, and nobody has it pinned any more.
+                unsafe { sys::unmap(start, end - start) };
+            }
+        }
+    }
+}
+
+/// Maps all of `mapping`, shared memory of process `pid`, in this process.
+fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<GuestRegionMmap, Errno> {
+    let length = usize::try_from(mapping.length()).map_err(|_| Errno::ENOMEM)?;
+    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    // What it reserves belongs to the region, which unmaps it in the end.
+    let region = MmapRegion::<()>::build(None, length, PROT_NONE, flags);
+    let region = guest_region(region.map_err(|_| Errno::ENOMEM)?)?;
+    let to = region.as_ptr().cast();
+    if own {
+        // SAFETY: the region at `to` is ours, and as long.
+        if unsafe { sys::map_again(mapping.start, length, to) }.is_ok() {
+            return Ok(region);
+        }
+    }
+    // Needs the right to look at other processes (CAP_CHECKPOINT_RESTORE), even for this one.
+    let file = File::options().read(true).write(mapping.writable).open(mapping.link(pid));
+    let file = file.map_err(|error| {
+        log::warn!("shared memory of process {pid} cannot be mapped from here: {error}");
+        Errno::EFAULT
+    })?;
+    let protection = PROT_READ | if mapping.writable { PROT_WRITE } else { 0 };
+    // SAFETY: as above.
+    unsafe { sys::map_file(file.as_raw_fd(), mapping.offset, length, protection, to) }?;
+    Ok(region)
+}
+
+fn guest_region(region: MmapRegion) -> Result<GuestRegionMmap, Errno> {
+    GuestRegionMmap::new(region, GuestAddress(0)).ok_or(Errno::ENOMEM)
+}

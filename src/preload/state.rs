@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The emulated files of this process: its own, and those that other processes own.
+//!
+//! A descriptor of an emulated file is one end of a socket pair. The owner keeps the other end: it
+//! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
+//! processes ([`crate::remote`]). Its name tells a process that did not open the file what it is.
+
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use twostage::iommufd::Errno;
+
+use crate::file::{Call, Caller, File, Window, EBADF, EBADFD};
+use crate::pins::Pins;
+use crate::process::Process;
+use crate::service::Service;
+use crate::table::{self, Entry};
+use crate::world::World;
+use crate::{pins, remote, sys};
+
+/// How the names of the owner's ends begin.
+const NAME_PREFIX: &str = "twostage-iommufd/";
+/// Numbers below are left to the program, as far as the limit allows.
+const FIRST_INTERNAL: RawFd = 512;
+
+/// All that one process has. A child begins anew.
+#[derive(Debug)]
+pub struct State {
+    pid: i32,
+    files: Mutex<Vec<Option<Slot>>>,
+    /// What is pinned.
+    pub pins: Mutex<Pins>,
+    world: OnceLock<Result<World, Errno>>,
+    service: OnceLock<Result<Service, Errno>>,
+    opened: AtomicU64,
+    /// Held by the service while it uses a file, so that one that was closed ends in time.
+    serving: Mutex<()>,
+}
+
+/// A file that some descriptor stands for.
+#[derive(Debug, Clone)]
+struct Slot {
+    /// Of the descriptors' end.
+    inode: u64,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Own(Arc<Own>),
+    /// Another process has it.
+    Foreign,
+}
+
+/// A file of this process.
+#[derive(Debug)]
+pub struct Own {
+    /// The file.
+    pub file: Arc<dyn File>,
+    /// The owner's end.
+    pub end: Internal,
+}
+
+/// A descriptor that the program must not touch.
+#[derive(Debug)]
+pub struct Internal(OwnedFd);
+
+impl Internal {
+    /// Moves `fd` to where programs do not expect it.
+    pub fn new(fd: OwnedFd) -> Self {
+        let fd = sys::duplicate(fd.as_raw_fd(), FIRST_INTERNAL).unwrap_or(fd);
+        // A number too high for the table is one that the program hardly closes by chance.
+        table::set(fd.as_raw_fd(), Entry::Internal);
+        Self(fd)
+    }
+
+    /// The number.
+    pub fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Drop for Internal {
+    fn drop(&mut self) {
+        table::set(self.raw(), Entry::NotOurs);
+    }
+}
+
+static STATE: AtomicPtr<State> = AtomicPtr::new(std::ptr::null_mut());
+
+/// The state of this process.
+pub fn current() -> &'static State {
+    let state = STATE.load(Ordering::Acquire);
+    // SAFETY: states are never freed.
+    match unsafe { state.as_ref() } {
+        Some(found) if found.pid == sys::process_id() => found,
+        _ => begin(state),
+    }
+}
+
+/// Whether `fd` is a descriptor of an emulated file, of this process or another.
+pub fn is_emulated(fd: RawFd) -> bool {
+    sys::peer_name(fd).is_some_and(|name| name.starts_with(NAME_PREFIX.as_bytes()))
+}
+
+/// Makes the state of this process, in place of `inherited`: that of the process that forked it. It
+/// may be locked by a thread that is not here, so nothing of it is looked at.
+fn begin(inherited: *mut State) -> &'static State {
+    pins::forget();
+    let state = State {
+        pid: sys::process_id(),
+        files: Mutex::default(),
+        pins: Mutex::default(),
+        world: OnceLock::new(),
+        service: OnceLock::new(),
+        opened: AtomicU64::new(0),
+        serving: Mutex::default(),
+    };
+    let new = Box::into_raw(Box::new(state));
+    let published = STATE.compare_exchange(inherited, new, Ordering::AcqRel, Ordering::Acquire);
+    // Another thread may have been first; this one's stays unused then.
+    let state = published.map_or_else(|other| other, |_| new);
+    // SAFETY: it is not null, and states are never freed.
+    let state = unsafe { &*state };
+    if published.is_err() {
+        return state;
+    }
+    if inherited.is_null() {
+        sys::at_fork_in_child(begin_in_child);
+    } else {
+        state.inherit();
+    }
+    state
+}
+
+extern "C" fn begin_in_child() {
+    current();
+}
+
+impl State {
+    fn files(&self) -> MutexGuard<'_, Vec<Option<Slot>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The emulated machine of this process, made now if it is not yet.
+    ///
+    /// # Errors
+    /// `ENODEV` its description cannot be used; that has been said then.
+    pub fn world(&self) -> Result<&World, Errno> {
+        self.world.get_or_init(World::from_environment).as_ref().map_err(|errno| *errno)
+    }
+
+    /// Takes over the descriptors that a fork left: files belong to others now.
+    fn inherit(&self) {
+        for (fd, entry) in table::ours(0, u32::MAX) {
+            table::set(fd, Entry::NotOurs);
+            match entry {
+                Entry::Internal => drop(sys::close_number(fd)),
+                Entry::File(_) => drop(self.recognise(fd)),
+                Entry::NotOurs => {}
+            }
+        }
+    }
+
+    /// Gives `file` to this process, as a new descriptor.
+    ///
+    /// # Errors
+    /// What the kernel says when it has no more descriptors, or no thread.
+    pub fn install(&self, file: Arc<dyn File>, close_on_exec: bool) -> Result<RawFd, Errno> {
+        let (fd, slot) = self.publish(file)?;
+        sys::set_flags(fd.as_raw_fd(), close_on_exec, false)?;
+        if table::set(fd.as_raw_fd(), Entry::File(slot)).is_none() {
+            drop(fd);
+            self.released(slot);
+            return Err(Errno::from_raw(libc::EMFILE));
+        }
+        Ok(fd.into_raw_fd())
+    }
+
+    /// Makes `file` one of this process's: the end for descriptors, and the number of the file.
+    ///
+    /// # Errors
+    /// As [`Self::install`].
+    pub fn publish(&self, file: Arc<dyn File>) -> Result<(OwnedFd, u32), Errno> {
+        let service = self.service.get_or_init(Service::start).as_ref().map_err(|errno| *errno)?;
+        let (fd, end) = sys::socket_pair()?;
+        let end = Internal::new(end);
+        let number = self.opened.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{NAME_PREFIX}{}/{number}/{}", self.pid, file.name());
+        sys::bind_name(end.raw(), name.as_bytes())?;
+        let inode = sys::inode(fd.as_raw_fd())?;
+        service.watch(end.raw(), inode)?;
+        let slot = self.insert(Slot { inode, kind: Kind::Own(Arc::new(Own { file, end })) });
+        Ok((fd, slot))
+    }
+
+    fn insert(&self, slot: Slot) -> u32 {
+        let mut files = self.files();
+        let free = files.iter().position(Option::is_none).unwrap_or(files.len());
+        match files.get_mut(free) {
+            Some(place) => *place = Some(slot),
+            None => files.push(Some(slot)),
+        }
+        free as u32
+    }
+
+    /// The slot that `fd` stands for. The number may have been closed, and used for something else,
+    /// where no hook saw it.
+    fn slot(&self, fd: RawFd) -> Option<Slot> {
+        let number = table::file(fd)?;
+        let slot = self.files().get(number as usize).cloned().flatten();
+        match slot {
+            Some(slot) if sys::inode(fd) == Ok(slot.inode) => Some(slot),
+            _ => {
+                table::set(fd, Entry::NotOurs);
+                None
+            }
+        }
+    }
+
+    /// Looks whether `fd`, which is not known, is a descriptor of an emulated file: one that came
+    /// through exec, a socket, or a call that no hook saw. Returns its slot.
+    pub fn recognise(&self, fd: RawFd) -> Option<u32> {
+        if !is_emulated(fd) {
+            return None;
+        }
+        let inode = sys::inode(fd).ok()?;
+        let known = self.number_of(inode);
+        let slot = known.unwrap_or_else(|| self.insert(Slot { inode, kind: Kind::Foreign }));
+        table::set(fd, Entry::File(slot)).map(|_| slot)
+    }
+
+    fn number_of(&self, inode: u64) -> Option<u32> {
+        let same = |slot: &Option<Slot>| slot.as_ref().is_some_and(|slot| slot.inode == inode);
+        self.files().iter().position(same).map(|number| number as u32)
+    }
+
+    /// The file of this process whose descriptors have `inode`.
+    pub fn own(&self, inode: u64) -> Option<Arc<Own>> {
+        let number = self.number_of(inode)?;
+        match self.files().get(number as usize)?.as_ref()?.kind {
+            Kind::Own(ref own) => Some(own.clone()),
+            Kind::Foreign => None,
+        }
+    }
+
+    /// A descriptor of the file `slot` was closed: ends the file if that was the last one.
+    pub fn released(&self, slot: u32) {
+        let mut files = self.files();
+        let Some(place) = files.get_mut(slot as usize) else { return };
+        let hung_up = match place {
+            Some(Slot { kind: Kind::Own(own), .. }) => {
+                sys::events(own.end.raw()) & libc::POLLHUP != 0
+            }
+            _ => false,
+        };
+        let ended = if hung_up { place.take() } else { None };
+        drop(files);
+        if ended.is_some() {
+            // What closing brings about is done when close returns: the service drops the file first.
+            let _served = self.serving();
+            drop(ended);
+        }
+    }
+
+    /// The last descriptor of the file with `inode` was closed, perhaps in another process.
+    pub fn hung_up(&self, inode: u64) {
+        if let Some(slot) = self.number_of(inode) {
+            self.released(slot);
+        }
+    }
+
+    /// Keeps files that are closed from ending.
+    pub fn serving(&self) -> MutexGuard<'_, ()> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers a call on `fd`; `None` when that is none of ours.
+    pub fn call(&self, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
+        let result = match self.slot(fd)?.kind {
+            Kind::Own(own) => own.file.call(&OwnCaller(self, Process::own()), call),
+            Kind::Foreign => remote::call(fd, call),
+        };
+        pins::sweep();
+        Some(result)
+    }
+
+    /// What a mapping of `fd` shows; `None` when that is none of ours.
+    pub fn window(&self, fd: RawFd, offset: u64, length: u64) -> Option<Result<Window, Errno>> {
+        Some(match self.slot(fd)?.kind {
+            Kind::Own(own) => own.file.window(offset, length),
+            Kind::Foreign => remote::window(fd, offset, length),
+        })
+    }
+
+    /// The name of the file that `fd` stands for.
+    pub fn name(&self, fd: RawFd) -> Option<String> {
+        self.slot(fd)?;
+        let name = String::from_utf8(sys::peer_name(fd)?).ok()?;
+        name.splitn(4, '/').nth(3).map(str::to_owned)
+    }
+}
+
+/// This process, calling.
+struct OwnCaller<'a>(&'a State, Process);
+
+impl Caller for OwnCaller<'_> {
+    fn process(&self) -> &Process {
+        &self.1
+    }
+
+    fn file(&self, fd: i32) -> Result<Arc<dyn File>, Errno> {
+        match self.0.slot(fd).map(|slot| slot.kind) {
+            Some(Kind::Own(own)) => Ok(own.file.clone()),
+            // A device of this process and the iommufd of another: they are of two machines.
+            Some(Kind::Foreign) => Err(EBADFD),
+            None if self.1.has_open(fd) => Err(EBADFD),
+            None => Err(EBADF),
+        }
+    }
+
+    fn install(&self, file: Arc<dyn File>) -> Result<i32, Errno> {
+        self.0.install(file, true)
+    }
+}

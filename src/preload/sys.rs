@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! System calls of our own, in safe clothes. None of them goes through a hook.
+
+use std::ffi::{c_int, c_long, c_void};
+use std::mem::{size_of, MaybeUninit};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::ptr::null_mut;
+
+use libc::{iovec, msghdr, pollfd, syscall};
+use twostage::iommufd::Errno;
+
+/// What the system call that just failed said.
+pub fn last_errno() -> Errno {
+    // SAFETY: the pointer is to the thread's own variable.
+    Errno::from_raw(unsafe { *libc::__errno_location() })
+}
+
+/// Sets the thread's `errno`.
+pub fn set_errno(errno: Errno) {
+    // SAFETY: the pointer is to the thread's own variable.
+    unsafe { *libc::__errno_location() = errno.raw() }
+}
+
+fn checked(result: c_long) -> Result<c_long, Errno> {
+    if result < 0 {
+        return Err(last_errno());
+    }
+    Ok(result)
+}
+
+/// The process.
+pub fn process_id() -> i32 {
+    // SAFETY: the call has no preconditions.
+    unsafe { libc::getpid() }
+}
+
+/// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be read;
+/// returns how many bytes were.
+pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
+    let local = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
+    // SAFETY: the kernel writes to `bytes` alone, and checks the other address.
+    let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
+    checked(read as c_long).map(|count| count as usize)
+}
+
+/// Writes to the memory of process `pid` from `address` on; returns how many bytes could be.
+///
+/// # Safety
+/// When `pid` is this process: it must hand that memory out for writing, as the program does whose
+/// system call names it.
+pub unsafe fn write_memory(pid: i32, address: u64, bytes: &[u8]) -> Result<usize, Errno> {
+    let local = iovec { iov_base: bytes.as_ptr() as *mut c_void, iov_len: bytes.len() };
+    let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
+    // SAFETY: the kernel reads `bytes` alone, and checks the other address; what is there is the
+    // caller's promise.
+    let written = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
+    checked(written as c_long).map(|count| count as usize)
+}
+
+/// A pair of connected sockets that keep the bounds of messages; both are closed on exec.
+pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let mut pair: [RawFd; 2] = [0; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: the array has room for two.
+    let result = unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) };
+    checked(c_long::from(result))?;
+    // SAFETY: both were just made, for nobody else.
+    Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
+}
+
+/// The address of a socket in the abstract name space.
+fn abstract_address(name: &[u8]) -> (libc::sockaddr_un, libc::socklen_t) {
+    let mut address =
+        libc::sockaddr_un { sun_family: libc::AF_UNIX as libc::sa_family_t, sun_path: [0; 108] };
+    // The first byte stays zero: the abstract name space.
+    for (to, from) in address.sun_path.iter_mut().skip(1).zip(name) {
+        *to = *from as libc::c_char;
+    }
+    let length = size_of::<libc::sa_family_t>() + 1 + name.len().min(107);
+    (address, length as libc::socklen_t)
+}
+
+/// Names the socket `fd`.
+pub fn bind_name(fd: RawFd, name: &[u8]) -> Result<(), Errno> {
+    let (address, length) = abstract_address(name);
+    // SAFETY: the address is as long as said.
+    let result = unsafe { libc::bind(fd, (&raw const address).cast(), length) };
+    checked(c_long::from(result)).map(drop)
+}
+
+/// The name of the socket at the other end of `fd`; `None` when `fd` is no socket, or has none.
+pub fn peer_name(fd: RawFd) -> Option<Vec<u8>> {
+    let (mut address, mut length) = abstract_address(&[0; 107]);
+    // SAFETY: the address has room for `length` bytes.
+    let result = unsafe { libc::getpeername(fd, (&raw mut address).cast(), &mut length) };
+    if result != 0 || address.sun_family != libc::AF_UNIX as libc::sa_family_t {
+        return None;
+    }
+    let path = (length as usize).checked_sub(size_of::<libc::sa_family_t>())?;
+    let name = address.sun_path.get(1..path)?;
+    Some(name.iter().map(|byte| *byte as u8).collect())
+}
+
+/// Which process made the socket at the other end of `fd`.
+pub fn peer_process(fd: RawFd) -> Result<i32, Errno> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    let to = (&raw mut credentials).cast();
+    // SAFETY: the option's value has `length` bytes.
+    let result =
+        unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, to, &mut length) };
+    checked(c_long::from(result)).map(|_| credentials.pid)
+}
+
+/// The number that tells the file behind `fd` from every other one that is open.
+pub fn inode(fd: RawFd) -> Result<u64, Errno> {
+    status(fd).map(|status| status.st_ino)
+}
+
+/// `fstat(2)`.
+pub fn status(fd: RawFd) -> Result<libc::stat64, Errno> {
+    let mut status = MaybeUninit::<libc::stat64>::zeroed();
+    // SAFETY: there is room for the status.
+    checked(unsafe { syscall(libc::SYS_fstat, fd, status.as_mut_ptr()) })?;
+    // SAFETY: zeroes are a valid value, and so is what the kernel wrote.
+    Ok(unsafe { status.assume_init() })
+}
+
+/// Another number for the file behind `fd`, `lowest` or above, closed on exec.
+pub fn duplicate(fd: RawFd, lowest: c_int) -> Result<OwnedFd, Errno> {
+    // SAFETY: duplicating touches nothing else.
+    let new = unsafe { syscall(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, lowest) };
+    // SAFETY: the number is new.
+    checked(new).map(|new| unsafe { OwnedFd::from_raw_fd(new as RawFd) })
+}
+
+/// Sets whether `fd` is closed on exec, and whether its file is of the kind that does not block.
+pub fn set_flags(fd: RawFd, close_on_exec: bool, nonblocking: bool) -> Result<(), Errno> {
+    let descriptor = if close_on_exec { libc::FD_CLOEXEC } else { 0 };
+    let file = if nonblocking { libc::O_NONBLOCK } else { 0 };
+    // SAFETY: flags alone are changed.
+    checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFD, descriptor) })?;
+    // SAFETY: as above.
+    checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFL, file) }).map(drop)
+}
+
+/// Closes a number that belongs to nobody in this library.
+pub fn close_number(fd: RawFd) -> Result<(), Errno> {
+    // SAFETY: the caller's program asked for it, or it was inherited and never handed out.
+    checked(unsafe { syscall(libc::SYS_close, fd) }).map(drop)
+}
+
+/// What `poll(2)` says of `fd` now.
+pub fn events(fd: RawFd) -> i16 {
+    let mut poll = pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: the structure is one.
+    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+    if ready > 0 {
+        poll.revents
+    } else {
+        0
+    }
+}
+
+/// Room for one descriptor beside a message.
+#[repr(C, align(8))]
+struct Control([u8; 32]);
+
+/// Sends `bytes` as one message, and `passed` with it.
+pub fn send(fd: RawFd, bytes: &[u8], passed: Option<RawFd>) -> Result<(), Errno> {
+    let mut vector = iovec { iov_base: bytes.as_ptr() as *mut c_void, iov_len: bytes.len() };
+    let mut control = Control([0; 32]);
+    let mut message = message(&mut vector);
+    if let Some(passed) = passed {
+        message.msg_control = control.0.as_mut_ptr().cast();
+        // SAFETY: the macros compute from sizes; the header they find lies in `control`, which has
+        // room for one descriptor.
+        unsafe {
+            message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
+            let header = libc::CMSG_FIRSTHDR(&message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as u32) as _;
+            libc::CMSG_DATA(header).cast::<RawFd>().write_unaligned(passed);
+        }
+    }
+    loop {
+        // SAFETY: all that the message points to lives until the end.
+        let sent = unsafe { libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL) };
+        match checked(sent as c_long) {
+            Ok(_) => return Ok(()),
+            Err(errno) if errno.raw() == libc::EINTR => {}
+            // The program may have made the socket one that does not block.
+            Err(errno) if errno.raw() == libc::EAGAIN => wait_until(fd, libc::POLLOUT),
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// Receives one message into `bytes`, and a descriptor when one came with it (closed on exec).
+/// Returns its length: 0 when the other end is closed, `None` when there is none and `wait` is not
+/// set.
+pub fn receive(
+    fd: RawFd,
+    bytes: &mut [u8],
+    wait: bool,
+) -> Result<Option<(usize, Option<OwnedFd>)>, Errno> {
+    let mut vector = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let mut control = Control([0; 32]);
+    let mut message = message(&mut vector);
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = size_of::<Control>() as _;
+    let flags = libc::MSG_CMSG_CLOEXEC | if wait { 0 } else { libc::MSG_DONTWAIT };
+    let length = loop {
+        // SAFETY: all that the message points to lives until the end.
+        let received = unsafe { libc::recvmsg(fd, &mut message, flags) };
+        match checked(received as c_long) {
+            Ok(length) => break length as usize,
+            Err(errno) if errno.raw() == libc::EINTR => {}
+            Err(errno) if errno.raw() == libc::EAGAIN && !wait => return Ok(None),
+            Err(errno) if errno.raw() == libc::EAGAIN => wait_until(fd, libc::POLLIN),
+            Err(errno) => return Err(errno),
+        }
+    };
+    // SAFETY: the kernel filled the headers in; a descriptor in them is new, and nobody else's.
+    let passed = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&message);
+        (!header.is_null()
+            && (*header).cmsg_level == libc::SOL_SOCKET
+            && (*header).cmsg_type == libc::SCM_RIGHTS)
+            .then(|| OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().read_unaligned()))
+    };
+    Ok(Some((length, passed)))
+}
+
+fn message(vector: &mut iovec) -> msghdr {
+    // SAFETY: zeroes are a valid message header.
+    let mut message: msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vector;
+    message.msg_iovlen = 1;
+    message
+}
+
+fn wait_until(fd: RawFd, events: i16) {
+    let mut poll = pollfd { fd, events, revents: 0 };
+    // SAFETY: the structure is one.
+    unsafe { libc::poll(&mut poll, 1, -1) };
+}
+
+/// An `epoll` instance, closed on exec.
+pub fn epoll() -> Result<OwnedFd, Errno> {
+    // SAFETY: the call has no preconditions.
+    let fd = checked(c_long::from(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }))?;
+    // SAFETY: the number is new.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Has `epoll` report input and hang-ups of `fd`, as `key`.
+pub fn watch(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
+    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: key };
+    // SAFETY: the event is one.
+    let result = unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &mut event) };
+    checked(c_long::from(result)).map(drop)
+}
+
+/// Waits for `epoll`; the key of one descriptor that has something to say.
+pub fn next_event(epoll: RawFd) -> Result<u64, Errno> {
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    loop {
+        // SAFETY: there is room for one event.
+        let count = unsafe { libc::epoll_wait(epoll, &mut event, 1, -1) };
+        match checked(c_long::from(count)) {
+            Ok(0) => {}
+            Ok(_) => return Ok(event.u64),
+            Err(errno) if errno.raw() == libc::EINTR => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// Does `work` with every signal blocked; a thread that it starts begins so.
+pub fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
+    let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: each set is filled before it is read.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+    }
+    let result = work();
+    // SAFETY: `before` was filled above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), null_mut()) };
+    result
+}
+
+/// Maps the memory at `from`, `length` bytes in one shared mapping, a second time over `to`.
+///
+/// # Safety
+/// `length` bytes at `to` are a mapping of the caller's.
+pub unsafe fn map_again(from: u64, length: usize, to: *mut c_void) -> Result<(), Errno> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    // SAFETY: an old length of 0 leaves `from` as it is; what is at `to` is the caller's.
+    checked(unsafe { syscall(libc::SYS_mremap, from, 0, length, flags, to) }).map(drop)
+}
+
+/// Maps `length` bytes of `fd`, shared, over `to`.
+///
+/// # Safety
+/// As [`map_again`].
+pub unsafe fn map_file(
+    fd: RawFd,
+    offset: u64,
+    length: usize,
+    protection: c_int,
+    to: *mut c_void,
+) -> Result<(), Errno> {
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    // SAFETY: what is at `to` is the caller's.
+    checked(unsafe { syscall(libc::SYS_mmap, to, length, protection, flags, fd, offset) }).map(drop)
+}
+
+/// Unmaps what the program asked to have unmapped earlier.
+///
+/// # Safety
+/// Nothing uses the memory any more.
+pub unsafe fn unmap(address: u64, length: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { syscall(libc::SYS_munmap, address, length) };
+}
+
+/// Calls `child` in the child of every fork that libc does.
+pub fn at_fork_in_child(child: unsafe extern "C" fn()) {
+    // SAFETY: the function lives as long as the library, which is never unloaded.
+    unsafe { libc::pthread_atfork(None, None, Some(child)) };
+}

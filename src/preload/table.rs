@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the numbers of this process's descriptors stand for, as far as this library knows.
+//!
+//! Hooks ask this for every descriptor of the program, also in signal handlers: no lock, one load.
+#![forbid(unsafe_code)]
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Higher numbers are never ours: an open that would get one fails with `EMFILE`.
+const CAPACITY: usize = 1 << 16;
+
+const NOT_OURS: u32 = 0;
+const INTERNAL: u32 = 1;
+const FIRST_SLOT: u32 = 2;
+
+static TABLE: [AtomicU32; CAPACITY] = [const { AtomicU32::new(NOT_OURS) }; CAPACITY];
+
+/// What a number stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing of ours.
+    NotOurs,
+    /// Something that the program must not touch.
+    Internal,
+    /// The emulated file of this number (of a file, not of a descriptor).
+    File(u32),
+}
+
+impl Entry {
+    fn of(raw: u32) -> Self {
+        match raw {
+            NOT_OURS => Self::NotOurs,
+            INTERNAL => Self::Internal,
+            slot => Self::File(slot - FIRST_SLOT),
+        }
+    }
+
+    fn raw(self) -> u32 {
+        match self {
+            Self::NotOurs => NOT_OURS,
+            Self::Internal => INTERNAL,
+            Self::File(slot) => slot + FIRST_SLOT,
+        }
+    }
+}
+
+fn entry(fd: RawFd) -> Option<&'static AtomicU32> {
+    TABLE.get(usize::try_from(fd).ok()?)
+}
+
+/// What `fd` stands for.
+pub fn get(fd: RawFd) -> Entry {
+    entry(fd).map_or(Entry::NotOurs, |entry| Entry::of(entry.load(Ordering::Acquire)))
+}
+
+/// The emulated file that `fd` stands for.
+pub fn file(fd: RawFd) -> Option<u32> {
+    match get(fd) {
+        Entry::File(slot) => Some(slot),
+        Entry::NotOurs | Entry::Internal => None,
+    }
+}
+
+/// Says what `fd` stands for from now on; returns what it stood for, or `None` when the number is
+/// too high.
+pub fn set(fd: RawFd, to: Entry) -> Option<Entry> {
+    Some(Entry::of(entry(fd)?.swap(to.raw(), Ordering::AcqRel)))
+}
+
+/// All numbers from `first` to `last` that are ours.
+pub fn ours(first: u32, last: u32) -> impl Iterator<Item = (RawFd, Entry)> {
+    let last = last.min(CAPACITY as u32 - 1);
+    (first..=last).filter_map(|fd| {
+        let fd = RawFd::try_from(fd).ok()?;
+        Some((fd, get(fd))).filter(|(_, entry)| *entry != Entry::NotOurs)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries() {
+        assert_eq!(set(60_000, Entry::File(3)), Some(Entry::NotOurs));
+        assert_eq!(set(60_001, Entry::Internal), Some(Entry::NotOurs));
+        assert_eq!((file(60_000), file(60_001), file(60_002)), (Some(3), None, None));
+        let found: Vec<_> = ours(60_000, u32::MAX).collect();
+        assert_eq!(found, [(60_000, Entry::File(3)), (60_001, Entry::Internal)]);
+        assert_eq!(set(60_000, Entry::NotOurs), Some(Entry::File(3)));
+        assert_eq!(get(60_000), Entry::NotOurs);
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_ours() {
+        for fd in [-1, CAPACITY as RawFd, RawFd::MAX] {
+            assert_eq!(get(fd), Entry::NotOurs);
+            assert_eq!(set(fd, Entry::Internal), None);
+        }
+    }
+}
