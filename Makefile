@@ -20,6 +20,8 @@ help:
 	@echo 'make test      lint, then every test, the guests among them'
 	@echo 'make test-all  test, then more cases, optimised, and the small guest under QEMU'"'"'s VT-d'
 	@echo 'make nested-check  the part of test that runs Linux guests'
+	@echo 'make preload   libtwostage_iommufd.so, which shows any program an emulated /dev/iommu'
+	@echo 'make selftests Linux'"'"'s own tests of iommufd, unmodified, under that library'
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
 	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
@@ -39,6 +41,7 @@ test: lint guest
 	@$(need) cc cargo
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked --no-default-features --lib
+	cargo test --locked -p twostage-iommufd-preload
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
@@ -50,6 +53,14 @@ test-all: test
 nested-check: guest binary
 	@[ "$(NESTED)" = off ] || $(binary) probe --report line || scripts/nested -- run $(demo_flags) </dev/null
 	@NESTED=$(NESTED) scripts/linux-checks
+
+preload:
+	@$(need) cc cargo
+	cargo build --release --locked -p twostage-iommufd-preload
+	@echo 'built target/release/libtwostage_iommufd.so; start a program with it in LD_PRELOAD'
+
+selftests:
+	@scripts/iommufd-selftests
 
 bench:
 	@$(need) cc cargo
@@ -64,11 +75,11 @@ fuzz:
 
 lint:
 	@$(need) cc cargo rustfmt cargo-clippy
-	cargo fmt --check
+	cargo fmt --all --check
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
 	scripts/cargo-deny --log-level error check licenses bans sources
 
 doc:
@@ -91,5 +102,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all nested-check bench fuzz lint doc guest binary kvm clean
+.PHONY: help run demo test test-all nested-check preload selftests bench fuzz lint doc guest binary kvm clean
 .DEFAULT_GOAL := help

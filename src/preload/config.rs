@@ -79,6 +79,8 @@ pub struct Device {
     /// Which engine it has.
     #[serde(default)]
     pub dma: Dma,
+    /// Devices behind one IOMMU with the same number are one IOMMU group; without, it is alone.
+    pub group: Option<u32>,
     /// IOVAs that cannot be mapped for it, in bytes, both ends included.
     #[serde(default)]
     pub reserved: Vec<[u64; 2]>,

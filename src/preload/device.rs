@@ -13,7 +13,8 @@ use twostage::emulated::uapi::{DeviceFile, UserSpace};
 use twostage::iommufd::Errno;
 
 use crate::edu::{Edu, BAR_SIZE};
-use crate::file::{Argument, Call, Caller, Excess, File, EBADF};
+use crate::file::{Argument, Call, Excess, File};
+use crate::process::Process;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
 const fn request(n: u32) -> u32 {
@@ -74,8 +75,7 @@ impl Device {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ioctl(&self, caller: &dyn Caller, request: u32, address: u64) -> Result<i64, Errno> {
-        let process = caller.process();
+    fn ioctl(&self, process: &Process, request: u32, address: u64) -> Result<i64, Errno> {
         match request {
             BIND_IOMMUFD | ATTACH_IOMMUFD_PT | DETACH_IOMMUFD_PT => {}
             _ if !self.function().bound => return Err(Errno::EINVAL),
@@ -83,22 +83,14 @@ impl Device {
                 self.function().reset();
                 return Ok(0);
             }
-            GET_INFO => return answer(caller, address, [DEVICE_FLAGS, REGIONS, IRQS], 0),
-            GET_REGION_INFO => return self.region_info(caller, address),
+            GET_INFO => return answer(process, address, [DEVICE_FLAGS, REGIONS, IRQS], 0),
+            GET_REGION_INFO => return self.region_info(process, address),
             // No interrupt is signalled: none of any kind.
-            GET_IRQ_INFO => return irq_info(caller, address),
+            GET_IRQ_INFO => return irq_info(process, address),
             _ => return Err(Errno::ENOTTY),
         }
         let mut argument = Argument::copy_in(process, address, Excess::Ignored)?;
-        if request == BIND_IOMMUFD {
-            // The host knows one iommufd: whether the number is one is seen here.
-            let fd = argument.bytes.get(8..12).and_then(|fd| fd.first_chunk());
-            let fd = fd.map_or(-1, |fd| i32::from_ne_bytes(*fd));
-            if fd >= 0 && caller.file(fd)?.as_iommufd().is_none() {
-                return Err(EBADF);
-            }
-        }
-        self.file.ioctl(request, &mut argument.bytes)?;
+        self.file.ioctl(request, &mut argument.bytes, process)?;
         argument.copy_out(process)?;
         if request == BIND_IOMMUFD {
             self.function().bound = true;
@@ -107,9 +99,9 @@ impl Device {
     }
 
     /// `struct vfio_region_info`: argsz, flags, index, cap_offset, size, offset.
-    fn region_info(&self, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
+    fn region_info(&self, process: &Process, address: u64) -> Result<i64, Errno> {
         let mut info = [0; 32];
-        let argsz = copy_in(caller, address, &mut info)?;
+        let argsz = copy_in(process, address, &mut info)?;
         if argsz < info.len() {
             return Err(Errno::EINVAL);
         }
@@ -123,7 +115,7 @@ impl Device {
         let flags = if size > 0 { REGION_FLAGS } else { 0 };
         let offset = u64::from(index) << REGION_SHIFT;
         let words = [flags, index, 0, size as u32, (size >> 32) as u32, offset as u32];
-        answer(caller, address, words, (offset >> 32) as u32)
+        answer(process, address, words, (offset >> 32) as u32)
     }
 
     /// Reads or writes the piece of one region that `offset` and `bytes` name.
@@ -184,20 +176,20 @@ impl File for Device {
         self.name.clone()
     }
 
-    fn call(&self, caller: &dyn Caller, call: Call) -> Result<i64, Errno> {
+    fn call(&self, process: &Process, call: Call) -> Result<i64, Errno> {
         // vfio-pci moves no more than that at once to a BAR, and says how much it did.
         let piece = |count: u64| vec![0; count.min(size_of::<u64>() as u64) as usize];
         match call {
-            Call::Ioctl { request, argument } => self.ioctl(caller, request, argument),
+            Call::Ioctl { request, argument } => self.ioctl(process, request, argument),
             Call::Read { to, count, offset } => {
                 let mut bytes = piece(count);
                 self.access(offset.unwrap_or(0), &mut bytes, false)?;
-                caller.process().write(to, &bytes).map_err(|_| Errno::EFAULT)?;
+                process.write(to, &bytes).map_err(|_| Errno::EFAULT)?;
                 Ok(bytes.len() as i64)
             }
             Call::Write { from, count, offset } => {
                 let mut bytes = piece(count);
-                caller.process().read(from, &mut bytes).map_err(|_| Errno::EFAULT)?;
+                process.read(from, &mut bytes).map_err(|_| Errno::EFAULT)?;
                 self.access(offset.unwrap_or(0), &mut bytes, true)?;
                 Ok(bytes.len() as i64)
             }
@@ -215,8 +207,8 @@ fn config_space() -> [u8; CONFIG_SIZE] {
 }
 
 /// Fills `structure` from `address` on; returns what its first field says of its length.
-fn copy_in(caller: &dyn Caller, address: u64, structure: &mut [u8]) -> Result<usize, Errno> {
-    caller.process().read(address, structure).map_err(|_| Errno::EFAULT)?;
+fn copy_in(process: &Process, address: u64, structure: &mut [u8]) -> Result<usize, Errno> {
+    process.read(address, structure).map_err(|_| Errno::EFAULT)?;
     Ok(u32_at(structure, 0) as usize)
 }
 
@@ -226,33 +218,33 @@ fn u32_at(bytes: &[u8], offset: usize) -> u32 {
 }
 
 /// `struct vfio_irq_info`: argsz, flags, index, count.
-fn irq_info(caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
+fn irq_info(process: &Process, address: u64) -> Result<i64, Errno> {
     let mut info = [0; 16];
-    let argsz = copy_in(caller, address, &mut info)?;
+    let argsz = copy_in(process, address, &mut info)?;
     let index = u32_at(&info, 8);
     if argsz < info.len() || index >= IRQS {
         return Err(Errno::EINVAL);
     }
-    answer(caller, address, [0, index], 0)
+    answer(process, address, [0, index], 0)
 }
 
 /// Writes `words` and `last` behind the first field of the structure at `address`, whose length is
 /// known to suffice or checked here.
 fn answer<const N: usize>(
-    caller: &dyn Caller,
+    process: &Process,
     address: u64,
     words: [u32; N],
     last: u32,
 ) -> Result<i64, Errno> {
     let bytes: Vec<u8> = words.into_iter().chain([last]).flat_map(u32::to_ne_bytes).collect();
     let mut head = [0; size_of::<u32>()];
-    let argsz = copy_in(caller, address, &mut head)?;
+    let argsz = copy_in(process, address, &mut head)?;
     // The first version of every structure ends with `words`.
     if argsz < size_of::<u32>() * (1 + N) {
         return Err(Errno::EINVAL);
     }
     let room = bytes.len().min(argsz - size_of::<u32>());
     let bytes = bytes.get(..room).unwrap_or_default();
-    caller.process().write(address + size_of::<u32>() as u64, bytes).map_err(|_| Errno::EFAULT)?;
+    process.write(address + size_of::<u32>() as u64, bytes).map_err(|_| Errno::EFAULT)?;
     Ok(0)
 }

@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_a_dma_cannot_do() {
-        let (mut edu, ..) = edu();
+        let (mut edu, _region, _host) = edu();
         assert_eq!(dma(&mut edu, 0x1_1ff0, BUFFER_START, 0x20, COMMAND_START), 1);
         assert_eq!(edu.read(DMA_REFUSED_AT, 8), 0x1_2000);
         assert_eq!(dma(&mut edu, 0x1_0000, BUFFER_START + 0xfff, 2, COMMAND_START), 2);
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn registers() {
-        let (mut edu, ..) = edu();
+        let (mut edu, _region, _host) = edu();
         assert_eq!(edu.read(IDENTIFICATION, 4), 0x0100_00ed);
         assert_eq!(edu.read(IDENTIFICATION, 8), u64::MAX, "4 bytes only");
         edu.write(LIVENESS, 4, 0x1234, true);

@@ -6,14 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use twostage::emulated::uapi::UserSpace;
+use twostage::emulated::EmulatedHost;
 use twostage::iommufd::Errno;
 
 use crate::process::Process;
-
-/// `EBADFD`, in no structure of the uAPI but VFIO's: a descriptor of another kind.
-pub const EBADFD: Errno = Errno::from_raw(libc::EBADFD);
-/// No such descriptor.
-pub const EBADF: Errno = Errno::from_raw(libc::EBADF);
 
 /// A call on a descriptor. Addresses are the caller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,24 +20,6 @@ pub enum Call {
     Read { to: u64, count: u64, offset: Option<u64> },
     /// `write(2)`, likewise.
     Write { from: u64, count: u64, offset: Option<u64> },
-}
-
-/// Whoever makes a call.
-pub trait Caller {
-    /// Its memory.
-    fn process(&self) -> &Process;
-
-    /// The emulated file that the caller has open as `fd`.
-    ///
-    /// # Errors
-    /// `EBADF` it has none, `EBADFD` it is another.
-    fn file(&self, fd: i32) -> Result<Arc<dyn File>, Errno>;
-
-    /// Gives the caller a descriptor for `file`, closed on exec; returns its number.
-    ///
-    /// # Errors
-    /// What the kernel says when it has no more descriptors.
-    fn install(&self, file: Arc<dyn File>) -> Result<i32, Errno>;
 }
 
 /// What a mapping of an emulated file shows: `offset` bytes into a file of the kernel's.
@@ -58,11 +36,11 @@ pub trait File: Debug + Send + Sync {
     /// What it is called, for logs and to be recognised by.
     fn name(&self) -> String;
 
-    /// Answers a call.
+    /// Answers a call that `process` makes.
     ///
     /// # Errors
     /// Linux's.
-    fn call(&self, caller: &dyn Caller, call: Call) -> Result<i64, Errno>;
+    fn call(&self, process: &Process, call: Call) -> Result<i64, Errno>;
 
     /// What `length` bytes at `offset` of the file are, for `mmap(2)`.
     ///
@@ -73,8 +51,8 @@ pub trait File: Debug + Send + Sync {
         Err(Errno::ENODEV)
     }
 
-    /// Itself, as the iommufd that it is.
-    fn as_iommufd(&self) -> Option<&crate::iommufd::Iommufd> {
+    /// The iommufd that it is.
+    fn as_iommufd(&self) -> Option<&Arc<EmulatedHost>> {
         None
     }
 }

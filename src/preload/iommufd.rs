@@ -7,12 +7,13 @@ use std::sync::Arc;
 use twostage::emulated::EmulatedHost;
 use twostage::iommufd::Errno;
 
-use crate::file::{Argument, Call, Caller, Excess, File};
+use crate::file::{Argument, Call, Excess, File};
+use crate::process::Process;
 
 /// Ioctls from this number on are iommufd's own (`IOMMUFD_CMD_BASE`); those below are VFIO's.
 const FIRST_OWN: u32 = 0x80;
 
-/// An open iommufd.
+/// An open iommufd. It lives on while devices are bound to it.
 #[derive(Debug)]
 pub struct Iommufd {
     name: &'static str,
@@ -20,7 +21,7 @@ pub struct Iommufd {
 }
 
 impl Iommufd {
-    /// One over `host`, opened as `name`.
+    /// `host`, opened as `name`.
     pub fn new(name: &'static str, host: Arc<EmulatedHost>) -> Self {
         Self { name, host }
     }
@@ -31,13 +32,12 @@ impl File for Iommufd {
         self.name.to_owned()
     }
 
-    fn call(&self, caller: &dyn Caller, call: Call) -> Result<i64, Errno> {
+    fn call(&self, process: &Process, call: Call) -> Result<i64, Errno> {
         let Call::Ioctl { request, argument } = call else { return Err(Errno::EINVAL) };
         let excess = match request & 0xff {
             number if number >= FIRST_OWN => Excess::Zero,
             _ => Excess::Ignored,
         };
-        let process = caller.process();
         let mut argument = Argument::copy_in(process, argument, excess)?;
         let result = self.host.ioctl(request, &mut argument.bytes, process);
         // Some answers come with an error.
@@ -45,13 +45,7 @@ impl File for Iommufd {
         result.map(|()| 0)
     }
 
-    fn as_iommufd(&self) -> Option<&Iommufd> {
-        Some(self)
-    }
-}
-
-impl Drop for Iommufd {
-    fn drop(&mut self) {
-        self.host.close();
+    fn as_iommufd(&self) -> Option<&Arc<EmulatedHost>> {
+        Some(&self.host)
     }
 }

@@ -24,7 +24,7 @@
 //! * exec ends the machine of the process that calls it. A program started by exec sees devices only
 //!   when `LD_PRELOAD` is in its environment.
 //! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
-//!   when the program unmaps them ([`pins`]).
+//!   when the program unmaps them (`pins.rs`).
 //! * All other calls go to the next library as they are. Nothing runs before the first open.
 //!
 //! # What is not
@@ -38,6 +38,7 @@
 // The hooks, which all else is for, are not exported from a test.
 #![cfg_attr(test, allow(dead_code))]
 
+mod accounts;
 mod config;
 mod device;
 mod edu;

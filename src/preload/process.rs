@@ -2,11 +2,18 @@
 //! A process that makes calls: this one, or one that calls are forwarded for.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
-use twostage::emulated::uapi::{UserFault, UserSpace};
-use twostage::iommufd::UserMemory;
+use twostage::emulated::uapi::{Credentials, UserFault, UserSpace};
+use twostage::emulated::EmulatedHost;
+use twostage::iommufd::{Errno, UserMemory};
 
-use crate::{pins, sys};
+use crate::{pins, state, sys};
+
+const CAP_IPC_LOCK: u64 = 1 << 14;
+const CAP_SYS_RAWIO: u64 = 1 << 17;
+const CAP_SYS_RESOURCE: u64 = 1 << 24;
 
 /// A process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,37 +28,9 @@ impl Process {
         Self { pid: sys::process_id(), own: true }
     }
 
-    /// Another process.
-    pub fn other(pid: i32) -> Self {
+    /// The process `pid`.
+    pub fn of(pid: i32) -> Self {
         Self { pid, own: pid == sys::process_id() }
-    }
-
-    /// The file that the process has open as `fd`.
-    pub fn open_file(&self, fd: i32) -> Option<File> {
-        if self.own {
-            return sys::duplicate(fd, 0).ok().map(File::from);
-        }
-        // The link opens the file anew, with the rights it has itself.
-        let link = format!("/proc/{}/fd/{fd}", self.pid);
-        let writable = File::options().read(true).write(true).open(&link);
-        writable.or_else(|_| File::open(&link)).ok()
-    }
-
-    /// Which file the process has open as `fd`, when that is a socket: see [`sys::inode`].
-    pub fn socket(&self, fd: i32) -> Option<u64> {
-        if self.own {
-            return sys::inode(fd).ok();
-        }
-        let link = std::fs::read_link(format!("/proc/{}/fd/{fd}", self.pid)).ok()?;
-        link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
-    }
-
-    /// Whether the process has anything open as `fd`.
-    pub fn has_open(&self, fd: i32) -> bool {
-        if self.own {
-            return sys::status(fd).is_ok();
-        }
-        std::fs::symlink_metadata(format!("/proc/{}/fd/{fd}", self.pid)).is_ok()
     }
 
     /// Fills `bytes` from `address` on, up to the first that cannot be read; returns how many were.
@@ -65,9 +44,42 @@ impl Process {
         // devices to write.
         unsafe { sys::write_memory(self.pid, address, bytes) }.unwrap_or(0)
     }
+
+    /// What `/proc` calls the descriptor `fd` of the process.
+    fn link(&self, fd: i32) -> String {
+        format!("/proc/{}/fd/{fd}", self.pid)
+    }
+
+    /// Which socket the process has open as `fd`: see [`sys::inode`].
+    fn socket(&self, fd: i32) -> Option<u64> {
+        if self.own {
+            return sys::inode(fd).ok();
+        }
+        let link = std::fs::read_link(self.link(fd)).ok()?;
+        link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    }
+
+    fn has_open(&self, fd: i32) -> bool {
+        if self.own {
+            return sys::status(fd).is_ok();
+        }
+        std::fs::symlink_metadata(self.link(fd)).is_ok()
+    }
+
+    fn user_id(&self) -> u32 {
+        if self.own {
+            return sys::user_id();
+        }
+        // A process that is gone locks nothing any more; nobody's account is as good as another.
+        std::fs::metadata(format!("/proc/{}", self.pid)).map_or(u32::MAX, |of| of.uid())
+    }
 }
 
 impl UserSpace for Process {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        Arc::new(*self)
+    }
+
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
         let length = bytes.len() as u64;
         match self.read_some(address, bytes) as u64 {
@@ -84,8 +96,74 @@ impl UserSpace for Process {
         }
     }
 
-    fn memory(&self, address: u64, length: u64) -> Result<UserMemory, UserFault> {
-        pins::pin(self.pid, self.own, address, length, false)
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
+        pins::pin(self.pid, self.own, address, length, writable)
             .map_err(|_| UserFault { address, length })
+    }
+
+    fn file(&self, fd: i32) -> Option<Arc<File>> {
+        if self.own {
+            return sys::duplicate(fd).ok().map(|fd| Arc::new(fd.into()));
+        }
+        // The link opens the file anew: one that the process itself may only read is read-only.
+        let writable = File::options().read(true).write(true).open(self.link(fd));
+        writable.or_else(|_| File::open(self.link(fd))).ok().map(Arc::new)
+    }
+
+    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        let own = self.socket(fd).and_then(|inode| state::current().own(inode));
+        match own.as_ref().and_then(|own| own.file.as_iommufd()) {
+            Some(host) => Ok(host.clone()),
+            // Another process's is of another machine.
+            None if self.has_open(fd) => Err(Errno::from_raw(libc::EBADFD)),
+            None => Err(Errno::from_raw(libc::EBADF)),
+        }
+    }
+
+    fn credentials(&self) -> Credentials {
+        let (accounts, pid) = (&state::current().accounts, if self.own { 0 } else { self.pid });
+        // One that is gone, or that this one may not look at, has no rights.
+        let may = sys::capabilities(pid).unwrap_or(0);
+        Credentials {
+            user: accounts.user(self.user_id()),
+            process: accounts.process(self.pid),
+            memlock_limit: sys::memlock_limit(pid).unwrap_or(0),
+            ipc_lock: may & CAP_IPC_LOCK != 0,
+            sys_resource: may & CAP_SYS_RESOURCE != 0,
+            sys_rawio: may & CAP_SYS_RAWIO != 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pointers_that_lead_nowhere_are_faults() {
+        let process = Process::own();
+        let mut bytes = [0; 8];
+        assert_eq!(process.read(0x10, &mut bytes).unwrap_err().address, 0x10);
+        assert!(process.write(0x10, &bytes).is_err());
+        assert!(process.memory(0x10, 8, false).is_err());
+        let constant = "read-only".as_ptr() as u64;
+        assert!(process.memory(constant, 8, true).is_err());
+        assert_eq!(process.memory(constant, 8, false).unwrap().length(), 8);
+    }
+
+    #[test]
+    fn descriptors_that_are_no_iommufd() {
+        let process = Process::own();
+        assert_eq!(process.iommufd(-1).unwrap_err().raw(), libc::EBADF);
+        assert_eq!(process.iommufd(2).unwrap_err().raw(), libc::EBADFD);
+        assert!(process.file(-1).is_none());
+    }
+
+    #[test]
+    fn a_process_pays_for_itself() {
+        let (one, again) = (Process::own().credentials(), Process::own().credentials());
+        assert!(Arc::ptr_eq(&one.process, &again.process) && Arc::ptr_eq(&one.user, &again.user));
+        let init = Process::of(1).credentials();
+        assert!(!Arc::ptr_eq(&one.process, &init.process));
     }
 }

@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Calls on files of another process: how they get there and back.
 //!
-//! The caller sends one message through the descriptor, and a socket with it. On that socket the
-//! owner answers; before, it may send descriptors for the caller to have. The owner reads and writes
-//! the caller's memory with `process_vm_readv(2)`, for which it needs the right to trace it: it has
-//! that for its own children.
+//! The caller sends one message through the descriptor, and a socket with it, on which the owner
+//! answers. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
+//! needs the right to trace it: it has that for its own children.
 #![forbid(unsafe_code)]
 
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use twostage::iommufd::Errno;
 
-use crate::file::{Call, Caller, File, Window, EBADF, EBADFD};
+use crate::file::{Call, Window};
 use crate::process::Process;
-use crate::state::{self, Own, State};
+use crate::state::Own;
 use crate::sys;
 
 /// A message: what it is, and three numbers.
@@ -38,8 +36,6 @@ const WINDOW: u64 = 6;
 const DONE: u64 = 7;
 /// The answer to a call: an errno.
 const FAILED: u64 = 8;
-/// A descriptor for the caller to have; it sends the number back, or an errno.
-const INSTALL: u64 = 9;
 
 fn send(socket: RawFd, words: Words, passed: Option<RawFd>) -> Result<(), Errno> {
     let mut bytes = [0; BYTES];
@@ -98,17 +94,10 @@ fn ask(fd: RawFd, words: Words) -> Result<(u64, Option<OwnedFd>), Errno> {
     let (channel, theirs) = sys::socket_pair()?;
     send(fd, words, Some(theirs.as_raw_fd())).map_err(|_| Errno::ENODEV)?;
     drop(theirs);
-    loop {
-        match receive(channel.as_raw_fd(), true) {
-            Ok(Some(([DONE, value, ..], passed))) => return Ok((value, passed)),
-            Ok(Some(([FAILED, errno, ..], _))) => return Err(Errno::from_raw(errno as i32)),
-            Ok(Some(([INSTALL, ..], Some(passed)))) => {
-                let known = state::current().recognise(passed.as_raw_fd()).is_some();
-                let number = if known { passed.into_raw_fd() as u64 } else { u64::MAX };
-                send(channel.as_raw_fd(), [DONE, number, 0, 0], None).map_err(|_| Errno::ENODEV)?;
-            }
-            _ => return Err(Errno::ENODEV),
-        }
+    match receive(channel.as_raw_fd(), true) {
+        Ok(Some(([DONE, value, ..], passed))) => Ok((value, passed)),
+        Ok(Some(([FAILED, errno, ..], _))) => Err(Errno::from_raw(errno as i32)),
+        _ => Err(Errno::ENODEV),
     }
 }
 
@@ -116,11 +105,10 @@ fn ask(fd: RawFd, words: Words) -> Result<(u64, Option<OwnedFd>), Errno> {
 ///
 /// # Errors
 /// When what came is no call, or the caller is gone.
-pub fn answer_one(state: &State, own: &Own) -> Result<bool, Errno> {
+pub fn answer_one(own: &Own) -> Result<bool, Errno> {
     let Some((words, passed)) = receive(own.end.raw(), false)? else { return Ok(false) };
     let channel = passed.ok_or(Errno::from_raw(libc::EPROTO))?;
-    let process = Process::other(sys::peer_process(channel.as_raw_fd())?);
-    let caller = RemoteCaller { state, process, channel };
+    let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
     let call = match words {
         [IOCTL, request, argument, _] => Call::Ioctl { request: request as u32, argument },
         [READ, to, count, _] => Call::Read { to, count, offset: None },
@@ -129,55 +117,22 @@ pub fn answer_one(state: &State, own: &Own) -> Result<bool, Errno> {
         [WRITE_AT, from, count, offset] => Call::Write { from, count, offset: Some(offset) },
         [WINDOW, offset, length, _] => {
             let window = own.file.window(offset, length);
-            return caller.answer(window.map(|window| (window.offset, Some(window.file))));
+            answer(&channel, window.map(|window| (window.offset, Some(window.file))))?;
+            return Ok(true);
         }
         _ => return Err(Errno::from_raw(libc::EPROTO)),
     };
-    let result = own.file.call(&caller, call);
-    caller.answer(result.map(|value| (value as u64, None)))
+    let result = own.file.call(&process, call);
+    answer(&channel, result.map(|value| (value as u64, None)))?;
+    Ok(true)
 }
 
-/// A process whose call is being answered.
-struct RemoteCaller<'a> {
-    state: &'a State,
-    process: Process,
-    channel: OwnedFd,
-}
-
-impl RemoteCaller<'_> {
-    fn answer(&self, result: Result<(u64, Option<OwnedFd>), Errno>) -> Result<bool, Errno> {
-        let socket = self.channel.as_raw_fd();
-        match result {
-            Ok((value, passed)) => {
-                send(socket, [DONE, value, 0, 0], passed.as_ref().map(AsRawFd::as_raw_fd))?;
-            }
-            Err(errno) => send(socket, [FAILED, errno.raw() as u64, 0, 0], None)?,
+fn answer(channel: &OwnedFd, result: Result<(u64, Option<OwnedFd>), Errno>) -> Result<(), Errno> {
+    let socket = channel.as_raw_fd();
+    match result {
+        Ok((value, passed)) => {
+            send(socket, [DONE, value, 0, 0], passed.as_ref().map(AsRawFd::as_raw_fd))
         }
-        Ok(true)
-    }
-}
-
-impl Caller for RemoteCaller<'_> {
-    fn process(&self) -> &Process {
-        &self.process
-    }
-
-    fn file(&self, fd: i32) -> Result<Arc<dyn File>, Errno> {
-        match self.process.socket(fd).and_then(|inode| self.state.own(inode)) {
-            Some(own) => Ok(own.file.clone()),
-            None if self.process.has_open(fd) => Err(EBADFD),
-            None => Err(EBADF),
-        }
-    }
-
-    fn install(&self, file: Arc<dyn File>) -> Result<i32, Errno> {
-        let (fd, _) = self.state.publish(file)?;
-        send(self.channel.as_raw_fd(), [INSTALL, 0, 0, 0], Some(fd.as_raw_fd()))?;
-        match receive(self.channel.as_raw_fd(), true)? {
-            Some(([DONE, number, ..], _)) => {
-                i32::try_from(number).map_err(|_| Errno::from_raw(libc::EMFILE))
-            }
-            _ => Err(Errno::from_raw(libc::EPIPE)),
-        }
+        Err(errno) => send(socket, [FAILED, errno.raw() as u64, 0, 0], None),
     }
 }

@@ -58,7 +58,7 @@ fn serve(epoll: &Internal) {
 fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
     let _serving = state.serving();
     match state.own(inode) {
-        Some(own) => remote::answer_one(state, &own),
+        Some(own) => remote::answer_one(&own),
         None => Ok(false),
     }
 }

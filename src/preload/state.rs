@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use twostage::iommufd::Errno;
 
-use crate::file::{Call, Caller, File, Window, EBADF, EBADFD};
+use crate::accounts::Accounts;
+use crate::file::{Call, File, Window};
 use crate::pins::Pins;
 use crate::process::Process;
 use crate::service::Service;
@@ -21,8 +22,6 @@ use crate::{pins, remote, sys};
 
 /// How the names of the owner's ends begin.
 const NAME_PREFIX: &str = "twostage-iommufd/";
-/// Numbers below are left to the program, as far as the limit allows.
-const FIRST_INTERNAL: RawFd = 512;
 
 /// All that one process has. A child begins anew.
 #[derive(Debug)]
@@ -31,6 +30,8 @@ pub struct State {
     files: Mutex<Vec<Option<Slot>>>,
     /// What is pinned.
     pub pins: Mutex<Pins>,
+    /// Who locks memory.
+    pub accounts: Accounts,
     world: OnceLock<Result<World, Errno>>,
     service: OnceLock<Result<Service, Errno>>,
     opened: AtomicU64,
@@ -69,7 +70,7 @@ pub struct Internal(OwnedFd);
 impl Internal {
     /// Moves `fd` to where programs do not expect it.
     pub fn new(fd: OwnedFd) -> Self {
-        let fd = sys::duplicate(fd.as_raw_fd(), FIRST_INTERNAL).unwrap_or(fd);
+        let fd = sys::duplicate(fd.as_raw_fd()).unwrap_or(fd);
         // A number too high for the table is one that the program hardly closes by chance.
         table::set(fd.as_raw_fd(), Entry::Internal);
         Self(fd)
@@ -112,6 +113,7 @@ fn begin(inherited: *mut State) -> &'static State {
         pid: sys::process_id(),
         files: Mutex::default(),
         pins: Mutex::default(),
+        accounts: Accounts::default(),
         world: OnceLock::new(),
         service: OnceLock::new(),
         opened: AtomicU64::new(0),
@@ -279,7 +281,7 @@ impl State {
     /// Answers a call on `fd`; `None` when that is none of ours.
     pub fn call(&self, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
         let result = match self.slot(fd)?.kind {
-            Kind::Own(own) => own.file.call(&OwnCaller(self, Process::own()), call),
+            Kind::Own(own) => own.file.call(&Process::own(), call),
             Kind::Foreign => remote::call(fd, call),
         };
         pins::sweep();
@@ -299,28 +301,5 @@ impl State {
         self.slot(fd)?;
         let name = String::from_utf8(sys::peer_name(fd)?).ok()?;
         name.splitn(4, '/').nth(3).map(str::to_owned)
-    }
-}
-
-/// This process, calling.
-struct OwnCaller<'a>(&'a State, Process);
-
-impl Caller for OwnCaller<'_> {
-    fn process(&self) -> &Process {
-        &self.1
-    }
-
-    fn file(&self, fd: i32) -> Result<Arc<dyn File>, Errno> {
-        match self.0.slot(fd).map(|slot| slot.kind) {
-            Some(Kind::Own(own)) => Ok(own.file.clone()),
-            // A device of this process and the iommufd of another: they are of two machines.
-            Some(Kind::Foreign) => Err(EBADFD),
-            None if self.1.has_open(fd) => Err(EBADFD),
-            None => Err(EBADF),
-        }
-    }
-
-    fn install(&self, file: Arc<dyn File>) -> Result<i32, Errno> {
-        self.0.install(file, true)
     }
 }

@@ -34,6 +34,35 @@ pub fn process_id() -> i32 {
     unsafe { libc::getpid() }
 }
 
+/// The effective capabilities of process `pid`; of this thread when it is 0. Bit `n` is capability
+/// `n`.
+pub fn capabilities(pid: i32) -> Result<u64, Errno> {
+    /// `_LINUX_CAPABILITY_VERSION_3`.
+    const VERSION: u32 = 0x2008_0522;
+    let header = [VERSION, pid as u32];
+    // Effective, permitted and inheritable; the low halves first.
+    let mut data = [[0u32; 3]; 2];
+    // SAFETY: this version has a header of two words, and two times three words of data.
+    checked(unsafe { syscall(libc::SYS_capget, header.as_ptr(), data.as_mut_ptr()) })?;
+    let [[low, ..], [high, ..]] = data;
+    Ok(u64::from(high) << 32 | u64::from(low))
+}
+
+/// `RLIMIT_MEMLOCK` of process `pid`, in bytes; of this one when it is 0.
+pub fn memlock_limit(pid: i32) -> Result<u64, Errno> {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    let (old, new) = (&raw mut limit, std::ptr::null::<libc::rlimit64>());
+    // SAFETY: there is room for the limits; none are set.
+    checked(unsafe { syscall(libc::SYS_prlimit64, pid, libc::RLIMIT_MEMLOCK, new, old) })?;
+    Ok(limit.rlim_cur)
+}
+
+/// The user that this process belongs to.
+pub fn user_id() -> u32 {
+    // SAFETY: the call has no preconditions.
+    unsafe { libc::getuid() }
+}
+
 /// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be read;
 /// returns how many bytes were.
 pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
@@ -127,10 +156,13 @@ pub fn status(fd: RawFd) -> Result<libc::stat64, Errno> {
     Ok(unsafe { status.assume_init() })
 }
 
-/// Another number for the file behind `fd`, `lowest` or above, closed on exec.
-pub fn duplicate(fd: RawFd, lowest: c_int) -> Result<OwnedFd, Errno> {
+/// Numbers below are left to the program, as far as the limit allows.
+const FIRST_INTERNAL: c_int = 512;
+
+/// Another number for the file behind `fd`, where programs do not expect it; closed on exec.
+pub fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
     // SAFETY: duplicating touches nothing else.
-    let new = unsafe { syscall(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, lowest) };
+    let new = unsafe { syscall(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, FIRST_INTERNAL) };
     // SAFETY: the number is new.
     checked(new).map(|new| unsafe { OwnedFd::from_raw_fd(new as RawFd) })
 }

@@ -7,7 +7,7 @@ use std::env;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use twostage::emulated::{AddressWidth, DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
+use twostage::emulated::{AddressWidth, DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::Errno;
 
 use crate::config::{Config, Device as DeviceEntry, Dma, Iommu};
@@ -60,7 +60,7 @@ impl Node {
 /// A machine with devices.
 #[derive(Debug)]
 pub struct World {
-    host: Arc<EmulatedHost>,
+    machine: Arc<Machine>,
     devices: BTreeMap<u32, DeviceEntry>,
 }
 
@@ -86,21 +86,22 @@ impl World {
     /// # Errors
     /// Says what in it cannot be.
     pub fn new(config: &Config) -> Result<Self, String> {
-        let host = EmulatedHost::new();
+        let machine = Machine::new();
         let mut units = BTreeMap::new();
         for iommu in &config.iommu {
-            units.insert(&iommu.name, host.add_unit(VtdUnit::new(unit_config(iommu))));
+            units.insert(&iommu.name, machine.add_unit(VtdUnit::new(unit_config(iommu))));
         }
         let mut devices = BTreeMap::new();
         for device in &config.device {
             let (name, number) = (&device.iommu, device.vfio);
             let rid = device.rid().map_err(|error| error.to_string())?;
             let unit = units.get(name).ok_or_else(|| format!("there is no IOMMU '{name}'"))?;
-            host.add_device(&device_name(number), *unit, rid, device_config(device))
+            machine
+                .add_device(&device_name(number), *unit, rid, device_config(device))
                 .map_err(|error| error.to_string())?;
             devices.insert(number, device.clone());
         }
-        Ok(Self { host, devices })
+        Ok(Self { machine, devices })
     }
 
     /// Whether `node` is there.
@@ -117,16 +118,16 @@ impl World {
     /// `ENOENT` there is no such device.
     pub fn open(&self, node: Node) -> Result<Arc<dyn File>, Errno> {
         let number = match node {
-            Node::Iommu => return Ok(Arc::new(Iommufd::new("iommu", self.host.clone()))),
-            Node::Container => return Ok(Arc::new(Iommufd::new("vfio", self.host.clone()))),
+            Node::Iommu => return Ok(Arc::new(Iommufd::new("iommu", self.machine.open()))),
+            Node::Container => return Ok(Arc::new(Iommufd::new("vfio", self.machine.open()))),
             Node::Device(number) => number,
         };
         let device = self.devices.get(&number).ok_or(Errno::ENOENT)?;
         let name = device_name(number);
-        let file = self.host.open_device(&name)?;
+        let file = self.machine.open_device(&name)?;
         let edu = match device.dma {
             Dma::None => None,
-            Dma::Edu => self.host.dma_port(&name).map(Edu::new),
+            Dma::Edu => self.machine.dma_port(&name).map(Edu::new),
         };
         Ok(Arc::new(Device::new(name, file, edu)))
     }
@@ -156,6 +157,7 @@ fn device_config(device: &DeviceEntry) -> DeviceConfig {
         pasid_bits: device.pasid_bits,
         ats: device.ats,
         reserved: device.reserved(),
+        group: device.group,
         ..DeviceConfig::default()
     }
 }

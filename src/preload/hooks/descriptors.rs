@@ -4,8 +4,9 @@
 use std::ffi::{c_int, c_ulong};
 use std::os::fd::RawFd;
 
+use twostage::iommufd::Errno;
+
 use super::answer_int;
-use crate::file::EBADF;
 use crate::table::{self, Entry};
 use crate::{next, state};
 
@@ -35,7 +36,7 @@ unsafe extern "C" fn close(fd: c_int) -> c_int {
     match table::get(fd) {
         // SAFETY: as the program asked.
         Entry::NotOurs => unsafe { next::close(fd) },
-        Entry::Internal => answer_int(Err(EBADF)),
+        Entry::Internal => answer_int(Err(Errno::from_raw(libc::EBADF))),
         entry => {
             table::set(fd, Entry::NotOurs);
             // SAFETY: as above.
@@ -109,7 +110,7 @@ unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
 }
 
 fn duplicate_over(fd: c_int, to: c_int, duplicate: impl FnOnce() -> c_int) -> c_int {
-    let Some(before) = give_up(to) else { return answer_int(Err(EBADF)) };
+    let Some(before) = give_up(to) else { return answer_int(Err(Errno::from_raw(libc::EBADF))) };
     let new = duplicate();
     if new >= 0 {
         duplicated(fd, new);

@@ -103,7 +103,7 @@ fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iove
             }
             _ if done > 0 => break,
             Some(Err(errno)) => return answer(Err(errno)),
-            None => return answer(Err(crate::file::EBADF)),
+            None => return answer(Err(Errno::from_raw(libc::EBADF))),
         }
     }
     done

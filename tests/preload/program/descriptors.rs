@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What can be done with the descriptors, and what is said of the paths.
+
+use crate::uapi::*;
+use std::io::Error;
+use std::os::fd::RawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+fn flags(fd: RawFd) -> i32 {
+    // SAFETY: reads flags alone.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) }
+}
+
+fn errno() -> i32 {
+    Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+pub fn run() {
+    for path in ["/dev/iommu", "/dev/vfio/vfio", "/dev/vfio/devices/vfio0"] {
+        let metadata = std::fs::metadata(path).expect(path);
+        println!("{path}: {} {:o}", metadata.file_type().is_char_device(), metadata.mode());
+    }
+    println!("vfio9: {}", std::path::Path::new("/dev/vfio/devices/vfio9").exists());
+
+    let fd = open("/dev/iommu");
+    println!("closed on exec: {}", flags(fd) & libc::FD_CLOEXEC != 0);
+    let ioas = ioas_alloc(fd).expect("IOAS_ALLOC");
+    // SAFETY: duplicates and closes descriptors of this function.
+    unsafe {
+        let second = libc::dup(fd);
+        println!("a duplicate is not: {}", flags(second));
+        let third = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 100);
+        println!("close: {}", libc::close(fd));
+        println!("closed: {} {}", outcome(ioas_alloc(fd)), libc::close(fd));
+        println!("destroy through {}: {}", third >= 100, outcome(destroy(third, ioas)));
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        println!("over a duplicate: {}", libc::dup2(null, second) == second);
+        println!("no iommufd: {}", outcome(ioas_alloc(second)));
+        println!("the last: {}", outcome(ioas_alloc(third).map(|_| ())));
+        println!("read {} {}", libc::read(third, (&raw mut libc::environ).cast(), 0), errno());
+        println!("close all: {}", libc::close_range(3, u32::MAX, 0));
+    }
+    // It works on, with objects of its own.
+    let fd = open("/dev/iommu");
+    println!("{fd}: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
+    println!("no pointer: {}", outcome(ioctl_null(fd)));
+}
+
+/// IOAS_ALLOC without a structure.
+fn ioctl_null(fd: RawFd) -> std::io::Result<()> {
+    // SAFETY: the kernel checks the pointer.
+    match unsafe { libc::ioctl(fd, 0x3b81, 0) } {
+        0 => Ok(()),
+        _ => Err(Error::last_os_error()),
+    }
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The nested flow: guest memory behind a nesting parent, guest tables on it, DMA through both.
+
+use crate::uapi::*;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const PAGE: u64 = 4096;
+/// Length of guest memory, in bytes.
+const MEMORY: u64 = 16 << 20;
+/// Where the guest has its tables, and two pages for data.
+const TABLES: u64 = 0x10_0000;
+const FIRST: u64 = 0x20_0000;
+const SECOND: u64 = 0x20_1000;
+/// What the guest calls the data.
+const IOVA: u64 = 0x12_3456_7000;
+/// Present, writable, user, accessed, dirty.
+const ENTRY: u64 = 0x67;
+
+/// Memory of a guest, from address 0 on.
+struct Guest(*mut u8);
+
+impl Guest {
+    fn new() -> Self {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping touches nothing.
+        let memory =
+            unsafe { libc::mmap(std::ptr::null_mut(), MEMORY as usize, rights, flags, -1, 0) };
+        assert_ne!(memory, libc::MAP_FAILED);
+        Self(memory.cast())
+    }
+
+    fn word(&self, address: u64) -> &AtomicU64 {
+        assert!(address.is_multiple_of(8) && address < MEMORY);
+        // SAFETY: it lies in the mapping, is aligned, and devices access it too, like another thread.
+        unsafe { &*self.0.add(address as usize).cast() }
+    }
+
+    fn get(&self, address: u64) -> u64 {
+        self.word(address).load(Ordering::SeqCst)
+    }
+
+    fn set(&self, address: u64, value: u64) {
+        self.word(address).store(value, Ordering::SeqCst);
+    }
+
+    /// Has the tables of four levels lead `iova` to `page`; `None`: nowhere.
+    fn map(&self, iova: u64, page: Option<u64>) {
+        for level in (0..4u64).rev() {
+            // One table for each level is enough.
+            let table = TABLES + (3 - level) * PAGE;
+            let entry = table + (iova >> (12 + 9 * level) & 0x1ff) * 8;
+            let value = match (level, page) {
+                (0, Some(page)) => page | ENTRY,
+                (0, None) => 0,
+                _ => (table + PAGE) | ENTRY,
+            };
+            self.set(entry, value);
+        }
+    }
+}
+
+/// The flow on the device at `path`.
+pub fn run(path: &str) {
+    let guest = Guest::new();
+    let iommufd = open("/dev/iommu");
+    let mut device = Device::open(path);
+    println!("attach before bind: {}", outcome(device.attach(1)));
+    let dev = device.bind(iommufd).expect("bind");
+    println!("bound again: {}", outcome(device.bind(iommufd)));
+    let vtd = hw_info_vtd(iommufd, dev).expect("GET_HW_INFO");
+    let nesting = vtd.is_some_and(|vtd| vtd.ecap_reg >> 26 & 1 != 0);
+    println!("VT-d {}, nesting {nesting}", vtd.is_some());
+
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    let mapped = ioas_map(iommufd, ioas, guest.0 as u64, MEMORY, 0);
+    println!("map: {}", outcome(mapped));
+    let mapped = ioas_map(iommufd, ioas, guest.0 as u64, MEMORY, 0);
+    println!("map again: {}", outcome(mapped));
+    let parent = nesting_parent(iommufd, dev, ioas).expect("a nesting parent");
+    println!("attach parent: {}", outcome(device.attach(parent)));
+    guest.set(FIRST, 0x1111);
+    println!("fetch from the parent: {}", device.fetch(FIRST, 8));
+    println!("store to the parent: {}", device.store(SECOND, 8));
+    println!("moved {:#x}", guest.get(SECOND));
+
+    guest.map(IOVA, Some(FIRST));
+    let nested = nested(iommufd, dev, parent, TABLES).expect("nested tables");
+    println!("attach nested: {}", outcome(device.attach(nested)));
+    guest.set(SECOND, 0);
+    println!("fetch through the tables: {}", device.fetch(IOVA, 8));
+    guest.map(IOVA, Some(SECOND));
+    let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1)]);
+    println!("invalidate: {}, {done} done", outcome(result));
+    println!("store through the changed tables: {}", device.store(IOVA, 8));
+    println!("first {:#x}, second {:#x}", guest.get(FIRST), guest.get(SECOND));
+
+    guest.map(IOVA, None);
+    let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1), (IOVA + 1, 1), (IOVA, 1)]);
+    println!("invalidate with a bad entry: {}, {done} done", outcome(result));
+    guest.set(SECOND, 0x2222);
+    if device.tells {
+        assert!(!device.store(IOVA, 8), "nothing is mapped");
+    } else {
+        device.store(IOVA, 8);
+    }
+    println!("nothing mapped: second {:#x}", guest.get(SECOND));
+
+    println!("destroy nested: {}", outcome(destroy(iommufd, nested)));
+    println!("attach the IOAS: {}", outcome(device.attach(ioas)));
+    println!("destroy nested: {}", outcome(destroy(iommufd, nested)));
+    println!("destroy parent: {}", outcome(destroy(iommufd, parent)));
+    println!("destroy IOAS: {}", outcome(destroy(iommufd, ioas)));
+    println!("detach: {}", outcome(device.detach()));
+    println!("unmap: {:#x}", ioas_unmap(iommufd, ioas, 0, u64::MAX).expect("IOAS_UNMAP"));
+    println!("destroy IOAS: {}", outcome(destroy(iommufd, ioas)));
+    println!("destroy device: {}", outcome(destroy(iommufd, dev)));
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A program that speaks iommufd and VFIO in raw ioctls, and prints what it sees.
+//!
+//!   raw-ioctls flow DEVICE      the nested flow on a VFIO device
+//!   raw-ioctls NAME             one of the others; see `main`
+//!
+//! It knows nothing of where `/dev/iommu` comes from. It panics when a system call fails that must
+//! not; what may differ is printed, and compared by whoever started it.
+
+mod descriptors;
+mod flow;
+mod memory;
+mod processes;
+mod uapi;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["flow", device] => flow::run(device),
+        ["descriptors"] => descriptors::run(),
+        ["memory", device] => memory::run(device),
+        ["fork"] => processes::fork(),
+        ["exec"] => processes::exec(),
+        ["inherited", fd] => processes::inherited(fd.parse().expect("a number")),
+        ["threads"] => processes::threads(),
+        _ => panic!("no such program: {arguments:?}"),
+    }
+}

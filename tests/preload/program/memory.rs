@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that is mapped for a device stays its memory, whatever the program does with the addresses.
+
+use crate::uapi::*;
+use std::ptr::null_mut;
+
+const LENGTH: usize = 0x4000;
+
+fn map(flags: i32, fd: i32, at: *mut libc::c_void) -> *mut libc::c_void {
+    let rights = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping; with MAP_FIXED over one of ours.
+    unsafe { libc::mmap(at, LENGTH, rights, flags, fd, 0) }
+}
+
+fn unmap(address: *mut libc::c_void) -> i32 {
+    // SAFETY: nothing of ours refers to it any more.
+    unsafe { libc::munmap(address, LENGTH) }
+}
+
+fn first_byte(address: *mut libc::c_void) -> u8 {
+    // SAFETY: the address is mapped.
+    unsafe { address.cast::<u8>().read_volatile() }
+}
+
+/// The device at `path` is let loose on memory that is unmapped, and on memory that is replaced.
+pub fn run(path: &str) {
+    let iommufd = open("/dev/iommu");
+    let mut device = Device::open(path);
+    device.bind(iommufd).expect("bind");
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    device.attach(ioas).expect("attach");
+
+    let anonymous = libc::MAP_ANONYMOUS;
+    // SAFETY: the name is a C string.
+    let file = unsafe { libc::memfd_create(c"memory".as_ptr(), libc::MFD_CLOEXEC) };
+    // SAFETY: the file is new.
+    assert_eq!(unsafe { libc::ftruncate(file, LENGTH as i64) }, 0);
+
+    let shared = map(libc::MAP_SHARED, file, null_mut());
+    let view = map(libc::MAP_SHARED, file, null_mut());
+    let private = map(libc::MAP_PRIVATE | anonymous, -1, null_mut());
+    for (memory, iova) in [(shared, 0x10_0000), (private, 0x20_0000)] {
+        let mapped = ioas_map(iommufd, ioas, memory as u64, LENGTH as u64, iova);
+        println!("map: {}", outcome(mapped));
+    }
+    let wanted = ioas_map(iommufd, ioas, 0x10_0000_0000, LENGTH as u64, 0x30_0000);
+    println!("map what is not there: {}", outcome(wanted));
+    let constant = ioas_map(iommufd, ioas, run as *const () as u64 & !0xfff, 0x1000, 0x30_0000);
+    println!("map code to be written: {}", outcome(constant));
+
+    println!("unmap shared: {}", unmap(shared));
+    // Somebody else's memory where the device's was.
+    let other = map(libc::MAP_PRIVATE | anonymous | libc::MAP_FIXED, -1, shared);
+    assert_eq!(other, shared);
+    // SAFETY: the source and both views are mapped.
+    unsafe { view.cast::<u8>().write_volatile(7) };
+    println!("fetch {}, store {}", device.fetch(0x10_0000, 1), device.store(0x10_1000, 1));
+    // SAFETY: it is in the view.
+    println!("the file has {}, the other memory {}", first_byte(unsafe { view.add(0x1000) }), {
+        // SAFETY: it is in the other memory.
+        first_byte(unsafe { other.add(0x1000) })
+    });
+
+    println!("unmap private: {}", unmap(private));
+    println!("store {}", device.store(0x20_0000, 1));
+    let next = map(libc::MAP_PRIVATE | anonymous, -1, null_mut());
+    println!("a new mapping is elsewhere: {}", next != private);
+    println!("fetch {}, store {}", device.fetch(0x20_0000, 1), device.store(0x10_0000, 1));
+    println!("unmap: {:#x}", ioas_unmap(iommufd, ioas, 0, u64::MAX).expect("IOAS_UNMAP"));
+    println!("store {}", device.store(0x20_0000, 1));
+    // What was unmapped first is so now.
+    let residents = &mut [0u8; LENGTH / 0x1000];
+    // SAFETY: there is room for a byte for each page.
+    let mapped = unsafe { libc::mincore(private, LENGTH, residents.as_mut_ptr()) } == 0;
+    println!("private memory is still there: {mapped}");
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Descriptors in several processes and threads.
+
+use crate::uapi::*;
+use std::os::fd::RawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr::null_mut;
+
+/// Runs `work` in a child, and waits for it.
+fn child(work: impl FnOnce()) {
+    // SAFETY: this program has no other threads of its own here.
+    match unsafe { libc::fork() } {
+        0 => {
+            work();
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(0) }
+        }
+        pid => {
+            assert!(pid > 0, "fork");
+            let mut status = 0;
+            // SAFETY: there is room for the status.
+            assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+            assert_eq!(status, 0, "the child ends well");
+        }
+    }
+}
+
+fn shared_page() -> u64 {
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    let rights = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping touches nothing.
+    let page = unsafe { libc::mmap(null_mut(), 0x1000, rights, flags, -1, 0) };
+    assert_ne!(page, libc::MAP_FAILED);
+    page as u64
+}
+
+/// A child works on the objects of its parent; what it opens is its own.
+pub fn fork() {
+    let fd = open("/dev/iommu");
+    let ioas = ioas_alloc(fd).expect("IOAS_ALLOC");
+    let page = shared_page();
+    child(|| {
+        println!("map in the child: {}", outcome(ioas_map(fd, ioas, page, 0x1000, 0x1000)));
+        println!("bad pointer: {}", outcome(ioas_map(fd, ioas + 9, page, 0x1000, 0x1000)));
+        println!("allocate in the child: {}", outcome(ioas_alloc(fd)));
+        let own = open("/dev/iommu");
+        println!("of its own: IOAS {}", ioas_alloc(own).expect("IOAS_ALLOC"));
+    });
+    println!("unmap in the parent: {:#x}", ioas_unmap(fd, ioas, 0, u64::MAX).expect("UNMAP"));
+    println!("next: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
+
+    // The parent closes its descriptor: the objects live on in the child, and end with it.
+    let mut ends = [0; 2];
+    // SAFETY: there is room for two.
+    assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
+    // SAFETY: this program has no other threads of its own.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let mut byte = 0u8;
+        // SAFETY: there is room for a byte.
+        assert_eq!(unsafe { libc::read(ends[0], (&raw mut byte).cast(), 1) }, 1);
+        println!("the parent has closed: {}", outcome(destroy(fd, ioas)));
+        // SAFETY: ends the process.
+        unsafe { libc::_exit(0) }
+    }
+    // SAFETY: the descriptors are this function's.
+    unsafe {
+        libc::close(fd);
+        assert_eq!(libc::write(ends[1], [1u8].as_ptr().cast(), 1), 1);
+        assert_eq!(libc::waitpid(pid, null_mut(), 0), pid);
+    }
+
+    // The owner ends before its child. The child tells through a pipe.
+    // SAFETY: as above.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let fd = open("/dev/iommu");
+        // SAFETY: as above.
+        if unsafe { libc::fork() } == 0 {
+            // SAFETY: asks for the parent; the loop ends when it is another.
+            while unsafe { libc::getppid() } != std::os::unix::process::parent_id() as i32 {}
+            let mut byte = 0u8;
+            // The owner's end of the pipe is closed with it.
+            // SAFETY: the descriptors are inherited; there is room for a byte.
+            unsafe {
+                libc::close(ends[1]);
+                libc::read(ends[0], (&raw mut byte).cast(), 1);
+            }
+            println!("the owner is gone: {}", outcome(ioas_alloc(fd)));
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(0) }
+        }
+        // SAFETY: ends the process.
+        unsafe { libc::_exit(0) }
+    }
+    // SAFETY: waits for the owner, then for the child: it has the last end of standard output.
+    unsafe {
+        assert_eq!(libc::waitpid(pid, null_mut(), 0), pid);
+        libc::close(ends[1]);
+    }
+}
+
+/// A program that is started with an inherited descriptor.
+pub fn exec() {
+    let fd = open("/dev/iommu");
+    println!("IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
+    let program = std::env::current_exe().expect("this program");
+    let mut command = Command::new(program);
+    command.args(["inherited", &fd.to_string()]);
+    // SAFETY: fcntl may be called between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            libc::fcntl(fd, libc::F_SETFD, 0);
+            Ok(())
+        });
+    }
+    assert!(command.status().expect("the program").success());
+    println!("next: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
+}
+
+/// What that program does.
+pub fn inherited(fd: RawFd) {
+    println!("inherited: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
+}
+
+/// Threads that open, map, unmap, duplicate and close at once.
+pub fn threads() {
+    let shared = open("/dev/iommu");
+    let ioas = ioas_alloc(shared).expect("IOAS_ALLOC");
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            scope.spawn(move || {
+                let page = shared_page();
+                for round in 0..200u64 {
+                    let fd = open("/dev/iommu");
+                    let own = ioas_alloc(fd).expect("IOAS_ALLOC");
+                    ioas_map(fd, own, page, 0x1000, 0x1000).expect("IOAS_MAP");
+                    let iova = 0x1000 * (1 + thread * 1000 + round);
+                    ioas_map(shared, ioas, page, 0x1000, iova).expect("IOAS_MAP");
+                    // SAFETY: both descriptors are this thread's.
+                    unsafe {
+                        let other = libc::dup(fd);
+                        libc::close(fd);
+                        destroy(other, own).expect("DESTROY");
+                        libc::close(other);
+                    }
+                    ioas_unmap(shared, ioas, iova, 0x1000).expect("IOAS_UNMAP");
+                }
+            });
+        }
+    });
+    println!("destroy: {}", outcome(destroy(shared, ioas)));
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Raw ioctls, their structures, and an edu-like device behind a VFIO character device.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{Error, Result};
+use std::mem::size_of;
+use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
+
+use iommufd_bindings::*;
+
+/// `_IO(IOMMUFD_TYPE, number)`; VFIO's type is the same.
+fn request(number: u32) -> libc::c_ulong {
+    libc::c_ulong::from(b';') << 8 | libc::c_ulong::from(number)
+}
+
+/// `ioctl(2)` with a structure.
+pub fn ioctl<T>(fd: RawFd, number: u32, argument: &mut T) -> Result<()> {
+    // SAFETY: all ioctls here take a structure that says its own size, and `T` is it.
+    let result = unsafe { libc::ioctl(fd, request(number), argument) };
+    if result < 0 {
+        Err(Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// The name of the errno, for the log.
+pub fn outcome<T>(result: Result<T>) -> String {
+    match result {
+        Ok(_) => "ok".to_owned(),
+        Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+    }
+}
+
+pub fn open(path: &str) -> RawFd {
+    let path = CString::new(path).expect("no zero");
+    // SAFETY: the path is a C string.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    assert!(fd >= 0, "{path:?}: {}", Error::last_os_error());
+    fd
+}
+
+fn size<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+pub fn ioas_alloc(fd: RawFd) -> Result<u32> {
+    let mut alloc = iommu_ioas_alloc { size: size::<iommu_ioas_alloc>(), ..Default::default() };
+    ioctl(fd, IOMMUFD_CMD_IOAS_ALLOC, &mut alloc)?;
+    Ok(alloc.out_ioas_id)
+}
+
+/// Maps `length` bytes at `address` as `iova`, to be read and written.
+pub fn ioas_map(fd: RawFd, ioas: u32, address: u64, length: u64, iova: u64) -> Result<()> {
+    /// Fixed address, writeable, readable.
+    const FLAGS: u32 = 0b111;
+    let mut map = iommu_ioas_map {
+        size: size::<iommu_ioas_map>(),
+        flags: FLAGS,
+        ioas_id: ioas,
+        user_va: address,
+        length,
+        iova,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_IOAS_MAP, &mut map)
+}
+
+/// Unmaps; returns how many bytes were.
+pub fn ioas_unmap(fd: RawFd, ioas: u32, iova: u64, length: u64) -> Result<u64> {
+    let size = size::<iommu_ioas_unmap>();
+    let mut unmap = iommu_ioas_unmap { size, ioas_id: ioas, iova, length };
+    ioctl(fd, IOMMUFD_CMD_IOAS_UNMAP, &mut unmap)?;
+    Ok(unmap.length)
+}
+
+pub fn destroy(fd: RawFd, id: u32) -> Result<()> {
+    let mut destroy = iommu_destroy { size: size::<iommu_destroy>(), id };
+    ioctl(fd, IOMMUFD_CMD_DESTROY, &mut destroy)
+}
+
+/// Whether the device is behind a VT-d, and its capability registers.
+pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<Option<iommu_hw_info_vtd>> {
+    let mut vtd = iommu_hw_info_vtd::default();
+    let mut info = iommu_hw_info {
+        size: size::<iommu_hw_info>(),
+        dev_id: dev,
+        data_len: size::<iommu_hw_info_vtd>(),
+        data_uptr: &raw mut vtd as u64,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_GET_HW_INFO, &mut info)?;
+    // SAFETY: both members of the union are this number.
+    let kind = unsafe { info.__bindgen_anon_1.out_data_type };
+    Ok((kind == 1).then_some(vtd))
+}
+
+/// A nesting parent on `ioas`.
+pub fn nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
+    /// `IOMMU_HWPT_ALLOC_NEST_PARENT`.
+    const NEST_PARENT: u32 = 1;
+    hwpt_alloc(
+        fd,
+        iommu_hwpt_alloc { flags: NEST_PARENT, dev_id: dev, pt_id: ioas, ..Default::default() },
+    )
+}
+
+/// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`.
+pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64) -> Result<u32> {
+    let data = iommu_hwpt_vtd_s1 { pgtbl_addr: tables, addr_width: 48, ..Default::default() };
+    let alloc = iommu_hwpt_alloc {
+        dev_id: dev,
+        pt_id: parent,
+        // `IOMMU_HWPT_DATA_VTD_S1`.
+        data_type: 1,
+        data_len: size::<iommu_hwpt_vtd_s1>(),
+        data_uptr: &raw const data as u64,
+        ..Default::default()
+    };
+    hwpt_alloc(fd, alloc)
+}
+
+fn hwpt_alloc(fd: RawFd, mut alloc: iommu_hwpt_alloc) -> Result<u32> {
+    alloc.size = size::<iommu_hwpt_alloc>();
+    ioctl(fd, IOMMUFD_CMD_HWPT_ALLOC, &mut alloc)?;
+    Ok(alloc.out_hwpt_id)
+}
+
+/// Invalidates `pages` pages at each address; returns how many entries the kernel says it did.
+pub fn invalidate(fd: RawFd, hwpt: u32, ranges: &[(u64, u64)]) -> (Result<()>, u32) {
+    let entries: Vec<iommu_hwpt_vtd_s1_invalidate> = ranges
+        .iter()
+        .map(|(addr, npages)| iommu_hwpt_vtd_s1_invalidate {
+            addr: *addr,
+            npages: *npages,
+            ..Default::default()
+        })
+        .collect();
+    let mut invalidate = iommu_hwpt_invalidate {
+        size: size::<iommu_hwpt_invalidate>(),
+        hwpt_id: hwpt,
+        data_uptr: entries.as_ptr() as u64,
+        // `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`.
+        data_type: 0,
+        entry_len: size::<iommu_hwpt_vtd_s1_invalidate>(),
+        entry_num: entries.len() as u32,
+        ..Default::default()
+    };
+    let result = ioctl(fd, IOMMUFD_CMD_HWPT_INVALIDATE, &mut invalidate);
+    (result, invalidate.entry_num)
+}
+
+/// A VFIO device that is QEMU's educational one.
+pub struct Device {
+    file: File,
+    bar: u64,
+    /// The registers that say what became of a DMA are there.
+    pub tells: bool,
+}
+
+/// `VFIO_BASE + n`.
+const fn vfio(n: u32) -> u32 {
+    100 + n
+}
+
+/// Where the device has its buffer.
+const BUFFER: u64 = 0x4_0000;
+
+impl Device {
+    pub fn open(path: &str) -> Self {
+        let file = File::options().read(true).write(true).open(path).expect(path);
+        Self { file, bar: 0, tells: false }
+    }
+
+    fn fd(&self) -> RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&self.file)
+    }
+
+    /// Binds it to `iommufd`, finds its registers and lets it make requests; its object.
+    pub fn bind(&mut self, iommufd: RawFd) -> Result<u32> {
+        // argsz, flags, iommufd, out_devid
+        let mut bind = [16, 0, iommufd as u32, 0];
+        ioctl(self.fd(), vfio(18), &mut bind)?;
+        self.bar = self.region(0);
+        let config = self.region(7);
+        let mut id = [0; 4];
+        self.file.read_exact_at(&mut id, config)?;
+        assert_eq!(u32::from_le_bytes(id), 0x11e8_1234, "the educational device");
+        self.file.write_all_at(&[0b110], config + 4)?;
+        // Twostage's; elsewhere it is all ones.
+        self.tells = self.read(0xa8) != u64::MAX;
+        Ok(bind[3])
+    }
+
+    /// Where the region `index` is in the file.
+    fn region(&self, index: u32) -> u64 {
+        // argsz, flags, index, cap_offset, size, offset
+        let mut info = [0u32; 8];
+        (info[0], info[2]) = (32, index);
+        ioctl(self.fd(), vfio(8), &mut info).expect("VFIO_DEVICE_GET_REGION_INFO");
+        u64::from(info[7]) << 32 | u64::from(info[6])
+    }
+
+    pub fn attach(&self, pt: u32) -> Result<u32> {
+        // argsz, flags, pt_id
+        let mut attach = [12, 0, pt];
+        ioctl(self.fd(), vfio(19), &mut attach)?;
+        Ok(attach[2])
+    }
+
+    pub fn detach(&self) -> Result<()> {
+        // argsz, flags
+        ioctl(self.fd(), vfio(20), &mut [8u32, 0])
+    }
+
+    fn read(&self, register: u64) -> u64 {
+        let mut value = [0; 8];
+        self.file.read_exact_at(&mut value, self.bar + register).expect("a register");
+        u64::from_le_bytes(value)
+    }
+
+    fn write(&self, register: u64, value: u64) {
+        self.file.write_all_at(&value.to_le_bytes(), self.bar + register).expect("a register");
+    }
+
+    /// Has the device copy `count` bytes; whether it could, as far as it tells.
+    fn dma(&self, source: u64, destination: u64, count: u64, command: u64) -> bool {
+        for (register, value) in [(0x80, source), (0x88, destination), (0x90, count)] {
+            self.write(register, value);
+        }
+        self.write(0x98, command | 1);
+        while self.read(0x98) & 1 != 0 {
+            std::thread::yield_now();
+        }
+        !self.tells || self.read(0xa8) == 0
+    }
+
+    /// Has the device read `count` bytes at `iova` into its buffer.
+    pub fn fetch(&self, iova: u64, count: u64) -> bool {
+        self.dma(iova, BUFFER, count, 0)
+    }
+
+    /// Has the device write its buffer to `iova`.
+    pub fn store(&self, iova: u64, count: u64) -> bool {
+        self.dma(BUFFER, iova, count, 2)
+    }
+}

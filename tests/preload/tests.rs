@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Programs under `libtwostage_iommufd.so`.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_raw-ioctls");
+
+/// The library, which cargo builds before the tests of its package.
+fn library() -> PathBuf {
+    let library = PathBuf::from(PROGRAM).with_file_name("deps/libtwostage_iommufd.so");
+    assert!(library.exists(), "no {}", library.display());
+    library
+}
+
+fn preloaded(program: &str, arguments: &[&str]) -> Command {
+    // A run that hangs is a failure, not a wait.
+    let mut command = Command::new("timeout");
+    command.arg("60").arg(program).args(arguments);
+    command.env("LD_PRELOAD", library()).env_remove("TWOSTAGE_IOMMUFD");
+    command.env("TWOSTAGE_IOMMUFD_LOG", "warn");
+    command
+}
+
+fn output(command: &mut Command) -> Output {
+    command.output().expect("the program starts")
+}
+
+/// What `command` prints, when it ends well and complains of nothing.
+fn log(command: &mut Command) -> Vec<String> {
+    let output = output(command);
+    let (out, error) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}\n{out}\n{error}", output.status);
+    assert_eq!(error, "", "{out}");
+    out.lines().map(str::to_owned).collect()
+}
+
+fn expect(arguments: &[&str], lines: &[&str]) {
+    assert_eq!(log(&mut preloaded(PROGRAM, arguments)), lines);
+}
+
+#[test]
+fn the_nested_flow() {
+    expect(
+        &["flow", "/dev/vfio/devices/vfio0"],
+        &[
+            "attach before bind: errno 22",
+            "bound again: errno 22",
+            "VT-d true, nesting true",
+            "map: ok",
+            "map again: errno 17",
+            "attach parent: ok",
+            "fetch from the parent: true",
+            "store to the parent: true",
+            "moved 0x1111",
+            "attach nested: ok",
+            "fetch through the tables: true",
+            "invalidate: ok, 1 done",
+            "store through the changed tables: true",
+            "first 0x1111, second 0x1111",
+            "invalidate with a bad entry: errno 22, 1 done",
+            "nothing mapped: second 0x2222",
+            "destroy nested: errno 16",
+            "attach the IOAS: ok",
+            "destroy nested: ok",
+            "destroy parent: ok",
+            "destroy IOAS: errno 16",
+            "detach: ok",
+            "unmap: 0x1000000",
+            "destroy IOAS: ok",
+            "destroy device: errno 16",
+        ],
+    );
+}
+
+#[test]
+fn memory_of_a_device_stays_its_memory() {
+    expect(
+        &["memory", "/dev/vfio/devices/vfio1"],
+        &[
+            "map: ok",
+            "map: ok",
+            "map what is not there: errno 14",
+            "map code to be written: errno 14",
+            "unmap shared: 0",
+            "fetch true, store true",
+            "the file has 7, the other memory 0",
+            "unmap private: 0",
+            "store true",
+            "a new mapping is elsewhere: true",
+            "fetch true, store true",
+            "unmap: 0x8000",
+            "store false",
+            "private memory is still there: false",
+        ],
+    );
+}
+
+#[test]
+fn descriptors_are_real() {
+    expect(
+        &["descriptors"],
+        &[
+            "/dev/iommu: true 20666",
+            "/dev/vfio/vfio: true 20666",
+            "/dev/vfio/devices/vfio0: true 20666",
+            "vfio9: false",
+            "closed on exec: true",
+            "a duplicate is not: 0",
+            "close: 0",
+            "closed: errno 9 -1",
+            "destroy through true: ok",
+            "over a duplicate: true",
+            "no iommufd: errno 25",
+            "the last: ok",
+            "read -1 22",
+            "close all: 0",
+            "3: IOAS 1",
+            "no pointer: errno 14",
+        ],
+    );
+}
+
+#[test]
+fn a_child_works_on_the_objects_of_its_parent() {
+    expect(
+        &["fork"],
+        &[
+            "map in the child: ok",
+            "bad pointer: errno 2",
+            "allocate in the child: ok",
+            "of its own: IOAS 1",
+            "unmap in the parent: 0x1000",
+            "next: IOAS 3",
+            "the parent has closed: ok",
+            "the owner is gone: errno 19",
+        ],
+    );
+}
+
+#[test]
+fn a_descriptor_survives_exec() {
+    expect(&["exec"], &["IOAS 1", "inherited: IOAS 2", "next: IOAS 3"]);
+}
+
+#[test]
+fn many_threads() {
+    expect(&["threads"], &["destroy: ok"]);
+}
+
+#[test]
+fn a_machine_from_a_file() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let text = "[[iommu]]\nname = 'a'\nmodel = 'vtd'\n\
+                [[device]]\nvfio = 5\niommu = 'a'\naddress = '01:00.0'\n";
+    std::fs::write(file.path(), text).expect("written");
+    let mut with_file = preloaded("ls", &["/dev/iommu", "/dev/vfio/devices/vfio5"]);
+    let lines = log(with_file.env("TWOSTAGE_IOMMUFD", file.path()));
+    assert_eq!(lines, ["/dev/iommu", "/dev/vfio/devices/vfio5"]);
+
+    std::fs::write(file.path(), text.replace("vtd", "smmuv3")).expect("written");
+    let mut with_file = preloaded("cat", &["/dev/iommu"]);
+    let output = output(with_file.env("TWOSTAGE_IOMMUFD", file.path()));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(error.contains("smmuv3 is not emulated yet"), "{error}");
+}
+
+/// Programs that have nothing to do with devices do what they do without the library.
+#[test]
+fn other_programs_are_left_alone() {
+    let script = "exec 3</etc/passwd; read line <&3; exec 3<&-; echo \"$line\" | cat; \
+                  (echo a; echo b) | sort -r | tr '\\n' ' '; test -e /etc/passwd && echo yes";
+    let with = log(&mut preloaded("sh", &["-c", script]));
+    let without = log(Command::new("sh").args(["-c", script]));
+    assert_eq!(with, without);
+}
