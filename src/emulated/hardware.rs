@@ -5,6 +5,7 @@
 use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 
+use super::dirty::DirtyLog;
 use super::stage2::Stage2;
 use crate::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
@@ -33,6 +34,8 @@ pub(crate) struct Translation {
     pub tables: Option<UserTables>,
     /// Stage 2: what the IOAS maps.
     pub stage2: Arc<Stage2>,
+    /// Where pages of stage 2 are marked when they are written; none when they cannot be tracked.
+    pub dirty: Option<Arc<DirtyLog>>,
 }
 
 /// Which cached addresses of one tag to drop.
@@ -71,8 +74,9 @@ pub(crate) trait Hardware: Debug + Send + Sync {
     /// Drops what is cached of one HWPT's user tables, in all of `ranges` at once.
     fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]);
 
-    /// Something was unmapped from `stage2`: drops all that was cached through it.
-    fn stage2_unmapped(&self, stage2: &Arc<Stage2>);
+    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
+    /// that was cached through it.
+    fn stage2_changed(&self, stage2: &Arc<Stage2>);
 
     /// Where faults of `rid` go, and under which device object; `None` to report them to nobody.
     fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>);

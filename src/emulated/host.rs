@@ -5,6 +5,7 @@
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::bitmap;
 use super::device::DeviceConfig;
 use super::dma::DmaPort;
 use super::driver::{DriverInfo, OwnArray, OwnData, Partial, UserData};
@@ -14,7 +15,7 @@ use super::machine::{Machine, MachineError, UnitId};
 use super::objects::{HwptRequest, MapRequest, Objects};
 use super::vtd::VtdUnit;
 use crate::iommufd::{
-    Extensions, FaultSink, HostIommu, HwInfo, HwInfoData, HwptAlloc, InvalidateData,
+    DirtyRange, Extensions, FaultSink, HostIommu, HwInfo, HwInfoData, HwptAlloc, InvalidateData,
     InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
     ViommuKind,
 };
@@ -244,6 +245,25 @@ impl HostIommu for EmulatedHost {
         self.objects().hwpt_invalidate(hwpt, &entries).map_err(|Partial { done, refusal }| {
             InvalidateError { done, error: refusal.of(Verb::HwptInvalidate, hwpt) }
         })
+    }
+
+    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
+        self.objects()
+            .hwpt_set_dirty_tracking(hwpt, enable)
+            .map_err(|refusal| refusal.of(Verb::HwptSetDirtyTracking, hwpt))
+    }
+
+    fn hwpt_get_dirty_bitmap(
+        &self,
+        hwpt: ObjectId,
+        range: &DirtyRange,
+        clear: bool,
+        bitmap: &mut [u64],
+    ) -> Result<()> {
+        bitmap::check_words(range, bitmap)
+            .and_then(|()| self.objects().hwpt_dirty(hwpt, range, clear))
+            .map(|runs| runs.iter().for_each(|run| bitmap::set_words(bitmap, range.bits(run))))
+            .map_err(|refusal| refusal.of(Verb::HwptGetDirtyBitmap, hwpt))
     }
 
     fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {

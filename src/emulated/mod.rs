@@ -8,7 +8,9 @@
 //! shows.
 
 mod access;
+mod bitmap;
 mod device;
+mod dirty;
 mod dma;
 mod driver;
 mod gate;

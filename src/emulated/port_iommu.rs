@@ -139,7 +139,7 @@ mod tests {
             });
         }
         let unit = VtdUnit::new(VtdUnitConfig::default());
-        unit.install(8, None, Translation { tag: CacheTag(1), tables: None, stage2 });
+        unit.install(8, None, Translation { tag: CacheTag(1), tables: None, stage2, dirty: None });
         unit.port(8)
     }
 

@@ -8,8 +8,9 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::{
-    Extensions, FaultSink, HostIommu, HwInfo, HwptAlloc, InvalidateData, InvalidateError,
-    IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
+    DirtyRange, Extensions, FaultSink, HostIommu, HwInfo, HwptAlloc, InvalidateData,
+    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
+    ViommuKind,
 };
 
 /// Sees every host call after it returned.
@@ -186,6 +187,24 @@ impl HostIommu for CountedHost {
     ) -> std::result::Result<(), InvalidateError> {
         self.call(Verb::HwptInvalidate, Some(hwpt), nothing, |host| {
             host.hwpt_invalidate(hwpt, data)
+        })
+    }
+
+    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
+        self.call(Verb::HwptSetDirtyTracking, Some(hwpt), nothing, |host| {
+            host.hwpt_set_dirty_tracking(hwpt, enable)
+        })
+    }
+
+    fn hwpt_get_dirty_bitmap(
+        &self,
+        hwpt: ObjectId,
+        range: &DirtyRange,
+        clear: bool,
+        bitmap: &mut [u64],
+    ) -> Result<()> {
+        self.call(Verb::HwptGetDirtyBitmap, Some(hwpt), nothing, |host| {
+            host.hwpt_get_dirty_bitmap(hwpt, range, clear, bitmap)
         })
     }
 

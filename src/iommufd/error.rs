@@ -149,6 +149,10 @@ verbs! {
     HwptAlloc => "HWPT_ALLOC",
     /// `IOMMU_HWPT_INVALIDATE`.
     HwptInvalidate => "HWPT_INVALIDATE",
+    /// `IOMMU_HWPT_SET_DIRTY_TRACKING`.
+    HwptSetDirtyTracking => "HWPT_SET_DIRTY_TRACKING",
+    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`.
+    HwptGetDirtyBitmap => "HWPT_GET_DIRTY_BITMAP",
     /// `IOMMU_VIOMMU_ALLOC`.
     ViommuAlloc => "VIOMMU_ALLOC",
     /// `IOMMU_VDEVICE_ALLOC`.

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::{
-    Errno, Extensions, FaultSink, HostError, HostIommu, HwInfo, HwptAlloc, InvalidateData,
-    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
-    ViommuKind,
+    DirtyRange, Errno, Extensions, FaultSink, HostError, HostIommu, HwInfo, HwptAlloc,
+    InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
+    UserMemory, Verb, ViommuKind,
 };
 
 /// `inner`, with one call that fails without reaching it. For tests.
@@ -157,6 +157,22 @@ impl<H: HostIommu + ?Sized> HostIommu for FailNth<H> {
         self.count(Verb::HwptInvalidate, Some(hwpt))
             .map_err(|error| InvalidateError { done: 0, error })?;
         self.inner.hwpt_invalidate(hwpt, data)
+    }
+
+    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
+        self.count(Verb::HwptSetDirtyTracking, Some(hwpt))?;
+        self.inner.hwpt_set_dirty_tracking(hwpt, enable)
+    }
+
+    fn hwpt_get_dirty_bitmap(
+        &self,
+        hwpt: ObjectId,
+        range: &DirtyRange,
+        clear: bool,
+        bitmap: &mut [u64],
+    ) -> Result<()> {
+        self.count(Verb::HwptGetDirtyBitmap, Some(hwpt))?;
+        self.inner.hwpt_get_dirty_bitmap(hwpt, range, clear, bitmap)
     }
 
     fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {

@@ -12,8 +12,8 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::{
-    Errno, Extensions, FaultSink, HostError, HostFault, HostIommu, HwInfo, HwptAlloc, HwptData,
-    InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
+    DirtyRange, Errno, Extensions, FaultSink, HostError, HostFault, HostIommu, HwInfo, HwptAlloc,
+    HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
     UserMemory, Verb, ViommuKind, VTD_INV_FLAGS_LEAF,
 };
 
@@ -356,6 +356,22 @@ impl HostIommu for RecordingHost {
             Err(errno)
         })
         .map_err(|error| InvalidateError { done, error })
+    }
+
+    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
+        let text = || format!("{hwpt:?} {enable}");
+        self.call(Verb::HwptSetDirtyTracking, Some(hwpt), text, |_| Err::<(), _>(Errno::EOPNOTSUPP))
+    }
+
+    fn hwpt_get_dirty_bitmap(
+        &self,
+        hwpt: ObjectId,
+        range: &DirtyRange,
+        clear: bool,
+        _bitmap: &mut [u64],
+    ) -> Result<()> {
+        let text = || format!("{hwpt:?} {range:x?} {clear}");
+        self.call(Verb::HwptGetDirtyBitmap, Some(hwpt), text, |_| Err::<(), _>(Errno::EOPNOTSUPP))
     }
 
     fn viommu_alloc(&self, _kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {

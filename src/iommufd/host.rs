@@ -6,8 +6,9 @@ use std::ops::RangeInclusive;
 use std::sync::Weak;
 
 use super::{
-    Errno, Extensions, HostError, HostFault, HwInfo, HwptAlloc, InvalidateData, InvalidateError,
-    IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
+    DirtyRange, Errno, Extensions, HostError, HostFault, HwInfo, HwptAlloc, InvalidateData,
+    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
+    ViommuKind,
 };
 
 /// Where a host delivers DMA faults.
@@ -133,6 +134,28 @@ pub trait HostIommu: Debug + Send + Sync {
         hwpt: ObjectId,
         data: InvalidateData<'_>,
     ) -> std::result::Result<(), InvalidateError>;
+
+    /// Starts or stops to track which pages DMA writes through `hwpt`, a HWPT_PAGING, and through
+    /// the HWPTs nested on it. Nothing is dirty when it starts.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EOPNOTSUPP` allocated without `DIRTY_TRACKING`.
+    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()>;
+
+    /// Sets the bits of the dirty pages of `range` in `bitmap`, from bit 0 of its first word on;
+    /// other bits stay. `clear` makes the pages clean: what is written from then on is dirty
+    /// again. What is mapped beyond the first hole of the range is not looked at.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EOVERFLOW` past the end of the address space; `EINVAL` unaligned; `EOPNOTSUPP`
+    /// as [`HostIommu::hwpt_set_dirty_tracking`]; `EFAULT` the bitmap is too short.
+    fn hwpt_get_dirty_bitmap(
+        &self,
+        hwpt: ObjectId,
+        range: &DirtyRange,
+        clear: bool,
+        bitmap: &mut [u64],
+    ) -> Result<()>;
 
     /// Makes a vIOMMU: the slice of the physical IOMMU of `dev` that a guest gets, over the nesting
     /// parent `hwpt`.

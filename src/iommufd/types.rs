@@ -141,6 +141,28 @@ impl InvalidateData<'_> {
     }
 }
 
+/// What a dirty bitmap is of (`struct iommu_hwpt_get_dirty_bitmap`): bit `n` is of the `page_size`
+/// bytes from `iova + n * page_size` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirtyRange {
+    /// First IOVA, in bytes, aligned as the IOAS and `page_size` ask.
+    pub iova: u64,
+    /// In bytes, aligned likewise.
+    pub length: u64,
+    /// Bytes of one bit of the bitmap: a power of two.
+    pub page_size: u64,
+}
+
+impl DirtyRange {
+    /// The numbers of the bits of a run of IOVAs in the range, first and last.
+    pub fn bits(&self, iovas: &RangeInclusive<u64>) -> RangeInclusive<u64> {
+        // As Linux takes one that is no power of two.
+        let shift = self.page_size.trailing_zeros().min(63);
+        let bit = |iova: u64| iova.saturating_sub(self.iova) >> shift;
+        bit(*iovas.start())..=bit(*iovas.end())
+    }
+}
+
 /// The `flags` bit of an invalidation that leaves paging-structure caches alone
 /// (`IOMMU_VTD_INV_FLAGS_LEAF`).
 pub const VTD_INV_FLAGS_LEAF: u32 = 1;

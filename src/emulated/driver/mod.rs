@@ -26,6 +26,7 @@ pub(crate) use user_data::{
 pub(crate) use vtd::{CacheTags, VtdDriver};
 
 use super::device::{Requester, Slot};
+use super::dirty::DirtyLog;
 use super::refusal::{refuse, Outcome, Refusal};
 use super::stage2::Stage2;
 use crate::iommufd::{iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId};
@@ -50,8 +51,10 @@ pub(crate) trait PagingDomain: Any + Debug + Send + Sync {
     /// It cannot hold mappings that are not writable.
     fn only_writable(&self) -> bool;
 
-    /// It can track dirty pages.
-    fn dirty_tracking(&self) -> bool;
+    /// Its dirty flags; none when it was made without `DIRTY_TRACKING`.
+    fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
+        None
+    }
 }
 
 /// Tables that the user owns: a driver's half of a HWPT_NESTED.
@@ -209,9 +212,10 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     /// Blocks all DMA of `device`, before anything is attached to it.
     fn block(&self, device: &Requester);
 
-    /// Something was unmapped from `stage2`: drops all that was cached through it. When it returns
-    /// no DMA uses what was unmapped.
-    fn stage2_unmapped(&self, stage2: &Arc<Stage2>);
+    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
+    /// that was cached through it. When it returns no DMA uses what was unmapped, and none writes
+    /// a page without marking it.
+    fn stage2_changed(&self, stage2: &Arc<Stage2>);
 
     /// Where faults of `device` go, and under which device object; `None` to report them to nobody.
     fn set_fault_sink(&self, _device: &Requester, _sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {}

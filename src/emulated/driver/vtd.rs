@@ -14,6 +14,7 @@ use super::{
     VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
 };
 use crate::emulated::device::{Requester, Slot};
+use crate::emulated::dirty::DirtyLog;
 use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
@@ -70,6 +71,7 @@ impl Drop for OwnedTag {
 struct VtdPaging {
     tables: Tables,
     tag: OwnedTag,
+    dirty: Option<Arc<DirtyLog>>,
 }
 
 impl PagingDomain for VtdPaging {
@@ -85,8 +87,8 @@ impl PagingDomain for VtdPaging {
         self.tables.only_writable
     }
 
-    fn dirty_tracking(&self) -> bool {
-        self.tables.dirty_tracking
+    fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
+        self.dirty.as_ref()
     }
 }
 
@@ -218,6 +220,7 @@ impl VtdDriver {
                 tag: paging.tag.tag,
                 tables: None,
                 stage2: domain.stage2.clone(),
+                dirty: paging.dirty.clone(),
             });
         };
         let nested = own_nested(&**nested)?;
@@ -231,6 +234,7 @@ impl VtdDriver {
             tag: nested.tag.tag,
             tables: Some(nested.tables),
             stage2: domain.stage2.clone(),
+            dirty: paging.dirty.clone(),
         })
     }
 
@@ -269,7 +273,8 @@ impl Driver for VtdDriver {
             return refuse(Errno::EOPNOTSUPP, "a HWPT_PAGING takes no data");
         }
         let tables = self.features.tables(flags)?;
-        Ok(Arc::new(VtdPaging { tables, tag: self.tags.next() }))
+        let dirty = tables.dirty_tracking.then(|| Arc::new(DirtyLog::new(PAGE_SIZE)));
+        Ok(Arc::new(VtdPaging { tables, tag: self.tags.next(), dirty }))
     }
 
     fn alloc_nested(
@@ -318,8 +323,8 @@ impl Driver for VtdDriver {
         self.hardware.remove(device.rid.raw(), None);
     }
 
-    fn stage2_unmapped(&self, stage2: &Arc<Stage2>) {
-        self.hardware.stage2_unmapped(stage2);
+    fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.hardware.stage2_changed(stage2);
     }
 
     fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {

@@ -83,10 +83,18 @@ impl Objects {
         for (start, area) in areas {
             object.stage2.remove_in(*start..=area.last);
         }
-        for driver in self.machine.drivers() {
-            driver.stage2_unmapped(&object.stage2);
+        self.stage2_changed(ioas)?;
+        for (start, area) in areas {
+            self.forget_dirty(ioas, &(*start..=area.last))?;
+            unpin(*start, area);
         }
-        areas.iter().for_each(|(start, area)| unpin(*start, area));
+        Ok(())
+    }
+
+    /// Has every IOMMU drop what it caches of what `ioas` maps.
+    pub(super) fn stage2_changed(&self, ioas: ObjectId) -> Outcome<()> {
+        let stage2 = &self.table.ioas(ioas)?.stage2;
+        self.machine.drivers().iter().for_each(|driver| driver.stage2_changed(stage2));
         Ok(())
     }
 }

@@ -9,6 +9,7 @@ mod access;
 mod accounting;
 mod destroy;
 mod device;
+mod dirty;
 mod fill;
 mod group;
 mod hwpt;

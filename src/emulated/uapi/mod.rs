@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod argument;
+mod dirty;
 mod hwpt;
 mod ioas;
 mod option;
@@ -77,13 +78,13 @@ const OPERATIONS: [Operation; 21] = [
         IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING,
         iommu_hwpt_set_dirty_tracking,
         __reserved: u32,
-        not_served
+        dirty::set_tracking
     ),
     operation!(
         IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP,
         iommu_hwpt_get_dirty_bitmap,
         data: u64,
-        not_served
+        dirty::get_bitmap
     ),
     operation!(
         IOMMUFD_CMD_HWPT_INVALIDATE,
@@ -118,7 +119,7 @@ impl EmulatedHost {
     ///
     /// # Errors
     /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: `VFIO_IOAS`,
-    /// dirty tracking, fault and event queues.
+    /// fault and event queues.
     pub fn ioctl(
         &self,
         request: u32,

@@ -51,6 +51,8 @@ pub struct VtdUnitConfig {
     pub nesting: bool,
     /// User-owned second-stage tables on the host's stage 2: no hardware has that.
     pub guest_second_stage: bool,
+    /// Accessed and dirty flags in the host's stage 2 (ECAP.SSADS): written pages can be tracked.
+    pub dirty_tracking: bool,
     /// Says that it has erratum 772415 (GET_HW_INFO's flags): read-only mappings may be written
     /// through by nested translation, so an IOAS with a nesting parent takes none (`EINVAL`). Linux
     /// 7.2 says so of every VT-d.
@@ -79,6 +81,7 @@ impl Default for VtdUnitConfig {
             device_tlb: false,
             nesting: true,
             guest_second_stage: true,
+            dirty_tracking: true,
             erratum_772415: true,
             iotlb_entries: 4096,
             paging_structure_entries: 1024,
@@ -125,6 +128,7 @@ impl VtdUnitConfig {
             .with_ssts(true)
             .with_fsts(true)
             .with_smpwcs(true)
+            .with_ssads(self.dirty_tracking)
     }
 
     /// What GET_HW_INFO gives: flags, and both registers.

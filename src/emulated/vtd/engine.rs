@@ -154,7 +154,7 @@ impl Engine {
         iova: u64,
         kind: RequestKind,
     ) -> Result<Target, Fault> {
-        let walk = Walk { caches: &self.caches, context, counters };
+        let walk = Walk { caches: &self.caches, context, counters, dirty: context.tracking() };
         let output = match &context.tables {
             Tables::None => walk.stage2_only(iova, kind)?,
             Tables::FirstStage(tables) => walk.walk(tables, iova, kind)?,
@@ -199,8 +199,8 @@ impl Engine {
         }
     }
 
-    /// Drops what is cached through `stage2`.
-    pub fn stage2_unmapped(&mut self, stage2: &Arc<Stage2>) {
+    /// Drops what is cached through `stage2`, the marks that pages are dirty among it.
+    pub fn stage2_changed(&mut self, stage2: &Arc<Stage2>) {
         let gone = self.sharing.through(stage2);
         self.forget(gone);
     }

@@ -151,8 +151,8 @@ impl Hardware for VtdUnit {
         self.gate.write(|engine| engine.invalidate(tag, ranges));
     }
 
-    fn stage2_unmapped(&self, stage2: &Arc<Stage2>) {
-        self.gate.write(|engine| engine.stage2_unmapped(stage2));
+    fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.gate.write(|engine| engine.stage2_changed(stage2));
     }
 
     fn set_fault_sink(&self, rid: u16, sink: Option<SinkOfDevice>) {

@@ -9,6 +9,7 @@ use super::context::Context;
 use super::counters::LocalCounters;
 use super::format::{Path, TableFormat};
 use super::rights::{Fault, RequestKind, Rights};
+use crate::emulated::dirty::DirtyLog;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::first_stage::{index, page_size};
 
@@ -53,11 +54,15 @@ pub(super) struct Walk<'a> {
     pub caches: &'a Caches,
     pub context: &'a Context,
     pub counters: &'a LocalCounters,
+    /// Where pages of stage 2 that are written are marked, if they are to be.
+    pub dirty: Option<&'a DirtyLog>,
 }
 
 /// An entry that a walk came through.
 struct Step<'a> {
     entry: &'a AtomicU64,
+    /// Where stage 2 has it; not known when its table was cached.
+    gpa: Option<u64>,
     /// What was read from it.
     word: u64,
     /// Stage 2 lets it be written.
@@ -109,7 +114,7 @@ impl Walk<'_> {
         tables.check_path(path, kind).map_err(Fault::stage1)?;
         let page = self.page(gpa, kind)?;
         // Nothing stands in the way of the request any more.
-        if !set_flags(tables, &steps, kind)? {
+        if !self.set_flags(tables, &steps, kind)? {
             return Ok(None);
         }
         // Only now: an entry whose accessed flag is clear must not be cached.
@@ -122,7 +127,7 @@ impl Walk<'_> {
                 && tables.check_path(path, kind).is_ok()
                 && (!kind.write() || tables.is_dirty(leaf))
         });
-        let output = Output::new(page, gpa, level, rights);
+        let output = self.track(Output::new(page, gpa, level, rights), gpa, kind);
         let read = || steps.iter().flatten().map(|step| step.word);
         // No overflow: there are at most 5 levels.
         let start = level + read().skip(1).count() as u8;
@@ -132,7 +137,13 @@ impl Walk<'_> {
 
     /// Reads the entries from the lowest table that is cached, or the top table, to the leaf.
     fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, Fault> {
-        let cached = self.caches.table(self.context.source, iova, tables.levels(), self.counters);
+        let cached = match self.dirty {
+            None => self.caches.table(self.context.source, iova, tables.levels(), self.counters),
+            // The page of a table whose entries get their flags set is dirty, so its address
+            // must be known.
+            Some(_) => None,
+        };
+        let mut table_gpa = cached.is_none().then(|| tables.table());
         let (mut table, mut path) = match cached {
             Some(start) => start,
             None => {
@@ -151,16 +162,18 @@ impl Walk<'_> {
             let decoded = tables.decode(word, level).map_err(Fault::stage1)?;
             path = path & decoded.path;
             let writable = table.writable;
+            let gpa = table_gpa.map(|gpa| gpa + index(iova, level) * 8);
             let below = if decoded.leaf {
                 None
             } else {
                 // Not below level 1: an entry of that level is a leaf.
                 let reasons = (F::REASONS.beyond, F::REASONS.denied);
                 table = self.locate(decoded.address, level - 1, reasons)?;
+                table_gpa = Some(decoded.address);
                 Some((table, path))
             };
             // In bounds: counted to the length.
-            steps[number] = Some(Step { entry, word, writable, below });
+            steps[number] = Some(Step { entry, gpa, word, writable, below });
             if decoded.leaf {
                 let gpa = decoded.address | iova & (page_size(level) - 1);
                 return Ok(Descent { steps, path, gpa, level, leaf: word });
@@ -176,7 +189,25 @@ impl Walk<'_> {
             return Err(Fault::stage1(FaultReason::ExecuteDisabled));
         }
         let page = self.page(gpa, kind)?;
-        Ok(Output::new(page, gpa, MAX_PAGE_LEVEL, Rights::of(|kind| !kind.execute())))
+        let output = Output::new(page, gpa, MAX_PAGE_LEVEL, Rights::of(|kind| !kind.execute()));
+        Ok(self.track(output, gpa, kind))
+    }
+
+    /// What becomes of `output`, of a request of `kind` to `gpa`, when dirty pages are tracked: it
+    /// is of one page of 4 KiB, which is marked if it is written, and otherwise leaves the first
+    /// write to a walk.
+    fn track(&self, output: Output, gpa: u64, kind: RequestKind) -> Output {
+        let Some(log) = self.dirty else { return output };
+        let rights = output.rights;
+        if kind.write() {
+            log.mark(gpa..=gpa);
+        }
+        Output {
+            length: output.length.min(page_size(1) - (gpa & (page_size(1) - 1))),
+            level: output.level.map(|_| 1),
+            rights: Rights::of(|other| rights.allow(other) && (kind.write() || !other.write())),
+            ..output
+        }
     }
 
     /// The page that a request of `kind` accesses at `gpa`.
@@ -204,28 +235,32 @@ impl Walk<'_> {
             Ok(_) | Err(Stage2Miss::Absent) => Err(Fault::stage2(denied)),
         }
     }
-}
 
-/// Sets the flags that a request of `kind` leaves in the entries of `steps`. Whether it could: not
-/// when an entry has changed since it was read.
-fn set_flags<F: TableFormat>(
-    tables: &F,
-    steps: &[Option<Step<'_>>],
-    kind: RequestKind,
-) -> Result<bool, Fault> {
-    for step in steps.iter().flatten() {
-        let leaf = step.below.is_none();
-        let wanted = step.word | tables.flags(leaf, kind.write());
-        if wanted == step.word {
-            continue;
+    /// Sets the flags that a request of `kind` leaves in the entries of `steps`. Whether it could:
+    /// not when an entry has changed since it was read.
+    fn set_flags<F: TableFormat>(
+        &self,
+        tables: &F,
+        steps: &[Option<Step<'_>>],
+        kind: RequestKind,
+    ) -> Result<bool, Fault> {
+        for step in steps.iter().flatten() {
+            let leaf = step.below.is_none();
+            let wanted = step.word | tables.flags(leaf, kind.write());
+            if wanted == step.word {
+                continue;
+            }
+            if !step.writable {
+                return Err(Fault::stage2(F::REASONS.flags_denied));
+            }
+            let (old, new) = (step.word.to_le(), wanted.to_le());
+            if let (Some(log), Some(gpa)) = (self.dirty, step.gpa) {
+                log.mark(gpa..=gpa);
+            }
+            if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                return Ok(false);
+            }
         }
-        if !step.writable {
-            return Err(Fault::stage2(F::REASONS.flags_denied));
-        }
-        let (old, new) = (step.word.to_le(), wanted.to_le());
-        if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-            return Ok(false);
-        }
+        Ok(true)
     }
-    Ok(true)
 }

@@ -24,7 +24,7 @@ pub enum Told {
     Install(u16, Option<u32>, Option<u64>),
     Remove(u16, Option<u32>),
     Invalidate(CacheTag, CacheRange),
-    Stage2Unmapped,
+    Stage2Changed,
     FaultSink(u16, Option<ObjectId>),
 }
 
@@ -115,8 +115,8 @@ impl Hardware for Fake {
         }
     }
 
-    fn stage2_unmapped(&self, _: &Arc<Stage2>) {
-        self.tell(Told::Stage2Unmapped);
+    fn stage2_changed(&self, _: &Arc<Stage2>) {
+        self.tell(Told::Stage2Changed);
     }
 
     fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {

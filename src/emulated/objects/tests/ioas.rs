@@ -178,7 +178,7 @@ fn an_unmap_is_over_when_the_hardware_was_told() {
     }
     assert_eq!(bench.fake.told(), [], "a mapping takes nothing away");
     bench.host.ioas_unmap(ioas, 0, 0x8000).unwrap();
-    assert_eq!(bench.fake.told(), [Told::Stage2Unmapped], "once for the whole call");
+    assert_eq!(bench.fake.told(), [Told::Stage2Changed], "once for the whole call");
     assert_eq!(bench.host.ioas_unmap(ioas, 0, 0x8000).errno(), Errno::ENOENT);
     assert_eq!(bench.fake.told(), []);
 }

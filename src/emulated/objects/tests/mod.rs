@@ -3,6 +3,7 @@
 
 mod access;
 mod attach;
+mod dirty;
 mod dma;
 mod fail_nth;
 pub(crate) mod fake;

@@ -82,8 +82,8 @@ impl Driver for WithViommus {
         self.0.block(device);
     }
 
-    fn stage2_unmapped(&self, stage2: &Arc<Stage2>) {
-        self.0.stage2_unmapped(stage2);
+    fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.0.stage2_changed(stage2);
     }
 
     fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {

@@ -125,8 +125,6 @@ fn what_is_not_served_says_so() {
     let process = Process::new();
     for number in [
         IOMMUFD_CMD_VFIO_IOAS,
-        IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING,
-        IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP,
         IOMMUFD_CMD_FAULT_QUEUE_ALLOC,
         IOMMUFD_CMD_VEVENTQ_ALLOC,
         IOMMUFD_CMD_HW_QUEUE_ALLOC,

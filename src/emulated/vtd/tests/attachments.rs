@@ -183,7 +183,7 @@ fn memory_is_let_go_with_its_last_user() {
     machine.unit.remove(RID, None);
     machine.read_u64(&mut port, pasid(1), HIGH).unwrap();
     assert_eq!(Arc::strong_count(&mapping), before + 1);
-    machine.unit.stage2_unmapped(&machine.stage2);
+    machine.unit.stage2_changed(&machine.stage2);
     assert_eq!(Arc::strong_count(&mapping), before);
     machine.read_u64(&mut port, pasid(1), HIGH).unwrap();
     machine.unit.remove(RID, Some(1));

@@ -195,11 +195,11 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     let config = VtdUnitConfig { iotlb_entries: 0, ..VtdUnitConfig::default() };
     let caches = Caches::new(&config, None);
     let stage2 = Arc::clone(&machine.stage2);
-    let translation = Translation { tag: CacheTag(1), tables: None, stage2 };
+    let translation = Translation { tag: CacheTag(1), tables: None, stage2, dirty: None };
     let context = Context::new(None, translation, 0, &config);
     assert_eq!(context.tables, Tables::None);
     let counters = LocalCounters::default();
-    let walk = Walk { caches: &caches, context: &context, counters: &counters };
+    let walk = Walk { caches: &caches, context: &context, counters: &counters, dirty: None };
     let tables = FirstStage {
         table: root,
         levels: 4,

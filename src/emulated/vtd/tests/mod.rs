@@ -147,7 +147,11 @@ impl Machine {
 
     pub fn install(&self, pasid: Option<u32>, tag: u32, tables: Option<UserTables>) {
         let stage2 = Arc::clone(&self.stage2);
-        self.unit.install(RID, pasid, Translation { tag: CacheTag(tag), tables, stage2 });
+        self.unit.install(
+            RID,
+            pasid,
+            Translation { tag: CacheTag(tag), tables, stage2, dirty: None },
+        );
     }
 
     pub fn invalidate(&self, tag: u32, range: CacheRange) {

@@ -167,9 +167,9 @@ fn stage_2_is_stale_until_the_unit_is_told() {
     // Stage 1's invalidations leave stage 2 alone.
     machine.invalidate(1, ALL);
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
-    machine.unit.stage2_unmapped(&Arc::default());
+    machine.unit.stage2_changed(&Arc::default());
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
-    machine.unit.stage2_unmapped(&machine.stage2);
+    machine.unit.stage2_changed(&machine.stage2);
     let denied = Err((FaultReason::SecondStageDenied, true));
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), denied);
     assert_eq!(machine.read_u64(&mut port, pasid(4), OLD), denied);
@@ -240,7 +240,7 @@ fn a_tag_that_comes_back_finds_nothing_of_its_past() {
     machine.unit.remove(RID, None);
     let tables = None;
     let stage2 = Arc::<Stage2>::default();
-    machine.unit.install(RID, None, Translation { tag: CacheTag(1), tables, stage2 });
+    machine.unit.install(RID, None, Translation { tag: CacheTag(1), tables, stage2, dirty: None });
     let denied = Err((FaultReason::SecondStageDenied, true));
     assert_eq!(machine.read_u64(&mut port, PLAIN, OLD), denied);
 }

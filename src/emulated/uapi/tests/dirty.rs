@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Ioctls of dirty tracking: the order of their checks, and the bitmap.
+
+use iommufd_bindings::*;
+
+use super::{id, Process, D, NOWHERE, Q};
+use crate::emulated::objects::tests::fake::{Bench, Fake, PLAIN};
+use crate::emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+use crate::iommufd::{Errno, HostIommu, HwptFlags, ObjectId};
+use crate::spec::pci::Bdf;
+
+const DIRTY: HwptFlags = HwptFlags::new().with_dirty_tracking(true);
+const NONE: ObjectId = ObjectId(99);
+const SET: u32 = IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING;
+const GET: u32 = IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP;
+
+#[test]
+fn checks_are_in_linuxs_order() {
+    let process = Process::new();
+    let (dev, ioas) = (process.bench.bind("a"), process.bench.ioas());
+    let plain = process.bench.paging(dev, ioas, PLAIN).unwrap();
+    let dirty = process.bench.paging(dev, ioas, DIRTY).unwrap();
+    let set = |flags, hwpt| process.call(SET, &[D(flags), id(hwpt), D(1)]).map(drop);
+    assert_eq!(set(2, NONE), Err(Errno::EOPNOTSUPP));
+    assert_eq!(set(1, NONE), Err(Errno::ENOENT));
+    assert_eq!(set(1, ioas), Err(Errno::ENOENT));
+    assert_eq!(set(1, plain), Err(Errno::EOPNOTSUPP));
+    set(1, dirty).unwrap();
+    set(0, dirty).unwrap();
+    // Each row repairs what the one before it broke: HWPT, flags, reserved, IOVA, length, page.
+    let rows = [
+        (NONE, 2, 0, 1, u64::MAX, 0, Errno::EOPNOTSUPP),
+        (NONE, 1, 1, 1, u64::MAX, 0, Errno::EOPNOTSUPP),
+        (NONE, 1, 0, 1, u64::MAX, 0, Errno::ENOENT),
+        (plain, 1, 0, 2, u64::MAX, 0, Errno::EOVERFLOW),
+        (plain, 1, 0, 0, 0x800, 0, Errno::EINVAL),
+        (plain, 1, 0, 0, 0x1000, 0, Errno::EINVAL),
+        (plain, 1, 0, 0, 0x1000, 0x2000, Errno::EINVAL),
+        (plain, 1, 0, 0, 0x1000, 0x1000, Errno::EOPNOTSUPP),
+    ];
+    for (hwpt, flags, reserved, iova, length, page, errno) in rows {
+        let fields = [id(hwpt), D(flags), D(reserved), Q(iova), Q(length), Q(page), Q(NOWHERE)];
+        assert_eq!(process.errno(GET, &fields), errno, "{fields:x?}");
+    }
+    let fields = [id(dirty), D(0), D(0), Q(0), Q(0x1000), Q(0x1000), Q(NOWHERE)];
+    process.call(GET, &fields).expect("a bad bitmap is not told of");
+}
+
+#[test]
+fn bits_are_set_from_the_first_byte_on() {
+    let host = EmulatedHost::new();
+    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    host.add_device("edu", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
+    let mut bench = Bench::of(Fake::able(), Fake::able());
+    bench.host = host;
+    let process = Process::of(bench);
+    let (dev, ioas) = (process.bench.bind("edu"), process.bench.ioas());
+    process.bench.map(ioas, 0x10_0000, 0x40_0000).unwrap();
+    let hwpt = process.bench.paging(dev, ioas, DIRTY).unwrap();
+    process.bench.host.device_attach(dev, None, hwpt).unwrap();
+    process.call(SET, &[D(1), id(hwpt), D(0)]).unwrap();
+    let mut port = process.bench.host.dma_port("edu").unwrap();
+    for page in [0x103, 0x104, 0x10d, 0x200] {
+        port.write(DmaAttributes::default(), page * 0x1000, &[1]).unwrap();
+    }
+    let get = |flags| {
+        process.poke(0, &[Q(0x80), Q(0), Q(0)]);
+        let (iova, length, data) = (0x10_0000, 0x10_0000, process.at(1));
+        let fields = [id(hwpt), D(flags), D(0), Q(iova), Q(length), Q(0x1000), Q(data)];
+        process.call(GET, &fields).unwrap();
+        process.peek(0)
+    };
+    let expected = 0x80 | (1 << 3 | 1 << 4 | 1 << 13) << 8;
+    assert_eq!(get(1), expected, "what was there stays");
+    assert_eq!(get(0), expected, "they were not cleared");
+    assert_eq!(get(0), 0x80);
+}
