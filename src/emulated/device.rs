@@ -5,7 +5,6 @@
 use std::ops::RangeInclusive;
 
 use crate::spec::pci::Bdf;
-use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// What of a device is attached: the device itself (requests without PASID), or one PASID of it.
 pub(crate) type Slot = Option<u32>;
@@ -27,15 +26,6 @@ pub struct DeviceConfig {
     /// Devices behind one IOMMU with the same number are one IOMMU group: they reach the same
     /// memory, and one iommufd at most has them. `None` for a group of its own.
     pub group: Option<u32>,
-}
-
-impl DeviceConfig {
-    /// The IOVAs that an IOAS cannot map while the device is attached to it.
-    pub(super) fn reserved_regions(&self) -> Vec<RangeInclusive<u64>> {
-        let mut regions = self.reserved.clone();
-        regions.push(INTERRUPT_RANGE);
-        regions
-    }
 }
 
 /// A device as the driver of its IOMMU sees it.

@@ -139,6 +139,8 @@ fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
             let on = access.pinned_in.map(edge).into_iter().collect();
             (String::new(), vec![], on)
         }
+        #[cfg(feature = "selftest")]
+        Object::Selftest(selftest) => (format!("of DEVICE {}", selftest.dev), vec![], vec![]),
     };
     GraphObject { id, kind: object.kind(), name, flags, on }
 }

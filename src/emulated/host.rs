@@ -67,7 +67,10 @@ impl Machine {
     /// Opens an iommufd, which has no objects.
     pub fn open(self: &Arc<Self>) -> Arc<EmulatedHost> {
         let objects = Mutex::new(Objects::new(self.clone()));
-        Arc::new(EmulatedHost { machine: self.clone(), objects })
+        let host = Arc::new(EmulatedHost { machine: self.clone(), objects });
+        #[cfg(feature = "selftest")]
+        self.selftest.opened(&host);
+        host
     }
 }
 

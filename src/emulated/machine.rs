@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +17,8 @@ use super::device::{DeviceConfig, Requester};
 use super::dma::DmaPort;
 use super::driver::{CacheTags, Driver, VtdDriver};
 use super::refusal::{refuse, Outcome};
+#[cfg(feature = "selftest")]
+use super::selftest::Selftest;
 use super::vtd::VtdUnit;
 use crate::iommufd::{Errno, Extensions};
 use crate::spec::pci::{Bdf, Pasid};
@@ -71,6 +74,11 @@ impl Part {
     pub fn pasid_bits(&self) -> u8 {
         self.requester.config.pasid_bits.min(self.driver.pasid_bits())
     }
+
+    /// The IOVAs that an IOAS cannot map while the device is attached to it.
+    pub fn reserved_regions(&self) -> Vec<RangeInclusive<u64>> {
+        self.driver.reserved_regions(&self.requester)
+    }
 }
 
 /// IOMMUs, and devices by name. See the [module's documentation](self).
@@ -79,6 +87,9 @@ pub struct Machine {
     state: Mutex<State>,
     tags: Arc<CacheTags>,
     contexts: AtomicU64,
+    /// For Linux's own tests.
+    #[cfg(feature = "selftest")]
+    pub(super) selftest: Selftest,
 }
 
 #[derive(Debug, Default)]
@@ -115,7 +126,7 @@ impl Machine {
     }
 
     /// Adds an IOMMU that devices of this process do no DMA through.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "selftest"))]
     pub(crate) fn add_driver(&self, driver: Arc<dyn Driver>) -> UnitId {
         self.add(driver, None)
     }

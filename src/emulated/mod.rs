@@ -22,6 +22,8 @@ mod machine;
 mod objects;
 mod port_iommu;
 mod refusal;
+#[cfg(feature = "selftest")]
+mod selftest;
 mod stage2;
 pub mod uapi;
 mod unmapping;

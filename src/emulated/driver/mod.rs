@@ -155,6 +155,12 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     /// Whether dirty pages can be tracked for `device` (`IOMMU_CAP_DIRTY_TRACKING`).
     fn dirty_tracking(&self, device: &Requester) -> bool;
 
+    /// The IOVAs, in bytes, that no IOAS can map while `device` is attached to it: those of the
+    /// device, and those of the IOMMU.
+    fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
+        device.config.reserved.clone()
+    }
+
     /// Makes a page table for an IOAS. `flags` have a meaning, and are without `FAULT_ID_VALID`.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ use crate::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
     HwptVtdSecondStage, ObjectId, VTD_INV_FLAGS_LEAF,
 };
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// The tags of all page tables of a machine.
 #[derive(Debug, Default)]
@@ -257,6 +258,10 @@ impl Driver for VtdDriver {
 
     fn pasid_bits(&self) -> u8 {
         self.hardware.pasid_bits()
+    }
+
+    fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
+        device.config.reserved.iter().cloned().chain([INTERRUPT_RANGE]).collect()
     }
 
     fn dirty_tracking(&self, _: &Requester) -> bool {

@@ -123,6 +123,12 @@ impl Pages {
         self.account.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
+    /// Where all that is pinned is: pieces of whole pages, but for the first and the last.
+    #[cfg(feature = "selftest")]
+    pub fn places(&self) -> Vec<UserMemory> {
+        self.lock().places.values().cloned().collect()
+    }
+
     /// How often the page at `offset` is pinned.
     #[cfg(test)]
     pub fn pins(&self, offset: u64) -> u32 {

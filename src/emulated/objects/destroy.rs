@@ -22,6 +22,8 @@ impl Objects {
             Some(Object::Viommu(viommu)) => vec![viommu.parent],
             Some(Object::Vdevice(vdevice)) => vec![vdevice.viommu, vdevice.dev],
             Some(Object::Access(access)) => access.pinned_in.into_iter().collect(),
+            #[cfg(feature = "selftest")]
+            Some(Object::Selftest(_)) => Vec::new(),
         }
     }
 
@@ -59,6 +61,8 @@ impl Objects {
             Object::Vdevice(_) => self.forget_vdevice(id)?,
             // Held by whoever made it until it is attached to nothing.
             Object::Access(_) => {}
+            #[cfg(feature = "selftest")]
+            Object::Selftest(_) => self.end_mock_device(id)?,
             // Always held by its driver, so never here.
             Object::Device(_) => return refuse(Errno::EBUSY, "a device is ended by closing it"),
         }

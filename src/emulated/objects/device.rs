@@ -250,7 +250,7 @@ impl Objects {
         };
         if slot.is_none() {
             for dev in concerned {
-                let regions = self.table.device(dev)?.part.requester.config.reserved_regions();
+                let regions = self.table.device(dev)?.part.reserved_regions();
                 self.table.ioas(ioas)?.space.check_reservable(&regions)?;
             }
         }
@@ -310,7 +310,7 @@ impl Objects {
 
     /// Reserves in `ioas` what `dev` needs; it was found free.
     fn reserve_regions(&mut self, dev: ObjectId, ioas: ObjectId) -> Outcome<()> {
-        let regions = self.table.device(dev)?.part.requester.config.reserved_regions();
+        let regions = self.table.device(dev)?.part.reserved_regions();
         self.table.ioas_mut(ioas)?.space.reserve(dev, &regions);
         Ok(())
     }

@@ -15,6 +15,8 @@ mod group;
 mod hwpt;
 mod invalidate;
 mod ioas;
+#[cfg(feature = "selftest")]
+mod selftest;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -8,6 +8,8 @@ use super::access::Access;
 use super::device::Device;
 use super::hwpt::{HwptNested, HwptPaging};
 use super::ioas::Ioas;
+#[cfg(feature = "selftest")]
+use super::selftest::Selftest;
 use super::viommu::{Vdevice, Viommu};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
@@ -40,6 +42,10 @@ pub enum ObjectKind {
     /// A user of an IOAS without an IOMMU.
     #[cfg_attr(feature = "serde", serde(rename = "ACCESS"))]
     Access,
+    /// What keeps a mock device bound.
+    #[cfg(feature = "selftest")]
+    #[cfg_attr(feature = "serde", serde(rename = "SELFTEST"))]
+    Selftest,
 }
 
 impl fmt::Display for ObjectKind {
@@ -52,6 +58,8 @@ impl fmt::Display for ObjectKind {
             Self::Viommu => "VIOMMU",
             Self::Vdevice => "VDEVICE",
             Self::Access => "ACCESS",
+            #[cfg(feature = "selftest")]
+            Self::Selftest => "SELFTEST",
         })
     }
 }
@@ -66,6 +74,8 @@ pub(crate) enum Object {
     Viommu(Viommu),
     Vdevice(Vdevice),
     Access(Access),
+    #[cfg(feature = "selftest")]
+    Selftest(Selftest),
 }
 
 impl Object {
@@ -78,6 +88,8 @@ impl Object {
             Self::Viommu(_) => ObjectKind::Viommu,
             Self::Vdevice(_) => ObjectKind::Vdevice,
             Self::Access(_) => ObjectKind::Access,
+            #[cfg(feature = "selftest")]
+            Self::Selftest(_) => ObjectKind::Selftest,
         }
     }
 }
@@ -205,6 +217,16 @@ typed! {
     viommu => Viommu;
     vdevice => Vdevice;
     access => Access;
+}
+
+#[cfg(feature = "selftest")]
+typed! {
+    selftest => Selftest;
+}
+
+#[cfg(feature = "selftest")]
+typed_mut! {
+    selftest_mut => Selftest;
 }
 
 typed_mut! {

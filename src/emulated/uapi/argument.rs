@@ -5,12 +5,12 @@ use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
 /// Larger than every structure of the uAPI, in bytes.
-const CAPACITY: usize = 64;
+const CAPACITY: usize = 80;
 
 /// A copy of a structure, as large as this version of the uAPI knows it. Fields are named by their
 /// offset (`offset_of!`); they are in the byte order of the host.
 #[derive(Debug)]
-pub(super) struct Argument {
+pub(crate) struct Argument {
     bytes: [u8; CAPACITY],
     size: usize,
     answer: bool,
@@ -67,6 +67,12 @@ impl Argument {
     /// Whether [`Self::answer_anyhow`] was called.
     pub fn is_answer(&self) -> bool {
         self.answer
+    }
+
+    /// All bytes from `offset` on.
+    #[cfg(feature = "selftest")]
+    pub fn rest(&self, offset: usize) -> &[u8] {
+        self.bytes.get(offset..).unwrap_or_default()
     }
 
     /// The bytes of the field at `offset`; zeroes past the end of every structure.

@@ -20,14 +20,17 @@ mod vfio;
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::DeviceFile;
 
+pub(crate) use argument::Argument;
+
 use std::mem::{offset_of, size_of};
 
 use iommufd_bindings::*;
 
 use super::refusal::{refuse, Outcome};
+#[cfg(feature = "selftest")]
+use super::selftest;
 use super::EmulatedHost;
 use crate::iommufd::Errno;
-use argument::Argument;
 
 /// One ioctl of `/dev/iommu`.
 struct Operation {
@@ -52,7 +55,7 @@ macro_rules! operation {
 }
 
 /// Every ioctl of Linux 7.2, in the order of their numbers.
-const OPERATIONS: [Operation; 21] = [
+static OPERATIONS: [Operation; 21] = [
     operation!(IOMMUFD_CMD_DESTROY, iommu_destroy, id: u32, ioas::destroy),
     operation!(IOMMUFD_CMD_IOAS_ALLOC, iommu_ioas_alloc, out_ioas_id: u32, ioas::alloc),
     operation!(
@@ -106,6 +109,24 @@ const OPERATIONS: [Operation; 21] = [
     operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, not_served),
 ];
 
+/// The operation on what has `number`.
+fn operation(number: u32) -> Option<&'static Operation> {
+    #[cfg(feature = "selftest")]
+    if number == SELFTEST.number {
+        return Some(&SELFTEST);
+    }
+    OPERATIONS.get(number.checked_sub(IOMMUFD_CMD_BASE)? as usize)
+}
+
+/// `IOMMU_TEST_CMD`, of `drivers/iommu/iommufd/iommufd_test.h`.
+#[cfg(feature = "selftest")]
+static SELFTEST: Operation = Operation {
+    number: IOMMUFD_CMD_BASE + selftest::COMMAND,
+    size: selftest::SIZE,
+    min_size: selftest::MIN_SIZE,
+    run: selftest::run,
+};
+
 /// `_IO(IOMMUFD_TYPE, number)`: no direction and no size.
 const fn request_of(number: u32) -> u32 {
     (IOMMUFD_TYPE as u32) << 8 | number
@@ -126,8 +147,7 @@ impl EmulatedHost {
         argument: &mut [u8],
         user: &dyn UserSpace,
     ) -> Result<(), Errno> {
-        let index = (request & 0xff).checked_sub(IOMMUFD_CMD_BASE).map(|index| index as usize);
-        let Some(operation) = index.and_then(|index| OPERATIONS.get(index)) else {
+        let Some(operation) = operation(request & 0xff) else {
             return Err(Errno::ENOTTY);
         };
         let size = Argument::declared_size(argument)?;

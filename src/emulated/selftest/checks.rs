@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Looking at what the mock IOMMU holds, and at what is pinned.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::abi::{CheckCache, CheckMap, CheckRefs};
+use super::driver::{mock_nested, mock_paging, MockDriver};
+use super::places::{Place, Places};
+use crate::emulated::ioas::{Pages, PAGE_SIZE};
+use crate::emulated::objects::{Object, Objects};
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::stage2::Mapping;
+use crate::emulated::user_space::UserSpace;
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{Errno, ObjectId, UserMemory};
+
+/// `MD_CHECK_MAP`: whether the HWPT maps the IOVAs to the very memory at `uptr`.
+pub fn check_map(
+    host: &EmulatedHost,
+    hwpt: ObjectId,
+    check: &CheckMap,
+    user: &dyn UserSpace,
+) -> Outcome<()> {
+    let &CheckMap { iova, length, uptr } = check;
+    let (page_size, stage2) = {
+        let objects = host.objects();
+        let paging = objects.table().hwpt_paging(hwpt)?;
+        if mock_paging(&*paging.domain).is_none() {
+            return refuse(Errno::EINVAL, format!("HWPT_PAGING {hwpt} is no mock domain"));
+        }
+        (paging.domain.page_size(), objects.table().ioas(paging.ioas)?.stage2.clone())
+    };
+    let aligned = (iova | length | uptr).is_multiple_of(page_size);
+    let Some(end) = uptr.checked_add(length).filter(|_| aligned) else {
+        return refuse(Errno::EINVAL, format!("{length:#x} bytes at {iova:#x} and {uptr:#x}"));
+    };
+    let held = Held::new(user, uptr, end);
+    let mapped: Vec<Mapping> = stage2.lookup_all(iova, length);
+    let places = places()?;
+    for (page, place) in held.pages(&places) {
+        let parts = (page..page + PAGE_SIZE).step_by(page_size as usize);
+        for address in parts.filter(|address| (uptr..end).contains(address)) {
+            let iova = iova.wrapping_add(address - uptr);
+            let found = mapped_place(&places, &mapped, iova);
+            let wanted = place.plus(address - page);
+            if found.as_ref() != Some(&wanted) {
+                return refuse(Errno::EINVAL, format!("{iova:#x}: {found:?}, not {wanted:?}"));
+            }
+        }
+    }
+    held.fault
+}
+
+/// `MD_CHECK_REFS`: whether every page of the memory at `uptr` is pinned just so often, over all
+/// iommufds of the machine.
+pub fn check_refs(host: &EmulatedHost, check: &CheckRefs, user: &dyn UserSpace) -> Outcome<()> {
+    let &CheckRefs { length, uptr, refs, .. } = check;
+    let aligned = (length | uptr).is_multiple_of(PAGE_SIZE);
+    let Some(end) = uptr.checked_add(length).filter(|_| aligned) else {
+        return refuse(Errno::EINVAL, format!("{length:#x} bytes at {uptr:#x}"));
+    };
+    let held = Held::new(user, uptr, end);
+    // One lock of a host after the other.
+    let hosts = host.machine().selftest.hosts();
+    let pinned: Vec<UserMemory> = hosts.iter().flat_map(|host| pinned(&host.objects())).collect();
+    let places = places()?;
+    let pinned: Vec<(Place, u64)> =
+        pinned.iter().filter_map(|memory| Some((places.of(memory)?, memory.length()))).collect();
+    for (page, place) in held.pages(&places) {
+        let here = |(start, length): &&(Place, u64)| place.is_in_pages(start, *length);
+        let pins = pinned.iter().filter(here).count();
+        if pins != refs as usize {
+            return refuse(
+                Errno::EIO,
+                format!("the page at {page:#x} has {pins} pins, not {refs}"),
+            );
+        }
+    }
+    held.fault
+}
+
+/// `MD_CHECK_IOTLB`: whether an entry of the HWPT's IOTLB has the value.
+pub fn check_iotlb(host: &EmulatedHost, hwpt: ObjectId, check: &CheckCache) -> Outcome<()> {
+    let objects = host.objects();
+    let domain = match objects.table().get(hwpt) {
+        Some(Object::HwptNested(nested)) => &nested.domain,
+        _ => return refuse(Errno::ENOENT, format!("there is no HWPT_NESTED {hwpt}")),
+    };
+    let entry = mock_nested(&**domain).and_then(|domain| domain.iotlb_entry(check.id));
+    check_value(entry, check)
+}
+
+/// `DEV_CHECK_CACHE`: whether an entry of the device's cache has the value.
+pub fn check_device_cache(host: &EmulatedHost, dev: ObjectId, check: &CheckCache) -> Outcome<()> {
+    let objects = host.objects();
+    let part = &objects.table().device(dev)?.part;
+    let Some(driver) = (&*part.driver as &dyn Any).downcast_ref::<MockDriver>() else {
+        return refuse(Errno::EINVAL, format!("device {dev} is no mock device"));
+    };
+    let cached =
+        |device: &mut super::devices::MockDevice| Ok(device.cache.get(check.id as usize).copied());
+    check_value(driver.devices().change(part.requester.rid, cached)?, check)
+}
+
+fn check_value(entry: Option<u32>, check: &CheckCache) -> Outcome<()> {
+    match entry {
+        Some(value) if value == check.value => Ok(()),
+        found => refuse(
+            Errno::EINVAL,
+            format!("entry {} is {found:#x?}, not {:#x}", check.id, check.value),
+        ),
+    }
+}
+
+fn places() -> Outcome<Places> {
+    Places::now().or_else(|error| refuse(Errno::EIO, format!("/proc/self/maps: {error}")))
+}
+
+/// Pages of the user's that stay where they are while they are looked at.
+struct Held {
+    first: u64,
+    memory: Vec<UserMemory>,
+    /// Why there are no more.
+    fault: Outcome<()>,
+}
+
+impl Held {
+    /// The pages from `start` up to `end`.
+    fn new(user: &dyn UserSpace, start: u64, end: u64) -> Self {
+        let first = start - start % PAGE_SIZE;
+        let mut held = Self { first, memory: Vec::new(), fault: Ok(()) };
+        let mut at = first;
+        while at < end {
+            match user.memory(at, end - at, false) {
+                Ok(memory) => {
+                    at += memory.length();
+                    held.memory.push(memory);
+                }
+                Err(fault) => {
+                    held.fault = Err(fault.into());
+                    break;
+                }
+            }
+        }
+        held
+    }
+
+    /// Each page: the user's address, and which page it is.
+    fn pages<'a>(&'a self, places: &'a Places) -> impl Iterator<Item = (u64, Place)> + 'a {
+        let mut next = self.first;
+        let pages = move |memory: &UserMemory| {
+            let first = next;
+            next += memory.length();
+            let place = places.of(memory);
+            let offsets = (0..memory.length()).step_by(PAGE_SIZE as usize);
+            offsets.filter_map(move |offset| Some((first + offset, place.as_ref()?.plus(offset))))
+        };
+        self.memory.iter().flat_map(pages)
+    }
+}
+
+/// What the IOVA leads to.
+fn mapped_place(places: &Places, mapped: &[Mapping], iova: u64) -> Option<Place> {
+    let mapping = mapped.iter().find(|mapping| (mapping.start..=mapping.last).contains(&iova))?;
+    Some(places.of(&mapping.memory)?.plus(iova - mapping.start))
+}
+
+/// All that is pinned: the pieces of each set of pages once.
+fn pinned(objects: &Objects) -> Vec<UserMemory> {
+    let mut all: BTreeMap<*const Pages, Arc<Pages>> = BTreeMap::new();
+    for (_, object) in objects.table().iter() {
+        let Object::Ioas(ioas) = object else { continue };
+        for (_, area) in ioas.space.areas() {
+            all.insert(Arc::as_ptr(&area.pages), area.pages.clone());
+        }
+    }
+    all.values().flat_map(|pages| pages.places()).collect()
+}

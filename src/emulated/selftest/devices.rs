@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Mock devices, as their driver knows them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::abi;
+use super::viommu::MockViommu;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::iommufd::Errno;
+use crate::spec::pci::Bdf;
+
+/// One mock device.
+#[derive(Debug)]
+pub struct MockDevice {
+    /// Dirty pages can be tracked.
+    pub dirty_tracking: bool,
+    /// What it keeps of translations.
+    pub cache: [u32; abi::MOCK_DEV_CACHE_NUM],
+    /// The vIOMMU whose nested tables it is attached to, and the id that the guest knows it by.
+    pub virtual_id: Option<(Arc<MockViommu>, u64)>,
+    /// The next attachment to [`abi::IOMMU_TEST_PASID_RESERVED`] fails.
+    pub pasid_fails: bool,
+}
+
+/// All mock devices of a machine, by the number that stands for a Requester ID.
+#[derive(Debug, Default)]
+pub struct MockDevices(Mutex<BTreeMap<u16, MockDevice>>);
+
+impl MockDevices {
+    /// Adds a device under the lowest free number.
+    ///
+    /// # Errors
+    /// `ENOSPC` every number is taken.
+    pub fn add(&self, dirty_tracking: bool) -> Outcome<Bdf> {
+        let mut devices = self.lock();
+        let Some(number) = (0..=u16::MAX).find(|number| !devices.contains_key(number)) else {
+            return refuse(Errno::ENOSPC, "there are as many mock devices as there can be");
+        };
+        let device = MockDevice {
+            dirty_tracking,
+            cache: [abi::IOMMU_TEST_DEV_CACHE_DEFAULT; abi::MOCK_DEV_CACHE_NUM],
+            virtual_id: None,
+            pasid_fails: false,
+        };
+        devices.insert(number, device);
+        Ok(Bdf::from_raw(number))
+    }
+
+    /// Removes a device.
+    pub fn remove(&self, rid: Bdf) {
+        let removed = self.lock().remove(&rid.raw());
+        // Its vIOMMU may end with it.
+        drop(removed);
+    }
+
+    /// What `with` makes of the device `rid`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is no such device; those of `with`.
+    pub fn change<T>(
+        &self,
+        rid: Bdf,
+        with: impl FnOnce(&mut MockDevice) -> Outcome<T>,
+    ) -> Outcome<T> {
+        match self.lock().get_mut(&rid.raw()) {
+            Some(device) => with(device),
+            None => refuse(Errno::ENODEV, format!("there is no mock device {rid}")),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u16, MockDevice>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The mock driver: an IOMMU that translates nothing, and whose caches can be looked at.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+
+use super::abi;
+use super::devices::MockDevices;
+use super::domain::{MockNested, MockPaging};
+use super::viommu::MockViommu;
+use crate::emulated::device::{Requester, Slot};
+use crate::emulated::driver::{
+    Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
+};
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::stage2::Stage2;
+use crate::iommufd::{Errno, HwptFlags};
+
+/// The driver of the one mock IOMMU of a machine.
+#[derive(Debug, Default)]
+pub struct MockDriver {
+    devices: Arc<MockDevices>,
+}
+
+impl MockDriver {
+    /// The devices behind the IOMMU.
+    pub fn devices(&self) -> &MockDevices {
+        &self.devices
+    }
+
+    /// Checks, and notes, an attachment of `device` itself.
+    fn attach_rid(&self, device: &Requester, new: &Domain) -> Outcome<()> {
+        let nested = new.nested.as_deref().and_then(mock_nested);
+        let viommu = nested.and_then(MockNested::viommu);
+        let virtual_id = match viommu.map(|viommu| (viommu, viommu.virt_id(device.rid))) {
+            Some((viommu, Some(virt_id))) => Some((viommu.clone(), virt_id)),
+            Some((_, None)) => {
+                return refuse(Errno::ENOENT, "the vIOMMU of the tables does not know the device");
+            }
+            None => None,
+        };
+        self.devices.change(device.rid, |device| {
+            if nested.is_none() && new.paging.dirty_tracking() && !device.dirty_tracking {
+                return refuse(Errno::EINVAL, "the device has no dirty tracking");
+            }
+            // An id that changes under the same vIOMMU is not learnt: Linux's does not either.
+            let same = |virtual_id: &Option<(Arc<MockViommu>, u64)>| {
+                virtual_id.as_ref().map(|(viommu, _)| Arc::as_ptr(viommu))
+            };
+            if same(&device.virtual_id) != same(&virtual_id) {
+                device.virtual_id = virtual_id;
+            }
+            Ok(())
+        })
+    }
+
+    /// Every other attachment to the PASID that is reserved for it fails.
+    fn attach_pasid(&self, device: &Requester, pasid: u32) -> Outcome<()> {
+        if pasid != abi::IOMMU_TEST_PASID_RESERVED {
+            return Ok(());
+        }
+        self.devices.change(device.rid, |device| {
+            device.pasid_fails = !device.pasid_fails;
+            if !device.pasid_fails {
+                return refuse(Errno::ENOMEM, "the second attachment to this PASID fails");
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Driver for MockDriver {
+    fn info(&self) -> DriverInfo {
+        let info = abi::HwInfo { flags: 0, test_reg: abi::IOMMU_HW_INFO_SELFTEST_REGVAL };
+        DriverInfo::Other {
+            data_type: abi::IOMMU_HW_INFO_TYPE_SELFTEST,
+            bytes: info.as_bytes().to_vec(),
+        }
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        abi::MOCK_PASID_WIDTH
+    }
+
+    fn dirty_tracking(&self, device: &Requester) -> bool {
+        self.devices.change(device.rid, |device| Ok(device.dirty_tracking)).unwrap_or(false)
+    }
+
+    fn alloc_paging(
+        &self,
+        device: &Requester,
+        flags: HwptFlags,
+        data: Option<&dyn UserData>,
+    ) -> Outcome<Arc<dyn PagingDomain>> {
+        Ok(Arc::new(MockPaging::new(flags, data, self.dirty_tracking(device))?))
+    }
+
+    fn alloc_nested(
+        &self,
+        _: &Requester,
+        _: &Arc<dyn PagingDomain>,
+        _: HwptFlags,
+        data: &dyn UserData,
+    ) -> Outcome<Arc<dyn NestedDomain>> {
+        Ok(Arc::new(MockNested::new(None, data)?))
+    }
+
+    fn has_viommu(&self, kind: u32) -> bool {
+        kind == abi::IOMMU_VIOMMU_TYPE_SELFTEST
+    }
+
+    fn alloc_viommu(&self, _: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
+        Ok(MockViommu::new(self.devices.clone()))
+    }
+
+    /// Mock devices are in groups of their own, so there is one of `devices` at most.
+    fn attach(
+        &self,
+        devices: &[&Requester],
+        slot: Slot,
+        new: &Domain,
+        _: Option<&Domain>,
+    ) -> Outcome<()> {
+        devices.iter().try_for_each(|device| match slot {
+            None => self.attach_rid(device, new),
+            Some(pasid) => self.attach_pasid(device, pasid),
+        })
+    }
+
+    fn detach(&self, devices: &[&Requester], slot: Slot, _: &Domain) {
+        for device in devices {
+            // Fails for a device that is gone.
+            let _ = self.devices.change(device.rid, |device| {
+                match slot {
+                    None => device.virtual_id = None,
+                    Some(abi::IOMMU_TEST_PASID_RESERVED) => device.pasid_fails = false,
+                    Some(_) => {}
+                }
+                Ok(())
+            });
+        }
+    }
+
+    fn block(&self, _: &Requester) {}
+
+    fn stage2_unmapped(&self, _: &Arc<Stage2>) {}
+}
+
+/// `domain`, if it is one of the mock driver.
+pub fn mock_nested(domain: &dyn NestedDomain) -> Option<&MockNested> {
+    (domain as &dyn Any).downcast_ref()
+}
+
+/// `domain`, if it is one of the mock driver.
+pub fn mock_paging(domain: &dyn PagingDomain) -> Option<&MockPaging> {
+    (domain as &dyn Any).downcast_ref()
+}

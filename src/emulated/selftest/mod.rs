@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What Linux's own tests of iommufd need beside the uAPI: `IOMMU_TEST_CMD`, and a mock IOMMU with
+//! mock devices behind it.
+//!
+//! The kernel has these in `drivers/iommu/iommufd/selftest.c`, for its
+//! `tools/testing/selftests/iommu`; ordinary kernels do not carry them, nor do ordinary builds of
+//! this crate. The mock IOMMU moves no data. It has small pages and a small aperture, caches that a
+//! test can look at, and failures that a test can ask for. What it does with objects it does through
+//! the same rules as every other driver: nothing here knows which test is run.
+//!
+//! ```text
+//! operations (ioas, devices, checks …) ──► objects ──► driver ──► domain, viommu
+//!                                                         └─────► devices
+//! ```
+#![forbid(unsafe_code)]
+
+mod abi;
+mod checks;
+mod devices;
+mod domain;
+mod driver;
+mod machine;
+mod operations;
+mod page_table;
+mod places;
+mod viommu;
+
+pub(super) use abi::{COMMAND, MIN_SIZE, SIZE};
+pub(super) use machine::Selftest;
+pub(super) use operations::run;

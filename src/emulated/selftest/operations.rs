@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `IOMMU_TEST_CMD`: one ioctl of `/dev/iommu`, many operations.
+
+use std::mem::offset_of;
+
+use zerocopy::FromBytes;
+
+use super::abi::{self, op, BODY};
+use super::checks;
+use crate::emulated::device::Slot;
+use crate::emulated::ioas::range_of;
+use crate::emulated::objects::Object;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::uapi::Argument;
+use crate::emulated::user_space::UserSpace;
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{Errno, ObjectId};
+
+/// The smallest limit of memory for batches that Linux takes: one entry of a batch.
+const LEAST_MEMORY_LIMIT: u32 = 12;
+
+/// Carries out the operation that `argument`, a `struct iommu_test_cmd`, says.
+///
+/// # Errors
+/// Those of Linux's operation; `EOPNOTSUPP` there is no such operation.
+pub fn run(host: &EmulatedHost, argument: &mut Argument, user: &dyn UserSpace) -> Outcome<()> {
+    let id = argument.id(abi::ID);
+    match argument.u32(abi::OP) {
+        op::ADD_RESERVED => add_reserved(host, id, &body(argument)?),
+        op::MOCK_DOMAIN => mock_domain(host, id, 0, argument),
+        op::MOCK_DOMAIN_FLAGS => {
+            let flags = body::<abi::MockDomain>(argument)?.dev_flags;
+            mock_domain(host, id, flags, argument)
+        }
+        op::MOCK_DOMAIN_REPLACE => {
+            let pt = ObjectId(body::<abi::MockDomainReplace>(argument)?.pt_id);
+            let hwpt = host.objects().replace_mock(id, None, pt)?;
+            argument.set_u32(BODY + offset_of!(abi::MockDomainReplace, pt_id), hwpt.0);
+            Ok(())
+        }
+        op::MD_CHECK_MAP => checks::check_map(host, id, &body(argument)?, user),
+        op::MD_CHECK_REFS => checks::check_refs(host, &body(argument)?, user),
+        op::MD_CHECK_IOTLB => checks::check_iotlb(host, id, &body(argument)?),
+        op::DEV_CHECK_CACHE => checks::check_device_cache(host, id, &body(argument)?),
+        op::SET_TEMP_MEMORY_LIMIT => set_memory_limit(body::<abi::MemoryLimit>(argument)?.limit),
+        op::PASID_ATTACH => pasid_attach(host, id, argument),
+        op::PASID_REPLACE => pasid_replace(host, id, argument),
+        op::PASID_DETACH => pasid_detach(host, id, &body(argument)?),
+        op::PASID_CHECK_HWPT => pasid_check_hwpt(host, id, &body(argument)?),
+        other => refuse(Errno::EOPNOTSUPP, format!("there is no test operation {other}")),
+    }
+}
+
+/// The part of `argument` that is the operation's.
+fn body<T: FromBytes>(argument: &Argument) -> Outcome<T> {
+    match T::read_from_prefix(argument.rest(BODY)) {
+        Ok((body, _)) => Ok(body),
+        Err(_) => refuse(Errno::EINVAL, "the structure is too short for the operation"),
+    }
+}
+
+fn add_reserved(host: &EmulatedHost, ioas: ObjectId, body: &abi::AddReserved) -> Outcome<()> {
+    let &abi::AddReserved { start, length } = body;
+    if length == 0 {
+        return refuse(Errno::EINVAL, "length 0");
+    }
+    match range_of(start, length) {
+        Some(range) => host.objects().reserve_iovas(ioas, range),
+        None => refuse(Errno::EOVERFLOW, format!("{start:#x} + {length:#x} is past 2^64")),
+    }
+}
+
+fn mock_domain(
+    host: &EmulatedHost,
+    pt: ObjectId,
+    flags: u32,
+    argument: &mut Argument,
+) -> Outcome<()> {
+    let name = host.machine().add_mock_device(flags)?;
+    let ids = host.objects().add_mock_device(&name, pt)?;
+    argument.set_u32(BODY + offset_of!(abi::MockDomain, out_stdev_id), ids.selftest.0);
+    argument.set_u32(BODY + offset_of!(abi::MockDomain, out_hwpt_id), ids.hwpt.0);
+    argument.set_u32(BODY + offset_of!(abi::MockDomain, out_idev_id), ids.dev.0);
+    Ok(())
+}
+
+/// How much memory the kernel may use for lists of pages on their way to a page table: with little,
+/// it goes round more often. There are no such lists here, so nothing depends on it.
+fn set_memory_limit(limit: u32) -> Outcome<()> {
+    if limit < LEAST_MEMORY_LIMIT {
+        return refuse(Errno::EINVAL, format!("{limit} bytes are not enough for one entry"));
+    }
+    Ok(())
+}
+
+/// PASID 0 stands for the device itself (`IOMMU_NO_PASID`).
+fn slot(pasid: u32) -> Slot {
+    (pasid != 0).then_some(pasid)
+}
+
+fn pasid_attach(host: &EmulatedHost, id: ObjectId, argument: &mut Argument) -> Outcome<()> {
+    let abi::PasidChange { pasid, pt_id } = body(argument)?;
+    let hwpt = host.objects().attach_mock(id, slot(pasid), ObjectId(pt_id))?;
+    argument.set_u32(BODY + offset_of!(abi::PasidChange, pt_id), hwpt.0);
+    Ok(())
+}
+
+fn pasid_replace(host: &EmulatedHost, id: ObjectId, argument: &mut Argument) -> Outcome<()> {
+    let abi::PasidChange { pasid, pt_id } = body(argument)?;
+    let hwpt = host.objects().replace_mock(id, slot(pasid), ObjectId(pt_id))?;
+    argument.set_u32(BODY + offset_of!(abi::PasidChange, pt_id), hwpt.0);
+    Ok(())
+}
+
+fn pasid_detach(host: &EmulatedHost, id: ObjectId, body: &abi::PasidChange) -> Outcome<()> {
+    let mut objects = host.objects();
+    let dev = objects.table().selftest(id)?.dev;
+    objects.device_detach(dev, slot(body.pasid))
+}
+
+/// Whether the PASID is attached to the HWPT, or with 0 for it to none.
+fn pasid_check_hwpt(host: &EmulatedHost, id: ObjectId, body: &abi::PasidChange) -> Outcome<()> {
+    let objects = host.objects();
+    let dev = objects.table().selftest(id)?.dev;
+    let attachments = objects.attachments_of(dev);
+    let attached =
+        attachments.iter().find(|(of, _)| *of == slot(body.pasid)).map(|(_, hwpt)| *hwpt);
+    let wanted = ObjectId(body.pt_id);
+    match objects.table().get(wanted) {
+        _ if body.pt_id == 0 && attached.is_none() => Ok(()),
+        _ if body.pt_id == 0 => refuse(Errno::EINVAL, format!("{attached:?} is attached")),
+        None => refuse(Errno::ENOENT, format!("there is no object {wanted}")),
+        Some(Object::HwptPaging(_) | Object::HwptNested(_)) if attached == Some(wanted) => Ok(()),
+        Some(_) => refuse(Errno::EINVAL, format!("{attached:?} is attached, not {wanted}")),
+    }
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which page some memory is, whatever it is mapped as.
+//!
+//! The kernel compares page frames. Here a page of a file, or of memory that processes share, is
+//! that page in every mapping of it; private memory is in one place only, and its address says
+//! which. The list of this process's mappings (`/proc/self/maps`, see `proc_pid_maps(5)`) tells the
+//! one from the other.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::ops::Range;
+
+use crate::emulated::ioas::PAGE_SIZE;
+use crate::iommufd::UserMemory;
+
+/// Where some memory starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file, by device and inode; none for private memory.
+    file: Option<(String, u64)>,
+    /// The offset in the file, or the address, in bytes.
+    at: u64,
+}
+
+impl Place {
+    /// Whether it is in one of the whole pages around `length` bytes at `start`.
+    pub fn is_in_pages(&self, start: &Self, length: u64) -> bool {
+        let first = start.at - start.at % PAGE_SIZE;
+        let end = start.at.saturating_add(length).next_multiple_of(PAGE_SIZE);
+        self.file == start.file && (first..end).contains(&self.at)
+    }
+
+    /// Where the memory `offset` bytes further on starts.
+    pub fn plus(&self, offset: u64) -> Self {
+        Self { file: self.file.clone(), at: self.at.wrapping_add(offset) }
+    }
+}
+
+/// The mappings of this process as they were at one moment.
+#[derive(Debug)]
+pub struct Places(Vec<Mapping>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Mapping {
+    addresses: Range<u64>,
+    /// Of shared memory: the file, and the offset in it of the first byte.
+    shared: Option<((String, u64), u64)>,
+}
+
+impl Places {
+    /// The mappings as they are now.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn now() -> io::Result<Self> {
+        let lines = BufReader::new(File::open("/proc/self/maps")?).lines();
+        let mappings: io::Result<Vec<_>> =
+            lines.map(|line| line.map(|line| Mapping::parse(&line))).collect();
+        Ok(Self(mappings?.into_iter().flatten().collect()))
+    }
+
+    /// Where `memory` starts; none when it is not mapped (any more).
+    pub fn of(&self, memory: &UserMemory) -> Option<Place> {
+        let address = memory.user_va();
+        let mapping = self.0.iter().find(|mapping| mapping.addresses.contains(&address))?;
+        Some(match &mapping.shared {
+            Some((file, offset)) => {
+                Place { file: Some(file.clone()), at: offset + (address - mapping.addresses.start) }
+            }
+            None => Place { file: None, at: address },
+        })
+    }
+}
+
+impl Mapping {
+    /// A line of the list.
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split_ascii_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let rights = fields.next()?;
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let (offset, device, inode) = (hex(fields.next()?)?, fields.next()?, fields.next()?);
+        let shared = if rights.ends_with('s') {
+            Some(((device.to_owned(), inode.parse().ok()?), offset))
+        } else {
+            None
+        };
+        Some(Self { addresses: hex(start)?..hex(end)?, shared })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+    fn memory(file: Option<FileOffset>) -> UserMemory {
+        let region = GuestRegionMmap::from_range(GuestAddress(0), 0x2000, file).unwrap();
+        UserMemory::whole(Arc::new(region))
+    }
+
+    #[test]
+    fn a_page_of_a_file_is_the_same_in_every_mapping() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x4000).unwrap();
+        let map = |offset| memory(Some(FileOffset::new(file.try_clone().unwrap(), offset)));
+        let (first, second) = (map(0), map(0x1000));
+        let places = Places::now().unwrap();
+        let (first, second) = (places.of(&first).unwrap(), places.of(&second).unwrap());
+        assert_ne!(first, second);
+        assert_eq!(first.plus(0x1000), second);
+        assert!(second.is_in_pages(&first, 0x1001) && !second.is_in_pages(&first, 0x1000));
+    }
+
+    #[test]
+    fn private_memory_is_where_its_address_says() {
+        let (one, other) = (memory(None), memory(None));
+        let places = Places::now().unwrap();
+        assert_eq!(places.of(&one), places.of(&one.clone()));
+        assert_ne!(places.of(&one), places.of(&other));
+        assert!(!places.of(&one).unwrap().is_in_pages(&places.of(&other).unwrap(), 0x2000));
+    }
+
+    #[test]
+    fn lines_of_the_list() {
+        let line = "7f3c00200000-7f3c00210000 rw-s 00001000 00:01 1037 /dev/zero (deleted)";
+        let shared = Some((("00:01".to_owned(), 1037), 0x1000));
+        let addresses = 0x7f3c_0020_0000..0x7f3c_0021_0000;
+        assert_eq!(Mapping::parse(line), Some(Mapping { addresses, shared }));
+        let private = Mapping::parse("1000-2000 r--p 00003000 08:01 77 /bin/true").unwrap();
+        assert_eq!(private, Mapping { addresses: 0x1000..0x2000, shared: None });
+        assert_eq!(Mapping::parse("1000 r--p 0 00:00 0"), None);
+    }
+}
