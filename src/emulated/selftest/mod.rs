@@ -23,6 +23,8 @@ mod machine;
 mod operations;
 mod page_table;
 mod places;
+#[cfg(test)]
+mod tests;
 mod viommu;
 
 pub(super) use abi::{COMMAND, MIN_SIZE, SIZE};

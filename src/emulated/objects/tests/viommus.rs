@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A driver with vIOMMUs, for the rules of them: otherwise that of VT-d.
 
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 
 use crate::emulated::device::{Requester, Slot};
@@ -27,6 +28,10 @@ impl Driver for WithViommus {
 
     fn pasid_bits(&self) -> u8 {
         self.0.pasid_bits()
+    }
+
+    fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
+        self.0.reserved_regions(device)
     }
 
     fn dirty_tracking(&self, device: &Requester) -> bool {

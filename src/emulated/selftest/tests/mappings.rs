@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What is mapped, and what is pinned.
+
+use super::*;
+use crate::iommufd::{MapTarget, Protection, UserMemory};
+
+const START: u64 = abi::MOCK_APERTURE_START;
+
+fn words(values: &[u64]) -> Vec<u32> {
+    values.iter().flat_map(|value| [*value as u32, (*value >> 32) as u32]).collect()
+}
+
+fn map(program: &Program, ioas: u32, iova: u64, offset: u64, length: u64) {
+    let memory = UserMemory::new(program.region.clone(), offset, length).unwrap();
+    let target = MapTarget::Fixed(iova);
+    program.host.ioas_map(ObjectId(ioas), &memory, target, Protection::READ_WRITE).unwrap();
+}
+
+#[test]
+fn a_mapping_leads_to_its_own_memory_only() {
+    let program = Program::new();
+    let ioas = program.ioas();
+    let mock = program.mock(ioas, 0).unwrap();
+    map(&program, ioas, START + 0x800, 0x1800, 0x2000);
+    let check = |iova, offset, length| {
+        let body = words(&[iova, length, program.at(offset)]);
+        program.test(op::MD_CHECK_MAP, mock.hwpt, &body).map(drop)
+    };
+    assert_eq!(check(START + 0x800, 0x1800, 0x2000), Ok(()));
+    assert_eq!(check(START + 0x1000, 0x2000, 0x1800), Ok(()));
+    assert_eq!(check(START + 0x1000, 0x1000, 0x800), Err(Errno::EINVAL), "another page");
+    assert_eq!(check(START + 0x800, 0x1800, 0x2800), Err(Errno::EINVAL), "past the end");
+    assert_eq!(check(START + 0x800, 0x1400, 0x800), Err(Errno::EINVAL), "not aligned");
+    assert_eq!(check(START + 0x800, 0x1_0000, 0x800), Err(Errno::EFAULT));
+    let refused = program.test(op::MD_CHECK_MAP, ioas, &[0; 6]);
+    assert_eq!(refused, Err(Errno::ENOENT), "no HWPT");
+}
+
+#[test]
+fn pins_of_all_iommufds_count_and_shared_pages_once() {
+    let program = Program::new();
+    let other = Program {
+        host: program.host.machine().open(),
+        space: program.space.clone(),
+        region: program.region.clone(),
+    };
+    let check = |offset, length, refs: u32| {
+        let body = [words(&[length, program.at(offset)]), vec![refs]].concat();
+        program.test(op::MD_CHECK_REFS, 0, &body).map(drop)
+    };
+    let ioas = program.ioas();
+    map(&program, ioas, START, 0x1800, 0x1000);
+    assert_eq!(check(0, 0x8000, 0), Ok(()), "nothing is pinned without a HWPT");
+    program.mock(ioas, 0).unwrap();
+    assert_eq!((check(0, 0x1000, 0), check(0x1000, 0x2000, 1)), (Ok(()), Ok(())));
+    assert_eq!(check(0x1000, 0x3000, 1), Err(Errno::EIO), "the last page has none");
+    let (src, dst) = (ObjectId(ioas), MapTarget::Fixed(START + 0x8000));
+    program.host.ioas_copy(src, dst, src, START, 0x1000, Protection::READ_WRITE).unwrap();
+    assert_eq!(check(0x1000, 0x2000, 1), Ok(()), "the same pages");
+    let elsewhere = other.ioas();
+    other.mock(elsewhere, 0).unwrap();
+    map(&other, elsewhere, START, 0x2000, 0x1000);
+    assert_eq!((check(0x1000, 0x1000, 1), check(0x2000, 0x1000, 2)), (Ok(()), Ok(())));
+    drop(other);
+    assert_eq!(check(0x1000, 0x2000, 1), Ok(()));
+    assert_eq!(check(0x800, 0x1000, 1), Err(Errno::EINVAL), "not whole pages");
+}
+
+#[test]
+fn reserved_iovas_stay_reserved() {
+    let program = Program::new();
+    let ioas = program.ioas();
+    let reserve =
+        |start, length| program.test(op::ADD_RESERVED, ioas, &words(&[start, length])).map(drop);
+    assert_eq!(reserve(0x1000, 0), Err(Errno::EINVAL));
+    assert_eq!(reserve(0x1000, u64::MAX), Err(Errno::EOVERFLOW));
+    assert_eq!(reserve(0x1000, 0x1000), Ok(()));
+    map(&program, ioas, 0x4000, 0, 0x1000);
+    assert_eq!(reserve(0x4800, 0x800), Err(Errno::EADDRINUSE));
+    let usable = program.host.ioas_iova_ranges(ObjectId(ioas)).unwrap().allowed;
+    assert_eq!(usable, [0..=0xfff, 0x2000..=u64::MAX]);
+    let refused = program.test(op::ADD_RESERVED, 77, &words(&[0, 1]));
+    assert_eq!(refused, Err(Errno::ENOENT));
+}
+
+#[test]
+fn the_aperture_and_the_page_size_of_a_mock_domain() {
+    let program = Program::new();
+    let ioas = program.ioas();
+    program.mock(ioas, 0).unwrap();
+    let ranges = program.host.ioas_iova_ranges(ObjectId(ioas)).unwrap();
+    assert_eq!(ranges.allowed, [abi::MOCK_APERTURE_START..=abi::MOCK_APERTURE_LAST]);
+    assert_eq!(ranges.alignment, abi::MOCK_PAGE_SIZE);
+}
+
+#[test]
+fn a_limit_below_one_entry_is_refused() {
+    let program = Program::new();
+    let limit = |bytes| program.test(op::SET_TEMP_MEMORY_LIMIT, 0, &[bytes]).map(drop);
+    assert_eq!((limit(11), limit(12)), (Err(Errno::EINVAL), Ok(())));
+    assert_eq!(program.test(99, 0, &[]), Err(Errno::EOPNOTSUPP));
+}
