@@ -169,6 +169,7 @@ fn assert_nested(outcome: &Outcome, units: usize, devices: usize) {
             assert_ne!(number(report, &format!("/iommus/{unit}/{counter}")), 0, "{counter}");
         }
     }
+    assert_eq!(report["host"]["left"]["objects"].as_array().map(Vec::len), Some(0), "{report:#}");
     for (verb, calls) in report.pointer("/host/calls").unwrap().as_object().unwrap() {
         assert_eq!(calls["failures"], 0, "{verb}");
     }

@@ -31,6 +31,7 @@ use super::topology::{assigned_functions, PciTopology, Wiring};
 use super::trace::{Trace, TracedInterrupts};
 use super::vcpu::{Vcpu, VcpuThread};
 use super::{Error, Result};
+use crate::emulated::ObjectGraph;
 use crate::viommu::vtd::MMIO_SIZE;
 use crate::viommu::InterruptSink;
 
@@ -195,8 +196,24 @@ impl Machine {
         }
         // Waits for the vCPUs: none of them does anything after the last report.
         drop(threads);
-        on_report(&self.report());
-        result
+        let mut report = self.report();
+        let left = self.close();
+        if let Some(host) = &mut report.host {
+            host.left.clone_from(&left);
+        }
+        on_report(&report);
+        Ok(match left {
+            Some(left) => result?.unless_left_behind(left.objects.len()),
+            None => result?,
+        })
+    }
+
+    /// Takes the machine apart; what is left of the host's objects.
+    fn close(self) -> Option<ObjectGraph> {
+        // Whoever uses the IOMMUs goes before them, and the memory goes last.
+        let Self { exits, pci, iommus, .. } = self;
+        drop((exits, pci));
+        iommus.map(Iommus::close)
     }
 
     /// Starts `vcpus`, which become `threads`, and serves `events` until the machine is stopped.

@@ -73,8 +73,14 @@ pub struct IommuReport {
 pub struct HostReport {
     /// Calls by verb, those that were made.
     pub calls: BTreeMap<&'static str, CallReport>,
-    /// Its objects.
+    /// Its objects before the guest ran.
+    pub at_start: ObjectGraph,
+    /// Its objects as a guest switched translation off, when there were most of them.
+    pub in_use: Option<ObjectGraph>,
+    /// Its objects now.
     pub graph: ObjectGraph,
+    /// Those that were left when the machine had given everything back, in the report of its end.
+    pub left: Option<ObjectGraph>,
 }
 
 /// Calls of one verb.
@@ -131,12 +137,27 @@ impl fmt::Display for HostReport {
             "host calls refused",
             &self.calls.iter().map(failures).collect::<BTreeMap<_, _>>(),
         )?;
-        writeln!(f, "host objects:")?;
-        for line in self.graph.to_string().lines() {
-            writeln!(f, "  {line}")?;
+        objects(f, "host objects at the start", &self.at_start)?;
+        if let Some(in_use) = &self.in_use {
+            objects(f, "host objects before the guest switched translation off", in_use)?;
         }
-        Ok(())
+        if self.graph.objects == self.at_start.objects {
+            writeln!(f, "host objects: as at the start")?;
+        } else {
+            objects(f, "host objects", &self.graph)?;
+        }
+        match &self.left {
+            Some(left) if left.objects.is_empty() => writeln!(f, "host objects left behind: none"),
+            Some(left) => objects(f, "host objects LEFT BEHIND", left),
+            None => Ok(()),
+        }
     }
+}
+
+/// Objects as a tree, below a line that says which.
+fn objects(f: &mut fmt::Formatter<'_>, title: &str, graph: &ObjectGraph) -> fmt::Result {
+    writeln!(f, "{title}:")?;
+    graph.to_string().lines().try_for_each(|line| writeln!(f, "  {line}"))
 }
 
 /// The numbers of a structure of counters, by name.
@@ -164,6 +185,8 @@ fn section<K: fmt::Display>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::emulated::{GraphObject, ObjectKind};
+    use crate::iommufd::ObjectId;
 
     fn report() -> Report {
         Report {
@@ -189,7 +212,10 @@ mod tests {
                     ("HWPT_ALLOC", CallReport { calls: 9, failures: 1 }),
                     ("IOAS_MAP", CallReport { calls: 2, failures: 0 }),
                 ]),
-                graph: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x1000 },
+                at_start: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x1000 },
+                in_use: None,
+                graph: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x2000 },
+                left: None,
             }),
         }
     }
@@ -210,6 +236,38 @@ mod tests {
             "  0 objects, 0x1000 bytes pinned",
         ] {
             assert!(text.lines().any(|found| found == line), "'{line}' is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn objects_are_compared_with_those_at_the_start_and_at_the_end() {
+        let object = GraphObject {
+            id: ObjectId(7),
+            kind: ObjectKind::Ioas,
+            name: String::new(),
+            flags: Vec::new(),
+            on: Vec::new(),
+        };
+        let mut report = report();
+        let text = report.to_string();
+        assert!(text.contains("host objects: as at the start\n"), "{text}");
+        assert!(!text.contains("left behind"), "the machine is there yet: {text}");
+
+        let host = report.host.as_mut().unwrap();
+        host.left = Some(ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+        assert!(report.to_string().ends_with("host objects left behind: none\n"));
+
+        let graph = ObjectGraph { objects: vec![object], pinned_bytes: 0 };
+        let host = report.host.as_mut().unwrap();
+        host.in_use = Some(graph.clone());
+        (host.graph, host.left) = (graph.clone(), Some(graph));
+        let text = report.to_string();
+        for title in [
+            "before the guest switched translation off",
+            "host objects",
+            "host objects LEFT BEHIND",
+        ] {
+            assert!(text.contains(&format!("{title}:\n  IOAS 7\n")), "'{title}' in {text}");
         }
     }
 

@@ -55,6 +55,15 @@ impl StopReason {
         }
     }
 
+    /// The same reason, unless `objects` of the host were left behind and nothing worse happened.
+    pub(super) fn unless_left_behind(self, objects: usize) -> Self {
+        match self {
+            Self::Stuck(_) | Self::Software(_) => self,
+            _ if objects == 0 => self,
+            _ => Self::Software(format!("{objects} host objects are left behind")),
+        }
+    }
+
     /// Whether the machine ended as its guest or its user wanted it to.
     pub fn is_orderly(&self) -> bool {
         matches!(self, Self::DebugExit(_) | Self::PowerOff | Self::Signal(_))
@@ -134,6 +143,19 @@ mod tests {
         assert!(!stopper.stop(StopReason::Signal(15)));
         assert_eq!(stopper.reason(), Some(&StopReason::DebugExit(3)));
         assert_eq!(stopper.event().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn what_is_left_behind_is_a_bug_unless_something_worse_happened() {
+        let reset = StopReason::Reset(ResetCause::ResetRegister);
+        for reason in [StopReason::PowerOff, StopReason::DebugExit(0), reset] {
+            assert_eq!(reason.clone().unless_left_behind(0), reason);
+            let left = reason.unless_left_behind(2);
+            assert_eq!(left.exit_code(), exit_code::SOFTWARE);
+            assert!(left.to_string().contains("2 host objects"));
+        }
+        let stuck = StopReason::Stuck("here".to_owned());
+        assert_eq!(stuck.clone().unless_left_behind(2), stuck);
     }
 
     #[test]

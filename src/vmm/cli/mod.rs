@@ -51,7 +51,7 @@ Exit codes:
    64  the command line contradicts itself
    66  a file is missing or not what it should be
    69  KVM, or something the machine needs of it or of the host's IOMMU, is not there
-   70  a bug
+   70  a bug, such as objects of the host's IOMMU that are left behind
    71  the operating system refused a resource
    74  a file cannot be written
    80  the guest reset itself

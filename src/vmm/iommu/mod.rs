@@ -6,6 +6,7 @@
 //! own over it, and an emulated unit of its own behind that.
 #![forbid(unsafe_code)]
 
+mod in_use;
 mod unit;
 
 use std::collections::BTreeMap;
@@ -17,11 +18,12 @@ use super::memory::MachineMemory;
 use super::report::{CallReport, HostReport, IommuReport};
 use super::trace::Trace;
 use super::Result;
-use crate::emulated::EmulatedHost;
+use crate::emulated::{EmulatedHost, ObjectGraph};
 use crate::iommufd::{CountedHost, HostIommu, Protection, UserMemory, Verb, VerbCounters};
 use crate::nesting::Nesting;
 use crate::spec::pci::Bdf;
 use crate::viommu::InterruptSink;
+use in_use::ObjectsInUse;
 pub(super) use unit::Iommu;
 use unit::{failed, Plan};
 
@@ -44,14 +46,17 @@ pub(super) struct Surroundings<'a> {
     /// Where their own interrupts go.
     pub interrupts: Arc<dyn InterruptSink>,
     pub trace: Option<Arc<Trace>>,
+    in_use: Arc<ObjectsInUse>,
 }
 
 /// The virtual IOMMUs of a machine; at least one.
 pub(super) struct Iommus {
-    // Gone before the check that nothing is left on the host.
     all: Vec<Iommu>,
     emulated: Arc<EmulatedHost>,
     verbs: Arc<VerbCounters>,
+    in_use: Arc<ObjectsInUse>,
+    /// The host's objects before the guest runs.
+    at_start: ObjectGraph,
 }
 
 impl Iommus {
@@ -74,8 +79,17 @@ impl Iommus {
             CountedHost::new(emulated.clone(), trace.clone().map(|trace| trace as Arc<_>));
         let verbs = counted.counters();
         let host: Arc<dyn HostIommu> = Arc::new(counted);
-        let around = Surroundings { emulated: emulated.clone(), host, memory, interrupts, trace };
-        let mut iommus = Self { all: Vec::new(), emulated, verbs };
+        let in_use = Arc::new(ObjectsInUse::new(emulated.clone()));
+        let around = Surroundings {
+            emulated: emulated.clone(),
+            host,
+            memory,
+            interrupts,
+            trace,
+            in_use: in_use.clone(),
+        };
+        let at_start = emulated.graph();
+        let mut iommus = Self { all: Vec::new(), emulated, verbs, in_use, at_start };
         // What one emulated unit walks, the host says of all.
         let guest_second_stage = config.iommus.iter().any(|iommu| iommu.second_stage);
         for (number, iommu) in config.iommus.iter().enumerate() {
@@ -93,6 +107,7 @@ impl Iommus {
             };
             iommus.all.push(Iommu::new(plan, nesting, &around)?);
         }
+        iommus.at_start = iommus.emulated.graph();
         Ok(Some(iommus))
     }
 
@@ -116,7 +131,19 @@ impl Iommus {
             })
             .filter(|(_, report)| report.calls != 0)
             .collect::<BTreeMap<_, _>>();
-        HostReport { calls, graph: self.emulated.graph() }
+        HostReport {
+            calls,
+            at_start: self.at_start.clone(),
+            in_use: self.in_use.most(),
+            graph: self.emulated.graph(),
+            left: None,
+        }
+    }
+
+    /// Gives every host object back; those that are left, which should be none.
+    pub fn close(mut self) -> ObjectGraph {
+        self.all.clear();
+        self.emulated.graph()
     }
 }
 
@@ -130,17 +157,6 @@ fn nesting_over(around: &Surroundings<'_>) -> Result<Nesting> {
             .map_err(failed("mapping guest memory"))?;
     }
     Ok(nesting)
-}
-
-impl Drop for Iommus {
-    /// Gives every host object back, and says what is left.
-    fn drop(&mut self) {
-        self.all.clear();
-        match self.emulated.live_objects() {
-            0 => {}
-            count => log::error!("{count} host objects are left behind"),
-        }
-    }
 }
 
 impl fmt::Debug for Iommus {

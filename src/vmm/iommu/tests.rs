@@ -96,8 +96,34 @@ fn nothing_is_left_on_the_host() {
     let iommus = iommus(&configs, &[FUNCTION, OTHER], &memory).unwrap();
     let host = iommus.emulated.clone();
     assert_eq!(host.pinned_bytes(), 1 << 20);
-    drop(iommus);
+    assert_eq!(iommus.close(), ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
     assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0));
+}
+
+#[test]
+fn what_is_left_on_the_host_is_told() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let iommus = one(IommuConfig::default(), &memory);
+    let forgotten = iommus.emulated.ioas_alloc().unwrap();
+    let left = iommus.close();
+    assert_eq!(left.objects.iter().map(|object| object.id).collect::<Vec<_>>(), [forgotten]);
+}
+
+#[test]
+fn the_report_has_the_objects_from_before_translation_was_switched_off() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let iommus = one(IommuConfig::default(), &memory);
+    let iommu = &iommus.all()[0];
+    let disable = || iommu.registers().write(0x18, &0u32.to_le_bytes());
+    disable();
+    assert_eq!(iommus.host_report().in_use, None, "it was not on");
+    enable(iommu);
+    let blocked = iommus.host_report().graph;
+    disable();
+    let report = iommus.host_report();
+    assert_eq!(report.in_use, Some(blocked));
+    assert_eq!(report.graph.objects, report.at_start.objects);
+    assert_ne!(report.in_use.unwrap().objects, report.at_start.objects, "the function is blocked");
 }
 
 #[test]

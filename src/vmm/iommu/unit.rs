@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use super::in_use::{ObjectsInUse, RegisterPage};
 use super::{AssignedFunction, Surroundings};
 use crate::emulated::{AddressWidth, DeviceConfig, DmaAttributes, DmaPort, VtdUnit, VtdUnitConfig};
 use crate::iommufd::{Extensions, HostIommu, HwInfoData, ObjectId};
@@ -38,6 +39,7 @@ pub(in crate::vmm) struct Iommu {
     devices: Vec<ObjectId>,
     interrupt_remapping: bool,
     unit: Arc<VtdUnit>,
+    in_use: Arc<ObjectsInUse>,
 }
 
 impl Iommu {
@@ -80,8 +82,8 @@ impl Iommu {
         for function in functions {
             vtd.add_device(function.bdf);
         }
-        let host = host.clone();
-        Ok(Self { id, vtd, nesting, host, devices, interrupt_remapping, unit })
+        let (host, in_use) = (host.clone(), around.in_use.clone());
+        Ok(Self { id, vtd, nesting, host, devices, interrupt_remapping, unit, in_use })
     }
 
     /// The host side.
@@ -102,7 +104,7 @@ impl Iommu {
 
     /// The register page.
     pub fn registers(&self) -> Arc<dyn BusDevice> {
-        Arc::new(RegisterPage(self.vtd.clone()))
+        Arc::new(RegisterPage { vtd: self.vtd.clone(), in_use: self.in_use.clone() })
     }
 
     /// The machine stops: threads that work for the guest in here leave off soon.
@@ -207,19 +209,6 @@ fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
             guest_second_stage: extensions.guest_second_stage,
         }),
         HwInfoData::None => None,
-    }
-}
-
-/// The register page as a bus device.
-struct RegisterPage(Arc<VtdIommu>);
-
-impl BusDevice for RegisterPage {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.mmio_read(offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.0.mmio_write(offset, data);
     }
 }
 
