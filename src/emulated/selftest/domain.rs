@@ -5,8 +5,9 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi::{self, HwptData, HwptInvalidate};
-use super::page_table::{FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
+use super::page_table::{leaf_at, FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
 use super::viommu::MockViommu;
+use crate::emulated::dirty::DirtyLog;
 use crate::emulated::driver::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, HwptFlags};
@@ -16,7 +17,7 @@ use crate::iommufd::{Errno, HwptFlags};
 pub struct MockPaging {
     aperture: RangeInclusive<u64>,
     page_sizes: u64,
-    dirty_tracking: bool,
+    dirty: Option<Arc<DirtyLog>>,
 }
 
 impl MockPaging {
@@ -44,7 +45,22 @@ impl MockPaging {
             abi::MOCK_IOMMUPT_HUGE => (FORMAT_APERTURE, HUGE_SIZES),
             other => return refuse(Errno::EOPNOTSUPP, format!("no page tables of type {other}")),
         };
-        Ok(Self { aperture, page_sizes, dirty_tracking: flags.dirty_tracking() })
+        let page_size = 1 << page_sizes.trailing_zeros();
+        let dirty = flags.dirty_tracking().then(|| Arc::new(DirtyLog::new(page_size)));
+        Ok(Self { aperture, page_sizes, dirty })
+    }
+
+    /// The leaf that translates `iova`, when `area` as a whole is mapped to memory from `output` on;
+    /// with `huge_pages` as large as possible, else as small.
+    pub fn leaf(
+        &self,
+        area: &RangeInclusive<u64>,
+        output: u64,
+        iova: u64,
+        huge_pages: bool,
+    ) -> Option<RangeInclusive<u64>> {
+        let sizes = if huge_pages { self.page_sizes } else { self.page_size() };
+        leaf_at(sizes, area, output, iova)
     }
 }
 
@@ -61,8 +77,8 @@ impl PagingDomain for MockPaging {
         false
     }
 
-    fn dirty_tracking(&self) -> bool {
-        self.dirty_tracking
+    fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
+        self.dirty.as_ref()
     }
 }
 

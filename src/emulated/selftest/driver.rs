@@ -42,7 +42,7 @@ impl MockDriver {
             None => None,
         };
         self.devices.change(device.rid, |device| {
-            if nested.is_none() && new.paging.dirty_tracking() && !device.dirty_tracking {
+            if nested.is_none() && new.paging.dirty_log().is_some() && !device.dirty_tracking {
                 return refuse(Errno::EINVAL, "the device has no dirty tracking");
             }
             // An id that changes under the same vIOMMU is not learnt: Linux's does not either.
@@ -145,7 +145,7 @@ impl Driver for MockDriver {
 
     fn block(&self, _: &Requester) {}
 
-    fn stage2_unmapped(&self, _: &Arc<Stage2>) {}
+    fn stage2_changed(&self, _: &Arc<Stage2>) {}
 }
 
 /// `domain`, if it is one of the mock driver.

@@ -17,6 +17,7 @@
 mod abi;
 mod checks;
 mod devices;
+mod dirty;
 mod domain;
 mod driver;
 mod machine;

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
-use super::checks;
+use super::{checks, dirty};
 use crate::emulated::device::Slot;
 use crate::emulated::ioas::range_of;
 use crate::emulated::objects::Object;
@@ -42,6 +42,7 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, user: &dyn UserSpace) -
         op::MD_CHECK_REFS => checks::check_refs(host, &body(argument)?, user),
         op::MD_CHECK_IOTLB => checks::check_iotlb(host, id, &body(argument)?),
         op::DEV_CHECK_CACHE => checks::check_device_cache(host, id, &body(argument)?),
+        op::DIRTY => dirty::dirty(host, id, &body(argument)?, argument, user),
         op::SET_TEMP_MEMORY_LIMIT => set_memory_limit(body::<abi::MemoryLimit>(argument)?.limit),
         op::PASID_ATTACH => pasid_attach(host, id, argument),
         op::PASID_REPLACE => pasid_replace(host, id, argument),

@@ -5,8 +5,6 @@
 //! mapping, so they are found when they are asked for and kept nowhere. The format is AMD's v1 with
 //! pages of 2 KiB and three levels: any power of two can be a leaf.
 
-#![allow(dead_code)]
-
 use std::ops::RangeInclusive;
 
 use super::abi::{MOCK_HUGE_PAGE_SIZE, MOCK_PAGE_SIZE};

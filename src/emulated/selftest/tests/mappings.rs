@@ -2,7 +2,7 @@
 //! What is mapped, and what is pinned.
 
 use super::*;
-use crate::iommufd::{MapTarget, Protection, UserMemory};
+use crate::iommufd::{DirtyRange, MapTarget, Protection, UserMemory};
 
 const START: u64 = abi::MOCK_APERTURE_START;
 
@@ -99,4 +99,35 @@ fn a_limit_below_one_entry_is_refused() {
     let limit = |bytes| program.test(op::SET_TEMP_MEMORY_LIMIT, 0, &[bytes]).map(drop);
     assert_eq!((limit(11), limit(12)), (Err(Errno::EINVAL), Ok(())));
     assert_eq!(program.test(99, 0, &[]), Err(Errno::EOPNOTSUPP));
+}
+
+#[test]
+fn a_leaf_gets_dirty_as_a_whole() {
+    let program = Program::new();
+    let ioas = program.ioas();
+    let mock = program.mock(ioas, 0).unwrap();
+    let dirty = HwptFlags::new().with_dirty_tracking(true);
+    let hwpt = program.hwpt(mock.idev, ioas, dirty).unwrap();
+    // The memory is aligned to pages at least: both addresses to 4 KiB, and no more.
+    let skew = program.at(0) % 0x2000;
+    map(&program, ioas, START + skew + 0x1000, 0, 0x1000);
+    let mark = |iova, bit: u32| {
+        let bitmap = program.put(0x7000, &[1 << bit]);
+        let body = words(&[0, iova, 0x1000, 0x800, bitmap]);
+        program.test(op::DIRTY, hwpt, &body).map(|body| body[10])
+    };
+    let base = START + skew + 0x1000;
+    assert_eq!(mark(base, 1), Err(Errno::EINVAL), "not tracked yet");
+    program.host.hwpt_set_dirty_tracking(ObjectId(hwpt), true).unwrap();
+    assert_eq!(mark(base, 1), Ok(1));
+    assert_eq!(mark(base + 0x1000, 0), Ok(1), "a hole counts too");
+    assert_eq!(mark(base + 0x400, 0), Err(Errno::EINVAL));
+    let read = |clear| {
+        let range = DirtyRange { iova: base, length: 0x1000, page_size: 0x800 };
+        let mut bitmap = [0];
+        program.host.hwpt_get_dirty_bitmap(ObjectId(hwpt), &range, clear, &mut bitmap).unwrap();
+        bitmap[0]
+    };
+    assert_eq!((read(false), read(true), read(true)), (0b11, 0b11, 0), "one page of 4 KiB");
+    program.host.destroy(ObjectId(mock.stdev)).unwrap();
 }
