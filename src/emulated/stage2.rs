@@ -69,6 +69,24 @@ impl Stage2 {
         self.mappings.write().unwrap_or_else(PoisonError::into_inner).remove(&start)
     }
 
+    /// Splits the mapping that `last` lies in after it, unless it ends there; nothing else changes.
+    pub fn split(&self, last: u64) {
+        let mut mappings = self.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        let found = mappings.range_mut(..=last).next_back().filter(|(_, found)| last < found.last);
+        let Some((_, first)) = found else { return };
+        let start = last + 1;
+        let offset = start - first.start;
+        // A mapping is as long as its memory.
+        let (Ok(memory), Ok(rest)) =
+            (first.memory.part(0, offset), first.memory.part(offset, first.last - last))
+        else {
+            return;
+        };
+        let second = Mapping { start, last: first.last, memory: rest, ..*first };
+        (first.last, first.memory) = (last, memory);
+        mappings.insert(start, second);
+    }
+
     /// Removes the mappings that start in `range`; there is none that does so and ends outside.
     pub fn remove_in(&self, range: RangeInclusive<u64>) {
         let mut mappings = self.mappings.write().unwrap_or_else(PoisonError::into_inner);
@@ -99,6 +117,24 @@ mod tests {
         assert!(stage2.lookup(0x12000).is_none());
         assert_eq!(stage2.remove(0x10000).unwrap().last, 0x11fff);
         assert!(stage2.lookup(0x10000).is_none());
+    }
+
+    #[test]
+    fn a_split_mapping_leads_where_it_led() {
+        let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x4000, None).unwrap());
+        let (stage2, memory) = (Stage2::default(), UserMemory::whole(region));
+        let protection = Protection::READ_WRITE;
+        stage2.insert(Mapping { start: 0x1000, last: 0x4fff, memory, protection });
+        for last in [0xfff, 0x2fff, 0x2fff, 0x4fff, 0x5000] {
+            stage2.split(last);
+        }
+        assert_eq!(stage2.mappings.read().unwrap().len(), 2);
+        for (address, start, offset) in [(0x2fff, 0x1000, 0x1fff), (0x3000, 0x3000, 0x2000)] {
+            let mapping = stage2.lookup(address).unwrap();
+            assert_eq!((mapping.start, mapping.target(address).1), (start, offset));
+        }
+        stage2.remove_in(0x1000..=0x2fff);
+        assert!(stage2.lookup(0x2fff).is_none() && stage2.lookup(0x3000).is_some());
     }
 
     #[test]

@@ -48,8 +48,18 @@ pub(crate) trait PagingDomain: Any + Debug + Send + Sync {
     /// The size of its smallest page, in bytes: a power of two.
     fn page_size(&self) -> u64;
 
+    /// The sizes of all its pages: a bit for each.
+    fn page_sizes(&self) -> u64 {
+        self.page_size()
+    }
+
     /// It cannot hold mappings that are not writable.
     fn only_writable(&self) -> bool;
+
+    /// It makes DMA coherent with caches whatever a device asks for.
+    fn enforces_coherency(&self) -> bool {
+        false
+    }
 
     /// Its dirty flags; none when it was made without `DIRTY_TRACKING`.
     fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {

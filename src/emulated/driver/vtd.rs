@@ -84,8 +84,16 @@ impl PagingDomain for VtdPaging {
         PAGE_SIZE
     }
 
+    fn page_sizes(&self) -> u64 {
+        self.tables.page_sizes
+    }
+
     fn only_writable(&self) -> bool {
         self.tables.only_writable
+    }
+
+    fn enforces_coherency(&self) -> bool {
+        self.tables.enforces_coherency
     }
 
     fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {

@@ -20,6 +20,10 @@ pub(super) struct Features {
     dirty_tracking: bool,
     /// 5-level first stage (FS5LP).
     five_level: bool,
+    /// First-stage pages of 1 GiB (FS1GP).
+    first_stage_1g: bool,
+    /// Second-stage pages of 2 MiB and 1 GiB: bits 0 and 1 (SSLPS).
+    second_stage_large: u8,
     /// Guest address width in bits (MGAW).
     guest_address_width: u8,
     /// Width of second-stage tables in bits (SAGAW, at most MGAW).
@@ -40,6 +44,10 @@ pub(super) struct Tables {
     pub nest_parent: bool,
     /// It can track dirty pages.
     pub dirty_tracking: bool,
+    /// The sizes of its pages: a bit for each.
+    pub page_sizes: u64,
+    /// It snoops caches whatever a request asks for.
+    pub enforces_coherency: bool,
     /// It cannot hold mappings that are not writable.
     pub only_writable: bool,
 }
@@ -62,6 +70,8 @@ impl Features {
             nest: scalable && ecap.nest(),
             dirty_tracking: scalable && ecap.ssads() && ecap.smpwcs(),
             five_level: cap.fs5lp(),
+            first_stage_1g: cap.fs1gp(),
+            second_stage_large: cap.sslps(),
             guest_address_width,
             // The widest table that SAGAW names and MGAW fills more than the next smaller one.
             second_stage_width: match guest_address_width {
@@ -101,6 +111,8 @@ impl Features {
                 last_iova: last_of_width(width.saturating_sub(1)),
                 nest_parent,
                 dirty_tracking,
+                page_sizes: page_sizes(true, self.first_stage_1g),
+                enforces_coherency: self.snoop_control,
                 only_writable,
             });
         }
@@ -118,6 +130,11 @@ impl Features {
             last_iova: last_of_width(self.second_stage_width),
             nest_parent,
             dirty_tracking,
+            page_sizes: page_sizes(
+                self.second_stage_large & 1 != 0,
+                self.second_stage_large & 2 != 0,
+            ),
+            enforces_coherency: self.snoop_control,
             only_writable,
         })
     }
@@ -152,6 +169,11 @@ impl Tables {
     pub fn aperture(&self) -> RangeInclusive<u64> {
         0..=self.last_iova
     }
+}
+
+/// Pages of 4 KiB, and of 2 MiB and 1 GiB.
+fn page_sizes(large: bool, huge: bool) -> u64 {
+    1 << 12 | u64::from(large) << 21 | u64::from(huge) << 30
 }
 
 /// The last address of `width` bits.

@@ -268,6 +268,35 @@ impl IovaSpace {
         }
     }
 
+    /// Splits the area that `last` lies in after it; whether it did: not where nothing is mapped,
+    /// nor at the ends of an area. `huge_pages`: a HWPT may hold one there.
+    ///
+    /// # Errors
+    /// `EBUSY` it is being unmapped; `EINVAL` the second part would not be aligned, it is pinned,
+    /// or there may be huge pages.
+    pub fn split(&mut self, last: u64, alignment: u64, huge_pages: bool) -> Outcome<bool> {
+        let found = self.areas.range_mut(..=last).next_back().filter(|(_, area)| last <= area.last);
+        let Some((&start, area)) = found else { return Ok(false) };
+        // As Linux has it: an area is not cut after its first IOVA either.
+        if last == start || last == area.last {
+            return Ok(false);
+        }
+        if area.leaving {
+            return refuse(Errno::EBUSY, format!("the mapping at {start:#x} is being unmapped"));
+        }
+        let (next, offset) = (last + 1, area.offset + (last + 1 - start));
+        if !(next | area.pages.page_offset(offset)).is_multiple_of(alignment) {
+            return refuse(Errno::EINVAL, format!("{next:#x} is not aligned to {alignment:#x}"));
+        }
+        if area.pins > 0 || huge_pages {
+            return refuse(Errno::EINVAL, format!("the mapping at {start:#x} cannot be split"));
+        }
+        let second = Area::new(area.last, area.pages.clone(), offset, area.protection);
+        area.last = last;
+        self.areas.insert(next, second);
+        Ok(true)
+    }
+
     /// The area that starts at `start`.
     pub fn area(&self, start: u64) -> Option<&Area> {
         self.areas.get(&start)
@@ -417,6 +446,25 @@ mod tests {
         assert_eq!(unmap(&mut space, 0x1000..=0x3fff), (vec![0x1000], true));
         assert_eq!(unmap(&mut space, 0..=0x8fff), (vec![0x3000, 0x8000], false));
         assert_eq!(space.area_count(), 0);
+    }
+
+    #[test]
+    fn an_area_is_split_where_it_may_be() {
+        let mut space = space(&[(0x1000, 0x4000)]);
+        for (last, huge_pages) in [(0x2800, false), (0x1fff, true)] {
+            assert_eq!(errno(space.split(last, 0x1000, huge_pages)), Errno::EINVAL, "{last:#x}");
+        }
+        for nothing in [0xfff, 0x1000, 0x4fff, 0x5000] {
+            assert!(!space.split(nothing, 0x1000, true).unwrap());
+        }
+        assert!(space.split(0x2fff, 0x1000, false).unwrap());
+        let areas: Vec<_> =
+            space.areas().map(|(start, area)| (start, area.last, area.offset)).collect();
+        assert_eq!(areas, [(0x1000, 0x2fff, 0), (0x3000, 0x4fff, 0x2000)]);
+        space.area_mut(0x1000).unwrap().pins = 1;
+        assert_eq!(errno(space.split(0x1fff, 0x1000, false)), Errno::EINVAL, "pinned");
+        space.area_mut(0x1000).unwrap().leaving = true;
+        assert_eq!(errno(space.split(0x1fff, 0x1000, false)), Errno::EBUSY);
     }
 
     #[test]

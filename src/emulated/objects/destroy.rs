@@ -2,7 +2,9 @@
 //! `IOMMU_DESTROY`, and closing the whole iommufd.
 
 use super::table::Table;
+use super::vfio_compat::VfioCompat;
 use super::{Object, Objects};
+use crate::emulated::ioas::RlimitMode;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
@@ -38,7 +40,7 @@ impl Objects {
         match object {
             // No HWPT and no access object is left, so no hardware has seen the mappings and
             // nothing is pinned.
-            Object::Ioas(_) => {}
+            Object::Ioas(_) => self.forget_vfio_ioas(id),
             Object::HwptPaging(hwpt) => {
                 let ioas = hwpt.ioas;
                 let object = self.table.ioas_mut(ioas)?;
@@ -96,6 +98,8 @@ impl Objects {
         }
         // Tombstones end with the descriptor.
         self.table = Table::default();
+        self.vfio = VfioCompat::default();
+        self.rlimit_mode = RlimitMode::default();
         self.closed += 1;
     }
 

@@ -126,6 +126,10 @@ fn take_back(ioas: &Ioas, start: u64, area: &Area) {
 
 /// Whether a HWPT with `domain` can hold a mapping with `protection`.
 fn check_holds(domain: &dyn PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
+    // Only VFIO's ioctl asks for such a mapping.
+    if !protection.read && !protection.write {
+        return refuse(Errno::EINVAL, format!("the mapping at {start:#x} allows nothing"));
+    }
     if domain.only_writable() && !protection.write {
         return refuse(
             Errno::EINVAL,

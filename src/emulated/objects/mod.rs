@@ -21,6 +21,7 @@ mod table;
 #[cfg(test)]
 pub(crate) mod tests;
 mod unmap;
+mod vfio_compat;
 mod viommu;
 
 use std::collections::BTreeMap;
@@ -38,6 +39,7 @@ use super::ioas::{PinAccount, RlimitMode};
 use super::machine::{ContextId, GroupId, Machine};
 use group::Group;
 use table::Table;
+use vfio_compat::VfioCompat;
 
 /// Everything that one lock protects.
 #[derive(Debug)]
@@ -53,6 +55,8 @@ pub(crate) struct Objects {
     account: Arc<PinAccount>,
     /// On whose account what is mapped from now on is pinned.
     rlimit_mode: RlimitMode,
+    /// The iommufd as a VFIO container.
+    vfio: VfioCompat,
     /// How often the iommufd was closed: object ids from before mean nothing.
     closed: u64,
 }
@@ -67,6 +71,7 @@ impl Objects {
             groups: BTreeMap::new(),
             account: Arc::default(),
             rlimit_mode: RlimitMode::default(),
+            vfio: VfioCompat::default(),
             closed: 0,
         }
     }

@@ -16,6 +16,7 @@ mod option;
 mod tests;
 mod user_data;
 mod vfio;
+mod vfio_compat;
 
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::DeviceFile;
@@ -74,7 +75,7 @@ static OPERATIONS: [Operation; 21] = [
     operation!(IOMMUFD_CMD_IOAS_MAP, iommu_ioas_map, iova: u64, ioas::map),
     operation!(IOMMUFD_CMD_IOAS_UNMAP, iommu_ioas_unmap, length: u64, ioas::unmap),
     operation!(IOMMUFD_CMD_OPTION, iommu_option, val64: u64, option::option),
-    operation!(IOMMUFD_CMD_VFIO_IOAS, iommu_vfio_ioas, __reserved: u16, not_served),
+    operation!(IOMMUFD_CMD_VFIO_IOAS, iommu_vfio_ioas, __reserved: u16, vfio_compat::vfio_ioas),
     operation!(IOMMUFD_CMD_HWPT_ALLOC, iommu_hwpt_alloc, __reserved: u32, hwpt::alloc),
     operation!(IOMMUFD_CMD_GET_HW_INFO, iommu_hw_info, __reserved: [u8; 3], hwpt::hw_info),
     operation!(
@@ -139,8 +140,8 @@ impl EmulatedHost {
     /// may access; pointers in it are addresses of `user`. `user` must not call the host.
     ///
     /// # Errors
-    /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: `VFIO_IOAS`,
-    /// fault and event queues.
+    /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: fault and
+    /// event queues.
     pub fn ioctl(
         &self,
         request: u32,

@@ -11,7 +11,7 @@ use crate::emulated::{EmulatedHost, Machine};
 use crate::iommufd::{Errno, ObjectId};
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
-const fn request(n: u32) -> u32 {
+pub(super) const fn request(n: u32) -> u32 {
     (b';' as u32) << 8 | (100 + n)
 }
 

@@ -6,6 +6,7 @@ mod generic;
 mod hwpt;
 mod ioas;
 mod vfio;
+mod vfio_compat;
 
 use std::fs::File;
 use std::sync::Arc;

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `VFIO_IOMMU_MAP_DMA` and `VFIO_IOMMU_UNMAP_DMA`.
+
+use std::mem::size_of;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::super::UserSpace;
+use crate::emulated::ioas::Source;
+use crate::emulated::objects::{MapRequest, Unmap};
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::EmulatedHost;
+use crate::iommufd::{Errno, MapTarget, Protection};
+
+/// `struct vfio_iommu_type1_dma_map`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+struct Map {
+    argsz: u32,
+    flags: u32,
+    vaddr: u64,
+    iova: u64,
+    size: u64,
+}
+
+const MAP_READ: u32 = 1 << 0;
+const MAP_WRITE: u32 = 1 << 1;
+
+/// `struct vfio_iommu_type1_dma_unmap`, without the dirty bitmap that may follow.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+struct UnmapDma {
+    argsz: u32,
+    flags: u32,
+    iova: u64,
+    size: u64,
+}
+
+const UNMAP_ALL: u32 = 1 << 1;
+
+pub(super) fn map(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) -> Outcome<()> {
+    let mut bytes = [0; size_of::<Map>()];
+    user.read(argument, &mut bytes)?;
+    let Map { argsz, flags, vaddr, iova, size } = zerocopy::transmute!(bytes);
+    check(argsz, size_of::<Map>(), flags, MAP_READ | MAP_WRITE)?;
+    let protection = Protection { read: flags & MAP_READ != 0, write: flags & MAP_WRITE != 0 };
+    let target = MapTarget::Fixed(iova);
+    let source = Source::User(user.share(), vaddr);
+    let mut objects = host.objects();
+    let ioas = objects.vfio_ioas()?;
+    objects.ioas_map(ioas, MapRequest { target, source, length: size, protection }).map(drop)
+}
+
+pub(super) fn unmap(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) -> Outcome<()> {
+    let mut bytes = [0; size_of::<UnmapDma>()];
+    user.read(argument, &mut bytes)?;
+    let dma: UnmapDma = zerocopy::transmute!(bytes);
+    let UnmapDma { argsz, flags, iova, size } = dma;
+    check(argsz, bytes.len(), flags, UNMAP_ALL)?;
+    let ioas = host.objects().vfio_ioas()?;
+    let all = flags & UNMAP_ALL != 0;
+    if all && (iova, size) != (0, 0) {
+        return refuse(Errno::EINVAL, "all is unmapped from 0 on, with no size");
+    }
+    if !all {
+        cut(host, iova, size)?;
+    }
+    let mut unmapped = 0;
+    let outcome = if all { Ok(Unmap::all(ioas)) } else { Unmap::of_range(ioas, iova, size) };
+    let outcome = outcome.and_then(|mut unmap| {
+        let outcome = host.finish_unmap(&mut unmap);
+        unmapped = unmap.bytes;
+        outcome
+    });
+    // Whether or not it failed.
+    user.write(argument, UnmapDma { size: unmapped, ..dma }.as_bytes())?;
+    outcome
+}
+
+/// Splits mappings at the ends of a range, where the IOAS lets them be split.
+fn cut(host: &EmulatedHost, iova: u64, size: u64) -> Outcome<()> {
+    let mut objects = host.objects();
+    let ioas = objects.vfio_ioas()?;
+    if objects.huge_pages(ioas)? {
+        return Ok(());
+    }
+    // A range that wraps is refused afterwards, as in Linux.
+    objects.cut(ioas, iova.wrapping_add(size).wrapping_sub(1))?;
+    match iova.checked_sub(1) {
+        Some(last) => objects.cut(ioas, last),
+        None => Ok(()),
+    }
+}
+
+/// Checks the size that a structure says it has, and its flags.
+fn check(argsz: u32, size: usize, flags: u32, known: u32) -> Outcome<()> {
+    if (argsz as usize) < size || flags & !known != 0 {
+        return refuse(Errno::EINVAL, format!("argsz {argsz}, flags {flags:#x}"));
+    }
+    Ok(())
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `VFIO_IOMMU_GET_INFO`: page sizes, and a chain of capabilities after the structure.
+
+use std::mem::{offset_of, size_of};
+use std::ops::RangeInclusive;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::super::UserSpace;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::EmulatedHost;
+use crate::iommufd::Errno;
+
+/// `struct vfio_iommu_type1_info`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+struct Info {
+    argsz: u32,
+    flags: u32,
+    iova_pgsizes: u64,
+    cap_offset: u32,
+    pad: u32,
+}
+
+/// Size of the first version.
+const INFO_MIN: usize = offset_of!(Info, cap_offset);
+
+const INFO_PGSIZES: u32 = 1 << 0;
+const INFO_CAPS: u32 = 1 << 1;
+
+/// `struct vfio_info_cap_header`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+struct CapHeader {
+    id: u16,
+    version: u16,
+    /// Offset of the next one from the start of the structure, in bytes; 0 for none.
+    next: u32,
+}
+
+const CAP_IOVA_RANGE: u16 = 1;
+const CAP_DMA_AVAIL: u16 = 3;
+
+/// Mappings that are left: VFIO's limit has no meaning here, and what Linux says instead.
+const DMA_AVAIL: u32 = u32::MAX;
+
+pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) -> Outcome<()> {
+    let mut info = Info::default();
+    // In bounds: the first version is a part of the structure.
+    user.read(argument, &mut info.as_mut_bytes()[..INFO_MIN])?;
+    let room = info.argsz as usize;
+    if room < INFO_MIN {
+        return refuse(Errno::EINVAL, format!("argsz {room}"));
+    }
+    let objects = host.objects();
+    let ioas = objects.vfio_ioas()?;
+    let usable = objects.ioas_iova_ranges(ioas)?.allowed;
+    info.iova_pgsizes = objects.vfio_page_sizes(ioas)?;
+    drop(objects);
+
+    let capabilities = [dma_avail(), iova_ranges(&usable)];
+    let mut offset = size_of::<Info>();
+    let mut before = None;
+    for capability in &capabilities {
+        // Linux links a capability that starts in the room even when it does not fit there.
+        if let Some(before) = before.filter(|_| room >= offset) {
+            let next = at(argument, before + offset_of!(CapHeader, next))?;
+            user.write(next, (offset as u32).as_bytes())?;
+        }
+        if room.saturating_sub(offset) >= capability.len() {
+            user.write(at(argument, offset)?, capability)?;
+        }
+        before = Some(offset);
+        offset += capability.len().next_multiple_of(size_of::<u64>());
+    }
+    info.flags = INFO_PGSIZES | INFO_CAPS;
+    info.cap_offset = if room >= offset { size_of::<Info>() as u32 } else { 0 };
+    // No more than 2^32 ranges fit in memory.
+    info.argsz = offset as u32;
+    // In bounds: at most the structure.
+    user.write(argument, &info.as_bytes()[..room.min(size_of::<Info>())])?;
+    Ok(())
+}
+
+/// `struct vfio_iommu_type1_info_dma_avail`.
+fn dma_avail() -> Vec<u8> {
+    let mut bytes = header(CAP_DMA_AVAIL);
+    bytes.extend_from_slice(DMA_AVAIL.as_bytes());
+    bytes
+}
+
+/// `struct vfio_iommu_type1_info_cap_iova_range`.
+fn iova_ranges(ranges: &[RangeInclusive<u64>]) -> Vec<u8> {
+    let mut bytes = header(CAP_IOVA_RANGE);
+    bytes.extend_from_slice([ranges.len() as u32, 0].as_bytes());
+    for range in ranges {
+        bytes.extend_from_slice([*range.start(), *range.end()].as_bytes());
+    }
+    bytes
+}
+
+fn header(id: u16) -> Vec<u8> {
+    CapHeader { id, version: 1, next: 0 }.as_bytes().to_vec()
+}
+
+/// The address `offset` bytes after `address`.
+fn at(address: u64, offset: usize) -> Outcome<u64> {
+    match address.checked_add(offset as u64) {
+        Some(address) => Ok(address),
+        None => refuse(Errno::EFAULT, "the structure passes the end of the address space"),
+    }
+}

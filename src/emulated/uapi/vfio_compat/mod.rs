@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An iommufd as a VFIO container: the ioctls of `linux/vfio.h` that it takes, and
+//! `IOMMU_VFIO_IOAS`.
+
+mod dma;
+mod info;
+
+use std::mem::offset_of;
+
+use iommufd_bindings::*;
+
+use super::argument::Argument;
+use super::vfio::request;
+use super::UserSpace;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::EmulatedHost;
+use crate::iommufd::Errno;
+
+const GET_API_VERSION: u32 = request(0);
+const CHECK_EXTENSION: u32 = request(1);
+const SET_IOMMU: u32 = request(2);
+const IOMMU_GET_INFO: u32 = request(12);
+const IOMMU_MAP_DMA: u32 = request(13);
+const IOMMU_UNMAP_DMA: u32 = request(14);
+
+const API_VERSION: i32 = 0;
+
+/// Extensions, and among them kinds of IOMMU.
+const TYPE1_IOMMU: u64 = 1;
+const TYPE1V2_IOMMU: u64 = 3;
+const DMA_CC_IOMMU: u64 = 4;
+const NOIOMMU_IOMMU: u64 = 8;
+const UNMAP_ALL: u64 = 9;
+
+const GET: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_GET;
+const SET: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET;
+const CLEAR: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR;
+
+impl EmulatedHost {
+    /// `ioctl(2)` of a VFIO container on the iommufd: what [`Self::ioctl`] has no number for.
+    ///
+    /// `argument` is the third parameter, a number or an address of `user`; gives what the call
+    /// returns. `user` must not call the host.
+    ///
+    /// # Errors
+    /// Linux's; `ENOTTY` for what Linux's iommufd does not take, `VFIO_IOMMU_DIRTY_PAGES` among it.
+    pub fn vfio_ioctl(
+        &self,
+        request: u32,
+        argument: u64,
+        user: &dyn UserSpace,
+    ) -> Result<i32, Errno> {
+        let outcome = match request {
+            GET_API_VERSION => Ok(API_VERSION),
+            CHECK_EXTENSION => check_extension(self, argument),
+            SET_IOMMU => set_iommu(self, argument, user).map(|()| 0),
+            IOMMU_GET_INFO => info::get_info(self, argument, user).map(|()| 0),
+            IOMMU_MAP_DMA => dma::map(self, argument, user).map(|()| 0),
+            IOMMU_UNMAP_DMA => dma::unmap(self, argument, user).map(|()| 0),
+            _ => refuse(Errno::ENOTTY, "no ioctl of an iommufd"),
+        };
+        outcome.map_err(|refusal| {
+            log::debug!("VFIO ioctl {request:#x}: {}: {}", refusal.errno, refusal.detail);
+            refusal.errno
+        })
+    }
+
+    /// A VFIO group whose device has an IOMMU is put into the container
+    /// (`VFIO_GROUP_SET_CONTAINER`): VFIO's ioctls get an IOAS unless they have one.
+    ///
+    /// # Errors
+    /// `EINVAL` the container has a device without an IOMMU; `ENOMEM` no object id is left.
+    pub fn vfio_add_group(&self) -> Result<(), Errno> {
+        self.objects().create_vfio_ioas().map_err(|refusal| refusal.errno)
+    }
+
+    /// A VFIO group whose device has no IOMMU is put into the container: VFIO's ioctls refuse all
+    /// but `VFIO_NOIOMMU_IOMMU` from now on.
+    ///
+    /// # Errors
+    /// `EINVAL` VFIO's ioctls have an IOAS.
+    pub fn vfio_add_group_without_iommu(&self) -> Result<(), Errno> {
+        self.objects().set_vfio_no_iommu().map_err(|refusal| refusal.errno)
+    }
+}
+
+/// `IOMMU_VFIO_IOAS`.
+pub(super) fn vfio_ioas(
+    host: &EmulatedHost,
+    argument: &mut Argument,
+    _: &dyn UserSpace,
+) -> Outcome<()> {
+    let reserved = u16::from_ne_bytes(argument.bytes(offset_of!(iommu_vfio_ioas, __reserved)));
+    if reserved != 0 {
+        return refuse(Errno::EOPNOTSUPP, format!("the reserved field is {reserved:#x}"));
+    }
+    let ioas = argument.id(offset_of!(iommu_vfio_ioas, ioas_id));
+    let operation = u16::from_ne_bytes(argument.bytes(offset_of!(iommu_vfio_ioas, op)));
+    match u32::from(operation) {
+        GET => {
+            let ioas = host.objects().vfio_ioas()?;
+            argument.set_u32(offset_of!(iommu_vfio_ioas, ioas_id), ioas.0);
+            Ok(())
+        }
+        SET => host.objects().set_vfio_ioas(Some(ioas)),
+        CLEAR => host.objects().set_vfio_ioas(None),
+        _ => refuse(Errno::EOPNOTSUPP, format!("there is no operation {operation}")),
+    }
+}
+
+fn check_extension(host: &EmulatedHost, extension: u64) -> Outcome<i32> {
+    let objects = host.objects();
+    let has = match extension {
+        TYPE1_IOMMU | TYPE1V2_IOMMU | UNMAP_ALL => !objects.vfio_no_iommu(),
+        NOIOMMU_IOMMU => true,
+        DMA_CC_IOMMU => objects.enforces_coherency(objects.vfio_ioas()?)?,
+        _ => false,
+    };
+    Ok(has.into())
+}
+
+/// The first version can unmap parts of a mapping, so that no page may be larger than the host's.
+fn set_iommu(host: &EmulatedHost, kind: u64, user: &dyn UserSpace) -> Outcome<()> {
+    let mut objects = host.objects();
+    match (kind, objects.vfio_no_iommu()) {
+        (NOIOMMU_IOMMU, true) if user.credentials().sys_rawio => Ok(()),
+        (NOIOMMU_IOMMU, true) => refuse(Errno::EPERM, "the process lacks CAP_SYS_RAWIO"),
+        (TYPE1_IOMMU, false) => {
+            let ioas = objects.vfio_ioas()?;
+            objects.set_huge_pages(ioas, false)
+        }
+        (TYPE1V2_IOMMU, false) => objects.vfio_ioas().map(drop),
+        (_, no_iommu) => {
+            let without = if no_iommu { "without" } else { "with" };
+            refuse(Errno::EINVAL, format!("IOMMU {kind} for a device {without} an IOMMU"))
+        }
+    }
+}
