@@ -8,14 +8,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use libc::{MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE, PROT_READ, PROT_WRITE};
+use libc::{PROT_READ, PROT_WRITE};
 use twostage::iommufd::{Errno, UserMemory};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::maps::{self, Mapping};
 use crate::{state, sys};
@@ -27,17 +26,37 @@ static HELD: AtomicUsize = AtomicUsize::new(0);
 /// Whether the program has unmapped some of them.
 static UNMAPPED: AtomicBool = AtomicBool::new(false);
 
-/// A file, and whether its mapping can be written.
-type CopyOf = ((String, u64), bool);
-
 /// What a process has pinned.
 #[derive(Debug, Default)]
 pub struct Pins {
-    /// Second mappings that may still be in use, with the offset in the file that they start at.
-    copies: BTreeMap<CopyOf, Vec<(u64, Weak<GuestRegionMmap>)>>,
+    /// By file, and whether the mapping can be written.
+    second: BTreeMap<((String, u64), bool), Vec<SecondMapping>>,
     held: Vec<Held>,
     /// With that many entries it is time to look for dead ones.
     sweep_at: usize,
+}
+
+/// Shared memory, mapped a second time. Dropping it unmaps it.
+#[derive(Debug)]
+struct SecondMapping {
+    /// Where in its file it starts, in bytes.
+    offset: u64,
+    region: Arc<GuestRegionMmap>,
+}
+
+impl Drop for SecondMapping {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped for the region, which nobody else has any more.
+        unsafe { sys::unmap(self.region.as_ptr() as u64, self.region.len()) };
+    }
+}
+
+impl SecondMapping {
+    /// Whether `address` is in it, where the program has nothing.
+    fn has(&self, address: u64) -> bool {
+        let start = self.region.as_ptr() as u64;
+        (start..start + self.region.len()).contains(&address)
+    }
 }
 
 /// Private memory, used where it is.
@@ -45,9 +64,14 @@ pub struct Pins {
 struct Held {
     start: u64,
     end: u64,
-    region: Weak<GuestRegionMmap>,
+    region: Arc<GuestRegionMmap>,
     /// What the program has unmapped of it.
     unmapped: Vec<(u64, u64)>,
+}
+
+/// Whether anybody but the list of pins has `region`. Only the list gives it to others.
+fn in_use(region: &Arc<GuestRegionMmap>) -> bool {
+    Arc::strong_count(region) > 1
 }
 
 fn pins() -> MutexGuard<'static, Pins> {
@@ -74,12 +98,15 @@ pub fn pin(
     writable: bool,
 ) -> Result<UserMemory, Errno> {
     let mapping = maps::find(pid, address).ok_or(Errno::EFAULT)?;
+    let mut pins = pins();
+    if pins.second.values().flatten().any(|second| second.has(address)) {
+        return Err(Errno::EFAULT);
+    }
     let accessible = if writable { mapping.writable } else { mapping.readable };
     if !accessible {
         return Err(Errno::EFAULT);
     }
     let length = length.min(mapping.end - address);
-    let mut pins = pins();
     let (region, start) = if mapping.shared {
         match pins.second_mapping(pid, own, &mapping, address, length) {
             // Huge pages cannot be mapped twice without the file: used where they are.
@@ -108,19 +135,21 @@ pub fn release(address: u64, length: u64) -> bool {
 pub fn is_held(address: u64, length: u64) -> bool {
     let end = address.saturating_add(length);
     HELD.load(Ordering::Acquire) != 0
-        && pins().held.iter().any(|held| held.is_live() && held.start < end && address < held.end)
+        && pins()
+            .held
+            .iter()
+            .any(|held| in_use(&held.region) && held.start < end && address < held.end)
 }
 
-/// Lets go of what the program has unmapped and nobody uses any more.
+/// Lets go of what nobody uses any more.
 pub fn sweep() {
+    let mut pins = pins();
+    pins.second.retain(|_, mappings| {
+        mappings.retain(|mapping| in_use(&mapping.region));
+        !mappings.is_empty()
+    });
     if UNMAPPED.load(Ordering::Acquire) {
-        pins().sweep();
-    }
-}
-
-impl Held {
-    fn is_live(&self) -> bool {
-        self.region.strong_count() > 0
+        pins.sweep_held();
     }
 }
 
@@ -136,20 +165,18 @@ impl Pins {
         length: u64,
     ) -> Result<(Arc<GuestRegionMmap>, u64), Errno> {
         let key = (mapping.file.clone(), mapping.writable);
-        let copies = self.copies.entry(key).or_default();
+        let mappings = self.second.entry(key).or_default();
         let wanted = mapping.offset + (address - mapping.start);
-        let known = copies.iter().find_map(|(offset, region)| {
-            let region = region.upgrade()?;
-            let end = offset + region.len();
-            (*offset <= wanted && wanted + length <= end).then_some((*offset, region))
+        let known = mappings.iter().find(|known| {
+            known.offset <= wanted && wanted + length <= known.offset + known.region.len()
         });
         let (offset, region) = match known {
-            Some(known) => known,
+            Some(known) => (known.offset, known.region.clone()),
             None => {
-                let region = Arc::new(map_again(pid, own, mapping)?);
-                copies.retain(|(_, region)| region.strong_count() > 0);
-                copies.push((mapping.offset, Arc::downgrade(&region)));
-                (mapping.offset, region)
+                let new = map_again(pid, own, mapping)?;
+                let found = (new.offset, new.region.clone());
+                mappings.push(new);
+                found
             }
         };
         // Where that offset is, or would be, in the process. May wrap: only differences count.
@@ -159,25 +186,21 @@ impl Pins {
     /// The pages of this process around `length` bytes at `address`, where they are.
     fn hold(&mut self, address: u64, length: u64) -> Result<(Arc<GuestRegionMmap>, u64), Errno> {
         if self.held.len() >= self.sweep_at {
-            self.sweep();
+            self.sweep_held();
             self.sweep_at = 2 * self.held.len().max(32);
         }
         let start = address & !(PAGE_SIZE - 1);
         let end = (address + length).next_multiple_of(PAGE_SIZE);
-        let builder = MmapRegionBuilder::<()>::new((end - start) as usize)
-            .with_mmap_prot(PROT_READ | PROT_WRITE);
         // SAFETY: the memory is a mapping of this process, and stays one for as long as the region
         // lives: the hooks of munmap, mmap and mremap see to that.
-        let builder = unsafe { builder.with_raw_mmap_pointer(start as *mut u8) };
-        let region = Arc::new(guest_region(builder.build().map_err(|_| Errno::EFAULT)?)?);
-        let weak = Arc::downgrade(&region);
-        self.held.push(Held { start, end, region: weak, unmapped: Vec::new() });
+        let region = Arc::new(unsafe { region_at(start, end - start) }?);
+        self.held.push(Held { start, end, region: region.clone(), unmapped: Vec::new() });
         HELD.fetch_add(1, Ordering::Release);
         Ok((region, start))
     }
 
     fn release(&mut self, address: u64, end: u64) -> bool {
-        self.sweep();
+        self.sweep_held();
         let pinned = self.held.iter().any(|held| held.start < end && address < held.end);
         if !pinned {
             return true;
@@ -202,12 +225,9 @@ impl Pins {
         false
     }
 
-    fn sweep(&mut self) {
-        self.copies.retain(|_, copies| {
-            copies.retain(|(_, region)| region.strong_count() > 0);
-            !copies.is_empty()
-        });
-        let (live, dead): (Vec<_>, Vec<_>) = self.held.drain(..).partition(Held::is_live);
+    fn sweep_held(&mut self) {
+        let (live, dead): (Vec<_>, Vec<_>) =
+            self.held.drain(..).partition(|held| in_use(&held.region));
         self.held = live;
         HELD.fetch_sub(dead.len(), Ordering::Release);
         UNMAPPED.store(self.held.iter().any(|held| !held.unmapped.is_empty()), Ordering::Release);
@@ -222,18 +242,15 @@ impl Pins {
 }
 
 /// Maps all of `mapping`, shared memory of process `pid`, in this process.
-fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<GuestRegionMmap, Errno> {
-    let length = usize::try_from(mapping.length()).map_err(|_| Errno::ENOMEM)?;
-    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    // What it reserves belongs to the region, which unmaps it in the end.
-    let region = MmapRegion::<()>::build(None, length, PROT_NONE, flags);
-    let region = guest_region(region.map_err(|_| Errno::ENOMEM)?)?;
-    let to = region.as_ptr().cast();
-    if own {
-        // SAFETY: the region at `to` is ours, and as long.
-        if unsafe { sys::map_again(mapping.start, length, to) }.is_ok() {
-            return Ok(region);
-        }
+fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<SecondMapping, Errno> {
+    let length = mapping.length();
+    let to = sys::reserve(length)?;
+    // SAFETY: it was just reserved, for nobody else.
+    let region = Arc::new(unsafe { region_at(to, length) }?);
+    let second = SecondMapping { offset: mapping.offset, region };
+    // SAFETY: as above.
+    if own && unsafe { sys::map_again(mapping.start, length, to) }.is_ok() {
+        return Ok(second);
     }
     // Needs the right to look at other processes (CAP_CHECKPOINT_RESTORE), even for this one.
     let file = File::options().read(true).write(mapping.writable).open(mapping.link(pid));
@@ -241,12 +258,20 @@ fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<GuestRegionMmap, 
         log::warn!("shared memory of process {pid} cannot be mapped from here: {error}");
         Errno::EFAULT
     })?;
-    let protection = PROT_READ | if mapping.writable { PROT_WRITE } else { 0 };
     // SAFETY: as above.
-    unsafe { sys::map_file(file.as_raw_fd(), mapping.offset, length, protection, to) }?;
-    Ok(region)
+    unsafe { sys::map_file(&file, mapping.offset, length, mapping.writable, to) }?;
+    Ok(second)
 }
 
-fn guest_region(region: MmapRegion) -> Result<GuestRegionMmap, Errno> {
+/// The memory from `address` on, which the region does not own.
+///
+/// # Safety
+/// It is mapped for as long as the region lives, and may be read and written meanwhile by anybody.
+unsafe fn region_at(address: u64, length: u64) -> Result<GuestRegionMmap, Errno> {
+    let length = usize::try_from(length).map_err(|_| Errno::ENOMEM)?;
+    let builder = MmapRegionBuilder::<()>::new(length).with_mmap_prot(PROT_READ | PROT_WRITE);
+    // SAFETY: the caller's promise.
+    let builder = unsafe { builder.with_raw_mmap_pointer(address as *mut u8) };
+    let region = builder.build().map_err(|_| Errno::EFAULT)?;
     GuestRegionMmap::new(region, GuestAddress(0)).ok_or(Errno::ENOMEM)
 }

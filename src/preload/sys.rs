@@ -2,9 +2,12 @@
 //! System calls of our own, in safe clothes. None of them goes through a hook.
 
 use std::ffi::{c_int, c_long, c_void};
+use std::fs::File;
 use std::mem::{size_of, MaybeUninit};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{iovec, msghdr, pollfd, syscall};
 use twostage::iommufd::Errno;
@@ -326,30 +329,52 @@ pub fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Reserves `length` bytes of addresses, away from the program's own: it may rely on what it has
+/// unmapped to stay unmapped.
+pub fn reserve(length: u64) -> Result<u64, Errno> {
+    /// Below what the kernel and programs use by themselves.
+    const AREA: Range<u64> = 0x1000_0000_0000..0x5000_0000_0000;
+    const STEP: u64 = 2 << 20;
+    static NEXT: AtomicU64 = AtomicU64::new(AREA.start);
+    let step = length.saturating_add(STEP).checked_next_multiple_of(STEP).ok_or(Errno::ENOMEM)?;
+    let mut hint = NEXT.fetch_add(step, Ordering::Relaxed);
+    if !AREA.contains(&hint) {
+        hint = AREA.start;
+        NEXT.store(AREA.start.saturating_add(step), Ordering::Relaxed);
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: what is mapped already stays, and the kernel chooses another place: this is not
+    // MAP_FIXED.
+    let address = unsafe { syscall(libc::SYS_mmap, hint, length, libc::PROT_NONE, flags, -1, 0) };
+    checked(address).map(|address| address as u64)
+}
+
 /// Maps the memory at `from`, `length` bytes in one shared mapping, a second time over `to`.
 ///
 /// # Safety
 /// `length` bytes at `to` are a mapping of the caller's.
-pub unsafe fn map_again(from: u64, length: usize, to: *mut c_void) -> Result<(), Errno> {
+pub unsafe fn map_again(from: u64, length: u64, to: u64) -> Result<(), Errno> {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     // SAFETY: an old length of 0 leaves `from` as it is; what is at `to` is the caller's.
     checked(unsafe { syscall(libc::SYS_mremap, from, 0, length, flags, to) }).map(drop)
 }
 
-/// Maps `length` bytes of `fd`, shared, over `to`.
+/// Maps `length` bytes of `file`, shared, over `to`.
 ///
 /// # Safety
 /// As [`map_again`].
 pub unsafe fn map_file(
-    fd: RawFd,
+    file: &File,
     offset: u64,
-    length: usize,
-    protection: c_int,
-    to: *mut c_void,
+    length: u64,
+    writable: bool,
+    to: u64,
 ) -> Result<(), Errno> {
     let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    let rights = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+    let fd = file.as_raw_fd();
     // SAFETY: what is at `to` is the caller's.
-    checked(unsafe { syscall(libc::SYS_mmap, to, length, protection, flags, fd, offset) }).map(drop)
+    checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
 }
 
 /// Unmaps what the program asked to have unmapped earlier.
