@@ -18,7 +18,7 @@ help:
 	@echo 'make run       build, and run Linux behind a virtual VT-d: under this machine'"'"'s KVM if Linux runs there, else nested'
 	@echo 'make demo      build, and run the small test guest under /dev/kvm'
 	@echo 'make test      lint, then every test, the guests among them'
-	@echo 'make test-all  test, then more cases, optimised, and the small guest under QEMU'"'"'s VT-d'
+	@echo 'make test-all  test, then more cases, optimised, bad input, and the small guest under QEMU'"'"'s VT-d'
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make preload   libtwostage_iommufd.so, which shows any program an emulated /dev/iommu'
 	@echo 'make selftests Linux'"'"'s own tests of iommufd, unmodified, under that library'
@@ -48,6 +48,7 @@ test: lint guest
 test-all: test
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
+	@[ "$(NESTED)" = off ] || scripts/bad-inputs
 
 # The small guest runs in the nested host where this machine's own KVM is not one for Linux.
 nested-check: guest binary

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use images::{multiboot, pvh};
+use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
 use twostage::vmm::exit_code::{
     GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
@@ -74,6 +74,38 @@ mod code {
         out(0xf4, value)
     }
 
+    /// Writes `value` to memory at `address`.
+    pub fn store(address: u32, value: u32) -> Vec<u8> {
+        // movl $value, address
+        [&[0xc7, 0x05][..], &address.to_le_bytes(), &value.to_le_bytes()].concat()
+    }
+
+    /// Waits until these bits in memory at `address` are zero.
+    pub fn wait_for_zero(address: u32, bits: u32) -> Vec<u8> {
+        // 1: testl $bits, address; jnz 1b
+        [&[0xf7, 0x05][..], &address.to_le_bytes(), &bits.to_le_bytes(), &[0x75, 0xf4]].concat()
+    }
+
+    /// Does `body`, which leaves ECX alone, so many times.
+    pub fn repeat(times: u32, body: &[Vec<u8>]) -> Vec<u8> {
+        let body = body.concat();
+        // mov $times, %ecx; 1: body; dec %ecx; jnz 1b
+        let back = 0u8.wrapping_sub(body.len() as u8 + 3);
+        [&[0xb9][..], &times.to_le_bytes(), &body, &[0x49, 0x75, back]].concat()
+    }
+
+    /// A fault with no interrupt table: lidt of six zeros after the code, then ud2.
+    pub fn triple_fault() -> Vec<u8> {
+        let zeros = (super::images::CODE_START + 0x100).to_le_bytes();
+        [&[0x0f, 0x01, 0x1d][..], &zeros, &[0x0f, 0x0b]].concat()
+    }
+
+    /// Goes on where no memory is.
+    pub fn jump_to_nowhere() -> Vec<u8> {
+        // mov $0x40000000, %eax; jmp *%eax
+        vec![0xb8, 0, 0, 0, 0x40, 0xff, 0xe0]
+    }
+
     /// hlt, for ever.
     pub const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 }
@@ -127,11 +159,21 @@ fn files_that_are_no_kernels_are_refused() {
     big_endian[5] = 2;
     let mut arm = pvh(&code::exit(0));
     arm[18] = 183;
+    let mut no_entry = pvh(&code::exit(0));
+    // The type of its only note.
+    no_entry[images::NOTE + 8] = 17;
+    // Linux 2.6.20.
+    let mut old = bzimage(&code::exit(0));
+    old[0x206..0x208].copy_from_slice(&0x0205u16.to_le_bytes());
+    let cut = &bzimage(&[0x90; 4096])[..2048];
     let whole = multiboot(&code::exit(0));
     for (image, hint) in [
         (&b"MZ nonsense"[..], "neither a bzImage nor an ELF image"),
         (&big_endian, "big-endian"),
         (&arm, "machine 183"),
+        (&no_entry, "without a PVH entry"),
+        (&old, "boot protocol 2.05; it takes at least 2.10"),
+        (cut, "truncated: the kernel"),
         (&whole[..whole.len() - 1], "truncated"),
     ] {
         let image = kernel(image);
@@ -144,14 +186,15 @@ fn files_that_are_no_kernels_are_refused() {
     assert_refused(&twostage(&args), NO_INPUT, "too few to boot");
 }
 
-/// Runs the command in a mount namespace of its own, after `prepare`; nothing when the system does
-/// not allow that.
+/// Runs the command in a mount and a network namespace of its own, after `prepare`; nothing when the
+/// system does not allow that.
 fn in_namespace(prepare: &str, command: &str) -> Option<Output> {
     let unshare = |script: &str| {
-        Command::new("unshare").args(["--mount", "sh", "-c", script]).stdin(Stdio::null()).output()
+        let unshare = ["--mount", "--net", "sh", "-c", script];
+        Command::new("unshare").args(unshare).stdin(Stdio::null()).output()
     };
     if !unshare(prepare).is_ok_and(|output| output.status.success()) {
-        eprintln!("'{prepare}' in a mount namespace is not allowed: not tested");
+        eprintln!("'{prepare}' in a namespace is not allowed: NOT tested");
         return None;
     }
     Some(unshare(&format!("{prepare} && exec {command}")).unwrap())
@@ -173,23 +216,69 @@ fn a_kvm_that_is_not_there_or_not_for_us_is_named() {
     if let Some(output) = in_namespace("mount --bind /dev/null /dev/kvm", &command) {
         assert_refused(&output, UNAVAILABLE, "API version");
     }
-    // Another user can run the command and read the image, but not open /dev/kvm.
-    let dir = TempDir::new().unwrap();
-    let copy = |from: &Path, name: &str| {
-        let to = dir.path().join(name);
-        std::fs::copy(from, &to).unwrap();
-        to.display().to_string()
-    };
-    let (binary, image) = (copy(Path::new(TWOSTAGE), "twostage"), copy(image.path(), "kernel"));
-    let nobody = "setpriv --reuid=65534 --clear-groups";
-    let prepare = format!(
-        "chmod 755 '{}' && chmod 644 '{image}' && {nobody} test -x '{binary}' && \
-         {nobody} test ! -w /dev/kvm",
-        dir.path().display()
-    );
-    let command = format!("{nobody} '{binary}' run --kernel '{image}'");
-    if let Some(output) = in_namespace(&prepare, &command) {
+    let other = OtherUser::new(&image);
+    let prepare = format!("{} && {NOBODY} test ! -w /dev/kvm", other.prepare);
+    if let Some(output) = in_namespace(&prepare, &other.run) {
         assert_refused(&output, UNAVAILABLE, "/dev/kvm: Permission denied");
+    }
+}
+
+/// Runs what follows as a user without rights.
+const NOBODY: &str = "setpriv --reuid=65534 --clear-groups";
+
+/// Copies of the command and of a kernel that another user can run and read.
+struct OtherUser {
+    /// Makes it so, and checks it.
+    prepare: String,
+    /// Runs the kernel, with options that follow.
+    run: String,
+    _directory: TempDir,
+}
+
+impl OtherUser {
+    fn new(image: &NamedTempFile) -> Self {
+        let directory = TempDir::new().unwrap();
+        let copy = |from: &Path, name: &str| {
+            let to = directory.path().join(name);
+            std::fs::copy(from, &to).unwrap();
+            to.display().to_string()
+        };
+        let (binary, image) = (copy(Path::new(TWOSTAGE), "twostage"), copy(image.path(), "kernel"));
+        let path = directory.path().display();
+        Self {
+            prepare: format!(
+                "chmod 755 '{path}' && chmod 644 '{image}' && {NOBODY} test -x '{binary}'"
+            ),
+            run: format!("{NOBODY} '{binary}' run --kernel '{image}'"),
+            _directory: directory,
+        }
+    }
+}
+
+#[test]
+fn a_tap_that_is_not_for_us_is_named() {
+    if !kvm() {
+        return;
+    }
+    let other = OtherUser::new(&kernel(&multiboot(&code::exit(0))));
+    // A /dev in which everybody may open KVM, and TUN with these rights.
+    let devices = |tun| {
+        format!(
+            "mount -t tmpfs none /dev && mkdir /dev/net && mknod -m 666 /dev/kvm c 10 232 && \
+             mknod -m {tun} /dev/net/tun c 10 200 && {}",
+            other.prepare
+        )
+    };
+    let run = format!("{} --net tap=tap7", other.run);
+    let with_tap = " && ip tuntap add tap7 mode tap user root && ip link set tap7 up";
+    for (prepare, hint) in [
+        (devices("666"), "tap=tap7: no such interface; make it with: ip tuntap add"),
+        (devices("666") + with_tap, "Operation not permitted (os error 1); it must belong"),
+        (devices("600") + with_tap, "Permission denied (os error 13); it must belong"),
+    ] {
+        if let Some(output) = in_namespace(&prepare, &run) {
+            assert_refused(&output, OS_ERROR, hint);
+        }
     }
 }
 
@@ -281,11 +370,10 @@ fn a_guest_that_resets_itself_ends_the_machine() {
     let keyboard = [code::out(0x64, 0xfe), code::HALT.to_vec()].concat();
     let output = run_guest(&multiboot(&keyboard), &[]);
     assert_refused(&output, GUEST_RESET, "keyboard controller");
-    // No interrupt table: lidt of six zeros after the code, then ud2.
-    let zeros = (images::CODE_START + 0x100).to_le_bytes();
-    let triple = [&[0x0f, 0x01, 0x1d][..], &zeros, &[0x0f, 0x0b]].concat();
-    let output = run_guest(&multiboot(&triple), &[]);
+    let output = run_guest(&multiboot(&code::triple_fault()), &[]);
     assert_refused(&output, GUEST_RESET, "triple fault");
+    let output = run_guest(&multiboot(&code::jump_to_nowhere()), &[]);
+    assert_refused(&output, GUEST_STUCK, "went to RIP 0x40000000");
 }
 
 #[test]
@@ -494,26 +582,108 @@ fn the_terminal_is_left_as_it_was() {
     if !kvm() {
         return;
     }
-    let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
+    let waits = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
+    let resets = kernel(&multiboot(&code::triple_fault()));
+    let stuck = kernel(&multiboot(&code::jump_to_nowhere()));
     // A terminal of its own; `timeout` ends the machine, and `stty` says what is left.
-    let script = format!(
-        "timeout --foreground -s TERM 1 '{TWOSTAGE}' run --report none --kernel '{}'; \
-         echo code $?; stty -a",
-        text(&image)
-    );
-    let output = Command::new("script")
-        .args(["-q", "-e", "-c", &script, "/dev/null"])
-        .stdin(Stdio::null())
-        .output();
-    let Ok(output) = output else {
-        eprintln!("no script(1): not tested");
-        return;
-    };
-    let shown = String::from_utf8_lossy(&output.stdout);
-    assert!(shown.contains("code 124"), "{shown}");
-    for flag in [" icanon", " echo ", "isig "] {
-        assert!(shown.contains(flag), "{shown}");
+    let ended_by = |signal| format!("timeout --foreground --preserve-status -s {signal} 1");
+    for (kernel, how, code) in [
+        (&waits, ended_by("TERM"), 143),
+        (&waits, ended_by("INT"), 130),
+        (&waits, ended_by("HUP"), 129),
+        (&resets, String::new(), GUEST_RESET),
+        (&stuck, String::new(), GUEST_STUCK),
+    ] {
+        let script = format!(
+            "{how} '{TWOSTAGE}' run --report none --kernel '{}'; echo code $?; stty -a",
+            text(kernel)
+        );
+        let output = Command::new("script")
+            .args(["-q", "-e", "-c", &script, "/dev/null"])
+            .stdin(Stdio::null())
+            .output();
+        let Ok(output) = output else {
+            eprintln!("no script(1): NOT tested");
+            return;
+        };
+        let shown = String::from_utf8_lossy(&output.stdout);
+        assert!(shown.contains(&format!("code {code}\r\n")), "{shown}");
+        for flag in [" icanon", " echo ", "isig "] {
+            assert!(shown.contains(flag), "{shown}");
+        }
     }
+}
+
+#[test]
+fn a_guest_that_hangs_is_ended_when_its_time_is_over() {
+    if !kvm() {
+        return;
+    }
+    let image = kernel(&multiboot(&code::HALT));
+    let log = TempDir::new().unwrap();
+    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/here"))
+        .args(["--timeout", "1", "--binary", TWOSTAGE, "--log"])
+        .arg(log.path())
+        .args(["--", "run", "--report", "none", "--kernel", text(&image)])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(124), "{stderr}");
+    assert!(stderr.contains("NOT ENDED within 1 s"), "{stderr}");
+    assert!(output.stdout.is_empty(), "nothing but the guest's console");
+}
+
+#[test]
+fn a_flood_of_faults_is_counted_and_hardly_logged() {
+    if !kvm() {
+        return;
+    }
+    const FAULTS: u32 = 5000;
+    let ecam = 0xb000_0000 + (1 << 15);
+    let (unit, edu) = (0xfed9_0000, 0xe000_0000);
+    let flood = [
+        // The function at 00:01.0: its BAR; memory space and bus mastering.
+        code::store(ecam + 0x10, edu),
+        code::store(ecam + 0x04, 0b110),
+        // An empty root table at 2 MiB, in scalable mode; SRTP; TE.
+        code::store(unit + 0x20, 0x20_0000 | 1 << 10),
+        code::store(unit + 0x18, 1 << 30),
+        code::store(unit + 0x18, 1 << 31),
+        // From 0x3000 to the device's buffer, 4 bytes; over and over.
+        code::store(edu + 0x80, 0x3000),
+        code::store(edu + 0x88, 0x4_0000),
+        code::store(edu + 0x90, 4),
+        code::repeat(FAULTS, &[code::store(edu + 0x98, 1), code::wait_for_zero(edu + 0x98, 1)]),
+        code::exit(0),
+        code::HALT.to_vec(),
+    ]
+    .concat();
+    let image = kernel(&multiboot(&flood));
+    let report = NamedTempFile::new().unwrap();
+    let output = twostage(&[
+        "run",
+        "--kernel",
+        text(&image),
+        "--iommu",
+        "vtd",
+        "--device",
+        "edu",
+        "--report",
+        &format!("json,file={}", text(&report)),
+    ]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert!(stderr.lines().count() < 20, "{stderr}");
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(report.path()).unwrap()).unwrap();
+    assert_eq!(report["devices"][0]["dma_failed"], FAULTS);
+    let counters = &report["iommus"][0]["viommu"];
+    let count = |name: &str| counters[name].as_u64().unwrap();
+    // What the guest does not clear is not recorded twice.
+    let all = count("faults_recorded") + count("faults_lost") + count("faults_suppressed");
+    assert!(all >= 1 && all <= FAULTS.into(), "{counters:#}");
+    assert_ne!(count("faults_recorded"), 0);
 }
 
 #[test]
