@@ -19,7 +19,7 @@ use super::exits::{ExitKind, Exits};
 use super::interrupts::{
     Interrupts, IrqChip, KvmMessages, Wanted, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID, IOAPIC_SIZE,
 };
-use super::iommu::{AssignedFunction, Iommu, Iommus};
+use super::iommu::{Iommu, Iommus};
 use super::memory::{MachineMemory, ECAM_SIZE, ECAM_START, KVM_TSS, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::pci::{ConfigPorts, Ecam, PciMemory};
 use super::power::{self, PortsWithReset, SleepRegisters};
@@ -27,7 +27,7 @@ use super::report::Report;
 use super::reset::{self, KeyboardController};
 use super::serial::{self, Console, SerialPort};
 use super::stop::{StopReason, Stopper};
-use super::topology::{assigned_functions, PciTopology, Wiring};
+use super::topology::{assigned_functions, scopes, PciTopology, Wiring};
 use super::trace::{Trace, TracedInterrupts};
 use super::vcpu::{Vcpu, VcpuThread};
 use super::{Error, Result};
@@ -154,7 +154,7 @@ impl Machine {
 
         power::write_reset_vector(&memory)
             .map_err(|error| Error::Acpi(format!("the reset vector: {error}")))?;
-        acpi::write_tables(&memory, &platform(config, &functions, chip, remapping))?;
+        acpi::write_tables(&memory, &platform(config, chip, remapping)?)?;
         let vcpus = (0..config.vcpus)
             .map(|id| VcpuIdentity { id, count: config.vcpus })
             .map(|identity| Vcpu::new(&kvm, &vm, identity, &start))
@@ -274,28 +274,22 @@ fn wanted_chip(config: &MachineConfig) -> Wanted {
 }
 
 /// What ACPI tells the guest of the machine that `config` describes.
-fn platform(
-    config: &MachineConfig,
-    behind: &[AssignedFunction],
-    chip: IrqChip,
-    interrupt_remapping: bool,
-) -> Platform {
-    let unit = |number| {
-        let functions = behind.iter().filter(|function| function.iommu == number);
-        IommuUnit {
-            address: config.iommu_address(number),
-            functions: functions.map(|function| function.bdf).collect(),
-        }
+fn platform(config: &MachineConfig, chip: IrqChip, interrupt_remapping: bool) -> Result<Platform> {
+    let scopes = scopes(config, interrupt_remapping)?;
+    let in_scope = scopes.iter().map(Vec::len).sum::<usize>();
+    let unit = |(number, functions)| {
+        let address = config.iommu_address(number);
+        IommuUnit { address, functions }
     };
     let iommu = (!config.iommus.is_empty()).then(|| IommuPlatform {
-        units: (0..config.iommus.len()).map(unit).collect(),
-        all_functions: behind.len() == config.devices.len(),
+        units: scopes.into_iter().enumerate().map(unit).collect(),
+        all_functions: in_scope == config.devices.len(),
         interrupt_remapping,
         ats: config.iommus.iter().any(|iommu| iommu.ats),
     });
     let ioapic = IoApic { id: IOAPIC_ID, address: IOAPIC_ADDRESS, bdf: IOAPIC_BDF };
     let pic = chip == IrqChip::InKernel;
-    Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu }
+    Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu })
 }
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.

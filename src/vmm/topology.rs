@@ -41,6 +41,21 @@ pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
     Ok(functions)
 }
 
+/// The functions in the scope of each virtual IOMMU, as ACPI tells the guest.
+pub(super) fn scopes(config: &MachineConfig, interrupt_remapping: bool) -> Result<Vec<Vec<Bdf>>> {
+    let mut scopes = vec![Vec::new(); config.iommus.len()];
+    for (number, device) in config.devices.iter().enumerate() {
+        let iommu = match interrupt_remapping {
+            true => config.interrupt_iommu_of(device),
+            false => config.iommu_of(device.iommu()),
+        };
+        if let Some(scope) = iommu.and_then(|iommu| scopes.get_mut(iommu)) {
+            scope.push(bdf_of(number)?);
+        }
+    }
+    Ok(scopes)
+}
+
 /// How devices reach the vCPUs, and are reached.
 pub(super) struct Wiring {
     /// For INTx and messages.
@@ -93,9 +108,18 @@ impl PciTopology {
         for (number, config_of_device) in config.devices.iter().enumerate() {
             let bdf = bdf_of(number)?;
             let iommu = config.iommu_of(config_of_device.iommu()).and_then(|n| iommus.get(n));
+            let remapping = config.interrupt_iommu_of(config_of_device);
+            let remapping = remapping.and_then(|number| iommus.get(number));
+            let interrupts = builder
+                .wiring
+                .interrupts
+                .of_function(bdf, remapping.and_then(Iommu::interrupt_remapper));
             let device = match config_of_device {
-                DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu)?),
-                virtio => Device::Virtio(builder.virtio(bdf, backend(bdf, virtio)?, iommu)?),
+                DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu, interrupts)?),
+                virtio => {
+                    let backend = backend(bdf, virtio)?;
+                    Device::Virtio(builder.virtio(bdf, backend, iommu, interrupts)?)
+                }
             };
             let iommu = iommu.map(|iommu| iommu.id().to_owned());
             devices.push(PlacedDevice { bdf, iommu, device });
@@ -144,12 +168,13 @@ impl Builder<'_> {
         function
     }
 
-    /// The interrupts of the function at `bdf`, remapped by the IOMMU it is behind.
-    fn interrupts(&self, bdf: Bdf, iommu: Option<&Iommu>) -> FunctionInterrupts {
-        self.wiring.interrupts.of_function(bdf, iommu.and_then(Iommu::interrupt_remapper))
-    }
-
-    fn edu(&mut self, bdf: Bdf, config: &EduConfig, iommu: Option<&Iommu>) -> Result<Arc<Edu>> {
+    fn edu(
+        &mut self,
+        bdf: Bdf,
+        config: &EduConfig,
+        iommu: Option<&Iommu>,
+        interrupts: FunctionInterrupts,
+    ) -> Result<Arc<Edu>> {
         let address = self.place(edu::BAR_SIZE)?;
         let dma: Box<dyn DmaMaster> = match iommu {
             Some(iommu) => iommu.dma_master(bdf),
@@ -159,7 +184,7 @@ impl Builder<'_> {
             Some(trace) => Box::new(TracedDma { inner: dma, trace, name: format!("{bdf} edu") }),
             None => dma,
         };
-        let messages = Arc::new(self.interrupts(bdf, iommu));
+        let messages = Arc::new(interrupts);
         let dma = Box::new(MessageWrites::new(dma, messages.clone()));
         let edu = Edu::new(config, address, self.intx.pin(bdf), messages, dma)?;
         Ok(self.insert(bdf, edu))
@@ -170,6 +195,7 @@ impl Builder<'_> {
         bdf: Bdf,
         backend: Box<dyn Backend>,
         iommu: Option<&Iommu>,
+        interrupts: FunctionInterrupts,
     ) -> Result<Arc<VirtioPci>> {
         let address = self.place(virtio::BAR_SIZE)?;
         let memory = self.memory.map().clone();
@@ -177,7 +203,6 @@ impl Builder<'_> {
             Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(bdf)),
             None => DeviceMemory::direct(memory),
         };
-        let interrupts = self.interrupts(bdf, iommu);
         let vector = || Ok(interrupts.vector()? as Arc<dyn InterruptVector>);
         let name = format!("{bdf} {}", backend.model().name);
         let doorbells = self.wiring.doorbells.clone();

@@ -2,11 +2,12 @@
 //! DSDT: the devices that do not say themselves where they are, and the sleep states.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, Interrupt, Name, Package,
-    PackageBuilder, Path, ResourceTemplate, Scope, IO,
+    AddressSpace, AddressSpaceCacheable, Arg, CreateDWordField, Device, EISAName, Else, Equal, If,
+    Interrupt, Method, Name, Or, Package, PackageBuilder, Path, ResourceTemplate, Return, Scope,
+    Uuid, IO,
 };
 use acpi_tables::sdt::Sdt;
-use acpi_tables::Aml;
+use acpi_tables::{Aml, AmlSink};
 
 use super::{Table, HEADER_LENGTH, LAST_BUS, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::vmm::config::MAX_DEVICES;
@@ -69,10 +70,50 @@ fn host_bridge(aml: &mut Vec<u8>) {
                         ),
                     ]),
                 ),
+                &operating_system_capabilities(),
             ],
         )],
     )
     .to_aml_bytes(aml);
+}
+
+/// `_OSC` of the host bridge (PCI Firmware 3.3, §4.5.1): the operating system gets whatever control it
+/// asks for, as there is no firmware that would do any of it.
+fn operating_system_capabilities() -> Bytes {
+    const PCI_HOST_BRIDGE: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
+    /// In the first doubleword, returned: the UUID is of nothing that is known.
+    const UNRECOGNIZED_UUID: u8 = 1 << 2;
+    let (uuid, capabilities) = (Arg(0), Arg(3));
+    let status = Path::new("CDW1");
+    let mut aml = Vec::new();
+    Method::new(
+        Path::new("_OSC"),
+        4,
+        // It makes a name.
+        true,
+        vec![
+            &If::new(
+                &Equal::new(&uuid, &Uuid::new(PCI_HOST_BRIDGE)),
+                vec![&Return::new(&capabilities)],
+            ),
+            &Else::new(vec![
+                &CreateDWordField::new(&status, &capabilities, &0u8),
+                &Or::new(&status, &status, &UNRECOGNIZED_UUID),
+                &Return::new(&capabilities),
+            ]),
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    Bytes(aml)
+}
+
+/// AML that is written already.
+struct Bytes(Vec<u8>);
+
+impl Aml for Bytes {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 /// `\_SB.COM1`.

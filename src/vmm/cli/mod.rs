@@ -83,6 +83,7 @@ struct RunArgs {
 
     /// Virtual IOMMU; may be given several times. Devices are behind the first unless they say
     /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on unless given; `on` is the first).
+    /// With `off` a device's DMA is not translated; messages of virtio devices are remapped even so.
     /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Interrupts are
     /// remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
     /// it there, and `intremap=on` insists where KVM cannot do without.

@@ -118,7 +118,7 @@ impl MachineConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::config::{testing, DeviceConfig, EduConfig, IommuConfig};
+    use crate::vmm::config::{testing, DeviceConfig, EduConfig, IommuConfig, RngConfig};
     use crate::vmm::memory::VTD_REGISTERS;
 
     fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
@@ -197,6 +197,24 @@ mod tests {
         // A name that the other one has because it has none.
         let config = machine(&[named("vtd1"), IommuConfig::default()], EduConfig::default());
         assert_eq!(config.validate(), Err(ConfigError::SameIommu("vtd1".into())));
+    }
+
+    #[test]
+    fn a_virtio_device_outside_has_its_interrupts_remapped() {
+        let vtd = IommuConfig::default();
+        let config = machine(&[vtd.clone(), vtd], EduConfig::default());
+        let rng = |iommu| DeviceConfig::Rng(RngConfig { source: "source".into(), iommu });
+        let second = || IommuChoice::Named("vtd1".into());
+        for (device, unit) in [
+            (rng(IommuChoice::Off), Some(0)),
+            (rng(second()), Some(1)),
+            (DeviceConfig::Edu(edu(IommuChoice::Off, false)), None),
+            (DeviceConfig::Edu(edu(second(), false)), Some(1)),
+        ] {
+            assert_eq!(config.interrupt_iommu_of(&device), unit, "{device:?}");
+        }
+        let bare = machine(&[], EduConfig::default());
+        assert_eq!(bare.interrupt_iommu_of(&rng(IommuChoice::Off)), None);
     }
 
     #[test]

@@ -58,6 +58,17 @@ impl MachineConfig {
         }
     }
 
+    /// The number of the virtual IOMMU that remaps the interrupts of `device`, where they are
+    /// remapped: the one it is behind. A virtio device behind none has those of the first: Linux then
+    /// gives no messages to a function in no unit's scope, and virtio has nothing else; nor does it
+    /// hurt, as its driver knows that its DMA is not translated (no VIRTIO_F_ACCESS_PLATFORM).
+    pub fn interrupt_iommu_of(&self, device: &DeviceConfig) -> Option<usize> {
+        match device {
+            DeviceConfig::Edu(edu) => self.iommu_of(&edu.iommu),
+            virtio => self.iommu_of(virtio.iommu()).or_else(|| self.iommu_of(&IommuChoice::First)),
+        }
+    }
+
     /// Whether interrupts are remapped, if any virtual IOMMU says so.
     pub fn interrupt_remapping(&self) -> Option<bool> {
         self.iommus.iter().find_map(|iommu| iommu.interrupt_remapping)
