@@ -52,23 +52,38 @@ impl State {
     pub fn invalidate(&mut self, batch: &[Invalidation]) -> std::result::Result<(), Stale> {
         self.counters.invalidations_in += batch.len() as u64;
         let mut stale: Option<Stale> = None;
+        // A guest that waits for each of its invalidations sends one at a time. There is nothing to
+        // gather then, and it is what costs most.
+        if let [one] = batch {
+            for hwpt in self.nested.named(one.domain, one.pasid) {
+                let mut ranges = FlushSet::default();
+                ranges.add(one.range);
+                self.forget(hwpt, ranges, &mut stale);
+            }
+            return stale.map_or(Ok(()), Err);
+        }
         let by_name = by_name(batch);
         for (hwpt, sets) in plan(&by_name, &self.nested) {
             let mut ranges = FlushSet::default();
             sets.into_iter().for_each(|set| ranges.extend(set));
-            let added = ranges.added();
-            let entries = ranges.into_entries();
-            self.counters.merged += added - entries.len() as u64;
-            if let Err(error) = self.flush(hwpt, &entries) {
-                let stale = stale.get_or_insert(Stale { error, still_reachable: false });
-                // What cannot be invalidated must not be used.
-                for requester in self.nested.users(hwpt) {
-                    self.block(requester);
-                    stale.still_reachable |= self.is_attached(requester);
-                }
-            }
+            self.forget(hwpt, ranges, &mut stale);
         }
         stale.map_or(Ok(()), Err)
+    }
+
+    /// Makes `hwpt` forget `ranges`. If that fails, its users are blocked and `stale` says so.
+    fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, stale: &mut Option<Stale>) {
+        let added = ranges.added();
+        let entries = ranges.into_entries();
+        self.counters.merged += added - entries.len() as u64;
+        if let Err(error) = self.flush(hwpt, &entries) {
+            let stale = stale.get_or_insert(Stale { error, still_reachable: false });
+            // What cannot be invalidated must not be used.
+            for requester in self.nested.users(hwpt) {
+                self.block(requester);
+                stale.still_reachable |= self.is_attached(requester);
+            }
+        }
     }
 
     /// Makes `hwpt` forget everything.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The books of the `HWPT_NESTED` objects: which tables, who uses each, under which names.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use crate::iommufd::ObjectId;
 use crate::viommu::{DomainTag, Invalidation, Requester, Stage1};
@@ -93,8 +93,8 @@ impl NestedHwpts {
     }
 
     /// Every HWPT with a user that an invalidation of `domain` and `pasid` names, as
-    /// [`Invalidation::names`] has it.
-    pub fn named(&self, domain: Option<u16>, pasid: Option<u32>) -> BTreeSet<ObjectId> {
+    /// [`Invalidation::names`] has it; each once, in ascending order.
+    pub fn named(&self, domain: Option<u16>, pasid: Option<u32>) -> Vec<ObjectId> {
         const FIRST: ObjectId = ObjectId(0);
         const LAST: ObjectId = ObjectId(u32::MAX);
         let (first, last) = match (domain, pasid) {
@@ -103,13 +103,14 @@ impl NestedHwpts {
             (None, _) => ((0, 0, FIRST), (u16::MAX, u32::MAX, LAST)),
         };
         let selector = Invalidation { domain, pasid, range: None };
-        self.by_tag
-            .range(first..=last)
-            .filter(|((domain, pasid, _), _)| {
-                selector.names(DomainTag { domain: *domain, pasid: *pasid })
-            })
-            .map(|((_, _, hwpt), _)| *hwpt)
-            .collect()
+        let named = |(domain, pasid, _): &(u16, u32, ObjectId)| {
+            selector.names(DomainTag { domain: *domain, pasid: *pasid })
+        };
+        let tags = self.by_tag.range(first..=last).map(|(tag, _)| tag);
+        let mut hwpts: Vec<_> = tags.filter(|tag| named(tag)).map(|(_, _, hwpt)| *hwpt).collect();
+        hwpts.sort_unstable();
+        hwpts.dedup();
+        hwpts
     }
 
     /// How many HWPTs there are.
@@ -121,6 +122,8 @@ impl NestedHwpts {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -183,7 +186,7 @@ mod tests {
                 .filter(|(_, tag)| invalidation.names(**tag))
                 .map(|((hwpt, _), _)| *hwpt)
                 .collect();
-            prop_assert_eq!(books.named(domain, pasid), expected);
+            prop_assert_eq!(books.named(domain, pasid), Vec::from_iter(expected));
         }
     }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Structures that the user hands to a driver: bytes and a type.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, HwptData, HwptVtdSecondStage,
@@ -206,26 +208,25 @@ fn invalidation_bytes(entry: &iommu_hwpt_vtd_s1_invalidate) -> [u8; 24] {
     join(addr, npages, flags, __reserved)
 }
 
-/// The bytes of a structure of two 64-bit and two 32-bit fields: all of VT-d's are.
+/// A structure of two 64-bit and two 32-bit fields: all of VT-d's are.
+#[derive(FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Fields {
+    a: u64,
+    b: u64,
+    c: u32,
+    d: u32,
+}
+
+/// The bytes of a structure with these fields.
 fn join(a: u64, b: u64, c: u32, d: u32) -> [u8; 24] {
-    let mut bytes = [0; 24];
-    let fields = a.to_ne_bytes().into_iter().chain(b.to_ne_bytes());
-    let fields = fields.chain(c.to_ne_bytes()).chain(d.to_ne_bytes());
-    bytes.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
-    bytes
+    zerocopy::transmute!(Fields { a, b, c, d })
 }
 
 /// The fields that [`join`] puts together.
 pub(super) fn split(bytes: &[u8; 24]) -> (u64, u64, u32, u32) {
-    let (long, _) = bytes.as_chunks::<8>();
-    let word = |index: usize| long.get(index).copied().unwrap_or_default();
-    let [a, b, c, d, e, f, g, h] = word(2);
-    (
-        u64::from_ne_bytes(word(0)),
-        u64::from_ne_bytes(word(1)),
-        u32::from_ne_bytes([a, b, c, d]),
-        u32::from_ne_bytes([e, f, g, h]),
-    )
+    let Fields { a, b, c, d } = zerocopy::transmute!(*bytes);
+    (a, b, c, d)
 }
 
 #[cfg(test)]

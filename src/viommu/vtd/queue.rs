@@ -7,7 +7,8 @@
 //! of them. IQH moves past a descriptor only when what it asks is done; a wait is answered before
 //! that. When the host cannot do a batch, IQH stays at its first descriptor and the queue stops.
 //!
-//! The queue is worked through in slices, from one ordering point to the next.
+//! The queue is worked through in slices, from one ordering point to the next; a wait is part of the
+//! slice that it ends.
 
 use std::sync::atomic::Ordering;
 
@@ -105,13 +106,16 @@ impl VtdIommu {
             if pass.fetch == tail {
                 break;
             }
-            if self.is_halted() {
-                return Err(Stop::Halted);
-            }
             let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
             if pass.is_ordered_before(&descriptor) {
                 self.flush(registers, pass)?;
-                return Ok(Slice::More);
+                // A wait is little work: it ends this slice, rather than being fetched again.
+                if !matches!(descriptor, Descriptor::Wait { .. }) {
+                    return Ok(Slice::More);
+                }
+            }
+            if self.is_halted() {
+                return Err(Stop::Halted);
             }
             self.counters.descriptor(&descriptor);
             if let Some(observer) = &self.observer {
@@ -138,15 +142,15 @@ impl VtdIommu {
 
     /// Reads and decodes the descriptor at `offset` of the queue.
     fn fetch(&self, registers: &Registers, offset: u64) -> Result<Descriptor, IqErrorInfo> {
+        // The guest is done with what is before the tail: words need not be read one by one. There are
+        // two of them or four.
+        let mut bytes = [0; WORDS * size_of::<u64>()];
+        let (bytes, _) = bytes.split_at_mut(registers.iqa.descriptor_size() as usize);
+        let address = registers.iqa.base().checked_add(offset).ok_or(IqErrorInfo::FetchError)?;
+        self.memory.read(address, bytes).map_err(|_| IqErrorInfo::FetchError)?;
         let mut words: Words = [0; WORDS];
-        let count = registers.iqa.descriptor_size() / 8;
-        for (index, word) in (0..count).zip(&mut words) {
-            *word = registers
-                .iqa
-                .base()
-                .checked_add(offset + 8 * index)
-                .and_then(|address| self.memory.load_u64(address).ok())
-                .ok_or(IqErrorInfo::FetchError)?;
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
         }
         let descriptor = Descriptor::decode(words).map_err(|error| match error {
             DecodeError::Type(_) => IqErrorInfo::InvalidType,
