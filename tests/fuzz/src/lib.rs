@@ -3,13 +3,15 @@
 //!
 //! One execution is one process from start to end, on a machine of its own with two IOMMUs and three
 //! devices. It has two iommufds and a little memory; it makes ioctls on the iommufds and on devices,
-//! writes its memory (tables and structures), has devices do DMA, and closes what it has open. What it
-//! makes of its bytes is in [`table`]: a new ioctl is covered by a line there.
+//! writes its memory (tables and structures), has devices do DMA and users in the host access memory, and
+//! closes what it has open. What it makes of its bytes is in [`table`]: a new ioctl is covered by a line
+//! there.
 //!
 //! Whatever it does, nothing panics or hangs, what every object stands on is there, and when all is
 //! closed no object is left and no memory pinned or locked.
 #![forbid(unsafe_code)]
 
+mod access;
 mod process;
 mod table;
 mod value;
@@ -32,6 +34,9 @@ enum Step {
     CloseDevice,
     Write,
     Dma,
+    NewAccess,
+    Access,
+    DropAccess,
     CloseIommufd,
     Look,
 }
@@ -40,7 +45,7 @@ impl Step {
     /// The steps in the order of their numbers: those that are not ioctls first, so that a new ioctl
     /// changes no meaning but those of the last numbers.
     fn of(number: u8) -> Self {
-        const OTHERS: [Step; 8] = [
+        const OTHERS: [Step; 12] = [
             Step::Dma,
             Step::Dma,
             Step::Write,
@@ -49,6 +54,10 @@ impl Step {
             Step::CloseDevice,
             Step::CloseIommufd,
             Step::Look,
+            Step::NewAccess,
+            Step::Access,
+            Step::Access,
+            Step::DropAccess,
         ];
         let all = OTHERS.len() + DEVICE_IOCTLS.len() + IOCTLS.len();
         let number = usize::from(number) % all;
@@ -107,6 +116,13 @@ fn step(process: &mut Process, input: &mut Unstructured) -> Result<()> {
                 iova.wrapping_add(input.arbitrary::<u8>()?.into()),
             );
         }
+        Step::NewAccess => process.new_access(input.arbitrary()?),
+        Step::Access => {
+            let (user, how) = (input.arbitrary()?, input.arbitrary()?);
+            let (ioas, iova) = (value(input, Kind::Id)?, value(input, Kind::Iova)?);
+            process.access(user, how, ioas as u32, iova, value(input, Kind::Length)?);
+        }
+        Step::DropAccess => process.drop_access(input.arbitrary()?),
         Step::CloseIommufd => process.close_iommufd(input.arbitrary()?),
         Step::Look => process.look(),
     }

@@ -10,10 +10,11 @@ use twostage::emulated::{
     AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit,
     VtdUnitConfig,
 };
-use twostage::iommufd::{Errno, UserMemory};
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 use twostage::spec::pci::Bdf;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
+use crate::access::User;
 use crate::table::{iommufd, ATTACH, BIND};
 use crate::value::{MEMORY, PAGE, PAGES};
 
@@ -32,6 +33,7 @@ pub struct Process {
     iommufds: [Arc<EmulatedHost>; 2],
     files: [Option<DeviceFile>; 3],
     ports: [DmaPort; 3],
+    users: [Option<User>; 4],
     memory: Arc<GuestRegionMmap>,
     caller: Caller,
 }
@@ -85,7 +87,8 @@ impl Process {
         let caller = Caller { space, iommufds: iommufds.to_vec(), who: Credentials::privileged() };
         let ports =
             DEVICES.map(|(name, ..)| machine.dma_port(name).expect("a device of the machine"));
-        let mut process = Self { iommufds, files: Default::default(), ports, memory, caller };
+        let (files, users) = Default::default();
+        let mut process = Self { iommufds, files, ports, users, memory, caller };
         if prepared {
             process.prepare();
         }
@@ -152,6 +155,21 @@ impl Process {
         self.files[usize::from(device) % 3] = None;
     }
 
+    pub fn new_access(&mut self, how: u8) {
+        let host = &self.iommufds[usize::from(how >> 2) % 2];
+        self.users[usize::from(how) % 4] = Some(User::new(host, how & 8 == 0));
+    }
+
+    pub fn access(&mut self, user: u8, how: u8, ioas: u32, iova: u64, length: u64) {
+        if let Some(user) = &self.users[usize::from(user) % 4] {
+            user.act(how, ObjectId(ioas), iova, length);
+        }
+    }
+
+    pub fn drop_access(&mut self, user: u8) {
+        self.users[usize::from(user) % 4] = None;
+    }
+
     pub fn close_iommufd(&mut self, fd: u8) {
         self.iommufds[usize::from(fd) % 2].close();
     }
@@ -193,16 +211,16 @@ impl Process {
         }
     }
 
-    /// Closes everything, devices first or last; nothing is left.
+    /// Closes everything, devices and users first or last; nothing is left.
     pub fn end(mut self, devices_first: bool) {
         self.look();
         if devices_first {
-            self.files = Default::default();
+            (self.files, self.users) = Default::default();
         }
         for host in &self.iommufds {
             host.close();
         }
-        self.files = Default::default();
+        (self.files, self.users) = Default::default();
         for host in &self.iommufds {
             assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0), "{}", host.graph());
         }
