@@ -384,14 +384,21 @@ fn a_forgotten_invalidation_is_found_by_the_sanitizer_and_named() {
             ..MACHINE
         }
         .run();
-        assert_eq!((outcome.passed, outcome.skipped), (2, groups(&[])));
+        assert_eq!((outcome.passed, outcome.skipped), (3, groups(&[])));
         let report = &outcome.report;
         let found = report.pointer("/iommus/0/sanitizer/stale").and_then(Value::as_array).unwrap();
-        assert_eq!(number(report, "/iommus/0/hardware/stale_uses"), found.len() as u64);
+        let contexts = report.pointer("/iommus/0/sanitizer/contexts").and_then(Value::as_array);
+        let contexts = contexts.unwrap();
+        let stale_uses = number(report, "/iommus/0/hardware/stale_uses");
+        assert_eq!(stale_uses, (found.len() + contexts.len()) as u64, "{report:#}");
         if !forget {
-            assert_eq!(*found, Vec::<Value>::new());
+            assert_eq!(stale_uses, 0, "{report:#}");
             continue;
         }
+        let [context] = contexts.as_slice() else { panic!("one context: {report:#}") };
+        assert_eq!((&context["rid"], &context["pasid"]), (&"00:01.0".into(), &Value::Null));
+        let table = |way: &str| context[way]["FirstStage"].as_u64().unwrap();
+        assert_ne!(table("old"), table("new"));
         let pasids: Vec<_> = found.iter().map(|stale| &stale["pasid"]).collect();
         assert_eq!(pasids, [&Value::Null, &Value::from(5)]);
         for stale in found {

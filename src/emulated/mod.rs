@@ -39,5 +39,6 @@ pub use machine::{Machine, MachineError, UnitId};
 pub use objects::ObjectKind;
 pub use port_iommu::PortIommu;
 pub use vtd::{
-    AddressWidth, InvalidatedPages, SanitizerReport, StaleUse, VtdCounters, VtdUnit, VtdUnitConfig,
+    AddressWidth, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,
+    VtdCounters, VtdUnit, VtdUnitConfig,
 };

@@ -4,8 +4,8 @@
 use std::sync::{Arc, Mutex, Weak};
 
 use twostage::emulated::{
-    DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, ObjectGraph, VtdUnit,
-    VtdUnitConfig,
+    ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
+    ObjectGraph, VtdUnit, VtdUnitConfig,
 };
 use twostage::iommufd::{
     Errno, Extensions, FailNth, HostIommu, HwInfoData, ObjectId, Protection, UserMemory,
@@ -14,7 +14,7 @@ use twostage::nesting::Nesting;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::regs::{Cap, Ecap};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use twostage::viommu::{FaultTarget, InterruptSink};
+use twostage::viommu::{FaultTarget, InterruptSink, Policy, Requester, Stage1};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::guest::{Guest, Registers};
@@ -70,6 +70,23 @@ pub struct Machine {
     pub unit: Arc<VtdUnit>,
     pub interrupts: Arc<Interrupts>,
     devices: Vec<ObjectId>,
+    _contexts: Arc<Contexts>,
+}
+
+/// The guest's context and PASID tables, for the sanitizer.
+#[derive(Debug)]
+struct Contexts(Weak<VtdIommu>);
+
+impl ContextTables for Contexts {
+    fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay> {
+        let requester = Requester { rid, pasid: pasid.map(crate::machine::pasid) };
+        Some(match self.0.upgrade()?.policy_by_tables(requester)? {
+            Policy::Blocked { .. } => DmaWay::Blocked,
+            Policy::Bypass => DmaWay::Bypass,
+            Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
+            Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),
+        })
+    }
 }
 
 /// What the virtual unit is to offer, as far as the host can.
@@ -130,7 +147,9 @@ impl Machine {
         iommu.add_device(A);
         iommu.add_device(B);
         let guest = Guest::new(memory, iommu.clone());
-        Ok(Self { guest, iommu, nesting, host, unit, interrupts, devices })
+        let contexts = Arc::new(Contexts(Arc::downgrade(&iommu)));
+        unit.set_context_tables(Arc::downgrade(&contexts) as Weak<dyn ContextTables>);
+        Ok(Self { guest, iommu, nesting, host, unit, interrupts, devices, _contexts: contexts })
     }
 
     /// Where the DMA of `rid` enters.

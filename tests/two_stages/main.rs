@@ -8,7 +8,9 @@ mod machine;
 
 use guest::{Completion, Entry, PAGE};
 use machine::{vtd_config, Machine, A, B, HIGH, HIGH_SIZE};
-use twostage::emulated::{DmaError, InvalidatedPages, ObjectKind, SanitizerReport, VtdUnitConfig};
+use twostage::emulated::{
+    DmaError, DmaWay, InvalidatedPages, ObjectKind, SanitizerReport, StaleContext, VtdUnitConfig,
+};
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
@@ -503,4 +505,42 @@ fn a_driver_that_invalidates_something_else_is_reported_with_what_was_needed() {
         machine.read(A, None, IOVA).unwrap_err();
         assert!(machine.unit.sanitizer_report().unwrap().stale[0].invalidated_since);
     }
+}
+
+#[test]
+fn a_context_that_is_stale_is_reported_and_its_old_tables_are_not() {
+    let (machine, table) = sanitized();
+    let guest = &machine.guest;
+    let other = guest.page();
+    guest.map(other, IOVA, guest.page(), 1, true);
+    machine.read(A, None, IOVA).unwrap();
+    guest.set_entry(A, 0, Entry::FirstStage { table: other, domain: DOMAIN });
+    // The old tables are used for something else.
+    guest.unmap(table, IOVA);
+    machine.read(A, None, IOVA).unwrap();
+    machine.read(A, None, IOVA).unwrap();
+    let report = || machine.unit.sanitizer_report().unwrap();
+    let stale = StaleContext {
+        rid: A,
+        pasid: None,
+        old: DmaWay::FirstStage(table),
+        new: DmaWay::FirstStage(other),
+        uses: 2,
+        invalidated_since: false,
+    };
+    assert_eq!((report().contexts, report().stale), (vec![stale], vec![]));
+    assert_eq!(machine.unit.counters().stale_uses, 2);
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    machine.read(A, None, IOVA).unwrap();
+    let done = StaleContext { invalidated_since: true, ..stale };
+    assert_eq!((report().contexts, report().stale), (vec![done], vec![]));
+    // Disabled translation says nothing, nor does one that blocks.
+    guest.set_entry(A, 0, Entry::NotPresent);
+    assert_eq!(guest.flush_pasid_cache(), Completion::Done);
+    machine.read(A, None, IOVA).unwrap_err();
+    guest.set_entry(A, 0, Entry::FirstStage { table: other, domain: DOMAIN });
+    machine.read(A, None, IOVA).unwrap_err();
+    guest.disable();
+    machine.read(A, None, guest.page()).unwrap();
+    assert_eq!((report().contexts, report().stale), (vec![done], vec![]));
 }

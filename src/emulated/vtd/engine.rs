@@ -182,6 +182,9 @@ impl Engine {
 
     /// Blocks DMA of `rid` (or its `pasid`).
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>) {
+        if let Some(sanitizer) = &self.sanitizer {
+            sanitizer.context_changed(rid, pasid);
+        }
         if let Some(old) = self.pasid_table.remove(rid, pasid) {
             let gone = self.sharing.remove(old.tag.0, &old.stage2);
             self.forget(gone);

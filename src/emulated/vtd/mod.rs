@@ -38,7 +38,9 @@ use sanitizer::Sanitizer;
 
 pub use config::{AddressWidth, VtdUnitConfig};
 pub use counters::VtdCounters;
-pub use sanitizer::{InvalidatedPages, SanitizerReport, StaleUse};
+pub use sanitizer::{
+    ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,
+};
 
 pub(super) use caches::Target;
 pub(super) use counters::LocalCounters;
@@ -89,6 +91,14 @@ impl VtdUnit {
     /// ([`VtdUnitConfig::sanitize`]).
     pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
         self.sanitizer.as_ref().map(|sanitizer| sanitizer.report())
+    }
+
+    /// From now on the sanitizer, if there is one, compares what the unit was given for each
+    /// requester with `tables`. Only the first call counts.
+    pub fn set_context_tables(&self, tables: Weak<dyn ContextTables>) {
+        if let Some(sanitizer) = &self.sanitizer {
+            sanitizer.set_context_tables(tables);
+        }
     }
 
     /// The gate that translations are read through.

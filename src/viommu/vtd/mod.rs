@@ -178,6 +178,17 @@ impl VtdIommu {
         self.halted.load(Ordering::Relaxed)
     }
 
+    /// What the guest's tables say of `requester` at this moment, whatever it was given; `None` while
+    /// translation is disabled, and for a function that is not here. For who looks for invalidations
+    /// that the guest forgot: DMA goes by what was given.
+    ///
+    /// May be called from anywhere: it waits for nobody who waits for the host.
+    pub fn policy_by_tables(&self, requester: Requester) -> Option<Policy> {
+        let standing = self.requesters.standing(requester)?;
+        let tables = self.tables(standing.root);
+        standing.translating.then(|| tables.config(requester).policy)
+    }
+
     /// What the unit has done so far.
     pub fn counters(&self) -> VtdCounters {
         self.counters.snapshot()

@@ -6,13 +6,18 @@ use std::sync::{Arc, Weak};
 
 use super::in_use::{ObjectsInUse, RegisterPage};
 use super::{AssignedFunction, Surroundings};
-use crate::emulated::{AddressWidth, DeviceConfig, DmaAttributes, DmaPort, VtdUnit, VtdUnitConfig};
+use crate::emulated::{
+    AddressWidth, ContextTables, DeviceConfig, DmaAttributes, DmaPort, DmaWay, VtdUnit,
+    VtdUnitConfig,
+};
 use crate::iommufd::{Extensions, HostIommu, HwInfoData, ObjectId};
 use crate::nesting::{DeviceInfo, Nesting};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use crate::viommu::{FaultTarget, InterruptListener, InterruptRemapper, Observer};
+use crate::viommu::{
+    FaultTarget, InterruptListener, InterruptRemapper, Observer, Policy, Requester, Stage1,
+};
 use crate::vmm::bus::BusDevice;
 use crate::vmm::config::IommuConfig;
 use crate::vmm::devices::{DmaError, DmaMaster};
@@ -40,6 +45,8 @@ pub(in crate::vmm) struct Iommu {
     interrupt_remapping: bool,
     unit: Arc<VtdUnit>,
     in_use: Arc<ObjectsInUse>,
+    /// Lent to the unit's sanitizer.
+    _contexts: Arc<GuestContexts>,
 }
 
 impl Iommu {
@@ -79,11 +86,24 @@ impl Iommu {
             .map_err(failed("--iommu"))?;
         let target: Arc<dyn FaultTarget> = vtd.clone();
         nesting.set_fault_target(Arc::downgrade(&target));
+        let contexts = Arc::new(GuestContexts(vtd.clone()));
+        let weak: Weak<GuestContexts> = Arc::downgrade(&contexts);
+        unit.set_context_tables(weak);
         for function in functions {
             vtd.add_device(function.bdf);
         }
         let (host, in_use) = (host.clone(), around.in_use.clone());
-        Ok(Self { id, vtd, nesting, host, devices, interrupt_remapping, unit, in_use })
+        Ok(Self {
+            id,
+            vtd,
+            nesting,
+            host,
+            devices,
+            interrupt_remapping,
+            unit,
+            in_use,
+            _contexts: contexts,
+        })
     }
 
     /// The host side.
@@ -209,6 +229,25 @@ fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
             guest_second_stage: extensions.guest_second_stage,
         }),
         HwInfoData::None => None,
+    }
+}
+
+/// The guest's context and PASID tables, for the sanitizer.
+#[derive(Debug)]
+struct GuestContexts(Arc<VtdIommu>);
+
+impl ContextTables for GuestContexts {
+    fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay> {
+        let pasid = match pasid {
+            Some(pasid) => Some(Pasid::new(pasid)?),
+            None => None,
+        };
+        Some(match self.0.policy_by_tables(Requester { rid, pasid })? {
+            Policy::Blocked { .. } => DmaWay::Blocked,
+            Policy::Bypass => DmaWay::Bypass,
+            Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
+            Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),
+        })
     }
 }
 

@@ -5,11 +5,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::contexts::StaleContext;
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::first_stage::page_size;
 
-/// Pages that are kept; uses of stale translations of others are counted only.
+/// Pages, and requesters, that are kept; uses of stale translations of others are counted only.
 const MAX_PAGES: usize = 64;
 
 /// 4 KiB pages that an invalidation of the guest's tables names.
@@ -90,7 +91,10 @@ pub struct StaleUse {
 }
 
 #[cfg(feature = "serde")]
-fn as_text<T: fmt::Display, S: serde::Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_text<T: fmt::Display, S: serde::Serializer>(
+    value: &T,
+    to: S,
+) -> Result<S::Ok, S::Error> {
     to.collect_str(value)
 }
 
@@ -124,28 +128,43 @@ impl fmt::Display for StaleUse {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SanitizerReport {
+    /// Requesters whose DMA went a stale way: the first 64, each once, in ascending order.
+    pub contexts: Vec<StaleContext>,
     /// Stale translations that were used: the first 64 pages, each once, in ascending order.
     pub stale: Vec<StaleUse>,
-    /// Uses of stale translations of further pages.
+    /// Uses beyond those.
     pub others: u64,
 }
 
 impl fmt::Display for SanitizerReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.stale.len() {
-            0 => writeln!(f, "sanitizer: no stale translation was used")?,
-            1 => writeln!(f, "sanitizer: stale translations of 1 page were used")?,
-            pages => writeln!(f, "sanitizer: stale translations of {pages} pages were used")?,
+        match (self.stale.len(), self.contexts.len()) {
+            (0, 0) => writeln!(f, "sanitizer: no stale translation was used")?,
+            (0, _) => writeln!(f, "sanitizer: stale contexts were used")?,
+            (1, _) => writeln!(f, "sanitizer: stale translations of 1 page were used")?,
+            (pages, _) => writeln!(f, "sanitizer: stale translations of {pages} pages were used")?,
+        }
+        for context in &self.contexts {
+            writeln!(f, "  {context}; {}", Fate(context.uses, context.invalidated_since))?;
         }
         for stale in &self.stale {
-            let times = if stale.uses == 1 { "time" } else { "times" };
-            let since = if stale.invalidated_since { "since" } else { "never" };
-            writeln!(f, "  {stale}; used {} {times}, invalidated {since}", stale.uses)?;
+            writeln!(f, "  {stale}; {}", Fate(stale.uses, stale.invalidated_since))?;
         }
         if self.others != 0 {
-            writeln!(f, "  and {} uses of further pages", self.others)?;
+            writeln!(f, "  and {} uses beyond those", self.others)?;
         }
         Ok(())
+    }
+}
+
+/// How often something stale was used, and whether it was invalidated since.
+struct Fate(u64, bool);
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let times = if self.0 == 1 { "time" } else { "times" };
+        let since = if self.1 { "since" } else { "never" };
+        write!(f, "used {} {times}, invalidated {since}", self.0)
     }
 }
 
@@ -159,11 +178,12 @@ struct Finding {
     page_level: u8,
 }
 
-/// What was found so far: the first [`MAX_PAGES`] pages, each once.
+/// What was found so far: the first [`MAX_PAGES`] pages, and requesters, each once.
 #[derive(Debug, Default)]
 pub(super) struct Findings {
+    contexts: BTreeMap<(Bdf, Option<u32>), StaleContext>,
     pages: BTreeMap<(Bdf, Option<u32>, u64), Finding>,
-    /// Uses of pages beyond those.
+    /// Uses beyond those.
     others: u64,
     /// The last invalidation of each tag. Those without attachments are forgotten, so there are not
     /// many more than attachments.
@@ -192,6 +212,28 @@ impl Findings {
         Some(stale)
     }
 
+    /// Adds a use of a stale context. Gives it back when it is the requester's first, and is kept.
+    pub fn add_context(&mut self, stale: StaleContext) -> Option<StaleContext> {
+        let key = (stale.rid, stale.pasid);
+        if let Some(known) = self.contexts.get_mut(&key) {
+            known.uses += 1;
+            return None;
+        }
+        if self.contexts.len() >= MAX_PAGES {
+            self.others += 1;
+            return None;
+        }
+        self.contexts.insert(key, stale);
+        Some(stale)
+    }
+
+    /// The context of `rid` (or its `pasid`) is another from now on.
+    pub fn context_changed(&mut self, rid: Bdf, pasid: Option<u32>) {
+        if let Some(stale) = self.contexts.get_mut(&(rid, pasid)) {
+            stale.invalidated_since = true;
+        }
+    }
+
     /// The guest invalidated `range` of `tag`.
     pub fn invalidated(&mut self, tag: u32, range: CacheRange) {
         self.last.insert(tag, range.into());
@@ -216,7 +258,8 @@ impl Findings {
     /// What was found so far.
     pub fn report(&self) -> SanitizerReport {
         let stale = self.pages.values().map(|finding| finding.stale).collect();
-        SanitizerReport { stale, others: self.others }
+        let contexts = self.contexts.values().copied().collect();
+        SanitizerReport { contexts, stale, others: self.others }
     }
 }
 

@@ -10,15 +10,19 @@
 //!   being made read-only;
 //! * the host changed stage 2: that is no matter of the guest's.
 //!
+//! The guest's context and PASID tables are not the host's to read. Where a VMM lends them
+//! ([`ContextTables`]), a request that goes another way than they say is a finding, too.
+//!
 //! A sanitizing unit has no PASID cache, so that no request takes the short way that looks at
 //! nothing; one that does not sanitize pays nothing for it.
 #![forbid(unsafe_code)]
 
+mod contexts;
 mod findings;
 mod origins;
 mod trail;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::caches::{Caches, Target};
 use super::context::{Context, Tables};
@@ -29,6 +33,7 @@ use super::sharing::Gone;
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::first_stage::page_size;
+pub use contexts::{ContextTables, DmaWay, StaleContext};
 use findings::Findings;
 pub use findings::{InvalidatedPages, SanitizerReport, StaleUse};
 pub(super) use origins::{CachesOfWalk, Origins};
@@ -39,9 +44,16 @@ use trail::{read_tables, End, Trail};
 pub(super) struct Sanitizer {
     origins: Arc<Origins>,
     findings: Mutex<Findings>,
+    contexts: OnceLock<Weak<dyn ContextTables>>,
 }
 
 impl Sanitizer {
+    /// From now on contexts are compared with `tables`; only the first ones count.
+    pub fn set_context_tables(&self, tables: Weak<dyn ContextTables>) {
+        // Who comes later is told nothing: it is for the VMM to be of one mind.
+        let _ = self.contexts.set(tables);
+    }
+
     /// What entries of the caches are made from, for who makes them.
     pub fn origins(&self) -> Arc<Origins> {
         Arc::clone(&self.origins)
@@ -57,6 +69,14 @@ impl Sanitizer {
         request: &Request,
         target: Target,
     ) -> Target {
+        if let Some(stale) = self.stale_context(context, request) {
+            counters.stale_uses.count();
+            if let Some(first) = self.findings().add_context(stale) {
+                log::warn!("sanitizer: stale context used: {first}");
+            }
+            // What has become of tables that are not in use any more says nothing.
+            return target;
+        }
         let compared = match &context.tables {
             // Stage 2 is the host's, which drops what it changes.
             Tables::None | Tables::Unsupported => return target,
@@ -71,6 +91,15 @@ impl Sanitizer {
         let to_end =
             page_size(compared.level) - (request.address & (page_size(compared.level) - 1));
         Target { length: target.length.min(to_end), ..target }
+    }
+
+    /// What there is to say if the guest's tables send `request` another way than `context`.
+    fn stale_context(&self, context: &Context, request: &Request) -> Option<StaleContext> {
+        let (rid, pasid) = (Bdf::from_raw(request.rid), request.pasid);
+        let new = self.contexts.get()?.upgrade()?.way(rid, pasid)?;
+        let old = DmaWay::of(&context.tables);
+        let stale = StaleContext { rid, pasid, old, new, uses: 1, invalidated_since: false };
+        (old != new).then_some(stale)
     }
 
     fn compare<F: TableFormat>(
@@ -144,6 +173,11 @@ impl Sanitizer {
     /// The guest invalidated `range` of `tag`.
     pub fn invalidated(&self, tag: u32, range: CacheRange) {
         self.findings().invalidated(tag, range);
+    }
+
+    /// The context of `rid` (or its `pasid`) is another from now on.
+    pub fn context_changed(&self, rid: u16, pasid: Option<u32>) {
+        self.findings().context_changed(Bdf::from_raw(rid), pasid);
     }
 
     /// What was cached of `gone` is gone.
