@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+#[cfg(feature = "serde")]
 use super::findings::as_text;
 use crate::emulated::vtd::context::Tables;
 use crate::spec::pci::Bdf;
