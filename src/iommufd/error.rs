@@ -53,6 +53,8 @@ errnos! {
     EINVAL = 22,
     /// No such ioctl.
     ENOTTY = 25,
+    /// The process can have no more open files.
+    EMFILE = 24,
     /// No room is left in the address space or the table.
     ENOSPC = 28,
     /// Who should let go of something does not.

@@ -121,6 +121,20 @@ pub struct CreateAccess {
     pub flags: u32,
 }
 
+/// `DESTROY_ACCESS_PAGES`.
+#[derive(FromBytes)]
+#[repr(C)]
+pub struct DestroyAccessPages {
+    pub access_pages_id: u32,
+}
+
+/// `ACCESS_REPLACE_IOAS`.
+#[derive(FromBytes)]
+#[repr(C)]
+pub struct AccessReplaceIoas {
+    pub ioas_id: u32,
+}
+
 /// `ACCESS_PAGES`.
 #[derive(FromBytes)]
 #[repr(C)]

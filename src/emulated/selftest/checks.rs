@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::abi::{CheckCache, CheckMap, CheckRefs};
 use super::driver::{mock_nested, mock_paging, MockDriver};
-use super::places::{Place, Places};
+use super::places::{Held, Place, Places};
 use crate::emulated::ioas::{Pages, PAGE_SIZE};
 use crate::emulated::objects::{Object, Objects};
 use crate::emulated::refusal::{refuse, Outcome};
@@ -38,7 +38,7 @@ pub fn check_map(
     };
     let held = Held::new(user, uptr, end);
     let mapped: Vec<Mapping> = stage2.lookup_all(iova, length);
-    let places = places()?;
+    let places = Places::now()?;
     for (page, place) in held.pages(&places) {
         let parts = (page..page + PAGE_SIZE).step_by(page_size as usize);
         for address in parts.filter(|address| (uptr..end).contains(address)) {
@@ -65,7 +65,7 @@ pub fn check_refs(host: &EmulatedHost, check: &CheckRefs, user: &dyn UserSpace) 
     // One lock of a host after the other.
     let hosts = host.machine().selftest.hosts();
     let pinned: Vec<UserMemory> = hosts.iter().flat_map(|host| pinned(&host.objects())).collect();
-    let places = places()?;
+    let places = Places::now()?;
     let pinned: Vec<(Place, u64)> =
         pinned.iter().filter_map(|memory| Some((places.of(memory)?, memory.length()))).collect();
     for (page, place) in held.pages(&places) {
@@ -111,53 +111,6 @@ fn check_value(entry: Option<u32>, check: &CheckCache) -> Outcome<()> {
             Errno::EINVAL,
             format!("entry {} is {found:#x?}, not {:#x}", check.id, check.value),
         ),
-    }
-}
-
-fn places() -> Outcome<Places> {
-    Places::now().or_else(|error| refuse(Errno::EIO, format!("/proc/self/maps: {error}")))
-}
-
-/// Pages of the user's that stay where they are while they are looked at.
-struct Held {
-    first: u64,
-    memory: Vec<UserMemory>,
-    /// Why there are no more.
-    fault: Outcome<()>,
-}
-
-impl Held {
-    /// The pages from `start` up to `end`.
-    fn new(user: &dyn UserSpace, start: u64, end: u64) -> Self {
-        let first = start - start % PAGE_SIZE;
-        let mut held = Self { first, memory: Vec::new(), fault: Ok(()) };
-        let mut at = first;
-        while at < end {
-            match user.memory(at, end - at, false) {
-                Ok(memory) => {
-                    at += memory.length();
-                    held.memory.push(memory);
-                }
-                Err(fault) => {
-                    held.fault = Err(fault.into());
-                    break;
-                }
-            }
-        }
-        held
-    }
-
-    /// Each page: the user's address, and which page it is.
-    fn pages<'a>(&'a self, places: &'a Places) -> impl Iterator<Item = (u64, Place)> + 'a {
-        let mut next = self.first;
-        let pages = move |memory: &UserMemory| {
-            let first = next;
-            next += memory.length();
-            let place = places.of(memory);
-            let offsets = (0..memory.length()).step_by(PAGE_SIZE as usize);
-            offsets.filter_map(move |offset| Some((first + offset, place.as_ref()?.plus(offset))))
-        };
-        self.memory.iter().flat_map(pages)
     }
 }
 

@@ -28,6 +28,17 @@ impl Selftest {
         hosts.push(Arc::downgrade(host));
     }
 
+    /// `host`, to be kept.
+    ///
+    /// # Errors
+    /// `ENODEV` it is of another machine.
+    pub(super) fn shared(&self, host: &EmulatedHost) -> Outcome<Arc<EmulatedHost>> {
+        match self.hosts().into_iter().find(|other| std::ptr::eq(&**other, host)) {
+            Some(host) => Ok(host),
+            None => refuse(Errno::ENODEV, "the iommufd is of another machine"),
+        }
+    }
+
     /// Every iommufd of the machine.
     pub fn hosts(&self) -> Vec<Arc<EmulatedHost>> {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);

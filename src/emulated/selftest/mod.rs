@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod abi;
+mod access;
 mod checks;
 mod devices;
 mod dirty;

@@ -6,13 +6,12 @@ use std::mem::offset_of;
 use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
-use super::{checks, dirty};
+use super::{access, checks, dirty};
 use crate::emulated::device::Slot;
 use crate::emulated::ioas::range_of;
 use crate::emulated::objects::Object;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::uapi::Argument;
-use crate::emulated::user_space::UserSpace;
+use crate::emulated::uapi::{Argument, UserSpace};
 use crate::emulated::EmulatedHost;
 use crate::iommufd::{Errno, ObjectId};
 
@@ -23,7 +22,7 @@ const LEAST_MEMORY_LIMIT: u32 = 12;
 ///
 /// # Errors
 /// Those of Linux's operation; `EOPNOTSUPP` there is no such operation.
-pub fn run(host: &EmulatedHost, argument: &mut Argument, user: &dyn UserSpace) -> Outcome<()> {
+pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn UserSpace) -> Outcome<()> {
     let id = argument.id(abi::ID);
     match argument.u32(abi::OP) {
         op::ADD_RESERVED => add_reserved(host, id, &body(argument)?),
@@ -38,11 +37,22 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, user: &dyn UserSpace) -
             argument.set_u32(BODY + offset_of!(abi::MockDomainReplace, pt_id), hwpt.0);
             Ok(())
         }
-        op::MD_CHECK_MAP => checks::check_map(host, id, &body(argument)?, user),
-        op::MD_CHECK_REFS => checks::check_refs(host, &body(argument)?, user),
+        op::MD_CHECK_MAP => checks::check_map(host, id, &body(argument)?, process),
+        op::MD_CHECK_REFS => checks::check_refs(host, &body(argument)?, process),
         op::MD_CHECK_IOTLB => checks::check_iotlb(host, id, &body(argument)?),
         op::DEV_CHECK_CACHE => checks::check_device_cache(host, id, &body(argument)?),
-        op::DIRTY => dirty::dirty(host, id, &body(argument)?, argument, user),
+        op::CREATE_ACCESS => access::create(host, id, argument, &body(argument)?, process),
+        op::DESTROY_ACCESS_PAGES => {
+            let item = body::<abi::DestroyAccessPages>(argument)?.access_pages_id;
+            access::destroy_pages(fd(id), item, process)
+        }
+        op::ACCESS_PAGES => access::pages(host, fd(id), argument, &body(argument)?, process),
+        op::ACCESS_RW => access::read_write(host, fd(id), &body(argument)?, process),
+        op::ACCESS_REPLACE_IOAS => {
+            let ioas = ObjectId(body::<abi::AccessReplaceIoas>(argument)?.ioas_id);
+            access::replace_ioas(fd(id), ioas, process)
+        }
+        op::DIRTY => dirty::dirty(host, id, &body(argument)?, argument, process),
         op::SET_TEMP_MEMORY_LIMIT => set_memory_limit(body::<abi::MemoryLimit>(argument)?.limit),
         op::PASID_ATTACH => pasid_attach(host, id, argument),
         op::PASID_REPLACE => pasid_replace(host, id, argument),
@@ -92,6 +102,11 @@ fn set_memory_limit(limit: u32) -> Outcome<()> {
         return refuse(Errno::EINVAL, format!("{limit} bytes are not enough for one entry"));
     }
     Ok(())
+}
+
+/// Some operations are on a descriptor.
+fn fd(id: ObjectId) -> i32 {
+    id.0.cast_signed()
 }
 
 /// PASID 0 stands for the device itself (`IOMMU_NO_PASID`).

@@ -11,7 +11,9 @@ use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
 use crate::emulated::ioas::PAGE_SIZE;
-use crate::iommufd::UserMemory;
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::emulated::user_space::UserSpace;
+use crate::iommufd::{Errno, UserMemory};
 
 /// Where some memory starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,8 +53,12 @@ impl Places {
     /// The mappings as they are now.
     ///
     /// # Errors
-    /// When `/proc` cannot be read.
-    pub fn now() -> io::Result<Self> {
+    /// `EIO` when `/proc` cannot be read.
+    pub fn now() -> Outcome<Self> {
+        Self::read().or_else(|error| refuse(Errno::EIO, format!("/proc/self/maps: {error}")))
+    }
+
+    fn read() -> io::Result<Self> {
         let lines = BufReader::new(File::open("/proc/self/maps")?).lines();
         let mappings: io::Result<Vec<_>> =
             lines.map(|line| line.map(|line| Mapping::parse(&line))).collect();
@@ -69,6 +75,49 @@ impl Places {
             }
             None => Place { file: None, at: address },
         })
+    }
+}
+
+/// Pages of the user's that stay where they are while they are looked at.
+pub struct Held {
+    first: u64,
+    memory: Vec<UserMemory>,
+    /// Why there are no more.
+    pub fault: Outcome<()>,
+}
+
+impl Held {
+    /// The pages from `start` up to `end`.
+    pub fn new(user: &dyn UserSpace, start: u64, end: u64) -> Self {
+        let first = start - start % PAGE_SIZE;
+        let mut held = Self { first, memory: Vec::new(), fault: Ok(()) };
+        let mut at = first;
+        while at < end {
+            match user.memory(at, end - at, false) {
+                Ok(memory) => {
+                    at += memory.length();
+                    held.memory.push(memory);
+                }
+                Err(fault) => {
+                    held.fault = Err(fault.into());
+                    break;
+                }
+            }
+        }
+        held
+    }
+
+    /// Each page: the user's address, and which page it is.
+    pub fn pages<'a>(&'a self, places: &'a Places) -> impl Iterator<Item = (u64, Place)> + 'a {
+        let mut next = self.first;
+        let pages = move |memory: &UserMemory| {
+            let first = next;
+            next += memory.length();
+            let place = places.of(memory);
+            let offsets = (0..memory.length()).step_by(PAGE_SIZE as usize);
+            offsets.filter_map(move |offset| Some((first + offset, place.as_ref()?.plus(offset))))
+        };
+        self.memory.iter().flat_map(pages)
     }
 }
 

@@ -18,6 +18,8 @@ mod user_data;
 mod vfio;
 mod vfio_compat;
 
+#[cfg(feature = "selftest")]
+pub use super::user_space::TestFile;
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::DeviceFile;
 

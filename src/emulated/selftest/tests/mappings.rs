@@ -2,26 +2,16 @@
 //! What is mapped, and what is pinned.
 
 use super::*;
-use crate::iommufd::{DirtyRange, MapTarget, Protection, UserMemory};
+use crate::iommufd::DirtyRange;
 
 const START: u64 = abi::MOCK_APERTURE_START;
-
-fn words(values: &[u64]) -> Vec<u32> {
-    values.iter().flat_map(|value| [*value as u32, (*value >> 32) as u32]).collect()
-}
-
-fn map(program: &Program, ioas: u32, iova: u64, offset: u64, length: u64) {
-    let memory = UserMemory::new(program.region.clone(), offset, length).unwrap();
-    let target = MapTarget::Fixed(iova);
-    program.host.ioas_map(ObjectId(ioas), &memory, target, Protection::READ_WRITE).unwrap();
-}
 
 #[test]
 fn a_mapping_leads_to_its_own_memory_only() {
     let program = Program::new();
     let ioas = program.ioas();
     let mock = program.mock(ioas, 0).unwrap();
-    map(&program, ioas, START + 0x800, 0x1800, 0x2000);
+    program.map(ioas, START + 0x800, 0x1800, 0x2000);
     let check = |iova, offset, length| {
         let body = words(&[iova, length, program.at(offset)]);
         program.test(op::MD_CHECK_MAP, mock.hwpt, &body).map(drop)
@@ -41,7 +31,7 @@ fn pins_of_all_iommufds_count_and_shared_pages_once() {
     let program = Program::new();
     let other = Program {
         host: program.host.machine().open(),
-        space: program.space.clone(),
+        caller: program.caller.clone(),
         region: program.region.clone(),
     };
     let check = |offset, length, refs: u32| {
@@ -49,7 +39,7 @@ fn pins_of_all_iommufds_count_and_shared_pages_once() {
         program.test(op::MD_CHECK_REFS, 0, &body).map(drop)
     };
     let ioas = program.ioas();
-    map(&program, ioas, START, 0x1800, 0x1000);
+    program.map(ioas, START, 0x1800, 0x1000);
     assert_eq!(check(0, 0x8000, 0), Ok(()), "nothing is pinned without a HWPT");
     program.mock(ioas, 0).unwrap();
     assert_eq!((check(0, 0x1000, 0), check(0x1000, 0x2000, 1)), (Ok(()), Ok(())));
@@ -59,7 +49,7 @@ fn pins_of_all_iommufds_count_and_shared_pages_once() {
     assert_eq!(check(0x1000, 0x2000, 1), Ok(()), "the same pages");
     let elsewhere = other.ioas();
     other.mock(elsewhere, 0).unwrap();
-    map(&other, elsewhere, START, 0x2000, 0x1000);
+    other.map(elsewhere, START, 0x2000, 0x1000);
     assert_eq!((check(0x1000, 0x1000, 1), check(0x2000, 0x1000, 2)), (Ok(()), Ok(())));
     drop(other);
     assert_eq!(check(0x1000, 0x2000, 1), Ok(()));
@@ -75,7 +65,7 @@ fn reserved_iovas_stay_reserved() {
     assert_eq!(reserve(0x1000, 0), Err(Errno::EINVAL));
     assert_eq!(reserve(0x1000, u64::MAX), Err(Errno::EOVERFLOW));
     assert_eq!(reserve(0x1000, 0x1000), Ok(()));
-    map(&program, ioas, 0x4000, 0, 0x1000);
+    program.map(ioas, 0x4000, 0, 0x1000);
     assert_eq!(reserve(0x4800, 0x800), Err(Errno::EADDRINUSE));
     let usable = program.host.ioas_iova_ranges(ObjectId(ioas)).unwrap().allowed;
     assert_eq!(usable, [0..=0xfff, 0x2000..=u64::MAX]);
@@ -110,7 +100,7 @@ fn a_leaf_gets_dirty_as_a_whole() {
     let hwpt = program.hwpt(mock.idev, ioas, dirty).unwrap();
     // The memory is aligned to pages at least: both addresses to 4 KiB, and no more.
     let skew = program.at(0) % 0x2000;
-    map(&program, ioas, START + skew + 0x1000, 0, 0x1000);
+    program.map(ioas, START + skew + 0x1000, 0, 0x1000);
     let mark = |iova, bit: u32| {
         let bitmap = program.put(0x7000, &[1 << bit]);
         let body = words(&[0, iova, 0x1000, 0x800, bitmap]);

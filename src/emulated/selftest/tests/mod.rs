@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The operations as a program uses them.
 
+mod access;
 mod caches;
 mod devices;
 mod mappings;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::abi::{self, op};
-use crate::emulated::uapi::RegionSpace;
+use crate::emulated::uapi::{RegionSpace, TestFile, UserFault, UserSpace};
 use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId};
+use crate::iommufd::{
+    Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
+};
 
 /// `IOMMU_TEST_CMD`.
 const TEST: u32 = 0x3ba0;
@@ -20,10 +23,46 @@ const HWPT_ALLOC: u32 = 0x3b89;
 const HWPT_INVALIDATE: u32 = 0x3b8d;
 const VIOMMU_ALLOC: u32 = 0x3b90;
 
-/// A process with a little memory and an iommufd.
+/// A process with a little memory.
+#[derive(Debug, Clone)]
+struct Caller {
+    space: RegionSpace,
+    /// Open files, from descriptor 0 on.
+    files: Arc<Mutex<Vec<Arc<dyn TestFile>>>>,
+}
+
+impl UserSpace for Caller {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        Arc::new(self.clone())
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        self.space.read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+        self.space.write(address, bytes)
+    }
+
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
+        self.space.memory(address, length, writable)
+    }
+
+    fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
+        let mut files = self.files.lock().unwrap();
+        files.push(file);
+        Ok(files.len() as i32 - 1)
+    }
+
+    fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
+        self.files.lock().unwrap().get(usize::try_from(fd).ok()?).cloned()
+    }
+}
+
+/// A process and its iommufd.
 struct Program {
     host: Arc<EmulatedHost>,
-    space: RegionSpace,
+    caller: Caller,
     region: Arc<GuestRegionMmap>,
 }
 
@@ -34,13 +73,26 @@ struct Mock {
     idev: u32,
 }
 
+/// 64-bit fields as a body has them.
+fn words(values: &[u64]) -> Vec<u32> {
+    values.iter().flat_map(|value| [*value as u32, (*value >> 32) as u32]).collect()
+}
+
 type Answer = Result<Vec<u32>, Errno>;
 
 impl Program {
     fn new() -> Self {
         let region = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x8000, None).unwrap());
         let space = RegionSpace::new(vec![region.clone()]);
-        Self { host: EmulatedHost::new(), space, region }
+        let caller = Caller { space, files: Arc::default() };
+        Self { host: EmulatedHost::new(), caller, region }
+    }
+
+    /// Maps its memory.
+    fn map(&self, ioas: u32, iova: u64, offset: u64, length: u64) {
+        let memory = UserMemory::new(self.region.clone(), offset, length).unwrap();
+        let target = MapTarget::Fixed(iova);
+        self.host.ioas_map(ObjectId(ioas), &memory, target, Protection::READ_WRITE).unwrap();
     }
 
     /// The address of a byte of its memory.
@@ -60,7 +112,7 @@ impl Program {
         let size = 4 * words.len() as u32;
         let words = [size].into_iter().chain(words.iter().skip(1).copied());
         let mut bytes: Vec<u8> = words.flat_map(|word| word.to_ne_bytes()).collect();
-        self.host.ioctl(request, &mut bytes, &self.space)?;
+        self.host.ioctl(request, &mut bytes, &self.caller)?;
         let (words, _) = bytes.as_chunks::<4>();
         Ok(words.iter().map(|word| u32::from_ne_bytes(*word)).collect())
     }
@@ -105,7 +157,7 @@ impl Program {
         let data_type = abi::IOMMU_HWPT_INVALIDATE_DATA_SELFTEST;
         let words = [32, hwpt, low, high, data_type, length, count, 0];
         let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        let outcome = self.host.ioctl(HWPT_INVALIDATE, &mut bytes, &self.space);
+        let outcome = self.host.ioctl(HWPT_INVALIDATE, &mut bytes, &self.caller);
         (u32::from_ne_bytes(bytes[24..28].try_into().unwrap()), outcome)
     }
 }
