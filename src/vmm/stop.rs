@@ -34,10 +34,13 @@ pub enum ResetCause {
     KeyboardController,
     /// The reset register, as ACPI names it or at its port.
     ResetRegister,
-    /// A fault while a double fault was delivered, at this RIP.
+    /// A fault while a double fault was delivered.
     TripleFault {
-        /// Instruction pointer of the vCPU.
-        rip: u64,
+        /// Which vCPU.
+        vcpu: u8,
+        /// Its instruction pointer, as far as it is known: on AMD's processors, which do not tell, KVM
+        /// resets the vCPU.
+        rip: Option<u64>,
     },
 }
 
@@ -81,8 +84,9 @@ impl fmt::Display for StopReason {
             Self::Reset(ResetCause::ResetRegister) => {
                 f.write_str("the guest reset the machine through its reset register")
             }
-            Self::Reset(ResetCause::TripleFault { rip }) => {
-                write!(f, "the guest reset the machine with a triple fault at RIP {rip:#x}")
+            Self::Reset(ResetCause::TripleFault { vcpu, rip }) => {
+                write!(f, "the guest reset the machine with a triple fault of vCPU {vcpu}")?;
+                rip.map_or(Ok(()), |rip| write!(f, " at RIP {rip:#x}"))
             }
             Self::Stuck(what) | Self::Software(what) => f.write_str(what),
             Self::Signal(number) => write!(f, "signal {number}"),
@@ -164,9 +168,11 @@ mod tests {
         assert_eq!(StopReason::Signal(15).exit_code(), 143);
         assert_eq!(StopReason::PowerOff.exit_code(), 0);
         assert!(StopReason::PowerOff.is_orderly());
-        let fault = StopReason::Reset(ResetCause::TripleFault { rip: 0x10 });
+        let at = |rip| StopReason::Reset(ResetCause::TripleFault { vcpu: 1, rip });
+        let fault = at(Some(0x10));
         assert_eq!(fault.exit_code(), exit_code::GUEST_RESET);
-        assert!(fault.to_string().contains("0x10"));
+        assert!(fault.to_string().ends_with("vCPU 1 at RIP 0x10"));
+        assert!(at(None).to_string().ends_with("vCPU 1"));
         assert!(!fault.is_orderly());
     }
 }

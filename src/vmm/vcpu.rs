@@ -29,6 +29,8 @@ const FIRMWARE_MSRS: [kvm_msr_entry; 2] = [
 ];
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const INTERNAL_ERROR_EMULATION: u32 = 1;
+/// Where a vCPU that was reset begins, in its segment.
+const RIP_AFTER_RESET: u64 = 0xfff0;
 
 /// One vCPU, not running yet.
 #[derive(Debug)]
@@ -100,7 +102,8 @@ impl Vcpu {
             let reason = match next {
                 Next::Enter => continue,
                 Next::TripleFault => {
-                    StopReason::Reset(ResetCause::TripleFault { rip: self.rip().unwrap_or(0) })
+                    let rip = self.rip().filter(|rip| *rip != RIP_AFTER_RESET);
+                    StopReason::Reset(ResetCause::TripleFault { vcpu: self.id, rip })
                 }
                 Next::InternalError => StopReason::Stuck(self.describe_internal_error(memory)),
                 Next::FailedEntry(reason) => StopReason::Stuck(format!(
