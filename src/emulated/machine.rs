@@ -81,7 +81,7 @@ impl Part {
     }
 }
 
-/// IOMMUs, and devices by name. See the [module's documentation](self).
+/// IOMMUs, and devices by name. It outlives the iommufds that are opened on it.
 #[derive(Debug, Default)]
 pub struct Machine {
     state: Mutex<State>,
