@@ -19,7 +19,7 @@ mod value;
 use arbitrary::{Result, Unstructured};
 
 use process::Process;
-use table::{DEVICE_IOCTLS, IOCTLS};
+use table::{CONTAINER_IOCTLS, CONTAINER_NUMBERS, DEVICE_IOCTLS, IOCTLS};
 use value::{value, Kind};
 
 /// Steps of one execution.
@@ -30,6 +30,9 @@ const MAX_STEPS: usize = 64;
 enum Step {
     Ioctl(usize),
     DeviceIoctl(usize),
+    ContainerIoctl(usize),
+    ContainerNumber,
+    AddGroup,
     OpenDevice,
     CloseDevice,
     Write,
@@ -45,7 +48,7 @@ impl Step {
     /// The steps in the order of their numbers: those that are not ioctls first, so that a new ioctl
     /// changes no meaning but those of the last numbers.
     fn of(number: u8) -> Self {
-        const OTHERS: [Step; 12] = [
+        const OTHERS: [Step; 14] = [
             Step::Dma,
             Step::Dma,
             Step::Write,
@@ -58,17 +61,14 @@ impl Step {
             Step::Access,
             Step::Access,
             Step::DropAccess,
+            Step::ContainerNumber,
+            Step::AddGroup,
         ];
-        let all = OTHERS.len() + DEVICE_IOCTLS.len() + IOCTLS.len();
-        let number = usize::from(number) % all;
-        if let Some(step) = OTHERS.get(number) {
-            return *step;
-        }
-        let number = number - OTHERS.len();
-        match number.checked_sub(DEVICE_IOCTLS.len()) {
-            None => Step::DeviceIoctl(number),
-            Some(number) => Step::Ioctl(number),
-        }
+        let device = (0..DEVICE_IOCTLS.len()).map(Step::DeviceIoctl);
+        let container = (0..CONTAINER_IOCTLS.len()).map(Step::ContainerIoctl);
+        let iommufd = (0..IOCTLS.len()).map(Step::Ioctl);
+        let mut all = OTHERS.into_iter().chain(device).chain(container).chain(iommufd).cycle();
+        all.nth(number.into()).unwrap_or(Step::Look)
     }
 }
 
@@ -98,6 +98,18 @@ fn step(process: &mut Process, input: &mut Unstructured) -> Result<()> {
             let mut argument = DEVICE_IOCTLS[number].argument(input)?;
             process.device_ioctl(device, DEVICE_IOCTLS[number].request, &mut argument);
         }
+        Step::ContainerIoctl(number) => {
+            let (fd, at) = (value(input, Kind::Fd)?, value(input, Kind::Pointer)?);
+            let argument = CONTAINER_IOCTLS[number].argument(input)?;
+            process.container_ioctl(fd as usize, CONTAINER_IOCTLS[number].request, at, argument);
+        }
+        Step::ContainerNumber => {
+            let fd = value(input, Kind::Fd)?;
+            let which = usize::from(input.arbitrary::<u8>()?) % CONTAINER_NUMBERS.len();
+            let (request, last) = CONTAINER_NUMBERS[which];
+            process.container_number(fd as usize, request, value(input, Kind::Choice(last))?);
+        }
+        Step::AddGroup => process.add_group(input.arbitrary()?),
         Step::OpenDevice => process.open_device(input.arbitrary()?),
         Step::CloseDevice => process.close_device(input.arbitrary()?),
         Step::Write => {

@@ -145,6 +145,28 @@ impl Process {
         }
     }
 
+    /// Makes an ioctl on a VFIO container, whose structure is written to `at`.
+    pub fn container_ioctl(&mut self, fd: usize, request: u32, at: u64, mut argument: Vec<u8>) {
+        relocate(&mut argument, &self.memory);
+        let offset = at.wrapping_sub(MEMORY);
+        let _ = self.memory.write_slice(&argument, MemoryRegionAddress(offset));
+        self.container_number(fd, request, at);
+    }
+
+    /// Makes an ioctl on a VFIO container, with a number or an address.
+    pub fn container_number(&mut self, fd: usize, request: u32, number: u64) {
+        let mut number = number.to_le_bytes();
+        relocate(&mut number, &self.memory);
+        let number = u64::from_le_bytes(number);
+        let _ = self.iommufds[fd % 2].vfio_ioctl(request, number, &self.caller);
+    }
+
+    pub fn add_group(&mut self, how: u8) {
+        let host = &self.iommufds[usize::from(how) % 2];
+        let _ =
+            if how & 2 == 0 { host.vfio_add_group() } else { host.vfio_add_group_without_iommu() };
+    }
+
     pub fn open_device(&mut self, device: u8) {
         let number = usize::from(device) % 3;
         let opened = self.iommufds[0].machine().open_device(DEVICES[number].0);

@@ -230,6 +230,45 @@ pub const DEVICE_IOCTLS: &[Ioctl] = &[
     ioctl!(vfio(20), Detach { flags: Flags(1), pasid: Pasid }),
 ];
 
+/// `struct vfio_iommu_type1_info`.
+#[repr(C)]
+struct Info {
+    argsz: u32,
+    flags: u32,
+    iova_pgsizes: u64,
+    cap_offset: u32,
+    pad: u32,
+}
+
+/// `struct vfio_iommu_type1_dma_map`.
+#[repr(C)]
+struct MapDma {
+    argsz: u32,
+    flags: u32,
+    vaddr: u64,
+    iova: u64,
+    size: u64,
+}
+
+/// `struct vfio_iommu_type1_dma_unmap`.
+#[repr(C)]
+struct UnmapDma {
+    argsz: u32,
+    flags: u32,
+    iova: u64,
+    size: u64,
+}
+
+/// The ioctls of a VFIO container that take a structure.
+pub const CONTAINER_IOCTLS: &[Ioctl] = &[
+    ioctl!(vfio(12), Info { flags: Flags(3), cap_offset: Count }),
+    ioctl!(vfio(13), MapDma { flags: Flags(3), vaddr: Pointer, iova: Iova, size: Length }),
+    ioctl!(vfio(14), UnmapDma { flags: Flags(3), iova: Iova, size: Length }),
+];
+
+/// Those that take a number: which, and the largest number that means something.
+pub const CONTAINER_NUMBERS: [(u32, u64); 3] = [(vfio(0), 0), (vfio(1), 10), (vfio(2), 8)];
+
 impl Ioctl {
     /// A structure, its size first.
     pub fn argument(&self, input: &mut Unstructured) -> Result<Vec<u8>> {
