@@ -46,7 +46,7 @@ test: lint guest
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
 test-all: test
-	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 cargo test --locked --release -- --include-ignored
+	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/bad-inputs
 

@@ -8,16 +8,20 @@
 //! device that reads a byte of the quarantine pattern, or a quarantined page that changes, is a
 //! stale use.
 //!
+//! [`at_once`] does all of it at once, with other verbs beside.
+//!
 //! The last two tests show that this finds what it looks for: a device that translates first and
 //! accesses later, outside of the critical section, is caught, and so is a guest that forgets the
 //! invalidation.
+
+mod at_once;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use twostage::emulated::{
-    DeviceConfig, DmaAccess, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+    DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
 };
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,
