@@ -115,11 +115,12 @@ fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
             if hwpt.automatic {
                 flags.push("AUTO");
             }
-            (String::new(), flags, vec![edge(hwpt.ioas)])
+            let on = objects.holds(id).into_iter().map(edge).collect();
+            (String::new(), flags, on)
         }
         Object::HwptNested(hwpt) => {
-            let on = edge(hwpt.viommu.unwrap_or(hwpt.parent));
-            (hwpt.domain.describe(), flag_names(hwpt.flags), vec![on])
+            let on = objects.holds(id).into_iter().map(edge).collect();
+            (hwpt.domain.describe(), flag_names(hwpt.flags), on)
         }
         Object::Device(device) => {
             let attachments = objects.attachments_of(id).into_iter();
@@ -135,9 +136,11 @@ fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
             vec![],
             vec![edge(vdevice.viommu)],
         ),
-        Object::Access(access) => {
-            let on = access.pinned_in.map(edge).into_iter().collect();
-            (String::new(), vec![], on)
+        Object::Access(_) | Object::Fault(_) | Object::HwQueue(_) => {
+            (String::new(), vec![], objects.holds(id).into_iter().map(edge).collect())
+        }
+        Object::Veventq(veventq) => {
+            (format!("type {:#x}", veventq.kind), vec![], vec![edge(veventq.viommu)])
         }
         #[cfg(feature = "selftest")]
         Object::Selftest(selftest) => (format!("of DEVICE {}", selftest.dev), vec![], vec![]),

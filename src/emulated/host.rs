@@ -3,21 +3,23 @@
 #![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 
 use super::bitmap;
+use super::context::Context;
 use super::device::DeviceConfig;
 use super::dma::DmaPort;
 use super::driver::{DriverInfo, OwnArray, OwnData, Partial, UserData};
+use super::event_file::{OpenFaultQueue, OpenVeventq};
 use super::graph::ObjectGraph;
 use super::ioas::Source;
 use super::machine::{Machine, MachineError, UnitId};
 use super::objects::{HwptRequest, MapRequest, Objects};
 use super::vtd::VtdUnit;
 use crate::iommufd::{
-    DirtyRange, Extensions, FaultSink, HostIommu, HwInfo, HwInfoData, HwptAlloc, InvalidateData,
-    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
-    ViommuKind,
+    DirtyRange, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo, HwInfoData,
+    HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, PageRequest,
+    Protection, Result, UserMemory, Verb, ViommuKind,
 };
 use crate::spec::pci::Bdf;
 
@@ -59,15 +61,13 @@ use crate::spec::pci::Bdf;
 /// ```
 #[derive(Debug)]
 pub struct EmulatedHost {
-    machine: Arc<Machine>,
-    objects: Mutex<Objects>,
+    context: Arc<Context>,
 }
 
 impl Machine {
     /// Opens an iommufd, which has no objects.
     pub fn open(self: &Arc<Self>) -> Arc<EmulatedHost> {
-        let objects = Mutex::new(Objects::new(self.clone()));
-        let host = Arc::new(EmulatedHost { machine: self.clone(), objects });
+        let host = Arc::new(EmulatedHost { context: Context::new(self.clone()) });
         #[cfg(feature = "selftest")]
         self.selftest.opened(&host);
         host
@@ -82,12 +82,12 @@ impl EmulatedHost {
 
     /// What it was opened on. More iommufds can be opened there.
     pub fn machine(&self) -> &Arc<Machine> {
-        &self.machine
+        self.context.machine()
     }
 
     /// Adds an IOMMU: [`Machine::add_unit`].
     pub fn add_unit(&self, unit: Arc<VtdUnit>) -> UnitId {
-        self.machine.add_unit(unit)
+        self.machine().add_unit(unit)
     }
 
     /// Adds a device: [`Machine::add_device`].
@@ -101,12 +101,12 @@ impl EmulatedHost {
         rid: Bdf,
         config: DeviceConfig,
     ) -> std::result::Result<(), MachineError> {
-        self.machine.add_device(name, unit, rid, config)
+        self.machine().add_device(name, unit, rid, config)
     }
 
     /// Where the DMA of a device enters its IOMMU: [`Machine::dma_port`].
     pub fn dma_port(&self, name: &str) -> Option<DmaPort> {
-        self.machine.dma_port(name)
+        self.machine().dma_port(name)
     }
 
     /// The objects and what leads to what, at one moment.
@@ -124,6 +124,27 @@ impl EmulatedHost {
         self.objects().pinned_bytes()
     }
 
+    /// The device `dev` asks for a page (PCI PRI). A group of requests is delivered with its last
+    /// one, to the fault queue of the HWPT that `dev` or its PASID is attached to.
+    ///
+    /// # Errors
+    /// `ENOENT` there is no such device; `EINVAL` the HWPT has no fault queue.
+    pub fn page_request(&self, dev: ObjectId, request: PageRequest) -> Result<()> {
+        let outcome = self.objects().page_request(dev, request);
+        outcome.map_err(|refusal| refusal.of(Verb::PageRequest, dev))
+    }
+
+    /// Something has happened to a vIOMMU, as its driver would report it: `data` in the layout that
+    /// vEVENTQs of type `kind` have.
+    ///
+    /// # Errors
+    /// `ENOENT` there is no such vIOMMU; `EOPNOTSUPP` it has no vEVENTQ of this type.
+    pub fn report_event(&self, viommu: ObjectId, kind: u32, data: &[u8]) -> Result<()> {
+        let events = self.objects().table().viommu(viommu).map(|viommu| viommu.events.clone());
+        let outcome = events.and_then(|events| events.report(kind, data));
+        outcome.map_err(|refusal| refusal.of(Verb::Vevent, viommu))
+    }
+
     /// Closes the iommufd: detaches and unbinds every device, telling the hardware first, then ends
     /// every object. IOMMUs and devices stay, so that it can be used again.
     pub fn close(&self) {
@@ -131,15 +152,14 @@ impl EmulatedHost {
         self.objects().close();
     }
 
+    /// What all files of the iommufd share.
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
     /// The objects, locked.
     pub(super) fn objects(&self) -> MutexGuard<'_, Objects> {
-        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for EmulatedHost {
-    fn drop(&mut self) {
-        self.close();
+        self.context.objects()
     }
 }
 
@@ -281,8 +301,27 @@ impl HostIommu for EmulatedHost {
             .map_err(|refusal| refusal.of(Verb::VdeviceAlloc, viommu))
     }
 
+    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
+        match OpenFaultQueue::new(&self.context) {
+            Ok(queue) => Ok(Arc::new(queue)),
+            Err(refusal) => Err(refusal.of(Verb::FaultQueueAlloc, None)),
+        }
+    }
+
+    fn veventq_alloc(
+        &self,
+        viommu: ObjectId,
+        kind: u32,
+        depth: u32,
+    ) -> Result<Arc<dyn EventQueue>> {
+        match OpenVeventq::new(&self.context, viommu, kind, depth) {
+            Ok(queue) => Ok(Arc::new(queue)),
+            Err(refusal) => Err(refusal.of(Verb::VeventqAlloc, viommu)),
+        }
+    }
+
     fn extensions(&self) -> Extensions {
-        self.machine.extensions()
+        self.machine().extensions()
     }
 
     fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Result<()> {

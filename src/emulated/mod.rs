@@ -9,18 +9,23 @@
 
 mod access;
 mod bitmap;
+mod context;
 mod device;
 mod dirty;
 mod dma;
 mod driver;
+mod event_file;
+mod events;
 mod gate;
 mod graph;
 mod hardware;
 mod host;
 mod ioas;
 mod machine;
+mod mmaps;
 mod objects;
 mod port_iommu;
+mod process;
 mod refusal;
 #[cfg(feature = "selftest")]
 mod selftest;
@@ -33,9 +38,11 @@ mod vtd;
 pub use access::{Access, AccessError, AccessUnmap};
 pub use device::DeviceConfig;
 pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};
+pub use event_file::EventFile;
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::EmulatedHost;
 pub use machine::{Machine, MachineError, UnitId};
+pub use mmaps::{MappedPages, MmapRequest};
 pub use objects::ObjectKind;
 pub use port_iommu::PortIommu;
 pub use vtd::{

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::emulated::refusal::Refusal;
-use crate::emulated::EmulatedHost;
 use crate::iommufd::{Errno, UserMemory};
 
 /// A pointer that leads to no memory of the user: `EFAULT`.
@@ -124,15 +123,6 @@ pub trait UserSpace: Debug + Send + Sync {
     fn file(&self, fd: i32) -> Option<Arc<File>> {
         let _ = fd;
         None
-    }
-
-    /// The iommufd that the process has open as `fd`.
-    ///
-    /// # Errors
-    /// `EBADF` nothing is open there; `EBADFD` something else is.
-    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
-        let _ = fd;
-        Err(Errno::EBADF)
     }
 
     /// Opens `file`, to be closed on exec, and gives its descriptor.

@@ -8,9 +8,9 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::{
-    DirtyRange, Extensions, FaultSink, HostIommu, HwInfo, HwptAlloc, InvalidateData,
-    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
-    ViommuKind,
+    DirtyRange, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo, HwptAlloc,
+    InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
+    UserMemory, Verb, ViommuKind,
 };
 
 /// Sees every host call after it returned.
@@ -215,6 +215,23 @@ impl HostIommu for CountedHost {
     fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
         self.call(Verb::VdeviceAlloc, Some(viommu), itself, |host| {
             host.vdevice_alloc(viommu, dev, virt_id)
+        })
+    }
+
+    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
+        let made = |queue: &Arc<dyn FaultQueue>| Some(queue.object());
+        self.call(Verb::FaultQueueAlloc, None, made, |host| host.fault_queue_alloc())
+    }
+
+    fn veventq_alloc(
+        &self,
+        viommu: ObjectId,
+        kind: u32,
+        depth: u32,
+    ) -> Result<Arc<dyn EventQueue>> {
+        let made = |queue: &Arc<dyn EventQueue>| Some(queue.object());
+        self.call(Verb::VeventqAlloc, Some(viommu), made, |host| {
+            host.veventq_alloc(viommu, kind, depth)
         })
     }
 

@@ -33,6 +33,8 @@ errnos! {
     ENOENT = 2,
     /// The hardware or the page tables could not be reached.
     EIO = 5,
+    /// There is nothing to map.
+    ENXIO = 6,
     /// An argument or a structure is larger than it may be, with something in the excess.
     E2BIG = 7,
     /// No such open file.
@@ -51,12 +53,16 @@ errnos! {
     ENODEV = 19,
     /// An argument is out of its domain.
     EINVAL = 22,
-    /// No such ioctl.
-    ENOTTY = 25,
     /// The process can have no more open files.
     EMFILE = 24,
+    /// No such ioctl.
+    ENOTTY = 25,
     /// No room is left in the address space or the table.
     ENOSPC = 28,
+    /// Not a whole number of records.
+    ESPIPE = 29,
+    /// A number is too large.
+    ERANGE = 34,
     /// Who should let go of something does not.
     EDEADLK = 35,
     /// The descriptor is of something else.
@@ -159,6 +165,16 @@ verbs! {
     ViommuAlloc => "VIOMMU_ALLOC",
     /// `IOMMU_VDEVICE_ALLOC`.
     VdeviceAlloc => "VDEVICE_ALLOC",
+    /// `IOMMU_FAULT_QUEUE_ALLOC`.
+    FaultQueueAlloc => "FAULT_QUEUE_ALLOC",
+    /// Reading a fault queue.
+    PageRequest => "PAGE_REQUEST",
+    /// Writing to a fault queue.
+    PageResponse => "PAGE_RESPONSE",
+    /// `IOMMU_VEVENTQ_ALLOC`.
+    VeventqAlloc => "VEVENTQ_ALLOC",
+    /// Reading a vEVENTQ.
+    Vevent => "VEVENT",
 }
 
 impl fmt::Display for Verb {

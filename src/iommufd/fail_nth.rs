@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::{
-    DirtyRange, Errno, Extensions, FaultSink, HostError, HostIommu, HwInfo, HwptAlloc,
-    InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
-    UserMemory, Verb, ViommuKind,
+    DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostIommu, HwInfo,
+    HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection,
+    Result, UserMemory, Verb, ViommuKind,
 };
 
 /// `inner`, with one call that fails without reaching it. For tests.
@@ -183,6 +183,21 @@ impl<H: HostIommu + ?Sized> HostIommu for FailNth<H> {
     fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
         self.count(Verb::VdeviceAlloc, Some(viommu))?;
         self.inner.vdevice_alloc(viommu, dev, virt_id)
+    }
+
+    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
+        self.count(Verb::FaultQueueAlloc, None)?;
+        self.inner.fault_queue_alloc()
+    }
+
+    fn veventq_alloc(
+        &self,
+        viommu: ObjectId,
+        kind: u32,
+        depth: u32,
+    ) -> Result<Arc<dyn EventQueue>> {
+        self.count(Verb::VeventqAlloc, Some(viommu))?;
+        self.inner.veventq_alloc(viommu, kind, depth)
     }
 
     fn extensions(&self) -> Extensions {

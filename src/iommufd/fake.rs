@@ -12,9 +12,10 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::{
-    DirtyRange, Errno, Extensions, FaultSink, HostError, HostFault, HostIommu, HwInfo, HwptAlloc,
-    HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
-    UserMemory, Verb, ViommuKind, VTD_INV_FLAGS_LEAF,
+    DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostFault,
+    HostIommu, HwInfo, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
+    ObjectId, PageRequestGroup, PageResponseCode, Protection, Readiness, Result, UserMemory, Verb,
+    Vevent, ViommuKind, VTD_INV_FLAGS_LEAF,
 };
 
 /// A host whose calls can be read back. See the [module](self).
@@ -41,6 +42,7 @@ struct State {
 #[derive(Debug, Clone)]
 enum Object {
     Ioas,
+    FaultQueue,
     Device { iommu: u32, info: HwInfo },
     Hwpt { pt: ObjectId, iommu: u32, pasid: bool },
 }
@@ -384,6 +386,24 @@ impl HostIommu for RecordingHost {
         self.call(Verb::VdeviceAlloc, Some(viommu), text, |_| Err::<ObjectId, _>(Errno::ENOENT))
     }
 
+    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
+        let insert = |state: &mut State| Ok(state.insert(Object::FaultQueue));
+        let queue = self.call(Verb::FaultQueueAlloc, None, String::new, insert)?;
+        Ok(Arc::new(SilentQueue(queue)))
+    }
+
+    fn veventq_alloc(
+        &self,
+        viommu: ObjectId,
+        kind: u32,
+        depth: u32,
+    ) -> Result<Arc<dyn EventQueue>> {
+        let text = || format!("{viommu:?} type {kind:#x} depth {depth}");
+        let none = |_: &mut State| Err::<ObjectId, _>(Errno::ENOENT);
+        let queue = self.call(Verb::VeventqAlloc, Some(viommu), text, none)?;
+        Ok(Arc::new(SilentQueue(queue)))
+    }
+
     fn extensions(&self) -> Extensions {
         self.extensions
     }
@@ -399,6 +419,43 @@ impl HostIommu for RecordingHost {
         }
         state.sinks.insert(dev, sink);
         Ok(())
+    }
+}
+
+/// A queue of devices that never ask for pages, and vIOMMUs that nothing happens to.
+#[derive(Debug)]
+struct SilentQueue(ObjectId);
+
+impl FaultQueue for SilentQueue {
+    fn object(&self) -> ObjectId {
+        self.0
+    }
+
+    fn next_group(&self) -> Result<Option<PageRequestGroup>> {
+        Ok(None)
+    }
+
+    fn respond(&self, cookie: u32, _: PageResponseCode) -> Result<()> {
+        let detail = format!("nothing was asked by the cookie {cookie}");
+        Err(HostError::new(Verb::PageResponse, self.0, Errno::EINVAL, detail))
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        watcher.changed(false);
+    }
+}
+
+impl EventQueue for SilentQueue {
+    fn object(&self) -> ObjectId {
+        self.0
+    }
+
+    fn next_event(&self) -> Result<Option<Vevent>> {
+        Ok(None)
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        watcher.changed(false);
     }
 }
 

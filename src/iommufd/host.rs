@@ -3,12 +3,12 @@
 
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use super::{
-    DirtyRange, Errno, Extensions, HostError, HostFault, HwInfo, HwptAlloc, InvalidateData,
-    InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result, UserMemory, Verb,
-    ViommuKind,
+    DirtyRange, Errno, EventQueue, Extensions, FaultQueue, HostError, HostFault, HwInfo, HwptAlloc,
+    InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection, Result,
+    UserMemory, Verb, ViommuKind,
 };
 
 /// Where a host delivers DMA faults.
@@ -170,6 +170,22 @@ pub trait HostIommu: Debug + Send + Sync {
     /// `ENOENT`; `EINVAL` the device is behind another physical IOMMU; `EEXIST` it has a vDEVICE or
     /// the id is taken.
     fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId>;
+
+    /// Makes a fault queue: it gets the page requests of devices while they are attached to HWPTs
+    /// that name it.
+    ///
+    /// # Errors
+    /// `ENOMEM`; `EMFILE`.
+    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>>;
+
+    /// Makes a vEVENTQ of `viommu` for events of one type (`enum iommu_veventq_type`), of which it
+    /// keeps up to `depth`.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` the default type; `EINVAL` no depth, or more than 2^19; `ENOENT`; `EEXIST` the
+    /// vIOMMU has one of this type.
+    fn veventq_alloc(&self, viommu: ObjectId, kind: u32, depth: u32)
+        -> Result<Arc<dyn EventQueue>>;
 
     /// What this host can do beyond the kernel's uAPI.
     fn extensions(&self) -> Extensions {

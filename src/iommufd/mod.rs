@@ -13,6 +13,7 @@ mod fail_nth;
 pub mod fake;
 mod host;
 mod memory;
+mod queues;
 mod types;
 
 pub use counted::{CountedHost, VerbCounters, VerbObserver};
@@ -20,4 +21,5 @@ pub use error::{Errno, HostError, Result, Verb};
 pub use fail_nth::FailNth;
 pub use host::{FaultSink, HostIommu};
 pub use memory::{UserMemory, UserMemoryError};
+pub use queues::{EventQueue, FaultQueue, PageRequestGroup, Readiness};
 pub use types::*;

@@ -273,3 +273,73 @@ pub struct HostFault {
     /// The fault is the host's own stage 2's, not that of tables the user owns.
     pub stage2: bool,
 }
+
+/// Flags of a page request (`enum iommu_hwpt_pgfault_flags`).
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct PageRequestFlags {
+    /// `IOMMU_PGFAULT_FLAGS_PASID_VALID`: the request had a PASID.
+    pub pasid_valid: bool,
+    /// `IOMMU_PGFAULT_FLAGS_LAST_PAGE`: the last one of its group.
+    pub last_page: bool,
+    #[bits(30)]
+    __: u32,
+}
+
+/// What a page request asks for (`enum iommu_hwpt_pgfault_perm`).
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct PageRequestPermissions {
+    /// `IOMMU_PGFAULT_PERM_READ`.
+    pub read: bool,
+    /// `IOMMU_PGFAULT_PERM_WRITE`.
+    pub write: bool,
+    /// `IOMMU_PGFAULT_PERM_EXEC`.
+    pub execute: bool,
+    /// `IOMMU_PGFAULT_PERM_PRIV`.
+    pub privileged: bool,
+    /// Bits that no version of the uAPI gives a meaning yet.
+    #[bits(28)]
+    pub unknown: u32,
+}
+
+/// A device asks for a page (`struct iommu_hwpt_pgfault`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRequest {
+    /// Which of the fields mean something.
+    pub flags: PageRequestFlags,
+    /// Its PASID, if it had one.
+    pub pasid: u32,
+    /// The number that the device gave its group.
+    pub group: u32,
+    /// What it wants to do.
+    pub permissions: PageRequestPermissions,
+    /// The IOVA, in bytes.
+    pub address: u64,
+}
+
+/// What a device is told of its page requests (`enum iommufd_page_response_code`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageResponseCode {
+    /// `IOMMUFD_PAGE_RESP_SUCCESS`: it may try again.
+    Success,
+    /// `IOMMUFD_PAGE_RESP_INVALID`: it cannot have the page.
+    Invalid,
+}
+
+/// What is read from a vEVENTQ (`struct iommufd_vevent_header` and what follows it).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Vevent {
+    /// Something happened to the vIOMMU.
+    Event {
+        /// Its number, one more than that of the event before, modulo 2^31.
+        sequence: u32,
+        /// What happened, in the layout of the queue's type.
+        data: Vec<u8>,
+    },
+    /// `IOMMU_VEVENTQ_FLAG_LOST_EVENTS`: there was no room for the last events.
+    Lost {
+        /// The number of the last one.
+        sequence: u32,
+    },
+}

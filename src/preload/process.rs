@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use twostage::emulated::uapi::{Credentials, UserFault, UserSpace};
+use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
 use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
 
@@ -110,16 +110,6 @@ impl UserSpace for Process {
         writable.or_else(|_| File::open(self.link(fd))).ok().map(Arc::new)
     }
 
-    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
-        let own = self.socket(fd).and_then(|inode| state::current().own(inode));
-        match own.as_ref().and_then(|own| own.file.as_iommufd()) {
-            Some(host) => Ok(host.clone()),
-            // Another process's is of another machine.
-            None if self.has_open(fd) => Err(Errno::from_raw(libc::EBADFD)),
-            None => Err(Errno::from_raw(libc::EBADF)),
-        }
-    }
-
     fn credentials(&self) -> Credentials {
         let (accounts, pid) = (&state::current().accounts, if self.own { 0 } else { self.pid });
         // One that is gone, or that this one may not look at, has no rights.
@@ -135,9 +125,22 @@ impl UserSpace for Process {
     }
 }
 
+impl uapi::Process for Process {
+    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        let own = self.socket(fd).and_then(|inode| state::current().own(inode));
+        match own.as_ref().and_then(|own| own.file.as_iommufd()) {
+            Some(host) => Ok(host.clone()),
+            // Another process's is of another machine.
+            None if self.has_open(fd) => Err(Errno::from_raw(libc::EBADFD)),
+            None => Err(Errno::from_raw(libc::EBADF)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use twostage::emulated::uapi::Process as _;
 
     #[test]
     fn pointers_that_lead_nowhere_are_faults() {

@@ -17,6 +17,7 @@ mod vtd_tables;
 
 use std::any::Any;
 use std::fmt::Debug;
+use std::fs::File;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 
@@ -27,9 +28,13 @@ pub(crate) use vtd::{CacheTags, VtdDriver};
 
 use super::device::{Requester, Slot};
 use super::dirty::DirtyLog;
+use super::events::ViommuEvents;
 use super::refusal::{refuse, Outcome, Refusal};
 use super::stage2::Stage2;
-use crate::iommufd::{iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId};
+use crate::iommufd::{
+    iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest,
+    PageResponseCode, UserMemory,
+};
 
 /// What `GET_HW_INFO` says of an IOMMU.
 #[derive(Debug, Clone, PartialEq)]
@@ -135,6 +140,38 @@ pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
 
     /// The guest no longer knows a device as `virt_id`.
     fn vdevice_destroy(&self, _virt_id: u64) {}
+
+    /// Whether it has hardware queues of this type.
+    fn has_hw_queue(&self, _kind: u32) -> bool {
+        false
+    }
+
+    /// Starts a hardware queue of a type that it has. Gives the queue that this one needs, which
+    /// then cannot be destroyed before it.
+    ///
+    /// # Errors
+    /// The driver's own.
+    fn hw_queue_init(&self, _queue: &HwQueueRequest<'_>) -> Outcome<Option<ObjectId>> {
+        refuse(Errno::EOPNOTSUPP, "the vIOMMU has no hardware queues")
+    }
+
+    /// Stops the hardware queue `id`.
+    fn hw_queue_destroy(&self, _id: ObjectId) {}
+}
+
+/// Arguments of `IOMMU_HW_QUEUE_ALLOC` that are the driver's.
+#[derive(Debug)]
+pub(crate) struct HwQueueRequest<'a> {
+    /// The object.
+    pub id: ObjectId,
+    /// The type, by the uAPI's number.
+    pub kind: u32,
+    /// The number of the queue within its vIOMMU.
+    pub index: u32,
+    /// The guest's address of it, in bytes.
+    pub base: u64,
+    /// Its memory, which stays where it is; of one piece.
+    pub memory: &'a UserMemory,
 }
 
 /// Arguments of `IOMMU_VIOMMU_ALLOC` that are the driver's.
@@ -147,6 +184,11 @@ pub(crate) struct ViommuRequest<'a> {
     pub parent: &'a Arc<dyn PagingDomain>,
     /// The driver's structure; none when the user gave none.
     pub data: Option<&'a dyn UserData>,
+    /// Where the vIOMMU reports what happens to it, at any time.
+    pub events: &'a Arc<ViommuEvents>,
+    /// Offers pages of the vIOMMU to the user: of a file, from its first byte on, with their
+    /// length in bytes. Gives the offset that the user maps them at.
+    pub mmap: &'a dyn Fn(Arc<File>, u64) -> Outcome<u64>,
 }
 
 /// The driver of one physical IOMMU.
@@ -227,6 +269,16 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
 
     /// Blocks all DMA of `device`, before anything is attached to it.
     fn block(&self, device: &Requester);
+
+    /// Whether the user's own tables say which page table a PASID of a device has that is attached
+    /// to a nested one: page requests of PASIDs then go to that.
+    fn user_pasid_table(&self) -> bool {
+        false
+    }
+
+    /// Answers a group of page requests of `device`, the last of which was `request`. Called with
+    /// a fault queue locked.
+    fn page_response(&self, _device: &Requester, _request: &PageRequest, _code: PageResponseCode) {}
 
     /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
     /// that was cached through it. When it returns no DMA uses what was unmapped, and none writes

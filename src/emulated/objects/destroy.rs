@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `IOMMU_DESTROY`, and closing the whole iommufd.
 
+use std::iter;
+
 use super::table::Table;
 use super::vfio_compat::VfioCompat;
 use super::{Object, Objects};
@@ -15,14 +17,18 @@ impl Objects {
     /// The objects that `id` holds, once for each way it does.
     pub fn holds(&self, id: ObjectId) -> Vec<ObjectId> {
         match self.table.get(id) {
-            None | Some(Object::Ioas(_)) => Vec::new(),
-            Some(Object::HwptPaging(hwpt)) => vec![hwpt.ioas],
-            Some(Object::HwptNested(hwpt)) => vec![hwpt.viommu.unwrap_or(hwpt.parent)],
+            None | Some(Object::Ioas(_) | Object::Fault(_)) => Vec::new(),
+            Some(Object::HwptPaging(hwpt)) => iter::once(hwpt.ioas).chain(hwpt.fault).collect(),
+            Some(Object::HwptNested(hwpt)) => {
+                iter::once(hwpt.viommu.unwrap_or(hwpt.parent)).chain(hwpt.fault).collect()
+            }
             Some(Object::Device(_)) => {
                 self.attachments_of(id).into_iter().map(|(_, hwpt)| hwpt).collect()
             }
             Some(Object::Viommu(viommu)) => vec![viommu.parent],
             Some(Object::Vdevice(vdevice)) => vec![vdevice.viommu, vdevice.dev],
+            Some(Object::Veventq(veventq)) => vec![veventq.viommu],
+            Some(Object::HwQueue(queue)) => iter::once(queue.viommu).chain(queue.needs).collect(),
             Some(Object::Access(access)) => access.pinned_in.into_iter().collect(),
             #[cfg(feature = "selftest")]
             Some(Object::Selftest(_)) => Vec::new(),
@@ -37,6 +43,7 @@ impl Objects {
         if self.table.users(id) != 0 {
             return refuse(Errno::EBUSY, self.in_use(id));
         }
+        let holds = self.holds(id);
         match object {
             // No HWPT and no access object is left, so no hardware has seen the mappings and
             // nothing is pinned.
@@ -50,17 +57,16 @@ impl Objects {
                     self.unfill(ioas)?;
                 }
                 self.align(ioas)?;
-                self.table.release(ioas);
             }
-            Object::HwptNested(hwpt) => {
-                let holds = hwpt.viommu.unwrap_or(hwpt.parent);
-                self.table.release(holds);
-            }
-            Object::Viommu(viommu) => {
-                let parent = viommu.parent;
-                self.table.release(parent);
-            }
+            Object::HwptNested(_) => {}
+            Object::Viommu(_) => self.mmaps.remove(id),
             Object::Vdevice(_) => self.forget_vdevice(id)?,
+            // No attachment is left whose page requests wait.
+            Object::Fault(_) => {}
+            Object::Veventq(veventq) => {
+                self.table.viommu(veventq.viommu)?.events.remove(veventq.kind);
+            }
+            Object::HwQueue(_) => self.stop_hw_queue(id)?,
             // Held by whoever made it until it is attached to nothing.
             Object::Access(_) => {}
             #[cfg(feature = "selftest")]
@@ -68,12 +74,19 @@ impl Objects {
             // Always held by its driver, so never here.
             Object::Device(_) => return refuse(Errno::EBUSY, "a device is ended by closing it"),
         }
+        self.release_all(holds);
         self.table.remove(id);
         Ok(())
     }
 
+    /// Counts one user less of each.
+    pub(super) fn release_all(&mut self, ids: Vec<ObjectId>) {
+        ids.into_iter().for_each(|id| self.table.release(id));
+    }
+
     /// Closing `/dev/iommu`: devices are detached and unbound first, so that the hardware is told
-    /// before anything it uses goes; then every object that nothing uses, until none is left.
+    /// before anything it uses goes; queues are closed and pages unmapped; then every object that
+    /// nothing uses ends, until none is left.
     pub fn close(&mut self) {
         let devices = |(id, object): (ObjectId, &Object)| match object {
             Object::Device(_) => Some(id),
@@ -82,6 +95,12 @@ impl Objects {
         for dev in self.table.iter().filter_map(devices).collect::<Vec<_>>() {
             // Fails only for an id that is no device.
             let _ = self.device_unbind(dev);
+        }
+        for id in self.table.iter().map(|(id, _)| id).collect::<Vec<_>>() {
+            self.close_queue(id);
+        }
+        for (id, count) in std::mem::take(&mut self.mapped) {
+            (0..count).for_each(|_| self.table.release(id));
         }
         // What holds is younger than what it holds unless ids were reused; each pass ends at least
         // the objects that nothing holds.

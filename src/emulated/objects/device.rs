@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices: bind, attach, replace, detach, unbind.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 
 use super::group::Attachment;
@@ -9,13 +10,15 @@ use crate::emulated::device::{Requester, Slot};
 use crate::emulated::driver::DriverInfo;
 use crate::emulated::machine::Part;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId};
+use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
 
 /// A bound device.
 #[derive(Debug)]
 pub(crate) struct Device {
     pub part: Arc<Part>,
     pub vdevice: Option<ObjectId>,
+    /// Page requests of groups whose last one is still to come, oldest first.
+    pub page_requests: Vec<PageRequest>,
 }
 
 /// How a slot gets a page table.
@@ -40,7 +43,7 @@ impl Objects {
     /// `VFIO_DEVICE_BIND_IOMMUFD`: the device is blocked from here on.
     pub fn device_bind(&mut self, name: &str) -> Outcome<ObjectId> {
         let part = self.machine.claim(name, self.context)?;
-        let device = Device { part: part.clone(), vdevice: None };
+        let device = Device { part: part.clone(), vdevice: None, page_requests: Vec::new() };
         let dev = self.table.insert(Object::Device(device)).inspect_err(|_| {
             self.machine.release(name);
         })?;
@@ -116,7 +119,7 @@ impl Objects {
         if !attachment.devices.remove(&dev) {
             return Ok(());
         }
-        let hwpt = attachment.hwpt;
+        let (hwpt, id) = (attachment.hwpt, attachment.id);
         if attachment.devices.is_empty() {
             group.slots.remove(&slot);
             if group.slots.is_empty() {
@@ -125,6 +128,7 @@ impl Objects {
             let domain = self.domain(hwpt)?;
             let members = self.members(part.group, slot)?;
             part.driver.detach(&requesters(&members), slot, &domain);
+            self.end_page_requests(hwpt, id)?;
         }
         if slot.is_none() {
             let ioas = self.stage2_of(hwpt)?.ioas;
@@ -273,8 +277,9 @@ impl Objects {
         if slot.is_none() {
             self.reserve_regions(dev, ioas)?;
         }
+        let id = self.next_attachment();
         let slots = &mut self.groups.entry(part.group).or_default().slots;
-        let new = || Attachment { hwpt, by: dev, devices: Default::default() };
+        let new = || Attachment { id, hwpt, by: dev, devices: BTreeSet::new() };
         slots.entry(slot).or_insert_with(new).devices.insert(dev);
         self.table.hold(hwpt);
         Ok(())
@@ -289,14 +294,17 @@ impl Objects {
         hwpt: ObjectId,
         ioas: ObjectId,
     ) -> Outcome<()> {
+        let id = self.next_attachment();
         let Some(attachment) =
             self.groups.get_mut(&part.group).and_then(|group| group.slots.get_mut(&slot))
         else {
             return Ok(());
         };
         let old = std::mem::replace(&mut attachment.hwpt, hwpt);
+        let ended = std::mem::replace(&mut attachment.id, id);
         attachment.by = dev;
         let devices = attachment.devices.clone();
+        self.end_page_requests(old, ended)?;
         let before = self.stage2_of(old)?.ioas;
         for dev in &devices {
             self.table.hold(hwpt);

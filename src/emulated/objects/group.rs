@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Objects;
 use crate::emulated::device::Slot;
+use crate::emulated::events::AttachmentId;
 use crate::emulated::machine::{GroupId, Part};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
@@ -19,6 +20,8 @@ pub(crate) struct Group {
 /// One HWPT in one slot of a group.
 #[derive(Debug)]
 pub(crate) struct Attachment {
+    /// Its page requests are answered when it ends.
+    pub id: AttachmentId,
     pub hwpt: ObjectId,
     /// The device that was told to come here: page requests of the slot are told under its id.
     pub by: ObjectId,

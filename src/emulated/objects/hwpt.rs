@@ -21,6 +21,7 @@ pub(crate) struct HwptPaging {
     pub flags: HwptFlags,
     /// Made by an attachment to the IOAS; vanishes with its last attachment.
     pub automatic: bool,
+    pub fault: Option<ObjectId>,
 }
 
 /// A HWPT_NESTED: tables that the user owns, on top of a HWPT_PAGING. It has no IOAS of its own.
@@ -33,6 +34,7 @@ pub(crate) struct HwptNested {
     /// The driver's half.
     pub domain: Arc<dyn NestedDomain>,
     pub flags: HwptFlags,
+    pub fault: Option<ObjectId>,
 }
 
 /// Arguments of `IOMMU_HWPT_ALLOC`.
@@ -64,13 +66,13 @@ impl Objects {
             Some(Object::Ioas(_)) => {
                 let domain = self.paging_domain(&part, request.flags, request.data)?;
                 self.check_room(request.pt, &*domain)?;
-                check_fault_queue(request)?;
-                self.add_paging(request.pt, domain, request.flags, false)
+                let fault = self.fault_queue(request)?;
+                self.add_paging(request.pt, domain, request.flags, fault, false)
             }
             Some(Object::HwptPaging(_)) => {
                 let domain = self.nested_on_parent(&part, request)?;
-                check_fault_queue(request)?;
-                self.add_nested(request.pt, None, request.flags, domain)
+                let fault = self.fault_queue(request)?;
+                self.add_nested(request.pt, None, request.flags, fault, domain)
             }
             Some(Object::Viommu(viommu)) => {
                 if viommu.unit != part.unit {
@@ -85,8 +87,8 @@ impl Objects {
                 let (flags, data) = nested_arguments(request)?;
                 let parent = viommu.parent;
                 let domain = viommu.driver.alloc_nested(flags, data)?;
-                check_fault_queue(request)?;
-                self.add_nested(parent, Some(request.pt), request.flags, domain)
+                let fault = self.fault_queue(request)?;
+                self.add_nested(parent, Some(request.pt), request.flags, fault, domain)
             }
             Some(other) => {
                 let kind = other.kind();
@@ -102,7 +104,7 @@ impl Objects {
         let part = self.table.device(dev)?.part.clone();
         let domain = self.paging_domain(&part, HwptFlags::new(), None)?;
         self.check_room(ioas, &*domain)?;
-        self.add_paging(ioas, domain, HwptFlags::new(), true)
+        self.add_paging(ioas, domain, HwptFlags::new(), None, true)
     }
 
     /// The page table that the driver of a device makes for `flags`.
@@ -140,10 +142,11 @@ impl Objects {
         ioas: ObjectId,
         domain: Arc<dyn PagingDomain>,
         flags: HwptFlags,
+        fault: Option<ObjectId>,
         automatic: bool,
     ) -> Outcome<ObjectId> {
         let reserved = outside(&domain.aperture());
-        let hwpt = HwptPaging { ioas, domain: domain.clone(), flags, automatic };
+        let hwpt = HwptPaging { ioas, domain: domain.clone(), flags, automatic, fault };
         let id = self.table.insert(Object::HwptPaging(hwpt))?;
         if let Err(refusal) = self.fill(ioas, &*domain) {
             self.table.remove(id);
@@ -153,6 +156,7 @@ impl Objects {
         object.hwpts.push(id);
         object.space.reserve(id, &reserved);
         self.table.hold(ioas);
+        fault.into_iter().for_each(|fault| self.table.hold(fault));
         self.align(ioas)?;
         Ok(id)
     }
@@ -179,12 +183,26 @@ impl Objects {
         parent: ObjectId,
         viommu: Option<ObjectId>,
         flags: HwptFlags,
+        fault: Option<ObjectId>,
         domain: Arc<dyn NestedDomain>,
     ) -> Outcome<ObjectId> {
-        let hwpt = HwptNested { parent, viommu, domain, flags };
+        let hwpt = HwptNested { parent, viommu, domain, flags, fault };
         let id = self.table.insert(Object::HwptNested(hwpt))?;
         self.table.hold(viommu.unwrap_or(parent));
+        fault.into_iter().for_each(|fault| self.table.hold(fault));
         Ok(id)
+    }
+
+    /// The fault queue that a HWPT is to have.
+    fn fault_queue(&self, request: &HwptRequest<'_>) -> Outcome<Option<ObjectId>> {
+        let fault = request.fault.filter(|_| request.flags.fault_id_valid());
+        match fault {
+            None if request.flags.fault_id_valid() => {
+                refuse(Errno::ENOENT, "no fault queue is named")
+            }
+            None => Ok(None),
+            Some(fault) => self.table.fault(fault).map(|_| Some(fault)),
+        }
     }
 
     /// The HWPT_PAGING whose IOAS `hwpt` translates to: itself, or its parent.
@@ -237,12 +255,4 @@ fn nested_arguments<'a>(request: &HwptRequest<'a>) -> Outcome<(HwptFlags, &'a dy
         Some(data) => Ok((flags, data)),
         None => refuse(Errno::EOPNOTSUPP, "a HWPT_NESTED needs data"),
     }
-}
-
-/// There are no fault queues yet, so none can be named.
-fn check_fault_queue(request: &HwptRequest<'_>) -> Outcome<()> {
-    if request.flags.fault_id_valid() {
-        return refuse(Errno::ENOENT, format!("there is no fault queue {:?}", request.fault));
-    }
-    Ok(())
 }

@@ -10,8 +10,10 @@ mod accounting;
 mod destroy;
 mod device;
 mod dirty;
+mod events;
 mod fill;
 mod group;
+mod hw_queue;
 mod hwpt;
 mod invalidate;
 mod ioas;
@@ -28,6 +30,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(crate) use access::Wanted;
+pub(crate) use hw_queue::HwQueueArguments;
 pub(crate) use hwpt::HwptRequest;
 pub(crate) use invalidate::MAX_INVALIDATE_ENTRIES;
 pub(crate) use ioas::MapRequest;
@@ -37,6 +40,8 @@ pub(crate) use unmap::{Stop, Unmap};
 
 use super::ioas::{PinAccount, RlimitMode};
 use super::machine::{ContextId, GroupId, Machine};
+use super::mmaps::Mmaps;
+use crate::iommufd::ObjectId;
 use group::Group;
 use table::Table;
 use vfio_compat::VfioCompat;
@@ -59,6 +64,11 @@ pub(crate) struct Objects {
     vfio: VfioCompat,
     /// How often the iommufd was closed: object ids from before mean nothing.
     closed: u64,
+    last_attachment: u64,
+    /// What drivers offer the user to map.
+    mmaps: Mmaps,
+    /// How often the user has pages of an object mapped; no count is 0.
+    mapped: BTreeMap<ObjectId, u32>,
 }
 
 impl Objects {
@@ -73,12 +83,42 @@ impl Objects {
             rlimit_mode: RlimitMode::default(),
             vfio: VfioCompat::default(),
             closed: 0,
+            last_attachment: 0,
+            mmaps: Mmaps::default(),
+            mapped: BTreeMap::new(),
         }
     }
 
     /// The objects.
     pub fn table(&self) -> &Table {
         &self.table
+    }
+
+    /// What the user can map.
+    pub fn mmaps(&self) -> &Mmaps {
+        &self.mmaps
+    }
+
+    /// The user has mapped pages of `owner` once more.
+    pub fn map_pages(&mut self, epoch: u64, owner: ObjectId) {
+        if epoch == self.closed {
+            *self.mapped.entry(owner).or_default() += 1;
+            self.table.hold(owner);
+        }
+    }
+
+    /// The user has unmapped pages of `owner`.
+    pub fn unmap_pages(&mut self, epoch: u64, owner: ObjectId) {
+        match self.mapped.get_mut(&owner) {
+            Some(count) if epoch == self.closed => {
+                *count -= 1;
+                if *count == 0 {
+                    self.mapped.remove(&owner);
+                }
+                self.table.release(owner);
+            }
+            _ => {}
+        }
     }
 
     /// Changes when the iommufd is closed, and with it every object id.

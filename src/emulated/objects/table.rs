@@ -6,6 +6,8 @@ use std::fmt;
 
 use super::access::Access;
 use super::device::Device;
+use super::events::{Fault, Veventq};
+use super::hw_queue::HwQueue;
 use super::hwpt::{HwptNested, HwptPaging};
 use super::ioas::Ioas;
 #[cfg(feature = "selftest")]
@@ -42,6 +44,15 @@ pub enum ObjectKind {
     /// A user of an IOAS without an IOMMU.
     #[cfg_attr(feature = "serde", serde(rename = "ACCESS"))]
     Access,
+    /// A queue of page requests.
+    #[cfg_attr(feature = "serde", serde(rename = "FAULT"))]
+    Fault,
+    /// A queue of events of a vIOMMU.
+    #[cfg_attr(feature = "serde", serde(rename = "VEVENTQ"))]
+    Veventq,
+    /// A queue that a vIOMMU's hardware reads by itself.
+    #[cfg_attr(feature = "serde", serde(rename = "HW_QUEUE"))]
+    HwQueue,
     /// What keeps a mock device bound.
     #[cfg(feature = "selftest")]
     #[cfg_attr(feature = "serde", serde(rename = "SELFTEST"))]
@@ -58,6 +69,9 @@ impl fmt::Display for ObjectKind {
             Self::Viommu => "VIOMMU",
             Self::Vdevice => "VDEVICE",
             Self::Access => "ACCESS",
+            Self::Fault => "FAULT",
+            Self::Veventq => "VEVENTQ",
+            Self::HwQueue => "HW_QUEUE",
             #[cfg(feature = "selftest")]
             Self::Selftest => "SELFTEST",
         })
@@ -74,6 +88,9 @@ pub(crate) enum Object {
     Viommu(Viommu),
     Vdevice(Vdevice),
     Access(Access),
+    Fault(Fault),
+    Veventq(Veventq),
+    HwQueue(HwQueue),
     #[cfg(feature = "selftest")]
     Selftest(Selftest),
 }
@@ -88,6 +105,9 @@ impl Object {
             Self::Viommu(_) => ObjectKind::Viommu,
             Self::Vdevice(_) => ObjectKind::Vdevice,
             Self::Access(_) => ObjectKind::Access,
+            Self::Fault(_) => ObjectKind::Fault,
+            Self::Veventq(_) => ObjectKind::Veventq,
+            Self::HwQueue(_) => ObjectKind::HwQueue,
             #[cfg(feature = "selftest")]
             Self::Selftest(_) => ObjectKind::Selftest,
         }
@@ -105,7 +125,7 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     entries: BTreeMap<ObjectId, Entry>,
-    /// Ids below `next` that are free.
+    /// Ids below the highest that are free.
     free: BTreeSet<u32>,
     /// The highest id ever given out.
     highest: u32,
@@ -117,16 +137,23 @@ impl Table {
     /// # Errors
     /// `ENOMEM` every id is taken.
     pub fn insert(&mut self, object: Object) -> Outcome<ObjectId> {
-        let id = match self.free.pop_first() {
-            Some(id) => id,
-            None if self.highest < MAX_ID => {
-                self.highest += 1;
-                self.highest
-            }
-            None => return refuse(Errno::ENOMEM, "every object id is taken"),
-        };
-        self.entries.insert(ObjectId(id), Entry { object, users: 0 });
-        Ok(ObjectId(id))
+        let id = self.next_id()?;
+        self.free.remove(&id.0);
+        self.highest = self.highest.max(id.0);
+        self.entries.insert(id, Entry { object, users: 0 });
+        Ok(id)
+    }
+
+    /// The id that the next object gets.
+    ///
+    /// # Errors
+    /// `ENOMEM` every id is taken.
+    pub fn next_id(&self) -> Outcome<ObjectId> {
+        match self.free.first() {
+            Some(id) => Ok(ObjectId(*id)),
+            None if self.highest < MAX_ID => Ok(ObjectId(self.highest + 1)),
+            None => refuse(Errno::ENOMEM, "every object id is taken"),
+        }
     }
 
     /// Removes an object. Its id is free again.
@@ -145,6 +172,11 @@ impl Table {
     /// The object `id`.
     pub fn get(&self, id: ObjectId) -> Option<&Object> {
         self.entries.get(&id).map(|entry| &entry.object)
+    }
+
+    /// The object `id`, to change it.
+    pub fn get_mut(&mut self, id: ObjectId) -> Option<&mut Object> {
+        self.entries.get_mut(&id).map(|entry| &mut entry.object)
     }
 
     /// How many users `id` has.
@@ -217,6 +249,7 @@ typed! {
     viommu => Viommu;
     vdevice => Vdevice;
     access => Access;
+    fault => Fault;
 }
 
 #[cfg(feature = "selftest")]

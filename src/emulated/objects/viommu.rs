@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::{Object, Objects};
 use crate::emulated::driver::{UserData, ViommuDriver, ViommuRequest};
+use crate::emulated::events::ViommuEvents;
 use crate::emulated::machine::UnitId;
+use crate::emulated::mmaps::Mmap;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
@@ -22,6 +24,8 @@ pub(crate) struct Viommu {
     pub parent: ObjectId,
     /// The driver's half.
     pub driver: Arc<dyn ViommuDriver>,
+    /// Where the driver reports what happens to it.
+    pub events: Arc<ViommuEvents>,
 }
 
 /// A device as a vIOMMU knows it.
@@ -58,12 +62,22 @@ impl Objects {
                 format!("HWPT_PAGING {hwpt} was not allocated with NEST_PARENT"),
             );
         }
-        let request = ViommuRequest { kind, device: &part.requester, parent: &parent.domain, data };
-        let driver = part.driver.alloc_viommu(&request)?;
-        let viommu = Viommu { kind, unit: part.unit, parent: hwpt, driver };
-        let viommu = self.table.insert(Object::Viommu(viommu))?;
+        let (id, events) = (self.table.next_id()?, Arc::default());
+        let mmap = |file, length| self.mmaps.add(Mmap { owner: id, length, file });
+        let request = ViommuRequest {
+            kind,
+            device: &part.requester,
+            parent: &parent.domain,
+            data,
+            events: &events,
+            mmap: &mmap,
+        };
+        let driver = part.driver.alloc_viommu(&request);
+        let driver = driver.inspect_err(|_| self.mmaps.remove(id))?;
+        let viommu = Viommu { kind, unit: part.unit, parent: hwpt, driver, events };
+        let id = self.table.insert(Object::Viommu(viommu))?;
         self.table.hold(hwpt);
-        Ok(viommu)
+        Ok(id)
     }
 
     /// `IOMMU_VDEVICE_ALLOC`.
@@ -106,17 +120,16 @@ impl Objects {
     /// Ends a vDEVICE because its device is gone.
     pub(super) fn end_vdevice(&mut self, id: ObjectId) -> Outcome<()> {
         self.forget_vdevice(id)?;
+        self.release_all(self.holds(id));
         self.table.remove_leaving_tombstone(id);
         Ok(())
     }
 
-    /// Undoes what a vDEVICE holds.
+    /// Has the driver and the device forget a vDEVICE.
     pub(super) fn forget_vdevice(&mut self, id: ObjectId) -> Outcome<()> {
         let &Vdevice { viommu, dev, virt_id } = self.table.vdevice(id)?;
         self.table.viommu(viommu)?.driver.vdevice_destroy(virt_id);
         self.table.device_mut(dev)?.vdevice = None;
-        self.table.release(viommu);
-        self.table.release(dev);
         Ok(())
     }
 }

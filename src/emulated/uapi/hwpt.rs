@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ioctls of HWPTs, vIOMMUs and vDEVICEs, and `IOMMU_GET_HW_INFO`.
+//! The ioctls of HWPTs, and `IOMMU_GET_HW_INFO`.
 
 use std::mem::{offset_of, size_of};
 
@@ -8,7 +8,7 @@ use iommufd_bindings::*;
 use super::argument::Argument;
 use super::user_data::{PointedArray, PointedData};
 use super::{UserFault, UserSpace};
-use crate::emulated::driver::{DriverInfo, Partial, UserData};
+use crate::emulated::driver::{DriverInfo, Partial};
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::objects::{HwptRequest, MAX_INVALIDATE_ENTRIES};
 use crate::emulated::refusal::{refuse, Outcome};
@@ -111,42 +111,6 @@ pub(super) fn invalidate(
     };
     argument.set_u32(COUNT, done);
     outcome
-}
-
-pub(super) fn viommu(
-    host: &EmulatedHost,
-    argument: &mut Argument,
-    user: &dyn UserSpace,
-) -> Outcome<()> {
-    // Linux does not look at the reserved field.
-    argument.flags(offset_of!(iommu_viommu_alloc, flags), 0)?;
-    let kind = argument.u32(offset_of!(iommu_viommu_alloc, type_));
-    let length = argument.u32(offset_of!(iommu_viommu_alloc, data_len));
-    let data = PointedData {
-        user,
-        data_type: kind,
-        length,
-        address: argument.u64(offset_of!(iommu_viommu_alloc, data_uptr)),
-    };
-    let data = (length != 0).then_some(&data as &dyn UserData);
-    let dev = argument.id(offset_of!(iommu_viommu_alloc, dev_id));
-    let hwpt = argument.id(offset_of!(iommu_viommu_alloc, hwpt_id));
-    let id = host.objects().viommu_alloc(kind, dev, hwpt, data)?;
-    argument.set_u32(offset_of!(iommu_viommu_alloc, out_viommu_id), id.0);
-    Ok(())
-}
-
-pub(super) fn vdevice(
-    host: &EmulatedHost,
-    argument: &mut Argument,
-    _: &dyn UserSpace,
-) -> Outcome<()> {
-    let viommu = argument.id(offset_of!(iommu_vdevice_alloc, viommu_id));
-    let dev = argument.id(offset_of!(iommu_vdevice_alloc, dev_id));
-    let virt_id = argument.u64(offset_of!(iommu_vdevice_alloc, virt_id));
-    let id = host.objects().vdevice_alloc(viommu, dev, virt_id)?;
-    argument.set_u32(offset_of!(iommu_vdevice_alloc, out_vdevice_id), id.0);
-    Ok(())
 }
 
 /// Writes as much of `data` as there is `room` for, and zeroes into the rest of the room.

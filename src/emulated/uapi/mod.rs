@@ -9,6 +9,7 @@
 
 mod argument;
 mod dirty;
+mod events;
 mod hwpt;
 mod ioas;
 mod option;
@@ -17,7 +18,9 @@ mod tests;
 mod user_data;
 mod vfio;
 mod vfio_compat;
+mod viommu;
 
+pub use super::process::Process;
 #[cfg(feature = "selftest")]
 pub use super::user_space::TestFile;
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
@@ -29,7 +32,7 @@ use std::mem::{offset_of, size_of};
 
 use iommufd_bindings::*;
 
-use super::refusal::{refuse, Outcome};
+use super::refusal::Outcome;
 #[cfg(feature = "selftest")]
 use super::selftest;
 use super::EmulatedHost;
@@ -42,7 +45,7 @@ struct Operation {
     size: usize,
     /// Size of its first version, in bytes.
     min_size: usize,
-    run: fn(&EmulatedHost, &mut Argument, &dyn UserSpace) -> Outcome<()>,
+    run: fn(&EmulatedHost, &mut Argument, &dyn Process) -> Outcome<()>,
 }
 
 /// The operation `number` on the structure `$type`, whose first version ended after `$last`.
@@ -52,7 +55,7 @@ macro_rules! operation {
             number: $number,
             size: size_of::<$type>(),
             min_size: offset_of!($type, $last) + size_of::<$field>(),
-            run: $run,
+            run: |host, argument, process| $run(host, argument, process),
         }
     };
 }
@@ -98,18 +101,18 @@ static OPERATIONS: [Operation; 21] = [
         __reserved: u32,
         hwpt::invalidate
     ),
-    operation!(IOMMUFD_CMD_FAULT_QUEUE_ALLOC, iommu_fault_alloc, out_fault_fd: u32, not_served),
+    operation!(IOMMUFD_CMD_FAULT_QUEUE_ALLOC, iommu_fault_alloc, out_fault_fd: u32, events::fault_queue),
     operation!(IOMMUFD_CMD_IOAS_MAP_FILE, iommu_ioas_map_file, iova: u64, ioas::map_file),
-    operation!(IOMMUFD_CMD_VIOMMU_ALLOC, iommu_viommu_alloc, out_viommu_id: u32, hwpt::viommu),
-    operation!(IOMMUFD_CMD_VDEVICE_ALLOC, iommu_vdevice_alloc, virt_id: u64, hwpt::vdevice),
+    operation!(IOMMUFD_CMD_VIOMMU_ALLOC, iommu_viommu_alloc, out_viommu_id: u32, viommu::alloc),
+    operation!(IOMMUFD_CMD_VDEVICE_ALLOC, iommu_vdevice_alloc, virt_id: u64, viommu::vdevice),
     operation!(
         IOMMUFD_CMD_IOAS_CHANGE_PROCESS,
         iommu_ioas_change_process,
         __reserved: u32,
         ioas::change_process
     ),
-    operation!(IOMMUFD_CMD_VEVENTQ_ALLOC, iommu_veventq_alloc, out_veventq_fd: u32, not_served),
-    operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, not_served),
+    operation!(IOMMUFD_CMD_VEVENTQ_ALLOC, iommu_veventq_alloc, out_veventq_fd: u32, viommu::event_queue),
+    operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, viommu::hw_queue),
 ];
 
 /// The operation on what has `number`.
@@ -127,7 +130,7 @@ static SELFTEST: Operation = Operation {
     number: IOMMUFD_CMD_BASE + selftest::COMMAND,
     size: selftest::SIZE,
     min_size: selftest::MIN_SIZE,
-    run: selftest::run,
+    run: |host, argument, process| selftest::run(host, argument, process),
 };
 
 /// `_IO(IOMMUFD_TYPE, number)`: no direction and no size.
@@ -139,16 +142,16 @@ impl EmulatedHost {
     /// `ioctl(2)` on `/dev/iommu`.
     ///
     /// `argument` is the memory that the third parameter points to, as much of it as the process
-    /// may access; pointers in it are addresses of `user`. `user` must not call the host.
+    /// may access; pointers in it are addresses of `process`, which must not call the host but to
+    /// drop a file.
     ///
     /// # Errors
-    /// Linux's. `EOPNOTSUPP` also for ioctls that the emulated host does not serve: fault and
-    /// event queues.
+    /// Linux's.
     pub fn ioctl(
         &self,
         request: u32,
         argument: &mut [u8],
-        user: &dyn UserSpace,
+        process: &dyn Process,
     ) -> Result<(), Errno> {
         let Some(operation) = operation(request & 0xff) else {
             return Err(Errno::ENOTTY);
@@ -158,7 +161,7 @@ impl EmulatedHost {
             return Err(Errno::ENOTTY);
         }
         let mut copy = Argument::copy_in(argument, size, operation.size, operation.min_size)?;
-        let outcome = (operation.run)(self, &mut copy, user);
+        let outcome = (operation.run)(self, &mut copy, process);
         if outcome.is_ok() || copy.is_answer() {
             copy.copy_out(argument, size);
         }
@@ -167,8 +170,4 @@ impl EmulatedHost {
             refusal.errno
         })
     }
-}
-
-fn not_served(_: &EmulatedHost, _: &mut Argument, _: &dyn UserSpace) -> Outcome<()> {
-    refuse(Errno::EOPNOTSUPP, "the emulated host does not serve this ioctl")
 }

@@ -5,9 +5,10 @@ use std::mem::{offset_of, size_of};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::argument::Argument;
-use super::UserSpace;
+use super::Process;
+use crate::emulated::context::Context;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::{EmulatedHost, Machine};
+use crate::emulated::Machine;
 use crate::iommufd::{Errno, ObjectId};
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
@@ -60,7 +61,7 @@ pub struct DeviceFile {
 /// for as long as a device is bound to it.
 #[derive(Debug, Clone)]
 struct Bound {
-    host: Arc<EmulatedHost>,
+    context: Arc<Context>,
     epoch: u64,
     dev: ObjectId,
 }
@@ -68,7 +69,7 @@ struct Bound {
 impl Bound {
     /// Whether the iommufd has not been closed by force since.
     fn lives(&self) -> bool {
-        self.host.objects().epoch() == self.epoch
+        self.context.objects().epoch() == self.epoch
     }
 }
 
@@ -85,7 +86,7 @@ impl Machine {
 }
 
 impl DeviceFile {
-    /// `ioctl(2)` on the device. Descriptors in the argument are `user`'s.
+    /// `ioctl(2)` on the device. Descriptors in the argument are `process`'s.
     ///
     /// # Errors
     /// Linux's; `EINVAL` for all but binding before the device is bound.
@@ -93,11 +94,11 @@ impl DeviceFile {
         &self,
         request: u32,
         argument: &mut [u8],
-        user: &dyn UserSpace,
+        process: &dyn Process,
     ) -> Result<(), Errno> {
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = match (request, bound.clone().filter(Bound::lives)) {
-            (BIND_IOMMUFD, living) => self.bind(living.is_some(), &mut bound, argument, user),
+            (BIND_IOMMUFD, living) => self.bind(living.is_some(), &mut bound, argument, process),
             (_, None) => refuse(Errno::EINVAL, "the device is not bound"),
             (ATTACH_IOMMUFD_PT, Some(bound)) => attach(&bound, argument),
             (DETACH_IOMMUFD_PT, Some(bound)) => detach(&bound, argument),
@@ -114,7 +115,7 @@ impl DeviceFile {
         living: bool,
         bound: &mut Option<Bound>,
         argument: &mut [u8],
-        user: &dyn UserSpace,
+        process: &dyn Process,
     ) -> Outcome<()> {
         const MIN_SIZE: usize = offset_of!(Bind, token_uuid_ptr);
         let declared = size(argument)?;
@@ -127,7 +128,7 @@ impl DeviceFile {
         if living {
             return refuse(Errno::EINVAL, "the device is bound already");
         }
-        let host = user
+        let host = process
             .iommufd(iommufd)
             .or_else(|errno| refuse(errno, format!("descriptor {iommufd}")))?;
         if !Arc::ptr_eq(host.machine(), &self.machine) {
@@ -144,7 +145,7 @@ impl DeviceFile {
         };
         let epoch = objects.epoch();
         drop(objects);
-        *bound = Some(Bound { host, epoch, dev });
+        *bound = Some(Bound { context: host.context().clone(), epoch, dev });
         copy.set_u32(offset_of!(Bind, out_devid), dev.0);
         copy.copy_out(argument, declared);
         Ok(())
@@ -154,7 +155,7 @@ impl DeviceFile {
 fn attach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
     let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
     let pt = argument.id(offset_of!(Attach, pt_id));
-    let hwpt = bound.host.objects().device_attach(bound.dev, pasid, pt)?;
+    let hwpt = bound.context.objects().device_attach(bound.dev, pasid, pt)?;
     argument.set_u32(offset_of!(Attach, pt_id), hwpt.0);
     argument.copy_out(user, offset_of!(Attach, pasid));
     Ok(())
@@ -162,7 +163,7 @@ fn attach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
 
 fn detach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
     let (_, pasid) = slot(user, offset_of!(Detach, pasid))?;
-    bound.host.objects().device_detach(bound.dev, pasid)
+    bound.context.objects().device_detach(bound.dev, pasid)
 }
 
 impl Drop for DeviceFile {
@@ -170,7 +171,7 @@ impl Drop for DeviceFile {
         let bound = self.bound.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(bound) = bound.filter(Bound::lives) {
             // Fails only when somebody else unbound the device.
-            let _ = bound.host.objects().device_unbind(bound.dev);
+            let _ = bound.context.objects().device_unbind(bound.dev);
         }
     }
 }

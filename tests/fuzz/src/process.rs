@@ -5,7 +5,9 @@ use std::fs::File;
 use std::sync::{Arc, OnceLock};
 
 use iommufd_bindings::*;
-use twostage::emulated::uapi::{Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
+use twostage::emulated::uapi::{
+    self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace,
+};
 use twostage::emulated::{
     AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit,
     VtdUnitConfig,
@@ -299,12 +301,14 @@ impl UserSpace for Caller {
         None
     }
 
+    fn credentials(&self) -> Credentials {
+        self.who.clone()
+    }
+}
+
+impl uapi::Process for Caller {
     fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
         let number = usize::try_from(fd).map_err(|_| Errno::EBADF)?;
         self.iommufds.get(number).cloned().ok_or(Errno::EBADF)
-    }
-
-    fn credentials(&self) -> Credentials {
-        self.who.clone()
     }
 }

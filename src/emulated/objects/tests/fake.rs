@@ -12,7 +12,8 @@ use crate::emulated::stage2::Stage2;
 use crate::emulated::{DeviceConfig, EmulatedHost, Machine, UnitId};
 use crate::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HostIommu, HwptAlloc,
-    HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
+    HwptData, HwptFlags, MapTarget, ObjectId, PageRequest, PageResponseCode, Protection,
+    UserMemory,
 };
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{Cap, Ecap};
@@ -33,10 +34,11 @@ pub enum Told {
 pub struct Fake {
     pub info: iommu_hw_info_vtd,
     pub pasid_bits: u8,
-    /// Its driver has vIOMMUs of one type, as no driver of VT-d has.
+    /// Its driver has vIOMMUs of one type and page requests, as no driver of VT-d has.
     pub viommus: bool,
     pub extensions: Extensions,
     told: Mutex<Vec<Told>>,
+    answered: Mutex<Vec<(u64, PageResponseCode)>>,
 }
 
 impl Fake {
@@ -64,12 +66,22 @@ impl Fake {
             viommus: false,
             extensions: Extensions { guest_second_stage: true, fault_reports: true },
             told: Mutex::default(),
+            answered: Mutex::default(),
         }
     }
 
     /// What it was told since the last time it was asked.
     pub fn told(&self) -> Vec<Told> {
         std::mem::take(&mut self.told.lock().unwrap())
+    }
+
+    /// Which addresses were asked for and answered since the last time it was asked, and how.
+    pub fn answered(&self) -> Vec<(u64, PageResponseCode)> {
+        std::mem::take(&mut self.answered.lock().unwrap())
+    }
+
+    pub fn answer(&self, request: &PageRequest, code: PageResponseCode) {
+        self.answered.lock().unwrap().push((request.address, code));
     }
 
     fn tell(&self, told: Told) {
@@ -128,7 +140,7 @@ fn add_hardware(machine: &Machine, fake: &Arc<Fake>) -> UnitId {
     let driver = VtdDriver::new(fake.clone(), machine.cache_tags());
     match fake.viommus {
         false => machine.add_driver(Arc::new(driver)),
-        true => machine.add_driver(Arc::new(WithViommus(Arc::new(driver)))),
+        true => machine.add_driver(Arc::new(WithViommus::new(driver, fake))),
     }
 }
 

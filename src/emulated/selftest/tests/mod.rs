@@ -31,6 +31,8 @@ struct Caller {
     files: Arc<Mutex<Vec<Arc<dyn TestFile>>>>,
 }
 
+impl crate::emulated::uapi::Process for Caller {}
+
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
         Arc::new(self.clone())

@@ -119,13 +119,3 @@ fn a_shorter_structure_is_extended_with_zeroes_and_answered_in_its_own_size() {
     assert_eq!(u32_at(&bytes, 16), 3, "out_hwpt_id");
     assert_eq!(bytes[24..], [0xff; 16], "data_type and what follows were not looked at");
 }
-
-#[test]
-fn what_is_not_served_says_so() {
-    let process = Process::new();
-    for number in
-        [IOMMUFD_CMD_FAULT_QUEUE_ALLOC, IOMMUFD_CMD_VEVENTQ_ALLOC, IOMMUFD_CMD_HW_QUEUE_ALLOC]
-    {
-        assert_eq!(process.errno(number, &[D(0); 15]), Errno::EOPNOTSUPP, "{number:#x}");
-    }
-}

@@ -4,7 +4,7 @@
 use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Field, Process, D, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::{Bench, Fake, Told, PARENT, PLAIN};
+use crate::emulated::objects::tests::fake::{Told, PARENT, PLAIN};
 use crate::iommufd::{Errno, HostIommu, ObjectId};
 
 const NOBODY: ObjectId = ObjectId(99);
@@ -145,33 +145,4 @@ fn invalidate_always_says_how_many_entries_are_done() {
     let told = process.bench.fake.told();
     let count = told.iter().filter(|told| matches!(told, Told::Invalidate(..))).count();
     assert_eq!(count, 5, "those that were done, and no other");
-}
-
-#[test]
-fn viommus_and_vdevices_by_their_bytes() {
-    let process = Process::of(Bench::of(Fake::with_viommus(), Fake::able()));
-    let (dev, far, ioas) =
-        (process.bench.bind("a"), process.bench.bind("far"), process.bench.ioas());
-    let parent = process.bench.paging(dev, ioas, PARENT).unwrap();
-    // flags, type, dev, hwpt, out, data_len, reserved, data_uptr
-    let alloc = |flags, kind, dev, hwpt| {
-        let fields = [D(flags), D(kind), id(dev), id(hwpt), D(0), D(0), D(9), Q(0)];
-        process.call(IOMMUFD_CMD_VIOMMU_ALLOC, &fields).map(|answer| u32_at(&answer, 20))
-    };
-    assert_eq!(alloc(1, 1, NOBODY, NOBODY), Err(Errno::EOPNOTSUPP));
-    assert_eq!(alloc(0, 0, NOBODY, NOBODY), Err(Errno::EOPNOTSUPP));
-    assert_eq!(alloc(0, 7, NOBODY, NOBODY), Err(Errno::ENOENT));
-    assert_eq!(alloc(0, 7, dev, NOBODY), Err(Errno::EOPNOTSUPP));
-    assert_eq!(alloc(0, 1, far, NOBODY), Err(Errno::EOPNOTSUPP), "a VT-d");
-    assert_eq!(alloc(0, 1, dev, NOBODY), Err(Errno::ENOENT));
-    let viommu = alloc(0, 1, dev, parent).unwrap();
-    let vdevice = |viommu, dev, virt_id| {
-        let fields = [D(viommu), id(dev), D(0), Q(virt_id)];
-        process.call(IOMMUFD_CMD_VDEVICE_ALLOC, &fields).map(|answer| u32_at(&answer, 12))
-    };
-    assert_eq!(vdevice(99, NOBODY, 0), Err(Errno::ENOENT));
-    assert_eq!(vdevice(viommu, far, 0), Err(Errno::EINVAL));
-    let made = vdevice(viommu, dev, !0).unwrap();
-    assert_eq!(vdevice(viommu, dev, 0), Err(Errno::EEXIST));
-    process.call(IOMMUFD_CMD_DESTROY, &[D(made)]).unwrap();
 }

@@ -2,19 +2,22 @@
 //! The byte-level rules, one ioctl a file.
 
 mod dirty;
+mod events;
 mod generic;
 mod hwpt;
 mod ioas;
 mod vfio;
 mod vfio_compat;
+mod viommu;
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
 use crate::emulated::objects::tests::fake::Bench;
+use crate::emulated::EventFile;
 use crate::iommufd::{Errno, ObjectId, UserMemory};
 
 /// A field of an argument.
@@ -33,7 +36,11 @@ struct Process {
     /// Open files by descriptor.
     files: Vec<(i32, Arc<File>)>,
     who: Credentials,
+    /// Queues that are open, from descriptor 10 on; none when there is room for none.
+    queues: Option<Queues>,
 }
+
+type Queues = Arc<Mutex<Vec<EventFile>>>;
 
 /// The process as the host sees it.
 #[derive(Debug)]
@@ -41,12 +48,22 @@ struct Caller {
     space: RegionSpace,
     files: Vec<(i32, Arc<File>)>,
     who: Credentials,
+    queues: Option<Queues>,
+}
+
+impl super::Process for Caller {
+    fn install(&self, file: EventFile) -> Result<i32, Errno> {
+        let mut queues = self.queues.as_ref().ok_or(Errno::EMFILE)?.lock().unwrap();
+        queues.push(file);
+        Ok(9 + queues.len() as i32)
+    }
 }
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
-        let Self { space, files, who } = self;
-        Arc::new(Self { space: space.clone(), files: files.clone(), who: who.clone() })
+        let Self { space, files, who, queues } = self;
+        let (space, files, who) = (space.clone(), files.clone(), who.clone());
+        Arc::new(Self { space, files, who, queues: queues.clone() })
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -83,12 +100,12 @@ impl Process {
         let region = GuestRegionMmap::from_range(GuestAddress(0), MEMORY as usize, None).unwrap();
         let region = Arc::new(region);
         let (space, who) = (RegionSpace::new(vec![region.clone()]), Credentials::privileged());
-        Self { bench, space, region, files: Vec::new(), who }
+        Self { bench, space, region, files: Vec::new(), who, queues: Some(Queues::default()) }
     }
 
     fn caller(&self) -> Caller {
         let (space, files) = (self.space.clone(), self.files.clone());
-        Caller { space, files, who: self.who.clone() }
+        Caller { space, files, who: self.who.clone(), queues: self.queues.clone() }
     }
 
     /// Address of the byte at `offset` of the memory.
