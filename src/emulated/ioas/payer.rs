@@ -18,20 +18,14 @@ pub(crate) enum RlimitMode {
     Process,
 }
 
-/// On whose account some pages are pinned.
+/// On whose account some pages are pinned; nobody's when no limit applied to who mapped them.
 #[derive(Debug)]
-pub(crate) struct Payer {
-    who: Credentials,
-    /// None for a process without a limit.
-    mode: Option<RlimitMode>,
-}
+pub(crate) struct Payer(Option<(Credentials, RlimitMode)>);
 
 impl Payer {
     /// Who pays for pages of `source`.
     pub fn of(source: &Source, mode: RlimitMode) -> Self {
-        let who = source.credentials().unwrap_or_else(Credentials::privileged);
-        let mode = (!who.ipc_lock).then_some(mode);
-        Self { who, mode }
+        Self(source.credentials().filter(|who| !who.ipc_lock).map(|who| (who, mode)))
     }
 
     /// Pays for `bytes` more; `source` knows the limit as it is now.
@@ -39,8 +33,9 @@ impl Payer {
     /// # Errors
     /// `ENOMEM` the limit is reached.
     pub fn charge(&self, source: &Source, bytes: u64) -> Outcome<()> {
+        let Some(account) = self.account() else { return Ok(()) };
         let limit = source.credentials().map_or(u64::MAX, |now| now.memlock_limit);
-        self.lock(bytes, limit)
+        lock(account, bytes, limit)
     }
 
     /// Pays no longer for `bytes`.
@@ -52,13 +47,13 @@ impl Payer {
 
     /// Who would pay in place of this one if the pages were `who`'s; none when that is no change.
     pub fn successor(&self, who: &Credentials) -> Option<Self> {
-        let same_process = Arc::ptr_eq(&self.who.process, &who.process);
-        let same = match self.mode {
-            None => true,
-            Some(RlimitMode::User) => Arc::ptr_eq(&self.who.user, &who.user) && same_process,
-            Some(RlimitMode::Process) => same_process,
+        let Self(Some((old, mode))) = self else { return None };
+        let same_process = Arc::ptr_eq(&old.process, &who.process);
+        let same = match mode {
+            RlimitMode::User => Arc::ptr_eq(&old.user, &who.user) && same_process,
+            RlimitMode::Process => same_process,
         };
-        (!same).then(|| Self { who: who.clone(), mode: self.mode })
+        (!same).then(|| Self(Some((who.clone(), *mode))))
     }
 
     /// Pays for `bytes` with the limit as it was when this payer was made.
@@ -66,23 +61,23 @@ impl Payer {
     /// # Errors
     /// `ENOMEM` the limit is reached.
     pub fn take_over(&self, bytes: u64) -> Outcome<()> {
-        self.lock(bytes, self.who.memlock_limit)
-    }
-
-    fn lock(&self, bytes: u64, limit: u64) -> Outcome<()> {
-        match self.account() {
-            Some(account) if !account.lock(bytes, limit) => {
-                refuse(Errno::ENOMEM, format!("{bytes:#x} bytes more pass the memory-lock limit"))
-            }
+        match (self.account(), &self.0) {
+            (Some(account), Some((who, _))) => lock(account, bytes, who.memlock_limit),
             _ => Ok(()),
         }
     }
 
     fn account(&self) -> Option<&LockedMemory> {
-        match self.mode {
-            None => None,
-            Some(RlimitMode::User) => Some(&self.who.user),
-            Some(RlimitMode::Process) => Some(&self.who.process),
-        }
+        self.0.as_ref().map(|(who, mode)| match mode {
+            RlimitMode::User => &*who.user,
+            RlimitMode::Process => &*who.process,
+        })
     }
+}
+
+fn lock(account: &LockedMemory, bytes: u64, limit: u64) -> Outcome<()> {
+    if !account.lock(bytes, limit) {
+        return refuse(Errno::ENOMEM, format!("{bytes:#x} bytes more pass the memory-lock limit"));
+    }
+    Ok(())
 }
