@@ -64,10 +64,10 @@ impl Migration {
         let parent = alloc(flags, ioas, HwptData::None);
         // One table of each level, which maps every page to itself.
         for level in 0..TABLES - 1 {
-            write(&memory, level * PAGE, (level + 1) * PAGE | 7);
+            write(&memory, level * PAGE, ((level + 1) * PAGE) | 7);
         }
         for page in 0..PAGES {
-            write(&memory, (TABLES - 1) * PAGE + page * 8, page * PAGE | 7);
+            write(&memory, (TABLES - 1) * PAGE + page * 8, (page * PAGE) | 7);
         }
         let tables = HwptData::VtdS1(iommu_hwpt_vtd_s1 { addr_width: 48, ..Default::default() });
         let hwpt = if nested { alloc(HwptFlags::new(), parent, tables) } else { parent };
