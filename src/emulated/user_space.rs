@@ -61,6 +61,8 @@ pub struct Credentials {
     pub user: Arc<LockedMemory>,
     /// What the process has locked. Two processes are the same when this is the same object.
     pub process: Arc<LockedMemory>,
+    /// What the process has pinned, locked on whichever account or on none.
+    pub pinned: Arc<LockedMemory>,
     /// `RLIMIT_MEMLOCK`, in bytes.
     pub memlock_limit: u64,
     /// `CAP_IPC_LOCK`: no limit applies to what the process maps.
@@ -77,6 +79,7 @@ impl Credentials {
         Self {
             user: Arc::default(),
             process: Arc::default(),
+            pinned: Arc::default(),
             memlock_limit: u64::MAX,
             ipc_lock: true,
             sys_resource: true,

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use twostage::emulated::uapi::LockedMemory;
 
+use crate::process::Pinned;
+
 type Book = Mutex<BTreeMap<u32, Weak<LockedMemory>>>;
 
 /// What users and processes have locked. An account that locks nothing is not kept.
@@ -14,6 +16,7 @@ type Book = Mutex<BTreeMap<u32, Weak<LockedMemory>>>;
 pub struct Accounts {
     users: Book,
     processes: Book,
+    pinned: Book,
 }
 
 impl Accounts {
@@ -25,6 +28,16 @@ impl Accounts {
     /// The account of the process `pid`.
     pub fn process(&self, pid: i32) -> Arc<LockedMemory> {
         account(&self.processes, pid.unsigned_abs())
+    }
+
+    /// What the process `pid` has pinned, on whichever account.
+    pub fn pinned(&self, pid: i32) -> Arc<LockedMemory> {
+        account(&self.pinned, pid.unsigned_abs())
+    }
+
+    /// What is pinned of the process `pid`.
+    pub fn pinned_of(&self, pid: i32) -> Pinned {
+        Pinned { pinned: self.pinned(pid).bytes(), locked: self.process(pid).bytes() }
     }
 }
 

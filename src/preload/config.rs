@@ -169,6 +169,11 @@ impl Config {
             if !self.iommu.iter().any(|iommu| iommu.name == device.iommu) {
                 return of(&format_args!("there is no IOMMU '{}'", device.iommu));
             }
+            let elsewhere = |other: &&Device| other.iommu != device.iommu;
+            let same_group = self.device.iter().filter(|other| other.group == device.group);
+            if device.group.is_some() && same_group.filter(elsewhere).count() > 0 {
+                return of(&"its group has devices behind another IOMMU");
+            }
             if let Err(error) = device.rid() {
                 return of(&error);
             }
@@ -223,6 +228,14 @@ mod tests {
             (unit.replace("vtd", "amd"), "unknown variant"),
             (device.to_owned(), "no IOMMU 'a'"),
             (format!("{unit}{device}{device}"), "two of that number"),
+            (
+                format!(
+                    "{unit}{}{device}group = 1\n{}group = 1\n",
+                    unit.replace("'a'", "'b'"),
+                    device.replace("'a'", "'b'").replace("vfio = 0", "vfio = 1")
+                ),
+                "behind another IOMMU",
+            ),
             (format!("{unit}{device}reserved = [[2, 1]]\n"), "is above"),
             (format!("{unit}{device}").replace("00:04.0", "00:04.9"), "not a PCI address"),
         ] {

@@ -9,15 +9,16 @@
 use std::mem::size_of;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use twostage::emulated::uapi::{DeviceFile, UserSpace};
+use twostage::emulated::uapi::{self, DeviceFile, UserSpace};
 use twostage::iommufd::Errno;
 
+use crate::caller::Caller;
 use crate::edu::{Edu, BAR_SIZE};
-use crate::file::{Argument, Call, Excess, File};
+use crate::file::{Answer, Argument, Call, Excess, File};
 use crate::process::Process;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
-const fn request(n: u32) -> u32 {
+pub const fn request(n: u32) -> u32 {
     (b';' as u32) << 8 | (100 + n)
 }
 
@@ -71,11 +72,35 @@ impl Device {
         Self { name, file, state: Mutex::new(function) }
     }
 
+    /// Binds it to the iommufd that `process` has, whichever number it names.
+    ///
+    /// # Errors
+    /// As `VFIO_DEVICE_BIND_IOMMUFD`.
+    pub fn bind(&self, process: &dyn uapi::Process) -> Result<(), Errno> {
+        // argsz, flags, iommufd, out_devid
+        let mut argument: Vec<u8> =
+            [16u32, 0, 0, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
+        self.file.ioctl(BIND_IOMMUFD, &mut argument, process)?;
+        self.function().bound = true;
+        Ok(())
+    }
+
+    /// Attaches it to `pt`.
+    ///
+    /// # Errors
+    /// As `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
+    pub fn attach(&self, pt: u32, process: &dyn uapi::Process) -> Result<(), Errno> {
+        // argsz, flags, pt_id
+        let mut argument: Vec<u8> = [12, 0, pt].into_iter().flat_map(u32::to_ne_bytes).collect();
+        self.file.ioctl(ATTACH_IOMMUFD_PT, &mut argument, process)
+    }
+
     fn function(&self) -> MutexGuard<'_, Function> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ioctl(&self, process: &Process, request: u32, address: u64) -> Result<i64, Errno> {
+    fn ioctl(&self, caller: &Caller, request: u32, address: u64) -> Result<i64, Errno> {
+        let process = caller.process();
         match request {
             BIND_IOMMUFD | ATTACH_IOMMUFD_PT | DETACH_IOMMUFD_PT => {}
             _ if !self.function().bound => return Err(Errno::EINVAL),
@@ -90,7 +115,7 @@ impl Device {
             _ => return Err(Errno::ENOTTY),
         }
         let mut argument = Argument::copy_in(process, address, Excess::Ignored)?;
-        self.file.ioctl(request, &mut argument.bytes, process)?;
+        self.file.ioctl(request, &mut argument.bytes, caller)?;
         argument.copy_out(process)?;
         if request == BIND_IOMMUFD {
             self.function().bound = true;
@@ -176,24 +201,26 @@ impl File for Device {
         self.name.clone()
     }
 
-    fn call(&self, process: &Process, call: Call) -> Result<i64, Errno> {
+    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+        let process = caller.process();
         // vfio-pci moves no more than that at once to a BAR, and says how much it did.
         let piece = |count: u64| vec![0; count.min(size_of::<u64>() as u64) as usize];
-        match call {
-            Call::Ioctl { request, argument } => self.ioctl(process, request, argument),
+        let done = match call {
+            Call::Ioctl { request, argument } => self.ioctl(caller, request, argument)?,
             Call::Read { to, count, offset } => {
                 let mut bytes = piece(count);
                 self.access(offset.unwrap_or(0), &mut bytes, false)?;
                 process.write(to, &bytes).map_err(|_| Errno::EFAULT)?;
-                Ok(bytes.len() as i64)
+                bytes.len() as i64
             }
             Call::Write { from, count, offset } => {
                 let mut bytes = piece(count);
                 process.read(from, &mut bytes).map_err(|_| Errno::EFAULT)?;
                 self.access(offset.unwrap_or(0), &mut bytes, true)?;
-                Ok(bytes.len() as i64)
+                bytes.len() as i64
             }
-        }
+        };
+        Ok(done.into())
     }
 }
 

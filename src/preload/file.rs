@@ -2,14 +2,15 @@
 //! What an emulated file can do, and who asks for it.
 
 use std::fmt::Debug;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use twostage::emulated::uapi::UserSpace;
-use twostage::emulated::EmulatedHost;
+use twostage::emulated::{EmulatedHost, MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
+use crate::caller::Caller;
 use crate::process::Process;
+use crate::state::Own;
 
 /// A call on a descriptor. Addresses are the caller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,13 +23,19 @@ pub enum Call {
     Write { from: u64, count: u64, offset: Option<u64> },
 }
 
-/// What a mapping of an emulated file shows: `offset` bytes into a file of the kernel's.
-#[derive(Debug)]
-pub struct Window {
-    /// The file.
-    pub file: OwnedFd,
-    /// Where in it, in bytes.
-    pub offset: u64,
+/// What a call came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// What it returns.
+    pub value: i64,
+    /// A message of the owner's is to be taken from the descriptor: see [`crate::events`].
+    pub take_message: bool,
+}
+
+impl From<i64> for Answer {
+    fn from(value: i64) -> Self {
+        Self { value, take_message: false }
+    }
 }
 
 /// An emulated file that is open. Dropping it closes it.
@@ -36,19 +43,30 @@ pub trait File: Debug + Send + Sync {
     /// What it is called, for logs and to be recognised by.
     fn name(&self) -> String;
 
-    /// Answers a call that `process` makes.
+    /// Answers a call of `caller`.
     ///
     /// # Errors
     /// Linux's.
-    fn call(&self, process: &Process, call: Call) -> Result<i64, Errno>;
+    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno>;
 
-    /// What `length` bytes at `offset` of the file are, for `mmap(2)`.
+    /// It is this process's now, as `own`.
+    fn opened(&self, own: &Arc<Own>) {
+        let _ = own;
+    }
+
+    /// What to map in place of the file (`mmap(2)`).
     ///
     /// # Errors
     /// Linux's; `ENODEV` for a file that cannot be mapped.
-    fn window(&self, offset: u64, length: u64) -> Result<Window, Errno> {
-        let _ = (offset, length);
+    fn map(&self, request: MmapRequest) -> Result<MappedPages, Errno> {
+        let _ = request;
         Err(Errno::ENODEV)
+    }
+
+    /// The file of a test operation that it is.
+    #[cfg(feature = "selftest")]
+    fn as_test_file(&self) -> Option<&Arc<dyn twostage::emulated::uapi::TestFile>> {
+        None
     }
 
     /// The iommufd that it is.

@@ -4,11 +4,11 @@
 
 use std::sync::Arc;
 
-use twostage::emulated::EmulatedHost;
+use twostage::emulated::{EmulatedHost, MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
-use crate::file::{Argument, Call, Excess, File};
-use crate::process::Process;
+use crate::caller::Caller;
+use crate::file::{Answer, Argument, Call, Excess, File};
 
 /// Ioctls from this number on are iommufd's own (`IOMMUFD_CMD_BASE`); those below are VFIO's.
 const FIRST_OWN: u32 = 0x80;
@@ -32,17 +32,22 @@ impl File for Iommufd {
         self.name.to_owned()
     }
 
-    fn call(&self, process: &Process, call: Call) -> Result<i64, Errno> {
+    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+        let process = caller.process();
         let Call::Ioctl { request, argument } = call else { return Err(Errno::EINVAL) };
-        let excess = match request & 0xff {
-            number if number >= FIRST_OWN => Excess::Zero,
-            _ => Excess::Ignored,
-        };
-        let mut argument = Argument::copy_in(process, argument, excess)?;
-        let result = self.host.ioctl(request, &mut argument.bytes, process);
+        if request & 0xff < FIRST_OWN {
+            let result = self.host.vfio_ioctl(request, argument, caller)?;
+            return Ok(i64::from(result).into());
+        }
+        let mut argument = Argument::copy_in(process, argument, Excess::Zero)?;
+        let result = self.host.ioctl(request, &mut argument.bytes, caller);
         // Some answers come with an error.
         argument.copy_out(process)?;
-        result.map(|()| 0)
+        result.map(|()| 0.into())
+    }
+
+    fn map(&self, request: MmapRequest) -> Result<MappedPages, Errno> {
+        self.host.mmap(request)
     }
 
     fn as_iommufd(&self) -> Option<&Arc<EmulatedHost>> {

@@ -39,20 +39,27 @@
 #![cfg_attr(test, allow(dead_code))]
 
 mod accounts;
+mod caller;
 mod config;
 mod device;
 mod edu;
+mod events;
 mod file;
+mod group;
 mod hooks;
 mod iommufd;
 mod logger;
 mod maps;
 mod next;
 mod pins;
+mod proc_status;
 mod process;
 mod remote;
 mod service;
 mod state;
 mod sys;
 mod table;
+#[cfg(feature = "selftest")]
+mod test_file;
+mod windows;
 mod world;

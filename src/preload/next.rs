@@ -1,27 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The functions that the hooks stand in front of: those of the next library.
 //!
-//! One is called as it is. Where it is not known (early in the start of a process, while another
-//! thread looks for it, in a libc that lacks it) the system call is made instead.
+//! One is called as it is. Where it is not known (the search itself gets here, or libc lacks it) the
+//! system call is made instead.
 
 use std::ffi::{c_char, c_int, c_ulong, c_void, CStr};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use libc::{iovec, mode_t, off64_t, size_t, ssize_t, syscall, AT_FDCWD};
 
-/// Finds `name` in the libraries after this one, once. Null also while a search is under way, so
-/// that one that needs memory, and through it one of our hooks, does not start another.
+/// Finds `name` in the libraries after this one, once. Null when this thread is searching already (a
+/// search that needs memory, and through it one of our hooks, does not start another), or when a
+/// search of another thread does not end: that thread was not forked.
 fn find(found: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
-    static SEARCHING: AtomicBool = AtomicBool::new(false);
-    let known = found.load(Ordering::Acquire);
-    if !known.is_null() || SEARCHING.swap(true, Ordering::Acquire) {
-        return known;
+    /// The thread that searches; 0 for none.
+    static SEARCHER: AtomicUsize = AtomicUsize::new(0);
+    const PATIENCE: usize = 1 << 24;
+    // SAFETY: the call has no preconditions.
+    let this = unsafe { libc::pthread_self() } as usize;
+    let mut turns = 0;
+    loop {
+        let known = found.load(Ordering::Acquire);
+        if !known.is_null() || SEARCHER.load(Ordering::Relaxed) == this || turns == PATIENCE {
+            return known;
+        }
+        let free = SEARCHER.compare_exchange(0, this, Ordering::Acquire, Ordering::Relaxed);
+        if free.is_ok() {
+            break;
+        }
+        turns += 1;
+        std::hint::spin_loop();
     }
     // SAFETY: the name is a C string, and a library may ask for RTLD_NEXT.
     let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
     found.store(function, Ordering::Release);
-    SEARCHING.store(false, Ordering::Release);
+    SEARCHER.store(0, Ordering::Release);
     function
 }
 
@@ -85,6 +99,14 @@ next! {
     fn __openat64_2(directory: c_int, path: Path, flags: c_int) -> c_int,
         unsafe extern "C" fn(c_int, Path, c_int) -> c_int,
         syscall(libc::SYS_openat, directory, path, flags, 0);
+
+    // No system call does this, and no search gets here.
+    fn fopen(path: Path, mode: Path) -> *mut libc::FILE,
+        unsafe extern "C" fn(Path, Path) -> *mut libc::FILE,
+        { let _ = path; libc::fdopen(-1, mode) };
+    fn fopen64(path: Path, mode: Path) -> *mut libc::FILE,
+        unsafe extern "C" fn(Path, Path) -> *mut libc::FILE,
+        { let _ = path; libc::fdopen(-1, mode) };
 
     fn close(fd: c_int) -> c_int,
         unsafe extern "C" fn(c_int) -> c_int,

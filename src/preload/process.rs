@@ -9,11 +9,21 @@ use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
 use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
 
-use crate::{pins, state, sys};
+use crate::state::{self, Own};
+use crate::{pins, sys};
 
 const CAP_IPC_LOCK: u64 = 1 << 14;
 const CAP_SYS_RAWIO: u64 = 1 << 17;
 const CAP_SYS_RESOURCE: u64 = 1 << 24;
+
+/// What iommufds have pinned of a process's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pinned {
+    /// All of it.
+    pub pinned: u64,
+    /// What counts as locked by the process.
+    pub locked: u64,
+}
 
 /// A process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +74,25 @@ impl Process {
             return sys::status(fd).is_ok();
         }
         std::fs::symlink_metadata(self.link(fd)).is_ok()
+    }
+
+    /// The file of this process that the process has open as `fd`.
+    pub fn emulated_file(&self, fd: i32) -> Option<Arc<Own>> {
+        self.socket(fd).and_then(|inode| state::current().own(inode))
+    }
+
+    /// The iommufd that the process has open as `fd`.
+    ///
+    /// # Errors
+    /// `EBADF` nothing is open there; `EBADFD` something else is.
+    pub fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        let own = self.emulated_file(fd);
+        match own.as_ref().and_then(|own| own.file.as_iommufd()) {
+            Some(host) => Ok(host.clone()),
+            // Another process's is of another machine.
+            None if self.has_open(fd) => Err(Errno::from_raw(libc::EBADFD)),
+            None => Err(Errno::from_raw(libc::EBADF)),
+        }
     }
 
     fn user_id(&self) -> u32 {
@@ -117,6 +146,7 @@ impl UserSpace for Process {
         Credentials {
             user: accounts.user(self.user_id()),
             process: accounts.process(self.pid),
+            pinned: accounts.pinned(self.pid),
             memlock_limit: sys::memlock_limit(pid).unwrap_or(0),
             ipc_lock: may & CAP_IPC_LOCK != 0,
             sys_resource: may & CAP_SYS_RESOURCE != 0,
@@ -127,7 +157,7 @@ impl UserSpace for Process {
 
 impl uapi::Process for Process {
     fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
-        let own = self.socket(fd).and_then(|inode| state::current().own(inode));
+        let own = self.emulated_file(fd);
         match own.as_ref().and_then(|own| own.file.as_iommufd()) {
             Some(host) => Ok(host.clone()),
             // Another process's is of another machine.
@@ -140,7 +170,6 @@ impl uapi::Process for Process {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use twostage::emulated::uapi::Process as _;
 
     #[test]
     fn pointers_that_lead_nowhere_are_faults() {

@@ -2,18 +2,20 @@
 //! Calls on files of another process: how they get there and back.
 //!
 //! The caller sends one message through the descriptor, and a socket with it, on which the owner
-//! answers. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
+//! answers; before, it may send a descriptor for the caller to have. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
 //! needs the right to trace it: it has that for its own children.
 #![forbid(unsafe_code)]
 
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use twostage::iommufd::Errno;
 
-use crate::file::{Call, Window};
-use crate::process::Process;
-use crate::state::Own;
+use crate::caller::Caller;
+use crate::file::{Answer, Call, File};
+use crate::process::{Pinned, Process};
+use crate::state::{self, Own};
 use crate::sys;
 
 /// A message: what it is, and three numbers.
@@ -30,12 +32,14 @@ const READ: u64 = 2;
 const READ_AT: u64 = 3;
 const WRITE: u64 = 4;
 const WRITE_AT: u64 = 5;
-/// What a mapping shows; the answer has a descriptor.
-const WINDOW: u64 = 6;
-/// The answer to a call: a value.
-const DONE: u64 = 7;
+/// What is pinned of a process.
+const PINNED: u64 = 9;
+/// The answer to a call: a value, and whether a message is to be taken from the descriptor.
+const DONE: u64 = 6;
 /// The answer to a call: an errno.
-const FAILED: u64 = 8;
+const FAILED: u64 = 7;
+/// A descriptor for the caller to have; it sends the number back.
+const INSTALL: u64 = 8;
 
 fn send(socket: RawFd, words: Words, passed: Option<RawFd>) -> Result<(), Errno> {
     let mut bytes = [0; BYTES];
@@ -68,7 +72,7 @@ fn receive(socket: RawFd, wait: bool) -> Result<Option<Received>, Errno> {
 ///
 /// # Errors
 /// The owner's; `ENODEV` when it is gone.
-pub fn call(fd: RawFd, call: Call) -> Result<i64, Errno> {
+pub fn call(fd: RawFd, call: Call) -> Result<Answer, Errno> {
     let words = match call {
         Call::Ioctl { request, argument } => [IOCTL, u64::from(request), argument, 0],
         Call::Read { to, count, offset: None } => [READ, to, count, 0],
@@ -76,28 +80,35 @@ pub fn call(fd: RawFd, call: Call) -> Result<i64, Errno> {
         Call::Write { from, count, offset: None } => [WRITE, from, count, 0],
         Call::Write { from, count, offset: Some(offset) } => [WRITE_AT, from, count, offset],
     };
-    ask(fd, words).map(|(value, _)| value as i64)
+    let [value, take_message] = ask(fd, words)?;
+    Ok(Answer { value: value as i64, take_message: take_message != 0 })
 }
 
-/// What a mapping of `fd`, a file of another process, shows.
+/// What the owner of `fd` has pinned of process `pid`.
 ///
 /// # Errors
-/// As [`call`].
-pub fn window(fd: RawFd, offset: u64, length: u64) -> Result<Window, Errno> {
-    match ask(fd, [WINDOW, offset, length, 0])? {
-        (offset, Some(file)) => Ok(Window { file, offset }),
-        (_, None) => Err(Errno::ENODEV),
-    }
+/// `ENODEV` the owner is gone.
+pub fn pinned(fd: RawFd, pid: i32) -> Result<Pinned, Errno> {
+    let [pinned, locked] = ask(fd, [PINNED, pid as u64, 0, 0])?;
+    Ok(Pinned { pinned, locked })
 }
 
-fn ask(fd: RawFd, words: Words) -> Result<(u64, Option<OwnedFd>), Errno> {
+/// Sends a request through `fd` and waits for the answer.
+fn ask(fd: RawFd, words: Words) -> Result<[u64; 2], Errno> {
     let (channel, theirs) = sys::socket_pair()?;
     send(fd, words, Some(theirs.as_raw_fd())).map_err(|_| Errno::ENODEV)?;
     drop(theirs);
-    match receive(channel.as_raw_fd(), true) {
-        Ok(Some(([DONE, value, ..], passed))) => Ok((value, passed)),
-        Ok(Some(([FAILED, errno, ..], _))) => Err(Errno::from_raw(errno as i32)),
-        _ => Err(Errno::ENODEV),
+    loop {
+        match receive(channel.as_raw_fd(), true) {
+            Ok(Some(([DONE, first, second, _], _))) => return Ok([first, second]),
+            Ok(Some(([FAILED, errno, ..], _))) => return Err(Errno::from_raw(errno as i32)),
+            Ok(Some(([INSTALL, ..], Some(passed)))) => {
+                let known = state::current().recognise(passed.as_raw_fd()).is_some();
+                let number = if known { passed.into_raw_fd() as u64 } else { u64::MAX };
+                send(channel.as_raw_fd(), [DONE, number, 0, 0], None).map_err(|_| Errno::ENODEV)?;
+            }
+            _ => return Err(Errno::ENODEV),
+        }
     }
 }
 
@@ -107,7 +118,7 @@ fn ask(fd: RawFd, words: Words) -> Result<(u64, Option<OwnedFd>), Errno> {
 /// When what came is no call, or the caller is gone.
 pub fn answer_one(own: &Own) -> Result<bool, Errno> {
     let Some((words, passed)) = receive(own.end.raw(), false)? else { return Ok(false) };
-    let channel = passed.ok_or(Errno::from_raw(libc::EPROTO))?;
+    let channel = Arc::new(passed.ok_or(Errno::from_raw(libc::EPROTO))?);
     let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
     let call = match words {
         [IOCTL, request, argument, _] => Call::Ioctl { request: request as u32, argument },
@@ -115,24 +126,32 @@ pub fn answer_one(own: &Own) -> Result<bool, Errno> {
         [READ_AT, to, count, offset] => Call::Read { to, count, offset: Some(offset) },
         [WRITE, from, count, _] => Call::Write { from, count, offset: None },
         [WRITE_AT, from, count, offset] => Call::Write { from, count, offset: Some(offset) },
-        [WINDOW, offset, length, _] => {
-            let window = own.file.window(offset, length);
-            answer(&channel, window.map(|window| (window.offset, Some(window.file))))?;
+        [PINNED, pid, ..] => {
+            let Pinned { pinned, locked } = state::current().accounts.pinned_of(pid as i32);
+            send(channel.as_raw_fd(), [DONE, pinned, locked, 0], None)?;
             return Ok(true);
         }
         _ => return Err(Errno::from_raw(libc::EPROTO)),
     };
-    let result = own.file.call(&process, call);
-    answer(&channel, result.map(|value| (value as u64, None)))?;
+    let words = match own.file.call(&Caller::remote(process, channel.clone()), call) {
+        Ok(Answer { value, take_message }) => [DONE, value as u64, u64::from(take_message), 0],
+        Err(errno) => [FAILED, errno.raw() as u64, 0, 0],
+    };
+    send(channel.as_raw_fd(), words, None)?;
     Ok(true)
 }
 
-fn answer(channel: &OwnedFd, result: Result<(u64, Option<OwnedFd>), Errno>) -> Result<(), Errno> {
-    let socket = channel.as_raw_fd();
-    match result {
-        Ok((value, passed)) => {
-            send(socket, [DONE, value, 0, 0], passed.as_ref().map(AsRawFd::as_raw_fd))
+/// Gives the caller at the other end of `channel` a descriptor for `file`; returns its number there.
+///
+/// # Errors
+/// What the kernel says when there are no more descriptors; `EPIPE` the caller is gone.
+pub fn install(channel: &OwnedFd, file: Arc<dyn File>) -> Result<i32, Errno> {
+    let (fd, _) = state::current().publish(file)?;
+    send(channel.as_raw_fd(), [INSTALL, 0, 0, 0], Some(fd.as_raw_fd()))?;
+    match receive(channel.as_raw_fd(), true)? {
+        Some(([DONE, number, ..], _)) => {
+            i32::try_from(number).map_err(|_| Errno::from_raw(libc::EMFILE))
         }
-        Err(errno) => send(socket, [FAILED, errno.raw() as u64, 0, 0], None),
+        _ => Err(Errno::from_raw(libc::EPIPE)),
     }
 }

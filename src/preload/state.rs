@@ -5,18 +5,22 @@
 //! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
 //! processes ([`crate::remote`]). Its name tells a process that did not open the file what it is.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
 use crate::accounts::Accounts;
-use crate::file::{Call, File, Window};
+use crate::caller::Caller;
+use crate::file::{Call, File};
 use crate::pins::Pins;
-use crate::process::Process;
+use crate::process::Pinned;
 use crate::service::Service;
 use crate::table::{self, Entry};
+use crate::windows::Windows;
 use crate::world::World;
 use crate::{pins, remote, sys};
 
@@ -30,6 +34,8 @@ pub struct State {
     files: Mutex<Vec<Option<Slot>>>,
     /// What is pinned.
     pub pins: Mutex<Pins>,
+    /// What is mapped of iommufds.
+    pub windows: Windows,
     /// Who locks memory.
     pub accounts: Accounts,
     world: OnceLock<Result<World, Errno>>,
@@ -100,6 +106,11 @@ pub fn current() -> &'static State {
     }
 }
 
+/// The state of this process, when there is one already.
+pub fn begun() -> Option<&'static State> {
+    (!STATE.load(Ordering::Acquire).is_null()).then(current)
+}
+
 /// Whether `fd` is a descriptor of an emulated file, of this process or another.
 pub fn is_emulated(fd: RawFd) -> bool {
     sys::peer_name(fd).is_some_and(|name| name.starts_with(NAME_PREFIX.as_bytes()))
@@ -113,6 +124,7 @@ fn begin(inherited: *mut State) -> &'static State {
         pid: sys::process_id(),
         files: Mutex::default(),
         pins: Mutex::default(),
+        windows: Windows::default(),
         accounts: Accounts::default(),
         world: OnceLock::new(),
         service: OnceLock::new(),
@@ -193,7 +205,9 @@ impl State {
         sys::bind_name(end.raw(), name.as_bytes())?;
         let inode = sys::inode(fd.as_raw_fd())?;
         service.watch(end.raw(), inode)?;
-        let slot = self.insert(Slot { inode, kind: Kind::Own(Arc::new(Own { file, end })) });
+        let own = Arc::new(Own { file, end });
+        let slot = self.insert(Slot { inode, kind: Kind::Own(own.clone()) });
+        own.file.opened(&own);
         Ok((fd, slot))
     }
 
@@ -281,19 +295,41 @@ impl State {
     /// Answers a call on `fd`; `None` when that is none of ours.
     pub fn call(&self, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
         let result = match self.slot(fd)?.kind {
-            Kind::Own(own) => own.file.call(&Process::own(), call),
+            Kind::Own(own) => own.file.call(&Caller::own(), call),
             Kind::Foreign => remote::call(fd, call),
         };
         pins::sweep();
-        Some(result)
+        if result.is_ok_and(|answer| answer.take_message) {
+            // Fails when another thread was faster, with the descriptor of another number.
+            let _ = sys::receive(fd, &mut [0], false);
+        }
+        Some(result.map(|answer| answer.value))
     }
 
-    /// What a mapping of `fd` shows; `None` when that is none of ours.
-    pub fn window(&self, fd: RawFd, offset: u64, length: u64) -> Option<Result<Window, Errno>> {
+    /// What to map in place of `fd`; `None` when that is none of ours.
+    pub fn map(&self, fd: RawFd, request: MmapRequest) -> Option<Result<MappedPages, Errno>> {
         Some(match self.slot(fd)?.kind {
-            Kind::Own(own) => own.file.window(offset, length),
-            Kind::Foreign => remote::window(fd, offset, length),
+            Kind::Own(own) => own.file.map(request),
+            // The owner could not see it unmapped.
+            Kind::Foreign => Err(Errno::ENODEV),
         })
+    }
+
+    /// What iommufds that this process can reach have pinned of process `pid`.
+    pub fn pinned(&self, pid: i32) -> Pinned {
+        let mut all = self.accounts.pinned_of(pid);
+        let mut asked = BTreeSet::new();
+        for (fd, _) in table::ours(0, u32::MAX) {
+            // Each owner once.
+            let foreign = matches!(self.slot(fd), Some(Slot { kind: Kind::Foreign, .. }));
+            if let Some(owner) = sys::peer_process(fd).ok().filter(|_| foreign) {
+                let pinned = if asked.insert(owner) { remote::pinned(fd, pid).ok() } else { None };
+                let pinned = pinned.unwrap_or_default();
+                all.pinned += pinned.pinned;
+                all.locked += pinned.locked;
+            }
+        }
+        all
     }
 
     /// The name of the file that `fd` stands for.

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! System calls of our own, in safe clothes. None of them goes through a hook.
 
-use std::ffi::{c_int, c_long, c_void};
+use std::ffi::{c_int, c_long, c_void, CStr};
 use std::fs::File;
+use std::io::Read;
 use std::mem::{size_of, MaybeUninit};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -384,6 +386,33 @@ pub unsafe fn map_file(
 pub unsafe fn unmap(address: u64, length: u64) {
     // SAFETY: the caller's promise.
     unsafe { syscall(libc::SYS_munmap, address, length) };
+}
+
+/// The text of the file at `path`. A `File` would be opened through the hook.
+pub fn read_to_string(path: &CStr) -> Result<String, Errno> {
+    let (flags, directory) = (libc::O_RDONLY | libc::O_CLOEXEC, libc::AT_FDCWD);
+    // SAFETY: the path is a C string.
+    let fd = checked(unsafe { syscall(libc::SYS_openat, directory, path.as_ptr(), flags) })?;
+    // SAFETY: the number is new.
+    let mut file = unsafe { File::from_raw_fd(fd as RawFd) };
+    let mut text = String::new();
+    match file.read_to_string(&mut text) {
+        Ok(_) => Ok(text),
+        Err(error) => Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+    }
+}
+
+/// A file without a name that holds `bytes`, to be read from the start; closed on exec.
+pub fn file_of(bytes: &[u8]) -> Result<OwnedFd, Errno> {
+    // SAFETY: the name is a C string.
+    let fd = unsafe { libc::memfd_create(c"twostage-iommufd".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = checked(c_long::from(fd))? as RawFd;
+    // SAFETY: the number is new.
+    let file = unsafe { File::from_raw_fd(fd) };
+    match file.write_all_at(bytes, 0) {
+        Ok(()) => Ok(file.into()),
+        Err(error) => Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
+    }
 }
 
 /// Calls `child` in the child of every fork that libc does.

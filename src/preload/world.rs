@@ -2,18 +2,20 @@
 //! The emulated machine of a process, and which paths lead to it.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use twostage::emulated::{AddressWidth, DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::Errno;
+use twostage::spec::pci::Bdf;
 
 use crate::config::{Config, Device as DeviceEntry, Dma, Iommu};
 use crate::device::Device;
 use crate::edu::Edu;
 use crate::file::File;
+use crate::group::{Group, GroupFile};
 use crate::iommufd::Iommufd;
 
 /// Names the file that describes the machine.
@@ -26,6 +28,8 @@ pub enum Node {
     Iommu,
     /// `/dev/vfio/vfio`.
     Container,
+    /// `/dev/vfio/N`.
+    Group(u32),
     /// `/dev/vfio/devices/vfioN`.
     Device(u32),
 }
@@ -36,13 +40,22 @@ impl Node {
         match path {
             b"/dev/iommu" => Some(Self::Iommu),
             b"/dev/vfio/vfio" => Some(Self::Container),
-            _ => {
-                let number = path.strip_prefix(b"/dev/vfio/devices/vfio")?;
-                let text = std::str::from_utf8(number).ok()?;
-                // As the kernel writes it: no sign, no leading zero.
-                let number: u32 = text.parse().ok()?;
-                (number.to_string() == text).then_some(Self::Device(number))
-            }
+            _ => match path.strip_prefix(b"/dev/vfio/devices/vfio") {
+                Some(number) => number_of(number).map(Self::Device),
+                None => number_of(path.strip_prefix(b"/dev/vfio/")?).map(Self::Group),
+            },
+        }
+    }
+
+    /// The node of the open file that is called `name`.
+    pub fn of_file(name: &str) -> Option<Self> {
+        match name {
+            "iommu" => Some(Self::Iommu),
+            "vfio" => Some(Self::Container),
+            _ => match name.strip_prefix("group") {
+                Some(number) => number_of(number.as_bytes()).map(Self::Group),
+                None => number_of(name.strip_prefix("vfio")?.as_bytes()).map(Self::Device),
+            },
         }
     }
 
@@ -52,16 +65,32 @@ impl Node {
             // Misc devices: a number given out at run time, and VFIO's.
             Self::Iommu => (10, 125),
             Self::Container => (10, 196),
+            Self::Group(number) => (510, number),
             Self::Device(number) => (511, number),
         }
     }
+}
+
+/// A number as the kernel writes it: no sign, no leading zero.
+fn number_of(text: &[u8]) -> Option<u32> {
+    let text = std::str::from_utf8(text).ok()?;
+    text.parse().ok().filter(|number: &u32| number.to_string() == text)
 }
 
 /// A machine with devices.
 #[derive(Debug)]
 pub struct World {
     machine: Arc<Machine>,
-    devices: BTreeMap<u32, DeviceEntry>,
+    devices: Arc<BTreeMap<u32, Entry>>,
+    /// Groups that are open: each can be once.
+    groups: Mutex<BTreeMap<u32, Weak<Group>>>,
+}
+
+/// A device of the machine.
+#[derive(Debug)]
+struct Entry {
+    config: DeviceEntry,
+    group: u32,
 }
 
 impl World {
@@ -91,7 +120,6 @@ impl World {
         for iommu in &config.iommu {
             units.insert(&iommu.name, machine.add_unit(VtdUnit::new(unit_config(iommu))));
         }
-        let mut devices = BTreeMap::new();
         for device in &config.device {
             let (name, number) = (&device.iommu, device.vfio);
             let rid = device.rid().map_err(|error| error.to_string())?;
@@ -99,9 +127,9 @@ impl World {
             machine
                 .add_device(&device_name(number), *unit, rid, device_config(device))
                 .map_err(|error| error.to_string())?;
-            devices.insert(number, device.clone());
         }
-        Ok(Self { machine, devices })
+        let devices = Arc::new(with_groups(&config.device));
+        Ok(Self { machine, devices, groups: Mutex::default() })
     }
 
     /// Whether `node` is there.
@@ -109,28 +137,85 @@ impl World {
         match node {
             Node::Iommu | Node::Container => true,
             Node::Device(number) => self.devices.contains_key(&number),
+            Node::Group(number) => self.devices.values().any(|device| device.group == number),
         }
     }
 
     /// Opens `node`.
     ///
     /// # Errors
-    /// `ENOENT` there is no such device.
+    /// `ENOENT` there is no such device; `EBUSY` a group that is open.
     pub fn open(&self, node: Node) -> Result<Arc<dyn File>, Errno> {
-        let number = match node {
-            Node::Iommu => return Ok(Arc::new(Iommufd::new("iommu", self.machine.open()))),
-            Node::Container => return Ok(Arc::new(Iommufd::new("vfio", self.machine.open()))),
-            Node::Device(number) => number,
-        };
-        let device = self.devices.get(&number).ok_or(Errno::ENOENT)?;
+        if !self.has(node) {
+            return Err(Errno::ENOENT);
+        }
+        Ok(match node {
+            Node::Iommu => Arc::new(Iommufd::new("iommu", self.machine.open())),
+            Node::Container => Arc::new(Iommufd::new("vfio", self.machine.open())),
+            Node::Group(number) => Arc::new(GroupFile(self.group(number)?)),
+            Node::Device(number) => Arc::new(self.opener(None).open(number)?),
+        })
+    }
+
+    fn opener(&self, group: Option<u32>) -> Opener {
+        Opener { machine: self.machine.clone(), devices: self.devices.clone(), group }
+    }
+
+    fn group(&self, number: u32) -> Result<Arc<Group>, Errno> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if groups.get(&number).is_some_and(|group| group.strong_count() > 0) {
+            return Err(Errno::EBUSY);
+        }
+        let group = Arc::new(Group::new(number, self.opener(Some(number))));
+        groups.insert(number, Arc::downgrade(&group));
+        Ok(group)
+    }
+}
+
+/// Opens devices of a machine, or of one group in it.
+#[derive(Debug)]
+pub struct Opener {
+    machine: Arc<Machine>,
+    devices: Arc<BTreeMap<u32, Entry>>,
+    group: Option<u32>,
+}
+
+impl Opener {
+    /// Opens the device `number`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is none.
+    pub fn open(&self, number: u32) -> Result<Device, Errno> {
+        let device = self.devices.get(&number).ok_or(Errno::ENODEV)?;
         let name = device_name(number);
         let file = self.machine.open_device(&name)?;
-        let edu = match device.dma {
+        let edu = match device.config.dma {
             Dma::None => None,
             Dma::Edu => self.machine.dma_port(&name).map(Edu::new),
         };
-        Ok(Arc::new(Device::new(name, file, edu)))
+        Ok(Device::new(name, file, edu))
     }
+
+    /// The number of the device at the PCI address `name`, such as `0000:00:04.0`.
+    pub fn named(&self, name: &str) -> Option<u32> {
+        let name = name.strip_prefix("0000:").unwrap_or(name);
+        let rid = name.parse::<Bdf>().ok()?;
+        let is_it = |device: &&Entry| {
+            device.config.rid() == Ok(rid) && self.group.is_none_or(|group| device.group == group)
+        };
+        self.devices.values().find(is_it).map(|device| device.config.vfio)
+    }
+}
+
+/// Gives every device a group: the number that was asked for, or one that nobody asked for.
+fn with_groups(devices: &[DeviceEntry]) -> BTreeMap<u32, Entry> {
+    let taken: BTreeSet<u32> = devices.iter().filter_map(|device| device.group).collect();
+    let mut free = (0..).filter(|number| !taken.contains(number));
+    let entries = devices.iter().map(|config| {
+        let group = config.group.or_else(|| free.next()).unwrap_or(u32::MAX);
+        (config.vfio, Entry { config: config.clone(), group })
+    });
+    entries.collect()
 }
 
 fn device_name(number: u32) -> String {
@@ -171,7 +256,15 @@ mod tests {
         assert_eq!(Node::of(b"/dev/iommu"), Some(Node::Iommu));
         assert_eq!(Node::of(b"/dev/vfio/vfio"), Some(Node::Container));
         assert_eq!(Node::of(b"/dev/vfio/devices/vfio12"), Some(Node::Device(12)));
-        for other in ["/dev/iommu/", "/dev/vfio", "/dev/vfio/devices/vfio", "dev/iommu"] {
+        assert_eq!(Node::of(b"/dev/vfio/7"), Some(Node::Group(7)));
+        for other in [
+            "/dev/iommu/",
+            "/dev/vfio",
+            "/dev/vfio/07",
+            "/dev/vfio/",
+            "/dev/vfio/devices/vfio",
+            "dev/iommu",
+        ] {
             assert_eq!(Node::of(other.as_bytes()), None, "{other}");
         }
         assert_eq!(Node::of(b"/dev/vfio/devices/vfio01"), None);
@@ -186,6 +279,31 @@ mod tests {
         assert_eq!(world.open(Node::Device(2)).unwrap_err(), Errno::ENOENT);
         assert_eq!(world.open(Node::Device(0)).unwrap().name(), "vfio0");
         assert_eq!(world.open(Node::Container).unwrap().name(), "vfio");
+    }
+
+    #[test]
+    fn every_device_has_a_group() {
+        let config = Config::load(None).unwrap();
+        let groups = |first: Option<u32>| {
+            let mut devices = config.device.clone();
+            devices[0].group = first;
+            with_groups(&devices).into_values().map(|device| device.group).collect::<Vec<_>>()
+        };
+        assert_eq!(groups(None), [0, 1]);
+        assert_eq!(groups(Some(0)), [0, 1]);
+        assert_eq!(groups(Some(7)), [7, 0]);
+    }
+
+    #[test]
+    fn a_group_is_open_once() {
+        let world = World::new(&Config::load(None).unwrap()).unwrap();
+        let group = world.open(Node::Group(1)).unwrap();
+        assert_eq!(world.open(Node::Group(1)).unwrap_err(), Errno::EBUSY);
+        drop(group);
+        world.open(Node::Group(1)).unwrap();
+        let opener = world.opener(Some(1));
+        assert_eq!(opener.named("0000:00:05.0"), Some(1));
+        assert_eq!(opener.named("0000:00:04.0"), None, "of another group");
     }
 
     #[test]

@@ -83,6 +83,7 @@ fn memory_of_a_device_stays_its_memory() {
             "map: ok",
             "map what is not there: errno 14",
             "map code to be written: errno 14",
+            "pinned: 32 kB",
             "unmap shared: 0",
             "fetch true, store true",
             "the file has 7, the other memory 0",
@@ -90,9 +91,11 @@ fn memory_of_a_device_stays_its_memory() {
             "store true",
             "a new mapping is elsewhere: true",
             "fetch true, store true",
+            "pinned: 32 kB",
             "unmap: 0x8000",
             "store false",
             "private memory is still there: false",
+            "pinned: 0 kB",
         ],
     );
 }

@@ -356,6 +356,7 @@ mod tests {
         assert_eq!(of_user.pin(0x3000, 1).unwrap_err().errno, Errno::ENOMEM);
         of_process.pin(0, 0x3000).unwrap();
         assert_eq!((who.user.bytes(), who.process.bytes()), (0x3000, 0x3000));
+        assert_eq!(who.pinned.bytes(), 0x6000);
 
         let poor = of_user.charge_also(&limited(0x2000));
         assert_eq!(poor.unwrap_err().errno, Errno::ENOMEM);
@@ -365,6 +366,7 @@ mod tests {
         assert_eq!((who.user.bytes(), rich.user.bytes()), (0x3000, 0x3000));
         of_user.settle(payer);
         assert_eq!((who.user.bytes(), rich.user.bytes()), (0, 0x3000));
+        assert_eq!((who.pinned.bytes(), rich.pinned.bytes()), (0x3000, 0x3000));
         of_user.unpin(0x1000, 0x2000);
         of_user.unpin(0, 0x2000);
         assert_eq!((rich.user.bytes(), who.process.bytes()), (0, 0x3000));

@@ -18,14 +18,24 @@ pub(crate) enum RlimitMode {
     Process,
 }
 
-/// On whose account some pages are pinned; nobody's when no limit applied to who mapped them.
+/// On whose account some pages are pinned; nobody's when they are no process's.
 #[derive(Debug)]
-pub(crate) struct Payer(Option<(Credentials, RlimitMode)>);
+pub(crate) struct Payer(Option<Process>);
+
+#[derive(Debug)]
+struct Process {
+    who: Credentials,
+    /// None when no limit applied to who mapped the pages: they count as pinned, and that is all.
+    mode: Option<RlimitMode>,
+}
 
 impl Payer {
     /// Who pays for pages of `source`.
     pub fn of(source: &Source, mode: RlimitMode) -> Self {
-        Self(source.credentials().filter(|who| !who.ipc_lock).map(|who| (who, mode)))
+        Self(source.credentials().map(|who| {
+            let mode = (!who.ipc_lock).then_some(mode);
+            Process { who, mode }
+        }))
     }
 
     /// Pays for `bytes` more; `source` knows the limit as it is now.
@@ -33,27 +43,28 @@ impl Payer {
     /// # Errors
     /// `ENOMEM` the limit is reached.
     pub fn charge(&self, source: &Source, bytes: u64) -> Outcome<()> {
-        let Some(account) = self.account() else { return Ok(()) };
-        let limit = source.credentials().map_or(u64::MAX, |now| now.memlock_limit);
-        lock(account, bytes, limit)
+        let Some(process) = &self.0 else { return Ok(()) };
+        process.lock(bytes, || source.credentials().map_or(u64::MAX, |now| now.memlock_limit))
     }
 
     /// Pays no longer for `bytes`.
     pub fn discharge(&self, bytes: u64) {
-        if let Some(account) = self.account() {
+        let Some(process) = &self.0 else { return };
+        process.who.pinned.unlock(bytes);
+        if let Some(account) = process.account() {
             account.unlock(bytes);
         }
     }
 
     /// Who would pay in place of this one if the pages were `who`'s; none when that is no change.
     pub fn successor(&self, who: &Credentials) -> Option<Self> {
-        let Self(Some((old, mode))) = self else { return None };
+        let Self(Some(Process { who: old, mode })) = self else { return None };
         let same_process = Arc::ptr_eq(&old.process, &who.process);
         let same = match mode {
-            RlimitMode::User => Arc::ptr_eq(&old.user, &who.user) && same_process,
-            RlimitMode::Process => same_process,
+            Some(RlimitMode::User) => Arc::ptr_eq(&old.user, &who.user) && same_process,
+            Some(RlimitMode::Process) | None => same_process,
         };
-        (!same).then(|| Self(Some((who.clone(), *mode))))
+        (!same).then(|| Self(Some(Process { who: who.clone(), mode: *mode })))
     }
 
     /// Pays for `bytes` with the limit as it was when this payer was made.
@@ -61,16 +72,25 @@ impl Payer {
     /// # Errors
     /// `ENOMEM` the limit is reached.
     pub fn take_over(&self, bytes: u64) -> Outcome<()> {
-        match (self.account(), &self.0) {
-            (Some(account), Some((who, _))) => lock(account, bytes, who.memlock_limit),
-            _ => Ok(()),
+        let Some(process) = &self.0 else { return Ok(()) };
+        process.lock(bytes, || process.who.memlock_limit)
+    }
+}
+
+impl Process {
+    fn lock(&self, bytes: u64, limit: impl FnOnce() -> u64) -> Outcome<()> {
+        if let Some(account) = self.account() {
+            lock(account, bytes, limit())?;
         }
+        // Counts against no limit.
+        self.who.pinned.lock(bytes, u64::MAX);
+        Ok(())
     }
 
     fn account(&self) -> Option<&LockedMemory> {
-        self.0.as_ref().map(|(who, mode)| match mode {
-            RlimitMode::User => &*who.user,
-            RlimitMode::Process => &*who.process,
+        self.mode.map(|mode| match mode {
+            RlimitMode::User => &*self.who.user,
+            RlimitMode::Process => &*self.who.process,
         })
     }
 }

@@ -1,18 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mapping and unmapping memory: windows of emulated files, and pages that devices may reach.
+//! Mapping and unmapping memory: windows of iommufds, and pages that devices may reach.
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::AsRawFd;
 
 use libc::{off64_t, size_t, MAP_FAILED};
+use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
 use super::ours;
-use crate::{next, pins, sys};
+use crate::{next, pins, state, sys};
 
 fn failed(errno: Errno) -> *mut c_void {
     sys::set_errno(errno);
     MAP_FAILED
+}
+
+/// `length` bytes at `address` are no longer what they were.
+fn replaced(address: *mut c_void, length: size_t) {
+    if let Some(state) = state::begun() {
+        state.windows.remove(address as u64, length as u64);
+    }
+}
+
+/// What to map in place of `fd`, when that is ours.
+fn pages(
+    length: size_t,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: off64_t,
+) -> Option<Result<MappedPages, Errno>> {
+    if flags & libc::MAP_ANONYMOUS != 0 {
+        return None;
+    }
+    // MAP_SHARED_VALIDATE has the bit of MAP_SHARED.
+    let shared = flags & libc::MAP_SHARED != 0;
+    let executable = protection & libc::PROT_EXEC != 0;
+    let (offset, length) = (offset as u64, length as u64);
+    ours(fd)?.map(fd, MmapRequest { offset, length, shared, executable })
 }
 
 macro_rules! mmap {
@@ -26,24 +52,31 @@ macro_rules! mmap {
             fd: c_int,
             offset: off64_t,
         ) -> *mut c_void {
-            if flags & libc::MAP_FIXED != 0 && pins::is_held(address as u64, length as u64) {
+            let fixed = flags & libc::MAP_FIXED != 0;
+            if fixed && pins::is_held(address as u64, length as u64) {
                 log::error!("private memory at {address:?} is pinned: nothing can be mapped over it");
                 return failed(Errno::ENOMEM);
             }
-            let window = match flags & libc::MAP_ANONYMOUS {
-                0 => ours(fd).and_then(|state| state.window(fd, offset as u64, length as u64)),
-                _ => None,
-            };
-            match window {
-                Some(Ok(window)) => {
-                    let (fd, offset) = (window.file.as_raw_fd(), window.offset as off64_t);
-                    // SAFETY: as the program asked, of the file that is behind its own.
-                    unsafe { next::$name(address, length, protection, flags, fd, offset) }
+            let (mut fd, mut offset, mut window) = (fd, offset, None);
+            match pages(length, protection, flags, fd, offset) {
+                Some(Ok(pages)) => {
+                    (fd, offset) = (pages.file().as_raw_fd(), 0);
+                    window = Some(pages);
                 }
-                Some(Err(errno)) => failed(errno),
-                // SAFETY: as the program asked.
-                None => unsafe { next::$name(address, length, protection, flags, fd, offset) },
+                Some(Err(errno)) => return failed(errno),
+                None => {}
             }
+            // SAFETY: as the program asked; the file may be the one behind its own.
+            let mapped = unsafe { next::$name(address, length, protection, flags, fd, offset) };
+            if mapped != MAP_FAILED {
+                if fixed {
+                    replaced(address, length);
+                }
+                if let Some(pages) = window {
+                    state::current().windows.add(mapped as u64, length as u64, pages);
+                }
+            }
+            mapped
         }
     )* };
 }
@@ -52,11 +85,13 @@ mmap!(mmap mmap64);
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn munmap(address: *mut c_void, length: size_t) -> c_int {
-    if pins::release(address as u64, length as u64) {
-        // SAFETY: as the program asked.
-        return unsafe { next::munmap(address, length) };
+    if !pins::release(address as u64, length as u64) {
+        return 0;
     }
-    0
+    // Before, so that nobody maps anything there in between.
+    replaced(address, length);
+    // SAFETY: as the program asked.
+    unsafe { next::munmap(address, length) }
 }
 
 #[cfg_attr(not(test), no_mangle)]

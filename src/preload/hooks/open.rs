@@ -1,25 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Opening paths.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, CStr};
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 
 use libc::mode_t;
 
 use super::{answer_int, node};
-use crate::next;
+use crate::{next, proc_status, state, sys};
 
-/// Opens `path` when it is ours.
+/// Opens `path` when it is ours, or when what it says is.
 ///
 /// # Safety
 /// `path` is null or a C string.
 unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
-    // SAFETY: the caller's promise.
-    let (state, node) = unsafe { node(path) }?;
-    let opened = state.world().and_then(|world| world.open(node));
     let close_on_exec = flags & libc::O_CLOEXEC != 0;
-    let installed = opened.and_then(|file| state.install(file, close_on_exec));
-    Some(answer_int(installed.map(i64::from)))
+    // SAFETY: the caller's promise.
+    if let Some((state, node)) = unsafe { node(path) } {
+        let opened = state.world().and_then(|world| world.open(node));
+        let installed = opened.and_then(|file| state.install(file, close_on_exec));
+        return Some(answer_int(installed.map(i64::from)));
+    }
+    // SAFETY: as above.
+    let status = unsafe { status_file(path) }?;
+    let opened = sys::set_flags(status.as_raw_fd(), close_on_exec, false);
+    Some(answer_int(opened.map(|()| i64::from(status.into_raw_fd()))))
 }
+
+/// The status of a process whose memory is pinned.
+///
+/// # Safety
+/// `path` is null or a C string.
+unsafe fn status_file(path: *const c_char) -> Option<OwnedFd> {
+    let state = state::begun().filter(|_| !path.is_null())?;
+    // SAFETY: the caller's promise.
+    let pid = proc_status::process_of(unsafe { CStr::from_ptr(path) }.to_bytes())?;
+    proc_status::open(state, pid)
+}
+
+macro_rules! fopen {
+    ($($name:ident)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+            // SAFETY: libc's contract for the path.
+            match unsafe { status_file(path) } {
+                // SAFETY: the descriptor is a file's, which the stream has from now on; the mode is as
+                // the program gave it.
+                Some(status) => unsafe { libc::fdopen(status.into_raw_fd(), mode) },
+                // SAFETY: the arguments are as the program gave them.
+                None => unsafe { next::$name(path, mode) },
+            }
+        }
+    )* };
+}
+
+fopen!(fopen fopen64);
 
 macro_rules! hooks {
     ($(fn $name:ident $([$before:ident: $before_type:ty])? (path, flags $(, $mode:ident: $mode_type:ty)?);)*) => {

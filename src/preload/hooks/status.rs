@@ -21,11 +21,7 @@ fn inode(node: Node) -> u64 {
 
 /// The node that `fd` was opened as.
 fn node_of(fd: RawFd) -> Option<Node> {
-    match ours(fd)?.name(fd)?.as_str() {
-        "iommu" => Some(Node::Iommu),
-        "vfio" => Some(Node::Container),
-        name => Some(Node::Device(name.strip_prefix("vfio")?.parse().ok()?)),
-    }
+    Node::of_file(&ours(fd)?.name(fd)?)
 }
 
 /// # Safety

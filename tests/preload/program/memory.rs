@@ -22,6 +22,13 @@ fn first_byte(address: *mut libc::c_void) -> u8 {
     unsafe { address.cast::<u8>().read_volatile() }
 }
 
+/// What the kernel says to have pinned of this process.
+fn pinned() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").expect("the status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:"));
+    line.expect("VmPin").trim().to_owned()
+}
+
 /// The device at `path` is let loose on memory that is unmapped, and on memory that is replaced.
 pub fn run(path: &str) {
     let iommufd = open("/dev/iommu");
@@ -48,6 +55,7 @@ pub fn run(path: &str) {
     let constant = ioas_map(iommufd, ioas, run as *const () as u64 & !0xfff, 0x1000, 0x30_0000);
     println!("map code to be written: {}", outcome(constant));
 
+    println!("pinned: {}", pinned());
     println!("unmap shared: {}", unmap(shared));
     // Somebody else's memory where the device's was.
     let other = map(libc::MAP_PRIVATE | anonymous | libc::MAP_FIXED, -1, shared);
@@ -66,6 +74,7 @@ pub fn run(path: &str) {
     let next = map(libc::MAP_PRIVATE | anonymous, -1, null_mut());
     println!("a new mapping is elsewhere: {}", next != private);
     println!("fetch {}, store {}", device.fetch(0x20_0000, 1), device.store(0x10_0000, 1));
+    println!("pinned: {}", pinned());
     println!("unmap: {:#x}", ioas_unmap(iommufd, ioas, 0, u64::MAX).expect("IOAS_UNMAP"));
     println!("store {}", device.store(0x20_0000, 1));
     // What was unmapped first is so now.
@@ -73,4 +82,5 @@ pub fn run(path: &str) {
     // SAFETY: there is room for a byte for each page.
     let mapped = unsafe { libc::mincore(private, LENGTH, residents.as_mut_ptr()) } == 0;
     println!("private memory is still there: {mapped}");
+    println!("pinned: {}", pinned());
 }

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Whoever makes a call: a process, and the way descriptors get there.
+#![forbid(unsafe_code)]
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
+use twostage::emulated::{EmulatedHost, EventFile};
+use twostage::iommufd::{Errno, UserMemory};
+
+use crate::events::Events;
+use crate::file::File;
+use crate::process::Process;
+use crate::{remote, state};
+
+/// A process that makes a call.
+#[derive(Debug)]
+pub struct Caller {
+    process: Process,
+    /// To another process.
+    channel: Option<Arc<OwnedFd>>,
+}
+
+impl Caller {
+    /// This process.
+    pub fn own() -> Self {
+        Self { process: Process::own(), channel: None }
+    }
+
+    /// `process`, which waits for an answer on `channel`.
+    pub fn remote(process: Process, channel: Arc<OwnedFd>) -> Self {
+        Self { process, channel: Some(channel) }
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl UserSpace for Caller {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        self.process.share()
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        self.process.read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+        self.process.write(address, bytes)
+    }
+
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
+        self.process.memory(address, length, writable)
+    }
+
+    fn file(&self, fd: i32) -> Option<Arc<std::fs::File>> {
+        self.process.file(fd)
+    }
+
+    fn credentials(&self) -> Credentials {
+        self.process.credentials()
+    }
+
+    #[cfg(feature = "selftest")]
+    fn install_test_file(&self, file: Arc<dyn uapi::TestFile>) -> Result<i32, Errno> {
+        self.open(Arc::new(crate::test_file::OpenTestFile(file)))
+    }
+
+    #[cfg(feature = "selftest")]
+    fn test_file(&self, fd: i32) -> Option<Arc<dyn uapi::TestFile>> {
+        self.process.emulated_file(fd)?.file.as_test_file().cloned()
+    }
+}
+
+impl Caller {
+    /// Gives the process a descriptor for `file`, closed on exec; returns its number there.
+    ///
+    /// # Errors
+    /// `EMFILE`, or what else keeps it from that.
+    pub fn open(&self, file: Arc<dyn File>) -> Result<i32, Errno> {
+        match &self.channel {
+            None => state::current().install(file, true),
+            Some(channel) => remote::install(channel, file),
+        }
+    }
+}
+
+impl uapi::Process for Caller {
+    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        self.process.iommufd(fd)
+    }
+
+    fn install(&self, file: EventFile) -> Result<i32, Errno> {
+        self.open(Arc::new(Events::new(file)))
+    }
+}

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Fault queues and vEVENTQs: files that poll as readable when there is something to read.
+//!
+//! While there is, a message of the owner's waits in the socket that the descriptor is. A read that
+//! takes the last event takes the message too. Events that go away unread leave it behind: the
+//! descriptor then polls as readable once more, and the read finds nothing. A socket can always be
+//! written, so a vEVENTQ polls as writable, which Linux's does not.
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use twostage::emulated::EventFile;
+use twostage::iommufd::{Errno, Readiness};
+
+use crate::caller::Caller;
+use crate::file::{Answer, Call, File};
+use crate::state::Own;
+use crate::sys;
+
+/// An open fault queue or vEVENTQ.
+#[derive(Debug)]
+pub struct Events {
+    file: EventFile,
+    /// Whether a message waits.
+    told: Arc<Mutex<bool>>,
+}
+
+impl Events {
+    /// The descriptor's side of `file`.
+    pub fn new(file: EventFile) -> Self {
+        Self { file, told: Arc::default() }
+    }
+}
+
+fn lock(told: &Mutex<bool>) -> MutexGuard<'_, bool> {
+    told.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl File for Events {
+    fn name(&self) -> String {
+        "events".to_owned()
+    }
+
+    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+        let done = match call {
+            Call::Read { to, count, offset: None } => self.file.read(caller, to, count as usize)?,
+            Call::Write { from, count, offset: None } => {
+                self.file.write(caller, from, count as usize)?
+            }
+            Call::Read { .. } | Call::Write { .. } => return Err(Errno::from_raw(libc::ESPIPE)),
+            Call::Ioctl { .. } => return Err(Errno::ENOTTY),
+        };
+        let mut told = lock(&self.told);
+        let take_message = *told && !self.file.readable();
+        *told &= !take_message;
+        Ok(Answer { value: done as i64, take_message })
+    }
+
+    fn opened(&self, own: &Arc<Own>) {
+        let (told, own) = (self.told.clone(), Arc::downgrade(own));
+        self.file.watch(Arc::new(Watcher { told, own }));
+    }
+}
+
+/// Brings the descriptor in line with the queue.
+struct Watcher {
+    told: Arc<Mutex<bool>>,
+    own: Weak<Own>,
+}
+
+impl Readiness for Watcher {
+    fn changed(&self, readable: bool) {
+        let mut told = lock(&self.told);
+        let Some(own) = self.own.upgrade().filter(|_| readable && !*told) else { return };
+        // Fails when the last descriptor is closed: then nobody polls.
+        *told = sys::send(own.end.raw(), &[0], None).is_ok();
+    }
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A VFIO group, `/dev/vfio/N`: how programs that know containers get their devices.
+//!
+//! As in a Linux whose containers are iommufds: the group is put into a container, which then has an
+//! IOAS; a device that is opened through the group is bound to that iommufd, and attached to the IOAS.
+#![forbid(unsafe_code)]
+
+use std::mem::size_of;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
+use twostage::emulated::EmulatedHost;
+use twostage::iommufd::{Errno, UserMemory};
+
+use crate::caller::Caller;
+use crate::device::{request, Device};
+use crate::file::{Answer, Call, File};
+use crate::world::Opener;
+
+const GET_STATUS: u32 = request(3);
+const SET_CONTAINER: u32 = request(4);
+const UNSET_CONTAINER: u32 = request(5);
+const GET_DEVICE_FD: u32 = request(6);
+
+/// `VFIO_GROUP_FLAGS_VIABLE`, `VFIO_GROUP_FLAGS_CONTAINER_SET`.
+const VIABLE: u32 = 1;
+const CONTAINER_SET: u32 = 2;
+
+/// Longest name of a device that is looked at, in bytes.
+const LONGEST_NAME: u64 = 64;
+
+/// An open group. Devices that were opened through it keep it open.
+#[derive(Debug)]
+pub struct Group {
+    number: u32,
+    devices: Opener,
+    container: Mutex<Option<Arc<EmulatedHost>>>,
+}
+
+impl Group {
+    /// The group `number`, whose devices `devices` opens.
+    pub fn new(number: u32, devices: Opener) -> Self {
+        Self { number, devices, container: Mutex::default() }
+    }
+
+    fn container(&self) -> MutexGuard<'_, Option<Arc<EmulatedHost>>> {
+        self.container.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `struct vfio_group_status`: argsz, flags.
+    fn status(&self, caller: &Caller, address: u64) -> Result<i64, Errno> {
+        let mut status = [0; 2 * size_of::<u32>()];
+        caller.read(address, &mut status).map_err(|_| Errno::EFAULT)?;
+        let argsz = status.first_chunk().map_or(0, |argsz| u32::from_ne_bytes(*argsz));
+        if (argsz as usize) < status.len() {
+            return Err(Errno::EINVAL);
+        }
+        let flags = VIABLE | if self.container().is_some() { CONTAINER_SET } else { 0 };
+        let address = address + size_of::<u32>() as u64;
+        caller.write(address, &flags.to_ne_bytes()).map_err(|_| Errno::EFAULT)?;
+        Ok(0)
+    }
+
+    fn set_container(&self, caller: &Caller, address: u64) -> Result<i64, Errno> {
+        let mut fd = [0; size_of::<i32>()];
+        caller.read(address, &mut fd).map_err(|_| Errno::EFAULT)?;
+        let host = match uapi::Process::iommufd(caller, i32::from_ne_bytes(fd)) {
+            Err(errno) if errno.raw() == libc::EBADF => return Err(errno),
+            host => host,
+        };
+        let mut container = self.container();
+        if container.is_some() {
+            return Err(Errno::EINVAL);
+        }
+        let host = host?;
+        host.vfio_add_group()?;
+        *container = Some(host);
+        Ok(0)
+    }
+
+    fn unset_container(&self) -> Result<i64, Errno> {
+        match self.container().take() {
+            Some(_) => Ok(0),
+            None => Err(Errno::EINVAL),
+        }
+    }
+
+    /// Opens the device of that name, bound and attached.
+    fn device(self: &Arc<Self>, caller: &Caller, address: u64) -> Result<i64, Errno> {
+        let name = read_name(caller, address)?;
+        let number = self.devices.named(&name).ok_or(Errno::ENODEV)?;
+        let host = self.container().clone().ok_or(Errno::EINVAL)?;
+        let device = self.devices.open(number)?;
+        let process = InGroup { caller, host: &host };
+        device.bind(&process)?;
+        device.attach(vfio_ioas(&host, &process)?, &process)?;
+        let file = Arc::new(OfGroup { device, _group: self.clone() });
+        caller.open(file).map(i64::from)
+    }
+}
+
+/// The IOAS that VFIO's ioctls of `host` work on.
+fn vfio_ioas(host: &EmulatedHost, process: &InGroup<'_>) -> Result<u32, Errno> {
+    /// `IOMMU_VFIO_IOAS`.
+    const REQUEST: u32 = 0x3b88;
+    // size, ioas_id, op (GET) and reserved
+    let mut argument = [0; 12];
+    argument.iter_mut().zip(12u32.to_ne_bytes()).for_each(|(to, from)| *to = from);
+    host.ioctl(REQUEST, &mut argument, process)?;
+    let ioas = argument.get(4..).and_then(|rest| rest.first_chunk());
+    Ok(ioas.map_or(0, |ioas| u32::from_ne_bytes(*ioas)))
+}
+
+/// The string at `address`.
+fn read_name(caller: &Caller, address: u64) -> Result<String, Errno> {
+    let mut bytes = Vec::new();
+    for at in address..address.saturating_add(LONGEST_NAME) {
+        let mut byte = [0];
+        caller.read(at, &mut byte).map_err(|_| Errno::EFAULT)?;
+        match byte {
+            [0] => return String::from_utf8(bytes).map_err(|_| Errno::ENODEV),
+            [byte] => bytes.push(byte),
+        }
+    }
+    Err(Errno::ENODEV)
+}
+
+/// An open group, as a file.
+#[derive(Debug)]
+pub struct GroupFile(pub Arc<Group>);
+
+impl File for GroupFile {
+    fn name(&self) -> String {
+        format!("group{}", self.0.number)
+    }
+
+    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+        let Call::Ioctl { request, argument } = call else { return Err(Errno::EINVAL) };
+        let done = match request {
+            GET_STATUS => self.0.status(caller, argument),
+            SET_CONTAINER => self.0.set_container(caller, argument),
+            UNSET_CONTAINER => self.0.unset_container(),
+            GET_DEVICE_FD => self.0.device(caller, argument),
+            _ => Err(Errno::ENOTTY),
+        };
+        done.map(Answer::from)
+    }
+}
+
+/// A device that was opened through a group.
+#[derive(Debug)]
+struct OfGroup {
+    // Closed first.
+    device: Device,
+    _group: Arc<Group>,
+}
+
+impl File for OfGroup {
+    fn name(&self) -> String {
+        self.device.name()
+    }
+
+    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+        self.device.call(caller, call)
+    }
+}
+
+/// The process that opens a device: every descriptor it names is the container.
+#[derive(Debug)]
+struct InGroup<'a> {
+    caller: &'a Caller,
+    host: &'a Arc<EmulatedHost>,
+}
+
+impl UserSpace for InGroup<'_> {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        self.caller.share()
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        self.caller.read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
+        self.caller.write(address, bytes)
+    }
+
+    fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
+        self.caller.memory(address, length, writable)
+    }
+
+    fn credentials(&self) -> Credentials {
+        self.caller.credentials()
+    }
+}
+
+impl uapi::Process for InGroup<'_> {
+    fn iommufd(&self, _: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        Ok(self.host.clone())
+    }
+}

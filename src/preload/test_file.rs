@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Descriptors that operations of Linux's own tests open. Programs only close them, or name them in
+//! other operations.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use twostage::emulated::uapi::TestFile;
+use twostage::iommufd::Errno;
+
+use crate::caller::Caller;
+use crate::file::{Answer, Call, File};
+
+/// An open file of a test operation.
+#[derive(Debug)]
+pub struct OpenTestFile(pub Arc<dyn TestFile>);
+
+impl File for OpenTestFile {
+    fn name(&self) -> String {
+        self.0.name().to_owned()
+    }
+
+    fn call(&self, _: &Caller, _: Call) -> Result<Answer, Errno> {
+        Err(Errno::EINVAL)
+    }
+
+    fn as_test_file(&self) -> Option<&Arc<dyn TestFile>> {
+        Some(&self.0)
+    }
+}
