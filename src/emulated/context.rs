@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::dma_buf::{DmaBuf, Importer};
 use super::machine::Machine;
 use super::objects::Objects;
 
@@ -36,5 +37,12 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         self.objects.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+    }
+}
+
+impl Importer for Context {
+    fn revoked(&self, buf: &DmaBuf) {
+        // Fails for no IOAS that there is.
+        let _ = self.objects().lose_dma_buf(buf);
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
+use crate::emulated::dma_buf::DmaBuf;
 use crate::emulated::refusal::Refusal;
 use crate::iommufd::{Errno, UserMemory};
 
@@ -121,6 +122,12 @@ pub trait UserSpace: Debug + Send + Sync {
     /// When nothing is mapped at `address`, when `writable` and it cannot be written, or when the
     /// process is gone.
     fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault>;
+
+    /// The memory of a device that the process has open as `fd`, if it is that.
+    fn dma_buf(&self, fd: i32) -> Option<Arc<DmaBuf>> {
+        let _ = fd;
+        None
+    }
 
     /// The file that the process has open as `fd`.
     fn file(&self, fd: i32) -> Option<Arc<File>> {

@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::coverage::Coverage;
 use super::{Payer, RlimitMode, Source, PAGE_SIZE};
+use crate::emulated::dma_buf::DmaBuf;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::user_space::Credentials;
 use crate::iommufd::{Errno, UserMemory};
@@ -37,6 +38,8 @@ pub(crate) struct Pages {
     writable: bool,
     account: Arc<PinAccount>,
     state: Mutex<State>,
+    /// They were a device's memory, which was revoked.
+    lost: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -59,7 +62,14 @@ impl Pages {
     ) -> Self {
         let payer = Payer::of(&source, mode);
         let state = State { pins: Coverage::default(), places: BTreeMap::new(), payer };
-        Self { source, length, writable, account, state: Mutex::new(state) }
+        Self {
+            source,
+            length,
+            writable,
+            account,
+            state: Mutex::new(state),
+            lost: AtomicBool::default(),
+        }
     }
 
     /// Whether a mapping of these pages may be writable.
@@ -82,14 +92,33 @@ impl Pages {
         self.start_of(offset) % PAGE_SIZE
     }
 
+    /// The memory of a device that they are.
+    pub fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
+        match &self.source {
+            Source::DmaBuf(buf, _) => Some(buf),
+            _ => None,
+        }
+    }
+
+    /// They were a device's memory, and lead nowhere from now on.
+    pub fn lose(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
     /// Pins the pages under `length` bytes at `offset`, and says where those bytes are: pieces in
-    /// ascending order. Pages that are pinned already stay where they are and are not accounted
+    /// ascending order, none of a device's memory that was lost. Pages that are pinned already stay where they are and are not accounted
     /// again.
     ///
     /// # Errors
     /// `EFAULT` no such memory; `EINVAL` no such pages of a file; `ENOMEM` the memory-lock limit.
     /// Nothing is then pinned.
     pub fn pin(&self, offset: u64, length: u64) -> Outcome<Vec<UserMemory>> {
+        if self.dma_buf().is_some() {
+            // The device sees to it that the memory stays.
+            let lost = self.lost.load(Ordering::Relaxed);
+            let memory = (!lost).then(|| self.source.pin(offset, length, self.writable));
+            return memory.into_iter().collect();
+        }
         let (first, end) = self.page_numbers(offset, length);
         let mut state = self.lock();
         let mut found = Vec::new();
@@ -111,6 +140,9 @@ impl Pages {
 
     /// Takes one pin from the pages under `length` bytes at `offset`, as given to [`Self::pin`].
     pub fn unpin(&self, offset: u64, length: u64) {
+        if self.dma_buf().is_some() {
+            return;
+        }
         let (first, end) = self.page_numbers(offset, length);
         let mut state = self.lock();
         state.pins.sub(first, end);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::PAGE_SIZE;
+use crate::emulated::dma_buf::DmaBuf;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::user_space::{Credentials, UserSpace};
 use crate::iommufd::{Errno, UserMemory};
@@ -20,6 +21,8 @@ pub(crate) enum Source {
     User(Arc<dyn UserSpace>, u64),
     /// A file that a user has open, from this offset on.
     File(Arc<dyn UserSpace>, Arc<File>, u64),
+    /// Memory of a device, from this offset on.
+    DmaBuf(Arc<DmaBuf>, u64),
 }
 
 impl Source {
@@ -27,14 +30,14 @@ impl Source {
     pub fn start(&self) -> u64 {
         match self {
             Self::Memory(memory) => memory.user_va(),
-            Self::User(_, start) | Self::File(_, _, start) => *start,
+            Self::User(_, start) | Self::File(_, _, start) | Self::DmaBuf(_, start) => *start,
         }
     }
 
     /// Who pays for what is pinned; none when nobody does.
     pub fn credentials(&self) -> Option<Credentials> {
         match self {
-            Self::Memory(_) => None,
+            Self::Memory(_) | Self::DmaBuf(..) => None,
             Self::User(user, _) | Self::File(user, ..) => Some(user.credentials()),
         }
     }
@@ -46,15 +49,17 @@ impl Source {
     /// `EFAULT` there is no such memory; `EINVAL` a file that has no such pages.
     pub fn pin(&self, offset: u64, length: u64, writable: bool) -> Outcome<UserMemory> {
         match self {
-            Self::Memory(memory) => match memory.part(offset, length) {
-                Ok(memory) => Ok(memory),
-                Err(error) => refuse(Errno::EFAULT, error.to_string()),
-            },
+            Self::Memory(memory) => part(memory, offset, length),
+            Self::DmaBuf(buf, start) => part(buf.memory(), start + offset, length),
             // Does not wrap: the end of the source was found to be below 2^64.
             Self::User(user, start) => Ok(user.memory(start + offset, length, writable)?),
             Self::File(_, file, start) => pin_file(file, start + offset, length),
         }
     }
+}
+
+fn part(memory: &UserMemory, offset: u64, length: u64) -> Outcome<UserMemory> {
+    memory.part(offset, length).or_else(|error| refuse(Errno::EFAULT, error.to_string()))
 }
 
 /// Maps `length` bytes at `offset` of `file`, and the whole pages around them.

@@ -272,7 +272,7 @@ impl IovaSpace {
     /// nor at the ends of an area. `huge_pages`: a HWPT may hold one there.
     ///
     /// # Errors
-    /// `EBUSY` it is being unmapped; `EINVAL` the second part would not be aligned, it is pinned,
+    /// `EBUSY` it is being unmapped; `EOPNOTSUPP` memory of a device; `EINVAL` the second part would not be aligned, it is pinned,
     /// or there may be huge pages.
     pub fn split(&mut self, last: u64, alignment: u64, huge_pages: bool) -> Outcome<bool> {
         let found = self.areas.range_mut(..=last).next_back().filter(|(_, area)| last <= area.last);
@@ -283,6 +283,9 @@ impl IovaSpace {
         }
         if area.leaving {
             return refuse(Errno::EBUSY, format!("the mapping at {start:#x} is being unmapped"));
+        }
+        if area.pages.dma_buf().is_some() {
+            return refuse(Errno::EOPNOTSUPP, "memory of a device cannot be split");
         }
         let (next, offset) = (last + 1, area.offset + (last + 1 - start));
         if !(next | area.pages.page_offset(offset)).is_multiple_of(alignment) {

@@ -307,6 +307,9 @@ fn check_area(area: Option<&Area>, iova: u64, wanted: Wanted) -> Outcome<()> {
     if !allowed {
         return refuse(Errno::EPERM, format!("the mapping at {iova:#x} allows no {wanted:?}"));
     }
+    if area.is_some_and(|area| area.pages.dma_buf().is_some()) {
+        return refuse(Errno::EINVAL, format!("at {iova:#x} is memory of a device"));
+    }
     Ok(())
 }
 

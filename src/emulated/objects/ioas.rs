@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
+use crate::emulated::dma_buf::DmaBuf;
 use crate::emulated::ioas::{Area, IovaSpace, Pages, Piece, Source, PAGE_SIZE};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::stage2::Stage2;
@@ -82,12 +83,35 @@ impl Objects {
         Ok(IovaRanges { allowed: ioas.space.usable(), alignment: ioas.alignment })
     }
 
+    /// A device's memory was revoked: what is mapped of it leads nowhere from now on.
+    pub fn lose_dma_buf(&mut self, buf: &DmaBuf) -> Outcome<()> {
+        let ioases = self.table.iter().filter_map(|(id, object)| match object {
+            Object::Ioas(ioas) => Some((id, ioas)),
+            _ => None,
+        });
+        let mut touched = Vec::new();
+        for (id, ioas) in ioases {
+            for (start, area) in ioas.space.areas() {
+                if area.pages.dma_buf().is_some_and(|of| std::ptr::eq(&**of, buf)) {
+                    area.pages.lose();
+                    ioas.stage2.remove_in(start..=area.last);
+                    touched.push(id);
+                }
+            }
+        }
+        touched.dedup();
+        touched.into_iter().try_for_each(|ioas| self.stage2_changed(ioas))
+    }
+
     /// Maps `length` bytes of memory; [`MapRequest::check`] comes before. Without a HWPT the
     /// memory is not looked at.
     pub fn ioas_map(&mut self, ioas: ObjectId, request: MapRequest) -> Outcome<u64> {
         let MapRequest { target, source, length, protection } = request;
         let object = self.table.ioas(ioas)?;
         check_source(&source, length)?;
+        if let Source::DmaBuf(buf, _) = &source {
+            buf.check()?;
+        }
         let iova = find_iova(object, target, length, source.start())?;
         check_page_offset(object, source.start())?;
         let (mode, account) = (self.rlimit_mode, self.account.clone());
@@ -196,7 +220,11 @@ fn check_source(source: &Source, length: u64) -> Outcome<()> {
     let start = source.start();
     let past_end = || refuse(Errno::EOVERFLOW, format!("{start:#x} + {length:#x} is past 2^64"));
     match source {
-        Source::File(..) if length > 0 && start.checked_add(length - 1).is_none() => past_end(),
+        Source::File(..) | Source::DmaBuf(..)
+            if length > 0 && start.checked_add(length - 1).is_none() =>
+        {
+            past_end()
+        }
         Source::Memory(_) | Source::User(..) if start.checked_add(length).is_none() => past_end(),
         _ if length == 0 || length > u64::MAX - PAGE_SIZE => {
             refuse(Errno::EINVAL, format!("length {length:#x}"))

@@ -3,11 +3,13 @@
 
 use std::mem::offset_of;
 use std::ops::RangeInclusive;
+use std::sync::{Arc, Weak};
 
 use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::{UserFault, UserSpace};
+use crate::emulated::context::Context;
 use crate::emulated::ioas::Source;
 use crate::emulated::objects::MapRequest;
 use crate::emulated::refusal::{refuse, Outcome};
@@ -115,10 +117,22 @@ pub(super) fn map_file(
     if start.checked_add(length - 1).is_none() {
         return refuse(Errno::EOVERFLOW, format!("{start:#x} + {length:#x} is past 2^64"));
     }
-    let Some(file) = user.file(fd) else {
+    let source = if let Some(buf) = user.dma_buf(fd) {
+        let size = buf.memory().length();
+        if start + (length - 1) >= size {
+            return refuse(
+                Errno::EINVAL,
+                format!("{length:#x} bytes at {start:#x} are not in {size:#x} of a device"),
+            );
+        }
+        let importer: Weak<Context> = Arc::downgrade(host.context());
+        buf.import(importer);
+        Source::DmaBuf(buf, start)
+    } else if let Some(file) = user.file(fd) {
+        Source::File(user.share(), file, start)
+    } else {
         return refuse(Errno::EBADF, format!("there is no file {fd}"));
     };
-    let source = Source::File(user.share(), file, start);
     let request = MapRequest { target, source, length, protection };
     let iova = host.objects().ioas_map(ioas, request)?;
     argument.set_u64(offset_of!(iommu_ioas_map_file, iova), iova);

@@ -2,6 +2,7 @@
 //! The byte-level rules, one ioctl a file.
 
 mod dirty;
+mod dma_buf;
 mod events;
 mod generic;
 mod hwpt;
@@ -17,6 +18,7 @@ use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
 use crate::emulated::objects::tests::fake::Bench;
+use crate::emulated::DmaBuf;
 use crate::emulated::EventFile;
 use crate::iommufd::{Errno, ObjectId, UserMemory};
 
@@ -35,6 +37,7 @@ struct Process {
     region: Arc<GuestRegionMmap>,
     /// Open files by descriptor.
     files: Vec<(i32, Arc<File>)>,
+    dma_bufs: Vec<(i32, Arc<DmaBuf>)>,
     who: Credentials,
     /// Queues that are open, from descriptor 10 on; none when there is room for none.
     queues: Option<Queues>,
@@ -47,6 +50,7 @@ type Queues = Arc<Mutex<Vec<EventFile>>>;
 struct Caller {
     space: RegionSpace,
     files: Vec<(i32, Arc<File>)>,
+    dma_bufs: Vec<(i32, Arc<DmaBuf>)>,
     who: Credentials,
     queues: Option<Queues>,
 }
@@ -61,9 +65,9 @@ impl super::Process for Caller {
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
-        let Self { space, files, who, queues } = self;
+        let Self { space, files, dma_bufs, who, queues } = self;
         let (space, files, who) = (space.clone(), files.clone(), who.clone());
-        Arc::new(Self { space, files, who, queues: queues.clone() })
+        Arc::new(Self { space, files, dma_bufs: dma_bufs.clone(), who, queues: queues.clone() })
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -80,6 +84,10 @@ impl UserSpace for Caller {
 
     fn file(&self, fd: i32) -> Option<Arc<File>> {
         self.files.iter().find(|(number, _)| *number == fd).map(|(_, file)| file.clone())
+    }
+
+    fn dma_buf(&self, fd: i32) -> Option<Arc<DmaBuf>> {
+        self.dma_bufs.iter().find(|(number, _)| *number == fd).map(|(_, buf)| buf.clone())
     }
 
     fn credentials(&self) -> Credentials {
@@ -100,12 +108,21 @@ impl Process {
         let region = GuestRegionMmap::from_range(GuestAddress(0), MEMORY as usize, None).unwrap();
         let region = Arc::new(region);
         let (space, who) = (RegionSpace::new(vec![region.clone()]), Credentials::privileged());
-        Self { bench, space, region, files: Vec::new(), who, queues: Some(Queues::default()) }
+        Self {
+            bench,
+            space,
+            region,
+            files: Vec::new(),
+            dma_bufs: Vec::new(),
+            who,
+            queues: Some(Queues::default()),
+        }
     }
 
     fn caller(&self) -> Caller {
         let (space, files) = (self.space.clone(), self.files.clone());
-        Caller { space, files, who: self.who.clone(), queues: self.queues.clone() }
+        let (dma_bufs, queues) = (self.dma_bufs.clone(), self.queues.clone());
+        Caller { space, files, dma_bufs, who: self.who.clone(), queues }
     }
 
     /// Address of the byte at `offset` of the memory.
