@@ -3,9 +3,10 @@
 //! left.
 
 use super::fake::{memory, s1, Bench, PARENT, PASID};
+use super::viommus::KIND;
 use crate::iommufd::{
     Errno, FailNth, HostIommu, HwptAlloc, HwptData, InvalidateData, MapTarget, ObjectId,
-    Protection, Result,
+    Protection, Result, ViommuKind,
 };
 
 /// What was made, so that it can be taken apart again in the opposite order.
@@ -30,9 +31,17 @@ fn set_up(host: &dyn HostIommu, made: &mut Made) -> Result<()> {
     made.objects.push(parent);
     host.device_attach(dev, None, parent)?;
     made.attached.push((dev, None));
+    // Closed when the set-up ends.
+    let faults = host.fault_queue_alloc()?;
+    made.objects.push(faults.object());
+    let viommu = host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent)?;
+    made.objects.push(viommu);
+    made.objects.push(host.vdevice_alloc(viommu, dev, 1)?);
+    let events = host.veventq_alloc(viommu, KIND, 4)?;
+    made.objects.push(events.object());
     let data = HwptData::VtdS1(s1(0x1000));
-    let args = HwptAlloc { flags: PASID, dev, pt: parent, data, fault: None };
-    let nested = host.hwpt_alloc(&args)?;
+    let (flags, fault) = (PASID.with_fault_id_valid(true), Some(faults.object()));
+    let nested = host.hwpt_alloc(&HwptAlloc { flags, dev, pt: viommu, data, fault })?;
     made.objects.push(nested);
     host.device_attach(dev, Some(1), nested)?;
     made.attached.push((dev, Some(1)));
@@ -58,7 +67,7 @@ fn take_apart(host: &dyn HostIommu, made: &Made) {
 fn whichever_call_fails_nothing_leaks() {
     let mut failures = 0;
     for nth in 1.. {
-        let bench = Bench::new();
+        let bench = Bench::with_viommus();
         let host = FailNth::new(bench.host.clone());
         host.fail_nth(nth, Errno::ENOMEM);
         let mut made = Made::default();
@@ -73,5 +82,5 @@ fn whichever_call_fails_nothing_leaks() {
         assert_eq!(bench.host.live_objects(), 0, "call {nth}");
         assert_eq!(bench.host.pinned_bytes(), 0, "call {nth}");
     }
-    assert_eq!(failures, 11);
+    assert_eq!(failures, 15);
 }

@@ -3,6 +3,7 @@
 
 mod access;
 mod attach;
+mod contexts;
 mod dirty;
 mod dma;
 mod events;

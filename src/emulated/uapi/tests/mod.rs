@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The byte-level rules, one ioctl a file.
 
+mod bad_input;
 mod dirty;
 mod dma_buf;
 mod events;

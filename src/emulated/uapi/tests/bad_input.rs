@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Every ioctl, with structures and pointers that are wrong: it answers as Linux does, and changes
+//! nothing.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use iommufd_bindings::*;
+
+use super::super::{request_of, OPERATIONS};
+use super::{flat, id, Field, Process, D, NOWHERE, Q};
+use crate::emulated::objects::tests::fake::{Bench, PARENT};
+use crate::emulated::objects::tests::viommus::KIND;
+use crate::iommufd::{Errno, HostIommu, ObjectId, ViommuKind};
+
+/// Descriptor of a file.
+const FILE: i32 = 5;
+/// Where in the memory of the process data for a driver are.
+const DATA: u64 = 0x4000;
+
+/// A process with an object of every kind that an ioctl names.
+struct Rig {
+    process: Process,
+    dev: ObjectId,
+    idle: ObjectId,
+    ioas: ObjectId,
+    parent: ObjectId,
+    nested: ObjectId,
+    viommu: ObjectId,
+}
+
+fn rig() -> Rig {
+    let mut process = Process::of(Bench::with_viommus());
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(0x1000).unwrap();
+    process.files.push((FILE, Arc::new(file)));
+    let (dev, idle, ioas) = (process.bench.bind("a"), process.bench.ioas(), process.bench.ioas());
+    let flags = PARENT.with_dirty_tracking(true);
+    let parent = process.bench.paging(dev, ioas, flags).unwrap();
+    let nested = process.bench.nested(dev, parent, Default::default(), 0).unwrap();
+    let viommu = process.bench.host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent).unwrap();
+    process.bench.map(ioas, 0x1000, 0x1000).unwrap();
+    Rig { process, dev, idle, ioas, parent, nested, viommu }
+}
+
+/// An ioctl that succeeds.
+struct Call {
+    number: u32,
+    /// What follows the size.
+    fields: Vec<Field>,
+    /// Which of the fields points to something.
+    pointer: Option<usize>,
+}
+
+fn call(number: u32, fields: Vec<Field>) -> Call {
+    Call { number, fields, pointer: None }
+}
+
+fn pointing(number: u32, fields: Vec<Field>, pointer: usize) -> Call {
+    Call { number, fields, pointer: Some(pointer) }
+}
+
+/// One call of every ioctl, in the order of their numbers. Each is for a rig of its own.
+fn calls(rig: &Rig) -> Vec<Call> {
+    let &Rig { ref process, dev, idle, ioas, parent, nested, viommu } = rig;
+    let (readable, fixed, writable) = (4, 1, 2);
+    let data = process.poke(DATA, &[Q(0), Q(0x5000), D(48), D(0)]);
+    let viommu_data = process.poke(DATA + 0x100, &[Q(0), Q(0)]);
+    let entry = process.poke(DATA + 0x200, &[Q(0), Q(1), D(0), D(0)]);
+    let range = process.poke(DATA + 0x300, &[Q(0x1000), Q(0x1fff)]);
+    let room = process.at(DATA + 0x400);
+    let page = process.at(0x1000 - process.at(0) % 0x1000);
+    vec![
+        call(IOMMUFD_CMD_DESTROY, vec![id(idle)]),
+        call(IOMMUFD_CMD_IOAS_ALLOC, vec![D(0), D(0)]),
+        pointing(IOMMUFD_CMD_IOAS_ALLOW_IOVAS, vec![id(idle), D(1), D(0), Q(range)], 3),
+        call(
+            IOMMUFD_CMD_IOAS_COPY,
+            vec![D(readable), id(idle), id(ioas), Q(0x1000), Q(0), Q(0x1000)],
+        ),
+        pointing(IOMMUFD_CMD_IOAS_IOVA_RANGES, vec![id(ioas), D(1), D(0), Q(room), Q(0)], 3),
+        pointing(
+            IOMMUFD_CMD_IOAS_MAP,
+            vec![D(readable | writable | fixed), id(ioas), D(0), Q(page), Q(0x1000), Q(0x2000)],
+            3,
+        ),
+        call(IOMMUFD_CMD_IOAS_UNMAP, vec![id(ioas), Q(0x1000), Q(0x1000)]),
+        call(IOMMUFD_CMD_OPTION, vec![D(1), D(1), id(idle), Q(0)]),
+        call(IOMMUFD_CMD_VFIO_IOAS, vec![id(ioas), D(1)]),
+        pointing(
+            IOMMUFD_CMD_HWPT_ALLOC,
+            vec![D(0), id(dev), id(parent), D(0), D(0), D(1), D(24), Q(data), D(0), D(0)],
+            7,
+        ),
+        pointing(IOMMUFD_CMD_GET_HW_INFO, vec![D(0), id(dev), D(24), Q(room), Q(0), Q(0)], 3),
+        call(IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, vec![D(1), id(parent), D(0)]),
+        // Linux says nothing of a bitmap that it cannot write.
+        call(
+            IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP,
+            vec![id(parent), D(0), D(0), Q(0x1000), Q(0x1000), Q(0x1000), Q(room)],
+        ),
+        pointing(
+            IOMMUFD_CMD_HWPT_INVALIDATE,
+            vec![id(nested), Q(entry), D(0), D(24), D(1), D(0)],
+            1,
+        ),
+        call(IOMMUFD_CMD_FAULT_QUEUE_ALLOC, vec![D(0), D(0), D(0)]),
+        call(
+            IOMMUFD_CMD_IOAS_MAP_FILE,
+            vec![D(readable), id(idle), D(FILE as u32), Q(0), Q(0x1000), Q(0)],
+        ),
+        pointing(
+            IOMMUFD_CMD_VIOMMU_ALLOC,
+            vec![D(0), D(KIND), id(dev), id(parent), D(0), D(16), D(0), Q(viommu_data)],
+            7,
+        ),
+        call(IOMMUFD_CMD_VDEVICE_ALLOC, vec![id(viommu), id(dev), D(0), Q(5)]),
+        call(IOMMUFD_CMD_IOAS_CHANGE_PROCESS, vec![D(0)]),
+        call(IOMMUFD_CMD_VEVENTQ_ALLOC, vec![D(0), id(viommu), D(KIND), D(1), D(0), D(0), D(0)]),
+        call(
+            IOMMUFD_CMD_HW_QUEUE_ALLOC,
+            vec![D(0), id(viommu), D(KIND), D(0), D(0), Q(0x1000), Q(0x1000)],
+        ),
+    ]
+}
+
+/// What an ioctl could have changed.
+fn state(rig: &Rig) -> impl PartialEq + std::fmt::Debug {
+    let host = &rig.process.bench.host;
+    let ranges = |ioas| -> Vec<RangeInclusive<u64>> {
+        host.ioas_iova_ranges(ioas).map(|ranges| ranges.allowed).unwrap_or_default()
+    };
+    let queues = rig.process.queues.as_ref().map(|queues| queues.lock().unwrap().len());
+    (host.graph(), [rig.idle, rig.ioas].map(ranges), queues, rig.process.bench.fake.told())
+}
+
+/// The bytes of a structure that says it has `declared`.
+fn structure(fields: &[Field], declared: usize) -> Vec<u8> {
+    [(declared as u32).to_ne_bytes().to_vec(), flat(fields)].concat()
+}
+
+/// Makes the call on `bytes`, which must not change, nor anything else.
+fn refused(rig: &Rig, number: u32, bytes: &[u8], expected: Errno) {
+    rig.process.bench.fake.told();
+    let before = state(rig);
+    let mut argument = bytes.to_vec();
+    let outcome =
+        rig.process.bench.host.ioctl(request_of(number), &mut argument, &rig.process.caller());
+    assert_eq!(outcome, Err(expected), "{number:#x}: {bytes:x?}");
+    assert!(state(rig) == before, "{number:#x}: {bytes:x?}");
+    // How many entries are done is told in every case, and the sample asks for one.
+    if number != IOMMUFD_CMD_HWPT_INVALIDATE {
+        assert_eq!(argument, bytes, "{number:#x}");
+    }
+}
+
+#[test]
+fn the_samples_are_of_every_ioctl_and_succeed() {
+    let numbers: Vec<_> = calls(&rig()).iter().map(|call| call.number).collect();
+    assert_eq!(numbers, OPERATIONS.each_ref().map(|operation| operation.number));
+    for (index, operation) in OPERATIONS.iter().enumerate() {
+        let rig = rig();
+        if operation.number == IOMMUFD_CMD_IOAS_CHANGE_PROCESS {
+            // It takes no memory of a process.
+            rig.process.bench.unmapped(rig.ioas);
+        }
+        let call = &calls(&rig)[index];
+        let mut bytes = structure(&call.fields, operation.size);
+        assert_eq!(bytes.len(), operation.size, "{:#x}", call.number);
+        let process = rig.process.caller();
+        let outcome = rig.process.bench.host.ioctl(request_of(call.number), &mut bytes, &process);
+        assert_eq!(outcome, Ok(()), "{:#x}", call.number);
+    }
+}
+
+#[test]
+fn structures_of_a_wrong_size_change_nothing() {
+    let rig = rig();
+    for (call, operation) in calls(&rig).iter().zip(&OPERATIONS) {
+        let bytes = |declared: usize, length: usize, last: u8| {
+            let mut bytes = structure(&call.fields, declared);
+            bytes.resize(length, 0);
+            if let Some(byte) = bytes[operation.size.min(length)..].last_mut() {
+                *byte = last;
+            }
+            bytes
+        };
+        let size = operation.size;
+        for short in 0..operation.min_size {
+            refused(&rig, call.number, &bytes(short, size, 0), Errno::EINVAL);
+        }
+        for excess in [1, 8, 4096] {
+            refused(&rig, call.number, &bytes(size + excess, size + excess, 1), Errno::E2BIG);
+            refused(&rig, call.number, &bytes(size + excess, size + excess - 1, 0), Errno::EFAULT);
+        }
+        refused(&rig, call.number, &bytes(usize::MAX, size, 0), Errno::EFAULT);
+        for cut in 0..4 {
+            refused(&rig, call.number, &bytes(size, cut, 0), Errno::EFAULT);
+        }
+        refused(&rig, call.number, &bytes(size, size - 1, 0), Errno::EFAULT);
+    }
+}
+
+#[test]
+fn pointers_that_lead_nowhere_change_nothing() {
+    let rig = rig();
+    for (call, operation) in calls(&rig).iter().zip(&OPERATIONS) {
+        let Some(pointer) = call.pointer else { continue };
+        for address in [NOWHERE, u64::MAX - 0x1fff] {
+            let mut fields = call.fields.clone();
+            fields[pointer] = Q(address);
+            let bytes = structure(&fields, operation.size);
+            refused(&rig, call.number, &bytes, Errno::EFAULT);
+        }
+    }
+}
