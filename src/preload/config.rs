@@ -22,6 +22,28 @@ pub struct Config {
     /// Devices behind them.
     #[serde(default)]
     pub device: Vec<Device>,
+    /// What every process may do here, besides what it may do anyway.
+    #[serde(default)]
+    pub capabilities: Vec<Capability>,
+}
+
+/// The capabilities that iommufd asks for, by their numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Capability {
+    /// `CAP_IPC_LOCK`.
+    IpcLock = 14,
+    /// `CAP_SYS_RAWIO`.
+    SysRawio = 17,
+    /// `CAP_SYS_RESOURCE`.
+    SysResource = 24,
+}
+
+impl Capability {
+    /// Its bit in a set.
+    pub fn bit(self) -> u64 {
+        1 << self as u32
+    }
 }
 
 /// One IOMMU.

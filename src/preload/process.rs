@@ -9,12 +9,10 @@ use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
 use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
 
+use crate::config::Capability;
 use crate::state::{self, Own};
+use crate::world::World;
 use crate::{pins, sys};
-
-const CAP_IPC_LOCK: u64 = 1 << 14;
-const CAP_SYS_RAWIO: u64 = 1 << 17;
-const CAP_SYS_RESOURCE: u64 = 1 << 24;
 
 /// What iommufds have pinned of a process's memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -142,15 +140,17 @@ impl UserSpace for Process {
     fn credentials(&self) -> Credentials {
         let (accounts, pid) = (&state::current().accounts, if self.own { 0 } else { self.pid });
         // One that is gone, or that this one may not look at, has no rights.
-        let may = sys::capabilities(pid).unwrap_or(0);
+        let own = sys::capabilities(pid).unwrap_or(0);
+        let given = state::current().world().map_or(0, World::capabilities);
+        let may = |capability: Capability| (own | given) & capability.bit() != 0;
         Credentials {
             user: accounts.user(self.user_id()),
             process: accounts.process(self.pid),
             pinned: accounts.pinned(self.pid),
             memlock_limit: sys::memlock_limit(pid).unwrap_or(0),
-            ipc_lock: may & CAP_IPC_LOCK != 0,
-            sys_resource: may & CAP_SYS_RESOURCE != 0,
-            sys_rawio: may & CAP_SYS_RAWIO != 0,
+            ipc_lock: may(Capability::IpcLock),
+            sys_resource: may(Capability::SysResource),
+            sys_rawio: may(Capability::SysRawio),
         }
     }
 }

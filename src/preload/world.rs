@@ -82,6 +82,7 @@ fn number_of(text: &[u8]) -> Option<u32> {
 pub struct World {
     machine: Arc<Machine>,
     devices: Arc<BTreeMap<u32, Entry>>,
+    capabilities: u64,
     /// Groups that are open: each can be once.
     groups: Mutex<BTreeMap<u32, Weak<Group>>>,
 }
@@ -129,7 +130,13 @@ impl World {
                 .map_err(|error| error.to_string())?;
         }
         let devices = Arc::new(with_groups(&config.device));
-        Ok(Self { machine, devices, groups: Mutex::default() })
+        let capabilities = config.capabilities.iter().fold(0, |all, one| all | one.bit());
+        Ok(Self { machine, devices, capabilities, groups: Mutex::default() })
+    }
+
+    /// What every process may do here, besides what it may do anyway: a set, by bits.
+    pub fn capabilities(&self) -> u64 {
+        self.capabilities
     }
 
     /// Whether `node` is there.
