@@ -76,3 +76,49 @@ impl Readiness for Watcher {
         *told = sys::send(own.end.raw(), &[0], None).is_ok();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Internal;
+    use std::os::fd::{AsRawFd, OwnedFd};
+
+    /// What nobody calls.
+    #[derive(Debug)]
+    struct Nothing;
+
+    impl File for Nothing {
+        fn name(&self) -> String {
+            "nothing".to_owned()
+        }
+
+        fn call(&self, _: &Caller, _: Call) -> Result<Answer, Errno> {
+            Err(Errno::EINVAL)
+        }
+    }
+
+    fn polls_readable(fd: &OwnedFd) -> bool {
+        sys::events(fd.as_raw_fd()) & libc::POLLIN != 0
+    }
+
+    #[test]
+    fn a_descriptor_polls_as_readable_while_a_message_waits() {
+        let (fd, end) = sys::socket_pair().unwrap();
+        let own = Arc::new(Own { file: Arc::new(Nothing), end: Internal::new(end) });
+        let told: Arc<Mutex<bool>> = Arc::default();
+        let watcher = Watcher { told: told.clone(), own: Arc::downgrade(&own) };
+        watcher.changed(false);
+        assert!(!polls_readable(&fd));
+        watcher.changed(true);
+        watcher.changed(true);
+        assert!(polls_readable(&fd));
+        // What a read does that takes the last event.
+        *lock(&told) = false;
+        assert_eq!(sys::receive(fd.as_raw_fd(), &mut [0], false).unwrap().unwrap().0, 1);
+        assert!(!polls_readable(&fd), "one message, however often it is told");
+        watcher.changed(true);
+        assert!(polls_readable(&fd));
+        drop(own);
+        watcher.changed(true);
+    }
+}

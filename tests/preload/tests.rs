@@ -101,6 +101,32 @@ fn memory_of_a_device_stays_its_memory() {
 }
 
 #[test]
+fn a_container_as_it_was_before_iommufd() {
+    expect(
+        &["container", "/dev/vfio/0", "0000:00:04.0"],
+        &[
+            "version Some(0), type1v2 Some(1)",
+            "type1v2 without a group: errno 19",
+            "group: flags 1",
+            "device without a container: errno 22",
+            "no container: errno 77",
+            "container: ok",
+            "another: errno 22",
+            "group: flags 3",
+            "type1v2: ok",
+            "no such device: errno 19",
+            "the device again: errno 22",
+            "map: ok",
+            "fetch true, store false",
+            "unmap: ok, 0x2000",
+            "fetch false",
+            "no container any more: ok",
+            "none: errno 22",
+        ],
+    );
+}
+
+#[test]
 fn descriptors_are_real() {
     expect(
         &["descriptors"],

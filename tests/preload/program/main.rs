@@ -7,6 +7,7 @@
 //! It knows nothing of where `/dev/iommu` comes from. It panics when a system call fails that must
 //! not; what may differ is printed, and compared by whoever started it.
 
+mod container;
 mod descriptors;
 mod flow;
 mod memory;
@@ -18,6 +19,7 @@ fn main() {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         ["flow", device] => flow::run(device),
+        ["container", group, device] => container::run(group, device),
         ["descriptors"] => descriptors::run(),
         ["memory", device] => memory::run(device),
         ["fork"] => processes::fork(),

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use iommufd_bindings::*;
 
 /// `_IO(IOMMUFD_TYPE, number)`; VFIO's type is the same.
-fn request(number: u32) -> libc::c_ulong {
+pub fn request(number: u32) -> libc::c_ulong {
     libc::c_ulong::from(b';') << 8 | libc::c_ulong::from(number)
 }
 
@@ -161,17 +161,22 @@ pub struct Device {
 }
 
 /// `VFIO_BASE + n`.
-const fn vfio(n: u32) -> u32 {
+pub const fn vfio(n: u32) -> u32 {
     100 + n
 }
 
 /// Where the device has its buffer.
 const BUFFER: u64 = 0x4_0000;
 
+impl From<File> for Device {
+    fn from(file: File) -> Self {
+        Self { file, bar: 0, tells: false }
+    }
+}
+
 impl Device {
     pub fn open(path: &str) -> Self {
-        let file = File::options().read(true).write(true).open(path).expect(path);
-        Self { file, bar: 0, tells: false }
+        File::options().read(true).write(true).open(path).expect(path).into()
     }
 
     fn fd(&self) -> RawFd {
@@ -183,6 +188,12 @@ impl Device {
         // argsz, flags, iommufd, out_devid
         let mut bind = [16, 0, iommufd as u32, 0];
         ioctl(self.fd(), vfio(18), &mut bind)?;
+        self.start()?;
+        Ok(bind[3])
+    }
+
+    /// Finds the registers and lets the device make requests.
+    pub fn start(&mut self) -> Result<()> {
         self.bar = self.region(0);
         let config = self.region(7);
         let mut id = [0; 4];
@@ -191,7 +202,7 @@ impl Device {
         self.file.write_all_at(&[0b110], config + 4)?;
         // Twostage's; elsewhere it is all ones.
         self.tells = self.read(0xa8) != u64::MAX;
-        Ok(bind[3])
+        Ok(())
     }
 
     /// Where the region `index` is in the file.
