@@ -30,6 +30,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(crate) use access::Wanted;
+pub(crate) use device::Change;
 pub(crate) use hw_queue::HwQueueArguments;
 pub(crate) use hwpt::HwptRequest;
 pub(crate) use invalidate::MAX_INVALIDATE_ENTRIES;

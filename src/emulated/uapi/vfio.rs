@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The ioctls of a VFIO device that concern iommufd: bind, attach, detach.
 
+use std::collections::BTreeSet;
 use std::mem::{offset_of, size_of};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::argument::Argument;
 use super::Process;
 use crate::emulated::context::Context;
+use crate::emulated::device::Slot;
+use crate::emulated::objects::Change;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::Machine;
 use crate::iommufd::{Errno, ObjectId};
@@ -59,11 +62,14 @@ pub struct DeviceFile {
 
 /// A device's object, and the epoch of the iommufd that its id belongs to. The iommufd stays open
 /// for as long as a device is bound to it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Bound {
     context: Arc<Context>,
     epoch: u64,
     dev: ObjectId,
+    /// What VFIO has attached: it tells by this whether to attach or to replace. PASID 0 is one of
+    /// its own here, and for iommufd the device itself.
+    attached: BTreeSet<Slot>,
 }
 
 impl Bound {
@@ -71,6 +77,35 @@ impl Bound {
     fn lives(&self) -> bool {
         self.context.objects().epoch() == self.epoch
     }
+
+    fn attach(&mut self, user: &mut [u8]) -> Outcome<()> {
+        let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
+        let pt = argument.id(offset_of!(Attach, pt_id));
+        if pasid.is_some_and(|pasid| i32::try_from(pasid).is_err()) {
+            return refuse(Errno::ENOSPC, format!("PASID {pasid:x?} is no number of VFIO's"));
+        }
+        let attached = self.attached.contains(&pasid);
+        let change = if attached { Change::Replace } else { Change::Attach };
+        let mut objects = self.context.objects();
+        let hwpt = objects.device_change(self.dev, of_iommufd(pasid), pt, change)?;
+        self.attached.insert(pasid);
+        argument.set_u32(offset_of!(Attach, pt_id), hwpt.0);
+        argument.copy_out(user, offset_of!(Attach, pasid));
+        Ok(())
+    }
+
+    fn detach(&mut self, user: &mut [u8]) -> Outcome<()> {
+        let (_, pasid) = slot(user, offset_of!(Detach, pasid))?;
+        if self.attached.remove(&pasid) {
+            self.context.objects().device_detach(self.dev, of_iommufd(pasid))?;
+        }
+        Ok(())
+    }
+}
+
+/// What iommufd attaches when VFIO says this: PASID 0 stands for "no PASID".
+fn of_iommufd(pasid: Slot) -> Slot {
+    pasid.filter(|pasid| *pasid != 0)
 }
 
 impl Machine {
@@ -97,11 +132,14 @@ impl DeviceFile {
         process: &dyn Process,
     ) -> Result<(), Errno> {
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = match (request, bound.clone().filter(Bound::lives)) {
-            (BIND_IOMMUFD, living) => self.bind(living.is_some(), &mut bound, argument, process),
+        if bound.as_ref().is_some_and(|bound| !bound.lives()) {
+            *bound = None;
+        }
+        let outcome = match (request, &mut *bound) {
+            (BIND_IOMMUFD, _) => self.bind(&mut bound, argument, process),
             (_, None) => refuse(Errno::EINVAL, "the device is not bound"),
-            (ATTACH_IOMMUFD_PT, Some(bound)) => attach(&bound, argument),
-            (DETACH_IOMMUFD_PT, Some(bound)) => detach(&bound, argument),
+            (ATTACH_IOMMUFD_PT, Some(bound)) => bound.attach(argument),
+            (DETACH_IOMMUFD_PT, Some(bound)) => bound.detach(argument),
             _ => refuse(Errno::ENOTTY, "no such ioctl"),
         };
         outcome.map_err(|refusal| {
@@ -112,7 +150,6 @@ impl DeviceFile {
 
     fn bind(
         &self,
-        living: bool,
         bound: &mut Option<Bound>,
         argument: &mut [u8],
         process: &dyn Process,
@@ -125,7 +162,7 @@ impl DeviceFile {
         if copy.u32(offset_of!(Bind, flags)) != 0 || iommufd < 0 {
             return refuse(Errno::EINVAL, "unknown flags, or no iommufd");
         }
-        if living {
+        if bound.is_some() {
             return refuse(Errno::EINVAL, "the device is bound already");
         }
         let host = process
@@ -145,25 +182,12 @@ impl DeviceFile {
         };
         let epoch = objects.epoch();
         drop(objects);
-        *bound = Some(Bound { context: host.context().clone(), epoch, dev });
+        *bound =
+            Some(Bound { context: host.context().clone(), epoch, dev, attached: BTreeSet::new() });
         copy.set_u32(offset_of!(Bind, out_devid), dev.0);
         copy.copy_out(argument, declared);
         Ok(())
     }
-}
-
-fn attach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
-    let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
-    let pt = argument.id(offset_of!(Attach, pt_id));
-    let hwpt = bound.context.objects().device_attach(bound.dev, pasid, pt)?;
-    argument.set_u32(offset_of!(Attach, pt_id), hwpt.0);
-    argument.copy_out(user, offset_of!(Attach, pasid));
-    Ok(())
-}
-
-fn detach(bound: &Bound, user: &mut [u8]) -> Outcome<()> {
-    let (_, pasid) = slot(user, offset_of!(Detach, pasid))?;
-    bound.context.objects().device_detach(bound.dev, pasid)
 }
 
 impl Drop for DeviceFile {

@@ -125,6 +125,32 @@ fn attach_gives_the_hwpt_that_serves() {
 }
 
 #[test]
+fn vfio_goes_by_what_it_attached_itself() {
+    let process = Program::new();
+    let file = open(&process);
+    call(&file, BIND, &[D(16), D(0), D(3), D(0)]).unwrap();
+    let (dev, ioas) = (ObjectId(1), process.bench.ioas());
+    let [first, second] = [0; 2].map(|_| process.bench.paging(dev, ioas, PASID).unwrap());
+    let attach = |hwpt: ObjectId, pasid| {
+        call(&file, ATTACH, &[D(16), D(1), D(hwpt.0), D(pasid)]).map(|_| ())
+    };
+    assert_eq!(attach(first, 1 << 31), Err(Errno::ENOSPC));
+    assert_eq!(attach(first, 1 << 16), Err(Errno::EINVAL), "not one of the device's");
+    attach(first, 7).unwrap();
+    attach(second, 7).expect("a replacement");
+    // PASID 0 is the device itself for iommufd, but not for VFIO.
+    attach(first, 0).unwrap();
+    let whole = [D(12), D(0), D(second.0)];
+    assert_eq!(call(&file, ATTACH, &whole), Err(Errno::EBUSY));
+    call(&file, DETACH, &[D(8), D(0)]).expect("nothing that VFIO knows of");
+    let destroy = |hwpt| process.bench.host.destroy(hwpt).map_err(|error| error.errno);
+    assert_eq!(destroy(first), Err(Errno::EBUSY));
+    call(&file, DETACH, &[D(12), D(1), D(0)]).unwrap();
+    destroy(first).unwrap();
+    call(&file, ATTACH, &whole).unwrap();
+}
+
+#[test]
 fn closing_a_device_of_a_closed_host_is_fine() {
     let process = Program::new();
     let file = open(&process);
