@@ -19,6 +19,7 @@ use crate::file::{Call, File};
 use crate::pins::Pins;
 use crate::process::Pinned;
 use crate::service::Service;
+use crate::sys::Mark;
 use crate::table::{self, Entry};
 use crate::windows::Windows;
 use crate::world::World;
@@ -31,6 +32,8 @@ const NAME_PREFIX: &str = "twostage-iommufd/";
 #[derive(Debug)]
 pub struct State {
     pid: i32,
+    /// Set in this process only.
+    mark: Result<Mark, Errno>,
     files: Mutex<Vec<Option<Slot>>>,
     /// What is pinned.
     pub pins: Mutex<Pins>,
@@ -101,7 +104,7 @@ pub fn current() -> &'static State {
     let state = STATE.load(Ordering::Acquire);
     // SAFETY: states are never freed.
     match unsafe { state.as_ref() } {
-        Some(found) if found.pid == sys::process_id() => found,
+        Some(found) if found.is_here() => found,
         _ => begin(state),
     }
 }
@@ -122,6 +125,7 @@ fn begin(inherited: *mut State) -> &'static State {
     pins::forget();
     let state = State {
         pid: sys::process_id(),
+        mark: Mark::new(),
         files: Mutex::default(),
         pins: Mutex::default(),
         windows: Windows::default(),
@@ -153,6 +157,21 @@ extern "C" fn begin_in_child() {
 }
 
 impl State {
+    /// Whether this is the address space that it is of.
+    fn is_here(&self) -> bool {
+        match &self.mark {
+            Ok(mark) => mark.is_set(),
+            // A kernel without MADV_WIPEONFORK. What a child of vfork does is mistaken for a fork.
+            Err(_) => self.pid == sys::process_id(),
+        }
+    }
+
+    /// Whether the descriptors are those that the state tells of. They are not in a child of vfork,
+    /// which has the memory of its parent and descriptors of its own.
+    pub fn has_descriptors(&self) -> bool {
+        self.pid == sys::process_id()
+    }
+
     fn files(&self) -> MutexGuard<'_, Vec<Option<Slot>>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use libc::{iovec, msghdr, pollfd, syscall};
 use twostage::iommufd::Errno;
@@ -66,6 +66,40 @@ pub fn memlock_limit(pid: i32) -> Result<u64, Errno> {
 pub fn user_id() -> u32 {
     // SAFETY: the call has no preconditions.
     unsafe { libc::getuid() }
+}
+
+/// Is set in the address space where it was made, and not in the copy of it that a fork makes. (A
+/// `vfork` makes none.)
+#[derive(Debug)]
+pub struct Mark(*const AtomicU32);
+
+// SAFETY: the page is never unmapped, and what is in it is atomic.
+unsafe impl Send for Mark {}
+// SAFETY: as above.
+unsafe impl Sync for Mark {}
+
+impl Mark {
+    /// A mark that is set.
+    pub fn new() -> Result<Self, Errno> {
+        const LENGTH: usize = 4096;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping touches nothing.
+        let page = checked(unsafe { syscall(libc::SYS_mmap, 0, LENGTH, rights, flags, -1, 0) })?;
+        // SAFETY: the page is ours.
+        let wiped = unsafe { syscall(libc::SYS_madvise, page, LENGTH, libc::MADV_WIPEONFORK) };
+        checked(wiped)?;
+        let mark = Self(page as *const AtomicU32);
+        // SAFETY: the page is as large, and zero.
+        unsafe { &*mark.0 }.store(1, Ordering::Release);
+        Ok(mark)
+    }
+
+    /// Whether this is the address space where it was made.
+    pub fn is_set(&self) -> bool {
+        // SAFETY: the page is mapped for good.
+        unsafe { &*self.0 }.load(Ordering::Acquire) != 0
+    }
 }
 
 /// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be read;

@@ -169,6 +169,14 @@ fn a_child_works_on_the_objects_of_its_parent() {
 }
 
 #[test]
+fn a_child_of_vfork_leaves_its_parent_alone() {
+    expect(
+        &["vfork"],
+        &["the child: 7", "destroy: ok", "duplicate: ok", "close: 0 0", "closed: errno 9"],
+    );
+}
+
+#[test]
 fn a_descriptor_survives_exec() {
     expect(&["exec"], &["IOAS 1", "inherited: IOAS 2", "next: IOAS 3"]);
 }

@@ -7,20 +7,22 @@ use std::os::fd::RawFd;
 use twostage::iommufd::Errno;
 
 use super::answer_int;
+use crate::next;
+use crate::state::{self, State};
 use crate::table::{self, Entry};
-use crate::{next, state};
+
+/// Whether the table is of this process's descriptors. One of ours in it is looked up first: most
+/// programs have none.
+fn is_own_table() -> bool {
+    state::begun().is_none_or(State::has_descriptors)
+}
 
 /// `to` is a duplicate of `fd` now.
 fn duplicated(fd: RawFd, to: RawFd) {
-    // A number too high for the table does the same as a file that is not emulated: nothing.
-    table::set(to, table::file(fd).map_or(Entry::NotOurs, Entry::File));
-}
-
-/// Makes `to` a number of the program's own to overwrite; what it stood for.
-fn give_up(to: RawFd) -> Option<Entry> {
-    match table::get(to) {
-        Entry::Internal => None,
-        entry => Some(entry),
+    let new = table::file(fd).map_or(Entry::NotOurs, Entry::File);
+    if (new, table::get(to)) != (Entry::NotOurs, Entry::NotOurs) && is_own_table() {
+        // A number too high for the table does the same as a file that is not emulated: nothing.
+        table::set(to, new);
     }
 }
 
@@ -33,24 +35,25 @@ fn closed(entry: Entry) {
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn close(fd: c_int) -> c_int {
-    match table::get(fd) {
+    let entry = table::get(fd);
+    if entry == Entry::NotOurs || !is_own_table() {
         // SAFETY: as the program asked.
-        Entry::NotOurs => unsafe { next::close(fd) },
-        Entry::Internal => answer_int(Err(Errno::from_raw(libc::EBADF))),
-        entry => {
-            table::set(fd, Entry::NotOurs);
-            // SAFETY: as above.
-            let result = unsafe { next::close(fd) };
-            closed(entry);
-            result
-        }
+        return unsafe { next::close(fd) };
     }
+    if entry == Entry::Internal {
+        return answer_int(Err(Errno::from_raw(libc::EBADF)));
+    }
+    table::set(fd, Entry::NotOurs);
+    // SAFETY: as above.
+    let result = unsafe { next::close(fd) };
+    closed(entry);
+    result
 }
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     let on_exec = flags & libc::CLOSE_RANGE_CLOEXEC as c_int != 0;
-    if first > last || on_exec {
+    if first > last || on_exec || !is_own_table() {
         // SAFETY: as the program asked.
         return unsafe { next::close_range(first, last, flags) };
     }
@@ -110,7 +113,13 @@ unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
 }
 
 fn duplicate_over(fd: c_int, to: c_int, duplicate: impl FnOnce() -> c_int) -> c_int {
-    let Some(before) = give_up(to) else { return answer_int(Err(Errno::from_raw(libc::EBADF))) };
+    let before = table::get(to);
+    if before != Entry::NotOurs && !is_own_table() {
+        return duplicate();
+    }
+    if before == Entry::Internal {
+        return answer_int(Err(Errno::from_raw(libc::EBADF)));
+    }
     let new = duplicate();
     if new >= 0 {
         duplicated(fd, new);

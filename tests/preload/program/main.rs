@@ -23,6 +23,7 @@ fn main() {
         ["descriptors"] => descriptors::run(),
         ["memory", device] => memory::run(device),
         ["fork"] => processes::fork(),
+        ["vfork"] => processes::vfork(),
         ["exec"] => processes::exec(),
         ["inherited", fd] => processes::inherited(fd.parse().expect("a number")),
         ["threads"] => processes::threads(),

@@ -101,6 +101,44 @@ pub fn fork() {
     }
 }
 
+/// What a child of vfork does: it closes and duplicates descriptors, in its parent's memory.
+extern "C" fn vforked(fd: *mut libc::c_void) -> libc::c_int {
+    let fd = fd as usize as RawFd;
+    // SAFETY: the descriptors are copies of the parent's.
+    unsafe {
+        libc::dup2(fd, 0);
+        libc::dup2(2, fd);
+        libc::close(fd);
+        libc::close_range(3, u32::MAX, 0);
+        libc::_exit(7)
+    }
+}
+
+/// A child that has the memory of its parent, and descriptors of its own.
+pub fn vfork() {
+    let fd = open("/dev/iommu");
+    let ioas = ioas_alloc(fd).expect("IOAS_ALLOC");
+    let mut stack = vec![0u128; 0x1000];
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let mut status = 0;
+    // SAFETY: the stack is the child's alone until it ends, which this waits for.
+    unsafe {
+        let top = stack.as_mut_ptr_range().end.cast();
+        let pid = libc::clone(vforked, top, flags, fd as usize as *mut libc::c_void);
+        assert!(pid > 0, "clone");
+        assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
+    }
+    println!("the child: {}", libc::WEXITSTATUS(status));
+    println!("destroy: {}", outcome(destroy(fd, ioas)));
+    // SAFETY: the descriptors are this function's.
+    unsafe {
+        let other = libc::dup(fd);
+        println!("duplicate: {}", outcome(ioas_alloc(other)));
+        println!("close: {} {}", libc::close(fd), libc::close(other));
+    }
+    println!("closed: {}", outcome(ioas_alloc(fd)));
+}
+
 /// A program that is started with an inherited descriptor.
 pub fn exec() {
     let fd = open("/dev/iommu");
