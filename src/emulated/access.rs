@@ -22,8 +22,9 @@ pub trait AccessUnmap: Debug + Send + Sync {
     /// leaves its IOAS. By the return everything pinned there is no longer used, and unpinned
     /// ([`Access::unpin_pages`]).
     ///
-    /// Called with no lock of the host held, by the thread that unmaps, which waits. It must not
-    /// unmap anything itself, nor attach, replace or detach the access object.
+    /// Called with no lock of the host held, by the thread that unmaps, which waits; by several at
+    /// once, if several unmap. It must not unmap anything itself, nor attach, replace or detach the
+    /// access object. A call may outlast the access object, for which there is then nothing to do.
     fn unmap(&self, iova: u64, length: u64);
 }
 

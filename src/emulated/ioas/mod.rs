@@ -2,6 +2,7 @@
 //! The inside of an IOAS: which IOVAs are mapped, reserved or allowed, and the pages behind them.
 #![forbid(unsafe_code)]
 
+mod area;
 mod coverage;
 mod pages;
 mod payer;
@@ -11,11 +12,12 @@ mod source;
 mod space;
 mod transfer;
 
+pub(crate) use area::{Area, Part, Piece, Taken};
 pub(crate) use pages::{Pages, PinAccount};
 pub(crate) use payer::{Payer, RlimitMode};
 pub(crate) use ranges::range_of;
 pub(crate) use source::Source;
-pub(crate) use space::{Area, IovaSpace, Part, Piece, Taken};
+pub(crate) use space::IovaSpace;
 pub(crate) use transfer::Transfer;
 
 /// Size of a page of the host, in bytes.
