@@ -17,6 +17,7 @@ mod table;
 mod value;
 
 use arbitrary::{Result, Unstructured};
+use twostage::iommufd::{ObjectId, PageRequest, PageRequestFlags, PageRequestPermissions};
 
 use process::Process;
 use table::{CONTAINER_IOCTLS, CONTAINER_NUMBERS, DEVICE_IOCTLS, IOCTLS};
@@ -33,6 +34,9 @@ enum Step {
     ContainerIoctl(usize),
     ContainerNumber,
     AddGroup,
+    EventFile,
+    Raise,
+    Mmap,
     OpenDevice,
     CloseDevice,
     Write,
@@ -48,7 +52,7 @@ impl Step {
     /// The steps in the order of their numbers: those that are not ioctls first, so that a new ioctl
     /// changes no meaning but those of the last numbers.
     fn of(number: u8) -> Self {
-        const OTHERS: [Step; 14] = [
+        const OTHERS: [Step; 17] = [
             Step::Dma,
             Step::Dma,
             Step::Write,
@@ -63,6 +67,9 @@ impl Step {
             Step::DropAccess,
             Step::ContainerNumber,
             Step::AddGroup,
+            Step::EventFile,
+            Step::Raise,
+            Step::Mmap,
         ];
         let device = (0..DEVICE_IOCTLS.len()).map(Step::DeviceIoctl);
         let container = (0..CONTAINER_IOCTLS.len()).map(Step::ContainerIoctl);
@@ -110,6 +117,22 @@ fn step(process: &mut Process, input: &mut Unstructured) -> Result<()> {
             process.container_number(fd as usize, request, value(input, Kind::Choice(last))?);
         }
         Step::AddGroup => process.add_group(input.arbitrary()?),
+        Step::EventFile => {
+            let (number, how) = (input.arbitrary()?, input.arbitrary()?);
+            let (address, count) = (value(input, Kind::Pointer)?, value(input, Kind::Count)?);
+            process.event_file(number, how, address, count as usize);
+        }
+        Step::Raise => {
+            let (fd, object) = (value(input, Kind::Fd)?, value(input, Kind::Id)?);
+            let kind = input.arbitrary::<u8>()?.into();
+            let request = page_request(input)?;
+            process.raise(fd as usize, ObjectId(object as u32), kind, request);
+        }
+        Step::Mmap => {
+            let (fd, offset) = (value(input, Kind::Fd)?, value(input, Kind::Iova)?);
+            let length = value(input, Kind::Length)?;
+            process.mmap(fd as usize, offset, length, input.arbitrary()?);
+        }
         Step::OpenDevice => process.open_device(input.arbitrary()?),
         Step::CloseDevice => process.close_device(input.arbitrary()?),
         Step::Write => {
@@ -139,4 +162,14 @@ fn step(process: &mut Process, input: &mut Unstructured) -> Result<()> {
         Step::Look => process.look(),
     }
     Ok(())
+}
+
+fn page_request(input: &mut Unstructured) -> Result<PageRequest> {
+    Ok(PageRequest {
+        flags: PageRequestFlags::from_bits(value(input, Kind::Flags(3))? as u32),
+        pasid: value(input, Kind::Pasid)? as u32,
+        group: value(input, Kind::Count)? as u32,
+        permissions: PageRequestPermissions::from_bits(value(input, Kind::Flags(15))? as u32),
+        address: value(input, Kind::Iova)?,
+    })
 }

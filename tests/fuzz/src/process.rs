@@ -2,17 +2,15 @@
 //! The process, its machine, and what must hold.
 
 use std::fs::File;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use iommufd_bindings::*;
-use twostage::emulated::uapi::{
-    self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace,
-};
+use twostage::emulated::uapi::{self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
 use twostage::emulated::{
-    AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit,
-    VtdUnitConfig,
+    AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, EventFile, Machine,
+    MmapRequest, VtdUnit, VtdUnitConfig,
 };
-use twostage::iommufd::{Errno, ObjectId, UserMemory};
+use twostage::iommufd::{Errno, ObjectId, PageRequest, UserMemory};
 use twostage::spec::pci::Bdf;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
@@ -23,6 +21,8 @@ use crate::value::{MEMORY, PAGE, PAGES};
 /// Devices: name, which unit it is behind, function, group.
 const DEVICES: [(&str, usize, u8, Option<u32>); 3] =
     [("a", 0, 0, Some(1)), ("b", 0, 1, Some(1)), ("far", 1, 2, None)];
+/// Queues of faults and events that a process can have open.
+const MAX_FILES: usize = 4;
 /// Largest DMA, in bytes.
 const MAX_DMA: usize = 0x3000;
 /// Where the tables of a prepared process start.
@@ -86,7 +86,8 @@ impl Process {
         let memory = memory();
         let space = RegionSpace::new(vec![memory.clone()]);
         let iommufds = [machine.open(), machine.open()];
-        let caller = Caller { space, iommufds: iommufds.to_vec(), who: Credentials::privileged() };
+        let who = Credentials::privileged();
+        let caller = Caller { space, iommufds: iommufds.to_vec(), files: Mutex::default(), who };
         let ports =
             DEVICES.map(|(name, ..)| machine.dma_port(name).expect("a device of the machine"));
         let (files, users) = Default::default();
@@ -144,6 +145,42 @@ impl Process {
     pub fn device_ioctl(&mut self, device: u8, request: u32, argument: &mut [u8]) {
         if let Some(file) = &self.files[usize::from(device) % 3] {
             let _ = file.ioctl(request, argument, &self.caller);
+        }
+    }
+
+    /// Reads from an open queue of faults or events, or writes to it, or closes it.
+    pub fn event_file(&mut self, number: u8, how: u8, address: u64, count: usize) {
+        let mut files = self.caller.files.lock().expect("no panic before");
+        let number = usize::from(number) % files.len().max(1);
+        let Some(file) = files.get(number) else { return };
+        let address = address.wrapping_sub(MEMORY).wrapping_add(self.memory.as_ptr() as u64);
+        match how % 4 {
+            0 => drop(files.swap_remove(number)),
+            1 => {
+                let _ = file.write(&self.caller, address, count);
+            }
+            _ => {
+                let readable = file.readable();
+                let read = file.read(&self.caller, address, count);
+                assert!(readable || !matches!(read, Ok(1..)), "{read:?} of nothing");
+            }
+        }
+    }
+
+    /// A device asks for a page, or an IOMMU has an event to report.
+    pub fn raise(&mut self, fd: usize, object: ObjectId, kind: u32, request: PageRequest) {
+        let host = &self.iommufds[fd % 2];
+        let _ = host.page_request(object, request);
+        let _ = host.report_event(object, kind % 4, &[kind as u8; 8]);
+    }
+
+    /// Asks to map pages of an IOMMU; keeps them for a moment.
+    pub fn mmap(&mut self, fd: usize, offset: u64, length: u64, how: u8) {
+        let (shared, executable) = (how & 1 == 0, how & 6 == 6);
+        let request = MmapRequest { offset, length, shared, executable };
+        if let Ok(pages) = self.iommufds[fd % 2].mmap(request) {
+            self.look();
+            drop(pages);
         }
     }
 
@@ -240,11 +277,13 @@ impl Process {
         self.look();
         if devices_first {
             (self.files, self.users) = Default::default();
+            self.caller.files.lock().expect("no panic before").clear();
         }
         for host in &self.iommufds {
             host.close();
         }
         (self.files, self.users) = Default::default();
+        self.caller.files.lock().expect("no panic before").clear();
         for host in &self.iommufds {
             assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0), "{}", host.graph());
         }
@@ -276,13 +315,15 @@ fn relocate(argument: &mut [u8], memory: &GuestRegionMmap) {
 struct Caller {
     space: RegionSpace,
     iommufds: Vec<Arc<EmulatedHost>>,
+    files: Mutex<Vec<EventFile>>,
     who: Credentials,
 }
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
         // Without the descriptors: mappings keep this, and an iommufd keeps its mappings.
-        Arc::new(Self { space: self.space.clone(), iommufds: Vec::new(), who: self.who.clone() })
+        let (space, who) = (self.space.clone(), self.who.clone());
+        Arc::new(Self { space, iommufds: Vec::new(), files: Mutex::default(), who })
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -310,5 +351,14 @@ impl uapi::Process for Caller {
     fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
         let number = usize::try_from(fd).map_err(|_| Errno::EBADF)?;
         self.iommufds.get(number).cloned().ok_or(Errno::EBADF)
+    }
+
+    fn install(&self, file: EventFile) -> Result<i32, Errno> {
+        let mut files = self.files.lock().expect("no panic before");
+        if files.len() >= MAX_FILES {
+            return Err(Errno::EMFILE);
+        }
+        files.push(file);
+        Ok(files.len() as i32)
     }
 }
