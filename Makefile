@@ -69,7 +69,7 @@ bench:
 	cargo build --release --locked
 	scripts/compare-with-qemu
 
-# About a quarter of an hour. scripts/fuzz says how to run it longer or shorter.
+# About twenty minutes. scripts/fuzz says how to run it longer or shorter.
 fuzz:
 	@$(need) cc c++ cargo
 	scripts/fuzz ioctls 10000000
