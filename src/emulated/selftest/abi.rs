@@ -189,6 +189,13 @@ pub struct TriggerIopf {
     pub addr: u64,
 }
 
+/// `TRIGGER_VEVENT`.
+#[derive(FromBytes)]
+#[repr(C)]
+pub struct TriggerVevent {
+    pub dev_id: u32,
+}
+
 /// `PASID_ATTACH`, `PASID_REPLACE`, `PASID_DETACH` and `PASID_CHECK_HWPT`.
 #[derive(FromBytes)]
 #[repr(C)]

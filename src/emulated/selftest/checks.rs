@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Looking at what the mock IOMMU holds, and at what is pinned.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::abi::{CheckCache, CheckMap, CheckRefs};
-use super::driver::{mock_nested, mock_paging, MockDriver};
+use super::devices::MockDevice;
+use super::driver::{mock_nested, mock_paging};
+use super::events::with_driver;
 use super::places::{Held, Place, Places};
 use crate::emulated::ioas::{Pages, PAGE_SIZE};
 use crate::emulated::objects::{Object, Objects};
@@ -94,14 +95,10 @@ pub fn check_iotlb(host: &EmulatedHost, hwpt: ObjectId, check: &CheckCache) -> O
 
 /// `DEV_CHECK_CACHE`: whether an entry of the device's cache has the value.
 pub fn check_device_cache(host: &EmulatedHost, dev: ObjectId, check: &CheckCache) -> Outcome<()> {
-    let objects = host.objects();
-    let part = &objects.table().device(dev)?.part;
-    let Some(driver) = (&*part.driver as &dyn Any).downcast_ref::<MockDriver>() else {
-        return refuse(Errno::EINVAL, format!("device {dev} is no mock device"));
-    };
-    let cached =
-        |device: &mut super::devices::MockDevice| Ok(device.cache.get(check.id as usize).copied());
-    check_value(driver.devices().change(part.requester.rid, cached)?, check)
+    with_driver(host, dev, |driver, part| {
+        let cached = |device: &mut MockDevice| Ok(device.cache.get(check.id as usize).copied());
+        check_value(driver.devices().change(part.requester.rid, cached)?, check)
+    })
 }
 
 fn check_value(entry: Option<u32>, check: &CheckCache) -> Outcome<()> {

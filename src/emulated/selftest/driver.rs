@@ -111,8 +111,12 @@ impl Driver for MockDriver {
         kind == abi::IOMMU_VIOMMU_TYPE_SELFTEST
     }
 
-    fn alloc_viommu(&self, _: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
-        Ok(MockViommu::new(self.devices.clone()))
+    fn alloc_viommu(&self, request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
+        Ok(MockViommu::new(self.devices.clone(), request)?)
+    }
+
+    fn user_pasid_table(&self) -> bool {
+        true
     }
 
     /// Mock devices are in groups of their own, so there is one of `devices` at most.

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
-use super::{access, checks, dirty};
+use super::{access, checks, dirty, events};
 use crate::emulated::device::Slot;
 use crate::emulated::ioas::range_of;
 use crate::emulated::objects::Object;
@@ -54,6 +54,10 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn UserSpace
         }
         op::DIRTY => dirty::dirty(host, id, &body(argument)?, argument, process),
         op::SET_TEMP_MEMORY_LIMIT => set_memory_limit(body::<abi::MemoryLimit>(argument)?.limit),
+        op::TRIGGER_IOPF => events::page_request(host, &body(argument)?),
+        op::TRIGGER_VEVENT => {
+            events::vevent(host, ObjectId(body::<abi::TriggerVevent>(argument)?.dev_id))
+        }
         op::PASID_ATTACH => pasid_attach(host, id, argument),
         op::PASID_REPLACE => pasid_replace(host, id, argument),
         op::PASID_DETACH => pasid_detach(host, id, &body(argument)?),

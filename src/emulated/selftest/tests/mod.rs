@@ -4,6 +4,7 @@
 mod access;
 mod caches;
 mod devices;
+mod events;
 mod mappings;
 
 use std::sync::{Arc, Mutex};
@@ -144,10 +145,22 @@ impl Program {
 
     /// A HWPT with the driver's own data.
     fn hwpt_with(&self, dev: u32, pt: u32, flags: u32, data: &[u32]) -> Result<u32, Errno> {
+        self.hwpt_of(dev, pt, flags, 0, data)
+    }
+
+    /// A HWPT with the driver's own data, and a fault queue if the flags say so.
+    fn hwpt_of(
+        &self,
+        dev: u32,
+        pt: u32,
+        flags: u32,
+        fault: u32,
+        data: &[u32],
+    ) -> Result<u32, Errno> {
         let address = self.put(0x7000, data);
         let (low, high, length) = (address as u32, (address >> 32) as u32, 4 * data.len() as u32);
         let data_type = abi::IOMMU_HWPT_DATA_SELFTEST;
-        let words = [0, flags, dev, pt, 0, 0, data_type, length, low, high, 0, 0];
+        let words = [0, flags, dev, pt, 0, 0, data_type, length, low, high, fault, 0];
         Ok(self.ioctl(HWPT_ALLOC, &words)?[4])
     }
 

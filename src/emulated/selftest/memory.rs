@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that can be handed over as a file.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+
+use crate::emulated::refusal::{refuse, Outcome};
+use crate::iommufd::Errno;
+
+/// Where files are in memory alone.
+const DIRECTORY: &str = "/dev/shm";
+
+/// A file without a name: `length` bytes of zeroes, in memory.
+///
+/// # Errors
+/// `ENOMEM` there is none.
+pub fn unnamed_memory(length: u64) -> Outcome<File> {
+    let open = || -> io::Result<File> {
+        let mut options = File::options();
+        let file = options.read(true).write(true).custom_flags(libc::O_TMPFILE).open(DIRECTORY)?;
+        file.set_len(length)?;
+        Ok(file)
+    };
+    open().or_else(|error| refuse(Errno::ENOMEM, format!("{DIRECTORY}: {error}")))
+}
