@@ -94,6 +94,11 @@ impl Credentials {
 pub trait TestFile: Any + Debug + Send + Sync {
     /// What it is called, for logs.
     fn name(&self) -> &'static str;
+
+    /// The memory of a device that it is.
+    fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
+        None
+    }
 }
 
 /// The process that makes an ioctl.

@@ -19,6 +19,7 @@ mod access;
 mod checks;
 mod devices;
 mod dirty;
+mod dmabuf;
 mod domain;
 mod driver;
 mod events;

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
-use super::{access, checks, dirty, events};
+use super::{access, checks, dirty, dmabuf, events};
 use crate::emulated::device::Slot;
 use crate::emulated::ioas::range_of;
 use crate::emulated::objects::Object;
@@ -57,6 +57,15 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn UserSpace
         op::TRIGGER_IOPF => events::page_request(host, &body(argument)?),
         op::TRIGGER_VEVENT => {
             events::vevent(host, ObjectId(body::<abi::TriggerVevent>(argument)?.dev_id))
+        }
+        op::DMABUF_GET => {
+            let fd = dmabuf::get(&body(argument)?, process)?;
+            argument.set_result(fd);
+            Ok(())
+        }
+        op::DMABUF_REVOKE => {
+            let abi::DmabufRevoke { dmabuf_fd, revoked } = body(argument)?;
+            dmabuf::revoke(dmabuf_fd, revoked != 0, process)
         }
         op::PASID_ATTACH => pasid_attach(host, id, argument),
         op::PASID_REPLACE => pasid_replace(host, id, argument),

@@ -14,6 +14,7 @@ pub(crate) struct Argument {
     bytes: [u8; CAPACITY],
     size: usize,
     answer: bool,
+    result: i32,
 }
 
 impl Argument {
@@ -48,7 +49,7 @@ impl Argument {
         for (to, from) in bytes.iter_mut().zip(known) {
             *to = *from;
         }
-        Ok(Self { bytes, size, answer: false })
+        Ok(Self { bytes, size, answer: false, result: 0 })
     }
 
     /// Writes the structure back, as much of it as the user knows.
@@ -73,6 +74,17 @@ impl Argument {
     #[cfg(feature = "selftest")]
     pub fn rest(&self, offset: usize) -> &[u8] {
         self.bytes.get(offset..).unwrap_or_default()
+    }
+
+    /// What the ioctl is to return.
+    #[cfg(feature = "selftest")]
+    pub fn set_result(&mut self, result: i32) {
+        self.result = result;
+    }
+
+    /// What the ioctl returns: 0 unless an operation says otherwise.
+    pub fn result(&self) -> i32 {
+        self.result
     }
 
     /// The bytes of the field at `offset`; zeroes past the end of every structure.

@@ -139,7 +139,7 @@ const fn request_of(number: u32) -> u32 {
 }
 
 impl EmulatedHost {
-    /// `ioctl(2)` on `/dev/iommu`.
+    /// `ioctl(2)` on `/dev/iommu`; returns what that returns.
     ///
     /// `argument` is the memory that the third parameter points to, as much of it as the process
     /// may access; pointers in it are addresses of `process`, which must not call the host but to
@@ -152,7 +152,7 @@ impl EmulatedHost {
         request: u32,
         argument: &mut [u8],
         process: &dyn Process,
-    ) -> Result<(), Errno> {
+    ) -> Result<i32, Errno> {
         let Some(operation) = operation(request & 0xff) else {
             return Err(Errno::ENOTTY);
         };
@@ -165,7 +165,7 @@ impl EmulatedHost {
         if outcome.is_ok() || copy.is_answer() {
             copy.copy_out(argument, size);
         }
-        outcome.map_err(|refusal| {
+        outcome.map(|()| copy.result()).map_err(|refusal| {
             log::debug!("ioctl {request:#x}: {}: {}", refusal.errno, refusal.detail);
             refusal.errno
         })

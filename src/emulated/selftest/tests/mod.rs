@@ -4,6 +4,7 @@
 mod access;
 mod caches;
 mod devices;
+mod dmabuf;
 mod events;
 mod mappings;
 
@@ -13,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::abi::{self, op};
 use crate::emulated::uapi::{RegionSpace, TestFile, UserFault, UserSpace};
-use crate::emulated::EmulatedHost;
+use crate::emulated::{DmaBuf, EmulatedHost};
 use crate::iommufd::{
     Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
 };
@@ -49,6 +50,10 @@ impl UserSpace for Caller {
 
     fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
         self.space.memory(address, length, writable)
+    }
+
+    fn dma_buf(&self, fd: i32) -> Option<Arc<DmaBuf>> {
+        self.test_file(fd)?.dma_buf().cloned()
     }
 
     fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
@@ -173,6 +178,6 @@ impl Program {
         let words = [32, hwpt, low, high, data_type, length, count, 0];
         let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let outcome = self.host.ioctl(HWPT_INVALIDATE, &mut bytes, &self.caller);
-        (u32::from_ne_bytes(bytes[24..28].try_into().unwrap()), outcome)
+        (u32::from_ne_bytes(bytes[24..28].try_into().unwrap()), outcome.map(drop))
     }
 }

@@ -155,7 +155,7 @@ impl Process {
         let size = bytes.len() as u32;
         bytes[..4].copy_from_slice(&size.to_ne_bytes());
         let outcome = self.bench.host.ioctl(request_of(number), &mut bytes, &self.caller());
-        (outcome, bytes)
+        (outcome.map(drop), bytes)
     }
 
     fn errno(&self, number: u32, fields: &[Field]) -> Errno {
