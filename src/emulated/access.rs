@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::{Arc, MutexGuard};
 
+use super::context::Context;
 use super::ioas::Transfer;
 use super::objects::{Objects, Wanted};
 use super::refusal::{refuse, Outcome, Refusal};
@@ -49,7 +50,7 @@ type Result<T> = std::result::Result<T, AccessError>;
 /// An access object, and its end when it is dropped.
 #[derive(Debug)]
 pub struct Access {
-    host: Arc<EmulatedHost>,
+    context: Arc<Context>,
     id: ObjectId,
     /// The object table that the id belongs to.
     epoch: u64,
@@ -62,12 +63,14 @@ impl EmulatedHost {
     ///
     /// # Errors
     /// `ENOMEM` no object id is left.
-    pub fn access_create(self: &Arc<Self>, unmap: Option<Arc<dyn AccessUnmap>>) -> Result<Access> {
+    pub fn access_create(&self, unmap: Option<Arc<dyn AccessUnmap>>) -> Result<Access> {
         let mut objects = self.objects();
         let id = objects.access_create(unmap)?;
-        Ok(Access { host: self.clone(), id, epoch: objects.epoch() })
+        Ok(Access { context: self.context().clone(), id, epoch: objects.epoch() })
     }
+}
 
+impl Context {
     /// Moves the access object `id` from its IOAS to another or none, telling who listens.
     fn move_access(&self, id: ObjectId, new: Option<ObjectId>) -> Outcome<()> {
         let Some(listener) = self.objects().access_start_move(id, new)? else { return Ok(()) };
@@ -177,13 +180,13 @@ impl Access {
             (Move::Replace, None) => {
                 refuse(Errno::ENOENT, format!("access object {} has no IOAS", self.id))
             }
-            _ => self.host.move_access(self.id, new),
+            _ => self.context.move_access(self.id, new),
         }
     }
 
     /// The objects, if the access object is still one of them.
     fn objects(&self) -> Outcome<MutexGuard<'_, Objects>> {
-        let objects = self.host.objects();
+        let objects = self.context.objects();
         if objects.epoch() != self.epoch {
             return refuse(Errno::ENOENT, "the iommufd was closed");
         }

@@ -69,7 +69,7 @@ impl Machine {
     pub fn open(self: &Arc<Self>) -> Arc<EmulatedHost> {
         let host = Arc::new(EmulatedHost { context: Context::new(self.clone()) });
         #[cfg(feature = "selftest")]
-        self.selftest.opened(&host);
+        self.selftest.opened(host.context());
         host
     }
 }
@@ -148,7 +148,7 @@ impl EmulatedHost {
     /// Closes the iommufd: detaches and unbinds every device, telling the hardware first, then ends
     /// every object. IOMMUs and devices stay, so that it can be used again.
     pub fn close(&self) {
-        self.detach_accesses();
+        self.context.detach_accesses();
         self.objects().close();
     }
 

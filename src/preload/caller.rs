@@ -70,6 +70,11 @@ impl UserSpace for Caller {
     }
 
     #[cfg(feature = "selftest")]
+    fn dma_buf(&self, fd: i32) -> Option<Arc<twostage::emulated::DmaBuf>> {
+        self.test_file(fd)?.dma_buf().cloned()
+    }
+
+    #[cfg(feature = "selftest")]
     fn test_file(&self, fd: i32) -> Option<Arc<dyn uapi::TestFile>> {
         self.process.emulated_file(fd)?.file.as_test_file().cloned()
     }

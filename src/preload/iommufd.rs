@@ -43,7 +43,7 @@ impl File for Iommufd {
         let result = self.host.ioctl(request, &mut argument.bytes, caller);
         // Some answers come with an error.
         argument.copy_out(process)?;
-        result.map(|()| 0.into())
+        result.map(|value| i64::from(value).into())
     }
 
     fn map(&self, request: MmapRequest) -> Result<MappedPages, Errno> {

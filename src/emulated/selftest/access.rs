@@ -106,7 +106,7 @@ pub fn create(
     }
     let items = (body.flags & PINS != 0).then(Arc::<Items>::default);
     let listener = items.clone().map(|items| items as Arc<dyn AccessUnmap>);
-    let access = Arc::new(host.machine().selftest.shared(host)?.access_create(listener)?);
+    let access = Arc::new(host.access_create(listener)?);
     if let Some(items) = &items {
         // Empty until now.
         let _ = items.access.set(Arc::downgrade(&access));

@@ -63,9 +63,10 @@ pub fn check_refs(host: &EmulatedHost, check: &CheckRefs, user: &dyn UserSpace) 
         return refuse(Errno::EINVAL, format!("{length:#x} bytes at {uptr:#x}"));
     };
     let held = Held::new(user, uptr, end);
-    // One lock of a host after the other.
-    let hosts = host.machine().selftest.hosts();
-    let pinned: Vec<UserMemory> = hosts.iter().flat_map(|host| pinned(&host.objects())).collect();
+    // The lock of one iommufd after the other.
+    let contexts = host.machine().selftest.contexts();
+    let pinned: Vec<UserMemory> =
+        contexts.iter().flat_map(|context| pinned(&context.objects())).collect();
     let places = Places::now()?;
     let pinned: Vec<(Place, u64)> =
         pinned.iter().filter_map(|memory| Some((places.of(memory)?, memory.length()))).collect();

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::abi;
 use super::driver::MockDriver;
+use crate::emulated::context::Context;
 use crate::emulated::device::DeviceConfig;
 use crate::emulated::machine::{Machine, UnitId};
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
 use crate::iommufd::Errno;
 
 /// What a machine has for Linux's own tests.
@@ -17,32 +17,21 @@ pub struct Selftest {
     /// Made when it is first asked for.
     unit: OnceLock<(UnitId, Arc<MockDriver>)>,
     /// Every iommufd that was opened on the machine and is not gone.
-    hosts: Mutex<Vec<Weak<EmulatedHost>>>,
+    contexts: Mutex<Vec<Weak<Context>>>,
 }
 
 impl Selftest {
     /// Notes an iommufd that is opened.
-    pub fn opened(&self, host: &Arc<EmulatedHost>) {
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        hosts.retain(|host| host.strong_count() > 0);
-        hosts.push(Arc::downgrade(host));
-    }
-
-    /// `host`, to be kept.
-    ///
-    /// # Errors
-    /// `ENODEV` it is of another machine.
-    pub(super) fn shared(&self, host: &EmulatedHost) -> Outcome<Arc<EmulatedHost>> {
-        match self.hosts().into_iter().find(|other| std::ptr::eq(&**other, host)) {
-            Some(host) => Ok(host),
-            None => refuse(Errno::ENODEV, "the iommufd is of another machine"),
-        }
+    pub fn opened(&self, context: &Arc<Context>) {
+        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        contexts.retain(|context| context.strong_count() > 0);
+        contexts.push(Arc::downgrade(context));
     }
 
     /// Every iommufd of the machine.
-    pub fn hosts(&self) -> Vec<Arc<EmulatedHost>> {
-        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        hosts.iter().filter_map(Weak::upgrade).collect()
+    pub fn contexts(&self) -> Vec<Arc<Context>> {
+        let contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        contexts.iter().filter_map(Weak::upgrade).collect()
     }
 }
 

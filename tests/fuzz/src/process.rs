@@ -129,7 +129,9 @@ impl Process {
             [size].iter().chain(words).flat_map(|word| word.to_le_bytes()).collect();
         relocate(&mut bytes, &self.memory);
         let outcome = match (number, &self.files[0]) {
-            (Some(number), _) => self.iommufds[0].ioctl(iommufd(number), &mut bytes, &self.caller),
+            (Some(number), _) => {
+                self.iommufds[0].ioctl(iommufd(number), &mut bytes, &self.caller).map(drop)
+            }
             (None, Some(file)) => file.ioctl(request, &mut bytes, &self.caller),
             (None, None) => Err(Errno::ENODEV),
         };
