@@ -343,6 +343,8 @@ fn a_trace_tells_of_every_part() {
         assert!(events.iter().all(|event| event["args"]["iommu"] == "vtd0"), "{category}");
     }
     let calls = of("host").len() as u64;
+    let attached = of("host").into_iter().find(|event| event["name"] == "DEVICE_ATTACH").unwrap();
+    assert_eq!(attached["args"]["objects"].as_array().map(Vec::len), Some(2), "device and table");
     let report = outcome.report.pointer("/host/calls").and_then(Value::as_object).unwrap();
     let counted: u64 = report.values().map(|verb| verb["calls"].as_u64().unwrap()).sum();
     // Some more come when the objects are given back.

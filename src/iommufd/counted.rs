@@ -15,12 +15,12 @@ use super::{
 
 /// Sees every host call after it returned.
 pub trait VerbObserver: Send + Sync {
-    /// `verb` on `object` (the object named first in the call; the new one for an allocation)
-    /// took `duration` and failed with `error`, if any.
+    /// `verb` took `duration` and failed with `error`, if any. `objects` are those that the call
+    /// names, in its order, behind the one that it made.
     fn called(
         &self,
         verb: Verb,
-        object: Option<ObjectId>,
+        objects: &[ObjectId],
         started: Instant,
         duration: Duration,
         error: Option<&dyn fmt::Display>,
@@ -75,7 +75,7 @@ impl CountedHost {
     fn call<T, E: fmt::Display>(
         &self,
         verb: Verb,
-        object: Option<ObjectId>,
+        named: &[ObjectId],
         made: impl FnOnce(&T) -> Option<ObjectId>,
         call: impl FnOnce(&dyn HostIommu) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
@@ -84,10 +84,10 @@ impl CountedHost {
         self.counters.count(verb, result.is_err());
         if let (Some(observer), Some(started)) = (&self.observer, started) {
             let duration = started.elapsed();
-            match &result {
-                Ok(value) => observer.called(verb, made(value).or(object), started, duration, None),
-                Err(error) => observer.called(verb, object, started, duration, Some(error)),
-            }
+            let new = result.as_ref().ok().and_then(made);
+            let objects: Vec<_> = new.into_iter().chain(named.iter().copied()).collect();
+            let error = result.as_ref().err().map(|error| error as &dyn fmt::Display);
+            observer.called(verb, &objects, started, duration, error);
         }
         result
     }
@@ -109,37 +109,39 @@ fn itself(id: &ObjectId) -> Option<ObjectId> {
 
 impl HostIommu for CountedHost {
     fn device_bind(&self, name: &str) -> Result<ObjectId> {
-        self.call(Verb::DeviceBind, None, itself, |host| host.device_bind(name))
+        self.call(Verb::DeviceBind, &[], itself, |host| host.device_bind(name))
     }
 
     fn device_unbind(&self, dev: ObjectId) -> Result<()> {
-        self.call(Verb::DeviceUnbind, Some(dev), nothing, |host| host.device_unbind(dev))
+        self.call(Verb::DeviceUnbind, &[dev], nothing, |host| host.device_unbind(dev))
     }
 
     fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
-        self.call(Verb::DeviceAttach, Some(dev), nothing, |host| host.device_attach(dev, pasid, pt))
+        self.call(Verb::DeviceAttach, &[dev, pt], nothing, |host| {
+            host.device_attach(dev, pasid, pt)
+        })
     }
 
     fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()> {
-        self.call(Verb::DeviceDetach, Some(dev), nothing, |host| host.device_detach(dev, pasid))
+        self.call(Verb::DeviceDetach, &[dev], nothing, |host| host.device_detach(dev, pasid))
     }
 
     fn destroy(&self, id: ObjectId) -> Result<()> {
-        self.call(Verb::Destroy, Some(id), nothing, |host| host.destroy(id))
+        self.call(Verb::Destroy, &[id], nothing, |host| host.destroy(id))
     }
 
     fn ioas_alloc(&self) -> Result<ObjectId> {
-        self.call(Verb::IoasAlloc, None, itself, |host| host.ioas_alloc())
+        self.call(Verb::IoasAlloc, &[], itself, |host| host.ioas_alloc())
     }
 
     fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()> {
-        self.call(Verb::IoasAllowIovas, Some(ioas), nothing, |host| {
+        self.call(Verb::IoasAllowIovas, &[ioas], nothing, |host| {
             host.ioas_allow_iovas(ioas, ranges)
         })
     }
 
     fn ioas_iova_ranges(&self, ioas: ObjectId) -> Result<IovaRanges> {
-        self.call(Verb::IoasIovaRanges, Some(ioas), nothing, |host| host.ioas_iova_ranges(ioas))
+        self.call(Verb::IoasIovaRanges, &[ioas], nothing, |host| host.ioas_iova_ranges(ioas))
     }
 
     fn ioas_map(
@@ -149,7 +151,7 @@ impl HostIommu for CountedHost {
         target: MapTarget,
         protection: Protection,
     ) -> Result<u64> {
-        self.call(Verb::IoasMap, Some(ioas), nothing, |host| {
+        self.call(Verb::IoasMap, &[ioas], nothing, |host| {
             host.ioas_map(ioas, memory, target, protection)
         })
     }
@@ -163,21 +165,21 @@ impl HostIommu for CountedHost {
         length: u64,
         protection: Protection,
     ) -> Result<u64> {
-        self.call(Verb::IoasCopy, Some(dst), nothing, |host| {
+        self.call(Verb::IoasCopy, &[dst, src], nothing, |host| {
             host.ioas_copy(dst, target, src, src_iova, length, protection)
         })
     }
 
     fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64> {
-        self.call(Verb::IoasUnmap, Some(ioas), nothing, |host| host.ioas_unmap(ioas, iova, length))
+        self.call(Verb::IoasUnmap, &[ioas], nothing, |host| host.ioas_unmap(ioas, iova, length))
     }
 
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
-        self.call(Verb::GetHwInfo, Some(dev), nothing, |host| host.get_hw_info(dev))
+        self.call(Verb::GetHwInfo, &[dev], nothing, |host| host.get_hw_info(dev))
     }
 
     fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {
-        self.call(Verb::HwptAlloc, Some(args.pt), itself, |host| host.hwpt_alloc(args))
+        self.call(Verb::HwptAlloc, &[args.dev, args.pt], itself, |host| host.hwpt_alloc(args))
     }
 
     fn hwpt_invalidate(
@@ -185,13 +187,11 @@ impl HostIommu for CountedHost {
         hwpt: ObjectId,
         data: InvalidateData<'_>,
     ) -> std::result::Result<(), InvalidateError> {
-        self.call(Verb::HwptInvalidate, Some(hwpt), nothing, |host| {
-            host.hwpt_invalidate(hwpt, data)
-        })
+        self.call(Verb::HwptInvalidate, &[hwpt], nothing, |host| host.hwpt_invalidate(hwpt, data))
     }
 
     fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
-        self.call(Verb::HwptSetDirtyTracking, Some(hwpt), nothing, |host| {
+        self.call(Verb::HwptSetDirtyTracking, &[hwpt], nothing, |host| {
             host.hwpt_set_dirty_tracking(hwpt, enable)
         })
     }
@@ -203,24 +203,26 @@ impl HostIommu for CountedHost {
         clear: bool,
         bitmap: &mut [u64],
     ) -> Result<()> {
-        self.call(Verb::HwptGetDirtyBitmap, Some(hwpt), nothing, |host| {
+        self.call(Verb::HwptGetDirtyBitmap, &[hwpt], nothing, |host| {
             host.hwpt_get_dirty_bitmap(hwpt, range, clear, bitmap)
         })
     }
 
     fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
-        self.call(Verb::ViommuAlloc, Some(hwpt), itself, |host| host.viommu_alloc(kind, dev, hwpt))
+        self.call(Verb::ViommuAlloc, &[dev, hwpt], itself, |host| {
+            host.viommu_alloc(kind, dev, hwpt)
+        })
     }
 
     fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
-        self.call(Verb::VdeviceAlloc, Some(viommu), itself, |host| {
+        self.call(Verb::VdeviceAlloc, &[viommu, dev], itself, |host| {
             host.vdevice_alloc(viommu, dev, virt_id)
         })
     }
 
     fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
         let made = |queue: &Arc<dyn FaultQueue>| Some(queue.object());
-        self.call(Verb::FaultQueueAlloc, None, made, |host| host.fault_queue_alloc())
+        self.call(Verb::FaultQueueAlloc, &[], made, |host| host.fault_queue_alloc())
     }
 
     fn veventq_alloc(
@@ -230,7 +232,7 @@ impl HostIommu for CountedHost {
         depth: u32,
     ) -> Result<Arc<dyn EventQueue>> {
         let made = |queue: &Arc<dyn EventQueue>| Some(queue.object());
-        self.call(Verb::VeventqAlloc, Some(viommu), made, |host| {
+        self.call(Verb::VeventqAlloc, &[viommu], made, |host| {
             host.veventq_alloc(viommu, kind, depth)
         })
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Traces: what happened when, as Chrome's and Perfetto's JSON.
 //!
-//! A [`Trace`] is an array of events in the Trace Event Format, written as they happen. It can be
-//! loaded even when the process was killed and the array has no end. It goes on when a machine starts
+//! A [`Trace`] is an array of events in the Trace Event Format. It reaches its file in pieces of whole
+//! events, so that it can be loaded even when the process was killed: the array has no end then, and
+//! the last 64 KiB may be missing. It goes on when a machine starts
 //! again: each life is a process of the trace.
 //!
 //! Whoever has something to tell has an `Option` of it: without a trace an event costs the look at
@@ -13,7 +14,7 @@
 //! | `register` | accesses to the registers of a virtual IOMMU, by name, with their value |
 //! | `descriptor` | descriptors of the invalidation queue, with their fields |
 //! | `policy` | what a requester's DMA goes through from now on |
-//! | `host` | host calls, with the object and how long they took |
+//! | `host` | host calls, with the objects they name, a new one first, and how long they took |
 //! | `fault`, `interrupt fault` | what was refused, why, and whether the guest is told |
 //! | `interrupt` | messages as a function or the IOAPIC sent them, `MSI` as the LAPICs get them, routes that were triggered |
 //! | `device` | queues that were notified, buffers given back, DMA of `edu` |
@@ -25,7 +26,7 @@ mod observers;
 use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -49,7 +50,25 @@ pub struct Trace {
 struct Output {
     /// Gone after an error.
     writer: Option<Box<dyn Write + Send>>,
+    /// Whole events that are not written yet.
+    waiting: Vec<u8>,
     empty: bool,
+}
+
+/// How much waits until it is written, in bytes; one event more than that at the most.
+const PIECE: usize = 64 << 10;
+
+impl Output {
+    /// Writes what waits. An error ends the trace.
+    fn flush(&mut self) -> io::Result<()> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let result = writer.write_all(&self.waiting);
+        self.waiting.clear();
+        if result.is_err() {
+            self.writer = None;
+        }
+        result
+    }
 }
 
 impl Trace {
@@ -60,14 +79,13 @@ impl Trace {
     pub fn create(path: &Path) -> Result<Self> {
         let failed = |source| Error::Output { path: path.to_owned(), source };
         let file = File::create(path).map_err(failed)?;
-        Self::new(path, Box::new(BufWriter::new(file))).map_err(failed)
+        Ok(Self::new(path, Box::new(file)))
     }
 
-    fn new(path: &Path, mut writer: Box<dyn Write + Send>) -> io::Result<Self> {
-        writer.write_all(b"[")?;
-        let out = Mutex::new(Output { writer: Some(writer), empty: true });
+    fn new(path: &Path, writer: Box<dyn Write + Send>) -> Self {
+        let out = Mutex::new(Output { writer: Some(writer), waiting: b"[".to_vec(), empty: true });
         let (path, life) = (path.to_owned(), AtomicU32::new(1));
-        Ok(Self { path, origin: Instant::now(), life, out })
+        Self { path, origin: Instant::now(), life, out }
     }
 
     /// What comes now is of the machine's next life.
@@ -118,23 +136,26 @@ impl Trace {
 
     fn write(&self, event: &Value) {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
-        let separator = if out.empty { "\n" } else { ",\n" };
-        let Some(writer) = &mut out.writer else { return };
-        if let Err(error) = write!(writer, "{separator}{event}") {
-            log::warn!("{}: {error}; the trace ends here", self.path.display());
-            out.writer = None;
+        if out.writer.is_none() {
+            return;
         }
+        let separator = if out.empty { "\n" } else { ",\n" };
         out.empty = false;
+        out.waiting.extend_from_slice(format!("{separator}{event}").as_bytes());
+        if out.waiting.len() >= PIECE {
+            if let Err(error) = out.flush() {
+                log::warn!("{}: {error}; the trace ends here", self.path.display());
+            }
+        }
     }
 }
 
 impl Drop for Trace {
     fn drop(&mut self) {
         let out = self.out.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(writer) = &mut out.writer {
-            if let Err(error) = writer.write_all(b"\n]\n").and_then(|()| writer.flush()) {
-                log::warn!("{}: {error}; the trace is not complete", self.path.display());
-            }
+        out.waiting.extend_from_slice(b"\n]\n");
+        if let Err(error) = out.flush() {
+            log::warn!("{}: {error}; the trace is not complete", self.path.display());
         }
     }
 }
@@ -226,20 +247,15 @@ mod tests {
     fn a_full_disk_ends_the_trace_and_nothing_else() {
         struct Full;
         impl Write for Full {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                // The start of the array still fits.
-                if bytes == b"[" {
-                    Ok(1)
-                } else {
-                    Err(io::ErrorKind::StorageFull.into())
-                }
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
             }
             fn flush(&mut self) -> io::Result<()> {
                 Ok(())
             }
         }
-        let trace = Trace::new(Path::new("full"), Box::new(Full)).unwrap();
-        trace.instant("test", "lost", Value::Null);
+        let trace = Trace::new(Path::new("full"), Box::new(Full));
+        trace.instant("test", &"lost".repeat(PIECE), Value::Null);
         trace.instant("test", "lost too", Value::Null);
         assert!(trace.out.lock().unwrap().writer.is_none());
     }

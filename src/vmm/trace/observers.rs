@@ -20,17 +20,24 @@ impl VerbObserver for Trace {
     fn called(
         &self,
         verb: Verb,
-        object: Option<ObjectId>,
+        objects: &[ObjectId],
         started: Instant,
         duration: Duration,
         error: Option<&dyn fmt::Display>,
     ) {
         let args = json!({
-            "object": object.map(|id| id.0),
+            "objects": objects.iter().map(|id| id.0).collect::<Vec<_>>(),
             "error": error.map(ToString::to_string),
         });
         self.complete("host", verb.name(), started, duration, args);
     }
+}
+
+/// The fields of `what` in one line, numbers in hexadecimal, as addresses and the registers are.
+fn fields(what: &dyn fmt::Debug) -> String {
+    let lines = format!("{what:#x?}");
+    let line = lines.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.replace("( ", "(").replace(", )", ")").replace(", }", " }")
 }
 
 /// Interrupts on their way to `inner`, to which nothing more is done, traced.
@@ -71,11 +78,11 @@ impl Observer for TracedIommu {
     }
 
     fn descriptor(&self, name: &'static str, descriptor: &dyn fmt::Debug) {
-        self.instant("descriptor", name, json!({ "descriptor": format!("{descriptor:?}") }));
+        self.instant("descriptor", name, json!({ "descriptor": fields(descriptor) }));
     }
 
     fn policy(&self, requester: Requester, config: &RequesterConfig, applied: bool) {
-        let args = json!({ "config": format!("{config:?}"), "applied": applied });
+        let args = json!({ "config": fields(config), "applied": applied });
         self.instant("policy", &requester.to_string(), args);
     }
 
@@ -137,5 +144,21 @@ impl DmaMaster for TracedDma {
         let result = self.inner.write(pasid, iova, data);
         self.done("DMA write", started, (pasid, iova, data.len()), &result);
         result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_in_one_line_and_hexadecimal() {
+        #[derive(Debug)]
+        struct Wait {
+            _status: Option<(u64, u32)>,
+            _fence: bool,
+        }
+        let wait = Wait { _status: Some((0x1240_f00c, 10)), _fence: true };
+        assert_eq!(fields(&wait), "Wait { _status: Some((0x1240f00c, 0xa)), _fence: true }");
     }
 }
