@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
-use libc::{c_int, c_void, siginfo_t, SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use libc::{c_int, c_void, siginfo_t, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use vmm_sys_util::signal::{register_signal_handler, SIGRTMIN};
 
@@ -17,7 +17,7 @@ static PENDING: AtomicU64 = AtomicU64::new(0);
 static EVENT: OnceLock<EventFd> = OnceLock::new();
 
 /// The signals that reach the event loop.
-const SIGNALS: [c_int; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR1];
+const SIGNALS: [c_int; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1];
 
 extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // Only what a handler may do: an atomic and a write(2), whose errno nobody in between reads.
@@ -26,7 +26,7 @@ extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
 
 extern "C" fn interrupt_system_call(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
-/// Turns SIGHUP, SIGINT, SIGTERM and SIGUSR1 into events, for the whole process and from now on.
+/// Turns SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGUSR1 into events, for the whole process and from now on.
 pub(super) fn install() -> Result<&'static EventFd> {
     let event = match EVENT.get() {
         Some(event) => event,
