@@ -495,7 +495,7 @@ fn signals_end_the_machine_in_order() {
     if !kvm() {
         return;
     }
-    for (name, number) in [("TERM", 15), ("INT", 2), ("HUP", 1)] {
+    for (name, number) in [("TERM", 15), ("INT", 2), ("HUP", 1), ("QUIT", 3)] {
         let dir = TempDir::new().unwrap();
         let (report, trace) = (dir.path().join("report"), dir.path().join("trace"));
         let (child, _image) = waiting_guest(&[
@@ -519,6 +519,31 @@ fn signals_end_the_machine_in_order() {
         assert_eq!(json(&report)["devices"][0]["bdf"], "00:01.0");
         assert!(json(&trace).as_array().unwrap().iter().any(|event| event["name"] == "IOAS_MAP"));
     }
+}
+
+#[test]
+fn a_trace_that_is_cut_off_ends_with_a_whole_event() {
+    if !kvm() {
+        return;
+    }
+    // Reads of the version register, more than any buffer holds.
+    let read = vec![0xa1, 0, 0, 0xd9, 0xfe];
+    let image = kernel(&multiboot(
+        &[code::repeat(2000, &[read]), code::print("."), code::HALT.to_vec()].concat(),
+    ));
+    let trace = NamedTempFile::new().unwrap();
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--iommu", "vtd", "--trace", text(&trace), "--kernel", text(&image)])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let written = std::fs::read_to_string(trace.path()).unwrap();
+    let events: Vec<serde_json::Value> = serde_json::from_str(&(written + "]")).unwrap();
+    assert!(events.iter().any(|event| event["name"] == "read VER"));
 }
 
 /// Whether a vCPU of `child` waits in write(2).
@@ -591,6 +616,7 @@ fn the_terminal_is_left_as_it_was() {
         (&waits, ended_by("TERM"), 143),
         (&waits, ended_by("INT"), 130),
         (&waits, ended_by("HUP"), 129),
+        (&waits, ended_by("QUIT"), 131),
         (&resets, String::new(), GUEST_RESET),
         (&stuck, String::new(), GUEST_STUCK),
     ] {
@@ -691,6 +717,9 @@ fn devices_that_cannot_be_are_named() {
     let image = kernel(&pvh(&code::out(0xf4, 0)));
     let unaligned = kernel(&[0; 1000]);
     let (empty, unaligned) = (NamedTempFile::new().unwrap(), text(&unaligned).to_owned());
+    let directory = TempDir::new().unwrap();
+    let fifo = directory.path().join("fifo").into_os_string().into_string().unwrap();
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let path = |path: &str| format!("path={path}");
     for (option, value, code, hint) in [
         ("--disk", path("/nonexistent/disk"), NO_INPUT, "/nonexistent/disk: No such file"),
@@ -700,9 +729,11 @@ fn devices_that_cannot_be_are_named() {
         ("--disk", path(&unaligned) + ",iommu=on", USAGE, "there is no --iommu"),
         ("--disk", "readonly=on".into(), USAGE, "path=FILE is missing"),
         ("--rng", "src=/nonexistent/rng".into(), NO_INPUT, "/nonexistent/rng: No such file"),
+        ("--rng", "src=/".into(), NO_INPUT, "/: neither a file nor a character device"),
+        ("--rng", format!("src={fifo}"), NO_INPUT, "neither a file nor a character device"),
         ("--net", "tap=twostage-none".into(), OS_ERROR, "no such interface"),
         ("--net", "tap=lo".into(), OS_ERROR, "tap=lo: "),
-        ("--net", "fd=77".into(), OS_ERROR, "fd 77: Bad file descriptor"),
+        ("--net", "fd=77".into(), OS_ERROR, "--net: fd=77: Bad file descriptor"),
     ] {
         if code != USAGE && !kvm() {
             continue;
@@ -735,8 +766,12 @@ fn outputs_overwrite_nothing_that_is_named() {
 fn a_report_that_cannot_be_written_is_an_error() {
     let kernel = kernel(&pvh(&code::out(0xf4, 0)));
     let report = |to| twostage(&["run", "--kernel", text(&kernel), "--report", to]);
-    assert_refused(&report("json,file=/nonexistent/report"), IO_ERROR, "--report: ");
+    assert_refused(
+        &report("json,file=/nonexistent/report"),
+        IO_ERROR,
+        "--report: /nonexistent/report: ",
+    );
     if kvm() {
-        assert_refused(&report("json,file=/dev/full"), IO_ERROR, "No space left");
+        assert_refused(&report("json,file=/dev/full"), IO_ERROR, "/dev/full: No space left");
     }
 }

@@ -189,7 +189,7 @@ fn run(args: RunArgs) -> u8 {
         return exit_code::USAGE;
     }
     if let Err(error) = output.create() {
-        complain(&format_args!("--report: {error}"));
+        complain(&error);
         return exit_code::IO_ERROR;
     }
     let (mut unwritten, mut trace) = (None, None);
@@ -212,7 +212,7 @@ fn run(args: RunArgs) -> u8 {
             }
             match (reason.exit_code(), unwritten) {
                 (0, Some(error)) if output.file().is_some() => {
-                    complain(&format_args!("--report: {error}"));
+                    complain(&error);
                     exit_code::IO_ERROR
                 }
                 (code, _) => code,

@@ -24,6 +24,15 @@ pub struct ReportOption {
     at: u64,
 }
 
+/// A report cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[error("--report: {to}: {source}")]
+pub struct ReportError {
+    /// Where it was to go.
+    to: String,
+    source: io::Error,
+}
+
 impl FromStr for ReportOption {
     type Err = String;
 
@@ -52,11 +61,10 @@ impl ReportOption {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn create(&self) -> io::Result<()> {
-        match &self.file {
-            Some(path) => OpenOptions::new().create(true).append(true).open(path).map(drop),
-            None => Ok(()),
-        }
+    pub fn create(&self) -> Result<(), ReportError> {
+        let Some(path) = &self.file else { return Ok(()) };
+        let created = OpenOptions::new().create(true).append(true).open(path);
+        created.map(drop).map_err(|source| self.failed(source))
     }
 
     /// The machine lives again: what comes now goes behind what is in the file.
@@ -69,7 +77,16 @@ impl ReportOption {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn write(&self, report: &Report) -> io::Result<()> {
+    pub fn write(&self, report: &Report) -> Result<(), ReportError> {
+        self.try_write(report).map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: io::Error) -> ReportError {
+        let to = self.file().map_or("standard error".into(), |path| path.display().to_string());
+        ReportError { to, source }
+    }
+
+    fn try_write(&self, report: &Report) -> io::Result<()> {
         let text = match self.format {
             None => return Ok(()),
             Some(Format::Text) => report.to_string(),

@@ -2,8 +2,9 @@
 //! The entropy device (virtio 1.3 §5.4).
 #![forbid(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -25,8 +26,13 @@ impl Rng {
     /// A device that gives what it reads from `source`.
     ///
     /// # Errors
-    /// When the source cannot be opened.
+    /// When the source cannot be opened, or is neither a file nor a character device: opening a FIFO
+    /// may wait for ever, and a directory gives nothing.
     pub fn open(source: &Path) -> io::Result<Self> {
+        let kind = fs::metadata(source)?.file_type();
+        if !kind.is_file() && !kind.is_char_device() {
+            return Err(io::Error::other("neither a file nor a character device"));
+        }
         Ok(Self { source: File::open(source)? })
     }
 }

@@ -20,9 +20,9 @@ pub enum TapError {
     #[error("tap={0}: no such interface; make it with: ip tuntap add mode tap name {0}")]
     NotThere(String),
     /// The system refuses it.
-    #[error("tap={name}: {source}{}", advice(.source))]
+    #[error("{name}: {source}{}", advice(.source))]
     Refused {
-        /// Name of the interface, or number of the file descriptor.
+        /// How it was named: `tap=NAME` or `fd=NUMBER`.
         name: String,
         /// What the system said.
         source: io::Error,
@@ -55,7 +55,7 @@ impl Tap {
     /// # Errors
     /// When it does not, or may not be used.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        let refused = |source| TapError::Refused { name: name.to_owned(), source };
+        let refused = |source| TapError::Refused { name: format!("tap={name}"), source };
         let bytes = name.as_bytes();
         let c_name = CString::new(name).map_err(|_| TapError::Name(name.to_owned()))?;
         if bytes.is_empty() || bytes.len() >= libc::IFNAMSIZ {
@@ -90,7 +90,7 @@ impl Tap {
     /// # Errors
     /// When it is no tap interface with virtio-net headers.
     pub fn from_fd(fd: RawFd) -> Result<Self, TapError> {
-        let refused = |source| TapError::Refused { name: format!("fd {fd}"), source };
+        let refused = |source| TapError::Refused { name: format!("fd={fd}"), source };
         // SAFETY: F_DUPFD_CLOEXEC takes a number and touches no memory; a number that is no file
         // descriptor is an error. The result, if it is one, is a new descriptor that nobody owns.
         let file = unsafe {
