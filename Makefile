@@ -41,6 +41,7 @@ test: lint guest
 	@$(need) cc cargo
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked --no-default-features --lib
+	cargo test --locked --features selftest --lib selftest
 	cargo test --locked -p twostage-iommufd-preload
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
@@ -80,6 +81,7 @@ lint:
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	cargo clippy --locked --workspace --all-targets --features selftest -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
 	scripts/cargo-deny --log-level error check licenses bans sources
 
