@@ -81,7 +81,26 @@ impl Part {
     }
 }
 
-/// IOMMUs, and devices by name. It outlives the iommufds that are opened on it.
+/// IOMMUs, and devices by name. It outlives the iommufds that are opened on it, any number of them;
+/// each device is bound to one of them at a time.
+///
+/// ```
+/// use twostage::emulated::{DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
+/// use twostage::iommufd::HostIommu;
+/// use twostage::spec::pci::Bdf;
+///
+/// let machine = Machine::new();
+/// let unit = machine.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+/// for (function, name) in [(0, "disk"), (1, "net")] {
+///     let rid = Bdf::new(0, 4, function).expect("a PCI address");
+///     machine.add_device(name, unit, rid, DeviceConfig::default())?;
+/// }
+/// let (first, second) = (machine.open(), machine.open());
+/// first.device_bind("disk")?;
+/// assert!(second.device_bind("disk").is_err());
+/// second.device_bind("net")?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct Machine {
     state: Mutex<State>,
