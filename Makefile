@@ -43,6 +43,7 @@ test: lint guest
 	cargo test --locked --no-default-features --lib
 	cargo test --locked --features selftest --lib selftest
 	cargo test --locked -p twostage-iommufd-preload
+	scripts/iommufd-selftests
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 

@@ -24,15 +24,19 @@
 //! * exec ends the machine of the process that calls it. A program started by exec sees devices only
 //!   when `LD_PRELOAD` is in its environment.
 //! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
-//!   when the program unmaps them (`pins.rs`).
-//! * All other calls go to the next library as they are. Nothing runs before the first open.
+//!   when the program unmaps them (`pins.rs`). `/proc/PID/status` says how much it is.
+//! * All other calls go to the next library as they are. Nothing is set up before the first open;
+//!   then a thread is, which takes no signals.
 //!
 //! # What is not
 //!
 //! * Calls that do not go through libc's exported functions are not seen: system calls made by hand,
-//!   and those that libc makes inside itself (`fopen` of a device, `free` of pinned memory).
-//! * Private memory of another process cannot be pinned: `EFAULT`.
-//! * `/dev/vfio` and `/sys` list none of the devices; the paths alone are there.
+//!   and those that libc makes inside itself (`free` of pinned memory, `fopen` of a device).
+//! * Paths are known as they stand: `/dev/iommu`, not `iommu` in `/dev`. `/dev/vfio` and `/sys` list
+//!   none of the devices.
+//! * Private memory of another process cannot be pinned: `EFAULT`. Pinned private memory cannot be
+//!   moved or mapped over: `ENOMEM`. Descriptors of another process cannot be mapped: `ENODEV`.
+//! * A socket polls as writable, so every descriptor does.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 // The hooks, which all else is for, are not exported from a test.

@@ -33,13 +33,13 @@ const READ_AT: u64 = 3;
 const WRITE: u64 = 4;
 const WRITE_AT: u64 = 5;
 /// What is pinned of a process.
-const PINNED: u64 = 9;
+const PINNED: u64 = 6;
 /// The answer to a call: a value, and whether a message is to be taken from the descriptor.
-const DONE: u64 = 6;
+const DONE: u64 = 7;
 /// The answer to a call: an errno.
-const FAILED: u64 = 7;
+const FAILED: u64 = 8;
 /// A descriptor for the caller to have; it sends the number back.
-const INSTALL: u64 = 8;
+const INSTALL: u64 = 9;
 
 fn send(socket: RawFd, words: Words, passed: Option<RawFd>) -> Result<(), Errno> {
     let mut bytes = [0; BYTES];
