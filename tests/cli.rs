@@ -763,7 +763,7 @@ fn outputs_overwrite_nothing_that_is_named() {
 }
 
 #[test]
-fn a_report_that_cannot_be_written_is_an_error() {
+fn a_report_or_a_trace_that_cannot_be_written_is_an_error() {
     let kernel = kernel(&pvh(&code::out(0xf4, 0)));
     let report = |to| twostage(&["run", "--kernel", text(&kernel), "--report", to]);
     assert_refused(
@@ -773,5 +773,10 @@ fn a_report_that_cannot_be_written_is_an_error() {
     );
     if kvm() {
         assert_refused(&report("json,file=/dev/full"), IO_ERROR, "/dev/full: No space left");
+        let run = ["run", "--kernel", text(&kernel), "--report", "none", "--trace", "/dev/full"];
+        let output = twostage(&run);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(IO_ERROR.into()), "{stderr}");
+        assert!(stderr.contains("/dev/full: No space left"), "{stderr}");
     }
 }

@@ -205,6 +205,7 @@ fn run(args: RunArgs) -> u8 {
         output.next_life();
         result = live(&config, &output);
     }
+    let traced = trace.is_none_or(|trace| trace.finish());
     match result {
         Ok(reason) => {
             if !reason.is_orderly() {
@@ -215,6 +216,7 @@ fn run(args: RunArgs) -> u8 {
                     complain(&error);
                     exit_code::IO_ERROR
                 }
+                (0, _) if !traced => exit_code::IO_ERROR,
                 (code, _) => code,
             }
         }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::size::{parse_number, parse_size};
+use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 use crate::vmm::config::{DeviceConfig, EduConfig, IommuChoice, IommuConfig, SerialConfig};
 
 /// `key=value` pairs, each taken at most once.
@@ -173,6 +174,9 @@ fn register_page(text: &str) -> Result<u64, String> {
     if address % 4096 != 0 {
         return Err(format!("'{text}' is not a multiple of 4096"));
     }
+    if address >> HOST_ADDRESS_WIDTH != 0 {
+        return Err(format!("'{text}' has more than {HOST_ADDRESS_WIDTH} bits"));
+    }
     Ok(address)
 }
 
@@ -272,6 +276,7 @@ mod tests {
         refused::<IommuConfig>("vtd,aw=39", "aw: '39'");
         refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
         refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");
+        refused::<IommuConfig>("vtd,addr=0x10000000000000", "more than 52 bits");
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
         refused::<IommuConfig>("vtd,", "key=value");

@@ -53,6 +53,7 @@ struct Output {
     /// Whole events that are not written yet.
     waiting: Vec<u8>,
     empty: bool,
+    complete: bool,
 }
 
 /// How much waits until it is written, in bytes; one event more than that at the most.
@@ -66,6 +67,7 @@ impl Output {
         self.waiting.clear();
         if result.is_err() {
             self.writer = None;
+            self.complete = false;
         }
         result
     }
@@ -83,7 +85,12 @@ impl Trace {
     }
 
     fn new(path: &Path, writer: Box<dyn Write + Send>) -> Self {
-        let out = Mutex::new(Output { writer: Some(writer), waiting: b"[".to_vec(), empty: true });
+        let out = Mutex::new(Output {
+            writer: Some(writer),
+            waiting: b"[".to_vec(),
+            empty: true,
+            complete: true,
+        });
         let (path, life) = (path.to_owned(), AtomicU32::new(1));
         Self { path, origin: Instant::now(), life, out }
     }
@@ -91,6 +98,18 @@ impl Trace {
     /// What comes now is of the machine's next life.
     pub fn next_life(&self) {
         self.life.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ends the array; what comes later is lost. Whether everything is in the file, which a warning
+    /// says otherwise.
+    pub fn finish(&self) -> bool {
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        out.waiting.extend_from_slice(b"\n]\n");
+        if let Err(error) = out.flush() {
+            log::warn!("{}: {error}; the trace is not complete", self.path.display());
+        }
+        out.writer = None;
+        out.complete
     }
 
     /// Something that happened just now.
@@ -152,11 +171,7 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        let out = self.out.get_mut().unwrap_or_else(PoisonError::into_inner);
-        out.waiting.extend_from_slice(b"\n]\n");
-        if let Err(error) = out.flush() {
-            log::warn!("{}: {error}; the trace is not complete", self.path.display());
-        }
+        self.finish();
     }
 }
 
