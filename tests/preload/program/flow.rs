@@ -60,6 +60,23 @@ impl Guest {
     }
 }
 
+/// A fault queue that nobody reports faults to.
+fn faults(iommufd: i32) {
+    let (id, fd) = fault_queue(iommufd).expect("FAULT_QUEUE_ALLOC");
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN | libc::POLLOUT, revents: 0 };
+    let mut record = [0u8; 40];
+    // SAFETY: there is room for a record; the descriptor is this function's.
+    unsafe {
+        assert_eq!(libc::poll(&mut poll, 1, 0), 1);
+        println!("fault queue: readable {}", poll.revents & libc::POLLIN != 0);
+        println!("writable {}", poll.revents & libc::POLLOUT != 0);
+        println!("read: {}", libc::read(fd, record.as_mut_ptr().cast(), record.len()));
+        println!("destroy while open: {}", outcome(destroy(iommufd, id)));
+        libc::close(fd);
+    }
+    println!("destroy: {}", outcome(destroy(iommufd, id)));
+}
+
 /// The flow on the device at `path`.
 pub fn run(path: &str) {
     let guest = Guest::new();
@@ -89,11 +106,19 @@ pub fn run(path: &str) {
     println!("attach nested: {}", outcome(device.attach(nested)));
     guest.set(SECOND, 0);
     println!("fetch through the tables: {}", device.fetch(IOVA, 8));
+    println!("track dirty pages: {}", outcome(track_dirty(iommufd, parent, true)));
     guest.map(IOVA, Some(SECOND));
     let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1)]);
     println!("invalidate: {}, {done} done", outcome(result));
     println!("store through the changed tables: {}", device.store(IOVA, 8));
     println!("first {:#x}, second {:#x}", guest.get(FIRST), guest.get(SECOND));
+
+    let dirty = dirty_pages(iommufd, parent, MEMORY).expect("GET_DIRTY_BITMAP");
+    println!("the second is dirty: {}", dirty.contains(&(SECOND / PAGE)));
+    println!("the first is: {}", dirty.contains(&(FIRST / PAGE)));
+    let dirty = dirty_pages(iommufd, parent, MEMORY).expect("GET_DIRTY_BITMAP");
+    println!("dirty since: {}", dirty.len());
+    println!("track no more: {}", outcome(track_dirty(iommufd, parent, false)));
 
     guest.map(IOVA, None);
     let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1), (IOVA + 1, 1), (IOVA, 1)]);
@@ -106,6 +131,7 @@ pub fn run(path: &str) {
     }
     println!("nothing mapped: second {:#x}", guest.get(SECOND));
 
+    faults(iommufd);
     println!("destroy nested: {}", outcome(destroy(iommufd, nested)));
     println!("attach the IOAS: {}", outcome(device.attach(ioas)));
     println!("destroy nested: {}", outcome(destroy(iommufd, nested)));

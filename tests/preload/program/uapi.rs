@@ -97,10 +97,42 @@ pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<Option<iommu_hw_info_vtd>> {
     Ok((kind == 1).then_some(vtd))
 }
 
-/// A nesting parent on `ioas`.
+/// Starts, or ends, the recording of what devices write to.
+pub fn track_dirty(fd: RawFd, hwpt: u32, enable: bool) -> Result<()> {
+    let size = size::<iommu_hwpt_set_dirty_tracking>();
+    let flags = u32::from(enable);
+    let mut set =
+        iommu_hwpt_set_dirty_tracking { size, flags, hwpt_id: hwpt, ..Default::default() };
+    ioctl(fd, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, &mut set)
+}
+
+/// The pages of `length` bytes from address 0 on that were written to since the last call.
+pub fn dirty_pages(fd: RawFd, hwpt: u32, length: u64) -> Result<Vec<u64>> {
+    let mut bitmap = vec![0u64; (length / 4096 / 64) as usize];
+    let mut get = iommu_hwpt_get_dirty_bitmap {
+        size: size::<iommu_hwpt_get_dirty_bitmap>(),
+        hwpt_id: hwpt,
+        length,
+        page_size: 4096,
+        data: bitmap.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP, &mut get)?;
+    let is_dirty = |page: &u64| bitmap[(page / 64) as usize] >> (page % 64) & 1 != 0;
+    Ok((0..length / 4096).filter(is_dirty).collect())
+}
+
+/// A fault queue: its object, and its descriptor.
+pub fn fault_queue(fd: RawFd) -> Result<(u32, RawFd)> {
+    let mut alloc = iommu_fault_alloc { size: size::<iommu_fault_alloc>(), ..Default::default() };
+    ioctl(fd, IOMMUFD_CMD_FAULT_QUEUE_ALLOC, &mut alloc)?;
+    Ok((alloc.out_fault_id, alloc.out_fault_fd as RawFd))
+}
+
+/// A nesting parent on `ioas` that can tell what was written to.
 pub fn nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
-    /// `IOMMU_HWPT_ALLOC_NEST_PARENT`.
-    const NEST_PARENT: u32 = 1;
+    /// `IOMMU_HWPT_ALLOC_NEST_PARENT`, `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`.
+    const NEST_PARENT: u32 = 0b11;
     hwpt_alloc(
         fd,
         iommu_hwpt_alloc { flags: NEST_PARENT, dev_id: dev, pt_id: ioas, ..Default::default() },
