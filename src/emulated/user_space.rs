@@ -2,8 +2,6 @@
 //! The process that makes an ioctl: its memory, its files, and what it may do.
 #![forbid(unsafe_code)]
 
-#[cfg(feature = "selftest")]
-use std::any::Any;
 use std::fmt::Debug;
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -89,18 +87,6 @@ impl Credentials {
     }
 }
 
-/// A file that an operation of Linux's own tests opened. Dropping it closes it.
-#[cfg(feature = "selftest")]
-pub trait TestFile: Any + Debug + Send + Sync {
-    /// What it is called, for logs.
-    fn name(&self) -> &'static str;
-
-    /// The memory of a device that it is.
-    fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
-        None
-    }
-}
-
 /// The process that makes an ioctl.
 pub trait UserSpace: Debug + Send + Sync {
     /// The same process, for a mapping to keep: it asks for the memory when a page is pinned,
@@ -136,23 +122,6 @@ pub trait UserSpace: Debug + Send + Sync {
 
     /// The file that the process has open as `fd`.
     fn file(&self, fd: i32) -> Option<Arc<File>> {
-        let _ = fd;
-        None
-    }
-
-    /// Opens `file`, to be closed on exec, and gives its descriptor.
-    ///
-    /// # Errors
-    /// `EMFILE`, or what else keeps the process from it.
-    #[cfg(feature = "selftest")]
-    fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
-        let _ = file;
-        Err(Errno::EMFILE)
-    }
-
-    /// The file of a test operation that the process has open as `fd`.
-    #[cfg(feature = "selftest")]
-    fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
         let _ = fd;
         None
     }

@@ -65,18 +65,8 @@ impl UserSpace for Caller {
     }
 
     #[cfg(feature = "selftest")]
-    fn install_test_file(&self, file: Arc<dyn uapi::TestFile>) -> Result<i32, Errno> {
-        self.open(Arc::new(crate::test_file::OpenTestFile(file)))
-    }
-
-    #[cfg(feature = "selftest")]
     fn dma_buf(&self, fd: i32) -> Option<Arc<twostage::emulated::DmaBuf>> {
-        self.test_file(fd)?.dma_buf().cloned()
-    }
-
-    #[cfg(feature = "selftest")]
-    fn test_file(&self, fd: i32) -> Option<Arc<dyn uapi::TestFile>> {
-        self.process.emulated_file(fd)?.file.as_test_file().cloned()
+        uapi::Process::test_file(self, fd)?.dma_buf().cloned()
     }
 }
 
@@ -100,5 +90,15 @@ impl uapi::Process for Caller {
 
     fn install(&self, file: EventFile) -> Result<i32, Errno> {
         self.open(Arc::new(Events::new(file)))
+    }
+
+    #[cfg(feature = "selftest")]
+    fn install_test_file(&self, file: Arc<dyn uapi::TestFile>) -> Result<i32, Errno> {
+        self.open(Arc::new(crate::test_file::OpenTestFile(file)))
+    }
+
+    #[cfg(feature = "selftest")]
+    fn test_file(&self, fd: i32) -> Option<Arc<dyn uapi::TestFile>> {
+        self.process.emulated_file(fd)?.file.as_test_file().cloned()
     }
 }

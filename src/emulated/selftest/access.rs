@@ -8,11 +8,12 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::abi::{self, AccessPages, AccessRw, CreateAccess, BODY};
+use super::areas::in_area;
 use super::places::{Held, Places};
 use crate::emulated::access::{Access, AccessError, AccessUnmap};
 use crate::emulated::ioas::{range_of, PAGE_SIZE};
 use crate::emulated::refusal::{refuse, Outcome, Refusal};
-use crate::emulated::uapi::{Argument, TestFile, UserSpace};
+use crate::emulated::uapi::{Argument, Process, TestFile};
 use crate::emulated::EmulatedHost;
 use crate::iommufd::{Errno, ObjectId, UserMemory};
 
@@ -95,7 +96,7 @@ pub fn create(
     ioas: ObjectId,
     argument: &mut Argument,
     body: &CreateAccess,
-    process: &dyn UserSpace,
+    process: &dyn Process,
 ) -> Outcome<()> {
     const PINS: u32 = abi::MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES;
     if body.flags & !PINS != 0 {
@@ -122,7 +123,7 @@ pub fn create(
 }
 
 /// `ACCESS_REPLACE_IOAS`.
-pub fn replace_ioas(fd: i32, ioas: ObjectId, process: &dyn UserSpace) -> Outcome<()> {
+pub fn replace_ioas(fd: i32, ioas: ObjectId, process: &dyn Process) -> Outcome<()> {
     with_access(fd, process, |access| Ok(access.access.replace(ioas)?))
 }
 
@@ -132,7 +133,7 @@ pub fn pages(
     fd: i32,
     argument: &mut Argument,
     body: &AccessPages,
-    process: &dyn UserSpace,
+    process: &dyn Process,
 ) -> Outcome<()> {
     let &AccessPages { flags, length, uptr, .. } = body;
     check_arguments(length, flags, abi::MOCK_FLAGS_ACCESS_WRITE)?;
@@ -160,7 +161,7 @@ pub fn pages(
 }
 
 /// `DESTROY_ACCESS_PAGES`.
-pub fn destroy_pages(fd: i32, item: u32, process: &dyn UserSpace) -> Outcome<()> {
+pub fn destroy_pages(fd: i32, item: u32, process: &dyn Process) -> Outcome<()> {
     with_access(fd, process, |access| match &access.items {
         Some(items) if items.drop_those(|it| it.id == item) => Ok(()),
         _ => refuse(Errno::ENOENT, format!("{item} is not pinned")),
@@ -173,7 +174,7 @@ pub fn read_write(
     host: &EmulatedHost,
     fd: i32,
     body: &AccessRw,
-    process: &dyn UserSpace,
+    process: &dyn Process,
 ) -> Outcome<()> {
     let &AccessRw { length, uptr, flags, .. } = body;
     check_arguments(length, flags, abi::MOCK_ACCESS_RW_WRITE | abi::MOCK_ACCESS_RW_SLOW_PATH)?;
@@ -192,19 +193,15 @@ pub fn read_write(
 }
 
 impl TestAccess {
-    /// The IOVA that is meant: a flag makes it an area by number and an offset there, which are
-    /// easier to guess for a fuzzer. 0 when there is no such area.
+    /// The IOVA that is meant: [`in_area`], with the flag for it.
     fn iova(&self, host: &EmulatedHost, iova: u64, flags: u32) -> u64 {
         if flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
             return iova;
         }
         let objects = host.objects();
         let ioas = objects.access_ioas(self.access.id()).ok().flatten();
-        let space = ioas.and_then(|ioas| objects.table().ioas(ioas).ok()).map(|ioas| &ioas.space);
-        // Two fields: the number in the lower half, the offset in the upper one.
-        let (number, offset) = (iova as u32, iova >> 32);
-        let area = space.and_then(|space| space.areas().nth(number as usize));
-        area.map_or(0, |(start, _)| start.wrapping_add(offset))
+        let ioas = ioas.and_then(|ioas| objects.table().ioas(ioas).ok());
+        ioas.map_or(0, |ioas| in_area(&ioas.space, iova))
     }
 }
 
@@ -220,7 +217,7 @@ impl TestFile for TestAccess {
 /// `EBADFD` it has something else, or nothing: Linux has the one error for both.
 fn with_access(
     fd: i32,
-    process: &dyn UserSpace,
+    process: &dyn Process,
     with: impl FnOnce(&TestAccess) -> Outcome<()>,
 ) -> Outcome<()> {
     let file = process.test_file(fd);
@@ -244,7 +241,7 @@ fn check_arguments(length: u64, flags: u32, known: u32) -> Outcome<()> {
 /// Whether `memory`, which is what `iova` leads to, is in the pages that the process has from
 /// `address` on.
 fn is_memory_at(
-    process: &dyn UserSpace,
+    process: &dyn Process,
     address: u64,
     iova: u64,
     memory: &[UserMemory],

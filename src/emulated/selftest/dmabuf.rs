@@ -8,7 +8,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 use super::abi::DmabufGet;
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::uapi::{TestFile, UserSpace};
+use crate::emulated::uapi::{Process, TestFile};
 use crate::emulated::DmaBuf;
 use crate::iommufd::{Errno, UserMemory};
 
@@ -30,7 +30,7 @@ impl TestFile for TestDmaBuf {
 }
 
 /// `DMABUF_GET`: the descriptor of a new dma-buf, which is what the ioctl returns.
-pub fn get(body: &DmabufGet, process: &dyn UserSpace) -> Outcome<i32> {
+pub fn get(body: &DmabufGet, process: &dyn Process) -> Outcome<i32> {
     let length = u64::from(body.length).next_multiple_of(PAGE_SIZE);
     if length == 0 || length > MAX_PAGES * PAGE_SIZE {
         return refuse(Errno::EINVAL, format!("a dma-buf of {length:#x} bytes"));
@@ -45,7 +45,7 @@ pub fn get(body: &DmabufGet, process: &dyn UserSpace) -> Outcome<i32> {
 
 /// `DMABUF_REVOKE`: takes the memory back, or gives it to mappings that are made from now on. In
 /// either case those that there are lose it.
-pub fn revoke(fd: i32, revoked: bool, process: &dyn UserSpace) -> Outcome<()> {
+pub fn revoke(fd: i32, revoked: bool, process: &dyn Process) -> Outcome<()> {
     let Some(buf) = process.dma_buf(fd) else {
         let errno = if process.file(fd).is_some() { Errno::EINVAL } else { Errno::EBADF };
         return refuse(errno, format!("{fd} is no dma-buf"));

@@ -16,6 +16,7 @@
 
 mod abi;
 mod access;
+mod areas;
 mod checks;
 mod devices;
 mod dirty;
@@ -33,5 +34,6 @@ mod tests;
 mod viommu;
 
 pub(super) use abi::{COMMAND, MIN_SIZE, SIZE};
+pub(super) use areas::convert_copy;
 pub(super) use machine::Selftest;
 pub(super) use operations::run;

@@ -11,7 +11,7 @@ use crate::emulated::device::Slot;
 use crate::emulated::ioas::range_of;
 use crate::emulated::objects::Object;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::uapi::{Argument, UserSpace};
+use crate::emulated::uapi::{Argument, Process};
 use crate::emulated::EmulatedHost;
 use crate::iommufd::{Errno, ObjectId};
 
@@ -22,7 +22,7 @@ const LEAST_MEMORY_LIMIT: u32 = 12;
 ///
 /// # Errors
 /// Those of Linux's operation; `EOPNOTSUPP` there is no such operation.
-pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn UserSpace) -> Outcome<()> {
+pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn Process) -> Outcome<()> {
     let id = argument.id(abi::ID);
     match argument.u32(abi::OP) {
         op::ADD_RESERVED => add_reserved(host, id, &body(argument)?),

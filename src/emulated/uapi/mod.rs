@@ -22,7 +22,7 @@ mod viommu;
 
 pub use super::process::Process;
 #[cfg(feature = "selftest")]
-pub use super::user_space::TestFile;
+pub use super::process::TestFile;
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::DeviceFile;
 

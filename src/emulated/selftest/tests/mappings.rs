@@ -121,3 +121,31 @@ fn a_leaf_gets_dirty_as_a_whole() {
     assert_eq!((read(false), read(true), read(true)), (0b11, 0b11, 0), "one page of 4 KiB");
     program.host.destroy(ObjectId(mock.stdev)).unwrap();
 }
+
+#[test]
+fn a_copy_names_its_source_by_number() {
+    const COPY: u32 = 0x3b83;
+    let program = Program::new();
+    let (src, dst) = (program.ioas(), program.ioas());
+    program.map(src, 0x1_0000, 0, 0x1000);
+    program.map(src, 0x3_0000, 0x2000, 0x2000);
+    let copy = |number: u64| {
+        let flags = 7 | abi::MOCK_FLAGS_ACCESS_SYZ;
+        let fields = words(&[0x1000, 0x5_0000, number | 0x1000 << 32]);
+        program.ioctl(COPY, &[vec![0, flags, dst, src], fields].concat()).map(drop)
+    };
+    assert_eq!(copy(2), Err(Errno::ENOENT), "there is no third one");
+    assert_eq!(copy(0), Err(Errno::ENOENT), "it ends before");
+    assert_eq!(copy(1), Ok(()));
+    let mock = program.mock(src, 0);
+    assert!(mock.is_err(), "outside the aperture");
+    let start = |ioas: u32| {
+        let objects = program.host.objects();
+        let space = &objects.table().ioas(ObjectId(ioas)).unwrap().space;
+        space
+            .areas()
+            .map(|(start, area)| (start, area.pages.start_of(area.offset)))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(start(dst), [(0x5_0000, program.at(0x3000))]);
+}

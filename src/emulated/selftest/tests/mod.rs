@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::abi::{self, op};
-use crate::emulated::uapi::{RegionSpace, TestFile, UserFault, UserSpace};
+use crate::emulated::uapi::{Process, RegionSpace, TestFile, UserFault, UserSpace};
 use crate::emulated::{DmaBuf, EmulatedHost};
 use crate::iommufd::{
     Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
@@ -33,7 +33,17 @@ struct Caller {
     files: Arc<Mutex<Vec<Arc<dyn TestFile>>>>,
 }
 
-impl crate::emulated::uapi::Process for Caller {}
+impl Process for Caller {
+    fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
+        let mut files = self.files.lock().unwrap();
+        files.push(file);
+        Ok(files.len() as i32 - 1)
+    }
+
+    fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
+        self.files.lock().unwrap().get(usize::try_from(fd).ok()?).cloned()
+    }
+}
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
@@ -54,16 +64,6 @@ impl UserSpace for Caller {
 
     fn dma_buf(&self, fd: i32) -> Option<Arc<DmaBuf>> {
         self.test_file(fd)?.dma_buf().cloned()
-    }
-
-    fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
-        let mut files = self.files.lock().unwrap();
-        files.push(file);
-        Ok(files.len() as i32 - 1)
-    }
-
-    fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
-        self.files.lock().unwrap().get(usize::try_from(fd).ok()?).cloned()
     }
 }
 

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! IOVAs by the number of a mapping, which a fuzzer guesses more easily.
+
+use std::mem::offset_of;
+
+use iommufd_bindings::iommu_ioas_copy;
+
+use super::abi;
+use crate::emulated::ioas::IovaSpace;
+use crate::emulated::uapi::Argument;
+use crate::emulated::EmulatedHost;
+
+/// The IOVA that `iova` stands for: in its lower half is the number of a mapping, by ascending IOVA,
+/// in the upper half an offset there. 0 when there is no such mapping.
+pub fn in_area(space: &IovaSpace, iova: u64) -> u64 {
+    // Cut to the lower half.
+    let (number, offset) = (iova as u32, iova >> 32);
+    space.areas().nth(number as usize).map_or(0, |(start, _)| start.wrapping_add(offset))
+}
+
+/// Makes an ordinary `IOAS_COPY` of one whose flags say that the source is by number.
+pub fn convert_copy(host: &EmulatedHost, argument: &mut Argument) {
+    const FLAGS: usize = offset_of!(iommu_ioas_copy, flags);
+    const SRC_IOVA: usize = offset_of!(iommu_ioas_copy, src_iova);
+    let flags = argument.u32(FLAGS);
+    if flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
+        return;
+    }
+    argument.set_u32(FLAGS, flags & !abi::MOCK_FLAGS_ACCESS_SYZ);
+    let objects = host.objects();
+    if let Ok(ioas) = objects.table().ioas(argument.id(offset_of!(iommu_ioas_copy, src_ioas_id))) {
+        argument.set_u64(SRC_IOVA, in_area(&ioas.space, argument.u64(SRC_IOVA)));
+    }
+}
