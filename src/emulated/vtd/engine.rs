@@ -14,26 +14,13 @@ use super::config::VtdUnitConfig;
 use super::context::{Context, Tables};
 use super::counters::LocalCounters;
 use super::pasid_table::{PasidCache, PasidTable};
-use super::rights::{Fault, RequestKind};
+use super::rights::{Fault, Request, RequestKind};
 use super::sanitizer::Sanitizer;
 use super::sharing::{Gone, Sharing};
 use super::walk::Walk;
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
 use crate::emulated::stage2::Stage2;
 use crate::spec::vtd::fault::FaultReason;
-
-/// One DMA request.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Request {
-    /// Requester id.
-    pub rid: u16,
-    /// PASID, when it carries one.
-    pub pasid: Option<u32>,
-    /// IOVA in bytes.
-    pub address: u64,
-    /// What it wants.
-    pub kind: RequestKind,
-}
 
 /// See the [module's documentation](self).
 #[derive(Debug)]

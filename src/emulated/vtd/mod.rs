@@ -17,6 +17,7 @@ mod engine;
 mod first_stage;
 mod format;
 mod memories;
+mod origins;
 mod pasid_table;
 mod rights;
 mod sanitizer;
@@ -24,6 +25,7 @@ mod second_stage;
 mod sharing;
 #[cfg(test)]
 mod tests;
+mod trail;
 mod walk;
 
 use std::collections::BTreeMap;
@@ -44,9 +46,9 @@ pub use sanitizer::{
 
 pub(super) use caches::Target;
 pub(super) use counters::LocalCounters;
-pub(super) use engine::{Engine, Request};
+pub(super) use engine::Engine;
 pub(super) use pasid_table::PasidCache;
-pub(super) use rights::{Fault, RequestKind};
+pub(super) use rights::{Fault, Request, RequestKind};
 
 /// An emulated VT-d unit in scalable mode, for devices of this process.
 ///

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Kinds of request, and who may do what.
+//! Requests, their kinds, and who may do what.
 #![forbid(unsafe_code)]
 
 use crate::spec::vtd::fault::FaultReason;
@@ -38,6 +38,19 @@ impl RequestKind {
     pub fn execute(self) -> bool {
         self.0 & Self::EXECUTE != 0
     }
+}
+
+/// One DMA request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request {
+    /// Requester id.
+    pub rid: u16,
+    /// PASID, when it carries one.
+    pub pasid: Option<u32>,
+    /// IOVA in bytes.
+    pub address: u64,
+    /// What it wants.
+    pub kind: RequestKind,
 }
 
 /// The kinds of request that a translation serves as it is.

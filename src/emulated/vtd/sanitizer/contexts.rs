@@ -4,8 +4,6 @@
 
 use std::fmt;
 
-#[cfg(feature = "serde")]
-use super::findings::as_text;
 use crate::emulated::vtd::context::Tables;
 use crate::spec::pci::Bdf;
 
@@ -73,6 +71,12 @@ pub struct StaleContext {
     pub uses: u64,
     /// The way was changed later.
     pub invalidated_since: bool,
+}
+
+/// Serializes a requester as `bus:device.function`.
+#[cfg(feature = "serde")]
+pub(super) fn as_text<S: serde::Serializer>(rid: &Bdf, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(rid)
 }
 
 impl fmt::Display for StaleContext {

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+#[cfg(feature = "serde")]
+use super::contexts::as_text;
 use super::contexts::StaleContext;
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
@@ -88,14 +90,6 @@ pub struct StaleUse {
     pub uses: u64,
     /// The translation was dropped later, by an invalidation that was meant for it or by a wider one.
     pub invalidated_since: bool,
-}
-
-#[cfg(feature = "serde")]
-pub(super) fn as_text<T: fmt::Display, S: serde::Serializer>(
-    value: &T,
-    to: S,
-) -> Result<S::Ok, S::Error> {
-    to.collect_str(value)
 }
 
 impl fmt::Display for StaleUse {

@@ -19,25 +19,25 @@
 
 mod contexts;
 mod findings;
-mod origins;
-mod trail;
+mod tables;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::caches::{Caches, Target};
 use super::context::{Context, Tables};
 use super::counters::LocalCounters;
-use super::engine::Request;
 use super::format::TableFormat;
+use super::origins::Origins;
+use super::rights::Request;
 use super::sharing::Gone;
+use super::trail::Trail;
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::first_stage::page_size;
 pub use contexts::{ContextTables, DmaWay, StaleContext};
 use findings::Findings;
 pub use findings::{InvalidatedPages, SanitizerReport, StaleUse};
-pub(super) use origins::{CachesOfWalk, Origins};
-use trail::{read_tables, End, Trail};
+use tables::{read_tables, End};
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]

@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use super::cache::{Cache, Key, Source};
 use super::trail::Trail;
-use crate::emulated::vtd::cache::{Cache, Key, Source};
 
 /// For each entry of a cache, the way that it was made from. Entries that are gone are forgotten
 /// when there are twice as many ways as the cache has entries.
@@ -24,7 +24,7 @@ impl Ways {
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(in crate::emulated::vtd) struct Origins(Mutex<Both>);
+pub(super) struct Origins(Mutex<Both>);
 
 #[derive(Debug, Default)]
 struct Both {
@@ -34,7 +34,7 @@ struct Both {
 
 /// The caches that entries are in.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::emulated::vtd) struct CachesOfWalk<'a> {
+pub(super) struct CachesOfWalk<'a> {
     pub iotlb: &'a Cache,
     pub paging_structures: &'a Cache,
 }
