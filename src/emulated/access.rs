@@ -7,27 +7,14 @@
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
-use std::fmt::Debug;
 use std::sync::{Arc, MutexGuard};
 
 use super::context::Context;
 use super::ioas::Transfer;
-use super::objects::{Objects, Wanted};
+use super::objects::{AccessUnmap, Objects, Wanted};
 use super::refusal::{refuse, Outcome, Refusal};
 use super::EmulatedHost;
 use crate::iommufd::{Errno, ObjectId, UserMemory};
-
-/// Who uses pages that an [`Access`] pinned.
-pub trait AccessUnmap: Debug + Send + Sync {
-    /// The user unmaps `length` bytes at `iova`, or all (`0`, `u64::MAX`) when the access object
-    /// leaves its IOAS. By the return everything pinned there is no longer used, and unpinned
-    /// ([`Access::unpin_pages`]).
-    ///
-    /// Called with no lock of the host held, by the thread that unmaps, which waits; by several at
-    /// once, if several unmap. It must not unmap anything itself, nor attach, replace or detach the
-    /// access object. A call may outlast the access object, for which there is then nothing to do.
-    fn unmap(&self, iova: u64, length: u64);
-}
 
 /// Why an access object cannot do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -23,6 +23,7 @@ mod hardware;
 mod host;
 mod ioas;
 mod machine;
+mod mapped_pages;
 mod mmaps;
 mod objects;
 mod port_iommu;
@@ -36,7 +37,7 @@ mod unmapping;
 mod user_space;
 mod vtd;
 
-pub use access::{Access, AccessError, AccessUnmap};
+pub use access::{Access, AccessError};
 pub use device::DeviceConfig;
 pub use dma::{DmaAccess, DmaAttributes, DmaError, DmaPort, Translated};
 pub use dma_buf::DmaBuf;
@@ -44,8 +45,8 @@ pub use event_file::EventFile;
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::EmulatedHost;
 pub use machine::{Machine, MachineError, UnitId};
-pub use mmaps::{MappedPages, MmapRequest};
-pub use objects::ObjectKind;
+pub use mapped_pages::{MappedPages, MmapRequest};
+pub use objects::{AccessUnmap, ObjectKind};
 pub use port_iommu::PortIommu;
 pub use vtd::{
     AddressWidth, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,

@@ -3,14 +3,26 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::access::AccessUnmap;
 use crate::emulated::ioas::{range_of, Area, Part, Transfer, PAGE_SIZE};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId, UserMemory};
+
+/// Who uses pages that an [`Access`](crate::emulated::Access) pinned.
+pub trait AccessUnmap: Debug + Send + Sync {
+    /// The user unmaps `length` bytes at `iova`, or all (`0`, `u64::MAX`) when the access object
+    /// leaves its IOAS. By the return everything pinned there is no longer used, and unpinned
+    /// ([`Access::unpin_pages`](crate::emulated::Access::unpin_pages)).
+    ///
+    /// Called with no lock of the host held, by the thread that unmaps, which waits; by several at
+    /// once, if several unmap. It must not unmap anything itself, nor attach, replace or detach the
+    /// access object. A call may outlast the access object, for which there is then nothing to do.
+    fn unmap(&self, iova: u64, length: u64);
+}
 
 /// An access object.
 #[derive(Debug)]

@@ -29,6 +29,7 @@ mod viommu;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+pub use access::AccessUnmap;
 pub(crate) use access::Wanted;
 pub(crate) use device::Change;
 pub(crate) use hw_queue::HwQueueArguments;
