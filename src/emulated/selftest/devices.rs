@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi;
-use super::viommu::MockViommu;
+use super::vdevices::MockVdevices;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::Errno;
 use crate::spec::pci::Bdf;
@@ -17,8 +17,8 @@ pub struct MockDevice {
     pub dirty_tracking: bool,
     /// What it keeps of translations.
     pub cache: [u32; abi::MOCK_DEV_CACHE_NUM],
-    /// The vIOMMU whose nested tables it is attached to, and the id that the guest knows it by.
-    pub virtual_id: Option<(Arc<MockViommu>, u64)>,
+    /// The vDEVICEs of the vIOMMU whose nested tables it is attached to, and its id among them.
+    pub virtual_id: Option<(Arc<MockVdevices>, u64)>,
     /// The next attachment to [`abi::IOMMU_TEST_PASID_RESERVED`] fails.
     pub pasid_fails: bool,
 }
@@ -49,9 +49,7 @@ impl MockDevices {
 
     /// Removes a device.
     pub fn remove(&self, rid: Bdf) {
-        let removed = self.lock().remove(&rid.raw());
-        // Its vIOMMU may end with it.
-        drop(removed);
+        self.lock().remove(&rid.raw());
     }
 
     /// What `with` makes of the device `rid`.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi::{self, HwptData, HwptInvalidate};
 use super::page_table::{leaf_at, FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
-use super::viommu::MockViommu;
+use super::vdevices::MockVdevices;
 use crate::emulated::dirty::DirtyLog;
 use crate::emulated::driver::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
 use crate::emulated::refusal::{refuse, Outcome};
@@ -85,24 +85,24 @@ impl PagingDomain for MockPaging {
 /// Tables of the user's. All there is of them is an IOTLB that the user fills when it makes them.
 #[derive(Debug)]
 pub struct MockNested {
-    /// The vIOMMU that it was made from.
-    viommu: Option<Arc<MockViommu>>,
+    /// The vDEVICEs of the vIOMMU that it was made from.
+    vdevices: Option<Arc<MockVdevices>>,
     iotlb: Mutex<[u32; abi::MOCK_NESTED_DOMAIN_IOTLB_NUM]>,
 }
 
 impl MockNested {
-    /// Tables with the IOTLB that `data` says.
+    /// Tables with the IOTLB that `data` says, for `vdevices` if a vIOMMU makes them.
     ///
     /// # Errors
     /// `EOPNOTSUPP` no such data; `EINVAL` data of a wrong length.
-    pub fn new(viommu: Option<Arc<MockViommu>>, data: &dyn UserData) -> Outcome<Self> {
+    pub fn new(vdevices: Option<Arc<MockVdevices>>, data: &dyn UserData) -> Outcome<Self> {
         let iotlb = [read_hwpt_data(data)?.iotlb; abi::MOCK_NESTED_DOMAIN_IOTLB_NUM];
-        Ok(Self { viommu, iotlb: Mutex::new(iotlb) })
+        Ok(Self { vdevices, iotlb: Mutex::new(iotlb) })
     }
 
-    /// The vIOMMU that it was made from.
-    pub fn viommu(&self) -> Option<&Arc<MockViommu>> {
-        self.viommu.as_ref()
+    /// The vDEVICEs of the vIOMMU that it was made from.
+    pub fn vdevices(&self) -> Option<&Arc<MockVdevices>> {
+        self.vdevices.as_ref()
     }
 
     /// Entry `index` of the IOTLB; none when there is no such entry.

@@ -9,6 +9,7 @@ use zerocopy::IntoBytes;
 use super::abi;
 use super::devices::MockDevices;
 use super::domain::{MockNested, MockPaging};
+use super::vdevices::MockVdevices;
 use super::viommu::MockViommu;
 use crate::emulated::device::{Requester, Slot};
 use crate::emulated::driver::{
@@ -33,9 +34,9 @@ impl MockDriver {
     /// Checks, and notes, an attachment of `device` itself.
     fn attach_rid(&self, device: &Requester, new: &Domain) -> Outcome<()> {
         let nested = new.nested.as_deref().and_then(mock_nested);
-        let viommu = nested.and_then(MockNested::viommu);
-        let virtual_id = match viommu.map(|viommu| (viommu, viommu.virt_id(device.rid))) {
-            Some((viommu, Some(virt_id))) => Some((viommu.clone(), virt_id)),
+        let known = nested.and_then(MockNested::vdevices);
+        let virtual_id = match known.map(|vdevices| (vdevices, vdevices.virt_id(device.rid))) {
+            Some((vdevices, Some(virt_id))) => Some((vdevices.clone(), virt_id)),
             Some((_, None)) => {
                 return refuse(Errno::ENOENT, "the vIOMMU of the tables does not know the device");
             }
@@ -46,8 +47,8 @@ impl MockDriver {
                 return refuse(Errno::EINVAL, "the device has no dirty tracking");
             }
             // An id that changes under the same vIOMMU is not learnt: Linux's does not either.
-            let same = |virtual_id: &Option<(Arc<MockViommu>, u64)>| {
-                virtual_id.as_ref().map(|(viommu, _)| Arc::as_ptr(viommu))
+            let same = |virtual_id: &Option<(Arc<MockVdevices>, u64)>| {
+                virtual_id.as_ref().map(|(vdevices, _)| Arc::as_ptr(vdevices))
             };
             if same(&device.virtual_id) != same(&virtual_id) {
                 device.virtual_id = virtual_id;
@@ -112,7 +113,7 @@ impl Driver for MockDriver {
     }
 
     fn alloc_viommu(&self, request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
-        Ok(MockViommu::new(self.devices.clone(), request)?)
+        Ok(Arc::new(MockViommu::new(self.devices.clone(), request)?))
     }
 
     fn user_pasid_table(&self) -> bool {

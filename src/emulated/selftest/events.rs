@@ -52,7 +52,7 @@ pub fn vevent(host: &EmulatedHost, dev: ObjectId) -> Outcome<()> {
         let rid = part.requester.rid;
         match driver.devices().change(rid, |device| Ok(device.virtual_id.clone()))? {
             // Linux takes 0 for "none".
-            Some((viommu, virt_id)) if virt_id != 0 => viommu.report(virt_id),
+            Some((vdevices, virt_id)) if virt_id != 0 => vdevices.report(virt_id),
             _ => refuse(Errno::ENOENT, format!("no vIOMMU knows device {dev}")),
         }
     })

@@ -31,6 +31,7 @@ mod page_table;
 mod places;
 #[cfg(test)]
 mod tests;
+mod vdevices;
 mod viommu;
 
 pub(super) use abi::{COMMAND, MIN_SIZE, SIZE};

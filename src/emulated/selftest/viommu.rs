@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy::IntoBytes;
 
@@ -12,15 +12,14 @@ use super::abi::{self, ViommuData, ViommuInvalidate};
 use super::devices::MockDevices;
 use super::domain::{clear, MockNested};
 use super::memory::unnamed_memory;
+use super::vdevices::MockVdevices;
 use crate::emulated::device::Requester;
 use crate::emulated::driver::{
     HwQueueRequest, NestedDomain, Partial, UserArray, UserData, ViommuDriver, ViommuRequest,
 };
-use crate::emulated::events::ViommuEvents;
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, HwptFlags, ObjectId};
-use crate::spec::pci::Bdf;
 
 /// Pages of a mock vIOMMU that its user can map.
 const MMAP_PAGES: u64 = 2;
@@ -28,11 +27,8 @@ const MMAP_PAGES: u64 = 2;
 /// A vIOMMU. Devices have a cache, which it invalidates.
 #[derive(Debug)]
 pub struct MockViommu {
-    itself: Weak<Self>,
     devices: Arc<MockDevices>,
-    events: Arc<ViommuEvents>,
-    /// By the id that the guest knows them by.
-    vdevices: Mutex<BTreeMap<u64, Bdf>>,
+    vdevices: Arc<MockVdevices>,
     /// By number.
     queues: Mutex<BTreeMap<u32, ObjectId>>,
 }
@@ -43,32 +39,12 @@ impl MockViommu {
     ///
     /// # Errors
     /// `EINVAL` data of a wrong length; `EFAULT`; `ENOMEM` there is no memory for pages.
-    pub fn new(devices: Arc<MockDevices>, request: &ViommuRequest<'_>) -> Outcome<Arc<Self>> {
+    pub fn new(devices: Arc<MockDevices>, request: &ViommuRequest<'_>) -> Outcome<Self> {
         if let Some(data) = request.data {
             answer(data, request.mmap)?;
         }
-        let (vdevices, queues) = (Mutex::default(), Mutex::default());
-        let (events, itself) = (request.events.clone(), Weak::clone);
-        Ok(Arc::new_cyclic(|weak| Self { itself: itself(weak), devices, events, vdevices, queues }))
-    }
-
-    /// Tells the user that something happened to the device it knows by `virt_id`.
-    ///
-    /// # Errors
-    /// `EOPNOTSUPP` nobody wants to know.
-    pub fn report(&self, virt_id: u64) -> Outcome<()> {
-        // The structure of the event has 32 bits of it.
-        let event = (virt_id as u32).to_ne_bytes();
-        self.events.report(abi::IOMMU_VEVENTQ_TYPE_SELFTEST, &event)
-    }
-
-    /// The id that the guest knows the device `rid` by.
-    pub fn virt_id(&self, rid: Bdf) -> Option<u64> {
-        self.vdevices().iter().find(|(_, known)| **known == rid).map(|(virt_id, _)| *virt_id)
-    }
-
-    fn vdevices(&self) -> MutexGuard<'_, BTreeMap<u64, Bdf>> {
-        self.vdevices.lock().unwrap_or_else(PoisonError::into_inner)
+        let vdevices = Arc::new(MockVdevices::new(request.events.clone()));
+        Ok(Self { devices, vdevices, queues: Mutex::default() })
     }
 
     fn queues(&self) -> MutexGuard<'_, BTreeMap<u32, ObjectId>> {
@@ -79,9 +55,9 @@ impl MockViommu {
         let ViommuInvalidate { flags, vdev_id, cache_id } = entry;
         // What is wrong with the entry itself comes before the device.
         clear(&mut [0; abi::MOCK_DEV_CACHE_NUM], flags, cache_id)?;
-        match self.vdevices().get(&vdev_id.into()) {
+        match self.vdevices.device(vdev_id.into()) {
             Some(rid) => {
-                self.devices.change(*rid, |device| clear(&mut device.cache, flags, cache_id))
+                self.devices.change(rid, |device| clear(&mut device.cache, flags, cache_id))
             }
             None => refuse(Errno::EINVAL, format!("there is no vDEVICE {vdev_id:#x}")),
         }
@@ -90,7 +66,7 @@ impl MockViommu {
 
 impl ViommuDriver for MockViommu {
     fn alloc_nested(&self, _: HwptFlags, data: &dyn UserData) -> Outcome<Arc<dyn NestedDomain>> {
-        Ok(Arc::new(MockNested::new(self.itself.upgrade(), data)?))
+        Ok(Arc::new(MockNested::new(Some(self.vdevices.clone()), data)?))
     }
 
     /// All entries are read before the first one is carried out; so a fault of the last is one of
@@ -113,12 +89,12 @@ impl ViommuDriver for MockViommu {
     }
 
     fn vdevice_init(&self, device: &Requester, virt_id: u64) -> Outcome<()> {
-        self.vdevices().insert(virt_id, device.rid);
+        self.vdevices.add(virt_id, device.rid);
         Ok(())
     }
 
     fn vdevice_destroy(&self, virt_id: u64) {
-        self.vdevices().remove(&virt_id);
+        self.vdevices.remove(virt_id);
     }
 
     fn has_hw_queue(&self, kind: u32) -> bool {
