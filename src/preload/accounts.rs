@@ -7,7 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use twostage::emulated::uapi::LockedMemory;
 
-use crate::process::Pinned;
+/// What iommufds have pinned of a process's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pinned {
+    /// All of it.
+    pub pinned: u64,
+    /// What counts as locked by the process.
+    pub locked: u64,
+}
 
 type Book = Mutex<BTreeMap<u32, Weak<LockedMemory>>>;
 

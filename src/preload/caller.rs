@@ -10,19 +10,19 @@ use twostage::emulated::{EmulatedHost, EventFile};
 use twostage::iommufd::{Errno, UserMemory};
 
 use crate::events::Events;
-use crate::file::File;
+use crate::file::{Caller, File};
 use crate::process::Process;
 use crate::{remote, state};
 
 /// A process that makes a call.
 #[derive(Debug)]
-pub struct Caller {
+pub struct CallingProcess {
     process: Process,
     /// To another process.
     channel: Option<Arc<OwnedFd>>,
 }
 
-impl Caller {
+impl CallingProcess {
     /// This process.
     pub fn own() -> Self {
         Self { process: Process::own(), channel: None }
@@ -32,14 +32,9 @@ impl Caller {
     pub fn remote(process: Process, channel: Arc<OwnedFd>) -> Self {
         Self { process, channel: Some(channel) }
     }
-
-    /// The process.
-    pub fn process(&self) -> &Process {
-        &self.process
-    }
 }
 
-impl UserSpace for Caller {
+impl UserSpace for CallingProcess {
     fn share(&self) -> Arc<dyn UserSpace> {
         self.process.share()
     }
@@ -70,12 +65,12 @@ impl UserSpace for Caller {
     }
 }
 
-impl Caller {
-    /// Gives the process a descriptor for `file`, closed on exec; returns its number there.
-    ///
-    /// # Errors
-    /// `EMFILE`, or what else keeps it from that.
-    pub fn open(&self, file: Arc<dyn File>) -> Result<i32, Errno> {
+impl Caller for CallingProcess {
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    fn open(&self, file: Arc<dyn File>) -> Result<i32, Errno> {
         match &self.channel {
             None => state::current().install(file, true),
             Some(channel) => remote::install(channel, file),
@@ -83,7 +78,7 @@ impl Caller {
     }
 }
 
-impl uapi::Process for Caller {
+impl uapi::Process for CallingProcess {
     fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
         self.process.iommufd(fd)
     }

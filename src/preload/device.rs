@@ -12,9 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use twostage::emulated::uapi::{self, DeviceFile, UserSpace};
 use twostage::iommufd::Errno;
 
-use crate::caller::Caller;
 use crate::edu::{Edu, BAR_SIZE};
-use crate::file::{Answer, Argument, Call, Excess, File};
+use crate::file::{Answer, Argument, Call, Caller, Excess, File};
 use crate::process::Process;
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
@@ -99,7 +98,7 @@ impl Device {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ioctl(&self, caller: &Caller, request: u32, address: u64) -> Result<i64, Errno> {
+    fn ioctl(&self, caller: &dyn Caller, request: u32, address: u64) -> Result<i64, Errno> {
         let process = caller.process();
         match request {
             BIND_IOMMUFD | ATTACH_IOMMUFD_PT | DETACH_IOMMUFD_PT => {}
@@ -201,7 +200,7 @@ impl File for Device {
         self.name.clone()
     }
 
-    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         let process = caller.process();
         // vfio-pci moves no more than that at once to a BAR, and says how much it did.
         let piece = |count: u64| vec![0; count.min(size_of::<u64>() as u64) as usize];

@@ -12,9 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use twostage::emulated::EventFile;
 use twostage::iommufd::{Errno, Readiness};
 
-use crate::caller::Caller;
-use crate::file::{Answer, Call, File};
-use crate::state::Own;
+use crate::file::{Answer, Call, Caller, File};
+use crate::internal::Internal;
 use crate::sys;
 
 /// An open fault queue or vEVENTQ.
@@ -41,7 +40,7 @@ impl File for Events {
         "events".to_owned()
     }
 
-    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         let done = match call {
             Call::Read { to, count, offset: None } => self.file.read(caller, to, count as usize)?,
             Call::Write { from, count, offset: None } => {
@@ -56,46 +55,31 @@ impl File for Events {
         Ok(Answer { value: done as i64, take_message })
     }
 
-    fn opened(&self, own: &Arc<Own>) {
-        let (told, own) = (self.told.clone(), Arc::downgrade(own));
-        self.file.watch(Arc::new(Watcher { told, own }));
+    fn opened(&self, end: &Arc<Internal>) {
+        let (told, end) = (self.told.clone(), Arc::downgrade(end));
+        self.file.watch(Arc::new(Watcher { told, end }));
     }
 }
 
 /// Brings the descriptor in line with the queue.
 struct Watcher {
     told: Arc<Mutex<bool>>,
-    own: Weak<Own>,
+    end: Weak<Internal>,
 }
 
 impl Readiness for Watcher {
     fn changed(&self, readable: bool) {
         let mut told = lock(&self.told);
-        let Some(own) = self.own.upgrade().filter(|_| readable && !*told) else { return };
+        let Some(end) = self.end.upgrade().filter(|_| readable && !*told) else { return };
         // Fails when the last descriptor is closed: then nobody polls.
-        *told = sys::send(own.end.raw(), &[0], None).is_ok();
+        *told = sys::send(end.raw(), &[0], None).is_ok();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Internal;
     use std::os::fd::{AsRawFd, OwnedFd};
-
-    /// What nobody calls.
-    #[derive(Debug)]
-    struct Nothing;
-
-    impl File for Nothing {
-        fn name(&self) -> String {
-            "nothing".to_owned()
-        }
-
-        fn call(&self, _: &Caller, _: Call) -> Result<Answer, Errno> {
-            Err(Errno::EINVAL)
-        }
-    }
 
     fn polls_readable(fd: &OwnedFd) -> bool {
         sys::events(fd.as_raw_fd()) & libc::POLLIN != 0
@@ -104,9 +88,9 @@ mod tests {
     #[test]
     fn a_descriptor_polls_as_readable_while_a_message_waits() {
         let (fd, end) = sys::socket_pair().unwrap();
-        let own = Arc::new(Own { file: Arc::new(Nothing), end: Internal::new(end) });
+        let end = Arc::new(Internal::new(end));
         let told: Arc<Mutex<bool>> = Arc::default();
-        let watcher = Watcher { told: told.clone(), own: Arc::downgrade(&own) };
+        let watcher = Watcher { told: told.clone(), end: Arc::downgrade(&end) };
         watcher.changed(false);
         assert!(!polls_readable(&fd));
         watcher.changed(true);
@@ -118,7 +102,7 @@ mod tests {
         assert!(!polls_readable(&fd), "one message, however often it is told");
         watcher.changed(true);
         assert!(polls_readable(&fd));
-        drop(own);
+        drop(end);
         watcher.changed(true);
     }
 }

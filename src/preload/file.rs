@@ -4,13 +4,12 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use twostage::emulated::uapi::UserSpace;
+use twostage::emulated::uapi::{self, UserSpace};
 use twostage::emulated::{EmulatedHost, MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
-use crate::caller::Caller;
+use crate::internal::Internal;
 use crate::process::Process;
-use crate::state::Own;
 
 /// A call on a descriptor. Addresses are the caller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +37,18 @@ impl From<i64> for Answer {
     }
 }
 
+/// Whoever makes a call: a process, and the way descriptors get there.
+pub trait Caller: uapi::Process {
+    /// The process.
+    fn process(&self) -> &Process;
+
+    /// Gives the process a descriptor for `file`, closed on exec; returns its number there.
+    ///
+    /// # Errors
+    /// `EMFILE`, or what else keeps it from that.
+    fn open(&self, file: Arc<dyn File>) -> Result<i32, Errno>;
+}
+
 /// An emulated file that is open. Dropping it closes it.
 pub trait File: Debug + Send + Sync {
     /// What it is called, for logs and to be recognised by.
@@ -47,11 +58,11 @@ pub trait File: Debug + Send + Sync {
     ///
     /// # Errors
     /// Linux's.
-    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno>;
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno>;
 
-    /// It is this process's now, as `own`.
-    fn opened(&self, own: &Arc<Own>) {
-        let _ = own;
+    /// It is this process's now, and `end` is the owner's end of its descriptors.
+    fn opened(&self, end: &Arc<Internal>) {
+        let _ = end;
     }
 
     /// What to map in place of the file (`mmap(2)`).

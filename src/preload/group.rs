@@ -12,9 +12,8 @@ use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
 use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
 
-use crate::caller::Caller;
 use crate::device::{request, Device};
-use crate::file::{Answer, Call, File};
+use crate::file::{Answer, Call, Caller, File};
 use crate::world::Opener;
 
 const GET_STATUS: u32 = request(3);
@@ -48,7 +47,7 @@ impl Group {
     }
 
     /// `struct vfio_group_status`: argsz, flags.
-    fn status(&self, caller: &Caller, address: u64) -> Result<i64, Errno> {
+    fn status(&self, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
         let mut status = [0; 2 * size_of::<u32>()];
         caller.read(address, &mut status).map_err(|_| Errno::EFAULT)?;
         let argsz = status.first_chunk().map_or(0, |argsz| u32::from_ne_bytes(*argsz));
@@ -61,7 +60,7 @@ impl Group {
         Ok(0)
     }
 
-    fn set_container(&self, caller: &Caller, address: u64) -> Result<i64, Errno> {
+    fn set_container(&self, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
         let mut fd = [0; size_of::<i32>()];
         caller.read(address, &mut fd).map_err(|_| Errno::EFAULT)?;
         let host = match uapi::Process::iommufd(caller, i32::from_ne_bytes(fd)) {
@@ -86,7 +85,7 @@ impl Group {
     }
 
     /// Opens the device of that name, bound and attached.
-    fn device(self: &Arc<Self>, caller: &Caller, address: u64) -> Result<i64, Errno> {
+    fn device(self: &Arc<Self>, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
         let name = read_name(caller, address)?;
         let number = self.devices.named(&name).ok_or(Errno::ENODEV)?;
         let host = self.container().clone().ok_or(Errno::EINVAL)?;
@@ -112,7 +111,7 @@ fn vfio_ioas(host: &EmulatedHost, process: &InGroup<'_>) -> Result<u32, Errno> {
 }
 
 /// The string at `address`.
-fn read_name(caller: &Caller, address: u64) -> Result<String, Errno> {
+fn read_name(caller: &dyn Caller, address: u64) -> Result<String, Errno> {
     let mut bytes = Vec::new();
     for at in address..address.saturating_add(LONGEST_NAME) {
         let mut byte = [0];
@@ -134,7 +133,7 @@ impl File for GroupFile {
         format!("group{}", self.0.number)
     }
 
-    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         let Call::Ioctl { request, argument } = call else { return Err(Errno::EINVAL) };
         let done = match request {
             GET_STATUS => self.0.status(caller, argument),
@@ -160,7 +159,7 @@ impl File for OfGroup {
         self.device.name()
     }
 
-    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         self.device.call(caller, call)
     }
 }
@@ -168,7 +167,7 @@ impl File for OfGroup {
 /// The process that opens a device: every descriptor it names is the container.
 #[derive(Debug)]
 struct InGroup<'a> {
-    caller: &'a Caller,
+    caller: &'a dyn Caller,
     host: &'a Arc<EmulatedHost>,
 }
 

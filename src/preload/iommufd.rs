@@ -7,8 +7,7 @@ use std::sync::Arc;
 use twostage::emulated::{EmulatedHost, MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
-use crate::caller::Caller;
-use crate::file::{Answer, Argument, Call, Excess, File};
+use crate::file::{Answer, Argument, Call, Caller, Excess, File};
 
 /// Ioctls from this number on are iommufd's own (`IOMMUFD_CMD_BASE`); those below are VFIO's.
 const FIRST_OWN: u32 = 0x80;
@@ -32,7 +31,7 @@ impl File for Iommufd {
         self.name.to_owned()
     }
 
-    fn call(&self, caller: &Caller, call: Call) -> Result<Answer, Errno> {
+    fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         let process = caller.process();
         let Call::Ioctl { request, argument } = call else { return Err(Errno::EINVAL) };
         if request & 0xff < FIRST_OWN {

@@ -51,6 +51,7 @@ mod events;
 mod file;
 mod group;
 mod hooks;
+mod internal;
 mod iommufd;
 mod logger;
 mod maps;
@@ -65,5 +66,6 @@ mod sys;
 mod table;
 #[cfg(feature = "selftest")]
 mod test_file;
+mod user_space;
 mod windows;
 mod world;

@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use twostage::iommufd::Errno;
 
-use crate::caller::Caller;
+use crate::accounts::Pinned;
+use crate::caller::CallingProcess;
 use crate::file::{Answer, Call, File};
-use crate::process::{Pinned, Process};
+use crate::process::Process;
 use crate::state::{self, Own};
 use crate::sys;
 
@@ -133,7 +134,7 @@ pub fn answer_one(own: &Own) -> Result<bool, Errno> {
         }
         _ => return Err(Errno::from_raw(libc::EPROTO)),
     };
-    let words = match own.file.call(&Caller::remote(process, channel.clone()), call) {
+    let words = match own.file.call(&CallingProcess::remote(process, channel.clone()), call) {
         Ok(Answer { value, take_message }) => [DONE, value as u64, u64::from(take_message), 0],
         Err(errno) => [FAILED, errno.raw() as u64, 0, 0],
     };

@@ -9,7 +9,8 @@ use std::thread;
 
 use twostage::iommufd::Errno;
 
-use crate::state::{self, Internal, State};
+use crate::internal::Internal;
+use crate::state::{self, State};
 use crate::{remote, sys};
 
 /// The thread's side that others may use.

@@ -13,11 +13,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
-use crate::accounts::Accounts;
-use crate::caller::Caller;
+use crate::accounts::{Accounts, Pinned};
+use crate::caller::CallingProcess;
 use crate::file::{Call, File};
+use crate::internal::Internal;
 use crate::pins::Pins;
-use crate::process::Pinned;
 use crate::service::Service;
 use crate::sys::Mark;
 use crate::table::{self, Entry};
@@ -69,32 +69,7 @@ pub struct Own {
     /// The file.
     pub file: Arc<dyn File>,
     /// The owner's end.
-    pub end: Internal,
-}
-
-/// A descriptor that the program must not touch.
-#[derive(Debug)]
-pub struct Internal(OwnedFd);
-
-impl Internal {
-    /// Moves `fd` to where programs do not expect it.
-    pub fn new(fd: OwnedFd) -> Self {
-        let fd = sys::duplicate(fd.as_raw_fd()).unwrap_or(fd);
-        // A number too high for the table is one that the program hardly closes by chance.
-        table::set(fd.as_raw_fd(), Entry::Internal);
-        Self(fd)
-    }
-
-    /// The number.
-    pub fn raw(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
-impl Drop for Internal {
-    fn drop(&mut self) {
-        table::set(self.raw(), Entry::NotOurs);
-    }
+    pub end: Arc<Internal>,
 }
 
 static STATE: AtomicPtr<State> = AtomicPtr::new(std::ptr::null_mut());
@@ -218,7 +193,7 @@ impl State {
     pub fn publish(&self, file: Arc<dyn File>) -> Result<(OwnedFd, u32), Errno> {
         let service = self.service.get_or_init(Service::start).as_ref().map_err(|errno| *errno)?;
         let (fd, end) = sys::socket_pair()?;
-        let end = Internal::new(end);
+        let end = Arc::new(Internal::new(end));
         let number = self.opened.fetch_add(1, Ordering::Relaxed);
         let name = format!("{NAME_PREFIX}{}/{number}/{}", self.pid, file.name());
         sys::bind_name(end.raw(), name.as_bytes())?;
@@ -226,7 +201,7 @@ impl State {
         service.watch(end.raw(), inode)?;
         let own = Arc::new(Own { file, end });
         let slot = self.insert(Slot { inode, kind: Kind::Own(own.clone()) });
-        own.file.opened(&own);
+        own.file.opened(&own.end);
         Ok((fd, slot))
     }
 
@@ -314,7 +289,7 @@ impl State {
     /// Answers a call on `fd`; `None` when that is none of ours.
     pub fn call(&self, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
         let result = match self.slot(fd)?.kind {
-            Kind::Own(own) => own.file.call(&Caller::own(), call),
+            Kind::Own(own) => own.file.call(&CallingProcess::own(), call),
             Kind::Foreign => remote::call(fd, call),
         };
         pins::sweep();

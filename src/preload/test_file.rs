@@ -8,8 +8,7 @@ use std::sync::Arc;
 use twostage::emulated::uapi::TestFile;
 use twostage::iommufd::Errno;
 
-use crate::caller::Caller;
-use crate::file::{Answer, Call, File};
+use crate::file::{Answer, Call, Caller, File};
 
 /// An open file of a test operation.
 #[derive(Debug)]
@@ -20,7 +19,7 @@ impl File for OpenTestFile {
         self.0.name().to_owned()
     }
 
-    fn call(&self, _: &Caller, _: Call) -> Result<Answer, Errno> {
+    fn call(&self, _: &dyn Caller, _: Call) -> Result<Answer, Errno> {
         Err(Errno::EINVAL)
     }
 
