@@ -14,7 +14,7 @@ use twostage::iommufd::{Errno, UserMemory};
 
 use crate::device::{request, Device};
 use crate::file::{Answer, Call, Caller, File};
-use crate::world::Opener;
+use crate::opener::Opener;
 
 const GET_STATUS: u32 = request(3);
 const SET_CONTAINER: u32 = request(4);

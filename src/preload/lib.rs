@@ -56,6 +56,7 @@ mod iommufd;
 mod logger;
 mod maps;
 mod next;
+mod opener;
 mod pins;
 mod proc_status;
 mod process;

@@ -9,14 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use twostage::emulated::{AddressWidth, DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::Errno;
-use twostage::spec::pci::Bdf;
 
-use crate::config::{Config, Device as DeviceEntry, Dma, Iommu};
-use crate::device::Device;
-use crate::edu::Edu;
+use crate::config::{Config, Device as DeviceEntry, Iommu};
 use crate::file::File;
 use crate::group::{Group, GroupFile};
 use crate::iommufd::Iommufd;
+use crate::opener::{device_name, Entry, Opener};
 
 /// Names the file that describes the machine.
 const FILE_VARIABLE: &str = "TWOSTAGE_IOMMUFD";
@@ -85,13 +83,6 @@ pub struct World {
     capabilities: u64,
     /// Groups that are open: each can be once.
     groups: Mutex<BTreeMap<u32, Weak<Group>>>,
-}
-
-/// A device of the machine.
-#[derive(Debug)]
-struct Entry {
-    config: DeviceEntry,
-    group: u32,
 }
 
 impl World {
@@ -179,41 +170,6 @@ impl World {
     }
 }
 
-/// Opens devices of a machine, or of one group in it.
-#[derive(Debug)]
-pub struct Opener {
-    machine: Arc<Machine>,
-    devices: Arc<BTreeMap<u32, Entry>>,
-    group: Option<u32>,
-}
-
-impl Opener {
-    /// Opens the device `number`.
-    ///
-    /// # Errors
-    /// `ENODEV` there is none.
-    pub fn open(&self, number: u32) -> Result<Device, Errno> {
-        let device = self.devices.get(&number).ok_or(Errno::ENODEV)?;
-        let name = device_name(number);
-        let file = self.machine.open_device(&name)?;
-        let edu = match device.config.dma {
-            Dma::None => None,
-            Dma::Edu => self.machine.dma_port(&name).map(Edu::new),
-        };
-        Ok(Device::new(name, file, edu))
-    }
-
-    /// The number of the device at the PCI address `name`, such as `0000:00:04.0`.
-    pub fn named(&self, name: &str) -> Option<u32> {
-        let name = name.strip_prefix("0000:").unwrap_or(name);
-        let rid = name.parse::<Bdf>().ok()?;
-        let is_it = |device: &&Entry| {
-            device.config.rid() == Ok(rid) && self.group.is_none_or(|group| device.group == group)
-        };
-        self.devices.values().find(is_it).map(|device| device.config.vfio)
-    }
-}
-
 /// Gives every device a group: the number that was asked for, or one that nobody asked for.
 fn with_groups(devices: &[DeviceEntry]) -> BTreeMap<u32, Entry> {
     let taken: BTreeSet<u32> = devices.iter().filter_map(|device| device.group).collect();
@@ -223,10 +179,6 @@ fn with_groups(devices: &[DeviceEntry]) -> BTreeMap<u32, Entry> {
         (config.vfio, Entry { config: config.clone(), group })
     });
     entries.collect()
-}
-
-fn device_name(number: u32) -> String {
-    format!("vfio{number}")
 }
 
 fn unit_config(iommu: &Iommu) -> VtdUnitConfig {

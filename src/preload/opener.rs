@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How devices of a machine are opened: by number, or in a group by name.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use twostage::emulated::Machine;
+use twostage::iommufd::Errno;
+use twostage::spec::pci::Bdf;
+
+use crate::config::{Device as DeviceEntry, Dma};
+use crate::device::Device;
+use crate::edu::Edu;
+
+/// A device of the machine.
+#[derive(Debug)]
+pub struct Entry {
+    /// What the machine's description says of it.
+    pub config: DeviceEntry,
+    /// The number of its group.
+    pub group: u32,
+}
+
+/// Opens devices of a machine, or of one group in it.
+#[derive(Debug)]
+pub struct Opener {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// Its devices, by number.
+    pub devices: Arc<BTreeMap<u32, Entry>>,
+    /// The only group whose devices are found by name; none for all.
+    pub group: Option<u32>,
+}
+
+impl Opener {
+    /// Opens the device `number`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is none.
+    pub fn open(&self, number: u32) -> Result<Device, Errno> {
+        let device = self.devices.get(&number).ok_or(Errno::ENODEV)?;
+        let name = device_name(number);
+        let file = self.machine.open_device(&name)?;
+        let edu = match device.config.dma {
+            Dma::None => None,
+            Dma::Edu => self.machine.dma_port(&name).map(Edu::new),
+        };
+        Ok(Device::new(name, file, edu))
+    }
+
+    /// The number of the device at the PCI address `name`, such as `0000:00:04.0`.
+    pub fn named(&self, name: &str) -> Option<u32> {
+        let name = name.strip_prefix("0000:").unwrap_or(name);
+        let rid = name.parse::<Bdf>().ok()?;
+        let is_it = |device: &&Entry| {
+            device.config.rid() == Ok(rid) && self.group.is_none_or(|group| device.group == group)
+        };
+        self.devices.values().find(is_it).map(|device| device.config.vfio)
+    }
+}
+
+/// What the machine knows the device `number` by.
+pub fn device_name(number: u32) -> String {
+    format!("vfio{number}")
+}
