@@ -4,12 +4,12 @@
 //! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, where the
 //! program does not see it: what becomes of the first is of no matter then. Private memory cannot be
 //! mapped twice. It is used where it is; when the program unmaps it, the hook leaves it in place
-//! until nobody uses it ([`release`]), and refuses to move it.
+//! until nobody uses it ([`Pins::release`]), and refuses to move it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libc::{PROT_READ, PROT_WRITE};
 use twostage::iommufd::{Errno, UserMemory};
@@ -17,21 +17,25 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::maps::{self, Mapping};
-use crate::{state, sys};
+use crate::sys;
 
 const PAGE_SIZE: u64 = 4096;
-
-/// How many private pieces are held: hooks look at nothing else while it is 0.
-static HELD: AtomicUsize = AtomicUsize::new(0);
-/// Whether the program has unmapped some of them.
-static UNMAPPED: AtomicBool = AtomicBool::new(false);
 
 /// What a process has pinned.
 #[derive(Debug, Default)]
 pub struct Pins {
+    /// How many private pieces are held: hooks look at nothing else while it is 0.
+    held: AtomicUsize,
+    list: Mutex<List>,
+}
+
+#[derive(Debug, Default)]
+struct List {
     /// By file, and whether the mapping can be written.
     second: BTreeMap<((String, u64), bool), Vec<SecondMapping>>,
     held: Vec<Held>,
+    /// Whether the program has unmapped some of what is held.
+    unmapped: bool,
     /// With that many entries it is time to look for dead ones.
     sweep_at: usize,
 }
@@ -74,86 +78,99 @@ fn in_use(region: &Arc<GuestRegionMmap>) -> bool {
     Arc::strong_count(region) > 1
 }
 
-fn pins() -> MutexGuard<'static, Pins> {
-    state::current().pins.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A child begins with nothing pinned: what its parent has pinned is the parent's.
-pub fn forget() {
-    HELD.store(0, Ordering::Release);
-    UNMAPPED.store(false, Ordering::Release);
-}
-
-/// Pins memory of process `pid`, which is `own` or another: of `length` bytes at `address` as many
-/// as are in one mapping.
-///
-/// # Errors
-/// `EFAULT` nothing is mapped there, or it cannot be read, or not written when `writable`; it is
-/// private memory of another process; the process is gone. `ENOMEM` it cannot be mapped again.
-pub fn pin(
-    pid: i32,
-    own: bool,
-    address: u64,
-    length: u64,
-    writable: bool,
-) -> Result<UserMemory, Errno> {
-    let mapping = maps::find(pid, address).ok_or(Errno::EFAULT)?;
-    let mut pins = pins();
-    if pins.second.values().flatten().any(|second| second.has(address)) {
-        return Err(Errno::EFAULT);
-    }
-    let accessible = if writable { mapping.writable } else { mapping.readable };
-    if !accessible {
-        return Err(Errno::EFAULT);
-    }
-    let length = length.min(mapping.end - address);
-    let (region, start) = if mapping.shared {
-        match pins.second_mapping(pid, own, &mapping, address, length) {
-            // Huge pages cannot be mapped twice without the file: used where they are.
-            Err(_) if own => pins.hold(address, length)?,
-            result => result?,
-        }
-    } else if own {
-        pins.hold(address, length)?
-    } else {
-        log::warn!("private memory of process {pid} at {address:#x} cannot be pinned from here");
-        return Err(Errno::EFAULT);
-    };
-    UserMemory::new(region, address - start, length).map_err(|_| Errno::EFAULT)
-}
-
-/// The program unmaps, or maps over, `length` bytes at `address`: whether all of it may go.
-/// Otherwise some is pinned, and none of that was unmapped; all else was.
-pub fn release(address: u64, length: u64) -> bool {
-    if HELD.load(Ordering::Acquire) == 0 {
-        return true;
-    }
-    pins().release(address, address.saturating_add(length))
-}
-
-/// Whether any of `length` bytes at `address` is pinned where it is.
-pub fn is_held(address: u64, length: u64) -> bool {
-    let end = address.saturating_add(length);
-    HELD.load(Ordering::Acquire) != 0
-        && pins()
-            .held
-            .iter()
-            .any(|held| in_use(&held.region) && held.start < end && address < held.end)
-}
-
-/// Lets go of what nobody uses any more.
-pub fn sweep() {
-    let mut pins = pins();
-    pins.second.retain(|_, mappings| {
-        mappings.retain(|mapping| in_use(&mapping.region));
-        !mappings.is_empty()
-    });
-    if UNMAPPED.load(Ordering::Acquire) {
-        pins.sweep_held();
-    }
-}
-
 impl Pins {
+    /// Pins memory of process `pid`, which is `own` or another: of `length` bytes at `address` as
+    /// many as are in one mapping.
+    ///
+    /// # Errors
+    /// `EFAULT` nothing is mapped there, or it cannot be read, or not written when `writable`; it is
+    /// private memory of another process; the process is gone. `ENOMEM` it cannot be mapped again.
+    pub fn pin(
+        &self,
+        pid: i32,
+        own: bool,
+        address: u64,
+        length: u64,
+        writable: bool,
+    ) -> Result<UserMemory, Errno> {
+        let mapping = maps::find(pid, address).ok_or(Errno::EFAULT)?;
+        let mut list = self.list();
+        if list.second.values().flatten().any(|second| second.has(address)) {
+            return Err(Errno::EFAULT);
+        }
+        let accessible = if writable { mapping.writable } else { mapping.readable };
+        if !accessible {
+            return Err(Errno::EFAULT);
+        }
+        let length = length.min(mapping.end - address);
+        let (region, start) = if mapping.shared {
+            match list.second_mapping(pid, own, &mapping, address, length) {
+                // Huge pages cannot be mapped twice without the file: used where they are.
+                Err(_) if own => list.hold(address, length)?,
+                result => result?,
+            }
+        } else if own {
+            list.hold(address, length)?
+        } else {
+            log::warn!(
+                "private memory of process {pid} at {address:#x} cannot be pinned from here"
+            );
+            return Err(Errno::EFAULT);
+        };
+        self.count(&list);
+        UserMemory::new(region, address - start, length).map_err(|_| Errno::EFAULT)
+    }
+
+    /// The program unmaps, or maps over, `length` bytes at `address`: whether all of it may go.
+    /// Otherwise some is pinned, and none of that was unmapped; all else was.
+    pub fn release(&self, address: u64, length: u64) -> bool {
+        if !self.holds() {
+            return true;
+        }
+        let mut list = self.list();
+        let all = list.release(address, address.saturating_add(length));
+        self.count(&list);
+        all
+    }
+
+    /// Whether any of `length` bytes at `address` is pinned where it is.
+    pub fn is_held(&self, address: u64, length: u64) -> bool {
+        let end = address.saturating_add(length);
+        self.holds()
+            && self
+                .list()
+                .held
+                .iter()
+                .any(|held| in_use(&held.region) && held.start < end && address < held.end)
+    }
+
+    /// Lets go of what nobody uses any more.
+    pub fn sweep(&self) {
+        let mut list = self.list();
+        list.second.retain(|_, mappings| {
+            mappings.retain(|mapping| in_use(&mapping.region));
+            !mappings.is_empty()
+        });
+        if list.unmapped {
+            list.sweep_held();
+            self.count(&list);
+        }
+    }
+
+    fn holds(&self) -> bool {
+        self.held.load(Ordering::Acquire) != 0
+    }
+
+    fn count(&self, list: &List) {
+        self.held.store(list.held.len(), Ordering::Release);
+    }
+
+    fn list(&self) -> MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl List {
     /// A second mapping of the shared memory `mapping`, and the address in the process `pid` that it
     /// starts with. One serves all that is pinned of the same part of a file.
     fn second_mapping(
@@ -195,7 +212,6 @@ impl Pins {
         // lives: the hooks of munmap, mmap and mremap see to that.
         let region = Arc::new(unsafe { region_at(start, end - start) }?);
         self.held.push(Held { start, end, region: region.clone(), unmapped: Vec::new() });
-        HELD.fetch_add(1, Ordering::Release);
         Ok((region, start))
     }
 
@@ -211,7 +227,7 @@ impl Pins {
             let piece = if let Some(held) = self.held.iter_mut().find(held) {
                 let piece = held.end.min(end);
                 held.unmapped.push((at, piece));
-                UNMAPPED.store(true, Ordering::Release);
+                self.unmapped = true;
                 piece
             } else {
                 let next = self.held.iter().map(|held| held.start).filter(|start| *start > at);
@@ -229,8 +245,7 @@ impl Pins {
         let (live, dead): (Vec<_>, Vec<_>) =
             self.held.drain(..).partition(|held| in_use(&held.region));
         self.held = live;
-        HELD.fetch_sub(dead.len(), Ordering::Release);
-        UNMAPPED.store(self.held.iter().any(|held| !held.unmapped.is_empty()), Ordering::Release);
+        self.unmapped = self.held.iter().any(|held| !held.unmapped.is_empty());
         for (start, end) in dead.into_iter().flat_map(|held| held.unmapped) {
             // Another pin may have the same pages: it unmaps them in the end.
             if self.release(start, end) {

@@ -23,7 +23,7 @@ use crate::sys::Mark;
 use crate::table::{self, Entry};
 use crate::windows::Windows;
 use crate::world::World;
-use crate::{pins, remote, sys};
+use crate::{remote, sys};
 
 /// How the names of the owner's ends begin.
 const NAME_PREFIX: &str = "twostage-iommufd/";
@@ -36,7 +36,7 @@ pub struct State {
     mark: Result<Mark, Errno>,
     files: Mutex<Vec<Option<Slot>>>,
     /// What is pinned.
-    pub pins: Mutex<Pins>,
+    pub pins: Pins,
     /// What is mapped of iommufds.
     pub windows: Windows,
     /// Who locks memory.
@@ -97,12 +97,11 @@ pub fn is_emulated(fd: RawFd) -> bool {
 /// Makes the state of this process, in place of `inherited`: that of the process that forked it. It
 /// may be locked by a thread that is not here, so nothing of it is looked at.
 fn begin(inherited: *mut State) -> &'static State {
-    pins::forget();
     let state = State {
         pid: sys::process_id(),
         mark: Mark::new(),
         files: Mutex::default(),
-        pins: Mutex::default(),
+        pins: Pins::default(),
         windows: Windows::default(),
         accounts: Accounts::default(),
         world: OnceLock::new(),
@@ -292,7 +291,7 @@ impl State {
             Kind::Own(own) => own.file.call(&CallingProcess::own(), call),
             Kind::Foreign => remote::call(fd, call),
         };
-        pins::sweep();
+        self.pins.sweep();
         if result.is_ok_and(|answer| answer.take_message) {
             // Fails when another thread was faster, with the descriptor of another number.
             let _ = sys::receive(fd, &mut [0], false);

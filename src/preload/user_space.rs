@@ -13,8 +13,8 @@ use twostage::iommufd::{Errno, UserMemory};
 use crate::config::Capability;
 use crate::process::Process;
 use crate::state::{self, Own};
+use crate::sys;
 use crate::world::World;
-use crate::{pins, sys};
 
 impl Process {
     /// The file of this process that the process has open as `fd`.
@@ -59,7 +59,8 @@ impl UserSpace for Process {
     }
 
     fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
-        pins::pin(self.id(), self.is_own(), address, length, writable)
+        let pins = &state::current().pins;
+        pins.pin(self.id(), self.is_own(), address, length, writable)
             .map_err(|_| UserFault { address, length })
     }
 

@@ -9,11 +9,16 @@ use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
 use super::ours;
-use crate::{next, pins, state, sys};
+use crate::{next, state, sys};
 
 fn failed(errno: Errno) -> *mut c_void {
     sys::set_errno(errno);
     MAP_FAILED
+}
+
+/// Whether any of `length` bytes at `address` is pinned where it is.
+fn is_held(address: *mut c_void, length: size_t) -> bool {
+    state::begun().is_some_and(|state| state.pins.is_held(address as u64, length as u64))
 }
 
 /// `length` bytes at `address` are no longer what they were.
@@ -53,7 +58,7 @@ macro_rules! mmap {
             offset: off64_t,
         ) -> *mut c_void {
             let fixed = flags & libc::MAP_FIXED != 0;
-            if fixed && pins::is_held(address as u64, length as u64) {
+            if fixed && is_held(address, length) {
                 log::error!("private memory at {address:?} is pinned: nothing can be mapped over it");
                 return failed(Errno::ENOMEM);
             }
@@ -85,7 +90,7 @@ mmap!(mmap mmap64);
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn munmap(address: *mut c_void, length: size_t) -> c_int {
-    if !pins::release(address as u64, length as u64) {
+    if state::begun().is_some_and(|state| !state.pins.release(address as u64, length as u64)) {
         return 0;
     }
     // Before, so that nobody maps anything there in between.
@@ -102,8 +107,8 @@ unsafe extern "C" fn mremap(
     flags: c_int,
     to: *mut c_void,
 ) -> *mut c_void {
-    let over = flags & libc::MREMAP_FIXED != 0 && pins::is_held(to as u64, new as u64);
-    if over || pins::is_held(address as u64, old as u64) {
+    let over = flags & libc::MREMAP_FIXED != 0 && is_held(to, new);
+    if over || is_held(address, old) {
         log::error!("private memory at {address:?} is pinned: it cannot be moved");
         return failed(Errno::ENOMEM);
     }
