@@ -44,6 +44,7 @@
 
 mod accounts;
 mod caller;
+mod calls;
 mod config;
 mod device;
 mod edu;

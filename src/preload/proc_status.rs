@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use crate::accounts::Pinned;
 use crate::state::State;
-use crate::sys;
+use crate::{calls, sys};
 
 /// The process whose status `path` is.
 pub fn process_of(path: &[u8]) -> Option<i32> {
@@ -23,7 +23,7 @@ pub fn process_of(path: &[u8]) -> Option<i32> {
 /// The status of process `pid` as a file of its own; none when nothing is to be added, or when it
 /// cannot be read.
 pub fn open(state: &State, pid: i32) -> Option<OwnedFd> {
-    let pinned = state.pinned(pid);
+    let pinned = calls::pinned(state, pid);
     if pinned == Pinned::default() {
         return None;
     }

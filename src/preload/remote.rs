@@ -2,8 +2,9 @@
 //! Calls on files of another process: how they get there and back.
 //!
 //! The caller sends one message through the descriptor, and a socket with it, on which the owner
-//! answers; before, it may send a descriptor for the caller to have. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
-//! needs the right to trace it: it has that for its own children.
+//! answers ([`crate::calls::serve`]); before, it may send a descriptor for the caller to have. The
+//! owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it needs the
+//! right to trace it: it has that for its own children.
 #![forbid(unsafe_code)]
 
 use std::mem::size_of;
@@ -13,11 +14,8 @@ use std::sync::Arc;
 use twostage::iommufd::Errno;
 
 use crate::accounts::Pinned;
-use crate::caller::CallingProcess;
 use crate::file::{Answer, Call, File};
-use crate::process::Process;
-use crate::state::{self, Own};
-use crate::sys;
+use crate::{state, sys};
 
 /// A message: what it is, and three numbers.
 type Words = [u64; 4];
@@ -113,33 +111,53 @@ fn ask(fd: RawFd, words: Words) -> Result<[u64; 2], Errno> {
     }
 }
 
-/// Takes one call that waits at the owner's end of `own`, and answers it; whether there was one.
+/// What another process asks of a file.
+#[derive(Debug)]
+pub enum Request {
+    /// A call on it.
+    Call(Call),
+    /// What is pinned of a process.
+    Pinned(i32),
+}
+
+/// Takes the request that waits at the owner's end `end`, with the channel that its answer goes to;
+/// `None` when there is none.
 ///
 /// # Errors
-/// When what came is no call, or the caller is gone.
-pub fn answer_one(own: &Own) -> Result<bool, Errno> {
-    let Some((words, passed)) = receive(own.end.raw(), false)? else { return Ok(false) };
-    let channel = Arc::new(passed.ok_or(Errno::from_raw(libc::EPROTO))?);
-    let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
+/// What came is no request.
+pub fn take_request(end: RawFd) -> Result<Option<(Request, OwnedFd)>, Errno> {
+    let Some((words, passed)) = receive(end, false)? else { return Ok(None) };
+    let channel = passed.ok_or(Errno::from_raw(libc::EPROTO))?;
     let call = match words {
         [IOCTL, request, argument, _] => Call::Ioctl { request: request as u32, argument },
         [READ, to, count, _] => Call::Read { to, count, offset: None },
         [READ_AT, to, count, offset] => Call::Read { to, count, offset: Some(offset) },
         [WRITE, from, count, _] => Call::Write { from, count, offset: None },
         [WRITE_AT, from, count, offset] => Call::Write { from, count, offset: Some(offset) },
-        [PINNED, pid, ..] => {
-            let Pinned { pinned, locked } = state::current().accounts.pinned_of(pid as i32);
-            send(channel.as_raw_fd(), [DONE, pinned, locked, 0], None)?;
-            return Ok(true);
-        }
+        [PINNED, pid, ..] => return Ok(Some((Request::Pinned(pid as i32), channel))),
         _ => return Err(Errno::from_raw(libc::EPROTO)),
     };
-    let words = match own.file.call(&CallingProcess::remote(process, channel.clone()), call) {
+    Ok(Some((Request::Call(call), channel)))
+}
+
+/// Answers a call.
+///
+/// # Errors
+/// The caller is gone.
+pub fn answer_call(channel: &OwnedFd, answer: Result<Answer, Errno>) -> Result<(), Errno> {
+    let words = match answer {
         Ok(Answer { value, take_message }) => [DONE, value as u64, u64::from(take_message), 0],
         Err(errno) => [FAILED, errno.raw() as u64, 0, 0],
     };
-    send(channel.as_raw_fd(), words, None)?;
-    Ok(true)
+    send(channel.as_raw_fd(), words, None)
+}
+
+/// Answers what is pinned.
+///
+/// # Errors
+/// The caller is gone.
+pub fn answer_pinned(channel: &OwnedFd, pinned: Pinned) -> Result<(), Errno> {
+    send(channel.as_raw_fd(), [DONE, pinned.pinned, pinned.locked, 0], None)
 }
 
 /// Gives the caller at the other end of `channel` a descriptor for `file`; returns its number there.

@@ -10,8 +10,7 @@ use std::thread;
 use twostage::iommufd::Errno;
 
 use crate::internal::Internal;
-use crate::state::{self, State};
-use crate::{remote, sys};
+use crate::sys;
 
 /// The thread's side that others may use.
 #[derive(Debug)]
@@ -20,15 +19,16 @@ pub struct Service {
 }
 
 impl Service {
-    /// Starts the thread. It takes no signals.
+    /// Starts the thread, which calls `serve` for a file, by the inode of its descriptors, whenever
+    /// something happens to it. It takes no signals.
     ///
     /// # Errors
     /// `EAGAIN` there can be no more threads; what the kernel says when it has no more descriptors.
-    pub fn start() -> Result<Self, Errno> {
+    pub fn start(serve: fn(u64)) -> Result<Self, Errno> {
         let epoll = Arc::new(Internal::new(sys::epoll()?));
         let builder = thread::Builder::new().name("twostage-iommufd".to_owned());
         let events = epoll.clone();
-        sys::with_signals_blocked(|| builder.spawn(move || serve(&events)))
+        sys::with_signals_blocked(|| builder.spawn(move || watch(&events, serve)))
             .map_err(|_| Errno::from_raw(libc::EAGAIN))?;
         Ok(Self { epoll })
     }
@@ -42,24 +42,9 @@ impl Service {
     }
 }
 
-fn serve(epoll: &Internal) {
+fn watch(epoll: &Internal, serve: fn(u64)) {
     // Fails when the process has lost the descriptor: nothing is served then.
     while let Ok(inode) = sys::next_event(epoll.raw()) {
-        let state = state::current();
-        match answer_one(state, inode) {
-            Ok(true) => {}
-            // Nothing more was asked.
-            Ok(false) => state.hung_up(inode),
-            Err(errno) => log::warn!("a call from another process: {errno}"),
-        }
-    }
-}
-
-/// Takes one call on the file with `inode`; whether there was one.
-fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
-    let _serving = state.serving();
-    match state.own(inode) {
-        Some(own) => remote::answer_one(&own),
-        None => Ok(false),
+        serve(inode);
     }
 }

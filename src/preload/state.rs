@@ -3,9 +3,8 @@
 //!
 //! A descriptor of an emulated file is one end of a socket pair. The owner keeps the other end: it
 //! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
-//! processes ([`crate::remote`]). Its name tells a process that did not open the file what it is.
+//! processes ([`crate::calls`]). Its name tells a process that did not open the file what it is.
 
-use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -13,17 +12,16 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
-use crate::accounts::{Accounts, Pinned};
-use crate::caller::CallingProcess;
-use crate::file::{Call, File};
+use crate::accounts::Accounts;
+use crate::file::File;
 use crate::internal::Internal;
 use crate::pins::Pins;
 use crate::service::Service;
+use crate::sys;
 use crate::sys::Mark;
 use crate::table::{self, Entry};
 use crate::windows::Windows;
 use crate::world::World;
-use crate::{remote, sys};
 
 /// How the names of the owner's ends begin.
 const NAME_PREFIX: &str = "twostage-iommufd/";
@@ -50,14 +48,17 @@ pub struct State {
 
 /// A file that some descriptor stands for.
 #[derive(Debug, Clone)]
-struct Slot {
+pub struct Slot {
     /// Of the descriptors' end.
     inode: u64,
-    kind: Kind,
+    /// Whose it is.
+    pub kind: Kind,
 }
 
+/// Whose file it is.
 #[derive(Debug, Clone)]
-enum Kind {
+pub enum Kind {
+    /// This process has it.
     Own(Arc<Own>),
     /// Another process has it.
     Foreign,
@@ -158,6 +159,15 @@ impl State {
         self.world.get_or_init(World::from_environment).as_ref().map_err(|errno| *errno)
     }
 
+    /// Starts the service, which `serve`s files, unless it is started.
+    ///
+    /// # Errors
+    /// As [`Service::start`].
+    pub fn start_service(&self, serve: fn(u64)) -> Result<(), Errno> {
+        let service = self.service.get_or_init(|| Service::start(serve));
+        service.as_ref().map(|_| ()).map_err(|errno| *errno)
+    }
+
     /// Takes over the descriptors that a fork left: files belong to others now.
     fn inherit(&self) {
         for (fd, entry) in table::ours(0, u32::MAX) {
@@ -173,7 +183,7 @@ impl State {
     /// Gives `file` to this process, as a new descriptor.
     ///
     /// # Errors
-    /// What the kernel says when it has no more descriptors, or no thread.
+    /// What the kernel says when it has no more descriptors; `ENODEV` the service is not started.
     pub fn install(&self, file: Arc<dyn File>, close_on_exec: bool) -> Result<RawFd, Errno> {
         let (fd, slot) = self.publish(file)?;
         sys::set_flags(fd.as_raw_fd(), close_on_exec, false)?;
@@ -190,7 +200,7 @@ impl State {
     /// # Errors
     /// As [`Self::install`].
     pub fn publish(&self, file: Arc<dyn File>) -> Result<(OwnedFd, u32), Errno> {
-        let service = self.service.get_or_init(Service::start).as_ref().map_err(|errno| *errno)?;
+        let service = self.service.get().ok_or(Errno::ENODEV)?.as_ref().map_err(|errno| *errno)?;
         let (fd, end) = sys::socket_pair()?;
         let end = Arc::new(Internal::new(end));
         let number = self.opened.fetch_add(1, Ordering::Relaxed);
@@ -216,7 +226,7 @@ impl State {
 
     /// The slot that `fd` stands for. The number may have been closed, and used for something else,
     /// where no hook saw it.
-    fn slot(&self, fd: RawFd) -> Option<Slot> {
+    pub fn slot(&self, fd: RawFd) -> Option<Slot> {
         let number = table::file(fd)?;
         let slot = self.files().get(number as usize).cloned().flatten();
         match slot {
@@ -285,20 +295,6 @@ impl State {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers a call on `fd`; `None` when that is none of ours.
-    pub fn call(&self, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
-        let result = match self.slot(fd)?.kind {
-            Kind::Own(own) => own.file.call(&CallingProcess::own(), call),
-            Kind::Foreign => remote::call(fd, call),
-        };
-        self.pins.sweep();
-        if result.is_ok_and(|answer| answer.take_message) {
-            // Fails when another thread was faster, with the descriptor of another number.
-            let _ = sys::receive(fd, &mut [0], false);
-        }
-        Some(result.map(|answer| answer.value))
-    }
-
     /// What to map in place of `fd`; `None` when that is none of ours.
     pub fn map(&self, fd: RawFd, request: MmapRequest) -> Option<Result<MappedPages, Errno>> {
         Some(match self.slot(fd)?.kind {
@@ -306,23 +302,6 @@ impl State {
             // The owner could not see it unmapped.
             Kind::Foreign => Err(Errno::ENODEV),
         })
-    }
-
-    /// What iommufds that this process can reach have pinned of process `pid`.
-    pub fn pinned(&self, pid: i32) -> Pinned {
-        let mut all = self.accounts.pinned_of(pid);
-        let mut asked = BTreeSet::new();
-        for (fd, _) in table::ours(0, u32::MAX) {
-            // Each owner once.
-            let foreign = matches!(self.slot(fd), Some(Slot { kind: Kind::Foreign, .. }));
-            if let Some(owner) = sys::peer_process(fd).ok().filter(|_| foreign) {
-                let pinned = if asked.insert(owner) { remote::pinned(fd, pid).ok() } else { None };
-                let pinned = pinned.unwrap_or_default();
-                all.pinned += pinned.pinned;
-                all.locked += pinned.locked;
-            }
-        }
-        all
     }
 
     /// The name of the file that `fd` stands for.

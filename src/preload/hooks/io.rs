@@ -11,11 +11,11 @@ use twostage::iommufd::Errno;
 use super::{answer, answer_int, ours};
 use crate::file::Call;
 use crate::process::Process;
-use crate::{next, state};
+use crate::{calls, next, state};
 
 /// Makes `call` when `fd` is ours.
 fn call(fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
-    ours(fd)?.call(fd, call)
+    calls::call(ours(fd)?, fd, call)
 }
 
 /// The type of all ioctls of VFIO and iommufd (`VFIO_TYPE`, `IOMMUFD_TYPE`).

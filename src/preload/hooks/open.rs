@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use libc::mode_t;
 
 use super::{answer_int, node};
-use crate::{next, proc_status, state, sys};
+use crate::{calls, next, proc_status, state, sys};
 
 /// Opens `path` when it is ours, or when what it says is.
 ///
@@ -18,7 +18,10 @@ unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
     // SAFETY: the caller's promise.
     if let Some((state, node)) = unsafe { node(path) } {
         let opened = state.world().and_then(|world| world.open(node));
-        let installed = opened.and_then(|file| state.install(file, close_on_exec));
+        let installed = opened.and_then(|file| {
+            state.start_service(calls::serve)?;
+            state.install(file, close_on_exec)
+        });
         return Some(answer_int(installed.map(i64::from)));
     }
     // SAFETY: as above.

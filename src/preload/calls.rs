@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Calls on emulated files, from this process and, as their owner, from others.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use twostage::iommufd::Errno;
+
+use crate::accounts::Pinned;
+use crate::caller::CallingProcess;
+use crate::file::Call;
+use crate::process::Process;
+use crate::remote::{self, Request};
+use crate::state::{self, Kind, Slot, State};
+use crate::{sys, table};
+
+/// Answers a call on `fd`; `None` when that is none of ours.
+pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
+    let result = match state.slot(fd)?.kind {
+        Kind::Own(own) => own.file.call(&CallingProcess::own(), call),
+        Kind::Foreign => remote::call(fd, call),
+    };
+    state.pins.sweep();
+    if result.is_ok_and(|answer| answer.take_message) {
+        // Fails when another thread was faster, with the descriptor of another number.
+        let _ = sys::receive(fd, &mut [0], false);
+    }
+    Some(result.map(|answer| answer.value))
+}
+
+/// What iommufds that this process can reach have pinned of process `pid`.
+pub fn pinned(state: &State, pid: i32) -> Pinned {
+    let mut all = state.accounts.pinned_of(pid);
+    let mut asked = BTreeSet::new();
+    for (fd, _) in table::ours(0, u32::MAX) {
+        // Each owner once.
+        let foreign = matches!(state.slot(fd), Some(Slot { kind: Kind::Foreign, .. }));
+        if let Some(owner) = sys::peer_process(fd).ok().filter(|_| foreign) {
+            let pinned = if asked.insert(owner) { remote::pinned(fd, pid).ok() } else { None };
+            let pinned = pinned.unwrap_or_default();
+            all.pinned += pinned.pinned;
+            all.locked += pinned.locked;
+        }
+    }
+    all
+}
+
+/// Takes one call of another process on the file whose descriptors have `inode`, or ends the file
+/// when the last of them is closed.
+pub fn serve(inode: u64) {
+    let state = state::current();
+    match answer_one(state, inode) {
+        Ok(true) => {}
+        // Nothing more was asked.
+        Ok(false) => state.hung_up(inode),
+        Err(errno) => log::warn!("a call from another process: {errno}"),
+    }
+}
+
+/// Takes one call on the file with `inode`, and answers it; whether there was one.
+///
+/// # Errors
+/// When what came is no call, or the caller is gone.
+fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
+    let _serving = state.serving();
+    let Some(own) = state.own(inode) else { return Ok(false) };
+    let Some((request, channel)) = remote::take_request(own.end.raw())? else { return Ok(false) };
+    let channel = Arc::new(channel);
+    match request {
+        Request::Call(call) => {
+            let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
+            let caller = CallingProcess::remote(process, channel.clone());
+            remote::answer_call(&channel, own.file.call(&caller, call))?;
+        }
+        Request::Pinned(pid) => {
+            remote::answer_pinned(&channel, state.accounts.pinned_of(pid))?;
+        }
+    }
+    Ok(true)
+}
