@@ -83,6 +83,8 @@ lint:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	cargo clippy --locked --workspace --all-targets --features selftest -- -D warnings
+	@# The fuzz targets compile. Nothing is linked, so libFuzzer itself is not built.
+	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
 	scripts/cargo-deny --log-level error check licenses bans sources
 
