@@ -7,8 +7,9 @@ use std::os::fd::RawFd;
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::broken::Broken;
 use super::memory::DeviceMemory;
-use super::queue::{Broken, Virtqueue};
+use super::queue::Virtqueue;
 
 /// Feature bits of a device or of a driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -7,8 +7,8 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::broken::Broken;
 use super::memory::{DeviceMemory, SectionMemory};
-use super::queue::Broken;
 
 /// A buffer as the driver described it: addresses of the device's own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,6 +12,7 @@
 
 mod backend;
 mod blk;
+mod broken;
 mod chain;
 mod link;
 mod memory;
@@ -25,10 +26,11 @@ mod worker;
 
 pub use backend::{Backend, Features, Model};
 pub use blk::{Block, Disk, DiskError};
+pub use broken::Broken;
 pub use chain::{Chain, Unreachable};
 pub use link::{Count, RequestCounters};
 pub use memory::{DeviceMemory, DmaSection, SectionMemory};
 pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};
-pub use queue::{Broken, QueueSetup, Virtqueue};
+pub use queue::{QueueSetup, Virtqueue};
 pub use rng::Rng;

@@ -9,6 +9,7 @@ use serde_json::json;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::broken::Broken;
 use super::chain::Chain;
 use super::link::{Link, RequestCounters};
 use super::memory::DeviceMemory;
@@ -19,29 +20,6 @@ const USED_ELEMENT: u64 = 8;
 /// Offset of the first element of the available ring, and length of one (§2.7.6).
 const AVAILABLE_RING: u64 = 4;
 const AVAILABLE_ELEMENT: u64 = 2;
-
-/// Why a device cannot go on: its driver has to reset it.
-#[derive(Debug, thiserror::Error)]
-pub enum Broken {
-    /// A ring cannot be reached, or what is in it contradicts itself.
-    #[error("virtqueue: {0}")]
-    Ring(#[from] virtio_queue::Error),
-    /// The available ring cannot be read.
-    #[error("virtqueue: the available ring cannot be read")]
-    Available,
-    /// The queue's areas cannot be reached.
-    #[error("virtqueue {0}: its areas are not memory that the device can reach")]
-    Areas(usize),
-    /// A descriptor chain is malformed.
-    #[error("descriptor chain: {0}")]
-    Chain(&'static str),
-    /// A request has nowhere to put its status, or that place cannot be reached.
-    #[error("the status of a request cannot be written")]
-    Status,
-    /// The device itself cannot start or go on.
-    #[error("{0}")]
-    Device(String),
-}
 
 /// What a driver said of one queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,8 +10,9 @@ use std::path::Path;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::backend::{Backend, Features, Model};
+use super::broken::Broken;
 use super::memory::DeviceMemory;
-use super::queue::{Broken, Virtqueue};
+use super::queue::Virtqueue;
 
 /// Bytes that one request is given at most; drivers take less than they ask for.
 const MAX_REQUEST: usize = 4096;

@@ -12,9 +12,10 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::backend::Backend;
+use super::broken::Broken;
 use super::link::Link;
 use super::memory::DeviceMemory;
-use super::queue::{Broken, Virtqueue};
+use super::queue::Virtqueue;
 
 /// Events are told apart by these, or by the number of a queue.
 const STOP: u32 = u32::MAX;

@@ -19,9 +19,10 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::backend::{Backend, Features, Model};
+use super::broken::Broken;
 use super::chain::{Chain, Unreachable};
 use super::memory::DeviceMemory;
-use super::queue::{Broken, Virtqueue};
+use super::queue::Virtqueue;
 use crate::viommu::ratelimit::RateLimit;
 
 pub use disk::{BounceBuffer, Disk, DiskError, SECTOR_SIZE};

@@ -21,9 +21,10 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::backend::{Backend, Features, Model};
+use super::broken::Broken;
 use super::chain::Chain;
 use super::memory::DeviceMemory;
-use super::queue::{Broken, Virtqueue};
+use super::queue::Virtqueue;
 
 pub use link::FrameLink;
 pub use mac::{MacAddress, NoMac};
