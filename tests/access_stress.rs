@@ -82,11 +82,22 @@ impl Mediated {
         }
     }
 
-    /// Unpins the page, if it is pinned.
+    /// Unpins the page, if it is pinned. Nobody finds it given up and still pinned: an unmap waits
+    /// for that no longer than for a listener that does nothing.
     fn rest(&self) {
-        if !self.cheats && self.pinned().take().is_some() {
+        let mut pinned = self.pinned();
+        if !self.cheats && pinned.take().is_some() {
             self.access().unpin_pages(IOVA, PAGE).unwrap();
         }
+    }
+}
+
+/// Ends the work of all threads, also when a check has failed: the test would wait for them for ever.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -100,6 +111,7 @@ fn run(rounds: usize, cheats: bool) -> bool {
     let stop = AtomicBool::new(false);
     let mut stale = false;
     thread::scope(|scope| {
+        let _stop_on_drop = StopOnDrop(&stop);
         for device in &devices {
             let stop = &stop;
             scope.spawn(move || {
@@ -138,7 +150,6 @@ fn run(rounds: usize, cheats: bool) -> bool {
                 break;
             }
         }
-        stop.store(true, Ordering::Release);
     });
     assert_eq!(host.pinned_bytes(), 0);
     stale
