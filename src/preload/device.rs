@@ -9,25 +9,18 @@
 use std::mem::size_of;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use twostage::emulated::uapi::{self, DeviceFile, UserSpace};
+use twostage::emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
+use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 use twostage::iommufd::Errno;
 
 use crate::edu::{Edu, BAR_SIZE};
 use crate::file::{Answer, Argument, Call, Caller, Excess, File};
 use crate::process::Process;
 
-/// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
-pub const fn request(n: u32) -> u32 {
-    (b';' as u32) << 8 | (100 + n)
-}
-
-const GET_INFO: u32 = request(7);
-const GET_REGION_INFO: u32 = request(8);
-const GET_IRQ_INFO: u32 = request(9);
-const RESET: u32 = request(11);
-const BIND_IOMMUFD: u32 = request(18);
-const ATTACH_IOMMUFD_PT: u32 = request(19);
-const DETACH_IOMMUFD_PT: u32 = request(20);
+const GET_INFO: u32 = vfio_request(7);
+const GET_REGION_INFO: u32 = vfio_request(8);
+const GET_IRQ_INFO: u32 = vfio_request(9);
+const RESET: u32 = vfio_request(11);
 
 /// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.
 const DEVICE_FLAGS: u32 = 0b11;

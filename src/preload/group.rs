@@ -8,18 +8,18 @@
 use std::mem::size_of;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
+use twostage::emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
 use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
 
-use crate::device::{request, Device};
+use crate::device::Device;
 use crate::file::{Answer, Call, Caller, File};
 use crate::opener::Opener;
 
-const GET_STATUS: u32 = request(3);
-const SET_CONTAINER: u32 = request(4);
-const UNSET_CONTAINER: u32 = request(5);
-const GET_DEVICE_FD: u32 = request(6);
+const GET_STATUS: u32 = vfio_request(3);
+const SET_CONTAINER: u32 = vfio_request(4);
+const UNSET_CONTAINER: u32 = vfio_request(5);
+const GET_DEVICE_FD: u32 = vfio_request(6);
 
 /// `VFIO_GROUP_FLAGS_VIABLE`, `VFIO_GROUP_FLAGS_CONTAINER_SET`.
 const VIABLE: u32 = 1;

@@ -24,7 +24,7 @@ pub use super::process::Process;
 #[cfg(feature = "selftest")]
 pub use super::process::TestFile;
 pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
-pub use vfio::DeviceFile;
+pub use vfio::{vfio_request, DeviceFile, ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 pub(crate) use argument::Argument;
 

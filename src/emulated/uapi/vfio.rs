@@ -14,14 +14,17 @@ use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::Machine;
 use crate::iommufd::{Errno, ObjectId};
 
-/// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
-pub(super) const fn request(n: u32) -> u32 {
+/// The number of an ioctl of `linux/vfio.h`: `_IO(VFIO_TYPE, VFIO_BASE + n)`.
+pub const fn vfio_request(n: u32) -> u32 {
     (b';' as u32) << 8 | (100 + n)
 }
 
-const BIND_IOMMUFD: u32 = request(18);
-const ATTACH_IOMMUFD_PT: u32 = request(19);
-const DETACH_IOMMUFD_PT: u32 = request(20);
+/// `VFIO_DEVICE_BIND_IOMMUFD`.
+pub const BIND_IOMMUFD: u32 = vfio_request(18);
+/// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
+pub const ATTACH_IOMMUFD_PT: u32 = vfio_request(19);
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
+pub const DETACH_IOMMUFD_PT: u32 = vfio_request(20);
 /// `VFIO_DEVICE_ATTACH_PASID` and `VFIO_DEVICE_DETACH_PASID`.
 const FLAG_PASID: u32 = 1;
 

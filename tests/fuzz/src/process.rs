@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use iommufd_bindings::*;
 use twostage::emulated::uapi::{self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
+use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD};
 use twostage::emulated::{
     AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, EventFile, Machine,
     MmapRequest, VtdUnit, VtdUnitConfig,
@@ -15,7 +16,7 @@ use twostage::spec::pci::Bdf;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::access::User;
-use crate::table::{iommufd, ATTACH, BIND};
+use crate::table::iommufd;
 use crate::value::{MEMORY, PAGE, PAGES};
 
 /// Devices: name, which unit it is behind, function, group.
@@ -106,7 +107,7 @@ impl Process {
             self.write(MEMORY + TABLES + 3 * PAGE + page * 8, page * PAGE | 0x67);
         }
         self.open_device(0);
-        let dev = self.must(None, BIND, &[0, 0, 0, 0, 0], 12);
+        let dev = self.must(None, BIND_IOMMUFD, &[0, 0, 0, 0, 0], 12);
         let ioas = self.must(Some(IOMMUFD_CMD_IOAS_ALLOC), 0, &[0, 0], 8);
         let (low, high) = (MEMORY as u32, (MEMORY >> 32) as u32);
         let length = (PAGES * PAGE) as u32;
@@ -119,7 +120,7 @@ impl Process {
         let scratch = low + SCRATCH as u32;
         let nested = [0, dev, parent, 0, 0, 1, 24, scratch, high, 0, 0];
         let nested = self.must(Some(IOMMUFD_CMD_HWPT_ALLOC), 0, &nested, 16);
-        self.must(None, ATTACH, &[0, nested], 0);
+        self.must(None, ATTACH_IOMMUFD_PT, &[0, nested], 0);
     }
 
     /// Makes an ioctl that must succeed, with these words after the size; the word at `answer` (bytes).

@@ -5,6 +5,8 @@ use std::mem::{offset_of, size_of};
 
 use arbitrary::{Result, Unstructured};
 use iommufd_bindings::*;
+use twostage::emulated::uapi::vfio_request as vfio;
+use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 use crate::value::{value, Kind};
 
@@ -45,11 +47,6 @@ macro_rules! ioctl {
 /// `_IO(IOMMUFD_TYPE, number)`.
 pub const fn iommufd(number: u32) -> u32 {
     (IOMMUFD_TYPE as u32) << 8 | number
-}
-
-/// `_IO(VFIO_TYPE, VFIO_BASE + number)`.
-pub const fn vfio(number: u32) -> u32 {
-    (b';' as u32) << 8 | (100 + number)
 }
 
 use Kind::{Choice, Count, Fd, Flags, Id, Iova, Length, Pasid, Pointer, Word};
@@ -220,14 +217,11 @@ struct Detach {
     pasid: u32,
 }
 
-pub const BIND: u32 = vfio(18);
-pub const ATTACH: u32 = vfio(19);
-
 /// The ioctls of a device.
 pub const DEVICE_IOCTLS: &[Ioctl] = &[
-    ioctl!(BIND, Bind { flags: Flags(0), iommufd: Fd, token_uuid_ptr: Pointer }),
-    ioctl!(ATTACH, Attach { flags: Flags(1), pt_id: Id, pasid: Pasid }),
-    ioctl!(vfio(20), Detach { flags: Flags(1), pasid: Pasid }),
+    ioctl!(BIND_IOMMUFD, Bind { flags: Flags(0), iommufd: Fd, token_uuid_ptr: Pointer }),
+    ioctl!(ATTACH_IOMMUFD_PT, Attach { flags: Flags(1), pt_id: Id, pasid: Pasid }),
+    ioctl!(DETACH_IOMMUFD_PT, Detach { flags: Flags(1), pasid: Pasid }),
 ];
 
 /// `struct vfio_iommu_type1_info`.

@@ -3,17 +3,17 @@
 
 use iommufd_bindings::*;
 
-use super::super::vfio::request;
+use super::super::vfio_request;
 use super::{flat, id, u32_at, Field, Process, D, MEMORY, NOWHERE, Q};
 use crate::emulated::objects::tests::fake::{PARENT, PLAIN};
 use crate::iommufd::{Errno, HostIommu, ObjectId};
 
-const CHECK_EXTENSION: u32 = request(1);
-const SET_IOMMU: u32 = request(2);
-const GET_INFO: u32 = request(12);
-const MAP_DMA: u32 = request(13);
-const UNMAP_DMA: u32 = request(14);
-const DIRTY_PAGES: u32 = request(17);
+const CHECK_EXTENSION: u32 = vfio_request(1);
+const SET_IOMMU: u32 = vfio_request(2);
+const GET_INFO: u32 = vfio_request(12);
+const MAP_DMA: u32 = vfio_request(13);
+const UNMAP_DMA: u32 = vfio_request(14);
+const DIRTY_PAGES: u32 = vfio_request(17);
 
 const TYPE1: u64 = 1;
 const TYPE1V2: u64 = 3;
@@ -111,7 +111,7 @@ fn a_group_brings_an_ioas_or_excludes_it() {
 #[test]
 fn extensions_are_those_of_linux() {
     let process = Process::new();
-    assert_eq!(process.vfio(request(0), 0), Ok(0), "VFIO_GET_API_VERSION");
+    assert_eq!(process.vfio(vfio_request(0), 0), Ok(0), "VFIO_GET_API_VERSION");
     assert_eq!(process.vfio(DIRTY_PAGES, 0), Err(Errno::ENOTTY));
     assert_eq!(process.vfio(CHECK_EXTENSION, 4), Err(Errno::ENODEV), "VFIO_DMA_CC_IOMMU");
     for (kind, errno) in [(TYPE1, Errno::ENODEV), (TYPE1V2, Errno::ENODEV), (2, Errno::EINVAL)] {

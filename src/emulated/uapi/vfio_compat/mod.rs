@@ -10,18 +10,18 @@ use std::mem::offset_of;
 use iommufd_bindings::*;
 
 use super::argument::Argument;
-use super::vfio::request;
+use super::vfio_request;
 use super::UserSpace;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::EmulatedHost;
 use crate::iommufd::Errno;
 
-const GET_API_VERSION: u32 = request(0);
-const CHECK_EXTENSION: u32 = request(1);
-const SET_IOMMU: u32 = request(2);
-const IOMMU_GET_INFO: u32 = request(12);
-const IOMMU_MAP_DMA: u32 = request(13);
-const IOMMU_UNMAP_DMA: u32 = request(14);
+const GET_API_VERSION: u32 = vfio_request(0);
+const CHECK_EXTENSION: u32 = vfio_request(1);
+const SET_IOMMU: u32 = vfio_request(2);
+const IOMMU_GET_INFO: u32 = vfio_request(12);
+const IOMMU_MAP_DMA: u32 = vfio_request(13);
+const IOMMU_UNMAP_DMA: u32 = vfio_request(14);
 
 const API_VERSION: i32 = 0;
 
