@@ -475,6 +475,7 @@ fn hwpt_text(args: &HwptAlloc) -> String {
         HwptData::VtdSecondStage(ss) => {
             format!("second-stage({:#x}, {} bits)", ss.pgtbl_addr, ss.addr_width)
         }
+        HwptData::ArmSmmuV3(smmu) => format!("ARM_SMMUV3({:#x}, {:#x})", smmu.ste[0], smmu.ste[1]),
     };
     if args.flags.nest_parent() {
         text.push_str(" NEST_PARENT");
@@ -491,6 +492,12 @@ fn entries_text(data: InvalidateData<'_>) -> String {
     let (kind, entries) = match data {
         InvalidateData::VtdS1(entries) => ("", entries),
         InvalidateData::VtdSecondStage(entries) => ("second-stage ", entries),
+        InvalidateData::ArmSmmuV3(commands) => {
+            let one = |command: &super::iommu_viommu_arm_smmuv3_invalidate| {
+                format!("{:#x}:{:#x}", command.cmd[0], command.cmd[1])
+            };
+            return format!("[{}]", commands.iter().map(one).collect::<Vec<_>>().join(", "));
+        }
     };
     let one = |entry: &super::iommu_hwpt_vtd_s1_invalidate| {
         if entry.npages == u64::MAX {

@@ -9,7 +9,10 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 use bitfield_struct::bitfield;
-pub use iommufd_bindings::{iommu_hw_info_vtd, iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate};
+pub use iommufd_bindings::{
+    iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, iommu_hwpt_arm_smmuv3, iommu_hwpt_vtd_s1,
+    iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate,
+};
 
 /// The id of an object of one iommufd: IOAS, HWPT, device, vIOMMU, vDEVICE. Never 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,6 +94,10 @@ pub enum HwptData {
     /// the parent. No hardware can do this; a host offers it with
     /// [`Extensions::guest_second_stage`].
     VtdSecondStage(HwptVtdSecondStage),
+    /// `IOMMU_HWPT_DATA_ARM_SMMUV3`: words 0 and 1 of a stream table entry of the user's, on a
+    /// vIOMMU of [`ViommuKind::ArmSmmuV3`]. They say abort, bypass or stage 1; context descriptors
+    /// and tables of stage 1 are in the user's address space.
+    ArmSmmuV3(iommu_hwpt_arm_smmuv3),
 }
 
 /// Data of [`HwptData::VtdSecondStage`].
@@ -125,6 +132,9 @@ pub enum InvalidateData<'a> {
     VtdS1(&'a [iommu_hwpt_vtd_s1_invalidate]),
     /// The same entries for a HWPT of [`HwptData::VtdSecondStage`].
     VtdSecondStage(&'a [iommu_hwpt_vtd_s1_invalidate]),
+    /// `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`, for a vIOMMU: commands of the SMMU's queue that
+    /// name streams as the user does, and neither VMID nor what is not the user's to invalidate.
+    ArmSmmuV3(&'a [iommu_viommu_arm_smmuv3_invalidate]),
 }
 
 impl InvalidateData<'_> {
@@ -132,6 +142,7 @@ impl InvalidateData<'_> {
     pub fn len(&self) -> usize {
         match self {
             Self::VtdS1(entries) | Self::VtdSecondStage(entries) => entries.len(),
+            Self::ArmSmmuV3(commands) => commands.len(),
         }
     }
 
@@ -176,13 +187,16 @@ pub const VTD_S1_EAFE: u64 = 1 << 1;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor writes honour R/W (`IOMMU_VTD_S1_WPE`).
 pub const VTD_S1_WPE: u64 = 1 << 2;
 
-/// `IOMMU_HWPT_INVALIDATE` stopped part-way: the first `done` entries are complete, the entry at
-/// `done` is the one that failed, none after it was looked at (`entry_num` on return; exact on
-/// VT-d).
+/// `IOMMU_HWPT_INVALIDATE` stopped part-way (`entry_num` on return).
+///
+/// On VT-d the first `done` entries are complete, the entry at `done` is the one that failed, and
+/// none after it was looked at. On SMMUv3 the number says too much: when a command is refused,
+/// commands before it may not have been issued. Nobody may go on from there; all that the batch
+/// might have invalidated must be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{error} ({done} entries were done)")]
 pub struct InvalidateError {
-    /// Entries that are complete.
+    /// Entries that are complete: exact on VT-d, at most so on SMMUv3.
     pub done: usize,
     /// What stopped it.
     pub error: super::HostError,
@@ -195,6 +209,8 @@ pub enum HwInfoData {
     None,
     /// `IOMMU_HW_INFO_TYPE_INTEL_VTD`.
     Vtd(iommu_hw_info_vtd),
+    /// `IOMMU_HW_INFO_TYPE_ARM_SMMUV3`.
+    ArmSmmuV3(iommu_hw_info_arm_smmuv3),
 }
 
 /// Generic abilities of a device and its IOMMU (`enum iommufd_hw_capabilities`).
@@ -326,6 +342,11 @@ pub enum PageResponseCode {
     /// `IOMMUFD_PAGE_RESP_INVALID`: it cannot have the page.
     Invalid,
 }
+
+/// The type of vEVENTQ whose events are event records of an SMMUv3: four 64-bit words, little-endian,
+/// with the StreamID that the user gave the device (`IOMMU_VEVENTQ_TYPE_ARM_SMMUV3`).
+pub const VEVENTQ_ARM_SMMUV3: u32 =
+    iommufd_bindings::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3;
 
 /// What is read from a vEVENTQ (`struct iommufd_vevent_header` and what follows it).
 #[derive(Debug, Clone, PartialEq, Eq)]

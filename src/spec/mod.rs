@@ -5,4 +5,5 @@
 #![forbid(unsafe_code)]
 
 pub mod pci;
+pub mod smmuv3;
 pub mod vtd;

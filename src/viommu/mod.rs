@@ -13,6 +13,7 @@ mod memory;
 mod observer;
 mod policy;
 pub(crate) mod ratelimit;
+pub mod smmuv3;
 pub mod vtd;
 
 pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError};

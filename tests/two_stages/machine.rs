@@ -218,7 +218,7 @@ fn units(nesting: &Nesting, extensions: Extensions) -> Vec<HostUnit> {
             ecap: Ecap::from_bits(vtd.ecap_reg),
             guest_second_stage: extensions.guest_second_stage,
         }),
-        HwInfoData::None => None,
+        HwInfoData::None | HwInfoData::ArmSmmuV3(_) => None,
     };
     nesting.hw_infos().into_iter().filter_map(unit).collect()
 }

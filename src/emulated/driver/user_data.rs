@@ -5,8 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{
-    iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, HwptData, HwptVtdSecondStage,
-    InvalidateData,
+    iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate, Errno,
+    HwptData, HwptVtdSecondStage, InvalidateData,
 };
 
 /// The type of [`HwptData::VtdSecondStage`]. The uAPI's types have 32 bits, so that no ioctl can
@@ -19,6 +19,14 @@ pub(super) const VTD_S1: u64 = iommufd_bindings::iommu_hwpt_data_type_IOMMU_HWPT
 /// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`.
 pub(super) const VTD_S1_INVALIDATE: u64 =
     iommufd_bindings::iommu_hwpt_invalidate_data_type_IOMMU_HWPT_INVALIDATE_DATA_VTD_S1 as u64;
+
+/// `IOMMU_HWPT_DATA_ARM_SMMUV3`.
+pub(super) const ARM_SMMUV3: u64 =
+    iommufd_bindings::iommu_hwpt_data_type_IOMMU_HWPT_DATA_ARM_SMMUV3 as u64;
+/// `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`.
+pub(super) const ARM_SMMUV3_INVALIDATE: u64 =
+    iommufd_bindings::iommu_hwpt_invalidate_data_type_IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3
+        as u64;
 
 /// A structure in the user's memory (`struct iommu_user_data`).
 pub(crate) trait UserData {
@@ -121,6 +129,7 @@ impl OwnData {
             HwptData::None => return None,
             HwptData::VtdS1(tables) => (VTD_S1, first_stage_bytes(tables)),
             HwptData::VtdSecondStage(tables) => (VTD_SECOND_STAGE, second_stage_bytes(tables)),
+            HwptData::ArmSmmuV3(entry) => (ARM_SMMUV3, words(entry.ste)),
         };
         Some(Self { data_type, bytes })
     }
@@ -149,6 +158,7 @@ impl UserData for OwnData {
 pub(crate) struct OwnArray {
     data_type: u64,
     count: usize,
+    entry_length: usize,
     bytes: Vec<u8>,
 }
 
@@ -158,9 +168,18 @@ impl OwnArray {
         let (data_type, entries) = match *data {
             InvalidateData::VtdS1(entries) => (VTD_S1_INVALIDATE, entries),
             InvalidateData::VtdSecondStage(entries) => (VTD_SECOND_STAGE_INVALIDATE, entries),
+            InvalidateData::ArmSmmuV3(commands) => {
+                return Self {
+                    data_type: ARM_SMMUV3_INVALIDATE,
+                    count: commands.len(),
+                    entry_length: size_of::<iommu_viommu_arm_smmuv3_invalidate>(),
+                    bytes: commands.iter().flat_map(|command| words(command.cmd)).collect(),
+                };
+            }
         };
         let bytes = entries.iter().flat_map(invalidation_bytes).collect();
-        Self { data_type, count: entries.len(), bytes }
+        let entry_length = size_of::<iommu_hwpt_vtd_s1_invalidate>();
+        Self { data_type, count: entries.len(), entry_length, bytes }
     }
 }
 
@@ -170,7 +189,7 @@ impl UserArray for OwnArray {
     }
 
     fn entry_length(&self) -> usize {
-        size_of::<iommu_hwpt_vtd_s1_invalidate>()
+        self.entry_length
     }
 
     fn count(&self) -> usize {
@@ -206,6 +225,11 @@ fn second_stage_bytes(tables: &HwptVtdSecondStage) -> Vec<u8> {
 fn invalidation_bytes(entry: &iommu_hwpt_vtd_s1_invalidate) -> [u8; 24] {
     let iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved } = *entry;
     join(addr, npages, flags, __reserved)
+}
+
+/// The bytes of the words that an SMMU's structure consists of.
+fn words(words: [u64; 2]) -> Vec<u8> {
+    words.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
 /// A structure of two 64-bit and two 32-bit fields: all of VT-d's are.

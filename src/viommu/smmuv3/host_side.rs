@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The small trait that a virtual SMMUv3 stands on, and the one it offers upward.
+//!
+//! They are not those of VT-d: an SMMU's invalidations name ASIDs and streams that only the guest's
+//! context descriptors tell apart, so that they reach the host as the guest wrote them.
+
+use std::fmt::Debug;
+
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::HostSideError;
+
+/// The two words of a command, in host order (§4.1).
+pub type RawCommand = [u64; 2];
+
+/// The four words of an event record, in host order (§7.3).
+pub type EventRecordWords = [u64; 4];
+
+/// What becomes of a stream's DMA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StreamPolicy {
+    /// Every transaction is terminated.
+    Abort,
+    /// Untranslated: the IOVA is the GPA. A decision, never a leftover.
+    Bypass,
+    /// Through stage-1 tables that the guest owns.
+    Stage1 {
+        /// Words 0 and 1 of the stream table entry, with no field set but those that the owner of
+        /// stage 1 decides (§5.2): V, Config, S1Fmt, S1ContextPtr, S1CDMax; S1DSS, S1CIR, S1COR,
+        /// S1CSH, S1STALLD, EATS.
+        ste: [u64; 2],
+    },
+}
+
+/// What is behind a virtual SMMUv3: it turns policies into translations.
+///
+/// Calls come one at a time (the virtual SMMU's lock is held). A call returns only when the host has
+/// done what was asked: the virtual SMMU acknowledges to the guest right after.
+pub trait SmmuHostSide: Debug + Send + Sync {
+    /// From now on DMA of `stream` goes by `policy`. An unchanged policy costs nothing.
+    ///
+    /// # Errors
+    /// The host refused; the stream is then blocked, whatever it was before, unless the error says
+    /// [`HostSideError::still_reachable`].
+    fn configure(&self, stream: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError>;
+
+    /// Does a batch of invalidations: commands of the guest's, in its own words and with its
+    /// StreamIDs, of those that a host takes from the owner of stage 1 (`TLBI_NH_ALL`,
+    /// `TLBI_NH_ASID`, `TLBI_NH_VA`, `TLBI_NH_VAA`, `TLBI_NSNH_ALL`, `CFGI_CD`, `CFGI_CD_ALL`,
+    /// `ATC_INV`).
+    ///
+    /// # Errors
+    /// The host did not do all of it.
+    fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError>;
+}
+
+/// The host did not do a batch of invalidations.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("command {refused}: {error}")]
+pub struct SmmuInvalidateError {
+    /// The number of the command that the host refused: those before it are complete. 0 when
+    /// nothing is known of any.
+    pub refused: usize,
+    /// Why. What could not be invalidated is blocked, unless it says
+    /// [`HostSideError::still_reachable`].
+    #[source]
+    pub error: HostSideError,
+}
+
+/// What a virtual SMMUv3 offers to whoever brings events back.
+///
+/// May be called from any thread that holds no lock of the host.
+pub trait EventTarget: Send + Sync {
+    /// Something happened to a transaction of a stream: the record as the guest is to read it, with
+    /// the guest's StreamID.
+    fn event(&self, record: EventRecordWords);
+
+    /// Events were lost on their way here.
+    fn events_lost(&self);
+}
