@@ -7,7 +7,7 @@ use std::sync::Arc;
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion};
 use twostage::iommufd::fake::RecordingHost;
 use twostage::iommufd::{Extensions, HwCapabilities, HwInfo, HwInfoData};
-use twostage::nesting::{FlushSet, Nesting};
+use twostage::nesting::vtd::{FlushSet, VtdNesting};
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{
     DomainTag, HostSide, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1,
@@ -18,10 +18,10 @@ const UNMAPS: u64 = 1000;
 const TAG: DomainTag = DomainTag { domain: 1, pasid: 0 };
 
 /// One device behind one stage 1.
-fn nested_device() -> (Arc<RecordingHost>, Nesting) {
+fn nested_device() -> (Arc<RecordingHost>, VtdNesting) {
     let host = RecordingHost::new(Extensions::default());
     host.mute();
-    let nesting = Nesting::new(host.clone()).expect("the recording host makes an IOAS");
+    let nesting = VtdNesting::new(host.clone()).expect("the recording host makes an IOAS");
     let info =
         HwInfo { data: HwInfoData::None, capabilities: HwCapabilities::new(), max_pasid_log2: 0 };
     let rid = Bdf::from_raw(0x20);
@@ -48,7 +48,7 @@ fn page(number: u64) -> Invalidation {
 }
 
 /// 1,000 single-page unmaps, `per_batch` of them between two ordering points.
-fn unmap(nesting: &Nesting, per_batch: u64, stride: u64) {
+fn unmap(nesting: &VtdNesting, per_batch: u64, stride: u64) {
     let pages: Vec<_> = (0..UNMAPS).map(|number| page(number * stride)).collect();
     for batch in pages.chunks(per_batch as usize) {
         nesting.invalidate(batch).expect("the recording host invalidates");

@@ -57,7 +57,7 @@ pub enum NestingError {
         /// GPA of the table, in bytes.
         table: u64,
     },
-    /// [`super::Nesting::shutdown`] came first.
+    /// A shutdown came first.
     #[error("the host objects are gone already")]
     ShutDown,
 }

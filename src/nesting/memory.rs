@@ -8,8 +8,8 @@ use super::error::{NestingError, Result};
 use crate::iommufd::{HwInfo, HwInfoData, ObjectId, HW_INFO_VTD_ERRATA_772415_SPR17};
 use crate::spec::pci::Bdf;
 
-/// The IOAS, and what devices and mappings forbid each other. Its lock is taken after that of
-/// [`super::Nesting`].
+/// The IOAS, and what devices and mappings forbid each other. Its lock is taken after that of the
+/// state of a virtual IOMMU's nesting.
 #[derive(Debug)]
 pub(super) struct SharedIoas {
     id: ObjectId,

@@ -1,59 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a virtual IOMMU decides, as host objects.
 //!
-//! [`Nesting`] implements the [`HostSide`] of a virtual IOMMU with the verbs of a [`HostIommu`]:
+//! [`vtd`] implements the host-side trait of a virtual IOMMU with the verbs of a
+//! [`HostIommu`](crate::iommufd::HostIommu). What they share:
 //!
-//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. The
-//!   virtual IOMMUs of one guest share it;
-//! * one nesting parent per physical IOMMU is its stage 2. A device that has PASIDs needs one made
-//!   for PASIDs, so a second parent appears if a device without came first;
-//! * one `HWPT_NESTED` per stage 1 and parent, shared by every requester that names it, made with
-//!   the first and destroyed with the last;
-//! * *blocked* is detached, *bypass* is attached to the parent. A change replaces one attachment by
-//!   the next; what did not change costs no call;
-//! * a batch of invalidations becomes one call per HWPT.
+//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. All virtual
+//!   IOMMUs of one guest share it;
+//! * one nesting parent per physical IOMMU is its stage 2;
+//! * one `HWPT_NESTED` per stage 1, shared by all that name it, made with the first and destroyed
+//!   with the last;
+//! * a change replaces one attachment by the next; what did not change costs no call;
+//! * a batch of invalidations becomes one call, and what the host fails to invalidate is blocked and
+//!   reported.
 //!
-//! It never sees guest memory or registers, and never leaves a requester on a translation that the
-//! guest has taken back: what the host refuses, or fails to invalidate, is blocked and reported.
-//! The next configuration tries again.
+//! Nothing here ever sees guest memory or registers, nor leaves DMA on a translation that the guest
+//! has taken back.
 #![forbid(unsafe_code)]
 
-mod counters;
 mod error;
-mod faults;
-mod invalidate;
 mod memory;
-mod ranges;
-mod requesters;
-mod slot;
-mod stage1;
-mod state;
-#[cfg(test)]
-mod tests;
+mod objects;
+pub mod vtd;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-
-use crate::iommufd::{HostIommu, HwInfo, ObjectId, Protection, UserMemory};
+use crate::iommufd::{HwInfo, ObjectId};
 use crate::spec::pci::Bdf;
-use crate::viommu::{
-    FaultTarget, HostSide, HostSideError, Invalidation, Requester, RequesterConfig,
-};
-pub use counters::NestingCounters;
 pub use error::NestingError;
-use faults::FaultRouter;
-use invalidate::Stale;
-pub use ranges::FlushSet;
-use state::State;
-
-/// The host side of one virtual IOMMU. See the [module](self).
-///
-/// Its lock is taken after the virtual IOMMU's and held across host calls, which may wait for DMA;
-/// the way of faults back to the guest takes none of it.
-#[derive(Debug)]
-pub struct Nesting {
-    state: Mutex<State>,
-    faults: Arc<FaultRouter>,
-}
 
 /// What the host says of one device, for the capabilities that the guest is offered.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,141 +35,4 @@ pub struct DeviceInfo {
     pub dev: ObjectId,
     /// Its IOMMU's registers, and the width of its PASIDs.
     pub info: HwInfo,
-}
-
-impl Nesting {
-    /// An empty IOAS on `host`, without devices.
-    ///
-    /// # Errors
-    /// The host makes no IOAS.
-    pub fn new(host: Arc<dyn HostIommu>) -> Result<Self, NestingError> {
-        let faults = Arc::new(FaultRouter::default());
-        let state = Mutex::new(State::new(host, faults.clone())?);
-        Ok(Self { state, faults })
-    }
-
-    /// Another virtual IOMMU of the same guest, without devices: it shares the memory of `self`, and
-    /// nothing else.
-    ///
-    /// # Errors
-    /// `self` is shut down.
-    pub fn beside(&self) -> Result<Self, NestingError> {
-        let faults = Arc::new(FaultRouter::default());
-        let state = Mutex::new(self.state().beside(faults.clone())?);
-        Ok(Self { state, faults })
-    }
-
-    /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
-    /// device of every virtual IOMMU that shares the IOAS.
-    ///
-    /// # Errors
-    /// The host refuses; or the mapping is read-only and a device's IOMMU cannot keep it so under
-    /// nested translation (erratum 772415).
-    pub fn map_memory(
-        &self,
-        gpa: u64,
-        memory: &UserMemory,
-        access: Protection,
-    ) -> Result<(), NestingError> {
-        self.state().map_memory(gpa, memory, access)
-    }
-
-    /// From now on the guest has no memory at `gpa`, for `length` bytes: whole pieces, as they were
-    /// mapped.
-    ///
-    /// # Errors
-    /// The host refuses: nothing is there, or a piece would be cut.
-    pub fn unmap_memory(&self, gpa: u64, length: u64) -> Result<(), NestingError> {
-        self.state().unmap_memory(gpa, length)
-    }
-
-    /// `dev`, a device bound to the host, is the guest's `rid`. It is blocked until the virtual
-    /// IOMMU configures it, also when that is enabled already.
-    ///
-    /// # Errors
-    /// The host refuses; the Requester ID or the device is in use; or its IOMMU has erratum 772415
-    /// and guest memory is mapped read-only. The device is not added.
-    pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
-        self.state().add_device(rid, dev)
-    }
-
-    /// The guest's `rid` is gone: it and its PASIDs are blocked, and its host objects destroyed if
-    /// nobody shares them. The device object itself stays its owner's.
-    ///
-    /// # Errors
-    /// There is no such device; or the host did not detach it, and it is still there.
-    pub fn remove_device(&self, rid: Bdf) -> Result<(), NestingError> {
-        self.state().remove_device(rid)
-    }
-
-    /// What the host says of each device.
-    pub fn hw_infos(&self) -> Vec<DeviceInfo> {
-        let state = self.state();
-        let info = |(rid, device): (&Bdf, &state::Device)| DeviceInfo {
-            rid: *rid,
-            dev: device.dev,
-            info: device.info,
-        };
-        state.devices.iter().map(info).collect()
-    }
-
-    /// From now on DMA faults go to `target`, while that lives.
-    pub fn set_fault_target(&self, target: Weak<dyn FaultTarget>) {
-        self.faults.set_target(target);
-    }
-
-    /// What was done so far.
-    pub fn counters(&self) -> NestingCounters {
-        self.state().counters
-    }
-
-    /// Detaches every device and destroys every object made here; the IOAS goes with the last that
-    /// shares it. Also done on drop; here the outcome is told. May be called again, to try again.
-    ///
-    /// # Errors
-    /// The host did not let go of something.
-    pub fn shutdown(&self) -> Result<(), NestingError> {
-        self.state().shutdown()
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl HostSide for Nesting {
-    fn configure(
-        &self,
-        requester: Requester,
-        config: &RequesterConfig,
-    ) -> Result<(), HostSideError> {
-        let mut state = self.state();
-        state.configure(requester, config).map_err(|error| {
-            error.for_viommu(format!("configuring {requester}"), state.is_attached(requester))
-        })
-    }
-
-    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError> {
-        let mut state = self.state();
-        state.forget_pasids(rid).map_err(|error| {
-            let still_reachable = !state.attached_pasids(rid).is_empty();
-            error.for_viommu(format!("forgetting the PASIDs of {rid}"), still_reachable)
-        })
-    }
-
-    fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
-        let Stale { error, still_reachable } = match self.state().invalidate(batch) {
-            Ok(()) => return Ok(()),
-            Err(stale) => stale,
-        };
-        Err(error.for_viommu("invalidating".into(), still_reachable))
-    }
-}
-
-impl Drop for Nesting {
-    fn drop(&mut self) {
-        if let Err(error) = self.shutdown() {
-            log::error!("host objects are left behind: {error}");
-        }
-    }
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::emulated::{self, ObjectGraph, SanitizerReport};
-use crate::nesting::NestingCounters;
+use crate::nesting::vtd::VtdNestingCounters;
 use crate::spec::pci::Bdf;
 
 /// A report, as JSON by `serde` and as text by `Display`.
@@ -61,7 +61,7 @@ pub struct IommuReport {
     /// What the guest did with the virtual IOMMU.
     pub viommu: crate::viommu::vtd::VtdCounters,
     /// What became of that.
-    pub nesting: NestingCounters,
+    pub nesting: VtdNestingCounters,
     /// What the emulated unit behind it did.
     pub hardware: emulated::VtdCounters,
     /// What its sanitizer found, if it has one.
@@ -203,7 +203,7 @@ mod tests {
             iommus: vec![IommuReport {
                 id: "vtd0".to_owned(),
                 viommu: Default::default(),
-                nesting: NestingCounters { merged: 4, ..NestingCounters::default() },
+                nesting: VtdNestingCounters { merged: 4, ..VtdNestingCounters::default() },
                 hardware: Default::default(),
                 sanitizer: Some(SanitizerReport::default()),
             }],

@@ -10,7 +10,7 @@ use twostage::emulated::{
 use twostage::iommufd::{
     Errno, Extensions, FailNth, HostIommu, HwInfoData, ObjectId, Protection, UserMemory,
 };
-use twostage::nesting::Nesting;
+use twostage::nesting::vtd::VtdNesting;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::regs::{Cap, Ecap};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
@@ -65,7 +65,7 @@ impl InterruptSink for Interrupts {
 pub struct Machine {
     pub guest: Guest<Arc<VtdIommu>>,
     pub iommu: Arc<VtdIommu>,
-    pub nesting: Arc<Nesting>,
+    pub nesting: Arc<VtdNesting>,
     pub host: Arc<Host>,
     pub unit: Arc<VtdUnit>,
     pub interrupts: Arc<Interrupts>,
@@ -120,7 +120,7 @@ impl Machine {
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>, config: VtdConfig) -> Result<Self, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
-        let nesting = Arc::new(Nesting::new(host.clone()).map_err(|error| text(&error))?);
+        let nesting = Arc::new(VtdNesting::new(host.clone()).map_err(|error| text(&error))?);
         let region = |&(start, size)| {
             Arc::new(GuestRegionMmap::from_range(GuestAddress(start), size, None).unwrap())
         };
@@ -210,7 +210,7 @@ impl Machine {
 }
 
 /// What the host says of its units, as the virtual unit's configuration wants it.
-fn units(nesting: &Nesting, extensions: Extensions) -> Vec<HostUnit> {
+fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostUnit> {
     let unit = |device: twostage::nesting::DeviceInfo| match device.info.data {
         HwInfoData::Vtd(vtd) => Some(HostUnit {
             device: device.rid.to_string(),

@@ -20,7 +20,7 @@ use super::trace::Trace;
 use super::Result;
 use crate::emulated::{EmulatedHost, ObjectGraph};
 use crate::iommufd::{CountedHost, HostIommu, Protection, UserMemory, Verb, VerbCounters};
-use crate::nesting::Nesting;
+use crate::nesting::vtd::VtdNesting;
 use crate::spec::pci::Bdf;
 use crate::viommu::InterruptSink;
 use in_use::ObjectsInUse;
@@ -148,8 +148,8 @@ impl Iommus {
 }
 
 /// The host side of the first virtual IOMMU, with the machine's memory.
-fn nesting_over(around: &Surroundings<'_>) -> Result<Nesting> {
-    let nesting = Nesting::new(around.host.clone()).map_err(failed("nesting"))?;
+fn nesting_over(around: &Surroundings<'_>) -> Result<VtdNesting> {
+    let nesting = VtdNesting::new(around.host.clone()).map_err(failed("nesting"))?;
     for region in around.memory.regions() {
         let (start, whole) = (around.memory.start_of(region), UserMemory::whole(region.clone()));
         nesting

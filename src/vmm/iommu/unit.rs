@@ -11,7 +11,7 @@ use crate::emulated::{
     VtdUnitConfig,
 };
 use crate::iommufd::{Extensions, HostIommu, HwInfoData, ObjectId};
-use crate::nesting::{DeviceInfo, Nesting};
+use crate::nesting::{vtd::VtdNesting, DeviceInfo};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
@@ -39,7 +39,7 @@ pub(super) struct Plan<'a> {
 pub(in crate::vmm) struct Iommu {
     id: String,
     vtd: Arc<VtdIommu>,
-    nesting: Arc<Nesting>,
+    nesting: Arc<VtdNesting>,
     host: Arc<dyn HostIommu>,
     devices: Vec<ObjectId>,
     interrupt_remapping: bool,
@@ -51,7 +51,11 @@ pub(in crate::vmm) struct Iommu {
 
 impl Iommu {
     /// The virtual IOMMU of `plan`, whose host side is `nesting`, which has no devices yet.
-    pub(super) fn new(plan: Plan<'_>, nesting: Nesting, around: &Surroundings<'_>) -> Result<Self> {
+    pub(super) fn new(
+        plan: Plan<'_>,
+        nesting: VtdNesting,
+        around: &Surroundings<'_>,
+    ) -> Result<Self> {
         let Plan { id, config, interrupt_remapping, guest_second_stage, functions } = plan;
         let nesting = Arc::new(nesting);
         let Surroundings { emulated, host, .. } = around;
@@ -107,7 +111,7 @@ impl Iommu {
     }
 
     /// The host side.
-    pub(super) fn nesting(&self) -> &Nesting {
+    pub(super) fn nesting(&self) -> &VtdNesting {
         &self.nesting
     }
 

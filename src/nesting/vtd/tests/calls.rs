@@ -8,7 +8,7 @@ use crate::iommufd::{Errno, Protection, Verb};
 fn the_first_attach() {
     let host = RecordingHost::new(Extensions::default());
     let dev = host.add_device(0, hw_info(0, 8));
-    let nesting = Nesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(host.clone()).unwrap();
     nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
     nesting.add_device(A, dev).unwrap();
     let rig = Rig { host, nesting };

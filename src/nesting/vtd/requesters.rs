@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From policies to attachments: what each requester's DMA goes through.
 
-use super::error::{NestingError, Result};
 use super::slot::{Attached, Slot};
 use super::state::{Device, State};
 use crate::iommufd::{
-    iommu_hwpt_vtd_s1, Errno, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId,
-    VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
+    iommu_hwpt_vtd_s1, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId, VTD_S1_EAFE,
+    VTD_S1_SRE, VTD_S1_WPE,
 };
+use crate::nesting::error::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage};
 
@@ -119,7 +119,8 @@ impl State {
             data,
             fault: None,
         };
-        let hwpt = self.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
+        let hwpt =
+            self.objects.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
         self.counters.nested_allocs += 1;
         self.nested.insert(hwpt, device.parent.hwpt, stage1);
         Ok(hwpt)
@@ -137,7 +138,7 @@ impl State {
         check_pasid(requester, device)?;
         let before = self.slot(requester);
         let pasid = requester.pasid.map(Pasid::raw);
-        if let Err(source) = self.host().device_attach(device.dev, pasid, pt) {
+        if let Err(source) = self.objects.host().device_attach(device.dev, pasid, pt) {
             self.counters.refused_attaches += 1;
             // VT-d blocks before it checks, and never reverts; iommufd goes on to believe in the
             // old page table, and would take attaching that again for done.
@@ -168,30 +169,13 @@ impl State {
         if slot == Slot::default() {
             return Ok(());
         }
-        if let Err(source) = self.detach_on_host(device.dev, requester.pasid.map(Pasid::raw)) {
+        if let Err(source) = self.objects.detach(device.dev, requester.pasid.map(Pasid::raw)) {
             self.slots.insert(requester, Slot { unsettled: true, ..slot });
             return Err(NestingError::Host { what: format!("detaching {requester}"), source });
         }
         self.slots.remove(&requester);
         self.release(requester, slot.attached);
         Ok(())
-    }
-
-    /// The detach itself. Nothing else can block a requester, so it is tried once more if it
-    /// fails. A device that is not there any more (`ENOENT`) is attached to nothing.
-    pub fn detach_on_host(
-        &mut self,
-        dev: ObjectId,
-        pasid: Option<u32>,
-    ) -> crate::iommufd::Result<()> {
-        let mut result = self.host().device_detach(dev, pasid);
-        if result.is_err() {
-            result = self.host().device_detach(dev, pasid);
-        }
-        match result {
-            Err(error) if error.errno != Errno::ENOENT => Err(error),
-            _ => Ok(()),
-        }
     }
 
     /// `requester` does not use `attached` any more.
@@ -205,7 +189,7 @@ impl State {
     fn destroy_unused(&mut self, attached: Attached) {
         if let Attached::Nested(hwpt) = attached {
             if self.nested.remove_unused(hwpt) {
-                self.destroy(hwpt);
+                self.objects.destroy(hwpt);
             }
         }
     }

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::error::{NestingError, Result};
 use super::ranges::{FlushSet, EVERYTHING};
 use super::stage1::NestedHwpts;
 use super::state::State;
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateError, ObjectId};
+use crate::nesting::error::{NestingError, Result};
 use crate::viommu::{Invalidation, Stage1};
 
 /// Ranges by what they name: a domain and a PASID, each or all of them.
@@ -112,7 +112,7 @@ impl State {
             Some(Stage1::VtdSecondStage(_)) => InvalidateData::VtdSecondStage(entries),
             _ => InvalidateData::VtdS1(entries),
         };
-        let result = self.host().hwpt_invalidate(hwpt, data);
+        let result = self.objects.host().hwpt_invalidate(hwpt, data);
         let done = match &result {
             Ok(()) => entries.len(),
             Err(stopped) => stopped.done.min(entries.len()),

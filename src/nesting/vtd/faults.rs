@@ -11,7 +11,7 @@ use crate::viommu::{DmaFault, FaultTarget, Requester};
 
 /// Names the guest requester of each host fault and hands the fault to the virtual IOMMU.
 ///
-/// Faults come from DMA threads, while another thread may hold the lock of [`super::Nesting`] in
+/// Faults come from DMA threads, while another thread may hold the lock of [`super::VtdNesting`] in
 /// an invalidation that waits for just that DMA. So this part has locks of its own, held for a
 /// look-up only: never while anything is called.
 #[derive(Default)]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tests of [`Nesting`](super::Nesting) against a host that records its calls.
+//! Tests of [`VtdNesting`](super::VtdNesting) against a host that records its calls.
 
 mod calls;
 mod fail_nth;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use super::Nesting;
+use super::VtdNesting;
 use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_vtd, Extensions, HwCapabilities, HwInfo, HwInfoData, ObjectId, UserMemory,
@@ -70,7 +70,7 @@ fn page(tag: DomainTag, address: u64) -> Invalidation {
 /// Both devices added and passing, the log empty.
 struct Rig {
     host: Arc<RecordingHost>,
-    nesting: Nesting,
+    nesting: VtdNesting,
 }
 
 impl Rig {
@@ -82,7 +82,7 @@ impl Rig {
         let host = RecordingHost::new(extensions);
         let (a, b) = (host.add_device(0, hw_info(0, 8)), host.add_device(0, hw_info(0, 8)));
         assert_eq!((a, b), (DEV_A, DEV_B));
-        let nesting = Nesting::new(host.clone()).unwrap();
+        let nesting = VtdNesting::new(host.clone()).unwrap();
         nesting.add_device(A, DEV_A).unwrap();
         nesting.add_device(B, DEV_B).unwrap();
         let rig = Self { host, nesting };

@@ -14,7 +14,7 @@ fn each_physical_iommu_has_a_nesting_parent() {
     for iommu in [0, 1, 1] {
         host.add_device(iommu, hw_info(0, 0));
     }
-    let nesting = Nesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(host.clone()).unwrap();
     for dev in 1..=3 {
         nesting.add_device(Bdf::from_raw(dev), ObjectId(dev.into())).unwrap();
     }
@@ -47,7 +47,7 @@ fn each_physical_iommu_has_a_nesting_parent() {
 fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
     let host = RecordingHost::new(Extensions::default());
     let (sound, flawed) = (host.add_device(0, hw_info(0, 0)), host.add_device(1, hw_info(1, 0)));
-    let first = Nesting::new(host.clone()).unwrap();
+    let first = VtdNesting::new(host.clone()).unwrap();
     let second = first.beside().unwrap();
     first.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
     first.add_device(A, sound).unwrap();
@@ -77,7 +77,7 @@ fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
 fn a_device_with_pasids_needs_a_parent_made_for_them() {
     let host = RecordingHost::new(Extensions::default());
     let (plain, with) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(0, 8)));
-    let nesting = Nesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(host.clone()).unwrap();
     nesting.add_device(A, plain).unwrap();
     nesting.add_device(B, with).unwrap();
     let rig = Rig { host, nesting };
@@ -159,7 +159,7 @@ fn a_host_that_destroys_nothing_is_not_filled_up() {
 fn erratum_772415_forbids_read_only_memory() {
     let host = RecordingHost::new(Extensions::default());
     let (sound, flawed) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(1, 0)));
-    let nesting = Nesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(host.clone()).unwrap();
     nesting.add_device(A, sound).unwrap();
     nesting.map_memory(0xf000, &memory(), Protection::READ_ONLY).unwrap();
     let refusal = NestingError::ReadOnlyErratum { gpa: 0xf000, rid: B };

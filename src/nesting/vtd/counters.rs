@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What nesting has done so far.
 
-/// Counters of a [`super::Nesting`], all from one moment.
+/// Counters of a [`super::VtdNesting`], all from one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct NestingCounters {
+pub struct VtdNestingCounters {
     /// `HWPT_NESTED` objects made.
     pub nested_allocs: u64,
     /// Requesters that were given a `HWPT_NESTED` that others used already.

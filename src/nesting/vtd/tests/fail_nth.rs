@@ -5,9 +5,14 @@ use super::*;
 use crate::iommufd::{Errno, Protection};
 
 /// One step of a guest's life, and the requester that it leaves blocked when it fails.
-type Step = (Option<(ObjectId, Option<u32>)>, fn(&Nesting) -> Result<(), String>);
+type Step = (Option<(ObjectId, Option<u32>)>, fn(&VtdNesting) -> Result<(), String>);
 
-fn configure(nesting: &Nesting, who: Requester, policy: Policy, domain: u16) -> Result<(), String> {
+fn configure(
+    nesting: &VtdNesting,
+    who: Requester,
+    policy: Policy,
+    domain: u16,
+) -> Result<(), String> {
     let tag = DomainTag { domain, pasid: who.pasid.map_or(0, Pasid::raw) };
     let config = RequesterConfig { policy, tag, fault_disabled: false };
     nesting.configure(who, &config).map_err(|error| error.to_string())
@@ -39,7 +44,7 @@ fn run(nth: u64, errno: Errno) -> bool {
     host.add_device(0, hw_info(0, 8));
     host.add_device(0, hw_info(0, 8));
     host.fail_nth(nth, errno);
-    if let Ok(nesting) = Nesting::new(host.clone()) {
+    if let Ok(nesting) = VtdNesting::new(host.clone()) {
         for (step, (victim, run)) in STEPS.iter().enumerate() {
             let pending = host.failure_pending();
             let result = run(&nesting);

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a virtual VT-d decides, as host objects.
+//!
+//! [`VtdNesting`] implements its [`HostSide`] as [`super`] says, and:
+//!
+//! * the nesting parent of a device that has PASIDs must be made for PASIDs, so that a physical IOMMU
+//!   has a second one if a device without came first;
+//! * *blocked* is detached, *bypass* is attached to the parent;
+//! * a batch of invalidations becomes one call per `HWPT_NESTED` that it names.
+//!
+//! What the host refuses is blocked and reported; the next configuration tries again.
+
+mod counters;
+mod faults;
+mod invalidate;
+mod ranges;
+mod requesters;
+mod slot;
+mod stage1;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::iommufd::{HostIommu, ObjectId, Protection, UserMemory};
+use crate::nesting::objects::Objects;
+use crate::nesting::{DeviceInfo, NestingError};
+use crate::spec::pci::Bdf;
+use crate::viommu::{
+    FaultTarget, HostSide, HostSideError, Invalidation, Requester, RequesterConfig,
+};
+pub use counters::VtdNestingCounters;
+use faults::FaultRouter;
+use invalidate::Stale;
+pub use ranges::FlushSet;
+use state::State;
+
+/// The host side of one virtual IOMMU. See the [module](self).
+///
+/// Its lock is taken after the virtual IOMMU's and held across host calls, which may wait for DMA;
+/// the way of faults back to the guest takes none of it.
+#[derive(Debug)]
+pub struct VtdNesting {
+    state: Mutex<State>,
+    faults: Arc<FaultRouter>,
+}
+
+impl VtdNesting {
+    /// An empty IOAS on `host`, without devices.
+    ///
+    /// # Errors
+    /// The host makes no IOAS.
+    pub fn new(host: Arc<dyn HostIommu>) -> Result<Self, NestingError> {
+        let faults = Arc::new(FaultRouter::default());
+        let state = Mutex::new(State::new(Objects::new(host)?, faults.clone()));
+        Ok(Self { state, faults })
+    }
+
+    /// Another virtual IOMMU of the same guest, without devices: it shares the memory of `self`, and
+    /// nothing else.
+    ///
+    /// # Errors
+    /// `self` is shut down.
+    pub fn beside(&self) -> Result<Self, NestingError> {
+        let faults = Arc::new(FaultRouter::default());
+        let state = Mutex::new(State::new(self.state().objects.beside()?, faults.clone()));
+        Ok(Self { state, faults })
+    }
+
+    /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
+    /// device of every virtual IOMMU that shares the IOAS.
+    ///
+    /// # Errors
+    /// The host refuses; or the mapping is read-only and a device's IOMMU cannot keep it so under
+    /// nested translation (erratum 772415).
+    pub fn map_memory(
+        &self,
+        gpa: u64,
+        memory: &UserMemory,
+        access: Protection,
+    ) -> Result<(), NestingError> {
+        self.state().objects.map_memory(gpa, memory, access)
+    }
+
+    /// From now on the guest has no memory at `gpa`, for `length` bytes: whole pieces, as they were
+    /// mapped.
+    ///
+    /// # Errors
+    /// The host refuses: nothing is there, or a piece would be cut.
+    pub fn unmap_memory(&self, gpa: u64, length: u64) -> Result<(), NestingError> {
+        self.state().objects.unmap_memory(gpa, length)
+    }
+
+    /// `dev`, a device bound to the host, is the guest's `rid`. It is blocked until the virtual
+    /// IOMMU configures it, also when that is enabled already.
+    ///
+    /// # Errors
+    /// The host refuses; the Requester ID or the device is in use; or its IOMMU has erratum 772415
+    /// and guest memory is mapped read-only. The device is not added.
+    pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
+        self.state().add_device(rid, dev)
+    }
+
+    /// The guest's `rid` is gone: it and its PASIDs are blocked, and its host objects destroyed if
+    /// nobody shares them. The device object itself stays its owner's.
+    ///
+    /// # Errors
+    /// There is no such device; or the host did not detach it, and it is still there.
+    pub fn remove_device(&self, rid: Bdf) -> Result<(), NestingError> {
+        self.state().remove_device(rid)
+    }
+
+    /// What the host says of each device.
+    pub fn hw_infos(&self) -> Vec<DeviceInfo> {
+        let state = self.state();
+        let info = |(rid, device): (&Bdf, &state::Device)| DeviceInfo {
+            rid: *rid,
+            dev: device.dev,
+            info: device.info,
+        };
+        state.devices.iter().map(info).collect()
+    }
+
+    /// From now on DMA faults go to `target`, while that lives.
+    pub fn set_fault_target(&self, target: Weak<dyn FaultTarget>) {
+        self.faults.set_target(target);
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> VtdNestingCounters {
+        self.state().counters()
+    }
+
+    /// Detaches every device and destroys every object made here; the IOAS goes with the last that
+    /// shares it. Also done on drop; here the outcome is told. May be called again, to try again.
+    ///
+    /// # Errors
+    /// The host did not let go of something.
+    pub fn shutdown(&self) -> Result<(), NestingError> {
+        self.state().shutdown()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl HostSide for VtdNesting {
+    fn configure(
+        &self,
+        requester: Requester,
+        config: &RequesterConfig,
+    ) -> Result<(), HostSideError> {
+        let mut state = self.state();
+        state.configure(requester, config).map_err(|error| {
+            error.for_viommu(format!("configuring {requester}"), state.is_attached(requester))
+        })
+    }
+
+    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError> {
+        let mut state = self.state();
+        state.forget_pasids(rid).map_err(|error| {
+            let still_reachable = !state.attached_pasids(rid).is_empty();
+            error.for_viommu(format!("forgetting the PASIDs of {rid}"), still_reachable)
+        })
+    }
+
+    fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
+        let Stale { error, still_reachable } = match self.state().invalidate(batch) {
+            Ok(()) => return Ok(()),
+            Err(stale) => stale,
+        };
+        Err(error.for_viommu("invalidating".into(), still_reachable))
+    }
+}
+
+impl Drop for VtdNesting {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown() {
+            log::error!("host objects are left behind: {error}");
+        }
+    }
+}
