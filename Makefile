@@ -25,6 +25,7 @@ help:
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
 	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
+	@echo 'make binary-arm64  twostage for arm64, linked statically, in target/arm64'
 	@echo 'make doc       API documentation'
 	@echo 'make guest     the small test guest alone'
 	@echo 'make clean     remove what was built'
@@ -101,6 +102,9 @@ binary:
 	@$(need) cc cargo
 	cargo build --release --locked
 
+binary-arm64:
+	scripts/cargo-arm64 build --release --locked
+
 kvm:
 	@scripts/kvm-here
 
@@ -108,5 +112,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all nested-check preload selftests bench fuzz lint doc guest binary kvm clean
+.PHONY: help run demo test test-all nested-check preload selftests bench fuzz lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help

@@ -6,6 +6,8 @@
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/twostage
 private_apt_state=$cache/apt
+# What packages there are: the first is the machine's own, `PACKAGE:ARCHITECTURE` names another's.
+private_apt_architectures=amd64
 
 # The address of the system's Debian mirror.
 debian_mirror() {
@@ -36,7 +38,8 @@ private_apt() {
     shift
     "$command" -qq -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$private_apt_state/sources.list.d" \
         -o Dir::State::lists="$private_apt_state/lists" -o Dir::Cache="$private_apt_state/cache" \
-        -o APT::Sandbox::User="$(id -un)" -o Acquire::Languages=none "$@"
+        -o APT::Architectures="$private_apt_architectures" -o APT::Sandbox::User="$(id -un)" \
+        -o Acquire::Languages=none "$@"
 }
 
 # private_apt_open SUITE...: reads the indexes of these suites, and of no other.
@@ -49,7 +52,7 @@ private_apt_open() {
         return 1
     }
     for private_apt_suite in "$@"; do
-        echo "deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $private_apt_suite main"
+        echo "deb [arch=$private_apt_architectures signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $private_apt_suite main"
     done >"$private_apt_state/sources.list.d/suites.list"
     persistently private_apt apt-get -o APT::Update::Error-Mode=any update >&2
 }
@@ -62,6 +65,25 @@ private_apt_close() {
 # download_packages PACKAGE...: into the current directory.
 download_packages() {
     persistently private_apt apt-get download "$@" >&2
+}
+
+# unpack_with_dependencies DIRECTORY WORD...: the packages that `apt-get install WORD...` would install.
+# Those that the system has are not among them.
+unpack_with_dependencies() {
+    unpacked_into=$1
+    shift
+    persistently private_apt apt-get install -y --no-install-recommends --download-only -o Debug::NoLocking=1 "$@" >&2
+    mkdir -p "$unpacked_into"
+    for archive in "$private_apt_state/cache/archives"/*.deb; do
+        dpkg-deb -x "$archive" "$unpacked_into"
+    done
+}
+
+# package_versions ARCHIVE...: name and version of each, a line each.
+package_versions() {
+    for archive in "$@"; do
+        dpkg-deb -f "$archive" Package Version | sed 's/^[A-Za-z]*: //' | paste -sd ' '
+    done
 }
 
 # newest_package PATTERN: the package of the highest version whose name matches this extended regular
