@@ -5,6 +5,10 @@
 //! (IHI 0070). Fields carry the specification's names. All words are little-endian in memory; values
 //! here are in host order.
 
+pub mod command;
+pub mod queue;
+pub mod regs;
+
 use std::fmt;
 
 /// Who makes a request, as the stream table knows it (§3.2): for a PCI function, its Requester ID.
