@@ -2,49 +2,31 @@
 //! A host for tests: it writes down every call in order, fails on demand, and knows what lives.
 //!
 //! It keeps only as much of iommufd's rules as its callers depend on: ids, reference counts
-//! (`EBUSY`), one nesting parent per physical IOMMU (`EINVAL`), and VT-d's way of failing a
-//! replace: the books keep the old page table while the hardware is blocked. Page tables and DMA
-//! are the emulated host's business.
+//! (`EBUSY`), one nesting parent and one kind of vIOMMU per physical IOMMU (`EINVAL`), vDEVICEs
+//! before attachments, which commands an SMMU takes, and what a failed replace leaves behind. Page
+//! tables and DMA are the emulated host's business.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::fmt::Write as _;
+mod queues;
+mod state;
+mod text;
+
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::{
     DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostFault,
     HostIommu, HwInfo, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
-    ObjectId, PageRequestGroup, PageResponseCode, Protection, Readiness, Result, UserMemory, Verb,
-    Vevent, ViommuKind, VTD_INV_FLAGS_LEAF,
+    ObjectId, Protection, Result, UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
 };
+use queues::{Events, OpenEvents, SilentQueue};
+use state::{Object, State};
+use text::{entries_text, hwpt_text, source, Answer};
 
 /// A host whose calls can be read back. See the [module](self).
 #[derive(Debug)]
 pub struct RecordingHost {
     extensions: Extensions,
     state: Mutex<State>,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    log: Vec<String>,
-    muted: bool,
-    calls: u64,
-    fail_at: Option<(u64, Errno)>,
-    failures: VecDeque<(Verb, Errno)>,
-    partial: VecDeque<(usize, Errno)>,
-    objects: BTreeMap<ObjectId, Object>,
-    attached: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
-    reaches: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
-    sinks: BTreeMap<ObjectId, Weak<dyn FaultSink>>,
-}
-
-#[derive(Debug, Clone)]
-enum Object {
-    Ioas,
-    FaultQueue,
-    Device { iommu: u32, info: HwInfo },
-    Hwpt { pt: ObjectId, iommu: u32, pasid: bool },
 }
 
 impl RecordingHost {
@@ -92,6 +74,27 @@ impl RecordingHost {
     /// Makes the next invalidation stop with `errno` after `done` entries; such orders queue up.
     pub fn fail_invalidation(&self, done: usize, errno: Errno) {
         self.state().partial.push_back((done, errno));
+    }
+
+    /// Makes every invalidation stop with `EIO` at this command of an SMMU. What Linux says of those
+    /// before it is that they are done; they are not.
+    pub fn refuse_command(&self, command: [u64; 2]) {
+        self.state().refused_commands.push(command);
+    }
+
+    /// Takes every command of an SMMU again that Linux takes.
+    pub fn refuse_no_command(&self) {
+        self.state().refused_commands.clear();
+    }
+
+    /// Puts `event` into the vEVENTQ of `viommu`; says whether it has an open one.
+    pub fn push_event(&self, viommu: ObjectId, event: Vevent) -> bool {
+        let events = self.state().objects.values().find_map(|object| match object {
+            Object::EventQueue { viommu: of, events } if *of == viommu => events.upgrade(),
+            _ => None,
+        });
+        // Not under the lock: whoever watches the queue may call the host.
+        events.inspect(|events| events.push(event)).is_some()
     }
 
     /// The page table that the hardware uses for `dev`, or its `pasid`; `None` while blocked.
@@ -144,92 +147,6 @@ impl RecordingHost {
     }
 }
 
-/// How an answer reads in the log.
-trait Answer {
-    fn text(&self) -> String;
-}
-
-impl Answer for () {
-    fn text(&self) -> String {
-        String::new()
-    }
-}
-
-impl Answer for ObjectId {
-    fn text(&self) -> String {
-        format!(" = {self:?}")
-    }
-}
-
-impl Answer for u64 {
-    fn text(&self) -> String {
-        String::new()
-    }
-}
-
-impl Answer for HwInfo {
-    fn text(&self) -> String {
-        String::new()
-    }
-}
-
-impl State {
-    /// Takes the lowest free id, as Linux does, so that a stale id soon names something else.
-    fn insert(&mut self, object: Object) -> ObjectId {
-        let id = (1..).map(ObjectId).find(|id| !self.objects.contains_key(id));
-        let id = id.expect("a test makes fewer than 2^32 objects");
-        self.objects.insert(id, object);
-        id
-    }
-
-    fn ordered_failure(&mut self, verb: Verb) -> Option<Errno> {
-        let call = self.calls;
-        self.calls += 1;
-        if let Some((_, errno)) = self.fail_at.take_if(|(at, _)| *at == call) {
-            return Some(errno);
-        }
-        let at = self.failures.iter().position(|(of, _)| *of == verb)?;
-        self.failures.remove(at).map(|(_, errno)| errno)
-    }
-
-    fn get(&self, id: ObjectId) -> std::result::Result<&Object, Errno> {
-        self.objects.get(&id).ok_or(Errno::ENOENT)
-    }
-
-    fn device(&self, id: ObjectId) -> std::result::Result<(u32, HwInfo), Errno> {
-        match self.get(id)? {
-            Object::Device { iommu, info } => Ok((*iommu, *info)),
-            _ => Err(Errno::ENOENT),
-        }
-    }
-
-    fn in_use(&self, id: ObjectId) -> bool {
-        let stands_on = |object: &Object| matches!(object, Object::Hwpt { pt, .. } if *pt == id);
-        matches!(self.objects.get(&id), Some(Object::Device { .. }))
-            || self.attached.values().any(|pt| *pt == id)
-            || self.objects.values().any(stands_on)
-    }
-
-    fn attach(
-        &mut self,
-        dev: ObjectId,
-        pasid: Option<u32>,
-        pt: ObjectId,
-    ) -> std::result::Result<ObjectId, Errno> {
-        let (iommu, _) = self.device(dev)?;
-        match self.get(pt)? {
-            Object::Hwpt { iommu: of, pasid: for_pasid, .. }
-                if *of == iommu && (*for_pasid || pasid.is_none()) => {}
-            _ => return Err(Errno::EINVAL),
-        }
-        // Attaching what the books name already is a success that reaches no hardware.
-        if self.attached.insert((dev, pasid), pt) != Some(pt) {
-            self.reaches.insert((dev, pasid), pt);
-        }
-        Ok(pt)
-    }
-}
-
 impl HostIommu for RecordingHost {
     fn device_bind(&self, name: &str) -> Result<ObjectId> {
         let text = || format!("{name:?}");
@@ -238,13 +155,7 @@ impl HostIommu for RecordingHost {
 
     fn device_unbind(&self, dev: ObjectId) -> Result<()> {
         let text = || format!("{dev:?}");
-        self.call(Verb::DeviceUnbind, Some(dev), text, |state| {
-            state.device(dev)?;
-            state.attached.retain(|(of, _), _| *of != dev);
-            state.reaches.retain(|(of, _), _| *of != dev);
-            state.objects.remove(&dev);
-            Ok(())
-        })
+        self.call(Verb::DeviceUnbind, Some(dev), text, |state| state.unbind(dev))
     }
 
     fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
@@ -255,8 +166,7 @@ impl HostIommu for RecordingHost {
             })
             .map(|()| pt);
         if result.is_err() {
-            // VT-d blocks first and reverts nothing; the books still name the old page table.
-            self.state().reaches.remove(&(dev, pasid));
+            self.state().attach_failed(dev, pasid);
         }
         result
     }
@@ -339,8 +249,19 @@ impl HostIommu for RecordingHost {
         let text = || hwpt_text(args);
         self.call(Verb::HwptAlloc, Some(args.pt), text, |state| {
             let (iommu, _) = state.device(args.dev)?;
-            state.get(args.pt).map_err(|_| Errno::EINVAL)?;
-            Ok(state.insert(Object::Hwpt { pt: args.pt, iommu, pasid: args.flags.pasid() }))
+            if let Object::Viommu { iommu: of, .. } =
+                state.get(args.pt).map_err(|_| Errno::EINVAL)?
+            {
+                if *of != iommu {
+                    return Err(Errno::EINVAL);
+                }
+            }
+            let ste = match args.data {
+                HwptData::ArmSmmuV3(smmu) => Some(smmu.ste),
+                _ => None,
+            };
+            let pasid = args.flags.pasid();
+            Ok(state.insert(Object::Hwpt { pt: args.pt, iommu, pasid, ste }))
         })
     }
 
@@ -353,9 +274,18 @@ impl HostIommu for RecordingHost {
         let mut done = 0;
         self.call(Verb::HwptInvalidate, Some(hwpt), text, |state| {
             state.get(hwpt)?;
-            let Some((stop, errno)) = state.partial.pop_front() else { return Ok(()) };
-            done = stop.min(data.len());
-            Err(errno)
+            if let Some((stop, errno)) = state.partial.pop_front() {
+                done = stop.min(data.len());
+                return Err(errno);
+            }
+            if let InvalidateData::ArmSmmuV3(commands) = data {
+                let refused = |command| !state.takes_command(hwpt, command);
+                if let Some(at) = commands.iter().position(|command| refused(command.cmd)) {
+                    done = at;
+                    return Err(Errno::EIO);
+                }
+            }
+            Ok(())
         })
         .map_err(|error| InvalidateError { done, error })
     }
@@ -376,14 +306,16 @@ impl HostIommu for RecordingHost {
         self.call(Verb::HwptGetDirtyBitmap, Some(hwpt), text, |_| Err::<(), _>(Errno::EOPNOTSUPP))
     }
 
-    fn viommu_alloc(&self, _kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
+    fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
         let text = || format!("{dev:?} on {hwpt:?}");
-        self.call(Verb::ViommuAlloc, Some(hwpt), text, |_| Err::<ObjectId, _>(Errno::EOPNOTSUPP))
+        self.call(Verb::ViommuAlloc, Some(hwpt), text, |state| state.add_viommu(kind, dev, hwpt))
     }
 
     fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
         let text = || format!("{viommu:?} {dev:?} {virt_id:#x}");
-        self.call(Verb::VdeviceAlloc, Some(viommu), text, |_| Err::<ObjectId, _>(Errno::ENOENT))
+        self.call(Verb::VdeviceAlloc, Some(viommu), text, |state| {
+            state.add_vdevice(viommu, dev, virt_id)
+        })
     }
 
     fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
@@ -399,9 +331,16 @@ impl HostIommu for RecordingHost {
         depth: u32,
     ) -> Result<Arc<dyn EventQueue>> {
         let text = || format!("{viommu:?} type {kind:#x} depth {depth}");
-        let none = |_: &mut State| Err::<ObjectId, _>(Errno::ENOENT);
-        let queue = self.call(Verb::VeventqAlloc, Some(viommu), text, none)?;
-        Ok(Arc::new(SilentQueue(queue)))
+        let events = Arc::new(Events::default());
+        let insert = |state: &mut State| {
+            state.viommu(viommu)?;
+            if kind != VEVENTQ_ARM_SMMUV3 {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            Ok(state.insert(Object::EventQueue { viommu, events: Arc::downgrade(&events) }))
+        };
+        let queue = self.call(Verb::VeventqAlloc, Some(viommu), text, insert)?;
+        Ok(Arc::new(OpenEvents(queue, events)))
     }
 
     fn extensions(&self) -> Extensions {
@@ -420,91 +359,4 @@ impl HostIommu for RecordingHost {
         state.sinks.insert(dev, sink);
         Ok(())
     }
-}
-
-/// A queue of devices that never ask for pages, and vIOMMUs that nothing happens to.
-#[derive(Debug)]
-struct SilentQueue(ObjectId);
-
-impl FaultQueue for SilentQueue {
-    fn object(&self) -> ObjectId {
-        self.0
-    }
-
-    fn next_group(&self) -> Result<Option<PageRequestGroup>> {
-        Ok(None)
-    }
-
-    fn respond(&self, cookie: u32, _: PageResponseCode) -> Result<()> {
-        let detail = format!("nothing was asked by the cookie {cookie}");
-        Err(HostError::new(Verb::PageResponse, self.0, Errno::EINVAL, detail))
-    }
-
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
-        watcher.changed(false);
-    }
-}
-
-impl EventQueue for SilentQueue {
-    fn object(&self) -> ObjectId {
-        self.0
-    }
-
-    fn next_event(&self) -> Result<Option<Vevent>> {
-        Ok(None)
-    }
-
-    fn watch(&self, watcher: Arc<dyn Readiness>) {
-        watcher.changed(false);
-    }
-}
-
-fn source(dev: ObjectId, pasid: Option<u32>) -> String {
-    match pasid {
-        Some(pasid) => format!("{dev:?} PASID {pasid:#x}"),
-        None => format!("{dev:?}"),
-    }
-}
-
-fn hwpt_text(args: &HwptAlloc) -> String {
-    let mut text = match args.data {
-        HwptData::None => "paging".to_owned(),
-        HwptData::VtdS1(s1) => {
-            format!("VTD_S1({:#x}, {} bits, flags {:#x})", s1.pgtbl_addr, s1.addr_width, s1.flags)
-        }
-        HwptData::VtdSecondStage(ss) => {
-            format!("second-stage({:#x}, {} bits)", ss.pgtbl_addr, ss.addr_width)
-        }
-        HwptData::ArmSmmuV3(smmu) => format!("ARM_SMMUV3({:#x}, {:#x})", smmu.ste[0], smmu.ste[1]),
-    };
-    if args.flags.nest_parent() {
-        text.push_str(" NEST_PARENT");
-    }
-    if args.flags.pasid() {
-        text.push_str(" PASID");
-    }
-    // Writing to a string cannot fail.
-    let _ = write!(text, " on {:?} for {:?}", args.pt, args.dev);
-    text
-}
-
-fn entries_text(data: InvalidateData<'_>) -> String {
-    let (kind, entries) = match data {
-        InvalidateData::VtdS1(entries) => ("", entries),
-        InvalidateData::VtdSecondStage(entries) => ("second-stage ", entries),
-        InvalidateData::ArmSmmuV3(commands) => {
-            let one = |command: &super::iommu_viommu_arm_smmuv3_invalidate| {
-                format!("{:#x}:{:#x}", command.cmd[0], command.cmd[1])
-            };
-            return format!("[{}]", commands.iter().map(one).collect::<Vec<_>>().join(", "));
-        }
-    };
-    let one = |entry: &super::iommu_hwpt_vtd_s1_invalidate| {
-        if entry.npages == u64::MAX {
-            return "all".to_owned();
-        }
-        let leaf = if entry.flags & VTD_INV_FLAGS_LEAF != 0 { " leaf" } else { "" };
-        format!("{:#x}/{}{leaf}", entry.addr, entry.npages)
-    };
-    format!("{kind}[{}]", entries.iter().map(one).collect::<Vec<_>>().join(", "))
 }

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The books of the recording host: objects, attachments, and what is to fail.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::result::Result;
+use std::sync::Weak;
+
+use super::super::{Errno, FaultSink, HwInfo, HwInfoData, ObjectId, Verb, ViommuKind};
+use super::queues::Events;
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub log: Vec<String>,
+    pub muted: bool,
+    pub calls: u64,
+    pub fail_at: Option<(u64, Errno)>,
+    pub failures: VecDeque<(Verb, Errno)>,
+    pub partial: VecDeque<(usize, Errno)>,
+    /// Commands of an SMMU that are refused whenever they come.
+    pub refused_commands: Vec<[u64; 2]>,
+    pub objects: BTreeMap<ObjectId, Object>,
+    pub attached: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
+    pub reaches: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
+    pub sinks: BTreeMap<ObjectId, Weak<dyn FaultSink>>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Object {
+    Ioas,
+    FaultQueue,
+    Device {
+        iommu: u32,
+        info: HwInfo,
+    },
+    Hwpt {
+        pt: ObjectId,
+        iommu: u32,
+        pasid: bool,
+        /// The stream table entry of one on a vIOMMU.
+        ste: Option<[u64; 2]>,
+    },
+    Viommu {
+        hwpt: ObjectId,
+        iommu: u32,
+    },
+    Vdevice {
+        viommu: ObjectId,
+        dev: ObjectId,
+        virt_id: u64,
+    },
+    EventQueue {
+        viommu: ObjectId,
+        /// Alive while the queue is open.
+        events: Weak<Events>,
+    },
+}
+
+/// Config of a stream table entry, for which a stream needs a vDEVICE.
+fn translates(ste: [u64; 2]) -> bool {
+    const STAGE_1: u64 = 0b101;
+    (ste[0] >> 1) & 0b111 == STAGE_1
+}
+
+impl State {
+    /// Takes the lowest free id, as Linux does, so that a stale id soon names something else.
+    pub fn insert(&mut self, object: Object) -> ObjectId {
+        let id = (1..).map(ObjectId).find(|id| !self.objects.contains_key(id));
+        let id = id.expect("a test makes fewer than 2^32 objects");
+        self.objects.insert(id, object);
+        id
+    }
+
+    pub fn ordered_failure(&mut self, verb: Verb) -> Option<Errno> {
+        let call = self.calls;
+        self.calls += 1;
+        if let Some((_, errno)) = self.fail_at.take_if(|(at, _)| *at == call) {
+            return Some(errno);
+        }
+        let at = self.failures.iter().position(|(of, _)| *of == verb)?;
+        self.failures.remove(at).map(|(_, errno)| errno)
+    }
+
+    pub fn get(&self, id: ObjectId) -> Result<&Object, Errno> {
+        self.objects.get(&id).ok_or(Errno::ENOENT)
+    }
+
+    pub fn device(&self, id: ObjectId) -> Result<(u32, HwInfo), Errno> {
+        match self.get(id)? {
+            Object::Device { iommu, info } => Ok((*iommu, *info)),
+            _ => Err(Errno::ENOENT),
+        }
+    }
+
+    /// The nesting parent of a vIOMMU, and the physical IOMMU that it is a slice of.
+    pub fn viommu(&self, id: ObjectId) -> Result<(ObjectId, u32), Errno> {
+        match self.get(id)? {
+            Object::Viommu { hwpt, iommu } => Ok((*hwpt, *iommu)),
+            _ => Err(Errno::ENOENT),
+        }
+    }
+
+    pub fn in_use(&self, id: ObjectId) -> bool {
+        let stands_on_it = |object: &Object| match object {
+            Object::Hwpt { pt, .. } => *pt == id,
+            Object::Viommu { hwpt, .. } => *hwpt == id,
+            Object::Vdevice { viommu, .. } | Object::EventQueue { viommu, .. } => *viommu == id,
+            _ => false,
+        };
+        let open = match self.objects.get(&id) {
+            Some(Object::Device { .. }) => true,
+            Some(Object::EventQueue { events, .. }) => events.strong_count() > 0,
+            _ => false,
+        };
+        open || self.attached.values().any(|pt| *pt == id)
+            || self.objects.values().any(stands_on_it)
+    }
+
+    pub fn attach(
+        &mut self,
+        dev: ObjectId,
+        pasid: Option<u32>,
+        pt: ObjectId,
+    ) -> Result<ObjectId, Errno> {
+        let (iommu, _) = self.device(dev)?;
+        match self.get(pt)? {
+            Object::Hwpt { iommu: of, pasid: for_pasid, ste, .. }
+                if *of == iommu && (*for_pasid || pasid.is_none()) =>
+            {
+                if ste.is_some_and(translates) && !self.has_vdevice(dev) {
+                    return Err(Errno::ENOENT);
+                }
+            }
+            _ => return Err(Errno::EINVAL),
+        }
+        // Attaching what the books name already is a success that reaches no hardware.
+        if self.attached.insert((dev, pasid), pt) != Some(pt) {
+            self.reaches.insert((dev, pasid), pt);
+        }
+        Ok(pt)
+    }
+
+    /// What a failed attach of `dev` leaves behind: VT-d blocks first and reverts nothing, while the
+    /// books still name the old page table; an SMMU keeps the old one.
+    pub fn attach_failed(&mut self, dev: ObjectId, pasid: Option<u32>) {
+        let smmu = matches!(self.device(dev), Ok((_, info)) if is_smmu(&info));
+        if !smmu {
+            self.reaches.remove(&(dev, pasid));
+        }
+    }
+
+    fn has_vdevice(&self, dev: ObjectId) -> bool {
+        let of_dev =
+            |object: &Object| matches!(object, Object::Vdevice { dev: of, .. } if *of == dev);
+        self.objects.values().any(of_dev)
+    }
+
+    pub fn unbind(&mut self, dev: ObjectId) -> Result<(), Errno> {
+        self.device(dev)?;
+        self.attached.retain(|(of, _), _| *of != dev);
+        self.reaches.retain(|(of, _), _| *of != dev);
+        let of_dev =
+            |object: &Object| matches!(object, Object::Vdevice { dev: of, .. } if *of == dev);
+        self.objects.retain(|id, object| *id != dev && !of_dev(object));
+        Ok(())
+    }
+
+    pub fn add_viommu(
+        &mut self,
+        kind: ViommuKind,
+        dev: ObjectId,
+        hwpt: ObjectId,
+    ) -> Result<ObjectId, Errno> {
+        let (iommu, info) = self.device(dev)?;
+        if kind != ViommuKind::ArmSmmuV3 || !is_smmu(&info) {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        match self.get(hwpt)? {
+            Object::Hwpt { iommu: of, .. } if *of == iommu => {}
+            _ => return Err(Errno::EINVAL),
+        }
+        Ok(self.insert(Object::Viommu { hwpt, iommu }))
+    }
+
+    pub fn add_vdevice(
+        &mut self,
+        viommu: ObjectId,
+        dev: ObjectId,
+        virt_id: u64,
+    ) -> Result<ObjectId, Errno> {
+        let (_, of) = self.viommu(viommu)?;
+        if self.device(dev)?.0 != of {
+            return Err(Errno::EINVAL);
+        }
+        if self.has_vdevice(dev) || self.knows(viommu, virt_id) {
+            return Err(Errno::EEXIST);
+        }
+        Ok(self.insert(Object::Vdevice { viommu, dev, virt_id }))
+    }
+
+    fn knows(&self, viommu: ObjectId, id: u64) -> bool {
+        let named = |object: &Object| {
+            matches!(object, Object::Vdevice { viommu: of, virt_id, .. }
+                if *of == viommu && *virt_id == id)
+        };
+        self.objects.values().any(named)
+    }
+
+    /// Whether Linux takes `command` of the user of `viommu`.
+    pub fn takes_command(&self, viommu: ObjectId, command: [u64; 2]) -> bool {
+        if self.refused_commands.contains(&command) {
+            return false;
+        }
+        match command[0] & 0xff {
+            // TLBI_NH_ALL, TLBI_NH_ASID, TLBI_NH_VA, TLBI_NH_VAA, TLBI_NSNH_ALL.
+            0x10..=0x13 | 0x30 => true,
+            // CFGI_CD, CFGI_CD_ALL, ATC_INV: of a stream that has a vDEVICE.
+            0x05 | 0x06 | 0x40 => self.knows(viommu, command[0] >> 32),
+            _ => false,
+        }
+    }
+}
+
+fn is_smmu(info: &HwInfo) -> bool {
+    matches!(info.data, HwInfoData::ArmSmmuV3(_))
+}
