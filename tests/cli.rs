@@ -4,7 +4,7 @@
 //! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
 #![cfg(feature = "vmm")]
 
-#[path = "../src/vmm/boot/test_images.rs"]
+#[path = "../src/vmm/arch/x86_64/boot/test_images.rs"]
 mod images;
 
 use std::io::{Read, Write};

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The debug-exit port: what a guest writes becomes the exit code of the process.
+//! The debug-exit register: what a guest writes becomes the exit code of the process.
 #![forbid(unsafe_code)]
 
 use super::bus::BusDevice;
 use super::stop::{StopReason, Stopper};
 
-/// The I/O port: as wide as QEMU's isa-debug-exit usually is.
-pub(super) const FIRST_PORT: u64 = 0xf4;
-/// Its last byte.
-pub(super) const LAST_PORT: u64 = 0xf7;
+/// Its length in bytes: as wide as QEMU's isa-debug-exit usually is.
+pub(super) const LENGTH: u64 = 4;
 
-/// A port of up to four bytes, of which the first counts; reads as 0.
+/// A register of up to four bytes, of which the first counts; reads as 0.
 pub(super) struct DebugExit {
     stopper: Stopper,
 }

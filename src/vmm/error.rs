@@ -64,9 +64,9 @@ pub enum Error {
     /// The PCI bus cannot be built.
     #[error("PCI: {0}")]
     Pci(String),
-    /// The ACPI tables cannot be written.
-    #[error("ACPI: {0}")]
-    Acpi(String),
+    /// What tells the guest of its machine cannot be written.
+    #[error("firmware: {0}")]
+    Firmware(String),
     /// The host's IOMMU cannot serve what the virtual one was to offer.
     #[error("--iommu: {0}")]
     Capability(#[from] CapabilityConflict),
@@ -111,7 +111,7 @@ impl Error {
             | Self::Os { .. }
             | Self::Tap(_)
             | Self::Pci(_)
-            | Self::Acpi(_)
+            | Self::Firmware(_)
             | Self::Iommu(_)
             | Self::Interrupts(_)
             | Self::EventLoop(_) => exit_code::OS_ERROR,

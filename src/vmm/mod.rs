@@ -7,12 +7,11 @@
 //! device that does DMA has a worker of its own. Nothing here decides what a DMA may reach: that
 //! is the IOMMU's.
 
-pub mod acpi;
+pub mod arch;
 pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;
-mod cpuid;
 mod debug_exit;
 pub mod devices;
 pub mod error;
@@ -25,10 +24,7 @@ mod machine;
 
 pub mod memory;
 pub mod pci;
-mod power;
-pub mod probe;
 pub mod report;
-mod reset;
 mod serial;
 mod signals;
 mod stop;

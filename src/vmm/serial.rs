@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The serial port: a 16550 at 0x3f8, and where its bytes go and come from.
+//! The serial port: a 16550, and where its bytes go and come from.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -16,18 +16,16 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use vmm_sys_util::terminal::Terminal;
 
+use super::arch::layout::SERIAL_IRQ;
+use super::arch::EdgeLine;
 use super::bus::BusDevice;
 use super::config::SerialConfig;
-use super::interrupts::{EdgeLine, Interrupts};
+use super::interrupts::Interrupts;
 use super::stop::Stopper;
 use super::{Error, Result};
 
-/// First of the eight I/O ports.
-pub(super) const FIRST_PORT: u64 = 0x3f8;
-/// Last of the eight I/O ports.
-pub(super) const LAST_PORT: u64 = 0x3ff;
-/// ISA interrupt of the first serial port.
-pub(super) const IRQ: u32 = 4;
+/// How many registers it has, of a byte each.
+pub(super) const REGISTERS: u64 = 8;
 
 /// Tells the event loop when the guest has read all that was typed.
 struct InputTaken(EventFd);
@@ -97,7 +95,7 @@ impl SerialPort {
             SerialConfig::File(path) => open(path, File::options().create(true).truncate(true))?,
             SerialConfig::Append(path) => open(path, File::options().create(true).append(true))?,
         };
-        let irq = interrupts.edge_line(IRQ)?;
+        let irq = interrupts.edge_line(SERIAL_IRQ)?;
         let input_taken = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
         let taken = InputTaken(input_taken.try_clone().map_err(Error::os("eventfd"))?);
         let uart = Mutex::new(Serial::with_events(irq, taken, out));
@@ -136,7 +134,7 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let [byte] = data {
-            // The range of the device is eight ports.
+            // The range of the device is eight registers.
             *byte = self.access(|uart| uart.read(offset as u8));
         }
     }

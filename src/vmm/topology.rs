@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
+use super::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use super::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig};
 use super::devices::edu::{self, Edu};
 use super::devices::virtio::{
@@ -14,7 +15,7 @@ use super::devices::virtio::{
 use super::devices::{DirectMemory, DmaMaster, MessageWrites};
 use super::interrupts::{FunctionInterrupts, Interrupts};
 use super::iommu::{AssignedFunction, Iommu};
-use super::memory::{MachineMemory, PCI_MMIO_LAST, PCI_MMIO_START};
+use super::memory::MachineMemory;
 use super::pci::{HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
 use super::report::DeviceReport;
 use super::trace::{Trace, TracedDma};
@@ -22,7 +23,7 @@ use super::{Error, Result};
 use crate::spec::pci::Bdf;
 
 /// Where the device `number` of a configuration goes, counted from 0: the host bridge is first.
-fn bdf_of(number: usize) -> Result<Bdf> {
+pub(super) fn bdf_of(number: usize) -> Result<Bdf> {
     u8::try_from(number + 1)
         .ok()
         .and_then(|device| Bdf::new(0, device, 0))
@@ -39,21 +40,6 @@ pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
         }
     }
     Ok(functions)
-}
-
-/// The functions in the scope of each virtual IOMMU, as ACPI tells the guest.
-pub(super) fn scopes(config: &MachineConfig, interrupt_remapping: bool) -> Result<Vec<Vec<Bdf>>> {
-    let mut scopes = vec![Vec::new(); config.iommus.len()];
-    for (number, device) in config.devices.iter().enumerate() {
-        let iommu = match interrupt_remapping {
-            true => config.interrupt_iommu_of(device),
-            false => config.iommu_of(device.iommu()),
-        };
-        if let Some(scope) = iommu.and_then(|iommu| scopes.get_mut(iommu)) {
-            scope.push(bdf_of(number)?);
-        }
-    }
-    Ok(scopes)
 }
 
 /// How devices reach the vCPUs, and are reached.

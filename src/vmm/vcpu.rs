@@ -1,191 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! vCPUs: how they are set up, and the thread each runs in.
+//! The thread that each vCPU runs in.
+#![forbid(unsafe_code)]
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::{kvm_msr_entry, kvm_run, Msrs, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
-use super::boot::StartState;
-use super::cpuid::{self, VcpuIdentity};
-use super::exits::{ExitKind, Exits, Next};
+use super::arch::Processor;
+use super::exits::{ExitKind, Exits};
 use super::memory::MachineMemory;
 use super::signals::kick_signal;
-use super::stop::{ResetCause, StopReason, Stopper};
+use super::stop::{StopReason, Stopper};
 use super::{Error, Result};
 
-/// Longest x86 instruction, in bytes.
-const MAX_INSTRUCTION: usize = 15;
-/// Model-specific registers as firmware leaves them (Intel SDM Vol. 4, table 2-2).
-const FIRMWARE_MSRS: [kvm_msr_entry; 2] = [
-    // IA32_MISC_ENABLE: fast string operations.
-    kvm_msr_entry { index: 0x1a0, reserved: 0, data: 1 << 0 },
-    // IA32_MTRR_DEF_TYPE: memory-type ranges enabled, write-back where none says otherwise.
-    kvm_msr_entry { index: 0x2ff, reserved: 0, data: 1 << 11 | 6 },
-];
-/// `KVM_INTERNAL_ERROR_EMULATION`.
-const INTERNAL_ERROR_EMULATION: u32 = 1;
-/// Where a vCPU that was reset begins, in its segment.
-const RIP_AFTER_RESET: u64 = 0xfff0;
-
-/// One vCPU, not running yet.
-#[derive(Debug)]
-pub(super) struct Vcpu {
-    id: u8,
-    fd: VcpuFd,
+/// Runs `processor` in a thread of its own until the machine stops.
+///
+/// # Errors
+/// There is no thread to be had.
+pub(super) fn spawn(
+    processor: Processor,
+    exits: Arc<Exits>,
+    memory: MachineMemory,
+    stopper: Stopper,
+) -> Result<VcpuThread> {
+    let handle = thread::Builder::new()
+        .name(format!("vcpu{}", processor.id()))
+        .spawn(move || {
+            let _guard = PanicGuard(&stopper);
+            run(processor, &exits, &memory, &stopper);
+        })
+        .map_err(Error::os("vCPU thread"))?;
+    Ok(VcpuThread(Some(handle)))
 }
 
-impl Vcpu {
-    /// A vCPU of `vm`. The first starts with `start`; the others wait for INIT and SIPI, which the
-    /// LAPICs in the kernel bring them.
-    pub fn new(kvm: &Kvm, vm: &VmFd, identity: VcpuIdentity, start: &StartState) -> Result<Self> {
-        let id = identity.id;
-        let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("making a vCPU"))?;
-        let mut cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("asking for CPUID"))?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        cpuid::set_identity(&mut cpuid, identity, tsc_deadline);
-        fd.set_cpuid2(&cpuid).map_err(Error::kvm("setting CPUID"))?;
-        set_firmware_msrs(&fd)?;
-        if id == 0 {
-            let mut sregs = fd.get_sregs().map_err(Error::kvm("reading registers"))?;
-            start.set_sregs(&mut sregs);
-            fd.set_sregs(&sregs).map_err(Error::kvm("setting registers"))?;
-            fd.set_regs(&start.regs()).map_err(Error::kvm("setting registers"))?;
-        }
-        Ok(Self { id, fd })
-    }
-
-    /// Runs the vCPU in a thread of its own until the machine stops.
-    pub fn spawn(
-        self,
-        exits: Arc<Exits>,
-        memory: MachineMemory,
-        stopper: Stopper,
-    ) -> Result<VcpuThread> {
-        let handle = thread::Builder::new()
-            .name(format!("vcpu{}", self.id))
-            .spawn(move || {
-                let _guard = PanicGuard(&stopper);
-                self.run(&exits, &memory, &stopper);
-            })
-            .map_err(Error::os("vCPU thread"))?;
-        Ok(VcpuThread(Some(handle)))
-    }
-
-    fn run(mut self, exits: &Exits, memory: &MachineMemory, stopper: &Stopper) {
-        while stopper.reason().is_none() {
-            let run: *const kvm_run = self.fd.get_kvm_run();
-            let next = match self.fd.run() {
-                Ok(exit @ (VcpuExit::IoIn(..) | VcpuExit::IoOut(..))) => {
-                    // SAFETY: `run` is the page that `self.fd` keeps mapped. KVM filled in `io`, the
-                    // member of the union for these exits, and writes it again only when the vCPU
-                    // runs. The data that `exit` borrows is behind it in the page.
-                    let item = unsafe { (&raw const (*run).__bindgen_anon_1.io.size).read() };
-                    exits.dispatch(exit, item)
-                }
-                Ok(exit) => exits.dispatch(exit, 1),
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    exits.counters.count(ExitKind::Interrupted);
-                    Next::Enter
-                }
-                Err(error) => {
-                    stopper.stop(StopReason::Stuck(format!("vCPU {}: KVM_RUN: {error}", self.id)));
-                    return;
-                }
-            };
-            let reason = match next {
-                Next::Enter => continue,
-                Next::TripleFault => {
-                    let rip = self.rip().filter(|rip| *rip != RIP_AFTER_RESET);
-                    StopReason::Reset(ResetCause::TripleFault { vcpu: self.id, rip })
-                }
-                Next::InternalError => StopReason::Stuck(self.describe_internal_error(memory)),
-                Next::FailedEntry(reason) => StopReason::Stuck(format!(
-                    "vCPU {}: the processor refuses to enter the guest (reason {reason:#x})",
-                    self.id
-                )),
-                Next::Unexpected => StopReason::Stuck(format!(
-                    "vCPU {}: KVM left the guest for reason {}, which nobody asked for",
-                    self.id,
-                    self.fd.get_kvm_run().exit_reason
-                )),
-            };
-            stopper.stop(reason);
-        }
-    }
-
-    fn rip(&self) -> Option<u64> {
-        self.fd.get_regs().ok().map(|regs| regs.rip)
-    }
-
-    /// What KVM could not do, at which instruction, and what may help.
-    fn describe_internal_error(&mut self, memory: &MachineMemory) -> String {
-        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which `internal` is the member
-        // of the union that KVM filled in; it is plain integers.
-        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
-        let rip = self.rip().unwrap_or(0);
-        let Some(instruction) = self.instruction_at(rip, memory) else {
-            return format!(
-                "vCPU {}: the guest went to RIP {rip:#x}, where no memory of it can be read (KVM \
-                 internal error, suberror {suberror})",
-                self.id
-            );
-        };
-        if suberror == INTERNAL_ERROR_EMULATION {
-            format!(
-                "vCPU {}: this KVM cannot run the guest's instruction at RIP {rip:#x} \
-                 (bytes {instruction}); a KVM without VT-x or SVM emulates the guest's ring 0 and \
-                 knows few instructions there: no int n, CMPXCHG16B, XSAVE, BMI, SSE or AVX",
-                self.id
-            )
-        } else {
-            format!(
-                "vCPU {}: KVM internal error, suberror {suberror}, at RIP {rip:#x} (bytes \
-                 {instruction})",
-                self.id
-            )
-        }
-    }
-
-    /// The bytes at `rip`, as far as they can be read; none if the first cannot.
-    fn instruction_at(&self, rip: u64, memory: &MachineMemory) -> Option<String> {
-        let base = self.fd.get_sregs().map_or(0, |sregs| sregs.cs.base);
-        let linear = base.wrapping_add(rip);
-        let mut bytes = Vec::with_capacity(MAX_INSTRUCTION);
-        for offset in 0..MAX_INSTRUCTION as u64 {
-            let Ok(translation) = self.fd.translate_gva(linear.wrapping_add(offset)) else { break };
-            if translation.valid == 0 {
-                break;
+fn run(mut processor: Processor, exits: &Exits, memory: &MachineMemory, stopper: &Stopper) {
+    while stopper.reason().is_none() {
+        match processor.enter(exits, memory) {
+            Ok(ControlFlow::Continue(())) => {}
+            Ok(ControlFlow::Break(reason)) => {
+                stopper.stop(reason);
             }
-            let Ok(byte) = memory.map().read_obj::<u8>(GuestAddress(translation.physical_address))
-            else {
-                break;
-            };
-            bytes.push(format!("{byte:02x}"));
-        }
-        (!bytes.is_empty()).then(|| bytes.join(" "))
-    }
-}
-
-/// Sets the registers that firmware would. One that this KVM does not have stays as it is.
-fn set_firmware_msrs(fd: &VcpuFd) -> Result<()> {
-    for msr in FIRMWARE_MSRS {
-        let msrs = Msrs::from_entries(&[msr]).map_err(|error| {
-            // One entry is never too many.
-            Error::KvmLacks(format!("model-specific registers: {error:?}"))
-        })?;
-        let set = fd.set_msrs(&msrs).map_err(Error::kvm("setting model-specific registers"))?;
-        if set == 0 {
-            log::debug!("KVM does not let model-specific register {:#x} be set", msr.index);
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                exits.counters.count(ExitKind::Interrupted);
+            }
+            Err(error) => {
+                let stuck = format!("vCPU {}: KVM_RUN: {error}", processor.id());
+                stopper.stop(StopReason::Stuck(stuck));
+            }
         }
     }
-    Ok(())
 }
 
 /// Stops the machine when the thread that holds it panics.

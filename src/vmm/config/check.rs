@@ -118,8 +118,8 @@ impl MachineConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmm::arch::layout::IOMMU_REGISTERS;
     use crate::vmm::config::{testing, DeviceConfig, EduConfig, IommuConfig, RngConfig};
-    use crate::vmm::memory::VTD_REGISTERS;
 
     fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
         let devices = vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)];
@@ -170,10 +170,10 @@ mod tests {
             let iommu = IommuConfig { address: Some(address), ..IommuConfig::default() };
             machine(&[iommu, IommuConfig::default()], EduConfig::default()).validate()
         };
-        assert_eq!(at(VTD_REGISTERS), Ok(()));
+        assert_eq!(at(IOMMU_REGISTERS), Ok(()));
         assert_eq!(at(0x1000), Err(ConfigError::RegisterPage(0x1000, "RAM")));
         assert_eq!(at(0xe000_0000), Err(ConfigError::RegisterPage(0xe000_0000, "PCI memory")));
-        let second = VTD_REGISTERS + MMIO_SIZE;
+        let second = IOMMU_REGISTERS + MMIO_SIZE;
         assert_eq!(at(second), Err(ConfigError::SameRegisterPage(second, "vtd0".into())));
     }
 
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(config.validate(), Ok(()));
         assert_eq!((config.iommu_id(0), config.iommu_id(1)), ("first".into(), "vtd1".into()));
         let places = (config.iommu_address(0), config.iommu_address(1));
-        assert_eq!(places, (VTD_REGISTERS, VTD_REGISTERS + MMIO_SIZE));
+        assert_eq!(places, (IOMMU_REGISTERS, IOMMU_REGISTERS + MMIO_SIZE));
         for (choice, number) in [
             (IommuChoice::Unsaid, Some(0)),
             (IommuChoice::First, Some(0)),

@@ -6,8 +6,8 @@ mod check;
 
 use std::path::PathBuf;
 
+use super::arch::layout::IOMMU_REGISTERS;
 use super::devices::virtio::MacAddress;
-use super::memory::VTD_REGISTERS;
 use crate::viommu::vtd::MMIO_SIZE;
 
 pub use check::{ConfigError, MAX_DEVICES};
@@ -42,7 +42,7 @@ impl MachineConfig {
     /// above the usual place as there are virtual IOMMUs before it.
     pub fn iommu_address(&self, number: usize) -> u64 {
         let address = self.iommus.get(number).and_then(|iommu| iommu.address);
-        address.unwrap_or_else(|| VTD_REGISTERS.saturating_add(MMIO_SIZE * number as u64))
+        address.unwrap_or_else(|| IOMMU_REGISTERS.saturating_add(MMIO_SIZE * number as u64))
     }
 
     /// The number of the virtual IOMMU that `choice` means; `None` for no IOMMU, or none that there

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::{DmaError, DmaMaster};
 use crate::spec::pci::Pasid;
-use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 use crate::viommu::InterruptSink;
+use crate::vmm::arch::layout::MESSAGE_RANGE;
 
 /// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as a
 /// message, and nothing else there is done.
@@ -31,7 +31,7 @@ impl fmt::Debug for MessageWrites {
 }
 
 fn is_interrupt(pasid: Option<Pasid>, iova: u64) -> bool {
-    pasid.is_none() && INTERRUPT_RANGE.contains(&iova)
+    pasid.is_none() && MESSAGE_RANGE.contains(&iova)
 }
 
 impl DmaMaster for MessageWrites {

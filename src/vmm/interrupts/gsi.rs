@@ -7,23 +7,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
-    kvm_irq_routing_msi, KvmIrqRouting, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_IRQ_ROUTES,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_irq_routing_msi__bindgen_ty_1, KvmIrqRouting, KVM_IRQ_ROUTING_MSI, KVM_MAX_IRQ_ROUTES,
+    KVM_MSI_VALID_DEVID,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 
-use super::redirection::PINS;
-use super::IrqChip;
+use crate::spec::pci::Bdf;
 use crate::viommu::MsiMessage;
+use crate::vmm::arch::layout::PINS;
 use crate::vmm::{Error, Result};
 
-/// Inputs of the two PICs; those of the first come first.
-const PIC_INPUTS: u32 = 16;
-
 /// Takes the whole routing.
-pub(super) trait Routing: Send + Sync {
+pub(in crate::vmm) trait Routing: Send + Sync {
     /// Replaces what was there. When this returns, nothing uses it any more.
     fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error>;
 }
@@ -36,11 +33,18 @@ impl Routing for VmFd {
     }
 }
 
+/// A message, and who sends it: an interrupt controller may want to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::vmm) struct SentMessage {
+    pub source: Bdf,
+    pub message: MsiMessage,
+}
+
 /// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others lead to
 /// messages.
-pub(super) struct GsiTable {
+pub(in crate::vmm) struct GsiTable {
     routing: Arc<dyn Routing>,
-    /// The interrupt controllers in the kernel.
+    /// Pins of interrupt controllers in the kernel.
     fixed: Vec<kvm_irq_routing_entry>,
     table: Mutex<Table>,
     updates: AtomicU64,
@@ -48,19 +52,15 @@ pub(super) struct GsiTable {
 
 #[derive(Default)]
 struct Table {
-    messages: BTreeMap<u32, MsiMessage>,
+    messages: BTreeMap<u32, SentMessage>,
     used: BTreeSet<u32>,
     /// KVM refused the last change.
     refused: bool,
 }
 
 impl GsiTable {
-    /// The routing of a machine with `chip`, which KVM has it from the start.
-    pub fn new(routing: Arc<dyn Routing>, chip: IrqChip) -> Self {
-        let fixed = match chip {
-            IrqChip::InKernel => in_kernel_routes(),
-            IrqChip::Split => Vec::new(),
-        };
+    /// The routing of a machine, `fixed` of it, which KVM has from the start.
+    pub fn new(routing: Arc<dyn Routing>, fixed: Vec<kvm_irq_routing_entry>) -> Self {
         Self { routing, fixed, table: Mutex::default(), updates: AtomicU64::new(0) }
     }
 
@@ -85,7 +85,7 @@ impl GsiTable {
     /// in use.
     pub fn update(
         &self,
-        changes: impl IntoIterator<Item = (u32, Option<MsiMessage>)>,
+        changes: impl IntoIterator<Item = (u32, Option<SentMessage>)>,
     ) -> std::result::Result<(), errno::Error> {
         let mut table = self.table();
         let mut changed = table.refused;
@@ -123,37 +123,22 @@ impl fmt::Debug for GsiTable {
     }
 }
 
-fn message_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+fn message_route(gsi: u32, sent: SentMessage) -> kvm_irq_routing_entry {
+    let SentMessage { source, message } = sent;
     let msi = kvm_irq_routing_msi {
         address_lo: message.address as u32,
         address_hi: (message.address >> 32) as u32,
         data: message.data,
-        ..kvm_irq_routing_msi::default()
+        __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1 { devid: source.raw().into() },
     };
     kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_MSI,
+        // Without interrupt translation nobody asks who it was.
+        flags: KVM_MSI_VALID_DEVID,
         u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
         ..kvm_irq_routing_entry::default()
     }
-}
-
-/// What KVM routes when it makes its own PICs and IOAPIC: each pin to the GSI of its number.
-fn in_kernel_routes() -> Vec<kvm_irq_routing_entry> {
-    let route = |gsi, irqchip, pin| kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_IRQCHIP,
-        u: kvm_irq_routing_entry__bindgen_ty_1 {
-            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
-        },
-        ..kvm_irq_routing_entry::default()
-    };
-    let pics = (0..PIC_INPUTS).map(|gsi| match gsi {
-        0..8 => route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
-        _ => route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
-    });
-    let ioapic = (0..PINS).map(|gsi| route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    pics.chain(ioapic).collect()
 }
 
 #[cfg(test)]
@@ -180,13 +165,16 @@ pub(super) mod tests {
         }
     }
 
-    const ONE: MsiMessage = MsiMessage { address: 0xfee0_0000, data: 0x41 };
+    const ONE: SentMessage = SentMessage {
+        source: Bdf::from_raw(8),
+        message: MsiMessage { address: 0xfee0_0000, data: 0x41 },
+    };
     const MSI: u32 = KVM_IRQ_ROUTING_MSI;
 
     #[test]
     fn several_changes_are_one_call_and_none_is_none() {
         let routing = Arc::new(FakeRouting::default());
-        let table = GsiTable::new(routing.clone(), IrqChip::Split);
+        let table = GsiTable::new(routing.clone(), Vec::new());
         let calls = || std::mem::take(&mut *routing.calls.lock().unwrap());
         table.update([(24, None)]).unwrap();
         assert!(calls().is_empty());
@@ -194,7 +182,7 @@ pub(super) mod tests {
         assert_eq!(calls(), [[(2, MSI), (30, MSI)]]);
         table.update([(30, Some(ONE)), (2, Some(ONE))]).unwrap();
         assert!(calls().is_empty());
-        table.update([(2, Some(MsiMessage { data: 0x42, ..ONE }))]).unwrap();
+        table.update([(2, Some(SentMessage { source: Bdf::from_raw(16), ..ONE }))]).unwrap();
         table.update([(2, None)]).unwrap();
         assert_eq!(calls(), [vec![(2, MSI), (30, MSI)], vec![(30, MSI)]]);
     }
@@ -202,7 +190,7 @@ pub(super) mod tests {
     #[test]
     fn a_change_that_was_refused_is_tried_again() {
         let routing = Arc::new(FakeRouting::default());
-        let table = GsiTable::new(routing.clone(), IrqChip::Split);
+        let table = GsiTable::new(routing.clone(), Vec::new());
         routing.refuse.store(true, Ordering::SeqCst);
         assert!(table.update([(24, Some(ONE))]).is_err());
         routing.refuse.store(false, Ordering::SeqCst);
@@ -212,22 +200,21 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_kernels_own_controllers_keep_their_routes() {
+    fn pins_keep_their_routes() {
         let routing = Arc::new(FakeRouting::default());
-        let table = GsiTable::new(routing.clone(), IrqChip::InKernel);
-        table.update([(24, Some(ONE))]).unwrap();
-        let calls = routing.calls.lock().unwrap();
-        assert_eq!(calls[0].len(), 16 + 24 + 1);
-        assert_eq!(calls[0].last(), Some(&(24, MSI)));
-        assert_eq!(calls[0].iter().filter(|(gsi, _)| *gsi == 4).count(), 2);
+        let fixed = vec![kvm_irq_routing_entry { gsi: 4, ..kvm_irq_routing_entry::default() }];
+        let table = GsiTable::new(routing.clone(), fixed);
+        table.update([(PINS, Some(ONE))]).unwrap();
+        assert_eq!(routing.calls.lock().unwrap()[0], [(4, 0), (PINS, MSI)]);
     }
 
     #[test]
     fn gsis_are_allocated_above_the_pins_and_given_back() {
-        let table = GsiTable::new(Arc::new(FakeRouting::default()), IrqChip::InKernel);
-        assert_eq!((table.allocate().unwrap(), table.allocate().unwrap()), (24, 25));
-        table.release(24);
-        assert_eq!((table.allocate().unwrap(), table.allocate().unwrap()), (24, 26));
+        let table = GsiTable::new(Arc::new(FakeRouting::default()), Vec::new());
+        let next = || table.allocate().unwrap() - PINS;
+        assert_eq!((next(), next()), (0, 1));
+        table.release(PINS);
+        assert_eq!((next(), next()), (0, 2));
         while table.allocate().is_ok() {}
         table.release(1000);
         assert_eq!(table.allocate().unwrap(), 1000);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::gsi::GsiTable;
+use super::gsi::{GsiTable, SentMessage};
 use super::InterruptSource;
 use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use crate::vmm::pci::InterruptVector;
@@ -40,20 +40,15 @@ impl Irqfds for kvm_ioctls::VmFd {
 pub struct MsiRoutes {
     table: Arc<GsiTable>,
     irqfds: Arc<dyn Irqfds>,
-    messages: Arc<dyn InterruptSink>,
     routes: Mutex<Vec<Weak<VectorRoute>>>,
     triggered: AtomicU64,
 }
 
 impl MsiRoutes {
-    /// No routes yet. Messages that cannot be routed go to `messages`, one by one.
-    pub(super) fn new(
-        table: Arc<GsiTable>,
-        irqfds: Arc<dyn Irqfds>,
-        messages: Arc<dyn InterruptSink>,
-    ) -> Arc<Self> {
+    /// No routes yet.
+    pub(super) fn new(table: Arc<GsiTable>, irqfds: Arc<dyn Irqfds>) -> Arc<Self> {
         let (routes, triggered) = (Mutex::default(), AtomicU64::new(0));
-        Arc::new(Self { table, irqfds, messages, routes, triggered })
+        Arc::new(Self { table, irqfds, routes, triggered })
     }
 
     /// How often a route was triggered, and KVM did the rest.
@@ -61,11 +56,16 @@ impl MsiRoutes {
         self.triggered.load(Ordering::Relaxed)
     }
 
-    /// A route for a vector of `source`, without a message.
+    /// A route for a vector of `source`, without a message. Messages that cannot be routed go to
+    /// `messages`, one by one.
     ///
     /// # Errors
     /// KVM has no more of them, or the process no more file descriptors.
-    pub fn allocate(self: &Arc<Self>, source: InterruptSource) -> Result<Arc<VectorRoute>> {
+    pub fn allocate(
+        self: &Arc<Self>,
+        source: InterruptSource,
+        messages: Arc<dyn InterruptSink>,
+    ) -> Result<Arc<VectorRoute>> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
         let gsi = self.table.allocate()?;
         if let Err(error) = self.irqfds.tie(&event, gsi) {
@@ -73,7 +73,8 @@ impl MsiRoutes {
             return Err(Error::kvm("making an interrupt route")(error));
         }
         let state = Mutex::new(State { message: None, routed: None });
-        let route = Arc::new(VectorRoute { routes: self.clone(), source, gsi, event, state });
+        let routes = self.clone();
+        let route = Arc::new(VectorRoute { routes, source, messages, gsi, event, state });
         let mut routes = self.list();
         routes.retain(|route| route.strong_count() > 0);
         routes.push(Arc::downgrade(&route));
@@ -99,8 +100,8 @@ impl InterruptListener for MsiRoutes {
         if let Err(error) = &result {
             log::error!("interrupt routes: {error}; messages are sent one by one");
         }
-        for (state, (_, message)) in states.iter_mut().zip(&changes) {
-            state.routed = message.filter(|_| result.is_ok());
+        for (state, (_, sent)) in states.iter_mut().zip(&changes) {
+            state.routed = sent.filter(|_| result.is_ok()).map(|sent| sent.message);
         }
     }
 }
@@ -115,6 +116,7 @@ impl fmt::Debug for MsiRoutes {
 pub struct VectorRoute {
     routes: Arc<MsiRoutes>,
     source: InterruptSource,
+    messages: Arc<dyn InterruptSink>,
     gsi: u32,
     event: EventFd,
     state: Mutex<State>,
@@ -144,7 +146,7 @@ impl InterruptVector for VectorRoute {
             if let Err(error) = self.event.write(1) {
                 log::debug!("interrupt route {}: {error}", self.gsi);
             }
-        } else if self.source.send(message, &*self.routes.messages) {
+        } else if self.source.send(message, &*self.messages) {
             // It was blocked and is not now, without a change that anybody was told of.
             self.install(&mut state, Some(message));
         }
@@ -158,11 +160,12 @@ impl VectorRoute {
         if let Err(error) = &result {
             log::error!("interrupt route {}: {error}; messages are sent one by one", self.gsi);
         }
-        *state = State { message, routed: translated.filter(|_| result.is_ok()) };
+        let routed = translated.filter(|_| result.is_ok());
+        *state = State { message, routed: routed.map(|sent| sent.message) };
     }
 
-    fn translate(&self, message: Option<MsiMessage>) -> Option<MsiMessage> {
-        message.and_then(|message| self.source.translate(message))
+    fn translate(&self, message: Option<MsiMessage>) -> Option<SentMessage> {
+        message.and_then(|message| self.source.sent(message))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -194,10 +197,10 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use super::super::gsi::tests::FakeRouting;
-    use super::super::IrqChip;
     use super::*;
     use crate::spec::pci::Bdf;
     use crate::viommu::InterruptRemapper;
+    use crate::vmm::arch::layout::PINS;
 
     const SOURCE: Bdf = Bdf::from_raw(0x18);
 
@@ -270,8 +273,8 @@ mod tests {
         fn new(add: Option<u32>) -> Self {
             let (routing, irqfds) = (Arc::new(FakeRouting::default()), Arc::new(Ties::default()));
             let sink = Arc::new(Sink::default());
-            let table = Arc::new(GsiTable::new(routing.clone(), IrqChip::Split));
-            let routes = MsiRoutes::new(table, irqfds.clone(), sink.clone());
+            let table = Arc::new(GsiTable::new(routing.clone(), Vec::new()));
+            let routes = MsiRoutes::new(table, irqfds.clone());
             let adder = Arc::new(Adder { add: Mutex::new(add), blocked: Mutex::default() });
             Self { routing, irqfds, sink, adder, routes }
         }
@@ -279,7 +282,7 @@ mod tests {
         fn route(&self) -> Arc<VectorRoute> {
             let adder: Arc<dyn InterruptRemapper> = self.adder.clone();
             let source = InterruptSource::new(SOURCE, Some(Arc::downgrade(&adder)), None);
-            self.routes.allocate(source).unwrap()
+            self.routes.allocate(source, self.sink.clone()).unwrap()
         }
 
         fn change(&self, add: Option<u32>) {
@@ -287,10 +290,10 @@ mod tests {
             self.routes.interrupts_changed();
         }
 
-        /// Times KVM was given a table, and the data that GSI 24 leads to.
+        /// Times KVM was given a table, and the data that the first GSI leads to.
         fn routed(&self) -> (usize, Option<u32>) {
             let table = format!("{:?}", self.routes.table);
-            let data = table.split("24: MsiMessage").nth(1).map(|rest| {
+            let data = table.split(&format!("{PINS}: SentMessage")).nth(1).map(|rest| {
                 let data = rest.split("data: ").nth(1).unwrap();
                 data[..data.find(' ').unwrap()].parse().unwrap()
             });
@@ -384,9 +387,9 @@ mod tests {
         drop(route);
         assert_eq!(
             (machine.routed(), &machine.irqfds.undone.lock().unwrap()[..]),
-            ((2, None), &[24][..])
+            ((2, None), &[PINS][..])
         );
-        assert_eq!(machine.route().gsi, 24);
+        assert_eq!(machine.route().gsi, PINS);
         machine.change(Some(1));
     }
 
@@ -394,10 +397,13 @@ mod tests {
     fn a_route_that_kvm_refuses_is_none() {
         let machine = Machine::new(Some(0));
         machine.irqfds.refuse.store(true, Ordering::SeqCst);
-        let error = machine.routes.allocate(InterruptSource::new(SOURCE, None, None)).unwrap_err();
+        let error = machine
+            .routes
+            .allocate(InterruptSource::new(SOURCE, None, None), machine.sink.clone())
+            .unwrap_err();
         assert!(error.to_string().contains("interrupt route"), "{error}");
         machine.irqfds.refuse.store(false, Ordering::SeqCst);
-        assert_eq!(machine.route().gsi, 24);
+        assert_eq!(machine.route().gsi, PINS);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::{MsiRoutes, VectorRoute, IOAPIC_BDF};
+use super::{MsiRoutes, SentMessage, VectorRoute};
 use crate::spec::pci::Bdf;
 use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 use crate::vmm::trace::{decoded, Trace};
@@ -14,6 +14,8 @@ use crate::vmm::Result;
 #[derive(Clone)]
 pub struct InterruptSource {
     bdf: Bdf,
+    /// What it is called in a trace.
+    name: Arc<str>,
     /// The virtual IOMMU it is behind, if that remaps interrupts. Its registers keep it alive; when
     /// they are gone, so is the guest.
     remapper: Option<Weak<dyn InterruptRemapper>>,
@@ -27,7 +29,12 @@ impl InterruptSource {
         remapper: Option<Weak<dyn InterruptRemapper>>,
         trace: Option<Arc<Trace>>,
     ) -> Self {
-        Self { bdf, remapper, trace }
+        Self { bdf, name: bdf.to_string().into(), remapper, trace }
+    }
+
+    /// The same, called `name`.
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.into(), ..self }
     }
 
     /// Traces what a route became: it is sent past everybody here.
@@ -35,15 +42,8 @@ impl InterruptSource {
         if let Some(trace) = &self.trace {
             let mut args = decoded(message);
             args["gsi"] = gsi.into();
-            args["source"] = self.name().into();
+            args["source"] = self.name.to_string().into();
             trace.instant("interrupt", "route", args);
-        }
-    }
-
-    fn name(&self) -> String {
-        match self.bdf {
-            IOAPIC_BDF => "IOAPIC".to_owned(),
-            bdf => bdf.to_string(),
         }
     }
 
@@ -56,10 +56,15 @@ impl InterruptSource {
         }
     }
 
+    /// As [`Self::translate`], with who sends it.
+    pub(in crate::vmm) fn sent(&self, message: MsiMessage) -> Option<SentMessage> {
+        self.translate(message).map(|message| SentMessage { source: self.bdf, message })
+    }
+
     /// Sends `message` to `sink`. `false` when it is blocked, and the guest is told.
     pub fn send(&self, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
         if let Some(trace) = &self.trace {
-            trace.instant("interrupt", &self.name(), decoded(message));
+            trace.instant("interrupt", &self.name, decoded(message));
         }
         match &self.remapper {
             None => {
@@ -102,7 +107,7 @@ impl FunctionInterrupts {
     /// # Errors
     /// KVM has no more of them, or the process no more file descriptors.
     pub fn vector(&self) -> Result<Arc<VectorRoute>> {
-        self.routes.allocate(self.source.clone())
+        self.routes.allocate(self.source.clone(), self.messages.clone())
     }
 }
 

@@ -37,14 +37,19 @@ pub(super) struct AssignedFunction {
     pub iommu: usize,
 }
 
+/// Who the virtual IOMMU `number` is as a source of messages: no function on the bus is.
+pub(super) fn interrupt_source(number: usize) -> Bdf {
+    const LAST_BUS: u16 = 0xff00;
+    // No machine has room for the registers of more.
+    Bdf::from_raw(LAST_BUS | number as u16 & 0xff)
+}
+
 /// What the virtual IOMMUs of a machine have in common.
 pub(super) struct Surroundings<'a> {
     pub emulated: Arc<EmulatedHost>,
     /// The same host, its calls counted and traced.
     pub host: Arc<dyn HostIommu>,
     pub memory: &'a MachineMemory,
-    /// Where their own interrupts go.
-    pub interrupts: Arc<dyn InterruptSink>,
     pub trace: Option<Arc<Trace>>,
     in_use: Arc<ObjectsInUse>,
 }
@@ -61,14 +66,14 @@ pub(super) struct Iommus {
 
 impl Iommus {
     /// The virtual IOMMUs of `config`, in front of `functions`, over an emulated host that has
-    /// `memory` as stage 2; `None` when there are none. Their own interrupts go to `interrupts`;
-    /// they remap those of others if `interrupt_remapping`.
+    /// `memory` as stage 2; `None` when there are none. The messages of a source that one of them is
+    /// go where `interrupts` says; they remap those of others if `interrupt_remapping`.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,
         memory: &MachineMemory,
         functions: &[AssignedFunction],
-        interrupts: Arc<dyn InterruptSink>,
+        interrupts: &dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Option<Self>> {
         if config.iommus.is_empty() {
@@ -84,7 +89,6 @@ impl Iommus {
             emulated: emulated.clone(),
             host,
             memory,
-            interrupts,
             trace,
             in_use: in_use.clone(),
         };
@@ -100,6 +104,7 @@ impl Iommus {
             let functions = functions.iter().filter(|function| function.iommu == number);
             let plan = Plan {
                 id: config.iommu_id(number),
+                interrupts: interrupts(interrupt_source(number)),
                 config: iommu,
                 interrupt_remapping,
                 guest_second_stage,

@@ -13,6 +13,10 @@ impl InterruptSink for NoInterrupts {
     fn send_msi(&self, _: u64, _: u32) {}
 }
 
+fn no_interrupts(_: Bdf) -> Arc<dyn InterruptSink> {
+    Arc::new(NoInterrupts)
+}
+
 const FUNCTION: AssignedFunction =
     AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, iommu: 0 };
 const OTHER: AssignedFunction = AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, iommu: 1 };
@@ -23,8 +27,7 @@ fn iommus(
     memory: &MachineMemory,
 ) -> Result<Iommus> {
     let config = MachineConfig { iommus: configs.to_vec(), ..testing::machine() };
-    let interrupts = Arc::new(NoInterrupts);
-    Iommus::new(&config, false, memory, functions, interrupts, None).map(Option::unwrap)
+    Iommus::new(&config, false, memory, functions, &no_interrupts, None).map(Option::unwrap)
 }
 
 /// One of them, in front of one function.
@@ -44,7 +47,7 @@ fn enable(iommu: &Iommu) {
 #[test]
 fn a_machine_without_has_none() {
     let (config, memory) = (testing::machine(), MachineMemory::new(1 << 20).unwrap());
-    let none = Iommus::new(&config, false, &memory, &[], Arc::new(NoInterrupts), None);
+    let none = Iommus::new(&config, false, &memory, &[], &no_interrupts, None);
     assert!(none.unwrap().is_none());
 }
 

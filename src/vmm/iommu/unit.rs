@@ -16,7 +16,8 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
 use crate::viommu::{
-    FaultTarget, InterruptListener, InterruptRemapper, Observer, Policy, Requester, Stage1,
+    FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Observer, Policy, Requester,
+    Stage1,
 };
 use crate::vmm::bus::BusDevice;
 use crate::vmm::config::IommuConfig;
@@ -28,6 +29,8 @@ use crate::vmm::{Error, Result};
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
     pub id: String,
+    /// Where its own interrupts go.
+    pub interrupts: Arc<dyn InterruptSink>,
     pub config: &'a IommuConfig,
     pub interrupt_remapping: bool,
     /// The emulated unit walks second-stage tables of the guest's, whether they are offered or not.
@@ -56,7 +59,8 @@ impl Iommu {
         nesting: VtdNesting,
         around: &Surroundings<'_>,
     ) -> Result<Self> {
-        let Plan { id, config, interrupt_remapping, guest_second_stage, functions } = plan;
+        let Plan { id, interrupts, config, interrupt_remapping, guest_second_stage, functions } =
+            plan;
         let nesting = Arc::new(nesting);
         let Surroundings { emulated, host, .. } = around;
         let unit = VtdUnit::new(unit_config(config, guest_second_stage));
@@ -85,7 +89,6 @@ impl Iommu {
             observer
         });
         let tables = Arc::new(around.memory.map().clone());
-        let interrupts = around.interrupts.clone();
         let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
             .map_err(failed("--iommu"))?;
         let target: Arc<dyn FaultTarget> = vtd.clone();

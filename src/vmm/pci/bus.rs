@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::{BarPlacement, ConfigSpace};
 use crate::spec::pci::Bdf;
+use crate::vmm::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::vmm::bus::BusDevice;
-use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
 
 /// A PCI function. Any vCPU thread may call it at any time.
 pub trait PciFunction: Send + Sync {

@@ -5,21 +5,21 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::spec::pci::Bdf;
+use crate::vmm::arch::layout::INTX_LINES;
 
-/// The interrupt lines that pins share, as inputs of the PIC. Free of ISA devices.
-const LINES: [u8; 4] = [10, 11, 5, 9];
-/// The same lines' inputs of the IOAPIC start here, as a PC's chipset has them beside the PIC's.
-const IOAPIC_PINS_START: u32 = 16;
-
-/// The input of the IOAPIC that INTA of device number `device` on bus 0 leads to: its global system
-/// interrupt.
-pub fn interrupt_of_pin(device: u8) -> u32 {
-    IOAPIC_PINS_START + line_of_pin(device) as u32
+/// An interrupt line that pins share.
+#[derive(Debug, Clone, Copy)]
+pub struct IntxLine {
+    /// What the interrupt line register of a function on it says.
+    pub register: u8,
+    /// The inputs of interrupt controllers that it leads to.
+    pub gsis: &'static [u32],
 }
 
-/// The line, by its place in [`LINES`].
-fn line_of_pin(device: u8) -> usize {
-    usize::from(device) % LINES.len()
+/// The line that INTA of device number `device` on bus 0 leads to, by its place among
+/// [`INTX_LINES`].
+pub fn line_of_pin(device: u8) -> usize {
+    usize::from(device) % INTX_LINES.len()
 }
 
 /// Drives a line: (GSI, level).
@@ -27,13 +27,11 @@ type Drive = dyn Fn(u32, bool) + Send + Sync;
 
 /// Leads pins to lines.
 pub struct IntxRouter {
-    lines: [Arc<Line>; LINES.len()],
+    lines: [Arc<Line>; INTX_LINES.len()],
 }
 
 struct Line {
-    irq: u8,
-    /// Inputs of the interrupt controllers.
-    gsis: [u32; 2],
+    line: IntxLine,
     /// One bit for each device number whose pin is asserted: the line is their OR.
     asserted: Mutex<u32>,
     drive: Arc<Drive>,
@@ -42,12 +40,8 @@ struct Line {
 impl IntxRouter {
     /// A router whose lines are driven through `drive`.
     pub fn new(drive: Arc<Drive>) -> Self {
-        let line = |index: usize| {
-            let irq = LINES[index];
-            let gsis = [irq.into(), IOAPIC_PINS_START + index as u32];
-            Arc::new(Line { irq, gsis, asserted: Mutex::new(0), drive: drive.clone() })
-        };
-        Self { lines: std::array::from_fn(line) }
+        let line = |line| Arc::new(Line { line, asserted: Mutex::new(0), drive: drive.clone() });
+        Self { lines: INTX_LINES.map(line) }
     }
 
     /// INTA of the function at `bdf`, on bus 0.
@@ -70,9 +64,9 @@ pub struct IntxPin {
 }
 
 impl IntxPin {
-    /// The input of the PIC that the pin leads to.
+    /// What the interrupt line register says.
     pub fn line(&self) -> u8 {
-        self.line.irq
+        self.line.line.register
     }
 
     /// Asserts or deasserts the pin.
@@ -84,8 +78,8 @@ impl IntxPin {
         *pins = if asserted { *pins | bit } else { *pins & !bit };
         let after = *pins != 0;
         if before != after {
-            for gsi in self.line.gsis {
-                (self.line.drive)(gsi, after);
+            for gsi in self.line.line.gsis {
+                (self.line.drive)(*gsi, after);
             }
         }
     }
@@ -93,7 +87,7 @@ impl IntxPin {
 
 impl fmt::Debug for IntxPin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "IntxPin({})", self.line.irq)
+        write!(f, "IntxPin({})", self.line())
     }
 }
 
@@ -118,8 +112,8 @@ mod tests {
         one.set(false);
         five.set(false);
         two.set(false);
-        assert_eq!(interrupt_of_pin(1), 17);
-        let line = u32::from(one.line());
-        assert_eq!(*levels.lock().unwrap(), [(line, true), (17, true), (line, false), (17, false)]);
+        let inputs = INTX_LINES[line_of_pin(1)].gsis;
+        let expected = [true, false].map(|level| inputs.iter().map(move |gsi| (*gsi, level)));
+        assert_eq!(*levels.lock().unwrap(), expected.into_iter().flatten().collect::<Vec<_>>());
     }
 }

@@ -8,7 +8,6 @@
 mod bar;
 mod bus;
 mod capabilities;
-mod config_ports;
 mod config_space;
 mod ecam;
 mod host_bridge;
@@ -19,11 +18,10 @@ mod msix;
 pub use bar::BarPlacement;
 pub use bus::{PciBus, PciFunction, PciMemory};
 pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
-pub use config_ports::ConfigPorts;
 pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
-pub use intx::{interrupt_of_pin, IntxPin, IntxRouter};
+pub use intx::{line_of_pin, IntxLine, IntxPin, IntxRouter};
 pub use layout::{Command, MsixControl};
 pub use msix::{InterruptVector, Msix, MsixCapability, MsixPlace};
 

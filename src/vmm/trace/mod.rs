@@ -20,7 +20,6 @@
 //! | `device` | queues that were notified, buffers given back, DMA of `edu` |
 #![forbid(unsafe_code)]
 
-mod message;
 mod observers;
 
 use std::cell::Cell;
@@ -34,8 +33,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
+pub(super) use super::arch::message::decoded;
 use super::{Error, Result};
-pub(super) use message::decoded;
 pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
 
 /// A trace that is being written. Any thread may add to it.

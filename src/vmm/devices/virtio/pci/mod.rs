@@ -24,7 +24,7 @@ use super::link::{Link, RequestCounters};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use super::worker::{Device, Worker};
-use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::vmm::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::vmm::pci::{ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction};
 use crate::vmm::trace::Trace;
 use crate::vmm::Result;

@@ -4,14 +4,20 @@
 use std::fmt;
 
 use kvm_bindings::{
-    kvm_enable_cap, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config,
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irqchip, kvm_irqchip__bindgen_ty_1, kvm_pic_state, kvm_pit_config,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_IRQ_ROUTING_IRQCHIP, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
 };
 use kvm_ioctls::{Cap, VmFd};
 
-use super::redirection::PINS;
+use crate::vmm::arch::layout::PINS;
+use crate::vmm::config::MachineConfig;
 use crate::vmm::{Error, Result};
+
+/// Inputs of the two PICs; those of the first come first.
+const PIC_INPUTS: u32 = 16;
 
 /// Where the interrupt controllers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +39,7 @@ impl fmt::Display for IrqChip {
 
 /// Which interrupt controllers a machine is to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
+pub(super) enum Wanted {
     /// Those in the kernel; split ones where there are no others.
     InKernel,
     /// Split ones; those in the kernel where there are no others.
@@ -45,12 +51,55 @@ pub enum Wanted {
 /// The pair of 8259s, and those bits of ELCR (edge or level) that can be set in each.
 const PICS: [(u32, u8); 2] = [(KVM_IRQCHIP_PIC_MASTER, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0xde)];
 
+impl Wanted {
+    /// What the machine of `config` needs: interrupts can be remapped only on their way out of an
+    /// IOAPIC that is not in the kernel.
+    fn by(config: &MachineConfig) -> Self {
+        match config.interrupt_remapping() {
+            Some(true) => Self::OnlySplit,
+            None if !config.iommus.is_empty() => Self::Split,
+            _ => Self::InKernel,
+        }
+    }
+}
+
 impl IrqChip {
-    /// Gives `vm` interrupt controllers, before any vCPU.
+    /// Gives `vm` the interrupt controllers that the machine of `config` needs, before any vCPU.
     ///
     /// # Errors
     /// This KVM has none of the kind.
-    pub fn create(vm: &VmFd, wanted: Wanted) -> Result<Self> {
+    pub fn new(vm: &VmFd, config: &MachineConfig) -> Result<Self> {
+        Self::create(vm, Wanted::by(config))
+    }
+
+    /// Whether virtual IOMMUs remap interrupts in the machine of `config`.
+    pub fn remaps_interrupts(self, config: &MachineConfig) -> bool {
+        // Without a virtual IOMMU there is nobody to do it.
+        config.interrupt_remapping().unwrap_or(self == Self::Split)
+    }
+
+    /// What KVM routes by itself: each pin of its own PICs and IOAPIC to the GSI of its number.
+    pub fn pin_routes(self) -> Vec<kvm_irq_routing_entry> {
+        let route = |gsi, irqchip, pin| kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+            },
+            ..kvm_irq_routing_entry::default()
+        };
+        if self == Self::Split {
+            return Vec::new();
+        }
+        let pics = (0..PIC_INPUTS).map(|gsi| match gsi {
+            0..8 => route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
+            _ => route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
+        });
+        let ioapic = (0..PINS).map(|gsi| route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
+        pics.chain(ioapic).collect()
+    }
+
+    pub(super) fn create(vm: &VmFd, wanted: Wanted) -> Result<Self> {
         match wanted {
             Wanted::OnlySplit => create_split(vm),
             Wanted::Split => create_split(vm).or_else(|error| {
@@ -106,4 +155,17 @@ fn create_split(vm: &VmFd) -> Result<IrqChip> {
     };
     vm.enable_cap(&wide).map_err(Error::kvm("widening interrupt destinations"))?;
     Ok(IrqChip::Split)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_in_the_kernel_have_their_routes() {
+        let routes = IrqChip::InKernel.pin_routes();
+        assert_eq!(routes.len(), 16 + 24);
+        assert_eq!(routes.iter().filter(|route| route.gsi == 4).count(), 2);
+        assert!(IrqChip::Split.pin_routes().is_empty());
+    }
 }

@@ -6,7 +6,7 @@
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::Reason;
+use super::ImageError;
 
 const MAGIC: [u8; 4] = *b"\x7fELF";
 const DATA_LITTLE_ENDIAN: u8 = 1;
@@ -82,14 +82,14 @@ struct ProgramHeader64 {
 
 /// Width of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Class {
+pub(in crate::vmm) enum Class {
     Elf32,
     Elf64,
 }
 
 /// A piece of an image to be loaded.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Segment<'a> {
+pub(in crate::vmm) struct Segment<'a> {
     /// Guest-physical address of its first byte.
     pub start: u64,
     /// What the file has of it.
@@ -100,7 +100,7 @@ pub(super) struct Segment<'a> {
 
 /// An x86 image whose loadable segments lie in the file.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct ElfImage<'a> {
+pub(in crate::vmm) struct ElfImage<'a> {
     /// The whole file.
     pub bytes: &'a [u8],
     pub class: Class,
@@ -111,32 +111,32 @@ pub(super) struct ElfImage<'a> {
 }
 
 impl<'a> ElfImage<'a> {
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, Reason> {
-        let magic = bytes.get(..MAGIC.len()).ok_or(Reason::Unknown)?;
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, ImageError> {
+        let magic = bytes.get(..MAGIC.len()).ok_or(ImageError::Unknown)?;
         if magic != MAGIC {
-            return Err(Reason::Unknown);
+            return Err(ImageError::Unknown);
         }
         let (ident, _) =
-            Ident::ref_from_prefix(bytes).map_err(|_| Reason::Truncated("the ELF header"))?;
+            Ident::ref_from_prefix(bytes).map_err(|_| ImageError::Truncated("the ELF header"))?;
         debug_assert_eq!(ident.magic, MAGIC);
         let class = match ident.class {
             1 => Class::Elf32,
             2 => Class::Elf64,
-            other => return Err(Reason::Class(other)),
+            other => return Err(ImageError::Class(other)),
         };
         match ident.data {
             DATA_LITTLE_ENDIAN => {}
-            DATA_BIG_ENDIAN => return Err(Reason::BigEndian),
-            _ => return Err(Reason::Unknown),
+            DATA_BIG_ENDIAN => return Err(ImageError::BigEndian),
+            _ => return Err(ImageError::Unknown),
         }
         match (class, ident.machine.get()) {
             (Class::Elf32, MACHINE_386 | MACHINE_X86_64) | (Class::Elf64, MACHINE_X86_64) => {}
-            (_, other) => return Err(Reason::Machine(other)),
+            (_, other) => return Err(ImageError::Machine(other)),
         }
         let (entry, segments) = match class {
             Class::Elf32 => {
                 let (header, _) = Header32::ref_from_prefix(bytes)
-                    .map_err(|_| Reason::Truncated("the ELF header"))?;
+                    .map_err(|_| ImageError::Truncated("the ELF header"))?;
                 let table = Table {
                     offset: header.program_headers.get().into(),
                     entry_size: header.program_header_size.get().into(),
@@ -153,7 +153,7 @@ impl<'a> ElfImage<'a> {
             }
             Class::Elf64 => {
                 let (header, _) = Header64::ref_from_prefix(bytes)
-                    .map_err(|_| Reason::Truncated("the ELF header"))?;
+                    .map_err(|_| ImageError::Truncated("the ELF header"))?;
                 let table = Table {
                     offset: header.program_headers.get(),
                     entry_size: header.program_header_size.get().into(),
@@ -201,11 +201,11 @@ impl Table {
         &self,
         bytes: &'a [u8],
         raw: impl Fn(&E) -> RawSegment,
-    ) -> Result<Vec<Segment<'a>>, Reason>
+    ) -> Result<Vec<Segment<'a>>, ImageError>
     where
         E: FromBytes + Immutable + KnownLayout + Unaligned + 'a,
     {
-        const TABLE: Reason = Reason::Truncated("the program header table");
+        const TABLE: ImageError = ImageError::Truncated("the program header table");
         if self.count == 0 {
             return Ok(Vec::new());
         }
@@ -228,7 +228,7 @@ impl Table {
 
 impl RawSegment {
     /// The segment, when it is one to be loaded.
-    fn load(self, bytes: &[u8]) -> Result<Option<Segment<'_>>, Reason> {
+    fn load(self, bytes: &[u8]) -> Result<Option<Segment<'_>>, ImageError> {
         if self.kind != SEGMENT_LOAD || self.memory_size == 0 {
             return Ok(None);
         }
@@ -239,9 +239,9 @@ impl RawSegment {
                 let range = usize::try_from(self.offset).ok()?..usize::try_from(end).ok()?;
                 bytes.get(range)
             })
-            .ok_or(Reason::Truncated("a segment"))?;
+            .ok_or(ImageError::Truncated("a segment"))?;
         if self.memory_size < self.file_size {
-            return Err(Reason::Truncated("a segment longer in the file than in memory"));
+            return Err(ImageError::Truncated("a segment longer in the file than in memory"));
         }
         Ok(Some(Segment { start: self.start, bytes: file, memory_size: self.memory_size }))
     }

@@ -8,10 +8,10 @@
 use bitfield_struct::bitfield;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::bus::BusDevice;
-use super::memory::MachineMemory;
-use super::pci::ConfigPorts;
-use super::stop::{ResetCause, StopReason, Stopper};
+use super::config_ports::ConfigPorts;
+use crate::vmm::bus::BusDevice;
+use crate::vmm::memory::MachineMemory;
+use crate::vmm::stop::{ResetCause, StopReason, Stopper};
 
 /// Port of the sleep control register.
 pub(super) const SLEEP_CONTROL_PORT: u16 = 0x600;

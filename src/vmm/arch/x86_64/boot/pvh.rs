@@ -16,8 +16,8 @@ use vm_memory::GuestAddress;
 
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
-use super::{BootInfo, Reason, StartState};
-use crate::vmm::acpi::RSDP_ADDRESS;
+use super::{BootInfo, ImageError, StartState, CMDLINE_START};
+use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
 
 const START_INFO: u64 = 0x6000;
 const MODULE_LIST: u64 = 0x6800;
@@ -26,13 +26,13 @@ const START_MAGIC: u32 = 0x336e_c578;
 const START_VERSION: u32 = 1;
 
 /// Loads `image` and tells it `info`.
-pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, Reason> {
+pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
     let loaded = Elf::load(info.memory.map(), None, &mut Cursor::new(image.bytes), None)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(Reason::NoPvhEntry);
+        return Err(ImageError::NoPvhEntry);
     };
     if !image.covers(entry.0) {
-        return Err(Reason::Entry(entry.0));
+        return Err(ImageError::Entry(entry.0));
     }
     let map: Vec<_> = memory_map(info.memory)
         .into_iter()
@@ -57,7 +57,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         version: START_VERSION,
         nr_modules: modules.len() as u32,
         modlist_paddr: if modules.is_empty() { 0 } else { MODULE_LIST },
-        cmdline_paddr: info.cmdline,
+        cmdline_paddr: CMDLINE_START,
         rsdp_paddr: RSDP_ADDRESS,
         memmap_paddr: MEMORY_MAP,
         memmap_entries: map.len() as u32,

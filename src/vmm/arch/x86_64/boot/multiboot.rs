@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
-use super::{BootInfo, Reason, StartState};
+use super::{BootInfo, ImageError, StartState, CMDLINE_START};
 
 /// How far into the file the header may start and must end.
 const SEARCH: usize = 8192;
@@ -81,19 +81,21 @@ struct MemoryMapEntry {
 }
 
 /// Loads `image` and tells it `info`.
-pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, Reason> {
-    let flags = find_header(image.bytes).ok_or(Reason::NoMultibootHeader)?;
+pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
+    let flags = find_header(image.bytes).ok_or(ImageError::NoMultibootHeader)?;
     if flags & HEADER_ADDRESSES != 0 {
-        return Err(Reason::MultibootFlag("load addresses other than the ELF program headers'"));
+        return Err(ImageError::MultibootFlag(
+            "load addresses other than the ELF program headers'",
+        ));
     }
     if flags & HEADER_VIDEO != 0 {
-        return Err(Reason::MultibootFlag("a video mode"));
+        return Err(ImageError::MultibootFlag("a video mode"));
     }
     if flags & HEADER_REQUIRED & !HEADER_HONOURED != 0 {
-        return Err(Reason::MultibootFlag("a feature of a later version"));
+        return Err(ImageError::MultibootFlag("a feature of a later version"));
     }
     if !image.covers(image.entry) {
-        return Err(Reason::Entry(image.entry));
+        return Err(ImageError::Entry(image.entry));
     }
     let memory = info.memory.map();
     for segment in &image.segments {
@@ -118,7 +120,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         flags: (INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP).into(),
         mem_lower: 640.into(),
         mem_upper: kib_above_1_mib(info.memory.low_size()).into(),
-        cmdline: low(info.cmdline),
+        cmdline: low(CMDLINE_START),
         mmap_length: (map.len() as u32).into(),
         mmap_addr: low(MEMORY_MAP),
         ..Information::default()
@@ -127,7 +129,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         let entry = ModuleEntry {
             mod_start: low(module.start),
             mod_end: low(module.start + module.length),
-            string: low(info.cmdline),
+            string: low(CMDLINE_START),
             reserved: 0.into(),
         };
         memory.write_slice(entry.as_bytes(), GuestAddress(MODULE_LIST))?;

@@ -5,7 +5,9 @@ use acpi_tables::fadt::{FADTBuilder, Flags, FADT};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::vmm::power::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
+use crate::vmm::arch::x86_64::power::{
+    RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+};
 
 /// IA-PC boot architecture flags (§5.2.9.3). The bits for legacy devices and an 8042 stay clear:
 /// a guest that knows ACPI has no use for either.

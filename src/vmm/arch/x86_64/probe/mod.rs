@@ -15,8 +15,8 @@ use serde::{Serialize, Serializer};
 
 pub use self::guest::Outcome;
 use self::programs::PROGRAMS;
-use super::machine::open_kvm;
-use super::{signals, Error, Result};
+use crate::vmm::machine::open_kvm;
+use crate::vmm::{signals, Error, Result};
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]

@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use vm_superio::{I8042Device, Trigger};
 
-use super::bus::BusDevice;
-use super::stop::{ResetCause, StopReason, Stopper};
+use crate::vmm::bus::BusDevice;
+use crate::vmm::stop::{ResetCause, StopReason, Stopper};
 
 /// First I/O port: data; the command port is 0x64.
 pub(super) const FIRST_PORT: u64 = 0x60;

@@ -8,7 +8,9 @@ use tempfile::NamedTempFile;
 
 use super::test_images::*;
 use super::*;
-use crate::vmm::acpi::RSDP_ADDRESS;
+use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
+use crate::vmm::boot::{load, BootError};
+use crate::vmm::config::PayloadConfig;
 
 const RAM: u64 = 0x40_0000;
 

@@ -20,10 +20,11 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::memory::{MachineMemory, ECAM_START, PCI_BUSES};
-use super::{Error, Result};
+use super::layout::{ECAM_START, PCI_BUSES};
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
+use crate::vmm::memory::MachineMemory;
+use crate::vmm::{Error, Result};
 
 /// Guest-physical address of the RSDP; the other tables follow. Guests also look for it here by
 /// themselves (ACPI §5.2.5.1).
@@ -177,12 +178,12 @@ impl Writer<'_> {
         let address = self.next;
         self.reserve(bytes.len());
         if self.next > TABLES_END {
-            return Err(Error::Acpi("the tables do not fit below 1 MiB".to_owned()));
+            return Err(Error::Firmware("the ACPI tables do not fit below 1 MiB".to_owned()));
         }
         self.memory
             .map()
             .write_slice(&bytes, GuestAddress(address))
-            .map_err(|error| Error::Acpi(error.to_string()))?;
+            .map_err(|error| Error::Firmware(error.to_string()))?;
         Ok(address)
     }
 }

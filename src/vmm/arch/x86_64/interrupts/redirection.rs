@@ -7,8 +7,6 @@ use bitfield_struct::bitfield;
 use crate::spec::vtd::interrupt::MessageData;
 use crate::viommu::MsiMessage;
 
-/// Pins, and redirection entries.
-pub const PINS: u32 = 24;
 /// Version: 20h has an EOI register.
 pub const VERSION: u8 = 0x20;
 

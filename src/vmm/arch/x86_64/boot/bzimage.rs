@@ -13,8 +13,8 @@ use linux_loader::loader::KernelLoader;
 use vm_memory::{ByteValued, GuestAddress};
 
 use super::memory_map::memory_map;
-use super::{BootInfo, Reason, StartState, KERNEL_START};
-use crate::vmm::acpi::RSDP_ADDRESS;
+use super::{BootInfo, ImageError, StartState, CMDLINE_START, KERNEL_START};
+use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
 use crate::vmm::memory::MachineMemory;
 
 /// Where the boot parameters ("zero page") go.
@@ -39,14 +39,14 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const VIDEO_NORMAL: u16 = 0xffff;
 
 /// A bzImage whose pieces lie in the file.
-pub(super) struct BzImage<'a> {
+pub(in crate::vmm) struct BzImage<'a> {
     bytes: &'a [u8],
     header: setup_header,
 }
 
 impl<'a> BzImage<'a> {
     /// The image, if the file is for Linux's boot protocol at all.
-    pub fn parse(bytes: &'a [u8]) -> Result<Option<Self>, Reason> {
+    pub fn parse(bytes: &'a [u8]) -> Result<Option<Self>, ImageError> {
         let half_word =
             |offset: usize| Some(u16::from_le_bytes(*bytes.get(offset..)?.first_chunk()?));
         let word = |offset: usize| Some(u32::from_le_bytes(*bytes.get(offset..)?.first_chunk()?));
@@ -57,14 +57,14 @@ impl<'a> BzImage<'a> {
             .get(SETUP_HEADER..)
             .and_then(|rest| rest.get(..size_of::<setup_header>()))
             .and_then(setup_header::from_slice)
-            .ok_or(Reason::Truncated("the setup header"))?;
+            .ok_or(ImageError::Truncated("the setup header"))?;
         if header.version < VERSION_2_10 || header.loadflags & LOADED_HIGH == 0 {
-            return Err(Reason::OldBootProtocol(header.version));
+            return Err(ImageError::OldBootProtocol(header.version));
         }
         let image = Self { bytes, header };
         // Both numbers have 32 bits at the most: no sum of them overflows.
         if bytes.len() < image.setup_size() + header.syssize as usize * PARAGRAPH {
-            return Err(Reason::Truncated("the kernel"));
+            return Err(ImageError::Truncated("the kernel"));
         }
         Ok(Some(image))
     }
@@ -105,17 +105,17 @@ impl<'a> BzImage<'a> {
     }
 
     /// The kernel, packed and unpacked, must find RAM.
-    pub fn check(&self, memory: &MachineMemory) -> Result<(), Reason> {
+    pub fn check(&self, memory: &MachineMemory) -> Result<(), ImageError> {
         let end = self.end();
         if memory.contains(KERNEL_START, end - KERNEL_START) {
             Ok(())
         } else {
-            Err(Reason::NoRoomToUnpack { start: self.unpacked_start(), end })
+            Err(ImageError::NoRoomToUnpack { start: self.unpacked_start(), end })
         }
     }
 
     /// Loads the kernel and tells it `info`.
-    pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, Reason> {
+    pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
         let memory = info.memory.map();
         let mut file = Cursor::new(self.bytes);
         let loaded =
@@ -125,7 +125,7 @@ impl<'a> BzImage<'a> {
         params.hdr.vid_mode = VIDEO_NORMAL;
         // Everything named here lies below 4 GiB.
         params.hdr.code32_start = loaded.kernel_load.0 as u32;
-        params.hdr.cmd_line_ptr = info.cmdline as u32;
+        params.hdr.cmd_line_ptr = CMDLINE_START as u32;
         if let Some(module) = info.module {
             params.hdr.ramdisk_image = module.start as u32;
             params.hdr.ramdisk_size = module.length as u32;

@@ -10,10 +10,13 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{Table, HEADER_LENGTH, LAST_BUS, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::vmm::arch::x86_64::config_ports::ConfigPorts;
+use crate::vmm::arch::x86_64::layout::{
+    INTX_PINS_START, PCI_MMIO_LAST, PCI_MMIO_START, SERIAL_IRQ, SERIAL_PORT,
+};
+use crate::vmm::arch::x86_64::power::SLEEP_TYPE_SOFT_OFF;
 use crate::vmm::config::MAX_DEVICES;
-use crate::vmm::memory::{PCI_MMIO_LAST, PCI_MMIO_START};
-use crate::vmm::pci::{interrupt_of_pin, ConfigPorts};
-use crate::vmm::power::SLEEP_TYPE_SOFT_OFF;
+use crate::vmm::pci::line_of_pin;
 use crate::vmm::serial;
 
 /// Revision: integers have 64 bits.
@@ -37,7 +40,7 @@ fn host_bridge(aml: &mut Vec<u8>) {
     for device in 1..=MAX_DEVICES as u8 {
         // All functions of the device, INTA: the one pin that is wired.
         let address = u32::from(device) << 16 | 0xffff;
-        let interrupt = interrupt_of_pin(device);
+        let interrupt = INTX_PINS_START + line_of_pin(device) as u32;
         routes.add_element(&Package::new(vec![&address, &0u8, &0u8, &interrupt]));
     }
     Scope::new(
@@ -118,8 +121,8 @@ impl Aml for Bytes {
 
 /// `\_SB.COM1`.
 fn serial_port(aml: &mut Vec<u8>) {
-    let first = serial::FIRST_PORT as u16;
-    let ports = (serial::LAST_PORT - serial::FIRST_PORT + 1) as u8;
+    let first = SERIAL_PORT as u16;
+    let ports = serial::REGISTERS as u8;
     Scope::new(
         Path::new("_SB_"),
         vec![&Device::new(
@@ -132,7 +135,7 @@ fn serial_port(aml: &mut Vec<u8>) {
                     &ResourceTemplate::new(vec![
                         &IO::new(first, first, 1, ports),
                         // A consumer's, edge-triggered, active high, not shared.
-                        &Interrupt::new(true, true, false, false, serial::IRQ),
+                        &Interrupt::new(true, true, false, false, SERIAL_IRQ),
                     ]),
                 ),
             ],

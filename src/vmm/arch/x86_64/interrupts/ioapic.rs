@@ -4,8 +4,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::redirection::{self as registers, RedirectionEntry, PINS};
+use super::redirection::{self as registers, RedirectionEntry};
 use crate::viommu::{InterruptListener, MsiMessage};
+use crate::vmm::arch::layout::PINS;
 use crate::vmm::bus::BusDevice;
 
 /// Where an IOAPIC's messages go. Called with the IOAPIC locked: it calls nothing of it.

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bitfield_struct::bitfield;
 
-use super::PciBus;
 use crate::spec::pci::Bdf;
 use crate::vmm::bus::BusDevice;
+use crate::vmm::pci::PciBus;
 
 /// CONFIG_ADDRESS.
 #[bitfield(u32)]

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a PC's firmware leaves in memory: ACPI's tables, and a way to reset the machine.
+#![forbid(unsafe_code)]
+
+use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
+use super::boot::StartState;
+use super::layout::{IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
+use super::{power, IrqChip};
+use crate::spec::pci::Bdf;
+use crate::vmm::config::MachineConfig;
+use crate::vmm::memory::MachineMemory;
+use crate::vmm::topology::bdf_of;
+use crate::vmm::{Error, Result};
+
+/// Tells the guest, whose kernel starts with `_start`, of the machine that `config` describes.
+///
+/// # Errors
+/// There is no room for it.
+pub(in crate::vmm) fn write(
+    memory: &MachineMemory,
+    config: &MachineConfig,
+    chip: IrqChip,
+    _start: &StartState,
+) -> Result<()> {
+    power::write_reset_vector(memory)
+        .map_err(|error| Error::Firmware(format!("the reset vector: {error}")))?;
+    acpi::write_tables(memory, &platform(config, chip)?)
+}
+
+/// What ACPI tells the guest.
+fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
+    let interrupt_remapping = chip.remaps_interrupts(config);
+    let scopes = scopes(config, interrupt_remapping)?;
+    let in_scope = scopes.iter().map(Vec::len).sum::<usize>();
+    let unit = |(number, functions)| {
+        let address = config.iommu_address(number);
+        IommuUnit { address, functions }
+    };
+    let iommu = (!config.iommus.is_empty()).then(|| IommuPlatform {
+        units: scopes.into_iter().enumerate().map(unit).collect(),
+        all_functions: in_scope == config.devices.len(),
+        interrupt_remapping,
+        ats: config.iommus.iter().any(|iommu| iommu.ats),
+    });
+    let ioapic = IoApic { id: IOAPIC_ID, address: IOAPIC_ADDRESS, bdf: IOAPIC_BDF };
+    let pic = chip == IrqChip::InKernel;
+    Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu })
+}
+
+/// The functions in the scope of each virtual IOMMU, as ACPI tells the guest.
+fn scopes(config: &MachineConfig, interrupt_remapping: bool) -> Result<Vec<Vec<Bdf>>> {
+    let mut scopes = vec![Vec::new(); config.iommus.len()];
+    for (number, device) in config.devices.iter().enumerate() {
+        let iommu = match interrupt_remapping {
+            true => config.interrupt_iommu_of(device),
+            false => config.iommu_of(device.iommu()),
+        };
+        if let Some(scope) = iommu.and_then(|iommu| scopes.get_mut(iommu)) {
+            scope.push(bdf_of(number)?);
+        }
+    }
+    Ok(scopes)
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A PC's interrupt controllers.
+//!
+//! Either PIC, IOAPIC and LAPICs are in the kernel; or only the LAPICs are, and the IOAPIC is here,
+//! where a virtual IOMMU can remap its interrupts. Messages of devices are remapped in both cases.
+#![forbid(unsafe_code)]
+
+mod chip;
+mod ioapic;
+mod lines;
+mod redirection;
+
+pub use chip::IrqChip;
+pub use ioapic::Ioapic;
+pub(in crate::vmm) use lines::{EdgeLine, Lines};

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where everything is in a PC's guest-physical address space.
+
+use std::ops::RangeInclusive;
+
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
+use crate::vmm::pci::IntxLine;
+
+/// First address of RAM.
+pub const RAM_START: u64 = 0;
+/// End of the RAM below 4 GiB, and start of PCI configuration space (ECAM).
+const LOW_RAM_END: u64 = 0xb000_0000;
+/// Start of the RAM that does not fit below [`LOW_RAM_END`].
+const HIGH_RAM_START: u64 = 0x1_0000_0000;
+/// PCI configuration space: one bus per MiB.
+pub const ECAM_START: u64 = LOW_RAM_END;
+/// Buses there are: the root bus. A kernel looks for devices on every bus that it is told of, one exit
+/// or two for each: on 256 buses that is a quarter of the time it takes to boot.
+pub const PCI_BUSES: u64 = 1;
+/// Length of configuration space, in bytes.
+pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
+/// First address of PCI memory BARs.
+pub const PCI_MMIO_START: u64 = 0xe000_0000;
+/// Last address of PCI memory BARs, included.
+pub const PCI_MMIO_LAST: u64 = 0xfebf_ffff;
+/// Where the registers of a virtual IOMMU are unless the user says otherwise.
+pub const IOMMU_REGISTERS: u64 = 0xfed9_0000;
+/// What a device writes to so as to interrupt.
+pub const MESSAGE_RANGE: RangeInclusive<u64> = INTERRUPT_RANGE;
+/// Where the IOAPIC's registers are.
+pub const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
+/// Length of the IOAPIC's registers, in bytes.
+pub const IOAPIC_SIZE: u64 = 0x1000;
+/// Where KVM keeps its task-state segment, just below the usual place of a BIOS.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+
+/// First I/O port of the serial port; it has eight.
+pub const SERIAL_PORT: u64 = 0x3f8;
+/// ISA interrupt of the first serial port.
+pub const SERIAL_IRQ: u32 = 4;
+/// First I/O port of the debug exit: as wide as QEMU's isa-debug-exit usually is, four.
+pub const DEBUG_EXIT_PORT: u64 = 0xf4;
+
+/// The IOAPIC's identifier after reset, as the MADT tells it.
+pub const IOAPIC_ID: u8 = 0;
+/// Who the IOAPIC is to a virtual IOMMU, as the DMAR table tells it: no function on the bus is.
+pub const IOAPIC_BDF: Bdf = Bdf::from_raw(0xfff8);
+/// Pins of the IOAPIC: the first global system interrupts.
+pub const PINS: u32 = 24;
+/// The interrupt lines of PCI as inputs of the IOAPIC start here: a PC's chipset has them beside the
+/// PIC's.
+pub const INTX_PINS_START: u32 = 16;
+/// The interrupt lines of PCI: inputs of the PIC that are free of ISA devices, and of the IOAPIC.
+pub const INTX_LINES: [IntxLine; 4] = [
+    IntxLine { register: 10, gsis: &[10, INTX_PINS_START] },
+    IntxLine { register: 11, gsis: &[11, INTX_PINS_START + 1] },
+    IntxLine { register: 5, gsis: &[5, INTX_PINS_START + 2] },
+    IntxLine { register: 9, gsis: &[9, INTX_PINS_START + 3] },
+];
+
+/// What stands at fixed addresses besides RAM, both ends included.
+pub const FIXED: [(u64, u64, &str); 5] = [
+    (ECAM_START, ECAM_START + (ECAM_SIZE - 1), "PCI configuration space"),
+    (PCI_MMIO_START, PCI_MMIO_LAST, "PCI memory"),
+    (IOAPIC_ADDRESS as u64, IOAPIC_ADDRESS as u64 + (IOAPIC_SIZE - 1), "the IOAPIC"),
+    (*INTERRUPT_RANGE.start(), *INTERRUPT_RANGE.end(), "the LAPICs and interrupt messages"),
+    // An identity page table, then three pages of task-state segment.
+    (KVM_TSS - 0x1000, KVM_TSS + 0x2fff, "KVM"),
+];
+
+/// Where `size` bytes of RAM lie: (first address, length).
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    if size <= LOW_RAM_END {
+        vec![(RAM_START, size)]
+    } else {
+        vec![(RAM_START, LOW_RAM_END), (HIGH_RAM_START, size - LOW_RAM_END)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::memory::occupant;
+
+    #[test]
+    fn ram_leaves_the_hole_below_4_gib_free() {
+        assert_eq!(ram_ranges(512 << 20), [(0, 512 << 20)]);
+        assert_eq!(ram_ranges(LOW_RAM_END), [(0, LOW_RAM_END)]);
+        assert_eq!(ram_ranges(4 << 30), [(0, LOW_RAM_END), (HIGH_RAM_START, 0x5000_0000)]);
+    }
+
+    #[test]
+    fn it_is_known_who_stands_where() {
+        assert_eq!(occupant(512 << 20, IOMMU_REGISTERS), None);
+        assert_eq!(occupant(512 << 20, 0), Some("RAM"));
+        assert_eq!(occupant(512 << 20, 512 << 20), None);
+        assert_eq!(occupant(4 << 30, HIGH_RAM_START), Some("RAM"));
+        assert_eq!(
+            occupant(512 << 20, ECAM_START + ECAM_SIZE - 1),
+            Some("PCI configuration space")
+        );
+        assert_eq!(occupant(512 << 20, 0xfee0_1000), Some("the LAPICs and interrupt messages"));
+        assert_eq!(occupant(512 << 20, KVM_TSS), Some("KVM"));
+        // A size that no host has is refused elsewhere; it is no reason to panic.
+        assert_eq!(occupant(!0xfff, 0), Some("RAM"));
+    }
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Messages to the interrupt controllers in the kernel.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvm_bindings::{kvm_msi, KVM_MSI_VALID_DEVID};
+use kvm_ioctls::VmFd;
+
+use crate::spec::pci::Bdf;
+use crate::viommu::InterruptSink;
+use crate::vmm::trace::{Trace, TracedInterrupts};
+
+/// The way of a machine's messages, once they are remapped.
+#[derive(Clone)]
+pub(in crate::vmm) struct Messages {
+    vm: Arc<VmFd>,
+    trace: Option<Arc<Trace>>,
+}
+
+impl Messages {
+    /// The way to the interrupt controllers of `vm`.
+    pub fn new(vm: Arc<VmFd>, trace: Option<Arc<Trace>>) -> Self {
+        Self { vm, trace }
+    }
+
+    /// That of the messages of `source`, which an interrupt controller may want to know.
+    pub fn of(&self, source: Bdf) -> Arc<dyn InterruptSink> {
+        let messages = Arc::new(KvmMessages { vm: self.vm.clone(), source });
+        match self.trace.clone() {
+            Some(trace) => Arc::new(TracedInterrupts { inner: messages, trace }),
+            None => messages,
+        }
+    }
+}
+
+impl fmt::Debug for Messages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Messages").finish_non_exhaustive()
+    }
+}
+
+/// Messages of one function.
+struct KvmMessages {
+    vm: Arc<VmFd>,
+    source: Bdf,
+}
+
+impl InterruptSink for KvmMessages {
+    fn send_msi(&self, address: u64, data: u32) {
+        let msi = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            flags: KVM_MSI_VALID_DEVID,
+            devid: self.source.raw().into(),
+            ..kvm_msi::default()
+        };
+        // A message to nobody is lost, as it is on a real bus: 0 is no error.
+        if let Err(error) = self.vm.signal_msi(msi) {
+            log::debug!("message-signalled interrupt {address:#x}/{data:#x}: {error}");
+        }
+    }
+}
