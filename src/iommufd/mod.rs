@@ -3,8 +3,6 @@
 //!
 //! [`HostIommu`] is whatever serves them: the kernel's `/dev/iommu`, or the emulated host of
 //! [`crate::emulated`]. Errors are Linux's errno with the verb and the object named.
-#![forbid(unsafe_code)]
-
 mod counted;
 mod error;
 mod fail_nth;
@@ -12,6 +10,8 @@ mod fail_nth;
 #[doc(hidden)]
 pub mod fake;
 mod host;
+#[cfg(feature = "kernel")]
+mod kernel;
 mod memory;
 mod queues;
 mod types;
@@ -20,6 +20,8 @@ pub use counted::{CountedHost, VerbCounters, VerbObserver};
 pub use error::{Errno, HostError, Result, Verb};
 pub use fail_nth::FailNth;
 pub use host::{FaultSink, HostIommu};
+#[cfg(feature = "kernel")]
+pub use kernel::{KernelHost, OpenError};
 pub use memory::{UserMemory, UserMemoryError};
 pub use queues::{EventQueue, FaultQueue, PageRequestGroup, Readiness};
 pub use types::*;

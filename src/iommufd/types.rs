@@ -4,6 +4,7 @@
 //! Structures that carry hardware words are those of `iommufd-bindings`; what is an enumeration
 //! with a length and a pointer in the uAPI is an `enum` here, so that an illegal pair of
 //! `data_type` and `data_len` cannot be written down.
+#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -211,6 +212,8 @@ pub enum HwInfoData {
     Vtd(iommu_hw_info_vtd),
     /// `IOMMU_HW_INFO_TYPE_ARM_SMMUV3`.
     ArmSmmuV3(iommu_hw_info_arm_smmuv3),
+    /// Another (`enum iommu_hw_info_type`).
+    Other(u32),
 }
 
 /// Generic abilities of a device and its IOMMU (`enum iommufd_hw_capabilities`).

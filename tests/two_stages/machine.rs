@@ -218,7 +218,7 @@ fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostUnit> {
             ecap: Ecap::from_bits(vtd.ecap_reg),
             guest_second_stage: extensions.guest_second_stage,
         }),
-        HwInfoData::None | HwInfoData::ArmSmmuV3(_) => None,
+        HwInfoData::None | HwInfoData::ArmSmmuV3(_) | HwInfoData::Other(_) => None,
     };
     nesting.hw_infos().into_iter().filter_map(unit).collect()
 }

@@ -235,7 +235,7 @@ fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
             ecap: Ecap::from_bits(registers.ecap_reg),
             guest_second_stage: extensions.guest_second_stage,
         }),
-        HwInfoData::None | HwInfoData::ArmSmmuV3(_) => None,
+        HwInfoData::None | HwInfoData::ArmSmmuV3(_) | HwInfoData::Other(_) => None,
     }
 }
 

@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The verbs.
+#![forbid(unsafe_code)]
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use iommufd_bindings::*;
+use vm_memory::GuestMemoryRegion;
+
+use super::device::{self, Device};
+use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
+use super::queues::{self, Queue};
+use super::{detach_all, meaning, records, KernelHost};
+use crate::iommufd::{
+    DirtyRange, Errno, EventQueue, FaultQueue, HostError, HostIommu, HwCapabilities, HwInfo,
+    HwInfoData, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
+    ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
+};
+
+impl KernelHost {
+    /// `IOMMU_GET_HW_INFO`: first the type, then what that type has.
+    #[allow(non_upper_case_globals)] // bindgen's names
+    fn hw_info(&self, dev: u32) -> std::result::Result<HwInfo, Errno> {
+        let asked = self.iommufd.hw_info_of(dev, &mut ())?;
+        let data = match ioctls::hw_info_type(&asked) {
+            iommu_hw_info_type_IOMMU_HW_INFO_TYPE_NONE => HwInfoData::None,
+            iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD => {
+                let mut data = iommu_hw_info_vtd::default();
+                self.iommufd.hw_info_of(dev, &mut data)?;
+                HwInfoData::Vtd(data)
+            }
+            iommu_hw_info_type_IOMMU_HW_INFO_TYPE_ARM_SMMUV3 => {
+                let mut data = iommu_hw_info_arm_smmuv3::default();
+                self.iommufd.hw_info_of(dev, &mut data)?;
+                HwInfoData::ArmSmmuV3(data)
+            }
+            other => HwInfoData::Other(other),
+        };
+        Ok(HwInfo {
+            data,
+            capabilities: HwCapabilities::from(asked.out_capabilities),
+            max_pasid_log2: asked.out_max_pasid_log2,
+        })
+    }
+
+    /// `IOMMU_HWPT_ALLOC` with a structure of user-owned tables.
+    fn alloc_hwpt<T>(
+        &self,
+        args: &HwptAlloc,
+        kind: u32,
+        data: &T,
+    ) -> std::result::Result<u32, Errno> {
+        let length = size::<T>();
+        let mut alloc = iommu_hwpt_alloc {
+            size: size::<iommu_hwpt_alloc>(),
+            flags: args.flags.into(),
+            dev_id: args.dev.0,
+            pt_id: args.pt.0,
+            data_type: kind,
+            data_len: length,
+            data_uptr: if length == 0 { 0 } else { std::ptr::from_ref(data) as u64 },
+            fault_id: args.fault.map_or(0, |fault| fault.0),
+            ..Default::default()
+        };
+        self.iommufd.alloc_iommu_hwpt(&mut alloc).map_err(errno_of)?;
+        Ok(alloc.out_hwpt_id)
+    }
+
+    /// `IOMMU_HWPT_INVALIDATE`; how many entries the kernel says it did.
+    fn invalidate<T>(
+        &self,
+        hwpt: ObjectId,
+        kind: u32,
+        entries: &[T],
+    ) -> std::result::Result<(), (usize, Errno)> {
+        let mut invalidate = iommu_hwpt_invalidate {
+            size: size::<iommu_hwpt_invalidate>(),
+            hwpt_id: hwpt.0,
+            data_uptr: entries.as_ptr() as u64,
+            data_type: kind,
+            entry_len: size::<T>(),
+            entry_num: entries.len().try_into().map_err(|_| (0, Errno::EINVAL))?,
+            ..Default::default()
+        };
+        let outcome = self.iommufd.invalidate_hwpt(&mut invalidate).map_err(errno_of);
+        outcome.map_err(|errno| {
+            // Before it looks at anything the kernel may leave the number as it was.
+            let done = (invalidate.entry_num as usize).min(entries.len().saturating_sub(1));
+            (done, errno)
+        })
+    }
+}
+
+/// An error of the kernel's, with its meaning.
+fn error(verb: Verb, object: impl Into<Option<ObjectId>>, errno: Errno) -> HostError {
+    HostError::new(verb, object, errno, meaning::of(verb, errno))
+}
+
+fn map_flags(target: MapTarget, protection: Protection) -> (u32, u64) {
+    let (fixed, iova) = match target {
+        MapTarget::Fixed(iova) => (iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA, iova),
+        MapTarget::Anywhere => (0, 0),
+    };
+    let set = |wanted, flag| if wanted { flag } else { 0 };
+    let read = set(protection.read, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE);
+    let write = set(protection.write, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE);
+    (fixed | read | write, iova)
+}
+
+/// The file, and the place in it, of memory that `IOMMU_IOAS_MAP_FILE` takes. What is mapped by file
+/// needs no address of this process, and survives its exec.
+fn file_of(memory: &UserMemory) -> Option<(&File, u64)> {
+    let region = memory.region();
+    let file = region.file_offset()?;
+    let shared = region.flags() & libc::MAP_SHARED != 0;
+    let start = file.start().checked_add(memory.offset())?;
+    (shared && ioctls::is_memory_file(file.file())).then_some((file.file(), start))
+}
+
+impl HostIommu for KernelHost {
+    fn device_bind(&self, name: &str) -> Result<ObjectId> {
+        let refused = |(errno, detail)| HostError::new(Verb::DeviceBind, None, errno, detail);
+        let cdev = device::cdev_of(name).map_err(refused)?;
+        let mut devices = self.devices();
+        if devices.values().any(|device| device.cdev == cdev) {
+            return Err(refused((Errno::EBUSY, format!("{name} is bound here already"))));
+        }
+        let file = device::open_cdev(&cdev).map_err(refused)?;
+        let dev = file.bind_iommufd(&self.iommufd).map_err(|errno| {
+            refused((errno, format!("{name}: {}", meaning::of(Verb::DeviceBind, errno))))
+        })?;
+        // Closing the file on the way out unbinds it.
+        let info =
+            self.hw_info(dev).map_err(|errno| error(Verb::GetHwInfo, ObjectId(dev), errno))?;
+        let device = Device { cdev, file: Arc::new(file), info, attached: BTreeSet::new() };
+        devices.insert(ObjectId(dev), device);
+        Ok(ObjectId(dev))
+    }
+
+    fn device_unbind(&self, dev: ObjectId) -> Result<()> {
+        let mut devices = self.devices();
+        let Some(device) = devices.remove(&dev) else {
+            return Err(HostError::new(Verb::DeviceUnbind, dev, Errno::ENOENT, "no such device"));
+        };
+        match Arc::try_unwrap(device.file) {
+            Ok(file) => {
+                // Nothing may be attached when others have a copy of the descriptor.
+                detach_all(&file, &device.attached);
+                Ok(())
+            }
+            Err(file) => {
+                devices.insert(dev, Device { file, ..device });
+                let detail = "its regions or interrupts are in use";
+                Err(HostError::new(Verb::DeviceUnbind, dev, Errno::EBUSY, detail))
+            }
+        }
+    }
+
+    fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
+        let verb = Verb::DeviceAttach;
+        let (file, bits) =
+            self.device(verb, dev, |device| (device.file.clone(), device.info.max_pasid_log2))?;
+        match pasid {
+            // For VFIO PASID 0 is the device itself, which it then loses track of.
+            Some(0) => {
+                return Err(HostError::new(verb, dev, Errno::EINVAL, "PASID 0 is the device"))
+            }
+            // Linux would say that it is done, and do nothing.
+            Some(pasid) if bits == 0 => {
+                let detail = format!("PASID {pasid}: the device has no PASIDs");
+                return Err(HostError::new(verb, dev, Errno::EINVAL, detail));
+            }
+            _ => {}
+        }
+        let hwpt = file.attach_iommufd_pt(pasid, pt.0).map_err(|errno| {
+            let detail = format!("page table {pt}: {}", meaning::of(verb, errno));
+            HostError::new(verb, dev, errno, detail)
+        })?;
+        self.device(verb, dev, |device| device.attached.insert(pasid))?;
+        Ok(ObjectId(hwpt))
+    }
+
+    fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()> {
+        let verb = Verb::DeviceDetach;
+        let (file, attached) = self
+            .device(verb, dev, |device| (device.file.clone(), device.attached.contains(&pasid)))?;
+        if !attached {
+            return Ok(());
+        }
+        file.detach_iommufd_pt(pasid).map_err(|errno| error(verb, dev, errno))?;
+        self.device(verb, dev, |device| device.attached.remove(&pasid))?;
+        Ok(())
+    }
+
+    fn destroy(&self, id: ObjectId) -> Result<()> {
+        let outcome = self.iommufd.destroy_iommu_object(id.0).map_err(errno_of);
+        outcome.map_err(|errno| error(Verb::Destroy, id, errno))?;
+        self.memory().destroyed(id);
+        Ok(())
+    }
+
+    fn ioas_alloc(&self) -> Result<ObjectId> {
+        let mut alloc = iommu_ioas_alloc { size: size::<iommu_ioas_alloc>(), ..Default::default() };
+        let outcome = self.iommufd.alloc_iommu_ioas(&mut alloc).map_err(errno_of);
+        outcome.map_err(|errno| error(Verb::IoasAlloc, None, errno))?;
+        Ok(ObjectId(alloc.out_ioas_id))
+    }
+
+    fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()> {
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|range| iommu_iova_range { start: *range.start(), last: *range.end() })
+            .collect();
+        self.iommufd
+            .allow_iommu_ioas_iovas(ioas.0, &ranges)
+            .map_err(|errno| error(Verb::IoasAllowIovas, ioas, errno))
+    }
+
+    fn ioas_iova_ranges(&self, ioas: ObjectId) -> Result<IovaRanges> {
+        let mut ranges = Vec::new();
+        loop {
+            let (count, alignment) = self
+                .iommufd
+                .iommu_ioas_iova_ranges(ioas.0, &mut ranges)
+                .map_err(|errno| error(Verb::IoasIovaRanges, ioas, errno))?;
+            if count <= ranges.len() {
+                ranges.truncate(count);
+                let allowed = ranges.iter().map(|range| range.start..=range.last).collect();
+                return Ok(IovaRanges { allowed, alignment });
+            }
+            // There may be more of them by the time of the next call.
+            ranges.resize(count, iommu_iova_range::default());
+        }
+    }
+
+    fn ioas_map(
+        &self,
+        ioas: ObjectId,
+        memory: &UserMemory,
+        target: MapTarget,
+        protection: Protection,
+    ) -> Result<u64> {
+        let (flags, iova) = map_flags(target, protection);
+        let mut kept = self.memory();
+        let outcome = match file_of(memory) {
+            Some((file, start)) => {
+                self.iommufd.map_memory_file(ioas.0, flags, file, start, memory.length(), iova)
+            }
+            None => self.iommufd.map_user_memory(ioas.0, flags, memory, iova),
+        };
+        let iova = outcome.map_err(|errno| error(Verb::IoasMap, ioas, errno))?;
+        kept.mapped(ioas, iova, memory.clone());
+        Ok(iova)
+    }
+
+    fn ioas_copy(
+        &self,
+        dst: ObjectId,
+        target: MapTarget,
+        src: ObjectId,
+        src_iova: u64,
+        length: u64,
+        protection: Protection,
+    ) -> Result<u64> {
+        let (flags, dst_iova) = map_flags(target, protection);
+        let mut copy = iommu_ioas_copy {
+            size: size::<iommu_ioas_copy>(),
+            flags,
+            dst_ioas_id: dst.0,
+            src_ioas_id: src.0,
+            length,
+            dst_iova,
+            src_iova,
+        };
+        let mut kept = self.memory();
+        let outcome = self.iommufd.copy_iommu_ioas(&mut copy);
+        outcome.map_err(|errno| error(Verb::IoasCopy, dst, errno))?;
+        kept.copied(dst, copy.dst_iova, src, src_iova, length);
+        Ok(copy.dst_iova)
+    }
+
+    fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64> {
+        let mut unmap =
+            iommu_ioas_unmap { size: size::<iommu_ioas_unmap>(), ioas_id: ioas.0, iova, length };
+        let mut kept = self.memory();
+        // What a failed call has unmapped all the same is kept, until something else is there.
+        let outcome = self.iommufd.unmap_iommu_ioas(&mut unmap).map_err(errno_of);
+        outcome.map_err(|errno| error(Verb::IoasUnmap, ioas, errno))?;
+        kept.unmapped(ioas, iova, length);
+        Ok(unmap.length)
+    }
+
+    fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
+        self.hw_info(dev.0).map_err(|errno| error(Verb::GetHwInfo, dev, errno))
+    }
+
+    fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {
+        use iommufd_bindings as uapi;
+        let outcome = match &args.data {
+            HwptData::None => {
+                self.alloc_hwpt(args, uapi::iommu_hwpt_data_type_IOMMU_HWPT_DATA_NONE, &())
+            }
+            HwptData::VtdS1(data) => {
+                self.alloc_hwpt(args, uapi::iommu_hwpt_data_type_IOMMU_HWPT_DATA_VTD_S1, data)
+            }
+            HwptData::ArmSmmuV3(data) => {
+                self.alloc_hwpt(args, uapi::iommu_hwpt_data_type_IOMMU_HWPT_DATA_ARM_SMMUV3, data)
+            }
+            HwptData::VtdSecondStage(_) => {
+                let detail = "no hardware nests second-stage tables of a guest";
+                return Err(HostError::new(Verb::HwptAlloc, args.pt, Errno::EOPNOTSUPP, detail));
+            }
+        };
+        outcome.map(ObjectId).map_err(|errno| {
+            let detail = match (errno, self.named(args.dev)) {
+                (Errno::EOPNOTSUPP, Some((name, info))) => {
+                    Cow::from(meaning::hwpt_unsupported(&name, &info, args))
+                }
+                _ => meaning::of(Verb::HwptAlloc, errno),
+            };
+            HostError::new(Verb::HwptAlloc, args.pt, errno, detail)
+        })
+    }
+
+    fn hwpt_invalidate(
+        &self,
+        hwpt: ObjectId,
+        data: InvalidateData<'_>,
+    ) -> std::result::Result<(), InvalidateError> {
+        use iommufd_bindings as uapi;
+        let outcome = match data {
+            InvalidateData::VtdS1(entries) => self.invalidate(
+                hwpt,
+                uapi::iommu_hwpt_invalidate_data_type_IOMMU_HWPT_INVALIDATE_DATA_VTD_S1,
+                entries,
+            ),
+            InvalidateData::ArmSmmuV3(commands) => self.invalidate(
+                hwpt,
+                uapi::iommu_hwpt_invalidate_data_type_IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3,
+                commands,
+            ),
+            InvalidateData::VtdSecondStage(_) => Err((0, Errno::EOPNOTSUPP)),
+        };
+        outcome.map_err(|(done, errno)| InvalidateError {
+            done,
+            error: error(Verb::HwptInvalidate, hwpt, errno),
+        })
+    }
+
+    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
+        self.iommufd
+            .set_hwpt_dirty_tracking(hwpt.0, enable)
+            .map_err(|errno| error(Verb::HwptSetDirtyTracking, hwpt, errno))
+    }
+
+    fn hwpt_get_dirty_bitmap(
+        &self,
+        hwpt: ObjectId,
+        range: &DirtyRange,
+        clear: bool,
+        bitmap: &mut [u64],
+    ) -> Result<()> {
+        let keep = iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR;
+        let get = iommu_hwpt_get_dirty_bitmap {
+            hwpt_id: hwpt.0,
+            flags: if clear { 0 } else { keep },
+            iova: range.iova,
+            length: range.length,
+            page_size: range.page_size,
+            ..Default::default()
+        };
+        self.iommufd
+            .get_hwpt_dirty_bitmap(get, bitmap)
+            .map_err(|errno| error(Verb::HwptGetDirtyBitmap, hwpt, errno))
+    }
+
+    fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
+        let mut alloc = iommu_viommu_alloc {
+            size: size::<iommu_viommu_alloc>(),
+            type_: kind.number(),
+            dev_id: dev.0,
+            hwpt_id: hwpt.0,
+            ..Default::default()
+        };
+        let outcome = self.iommufd.alloc_iommu_viommu(&mut alloc).map_err(errno_of);
+        outcome.map_err(|errno| {
+            let detail = match (errno, self.named(dev)) {
+                (Errno::EOPNOTSUPP, Some((_, info))) if matches!(info.data, HwInfoData::Vtd(_)) => {
+                    "Linux has no vIOMMU of VT-d: nested HWPTs stand on the parent itself".into()
+                }
+                (Errno::EOPNOTSUPP, Some((name, info))) => {
+                    Cow::from(meaning::cannot_nest(&name, &info))
+                }
+                _ => meaning::of(Verb::ViommuAlloc, errno),
+            };
+            HostError::new(Verb::ViommuAlloc, hwpt, errno, detail)
+        })?;
+        Ok(ObjectId(alloc.out_viommu_id))
+    }
+
+    fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
+        let mut alloc = iommu_vdevice_alloc {
+            size: size::<iommu_vdevice_alloc>(),
+            viommu_id: viommu.0,
+            dev_id: dev.0,
+            virt_id,
+            ..Default::default()
+        };
+        let outcome = self.iommufd.alloc_iommu_vdevice(&mut alloc).map_err(errno_of);
+        outcome.map_err(|errno| error(Verb::VdeviceAlloc, viommu, errno))?;
+        Ok(ObjectId(alloc.out_vdevice_id))
+    }
+
+    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
+        let outcome = self.iommufd.alloc_fault_queue();
+        let (id, file) = outcome.map_err(|errno| error(Verb::FaultQueueAlloc, None, errno))?;
+        Ok(Arc::new(Queue::new(ObjectId(id), Verb::PageRequest, file, records::page_requests)))
+    }
+
+    fn veventq_alloc(
+        &self,
+        viommu: ObjectId,
+        kind: u32,
+        depth: u32,
+    ) -> Result<Arc<dyn EventQueue>> {
+        let refused = |errno| error(Verb::VeventqAlloc, viommu, errno);
+        let parse = queues::vevent_parser(kind).ok_or_else(|| refused(Errno::EOPNOTSUPP))?;
+        let mut alloc = iommu_veventq_alloc {
+            size: size::<iommu_veventq_alloc>(),
+            viommu_id: viommu.0,
+            type_: kind,
+            veventq_depth: depth,
+            ..Default::default()
+        };
+        let outcome = self.iommufd.alloc_veventq(&mut alloc).map_err(errno_of);
+        let (id, file) = outcome.map_err(refused)?;
+        Ok(Arc::new(Queue::new(ObjectId(id), Verb::Vevent, file, parse)))
+    }
+}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ioctls that `iommufd-ioctls` and `vfio-ioctls` lack, or have in a form that cannot be used
+//! here; the only file of the kernel host with `unsafe`.
+//!
+//! [`IommuFd`] of `iommufd-ioctls` stays what it is: [`IommuFdExt`] adds to it, in its manner, what
+//! could go there. `IOMMU_IOAS_MAP` and `MAP_FILE` are here because that crate hands the kernel,
+//! which writes the IOVA, a shared reference. Binding and attaching are here because
+//! `vfio-ioctls` does both inside a device of its own, which wants an IOAS and KVM, keeps the id of
+//! the page table that was attached to itself, and panics when a device cannot be detached.
+
+use std::fs::File;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+
+use iommufd_bindings::*;
+use iommufd_ioctls::{IommuFd, IommufdError};
+use vfio_bindings::bindings::vfio::*;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::ioctl_io_nr;
+
+use crate::iommufd::{Errno, UserMemory};
+
+// vmm-sys-util's macro makes functions in C's manner.
+#[allow(non_snake_case, missing_docs)]
+mod numbers {
+    use super::*;
+
+    ioctl_io_nr!(IOMMU_IOAS_ALLOW_IOVAS, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_ALLOW_IOVAS);
+    ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_IOVA_RANGES);
+    ioctl_io_nr!(IOMMU_IOAS_MAP, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_MAP);
+    ioctl_io_nr!(IOMMU_IOAS_MAP_FILE, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_MAP_FILE);
+    ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
+    ioctl_io_nr!(
+        IOMMU_HWPT_SET_DIRTY_TRACKING,
+        IOMMUFD_TYPE as u32,
+        IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING
+    );
+    ioctl_io_nr!(
+        IOMMU_HWPT_GET_DIRTY_BITMAP,
+        IOMMUFD_TYPE as u32,
+        IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP
+    );
+    ioctl_io_nr!(IOMMU_FAULT_QUEUE_ALLOC, IOMMUFD_TYPE as u32, IOMMUFD_CMD_FAULT_QUEUE_ALLOC);
+    ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE as u32, VFIO_BASE + 18);
+    ioctl_io_nr!(VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_TYPE as u32, VFIO_BASE + 19);
+    ioctl_io_nr!(VFIO_DEVICE_DETACH_IOMMUFD_PT, VFIO_TYPE as u32, VFIO_BASE + 20);
+}
+use numbers::*;
+
+/// What an ioctl returns here.
+type Result<T> = std::result::Result<T, Errno>;
+
+/// The size of a structure, as the uAPI wants it inside.
+pub(super) const fn size<T>() -> u32 {
+    // Every structure and entry of the uAPI is shorter than a page.
+    size_of::<T>() as u32
+}
+
+/// The error of this thread's last system call.
+fn last_errno() -> Errno {
+    Errno::from_raw(vmm_sys_util::errno::Error::last().errno())
+}
+
+/// The errno that an ioctl of `iommufd-ioctls` ended with.
+pub(super) fn errno_of(error: IommufdError) -> Errno {
+    let source = std::error::Error::source(&error);
+    let errno = source.and_then(|source| source.downcast_ref::<vmm_sys_util::errno::Error>());
+    errno.map_or(Errno::EIO, |error| Errno::from_raw(error.errno()))
+}
+
+/// What the kernel may write into.
+///
+/// # Safety
+/// A structure of numbers: any bits are a value of it.
+pub(super) unsafe trait HwInfoStructure {}
+
+// SAFETY: nothing, and structures of numbers.
+unsafe impl HwInfoStructure for () {}
+// SAFETY: see above.
+unsafe impl HwInfoStructure for iommu_hw_info_vtd {}
+// SAFETY: see above.
+unsafe impl HwInfoStructure for iommu_hw_info_arm_smmuv3 {}
+
+/// One ioctl with a structure that the kernel reads and writes.
+///
+/// # Safety
+/// `argument` is the structure of `request`, and whatever it points to is valid, for as long as the
+/// kernel uses it, for what the request does with it.
+unsafe fn call<T>(fd: &impl AsRawFd, request: libc::c_ulong, argument: &mut T) -> Result<()> {
+    // SAFETY: the caller's promise; the reference is valid for the call.
+    match unsafe { ioctl_with_mut_ref(fd, request, argument) } {
+        ..0 => Err(last_errno()),
+        _ => Ok(()),
+    }
+}
+
+/// A descriptor that the kernel has just given.
+fn new_file(fd: u32) -> Result<File> {
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: it is open, and nobody else knows of it yet.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// What [`IommuFd`] lacks. Pointers are slices and references here, so that no caller can name
+/// memory that is not there.
+pub(super) trait IommuFdExt {
+    /// `IOMMU_GET_HW_INFO`, with as much of the data as `data` has room for.
+    fn hw_info_of<T: HwInfoStructure>(&self, dev: u32, data: &mut T) -> Result<iommu_hw_info>;
+
+    /// `IOMMU_IOAS_ALLOW_IOVAS`.
+    fn allow_iommu_ioas_iovas(&self, ioas: u32, ranges: &[iommu_iova_range]) -> Result<()>;
+
+    /// `IOMMU_IOAS_IOVA_RANGES`: fills `ranges` as far as they go, and returns how many there are
+    /// and the alignment.
+    fn iommu_ioas_iova_ranges(
+        &self,
+        ioas: u32,
+        ranges: &mut [iommu_iova_range],
+    ) -> Result<(usize, u64)>;
+
+    /// `IOMMU_IOAS_MAP`; returns the IOVA. The memory has to stay mapped until it is unmapped from
+    /// the IOAS: the kernel may look for its pages at any time.
+    fn map_user_memory(&self, ioas: u32, flags: u32, memory: &UserMemory, iova: u64)
+        -> Result<u64>;
+
+    /// `IOMMU_IOAS_MAP_FILE`: `length` bytes of `file` from `start` on; returns the IOVA.
+    fn map_memory_file(
+        &self,
+        ioas: u32,
+        flags: u32,
+        file: &File,
+        start: u64,
+        length: u64,
+        iova: u64,
+    ) -> Result<u64>;
+
+    /// `IOMMU_IOAS_COPY`; `copy.dst_iova` is the IOVA when it returns.
+    fn copy_iommu_ioas(&self, copy: &mut iommu_ioas_copy) -> Result<()>;
+
+    /// `IOMMU_HWPT_SET_DIRTY_TRACKING`.
+    fn set_hwpt_dirty_tracking(&self, hwpt: u32, enable: bool) -> Result<()>;
+
+    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`. `bitmap` has to have a bit for each `page_size` of `length`:
+    /// `EFAULT` otherwise, as when the kernel runs off its end.
+    fn get_hwpt_dirty_bitmap(
+        &self,
+        range: iommu_hwpt_get_dirty_bitmap,
+        bitmap: &mut [u64],
+    ) -> Result<()>;
+
+    /// `IOMMU_FAULT_QUEUE_ALLOC`: its id and its file.
+    fn alloc_fault_queue(&self) -> Result<(u32, File)>;
+}
+
+impl IommuFdExt for IommuFd {
+    fn hw_info_of<T: HwInfoStructure>(&self, dev: u32, data: &mut T) -> Result<iommu_hw_info> {
+        let mut info = iommu_hw_info {
+            size: size::<iommu_hw_info>(),
+            dev_id: dev,
+            data_len: size::<T>(),
+            data_uptr: std::ptr::from_mut(data) as u64,
+            ..Default::default()
+        };
+        self.get_hw_info(&mut info).map_err(errno_of)?;
+        Ok(info)
+    }
+
+    fn allow_iommu_ioas_iovas(&self, ioas: u32, ranges: &[iommu_iova_range]) -> Result<()> {
+        let mut allow = iommu_ioas_allow_iovas {
+            size: size::<iommu_ioas_allow_iovas>(),
+            ioas_id: ioas,
+            num_iovas: ranges.len().try_into().map_err(|_| Errno::E2BIG)?,
+            allowed_iovas: ranges.as_ptr() as u64,
+            ..Default::default()
+        };
+        // SAFETY: the kernel reads `num_iovas` ranges.
+        unsafe { call(self, IOMMU_IOAS_ALLOW_IOVAS(), &mut allow) }
+    }
+
+    fn iommu_ioas_iova_ranges(
+        &self,
+        ioas: u32,
+        ranges: &mut [iommu_iova_range],
+    ) -> Result<(usize, u64)> {
+        let mut query = iommu_ioas_iova_ranges {
+            size: size::<iommu_ioas_iova_ranges>(),
+            ioas_id: ioas,
+            num_iovas: ranges.len().try_into().map_err(|_| Errno::E2BIG)?,
+            allowed_iovas: ranges.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        // SAFETY: the kernel writes at most `num_iovas` ranges, for which any bits are values.
+        match unsafe { call(self, IOMMU_IOAS_IOVA_RANGES(), &mut query) } {
+            Ok(()) | Err(Errno::EMSGSIZE) => {
+                Ok((query.num_iovas as usize, query.out_iova_alignment))
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn map_user_memory(
+        &self,
+        ioas: u32,
+        flags: u32,
+        memory: &UserMemory,
+        iova: u64,
+    ) -> Result<u64> {
+        let mut map = iommu_ioas_map {
+            size: size::<iommu_ioas_map>(),
+            flags,
+            ioas_id: ioas,
+            user_va: memory.user_va(),
+            length: memory.length(),
+            iova,
+            ..Default::default()
+        };
+        // SAFETY: the memory is a region of vm-memory's, which no Rust reference leads to: devices
+        // may write there as guests do. That it stays is the caller's promise, which no soundness
+        // hangs on: the kernel pins pages or refuses.
+        unsafe { call(self, IOMMU_IOAS_MAP(), &mut map) }?;
+        Ok(map.iova)
+    }
+
+    fn map_memory_file(
+        &self,
+        ioas: u32,
+        flags: u32,
+        file: &File,
+        start: u64,
+        length: u64,
+        iova: u64,
+    ) -> Result<u64> {
+        let mut map = iommu_ioas_map_file {
+            size: size::<iommu_ioas_map_file>(),
+            flags,
+            ioas_id: ioas,
+            fd: file.as_raw_fd(),
+            start,
+            length,
+            iova,
+        };
+        // SAFETY: it points to nothing; the kernel keeps the file for itself.
+        unsafe { call(self, IOMMU_IOAS_MAP_FILE(), &mut map) }?;
+        Ok(map.iova)
+    }
+
+    fn copy_iommu_ioas(&self, copy: &mut iommu_ioas_copy) -> Result<()> {
+        // SAFETY: it points to nothing.
+        unsafe { call(self, IOMMU_IOAS_COPY(), copy) }
+    }
+
+    fn set_hwpt_dirty_tracking(&self, hwpt: u32, enable: bool) -> Result<()> {
+        let mut set = iommu_hwpt_set_dirty_tracking {
+            size: size::<iommu_hwpt_set_dirty_tracking>(),
+            flags: if enable {
+                iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE
+            } else {
+                0
+            },
+            hwpt_id: hwpt,
+            ..Default::default()
+        };
+        // SAFETY: it points to nothing.
+        unsafe { call(self, IOMMU_HWPT_SET_DIRTY_TRACKING(), &mut set) }
+    }
+
+    fn get_hwpt_dirty_bitmap(
+        &self,
+        mut range: iommu_hwpt_get_dirty_bitmap,
+        bitmap: &mut [u64],
+    ) -> Result<()> {
+        range.size = size::<iommu_hwpt_get_dirty_bitmap>();
+        range.data = bitmap.as_mut_ptr() as u64;
+        let bits = range.length.checked_div(range.page_size).unwrap_or(0);
+        if bits.div_ceil(64) > bitmap.len() as u64 {
+            return Err(Errno::EFAULT);
+        }
+        // SAFETY: the kernel sets no bit but those of the range, which the bitmap was just seen to
+        // have.
+        unsafe { call(self, IOMMU_HWPT_GET_DIRTY_BITMAP(), &mut range) }
+    }
+
+    fn alloc_fault_queue(&self) -> Result<(u32, File)> {
+        let mut alloc =
+            iommu_fault_alloc { size: size::<iommu_fault_alloc>(), ..Default::default() };
+        // SAFETY: it points to nothing.
+        unsafe { call(self, IOMMU_FAULT_QUEUE_ALLOC(), &mut alloc) }?;
+        Ok((alloc.out_fault_id, new_file(alloc.out_fault_fd)?))
+    }
+}
+
+/// What a VFIO character device does with an iommufd (`linux/vfio.h`).
+pub(super) trait VfioCdev {
+    /// `VFIO_DEVICE_BIND_IOMMUFD`: the id of the device's object.
+    fn bind_iommufd(&self, iommufd: &IommuFd) -> Result<u32>;
+
+    /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`, of the device or of one of its PASIDs; the id of the HWPT
+    /// that serves.
+    fn attach_iommufd_pt(&self, pasid: Option<u32>, pt: u32) -> Result<u32>;
+
+    /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
+    fn detach_iommufd_pt(&self, pasid: Option<u32>) -> Result<()>;
+}
+
+impl VfioCdev for File {
+    fn bind_iommufd(&self, iommufd: &IommuFd) -> Result<u32> {
+        // As Linux knew it before it had tokens: any kernel with character devices takes it.
+        let mut bind = vfio_device_bind_iommufd {
+            argsz: std::mem::offset_of!(vfio_device_bind_iommufd, token_uuid_ptr) as u32,
+            iommufd: iommufd.as_raw_fd(),
+            ..Default::default()
+        };
+        // SAFETY: no flag says that the pointer is one.
+        unsafe { call(self, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) }?;
+        Ok(bind.out_devid)
+    }
+
+    fn attach_iommufd_pt(&self, pasid: Option<u32>, pt: u32) -> Result<u32> {
+        let mut attach = vfio_device_attach_iommufd_pt {
+            argsz: size::<vfio_device_attach_iommufd_pt>(),
+            flags: pasid.map_or(0, |_| VFIO_DEVICE_ATTACH_PASID),
+            pt_id: pt,
+            pasid: pasid.unwrap_or(0),
+        };
+        // SAFETY: it points to nothing.
+        unsafe { call(self, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut attach) }?;
+        Ok(attach.pt_id)
+    }
+
+    fn detach_iommufd_pt(&self, pasid: Option<u32>) -> Result<()> {
+        let detach = vfio_device_detach_iommufd_pt {
+            argsz: size::<vfio_device_detach_iommufd_pt>(),
+            flags: pasid.map_or(0, |_| VFIO_DEVICE_DETACH_PASID),
+            pasid: pasid.unwrap_or(0),
+        };
+        // SAFETY: the kernel reads the structure, which points to nothing.
+        match unsafe { ioctl_with_ref(self, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &detach) } {
+            ..0 => Err(last_errno()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The type that `IOMMU_GET_HW_INFO` gave.
+pub(super) fn hw_info_type(info: &iommu_hw_info) -> u32 {
+    // SAFETY: both names of the union are of a number of the same size.
+    unsafe { info.__bindgen_anon_1.out_data_type }
+}
+
+/// Whether `IOMMU_IOAS_MAP_FILE` takes `file`: memory of tmpfs (memfd, /dev/shm) or hugetlbfs.
+pub(super) fn is_memory_file(file: &File) -> bool {
+    // SAFETY: all bits zero are a value of this structure of numbers.
+    let mut status: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, and the structure there to be written.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut status) };
+    result == 0 && matches!(status.f_type, libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC)
+}

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Fault queues and vEVENTQs as files.
+//!
+//! A file is read as far as it goes, and what was read handed out one by one. Readiness comes from a
+//! thread that waits for the file; it is told under the lock of what was read, each time after a
+//! fresh look at the file, so that the last word is always the right one.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use iommufd_bindings::*;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::records::{self, Parse};
+use crate::iommufd::{
+    Errno, EventQueue, FaultQueue, HostError, ObjectId, PageRequestGroup, PageResponseCode,
+    Readiness, Result, Verb, Vevent,
+};
+
+/// How many bytes are read at once: whole numbers of page requests. A group of page requests that
+/// is longer cannot be read.
+const READ: usize = 1024 * records::PAGE_REQUEST;
+
+/// An open queue of `T`s.
+pub(super) struct Queue<T> {
+    object: ObjectId,
+    /// The verb that reading it is.
+    verb: Verb,
+    shared: Arc<Shared<T>>,
+    poller: Mutex<Option<Poller>>,
+}
+
+/// What the thread has, too.
+struct Shared<T> {
+    file: File,
+    parse: Parse<T>,
+    state: Mutex<State<T>>,
+}
+
+struct State<T> {
+    /// Read, and not handed out yet.
+    pending: VecDeque<T>,
+    buffer: Box<[u8]>,
+    watcher: Option<Arc<dyn Readiness>>,
+    /// What the watcher was told last.
+    told: bool,
+}
+
+impl<T> Shared<T> {
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads what there is. An interrupted read is tried again.
+    fn fill(&self, state: &mut State<T>) -> io::Result<()> {
+        let length = loop {
+            match (&self.file).read(&mut state.buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break 0,
+                result => break result?,
+            }
+        };
+        // A read gives no more than there is room for.
+        let records = (self.parse)(&state.buffer[..length]);
+        state.pending.extend(records.ok_or(io::ErrorKind::InvalidData)?);
+        Ok(())
+    }
+
+    /// Whether a read would give something.
+    fn readable(&self, state: &State<T>) -> bool {
+        !state.pending.is_empty() || is_readable(&self.file).unwrap_or(false)
+    }
+
+    /// Tells the watcher what is not what it was told last.
+    fn tell(&self, state: &mut State<T>, readable: bool) {
+        if let Some(watcher) = state.watcher.as_ref().filter(|_| state.told != readable) {
+            watcher.changed(readable);
+            state.told = readable;
+        }
+    }
+}
+
+/// Whether `file` polls as readable now.
+fn is_readable(file: &File) -> io::Result<bool> {
+    let epoll = Epoll::new()?;
+    epoll.ctl(ControlOperation::Add, file.as_raw_fd(), EpollEvent::new(EventSet::IN, FILE))?;
+    Ok(epoll.wait(0, &mut [EpollEvent::default()])? > 0)
+}
+
+impl<T: Send + 'static> Queue<T> {
+    /// The queue `object`, which `verb` reads from `file`.
+    pub fn new(object: ObjectId, verb: Verb, file: File, parse: Parse<T>) -> Self {
+        let buffer = vec![0; READ].into_boxed_slice();
+        let state = State { pending: VecDeque::new(), buffer, watcher: None, told: false };
+        let shared = Arc::new(Shared { file, parse, state: Mutex::new(state) });
+        Self { object, verb, shared, poller: Mutex::new(None) }
+    }
+
+    fn next(&self) -> Result<Option<T>> {
+        let mut state = self.shared.state();
+        if state.pending.is_empty() {
+            self.shared.fill(&mut state).map_err(|error| {
+                HostError::new(self.verb, self.object, Errno::EIO, format!("read: {error}"))
+            })?;
+        }
+        let next = state.pending.pop_front();
+        if next.is_none() {
+            self.shared.tell(&mut state, false);
+        }
+        Ok(next)
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        {
+            let mut state = self.shared.state();
+            let readable = self.shared.readable(&state);
+            watcher.changed(readable);
+            (state.watcher, state.told) = (Some(watcher), readable);
+        }
+        let mut poller = self.poller.lock().unwrap_or_else(PoisonError::into_inner);
+        if poller.is_none() {
+            match Poller::start(self.object, self.shared.clone()) {
+                Ok(started) => *poller = Some(started),
+                Err(error) => log::error!("queue {}: nobody waits for it: {error}", self.object),
+            }
+        }
+    }
+}
+
+impl<T> fmt::Debug for Queue<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue").field("object", &self.object).finish_non_exhaustive()
+    }
+}
+
+/// The thread that waits for a queue. Dropping it ends the thread, and with it the thread's hold on
+/// the file.
+struct Poller {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Which file has something.
+const FILE: u64 = 0;
+const STOP: u64 = 1;
+
+impl Poller {
+    fn start<T: Send + 'static>(object: ObjectId, shared: Arc<Shared<T>>) -> io::Result<Self> {
+        let stop = EventFd::new(0)?;
+        let epoll = Epoll::new()?;
+        // An edge each time that something is added, however much is there unread.
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, FILE);
+        epoll.ctl(ControlOperation::Add, shared.file.as_raw_fd(), event)?;
+        let event = EpollEvent::new(EventSet::IN, STOP);
+        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), event)?;
+        let name = format!("queue {object}");
+        let wait = move || {
+            if let Err(error) = wait(&epoll, &shared) {
+                log::error!("queue {object}: nobody waits for it any more: {error}");
+            }
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(wait)?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+/// Tells the watcher of `shared` whatever there is, until told to stop.
+fn wait<T>(epoll: &Epoll, shared: &Shared<T>) -> io::Result<()> {
+    let mut events = [EpollEvent::default(); 2];
+    loop {
+        let count = match epoll.wait(-1, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            result => result?,
+        };
+        if events.iter().take(count).any(|event| event.data() == STOP) {
+            return Ok(());
+        }
+        let mut state = shared.state();
+        if shared.readable(&state) {
+            shared.tell(&mut state, true);
+        }
+    }
+}
+
+impl Drop for Poller {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop.write(1) {
+            log::error!("the thread of a queue cannot be told to stop: {error}");
+            return;
+        }
+        let Some(thread) = self.thread.take() else { return };
+        // A watcher may drop the queue from inside its thread.
+        if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+            log::error!("the thread of a queue panicked");
+        }
+    }
+}
+
+impl FaultQueue for Queue<PageRequestGroup> {
+    fn object(&self) -> ObjectId {
+        self.object
+    }
+
+    fn next_group(&self) -> Result<Option<PageRequestGroup>> {
+        self.next()
+    }
+
+    fn respond(&self, cookie: u32, code: PageResponseCode) -> Result<()> {
+        let code = match code {
+            PageResponseCode::Success => iommufd_page_response_code_IOMMUFD_PAGE_RESP_SUCCESS,
+            PageResponseCode::Invalid => iommufd_page_response_code_IOMMUFD_PAGE_RESP_INVALID,
+        };
+        // struct iommu_hwpt_page_response
+        let mut response = [0; size_of::<iommu_hwpt_page_response>()];
+        let (first, second) = response.split_at_mut(size_of::<u32>());
+        first.copy_from_slice(&cookie.to_ne_bytes());
+        second.copy_from_slice(&code.to_ne_bytes());
+        (&self.shared.file).write_all(&response).map_err(|error| {
+            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+            let detail = match errno {
+                Errno::EINVAL => format!("no group {cookie} waits for an answer"),
+                _ => format!("group {cookie}: {error}"),
+            };
+            HostError::new(Verb::PageResponse, self.object, errno, detail)
+        })
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        self.watch(watcher);
+    }
+}
+
+impl EventQueue for Queue<Vevent> {
+    fn object(&self) -> ObjectId {
+        self.object
+    }
+
+    fn next_event(&self) -> Result<Option<Vevent>> {
+        self.next()
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        self.watch(watcher);
+    }
+}
+
+/// How events of a type (`enum iommu_veventq_type`) are taken apart, when their length is known.
+#[allow(non_upper_case_globals)] // bindgen's names
+pub(super) fn vevent_parser(kind: u32) -> Option<Parse<Vevent>> {
+    match kind {
+        iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3 => {
+            Some(records::vevents::<iommu_vevent_arm_smmuv3>)
+        }
+        iommu_veventq_type_IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV => {
+            Some(records::vevents::<iommu_vevent_tegra241_cmdqv>)
+        }
+        _ => None,
+    }
+}
