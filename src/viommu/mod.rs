@@ -7,6 +7,7 @@
 //! policy is applied to the host, and only then does the guest see it acknowledged.
 #![forbid(unsafe_code)]
 
+mod conflict;
 mod host_side;
 mod interrupts;
 mod memory;
@@ -16,6 +17,7 @@ pub(crate) mod ratelimit;
 pub mod smmuv3;
 pub mod vtd;
 
+pub use conflict::CapabilityConflict;
 pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError};
 pub use interrupts::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 pub use memory::{BadAddress, TableMemory};

@@ -11,7 +11,7 @@ use super::config::ConfigError;
 use super::devices::virtio::{DiskError, TapError};
 use super::exit_code;
 use super::memory::MemoryError;
-use crate::viommu::vtd::CapabilityConflict;
+use crate::viommu::CapabilityConflict;
 
 /// Why there is no machine, or not any more.
 #[derive(Debug, thiserror::Error)]

@@ -106,6 +106,15 @@ pub enum S1Format {
 }
 
 impl S1Format {
+    /// The two bits of S1Fmt.
+    pub const fn into_bits(self) -> u8 {
+        match self {
+            Self::Linear => 0,
+            Self::TwoLevel4K => 1,
+            Self::TwoLevel64K => 2,
+        }
+    }
+
     /// Bits of a SubstreamID that index a table of the second level; `None` for one level.
     pub const fn l2_index_bits(self) -> Option<u8> {
         match self {
@@ -125,6 +134,17 @@ pub enum DefaultSubstream {
     Bypass,
     /// 0b10: they have SubstreamID 0, which no transaction may bring.
     Substream0,
+}
+
+impl DefaultSubstream {
+    /// The two bits of S1DSS.
+    pub const fn into_bits(self) -> u8 {
+        match self {
+            Self::Terminate => 0,
+            Self::Bypass => 1,
+            Self::Substream0 => 2,
+        }
+    }
 }
 
 /// How ATS is served (STE.EATS).

@@ -7,6 +7,7 @@
 
 use super::config::{ConfigError, VtdConfig};
 use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::viommu::CapabilityConflict;
 
 /// Where the IVA and IOTLB registers stand, in 16 bytes.
 const IRO: u16 = 0x10;
@@ -40,18 +41,6 @@ pub struct HostUnit {
     /// The host walks second-stage tables of the guest on top of its own
     /// ([`crate::iommufd::Extensions::guest_second_stage`]). No register says so.
     pub guest_second_stage: bool,
-}
-
-/// A host unit cannot serve what the configuration asks for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the IOMMU of {device} lacks {bit}: {needed_for}")]
-pub struct CapabilityConflict {
-    /// A device behind the unit.
-    pub device: String,
-    /// The register and field, such as `ECAP.NEST`, or the host's ability.
-    pub bit: &'static str,
-    /// What the field is needed for, and what to change.
-    pub needed_for: String,
 }
 
 impl VtdConfig {

@@ -45,7 +45,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use caps::{Capabilities, CapabilityConflict, HostUnit};
+pub use caps::{Capabilities, HostUnit};
 pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
 pub use counters::VtdCounters;
 pub use events::EventRegisters;

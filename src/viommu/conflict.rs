@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What is asked of a virtual IOMMU and what a host unit can serve do not fit together.
+
+/// A host unit cannot serve what the configuration asks for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the IOMMU of {device} lacks {bit}: {needed_for}")]
+pub struct CapabilityConflict {
+    /// A device behind the unit.
+    pub device: String,
+    /// The register and field, such as `ECAP.NEST`, or the host's ability.
+    pub bit: &'static str,
+    /// What the field is needed for, and what to change.
+    pub needed_for: String,
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What virtual SMMUv3 to build.
+
+use crate::spec::smmuv3::translation::Granule;
+use crate::spec::smmuv3::SubstreamId;
+
+/// The largest queue that IDR1 may tell of, as binary logarithm of its entries (§6.3.2).
+const MAX_QUEUE_BITS: u8 = 19;
+/// The smallest queue that Linux's driver takes: more commands than one of its batches has.
+const MIN_QUEUE_BITS: u8 = 7;
+
+/// What the virtual SMMUv3 offers to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SmmuConfig {
+    /// Width of StreamIDs in bits, 1 to 32. 16 cover every PCI function of a segment.
+    pub stream_bits: u8,
+    /// Width of SubstreamIDs in bits, at most 20, 0 for none. `None`: what the hosts have.
+    pub substream_bits: Option<u8>,
+    /// Width of input addresses (VAX) in bits: 48, or 52 with the 64 KiB granule.
+    pub input_bits: u8,
+    /// Width of output addresses (OAS) in bits: 32, 36, 40, 42, 44, 48 or 52. They are GPAs.
+    pub output_bits: u8,
+    /// Offer the 4 KiB granule.
+    pub granule_4k: bool,
+    /// Offer the 16 KiB granule.
+    pub granule_16k: bool,
+    /// Offer the 64 KiB granule.
+    pub granule_64k: bool,
+    /// Offer 16 bits of ASID, not 8 (ASID16).
+    pub asid16: bool,
+    /// Offer 2-level tables of context descriptors (CD2L).
+    pub two_level_contexts: bool,
+    /// Offer invalidation by range (RIL).
+    pub range_invalidation: bool,
+    /// How little care block sizes may be changed with (BBML), 0 to 2.
+    pub break_before_make_level: u8,
+    /// Offer ATS. A device has it where its configuration space says so, too.
+    pub ats: bool,
+    /// Send interrupts as messages (MSI).
+    pub msi: bool,
+    /// Binary logarithm of the most entries of the command queue, 7 to 19.
+    pub command_queue_bits: u8,
+    /// Binary logarithm of the most entries of the event queue, 7 to 19.
+    pub event_queue_bits: u8,
+    /// Tell the guest that terminated transactions are always aborted (TERM_MODEL): it must ask for
+    /// that in each context descriptor.
+    pub always_abort: bool,
+    /// The host lets context descriptors stall transactions. Nobody could resume them, so that it
+    /// is told not to (S1STALLD), and the guest is not offered it.
+    pub host_stalls: bool,
+    /// The x of the SMMUv3.x that the guest is told of (AIDR).
+    pub minor_revision: u8,
+}
+
+impl Default for SmmuConfig {
+    fn default() -> Self {
+        Self {
+            stream_bits: 16,
+            substream_bits: None,
+            input_bits: 48,
+            output_bits: 48,
+            granule_4k: true,
+            granule_16k: true,
+            granule_64k: true,
+            asid16: true,
+            two_level_contexts: true,
+            range_invalidation: true,
+            break_before_make_level: 2,
+            ats: false,
+            msi: true,
+            // Linux makes queues as large as it may: 64 KiB of commands, 128 KiB of events.
+            command_queue_bits: 12,
+            event_queue_bits: 12,
+            always_abort: true,
+            host_stalls: false,
+            // The first with invalidation by range and levels of break-before-make.
+            minor_revision: 2,
+        }
+    }
+}
+
+/// A configuration that no virtual SMMUv3 can have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SmmuConfigError {
+    /// StreamIDs have 1 to 32 bits.
+    #[error("{0} StreamID bits are not possible; from 1 to 32 are")]
+    StreamBits(u8),
+    /// SubstreamIDs have at most 20 bits.
+    #[error("{0} SubstreamID bits are too many; the most is {max}", max = SubstreamId::BITS)]
+    SubstreamBits(u8),
+    /// Input addresses have 48 or 52 bits.
+    #[error("input addresses of {0} bits are not supported; they have 48 or 52")]
+    InputBits(u8),
+    /// The architecture has no such output address size.
+    #[error("output addresses of {0} bits are not possible; 32, 36, 40, 42, 44, 48 and 52 are")]
+    OutputBits(u8),
+    /// 52 bits exist with the 64 KiB granule only.
+    #[error("input addresses of 52 bits need the 64 KiB granule")]
+    WideWithoutGranule,
+    /// There would be no kind of translation table.
+    #[error("no translation granule is on; nothing could be translated")]
+    NoGranule,
+    /// BBML is 0 to 2.
+    #[error("break-before-make level {0} is reserved; 0, 1 and 2 exist")]
+    BreakBeforeMakeLevel(u8),
+    /// A queue is too small or too large.
+    #[error(
+        "a queue of at most 2^{0} entries is not possible; \
+         from 2^{MIN_QUEUE_BITS} to 2^{MAX_QUEUE_BITS} are"
+    )]
+    QueueBits(u8),
+}
+
+impl SmmuConfig {
+    /// Whether the parts fit together.
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn check(&self) -> Result<(), SmmuConfigError> {
+        if !(1..=32).contains(&self.stream_bits) {
+            return Err(SmmuConfigError::StreamBits(self.stream_bits));
+        }
+        if let Some(bits) = self.substream_bits {
+            if u32::from(bits) > SubstreamId::BITS {
+                return Err(SmmuConfigError::SubstreamBits(bits));
+            }
+        }
+        if !matches!(self.input_bits, 48 | 52) {
+            return Err(SmmuConfigError::InputBits(self.input_bits));
+        }
+        if self.oas().is_none() {
+            return Err(SmmuConfigError::OutputBits(self.output_bits));
+        }
+        if self.input_bits == 52 && !self.granule_64k {
+            return Err(SmmuConfigError::WideWithoutGranule);
+        }
+        if self.granules().next().is_none() {
+            return Err(SmmuConfigError::NoGranule);
+        }
+        if self.break_before_make_level > 2 {
+            return Err(SmmuConfigError::BreakBeforeMakeLevel(self.break_before_make_level));
+        }
+        for bits in [self.command_queue_bits, self.event_queue_bits] {
+            if !(MIN_QUEUE_BITS..=MAX_QUEUE_BITS).contains(&bits) {
+                return Err(SmmuConfigError::QueueBits(bits));
+            }
+        }
+        Ok(())
+    }
+
+    /// The granules that are offered.
+    pub(super) fn granules(&self) -> impl Iterator<Item = Granule> {
+        let offered = [self.granule_4k, self.granule_16k, self.granule_64k];
+        Granule::ALL.into_iter().zip(offered).filter_map(|(granule, on)| on.then_some(granule))
+    }
+
+    /// The encoding of the output address size; `None` where there is none.
+    pub(super) fn oas(&self) -> Option<u8> {
+        (0..8).find(|&bits| crate::spec::smmuv3::address_size(bits) == Some(self.output_bits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_possible() {
+        assert_eq!(SmmuConfig::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn impossible_configurations_are_refused_by_name() {
+        let with = |change: fn(&mut SmmuConfig)| {
+            let mut config = SmmuConfig::default();
+            change(&mut config);
+            config.check().unwrap_err()
+        };
+        assert_eq!(with(|c| c.stream_bits = 0), SmmuConfigError::StreamBits(0));
+        assert_eq!(with(|c| c.stream_bits = 33), SmmuConfigError::StreamBits(33));
+        assert_eq!(with(|c| c.substream_bits = Some(21)), SmmuConfigError::SubstreamBits(21));
+        assert_eq!(with(|c| c.input_bits = 39), SmmuConfigError::InputBits(39));
+        assert_eq!(with(|c| c.output_bits = 46), SmmuConfigError::OutputBits(46));
+        let wide = |c: &mut SmmuConfig| (c.input_bits, c.granule_64k) = (52, false);
+        assert_eq!(with(wide), SmmuConfigError::WideWithoutGranule);
+        let none = |c: &mut SmmuConfig| {
+            (c.granule_4k, c.granule_16k, c.granule_64k) = (false, false, false);
+        };
+        assert_eq!(with(none), SmmuConfigError::NoGranule);
+        let level = |c: &mut SmmuConfig| c.break_before_make_level = 3;
+        assert_eq!(with(level), SmmuConfigError::BreakBeforeMakeLevel(3));
+        assert_eq!(with(|c| c.command_queue_bits = 6), SmmuConfigError::QueueBits(6));
+        assert_eq!(with(|c| c.event_queue_bits = 20), SmmuConfigError::QueueBits(20));
+    }
+}
