@@ -9,6 +9,33 @@ pub(super) fn register(index: usize) -> u16 {
     BAR0 + 4 * index as u16
 }
 
+/// What a memory BAR is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryBar {
+    /// Bytes, a power of two.
+    pub size: u64,
+    /// Its address has 64 bits, and takes the next register too.
+    pub wide: bool,
+    /// Reads have no side effects.
+    pub prefetchable: bool,
+}
+
+impl MemoryBar {
+    /// The least there can be: the low four bits of a register say what kind of BAR it is.
+    pub const MIN_SIZE: u64 = 16;
+
+    /// The low four bits of its register (§7.5.1.2.1).
+    pub(super) fn kind(&self) -> u64 {
+        u64::from(self.wide) << 2 | u64::from(self.prefetchable) << 3
+    }
+
+    /// The bits of its address.
+    pub(super) fn address_mask(&self) -> u64 {
+        let width = if self.wide { u64::MAX } else { u32::MAX.into() };
+        width & !(self.size - 1)
+    }
+}
+
 /// Where a memory BAR is just now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarPlacement {
@@ -21,11 +48,10 @@ pub struct BarPlacement {
 }
 
 impl BarPlacement {
-    /// BAR `index` of `size` bytes whose register holds `value`.
-    pub(super) fn new(index: usize, value: u32, size: u32) -> Self {
-        // The low four bits say what kind of BAR it is; here they are always zero.
-        let start = u64::from(value & !0xf);
-        Self { index, start, last: start + u64::from(size) - 1 }
+    /// BAR `index` of `size` bytes at `start`, a multiple of that.
+    pub(super) fn new(index: usize, start: u64, size: u64) -> Self {
+        // Of a multiple of the size, no bit is among those that are set.
+        Self { index, start, last: start | (size - 1) }
     }
 
     /// The offset in the BAR of an access to `address`, when all of its `length` bytes lie in it.
@@ -38,6 +64,14 @@ impl BarPlacement {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_register_says_what_kind_it_is() {
+        let narrow = MemoryBar { size: 0x1000, wide: false, prefetchable: false };
+        assert_eq!((narrow.kind(), narrow.address_mask()), (0, 0xffff_f000));
+        let wide = MemoryBar { size: 1 << 33, wide: true, prefetchable: true };
+        assert_eq!((wide.kind(), wide.address_mask()), (0xc, !0 << 33));
+    }
 
     #[test]
     fn an_access_lies_in_the_bar_or_does_not() {

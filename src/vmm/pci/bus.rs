@@ -50,6 +50,12 @@ impl PciBus {
         self.update_decoders();
     }
 
+    /// The function at `bdf`.
+    #[cfg(test)]
+    pub(in crate::vmm) fn function(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
+        self.functions.get(&bdf).cloned()
+    }
+
     /// Software reads configuration space; a function that is not there reads as ones.
     pub fn read_config(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
         match self.functions.get(&bdf) {

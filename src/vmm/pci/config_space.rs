@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::bar::{self, BarPlacement};
+use super::bar::{self, BarPlacement, MemoryBar};
 use super::layout::*;
 
 /// Who a function says it is.
@@ -25,8 +25,8 @@ pub struct ConfigSpace {
     bytes: Box<[u8; CONFIG_SIZE]>,
     /// Bits that software may change.
     writable: Box<[u8; CONFIG_SIZE]>,
-    /// Sizes in bytes of the memory BARs; 0 for none.
-    bars: [u32; BARS],
+    /// The memory BARs, by their first register.
+    bars: [Option<MemoryBar>; BARS],
     /// Where the pointer to the next capability goes, and where that capability goes.
     capability: Place,
     extended_capability: Place,
@@ -47,7 +47,7 @@ impl ConfigSpace {
         let mut config = Self {
             bytes: Box::new([0; CONFIG_SIZE]),
             writable: Box::new([0; CONFIG_SIZE]),
-            bars: [0; BARS],
+            bars: [None; BARS],
             capability: Place { pointer: CAPABILITIES_POINTER, next: HEADER_END },
             // The first extended capability has a fixed place and nothing that points to it.
             extended_capability: Place { pointer: 0, next: EXTENDED_START },
@@ -63,6 +63,15 @@ impl ConfigSpace {
         config.allow(COMMAND, &command.into_bits().to_le_bytes());
         config.allow(INTERRUPT_LINE, &[0xff]);
         config
+    }
+
+    /// The configuration space of a function that is there already: `bytes` as software reads them,
+    /// and in `writable` the bits that it may change. There are no BARs, and no place for capabilities
+    /// besides those in `bytes`.
+    pub fn of_image(bytes: Box<[u8; CONFIG_SIZE]>, writable: Box<[u8; CONFIG_SIZE]>) -> Self {
+        let full = Place { pointer: 0, next: CONFIG_SIZE as u16 };
+        let bars = [None; BARS];
+        Self { bytes, writable, bars, capability: full, extended_capability: full }
     }
 
     /// Says which subsystem the function is, by its vendor and that one's own number.
@@ -86,14 +95,34 @@ impl ConfigSpace {
         self.put(offset, &value.to_le_bytes());
     }
 
+    /// Sets what software reads from the two bytes at `offset`, likewise.
+    pub fn set_u16(&mut self, offset: u16, value: u16) {
+        self.put(offset, &value.to_le_bytes());
+    }
+
+    /// Sets what software reads from the byte at `offset`, likewise.
+    pub fn set_u8(&mut self, offset: u16, value: u8) {
+        self.put(offset, &[value]);
+    }
+
     /// Gives the function memory BAR `index` (32 bits, not prefetchable) of `size` bytes, a power
     /// of two of at least 4096, at `address`.
     pub fn add_bar(&mut self, index: usize, size: u32, address: u32) {
-        debug_assert!(size.is_power_of_two() && size >= 4096 && index < BARS);
-        // The low bits read as zero whatever is written: that is how software learns the size.
-        self.put(bar::register(index), &address.to_le_bytes());
-        self.allow(bar::register(index), &(!(size - 1)).to_le_bytes());
-        self.bars[index] = size;
+        debug_assert!(size >= 4096);
+        let bar = MemoryBar { size: size.into(), wide: false, prefetchable: false };
+        self.add_memory_bar(index, bar, address.into());
+    }
+
+    /// Gives the function memory BAR `index` at `address`, a multiple of its size.
+    pub fn add_memory_bar(&mut self, index: usize, bar: MemoryBar, address: u64) {
+        debug_assert!(bar.size.is_power_of_two() && bar.size >= MemoryBar::MIN_SIZE);
+        debug_assert!(index + usize::from(bar.wide) < BARS);
+        // The low bits read as they are whatever is written: that is how software learns the size.
+        let (value, writable) = ((address | bar.kind()).to_le_bytes(), bar.address_mask());
+        let registers = if bar.wide { 8 } else { 4 };
+        self.put(bar::register(index), &value[..registers]);
+        self.allow(bar::register(index), &writable.to_le_bytes()[..registers]);
+        self.bars[index] = Some(bar);
     }
 
     /// Gives the function the interrupt pin INTA, which leads to `line`.
@@ -181,13 +210,19 @@ impl ConfigSpace {
         if !self.command().memory_space() {
             return Vec::new();
         }
-        (0..BARS)
-            .filter(|index| self.bars[*index] != 0)
-            .map(|index| BarPlacement::new(index, self.u32(bar::register(index)), self.bars[index]))
-            .collect()
+        let bars = self.bars.iter().enumerate();
+        bars.filter_map(|(index, bar)| {
+            let bar = bar.as_ref()?;
+            let register = bar::register(index);
+            let high = if bar.wide { self.u32(register + 4) } else { 0 };
+            let value = u64::from(high) << 32 | u64::from(self.u32(register));
+            Some(BarPlacement::new(index, value & bar.address_mask(), bar.size))
+        })
+        .collect()
     }
 
-    pub(super) fn u16(&self, offset: u16) -> u16 {
+    /// The two bytes at `offset`.
+    pub fn u16(&self, offset: u16) -> u16 {
         let mut bytes = [0; 2];
         self.read(offset, &mut bytes);
         u16::from_le_bytes(bytes)
@@ -261,6 +296,30 @@ mod tests {
         // BARs that are not there cannot be written.
         config.write(BAR0 + 4, &[0xff; 4]);
         assert_eq!(config.u32(BAR0 + 4), 0);
+    }
+
+    #[test]
+    fn a_wide_bar_has_two_registers() {
+        let mut config = config();
+        let bar = MemoryBar { size: 0x100, wide: true, prefetchable: true };
+        config.add_memory_bar(2, bar, 0x1_e000_0000);
+        config.write(COMMAND, &[2, 0]);
+        assert_eq!((config.u32(BAR0 + 8), config.u32(BAR0 + 12)), (0xe000_000c, 1));
+        assert_eq!(config.bar_placements(), [BarPlacement::new(2, 0x1_e000_0000, 0x100)]);
+        config.write(BAR0 + 8, &[0xff; 8]);
+        assert_eq!((config.u32(BAR0 + 8), config.u32(BAR0 + 12)), (0xffff_ff0c, u32::MAX));
+        // At the very end of the address space, where nothing answers.
+        assert_eq!(config.bar_placements()[0].last, u64::MAX);
+    }
+
+    #[test]
+    fn an_image_is_read_as_it_is_and_written_as_it_may_be() {
+        let (mut bytes, mut writable) = (Box::new([0; CONFIG_SIZE]), Box::new([0; CONFIG_SIZE]));
+        (bytes[0x40], bytes[4095], writable[0x40]) = (0x5a, 7, 0xf0);
+        let mut config = ConfigSpace::of_image(bytes, writable);
+        config.write(0x40, &[0xff; 2]);
+        assert_eq!((config.u16(0x40), config.u32(4092)), (0xfa, 7 << 24));
+        assert_eq!(config.bar_placements(), []);
     }
 
     #[test]

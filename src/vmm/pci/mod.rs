@@ -12,10 +12,10 @@ mod config_space;
 mod ecam;
 mod host_bridge;
 mod intx;
-mod layout;
+pub(in crate::vmm) mod layout;
 mod msix;
 
-pub use bar::BarPlacement;
+pub use bar::{BarPlacement, MemoryBar};
 pub use bus::{PciBus, PciFunction, PciMemory};
 pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
 pub use config_space::{ConfigSpace, Identity};

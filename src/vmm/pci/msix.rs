@@ -24,6 +24,11 @@ pub trait InterruptVector: Send + Sync {
 
     /// Sends the message.
     fn trigger(&self);
+
+    /// Whether something waits to be sent that the table does not know of.
+    fn is_pending(&self) -> bool {
+        false
+    }
 }
 
 /// An MSI-X capability.
@@ -59,6 +64,11 @@ impl MsixCapability {
         }
         let writable = changeable.into_bits().to_le_bytes();
         Self { offset: config.add_capability(CAPABILITY_MSIX, &body, &writable) }
+    }
+
+    /// The capability that `config` has at `offset`.
+    pub fn at(offset: u16) -> Self {
+        Self { offset }
     }
 
     /// Message control as software set it.
@@ -190,7 +200,10 @@ impl Msix {
                 return;
             };
             let bits = state.vectors.iter().skip(first).take(8).enumerate();
-            *byte = bits.fold(0, |byte, (bit, vector)| byte | u8::from(vector.pending) << bit);
+            *byte = bits.fold(0, |byte, (bit, vector)| {
+                let pending = vector.pending || vector.sender.is_pending();
+                byte | u8::from(pending) << bit
+            });
         }
     }
 
