@@ -11,6 +11,7 @@ use super::config::ConfigError;
 use super::devices::virtio::{DiskError, TapError};
 use super::exit_code;
 use super::memory::MemoryError;
+use super::vfio::VfioError;
 use crate::viommu::CapabilityConflict;
 
 /// Why there is no machine, or not any more.
@@ -84,6 +85,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// A device of the host's cannot be assigned.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// The virtual IOMMU or the host behind it cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
@@ -104,7 +108,7 @@ impl Error {
         match self {
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
             Self::Boot(_) | Self::Disk(_) | Self::Rng { .. } => exit_code::NO_INPUT,
-            Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Capability(_) => {
+            Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Capability(_) | Self::Vfio(_) => {
                 exit_code::UNAVAILABLE
             }
             Self::Kvm { .. }

@@ -31,6 +31,7 @@ mod stop;
 mod topology;
 pub mod trace;
 mod vcpu;
+pub mod vfio;
 
 pub use error::{Error, Result};
 pub use machine::Machine;

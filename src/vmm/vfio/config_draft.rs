@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest's configuration space in the making: the header and the body of each capability, taken
+//! from the device's with what the guest may not see or change left out.
+//!
+//! Offsets are of header registers, and of capabilities with the room that their list gives them:
+//! all that is written here lies in configuration space, whatever the device says.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use super::capabilities::Capability;
+use super::config_image::{LiveRange, MsixStructures};
+use crate::vmm::pci::layout::{
+    Command, MsiControl, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, REVISION_ID,
+    SUBSYSTEM_VENDOR_ID, VENDOR_ID,
+};
+use crate::vmm::pci::MsixControl;
+
+/// Cache line size.
+const CACHE_LINE_SIZE: u16 = 0x0c;
+
+/// PCI Express (§7.5.3), from the start of the capability: capabilities, device capabilities, device
+/// control.
+const EXPRESS_CAPABILITIES: u16 = 2;
+const EXPRESS_DEVICE_CAPABILITIES: u16 = 4;
+const EXPRESS_DEVICE_CONTROL: u16 = 8;
+/// Up to and with link status, which both versions of the capability have.
+const EXPRESS_LENGTH: u16 = 0x14;
+/// PCI Express capabilities: the version.
+const EXPRESS_VERSION: u16 = 0xf;
+/// PCI Express capabilities: a Root Complex Integrated Endpoint.
+const INTEGRATED_ENDPOINT: u16 = 9 << 4;
+/// Device capabilities that need no link: payload size, extended tags, role-based errors.
+const DEVICE_CAPABILITIES: u32 = 0b111 | 1 << 5 | 1 << 15;
+/// Device capabilities: function-level reset.
+const FLR_CAPABLE: u32 = 1 << 28;
+
+/// Power management (PCI PM 1.2 §3.2): capabilities, control and status.
+const POWER_CAPABILITIES: u16 = 2;
+const POWER_CONTROL: u16 = 4;
+const POWER_LENGTH: u16 = 8;
+/// The version, and whether the device needs initialisation of its own. No D1, no D2, no PME.
+const POWER_KEPT: u16 = 0b111 | 1 << 5;
+const POWER_STATE: u16 = 0b11;
+const NO_SOFT_RESET: u16 = 1 << 3;
+
+/// MSI message control: vectors can be masked one by one.
+const MSI_MASKABLE: u16 = 1 << 8;
+
+/// MSI-X (§7.7.2), from the start of the capability.
+const MSIX_TABLE: u16 = 4;
+const MSIX_PENDING: u16 = 8;
+const MSIX_LENGTH: u16 = 12;
+/// Table offset: the BAR.
+const MSIX_BAR: u32 = 0b111;
+
+/// See the [module](self).
+pub(super) struct Draft<'a> {
+    /// The device's configuration space.
+    pub device: &'a [u8; CONFIG_SIZE],
+    /// What the guest reads.
+    pub bytes: Box<[u8; CONFIG_SIZE]>,
+    /// What it may change.
+    pub writable: Box<[u8; CONFIG_SIZE]>,
+}
+
+impl<'a> Draft<'a> {
+    /// The header of `device`, which has INTA if `intx`. Nothing else is there yet.
+    pub fn new(device: &'a [u8; CONFIG_SIZE], intx: bool) -> Self {
+        let (bytes, writable) = (Box::new([0; CONFIG_SIZE]), Box::new([0; CONFIG_SIZE]));
+        let mut draft = Self { device, bytes, writable };
+        for register in [VENDOR_ID, REVISION_ID, SUBSYSTEM_VENDOR_ID] {
+            draft.copy(register..register + 4);
+        }
+        let command = Command::new()
+            .with_memory_space(true)
+            .with_bus_master(true)
+            .with_interrupt_disable(true);
+        draft.allow(COMMAND, &command.into_bits().to_le_bytes());
+        draft.allow(CACHE_LINE_SIZE, &[0xff]);
+        draft.allow(INTERRUPT_LINE, &[0xff]);
+        draft.put(INTERRUPT_PIN, &[intx.into()]);
+        draft
+    }
+
+    /// Sets what the guest reads.
+    pub fn put(&mut self, offset: u16, bytes: &[u8]) {
+        self.bytes[usize::from(offset)..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Sets what the guest may change.
+    fn allow(&mut self, offset: u16, mask: &[u8]) {
+        self.writable[usize::from(offset)..][..mask.len()].copy_from_slice(mask);
+    }
+
+    /// The guest reads `bytes` as they are now, and cannot change them.
+    pub fn copy(&mut self, bytes: Range<u16>) {
+        let range = usize::from(bytes.start)..usize::from(bytes.end);
+        self.bytes[range.clone()].copy_from_slice(&self.device[range]);
+    }
+
+    /// The device answers for `bytes`.
+    pub fn live(&mut self, bytes: Range<u16>) -> LiveRange {
+        self.writable[usize::from(bytes.start)..usize::from(bytes.end)].fill(0xff);
+        LiveRange { bytes, forwarded: true }
+    }
+
+    fn device_u16(&self, offset: u16) -> u16 {
+        let at = usize::from(offset);
+        u16::from_le_bytes([self.device[at], self.device[at + 1]])
+    }
+
+    /// Four bytes as the device has them.
+    pub fn device_u32(&self, offset: u16) -> u32 {
+        u32::from(self.device_u16(offset)) | u32::from(self.device_u16(offset + 2)) << 16
+    }
+
+    /// Lets the extended capability at `before` point to the one at `offset`.
+    pub fn link_extended(&mut self, before: u16, offset: u16) {
+        let at = usize::from(before);
+        // The low 20 bits are the ID and the version.
+        let pointer = (offset << 4).to_le_bytes();
+        self.bytes[at + 2] = self.bytes[at + 2] & 0xf | pointer[0];
+        self.bytes[at + 3] = pointer[1];
+    }
+
+    /// Power management of a device that stays in D0; `None` without room for it.
+    pub fn power(&mut self, Capability { offset, room, .. }: Capability) -> Option<()> {
+        if room < POWER_LENGTH {
+            return None;
+        }
+        let kept = self.device_u16(offset + POWER_CAPABILITIES) & POWER_KEPT;
+        self.put(offset + POWER_CAPABILITIES, &kept.to_le_bytes());
+        // It loses nothing on the way back to D0, as it never left.
+        self.put(offset + POWER_CONTROL, &NO_SOFT_RESET.to_le_bytes());
+        self.allow(offset + POWER_CONTROL, &POWER_STATE.to_le_bytes());
+        Some(())
+    }
+
+    /// PCI Express of a function on the root bus, which can be reset if `reset`. Says where device
+    /// control is; device status follows it.
+    pub fn express(
+        &mut self,
+        Capability { offset, room, .. }: Capability,
+        reset: bool,
+    ) -> Option<u16> {
+        if room < EXPRESS_LENGTH {
+            return None;
+        }
+        let version = self.device_u16(offset + EXPRESS_CAPABILITIES) & EXPRESS_VERSION;
+        let capabilities = version | INTEGRATED_ENDPOINT;
+        self.put(offset + EXPRESS_CAPABILITIES, &capabilities.to_le_bytes());
+        let kept = DEVICE_CAPABILITIES | if reset { FLR_CAPABLE } else { 0 };
+        let kept = self.device_u32(offset + EXPRESS_DEVICE_CAPABILITIES) & kept;
+        self.put(offset + EXPRESS_DEVICE_CAPABILITIES, &kept.to_le_bytes());
+        // The link's registers, and what version 2 has behind them, stay zero: there is no link.
+        Some(offset + EXPRESS_DEVICE_CONTROL)
+    }
+
+    /// MSI, disabled and without a message; `None` without room for it.
+    pub fn msi(&mut self, Capability { offset, room, .. }: Capability) -> Option<()> {
+        let control = self.device_u16(offset + 2);
+        let kept = MsiControl::from_bits(control);
+        let maskable = control & MSI_MASKABLE != 0;
+        // 2^5 vectors at the most; the values above are reserved.
+        let vectors = kept.multiple_message_capable().min(5);
+        let shown = MsiControl::new()
+            .with_multiple_message_capable(vectors)
+            .with_address_64(kept.address_64())
+            .into_bits()
+            | control & MSI_MASKABLE;
+        let address = if kept.address_64() { 8 } else { 4 };
+        // Data; then, if there are masks, two bytes of nothing, the masks and the pending bits.
+        let length = 4 + address + if maskable { 2 + 2 + 4 + 4 } else { 2 };
+        if room < length {
+            return None;
+        }
+        self.put(offset + 2, &shown.to_le_bytes());
+        let changeable = MsiControl::new().with_enable(true).with_multiple_message_enable(7);
+        self.allow(offset + 2, &changeable.into_bits().to_le_bytes());
+        // Messages are doublewords: the low two bits of the address are zero.
+        self.allow(offset + 4, &0xffff_fffc_u32.to_le_bytes());
+        self.allow(offset + 8, &[0xff; 4][..usize::from(address - 4)]);
+        self.allow(offset + 4 + address, &[0xff; 2]);
+        if maskable {
+            self.allow(offset + 8 + address, &[0xff; 4]);
+        }
+        Some(())
+    }
+
+    /// MSI-X, disabled; `None` without room for it.
+    pub fn msix(&mut self, Capability { offset, room, .. }: Capability) -> Option<MsixStructures> {
+        if room < MSIX_LENGTH {
+            return None;
+        }
+        let last = MsixControl::from_bits(self.device_u16(offset + 2)).table_size();
+        let shown = MsixControl::new().with_table_size(last);
+        self.put(offset + 2, &shown.into_bits().to_le_bytes());
+        let changeable = MsixControl::new().with_function_mask(true).with_enable(true);
+        self.allow(offset + 2, &changeable.into_bits().to_le_bytes());
+        self.copy(offset + MSIX_TABLE..offset + MSIX_LENGTH);
+        let place = |value: u32| ((value & MSIX_BAR) as usize, u64::from(value & !MSIX_BAR));
+        Some(MsixStructures {
+            offset,
+            vectors: last + 1,
+            table: place(self.device_u32(offset + MSIX_TABLE)),
+            pending: place(self.device_u32(offset + MSIX_PENDING)),
+        })
+    }
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Configuration space of a device, as the guest is to see it.
+//!
+//! What is in no capability that the guest sees, and not in the table below, reads as zero and cannot
+//! be written.
+//!
+//! | Register of the header | The guest sees | Because |
+//! |---|---|---|
+//! | vendor, device, class, revision, subsystem | the device's | its driver is found by them |
+//! | command | its own; memory space, bus master and INTx disable are forwarded | I/O ports lead nowhere here, and what else there is concerns the host's bus |
+//! | status | the device's, read only | errors are the host's to clear |
+//! | cache line size | its own | it means nothing to PCI Express |
+//! | header type | one function | the others are not assigned with it |
+//! | BARs | its own; none for I/O ports | the host's addresses are the host's |
+//! | expansion ROM | none | firmware would run it, and guests here have none |
+//! | capabilities pointer | the list that is left | see the tables of `capabilities.rs` |
+//! | interrupt line and pin | its own; INTA if the device has INTx | each function here is alone on its device |
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use super::capabilities::{
+    capabilities, extended_capabilities, treatment, Capability, Treatment, CAPABILITY_VPD,
+    EXTENDED_RULES, RULES,
+};
+use super::config_draft::Draft;
+use crate::vmm::pci::layout::{
+    CAPABILITIES_POINTER, CONFIG_SIZE, EXTENDED_START, STATUS, STATUS_CAPABILITIES,
+};
+use crate::vmm::pci::ConfigSpace;
+
+/// Header type.
+const HEADER_TYPE: usize = 0x0e;
+/// Header type: there is more than one function.
+const MULTI_FUNCTION: u8 = 0x80;
+/// VPD: address and data, behind the header.
+const VPD_LENGTH: u16 = 8;
+
+/// What the guest's configuration space is made of.
+#[derive(Debug)]
+pub struct ConfigImage {
+    /// The space, without BARs.
+    pub config: ConfigSpace,
+    /// Where the guest reads what the device says at that moment.
+    pub live: Vec<LiveRange>,
+    /// The MSI capability.
+    pub msi: Option<u16>,
+    /// The MSI-X capability.
+    pub msix: Option<MsixStructures>,
+    /// Device control of PCI Express, which can reset the function.
+    pub device_control: Option<u16>,
+}
+
+/// Bytes of configuration space that the device answers for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveRange {
+    /// Where.
+    pub bytes: Range<u16>,
+    /// What the guest writes goes to the device.
+    pub forwarded: bool,
+}
+
+/// Where the structures of MSI-X are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsixStructures {
+    /// The capability.
+    pub offset: u16,
+    /// How many vectors there are: 1 to 2048.
+    pub vectors: u16,
+    /// BAR of the table, and the offset in it.
+    pub table: (usize, u64),
+    /// BAR of the pending bits, and the offset in it.
+    pub pending: (usize, u64),
+}
+
+/// Why a device cannot be shown to a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Nothing answers.
+    #[error("its configuration space reads as ones: the device does not answer")]
+    NoAnswer,
+    /// A bridge.
+    #[error("it is a bridge (header type {0:#x}); only endpoints can be assigned")]
+    Bridge(u8),
+}
+
+impl ConfigImage {
+    /// What the guest sees of a device whose configuration space is `device`. It has the interrupt
+    /// pin if `intx`, and can be reset if `reset`.
+    ///
+    /// # Errors
+    /// It is nothing that a guest can have.
+    pub fn new(device: &[u8; CONFIG_SIZE], intx: bool, reset: bool) -> Result<Self, ConfigError> {
+        if device.starts_with(&[0xff; 4]) {
+            return Err(ConfigError::NoAnswer);
+        }
+        match device[HEADER_TYPE] & !MULTI_FUNCTION {
+            0 => {}
+            header_type => return Err(ConfigError::Bridge(header_type)),
+        }
+        let status = LiveRange { bytes: STATUS..STATUS + 2, forwarded: false };
+        let mut image = Self {
+            config: ConfigSpace::of_image(Box::new([0; CONFIG_SIZE]), Box::new([0; CONFIG_SIZE])),
+            live: vec![status],
+            msi: None,
+            msix: None,
+            device_control: None,
+        };
+        let mut draft = Draft::new(device, intx);
+        image.show_capabilities(&mut draft, reset);
+        image.show_extended_capabilities(&mut draft);
+        image.config = ConfigSpace::of_image(draft.bytes, draft.writable);
+        Ok(image)
+    }
+
+    fn show_capabilities(&mut self, draft: &mut Draft<'_>, reset: bool) {
+        let mut pointer = CAPABILITIES_POINTER;
+        for capability in capabilities(draft.device) {
+            if self.show(draft, capability, reset).is_some() {
+                // Those of this list are in the first 256 bytes, and have IDs of one byte.
+                let (offset, id) = (capability.offset, capability.id);
+                draft.put(pointer, &[offset as u8]);
+                draft.put(offset, &[id as u8, 0]);
+                draft.put(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
+                pointer = offset + 1;
+            }
+        }
+    }
+
+    /// Puts the body of `capability` into `draft`; `None` if the guest does not see it.
+    fn show(&mut self, draft: &mut Draft<'_>, capability: Capability, reset: bool) -> Option<()> {
+        let Capability { id, offset, room } = capability;
+        match treatment(RULES, id) {
+            Treatment::Hidden => return None,
+            Treatment::Constant => draft.copy(offset + 2..offset + room),
+            Treatment::Live => {
+                let length = match id == u16::from(CAPABILITY_VPD) {
+                    true => VPD_LENGTH,
+                    // A vendor's says how long it is, behind its header.
+                    false => (draft.device_u32(offset) >> 16 & 0xff) as u16,
+                };
+                let length = length.clamp(4, room);
+                self.live.push(draft.live(offset + 2..offset + length));
+            }
+            Treatment::Power => draft.power(capability)?,
+            Treatment::Express => {
+                let control = draft.express(capability, reset)?;
+                self.device_control = reset.then_some(control);
+                // Device control, and device status behind it.
+                self.live.push(draft.live(control..control + 4));
+            }
+            Treatment::Msi => {
+                draft.msi(capability)?;
+                self.msi = Some(offset);
+            }
+            Treatment::Msix => self.msix = Some(draft.msix(capability)?),
+        }
+        Some(())
+    }
+
+    fn show_extended_capabilities(&mut self, draft: &mut Draft<'_>) {
+        let mut last = None;
+        for Capability { id, offset, room } in extended_capabilities(draft.device) {
+            match treatment(EXTENDED_RULES, id) {
+                Treatment::Constant => draft.copy(offset + 4..offset + room),
+                Treatment::Live if room >= 8 => {
+                    // Its length is in the upper bits of what follows the header (§7.9.5, §7.9.6).
+                    let length = (draft.device_u32(offset + 4) >> 20) as u16;
+                    let length = length.clamp(8, room);
+                    self.live.push(draft.live(offset + 4..offset + length));
+                }
+                _ => continue,
+            }
+            let version = draft.device_u32(offset) & 0xf_0000;
+            draft.put(offset, &(version | u32::from(id)).to_le_bytes());
+            // The first has a fixed place: where it is hidden, there is one of ID 0, which is none.
+            let before = last.unwrap_or(EXTENDED_START);
+            if offset != before {
+                draft.link_extended(before, offset);
+            }
+            last = Some(offset);
+        }
+    }
+}

@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An assigned device as a PCI function of the guest.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+
+use super::bars::{memory_bars, DeviceBar, Lender, LentBars};
+use super::config_image::{ConfigImage, LiveRange, MsixStructures};
+use super::error::{VfioError, VfioProblem};
+use super::host_device::{HostDevice, Irq};
+use super::interrupts::{DeviceInterrupts, DeviceMsix};
+use super::intx::{EventLine, Intx};
+use super::msi::Msi;
+use super::region::Region;
+use super::vectors::{MakeVector, TableVector, Vectors};
+use crate::viommu::ratelimit::RateLimit;
+use crate::vmm::pci::layout::{
+    Command, BARS, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, STATUS, STATUS_CAPABILITIES,
+};
+use crate::vmm::pci::{
+    BarPlacement, ConfigSpace, InterruptVector, Msix, MsixCapability, PciFunction,
+};
+use crate::vmm::Result;
+
+/// Bytes of one entry of the table of MSI-X.
+const MSIX_ENTRY: u64 = 16;
+/// Device control of PCI Express (§7.5.3.4): reset the function.
+const INITIATE_FLR: u16 = 1 << 15;
+
+/// What a machine gives an assigned device.
+pub struct Surroundings<'a> {
+    /// A place on the bus for a BAR of so many bytes, a multiple of them.
+    pub place: &'a mut dyn FnMut(u64) -> Result<u64>,
+    /// Gives the guest memory of this process.
+    pub lender: Arc<dyn Lender>,
+    /// Makes vectors.
+    pub vectors: Arc<MakeVector>,
+    /// The line that INTA leads to, and the input of the PIC that it is.
+    pub line: &'a mut dyn FnMut() -> Result<(u8, Box<dyn EventLine>)>,
+    /// Bytes of a page of this host.
+    pub page: u64,
+    /// Answers whether BARs are where something answers.
+    pub answers: fn(&BarPlacement) -> bool,
+}
+
+/// The function. Dropping it stops and resets the device.
+///
+/// Lock order: configuration space, which is held for no call of the host's; the table of MSI-X; vectors.
+pub struct VfioPci {
+    /// In log lines.
+    name: String,
+    host: Arc<dyn HostDevice>,
+    config_region: Region,
+    config: Mutex<ConfigSpace>,
+    /// As a reset leaves it.
+    pristine: ConfigSpace,
+    live: Vec<LiveRange>,
+    device_control: Option<u16>,
+    regions: [Option<Region>; BARS],
+    lent: LentBars,
+    answers: fn(&BarPlacement) -> bool,
+    msix: Option<MsixStructures>,
+    interrupts: DeviceInterrupts,
+    complaints: RateLimit,
+}
+
+impl fmt::Debug for Surroundings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Surroundings").field("page", &self.page).finish_non_exhaustive()
+    }
+}
+
+impl VfioPci {
+    /// The function that `host` is, after a reset. `name` is what users and log lines call it.
+    ///
+    /// # Errors
+    /// It is nothing that a guest can have; VFIO or KVM refuse what it needs.
+    pub fn new(name: String, host: Arc<dyn HostDevice>, around: Surroundings<'_>) -> Result<Self> {
+        let problem = |problem: VfioProblem| VfioError::new(&name, problem);
+        let asking = |source| problem(VfioProblem::Call { what: "asking what it has", source });
+        if !host.can_reset() {
+            log::warn!("--vfio {name}: it cannot be reset, and may still do what it did before");
+        } else if let Err(error) = host.reset() {
+            log::warn!("--vfio {name}: reset: {error}; it may still do what it did before");
+        }
+
+        let config_region = host.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(asking)?;
+        let device = read_config(&*host, &config_region).map_err(asking)?;
+        let intx = host.irq(Irq::Intx).map_err(asking)?.count > 0
+            && device[usize::from(INTERRUPT_PIN)] != 0;
+        let image = ConfigImage::new(&device, intx, host.can_reset())
+            .map_err(|error| problem(VfioProblem::Config(error)))?;
+        let ConfigImage { mut config, live, msi, msix, device_control } = image;
+
+        let bars = memory_bars(&*host, &device).map_err(asking)?;
+        for DeviceBar { index, bar, .. } in &bars {
+            config.add_memory_bar(*index, *bar, (around.place)(bar.size)?);
+        }
+        let msix = msix.filter(|msix| {
+            let sound = structures_lie_in(&bars, msix);
+            if !sound {
+                log::warn!("--vfio {name}: its MSI-X table lies in no BAR; it gets no MSI-X");
+            }
+            sound
+        });
+
+        let intx = match intx {
+            true => {
+                let (line, wires) = (around.line)()?;
+                config.set_u8(INTERRUPT_LINE, line);
+                Some(Intx::new(host.clone(), wires))
+            }
+            false => None,
+        };
+        let messages = |irq, count| {
+            let info = host.irq(irq).map_err(asking)?;
+            Result::Ok(Vectors::new(host.clone(), irq, info, count, around.vectors.clone()))
+        };
+        let msi = match msi {
+            Some(offset) => Some(Msi { offset, vectors: messages(Irq::Msi, 32)? }),
+            None => None,
+        };
+        let table = match &msix {
+            Some(msix) => Some(device_msix(msix, messages(Irq::Msix, msix.vectors.into())?)),
+            None => None,
+        };
+
+        let trapped = |bar| trapped(msix.as_ref(), bar);
+        let lent = LentBars::new(&*host, &bars, &trapped, around.page, around.lender);
+        let mut regions = [const { None }; BARS];
+        for DeviceBar { index, region, .. } in bars {
+            if let Some(place) = regions.get_mut(index) {
+                *place = Some(region);
+            }
+        }
+        let function = Self {
+            name,
+            host,
+            config_region,
+            pristine: config.clone(),
+            config: Mutex::new(config),
+            live,
+            device_control,
+            regions,
+            lent,
+            answers: around.answers,
+            msix,
+            interrupts: DeviceInterrupts::new(intx, msi, table),
+            complaints: RateLimit::default(),
+        };
+        function.apply();
+        Ok(function)
+    }
+
+    fn space(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings the device, the guest's memory and the interrupts up to date with configuration space.
+    fn apply(&self) {
+        let config = self.space().clone();
+        let mut placements = config.bar_placements();
+        placements.retain(self.answers);
+        // The device stops answering only when the guest has its memory no more, and the other way
+        // round: whoever touched it in between would be stopped.
+        if !config.command().memory_space() {
+            self.lent.update(&placements);
+        }
+        self.forward(COMMAND, &config.u16(COMMAND).to_le_bytes());
+        self.lent.update(&placements);
+        self.interrupts.update(&config);
+    }
+
+    /// Resets the function, as the guest asked.
+    fn reset(&self) {
+        self.interrupts.disable();
+        self.lent.update(&[]);
+        if let Err(error) = self.host.reset() {
+            self.complaints.warn(format_args!("--vfio {}: reset: {error}", self.name));
+        }
+        *self.space() = self.pristine.clone();
+        self.apply();
+    }
+
+    /// Writes to the device's own configuration space.
+    fn forward(&self, offset: u16, data: &[u8]) {
+        if let Err(error) = self.host.write(&self.config_region, offset.into(), data) {
+            self.complaints
+                .warn(format_args!("--vfio {}: configuration {offset:#x}: {error}", self.name));
+        }
+    }
+
+    /// Whether the guest has just asked for a reset.
+    fn takes_reset(&self, written: &Range<u16>) -> bool {
+        let Some(control) = self.device_control else { return false };
+        // In the upper byte.
+        written.contains(&(control + 1)) && self.space().u16(control) & INITIATE_FLR != 0
+    }
+
+    /// What of the table of MSI-X is at `offset` of `bar`.
+    fn msix_at(&self, bar: usize, offset: u64) -> Option<(&Msix, MsixPart)> {
+        let (structures, msix) = (self.msix.as_ref()?, self.interrupts.msix.as_ref()?);
+        let inside = |(of, start): (usize, u64), length| {
+            let at = offset.checked_sub(start)?;
+            (of == bar && at < length).then_some(at)
+        };
+        let part =
+            inside(structures.table, table_length(structures)).map(MsixPart::Table).or_else(
+                || inside(structures.pending, pending_length(structures)).map(MsixPart::Pending),
+            )?;
+        Some((&msix.table, part))
+    }
+}
+
+/// A structure of MSI-X, and an offset in it.
+enum MsixPart {
+    Table(u64),
+    Pending(u64),
+}
+
+impl PciFunction for VfioPci {
+    fn config(&self) -> &Mutex<ConfigSpace> {
+        &self.config
+    }
+
+    fn config_reading(&self, offset: u16, length: usize) {
+        let read = range(offset, length);
+        for live in &self.live {
+            let bytes = overlap(&live.bytes, &read);
+            let mut data = vec![0; bytes.len()];
+            // What cannot be read stays as it was.
+            if !bytes.is_empty()
+                && self.host.read(&self.config_region, bytes.start.into(), &mut data).is_ok()
+            {
+                let mut config = self.space();
+                let capabilities = config.u16(STATUS) & STATUS_CAPABILITIES;
+                bytes.zip(data).for_each(|(offset, byte)| config.set_u8(offset, byte));
+                // There is a list if one is left.
+                let status = config.u16(STATUS) & !STATUS_CAPABILITIES | capabilities;
+                config.set_u16(STATUS, status);
+            }
+        }
+        if let Some(msi) = &self.interrupts.msi {
+            msi.show_pending(&mut self.space());
+        }
+    }
+
+    fn config_written(&self, offset: u16, length: usize) {
+        let written = range(offset, length);
+        if self.takes_reset(&written) {
+            self.reset();
+            return;
+        }
+        for live in self.live.iter().filter(|live| live.forwarded) {
+            let bytes = overlap(&live.bytes, &written);
+            if !bytes.is_empty() {
+                let mut data = vec![0; bytes.len()];
+                self.space().read(bytes.start, &mut data);
+                self.forward(bytes.start, &data);
+            }
+        }
+        self.apply();
+    }
+
+    fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {
+        match self.msix_at(bar, offset) {
+            Some((table, MsixPart::Table(offset))) => return table.read_table(offset, data),
+            Some((table, MsixPart::Pending(offset))) => return table.read_pending(offset, data),
+            None => {}
+        }
+        let region = self.regions.get(bar).and_then(Option::as_ref);
+        let read = region.map(|region| self.host.read(region, offset, data));
+        // As from a device that does not answer.
+        if !matches!(read, Some(Ok(()))) {
+            data.fill(0xff);
+        }
+    }
+
+    fn write_bar(&self, bar: usize, offset: u64, data: &[u8]) {
+        match self.msix_at(bar, offset) {
+            Some((table, MsixPart::Table(offset))) => return table.write_table(offset, data),
+            Some((_, MsixPart::Pending(_))) => return,
+            None => {}
+        }
+        let Some(region) = self.regions.get(bar).and_then(Option::as_ref) else { return };
+        if let Err(error) = self.host.write(region, offset, data) {
+            self.complaints
+                .warn(format_args!("--vfio {}: BAR {bar} at {offset:#x}: {error}", self.name));
+        }
+    }
+}
+
+impl Drop for VfioPci {
+    /// The guest is gone: nothing of the device reaches anybody any more.
+    fn drop(&mut self) {
+        self.interrupts.disable();
+        self.lent.update(&[]);
+        self.forward(COMMAND, &Command::new().into_bits().to_le_bytes());
+        if self.host.can_reset() {
+            if let Err(error) = self.host.reset() {
+                log::warn!("--vfio {}: reset: {error}; it may go on with what it did", self.name);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for VfioPci {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VfioPci")
+            .field("name", &self.name)
+            .field("lent", &self.lent)
+            .field("interrupts", &self.interrupts)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Configuration space as the device has it. One without extended configuration space has zeroes there.
+fn read_config(host: &dyn HostDevice, region: &Region) -> std::io::Result<Box<[u8; CONFIG_SIZE]>> {
+    let mut bytes = Box::new([0; CONFIG_SIZE]);
+    let length = region.size.min(CONFIG_SIZE as u64) as usize;
+    host.read(region, 0, &mut bytes[..length])?;
+    Ok(bytes)
+}
+
+fn device_msix(msix: &MsixStructures, vectors: Vectors) -> DeviceMsix {
+    let vectors = Arc::new(vectors);
+    let sender = |number| {
+        Arc::new(TableVector { vectors: vectors.clone(), number }) as Arc<dyn InterruptVector>
+    };
+    let table = Msix::new((0..msix.vectors.into()).map(sender).collect());
+    DeviceMsix { capability: MsixCapability::at(msix.offset), table, vectors }
+}
+
+fn table_length(msix: &MsixStructures) -> u64 {
+    MSIX_ENTRY * u64::from(msix.vectors)
+}
+
+/// One bit each, in doublewords of two.
+fn pending_length(msix: &MsixStructures) -> u64 {
+    u64::from(msix.vectors).div_ceil(64) * 8
+}
+
+/// The bytes of `bar` that are not the device's.
+fn trapped(msix: Option<&MsixStructures>, bar: usize) -> Vec<Range<u64>> {
+    let Some(msix) = msix else { return Vec::new() };
+    [(msix.table, table_length(msix)), (msix.pending, pending_length(msix))]
+        .into_iter()
+        .filter(|((of, _), _)| *of == bar)
+        .map(|((_, start), length)| start..start + length)
+        .collect()
+}
+
+/// Whether the table and the pending bits are where they can be reached.
+fn structures_lie_in(bars: &[DeviceBar], msix: &MsixStructures) -> bool {
+    [(msix.table, table_length(msix)), (msix.pending, pending_length(msix))].into_iter().all(
+        |((of, start), length)| {
+            let bar = bars.iter().find(|bar| bar.index == of);
+            // Offsets have 32 bits.
+            bar.is_some_and(|bar| start + length <= bar.bar.size)
+        },
+    )
+}
+
+/// The bytes of configuration space that an access has.
+fn range(offset: u16, length: usize) -> Range<u16> {
+    // An access has eight bytes at the most.
+    offset..offset.saturating_add(length as u16)
+}
+
+fn overlap(one: &Range<u16>, other: &Range<u16>) -> Range<u16> {
+    one.start.max(other.start)..one.end.min(other.end)
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! INTx of an assigned device: a level, made of two eventfds.
+//!
+//! VFIO writes the first when the device asserts its pin, and masks the pin. Whoever has the line
+//! asserts it, and at the guest's end of that interrupt deasserts it and writes the second, which
+//! unmasks the pin: if the device still asserts it, it all begins again.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::host_device::{HostDevice, Irq};
+use crate::viommu::ratelimit::RateLimit;
+
+/// A line that is asserted by an eventfd, until the guest's end of interrupt.
+pub trait EventLine: Send + Sync {
+    /// Written to assert it.
+    fn assert_event(&self) -> &EventFd;
+
+    /// Is written at the end of the interrupt, when the line is not asserted any more.
+    fn end_event(&self) -> &EventFd;
+
+    /// Deasserts it: nobody asserts it any more, whatever was written.
+    fn release(&self);
+}
+
+/// The pin of a device.
+pub struct Intx {
+    host: Arc<dyn HostDevice>,
+    line: Box<dyn EventLine>,
+    complaints: RateLimit,
+}
+
+impl Intx {
+    /// The pin of `host`, off, that leads to `line`.
+    pub fn new(host: Arc<dyn HostDevice>, line: Box<dyn EventLine>) -> Self {
+        Self { host, line, complaints: RateLimit::default() }
+    }
+
+    /// Switches it on.
+    pub fn enable(&self) {
+        let assert = [Some(self.line.assert_event())];
+        let result = self
+            .host
+            .set_triggers(Irq::Intx, 0, &assert)
+            .and_then(|()| self.host.set_intx_unmask(self.line.end_event()));
+        if let Err(error) = result {
+            self.complaints.warn(format_args!("INTx: switching on: {error}"));
+        }
+    }
+
+    /// Switches it off.
+    pub fn disable(&self) {
+        if let Err(error) = self.host.disable_irq(Irq::Intx) {
+            self.complaints.warn(format_args!("INTx: switching off: {error}"));
+        }
+        self.line.release();
+    }
+}
+
+impl fmt::Debug for Intx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Intx").field("host", &self.host).finish_non_exhaustive()
+    }
+}

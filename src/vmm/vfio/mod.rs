@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! PCI devices of the host assigned to the guest, through VFIO's character devices.
+//!
+//! [`VfioPci`] is the function that the guest sees. Its memory is the guest's own where the device
+//! and the page size allow, and trapped where MSI-X has its table; its configuration space is what
+//! [`config_image`] and [`capabilities`] say, each line of their tables with its reason; its
+//! interrupts go from VFIO to KVM by eventfds, through the same remapping as those of every device.
+//!
+//! Nobody here maps DMA: the device is bound and attached by the host side of its virtual IOMMU,
+//! which blocks it until the guest says otherwise. What VFIO refuses becomes [`VfioError`], one line
+//! that says what to do. What the guest does wrong is ignored as a device would, and logged with a
+//! limit. No P2P: BARs are not mapped in the IOMMU, so that a device cannot reach another's.
+//!
+//! Sources: Linux `include/uapi/linux/vfio.h` and `Documentation/driver-api/vfio.rst`; PCI Express
+//! Base Specification 6.0 (§7.5 headers and PCI Express, §7.7 MSI and MSI-X, §7.9 vendor's
+//! capabilities); PCI Power Management 1.2.
+
+pub mod bars;
+pub mod capabilities;
+mod config_draft;
+pub mod config_image;
+pub mod device_file;
+pub mod error;
+pub mod function;
+pub mod host_device;
+pub mod interrupts;
+pub mod intx;
+pub mod mapping;
+pub mod msi;
+pub mod region;
+pub mod sysfs;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+pub mod vectors;
+
+pub use bars::{Lender, Loan};
+pub use device_file::DeviceFile;
+pub use error::{VfioError, VfioProblem};
+pub use function::{Surroundings, VfioPci};
+pub use host_device::HostDevice;
+pub use intx::EventLine;
+pub use vectors::EventVector;

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A device in memory, and what stands around one in a machine, for tests.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use super::bars::{Lender, Loan};
+use super::host_device::{HostDevice, Irq, IrqInfo};
+use super::mapping::Mapping;
+use super::region::Region;
+use super::vectors::{EventVector, MakeVector};
+use crate::viommu::MsiMessage;
+use crate::vmm::pci::InterruptVector;
+
+/// A device whose regions are bytes, and which writes down what is done to its interrupts.
+#[derive(Debug, Default)]
+pub struct FakeDevice {
+    regions: BTreeMap<u32, (Region, Mutex<Vec<u8>>)>,
+    irqs: BTreeMap<Irq, IrqInfo>,
+    calls: Mutex<Vec<String>>,
+    refusal: Mutex<Option<i32>>,
+    pub cannot_reset: bool,
+}
+
+impl FakeDevice {
+    /// Adds a region that can be mapped, all of it or nothing.
+    pub fn add_region(&mut self, index: u32, size: u64, mappable: bool) {
+        let mappable = std::iter::once(0..size).filter(|_| mappable).collect();
+        let region = Region { index, size, offset: u64::from(index) << 40, mappable };
+        let bytes = Mutex::new(vec![0; size as usize]);
+        self.regions.insert(index, (region, bytes));
+    }
+
+    pub fn add_irq(&mut self, irq: Irq, count: u32) {
+        self.irqs.insert(irq, IrqInfo { count, fixed: false });
+    }
+
+    /// From now on calls for interrupts and resets fail.
+    pub fn refuse(&self, errno: i32) {
+        *self.refusal.lock().unwrap() = Some(errno);
+    }
+
+    pub fn put(&self, region: u32, offset: usize, bytes: &[u8]) {
+        self.regions[&region].1.lock().unwrap()[offset..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    pub fn get(&self, region: u32, offset: usize, length: usize) -> Vec<u8> {
+        self.regions[&region].1.lock().unwrap()[offset..][..length].to_vec()
+    }
+
+    /// What was done since the last time.
+    pub fn take_calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.calls.lock().unwrap())
+    }
+
+    fn call(&self, call: String) -> io::Result<()> {
+        self.calls.lock().unwrap().push(call);
+        match *self.refusal.lock().unwrap() {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl HostDevice for FakeDevice {
+    fn region(&self, index: u32) -> io::Result<Region> {
+        let empty = Region { index, ..Region::default() };
+        Ok(self.regions.get(&index).map_or(empty, |(region, _)| region.clone()))
+    }
+
+    fn read(&self, region: &Region, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        assert!(region.contains(offset, data.len()));
+        data.copy_from_slice(&self.get(region.index, offset as usize, data.len()));
+        Ok(())
+    }
+
+    fn write(&self, region: &Region, offset: u64, data: &[u8]) -> io::Result<()> {
+        assert!(region.contains(offset, data.len()));
+        self.put(region.index, offset as usize, data);
+        Ok(())
+    }
+
+    fn map(&self, region: &Region, offset: u64, length: u64) -> io::Result<Mapping> {
+        assert!(offset + length <= region.size);
+        let file = tempfile::tempfile()?;
+        file.set_len(length)?;
+        Mapping::new(&file, 0, length)
+    }
+
+    fn irq(&self, irq: Irq) -> io::Result<IrqInfo> {
+        Ok(self.irqs.get(&irq).copied().unwrap_or_default())
+    }
+
+    fn set_triggers(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()> {
+        let events = events.iter().map(|event| if event.is_some() { "on" } else { "off" });
+        let events = events.collect::<Vec<_>>().join(", ");
+        self.call(format!("{irq:?} {start}: [{events}]"))
+    }
+
+    fn set_intx_unmask(&self, _: &EventFd) -> io::Result<()> {
+        self.call("Intx unmask".into())
+    }
+
+    fn disable_irq(&self, irq: Irq) -> io::Result<()> {
+        self.call(format!("{irq:?} off"))
+    }
+
+    fn can_reset(&self) -> bool {
+        !self.cannot_reset
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.call("reset".into())
+    }
+}
+
+/// Vectors that write down their messages.
+#[derive(Debug, Default)]
+pub struct FakeVectors {
+    events: Mutex<Vec<EventFd>>,
+    updates: Arc<Mutex<Vec<String>>>,
+}
+
+struct FakeVector {
+    event: EventFd,
+    updates: Arc<Mutex<Vec<String>>>,
+}
+
+impl FakeVectors {
+    pub fn maker(self: &Arc<Self>) -> Arc<MakeVector> {
+        let all = self.clone();
+        Arc::new(move || {
+            let event = EventFd::new(EFD_NONBLOCK).unwrap();
+            all.events.lock().unwrap().push(event.try_clone().unwrap());
+            Ok(Arc::new(FakeVector { event, updates: all.updates.clone() }))
+        })
+    }
+
+    pub fn count(&self) -> usize {
+        self.events.lock().unwrap().len()
+    }
+
+    pub fn event(&self, number: usize) -> EventFd {
+        self.events.lock().unwrap()[number].try_clone().unwrap()
+    }
+
+    pub fn take_updates(&self) -> Vec<String> {
+        std::mem::take(&mut self.updates.lock().unwrap())
+    }
+}
+
+impl InterruptVector for FakeVector {
+    fn update(&self, message: Option<MsiMessage>) {
+        self.updates.lock().unwrap().push(match message {
+            Some(MsiMessage { address: 0, data }) => data.to_string(),
+            Some(MsiMessage { address, data }) => format!("{address:x}/{data}"),
+            None => "none".into(),
+        });
+    }
+
+    fn trigger(&self) {}
+
+    fn is_pending(&self) -> bool {
+        let Ok(count) = self.event.read() else { return false };
+        self.event.write(count).unwrap();
+        true
+    }
+}
+
+impl EventVector for FakeVector {
+    fn event(&self) -> &EventFd {
+        &self.event
+    }
+}
+
+/// A message to address 0.
+pub fn message(data: u32) -> Option<MsiMessage> {
+    Some(MsiMessage { address: 0, data })
+}
+
+/// Remembers what is lent.
+#[derive(Debug, Default)]
+pub struct FakeLender {
+    lent: Arc<Mutex<Vec<(u64, u64)>>>,
+    calls: Mutex<usize>,
+}
+
+struct FakeLoan(Arc<Mutex<Vec<(u64, u64)>>>, (u64, u64));
+
+impl FakeLender {
+    /// What is lent just now: address, length.
+    pub fn lent(&self) -> Vec<(u64, u64)> {
+        self.lent.lock().unwrap().clone()
+    }
+
+    pub fn calls(&self) -> usize {
+        *self.calls.lock().unwrap()
+    }
+}
+
+impl Lender for FakeLender {
+    fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>> {
+        let piece = (address, mapping.length());
+        *self.calls.lock().unwrap() += 1;
+        self.lent.lock().unwrap().push(piece);
+        Ok(Box::new(FakeLoan(self.lent.clone(), piece)))
+    }
+}
+
+impl Loan for FakeLoan {}
+
+impl Drop for FakeLoan {
+    fn drop(&mut self) {
+        self.0.lock().unwrap().retain(|piece| *piece != self.1);
+    }
+}

@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A whole assigned device, from the guest's side of the bus and the host's.
+
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use super::config_image::ConfigImage;
+use super::host_device::Irq;
+use super::testing::{FakeDevice, FakeLender, FakeVectors};
+use super::*;
+use crate::spec::pci::Bdf;
+use crate::vmm::pci::layout::CONFIG_SIZE;
+use crate::vmm::pci::{PciBus, PciFunction};
+
+const CONFIG: u32 = 7;
+const BDF: Bdf = Bdf::from_raw(8);
+/// Where the capabilities of [`nvme`] are.
+const POWER: u16 = 0x40;
+const MSI: u16 = 0x50;
+const EXPRESS: u16 = 0x80;
+const MSIX: u16 = 0xb0;
+const VENDOR: u16 = 0xc0;
+
+/// Something like an NVMe drive: 16 KiB of registers with MSI-X at 0x2000 and 0x3000 (16 vectors),
+/// every capability that is shown, and some that are not.
+fn nvme() -> FakeDevice {
+    let mut device = FakeDevice::default();
+    device.add_region(0, 0x4000, true);
+    device.add_region(CONFIG, CONFIG_SIZE as u64, false);
+    device.add_irq(Irq::Intx, 1);
+    device.add_irq(Irq::Msi, 1);
+    device.add_irq(Irq::Msix, 16);
+    for (offset, bytes) in [
+        (0x00, &[0x36, 0x1b, 0x10, 0x00, 0x07, 0x01, 0x18, 0xf9][..]),
+        (0x08, &[0x02, 0x02, 0x08, 0x01, 0x10, 0x20, 0x80, 0x00]),
+        (0x10, &[0x04, 0x00, 0xd0, 0xfe, 0x01]),
+        (0x2c, &[0xf4, 0x1a, 0x00, 0x11]),
+        (0x30, &[0x01, 0x00, 0xe0, 0xfe]),
+        (0x34, &[POWER as u8]),
+        (0x3c, &[0x0b, 0x02]),
+        (POWER, &[0x01, MSI as u8, 0xfb, 0xff, 0x00, 0x01, 0x00, 0x00]),
+        (MSI, &[0x05, 0x70, 0x80, 0x01]),
+        // Advanced features: hidden, and skipped.
+        (0x70, &[0x13, EXPRESS as u8, 0x06, 0x03]),
+        (EXPRESS, &[0x10, MSIX as u8, 0x02, 0x01, 0x25, 0x85, 0x00, 0x10, 0x10, 0x28]),
+        (EXPRESS + 0x0c, &[0x43, 0xfc, 0x03]),
+        (EXPRESS + 0x24, &[0x1f, 0x08]),
+        (MSIX, &[0x11, VENDOR as u8, 0x0f, 0x80, 0x00, 0x20, 0x00, 0x00, 0x00, 0x30]),
+        (VENDOR, &[0x09, 0x00, 0x08, 0x5a, 0x11, 0x22, 0x33, 0x44]),
+        // SR-IOV, then a serial number, then ATS.
+        (0x100, &[0x10, 0x00, 0x01, 0x20]),
+        (0x200, &[0x03, 0x00, 0x01, 0x30, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (0x300, &[0x0f, 0x00, 0x01, 0x00]),
+    ] {
+        device.put(CONFIG, offset.into(), bytes);
+    }
+    device
+}
+
+struct Line {
+    events: [EventFd; 2],
+    released: Arc<Mutex<u32>>,
+}
+
+impl EventLine for Line {
+    fn assert_event(&self) -> &EventFd {
+        &self.events[0]
+    }
+
+    fn end_event(&self) -> &EventFd {
+        &self.events[1]
+    }
+
+    fn release(&self) {
+        *self.released.lock().unwrap() += 1;
+    }
+}
+
+struct Machine {
+    device: Arc<FakeDevice>,
+    lender: Arc<FakeLender>,
+    vectors: Arc<FakeVectors>,
+    released: Arc<Mutex<u32>>,
+    bus: PciBus,
+}
+
+fn machine(device: FakeDevice) -> Machine {
+    let (device, lender) = (Arc::new(device), Arc::new(FakeLender::default()));
+    let (vectors, released) = (Arc::new(FakeVectors::default()), Arc::default());
+    let mut next = 0xe000_0000;
+    let function = VfioPci::new(
+        "0000:01:00.0".into(),
+        device.clone(),
+        Surroundings {
+            place: &mut |size| {
+                let at = u64::next_multiple_of(next, size);
+                next = at + size;
+                Ok(at)
+            },
+            lender: lender.clone(),
+            vectors: vectors.maker(),
+            line: &mut || {
+                let events = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+                Ok((10, Box::new(Line { events, released: Arc::clone(&released) })))
+            },
+            page: 0x1000,
+            answers: |bar| bar.start >= 0xe000_0000 && bar.last < 0xfec0_0000,
+        },
+    );
+    let mut bus = PciBus::default();
+    bus.insert(BDF, Arc::new(function.unwrap()));
+    Machine { device, lender, vectors, released, bus }
+}
+
+impl Machine {
+    fn read(&self, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        self.bus.read_config(BDF, offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&self, offset: u16, data: &[u8]) {
+        self.bus.write_config(BDF, offset, data);
+    }
+
+    fn function(&self) -> Arc<dyn PciFunction> {
+        self.bus.function(BDF).unwrap()
+    }
+
+    /// The command register as the device has it.
+    fn command(&self) -> u8 {
+        self.device.get(CONFIG, 4, 1)[0]
+    }
+}
+
+#[test]
+fn the_header_is_the_devices_and_the_rest_is_not() {
+    let machine = machine(nvme());
+    assert_eq!(machine.read(0x00), 0x0010_1b36);
+    assert_eq!(machine.read(0x08), 0x0108_0202);
+    assert_eq!(machine.read(0x0c), 0, "one function, no BIST");
+    assert_eq!(machine.read(0x2c), 0x1100_1af4);
+    assert_eq!(machine.read(0x30), 0, "no ROM");
+    assert_eq!(machine.read(0x3c), 0x010a, "INTA, and the machine's line");
+    // Sizing.
+    assert_eq!((machine.read(0x10), machine.read(0x14)), (0xe000_0004, 0));
+    machine.write(0x10, &[0xff; 4]);
+    machine.write(0x14, &[0xff; 4]);
+    assert_eq!((machine.read(0x10), machine.read(0x14)), (0xffff_c004, u32::MAX));
+    assert_eq!(machine.read(0x18), 0);
+    assert_eq!(
+        machine.device.get(CONFIG, 0x10, 5),
+        [4, 0, 0xd0, 0xfe, 1],
+        "nothing of it is forwarded"
+    );
+}
+
+#[test]
+fn the_list_has_what_works() {
+    let machine = machine(nvme());
+    let next = |at: u16| machine.read(at) as u16;
+    assert_eq!(machine.read(0x34), u32::from(POWER));
+    assert_eq!(next(POWER), MSI << 8 | 0x01);
+    assert_eq!(next(MSI), EXPRESS << 8 | 0x05);
+    assert_eq!(machine.read(0x70), 0);
+    assert_eq!(next(EXPRESS), MSIX << 8 | 0x10);
+    assert_eq!(next(MSIX), VENDOR << 8 | 0x11);
+    assert_eq!(next(VENDOR), 0x09);
+    // No D1, D2, PME; no soft reset; a state that is kept here.
+    assert_eq!(machine.read(POWER) >> 16, 0x23);
+    machine.write(POWER + 4, &[0xff; 4]);
+    assert_eq!(machine.read(POWER + 4), 0xb);
+    // An integrated endpoint, version 2, without a link; FLR as VFIO can reset it.
+    assert_eq!(machine.read(EXPRESS) >> 16, 0x92);
+    assert_eq!(machine.read(EXPRESS + 4), 0x1000_8025);
+    assert_eq!((machine.read(EXPRESS + 0xc), machine.read(EXPRESS + 0x24)), (0, 0));
+    // MSI-X disabled, though the device had it on.
+    assert_eq!(machine.read(MSIX) >> 16, 0x0f);
+    assert_eq!((machine.read(MSIX + 4), machine.read(MSIX + 8)), (0x2000, 0x3000));
+    // A capability of no kind, then the serial number, which is the last.
+    assert_eq!((machine.read(0x100), machine.read(0x200)), (0x2000_0000, 0x0001_0003));
+    assert_eq!((machine.read(0x204), machine.read(0x300)), (0x0403_0201, 0));
+}
+
+#[test]
+fn live_registers_are_the_devices() {
+    let machine = machine(nvme());
+    // Status: errors, and a list.
+    assert_eq!(machine.read(4) >> 16, 0xf918);
+    machine.device.put(CONFIG, 6, &[0x08, 0x00]);
+    assert_eq!(machine.read(4) >> 16, 0x0018, "with the list that the guest has");
+    machine.write(6, &[0xff, 0xff]);
+    assert_eq!(machine.device.get(CONFIG, 6, 2), [0x08, 0x00]);
+    // A vendor's own.
+    machine.write(VENDOR + 4, &[0xaa, 0xbb]);
+    assert_eq!(machine.device.get(CONFIG, (VENDOR + 4).into(), 4), [0xaa, 0xbb, 0x33, 0x44]);
+    machine.device.put(CONFIG, (VENDOR + 6).into(), &[0x77]);
+    assert_eq!(machine.read(VENDOR + 4), 0x4477_bbaa);
+    // Device control.
+    machine.write(EXPRESS + 8, &[0x1f, 0x20]);
+    assert_eq!(machine.device.get(CONFIG, (EXPRESS + 8).into(), 2), [0x1f, 0x20]);
+    // Others are not.
+    machine.write(0xf0, &[0xff; 4]);
+    assert_eq!((machine.read(0xf0), machine.device.get(CONFIG, 0xf0, 4)), (0, vec![0; 4]));
+}
+
+#[test]
+fn memory_is_lent_while_the_bar_answers() {
+    let machine = machine(nvme());
+    assert_eq!((machine.lender.lent(), machine.command() & 7), (vec![], 0));
+    machine.write(4, &[6, 0]);
+    assert_eq!(machine.lender.lent(), [(0xe000_0000, 0x2000)], "without the pages of MSI-X");
+    assert_eq!(machine.command(), 6);
+    // Sizing does not lend it at the end of the address space.
+    machine.write(0x10, &[0xff; 4]);
+    assert_eq!(machine.lender.lent(), []);
+    machine.write(0x10, &0xe080_0000u32.to_le_bytes());
+    assert_eq!(machine.lender.lent(), [(0xe080_0000, 0x2000)]);
+    machine.write(4, &[4, 0]);
+    assert_eq!((machine.lender.lent(), machine.command()), (vec![], 4));
+}
+
+#[test]
+fn what_is_not_lent_is_trapped() {
+    let machine = machine(nvme());
+    let function = machine.function();
+    machine.device.put(0, 0x1004, &[1, 2, 3, 4]);
+    let mut data = [0; 4];
+    function.read_bar(0, 0x1004, &mut data);
+    assert_eq!(data, [1, 2, 3, 4]);
+    function.write_bar(0, 0x2100, &[5, 6]);
+    assert_eq!(machine.device.get(0, 0x2100, 2), [5, 6], "behind the table");
+    // The table is here.
+    function.write_bar(0, 0x2000, &[0xf0; 4]);
+    function.read_bar(0, 0x2000, &mut data);
+    assert_eq!((data, machine.device.get(0, 0x2000, 4)), ([0xf0; 4], vec![0; 4]));
+    function.write_bar(0, 0x3000, &[0xff; 4]);
+    assert_eq!(machine.device.get(0, 0x3000, 4), [0; 4]);
+    // A BAR that there is not.
+    function.read_bar(4, 0, &mut data);
+    assert_eq!(data, [0xff; 4]);
+}
+
+#[test]
+fn one_kind_of_interrupt_is_on_at_a_time() {
+    let machine = machine(nvme());
+    assert_eq!(machine.device.take_calls(), ["reset", "Intx 0: [on]", "Intx unmask"]);
+    machine.write(MSIX + 2, &[0x0f, 0xc0]);
+    assert_eq!(machine.device.take_calls(), ["Intx off", "Msix 0: [off]"]);
+    assert_eq!(*machine.released.lock().unwrap(), 1);
+    let function = machine.function();
+    // Vector 1: address, data, unmasked; then all of them unmasked.
+    for (offset, value) in [(0x10, 0xfee0_0000u32), (0x18, 0x41), (0x1c, 0)] {
+        function.write_bar(0, 0x2000 + offset, &value.to_le_bytes());
+    }
+    assert!(machine.device.take_calls().is_empty());
+    machine.write(MSIX + 2, &[0x0f, 0x80]);
+    assert_eq!(machine.device.take_calls(), ["Msix 1: [on]"]);
+    assert_eq!(machine.vectors.take_updates(), ["fee00000/65"]);
+    // Masked: what comes is pending, and VFIO is not told.
+    function.write_bar(0, 0x201c, &[1, 0, 0, 0]);
+    machine.vectors.event(0).write(1).unwrap();
+    let mut pending = [0];
+    function.read_bar(0, 0x3000, &mut pending);
+    assert_eq!((pending, machine.vectors.take_updates()), ([2], vec!["none".to_owned()]));
+    machine.write(MSI + 2, &[1, 0]);
+    assert!(machine.device.take_calls().is_empty(), "MSI-X goes before MSI");
+    machine.write(MSIX + 2, &[0, 0]);
+    assert_eq!(machine.device.take_calls(), ["Msix off", "Msi 0: [off]", "Msi 0: [on]"]);
+    machine.write(MSI + 2, &[0, 0]);
+    assert_eq!(machine.device.take_calls(), ["Msi off", "Intx 0: [on]", "Intx unmask"]);
+}
+
+#[test]
+fn the_guest_can_reset_the_function() {
+    let machine = machine(nvme());
+    machine.write(4, &[6, 0]);
+    machine.write(MSIX + 2, &[0, 0x80]);
+    machine.write(0x10, &0xe080_0000u32.to_le_bytes());
+    machine.device.take_calls();
+    machine.write(EXPRESS + 8, &[0x10, 0xa8]);
+    assert_eq!(machine.device.take_calls(), ["Msix off", "reset", "Intx 0: [on]", "Intx unmask"]);
+    assert_eq!((machine.read(4) & 0xffff, machine.command()), (0, 0));
+    assert_eq!((machine.read(0x10), machine.read(MSIX) >> 31), (0xe000_0004, 0));
+    assert_eq!(machine.lender.lent(), []);
+    assert_eq!(machine.read(EXPRESS + 8) & 0x8000, 0);
+}
+
+#[test]
+fn a_device_that_is_let_go_is_quiet() {
+    let Machine { device, lender, bus, .. } = machine(nvme());
+    bus.write_config(BDF, 4, &[6, 0]);
+    device.take_calls();
+    drop(bus);
+    assert_eq!(device.take_calls(), ["Intx off", "reset"]);
+    assert_eq!((device.get(CONFIG, 4, 1), lender.lent()), (vec![0], vec![]));
+}
+
+#[test]
+fn a_device_that_cannot_be_reset_has_no_flr() {
+    let mut device = nvme();
+    device.cannot_reset = true;
+    let machine = machine(device);
+    assert_eq!(machine.read(EXPRESS + 4), 0x8025);
+    assert!(!machine.device.take_calls().contains(&"reset".to_owned()));
+}
+
+#[test]
+fn what_is_no_endpoint_is_refused() {
+    let mut space = [0xff; CONFIG_SIZE];
+    let refused = |space: &[u8; CONFIG_SIZE]| ConfigImage::new(space, true, true).unwrap_err();
+    assert!(refused(&space).to_string().contains("does not answer"));
+    space = [0; CONFIG_SIZE];
+    space[0x0e] = 0x81;
+    assert!(refused(&space).to_string().contains("a bridge"));
+}
+
+#[test]
+fn a_table_in_no_bar_is_not_used() {
+    let device = nvme();
+    device.put(CONFIG, (MSIX + 4).into(), &[0x02, 0x20]);
+    let machine = machine(device);
+    machine.write(MSIX + 2, &[0, 0x80]);
+    assert_eq!(machine.device.take_calls(), ["reset", "Intx 0: [on]", "Intx unmask"]);
+    machine.write(4, &[2, 0]);
+    assert_eq!(machine.lender.lent(), [(0xe000_0000, 0x4000)]);
+}
+
+mod random {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever a device says of itself and a guest writes, nothing panics, and nothing is lent
+        /// but what the BAR has.
+        #[test]
+        fn any_device_and_any_guest(
+            head in prop::collection::vec(any::<u8>(), 256),
+            tail in prop::collection::vec(any::<u8>(), 64),
+            writes in prop::collection::vec((0u16..0x1000, any::<u32>(), 1usize..5), 0..32),
+            accesses in prop::collection::vec((0usize..7, any::<u64>(), 1usize..9), 0..16),
+        ) {
+            let device = nvme();
+            device.put(CONFIG, 0, &head);
+            device.put(CONFIG, 0x100, &tail);
+            // An endpoint with a list and a memory BAR.
+            device.put(CONFIG, 0, &[0x36, 0x1b]);
+            device.put(CONFIG, 6, &[0x10]);
+            device.put(CONFIG, 0x0e, &[0]);
+            device.put(CONFIG, 0x10, &[4]);
+            let machine = machine(device);
+            for (offset, value, length) in writes {
+                let offset = offset.min(0x1000 - length as u16);
+                machine.write(offset, &value.to_le_bytes()[..length]);
+                machine.read(offset & 0xffc);
+            }
+            let function = machine.function();
+            for (bar, offset, length) in accesses {
+                let offset = offset % (0x4000 - length as u64);
+                let mut data = [0; 8];
+                function.read_bar(bar, offset, &mut data[..length]);
+                function.write_bar(bar, offset, &data[..length]);
+            }
+            for (address, length) in machine.lender.lent() {
+                prop_assert!((0xe000_0000..0xfec0_0000).contains(&address) && length <= 0x4000);
+            }
+        }
+    }
+}
