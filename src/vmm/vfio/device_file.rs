@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
     vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info, VFIO_BASE,
@@ -40,10 +41,10 @@ mod request {
 /// More than what the kernel says of any region, in bytes.
 const LONGEST_INFO: u32 = 64 << 10;
 
-/// An open VFIO PCI device, bound to an iommufd. Dropping it closes this descriptor of it.
+/// An open VFIO PCI device, bound to an iommufd. While it lives, so does the binding.
 #[derive(Debug)]
 pub struct DeviceFile {
-    file: File,
+    file: Arc<File>,
     can_reset: bool,
 }
 
@@ -52,11 +53,11 @@ impl DeviceFile {
     ///
     /// # Errors
     /// What VFIO says; `ENOTSUP` when it is no PCI device.
-    pub fn new(file: File) -> io::Result<Self> {
+    pub fn new(file: Arc<File>) -> io::Result<Self> {
         let argsz = size_of::<vfio_device_info>() as u32;
         let mut info = vfio_device_info { argsz, ..vfio_device_info::default() };
         // SAFETY: the kernel writes no more than `argsz` bytes, which `info` has.
-        check(unsafe { ioctl_with_mut_ref(&file, VFIO_DEVICE_GET_INFO(), &mut info) })?;
+        check(unsafe { ioctl_with_mut_ref(&*file, VFIO_DEVICE_GET_INFO(), &mut info) })?;
         if info.flags & VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(io::Error::from_raw_os_error(libc::ENOTSUP));
         }
@@ -79,7 +80,7 @@ impl DeviceFile {
         let set: Vec<u32> = fields.into_iter().chain(descriptors).collect();
         // SAFETY: `set` is `argsz` bytes, aligned as a `vfio_irq_set` is, and only read.
         let left =
-            check(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), set.as_ptr()) })?;
+            check(unsafe { ioctl_with_ptr(&*self.file, VFIO_DEVICE_SET_IRQS(), set.as_ptr()) })?;
         // The kernel says how many vectors it has when those are too few.
         if left > 0 {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
@@ -93,7 +94,9 @@ impl HostDevice for DeviceFile {
         let argsz = size_of::<vfio_region_info>() as u32;
         let mut info = vfio_region_info { argsz, index, ..vfio_region_info::default() };
         // SAFETY: the kernel writes no more than `argsz` bytes, which `info` has.
-        check(unsafe { ioctl_with_mut_ref(&self.file, VFIO_DEVICE_GET_REGION_INFO(), &mut info) })?;
+        check(unsafe {
+            ioctl_with_mut_ref(&*self.file, VFIO_DEVICE_GET_REGION_INFO(), &mut info)
+        })?;
         if info.argsz <= argsz || info.argsz > LONGEST_INFO {
             return Ok(Region::new(&info, &[]));
         }
@@ -105,7 +108,7 @@ impl HostDevice for DeviceFile {
         // is aligned as one; the kernel writes no more than that. Any bits are a `vfio_region_info`.
         let info = unsafe {
             head.write(asked);
-            check(ioctl_with_mut_ptr(&self.file, VFIO_DEVICE_GET_REGION_INFO(), head))?;
+            check(ioctl_with_mut_ptr(&*self.file, VFIO_DEVICE_GET_REGION_INFO(), head))?;
             head.read()
         };
         let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_ne_bytes).collect();
@@ -130,7 +133,7 @@ impl HostDevice for DeviceFile {
         let argsz = size_of::<vfio_irq_info>() as u32;
         let mut info = vfio_irq_info { argsz, index: irq as u32, ..vfio_irq_info::default() };
         // SAFETY: the kernel writes no more than `argsz` bytes, which `info` has.
-        check(unsafe { ioctl_with_mut_ref(&self.file, VFIO_DEVICE_GET_IRQ_INFO(), &mut info) })?;
+        check(unsafe { ioctl_with_mut_ref(&*self.file, VFIO_DEVICE_GET_IRQ_INFO(), &mut info) })?;
         Ok(IrqInfo { count: info.count, fixed: info.flags & VFIO_IRQ_INFO_NORESIZE != 0 })
     }
 
@@ -157,7 +160,7 @@ impl HostDevice for DeviceFile {
 
     fn reset(&self) -> io::Result<()> {
         // SAFETY: the call has no argument.
-        check(unsafe { ioctl(&self.file, VFIO_DEVICE_RESET()) }).map(drop)
+        check(unsafe { ioctl(&*self.file, VFIO_DEVICE_RESET()) }).map(drop)
     }
 }
 
@@ -182,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_device_is_none() {
-        let error = DeviceFile::new(tempfile::tempfile().unwrap()).unwrap_err();
+        let error = DeviceFile::new(Arc::new(tempfile::tempfile().unwrap())).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
     }
 
