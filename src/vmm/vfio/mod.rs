@@ -28,7 +28,6 @@ pub mod intx;
 pub mod mapping;
 pub mod msi;
 pub mod region;
-pub mod sysfs;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
