@@ -69,21 +69,30 @@ static void raise(void)
     write32(DEVICE->registers + EDU_IRQ_RAISE, 1);
 }
 
-// The device's interrupt comes as `vector`, and leaves no record.
-static bool arrives(unsigned vector)
+// The device's interrupt comes as `vector`, up to `times` times, and leaves no record.
+static bool arrives_up_to(u32 times, unsigned vector)
 {
     bool arrived;
+    u32 all;
 
     raise();
     arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI) + interrupt_count(VECTOR_OTHER));
     write32(DEVICE->registers + EDU_IRQ_ACK, 1);
+    all = interrupt_count(VECTOR_EDU_MSI) + interrupt_count(VECTOR_OTHER);
     if (!arrived)
         check_fail("the interrupt does not arrive");
-    else if (interrupt_count(vector) != 1)
-        check_fail("the interrupt arrives as another than %u", vector);
+    else if (interrupt_count(vector) != all || all > times)
+        check_fail("%u times vector %u, %u times vector %u, instead of %u times vector %u",
+                   interrupt_count(VECTOR_EDU_MSI), VECTOR_EDU_MSI, interrupt_count(VECTOR_OTHER),
+                   VECTOR_OTHER, times, vector);
     else if (fault_pending() != 0)
         check_fail("%u fault records", fault_pending());
     return !check_is_over();
+}
+
+static bool arrives(unsigned vector)
+{
+    return arrives_up_to(1, vector);
 }
 
 // The device's interrupt is blocked, and one record says why.
@@ -269,8 +278,18 @@ static void intx(void)
     entry_set(INDEX, VECTOR_EDU_INTX, IRTE_P | IRTE_LEVEL, 0);
     SKIP_UNLESS(ioapic_route_pci_remapped(VECTOR_EDU_INTX, INDEX), "no I/O APIC");
     interrupt_on(VECTOR_EDU_INTX, acknowledge);
+    // A line that is asserted at an end of interrupt interrupts again. A KVM that emulates the guest's
+    // ring 0 was seen, about once in 200 runs, to tell of an end before the handler had run.
     for (unsigned round = 0; round < 3 && !check_is_over(); round++)
-        (void)arrives(VECTOR_EDU_INTX);
+        (void)arrives_up_to(2, VECTOR_EDU_INTX);
+    if (!check_is_over()) {
+        u32 seen = interrupt_count(VECTOR_EDU_INTX);
+
+        // Each read leaves the guest: what is on its way comes.
+        for (unsigned i = 0; i < 8; i++)
+            (void)read32(DEVICE->registers + EDU_IRQ_STATUS);
+        EXPECT(interrupt_count(VECTOR_EDU_INTX) == seen, "it goes on after the acknowledgement");
+    }
     interrupt_on(VECTOR_EDU_INTX, NULL);
     (void)ioapic_route_pci(0);
 }
