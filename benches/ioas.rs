@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What it costs to map guest memory into the emulated host: 1 GiB, a sparse 1 TiB, and one more
-//! page beside many.
+//! What it costs to map guest memory into the emulated host: pieces from 4 KiB to a
+//! sparse 1 TiB, and one more page beside many.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -50,7 +50,9 @@ fn host() -> (Arc<EmulatedHost>, ObjectId) {
 
 fn map_and_unmap(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("IOAS map and unmap");
-    for (name, length) in [("4 KiB", PAGE), ("1 GiB", GIB), ("1 TiB, sparse", GIB << 10)] {
+    for (name, length) in
+        [("4 KiB", PAGE), ("2 MiB", 2 << 20), ("1 GiB", GIB), ("1 TiB, sparse", GIB << 10)]
+    {
         let (host, ioas) = host();
         let memory = sparse(length);
         group.bench_function(name, |bencher| {
