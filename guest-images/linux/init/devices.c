@@ -13,7 +13,7 @@ struct found {
 
 static bool take_name(const char *name, void *node)
 {
-    snprintf(node, sizeof(((struct device *)0)->node), "%s", name);
+    snprintf(node, 16, "%s", name);
     return false;
 }
 
@@ -23,6 +23,23 @@ static bool take_virtio(const char *name, void *context)
         return true;
     snprintf(context, sizeof(((struct device *)0)->virtio), "%s", name);
     return false;
+}
+
+// An NVMe controller, with its first namespace if that is there. Whether it is one.
+static bool take_nvme(const char *pci, struct device *device)
+{
+    char path[256], controller[16] = "";
+
+    snprintf(device->driver, sizeof(device->driver), "%s", link_name("/sys/bus/pci/devices/%s/driver", pci));
+    if (strcmp(device->driver, "nvme") != 0)
+        return false;
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/nvme", pci);
+    for_each_name(path, take_name, controller);
+    snprintf(device->node, sizeof(device->node), "%sn1", controller);
+    snprintf(path, sizeof(path), "/sys/block/%s", device->node);
+    if (!exists(path))
+        device->node[0] = '\0';
+    return true;
 }
 
 static bool take_pci(const char *name, void *context)
@@ -36,7 +53,7 @@ static bool take_pci(const char *name, void *context)
     snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s", name);
     for_each_name(path, take_virtio, device->virtio);
     if (!device->virtio[0])
-        return true;
+        return !take_nvme(name, device) || ++found->count < MAX_DEVICES;
     snprintf(device->driver, sizeof(device->driver), "%s", link_name("/sys/bus/virtio/devices/%s/driver", device->virtio));
     if (!device->driver[0])
         return true;
@@ -53,6 +70,11 @@ unsigned find_devices(struct device devices[static MAX_DEVICES])
 
     for_each_name("/sys/bus/pci/devices", take_pci, &found);
     return found.count;
+}
+
+bool is_disk(const struct device *device)
+{
+    return strcmp(device->driver, "virtio_blk") == 0 || strcmp(device->driver, "nvme") == 0;
 }
 
 bool find_device(const char *driver, struct device *device)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The virtio devices of the machine, as sysfs shows them.
+// The virtio devices and NVMe controllers of the machine, as sysfs shows them.
 #pragma once
 
 #include <stdbool.h>
@@ -8,13 +8,16 @@ enum { MAX_DEVICES = 32 };
 
 struct device {
     char pci[32];    // PCI address: "0000:00:01.0"
-    char virtio[16]; // "virtio0"; another one after the PCI driver let go of it
-    char driver[16]; // "virtio_blk", "virtio_net", "virtio_rng"
-    char node[16];   // "vda", "eth0"; "" for others
+    char virtio[16]; // "virtio0"; another one after the PCI driver let go of it. "" for NVMe
+    char driver[16]; // "virtio_blk", "virtio_net", "virtio_rng", "nvme"
+    char node[24];   // "vda", "eth0", "nvme0n1"; "" for others
 };
 
 // The devices that have a driver, in the order of their PCI addresses. How many there are.
 unsigned find_devices(struct device devices[static MAX_DEVICES]);
+
+// Whether its node is a disk.
+bool is_disk(const struct device *device);
 
 // The first device with this driver. False if there is none.
 bool find_device(const char *driver, struct device *device);

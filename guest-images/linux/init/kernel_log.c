@@ -8,9 +8,6 @@
 
 enum { READ_ALL = 3, SIZE_BUFFER = 10 };
 
-// Linux writes "DMAR: [DMA Read ...", "DMAR: [DMA Write ..." and "DMAR: [INTR-REMAP] ...".
-const char dmar_fault[] = "DMAR: [";
-
 static bool contains_one(const char *line, const char *const *needles)
 {
     for (; *needles; needles++)

@@ -8,6 +8,3 @@ unsigned log_lines(const char *const *needles, void (*each)(const char *line));
 
 // How many lines contain `needle`.
 unsigned log_count(const char *needle);
-
-// What a fault that the IOMMU recorded begins with in the log.
-extern const char dmar_fault[];

@@ -10,7 +10,9 @@
 #include <unistd.h>
 
 #include "../../pattern.h"
+#include "../devices.h"
 #include "../files.h"
+#include "../md5.h"
 #include "../options.h"
 #include "../report.h"
 #include "checks.h"
@@ -130,37 +132,69 @@ static void scattered_blocks(struct disk *disk, uint64_t operations, uint64_t se
            (double)operations / seconds[0]);
 }
 
-static bool check_disk(const char *name, void *context)
+static void check_disk(const char *name, unsigned seed)
 {
-    unsigned *disks = context;
     struct disk disk;
     uint64_t wanted = option_number("blk.mib", 32) * MIB;
 
-    if (strncmp(name, "vd", 2) != 0)
-        return true;
-    ++*disks;
     if (strcmp(first_line("/sys/block/%s/ro", name), "1") == 0) {
         skipped("blk", "%s is read-only", name);
-        return true;
+        return;
     }
     const char *wrong = open_disk(&disk, name, O_RDWR);
     if (wrong) {
         failed("blk", "%s: %s", name, wrong);
     } else {
-        sequential(&disk, wanted < disk.size ? wanted : disk.size, *disks);
-        scattered_blocks(&disk, option_number("blk.blocks", 1000), 100 + *disks);
+        sequential(&disk, wanted < disk.size ? wanted : disk.size, seed);
+        scattered_blocks(&disk, option_number("blk.blocks", 1000), 100 + seed);
     }
     close_disk(&disk);
-    return true;
 }
 
 void check_blk(void)
 {
-    unsigned disks = 0;
+    struct device devices[MAX_DEVICES];
+    unsigned count = find_devices(devices), disks = 0;
 
-    for_each_name("/sys/block", check_disk, &disks);
+    for (unsigned i = 0; i < count; i++)
+        if (is_disk(&devices[i]) && devices[i].node[0])
+            check_disk(devices[i].node, ++disks);
     if (!disks)
-        failed("blk", "there is no virtio disk");
+        failed("blk", "there is no disk");
+}
+
+// What a disk holds, for comparison with the file behind it.
+static void digest(const char *name)
+{
+    struct disk disk;
+    struct md5 md5;
+    char hexadecimal[MD5_TEXT];
+    const char *wrong = open_disk(&disk, name, O_RDONLY);
+
+    md5_start(&md5);
+    for (uint64_t offset = 0; !wrong && offset < disk.size; offset += MIB) {
+        if (pread(disk.file, disk.buffer, MIB, (off_t)offset) == (ssize_t)MIB)
+            md5_add(&md5, disk.buffer, MIB);
+        else
+            wrong = strerror(errno);
+    }
+    if (wrong) {
+        failed("md5", "%s: %s", name, wrong);
+    } else {
+        md5_end(&md5, hexadecimal);
+        passed("md5", "%s: %s of %" PRIu64 " MiB", name, hexadecimal, disk.size / MIB);
+    }
+    close_disk(&disk);
+}
+
+void check_md5(void)
+{
+    struct device device;
+
+    if (find_device("nvme", &device))
+        digest(device.node);
+    else
+        failed("md5", "there is no NVMe controller");
 }
 
 const char *try_disk(const char *name)

@@ -42,7 +42,7 @@ static const char *try_device(const char *pci)
 
     if (!wait_until(works_again, pci, TIMEOUT_S) || !device_at(pci, &device))
         return "did not come back";
-    if (strcmp(device.driver, "virtio_blk") == 0)
+    if (is_disk(&device))
         return try_disk(device.node);
     if (strcmp(device.driver, "virtio_net") == 0)
         return try_net(device.node);
@@ -79,9 +79,10 @@ static void rebind(const struct device *device, bool pci, unsigned long rounds)
         char directory[64];
         const char *wrong = "not there";
         if (device_at(device->pci, &current)) {
-            snprintf(directory, sizeof(directory), "/sys/bus/virtio/drivers/%s", current.driver);
-            wrong = pci ? take_and_give("/sys/bus/pci/drivers/virtio-pci", current.pci)
-                        : take_and_give(directory, current.virtio);
+            const char *bus = pci ? "pci" : "virtio";
+            const char *driver = pci && current.virtio[0] ? "virtio-pci" : current.driver;
+            snprintf(directory, sizeof(directory), "/sys/bus/%s/drivers/%s", bus, driver);
+            wrong = take_and_give(directory, pci ? current.pci : current.virtio);
         }
         if (!wrong)
             wrong = try_device(device->pci);
@@ -100,9 +101,10 @@ void check_rebind(void)
     unsigned long rounds = option_number("rebind.rounds", 20);
 
     if (!count)
-        failed("rebind", "there is no virtio device");
+        failed("rebind", "there is no device");
     for (unsigned i = 0; i < count; i++) {
-        rebind(&devices[i], false, rounds);
+        if (devices[i].virtio[0])
+            rebind(&devices[i], false, rounds);
         rebind(&devices[i], true, rounds);
     }
 }

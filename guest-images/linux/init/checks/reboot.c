@@ -5,11 +5,13 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/reboot.h>
 #include <unistd.h>
 
+#include "../devices.h"
 #include "../options.h"
 #include "../report.h"
 #include "checks.h"
@@ -25,9 +27,19 @@ struct record {
 // Where the record is; less than 0 if there is none.
 static off_t open_record(int *file)
 {
+    struct device devices[MAX_DEVICES];
+    unsigned count = find_devices(devices), i = 0;
+    char path[64];
     uint64_t bytes;
 
-    *file = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
+    *file = -1;
+    errno = ENODEV;
+    while (i < count && !is_disk(&devices[i]))
+        i++;
+    if (i == count)
+        return -1;
+    snprintf(path, sizeof(path), "/dev/%s", devices[i].node);
+    *file = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
     if (*file < 0 || ioctl(*file, BLKGETSIZE64, &bytes) < 0 || bytes < BLOCK)
         return -1;
     return (off_t)(bytes / BLOCK - 1) * BLOCK;
@@ -41,7 +53,7 @@ void check_reboot(void)
     off_t at = open_record(&file);
 
     if (at < 0 || pread(file, &record, BLOCK, at) != BLOCK) {
-        failed("reboot", "/dev/vda cannot keep how often: %s", strerror(errno));
+        failed("reboot", "the first disk cannot keep how often: %s", strerror(errno));
         return;
     }
     if (record.magic != MAGIC)
@@ -50,7 +62,7 @@ void check_reboot(void)
     uint64_t restarts = record.restarts;
     record.restarts = more ? restarts + 1 : 0;
     if (pwrite(file, &record, BLOCK, at) != BLOCK || fsync(file) < 0) {
-        failed("reboot", "/dev/vda: %s", strerror(errno));
+        failed("reboot", "the first disk: %s", strerror(errno));
         return;
     }
     close(file);

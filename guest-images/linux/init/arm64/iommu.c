@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// SMMUv3, as Linux's driver shows it.
+#include "../iommu.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "../files.h"
+#include "../kernel_log.h"
+#include "../report.h"
+
+static const char *const of_interest[] = {"arm-smmu-v3", "iommu:", "ITS", NULL};
+
+static const char *const faults[] = {
+    "event: ", "unpriv data ", "events lost", "CMDQ error", "CMD_SYNC timeout", "global error", "Service Failure", NULL,
+};
+
+static void check_unit(const char *name)
+{
+    if (log_count("arm-smmu-v3") && log_count("oas ") && log_count("entries for cmdq"))
+        passed("iommu", "%s has command and event queues", name);
+    else
+        failed("iommu", "the log does not say what %s has", name);
+}
+
+// Whether devices signal by messages to the ITS, and these arrive: interrupts are counted.
+static void check_interrupts(void)
+{
+    char line[1024];
+    unsigned sources = 0, silent = 0;
+    unsigned long count, counts;
+    FILE *file = fopen("/proc/interrupts", "re");
+
+    while (file && fgets(line, sizeof(line), file)) {
+        char *at = strchr(line, ':');
+        int length;
+
+        if (!at || !strstr(line, "ITS-PCI-MSI"))
+            continue;
+        counts = 0;
+        // One column for each processor.
+        for (at++; sscanf(at, " %lu%n", &count, &length) == 1; at += length)
+            counts += count;
+        sources++;
+        silent += counts == 0;
+    }
+    if (file)
+        fclose(file);
+    if (sources > silent)
+        passed("iommu", "%u device interrupts through the ITS, %u of them used", sources, sources - silent);
+    else
+        failed("iommu", "%u device interrupts through the ITS, none used", sources);
+}
+
+static bool says_refused(const char *pci, bool write, uint64_t address)
+{
+    char event[128];
+    unsigned device, function;
+
+    // Stream IDs are requester IDs. A second line says more of the access.
+    if (sscanf(pci, "%*x:%*x:%x.%u", &device, &function) != 2)
+        return false;
+    snprintf(event, sizeof(event), "event: F_TRANSLATION client: %s sid: 0x%x ssid: 0x0 iova: 0x%" PRIx64 " ", pci,
+             device << 3 | function, address);
+    return log_count(event) && log_count(write ? "data write s1" : "data read s1");
+}
+
+const struct iommu iommu = {
+    .unit = "SMMUv3",
+    .prefix = "smmu3.",
+    .of_interest = of_interest,
+    .faults = faults,
+    .domain = "DMA",
+    .check_unit = check_unit,
+    .check_interrupts = check_interrupts,
+    .says_refused = says_refused,
+};

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#include "edu.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "files.h"
+
+enum { TIMEOUT_S = 5 };
+
+// Registers of edu's BAR 0 (QEMU's docs/specs/edu.rst), and its buffer.
+enum { DMA_SOURCE = 0x80, DMA_DESTINATION = 0x88, DMA_COUNT = 0x90, DMA_COMMAND = 0x98, BUFFER = 0x40000, SIZE = 0x100000 };
+enum { DMA_START = 1, DMA_TO_MEMORY = 2 };
+
+// PCI command register.
+enum { COMMAND = 4, COMMAND_MEMORY = 2, COMMAND_BUS_MASTER = 4 };
+
+static bool is_edu(const char *name, void *found)
+{
+    if (strcmp(first_line("/sys/bus/pci/devices/%s/vendor", name), "0x1234") != 0 ||
+        strcmp(first_line("/sys/bus/pci/devices/%s/device", name), "0x11e8") != 0)
+        return true;
+    snprintf(found, 32, "%s", name);
+    return false;
+}
+
+static volatile char *map_registers(const char *pci)
+{
+    char path[128];
+    uint16_t command = 0;
+
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/config", pci);
+    int config = open(path, O_RDWR | O_CLOEXEC);
+    if (config < 0 || pread(config, &command, 2, COMMAND) != 2)
+        return MAP_FAILED;
+    command |= COMMAND_MEMORY | COMMAND_BUS_MASTER;
+    if (pwrite(config, &command, 2, COMMAND) != 2)
+        return MAP_FAILED;
+    close(config);
+
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/resource0", pci);
+    int bar = open(path, O_RDWR | O_CLOEXEC);
+    volatile char *registers = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, bar, 0);
+    close(bar);
+    return registers;
+}
+
+uint64_t physical_address(const void *page)
+{
+    uint64_t entry = 0;
+
+    if (mlock(page, EDU_PAGE) < 0)
+        return 0;
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pread(pagemap, &entry, 8, (off_t)((uintptr_t)page / EDU_PAGE * 8)) != 8)
+        entry = 0;
+    close(pagemap);
+    return (entry & ((UINT64_C(1) << 55) - 1)) * EDU_PAGE;
+}
+
+static void write_register(volatile char *registers, unsigned at, uint64_t value)
+{
+    *(volatile uint64_t *)(registers + at) = value;
+}
+
+bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool to_memory)
+{
+    volatile char *registers = edu->registers;
+    double end = now() + TIMEOUT_S;
+
+    write_register(registers, DMA_SOURCE, to_memory ? BUFFER : address);
+    write_register(registers, DMA_DESTINATION, to_memory ? address : BUFFER);
+    write_register(registers, DMA_COUNT, size);
+    write_register(registers, DMA_COMMAND, DMA_START | (to_memory ? DMA_TO_MEMORY : 0));
+    while (*(volatile uint64_t *)(registers + DMA_COMMAND) & DMA_START) {
+        if (now() > end)
+            return false;
+        usleep(1000);
+    }
+    return true;
+}
+
+bool edu_open(struct edu *edu)
+{
+    edu->pci[0] = '\0';
+    for_each_name("/sys/bus/pci/devices", is_edu, edu->pci);
+    if (!edu->pci[0])
+        return false;
+    edu->registers = map_registers(edu->pci);
+    return true;
+}
+
+void edu_close(struct edu *edu)
+{
+    munmap((void *)edu->registers, SIZE);
+}

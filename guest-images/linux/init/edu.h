@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// An `edu` device (QEMU's docs/specs/edu.rst), which has no driver in Linux, driven through sysfs.
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { EDU_PAGE = 4096 };
+
+struct edu {
+    char pci[32];
+    volatile char *registers; // BAR 0; MAP_FAILED, with errno, if it cannot be had
+};
+
+// The first one, allowed to do DMA. False if there is none.
+bool edu_open(struct edu *edu);
+void edu_close(struct edu *edu);
+
+// Up to a page between the device's buffer and memory, by DMA. Whether it ended.
+bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool to_memory);
+
+// The physical address of a page of this process, which stays there; 0, with errno, if the kernel does not tell.
+uint64_t physical_address(const void *page);

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Sourced by scripts/nested and scripts/nested-arm64, which run twostage in a virtual machine that QEMU
+# emulates, with the program of guest-images/nested-host as its init: what both do.
+# shellcheck shell=sh
+# shellcheck disable=SC2034,SC2154 # variables of the scripts that source it
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+tree=$work/tree
+mkdir -p "$tree/job"
+prepare=$tree/job/prepare
+: >"$prepare"
+timeout=120 log='' memory=2G cpus=2 binary='' shell='' outputs=''
+
+fail() {
+    echo "$(basename "$0"): error: $*" >&2
+    exit 64
+}
+
+# usage: the comment at the start of the script.
+usage() {
+    sed -n '3,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+    exit 0
+}
+
+# quoted WORD: as a shell reads it.
+quoted() {
+    printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")"
+}
+
+# on_start FUNCTION WORD...: the nested host calls this function of its init before it starts the program.
+on_start() {
+    line=$1
+    shift
+    for word in "$@"; do
+        line="$line $(quoted "$word")"
+    done
+    echo "$line" >>"$prepare"
+}
+
+# add PATH: a file or a directory, under the absolute path it has here.
+add() {
+    path=$(realpath "$1") || fail "no such file: $1"
+    named=$(realpath -s "$1")
+    mkdir -p "$tree$(dirname "$path")" "$tree$(dirname "$named")"
+    cp -rL "$path" "$tree$(dirname "$path")/"
+    [ "$named" = "$path" ] || [ -e "$tree$named" ] || cp -rL "$path" "$tree$named"
+}
+
+# add_program FILE: with the libraries that it is linked to.
+add_program() {
+    add "$1"
+    for library in $(ldd "$1" 2>/dev/null | grep -o '/[^ ]*'); do
+        mkdir -p "$tree$(dirname "$library")"
+        cp -L "$library" "$tree$library"
+    done
+}
+
+# take_option OPTION VALUE: one of the options that both scripts have; fails for others.
+take_option() {
+    case $1 in
+        --timeout) timeout=$2 ;;
+        --log) log=$2 ;;
+        --memory) memory=$2 ;;
+        --cpus) cpus=$2 ;;
+        --binary) binary=$2 ;;
+        --file) add_program "$2" ;;
+        --scratch) on_start scratch "${2%%=*}" "${2#*=}" ;;
+        --tap) on_start tap "${2%%=*}" "${2#*=}" ;;
+        --output)
+            outputs="$outputs $(realpath -m "$2")"
+            mkdir -p "$tree$(dirname "$(realpath -m "$2")")"
+            ;;
+        *) return 1 ;;
+    esac
+}
+
+# add_peer PROGRAM PORT: the peer of the Linux guest's network checks.
+add_peer() {
+    add_program "$1"
+    on_start peer "$1" "$2"
+}
+
+# add_command WORD...: the program's command line, and the files that it names.
+add_command() {
+    [ -x "$binary" ] || fail "no $binary: build it, or name another with --binary"
+    add_program "$binary"
+    command=$(quoted "$(realpath "$binary")")
+    for word in "$@"; do
+        command="$command $(quoted "$word")"
+        for piece in $(printf '%s\n' "$word" | tr '=,' '  '); do
+            [ ! -f "$piece" ] || add "$piece"
+        done
+    done
+    printf '#!/bin/sh\n%s\nexec %s\n' "${RUST_LOG:+export RUST_LOG=$(quoted "$RUST_LOG")}" "$command" >"$tree/job/run"
+    chmod 755 "$tree/job/run"
+    mkdir -p "$tree$PWD"
+    terminal=
+    if [ -t 0 ] && [ -t 1 ]; then
+        terminal=1
+    fi
+    {
+        echo "directory=$(quoted "$PWD")"
+        echo "terminal=$terminal shell=$shell"
+        echo "outputs=$(quoted "$outputs")"
+    } >>"$prepare"
+}
+
+# make_log DIRECTORY: the directory of this run's log, there unless --log says where.
+make_log() {
+    log=${log:-$1/$(date +%Y%m%dT%H%M%S).$$}
+    mkdir -p "$log"
+    : >"$log/host.log"
+    : >"$log/guest.log"
+}
+
+# run_nested ARCHIVE... -- QEMU WORD...: boots, with an initramfs of the archives and of what has been added,
+# and ends as the program did.
+run_nested() {
+    "$root/guest-images/pack-initramfs" "$tree" "$work/run.cpio"
+    : >"$work/initramfs"
+    while [ "$1" != -- ]; do
+        cat "$1" >>"$work/initramfs"
+        shift
+    done
+    shift
+    cat "$work/run.cpio" >>"$work/initramfs"
+
+    status=0
+    timeout --foreground -k 5 "$timeout" "$@" -nodefaults -display none -no-reboot -smp "$cpus" -m "$memory" \
+        -chardev "file,id=host,path=$log/host.log" \
+        -chardev "stdio,id=guest,signal=off,logfile=$log/guest.log" \
+        -chardev "file,id=output,path=$work/output.tar" \
+        -initrd "$work/initramfs" || status=$?
+
+    if [ -n "$outputs" ] && ! tar -xf "$work/output.tar" -C /; then
+        echo "nested: output files did not come back" >&2
+    fi
+
+    ended=$(sed -n 's/^nested: .*: exit status \([0-9]*\).*/\1/p' "$log/host.log")
+    if [ -z "$ended" ]; then
+        if [ "$status" = 124 ]; then
+            echo "nested: NOT ENDED within $timeout s; the last lines of $log/host.log and guest.log:" >&2
+        else
+            echo "nested: THE NESTED HOST DIED (QEMU's status $status); the last lines of $log/host.log and guest.log:" >&2
+            status=125
+        fi
+        tail -n 5 "$log/host.log" "$log/guest.log" >&2
+        exit "$status"
+    fi
+    echo "nested: consoles in $log" >&2
+    exit "$ended"
+}
