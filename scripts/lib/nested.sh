@@ -10,6 +10,8 @@ tree=$work/tree
 mkdir -p "$tree/job"
 prepare=$tree/job/prepare
 : >"$prepare"
+environment=$work/environment
+: >"$environment"
 timeout=120 log='' memory=2G cpus=2 binary='' shell='' outputs=''
 
 fail() {
@@ -65,6 +67,7 @@ take_option() {
         --cpus) cpus=$2 ;;
         --binary) binary=$2 ;;
         --file) add_program "$2" ;;
+        --env) echo "export ${2%%=*}=$(quoted "${2#*=}")" >>"$environment" ;;
         --scratch) on_start scratch "${2%%=*}" "${2#*=}" ;;
         --tap) on_start tap "${2%%=*}" "${2#*=}" ;;
         --output)
@@ -92,7 +95,12 @@ add_command() {
             [ ! -f "$piece" ] || add "$piece"
         done
     done
-    printf '#!/bin/sh\n%s\nexec %s\n' "${RUST_LOG:+export RUST_LOG=$(quoted "$RUST_LOG")}" "$command" >"$tree/job/run"
+    {
+        echo '#!/bin/sh'
+        [ -z "${RUST_LOG:-}" ] || echo "export RUST_LOG=$(quoted "$RUST_LOG")"
+        cat "$environment"
+        echo "exec $command"
+    } >"$tree/job/run"
     chmod 755 "$tree/job/run"
     mkdir -p "$tree$PWD"
     terminal=
