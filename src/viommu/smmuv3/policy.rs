@@ -7,29 +7,32 @@
 use super::caps::Capabilities;
 use super::StreamPolicy;
 use crate::spec::smmuv3::event::{EventId, EventRecord};
-use crate::spec::smmuv3::regs::{StrtabBase, StrtabBaseCfg, StrtabFormat};
+use crate::spec::smmuv3::regs::{Gbpa, StrtabBase, StrtabBaseCfg, StrtabFormat};
 use crate::spec::smmuv3::stream_table::{
     EnableAts, L1StreamTableDescriptor, S1Format, Ste, Ste0, Ste1, StreamConfig,
     L1_DESCRIPTOR_SIZE, STE_SIZE,
 };
-use crate::spec::smmuv3::{address_size, StreamId, ADDRESS_WIDTH};
+use crate::spec::smmuv3::{StreamId, ADDRESS_WIDTH};
 use crate::viommu::{BadAddress, TableMemory};
 
 /// Why the stream table serves no transaction of a stream: every one is terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct ConfigFault {
+pub(super) struct ConfigFault {
     /// The event of such a transaction: C_BAD_STREAMID, F_STE_FETCH or C_BAD_STE.
-    event: EventId,
+    pub event: EventId,
     /// FetchAddr: the address that could not be read, 0 where there is none.
-    fetch_address: u64,
+    pub fetch_address: u64,
+    /// There is no valid entry: a driver keeps a stream off so, it need not be a mistake.
+    pub off: bool,
 }
 
 impl ConfigFault {
-    const BAD_STREAM_ID: Self = Self { event: EventId::BadStreamId, fetch_address: 0 };
-    const BAD_STE: Self = Self { event: EventId::BadSte, fetch_address: 0 };
+    const BAD_STREAM_ID: Self = Self { event: EventId::BadStreamId, fetch_address: 0, off: true };
+    pub const BAD_STE: Self = Self { event: EventId::BadSte, fetch_address: 0, off: false };
+    const INVALID_STE: Self = Self { off: true, ..Self::BAD_STE };
 
     /// The record of a transaction of `stream` that ends by this.
-    fn record(self, stream: StreamId) -> EventRecord {
+    pub fn record(self, stream: StreamId) -> EventRecord {
         let second_address = self.fetch_address & EventRecord::FETCH_ADDRESS;
         EventRecord { second_address, ..EventRecord::new(self.event, stream, None) }
     }
@@ -37,31 +40,35 @@ impl ConfigFault {
 
 impl From<BadAddress> for ConfigFault {
     fn from(error: BadAddress) -> Self {
-        Self { event: EventId::SteFetch, fetch_address: error.address }
+        Self { event: EventId::SteFetch, fetch_address: error.address, off: false }
+    }
+}
+
+/// What becomes of every stream while translation is off (§6.3.14).
+pub(super) const fn policy_while_disabled(gbpa: Gbpa) -> StreamPolicy {
+    if gbpa.abort() {
+        StreamPolicy::Abort
+    } else {
+        StreamPolicy::Bypass
     }
 }
 
 /// What decides while translation is on: guest memory, what the SMMU offers, and where the stream
 /// table is.
 #[derive(Clone, Copy)]
-pub(super) struct Tables<'a> {
+pub(super) struct StreamTable<'a> {
     pub memory: &'a dyn TableMemory,
     pub caps: &'a Capabilities,
     pub base: StrtabBase,
-    pub config: StrtabBaseCfg,
+    pub cfg: StrtabBaseCfg,
 }
 
-impl Tables<'_> {
+impl StreamTable<'_> {
     /// What becomes of `stream`.
     ///
     /// # Errors
-    /// The table has no valid entry for it: its transactions are terminated, each with this record.
-    /// C_BAD_STREAMID is recorded only where CR2.RECINVSID says so.
-    pub fn decide(&self, stream: StreamId) -> Result<StreamPolicy, EventRecord> {
-        self.policy(stream).map_err(|fault| fault.record(stream))
-    }
-
-    fn policy(&self, stream: StreamId) -> Result<StreamPolicy, ConfigFault> {
+    /// The table has no valid entry for it.
+    pub fn policy(&self, stream: StreamId) -> Result<StreamPolicy, ConfigFault> {
         let address = self.entry(stream)?;
         // An entry is 64-byte aligned, so that none of its words wraps.
         let qw0 = Ste0::from_bits(self.memory.load_u64(address)?);
@@ -72,16 +79,16 @@ impl Tables<'_> {
 
     /// Address of the stream table entry of `stream`, in bytes.
     fn entry(&self, stream: StreamId) -> Result<u64, ConfigFault> {
-        let log2size = self.config.log2size().min(self.caps.idr1.sidsize());
+        let log2size = self.cfg.log2size().min(self.caps.idr1.sidsize());
         let index = u64::from(stream.raw());
         if index >> log2size != 0 {
             return Err(ConfigFault::BAD_STREAM_ID);
         }
-        if self.config.format() != StrtabFormat::TwoLevel {
-            return Ok(self.table(self.config.log2size() + 6) + index * STE_SIZE);
+        if self.cfg.format() != StrtabFormat::TwoLevel {
+            return Ok(self.table(self.cfg.log2size() + 6) + index * STE_SIZE);
         }
-        let split = self.config.effective_split();
-        let table = self.table((self.config.log2size() + 3).saturating_sub(split));
+        let split = self.cfg.effective_split();
+        let table = self.table((self.cfg.log2size() + 3).saturating_sub(split));
         let descriptor = self.memory.load_u64(table + (index >> split) * L1_DESCRIPTOR_SIZE)?;
         let descriptor = L1StreamTableDescriptor::from_bits(descriptor);
         let index = index & ((1 << split) - 1);
@@ -107,8 +114,7 @@ impl Tables<'_> {
 
 /// The bits that output addresses, which are GPAs, do not have.
 fn above_output(caps: &Capabilities) -> u64 {
-    let bits = address_size(caps.idr5.oas()).unwrap_or(ADDRESS_WIDTH);
-    u64::MAX << bits
+    u64::MAX << caps.idr5.output_bits().unwrap_or(ADDRESS_WIDTH)
 }
 
 /// What the entry `ste` asks for.
@@ -117,7 +123,7 @@ fn above_output(caps: &Capabilities) -> u64 {
 /// equal, and a host sees no field that belongs to the owner of stage 2.
 fn stream_policy(ste: &Ste, caps: &Capabilities) -> Result<StreamPolicy, ConfigFault> {
     if !ste.qw0.v() {
-        return Err(ConfigFault::BAD_STE);
+        return Err(ConfigFault::INVALID_STE);
     }
     match ste.config() {
         StreamConfig::Abort => Ok(StreamPolicy::Abort),
@@ -196,14 +202,14 @@ mod tests {
     }
 
     /// What `entry` makes of a stream of an SMMU with `caps`.
-    fn of_entry(entry: [u64; 2], caps: &Capabilities) -> Result<StreamPolicy, Option<EventId>> {
+    fn of_entry(entry: [u64; 2], caps: &Capabilities) -> Result<StreamPolicy, EventId> {
         let memory = memory();
         write(&memory, TABLE + 3 * STE_SIZE, &entry);
-        let tables = Tables { memory: &memory, caps, base: base(TABLE), config: linear(8) };
-        tables.decide(StreamId(3)).map_err(|record| record.id())
+        let tables = StreamTable { memory: &memory, caps, base: base(TABLE), cfg: linear(8) };
+        tables.policy(StreamId(3)).map_err(|fault| fault.event)
     }
 
-    const BAD_STE: Result<StreamPolicy, Option<EventId>> = Err(Some(EventId::BadSte));
+    const BAD_STE: Result<StreamPolicy, EventId> = Err(EventId::BadSte);
 
     /// An entry with its fields where Linux's driver puts them: stage 1, one context descriptor,
     /// write-back and inner shareable.
@@ -291,44 +297,57 @@ mod tests {
     fn the_table_has_an_end() {
         let (memory, caps) = (memory(), caps(0));
         write(&memory, TABLE + 0x1ff * STE_SIZE, &[1, 0]);
-        let tables = |config| Tables { memory: &memory, caps: &caps, base: base(TABLE), config };
-        let bad = EventRecord::new(EventId::BadStreamId, StreamId(0x1ff), None);
-        assert_eq!(tables(linear(9)).decide(StreamId(0x1ff)), Ok(StreamPolicy::Abort));
-        assert_eq!(tables(linear(8)).decide(StreamId(0x1ff)), Err(bad));
-        assert_eq!(tables(linear(0)).decide(StreamId(1)).unwrap_err().id(), bad.id());
+        let tables =
+            |config| StreamTable { memory: &memory, caps: &caps, base: base(TABLE), cfg: config };
+        let bad = ConfigFault::BAD_STREAM_ID;
+        assert_eq!(tables(linear(9)).policy(StreamId(0x1ff)), Ok(StreamPolicy::Abort));
+        assert_eq!(tables(linear(8)).policy(StreamId(0x1ff)), Err(bad));
+        assert_eq!(tables(linear(0)).policy(StreamId(1)), Err(bad));
         // LOG2SIZE counts as SIDSIZE at most.
-        let far = tables(linear(63)).decide(StreamId(0x1_0000)).unwrap_err();
-        assert_eq!(far.id(), Some(EventId::BadStreamId));
+        assert_eq!(tables(linear(63)).policy(StreamId(0x1_0000)), Err(bad));
     }
 
     #[test]
     fn tables_are_aligned_to_their_size() {
         let (memory, caps) = (memory(), caps(0));
         write(&memory, TABLE + STE_SIZE, &[1, 0]);
-        let tables = |base, config| Tables { memory: &memory, caps: &caps, base, config };
+        let tables = |base, config| StreamTable { memory: &memory, caps: &caps, base, cfg: config };
         let low = base(TABLE + 0x3fc0);
-        assert_eq!(tables(low, linear(8)).decide(StreamId(1)), Ok(StreamPolicy::Abort));
+        assert_eq!(tables(low, linear(8)).policy(StreamId(1)), Ok(StreamPolicy::Abort));
         // Two levels of 2^16 StreamIDs: 256 descriptors, 2 KiB.
         write(&memory, 0x2_0000, &[TABLE | 9]);
         let low = base(0x2_07c0);
-        assert_eq!(tables(low, two_level(16, 8)).decide(StreamId(1)), Ok(StreamPolicy::Abort));
+        assert_eq!(tables(low, two_level(16, 8)).policy(StreamId(1)), Ok(StreamPolicy::Abort));
     }
 
     #[test]
     fn what_cannot_be_read_is_named() {
         let (memory, caps) = (memory(), caps(0));
         let end = MEMORY as u64;
-        let tables = Tables { memory: &memory, caps: &caps, base: base(end), config: linear(4) };
-        let record = tables.decide(StreamId(2)).unwrap_err();
-        assert_eq!(record.id(), Some(EventId::SteFetch));
-        assert_eq!(record.second_address, end + 2 * STE_SIZE);
-        assert_eq!(record.stream(), StreamId(2));
-        let tables = Tables { config: two_level(16, 8), ..tables };
-        assert_eq!(tables.decide(StreamId(0x300)).unwrap_err().second_address, end + 24);
+        let tables = StreamTable { memory: &memory, caps: &caps, base: base(end), cfg: linear(4) };
+        let fault = tables.policy(StreamId(2)).unwrap_err();
+        assert_eq!((fault.event, fault.fetch_address), (EventId::SteFetch, end + 2 * STE_SIZE));
+        let record = fault.record(StreamId(2));
+        assert_eq!((record.id(), record.stream()), (Some(EventId::SteFetch), StreamId(2)));
+        assert_eq!(record.second_address, fault.fetch_address);
+        let tables = StreamTable { cfg: two_level(16, 8), ..tables };
+        assert_eq!(tables.policy(StreamId(0x300)).unwrap_err().fetch_address, end + 24);
         write(&memory, TABLE, &[0x8_0000_0000 | 9]);
-        let tables = Tables { base: base(TABLE), ..tables };
-        let record = tables.decide(StreamId(1)).unwrap_err();
-        assert_eq!((record.id(), record.second_address), (Some(EventId::SteFetch), 0x8_0000_0040));
+        let tables = StreamTable { base: base(TABLE), ..tables };
+        let fault = tables.policy(StreamId(1)).unwrap_err();
+        assert_eq!((fault.event, fault.fetch_address), (EventId::SteFetch, 0x8_0000_0040));
+    }
+
+    #[test]
+    fn what_keeps_a_stream_off_is_no_mistake() {
+        let caps = caps(0);
+        let memory = memory();
+        write(&memory, TABLE + STE_SIZE, &[6 << 1 | 1]);
+        let table = StreamTable { memory: &memory, caps: &caps, base: base(TABLE), cfg: linear(1) };
+        let off = |stream| table.policy(StreamId(stream)).unwrap_err().off;
+        assert!(off(0), "not valid");
+        assert!(!off(1), "stage 2");
+        assert!(off(2), "beyond the table");
     }
 
     #[test]
@@ -340,10 +359,11 @@ mod tests {
         let decide = |span: u64, stream| {
             write(&memory, TABLE, &[0x2_0000 | span]);
             let config = two_level(16, 6);
-            let tables = Tables { memory: &memory, caps: &caps, base: base(TABLE), config };
-            tables.decide(StreamId(stream)).map_err(|record| record.id())
+            let tables =
+                StreamTable { memory: &memory, caps: &caps, base: base(TABLE), cfg: config };
+            tables.policy(StreamId(stream)).map_err(|fault| fault.event)
         };
-        let bad = Err(Some(EventId::BadStreamId));
+        let bad = Err(EventId::BadStreamId);
         assert_eq!(decide(0, 0), bad);
         assert_eq!(decide(1, 0), Ok(StreamPolicy::Abort));
         assert_eq!(decide(1, 1), bad);
@@ -366,9 +386,9 @@ mod tests {
                 write(&memory, TABLE + index * STE_SIZE, &[qw0 | 1, qw1]);
             }
             write(&memory, 0x8_0000, &[TABLE | u64::from(split + 1)]);
-            let one = Tables { memory: &memory, caps: &caps, base: base(TABLE), config: linear(6) };
-            let two = Tables { base: base(0x8_0000), config: two_level(6, split), ..one };
-            prop_assert_eq!(one.decide(StreamId(stream)), two.decide(StreamId(stream)));
+            let one = StreamTable { memory: &memory, caps: &caps, base: base(TABLE), cfg: linear(6) };
+            let two = StreamTable { base: base(0x8_0000), cfg: two_level(6, split), ..one };
+            prop_assert_eq!(one.policy(StreamId(stream)), two.policy(StreamId(stream)));
         }
 
         #[test]
@@ -390,20 +410,20 @@ mod tests {
             };
             let caps = smmu.capabilities().unwrap();
             for (address, stream) in [(address, stream), (0, stream % 8)] {
-                let tables = Tables {
+                let tables = StreamTable {
                     memory: &memory,
                     caps: &caps,
                     base: StrtabBase::from_bits(address),
-                    config: StrtabBaseCfg::from_bits(config),
+                    cfg: StrtabBaseCfg::from_bits(config),
                 };
-                match tables.decide(StreamId(stream)) {
+                match tables.policy(StreamId(stream)) {
                     Ok(StreamPolicy::Stage1 { ste: [qw0, qw1] }) => {
                         prop_assert_eq!(qw0 & 0xf, 0xb);
                         prop_assert_eq!(qw0 & !0xf80f_ffff_ffff_ffff, 0);
                         prop_assert_eq!(qw1 & !0x1000_00ff, 0);
                     }
                     Ok(_) => {}
-                    Err(record) => prop_assert_eq!(record.stream(), StreamId(stream)),
+                    Err(fault) => prop_assert!(fault.fetch_address < 1 << 49),
                 }
             }
         }

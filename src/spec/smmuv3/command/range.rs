@@ -54,20 +54,22 @@ impl AddressRange {
         self.tg != 0 && self.ttl == 0 && self.num == 0 && self.scale == 0
     }
 
-    /// Whether a field is used that only an SMMU with IDR3.RIL has.
+    /// Whether the fields are used that only an SMMU with IDR3.RIL has.
     pub const fn needs_ril(self) -> bool {
-        self.tg != 0 || self.ttl != 0 || self.num != 0 || self.scale != 0
+        self.tg != 0
     }
 
     pub(super) fn decode(low: TlbiWord, high: u64) -> Self {
         let high = TlbiAddress::from_bits(high);
-        Self {
-            address: high.address() << ADDRESS_SHIFT,
-            leaf: high.leaf(),
-            tg: high.tg(),
-            ttl: high.ttl(),
-            num: low.num(),
-            scale: low.scale(),
+        let address = high.address() << ADDRESS_SHIFT;
+        let leaf = high.leaf();
+        let (num, scale) = (low.num(), low.scale());
+        match (high.tg(), high.ttl()) {
+            // Without TG the others are reserved.
+            (0, _) => Self { leaf, ..Self::at(address) },
+            // The 16K granule has no blocks in level 1: the level is reserved, and counts as any.
+            (tg @ 2, 1) => Self { address, leaf, tg, ttl: 0, num, scale },
+            (tg, ttl) => Self { address, leaf, tg, ttl, num, scale },
         }
     }
 
@@ -102,5 +104,17 @@ mod tests {
         assert!(!AddressRange { ttl: 3, ..granule }.is_reserved());
         assert!(!AddressRange { num: 1, ..granule }.is_reserved());
         assert!(!AddressRange::at(!0).is_reserved() && !AddressRange::at(!0).needs_ril());
+    }
+
+    #[test]
+    fn reserved_fields_are_not_read() {
+        let low = TlbiWord::new().with_num(5).with_scale(3);
+        let plain = TlbiAddress::new().with_address(7).with_leaf(true).with_ttl(2);
+        let at = AddressRange { leaf: true, ..AddressRange::at(0x7000) };
+        assert_eq!(AddressRange::decode(low, plain.into_bits()), at);
+        let level =
+            |tg| AddressRange::decode(TlbiWord::new(), plain.with_ttl(1).with_tg(tg).into());
+        assert!(!level(1).is_reserved() && !level(3).is_reserved());
+        assert!(level(2).is_reserved(), "16K granule, level 1");
     }
 }

@@ -3,6 +3,8 @@
 
 use bitfield_struct::bitfield;
 
+use crate::spec::smmuv3::address_size;
+
 /// [`Idr0::ttf`]: AArch64 translation tables.
 pub const TTF_AARCH64: u8 = 0b10;
 /// [`Idr0::stall_model`]: faults terminate, no transaction stalls.
@@ -169,16 +171,7 @@ pub struct Idr5 {
 impl Idr5 {
     /// The output address size in bits; `None` for the reserved encoding 7.
     pub const fn output_bits(self) -> Option<u8> {
-        Some(match self.oas() {
-            0 => 32,
-            1 => 36,
-            2 => 40,
-            3 => 42,
-            4 => 44,
-            5 => 48,
-            6 => 52,
-            _ => return None,
-        })
+        address_size(self.oas())
     }
 
     /// The input address size in bits; `None` for a reserved encoding.
