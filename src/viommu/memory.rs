@@ -23,6 +23,12 @@ pub trait TableMemory: Send + Sync {
     /// When not all of it is guest memory; `bytes` is then unspecified.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), BadAddress>;
 
+    /// Writes `bytes` from `address` on.
+    ///
+    /// # Errors
+    /// When not all of it is guest memory; part of it may then be written.
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), BadAddress>;
+
     /// Stores 32 bits at `address` (4-byte aligned) in one piece, after everything stored before.
     ///
     /// # Errors
@@ -40,6 +46,11 @@ impl<M: GuestMemoryBackend + Send + Sync> TableMemory for M {
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), BadAddress> {
         let length = bytes.len() as u64;
         self.read_slice(bytes, GuestAddress(address)).map_err(|_| BadAddress { address, length })
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), BadAddress> {
+        let length = bytes.len() as u64;
+        self.write_slice(bytes, GuestAddress(address)).map_err(|_| BadAddress { address, length })
     }
 
     fn store_u32(&self, address: u64, value: u32) -> Result<(), BadAddress> {
@@ -70,5 +81,9 @@ mod tests {
         let error = TableMemory::read(&memory, 0xffe, &mut bytes).unwrap_err();
         assert_eq!(error, BadAddress { address: 0xffe, length: 4 });
         assert!(memory.store_u32(u64::MAX - 3, 0).is_err());
+        TableMemory::write(&memory, 0x10, &[1, 2]).unwrap();
+        assert_eq!(memory.load_u64(0x10).unwrap(), 0x201);
+        let error = TableMemory::write(&memory, 0xfff, &[1, 2]).unwrap_err();
+        assert_eq!(error, BadAddress { address: 0xfff, length: 2 });
     }
 }

@@ -14,6 +14,7 @@ mod memory;
 mod observer;
 mod policy;
 pub(crate) mod ratelimit;
+mod register_slot;
 pub mod smmuv3;
 pub mod vtd;
 

@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The register page: reads, and writes with what they set off (§11.4).
-//!
-//! The page is a row of 64-bit slots, each one 64-bit register or two 32-bit ones. An access is a
-//! slot or half of one.
 
 use std::sync::atomic::Ordering;
 
@@ -13,6 +10,7 @@ use crate::spec::vtd::regs::{
     self, Ccmd, EventControl, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, QueuePointer, Rtaddr, FRCD_SIZE,
 };
 use crate::viommu::observer::RegisterAccess;
+use crate::viommu::register_slot::{pair, SlotAccess};
 
 /// The version of the architecture that VER tells: 4.0.
 const VERSION: u32 = 0x40;
@@ -21,52 +19,18 @@ const VERSION: u32 = 0x40;
 const FSTS_SLOT: u64 = regs::FSTS - 4;
 const ICS_SLOT: u64 = regs::ICS - 4;
 
-const LOW: u64 = 0x0000_0000_ffff_ffff;
-const HIGH: u64 = 0xffff_ffff_0000_0000;
-
-/// One access: the slot it falls in, and its bits there.
-#[derive(Clone, Copy)]
-struct Access {
-    slot: u64,
-    mask: u64,
-    shift: u32,
-}
-
-impl Access {
-    /// The access of `size` bytes at `offset`; `None` unless it is an aligned 32- or 64-bit access
-    /// in the page.
-    fn new(offset: u64, size: usize) -> Option<Self> {
-        if offset >= MMIO_SIZE {
-            return None;
-        }
-        let slot = offset & !7;
-        match (size, offset & 7) {
-            (8, 0) => Some(Self { slot, mask: u64::MAX, shift: 0 }),
-            (4, 0) => Some(Self { slot, mask: LOW, shift: 0 }),
-            (4, 4) => Some(Self { slot, mask: HIGH, shift: 32 }),
-            _ => None,
-        }
-    }
-
-    /// `old` with those bits of this access that are `writable` taken from `value`.
-    fn merge(self, old: u64, value: u64, writable: u64) -> u64 {
-        let mask = self.mask & writable;
-        old & !mask | value & mask
-    }
-}
-
 impl VtdIommu {
     /// The guest reads `data.len()` bytes at `offset` of the register page. Aligned 32- and 64-bit
     /// reads give registers; any other gives all ones.
     pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
         self.counters.register_reads.fetch_add(1, Ordering::Relaxed);
         let size = data.len();
-        let Some(access) = Access::new(offset, size) else {
+        let Some(access) = SlotAccess::new(offset, size, MMIO_SIZE) else {
             data.fill(0xff);
             return;
         };
         let registers = self.lock();
-        let value = (self.read_slot(&registers, access.slot) & access.mask) >> access.shift;
+        let value = access.extract(self.read_slot(&registers, access.slot));
         for (byte, from) in data.iter_mut().zip(value.to_le_bytes()) {
             *byte = from;
         }
@@ -77,18 +41,14 @@ impl VtdIommu {
     /// take effect before this returns; any other is ignored.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         self.counters.register_writes.fetch_add(1, Ordering::Relaxed);
-        let Some(access) = Access::new(offset, data.len()) else {
+        let Some(access) = SlotAccess::new(offset, data.len(), MMIO_SIZE) else {
             self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
             return;
         };
-        let mut bytes = [0; 8];
-        for (byte, from) in bytes.iter_mut().zip(data) {
-            *byte = *from;
-        }
-        let value = u64::from_le_bytes(bytes);
+        let value = access.place(data);
         let mut registers = self.lock();
-        self.observe_access(offset, data.len(), value, true);
-        self.write_slot(&mut registers, access, value << access.shift);
+        self.observe_access(offset, data.len(), access.extract(value), true);
+        self.write_slot(&mut registers, access, value);
         drop(registers);
         // What lets the queue go on: it is enabled, has a new tail, or an error was cleared.
         if matches!(access.slot, regs::GCMD | FSTS_SLOT | regs::IQT) {
@@ -99,7 +59,7 @@ impl VtdIommu {
     fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
         if let Some(observer) = &self.observer {
             let name = regs::name(offset, self.caps.cap, self.caps.ecap);
-            // `Access::new` took 4 or 8.
+            // `SlotAccess::new` took 4 or 8.
             let size = size as u8;
             observer.register(&RegisterAccess { name, offset, size, value, write });
         }
@@ -142,9 +102,8 @@ impl VtdIommu {
     }
 
     /// `value` has the bits of the access in their place in the slot.
-    fn write_slot(&self, registers: &mut Registers, access: Access, value: u64) {
-        let low = (access.mask & LOW != 0).then_some(value as u32);
-        let high = (access.mask & HIGH != 0).then_some((value >> 32) as u32);
+    fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
+        let (low, high) = access.halves(value);
         let event = &mut registers.invalidation_event;
         match access.slot {
             regs::GCMD => {
@@ -210,7 +169,7 @@ impl VtdIommu {
             // Read-only and reserved registers, and fault records.
             slot => {
                 if let Some(word) = self.fault_record_word(slot) {
-                    self.fault_log().write_record_word(word, value & access.mask);
+                    self.fault_log().write_record_word(word, access.masked(value));
                 }
             }
         }
@@ -230,8 +189,4 @@ impl VtdIommu {
         let inside = offset < self.caps.cap.fault_records() * FRCD_SIZE;
         inside.then_some(offset as usize / 8)
     }
-}
-
-fn pair(low: u32, high: u32) -> u64 {
-    u64::from(high) << 32 | u64::from(low)
 }
