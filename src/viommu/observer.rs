@@ -3,8 +3,11 @@
 
 use std::fmt;
 
+use super::smmuv3::StreamPolicy;
 use super::{DmaFault, MsiMessage, Requester, RequesterConfig};
 use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::event::EventRecord;
+use crate::spec::smmuv3::StreamId;
 
 /// One register access by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,12 +41,18 @@ pub trait Observer: Send + Sync {
     /// The guest read a register, or writes one: what the write sets off follows.
     fn register(&self, _access: &RegisterAccess) {}
 
-    /// A descriptor of the invalidation queue was taken; what it asks may still be gathered with
-    /// what follows.
+    /// A descriptor of the invalidation queue, or a command of the command queue, was taken; what it
+    /// asks may still be gathered with what follows.
     fn descriptor(&self, _name: &'static str, _descriptor: &dyn fmt::Debug) {}
 
     /// A policy was given to the host, which refused it when `applied` is false.
     fn policy(&self, _requester: Requester, _config: &RequesterConfig, _applied: bool) {}
+
+    /// A policy of an SMMU's stream was given to the host, which refused it when `applied` is false.
+    fn stream_policy(&self, _stream: StreamId, _policy: &StreamPolicy, _applied: bool) {}
+
+    /// An SMMU tells of an event of a transaction, as the record says.
+    fn event(&self, _record: &EventRecord, _outcome: FaultOutcome) {}
 
     /// A DMA request failed; `reason` is what the guest is told.
     fn fault(&self, _fault: &DmaFault, _reason: u8, _outcome: FaultOutcome) {}

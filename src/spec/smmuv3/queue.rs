@@ -5,8 +5,6 @@ use bitfield_struct::bitfield;
 
 /// Size of a command, in bytes.
 pub const COMMAND_SIZE: u64 = 16;
-/// Size of an event record, in bytes.
-pub const EVENT_SIZE: u64 = 32;
 /// Size of a page request, in bytes.
 pub const PAGE_REQUEST_SIZE: u64 = 16;
 
@@ -189,6 +187,7 @@ impl CommandError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::smmuv3::event::EVENT_SIZE;
     use proptest::prelude::*;
 
     #[test]

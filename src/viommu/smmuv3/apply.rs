@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Policies, from the guest's tables to the host.
+//!
+//! Everything here runs under the model's lock. A policy is published for events so that the
+//! reason a blocked stream is given is never older than its blocking: a block is published before the
+//! host has it, anything else after.
+
+use super::counters::count;
+use super::policy::{policy_while_disabled, ConfigFault};
+use super::state::Registers;
+use super::streams::{Decision, Given};
+use super::{Smmu, StreamPolicy};
+use crate::spec::smmuv3::command::{Command, RANGE_ALL};
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::HostSideError;
+
+/// Why what the guest asks for may not be acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NotApplied {
+    /// The host let a stream keep what the guest has taken back, or did not invalidate.
+    Host,
+    /// The SMMU was halted on the way.
+    Halted,
+}
+
+/// Whether every stream has its policy, or is blocked where the host refused it.
+pub(super) type Applied = Result<(), NotApplied>;
+
+/// Which streams a CMD_CFGI_STE* names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// All.
+    All,
+    /// All that equal `stream` but for the low `bits` bits.
+    Range { stream: StreamId, bits: u32 },
+    /// One.
+    One(StreamId),
+}
+
+impl Scope {
+    /// The scope of a CMD_CFGI_STE_RANGE.
+    pub fn range(stream: StreamId, range: u8) -> Self {
+        match range {
+            0..RANGE_ALL => Self::Range { stream, bits: u32::from(range) + 1 },
+            _ => Self::All,
+        }
+    }
+
+    fn names(self, named: StreamId) -> bool {
+        match self {
+            Self::All => true,
+            // Fewer than 32 bits.
+            Self::Range { stream, bits } => (named.0 ^ stream.0) >> bits == 0,
+            Self::One(stream) => named == stream,
+        }
+    }
+}
+
+impl Smmu {
+    /// Enables translation: every stream has its policy when this returns.
+    pub(super) fn enable_translation(&self, registers: &Registers) -> Applied {
+        self.streams.set_table(Some(registers.table_registers()));
+        self.reevaluate(registers, Scope::All)
+    }
+
+    /// Disables translation: every stream goes by GBPA.
+    pub(super) fn disable_translation(&self, registers: &Registers) -> Applied {
+        self.bypass_globally(registers)?;
+        self.streams.set_table(None);
+        Ok(())
+    }
+
+    /// Gives every stream what it has while translation is disabled.
+    pub(super) fn bypass_globally(&self, registers: &Registers) -> Applied {
+        let mut applied = Ok(());
+        for stream in self.streams.all() {
+            applied = applied.and(self.give(stream, Ok(policy_while_disabled(registers.gbpa))));
+        }
+        applied
+    }
+
+    /// Stream table entries changed. A wrong one is told of, see [`super::events`].
+    pub(super) fn configure(&self, registers: &Registers, scope: Scope) -> Applied {
+        if !self.streams.is_translating() {
+            return Ok(());
+        }
+        let Scope::One(stream) = scope else { return self.reevaluate(registers, scope) };
+        let before = self.streams.given(stream);
+        self.reevaluate(registers, scope)?;
+        let given = self.streams.given(stream);
+        match given.map(|given| given.decision) {
+            Some(Err(fault)) if !fault.off && given != before => {
+                self.record_event(fault.record(stream));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Reads the stream table anew for the streams that `scope` names, and gives the host what
+    /// changed. Nothing of their configuration, context descriptors included, is cached after that.
+    pub(super) fn reevaluate(&self, registers: &Registers, scope: Scope) -> Applied {
+        count(&self.counters.evaluations);
+        let table = self.stream_table(registers.table_registers());
+        let mut applied = Ok(());
+        let mut unchanged = Vec::new();
+        for stream in self.streams.all() {
+            if !scope.names(stream) {
+                continue;
+            }
+            self.check_halted()?;
+            let decision = table.policy(stream);
+            if self.has(stream, decision) {
+                if matches!(decision, Ok(StreamPolicy::Stage1 { .. })) {
+                    unchanged.push(Command::CfgiCdAll { stream }.encode());
+                }
+            } else {
+                applied = applied.and(self.give(stream, decision));
+            }
+        }
+        applied?;
+        self.invalidate_host(&unchanged).map_err(|_| NotApplied::Host)
+    }
+
+    /// Gives anew what the host has lost because it could not invalidate it. Whoever asks for
+    /// invalidations alone does not ask for the policies that were lost with them.
+    pub(super) fn regain(&self, registers: &Registers) -> Applied {
+        if !self.streams.distrusts_host() {
+            return Ok(());
+        }
+        let table = self.stream_table(registers.table_registers());
+        let mut applied = Ok(());
+        for stream in self.streams.unapplied() {
+            self.check_halted()?;
+            let decision = if self.streams.is_translating() {
+                table.policy(stream)
+            } else {
+                Ok(policy_while_disabled(registers.gbpa))
+            };
+            applied = applied.and(self.give(stream, decision));
+        }
+        applied?;
+        self.streams.trust_host();
+        Ok(())
+    }
+
+    /// Whether the host has `decision` for `stream`.
+    fn has(&self, stream: StreamId, decision: Decision) -> bool {
+        self.streams.given(stream) == Some(Given { decision, applied: true })
+    }
+
+    /// Gives `decision` to the host unless it has it. When the host refuses, the stream is blocked,
+    /// and each of its transactions is a C_BAD_STE: the entry asks for what cannot be served.
+    pub(super) fn give(&self, stream: StreamId, decision: Decision) -> Applied {
+        if self.has(stream, decision) {
+            return Ok(());
+        }
+        let given = Given { decision, applied: true };
+        let policy = decision.unwrap_or(StreamPolicy::Abort);
+        if policy == StreamPolicy::Abort {
+            self.streams.give(stream, given);
+        }
+        let result = self.host.configure(stream, &policy);
+        let applied = match &result {
+            Ok(()) => {
+                self.streams.give(stream, given);
+                Ok(())
+            }
+            Err(error) => {
+                let decision = match policy {
+                    StreamPolicy::Abort => decision,
+                    _ => Err(ConfigFault::BAD_STE),
+                };
+                self.streams.give(stream, Given { decision, applied: false });
+                self.host_failed(error)
+            }
+        };
+        count(&self.counters.policies);
+        if let Some(observer) = &self.observer {
+            observer.stream_policy(stream, &policy, result.is_ok());
+        }
+        applied
+    }
+
+    /// Counts and logs what the host refused. A mere refusal has its effect, for the stream is
+    /// blocked; what cannot be blocked has none.
+    pub(super) fn host_failed(&self, error: &HostSideError) -> Applied {
+        count(&self.counters.host_errors);
+        self.log.warn(format_args!("SMMUv3: the host refused: {error}"));
+        if error.still_reachable {
+            self.log.warn(format_args!("SMMUv3: and what it was to block is reachable still"));
+            return Err(NotApplied::Host);
+        }
+        Ok(())
+    }
+
+    /// Ends what is long when the SMMU is halted.
+    pub(super) fn check_halted(&self) -> Applied {
+        if self.is_halted() {
+            return Err(NotApplied::Halted);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scope_names_streams() {
+        let of = |scope: Scope| [0x100, 0x107, 0x108, 0x200].map(|id| scope.names(StreamId(id)));
+        assert_eq!(of(Scope::All), [true; 4]);
+        assert_eq!(of(Scope::range(StreamId(0x105), 31)), [true; 4]);
+        assert_eq!(of(Scope::range(StreamId(0x105), 2)), [true, true, false, false]);
+        assert_eq!(of(Scope::range(StreamId(0x105), 0)), [false; 4]);
+        assert_eq!(of(Scope::range(StreamId(0xffff_ffff), 30)), [false; 4]);
+        assert_eq!(of(Scope::One(StreamId(0x107))), [false, true, false, false]);
+    }
+}

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command queue (§3.5, §4, §7.1).
+//!
+//! Invalidations are gathered up to the next CMD_SYNC, change of configuration or the end of the
+//! queue, and given to the host in one call. CMDQ_CONS moves past a command only when what it asks is
+//! done, so that a CMD_SYNC has nothing to wait for when its turn comes.
+//!
+//! A command that is wrong, or that the host refuses, is where CMDQ_CONS stops; what stands before it
+//! is done. Consumption goes on from that command once GERROR.CMDQ_ERR is acknowledged.
+//!
+//! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number of
+//! commands.
+
+use super::apply::NotApplied;
+use super::commands::Action;
+use super::counters::count;
+use super::interrupts::{Signal, SmmuInterrupt};
+use super::state::Registers;
+use super::Smmu;
+use crate::spec::smmuv3::command::{Command, SyncSignal, Words};
+use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
+use crate::spec::smmuv3::regs::Gerror;
+
+/// The most commands of a slice, and so of a call to the host.
+const SLICE: usize = 1024;
+
+/// What is left of the queue after a slice of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Slice {
+    /// Perhaps more commands.
+    More,
+    /// None, or none may be done before the guest has acknowledged an error.
+    Done,
+}
+
+/// Why consumption stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// The command at the fetch index is wrong, or is nowhere.
+    Guest(CommandError),
+    /// The host did not do what the command at this index asks.
+    Host(u32),
+    /// The SMMU was halted.
+    Halted,
+}
+
+/// One slice of the queue.
+struct Pass {
+    queue: QueueLayout,
+    /// Index of the next command to fetch.
+    fetch: u32,
+    /// Index of the first command that is not fetched yet when the guest wrote CMDQ_PROD.
+    end: u32,
+    /// Invalidations gathered since the last that were done.
+    batch: Vec<Words>,
+    /// The index of each of them.
+    indices: Vec<u32>,
+}
+
+impl Smmu {
+    /// Works through the queue up to the end of a slice, its end or its first error.
+    pub(super) fn run_slice(&self, registers: &mut Registers) -> Slice {
+        if !registers.cr0ack.cmdqen() || self.notices().errors.active().cmdq_err() {
+            return Slice::Done;
+        }
+        let queue = registers.cmdq_base.layout(COMMAND_SIZE, self.caps.idr1.cmdqs());
+        let mut pass = Pass {
+            queue,
+            fetch: queue.truncate(registers.cmdq_cons.rd()),
+            end: queue.truncate(registers.cmdq_prod.wr()),
+            batch: Vec::new(),
+            indices: Vec::new(),
+        };
+        if pass.fetch == pass.end {
+            return Slice::Done;
+        }
+        self.walk(registers, &mut pass).unwrap_or_else(|stop| {
+            self.stop_queue(registers, &mut pass, stop);
+            Slice::Done
+        })
+    }
+
+    fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Slice, Stop> {
+        // Indices that no queue can have, more than its size apart, only make commands be fetched
+        // twice: the end is met before the wrap bit comes round.
+        for _ in 0..SLICE {
+            if pass.fetch == pass.end {
+                self.flush(registers, pass)?;
+                return Ok(Slice::Done);
+            }
+            let command = self.fetch(pass).map_err(Stop::Guest)?;
+            let action = self.action(&command).map_err(Stop::Guest)?;
+            if matches!(action, Action::Configure(_) | Action::Sync(_)) {
+                self.flush(registers, pass)?;
+            }
+            if self.is_halted() {
+                return Err(Stop::Halted);
+            }
+            self.counters.command(&command);
+            if let Some(observer) = &self.observer {
+                observer.descriptor(command.name(), &command);
+            }
+            match action {
+                Action::Nothing => {}
+                Action::Invalidate(words) => {
+                    pass.batch.push(words);
+                    pass.indices.push(pass.fetch);
+                }
+                Action::Configure(scope) => self
+                    .configure(registers, scope)
+                    .map_err(|not_applied| Stop::of(not_applied, pass.fetch))?,
+                Action::Sync(_) => {}
+            }
+            pass.fetch = pass.queue.next(pass.fetch);
+            if pass.batch.is_empty() {
+                registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
+            }
+            if let Action::Sync(signal) = action {
+                self.complete_sync(signal);
+            }
+            if matches!(action, Action::Configure(_) | Action::Sync(_)) {
+                return Ok(Slice::More);
+            }
+        }
+        self.flush(registers, pass)?;
+        Ok(Slice::More)
+    }
+
+    /// Reads and decodes the command at the fetch index.
+    fn fetch(&self, pass: &Pass) -> Result<Command, CommandError> {
+        // The guest is done with what is before the end: words need not be read one by one.
+        let mut bytes = [0; COMMAND_SIZE as usize];
+        let address = pass.queue.address(pass.fetch);
+        self.memory.read(address, &mut bytes).map_err(|_| CommandError::Abort)?;
+        let mut words: Words = Words::default();
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        Command::decode(words).map_err(|error| {
+            self.log.warn(format_args!("SMMUv3: {error}"));
+            CommandError::Illegal
+        })
+    }
+
+    /// Gives what was gathered to the host; CMDQ_CONS then follows.
+    fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
+        let batch = std::mem::take(&mut pass.batch);
+        let indices = std::mem::take(&mut pass.indices);
+        self.invalidate_host(&batch).map_err(|refused| {
+            // 0 where the host knows nothing of any; there is one, or nothing could be refused.
+            let index = indices.get(refused).or(indices.first()).copied();
+            Stop::Host(index.unwrap_or(pass.fetch))
+        })?;
+        self.regain(registers).map_err(|not_applied| Stop::of(not_applied, pass.fetch))?;
+        registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
+        Ok(())
+    }
+
+    /// Gives a batch to the host; nothing for an empty one.
+    ///
+    /// # Errors
+    /// The number of the command that the host refused.
+    pub(super) fn invalidate_host(&self, batch: &[Words]) -> Result<(), usize> {
+        use std::sync::atomic::Ordering;
+        if batch.is_empty() {
+            return Ok(());
+        }
+        count(&self.counters.batches);
+        self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        self.host.invalidate(batch).map_err(|error| {
+            // What the host blocked for this is given anew at the next occasion.
+            self.streams.distrust_host();
+            // Nobody acknowledges an invalidation that failed, whatever became of its streams.
+            let _ = self.host_failed(&error.error);
+            error.refused
+        })
+    }
+
+    fn complete_sync(&self, signal: SyncSignal) {
+        match signal {
+            // No processor here waits for an event: all come back to CMDQ_CONS by themselves.
+            SyncSignal::None | SyncSignal::Event => {}
+            SyncSignal::Interrupt { address, data } => {
+                let address = (self.caps.idr0.msi() && address != 0).then_some(address);
+                self.send(Some(Signal::new(SmmuInterrupt::CommandSync, address, data)));
+            }
+        }
+    }
+
+    fn stop_queue(&self, registers: &mut Registers, pass: &mut Pass, stop: Stop) {
+        // What stands before a wrong command is done all the same.
+        let stop = match stop {
+            Stop::Guest(error) => self.flush(registers, pass).err().unwrap_or(Stop::Guest(error)),
+            stop => stop,
+        };
+        let (index, error) = match stop {
+            Stop::Guest(error) => (pass.fetch, error),
+            Stop::Host(index) => (index, CommandError::Illegal),
+            Stop::Halted => return,
+        };
+        count(&self.counters.command_errors);
+        self.log.warn(format_args!("SMMUv3: {error} at {:#x}", pass.queue.address(index)));
+        registers.cmdq_cons = CmdqCons::new().with_rd(index).with_err(error.code());
+        self.raise(Gerror::new().with_cmdq_err(true));
+    }
+}
+
+impl Stop {
+    /// What the command at `index` asks was not done.
+    fn of(not_applied: NotApplied, index: u32) -> Self {
+        match not_applied {
+            NotApplied::Host => Self::Host(index),
+            NotApplied::Halted => Self::Halted,
+        }
+    }
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Events of transactions, and what the guest is told of them (§7.3).
+//!
+//! A stream that the virtual SMMU blocked: why it did. One that goes through the guest's tables: the
+//! event of the walk, put in terms of the guest's own tables, as if the host's stage 2 were the memory
+//! that they stand in.
+//!
+//! No host tells of the transactions of a stream that is blocked: its own entry for the stream aborts,
+//! which makes no event. So that a wrong entry does not stay unnoticed, its event is recorded once
+//! when CMD_CFGI_STE makes the guest's wish known, without address and SubstreamID. Not for an entry
+//! that is not valid, and not when a command or SMMUEN names all streams: that is how drivers keep
+//! streams off which make no transactions, and an event would blame them for some.
+
+use super::counters::count;
+use super::eventq::Recorded;
+use super::policy::ConfigFault;
+use super::streams::Standing;
+use super::{EventRecordWords, EventTarget, Smmu, StreamPolicy};
+use crate::spec::smmuv3::event::{Event1, EventClass, EventId, EventRecord};
+use crate::viommu::FaultOutcome;
+
+impl EventTarget for Smmu {
+    fn event(&self, record: EventRecordWords) {
+        let record = EventRecord::from_words(record);
+        let stream = record.stream();
+        let Some(standing) = self.streams.standing(stream) else {
+            self.log.warn(format_args!("SMMUv3: an event of stream {stream}, which is not here"));
+            return;
+        };
+        match explain(&standing, record) {
+            Some(record) => self.record_event(record),
+            None => {
+                count(&self.counters.events_suppressed);
+                self.observe_event(&record, FaultOutcome::Suppressed);
+            }
+        }
+    }
+
+    fn events_lost(&self) {
+        count(&self.counters.events_lost);
+        let signal = self.notices().lose(self.offered);
+        self.send(signal);
+    }
+}
+
+impl Smmu {
+    /// Puts an event into the event queue, or shows that it was lost.
+    pub(super) fn record_event(&self, record: EventRecord) {
+        let (recorded, signal) = self.notices().record(self.offered, &*self.memory, record);
+        let (counter, outcome) = match recorded {
+            Recorded::Yes { .. } => (&self.counters.events_recorded, FaultOutcome::Recorded),
+            Recorded::Disabled => (&self.counters.events_suppressed, FaultOutcome::Suppressed),
+            Recorded::Full { .. } | Recorded::NoMemory => {
+                (&self.counters.events_lost, FaultOutcome::Lost)
+            }
+        };
+        count(counter);
+        self.observe_event(&record, outcome);
+        self.send(signal);
+    }
+
+    fn observe_event(&self, record: &EventRecord, outcome: FaultOutcome) {
+        if let Some(observer) = &self.observer {
+            observer.event(record, outcome);
+        }
+    }
+}
+
+/// What the guest is told of `record`, given how its stream stands; `None` for nothing.
+fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
+    // Without a stream table nothing is recorded.
+    standing.table?;
+    match standing.given?.decision {
+        Err(blocked) => {
+            let ConfigFault { event, .. } = blocked;
+            if event == EventId::BadStreamId && !standing.recording_bad_streams {
+                return None;
+            }
+            let told = EventRecord::new(event, record.stream(), record.substream());
+            let second_address = blocked.record(record.stream()).second_address;
+            Some(EventRecord { second_address, ..told })
+        }
+        // The entry says so: no event.
+        Ok(StreamPolicy::Abort) => None,
+        Ok(StreamPolicy::Bypass) => Some(beyond_memory(record)),
+        Ok(StreamPolicy::Stage1 { .. }) if record.qw1.s2() => Some(by_stage_2(record)),
+        // Nothing stalls: the guest was not offered it.
+        Ok(StreamPolicy::Stage1 { .. }) => {
+            Some(EventRecord { qw1: record.qw1.with_stall(false).with_stag(0), ..record })
+        }
+    }
+}
+
+/// The host's stage 2 refused an access that the SMMU made, or was to let pass.
+fn by_stage_2(record: EventRecord) -> EventRecord {
+    let fetch = |id| EventRecord {
+        second_address: record.second_address & EventRecord::FETCH_ADDRESS,
+        ..with_access(id, record)
+    };
+    match EventClass::from_bits(record.qw1.class()) {
+        Some(EventClass::Cd) => EventRecord {
+            second_address: record.second_address & EventRecord::FETCH_ADDRESS,
+            ..EventRecord::new(EventId::CdFetch, record.stream(), record.substream())
+        },
+        Some(EventClass::TranslationTable) => fetch(EventId::WalkExternalAbort),
+        Some(EventClass::Input) | None => beyond_memory(record),
+    }
+}
+
+/// The access is to where the guest has no memory: beyond its addresses.
+fn beyond_memory(record: EventRecord) -> EventRecord {
+    let told = with_access(EventId::AddressSize, record);
+    EventRecord { qw1: told.qw1.with_class(EventClass::Input.into_bits()), ..told }
+}
+
+/// An event `id` of the access that `record` is of.
+fn with_access(id: EventId, record: EventRecord) -> EventRecord {
+    let access = record.qw1;
+    EventRecord {
+        qw1: Event1::new().with_pnu(access.pnu()).with_ind(access.ind()).with_rnw(access.rnw()),
+        input_address: record.input_address,
+        ..EventRecord::new(id, record.stream(), record.substream())
+    }
+}

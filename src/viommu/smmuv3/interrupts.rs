@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The interrupts of a virtual SMMUv3 itself: messages, or wires where it has no messages (§3.18).
+
+use crate::spec::smmuv3::regs::{Gerror, IrqCfg0};
+use crate::viommu::register_slot::pair;
+
+/// An interrupt of an SMMU, by what it is for: the wires of an SMMU have these names in a device tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SmmuInterrupt {
+    /// `eventq`: the event queue is not empty any more, or has lost events.
+    EventQueue,
+    /// `gerror`: a global error is active.
+    GlobalError,
+    /// `cmdq-sync`: a CMD_SYNC that asks for an interrupt is complete.
+    CommandSync,
+}
+
+/// Where the interrupts of an SMMU go. It must not wait for anybody, and calls nothing of the SMMU.
+pub trait SmmuInterrupts: Send + Sync {
+    /// Writes the message `data` to `address`, which is no guest memory. `false` when nothing is
+    /// there to take it: the guest is told of a global error.
+    fn message(&self, address: u64, data: u32) -> bool;
+
+    /// Raises an edge on a wire. Only an SMMU that offers no messages, or whose guest has set none up,
+    /// does.
+    fn wire(&self, interrupt: SmmuInterrupt);
+}
+
+/// The registers of one interrupt: `*_IRQ_CFG0` to `*_IRQ_CFG2`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct InterruptConfig {
+    /// CFG0: where the message is written.
+    pub address: IrqCfg0,
+    /// CFG1: what is written.
+    pub data: u32,
+    /// CFG2: memory attributes of the message, without effect.
+    pub attributes: u32,
+}
+
+impl InterruptConfig {
+    /// The bits of CFG2 that software can write: SH, MemAttr.
+    pub(super) const ATTRIBUTES: u32 = 0x3f;
+
+    /// CFG1 and CFG2 as they stand side by side.
+    pub(super) fn message_words(self) -> u64 {
+        pair(self.data, self.attributes)
+    }
+
+    /// What makes `interrupt` known, where `msi` says whether messages are offered.
+    pub(super) fn signal(self, interrupt: SmmuInterrupt, msi: bool) -> Signal {
+        Signal::new(interrupt, self.address.address().filter(|_| msi), self.data)
+    }
+}
+
+/// An interrupt on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Signal {
+    pub interrupt: SmmuInterrupt,
+    /// Address and data of a message; `None` for a wire.
+    pub message: Option<(u64, u32)>,
+}
+
+impl Signal {
+    /// `interrupt` as a message of `data`, when there is an address.
+    pub fn new(interrupt: SmmuInterrupt, address: Option<u64>, data: u32) -> Self {
+        Self { interrupt, message: address.map(|address| (address, data)) }
+    }
+
+    /// The global error of a message that could not be written.
+    pub const fn abort_error(self) -> Gerror {
+        let none = Gerror::new();
+        match self.interrupt {
+            SmmuInterrupt::EventQueue => none.with_msi_eventq_abt_err(true),
+            SmmuInterrupt::GlobalError => none.with_msi_gerror_abt_err(true),
+            SmmuInterrupt::CommandSync => none.with_msi_cmdq_abt_err(true),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_needs_an_address_and_the_feature() {
+        let config =
+            InterruptConfig { address: IrqCfg0::from_bits(0x808_0040), data: 3, attributes: 0 };
+        let of =
+            |config: InterruptConfig, msi| config.signal(SmmuInterrupt::EventQueue, msi).message;
+        assert_eq!(of(config, true), Some((0x808_0040, 3)));
+        assert_eq!(of(config, false), None);
+        assert_eq!(of(InterruptConfig::default(), true), None);
+    }
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The register pages: reads, and writes with what they set off (§6.2, §6.3).
+//!
+//! What is reserved reads as zero, and so does what is no aligned 32- or 64-bit access; writes of
+//! both are ignored. So are writes of registers that are fixed while what they are for is enabled.
+
+use super::counters::count;
+use super::interrupts::InterruptConfig;
+use super::state::Registers;
+use super::Smmu;
+use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, OutputCons, OutputProd, QueueBase};
+use crate::spec::smmuv3::regs::{
+    self, Cr0, Cr1, Cr2, Gbpa, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg,
+};
+use crate::viommu::observer::RegisterAccess;
+use crate::viommu::register_slot::{pair, SlotAccess};
+
+impl Smmu {
+    /// The guest reads `data.len()` bytes at `offset` of the register pages.
+    pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        count(&self.counters.register_reads);
+        data.fill(0);
+        let size = data.len();
+        let Some(access) = SlotAccess::new(offset, size, regs::SIZE) else { return };
+        let registers = self.lock();
+        let value = access.extract(self.read_slot(&registers, access.slot));
+        for (byte, from) in data.iter_mut().zip(value.to_le_bytes()) {
+            *byte = from;
+        }
+        self.observe_access(offset, size, value, false);
+    }
+
+    /// The guest writes `data` at `offset` of the register pages. What the write asks for is done when
+    /// this returns, or the registers do not say that it is.
+    pub fn mmio_write(&self, offset: u64, data: &[u8]) {
+        count(&self.counters.register_writes);
+        let Some(access) = SlotAccess::new(offset, data.len(), regs::SIZE) else {
+            self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
+            return;
+        };
+        let value = access.place(data);
+        let mut registers = self.lock();
+        self.observe_access(offset, data.len(), access.extract(value), true);
+        self.write_slot(&mut registers, access, value);
+        drop(registers);
+        // What lets the queue go on: it is enabled, has more commands, or an error was acknowledged.
+        if matches!(access.slot, regs::CR0 | regs::GERROR | regs::CMDQ_PROD) {
+            self.drain_queue();
+        }
+    }
+
+    fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
+        if let Some(observer) = &self.observer {
+            let name = regs::name(offset);
+            // `SlotAccess::new` took 4 or 8.
+            let size = size as u8;
+            observer.register(&RegisterAccess { name, offset, size, value, write });
+        }
+    }
+
+    fn read_slot(&self, registers: &Registers, slot: u64) -> u64 {
+        let caps = &self.caps;
+        match slot {
+            regs::IDR0 => pair(caps.idr0.into_bits(), caps.idr1.into_bits()),
+            regs::IDR2 => pair(0, caps.idr3.into_bits()),
+            regs::IDR4 => pair(0, caps.idr5.into_bits()),
+            regs::IIDR => pair(caps.iidr.into_bits(), caps.aidr.into_bits()),
+            regs::CR0 => pair(registers.cr0.into_bits(), registers.cr0ack.into_bits()),
+            regs::CR1 => pair(registers.cr1.into_bits(), registers.cr2.into_bits()),
+            regs::STATUSR => pair(0, registers.gbpa.into_bits()),
+            regs::STRTAB_BASE => registers.strtab_base.into_bits(),
+            regs::STRTAB_BASE_CFG => pair(registers.strtab_base_cfg.into_bits(), 0),
+            regs::CMDQ_BASE => registers.cmdq_base.into_bits(),
+            regs::CMDQ_PROD => {
+                pair(registers.cmdq_prod.into_bits(), registers.cmdq_cons.into_bits())
+            }
+            slot => self.read_notice(slot),
+        }
+    }
+
+    fn read_notice(&self, slot: u64) -> u64 {
+        let notices = self.notices();
+        match slot {
+            regs::IRQ_CTRL => {
+                let irq_ctrl = notices.irq_ctrl.into_bits();
+                pair(irq_ctrl, irq_ctrl)
+            }
+            regs::GERROR => {
+                let errors = notices.errors;
+                pair(errors.gerror.into_bits(), errors.gerrorn.into_bits())
+            }
+            regs::GERROR_IRQ_CFG0 => notices.errors_interrupt.address.into_bits(),
+            regs::GERROR_IRQ_CFG1 => notices.errors_interrupt.message_words(),
+            regs::EVENTQ_BASE => notices.events.base.into_bits(),
+            regs::EVENTQ_IRQ_CFG0 => notices.events_interrupt.address.into_bits(),
+            regs::EVENTQ_IRQ_CFG1 => notices.events_interrupt.message_words(),
+            regs::EVENTQ_PROD => {
+                pair(notices.events.prod.into_bits(), notices.events.cons.into_bits())
+            }
+            _ => 0,
+        }
+    }
+
+    /// `value` has the bits of the access in their place in the slot.
+    fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
+        let (low, high) = access.halves(value);
+        match access.slot {
+            regs::CR0 => {
+                if let Some(low) = low {
+                    self.write_cr0(registers, Cr0::from_bits(low));
+                }
+            }
+            regs::CR1 => {
+                if let Some(low) = low {
+                    self.write_cr1(registers, Cr1::from_bits(low));
+                }
+                if let Some(high) = high {
+                    self.write_cr2(registers, Cr2::from_bits(high));
+                }
+            }
+            regs::STATUSR => {
+                if let Some(high) = high {
+                    self.write_gbpa(registers, Gbpa::from_bits(high));
+                }
+            }
+            regs::STRTAB_BASE | regs::STRTAB_BASE_CFG if registers.smmu_in_use() => {
+                self.guest_error(format_args!("the stream table is moved while SMMUEN"));
+            }
+            regs::STRTAB_BASE => {
+                let old = registers.strtab_base.into_bits();
+                let new = access.merge(old, value, StrtabBase::WRITABLE);
+                registers.strtab_base = StrtabBase::from_bits(new);
+            }
+            regs::STRTAB_BASE_CFG => {
+                if let Some(low) = low {
+                    let new = low & StrtabBaseCfg::WRITABLE;
+                    registers.strtab_base_cfg = StrtabBaseCfg::from_bits(new);
+                }
+            }
+            regs::CMDQ_BASE if registers.cr0.cmdqen() => {
+                self.guest_error(format_args!("the command queue is moved while CMDQEN"));
+            }
+            regs::CMDQ_BASE => {
+                let new = access.merge(registers.cmdq_base.into_bits(), value, QueueBase::WRITABLE);
+                registers.cmdq_base = QueueBase::from_bits(new);
+            }
+            regs::CMDQ_PROD => {
+                if let Some(low) = low {
+                    let wr = CmdqProd::from_bits(low).wr();
+                    registers.cmdq_prod = CmdqProd::new().with_wr(wr);
+                }
+                // The SMMU's own while the queue is enabled.
+                if let Some(high) = high.filter(|_| !registers.cr0.cmdqen()) {
+                    let cons = CmdqCons::from_bits(high);
+                    registers.cmdq_cons = CmdqCons::new().with_rd(cons.rd()).with_err(cons.err());
+                }
+            }
+            _ => self.write_notice(access, value),
+        }
+    }
+
+    fn write_notice(&self, access: SlotAccess, value: u64) {
+        let (low, high) = access.halves(value);
+        let mut notices = self.notices();
+        let irq_ctrl = notices.irq_ctrl;
+        match access.slot {
+            regs::IRQ_CTRL => {
+                if let Some(low) = low {
+                    let signals = notices.write_irq_ctrl(self.offered, IrqCtrl::from_bits(low));
+                    drop(notices);
+                    signals.into_iter().for_each(|signal| self.send(signal));
+                }
+            }
+            regs::GERROR => {
+                if let Some(high) = high {
+                    notices.errors.acknowledge(high);
+                }
+            }
+            // Where a message goes is fixed while it may be on its way.
+            regs::GERROR_IRQ_CFG0 | regs::GERROR_IRQ_CFG1 if !irq_ctrl.gerror_irqen() => {
+                self.write_message(&mut notices.errors_interrupt, access, value);
+            }
+            regs::EVENTQ_IRQ_CFG0 | regs::EVENTQ_IRQ_CFG1 if !irq_ctrl.eventq_irqen() => {
+                self.write_message(&mut notices.events_interrupt, access, value);
+            }
+            regs::EVENTQ_BASE if !notices.events.enabled => {
+                let old = notices.events.base.into_bits();
+                let new = access.merge(old, value, QueueBase::WRITABLE);
+                notices.events.base = QueueBase::from_bits(new);
+            }
+            regs::EVENTQ_PROD => {
+                // The SMMU's own while the queue is enabled.
+                if let Some(low) = low.filter(|_| !notices.events.enabled) {
+                    let prod = OutputProd::from_bits(low);
+                    notices.events.prod =
+                        OutputProd::new().with_wr(prod.wr()).with_ovflg(prod.ovflg());
+                }
+                if let Some(high) = high {
+                    let cons = OutputCons::from_bits(high);
+                    notices.events.cons =
+                        OutputCons::new().with_rd(cons.rd()).with_ovackflg(cons.ovackflg());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Writes the registers of a message: reserved where there are none.
+    fn write_message(&self, config: &mut InterruptConfig, access: SlotAccess, value: u64) {
+        if !self.offered.msi {
+            return;
+        }
+        if matches!(access.slot, regs::GERROR_IRQ_CFG0 | regs::EVENTQ_IRQ_CFG0) {
+            let new = access.merge(config.address.into_bits(), value, IrqCfg0::WRITABLE);
+            config.address = IrqCfg0::from_bits(new);
+            return;
+        }
+        let (data, attributes) = access.halves(value);
+        config.data = data.unwrap_or(config.data);
+        config.attributes = attributes
+            .map_or(config.attributes, |attributes| attributes & InterruptConfig::ATTRIBUTES);
+    }
+}

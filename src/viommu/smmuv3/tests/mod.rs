@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The SMMU as a guest drives it, over a host that records.
+
+mod cmdq;
+mod configuration;
+mod events;
+mod fail_nth;
+mod interrupts;
+mod linux;
+mod properties;
+mod registers;
+
+use std::sync::{Arc, Mutex};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::*;
+use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words};
+use crate::spec::smmuv3::event::{EventId, EventRecord};
+use crate::spec::smmuv3::queue::{CmdqCons, CommandError};
+use crate::spec::smmuv3::regs;
+use crate::viommu::HostSideError;
+
+/// What the host was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Call {
+    Configure(StreamId, StreamPolicy),
+    Invalidate(Vec<Command>),
+}
+
+#[derive(Debug, Default)]
+enum Refuse {
+    #[default]
+    Nothing,
+    Everything,
+    /// One call, after this many.
+    After(i64),
+}
+
+/// A host that records what it is asked, and what CMDQ_CONS was then.
+#[derive(Debug, Default)]
+struct FakeHost {
+    calls: Mutex<Vec<Call>>,
+    refuse: Mutex<Refuse>,
+    /// Of a batch that is refused: the command that is.
+    refused: Mutex<usize>,
+    /// What is refused is not blocked either.
+    blocks_nothing: AtomicBool,
+    /// An SMMU that is halted during every call.
+    halting: Mutex<Option<Arc<Smmu>>>,
+    /// An SMMU that is told of an event of [`STREAM`] during every call.
+    faulting: Mutex<Option<Arc<Smmu>>>,
+}
+
+impl FakeHost {
+    fn record(&self, call: Call) -> Result<(), HostSideError> {
+        self.calls.lock().unwrap().push(call);
+        if let Some(smmu) = &*self.faulting.lock().unwrap() {
+            smmu.event(translation_fault(STREAM).to_words());
+        }
+        if let Some(smmu) = &*self.halting.lock().unwrap() {
+            smmu.halt();
+        }
+        let refused = match &mut *self.refuse.lock().unwrap() {
+            Refuse::Nothing => false,
+            Refuse::Everything => true,
+            Refuse::After(calls) => {
+                *calls -= 1;
+                *calls == -1
+            }
+        };
+        if refused {
+            let source = Arc::new(std::io::Error::other("refused"));
+            let still_reachable = self.blocks_nothing.load(Ordering::Relaxed);
+            return Err(HostSideError { what: "test".into(), still_reachable, source });
+        }
+        Ok(())
+    }
+}
+
+impl SmmuHostSide for FakeHost {
+    fn configure(&self, stream: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError> {
+        self.record(Call::Configure(stream, *policy))
+    }
+
+    fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError> {
+        let decoded = commands.iter().map(|&words| {
+            let command = Command::decode(words).unwrap();
+            // No bit that is not one of a field.
+            assert_eq!(command.encode(), words);
+            command
+        });
+        let refused = *self.refused.lock().unwrap();
+        self.record(Call::Invalidate(decoded.collect()))
+            .map_err(|error| SmmuInvalidateError { refused, error })
+    }
+}
+
+/// Interrupts as they came; messages are taken at [`DOORBELL`] alone.
+#[derive(Debug, Default)]
+struct FakeInterrupts(Mutex<Vec<Interrupt>>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Interrupt {
+    Message(u32),
+    Wire(SmmuInterrupt),
+}
+
+impl SmmuInterrupts for FakeInterrupts {
+    fn message(&self, address: u64, data: u32) -> bool {
+        if address == DOORBELL {
+            self.0.lock().unwrap().push(Interrupt::Message(data));
+        }
+        address == DOORBELL
+    }
+
+    fn wire(&self, interrupt: SmmuInterrupt) {
+        self.0.lock().unwrap().push(Interrupt::Wire(interrupt));
+    }
+}
+
+const MEMORY_SIZE: u64 = 0x10_0000;
+/// Linear, 16 entries.
+const STREAM_TABLE: u64 = 0x4000;
+const CONTEXTS: u64 = 0x6000;
+/// 256 commands.
+const COMMANDS: u64 = 0x8000;
+/// 16 records.
+const EVENTS: u64 = 0xa000;
+/// A word of memory that a CMD_SYNC may write.
+const WORD: u64 = 0xc000;
+const DOORBELL: u64 = 0x808_0040;
+
+const STREAM: StreamId = StreamId(3);
+const OTHER: StreamId = StreamId(4);
+
+struct Guest {
+    memory: GuestMemoryMmap,
+    host: Arc<FakeHost>,
+    interrupts: Arc<FakeInterrupts>,
+    smmu: Arc<Smmu>,
+}
+
+impl Guest {
+    /// An SMMU with [`STREAM`] and [`OTHER`] behind it, after reset.
+    fn new(config: &SmmuConfig) -> Self {
+        Self::observed(config, None)
+    }
+
+    fn observed(config: &SmmuConfig, observer: Option<Arc<dyn Observer>>) -> Self {
+        let ranges = [(GuestAddress(0), MEMORY_SIZE as usize)];
+        let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
+        let host = Arc::new(FakeHost::default());
+        let interrupts = Arc::new(FakeInterrupts::default());
+        let smmu =
+            Smmu::new(config, Arc::new(memory.clone()), host.clone(), interrupts.clone(), observer)
+                .unwrap();
+        smmu.add_stream(STREAM);
+        smmu.add_stream(OTHER);
+        let guest = Self { memory, host, interrupts, smmu };
+        guest.calls();
+        guest
+    }
+
+    /// A default SMMU that translates: [`STREAM`] by stage 1, [`OTHER`] not at all; with queues and
+    /// interrupts.
+    fn running() -> Self {
+        let guest = Self::new(&SmmuConfig::default());
+        guest.start();
+        guest
+    }
+
+    fn start(&self) {
+        self.write_entry(STREAM, stage1_entry(CONTEXTS));
+        self.write_entry(OTHER, [1, 0]);
+        self.write_table_registers();
+        self.write_queue_registers();
+        self.write32(regs::CR0, 0b1100);
+        self.set_interrupts();
+        self.write32(regs::CR0, 0b1101);
+        assert_eq!(self.read32(regs::CR0ACK), 0b1101);
+        self.calls();
+    }
+
+    fn write_table_registers(&self) {
+        self.write32(regs::CR2, 0b110);
+        self.write64(regs::STRTAB_BASE, STREAM_TABLE);
+        self.write32(regs::STRTAB_BASE_CFG, 4);
+    }
+
+    fn write_queue_registers(&self) {
+        self.write64(regs::CMDQ_BASE, COMMANDS | 8);
+        self.write64(regs::EVENTQ_BASE, EVENTS | 4);
+    }
+
+    /// Message 1 for events, 2 for global errors.
+    fn set_interrupts(&self) {
+        self.write64(regs::EVENTQ_IRQ_CFG0, DOORBELL);
+        self.write32(regs::EVENTQ_IRQ_CFG1, 1);
+        self.write64(regs::GERROR_IRQ_CFG0, DOORBELL);
+        self.write32(regs::GERROR_IRQ_CFG1, 2);
+        self.write32(regs::IRQ_CTRL, 0b101);
+        assert_eq!(self.read32(regs::IRQ_CTRLACK), 0b101);
+    }
+
+    fn write(&self, address: u64, words: &[u64]) {
+        for (index, word) in words.iter().enumerate() {
+            self.memory.write_obj(*word, GuestAddress(address + 8 * index as u64)).unwrap();
+        }
+    }
+
+    /// The first two words of a stream table entry.
+    fn write_entry(&self, stream: StreamId, words: [u64; 2]) {
+        self.write(STREAM_TABLE + 64 * u64::from(stream.0), &words);
+    }
+
+    fn read32(&self, offset: u64) -> u32 {
+        let mut data = [0xff; 4];
+        self.smmu.mmio_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn read64(&self, offset: u64) -> u64 {
+        let mut data = [0xff; 8];
+        self.smmu.mmio_read(offset, &mut data);
+        u64::from_le_bytes(data)
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        self.smmu.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    fn write64(&self, offset: u64, value: u64) {
+        self.smmu.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    /// Puts commands behind CMDQ_PROD without moving it; gives the index they need.
+    fn queue_words(&self, commands: &[Words]) -> u32 {
+        let mut prod = self.read32(regs::CMDQ_PROD);
+        for words in commands {
+            self.write(COMMANDS + 16 * u64::from(prod & 0xff), words);
+            prod = (prod + 1) & 0x1ff;
+        }
+        prod
+    }
+
+    fn submit_words(&self, commands: &[Words]) {
+        let prod = self.queue_words(commands);
+        self.write32(regs::CMDQ_PROD, prod);
+    }
+
+    fn submit(&self, commands: &[Command]) {
+        let words: Vec<_> = commands.iter().map(Command::encode).collect();
+        self.submit_words(&words);
+    }
+
+    /// CMDQ_CONS: the index, and why consumption stopped, while that is so.
+    fn consumed(&self) -> (u32, Option<CommandError>) {
+        let cons = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS));
+        let active = self.errors() & 1 != 0;
+        (cons.rd(), CommandError::from_code(cons.err()).filter(|_| active))
+    }
+
+    /// The global errors that are active.
+    fn errors(&self) -> u32 {
+        self.read32(regs::GERROR) ^ self.read32(regs::GERRORN)
+    }
+
+    fn acknowledge_errors(&self) {
+        self.write32(regs::GERRORN, self.read32(regs::GERROR));
+    }
+
+    /// What the host was asked since the last time.
+    fn calls(&self) -> Vec<Call> {
+        std::mem::take(&mut self.host.calls.lock().unwrap())
+    }
+
+    fn refuse(&self, refuse: bool) {
+        let refuse = if refuse { Refuse::Everything } else { Refuse::Nothing };
+        *self.host.refuse.lock().unwrap() = refuse;
+    }
+
+    /// The host refuses everything, blocking included; or nothing any more.
+    fn fail_to_block(&self, fail: bool) {
+        self.refuse(fail);
+        self.host.blocks_nothing.store(fail, Ordering::Relaxed);
+    }
+
+    /// Interrupts since the last time.
+    fn interrupts(&self) -> Vec<Interrupt> {
+        std::mem::take(&mut self.interrupts.0.lock().unwrap())
+    }
+
+    /// Takes the next record out of the event queue, as a driver does.
+    fn take_event(&self) -> Option<EventRecord> {
+        let cons = self.read32(regs::EVENTQ_CONS);
+        if (self.read32(regs::EVENTQ_PROD) ^ cons) & 0x1f == 0 {
+            return None;
+        }
+        let address = EVENTS + 32 * u64::from(cons & 0xf);
+        let record = EventRecord::from_words(self.memory.read_obj(GuestAddress(address)).unwrap());
+        self.write32(regs::EVENTQ_CONS, cons & 1 << 31 | (cons + 1) & 0x1f);
+        Some(record)
+    }
+
+    /// What the guest is told of a translation fault that the host reports for `stream`.
+    fn told(&self, stream: StreamId) -> Option<EventId> {
+        assert_eq!(self.take_event(), None);
+        self.smmu.event(translation_fault(stream).to_words());
+        self.take_event().map(|record| {
+            assert_eq!(record.stream(), stream);
+            record.id().unwrap()
+        })
+    }
+}
+
+/// An entry with context descriptors at `contexts`, without substreams.
+fn stage1_entry(contexts: u64) -> [u64; 2] {
+    [contexts | 5 << 1 | 1, 0]
+}
+
+fn stage1(contexts: u64) -> StreamPolicy {
+    StreamPolicy::Stage1 { ste: stage1_entry(contexts) }
+}
+
+const BYPASS_ENTRY: [u64; 2] = [4 << 1 | 1, 0];
+/// Stage 2 alone, which is not offered.
+const BAD_ENTRY: [u64; 2] = [6 << 1 | 1, 0];
+
+/// A write that faulted in stage 1.
+fn translation_fault(stream: StreamId) -> EventRecord {
+    let record = EventRecord::new(EventId::Translation, stream, None);
+    EventRecord { input_address: 0x1234_5678, ..record }
+}
+
+const SYNC: Command = Command::Sync { signal: SyncSignal::None };
+const CFGI_ALL: Command = Command::CfgiSteRange { stream: StreamId(0), range: 31 };
+
+fn cfgi_ste(stream: StreamId) -> Command {
+    Command::CfgiSte { stream, leaf: true }
+}
+
+fn cfgi_cd_all(stream: StreamId) -> Command {
+    Command::CfgiCdAll { stream }
+}
+
+/// The invalidation of one page of `asid`.
+fn tlbi(asid: u16) -> Command {
+    let range = AddressRange::at(u64::from(asid) << 12);
+    Command::TlbiNhVa { vmid: 0, asid, range }
+}
