@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::iommufd::HostError;
 use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::StreamId;
 use crate::viommu::{HostSideError, Requester};
 
 /// What nesting refuses, or what the host refused to it.
@@ -57,6 +58,31 @@ pub enum NestingError {
         /// GPA of the table, in bytes.
         table: u64,
     },
+    /// The device is behind another kind of IOMMU, or none.
+    #[error("{0} is not behind an SMMUv3, which alone can serve a virtual one")]
+    NoSmmu(Bdf),
+    /// Streams of one virtual SMMU are behind one physical SMMU.
+    #[error(
+        "{rid} is behind another SMMU than {first}, and one virtual SMMU cannot serve both: give \
+         each a virtual SMMU of its own ({source})"
+    )]
+    OtherSmmu {
+        /// The device that was to be added.
+        rid: Bdf,
+        /// One that was added before.
+        first: Bdf,
+        /// What the host said.
+        source: HostError,
+    },
+    /// The stream belongs to no device that was added.
+    #[error("no device was added with the StreamID {0}")]
+    NoStream(StreamId),
+    /// A command that only the owner of the physical SMMU can give.
+    #[error("no invalidation of stage 1: {0}")]
+    NoInvalidation(String),
+    /// The process can have no more threads.
+    #[error("no thread can be started to bring the events of streams: {0}")]
+    NoThread(String),
     /// A shutdown came first.
     #[error("the host objects are gone already")]
     ShutDown,

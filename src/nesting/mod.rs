@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a virtual IOMMU decides, as host objects.
 //!
-//! [`vtd`] implements the host-side trait of a virtual IOMMU with the verbs of a
+//! [`vtd`] and [`smmuv3`] implement the host-side traits of the virtual IOMMUs with the verbs of a
 //! [`HostIommu`](crate::iommufd::HostIommu). What they share:
 //!
 //! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. All virtual
@@ -20,6 +20,7 @@
 mod error;
 mod memory;
 mod objects;
+pub mod smmuv3;
 pub mod vtd;
 
 use crate::iommufd::{HwInfo, ObjectId};

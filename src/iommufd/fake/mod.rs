@@ -72,6 +72,11 @@ impl RecordingHost {
         self.state().failures.push_back((verb, errno));
     }
 
+    /// Drops what [`Self::fail_next`] ordered and is still to come.
+    pub fn forget_failures(&self) {
+        self.state().failures.clear();
+    }
+
     /// Makes the next invalidation stop with `errno` after `done` entries; such orders queue up.
     pub fn fail_invalidation(&self, done: usize, errno: Errno) {
         self.state().partial.push_back((done, errno));

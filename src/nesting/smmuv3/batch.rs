@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which commands of a batch say nothing that another one does not.
+//!
+//! The guest wrote every command of a batch, and changed what it is about, before the first one
+//! reaches the host. So commands of one kind may take each other's place while no other kind stands
+//! between them. Between kinds the order counts: translations are made from context descriptors,
+//! and what devices keep is made from translations, so that a cache may be filled again from a
+//! stale one that is invalidated only later.
+
+use std::collections::HashSet;
+use std::mem::{discriminant, Discriminant};
+
+use crate::spec::smmuv3::command::Command;
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::smmuv3::RawCommand;
+
+/// A command, with its number in what the virtual SMMU handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Numbered {
+    /// How the virtual SMMU counts it.
+    pub number: usize,
+    /// Its words, as the guest wrote them.
+    pub words: RawCommand,
+    /// What they say.
+    pub command: Command,
+}
+
+/// Which cache a command is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cache {
+    /// Context descriptors of this stream.
+    Configuration(StreamId),
+    /// Translations.
+    Tlb,
+    /// Translations that the device of this stream keeps.
+    Device(StreamId),
+}
+
+/// Which cache `command` is about; none for one that is no invalidation of stage 1.
+pub(super) fn cache(command: &Command) -> Option<Cache> {
+    match *command {
+        Command::CfgiCd { stream, .. } | Command::CfgiCdAll { stream } => {
+            Some(Cache::Configuration(stream))
+        }
+        Command::TlbiNhAll { .. }
+        | Command::TlbiNhAsid { .. }
+        | Command::TlbiNhVa { .. }
+        | Command::TlbiNhVaa { .. }
+        | Command::TlbiNsnhAll => Some(Cache::Tlb),
+        Command::AtcInv { stream, .. } => Some(Cache::Device(stream)),
+        _ => None,
+    }
+}
+
+fn kind(command: &Command) -> Option<Discriminant<Cache>> {
+    cache(command).as_ref().map(discriminant)
+}
+
+/// `commands` without those that another one covers, in their order.
+pub(super) fn without_covered(commands: Vec<Numbered>) -> Vec<Numbered> {
+    let mut kept = Vec::with_capacity(commands.len());
+    for run in commands.chunk_by(|one, next| kind(&one.command) == kind(&next.command)) {
+        let all: Vec<&Numbered> = run.iter().filter(|of| is_of_all(&of.command)).collect();
+        let mut seen = HashSet::new();
+        kept.extend(run.iter().filter(|this| {
+            let covered = all.iter().any(|all| covers(&all.command, &this.command));
+            !covered && seen.insert(same_for_host(this.command))
+        }));
+    }
+    kept
+}
+
+/// The host puts its own VMID in place of the guest's, and has one command for what is of all
+/// translations.
+fn same_for_host(command: Command) -> Command {
+    match command {
+        Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => Command::TlbiNhAll { vmid: 0 },
+        Command::TlbiNhAsid { asid, .. } => Command::TlbiNhAsid { vmid: 0, asid },
+        Command::TlbiNhVa { asid, range, .. } => Command::TlbiNhVa { vmid: 0, asid, range },
+        Command::TlbiNhVaa { range, .. } => Command::TlbiNhVaa { vmid: 0, range },
+        other => other,
+    }
+}
+
+fn is_of_all(command: &Command) -> bool {
+    matches!(command, Command::TlbiNhAll { .. } | Command::TlbiNsnhAll | Command::CfgiCdAll { .. })
+}
+
+/// Whether `all`, which [`is_of_all`], does what another kind of command does. `TLBI_NH_ASID` covers
+/// none: those by address are of global translations, too, and it is not.
+fn covers(all: &Command, command: &Command) -> bool {
+    match (all, command) {
+        (Command::CfgiCdAll { stream: all }, Command::CfgiCd { stream, .. }) => all == stream,
+        (
+            Command::TlbiNhAll { .. } | Command::TlbiNsnhAll,
+            Command::TlbiNhAsid { .. } | Command::TlbiNhVa { .. } | Command::TlbiNhVaa { .. },
+        ) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::pci::Pasid;
+    use crate::spec::smmuv3::command::AddressRange;
+
+    const ALL: Command = Command::TlbiNhAll { vmid: 0 };
+
+    fn page(asid: u16, page: u64) -> Command {
+        Command::TlbiNhVa { vmid: 0, asid, range: AddressRange::at(page << 12) }
+    }
+
+    fn asid(asid: u16) -> Command {
+        Command::TlbiNhAsid { vmid: 0, asid }
+    }
+
+    fn cd(stream: u32, substream: u32) -> Command {
+        let substream = Pasid::new(substream).unwrap();
+        Command::CfgiCd { stream: StreamId(stream), substream, leaf: true }
+    }
+
+    fn atc(stream: u32) -> Command {
+        let stream = StreamId(stream);
+        Command::AtcInv { stream, substream: None, global: false, address: 0, size: 52 }
+    }
+
+    /// The numbers of those that are kept.
+    fn kept(commands: &[Command]) -> Vec<usize> {
+        let numbered = commands.iter().enumerate().map(|(number, command)| Numbered {
+            number,
+            words: command.encode(),
+            command: *command,
+        });
+        without_covered(numbered.collect()).iter().map(|command| command.number).collect()
+    }
+
+    #[test]
+    fn what_is_of_all_covers_the_rest_of_its_run() {
+        assert_eq!(kept(&[page(1, 1), asid(1), ALL, page(2, 2)]), [2]);
+        assert_eq!(kept(&[ALL, Command::TlbiNsnhAll, page(1, 1)]), [0]);
+        let all_of_8 = Command::CfgiCdAll { stream: StreamId(8) };
+        assert_eq!(kept(&[cd(8, 0), cd(9, 0), all_of_8, cd(8, 5)]), [1, 2]);
+    }
+
+    #[test]
+    fn repetitions_go() {
+        assert_eq!(kept(&[page(1, 1), page(1, 2), page(1, 1), page(2, 1)]), [0, 1, 3]);
+        let other_vmid = Command::TlbiNhAsid { vmid: 7, asid: 1 };
+        assert_eq!(kept(&[asid(1), other_vmid, atc(8), atc(8)]), [0, 2]);
+    }
+
+    #[test]
+    fn an_asid_does_not_cover_addresses_for_they_may_be_global() {
+        assert_eq!(kept(&[page(1, 1), asid(1)]), [0, 1]);
+    }
+
+    #[test]
+    fn nothing_moves_past_another_kind() {
+        // Between the first and the last, the TLB may be filled from a stale context descriptor.
+        assert_eq!(kept(&[page(1, 1), cd(8, 0), page(1, 1)]), [0, 1, 2]);
+        assert_eq!(kept(&[page(1, 1), cd(8, 0), ALL]), [0, 1, 2]);
+        assert_eq!(kept(&[atc(8), page(1, 1), atc(8)]), [0, 1, 2]);
+    }
+}

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From the guest's invalidations to the host's: one call on the vIOMMU per batch.
+
+use super::batch::{self, Cache, Numbered};
+use super::nested;
+use super::state::{Device, State};
+use crate::iommufd::{iommu_viommu_arm_smmuv3_invalidate, HostError, InvalidateData};
+use crate::nesting::error::{NestingError, Result};
+use crate::spec::pci::Pasid;
+use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::smmuv3::RawCommand;
+
+/// So many commands go to the host in one call at the most: it copies them into memory in one piece.
+const MAX_COMMANDS: usize = 4096;
+
+/// A batch was not done.
+#[derive(Debug)]
+pub(super) struct Refused {
+    /// The number of the command that the host refused; those before it are complete.
+    pub number: usize,
+    /// Why.
+    pub error: NestingError,
+    /// A stream could not be blocked, and may go on to use what was to be forgotten.
+    pub still_reachable: bool,
+}
+
+impl State {
+    /// See [`crate::viommu::smmuv3::SmmuHostSide::invalidate`].
+    pub fn invalidate(&mut self, batch: &[RawCommand]) -> std::result::Result<(), Refused> {
+        self.counters.commands_in += batch.len() as u64;
+        let (commands, foreign) = decode(batch);
+        let commands = self.needed(commands);
+        self.forward(&commands)?;
+        foreign.map_or(Ok(()), Err)
+    }
+
+    fn forward(&mut self, commands: &[Numbered]) -> std::result::Result<(), Refused> {
+        // A stream that could not be blocked when a flush failed is there still.
+        let behind = self.flush_due && self.any_translates();
+        if commands.is_empty() && !behind {
+            return Ok(());
+        }
+        let words: Vec<RawCommand> = commands.iter().map(|command| command.words).collect();
+        if !behind && self.issue(&words).is_ok() {
+            return Ok(());
+        }
+        // How far the host came is not to be known: what it says is too much after a command that it
+        // does not take. A flush of everything does what the whole batch asks for, ...
+        if let Err(error) = self.flush_everything() {
+            return Err(self.give_up(error));
+        }
+        // ... but for the one that is to blame, of which the guest must be told.
+        match self.first_refused(&words) {
+            None => Ok(()),
+            Some((at, source)) => Err(Refused {
+                // There are as many commands as words.
+                number: commands.get(at).map_or(0, |command| command.number),
+                error: NestingError::Host { what: "invalidating".into(), source },
+                still_reachable: false,
+            }),
+        }
+    }
+
+    /// What of `commands` the host must do. Of a stream that does not use stage 1 nothing is cached,
+    /// but for translations: what is stale of those is flushed before the next stream uses stage 1.
+    fn needed(&mut self, mut commands: Vec<Numbered>) -> Vec<Numbered> {
+        let translates = self.any_translates();
+        let before = commands.len();
+        let mut stale = false;
+        commands.retain(|command| match batch::cache(&command.command) {
+            Some(Cache::Configuration(stream)) => {
+                self.device(stream).is_some_and(|device| self.may_translate(device))
+            }
+            Some(Cache::Device(stream)) => self.device(stream).is_some_and(|device| {
+                device.unsettled || self.entry_of(device).is_some_and(nested::uses_ats)
+            }),
+            Some(Cache::Tlb) | None => {
+                stale |= !translates;
+                translates
+            }
+        });
+        self.flush_due |= stale && self.tlb_used;
+        let cached = commands.len();
+        self.counters.not_cached += (before - cached) as u64;
+        let needed = batch::without_covered(commands);
+        self.counters.merged += (cached - needed.len()) as u64;
+        needed
+    }
+
+    fn device(&self, stream: StreamId) -> Option<&Device> {
+        self.devices.get(&stream)
+    }
+
+    /// Forgets all that streams may have cached of stage 1.
+    pub fn flush_everything(&mut self) -> Result<()> {
+        let mut commands = vec![Command::TlbiNhAll { vmid: 0 }];
+        let streams = self.devices.iter().filter(|(_, device)| self.may_translate(device));
+        for (&stream, device) in streams.clone() {
+            commands.push(Command::CfgiCdAll { stream });
+            let entry = self.entry_of(device);
+            if entry.is_some_and(nested::uses_ats) {
+                let all = |substream| Command::AtcInv {
+                    stream,
+                    substream,
+                    global: substream.is_some(),
+                    address: 0,
+                    size: ATC_SIZE_ALL,
+                };
+                commands.push(all(None));
+                if entry.is_some_and(nested::has_substreams) {
+                    commands.push(all(Pasid::new(0)));
+                }
+            }
+        }
+        // Translations are made from context descriptors, and what devices keep from translations.
+        commands.sort_by_key(|command| match batch::cache(command) {
+            Some(Cache::Configuration(_)) => 0,
+            Some(Cache::Tlb) | None => 1,
+            Some(Cache::Device(_)) => 2,
+        });
+        let words: Vec<RawCommand> = commands.iter().map(Command::encode).collect();
+        self.counters.full_flushes += 1;
+        self.flush_due = true;
+        self.issue(&words)
+            .map_err(|source| NestingError::Host { what: "flushing everything".into(), source })?;
+        self.flush_due = false;
+        self.tlb_used = self.any_translates();
+        Ok(())
+    }
+
+    /// What cannot be invalidated must not be used.
+    fn give_up(&mut self, error: NestingError) -> Refused {
+        let streams: Vec<StreamId> = self.devices.keys().copied().collect();
+        let mut still_reachable = false;
+        for stream in streams {
+            let translates = |state: &Self| {
+                state.device(stream).is_some_and(|device| state.may_translate(device))
+            };
+            if translates(self) {
+                self.block(stream);
+                still_reachable |= translates(self);
+            }
+        }
+        Refused { number: 0, error, still_reachable }
+    }
+
+    /// Has the host work off `commands` again, in ever smaller pieces where it stops, down to the
+    /// one that it refuses. None, if it does all of them now.
+    fn first_refused(&mut self, commands: &[RawCommand]) -> Option<(usize, HostError)> {
+        // All before `from` are done; somewhere before `to` the host is known to stop.
+        let mut from = 0;
+        let mut to = commands.len();
+        while from < commands.len() {
+            let middle = from + (to - from).div_ceil(2);
+            // Never empty, for from < to: both start so, and `to` only comes down to a middle
+            // beyond `from`.
+            let piece = commands.get(from..middle)?;
+            match self.issue(piece) {
+                Ok(()) if middle == to => (from, to) = (middle, commands.len()),
+                Ok(()) => from = middle,
+                Err(error) if piece.len() == 1 => return Some((from, error)),
+                Err(_) => to = middle,
+            }
+        }
+        None
+    }
+
+    /// Has the host do `commands`, in order.
+    fn issue(&mut self, commands: &[RawCommand]) -> crate::iommufd::Result<()> {
+        let Some(unit) = &self.unit else { return Ok(()) };
+        let viommu = unit.viommu();
+        for piece in commands.chunks(MAX_COMMANDS) {
+            let piece: Vec<_> =
+                piece.iter().map(|&cmd| iommu_viommu_arm_smmuv3_invalidate { cmd }).collect();
+            self.objects
+                .host()
+                .hwpt_invalidate(viommu, InvalidateData::ArmSmmuV3(&piece))
+                .map_err(|stopped| stopped.error)?;
+            self.counters.commands_out += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The commands of `batch`, up to the first that is no invalidation of stage 1, which the virtual SMMU
+/// does not hand over; and that one.
+fn decode(batch: &[RawCommand]) -> (Vec<Numbered>, Option<Refused>) {
+    let mut commands = Vec::with_capacity(batch.len());
+    for (number, &words) in batch.iter().enumerate() {
+        let what = match Command::decode(words) {
+            Ok(command) if batch::cache(&command).is_some() => {
+                commands.push(Numbered { number, words, command });
+                continue;
+            }
+            Ok(command) => command.name().to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let error = NestingError::NoInvalidation(what);
+        return (commands, Some(Refused { number, error, still_reachable: false }));
+    }
+    (commands, None)
+}

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a virtual SMMUv3 decides, as host objects.
+//!
+//! [`SmmuNesting`] implements its [`SmmuHostSide`] as [`super`] says, and:
+//!
+//! * all devices of one virtual SMMU are behind one physical SMMU: one nesting parent, one vIOMMU
+//!   on it, one vEVENTQ, and a vDEVICE for every StreamID, made before the device is first attached;
+//! * a `HWPT_NESTED` is of words 0 and 1 of a stream table entry. Two are of no table: the one that
+//!   aborts and the one that bypasses stage 1. They are made when first needed, and stay;
+//! * a device is detached until it is first configured; from then on entries are replaced. Only what
+//!   the host refuses to abort is detached;
+//! * a batch of invalidations is one call on the vIOMMU, in the guest's own words. What cannot be
+//!   cached is not forwarded. After a refusal everything is flushed, and the command to blame is
+//!   looked for;
+//! * a thread reads the vEVENTQ, and hands the events to the virtual SMMU.
+
+mod batch;
+mod counters;
+mod events;
+mod invalidate;
+mod nested;
+mod objects;
+mod state;
+mod streams;
+#[cfg(test)]
+mod tests;
+mod unit;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::iommufd::{HostIommu, ObjectId, Protection, UserMemory};
+use crate::nesting::objects::Objects;
+use crate::nesting::{DeviceInfo, NestingError};
+use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::smmuv3::{
+    EventTarget, RawCommand, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
+};
+use crate::viommu::HostSideError;
+pub use counters::SmmuNestingCounters;
+use events::{EventRoute, EventThread};
+use invalidate::Refused;
+pub use objects::{DeviceObjects, NestedObject, SmmuObjects, UnitObjects};
+use state::State;
+use unit::Unit;
+
+/// How many events the host keeps for the guest, unless it is told otherwise.
+pub const DEFAULT_EVENT_DEPTH: u32 = 256;
+
+/// The host side of one virtual SMMUv3. See the [module](self).
+///
+/// Its lock is taken after the virtual SMMU's and held across host calls; the way of events back to
+/// the guest takes none of it.
+#[derive(Debug)]
+pub struct SmmuNesting {
+    state: Mutex<State>,
+    route: Arc<EventRoute>,
+}
+
+impl SmmuNesting {
+    /// An empty IOAS on `host`, without devices. The host keeps up to `event_depth` events that were
+    /// not read yet.
+    ///
+    /// # Errors
+    /// The host makes no IOAS.
+    pub fn new(host: Arc<dyn HostIommu>, event_depth: u32) -> Result<Self, NestingError> {
+        Ok(Self::on(Objects::new(host)?, event_depth))
+    }
+
+    /// Another virtual SMMU of the same guest, without devices: it shares the memory of `self`, and
+    /// nothing else.
+    ///
+    /// # Errors
+    /// `self` is shut down.
+    pub fn beside(&self, event_depth: u32) -> Result<Self, NestingError> {
+        Ok(Self::on(self.state().objects.beside()?, event_depth))
+    }
+
+    fn on(objects: Objects, event_depth: u32) -> Self {
+        let route = Arc::<EventRoute>::default();
+        let state = Mutex::new(State::new(objects, route.clone(), event_depth));
+        Self { state, route }
+    }
+
+    /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
+    /// device of every virtual IOMMU that shares the IOAS.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn map_memory(
+        &self,
+        gpa: u64,
+        memory: &UserMemory,
+        access: Protection,
+    ) -> Result<(), NestingError> {
+        self.state().objects.map_memory(gpa, memory, access)
+    }
+
+    /// From now on the guest has no memory at `gpa`, for `length` bytes: whole pieces, as they were
+    /// mapped.
+    ///
+    /// # Errors
+    /// The host refuses: nothing is there, or a piece would be cut.
+    pub fn unmap_memory(&self, gpa: u64, length: u64) -> Result<(), NestingError> {
+        self.state().objects.unmap_memory(gpa, length)
+    }
+
+    /// `dev`, a device bound to the host, is the guest's `rid`, which is its StreamID. It is blocked
+    /// until the virtual SMMU configures it.
+    ///
+    /// # Errors
+    /// The host refuses; the Requester ID or the device is in use; the device is behind no SMMUv3,
+    /// behind one that cannot nest, or behind another one than those that were added before. The
+    /// device is not added.
+    pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
+        let result = self.state().add_device(rid, dev);
+        self.end_idle_unit();
+        result
+    }
+
+    /// The guest's `rid` is gone: it is blocked, and its host objects destroyed if nobody shares them.
+    /// The device object itself stays its owner's.
+    ///
+    /// # Errors
+    /// There is no such device; or the host did not detach it, and it is still there.
+    pub fn remove_device(&self, rid: Bdf) -> Result<(), NestingError> {
+        let result = self.state().remove_device(rid);
+        self.end_idle_unit();
+        result
+    }
+
+    /// What the host says of each device.
+    pub fn hw_infos(&self) -> Vec<DeviceInfo> {
+        let state = self.state();
+        let info = |device: &state::Device| DeviceInfo {
+            rid: device.rid,
+            dev: device.dev,
+            info: device.info,
+        };
+        state.devices.values().map(info).collect()
+    }
+
+    /// From now on events go to `target`, while that lives.
+    pub fn set_event_target(&self, target: Weak<dyn EventTarget>) {
+        self.route.set_target(target);
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> SmmuNestingCounters {
+        self.state().counters()
+    }
+
+    /// The host objects there are.
+    pub fn objects(&self) -> SmmuObjects {
+        self.state().list()
+    }
+
+    /// Brings no more events, detaches every device and destroys every object made here; the IOAS
+    /// goes with the last that shares it. Also done on drop; here the outcome is told. May be called
+    /// again, to try again. As [`SmmuNesting::remove_device`], not to be called while the virtual SMMU
+    /// is locked: an event may be on its way to it, and is waited for.
+    ///
+    /// # Errors
+    /// The host did not let go of something.
+    pub fn shutdown(&self) -> Result<(), NestingError> {
+        let events = self.state().unit.as_mut().and_then(Unit::take_events);
+        let queue = events.map(EventThread::stop);
+        self.state().shutdown(queue)
+    }
+
+    /// Gives up the objects of the physical SMMU after the last device. The thread that brings events
+    /// is waited for without the lock, for it may wait for one who waits for the lock.
+    fn end_idle_unit(&self) {
+        let unit = self.state().take_idle_unit();
+        if let Some(mut unit) = unit {
+            let queue = unit.take_events().map(EventThread::stop);
+            unit.end(queue, &mut self.state().objects);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SmmuHostSide for SmmuNesting {
+    fn configure(&self, stream: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError> {
+        let mut state = self.state();
+        state.configure(stream, policy).map_err(|error| {
+            let what = format!("configuring stream {stream}");
+            error.for_viommu(what, state.is_reachable(stream))
+        })
+    }
+
+    fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError> {
+        let Refused { number, error, still_reachable } = match self.state().invalidate(commands) {
+            Ok(()) => return Ok(()),
+            Err(refused) => refused,
+        };
+        let error = error.for_viommu("invalidating".into(), still_reachable);
+        Err(SmmuInvalidateError { refused: number, error })
+    }
+}
+
+impl Drop for SmmuNesting {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown() {
+            log::error!("host objects are left behind: {error}");
+        }
+    }
+}

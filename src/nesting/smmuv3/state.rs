@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The host objects and their lives: the unit, devices, and what each is attached to.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::counters::SmmuNestingCounters;
+use super::events::EventRoute;
+use super::nested::{self, Entry, NestedHwpts};
+use super::unit::Unit;
+use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId};
+use crate::nesting::error::{Context, NestingError, Result};
+use crate::nesting::objects::Objects;
+use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::StreamId;
+
+/// A device of the guest.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Device {
+    /// As the guest knows it.
+    pub rid: Bdf,
+    /// The device object.
+    pub dev: ObjectId,
+    /// Which the vIOMMU knows by its StreamID.
+    pub vdevice: ObjectId,
+    /// What the host says of it.
+    pub info: HwInfo,
+    /// The `HWPT_NESTED` that the host was last told of; none while it is detached.
+    pub attached: Option<ObjectId>,
+    /// An attach or a detach failed since, so that the host's books and its hardware may disagree.
+    pub unsettled: bool,
+}
+
+/// Everything behind the lock of [`super::SmmuNesting`].
+#[derive(Debug)]
+pub(super) struct State {
+    pub objects: Objects,
+    route: Arc<EventRoute>,
+    event_depth: u32,
+    /// There while there are devices.
+    pub unit: Option<Unit>,
+    pub devices: BTreeMap<StreamId, Device>,
+    pub nested: NestedHwpts,
+    /// A stream used stage 1 since the host's TLB was last known to have nothing of the guest's.
+    pub tlb_used: bool,
+    /// Something in it is stale, though no stream that is not blocked can use it: it is to be
+    /// flushed before one does.
+    pub flush_due: bool,
+    /// But for the host calls and events, which are counted where they are made.
+    pub counters: SmmuNestingCounters,
+}
+
+impl State {
+    /// Without devices, on `objects`.
+    pub fn new(objects: Objects, route: Arc<EventRoute>, event_depth: u32) -> Self {
+        Self {
+            objects,
+            route,
+            event_depth,
+            unit: None,
+            devices: BTreeMap::new(),
+            nested: NestedHwpts::default(),
+            tlb_used: false,
+            flush_due: false,
+            counters: SmmuNestingCounters::default(),
+        }
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> SmmuNestingCounters {
+        SmmuNestingCounters {
+            host_calls: self.objects.calls(),
+            events: self.route.delivered(),
+            events_lost: self.route.lost(),
+            ..self.counters
+        }
+    }
+
+    /// See [`super::SmmuNesting::add_device`].
+    pub fn add_device(&mut self, rid: Bdf, dev: ObjectId) -> Result<()> {
+        self.objects.ioas()?;
+        if self.devices.values().any(|device| device.rid == rid || device.dev == dev) {
+            return Err(NestingError::DeviceExists(rid));
+        }
+        let info = self
+            .objects
+            .host()
+            .get_hw_info(dev)
+            .context(|| format!("asking which IOMMU {rid} is behind"))?;
+        if !matches!(info.data, HwInfoData::ArmSmmuV3(_)) {
+            return Err(NestingError::NoSmmu(rid));
+        }
+        let viommu = match &self.unit {
+            Some(unit) => unit.viommu(),
+            None => {
+                let unit = Unit::new(&mut self.objects, rid, dev, self.event_depth, &self.route)?;
+                self.unit.insert(unit).viommu()
+            }
+        };
+        let stream = StreamId::from(rid);
+        match self.objects.host().vdevice_alloc(viommu, dev, stream.raw().into()) {
+            Ok(vdevice) => {
+                let device = Device { rid, dev, vdevice, info, attached: None, unsettled: false };
+                self.devices.insert(stream, device);
+                Ok(())
+            }
+            Err(source) => {
+                let first = self.devices.values().next().map(|device| device.rid);
+                match first {
+                    // The host compares SMMUs before all else.
+                    Some(first) if source.errno == Errno::EINVAL => {
+                        Err(NestingError::OtherSmmu { rid, first, source })
+                    }
+                    _ => {
+                        let what = format!("telling the vIOMMU of {rid}");
+                        Err(NestingError::Host { what, source })
+                    }
+                }
+            }
+        }
+    }
+
+    /// See [`super::SmmuNesting::remove_device`].
+    pub fn remove_device(&mut self, rid: Bdf) -> Result<()> {
+        let stream = StreamId::from(rid);
+        let device = *self.devices.get(&stream).ok_or(NestingError::NoDevice(rid))?;
+        self.detach(stream)?;
+        self.devices.remove(&stream);
+        self.objects.destroy(device.vdevice);
+        Ok(())
+    }
+
+    /// See [`super::SmmuNesting::shutdown`]. `queue` is the vEVENTQ, which is closed.
+    pub fn shutdown(&mut self, queue: Option<ObjectId>) -> Result<()> {
+        if let Some(queue) = queue {
+            self.objects.destroy(queue);
+        }
+        let streams: Vec<StreamId> = self.devices.keys().copied().collect();
+        let mut result = Ok(());
+        for stream in &streams {
+            result = result.and(self.detach(*stream));
+        }
+        // What is still attached holds all that is below it: the next call tries again.
+        result?;
+        self.destroy_nested();
+        for device in std::mem::take(&mut self.devices).into_values() {
+            self.objects.destroy(device.vdevice);
+        }
+        if let Some(unit) = self.take_idle_unit() {
+            unit.end(None, &mut self.objects);
+        }
+        self.objects.end()
+    }
+
+    /// The objects of the physical SMMU when there is no device, to be given up.
+    pub fn take_idle_unit(&mut self) -> Option<Unit> {
+        if !self.devices.is_empty() {
+            return None;
+        }
+        let unit = self.unit.take()?;
+        self.destroy_nested();
+        // The next one's VMID is new.
+        (self.tlb_used, self.flush_due) = (false, false);
+        Some(unit)
+    }
+
+    fn destroy_nested(&mut self) {
+        for hwpt in self.nested.take_all() {
+            self.objects.destroy(hwpt);
+        }
+    }
+
+    /// The stream table entry that the host follows for `device`, as far as it is known.
+    pub fn entry_of(&self, device: &Device) -> Option<Entry> {
+        self.nested.entry(device.attached?)
+    }
+
+    /// Whether `device` may use stage 1.
+    pub fn may_translate(&self, device: &Device) -> bool {
+        device.unsettled || self.entry_of(device).is_some_and(nested::translates)
+    }
+
+    /// Whether any stream may use stage 1.
+    pub fn any_translates(&self) -> bool {
+        self.devices.values().any(|device| self.may_translate(device))
+    }
+}

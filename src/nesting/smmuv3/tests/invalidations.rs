@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which host calls a batch of invalidations costs.
+
+use super::*;
+use crate::iommufd::{Errno, Verb};
+
+/// Everything, of [`Rig::nested`]: context descriptors, translations, what A's device keeps.
+const EVERYTHING: &str = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0, 0x10:0x0, \
+                          0x2000000040:0x34, 0x2000000a40:0x34]";
+
+#[test]
+fn a_batch_is_one_call_in_the_guest_s_words() {
+    let rig = Rig::nested();
+    rig.invalidate(&[cd(STREAM_A), va(1, 5), asid(2), atc(STREAM_A)]).unwrap();
+    rig.expect(&["HWPT_INVALIDATE #5 [0x2000000005:0x1, 0x1000000000012:0x5000, \
+         0x2000000000011:0x0, 0x2000000040:0x7000]"]);
+    rig.invalidate(&[]).unwrap();
+    rig.expect(&[]);
+    let counters = rig.nesting.counters();
+    assert_eq!((counters.commands_in, counters.commands_out), (4, 4));
+}
+
+#[test]
+fn what_another_command_covers_is_not_sent() {
+    let rig = Rig::nested();
+    rig.invalidate(&[va(1, 5), va(1, 5), asid(1), Command::TlbiNsnhAll]).unwrap();
+    rig.expect(&["HWPT_INVALIDATE #5 [0x30:0x0]"]);
+    assert_eq!(rig.nesting.counters().merged, 3);
+}
+
+#[test]
+fn what_cannot_be_cached_costs_no_call() {
+    let rig = Rig::new();
+    // No stream ever used stage 1.
+    rig.invalidate(&[Command::TlbiNsnhAll, va(1, 1), cd(STREAM_A), atc(STREAM_A)]).unwrap();
+    rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
+    rig.host.take_log();
+    // B bypasses, A's device keeps nothing, and nobody is 0x99.
+    rig.invalidate(&[cd(STREAM_B), atc(STREAM_B), atc(STREAM_A), cd(StreamId(0x99))]).unwrap();
+    rig.expect(&[]);
+    assert_eq!(rig.nesting.counters().not_cached, 8);
+}
+
+#[test]
+fn what_was_kept_back_is_flushed_before_a_stream_uses_stage_1_again() {
+    let rig = Rig::new();
+    rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap();
+    rig.host.take_log();
+    rig.invalidate(&[va(1, 1)]).unwrap();
+    rig.invalidate(&[va(1, 2)]).unwrap();
+    rig.expect(&[]);
+    rig.configure(STREAM_B, stage1(0x1000, false)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #2 = #10",
+        "HWPT_INVALIDATE #5 [0x10:0x0]",
+        "DEVICE_ATTACH #2 to #10",
+    ]);
+    // Once is enough, and nothing was kept back since.
+    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
+    assert!(rig.host.take_log().iter().all(|call| !call.starts_with("HWPT_INVALIDATE")));
+    rig.ends_clean();
+}
+
+#[test]
+fn what_is_stale_keeps_a_stream_from_stage_1() {
+    let rig = Rig::new();
+    rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::Abort).unwrap();
+    rig.invalidate(&[va(1, 1)]).unwrap();
+    rig.host.take_log();
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    assert!(!rig.configure(STREAM_A, stage1(0x1000, false)).unwrap_err().still_reachable);
+    rig.expect(&[
+        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #1 = #10",
+        "HWPT_INVALIDATE #5 [0x10:0x0] ! EIO",
+        "DESTROY #10",
+    ]);
+    rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #1 = #10",
+        "HWPT_INVALIDATE #5 [0x10:0x0]",
+        "DEVICE_ATTACH #1 to #10",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_refused_command_is_found_and_nothing_is_stale() {
+    let rig = Rig::nested();
+    rig.host.refuse_command(va(1, 7).encode());
+    let batch: Vec<_> = (5..10).map(|page| va(1, page)).collect();
+    let refused = rig.invalidate(&batch).unwrap_err();
+    assert_eq!(refused.refused, 2);
+    assert!(!refused.error.still_reachable);
+    assert!(refused.to_string().contains("EIO"), "{refused}");
+    let log = rig.host.take_log();
+    assert_eq!(log[1], EVERYTHING, "{log:#?}");
+    assert_eq!(
+        log[2..],
+        [
+            "HWPT_INVALIDATE #5 [0x1000000000012:0x5000, 0x1000000000012:0x6000, \
+             0x1000000000012:0x7000] ! EIO",
+            "HWPT_INVALIDATE #5 [0x1000000000012:0x5000, 0x1000000000012:0x6000]",
+            "HWPT_INVALIDATE #5 [0x1000000000012:0x7000] ! EIO",
+        ]
+    );
+    assert_eq!(rig.nesting.counters().full_flushes, 1);
+    // Streams go on: nothing of theirs is stale.
+    assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(10)));
+    rig.ends_clean();
+}
+
+#[test]
+fn the_number_of_a_refused_command_is_the_guest_s() {
+    let rig = Rig::nested();
+    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.host.refuse_command(va(1, 7).encode());
+    let batch = [cd(STREAM_B), va(1, 5), va(1, 5), atc(STREAM_A), va(1, 7)];
+    assert_eq!(rig.invalidate(&batch).unwrap_err().refused, 4);
+}
+
+#[test]
+fn a_failure_that_passes_is_made_good() {
+    let rig = Rig::nested();
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::ENOMEM);
+    rig.invalidate(&[va(1, 5), va(1, 6), va(1, 7)]).unwrap();
+    let log = rig.host.take_log();
+    assert_eq!((log.len(), &*log[1]), (4, EVERYTHING), "{log:#?}");
+    rig.ends_clean();
+}
+
+#[test]
+fn what_cannot_be_flushed_is_blocked() {
+    let rig = Rig::nested();
+    for _ in 0..2 {
+        rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    }
+    let refused = rig.invalidate(&[va(1, 5)]).unwrap_err();
+    assert_eq!((refused.refused, refused.error.still_reachable), (0, false));
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [0x1000000000012:0x5000] ! EIO",
+        &format!("{EVERYTHING} ! EIO"),
+        "HWPT_ALLOC ARM_SMMUV3(0x1, 0x0) on #5 for #1 = #12",
+        "DEVICE_ATTACH #1 to #12",
+        "DESTROY #10",
+        "DEVICE_ATTACH #2 to #12",
+        "DESTROY #11",
+    ]);
+    // They are nested anew when they are next configured, and nothing of theirs is stale then.
+    rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC ARM_SMMUV3(0x200b, 0x0) on #5 for #2 = #10",
+        "HWPT_INVALIDATE #5 [0x10:0x0]",
+        "DEVICE_ATTACH #2 to #10",
+    ]);
+    rig.ends_clean();
+}
+
+#[test]
+fn what_can_neither_be_flushed_nor_blocked_is_told_and_flushed_first_of_all() {
+    let rig = Rig::nested();
+    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.host.take_log();
+    for _ in 0..2 {
+        rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+        rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    }
+    rig.host.fail_next(Verb::DeviceAttach, Errno::EIO);
+    assert!(rig.invalidate(&[va(1, 5)]).unwrap_err().error.still_reachable);
+    rig.host.take_log();
+    rig.invalidate(&[]).unwrap();
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x10:0x0, 0x2000000040:0x34, 0x2000000a40:0x34]",
+    ]);
+    rig.invalidate(&[]).unwrap();
+    rig.expect(&[]);
+    rig.ends_clean();
+}
+
+#[test]
+fn what_is_no_invalidation_of_stage_1_never_reaches_the_host() {
+    let rig = Rig::nested();
+    for foreign in [
+        Command::CfgiSte { stream: STREAM_A, leaf: true },
+        Command::TlbiS12Vmall { vmid: 0 },
+        Command::TlbiEl2All,
+    ] {
+        let refused = rig.invalidate(&[va(1, 5), foreign, va(1, 6)]).unwrap_err();
+        assert_eq!(refused.refused, 1);
+        assert!(refused.to_string().contains(foreign.name()), "{refused}");
+        rig.expect(&["HWPT_INVALIDATE #5 [0x1000000000012:0x5000]"]);
+    }
+    assert_eq!(rig.nesting.invalidate(&[[0xff, 0]]).unwrap_err().refused, 0);
+    rig.expect(&[]);
+}
+
+#[test]
+fn a_long_batch_goes_in_pieces() {
+    let rig = Rig::nested();
+    rig.host.mute();
+    let before = rig.host.calls();
+    let batch: Vec<_> = (0..10_000).map(|page| va(1, page)).collect();
+    rig.invalidate(&batch).unwrap();
+    assert_eq!(rig.host.calls() - before, 3);
+    assert_eq!(rig.nesting.counters().commands_out, 10_000);
+}

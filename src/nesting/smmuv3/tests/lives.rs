@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Devices, host objects and events that come and go.
+
+use std::sync::mpsc::{channel, Sender};
+use std::sync::Weak;
+use std::time::Duration;
+
+use super::*;
+use crate::iommufd::{iommu_hw_info_vtd, Errno, Protection, Verb, Vevent};
+use crate::nesting::NestingError;
+use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
+
+#[test]
+fn devices_behind_two_smmus_are_told_apart() {
+    let host = RecordingHost::new(Extensions::default());
+    let (one, other) = (host.add_device(0, hw_info()), host.add_device(1, hw_info()));
+    let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+    nesting.add_device(A, one).unwrap();
+    let error = nesting.add_device(B, other).unwrap_err();
+    assert!(matches!(error, NestingError::OtherSmmu { rid: B, first: A, .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("00:05.0") && text.contains("00:04.0"), "{text}");
+    // A virtual SMMU of its own can serve it.
+    let second = nesting.beside(64).unwrap();
+    nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    second.add_device(B, other).unwrap();
+    drop(nesting);
+    drop(second);
+    assert_eq!(host.live_objects(), []);
+}
+
+#[test]
+fn only_an_smmu_serves() {
+    let host = RecordingHost::new(Extensions::default());
+    let vtd = iommu_hw_info_vtd { flags: 0, __reserved: 0, cap_reg: 0, ecap_reg: 0 };
+    let dev = host.add_device(0, HwInfo { data: HwInfoData::Vtd(vtd), ..hw_info() });
+    let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+    assert_eq!(nesting.add_device(A, dev), Err(NestingError::NoSmmu(A)));
+    drop(nesting);
+    assert_eq!(host.live_objects(), []);
+}
+
+#[test]
+fn an_smmu_that_cannot_nest_leaves_nothing() {
+    for verb in [Verb::HwptAlloc, Verb::ViommuAlloc, Verb::VeventqAlloc, Verb::VdeviceAlloc] {
+        let host = RecordingHost::new(Extensions::default());
+        let dev = host.add_device(0, hw_info());
+        let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+        host.fail_next(verb, Errno::EOPNOTSUPP);
+        let error = nesting.add_device(A, dev).unwrap_err().to_string();
+        assert!(error.contains("00:04.0") && error.contains("EOPNOTSUPP"), "{error}");
+        assert_eq!(host.live_objects(), [ObjectId(2)], "after {verb}");
+        nesting.add_device(A, dev).unwrap();
+    }
+}
+
+#[test]
+fn a_removed_device_leaves_nothing() {
+    let rig = Rig::nested();
+    rig.nesting.remove_device(A).unwrap();
+    rig.expect(&["DEVICE_DETACH #1", "DESTROY #10", "DESTROY #7"]);
+    assert_eq!(rig.nesting.remove_device(A), Err(NestingError::NoDevice(A)));
+    rig.nesting.remove_device(B).unwrap();
+    rig.expect(&[
+        "DEVICE_DETACH #2",
+        "DESTROY #11",
+        "DESTROY #8",
+        "DESTROY #9",
+        "DESTROY #6",
+        "DESTROY #5",
+        "DESTROY #4",
+    ]);
+    assert_eq!(rig.host.live_objects(), [IOAS]);
+    rig.nesting.add_device(B, DEV_B).unwrap();
+    assert_eq!(rig.host.reaches(DEV_B, None), None);
+    assert_eq!(rig.nesting.add_device(B, DEV_A), Err(NestingError::DeviceExists(B)));
+    assert_eq!(rig.nesting.add_device(A, DEV_B), Err(NestingError::DeviceExists(A)));
+    // A new VMID: what was stale is not.
+    rig.host.take_log();
+    rig.configure(STREAM_B, stage1(0x1000, false)).unwrap();
+    assert_eq!(rig.host.take_log().len(), 2);
+    rig.ends_clean();
+}
+
+#[test]
+fn a_device_that_cannot_be_detached_stays_until_it_can() {
+    let rig = Rig::nested();
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
+    rig.nesting.remove_device(A).unwrap_err();
+    assert_eq!(rig.nesting.hw_infos().len(), 2);
+    rig.nesting.remove_device(A).unwrap();
+    rig.ends_clean();
+}
+
+#[test]
+fn shutdown_is_in_the_order_of_use_and_final() {
+    let rig = Rig::nested();
+    rig.nesting.shutdown().unwrap();
+    rig.expect(&[
+        "DESTROY #6",
+        "DEVICE_DETACH #1",
+        "DESTROY #10",
+        "DEVICE_DETACH #2",
+        "DESTROY #11",
+        "DESTROY #9",
+        "DESTROY #7",
+        "DESTROY #8",
+        "DESTROY #5",
+        "DESTROY #4",
+        "DESTROY #3",
+    ]);
+    assert_eq!(rig.host.live_objects(), []);
+    assert_eq!(rig.nesting.add_device(A, DEV_A), Err(NestingError::ShutDown));
+    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap_err();
+    drop(rig.nesting);
+    assert_eq!(rig.host.take_log(), Vec::<String>::new());
+}
+
+#[test]
+fn the_objects_can_be_listed() {
+    let rig = Rig::nested();
+    let objects = rig.nesting.objects();
+    let unit = objects.unit.unwrap();
+    let ids = (objects.ioas, unit.parent, unit.viommu, unit.event_queue);
+    assert_eq!(ids, (Some(IOAS), PARENT, VIOMMU, Some(EVENTS)));
+    let devices: Vec<_> =
+        objects.devices.iter().map(|d| (d.stream, d.device, d.vdevice, d.attached)).collect();
+    let expected = [
+        (STREAM_A, DEV_A, VDEVICE_A, Some(ObjectId(10))),
+        (STREAM_B, DEV_B, VDEVICE_B, Some(ObjectId(11))),
+    ];
+    assert_eq!(devices, expected);
+    let users: Vec<_> = objects.nested.iter().map(|n| (n.hwpt, n.streams.len())).collect();
+    assert_eq!(users, [(ObjectId(9), 0), (ObjectId(10), 1), (ObjectId(11), 1)]);
+    rig.nesting.shutdown().unwrap();
+    let objects = rig.nesting.objects();
+    assert_eq!((objects.ioas, objects.unit), (None, None));
+}
+
+struct Target(Sender<Option<EventRecordWords>>);
+
+impl EventTarget for Target {
+    fn event(&self, record: EventRecordWords) {
+        self.0.send(Some(record)).unwrap();
+    }
+
+    fn events_lost(&self) {
+        self.0.send(None).unwrap();
+    }
+}
+
+#[test]
+fn events_come_back_while_nesting_is_locked() {
+    let rig = Rig::nested();
+    let (sender, receiver) = channel();
+    let target = Arc::new(Target(sender));
+    let weak: Weak<Target> = Arc::downgrade(&target);
+    rig.nesting.set_event_target(weak);
+    let record: EventRecordWords = [0x20_0000_0010, 0, 0x1234_5000, 0];
+    let data: Vec<u8> = record.into_iter().flat_map(u64::to_le_bytes).collect();
+    let next = || receiver.recv_timeout(Duration::from_secs(60)).expect("an event comes");
+    let held = rig.nesting.state();
+    rig.host.push_event(VIOMMU, Vevent::Event { sequence: 0, data: data.clone() });
+    assert_eq!(next(), Some(record));
+    drop(held);
+    rig.host.push_event(VIOMMU, Vevent::Lost { sequence: 1 });
+    rig.host.push_event(VIOMMU, Vevent::Event { sequence: 2, data });
+    assert_eq!((next(), next()), (None, Some(record)));
+    assert_eq!(rig.nesting.counters().events_lost, 1);
+    // It is closed with the device that it is of.
+    rig.nesting.shutdown().unwrap();
+    assert!(!rig.host.push_event(VIOMMU, Vevent::Lost { sequence: 3 }));
+}

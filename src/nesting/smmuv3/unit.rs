@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The physical SMMU that all streams of a virtual one are behind, as host objects.
+
+use std::sync::Arc;
+
+use super::events::{EventRoute, EventThread};
+use crate::iommufd::{ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
+use crate::nesting::error::{Context, NestingError, Result};
+use crate::nesting::objects::Objects;
+use crate::spec::pci::Bdf;
+
+/// A nesting parent, the vIOMMU on it, and the vIOMMU's event queue.
+#[derive(Debug)]
+pub(super) struct Unit {
+    parent: ObjectId,
+    viommu: ObjectId,
+    events: Option<EventThread>,
+}
+
+impl Unit {
+    /// Makes the objects for the SMMU that `dev`, the guest's `rid`, is behind.
+    pub fn new(
+        objects: &mut Objects,
+        rid: Bdf,
+        dev: ObjectId,
+        event_depth: u32,
+        route: &Arc<EventRoute>,
+    ) -> Result<Self> {
+        let parent = objects.alloc_parent(rid, dev, false)?;
+        let viommu = objects
+            .host()
+            .viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent)
+            .context(|| format!("making a vIOMMU of the SMMU of {rid}"))
+            .inspect_err(|_| objects.destroy(parent))?;
+        let unit = Self { parent, viommu, events: None };
+        let queue = objects
+            .host()
+            .veventq_alloc(viommu, VEVENTQ_ARM_SMMUV3, event_depth)
+            .context(|| format!("making an event queue for the SMMU of {rid}"));
+        let (object, started) = match queue {
+            Ok(queue) => (queue.object(), EventThread::start(queue, route.clone())),
+            Err(error) => {
+                unit.end(None, objects);
+                return Err(error);
+            }
+        };
+        match started {
+            Ok(events) => Ok(Self { events: Some(events), ..unit }),
+            Err(error) => {
+                unit.end(Some(object), objects);
+                Err(NestingError::NoThread(error.to_string()))
+            }
+        }
+    }
+
+    /// The nesting parent.
+    pub fn parent(&self) -> ObjectId {
+        self.parent
+    }
+
+    /// The vIOMMU.
+    pub fn viommu(&self) -> ObjectId {
+        self.viommu
+    }
+
+    /// The vEVENTQ, while events are brought.
+    pub fn event_queue(&self) -> Option<ObjectId> {
+        self.events.as_ref().map(EventThread::object)
+    }
+
+    /// The thread that brings events, to be stopped.
+    pub fn take_events(&mut self) -> Option<EventThread> {
+        self.events.take()
+    }
+
+    /// Gives up the objects, on which nothing stands any more but the closed `queue`.
+    pub fn end(self, queue: Option<ObjectId>, objects: &mut Objects) {
+        for object in queue.into_iter().chain([self.viommu, self.parent]) {
+            objects.destroy(object);
+        }
+    }
+}
