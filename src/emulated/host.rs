@@ -15,11 +15,12 @@ use super::graph::ObjectGraph;
 use super::ioas::Source;
 use super::machine::{Machine, MachineError, UnitId};
 use super::objects::{HwptRequest, MapRequest, Objects};
+use super::refusal::{refuse, Outcome};
 use super::vtd::VtdUnit;
 use crate::iommufd::{
-    DirtyRange, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo, HwInfoData,
-    HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, PageRequest,
-    Protection, Result, UserMemory, Verb, ViommuKind,
+    DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo,
+    HwInfoData, HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
+    PageRequest, Protection, Result, UserMemory, Verb, ViommuKind,
 };
 use crate::spec::pci::Bdf;
 
@@ -163,6 +164,16 @@ impl EmulatedHost {
     }
 }
 
+/// Refuses a PASID of a device that has none: Linux says that it is done, and does nothing.
+fn check_pasid(objects: &Objects, dev: ObjectId, pasid: Option<u32>) -> Outcome<()> {
+    match pasid {
+        Some(pasid) if objects.get_hw_info(dev)?.pasid_bits == 0 => {
+            refuse(Errno::EINVAL, format!("PASID {pasid}: the device has no PASIDs"))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl HostIommu for EmulatedHost {
     fn device_bind(&self, name: &str) -> Result<ObjectId> {
         self.objects().device_bind(name).map_err(|refusal| refusal.of(Verb::DeviceBind, None))
@@ -173,8 +184,9 @@ impl HostIommu for EmulatedHost {
     }
 
     fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
-        self.objects()
-            .device_attach(dev, pasid, pt)
+        let mut objects = self.objects();
+        check_pasid(&objects, dev, pasid)
+            .and_then(|()| objects.device_attach(dev, pasid, pt))
             .map_err(|refusal| refusal.of(Verb::DeviceAttach, dev))
     }
 

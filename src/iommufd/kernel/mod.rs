@@ -16,7 +16,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -79,10 +78,9 @@ impl KernelHost {
             _ => OpenError::Other(path.to_owned(), error),
         })?;
         // Only an iommufd knows that it has no object 0.
-        let device = file.metadata().is_ok_and(|metadata| metadata.file_type().is_char_device());
         let iommufd = IommuFd::new_from_fd(file);
         let asked = iommufd.destroy_iommu_object(0).map_err(errno_of);
-        if !device || asked != Err(Errno::ENOENT) {
+        if asked != Err(Errno::ENOENT) {
             return Err(OpenError::NotIommufd(path.to_owned()));
         }
         Ok(Self { devices: Mutex::default(), iommufd, memory: Mutex::default() })
@@ -143,5 +141,18 @@ impl Drop for KernelHost {
 impl fmt::Debug for KernelHost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KernelHost").field("devices", &*self.devices()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_none_says_what_to_do() {
+        let words = |path: &str| KernelHost::open(Path::new(path)).unwrap_err().to_string();
+        let absent = words("/dev/no-such-iommu");
+        assert!(absent.contains("there is no /dev/no-such-iommu") && absent.contains("modprobe"));
+        assert_eq!(words("/dev/null"), "/dev/null is no iommufd");
     }
 }

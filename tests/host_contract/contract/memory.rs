@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory for devices.
+
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use twostage::iommufd::UserMemory;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    MmapRegion,
+};
+
+use super::{destroy, ioas_of, Bound, Subject, BASE, PAGE};
+
+/// Memory that devices and the check see.
+pub struct Memory(Arc<GuestRegionMmap>);
+
+impl Memory {
+    /// `pages` of anonymous memory.
+    pub fn new(pages: u64) -> Self {
+        let region = GuestRegionMmap::from_range(GuestAddress(0), (pages * PAGE) as usize, None);
+        Self(Arc::new(region.expect("memory")))
+    }
+
+    /// `pages` of a memfd, which has one more in front.
+    fn of_file(pages: u64) -> Self {
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(c"contract".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+        // SAFETY: it is new, and nobody else's.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len((pages + 1) * PAGE).expect("room");
+        let region = MmapRegion::from_file(FileOffset::new(file, PAGE), (pages * PAGE) as usize);
+        let region = GuestRegionMmap::new(region.expect("a mapping"), GuestAddress(0));
+        Self(Arc::new(region.expect("a region")))
+    }
+
+    pub fn length(&self) -> u64 {
+        self.0.len()
+    }
+
+    pub fn whole(&self) -> UserMemory {
+        UserMemory::whole(self.0.clone())
+    }
+
+    pub fn part(&self, offset: u64, length: u64) -> UserMemory {
+        self.whole().part(offset, length).expect("a part of it")
+    }
+
+    pub fn get(&self, offset: u64) -> u64 {
+        self.0.load(MemoryRegionAddress(offset), Ordering::SeqCst).expect("in the memory")
+    }
+
+    pub fn set(&self, offset: u64, word: u64) {
+        self.0.store(word, MemoryRegionAddress(offset), Ordering::SeqCst).expect("in the memory");
+    }
+
+    /// A word like no other.
+    pub fn fresh_word(&self) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(0x1234_5678_0000_0001);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Devices reach anonymous memory and that of a file alike.
+pub fn kinds(subject: &Subject) {
+    let mut bound = Bound::new(subject);
+    let host = bound.host();
+    for memory in [Memory::new(4), Memory::of_file(4)] {
+        let ioas = ioas_of(host, &memory, BASE);
+        bound.attach(ioas);
+        assert!(bound.reaches(&memory, BASE));
+        assert_eq!(host.ioas_unmap(ioas, BASE, 4 * PAGE).expect("IOAS_UNMAP"), 4 * PAGE);
+        assert!(!bound.reaches(&memory, BASE));
+        bound.detach();
+        destroy(host, &[ioas]);
+    }
+}

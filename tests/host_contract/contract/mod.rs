@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What every host promises: results, errno, and what a device's DMA reaches.
+//!
+//! The checks know a host by its verbs and a device by its DMA alone. What depends on the IOMMU is
+//! looked up in `GET_HW_INFO`; a check that this IOMMU cannot have says so.
+
+mod dirty;
+mod hwpt;
+mod ioas;
+pub mod kernel;
+mod memory;
+mod queues;
+mod smmuv3;
+mod vtd;
+
+use std::sync::Arc;
+
+use twostage::iommufd::{
+    Errno, HostIommu, HwInfoData, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection,
+    Result,
+};
+
+use memory::Memory;
+
+/// Where memory is mapped: below what any IOMMU and an edu of 28 bits can address, and where nothing
+/// is reserved.
+const BASE: u64 = 0x100_0000;
+const PAGE: u64 = 0x1000;
+
+/// A device that moves eight bytes at a time. What an IOMMU refuses does not arrive, and the device
+/// says nothing.
+pub trait Engine {
+    /// Has it read its eight bytes at `iova`.
+    fn load(&mut self, iova: u64);
+    /// Has it write them to `iova`.
+    fn store(&mut self, iova: u64);
+}
+
+/// Makes the engine of a bound device.
+pub type MakeEngine = Box<dyn Fn(ObjectId) -> Box<dyn Engine>>;
+
+/// Whom to check: a host, and the name of a device of its, which nobody has bound.
+pub struct Subject {
+    pub host: Arc<dyn HostIommu>,
+    pub device: String,
+    pub engine: MakeEngine,
+}
+
+/// Checks everything, each thing on its own; nothing is left of one for the next.
+pub fn check(subject: &Subject) {
+    let checks: &[(&str, fn(&Subject))] = &[
+        ("a device is bound once", bind),
+        ("mappings", ioas::mappings),
+        ("placement", ioas::placement),
+        ("copies", ioas::copies),
+        ("what a HWPT can stand on", hwpt::allocation),
+        ("a HWPT limits its IOAS", hwpt::limits),
+        ("attach, replace, detach", hwpt::attach),
+        ("reserved regions", hwpt::reserved),
+        ("PASIDs", hwpt::pasids),
+        ("memory of a file, and without", memory::kinds),
+        ("dirty tracking", dirty::check),
+        ("fault queues", queues::faults),
+        ("nesting on VT-d", vtd::check),
+        ("nesting on SMMUv3", smmuv3::check),
+    ];
+    for (name, check) in checks {
+        println!("contract: {name}");
+        check(subject);
+    }
+}
+
+/// Ends the process when `result` is not the failure `errno`.
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T>, errno: Errno) {
+    match result {
+        Ok(value) => panic!("{errno} was expected, not success: {value:?}"),
+        Err(error) => assert_eq!(error.errno, errno, "{error}"),
+    }
+}
+
+/// A bound device; it is unbound when this is gone.
+struct Bound<'a> {
+    subject: &'a Subject,
+    dev: ObjectId,
+    engine: Option<Box<dyn Engine>>,
+}
+
+impl<'a> Bound<'a> {
+    fn new(subject: &'a Subject) -> Self {
+        let dev = subject.host.device_bind(&subject.device).expect("the device is free");
+        Self { subject, dev, engine: Some((subject.engine)(dev)) }
+    }
+
+    fn host(&self) -> &'a dyn HostIommu {
+        &*self.subject.host
+    }
+
+    /// Which IOMMU it is behind.
+    fn iommu(&self) -> HwInfoData {
+        self.host().get_hw_info(self.dev).expect("GET_HW_INFO").data
+    }
+
+    fn engine(&mut self) -> &mut dyn Engine {
+        &mut **self.engine.as_mut().expect("an engine until the end")
+    }
+
+    fn hwpt(&self, pt: ObjectId, flags: HwptFlags, data: HwptData) -> Result<ObjectId> {
+        self.host().hwpt_alloc(&HwptAlloc { flags, dev: self.dev, pt, data, fault: None })
+    }
+
+    fn attach(&self, pt: ObjectId) -> ObjectId {
+        self.host().device_attach(self.dev, None, pt).expect("DEVICE_ATTACH")
+    }
+
+    fn detach(&self) {
+        self.host().device_detach(self.dev, None).expect("DEVICE_DETACH");
+    }
+
+    /// Whether the device moves a word from `from` to `to` (offset in the memory, IOVA).
+    fn moves(&mut self, memory: &Memory, from: (u64, u64), to: (u64, u64)) -> bool {
+        let word = memory.fresh_word();
+        memory.set(from.0, word);
+        memory.set(to.0, !word);
+        self.engine().load(from.1);
+        self.engine().store(to.1);
+        memory.get(to.0) == word
+    }
+
+    /// Whether the device reaches all of `memory`, which is at `iova`.
+    fn reaches(&mut self, memory: &Memory, iova: u64) -> bool {
+        self.moves(memory, (0, iova), (memory.length() - 8, iova + memory.length() - 8))
+    }
+}
+
+impl Drop for Bound<'_> {
+    fn drop(&mut self) {
+        self.engine = None;
+        let outcome = self.subject.host.device_unbind(self.dev);
+        assert!(outcome.is_ok() || std::thread::panicking(), "DEVICE_UNBIND: {outcome:?}");
+    }
+}
+
+/// An IOAS with `memory` at `iova`.
+fn ioas_of(host: &dyn HostIommu, memory: &Memory, iova: u64) -> ObjectId {
+    let ioas = host.ioas_alloc().expect("IOAS_ALLOC");
+    let rights = Protection::READ_WRITE;
+    let at = host.ioas_map(ioas, &memory.whole(), MapTarget::Fixed(iova), rights);
+    assert_eq!(at.expect("IOAS_MAP"), iova);
+    ioas
+}
+
+#[track_caller]
+fn destroy(host: &dyn HostIommu, ids: &[ObjectId]) {
+    for id in ids {
+        host.destroy(*id).expect("DESTROY");
+    }
+}
+
+fn bind(subject: &Subject) {
+    let host = &*subject.host;
+    let nobody = ObjectId(12345);
+    refused(host.device_bind("/dev/vfio/devices/nobody"), Errno::ENODEV);
+    let dev = host.device_bind(&subject.device).expect("the device is free");
+    refused(host.device_bind(&subject.device), Errno::EBUSY);
+    refused(host.destroy(dev), Errno::EBUSY);
+    refused(host.get_hw_info(nobody), Errno::ENOENT);
+    refused(host.device_attach(nobody, None, dev), Errno::ENOENT);
+    refused(host.device_detach(nobody, None), Errno::ENOENT);
+    refused(host.device_unbind(nobody), Errno::ENOENT);
+    host.device_detach(dev, None).expect("nothing is attached");
+    host.device_unbind(dev).expect("DEVICE_UNBIND");
+    refused(host.get_hw_info(dev), Errno::ENOENT);
+    refused(host.destroy(dev), Errno::ENOENT);
+    for _ in 0..3 {
+        let dev = host.device_bind(&subject.device).expect("it is free again");
+        host.device_unbind(dev).expect("DEVICE_UNBIND");
+    }
+}

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The emulated host and its device.
+
+use twostage::emulated::{
+    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+};
+use twostage::spec::pci::Bdf;
+
+use crate::contract::{Engine, Subject};
+
+const NAME: &str = "edu";
+
+/// A device's DMA by its port.
+#[derive(Debug)]
+struct Port {
+    port: DmaPort,
+    buffer: [u8; 8],
+}
+
+impl Engine for Port {
+    fn load(&mut self, iova: u64) {
+        // A device that gets nothing keeps what it has.
+        let _ = self.port.read(DmaAttributes::default(), iova, &mut self.buffer);
+    }
+
+    fn store(&mut self, iova: u64) {
+        let _ = self.port.write(DmaAttributes::default(), iova, &self.buffer);
+    }
+}
+
+/// A device without PASIDs behind a VT-d.
+pub fn vtd() -> Subject {
+    let host = EmulatedHost::new();
+    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    let rid = Bdf::new(0, 4, 0).expect("a PCI address");
+    host.add_device(NAME, unit, rid, DeviceConfig::default()).expect("a new device");
+    let port = host.dma_port(NAME).expect("the device");
+    Subject {
+        host: host.clone(),
+        device: NAME.to_owned(),
+        engine: Box::new(move |_| Box::new(Port { port: port.clone(), buffer: [0; 8] })),
+    }
+}
