@@ -3,6 +3,7 @@
 
 use std::env;
 use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -32,7 +33,12 @@ impl Engine for Edu {
 
 /// Checks `/dev/iommu` with the device that `TWOSTAGE_CONTRACT_DEVICE` names.
 pub fn check_named() {
-    let device = env::var("TWOSTAGE_CONTRACT_DEVICE").expect("TWOSTAGE_CONTRACT_DEVICE");
+    let Ok(device) = env::var("TWOSTAGE_CONTRACT_DEVICE") else {
+        let text = "skipped: TWOSTAGE_CONTRACT_DEVICE names no edu behind vfio-pci";
+        // Past the harness, which shows what a test prints only when it fails.
+        writeln!(std::io::stderr(), "{text}").expect("standard error");
+        return;
+    };
     let host = KernelHost::open(Path::new("/dev/iommu")).expect("/dev/iommu");
     let host = Arc::new(host);
     let of_device = host.clone();

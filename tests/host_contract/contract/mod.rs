@@ -46,9 +46,12 @@ pub struct Subject {
     pub engine: MakeEngine,
 }
 
+/// One check: it ends the process when the host breaks the contract.
+type Check = fn(&Subject);
+
 /// Checks everything, each thing on its own; nothing is left of one for the next.
 pub fn check(subject: &Subject) {
-    let checks: &[(&str, fn(&Subject))] = &[
+    let checks: &[(&str, Check)] = &[
         ("a device is bound once", bind),
         ("mappings", ioas::mappings),
         ("placement", ioas::placement),
