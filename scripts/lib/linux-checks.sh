@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# Sourced by scripts/linux-checks and scripts/linux-checks-arm64, which run Linux guests in the combinations that
+# matter. What fails does not keep the rest from running. A run that comes to no end is tried once more, and
+# that is said.
+# shellcheck shell=sh
+
+failures=
+retries=
+all_started=$(date +%s)
+
+# box LINE...: what nobody should overlook.
+box() {
+    stars="**********************************************************************"
+    echo "$stars"
+    printf '** %s\n' "$@"
+    echo "$stars"
+} >&2
+
+# fails NAME: counts it.
+fails() {
+    failures="$failures '$1'"
+}
+
+# attempt NAME COMMAND...
+attempt() {
+    name=$1
+    shift
+    echo "=== linux: $name"
+    started=$(date +%s)
+    "$@" </dev/null
+    status=$?
+    # 124: not ended in time; 125: the nested host died.
+    if [ "$status" = 124 ] || [ "$status" = 125 ]; then
+        box "RETRY: '$name' ended with status $status; once more"
+        retries="$retries '$name'"
+        "$@" </dev/null
+        status=$?
+    fi
+    echo "=== linux: $name: status $status, $(($(date +%s) - started)) s"
+    [ "$status" = 0 ] || fails "$name"
+}
+
+# unless_off PREPARE: ends here where NESTED=off says so, or where PREPARE, a command, fails.
+unless_off() {
+    if [ "${NESTED:-}" = off ]; then
+        box "NESTED=off: Linux guests were NOT run, and what only they test is NOT tested."
+        exit 0
+    fi
+    if ! "$@"; then
+        box "What Linux guests need cannot be had (the reason is above): they were NOT run." \
+            "NESTED=off leaves them out."
+        exit 1
+    fi
+    all_started=$(date +%s)
+}
+
+# finish: the end, with its status.
+finish() {
+    echo "=== linux: $(($(date +%s) - all_started)) s together"
+    [ -z "$retries" ] || box "RETRIED:$retries"
+    if [ -n "$failures" ]; then
+        echo "linux: FAILED:$failures" >&2
+        exit 1
+    fi
+    echo "linux: all passed"
+}
