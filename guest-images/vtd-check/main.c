@@ -7,6 +7,7 @@
 #include "lib/cmdline.h"
 #include "lib/console.h"
 #include "lib/interrupts.h"
+#include "lib/loader.h"
 
 extern const struct check_group edu_checks;
 extern const struct check_group registers_checks;
@@ -108,7 +109,7 @@ static void run_checks(void)
 void guest_main(u32 magic, u64 start_info)
 {
     console_init();
-    cmdline_init(magic, start_info);
+    loader_init(magic, start_info);
     interrupts_init();
     pci_init();
     edu_init();

@@ -45,7 +45,7 @@ static void msi(void)
 {
     bool arrived;
 
-    SKIP_UNLESS(pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
     interrupt_count_clear(VECTOR_EDU_MSI);
     reg_write(EDU_IRQ_RAISE, INTERRUPT_CAUSE);
     arrived = WAIT_UNTIL(interrupt_count(VECTOR_EDU_MSI));
@@ -90,7 +90,7 @@ static void dma_interrupt(void)
     volatile u64 *page = page_new();
     bool arrived;
 
-    SKIP_UNLESS(pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
     interrupt_count_clear(VECTOR_EDU_MSI);
     write64(DEVICE->registers + EDU_DMA_SOURCE, gpa_of(page));
     write64(DEVICE->registers + EDU_DMA_DESTINATION, EDU_BUFFER);

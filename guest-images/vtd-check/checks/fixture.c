@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "fixture.h"
-#include "../lib/cmdline.h"
+#include "lib/cmdline.h"
 
 // The devices' buffers hold this (and, behind it, their counting) from `devices_load` on; reads go
 // to the second half.

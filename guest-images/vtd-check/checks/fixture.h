@@ -2,16 +2,16 @@
 // What checks of the remapping unit share: a root table, an address space, and probes that say
 // where a DMA went or why it was refused.
 #pragma once
-#include "../check.h"
-#include "../hw/context.h"
-#include "../hw/edu.h"
-#include "../hw/faults.h"
-#include "../hw/paging.h"
-#include "../hw/queue.h"
-#include "../hw/vtd.h"
-#include "../lib/interrupts.h"
-#include "../lib/io.h"
-#include "../lib/memory.h"
+#include "check.h"
+#include "hw/context.h"
+#include "hw/edu.h"
+#include "hw/faults.h"
+#include "hw/paging.h"
+#include "hw/queue.h"
+#include "hw/vtd.h"
+#include "lib/interrupts.h"
+#include "lib/io.h"
+#include "lib/memory.h"
 
 // The device most checks use, and the other one, where there are two.
 #define DEVICE (&edus[0])

@@ -3,7 +3,7 @@
 // the command line, forgets the invalidation. With `forget=0` it does not. Runs alone, in either case: the
 // other checks use stale translations on purpose.
 #include "fixture.h"
-#include "../lib/cmdline.h"
+#include "lib/cmdline.h"
 
 enum { PASID = 5 };
 

@@ -7,7 +7,7 @@ static void message_while_blocked(void)
 {
     bool arrived;
 
-    SKIP_UNLESS(pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI), "no MSI capability");
+    SKIP_UNLESS(pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI), "no MSI capability");
     REQUIRE(enable());
     interrupt_count_clear(VECTOR_EDU_MSI);
     write32(DEVICE->registers + EDU_IRQ_RAISE, 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // Interrupt remapping (VT-d chapter 5): a device's message goes by its table entry, or is refused.
 #include "fixture.h"
-#include "../lib/cmdline.h"
+#include "lib/cmdline.h"
 
 // IRTA: 2^(S + 1) entries; destinations of 32 bits.
 #define TABLE_SIZE 7u
@@ -166,7 +166,7 @@ static void no_memory(void)
 
 static void compatibility(void)
 {
-    (void)pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI);
+    (void)pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI);
     REQUIRE(faults(INTERRUPT_COMPATIBILITY_BLOCKED, 0));
     EXPECT(vtd_switch(GCMD_CFI, true), "GCMD.CFI never showed in GSTS");
     REQUIRE(arrives(VECTOR_EDU_MSI));
@@ -261,7 +261,7 @@ static void wide_destination(void)
     REQUIRE(invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_GLOBAL, 0, 0)));
     REQUIRE(arrives(VECTOR_EDU_MSI));
     // Compatibility format is blocked whatever CFI says.
-    (void)pci_msi_enable(DEVICE->id, VECTOR_EDU_MSI);
+    (void)pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI);
     EXPECT(vtd_switch(GCMD_CFI, true), "GCMD.CFI never showed in GSTS");
     REQUIRE(faults(INTERRUPT_COMPATIBILITY_BLOCKED, 0));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "context.h"
-#include "vtd.h"
-#include "../lib/memory.h"
+#include "hw/context.h"
+#include "hw/vtd.h"
+#include "lib/memory.h"
 
 #define POINTER 0x000ffffffffff000ull
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // Root, context and PASID tables (VT-d 9.1 to 9.6), in legacy and in scalable mode.
 #pragma once
-#include "pci.h"
+#include "hw/pci.h"
 
 // Every entry: present, and "do not record faults".
 #define ENTRY_P BIT(0)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "faults.h"
-#include "vtd.h"
-#include "../lib/interrupts.h"
-#include "../lib/io.h"
+#include "hw/faults.h"
+#include "hw/vtd.h"
+#include "lib/interrupts.h"
+#include "lib/io.h"
 
 // The top dword of a record holds F, the bit that says "pending" and is cleared by writing 1.
 #define RECORD_SIZE 16

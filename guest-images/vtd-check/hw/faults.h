@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // Fault recording registers (VT-d 11.4.14) and the reasons they carry (chapter 7).
 #pragma once
-#include "../lib/types.h"
+#include "lib/types.h"
 
 enum fault_reason {
     LEGACY_ROOT_NOT_PRESENT = 0x01,

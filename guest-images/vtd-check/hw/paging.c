@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "paging.h"
-#include "../lib/memory.h"
+#include "hw/paging.h"
+#include "lib/memory.h"
 
 #define ENTRY_ADDRESS 0x000ffffffffff000ull
 

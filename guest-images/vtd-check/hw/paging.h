@@ -2,7 +2,7 @@
 // Page tables of both stages (VT-d chapter 9.8 and 9.10). They differ in what their low bits mean;
 // the shape is the same.
 #pragma once
-#include "../lib/types.h"
+#include "lib/types.h"
 
 // First stage.
 #define FS_P BIT(0)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "queue.h"
-#include "vtd.h"
-#include "../lib/io.h"
-#include "../lib/memory.h"
+#include "hw/queue.h"
+#include "hw/vtd.h"
+#include "lib/io.h"
+#include "lib/memory.h"
 
 #define IQA_WIDE BIT(11)
 #define HEAD_MASK 0x7fff0u

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // The invalidation queue and its descriptors (VT-d 6.5.2).
 #pragma once
-#include "../lib/types.h"
+#include "lib/types.h"
 
 struct descriptor {
     u64 low, high;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // The remapping unit's registers (Intel VT-d specification, chapter 11).
 #pragma once
-#include "../lib/types.h"
+#include "lib/types.h"
 
 enum vtd_register {
     VTD_VER = 0x000,

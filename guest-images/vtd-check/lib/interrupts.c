@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "interrupts.h"
-#include "console.h"
-#include "io.h"
-#include "memory.h"
+#include "lib/interrupts.h"
+#include "lib/console.h"
+#include "lib/io.h"
+#include "lib/memory.h"
 
 enum {
     CODE_SELECTOR = 0x08,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // Exceptions end the run with one line; interrupts are counted.
 #pragma once
-#include "types.h"
+#include "lib/types.h"
 
 enum {
     VECTOR_FIRST = 32, // the first that is no exception

@@ -2,7 +2,7 @@
 // Ports, memory-mapped registers and bounded waiting. Every access is one plain MOV, IN or OUT, and
 // a compiler barrier: what was stored in memory before it is there when the device looks.
 #pragma once
-#include "types.h"
+#include "lib/types.h"
 
 static inline void out8(u16 port, u8 value)
 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "memory.h"
-#include "console.h"
+#include "lib/memory.h"
+#include "lib/console.h"
 
 extern char image_end[];
 

@@ -3,7 +3,7 @@
 //
 // The guest runs on an identity map, so a pointer's value is also the guest-physical address.
 #pragma once
-#include "types.h"
+#include "lib/types.h"
 
 void *memset(void *to, int value, size_t count);
 void *memcpy(void *to, const void *from, size_t count);

@@ -1,58 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "pci.h"
-#include "../lib/cmdline.h"
-#include "../lib/interrupts.h"
-#include "../lib/io.h"
-
-#define DEFAULT_ECAM 0xb0000000u
-#define BAR_WINDOW 0xe0000000u
+#include "hw/pci.h"
 
 enum {
-    CONFIG_ADDRESS = 0xcf8,
-    CONFIG_DATA = 0xcfc,
-    HOST_BRIDGE = 0,
     MSI_CONTROL_ENABLE = 1 << 16, // message control is the upper half of the capability's first word
     MSI_CONTROL_64BIT = 1 << 23,
 };
-
-static u64 ecam;
-
-static u32 port_read(pci_id function, u16 offset)
-{
-    out32(CONFIG_ADDRESS, 0x80000000u | (u32)function << 8 | (offset & 0xfc));
-    return in32(CONFIG_DATA);
-}
-
-void pci_init(void)
-{
-    u64 base = cmdline_number("ecam", DEFAULT_ECAM);
-    u32 bridge = read32(base);
-
-    if (bridge != ~0u && bridge == port_read(HOST_BRIDGE, PCI_ID))
-        ecam = base;
-}
-
-bool pci_has_ecam(void)
-{
-    return ecam != 0;
-}
-
-u32 pci_read(pci_id function, u16 offset)
-{
-    if (ecam)
-        return read32(ecam + ((u64)function << 12) + offset);
-    return port_read(function, offset);
-}
-
-void pci_write(pci_id function, u16 offset, u32 value)
-{
-    if (ecam) {
-        write32(ecam + ((u64)function << 12) + offset, value);
-        return;
-    }
-    out32(CONFIG_ADDRESS, 0x80000000u | (u32)function << 8 | (offset & 0xfc));
-    out32(CONFIG_DATA, value);
-}
 
 unsigned pci_find(u32 id, pci_id *found, unsigned most)
 {
@@ -85,7 +37,7 @@ u16 pci_extended_capability(pci_id function, u16 id)
 {
     u16 offset = 0x100;
 
-    for (int most = 64; ecam && offset >= 0x100 && most; most--) {
+    for (int most = 64; pci_has_ecam() && offset >= 0x100 && most; most--) {
         u32 header = pci_read(function, offset);
 
         if (header == 0 || header == ~0u)
@@ -99,9 +51,11 @@ u16 pci_extended_capability(pci_id function, u16 id)
 
 u64 pci_enable(pci_id function, u32 size)
 {
-    static u32 next = BAR_WINDOW;
+    static u32 next;
     u32 bar = pci_read(function, PCI_BAR0) & ~0xfu;
 
+    if (next == 0)
+        next = pci_bar_window();
     if (bar == 0) {
         bar = (next + size - 1) & ~(size - 1);
         next = bar + size;
@@ -128,11 +82,6 @@ bool pci_msi_set(pci_id function, u32 address, u32 data)
     }
     pci_write(function, msi, control | MSI_CONTROL_ENABLE);
     return true;
-}
-
-bool pci_msi_enable(pci_id function, unsigned vector)
-{
-    return pci_msi_set(function, msi_address(), vector);
 }
 
 void pci_msi_disable(pci_id function)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// PCI configuration space: ECAM where there is one, ports 0xCF8/0xCFC otherwise.
+// PCI functions of bus 0. How configuration space is reached each guest has itself.
 #pragma once
-#include "../lib/types.h"
+#include "lib/types.h"
 
 enum {
     PCI_ID = 0x00,
@@ -21,11 +21,13 @@ enum {
 // A function by its Requester ID (bus, device, function), as fault records name it.
 typedef u16 pci_id;
 
+// Each guest's own: finds configuration space; whether its extended part can be reached; accesses; where
+// BARs may lie that no firmware has given a place.
 void pci_init(void);
 bool pci_has_ecam(void);
-
 u32 pci_read(pci_id function, u16 offset);
 void pci_write(pci_id function, u16 offset, u32 value);
+u32 pci_bar_window(void);
 
 // Finds functions of bus 0 with this vendor and device ID (as register 0 reads); returns how many.
 unsigned pci_find(u32 id, pci_id *found, unsigned most);
@@ -41,6 +43,4 @@ u64 pci_enable(pci_id function, u32 size);
 // Has the function's single MSI write `data` to `address`; false when it has no MSI capability.
 bool pci_msi_set(pci_id function, u32 address, u32 data);
 
-// Points the function's single MSI at `vector`; false when it has no MSI capability.
-bool pci_msi_enable(pci_id function, unsigned vector);
 void pci_msi_disable(pci_id function);

@@ -1,42 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-#include "cmdline.h"
-#include "memory.h"
-
-#define MULTIBOOT_MAGIC 0x2badb002u
-#define MULTIBOOT_HAS_CMDLINE BIT(2)
-#define PVH_MAGIC 0x336ec578u
-
-struct multiboot_info {
-    u32 flags, memory_lower, memory_upper, boot_device, cmdline;
-};
-
-struct hvm_start_info {
-    u32 magic, version, flags, module_count;
-    u64 modules, cmdline;
-};
+#include "lib/cmdline.h"
 
 static const char *cmdline = "";
-static bool by_multiboot;
 
-void cmdline_init(u32 magic, u64 start_info)
+void cmdline_set(const char *text)
 {
-    if (magic == MULTIBOOT_MAGIC) {
-        const struct multiboot_info *info = (const void *)(uintptr_t)start_info;
-
-        by_multiboot = true;
-        if (info->flags & MULTIBOOT_HAS_CMDLINE)
-            cmdline = (const char *)(uintptr_t)info->cmdline;
-    } else {
-        const struct hvm_start_info *info = (const void *)(uintptr_t)start_info;
-
-        if (info->magic == PVH_MAGIC && info->cmdline)
-            cmdline = (const char *)(uintptr_t)info->cmdline;
-    }
-}
-
-const char *boot_protocol(void)
-{
-    return by_multiboot ? "multiboot" : "PVH";
+    cmdline = text;
 }
 
 static int digit(char c, unsigned base)

@@ -2,7 +2,7 @@
 // The `edu` device (1234:11e8): the educational device that QEMU documents, and one register of
 // Twostage's that gives a DMA a PASID.
 #pragma once
-#include "pci.h"
+#include "hw/pci.h"
 
 #define EDU_MOST 4
 
