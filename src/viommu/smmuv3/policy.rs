@@ -294,6 +294,13 @@ mod tests {
     }
 
     #[test]
+    fn while_translation_is_off_gbpa_decides() {
+        let gbpa = Gbpa::new().with_shcfg(1);
+        assert_eq!(policy_while_disabled(gbpa), StreamPolicy::Bypass);
+        assert_eq!(policy_while_disabled(gbpa.with_abort(true)), StreamPolicy::Abort);
+    }
+
+    #[test]
     fn the_table_has_an_end() {
         let (memory, caps) = (memory(), caps(0));
         write(&memory, TABLE + 0x1ff * STE_SIZE, &[1, 0]);
