@@ -24,6 +24,7 @@ help:
 	@echo 'make selftests Linux'"'"'s own tests of iommufd, unmodified, under that library'
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
 	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
+	@echo 'make loom      the gate that DMA reads translations through, in every order of its threads'
 	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
 	@echo 'make binary-arm64  twostage for arm64, linked statically, in target/arm64'
 	@echo 'make doc       API documentation'
@@ -48,7 +49,7 @@ test: lint guest
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
-test-all: test
+test-all: test loom
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/bad-inputs
@@ -76,6 +77,11 @@ bench:
 fuzz:
 	@$(need) cc c++ cargo
 	scripts/fuzz ioctls 10000000
+
+# Built apart: --cfg loom is for the whole crate graph.
+loom:
+	@$(need) cc cargo
+	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --locked --no-default-features --lib emulated::gate::model
 
 lint:
 	@$(need) cc cargo rustfmt cargo-clippy
@@ -112,5 +118,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all nested-check preload selftests bench fuzz lint doc guest binary binary-arm64 kvm clean
+.PHONY: help run demo test test-all nested-check preload selftests bench fuzz loom lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help

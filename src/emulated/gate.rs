@@ -26,6 +26,9 @@
 //! * *Writers exclude each other* by a mutex. *Closed* is only ever true while it is held, so a
 //!   reader that holds it may mark its slot busy without looking.
 //!
+//! `make loom` tries every order of the threads' steps in a model of memory that knows no more than
+//! this.
+//!
 //! # Progress
 //!
 //! A writer waits for at most one read section of each reader: once closed, the gate lets nobody
@@ -37,19 +40,24 @@
 //! A guard that is leaked makes writes wait for as long as its reader lives; it breaks no promise
 //! of memory safety.
 
+#[cfg(all(loom, test))]
+mod model;
+
 use std::cell::UnsafeCell;
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+#[cfg(not(all(loom, test)))]
+use std::sync::{
+    atomic::{AtomicBool, Ordering},
+    Mutex, MutexGuard,
+};
+use std::sync::{Arc, PoisonError};
 
-/// Rounds of waiting for a reader before the writer gives way to other threads, and before it
-/// sleeps between looks. A read section is a copy of at most some pages: it ends within the first,
-/// unless its thread is not running.
-const SPIN_ROUNDS: u32 = 128;
-const YIELD_ROUNDS: u32 = 1024;
-const SLEEP: Duration = Duration::from_micros(50);
+#[cfg(all(loom, test))]
+use model::{
+    sync::{AtomicBool, Mutex, MutexGuard},
+    Ordering,
+};
 
 /// A value that no other data shares a cache line with, nor the line that is prefetched with it.
 #[repr(align(128))]
@@ -121,6 +129,25 @@ impl<T> fmt::Debug for Gate<T> {
     }
 }
 
+/// Lets a little time pass for the round number `round` of waiting for a reader.
+#[cfg(not(all(loom, test)))]
+fn wait(round: u32) {
+    /// Rounds before the writer gives way to other threads, and before it sleeps between looks. A
+    /// read section is a copy of at most some pages: it ends within the first, unless its thread is
+    /// not running.
+    const SPIN_ROUNDS: u32 = 128;
+    const YIELD_ROUNDS: u32 = 1024;
+    const SLEEP: std::time::Duration = std::time::Duration::from_micros(50);
+    match round {
+        0..SPIN_ROUNDS => std::hint::spin_loop(),
+        SPIN_ROUNDS..YIELD_ROUNDS => std::thread::yield_now(),
+        _ => std::thread::sleep(SLEEP),
+    }
+}
+
+#[cfg(all(loom, test))]
+use model::wait;
+
 /// The gate is closed for as long as this lives.
 struct Closed<'a, T> {
     gate: &'a Gate<T>,
@@ -133,11 +160,7 @@ impl<T> Closed<'_, T> {
         for slot in self.slots.iter() {
             let mut round = 0;
             while slot.0.load(Ordering::SeqCst) {
-                match round {
-                    0..SPIN_ROUNDS => std::hint::spin_loop(),
-                    SPIN_ROUNDS..YIELD_ROUNDS => std::thread::yield_now(),
-                    _ => std::thread::sleep(SLEEP),
-                }
+                wait(round);
                 round = round.saturating_add(1);
             }
         }
@@ -222,7 +245,7 @@ impl<T> fmt::Debug for ReadGuard<'_, T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicU64;
