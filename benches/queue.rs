@@ -9,15 +9,19 @@ use twostage::spec::pci::Pasid;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor};
 use twostage::spec::vtd::regs;
 
-#[allow(dead_code)] // The tests use all of the driver, the bench a part.
-#[path = "../tests/two_stages/guest.rs"]
+#[allow(dead_code)] // The tests use all of these, the bench a part.
+#[path = "../tests/two_stages/common.rs"]
+mod common;
+#[allow(dead_code)]
+#[path = "../tests/two_stages/vtd/guest.rs"]
 mod guest;
 #[allow(dead_code)]
-#[path = "../tests/two_stages/machine.rs"]
+#[path = "../tests/two_stages/vtd/machine.rs"]
 mod machine;
 
-use guest::{Completion, Entry, PAGE};
-use machine::{Machine, A};
+use common::{A, PAGE};
+use guest::{Completion, Entry};
+use machine::Machine;
 
 const DOMAIN: u16 = 1;
 const IOVA: u64 = 0x4000_0000;

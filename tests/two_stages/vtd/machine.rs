@@ -7,33 +7,18 @@ use twostage::emulated::{
     ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
     ObjectGraph, VtdUnit, VtdUnitConfig,
 };
-use twostage::iommufd::{
-    Errno, Extensions, FailNth, HostIommu, HwInfoData, ObjectId, Protection, UserMemory,
-};
+use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, HwInfoData, ObjectId, Protection};
 use twostage::nesting::vtd::VtdNesting;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::regs::{Cap, Ecap};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
 use twostage::viommu::{FaultTarget, InterruptSink, Policy, Requester, Stage1};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::guest::{Guest, Registers};
+use super::guest::{Guest, Registers};
+use crate::common::{Host, Memory, A, B};
 
-/// The emulated host; one call of it can be made to fail, and the one after that, too.
-pub type Host = FailNth<FailNth<EmulatedHost>>;
-
-/// The guest's two devices.
-pub const A: Bdf = Bdf::from_raw(0x20);
-pub const B: Bdf = Bdf::from_raw(0x28);
 /// Width of their PASIDs.
 const PASID_BITS: u8 = 8;
-
-/// Guest memory: start and size of each region, in bytes.
-const REGIONS: [(u64, usize); 2] = [(0, 16 << 20), (1 << 32, 4 << 20)];
-/// The start of the region above 4 GiB.
-pub const HIGH: u64 = REGIONS[1].0;
-/// Its size.
-pub const HIGH_SIZE: u64 = REGIONS[1].1 as u64;
 
 impl Registers for Arc<VtdIommu> {
     fn read(&self, offset: u64, bytes: &mut [u8]) {
@@ -79,7 +64,7 @@ struct Contexts(Weak<VtdIommu>);
 
 impl ContextTables for Contexts {
     fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay> {
-        let requester = Requester { rid, pasid: pasid.map(crate::machine::pasid) };
+        let requester = Requester { rid, pasid: pasid.map(self::pasid) };
         Some(match self.0.upgrade()?.policy_by_tables(requester)? {
             Policy::Blocked { .. } => DmaWay::Blocked,
             Policy::Bypass => DmaWay::Bypass,
@@ -121,16 +106,9 @@ impl Machine {
     pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>, config: VtdConfig) -> Result<Self, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let nesting = Arc::new(VtdNesting::new(host.clone()).map_err(|error| text(&error))?);
-        let region = |&(start, size)| {
-            Arc::new(GuestRegionMmap::from_range(GuestAddress(start), size, None).unwrap())
-        };
-        let regions: Vec<_> = REGIONS.iter().map(region).collect();
-        for ((start, _), region) in REGIONS.iter().zip(&regions) {
-            nesting
-                .map_memory(*start, &UserMemory::whole(region.clone()), Protection::READ_WRITE)
+        let memory =
+            Memory::new(|start, region| nesting.map_memory(start, region, Protection::READ_WRITE))
                 .map_err(|error| text(&error))?;
-        }
-        let memory = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
         let mut devices = Vec::new();
         for (name, rid) in [("a", A), ("b", B)] {
             let dev = host.device_bind(name).map_err(|error| text(&error))?;
@@ -141,7 +119,7 @@ impl Machine {
             config.intersect(&units(&nesting, host.extensions())).map_err(|error| text(&error))?;
         let interrupts = Arc::new(Interrupts::default());
         let iommu =
-            VtdIommu::new(config, memory.clone(), nesting.clone(), interrupts.clone(), None)
+            VtdIommu::new(config, memory.map.clone(), nesting.clone(), interrupts.clone(), None)
                 .map_err(|error| text(&error))?;
         nesting.set_fault_target(Arc::downgrade(&iommu) as Weak<dyn FaultTarget>);
         iommu.add_device(A);

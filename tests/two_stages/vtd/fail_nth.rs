@@ -7,9 +7,10 @@ use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope};
 
-use crate::guest::{Completion, Entry, PAGE};
-use crate::machine::{self, vtd_config, Machine, A, B};
-use crate::{pasid_pages, DOMAIN, IOVA};
+use super::guest::{Completion, Entry};
+use super::machine::{self, vtd_config, Machine};
+use super::{pasid_pages, DOMAIN, IOVA};
+use crate::common::{A, B, PAGE};
 
 /// A requester, and what its DMA at `IOVA` finds by the guest's tables; `None` where they block it.
 type Probe = (Bdf, Option<u32>, Option<u64>);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest's IOMMU driver: it builds tables in guest memory, and programs the unit by registers.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::ops::Deref;
 
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
@@ -20,11 +19,9 @@ use twostage::spec::vtd::root::{
     SCALABLE_CONTEXT_ENTRY_SIZE,
 };
 use twostage::spec::vtd::second_stage::SecondStageEntry;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-pub const PAGE: u64 = 0x1000;
-/// Where the driver takes pages from, in guest memory.
-const FIRST_FREE: u64 = 0x10_0000;
+use crate::common::{Memory, PAGE};
+
 /// The status a wait descriptor stores.
 const DONE: u32 = 0x600d;
 
@@ -36,9 +33,8 @@ pub trait Registers {
 
 /// The driver. Every guest address is a GPA, in bytes.
 pub struct Guest<R> {
-    pub memory: Arc<GuestMemoryMmap>,
+    pub memory: Memory,
     pub registers: R,
-    free: AtomicU64,
     root: u64,
     queue: u64,
     status: u64,
@@ -62,30 +58,19 @@ pub enum Completion {
     Stopped(Fsts),
 }
 
+impl<R> Deref for Guest<R> {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.memory
+    }
+}
+
 impl<R: Registers> Guest<R> {
     /// A driver with an empty root table, and a queue of one page of 256-bit descriptors.
-    pub fn new(memory: Arc<GuestMemoryMmap>, registers: R) -> Self {
-        let free = AtomicU64::new(FIRST_FREE);
-        let mut guest = Self { memory, registers, free, root: 0, queue: 0, status: 0 };
-        guest.root = guest.page();
-        guest.queue = guest.page();
-        guest.status = guest.page();
-        guest
-    }
-
-    /// A zeroed page.
-    pub fn page(&self) -> u64 {
-        let page = self.free.fetch_add(PAGE, Ordering::Relaxed);
-        self.memory.write_slice(&[0; PAGE as usize], GuestAddress(page)).unwrap();
-        page
-    }
-
-    pub fn load(&self, address: u64) -> u64 {
-        self.memory.load(GuestAddress(address), Ordering::SeqCst).unwrap()
-    }
-
-    pub fn store(&self, address: u64, value: u64) {
-        self.memory.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
+    pub fn new(memory: Memory, registers: R) -> Self {
+        let [root, queue, status] = [(); 3].map(|()| memory.page());
+        Self { memory, registers, root, queue, status }
     }
 
     pub fn read32(&self, offset: u64) -> u32 {

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a machine of either architecture has: guest memory, two devices, and a host that fails.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use twostage::emulated::EmulatedHost;
+use twostage::iommufd::{FailNth, UserMemory};
+use twostage::spec::pci::Bdf;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+/// The emulated host; one call of it can be made to fail, and the one after that, too.
+pub type Host = FailNth<FailNth<EmulatedHost>>;
+
+/// The guest's two devices.
+pub const A: Bdf = Bdf::from_raw(0x20);
+pub const B: Bdf = Bdf::from_raw(0x28);
+
+pub const PAGE: u64 = 0x1000;
+/// Start and size of each region, in bytes.
+const REGIONS: [(u64, usize); 2] = [(0, 16 << 20), (1 << 32, 4 << 20)];
+/// The start of the region above 4 GiB.
+pub const HIGH: u64 = REGIONS[1].0;
+/// Its size.
+pub const HIGH_SIZE: u64 = REGIONS[1].1 as u64;
+/// Where pages are taken from.
+const FIRST_FREE: u64 = 0x10_0000;
+
+/// Guest memory. Every address is a GPA, in bytes.
+pub struct Memory {
+    pub map: Arc<GuestMemoryMmap>,
+    free: AtomicU64,
+}
+
+impl Memory {
+    /// All regions, each shown to `mapped` with its start.
+    ///
+    /// # Errors
+    /// Those of `mapped`.
+    pub fn new<E>(mut mapped: impl FnMut(u64, &UserMemory) -> Result<(), E>) -> Result<Self, E> {
+        let region = |&(start, size)| {
+            Arc::new(GuestRegionMmap::from_range(GuestAddress(start), size, None).unwrap())
+        };
+        let regions: Vec<_> = REGIONS.iter().map(region).collect();
+        for ((start, _), region) in REGIONS.iter().zip(&regions) {
+            mapped(*start, &UserMemory::whole(region.clone()))?;
+        }
+        let map = Arc::new(GuestMemoryMmap::from_arc_regions(regions).unwrap());
+        Ok(Self { map, free: AtomicU64::new(FIRST_FREE) })
+    }
+
+    /// A zeroed page.
+    pub fn page(&self) -> u64 {
+        let page = self.free.fetch_add(PAGE, Ordering::Relaxed);
+        self.map.write_slice(&[0; PAGE as usize], GuestAddress(page)).unwrap();
+        page
+    }
+
+    pub fn load(&self, address: u64) -> u64 {
+        self.map.load(GuestAddress(address), Ordering::SeqCst).unwrap()
+    }
+
+    pub fn store(&self, address: u64, value: u64) {
+        self.map.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
+    }
+}
