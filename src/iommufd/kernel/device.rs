@@ -16,6 +16,8 @@ const CDEVS: &str = "/dev/vfio/devices";
 /// A device that is bound to an iommufd. Closing its file unbinds it.
 #[derive(Debug)]
 pub(super) struct Device {
+    /// What it was bound as.
+    pub name: String,
     pub cdev: PathBuf,
     pub file: Arc<File>,
     pub info: HwInfo,

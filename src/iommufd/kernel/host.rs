@@ -136,7 +136,8 @@ impl HostIommu for KernelHost {
         // Closing the file on the way out unbinds it.
         let info =
             self.hw_info(dev).map_err(|errno| error(Verb::GetHwInfo, ObjectId(dev), errno))?;
-        let device = Device { cdev, file: Arc::new(file), info, attached: BTreeSet::new() };
+        let name = name.to_owned();
+        let device = Device { name, cdev, file: Arc::new(file), info, attached: BTreeSet::new() };
         devices.insert(ObjectId(dev), device);
         Ok(ObjectId(dev))
     }

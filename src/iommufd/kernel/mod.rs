@@ -114,7 +114,7 @@ impl KernelHost {
     fn named(&self, dev: ObjectId) -> Option<(String, HwInfo)> {
         let devices = self.devices();
         let device = devices.get(&dev)?;
-        Some((device.cdev.display().to_string(), device.info))
+        Some((device.name.clone(), device.info))
     }
 }
 

@@ -203,7 +203,8 @@ fn translations(bound: &mut Bound, memory: &Memory, viommu: &Viommu, nested: Obj
 
 /// What commands the owner of stage 1 may give.
 fn invalidations(bound: &Bound, viommu: &Viommu) {
-    viommu.invalidate(bound, &[]).expect("nothing to do");
+    // Unlike VT-d: nothing to do is malformed.
+    refused(viommu.invalidate(bound, &[]), Errno::EINVAL);
     viommu.invalidate(bound, &[tlbi_va(IOVA); 256]).expect("HWPT_INVALIDATE");
     refused(viommu.invalidate(bound, &[tlbi_va(IOVA), SYNC]), Errno::EIO);
     refused(viommu.invalidate(bound, &[cfgi_cd(STREAM + 1)]), Errno::EIO);
