@@ -7,7 +7,7 @@
 
 use super::apply::Scope;
 use super::Smmu;
-use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words};
+use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words, ATC_SIZE_ALL};
 use crate::spec::smmuv3::queue::CommandError;
 use crate::spec::smmuv3::regs::STALL_NONE;
 use crate::spec::smmuv3::StreamId;
@@ -42,10 +42,13 @@ impl Smmu {
             Command::CfgiCd { stream, .. } | Command::CfgiCdAll { stream } => {
                 offered(idr0.s1p(), self.of_stream(stream, invalidate))
             }
-            Command::TlbiNhAll { .. } | Command::TlbiNhAsid { .. } => {
-                offered(idr0.s1p(), invalidate)
+            Command::TlbiNhAll { .. } => offered(idr0.s1p(), invalidate),
+            Command::TlbiNhAsid { asid, .. } => offered(idr0.s1p(), self.of_asid(asid, invalidate)),
+            Command::TlbiNhVa { asid, range, .. } => {
+                let offers = idr0.s1p() && self.offers_range(range);
+                offered(offers, self.of_asid(asid, invalidate))
             }
-            Command::TlbiNhVa { range, .. } | Command::TlbiNhVaa { range, .. } => {
+            Command::TlbiNhVaa { range, .. } => {
                 offered(idr0.s1p() && self.offers_range(range), invalidate)
             }
             Command::TlbiNsnhAll => Ok(invalidate),
@@ -57,8 +60,12 @@ impl Smmu {
             Command::TlbiS2Ipa { range, .. } => {
                 offered(idr0.s2p() && self.offers_range(range), invalidate)
             }
+            // Larger sizes may be refused; of hardware that does, the guest is not to know.
+            Command::AtcInv { size, .. } if size > ATC_SIZE_ALL => Err(CommandError::Illegal),
             Command::AtcInv { stream, .. } => {
-                offered(idr0.ats(), self.of_stream(stream, invalidate))
+                let translating = self.streams.is_translating();
+                let action = if translating { invalidate } else { Action::Nothing };
+                offered(idr0.ats(), self.of_stream(stream, action))
             }
             Command::PriResp { .. } => offered(idr0.pri(), invalidate),
             Command::Resume { .. } | Command::StallTerm { .. } => {
@@ -71,6 +78,15 @@ impl Smmu {
     /// `action` if `stream` is here: nobody caches anything of one that is not.
     fn of_stream(&self, stream: StreamId, action: Action) -> Action {
         if self.streams.contains(stream) {
+            action
+        } else {
+            Action::Nothing
+        }
+    }
+
+    /// `action` if there are such ASIDs: of 8 bits, nothing has a larger one.
+    fn of_asid(&self, asid: u16, action: Action) -> Action {
+        if self.caps.idr0.asid16() || asid <= u8::MAX.into() {
             action
         } else {
             Action::Nothing

@@ -28,7 +28,7 @@ pub(super) enum Recorded {
     Disabled,
     /// The queue is full. `news` when the guest is not to be told of an overflow already.
     Full { news: bool },
-    /// The queue is no guest memory.
+    /// The queue is no guest memory, or was none and the guest has not acknowledged that yet.
     NoMemory,
 }
 

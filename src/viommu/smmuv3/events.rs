@@ -84,11 +84,15 @@ fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
         Ok(StreamPolicy::Abort) => None,
         Ok(StreamPolicy::Bypass) => Some(beyond_memory(record)),
         Ok(StreamPolicy::Stage1 { .. }) if record.qw1.s2() => Some(by_stage_2(record)),
-        // Nothing stalls: the guest was not offered it.
-        Ok(StreamPolicy::Stage1 { .. }) => {
-            Some(EventRecord { qw1: record.qw1.with_stall(false).with_stag(0), ..record })
-        }
+        Ok(StreamPolicy::Stage1 { .. }) => Some(by_stage_1(record)),
     }
+}
+
+/// The guest's own tables refused the access. Nothing stalls: the guest was not offered it. The second
+/// address is UNKNOWN, or one of the host's.
+fn by_stage_1(record: EventRecord) -> EventRecord {
+    let qw1 = record.qw1.with_stall(false).with_stag(0);
+    EventRecord { qw1, second_address: 0, ..record }
 }
 
 /// The host's stage 2 refused an access that the SMMU made, or was to let pass.

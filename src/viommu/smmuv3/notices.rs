@@ -49,7 +49,12 @@ impl Notices {
         memory: &dyn TableMemory,
         record: EventRecord,
     ) -> (Recorded, Option<Signal>) {
-        let recorded = self.events.push(memory, offered.eventqs, record);
+        // After an aborted write nothing is written until software knows of it (§7.2.1).
+        let recorded = if self.errors.active().eventq_abt_err() {
+            Recorded::NoMemory
+        } else {
+            self.events.push(memory, offered.eventqs, record)
+        };
         let signal = match recorded {
             Recorded::Yes { first: true } | Recorded::Full { news: true } => {
                 self.events_signal(offered)

@@ -9,6 +9,7 @@ mod interrupts;
 mod linux;
 mod properties;
 mod registers;
+mod specification;
 
 use std::sync::{Arc, Mutex};
 
