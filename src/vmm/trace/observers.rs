@@ -10,6 +10,9 @@ use serde_json::{json, Value};
 use super::{decoded, Trace};
 use crate::iommufd::{ObjectId, Verb, VerbObserver};
 use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::smmuv3::event::{EventId, EventRecord};
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::smmuv3::StreamPolicy;
 use crate::viommu::{
     DmaFault, FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
     RequesterConfig,
@@ -84,6 +87,21 @@ impl Observer for TracedIommu {
     fn policy(&self, requester: Requester, config: &RequesterConfig, applied: bool) {
         let args = json!({ "config": fields(config), "applied": applied });
         self.instant("policy", &requester.to_string(), args);
+    }
+
+    fn stream_policy(&self, stream: StreamId, policy: &StreamPolicy, applied: bool) {
+        let args = json!({ "policy": fields(policy), "applied": applied });
+        self.instant("policy", &stream.to_string(), args);
+    }
+
+    fn event(&self, record: &EventRecord, outcome: FaultOutcome) {
+        let args = json!({
+            "event": record.id().map(EventId::name),
+            "substream": record.substream().map(Pasid::raw),
+            "record": record.to_words().map(|word| format!("{word:#x}")),
+            "outcome": format!("{outcome:?}"),
+        });
+        self.instant("fault", &record.stream().to_string(), args);
     }
 
     fn fault(&self, fault: &DmaFault, reason: u8, outcome: FaultOutcome) {
