@@ -122,10 +122,12 @@ impl Smmu {
         self.invalidate_host(&unchanged).map_err(|_| NotApplied::Host)
     }
 
-    /// Gives anew what the host has lost because it could not invalidate it. Whoever asks for
-    /// invalidations alone does not ask for the policies that were lost with them.
-    pub(super) fn regain(&self, registers: &Registers) -> Applied {
-        if !self.streams.distrusts_host() {
+    /// Gives the host what is owed: what it has lost because it could not invalidate it, and what it
+    /// would not take when it did not even block the stream. Whoever asks for invalidations alone does
+    /// not ask for the policies that were lost with them, and a command that failed may never come
+    /// again: but nothing is complete while a stream has what the guest took back.
+    pub(super) fn settle(&self, registers: &Registers) -> Applied {
+        if !self.streams.is_owed() {
             return Ok(());
         }
         let table = self.stream_table(registers.table_registers());
@@ -140,7 +142,7 @@ impl Smmu {
             applied = applied.and(self.give(stream, decision));
         }
         applied?;
-        self.streams.trust_host();
+        self.streams.set_owed(false);
         Ok(())
     }
 
@@ -189,6 +191,7 @@ impl Smmu {
         self.log.warn(format_args!("SMMUv3: the host refused: {error}"));
         if error.still_reachable {
             self.log.warn(format_args!("SMMUv3: and what it was to block is reachable still"));
+            self.streams.set_owed(true);
             return Err(NotApplied::Host);
         }
         Ok(())

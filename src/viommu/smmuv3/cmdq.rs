@@ -11,6 +11,8 @@
 //! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number of
 //! commands.
 
+use std::sync::atomic::Ordering;
+
 use super::apply::NotApplied;
 use super::commands::Action;
 use super::counters::count;
@@ -85,7 +87,7 @@ impl Smmu {
         // twice: the end is met before the wrap bit comes round.
         for _ in 0..SLICE {
             if pass.fetch == pass.end {
-                self.flush(registers, pass)?;
+                self.flush_batch(registers, pass)?;
                 return Ok(Slice::Done);
             }
             let command = self.fetch(pass).map_err(Stop::Guest)?;
@@ -122,7 +124,7 @@ impl Smmu {
                 return Ok(Slice::More);
             }
         }
-        self.flush(registers, pass)?;
+        self.flush_batch(registers, pass)?;
         Ok(Slice::More)
     }
 
@@ -142,16 +144,23 @@ impl Smmu {
         })
     }
 
-    /// Gives what was gathered to the host; CMDQ_CONS then follows.
+    /// [`Smmu::flush`], unless there is nothing to blame for what fails.
+    fn flush_batch(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
+        if pass.batch.is_empty() {
+            return Ok(());
+        }
+        self.flush(registers, pass)
+    }
+
+    /// Gives what was gathered, and what is owed, to the host; CMDQ_CONS then follows. What fails is
+    /// blamed on a command that was gathered, or else on the one at the fetch index.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         let batch = std::mem::take(&mut pass.batch);
         let indices = std::mem::take(&mut pass.indices);
-        self.invalidate_host(&batch).map_err(|refused| {
-            // 0 where the host knows nothing of any; there is one, or nothing could be refused.
-            let index = indices.get(refused).or(indices.first()).copied();
-            Stop::Host(index.unwrap_or(pass.fetch))
-        })?;
-        self.regain(registers).map_err(|not_applied| Stop::of(not_applied, pass.fetch))?;
+        let blamed = indices.first().copied().unwrap_or(pass.fetch);
+        self.invalidate_host(&batch)
+            .map_err(|refused| Stop::Host(indices.get(refused).copied().unwrap_or(blamed)))?;
+        self.settle(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
         registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
         Ok(())
     }
@@ -161,7 +170,6 @@ impl Smmu {
     /// # Errors
     /// The number of the command that the host refused.
     pub(super) fn invalidate_host(&self, batch: &[Words]) -> Result<(), usize> {
-        use std::sync::atomic::Ordering;
         if batch.is_empty() {
             return Ok(());
         }
@@ -190,7 +198,9 @@ impl Smmu {
     fn stop_queue(&self, registers: &mut Registers, pass: &mut Pass, stop: Stop) {
         // What stands before a wrong command is done all the same.
         let stop = match stop {
-            Stop::Guest(error) => self.flush(registers, pass).err().unwrap_or(Stop::Guest(error)),
+            Stop::Guest(error) => {
+                self.flush_batch(registers, pass).err().unwrap_or(Stop::Guest(error))
+            }
             stop => stop,
         };
         let (index, error) = match stop {

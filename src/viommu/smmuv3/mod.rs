@@ -2,12 +2,12 @@
 //! A virtual Arm SMMUv3: registers, command queue, stream table and events, as a guest drives them.
 //!
 //! A register write is complete when [`Smmu::mmio_write`] returns: what it asks has been given to
-//! the host, and only then does CR0ACK, GBPA.Update or CMDQ_CONS say so. From the moment SMMUEN is
-//! written every stream is blocked until its entry says otherwise.
+//! the host, and only then does CR0ACK, GBPA.Update or CMDQ_CONS say so. While CR0ACK.SMMUEN is set
+//! every stream goes by its entry, and is blocked where that is none or a wrong one.
 //!
 //! Where the host cannot even block what the guest takes back, nothing is acknowledged: the command
 //! queue stops with CERROR_ILL, CR0ACK and GBPA.Update stay as they were, and the next write tries
-//! again.
+//! again. No CMD_SYNC completes before.
 //!
 //! Not offered: stage 2 of the guest's own, EL2, page requests, stalls, address translation
 //! operations, the Secure state. Their registers read as zero, their commands are CERROR_ILL.

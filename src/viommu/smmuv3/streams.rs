@@ -47,8 +47,8 @@ pub(super) struct Streams {
 struct Published {
     table: Option<TableRegisters>,
     recording_bad_streams: bool,
-    /// The host may have lost what it was given.
-    distrusted: bool,
+    /// The host is yet to be given what it lost, or did not take though it blocks nothing.
+    owed: bool,
     streams: BTreeMap<StreamId, Option<Given>>,
 }
 
@@ -121,21 +121,21 @@ impl Streams {
         }
     }
 
-    /// The host may have lost any of what it was given: it is told again at the next occasion.
+    /// The host may have lost any of what it was given: all of it is owed.
     pub fn distrust_host(&self) {
         let mut published = self.write();
-        published.distrusted = true;
+        published.owed = true;
         published.streams.values_mut().flatten().for_each(|given| given.applied = false);
     }
 
-    /// Whether the host has been distrusted since the last [`Streams::trust_host`].
-    pub fn distrusts_host(&self) -> bool {
-        self.read().distrusted
+    /// Whatever the host does not have is owed, or is not any more.
+    pub fn set_owed(&self, owed: bool) {
+        self.write().owed = owed;
     }
 
-    /// All that the host had lost was given to it anew.
-    pub fn trust_host(&self) {
-        self.write().distrusted = false;
+    /// Whether anything is owed to the host before more is acknowledged to the guest.
+    pub fn is_owed(&self) -> bool {
+        self.read().owed
     }
 
     /// Every stream whose decision the host does not have.

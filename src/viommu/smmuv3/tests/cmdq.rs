@@ -275,6 +275,43 @@ fn what_the_host_cannot_block_stops_the_queue_and_is_tried_again() {
 }
 
 #[test]
+fn no_sync_completes_while_a_stream_has_what_the_guest_took_back() {
+    let guest = Guest::running();
+    guest.write_entry(STREAM, [1, 0]);
+    guest.fail_to_block(true);
+    guest.submit(&[cfgi_ste(STREAM), SYNC]);
+    // As Linux does: it gives up the command, not what it was for.
+    guest.write(COMMANDS, &SYNC.encode());
+    for _ in 0..3 {
+        guest.acknowledge_errors();
+        assert_eq!(guest.consumed(), (0, Some(CommandError::Illegal)));
+    }
+    guest.fail_to_block(false);
+    guest.calls();
+    guest.acknowledge_errors();
+    assert_eq!(guest.consumed(), (2, None));
+    assert_eq!(guest.calls(), [Call::Configure(STREAM, StreamPolicy::Abort)]);
+}
+
+#[test]
+fn an_error_is_never_behind_the_last_command() {
+    let guest = Guest::running();
+    guest.refuse(true);
+    guest.submit(&[tlbi(1)]);
+    guest.write(COMMANDS, &Command::PrefetchConfig { stream: STREAM, substream: None }.encode());
+    guest.fail_to_block(true);
+    guest.acknowledge_errors();
+    // A hint waits for nothing.
+    assert_eq!(guest.consumed(), (1, None));
+    // What comes next does, and is where the queue stops.
+    guest.submit(&[tlbi(2)]);
+    assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)));
+    guest.fail_to_block(false);
+    guest.acknowledge_errors();
+    assert_eq!(guest.consumed(), (2, None));
+}
+
+#[test]
 fn what_the_host_cannot_give_back_stops_the_queue_at_the_next_command() {
     let guest = Guest::running();
     guest.refuse(true);
