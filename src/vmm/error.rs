@@ -12,6 +12,7 @@ use super::devices::virtio::{DiskError, TapError};
 use super::exit_code;
 use super::memory::MemoryError;
 use super::vfio::VfioError;
+use crate::iommufd::OpenError;
 use crate::viommu::CapabilityConflict;
 
 /// Why there is no machine, or not any more.
@@ -88,6 +89,9 @@ pub enum Error {
     /// A device of the host's cannot be assigned.
     #[error(transparent)]
     Vfio(#[from] VfioError),
+    /// There is no IOMMU of the kernel's.
+    #[error("--iommu: {0}")]
+    KernelHost(OpenError),
     /// The virtual IOMMU or the host behind it cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
@@ -108,9 +112,11 @@ impl Error {
         match self {
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
             Self::Boot(_) | Self::Disk(_) | Self::Rng { .. } => exit_code::NO_INPUT,
-            Self::KvmOpen { .. } | Self::KvmLacks(_) | Self::Capability(_) | Self::Vfio(_) => {
-                exit_code::UNAVAILABLE
-            }
+            Self::KvmOpen { .. }
+            | Self::KvmLacks(_)
+            | Self::Capability(_)
+            | Self::Vfio(_)
+            | Self::KernelHost(_) => exit_code::UNAVAILABLE,
             Self::Kvm { .. }
             | Self::Os { .. }
             | Self::Tap(_)

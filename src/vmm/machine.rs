@@ -2,7 +2,9 @@
 //! A machine: its parts, put together and run.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm};
@@ -16,17 +18,20 @@ use super::devices::virtio::KvmDoorbells;
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitCounters, ExitKind, Exits};
 use super::interrupts::{Interrupts, Messages, Ways};
-use super::iommu::{Iommu, Iommus};
+use super::iommu::{DirectDevices, Iommu, Iommus};
 use super::memory::MachineMemory;
 use super::pci::{Ecam, PciMemory};
 use super::report::Report;
 use super::serial::{Console, SerialPort};
 use super::stop::{StopReason, Stopper};
-use super::topology::{assigned_functions, PciTopology, Wiring};
+use super::topology::{assigned_functions, direct_functions, PciTopology, Wiring};
 use super::trace::Trace;
 use super::vcpu::{self, VcpuThread};
+use super::vfio::KvmSlots;
 use super::{Error, Result};
 use crate::emulated::ObjectGraph;
+use crate::iommufd::{self, KernelHost, ObjectId};
+use crate::spec::pci::Bdf;
 use crate::viommu::vtd::MMIO_SIZE;
 
 /// A machine that has not run yet.
@@ -36,6 +41,7 @@ pub struct Machine {
     exits: Arc<Exits>,
     pci: PciTopology,
     iommus: Option<Iommus>,
+    direct: Option<DirectDevices>,
     serial: Arc<SerialPort>,
     interrupts: Arc<Interrupts>,
     memory: MachineMemory,
@@ -57,7 +63,10 @@ impl Machine {
     /// What is wrong with the configuration, the files, or this host.
     pub fn new(config: &MachineConfig, earlier: Option<Arc<Trace>>) -> Result<Self> {
         config.validate()?;
-        let memory = MachineMemory::new(config.memory)?;
+        let memory = match config.kernel_host() {
+            Some(_) => MachineMemory::in_files(config.memory)?,
+            None => MachineMemory::new(config.memory)?,
+        };
         let start = boot::load(&memory, &config.payload)?;
 
         let kvm = open_kvm()?;
@@ -82,10 +91,21 @@ impl Machine {
         };
         let messages = Messages::new(vm.clone(), trace.clone());
 
+        let kernel = match config.kernel_host() {
+            Some(path) => Some(Arc::new(KernelHost::open(&path).map_err(Error::KernelHost)?)),
+            None => None,
+        };
         let functions = assigned_functions(config)?;
         let iommus = {
             let messages = |source| messages.of(source);
-            Iommus::new(config, remapping, &memory, &functions, &messages, trace.clone())?
+            let kernel = kernel.as_ref();
+            Iommus::new(config, remapping, &memory, kernel, &functions, &messages, trace.clone())?
+        };
+        let direct = match (direct_functions(config)?, &kernel) {
+            (functions, Some(kernel)) if !functions.is_empty() => {
+                Some(DirectDevices::new(kernel.clone(), &memory, &functions)?)
+            }
+            _ => None,
         };
         let all_iommus = iommus.as_ref().map_or(&[][..], Iommus::all);
         let interrupts = Arc::new(Interrupts::new(Ways {
@@ -102,7 +122,18 @@ impl Machine {
             }
         }
         let doorbells = Arc::new(KvmDoorbells(vm.clone()));
-        let wiring = Wiring { interrupts: interrupts.clone(), doorbells, trace: trace.clone() };
+        let bound = all_iommus.iter().map(Iommu::devices);
+        let bound = bound.chain(direct.as_ref().map(DirectDevices::devices));
+        let wiring = Wiring {
+            interrupts: interrupts.clone(),
+            doorbells,
+            lender: Arc::new(KvmSlots::new(vm.clone(), memory.slots())),
+            files: match &kernel {
+                Some(kernel) => device_files(kernel, bound.flatten())?,
+                None => BTreeMap::new(),
+            },
+            trace: trace.clone(),
+        };
         let pci = PciTopology::new(config, &memory, all_iommus, wiring)?;
         let stopper = Stopper::new()?;
         let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
@@ -130,6 +161,7 @@ impl Machine {
             exits: Arc::new(exits),
             pci,
             iommus,
+            direct,
             serial,
             interrupts,
             memory,
@@ -148,6 +180,10 @@ impl Machine {
         let mut events = EventLoop::new(self.stopper.clone())?;
         if self.console {
             events.add(Box::new(Console::new(self.serial.clone())?));
+        }
+        events.add(Box::new(self.interrupts.unrouted()?));
+        for subscriber in self.pci.take_subscribers() {
+            events.add(subscriber);
         }
         let mut threads = Vec::new();
         let processors = std::mem::take(&mut self.processors);
@@ -176,9 +212,10 @@ impl Machine {
     /// Takes the machine apart; what is left of the host's objects.
     fn close(self) -> Option<ObjectGraph> {
         // Whoever uses the IOMMUs goes before them, and the memory goes last.
-        let Self { exits, pci, iommus, .. } = self;
+        let Self { exits, pci, iommus, direct, .. } = self;
         drop((exits, pci));
-        iommus.map(Iommus::close)
+        drop(direct);
+        iommus.and_then(Iommus::close)
     }
 
     /// Starts `processors`, which become `threads`, and serves `events` until the machine is stopped.
@@ -226,6 +263,16 @@ impl fmt::Debug for Machine {
             .field("iommus", &self.iommus)
             .finish_non_exhaustive()
     }
+}
+
+/// The files of the devices of `kernel` that are `bound`: as the guest and as the host knows them.
+fn device_files<'a>(
+    kernel: &KernelHost,
+    bound: impl Iterator<Item = &'a (Bdf, ObjectId)>,
+) -> Result<BTreeMap<Bdf, Arc<File>>> {
+    let file = |(bdf, dev): &(Bdf, ObjectId)| Ok((*bdf, kernel.device_file(*dev)?));
+    let files = bound.map(file).collect::<iommufd::Result<_>>();
+    files.map_err(|error| Error::Iommu(error.to_string()))
 }
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guest memory: what backs the RAM that lies where the architecture has it.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 use super::arch::layout::{ram_ranges, FIXED};
@@ -55,13 +59,35 @@ impl MachineMemory {
     /// # Errors
     /// When `size` is no memory size for this host.
     pub fn new(size: u64) -> std::result::Result<Self, MemoryError> {
+        Self::made_of(size, |_| Ok(None))
+    }
+
+    /// The same in files of no name (memfd), which a kernel's IOMMU can map as such: it needs no
+    /// addresses of this process then.
+    ///
+    /// # Errors
+    /// As [`MachineMemory::new`].
+    pub fn in_files(size: u64) -> std::result::Result<Self, MemoryError> {
+        Self::made_of(size, |length| {
+            let file = memory_file()?;
+            file.set_len(length)?;
+            Ok(Some(FileOffset::new(file, 0)))
+        })
+    }
+
+    /// RAM whose pieces, by their lengths, are what `back` says: a file, or nothing.
+    fn made_of(
+        size: u64,
+        back: impl Fn(u64) -> io::Result<Option<FileOffset>>,
+    ) -> std::result::Result<Self, MemoryError> {
         check_size(size, host_memory())?;
         let map_error = |detail: String| MemoryError::Map { size, detail };
         let regions = ram_ranges(size)
             .into_iter()
             .map(|(start, length)| {
+                let file = back(length).map_err(|e| map_error(e.to_string()))?;
                 let length = usize::try_from(length).map_err(|e| map_error(e.to_string()))?;
-                GuestRegionMmap::from_range(GuestAddress(start), length, None)
+                GuestRegionMmap::from_range(GuestAddress(start), length, file)
                     .map(Arc::new)
                     .map_err(|e| map_error(e.to_string()))
             })
@@ -102,6 +128,12 @@ impl MachineMemory {
         self.map.check_range(GuestAddress(start), length)
     }
 
+    /// How many memory slots of KVM it takes, from number 0 on.
+    pub(super) fn slots(&self) -> u32 {
+        // A machine has two regions at the most.
+        self.regions.len() as u32
+    }
+
     /// Makes the memory the memory of `vm`.
     pub(super) fn register(&self, vm: &VmFd) -> Result<()> {
         for (slot, region) in self.regions.iter().enumerate() {
@@ -120,6 +152,17 @@ impl MachineMemory {
         }
         Ok(())
     }
+}
+
+/// A file in memory, without a name.
+fn memory_file() -> io::Result<File> {
+    // SAFETY: the name is a string with an end, and only read.
+    let descriptor = unsafe { libc::memfd_create(c"guest RAM".as_ptr(), libc::MFD_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was just opened, and nobody else has it.
+    Ok(unsafe { File::from_raw_fd(descriptor) })
 }
 
 /// What is at `address` in a machine with `size` bytes of RAM, if anything is.
@@ -165,6 +208,14 @@ mod tests {
         assert!(matches!(check_size(8192, Some(4096)), Err(MemoryError::BeyondHost { .. })));
         assert!(check_size(4096, Some(4096)).is_ok());
         assert!(host_memory().is_some_and(|bytes| bytes > 1 << 20));
+    }
+
+    #[test]
+    fn memory_in_files_is_memory() {
+        let memory = MachineMemory::in_files(0x10000).unwrap();
+        let region = &memory.regions()[0];
+        assert_eq!(region.file_offset().unwrap().file().metadata().unwrap().len(), 0x10000);
+        assert!(MachineMemory::new(0x10000).unwrap().regions()[0].file_offset().is_none());
     }
 
     #[test]

@@ -47,10 +47,10 @@ pub struct DeviceReport {
     pub model: &'static str,
     /// The virtual IOMMU it is behind, if any.
     pub iommu: Option<String>,
-    /// Transfers that were done.
-    pub dma_done: u64,
-    /// Transfers that were refused.
-    pub dma_failed: u64,
+    /// Transfers that were done, of a device that tells: one of this machine does not.
+    pub dma_done: Option<u64>,
+    /// Transfers that were refused, likewise.
+    pub dma_failed: Option<u64>,
 }
 
 /// A virtual IOMMU.
@@ -62,8 +62,8 @@ pub struct IommuReport {
     pub viommu: crate::viommu::vtd::VtdCounters,
     /// What became of that.
     pub nesting: VtdNestingCounters,
-    /// What the emulated unit behind it did.
-    pub hardware: emulated::VtdCounters,
+    /// What the unit behind it did, if that is emulated.
+    pub hardware: Option<emulated::VtdCounters>,
     /// What its sanitizer found, if it has one.
     pub sanitizer: Option<SanitizerReport>,
 }
@@ -73,12 +73,12 @@ pub struct IommuReport {
 pub struct HostReport {
     /// Calls by verb, those that were made.
     pub calls: BTreeMap<&'static str, CallReport>,
-    /// Its objects before the guest ran.
-    pub at_start: ObjectGraph,
+    /// Its objects before the guest ran, if the host tells: the kernel does not.
+    pub at_start: Option<ObjectGraph>,
     /// Its objects as a guest switched translation off, when there were most of them.
     pub in_use: Option<ObjectGraph>,
-    /// Its objects now.
-    pub graph: ObjectGraph,
+    /// Its objects now, likewise.
+    pub graph: Option<ObjectGraph>,
     /// Those that were left when the machine had given everything back, in the report of its end.
     pub left: Option<ObjectGraph>,
 }
@@ -103,11 +103,11 @@ impl fmt::Display for Report {
         section(f, "exits", &self.exits)?;
         for device in &self.devices {
             let way = device.iommu.as_ref().map_or("no IOMMU", |id| id);
-            writeln!(
-                f,
-                "{} {}, behind {way}: DMA {} done, {} refused",
-                device.bdf, device.model, device.dma_done, device.dma_failed
-            )?;
+            write!(f, "{} {}, behind {way}", device.bdf, device.model)?;
+            match (device.dma_done, device.dma_failed) {
+                (Some(done), Some(failed)) => writeln!(f, ": DMA {done} done, {failed} refused")?,
+                _ => writeln!(f)?,
+            }
         }
         self.iommus.iter().try_for_each(|iommu| iommu.fmt(f))?;
         self.host.iter().try_for_each(|host| host.fmt(f))
@@ -119,7 +119,9 @@ impl fmt::Display for IommuReport {
         let id = &self.id;
         section(f, &format!("{id}, virtual IOMMU"), &fields(&self.viommu))?;
         section(f, &format!("{id}, nesting"), &fields(&self.nesting))?;
-        section(f, &format!("{id}, emulated IOMMU"), &fields(&self.hardware))?;
+        if let Some(hardware) = &self.hardware {
+            section(f, &format!("{id}, emulated IOMMU"), &fields(hardware))?;
+        }
         match &self.sanitizer {
             Some(sanitizer) => write!(f, "{id}, {sanitizer}"),
             None => Ok(()),
@@ -137,14 +139,15 @@ impl fmt::Display for HostReport {
             "host calls refused",
             &self.calls.iter().map(failures).collect::<BTreeMap<_, _>>(),
         )?;
-        objects(f, "host objects at the start", &self.at_start)?;
+        let (Some(at_start), Some(graph)) = (&self.at_start, &self.graph) else { return Ok(()) };
+        objects(f, "host objects at the start", at_start)?;
         if let Some(in_use) = &self.in_use {
             objects(f, "host objects before the guest switched translation off", in_use)?;
         }
-        if self.graph.objects == self.at_start.objects {
+        if graph.objects == at_start.objects {
             writeln!(f, "host objects: as at the start")?;
         } else {
-            objects(f, "host objects", &self.graph)?;
+            objects(f, "host objects", graph)?;
         }
         match &self.left {
             Some(left) if left.objects.is_empty() => writeln!(f, "host objects left behind: none"),
@@ -197,14 +200,14 @@ mod tests {
                 bdf: Bdf::from_raw(8),
                 model: "edu",
                 iommu: Some("vtd0".to_owned()),
-                dma_done: 5,
-                dma_failed: 2,
+                dma_done: Some(5),
+                dma_failed: Some(2),
             }],
             iommus: vec![IommuReport {
                 id: "vtd0".to_owned(),
                 viommu: Default::default(),
                 nesting: VtdNestingCounters { merged: 4, ..VtdNestingCounters::default() },
-                hardware: Default::default(),
+                hardware: Some(Default::default()),
                 sanitizer: Some(SanitizerReport::default()),
             }],
             host: Some(HostReport {
@@ -212,9 +215,9 @@ mod tests {
                     ("HWPT_ALLOC", CallReport { calls: 9, failures: 1 }),
                     ("IOAS_MAP", CallReport { calls: 2, failures: 0 }),
                 ]),
-                at_start: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x1000 },
+                at_start: Some(ObjectGraph { objects: Vec::new(), pinned_bytes: 0x1000 }),
                 in_use: None,
-                graph: ObjectGraph { objects: Vec::new(), pinned_bytes: 0x2000 },
+                graph: Some(ObjectGraph { objects: Vec::new(), pinned_bytes: 0x2000 }),
                 left: None,
             }),
         }
@@ -260,7 +263,7 @@ mod tests {
         let graph = ObjectGraph { objects: vec![object], pinned_bytes: 0 };
         let host = report.host.as_mut().unwrap();
         host.in_use = Some(graph.clone());
-        (host.graph, host.left) = (graph.clone(), Some(graph));
+        (host.graph, host.left) = (Some(graph.clone()), Some(graph));
         let text = report.to_string();
         for title in [
             "before the guest switched translation off",

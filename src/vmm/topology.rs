@@ -2,23 +2,28 @@
 //! The PCI bus of a machine, as its configuration has it.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use event_manager::MutEventSubscriber;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
 use super::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
-use super::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig};
+use super::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig, VfioConfig};
 use super::devices::edu::{self, Edu};
 use super::devices::virtio::{
     self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, Rng, Tap, VirtioPci,
 };
 use super::devices::{DirectMemory, DmaMaster, MessageWrites};
-use super::interrupts::{FunctionInterrupts, Interrupts};
+use super::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
 use super::iommu::{AssignedFunction, Iommu};
 use super::memory::MachineMemory;
-use super::pci::{HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
+use super::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
 use super::report::DeviceReport;
 use super::trace::{Trace, TracedDma};
+use super::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
 use super::{Error, Result};
 use crate::spec::pci::Bdf;
 
@@ -36,7 +41,25 @@ pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
     for (number, device) in config.devices.iter().enumerate() {
         if let Some(iommu) = config.iommu_of(device.iommu()) {
             let (bdf, pasid) = (bdf_of(number)?, device.pasid());
-            functions.push(AssignedFunction { bdf, pasid, iommu });
+            let vfio = match device {
+                DeviceConfig::Vfio(vfio) => Some(vfio.path.clone()),
+                _ => None,
+            };
+            functions.push(AssignedFunction { bdf, pasid, iommu, vfio });
+        }
+    }
+    Ok(functions)
+}
+
+/// The devices of this machine that no virtual IOMMU is in front of.
+pub(super) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathBuf)>> {
+    let mut functions = Vec::new();
+    for (number, device) in config.devices.iter().enumerate() {
+        match device {
+            DeviceConfig::Vfio(vfio) if config.iommu_of(&vfio.iommu).is_none() => {
+                functions.push((bdf_of(number)?, vfio.path.clone()));
+            }
+            _ => {}
         }
     }
     Ok(functions)
@@ -48,6 +71,10 @@ pub(super) struct Wiring {
     pub interrupts: Arc<Interrupts>,
     /// For notifications.
     pub doorbells: Arc<dyn Doorbells>,
+    /// For memory of devices.
+    pub lender: Arc<dyn Lender>,
+    /// The devices of this machine.
+    pub files: BTreeMap<Bdf, Arc<File>>,
     pub trace: Option<Arc<Trace>>,
 }
 
@@ -55,6 +82,8 @@ pub(super) struct Wiring {
 pub(super) struct PciTopology {
     pub bus: Arc<PciBus>,
     devices: Vec<PlacedDevice>,
+    /// To be served in the event loop, until somebody takes it there.
+    subscribers: Vec<Box<dyn MutEventSubscriber>>,
 }
 
 struct PlacedDevice {
@@ -68,6 +97,7 @@ struct PlacedDevice {
 enum Device {
     Edu(Arc<Edu>),
     Virtio(Arc<VirtioPci>),
+    Vfio,
 }
 
 impl PciTopology {
@@ -89,6 +119,7 @@ impl PciTopology {
             },
             memory,
             wiring,
+            subscribers: Vec::new(),
         };
         builder.bus.insert(Bdf::from_raw(0), Arc::new(HostBridge::new()));
         for (number, config_of_device) in config.devices.iter().enumerate() {
@@ -102,6 +133,10 @@ impl PciTopology {
                 .of_function(bdf, remapping.and_then(Iommu::interrupt_remapper));
             let device = match config_of_device {
                 DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu, interrupts)?),
+                DeviceConfig::Vfio(vfio) => {
+                    builder.vfio(bdf, vfio, interrupts)?;
+                    Device::Vfio
+                }
                 virtio => {
                     let backend = backend(bdf, virtio)?;
                     Device::Virtio(builder.virtio(bdf, backend, iommu, interrupts)?)
@@ -110,18 +145,27 @@ impl PciTopology {
             let iommu = iommu.map(|iommu| iommu.id().to_owned());
             devices.push(PlacedDevice { bdf, iommu, device });
         }
-        Ok(Self { bus: Arc::new(builder.bus), devices })
+        Ok(Self { bus: Arc::new(builder.bus), devices, subscribers: builder.subscribers })
+    }
+
+    /// What the devices want to be served in the event loop; once.
+    pub fn take_subscribers(&mut self) -> Vec<Box<dyn MutEventSubscriber>> {
+        std::mem::take(&mut self.subscribers)
     }
 
     /// What the devices have done so far.
     pub fn report(&self) -> Vec<DeviceReport> {
         let report = |placed: &PlacedDevice| {
             let (model, dma_done, dma_failed) = match &placed.device {
-                Device::Edu(edu) => ("edu", edu.counters().done(), edu.counters().failed()),
+                Device::Edu(edu) => {
+                    ("edu", Some(edu.counters().done()), Some(edu.counters().failed()))
+                }
                 Device::Virtio(virtio) => {
                     let counters = virtio.counters();
-                    (virtio.model(), counters.done.get(), counters.unreachable.get())
+                    let (done, failed) = (counters.done.get(), counters.unreachable.get());
+                    (virtio.model(), Some(done), Some(failed))
                 }
+                Device::Vfio => ("vfio", None, None),
             };
             let (bdf, iommu) = (placed.bdf, placed.iommu.clone());
             DeviceReport { bdf, model, iommu, dma_done, dma_failed }
@@ -137,15 +181,14 @@ struct Builder<'a> {
     intx: IntxRouter,
     memory: &'a MachineMemory,
     wiring: Wiring,
+    subscribers: Vec<Box<dyn MutEventSubscriber>>,
 }
 
 impl Builder<'_> {
     /// A place for a BAR.
     fn place(&mut self, size: u32) -> Result<u32> {
-        let size = u64::from(size);
-        let range = self.window.allocate(size, size, AllocPolicy::FirstMatch);
         // The window lies below 4 GiB.
-        range.map(|range| range.start() as u32).map_err(|error| Error::Pci(error.to_string()))
+        place(&mut self.window, size.into()).map(|address| address as u32)
     }
 
     fn insert<T: PciFunction + 'static>(&mut self, bdf: Bdf, function: T) -> Arc<T> {
@@ -163,7 +206,7 @@ impl Builder<'_> {
     ) -> Result<Arc<Edu>> {
         let address = self.place(edu::BAR_SIZE)?;
         let dma: Box<dyn DmaMaster> = match iommu {
-            Some(iommu) => iommu.dma_master(bdf),
+            Some(iommu) => iommu.dma_master(bdf)?,
             None => Box::new(DirectMemory(self.memory.clone())),
         };
         let dma = match self.wiring.trace.clone() {
@@ -186,7 +229,7 @@ impl Builder<'_> {
         let address = self.place(virtio::BAR_SIZE)?;
         let memory = self.memory.map().clone();
         let memory = match iommu {
-            Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(bdf)),
+            Some(iommu) => DeviceMemory::behind_iommu(memory, iommu.dma_port(bdf)?),
             None => DeviceMemory::direct(memory),
         };
         let vector = || Ok(interrupts.vector()? as Arc<dyn InterruptVector>);
@@ -196,6 +239,46 @@ impl Builder<'_> {
         let device = VirtioPci::new(name, backend, memory, address, &vector, doorbells, trace)?;
         Ok(self.insert(bdf, device))
     }
+
+    fn vfio(
+        &mut self,
+        bdf: Bdf,
+        config: &VfioConfig,
+        interrupts: FunctionInterrupts,
+    ) -> Result<()> {
+        let name = config.name();
+        let file = self.wiring.files.remove(&bdf);
+        let file = file.ok_or_else(|| Error::Pci(format!("--vfio {name}: nobody has bound it")))?;
+        let what = "asking what it is";
+        let host = DeviceFile::new(file)
+            .map_err(|source| VfioError::new(&name, VfioProblem::Call { what, source }))?;
+        let Self { window, intx, wiring, subscribers, .. } = self;
+        let mut line = || {
+            let pin = intx.pin(bdf);
+            let register = pin.line();
+            let DeviceLine { line, subscriber } = wiring.interrupts.lines().device_line(pin)?;
+            subscribers.extend(subscriber);
+            Ok((register, line))
+        };
+        let around = vfio::Surroundings {
+            place: &mut |size| place(window, size),
+            lender: wiring.lender.clone(),
+            vectors: Arc::new(move || Ok(interrupts.device_vector()? as Arc<dyn EventVector>)),
+            line: &mut line,
+            page: page_size(),
+            answers: |bar| bar.start >= PCI_MMIO_START && bar.last <= PCI_MMIO_LAST,
+        };
+        let function = VfioPci::new(name, Arc::new(host), around)?;
+        self.insert(bdf, function);
+        Ok(())
+    }
+}
+
+/// A place in `window` for a BAR of `size` bytes, a power of two.
+fn place(window: &mut AddressAllocator, size: u64) -> Result<u64> {
+    let range = window.allocate(size, size, AllocPolicy::FirstMatch);
+    let no_room = |error| Error::Pci(format!("no room for a BAR of {size:#x} bytes: {error}"));
+    range.map(|range| range.start()).map_err(no_room)
 }
 
 /// What the virtio device of `config` does, with the files that takes open.
@@ -216,6 +299,8 @@ fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
             let failed = |source| Error::Rng { path: rng.source.clone(), source };
             Box::new(Rng::open(&rng.source).map_err(failed)?)
         }
-        DeviceConfig::Edu(_) => return Err(Error::Pci("edu is no virtio device".into())),
+        DeviceConfig::Edu(_) | DeviceConfig::Vfio(_) => {
+            return Err(Error::Pci(format!("{bdf} is no virtio device")));
+        }
     })
 }

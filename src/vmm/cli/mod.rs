@@ -21,7 +21,7 @@ use self::probe::{probe, ProbeArgs};
 use self::report_output::ReportOption;
 use super::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, NetConfig, PayloadConfig, RngConfig,
-    SerialConfig,
+    SerialConfig, VfioConfig,
 };
 use super::stop::StopReason;
 use super::{exit_code, Machine};
@@ -86,10 +86,11 @@ struct RunArgs {
     /// With `off` a device's DMA is not translated; messages of virtio devices are remapped even so.
     /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Interrupts are
     /// remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
-    /// it there, and `intremap=on` insists where KVM cannot do without.
+    /// it there, and `intremap=on` insists where KVM cannot do without. With `host=/dev/iommu` the
+    /// kernel translates, and the devices behind are those of this machine (--vfio).
     #[arg(
         long = "iommu",
-        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,sanitize=on|off]"
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]"
     )]
     iommus: Vec<IommuConfig>,
 
@@ -109,6 +110,12 @@ struct RunArgs {
     /// Virtio entropy device; may be given several times, after every --net.
     #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off|ID]")]
     rngs: Vec<RngConfig>,
+
+    /// Device of this machine, bound to vfio-pci, for the guest; may be given several times, after
+    /// every --rng. Its folder in sysfs is /sys/bus/pci/devices/ADDRESS. It is behind a virtual IOMMU
+    /// with `host=/dev/iommu`, or with `iommu=off` reaches all memory of the guest by its address.
+    #[arg(long = "vfio", value_name = "path=FOLDER[,id=NAME,iommu=on|off|ID]")]
+    vfios: Vec<VfioConfig>,
 
     /// Where the serial port leads.
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
@@ -144,6 +151,8 @@ impl RunArgs {
         let disks = self.disks.into_iter().map(DeviceConfig::Disk);
         let nets = self.nets.into_iter().map(DeviceConfig::Net);
         let rngs = self.rngs.into_iter().map(DeviceConfig::Rng);
+        let vfios = self.vfios.into_iter().map(DeviceConfig::Vfio);
+        let devices = self.devices.into_iter().chain(disks).chain(nets).chain(rngs).chain(vfios);
         MachineConfig {
             payload: PayloadConfig {
                 kernel: self.kernel,
@@ -153,7 +162,7 @@ impl RunArgs {
             vcpus: self.cpus.boot,
             memory: self.memory.size,
             iommus: self.iommus,
-            devices: self.devices.into_iter().chain(disks).chain(nets).chain(rngs).collect(),
+            devices: devices.collect(),
             serial: self.serial,
             trace: self.trace,
         }

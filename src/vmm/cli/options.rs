@@ -7,7 +7,10 @@ use std::str::FromStr;
 
 use super::size::{parse_number, parse_size};
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
-use crate::vmm::config::{DeviceConfig, EduConfig, IommuChoice, IommuConfig, SerialConfig};
+use crate::vmm::config::{
+    DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, SerialConfig, VfioConfig,
+    DEV_IOMMU,
+};
 
 /// `key=value` pairs, each taken at most once.
 #[derive(Default)]
@@ -122,6 +125,8 @@ impl FromStr for IommuConfig {
             return Err(format!("unknown IOMMU '{model}'; known: vtd"));
         }
         let default = Self::default();
+        let host = pairs.take("host", default.host, host)?;
+        let emulated = host == HostChoice::Emulated;
         let config = Self {
             id: pairs.take("id", default.id, |text| id(text).map(Some))?,
             address: pairs.take("addr", default.address, |text| register_page(text).map(Some))?,
@@ -136,17 +141,31 @@ impl FromStr for IommuConfig {
                     bits => Err(format!("{bits} is more than the 20 bits a PASID has")),
                 }
             })?,
-            second_stage: pairs.take("second-stage", default.second_stage, on_off)?,
+            // No kernel walks second-stage tables of a guest's own.
+            second_stage: pairs.take("second-stage", emulated, on_off)?,
             ats: pairs.take("ats", default.ats, on_off)?,
             caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
             interrupt_remapping: pairs
                 .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
+            host,
             sanitize: pairs.take("sanitize", default.sanitize, on_off)?,
         };
         pairs.finish(
-            "addr, ats, aw, caching-mode, id, intremap, pasid-bits, sanitize, second-stage",
+            "addr, ats, aw, caching-mode, host, id, intremap, pasid-bits, sanitize, second-stage",
         )?;
+        if config.sanitize && !emulated {
+            return Err("sanitize=on needs host=emulated: it looks into that one's caches".into());
+        }
         Ok(config)
+    }
+}
+
+/// `emulated`, or the path of the kernel's iommufd.
+fn host(text: &str) -> Result<HostChoice, String> {
+    match text {
+        "emulated" => Ok(HostChoice::Emulated),
+        path if path.starts_with('/') => Ok(HostChoice::Kernel(path.into())),
+        _ => Err(format!("'{text}' is neither emulated nor a path such as {DEV_IOMMU}")),
     }
 }
 
@@ -199,6 +218,22 @@ impl FromStr for DeviceConfig {
     }
 }
 
+impl FromStr for VfioConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut pairs = Pairs::parse(text)?;
+        let path = pairs.take("path", None, |text| Ok(Some(PathBuf::from(text))))?;
+        let config = Self {
+            path: path.ok_or("path=/sys/bus/pci/devices/ADDRESS is missing")?,
+            id: pairs.take("id", None, |text| Ok(Some(text.to_owned())))?,
+            iommu: iommu(&mut pairs)?,
+        };
+        pairs.finish("id, iommu, path")?;
+        Ok(config)
+    }
+}
+
 impl FromStr for SerialConfig {
     type Err = String;
 
@@ -247,6 +282,7 @@ mod tests {
                 ats: true,
                 caching_mode: true,
                 interrupt_remapping: Some(true),
+                host: HostChoice::Emulated,
                 sanitize: true,
             })
         );
@@ -258,6 +294,17 @@ mod tests {
                 pasid: false,
                 dma_mask: 0xffff_ffff
             }))
+        );
+        let kernel = "vtd,host=/dev/iommu".parse::<IommuConfig>().unwrap();
+        assert_eq!(kernel.host, HostChoice::Kernel(DEV_IOMMU.into()));
+        assert!(!kernel.second_stage);
+        assert_eq!(
+            "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b".parse(),
+            Ok(VfioConfig {
+                path: "/sys/bus/pci/devices/0000:01:00.0".into(),
+                id: Some("nvme".to_owned()),
+                iommu: IommuChoice::Named("b".to_owned()),
+            })
         );
         assert_eq!("tty".parse(), Ok(SerialConfig::Tty));
         assert_eq!("null".parse(), Ok(SerialConfig::Null));
@@ -281,6 +328,10 @@ mod tests {
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
         refused::<IommuConfig>("vtd,", "key=value");
         refused::<IommuConfig>("vtd,id=on", "id: 'on'");
+        refused::<IommuConfig>("vtd,host=kernel", "neither emulated nor a path");
+        refused::<IommuConfig>("vtd,host=/dev/iommu,sanitize=on", "sanitize=on needs");
+        refused::<VfioConfig>("iommu=off", "path=/sys/bus/pci/devices");
+        refused::<VfioConfig>("path=/a,host=/b", "unknown key 'host'");
         refused::<DeviceConfig>("nvme", "unknown device 'nvme'");
         refused::<DeviceConfig>("edu,mask=1", "unknown key 'mask'");
         refused::<SerialConfig>("file=", "'file='");

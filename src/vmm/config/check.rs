@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What is wrong with a configuration, as far as no part of a machine can tell alone.
 
-use super::{IommuChoice, MachineConfig};
+use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, DEV_IOMMU};
 use crate::viommu::vtd::MMIO_SIZE;
 use crate::vmm::memory;
 
@@ -29,6 +29,16 @@ pub enum ConfigError {
     /// A device behind one that is not there, among others.
     #[error("{0} {1}: iommu={2}, but there is no --iommu with id={2}; there is {3}")]
     UnknownIommu(&'static str, usize, String, String),
+    /// Devices of this machine behind an IOMMU that knows only those of the process, or the other way
+    /// round.
+    #[error("{0}")]
+    WrongHost(String),
+    /// Virtual IOMMUs of one machine share its memory's mappings.
+    #[error("--iommu: host= is one for all of a machine")]
+    SeveralHosts,
+    /// One device twice.
+    #[error("--vfio: {0} is given twice")]
+    SameDevice(String),
     /// PASIDs without an IOMMU to tell them apart.
     #[error("--device {0}: pasid=on needs the device behind an IOMMU (--iommu vtd, no iommu=off)")]
     PasidWithoutIommu(usize),
@@ -73,6 +83,9 @@ impl MachineConfig {
                     return Err(ConfigError::SameRegisterPage(address, self.iommu_id(other)));
                 }
             }
+            if self.iommus.iter().any(|other| other.host != iommu.host) {
+                return Err(ConfigError::SeveralHosts);
+            }
             let remapping = iommu.interrupt_remapping;
             if remapping.is_some() && remapping != self.interrupt_remapping() {
                 return Err(ConfigError::SomeInterruptsRemapped);
@@ -83,6 +96,7 @@ impl MachineConfig {
 
     fn validate_devices(&self) -> Result<(), ConfigError> {
         for (number, device) in (1..).zip(&self.devices) {
+            self.validate_host(number, device)?;
             let (choice, option) = (device.iommu(), device.option());
             let iommu = self.iommu_of(choice).and_then(|number| self.iommus.get(number));
             match (choice, iommu) {
@@ -105,6 +119,32 @@ impl MachineConfig {
         Ok(())
     }
 
+    /// Checks that the host behind the virtual IOMMU of `device` is one that can have it.
+    fn validate_host(&self, number: usize, device: &DeviceConfig) -> Result<(), ConfigError> {
+        if let DeviceConfig::Vfio(vfio) = device {
+            let same = |other: &&DeviceConfig| matches!(other, DeviceConfig::Vfio(other) if other.path == vfio.path);
+            if self.devices.iter().filter(same).count() > 1 {
+                return Err(ConfigError::SameDevice(vfio.path.display().to_string()));
+            }
+        }
+        let Some(iommu) = self.iommu_of(device.iommu()) else { return Ok(()) };
+        let (id, option) = (self.iommu_id(iommu), device.option());
+        match (device, self.iommus.get(iommu).map(|iommu| &iommu.host)) {
+            (DeviceConfig::Vfio(vfio), Some(HostChoice::Emulated)) => {
+                let name = vfio.name();
+                Err(ConfigError::WrongHost(format!(
+                    "--vfio {name}: {id} translates for devices of this process; --iommu with \
+                     host={DEV_IOMMU} takes devices of this machine (or --vfio with iommu=off)"
+                )))
+            }
+            (DeviceConfig::Vfio(_), _) | (_, None | Some(HostChoice::Emulated)) => Ok(()),
+            (_, Some(HostChoice::Kernel(_))) => Err(ConfigError::WrongHost(format!(
+                "{option} {number}: {id} has host={DEV_IOMMU}, which takes devices of this machine \
+                 alone (--vfio); this one needs iommu=off"
+            ))),
+        }
+    }
+
     /// What the virtual IOMMUs are called, for an error.
     fn iommu_ids(&self) -> String {
         let ids: Vec<_> = (0..self.iommus.len()).map(|number| self.iommu_id(number)).collect();
@@ -119,7 +159,7 @@ impl MachineConfig {
 mod tests {
     use super::*;
     use crate::vmm::arch::layout::IOMMU_REGISTERS;
-    use crate::vmm::config::{testing, DeviceConfig, EduConfig, IommuConfig, RngConfig};
+    use crate::vmm::config::{testing, EduConfig, IommuConfig, RngConfig, VfioConfig};
 
     fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
         let devices = vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)];
@@ -161,6 +201,42 @@ mod tests {
             (&no_pasid, edu(First, false)),
         ] {
             assert_eq!(machine(iommus, edu).validate(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_device_is_behind_an_iommu_whose_host_can_have_it() {
+        let kernel = HostChoice::Kernel(DEV_IOMMU.into());
+        let kernel = IommuConfig { host: kernel, ..IommuConfig::default() };
+        let vfio = |path: &str, iommu| {
+            let (path, id) = (path.into(), None);
+            DeviceConfig::Vfio(VfioConfig { path, id, iommu })
+        };
+        let (off, unsaid) = (IommuChoice::Off, IommuChoice::Unsaid);
+        let edu = |iommu| DeviceConfig::Edu(edu(iommu, false));
+        for (iommus, devices, hint) in [
+            (vec![IommuConfig::default()], vec![vfio("/a", unsaid.clone())], "host=/dev/iommu"),
+            (
+                vec![kernel.clone()],
+                vec![edu(unsaid.clone())],
+                "--device 1: vtd0 has host=/dev/iommu",
+            ),
+            (vec![], vec![vfio("/a", off.clone()), vfio("/a", off.clone())], "/a is given twice"),
+            (vec![kernel.clone(), IommuConfig::default()], vec![], "one for all"),
+        ] {
+            let config = MachineConfig { iommus, devices, ..testing::machine() };
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(hint), "{error}");
+        }
+        for (iommus, devices, host) in [
+            (vec![kernel], vec![vfio("/a", unsaid.clone()), edu(off.clone())], true),
+            (vec![IommuConfig::default()], vec![vfio("/a", off.clone()), edu(unsaid)], true),
+            (vec![], vec![vfio("/a", off)], true),
+            (vec![IommuConfig::default()], vec![], false),
+        ] {
+            let config = MachineConfig { iommus, devices, ..testing::machine() };
+            assert_eq!(config.validate(), Ok(()));
+            assert_eq!(config.kernel_host(), host.then(|| DEV_IOMMU.into()));
         }
     }
 

@@ -12,6 +12,9 @@ use crate::viommu::vtd::MMIO_SIZE;
 
 pub use check::{ConfigError, MAX_DEVICES};
 
+/// Where Linux has its iommufd.
+pub const DEV_IOMMU: &str = "/dev/iommu";
+
 /// A whole machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineConfig {
@@ -64,9 +67,20 @@ impl MachineConfig {
     /// hurt, as its driver knows that its DMA is not translated (no VIRTIO_F_ACCESS_PLATFORM).
     pub fn interrupt_iommu_of(&self, device: &DeviceConfig) -> Option<usize> {
         match device {
-            DeviceConfig::Edu(edu) => self.iommu_of(&edu.iommu),
+            DeviceConfig::Edu(_) | DeviceConfig::Vfio(_) => self.iommu_of(device.iommu()),
             virtio => self.iommu_of(virtio.iommu()).or_else(|| self.iommu_of(&IommuChoice::First)),
         }
+    }
+
+    /// The kernel's `/dev/iommu`, if the machine uses it: what a virtual IOMMU says, or the usual one
+    /// for a device of this machine that is behind none.
+    pub fn kernel_host(&self) -> Option<PathBuf> {
+        let said = self.iommus.iter().find_map(|iommu| match &iommu.host {
+            HostChoice::Kernel(path) => Some(path.clone()),
+            HostChoice::Emulated => None,
+        });
+        let assigned = |device: &DeviceConfig| matches!(device, DeviceConfig::Vfio(_));
+        said.or_else(|| self.devices.iter().any(assigned).then(|| DEV_IOMMU.into()))
     }
 
     /// Whether interrupts are remapped, if any virtual IOMMU says so.
@@ -106,6 +120,8 @@ pub struct IommuConfig {
     /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
     /// can do without it. What one says holds for all of a machine.
     pub interrupt_remapping: Option<bool>,
+    /// Who does the translating.
+    pub host: HostChoice,
     /// Every DMA is compared with the guest's tables; uses of stale translations are reported.
     pub sanitize: bool,
 }
@@ -121,9 +137,20 @@ impl Default for IommuConfig {
             ats: false,
             caching_mode: false,
             interrupt_remapping: None,
+            host: HostChoice::default(),
             sanitize: false,
         }
     }
+}
+
+/// Who serves the verbs of iommufd behind a virtual IOMMU.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum HostChoice {
+    /// An IOMMU in this process, for devices in this process.
+    #[default]
+    Emulated,
+    /// The kernel's, for devices of this machine: the path of `/dev/iommu`.
+    Kernel(PathBuf),
 }
 
 /// Which virtual IOMMU a device is behind.
@@ -151,6 +178,8 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A virtio entropy device.
     Rng(RngConfig),
+    /// A device of this machine.
+    Vfio(VfioConfig),
 }
 
 impl DeviceConfig {
@@ -161,6 +190,7 @@ impl DeviceConfig {
             Self::Disk(disk) => &disk.iommu,
             Self::Net(net) => &net.iommu,
             Self::Rng(rng) => &rng.iommu,
+            Self::Vfio(vfio) => &vfio.iommu,
         }
     }
 
@@ -176,6 +206,7 @@ impl DeviceConfig {
             Self::Disk(_) => "--disk",
             Self::Net(_) => "--net",
             Self::Rng(_) => "--rng",
+            Self::Vfio(_) => "--vfio",
         }
     }
 }
@@ -220,6 +251,24 @@ pub struct RngConfig {
     pub source: PathBuf,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
+}
+
+/// A device of this machine, assigned to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VfioConfig {
+    /// Its folder in sysfs (`/sys/bus/pci/devices/0000:01:00.0`), or its VFIO character device.
+    pub path: PathBuf,
+    /// What reports and log lines call it, if not by its path.
+    pub id: Option<String>,
+    /// The virtual IOMMU it is behind.
+    pub iommu: IommuChoice,
+}
+
+impl VfioConfig {
+    /// What reports and log lines call it.
+    pub fn name(&self) -> String {
+        self.id.clone().unwrap_or_else(|| self.path.display().to_string())
+    }
 }
 
 /// The educational device.

@@ -4,6 +4,7 @@
 //! A line is an input of theirs. A message is remapped on its way, where a virtual IOMMU does that.
 #![forbid(unsafe_code)]
 
+mod device_line;
 mod gsi;
 mod messages;
 mod routes;
@@ -14,8 +15,10 @@ use std::sync::{Arc, Weak};
 
 use kvm_ioctls::VmFd;
 
+pub(super) use device_line::{DeviceLine, LineEvents, ResampledLine};
 pub(super) use gsi::{GsiTable, SentMessage};
 pub(super) use messages::Messages;
+pub(super) use routes::UnroutedInterrupts;
 pub use routes::{MsiRoutes, VectorRoute};
 pub use source::{FunctionInterrupts, InterruptSource};
 
@@ -78,6 +81,14 @@ impl Interrupts {
     pub fn listeners(&self) -> Vec<Weak<dyn InterruptListener>> {
         let routes: Arc<dyn InterruptListener> = self.routes.clone();
         self.lines.listener().into_iter().chain([Arc::downgrade(&routes)]).collect()
+    }
+
+    /// What is to be served in the event loop for devices that trigger their vectors themselves.
+    ///
+    /// # Errors
+    /// The process has no file descriptors left.
+    pub fn unrouted(&self) -> Result<UnroutedInterrupts> {
+        self.routes.unrouted()
     }
 
     /// The interrupts of the function at `bdf`, which `remapper` remaps, or nobody.

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use super::routes::Writer;
 use super::{MsiRoutes, SentMessage, VectorRoute};
 use crate::spec::pci::Bdf;
 use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
@@ -107,7 +108,15 @@ impl FunctionInterrupts {
     /// # Errors
     /// KVM has no more of them, or the process no more file descriptors.
     pub fn vector(&self) -> Result<Arc<VectorRoute>> {
-        self.routes.allocate(self.source.clone(), self.messages.clone())
+        self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Here)
+    }
+
+    /// The same for a vector that the device itself triggers, by writing the route's eventfd.
+    ///
+    /// # Errors
+    /// As [`FunctionInterrupts::vector`].
+    pub fn device_vector(&self) -> Result<Arc<VectorRoute>> {
+        self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Device)
     }
 }
 

@@ -11,12 +11,13 @@ use crate::vmm::bus::BusDevice;
 
 /// The most objects that there were when a guest switched translation off.
 pub(super) struct ObjectsInUse {
-    host: Arc<EmulatedHost>,
+    host: Option<Arc<EmulatedHost>>,
     most: Mutex<Option<ObjectGraph>>,
 }
 
 impl ObjectsInUse {
-    pub fn new(host: Arc<EmulatedHost>) -> Self {
+    /// Those of `host`; of a kernel nothing is to be seen.
+    pub fn new(host: Option<Arc<EmulatedHost>>) -> Self {
         Self { host, most: Mutex::new(None) }
     }
 
@@ -27,7 +28,7 @@ impl ObjectsInUse {
 
     /// A guest is about to switch translation off.
     fn note(&self) {
-        let graph = self.host.graph();
+        let Some(graph) = self.host.as_ref().map(|host| host.graph()) else { return };
         let mut most = self.most.lock().unwrap_or_else(PoisonError::into_inner);
         // Of several units the first one to go shows the objects of all.
         if most.as_ref().is_none_or(|most| most.objects.len() <= graph.objects.len()) {

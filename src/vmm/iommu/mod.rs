@@ -1,40 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The virtual IOMMUs of a machine and all that is behind them: nesting, the host's verbs, counted,
-//! and the emulated host that serves them.
+//! and the host that serves them.
 //!
 //! There is one host with one IOAS, the guest's memory. Each virtual IOMMU has a host side of its
-//! own over it, and an emulated unit of its own behind that.
+//! own over it. Where the host is in this process, an emulated unit of its own is behind that; where it
+//! is the kernel, a unit of this machine is.
 #![forbid(unsafe_code)]
 
+mod direct;
+mod host;
 mod in_use;
 mod unit;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::config::MachineConfig;
+use super::config::{HostChoice, MachineConfig};
 use super::memory::MachineMemory;
 use super::report::{CallReport, HostReport, IommuReport};
 use super::trace::Trace;
 use super::Result;
-use crate::emulated::{EmulatedHost, ObjectGraph};
-use crate::iommufd::{CountedHost, HostIommu, Protection, UserMemory, Verb, VerbCounters};
+use crate::emulated::ObjectGraph;
+use crate::iommufd::{KernelHost, Protection, UserMemory, Verb};
 use crate::nesting::vtd::VtdNesting;
 use crate::spec::pci::Bdf;
 use crate::viommu::InterruptSink;
+pub(super) use direct::DirectDevices;
+use host::Host;
 use in_use::ObjectsInUse;
 pub(super) use unit::Iommu;
 use unit::{failed, Plan};
 
 /// A function that is to be behind a virtual IOMMU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AssignedFunction {
     pub bdf: Bdf,
     /// It has the PASID capability.
     pub pasid: bool,
     /// The number of the virtual IOMMU.
     pub iommu: usize,
+    /// The device of this machine that it is, if it is one.
+    pub vfio: Option<PathBuf>,
 }
 
 /// Who the virtual IOMMU `number` is as a source of messages: no function on the bus is.
@@ -46,9 +54,7 @@ pub(super) fn interrupt_source(number: usize) -> Bdf {
 
 /// What the virtual IOMMUs of a machine have in common.
 pub(super) struct Surroundings<'a> {
-    pub emulated: Arc<EmulatedHost>,
-    /// The same host, its calls counted and traced.
-    pub host: Arc<dyn HostIommu>,
+    pub host: Host,
     pub memory: &'a MachineMemory,
     pub trace: Option<Arc<Trace>>,
     in_use: Arc<ObjectsInUse>,
@@ -57,43 +63,34 @@ pub(super) struct Surroundings<'a> {
 /// The virtual IOMMUs of a machine; at least one.
 pub(super) struct Iommus {
     all: Vec<Iommu>,
-    emulated: Arc<EmulatedHost>,
-    verbs: Arc<VerbCounters>,
+    host: Host,
     in_use: Arc<ObjectsInUse>,
     /// The host's objects before the guest runs.
-    at_start: ObjectGraph,
+    at_start: Option<ObjectGraph>,
 }
 
 impl Iommus {
-    /// The virtual IOMMUs of `config`, in front of `functions`, over an emulated host that has
-    /// `memory` as stage 2; `None` when there are none. The messages of a source that one of them is
+    /// The virtual IOMMUs of `config`, in front of `functions`, over a host that has `memory` as stage
+    /// 2: `kernel` if they say so, and else an emulated one; `None` when there are none. The messages of a source that one of them is
     /// go where `interrupts` says; they remap those of others if `interrupt_remapping`.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,
         memory: &MachineMemory,
+        kernel: Option<&Arc<KernelHost>>,
         functions: &[AssignedFunction],
         interrupts: &dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Option<Self>> {
-        if config.iommus.is_empty() {
-            return Ok(None);
-        }
-        let emulated = EmulatedHost::new();
-        let counted =
-            CountedHost::new(emulated.clone(), trace.clone().map(|trace| trace as Arc<_>));
-        let verbs = counted.counters();
-        let host: Arc<dyn HostIommu> = Arc::new(counted);
-        let in_use = Arc::new(ObjectsInUse::new(emulated.clone()));
-        let around = Surroundings {
-            emulated: emulated.clone(),
-            host,
-            memory,
-            trace,
-            in_use: in_use.clone(),
+        let Some(first) = config.iommus.first() else { return Ok(None) };
+        let host = match (&first.host, kernel) {
+            (HostChoice::Kernel(_), Some(kernel)) => Host::kernel(kernel.clone(), trace.as_ref()),
+            _ => Host::emulated(trace.as_ref()),
         };
-        let at_start = emulated.graph();
-        let mut iommus = Self { all: Vec::new(), emulated, verbs, in_use, at_start };
+        let in_use = Arc::new(ObjectsInUse::new(host.emulated.clone()));
+        let around = Surroundings { host: host.clone(), memory, trace, in_use: in_use.clone() };
+        let at_start = host.graph();
+        let mut iommus = Self { all: Vec::new(), host, in_use, at_start };
         // What one emulated unit walks, the host says of all.
         let guest_second_stage = config.iommus.iter().any(|iommu| iommu.second_stage);
         for (number, iommu) in config.iommus.iter().enumerate() {
@@ -108,11 +105,11 @@ impl Iommus {
                 config: iommu,
                 interrupt_remapping,
                 guest_second_stage,
-                functions: functions.copied().collect(),
+                functions: functions.cloned().collect(),
             };
             iommus.all.push(Iommu::new(plan, nesting, &around)?);
         }
-        iommus.at_start = iommus.emulated.graph();
+        iommus.at_start = iommus.host.graph();
         Ok(Some(iommus))
     }
 
@@ -131,7 +128,8 @@ impl Iommus {
         let calls = Verb::ALL
             .iter()
             .map(|verb| {
-                let (calls, failures) = (self.verbs.calls(*verb), self.verbs.failures(*verb));
+                let (calls, failures) =
+                    (self.host.counters.calls(*verb), self.host.counters.failures(*verb));
                 (verb.name(), CallReport { calls, failures })
             })
             .filter(|(_, report)| report.calls != 0)
@@ -140,21 +138,21 @@ impl Iommus {
             calls,
             at_start: self.at_start.clone(),
             in_use: self.in_use.most(),
-            graph: self.emulated.graph(),
+            graph: self.host.graph(),
             left: None,
         }
     }
 
-    /// Gives every host object back; those that are left, which should be none.
-    pub fn close(mut self) -> ObjectGraph {
+    /// Gives every host object back; those that are left, which should be none, if the host tells.
+    pub fn close(mut self) -> Option<ObjectGraph> {
         self.all.clear();
-        self.emulated.graph()
+        self.host.graph()
     }
 }
 
 /// The host side of the first virtual IOMMU, with the machine's memory.
 fn nesting_over(around: &Surroundings<'_>) -> Result<VtdNesting> {
-    let nesting = VtdNesting::new(around.host.clone()).map_err(failed("nesting"))?;
+    let nesting = VtdNesting::new(around.host.verbs.clone()).map_err(failed("nesting"))?;
     for region in around.memory.regions() {
         let (start, whole) = (around.memory.start_of(region), UserMemory::whole(region.clone()));
         nesting

@@ -18,8 +18,9 @@ fn no_interrupts(_: Bdf) -> Arc<dyn InterruptSink> {
 }
 
 const FUNCTION: AssignedFunction =
-    AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, iommu: 0 };
-const OTHER: AssignedFunction = AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, iommu: 1 };
+    AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, iommu: 0, vfio: None };
+const OTHER: AssignedFunction =
+    AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, iommu: 1, vfio: None };
 
 fn iommus(
     configs: &[IommuConfig],
@@ -27,7 +28,7 @@ fn iommus(
     memory: &MachineMemory,
 ) -> Result<Iommus> {
     let config = MachineConfig { iommus: configs.to_vec(), ..testing::machine() };
-    Iommus::new(&config, false, memory, functions, &no_interrupts, None).map(Option::unwrap)
+    Iommus::new(&config, false, memory, None, functions, &no_interrupts, None).map(Option::unwrap)
 }
 
 /// One of them, in front of one function.
@@ -47,7 +48,7 @@ fn enable(iommu: &Iommu) {
 #[test]
 fn a_machine_without_has_none() {
     let (config, memory) = (testing::machine(), MachineMemory::new(1 << 20).unwrap());
-    let none = Iommus::new(&config, false, &memory, &[], &no_interrupts, None);
+    let none = Iommus::new(&config, false, &memory, None, &[], &no_interrupts, None);
     assert!(none.unwrap().is_none());
 }
 
@@ -56,7 +57,7 @@ fn a_function_passes_until_translation_is_enabled_and_is_blocked_then() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let iommus = one(IommuConfig::default(), &memory);
     let iommu = &iommus.all()[0];
-    let mut dma = iommu.dma_master(FUNCTION.bdf);
+    let mut dma = iommu.dma_master(FUNCTION.bdf).unwrap();
     dma.write(None, 0x4000, b"passes").unwrap();
     let mut bytes = [0; 6];
     memory.map().read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();
@@ -79,14 +80,14 @@ fn each_has_its_own_functions_over_the_same_memory() {
     let [first, second] = iommus.all() else { panic!("{iommus:?}") };
     assert_eq!((first.id(), second.id()), ("vtd0", "vtd1"));
     enable(second);
-    first.dma_master(FUNCTION.bdf).write(None, 0x4000, b"passes").unwrap();
-    second.dma_master(OTHER.bdf).write(None, 0x4000, b"blocked").unwrap_err();
+    first.dma_master(FUNCTION.bdf).unwrap().write(None, 0x4000, b"passes").unwrap();
+    second.dma_master(OTHER.bdf).unwrap().write(None, 0x4000, b"blocked").unwrap_err();
     // Neither unit knows the function of the other.
-    first.dma_master(OTHER.bdf).write(None, 0x4000, b"unknown").unwrap_err();
+    first.dma_master(OTHER.bdf).unwrap().write(None, 0x4000, b"unknown").unwrap_err();
     let faults: Vec<_> =
         iommus.reports().iter().map(|report| report.viommu.faults_recorded).collect();
     assert_eq!(faults, [0, 1]);
-    let graph = iommus.host_report().graph;
+    let graph = iommus.host_report().graph.unwrap();
     let count = |kind| graph.of_kind(kind).count();
     assert_eq!((count(ObjectKind::Ioas), count(ObjectKind::HwptPaging)), (1, 2));
     assert_eq!(graph.pinned_bytes, 1 << 20);
@@ -97,9 +98,9 @@ fn nothing_is_left_on_the_host() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let configs = [IommuConfig::default(), IommuConfig::default()];
     let iommus = iommus(&configs, &[FUNCTION, OTHER], &memory).unwrap();
-    let host = iommus.emulated.clone();
+    let host = iommus.host.emulated.clone().unwrap();
     assert_eq!(host.pinned_bytes(), 1 << 20);
-    assert_eq!(iommus.close(), ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+    assert_eq!(iommus.close(), Some(ObjectGraph { objects: Vec::new(), pinned_bytes: 0 }));
     assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0));
 }
 
@@ -107,8 +108,8 @@ fn nothing_is_left_on_the_host() {
 fn what_is_left_on_the_host_is_told() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let iommus = one(IommuConfig::default(), &memory);
-    let forgotten = iommus.emulated.ioas_alloc().unwrap();
-    let left = iommus.close();
+    let forgotten = iommus.host.verbs.ioas_alloc().unwrap();
+    let left = iommus.close().unwrap();
     assert_eq!(left.objects.iter().map(|object| object.id).collect::<Vec<_>>(), [forgotten]);
 }
 
@@ -124,9 +125,10 @@ fn the_report_has_the_objects_from_before_translation_was_switched_off() {
     let blocked = iommus.host_report().graph;
     disable();
     let report = iommus.host_report();
-    assert_eq!(report.in_use, Some(blocked));
-    assert_eq!(report.graph.objects, report.at_start.objects);
-    assert_ne!(report.in_use.unwrap().objects, report.at_start.objects, "the function is blocked");
+    assert_eq!(report.in_use, blocked);
+    let at_start = report.at_start.unwrap().objects;
+    assert_eq!(report.graph.unwrap().objects, at_start);
+    assert_ne!(report.in_use.unwrap().objects, at_start, "the function is blocked");
 }
 
 #[test]

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One virtual IOMMU of a machine: its registers, its nesting, and the emulated unit behind it.
+//! One virtual IOMMU of a machine: its registers, its nesting, and the unit behind it.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use super::in_use::{ObjectsInUse, RegisterPage};
@@ -24,6 +25,7 @@ use crate::vmm::config::IommuConfig;
 use crate::vmm::devices::{DmaError, DmaMaster};
 use crate::vmm::report::IommuReport;
 use crate::vmm::trace::TracedIommu;
+use crate::vmm::vfio::{VfioError, VfioProblem};
 use crate::vmm::{Error, Result};
 
 /// What a virtual IOMMU is built from.
@@ -44,9 +46,11 @@ pub(in crate::vmm) struct Iommu {
     vtd: Arc<VtdIommu>,
     nesting: Arc<VtdNesting>,
     host: Arc<dyn HostIommu>,
-    devices: Vec<ObjectId>,
+    /// As the guest and as the host knows them.
+    devices: Vec<(Bdf, ObjectId)>,
     interrupt_remapping: bool,
-    unit: Arc<VtdUnit>,
+    /// Unless the kernel has it.
+    unit: Option<Arc<VtdUnit>>,
     in_use: Arc<ObjectsInUse>,
     /// Lent to the unit's sanitizer.
     _contexts: Arc<GuestContexts>,
@@ -62,20 +66,31 @@ impl Iommu {
         let Plan { id, interrupts, config, interrupt_remapping, guest_second_stage, functions } =
             plan;
         let nesting = Arc::new(nesting);
-        let Surroundings { emulated, host, .. } = around;
-        let unit = VtdUnit::new(unit_config(config, guest_second_stage));
-        let unit_id = emulated.add_unit(unit.clone());
+        let host = &around.host.verbs;
+        let emulated = around.host.emulated.as_ref().map(|emulated| {
+            let unit = VtdUnit::new(unit_config(config, guest_second_stage));
+            let id = emulated.add_unit(unit.clone());
+            (emulated, unit, id)
+        });
         let mut devices = Vec::with_capacity(functions.len());
         for function in &functions {
-            let name = format!("{id}/{}", function.bdf);
-            let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
-            let device = DeviceConfig { pasid_bits, ats: config.ats, ..DeviceConfig::default() };
-            emulated
-                .add_device(&name, unit_id, function.bdf, device)
-                .map_err(failed("adding a device"))?;
-            let dev = host.device_bind(&name).map_err(failed("binding a device"))?;
-            devices.push(dev);
-            nesting.add_device(function.bdf, dev).map_err(failed("adding a device"))?;
+            let bdf = function.bdf;
+            let dev = match (&function.vfio, &emulated) {
+                (Some(path), _) => bind(&**host, path)?,
+                (None, Some((emulated, _, unit))) => {
+                    let name = format!("{id}/{bdf}");
+                    let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
+                    let device =
+                        DeviceConfig { pasid_bits, ats: config.ats, ..DeviceConfig::default() };
+                    emulated
+                        .add_device(&name, *unit, bdf, device)
+                        .map_err(failed("adding a device"))?;
+                    host.device_bind(&name).map_err(failed("binding a device"))?
+                }
+                (None, None) => return Err(not_of_this_machine(&id, bdf)),
+            };
+            devices.push((bdf, dev));
+            nesting.add_device(bdf, dev).map_err(failed("adding a device"))?;
         }
 
         let hosts: Vec<_> = nesting
@@ -95,7 +110,10 @@ impl Iommu {
         nesting.set_fault_target(Arc::downgrade(&target));
         let contexts = Arc::new(GuestContexts(vtd.clone()));
         let weak: Weak<GuestContexts> = Arc::downgrade(&contexts);
-        unit.set_context_tables(weak);
+        let unit = emulated.map(|(_, unit, _)| unit);
+        if let Some(unit) = &unit {
+            unit.set_context_tables(weak);
+        }
         for function in functions {
             vtd.add_device(function.bdf);
         }
@@ -150,14 +168,26 @@ impl Iommu {
         self.vtd.add_interrupt_listener(listener);
     }
 
-    /// How the function at `bdf` makes its memory requests.
-    pub fn dma_master(&self, bdf: Bdf) -> Box<dyn DmaMaster> {
-        Box::new(self.dma_port(bdf))
+    /// The devices behind it, as the guest and as the host knows them.
+    pub fn devices(&self) -> &[(Bdf, ObjectId)] {
+        &self.devices
+    }
+
+    /// How the function at `bdf`, which is in this process, makes its memory requests.
+    ///
+    /// # Errors
+    /// The unit is of this machine, and knows only its devices.
+    pub fn dma_master(&self, bdf: Bdf) -> Result<Box<dyn DmaMaster>> {
+        Ok(Box::new(self.dma_port(bdf)?))
     }
 
     /// Where memory requests of the function at `bdf` enter the IOMMU.
-    pub fn dma_port(&self, bdf: Bdf) -> DmaPort {
-        self.unit.port(bdf.raw())
+    ///
+    /// # Errors
+    /// As [`Iommu::dma_master`].
+    pub fn dma_port(&self, bdf: Bdf) -> Result<DmaPort> {
+        let unit = self.unit.as_ref().ok_or_else(|| not_of_this_machine(&self.id, bdf))?;
+        Ok(unit.port(bdf.raw()))
     }
 
     /// What was done so far.
@@ -166,8 +196,8 @@ impl Iommu {
             id: self.id.clone(),
             viommu: self.vtd.counters(),
             nesting: self.nesting.counters(),
-            hardware: self.unit.counters(),
-            sanitizer: self.unit.sanitizer_report(),
+            hardware: self.unit.as_ref().map(|unit| unit.counters()),
+            sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         }
     }
 }
@@ -178,9 +208,9 @@ impl Drop for Iommu {
         if let Err(error) = self.nesting.shutdown() {
             log::error!("{}: host objects are left behind: {error}", self.id);
         }
-        for dev in self.devices.drain(..) {
+        for (bdf, dev) in self.devices.drain(..) {
             if let Err(error) = self.host.device_unbind(dev) {
-                log::error!("a device stays bound: {error}");
+                log::error!("{bdf} stays bound: {error}");
             }
         }
     }
@@ -197,6 +227,17 @@ impl fmt::Debug for Iommu {
 
 pub(super) fn failed<E: fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| Error::Iommu(format!("{what}: {error}"))
+}
+
+/// Binds the device of this machine at `path`.
+fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
+    let name = path.display().to_string();
+    let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
+    Ok(host.device_bind(&name).map_err(refused)?)
+}
+
+fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
+    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} knows only those"))
 }
 
 /// The emulated unit that can serve `config`.

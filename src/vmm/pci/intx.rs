@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::spec::pci::Bdf;
 use crate::vmm::arch::layout::INTX_LINES;
 
@@ -14,6 +16,18 @@ pub struct IntxLine {
     pub register: u8,
     /// The inputs of interrupt controllers that it leads to.
     pub gsis: &'static [u32],
+}
+
+/// A line that is asserted by writing an eventfd, until the guest's end of interrupt.
+pub trait EventLine: Send + Sync {
+    /// Written to assert it.
+    fn assert_event(&self) -> &EventFd;
+
+    /// Is written at the end of the interrupt, when the line is not asserted any more.
+    fn end_event(&self) -> &EventFd;
+
+    /// Deasserts it: nobody asserts it any more, whatever was written.
+    fn release(&self);
 }
 
 /// The line that INTA of device number `device` on bus 0 leads to, by its place among
@@ -67,6 +81,11 @@ impl IntxPin {
     /// What the interrupt line register says.
     pub fn line(&self) -> u8 {
         self.line.line.register
+    }
+
+    /// The inputs of interrupt controllers that its line leads to.
+    pub fn gsis(&self) -> &'static [u32] {
+        self.line.line.gsis
     }
 
     /// Asserts or deasserts the pin.

@@ -21,8 +21,8 @@ pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
 pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
-pub use intx::{line_of_pin, IntxLine, IntxPin, IntxRouter};
+pub use intx::{line_of_pin, EventLine, IntxLine, IntxPin, IntxRouter};
 pub use layout::{Command, MsixControl};
-pub use msix::{InterruptVector, Msix, MsixCapability, MsixPlace};
+pub use msix::{EventVector, InterruptVector, Msix, MsixCapability, MsixPlace};
 
 pub use crate::viommu::MsiMessage;

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::layout::*;
 use super::{ConfigSpace, MsiMessage};
 
@@ -29,6 +31,14 @@ pub trait InterruptVector: Send + Sync {
     fn is_pending(&self) -> bool {
         false
     }
+}
+
+/// A vector that somebody else triggers, at any time, by writing an eventfd.
+///
+/// While there is no message the eventfd is let alone; what was written to it goes by the next one.
+pub trait EventVector: InterruptVector {
+    /// What to write. It does not block.
+    fn event(&self) -> &EventFd;
 }
 
 /// An MSI-X capability.

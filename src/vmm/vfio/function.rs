@@ -13,7 +13,7 @@ use super::config_image::{ConfigImage, LiveRange, MsixStructures};
 use super::error::{VfioError, VfioProblem};
 use super::host_device::{HostDevice, Irq};
 use super::interrupts::{DeviceInterrupts, DeviceMsix};
-use super::intx::{EventLine, Intx};
+use super::intx::Intx;
 use super::msi::Msi;
 use super::region::Region;
 use super::vectors::{MakeVector, TableVector, Vectors};
@@ -22,7 +22,7 @@ use crate::vmm::pci::layout::{
     Command, BARS, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, STATUS, STATUS_CAPABILITIES,
 };
 use crate::vmm::pci::{
-    BarPlacement, ConfigSpace, InterruptVector, Msix, MsixCapability, PciFunction,
+    BarPlacement, ConfigSpace, EventLine, InterruptVector, Msix, MsixCapability, PciFunction,
 };
 use crate::vmm::Result;
 

@@ -9,22 +9,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
-
 use super::host_device::{HostDevice, Irq};
 use crate::viommu::ratelimit::RateLimit;
-
-/// A line that is asserted by an eventfd, until the guest's end of interrupt.
-pub trait EventLine: Send + Sync {
-    /// Written to assert it.
-    fn assert_event(&self) -> &EventFd;
-
-    /// Is written at the end of the interrupt, when the line is not asserted any more.
-    fn end_event(&self) -> &EventFd;
-
-    /// Deasserts it: nobody asserts it any more, whatever was written.
-    fn release(&self);
-}
+use crate::vmm::pci::EventLine;
 
 /// The pin of a device.
 pub struct Intx {

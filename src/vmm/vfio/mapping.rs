@@ -72,6 +72,14 @@ impl fmt::Debug for Mapping {
     }
 }
 
+/// Bytes of a page of this machine: what can be mapped, and lent to a guest.
+pub fn page_size() -> u64 {
+    // SAFETY: the call has no other effect than to tell.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // POSIX has it on every system.
+    u64::try_from(size).unwrap_or(4096)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,9 +11,9 @@ use super::bars::{Lender, Loan};
 use super::host_device::{HostDevice, Irq, IrqInfo};
 use super::mapping::Mapping;
 use super::region::Region;
-use super::vectors::{EventVector, MakeVector};
+use super::vectors::MakeVector;
 use crate::viommu::MsiMessage;
-use crate::vmm::pci::InterruptVector;
+use crate::vmm::pci::{EventVector, InterruptVector};
 
 /// A device whose regions are bytes, and which writes down what is done to its interrupts.
 #[derive(Debug, Default)]

@@ -11,7 +11,7 @@ use super::testing::{FakeDevice, FakeLender, FakeVectors};
 use super::*;
 use crate::spec::pci::Bdf;
 use crate::vmm::pci::layout::CONFIG_SIZE;
-use crate::vmm::pci::{PciBus, PciFunction};
+use crate::vmm::pci::{EventLine, PciBus, PciFunction};
 
 const CONFIG: u32 = 7;
 const BDF: Bdf = Bdf::from_raw(8);

@@ -13,21 +13,11 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::EventFd;
-
 use super::host_device::{HostDevice, Irq, IrqInfo};
 use crate::viommu::ratelimit::RateLimit;
 use crate::viommu::MsiMessage;
-use crate::vmm::pci::InterruptVector;
+use crate::vmm::pci::{EventVector, InterruptVector};
 use crate::vmm::Result;
-
-/// The way to the guest of one vector that somebody else triggers, by writing an eventfd.
-///
-/// While there is no message the eventfd is let alone; what was written to it goes by the next one.
-pub trait EventVector: InterruptVector {
-    /// What to write. It does not block.
-    fn event(&self) -> &EventFd;
-}
 
 /// Makes the way to the guest of one vector.
 pub type MakeVector = dyn Fn() -> Result<Arc<dyn EventVector>> + Send + Sync;

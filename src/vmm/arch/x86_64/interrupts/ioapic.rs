@@ -2,7 +2,7 @@
 //! An IOAPIC: lines on one side, messages on the other.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::redirection::{self as registers, RedirectionEntry};
 use crate::viommu::{InterruptListener, MsiMessage};
@@ -19,10 +19,18 @@ pub(super) trait PinOutput: Send + Sync {
     fn send(&self, message: MsiMessage) -> bool;
 }
 
+/// Who wants to know of the ends of interrupts of a pin, to deassert it. Called with nothing locked.
+pub(super) trait EndListener: Send + Sync {
+    /// An interrupt of the pin, which was level-triggered, ends.
+    fn interrupt_ended(&self);
+}
+
 /// An IOAPIC of [`PINS`] pins. Any thread may call it.
 pub struct Ioapic {
     state: Mutex<State>,
     output: Box<dyn PinOutput>,
+    /// By pin. Filled while the machine is built.
+    listeners: Mutex<Vec<(u32, Weak<dyn EndListener>)>>,
 }
 
 /// All that the guest can see.
@@ -40,7 +48,7 @@ impl Ioapic {
     pub(super) fn new(id: u8, output: Box<dyn PinOutput>) -> Arc<Self> {
         let entries = [RedirectionEntry::new(); PINS as usize];
         let state = State { id, select: 0, entries, asserted: 0 };
-        Arc::new(Self { state: Mutex::new(state), output })
+        Arc::new(Self { state: Mutex::new(state), output, listeners: Mutex::default() })
     }
 
     /// Asserts or deasserts the line of `pin`; nothing for a pin that is not there.
@@ -64,17 +72,45 @@ impl Ioapic {
         self.set_line(pin, false);
     }
 
+    /// From now on `listener` is told of the ends of interrupts of `pin`.
+    pub(super) fn add_end_listener(&self, pin: u32, listener: Weak<dyn EndListener>) {
+        self.listeners().push((pin, listener));
+    }
+
     /// Some LAPIC's interrupt `vector`, which was level-triggered, ends.
     pub fn end_of_interrupt(&self, vector: u8) {
+        let waits = |entry: &RedirectionEntry| {
+            entry.level() && entry.remote_irr() && entry.vector() == vector
+        };
+        let ended: Vec<u32> = {
+            let state = self.state();
+            (0..PINS)
+                .zip(&state.entries)
+                .filter(|(_, entry)| waits(entry))
+                .map(|(p, _)| p)
+                .collect()
+        };
+        // Before the pin is looked at again: its device may not assert it any more.
+        for listener in self.listeners_of(&ended) {
+            listener.interrupt_ended();
+        }
         let mut state = self.state();
-        for pin in 0..PINS {
-            if let Some(entry) = state.entries.get_mut(pin as usize) {
-                if entry.level() && entry.remote_irr() && entry.vector() == vector {
-                    entry.set_remote_irr(false);
-                    self.serve_level(&mut state, pin);
-                }
+        for pin in ended {
+            if let Some(entry) = state.entries.get_mut(pin as usize).filter(|entry| waits(entry)) {
+                entry.set_remote_irr(false);
+                self.serve_level(&mut state, pin);
             }
         }
+    }
+
+    fn listeners_of(&self, pins: &[u32]) -> Vec<Arc<dyn EndListener>> {
+        let listeners = self.listeners();
+        let of_pins = listeners.iter().filter(|(pin, _)| pins.contains(pin));
+        of_pins.filter_map(|(_, listener)| listener.upgrade()).collect()
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Vec<(u32, Weak<dyn EndListener>)>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends the interrupt of a level-triggered pin, if it is asserted and does not wait for an EOI.

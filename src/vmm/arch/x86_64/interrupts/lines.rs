@@ -9,11 +9,15 @@ use kvm_ioctls::VmFd;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::ioapic::{Ioapic, PinOutput};
+use super::ioapic::{EndListener, Ioapic, PinOutput};
+use super::pin_line::{OwnedPinLine, PinLine, WatchedPinLine};
 use super::IrqChip;
 use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use crate::vmm::arch::layout::{IOAPIC_BDF, IOAPIC_ID};
-use crate::vmm::interrupts::{GsiTable, InterruptSource, Ways};
+use crate::vmm::interrupts::{
+    DeviceLine, GsiTable, InterruptSource, LineEvents, ResampledLine, Ways,
+};
+use crate::vmm::pci::IntxPin;
 use crate::vmm::{Error, Result};
 
 /// The inputs: of the interrupt controllers in the kernel, or of the IOAPIC here.
@@ -64,6 +68,25 @@ impl Lines {
         let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
         self.vm.register_irqfd(&event, gsi).map_err(Error::kvm("wiring an interrupt"))?;
         Ok(EdgeLine::Irqfd(event))
+    }
+
+    /// The line of `pin`, which an assigned device asserts. Of interrupt controllers in the kernel, it is
+    /// the IOAPIC's input alone: a guest that uses the PIC gets no INTx of such a device.
+    ///
+    /// # Errors
+    /// KVM cannot wire it.
+    pub fn device_line(&self, pin: IntxPin) -> Result<DeviceLine> {
+        let gsi = pin.gsis().last().copied();
+        let gsi = gsi.ok_or_else(|| Error::Interrupts("a pin leads nowhere".into()))?;
+        let Some(ioapic) = &self.ioapic else {
+            let line = Box::new(ResampledLine::new(self.vm.clone(), gsi)?);
+            return Ok(DeviceLine { line, subscriber: None });
+        };
+        let line = PinLine::new(pin, LineEvents::new()?);
+        let listener: Arc<dyn EndListener> = line.clone();
+        ioapic.add_end_listener(gsi, Arc::downgrade(&listener));
+        let watched = Box::new(WatchedPinLine(line.clone()));
+        Ok(DeviceLine { line: Box::new(OwnedPinLine(line)), subscriber: Some(watched) })
     }
 
     /// Drives the level-triggered input `gsi`.

@@ -8,6 +8,7 @@
 mod chip;
 mod ioapic;
 mod lines;
+mod pin_line;
 mod redirection;
 
 pub use chip::IrqChip;

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An interrupt line to the IOAPIC here that an assigned device asserts by an eventfd.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::ioapic::EndListener;
+use crate::vmm::interrupts::LineEvents;
+use crate::vmm::pci::{EventLine, IntxPin};
+
+/// The line of one pin. The event loop asserts it, when the one eventfd is written; the vCPU whose
+/// interrupt ends deasserts it and writes the other one.
+pub(super) struct PinLine {
+    pin: IntxPin,
+    events: LineEvents,
+}
+
+impl PinLine {
+    /// The line of `pin`, asserted and deasserted by `events`.
+    pub fn new(pin: IntxPin, events: LineEvents) -> Arc<Self> {
+        Arc::new(Self { pin, events })
+    }
+
+    /// The eventfd was written.
+    fn assert(&self) {
+        if self.events.assert.read().is_ok() {
+            self.pin.set(true);
+        }
+    }
+}
+
+impl EndListener for PinLine {
+    /// Also when another device on the line made the interrupt: then nothing was masked, and unmasking
+    /// does nothing.
+    fn interrupt_ended(&self) {
+        self.pin.set(false);
+        if let Err(error) = self.events.end.write(1) {
+            log::debug!("{:?}: {error}", self.pin);
+        }
+    }
+}
+
+/// A [`PinLine`] as its device has it.
+pub(super) struct OwnedPinLine(pub Arc<PinLine>);
+
+impl EventLine for OwnedPinLine {
+    fn assert_event(&self) -> &EventFd {
+        &self.0.events.assert
+    }
+
+    fn end_event(&self) -> &EventFd {
+        &self.0.events.end
+    }
+
+    fn release(&self) {
+        // What was written and not looked at yet is not to assert it later.
+        let _ = self.0.events.assert.read();
+        self.0.pin.set(false);
+    }
+}
+
+/// A [`PinLine`] as the event loop has it.
+pub(super) struct WatchedPinLine(pub Arc<PinLine>);
+
+impl MutEventSubscriber for WatchedPinLine {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.0.events.assert, EventSet::IN)) {
+            log::error!("{:?} is never asserted: {error:?}", self.0.pin);
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.0.assert();
+    }
+}
+
+impl fmt::Debug for PinLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PinLine").field(&self.pin).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::spec::pci::Bdf;
+    use crate::vmm::pci::IntxRouter;
+
+    #[test]
+    fn a_line_is_asserted_until_the_interrupt_ends() {
+        let levels = Arc::new(Mutex::new(Vec::new()));
+        let seen = levels.clone();
+        let router = IntxRouter::new(Arc::new(move |_, level| seen.lock().unwrap().push(level)));
+        let pin = router.pin(Bdf::new(0, 1, 0).unwrap());
+        let inputs = pin.gsis().len();
+        let line = PinLine::new(pin, LineEvents::new().unwrap());
+        let owned = OwnedPinLine(line.clone());
+        let took = || {
+            let levels = std::mem::take(&mut *levels.lock().unwrap());
+            levels.into_iter().step_by(inputs).collect::<Vec<_>>()
+        };
+        line.assert();
+        assert_eq!(took(), [] as [bool; 0], "nobody wrote");
+        owned.assert_event().write(1).unwrap();
+        line.assert();
+        assert_eq!(took(), [true]);
+        line.interrupt_ended();
+        assert_eq!((took(), owned.end_event().read().unwrap()), (vec![false], 1));
+        // Released with something unread: it does not come later.
+        owned.assert_event().write(1).unwrap();
+        owned.release();
+        line.assert();
+        assert_eq!(took(), [] as [bool; 0]);
+    }
+}

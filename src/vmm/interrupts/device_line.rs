@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Interrupt lines that an assigned device asserts by an eventfd: as far as the interrupt controllers
+//! are in the kernel, all of it happens there.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use crate::vmm::pci::EventLine;
+use crate::vmm::{Error, Result};
+
+/// A line, and what the event loop has to do for it, if anything.
+pub(in crate::vmm) struct DeviceLine {
+    pub line: Box<dyn EventLine>,
+    pub subscriber: Option<Box<dyn MutEventSubscriber>>,
+}
+
+/// The two eventfds of a line.
+pub(in crate::vmm) struct LineEvents {
+    /// Asserts the line.
+    pub assert: EventFd,
+    /// Tells that an interrupt ended.
+    pub end: EventFd,
+}
+
+impl LineEvents {
+    /// New ones.
+    ///
+    /// # Errors
+    /// The process has no file descriptors left.
+    pub fn new() -> Result<Self> {
+        let event = || EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"));
+        Ok(Self { assert: event()?, end: event()? })
+    }
+}
+
+/// The input `gsi` of an interrupt controller in the kernel: KVM asserts it when the one eventfd is
+/// written, and deasserts it and writes the other one at the end of the interrupt.
+pub(in crate::vmm) struct ResampledLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+    events: LineEvents,
+}
+
+impl ResampledLine {
+    /// The input `gsi` of `vm`.
+    ///
+    /// # Errors
+    /// KVM cannot wire it.
+    pub fn new(vm: Arc<VmFd>, gsi: u32) -> Result<Self> {
+        let line = Self { vm, gsi, events: LineEvents::new()? };
+        line.tie().map_err(Error::kvm("wiring an interrupt line"))?;
+        Ok(line)
+    }
+
+    fn tie(&self) -> std::result::Result<(), kvm_ioctls::Error> {
+        let LineEvents { assert, end } = &self.events;
+        self.vm.register_irqfd_with_resample(assert, end, self.gsi)
+    }
+
+    fn untie(&self) -> std::result::Result<(), kvm_ioctls::Error> {
+        self.vm.unregister_irqfd(&self.events.assert, self.gsi)
+    }
+}
+
+impl EventLine for ResampledLine {
+    fn assert_event(&self) -> &EventFd {
+        &self.events.assert
+    }
+
+    fn end_event(&self) -> &EventFd {
+        &self.events.end
+    }
+
+    /// KVM deasserts what it gives up.
+    fn release(&self) {
+        if let Err(error) = self.untie().and_then(|()| self.tie()) {
+            log::error!("interrupt line {}: {error}", self.gsi);
+        }
+    }
+}
+
+impl Drop for ResampledLine {
+    fn drop(&mut self) {
+        if let Err(error) = self.untie() {
+            log::error!("interrupt line {}: {error}", self.gsi);
+        }
+    }
+}
+
+impl fmt::Debug for ResampledLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResampledLine").field("gsi", &self.gsi).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Routes of message-signalled interrupts: an eventfd each, which KVM turns into the remapped
+//! message without leaving the kernel.
+//!
+//! The eventfd is written here, or by somebody who knows nothing of routes: an assigned device's
+//! driver in the host. KVM has such a one only while there is somewhere for it to lead. While the
+//! vector is masked nobody reads it, and what was written goes by the next message; while the message
+//! is blocked it is read here ([`unrouted`]), so that the guest is told.
+
+#[cfg(test)]
+mod tests;
+mod unrouted;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use super::gsi::{GsiTable, SentMessage};
+use super::InterruptSource;
+use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
+use crate::vmm::pci::{EventVector, InterruptVector};
+use crate::vmm::{Error, Result};
+pub(in crate::vmm) use unrouted::UnroutedInterrupts;
+use unrouted::{BlockedRoute, Unrouted};
+
+/// Ties eventfds to GSIs.
+pub(super) trait Irqfds: Send + Sync {
+    /// From now on writing `event` triggers `gsi`.
+    fn tie(&self, event: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error>;
+
+    /// Not any more.
+    fn untie(&self, event: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error>;
+}
+
+impl Irqfds for kvm_ioctls::VmFd {
+    fn tie(&self, event: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error> {
+        self.register_irqfd(event, gsi)
+    }
+
+    fn untie(&self, event: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error> {
+        self.unregister_irqfd(event, gsi)
+    }
+}
+
+/// Every route of a machine.
+///
+/// Lock order: the list of routes, a route, the remapper, KVM's table.
+pub struct MsiRoutes {
+    table: Arc<GsiTable>,
+    irqfds: Arc<dyn Irqfds>,
+    routes: Mutex<Vec<Weak<VectorRoute>>>,
+    unrouted: Arc<Unrouted>,
+    triggered: AtomicU64,
+}
+
+impl MsiRoutes {
+    /// No routes yet.
+    pub(super) fn new(table: Arc<GsiTable>, irqfds: Arc<dyn Irqfds>) -> Arc<Self> {
+        let (routes, triggered) = (Mutex::default(), AtomicU64::new(0));
+        Arc::new(Self { table, irqfds, routes, unrouted: Arc::default(), triggered })
+    }
+
+    /// What serves those whose eventfd is read here.
+    ///
+    /// # Errors
+    /// The process has no file descriptors left.
+    pub(super) fn unrouted(&self) -> Result<UnroutedInterrupts> {
+        UnroutedInterrupts::new(self.unrouted.clone()).map_err(Error::os("epoll"))
+    }
+
+    /// How often a route was triggered, and KVM did the rest.
+    pub fn triggered(&self) -> u64 {
+        self.triggered.load(Ordering::Relaxed)
+    }
+
+    /// A route for a vector of `source`, without a message, whose eventfd `writer` writes. Messages
+    /// that cannot be routed go to `messages`, one by one.
+    ///
+    /// # Errors
+    /// KVM has no more of them, or the process no more file descriptors.
+    pub fn allocate(
+        self: &Arc<Self>,
+        source: InterruptSource,
+        messages: Arc<dyn InterruptSink>,
+        writer: Writer,
+    ) -> Result<Arc<VectorRoute>> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
+        let gsi = self.table.allocate()?;
+        let tied = writer == Writer::Here;
+        if tied {
+            if let Err(error) = self.irqfds.tie(&event, gsi) {
+                self.table.release(gsi);
+                return Err(Error::kvm("making an interrupt route")(error));
+            }
+        }
+        let state = Mutex::new(State { message: None, routed: None, tied });
+        let routes = self.clone();
+        let route = Arc::new_cyclic(|this| {
+            let this = this.clone();
+            VectorRoute { this, routes, source, messages, gsi, event, writer, state }
+        });
+        let mut routes = self.list();
+        routes.retain(|route| route.strong_count() > 0);
+        routes.push(Arc::downgrade(&route));
+        Ok(route)
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Weak<VectorRoute>>> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl InterruptListener for MsiRoutes {
+    fn interrupts_changed(&self) {
+        let routes: Vec<_> = self.list().iter().filter_map(Weak::upgrade).collect();
+        // All are held until KVM has the new table: nobody triggers by the old one meanwhile.
+        let mut states: Vec<_> = routes.iter().map(|route| route.state()).collect();
+        let changes: Vec<_> = routes
+            .iter()
+            .zip(&states)
+            .map(|(route, state)| (route.gsi, route.translate(state.message)))
+            .collect();
+        for ((route, state), (_, sent)) in routes.iter().zip(&mut states).zip(&changes) {
+            route.prepare(state, *sent);
+        }
+        let result = self.table.update(changes.iter().copied());
+        if let Err(error) = &result {
+            log::error!("interrupt routes: {error}; messages are sent one by one");
+        }
+        for ((route, state), (_, sent)) in routes.iter().zip(&mut states).zip(&changes) {
+            state.routed = sent.filter(|_| result.is_ok()).map(|sent| sent.message);
+            route.settle(state);
+        }
+    }
+}
+
+impl fmt::Debug for MsiRoutes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("MsiRoutes").field(&self.table).finish()
+    }
+}
+
+/// Who writes the eventfd of a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writer {
+    /// [`VectorRoute::trigger`], which knows whether the vector is routed.
+    Here,
+    /// Somebody who does not, at any time.
+    Device,
+}
+
+/// The route of one vector. Dropping it gives it back.
+pub struct VectorRoute {
+    this: Weak<Self>,
+    routes: Arc<MsiRoutes>,
+    source: InterruptSource,
+    messages: Arc<dyn InterruptSink>,
+    gsi: u32,
+    event: EventFd,
+    writer: Writer,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// The message as software set it up, while it is not masked.
+    message: Option<MsiMessage>,
+    /// What becomes of it, if KVM knows: writing the eventfd sends that.
+    routed: Option<MsiMessage>,
+    /// KVM has the eventfd, and reads it.
+    tied: bool,
+}
+
+impl InterruptVector for VectorRoute {
+    /// When this returns, nothing is sent by the old message.
+    fn update(&self, message: Option<MsiMessage>) {
+        self.install(&mut self.state(), message);
+    }
+
+    /// Nothing is sent while there is no message.
+    fn trigger(&self) {
+        let mut state = self.state();
+        let Some(message) = state.message else { return };
+        if let Some(routed) = state.routed {
+            self.routes.triggered.fetch_add(1, Ordering::Relaxed);
+            self.source.trace_route(self.gsi, routed);
+            if let Err(error) = self.event.write(1) {
+                log::debug!("interrupt route {}: {error}", self.gsi);
+            }
+        } else {
+            self.send_one(&mut state, message);
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        let state = self.state();
+        if self.writer == Writer::Here || state.message.is_some() {
+            return false;
+        }
+        // Masked: nobody else reads it.
+        match self.event.read() {
+            Ok(count) => self.event.write(count).is_ok(),
+            Err(_) => false,
+        }
+    }
+}
+
+impl EventVector for VectorRoute {
+    fn event(&self) -> &EventFd {
+        &self.event
+    }
+}
+
+impl BlockedRoute for VectorRoute {
+    fn serve(&self) {
+        let mut state = self.state();
+        // It may have been routed or masked since: then others read it, or nobody.
+        let (Some(message), None) = (state.message, state.routed) else { return };
+        if self.event.read().is_ok() {
+            self.send_one(&mut state, message);
+        }
+    }
+}
+
+impl VectorRoute {
+    /// Sends `message`, past KVM's table.
+    fn send_one(&self, state: &mut State, message: MsiMessage) {
+        if self.source.send(message, &*self.messages) {
+            // It was blocked and is not now, without a change that anybody was told of.
+            self.install(state, Some(message));
+        }
+    }
+
+    /// Before `sent` is all that KVM knows: from when there is nothing, the eventfd is kept from KVM,
+    /// which would throw away what is written.
+    fn prepare(&self, state: &mut State, sent: Option<SentMessage>) {
+        if self.writer == Writer::Device && sent.is_none() && std::mem::take(&mut state.tied) {
+            self.untie();
+        }
+    }
+
+    /// After a change: gives the eventfd to whoever is to read it now.
+    fn settle(&self, state: &mut State) {
+        if self.writer == Writer::Here {
+            return;
+        }
+        if state.routed.is_some() && !state.tied {
+            self.routes.unrouted.remove(self.gsi, &self.event);
+            match self.routes.irqfds.tie(&self.event, self.gsi) {
+                Ok(()) => state.tied = true,
+                Err(error) => {
+                    log::error!("interrupt route {}: {error}; sent one by one", self.gsi);
+                    state.routed = None;
+                }
+            }
+        } else if state.routed.is_none() && std::mem::take(&mut state.tied) {
+            self.untie();
+        }
+        match (state.message, state.routed) {
+            (Some(_), None) => self.routes.unrouted.add(self.gsi, &self.event, self.this.clone()),
+            (None, _) => self.routes.unrouted.remove(self.gsi, &self.event),
+            (Some(_), Some(_)) => {}
+        }
+    }
+
+    fn untie(&self) {
+        if let Err(error) = self.routes.irqfds.untie(&self.event, self.gsi) {
+            log::error!("interrupt route {}: {error}", self.gsi);
+        }
+    }
+
+    fn install(&self, state: &mut State, message: Option<MsiMessage>) {
+        let translated = self.translate(message);
+        self.prepare(state, translated);
+        let result = self.routes.table.update([(self.gsi, translated)]);
+        if let Err(error) = &result {
+            log::error!("interrupt route {}: {error}; messages are sent one by one", self.gsi);
+        }
+        let routed = translated.filter(|_| result.is_ok());
+        (state.message, state.routed) = (message, routed.map(|sent| sent.message));
+        self.settle(state);
+    }
+
+    fn translate(&self, message: Option<MsiMessage>) -> Option<SentMessage> {
+        message.and_then(|message| self.source.sent(message))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for VectorRoute {
+    fn drop(&mut self) {
+        if self.state().tied {
+            self.untie();
+        }
+        self.routes.unrouted.remove(self.gsi, &self.event);
+        self.routes.table.release(self.gsi);
+    }
+}
+
+impl fmt::Debug for VectorRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VectorRoute")
+            .field("source", &self.source)
+            .field("gsi", &self.gsi)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
