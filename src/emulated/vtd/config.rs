@@ -2,6 +2,7 @@
 //! What an emulated VT-d unit can do, and the registers that say so.
 #![forbid(unsafe_code)]
 
+use crate::emulated::engine::CacheSizes;
 use crate::emulated::hardware::UserTables;
 use crate::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, HwptVtdSecondStage, HW_INFO_VTD_ERRATA_772415_SPR17,
@@ -139,6 +140,15 @@ impl VtdUnitConfig {
             cap_reg: self.cap().into_bits(),
             ecap_reg: self.ecap().into_bits(),
             ..Default::default()
+        }
+    }
+
+    /// How much it caches.
+    pub(super) fn cache_sizes(&self) -> CacheSizes {
+        CacheSizes {
+            iotlb: self.iotlb_entries,
+            paging_structures: self.paging_structure_entries,
+            stage2: self.stage2_entries,
         }
     }
 

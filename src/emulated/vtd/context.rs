@@ -2,15 +2,11 @@
 //! What the host-side PASID table says of one requester.
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
-
-use super::cache::Source;
 use super::config::{AddressWidth, VtdUnitConfig};
 use super::first_stage::FirstStage;
 use super::second_stage::SecondStage;
-use crate::emulated::dirty::DirtyLog;
+use crate::emulated::engine::{HostStage2, Source};
 use crate::emulated::hardware::{CacheTag, Translation, UserTables};
-use crate::emulated::stage2::Stage2;
 use crate::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
 /// PASID that tags what serves requests without PASID (RID_PASID, as Linux sets it).
@@ -85,19 +81,10 @@ pub(super) struct Context {
     /// The user's tables.
     pub tables: Tables,
     /// Stage 2.
-    pub stage2: Arc<Stage2>,
-    /// Where pages of stage 2 are marked when they are written.
-    pub dirty: Option<Arc<DirtyLog>>,
-    /// Whose the cached stage-2 translations are.
-    pub stage2_source: Source,
+    pub host: HostStage2,
 }
 
 impl Context {
-    /// Where writes are marked, if they are to be.
-    pub fn tracking(&self) -> Option<&DirtyLog> {
-        self.dirty.as_deref().filter(|log| log.is_enabled())
-    }
-
     /// The context of requests with `pasid` that go through `translation`; `stage2_tag` is unique
     /// to its stage 2 among the contexts of the unit.
     pub fn new(
@@ -110,9 +97,7 @@ impl Context {
             tag: translation.tag,
             source: Source::new(translation.tag.0, pasid.unwrap_or(RID_PASID)),
             tables: Tables::new(translation.tables.as_ref(), config),
-            stage2: translation.stage2,
-            dirty: translation.dirty,
-            stage2_source: Source::new(stage2_tag, 0),
+            host: HostStage2::new(translation.stage2, stage2_tag, translation.dirty),
         }
     }
 }

@@ -1,160 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a unit counts.
+//! What a unit has counted.
 #![forbid(unsafe_code)]
 
-use std::ops::AddAssign;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use crate::emulated::engine::Totals;
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// What an emulated VT-d unit has done so far.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-        #[cfg_attr(feature = "serde", derive(serde::Serialize))]
-        pub struct VtdCounters {
-            $($(#[$doc])* pub $name: u64,)*
-        }
-
-        impl AddAssign for VtdCounters {
-            fn add_assign(&mut self, other: Self) {
-                $(self.$name += other.$name;)*
-            }
-        }
-
-        /// One thread's share of [`VtdCounters`].
-        #[derive(Debug, Default)]
-        #[repr(align(128))]
-        pub(crate) struct LocalCounters {
-            $(pub $name: Counter,)*
-        }
-
-        impl LocalCounters {
-            fn read(&self) -> VtdCounters {
-                VtdCounters { $($name: self.$name.0.load(Ordering::Relaxed),)* }
-            }
-        }
-    };
-}
-
-counters! {
+/// What an emulated VT-d unit has done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct VtdCounters {
     /// Requests that the IOTLB served.
-    iotlb_hits,
+    pub iotlb_hits: u64,
     /// Requests that it did not.
-    iotlb_misses,
+    pub iotlb_misses: u64,
     /// IOTLB entries that had to go for others.
-    iotlb_evictions,
+    pub iotlb_evictions: u64,
     /// Requests whose PASID-table entry was cached.
-    pasid_cache_hits,
+    pub pasid_cache_hits: u64,
     /// Requests whose PASID-table entry was not.
-    pasid_cache_misses,
+    pub pasid_cache_misses: u64,
     /// PASID-cache entries that had to go for others.
-    pasid_cache_evictions,
+    pub pasid_cache_evictions: u64,
     /// Walks of user-owned tables, finished or not.
-    walks,
+    pub walks: u64,
     /// Walks that began below the top table.
-    paging_structure_hits,
+    pub paging_structure_hits: u64,
     /// Walks that began at the top table.
-    paging_structure_misses,
+    pub paging_structure_misses: u64,
     /// Paging-structure entries that had to go for others.
-    paging_structure_evictions,
+    pub paging_structure_evictions: u64,
     /// Stage-2 translations that were cached.
-    stage2_hits,
+    pub stage2_hits: u64,
     /// Stage-2 translations that were not.
-    stage2_misses,
+    pub stage2_misses: u64,
     /// Cached stage-2 translations that had to go for others.
-    stage2_evictions,
+    pub stage2_evictions: u64,
     /// Requests that went by a translation that the guest's tables no longer had; counted by the
     /// sanitizer alone.
-    stale_uses,
+    pub stale_uses: u64,
     /// Requests that were blocked.
-    faults,
+    pub faults: u64,
     /// Invalidations, among them those that changes of attachments and of stage 2 imply.
-    invalidations,
+    pub invalidations: u64,
     /// Entries that invalidations dropped.
-    invalidated_entries,
+    pub invalidated_entries: u64,
 }
 
-/// A number that one thread at a time changes and any may read.
-#[derive(Debug, Default)]
-pub(crate) struct Counter(AtomicU64);
-
-impl Counter {
-    /// Adds one.
-    #[inline]
-    pub fn count(&self) {
-        self.add(1);
-    }
-
-    /// Adds `number`.
-    #[inline]
-    pub fn add(&self, number: u64) {
-        // Not a read-modify-write: nobody else writes.
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(number), Ordering::Relaxed);
-    }
-}
-
-/// The counters of a unit: the shares of those who count, and the sum of those who are gone.
-#[derive(Debug, Default)]
-pub(super) struct Counters(Mutex<Shares>);
-
-#[derive(Debug, Default)]
-struct Shares {
-    living: Vec<Arc<LocalCounters>>,
-    gone: VtdCounters,
-}
-
-impl Shares {
-    /// Adds up the shares that nobody counts in any more.
-    fn collect(&mut self) {
-        let Self { living, gone } = self;
-        living.retain_mut(|share| match Arc::get_mut(share) {
-            Some(share) => {
-                *gone += share.read();
-                false
-            }
-            None => true,
-        });
-    }
-}
-
-impl Counters {
-    /// A share for one more thread.
-    pub fn share(&self) -> Arc<LocalCounters> {
-        let share = Arc::new(LocalCounters::default());
-        let mut shares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        shares.collect();
-        shares.living.push(Arc::clone(&share));
-        share
-    }
-
-    /// The sum of all.
-    pub fn read(&self) -> VtdCounters {
-        let mut shares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        shares.collect();
-        let mut sum = shares.gone;
-        for share in &shares.living {
-            sum += share.read();
+impl From<Totals> for VtdCounters {
+    fn from(totals: Totals) -> Self {
+        Self {
+            iotlb_hits: totals.iotlb_hits,
+            iotlb_misses: totals.iotlb_misses,
+            iotlb_evictions: totals.iotlb_evictions,
+            pasid_cache_hits: totals.config_hits,
+            pasid_cache_misses: totals.config_misses,
+            pasid_cache_evictions: totals.config_evictions,
+            walks: totals.walks,
+            paging_structure_hits: totals.paging_structure_hits,
+            paging_structure_misses: totals.paging_structure_misses,
+            paging_structure_evictions: totals.paging_structure_evictions,
+            stage2_hits: totals.stage2_hits,
+            stage2_misses: totals.stage2_misses,
+            stage2_evictions: totals.stage2_evictions,
+            stale_uses: totals.stale_uses,
+            faults: totals.faults,
+            invalidations: totals.invalidations,
+            invalidated_entries: totals.invalidated_entries,
         }
-        sum
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_that_are_gone_still_count() {
-        let counters = Counters::default();
-        let (one, two) = (counters.share(), counters.share());
-        one.walks.count();
-        two.walks.add(2);
-        assert_eq!(counters.read().walks, 3);
-        drop(one);
-        assert_eq!(counters.read().walks, 3);
-        two.faults.count();
-        drop(two);
-        let all = counters.read();
-        assert_eq!((all.walks, all.faults), (3, 1));
     }
 }

@@ -5,22 +5,29 @@
 //! with exclusive access. The gate in front sees to it.
 #![forbid(unsafe_code)]
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestAddress, VolatileSlice};
-
-use super::caches::{Caches, Target};
 use super::config::VtdUnitConfig;
 use super::context::{Context, Tables};
-use super::counters::LocalCounters;
+use super::fault::Fault;
 use super::pasid_table::{PasidCache, PasidTable};
-use super::rights::{Fault, Request, RequestKind};
+use super::reasons::page_refused;
 use super::sanitizer::Sanitizer;
-use super::sharing::{Gone, Sharing};
-use super::walk::Walk;
+use crate::emulated::engine::{
+    Blocked, Caches, Gone, LocalCounters, Request, RequestKind, Rights, Scope, Sharing, Target,
+    Walk,
+};
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
 use crate::emulated::stage2::Stage2;
 use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::first_stage::page_size;
+use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
+
+/// Sizes of pages as powers of two: 4 KiB, 2 MiB, 1 GiB.
+pub(super) const PAGE_SHIFTS: [u8; 3] = [12, 21, 30];
+/// Sizes of what one paging-structure entry spans: 2 MiB to 256 TiB.
+const STRUCTURE_SHIFTS: [u8; 4] = [21, 30, 39, 48];
 
 /// See the [module's documentation](self).
 #[derive(Debug)]
@@ -41,62 +48,11 @@ impl Engine {
         counters: Arc<LocalCounters>,
         sanitizer: Option<Arc<Sanitizer>>,
     ) -> Self {
-        let caches = Caches::new(&config, sanitizer.as_ref().map(|sanitizer| sanitizer.origins()));
+        let origins = sanitizer.as_ref().map(|sanitizer| sanitizer.origins());
+        let width = config.address_width.bits();
+        let caches = Caches::new(config.cache_sizes(), width, origins);
         let (pasid_table, sharing) = (PasidTable::default(), Sharing::default());
         Self { config, pasid_table, sharing, caches, counters, sanitizer }
-    }
-
-    /// Where `request` goes, when all that takes is cached.
-    #[inline]
-    pub fn cached(
-        &self,
-        pasid_cache: &PasidCache,
-        counters: &LocalCounters,
-        request: &Request,
-    ) -> Option<Target> {
-        let context = pasid_cache.get(&self.pasid_table, request.pasid)?;
-        let target = self.caches.translation(context.source, request.address, request.kind)?;
-        counters.pasid_cache_hits.count();
-        counters.iotlb_hits.count();
-        Some(target)
-    }
-
-    /// Where `request` goes. What it takes is cached from then on.
-    #[cold]
-    pub fn translate(
-        &self,
-        pasid_cache: &mut PasidCache,
-        counters: &LocalCounters,
-        request: &Request,
-    ) -> Result<Target, Fault> {
-        let context = self.context(pasid_cache, counters, request)?;
-        let Request { address, kind, .. } = *request;
-        let target = match self.caches.translation(context.source, address, kind) {
-            Some(target) => {
-                counters.iotlb_hits.count();
-                target
-            }
-            None => {
-                counters.iotlb_misses.count();
-                self.walk(context, counters, address, kind)?
-            }
-        };
-        Ok(match &self.sanitizer {
-            Some(sanitizer) => sanitizer.check(&self.caches, context, counters, request, target),
-            None => target,
-        })
-    }
-
-    /// `length` bytes at `target`; none when its memory is shorter.
-    #[inline]
-    pub fn slice(&self, target: &Target, length: usize) -> Option<VolatileSlice<'_>> {
-        self.caches.slice(target.place, length)
-    }
-
-    /// Where the region that `target` lies in says that it is.
-    pub fn guest_address(&self, target: &Target) -> Option<GuestAddress> {
-        let base = self.caches.memory(target.place)?.base;
-        base.checked_add(target.place.offset)
     }
 
     fn context(
@@ -106,10 +62,10 @@ impl Engine {
         request: &Request,
     ) -> Result<&Context, Fault> {
         if let Some(context) = pasid_cache.get(&self.pasid_table, request.pasid) {
-            counters.pasid_cache_hits.count();
+            counters.config_hits.count();
             return Ok(context);
         }
-        counters.pasid_cache_misses.count();
+        counters.config_misses.count();
         if self.sanitizer.is_some() {
             // Nothing is cached, so that `cached` finds nothing and every request comes by here.
             let context = self.pasid_table.get(request.rid, request.pasid);
@@ -117,7 +73,7 @@ impl Engine {
         }
         match pasid_cache.fill(&self.pasid_table, request.rid, request.pasid) {
             Some((context, evicted)) => {
-                counters.pasid_cache_evictions.add(evicted.into());
+                counters.config_evictions.add(evicted.into());
                 Ok(context)
             }
             None => Err(Fault::stage1(self.not_present(request.pasid))),
@@ -141,19 +97,23 @@ impl Engine {
         iova: u64,
         kind: RequestKind,
     ) -> Result<Target, Fault> {
-        let walk = Walk { caches: &self.caches, context, counters, dirty: context.tracking() };
+        let (source, host) = (context.source, &context.host);
+        let walk = Walk { caches: &self.caches, source, host, counters, dirty: host.tracking() };
         let output = match &context.tables {
-            Tables::None => walk.stage2_only(iova, kind)?,
+            Tables::None if kind.execute() => {
+                return Err(Fault::stage1(FaultReason::ExecuteDisabled));
+            }
+            Tables::None => walk
+                .stage2_only(iova, kind, Rights::of(|kind| !kind.execute()))
+                .map_err(page_refused)?,
             Tables::FirstStage(tables) => walk.walk(tables, iova, kind)?,
             Tables::SecondStage(tables) => walk.walk(tables, iova, kind)?,
             Tables::Unsupported => return Err(Fault::stage1(FaultReason::PasidEntryInvalid)),
         };
-        let place = output.page.place;
-        if let Some(level) = output.level {
-            let source = context.source;
-            self.caches.add_translation(source, iova, level, place, output.rights, counters);
+        if let Some(page) = output.cached() {
+            self.caches.add_translation(source, iova, &page, counters);
         }
-        Ok(Target { place, length: output.length })
+        Ok(Target { place: output.page.place, length: output.length })
     }
 
     /// Sends DMA of `rid` (or its `pasid`) to `translation`.
@@ -173,7 +133,7 @@ impl Engine {
             sanitizer.context_changed(rid, pasid);
         }
         if let Some(old) = self.pasid_table.remove(rid, pasid) {
-            let gone = self.sharing.remove(old.tag.0, &old.stage2);
+            let gone = self.sharing.remove(old.tag.0, &old.host.stage2);
             self.forget(gone);
         }
     }
@@ -181,7 +141,7 @@ impl Engine {
     /// Drops what is cached of the tables of `tag`, in all of `ranges`.
     pub fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
         for range in ranges {
-            let dropped = self.caches.invalidate(tag.0, *range);
+            let dropped = self.drop_range(tag.0, *range);
             self.count_invalidation(dropped);
             if let Some(sanitizer) = &self.sanitizer {
                 sanitizer.invalidated(tag.0, *range);
@@ -209,5 +169,77 @@ impl Engine {
     fn count_invalidation(&self, dropped: u64) {
         self.counters.invalidations.count();
         self.counters.invalidated_entries.add(dropped);
+    }
+
+    /// Drops what is cached of `tag` in `range`; gives the number of entries.
+    fn drop_range(&mut self, tag: u32, range: CacheRange) -> u64 {
+        let (first, last, leaf) = match range {
+            CacheRange::All => (0, u64::MAX, false),
+            CacheRange::Pages { pages: 0, .. } => return 0,
+            CacheRange::Pages { address, pages, leaf } => {
+                let length = pages.saturating_mul(page_size(1));
+                (address, address.saturating_add(length - 1), leaf)
+            }
+        };
+        let scope = Scope::of_tag(tag);
+        let pages = self.caches.drop_pages(scope, first, last, &PAGE_SHIFTS);
+        let tables = match leaf {
+            true => 0,
+            false => self.caches.drop_tables(scope, first, last, &STRUCTURE_SHIFTS),
+        };
+        pages + tables
+    }
+}
+
+impl crate::emulated::engine::Engine for Engine {
+    type ConfigCache = PasidCache;
+    type Fault = Fault;
+
+    /// §3.14.
+    const INTERRUPTS: Option<RangeInclusive<u64>> = Some(INTERRUPT_RANGE);
+
+    #[inline]
+    fn cached(
+        &self,
+        pasid_cache: &PasidCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Option<Target> {
+        let context = pasid_cache.get(&self.pasid_table, request.pasid)?;
+        let Request { address, kind, .. } = *request;
+        let target = self.caches.translation(&PAGE_SHIFTS, context.source, address, kind)?;
+        counters.config_hits.count();
+        counters.iotlb_hits.count();
+        Some(target)
+    }
+
+    #[cold]
+    fn translate(
+        &self,
+        pasid_cache: &mut PasidCache,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> Result<Target, Blocked<Fault>> {
+        let context = self.context(pasid_cache, counters, request)?;
+        let Request { address, kind, .. } = *request;
+        let cached = self.caches.translation(&PAGE_SHIFTS, context.source, address, kind);
+        let target = match cached {
+            Some(target) => {
+                counters.iotlb_hits.count();
+                target
+            }
+            None => {
+                counters.iotlb_misses.count();
+                self.walk(context, counters, address, kind)?
+            }
+        };
+        Ok(match &self.sanitizer {
+            Some(sanitizer) => sanitizer.check(&self.caches, context, counters, request, target),
+            None => target,
+        })
+    }
+
+    fn caches(&self) -> &Caches {
+        &self.caches
     }
 }

@@ -2,10 +2,11 @@
 //! First-stage tables, as the walker sees them (§3.6, §9.7).
 #![forbid(unsafe_code)]
 
-use super::format::{Entry, Path, Reasons, TableFormat};
-use super::rights::RequestKind;
+use super::fault::Fault;
+use super::reasons::{page_refused, Reasons};
+use crate::emulated::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
 use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::first_stage::{is_canonical, FirstStageEntry};
+use crate::spec::vtd::first_stage::{index, is_canonical, page_size, FirstStageEntry};
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// First-stage tables: what a PASID-table entry says of them.
@@ -29,17 +30,19 @@ pub(super) struct FirstStage {
     pub no_execute: bool,
 }
 
+const REASONS: Reasons = Reasons {
+    top_beyond: FaultReason::FirstStagePointerBeyond,
+    beyond: FaultReason::FirstStagePointerBeyond,
+    top_denied: FaultReason::FirstStageTopSecondStageDenied,
+    denied: FaultReason::FirstStageSecondStageDenied,
+    top_access: FaultReason::FirstStageTopAccess,
+    access: FaultReason::FirstStageAccess,
+    flags_denied: FaultReason::FirstStageFlagsSecondStageDenied,
+    flags_update: FaultReason::FirstStageFlagsUpdate,
+};
+
 impl TableFormat for FirstStage {
-    const REASONS: Reasons = Reasons {
-        top_beyond: FaultReason::FirstStagePointerBeyond,
-        beyond: FaultReason::FirstStagePointerBeyond,
-        top_denied: FaultReason::FirstStageTopSecondStageDenied,
-        denied: FaultReason::FirstStageSecondStageDenied,
-        top_access: FaultReason::FirstStageTopAccess,
-        access: FaultReason::FirstStageAccess,
-        flags_denied: FaultReason::FirstStageFlagsSecondStageDenied,
-        flags_update: FaultReason::FirstStageFlagsUpdate,
-    };
+    type Fault = Fault;
 
     fn table(&self) -> u64 {
         self.table
@@ -49,27 +52,37 @@ impl TableFormat for FirstStage {
         self.levels
     }
 
-    fn check_request(&self, kind: RequestKind) -> Result<(), FaultReason> {
+    fn shift(&self, level: u8) -> u8 {
+        page_size(level).trailing_zeros() as u8
+    }
+
+    fn index(&self, iova: u64, level: u8) -> u64 {
+        index(iova, level)
+    }
+
+    fn check_request(&self, kind: RequestKind) -> Result<(), Fault> {
         if kind.execute() && !self.execute_requests {
-            return Err(FaultReason::ExecuteDisabled);
+            return Err(Fault::stage1(FaultReason::ExecuteDisabled));
         }
         if kind.privileged() && !self.supervisor_requests {
-            return Err(FaultReason::SupervisorDisabled);
+            return Err(Fault::stage1(FaultReason::SupervisorDisabled));
         }
         Ok(())
     }
 
-    fn check_address(&self, iova: u64) -> Result<(), FaultReason> {
-        is_canonical(iova, self.levels).then_some(()).ok_or(FaultReason::NotCanonical)
+    fn check_address(&self, iova: u64) -> Result<(), Fault> {
+        is_canonical(iova, self.levels)
+            .then_some(())
+            .ok_or(Fault::stage1(FaultReason::NotCanonical))
     }
 
-    fn decode(&self, word: u64, level: u8) -> Result<Entry, FaultReason> {
+    fn decode(&self, word: u64, level: u8) -> Result<Entry, Fault> {
         let entry = FirstStageEntry::from_bits(word);
         if !entry.p() {
-            return Err(FaultReason::FirstStageNotPresent);
+            return Err(Fault::stage1(FaultReason::FirstStageNotPresent));
         }
         if word & entry.reserved_bits(level, HOST_ADDRESS_WIDTH, self.huge_pages) != 0 {
-            return Err(FaultReason::FirstStageReserved);
+            return Err(Fault::stage1(FaultReason::FirstStageReserved));
         }
         Ok(Entry {
             leaf: entry.is_leaf(level),
@@ -79,6 +92,7 @@ impl TableFormat for FirstStage {
                 .with_write(entry.rw())
                 .with_user(entry.us())
                 .with_execute(!(self.no_execute && entry.xd())),
+            global: false,
         })
     }
 
@@ -92,16 +106,36 @@ impl TableFormat for FirstStage {
         word & FirstStageEntry::D != 0
     }
 
-    fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), FaultReason> {
+    fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Fault> {
         if !kind.privileged() && !path.user() {
-            return Err(FaultReason::UserDenied);
+            return Err(Fault::stage1(FaultReason::UserDenied));
         }
         if kind.write() && !path.write() && (!kind.privileged() || self.write_protect) {
-            return Err(FaultReason::WriteDenied);
+            return Err(Fault::stage1(FaultReason::WriteDenied));
         }
         if kind.execute() && !path.execute() {
-            return Err(FaultReason::ExecuteDenied);
+            return Err(Fault::stage1(FaultReason::ExecuteDenied));
         }
         Ok(())
+    }
+
+    fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {
+        REASONS.table_refused(at, why)
+    }
+
+    fn entry_unreadable(&self, at: At) -> Fault {
+        REASONS.entry_unreadable(at)
+    }
+
+    fn flags_refused(&self, _: At) -> Fault {
+        Fault::stage2(REASONS.flags_denied)
+    }
+
+    fn flags_unsettled(&self) -> Fault {
+        Fault::stage1(REASONS.flags_update)
+    }
+
+    fn page_refused(&self, _: u64, why: Stage2Refusal) -> Fault {
+        page_refused(why)
     }
 }

@@ -8,34 +8,31 @@
 //! that forgets an invalidation sees it here as it would on hardware.
 #![forbid(unsafe_code)]
 
-mod cache;
-mod caches;
 mod config;
 mod context;
 mod counters;
 mod engine;
+mod fault;
 mod first_stage;
-mod format;
-mod memories;
-mod origins;
 mod pasid_table;
-mod rights;
+mod reasons;
 mod sanitizer;
 mod second_stage;
-mod sharing;
 #[cfg(test)]
 mod tests;
-mod trail;
-mod walk;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use super::dma_error::DmaFaultReason;
+use super::engine::{Counters, LocalCounters, Request, Unit};
 use super::gate::Gate;
+
 use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use super::stage2::Stage2;
 use crate::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
-use counters::Counters;
+use engine::Engine;
+use fault::Fault;
 use sanitizer::Sanitizer;
 
 pub use config::{AddressWidth, VtdUnitConfig};
@@ -43,12 +40,6 @@ pub use counters::VtdCounters;
 pub use sanitizer::{
     ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,
 };
-
-pub(super) use caches::Target;
-pub(super) use counters::LocalCounters;
-pub(super) use engine::Engine;
-pub(super) use pasid_table::PasidCache;
-pub(super) use rights::{Fault, Request, RequestKind};
 
 /// An emulated VT-d unit in scalable mode, for devices of this process.
 ///
@@ -86,7 +77,7 @@ impl VtdUnit {
 
     /// What the unit has done so far. Requests under way may or may not be counted.
     pub fn counters(&self) -> VtdCounters {
-        self.counters.read()
+        self.counters.read().into()
     }
 
     /// Which stale translations were used so far; `None` for a unit that does not look
@@ -102,20 +93,20 @@ impl VtdUnit {
             sanitizer.set_context_tables(tables);
         }
     }
+}
 
-    /// The gate that translations are read through.
-    pub(super) fn gate(&self) -> &Arc<Gate<Engine>> {
+impl Unit for VtdUnit {
+    type Engine = Engine;
+
+    fn gate(&self) -> &Arc<Gate<Engine>> {
         &self.gate
     }
 
-    /// A share of the counters.
-    pub(super) fn counters_share(&self) -> Arc<LocalCounters> {
+    fn counters_share(&self) -> Arc<LocalCounters> {
         self.counters.share()
     }
 
-    /// Tells who wants to know that `request` was blocked. Not to be called with the gate entered:
-    /// the sink may invalidate.
-    pub(super) fn report(&self, request: &Request, fault: Fault) {
+    fn report(&self, request: &Request, fault: Fault) {
         let sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
         let sink = sinks.get(&request.rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)));
         drop(sinks);
@@ -131,6 +122,10 @@ impl VtdUnit {
                 stage2: fault.stage2,
             });
         }
+    }
+
+    fn reason(fault: Fault) -> (DmaFaultReason, bool) {
+        (DmaFaultReason::Vtd(fault.reason), fault.stage2)
     }
 }
 

@@ -2,10 +2,11 @@
 //! Second-stage tables that the user owns, as the walker sees them (§3.7, §9.8).
 #![forbid(unsafe_code)]
 
-use super::format::{Entry, Path, Reasons, TableFormat};
-use super::rights::RequestKind;
+use super::fault::Fault;
+use super::reasons::{page_refused, Reasons};
+use crate::emulated::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
 use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::second_stage::{page_size, SecondStageEntry};
+use crate::spec::vtd::second_stage::{index, page_size, SecondStageEntry};
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// Second-stage tables: what a PASID-table entry says of them. Accessed and dirty flags are not
@@ -20,18 +21,20 @@ pub(super) struct SecondStage {
     pub large_pages: u8,
 }
 
+const REASONS: Reasons = Reasons {
+    top_beyond: FaultReason::SecondStageTopAccess,
+    beyond: FaultReason::SecondStageAccess,
+    top_denied: FaultReason::SecondStageTopAccess,
+    denied: FaultReason::SecondStageAccess,
+    top_access: FaultReason::SecondStageTopAccess,
+    access: FaultReason::SecondStageAccess,
+    // No flags are ever written.
+    flags_denied: FaultReason::SecondStageFlagsUpdate,
+    flags_update: FaultReason::SecondStageFlagsUpdate,
+};
+
 impl TableFormat for SecondStage {
-    const REASONS: Reasons = Reasons {
-        top_beyond: FaultReason::SecondStageTopAccess,
-        beyond: FaultReason::SecondStageAccess,
-        top_denied: FaultReason::SecondStageTopAccess,
-        denied: FaultReason::SecondStageAccess,
-        top_access: FaultReason::SecondStageTopAccess,
-        access: FaultReason::SecondStageAccess,
-        // No flags are ever written.
-        flags_denied: FaultReason::SecondStageFlagsUpdate,
-        flags_update: FaultReason::SecondStageFlagsUpdate,
-    };
+    type Fault = Fault;
 
     fn table(&self) -> u64 {
         self.table
@@ -41,31 +44,39 @@ impl TableFormat for SecondStage {
         self.levels
     }
 
-    fn check_request(&self, kind: RequestKind) -> Result<(), FaultReason> {
+    fn shift(&self, level: u8) -> u8 {
+        page_size(level).trailing_zeros() as u8
+    }
+
+    fn index(&self, iova: u64, level: u8) -> u64 {
+        index(iova, level)
+    }
+
+    fn check_request(&self, kind: RequestKind) -> Result<(), Fault> {
         // Privilege is nothing to second-stage tables.
         if kind.execute() {
-            return Err(FaultReason::ExecuteDisabled);
+            return Err(Fault::stage1(FaultReason::ExecuteDisabled));
         }
         Ok(())
     }
 
-    fn check_address(&self, iova: u64) -> Result<(), FaultReason> {
+    fn check_address(&self, iova: u64) -> Result<(), Fault> {
         // An entry of the top table maps this much; the table has 512.
         let within = iova / page_size(self.levels) < 512;
-        within.then_some(()).ok_or(FaultReason::AddressBeyondGuest)
+        within.then_some(()).ok_or(Fault::stage1(FaultReason::AddressBeyondGuest))
     }
 
-    fn decode(&self, word: u64, level: u8) -> Result<Entry, FaultReason> {
+    fn decode(&self, word: u64, level: u8) -> Result<Entry, Fault> {
         let entry = SecondStageEntry::from_bits(word);
         if !entry.is_present() {
-            return Err(FaultReason::SecondStageDenied);
+            return Err(Fault::stage1(FaultReason::SecondStageDenied));
         }
         let leaf = entry.is_leaf(level);
         // Snooping is controlled (ECAP.SC), so SNP is no reserved bit; device-TLBs are not served,
         // so TM is.
         let reserved = entry.reserved_bits(level, HOST_ADDRESS_WIDTH, self.large_pages);
         if word & reserved != 0 || leaf && entry.tm() {
-            return Err(FaultReason::SecondStageReserved);
+            return Err(Fault::stage1(FaultReason::SecondStageReserved));
         }
         Ok(Entry {
             leaf,
@@ -75,6 +86,7 @@ impl TableFormat for SecondStage {
                 .with_write(entry.w())
                 .with_user(true)
                 .with_execute(true),
+            global: false,
         })
     }
 
@@ -86,8 +98,28 @@ impl TableFormat for SecondStage {
         true
     }
 
-    fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), FaultReason> {
+    fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Fault> {
         let allowed = if kind.write() { path.write() } else { path.read() };
-        allowed.then_some(()).ok_or(FaultReason::SecondStageDenied)
+        allowed.then_some(()).ok_or(Fault::stage1(FaultReason::SecondStageDenied))
+    }
+
+    fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {
+        REASONS.table_refused(at, why)
+    }
+
+    fn entry_unreadable(&self, at: At) -> Fault {
+        REASONS.entry_unreadable(at)
+    }
+
+    fn flags_refused(&self, _: At) -> Fault {
+        Fault::stage2(REASONS.flags_denied)
+    }
+
+    fn flags_unsettled(&self) -> Fault {
+        Fault::stage1(REASONS.flags_update)
+    }
+
+    fn page_refused(&self, _: u64, why: Stage2Refusal) -> Fault {
+        page_refused(why)
     }
 }

@@ -8,6 +8,7 @@ use std::fmt;
 #[cfg(feature = "serde")]
 use super::contexts::as_text;
 use super::contexts::StaleContext;
+use crate::emulated::engine::size;
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::first_stage::page_size;
@@ -168,8 +169,8 @@ struct Finding {
     stale: StaleUse,
     /// Tag of the HWPT.
     tag: u32,
-    /// Level of the page that was cached.
-    page_level: u8,
+    /// Size of the page that was cached, as a power of two.
+    page_shift: u8,
 }
 
 /// What was found so far: the first [`MAX_PAGES`] pages, and requesters, each once.
@@ -190,9 +191,9 @@ impl Findings {
         self.last.get(&tag).copied()
     }
 
-    /// Adds a use of what was cached of `tag` as a page of `page_level`. Gives it back when it is
+    /// Adds a use of what was cached of `tag` as a page of `page_shift`. Gives it back when it is
     /// the first of its page, and is kept.
-    pub fn add(&mut self, stale: StaleUse, tag: u32, page_level: u8) -> Option<StaleUse> {
+    pub fn add(&mut self, stale: StaleUse, tag: u32, page_shift: u8) -> Option<StaleUse> {
         let key = (stale.rid, stale.pasid, stale.iova);
         if let Some(known) = self.pages.get_mut(&key) {
             known.stale.uses += 1;
@@ -202,7 +203,7 @@ impl Findings {
             self.others += 1;
             return None;
         }
-        self.pages.insert(key, Finding { stale, tag, page_level });
+        self.pages.insert(key, Finding { stale, tag, page_shift });
         Some(stale)
     }
 
@@ -232,7 +233,7 @@ impl Findings {
     pub fn invalidated(&mut self, tag: u32, range: CacheRange) {
         self.last.insert(tag, range.into());
         for finding in self.pages.values_mut().filter(|finding| finding.tag == tag) {
-            let size = page_size(finding.page_level);
+            let size = size(finding.page_shift);
             let first = finding.stale.iova & !(size - 1);
             if covers(range, first, first | (size - 1)) {
                 finding.stale.invalidated_since = true;

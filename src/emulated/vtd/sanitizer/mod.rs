@@ -23,14 +23,12 @@ mod tables;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use super::caches::{Caches, Target};
 use super::context::{Context, Tables};
-use super::counters::LocalCounters;
-use super::format::TableFormat;
-use super::origins::Origins;
-use super::rights::Request;
-use super::sharing::Gone;
-use super::trail::Trail;
+use super::engine::PAGE_SHIFTS;
+use super::fault::Fault;
+use crate::emulated::engine::{
+    Caches, Gone, LocalCounters, Origins, Request, TableFormat, Target, Trail,
+};
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::first_stage::page_size;
@@ -102,7 +100,7 @@ impl Sanitizer {
         (old != new).then_some(stale)
     }
 
-    fn compare<F: TableFormat>(
+    fn compare<F: TableFormat<Fault = Fault>>(
         &self,
         caches: &Caches,
         context: &Context,
@@ -111,8 +109,8 @@ impl Sanitizer {
         target: &Target,
     ) -> Compared {
         let Request { address, kind, .. } = *request;
-        let cached = caches.translation_level(context.source, address, kind);
-        let then = cached.and_then(|level| self.origins.page(context.source, address, level));
+        let cached = caches.translation_shift(&PAGE_SHIFTS, context.source, address, kind);
+        let then = cached.and_then(|shift| self.origins.page(context.source, address, shift));
         let (now, end) = read_tables(caches, context, tables, address);
         let level = match end {
             End::Page { level, .. } => level,
@@ -126,7 +124,7 @@ impl Sanitizer {
         };
         let as_now = match end {
             End::Page { gpa, path, .. } => {
-                let page = caches.stage2_now(context, gpa);
+                let page = caches.stage2_now(&context.host, gpa);
                 tables.check_path(path, kind).is_ok()
                     && page.is_some_and(|page| page.place == target.place)
             }
@@ -136,13 +134,13 @@ impl Sanitizer {
             level: at,
             then: then.unwrap_or_default(),
             now,
-            page_level: cached.unwrap_or(level),
+            page_shift: cached.unwrap_or(tables.shift(level)),
         });
         Compared { level, stale }
     }
 
     fn add(&self, context: &Context, request: &Request, stale: Stale, second_stage: bool) {
-        let Stale { level, then, now, page_level } = stale;
+        let Stale { level, then, now, page_shift } = stale;
         let tag = context.source.tag();
         let needed = InvalidatedPages::Range {
             address: request.address & !(page_size(level) - 1),
@@ -165,7 +163,7 @@ impl Sanitizer {
             invalidated_since: false,
         };
         // So few are kept that the log needs no other limit.
-        if let Some(first) = findings.add(stale, tag, page_level) {
+        if let Some(first) = findings.add(stale, tag, page_shift) {
             log::warn!("sanitizer: stale translation used: {first}");
         }
     }
@@ -210,6 +208,6 @@ struct Stale {
     /// The entries that it was made from, as far as they are known.
     then: Trail,
     now: Trail,
-    /// Level of the page that was cached.
-    page_level: u8,
+    /// Size of the page that was cached, as a power of two.
+    page_shift: u8,
 }

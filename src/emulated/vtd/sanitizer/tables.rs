@@ -4,10 +4,8 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::emulated::vtd::caches::{Caches, Table};
+use crate::emulated::engine::{Caches, Path, Table, TableFormat, Trail};
 use crate::emulated::vtd::context::Context;
-use crate::emulated::vtd::format::{Path, TableFormat};
-use crate::emulated::vtd::trail::Trail;
 use crate::spec::vtd::first_stage::{index, page_size};
 
 /// Where the tables send an IOVA.
@@ -29,7 +27,9 @@ pub(super) fn read_tables<F: TableFormat>(
 ) -> (Trail, End) {
     let (mut trail, mut path, mut gpa) = (Trail::default(), Path::UNLIMITED, tables.table());
     for level in (1..=tables.levels()).rev() {
-        let Some(page) = caches.stage2_now(context, gpa).filter(|page| page.read) else { break };
+        let Some(page) = caches.stage2_now(&context.host, gpa).filter(|page| page.read) else {
+            break;
+        };
         let table = Table { place: page.place, level, length: page.length, writable: page.write };
         let Some(entry) = caches.entry(&table, index(iova, level)) else { break };
         let word = u64::from_le(entry.load(Ordering::Acquire));

@@ -85,7 +85,7 @@ fn a_transfer_goes_page_by_page_up_to_the_fault() {
 
     let end = LOW + HALF;
     let error = port.write(PLAIN, end - 0x800, &data[..0x1000]).unwrap_err();
-    let (reason, stage2) = STAGE2;
+    let (reason, stage2) = (DmaFaultReason::Vtd(STAGE2.0), STAGE2.1);
     assert_eq!(error, DmaError::Fault { address: end, reason, stage2 });
     assert_eq!(sink.take().iter().map(|fault| fault.address).collect::<Vec<_>>(), [end]);
     port.read(PLAIN, end - 0x800, &mut back[..0x800]).unwrap();

@@ -2,10 +2,9 @@
 //! The walk through first-stage tables nested on stage 2.
 
 use super::*;
-use crate::emulated::vtd::caches::Caches;
+use crate::emulated::engine::{Caches, RequestKind, Walk};
 use crate::emulated::vtd::context::{Context, Tables};
 use crate::emulated::vtd::first_stage::FirstStage;
-use crate::emulated::vtd::walk::Walk;
 use crate::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
 fn machine() -> Machine {
@@ -193,13 +192,14 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     let root = machine.table();
     let leaf = machine.map(root, 4, IOVA, 1, HIGH, RW);
     let config = VtdUnitConfig { iotlb_entries: 0, ..VtdUnitConfig::default() };
-    let caches = Caches::new(&config, None);
+    let caches = Caches::new(config.cache_sizes(), 48, None);
     let stage2 = Arc::clone(&machine.stage2);
     let translation = Translation { tag: CacheTag(1), tables: None, stage2, dirty: None };
     let context = Context::new(None, translation, 0, &config);
     assert_eq!(context.tables, Tables::None);
     let counters = LocalCounters::default();
-    let walk = Walk { caches: &caches, context: &context, counters: &counters, dirty: None };
+    let (source, host) = (context.source, &context.host);
+    let walk = Walk { caches: &caches, source, host, counters: &counters, dirty: None };
     let tables = FirstStage {
         table: root,
         levels: 4,
@@ -328,8 +328,8 @@ fn a_table_that_is_not_whole_is_read_as_far_as_it_goes() {
     machine.poke(NOWHERE + 5 * 8, HIGH | RW);
     for _ in 0..2 {
         assert_eq!(machine.read_u64(&mut port, PLAIN, inside), Ok(0));
-        let access = user_fault(FaultReason::FirstStageAccess);
-        assert_eq!(machine.read_u64(&mut port, PLAIN, outside), access);
+        let denied = stage2_fault(FaultReason::FirstStageSecondStageDenied);
+        assert_eq!(machine.read_u64(&mut port, PLAIN, outside), denied);
     }
     machine.attach(None, 1, NOWHERE + 0x1000, 4, 0);
     let access = user_fault(FaultReason::FirstStageTopAccess);

@@ -182,7 +182,7 @@ pub type Outcome = Result<u64, (FaultReason, bool)>;
 /// The reason of a fault; anything else fails the test.
 pub fn fault(error: DmaError) -> (FaultReason, bool) {
     match error {
-        DmaError::Fault { reason, stage2, .. } => (reason, stage2),
+        DmaError::Fault { reason: DmaFaultReason::Vtd(reason), stage2, .. } => (reason, stage2),
         other => panic!("{other}"),
     }
 }

@@ -2,8 +2,6 @@
 //! Requests, their kinds, and who may do what.
 #![forbid(unsafe_code)]
 
-use crate::spec::vtd::fault::FaultReason;
-
 /// What a request wants: read or write, as user or supervisor, to execute or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RequestKind(u8);
@@ -29,12 +27,12 @@ impl RequestKind {
         self.0 & Self::WRITE != 0
     }
 
-    /// A supervisor request (PR).
+    /// A supervisor request (PCIe: Privileged Mode Requested).
     pub fn privileged(self) -> bool {
         self.0 & Self::PRIVILEGED != 0
     }
 
-    /// An execute request (ER).
+    /// An execute request (PCIe: Execute Requested).
     pub fn execute(self) -> bool {
         self.0 & Self::EXECUTE != 0
     }
@@ -55,7 +53,7 @@ pub(crate) struct Request {
 
 /// The kinds of request that a translation serves as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Rights(u8);
+pub(in crate::emulated) struct Rights(u8);
 
 impl Rights {
     /// The kinds for which `allowed` holds.
@@ -65,12 +63,12 @@ impl Rights {
         )
     }
 
-    /// The rights in a cache entry's flags.
+    /// The rights in the lower 8 of a cache entry's flags.
     pub fn from_flags(flags: u16) -> Self {
         Self(flags as u8)
     }
 
-    /// The rights as a cache entry's flags.
+    /// The rights as the lower 8 of a cache entry's flags.
     pub fn flags(self) -> u16 {
         self.0.into()
     }
@@ -79,26 +77,5 @@ impl Rights {
     #[inline]
     pub fn allow(self, kind: RequestKind) -> bool {
         self.0 >> kind.0 & 1 != 0
-    }
-}
-
-/// A request was blocked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Fault {
-    /// The architecture's reason.
-    pub reason: FaultReason,
-    /// It was the host's stage 2 that refused.
-    pub stage2: bool,
-}
-
-impl Fault {
-    /// The fault of tables that the user owns, or of the PASID table.
-    pub fn stage1(reason: FaultReason) -> Self {
-        Self { reason, stage2: false }
-    }
-
-    /// The fault of the host's stage 2.
-    pub fn stage2(reason: FaultReason) -> Self {
-        Self { reason, stage2: true }
     }
 }

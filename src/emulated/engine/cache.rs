@@ -13,68 +13,126 @@
 use std::fmt;
 use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};
 
-use crate::spec::vtd::first_stage::page_size;
-
 /// Entries that one key can be in.
 const WAYS: usize = 4;
 
 /// What an entry is found by: the span that it translates, and whose it is.
 ///
-/// `level` gives the size of the span: 1 is 4 KiB, 2 is 2 MiB, 3 is 1 GiB, and so on as
-/// [`page_size`] has it.
+/// The size of a span is a power of two, at least 4 KiB, and given as that power: its shift.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Key {
-    /// First address of the span with the level in the bits below, never zero.
+pub(in crate::emulated) struct Key {
+    /// First address of the span with the shift in the bits below, never zero.
     span: u64,
-    /// Tag and PASID.
+    /// Whose it is.
     source: Source,
 }
 
-/// Whose an entry is: a tag, and the PASID of the requests that it serves.
+/// Whose an entry is: a tag (VT-d: domain id; SMMU: VMID), and within it an address space (VT-d:
+/// the PASID of the requests that it serves; SMMU: ASID).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Source(u64);
+pub(in crate::emulated) struct Source(u64);
 
 impl Source {
-    /// Entries of `tag` for requests with `pasid`.
-    pub fn new(tag: u32, pasid: u32) -> Self {
-        Self(u64::from(tag) << 32 | u64::from(pasid))
+    /// Entries of `tag` for `space`.
+    pub fn new(tag: u32, space: u32) -> Self {
+        Self(u64::from(tag) << 32 | u64::from(space))
     }
 
     /// The tag.
     pub fn tag(self) -> u32 {
         (self.0 >> 32) as u32
     }
+
+    /// The address space.
+    pub fn space(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+/// The bytes in a span of `shift`, at most 63.
+#[inline]
+pub(in crate::emulated) const fn size(shift: u8) -> u64 {
+    1 << shift
 }
 
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Source({}, PASID {})", self.tag(), self.0 as u32)
+        write!(f, "Source({}, {:#x})", self.tag(), self.space())
+    }
+}
+
+/// Whose entries are meant: those of a tag, in some of its address spaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::emulated) struct Scope {
+    /// The tag.
+    pub tag: u32,
+    /// The address spaces.
+    pub spaces: Spaces,
+}
+
+/// Address spaces of a tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::emulated) enum Spaces {
+    /// All of them.
+    All,
+    /// Those up to this one.
+    UpTo(u32),
+    /// This one.
+    One(u32),
+    /// These two.
+    Two(u32, u32),
+}
+
+impl Scope {
+    /// All of `tag`.
+    pub fn of_tag(tag: u32) -> Self {
+        Self { tag, spaces: Spaces::All }
+    }
+
+    /// Whether entries of `source` are meant.
+    pub fn has(self, source: Source) -> bool {
+        let space = source.space();
+        source.tag() == self.tag
+            && match self.spaces {
+                Spaces::All => true,
+                Spaces::UpTo(last) => space <= last,
+                Spaces::One(one) => space == one,
+                Spaces::Two(one, other) => space == one || space == other,
+            }
     }
 }
 
 impl Key {
-    /// The span of `level` (1 to 5) that `address` lies in.
+    /// The span of `shift` (12 to 63) that `address` lies in.
     #[inline]
-    pub fn new(source: Source, address: u64, level: u8) -> Self {
-        Self { span: address & !(page_size(level) - 1) | u64::from(level), source }
+    pub fn new(source: Source, address: u64, shift: u8) -> Self {
+        Self { span: address & !(size(shift) - 1) | u64::from(shift), source }
     }
 
-    fn level(self) -> u8 {
-        (self.span & LEVEL) as u8
+    /// Whose it is.
+    pub fn source(self) -> Source {
+        self.source
     }
 
-    fn first(self) -> u64 {
-        self.span & !LEVEL
+    fn shift(self) -> u8 {
+        (self.span & SHIFT) as u8
     }
 
-    /// Whether the span has an address in `first..=last`.
-    fn overlaps(self, first: u64, last: u64) -> bool {
-        self.first() <= last && self.first() | (page_size(self.level()) - 1) >= first
+    /// First address of the span.
+    pub fn first(self) -> u64 {
+        self.span & !SHIFT
+    }
+
+    /// Whether the span, or the one of `shift` around it if that is larger, has an address in
+    /// `first..=last`.
+    pub fn overlaps(self, shift: u8, first: u64, last: u64) -> bool {
+        let last_of_span = size(self.shift().max(shift)) - 1;
+        self.first() & !last_of_span <= last && self.first() | last_of_span >= first
     }
 }
 
-/// Bits of [`Key::span`] that hold the level.
-const LEVEL: u64 = 7;
+/// Bits of [`Key::span`] that hold the shift.
+const SHIFT: u64 = 63;
 
 /// One entry; empty while `span` is zero.
 #[derive(Default)]
@@ -137,7 +195,7 @@ impl Entry {
 struct Set([Entry; WAYS]);
 
 /// See the [module's documentation](self).
-pub(super) struct Cache {
+pub(in crate::emulated) struct Cache {
     /// A power of two of sets, or none: a cache that caches nothing.
     sets: Box<[Set]>,
     /// How far a hash is shifted to leave the index of a set.
@@ -162,8 +220,8 @@ impl Cache {
         self.sets.len() * WAYS
     }
 
-    /// The index of the set of `key`. The PASID is left out, so that an invalidation finds the
-    /// entries of every PASID of a tag in one set.
+    /// The index of the set of `key`. The address space is left out, so that an invalidation finds
+    /// the entries of every one of a tag in one set.
     #[inline]
     fn index(&self, key: Key) -> usize {
         // Fibonacci hashing: odd multipliers near 2^64 divided by the golden ratio and its like.
@@ -193,45 +251,42 @@ impl Cache {
         ways.iter().cycle().nth(turn % WAYS).is_some_and(|victim| victim.set(key, value))
     }
 
-    /// Drops every entry for which `condemned` holds; gives how many.
-    pub fn drop_where(&mut self, mut condemned: impl FnMut(Source, u64) -> bool) -> u64 {
-        self.drop_entries(|key, value| condemned(key.source, value))
-    }
-
-    /// Drops the entries of `tag`, of every PASID, that translate an address in `first..=last`
-    /// (bytes) and are of one of `levels`; gives how many.
-    pub fn drop_range(&mut self, tag: u32, first: u64, last: u64, levels: &[u8]) -> u64 {
-        // The spans of one level in the range; probing each is cheaper than looking at all entries
+    /// Drops the entries of `scope` that translate an address in `first..=last` (bytes) and are of
+    /// one of `shifts`; gives how many.
+    pub fn drop_range(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
+        // The spans of one shift in the range; probing each is cheaper than looking at all entries
         // while there are fewer of them than sets.
         let sets = self.sets.len() as u64;
-        let spans = |level: u8| (last / page_size(level)) - (first / page_size(level)) + 1;
-        if levels.iter().any(|&level| spans(level) > sets) {
+        let spans = |shift: u8| (last >> shift) - (first >> shift) + 1;
+        if shifts.iter().any(|&shift| spans(shift) > sets) {
             return self.drop_entries(|key, _| {
-                key.source.tag() == tag
-                    && key.overlaps(first, last)
-                    && levels.contains(&key.level())
+                scope.has(key.source)
+                    && key.overlaps(0, first, last)
+                    && shifts.contains(&key.shift())
             });
         }
         let mut dropped = 0;
-        for &level in levels {
-            for number in 0..spans(level) {
+        for &shift in shifts {
+            for number in 0..spans(shift) {
                 // Cannot overflow: it is at most `last` rounded down.
-                let address = (first / page_size(level) + number) * page_size(level);
-                dropped += self.drop_span(Key::new(Source::new(tag, 0), address, level));
+                let address = ((first >> shift) + number) << shift;
+                dropped += self.drop_span(scope, address, shift);
             }
         }
         dropped
     }
 
-    /// Drops the entries of `key`'s span and tag, whatever their PASID.
-    fn drop_span(&mut self, key: Key) -> u64 {
+    /// Drops the entries of `scope` that are of the span of `shift` around `address`.
+    fn drop_span(&mut self, scope: Scope, address: u64, shift: u8) -> u64 {
+        let key = Key::new(Source::new(scope.tag, 0), address, shift);
         let index = self.index(key);
         let Some(Set(ways)) = self.sets.get_mut(index) else { return 0 };
         let mut dropped = 0;
         for entry in ways {
-            if entry.occupant().is_some_and(|(held, _)| {
-                held.span == key.span && held.source.tag() == key.source.tag()
-            }) {
+            if entry
+                .occupant()
+                .is_some_and(|(held, _)| held.span == key.span && scope.has(held.source))
+            {
                 entry.clear();
                 dropped += 1;
             }
@@ -239,7 +294,8 @@ impl Cache {
         dropped
     }
 
-    fn drop_entries(&mut self, mut condemned: impl FnMut(Key, u64) -> bool) -> u64 {
+    /// Drops every entry for which `condemned` holds; gives how many.
+    pub fn drop_entries(&mut self, mut condemned: impl FnMut(Key, u64) -> bool) -> u64 {
         let mut dropped = 0;
         for entry in self.sets.iter_mut().flat_map(|Set(ways)| ways) {
             if entry.occupant().is_some_and(|(key, value)| condemned(key, value)) {
@@ -264,8 +320,19 @@ mod tests {
     use std::sync::atomic::AtomicBool;
     use std::thread;
 
-    fn key(tag: u32, pasid: u32, address: u64, level: u8) -> Key {
-        Key::new(Source::new(tag, pasid), address, level)
+    fn key(tag: u32, space: u32, address: u64, shift: u8) -> Key {
+        Key::new(Source::new(tag, space), address, shift)
+    }
+
+    const SHIFTS: [u8; 3] = [12, 21, 30];
+
+    fn spaces() -> impl Strategy<Value = Spaces> {
+        prop_oneof![
+            Just(Spaces::All),
+            (0u32..3).prop_map(Spaces::UpTo),
+            (0u32..3).prop_map(Spaces::One),
+            (0u32..3, 0u32..3).prop_map(|(one, two)| Spaces::Two(one, two)),
+        ]
     }
 
     fn any(_: u64) -> bool {
@@ -273,29 +340,29 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_found_by_span_size_tag_and_pasid() {
+    fn an_entry_is_found_by_span_size_tag_and_space() {
         let cache = Cache::new(64);
-        cache.insert(key(1, 2, 0x20_0000, 2), 7);
-        assert_eq!(cache.get(key(1, 2, 0x3f_ffff, 2), any), Some(7));
-        assert_eq!(cache.get(key(1, 2, 0x3f_ffff, 2), |value| value != 7), None);
+        cache.insert(key(1, 2, 0x20_0000, 21), 7);
+        assert_eq!(cache.get(key(1, 2, 0x3f_ffff, 21), any), Some(7));
+        assert_eq!(cache.get(key(1, 2, 0x3f_ffff, 21), |value| value != 7), None);
         for other in [
-            key(1, 2, 0x20_0000, 1),
-            key(1, 2, 0x40_0000, 2),
-            key(2, 2, 0x20_0000, 2),
-            key(1, 3, 0x20_0000, 2),
+            key(1, 2, 0x20_0000, 12),
+            key(1, 2, 0x40_0000, 21),
+            key(2, 2, 0x20_0000, 21),
+            key(1, 3, 0x20_0000, 21),
         ] {
             assert_eq!(cache.get(other, any), None);
         }
-        cache.insert(key(1, 2, 0x20_0000, 2), 8);
-        assert_eq!(cache.get(key(1, 2, 0x20_0000, 2), any), Some(8));
+        cache.insert(key(1, 2, 0x20_0000, 21), 8);
+        assert_eq!(cache.get(key(1, 2, 0x20_0000, 21), any), Some(8));
     }
 
     #[test]
     fn a_full_cache_evicts_and_stays_in_bounds() {
         let mut cache = Cache::new(16);
         let evicted =
-            (0..1000).filter(|page| cache.insert(key(1, 0, page << 12, 1), *page)).count();
-        let held = cache.drop_where(|_, _| true);
+            (0..1000).filter(|page| cache.insert(key(1, 0, page << 12, 12), *page)).count();
+        let held = cache.drop_entries(|_, _| true);
         assert!(held <= 16);
         assert_eq!(held + evicted as u64, 1000);
     }
@@ -303,38 +370,47 @@ mod tests {
     #[test]
     fn a_cache_of_nothing_holds_nothing() {
         let mut cache = Cache::new(0);
-        assert!(!cache.insert(key(1, 0, 0, 1), 1));
-        assert_eq!(cache.get(key(1, 0, 0, 1), any), None);
-        assert_eq!(cache.drop_range(1, 0, u64::MAX, &[1, 2, 3]), 0);
+        assert!(!cache.insert(key(1, 0, 0, 12), 1));
+        assert_eq!(cache.get(key(1, 0, 0, 12), any), None);
+        assert_eq!(cache.drop_range(Scope::of_tag(1), 0, u64::MAX, &SHIFTS), 0);
     }
 
     proptest! {
         #[test]
         fn a_range_drops_what_overlaps_it_and_no_more(
-            entries in prop::collection::vec((0u32..3, 0u32..3, 0u64..1 << 33, 1u8..=3), 1..64),
+            entries in prop::collection::vec((0u32..3, 0u32..3, 0u64..1 << 33, prop::sample::select(&SHIFTS)), 1..64),
             tag in 0u32..3,
+            spaces in spaces(),
             first in prop_oneof![0u64..1 << 33, Just(0)],
             // Short ranges are probed, long ones scanned.
             length in prop_oneof![1u64..1 << 14, 1u64..1 << 34],
-            levels in prop::sample::subsequence(vec![1u8, 2, 3], 0..=3),
+            shifts in prop::sample::subsequence(SHIFTS.to_vec(), 0..=3),
         ) {
             // Large enough for nothing to be evicted, but for rare accidents that are no matter.
             let mut cache = Cache::new(1 << 12);
             let last = first + length - 1;
-            for &(tag, pasid, address, level) in &entries {
-                cache.insert(key(tag, pasid, address, level), 1);
+            for &(tag, space, address, shift) in &entries {
+                cache.insert(key(tag, space, address, shift), 1);
             }
             let before: Vec<_> = entries
                 .iter()
-                .map(|&(tag, pasid, address, level)| key(tag, pasid, address, level))
+                .map(|&(tag, space, address, shift)| key(tag, space, address, shift))
                 .filter(|&key| cache.get(key, any).is_some())
                 .collect();
-            cache.drop_range(tag, first, last, &levels);
+            cache.drop_range(Scope { tag, spaces }, first, last, &shifts);
             for held in before {
-                let gone = held.source.tag() == tag
-                    && levels.contains(&held.level())
+                let space = held.source.space();
+                let meant = match spaces {
+                    Spaces::All => true,
+                    Spaces::UpTo(last) => space <= last,
+                    Spaces::One(one) => space == one,
+                    Spaces::Two(one, two) => [one, two].contains(&space),
+                };
+                let gone = meant
+                    && held.source.tag() == tag
+                    && shifts.contains(&held.shift())
                     && held.first() <= last
-                    && held.first() + page_size(held.level()) > first;
+                    && held.first() + size(held.shift()) > first;
                 prop_assert_eq!(cache.get(held, any).is_none(), gone, "{:?}", held);
             }
         }
@@ -344,11 +420,11 @@ mod tests {
     fn the_last_page_of_the_address_space_can_be_dropped() {
         for entries in [64, 1 << 12] {
             let mut cache = Cache::new(entries);
-            cache.insert(key(1, 0, u64::MAX, 1), 1);
-            cache.insert(key(1, 0, u64::MAX, 3), 1);
-            assert_eq!(cache.drop_range(1, u64::MAX - 0xfff, u64::MAX, &[1, 2, 3]), 2);
-            cache.insert(key(1, 0, u64::MAX, 3), 1);
-            assert_eq!(cache.drop_range(1, 0, u64::MAX, &[1, 2, 3]), 1);
+            cache.insert(key(1, 0, u64::MAX, 12), 1);
+            cache.insert(key(1, 0, u64::MAX, 30), 1);
+            assert_eq!(cache.drop_range(Scope::of_tag(1), u64::MAX - 0xfff, u64::MAX, &SHIFTS), 2);
+            cache.insert(key(1, 0, u64::MAX, 30), 1);
+            assert_eq!(cache.drop_range(Scope::of_tag(1), 0, u64::MAX, &SHIFTS), 1);
         }
     }
 
@@ -366,7 +442,7 @@ mod tests {
                     for _ in 0..200_000 {
                         random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
                         let (page, pasid) = (random >> 40 & 7, (random >> 50 & 3) as u32);
-                        cache.insert(key(1, pasid, page << 12, 1), value_of(page, pasid));
+                        cache.insert(key(1, pasid, page << 12, 12), value_of(page, pasid));
                     }
                     done.store(true, Ordering::Relaxed);
                 });
@@ -375,7 +451,7 @@ mod tests {
             while !done.load(Ordering::Relaxed) || hits == 0 {
                 for page in 0..8 {
                     for pasid in 0..4 {
-                        if let Some(value) = cache.get(key(1, pasid, page << 12, 1), any) {
+                        if let Some(value) = cache.get(key(1, pasid, page << 12, 12), any) {
                             assert_eq!(value, value_of(page, pasid));
                             hits += 1;
                         }

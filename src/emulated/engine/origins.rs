@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use super::cache::{Cache, Key, Source};
+use super::format::TableFormat;
 use super::trail::Trail;
 
 /// For each entry of a cache, the way that it was made from. Entries that are gone are forgotten
@@ -24,7 +25,7 @@ impl Ways {
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(super) struct Origins(Mutex<Both>);
+pub(in crate::emulated) struct Origins(Mutex<Both>);
 
 #[derive(Debug, Default)]
 struct Both {
@@ -34,43 +35,46 @@ struct Both {
 
 /// The caches that entries are in.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct CachesOfWalk<'a> {
+pub(in crate::emulated) struct CachesOfWalk<'a> {
     pub iotlb: &'a Cache,
     pub paging_structures: &'a Cache,
 }
 
 impl Origins {
     /// A walk for `iova` began at the table of level `start` and read `words`, the last of which
-    /// is a page; it was cached as one of `page_level`, if at all.
-    pub fn record(
+    /// is a page; it was cached as one of `page_shift`, if at all.
+    pub fn record<F: TableFormat>(
         &self,
         caches: CachesOfWalk<'_>,
+        tables: &F,
         (source, iova): (Source, u64),
         start: u8,
         words: &[u64],
-        page_level: Option<u8>,
+        page_shift: Option<u8>,
     ) {
         let mut both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // The entries above `start` were not read: the table came from the cache.
-        let above = Key::new(source, iova, start.saturating_add(1));
-        let mut trail = both.tables.0.get(&above).copied().unwrap_or_default();
+        let above = (start < tables.levels())
+            .then(|| Key::new(source, iova, tables.shift(start.saturating_add(1))));
+        let mut trail =
+            above.and_then(|above| both.tables.0.get(&above).copied()).unwrap_or_default();
         let Some((page, pointers)) = words.split_last() else { return };
         let mut level = start;
         for &word in pointers {
             trail.set(level, word);
-            let key = Key::new(source, iova, level);
+            let key = Key::new(source, iova, tables.shift(level));
             both.tables.insert(caches.paging_structures, key, trail);
             level = level.saturating_sub(1);
         }
         trail.set(level, *page);
-        if let Some(page_level) = page_level {
-            both.pages.insert(caches.iotlb, Key::new(source, iova, page_level), trail);
+        if let Some(page_shift) = page_shift {
+            both.pages.insert(caches.iotlb, Key::new(source, iova, page_shift), trail);
         }
     }
 
-    /// What the IOTLB's entry of `level` for `iova` was made from.
-    pub fn page(&self, source: Source, iova: u64, level: u8) -> Option<Trail> {
+    /// What the IOTLB's entry of `shift` for `iova` was made from.
+    pub fn page(&self, source: Source, iova: u64, shift: u8) -> Option<Trail> {
         let both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        both.pages.0.get(&Key::new(source, iova, level)).copied()
+        both.pages.0.get(&Key::new(source, iova, shift)).copied()
     }
 }

@@ -4,14 +4,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::caches::{Caches, Stage2Miss, Stage2Page, Table};
-use super::context::Context;
+use super::cache::{size, Source};
+use super::caches::{CachedPage, Caches, Stage2Page, Table};
 use super::counters::LocalCounters;
-use super::format::{Path, TableFormat};
-use super::rights::{Fault, RequestKind, Rights};
+use super::format::{At, Path, Stage2Refusal, TableFormat};
+use super::host_stage2::HostStage2;
+use super::request::{RequestKind, Rights};
 use crate::emulated::dirty::DirtyLog;
-use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::first_stage::{index, page_size};
 
 /// How often a walk starts again because an entry changed between its being read and its flags
 /// being set. The guest changes entries at will; it must not keep a walk going at will.
@@ -20,39 +19,57 @@ const ATTEMPTS: u32 = 16;
 /// Levels of the deepest tables.
 const MAX_LEVELS: usize = 5;
 
-/// Level of the largest page: 1 GiB.
-const MAX_PAGE_LEVEL: u8 = 3;
+/// Size of the largest page that is cached, as a power of two: 1 GiB.
+const MAX_PAGE_SHIFT: u8 = 30;
+
+/// Size of the page that a write is marked in when dirty pages are tracked, as a power of two.
+const DIRTY_SHIFT: u8 = 12;
 
 /// What both stages make of an IOVA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Output {
+pub(in crate::emulated) struct Output {
     /// What stage 2 makes of the GPA that stage 1 gives.
     pub page: Stage2Page,
     /// Bytes from the one asked for to the end of what is contiguous in both stages.
     pub length: u64,
-    /// Level of the page that is contiguous in both stages; none when not even 4 KiB are.
-    pub level: Option<u8>,
+    /// Size of the page that is contiguous in both stages, as a power of two; none when not even
+    /// 4 KiB are.
+    pub shift: Option<u8>,
+    /// Size of the page of stage 1, as a power of two.
+    pub whole: u8,
     /// The requests that both stages allow, without a further walk.
     pub rights: Rights,
+    /// It is the same in every address space.
+    pub global: bool,
 }
 
 impl Output {
-    /// `page` is what stage 2 makes of `gpa`, which stage 1 has in a page of `level` with `rights`.
-    fn new(page: Stage2Page, gpa: u64, level: u8, rights: Rights) -> Self {
+    /// `page` is what stage 2 makes of `gpa`, which stage 1 has in a page of `shift` with `rights`.
+    fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, global: bool) -> Self {
         Self {
             page,
-            length: page.length.min(page_size(level) - (gpa & (page_size(level) - 1))),
-            level: page.level.map(|page_level| page_level.min(level)),
+            length: page.length.min(size(shift) - (gpa & (size(shift) - 1))),
+            shift: page.shift.map(|page_shift| page_shift.min(shift)),
+            whole: shift,
             rights: Rights::of(|kind| rights.allow(kind) && page.allows(kind)),
+            global,
         }
+    }
+
+    /// What of it can be cached.
+    pub fn cached(&self) -> Option<CachedPage> {
+        let Self { page, whole, rights, .. } = *self;
+        Some(CachedPage { place: page.place, shift: self.shift?, whole, rights })
     }
 }
 
 /// A walk through the tables of one context.
 #[derive(Debug)]
-pub(super) struct Walk<'a> {
+pub(in crate::emulated) struct Walk<'a> {
     pub caches: &'a Caches,
-    pub context: &'a Context,
+    /// What is cached on the way is found by this.
+    pub source: Source,
+    pub host: &'a HostStage2,
     pub counters: &'a LocalCounters,
     /// Where pages of stage 2 that are written are marked, if they are to be.
     pub dirty: Option<&'a DirtyLog>,
@@ -61,8 +78,7 @@ pub(super) struct Walk<'a> {
 /// An entry that a walk came through.
 struct Step<'a> {
     entry: &'a AtomicU64,
-    /// Where stage 2 has it; not known when its table was cached.
-    gpa: Option<u64>,
+    at: At,
     /// What was read from it.
     word: u64,
     /// Stage 2 lets it be written.
@@ -82,6 +98,8 @@ struct Descent<'a> {
     level: u8,
     /// What was read from the leaf.
     leaf: u64,
+    /// The leaf is the same in every address space.
+    global: bool,
 }
 
 impl Walk<'_> {
@@ -91,16 +109,16 @@ impl Walk<'_> {
         tables: &F,
         iova: u64,
         kind: RequestKind,
-    ) -> Result<Output, Fault> {
+    ) -> Result<Output, F::Fault> {
         self.counters.walks.count();
-        tables.check_request(kind).map_err(Fault::stage1)?;
-        tables.check_address(iova).map_err(Fault::stage1)?;
+        tables.check_request(kind)?;
+        tables.check_address(iova)?;
         for _ in 0..ATTEMPTS {
             if let Some(output) = self.attempt(tables, iova, kind)? {
                 return Ok(output);
             }
         }
-        Err(Fault::stage1(F::REASONS.flags_update))
+        Err(tables.flags_unsettled())
     }
 
     /// One walk; none when an entry changed under it.
@@ -109,17 +127,17 @@ impl Walk<'_> {
         tables: &F,
         iova: u64,
         kind: RequestKind,
-    ) -> Result<Option<Output>, Fault> {
-        let Descent { steps, path, gpa, level, leaf } = self.descend(tables, iova)?;
-        tables.check_path(path, kind).map_err(Fault::stage1)?;
-        let page = self.page(gpa, kind)?;
+    ) -> Result<Option<Output>, F::Fault> {
+        let Descent { steps, path, gpa, level, leaf, global } = self.descend(tables, iova)?;
+        tables.check_path(path, kind)?;
+        let page = self.page(gpa, kind).map_err(|why| tables.page_refused(gpa, why))?;
         // Nothing stands in the way of the request any more.
         if !self.set_flags(tables, &steps, kind)? {
             return Ok(None);
         }
         // Only now: an entry whose accessed flag is clear must not be cached.
         for (table, path) in steps.iter().flatten().filter_map(|step| step.below) {
-            self.caches.add_table(self.context.source, iova, &table, path, self.counters);
+            self.caches.add_table(tables, (self.source, iova), &table, path, self.counters);
         }
         let leaf = leaf | tables.flags(true, kind.write());
         let rights = Rights::of(|kind| {
@@ -127,18 +145,19 @@ impl Walk<'_> {
                 && tables.check_path(path, kind).is_ok()
                 && (!kind.write() || tables.is_dirty(leaf))
         });
-        let output = self.track(Output::new(page, gpa, level, rights), gpa, kind);
+        let output = Output::new(page, gpa, tables.shift(level), rights, global);
+        let output = self.track(output, gpa, kind);
         let read = || steps.iter().flatten().map(|step| step.word);
         // No overflow: there are at most 5 levels.
         let start = level + read().skip(1).count() as u8;
-        self.caches.record_origin((self.context.source, iova), start, read(), output.level);
+        self.caches.record_origin(tables, (self.source, iova), start, read(), output.shift);
         Ok(Some(output))
     }
 
     /// Reads the entries from the lowest table that is cached, or the top table, to the leaf.
-    fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, Fault> {
+    fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, F::Fault> {
         let cached = match self.dirty {
-            None => self.caches.table(self.context.source, iova, tables.levels(), self.counters),
+            None => self.caches.table(tables, self.source, iova, self.counters),
             // The page of a table whose entries get their flags set is dirty, so its address
             // must be known.
             Some(_) => None,
@@ -147,49 +166,59 @@ impl Walk<'_> {
         let (mut table, mut path) = match cached {
             Some(start) => start,
             None => {
-                let reasons = (F::REASONS.top_beyond, F::REASONS.top_denied);
-                (self.locate(tables.table(), tables.levels(), reasons)?, Path::UNLIMITED)
+                let at = At { gpa: table_gpa, top: true };
+                (self.locate(tables, tables.table(), tables.levels(), at)?, Path::UNLIMITED)
             }
         };
         let mut steps: [Option<Step>; MAX_LEVELS] = Default::default();
         for number in 0..MAX_LEVELS {
             let level = table.level;
-            let top = level == tables.levels();
-            let access = if top { F::REASONS.top_access } else { F::REASONS.access };
-            let entry =
-                self.caches.entry(&table, index(iova, level)).ok_or(Fault::stage1(access))?;
+            let index = tables.index(iova, level);
+            let gpa = table_gpa.map(|gpa| gpa + index * 8);
+            let at = At { gpa, top: level == tables.levels() };
+            let (entry, writable) = match (self.caches.entry(&table, index), gpa) {
+                (Some(entry), _) => (entry, table.writable),
+                // A table larger than the pages of stage 2 need not be in one piece.
+                (None, Some(gpa)) => {
+                    let piece = self.locate(tables, gpa, level, at)?;
+                    let entry = self.caches.entry(&piece, 0);
+                    (entry.ok_or_else(|| tables.entry_unreadable(at))?, piece.writable)
+                }
+                (None, None) => return Err(tables.entry_unreadable(at)),
+            };
             let word = u64::from_le(entry.load(Ordering::Acquire));
-            let decoded = tables.decode(word, level).map_err(Fault::stage1)?;
+            let decoded = tables.decode(word, level)?;
             path = path & decoded.path;
-            let writable = table.writable;
-            let gpa = table_gpa.map(|gpa| gpa + index(iova, level) * 8);
             let below = if decoded.leaf {
                 None
             } else {
                 // Not below level 1: an entry of that level is a leaf.
-                let reasons = (F::REASONS.beyond, F::REASONS.denied);
-                table = self.locate(decoded.address, level - 1, reasons)?;
+                let at = At { gpa: Some(decoded.address), top: false };
+                table = self.locate(tables, decoded.address, level - 1, at)?;
                 table_gpa = Some(decoded.address);
                 Some((table, path))
             };
             // In bounds: counted to the length.
-            steps[number] = Some(Step { entry, gpa, word, writable, below });
+            steps[number] = Some(Step { entry, at, word, writable, below });
             if decoded.leaf {
-                let gpa = decoded.address | iova & (page_size(level) - 1);
-                return Ok(Descent { steps, path, gpa, level, leaf: word });
+                let gpa = decoded.address | iova & (size(tables.shift(level)) - 1);
+                let global = decoded.global;
+                return Ok(Descent { steps, path, gpa, level, leaf: word, global });
             }
         }
         // Not reached: there are no more levels than steps, and the last has leaves only.
-        Err(Fault::stage1(F::REASONS.access))
+        Err(tables.entry_unreadable(At { gpa: None, top: false }))
     }
 
-    /// Translates `gpa` for a request of `kind`, by stage 2 alone.
-    pub fn stage2_only(&self, gpa: u64, kind: RequestKind) -> Result<Output, Fault> {
-        if kind.execute() {
-            return Err(Fault::stage1(FaultReason::ExecuteDisabled));
-        }
+    /// Translates `gpa` for a request of `kind`, by stage 2 alone, which serves `served`.
+    pub fn stage2_only(
+        &self,
+        gpa: u64,
+        kind: RequestKind,
+        served: Rights,
+    ) -> Result<Output, Stage2Refusal> {
         let page = self.page(gpa, kind)?;
-        let output = Output::new(page, gpa, MAX_PAGE_LEVEL, Rights::of(|kind| !kind.execute()));
+        let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, false);
         Ok(self.track(output, gpa, kind))
     }
 
@@ -203,36 +232,33 @@ impl Walk<'_> {
             log.mark(gpa..=gpa);
         }
         Output {
-            length: output.length.min(page_size(1) - (gpa & (page_size(1) - 1))),
-            level: output.level.map(|_| 1),
+            length: output.length.min(size(DIRTY_SHIFT) - (gpa & (size(DIRTY_SHIFT) - 1))),
+            shift: output.shift.map(|_| DIRTY_SHIFT),
             rights: Rights::of(|other| rights.allow(other) && (kind.write() || !other.write())),
             ..output
         }
     }
 
     /// The page that a request of `kind` accesses at `gpa`.
-    fn page(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Fault> {
-        match self.caches.stage2(self.context, gpa, self.counters) {
-            Ok(page) if page.allows(kind) => Ok(page),
-            Err(Stage2Miss::Beyond) => Err(Fault::stage2(FaultReason::AddressBeyondGuest)),
-            Ok(_) | Err(Stage2Miss::Absent) => Err(Fault::stage2(FaultReason::SecondStageDenied)),
-        }
+    fn page(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Stage2Refusal> {
+        let page = self.caches.stage2(self.host, gpa, self.counters)?;
+        page.allows(kind).then_some(page).ok_or(Stage2Refusal::Denied)
     }
 
-    /// Where the table of `level` at `gpa` is; `reasons` for one beyond stage 2 and one that stage
-    /// 2 does not let be read.
-    fn locate(
+    /// Where the table of `level` at `gpa` is, or the rest of it.
+    fn locate<F: TableFormat>(
         &self,
+        tables: &F,
         gpa: u64,
         level: u8,
-        (beyond, denied): (FaultReason, FaultReason),
-    ) -> Result<Table, Fault> {
-        match self.caches.stage2(self.context, gpa, self.counters) {
+        at: At,
+    ) -> Result<Table, F::Fault> {
+        match self.caches.stage2(self.host, gpa, self.counters) {
             Ok(page) if page.read => {
                 Ok(Table { place: page.place, level, length: page.length, writable: page.write })
             }
-            Err(Stage2Miss::Beyond) => Err(Fault::stage2(beyond)),
-            Ok(_) | Err(Stage2Miss::Absent) => Err(Fault::stage2(denied)),
+            Ok(_) => Err(tables.table_refused(at, Stage2Refusal::Denied)),
+            Err(why) => Err(tables.table_refused(at, why)),
         }
     }
 
@@ -243,7 +269,7 @@ impl Walk<'_> {
         tables: &F,
         steps: &[Option<Step<'_>>],
         kind: RequestKind,
-    ) -> Result<bool, Fault> {
+    ) -> Result<bool, F::Fault> {
         for step in steps.iter().flatten() {
             let leaf = step.below.is_none();
             let wanted = step.word | tables.flags(leaf, kind.write());
@@ -251,10 +277,10 @@ impl Walk<'_> {
                 continue;
             }
             if !step.writable {
-                return Err(Fault::stage2(F::REASONS.flags_denied));
+                return Err(tables.flags_refused(step.at));
             }
             let (old, new) = (step.word.to_le(), wanted.to_le());
-            if let (Some(log), Some(gpa)) = (self.dirty, step.gpa) {
+            if let (Some(log), Some(gpa)) = (self.dirty, step.at.gpa) {
                 log.mark(gpa..=gpa);
             }
             if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {

@@ -16,7 +16,7 @@ const RETIRED: usize = 64;
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(super) struct Sharing {
+pub(in crate::emulated) struct Sharing {
     /// By address: their contexts keep them alive.
     stages2: BTreeMap<usize, Stage2Users>,
     /// Tags below the number of stages 2 there ever were at once, that none has.
@@ -36,7 +36,7 @@ struct Stage2Users {
 
 /// Of whom what is cached has to go before anything else happens.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Gone {
+pub(in crate::emulated) struct Gone {
     /// The tags.
     pub tags: BTreeSet<u32>,
     /// The tag of the stage 2, if it is one of them.

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! DMA of devices in this process, through an emulated IOMMU.
+//!
+//! A translation and the access that it serves are one critical section: an invalidation, an unmap
+//! or a detach returns only when no access that goes by the old translation is under way. A
+//! transfer is cut into pieces of at most 64 KiB, each a section of its own, so that nobody waits
+//! long.
+#![forbid(unsafe_code)]
+
+mod port;
+
+use std::sync::Arc;
+
+use vm_memory::{GuestAddress, VolatileSlice};
+
+use port::{Port, PortSection, PortTranslated};
+
+use super::dma_error::DmaError;
+use super::vtd::VtdUnit;
+
+/// What a DMA request says of itself beside address and data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DmaAttributes {
+    /// PASID, when the request carries one.
+    pub pasid: Option<u32>,
+    /// Privileged mode requested; nothing without a PASID.
+    pub privileged: bool,
+    /// Execute requested; nothing without a PASID.
+    pub execute: bool,
+}
+
+/// Direction of a DMA request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DmaAccess {
+    /// The device reads memory.
+    Read,
+    /// The device writes memory.
+    Write,
+}
+
+/// Where a device's DMA enters its IOMMU. Each thread of a device has its own, a clone.
+#[derive(Debug, Clone)]
+pub struct DmaPort(AnyPort);
+
+/// A port of a unit of either architecture.
+#[derive(Debug, Clone)]
+enum AnyPort {
+    Vtd(Port<VtdUnit>),
+}
+
+impl VtdUnit {
+    /// A port for DMA by requester id `rid`.
+    pub fn port(self: &Arc<Self>, rid: u16) -> DmaPort {
+        DmaPort(AnyPort::Vtd(Port::new(Arc::clone(self), rid)))
+    }
+}
+
+impl DmaPort {
+    /// Reads memory at `iova` (bytes) into `bytes`.
+    ///
+    /// # Errors
+    /// [`DmaError`]; bytes before the failing address may have been read. A fault has been
+    /// delivered to the sink of the requester when this returns.
+    pub fn read(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), DmaError> {
+        check_end(iova, bytes.len())?;
+        let mut done = 0;
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let address = iova + done as u64;
+            let piece = self.translate(attributes, address, rest.len(), DmaAccess::Read)?;
+            match piece.slice().copy_to(rest) {
+                0 => return Err(DmaError::NoMemory { address }),
+                copied => done += copied,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to memory at `iova` (bytes).
+    ///
+    /// # Errors
+    /// As [`DmaPort::read`]; bytes before the failing address may have been written.
+    pub fn write(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        bytes: &[u8],
+    ) -> Result<(), DmaError> {
+        check_end(iova, bytes.len())?;
+        let mut done = 0;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            let address = iova + done as u64;
+            let piece = self.translate(attributes, address, rest.len(), DmaAccess::Write)?;
+            let slice = piece.slice();
+            slice.copy_from(rest);
+            match slice.len() {
+                0 => return Err(DmaError::NoMemory { address }),
+                copied => done += copied,
+            }
+        }
+        Ok(())
+    }
+
+    /// Translates `iova` (bytes) for an access to some of the next `length` bytes, and starts the
+    /// critical section: invalidations wait until the result is dropped. Access the slice and drop
+    /// it; do not wait for anything in between, and never for an invalidation.
+    ///
+    /// # Errors
+    /// As [`DmaPort::read`].
+    #[inline]
+    pub fn translate(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        length: usize,
+        access: DmaAccess,
+    ) -> Result<Translated<'_>, DmaError> {
+        Ok(Translated(match &mut self.0 {
+            AnyPort::Vtd(port) => {
+                AnyTranslated::Vtd(port.translate(attributes, iova, length, access)?)
+            }
+        }))
+    }
+
+    /// Starts a critical section for several accesses: see [`Section`].
+    pub(super) fn enter(&mut self) -> Section<'_> {
+        Section(match &mut self.0 {
+            AnyPort::Vtd(port) => AnySection::Vtd(port.enter()),
+        })
+    }
+}
+
+/// A read-side critical section around any number of translations and the accesses that they
+/// serve. Invalidations wait until it is dropped. Faults are reported then, and not before: whoever
+/// is told may invalidate.
+#[derive(Debug)]
+pub(super) struct Section<'a>(AnySection<'a>);
+
+#[derive(Debug)]
+enum AnySection<'a> {
+    Vtd(PortSection<'a, VtdUnit>),
+}
+
+impl Section<'_> {
+    /// Translates `iova` (bytes): where the regions that were mapped say that the memory is, and
+    /// how many bytes from there on are in one piece; at least one.
+    ///
+    /// # Errors
+    /// As [`DmaPort::read`], but that the fault is reported at the end of the section.
+    pub fn translate(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        access: DmaAccess,
+    ) -> Result<(GuestAddress, usize), DmaError> {
+        match &mut self.0 {
+            AnySection::Vtd(section) => section.translate(attributes, iova, access),
+        }
+    }
+}
+
+/// A read-side critical section around one translation.
+#[derive(Debug)]
+pub struct Translated<'a>(AnyTranslated<'a>);
+
+#[derive(Debug)]
+enum AnyTranslated<'a> {
+    Vtd(PortTranslated<'a, VtdUnit>),
+}
+
+impl Translated<'_> {
+    /// The memory: it starts with the byte at the address asked for, and has as many of the bytes
+    /// asked for as are in one page, at most 64 KiB; at least one, if one was asked for.
+    #[inline]
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        match &self.0 {
+            AnyTranslated::Vtd(translated) => translated.slice(),
+        }
+    }
+}
+
+/// Whether `length` bytes at `address` end within the address space.
+fn check_end(address: u64, length: usize) -> Result<(), DmaError> {
+    let room = u64::MAX - address;
+    if length as u64 > 1 && length as u64 - 1 > room {
+        return Err(DmaError::PastEnd { address, length });
+    }
+    Ok(())
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! DMA of one requester through a unit of one architecture.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use vm_memory::{Address, GuestAddress, VolatileSlice};
+
+use super::{DmaAccess, DmaAttributes};
+use crate::emulated::dma_error::DmaError;
+use crate::emulated::engine::{Blocked, Engine, LocalCounters, Request, RequestKind, Target, Unit};
+use crate::emulated::gate::{ReadGuard, Reader};
+
+/// Bytes that one critical section transfers at most.
+const MAX_PIECE: usize = 64 << 10;
+
+/// Why the engine of a unit blocks a request.
+type FaultOf<U> = <<U as Unit>::Engine as Engine>::Fault;
+
+/// Where a device's DMA enters a unit.
+#[derive(Debug)]
+pub(super) struct Port<U: Unit> {
+    unit: Arc<U>,
+    rid: u16,
+    reader: Reader<U::Engine>,
+    config: <U::Engine as Engine>::ConfigCache,
+    counters: Arc<LocalCounters>,
+}
+
+impl<U: Unit> Clone for Port<U> {
+    fn clone(&self) -> Self {
+        Self::new(Arc::clone(&self.unit), self.rid)
+    }
+}
+
+impl<U: Unit> Port<U> {
+    /// A port for DMA by requester id `rid`.
+    pub fn new(unit: Arc<U>, rid: u16) -> Self {
+        let (reader, counters) = (unit.gate().reader(), unit.counters_share());
+        Self { unit, rid, reader, config: Default::default(), counters }
+    }
+
+    /// See [`super::DmaPort::translate`].
+    #[inline]
+    pub fn translate(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        length: usize,
+        access: DmaAccess,
+    ) -> Result<PortTranslated<'_, U>, DmaError> {
+        check_memory::<U>(attributes, iova)?;
+        let request = request(self.rid, attributes, iova, access);
+        let engine = self.reader.enter();
+        // On its own, and first: it is what nearly every request needs, and no more.
+        if let Some(target) = engine.cached(&self.config, &self.counters, &request) {
+            let length = length.min(piece::<U>(attributes, iova, target.length));
+            return Ok(PortTranslated { engine, target, length });
+        }
+        match engine.translate(&mut self.config, &self.counters, &request) {
+            Ok(target) => {
+                let length = length.min(piece::<U>(attributes, iova, target.length));
+                Ok(PortTranslated { engine, target, length })
+            }
+            Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
+            Err(Blocked::Fault(fault)) => {
+                drop(engine);
+                Err(blocked(&*self.unit, &self.counters, &request, fault))
+            }
+        }
+    }
+
+    /// Starts a critical section for several accesses.
+    pub fn enter(&mut self) -> PortSection<'_, U> {
+        let (unit, counters) = (&*self.unit, &*self.counters);
+        PortSection {
+            rid: self.rid,
+            config: &mut self.config,
+            counters,
+            engine: self.reader.enter(),
+            faults: Unreported { unit, counters, list: Vec::new() },
+        }
+    }
+}
+
+/// See [`super::Section`].
+#[derive(Debug)]
+pub(super) struct PortSection<'a, U: Unit> {
+    rid: u16,
+    config: &'a mut <U::Engine as Engine>::ConfigCache,
+    counters: &'a LocalCounters,
+    engine: ReadGuard<'a, U::Engine>,
+    /// Dropped, and with that reported, after the gate has been left: fields are dropped in order.
+    faults: Unreported<'a, U>,
+}
+
+impl<U: Unit> PortSection<'_, U> {
+    /// See [`super::Section::translate`].
+    pub fn translate(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        access: DmaAccess,
+    ) -> Result<(GuestAddress, usize), DmaError> {
+        check_memory::<U>(attributes, iova)?;
+        let request = request(self.rid, attributes, iova, access);
+        let cached = self.engine.cached(self.config, self.counters, &request);
+        let target = match cached {
+            Some(target) => target,
+            None => match self.engine.translate(self.config, self.counters, &request) {
+                Ok(target) => target,
+                Err(Blocked::Interrupt(address)) => return Err(DmaError::Interrupt { address }),
+                Err(Blocked::Fault(fault)) => {
+                    self.faults.list.push((request, fault));
+                    return Err(fault_error::<U>(&request, fault));
+                }
+            },
+        };
+        let memory = self.engine.caches().memory(target.place);
+        let address = memory.and_then(|memory| memory.base.checked_add(target.place.offset));
+        let address = address.ok_or(DmaError::NoMemory { address: iova })?;
+        Ok((address, piece::<U>(attributes, iova, target.length)))
+    }
+}
+
+/// Faults of a section that nobody has been told of.
+#[derive(Debug)]
+struct Unreported<'a, U: Unit> {
+    unit: &'a U,
+    counters: &'a LocalCounters,
+    list: Vec<(Request, FaultOf<U>)>,
+}
+
+impl<U: Unit> Drop for Unreported<'_, U> {
+    fn drop(&mut self) {
+        for (request, fault) in self.list.drain(..) {
+            blocked(self.unit, self.counters, &request, fault);
+        }
+    }
+}
+
+/// See [`super::Translated`].
+#[derive(Debug)]
+pub(super) struct PortTranslated<'a, U: Unit> {
+    engine: ReadGuard<'a, U::Engine>,
+    target: Target,
+    length: usize,
+}
+
+impl<U: Unit> PortTranslated<'_, U> {
+    /// See [`super::Translated::slice`].
+    #[inline]
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        // A mapping lies in its memory ([`crate::iommufd::UserMemory`]), so there always is one.
+        let slice = self.engine.caches().slice(self.target.place, self.length);
+        slice.unwrap_or_else(|| (&mut [][..]).into())
+    }
+}
+
+/// Whether a request to `iova` is one to memory, and no interrupt message.
+#[inline]
+fn check_memory<U: Unit>(attributes: DmaAttributes, iova: u64) -> Result<(), DmaError> {
+    match U::Engine::INTERRUPTS {
+        Some(range) if attributes.pasid.is_none() && range.contains(&iova) => {
+            Err(DmaError::Interrupt { address: iova })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How many bytes from `iova` on one section may access, when `target` bytes are in one page. A
+/// page of 1 GiB may hold addresses that are interrupt messages.
+#[inline]
+fn piece<U: Unit>(attributes: DmaAttributes, iova: u64, target: u64) -> usize {
+    let length = target.min(MAX_PIECE as u64);
+    let length = match U::Engine::INTERRUPTS {
+        Some(range) if attributes.pasid.is_none() && iova < *range.start() => {
+            length.min(*range.start() - iova)
+        }
+        _ => length,
+    };
+    length as usize
+}
+
+#[inline]
+fn request(rid: u16, attributes: DmaAttributes, address: u64, access: DmaAccess) -> Request {
+    let DmaAttributes { pasid, privileged, execute } = attributes;
+    let with_pasid = pasid.is_some();
+    let write = access == DmaAccess::Write;
+    let kind = RequestKind::new(write, with_pasid && privileged, with_pasid && execute);
+    Request { rid, pasid, address, kind }
+}
+
+/// Counts and reports a fault. The gate must have been left.
+#[cold]
+fn blocked<U: Unit>(
+    unit: &U,
+    counters: &LocalCounters,
+    request: &Request,
+    fault: FaultOf<U>,
+) -> DmaError {
+    counters.faults.count();
+    unit.report(request, fault);
+    fault_error::<U>(request, fault)
+}
+
+fn fault_error<U: Unit>(request: &Request, fault: FaultOf<U>) -> DmaError {
+    let (reason, stage2) = U::reason(fault);
+    DmaError::Fault { address: request.address, reason, stage2 }
+}

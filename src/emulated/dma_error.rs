@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Why DMA reaches no memory.
+#![forbid(unsafe_code)]
+
+use crate::spec::vtd::fault::FaultReason;
+
+/// Why an IOMMU blocked a DMA request, in its architecture's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DmaFaultReason {
+    /// VT-d's fault reason (§7.1.3).
+    #[error("{0}")]
+    Vtd(FaultReason),
+}
+
+/// A DMA request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DmaError {
+    /// The IOMMU blocked it, and reported the fault.
+    #[error("DMA to {address:#x} blocked: {reason}{}", if *.stage2 { ", by stage 2" } else { "" })]
+    Fault {
+        /// IOVA, in bytes, of the first byte that could not be reached.
+        address: u64,
+        /// Why.
+        reason: DmaFaultReason,
+        /// The host's stage 2 refused, not the guest's own tables.
+        stage2: bool,
+    },
+    /// It is an interrupt message and no memory access: on VT-d, one without PASID to
+    /// 0xFEE0_0000–0xFEEF_FFFF (§3.14). Whoever made the request must send it to the interrupt
+    /// controller, or drop it.
+    #[error("DMA to {address:#x} is an interrupt message")]
+    Interrupt {
+        /// The message's address in bytes: on VT-d the IOVA, which is not translated.
+        address: u64,
+    },
+    /// Its memory is not there: never, while mappings are as long as their memory.
+    #[error("DMA to {address:#x} leads to no memory")]
+    NoMemory {
+        /// IOVA in bytes.
+        address: u64,
+    },
+    /// The request goes past the end of the address space. Nothing was transferred.
+    #[error("DMA of {length:#x} bytes to {address:#x} goes past the end of the address space")]
+    PastEnd {
+        /// IOVA in bytes.
+        address: u64,
+        /// Length in bytes.
+        length: usize,
+    },
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a unit counts.
+#![forbid(unsafe_code)]
+
+use std::ops::AddAssign;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// What a unit of any architecture counts.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+        pub(in crate::emulated) struct Totals {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl AddAssign for Totals {
+            fn add_assign(&mut self, other: Self) {
+                $(self.$name += other.$name;)*
+            }
+        }
+
+        /// One thread's share of [`Totals`].
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub(crate) struct LocalCounters {
+            $(pub $name: Counter,)*
+        }
+
+        impl LocalCounters {
+            fn read(&self) -> Totals {
+                Totals { $($name: self.$name.0.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Requests that the IOTLB served.
+    iotlb_hits,
+    /// Requests that it did not.
+    iotlb_misses,
+    /// IOTLB entries that had to go for others.
+    iotlb_evictions,
+    /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was cached.
+    config_hits,
+    /// Requests whose configuration was not.
+    config_misses,
+    /// Cached configurations that had to go for others.
+    config_evictions,
+    /// Walks of user-owned tables, finished or not.
+    walks,
+    /// Walks that began below the top table.
+    paging_structure_hits,
+    /// Walks that began at the top table.
+    paging_structure_misses,
+    /// Paging-structure entries that had to go for others.
+    paging_structure_evictions,
+    /// Stage-2 translations that were cached.
+    stage2_hits,
+    /// Stage-2 translations that were not.
+    stage2_misses,
+    /// Cached stage-2 translations that had to go for others.
+    stage2_evictions,
+    /// Requests that went by a translation that the guest's tables no longer had.
+    stale_uses,
+    /// Requests that were blocked.
+    faults,
+    /// Invalidations, among them those that changes of attachments and of stage 2 imply.
+    invalidations,
+    /// Entries that invalidations dropped.
+    invalidated_entries,
+}
+
+/// A number that one thread at a time changes and any may read.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds one.
+    #[inline]
+    pub fn count(&self) {
+        self.add(1);
+    }
+
+    /// Adds `number`.
+    #[inline]
+    pub fn add(&self, number: u64) {
+        // Not a read-modify-write: nobody else writes.
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(number), Ordering::Relaxed);
+    }
+}
+
+/// The counters of a unit: the shares of those who count, and the sum of those who are gone.
+#[derive(Debug, Default)]
+pub(in crate::emulated) struct Counters(Mutex<Shares>);
+
+#[derive(Debug, Default)]
+struct Shares {
+    living: Vec<Arc<LocalCounters>>,
+    gone: Totals,
+}
+
+impl Shares {
+    /// Adds up the shares that nobody counts in any more.
+    fn collect(&mut self) {
+        let Self { living, gone } = self;
+        living.retain_mut(|share| match Arc::get_mut(share) {
+            Some(share) => {
+                *gone += share.read();
+                false
+            }
+            None => true,
+        });
+    }
+}
+
+impl Counters {
+    /// A share for one more thread.
+    pub fn share(&self) -> Arc<LocalCounters> {
+        let share = Arc::new(LocalCounters::default());
+        let mut shares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        shares.collect();
+        shares.living.push(Arc::clone(&share));
+        share
+    }
+
+    /// The sum of all.
+    pub fn read(&self) -> Totals {
+        let mut shares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        shares.collect();
+        let mut sum = shares.gone;
+        for share in &shares.living {
+            sum += share.read();
+        }
+        sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_that_are_gone_still_count() {
+        let counters = Counters::default();
+        let (one, two) = (counters.share(), counters.share());
+        one.walks.count();
+        two.walks.add(2);
+        assert_eq!(counters.read().walks, 3);
+        drop(one);
+        assert_eq!(counters.read().walks, 3);
+        two.faults.count();
+        drop(two);
+        let all = counters.read();
+        assert_eq!((all.walks, all.faults), (3, 1));
+    }
+}

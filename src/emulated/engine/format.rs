@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a format of user-owned tables tells the walker.
+#![forbid(unsafe_code)]
+
+use std::fmt::Debug;
+use std::ops::BitAnd;
+
+use bitfield_struct::bitfield;
+
+use super::request::RequestKind;
+
+/// What the entries on the way allow, all of them together.
+#[bitfield(u8)]
+#[derive(PartialEq, Eq)]
+pub(in crate::emulated) struct Path {
+    /// Reads.
+    pub read: bool,
+    /// Writes.
+    pub write: bool,
+    /// User requests.
+    pub user: bool,
+    /// Execute requests; of users, where formats tell them from privileged ones.
+    pub execute: bool,
+    /// Privileged execute requests, likewise.
+    pub execute_privileged: bool,
+    #[bits(3)]
+    __: u8,
+}
+
+impl Path {
+    /// What no entry has limited yet.
+    pub const UNLIMITED: Self = Self::new()
+        .with_read(true)
+        .with_write(true)
+        .with_user(true)
+        .with_execute(true)
+        .with_execute_privileged(true);
+}
+
+impl BitAnd for Path {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self::from_bits(self.into_bits() & other.into_bits())
+    }
+}
+
+/// A present, well-formed entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::emulated) struct Entry {
+    /// It is a page and not a pointer to a table.
+    pub leaf: bool,
+    /// GPA of the page or the table, in bytes.
+    pub address: u64,
+    /// What it allows.
+    pub path: Path,
+    /// A page that is the same in every address space of the tag.
+    pub global: bool,
+}
+
+/// What the host's stage 2 does not let a walk do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::emulated) enum Stage2Refusal {
+    /// The GPA is wider than guest addresses are.
+    Beyond,
+    /// Nothing is mapped there.
+    Absent,
+    /// What is there must not be read, or not be written.
+    Denied,
+}
+
+/// Where a walk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::emulated) struct At {
+    /// GPA of the table, or of its entry; none when it is not known.
+    pub gpa: Option<u64>,
+    /// The table is the top one.
+    pub top: bool,
+}
+
+/// A format of tables of eight-byte entries. Levels are numbered from the leaf up, from 1; a table
+/// of any level but the top one has the same size.
+pub(in crate::emulated) trait TableFormat {
+    /// Why a request is blocked.
+    type Fault: Copy + Debug + PartialEq;
+
+    /// GPA of the top table, in bytes.
+    fn table(&self) -> u64;
+
+    /// Level of the top table, at most 5.
+    fn levels(&self) -> u8;
+
+    /// Size of a page of `level`, as a power of two; level 1 is the size of a table.
+    fn shift(&self, level: u8) -> u8;
+
+    /// The number of the entry of `level` on the way of `iova`.
+    fn index(&self, iova: u64, level: u8) -> u64;
+
+    /// Whether such requests are served at all.
+    fn check_request(&self, kind: RequestKind) -> Result<(), Self::Fault>;
+
+    /// Whether the tables translate such addresses.
+    fn check_address(&self, iova: u64) -> Result<(), Self::Fault>;
+
+    /// What an entry of `level` says.
+    fn decode(&self, word: u64, level: u8) -> Result<Entry, Self::Fault>;
+
+    /// The flags that must be set in an entry before a request uses it.
+    fn flags(&self, leaf: bool, write: bool) -> u64;
+
+    /// Whether a leaf with `word` can serve writes without further ado.
+    fn is_dirty(&self, word: u64) -> bool;
+
+    /// Whether entries that together allow `path` allow a request.
+    fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Self::Fault>;
+
+    /// Stage 2 does not let a table be read.
+    fn table_refused(&self, at: At, why: Stage2Refusal) -> Self::Fault;
+
+    /// An entry could not be read though stage 2 allows it.
+    fn entry_unreadable(&self, at: At) -> Self::Fault;
+
+    /// Stage 2 does not let the flags of an entry be written.
+    fn flags_refused(&self, at: At) -> Self::Fault;
+
+    /// The flags of an entry could not be updated: it kept changing.
+    fn flags_unsettled(&self) -> Self::Fault;
+
+    /// Stage 2 does not allow the access to `gpa` that the tables lead to.
+    fn page_refused(&self, gpa: u64, why: Stage2Refusal) -> Self::Fault;
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Why a request was blocked.
+#![forbid(unsafe_code)]
+
+use crate::spec::vtd::fault::FaultReason;
+
+/// A request was blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// The architecture's reason.
+    pub reason: FaultReason,
+    /// It was the host's stage 2 that refused.
+    pub stage2: bool,
+}
+
+impl Fault {
+    /// The fault of tables that the user owns, or of the PASID table.
+    pub fn stage1(reason: FaultReason) -> Self {
+        Self { reason, stage2: false }
+    }
+
+    /// The fault of the host's stage 2.
+    pub fn stage2(reason: FaultReason) -> Self {
+        Self { reason, stage2: true }
+    }
+}
