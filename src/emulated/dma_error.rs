@@ -2,6 +2,7 @@
 //! Why DMA reaches no memory.
 #![forbid(unsafe_code)]
 
+use crate::spec::smmuv3::event::EventId;
 use crate::spec::vtd::fault::FaultReason;
 
 /// Why an IOMMU blocked a DMA request, in its architecture's words.
@@ -10,6 +11,12 @@ pub enum DmaFaultReason {
     /// VT-d's fault reason (§7.1.3).
     #[error("{0}")]
     Vtd(FaultReason),
+    /// The event of an SMMUv3 (§7.3).
+    #[error("{}", .0.name())]
+    SmmuV3(EventId),
+    /// The stream table entry of an SMMUv3 says so, which is no event.
+    #[error("the stream aborts")]
+    SmmuV3Abort,
 }
 
 /// A DMA request failed.
@@ -25,12 +32,13 @@ pub enum DmaError {
         /// The host's stage 2 refused, not the guest's own tables.
         stage2: bool,
     },
-    /// It is an interrupt message and no memory access: on VT-d, one without PASID to
-    /// 0xFEE0_0000–0xFEEF_FFFF (§3.14). Whoever made the request must send it to the interrupt
-    /// controller, or drop it.
+    /// It is an interrupt message and no memory access: on VT-d, a request without PASID to
+    /// 0xFEE0_0000–0xFEEF_FFFF (§3.14); on SMMUv3, a write that the tables send to the doorbell of
+    /// an interrupt controller. Whoever made the request must send it there, or drop it.
     #[error("DMA to {address:#x} is an interrupt message")]
     Interrupt {
-        /// The message's address in bytes: on VT-d the IOVA, which is not translated.
+        /// The message's address in bytes: on VT-d the IOVA, which is not translated; on SMMUv3
+        /// the GPA of the doorbell.
         address: u64,
     },
     /// Its memory is not there: never, while mappings are as long as their memory.

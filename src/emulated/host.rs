@@ -13,10 +13,9 @@ use super::driver::{DriverInfo, OwnArray, OwnData, Partial, UserData};
 use super::event_file::{OpenFaultQueue, OpenVeventq};
 use super::graph::ObjectGraph;
 use super::ioas::Source;
-use super::machine::{Machine, MachineError, UnitId};
+use super::machine::{EmulatedUnit, Machine, MachineError, UnitId};
 use super::objects::{HwptRequest, MapRequest, Objects};
 use super::refusal::{refuse, Outcome};
-use super::vtd::VtdUnit;
 use crate::iommufd::{
     DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo,
     HwInfoData, HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
@@ -87,7 +86,7 @@ impl EmulatedHost {
     }
 
     /// Adds an IOMMU: [`Machine::add_unit`].
-    pub fn add_unit(&self, unit: Arc<VtdUnit>) -> UnitId {
+    pub fn add_unit(&self, unit: impl Into<EmulatedUnit>) -> UnitId {
         self.machine().add_unit(unit)
     }
 
@@ -256,6 +255,7 @@ impl HostIommu for EmulatedHost {
         Ok(HwInfo {
             data: match info.data {
                 DriverInfo::Vtd(info) => HwInfoData::Vtd(info),
+                DriverInfo::ArmSmmuV3(info) => HwInfoData::ArmSmmuV3(info),
                 DriverInfo::Other { .. } => HwInfoData::None,
             },
             capabilities: info.capabilities,

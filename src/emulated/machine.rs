@@ -15,13 +15,53 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::device::{DeviceConfig, Requester};
 use super::dma::DmaPort;
-use super::driver::{CacheTags, Driver, VtdDriver};
+use super::driver::{CacheTags, Driver, SmmuDriver, VtdDriver};
 use super::refusal::{refuse, Outcome};
 #[cfg(feature = "selftest")]
 use super::selftest::Selftest;
+use super::smmuv3::SmmuV3Unit;
 use super::vtd::VtdUnit;
 use crate::iommufd::{Errno, Extensions};
 use crate::spec::pci::{Bdf, Pasid};
+
+/// An emulated IOMMU of either architecture.
+#[derive(Debug, Clone)]
+pub enum EmulatedUnit {
+    /// Intel VT-d.
+    Vtd(Arc<VtdUnit>),
+    /// Arm SMMUv3.
+    SmmuV3(Arc<SmmuV3Unit>),
+}
+
+impl From<Arc<VtdUnit>> for EmulatedUnit {
+    fn from(unit: Arc<VtdUnit>) -> Self {
+        Self::Vtd(unit)
+    }
+}
+
+impl From<Arc<SmmuV3Unit>> for EmulatedUnit {
+    fn from(unit: Arc<SmmuV3Unit>) -> Self {
+        Self::SmmuV3(unit)
+    }
+}
+
+impl EmulatedUnit {
+    /// Where DMA by requester id `rid` enters it.
+    pub fn port(&self, rid: u16) -> DmaPort {
+        match self {
+            Self::Vtd(unit) => unit.port(rid),
+            Self::SmmuV3(unit) => unit.port(rid),
+        }
+    }
+
+    /// Its driver, whose page tables get their tags from `tags`.
+    fn driver(&self, tags: Arc<CacheTags>) -> Arc<dyn Driver> {
+        match self {
+            Self::Vtd(unit) => Arc::new(VtdDriver::new(unit.clone(), tags)),
+            Self::SmmuV3(unit) => Arc::new(SmmuDriver::new(unit.clone(), tags)),
+        }
+    }
+}
 
 /// One IOMMU of a machine, as [`Machine::add_unit`] named it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -122,7 +162,7 @@ struct State {
 struct Unit {
     driver: Arc<dyn Driver>,
     /// Where devices of this process can do DMA through it.
-    vtd: Option<Arc<VtdUnit>>,
+    hardware: Option<EmulatedUnit>,
 }
 
 /// A device, and who has it.
@@ -139,9 +179,9 @@ impl Machine {
     }
 
     /// Adds an IOMMU, which serves this machine alone.
-    pub fn add_unit(&self, unit: Arc<VtdUnit>) -> UnitId {
-        let driver = Arc::new(VtdDriver::new(unit.clone(), self.tags.clone()));
-        self.add(driver, Some(unit))
+    pub fn add_unit(&self, unit: impl Into<EmulatedUnit>) -> UnitId {
+        let unit = unit.into();
+        self.add(unit.driver(self.tags.clone()), Some(unit))
     }
 
     /// Adds an IOMMU that devices of this process do no DMA through.
@@ -156,9 +196,9 @@ impl Machine {
         self.tags.clone()
     }
 
-    fn add(&self, driver: Arc<dyn Driver>, vtd: Option<Arc<VtdUnit>>) -> UnitId {
+    fn add(&self, driver: Arc<dyn Driver>, hardware: Option<EmulatedUnit>) -> UnitId {
         let mut state = self.state();
-        state.units.push(Unit { driver, vtd });
+        state.units.push(Unit { driver, hardware });
         UnitId(state.units.len() - 1)
     }
 
@@ -230,7 +270,7 @@ impl Machine {
         let state = self.state();
         let part = &state.places.get(name)?.part;
         let unit = state.units.get(part.unit.0)?;
-        unit.vtd.as_ref().map(|unit| unit.port(part.requester.rid.raw()))
+        unit.hardware.as_ref().map(|unit| unit.port(part.requester.rid.raw()))
     }
 
     /// What every IOMMU can do beyond real ones.

@@ -81,6 +81,7 @@ mod process;
 mod refusal;
 #[cfg(feature = "selftest")]
 mod selftest;
+mod smmuv3;
 mod stage2;
 pub mod uapi;
 mod unmapping;
@@ -95,10 +96,11 @@ pub use dma_error::{DmaError, DmaFaultReason};
 pub use event_file::EventFile;
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::EmulatedHost;
-pub use machine::{Machine, MachineError, UnitId};
+pub use machine::{EmulatedUnit, Machine, MachineError, UnitId};
 pub use mapped_pages::{MappedPages, MmapRequest};
 pub use objects::{AccessUnmap, ObjectKind};
 pub use port_iommu::PortIommu;
+pub use smmuv3::{SmmuV3Counters, SmmuV3Unit, SmmuV3UnitConfig};
 pub use vtd::{
     AddressWidth, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,
     VtdCounters, VtdUnit, VtdUnitConfig,

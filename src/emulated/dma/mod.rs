@@ -16,6 +16,7 @@ use vm_memory::{GuestAddress, VolatileSlice};
 use port::{Port, PortSection, PortTranslated};
 
 use super::dma_error::DmaError;
+use super::smmuv3::SmmuV3Unit;
 use super::vtd::VtdUnit;
 
 /// What a DMA request says of itself beside address and data.
@@ -46,12 +47,20 @@ pub struct DmaPort(AnyPort);
 #[derive(Debug, Clone)]
 enum AnyPort {
     Vtd(Port<VtdUnit>),
+    SmmuV3(Port<SmmuV3Unit>),
 }
 
 impl VtdUnit {
     /// A port for DMA by requester id `rid`.
     pub fn port(self: &Arc<Self>, rid: u16) -> DmaPort {
         DmaPort(AnyPort::Vtd(Port::new(Arc::clone(self), rid)))
+    }
+}
+
+impl SmmuV3Unit {
+    /// A port for DMA of the stream `sid`.
+    pub fn port(self: &Arc<Self>, sid: u16) -> DmaPort {
+        DmaPort(AnyPort::SmmuV3(Port::new(Arc::clone(self), sid)))
     }
 }
 
@@ -123,6 +132,9 @@ impl DmaPort {
             AnyPort::Vtd(port) => {
                 AnyTranslated::Vtd(port.translate(attributes, iova, length, access)?)
             }
+            AnyPort::SmmuV3(port) => {
+                AnyTranslated::SmmuV3(port.translate(attributes, iova, length, access)?)
+            }
         }))
     }
 
@@ -130,6 +142,7 @@ impl DmaPort {
     pub(super) fn enter(&mut self) -> Section<'_> {
         Section(match &mut self.0 {
             AnyPort::Vtd(port) => AnySection::Vtd(port.enter()),
+            AnyPort::SmmuV3(port) => AnySection::SmmuV3(port.enter()),
         })
     }
 }
@@ -143,6 +156,7 @@ pub(super) struct Section<'a>(AnySection<'a>);
 #[derive(Debug)]
 enum AnySection<'a> {
     Vtd(PortSection<'a, VtdUnit>),
+    SmmuV3(PortSection<'a, SmmuV3Unit>),
 }
 
 impl Section<'_> {
@@ -159,6 +173,7 @@ impl Section<'_> {
     ) -> Result<(GuestAddress, usize), DmaError> {
         match &mut self.0 {
             AnySection::Vtd(section) => section.translate(attributes, iova, access),
+            AnySection::SmmuV3(section) => section.translate(attributes, iova, access),
         }
     }
 }
@@ -170,6 +185,7 @@ pub struct Translated<'a>(AnyTranslated<'a>);
 #[derive(Debug)]
 enum AnyTranslated<'a> {
     Vtd(PortTranslated<'a, VtdUnit>),
+    SmmuV3(PortTranslated<'a, SmmuV3Unit>),
 }
 
 impl Translated<'_> {
@@ -179,6 +195,7 @@ impl Translated<'_> {
     pub fn slice(&self) -> VolatileSlice<'_> {
         match &self.0 {
             AnyTranslated::Vtd(translated) => translated.slice(),
+            AnyTranslated::SmmuV3(translated) => translated.slice(),
         }
     }
 }

@@ -8,7 +8,9 @@ use vm_memory::{Address, GuestAddress, VolatileSlice};
 
 use super::{DmaAccess, DmaAttributes};
 use crate::emulated::dma_error::DmaError;
-use crate::emulated::engine::{Blocked, Engine, LocalCounters, Request, RequestKind, Target, Unit};
+use crate::emulated::engine::{
+    Blocked, ConfigCache, Engine, LocalCounters, Request, RequestKind, Target, Unit,
+};
 use crate::emulated::gate::{ReadGuard, Reader};
 
 /// Bytes that one critical section transfers at most.
@@ -23,7 +25,7 @@ pub(super) struct Port<U: Unit> {
     unit: Arc<U>,
     rid: u16,
     reader: Reader<U::Engine>,
-    config: <U::Engine as Engine>::ConfigCache,
+    config: ConfigCache,
     counters: Arc<LocalCounters>,
 }
 
@@ -37,7 +39,7 @@ impl<U: Unit> Port<U> {
     /// A port for DMA by requester id `rid`.
     pub fn new(unit: Arc<U>, rid: u16) -> Self {
         let (reader, counters) = (unit.gate().reader(), unit.counters_share());
-        Self { unit, rid, reader, config: Default::default(), counters }
+        Self { unit, rid, reader, config: ConfigCache::default(), counters }
     }
 
     /// See [`super::DmaPort::translate`].
@@ -87,7 +89,7 @@ impl<U: Unit> Port<U> {
 #[derive(Debug)]
 pub(super) struct PortSection<'a, U: Unit> {
     rid: u16,
-    config: &'a mut <U::Engine as Engine>::ConfigCache,
+    config: &'a mut ConfigCache,
     counters: &'a LocalCounters,
     engine: ReadGuard<'a, U::Engine>,
     /// Dropped, and with that reported, after the gate has been left: fields are dropped in order.

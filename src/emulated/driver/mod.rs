@@ -11,6 +11,8 @@
 // No driver here uses all of what a driver may have, and is told.
 #![allow(dead_code)]
 
+mod smmuv3;
+mod tags;
 mod user_data;
 mod vtd;
 mod vtd_tables;
@@ -21,10 +23,12 @@ use std::fs::File;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 
+pub(crate) use smmuv3::SmmuDriver;
+pub(crate) use tags::CacheTags;
 pub(crate) use user_data::{
     OwnArray, OwnData, UserArray, UserData, VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
 };
-pub(crate) use vtd::{CacheTags, VtdDriver};
+pub(crate) use vtd::VtdDriver;
 
 use super::device::{Requester, Slot};
 use super::dirty::DirtyLog;
@@ -32,8 +36,8 @@ use super::events::ViommuEvents;
 use super::refusal::{refuse, Outcome, Refusal};
 use super::stage2::Stage2;
 use crate::iommufd::{
-    iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest,
-    PageResponseCode, UserMemory,
+    iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId,
+    PageRequest, PageResponseCode, UserMemory,
 };
 
 /// What `GET_HW_INFO` says of an IOMMU.
@@ -41,6 +45,8 @@ use crate::iommufd::{
 pub(crate) enum DriverInfo {
     /// `IOMMU_HW_INFO_TYPE_INTEL_VTD`.
     Vtd(iommu_hw_info_vtd),
+    /// `IOMMU_HW_INFO_TYPE_ARM_SMMUV3`.
+    ArmSmmuV3(iommu_hw_info_arm_smmuv3),
     /// Another type, as its structure's bytes.
     Other { data_type: u32, bytes: Vec<u8> },
 }
@@ -223,6 +229,11 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
         flags: HwptFlags,
         data: Option<&dyn UserData>,
     ) -> Outcome<Arc<dyn PagingDomain>>;
+
+    /// Whether it has nested page tables that stand on a nesting parent without a vIOMMU.
+    fn nests_without_viommu(&self) -> bool {
+        true
+    }
 
     /// Makes a nested page table on `parent`, a nesting parent, which may be another driver's.
     /// `flags` are `PASID` or nothing.

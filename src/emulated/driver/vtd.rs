@@ -3,10 +3,11 @@
 //! the user's nested on a second stage, no vIOMMUs.
 
 use std::any::Any;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::tags::{CacheTags, OwnedTag};
 use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
 use super::vtd_tables::{Features, Tables};
 use super::{
@@ -15,7 +16,7 @@ use super::{
 };
 use crate::emulated::device::{Requester, Slot};
 use crate::emulated::dirty::DirtyLog;
-use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use crate::emulated::hardware::{CacheRange, Hardware, Translation, UserTables};
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::stage2::Stage2;
@@ -24,48 +25,6 @@ use crate::iommufd::{
     HwptVtdSecondStage, ObjectId, VTD_INV_FLAGS_LEAF,
 };
 use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
-
-/// The tags of all page tables of a machine.
-#[derive(Debug, Default)]
-pub(crate) struct CacheTags(Mutex<Tags>);
-
-#[derive(Debug, Default)]
-struct Tags {
-    /// The one given out last.
-    last: u32,
-    living: BTreeSet<u32>,
-}
-
-/// A tag that no other living page table has.
-#[derive(Debug)]
-struct OwnedTag {
-    tag: CacheTag,
-    tags: Arc<CacheTags>,
-}
-
-impl CacheTags {
-    fn lock(&self) -> MutexGuard<'_, Tags> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn next(self: &Arc<Self>) -> OwnedTag {
-        let mut tags = self.lock();
-        // After 2^32 page tables tags come round; those still alive are left out.
-        loop {
-            let tag = tags.last.wrapping_add(1);
-            tags.last = tag;
-            if tags.living.insert(tag) {
-                return OwnedTag { tag: CacheTag(tag), tags: self.clone() };
-            }
-        }
-    }
-}
-
-impl Drop for OwnedTag {
-    fn drop(&mut self) {
-        self.tags.lock().living.remove(&self.tag.0);
-    }
-}
 
 /// Tables that a unit fills from an IOAS.
 #[derive(Debug)]
@@ -164,7 +123,7 @@ impl NestedDomain for VtdNested {
         let refused = (0..entries.count()).find_map(|index| read(index).err());
         if !ranges.is_empty() {
             for (hardware, _) in self.attached().values() {
-                hardware.invalidate(self.tag.tag, &ranges);
+                hardware.invalidate(self.tag.tag(), &ranges);
             }
         }
         refused.map_or(Ok(()), |refusal| Err(Partial { done: ranges.len(), refusal }))
@@ -226,7 +185,7 @@ impl VtdDriver {
         }
         let Some(nested) = &domain.nested else {
             return Ok(Translation {
-                tag: paging.tag.tag,
+                tag: paging.tag.tag(),
                 tables: None,
                 stage2: domain.stage2.clone(),
                 dirty: paging.dirty.clone(),
@@ -240,7 +199,7 @@ impl VtdDriver {
             );
         }
         Ok(Translation {
-            tag: nested.tag.tag,
+            tag: nested.tag.tag(),
             tables: Some(nested.tables),
             stage2: domain.stage2.clone(),
             dirty: paging.dirty.clone(),

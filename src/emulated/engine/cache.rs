@@ -114,7 +114,8 @@ impl Key {
         self.source
     }
 
-    fn shift(self) -> u8 {
+    /// Size of the span, as a power of two.
+    pub fn shift(self) -> u8 {
         (self.span & SHIFT) as u8
     }
 

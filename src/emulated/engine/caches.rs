@@ -91,7 +91,9 @@ pub(in crate::emulated) struct Table {
     pub place: Place,
     /// From 1 for the tables of the smallest pages.
     pub level: u8,
-    /// Bytes of it that are contiguous.
+    /// Bytes of it before `place`, which are elsewhere.
+    pub skipped: u64,
+    /// Bytes of it that are contiguous, from `place` on.
     pub length: u64,
     /// Stage 2 lets its entries be written.
     pub writable: bool,
@@ -233,6 +235,7 @@ impl Caches {
             let table = Table {
                 place: value.place(0),
                 level: level - 1,
+                skipped: 0,
                 length: size(tables.shift(1)),
                 writable: value.flags() & TABLE_WRITABLE != 0,
             };
@@ -254,7 +257,7 @@ impl Caches {
         path: Path,
         counters: &LocalCounters,
     ) {
-        if table.length < size(tables.shift(1)) {
+        if table.skipped != 0 || table.length < size(tables.shift(1)) {
             return;
         }
         let writable = if table.writable { TABLE_WRITABLE } else { 0 };
@@ -346,7 +349,7 @@ impl Caches {
 
     /// The entry number `index` of `table`; none when it is not within reach.
     pub fn entry(&self, table: &Table, index: u64) -> Option<&AtomicU64> {
-        let offset = index * 8;
+        let offset = (index * 8).checked_sub(table.skipped)?;
         if offset + 8 > table.length {
             return None;
         }
@@ -378,15 +381,20 @@ impl Caches {
         self.iotlb.drop_range(scope, first, last, shifts)
     }
 
-    /// As [`Caches::drop_pages`], with every piece of a page of stage 1 that has such an address.
+    /// Drops the pages of `scope` that have an address in `first..=last` (bytes) and a size in
+    /// stage 1 of one of `shifts`, with every piece of them that is cached; gives the number of
+    /// entries.
     pub fn drop_whole_pages(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
         if !*self.fragments.get_mut() {
             return self.drop_pages(scope, first, last, shifts);
         }
         self.iotlb.drop_entries(|key, value| {
             let number = CachedPlace::from_bits(value).flags() >> WHOLE_AT;
-            let whole = WHOLE_SHIFTS.get(usize::from(number)).copied().unwrap_or_default();
-            scope.has(key.source()) && key.overlaps(whole, first, last)
+            let whole = match WHOLE_SHIFTS.get(usize::from(number)) {
+                Some(&whole) if number != 0 => whole,
+                _ => key.shift(),
+            };
+            scope.has(key.source()) && shifts.contains(&whole) && key.overlaps(whole, first, last)
         })
     }
 

@@ -11,6 +11,7 @@
 
 mod cache;
 mod caches;
+mod config_cache;
 mod counters;
 mod format;
 mod host_stage2;
@@ -29,18 +30,18 @@ use super::dma_error::DmaFaultReason;
 use super::gate::Gate;
 
 pub(in crate::emulated) use cache::{size, Scope, Source, Spaces};
-pub(in crate::emulated) use caches::{CacheSizes, CachedPage, Caches, Table};
+pub(in crate::emulated) use caches::{CacheSizes, Caches, Table};
 pub(in crate::emulated) use counters::{Counters, Totals};
 pub(in crate::emulated) use format::{At, Entry, Path, Stage2Refusal, TableFormat};
 pub(in crate::emulated) use host_stage2::HostStage2;
-pub(in crate::emulated) use memories::Place;
 pub(in crate::emulated) use origins::Origins;
 pub(in crate::emulated) use request::Rights;
 pub(in crate::emulated) use sharing::{Gone, Sharing};
 pub(in crate::emulated) use trail::Trail;
-pub(in crate::emulated) use walk::{Output, Walk};
+pub(in crate::emulated) use walk::Walk;
 
 pub(crate) use caches::Target;
+pub(crate) use config_cache::ConfigCache;
 pub(crate) use counters::LocalCounters;
 pub(crate) use request::{Request, RequestKind};
 
@@ -61,10 +62,6 @@ impl<F> From<F> for Blocked<F> {
 
 /// The translations of one unit: the way of a request through configuration, tables and caches.
 pub(crate) trait Engine: Debug + Send + Sync {
-    /// What a requester keeps of its configuration. Belongs to one thread; what it holds is invalid
-    /// as soon as the configuration has changed.
-    type ConfigCache: Debug + Default;
-
     /// Why a request is blocked.
     type Fault: Copy + Debug;
 
@@ -75,7 +72,7 @@ pub(crate) trait Engine: Debug + Send + Sync {
     /// Where `request` goes, when all that takes is cached.
     fn cached(
         &self,
-        config: &Self::ConfigCache,
+        config: &ConfigCache,
         counters: &LocalCounters,
         request: &Request,
     ) -> Option<Target>;
@@ -83,7 +80,7 @@ pub(crate) trait Engine: Debug + Send + Sync {
     /// Where `request` goes. What it takes is cached from then on.
     fn translate(
         &self,
-        config: &mut Self::ConfigCache,
+        config: &mut ConfigCache,
         counters: &LocalCounters,
         request: &Request,
     ) -> Result<Target, Blocked<Self::Fault>>;

@@ -56,6 +56,9 @@ pub(crate) struct Request {
 pub(in crate::emulated) struct Rights(u8);
 
 impl Rights {
+    /// Every kind.
+    pub const ALL: Self = Self(u8::MAX);
+
     /// The kinds for which `allowed` holds.
     pub fn of(allowed: impl Fn(RequestKind) -> bool) -> Self {
         Self(

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::cache::{size, Source};
 use super::caches::{CachedPage, Caches, Stage2Page, Table};
 use super::counters::LocalCounters;
-use super::format::{At, Path, Stage2Refusal, TableFormat};
+use super::format::{At, Entry, Path, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
 use super::request::{RequestKind, Rights};
 use crate::emulated::dirty::DirtyLog;
@@ -81,10 +81,12 @@ struct Step<'a> {
     at: At,
     /// What was read from it.
     word: u64,
+    /// It is a page.
+    leaf: bool,
     /// Stage 2 lets it be written.
     writable: bool,
-    /// The table that it points to and what is allowed so far, unless it is a leaf.
-    below: Option<(Table, Path)>,
+    /// The table that it is in and what is allowed so far, if that can be cached.
+    table: Option<(Table, Path)>,
 }
 
 /// All that a walk came through, and where it ended.
@@ -136,7 +138,7 @@ impl Walk<'_> {
             return Ok(None);
         }
         // Only now: an entry whose accessed flag is clear must not be cached.
-        for (table, path) in steps.iter().flatten().filter_map(|step| step.below) {
+        for (table, path) in steps.iter().flatten().filter_map(|step| step.table) {
             self.caches.add_table(tables, (self.source, iova), &table, path, self.counters);
         }
         let leaf = leaf | tables.flags(true, kind.write());
@@ -162,49 +164,37 @@ impl Walk<'_> {
             // must be known.
             Some(_) => None,
         };
-        let mut table_gpa = cached.is_none().then(|| tables.table());
-        let (mut table, mut path) = match cached {
-            Some(start) => start,
-            None => {
-                let at = At { gpa: table_gpa, top: true };
-                (self.locate(tables, tables.table(), tables.levels(), at)?, Path::UNLIMITED)
-            }
-        };
+        let mut level = cached.map_or(tables.levels(), |(table, _)| table.level);
+        let mut path = cached.map_or(Path::UNLIMITED, |(_, path)| path);
+        let mut cached = cached.map(|(table, _)| table);
+        let mut table_gpa = tables.table();
         let mut steps: [Option<Step>; MAX_LEVELS] = Default::default();
-        for number in 0..MAX_LEVELS {
-            let level = table.level;
+        for slot in &mut steps {
             let index = tables.index(iova, level);
-            let gpa = table_gpa.map(|gpa| gpa + index * 8);
-            let at = At { gpa, top: level == tables.levels() };
-            let (entry, writable) = match (self.caches.entry(&table, index), gpa) {
-                (Some(entry), _) => (entry, table.writable),
-                // A table larger than the pages of stage 2 need not be in one piece.
-                (None, Some(gpa)) => {
-                    let piece = self.locate(tables, gpa, level, at)?;
-                    let entry = self.caches.entry(&piece, 0);
-                    (entry.ok_or_else(|| tables.entry_unreadable(at))?, piece.writable)
+            let top = level == tables.levels();
+            let (at, table) = match cached.take() {
+                Some(table) => (At { gpa: None, top }, table),
+                None => {
+                    let at = At { gpa: Some(table_gpa + index * 8), top };
+                    (at, self.locate(tables, table_gpa, index, level, at)?)
                 }
-                (None, None) => return Err(tables.entry_unreadable(at)),
             };
+            let entry =
+                self.caches.entry(&table, index).ok_or_else(|| tables.entry_unreadable(at))?;
             let word = u64::from_le(entry.load(Ordering::Acquire));
-            let decoded = tables.decode(word, level)?;
-            path = path & decoded.path;
-            let below = if decoded.leaf {
-                None
-            } else {
-                // Not below level 1: an entry of that level is a leaf.
-                let at = At { gpa: Some(decoded.address), top: false };
-                table = self.locate(tables, decoded.address, level - 1, at)?;
-                table_gpa = Some(decoded.address);
-                Some((table, path))
-            };
-            // In bounds: counted to the length.
-            steps[number] = Some(Step { entry, at, word, writable, below });
-            if decoded.leaf {
-                let gpa = decoded.address | iova & (size(tables.shift(level)) - 1);
-                let global = decoded.global;
+            let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
+            let above = path;
+            path = path & allowed;
+            // The top table needs no cache, and one that was cached still is.
+            let table_found = (at.gpa.is_some() && !top).then_some((table, above));
+            let writable = table.writable;
+            *slot = Some(Step { entry, at, word, leaf, writable, table: table_found });
+            if leaf {
+                let gpa = address | iova & (size(tables.shift(level)) - 1);
                 return Ok(Descent { steps, path, gpa, level, leaf: word, global });
             }
+            // Not below level 1: an entry of that level is a leaf.
+            (level, table_gpa) = (level - 1, address);
         }
         // Not reached: there are no more levels than steps, and the last has leaves only.
         Err(tables.entry_unreadable(At { gpa: None, top: false }))
@@ -245,17 +235,26 @@ impl Walk<'_> {
         page.allows(kind).then_some(page).ok_or(Stage2Refusal::Denied)
     }
 
-    /// Where the table of `level` at `gpa` is, or the rest of it.
+    /// Where the table of `level` at `gpa` is, as far as it is in one piece with its entry number
+    /// `index`.
     fn locate<F: TableFormat>(
         &self,
         tables: &F,
         gpa: u64,
+        index: u64,
         level: u8,
         at: At,
     ) -> Result<Table, F::Fault> {
-        match self.caches.stage2(self.host, gpa, self.counters) {
+        let entry_at = index * 8;
+        match self.caches.stage2(self.host, gpa + entry_at, self.counters) {
             Ok(page) if page.read => {
-                Ok(Table { place: page.place, level, length: page.length, writable: page.write })
+                // The page of stage 2 may start in the middle of a large table.
+                let before = page.shift.map_or(0, |shift| (gpa + entry_at) & (size(shift) - 1));
+                let skipped = entry_at.saturating_sub(before);
+                let place = page.place.back(entry_at - skipped);
+                let place = place.ok_or_else(|| tables.entry_unreadable(at))?;
+                let length = page.length + (entry_at - skipped);
+                Ok(Table { place, level, skipped, length, writable: page.write })
             }
             Ok(_) => Err(tables.table_refused(at, Stage2Refusal::Denied)),
             Err(why) => Err(tables.table_refused(at, why)),
@@ -271,8 +270,7 @@ impl Walk<'_> {
         kind: RequestKind,
     ) -> Result<bool, F::Fault> {
         for step in steps.iter().flatten() {
-            let leaf = step.below.is_none();
-            let wanted = step.word | tables.flags(leaf, kind.write());
+            let wanted = step.word | tables.flags(step.leaf, kind.write());
             if wanted == step.word {
                 continue;
             }

@@ -169,6 +169,9 @@ impl Objects {
     ) -> Outcome<Arc<dyn NestedDomain>> {
         let parent = self.table.hwpt_paging(request.pt)?;
         let (flags, data) = nested_arguments(request)?;
+        if !part.driver.nests_without_viommu() {
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU nests page tables on a vIOMMU only");
+        }
         if parent.automatic || !parent.flags.nest_parent() {
             return refuse(
                 Errno::EINVAL,

@@ -63,6 +63,9 @@ pub(super) fn hw_info(
         DriverInfo::Vtd(info) => {
             (iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD, vtd_info_bytes(&info))
         }
+        DriverInfo::ArmSmmuV3(info) => {
+            (iommu_hw_info_type_IOMMU_HW_INFO_TYPE_ARM_SMMUV3, smmu_info_bytes(&info))
+        }
         DriverInfo::Other { data_type, bytes } => (data_type, bytes),
     };
     if wanted != iommu_hw_info_type_IOMMU_HW_INFO_TYPE_DEFAULT && wanted != data_type {
@@ -134,6 +137,12 @@ fn write_and_clear(
         written += length;
     }
     Ok(())
+}
+
+fn smmu_info_bytes(info: &iommu_hw_info_arm_smmuv3) -> Vec<u8> {
+    let iommu_hw_info_arm_smmuv3 { flags, __reserved, idr, iidr, aidr } = *info;
+    let words = [flags, __reserved].into_iter().chain(idr).chain([iidr, aidr]);
+    words.flat_map(u32::to_ne_bytes).collect()
 }
 
 fn vtd_info_bytes(info: &iommu_hw_info_vtd) -> Vec<u8> {

@@ -11,12 +11,12 @@ use std::sync::Arc;
 use super::config::VtdUnitConfig;
 use super::context::{Context, Tables};
 use super::fault::Fault;
-use super::pasid_table::{PasidCache, PasidTable};
+use super::pasid_table::PasidTable;
 use super::reasons::page_refused;
 use super::sanitizer::Sanitizer;
 use crate::emulated::engine::{
-    Blocked, Caches, Gone, LocalCounters, Request, RequestKind, Rights, Scope, Sharing, Target,
-    Walk,
+    Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, RequestKind, Rights, Scope,
+    Sharing, Target, Walk,
 };
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
 use crate::emulated::stage2::Stage2;
@@ -57,11 +57,11 @@ impl Engine {
 
     fn context(
         &self,
-        pasid_cache: &mut PasidCache,
+        pasid_cache: &mut ConfigCache,
         counters: &LocalCounters,
         request: &Request,
     ) -> Result<&Context, Fault> {
-        if let Some(context) = pasid_cache.get(&self.pasid_table, request.pasid) {
+        if let Some(context) = self.pasid_table.cached(pasid_cache, request.pasid) {
             counters.config_hits.count();
             return Ok(context);
         }
@@ -71,7 +71,7 @@ impl Engine {
             let context = self.pasid_table.get(request.rid, request.pasid);
             return context.ok_or_else(|| Fault::stage1(self.not_present(request.pasid)));
         }
-        match pasid_cache.fill(&self.pasid_table, request.rid, request.pasid) {
+        match self.pasid_table.fill(pasid_cache, request.rid, request.pasid) {
             Some((context, evicted)) => {
                 counters.config_evictions.add(evicted.into());
                 Ok(context)
@@ -192,7 +192,6 @@ impl Engine {
 }
 
 impl crate::emulated::engine::Engine for Engine {
-    type ConfigCache = PasidCache;
     type Fault = Fault;
 
     /// §3.14.
@@ -201,11 +200,11 @@ impl crate::emulated::engine::Engine for Engine {
     #[inline]
     fn cached(
         &self,
-        pasid_cache: &PasidCache,
+        pasid_cache: &ConfigCache,
         counters: &LocalCounters,
         request: &Request,
     ) -> Option<Target> {
-        let context = pasid_cache.get(&self.pasid_table, request.pasid)?;
+        let context = self.pasid_table.cached(pasid_cache, request.pasid)?;
         let Request { address, kind, .. } = *request;
         let target = self.caches.translation(&PAGE_SHIFTS, context.source, address, kind)?;
         counters.config_hits.count();
@@ -216,7 +215,7 @@ impl crate::emulated::engine::Engine for Engine {
     #[cold]
     fn translate(
         &self,
-        pasid_cache: &mut PasidCache,
+        pasid_cache: &mut ConfigCache,
         counters: &LocalCounters,
         request: &Request,
     ) -> Result<Target, Blocked<Fault>> {

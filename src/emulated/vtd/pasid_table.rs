@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host-side PASID table, and the PASID cache of a requester in front of it.
+//! The host-side PASID table. A requester's PASID cache is in front of it.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 
 use super::context::Context;
+use crate::emulated::engine::ConfigCache;
 
 /// Who a context serves: requester id, and PASID for requests that carry one.
 type Requester = (u16, Option<u32>);
@@ -45,53 +46,23 @@ impl PasidTable {
         self.free.push(index);
         self.contexts.get_mut(index)?.take()
     }
-}
 
-/// Lines of a PASID cache, each for the PASIDs of one remainder.
-const LINES: usize = 8;
-
-/// Where in the table the contexts of one requester id are. Belongs to one thread; what it holds is
-/// invalid as soon as the table has changed.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct PasidCache {
-    generation: u64,
-    /// The PASID and the index of its context.
-    lines: [Option<(Option<u32>, usize)>; LINES],
-}
-
-impl PasidCache {
-    /// The context for requests with `pasid`, when it is cached.
+    /// The context of requests with `pasid`, when `cache` has it.
     #[inline]
-    pub(super) fn get<'a>(&self, table: &'a PasidTable, pasid: Option<u32>) -> Option<&'a Context> {
-        // In bounds: a remainder of the length.
-        let (held, index) = self.lines[line(pasid)]?;
-        if self.generation != table.generation || held != pasid {
-            return None;
-        }
-        table.contexts.get(index)?.as_ref()
+    pub fn cached(&self, cache: &ConfigCache, pasid: Option<u32>) -> Option<&Context> {
+        self.contexts.get(cache.get(self.generation, pasid)?)?.as_ref()
     }
 
-    /// The context of `rid` (or its `pasid`), cached from now on, and whether another had to go for
-    /// it. A requester without a context is not cached.
-    pub(super) fn fill<'a>(
-        &mut self,
-        table: &'a PasidTable,
+    /// The context of `rid` (or its `pasid`), in `cache` from now on, and whether another had to go
+    /// for it. A requester without a context is not cached.
+    pub fn fill(
+        &self,
+        cache: &mut ConfigCache,
         rid: u16,
         pasid: Option<u32>,
-    ) -> Option<(&'a Context, bool)> {
-        if self.generation != table.generation {
-            *self = Self { generation: table.generation, ..Self::default() };
-        }
-        let index = *table.indices.get(&(rid, pasid))?;
-        let context = table.contexts.get(index)?.as_ref()?;
-        // In bounds: a remainder of the length.
-        let evicted = self.lines[line(pasid)].replace((pasid, index)).is_some();
-        Some((context, evicted))
+    ) -> Option<(&Context, bool)> {
+        let index = *self.indices.get(&(rid, pasid))?;
+        let context = self.contexts.get(index)?.as_ref()?;
+        Some((context, cache.fill(self.generation, pasid, index)))
     }
-}
-
-/// The line that the context for requests with `pasid` can be in.
-#[inline]
-fn line(pasid: Option<u32>) -> usize {
-    pasid.unwrap_or(0) as usize % LINES
 }

@@ -30,7 +30,8 @@ pub(super) fn read_tables<F: TableFormat>(
         let Some(page) = caches.stage2_now(&context.host, gpa).filter(|page| page.read) else {
             break;
         };
-        let table = Table { place: page.place, level, length: page.length, writable: page.write };
+        let (place, length, writable) = (page.place, page.length, page.write);
+        let table = Table { place, level, skipped: 0, length, writable };
         let Some(entry) = caches.entry(&table, index(iova, level)) else { break };
         let word = u64::from_le(entry.load(Ordering::Acquire));
         trail.set(level, word);
