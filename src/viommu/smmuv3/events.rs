@@ -97,31 +97,34 @@ fn by_stage_1(record: EventRecord) -> EventRecord {
 
 /// The host's stage 2 refused an access that the SMMU made, or was to let pass.
 fn by_stage_2(record: EventRecord) -> EventRecord {
-    let fetch = |id| EventRecord {
-        second_address: record.second_address & EventRecord::FETCH_ADDRESS,
-        ..with_access(id, record)
-    };
+    let second_address = record.second_address & EventRecord::FETCH_ADDRESS;
     match EventClass::from_bits(record.qw1.class()) {
         Some(EventClass::Cd) => EventRecord {
-            second_address: record.second_address & EventRecord::FETCH_ADDRESS,
+            second_address,
             ..EventRecord::new(EventId::CdFetch, record.stream(), record.substream())
         },
-        Some(EventClass::TranslationTable) => fetch(EventId::WalkExternalAbort),
+        Some(class @ EventClass::TranslationTable) => {
+            EventRecord { second_address, ..with_access(EventId::WalkExternalAbort, class, record) }
+        }
         Some(EventClass::Input) | None => beyond_memory(record),
     }
 }
 
 /// The access is to where the guest has no memory: beyond its addresses.
 fn beyond_memory(record: EventRecord) -> EventRecord {
-    let told = with_access(EventId::AddressSize, record);
-    EventRecord { qw1: told.qw1.with_class(EventClass::Input.into_bits()), ..told }
+    with_access(EventId::AddressSize, EventClass::Input, record)
 }
 
-/// An event `id` of the access that `record` is of.
-fn with_access(id: EventId, record: EventRecord) -> EventRecord {
+/// An event `id` of stage 1 and `class`, of the access that `record` is of.
+fn with_access(id: EventId, class: EventClass, record: EventRecord) -> EventRecord {
     let access = record.qw1;
+    let qw1 = Event1::new()
+        .with_pnu(access.pnu())
+        .with_ind(access.ind())
+        .with_rnw(access.rnw())
+        .with_class(class.into_bits());
     EventRecord {
-        qw1: Event1::new().with_pnu(access.pnu()).with_ind(access.ind()).with_rnw(access.rnw()),
+        qw1,
         input_address: record.input_address,
         ..EventRecord::new(id, record.stream(), record.substream())
     }

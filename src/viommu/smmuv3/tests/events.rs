@@ -49,7 +49,7 @@ fn a_refusal_of_the_hosts_stage_2_is_told_as_the_guests_own() {
     };
     assert_eq!(send(&guest, stage2_fault(0)), Some(context));
     let walk = EventRecord {
-        qw1: access,
+        qw1: access.with_class(1),
         input_address: 0x7123,
         second_address: 0x9_9000,
         ..EventRecord::new(EventId::WalkExternalAbort, STREAM, substream)
