@@ -10,7 +10,7 @@ use std::sync::Arc;
 use kvm_ioctls::{Cap, Kvm};
 
 use super::arch::layout::{ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
-use super::arch::{self, Board, BoardParts, Processor, Processors};
+use super::arch::{self, Board, Processor, Processors};
 use super::boot;
 use super::bus::Bus;
 use super::config::{MachineConfig, SerialConfig};
@@ -108,14 +108,10 @@ impl Machine {
             _ => None,
         };
         let all_iommus = iommus.as_ref().map_or(&[][..], Iommus::all);
-        let interrupts = Arc::new(Interrupts::new(Ways {
-            vm: vm.clone(),
-            chip,
-            messages,
-            // The interrupt controllers are behind the first.
-            remapper: all_iommus.first().and_then(Iommu::interrupt_remapper),
-            trace: trace.clone(),
-        }));
+        // The interrupt controllers are behind the first.
+        let remapper = all_iommus.first().and_then(Iommu::interrupt_remapper);
+        let ways = Ways { vm: vm.clone(), chip, messages, trace: trace.clone() };
+        let interrupts = Arc::new(Interrupts::new(ways, remapper));
         for iommu in all_iommus {
             for listener in interrupts.listeners() {
                 iommu.add_interrupt_listener(listener);
@@ -146,13 +142,7 @@ impl Machine {
             mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
         }
 
-        let parts = BoardParts {
-            pci: &pci.bus,
-            interrupts: &interrupts,
-            serial: &serial,
-            stopper: &stopper,
-        };
-        let board = Board::new(&parts, &mut mmio)?;
+        let board = Board::new(&mut mmio, serial.clone(), &pci.bus, interrupts.lines(), &stopper)?;
         arch::firmware::write(&memory, config, chip, &start)?;
         let exits = Exits { mmio, board, counters: ExitCounters::default() };
         let console = config.serial == SerialConfig::Tty;

@@ -34,6 +34,8 @@ pub enum ResetCause {
     KeyboardController,
     /// The reset register, as ACPI names it or at its port.
     ResetRegister,
+    /// The call of the processors' firmware interface.
+    Psci,
     /// A fault while a double fault was delivered.
     TripleFault {
         /// Which vCPU.
@@ -83,6 +85,9 @@ impl fmt::Display for StopReason {
             }
             Self::Reset(ResetCause::ResetRegister) => {
                 f.write_str("the guest reset the machine through its reset register")
+            }
+            Self::Reset(ResetCause::Psci) => {
+                f.write_str("the guest reset the machine through PSCI")
             }
             Self::Reset(ResetCause::TripleFault { vcpu, rip }) => {
                 write!(f, "the guest reset the machine with a triple fault of vCPU {vcpu}")?;

@@ -14,16 +14,19 @@
 //!
 //! This is the only file that asks which architecture it is built for.
 
-use std::sync::Arc;
-
-use super::interrupts::Interrupts;
-use super::pci::PciBus;
-use super::serial::SerialPort;
-use super::stop::Stopper;
-
+#[cfg(target_arch = "aarch64")]
+pub mod aarch64;
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;
 
+// Parts of an arm64 machine that ask nothing of the processor: every one tests them.
+#[cfg(any(target_arch = "aarch64", test))]
+pub mod arm64_image;
+#[cfg(any(target_arch = "aarch64", test))]
+pub mod devicetree;
+
+#[cfg(target_arch = "aarch64")]
+pub use aarch64 as current;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64 as current;
 
@@ -32,15 +35,3 @@ pub(super) use current::{
     create_vm, firmware, message, Board, EdgeLine, IrqChip, Lines, Processor, Processors,
     KVM_CAPABILITIES,
 };
-
-/// What the devices that are not on the PCI bus are made of.
-pub(super) struct BoardParts<'a> {
-    /// For ways to PCI configuration space.
-    pub pci: &'a Arc<PciBus>,
-    /// For interrupt controllers.
-    pub interrupts: &'a Interrupts,
-    /// The serial port.
-    pub serial: &'a Arc<SerialPort>,
-    /// For what switches the machine off or resets it.
-    pub stopper: &'a Stopper,
-}

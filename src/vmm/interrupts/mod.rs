@@ -37,8 +37,6 @@ pub(super) struct Ways {
     pub chip: IrqChip,
     /// Where messages go once they are remapped.
     pub messages: Messages,
-    /// Who remaps those that become messages only in an interrupt controller.
-    pub remapper: Option<Weak<dyn InterruptRemapper>>,
     pub trace: Option<Arc<Trace>>,
 }
 
@@ -53,11 +51,12 @@ pub(super) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Interrupts that go through `ways`.
-    pub fn new(ways: Ways) -> Self {
+    /// Interrupts that go through `ways`; `remapper` remaps those that become messages only in an
+    /// interrupt controller.
+    pub fn new(ways: Ways, remapper: Option<Weak<dyn InterruptRemapper>>) -> Self {
         let table = Arc::new(GsiTable::new(ways.vm.clone(), ways.chip.pin_routes()));
         let routes = MsiRoutes::new(table.clone(), ways.vm.clone());
-        let lines = Lines::new(&ways, &table);
+        let lines = Lines::new(&ways, &table, remapper);
         let Ways { chip, messages, trace, .. } = ways;
         Self { chip, table, lines, routes, messages, trace }
     }
@@ -97,7 +96,7 @@ impl Interrupts {
         bdf: Bdf,
         remapper: Option<Weak<dyn InterruptRemapper>>,
     ) -> FunctionInterrupts {
-        let source = InterruptSource::new(bdf, remapper, self.trace.clone());
+        let source = InterruptSource::new(bdf, &bdf.to_string(), remapper, self.trace.clone());
         FunctionInterrupts::new(source, self.messages.of(bdf), self.routes.clone())
     }
 

@@ -24,18 +24,14 @@ pub struct InterruptSource {
 }
 
 impl InterruptSource {
-    /// The function `bdf`, whose interrupts `remapper` remaps, or nobody.
+    /// The function `bdf`, called `name`, whose interrupts `remapper` remaps, or nobody.
     pub fn new(
         bdf: Bdf,
+        name: &str,
         remapper: Option<Weak<dyn InterruptRemapper>>,
         trace: Option<Arc<Trace>>,
     ) -> Self {
-        Self { bdf, name: bdf.to_string().into(), remapper, trace }
-    }
-
-    /// The same, called `name`.
-    pub fn named(self, name: &str) -> Self {
-        Self { name: name.into(), ..self }
+        Self { bdf, name: name.into(), remapper, trace }
     }
 
     /// Traces what a route became: it is sent past everybody here.

@@ -94,7 +94,7 @@ impl Machine {
 
     fn route_written_by(&self, writer: Writer) -> Arc<VectorRoute> {
         let adder: Arc<dyn InterruptRemapper> = self.adder.clone();
-        let source = InterruptSource::new(SOURCE, Some(Arc::downgrade(&adder)), None);
+        let source = InterruptSource::new(SOURCE, "source", Some(Arc::downgrade(&adder)), None);
         self.routes.allocate(source, self.sink.clone(), writer).unwrap()
     }
 
@@ -212,7 +212,11 @@ fn a_route_that_kvm_refuses_is_none() {
     machine.irqfds.refuse.store(true, Ordering::SeqCst);
     let error = machine
         .routes
-        .allocate(InterruptSource::new(SOURCE, None, None), machine.sink.clone(), Writer::Here)
+        .allocate(
+            InterruptSource::new(SOURCE, "source", None, None),
+            machine.sink.clone(),
+            Writer::Here,
+        )
         .unwrap_err();
     assert!(error.to_string().contains("interrupt route"), "{error}");
     machine.irqfds.refuse.store(false, Ordering::SeqCst);

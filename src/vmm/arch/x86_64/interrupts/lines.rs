@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use super::ioapic::{EndListener, Ioapic, PinOutput};
 use super::pin_line::{OwnedPinLine, PinLine, WatchedPinLine};
 use super::IrqChip;
-use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
+use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use crate::vmm::arch::layout::{IOAPIC_BDF, IOAPIC_ID};
 use crate::vmm::interrupts::{
     DeviceLine, GsiTable, InterruptSource, LineEvents, ResampledLine, Ways,
@@ -28,12 +28,15 @@ pub(in crate::vmm) struct Lines {
 }
 
 impl Lines {
-    /// The inputs of the controllers in `ways`; `table` is KVM's routing.
-    pub fn new(ways: &Ways, table: &Arc<GsiTable>) -> Self {
+    /// The inputs of the controllers in `ways`; `table` is KVM's routing. `remapper` remaps what an
+    /// IOAPIC here sends.
+    pub fn new(
+        ways: &Ways,
+        table: &Arc<GsiTable>,
+        remapper: Option<Weak<dyn InterruptRemapper>>,
+    ) -> Self {
         let ioapic = (ways.chip == IrqChip::Split).then(|| {
-            let source =
-                InterruptSource::new(IOAPIC_BDF, ways.remapper.clone(), ways.trace.clone());
-            let source = source.named("IOAPIC");
+            let source = InterruptSource::new(IOAPIC_BDF, "IOAPIC", remapper, ways.trace.clone());
             let messages = ways.messages.of(IOAPIC_BDF);
             Ioapic::new(
                 IOAPIC_ID,
@@ -172,8 +175,7 @@ mod tests {
             assert_eq!(split, wanted != Wanted::InKernel);
             let _vcpu = vm.create_vcpu(0).unwrap();
             let messages = Messages::new(vm.clone(), None);
-            let interrupts =
-                Interrupts::new(Ways { vm, chip, messages, remapper: None, trace: None });
+            let interrupts = Interrupts::new(Ways { vm, chip, messages, trace: None }, None);
             assert_eq!(interrupts.lines().ioapic().is_some(), split);
             assert_eq!(interrupts.listeners().len(), 1 + usize::from(split));
             interrupts.edge_line(4).unwrap().trigger().unwrap();

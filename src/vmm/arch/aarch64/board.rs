@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An arm64 machine's devices that are not on the PCI bus, and its power.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+
+use super::interrupts::Lines;
+use super::layout::{DEBUG_EXIT_ADDRESS, SERIAL_ADDRESS};
+use crate::vmm::bus::Bus;
+use crate::vmm::debug_exit::{self, DebugExit};
+use crate::vmm::pci::PciBus;
+use crate::vmm::serial::{SerialPort, REGISTERS};
+use crate::vmm::stop::{ResetCause, StopReason, Stopper};
+use crate::vmm::Result;
+
+/// What of it exits lead to, but for memory: the processors' firmware interface, as far as KVM leaves
+/// it to others.
+#[derive(Debug, Default)]
+pub(in crate::vmm) struct Board;
+
+impl Board {
+    /// The devices, on `mmio`: `serial` and the debug exit, which leads to `stopper`. All ways to PCI
+    /// are in memory, and all interrupt controllers in the kernel.
+    ///
+    /// # Errors
+    /// Two of them claim the same addresses.
+    pub fn new(
+        mmio: &mut Bus,
+        serial: Arc<SerialPort>,
+        _pci: &Arc<PciBus>,
+        _lines: &Lines,
+        stopper: &Stopper,
+    ) -> Result<Self> {
+        mmio.insert(SERIAL_ADDRESS..=SERIAL_ADDRESS + (REGISTERS - 1), serial)?;
+        let last = DEBUG_EXIT_ADDRESS + (debug_exit::LENGTH - 1);
+        mmio.insert(DEBUG_EXIT_ADDRESS..=last, Arc::new(DebugExit::new(stopper.clone())))?;
+        Ok(Self)
+    }
+
+    /// What the guest's call to the firmware interface is to the machine: KVM's system event `event`.
+    pub fn system_event(&self, event: u32) -> StopReason {
+        match event {
+            KVM_SYSTEM_EVENT_SHUTDOWN => StopReason::PowerOff,
+            KVM_SYSTEM_EVENT_RESET => StopReason::Reset(ResetCause::Psci),
+            event => StopReason::Stuck(format!("KVM tells of a system event of type {event}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn off_and_reset_are_told_apart() {
+        let reason = |event| Board.system_event(event);
+        assert_eq!(reason(KVM_SYSTEM_EVENT_SHUTDOWN), StopReason::PowerOff);
+        assert_eq!(reason(KVM_SYSTEM_EVENT_RESET), StopReason::Reset(ResetCause::Psci));
+        assert!(reason(3).to_string().contains("type 3"));
+    }
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Kernel images of an arm64 machine, and the state the first vCPU starts in.
+#![forbid(unsafe_code)]
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::layout::RAM_START;
+use crate::vmm::arch::arm64_image::Header;
+pub use crate::vmm::arch::arm64_image::ImageError;
+use crate::vmm::boot::{BootInfo, Module};
+use crate::vmm::memory::MachineMemory;
+
+/// Where the device tree goes: at the start of RAM, and a kernel may map 2 MiB of it.
+pub const DEVICE_TREE_START: u64 = RAM_START;
+/// How long it may be, in bytes.
+pub const DEVICE_TREE_SIZE: u64 = 2 << 20;
+/// Kernels are loaded from here up, at what they say.
+const KERNEL_BASE: u64 = DEVICE_TREE_START + DEVICE_TREE_SIZE;
+/// A machine that boots has more memory than this, in bytes.
+pub const MEMORY_MIN: u64 = DEVICE_TREE_SIZE;
+/// How long the command line may be, in bytes: Linux's own limit, with a zero at its end.
+const CMDLINE_SIZE: usize = 2048;
+/// A kernel finds its initramfs in so many bytes around itself.
+const MODULE_WINDOW: u64 = 32 << 30;
+
+/// What the first vCPU starts with, and what the device tree is to say of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StartState {
+    /// Where it starts.
+    pub pc: u64,
+    /// Guest-physical address of the device tree.
+    pub device_tree: u64,
+    /// The initramfs.
+    pub initramfs: Option<Module>,
+}
+
+/// A kernel image whose header is sound.
+pub(in crate::vmm) struct Image<'a> {
+    bytes: &'a [u8],
+    header: Header,
+}
+
+impl<'a> Image<'a> {
+    /// The image that the file `bytes` is.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, ImageError> {
+        Ok(Self { bytes, header: Header::parse(bytes)? })
+    }
+
+    fn start(&self) -> u64 {
+        KERNEL_BASE.saturating_add(self.header.text_offset)
+    }
+
+    fn end(&self) -> u64 {
+        self.start().saturating_add(self.header.memory_size)
+    }
+
+    /// What the kernel takes up must lie in RAM, clear of what it is told.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn check(&self, memory: &MachineMemory) -> Result<(), ImageError> {
+        let (start, end) = (self.start(), self.end());
+        match memory.contains(start, end - start) {
+            true => Ok(()),
+            false => Err(ImageError::NoRoom { start, end }),
+        }
+    }
+
+    /// How long the command line may be, in bytes, without the zero at its end.
+    pub fn cmdline_max(&self) -> usize {
+        CMDLINE_SIZE - 1
+    }
+
+    /// Where a module may be: from the end of the kernel to the last address it can reach.
+    pub fn module_range(&self, memory: &MachineMemory) -> (u64, u64) {
+        (self.end(), RAM_START + memory.low_size().min(MODULE_WINDOW))
+    }
+
+    /// Loads the kernel. What it is told, the device tree says.
+    ///
+    /// # Errors
+    /// The kernel cannot be loaded after all.
+    pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
+        let pc = self.start();
+        // What the file does not have is zero, as guest memory is to start with.
+        info.memory.map().write_slice(self.bytes, GuestAddress(pc))?;
+        Ok(StartState { pc, device_tree: DEVICE_TREE_START, initramfs: info.module })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::arch::arm64_image::testing::image;
+
+    #[test]
+    fn a_kernel_lies_where_it_says_behind_the_device_tree() {
+        let memory = MachineMemory::new(8 << 20).unwrap();
+        let bytes = image(0x8_0000, 0x2_0000, b"code");
+        let kernel = Image::parse(&bytes).unwrap();
+        kernel.check(&memory).unwrap();
+        let module = Module { start: RAM_START + (7 << 20), length: 5 };
+        let info = BootInfo { memory: &memory, cmdline: "", module: Some(module) };
+        let start = kernel.load(&info).unwrap();
+        assert_eq!(start.pc, RAM_START + (2 << 20) + 0x8_0000);
+        assert_eq!((start.device_tree, start.initramfs), (RAM_START, Some(module)));
+        let mut code = vec![0; bytes.len()];
+        memory.map().read_slice(&mut code, GuestAddress(start.pc)).unwrap();
+        assert_eq!(code, bytes);
+        assert_eq!(kernel.module_range(&memory), (start.pc + 0x2_0000, RAM_START + (8 << 20)));
+    }
+
+    #[test]
+    fn a_kernel_that_is_not_in_ram_is_refused() {
+        let memory = MachineMemory::new(8 << 20).unwrap();
+        for (offset, size) in [(0, 7 << 20), (8 << 20, 0x1000), (u64::MAX - 0xfff, 0x1000)] {
+            let bytes = image(offset, size, b"code");
+            let error = Image::parse(&bytes).unwrap().check(&memory).unwrap_err();
+            assert!(error.to_string().contains("not RAM"), "{error}");
+        }
+    }
+}

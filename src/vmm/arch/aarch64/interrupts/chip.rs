@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The interrupt controllers that KVM gives a machine.
+//!
+//! Source: Linux, `Documentation/virt/kvm/devices/arm-vgic-v3.rst` and `arm-vgic-its.rst`.
+
+use std::fmt;
+
+use kvm_bindings::{
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, KVM_CREATE_DEVICE_TEST,
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_IRQ_ROUTING_IRQCHIP, KVM_VGIC_ITS_ADDR_TYPE,
+    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,
+};
+use kvm_ioctls::{DeviceFd, VmFd};
+
+use crate::vmm::arch::layout::{
+    DISTRIBUTOR_ADDRESS, FIRST_SPI, ITS_ADDRESS, PINS, REDISTRIBUTORS_ADDRESS,
+};
+use crate::vmm::config::MachineConfig;
+use crate::vmm::{Error, Result};
+
+/// The kinds of devices that a machine has of KVM.
+const KINDS: [(u32, &str); 2] = [
+    (kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, "a GICv3"),
+    (kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, "an interrupt translation service (ITS)"),
+];
+
+/// The interrupt controllers: a GICv3 with one interrupt translation service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IrqChip(());
+
+impl fmt::Display for IrqChip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("in-kernel (GICv3, ITS)")
+    }
+}
+
+impl IrqChip {
+    /// What of them this KVM lacks, if anything.
+    pub fn lacking(vm: &VmFd) -> Option<&'static str> {
+        let lacks = |(kind, _): &&(u32, _)| {
+            let flags = KVM_CREATE_DEVICE_TEST;
+            vm.create_device(&mut kvm_create_device { type_: *kind, fd: 0, flags }).is_err()
+        };
+        KINDS.iter().find(lacks).map(|(_, name)| *name)
+    }
+
+    /// Gives `vm` its interrupt controllers, after all its vCPUs.
+    ///
+    /// # Errors
+    /// This KVM has none of the kind.
+    pub fn new(vm: &VmFd) -> Result<Self> {
+        if let Some(name) = Self::lacking(vm) {
+            return Err(Error::KvmLacks(format!("it cannot make {name}, which every guest needs")));
+        }
+        let [(gic, _), (its, _)] = KINDS;
+        let gic = create(vm, gic)?;
+        set(&gic, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &(FIRST_SPI + PINS))?;
+        let address = KVM_DEV_ARM_VGIC_GRP_ADDR;
+        set(&gic, address, KVM_VGIC_V3_ADDR_TYPE_DIST, &DISTRIBUTOR_ADDRESS)?;
+        set(&gic, address, KVM_VGIC_V3_ADDR_TYPE_REDIST, &REDISTRIBUTORS_ADDRESS)?;
+        init(&gic)?;
+        let its = create(vm, its)?;
+        set(&its, address, KVM_VGIC_ITS_ADDR_TYPE, &ITS_ADDRESS)?;
+        init(&its)?;
+        // The devices are the machine's, and stay without their files.
+        Ok(Self(()))
+    }
+
+    /// Whether virtual IOMMUs remap interrupts in the machine of `_config`: messages are translated
+    /// by the interrupt translation service, whatever an IOMMU does to their address.
+    pub fn remaps_interrupts(self, _config: &MachineConfig) -> bool {
+        false
+    }
+
+    /// What KVM routes by itself: each shared peripheral interrupt to the GSI of its number.
+    pub fn pin_routes(self) -> Vec<kvm_irq_routing_entry> {
+        let route = |pin| kvm_irq_routing_entry {
+            gsi: pin,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                irqchip: kvm_irq_routing_irqchip { irqchip: 0, pin },
+            },
+            ..kvm_irq_routing_entry::default()
+        };
+        (0..PINS).map(route).collect()
+    }
+}
+
+fn create(vm: &VmFd, kind: u32) -> Result<DeviceFd> {
+    vm.create_device(&mut kvm_create_device { type_: kind, fd: 0, flags: 0 })
+        .map_err(Error::kvm("making an interrupt controller"))
+}
+
+/// Sets an attribute to `value`, which KVM reads before this returns.
+fn set<T>(device: &DeviceFd, group: u32, attribute: u32, value: &T) -> Result<()> {
+    let addr = std::ptr::from_ref(value) as u64;
+    device
+        .set_device_attr(&kvm_device_attr { flags: 0, group, attr: attribute.into(), addr })
+        .map_err(Error::kvm("setting up an interrupt controller"))
+}
+
+fn init(device: &DeviceFd) -> Result<()> {
+    set(device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, &())
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where everything is in an arm64 machine's guest-physical address space.
+//!
+//! Nothing is at 0x0800_0000 to 0x080f_ffff: there Linux, as a host, has the messages of the devices
+//! that it assigns go, and a guest's stage 1 leads there by the same addresses.
+
+use std::ops::RangeInclusive;
+
+use crate::vmm::pci::IntxLine;
+
+/// First address of RAM.
+pub const RAM_START: u64 = 0x4000_0000;
+/// Registers of the serial port.
+pub const SERIAL_ADDRESS: u64 = 0x0900_0000;
+/// Length of its page, in bytes.
+pub const SERIAL_SIZE: u64 = 0x1000;
+/// Registers of the debug exit.
+pub const DEBUG_EXIT_ADDRESS: u64 = 0x0901_0000;
+/// Where the registers of a virtual IOMMU are unless the user says otherwise.
+pub const IOMMU_REGISTERS: u64 = 0x0a00_0000;
+/// Registers of the GIC's distributor.
+pub const DISTRIBUTOR_ADDRESS: u64 = 0x0c00_0000;
+/// Their length, in bytes.
+pub const DISTRIBUTOR_SIZE: u64 = 0x1_0000;
+/// Registers of the GIC's interrupt translation service: a page of 64 KiB, and one to interrupt.
+pub const ITS_ADDRESS: u64 = 0x0c10_0000;
+/// Their length, in bytes.
+pub const ITS_SIZE: u64 = 0x2_0000;
+/// Registers of the GIC's redistributors, one after the other.
+pub const REDISTRIBUTORS_ADDRESS: u64 = 0x0d00_0000;
+/// Length of those of one vCPU, in bytes.
+pub const REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
+/// As many vCPUs as there can be have room.
+const REDISTRIBUTORS_LAST: u64 = REDISTRIBUTORS_ADDRESS + REDISTRIBUTOR_SIZE * 256 - 1;
+/// PCI configuration space: one bus per MiB.
+pub const ECAM_START: u64 = 0x0f00_0000;
+/// Buses there are: the root bus. A kernel looks for devices on every bus that it is told of.
+pub const PCI_BUSES: u64 = 1;
+/// Length of configuration space, in bytes.
+pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
+/// First address of PCI memory BARs.
+pub const PCI_MMIO_START: u64 = 0x1000_0000;
+/// Last address of PCI memory BARs, included.
+pub const PCI_MMIO_LAST: u64 = RAM_START - 1;
+/// What a device writes to so as to interrupt: the page with GITS_TRANSLATER.
+pub const MESSAGE_RANGE: RangeInclusive<u64> =
+    ITS_ADDRESS + 0x1_0000..=ITS_ADDRESS + (ITS_SIZE - 1);
+
+/// Shared peripheral interrupts that the GIC has: the first global system interrupts.
+pub const PINS: u32 = 64;
+/// The first interrupt that is shared: before it are each processor's own.
+pub const FIRST_SPI: u32 = 32;
+/// Shared peripheral interrupt of the serial port.
+pub const SERIAL_IRQ: u32 = 1;
+/// The interrupt lines of PCI.
+pub const INTX_LINES: [IntxLine; 4] = [
+    IntxLine { register: 4, gsis: &[4] },
+    IntxLine { register: 5, gsis: &[5] },
+    IntxLine { register: 6, gsis: &[6] },
+    IntxLine { register: 7, gsis: &[7] },
+];
+
+/// What stands at fixed addresses besides RAM, both ends included.
+pub const FIXED: [(u64, u64, &str); 8] = [
+    (0x0800_0000, 0x080f_ffff, "room for the host's messages"),
+    (SERIAL_ADDRESS, SERIAL_ADDRESS + (SERIAL_SIZE - 1), "the serial port"),
+    (DEBUG_EXIT_ADDRESS, DEBUG_EXIT_ADDRESS + 0xfff, "the debug exit"),
+    (DISTRIBUTOR_ADDRESS, DISTRIBUTOR_ADDRESS + (DISTRIBUTOR_SIZE - 1), "the GIC's distributor"),
+    (ITS_ADDRESS, ITS_ADDRESS + (ITS_SIZE - 1), "the GIC's translation service"),
+    (REDISTRIBUTORS_ADDRESS, REDISTRIBUTORS_LAST, "the GIC's redistributors"),
+    (ECAM_START, ECAM_START + (ECAM_SIZE - 1), "PCI configuration space"),
+    (PCI_MMIO_START, PCI_MMIO_LAST, "PCI memory"),
+];
+
+/// Where `size` bytes of RAM lie: (first address, length).
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    vec![(RAM_START, size)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_on_top_of_anything() {
+        let mut spans = FIXED.to_vec();
+        spans.sort();
+        for pair in spans.windows(2) {
+            assert!(pair[0].0 <= pair[0].1 && pair[0].1 < pair[1].0, "{pair:x?}");
+        }
+        assert!(spans.iter().all(|(_, last, _)| *last < RAM_START));
+    }
+}

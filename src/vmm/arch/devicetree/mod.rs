@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The device tree: what tells a guest what machine it is on, where there is no ACPI.
+//!
+//! Source: Devicetree Specification 0.4; Linux, `Documentation/devicetree/bindings`, by the names in
+//! `compatible`.
+#![forbid(unsafe_code)]
+
+mod interrupts;
+mod pci;
+mod processors;
+mod reserved;
+
+use vm_fdt::{Error, FdtWriter};
+
+use crate::spec::pci::Bdf;
+use crate::vmm::boot::Module;
+
+/// Cells of an address, and of a size, of 32 bits each.
+const ADDRESS_CELLS: u32 = 2;
+const SIZE_CELLS: u32 = 2;
+
+/// Handles by which nodes name each other. Those of what there may be several of count up.
+const GIC: u32 = 1;
+const ITS: u32 = 2;
+const FIRST_SMMU: u32 = 0x100;
+const FIRST_ASSIGNED: u32 = 0x1000;
+
+/// Guest-physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The first one.
+    pub start: u64,
+    /// How many there are.
+    pub length: u64,
+}
+
+impl Span {
+    /// As the property `reg` has it.
+    fn cells(self) -> [u64; 2] {
+        [self.start, self.length]
+    }
+}
+
+/// What the tree tells of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Platform<'a> {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// RAM.
+    pub memory: Vec<Span>,
+    /// The kernel's command line, without a zero byte.
+    pub cmdline: &'a str,
+    /// The initramfs.
+    pub initramfs: Option<Module>,
+    /// The interrupt controller.
+    pub gic: Gic,
+    /// The serial port.
+    pub serial: Serial,
+    /// The PCI host bridge.
+    pub pci: Pci,
+    /// The virtual SMMUs.
+    pub smmus: Vec<Smmu>,
+    /// Devices of the host's that the guest has.
+    pub assigned: Vec<Assigned>,
+}
+
+/// A GICv3 with one interrupt translation service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gic {
+    /// Registers of the distributor.
+    pub distributor: Span,
+    /// Registers of the redistributors, one after the other.
+    pub redistributors: Span,
+    /// Registers of the interrupt translation service.
+    pub its: Span,
+}
+
+/// A 16550.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Serial {
+    /// Its registers, of a byte each.
+    pub registers: Span,
+    /// The shared peripheral interrupt it has, edge-triggered.
+    pub spi: u32,
+}
+
+/// A PCI host bridge with one root bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pci {
+    /// Configuration space.
+    pub ecam: Span,
+    /// The last bus.
+    pub last_bus: u8,
+    /// Where memory BARs are.
+    pub mmio: Span,
+    /// The shared peripheral interrupts that INTA of the devices leads to, in turn: as many as a power
+    /// of two.
+    pub intx: Vec<u32>,
+}
+
+/// A virtual SMMUv3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Smmu {
+    /// Its registers.
+    pub registers: Span,
+    /// Shared peripheral interrupts, edge-triggered: of the event queue, of global errors, of the
+    /// command queue's SYNC.
+    pub spis: [u32; 3],
+    /// Who it is to the interrupt translation service.
+    pub device_id: u32,
+    /// The functions behind it. A function's StreamID is its RID.
+    pub functions: Vec<Bdf>,
+}
+
+/// A device of the host's that the guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Assigned {
+    /// Where it is.
+    pub bdf: Bdf,
+    /// What its IOMMU must always lead to the same addresses: where its host has its messages go.
+    pub identity: Span,
+}
+
+/// The tree of `platform`, as guests read it.
+///
+/// # Errors
+/// It cannot be written: a string with a zero byte, or one tree that is too large.
+pub fn tree(platform: &Platform<'_>) -> Result<Vec<u8>, Error> {
+    let mut fdt = FdtWriter::new()?;
+    let root = fdt.begin_node("")?;
+    fdt.property_string("compatible", "linux,dummy-virt")?;
+    fdt.property_string("model", "twostage")?;
+    fdt.property_u32("#address-cells", ADDRESS_CELLS)?;
+    fdt.property_u32("#size-cells", SIZE_CELLS)?;
+    fdt.property_u32("interrupt-parent", GIC)?;
+    chosen(&mut fdt, platform)?;
+    for span in &platform.memory {
+        let node = fdt.begin_node(&format!("memory@{:x}", span.start))?;
+        fdt.property_string("device_type", "memory")?;
+        fdt.property_array_u64("reg", &span.cells())?;
+        fdt.end_node(node)?;
+    }
+    reserved::memory(&mut fdt, &platform.assigned)?;
+    processors::nodes(&mut fdt, platform.vcpus)?;
+    interrupts::gic(&mut fdt, &platform.gic)?;
+    serial(&mut fdt, &platform.serial)?;
+    for (number, smmu) in (0..).zip(&platform.smmus) {
+        smmu_node(&mut fdt, number, smmu)?;
+    }
+    pci::host_bridge(&mut fdt, platform)?;
+    fdt.end_node(root)?;
+    fdt.finish()
+}
+
+fn chosen(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
+    let node = fdt.begin_node("chosen")?;
+    fdt.property_string("bootargs", platform.cmdline)?;
+    fdt.property_string("stdout-path", &format!("/{}", serial_name(&platform.serial)))?;
+    if let Some(module) = platform.initramfs {
+        fdt.property_u64("linux,initrd-start", module.start)?;
+        fdt.property_u64("linux,initrd-end", module.start + module.length)?;
+    }
+    fdt.end_node(node)
+}
+
+fn serial_name(serial: &Serial) -> String {
+    format!("serial@{:x}", serial.registers.start)
+}
+
+/// `ns16550a`.
+fn serial(fdt: &mut FdtWriter, serial: &Serial) -> Result<(), Error> {
+    /// What a PC's serial port has, which nobody here measures time by.
+    const CLOCK: u32 = 1_843_200;
+    let node = fdt.begin_node(&serial_name(serial))?;
+    fdt.property_string("compatible", "ns16550a")?;
+    fdt.property_array_u64("reg", &serial.registers.cells())?;
+    fdt.property_u32("clock-frequency", CLOCK)?;
+    fdt.property_array_u32("interrupts", &interrupts::edge(serial.spi))?;
+    fdt.end_node(node)
+}
+
+/// `arm,smmu-v3`.
+fn smmu_node(fdt: &mut FdtWriter, number: u32, smmu: &Smmu) -> Result<(), Error> {
+    let node = fdt.begin_node(&format!("iommu@{:x}", smmu.registers.start))?;
+    fdt.property_string("compatible", "arm,smmu-v3")?;
+    fdt.property_array_u64("reg", &smmu.registers.cells())?;
+    fdt.property_array_u32("interrupts", &smmu.spis.map(interrupts::edge).concat())?;
+    let names = ["eventq", "gerror", "cmdq-sync"].map(str::to_owned);
+    fdt.property_string_list("interrupt-names", names.into())?;
+    fdt.property_array_u32("msi-parent", &[ITS, smmu.device_id])?;
+    fdt.property_null("dma-coherent")?;
+    fdt.property_u32("#iommu-cells", 1)?;
+    fdt.property_phandle(FIRST_SMMU + number)?;
+    fdt.end_node(node)
+}
+
+#[cfg(test)]
+mod tests;

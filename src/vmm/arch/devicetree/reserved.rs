@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Addresses that an assigned device's IOMMU must always lead to themselves.
+//!
+//! The host has the messages of the devices that it assigns go to addresses of its own choice. Where
+//! the guest's tables are what the hardware walks first, they must lead there, or messages are lost.
+//!
+//! Source: Linux, `reserved-memory/reserved-memory.yaml` of the bindings (`iommu-addresses`).
+
+use std::collections::BTreeMap;
+
+use vm_fdt::{Error, FdtWriter};
+
+use super::{Assigned, Span, ADDRESS_CELLS, FIRST_ASSIGNED, SIZE_CELLS};
+
+/// Handles of reserved memory come behind those of devices, of which bus 0 has fewer.
+const FIRST_RESERVED: u32 = FIRST_ASSIGNED + 0x1000;
+
+/// Each piece of memory, with the handles of the devices that it is for.
+fn pieces(assigned: &[Assigned]) -> BTreeMap<(u64, u64), Vec<u32>> {
+    let mut pieces = BTreeMap::<_, Vec<_>>::new();
+    for (handle, device) in (FIRST_ASSIGNED..).zip(assigned) {
+        let Span { start, length } = device.identity;
+        pieces.entry((start, length)).or_default().push(handle);
+    }
+    pieces
+}
+
+/// `reserved-memory`, if there is anything to reserve.
+pub(super) fn memory(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), Error> {
+    if assigned.is_empty() {
+        return Ok(());
+    }
+    let node = fdt.begin_node("reserved-memory")?;
+    fdt.property_u32("#address-cells", ADDRESS_CELLS)?;
+    fdt.property_u32("#size-cells", SIZE_CELLS)?;
+    fdt.property_null("ranges")?;
+    for (number, ((start, length), devices)) in (0..).zip(pieces(assigned)) {
+        let piece = fdt.begin_node(&format!("messages@{start:x}"))?;
+        // The same addresses on both sides: without these it would be reserved, and led nowhere.
+        fdt.property_array_u64("reg", &[start, length])?;
+        let half = |value: u64| [(value >> 32) as u32, value as u32];
+        let addresses: Vec<_> = devices
+            .into_iter()
+            .flat_map(|device| [&[device][..], &half(start), &half(length)].concat())
+            .collect();
+        fdt.property_array_u32("iommu-addresses", &addresses)?;
+        fdt.property_phandle(FIRST_RESERVED + number)?;
+        fdt.end_node(piece)?;
+    }
+    fdt.end_node(node)
+}
+
+/// The functions of bus 0 that something is reserved for: a guest looks for it by their nodes.
+pub(super) fn functions(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), Error> {
+    let pieces = pieces(assigned);
+    for (handle, Assigned { bdf, .. }) in (FIRST_ASSIGNED..).zip(assigned) {
+        let node = fdt.begin_node(&format!("device@{:x},{:x}", bdf.device(), bdf.function()))?;
+        // Its configuration space, by bus, device and function in bits 23:8.
+        fdt.property_array_u32("reg", &[u32::from(bdf.raw()) << 8, 0, 0, 0, 0])?;
+        let reserved = (FIRST_RESERVED..).zip(pieces.values());
+        let reserved = reserved.filter(|(_, devices)| devices.contains(&handle));
+        let reserved: Vec<_> = reserved.map(|(reserved, _)| reserved).collect();
+        fdt.property_array_u32("memory-region", &reserved)?;
+        fdt.property_phandle(handle)?;
+        fdt.end_node(node)?;
+    }
+    Ok(())
+}
