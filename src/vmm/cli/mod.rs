@@ -47,7 +47,7 @@ enum Command {
 /// As in [`exit_code`].
 const EXIT_CODES: &str = "\
 Exit codes:
-  What the guest writes to port 0xf4, modulo 256; 0 when it switches the machine off; otherwise
+  What the guest writes to port 0xf4 (arm64: 0x9010000), modulo 256; 0 when it switches the machine off; otherwise
    64  the command line contradicts itself
    66  a file is missing or not what it should be
    69  KVM, or something the machine needs of it or of the host's IOMMU, is not there
@@ -61,7 +61,7 @@ Exit codes:
 #[derive(Debug, Args)]
 struct RunArgs {
     /// Kernel: a bzImage, an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot
-    /// header.
+    /// header; on arm64 an Image.
     #[arg(long, value_name = "PATH")]
     kernel: PathBuf,
 

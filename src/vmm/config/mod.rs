@@ -92,7 +92,8 @@ impl MachineConfig {
 /// What a machine boots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PayloadConfig {
-    /// A bzImage, an ELF64 image with a PVH entry, or an ELF32 image with a Multiboot header.
+    /// What [`arch::boot`](super::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
+    /// entry, or an ELF32 image with a Multiboot header.
     pub kernel: PathBuf,
     /// A file handed to the kernel as its initial file system (the first module).
     pub initramfs: Option<PathBuf>,

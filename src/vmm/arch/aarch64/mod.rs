@@ -23,7 +23,6 @@ pub(in crate::vmm) const KVM_CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::OneReg, "KVM_CAP_ONE_REG"),
     (Cap::ArmPsci02, "KVM_CAP_ARM_PSCI_0_2"),
     (Cap::DeviceCtrl, "KVM_CAP_DEVICE_CTRL"),
-    (Cap::MsiDevid, "KVM_CAP_MSI_DEVID"),
 ];
 
 /// A virtual machine without memory or vCPUs.

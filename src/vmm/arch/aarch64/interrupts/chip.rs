@@ -8,10 +8,10 @@ use std::fmt;
 use kvm_bindings::{
     kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, KVM_CREATE_DEVICE_TEST,
-    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
-    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_IRQ_ROUTING_IRQCHIP, KVM_VGIC_ITS_ADDR_TYPE,
-    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, KVM_DEV_ARM_VGIC_CTRL_INIT,
+    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V3_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_REDIST,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 
@@ -38,13 +38,9 @@ impl fmt::Display for IrqChip {
 }
 
 impl IrqChip {
-    /// What of them this KVM lacks, if anything.
+    /// What of them this KVM lacks, if anything. `vm` has them afterwards, and is good for nothing else.
     pub fn lacking(vm: &VmFd) -> Option<&'static str> {
-        let lacks = |(kind, _): &&(u32, _)| {
-            let flags = KVM_CREATE_DEVICE_TEST;
-            vm.create_device(&mut kvm_create_device { type_: *kind, fd: 0, flags }).is_err()
-        };
-        KINDS.iter().find(lacks).map(|(_, name)| *name)
+        KINDS.iter().find(|kind| create(vm, kind).is_err()).map(|(_, name)| *name)
     }
 
     /// Gives `vm` its interrupt controllers, after all its vCPUs.
@@ -52,10 +48,7 @@ impl IrqChip {
     /// # Errors
     /// This KVM has none of the kind.
     pub fn new(vm: &VmFd) -> Result<Self> {
-        if let Some(name) = Self::lacking(vm) {
-            return Err(Error::KvmLacks(format!("it cannot make {name}, which every guest needs")));
-        }
-        let [(gic, _), (its, _)] = KINDS;
+        let [gic, its] = &KINDS;
         let gic = create(vm, gic)?;
         set(&gic, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &(FIRST_SPI + PINS))?;
         let address = KVM_DEV_ARM_VGIC_GRP_ADDR;
@@ -89,9 +82,13 @@ impl IrqChip {
     }
 }
 
-fn create(vm: &VmFd, kind: u32) -> Result<DeviceFd> {
-    vm.create_device(&mut kvm_create_device { type_: kind, fd: 0, flags: 0 })
-        .map_err(Error::kvm("making an interrupt controller"))
+fn create(vm: &VmFd, (kind, name): &(u32, &str)) -> Result<DeviceFd> {
+    vm.create_device(&mut kvm_create_device { type_: *kind, fd: 0, flags: 0 }).map_err(|error| {
+        match error.errno() {
+            libc::ENODEV => Error::KvmLacks(format!("it cannot make {name}, which guests need")),
+            _ => Error::kvm("making an interrupt controller")(error),
+        }
+    })
 }
 
 /// Sets an attribute to `value`, which KVM reads before this returns.
