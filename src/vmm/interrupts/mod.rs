@@ -4,7 +4,7 @@
 //! A line is an input of theirs. A message is remapped on its way, where a virtual IOMMU does that.
 #![forbid(unsafe_code)]
 
-mod device_line;
+pub(super) mod device_line;
 mod gsi;
 mod messages;
 mod routes;
@@ -15,7 +15,7 @@ use std::sync::{Arc, Weak};
 
 use kvm_ioctls::VmFd;
 
-pub(super) use device_line::{DeviceLine, LineEvents, ResampledLine};
+pub(super) use device_line::{DeviceLine, ResampledLine};
 pub(super) use gsi::{GsiTable, SentMessage};
 pub(super) use messages::Messages;
 pub(super) use routes::UnroutedInterrupts;

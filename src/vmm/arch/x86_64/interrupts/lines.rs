@@ -14,9 +14,8 @@ use super::pin_line::{OwnedPinLine, PinLine, WatchedPinLine};
 use super::IrqChip;
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use crate::vmm::arch::layout::{IOAPIC_BDF, IOAPIC_ID};
-use crate::vmm::interrupts::{
-    DeviceLine, GsiTable, InterruptSource, LineEvents, ResampledLine, Ways,
-};
+use crate::vmm::interrupts::device_line::LineEvents;
+use crate::vmm::interrupts::{DeviceLine, GsiTable, InterruptSource, ResampledLine, Ways};
 use crate::vmm::pci::IntxPin;
 use crate::vmm::{Error, Result};
 

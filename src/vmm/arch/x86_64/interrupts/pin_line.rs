@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ioapic::EndListener;
-use crate::vmm::interrupts::LineEvents;
+use crate::vmm::interrupts::device_line::LineEvents;
 use crate::vmm::pci::{EventLine, IntxPin};
 
 /// The line of one pin. The event loop asserts it, when the one eventfd is written; the vCPU whose
