@@ -21,7 +21,9 @@ pub struct VtdConfig {
     /// Offer second-stage tables that the guest owns: legacy mode, and PGTT second-stage. Only a
     /// host that walks them on top of its own can do this.
     pub second_stage: bool,
-    /// Caching mode: the guest tells of entries that become present, too.
+    /// Caching mode: the guest tells of entries that become present, too. Without it nobody learns
+    /// of a table entry that becomes present, and the requester stays blocked until the guest
+    /// invalidates something of it.
     pub caching_mode: bool,
     /// Offer device-TLBs (ATS).
     pub device_iotlb: bool,

@@ -271,7 +271,7 @@ mod tests {
         assert_eq!("size=1G".parse(), Ok(MemoryOption { size: 1 << 30 }));
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
-            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=on,intremap=on,sanitize=on"
+            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=off,intremap=on,sanitize=on"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("a".to_owned()),
@@ -280,7 +280,7 @@ mod tests {
                 pasid_bits: 16,
                 second_stage: false,
                 ats: true,
-                caching_mode: true,
+                caching_mode: false,
                 interrupt_remapping: Some(true),
                 host: HostChoice::Emulated,
                 sanitize: true,

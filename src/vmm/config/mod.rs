@@ -116,7 +116,9 @@ pub struct IommuConfig {
     pub second_stage: bool,
     /// Device TLBs (ATS) are offered.
     pub ats: bool,
-    /// Caching mode: not-present entries may be cached too, the guest invalidates after mapping.
+    /// Caching mode: the guest tells of entries that become present, too. Without it nobody learns
+    /// of a table entry that becomes present, and the requester stays blocked until the guest
+    /// invalidates something of it.
     pub caching_mode: bool,
     /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
     /// can do without it. What one says holds for all of a machine.
@@ -136,7 +138,7 @@ impl Default for IommuConfig {
             pasid_bits: 8,
             second_stage: true,
             ats: false,
-            caching_mode: false,
+            caching_mode: true,
             interrupt_remapping: None,
             host: HostChoice::default(),
             sanitize: false,
