@@ -7,4 +7,5 @@
 
 mod common;
 mod conformance;
+mod smmuv3;
 mod vtd;

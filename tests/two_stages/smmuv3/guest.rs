@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest's SMMU driver: it builds tables in guest memory, and programs the unit by registers.
+
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
+
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::smmuv3::command::{Command, SyncSignal, RANGE_ALL};
+use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1};
+use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
+use twostage::spec::smmuv3::queue::{
+    CmdqCons, CmdqProd, CommandError, OutputCons, OutputProd, QueueBase, QueueLayout, COMMAND_SIZE,
+};
+use twostage::spec::smmuv3::regs::{self, Cr0, Gerror, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg};
+use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig, STE_SIZE};
+use twostage::spec::smmuv3::translation::{Descriptor, Granule};
+use twostage::spec::smmuv3::StreamId;
+use twostage::viommu::smmuv3::Smmu;
+
+use crate::common::{Memory, PAGE};
+
+/// Each table and queue is one page.
+const STREAM_BITS: u8 = 6;
+const COMMAND_BITS: u8 = 8;
+const EVENT_BITS: u8 = 7;
+/// Virtual and physical addresses.
+const ADDRESS_BITS: u32 = 48;
+/// IPS of as many bits.
+const IPS_48: u8 = 5;
+const GRANULE: Granule = Granule::K4;
+
+/// What a stream table entry says.
+#[derive(Debug, Clone, Copy)]
+pub enum Entry {
+    Abort,
+    Bypass,
+    /// By the one context descriptor at this address.
+    Stage1 { cd: u64 },
+}
+
+/// How the queue answered.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// CMDQ_CONS reached the end.
+    Done,
+    /// It did not, but this many commands, for this reason.
+    Stopped(usize, CommandError),
+}
+
+/// The driver. Every guest address is a GPA, in bytes.
+pub struct Guest {
+    pub memory: Memory,
+    pub smmu: Arc<Smmu>,
+    streams: u64,
+    commands: u64,
+    events: u64,
+    /// Context descriptors, by the table and the ASID that they name.
+    contexts: Mutex<HashMap<(u64, u16), u64>>,
+    /// What CMDQ_PROD was before the last commands.
+    submitted: Mutex<u32>,
+}
+
+impl Deref for Guest {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.memory
+    }
+}
+
+impl Guest {
+    /// A driver with a stream table that aborts all.
+    pub fn new(memory: Memory, smmu: Arc<Smmu>) -> Self {
+        let [streams, commands, events] = [(); 3].map(|()| memory.page());
+        let guest = Self {
+            memory,
+            smmu,
+            streams,
+            commands,
+            events,
+            contexts: Mutex::default(),
+            submitted: Mutex::default(),
+        };
+        for stream in 0..1 << STREAM_BITS {
+            guest.write_entry(StreamId(stream), Entry::Abort);
+        }
+        guest
+    }
+
+    pub fn read32(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.smmu.mmio_read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub fn write32(&self, offset: u64, value: u32) {
+        self.smmu.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    pub fn write64(&self, offset: u64, value: u64) {
+        self.smmu.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    /// As a driver resets an SMMU: tables and queues, everything forgotten, then translation.
+    pub fn enable(&self) {
+        let queues = Cr0::new().with_cmdqen(true).with_eventqen(true);
+        if Cr0::from_bits(self.read32(regs::CR0)) != queues {
+            self.write64(
+                regs::STRTAB_BASE,
+                StrtabBase::new().with_addr(self.streams >> 6).into_bits(),
+            );
+            let config = StrtabBaseCfg::new().with_log2size(STREAM_BITS);
+            self.write32(regs::STRTAB_BASE_CFG, config.into_bits());
+            self.write64(regs::CMDQ_BASE, base(self.commands, COMMAND_BITS).into_bits());
+            self.write64(regs::EVENTQ_BASE, base(self.events, EVENT_BITS).into_bits());
+            self.set_cr0(queues);
+        }
+        let reset = [
+            Command::CfgiSteRange { stream: StreamId(0), range: RANGE_ALL },
+            Command::TlbiNsnhAll,
+        ];
+        self.submit_all(&reset);
+        self.set_cr0(queues.with_smmuen(true));
+    }
+
+    /// Turns translation off; the queues stay.
+    pub fn disable(&self) {
+        self.set_cr0(Cr0::new().with_cmdqen(true).with_eventqen(true));
+    }
+
+    fn set_cr0(&self, cr0: Cr0) {
+        self.write32(regs::CR0, cr0.into_bits());
+        // What the host refuses keeps the acknowledgement back; a driver that waits writes again.
+        for _ in 0..3 {
+            if self.read32(regs::CR0ACK) == cr0.into_bits() {
+                return;
+            }
+            self.write32(regs::CR0, cr0.into_bits());
+        }
+        panic!("CR0 {cr0:?} is not acknowledged");
+    }
+
+    fn command_queue(&self) -> QueueLayout {
+        base(self.commands, COMMAND_BITS).layout(COMMAND_SIZE, COMMAND_BITS)
+    }
+
+    /// Puts `commands` and a CMD_SYNC into the queue, and moves CMDQ_PROD.
+    pub fn submit(&self, commands: &[Command]) -> Completion {
+        let queue = self.command_queue();
+        let start = CmdqProd::from_bits(self.read32(regs::CMDQ_PROD)).wr();
+        let sync = Command::Sync { signal: SyncSignal::None };
+        let mut prod = start;
+        for command in commands.iter().chain([&sync]) {
+            for (at, word) in (queue.address(prod)..).step_by(8).zip(command.encode()) {
+                self.store(at, word);
+            }
+            prod = queue.next(prod);
+        }
+        *self.submitted.lock().unwrap() = start;
+        self.write32(regs::CMDQ_PROD, CmdqProd::new().with_wr(prod).into_bits());
+        self.completion()
+    }
+
+    /// As [`Self::submit`], and goes on where the host failed.
+    pub fn submit_all(&self, commands: &[Command]) {
+        let mut completion = self.submit(commands);
+        for _ in 0..3 {
+            if completion == Completion::Done {
+                return;
+            }
+            completion = self.resume();
+        }
+        panic!("the queue stands: {completion:?}");
+    }
+
+    /// Acknowledges an error of the queue: the unit goes on at the command where it stopped.
+    pub fn resume(&self) -> Completion {
+        self.write32(regs::GERRORN, self.read32(regs::GERROR));
+        self.completion()
+    }
+
+    fn completion(&self) -> Completion {
+        let queue = self.command_queue();
+        let cons = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS));
+        if cons.rd() == CmdqProd::from_bits(self.read32(regs::CMDQ_PROD)).wr() {
+            return Completion::Done;
+        }
+        let active = self.read32(regs::GERROR) ^ self.read32(regs::GERRORN);
+        assert!(Gerror::from_bits(active).cmdq_err(), "the queue stands, and nobody is told");
+        let error = CommandError::from_code(cons.err()).expect("an error has a reason");
+        let done = queue.used(cons.rd(), *self.submitted.lock().unwrap());
+        Completion::Stopped(done as usize, error)
+    }
+
+    /// Changes a stream table entry; the unit does not know yet.
+    pub fn write_entry(&self, stream: StreamId, entry: Entry) {
+        let low = Ste0::new().with_v(true);
+        let high = Ste1::new().with_shcfg(1);
+        let (low, high) = match entry {
+            Entry::Abort => (low.with_config(StreamConfig::Abort.into_bits()), high),
+            Entry::Bypass => (low.with_config(StreamConfig::Bypass.into_bits()), high),
+            Entry::Stage1 { cd } => (
+                low.with_config(StreamConfig::Stage1.into_bits()).with_s1contextptr(cd >> 6),
+                high.with_s1cir(1).with_s1cor(1).with_s1csh(3),
+            ),
+        };
+        self.write_raw_entry(stream, [low.into_bits(), high.into_bits()]);
+    }
+
+    /// Writes words 0 and 1 of a stream table entry, V last.
+    pub fn write_raw_entry(&self, stream: StreamId, words: [u64; 2]) {
+        let at = self.streams + u64::from(stream.raw()) * STE_SIZE;
+        self.store(at + 8, words[1]);
+        self.store(at, words[0]);
+    }
+
+    /// Has the unit look at the entries of both streams again.
+    pub fn flush_entries(&self, rids: &[Bdf]) -> Completion {
+        let of = |rid: &Bdf| Command::CfgiSte { stream: (*rid).into(), leaf: true };
+        self.submit(&rids.iter().map(of).collect::<Vec<_>>())
+    }
+
+    /// The context descriptor of the stage 1 at `table` with `asid`; the same for the same.
+    pub fn context(&self, table: u64, asid: u16) -> u64 {
+        let mut contexts = self.contexts.lock().unwrap();
+        *contexts.entry((table, asid)).or_insert_with(|| {
+            let at = self.page();
+            self.write_context(at, table, asid);
+            at
+        })
+    }
+
+    /// Writes a context descriptor, V last.
+    pub fn write_context(&self, at: u64, table: u64, asid: u16) {
+        let low = Cd0::new()
+            .with_t0sz(64 - ADDRESS_BITS as u8)
+            .with_tg0(GRANULE.tg0())
+            .with_ir0(1)
+            .with_or0(1)
+            .with_sh0(3)
+            .with_epd1(true)
+            .with_v(true)
+            .with_ips(IPS_48)
+            .with_aa64(true)
+            .with_r(true)
+            .with_a(true)
+            .with_aset(true)
+            .with_asid(asid);
+        let qw1 = Cd1::new().with_ttb0(table >> 4);
+        let cd = Cd { qw0: low, qw1, mair: 0xff, ..Cd::default() };
+        for (word, value) in cd.to_words().iter().enumerate().rev() {
+            self.store(at + 8 * word as u64, *value);
+        }
+    }
+
+    /// Maps one page (`level` 3) or block of 2 MiB (`level` 2) in the stage 1 at `table`.
+    pub fn map(&self, table: u64, va: u64, gpa: u64, level: u8, writable: bool) {
+        let mut table = table;
+        for above in 0..level {
+            table = self.table_at(descriptor_at(table, va, above));
+        }
+        let leaf = Descriptor::new()
+            .with_valid(true)
+            .with_table(level == 3)
+            .with_sh(3)
+            .with_af(true)
+            .with_ng(true)
+            .with_ap_unprivileged(true)
+            .with_ap_read_only(!writable)
+            .with_address(GRANULE, gpa);
+        self.store(descriptor_at(table, va, level), leaf.into_bits());
+    }
+
+    /// Takes a page out.
+    pub fn unmap(&self, table: u64, va: u64) {
+        let mut table = table;
+        for above in 0..3 {
+            table = self.table_at(descriptor_at(table, va, above));
+        }
+        self.store(descriptor_at(table, va, 3), 0);
+    }
+
+    /// The table that the descriptor at `at` points to; a new one if it points to none.
+    fn table_at(&self, at: u64) -> u64 {
+        let descriptor = Descriptor::from_bits(self.load(at));
+        if descriptor.valid() {
+            return descriptor.address_bits() * PAGE;
+        }
+        let page = self.page();
+        let table = Descriptor::new().with_valid(true).with_table(true);
+        self.store(at, table.with_address(GRANULE, page).into_bits());
+        page
+    }
+
+    /// The oldest event, taken out of the queue.
+    pub fn take_event(&self) -> Option<EventRecord> {
+        let queue = base(self.events, EVENT_BITS).layout(EVENT_SIZE, EVENT_BITS);
+        let prod = OutputProd::from_bits(self.read32(regs::EVENTQ_PROD));
+        let cons = OutputCons::from_bits(self.read32(regs::EVENTQ_CONS));
+        if queue.is_empty(prod.wr(), cons.rd()) {
+            return None;
+        }
+        let at = queue.address(cons.rd());
+        let words = [0, 8, 16, 24].map(|offset| self.load(at + offset));
+        let next = cons.with_rd(queue.next(cons.rd())).with_ovackflg(prod.ovflg());
+        self.write32(regs::EVENTQ_CONS, next.into_bits());
+        Some(EventRecord::from_words(words))
+    }
+
+    /// Has the event interrupt send `data` to `address`.
+    pub fn enable_event_interrupt(&self, address: u64, data: u32) {
+        let address = IrqCfg0::from_bits(address & IrqCfg0::WRITABLE);
+        self.write64(regs::EVENTQ_IRQ_CFG0, address.into_bits());
+        self.write32(regs::EVENTQ_IRQ_CFG1, data);
+        self.write32(regs::IRQ_CTRL, IrqCtrl::new().with_eventq_irqen(true).into_bits());
+    }
+}
+
+/// A context descriptor of `rid` without substreams.
+pub fn cfgi_cd(rid: Bdf) -> Command {
+    let substream = Pasid::new(0).unwrap();
+    Command::CfgiCd { stream: rid.into(), substream, leaf: true }
+}
+
+fn base(address: u64, log2size: u8) -> QueueBase {
+    QueueBase::new().with_log2size(log2size).with_addr(address >> 5)
+}
+
+fn descriptor_at(table: u64, va: u64, level: u8) -> u64 {
+    table + GRANULE.index(va, level, ADDRESS_BITS) * 8
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The whole stack in one process: guest, virtual SMMUv3, nesting, emulated host, devices.
+
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use twostage::emulated::{
+    DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
+};
+use twostage::iommufd::{FailNth, HostIommu, HwInfoData, ObjectId, Protection};
+use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::nesting::DeviceInfo;
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::event::EventRecord;
+use twostage::viommu::smmuv3::{
+    EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts,
+};
+
+use super::guest::Guest;
+use crate::common::{Host, Memory, A, B};
+
+/// The messages that the virtual SMMU sent: address and data.
+#[derive(Debug, Default)]
+pub struct Messages(Mutex<Vec<(u64, u32)>>);
+
+impl Messages {
+    pub fn take(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl SmmuInterrupts for Messages {
+    fn message(&self, address: u64, data: u32) -> bool {
+        self.0.lock().unwrap().push((address, data));
+        true
+    }
+
+    fn wire(&self, interrupt: SmmuInterrupt) {
+        panic!("{interrupt:?} has a message");
+    }
+}
+
+/// Host, unit, nesting, virtual SMMU and guest.
+pub struct Machine {
+    pub guest: Guest,
+    pub nesting: Arc<SmmuNesting>,
+    pub host: Arc<Host>,
+    pub messages: Arc<Messages>,
+    pub unit: Arc<SmmuV3Unit>,
+    devices: Vec<ObjectId>,
+}
+
+/// A host with one unit and two devices, nothing bound; every call of it can be made to fail.
+pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
+    let unit = SmmuV3Unit::new(SmmuV3UnitConfig::default());
+    let host = EmulatedHost::new();
+    let id = host.add_unit(unit.clone());
+    for (name, rid) in [("a", A), ("b", B)] {
+        host.add_device(name, id, rid, DeviceConfig::default()).unwrap();
+    }
+    (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
+}
+
+impl Machine {
+    /// Builds everything on `host`, as a VMM does before it starts its guest.
+    pub fn on(host: Arc<Host>, unit: Arc<SmmuV3Unit>) -> Result<Self, String> {
+        let text = |error: &dyn Display| error.to_string();
+        let nesting = SmmuNesting::new(host.clone(), DEFAULT_EVENT_DEPTH);
+        let nesting = Arc::new(nesting.map_err(|error| text(&error))?);
+        let memory = Memory::new(|start, region| {
+            nesting.map_memory(start, region, Protection::READ_WRITE)
+        })
+        .map_err(|error| text(&error))?;
+        let mut devices = Vec::new();
+        for (name, rid) in [("a", A), ("b", B)] {
+            let dev = host.device_bind(name).map_err(|error| text(&error))?;
+            devices.push(dev);
+            nesting.add_device(rid, dev).map_err(|error| text(&error))?;
+        }
+        let units: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
+        let config = SmmuConfig::default().intersect(&units).map_err(|error| text(&error))?;
+        let messages = Arc::<Messages>::default();
+        let smmu =
+            Smmu::new(&config, memory.map.clone(), nesting.clone(), messages.clone(), None)
+                .map_err(|error| text(&error))?;
+        nesting.set_event_target(Arc::downgrade(&smmu) as Weak<dyn EventTarget>);
+        smmu.add_stream(A.into());
+        smmu.add_stream(B.into());
+        let guest = Guest::new(memory, smmu);
+        Ok(Self { guest, nesting, host, messages, unit, devices })
+    }
+
+    /// Where the DMA of `rid` enters.
+    pub fn port(&self, rid: Bdf) -> DmaPort {
+        self.unit.port(rid.raw())
+    }
+
+    /// Eight bytes that `rid` reads at `iova`.
+    pub fn read(&self, rid: Bdf, iova: u64) -> Result<u64, DmaError> {
+        let mut bytes = [0; 8];
+        self.port(rid).read(DmaAttributes::default(), iova, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Has `rid` write eight bytes at `iova`.
+    pub fn write(&self, rid: Bdf, iova: u64, value: u64) -> Result<(), DmaError> {
+        self.port(rid).write(DmaAttributes::default(), iova, &value.to_le_bytes())
+    }
+
+    /// The next event in the guest's queue; waits for the thread that brings it.
+    #[track_caller]
+    pub fn event(&self) -> EventRecord {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(event) = self.guest.take_event() {
+                return event;
+            }
+            assert!(Instant::now() < end, "no event reaches the guest");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Ends the machine, and tells how many objects the host is left with.
+    pub fn end(self) -> usize {
+        let Self { guest, nesting, host, devices, .. } = self;
+        // Ends the thread that brings events, which may hold the virtual SMMU for a moment. The
+        // failure that a test asked for may come as late as here.
+        if nesting.shutdown().is_err() {
+            nesting.shutdown().unwrap();
+        }
+        drop(guest);
+        assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
+        for dev in devices {
+            if host.device_unbind(dev).is_err() {
+                host.device_unbind(dev).unwrap();
+            }
+        }
+        host.inner().inner().live_objects()
+    }
+}
+
+fn host_unit(device: &DeviceInfo) -> Option<HostSmmu> {
+    match device.info.data {
+        HwInfoData::ArmSmmuV3(smmu) => {
+            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr))
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! SMMUv3: what is its own, beside what every architecture owes.
+
+mod guest;
+mod machine;
+mod stack;
+
+use twostage::emulated::ObjectKind;
+use twostage::spec::smmuv3::command::{AddressRange, Command};
+use twostage::spec::smmuv3::event::{EventId, EventRecord};
+use twostage::spec::smmuv3::queue::CommandError;
+use twostage::spec::smmuv3::stream_table::{Ste0, StreamConfig};
+use twostage::spec::smmuv3::StreamId;
+use twostage::iommufd::Errno;
+
+use crate::common::{A, B, PAGE};
+use crate::conformance::{nested, Leaf, Stack, Way, IOVA, NAME};
+use guest::{cfgi_cd, Completion, Entry};
+use machine::Machine;
+
+crate::conformance::conformance! { Machine }
+
+fn page_of(iova: u64) -> Command {
+    Command::TlbiNhVa { vmid: 0, asid: NAME, range: AddressRange::at(iova) }
+}
+
+#[test]
+fn an_event_names_stream_address_and_access() {
+    let (machine, table, page) = nested::<Machine>();
+    machine.read(A, IOVA + PAGE + 0x120).unwrap_err();
+    let event = machine.event();
+    let expected = EventRecord::new(EventId::Translation, StreamId(0x20), None);
+    assert_eq!((event.qw0, event.input_address), (expected.qw0, IOVA + PAGE + 0x120));
+    assert!(event.qw1.rnw() && !event.qw1.s2() && !event.qw1.stall());
+
+    machine.guest.map(table, IOVA + PAGE, page, 3, false);
+    machine.write(A, IOVA + PAGE, 1).unwrap_err();
+    let event = machine.event();
+    assert_eq!((event.id(), event.stream()), (Some(EventId::Permission), StreamId(0x20)));
+    assert!(!event.qw1.rnw());
+}
+
+#[test]
+fn an_event_raises_its_message() {
+    let (machine, _, _) = nested::<Machine>();
+    let message = (0x808_0040, 0x41);
+    machine.guest.enable_event_interrupt(message.0, message.1);
+    machine.read(A, IOVA + PAGE).unwrap_err();
+    machine.event();
+    assert_eq!(machine.messages.take(), [message]);
+}
+
+#[test]
+fn a_stream_that_aborts_is_no_event_and_one_with_a_bad_entry_is() {
+    let (machine, _, page) = nested::<Machine>();
+    machine.guest.write_entry(A.into(), Entry::Abort);
+    assert_eq!(machine.guest.flush_entries(&[A]), Completion::Done);
+    machine.read(A, page).unwrap_err();
+    machine.read(A, IOVA).unwrap_err();
+    // Stage 2 of the guest's own is not offered.
+    let stage2 = Ste0::new().with_v(true).with_config(StreamConfig::Stage2.into_bits());
+    machine.guest.write_raw_entry(A.into(), [stage2.into_bits(), 0]);
+    assert_eq!(machine.guest.flush_entries(&[A]), Completion::Done);
+    machine.read(A, page).unwrap_err();
+    let event = machine.event();
+    assert_eq!((event.id(), event.stream()), (Some(EventId::BadSte), A.into()));
+}
+
+#[test]
+fn a_changed_context_descriptor_counts_from_its_invalidation_on() {
+    let (machine, old, _) = nested::<Machine>();
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.map(table, IOVA, page, 3, true);
+    guest.store(page, 2);
+    assert_eq!(machine.read(A, IOVA), Ok(1));
+    guest.write_context(guest.context(old, NAME), table, NAME);
+    assert_eq!(guest.submit(&[Command::TlbiNhAll { vmid: 0 }]), Completion::Done);
+    assert_eq!(machine.read(A, IOVA), Ok(1), "hardware caches the context descriptor");
+    assert_eq!(guest.submit(&[cfgi_cd(B), Command::TlbiNhAll { vmid: 0 }]), Completion::Done);
+    assert_eq!(machine.read(A, IOVA), Ok(1), "that is another stream's");
+    let flush = [cfgi_cd(A), Command::TlbiNhAsid { vmid: 0, asid: NAME }];
+    assert_eq!(guest.submit(&flush), Completion::Done);
+    assert_eq!(machine.read(A, IOVA), Ok(2));
+}
+
+#[test]
+fn an_asid_that_comes_back_finds_nothing_that_was_invalidated_meanwhile() {
+    let (machine, table, _) = nested::<Machine>();
+    let guest = &machine.guest;
+    assert_eq!(machine.read(A, IOVA), Ok(1));
+    let stage1 = Way::Stage1 { table, name: NAME };
+    machine.set(A, Way::Bypass);
+    assert_eq!(guest.flush_entries(&[A]), Completion::Done);
+    let other = guest.page();
+    guest.store(other, 2);
+    guest.map(table, IOVA, other, 3, true);
+    // No stream uses stage 1, and the TLB has it still.
+    assert_eq!(guest.submit(&[page_of(IOVA)]), Completion::Done);
+    machine.set(A, stage1);
+    assert_eq!(guest.flush_entries(&[A]), Completion::Done);
+    assert_eq!(machine.read(A, IOVA), Ok(2));
+}
+
+#[test]
+fn a_wrong_command_stops_the_queue_where_it_stands() {
+    for wrong in [
+        // Not offered: EL2, stage 2, stalls.
+        Command::TlbiEl2All,
+        Command::TlbiS12Vmall { vmid: 0 },
+        Command::Resume { stream: A.into(), stag: 0, response: 0 },
+    ] {
+        let (machine, table, _) = nested::<Machine>();
+        let guest = &machine.guest;
+        assert_eq!(machine.read(A, IOVA), Ok(1));
+        guest.unmap(table, IOVA);
+        let stopped = guest.submit(&[page_of(IOVA), wrong, page_of(IOVA)]);
+        assert_eq!(stopped, Completion::Stopped(1, CommandError::Illegal));
+        // What stands before it is done.
+        machine.read(A, IOVA).unwrap_err();
+        assert_eq!(guest.resume(), Completion::Stopped(1, CommandError::Illegal));
+    }
+}
+
+#[test]
+fn a_command_that_the_host_refuses_is_shown_and_nothing_is_stale() {
+    let (machine, table, _) = nested::<Machine>();
+    let guest = &machine.guest;
+    assert_eq!(machine.read(A, IOVA), Ok(1));
+    guest.unmap(table, IOVA);
+    // The batch fails; then everything is flushed; then the first command fails by itself.
+    machine.host.fail_nth(1, Errno::EIO);
+    machine.host.inner().fail_nth(2, Errno::EIO);
+    let stopped = guest.submit(&[page_of(IOVA), page_of(IOVA + PAGE)]);
+    assert_eq!(stopped, Completion::Stopped(0, CommandError::Illegal));
+    machine.read(A, IOVA).unwrap_err();
+    // The stream is not blocked: its other pages are reached.
+    machine.map(table, IOVA + 8 * PAGE, guest.page(), Leaf::Page, true);
+    assert_eq!(machine.read(A, IOVA + 8 * PAGE), Ok(0));
+    assert_eq!(guest.resume(), Completion::Done);
+    assert_eq!(machine.nesting.counters().full_flushes, 1);
+}
+
+#[test]
+fn every_stream_has_a_vdevice_of_one_viommu() {
+    let (machine, _, _) = nested::<Machine>();
+    let graph = machine.graph();
+    let count = |kind| graph.of_kind(kind).count();
+    assert_eq!((count(ObjectKind::Viommu), count(ObjectKind::Vdevice)), (1, 2), "{graph}");
+    let objects = machine.nesting.objects();
+    let viommu = objects.unit.unwrap().viommu;
+    let nested: Vec<_> = graph.of_kind(ObjectKind::HwptNested).collect();
+    assert!(nested.iter().all(|hwpt| hwpt.on[0].to == viommu), "{graph}");
+    assert_eq!(nested.len(), objects.nested.len());
+    assert_eq!(machine.end(), 0);
+}
+
+/// What a strict guest costs: a call for each unmap and nothing beside it. The objects are four: a
+/// nesting parent, and entries that pass, abort and translate.
+#[test]
+fn the_host_calls_of_a_guest() {
+    let machine = Machine::new();
+    let guest = &machine.guest;
+    let (table, page) = (guest.page(), guest.page());
+    guest.enable();
+    // As Linux gives a device its domain: the context descriptor, its invalidation, then the entry.
+    let cd = guest.context(table, NAME);
+    assert_eq!(guest.submit(&[cfgi_cd(A)]), Completion::Done);
+    guest.write_entry(A.into(), Entry::Stage1 { cd });
+    assert_eq!(guest.flush_entries(&[A]), Completion::Done);
+    let at_rest = machine.nesting.counters();
+    assert_eq!((at_rest.nested_allocs, at_rest.commands_out, at_rest.full_flushes), (3, 0, 0));
+    for n in 0..100 {
+        guest.map(table, IOVA + n * PAGE, page, 3, true);
+        machine.write(A, IOVA + n * PAGE, n).unwrap();
+        guest.unmap(table, IOVA + n * PAGE);
+        assert_eq!(guest.submit(&[page_of(IOVA + n * PAGE)]), Completion::Done);
+    }
+    let after = machine.nesting.counters();
+    assert_eq!(after.host_calls - at_rest.host_calls, 100);
+    // A lazy one: as many pages, one batch.
+    let batch: Vec<_> = (0..100).map(|n| page_of(IOVA + n * PAGE)).collect();
+    assert_eq!(guest.submit(&batch), Completion::Done);
+    assert_eq!(machine.nesting.counters().host_calls - after.host_calls, 1);
+    assert_eq!(machine.end(), 0);
+}
