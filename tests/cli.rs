@@ -305,6 +305,45 @@ fn a_probe_tells_by_its_exit_code_whether_linux_runs() {
 }
 
 /// Runs a guest whose serial port is standard output.
+#[test]
+fn what_a_device_offers_is_told_in_words_and_in_json() {
+    let info = |form| twostage(&["info", "--host", "emulated", "--report", form]);
+    let text = info("text");
+    assert!(text.status.success() && text.stderr.is_empty());
+    let text = String::from_utf8(text.stdout).unwrap();
+    for line in [
+        "edu: behind VT-d",
+        "  PASIDs: 20 bits, allocated by the guest; the VMM attaches each",
+        "  reserved: 0xfee00000 to 0xfeefffff: interrupt messages",
+        "a virtual VT-d over all of them can offer:",
+        "  48 bits of IOVA",
+    ] {
+        assert!(text.lines().any(|each| each == line), "no '{line}' in\n{text}");
+    }
+    let report: serde_json::Value = serde_json::from_slice(&info("json").stdout).unwrap();
+    let (device, offer) = (&report["devices"][0], &report["offer"]);
+    assert_eq!((&device["iommu"], &device["cannot_nest"]), (&"VT-d".into(), &().into()));
+    assert_eq!(device["reserved"][0]["kind"], "msi");
+    assert_eq!((&offer["kind"], &offer["address_bits"]), (&"vtd".into(), &48.into()));
+    assert_eq!(report["no_offer"], serde_json::Value::Null);
+}
+
+#[test]
+fn devices_and_hosts_that_are_none_are_named() {
+    let refused = |args: &[&str], code, hint| {
+        assert_refused(&twostage(&[&["info"], args].concat()), code, hint);
+    };
+    refused(
+        &["--host", "/dev/no-iommu"],
+        UNAVAILABLE,
+        "there is no /dev/no-iommu: the kernel needs",
+    );
+    refused(&["--host", "/dev/null"], UNAVAILABLE, "/dev/null is no iommufd");
+    refused(&["--host", "emulated", "--vfio", "path=/dev/null"], USAGE, "one of its own");
+    refused(&["--vfio", "/dev/null"], USAGE, "path=");
+    refused(&["--report", "xml"], USAGE, "'xml'");
+}
+
 fn run_guest(image: &[u8], more: &[&str]) -> Output {
     let image = kernel(image);
     twostage(&[&["run", "--report", "none", "--kernel", text(&image)], more].concat())

@@ -21,6 +21,7 @@ mod error;
 mod memory;
 mod objects;
 pub mod smmuv3;
+pub mod survey;
 pub mod vtd;
 
 use crate::iommufd::{HwInfo, ObjectId};

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod files;
+mod info;
 mod options;
 mod probe;
 mod report_output;
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use self::info::{info, InfoArgs};
 use self::options::{CpusOption, MemoryOption};
 use self::probe::{probe, ProbeArgs};
 use self::report_output::ReportOption;
@@ -39,6 +41,9 @@ enum Command {
     /// Runs a virtual machine until its guest ends it.
     #[command(next_line_help = true, after_help = EXIT_CODES)]
     Run(Box<RunArgs>),
+    /// Tells what devices and their IOMMUs offer to a virtual IOMMU in front of them.
+    #[command(after_help = info::EXIT_CODES)]
+    Info(InfoArgs),
     /// Tells what this machine's KVM can do, and whether Linux runs on it.
     #[command(after_help = probe::EXIT_CODES)]
     Probe(ProbeArgs),
@@ -185,6 +190,7 @@ pub fn main() -> ExitCode {
     };
     ExitCode::from(match cli.command {
         Command::Run(args) => run(*args),
+        Command::Info(args) => info(&args),
         Command::Probe(args) => probe(&args),
     })
 }
