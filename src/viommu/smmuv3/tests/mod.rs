@@ -3,6 +3,7 @@
 
 mod cmdq;
 mod configuration;
+mod entry_updates;
 mod events;
 mod fail_nth;
 mod interrupts;
