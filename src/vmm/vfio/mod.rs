@@ -20,6 +20,7 @@ pub mod capabilities;
 mod config_draft;
 pub mod config_image;
 pub mod device_file;
+pub mod doorbell;
 pub mod error;
 pub mod function;
 pub mod host_device;
@@ -37,6 +38,7 @@ pub mod vectors;
 
 pub use bars::{Lender, Loan};
 pub use device_file::DeviceFile;
+pub use doorbell::DoorbellWatch;
 pub use error::{VfioError, VfioProblem};
 pub use function::{Surroundings, VfioPci};
 pub use host_device::HostDevice;
