@@ -3,7 +3,7 @@
 //!
 //! The ioctls that concern iommufd are the emulated host's; here is what `linux/vfio.h` says of the
 //! device itself: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
-//! It has no interrupts to give, and its regions cannot be mapped.
+//! Its one interrupt is a message (MSI); its regions cannot be mapped.
 #![forbid(unsafe_code)]
 
 use std::mem::size_of;
@@ -15,11 +15,13 @@ use twostage::iommufd::Errno;
 
 use crate::edu::{Edu, BAR_SIZE};
 use crate::file::{Answer, Argument, Call, Caller, Excess, File};
+use crate::msi::{Msi, MSI_FLAGS, MSI_INDEX};
 use crate::process::Process;
 
 const GET_INFO: u32 = vfio_request(7);
 const GET_REGION_INFO: u32 = vfio_request(8);
 const GET_IRQ_INFO: u32 = vfio_request(9);
+const SET_IRQS: u32 = vfio_request(10);
 const RESET: u32 = vfio_request(11);
 
 /// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.
@@ -40,6 +42,11 @@ const COMMAND: usize = 0x04;
 /// Memory space, bus master: what of the command register can be written.
 const COMMAND_BITS: u8 = 0b110;
 const BUS_MASTER: u8 = 0b100;
+/// Status: there are capabilities. Where the first is, and where that one is: MSI.
+const STATUS: usize = 0x06;
+const STATUS_CAPABILITIES: u8 = 1 << 4;
+const CAPABILITIES_POINTER: usize = 0x34;
+const MSI: usize = 0x40;
 
 /// An open device.
 #[derive(Debug)]
@@ -55,12 +62,13 @@ struct Function {
     bound: bool,
     config: [u8; CONFIG_SIZE],
     edu: Option<Edu>,
+    msi: Msi,
 }
 
 impl Device {
     /// The device `name` behind `file`, with an engine or without.
     pub fn new(name: String, file: DeviceFile, edu: Option<Edu>) -> Self {
-        let function = Function { bound: false, config: config_space(), edu };
+        let function = Function { bound: false, config: config_space(), edu, msi: Msi::default() };
         Self { name, file, state: Mutex::new(function) }
     }
 
@@ -102,8 +110,8 @@ impl Device {
             }
             GET_INFO => return answer(process, address, [DEVICE_FLAGS, REGIONS, IRQS], 0),
             GET_REGION_INFO => return self.region_info(process, address),
-            // No interrupt is signalled: none of any kind.
             GET_IRQ_INFO => return irq_info(process, address),
+            SET_IRQS => return self.function().msi.set(process, address),
             _ => return Err(Errno::ENOTTY),
         }
         let mut argument = Argument::copy_in(process, address, Excess::Ignored)?;
@@ -179,7 +187,9 @@ impl Function {
         let mut value = [0; size_of::<u64>()];
         if write {
             value.iter_mut().zip(&*bytes).for_each(|(to, from)| *to = *from);
-            edu.write(at, bytes.len(), u64::from_le_bytes(value), bus_master);
+            if edu.write(at, bytes.len(), u64::from_le_bytes(value), bus_master) {
+                self.msi.send();
+            }
         } else {
             value = edu.read(at, bytes.len()).to_le_bytes();
             bytes.iter_mut().zip(value).for_each(|(to, from)| *to = from);
@@ -222,6 +232,11 @@ fn config_space() -> [u8; CONFIG_SIZE] {
     // Vendor and device, command and status, revision and class.
     let header = [0x34, 0x12, 0xe8, 0x11, 0, 0, 0, 0, 0x10, 0, 0xff, 0];
     space.iter_mut().zip(header).for_each(|(to, from)| *to = from);
+    space[STATUS] = STATUS_CAPABILITIES;
+    space[CAPABILITIES_POINTER] = MSI as u8;
+    // MSI (PCIe 6.0 §7.7.1): one vector, an address of 64 bits. The message itself is the host's.
+    space[MSI] = 5;
+    space[MSI + 2] = 1 << 7;
     space
 }
 
@@ -244,7 +259,8 @@ fn irq_info(process: &Process, address: u64) -> Result<i64, Errno> {
     if argsz < info.len() || index >= IRQS {
         return Err(Errno::EINVAL);
     }
-    answer(process, address, [0, index], 0)
+    let (flags, count) = if index == MSI_INDEX { (MSI_FLAGS, 1) } else { (0, 0) };
+    answer(process, address, [flags, index], count)
 }
 
 /// Writes `words` and `last` behind the first field of the structure at `address`, whose length is

@@ -3,8 +3,8 @@
 //! registers, and DMA between memory and a buffer of 4 KiB.
 //!
 //! A DMA is over when the write that starts it returns. Three registers are Twostage's own: 0xA0 puts
-//! a PASID on the DMA, 0xA8 says what became of the last one, and 0xB0 where it was refused. There
-//! are no interrupts, but their status.
+//! a PASID on the DMA, 0xA8 says what became of the last one, and 0xB0 where it was refused.
+//! Interrupts are messages; there is no line.
 
 use std::ops::Range;
 
@@ -18,6 +18,7 @@ pub const BAR_SIZE: u64 = 1 << 20;
 const IDENTIFICATION: u64 = 0x00;
 const LIVENESS: u64 = 0x04;
 const FACTORIAL: u64 = 0x08;
+const STATUS: u64 = 0x20;
 const INTERRUPT_STATUS: u64 = 0x24;
 const INTERRUPT_RAISE: u64 = 0x60;
 const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
@@ -100,6 +101,8 @@ impl Edu {
             IDENTIFICATION => 0x0100_00ed,
             LIVENESS => u64::from(self.liveness),
             FACTORIAL => u64::from(self.factorial),
+            // A factorial is there as soon as it is asked for.
+            STATUS => 0,
             INTERRUPT_STATUS => u64::from(self.interrupt_status),
             DMA_SOURCE => self.source,
             DMA_DESTINATION => self.destination,
@@ -117,15 +120,19 @@ impl Edu {
         }
     }
 
-    /// Writes a register. `bus_master`: the function may make requests.
-    pub fn write(&mut self, offset: u64, width: usize, value: u64, bus_master: bool) {
+    /// Writes a register. `bus_master`: the function may make requests. Says whether an interrupt is
+    /// to be sent.
+    pub fn write(&mut self, offset: u64, width: usize, value: u64, bus_master: bool) -> bool {
         if !has_width(offset, width) {
-            return;
+            return false;
         }
         match offset {
             LIVENESS => self.liveness = !(value as u32),
             FACTORIAL => self.factorial = (1..=value as u32).take(34).fold(1, u32::wrapping_mul),
-            INTERRUPT_RAISE => self.interrupt_status |= value as u32,
+            INTERRUPT_RAISE => {
+                self.interrupt_status |= value as u32;
+                return self.interrupt_status != 0;
+            }
             INTERRUPT_ACKNOWLEDGE => self.interrupt_status &= !(value as u32),
             DMA_SOURCE => self.source = value,
             DMA_DESTINATION => self.destination = value,
@@ -138,10 +145,12 @@ impl Edu {
                     if bus_master { self.transfer(to_memory) } else { Outcome::NotBusMaster };
                 if value & COMMAND_INTERRUPT != 0 {
                     self.interrupt_status |= CAUSE_DMA;
+                    return true;
                 }
             }
             _ => {}
         }
+        false
     }
 
     fn transfer(&mut self, to_memory: bool) -> Outcome {
@@ -270,8 +279,9 @@ mod tests {
         assert_eq!(edu.read(LIVENESS, 4), 0xffff_edcb);
         edu.write(FACTORIAL, 4, 5, true);
         assert_eq!(edu.read(FACTORIAL, 4), 120);
-        edu.write(INTERRUPT_RAISE, 4, 6, true);
-        edu.write(INTERRUPT_ACKNOWLEDGE, 4, 2, true);
+        assert!(!edu.write(INTERRUPT_RAISE, 4, 0, true));
+        assert!(edu.write(INTERRUPT_RAISE, 4, 6, true));
+        assert!(!edu.write(INTERRUPT_ACKNOWLEDGE, 4, 2, true));
         assert_eq!(edu.read(INTERRUPT_STATUS, 4), 4);
     }
 }

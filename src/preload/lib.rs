@@ -56,6 +56,7 @@ mod internal;
 mod iommufd;
 mod logger;
 mod maps;
+mod msi;
 mod next;
 mod opener;
 mod pins;

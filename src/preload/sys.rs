@@ -216,6 +216,13 @@ pub fn set_flags(fd: RawFd, close_on_exec: bool, nonblocking: bool) -> Result<()
     checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFL, file) }).map(drop)
 }
 
+/// Writes the eight bytes of `number` to `fd`.
+pub fn write_number(fd: RawFd, number: u64) -> Result<(), Errno> {
+    let bytes = number.to_ne_bytes();
+    // SAFETY: the bytes are there for the call, and only read.
+    checked(unsafe { syscall(libc::SYS_write, fd, bytes.as_ptr(), bytes.len()) }).map(drop)
+}
+
 /// Closes a number that belongs to nobody in this library.
 pub fn close_number(fd: RawFd) -> Result<(), Errno> {
     // SAFETY: the caller's program asked for it, or it was inherited and never handed out.

@@ -6,6 +6,12 @@ enum {
     MSI_CONTROL_64BIT = 1 << 23,
 };
 
+bool pci_has_pin(pci_id function)
+{
+    // The second byte of the register is the pin: 0 for none.
+    return pci_read(function, PCI_INTERRUPT) >> 8 & 0xff;
+}
+
 unsigned pci_find(u32 id, pci_id *found, unsigned most)
 {
     unsigned count = 0;

@@ -8,6 +8,7 @@ enum {
     PCI_COMMAND = 0x04, // command in the low half, status in the high half
     PCI_BAR0 = 0x10,
     PCI_CAPABILITIES = 0x34,
+    PCI_INTERRUPT = 0x3c, // line and pin
 
     PCI_COMMAND_MEMORY = 1 << 1,
     PCI_COMMAND_MASTER = 1 << 2,
@@ -28,6 +29,9 @@ bool pci_has_ecam(void);
 u32 pci_read(pci_id function, u16 offset);
 void pci_write(pci_id function, u16 offset, u32 value);
 u32 pci_bar_window(void);
+
+// Whether the function has an interrupt pin (INTx).
+bool pci_has_pin(pci_id function);
 
 // Finds functions of bus 0 with this vendor and device ID (as register 0 reads); returns how many.
 unsigned pci_find(u32 id, pci_id *found, unsigned most);

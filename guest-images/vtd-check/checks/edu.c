@@ -64,6 +64,7 @@ static void intx(void)
 {
     bool arrived;
 
+    SKIP_UNLESS(pci_has_pin(DEVICE->id), "the device has no interrupt pin");
     SKIP_UNLESS(ioapic_route_pci(VECTOR_EDU_INTX), "no I/O APIC");
     interrupt_on(VECTOR_EDU_INTX, acknowledge);
     interrupt_count_clear(VECTOR_EDU_INTX);

@@ -33,6 +33,10 @@ u64 iova_base(void);
 // The root table of the running check; its mode is that of the setup.
 extern u64 *root;
 
+// `assigned=1` on the command line: the devices are of the host's, whose IOMMU refuses what it must and
+// tells nobody of it; and what they write to the interrupt range themselves is the host's.
+bool devices_assigned(void);
+
 // Setups: a fresh, empty root table in force, translation still off, records and counters clear.
 void setup_scalable(void);        // 256-bit queue on
 void setup_legacy_queue(void);    // 128-bit queue on
@@ -87,7 +91,7 @@ u64 device_holds(const struct edu *edu, u32 pasid, u64 mailbox_iova);
 u64 mailbox_gpa(void);
 
 // The access moves no byte of `page` (which it would reach, were it allowed; null when none), and
-// one fault is recorded, with this reason, the device's ID, the PASID and the page's address.
+// one fault is recorded (unless the devices are assigned), with this reason, the device's ID, the PASID and the page's address.
 bool write_faults(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page, unsigned reason);
 bool read_faults(const struct edu *edu, u32 pasid, u64 iova, unsigned reason);
 // The access moves no byte and nothing is recorded.

@@ -274,6 +274,7 @@ static void acknowledge(void)
 static void intx(void)
 {
     SKIP_UNLESS(vtd == &vtd_units[0], "the I/O APIC is behind the first unit");
+    SKIP_UNLESS(pci_has_pin(DEVICE->id), "the device has no interrupt pin");
     pci_msi_disable(DEVICE->id);
     entry_set(INDEX, VECTOR_EDU_INTX, IRTE_P | IRTE_LEVEL, 0);
     SKIP_UNLESS(ioapic_route_pci_remapped(VECTOR_EDU_INTX, INDEX), "no I/O APIC");
