@@ -45,7 +45,7 @@ test: lint guest
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked --no-default-features --lib
 	cargo test --locked --features selftest --lib selftest
-	cargo test --locked -p twostage-iommufd-preload
+	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked -p twostage-iommufd-preload
 	scripts/iommufd-selftests
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]

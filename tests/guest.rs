@@ -218,7 +218,8 @@ fn every_check_holds_with_four_levels_and_without_caching_mode() {
     if !kvm() {
         return;
     }
-    let outcome = Machine { iommus: &["vtd,aw=48,pasid-bits=20,caching-mode=off"], ..MACHINE }.run();
+    let outcome =
+        Machine { iommus: &["vtd,aw=48,pasid-bits=20,caching-mode=off"], ..MACHINE }.run();
     assert_eq!(outcome.skipped, groups(&EITHER_OR));
     assert_nested(&outcome, 1, 2);
     assert_remapped(&outcome);

@@ -12,7 +12,9 @@ use twostage::spec::smmuv3::event::{EventRecord, EVENT_SIZE};
 use twostage::spec::smmuv3::queue::{
     CmdqCons, CmdqProd, CommandError, OutputCons, OutputProd, QueueBase, QueueLayout, COMMAND_SIZE,
 };
-use twostage::spec::smmuv3::regs::{self, Cr0, Gerror, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg};
+use twostage::spec::smmuv3::regs::{
+    self, Cr0, Gerror, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg,
+};
 use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig, STE_SIZE};
 use twostage::spec::smmuv3::translation::{Descriptor, Granule};
 use twostage::spec::smmuv3::StreamId;
@@ -36,7 +38,9 @@ pub enum Entry {
     Abort,
     Bypass,
     /// By the one context descriptor at this address.
-    Stage1 { cd: u64 },
+    Stage1 {
+        cd: u64,
+    },
 }
 
 /// How the queue answered.
@@ -116,10 +120,8 @@ impl Guest {
             self.write64(regs::EVENTQ_BASE, base(self.events, EVENT_BITS).into_bits());
             self.set_cr0(queues);
         }
-        let reset = [
-            Command::CfgiSteRange { stream: StreamId(0), range: RANGE_ALL },
-            Command::TlbiNsnhAll,
-        ];
+        let reset =
+            [Command::CfgiSteRange { stream: StreamId(0), range: RANGE_ALL }, Command::TlbiNsnhAll];
         self.submit_all(&reset);
         self.set_cr0(queues.with_smmuen(true));
     }

@@ -68,10 +68,9 @@ impl Machine {
         let text = |error: &dyn Display| error.to_string();
         let nesting = SmmuNesting::new(host.clone(), DEFAULT_EVENT_DEPTH);
         let nesting = Arc::new(nesting.map_err(|error| text(&error))?);
-        let memory = Memory::new(|start, region| {
-            nesting.map_memory(start, region, Protection::READ_WRITE)
-        })
-        .map_err(|error| text(&error))?;
+        let memory =
+            Memory::new(|start, region| nesting.map_memory(start, region, Protection::READ_WRITE))
+                .map_err(|error| text(&error))?;
         let mut devices = Vec::new();
         for (name, rid) in [("a", A), ("b", B)] {
             let dev = host.device_bind(name).map_err(|error| text(&error))?;
@@ -81,9 +80,8 @@ impl Machine {
         let units: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
         let config = SmmuConfig::default().intersect(&units).map_err(|error| text(&error))?;
         let messages = Arc::<Messages>::default();
-        let smmu =
-            Smmu::new(&config, memory.map.clone(), nesting.clone(), messages.clone(), None)
-                .map_err(|error| text(&error))?;
+        let smmu = Smmu::new(&config, memory.map.clone(), nesting.clone(), messages.clone(), None)
+            .map_err(|error| text(&error))?;
         nesting.set_event_target(Arc::downgrade(&smmu) as Weak<dyn EventTarget>);
         smmu.add_stream(A.into());
         smmu.add_stream(B.into());

@@ -6,12 +6,12 @@ mod machine;
 mod stack;
 
 use twostage::emulated::ObjectKind;
+use twostage::iommufd::Errno;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::queue::CommandError;
 use twostage::spec::smmuv3::stream_table::{Ste0, StreamConfig};
 use twostage::spec::smmuv3::StreamId;
-use twostage::iommufd::Errno;
 
 use crate::common::{A, B, PAGE};
 use crate::conformance::{nested, Leaf, Stack, Way, IOVA, NAME};
