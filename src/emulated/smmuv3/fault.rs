@@ -70,15 +70,16 @@ impl Fault {
                 .with_pnu(request.kind.privileged())
                 .with_ind(!write && request.kind.execute());
         }
+        let of_walk = id == EventId::WalkExternalAbort;
+        if of_walk || id.second_address() == SecondAddress::Ipa {
+            let of_table = id == EventId::Permission && class == EventClass::TranslationTable;
+            record.qw1 =
+                record.qw1.with_s2(stage2).with_class(class.into_bits()).with_ttrnw(of_table);
+        }
         record.second_address = match id.second_address() {
             SecondAddress::None => 0,
             SecondAddress::Fetch => second_address & EventRecord::FETCH_ADDRESS,
-            SecondAddress::Ipa => {
-                let of_table = id == EventId::Permission && class == EventClass::TranslationTable;
-                record.qw1 =
-                    record.qw1.with_s2(stage2).with_class(class.into_bits()).with_ttrnw(of_table);
-                second_address & EventRecord::IPA
-            }
+            SecondAddress::Ipa => second_address & EventRecord::IPA,
         };
         Some(record)
     }
@@ -115,6 +116,17 @@ mod tests {
         assert_eq!(record.second_address, 0x4_5000);
         assert!(record.qw1.s2() && record.qw1.ttrnw() && !record.qw1.rnw() && !record.qw1.ind());
         assert_eq!(record.qw1.class(), 1);
+    }
+
+    #[test]
+    fn an_aborted_walk_says_that_it_was_one() {
+        let class = EventClass::TranslationTable;
+        let fault = Fault::fetch(EventId::WalkExternalAbort, class, 0x4_5678);
+        let record = fault.record(&request(true, None)).unwrap();
+        assert_eq!((record.second_address, record.qw1.class()), (0x4_5678, 1));
+        assert!(!record.qw1.s2());
+        let fault = Fault::fetch(EventId::CdFetch, EventClass::Input, 0x4_5678);
+        assert_eq!(fault.record(&request(true, None)).unwrap().qw1.into_bits(), 0);
     }
 
     #[test]
