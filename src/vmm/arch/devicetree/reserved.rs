@@ -15,6 +15,10 @@ use super::{Assigned, Span, ADDRESS_CELLS, FIRST_ASSIGNED, SIZE_CELLS};
 /// Handles of reserved memory come behind those of devices, of which bus 0 has fewer.
 const FIRST_RESERVED: u32 = FIRST_ASSIGNED + 0x1000;
 
+/// The first cell of an address of 32 bits in a PCI device's memory: `iommu-addresses` has the cells of the
+/// bus that the device is on (IEEE 1275's PCI binding, 2.2.1.1).
+const PCI_MEMORY: u32 = 0x0200_0000;
+
 /// Each piece of memory, with the handles of the devices that it is for.
 fn pieces(assigned: &[Assigned]) -> BTreeMap<(u64, u64), Vec<u32>> {
     let mut pieces = BTreeMap::<_, Vec<_>>::new();
@@ -41,7 +45,7 @@ pub(super) fn memory(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), E
         let half = |value: u64| [(value >> 32) as u32, value as u32];
         let addresses: Vec<_> = devices
             .into_iter()
-            .flat_map(|device| [&[device][..], &half(start), &half(length)].concat())
+            .flat_map(|device| [&[device, PCI_MEMORY][..], &half(start), &half(length)].concat())
             .collect();
         fdt.property_array_u32("iommu-addresses", &addresses)?;
         fdt.property_phandle(FIRST_RESERVED + number)?;

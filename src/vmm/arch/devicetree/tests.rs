@@ -170,7 +170,7 @@ fn assigned_devices_have_their_messages_led_to_the_same_addresses() {
     let piece = "/reserved-memory/messages@8000000";
     assert_eq!(tree.cells(piece, "reg"), [0, 0x800_0000, 0, 0x10_0000]);
     let handles = [one, two].map(|node| tree.cells(node, "phandle")[0]);
-    let led = handles.map(|handle| [handle, 0, 0x800_0000, 0, 0x10_0000]).concat();
+    let led = handles.map(|handle| [handle, 0x200_0000, 0, 0x800_0000, 0, 0x10_0000]).concat();
     assert_eq!(tree.cells(piece, "iommu-addresses"), led);
     for node in [one, two] {
         assert_eq!(tree.cells(node, "memory-region"), tree.cells(piece, "phandle"));
