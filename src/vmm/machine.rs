@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm};
 
-use super::arch::layout::{ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
+use super::arch::layout::{iommu_interrupts, ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
 use super::arch::{self, Board, Processor, Processors};
 use super::boot;
 use super::bus::Bus;
@@ -32,7 +32,6 @@ use super::{Error, Result};
 use crate::emulated::ObjectGraph;
 use crate::iommufd::{self, KernelHost, ObjectId};
 use crate::spec::pci::Bdf;
-use crate::viommu::vtd::MMIO_SIZE;
 
 /// A machine that has not run yet.
 pub struct Machine {
@@ -117,6 +116,10 @@ impl Machine {
                 iommu.add_interrupt_listener(listener);
             }
         }
+        for (number, iommu) in all_iommus.iter().enumerate() {
+            let wires = iommu_interrupts(number).into_iter().flatten();
+            iommu.connect(wires.map(|gsi| interrupts.edge_line(gsi)).collect::<Result<_>>()?);
+        }
         let doorbells = Arc::new(KvmDoorbells(vm.clone()));
         let bound = all_iommus.iter().map(Iommu::devices);
         let bound = bound.chain(direct.as_ref().map(DirectDevices::devices));
@@ -137,9 +140,9 @@ impl Machine {
         let mut mmio = Bus::default();
         mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
         mmio.insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
-        for (number, iommu) in all_iommus.iter().enumerate() {
+        for (number, (iommu, of)) in all_iommus.iter().zip(&config.iommus).enumerate() {
             let first = config.iommu_address(number);
-            mmio.insert(first..=first + (MMIO_SIZE - 1), iommu.registers())?;
+            mmio.insert(first..=first + (of.model.registers() - 1), iommu.registers())?;
         }
 
         let board = Board::new(&mut mmio, serial.clone(), &pci.bus, interrupts.lines(), &stopper)?;

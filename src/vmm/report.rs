@@ -8,6 +8,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::emulated::{self, ObjectGraph, SanitizerReport};
+use crate::nesting::smmuv3::{SmmuNestingCounters, SmmuObjects};
 use crate::nesting::vtd::VtdNestingCounters;
 use crate::spec::pci::Bdf;
 
@@ -58,6 +59,25 @@ pub struct DeviceReport {
 pub struct IommuReport {
     /// What devices call it.
     pub id: String,
+    /// What it did.
+    #[serde(flatten)]
+    pub of: ModelReport,
+}
+
+/// What a virtual IOMMU did, by its model.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+#[allow(clippy::large_enum_variant)] // There are few.
+pub enum ModelReport {
+    /// Intel VT-d.
+    Vtd(VtdReport),
+    /// Arm SMMUv3.
+    SmmuV3(SmmuV3Report),
+}
+
+/// A virtual VT-d.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct VtdReport {
     /// What the guest did with the virtual IOMMU.
     pub viommu: crate::viommu::vtd::VtdCounters,
     /// What became of that.
@@ -66,6 +86,21 @@ pub struct IommuReport {
     pub hardware: Option<emulated::VtdCounters>,
     /// What its sanitizer found, if it has one.
     pub sanitizer: Option<SanitizerReport>,
+}
+
+/// A virtual SMMUv3.
+#[derive(Debug, Clone, Serialize)]
+pub struct SmmuV3Report {
+    /// What the guest did with the virtual IOMMU.
+    pub viommu: crate::viommu::smmuv3::SmmuCounters,
+    /// What became of that.
+    pub nesting: SmmuNestingCounters,
+    /// The host's objects that it uses.
+    pub objects: SmmuObjects,
+    /// Those that it used as a guest switched translation off, the last time.
+    pub objects_in_use: Option<SmmuObjects>,
+    /// What the unit behind it did, if that is emulated.
+    pub hardware: Option<emulated::SmmuV3Counters>,
 }
 
 /// The host behind the virtual IOMMUs.
@@ -117,15 +152,34 @@ impl fmt::Display for Report {
 impl fmt::Display for IommuReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let id = &self.id;
-        section(f, &format!("{id}, virtual IOMMU"), &fields(&self.viommu))?;
-        section(f, &format!("{id}, nesting"), &fields(&self.nesting))?;
-        if let Some(hardware) = &self.hardware {
-            section(f, &format!("{id}, emulated IOMMU"), &fields(hardware))?;
+        match &self.of {
+            ModelReport::Vtd(of) => {
+                counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
+                match &of.sanitizer {
+                    Some(sanitizer) => write!(f, "{id}, {sanitizer}"),
+                    None => Ok(()),
+                }
+            }
+            ModelReport::SmmuV3(of) => {
+                counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())
+            }
         }
-        match &self.sanitizer {
-            Some(sanitizer) => write!(f, "{id}, {sanitizer}"),
-            None => Ok(()),
-        }
+    }
+}
+
+/// What the virtual IOMMU `id` counted, from the guest down.
+fn counters(
+    f: &mut fmt::Formatter<'_>,
+    id: &str,
+    viommu: &impl Serialize,
+    nesting: &impl Serialize,
+    hardware: Option<&impl Serialize>,
+) -> fmt::Result {
+    section(f, &format!("{id}, virtual IOMMU"), &fields(viommu))?;
+    section(f, &format!("{id}, nesting"), &fields(nesting))?;
+    match hardware {
+        Some(hardware) => section(f, &format!("{id}, emulated IOMMU"), &fields(hardware)),
+        None => Ok(()),
     }
 }
 
@@ -205,10 +259,12 @@ mod tests {
             }],
             iommus: vec![IommuReport {
                 id: "vtd0".to_owned(),
-                viommu: Default::default(),
-                nesting: VtdNestingCounters { merged: 4, ..VtdNestingCounters::default() },
-                hardware: Some(Default::default()),
-                sanitizer: Some(SanitizerReport::default()),
+                of: ModelReport::Vtd(VtdReport {
+                    nesting: VtdNestingCounters { merged: 4, ..VtdNestingCounters::default() },
+                    hardware: Some(Default::default()),
+                    sanitizer: Some(SanitizerReport::default()),
+                    ..VtdReport::default()
+                }),
             }],
             host: Some(HostReport {
                 calls: BTreeMap::from([

@@ -32,6 +32,6 @@ pub use x86_64 as current;
 
 pub use current::{boot, layout, probe};
 pub(super) use current::{
-    create_vm, firmware, message, Board, EdgeLine, IrqChip, Lines, Processor, Processors,
+    create_vm, firmware, message, Board, EdgeLine, IrqChip, Lines, Processor, Processors, IOMMU,
     KVM_CAPABILITIES,
 };

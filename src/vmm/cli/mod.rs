@@ -87,7 +87,8 @@ struct RunArgs {
     memory: MemoryOption,
 
     /// Virtual IOMMU; may be given several times. Devices are behind the first unless they say
-    /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on unless given; `on` is the first).
+    /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on, or smmu0, unless given; `on` is the
+    /// first). A PC has `vtd`, arm64 `smmuv3`.
     /// With `off` a device's DMA is not translated; messages of virtio devices are remapped even so.
     /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Interrupts are
     /// remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
@@ -95,7 +96,7 @@ struct RunArgs {
     /// kernel translates, and the devices behind are those of this machine (--vfio).
     #[arg(
         long = "iommu",
-        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]"
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,pasid-bits=N,ats=on|off,host=emulated|PATH]"
     )]
     iommus: Vec<IommuConfig>,
 

@@ -8,8 +8,8 @@ use std::str::FromStr;
 use super::size::{parse_number, parse_size};
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 use crate::vmm::config::{
-    DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, SerialConfig, VfioConfig,
-    DEV_IOMMU,
+    DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel, SerialConfig,
+    SmmuV3Options, VfioConfig, VtdOptions, DEV_IOMMU,
 };
 
 /// `key=value` pairs, each taken at most once.
@@ -121,42 +121,58 @@ impl FromStr for IommuConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (model, mut pairs) = named(text)?;
-        if model != "vtd" {
-            return Err(format!("unknown IOMMU '{model}'; known: vtd"));
-        }
-        let default = Self::default();
-        let host = pairs.take("host", default.host, host)?;
-        let emulated = host == HostChoice::Emulated;
-        let config = Self {
-            id: pairs.take("id", default.id, |text| id(text).map(Some))?,
-            address: pairs.take("addr", default.address, |text| register_page(text).map(Some))?,
-            address_width: pairs.take("aw", default.address_width, |text| match text {
-                "48" => Ok(48),
-                "57" => Ok(57),
-                _ => Err(format!("'{text}' is neither 48 nor 57")),
-            })?,
-            pasid_bits: pairs.take("pasid-bits", default.pasid_bits, |text| {
-                match small(text)? {
-                    bits @ 0..=20 => Ok(bits),
-                    bits => Err(format!("{bits} is more than the 20 bits a PASID has")),
-                }
-            })?,
-            // No kernel walks second-stage tables of a guest's own.
-            second_stage: pairs.take("second-stage", emulated, on_off)?,
-            ats: pairs.take("ats", default.ats, on_off)?,
-            caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
-            interrupt_remapping: pairs
-                .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
-            host,
-            sanitize: pairs.take("sanitize", default.sanitize, on_off)?,
+        let id = pairs.take("id", None, |text| id(text).map(Some))?;
+        let address = pairs.take("addr", None, |text| register_page(text).map(Some))?;
+        let host = pairs.take("host", HostChoice::default(), host)?;
+        let model = match model {
+            "vtd" => IommuModel::Vtd(vtd(&mut pairs, host == HostChoice::Emulated)?),
+            "smmuv3" => IommuModel::SmmuV3(smmuv3(&mut pairs)?),
+            _ => return Err(format!("unknown IOMMU '{model}'; known: smmuv3, vtd")),
         };
-        pairs.finish(
-            "addr, ats, aw, caching-mode, host, id, intremap, pasid-bits, sanitize, second-stage",
-        )?;
-        if config.sanitize && !emulated {
-            return Err("sanitize=on needs host=emulated: it looks into that one's caches".into());
-        }
-        Ok(config)
+        pairs.finish(match model {
+            IommuModel::Vtd(_) => {
+                "addr, ats, aw, caching-mode, host, id, intremap, pasid-bits, sanitize, second-stage"
+            }
+            IommuModel::SmmuV3(_) => "addr, ats, host, id, pasid-bits",
+        })?;
+        Ok(Self { id, address, host, model })
+    }
+}
+
+fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
+    let default = VtdOptions::default();
+    let options = VtdOptions {
+        address_width: pairs.take("aw", default.address_width, |text| match text {
+            "48" => Ok(48),
+            "57" => Ok(57),
+            _ => Err(format!("'{text}' is neither 48 nor 57")),
+        })?,
+        pasid_bits: pairs.take("pasid-bits", default.pasid_bits, pasid_bits)?,
+        // No kernel walks second-stage tables of a guest's own.
+        second_stage: pairs.take("second-stage", emulated, on_off)?,
+        ats: pairs.take("ats", default.ats, on_off)?,
+        caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
+        interrupt_remapping: pairs
+            .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
+        sanitize: pairs.take("sanitize", default.sanitize, on_off)?,
+    };
+    if options.sanitize && !emulated {
+        return Err("sanitize=on needs host=emulated: it looks into that one's caches".into());
+    }
+    Ok(options)
+}
+
+fn smmuv3(pairs: &mut Pairs<'_>) -> Result<SmmuV3Options, String> {
+    Ok(SmmuV3Options {
+        substream_bits: pairs.take("pasid-bits", None, |text| pasid_bits(text).map(Some))?,
+        ats: pairs.take("ats", false, on_off)?,
+    })
+}
+
+fn pasid_bits(text: &str) -> Result<u8, String> {
+    match small(text)? {
+        bits @ 0..=20 => Ok(bits),
+        bits => Err(format!("{bits} is more than the 20 bits a PASID has")),
     }
 }
 
@@ -276,14 +292,16 @@ mod tests {
             Ok(IommuConfig {
                 id: Some("a".to_owned()),
                 address: Some(0xfed0_0000),
-                address_width: 57,
-                pasid_bits: 16,
-                second_stage: false,
-                ats: true,
-                caching_mode: false,
-                interrupt_remapping: Some(true),
                 host: HostChoice::Emulated,
-                sanitize: true,
+                model: IommuModel::Vtd(VtdOptions {
+                    address_width: 57,
+                    pasid_bits: 16,
+                    second_stage: false,
+                    ats: true,
+                    caching_mode: false,
+                    interrupt_remapping: Some(true),
+                    sanitize: true,
+                }),
             })
         );
         assert_eq!("edu".parse(), Ok(DeviceConfig::Edu(EduConfig::default())));
@@ -297,7 +315,17 @@ mod tests {
         );
         let kernel = "vtd,host=/dev/iommu".parse::<IommuConfig>().unwrap();
         assert_eq!(kernel.host, HostChoice::Kernel(DEV_IOMMU.into()));
-        assert!(!kernel.second_stage);
+        assert!(!kernel.model.vtd().unwrap().second_stage);
+        assert_eq!("smmuv3".parse(), Ok(IommuConfig::from(SmmuV3Options::default())));
+        assert_eq!(
+            "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4".parse(),
+            Ok(IommuConfig {
+                id: Some("s".to_owned()),
+                address: Some(0xa00_0000),
+                host: HostChoice::Kernel(DEV_IOMMU.into()),
+                model: IommuModel::SmmuV3(SmmuV3Options { substream_bits: Some(4), ats: true }),
+            })
+        );
         assert_eq!(
             "path=/sys/bus/pci/devices/0000:01:00.0,id=nvme,iommu=b".parse(),
             Ok(VfioConfig {
@@ -319,7 +347,8 @@ mod tests {
         refused::<CpusOption>("boot=1,max=2", "unknown key 'max'");
         refused::<CpusOption>("boot=", "'boot='");
         refused::<MemoryOption>("size=lots", "size: 'lots'");
-        refused::<IommuConfig>("smmuv3", "unknown IOMMU 'smmuv3'");
+        refused::<IommuConfig>("smmu", "unknown IOMMU 'smmu'");
+        refused::<IommuConfig>("smmuv3,aw=48", "unknown key 'aw'");
         refused::<IommuConfig>("vtd,aw=39", "aw: '39'");
         refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
         refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");

@@ -2,7 +2,7 @@
 //! What is wrong with a configuration, as far as no part of a machine can tell alone.
 
 use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, DEV_IOMMU};
-use crate::viommu::vtd::MMIO_SIZE;
+use crate::vmm::arch;
 use crate::vmm::memory;
 
 /// A configuration that contradicts itself or asks for what nobody can build.
@@ -17,6 +17,12 @@ pub enum ConfigError {
     /// The registers of two virtual IOMMUs would be on top of each other.
     #[error("--iommu: addr={0:#x} is where the registers of {1} are")]
     SameRegisterPage(u64, String),
+    /// Nothing would tell the guest of it.
+    #[error("--iommu {0}: a guest on this processor is told of {known} alone", known = arch::IOMMU)]
+    OtherArchitecture(&'static str),
+    /// The registers are not where their pages can be.
+    #[error("--iommu: addr={0:#x} is no multiple of {1:#x}")]
+    Unaligned(u64, u64),
     /// Two virtual IOMMUs of one name.
     #[error("--iommu: there are two with id={0}")]
     SameIommu(String),
@@ -72,6 +78,14 @@ impl MachineConfig {
     fn validate_iommus(&self) -> Result<(), ConfigError> {
         for (number, iommu) in self.iommus.iter().enumerate() {
             let (id, address) = (self.iommu_id(number), self.iommu_address(number));
+            if iommu.model.name() != arch::IOMMU {
+                return Err(ConfigError::OtherArchitecture(iommu.model.name()));
+            }
+            let length = iommu.model.registers();
+            let page = iommu.model.page();
+            if address % page != 0 {
+                return Err(ConfigError::Unaligned(address, page));
+            }
             if let Some(occupant) = memory::occupant(self.memory, address) {
                 return Err(ConfigError::RegisterPage(address, occupant));
             }
@@ -79,14 +93,14 @@ impl MachineConfig {
                 if self.iommu_id(other) == id {
                     return Err(ConfigError::SameIommu(id));
                 }
-                if self.iommu_address(other).abs_diff(address) < MMIO_SIZE {
+                if self.iommu_address(other).abs_diff(address) < length {
                     return Err(ConfigError::SameRegisterPage(address, self.iommu_id(other)));
                 }
             }
             if self.iommus.iter().any(|other| other.host != iommu.host) {
                 return Err(ConfigError::SeveralHosts);
             }
-            let remapping = iommu.interrupt_remapping;
+            let remapping = iommu.model.vtd().and_then(|vtd| vtd.interrupt_remapping);
             if remapping.is_some() && remapping != self.interrupt_remapping() {
                 return Err(ConfigError::SomeInterruptsRemapped);
             }
@@ -110,7 +124,7 @@ impl MachineConfig {
                     ));
                 }
                 (_, None) if device.pasid() => return Err(ConfigError::PasidWithoutIommu(number)),
-                (_, Some(iommu)) if device.pasid() && iommu.pasid_bits == 0 => {
+                (_, Some(iommu)) if device.pasid() && iommu.model.pasid_bits() == Some(0) => {
                     return Err(ConfigError::NoPasidBits(number));
                 }
                 _ => {}
@@ -158,8 +172,11 @@ impl MachineConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::viommu::vtd::MMIO_SIZE;
     use crate::vmm::arch::layout::IOMMU_REGISTERS;
-    use crate::vmm::config::{testing, EduConfig, IommuConfig, RngConfig, VfioConfig};
+    use crate::vmm::config::{
+        testing, EduConfig, IommuConfig, RngConfig, SmmuV3Options, VfioConfig, VtdOptions,
+    };
 
     fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
         let devices = vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)];
@@ -178,7 +195,7 @@ mod tests {
     fn contradictions_are_named() {
         use IommuChoice::{First, Named, Off, Unsaid};
         let vtd = [IommuConfig::default()];
-        let no_pasid = [IommuConfig { pasid_bits: 0, ..IommuConfig::default() }];
+        let no_pasid = [VtdOptions { pasid_bits: 0, ..VtdOptions::default() }.into()];
         let no_such = |ids: &str| {
             ConfigError::UnknownIommu("--device", 2, "other".to_owned(), ids.to_owned())
         };
@@ -294,9 +311,18 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_is_told_of_its_architecture_s_iommu_alone() {
+        let smmu = machine(&[SmmuV3Options::default().into()], EduConfig::default());
+        let error = smmu.validate().unwrap_err();
+        assert_eq!(error, ConfigError::OtherArchitecture("smmuv3"));
+        assert!(error.to_string().contains("told of vtd alone"), "{error}");
+    }
+
+    #[test]
     fn interrupts_are_remapped_for_all_or_for_none() {
-        let remapping =
-            |interrupt_remapping| IommuConfig { interrupt_remapping, ..IommuConfig::default() };
+        let remapping = |interrupt_remapping| {
+            VtdOptions { interrupt_remapping, ..VtdOptions::default() }.into()
+        };
         let both = |first, second| {
             let config = machine(&[remapping(first), remapping(second)], EduConfig::default());
             config.validate().map(|()| config.interrupt_remapping())

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use super::arch::layout::IOMMU_REGISTERS;
 use super::devices::virtio::MacAddress;
+use crate::spec::smmuv3::regs;
 use crate::viommu::vtd::MMIO_SIZE;
 
 pub use check::{ConfigError, MAX_DEVICES};
@@ -35,17 +36,24 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
-    /// What the virtual IOMMU `number` is called: its id, or `vtd` and its number from 0.
+    /// What the virtual IOMMU `number` is called: its id, or `vtd` or `smmu` and
+    /// its number from 0.
     pub fn iommu_id(&self, number: usize) -> String {
-        let id = self.iommus.get(number).and_then(|iommu| iommu.id.clone());
-        id.unwrap_or_else(|| format!("vtd{number}"))
+        let iommu = self.iommus.get(number);
+        let id = iommu.and_then(|iommu| iommu.id.clone());
+        id.unwrap_or_else(|| match iommu.map(|iommu| &iommu.model) {
+            Some(IommuModel::SmmuV3(_)) => format!("smmu{number}"),
+            _ => format!("vtd{number}"),
+        })
     }
 
-    /// Where the register page of the virtual IOMMU `number` is: where it says, or as many pages
-    /// above the usual place as there are virtual IOMMUs before it.
+    /// Where the registers of the virtual IOMMU `number` are: where it says, or above the usual place
+    /// and as many bytes as those before it have.
     pub fn iommu_address(&self, number: usize) -> u64 {
         let address = self.iommus.get(number).and_then(|iommu| iommu.address);
-        address.unwrap_or_else(|| IOMMU_REGISTERS.saturating_add(MMIO_SIZE * number as u64))
+        let before: u64 =
+            self.iommus.iter().take(number).map(|iommu| iommu.model.registers()).sum();
+        address.unwrap_or_else(|| IOMMU_REGISTERS.saturating_add(before))
     }
 
     /// The number of the virtual IOMMU that `choice` means; `None` for no IOMMU, or none that there
@@ -85,7 +93,7 @@ impl MachineConfig {
 
     /// Whether interrupts are remapped, if any virtual IOMMU says so.
     pub fn interrupt_remapping(&self) -> Option<bool> {
-        self.iommus.iter().find_map(|iommu| iommu.interrupt_remapping)
+        self.iommus.iter().find_map(|iommu| iommu.model.vtd()?.interrupt_remapping)
     }
 }
 
@@ -101,13 +109,91 @@ pub struct PayloadConfig {
     pub cmdline: String,
 }
 
-/// A virtual VT-d.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A virtual IOMMU.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IommuConfig {
     /// What devices call it; unsaid, see [`MachineConfig::iommu_id`].
     pub id: Option<String>,
-    /// Guest-physical address of the register page; unsaid, see [`MachineConfig::iommu_address`].
+    /// Guest-physical address of the registers; unsaid, see [`MachineConfig::iommu_address`].
     pub address: Option<u64>,
+    /// Who does the translating.
+    pub host: HostChoice,
+    /// Which kind.
+    pub model: IommuModel,
+}
+
+/// Which kind of virtual IOMMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IommuModel {
+    /// Intel VT-d.
+    Vtd(VtdOptions),
+    /// Arm SMMUv3.
+    SmmuV3(SmmuV3Options),
+}
+
+impl Default for IommuModel {
+    fn default() -> Self {
+        Self::Vtd(VtdOptions::default())
+    }
+}
+
+impl IommuModel {
+    /// What `--iommu` calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Vtd(_) => "vtd",
+            Self::SmmuV3(_) => "smmuv3",
+        }
+    }
+
+    /// Length of its registers, in bytes.
+    pub fn registers(&self) -> u64 {
+        match self {
+            Self::Vtd(_) => MMIO_SIZE,
+            Self::SmmuV3(_) => regs::SIZE,
+        }
+    }
+
+    /// What its registers are aligned to, in bytes.
+    pub fn page(&self) -> u64 {
+        match self {
+            Self::Vtd(_) => MMIO_SIZE,
+            Self::SmmuV3(_) => regs::PAGE_SIZE,
+        }
+    }
+
+    /// What it is like, if it is a VT-d.
+    pub fn vtd(&self) -> Option<&VtdOptions> {
+        match self {
+            Self::Vtd(vtd) => Some(vtd),
+            Self::SmmuV3(_) => None,
+        }
+    }
+
+    /// Width of PASIDs (SubstreamIDs), in bits; 0 for none, and `None` for what the host has.
+    pub fn pasid_bits(&self) -> Option<u8> {
+        match self {
+            Self::Vtd(vtd) => Some(vtd.pasid_bits),
+            Self::SmmuV3(smmu) => smmu.substream_bits,
+        }
+    }
+}
+
+impl From<VtdOptions> for IommuConfig {
+    fn from(vtd: VtdOptions) -> Self {
+        Self { model: IommuModel::Vtd(vtd), ..Self::default() }
+    }
+}
+
+impl From<SmmuV3Options> for IommuConfig {
+    fn from(smmu: SmmuV3Options) -> Self {
+        Self { model: IommuModel::SmmuV3(smmu), ..Self::default() }
+    }
+}
+
+/// A virtual VT-d.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VtdOptions {
     /// Input address width of first-stage tables, in bits: 48 or 57.
     pub address_width: u8,
     /// Width of PASIDs, in bits; 0 for none.
@@ -123,27 +209,31 @@ pub struct IommuConfig {
     /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
     /// can do without it. What one says holds for all of a machine.
     pub interrupt_remapping: Option<bool>,
-    /// Who does the translating.
-    pub host: HostChoice,
     /// Every DMA is compared with the guest's tables; uses of stale translations are reported.
     pub sanitize: bool,
 }
 
-impl Default for IommuConfig {
+impl Default for VtdOptions {
     fn default() -> Self {
         Self {
-            id: None,
-            address: None,
             address_width: 48,
             pasid_bits: 8,
             second_stage: true,
             ats: false,
             caching_mode: true,
             interrupt_remapping: None,
-            host: HostChoice::default(),
             sanitize: false,
         }
     }
+}
+
+/// A virtual SMMUv3.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SmmuV3Options {
+    /// Width of SubstreamIDs (PASIDs), in bits; unsaid, what the host has.
+    pub substream_bits: Option<u8>,
+    /// Device TLBs (ATS) are offered.
+    pub ats: bool,
 }
 
 /// Who serves the verbs of iommufd behind a virtual IOMMU.

@@ -10,6 +10,7 @@ use crate::viommu::vtd::VtdIommu;
 use crate::vmm::bus::BusDevice;
 
 /// The most objects that there were when a guest switched translation off.
+#[derive(Debug)]
 pub(super) struct ObjectsInUse {
     host: Option<Arc<EmulatedHost>>,
     most: Mutex<Option<ObjectGraph>>,
@@ -27,7 +28,7 @@ impl ObjectsInUse {
     }
 
     /// A guest is about to switch translation off.
-    fn note(&self) {
+    pub fn note(&self) {
         let Some(graph) = self.host.as_ref().map(|host| host.graph()) else { return };
         let mut most = self.most.lock().unwrap_or_else(PoisonError::into_inner);
         // Of several units the first one to go shows the objects of all.

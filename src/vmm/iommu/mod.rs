@@ -10,7 +10,10 @@
 mod direct;
 mod host;
 mod in_use;
+mod nesting;
+mod smmuv3;
 mod unit;
+mod vtd;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,16 +23,16 @@ use std::sync::Arc;
 use super::config::{HostChoice, MachineConfig};
 use super::memory::MachineMemory;
 use super::report::{CallReport, HostReport, IommuReport};
-use super::trace::Trace;
+use super::trace::{Trace, TracedIommu};
 use super::Result;
 use crate::emulated::ObjectGraph;
-use crate::iommufd::{KernelHost, Protection, UserMemory, Verb};
-use crate::nesting::vtd::VtdNesting;
+use crate::iommufd::{KernelHost, Verb};
 use crate::spec::pci::Bdf;
-use crate::viommu::InterruptSink;
+use crate::viommu::{InterruptSink, Observer};
 pub(super) use direct::DirectDevices;
 use host::Host;
 use in_use::ObjectsInUse;
+use nesting::Nesting;
 pub(super) use unit::Iommu;
 use unit::{failed, Plan};
 
@@ -58,6 +61,14 @@ pub(super) struct Surroundings<'a> {
     pub memory: &'a MachineMemory,
     pub trace: Option<Arc<Trace>>,
     in_use: Arc<ObjectsInUse>,
+}
+
+impl Surroundings<'_> {
+    /// Who sees what the virtual IOMMU `id` does, if anybody does.
+    fn observer(&self, id: &str) -> Option<Arc<dyn Observer>> {
+        let trace = self.trace.clone()?;
+        Some(Arc::new(TracedIommu { trace, id: id.to_owned() }))
+    }
 }
 
 /// The virtual IOMMUs of a machine; at least one.
@@ -92,11 +103,12 @@ impl Iommus {
         let at_start = host.graph();
         let mut iommus = Self { all: Vec::new(), host, in_use, at_start };
         // What one emulated unit walks, the host says of all.
-        let guest_second_stage = config.iommus.iter().any(|iommu| iommu.second_stage);
+        let guest_second_stage =
+            config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.second_stage));
         for (number, iommu) in config.iommus.iter().enumerate() {
             let nesting = match iommus.all.first() {
-                Some(first) => first.nesting().beside().map_err(failed("nesting"))?,
-                None => nesting_over(&around)?,
+                Some(first) => first.model().beside().map_err(failed("nesting"))?,
+                None => Nesting::first(&iommu.model, &around)?,
             };
             let functions = functions.iter().filter(|function| function.iommu == number);
             let plan = Plan {
@@ -148,18 +160,6 @@ impl Iommus {
         self.all.clear();
         self.host.graph()
     }
-}
-
-/// The host side of the first virtual IOMMU, with the machine's memory.
-fn nesting_over(around: &Surroundings<'_>) -> Result<VtdNesting> {
-    let nesting = VtdNesting::new(around.host.verbs.clone()).map_err(failed("nesting"))?;
-    for region in around.memory.regions() {
-        let (start, whole) = (around.memory.start_of(region), UserMemory::whole(region.clone()));
-        nesting
-            .map_memory(start, &whole, Protection::READ_WRITE)
-            .map_err(failed("mapping guest memory"))?;
-    }
-    Ok(nesting)
 }
 
 impl fmt::Debug for Iommus {

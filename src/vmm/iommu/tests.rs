@@ -3,8 +3,12 @@
 
 use super::*;
 use crate::emulated::ObjectKind;
+use crate::nesting::smmuv3::SmmuObjects;
 use crate::spec::pci::Pasid;
-use crate::vmm::config::{testing, IommuConfig};
+use crate::viommu::MsiMessage;
+use crate::vmm::arch::layout::MESSAGE_RANGE;
+use crate::vmm::config::{testing, IommuConfig, SmmuV3Options, VtdOptions};
+use crate::vmm::report::ModelReport;
 use vm_memory::{Bytes, GuestAddress};
 
 struct NoInterrupts;
@@ -45,6 +49,57 @@ fn enable(iommu: &Iommu) {
     write(0x18, 1 << 31);
 }
 
+/// How many faults each has recorded.
+fn faults(iommus: &Iommus) -> Vec<u64> {
+    let faults = |report: IommuReport| match report.of {
+        ModelReport::Vtd(of) => of.viommu.faults_recorded,
+        ModelReport::SmmuV3(of) => panic!("{of:?}"),
+    };
+    iommus.reports().into_iter().map(faults).collect()
+}
+
+#[test]
+fn an_smmu_passes_until_translation_is_enabled_and_aborts_then() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let start = memory.start_of(&memory.regions()[0]);
+    let iommus = one(SmmuV3Options::default().into(), &memory);
+    let iommu = &iommus.all()[0];
+    assert_eq!(iommu.id(), "smmu0");
+    let mut dma = iommu.dma_master(FUNCTION.bdf).unwrap();
+    dma.write(None, start + 0x4000, b"passes").unwrap();
+    let write = |offset, value: u32| iommu.registers().write(offset, &value.to_le_bytes());
+    // CR0.SMMUEN, with a stream table of one entry, which is not valid.
+    write(0x20, 1);
+    dma.write(None, start + 0x4000, b"aborts").unwrap_err();
+    write(0x20, 0);
+    dma.write(None, start + 0x4000, b"passes").unwrap();
+    let ModelReport::SmmuV3(report) = iommus.reports().remove(0).of else { panic!() };
+    assert_eq!(report.nesting.nested_allocs, 2);
+    let attached = |objects: &SmmuObjects| objects.devices[0].attached;
+    assert_ne!(attached(&report.objects), attached(&report.objects_in_use.unwrap()));
+    let left = iommus.close().unwrap();
+    assert_eq!(left, ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
+}
+
+#[test]
+fn messages_of_what_is_behind_an_smmu_go_to_the_doorbell() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let iommus = one(SmmuV3Options::default().into(), &memory);
+    let remapper = iommus.all()[0].interrupt_remapper().unwrap().upgrade().unwrap();
+    // What the guest gave the device is an address before translation.
+    let message = MsiMessage { address: 0xffff_0000, data: 7 };
+    let sent = remapper.translate(FUNCTION.bdf, message).unwrap();
+    assert!(MESSAGE_RANGE.contains(&sent.address) && sent.data == 7);
+}
+
+#[test]
+fn a_machine_has_iommus_of_one_model() {
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let configs = [IommuConfig::default(), SmmuV3Options::default().into()];
+    let error = iommus(&configs, &[], &memory).unwrap_err();
+    assert!(error.to_string().contains("one model"), "{error}");
+}
+
 #[test]
 fn a_machine_without_has_none() {
     let (config, memory) = (testing::machine(), MachineMemory::new(1 << 20).unwrap());
@@ -67,7 +122,7 @@ fn a_function_passes_until_translation_is_enabled_and_is_blocked_then() {
 
     enable(iommu);
     assert!(dma.read(None, 0x4000, &mut bytes).is_err());
-    assert_eq!(iommus.reports()[0].viommu.faults_recorded, 1);
+    assert_eq!(faults(&iommus)[0], 1);
     // One when it was added, one when it was blocked.
     assert_eq!(iommus.host_report().calls["DEVICE_DETACH"].calls, 2);
 }
@@ -84,8 +139,7 @@ fn each_has_its_own_functions_over_the_same_memory() {
     second.dma_master(OTHER.bdf).unwrap().write(None, 0x4000, b"blocked").unwrap_err();
     // Neither unit knows the function of the other.
     first.dma_master(OTHER.bdf).unwrap().write(None, 0x4000, b"unknown").unwrap_err();
-    let faults: Vec<_> =
-        iommus.reports().iter().map(|report| report.viommu.faults_recorded).collect();
+    let faults: Vec<_> = faults(&iommus);
     assert_eq!(faults, [0, 1]);
     let graph = iommus.host_report().graph.unwrap();
     let count = |kind| graph.of_kind(kind).count();
@@ -137,19 +191,20 @@ fn the_emulated_host_serves_what_is_asked_for() {
     let config = |asked: bool| {
         let (address_width, pasid_bits) = if asked { (57, 20) } else { (48, 6) };
         let (ats, second_stage) = (asked, asked);
-        IommuConfig { address_width, pasid_bits, ats, second_stage, ..IommuConfig::default() }
+        VtdOptions { address_width, pasid_bits, ats, second_stage, ..VtdOptions::default() }
     };
     let check = |iommu: &Iommu, asked: bool| {
-        let (offered, config) = (iommu.capabilities(), config(asked));
+        let (offered, config) = (iommu.model().vtd_capabilities().unwrap(), config(asked));
         assert_eq!(offered.cap.mgaw() + 1, config.address_width);
         assert_eq!(offered.ecap.pasid_bits(), config.pasid_bits);
         assert_eq!((offered.ecap.dt(), offered.ecap.ssts()), (asked, asked));
     };
     for asked in [false, true] {
-        check(&one(config(asked), &memory).all()[0], asked);
+        check(&one(config(asked).into(), &memory).all()[0], asked);
     }
     // Beside each other, too.
-    let both = iommus(&[config(false), config(true)], &[FUNCTION, OTHER], &memory).unwrap();
+    let both =
+        iommus(&[config(false).into(), config(true).into()], &[FUNCTION, OTHER], &memory).unwrap();
     check(&both.all()[0], false);
     check(&both.all()[1], true);
 }

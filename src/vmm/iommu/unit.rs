@@ -1,32 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One virtual IOMMU of a machine: its registers, its nesting, and the unit behind it.
+//! One virtual IOMMU of a machine, whatever its model, and the devices behind it.
 
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
-use super::in_use::{ObjectsInUse, RegisterPage};
+use super::nesting::Nesting;
+use super::smmuv3::SmmuV3;
+use super::vtd::Vtd;
 use super::{AssignedFunction, Surroundings};
-use crate::emulated::{
-    AddressWidth, ContextTables, DeviceConfig, DmaAttributes, DmaPort, DmaWay, VtdUnit,
-    VtdUnitConfig,
-};
-use crate::iommufd::{Extensions, HostIommu, HwInfoData, ObjectId};
-use crate::nesting::{vtd::VtdNesting, DeviceInfo};
+use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
+use crate::iommufd::{HostIommu, ObjectId};
+use crate::nesting::NestingError;
 use crate::spec::pci::{Bdf, Pasid};
-use crate::spec::vtd::regs::{Cap, Ecap};
-use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use crate::viommu::{
-    FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Observer, Policy, Requester,
-    Stage1,
-};
+use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
+use crate::vmm::arch::EdgeLine;
 use crate::vmm::bus::BusDevice;
-use crate::vmm::config::IommuConfig;
+use crate::vmm::config::{IommuConfig, IommuModel};
 use crate::vmm::devices::{DmaError, DmaMaster};
-use crate::vmm::report::IommuReport;
-use crate::vmm::trace::TracedIommu;
+use crate::vmm::report::{IommuReport, ModelReport};
 use crate::vmm::vfio::{VfioError, VfioProblem};
 use crate::vmm::{Error, Result};
+
+/// A device behind a virtual IOMMU, as the guest and as the host knows it.
+pub(super) type BoundDevice = (Bdf, ObjectId);
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
@@ -40,100 +37,77 @@ pub(super) struct Plan<'a> {
     pub functions: Vec<AssignedFunction>,
 }
 
+/// What a model of a virtual IOMMU does in a machine.
+pub(super) trait VirtualIommu: fmt::Debug + Send + Sync {
+    /// Its registers.
+    fn registers(&self) -> Arc<dyn BusDevice>;
+
+    /// The machine stops: threads that work for the guest in here leave off soon.
+    fn halt(&self);
+
+    /// Who remaps the interrupts of what is behind the IOMMU, if anybody does.
+    fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>>;
+
+    /// From now on `listener` is told when interrupts are remapped otherwise than before.
+    fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>);
+
+    /// Its own interrupts have these wires, in the order that its model says.
+    fn connect(&self, _wires: Vec<EdgeLine>) {}
+
+    /// Where memory requests of the function at `bdf`, which is in this process, enter the IOMMU;
+    /// `None` where the unit is of this machine.
+    fn dma_port(&self, bdf: Bdf) -> Option<DmaPort>;
+
+    /// What was done so far.
+    fn report(&self) -> ModelReport;
+
+    /// The host side of another one of its model, which shares its memory.
+    ///
+    /// # Errors
+    /// It is shut down.
+    fn beside(&self) -> std::result::Result<Nesting, NestingError>;
+
+    /// Gives every host object back.
+    ///
+    /// # Errors
+    /// The host does not let go of something.
+    fn shutdown(&self) -> std::result::Result<(), NestingError>;
+
+    /// What the guest is offered, by a VT-d.
+    #[cfg(test)]
+    fn vtd_capabilities(&self) -> Option<crate::viommu::vtd::Capabilities> {
+        None
+    }
+}
+
 /// One virtual IOMMU.
 pub(in crate::vmm) struct Iommu {
     id: String,
-    vtd: Arc<VtdIommu>,
-    nesting: Arc<VtdNesting>,
+    model: Box<dyn VirtualIommu>,
     host: Arc<dyn HostIommu>,
-    /// As the guest and as the host knows them.
-    devices: Vec<(Bdf, ObjectId)>,
-    interrupt_remapping: bool,
-    /// Unless the kernel has it.
-    unit: Option<Arc<VtdUnit>>,
-    in_use: Arc<ObjectsInUse>,
-    /// Lent to the unit's sanitizer.
-    _contexts: Arc<GuestContexts>,
+    devices: Vec<BoundDevice>,
 }
 
 impl Iommu {
     /// The virtual IOMMU of `plan`, whose host side is `nesting`, which has no devices yet.
-    pub(super) fn new(
-        plan: Plan<'_>,
-        nesting: VtdNesting,
-        around: &Surroundings<'_>,
-    ) -> Result<Self> {
-        let Plan { id, interrupts, config, interrupt_remapping, guest_second_stage, functions } =
-            plan;
-        let nesting = Arc::new(nesting);
-        let host = &around.host.verbs;
-        let emulated = around.host.emulated.as_ref().map(|emulated| {
-            let unit = VtdUnit::new(unit_config(config, guest_second_stage));
-            let id = emulated.add_unit(unit.clone());
-            (emulated, unit, id)
-        });
-        let mut devices = Vec::with_capacity(functions.len());
-        for function in &functions {
-            let bdf = function.bdf;
-            let dev = match (&function.vfio, &emulated) {
-                (Some(path), _) => bind(&**host, path)?,
-                (None, Some((emulated, _, unit))) => {
-                    let name = format!("{id}/{bdf}");
-                    let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
-                    let device =
-                        DeviceConfig { pasid_bits, ats: config.ats, ..DeviceConfig::default() };
-                    emulated
-                        .add_device(&name, *unit, bdf, device)
-                        .map_err(failed("adding a device"))?;
-                    host.device_bind(&name).map_err(failed("binding a device"))?
-                }
-                (None, None) => return Err(not_of_this_machine(&id, bdf)),
-            };
-            devices.push((bdf, dev));
-            nesting.add_device(bdf, dev).map_err(failed("adding a device"))?;
-        }
-
-        let hosts: Vec<_> = nesting
-            .hw_infos()
-            .iter()
-            .filter_map(|device| host_unit(device, host.extensions()))
-            .collect();
-        let offered = vtd_config(config, interrupt_remapping).intersect(&hosts)?;
-        let observer = around.trace.clone().map(|trace| {
-            let observer: Arc<dyn Observer> = Arc::new(TracedIommu { trace, id: id.clone() });
-            observer
-        });
-        let tables = Arc::new(around.memory.map().clone());
-        let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
-            .map_err(failed("--iommu"))?;
-        let target: Arc<dyn FaultTarget> = vtd.clone();
-        nesting.set_fault_target(Arc::downgrade(&target));
-        let contexts = Arc::new(GuestContexts(vtd.clone()));
-        let weak: Weak<GuestContexts> = Arc::downgrade(&contexts);
-        let unit = emulated.map(|(_, unit, _)| unit);
-        if let Some(unit) = &unit {
-            unit.set_context_tables(weak);
-        }
-        for function in functions {
-            vtd.add_device(function.bdf);
-        }
-        let (host, in_use) = (host.clone(), around.in_use.clone());
-        Ok(Self {
-            id,
-            vtd,
-            nesting,
-            host,
-            devices,
-            interrupt_remapping,
-            unit,
-            in_use,
-            _contexts: contexts,
-        })
+    pub(super) fn new(plan: Plan<'_>, nesting: Nesting, around: &Surroundings<'_>) -> Result<Self> {
+        let (model, devices): (Box<dyn VirtualIommu>, _) = match (&plan.config.model, nesting) {
+            (IommuModel::Vtd(options), Nesting::Vtd(nesting)) => {
+                let (vtd, devices) = Vtd::new(&plan, options, nesting, around)?;
+                (Box::new(vtd), devices)
+            }
+            (IommuModel::SmmuV3(options), Nesting::SmmuV3(nesting)) => {
+                let (smmu, devices) = SmmuV3::new(&plan, options, nesting, around)?;
+                (Box::new(smmu), devices)
+            }
+            _ => return Err(Error::Iommu("a machine has virtual IOMMUs of one model".into())),
+        };
+        Ok(Self { id: plan.id, model, host: around.host.verbs.clone(), devices })
     }
 
-    /// The host side.
-    pub(super) fn nesting(&self) -> &VtdNesting {
-        &self.nesting
+    /// What it does as the model it is.
+    pub(super) fn model(&self) -> &dyn VirtualIommu {
+        &*self.model
     }
 
     /// What devices call it.
@@ -141,31 +115,29 @@ impl Iommu {
         &self.id
     }
 
-    /// What the guest is offered.
-    #[cfg(test)]
-    pub(super) fn capabilities(&self) -> crate::viommu::vtd::Capabilities {
-        self.vtd.capabilities()
-    }
-
-    /// The register page.
+    /// Its registers.
     pub fn registers(&self) -> Arc<dyn BusDevice> {
-        Arc::new(RegisterPage { vtd: self.vtd.clone(), in_use: self.in_use.clone() })
+        self.model.registers()
     }
 
     /// The machine stops: threads that work for the guest in here leave off soon.
     pub fn halt(&self) {
-        self.vtd.halt();
+        self.model.halt();
     }
 
-    /// Who remaps the interrupts of what is behind the IOMMU, if it does.
+    /// Who remaps the interrupts of what is behind the IOMMU, if anybody does.
     pub fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
-        let vtd: Arc<dyn InterruptRemapper> = self.vtd.clone();
-        self.interrupt_remapping.then(|| Arc::downgrade(&vtd))
+        self.model.interrupt_remapper()
     }
 
     /// From now on `listener` is told when interrupts are remapped otherwise than before.
     pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
-        self.vtd.add_interrupt_listener(listener);
+        self.model.add_interrupt_listener(listener);
+    }
+
+    /// Its own interrupts have these wires.
+    pub fn connect(&self, wires: Vec<EdgeLine>) {
+        self.model.connect(wires);
     }
 
     /// The devices behind it, as the guest and as the host knows them.
@@ -186,26 +158,19 @@ impl Iommu {
     /// # Errors
     /// As [`Iommu::dma_master`].
     pub fn dma_port(&self, bdf: Bdf) -> Result<DmaPort> {
-        let unit = self.unit.as_ref().ok_or_else(|| not_of_this_machine(&self.id, bdf))?;
-        Ok(unit.port(bdf.raw()))
+        self.model.dma_port(bdf).ok_or_else(|| not_of_this_machine(&self.id, bdf))
     }
 
     /// What was done so far.
     pub(super) fn report(&self) -> IommuReport {
-        IommuReport {
-            id: self.id.clone(),
-            viommu: self.vtd.counters(),
-            nesting: self.nesting.counters(),
-            hardware: self.unit.as_ref().map(|unit| unit.counters()),
-            sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
-        }
+        IommuReport { id: self.id.clone(), of: self.model.report() }
     }
 }
 
 impl Drop for Iommu {
     /// Gives every host object back, in order.
     fn drop(&mut self) {
-        if let Err(error) = self.nesting.shutdown() {
+        if let Err(error) = self.model.shutdown() {
             log::error!("{}: host objects are left behind: {error}", self.id);
         }
         for (bdf, dev) in self.devices.drain(..) {
@@ -220,13 +185,43 @@ impl fmt::Debug for Iommu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Iommu")
             .field("id", &self.id)
-            .field("vtd", &self.vtd)
+            .field("model", &self.model)
             .finish_non_exhaustive()
     }
 }
 
 pub(super) fn failed<E: fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| Error::Iommu(format!("{what}: {error}"))
+}
+
+/// Binds the functions of `plan` to the host and tells its nesting of each by `add`: those of this
+/// process behind `unit`, with ATS or without.
+pub(super) fn bind_devices(
+    plan: &Plan<'_>,
+    unit: Option<UnitId>,
+    ats: bool,
+    around: &Surroundings<'_>,
+    add: impl Fn(Bdf, ObjectId) -> std::result::Result<(), NestingError>,
+) -> Result<Vec<BoundDevice>> {
+    let host = &around.host.verbs;
+    let mut devices = Vec::with_capacity(plan.functions.len());
+    for function in &plan.functions {
+        let bdf = function.bdf;
+        let dev = match (&function.vfio, &around.host.emulated, unit) {
+            (Some(path), ..) => bind(&**host, path)?,
+            (None, Some(emulated), Some(unit)) => {
+                let name = format!("{}/{bdf}", plan.id);
+                let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
+                let device = DeviceConfig { pasid_bits, ats, ..DeviceConfig::default() };
+                emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
+                host.device_bind(&name).map_err(failed("binding a device"))?
+            }
+            _ => return Err(not_of_this_machine(&plan.id, bdf)),
+        };
+        devices.push((bdf, dev));
+        add(bdf, dev).map_err(failed("adding a device"))?;
+    }
+    Ok(devices)
 }
 
 /// Binds the device of this machine at `path`.
@@ -238,65 +233,6 @@ fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
 
 fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
     Error::Iommu(format!("{bdf} is not a device of this machine, and {id} knows only those"))
-}
-
-/// The emulated unit that can serve `config`.
-fn unit_config(config: &IommuConfig, guest_second_stage: bool) -> VtdUnitConfig {
-    VtdUnitConfig {
-        address_width: match config.address_width {
-            57 => AddressWidth::Bits57,
-            _ => AddressWidth::Bits48,
-        },
-        guest_second_stage,
-        device_tlb: config.ats,
-        sanitize: config.sanitize,
-        ..VtdUnitConfig::default()
-    }
-}
-
-/// What the guest is to be offered.
-fn vtd_config(config: &IommuConfig, interrupt_remapping: bool) -> VtdConfig {
-    VtdConfig {
-        address_width: config.address_width,
-        pasid_bits: config.pasid_bits,
-        second_stage: config.second_stage,
-        caching_mode: config.caching_mode,
-        device_iotlb: config.ats,
-        interrupt_remapping,
-        ..VtdConfig::default()
-    }
-}
-
-/// The IOMMU of a device, when it is a VT-d.
-fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
-    match device.info.data {
-        HwInfoData::Vtd(registers) => Some(HostUnit {
-            device: device.rid.to_string(),
-            cap: Cap::from_bits(registers.cap_reg),
-            ecap: Ecap::from_bits(registers.ecap_reg),
-            guest_second_stage: extensions.guest_second_stage,
-        }),
-        HwInfoData::None | HwInfoData::ArmSmmuV3(_) | HwInfoData::Other(_) => None,
-    }
-}
-
-/// The guest's context and PASID tables, for the sanitizer.
-#[derive(Debug)]
-struct GuestContexts(Arc<VtdIommu>);
-
-impl ContextTables for GuestContexts {
-    fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay> {
-        let pasid = match pasid {
-            Some(pasid) => Some(Pasid::new(pasid)?),
-            None => None,
-        };
-        Some(match self.0.policy_by_tables(Requester { rid, pasid })? {
-            Policy::Blocked { .. } => DmaWay::Blocked,
-            Policy::Bypass => DmaWay::Bypass,
-            Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
-            Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),
-        })
-    }
 }
 
 impl DmaMaster for DmaPort {

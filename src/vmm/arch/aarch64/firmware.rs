@@ -7,9 +7,12 @@ use vm_memory::{Bytes, GuestAddress};
 use super::boot::{StartState, DEVICE_TREE_SIZE};
 use super::layout::*;
 use super::IrqChip;
-use crate::vmm::arch::devicetree::{self, Gic, Pci, Platform, Serial, Span};
-use crate::vmm::config::MachineConfig;
+use crate::vmm::arch::devicetree::{self, Assigned, Gic, Pci, Platform, Serial, Smmu, Span};
+use crate::vmm::config::{IommuConfig, MachineConfig};
+use crate::vmm::iommu::{interrupt_source, AssignedFunction};
 use crate::vmm::memory::MachineMemory;
+use crate::vmm::topology::assigned_functions;
+use crate::vmm::vfio::doorbell::MSI_WINDOW;
 use crate::vmm::{Error, Result};
 
 /// Tells the guest, whose kernel starts with `start`, of the machine that `config` describes.
@@ -23,8 +26,8 @@ pub(in crate::vmm) fn write(
     start: &StartState,
 ) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| Error::Firmware(format!("device tree: {error}"));
-    let tree =
-        devicetree::tree(&platform(memory, config, start)).map_err(|error| failed(&error))?;
+    let platform = platform(memory, config, start)?;
+    let tree = devicetree::tree(&platform).map_err(|error| failed(&error))?;
     if tree.len() as u64 > DEVICE_TREE_SIZE {
         return Err(failed(&format_args!("{} bytes are too many", tree.len())));
     }
@@ -36,9 +39,10 @@ fn platform<'a>(
     memory: &MachineMemory,
     config: &'a MachineConfig,
     start: &StartState,
-) -> Platform<'a> {
+) -> Result<Platform<'a>> {
+    let functions = assigned_functions(config)?;
     let redistributors = REDISTRIBUTOR_SIZE * u64::from(config.vcpus);
-    Platform {
+    Ok(Platform {
         vcpus: config.vcpus,
         memory: memory.ranges().map(|(start, length)| Span { start, length }).collect(),
         cmdline: &config.payload.cmdline,
@@ -59,7 +63,33 @@ fn platform<'a>(
             mmio: Span { start: PCI_MMIO_START, length: PCI_MMIO_LAST - PCI_MMIO_START + 1 },
             intx: INTX_LINES.iter().flat_map(|line| line.gsis).copied().collect(),
         },
-        smmus: Vec::new(),
-        assigned: Vec::new(),
-    }
+        smmus: smmus(config, &functions),
+        assigned: functions
+            .iter()
+            .filter(|function| function.vfio.is_some())
+            .map(assigned)
+            .collect(),
+    })
+}
+
+/// The virtual SMMUs, in front of `functions`.
+fn smmus(config: &MachineConfig, functions: &[AssignedFunction]) -> Vec<Smmu> {
+    let smmu = |(number, iommu): (usize, &IommuConfig)| Smmu {
+        registers: Span { start: config.iommu_address(number), length: iommu.model.registers() },
+        spis: iommu_interrupts(number),
+        device_id: interrupt_source(number).raw().into(),
+        functions: functions
+            .iter()
+            .filter(|function| function.iommu == number)
+            .map(|function| function.bdf)
+            .collect(),
+    };
+    config.iommus.iter().enumerate().map(smmu).collect()
+}
+
+/// A device of this machine's behind a virtual SMMU: the host has its messages go to a window of its
+/// own, and stage 1 must lead there.
+fn assigned(function: &AssignedFunction) -> Assigned {
+    let (start, last) = (*MSI_WINDOW.start(), *MSI_WINDOW.end());
+    Assigned { bdf: function.bdf, identity: Span { start, length: last - start + 1 } }
 }

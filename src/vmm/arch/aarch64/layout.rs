@@ -60,6 +60,16 @@ pub const INTX_LINES: [IntxLine; 4] = [
     IntxLine { register: 7, gsis: &[7] },
 ];
 
+/// The first shared peripheral interrupt of the virtual IOMMUs.
+const IOMMU_IRQS: u32 = 16;
+
+/// The shared peripheral interrupts of the virtual IOMMU `number`: of events, global errors and
+/// CMD_SYNC. None are left for one too many, which has messages alone.
+pub fn iommu_interrupts(number: usize) -> Option<[u32; 3]> {
+    let first = u32::try_from(number).ok()?.checked_mul(3)?.checked_add(IOMMU_IRQS)?;
+    (first + 3 <= PINS).then_some([first, first + 1, first + 2])
+}
+
 /// What stands at fixed addresses besides RAM, both ends included.
 pub const FIXED: [(u64, u64, &str); 8] = [
     (0x0800_0000, 0x080f_ffff, "room for the host's messages"),

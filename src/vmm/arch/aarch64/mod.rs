@@ -25,6 +25,9 @@ pub(in crate::vmm) const KVM_CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::DeviceCtrl, "KVM_CAP_DEVICE_CTRL"),
 ];
 
+/// The virtual IOMMU that its firmware can tell a guest of.
+pub(in crate::vmm) const IOMMU: &str = "smmuv3";
+
 /// A virtual machine without memory or vCPUs.
 ///
 /// # Errors

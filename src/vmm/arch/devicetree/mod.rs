@@ -104,8 +104,8 @@ pub struct Smmu {
     /// Its registers.
     pub registers: Span,
     /// Shared peripheral interrupts, edge-triggered: of the event queue, of global errors, of the
-    /// command queue's SYNC.
-    pub spis: [u32; 3],
+    /// command queue's SYNC. Without, it has messages alone.
+    pub spis: Option<[u32; 3]>,
     /// Who it is to the interrupt translation service.
     pub device_id: u32,
     /// The functions behind it. A function's StreamID is its RID.
@@ -184,9 +184,11 @@ fn smmu_node(fdt: &mut FdtWriter, number: u32, smmu: &Smmu) -> Result<(), Error>
     let node = fdt.begin_node(&format!("iommu@{:x}", smmu.registers.start))?;
     fdt.property_string("compatible", "arm,smmu-v3")?;
     fdt.property_array_u64("reg", &smmu.registers.cells())?;
-    fdt.property_array_u32("interrupts", &smmu.spis.map(interrupts::edge).concat())?;
-    let names = ["eventq", "gerror", "cmdq-sync"].map(str::to_owned);
-    fdt.property_string_list("interrupt-names", names.into())?;
+    if let Some(spis) = smmu.spis {
+        fdt.property_array_u32("interrupts", &spis.map(interrupts::edge).concat())?;
+        let names = ["eventq", "gerror", "cmdq-sync"].map(str::to_owned);
+        fdt.property_string_list("interrupt-names", names.into())?;
+    }
     fdt.property_array_u32("msi-parent", &[ITS, smmu.device_id])?;
     fdt.property_null("dma-coherent")?;
     fdt.property_u32("#iommu-cells", 1)?;

@@ -35,7 +35,7 @@ fn platform() -> Platform<'static> {
 fn smmu(functions: &[u16]) -> Smmu {
     let functions = functions.iter().copied().map(Bdf::from_raw).collect();
     let registers = span(0xa00_0000, 0x2_0000);
-    Smmu { registers, spis: [8, 9, 10], device_id: 0xff00, functions }
+    Smmu { registers, spis: Some([8, 9, 10]), device_id: 0xff00, functions }
 }
 
 /// A tree, by the paths of its nodes.

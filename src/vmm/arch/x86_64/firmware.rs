@@ -40,7 +40,7 @@ fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
         units: scopes.into_iter().enumerate().map(unit).collect(),
         all_functions: in_scope == config.devices.len(),
         interrupt_remapping,
-        ats: config.iommus.iter().any(|iommu| iommu.ats),
+        ats: config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.ats)),
     });
     let ioapic = IoApic { id: IOAPIC_ID, address: IOAPIC_ADDRESS, bdf: IOAPIC_BDF };
     let pic = chip == IrqChip::InKernel;

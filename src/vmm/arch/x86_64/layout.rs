@@ -78,6 +78,11 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     }
 }
 
+/// The wires of the virtual IOMMU `number`: a PC's has messages alone.
+pub const fn iommu_interrupts(_number: usize) -> Option<[u32; 3]> {
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

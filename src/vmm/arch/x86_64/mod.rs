@@ -28,6 +28,9 @@ use crate::vmm::{Error, Result};
 pub(in crate::vmm) const KVM_CAPABILITIES: &[(Cap, &str)] =
     &[(Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"), (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID")];
 
+/// The virtual IOMMU that its firmware can tell a guest of.
+pub(in crate::vmm) const IOMMU: &str = "vtd";
+
 /// A virtual machine without memory or vCPUs.
 ///
 /// # Errors

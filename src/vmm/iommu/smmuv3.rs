@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual SMMUv3 of a machine: its registers, its nesting, and the unit behind it.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use vm_superio::Trigger;
+
+use super::in_use::ObjectsInUse;
+use super::nesting::Nesting;
+use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
+use super::Surroundings;
+use crate::emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
+use crate::iommufd::HwInfoData;
+use crate::nesting::smmuv3::{SmmuNesting, SmmuObjects, DEFAULT_EVENT_DEPTH};
+use crate::nesting::{DeviceInfo, NestingError};
+use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::regs::{self, Cr0};
+use crate::viommu::smmuv3::{
+    EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts,
+};
+use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
+use crate::vmm::arch::layout::MESSAGE_RANGE;
+use crate::vmm::arch::EdgeLine;
+use crate::vmm::bus::BusDevice;
+use crate::vmm::config::SmmuV3Options;
+use crate::vmm::report::{ModelReport, SmmuV3Report};
+use crate::vmm::vfio::DoorbellWatch;
+use crate::vmm::Result;
+
+/// A virtual SMMUv3.
+pub(super) struct SmmuV3 {
+    smmu: Arc<Smmu>,
+    nesting: Arc<SmmuNesting>,
+    /// Lent to nesting.
+    _events: Arc<dyn EventTarget>,
+    interrupts: Arc<OwnInterrupts>,
+    doorbell: Arc<Doorbell>,
+    registers: Arc<RegisterPages>,
+    /// Unless the kernel has it.
+    unit: Option<Arc<SmmuV3Unit>>,
+}
+
+impl SmmuV3 {
+    /// The one of `plan` as `options` say, whose host side is `nesting`, which has no devices yet;
+    /// and the devices behind it.
+    pub fn new(
+        plan: &Plan<'_>,
+        options: &SmmuV3Options,
+        nesting: SmmuNesting,
+        around: &Surroundings<'_>,
+    ) -> Result<(Self, Vec<BoundDevice>)> {
+        let nesting = Arc::new(nesting);
+        let emulated = around.host.emulated.as_ref().map(|emulated| {
+            let unit = SmmuV3Unit::new(unit_config(options));
+            let id = emulated.add_unit(unit.clone());
+            (unit, id)
+        });
+        let unit_id = emulated.as_ref().map(|(_, id)| *id);
+        let devices = bind_devices(plan, unit_id, options.ats, around, |bdf, dev| {
+            nesting.add_device(bdf, dev)
+        })?;
+        let hosts: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
+        let offered = smmu_config(options).intersect(&hosts)?;
+        let tables = Arc::new(around.memory.map().clone());
+        let interrupts =
+            Arc::new(OwnInterrupts { messages: plan.interrupts.clone(), wires: OnceLock::new() });
+        let observer = around.observer(&plan.id);
+        let smmu = Smmu::new(&offered, tables, nesting.clone(), interrupts.clone(), observer)
+            .map_err(failed("--iommu"))?;
+        let events: Arc<dyn EventTarget> = Arc::new(DoorbellWatch::new(smmu.clone()));
+        nesting.set_event_target(Arc::downgrade(&events));
+        for (bdf, _) in &devices {
+            smmu.add_stream((*bdf).into());
+        }
+        let unit = emulated.map(|(unit, _)| unit);
+        let doorbell = Arc::new(Doorbell { address: DOORBELL });
+        let registers = Arc::new(RegisterPages {
+            smmu: smmu.clone(),
+            nesting: nesting.clone(),
+            in_use: around.in_use.clone(),
+            objects: Mutex::default(),
+        });
+        Ok((
+            Self { smmu, nesting, _events: events, interrupts, doorbell, registers, unit },
+            devices,
+        ))
+    }
+}
+
+impl VirtualIommu for SmmuV3 {
+    fn registers(&self) -> Arc<dyn BusDevice> {
+        self.registers.clone()
+    }
+
+    fn halt(&self) {
+        self.smmu.halt();
+    }
+
+    fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
+        let doorbell: Arc<dyn InterruptRemapper> = self.doorbell.clone();
+        Some(Arc::downgrade(&doorbell))
+    }
+
+    /// The doorbell never moves.
+    fn add_interrupt_listener(&self, _: Weak<dyn InterruptListener>) {}
+
+    fn connect(&self, wires: Vec<EdgeLine>) {
+        // Once only, when the machine is built.
+        let _ = self.interrupts.wires.set(wires);
+    }
+
+    fn dma_port(&self, bdf: Bdf) -> Option<DmaPort> {
+        self.unit.as_ref().map(|unit| unit.port(bdf.raw()))
+    }
+
+    fn report(&self) -> ModelReport {
+        ModelReport::SmmuV3(SmmuV3Report {
+            viommu: self.smmu.counters(),
+            nesting: self.nesting.counters(),
+            objects: self.nesting.objects(),
+            objects_in_use: self.registers.objects(),
+            hardware: self.unit.as_ref().map(|unit| unit.counters()),
+        })
+    }
+
+    fn beside(&self) -> std::result::Result<Nesting, NestingError> {
+        self.nesting.beside(DEFAULT_EVENT_DEPTH).map(Nesting::SmmuV3)
+    }
+
+    fn shutdown(&self) -> std::result::Result<(), NestingError> {
+        self.nesting.shutdown()
+    }
+}
+
+impl fmt::Debug for SmmuV3 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SmmuV3").field("smmu", &self.smmu).finish_non_exhaustive()
+    }
+}
+
+/// The register pages as a bus device, which sees when a guest switches translation off: nothing of
+/// what it used is left after that.
+#[derive(Debug)]
+struct RegisterPages {
+    smmu: Arc<Smmu>,
+    nesting: Arc<SmmuNesting>,
+    in_use: Arc<ObjectsInUse>,
+    /// The host's objects then.
+    objects: Mutex<Option<SmmuObjects>>,
+}
+
+impl RegisterPages {
+    fn objects(&self) -> Option<SmmuObjects> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the write switches translation off, which is on.
+    fn switches_off(&self, offset: u64, data: &[u8]) -> bool {
+        let Ok(cr0) = <[u8; 4]>::try_from(data) else { return false };
+        offset == regs::CR0
+            && !Cr0::from_bits(u32::from_le_bytes(cr0)).smmuen()
+            && self.smmu.state().registers.cr0ack.smmuen()
+    }
+}
+
+impl BusDevice for RegisterPages {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.smmu.mmio_read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if self.switches_off(offset, data) {
+            self.in_use.note();
+            let objects = self.nesting.objects();
+            *self.objects.lock().unwrap_or_else(PoisonError::into_inner) = Some(objects);
+        }
+        self.smmu.mmio_write(offset, data);
+    }
+}
+
+/// The interrupts of the SMMU itself.
+struct OwnInterrupts {
+    messages: Arc<dyn InterruptSink>,
+    /// Of events, global errors and CMD_SYNC, in this order.
+    wires: OnceLock<Vec<EdgeLine>>,
+}
+
+impl SmmuInterrupts for OwnInterrupts {
+    fn message(&self, address: u64, data: u32) -> bool {
+        let taken = MESSAGE_RANGE.contains(&address);
+        if taken {
+            self.messages.send_msi(address, data);
+        }
+        taken
+    }
+
+    fn wire(&self, interrupt: SmmuInterrupt) {
+        let number = match interrupt {
+            SmmuInterrupt::EventQueue => 0,
+            SmmuInterrupt::GlobalError => 1,
+            SmmuInterrupt::CommandSync => 2,
+        };
+        let wire = self.wires.get().and_then(|wires| wires.get(number));
+        if let Some(Err(error)) = wire.map(Trigger::trigger) {
+            log::error!("the SMMU's interrupt {interrupt:?}: {error}");
+        }
+    }
+}
+
+impl fmt::Debug for OwnInterrupts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnInterrupts").field("wires", &self.wires).finish_non_exhaustive()
+    }
+}
+
+/// GITS_TRANSLATER: at 0x40 in the page to interrupt.
+const DOORBELL: u64 = *MESSAGE_RANGE.start() + 0x40;
+
+/// What becomes of the messages of the devices: the guest has its tables lead the address that it
+/// gives a device to the one doorbell there is, and whoever sends the message past those tables
+/// sends it there.
+#[derive(Debug)]
+struct Doorbell {
+    address: u64,
+}
+
+impl InterruptRemapper for Doorbell {
+    fn send_remapped(&self, _: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
+        sink.send_msi(self.address, message.data);
+        true
+    }
+
+    fn translate(&self, _: Bdf, message: MsiMessage) -> Option<MsiMessage> {
+        Some(MsiMessage { address: self.address, ..message })
+    }
+}
+
+/// The emulated unit that can serve `options`.
+fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
+    SmmuV3UnitConfig {
+        ats: options.ats,
+        msi_doorbell: Some(MESSAGE_RANGE),
+        ..SmmuV3UnitConfig::default()
+    }
+}
+
+/// What the guest is to be offered.
+fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
+    SmmuConfig { substream_bits: options.substream_bits, ats: options.ats, ..SmmuConfig::default() }
+}
+
+/// The IOMMU of a device, when it is an SMMU.
+fn host_unit(device: &DeviceInfo) -> Option<HostSmmu> {
+    match device.info.data {
+        HwInfoData::ArmSmmuV3(smmu) => {
+            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr))
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual VT-d of a machine: its registers, its nesting, and the unit behind it.
+
+use std::sync::{Arc, Weak};
+
+use super::in_use::{ObjectsInUse, RegisterPage};
+use super::nesting::Nesting;
+use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
+use super::Surroundings;
+use crate::emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
+use crate::iommufd::{Extensions, HwInfoData};
+use crate::nesting::vtd::VtdNesting;
+use crate::nesting::{DeviceInfo, NestingError};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
+use crate::viommu::{FaultTarget, InterruptListener, InterruptRemapper, Policy, Requester, Stage1};
+use crate::vmm::bus::BusDevice;
+use crate::vmm::config::VtdOptions;
+use crate::vmm::report::{ModelReport, VtdReport};
+use crate::vmm::Result;
+
+/// A virtual VT-d.
+#[derive(Debug)]
+pub(super) struct Vtd {
+    vtd: Arc<VtdIommu>,
+    nesting: Arc<VtdNesting>,
+    interrupt_remapping: bool,
+    /// Unless the kernel has it.
+    unit: Option<Arc<VtdUnit>>,
+    in_use: Arc<ObjectsInUse>,
+    /// Lent to the unit's sanitizer.
+    _contexts: Arc<GuestContexts>,
+}
+
+impl Vtd {
+    /// The one of `plan` as `options` say, whose host side is `nesting`, which has no devices yet;
+    /// and the devices behind it.
+    pub fn new(
+        plan: &Plan<'_>,
+        options: &VtdOptions,
+        nesting: VtdNesting,
+        around: &Surroundings<'_>,
+    ) -> Result<(Self, Vec<BoundDevice>)> {
+        let nesting = Arc::new(nesting);
+        let emulated = around.host.emulated.as_ref().map(|emulated| {
+            let unit = VtdUnit::new(unit_config(options, plan.guest_second_stage));
+            let id = emulated.add_unit(unit.clone());
+            (unit, id)
+        });
+        let unit_id = emulated.as_ref().map(|(_, id)| *id);
+        let devices = bind_devices(plan, unit_id, options.ats, around, |bdf, dev| {
+            nesting.add_device(bdf, dev)
+        })?;
+        let extensions = around.host.verbs.extensions();
+        let hosts: Vec<_> =
+            nesting.hw_infos().iter().filter_map(|device| host_unit(device, extensions)).collect();
+        let offered = vtd_config(options, plan.interrupt_remapping).intersect(&hosts)?;
+        let tables = Arc::new(around.memory.map().clone());
+        let (interrupts, observer) = (plan.interrupts.clone(), around.observer(&plan.id));
+        let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
+            .map_err(failed("--iommu"))?;
+        let target: Arc<dyn FaultTarget> = vtd.clone();
+        nesting.set_fault_target(Arc::downgrade(&target));
+        let contexts = Arc::new(GuestContexts(vtd.clone()));
+        let weak: Weak<GuestContexts> = Arc::downgrade(&contexts);
+        let unit = emulated.map(|(unit, _)| unit);
+        if let Some(unit) = &unit {
+            unit.set_context_tables(weak);
+        }
+        for (bdf, _) in &devices {
+            vtd.add_device(*bdf);
+        }
+        let (interrupt_remapping, in_use) = (plan.interrupt_remapping, around.in_use.clone());
+        let iommu = Self { vtd, nesting, interrupt_remapping, unit, in_use, _contexts: contexts };
+        Ok((iommu, devices))
+    }
+}
+
+impl VirtualIommu for Vtd {
+    fn registers(&self) -> Arc<dyn BusDevice> {
+        Arc::new(RegisterPage { vtd: self.vtd.clone(), in_use: self.in_use.clone() })
+    }
+
+    fn halt(&self) {
+        self.vtd.halt();
+    }
+
+    fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
+        let vtd: Arc<dyn InterruptRemapper> = self.vtd.clone();
+        self.interrupt_remapping.then(|| Arc::downgrade(&vtd))
+    }
+
+    fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        self.vtd.add_interrupt_listener(listener);
+    }
+
+    fn dma_port(&self, bdf: Bdf) -> Option<DmaPort> {
+        self.unit.as_ref().map(|unit| unit.port(bdf.raw()))
+    }
+
+    fn report(&self) -> ModelReport {
+        ModelReport::Vtd(VtdReport {
+            viommu: self.vtd.counters(),
+            nesting: self.nesting.counters(),
+            hardware: self.unit.as_ref().map(|unit| unit.counters()),
+            sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
+        })
+    }
+
+    fn beside(&self) -> std::result::Result<Nesting, NestingError> {
+        self.nesting.beside().map(Nesting::Vtd)
+    }
+
+    fn shutdown(&self) -> std::result::Result<(), NestingError> {
+        self.nesting.shutdown()
+    }
+
+    #[cfg(test)]
+    fn vtd_capabilities(&self) -> Option<crate::viommu::vtd::Capabilities> {
+        Some(self.vtd.capabilities())
+    }
+}
+
+/// The emulated unit that can serve `config`.
+fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
+    VtdUnitConfig {
+        address_width: match config.address_width {
+            57 => AddressWidth::Bits57,
+            _ => AddressWidth::Bits48,
+        },
+        guest_second_stage,
+        device_tlb: config.ats,
+        sanitize: config.sanitize,
+        ..VtdUnitConfig::default()
+    }
+}
+
+/// What the guest is to be offered.
+fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
+    VtdConfig {
+        address_width: config.address_width,
+        pasid_bits: config.pasid_bits,
+        second_stage: config.second_stage,
+        caching_mode: config.caching_mode,
+        device_iotlb: config.ats,
+        interrupt_remapping,
+        ..VtdConfig::default()
+    }
+}
+
+/// The IOMMU of a device, when it is a VT-d.
+fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
+    match device.info.data {
+        HwInfoData::Vtd(registers) => Some(HostUnit {
+            device: device.rid.to_string(),
+            cap: Cap::from_bits(registers.cap_reg),
+            ecap: Ecap::from_bits(registers.ecap_reg),
+            guest_second_stage: extensions.guest_second_stage,
+        }),
+        HwInfoData::None | HwInfoData::ArmSmmuV3(_) | HwInfoData::Other(_) => None,
+    }
+}
+
+/// The guest's context and PASID tables, for the sanitizer.
+#[derive(Debug)]
+struct GuestContexts(Arc<VtdIommu>);
+
+impl ContextTables for GuestContexts {
+    fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay> {
+        let pasid = match pasid {
+            Some(pasid) => Some(Pasid::new(pasid)?),
+            None => None,
+        };
+        Some(match self.0.policy_by_tables(Requester { rid, pasid })? {
+            Policy::Blocked { .. } => DmaWay::Blocked,
+            Policy::Bypass => DmaWay::Bypass,
+            Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
+            Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),
+        })
+    }
+}
