@@ -54,7 +54,7 @@ pub struct Iommu {
     pub name: String,
     /// What it is.
     pub model: Model,
-    /// Width of its addresses in bits: 48 or 57.
+    /// Width of its addresses in bits: 48 or 57; of an SMMUv3 what IDR5.OAS can say, 32 to 52.
     #[serde(default = "forty_eight")]
     pub address_width: u8,
     /// Width of its PASIDs in bits, at most 20; 0 for none.
@@ -70,6 +70,9 @@ pub struct Iommu {
     /// nesting parent.
     #[serde(default = "yes")]
     pub erratum_772415: bool,
+    /// Of an SMMUv3: stage 2 forces write-back (IDR3.FWB). Without, there are no vIOMMUs.
+    #[serde(default = "yes")]
+    pub s2fwb: bool,
 }
 
 /// The kinds of IOMMU.
@@ -78,7 +81,7 @@ pub struct Iommu {
 pub enum Model {
     /// Intel VT-d.
     Vtd,
-    /// Arm SMMUv3, which is not emulated yet.
+    /// Arm SMMUv3.
     Smmuv3,
 }
 
@@ -173,11 +176,13 @@ impl Config {
             if self.iommu.iter().take(index).any(|other| other.name == iommu.name) {
                 return of(&"there are two of that name");
             }
-            if iommu.model == Model::Smmuv3 {
-                return of(&"the model smmuv3 is not emulated yet; only vtd is");
-            }
-            if !matches!(iommu.address_width, 48 | 57) {
-                return of(&format_args!("address-width is 48 or 57, not {}", iommu.address_width));
+            let widths: &[u8] = match iommu.model {
+                Model::Vtd => &[48, 57],
+                Model::Smmuv3 => &[32, 36, 40, 42, 44, 48, 52],
+            };
+            if !widths.contains(&iommu.address_width) {
+                let width = iommu.address_width;
+                return of(&format_args!("address-width is one of {widths:?}, not {width}"));
             }
             if iommu.pasid_bits > 20 {
                 return of(&format_args!("pasid-bits is at most 20, not {}", iommu.pasid_bits));
@@ -243,10 +248,10 @@ mod tests {
         let device = "[[device]]\nvfio = 0\niommu = 'a'\naddress = '00:04.0'\n";
         for (text, words) in [
             (format!("{unit}{unit}"), "two of that name"),
-            (format!("{unit}address-width = 39\n"), "48 or 57"),
+            (format!("{unit}address-width = 39\n"), "[48, 57]"),
+            (format!("{}address-width = 57\n", unit.replace("vtd", "smmuv3")), "44, 48, 52]"),
             (format!("{unit}pasid-bits = 21\n"), "at most 20"),
             (format!("{unit}colour = 'red'\n"), "unknown field"),
-            (unit.replace("vtd", "smmuv3"), "not emulated yet"),
             (unit.replace("vtd", "amd"), "unknown variant"),
             (device.to_owned(), "no IOMMU 'a'"),
             (format!("{unit}{device}{device}"), "two of that number"),
@@ -265,5 +270,6 @@ mod tests {
             assert!(error.contains(words), "{text}: {error}");
         }
         assert!(Config::parse(&format!("{unit}{device}")).is_ok());
+        assert!(Config::parse(&unit.replace("vtd", "smmuv3")).is_ok());
     }
 }

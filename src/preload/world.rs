@@ -7,10 +7,13 @@ use std::env;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use twostage::emulated::{AddressWidth, DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
+use twostage::emulated::{
+    AddressWidth, DeviceConfig, EmulatedUnit, Machine, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit,
+    VtdUnitConfig,
+};
 use twostage::iommufd::Errno;
 
-use crate::config::{Config, Device as DeviceEntry, Iommu};
+use crate::config::{Config, Device as DeviceEntry, Iommu, Model};
 use crate::file::File;
 use crate::group::{Group, GroupFile};
 use crate::iommufd::Iommufd;
@@ -110,7 +113,7 @@ impl World {
         let machine = Machine::new();
         let mut units = BTreeMap::new();
         for iommu in &config.iommu {
-            units.insert(&iommu.name, machine.add_unit(VtdUnit::new(unit_config(iommu))));
+            units.insert(&iommu.name, machine.add_unit(unit(iommu)));
         }
         for device in &config.device {
             let (name, number) = (&device.iommu, device.vfio);
@@ -181,18 +184,30 @@ fn with_groups(devices: &[DeviceEntry]) -> BTreeMap<u32, Entry> {
     entries.collect()
 }
 
-fn unit_config(iommu: &Iommu) -> VtdUnitConfig {
-    VtdUnitConfig {
-        address_width: match iommu.address_width {
-            57 => AddressWidth::Bits57,
-            _ => AddressWidth::Bits48,
-        },
-        pasid_bits: iommu.pasid_bits,
-        nesting: iommu.nesting,
-        device_tlb: iommu.ats,
-        erratum_772415: iommu.erratum_772415,
-        guest_second_stage: false,
-        ..VtdUnitConfig::default()
+fn unit(iommu: &Iommu) -> EmulatedUnit {
+    match iommu.model {
+        Model::Vtd => VtdUnit::new(VtdUnitConfig {
+            address_width: match iommu.address_width {
+                57 => AddressWidth::Bits57,
+                _ => AddressWidth::Bits48,
+            },
+            pasid_bits: iommu.pasid_bits,
+            nesting: iommu.nesting,
+            device_tlb: iommu.ats,
+            erratum_772415: iommu.erratum_772415,
+            guest_second_stage: false,
+            ..VtdUnitConfig::default()
+        })
+        .into(),
+        Model::Smmuv3 => SmmuV3Unit::new(SmmuV3UnitConfig {
+            address_width: iommu.address_width,
+            ssid_bits: iommu.pasid_bits,
+            nesting: iommu.nesting,
+            ats: iommu.ats,
+            s2fwb: iommu.s2fwb,
+            ..SmmuV3UnitConfig::default()
+        })
+        .into(),
     }
 }
 

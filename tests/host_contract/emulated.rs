@@ -2,7 +2,8 @@
 //! The emulated host and its device.
 
 use twostage::emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, EmulatedUnit, SmmuV3Unit, SmmuV3UnitConfig,
+    VtdUnit, VtdUnitConfig,
 };
 use twostage::spec::pci::Bdf;
 
@@ -30,8 +31,22 @@ impl Engine for Port {
 
 /// A device without PASIDs behind a VT-d.
 pub fn vtd() -> Subject {
+    subject(VtdUnit::new(VtdUnitConfig::default()))
+}
+
+/// The same behind an SMMUv3.
+pub fn smmuv3() -> Subject {
+    subject(SmmuV3Unit::new(SmmuV3UnitConfig::default()))
+}
+
+/// The same behind an SMMUv3 that cannot nest.
+pub fn smmuv3_without_nesting() -> Subject {
+    subject(SmmuV3Unit::new(SmmuV3UnitConfig { nesting: false, ..Default::default() }))
+}
+
+fn subject(unit: impl Into<EmulatedUnit>) -> Subject {
     let host = EmulatedHost::new();
-    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    let unit = host.add_unit(unit);
     let rid = Bdf::new(0, 4, 0).expect("a PCI address");
     host.add_device(NAME, unit, rid, DeviceConfig::default()).expect("a new device");
     let port = host.dma_port(NAME).expect("the device");

@@ -15,6 +15,16 @@ fn emulated_vtd() {
 }
 
 #[test]
+fn emulated_smmuv3() {
+    contract::check(&emulated::smmuv3());
+}
+
+#[test]
+fn emulated_smmuv3_without_nesting() {
+    contract::check(&emulated::smmuv3_without_nesting());
+}
+
+#[test]
 fn kernel() {
     contract::kernel::check_named();
 }

@@ -5,11 +5,12 @@
 #[path = "../host_contract/contract/mod.rs"]
 mod contract;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The last of the tests here again, under the library and with a device.
-fn under_the_library(device: &str) {
+/// The last of the tests here again, under the library, with a device of the machine that a file
+/// describes, or of the default one; it must come to the check called `expected`.
+fn under_the_library(device: &str, machine: Option<&Path>, expected: &str) {
     let program = std::env::current_exe().expect("the test's own path");
     let library: PathBuf = program.with_file_name("libtwostage_iommufd.so");
     assert!(library.exists(), "no {}", library.display());
@@ -17,10 +18,11 @@ fn under_the_library(device: &str) {
     let mut command = Command::new("timeout");
     command.arg("60").arg(program).args(["--exact", "kernel", "--nocapture"]);
     command.env("LD_PRELOAD", library).env_remove("TWOSTAGE_IOMMUFD");
+    command.envs(machine.map(|file| ("TWOSTAGE_IOMMUFD", file)));
     let output = command.env("TWOSTAGE_CONTRACT_DEVICE", device).output().expect("a process");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(
-        output.status.success() && text.contains("contract: nesting on VT-d"),
+        output.status.success() && text.contains(expected),
         "{}\n{text}\n{}",
         output.status,
         String::from_utf8_lossy(&output.stderr)
@@ -29,12 +31,22 @@ fn under_the_library(device: &str) {
 
 #[test]
 fn a_device_with_pasids() {
-    under_the_library("/dev/vfio/devices/vfio0");
+    under_the_library("/dev/vfio/devices/vfio0", None, "contract: nesting on VT-d");
 }
 
 #[test]
 fn a_device_without_pasids() {
-    under_the_library("/dev/vfio/devices/vfio1");
+    under_the_library("/dev/vfio/devices/vfio1", None, "contract: nesting on VT-d");
+}
+
+#[test]
+fn a_device_behind_an_smmu() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let text = "[[iommu]]\nname = 'smmu'\nmodel = 'smmuv3'\n\
+                [[device]]\nvfio = 3\niommu = 'smmu'\naddress = '00:04.0'\n";
+    std::fs::write(file.path(), text).expect("written");
+    let device = "/dev/vfio/devices/vfio3";
+    under_the_library(device, Some(file.path()), "contract: nesting on SMMUv3");
 }
 
 #[test]

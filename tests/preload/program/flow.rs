@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The nested flow: guest memory behind a nesting parent, guest tables on it, DMA through both.
 
+use crate::guest::{Guest, MEMORY, PAGE};
 use crate::uapi::*;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-const PAGE: u64 = 4096;
-/// Length of guest memory, in bytes.
-const MEMORY: u64 = 16 << 20;
 /// Where the guest has its tables, and two pages for data.
 const TABLES: u64 = 0x10_0000;
 const FIRST: u64 = 0x20_0000;
@@ -16,47 +13,18 @@ const IOVA: u64 = 0x12_3456_7000;
 /// Present, writable, user, accessed, dirty.
 const ENTRY: u64 = 0x67;
 
-/// Memory of a guest, from address 0 on.
-struct Guest(*mut u8);
-
-impl Guest {
-    fn new() -> Self {
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let rights = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping touches nothing.
-        let memory =
-            unsafe { libc::mmap(std::ptr::null_mut(), MEMORY as usize, rights, flags, -1, 0) };
-        assert_ne!(memory, libc::MAP_FAILED);
-        Self(memory.cast())
-    }
-
-    fn word(&self, address: u64) -> &AtomicU64 {
-        assert!(address.is_multiple_of(8) && address < MEMORY);
-        // SAFETY: it lies in the mapping, is aligned, and devices access it too, like another thread.
-        unsafe { &*self.0.add(address as usize).cast() }
-    }
-
-    fn get(&self, address: u64) -> u64 {
-        self.word(address).load(Ordering::SeqCst)
-    }
-
-    fn set(&self, address: u64, value: u64) {
-        self.word(address).store(value, Ordering::SeqCst);
-    }
-
-    /// Has the tables of four levels lead `iova` to `page`; `None`: nowhere.
-    fn map(&self, iova: u64, page: Option<u64>) {
-        for level in (0..4u64).rev() {
-            // One table for each level is enough.
-            let table = TABLES + (3 - level) * PAGE;
-            let entry = table + (iova >> (12 + 9 * level) & 0x1ff) * 8;
-            let value = match (level, page) {
-                (0, Some(page)) => page | ENTRY,
-                (0, None) => 0,
-                _ => (table + PAGE) | ENTRY,
-            };
-            self.set(entry, value);
-        }
+/// Has the tables of four levels lead `iova` to `page`; `None`: nowhere.
+fn map(guest: &Guest, iova: u64, page: Option<u64>) {
+    for level in (0..4u64).rev() {
+        // One table for each level is enough.
+        let table = TABLES + (3 - level) * PAGE;
+        let entry = table + (iova >> (12 + 9 * level) & 0x1ff) * 8;
+        let value = match (level, page) {
+            (0, Some(page)) => page | ENTRY,
+            (0, None) => 0,
+            _ => (table + PAGE) | ENTRY,
+        };
+        guest.set(entry, value);
     }
 }
 
@@ -90,9 +58,9 @@ pub fn run(path: &str) {
     println!("VT-d {}, nesting {nesting}", vtd.is_some());
 
     let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
-    let mapped = ioas_map(iommufd, ioas, guest.0 as u64, MEMORY, 0);
+    let mapped = ioas_map(iommufd, ioas, guest.address(), MEMORY, 0);
     println!("map: {}", outcome(mapped));
-    let mapped = ioas_map(iommufd, ioas, guest.0 as u64, MEMORY, 0);
+    let mapped = ioas_map(iommufd, ioas, guest.address(), MEMORY, 0);
     println!("map again: {}", outcome(mapped));
     let parent = nesting_parent(iommufd, dev, ioas).expect("a nesting parent");
     println!("attach parent: {}", outcome(device.attach(parent)));
@@ -101,13 +69,13 @@ pub fn run(path: &str) {
     println!("store to the parent: {}", device.store(SECOND, 8));
     println!("moved {:#x}", guest.get(SECOND));
 
-    guest.map(IOVA, Some(FIRST));
+    map(&guest, IOVA, Some(FIRST));
     let nested = nested(iommufd, dev, parent, TABLES).expect("nested tables");
     println!("attach nested: {}", outcome(device.attach(nested)));
     guest.set(SECOND, 0);
     println!("fetch through the tables: {}", device.fetch(IOVA, 8));
     println!("track dirty pages: {}", outcome(track_dirty(iommufd, parent, true)));
-    guest.map(IOVA, Some(SECOND));
+    map(&guest, IOVA, Some(SECOND));
     let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1)]);
     println!("invalidate: {}, {done} done", outcome(result));
     println!("store through the changed tables: {}", device.store(IOVA, 8));
@@ -120,7 +88,7 @@ pub fn run(path: &str) {
     println!("dirty since: {}", dirty.len());
     println!("track no more: {}", outcome(track_dirty(iommufd, parent, false)));
 
-    guest.map(IOVA, None);
+    map(&guest, IOVA, None);
     let (result, done) = invalidate(iommufd, nested, &[(IOVA, 1), (IOVA + 1, 1), (IOVA, 1)]);
     println!("invalidate with a bad entry: {}, {done} done", outcome(result));
     guest.set(SECOND, 0x2222);

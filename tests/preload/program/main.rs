@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A program that speaks iommufd and VFIO in raw ioctls, and prints what it sees.
 //!
-//!   raw-ioctls flow DEVICE      the nested flow on a VFIO device
+//!   raw-ioctls flow DEVICE      the nested flow on a VFIO device behind a VT-d
+//!   raw-ioctls smmu DEVICE      the same behind an SMMUv3
 //!   raw-ioctls NAME             one of the others; see `main`
 //!
 //! It knows nothing of where `/dev/iommu` comes from. It panics when a system call fails that must
@@ -10,8 +11,11 @@
 mod container;
 mod descriptors;
 mod flow;
+mod guest;
 mod memory;
 mod processes;
+mod smmu;
+mod smmu_flow;
 mod uapi;
 
 fn main() {
@@ -19,6 +23,7 @@ fn main() {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         ["flow", device] => flow::run(device),
+        ["smmu", device] => smmu_flow::run(device),
         ["container", group, device] => container::run(group, device),
         ["descriptors"] => descriptors::run(),
         ["memory", device] => memory::run(device),

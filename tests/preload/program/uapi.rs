@@ -139,6 +139,12 @@ pub fn nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
     )
 }
 
+/// A nesting parent on `ioas` that can not.
+pub fn plain_nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
+    // `IOMMU_HWPT_ALLOC_NEST_PARENT`.
+    hwpt_alloc(fd, iommu_hwpt_alloc { flags: 1, dev_id: dev, pt_id: ioas, ..Default::default() })
+}
+
 /// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`.
 pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64) -> Result<u32> {
     let data = iommu_hwpt_vtd_s1 { pgtbl_addr: tables, addr_width: 48, ..Default::default() };
@@ -154,7 +160,7 @@ pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64) -> Result<u32> {
     hwpt_alloc(fd, alloc)
 }
 
-fn hwpt_alloc(fd: RawFd, mut alloc: iommu_hwpt_alloc) -> Result<u32> {
+pub fn hwpt_alloc(fd: RawFd, mut alloc: iommu_hwpt_alloc) -> Result<u32> {
     alloc.size = size::<iommu_hwpt_alloc>();
     ioctl(fd, IOMMUFD_CMD_HWPT_ALLOC, &mut alloc)?;
     Ok(alloc.out_hwpt_id)

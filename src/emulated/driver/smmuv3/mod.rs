@@ -5,6 +5,8 @@
 
 mod domains;
 mod events;
+#[cfg(test)]
+mod tests;
 mod vsmmu;
 
 use std::collections::{BTreeMap, BTreeSet};
