@@ -74,7 +74,7 @@ static void end(unsigned failures)
 {
     const char *how = option("end", "poweroff");
 
-    fflush(stdout);
+    flush_report();
     sync();
     if (strcmp(how, "exit") == 0)
         exit_machine(failures ? 1 : 0);

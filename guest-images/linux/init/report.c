@@ -3,6 +3,8 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <termios.h>
+#include <unistd.h>
 
 static struct {
     unsigned passed, failed, skipped;
@@ -50,4 +52,10 @@ unsigned summary(void)
 {
     printf("%u passed, %u failed, %u skipped\n", count.passed, count.failed, count.skipped);
     return count.failed;
+}
+
+void flush_report(void)
+{
+    fflush(stdout);
+    tcdrain(STDOUT_FILENO);
 }

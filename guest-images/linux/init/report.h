@@ -10,5 +10,8 @@ void skipped(const char *check, const char *format, ...) __attribute__((format(p
 // "# ...": what is good to know.
 void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+// Waits until all of it is out: a machine that ends takes with it what the console has not written.
+void flush_report(void);
+
 // "N passed, M failed, K skipped". How many failed.
 unsigned summary(void);

@@ -54,6 +54,7 @@ void check_kexec(void)
     }
     summary();
     note("starting the second kernel");
+    flush_report();
     sync();
     reboot(RB_KEXEC);
     failed("kexec", "%s", strerror(errno));

@@ -72,6 +72,7 @@ void check_reboot(void)
     }
     summary();
     note("restart %lu of %lu", (unsigned long)record.restarts, wanted);
+    flush_report();
     sync();
     reboot(RB_AUTOBOOT);
     failed("reboot", "%s", strerror(errno));
