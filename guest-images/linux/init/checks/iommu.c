@@ -54,7 +54,7 @@ static void check_domain(const struct device *device)
 static void check_units(const struct device *devices, unsigned count, unsigned units)
 {
     unsigned wanted = (unsigned)option_number("iommus", 1), used = 0;
-    char seen[MAX_DEVICES][16];
+    char seen[MAX_DEVICES][64]; // such as smmu3.0x000000000a000000
 
     for (unsigned i = 0; i < count; i++) {
         const char *unit = link_name("/sys/bus/pci/devices/%s/iommu", devices[i].pci);
