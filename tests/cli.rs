@@ -326,6 +326,14 @@ fn what_a_device_offers_is_told_in_words_and_in_json() {
     assert_eq!(device["reserved"][0]["kind"], "msi");
     assert_eq!((&offer["kind"], &offer["address_bits"]), (&"vtd".into(), &48.into()));
     assert_eq!(report["no_offer"], serde_json::Value::Null);
+
+    let smmu = ["info", "--host", "emulated", "--iommu", "smmuv3", "--report", "json"];
+    let report: serde_json::Value = serde_json::from_slice(&twostage(&smmu).stdout).unwrap();
+    assert_eq!(report["devices"][0]["reserved"][0]["kind"], "software_msi");
+    assert_eq!(
+        (&report["devices"][0]["smmu"], &report["offer"]["kind"]),
+        (&0.into(), &"smmuv3".into())
+    );
 }
 
 #[test]

@@ -34,6 +34,11 @@ pub fn vtd() -> Subject {
     subject(VtdUnit::new(VtdUnitConfig::default()))
 }
 
+/// The same behind a VT-d that cannot nest.
+pub fn vtd_without_nesting() -> Subject {
+    subject(VtdUnit::new(VtdUnitConfig { nesting: false, ..Default::default() }))
+}
+
 /// The same behind an SMMUv3.
 pub fn smmuv3() -> Subject {
     subject(SmmuV3Unit::new(SmmuV3UnitConfig::default()))

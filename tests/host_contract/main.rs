@@ -15,6 +15,11 @@ fn emulated_vtd() {
 }
 
 #[test]
+fn emulated_vtd_without_nesting() {
+    contract::check(&emulated::vtd_without_nesting());
+}
+
+#[test]
 fn emulated_smmuv3() {
     contract::check(&emulated::smmuv3());
 }

@@ -129,6 +129,9 @@ impl DeviceReport {
             HwInfoData::ArmSmmuV3(smmu) => report.smmuv3(&smmu.idr, info.max_pasid_log2),
             HwInfoData::Other(_) | HwInfoData::None => report.pasids.bits = info.max_pasid_log2,
         }
+        if report.pasids.bits == 0 {
+            report.pasids.allocated_by = None;
+        }
         if report.cannot_nest.is_some() {
             report.stage1_formats.clear();
             report.invalidations.clear();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What one virtual IOMMU in front of several devices can offer to its guest.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::DeviceFacts;
@@ -28,7 +29,7 @@ pub struct Offer {
     /// What a driver of its finds, one thing each.
     pub features: Vec<String>,
     /// Its identification registers, by name.
-    pub registers: Vec<(&'static str, u64)>,
+    pub registers: BTreeMap<&'static str, u64>,
 }
 
 /// Kinds of virtual IOMMU.
@@ -146,7 +147,10 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
             (config.snoop_control, "snoop control"),
             (config.coherent_walks, "coherent walks"),
         ]),
-        registers: vec![("CAP", offered.cap.into_bits()), ("ECAP", offered.ecap.into_bits())],
+        registers: BTreeMap::from([
+            ("CAP", offered.cap.into_bits()),
+            ("ECAP", offered.ecap.into_bits()),
+        ]),
     })
 }
 
@@ -183,13 +187,13 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
             (config.two_level_contexts, "2-level context descriptor tables"),
             (config.range_invalidation, "invalidation by range"),
         ]),
-        registers: vec![
+        registers: BTreeMap::from([
             ("IDR0", offered.idr0.into_bits().into()),
             ("IDR1", offered.idr1.into_bits().into()),
             ("IDR3", offered.idr3.into_bits().into()),
             ("IDR5", offered.idr5.into_bits().into()),
             ("AIDR", offered.aidr.into_bits().into()),
-        ],
+        ]),
     })
 }
 

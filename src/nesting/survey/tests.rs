@@ -3,7 +3,9 @@
 
 use super::trial::difference;
 use super::*;
-use crate::emulated::{AddressWidth, DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
+use crate::emulated::{
+    AddressWidth, DeviceConfig, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
+};
 use crate::iommufd::{
     iommu_hw_info_arm_smmuv3, Errno, FailNth, HostError, HwCapabilities, HwInfo, HwInfoData, Verb,
 };
@@ -155,6 +157,23 @@ fn devices_behind_smmus() {
     let refusal = HostError::new(Verb::ViommuAlloc, None, Errno::EOPNOTSUPP, "no S2FWB");
     let refused = DeviceFacts { refusal: Some(refusal), ..nvme };
     assert!(NestingReport::new(&[refused]).to_string().contains("no S2FWB"));
+}
+
+#[test]
+fn a_survey_tells_smmus_apart() {
+    let host = EmulatedHost::new();
+    let add = |name: &str, unit, number| {
+        let rid = Bdf::new(0, number, 0).unwrap();
+        host.add_device(name, unit, rid, DeviceConfig::default()).unwrap();
+        name.to_owned()
+    };
+    let [one, two] = [(); 2].map(|()| host.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default())));
+    let names = [add("nvme", one, 1), add("edu", two, 2), add("nic", one, 3)];
+    let facts = survey(&*host, &names).unwrap();
+    assert_eq!([0, 1, 2].map(|index: usize| facts[index].smmu), [Some(0), Some(1), Some(0)]);
+    assert_eq!(host.live_objects(), 0);
+    assert!(matches!(Offer::new(&facts), Err(OfferError::TwoSmmus(..))));
+    assert!(Offer::new(&[facts[0].clone(), facts[2].clone()]).is_ok());
 }
 
 #[test]

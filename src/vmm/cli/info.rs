@@ -10,7 +10,9 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use super::complain;
-use crate::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
+use crate::emulated::{
+    DeviceConfig, EmulatedHost, EmulatedUnit, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
+};
 use crate::iommufd::{Errno, HostError, HostIommu, KernelHost, OpenError};
 use crate::nesting::survey::{survey, NestingReport};
 use crate::spec::pci::Bdf;
@@ -30,8 +32,7 @@ const VFIO_DEVICES: &str = "/dev/vfio/devices";
 
 #[derive(Debug, Args)]
 pub(super) struct InfoArgs {
-    /// Whose devices: those of the kernel's iommufd, or an emulated edu behind an emulated VT-d, as
-    /// virtual machines have them by default.
+    /// Whose devices: those of the kernel's iommufd, or an emulated edu behind an emulated IOMMU.
     #[arg(long, value_name = "/dev/iommu|emulated", default_value = "/dev/iommu")]
     host: PathBuf,
 
@@ -40,6 +41,10 @@ pub(super) struct InfoArgs {
     /// use it, and its DMA is blocked meanwhile.
     #[arg(long = "vfio", value_name = "path=PATH", value_parser = parse_vfio)]
     vfio: Vec<String>,
+
+    /// IOMMU of the emulated host.
+    #[arg(long, value_enum, default_value = "vtd")]
+    iommu: Emulated,
 
     /// Form of the result, which goes to standard output.
     #[arg(long, value_enum, default_value = "text")]
@@ -50,6 +55,12 @@ pub(super) struct InfoArgs {
 enum Form {
     Text,
     Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Emulated {
+    Vtd,
+    Smmuv3,
 }
 
 fn parse_vfio(text: &str) -> Result<String, String> {
@@ -112,7 +123,7 @@ fn report(args: &InfoArgs) -> Result<NestingReport, InfoError> {
         if !args.vfio.is_empty() {
             return Err(InfoError::VfioOfEmulated);
         }
-        (emulated(), vec![EDU.to_owned()])
+        (emulated(args.iommu), vec![EDU.to_owned()])
     } else {
         let host = Arc::new(KernelHost::open(&args.host)?);
         let names = if args.vfio.is_empty() { bound_devices()? } else { args.vfio.clone() };
@@ -122,13 +133,18 @@ fn report(args: &InfoArgs) -> Result<NestingReport, InfoError> {
 }
 
 const EDU: &str = "edu";
+/// As many as a PASID can have.
+const EDU_PASID_BITS: u8 = 20;
 
-/// A host as that of a machine with one virtual VT-d, and an edu.
-fn emulated() -> Arc<EmulatedHost> {
+/// A host as virtual machines have it, with an edu.
+fn emulated(iommu: Emulated) -> Arc<EmulatedHost> {
     let host = EmulatedHost::new();
-    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
-    let config =
-        DeviceConfig { pasid_bits: VtdUnitConfig::default().pasid_bits, ..Default::default() };
+    let unit: EmulatedUnit = match iommu {
+        Emulated::Vtd => VtdUnit::new(VtdUnitConfig::default()).into(),
+        Emulated::Smmuv3 => SmmuV3Unit::new(SmmuV3UnitConfig::default()).into(),
+    };
+    let unit = host.add_unit(unit);
+    let config = DeviceConfig { pasid_bits: EDU_PASID_BITS, ..Default::default() };
     // Neither the name nor the address is taken on a host without devices.
     if let Err(error) = host.add_device(EDU, unit, Bdf::from_raw(0x0008), config) {
         log::error!("the emulated host: {error}");
