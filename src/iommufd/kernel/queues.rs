@@ -264,3 +264,68 @@ pub(super) fn vevent_parser(kind: u32) -> Option<Parse<Vevent>> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+    use std::sync::mpsc::{channel, Sender};
+
+    struct Told(Mutex<Sender<bool>>);
+
+    impl Readiness for Told {
+        fn changed(&self, readable: bool) {
+            self.0.lock().unwrap().send(readable).unwrap();
+        }
+    }
+
+    /// A queue of the SMMU's events, and where a test adds to it: like the kernel's, it never waits.
+    fn queue() -> (Queue<Vevent>, UnixDatagram) {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let parse = vevent_parser(iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3).unwrap();
+        let file = File::from(OwnedFd::from(theirs));
+        (Queue::new(ObjectId(1), Verb::Vevent, file, parse), ours)
+    }
+
+    fn event(sequence: u32) -> Vec<u8> {
+        let header = [0u32, sequence].into_iter().flat_map(u32::to_ne_bytes);
+        header.chain([7; size_of::<iommu_vevent_arm_smmuv3>()]).collect()
+    }
+
+    fn sequence(queue: &Queue<Vevent>) -> Option<u32> {
+        queue.next().unwrap().map(|event| match event {
+            Vevent::Event { sequence, .. } | Vevent::Lost { sequence } => sequence,
+        })
+    }
+
+    #[test]
+    fn a_watcher_hears_of_every_change_and_of_nothing_else() {
+        let (queue, more) = queue();
+        let (sender, told) = channel();
+        queue.watch(Arc::new(Told(Mutex::new(sender))));
+        assert_eq!(told.recv(), Ok(false));
+        for round in 0..100 {
+            more.send(&[event(round), event(round + 1)].concat()).unwrap();
+            assert_eq!(told.recv(), Ok(true));
+            assert_eq!(sequence(&queue), Some(round));
+            assert_eq!(sequence(&queue), Some(round + 1));
+            assert_eq!(sequence(&queue), None);
+            assert_eq!(sequence(&queue), None);
+            assert_eq!(told.recv(), Ok(false));
+        }
+        drop(queue);
+        assert!(told.recv().is_err(), "nobody is left who could tell");
+        assert!(more.send(&event(0)).is_err(), "the file is closed");
+    }
+
+    #[test]
+    fn what_is_no_event_is_an_error() {
+        let (queue, more) = queue();
+        more.send(&[1, 2, 3]).unwrap();
+        assert_eq!(queue.next().unwrap_err().errno, Errno::EIO);
+        more.send(&event(5)).unwrap();
+        assert_eq!(sequence(&queue), Some(5));
+    }
+}
