@@ -113,6 +113,14 @@ pub fn treatment(rules: &[Rule], id: u16) -> Treatment {
     rules.iter().find(|rule| rule.id == id).map_or(Treatment::Hidden, |rule| rule.treatment)
 }
 
+/// Why the guest does not see the capability `id` of the list with `rules`, for logs.
+pub fn why_hidden(rules: &[Rule], id: u16) -> String {
+    match rules.iter().find(|rule| rule.id == id) {
+        Some(rule) => format!("{}: {}", rule.name, rule.reason),
+        None => format!("{id:#x}: nobody here knows it"),
+    }
+}
+
 /// A capability in configuration space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capability {
@@ -222,6 +230,11 @@ mod tests {
         for id in [0x0f, 0x10, 0x13, 0x1b, 0xffff] {
             assert_eq!(treatment(EXTENDED_RULES, id), Treatment::Hidden);
         }
+        assert_eq!(
+            why_hidden(EXTENDED_RULES, 0x10),
+            "SR-IOV: virtual functions are the host's to make"
+        );
+        assert_eq!(why_hidden(RULES, 0xff), "0xff: nobody here knows it");
         assert_eq!(treatment(RULES, 0x11), Treatment::Msix);
         assert_eq!(treatment(RULES, 0xff), Treatment::Hidden);
     }

@@ -20,8 +20,8 @@
 use std::ops::Range;
 
 use super::capabilities::{
-    capabilities, extended_capabilities, treatment, Capability, Treatment, CAPABILITY_VPD,
-    EXTENDED_RULES, RULES,
+    capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,
+    CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
 use super::config_draft::Draft;
 use crate::vmm::pci::layout::{
@@ -131,7 +131,10 @@ impl ConfigImage {
     fn show(&mut self, draft: &mut Draft<'_>, capability: Capability, reset: bool) -> Option<()> {
         let Capability { id, offset, room } = capability;
         match treatment(RULES, id) {
-            Treatment::Hidden => return None,
+            Treatment::Hidden => {
+                log::debug!("capability hidden from the guest: {}", why_hidden(RULES, id));
+                return None;
+            }
             Treatment::Constant => draft.copy(offset + 2..offset + room),
             Treatment::Live => {
                 let length = match id == u16::from(CAPABILITY_VPD) {
@@ -169,7 +172,11 @@ impl ConfigImage {
                     let length = length.clamp(8, room);
                     self.live.push(draft.live(offset + 4..offset + length));
                 }
-                _ => continue,
+                _ => {
+                    let why = why_hidden(EXTENDED_RULES, id);
+                    log::debug!("extended capability hidden from the guest: {why}");
+                    continue;
+                }
             }
             let version = draft.device_u32(offset) & 0xf_0000;
             draft.put(offset, &(version | u32::from(id)).to_le_bytes());

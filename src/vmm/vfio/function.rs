@@ -31,6 +31,9 @@ const MSIX_ENTRY: u64 = 16;
 /// Device control of PCI Express (§7.5.3.4): reset the function.
 const INITIATE_FLR: u16 = 1 << 15;
 
+/// All of configuration space.
+const ALL: Range<u16> = 0..CONFIG_SIZE as u16;
+
 /// What a machine gives an assigned device.
 pub struct Surroundings<'a> {
     /// A place on the bus for a BAR of so many bytes, a multiple of them.
@@ -49,13 +52,16 @@ pub struct Surroundings<'a> {
 
 /// The function. Dropping it stops and resets the device.
 ///
-/// Lock order: configuration space, which is held for no call of the host's; the table of MSI-X; vectors.
+/// Lock order: whoever applies it; configuration space, which is held for no call of the host's; the
+/// table of MSI-X; vectors.
 pub struct VfioPci {
     /// In log lines.
     name: String,
     host: Arc<dyn HostDevice>,
     config_region: Region,
     config: Mutex<ConfigSpace>,
+    /// Whoever applies what it says to the device.
+    applying: Mutex<()>,
     /// As a reset leaves it.
     pristine: ConfigSpace,
     live: Vec<LiveRange>,
@@ -143,6 +149,7 @@ impl VfioPci {
             config_region,
             pristine: config.clone(),
             config: Mutex::new(config),
+            applying: Mutex::new(()),
             live,
             device_control,
             regions,
@@ -152,7 +159,7 @@ impl VfioPci {
             interrupts: DeviceInterrupts::new(intx, msi, table),
             complaints: RateLimit::default(),
         };
-        function.apply();
+        function.apply(&ALL);
         Ok(function)
     }
 
@@ -160,8 +167,11 @@ impl VfioPci {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Brings the device, the guest's memory and the interrupts up to date with configuration space.
-    fn apply(&self) {
+    /// Brings the device, the guest's memory and the interrupts up to date with configuration space, of
+    /// which `written` may have changed.
+    fn apply(&self, written: &Range<u16>) {
+        // Of two vCPUs at once, the later one applies what both wrote.
+        let _turn = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
         let config = self.space().clone();
         let mut placements = config.bar_placements();
         placements.retain(self.answers);
@@ -170,7 +180,9 @@ impl VfioPci {
         if !config.command().memory_space() {
             self.lent.update(&placements);
         }
-        self.forward(COMMAND, &config.u16(COMMAND).to_le_bytes());
+        if !overlap(written, &(COMMAND..COMMAND + 2)).is_empty() {
+            self.forward(COMMAND, &config.u16(COMMAND).to_le_bytes());
+        }
         self.lent.update(&placements);
         self.interrupts.update(&config);
     }
@@ -183,7 +195,7 @@ impl VfioPci {
             self.complaints.warn(format_args!("--vfio {}: reset: {error}", self.name));
         }
         *self.space() = self.pristine.clone();
-        self.apply();
+        self.apply(&ALL);
     }
 
     /// Writes to the device's own configuration space.
@@ -263,7 +275,7 @@ impl PciFunction for VfioPci {
                 self.forward(bytes.start, &data);
             }
         }
-        self.apply();
+        self.apply(&written);
     }
 
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) {

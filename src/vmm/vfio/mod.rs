@@ -3,7 +3,7 @@
 //!
 //! [`VfioPci`] is the function that the guest sees. Its memory is the guest's own where the device
 //! and the page size allow, and trapped where MSI-X has its table; its configuration space is what
-//! [`config_image`] and [`capabilities`] say, each line of their tables with its reason; its
+//! `config_image.rs` and `capabilities.rs` say, each line of their tables with its reason; its
 //! interrupts go from VFIO to KVM by eventfds, through the same remapping as those of every device.
 //!
 //! Nobody here maps DMA: the device is bound and attached by the host side of its virtual IOMMU,
@@ -15,32 +15,35 @@
 //! Base Specification 6.0 (§7.5 headers and PCI Express, §7.7 MSI and MSI-X, §7.9 vendor's
 //! capabilities); PCI Power Management 1.2.
 
-pub mod bars;
-pub mod capabilities;
+mod bars;
+mod capabilities;
 mod config_draft;
-pub mod config_image;
-pub mod device_file;
-pub mod doorbell;
-pub mod error;
-pub mod function;
-pub mod host_device;
-pub mod interrupts;
-pub mod intx;
-pub mod kvm_slots;
-pub mod mapping;
-pub mod msi;
-pub mod region;
+mod config_image;
+mod device_file;
+mod doorbell;
+mod error;
+mod function;
+mod host_device;
+mod interrupts;
+mod intx;
+mod kvm_slots;
+mod mapping;
+mod msi;
+mod region;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
-pub mod vectors;
+mod vectors;
 
 pub use bars::{Lender, Loan};
+pub use config_image::ConfigError;
 pub use device_file::DeviceFile;
-pub use doorbell::DoorbellWatch;
+pub use doorbell::{DoorbellWatch, MSI_WINDOW};
 pub use error::{VfioError, VfioProblem};
 pub use function::{Surroundings, VfioPci};
-pub use host_device::HostDevice;
+pub use host_device::{HostDevice, Irq, IrqInfo};
 pub use kvm_slots::KvmSlots;
-pub use mapping::page_size;
+pub use mapping::{page_size, Mapping};
+pub use region::Region;
+pub use vectors::MakeVector;
