@@ -82,6 +82,7 @@ impl Reader {
                 Ok(None) => return,
                 Err(error) => {
                     log::error!("events of the guest's streams are not read: {error}");
+                    self.route.events_lost();
                     return;
                 }
             }

@@ -102,7 +102,11 @@ impl Offer {
 }
 
 fn ats(facts: &[DeviceFacts]) -> bool {
-    facts.iter().any(|device| !device.info.capabilities.pci_ats_not_supported())
+    facts.iter().any(has_ats)
+}
+
+fn has_ats(device: &DeviceFacts) -> bool {
+    !device.info.capabilities.pci_ats_not_supported()
 }
 
 fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
@@ -163,7 +167,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
         if device.smmu != first.smmu {
             return Err(OfferError::TwoSmmus(first.name.clone(), device.name.clone()));
         }
-        hosts.push(HostSmmu::new(device.name.clone(), info.idr, info.aidr));
+        hosts.push(HostSmmu::new(device.name.clone(), info.idr, info.aidr, has_ats(device)));
     }
     let wanted = SmmuConfig { ats: ats(facts), ..SmmuConfig::default() };
     let wide = SmmuConfig { input_bits: 52, output_bits: 52, ..wanted.clone() };

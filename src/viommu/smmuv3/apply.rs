@@ -118,8 +118,9 @@ impl Smmu {
                 applied = applied.and(self.give(stream, decision));
             }
         }
-        applied?;
-        self.invalidate_host(&unchanged).map_err(|_| NotApplied::Host)
+        // Whatever became of the others: the guest may never ask for these again.
+        let invalidated = self.invalidate_host(&unchanged).map_err(|_| NotApplied::Host);
+        applied.and(invalidated)
     }
 
     /// Gives the host what is owed: what it has lost because it could not invalidate it, and what it

@@ -49,6 +49,8 @@ pub struct HostSmmu {
     idr3: Idr3,
     idr5: Idr5,
     aidr: Aidr,
+    /// The device can use ATS, which no register says.
+    ats: bool,
 }
 
 impl HostSmmu {
@@ -76,8 +78,9 @@ impl HostSmmu {
             .into_bits(),
     ];
 
-    /// What `IOMMU_GET_HW_INFO` of `device` says.
-    pub fn new(device: String, idr: [u32; 6], aidr: u32) -> Self {
+    /// What `IOMMU_GET_HW_INFO` of `device` says; `ats`: its capabilities are without
+    /// `IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED`.
+    pub fn new(device: String, idr: [u32; 6], aidr: u32, ats: bool) -> Self {
         let [mask0, mask1, _, mask3, _, mask5] = Self::READABLE;
         let [idr0, idr1, _, idr3, _, idr5] = idr;
         Self {
@@ -87,6 +90,7 @@ impl HostSmmu {
             idr3: Idr3::from_bits(idr3 & mask3),
             idr5: Idr5::from_bits(idr5 & mask5),
             aidr: Aidr::from_bits(aidr),
+            ats,
         }
     }
 
@@ -155,6 +159,12 @@ impl SmmuConfig {
     /// A unit cannot serve what was asked for by value, or what every virtual SMMUv3 needs.
     pub fn intersect(&self, hosts: &[HostSmmu]) -> Result<Self, CapabilityConflict> {
         let mut lowered = self.clone();
+        // Some devices behind an SMMU may have it, and others not.
+        if let Some(host) = hosts.first().filter(|_| self.ats && !hosts.iter().any(|host| host.ats))
+        {
+            let needed_for = "nor has another device ATS, which was asked for: switch it off";
+            return Err(host.lacks("ATS", needed_for.into()));
+        }
         for host in hosts {
             lowered.require(host)?;
             lowered.granule_4k &= host.idr5.gran4k();
@@ -240,7 +250,7 @@ mod tests {
     fn host(device: &str, change: fn(&mut [u32; 6])) -> HostSmmu {
         let (mut idr, aidr) = able();
         change(&mut idr);
-        HostSmmu::new(device.into(), idr, aidr)
+        HostSmmu::new(device.into(), idr, aidr, true)
     }
 
     #[test]
@@ -277,7 +287,10 @@ mod tests {
         for (word, mask) in noisy.iter_mut().zip(HostSmmu::READABLE) {
             *word |= !mask;
         }
-        assert_eq!(HostSmmu::new("a".into(), noisy, aidr), HostSmmu::new("a".into(), idr, aidr));
+        assert_eq!(
+            HostSmmu::new("a".into(), noisy, aidr, true),
+            HostSmmu::new("a".into(), idr, aidr, true)
+        );
     }
 
     #[test]
@@ -303,10 +316,21 @@ mod tests {
     }
 
     #[test]
+    fn ats_needs_a_device_that_has_it() {
+        let (idr, aidr) = able();
+        let host = |name: &str, ats| HostSmmu::new(name.into(), idr, aidr, ats);
+        let config = SmmuConfig { ats: true, ..Default::default() };
+        let conflict = config.intersect(&[host("a", false), host("b", false)]).unwrap_err();
+        assert_eq!((conflict.device.as_str(), conflict.bit), ("a", "ATS"));
+        assert!(config.intersect(&[host("a", false), host("b", true)]).unwrap().ats);
+        assert!(SmmuConfig::default().intersect(&[host("a", false)]).is_ok());
+    }
+
+    #[test]
     fn an_older_host_makes_an_older_smmu() {
         let (idr, _) = able();
         let minor = |aidr: Aidr| {
-            let host = HostSmmu::new("nic1".into(), idr, aidr.into_bits());
+            let host = HostSmmu::new("nic1".into(), idr, aidr.into_bits(), true);
             SmmuConfig::default().intersect(&[host]).unwrap().capabilities().unwrap().aidr.minor()
         };
         assert_eq!(minor(Aidr::new()), 0);

@@ -90,7 +90,8 @@ struct RunArgs {
     /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on, or smmu0, unless given; `on` is the
     /// first). A PC has `vtd`, arm64 `smmuv3`.
     /// With `off` a device's DMA is not translated; messages of virtio devices are remapped even so.
-    /// PASIDs have 8 bits unless `pasid-bits` says otherwise, 20 at the most. Interrupts are
+    /// PASIDs have `pasid-bits` bits, 20 at the most: 8 behind a vtd unless given, and behind an
+    /// smmuv3 what its devices' SMMU has. Interrupts are
     /// remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
     /// it there, and `intremap=on` insists where KVM cannot do without. With `host=/dev/iommu` the
     /// kernel translates, and the devices behind are those of this machine (--vfio).

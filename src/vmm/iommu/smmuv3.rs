@@ -254,7 +254,8 @@ fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
 fn host_unit(device: &DeviceInfo) -> Option<HostSmmu> {
     match device.info.data {
         HwInfoData::ArmSmmuV3(smmu) => {
-            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr))
+            let ats = !device.info.capabilities.pci_ats_not_supported();
+            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr, ats))
         }
         _ => None,
     }

@@ -141,7 +141,8 @@ impl Machine {
 fn host_unit(device: &DeviceInfo) -> Option<HostSmmu> {
     match device.info.data {
         HwInfoData::ArmSmmuV3(smmu) => {
-            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr))
+            let ats = !device.info.capabilities.pci_ats_not_supported();
+            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr, ats))
         }
         _ => None,
     }

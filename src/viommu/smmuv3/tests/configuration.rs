@@ -210,3 +210,19 @@ fn streams_that_are_kept_off_are_not_told_of() {
     assert_eq!(guest.told(STREAM), Some(EventId::BadSte));
     assert_eq!(guest.told(OTHER), Some(EventId::BadSte));
 }
+
+#[test]
+fn what_the_host_refuses_for_one_stream_leaves_no_context_of_another_stale() {
+    let guest = Guest::running();
+    guest.write_entry(OTHER, stage1_entry(0x7000));
+    guest.submit(&[cfgi_ste(OTHER), SYNC]);
+    guest.calls();
+    // STREAM keeps what the guest takes back; OTHER's entry is as it was.
+    guest.write_entry(STREAM, [1, 0]);
+    guest.host.blocks_nothing.store(true, Ordering::Relaxed);
+    *guest.host.refuse.lock().unwrap() = Refuse::After(0);
+    guest.submit(&[CFGI_ALL]);
+    let contexts = cfgi_cd_all(OTHER);
+    assert_eq!(guest.calls(), [Call::Configure(STREAM, ABORT), Call::Invalidate(vec![contexts])]);
+    assert_eq!(guest.consumed().1, Some(CommandError::Illegal));
+}
