@@ -12,7 +12,7 @@ use crate::vmm::config::{IommuConfig, MachineConfig};
 use crate::vmm::iommu::{interrupt_source, AssignedFunction};
 use crate::vmm::memory::MachineMemory;
 use crate::vmm::topology::assigned_functions;
-use crate::vmm::vfio::doorbell::MSI_WINDOW;
+use crate::vmm::vfio::MSI_WINDOW;
 use crate::vmm::{Error, Result};
 
 /// Tells the guest, whose kernel starts with `start`, of the machine that `config` describes.
