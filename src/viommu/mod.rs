@@ -10,6 +10,7 @@
 
 mod conflict;
 mod host_side;
+mod in_turn;
 mod interrupts;
 mod memory;
 mod observer;

@@ -55,6 +55,7 @@ pub use interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
 pub use notices::Notices;
 pub use state::{Registers, SmmuState};
 
+use super::in_turn::InTurn;
 use super::observer::Observer;
 use super::ratelimit::RateLimit;
 use super::TableMemory;
@@ -75,10 +76,7 @@ pub struct Smmu {
     host: Arc<dyn SmmuHostSide>,
     interrupts: Arc<dyn SmmuInterrupts>,
     observer: Option<Arc<dyn Observer>>,
-    /// Taken for a moment before `registers`, so that they are had in turn: who works through the
-    /// queue and lets them go between two slices has them again after those who wait.
-    turn: Mutex<()>,
-    registers: Mutex<Registers>,
+    registers: InTurn<Registers>,
     halted: AtomicBool,
     notices: Mutex<Notices>,
     streams: Streams,
@@ -106,8 +104,7 @@ impl Smmu {
             host,
             interrupts,
             observer,
-            turn: Mutex::default(),
-            registers: Mutex::default(),
+            registers: InTurn::default(),
             halted: AtomicBool::new(false),
             notices: Mutex::default(),
             streams: Streams::default(),
@@ -198,8 +195,7 @@ impl Smmu {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers.lock()
     }
 
     fn notices(&self) -> MutexGuard<'_, Notices> {

@@ -52,6 +52,7 @@ pub use events::EventRegisters;
 pub use faults::FaultLog;
 pub use state::{Registers, VtdState};
 
+use super::in_turn::InTurn;
 use super::observer::{FaultOutcome, Observer};
 use super::ratelimit::RateLimit;
 use super::{
@@ -73,10 +74,7 @@ pub struct VtdIommu {
     host: Arc<dyn HostSide>,
     interrupts: Arc<dyn InterruptSink>,
     observer: Option<Arc<dyn Observer>>,
-    /// Taken for a moment before `registers`, so that they are had in turn: who works through the
-    /// queue and lets them go between two slices has them again after those who wait.
-    turn: Mutex<()>,
-    registers: Mutex<Registers>,
+    registers: InTurn<Registers>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
     requesters: Requesters,
@@ -103,8 +101,7 @@ impl VtdIommu {
             host,
             interrupts,
             observer,
-            turn: Mutex::default(),
-            registers: Mutex::default(),
+            registers: InTurn::default(),
             halted: AtomicBool::new(false),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
             requesters: Requesters::default(),
@@ -205,8 +202,7 @@ impl VtdIommu {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers.lock()
     }
 
     fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
