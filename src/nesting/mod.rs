@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod host_unit;
 mod memory;
 mod objects;
 pub mod smmuv3;
@@ -27,6 +28,7 @@ pub mod vtd;
 use crate::iommufd::{HwInfo, ObjectId};
 use crate::spec::pci::Bdf;
 pub use error::NestingError;
+pub use host_unit::{host_smmu, host_vtd};
 
 /// What the host says of one device, for the capabilities that the guest is offered.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::DeviceFacts;
-use crate::iommufd::{iommu_hw_info_vtd, HwInfoData};
+use crate::iommufd::{Extensions, HwInfoData};
+use crate::nesting::{host_smmu, host_vtd};
 use crate::spec::smmuv3::SubstreamId;
-use crate::spec::vtd::regs::{Cap, Ecap};
-use crate::viommu::smmuv3::{HostSmmu, SmmuConfig};
+use crate::viommu::smmuv3::SmmuConfig;
 use crate::viommu::vtd::{HostUnit, VtdConfig};
 use crate::viommu::CapabilityConflict;
 
@@ -102,11 +102,7 @@ impl Offer {
 }
 
 fn ats(facts: &[DeviceFacts]) -> bool {
-    facts.iter().any(has_ats)
-}
-
-fn has_ats(device: &DeviceFacts) -> bool {
-    !device.info.capabilities.pci_ats_not_supported()
+    facts.iter().any(|device| !device.info.capabilities.pci_ats_not_supported())
 }
 
 fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
@@ -114,18 +110,12 @@ fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
 }
 
 fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
-    let registers = |device: &DeviceFacts| match device.info.data {
-        HwInfoData::Vtd(iommu_hw_info_vtd { cap_reg, ecap_reg, .. }) => {
-            Ok((Cap::from_bits(cap_reg), Ecap::from_bits(ecap_reg)))
-        }
-        _ => Err(mixed(first, device)),
+    // What is offered is for hardware: without what only an emulated host can do.
+    let unit = |device: &DeviceFacts| {
+        host_vtd(device.name.clone(), &device.info, Extensions::default())
+            .ok_or_else(|| mixed(first, device))
     };
-    let mut hosts = Vec::new();
-    for device in facts {
-        let (cap, ecap) = registers(device)?;
-        let device = device.name.clone();
-        hosts.push(HostUnit { device, cap, ecap, guest_second_stage: false });
-    }
+    let hosts = facts.iter().map(unit).collect::<Result<Vec<_>, _>>()?;
     let pasid_bits = hosts.iter().map(|host| host.ecap.pasid_bits()).min().unwrap_or(0);
     let wide = |host: &HostUnit| host.cap.fs5lp() && host.cap.guest_address_width() >= 57;
     let wanted = VtdConfig {
@@ -161,13 +151,12 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
 fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
     let mut hosts = Vec::new();
     for device in facts {
-        let HwInfoData::ArmSmmuV3(info) = device.info.data else {
-            return Err(mixed(first, device));
-        };
+        let host = host_smmu(device.name.clone(), &device.info);
+        let host = host.ok_or_else(|| mixed(first, device))?;
         if device.smmu != first.smmu {
             return Err(OfferError::TwoSmmus(first.name.clone(), device.name.clone()));
         }
-        hosts.push(HostSmmu::new(device.name.clone(), info.idr, info.aidr, has_ats(device)));
+        hosts.push(host);
     }
     let wanted = SmmuConfig { ats: ats(facts), ..SmmuConfig::default() };
     let wide = SmmuConfig { input_bits: 52, output_bits: 52, ..wanted.clone() };

@@ -11,14 +11,11 @@ use super::nesting::Nesting;
 use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
 use super::Surroundings;
 use crate::emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
-use crate::iommufd::HwInfoData;
 use crate::nesting::smmuv3::{SmmuNesting, SmmuObjects, DEFAULT_EVENT_DEPTH};
-use crate::nesting::{DeviceInfo, NestingError};
+use crate::nesting::{host_smmu, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::regs::{self, Cr0};
-use crate::viommu::smmuv3::{
-    EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts,
-};
+use crate::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use crate::vmm::arch::layout::MESSAGE_RANGE;
 use crate::vmm::arch::EdgeLine;
@@ -60,7 +57,11 @@ impl SmmuV3 {
         let devices = bind_devices(plan, unit_id, options.ats, around, |bdf, dev| {
             nesting.add_device(bdf, dev)
         })?;
-        let hosts: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
+        let hosts: Vec<_> = nesting
+            .hw_infos()
+            .iter()
+            .filter_map(|device| host_smmu(device.rid.to_string(), &device.info))
+            .collect();
         let offered = smmu_config(options).intersect(&hosts)?;
         let tables = Arc::new(around.memory.map().clone());
         let interrupts =
@@ -248,15 +249,4 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
 /// What the guest is to be offered.
 fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
     SmmuConfig { substream_bits: options.substream_bits, ats: options.ats, ..SmmuConfig::default() }
-}
-
-/// The IOMMU of a device, when it is an SMMU.
-fn host_unit(device: &DeviceInfo) -> Option<HostSmmu> {
-    match device.info.data {
-        HwInfoData::ArmSmmuV3(smmu) => {
-            let ats = !device.info.capabilities.pci_ats_not_supported();
-            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr, ats))
-        }
-        _ => None,
-    }
 }

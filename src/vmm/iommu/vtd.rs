@@ -8,12 +8,10 @@ use super::nesting::Nesting;
 use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
 use super::Surroundings;
 use crate::emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
-use crate::iommufd::{Extensions, HwInfoData};
 use crate::nesting::vtd::VtdNesting;
-use crate::nesting::{DeviceInfo, NestingError};
+use crate::nesting::{host_vtd, NestingError};
 use crate::spec::pci::{Bdf, Pasid};
-use crate::spec::vtd::regs::{Cap, Ecap};
-use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
+use crate::viommu::vtd::{VtdConfig, VtdIommu};
 use crate::viommu::{FaultTarget, InterruptListener, InterruptRemapper, Policy, Requester, Stage1};
 use crate::vmm::bus::BusDevice;
 use crate::vmm::config::VtdOptions;
@@ -53,8 +51,11 @@ impl Vtd {
             nesting.add_device(bdf, dev)
         })?;
         let extensions = around.host.verbs.extensions();
-        let hosts: Vec<_> =
-            nesting.hw_infos().iter().filter_map(|device| host_unit(device, extensions)).collect();
+        let hosts: Vec<_> = nesting
+            .hw_infos()
+            .iter()
+            .filter_map(|device| host_vtd(device.rid.to_string(), &device.info, extensions))
+            .collect();
         let offered = vtd_config(options, plan.interrupt_remapping).intersect(&hosts)?;
         let tables = Arc::new(around.memory.map().clone());
         let (interrupts, observer) = (plan.interrupts.clone(), around.observer(&plan.id));
@@ -146,19 +147,6 @@ fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
         device_iotlb: config.ats,
         interrupt_remapping,
         ..VtdConfig::default()
-    }
-}
-
-/// The IOMMU of a device, when it is a VT-d.
-fn host_unit(device: &DeviceInfo, extensions: Extensions) -> Option<HostUnit> {
-    match device.info.data {
-        HwInfoData::Vtd(registers) => Some(HostUnit {
-            device: device.rid.to_string(),
-            cap: Cap::from_bits(registers.cap_reg),
-            ecap: Ecap::from_bits(registers.ecap_reg),
-            guest_second_stage: extensions.guest_second_stage,
-        }),
-        HwInfoData::None | HwInfoData::ArmSmmuV3(_) | HwInfoData::Other(_) => None,
     }
 }
 

@@ -8,14 +8,12 @@ use std::time::{Duration, Instant};
 use twostage::emulated::{
     DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
 };
-use twostage::iommufd::{FailNth, HostIommu, HwInfoData, ObjectId, Protection};
+use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
+use twostage::nesting::host_smmu;
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
-use twostage::nesting::DeviceInfo;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::event::EventRecord;
-use twostage::viommu::smmuv3::{
-    EventTarget, HostSmmu, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts,
-};
+use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 
 use super::guest::Guest;
 use crate::common::{Host, Memory, A, B};
@@ -77,7 +75,11 @@ impl Machine {
             devices.push(dev);
             nesting.add_device(rid, dev).map_err(|error| text(&error))?;
         }
-        let units: Vec<_> = nesting.hw_infos().iter().filter_map(host_unit).collect();
+        let units: Vec<_> = nesting
+            .hw_infos()
+            .iter()
+            .filter_map(|device| host_smmu(device.rid.to_string(), &device.info))
+            .collect();
         let config = SmmuConfig::default().intersect(&units).map_err(|error| text(&error))?;
         let messages = Arc::<Messages>::default();
         let smmu = Smmu::new(&config, memory.map.clone(), nesting.clone(), messages.clone(), None)
@@ -135,15 +137,5 @@ impl Machine {
             }
         }
         host.inner().inner().live_objects()
-    }
-}
-
-fn host_unit(device: &DeviceInfo) -> Option<HostSmmu> {
-    match device.info.data {
-        HwInfoData::ArmSmmuV3(smmu) => {
-            let ats = !device.info.capabilities.pci_ats_not_supported();
-            Some(HostSmmu::new(device.rid.to_string(), smmu.idr, smmu.aidr, ats))
-        }
-        _ => None,
     }
 }

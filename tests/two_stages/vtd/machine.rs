@@ -7,10 +7,10 @@ use twostage::emulated::{
     ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
     ObjectGraph, VtdUnit, VtdUnitConfig,
 };
-use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, HwInfoData, ObjectId, Protection};
+use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::vtd::VtdNesting;
+use twostage::nesting::{host_vtd, DeviceInfo};
 use twostage::spec::pci::{Bdf, Pasid};
-use twostage::spec::vtd::regs::{Cap, Ecap};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
 use twostage::viommu::{FaultTarget, InterruptSink, Policy, Requester, Stage1};
 
@@ -189,16 +189,8 @@ impl Machine {
 
 /// What the host says of its units, as the virtual unit's configuration wants it.
 fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostUnit> {
-    let unit = |device: twostage::nesting::DeviceInfo| match device.info.data {
-        HwInfoData::Vtd(vtd) => Some(HostUnit {
-            device: device.rid.to_string(),
-            cap: Cap::from_bits(vtd.cap_reg),
-            ecap: Ecap::from_bits(vtd.ecap_reg),
-            guest_second_stage: extensions.guest_second_stage,
-        }),
-        HwInfoData::None | HwInfoData::ArmSmmuV3(_) | HwInfoData::Other(_) => None,
-    };
-    nesting.hw_infos().into_iter().filter_map(unit).collect()
+    let unit = |device: &DeviceInfo| host_vtd(device.rid.to_string(), &device.info, extensions);
+    nesting.hw_infos().iter().filter_map(unit).collect()
 }
 
 /// The PASID `raw`, of at most 20 bits.
