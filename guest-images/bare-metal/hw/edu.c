@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "hw/edu.h"
-#include "lib/io.h"
 #include "lib/memory.h"
+#include "lib/wait.h"
 
 enum {
     EDU_PCI_ID = 0x11e81234,

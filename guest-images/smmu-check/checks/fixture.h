@@ -4,8 +4,8 @@
 #include "check.h"
 #include "hw/edu.h"
 #include "hw/stage1.h"
-#include "lib/io.h"
 #include "lib/memory.h"
+#include "lib/wait.h"
 
 #define DEVICE (&edus[0])
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "hw/smmu.h"
 #include "lib/devicetree.h"
-#include "lib/io.h"
 #include "lib/memory.h"
+#include "lib/wait.h"
 
 enum {
     STREAMS = 256, // those of bus 0

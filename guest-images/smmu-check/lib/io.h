@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Registers in memory, and bounded waiting. Before a write all that was stored is visible to devices.
+// Registers in memory, and the clock. Before a write all that was stored is visible to devices.
 #pragma once
 #include "lib/types.h"
 
@@ -54,13 +54,7 @@ static inline u64 patience(void)
     return 4 * frequency;
 }
 
-// Whether `condition` came true in time.
-#define WAIT_UNTIL(condition)                                              \
-    ({                                                                     \
-        u64 wait_started_ = timestamp();                                   \
-        bool wait_done_;                                                   \
-        while (!(wait_done_ = (condition)) &&                              \
-               timestamp() - wait_started_ < patience())                   \
-            asm volatile("yield" : : : "memory");                          \
-        wait_done_;                                                        \
-    })
+static inline void relax(void)
+{
+    asm volatile("yield" : : : "memory");
+}

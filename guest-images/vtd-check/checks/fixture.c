@@ -39,7 +39,11 @@ static void devices_load(void)
 
 static void setup(u64 mode)
 {
-    pages_release_all();
+    static void *mark;
+
+    if (!mark)
+        mark = pages_mark();
+    pages_release_to(mark);
     (void)edu_reaches(0);
     devices_load();
     mailbox = page_new();

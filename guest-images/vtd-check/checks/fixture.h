@@ -10,8 +10,8 @@
 #include "hw/queue.h"
 #include "hw/vtd.h"
 #include "lib/interrupts.h"
-#include "lib/io.h"
 #include "lib/memory.h"
+#include "lib/wait.h"
 
 // The device most checks use, and the other one, where there are two.
 #define DEVICE (&edus[0])
@@ -26,6 +26,12 @@ u64 iova_base(void);
 #define IOVA (iova_base())
 #define IOVA_OTHER (iova_base() + 0x1000000)
 #define IOVA_MAILBOX (iova_base() + 0x2000000)
+
+// Two regions of 2 MiB behind the pool of pages, aligned to their size, for what a large page maps. Never
+// zeroed as a whole.
+#define LARGE_SIZE 0x200000ull
+#define LARGE_REGION_A 0x1000000ull
+#define LARGE_REGION_B (LARGE_REGION_A + LARGE_SIZE)
 
 // Guest-physical addresses where no memory is.
 #define NO_MEMORY 0x4000000000ull

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "hw/queue.h"
 #include "hw/vtd.h"
-#include "lib/io.h"
 #include "lib/memory.h"
+#include "lib/wait.h"
 
 #define IQA_WIDE BIT(11)
 #define HEAD_MASK 0x7fff0u

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "hw/vtd.h"
 #include "lib/cmdline.h"
-#include "lib/io.h"
+#include "lib/wait.h"
 
 #define DEFAULT_BASE 0xfed90000u
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Ports, memory-mapped registers and bounded waiting. Every access is one plain MOV, IN or OUT, and
+// Ports, memory-mapped registers and the clock. Every access is one plain MOV, IN or OUT, and
 // a compiler barrier: what was stored in memory before it is there when the device looks.
 #pragma once
 #include "lib/types.h"
@@ -60,15 +60,12 @@ static inline u64 timestamp(void)
 }
 
 // One to four seconds on today's clocks: long beside any device here, short beside a run's limit.
-#define PATIENCE (1ull << 32)
+static inline u64 patience(void)
+{
+    return 1ull << 32;
+}
 
-// Whether `condition` came true in time.
-#define WAIT_UNTIL(condition)                                              \
-    ({                                                                     \
-        u64 wait_started_ = timestamp();                                   \
-        bool wait_done_;                                                   \
-        while (!(wait_done_ = (condition)) &&                              \
-               timestamp() - wait_started_ < PATIENCE)                     \
-            asm volatile("pause" : : : "memory");                          \
-        wait_done_;                                                        \
-    })
+static inline void relax(void)
+{
+    asm volatile("pause" : : : "memory");
+}

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Memory: what the compiler expects to find, and a pool of pages.
+// Memory: what the compiler expects to find, and a pool of pages, from `image_end` to `pool_end`.
 //
-// The guest runs on an identity map, so a pointer's value is also the guest-physical address.
+// A guest runs on an identity map, so a pointer's value is also the guest-physical address.
 #pragma once
 #include "lib/types.h"
 
+// Each guest's own, for its processor.
 void *memset(void *to, int value, size_t count);
 void *memcpy(void *to, const void *from, size_t count);
+
 int memcmp(const void *left, const void *right, size_t count);
 
 static inline u64 gpa_of(const volatile void *pointer)

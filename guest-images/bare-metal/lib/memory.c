@@ -2,31 +2,10 @@
 #include "lib/memory.h"
 #include "lib/console.h"
 
-// What the image's header asks for behind the image.
-#define POOL_SIZE 0x1000000u
-
-extern char image_end[];
+// From the linker script.
+extern char image_end[], pool_end[];
 
 static char *next_page = image_end;
-
-void *memset(void *to, int value, size_t count)
-{
-    volatile char *cursor = to;
-
-    while (count--)
-        *cursor++ = (char)value;
-    return to;
-}
-
-void *memcpy(void *to, const void *from, size_t count)
-{
-    volatile char *cursor = to;
-    const char *source = from;
-
-    while (count--)
-        *cursor++ = *source++;
-    return to;
-}
 
 int memcmp(const void *left, const void *right, size_t count)
 {
@@ -44,13 +23,11 @@ void *pages_new(unsigned count)
     char *pages = (char *)((gpa_of(next_page) + size - 1) & ~(size - 1));
 
     next_page = pages + size;
-    if (next_page > image_end + POOL_SIZE) {
+    if (next_page > pool_end) {
         print("out of memory\n");
         machine_exit(1);
     }
-    for (u64 *word = (u64 *)pages; (char *)word < next_page; word++)
-        *word = 0;
-    return pages;
+    return memset(pages, 0, size);
 }
 
 void *page_new(void)
