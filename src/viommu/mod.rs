@@ -18,6 +18,8 @@ mod policy;
 pub(crate) mod ratelimit;
 mod register_slot;
 pub mod smmuv3;
+#[cfg(test)]
+mod testing;
 pub mod vtd;
 
 pub use conflict::CapabilityConflict;

@@ -219,8 +219,8 @@ fn what_the_host_refuses_for_one_stream_leaves_no_context_of_another_stale() {
     guest.calls();
     // STREAM keeps what the guest takes back; OTHER's entry is as it was.
     guest.write_entry(STREAM, [1, 0]);
-    guest.host.blocks_nothing.store(true, Ordering::Relaxed);
-    *guest.host.refuse.lock().unwrap() = Refuse::After(0);
+    guest.host.refusals.block_nothing(true);
+    guest.host.refusals.after(0);
     guest.submit(&[CFGI_ALL]);
     let contexts = cfgi_cd_all(OTHER);
     assert_eq!(guest.calls(), [Call::Configure(STREAM, ABORT), Call::Invalidate(vec![contexts])]);

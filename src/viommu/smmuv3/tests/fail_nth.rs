@@ -51,7 +51,7 @@ impl Guest {
 fn each_failure_is_counted_told_and_survived() {
     for failing in 0.. {
         let guest = Guest::new(&SmmuConfig::default());
-        *guest.host.refuse.lock().unwrap() = Refuse::After(failing);
+        guest.host.refusals.after(failing);
         life(&guest);
         let calls = guest.calls();
         let counters = guest.smmu.counters();

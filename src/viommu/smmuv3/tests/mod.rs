@@ -21,6 +21,7 @@ use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words};
 use crate::spec::smmuv3::event::{EventId, EventRecord};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError};
 use crate::spec::smmuv3::regs;
+use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
 use crate::viommu::HostSideError;
 
 /// What the host was asked.
@@ -30,24 +31,13 @@ enum Call {
     Invalidate(Vec<Command>),
 }
 
-#[derive(Debug, Default)]
-enum Refuse {
-    #[default]
-    Nothing,
-    Everything,
-    /// One call, after this many.
-    After(i64),
-}
-
 /// A host that records what it is asked, and what CMDQ_CONS was then.
 #[derive(Debug, Default)]
 struct FakeHost {
     calls: Mutex<Vec<Call>>,
-    refuse: Mutex<Refuse>,
+    refusals: Refusals,
     /// Of a batch that is refused: the command that is.
     refused: Mutex<usize>,
-    /// What is refused is not blocked either.
-    blocks_nothing: AtomicBool,
     /// An SMMU that is halted during every call.
     halting: Mutex<Option<Arc<Smmu>>>,
     /// An SMMU that is told of an event of [`STREAM`] during every call.
@@ -63,20 +53,7 @@ impl FakeHost {
         if let Some(smmu) = &*self.halting.lock().unwrap() {
             smmu.halt();
         }
-        let refused = match &mut *self.refuse.lock().unwrap() {
-            Refuse::Nothing => false,
-            Refuse::Everything => true,
-            Refuse::After(calls) => {
-                *calls -= 1;
-                *calls == -1
-            }
-        };
-        if refused {
-            let source = Arc::new(std::io::Error::other("refused"));
-            let still_reachable = self.blocks_nothing.load(Ordering::Relaxed);
-            return Err(HostSideError { what: "test".into(), still_reachable, source });
-        }
-        Ok(())
+        self.refusals.next_call()
     }
 }
 
@@ -121,7 +98,6 @@ impl SmmuInterrupts for FakeInterrupts {
     }
 }
 
-const MEMORY_SIZE: u64 = 0x10_0000;
 /// Linear, 16 entries.
 const STREAM_TABLE: u64 = 0x4000;
 const CONTEXTS: u64 = 0x6000;
@@ -143,6 +119,20 @@ struct Guest {
     smmu: Arc<Smmu>,
 }
 
+impl GuestAccess for Guest {
+    fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        self.smmu.mmio_read(offset, data);
+    }
+
+    fn mmio_write(&self, offset: u64, data: &[u8]) {
+        self.smmu.mmio_write(offset, data);
+    }
+}
+
 impl Guest {
     /// An SMMU with [`STREAM`] and [`OTHER`] behind it, after reset.
     fn new(config: &SmmuConfig) -> Self {
@@ -150,8 +140,7 @@ impl Guest {
     }
 
     fn observed(config: &SmmuConfig, observer: Option<Arc<dyn Observer>>) -> Self {
-        let ranges = [(GuestAddress(0), MEMORY_SIZE as usize)];
-        let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
+        let memory = guest_memory();
         let host = Arc::new(FakeHost::default());
         let interrupts = Arc::new(FakeInterrupts::default());
         let smmu =
@@ -205,35 +194,9 @@ impl Guest {
         assert_eq!(self.read32(regs::IRQ_CTRLACK), 0b101);
     }
 
-    fn write(&self, address: u64, words: &[u64]) {
-        for (index, word) in words.iter().enumerate() {
-            self.memory.write_obj(*word, GuestAddress(address + 8 * index as u64)).unwrap();
-        }
-    }
-
     /// The first two words of a stream table entry.
     fn write_entry(&self, stream: StreamId, words: [u64; 2]) {
         self.write(STREAM_TABLE + 64 * u64::from(stream.0), &words);
-    }
-
-    fn read32(&self, offset: u64) -> u32 {
-        let mut data = [0xff; 4];
-        self.smmu.mmio_read(offset, &mut data);
-        u32::from_le_bytes(data)
-    }
-
-    fn read64(&self, offset: u64) -> u64 {
-        let mut data = [0xff; 8];
-        self.smmu.mmio_read(offset, &mut data);
-        u64::from_le_bytes(data)
-    }
-
-    fn write32(&self, offset: u64, value: u32) {
-        self.smmu.mmio_write(offset, &value.to_le_bytes());
-    }
-
-    fn write64(&self, offset: u64, value: u64) {
-        self.smmu.mmio_write(offset, &value.to_le_bytes());
     }
 
     /// Puts commands behind CMDQ_PROD without moving it; gives the index they need.
@@ -278,14 +241,13 @@ impl Guest {
     }
 
     fn refuse(&self, refuse: bool) {
-        let refuse = if refuse { Refuse::Everything } else { Refuse::Nothing };
-        *self.host.refuse.lock().unwrap() = refuse;
+        self.host.refusals.everything(refuse);
     }
 
     /// The host refuses everything, blocking included; or nothing any more.
     fn fail_to_block(&self, fail: bool) {
         self.refuse(fail);
-        self.host.blocks_nothing.store(fail, Ordering::Relaxed);
+        self.host.refusals.block_nothing(fail);
     }
 
     /// Interrupts since the last time.

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::viommu::testing::{any_access, AnyAccess};
 
 fn words() -> impl Strategy<Value = Words> {
     let opcodes = prop::sample::select(vec![
@@ -18,13 +19,8 @@ fn words() -> impl Strategy<Value = Words> {
     prop_oneof![1 => any::<Words>(), 8 => near]
 }
 
-fn access() -> impl Strategy<Value = (u64, u64, usize)> {
-    let offset = prop_oneof![0..0xe0u64, 0x1_00a0..0x1_00d0u64, 0..2 * regs::SIZE, any::<u64>()];
-    let aligned = offset
-        .prop_flat_map(|offset| prop_oneof![Just(offset & !7), Just(offset & !3), Just(offset)]);
-    let value = prop_oneof![any::<u64>(), (0..64u32).prop_map(|bit| 1 << bit), 0..0x10_0000u64];
-    let size = prop_oneof![Just(4), Just(8), 0..12usize];
-    (aligned, value, size)
+fn access() -> impl Strategy<Value = AnyAccess> {
+    any_access(prop_oneof![0..0xe0u64, 0x1_00a0..0x1_00d0u64, 0..2 * regs::SIZE, any::<u64>()])
 }
 
 proptest! {
@@ -45,21 +41,16 @@ proptest! {
 
     #[test]
     fn any_accesses_are_answered(
-        accesses in prop::collection::vec((access(), any::<bool>()), 0..64),
+        accesses in prop::collection::vec(access(), 0..64),
         memory in prop::collection::vec((0x800..0x1800u64, any::<u64>()), 0..64),
     ) {
         let guest = Guest::running();
         for (word, value) in memory {
             guest.write(8 * word, &[value]);
         }
-        for ((offset, value, size), write) in accesses {
-            let mut data = [0; 16];
-            data[..8].copy_from_slice(&value.to_le_bytes());
-            if write {
-                guest.smmu.mmio_write(offset, &data[..size]);
-            } else {
-                guest.smmu.mmio_read(offset, &mut data[..size]);
-            }
+        for access in accesses {
+            guest.access(&access);
+            let AnyAccess { offset, value, .. } = access;
             guest.smmu.event([value, offset, value, offset]);
             guest.smmu.event(translation_fault(STREAM).to_words());
         }

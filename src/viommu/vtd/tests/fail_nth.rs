@@ -34,7 +34,7 @@ fn life(guest: &Guest) {
 fn each_failure_is_counted_told_and_survived() {
     for failing in 0.. {
         let guest = Guest::new(VtdConfig::default());
-        *guest.host.refuse.lock().unwrap() = Refuse::After(failing);
+        guest.host.refusals.after(failing);
         life(&guest);
         let calls = guest.calls();
         let counters = guest.iommu.counters();

@@ -18,6 +18,7 @@ use super::*;
 use crate::spec::pci::Pasid;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{self, FaultRecord};
+use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
 use crate::viommu::{HostSideError, Invalidation, Stage1};
 
 /// What the host was asked.
@@ -28,24 +29,13 @@ enum Call {
     Invalidate(Vec<Invalidation>),
 }
 
-#[derive(Debug, Default)]
-enum Refuse {
-    #[default]
-    Nothing,
-    Everything,
-    /// One call, after this many.
-    After(i64),
-}
-
 /// A host that records what it is asked, and the word at [`STATUS`] as it was then.
 #[derive(Debug)]
 struct FakeHost {
     memory: GuestMemoryMmap,
     calls: Mutex<Vec<Call>>,
     status_then: Mutex<Vec<u32>>,
-    refuse: Mutex<Refuse>,
-    /// What is refused is not blocked either.
-    blocks_nothing: AtomicBool,
+    refusals: Refusals,
     /// A unit that is halted during every call.
     halting: Mutex<Option<Arc<VtdIommu>>>,
     /// A unit whose first device faults during every call.
@@ -63,20 +53,7 @@ impl FakeHost {
         if let Some(iommu) = &*self.halting.lock().unwrap() {
             iommu.halt();
         }
-        let refused = match &mut *self.refuse.lock().unwrap() {
-            Refuse::Nothing => false,
-            Refuse::Everything => true,
-            Refuse::After(calls) => {
-                *calls -= 1;
-                *calls == -1
-            }
-        };
-        if refused {
-            let source = Arc::new(std::io::Error::other("refused"));
-            let still_reachable = self.blocks_nothing.load(Ordering::Relaxed);
-            return Err(HostSideError { what: "test".into(), still_reachable, source });
-        }
-        Ok(())
+        self.refusals.next_call()
     }
 }
 
@@ -107,7 +84,6 @@ impl InterruptSink for FakeSink {
     }
 }
 
-const MEMORY_SIZE: u64 = 0x10_0000;
 const ROOT: u64 = 0x1000;
 const CONTEXT: u64 = 0x2000;
 const DIRECTORY: u64 = 0x3000;
@@ -128,17 +104,29 @@ struct Guest {
     iommu: Arc<VtdIommu>,
 }
 
+impl GuestAccess for Guest {
+    fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    fn mmio_read(&self, offset: u64, data: &mut [u8]) {
+        self.iommu.mmio_read(offset, data);
+    }
+
+    fn mmio_write(&self, offset: u64, data: &[u8]) {
+        self.iommu.mmio_write(offset, data);
+    }
+}
+
 impl Guest {
     /// A unit with one device, after reset.
     fn new(config: VtdConfig) -> Self {
-        let memory =
-            GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap();
+        let memory = guest_memory();
         let host = Arc::new(FakeHost {
             memory: memory.clone(),
             calls: Mutex::default(),
             status_then: Mutex::default(),
-            refuse: Mutex::default(),
-            blocks_nothing: AtomicBool::default(),
+            refusals: Refusals::default(),
             halting: Mutex::default(),
             faulting: Mutex::default(),
         });
@@ -178,34 +166,8 @@ impl Guest {
         self.write(PASID_TABLE + 64 * pasid, &[1 << 6 | 1, u64::from(DOMAIN), table]);
     }
 
-    fn write(&self, address: u64, words: &[u64]) {
-        for (index, word) in words.iter().enumerate() {
-            self.memory.write_obj(*word, GuestAddress(address + 8 * index as u64)).unwrap();
-        }
-    }
-
     fn status(&self) -> u32 {
         self.memory.read_obj(GuestAddress(STATUS)).unwrap()
-    }
-
-    fn read32(&self, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        self.iommu.mmio_read(offset, &mut data);
-        u32::from_le_bytes(data)
-    }
-
-    fn read64(&self, offset: u64) -> u64 {
-        let mut data = [0; 8];
-        self.iommu.mmio_read(offset, &mut data);
-        u64::from_le_bytes(data)
-    }
-
-    fn write32(&self, offset: u64, value: u32) {
-        self.iommu.mmio_write(offset, &value.to_le_bytes());
-    }
-
-    fn write64(&self, offset: u64, value: u64) {
-        self.iommu.mmio_write(offset, &value.to_le_bytes());
     }
 
     /// A global command as drivers give it: what is enabled, and one bit changed.
@@ -262,14 +224,13 @@ impl Guest {
     }
 
     fn refuse(&self, refuse: bool) {
-        let refuse = if refuse { Refuse::Everything } else { Refuse::Nothing };
-        *self.host.refuse.lock().unwrap() = refuse;
+        self.host.refusals.everything(refuse);
     }
 
     /// The host refuses everything, blocking included; or nothing any more.
     fn fail_to_block(&self, fail: bool) {
         self.refuse(fail);
-        self.host.blocks_nothing.store(fail, Ordering::Relaxed);
+        self.host.refusals.block_nothing(fail);
     }
 
     /// Messages sent since the last time.

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::viommu::testing::{any_access, AnyAccess};
 use crate::viommu::InterruptRemapper;
 
 fn words() -> impl Strategy<Value = [u64; 4]> {
@@ -15,13 +16,8 @@ fn words() -> impl Strategy<Value = [u64; 4]> {
     prop_oneof![any::<[u64; 4]>(), sparse, near]
 }
 
-fn access() -> impl Strategy<Value = (u64, u64, usize)> {
-    let offset = prop_oneof![0..0x120u64, 0x220..0x2a0u64, 0..2 * MMIO_SIZE, any::<u64>()];
-    let aligned = offset
-        .prop_flat_map(|offset| prop_oneof![Just(offset & !7), Just(offset & !3), Just(offset)]);
-    let value = prop_oneof![any::<u64>(), (0..64u32).prop_map(|bit| 1 << bit), 0..0x10_0000u64];
-    let size = prop_oneof![Just(4), Just(8), 0..12usize];
-    (aligned, value, size)
+fn access() -> impl Strategy<Value = AnyAccess> {
+    any_access(prop_oneof![0..0x120u64, 0x220..0x2a0u64, 0..2 * MMIO_SIZE, any::<u64>()])
 }
 
 proptest! {
@@ -44,22 +40,16 @@ proptest! {
 
     #[test]
     fn any_accesses_are_answered(
-        accesses in prop::collection::vec((access(), any::<bool>()), 0..64),
+        accesses in prop::collection::vec(access(), 0..64),
         tables in prop::collection::vec((0..0xa00u64, any::<u64>()), 0..32),
     ) {
         let guest = Guest::running();
         for (word, value) in tables {
             guest.write(8 * word, &[value]);
         }
-        for ((offset, value, size), write) in accesses {
-            let mut data = [0; 16];
-            data[..8].copy_from_slice(&value.to_le_bytes());
-            if write {
-                guest.iommu.mmio_write(offset, &data[..size]);
-            } else {
-                guest.iommu.mmio_read(offset, &mut data[..size]);
-            }
-            guest.iommu.dma_fault(&fault(with_pasid((value & 0xf_ffff) as u32)));
+        for access in accesses {
+            guest.access(&access);
+            guest.iommu.dma_fault(&fault(with_pasid((access.value & 0xf_ffff) as u32)));
         }
         // Whatever happened, the host knows the device and the records are consistent.
         let state = guest.iommu.state();

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the tests of both models are written with: what a host refuses, and how a guest reaches its
+//! registers and memory.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::HostSideError;
+
+/// Guest memory that tables, queues and status words lie in.
+pub(super) const MEMORY_SIZE: u64 = 0x10_0000;
+
+pub(super) fn guest_memory() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap()
+}
+
+/// What a host refuses.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    which: Mutex<Which>,
+    /// What is refused is not blocked either.
+    blocks_nothing: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+enum Which {
+    #[default]
+    Nothing,
+    Everything,
+    /// One call, after this many.
+    After(i64),
+}
+
+impl Refusals {
+    /// Refuses everything from here on, or nothing.
+    pub fn everything(&self, refuse: bool) {
+        *self.which.lock().unwrap() = if refuse { Which::Everything } else { Which::Nothing };
+    }
+
+    /// Refuses one call, after this many.
+    pub fn after(&self, calls: i64) {
+        *self.which.lock().unwrap() = Which::After(calls);
+    }
+
+    /// Says of what is refused whether it is not blocked either.
+    pub fn block_nothing(&self, nothing: bool) {
+        self.blocks_nothing.store(nothing, Ordering::Relaxed);
+    }
+
+    /// What becomes of the next call.
+    pub fn next_call(&self) -> Result<(), HostSideError> {
+        let refused = match &mut *self.which.lock().unwrap() {
+            Which::Nothing => false,
+            Which::Everything => true,
+            Which::After(calls) => {
+                *calls -= 1;
+                *calls == -1
+            }
+        };
+        if !refused {
+            return Ok(());
+        }
+        let source = Arc::new(std::io::Error::other("refused"));
+        let still_reachable = self.blocks_nothing.load(Ordering::Relaxed);
+        Err(HostSideError { what: "test".into(), still_reachable, source })
+    }
+}
+
+/// A guest's accesses to its memory and to the registers of its IOMMU.
+pub(super) trait GuestAccess {
+    fn memory(&self) -> &GuestMemoryMmap;
+    fn mmio_read(&self, offset: u64, data: &mut [u8]);
+    fn mmio_write(&self, offset: u64, data: &[u8]);
+
+    fn write(&self, address: u64, words: &[u64]) {
+        for (index, word) in (0..).zip(words) {
+            self.memory().write_obj(*word, GuestAddress(address + 8 * index)).unwrap();
+        }
+    }
+
+    fn read32(&self, offset: u64) -> u32 {
+        let mut data = [0xff; 4];
+        self.mmio_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn read64(&self, offset: u64) -> u64 {
+        let mut data = [0xff; 8];
+        self.mmio_read(offset, &mut data);
+        u64::from_le_bytes(data)
+    }
+
+    fn write32(&self, offset: u64, value: u32) {
+        self.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    fn write64(&self, offset: u64, value: u64) {
+        self.mmio_write(offset, &value.to_le_bytes());
+    }
+
+    /// Does what [`any_access`] made up.
+    fn access(&self, access: &AnyAccess) {
+        let mut data = [0; 16];
+        data[..8].copy_from_slice(&access.value.to_le_bytes());
+        if access.write {
+            self.mmio_write(access.offset, &data[..access.size]);
+        } else {
+            self.mmio_read(access.offset, &mut data[..access.size]);
+        }
+    }
+}
+
+/// A register access that need not make sense.
+#[derive(Debug, Clone)]
+pub(super) struct AnyAccess {
+    pub offset: u64,
+    pub value: u64,
+    pub size: usize,
+    pub write: bool,
+}
+
+/// Accesses at offsets like these, most of them aligned and of a size that registers have.
+pub(super) fn any_access(offset: impl Strategy<Value = u64>) -> impl Strategy<Value = AnyAccess> {
+    let aligned = offset
+        .prop_flat_map(|offset| prop_oneof![Just(offset & !7), Just(offset & !3), Just(offset)]);
+    let value = prop_oneof![any::<u64>(), (0..64u32).prop_map(|bit| 1 << bit), 0..MEMORY_SIZE];
+    let size = prop_oneof![Just(4), Just(8), 0..12usize];
+    (aligned, value, size, any::<bool>()).prop_map(|(offset, value, size, write)| AnyAccess {
+        offset,
+        value,
+        size,
+        write,
+    })
+}
