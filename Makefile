@@ -26,7 +26,7 @@ help:
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
 	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
 	@echo 'make loom      the gate that DMA reads translations through, in every order of its threads'
-	@echo 'make lint      format, clippy, documentation, licences and sources of dependencies'
+	@echo 'make lint      format, clippy (for arm64, too), documentation, licences and sources of dependencies'
 	@echo 'make binary-arm64  twostage for arm64, linked statically, in target/arm64'
 	@echo 'make doc       API documentation'
 	@echo 'make guest     the small test guest alone'
@@ -96,6 +96,7 @@ lint:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --no-default-features -- -D warnings
 	cargo clippy --locked --workspace --all-targets --features selftest -- -D warnings
+	@ARM64=$(ARM64) scripts/lint-arm64
 	@# The fuzz targets compile. Nothing is linked, so libFuzzer itself is not built.
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet

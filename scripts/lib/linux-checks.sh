@@ -3,18 +3,12 @@
 # matter. What fails does not keep the rest from running. A run that comes to no end is tried once more, and
 # that is said.
 # shellcheck shell=sh
+# shellcheck source-path=SCRIPTDIR
+. scripts/lib/box.sh
 
 failures=
 retries=
 all_started=$(date +%s)
-
-# box LINE...: what nobody should overlook.
-box() {
-    stars="**********************************************************************"
-    echo "$stars"
-    printf '** %s\n' "$@"
-    echo "$stars"
-} >&2
 
 # fails NAME: counts it.
 fails() {

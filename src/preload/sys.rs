@@ -167,7 +167,8 @@ pub fn peer_name(fd: RawFd) -> Option<Vec<u8>> {
     }
     let path = (length as usize).checked_sub(size_of::<libc::sa_family_t>())?;
     let name = address.sun_path.get(1..path)?;
-    Some(name.iter().map(|byte| *byte as u8).collect())
+    // Signed on x86, unsigned on arm64.
+    Some(name.iter().flat_map(|byte| byte.to_ne_bytes()).collect())
 }
 
 /// Which process made the socket at the other end of `fd`.
