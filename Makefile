@@ -26,6 +26,7 @@ help:
 	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
 	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
 	@echo 'make loom      the gate that DMA reads translations through, in every order of its threads'
+	@echo 'make tsan      DMA beside everything else for a minute, under ThreadSanitizer (a toolchain of rustup'"'"'s)'
 	@echo 'make lint      format, clippy (for arm64, too), documentation, licences and sources of dependencies'
 	@echo 'make binary-arm64  twostage for arm64, linked statically, in target/arm64'
 	@echo 'make doc       API documentation'
@@ -39,7 +40,7 @@ demo: guest kvm binary
 	$(binary) run $(demo_flags)
 
 # Where there is no KVM, all else is tested first; then the target fails, unless KVM=off says that
-# the guest is to be left out. NESTED=off leaves Linux guests out.
+# the guest is to be left out. NESTED=off leaves Linux guests out, TSAN=off what make tsan does.
 test: lint guest
 	@$(need) cc cargo
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
@@ -51,6 +52,7 @@ test: lint guest
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
 test-all: test loom
+	@[ "$(TSAN)" = off ] || scripts/tsan
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/bad-inputs
@@ -89,6 +91,9 @@ loom:
 	@$(need) cc cargo
 	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --locked --no-default-features --lib emulated::gate::model
 
+tsan:
+	@scripts/tsan
+
 lint:
 	@$(need) cc cargo rustfmt cargo-clippy
 	cargo fmt --all --check
@@ -125,5 +130,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all test-arm64 nested-check preload selftests bench fuzz loom lint doc guest binary binary-arm64 kvm clean
+.PHONY: help run demo test test-all test-arm64 nested-check preload selftests bench fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help

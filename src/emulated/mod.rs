@@ -67,6 +67,7 @@ mod driver;
 mod engine;
 mod event_file;
 mod events;
+mod fault_injection;
 mod gate;
 mod graph;
 mod hardware;

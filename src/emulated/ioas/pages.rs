@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::coverage::Coverage;
 use super::{Payer, RlimitMode, Source, PAGE_SIZE};
 use crate::emulated::dma_buf::DmaBuf;
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::user_space::Credentials;
 use crate::iommufd::{Errno, UserMemory};
@@ -200,6 +201,7 @@ impl Pages {
         let mut at = offsets.start;
         while at < offsets.end {
             let left = offsets.end - at;
+            allocate("what is pinned")?;
             let memory = self.source.pin(at, left, self.writable)?;
             let length = memory.length();
             if length == 0 || length > left {

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 
 use super::ranges::{complement, merged, overlap, range_of};
 use super::{Area, Part, Piece, Taken};
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
@@ -51,9 +52,10 @@ impl IovaSpace {
     /// Whether `ranges` could be reserved.
     ///
     /// # Errors
-    /// `EADDRINUSE`: something is mapped there, or the user asked for the addresses.
+    /// `EADDRINUSE`: something is mapped there, or the user asked for the addresses; `ENOMEM`.
     pub fn check_reservable(&self, ranges: &[RangeInclusive<u64>]) -> Outcome<()> {
         for range in ranges {
+            allocate("a reserved range")?;
             if let Some((start, area)) = self.first_area_in(range) {
                 let (first, end) = (range.start(), range.end());
                 let last = area.last;
@@ -94,6 +96,7 @@ impl IovaSpace {
         let mut allowed: BTreeMap<u64, u64> = BTreeMap::new();
         for range in ranges {
             let range = range?;
+            allocate("an allowed range")?;
             let (start, last) = (*range.start(), *range.end());
             if start >= last {
                 return refuse(Errno::EINVAL, format!("{range:#x?} is empty or one byte"));

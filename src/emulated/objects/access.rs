@@ -8,6 +8,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::ioas::{range_of, Area, Part, Transfer, PAGE_SIZE};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId, UserMemory};
@@ -83,7 +84,7 @@ impl Objects {
     ///
     /// # Errors
     /// `EBUSY` it is on the move; `ENOENT` there is no such IOAS; `EADDRINUSE` a mapping there is
-    /// not aligned to pages. Nothing has then changed.
+    /// not aligned to pages; `ENOMEM`. Nothing has then changed.
     pub fn access_start_move(
         &mut self,
         access: ObjectId,
@@ -102,6 +103,7 @@ impl Objects {
         }
         let listener = object.listener.clone().filter(|_| old.is_some());
         if let Some(new) = new {
+            allocate("the user of an IOAS")?;
             self.table.ioas_mut(new)?.accesses.push(access);
             if let Err(refusal) = self.align(new) {
                 self.table.ioas_mut(new)?.accesses.pop();
@@ -156,6 +158,7 @@ impl Objects {
             return refuse(Errno::EINVAL, "nobody would be told of an unmap");
         }
         let (ioas, range) = self.attached(access, iova, length)?;
+        allocate("the record of a pin")?;
         let places = self.pin_range(ioas, &range, wanted, false)?;
         *self.table.access_mut(access)?.pins.entry(key(&range)).or_default() += 1;
         Ok(places)

@@ -8,6 +8,7 @@ use super::group::Attachment;
 use super::{Object, Objects};
 use crate::emulated::device::{Requester, Slot};
 use crate::emulated::driver::DriverInfo;
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::machine::Part;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
@@ -206,6 +207,9 @@ impl Objects {
         self.check_change(dev, slot, Some(hwpt), ioas, flags, change)?;
         let part = self.table.device(dev)?.part.clone();
         let old = self.attachment(part.group, slot).map(|attachment| attachment.hwpt);
+        if (old, change) != (Some(hwpt), Change::Replace) {
+            allocate("an attachment")?;
+        }
         if old != Some(hwpt) {
             let members = self.members(part.group, slot)?;
             let (new, before) = (self.domain(hwpt)?, old.map(|old| self.domain(old)).transpose()?);

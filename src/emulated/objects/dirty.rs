@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Objects;
 use crate::emulated::dirty::DirtyLog;
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::ioas::range_of;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{DirtyRange, Errno, ObjectId};
@@ -40,6 +41,7 @@ impl Objects {
         if !log.is_enabled() {
             return Ok(Vec::new());
         }
+        allocate("a bitmap")?;
         let mut runs = Vec::new();
         for part in object.space.parts(&iovas).0 {
             runs.extend(log.read(&(part.iova..=part.iova + (part.piece.length - 1)), clear));

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::{Object, Objects};
 use crate::emulated::device::Slot;
 use crate::emulated::events::{AttachmentId, FaultQueue, PendingGroup, VeventQueue, MAX_DEPTH};
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId, PageRequest, PageResponseCode};
 
@@ -33,6 +34,7 @@ pub(crate) struct Veventq {
 impl Objects {
     /// `IOMMU_FAULT_QUEUE_ALLOC`: the object is open.
     pub fn fault_queue_alloc(&mut self) -> Outcome<(ObjectId, Arc<FaultQueue>)> {
+        allocate("a fault queue")?;
         let queue = Arc::new(FaultQueue::default());
         let fault = Fault { queue: queue.clone(), open: true };
         let id = self.table.insert(Object::Fault(fault))?;
@@ -60,6 +62,7 @@ impl Objects {
                 format!("vIOMMU {viommu} has a vEVENTQ of type {kind:#x} already"),
             );
         }
+        allocate("a vEVENTQ")?;
         let id = self.table.insert(Object::Veventq(Veventq { viommu, kind, open: true }))?;
         self.table.hold(viommu);
         self.table.hold(id);

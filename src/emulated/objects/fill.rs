@@ -4,6 +4,7 @@
 use super::ioas::Ioas;
 use super::Objects;
 use crate::emulated::driver::PagingDomain;
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::ioas::Area;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::stage2::Mapping;
@@ -22,7 +23,7 @@ impl Objects {
         for (start, area) in ioas.space.areas() {
             let done = pin_if(first, start, area).and_then(|mappings| {
                 filled.push((start, area));
-                check_holds(domain, start, area.protection)?;
+                make_room(domain, start, area.protection)?;
                 mappings.into_iter().for_each(|mapping| ioas.stage2.insert(mapping));
                 Ok(())
             });
@@ -58,7 +59,7 @@ impl Objects {
             mappings.extend(pin_if(filled, *start, area)?);
             pinned += 1;
             object.hwpts.iter().try_for_each(|hwpt| {
-                check_holds(&*self.table.hwpt_paging(*hwpt)?.domain, *start, area.protection)
+                make_room(&*self.table.hwpt_paging(*hwpt)?.domain, *start, area.protection)
             })
         });
         if done.is_err() {
@@ -124,8 +125,11 @@ fn take_back(ioas: &Ioas, start: u64, area: &Area) {
     unpin(start, area);
 }
 
-/// Whether a HWPT with `domain` can hold a mapping with `protection`.
-fn check_holds(domain: &dyn PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
+/// Has a HWPT with `domain` ready for a mapping with `protection`.
+///
+/// # Errors
+/// `EINVAL` it cannot hold one; `ENOMEM` no memory for its tables.
+fn make_room(domain: &dyn PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
     // Only VFIO's ioctl asks for such a mapping.
     if !protection.read && !protection.write {
         return refuse(Errno::EINVAL, format!("the mapping at {start:#x} allows nothing"));
@@ -136,5 +140,5 @@ fn check_holds(domain: &dyn PagingDomain, start: u64, protection: Protection) ->
             format!("a nesting parent cannot hold the read-only mapping at {start:#x}"),
         );
     }
-    Ok(())
+    allocate("tables of a HWPT")
 }

@@ -63,19 +63,18 @@ impl Objects {
         let ioas = self.table.hwpt_paging(parent)?.ioas;
         let pages = pages_of(base, length)?;
         let places = self.pin_range(ioas, &pages, Wanted::Read, true)?;
-        let id = self.table.next_id();
-        let needs = one_piece(&places, base % PAGE_SIZE, length).and_then(|memory| {
-            let request = HwQueueRequest { id: id?, kind, index, base, memory: &memory };
-            driver.hw_queue_init(&request)
+        let made = one_piece(&places, base % PAGE_SIZE, length).and_then(|memory| {
+            let id = self.table.next_id()?;
+            let request = HwQueueRequest { id, kind, index, base, memory: &memory };
+            let needs = driver.hw_queue_init(&request)?;
+            let queue = HwQueue { viommu, needs, ioas, pages: pages.clone() };
+            let inserted = self.table.insert(Object::HwQueue(queue));
+            Ok((inserted.inspect_err(|_| driver.hw_queue_destroy(id))?, needs))
         });
-        let needs = match needs {
-            Ok(needs) => needs,
-            Err(refusal) => {
-                self.unpin_range(ioas, &pages, true)?;
-                return Err(refusal);
-            }
-        };
-        let id = self.table.insert(Object::HwQueue(HwQueue { viommu, needs, ioas, pages }))?;
+        if made.is_err() {
+            self.unpin_range(ioas, &pages, true)?;
+        }
+        let (id, needs) = made?;
         self.table.hold(viommu);
         needs.into_iter().for_each(|needs| self.table.hold(needs));
         Ok(id)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::{Object, Objects};
 use crate::emulated::driver::{Domain, NestedDomain, PagingDomain, UserData};
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::machine::Part;
 use crate::emulated::refusal::{refuse, Outcome};
@@ -86,6 +87,7 @@ impl Objects {
                 }
                 let (flags, data) = nested_arguments(request)?;
                 let parent = viommu.parent;
+                allocate("a nested page table")?;
                 let domain = viommu.driver.alloc_nested(flags, data)?;
                 let fault = self.fault_queue(request)?;
                 self.add_nested(parent, Some(request.pt), request.flags, fault, domain)
@@ -123,6 +125,7 @@ impl Objects {
         if flags.fault_id_valid() && flags.nest_parent() {
             return refuse(Errno::EOPNOTSUPP, "a nesting parent has no fault queue");
         }
+        allocate("a page table")?;
         part.driver.alloc_paging(&part.requester, flags.with_fault_id_valid(false), data)
     }
 
@@ -178,6 +181,7 @@ impl Objects {
                 format!("HWPT_PAGING {} was not allocated with NEST_PARENT", request.pt),
             );
         }
+        allocate("a nested page table")?;
         part.driver.alloc_nested(&part.requester, &parent.domain, flags, data)
     }
 

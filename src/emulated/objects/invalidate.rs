@@ -3,6 +3,7 @@
 
 use super::{Object, Objects};
 use crate::emulated::driver::{Partial, UserArray};
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
@@ -12,10 +13,12 @@ pub(crate) const MAX_INVALIDATE_ENTRIES: usize = 1 << 19;
 impl Objects {
     /// `IOMMU_HWPT_INVALIDATE`. Fails with how many entries are complete.
     pub fn hwpt_invalidate(&self, hwpt: ObjectId, entries: &dyn UserArray) -> Result<(), Partial> {
+        let out_of_memory = allocate("the entries");
         let refused: Outcome<()> = match self.table.get(hwpt) {
             _ if entries.count() > MAX_INVALIDATE_ENTRIES => {
                 refuse(Errno::EINVAL, format!("{} entries", entries.count()))
             }
+            _ if out_of_memory.is_err() => out_of_memory,
             Some(Object::HwptNested(nested)) => return nested.domain.invalidate(entries),
             Some(Object::Viommu(viommu)) => return viommu.driver.invalidate(entries),
             Some(other) => {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::{Object, Objects};
 use crate::emulated::dma_buf::DmaBuf;
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::ioas::{Area, IovaSpace, Pages, Piece, Source, PAGE_SIZE};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::stage2::Stage2;
@@ -114,6 +115,7 @@ impl Objects {
         }
         let iova = find_iova(object, target, length, source.start())?;
         check_page_offset(object, source.start())?;
+        allocate("the pages of a mapping")?;
         let (mode, account) = (self.rlimit_mode, self.account.clone());
         let pages = Arc::new(Pages::new(source, length, protection.write, mode, account));
         self.insert_pieces(ioas, iova, vec![Piece { pages, offset: 0, length }], protection)?;
@@ -208,10 +210,11 @@ impl Objects {
             let (first, last) = (start, start + (length - 1));
             // Past 2^64 only after the last piece: the whole range was found to fit.
             start = last.wrapping_add(1);
-            (first, Area::new(last, pages, offset, protection))
+            allocate("an area")?;
+            Ok((first, Area::new(last, pages, offset, protection)))
         };
-        let areas = pieces.into_iter().map(area).collect();
-        self.add_areas(ioas, areas)
+        let areas: Outcome<Vec<_>> = pieces.into_iter().map(area).collect();
+        self.add_areas(ioas, areas?)
     }
 }
 

@@ -31,7 +31,8 @@ impl Objects {
     pub fn add_mock_device(&mut self, name: &str, pt: ObjectId) -> Outcome<MockDeviceIds> {
         // Linux makes the objects in this order, and so the ids. Nobody sees them before the end.
         let selftest = Selftest { dev: ObjectId(0), name: name.to_owned() };
-        let selftest = self.table.insert(Object::Selftest(selftest))?;
+        let inserted = self.table.insert(Object::Selftest(selftest));
+        let selftest = inserted.inspect_err(|_| self.machine.remove_mock_device(name))?;
         let attached = self.device_bind(name).and_then(|dev| {
             if let Ok(object) = self.table.selftest_mut(selftest) {
                 object.dev = dev;

@@ -13,6 +13,7 @@ use super::ioas::Ioas;
 #[cfg(feature = "selftest")]
 use super::selftest::Selftest;
 use super::viommu::{Vdevice, Viommu};
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, ObjectId};
 
@@ -135,8 +136,9 @@ impl Table {
     /// Adds an object that nothing uses, under the lowest free id.
     ///
     /// # Errors
-    /// `ENOMEM` every id is taken.
+    /// `ENOMEM` every id is taken, or there is no memory.
     pub fn insert(&mut self, object: Object) -> Outcome<ObjectId> {
+        allocate("an object")?;
         let id = self.next_id()?;
         self.free.remove(&id.0);
         self.highest = self.highest.max(id.0);

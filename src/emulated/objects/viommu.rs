@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::{Object, Objects};
 use crate::emulated::driver::{UserData, ViommuDriver, ViommuRequest};
 use crate::emulated::events::ViommuEvents;
+use crate::emulated::fault_injection::allocate;
 use crate::emulated::machine::UnitId;
 use crate::emulated::mmaps::Mmap;
 use crate::emulated::refusal::{refuse, Outcome};
@@ -62,6 +63,7 @@ impl Objects {
                 format!("HWPT_PAGING {hwpt} was not allocated with NEST_PARENT"),
             );
         }
+        allocate("a vIOMMU")?;
         let (id, events) = (self.table.next_id()?, Arc::default());
         let mmap = |file, length| self.mmaps.add(Mmap { owner: id, length, file });
         let request = ViommuRequest {
@@ -75,7 +77,8 @@ impl Objects {
         let driver = part.driver.alloc_viommu(&request);
         let driver = driver.inspect_err(|_| self.mmaps.remove(id))?;
         let viommu = Viommu { kind, unit: part.unit, parent: hwpt, driver, events };
-        let id = self.table.insert(Object::Viommu(viommu))?;
+        let inserted = self.table.insert(Object::Viommu(viommu));
+        let id = inserted.inspect_err(|_| self.mmaps.remove(id))?;
         self.table.hold(hwpt);
         Ok(id)
     }
@@ -107,6 +110,7 @@ impl Objects {
         if let Some((id, _)) = self.table.iter().find(|(_, object)| same_id(object)) {
             return refuse(Errno::EEXIST, format!("vDEVICE {id} has the id {virt_id:#x} already"));
         }
+        allocate("a vDEVICE")?;
         driver.vdevice_init(&part.requester, virt_id)?;
         let vdevice = Object::Vdevice(Vdevice { viommu, dev, virt_id });
         let vdevice =

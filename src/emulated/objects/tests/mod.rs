@@ -7,6 +7,7 @@ mod contexts;
 mod dirty;
 mod dma;
 mod events;
+mod fail_allocations;
 mod fail_nth;
 pub(crate) mod fake;
 mod groups;
