@@ -20,6 +20,11 @@ pub struct DeviceConfig {
     pub pasid_priv: bool,
     /// It has a device TLB (ATS).
     pub ats: bool,
+    /// It asks for pages (PRI), which takes `ats`, and an IOMMU that takes page requests. While it,
+    /// or a PASID of it, is attached to a HWPT with a fault queue, a DMA that meets a translation
+    /// which is not there, or does not allow it, is no fault: the queue gets a page request, and the
+    /// DMA goes on when that is answered.
+    pub pri: bool,
     /// IOVAs, in bytes and both ends included, that no IOAS it is attached to can map, besides the
     /// window of interrupt messages (firmware's reserved memory regions).
     pub reserved: Vec<RangeInclusive<u64>>,

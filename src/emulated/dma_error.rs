@@ -2,6 +2,7 @@
 //! Why DMA reaches no memory.
 #![forbid(unsafe_code)]
 
+use crate::iommufd::PageResponseCode;
 use crate::spec::smmuv3::event::EventId;
 use crate::spec::vtd::fault::FaultReason;
 
@@ -31,6 +32,25 @@ pub enum DmaError {
         reason: DmaFaultReason,
         /// The host's stage 2 refused, not the guest's own tables.
         stage2: bool,
+    },
+    /// The page is not there, and the device has asked for it (PCI PRI): try again when the answer
+    /// is there ([`DmaPort::page_response`](super::DmaPort::page_response)). Nobody was told of a
+    /// fault.
+    #[error("DMA to {address:#x} waits for a page")]
+    PageRequested {
+        /// IOVA, in bytes, of the first byte that could not be reached.
+        address: u64,
+        /// The index of the group of page requests, which is the device's until it has taken the
+        /// answer.
+        group: u16,
+    },
+    /// The page is not there although the device has asked for it.
+    #[error("DMA to {address:#x} did not get the page it asked for: {response:?}")]
+    PageRefused {
+        /// IOVA, in bytes, of the first byte that could not be reached.
+        address: u64,
+        /// The answer: `Success` when it was given so often that the device gives up.
+        response: PageResponseCode,
     },
     /// It is an interrupt message and no memory access: on VT-d, a request without PASID to
     /// 0xFEE0_0000–0xFEEF_FFFF (§3.14); on SMMUv3, a write that the tables send to the doorbell of

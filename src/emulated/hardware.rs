@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 
 use super::dirty::DirtyLog;
+use super::page_requests::PageRequests;
 use super::stage2::Stage2;
 use crate::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
@@ -77,6 +78,11 @@ pub(crate) trait Hardware: Debug + Send + Sync {
     /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
     /// that was cached through it.
     fn stage2_changed(&self, stage2: &Arc<Stage2>);
+
+    /// The page requests of its devices; none when it takes none.
+    fn page_requests(&self) -> Option<&PageRequests> {
+        None
+    }
 
     /// Where faults of `rid` go, and under which device object; `None` to report them to nobody.
     fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>);

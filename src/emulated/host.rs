@@ -34,7 +34,8 @@ use crate::spec::pci::Bdf;
 /// One lock covers the objects of one iommufd. Under it the [`Machine`] is looked into and drivers
 /// of IOMMUs are called, each of which has a lock of its own and takes no other: several iommufds
 /// that use one IOMMU wait for it one after the other, and never for each other. Nothing holds the
-/// locks of two iommufds. DMA takes none of these.
+/// locks of two iommufds. DMA takes none of these, but for a page request, which is made outside its
+/// critical section.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -175,7 +176,9 @@ fn check_pasid(objects: &Objects, dev: ObjectId, pasid: Option<u32>) -> Outcome<
 
 impl HostIommu for EmulatedHost {
     fn device_bind(&self, name: &str) -> Result<ObjectId> {
-        self.objects().device_bind(name).map_err(|refusal| refusal.of(Verb::DeviceBind, None))
+        self.context
+            .device_bind(&mut self.objects(), name)
+            .map_err(|refusal| refusal.of(Verb::DeviceBind, None))
     }
 
     fn device_unbind(&self, dev: ObjectId) -> Result<()> {

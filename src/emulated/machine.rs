@@ -90,6 +90,9 @@ pub enum MachineError {
     /// PASIDs have at most 20 bits.
     #[error("a PASID has at most 20 bits, not {0}")]
     PasidTooWide(u8),
+    /// A device without a device TLB makes no page requests (PCIe 6.0 §10.4).
+    #[error("PRI takes ATS")]
+    PriWithoutAts,
     /// There is no device of that name.
     #[error("there is no device named '{0}'")]
     NoSuchDevice(String),
@@ -219,6 +222,9 @@ impl Machine {
         };
         if u32::from(config.pasid_bits) > Pasid::BITS {
             return Err(MachineError::PasidTooWide(config.pasid_bits));
+        }
+        if config.pri && !config.ats {
+            return Err(MachineError::PriWithoutAts);
         }
         if state.places.contains_key(name) {
             return Err(MachineError::NameTaken(name.to_owned()));

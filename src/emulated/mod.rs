@@ -77,6 +77,7 @@ mod machine;
 mod mapped_pages;
 mod mmaps;
 mod objects;
+mod page_requests;
 mod port_iommu;
 mod process;
 mod refusal;
@@ -91,7 +92,7 @@ mod vtd;
 
 pub use access::{Access, AccessError};
 pub use device::DeviceConfig;
-pub use dma::{DmaAccess, DmaAttributes, DmaPort, Translated};
+pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
 pub use dma_buf::DmaBuf;
 pub use dma_error::{DmaError, DmaFaultReason};
 pub use event_file::EventFile;

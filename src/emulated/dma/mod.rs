@@ -7,6 +7,7 @@
 //! long.
 #![forbid(unsafe_code)]
 
+mod page_tries;
 mod port;
 
 use std::sync::Arc;
@@ -15,9 +16,12 @@ use vm_memory::{GuestAddress, VolatileSlice};
 
 use port::{Port, PortSection, PortTranslated};
 
+pub use page_tries::PageTries;
+
 use super::dma_error::DmaError;
 use super::smmuv3::SmmuV3Unit;
 use super::vtd::VtdUnit;
+use crate::iommufd::PageResponseCode;
 
 /// What a DMA request says of itself beside address and data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -67,6 +71,9 @@ impl SmmuV3Unit {
 impl DmaPort {
     /// Reads memory at `iova` (bytes) into `bytes`.
     ///
+    /// A device that asks for pages ([`DeviceConfig::pri`](super::DeviceConfig::pri)) waits here for
+    /// the answers, so who serves the fault queue is on another thread. No lock is held meanwhile.
+    ///
     /// # Errors
     /// [`DmaError`]; bytes before the failing address may have been read. A fault has been
     /// delivered to the sink of the requester when this returns.
@@ -77,19 +84,25 @@ impl DmaPort {
         bytes: &mut [u8],
     ) -> Result<(), DmaError> {
         check_end(iova, bytes.len())?;
-        let mut done = 0;
+        let (mut done, mut tries) = (0, PageTries::default());
         while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
             let address = iova + done as u64;
-            let piece = self.translate(attributes, address, rest.len(), DmaAccess::Read)?;
-            match piece.slice().copy_to(rest) {
-                0 => return Err(DmaError::NoMemory { address }),
-                copied => done += copied,
-            }
+            let error = match self.translate(attributes, address, rest.len(), DmaAccess::Read) {
+                Ok(piece) => match piece.slice().copy_to(rest) {
+                    0 => return Err(DmaError::NoMemory { address }),
+                    copied => {
+                        done += copied;
+                        continue;
+                    }
+                },
+                Err(error) => error,
+            };
+            self.wait_or_fail(error, &mut tries)?;
         }
         Ok(())
     }
 
-    /// Writes `bytes` to memory at `iova` (bytes).
+    /// Writes `bytes` to memory at `iova` (bytes). Waits as [`DmaPort::read`] does.
     ///
     /// # Errors
     /// As [`DmaPort::read`]; bytes before the failing address may have been written.
@@ -100,16 +113,22 @@ impl DmaPort {
         bytes: &[u8],
     ) -> Result<(), DmaError> {
         check_end(iova, bytes.len())?;
-        let mut done = 0;
+        let (mut done, mut tries) = (0, PageTries::default());
         while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
             let address = iova + done as u64;
-            let piece = self.translate(attributes, address, rest.len(), DmaAccess::Write)?;
-            let slice = piece.slice();
-            slice.copy_from(rest);
-            match slice.len() {
-                0 => return Err(DmaError::NoMemory { address }),
-                copied => done += copied,
-            }
+            let error = match self.translate(attributes, address, rest.len(), DmaAccess::Write) {
+                Ok(piece) => {
+                    let slice = piece.slice();
+                    slice.copy_from(rest);
+                    match slice.len() {
+                        0 => return Err(DmaError::NoMemory { address }),
+                        copied => done += copied,
+                    }
+                    continue;
+                }
+                Err(error) => error,
+            };
+            self.wait_or_fail(error, &mut tries)?;
         }
         Ok(())
     }
@@ -119,7 +138,8 @@ impl DmaPort {
     /// it; do not wait for anything in between, and never for an invalidation.
     ///
     /// # Errors
-    /// As [`DmaPort::read`].
+    /// As [`DmaPort::read`]; [`DmaError::PageRequested`] when the device has asked for the page: this
+    /// never waits.
     #[inline]
     pub fn translate(
         &mut self,
@@ -138,6 +158,37 @@ impl DmaPort {
         }))
     }
 
+    /// Takes the answer to the page requests of `group` ([`DmaError::PageRequested`]), once; none as
+    /// long as there is none. There is one, at the latest, when the attachment ends.
+    pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
+        match &self.0 {
+            AnyPort::Vtd(port) => port.page_response(group),
+            AnyPort::SmmuV3(port) => port.page_response(group),
+        }
+    }
+
+    /// The same, but waits until there is one.
+    pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
+        match &self.0 {
+            AnyPort::Vtd(port) => port.wait_for_page(group),
+            AnyPort::SmmuV3(port) => port.wait_for_page(group),
+        }
+    }
+
+    /// Waits if `error` says that a page was asked for.
+    ///
+    /// # Errors
+    /// `error`, or that the page is refused.
+    #[cold]
+    fn wait_or_fail(&self, error: DmaError, tries: &mut PageTries) -> Result<(), DmaError> {
+        match error {
+            DmaError::PageRequested { address, group } => {
+                tries.answered(address, self.wait_for_page(group))
+            }
+            error => Err(error),
+        }
+    }
+
     /// Starts a critical section for several accesses: see [`Section`].
     pub(super) fn enter(&mut self) -> Section<'_> {
         Section(match &mut self.0 {
@@ -148,7 +199,8 @@ impl DmaPort {
 }
 
 /// A read-side critical section around any number of translations and the accesses that they
-/// serve. Invalidations wait until it is dropped. Faults are reported then, and not before: whoever
+/// serve. Invalidations wait until it is dropped, so nothing in it waits for a page: devices that
+/// work in sections make no page requests. Faults are reported then, and not before: whoever
 /// is told may invalidate.
 #[derive(Debug)]
 pub(super) struct Section<'a>(AnySection<'a>);

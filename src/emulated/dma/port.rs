@@ -12,6 +12,7 @@ use crate::emulated::engine::{
     Blocked, ConfigCache, Engine, LocalCounters, Request, RequestKind, Target, Unit,
 };
 use crate::emulated::gate::{ReadGuard, Reader};
+use crate::iommufd::PageResponseCode;
 
 /// Bytes that one critical section transfers at most.
 const MAX_PIECE: usize = 64 << 10;
@@ -67,9 +68,19 @@ impl<U: Unit> Port<U> {
             Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
             Err(Blocked::Fault(fault)) => {
                 drop(engine);
-                Err(blocked(&*self.unit, &self.counters, &request, fault))
+                Err(stopped(&*self.unit, &self.counters, &request, fault))
             }
         }
+    }
+
+    /// See [`super::DmaPort::page_response`].
+    pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
+        self.unit.page_requests().take_answer(self.rid, group)
+    }
+
+    /// See [`super::DmaPort::wait_for_page`].
+    pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
+        self.unit.page_requests().wait_for_answer(self.rid, group)
     }
 
     /// Starts a critical section for several accesses.
@@ -191,6 +202,22 @@ fn request(rid: u16, attributes: DmaAttributes, address: u64, access: DmaAccess)
     let write = access == DmaAccess::Write;
     let kind = RequestKind::new(write, with_pasid && privileged, with_pasid && execute);
     Request { rid, pasid, address, kind }
+}
+
+/// Asks for the page, if that can help and somebody serves it; what else stops a request is a fault.
+/// The gate must have been left.
+#[cold]
+fn stopped<U: Unit>(
+    unit: &U,
+    counters: &LocalCounters,
+    request: &Request,
+    fault: FaultOf<U>,
+) -> DmaError {
+    let asks = U::asks_for_page(fault, request.kind);
+    match asks.then(|| unit.page_requests().ask(request)).flatten() {
+        Some(group) => DmaError::PageRequested { address: request.address, group },
+        None => blocked(unit, counters, request, fault),
+    }
 }
 
 /// Counts and reports a fault. The gate must have been left.

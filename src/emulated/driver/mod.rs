@@ -33,6 +33,7 @@ pub(crate) use vtd::VtdDriver;
 use super::device::{Requester, Slot};
 use super::dirty::DirtyLog;
 use super::events::ViommuEvents;
+use super::page_requests::PageRequestSink;
 use super::refusal::{refuse, Outcome, Refusal};
 use super::stage2::Stage2;
 use crate::iommufd::{
@@ -286,6 +287,9 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     fn user_pasid_table(&self) -> bool {
         false
     }
+
+    /// From now on `sink` serves the page requests of `device`, if it makes some, or nobody does.
+    fn set_page_request_sink(&self, _device: &Requester, _sink: Option<Arc<dyn PageRequestSink>>) {}
 
     /// Answers a group of page requests of `device`, the last of which was `request`. Called with
     /// a fault queue locked.

@@ -18,11 +18,12 @@ use crate::emulated::device::{Requester, Slot};
 use crate::emulated::dirty::DirtyLog;
 use crate::emulated::hardware::{CacheRange, Hardware, Translation, UserTables};
 use crate::emulated::ioas::PAGE_SIZE;
+use crate::emulated::page_requests::{PageRequestSink, PageRequests};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::stage2::Stage2;
 use crate::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
-    HwptVtdSecondStage, ObjectId, VTD_INV_FLAGS_LEAF,
+    HwptVtdSecondStage, ObjectId, PageRequest, PageResponseCode, VTD_INV_FLAGS_LEAF,
 };
 use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
 
@@ -176,12 +177,17 @@ impl VtdDriver {
         }
     }
 
-    /// What the hardware is to know of `domain`, if it can use it.
-    fn translation(&self, domain: &Domain) -> Outcome<Translation> {
+    /// The page requests of the unit's devices, if `device` makes some.
+    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
+        self.hardware.page_requests().filter(|_| device.config.pri)
+    }
+
+    /// What the hardware is to know of `domain`, if it can use it for `devices`.
+    fn translation(&self, devices: &[&Requester], domain: &Domain) -> Outcome<Translation> {
         let paging = own_paging(&*domain.paging)?;
         self.features.compatible(&paging.tables)?;
-        if domain.page_requests {
-            return refuse(Errno::ENODEV, "the IOMMU reports no page requests");
+        if domain.page_requests && devices.iter().any(|it| self.page_requests(it).is_none()) {
+            return refuse(Errno::ENODEV, "the device, or its IOMMU, has no page requests");
         }
         let Some(nested) = &domain.nested else {
             return Ok(Translation {
@@ -271,7 +277,7 @@ impl Driver for VtdDriver {
         new: &Domain,
         old: Option<&Domain>,
     ) -> Outcome<()> {
-        let translation = self.translation(new)?;
+        let translation = self.translation(devices, new)?;
         // A group has fewer devices than there are Requester IDs.
         let count = devices.len() as u32;
         self.count(new, |nested| nested.attach(&self.hardware, count));
@@ -293,6 +299,18 @@ impl Driver for VtdDriver {
 
     fn block(&self, device: &Requester) {
         self.hardware.remove(device.rid.raw(), None);
+    }
+
+    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.set_sink(device.rid.raw(), sink);
+        }
+    }
+
+    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.answer(device.rid.raw(), request.group, code);
+        }
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use super::dma_error::DmaFaultReason;
 use super::gate::Gate;
+use super::page_requests::PageRequests;
 
 pub(in crate::emulated) use cache::{size, Scope, Source, Spaces};
 pub(in crate::emulated) use caches::{CacheSizes, Caches, Table};
@@ -103,6 +104,13 @@ pub(crate) trait Unit: Debug + Send + Sync {
     /// Tells who wants to know that `request` was blocked. Not to be called with the gate entered:
     /// who is told may invalidate.
     fn report(&self, request: &Request, fault: <Self::Engine as Engine>::Fault);
+
+    /// The page requests of its devices: of none, when it takes none.
+    fn page_requests(&self) -> &PageRequests;
+
+    /// Whether a device that can asks for the page that a request of `kind` did not get because of
+    /// `fault`: software can mend the translation.
+    fn asks_for_page(fault: <Self::Engine as Engine>::Fault, kind: RequestKind) -> bool;
 
     /// What `fault` is to whoever made the request, and whether it was the host's stage 2 that
     /// refused.

@@ -70,6 +70,7 @@ impl Objects {
             self.end_vdevice(vdevice)?;
         }
         part.driver.set_fault_sink(&part.requester, None);
+        part.driver.set_page_request_sink(&part.requester, None);
         self.machine.release(&part.name);
         self.table.release(dev);
         self.table.remove(dev);

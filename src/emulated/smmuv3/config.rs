@@ -15,8 +15,8 @@ const MAX_SSID_BITS: u8 = 20;
 
 /// What an emulated SMMUv3 can do, and how much it caches.
 ///
-/// Stalls, page requests and updates of access flags are not among it (IDR0.STALL_MODEL = 0b01,
-/// PRI = 0, HTTU = 0); ASIDs and VMIDs have 16 bits.
+/// Stalls and updates of access flags are not among it (IDR0.STALL_MODEL = 0b01, HTTU = 0); ASIDs
+/// and VMIDs have 16 bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SmmuV3UnitConfig {
     /// Size of its addresses in bits: 32, 36, 40, 42, 44, 48 or 52 (IDR5.OAS); anything else
@@ -35,6 +35,9 @@ pub struct SmmuV3UnitConfig {
     /// Takes invalidations of address translation caches (IDR0.ATS). Devices of this process keep
     /// none of their own: what they might cache, the unit does.
     pub ats: bool,
+    /// Takes page requests, where it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them, and
+    /// serves devices that stall, which PCI devices must not; here it serves page requests.
+    pub page_requests: bool,
     /// Both stages at once (IDR0.S1P with S2P): user-owned stage 1 on the host's stage 2.
     pub nesting: bool,
     /// Stage 2 forces write-back (IDR3.FWB). Without this and `canwbs` Linux makes no vIOMMUs.
@@ -53,7 +56,8 @@ pub struct SmmuV3UnitConfig {
 }
 
 impl Default for SmmuV3UnitConfig {
-    /// A recent unit with 48 bits: everything but virtual addresses of 52 bits, ATS and a doorbell.
+    /// A recent unit with 48 bits: everything but virtual addresses of 52 bits, ATS, page
+    /// requests and a doorbell.
     fn default() -> Self {
         Self {
             address_width: 48,
@@ -63,6 +67,7 @@ impl Default for SmmuV3UnitConfig {
             two_level_cd: true,
             range_invalidation: true,
             ats: false,
+            page_requests: false,
             nesting: true,
             s2fwb: true,
             canwbs: false,
@@ -89,6 +94,11 @@ impl SmmuV3UnitConfig {
     /// Width of a SubstreamID in bits.
     pub(in crate::emulated) fn ssid_bits(&self) -> u8 {
         self.ssid_bits.min(MAX_SSID_BITS)
+    }
+
+    /// Whether it takes page requests, which needs ATS (§6.3.1).
+    pub(in crate::emulated) fn page_requests(&self) -> bool {
+        self.page_requests && self.ats
     }
 
     /// Whether it has tables of this granule.
@@ -121,6 +131,7 @@ impl SmmuV3UnitConfig {
             .with_ttf(0b10)
             .with_cohacc(true)
             .with_ats(self.ats)
+            .with_pri(self.page_requests())
             .with_asid16(true)
             .with_vmid16(true)
             .with_msi(true)

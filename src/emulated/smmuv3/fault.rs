@@ -53,6 +53,14 @@ impl Fault {
         Self::Event { id, stage2: true, class, second_address: ipa, recorded: true }
     }
 
+    /// Whether a device asks for the page that a request did not get: it is not mapped, or not for
+    /// that access. (A translation request of such a page leaves no event, §3.9.1.)
+    pub fn asks_for_page(&self) -> bool {
+        let Self::Event { id, class, .. } = *self else { return false };
+        let mendable = matches!(id, EventId::Translation | EventId::Access | EventId::Permission);
+        mendable && class != EventClass::Cd
+    }
+
     /// The record of the fault of `request`; none when it leaves none.
     pub fn record(&self, request: &Request) -> Option<EventRecord> {
         let Self::Event { id, stage2, class, second_address, recorded: true } = *self else {

@@ -27,8 +27,9 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::dma_error::DmaFaultReason;
-use super::engine::{Counters, LocalCounters, Request, Unit};
+use super::engine::{Counters, LocalCounters, Request, RequestKind, Unit};
 use super::gate::Gate;
+use super::page_requests::PageRequests;
 use super::stage2::Stage2;
 use crate::spec::smmuv3::event::EventRecord;
 use engine::Engine;
@@ -56,6 +57,7 @@ pub struct SmmuV3Unit {
     config: SmmuV3UnitConfig,
     gate: Arc<Gate<Engine>>,
     counters: Counters,
+    page_requests: PageRequests,
     /// Where the events of a stream go. Never held together with the gate.
     sinks: Mutex<BTreeMap<u16, Arc<dyn EventSink>>>,
 }
@@ -66,12 +68,18 @@ impl SmmuV3Unit {
         let counters = Counters::default();
         let engine = Engine::new(config.clone(), counters.share());
         let gate = Gate::new(engine);
-        Arc::new(Self { config, gate, counters, sinks: Mutex::default() })
+        let page_requests = PageRequests::default();
+        Arc::new(Self { config, gate, counters, page_requests, sinks: Mutex::default() })
     }
 
     /// What the unit has done so far. Requests under way may or may not be counted.
     pub fn counters(&self) -> SmmuV3Counters {
         self.counters.read().into()
+    }
+
+    /// The page requests of its devices; none when it takes none.
+    pub(super) fn page_requests(&self) -> Option<&PageRequests> {
+        self.config.page_requests().then_some(&self.page_requests)
     }
 
     /// What it can do.
@@ -128,6 +136,14 @@ impl Unit for SmmuV3Unit {
         if let Some(sink) = sink {
             sink.event(&record);
         }
+    }
+
+    fn page_requests(&self) -> &PageRequests {
+        &self.page_requests
+    }
+
+    fn asks_for_page(fault: Fault, _: RequestKind) -> bool {
+        fault.asks_for_page()
     }
 
     fn reason(fault: Fault) -> (DmaFaultReason, bool) {

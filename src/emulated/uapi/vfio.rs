@@ -175,7 +175,7 @@ impl DeviceFile {
             return refuse(Errno::ENODEV, "the iommufd is of another machine");
         }
         let mut objects = host.objects();
-        let dev = match objects.device_bind(&self.name) {
+        let dev = match host.context().device_bind(&mut objects, &self.name) {
             Ok(dev) => dev,
             // Through another descriptor: VFIO's own answer.
             Err(refusal) if refusal.errno == Errno::EBUSY => {

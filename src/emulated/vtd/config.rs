@@ -48,6 +48,8 @@ pub struct VtdUnitConfig {
     /// Takes invalidations of device-TLBs (ECAP.DT). Devices of this process keep none of their
     /// own: what they might cache, the unit does.
     pub device_tlb: bool,
+    /// Takes page requests, where it has device-TLBs and PASIDs (ECAP.PRS, ECAP.PDS).
+    pub page_requests: bool,
     /// User-owned first-stage tables nested on the host's stage 2 (ECAP.NEST).
     pub nesting: bool,
     /// User-owned second-stage tables on the host's stage 2: no hardware has that.
@@ -70,8 +72,8 @@ pub struct VtdUnitConfig {
 }
 
 impl Default for VtdUnitConfig {
-    /// A recent unit with 48 bits: all but supervisor requests, the extended accessed flag and
-    /// device-TLBs; with the erratum that Linux reports of all.
+    /// A recent unit with 48 bits: all but supervisor requests, the extended accessed flag,
+    /// device-TLBs and page requests; with the erratum that Linux reports of all.
     fn default() -> Self {
         Self {
             address_width: AddressWidth::Bits48,
@@ -80,6 +82,7 @@ impl Default for VtdUnitConfig {
             supervisor_requests: false,
             extended_accessed: false,
             device_tlb: false,
+            page_requests: false,
             nesting: true,
             guest_second_stage: true,
             dirty_tracking: true,
@@ -121,10 +124,12 @@ impl VtdUnitConfig {
             .with_pt(true)
             .with_sc(true)
             .with_nest(self.nesting)
+            .with_prs(self.page_requests())
             .with_srs(self.supervisor_requests)
             .with_eafs(self.extended_accessed)
             .with_pss(pasid_bits.saturating_sub(1))
             .with_pasid(pasid_bits > 0)
+            .with_pds(self.page_requests())
             .with_smts(true)
             .with_ssts(true)
             .with_fsts(true)
@@ -155,6 +160,11 @@ impl VtdUnitConfig {
     /// Width of a PASID, in bits.
     pub(super) fn pasid_bits(&self) -> u8 {
         self.pasid_bits.min(MAX_PASID_BITS)
+    }
+
+    /// Whether it takes page requests, which needs device-TLBs and PASIDs.
+    pub(super) fn page_requests(&self) -> bool {
+        self.page_requests && self.device_tlb && self.pasid_bits() > 0
     }
 
     /// CAP.SSLPS.

@@ -2,6 +2,7 @@
 //! Why a request was blocked.
 #![forbid(unsafe_code)]
 
+use crate::emulated::engine::RequestKind;
 use crate::spec::vtd::fault::FaultReason;
 
 /// A request was blocked.
@@ -22,5 +23,22 @@ impl Fault {
     /// The fault of the host's stage 2.
     pub fn stage2(reason: FaultReason) -> Self {
         Self { reason, stage2: true }
+    }
+
+    /// Whether a device asks for the page that a request of `kind` did not get: an entry is not
+    /// present or does not allow it (§7.1.3). Linux serves neither supervisors nor execution.
+    pub fn asks_for_page(&self, kind: RequestKind) -> bool {
+        let mendable = matches!(
+            self.reason,
+            FaultReason::FirstStageNotPresent
+                | FaultReason::FirstStageTopSecondStageDenied
+                | FaultReason::FirstStageSecondStageDenied
+                | FaultReason::FirstStageFlagsSecondStageDenied
+                | FaultReason::SecondStageDenied
+                | FaultReason::UserDenied
+                | FaultReason::WriteDenied
+                | FaultReason::ReadDenied
+        );
+        mendable && !kind.privileged() && !kind.execute()
     }
 }

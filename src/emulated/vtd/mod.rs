@@ -25,10 +25,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::dma_error::DmaFaultReason;
-use super::engine::{Counters, LocalCounters, Request, Unit};
+use super::engine::{Counters, LocalCounters, Request, RequestKind, Unit};
 use super::gate::Gate;
 
 use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use super::page_requests::PageRequests;
 use super::stage2::Stage2;
 use crate::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
 use engine::Engine;
@@ -53,6 +54,7 @@ pub struct VtdUnit {
     gate: Arc<Gate<Engine>>,
     counters: Counters,
     sanitizer: Option<Arc<Sanitizer>>,
+    page_requests: PageRequests,
     /// Where the faults of a requester id go. Never held together with the gate.
     sinks: Mutex<BTreeMap<u16, SinkOfDevice>>,
 }
@@ -71,6 +73,7 @@ impl VtdUnit {
             gate: Gate::new(engine),
             counters,
             sanitizer,
+            page_requests: PageRequests::default(),
             sinks: Mutex::new(BTreeMap::new()),
         })
     }
@@ -124,6 +127,14 @@ impl Unit for VtdUnit {
         }
     }
 
+    fn page_requests(&self) -> &PageRequests {
+        &self.page_requests
+    }
+
+    fn asks_for_page(fault: Fault, kind: RequestKind) -> bool {
+        fault.asks_for_page(kind)
+    }
+
     fn reason(fault: Fault) -> (DmaFaultReason, bool) {
         (DmaFaultReason::Vtd(fault.reason), fault.stage2)
     }
@@ -160,6 +171,10 @@ impl Hardware for VtdUnit {
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {
         self.gate.write(|engine| engine.stage2_changed(stage2));
+    }
+
+    fn page_requests(&self) -> Option<&PageRequests> {
+        self.config.page_requests().then_some(&self.page_requests)
     }
 
     fn set_fault_sink(&self, rid: u16, sink: Option<SinkOfDevice>) {

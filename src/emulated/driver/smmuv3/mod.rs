@@ -18,10 +18,13 @@ use super::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
 };
 use crate::emulated::device::{Requester, Slot};
+use crate::emulated::page_requests::{PageRequestSink, PageRequests};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::smmuv3::{SmmuV3Unit, StreamEntry};
 use crate::emulated::stage2::Stage2;
-use crate::iommufd::{Errno, Extensions, FaultSink, HwptFlags, ObjectId, ViommuKind};
+use crate::iommufd::{
+    Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
+};
 use domains::{own_nested, own_paging, SmmuPaging, Stage};
 use events::Master;
 use vsmmu::{Vmaster, Vsmmu};
@@ -79,6 +82,12 @@ impl SmmuDriver {
     /// Whether both stages translate at once (`ARM_SMMU_FEAT_NESTING`).
     fn nests(&self) -> bool {
         self.unit.config().nesting
+    }
+
+    /// The page requests of the unit's devices, if `device` makes some. One that makes none can have
+    /// a page table with a fault queue all the same, as in Linux.
+    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
+        self.unit.page_requests().filter(|_| device.config.pri)
     }
 
     /// What the stream table is to have for `domain`, and where events of `device` go then.
@@ -278,6 +287,18 @@ impl Driver for SmmuDriver {
 
     fn user_pasid_table(&self) -> bool {
         true
+    }
+
+    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.set_sink(device.rid.raw(), sink);
+        }
+    }
+
+    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.answer(device.rid.raw(), request.group, code);
+        }
     }
 
     fn stage2_changed(&self, stage2: &Arc<Stage2>) {

@@ -15,5 +15,6 @@ mod hwpt;
 mod invalidate;
 mod ioas;
 mod lifetime;
+mod page_requests;
 mod random;
 pub(crate) mod viommus;
