@@ -19,6 +19,8 @@ mod memories;
 mod origins;
 mod request;
 mod sharing;
+#[cfg(test)]
+pub(in crate::emulated) mod testing;
 mod trail;
 mod walk;
 

@@ -35,7 +35,7 @@ fn a_fault_with_pasid_says_so() {
     let table = machine.table(0x1000);
     machine.poke_cd(table + 9 * CD_SIZE, &tables.cd());
     machine.install(None, VMID, Some(ste(table, 4, S1Format::Linear, 0)));
-    let outcome = machine.read(&mut port, execute(privileged(9)), IOVA);
+    let outcome = machine.read(&mut port, execute(privileged(pasid(9))), IOVA);
     assert_eq!(outcome, stage1_event(EventId::Translation));
     let record = sink.take()[0];
     assert_eq!(record.substream(), SubstreamId::new(9));

@@ -8,17 +8,16 @@ mod reference;
 mod stage1;
 mod staleness;
 
-use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::ops::Deref;
+use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestRegionMmap, VolatileMemory};
+use vm_memory::GuestAddress;
 
 use super::*;
+use crate::emulated::engine::testing::{self, *};
 use crate::emulated::hardware::CacheTag;
-use crate::emulated::stage2::Mapping;
 use crate::emulated::{DmaAttributes, DmaError, DmaPort};
-use crate::iommufd::{Protection, UserMemory};
+use crate::iommufd::Protection;
 use crate::spec::smmuv3::command::AddressRange;
 use crate::spec::smmuv3::context::{Cd, Cd0, Cd1, Cd2, L1ContextDescriptor, CD_SIZE};
 use crate::spec::smmuv3::event::EventId;
@@ -31,20 +30,6 @@ pub const SID: u16 = 0x0018;
 pub const VMID: CacheTag = CacheTag(3);
 /// ASID of the machine's address space.
 pub const ASID: u16 = 7;
-/// A request without PASID.
-pub const PLAIN: DmaAttributes = DmaAttributes { pasid: None, privileged: false, execute: false };
-
-/// GPA where the first half of guest memory starts.
-pub const LOW: u64 = 0x0010_0000;
-/// GPA where the second half starts: aligned to 1 GiB.
-pub const HIGH: u64 = 0x4000_0000;
-/// Bytes of each half.
-pub const HALF: u64 = 16 << 20;
-/// GPA of a page that stage 2 maps for reading only.
-pub const READ_ONLY: u64 = 0x5000_0000;
-/// GPA that stage 2 does not map.
-pub const NOWHERE: u64 = 0x6000_0000;
-
 /// A page that anybody may read, write and execute, of one ASID.
 pub const RW: Descriptor =
     Descriptor::new().with_valid(true).with_af(true).with_ng(true).with_ap_unprivileged(true);
@@ -53,66 +38,25 @@ pub const RW: Descriptor =
 #[derive(Debug)]
 pub struct Machine {
     pub unit: Arc<SmmuV3Unit>,
-    pub stage2: Arc<Stage2>,
-    region: Arc<GuestRegionMmap>,
-    next_table: Cell<u64>,
+    memory: Memory,
+}
+
+/// What is done with its memory is done with the machine.
+impl Deref for Machine {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.memory
+    }
 }
 
 impl Machine {
     pub fn new(config: SmmuV3UnitConfig) -> Self {
-        let unit = SmmuV3Unit::new(config);
-        let length = 2 * HALF + 0x1000;
-        // Elsewhere than the guest thinks, so that whoever takes a GPA for an offset reads
-        // something else.
-        let start = GuestAddress(0x10_0000_0000);
-        let region = GuestRegionMmap::from_range(start, length as usize, None).unwrap();
-        let machine = Self {
-            unit,
-            stage2: Arc::default(),
-            region: Arc::new(region),
-            next_table: Cell::new(LOW),
-        };
-        machine.map_stage2(LOW, HALF, HALF, Protection::READ_WRITE);
-        machine.map_stage2(HIGH, 0, HALF, Protection::READ_WRITE);
-        machine.map_stage2(READ_ONLY, 2 * HALF, 0x1000, Protection::READ_ONLY);
-        machine
-    }
-
-    pub fn map_stage2(&self, gpa: u64, offset: u64, length: u64, protection: Protection) {
-        let memory = UserMemory::new(Arc::clone(&self.region), offset, length).unwrap();
-        let last = gpa + length - 1;
-        self.stage2.insert(Mapping { start: gpa, last, memory, protection });
+        Self { unit: SmmuV3Unit::new(config), memory: Memory::new() }
     }
 
     pub fn port(&self) -> DmaPort {
         self.unit.port(SID)
-    }
-
-    fn word(&self, gpa: u64) -> &AtomicU64 {
-        let mapping = self.stage2.lookup(gpa).expect("a GPA of the machine");
-        self.region.get_atomic_ref(mapping.target(gpa).1 as usize).unwrap()
-    }
-
-    /// Where `gpa` is in this process.
-    pub fn address(&self, gpa: u64) -> usize {
-        let mapping = self.stage2.lookup(gpa).expect("a GPA of the machine");
-        self.region.as_ptr().addr() + mapping.target(gpa).1 as usize
-    }
-
-    pub fn poke(&self, gpa: u64, word: u64) {
-        self.word(gpa).store(word.to_le(), Ordering::SeqCst);
-    }
-
-    pub fn peek(&self, gpa: u64) -> u64 {
-        u64::from_le(self.word(gpa).load(Ordering::SeqCst))
-    }
-
-    /// GPA of new, empty memory of this size, a power of two, aligned to it.
-    pub fn table(&self, size: u64) -> u64 {
-        let gpa = self.next_table.get().next_multiple_of(size);
-        self.next_table.set(gpa + size);
-        assert!(gpa + size <= LOW + HALF);
-        gpa
     }
 
     /// Writes the context descriptor at `gpa`.
@@ -156,8 +100,7 @@ impl Machine {
 
     /// The word that a read gives, or the event that it leaves.
     pub fn read(&self, port: &mut DmaPort, attributes: DmaAttributes, iova: u64) -> Outcome {
-        let mut bytes = [0; 8];
-        port.read(attributes, iova, &mut bytes).map(|()| u64::from_le_bytes(bytes)).map_err(event)
+        testing::read(port, attributes, iova).map_err(event)
     }
 
     /// The word written, or the event that a write leaves.
@@ -168,11 +111,11 @@ impl Machine {
         iova: u64,
         word: u64,
     ) -> Outcome {
-        port.write(attributes, iova, &word.to_le_bytes()).map(|()| word).map_err(event)
+        testing::write(port, attributes, iova, word).map_err(event)
     }
 
     /// A sink of the device's events.
-    pub fn sink(&self) -> Arc<Sink> {
+    pub fn sink(&self) -> Arc<Sink<EventRecord>> {
         let sink = Arc::new(Sink::default());
         self.unit.set_event_sink(SID, sink.clone());
         sink
@@ -282,35 +225,9 @@ pub fn stage2_event(id: EventId) -> Outcome {
     Err((Some(id), true))
 }
 
-/// A request with PASID.
-pub fn pasid(pasid: u32) -> DmaAttributes {
-    DmaAttributes { pasid: Some(pasid), ..PLAIN }
-}
-
-/// A privileged request with PASID.
-pub fn privileged(number: u32) -> DmaAttributes {
-    DmaAttributes { privileged: true, ..pasid(number) }
-}
-
-/// A request with PASID to execute.
-pub fn execute(attributes: DmaAttributes) -> DmaAttributes {
-    DmaAttributes { execute: true, ..attributes }
-}
-
-/// A sink that keeps what it gets.
-#[derive(Debug, Default)]
-pub struct Sink(Mutex<Vec<EventRecord>>);
-
-impl Sink {
-    /// What it got, emptying it.
-    pub fn take(&self) -> Vec<EventRecord> {
-        std::mem::take(&mut self.0.lock().unwrap())
-    }
-}
-
-impl EventSink for Sink {
+impl EventSink for Sink<EventRecord> {
     fn event(&self, record: &EventRecord) {
-        self.0.lock().unwrap().push(*record);
+        self.put(*record);
     }
 }
 

@@ -196,7 +196,7 @@ fn rights(machine: &Machine) -> String {
         other => panic!("{other:?}"),
     };
     let mut text = String::new();
-    for who in [pasid(1), privileged(1)] {
+    for who in [pasid(1), privileged(pasid(1))] {
         text.push(allowed(machine.read(&mut port, who, IOVA), 'r'));
         text.push(allowed(machine.write(&mut port, who, IOVA, 0), 'w'));
         text.push(allowed(machine.read(&mut port, execute(who), IOVA), 'x'));

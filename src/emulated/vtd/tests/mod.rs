@@ -9,12 +9,13 @@ mod second_stage;
 mod sections;
 mod staleness;
 
-use std::cell::Cell;
-use std::sync::{Arc, Mutex, Weak};
+use std::ops::Deref;
+use std::sync::{Arc, Weak};
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::*;
+use crate::emulated::engine::testing::{self, *};
 use crate::emulated::hardware::UserTables;
 use crate::emulated::stage2::Mapping;
 use crate::emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort};
@@ -27,21 +28,6 @@ use crate::spec::vtd::first_stage::{index, page_size, FirstStageEntry};
 pub const RID: u16 = 0x0018;
 /// Device object of the machine's device.
 pub const DEVICE: ObjectId = ObjectId(7);
-/// A request without PASID.
-pub const PLAIN: DmaAttributes = DmaAttributes { pasid: None, privileged: false, execute: false };
-
-/// GPA where the first half of guest memory starts. It lies in the second half of the region, so
-/// that whoever takes a GPA for an offset reads something else.
-pub const LOW: u64 = 0x0010_0000;
-/// GPA where the second half starts: aligned to 1 GiB.
-pub const HIGH: u64 = 0x4000_0000;
-/// Bytes of each half.
-pub const HALF: u64 = 8 << 20;
-/// GPA of a page that stage 2 maps for reading only.
-pub const READ_ONLY: u64 = 0x5000_0000;
-/// GPA that stage 2 does not map.
-pub const NOWHERE: u64 = 0x6000_0000;
-
 /// Leaf bits for a page that a user may read and write, with its flags set already.
 pub const RW: u64 = 0x67;
 /// Bits of a pointer to a table, flag set.
@@ -51,62 +37,30 @@ pub const TABLE: u64 = 0x27;
 #[derive(Debug)]
 pub struct Machine {
     pub unit: Arc<VtdUnit>,
-    pub stage2: Arc<Stage2>,
-    region: Arc<GuestRegionMmap>,
-    next_table: Cell<u64>,
+    memory: Memory,
+}
+
+/// What is done with its memory is done with the machine.
+impl Deref for Machine {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.memory
+    }
 }
 
 impl Machine {
     pub fn new(config: VtdUnitConfig) -> Self {
-        let unit = VtdUnit::new(config);
-        let length = 2 * HALF + 0x1000;
-        let region =
-            GuestRegionMmap::from_range(GuestAddress(0x10_0000_0000), length as usize, None);
-        let machine = Self {
-            unit,
-            stage2: Arc::default(),
-            region: Arc::new(region.unwrap()),
-            next_table: Cell::new(LOW),
-        };
-        machine.map_stage2(LOW, HALF, HALF, Protection::READ_WRITE);
-        machine.map_stage2(HIGH, 0, HALF, Protection::READ_WRITE);
-        machine.map_stage2(READ_ONLY, 2 * HALF, 0x1000, Protection::READ_ONLY);
-        machine
-    }
-
-    pub fn map_stage2(&self, gpa: u64, offset: u64, length: u64, protection: Protection) {
-        let memory = UserMemory::new(Arc::clone(&self.region), offset, length).unwrap();
-        let last = gpa + length - 1;
-        self.stage2.insert(Mapping { start: gpa, last, memory, protection });
+        Self { unit: VtdUnit::new(config), memory: Memory::new() }
     }
 
     pub fn port(&self) -> DmaPort {
         self.unit.port(RID)
     }
 
-    /// Where `gpa` is in the region.
-    fn offset(&self, gpa: u64) -> usize {
-        let mapping = self.stage2.lookup(gpa).expect("a GPA of the machine");
-        mapping.target(gpa).1 as usize
-    }
-
-    pub fn poke(&self, gpa: u64, word: u64) {
-        let slot: &std::sync::atomic::AtomicU64 =
-            vm_memory::VolatileMemory::get_atomic_ref(&**self.region, self.offset(gpa)).unwrap();
-        slot.store(word.to_le(), std::sync::atomic::Ordering::SeqCst);
-    }
-
-    pub fn peek(&self, gpa: u64) -> u64 {
-        let slot: &std::sync::atomic::AtomicU64 =
-            vm_memory::VolatileMemory::get_atomic_ref(&**self.region, self.offset(gpa)).unwrap();
-        u64::from_le(slot.load(std::sync::atomic::Ordering::SeqCst))
-    }
-
     /// GPA of a new, empty table.
     pub fn table(&self) -> u64 {
-        let gpa = self.next_table.replace(self.next_table.get() + 0x1000);
-        assert!(gpa < LOW + HALF);
-        gpa
+        self.memory.table(0x1000)
     }
 
     /// GPA of the entry of `level` on the way of `iova` from the top table `root` of `levels`,
@@ -158,13 +112,12 @@ impl Machine {
         self.unit.invalidate(CacheTag(tag), &[range]);
     }
 
-    /// What a one-byte read gives: the fault's reason and whether it was stage 2's, or the GPA
-    /// that the byte is at, found by what is stored there.
+    /// The word that a read gives, or why it was blocked.
     pub fn read_u64(&self, port: &mut DmaPort, attributes: DmaAttributes, iova: u64) -> Outcome {
-        let mut bytes = [0; 8];
-        port.read(attributes, iova, &mut bytes).map(|()| u64::from_le_bytes(bytes)).map_err(fault)
+        testing::read(port, attributes, iova).map_err(fault)
     }
 
+    /// The word written, or why that was blocked.
     pub fn write_u64(
         &self,
         port: &mut DmaPort,
@@ -172,7 +125,7 @@ impl Machine {
         iova: u64,
         word: u64,
     ) -> Outcome {
-        port.write(attributes, iova, &word.to_le_bytes()).map(|()| word).map_err(fault)
+        testing::write(port, attributes, iova, word).map_err(fault)
     }
 }
 
@@ -187,14 +140,9 @@ pub fn fault(error: DmaError) -> (FaultReason, bool) {
     }
 }
 
-/// A request with PASID.
-pub fn pasid(pasid: u32) -> DmaAttributes {
-    DmaAttributes { pasid: Some(pasid), ..PLAIN }
-}
-
 /// A request with PASID for supervisor privilege.
 pub fn supervisor(pasid: u32) -> DmaAttributes {
-    DmaAttributes { pasid: Some(pasid), privileged: true, execute: false }
+    privileged(testing::pasid(pasid))
 }
 
 /// All pages, tables too.
@@ -205,28 +153,17 @@ pub fn page(address: u64, leaf: bool) -> CacheRange {
     CacheRange::Pages { address: address & !0xfff, pages: 1, leaf }
 }
 
-/// A sink that keeps what it gets.
-#[derive(Debug, Default)]
-pub struct Sink(Mutex<Vec<HostFault>>);
-
-impl Sink {
-    /// What it got, emptying it.
-    pub fn take(&self) -> Vec<HostFault> {
-        std::mem::take(&mut self.0.lock().unwrap())
-    }
-}
-
-impl FaultSink for Sink {
+impl FaultSink for Sink<HostFault> {
     fn dma_fault(&self, fault: &HostFault) {
-        self.0.lock().unwrap().push(*fault);
+        self.put(*fault);
     }
 }
 
 impl Machine {
     /// A sink for the device's faults.
-    pub fn sink(&self) -> Arc<Sink> {
+    pub fn sink(&self) -> Arc<Sink<HostFault>> {
         let sink = Arc::new(Sink::default());
-        let weak: Weak<Sink> = Arc::downgrade(&sink);
+        let weak: Weak<Sink<HostFault>> = Arc::downgrade(&sink);
         self.unit.set_fault_sink(RID, Some((DEVICE, weak)));
         sink
     }
