@@ -5,15 +5,12 @@
 //! nothing leaked and nobody panicked.
 #![forbid(unsafe_code)]
 
-use std::ops::RangeInclusive;
+use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{
-    DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostIommu, HwInfo,
-    HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId, Protection,
-    Result, UserMemory, Verb, ViommuKind,
-};
+use super::forwarding::Forwarding;
+use super::{Errno, HostError, HostIommu, ObjectId, Verb};
 
 /// `inner`, with one call that fails without reaching it. For tests.
 #[derive(Debug)]
@@ -55,158 +52,31 @@ impl<H: HostIommu + ?Sized> FailNth<H> {
     fn failing(&self) -> std::sync::MutexGuard<'_, Option<(u64, Errno)>> {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Counts a call, and fails it when it is its turn.
-    fn count(&self, verb: Verb, object: Option<ObjectId>) -> Result<()> {
-        let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut failing = self.failing();
-        match *failing {
-            Some((nth, errno)) if nth == number => {
-                *failing = None;
-                Err(HostError::new(verb, object, errno, "a failure was asked for"))
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
-impl<H: HostIommu + ?Sized> HostIommu for FailNth<H> {
-    fn device_bind(&self, name: &str) -> Result<ObjectId> {
-        self.count(Verb::DeviceBind, None)?;
-        self.inner.device_bind(name)
+impl<H: HostIommu + ?Sized> Forwarding for FailNth<H> {
+    type Inner = H;
+
+    fn served_by(&self) -> &H {
+        &self.inner
     }
 
-    fn device_unbind(&self, dev: ObjectId) -> Result<()> {
-        self.count(Verb::DeviceUnbind, Some(dev))?;
-        self.inner.device_unbind(dev)
-    }
-
-    fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId> {
-        self.count(Verb::DeviceAttach, Some(dev))?;
-        self.inner.device_attach(dev, pasid, pt)
-    }
-
-    fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()> {
-        self.count(Verb::DeviceDetach, Some(dev))?;
-        self.inner.device_detach(dev, pasid)
-    }
-
-    fn destroy(&self, id: ObjectId) -> Result<()> {
-        self.count(Verb::Destroy, Some(id))?;
-        self.inner.destroy(id)
-    }
-
-    fn ioas_alloc(&self) -> Result<ObjectId> {
-        self.count(Verb::IoasAlloc, None)?;
-        self.inner.ioas_alloc()
-    }
-
-    fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()> {
-        self.count(Verb::IoasAllowIovas, Some(ioas))?;
-        self.inner.ioas_allow_iovas(ioas, ranges)
-    }
-
-    fn ioas_iova_ranges(&self, ioas: ObjectId) -> Result<IovaRanges> {
-        self.count(Verb::IoasIovaRanges, Some(ioas))?;
-        self.inner.ioas_iova_ranges(ioas)
-    }
-
-    fn ioas_map(
+    /// Counts the call, and fails it when it is its turn.
+    fn call<T, E: From<HostError> + Display>(
         &self,
-        ioas: ObjectId,
-        memory: &UserMemory,
-        target: MapTarget,
-        protection: Protection,
-    ) -> Result<u64> {
-        self.count(Verb::IoasMap, Some(ioas))?;
-        self.inner.ioas_map(ioas, memory, target, protection)
-    }
-
-    fn ioas_copy(
-        &self,
-        dst: ObjectId,
-        target: MapTarget,
-        src: ObjectId,
-        src_iova: u64,
-        length: u64,
-        protection: Protection,
-    ) -> Result<u64> {
-        self.count(Verb::IoasCopy, Some(dst))?;
-        self.inner.ioas_copy(dst, target, src, src_iova, length, protection)
-    }
-
-    fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64> {
-        self.count(Verb::IoasUnmap, Some(ioas))?;
-        self.inner.ioas_unmap(ioas, iova, length)
-    }
-
-    fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
-        self.count(Verb::GetHwInfo, Some(dev))?;
-        self.inner.get_hw_info(dev)
-    }
-
-    fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {
-        self.count(Verb::HwptAlloc, Some(args.pt))?;
-        self.inner.hwpt_alloc(args)
-    }
-
-    fn hwpt_invalidate(
-        &self,
-        hwpt: ObjectId,
-        data: InvalidateData<'_>,
-    ) -> std::result::Result<(), InvalidateError> {
-        self.count(Verb::HwptInvalidate, Some(hwpt))
-            .map_err(|error| InvalidateError { done: 0, error })?;
-        self.inner.hwpt_invalidate(hwpt, data)
-    }
-
-    fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()> {
-        self.count(Verb::HwptSetDirtyTracking, Some(hwpt))?;
-        self.inner.hwpt_set_dirty_tracking(hwpt, enable)
-    }
-
-    fn hwpt_get_dirty_bitmap(
-        &self,
-        hwpt: ObjectId,
-        range: &DirtyRange,
-        clear: bool,
-        bitmap: &mut [u64],
-    ) -> Result<()> {
-        self.count(Verb::HwptGetDirtyBitmap, Some(hwpt))?;
-        self.inner.hwpt_get_dirty_bitmap(hwpt, range, clear, bitmap)
-    }
-
-    fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {
-        self.count(Verb::ViommuAlloc, Some(hwpt))?;
-        self.inner.viommu_alloc(kind, dev, hwpt)
-    }
-
-    fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId> {
-        self.count(Verb::VdeviceAlloc, Some(viommu))?;
-        self.inner.vdevice_alloc(viommu, dev, virt_id)
-    }
-
-    fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
-        self.count(Verb::FaultQueueAlloc, None)?;
-        self.inner.fault_queue_alloc()
-    }
-
-    fn veventq_alloc(
-        &self,
-        viommu: ObjectId,
-        kind: u32,
-        depth: u32,
-    ) -> Result<Arc<dyn EventQueue>> {
-        self.count(Verb::VeventqAlloc, Some(viommu))?;
-        self.inner.veventq_alloc(viommu, kind, depth)
-    }
-
-    fn extensions(&self) -> Extensions {
-        self.inner.extensions()
-    }
-
-    fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Result<()> {
-        self.inner.set_fault_sink(dev, sink)
+        verb: Verb,
+        named: &[ObjectId],
+        _made: fn(&T) -> Option<ObjectId>,
+        call: impl FnOnce(&H) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut failing = self.failing();
+        if let Some((_, errno)) = failing.take_if(|(nth, _)| *nth == number) {
+            let object = named.first().copied();
+            return Err(HostError::new(verb, object, errno, "a failure was asked for").into());
+        }
+        drop(failing);
+        call(&self.inner)
     }
 }
 
@@ -214,6 +84,7 @@ impl<H: HostIommu + ?Sized> HostIommu for FailNth<H> {
 mod tests {
     use super::*;
     use crate::emulated::EmulatedHost;
+    use crate::iommufd::InvalidateData;
 
     #[test]
     fn only_the_nth_call_fails_and_does_not_reach_the_host() {

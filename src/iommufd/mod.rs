@@ -9,6 +9,7 @@ mod fail_nth;
 #[cfg(any(test, feature = "test-support"))]
 #[doc(hidden)]
 pub mod fake;
+mod forwarding;
 mod host;
 #[cfg(feature = "kernel")]
 mod kernel;

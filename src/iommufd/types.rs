@@ -203,6 +203,13 @@ pub struct InvalidateError {
     pub error: super::HostError,
 }
 
+/// Stopped before the first entry.
+impl From<super::HostError> for InvalidateError {
+    fn from(error: super::HostError) -> Self {
+        Self { done: 0, error }
+    }
+}
+
 /// Which IOMMU a device is behind, and what its registers say (`IOMMU_GET_HW_INFO`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum HwInfoData {
