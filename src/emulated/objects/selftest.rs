@@ -48,26 +48,16 @@ impl Objects {
         }
     }
 
-    /// Puts `pt` in place of what the mock device behind `selftest` has in `slot`.
-    pub fn replace_mock(
+    /// Gives `slot` of the mock device behind `selftest` the page table `pt`.
+    pub fn change_mock(
         &mut self,
         selftest: ObjectId,
         slot: Slot,
         pt: ObjectId,
+        change: Change,
     ) -> Outcome<ObjectId> {
         let dev = self.table.selftest(selftest)?.dev;
-        self.device_change(dev, slot, pt, Change::Replace)
-    }
-
-    /// Attaches `slot` of the mock device behind `selftest` to `pt`.
-    pub fn attach_mock(
-        &mut self,
-        selftest: ObjectId,
-        slot: Slot,
-        pt: ObjectId,
-    ) -> Outcome<ObjectId> {
-        let dev = self.table.selftest(selftest)?.dev;
-        self.device_change(dev, slot, pt, Change::Attach)
+        self.device_change(dev, slot, pt, change)
     }
 
     /// Reserves IOVAs of `ioas` for as long as it lives.

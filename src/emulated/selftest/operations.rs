@@ -9,7 +9,7 @@ use super::abi::{self, op, BODY};
 use super::{access, checks, dirty, dmabuf, events};
 use crate::emulated::device::Slot;
 use crate::emulated::ioas::range_of;
-use crate::emulated::objects::Object;
+use crate::emulated::objects::{Change, Object};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::emulated::uapi::{Argument, Process};
 use crate::emulated::EmulatedHost;
@@ -33,7 +33,7 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn Process) 
         }
         op::MOCK_DOMAIN_REPLACE => {
             let pt = ObjectId(body::<abi::MockDomainReplace>(argument)?.pt_id);
-            let hwpt = host.objects().replace_mock(id, None, pt)?;
+            let hwpt = host.objects().change_mock(id, None, pt, Change::Replace)?;
             argument.set_u32(BODY + offset_of!(abi::MockDomainReplace, pt_id), hwpt.0);
             Ok(())
         }
@@ -67,8 +67,8 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn Process) 
             let abi::DmabufRevoke { dmabuf_fd, revoked } = body(argument)?;
             dmabuf::revoke(dmabuf_fd, revoked != 0, process)
         }
-        op::PASID_ATTACH => pasid_attach(host, id, argument),
-        op::PASID_REPLACE => pasid_replace(host, id, argument),
+        op::PASID_ATTACH => pasid_change(host, id, argument, Change::Attach),
+        op::PASID_REPLACE => pasid_change(host, id, argument, Change::Replace),
         op::PASID_DETACH => pasid_detach(host, id, &body(argument)?),
         op::PASID_CHECK_HWPT => pasid_check_hwpt(host, id, &body(argument)?),
         other => refuse(Errno::EOPNOTSUPP, format!("there is no test operation {other}")),
@@ -127,16 +127,14 @@ fn slot(pasid: u32) -> Slot {
     (pasid != 0).then_some(pasid)
 }
 
-fn pasid_attach(host: &EmulatedHost, id: ObjectId, argument: &mut Argument) -> Outcome<()> {
+fn pasid_change(
+    host: &EmulatedHost,
+    id: ObjectId,
+    argument: &mut Argument,
+    change: Change,
+) -> Outcome<()> {
     let abi::PasidChange { pasid, pt_id } = body(argument)?;
-    let hwpt = host.objects().attach_mock(id, slot(pasid), ObjectId(pt_id))?;
-    argument.set_u32(BODY + offset_of!(abi::PasidChange, pt_id), hwpt.0);
-    Ok(())
-}
-
-fn pasid_replace(host: &EmulatedHost, id: ObjectId, argument: &mut Argument) -> Outcome<()> {
-    let abi::PasidChange { pasid, pt_id } = body(argument)?;
-    let hwpt = host.objects().replace_mock(id, slot(pasid), ObjectId(pt_id))?;
+    let hwpt = host.objects().change_mock(id, slot(pasid), ObjectId(pt_id), change)?;
     argument.set_u32(BODY + offset_of!(abi::PasidChange, pt_id), hwpt.0);
     Ok(())
 }
