@@ -133,15 +133,28 @@ pub trait UserSpace: Debug + Send + Sync {
 }
 
 /// The regions of memory that a caller in this process owns, at the addresses where they are.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct RegionSpace {
     regions: Vec<Arc<GuestRegionMmap>>,
+    who: Credentials,
+}
+
+/// No memory.
+impl Default for RegionSpace {
+    fn default() -> Self {
+        Self::new(Vec::new())
+    }
 }
 
 impl RegionSpace {
-    /// An address space that consists of `regions`.
+    /// An address space that consists of `regions`, of a process that may do everything.
     pub fn new(regions: Vec<Arc<GuestRegionMmap>>) -> Self {
-        Self { regions }
+        Self { regions, who: Credentials::privileged() }
+    }
+
+    /// The same address space of another process.
+    pub fn with_credentials(self, who: Credentials) -> Self {
+        Self { who, ..self }
     }
 
     /// The region that `address` lies in, the offset in it, and how many bytes are left there.
@@ -189,6 +202,10 @@ impl UserSpace for RegionSpace {
         let fault = UserFault { address, length };
         let (region, offset, left) = self.find(address).ok_or(fault)?;
         UserMemory::new(region.clone(), offset, length.min(left)).map_err(|_| fault)
+    }
+
+    fn credentials(&self) -> Credentials {
+        self.who.clone()
     }
 }
 

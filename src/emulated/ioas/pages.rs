@@ -268,7 +268,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::user_space::{RegionSpace, UserFault, UserSpace};
+    use crate::emulated::user_space::{RegionSpace, UserSpace};
     use proptest::prelude::*;
     use vm_memory::{GuestAddress, GuestRegionMmap};
 
@@ -345,33 +345,6 @@ mod tests {
         }
     }
 
-    /// A process of its own with a limit.
-    #[derive(Debug)]
-    struct Limited(RegionSpace, Credentials);
-
-    impl UserSpace for Limited {
-        fn share(&self) -> Arc<dyn UserSpace> {
-            Arc::new(Self(self.0.clone(), self.1.clone()))
-        }
-        fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
-            self.0.read(address, bytes)
-        }
-        fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault> {
-            self.0.write(address, bytes)
-        }
-        fn memory(
-            &self,
-            address: u64,
-            length: u64,
-            writable: bool,
-        ) -> Result<UserMemory, UserFault> {
-            self.0.memory(address, length, writable)
-        }
-        fn credentials(&self) -> Credentials {
-            self.1.clone()
-        }
-    }
-
     fn limited(memlock_limit: u64) -> Credentials {
         Credentials { memlock_limit, ipc_lock: false, ..Credentials::privileged() }
     }
@@ -380,7 +353,7 @@ mod tests {
     fn the_limit_is_of_what_is_pinned_and_moves_with_the_process() {
         let whole = region(0x8000);
         let who = limited(0x3000);
-        let user = Limited(RegionSpace::new(vec![whole.clone()]), who.clone());
+        let user = RegionSpace::new(vec![whole.clone()]).with_credentials(who.clone());
         let source = Source::User(user.share(), whole.as_ptr() as u64);
         let account = Arc::default();
         let pages = |mode| Pages::new(source.clone(), 0x8000, true, mode, Arc::clone(&account));

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The process, its machine, and what must hold.
 
-use std::fs::File;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use iommufd_bindings::*;
@@ -87,8 +86,7 @@ impl Process {
         let memory = memory();
         let space = RegionSpace::new(vec![memory.clone()]);
         let iommufds = [machine.open(), machine.open()];
-        let who = Credentials::privileged();
-        let caller = Caller { space, iommufds: iommufds.to_vec(), files: Mutex::default(), who };
+        let caller = Caller { space, iommufds: iommufds.to_vec(), files: Mutex::default() };
         let ports =
             DEVICES.map(|(name, ..)| machine.dma_port(name).expect("a device of the machine"));
         let (files, users) = Default::default();
@@ -290,7 +288,7 @@ impl Process {
         for host in &self.iommufds {
             assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0), "{}", host.graph());
         }
-        let Credentials { user, process, .. } = &self.caller.who;
+        let Credentials { user, process, .. } = self.caller.credentials();
         assert_eq!((user.bytes(), process.bytes()), (0, 0), "bytes stay locked");
         for port in &mut self.ports {
             port.read(DmaAttributes::default(), 0, &mut [0]).expect_err("nothing is attached");
@@ -319,14 +317,12 @@ struct Caller {
     space: RegionSpace,
     iommufds: Vec<Arc<EmulatedHost>>,
     files: Mutex<Vec<EventFile>>,
-    who: Credentials,
 }
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
         // Without the descriptors: mappings keep this, and an iommufd keeps its mappings.
-        let (space, who) = (self.space.clone(), self.who.clone());
-        Arc::new(Self { space, iommufds: Vec::new(), files: Mutex::default(), who })
+        self.space.share()
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -341,12 +337,8 @@ impl UserSpace for Caller {
         self.space.memory(address, length, writable)
     }
 
-    fn file(&self, _: i32) -> Option<Arc<File>> {
-        None
-    }
-
     fn credentials(&self) -> Credentials {
-        self.who.clone()
+        self.space.credentials()
     }
 }
 

@@ -47,7 +47,7 @@ impl Process for Caller {
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
-        Arc::new(self.clone())
+        self.space.share()
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {

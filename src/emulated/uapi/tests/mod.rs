@@ -53,7 +53,6 @@ struct Caller {
     space: RegionSpace,
     files: Vec<(i32, Arc<File>)>,
     dma_bufs: Vec<(i32, Arc<DmaBuf>)>,
-    who: Credentials,
     queues: Option<Queues>,
 }
 
@@ -67,9 +66,7 @@ impl super::Process for Caller {
 
 impl UserSpace for Caller {
     fn share(&self) -> Arc<dyn UserSpace> {
-        let Self { space, files, dma_bufs, who, queues } = self;
-        let (space, files, who) = (space.clone(), files.clone(), who.clone());
-        Arc::new(Self { space, files, dma_bufs: dma_bufs.clone(), who, queues: queues.clone() })
+        self.space.share()
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -93,7 +90,7 @@ impl UserSpace for Caller {
     }
 
     fn credentials(&self) -> Credentials {
-        self.who.clone()
+        self.space.credentials()
     }
 }
 
@@ -122,9 +119,9 @@ impl Process {
     }
 
     fn caller(&self) -> Caller {
-        let (space, files) = (self.space.clone(), self.files.clone());
-        let (dma_bufs, queues) = (self.dma_bufs.clone(), self.queues.clone());
-        Caller { space, files, dma_bufs, who: self.who.clone(), queues }
+        let space = self.space.clone().with_credentials(self.who.clone());
+        let (files, dma_bufs) = (self.files.clone(), self.dma_bufs.clone());
+        Caller { space, files, dma_bufs, queues: self.queues.clone() }
     }
 
     /// Address of the byte at `offset` of the memory.
