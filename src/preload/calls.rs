@@ -10,16 +10,16 @@ use twostage::iommufd::Errno;
 
 use crate::accounts::Pinned;
 use crate::caller::CallingProcess;
-use crate::file::Call;
+use crate::file::{Answer, Call};
 use crate::process::Process;
 use crate::remote::{self, Request};
-use crate::state::{self, Kind, Slot, State};
+use crate::state::{self, Kind, Own, Slot, State};
 use crate::{sys, table};
 
 /// Answers a call on `fd`; `None` when that is none of ours.
 pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     let result = match state.slot(fd)?.kind {
-        Kind::Own(own) => own.file.call(&CallingProcess::own(), call),
+        Kind::Own(own) => make(state, &own, &CallingProcess::own(), call),
         Kind::Foreign => remote::call(fd, call),
     };
     state.pins.sweep();
@@ -28,6 +28,16 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
         let _ = sys::receive(fd, &mut [0], false);
     }
     Some(result.map(|answer| answer.value))
+}
+
+/// Makes `call` on a file of this process, and what it brings about on others: DMA that waited for a
+/// page has gone on when the answer was written, or the attachment ended.
+fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
+    let result = own.file.call(caller, call);
+    if !matches!(call, Call::Read { .. }) {
+        state.resume();
+    }
+    result
 }
 
 /// What iommufds that this process can reach have pinned of process `pid`.
@@ -72,7 +82,7 @@ fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
         Request::Call(call) => {
             let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
             let caller = CallingProcess::remote(process, channel.clone());
-            remote::answer_call(&channel, own.file.call(&caller, call))?;
+            remote::answer_call(&channel, make(state, &own, &caller, call))?;
         }
         Request::Pinned(pid) => {
             remote::answer_pinned(&channel, state.accounts.pinned_of(pid))?;

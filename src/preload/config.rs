@@ -66,6 +66,9 @@ pub struct Iommu {
     /// Device-TLBs can be invalidated.
     #[serde(default)]
     pub ats: bool,
+    /// Page requests of devices are taken, where there is `ats`.
+    #[serde(default)]
+    pub pri: bool,
     /// Says that it has erratum 772415, as Linux says of every VT-d: no read-only mappings beside a
     /// nesting parent.
     #[serde(default = "yes")]
@@ -101,6 +104,9 @@ pub struct Device {
     /// It has a device-TLB.
     #[serde(default)]
     pub ats: bool,
+    /// It asks for pages, which takes `ats`.
+    #[serde(default)]
+    pub pri: bool,
     /// Which engine it has.
     #[serde(default)]
     pub dma: Dma,

@@ -177,8 +177,20 @@ impl Function {
         Ok(())
     }
 
+    fn bus_master(&self) -> bool {
+        self.config.get(COMMAND).is_some_and(|byte| byte & BUS_MASTER != 0)
+    }
+
+    /// Goes on with a DMA whose page requests are answered.
+    fn resume(&mut self) {
+        let bus_master = self.bus_master();
+        if self.edu.as_mut().is_some_and(|edu| edu.resume(bus_master)) {
+            self.msi.send();
+        }
+    }
+
     fn access_bar(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
-        let bus_master = self.config.get(COMMAND).is_some_and(|byte| byte & BUS_MASTER != 0);
+        let bus_master = self.bus_master();
         let edu = self.edu.as_mut().ok_or(Errno::EINVAL)?;
         let inside = at.checked_add(bytes.len() as u64).is_some_and(|end| end <= BAR_SIZE);
         if !inside || bytes.len() > size_of::<u64>() {
@@ -223,6 +235,10 @@ impl File for Device {
             }
         };
         Ok(done.into())
+    }
+
+    fn resume(&self) {
+        self.function().resume();
     }
 }
 

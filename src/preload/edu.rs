@@ -2,13 +2,15 @@
 //! The educational device, 1234:11e8 (QEMU's `docs/specs/edu`), as far as programs use it here: its
 //! registers, and DMA between memory and a buffer of 4 KiB.
 //!
-//! A DMA is over when the write that starts it returns. Three registers are Twostage's own: 0xA0 puts
-//! a PASID on the DMA, 0xA8 says what became of the last one, and 0xB0 where it was refused.
-//! Interrupts are messages; there is no line.
+//! A DMA is over when the write that starts it returns, unless it waits for a page that the device has
+//! asked for (PRI): register 0x98 then reads as busy, and the DMA goes on, and its interrupt comes, in
+//! the call that answers. Three registers are Twostage's own: 0xA0 puts a PASID on the DMA, 0xA8 says
+//! what became of the last one, and 0xB0 where it was refused. Interrupts are messages; there is no
+//! line.
 
 use std::ops::Range;
 
-use twostage::emulated::{DmaAccess, DmaAttributes, DmaPort};
+use twostage::emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort, PageTries};
 
 use crate::{process::Process, sys};
 
@@ -59,6 +61,28 @@ enum Outcome {
     NotBusMaster = 3,
     /// The memory could not be reached although the IOMMU leads there: its file was truncated.
     NoMemory = 4,
+    /// It waits for a page.
+    Waiting = 5,
+}
+
+/// A DMA that is under way.
+#[derive(Debug)]
+struct Transfer {
+    /// What it was started with.
+    command: u64,
+    attributes: DmaAttributes,
+    /// What of the buffer is still to be done.
+    rest: Range<usize>,
+    /// The memory for that.
+    iova: u64,
+    tries: PageTries,
+}
+
+/// How far a DMA came.
+enum Progress {
+    Ended(Outcome),
+    /// It waits for the answer to the group.
+    Asked(u16),
 }
 
 /// The device.
@@ -75,6 +99,8 @@ pub struct Edu {
     pasid: u64,
     outcome: Outcome,
     refused_at: u64,
+    /// The DMA that waits for a page, and the group of page requests.
+    waiting: Option<(Transfer, u16)>,
 }
 
 impl Edu {
@@ -92,6 +118,7 @@ impl Edu {
             pasid: 0,
             outcome: Outcome::Done,
             refused_at: 0,
+            waiting: None,
         }
     }
 
@@ -107,7 +134,7 @@ impl Edu {
             DMA_SOURCE => self.source,
             DMA_DESTINATION => self.destination,
             DMA_COUNT => self.count,
-            DMA_COMMAND => 0,
+            DMA_COMMAND => self.waiting.as_ref().map_or(0, |(transfer, _)| transfer.command),
             DMA_PASID => self.pasid,
             DMA_RESULT => self.outcome as u64,
             DMA_REFUSED_AT => self.refused_at,
@@ -134,55 +161,103 @@ impl Edu {
                 return self.interrupt_status != 0;
             }
             INTERRUPT_ACKNOWLEDGE => self.interrupt_status &= !(value as u32),
+            // They are the DMA's.
+            DMA_SOURCE.. if self.waiting.is_some() => {}
             DMA_SOURCE => self.source = value,
             DMA_DESTINATION => self.destination = value,
             DMA_COUNT => self.count = value,
             DMA_PASID => self.pasid = value & (PASID_VALID | PASID_MASK),
             DMA_COMMAND if value & COMMAND_START != 0 => {
                 self.refused_at = 0;
-                let to_memory = value & COMMAND_TO_MEMORY != 0;
-                self.outcome =
-                    if bus_master { self.transfer(to_memory) } else { Outcome::NotBusMaster };
-                if value & COMMAND_INTERRUPT != 0 {
-                    self.interrupt_status |= CAUSE_DMA;
-                    return true;
-                }
+                return match self.transfer(value) {
+                    _ if !bus_master => self.end(value, Outcome::NotBusMaster),
+                    Ok(transfer) => self.run(transfer),
+                    Err(outcome) => self.end(value, outcome),
+                };
             }
             _ => {}
         }
         false
     }
 
-    fn transfer(&mut self, to_memory: bool) -> Outcome {
-        let (device, memory) = match to_memory {
+    /// Goes on with a DMA whose page requests are answered. Says whether an interrupt is to be sent.
+    pub fn resume(&mut self, bus_master: bool) -> bool {
+        let Some((mut transfer, group)) = self.waiting.take() else { return false };
+        let Some(response) = self.port.page_response(group) else {
+            self.waiting = Some((transfer, group));
+            return false;
+        };
+        match transfer.tries.answered(transfer.iova, response) {
+            _ if !bus_master => self.end(transfer.command, Outcome::NotBusMaster),
+            Ok(()) => self.run(transfer),
+            Err(_) => {
+                self.refused_at = transfer.iova;
+                self.end(transfer.command, Outcome::Refused)
+            }
+        }
+    }
+
+    /// The DMA that the registers describe.
+    fn transfer(&self, command: u64) -> Result<Transfer, Outcome> {
+        let (device, iova) = match command & COMMAND_TO_MEMORY != 0 {
             true => (self.source, self.destination),
             false => (self.destination, self.source),
         };
-        let Some(mut buffer) =
-            buffer_range(device, self.count).and_then(|range| self.buffer.get_mut(range))
-        else {
-            return Outcome::OutOfBuffer;
-        };
+        let rest = buffer_range(device, self.count).ok_or(Outcome::OutOfBuffer)?;
         let pasid = (self.pasid & PASID_VALID != 0).then_some((self.pasid & PASID_MASK) as u32);
         let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
+        Ok(Transfer { command, attributes, rest, iova, tries: PageTries::default() })
+    }
+
+    /// Does `transfer` to its end, or until it waits for a page. Says whether an interrupt is to be
+    /// sent.
+    fn run(&mut self, mut transfer: Transfer) -> bool {
+        match self.advance(&mut transfer) {
+            Progress::Ended(outcome) => self.end(transfer.command, outcome),
+            Progress::Asked(group) => {
+                self.outcome = Outcome::Waiting;
+                self.waiting = Some((transfer, group));
+                false
+            }
+        }
+    }
+
+    /// A DMA has come to its end. Says whether an interrupt is to be sent.
+    fn end(&mut self, command: u64, outcome: Outcome) -> bool {
+        self.outcome = outcome;
+        let interrupt = command & COMMAND_INTERRUPT != 0;
+        if interrupt {
+            self.interrupt_status |= CAUSE_DMA;
+        }
+        interrupt
+    }
+
+    fn advance(&mut self, transfer: &mut Transfer) -> Progress {
+        let to_memory = transfer.command & COMMAND_TO_MEMORY != 0;
         let access = if to_memory { DmaAccess::Write } else { DmaAccess::Read };
-        let mut iova = memory;
-        while !buffer.is_empty() {
-            let Ok(piece) = self.port.translate(attributes, iova, buffer.len(), access) else {
-                self.refused_at = iova;
-                return Outcome::Refused;
+        let Transfer { attributes, rest, iova, .. } = transfer;
+        while rest.start < rest.end {
+            let piece = match self.port.translate(*attributes, *iova, rest.len(), access) {
+                Ok(piece) => piece,
+                Err(DmaError::PageRequested { group, .. }) => return Progress::Asked(group),
+                Err(_) => {
+                    self.refused_at = *iova;
+                    return Progress::Ended(Outcome::Refused);
+                }
             };
             let slice = piece.slice();
-            let (part, rest) = buffer.split_at_mut(slice.len());
+            let end = rest.start + slice.len();
+            // Within the buffer, where the rest is.
+            let part = self.buffer.get_mut(rest.start..end).unwrap_or_default();
             if part.is_empty() || !copy(&slice, part, to_memory) {
-                self.refused_at = iova;
-                return Outcome::NoMemory;
+                self.refused_at = *iova;
+                return Progress::Ended(Outcome::NoMemory);
             }
             // Cannot go past the end of the address space: the IOMMU refuses what is there.
-            iova = iova.wrapping_add(part.len() as u64);
-            buffer = rest;
+            *iova = iova.wrapping_add(slice.len() as u64);
+            rest.start = end;
         }
-        Outcome::Done
+        Progress::Ended(Outcome::Done)
     }
 }
 
@@ -215,15 +290,21 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use twostage::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
-    use twostage::iommufd::{HostIommu, MapTarget, Protection, UserMemory};
+    use twostage::iommufd::{
+        FaultQueue, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId,
+        PageResponseCode, Protection, UserMemory,
+    };
     use twostage::spec::pci::Bdf;
     use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
     fn edu() -> (Edu, Arc<GuestRegionMmap>, Arc<EmulatedHost>) {
         let host = EmulatedHost::new();
-        let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+        let config = VtdUnitConfig::default();
+        let config = VtdUnitConfig { device_tlb: true, page_requests: true, ..config };
+        let unit = host.add_unit(VtdUnit::new(config));
         let rid = Bdf::new(0, 4, 0).unwrap();
-        host.add_device("edu", unit, rid, DeviceConfig::default()).unwrap();
+        let config = DeviceConfig { ats: true, pri: true, ..DeviceConfig::default() };
+        host.add_device("edu", unit, rid, config).unwrap();
         let (dev, ioas) = (host.device_bind("edu").unwrap(), host.ioas_alloc().unwrap());
         let region = GuestRegionMmap::from_range(GuestAddress(0), 0x2000, None).unwrap();
         let region = Arc::new(region);
@@ -255,6 +336,55 @@ mod tests {
         region.read_slice(&mut bytes, MemoryRegionAddress(0x10)).unwrap();
         assert_eq!(&bytes, b"through two pages");
         assert_eq!(edu.read(INTERRUPT_STATUS, 4), u64::from(CAUSE_DMA));
+    }
+
+    /// Has the device ask for the page at 0x12000, and answers it.
+    fn answer(edu: &Edu, queue: &dyn FaultQueue, code: PageResponseCode) {
+        assert_eq!((edu.read(DMA_COMMAND, 8) & 1, edu.read(DMA_RESULT, 8)), (1, 5));
+        let group = queue.next_group().unwrap().unwrap();
+        assert_eq!(group.requests[0].address, 0x1_2000);
+        queue.respond(group.cookie, code).unwrap();
+    }
+
+    #[test]
+    fn a_dma_waits_for_a_page() {
+        let (mut edu, region, host) = edu();
+        let (dev, ioas) = (ObjectId(1), ObjectId(2));
+        let queue = host.fault_queue_alloc().unwrap();
+        let (flags, fault) = (HwptFlags::new().with_fault_id_valid(true), Some(queue.object()));
+        let args = HwptAlloc { flags, dev, pt: ioas, data: HwptData::None, fault };
+        let hwpt = host.hwpt_alloc(&args).unwrap();
+        host.device_attach(dev, None, hwpt).unwrap();
+        region.write_slice(b"12345678", MemoryRegionAddress(0x1ff8)).unwrap();
+        let start = |edu: &mut Edu| {
+            assert_eq!(dma(edu, 0x1_1ff8, BUFFER_START, 16, COMMAND_START | COMMAND_INTERRUPT), 5);
+        };
+
+        start(&mut edu);
+        assert!(!edu.resume(true), "there is no answer");
+        edu.write(DMA_SOURCE, 8, 0, true);
+        assert_eq!(edu.read(DMA_SOURCE, 8), 0x1_1ff8, "the registers are the DMA's");
+        answer(&edu, &*queue, PageResponseCode::Success);
+        assert!(!edu.resume(true), "it asks again");
+        let memory = UserMemory::whole(region);
+        let target = MapTarget::Fixed(0x1_2000);
+        host.ioas_map(ioas, &memory, target, Protection::READ_WRITE).unwrap();
+        answer(&edu, &*queue, PageResponseCode::Success);
+        assert!(edu.resume(true), "an interrupt is to be sent");
+        assert_eq!(edu.read(INTERRUPT_STATUS, 4), u64::from(CAUSE_DMA));
+        assert_eq!((edu.read(DMA_COMMAND, 8), edu.read(DMA_RESULT, 8)), (0, 0));
+        assert_eq!(edu.buffer[..8], *b"12345678");
+
+        host.ioas_unmap(ioas, 0x1_2000, 0x2000).unwrap();
+        for (code, bus_master, outcome) in
+            [(PageResponseCode::Invalid, true, 1), (PageResponseCode::Success, false, 3)]
+        {
+            start(&mut edu);
+            answer(&edu, &*queue, code);
+            assert!(edu.resume(bus_master));
+            assert_eq!((edu.read(DMA_COMMAND, 8), edu.read(DMA_RESULT, 8)), (0, outcome));
+        }
+        assert!(!edu.resume(true), "there is nothing to go on with");
     }
 
     #[test]

@@ -23,6 +23,8 @@
 //!   owner; when that is gone they fail with `ENODEV`. What a child opens itself is its own.
 //! * exec ends the machine of the process that calls it. A program started by exec sees devices only
 //!   when `LD_PRELOAD` is in its environment.
+//! * A DMA that waits for a page (PRI) goes on within the call that brings the answer, in whichever
+//!   process that is made.
 //! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
 //!   when the program unmaps them (`pins.rs`). `/proc/PID/status` says how much it is.
 //! * All other calls go to the next library as they are. Nothing is set up before the first open;

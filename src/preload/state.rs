@@ -264,6 +264,16 @@ impl State {
         }
     }
 
+    /// Has the files of this process go on with what waited for a call.
+    pub fn resume(&self) {
+        let own = |slot: &Slot| match &slot.kind {
+            Kind::Own(own) => Some(own.clone()),
+            Kind::Foreign => None,
+        };
+        let files: Vec<_> = self.files().iter().flatten().filter_map(own).collect();
+        files.iter().for_each(|own| own.file.resume());
+    }
+
     /// A descriptor of the file `slot` was closed: ends the file if that was the last one.
     pub fn released(&self, slot: u32) {
         let mut files = self.files();

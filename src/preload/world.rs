@@ -194,6 +194,7 @@ fn unit(iommu: &Iommu) -> EmulatedUnit {
             pasid_bits: iommu.pasid_bits,
             nesting: iommu.nesting,
             device_tlb: iommu.ats,
+            page_requests: iommu.pri,
             erratum_772415: iommu.erratum_772415,
             guest_second_stage: false,
             ..VtdUnitConfig::default()
@@ -204,6 +205,7 @@ fn unit(iommu: &Iommu) -> EmulatedUnit {
             ssid_bits: iommu.pasid_bits,
             nesting: iommu.nesting,
             ats: iommu.ats,
+            page_requests: iommu.pri,
             s2fwb: iommu.s2fwb,
             ..SmmuV3UnitConfig::default()
         })
@@ -215,6 +217,7 @@ fn device_config(device: &DeviceEntry) -> DeviceConfig {
     DeviceConfig {
         pasid_bits: device.pasid_bits,
         ats: device.ats,
+        pri: device.pri,
         reserved: device.reserved(),
         group: device.group,
         ..DeviceConfig::default()

@@ -98,6 +98,36 @@ fn the_nested_flow_on_an_smmu() {
 }
 
 #[test]
+fn a_device_asks_for_pages() {
+    expect(
+        &["page-requests", "/dev/vfio/devices/vfio0"],
+        &[
+            "attach: ok",
+            "readable false",
+            "readable true, busy true, (5, 0)",
+            "asked: 0x2 0 0 0x2 0x1234568000 0 1",
+            "readable false, busy true",
+            "moved 0x0",
+            "respond: ok",
+            "moved 0x1111",
+            "busy false, (0, 0)",
+            "respond again: errno 22",
+            "asked: 0x1234569000",
+            "asked: 0x1234569000",
+            "asked: 0x1234569000",
+            "busy false, (1, 1234569000), false",
+            "busy true",
+            "detach: ok",
+            "busy false, (1, 1234569000)",
+            "nothing to read: true",
+            "busy false, (0, 0)",
+            "respond too late: errno 22",
+            "destroy nested: ok",
+        ],
+    );
+}
+
+#[test]
 fn memory_of_a_device_stays_its_memory() {
     expect(
         &["memory", "/dev/vfio/devices/vfio1"],

@@ -5,16 +5,16 @@ use crate::guest::{Guest, MEMORY, PAGE};
 use crate::uapi::*;
 
 /// Where the guest has its tables, and two pages for data.
-const TABLES: u64 = 0x10_0000;
-const FIRST: u64 = 0x20_0000;
-const SECOND: u64 = 0x20_1000;
+pub const TABLES: u64 = 0x10_0000;
+pub const FIRST: u64 = 0x20_0000;
+pub const SECOND: u64 = 0x20_1000;
 /// What the guest calls the data.
-const IOVA: u64 = 0x12_3456_7000;
+pub const IOVA: u64 = 0x12_3456_7000;
 /// Present, writable, user, accessed, dirty.
 const ENTRY: u64 = 0x67;
 
 /// Has the tables of four levels lead `iova` to `page`; `None`: nowhere.
-fn map(guest: &Guest, iova: u64, page: Option<u64>) {
+pub fn map(guest: &Guest, iova: u64, page: Option<u64>) {
     for level in (0..4u64).rev() {
         // One table for each level is enough.
         let table = TABLES + (3 - level) * PAGE;
@@ -70,7 +70,7 @@ pub fn run(path: &str) {
     println!("moved {:#x}", guest.get(SECOND));
 
     map(&guest, IOVA, Some(FIRST));
-    let nested = nested(iommufd, dev, parent, TABLES).expect("nested tables");
+    let nested = nested(iommufd, dev, parent, TABLES, None).expect("nested tables");
     println!("attach nested: {}", outcome(device.attach(nested)));
     guest.set(SECOND, 0);
     println!("fetch through the tables: {}", device.fetch(IOVA, 8));

@@ -13,6 +13,7 @@ mod descriptors;
 mod flow;
 mod guest;
 mod memory;
+mod page_requests;
 mod processes;
 mod smmu;
 mod smmu_flow;
@@ -27,6 +28,7 @@ fn main() {
         ["container", group, device] => container::run(group, device),
         ["descriptors"] => descriptors::run(),
         ["memory", device] => memory::run(device),
+        ["page-requests", device] => page_requests::run(device),
         ["fork"] => processes::fork(),
         ["vfork"] => processes::vfork(),
         ["exec"] => processes::exec(),

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::ptr::null_mut;
 
 /// Runs `work` in a child, and waits for it.
-fn child(work: impl FnOnce()) {
+pub fn child(work: impl FnOnce()) {
     // SAFETY: this program has no other threads of its own here.
     match unsafe { libc::fork() } {
         0 => {

@@ -145,10 +145,15 @@ pub fn plain_nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
     hwpt_alloc(fd, iommu_hwpt_alloc { flags: 1, dev_id: dev, pt_id: ioas, ..Default::default() })
 }
 
-/// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`.
-pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64) -> Result<u32> {
+/// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`; page requests go to
+/// `faults`, if that is one.
+pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64, faults: Option<u32>) -> Result<u32> {
+    /// `IOMMU_HWPT_FAULT_ID_VALID`.
+    const FAULT_ID_VALID: u32 = 1 << 2;
     let data = iommu_hwpt_vtd_s1 { pgtbl_addr: tables, addr_width: 48, ..Default::default() };
     let alloc = iommu_hwpt_alloc {
+        flags: faults.map_or(0, |_| FAULT_ID_VALID),
+        fault_id: faults.unwrap_or(0),
         dev_id: dev,
         pt_id: parent,
         // `IOMMU_HWPT_DATA_VTD_S1`.
@@ -274,16 +279,37 @@ impl Device {
         self.file.write_all_at(&value.to_le_bytes(), self.bar + register).expect("a register");
     }
 
-    /// Has the device copy `count` bytes; whether it could, as far as it tells.
-    fn dma(&self, source: u64, destination: u64, count: u64, command: u64) -> bool {
+    /// Has the device copy `count` bytes.
+    fn start_dma(&self, source: u64, destination: u64, count: u64, command: u64) {
         for (register, value) in [(0x80, source), (0x88, destination), (0x90, count)] {
             self.write(register, value);
         }
         self.write(0x98, command | 1);
-        while self.read(0x98) & 1 != 0 {
+    }
+
+    /// Whether it still does.
+    pub fn is_busy(&self) -> bool {
+        self.read(0x98) & 1 != 0
+    }
+
+    /// What became of that, and where it was refused, if it was; elsewhere than on Twostage's both are
+    /// all ones.
+    pub fn result(&self) -> (u64, u64) {
+        (self.read(0xa8), self.read(0xb0))
+    }
+
+    /// Has the device copy `count` bytes; whether it could, as far as it tells.
+    fn dma(&self, source: u64, destination: u64, count: u64, command: u64) -> bool {
+        self.start_dma(source, destination, count, command);
+        while self.is_busy() {
             std::thread::yield_now();
         }
-        !self.tells || self.read(0xa8) == 0
+        !self.tells || self.result().0 == 0
+    }
+
+    /// Has the device begin to write its buffer to `iova`.
+    pub fn start_store(&self, iova: u64, count: u64) {
+        self.start_dma(BUFFER, iova, count, 2);
     }
 
     /// Has the device read `count` bytes at `iova` into its buffer.
