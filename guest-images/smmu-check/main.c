@@ -8,10 +8,12 @@
 
 extern const struct check_group streams_checks;
 extern const struct check_group stage_1_checks;
+extern const struct check_group messages_checks;
 extern const struct check_group stale_checks;
 extern const struct check_group queue_checks;
 
-static const struct check_group *const groups[] = {&streams_checks, &stage_1_checks, &stale_checks, &queue_checks};
+static const struct check_group *const groups[] = {&streams_checks, &stage_1_checks, &messages_checks,
+                                                 &stale_checks, &queue_checks};
 
 // Called by what is in boot/.
 void guest_main(u64 device_tree);

@@ -30,8 +30,9 @@ pub trait InterruptRemapper: Send + Sync {
     fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool;
 
     /// What would become of a `message` that `source` will send: for whoever sends it past the
-    /// virtual IOMMU, until [`InterruptListener::interrupts_changed`]. No fault is recorded for what
-    /// was not sent.
+    /// virtual IOMMU, until [`InterruptListener::interrupts_changed`]; `None` when it would be
+    /// blocked, or nobody would be told of a change: then each is to be sent by itself. No fault is
+    /// recorded for what was not sent.
     fn translate(&self, source: Bdf, message: MsiMessage) -> Option<MsiMessage>;
 }
 

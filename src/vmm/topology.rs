@@ -205,16 +205,18 @@ impl Builder<'_> {
         interrupts: FunctionInterrupts,
     ) -> Result<Arc<Edu>> {
         let address = self.place(edu::BAR_SIZE)?;
+        let messages = Arc::new(interrupts);
         let dma: Box<dyn DmaMaster> = match iommu {
-            Some(iommu) => iommu.dma_master(bdf)?,
-            None => Box::new(DirectMemory(self.memory.clone())),
+            Some(iommu) => iommu.dma_master(bdf, messages.clone())?,
+            None => {
+                let memory = Box::new(DirectMemory(self.memory.clone()));
+                Box::new(MessageWrites::new(memory, messages.clone()))
+            }
         };
         let dma = match self.wiring.trace.clone() {
             Some(trace) => Box::new(TracedDma { inner: dma, trace, name: format!("{bdf} edu") }),
             None => dma,
         };
-        let messages = Arc::new(interrupts);
-        let dma = Box::new(MessageWrites::new(dma, messages.clone()));
         let edu = Edu::new(config, address, self.intx.pin(bdf), messages, dma)?;
         Ok(self.insert(bdf, edu))
     }

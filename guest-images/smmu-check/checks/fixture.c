@@ -119,7 +119,7 @@ bool write_vanishes(u64 address, volatile u64 *page)
 }
 
 // Events come when the unit gets round to it.
-static bool is_recorded(u64 address, enum event_id id, bool read)
+bool is_recorded(u64 address, enum event_id id, bool read)
 {
     struct event event;
 

@@ -31,6 +31,9 @@ bool read_arrives(u64 address, volatile u64 *page, u64 other, volatile u64 *othe
 // A write changes nothing of the page, and there is no event.
 bool write_vanishes(u64 address, volatile u64 *page);
 
+// There is an event of this kind with the device's stream and this address.
+bool is_recorded(u64 address, enum event_id id, bool read);
+
 // A write, or a read, changes nothing, and there is an event of this kind with the device's stream and this
 // address.
 bool write_faults(u64 address, volatile u64 *page, enum event_id id);

@@ -133,6 +133,32 @@ impl DmaPort {
         Ok(())
     }
 
+    /// Writes the doubleword `data` to `iova` (bytes, a multiple of 4), as a device sends an interrupt
+    /// message: to memory, or, where the request is a [`DmaError::Interrupt`], by `deliver`, which gets
+    /// the address of that. It is called within the critical section, so that no message is on its way
+    /// by an old translation when an invalidation returns; it must not wait for anything.
+    ///
+    /// # Errors
+    /// As [`DmaPort::read`], but for [`DmaError::Interrupt`].
+    pub fn write_message(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        data: u32,
+        deliver: impl FnOnce(u64),
+    ) -> Result<(), DmaError> {
+        let mut section = self.enter();
+        match section.translate(attributes, iova, DmaAccess::Write) {
+            Err(DmaError::Interrupt { address }) => deliver(address),
+            Err(error) => return Err(error),
+            Ok(_) => {
+                drop(section);
+                return self.write(attributes, iova, &data.to_le_bytes());
+            }
+        }
+        Ok(())
+    }
+
     /// Translates `iova` (bytes) for an access to some of the next `length` bytes, and starts the
     /// critical section: invalidations wait until the result is dropped. Access the slice and drop
     /// it; do not wait for anything in between, and never for an invalidation.

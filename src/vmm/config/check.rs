@@ -308,6 +308,9 @@ mod tests {
         }
         let bare = machine(&[], EduConfig::default());
         assert_eq!(bare.interrupt_iommu_of(&rng(IommuChoice::Off)), None);
+        let smmu = machine(&[SmmuV3Options::default().into()], EduConfig::default());
+        assert_eq!(smmu.interrupt_iommu_of(&rng(IommuChoice::Off)), None);
+        assert_eq!(smmu.interrupt_iommu_of(&rng(IommuChoice::Unsaid)), Some(0));
     }
 
     #[test]

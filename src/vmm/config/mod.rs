@@ -70,12 +70,15 @@ impl MachineConfig {
     }
 
     /// The number of the virtual IOMMU that remaps the interrupts of `device`, where they are
-    /// remapped: the one it is behind. A virtio device behind none has those of the first: Linux then
-    /// gives no messages to a function in no unit's scope, and virtio has nothing else; nor does it
-    /// hurt, as its driver knows that its DMA is not translated (no VIRTIO_F_ACCESS_PLATFORM).
+    /// remapped: the one it is behind. On a PC a virtio device behind none has those of the first:
+    /// Linux then gives no messages to a function in no unit's scope, and virtio has nothing else; nor
+    /// does it hurt, as its driver knows that its DMA is not translated (no VIRTIO_F_ACCESS_PLATFORM).
+    /// An SMMU knows nothing of interrupts: what is not behind it, it does not see.
     pub fn interrupt_iommu_of(&self, device: &DeviceConfig) -> Option<usize> {
+        let pc = self.iommus.iter().all(|iommu| iommu.model.vtd().is_some());
         match device {
             DeviceConfig::Edu(_) | DeviceConfig::Vfio(_) => self.iommu_of(device.iommu()),
+            virtio if !pc => self.iommu_of(virtio.iommu()),
             virtio => self.iommu_of(virtio.iommu()).or_else(|| self.iommu_of(&IommuChoice::First)),
         }
     }

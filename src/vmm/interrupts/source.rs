@@ -45,7 +45,7 @@ impl InterruptSource {
     }
 
     /// What `message` becomes, for whoever keeps it until the next change; `None` when it would be
-    /// blocked.
+    /// blocked, or must not be kept.
     pub fn translate(&self, message: MsiMessage) -> Option<MsiMessage> {
         match &self.remapper {
             None => Some(message),

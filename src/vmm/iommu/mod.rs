@@ -10,6 +10,7 @@
 mod direct;
 mod host;
 mod in_use;
+mod messages;
 mod nesting;
 mod smmuv3;
 mod unit;
@@ -82,15 +83,16 @@ pub(super) struct Iommus {
 
 impl Iommus {
     /// The virtual IOMMUs of `config`, in front of `functions`, over a host that has `memory` as stage
-    /// 2: `kernel` if they say so, and else an emulated one; `None` when there are none. The messages of a source that one of them is
-    /// go where `interrupts` says; they remap those of others if `interrupt_remapping`.
+    /// 2: `kernel` if they say so, and else an emulated one; `None` when there are none. `messages` says
+    /// where those of a source go, one of them or a function, that are not to be remapped (any more);
+    /// they remap those of functions if `interrupt_remapping`.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,
         memory: &MachineMemory,
         kernel: Option<&Arc<KernelHost>>,
         functions: &[AssignedFunction],
-        interrupts: &dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
+        messages: &dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Option<Self>> {
         let Some(first) = config.iommus.first() else { return Ok(None) };
@@ -113,7 +115,8 @@ impl Iommus {
             let functions = functions.iter().filter(|function| function.iommu == number);
             let plan = Plan {
                 id: config.iommu_id(number),
-                interrupts: interrupts(interrupt_source(number)),
+                interrupts: messages(interrupt_source(number)),
+                messages,
                 config: iommu,
                 interrupt_remapping,
                 guest_second_stage,

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtual SMMUv3 of a machine: its registers, its nesting, and the unit behind it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use vm_superio::Trigger;
 
 use super::in_use::ObjectsInUse;
+use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
 use super::nesting::Nesting;
 use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
 use super::Surroundings;
@@ -16,11 +18,12 @@ use crate::nesting::{host_smmu, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::regs::{self, Cr0};
 use crate::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
-use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
+use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use crate::vmm::arch::layout::MESSAGE_RANGE;
 use crate::vmm::arch::EdgeLine;
 use crate::vmm::bus::BusDevice;
 use crate::vmm::config::SmmuV3Options;
+use crate::vmm::devices::DmaMaster;
 use crate::vmm::report::{ModelReport, SmmuV3Report};
 use crate::vmm::vfio::DoorbellWatch;
 use crate::vmm::Result;
@@ -32,7 +35,9 @@ pub(super) struct SmmuV3 {
     /// Lent to nesting.
     _events: Arc<dyn EventTarget>,
     interrupts: Arc<OwnInterrupts>,
-    doorbell: Arc<Doorbell>,
+    messages: Arc<dyn InterruptRemapper>,
+    /// Where messages of each device go that are translated.
+    translated: BTreeMap<Bdf, Arc<dyn InterruptSink>>,
     registers: Arc<RegisterPages>,
     /// Unless the kernel has it.
     unit: Option<Arc<SmmuV3Unit>>,
@@ -75,17 +80,31 @@ impl SmmuV3 {
             smmu.add_stream((*bdf).into());
         }
         let unit = emulated.map(|(unit, _)| unit);
-        let doorbell = Arc::new(Doorbell { address: DOORBELL });
+        let messages: Arc<dyn InterruptRemapper> = match &unit {
+            Some(unit) => {
+                let port = |(bdf, _): &BoundDevice| (*bdf, unit.port(bdf.raw()));
+                Arc::new(TranslatedMessages::new(devices.iter().map(port)))
+            }
+            None => Arc::new(ArrivedMessages),
+        };
+        let translated = devices.iter().map(|(bdf, _)| (*bdf, (plan.messages)(*bdf))).collect();
         let registers = Arc::new(RegisterPages {
             smmu: smmu.clone(),
             nesting: nesting.clone(),
             in_use: around.in_use.clone(),
             objects: Mutex::default(),
         });
-        Ok((
-            Self { smmu, nesting, _events: events, interrupts, doorbell, registers, unit },
-            devices,
-        ))
+        let smmu = Self {
+            smmu,
+            nesting,
+            _events: events,
+            interrupts,
+            messages,
+            translated,
+            registers,
+            unit,
+        };
+        Ok((smmu, devices))
     }
 }
 
@@ -99,11 +118,10 @@ impl VirtualIommu for SmmuV3 {
     }
 
     fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
-        let doorbell: Arc<dyn InterruptRemapper> = self.doorbell.clone();
-        Some(Arc::downgrade(&doorbell))
+        Some(Arc::downgrade(&self.messages))
     }
 
-    /// The doorbell never moves.
+    /// What is kept of messages never changes: see [`super::messages`].
     fn add_interrupt_listener(&self, _: Weak<dyn InterruptListener>) {}
 
     fn connect(&self, wires: Vec<EdgeLine>) {
@@ -113,6 +131,11 @@ impl VirtualIommu for SmmuV3 {
 
     fn dma_port(&self, bdf: Bdf) -> Option<DmaPort> {
         self.unit.as_ref().map(|unit| unit.port(bdf.raw()))
+    }
+
+    fn dma_master(&self, bdf: Bdf, _: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>> {
+        let (port, messages) = (self.dma_port(bdf)?, self.translated.get(&bdf)?.clone());
+        Some(Box::new(SmmuDma { port, messages }))
     }
 
     fn report(&self) -> ModelReport {
@@ -212,28 +235,6 @@ impl SmmuInterrupts for OwnInterrupts {
 impl fmt::Debug for OwnInterrupts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OwnInterrupts").field("wires", &self.wires).finish_non_exhaustive()
-    }
-}
-
-/// GITS_TRANSLATER: at 0x40 in the page to interrupt.
-const DOORBELL: u64 = *MESSAGE_RANGE.start() + 0x40;
-
-/// What becomes of the messages of the devices: the guest has its tables lead the address that it
-/// gives a device to the one doorbell there is, and whoever sends the message past those tables
-/// sends it there.
-#[derive(Debug)]
-struct Doorbell {
-    address: u64,
-}
-
-impl InterruptRemapper for Doorbell {
-    fn send_remapped(&self, _: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
-        sink.send_msi(self.address, message.data);
-        true
-    }
-
-    fn translate(&self, _: Bdf, message: MsiMessage) -> Option<MsiMessage> {
-        Some(MsiMessage { address: self.address, ..message })
     }
 }
 

@@ -5,8 +5,6 @@ use super::*;
 use crate::emulated::ObjectKind;
 use crate::nesting::smmuv3::SmmuObjects;
 use crate::spec::pci::Pasid;
-use crate::viommu::MsiMessage;
-use crate::vmm::arch::layout::MESSAGE_RANGE;
 use crate::vmm::config::{testing, IommuConfig, SmmuV3Options, VtdOptions};
 use crate::vmm::report::ModelReport;
 use vm_memory::{Bytes, GuestAddress};
@@ -21,7 +19,7 @@ fn no_interrupts(_: Bdf) -> Arc<dyn InterruptSink> {
     Arc::new(NoInterrupts)
 }
 
-const FUNCTION: AssignedFunction =
+pub(super) const FUNCTION: AssignedFunction =
     AssignedFunction { bdf: Bdf::from_raw(8), pasid: true, iommu: 0, vfio: None };
 const OTHER: AssignedFunction =
     AssignedFunction { bdf: Bdf::from_raw(16), pasid: true, iommu: 1, vfio: None };
@@ -31,8 +29,18 @@ fn iommus(
     functions: &[AssignedFunction],
     memory: &MachineMemory,
 ) -> Result<Iommus> {
+    iommus_with(configs, functions, memory, &no_interrupts)
+}
+
+/// The same, with somewhere for messages to go.
+pub(super) fn iommus_with(
+    configs: &[IommuConfig],
+    functions: &[AssignedFunction],
+    memory: &MachineMemory,
+    messages: &dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
+) -> Result<Iommus> {
     let config = MachineConfig { iommus: configs.to_vec(), ..testing::machine() };
-    Iommus::new(&config, false, memory, None, functions, &no_interrupts, None).map(Option::unwrap)
+    Iommus::new(&config, false, memory, None, functions, messages, None).map(Option::unwrap)
 }
 
 /// One of them, in front of one function.
@@ -65,7 +73,7 @@ fn an_smmu_passes_until_translation_is_enabled_and_aborts_then() {
     let iommus = one(SmmuV3Options::default().into(), &memory);
     let iommu = &iommus.all()[0];
     assert_eq!(iommu.id(), "smmu0");
-    let mut dma = iommu.dma_master(FUNCTION.bdf).unwrap();
+    let mut dma = iommu.dma_master(FUNCTION.bdf, Arc::new(NoInterrupts)).unwrap();
     dma.write(None, start + 0x4000, b"passes").unwrap();
     let write = |offset, value: u32| iommu.registers().write(offset, &value.to_le_bytes());
     // CR0.SMMUEN, with a stream table of one entry, which is not valid.
@@ -79,17 +87,6 @@ fn an_smmu_passes_until_translation_is_enabled_and_aborts_then() {
     assert_ne!(attached(&report.objects), attached(&report.objects_in_use.unwrap()));
     let left = iommus.close().unwrap();
     assert_eq!(left, ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
-}
-
-#[test]
-fn messages_of_what_is_behind_an_smmu_go_to_the_doorbell() {
-    let memory = MachineMemory::new(1 << 20).unwrap();
-    let iommus = one(SmmuV3Options::default().into(), &memory);
-    let remapper = iommus.all()[0].interrupt_remapper().unwrap().upgrade().unwrap();
-    // What the guest gave the device is an address before translation.
-    let message = MsiMessage { address: 0xffff_0000, data: 7 };
-    let sent = remapper.translate(FUNCTION.bdf, message).unwrap();
-    assert!(MESSAGE_RANGE.contains(&sent.address) && sent.data == 7);
 }
 
 #[test]
@@ -112,7 +109,7 @@ fn a_function_passes_until_translation_is_enabled_and_is_blocked_then() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let iommus = one(IommuConfig::default(), &memory);
     let iommu = &iommus.all()[0];
-    let mut dma = iommu.dma_master(FUNCTION.bdf).unwrap();
+    let mut dma = iommu.dma_master(FUNCTION.bdf, Arc::new(NoInterrupts)).unwrap();
     dma.write(None, 0x4000, b"passes").unwrap();
     let mut bytes = [0; 6];
     memory.map().read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();
@@ -135,10 +132,22 @@ fn each_has_its_own_functions_over_the_same_memory() {
     let [first, second] = iommus.all() else { panic!("{iommus:?}") };
     assert_eq!((first.id(), second.id()), ("vtd0", "vtd1"));
     enable(second);
-    first.dma_master(FUNCTION.bdf).unwrap().write(None, 0x4000, b"passes").unwrap();
-    second.dma_master(OTHER.bdf).unwrap().write(None, 0x4000, b"blocked").unwrap_err();
+    first
+        .dma_master(FUNCTION.bdf, Arc::new(NoInterrupts))
+        .unwrap()
+        .write(None, 0x4000, b"passes")
+        .unwrap();
+    second
+        .dma_master(OTHER.bdf, Arc::new(NoInterrupts))
+        .unwrap()
+        .write(None, 0x4000, b"blocked")
+        .unwrap_err();
     // Neither unit knows the function of the other.
-    first.dma_master(OTHER.bdf).unwrap().write(None, 0x4000, b"unknown").unwrap_err();
+    first
+        .dma_master(OTHER.bdf, Arc::new(NoInterrupts))
+        .unwrap()
+        .write(None, 0x4000, b"unknown")
+        .unwrap_err();
     let faults: Vec<_> = faults(&iommus);
     assert_eq!(faults, [0, 1]);
     let graph = iommus.host_report().graph.unwrap();

@@ -30,6 +30,8 @@ pub(super) struct Plan<'a> {
     pub id: String,
     /// Where its own interrupts go.
     pub interrupts: Arc<dyn InterruptSink>,
+    /// Where messages of a function go once they are remapped.
+    pub messages: &'a dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
     pub config: &'a IommuConfig,
     pub interrupt_remapping: bool,
     /// The emulated unit walks second-stage tables of the guest's, whether they are offered or not.
@@ -57,6 +59,10 @@ pub(super) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// Where memory requests of the function at `bdf`, which is in this process, enter the IOMMU;
     /// `None` where the unit is of this machine.
     fn dma_port(&self, bdf: Bdf) -> Option<DmaPort>;
+
+    /// The same, with what of it is interrupt messages: those that are none by the tables go to
+    /// `messages`, which remaps them.
+    fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>>;
 
     /// What was done so far.
     fn report(&self) -> ModelReport;
@@ -145,12 +151,18 @@ impl Iommu {
         &self.devices
     }
 
-    /// How the function at `bdf`, which is in this process, makes its memory requests.
+    /// How the function at `bdf`, which is in this process, makes its memory requests, interrupt
+    /// messages among them; `messages` is where it sends messages.
     ///
     /// # Errors
     /// The unit is of this machine, and knows only its devices.
-    pub fn dma_master(&self, bdf: Bdf) -> Result<Box<dyn DmaMaster>> {
-        Ok(Box::new(self.dma_port(bdf)?))
+    pub fn dma_master(
+        &self,
+        bdf: Bdf,
+        messages: Arc<dyn InterruptSink>,
+    ) -> Result<Box<dyn DmaMaster>> {
+        let dma = self.model.dma_master(bdf, messages);
+        dma.ok_or_else(|| not_of_this_machine(&self.id, bdf))
     }
 
     /// Where memory requests of the function at `bdf` enter the IOMMU.
@@ -255,6 +267,7 @@ impl DmaMaster for DmaPort {
     }
 }
 
-fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
+/// What a request with `pasid` says of itself.
+pub(super) fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
     DmaAttributes { pasid: pasid.map(Pasid::raw), ..DmaAttributes::default() }
 }

@@ -12,9 +12,12 @@ use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, NestingError};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::vtd::{VtdConfig, VtdIommu};
-use crate::viommu::{FaultTarget, InterruptListener, InterruptRemapper, Policy, Requester, Stage1};
+use crate::viommu::{
+    FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Policy, Requester, Stage1,
+};
 use crate::vmm::bus::BusDevice;
 use crate::vmm::config::VtdOptions;
+use crate::vmm::devices::{DmaMaster, MessageWrites};
 use crate::vmm::report::{ModelReport, VtdReport};
 use crate::vmm::Result;
 
@@ -98,6 +101,10 @@ impl VirtualIommu for Vtd {
 
     fn dma_port(&self, bdf: Bdf) -> Option<DmaPort> {
         self.unit.as_ref().map(|unit| unit.port(bdf.raw()))
+    }
+
+    fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>> {
+        Some(Box::new(MessageWrites::new(Box::new(self.dma_port(bdf)?), messages)))
     }
 
     fn report(&self) -> ModelReport {

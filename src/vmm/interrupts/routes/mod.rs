@@ -229,7 +229,8 @@ impl VectorRoute {
     /// Sends `message`, past KVM's table.
     fn send_one(&self, state: &mut State, message: MsiMessage) {
         if self.source.send(message, &*self.messages) {
-            // It was blocked and is not now, without a change that anybody was told of.
+            // It was blocked and is not now, without a change that anybody was told of; or it is sent
+            // like this each time, and this changes nothing.
             self.install(state, Some(message));
         }
     }

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+// Interrupt messages: writes to memory, which go through the stream's entry and stage 1 as those of a DMA do.
+//
+// There is no interrupt controller here: stage 1 leads messages to a page of memory. An assigned device sends
+// what its host has given it, to the address where Linux, as a host, has messages go.
+#include "checks/fixture.h"
+
+enum { ASID = 6, MESSAGES = 0x08000000, MESSAGE = MESSAGES + 0x40, DATA = 0x5a };
+
+// A space behind the device, which is told to interrupt by messages, and the unit on.
+static struct space enter(void)
+{
+    struct space space = space_new(ASID);
+
+    stream_translate(DEVICE->id, &space);
+    if (!pci_msi_set(DEVICE->id, MESSAGE, DATA))
+        check_fail("the device has no MSI");
+    else if (invalidate(cfgi_ste(DEVICE->id)) && !smmu_enable(true))
+        check_fail("CR0.SMMUEN is not taken");
+    return space;
+}
+
+static void leave(void)
+{
+    pci_msi_disable(DEVICE->id);
+    teardown();
+}
+
+static void interrupt(void)
+{
+    write32(DEVICE->registers + EDU_IRQ_RAISE, 1);
+    write32(DEVICE->registers + EDU_IRQ_ACK, 1);
+}
+
+// Where a message ends that stage 1 leads to the page.
+static volatile u32 *message_in(volatile u64 *page)
+{
+    return (volatile u32 *)page + (MESSAGE - MESSAGES) / sizeof(u32);
+}
+
+static void mapped(void)
+{
+    struct space space = enter();
+    volatile u64 *page = target_new();
+    volatile u32 *message = message_in(page);
+
+    *message = ~0u;
+    space_map(&space, MESSAGES, page, READ_WRITE);
+    REQUIRE(!check_is_over());
+    interrupt();
+    EXPECT(WAIT_UNTIL(*message != ~0u), "no message is in the page");
+}
+
+static void not_mapped(void)
+{
+    struct space space = enter();
+
+    (void)space;
+    REQUIRE(!check_is_over());
+    interrupt();
+    REQUIRE(is_recorded(MESSAGE, EVENT_TRANSLATION, false));
+}
+
+static void unmapped(void)
+{
+    struct space space = enter();
+    volatile u64 *page = target_new();
+    volatile u32 *message = message_in(page);
+    u64 *entry;
+
+    *message = ~0u;
+    entry = space_map(&space, MESSAGES, page, READ_WRITE);
+    REQUIRE(!check_is_over());
+    interrupt();
+    EXPECT(WAIT_UNTIL(*message != ~0u), "no message is in the page");
+    *entry = 0;
+    REQUIRE(invalidate(tlbi_va(ASID, MESSAGES)));
+    *message = ~0u;
+    interrupt();
+    REQUIRE(is_recorded(MESSAGE, EVENT_TRANSLATION, false));
+    EXPECT(*message == ~0u, "0x%x is in the page", *message);
+}
+
+static void aborted(void)
+{
+    struct space space = enter();
+    volatile u64 *page = target_new();
+    volatile u32 *message = message_in(page);
+    struct event event;
+
+    *message = ~0u;
+    space_map(&space, MESSAGES, page, READ_WRITE);
+    stream_abort(DEVICE->id);
+    REQUIRE(invalidate(cfgi_ste(DEVICE->id)));
+    REQUIRE(!check_is_over());
+    interrupt();
+    // Behind the message, if there were one.
+    REQUIRE(write_vanishes(MESSAGES, page));
+    EXPECT(*message == ~0u, "0x%x is in the page", *message);
+    EXPECT(!smmu_event(&event), "event 0x%02x for 0x%lx", event_id(&event), event_address(&event));
+}
+
+static const struct check list[] = {
+    {"a message goes where stage 1 leads its address", mapped},
+    {"a message that stage 1 leads nowhere: F_TRANSLATION, with stream and address", not_mapped},
+    {"a message after its page is taken out: F_TRANSLATION", unmapped},
+    {"a message of a stream that aborts: dropped, without an event", aborted},
+};
+
+CHECK_GROUP(messages, list, setup, leave);

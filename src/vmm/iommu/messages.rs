@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What becomes of the interrupt messages of devices behind a virtual SMMUv3.
+//!
+//! To an SMMU a message is a write like every other: the stream's entry and stage 1 say where it goes,
+//! and only what ends at the doorbell of the interrupt controller interrupts. Here that is decided for
+//! each message anew, so that nobody has to be told when the guest invalidates.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::unit::attributes;
+use crate::emulated::{DmaError as Refusal, DmaPort};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
+use crate::vmm::arch::layout::MESSAGE_RANGE;
+use crate::vmm::devices::{DmaError, DmaMaster};
+
+/// GITS_TRANSLATER: at 0x40 in the page to interrupt.
+pub(super) const DOORBELL: u64 = *MESSAGE_RANGE.start() + 0x40;
+
+/// Sends `data` to the interrupt controller if `address`, in the page to interrupt, is where it takes
+/// messages. The rest of the page ignores writes.
+fn deliver(address: u64, data: u32, sink: &dyn InterruptSink) {
+    if address == DOORBELL {
+        sink.send_msi(address, data);
+    }
+}
+
+/// Messages of devices of this process: writes through the emulated SMMU.
+pub(super) struct TranslatedMessages {
+    ports: BTreeMap<Bdf, Mutex<DmaPort>>,
+}
+
+impl TranslatedMessages {
+    /// Those of the devices that have `ports`.
+    pub fn new(ports: impl IntoIterator<Item = (Bdf, DmaPort)>) -> Self {
+        let ports = ports.into_iter().map(|(bdf, port)| (bdf, Mutex::new(port)));
+        Self { ports: ports.collect() }
+    }
+}
+
+impl InterruptRemapper for TranslatedMessages {
+    /// A message that the tables lead to memory is written there, and is not blocked.
+    fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
+        let Some(port) = self.ports.get(&source) else { return false };
+        let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
+        let MsiMessage { address, data } = message;
+        port.write_message(attributes(None), address, data, |address| deliver(address, data, sink))
+            .inspect_err(|refusal| log::debug!("message of {source}: {refusal}"))
+            .is_ok()
+    }
+
+    /// Nothing that could be kept: the guest's tables may say otherwise at the next message.
+    fn translate(&self, _: Bdf, _: MsiMessage) -> Option<MsiMessage> {
+        None
+    }
+}
+
+impl fmt::Debug for TranslatedMessages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.ports.keys()).finish()
+    }
+}
+
+/// Messages of devices of this machine: its own SMMU translates them, or VFIO has the device send them
+/// where it must. What the guest gave the device is not what is on the bus, and what arrives here has
+/// arrived.
+#[derive(Debug)]
+pub(super) struct ArrivedMessages;
+
+impl InterruptRemapper for ArrivedMessages {
+    fn send_remapped(&self, _: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
+        sink.send_msi(DOORBELL, message.data);
+        true
+    }
+
+    fn translate(&self, _: Bdf, message: MsiMessage) -> Option<MsiMessage> {
+        Some(MsiMessage { address: DOORBELL, ..message })
+    }
+}
+
+/// The memory requests of a device of this process, of which a write may be a message.
+pub(super) struct SmmuDma {
+    pub port: DmaPort,
+    /// Where messages go that are translated.
+    pub messages: Arc<dyn InterruptSink>,
+}
+
+impl DmaMaster for SmmuDma {
+    fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError> {
+        DmaMaster::read(&mut self.port, pasid, iova, data)
+    }
+
+    fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError> {
+        let Self { port, messages } = self;
+        match <[u8; 4]>::try_from(data).map(u32::from_le_bytes) {
+            Ok(word) if iova.is_multiple_of(4) => port
+                .write_message(attributes(pasid), iova, word, |address| {
+                    deliver(address, word, &**messages);
+                })
+                .map_err(|_: Refusal| DmaError { address: iova }),
+            // Nothing else interrupts.
+            _ => DmaMaster::write(port, pasid, iova, data),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::tests::{iommus_with, FUNCTION};
+    use super::super::{Iommu, Iommus};
+    use super::*;
+    use crate::spec::smmuv3::command::{AddressRange, Command};
+    use crate::spec::smmuv3::context::{Cd, Cd0, Cd1};
+    use crate::spec::smmuv3::event::{EventId, EventRecord};
+    use crate::spec::smmuv3::queue::QueueBase;
+    use crate::spec::smmuv3::regs::{self, Cr0, StrtabBase, StrtabBaseCfg};
+    use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig, STE_SIZE};
+    use crate::spec::smmuv3::translation::{Descriptor, Granule};
+    use crate::spec::smmuv3::StreamId;
+    use crate::vmm::config::SmmuV3Options;
+    use crate::vmm::memory::MachineMemory;
+
+    /// What the interrupt controller got: (address, data).
+    #[derive(Default)]
+    struct Arrived(Mutex<Vec<(u64, u32)>>);
+
+    impl InterruptSink for Arrived {
+        fn send_msi(&self, address: u64, data: u32) {
+            self.0.lock().unwrap().push((address, data));
+        }
+    }
+
+    /// Where the guest has its tables and queues: pages from the start of memory.
+    const STREAMS: u64 = 0x1000;
+    const CONTEXT: u64 = 0x2000;
+    const LEVEL_2: u64 = 0x3000;
+    const LEVEL_3: u64 = 0x4000;
+    const COMMANDS: u64 = 0x5000;
+    const EVENTS: u64 = 0x6000;
+    const PAGE: u64 = 0x7000;
+    const QUEUE_BITS: u8 = 7;
+    const ASID: u16 = 3;
+    /// Where the function is told to write its messages, and the page.
+    const IOVA: u64 = 0x1230_0000;
+    const MESSAGE: MsiMessage = MsiMessage { address: IOVA + 0x40, data: 7 };
+
+    /// A machine with an SMMU in front of one function, and the guest's driver.
+    struct Guest {
+        memory: MachineMemory,
+        iommus: Iommus,
+        arrived: Arc<Arrived>,
+        submitted: u32,
+        seen: u32,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let memory = MachineMemory::new(1 << 20).unwrap();
+            let arrived = Arc::<Arrived>::default();
+            let sink = arrived.clone();
+            let messages = move |_| -> Arc<dyn InterruptSink> { sink.clone() };
+            let config = SmmuV3Options::default().into();
+            let iommus = iommus_with(&[config], &[FUNCTION], &memory, &messages).unwrap();
+            Self { memory, iommus, arrived, submitted: 0, seen: 0 }
+        }
+
+        fn iommu(&self) -> &Iommu {
+            &self.iommus.all()[0]
+        }
+
+        /// The GPA of what is at `offset` in memory.
+        fn gpa(&self, offset: u64) -> u64 {
+            self.memory.start_of(&self.memory.regions()[0]) + offset
+        }
+
+        fn store(&self, offset: u64, word: u64) {
+            self.memory.map().write_obj(word, GuestAddress(self.gpa(offset))).unwrap();
+        }
+
+        fn load(&self, offset: u64) -> u64 {
+            self.memory.map().read_obj(GuestAddress(self.gpa(offset))).unwrap()
+        }
+
+        fn write32(&self, offset: u64, value: u32) {
+            self.iommu().registers().write(offset, &value.to_le_bytes());
+        }
+
+        fn write64(&self, offset: u64, value: u64) {
+            self.iommu().registers().write(offset, &value.to_le_bytes());
+        }
+
+        /// Translation is on, and the function's entry is of `config`.
+        fn enable(&mut self, config: StreamConfig) {
+            self.set(config);
+            let strtab = StrtabBase::new().with_addr(self.gpa(STREAMS) >> 6);
+            self.write64(regs::STRTAB_BASE, strtab.into_bits());
+            self.write32(regs::STRTAB_BASE_CFG, StrtabBaseCfg::new().with_log2size(6).into_bits());
+            let queue = |at| QueueBase::new().with_log2size(QUEUE_BITS).with_addr(at >> 5);
+            self.write64(regs::CMDQ_BASE, queue(self.gpa(COMMANDS)).into_bits());
+            self.write64(regs::EVENTQ_BASE, queue(self.gpa(EVENTS)).into_bits());
+            let cr0 = Cr0::new().with_smmuen(true).with_cmdqen(true).with_eventqen(true);
+            self.write32(regs::CR0, cr0.into_bits());
+        }
+
+        /// The function's entry is of `config`; stage 1 has tables of two levels, of 30 bits.
+        fn set(&self, config: StreamConfig) {
+            let ste = Ste0::new().with_v(true).with_config(config.into_bits());
+            let ste = ste.with_s1contextptr(self.gpa(CONTEXT) >> 6);
+            let at = STREAMS + u64::from(FUNCTION.bdf.raw()) * STE_SIZE;
+            self.store(at + 8, Ste1::new().with_shcfg(1).into_bits());
+            self.store(at, ste.into_bits());
+            let qw0 = Cd0::new().with_t0sz(34).with_tg0(Granule::K4.tg0()).with_epd1(true);
+            let qw0 = qw0.with_v(true).with_ips(5).with_aa64(true).with_r(true).with_a(true);
+            let qw0 = qw0.with_aset(true).with_asid(ASID);
+            let qw1 = Cd1::new().with_ttb0(self.gpa(LEVEL_2) >> 4);
+            let cd = Cd { qw0, qw1, mair: 0xff, ..Cd::default() };
+            for (word, value) in (CONTEXT..).step_by(8).zip(cd.to_words()) {
+                self.store(word, value);
+            }
+            let table = Descriptor::new().with_valid(true).with_table(true);
+            let table = table.with_address(Granule::K4, self.gpa(LEVEL_3));
+            self.store(LEVEL_2 + (IOVA >> 21) * 8, table.into_bits());
+        }
+
+        /// Stage 1 leads the page of messages to `gpa`, or nowhere; the unit is not told.
+        fn map(&self, gpa: Option<u64>) {
+            let leaf = Descriptor::new().with_valid(true).with_table(true).with_af(true);
+            let leaf = leaf.with_ng(true).with_ap_unprivileged(true);
+            let leaf = gpa.map_or(0, |gpa| leaf.with_address(Granule::K4, gpa).into_bits());
+            self.store(LEVEL_3 + (IOVA >> 12 & 0x1ff) * 8, leaf);
+        }
+
+        /// The unit does `command`.
+        fn submit(&mut self, command: Command) {
+            let at = COMMANDS + u64::from(self.submitted) * 16;
+            let [low, high] = command.encode();
+            self.store(at, low);
+            self.store(at + 8, high);
+            self.submitted += 1;
+            self.write32(regs::CMDQ_PROD, self.submitted);
+            assert_eq!(self.read32(regs::CMDQ_CONS), self.submitted);
+        }
+
+        fn read32(&self, offset: u64) -> u32 {
+            let mut bytes = [0; 4];
+            self.iommu().registers().read(offset, &mut bytes);
+            u32::from_le_bytes(bytes)
+        }
+
+        /// The function interrupts; whether the message went through.
+        fn interrupt(&self, message: MsiMessage) -> bool {
+            let remapper = self.iommu().interrupt_remapper().unwrap().upgrade().unwrap();
+            assert_eq!(remapper.translate(FUNCTION.bdf, message), None, "nobody may keep it");
+            remapper.send_remapped(FUNCTION.bdf, message, &*self.arrived)
+        }
+
+        /// What arrived since the last time.
+        fn arrived(&self) -> Vec<(u64, u32)> {
+            std::mem::take(&mut *self.arrived.0.lock().unwrap())
+        }
+
+        /// The next event, which another thread brings.
+        fn event(&mut self) -> EventRecord {
+            let start = Instant::now();
+            while self.read32(regs::EVENTQ_PROD) == self.seen {
+                assert!(start.elapsed() < Duration::from_secs(60), "no event");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let at = EVENTS + u64::from(self.seen) * 32;
+            self.seen += 1;
+            EventRecord::from_words([0, 8, 16, 24].map(|word| self.load(at + word)))
+        }
+    }
+
+    #[test]
+    fn a_message_goes_where_the_function_is_told_until_translation_is_enabled() {
+        let guest = Guest::new();
+        assert!(guest.interrupt(MsiMessage { address: DOORBELL, data: 7 }));
+        assert_eq!(guest.arrived(), [(DOORBELL, 7)]);
+        // The rest of the page interrupts nobody.
+        guest.interrupt(MsiMessage { address: DOORBELL + 4, data: 7 });
+        // What is no doorbell is memory, or nothing.
+        assert!(guest.interrupt(MsiMessage { address: guest.gpa(PAGE), data: 8 }));
+        assert!(!guest.interrupt(MsiMessage { address: 1 << 40, data: 9 }));
+        assert_eq!((guest.arrived(), guest.load(PAGE)), (vec![], 8));
+    }
+
+    #[test]
+    fn a_stream_that_aborts_does_not_interrupt_and_one_that_bypasses_does() {
+        let mut guest = Guest::new();
+        guest.enable(StreamConfig::Abort);
+        let message = MsiMessage { address: DOORBELL, data: 7 };
+        assert!(!guest.interrupt(message));
+        guest.set(StreamConfig::Bypass);
+        assert!(!guest.interrupt(message), "the unit was not told");
+        let stream = StreamId::from(FUNCTION.bdf);
+        guest.submit(Command::CfgiSte { stream, leaf: true });
+        assert!(guest.interrupt(message));
+        assert_eq!(guest.arrived(), [(DOORBELL, 7)]);
+        assert_eq!(guest.read32(regs::EVENTQ_PROD), 0, "to abort is no event");
+    }
+
+    #[test]
+    fn stage_1_says_where_a_message_goes() {
+        let mut guest = Guest::new();
+        guest.enable(StreamConfig::Stage1);
+        assert!(!guest.interrupt(MESSAGE));
+        let event = guest.event();
+        assert_eq!(event.id(), Some(EventId::Translation));
+        assert_eq!(
+            (event.stream(), event.input_address),
+            (FUNCTION.bdf.into(), MESSAGE.address),
+            "the event names it as that of a DMA"
+        );
+        assert!(!event.qw1.rnw());
+
+        guest.map(Some(DOORBELL & !0xfff));
+        assert!(guest.interrupt(MESSAGE));
+        assert_eq!(guest.arrived(), [(DOORBELL, 7)]);
+        // The doorbell's own address means nothing.
+        assert!(!guest.interrupt(MsiMessage { address: DOORBELL & 0x3fff_ffff, data: 7 }));
+        assert_eq!(guest.event().input_address, DOORBELL & 0x3fff_ffff);
+
+        // To memory it is a write to memory.
+        guest.map(Some(guest.gpa(PAGE)));
+        let range = AddressRange::at(IOVA);
+        guest.submit(Command::TlbiNhVa { vmid: 0, asid: ASID, range });
+        assert!(guest.interrupt(MESSAGE));
+        assert_eq!((guest.arrived(), guest.load(PAGE + 0x40)), (vec![], 7));
+
+        guest.map(None);
+        guest.submit(Command::TlbiNhVa { vmid: 0, asid: ASID, range });
+        assert!(!guest.interrupt(MESSAGE));
+        assert_eq!(guest.event().id(), Some(EventId::Translation));
+        assert_eq!(guest.arrived(), []);
+    }
+
+    #[test]
+    fn a_dma_that_ends_at_the_doorbell_interrupts() {
+        let mut guest = Guest::new();
+        guest.enable(StreamConfig::Stage1);
+        let nowhere: Arc<dyn InterruptSink> = Arc::new(Arrived::default());
+        let mut dma = guest.iommu().dma_master(FUNCTION.bdf, nowhere).unwrap();
+        guest.map(Some(DOORBELL & !0xfff));
+        dma.write(None, MESSAGE.address, &9u32.to_le_bytes()).unwrap();
+        assert_eq!(guest.arrived(), [(DOORBELL, 9)]);
+        // No message has another length, or is read.
+        dma.write(None, MESSAGE.address, &[0; 8]).unwrap_err();
+        dma.read(None, MESSAGE.address, &mut [0; 4]).unwrap_err();
+        guest.map(Some(guest.gpa(PAGE)));
+        dma.write(None, MESSAGE.address, &10u32.to_le_bytes()).unwrap();
+        assert_eq!((guest.arrived(), guest.load(PAGE + 0x40)), (vec![], 10));
+    }
+
+    #[test]
+    fn a_function_that_is_not_there_does_not_interrupt() {
+        let guest = Guest::new();
+        let remapper = guest.iommu().interrupt_remapper().unwrap().upgrade().unwrap();
+        let message = MsiMessage { address: DOORBELL, data: 7 };
+        assert!(!remapper.send_remapped(Bdf::from_raw(0x99), message, &*guest.arrived));
+        assert_eq!(guest.arrived(), []);
+    }
+
+    #[test]
+    fn messages_of_a_device_of_this_machine_have_arrived() {
+        let arrived = Arrived::default();
+        assert!(ArrivedMessages.send_remapped(FUNCTION.bdf, MESSAGE, &arrived));
+        assert_eq!(*arrived.0.lock().unwrap(), [(DOORBELL, 7)]);
+        let kept = ArrivedMessages.translate(FUNCTION.bdf, MESSAGE);
+        assert_eq!(kept, Some(MsiMessage { address: DOORBELL, data: 7 }));
+    }
+}
