@@ -14,13 +14,16 @@ use crate::viommu::smmuv3::RawCommand;
 /// So many commands go to the host in one call at the most: it copies them into memory in one piece.
 const MAX_COMMANDS: usize = 4096;
 
-/// A batch was not done.
+/// A batch was not done as it stands.
 #[derive(Debug)]
 pub(super) struct Refused {
-    /// The number of the command that the host refused; those before it are complete.
+    /// The number of the command that the host refused; those before it are complete. The first one
+    /// when no single one is to blame.
     pub number: usize,
     /// Why.
     pub error: NestingError,
+    /// Everything was flushed instead.
+    pub flushed: bool,
     /// A stream could not be blocked, and may go on to use what was to be forgotten.
     pub still_reachable: bool,
 }
@@ -42,24 +45,29 @@ impl State {
             return Ok(());
         }
         let words: Vec<RawCommand> = commands.iter().map(|command| command.words).collect();
-        if !behind && self.issue(&words).is_ok() {
-            return Ok(());
+        let mut refusal = None;
+        if !behind {
+            match self.issue(&words) {
+                Ok(()) => return Ok(()),
+                Err(error) => refusal = Some(error),
+            }
         }
         // How far the host came is not to be known: what it says is too much after a command that it
         // does not take. A flush of everything does what the whole batch asks for, ...
         if let Err(error) = self.flush_everything() {
             return Err(self.give_up(error));
         }
-        // ... but for the one that is to blame, of which the guest must be told.
-        match self.first_refused(&words) {
-            None => Ok(()),
-            Some((at, source)) => Err(Refused {
-                // There are as many commands as words.
-                number: commands.get(at).map_or(0, |command| command.number),
-                error: NestingError::Host { what: "invalidating".into(), source },
-                still_reachable: false,
-            }),
-        }
+        // ... but the guest must be told: of the one that is to blame, or, where the host takes all of
+        // them now, of the first, as any of them may have failed.
+        let culprit = self.first_refused(&words).or(refusal.map(|source| (0, source)));
+        let Some((at, source)) = culprit else { return Ok(()) };
+        Err(Refused {
+            // There are as many commands as words.
+            number: commands.get(at).map_or(0, |command| command.number),
+            error: NestingError::Host { what: "invalidating".into(), source },
+            flushed: true,
+            still_reachable: false,
+        })
     }
 
     /// What of `commands` the host must do. Of a stream that does not use stage 1 nothing is cached,
@@ -142,7 +150,7 @@ impl State {
                 still_reachable |= translates(self);
             }
         }
-        Refused { number: 0, error, still_reachable }
+        Refused { number: 0, error, flushed: false, still_reachable }
     }
 
     /// Has the host work off `commands` again, in ever smaller pieces where it stops, down to the
@@ -197,7 +205,8 @@ fn decode(batch: &[RawCommand]) -> (Vec<Numbered>, Option<Refused>) {
             Err(error) => error.to_string(),
         };
         let error = NestingError::NoInvalidation(what);
-        return (commands, Some(Refused { number, error, still_reachable: false }));
+        let refused = Refused { number, error, flushed: false, still_reachable: false };
+        return (commands, Some(refused));
     }
     (commands, None)
 }

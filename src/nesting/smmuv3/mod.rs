@@ -10,8 +10,8 @@
 //! * a device is detached until it is first configured; from then on entries are replaced. Only what
 //!   the host refuses to abort is detached;
 //! * a batch of invalidations is one call on the vIOMMU, in the guest's own words. What cannot be
-//!   cached is not forwarded. After a refusal everything is flushed, and the command to blame is
-//!   looked for;
+//!   cached is not forwarded. After a refusal everything is flushed, the command to blame is looked
+//!   for, and the virtual SMMU is told, even where all of them are taken the second time;
 //! * a thread reads the vEVENTQ, and hands the events to the virtual SMMU.
 
 mod batch;
@@ -193,12 +193,13 @@ impl SmmuHostSide for SmmuNesting {
     }
 
     fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError> {
-        let Refused { number, error, still_reachable } = match self.state().invalidate(commands) {
+        let refused = match self.state().invalidate(commands) {
             Ok(()) => return Ok(()),
             Err(refused) => refused,
         };
+        let Refused { number, error, flushed, still_reachable } = refused;
         let error = error.for_viommu("invalidating".into(), still_reachable);
-        Err(SmmuInvalidateError { refused: number, error })
+        Err(SmmuInvalidateError { refused: number, flushed, error })
     }
 }
 

@@ -119,8 +119,11 @@ impl Smmu {
             }
         }
         // Whatever became of the others: the guest may never ask for these again.
-        let invalidated = self.invalidate_host(&unchanged).map_err(|_| NotApplied::Host);
-        applied.and(invalidated)
+        match self.invalidate_host(&unchanged) {
+            // Of commands that the guest did not give it need not be told.
+            Err(error) if !error.flushed => Err(NotApplied::Host),
+            _ => applied,
+        }
     }
 
     /// Gives the host what is owed: what it has lost because it could not invalidate it, and what it

@@ -6,7 +6,10 @@
 //! done, so that a CMD_SYNC has nothing to wait for when its turn comes.
 //!
 //! A command that is wrong, or that the host refuses, is where CMDQ_CONS stops; what stands before it
-//! is done. Consumption goes on from that command once GERROR.CMDQ_ERR is acknowledged.
+//! is done. Consumption goes on from that command once GERROR.CMDQ_ERR is acknowledged. That holds even
+//! where the host made a refusal good by forgetting everything: CERROR_ILL then stands at the first of
+//! the batch, for none is known to have been taken, and a driver that goes on behind it, or does all of
+//! them again, loses nothing.
 //!
 //! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number of
 //! commands.
@@ -18,7 +21,7 @@ use super::commands::Action;
 use super::counters::count;
 use super::interrupts::{Signal, SmmuInterrupt};
 use super::state::Registers;
-use super::Smmu;
+use super::{Smmu, SmmuInvalidateError};
 use crate::spec::smmuv3::command::{Command, SyncSignal, Words};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
 use crate::spec::smmuv3::regs::Gerror;
@@ -159,7 +162,7 @@ impl Smmu {
         let indices = std::mem::take(&mut pass.indices);
         let blamed = indices.first().copied().unwrap_or(pass.fetch);
         self.invalidate_host(&batch)
-            .map_err(|refused| Stop::Host(indices.get(refused).copied().unwrap_or(blamed)))?;
+            .map_err(|error| Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed)))?;
         self.settle(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
         registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
         Ok(())
@@ -168,19 +171,20 @@ impl Smmu {
     /// Gives a batch to the host; nothing for an empty one.
     ///
     /// # Errors
-    /// The number of the command that the host refused.
-    pub(super) fn invalidate_host(&self, batch: &[Words]) -> Result<(), usize> {
+    /// The host refused something; it is counted and logged.
+    pub(super) fn invalidate_host(&self, batch: &[Words]) -> Result<(), SmmuInvalidateError> {
         if batch.is_empty() {
             return Ok(());
         }
         count(&self.counters.batches);
         self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
-        self.host.invalidate(batch).map_err(|error| {
-            // What the host blocked for this is given anew at the next occasion.
-            self.streams.distrust_host();
+        self.host.invalidate(batch).inspect_err(|error| {
+            if !error.flushed {
+                // What the host blocked for this is given anew at the next occasion.
+                self.streams.distrust_host();
+            }
             // Nobody acknowledges an invalidation that failed, whatever became of its streams.
             let _ = self.host_failed(&error.error);
-            error.refused
         })
     }
 

@@ -49,7 +49,7 @@ pub trait SmmuHostSide: Debug + Send + Sync {
     /// `ATC_INV`).
     ///
     /// # Errors
-    /// The host did not do all of it.
+    /// The host refused something of it, even if that was made good.
     fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError>;
 }
 
@@ -57,9 +57,12 @@ pub trait SmmuHostSide: Debug + Send + Sync {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("command {refused}: {error}")]
 pub struct SmmuInvalidateError {
-    /// The number of the command that the host refused: those before it are complete. 0 when
-    /// nothing is known of any.
+    /// The number of the command that the host refused: those before it are complete. 0, or the
+    /// first that the host was asked for, when nothing is known of any.
     pub refused: usize,
+    /// The host forgot everything instead, so that nothing is in use any more that the batch names.
+    /// The guest is told all the same: commands of its own were refused.
+    pub flushed: bool,
     /// Why. What could not be invalidated is blocked, unless it says
     /// [`HostSideError::still_reachable`].
     #[source]

@@ -141,6 +141,29 @@ fn a_command_that_the_host_refuses_is_shown_and_nothing_is_stale() {
     assert_eq!(machine.nesting.counters().full_flushes, 1);
 }
 
+/// A driver that takes the refused command out, as Linux does, loses nothing: all of the batch is done.
+#[test]
+fn a_batch_that_the_host_refuses_once_is_shown_and_nothing_of_it_is_stale() {
+    let (machine, table, page) = nested::<Machine>();
+    let guest = &machine.guest;
+    let iovas: Vec<_> = (0..4).map(|n| IOVA + n * PAGE).collect();
+    for &iova in &iovas {
+        guest.map(table, iova, page, 3, true);
+        machine.read(A, iova).unwrap();
+        guest.unmap(table, iova);
+    }
+    for failing in [Errno::ENOMEM, Errno::EIO, Errno::EBUSY] {
+        machine.host.fail_nth(1, failing);
+        let batch: Vec<_> = iovas.iter().map(|iova| page_of(*iova)).collect();
+        assert_eq!(guest.submit(&batch), Completion::Stopped(0, CommandError::Illegal));
+        for &iova in &iovas {
+            machine.read(A, iova).unwrap_err();
+        }
+        assert_eq!(guest.resume(), Completion::Done);
+    }
+    assert_eq!(machine.nesting.counters().full_flushes, 3);
+}
+
 #[test]
 fn every_stream_has_a_vdevice_of_one_viommu() {
     let (machine, _, _) = nested::<Machine>();

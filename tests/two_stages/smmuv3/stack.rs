@@ -24,6 +24,8 @@ impl From<guest::Completion> for Completion {
 impl Stack for Machine {
     type Invalidation = Command;
 
+    const REFUSALS_ARE_SHOWN: bool = true;
+
     fn start(failing: u64) -> Result<Self, (String, ObjectGraph)> {
         let (host, unit) = machine::host();
         host.fail_nth(failing, Errno::ENOMEM);

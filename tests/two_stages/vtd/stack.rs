@@ -28,6 +28,8 @@ impl From<guest::Completion> for Completion {
 impl Stack for Machine {
     type Invalidation = Descriptor;
 
+    const REFUSALS_ARE_SHOWN: bool = false;
+
     fn start(failing: u64) -> Result<Self, (String, ObjectGraph)> {
         let (host, unit) = machine::host(VtdUnitConfig::default());
         host.fail_nth(failing, Errno::ENOMEM);

@@ -250,6 +250,36 @@ fn a_refused_command_is_where_the_queue_stops() {
 }
 
 #[test]
+fn a_refusal_that_is_made_good_is_shown_and_costs_nobody_the_stream() {
+    let guest = Guest::running();
+    guest.host.flushes.store(true, Ordering::Relaxed);
+    guest.host.refusals.after(0);
+    guest.submit(&[cfgi_cd_all(StreamId(9)), tlbi(1), tlbi(2), SYNC]);
+    assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)));
+    assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1), tlbi(2)])]);
+    let counters = guest.smmu.counters();
+    assert_eq!((counters.host_errors, counters.command_errors), (1, 1));
+    // Nothing goes on before the guest has taken notice; then none of them is left out.
+    guest.submit(&[SYNC]);
+    assert_eq!(guest.calls(), []);
+    guest.acknowledge_errors();
+    assert_eq!(guest.consumed(), (5, None));
+    assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1), tlbi(2)])]);
+}
+
+#[test]
+fn a_refusal_that_is_made_good_is_none_of_a_command_that_asked_for_something_else() {
+    let guest = Guest::running();
+    guest.host.flushes.store(true, Ordering::Relaxed);
+    guest.refuse(true);
+    // The entry is unchanged: what may be cached of its context descriptors goes.
+    guest.submit(&[cfgi_ste(STREAM), SYNC]);
+    assert_eq!(guest.calls(), [Call::Invalidate(vec![cfgi_cd_all(STREAM)])]);
+    assert_eq!(guest.consumed(), (2, None));
+    assert_eq!(guest.smmu.counters().host_errors, 1);
+}
+
+#[test]
 fn a_refusal_of_what_is_not_in_the_batch_is_one_of_its_first() {
     let guest = Guest::running();
     guest.refuse(true);

@@ -38,6 +38,8 @@ struct FakeHost {
     refusals: Refusals,
     /// Of a batch that is refused: the command that is.
     refused: Mutex<usize>,
+    /// Instead of a batch that is refused everything is forgotten.
+    flushes: AtomicBool,
     /// An SMMU that is halted during every call.
     halting: Mutex<Option<Arc<Smmu>>>,
     /// An SMMU that is told of an event of [`STREAM`] during every call.
@@ -70,8 +72,12 @@ impl SmmuHostSide for FakeHost {
             command
         });
         let refused = *self.refused.lock().unwrap();
-        self.record(Call::Invalidate(decoded.collect()))
-            .map_err(|error| SmmuInvalidateError { refused, error })
+        let flushed = self.flushes.load(Ordering::Relaxed);
+        self.record(Call::Invalidate(decoded.collect())).map_err(|error| SmmuInvalidateError {
+            refused,
+            flushed,
+            error,
+        })
     }
 }
 
