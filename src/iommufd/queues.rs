@@ -33,7 +33,7 @@ pub trait FaultQueue: Debug + Send + Sync {
     /// The next group; none when there is none. Never waits.
     ///
     /// # Errors
-    /// `EIO` the host cannot be read from.
+    /// As [`EventQueue::next_event`].
     fn next_group(&self) -> Result<Option<PageRequestGroup>>;
 
     /// Answers a group.
@@ -54,7 +54,8 @@ pub trait EventQueue: Debug + Send + Sync {
     /// The next event; none when there is none. Never waits.
     ///
     /// # Errors
-    /// `EIO` the host cannot be read from.
+    /// `ENOMEM` the host has no memory for it now: the event stays, and can be read later. Anything
+    /// else, such as `EIO`: the queue cannot be read, now or ever.
     fn next_event(&self) -> Result<Option<Vevent>>;
 
     /// Tells `watcher`, in place of an earlier one, of what there is to read, now and from now on.

@@ -3,7 +3,8 @@
 //!
 //! A file is read as far as it goes, and what was read handed out one by one. Readiness comes from a
 //! thread that waits for the file; it is told under the lock of what was read, each time after a
-//! fresh look at the file, so that the last word is always the right one.
+//! fresh look at the file, so that the last word is always the right one. A file that polls as broken
+//! is told as readable: whoever reads it finds the error.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -51,6 +52,8 @@ struct State<T> {
     watcher: Option<Arc<dyn Readiness>>,
     /// What the watcher was told last.
     told: bool,
+    /// The file polled as broken: nothing comes after what can be read.
+    broken: bool,
 }
 
 impl<T> Shared<T> {
@@ -67,6 +70,9 @@ impl<T> Shared<T> {
                 result => break result?,
             }
         };
+        if length == 0 && state.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         // A read gives no more than there is room for.
         let records = (self.parse)(&state.buffer[..length]);
         state.pending.extend(records.ok_or(io::ErrorKind::InvalidData)?);
@@ -98,7 +104,8 @@ impl<T: Send + 'static> Queue<T> {
     /// The queue `object`, which `verb` reads from `file`.
     pub fn new(object: ObjectId, verb: Verb, file: File, parse: Parse<T>) -> Self {
         let buffer = vec![0; READ].into_boxed_slice();
-        let state = State { pending: VecDeque::new(), buffer, watcher: None, told: false };
+        let state =
+            State { pending: VecDeque::new(), buffer, watcher: None, told: false, broken: false };
         let shared = Arc::new(Shared { file, parse, state: Mutex::new(state) });
         Self { object, verb, shared, poller: Mutex::new(None) }
     }
@@ -107,7 +114,8 @@ impl<T: Send + 'static> Queue<T> {
         let mut state = self.shared.state();
         if state.pending.is_empty() {
             self.shared.fill(&mut state).map_err(|error| {
-                HostError::new(self.verb, self.object, Errno::EIO, format!("read: {error}"))
+                let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+                HostError::new(self.verb, self.object, errno, format!("read: {error}"))
             })?;
         }
         let next = state.pending.pop_front();
@@ -183,6 +191,8 @@ fn wait<T>(epoll: &Epoll, shared: &Shared<T>) -> io::Result<()> {
             return Ok(());
         }
         let mut state = shared.state();
+        let broken = EventSet::ERROR | EventSet::HANG_UP;
+        state.broken |= events.iter().take(count).any(|event| event.event_set().intersects(broken));
         if shared.readable(&state) {
             shared.tell(&mut state, true);
         }
@@ -269,7 +279,7 @@ pub(super) fn vevent_parser(kind: u32) -> Option<Parse<Vevent>> {
 mod tests {
     use super::*;
     use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixDatagram;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
     use std::sync::mpsc::{channel, Sender};
 
     struct Told(Mutex<Sender<bool>>);
@@ -327,5 +337,26 @@ mod tests {
         assert_eq!(queue.next().unwrap_err().errno, Errno::EIO);
         more.send(&event(5)).unwrap();
         assert_eq!(sequence(&queue), Some(5));
+    }
+
+    #[test]
+    fn a_file_that_breaks_is_told_and_cannot_be_read_any_more() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let parse = vevent_parser(iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3).unwrap();
+        let file = File::from(OwnedFd::from(theirs));
+        let queue = Queue::new(ObjectId(7), Verb::Vevent, file, parse);
+        let (sender, told) = channel();
+        queue.watch(Arc::new(Told(Mutex::new(sender))));
+        assert_eq!(told.recv(), Ok(false));
+        (&ours).write_all(&event(1)).unwrap();
+        assert_eq!(told.recv(), Ok(true));
+        assert_eq!(sequence(&queue), Some(1));
+        assert_eq!(sequence(&queue), None);
+        assert_eq!(told.recv(), Ok(false));
+        drop(ours);
+        assert_eq!(told.recv(), Ok(true));
+        let error = queue.next().unwrap_err();
+        assert_eq!((error.errno, error.object), (Errno::EIO, Some(ObjectId(7))), "{error}");
     }
 }

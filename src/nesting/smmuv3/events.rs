@@ -6,10 +6,15 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-use crate::iommufd::{EventQueue, ObjectId, Readiness, Vevent};
+use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 
+/// How long the first pause is after a read that failed for want of memory, and the longest; each
+/// is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Events are numbered modulo 2^31.
 const SEQUENCE_MASK: u32 = i32::MAX as u32;
 
@@ -74,16 +79,30 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads the queue until it is empty.
-    fn drain(&mut self) {
+    /// Reads the queue until it is empty. What fails for now is tried again, with pauses by `pause`,
+    /// which says whether to go on.
+    fn drain(&mut self, pause: impl Fn(Duration) -> bool) -> Drained {
+        let mut next_pause = FIRST_PAUSE;
         loop {
             match self.queue.next_event() {
-                Ok(Some(event)) => self.bring(&event),
-                Ok(None) => return,
+                Ok(Some(event)) => {
+                    self.bring(&event);
+                    next_pause = FIRST_PAUSE;
+                }
+                Ok(None) => return Drained::Empty,
+                Err(error) if passes(error.errno) => {
+                    if next_pause == FIRST_PAUSE {
+                        log::warn!("{error}: it is tried again until it can be done");
+                    }
+                    if !pause(next_pause) {
+                        return Drained::Over;
+                    }
+                    next_pause = (next_pause * 2).min(LONGEST_PAUSE);
+                }
                 Err(error) => {
-                    log::error!("events of the guest's streams are not read: {error}");
+                    log::error!("{}", Unreadable(&error));
                     self.route.events_lost();
-                    return;
+                    return Drained::Over;
                 }
             }
         }
@@ -101,6 +120,34 @@ impl Reader {
             Some(record) => self.route.deliver(record),
             None => log::error!("an event of {} bytes is no record of an SMMU", data.len()),
         }
+    }
+}
+
+/// How reading a queue ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Drained {
+    /// Nothing is left for now.
+    Empty,
+    /// Nothing is to be read any more.
+    Over,
+}
+
+/// Whether a read that failed with `errno` may succeed later: the event is still there.
+fn passes(errno: Errno) -> bool {
+    errno == Errno::ENOMEM
+}
+
+/// What the user is told of a queue that cannot be read.
+struct Unreadable<'a>(&'a HostError);
+
+impl fmt::Display for Unreadable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: faults of the devices behind this virtual SMMU reach the guest no more, nor are they \
+             told here; everything else goes on. To have them again, end the guest and start it anew",
+            self.0
+        )
     }
 }
 
@@ -139,6 +186,13 @@ impl Signal {
         !wanted.stop
     }
 
+    /// Waits for so long; false: it is time to stop.
+    fn pause(&self, time: Duration) -> bool {
+        let going = |wanted: &mut Wanted| !wanted.stop;
+        let waited = self.changed.wait_timeout_while(self.wanted(), time, going);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.stop
+    }
+
     fn stop(&self) {
         self.wanted().stop = true;
         self.changed.notify_all();
@@ -170,9 +224,8 @@ impl EventThread {
         let watched = queue.clone();
         let mut reader = Reader { queue, route, expected: 0 };
         let thread = thread::Builder::new().name("smmu-events".into()).spawn(move || {
-            while waited_for.wait() {
-                reader.drain();
-            }
+            let pause = |time| waited_for.pause(time);
+            while waited_for.wait() && reader.drain(pause) == Drained::Empty {}
         })?;
         watched.watch(signal.clone());
         Ok(Self { object, signal, thread: Some(thread) })
@@ -204,7 +257,10 @@ impl Drop for EventThread {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
+    use crate::iommufd::Verb;
 
     #[derive(Default)]
     struct Target(Mutex<Vec<Option<u64>>>);
@@ -219,19 +275,44 @@ mod tests {
         }
     }
 
-    #[derive(Debug)]
-    struct NoQueue;
+    /// Gives what it was told to give, and is empty then.
+    #[derive(Debug, Default)]
+    struct Script {
+        reads: Mutex<VecDeque<crate::iommufd::Result<Vevent>>>,
+        watcher: Mutex<Option<Weak<dyn Readiness>>>,
+    }
 
-    impl EventQueue for NoQueue {
+    impl Script {
+        fn new(reads: impl IntoIterator<Item = crate::iommufd::Result<Vevent>>) -> Arc<Self> {
+            Arc::new(Self { reads: Mutex::new(reads.into_iter().collect()), ..Self::default() })
+        }
+    }
+
+    impl EventQueue for Script {
         fn object(&self) -> ObjectId {
-            ObjectId(1)
+            ObjectId(6)
         }
 
         fn next_event(&self) -> crate::iommufd::Result<Option<Vevent>> {
-            Ok(None)
+            self.reads.lock().unwrap().pop_front().transpose()
         }
 
-        fn watch(&self, _: Arc<dyn Readiness>) {}
+        fn watch(&self, watcher: Arc<dyn Readiness>) {
+            watcher.changed(true);
+            *self.watcher.lock().unwrap() = Some(Arc::downgrade(&watcher));
+        }
+    }
+
+    fn refused(errno: Errno) -> crate::iommufd::Result<Vevent> {
+        Err(HostError::new(Verb::Vevent, ObjectId(6), errno, "read: refused"))
+    }
+
+    /// A route, and what comes out of it.
+    fn route() -> (Arc<EventRoute>, Arc<Target>) {
+        let (route, target) = (Arc::<EventRoute>::default(), Arc::new(Target::default()));
+        let weak: Weak<Target> = Arc::downgrade(&target);
+        route.set_target(weak);
+        (route, target)
     }
 
     fn event(sequence: u32, address: u64) -> Vevent {
@@ -241,11 +322,9 @@ mod tests {
 
     #[test]
     fn a_loss_is_told_whether_the_host_says_so_or_a_number_is_missing() {
-        let target = Arc::new(Target::default());
-        let route = Arc::<EventRoute>::default();
-        let weak: Weak<Target> = Arc::downgrade(&target);
-        route.set_target(weak);
-        let mut reader = Reader { queue: Arc::new(NoQueue), route: route.clone(), expected: 0 };
+        let (route, target) = route();
+        let queue = Script::new([]);
+        let mut reader = Reader { queue, route: route.clone(), expected: 0 };
         let last = SEQUENCE_MASK;
         for next in [event(0, 1), Vevent::Lost { sequence: 1 }, event(2, 2), event(5, 3)] {
             reader.bring(&next);
@@ -258,5 +337,71 @@ mod tests {
         }
         assert_eq!(*target.0.lock().unwrap(), [None, Some(4), Some(5)]);
         assert_eq!((route.delivered(), route.lost()), (5, 3));
+    }
+
+    #[test]
+    fn a_read_that_fails_for_now_is_done_again_and_nothing_is_lost() {
+        let (route, target) = route();
+        let again = || refused(Errno::ENOMEM);
+        let reads = [Ok(event(0, 1)), again(), again(), Ok(event(1, 2)), again()];
+        let queue = Script::new(reads);
+        let mut reader = Reader { queue, route: route.clone(), expected: 0 };
+        let pauses = Mutex::new(Vec::new());
+        let pause = |time: Duration| {
+            pauses.lock().unwrap().push(time.as_millis());
+            true
+        };
+        assert_eq!(reader.drain(pause), Drained::Empty);
+        assert_eq!(*target.0.lock().unwrap(), [Some(1), Some(2)]);
+        assert_eq!(route.lost(), 0);
+        // Each longer than the one before, and from the start after a success.
+        assert_eq!(*pauses.lock().unwrap(), [1, 2, 1]);
+    }
+
+    #[test]
+    fn a_pause_ends_when_it_is_time_to_stop() {
+        let (route, _) = route();
+        let queue = Script::new([refused(Errno::ENOMEM), Ok(event(0, 1))]);
+        let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
+        assert_eq!(reader.drain(|_| false), Drained::Over);
+        assert_eq!(queue.reads.lock().unwrap().len(), 1);
+        let signal = Signal::default();
+        assert!(signal.pause(Duration::ZERO));
+        signal.stop();
+        assert!(!signal.pause(Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn a_queue_that_cannot_be_read_is_not_read_again_and_the_guest_is_told_of_a_loss() {
+        for errno in [Errno::EIO, Errno::EINVAL, Errno::EFAULT] {
+            let (route, target) = route();
+            let queue = Script::new([Ok(event(0, 1)), refused(errno), Ok(event(1, 2))]);
+            let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
+            let pause = |_| unreachable!("nothing is tried again");
+            assert_eq!(reader.drain(pause), Drained::Over);
+            assert_eq!(*target.0.lock().unwrap(), [Some(1), None]);
+            // The thread is over as well: more to read wakes nobody.
+            let thread = EventThread::start(queue.clone(), Arc::default()).unwrap();
+            while queue.reads.lock().unwrap().len() == 1 {
+                thread::yield_now();
+            }
+            queue.reads.lock().unwrap().push_back(refused(errno));
+            thread.signal.changed(true);
+            while !thread.thread.as_ref().is_some_and(JoinHandle::is_finished) {
+                thread::yield_now();
+            }
+            assert_eq!(thread.stop(), ObjectId(6));
+        }
+    }
+
+    #[test]
+    fn what_is_said_of_a_queue_that_cannot_be_read() {
+        let error = refused(Errno::EIO).unwrap_err();
+        assert_eq!(
+            Unreadable(&error).to_string(),
+            "VEVENT on object 6: EIO: read: refused: faults of the devices behind this virtual SMMU \
+             reach the guest no more, nor are they told here; everything else goes on. To have them \
+             again, end the guest and start it anew"
+        );
     }
 }

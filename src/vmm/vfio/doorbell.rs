@@ -17,35 +17,47 @@ use std::sync::Arc;
 use crate::spec::smmuv3::event::{EventId, EventRecord};
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 
-/// Where Linux has the doorbells, in the address spaces of all devices.
+/// Where Linux has the doorbells, in the address spaces of all devices, unless it says otherwise.
 pub const MSI_WINDOW: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
 
 /// Brings events to a virtual SMMUv3, and says once when a message of an assigned device is among them.
 pub struct DoorbellWatch {
     target: Arc<dyn EventTarget>,
+    windows: Vec<RangeInclusive<u64>>,
     told: AtomicBool,
 }
 
 impl DoorbellWatch {
-    /// A way to `target`.
-    pub fn new(target: Arc<dyn EventTarget>) -> Self {
-        Self { target, told: AtomicBool::new(false) }
+    /// A way to `target`, where the messages of assigned devices go to `windows`.
+    pub fn new(target: Arc<dyn EventTarget>, windows: Vec<RangeInclusive<u64>>) -> Self {
+        Self { target, windows, told: AtomicBool::new(false) }
+    }
+
+    /// The window that a write of an event was to, which leads nowhere, or must not be written.
+    fn of_lost_message(&self, record: &EventRecord) -> Option<&RangeInclusive<u64>> {
+        let refused = matches!(
+            record.id(),
+            Some(
+                EventId::Translation | EventId::Permission | EventId::AddressSize | EventId::Access
+            )
+        );
+        let window = self.windows.iter().find(|window| window.contains(&record.input_address));
+        window.filter(|_| refused && !record.qw1.rnw())
     }
 }
 
 impl EventTarget for DoorbellWatch {
     fn event(&self, record: EventRecordWords) {
-        if is_lost_message(record) && !self.told.swap(true, Ordering::Relaxed) {
-            let EventRecord { input_address, .. } = EventRecord::from_words(record);
-            let stream = EventRecord::from_words(record).stream();
-            log::warn!(
-                "an interrupt of the assigned device with {stream} is lost: it is a write to \
-                 {input_address:#x}, which the guest does not map. It has to map {:#x}..={:#x} to \
-                 itself for the device, as the device tree tells (iommu-addresses); more such \
-                 interrupts are not told",
-                MSI_WINDOW.start(),
-                MSI_WINDOW.end()
-            );
+        let event = EventRecord::from_words(record);
+        match self.of_lost_message(&event) {
+            Some(window) if !self.told.swap(true, Ordering::Relaxed) => log::warn!(
+                "an interrupt of the assigned device with {} is lost: it is a write to {:#x}, which \
+                 the guest does not map. It has to map {window:#x?} to itself for the device, as the \
+                 device tree tells (iommu-addresses); more such interrupts are not told",
+                event.stream(),
+                event.input_address,
+            ),
+            _ => {}
         }
         self.target.event(record);
     }
@@ -59,16 +71,6 @@ impl fmt::Debug for DoorbellWatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DoorbellWatch").field("told", &self.told).finish_non_exhaustive()
     }
-}
-
-/// Whether the event is of a write to the window that leads nowhere, or must not be written.
-fn is_lost_message(record: EventRecordWords) -> bool {
-    let record = EventRecord::from_words(record);
-    let refused = matches!(
-        record.id(),
-        Some(EventId::Translation | EventId::Permission | EventId::AddressSize | EventId::Access)
-    );
-    refused && !record.qw1.rnw() && MSI_WINDOW.contains(&record.input_address)
 }
 
 #[cfg(test)]
@@ -100,17 +102,22 @@ mod tests {
 
     #[test]
     fn a_refused_write_to_the_doorbell_is_a_lost_message() {
-        assert!(is_lost_message(event(EventId::Translation, 0x800_0040, false)));
-        assert!(is_lost_message(event(EventId::Permission, 0x80f_ffff, false)));
-        assert!(!is_lost_message(event(EventId::Translation, 0x800_0040, true)), "a read");
-        assert!(!is_lost_message(event(EventId::Translation, 0x810_0000, false)), "beyond");
-        assert!(!is_lost_message([u64::MAX; 4]));
+        let other = 0xa000_0000..=0xa00f_ffff;
+        let windows = vec![MSI_WINDOW, other.clone()];
+        let watch = DoorbellWatch::new(Arc::new(Target::default()), windows);
+        let of = |record| watch.of_lost_message(&EventRecord::from_words(record));
+        assert_eq!(of(event(EventId::Translation, 0x800_0040, false)), Some(&MSI_WINDOW));
+        assert_eq!(of(event(EventId::Permission, 0x80f_ffff, false)), Some(&MSI_WINDOW));
+        assert_eq!(of(event(EventId::Translation, 0xa000_0040, false)), Some(&other));
+        assert_eq!(of(event(EventId::Translation, 0x800_0040, true)), None, "a read");
+        assert_eq!(of(event(EventId::Translation, 0x810_0000, false)), None, "beyond");
+        assert_eq!(of([u64::MAX; 4]), None);
     }
 
     #[test]
     fn every_event_is_passed_on_and_the_first_lost_message_is_told() {
         let target = Arc::new(Target::default());
-        let watch = DoorbellWatch::new(target.clone());
+        let watch = DoorbellWatch::new(target.clone(), vec![MSI_WINDOW]);
         let lost = event(EventId::Translation, 0x800_0040, false);
         watch.event(event(EventId::Translation, 0x1000, false));
         assert!(!watch.told.load(Ordering::Relaxed));

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::ops::RangeInclusive;
 
 use super::config_image::ConfigError;
 use crate::iommufd::HostError;
@@ -36,6 +37,12 @@ pub enum VfioProblem {
         /// What VFIO said.
         source: io::Error,
     },
+    /// The host has its messages go to these addresses, where the guest has memory.
+    #[error(
+        "the host has its interrupt messages go to {0:#x?}, where the guest has memory: none would \
+         arrive; give the guest so little --memory that it ends before, or leave the device out"
+    )]
+    Messages(RangeInclusive<u64>),
     /// It is nothing that a guest can have.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -2,6 +2,8 @@
 //! What tells an arm64 guest of its machine: the device tree.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::boot::{StartState, DEVICE_TREE_SIZE};
@@ -12,7 +14,7 @@ use crate::vmm::config::{IommuConfig, MachineConfig};
 use crate::vmm::iommu::{interrupt_source, AssignedFunction};
 use crate::vmm::memory::MachineMemory;
 use crate::vmm::topology::assigned_functions;
-use crate::vmm::vfio::MSI_WINDOW;
+use crate::vmm::vfio::message_window;
 use crate::vmm::{Error, Result};
 
 /// Tells the guest, whose kernel starts with `start`, of the machine that `config` describes.
@@ -64,11 +66,7 @@ fn platform<'a>(
             intx: INTX_LINES.iter().flat_map(|line| line.gsis).copied().collect(),
         },
         smmus: smmus(config, &functions),
-        assigned: functions
-            .iter()
-            .filter(|function| function.vfio.is_some())
-            .map(assigned)
-            .collect(),
+        assigned: assigned(&functions, memory)?,
     })
 }
 
@@ -87,9 +85,15 @@ fn smmus(config: &MachineConfig, functions: &[AssignedFunction]) -> Vec<Smmu> {
     config.iommus.iter().enumerate().map(smmu).collect()
 }
 
-/// A device of this machine's behind a virtual SMMU: the host has its messages go to a window of its
-/// own, and stage 1 must lead there.
-fn assigned(function: &AssignedFunction) -> Assigned {
-    let (start, last) = (*MSI_WINDOW.start(), *MSI_WINDOW.end());
-    Assigned { bdf: function.bdf, identity: Span { start, length: last - start + 1 } }
+/// The devices of this machine's behind a virtual SMMU: the host has their messages go to a window of
+/// its own, and stage 1 must lead there.
+fn assigned(functions: &[AssignedFunction], memory: &MachineMemory) -> Result<Vec<Assigned>> {
+    let assigned = |function: &AssignedFunction, path: &PathBuf| {
+        let window = message_window(&path.display().to_string(), path, memory.ranges())?;
+        let (start, last) = window.into_inner();
+        let identity = Span { start, length: (last - start).saturating_add(1) };
+        Ok(Assigned { bdf: function.bdf, identity })
+    };
+    let vfio = |function: &AssignedFunction| Some(assigned(function, function.vfio.as_ref()?));
+    functions.iter().filter_map(vfio).collect()
 }
