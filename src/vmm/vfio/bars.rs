@@ -44,7 +44,7 @@ pub fn memory_bars(
     let mut bars = Vec::new();
     let mut index = 0;
     while index < BARS {
-        let kind = config[usize::from(BAR0) + 4 * index];
+        let Some(&kind) = config.get(usize::from(BAR0) + 4 * index) else { break };
         let wide = kind & (IO_SPACE | TYPE) == TYPE_64;
         // Six at the most.
         let region = host.region(index as u32)?;

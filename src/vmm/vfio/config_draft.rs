@@ -3,7 +3,8 @@
 //! from the device's with what the guest may not see or change left out.
 //!
 //! Offsets are of header registers, and of capabilities with the room that their list gives them:
-//! all that is written here lies in configuration space, whatever the device says.
+//! all that is written here lies in configuration space, whatever the device says. What would not is
+//! left out, and reads as zero.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -85,29 +86,30 @@ impl<'a> Draft<'a> {
 
     /// Sets what the guest reads.
     pub fn put(&mut self, offset: u16, bytes: &[u8]) {
-        self.bytes[usize::from(offset)..][..bytes.len()].copy_from_slice(bytes);
+        set(&mut self.bytes, offset, bytes);
     }
 
     /// Sets what the guest may change.
     fn allow(&mut self, offset: u16, mask: &[u8]) {
-        self.writable[usize::from(offset)..][..mask.len()].copy_from_slice(mask);
+        set(&mut self.writable, offset, mask);
     }
 
     /// The guest reads `bytes` as they are now, and cannot change them.
     pub fn copy(&mut self, bytes: Range<u16>) {
-        let range = usize::from(bytes.start)..usize::from(bytes.end);
-        self.bytes[range.clone()].copy_from_slice(&self.device[range]);
+        let now = self.device.get(usize::from(bytes.start)..usize::from(bytes.end));
+        set(&mut self.bytes, bytes.start, now.unwrap_or_default());
     }
 
     /// The device answers for `bytes`.
     pub fn live(&mut self, bytes: Range<u16>) -> LiveRange {
-        self.writable[usize::from(bytes.start)..usize::from(bytes.end)].fill(0xff);
+        let all = self.writable.get_mut(usize::from(bytes.start)..usize::from(bytes.end));
+        all.unwrap_or_default().fill(0xff);
         LiveRange { bytes, forwarded: true }
     }
 
     fn device_u16(&self, offset: u16) -> u16 {
-        let at = usize::from(offset);
-        u16::from_le_bytes([self.device[at], self.device[at + 1]])
+        let bytes = self.device.get(usize::from(offset)..).and_then(|rest| rest.first_chunk());
+        u16::from_le_bytes(bytes.copied().unwrap_or_default())
     }
 
     /// Four bytes as the device has them.
@@ -117,11 +119,12 @@ impl<'a> Draft<'a> {
 
     /// Lets the extended capability at `before` point to the one at `offset`.
     pub fn link_extended(&mut self, before: u16, offset: u16) {
-        let at = usize::from(before);
+        let header =
+            self.bytes.get_mut(usize::from(before)..).and_then(|rest| rest.first_chunk_mut());
+        let Some(header) = header else { return };
         // The low 20 bits are the ID and the version.
-        let pointer = (offset << 4).to_le_bytes();
-        self.bytes[at + 2] = self.bytes[at + 2] & 0xf | pointer[0];
-        self.bytes[at + 3] = pointer[1];
+        let kept = u32::from_le_bytes(*header) & 0xf_ffff;
+        *header = (kept | u32::from(offset) << 20).to_le_bytes();
     }
 
     /// Power management of a device that stays in D0; `None` without room for it.
@@ -180,7 +183,9 @@ impl<'a> Draft<'a> {
         self.allow(offset + 2, &changeable.into_bits().to_le_bytes());
         // Messages are doublewords: the low two bits of the address are zero.
         self.allow(offset + 4, &0xffff_fffc_u32.to_le_bytes());
-        self.allow(offset + 8, &[0xff; 4][..usize::from(address - 4)]);
+        if kept.address_64() {
+            self.allow(offset + 8, &[0xff; 4]);
+        }
         self.allow(offset + 4 + address, &[0xff; 2]);
         if maskable {
             self.allow(offset + 8 + address, &[0xff; 4]);
@@ -206,5 +211,47 @@ impl<'a> Draft<'a> {
             table: place(self.device_u32(offset + MSIX_TABLE)),
             pending: place(self.device_u32(offset + MSIX_PENDING)),
         })
+    }
+}
+
+/// Puts `values` at `offset` of `space`, if they lie in it.
+fn set(space: &mut [u8; CONFIG_SIZE], offset: u16, values: &[u8]) {
+    let start = usize::from(offset);
+    if let Some(bytes) = space.get_mut(start..start + values.len()) {
+        bytes.copy_from_slice(values);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_lie_in_configuration_space_is_left_out() {
+        let device = [0x55; CONFIG_SIZE];
+        let mut draft = Draft::new(&device, false);
+        let (bytes, writable) = (draft.bytes.clone(), draft.writable.clone());
+        for beyond in [CONFIG_SIZE as u16 - 1, CONFIG_SIZE as u16, u16::MAX - 2] {
+            draft.put(beyond, &[1, 2]);
+            draft.allow(beyond, &[1, 2]);
+            draft.copy(beyond..beyond + 2);
+            draft.live(beyond..beyond + 2);
+            draft.link_extended(beyond, 0x100);
+            assert_eq!(draft.device_u16(beyond), 0);
+        }
+        assert!(draft.bytes == bytes && draft.writable == writable);
+        let last = CONFIG_SIZE as u16 - 2;
+        draft.put(last, &[1, 2]);
+        assert_eq!((draft.bytes[CONFIG_SIZE - 1], draft.device_u16(last)), (2, 0x5555));
+    }
+
+    #[test]
+    fn a_link_keeps_id_and_version() {
+        let device = [0; CONFIG_SIZE];
+        let mut draft = Draft::new(&device, false);
+        draft.put(0x100, &0x0003_000d_u32.to_le_bytes());
+        draft.link_extended(0x100, 0x140);
+        draft.link_extended(0x100, 0xffc);
+        assert_eq!(draft.bytes[0x100..0x104], 0xffc3_000d_u32.to_le_bytes());
     }
 }

@@ -94,6 +94,7 @@ impl ConfigImage {
         if device.starts_with(&[0xff; 4]) {
             return Err(ConfigError::NoAnswer);
         }
+        // The header is the first 64 bytes of every configuration space.
         match device[HEADER_TYPE] & !MULTI_FUNCTION {
             0 => {}
             header_type => return Err(ConfigError::Bridge(header_type)),

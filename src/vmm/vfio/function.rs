@@ -96,6 +96,7 @@ impl VfioPci {
 
         let config_region = host.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(asking)?;
         let device = read_config(&*host, &config_region).map_err(asking)?;
+        // The pin is in the header, the first 64 bytes of every configuration space.
         let intx = host.irq(Irq::Intx).map_err(asking)?.count > 0
             && device[usize::from(INTERRUPT_PIN)] != 0;
         let image = ConfigImage::new(&device, intx, host.can_reset())
@@ -334,6 +335,7 @@ impl fmt::Debug for VfioPci {
 fn read_config(host: &dyn HostDevice, region: &Region) -> std::io::Result<Box<[u8; CONFIG_SIZE]>> {
     let mut bytes = Box::new([0; CONFIG_SIZE]);
     let length = region.size.min(CONFIG_SIZE as u64) as usize;
+    // No more than there is room for.
     host.read(region, 0, &mut bytes[..length])?;
     Ok(bytes)
 }
