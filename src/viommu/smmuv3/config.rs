@@ -26,12 +26,17 @@ pub struct SmmuConfig {
     pub granule_16k: bool,
     /// Offer the 64 KiB granule.
     pub granule_64k: bool,
+    /// Each granule that is offered was asked for: a host that lacks one is a conflict. Otherwise one
+    /// is enough, and the others are taken back.
+    pub require_granules: bool,
     /// Offer 16 bits of ASID, not 8 (ASID16).
     pub asid16: bool,
     /// Offer 2-level tables of context descriptors (CD2L).
     pub two_level_contexts: bool,
     /// Offer invalidation by range (RIL).
     pub range_invalidation: bool,
+    /// That was asked for: a host that lacks it is a conflict. Otherwise it is taken back.
+    pub require_range_invalidation: bool,
     /// How little care block sizes may be changed with (BBML), 0 to 2.
     pub break_before_make_level: u8,
     /// Offer ATS. A device has it where its configuration space says so, too.
@@ -62,9 +67,11 @@ impl Default for SmmuConfig {
             granule_4k: true,
             granule_16k: true,
             granule_64k: true,
+            require_granules: false,
             asid16: true,
             two_level_contexts: true,
             range_invalidation: true,
+            require_range_invalidation: false,
             break_before_make_level: 2,
             ats: false,
             msi: true,

@@ -33,6 +33,7 @@ mod events;
 mod gerror;
 mod host_side;
 mod interrupts;
+mod intersection;
 mod notices;
 mod policy;
 mod registers;
@@ -43,7 +44,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use caps::{Capabilities, HostSmmu};
+pub use caps::Capabilities;
 pub use config::{SmmuConfig, SmmuConfigError};
 pub use counters::SmmuCounters;
 pub use eventq::EventQueue;
@@ -52,6 +53,7 @@ pub use host_side::{
     EventRecordWords, EventTarget, RawCommand, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
 };
 pub use interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
+pub use intersection::HostSmmu;
 pub use notices::Notices;
 pub use state::{Registers, SmmuState};
 

@@ -98,6 +98,7 @@ impl VtdConfig {
     /// # Errors
     /// A unit cannot serve what was asked for by value.
     pub fn intersect(&self, hosts: &[HostUnit]) -> Result<Self, CapabilityConflict> {
+        self.require_pasids(hosts)?;
         let mut lowered = self.clone();
         for host in hosts {
             self.require(host)?;
@@ -110,39 +111,56 @@ impl VtdConfig {
         Ok(lowered)
     }
 
+    /// As many PASID bits as are offered, by the unit that has the fewest.
+    fn require_pasids(&self, hosts: &[HostUnit]) -> Result<(), CapabilityConflict> {
+        let least = hosts.iter().min_by_key(|host| host.ecap.pasid_bits());
+        let Some(host) = least else { return Ok(()) };
+        let (asked, has) = (self.pasid_bits, host.ecap.pasid_bits());
+        if asked <= has {
+            return Ok(());
+        }
+        Err(CapabilityConflict {
+            device: host.device.clone(),
+            bit: if has == 0 { "ECAP.PASID" } else { "ECAP.PSS" },
+            needed_for: format!(
+                "pasid-bits={asked} is to be offered; pasid-bits={has} is the most that all devices \
+                 have"
+            ),
+        })
+    }
+
     fn require(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
         let HostUnit { device, cap, ecap, guest_second_stage } = host;
         let conflict = |bit, needed_for: String| {
             Err(CapabilityConflict { device: device.clone(), bit, needed_for })
         };
         if self.scalable_mode && !ecap.smts() {
-            return conflict("ECAP.SMTS", "scalable mode is needed for nested translation".into());
+            return conflict(
+                "ECAP.SMTS",
+                "nested translation needs scalable mode; leave the device out".into(),
+            );
         }
         if self.scalable_mode && !ecap.nest() {
-            return conflict("ECAP.NEST", "the guest's first-stage tables are nested".into());
+            return conflict(
+                "ECAP.NEST",
+                "the guest's first-stage tables are nested; leave the device out".into(),
+            );
         }
         if self.address_width == 57 && !cap.fs5lp() {
-            return conflict("CAP.FS5LP", "an address width of 57 bits was asked for".into());
+            return conflict("CAP.FS5LP", "aw=57 was asked for; say aw=48".into());
         }
         if self.address_width > cap.guest_address_width() {
             let (bits, has) = (self.address_width, cap.guest_address_width());
-            let needed_for = format!("an address width of {bits} bits was asked for, it has {has}");
+            let needed_for =
+                format!("aw={bits} was asked for, and guest addresses have {has} bits there");
             return conflict("CAP.MGAW", needed_for);
         }
         if self.second_stage && !guest_second_stage {
-            let needed_for = "second-stage tables of the guest's own were asked for";
+            let needed_for = "second-stage=on was asked for; say second-stage=off";
             return conflict("guest_second_stage", needed_for.into());
         }
-        if self.pasid_bits > 0 && !ecap.pasid() {
-            let bits = self.pasid_bits;
-            return conflict("ECAP.PASID", format!("{bits} PASID bits were asked for"));
-        }
-        if self.pasid_bits > ecap.pasid_bits() {
-            let (bits, has) = (self.pasid_bits, ecap.pasid_bits());
-            return conflict("ECAP.PSS", format!("{bits} PASID bits were asked for, it has {has}"));
-        }
         if self.device_iotlb && !ecap.dt() {
-            return conflict("ECAP.DT", "device-TLBs were asked for".into());
+            return conflict("ECAP.DT", "ats=on was asked for; say ats=off".into());
         }
         Ok(())
     }
@@ -231,21 +249,40 @@ mod tests {
         };
         type TakeAway = fn(&mut HostUnit);
         let lacking: [(TakeAway, &str); 8] = [
-            (|host| host.ecap.set_smts(false), "ECAP.SMTS"),
-            (|host| host.ecap.set_nest(false), "ECAP.NEST"),
-            (|host| host.cap.set_fs5lp(false), "CAP.FS5LP"),
-            (|host| host.ecap.set_pasid(false), "ECAP.PASID"),
-            (|host| host.ecap.set_pss(18), "ECAP.PSS"),
-            (|host| host.ecap.set_dt(false), "ECAP.DT"),
-            (|host| host.cap.set_mgaw(55), "CAP.MGAW"),
-            (|host| host.guest_second_stage = false, "guest_second_stage"),
+            (
+                |host| host.ecap.set_smts(false),
+                "ECAP.SMTS: nested translation needs scalable mode; leave the device out",
+            ),
+            (
+                |host| host.ecap.set_nest(false),
+                "ECAP.NEST: the guest's first-stage tables are nested; leave the device out",
+            ),
+            (|host| host.cap.set_fs5lp(false), "CAP.FS5LP: aw=57 was asked for; say aw=48"),
+            (
+                |host| host.ecap.set_pasid(false),
+                "ECAP.PASID: pasid-bits=20 is to be offered; pasid-bits=0 is the most that all \
+                 devices have",
+            ),
+            (
+                |host| host.ecap.set_pss(18),
+                "ECAP.PSS: pasid-bits=20 is to be offered; pasid-bits=19 is the most that all \
+                 devices have",
+            ),
+            (|host| host.ecap.set_dt(false), "ECAP.DT: ats=on was asked for; say ats=off"),
+            (
+                |host| host.cap.set_mgaw(55),
+                "CAP.MGAW: aw=57 was asked for, and guest addresses have 56 bits there",
+            ),
+            (
+                |host| host.guest_second_stage = false,
+                "guest_second_stage: second-stage=on was asked for; say second-stage=off",
+            ),
         ];
-        for (take_away, bit) in lacking {
+        for (take_away, text) in lacking {
             let mut host = HostUnit { device: "nic1".into(), ..able() };
             take_away(&mut host);
             let error = config.intersect(&[able(), host]).unwrap_err();
-            assert_eq!((error.device.as_str(), error.bit), ("nic1", bit));
-            assert!(error.to_string().starts_with("the IOMMU of nic1 lacks "), "{error}");
+            assert_eq!(error.to_string(), format!("the IOMMU of nic1 lacks {text}"));
         }
     }
 }

@@ -91,13 +91,14 @@ struct RunArgs {
     /// first). A PC has `vtd`, arm64 `smmuv3`.
     /// With `off` a device's DMA is not translated; messages of virtio devices are remapped even so.
     /// PASIDs have `pasid-bits` bits, 20 at the most: 8 behind a vtd unless given, and behind an
-    /// smmuv3 what its devices' SMMU has. Interrupts are
-    /// remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
+    /// smmuv3 what its devices' SMMU has. IOVAs have `aw` bits. What of granules and invalidation by
+    /// range (`ril`) is not said is what its devices' SMMU has; what is said, it must have. Interrupts
+    /// are remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
     /// it there, and `intremap=on` insists where KVM cannot do without. With `host=/dev/iommu` the
     /// kernel translates, and the devices behind are those of this machine (--vfio).
     #[arg(
         long = "iommu",
-        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,pasid-bits=N,ats=on|off,host=emulated|PATH]"
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,ril=on|off,host=emulated|PATH]"
     )]
     iommus: Vec<IommuConfig>,
 

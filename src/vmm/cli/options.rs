@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::size::{parse_number, parse_size};
+use crate::spec::smmuv3::translation::Granule;
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 use crate::vmm::config::{
     DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel, SerialConfig,
@@ -133,7 +134,7 @@ impl FromStr for IommuConfig {
             IommuModel::Vtd(_) => {
                 "addr, ats, aw, caching-mode, host, id, intremap, pasid-bits, sanitize, second-stage"
             }
-            IommuModel::SmmuV3(_) => "addr, ats, host, id, pasid-bits",
+            IommuModel::SmmuV3(_) => "addr, ats, aw, granules, host, id, pasid-bits, ril",
         })?;
         Ok(Self { id, address, host, model })
     }
@@ -163,10 +164,36 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
 }
 
 fn smmuv3(pairs: &mut Pairs<'_>) -> Result<SmmuV3Options, String> {
-    Ok(SmmuV3Options {
-        substream_bits: pairs.take("pasid-bits", None, |text| pasid_bits(text).map(Some))?,
-        ats: pairs.take("ats", false, on_off)?,
-    })
+    let default = SmmuV3Options::default();
+    let options = SmmuV3Options {
+        address_width: pairs.take("aw", default.address_width, |text| match text {
+            "48" => Ok(48),
+            "52" => Ok(52),
+            _ => Err(format!("'{text}' is neither 48 nor 52")),
+        })?,
+        granules: pairs.take("granules", default.granules, |text| granules(text).map(Some))?,
+        range_invalidation: pairs
+            .take("ril", default.range_invalidation, |text| on_off(text).map(Some))?,
+        substream_bits: pairs
+            .take("pasid-bits", default.substream_bits, |text| pasid_bits(text).map(Some))?,
+        ats: pairs.take("ats", default.ats, on_off)?,
+    };
+    let narrow = options.granules.as_ref().is_some_and(|some| !some.contains(&Granule::K64));
+    if options.address_width == 52 && narrow {
+        return Err("aw=52 needs the granule of 64 KiB: add 64K to granules=, or say aw=48".into());
+    }
+    Ok(options)
+}
+
+/// Granules by their sizes, such as `4K+64K`.
+fn granules(text: &str) -> Result<Vec<Granule>, String> {
+    let granule = |size| match size {
+        "4K" => Ok(Granule::K4),
+        "16K" => Ok(Granule::K16),
+        "64K" => Ok(Granule::K64),
+        _ => Err(format!("'{size}' is none of 4K, 16K, 64K, of which several are joined by +")),
+    };
+    text.split('+').map(granule).collect()
 }
 
 fn pasid_bits(text: &str) -> Result<u8, String> {
@@ -318,12 +345,19 @@ mod tests {
         assert!(!kernel.model.vtd().unwrap().second_stage);
         assert_eq!("smmuv3".parse(), Ok(IommuConfig::from(SmmuV3Options::default())));
         assert_eq!(
-            "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4".parse(),
+            "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,granules=4K+64K,ril=off"
+                .parse(),
             Ok(IommuConfig {
                 id: Some("s".to_owned()),
                 address: Some(0xa00_0000),
                 host: HostChoice::Kernel(DEV_IOMMU.into()),
-                model: IommuModel::SmmuV3(SmmuV3Options { substream_bits: Some(4), ats: true }),
+                model: IommuModel::SmmuV3(SmmuV3Options {
+                    address_width: 52,
+                    granules: Some(vec![Granule::K4, Granule::K64]),
+                    range_invalidation: Some(false),
+                    substream_bits: Some(4),
+                    ats: true,
+                }),
             })
         );
         assert_eq!(
@@ -348,7 +382,11 @@ mod tests {
         refused::<CpusOption>("boot=", "'boot='");
         refused::<MemoryOption>("size=lots", "size: 'lots'");
         refused::<IommuConfig>("smmu", "unknown IOMMU 'smmu'");
-        refused::<IommuConfig>("smmuv3,aw=48", "unknown key 'aw'");
+        refused::<IommuConfig>("smmuv3,caching-mode=on", "unknown key 'caching-mode'");
+        refused::<IommuConfig>("smmuv3,aw=57", "aw: '57' is neither 48 nor 52");
+        refused::<IommuConfig>("smmuv3,granules=4K+8K", "granules: '8K' is none of 4K, 16K, 64K");
+        refused::<IommuConfig>("smmuv3,granules=4K,aw=52", "add 64K to granules=");
+        refused::<IommuConfig>("smmuv3,ril=auto", "ril: 'auto'");
         refused::<IommuConfig>("vtd,aw=39", "aw: '39'");
         refused::<IommuConfig>("vtd,pasid-bits=21", "21 is more");
         refused::<IommuConfig>("vtd,addr=0xfed90001", "multiple of 4096");

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use super::arch::layout::IOMMU_REGISTERS;
 use super::devices::virtio::MacAddress;
 use crate::spec::smmuv3::regs;
+use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::vtd::MMIO_SIZE;
 
 pub use check::{ConfigError, MAX_DEVICES};
@@ -231,12 +232,30 @@ impl Default for VtdOptions {
 }
 
 /// A virtual SMMUv3.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SmmuV3Options {
+    /// Width of input addresses (IOVAs), in bits: 48, or 52 with the 64 KiB granule.
+    pub address_width: u8,
+    /// The granules that are offered; unsaid, those that all hosts have.
+    pub granules: Option<Vec<Granule>>,
+    /// Invalidation by range is offered; unsaid, where all hosts have it.
+    pub range_invalidation: Option<bool>,
     /// Width of SubstreamIDs (PASIDs), in bits; unsaid, what the host has.
     pub substream_bits: Option<u8>,
     /// Device TLBs (ATS) are offered.
     pub ats: bool,
+}
+
+impl Default for SmmuV3Options {
+    fn default() -> Self {
+        Self {
+            address_width: 48,
+            granules: None,
+            range_invalidation: None,
+            substream_bits: None,
+            ats: false,
+        }
+    }
 }
 
 /// Who serves the verbs of iommufd behind a virtual IOMMU.

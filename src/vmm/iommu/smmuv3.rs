@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use vm_superio::Trigger;
@@ -11,12 +13,13 @@ use super::in_use::ObjectsInUse;
 use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
 use super::nesting::Nesting;
 use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
-use super::Surroundings;
+use super::{AssignedFunction, Surroundings};
 use crate::emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
 use crate::nesting::smmuv3::{SmmuNesting, SmmuObjects, DEFAULT_EVENT_DEPTH};
 use crate::nesting::{host_smmu, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::regs::{self, Cr0};
+use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use crate::vmm::arch::layout::MESSAGE_RANGE;
@@ -25,7 +28,7 @@ use crate::vmm::bus::BusDevice;
 use crate::vmm::config::SmmuV3Options;
 use crate::vmm::devices::DmaMaster;
 use crate::vmm::report::{ModelReport, SmmuV3Report};
-use crate::vmm::vfio::DoorbellWatch;
+use crate::vmm::vfio::{message_window, DoorbellWatch};
 use crate::vmm::Result;
 
 /// A virtual SMMUv3.
@@ -52,6 +55,7 @@ impl SmmuV3 {
         nesting: SmmuNesting,
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
+        let windows = message_windows(&plan.functions, around)?;
         let nesting = Arc::new(nesting);
         let emulated = around.host.emulated.as_ref().map(|emulated| {
             let unit = SmmuV3Unit::new(unit_config(options));
@@ -65,7 +69,7 @@ impl SmmuV3 {
         let hosts: Vec<_> = nesting
             .hw_infos()
             .iter()
-            .filter_map(|device| host_smmu(device.rid.to_string(), &device.info))
+            .filter_map(|device| host_smmu(plan.device_name(device.rid), &device.info))
             .collect();
         let offered = smmu_config(options).intersect(&hosts)?;
         let tables = Arc::new(around.memory.map().clone());
@@ -74,7 +78,7 @@ impl SmmuV3 {
         let observer = around.observer(&plan.id);
         let smmu = Smmu::new(&offered, tables, nesting.clone(), interrupts.clone(), observer)
             .map_err(failed("--iommu"))?;
-        let events: Arc<dyn EventTarget> = Arc::new(DoorbellWatch::new(smmu.clone()));
+        let events: Arc<dyn EventTarget> = Arc::new(DoorbellWatch::new(smmu.clone(), windows));
         nesting.set_event_target(Arc::downgrade(&events));
         for (bdf, _) in &devices {
             smmu.add_stream((*bdf).into());
@@ -238,16 +242,43 @@ impl fmt::Debug for OwnInterrupts {
     }
 }
 
+/// Where the host has the messages of those of `functions` go that are of this machine.
+fn message_windows(
+    functions: &[AssignedFunction],
+    around: &Surroundings<'_>,
+) -> Result<Vec<RangeInclusive<u64>>> {
+    let window = |path: &PathBuf| {
+        Ok(message_window(&path.display().to_string(), path, around.memory.ranges())?)
+    };
+    functions.iter().filter_map(|function| function.vfio.as_ref()).map(window).collect()
+}
+
 /// The emulated unit that can serve `options`.
 fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
+    let default = SmmuV3UnitConfig::default();
     SmmuV3UnitConfig {
+        va_52: options.address_width == 52,
+        ssid_bits: default.ssid_bits.max(options.substream_bits.unwrap_or_default()),
         ats: options.ats,
         msi_doorbell: Some(MESSAGE_RANGE),
-        ..SmmuV3UnitConfig::default()
+        ..default
     }
 }
 
 /// What the guest is to be offered.
 fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
-    SmmuConfig { substream_bits: options.substream_bits, ats: options.ats, ..SmmuConfig::default() }
+    let offered =
+        |granule| options.granules.as_ref().is_none_or(|granules| granules.contains(&granule));
+    SmmuConfig {
+        input_bits: options.address_width,
+        granule_4k: offered(Granule::K4),
+        granule_16k: offered(Granule::K16),
+        granule_64k: offered(Granule::K64),
+        require_granules: options.granules.is_some(),
+        range_invalidation: options.range_invalidation.unwrap_or(true),
+        require_range_invalidation: options.range_invalidation == Some(true),
+        substream_bits: options.substream_bits,
+        ats: options.ats,
+        ..SmmuConfig::default()
+    }
 }

@@ -39,6 +39,15 @@ pub(super) struct Plan<'a> {
     pub functions: Vec<AssignedFunction>,
 }
 
+impl Plan<'_> {
+    /// What errors call the function at `rid`: a device of this machine by its path, too.
+    pub fn device_name(&self, rid: Bdf) -> String {
+        let of_rid = |function: &&AssignedFunction| function.bdf == rid;
+        let path = self.functions.iter().find(of_rid).and_then(|function| function.vfio.as_ref());
+        path.map_or_else(|| rid.to_string(), |path| format!("{} ({rid})", path.display()))
+    }
+}
+
 /// What a model of a virtual IOMMU does in a machine.
 pub(super) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// Its registers.

@@ -57,7 +57,7 @@ impl Vtd {
         let hosts: Vec<_> = nesting
             .hw_infos()
             .iter()
-            .filter_map(|device| host_vtd(device.rid.to_string(), &device.info, extensions))
+            .filter_map(|device| host_vtd(plan.device_name(device.rid), &device.info, extensions))
             .collect();
         let offered = vtd_config(options, plan.interrupt_remapping).intersect(&hosts)?;
         let tables = Arc::new(around.memory.map().clone());
