@@ -1,25 +1,37 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * Writes the I/O remapping table (Arm DEN 0049, IORT) of QEMU's arm64 machine `virt` with an SMMUv3, as QEMU
- * makes it but for two things:
+ * iort 1|2: writes the I/O remapping table (Arm DEN 0049, IORT) of QEMU's arm64 machine `virt`, with the SMMUv3 that
+ * is part of it, or with two `arm-smmuv3` devices, the second behind the root bus 0x10. As QEMU makes it but for
+ * two things:
  *
  *  - the root complex says CANWBS: its DMA stays coherent whatever memory attributes a stage-1 table asks for.
  *    Linux hands stage 1 to user space only where that is so, or where the SMMU has S2FWB. It holds on an
  *    emulated machine, which has no caches.
- *  - all requester IDs lead to the SMMU, also those of buses that QEMU's table does not have.
+ *  - all requester IDs lead to an SMMU, also those of buses that QEMU's table does not have.
  *
  * Linux takes the table from its initramfs (CONFIG_ACPI_TABLE_UPGRADE) because it is a later revision of the
  * same table.
  */
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 
 #define PACKED __attribute__((packed))
 #define NONSTRING __attribute__((nonstring)) /* no NUL at the end */
 
-/* QEMU's hw/arm/virt.c: where the SMMU is, its four interrupts in a row, the ITS. */
-#define SMMU_BASE 0x09050000
-#define SMMU_EVENT_GSIV (32 + 74)
+/* Where an SMMU is, the first of its four interrupts in a row, and whose DMA it translates. */
+struct place {
+	uint64_t base;
+	uint32_t event_gsiv;
+	uint32_t first_id, last_id;
+};
+
+/* QEMU's hw/arm/virt.c: the machine's own SMMU, and the first devices of its platform bus. */
+static const struct place one[] = { { 0x09050000, 32 + 74, 0, 0xffff } };
+static const struct place two[] = {
+	{ 0x0c000000, 32 + 112, 0, 0x0fff },
+	{ 0x0c020000, 32 + 116, 0x1000, 0xffff },
+};
 #define ITS_ID 0
 
 struct sdt_header {
@@ -70,7 +82,6 @@ struct smmuv3 {
 	uint32_t sync_gsiv;
 	uint32_t proximity_domain;
 	uint32_t device_id_mapping_index;
-	struct id_mapping mapping[1];
 } PACKED;
 
 struct root_complex {
@@ -83,7 +94,6 @@ struct root_complex {
 	uint32_t segment;
 	uint8_t memory_address_limit; /* bits */
 	uint8_t reserved1[3];
-	struct id_mapping mapping[1];
 } PACKED;
 
 struct iort {
@@ -91,9 +101,6 @@ struct iort {
 	uint32_t node_count;
 	uint32_t node_offset;
 	uint32_t reserved;
-	struct its_group its;
-	struct smmuv3 smmu;
-	struct root_complex root_complex;
 } PACKED;
 
 enum { ITS_GROUP = 0, ROOT_COMPLEX = 2, SMMUV3 = 4 };
@@ -103,67 +110,116 @@ enum { ITS_GROUP = 0, ROOT_COMPLEX = 2, SMMUV3 = 4 };
 #define MEMORY_DACS 2
 #define MEMORY_CANWBS 4
 
-#define OFFSET_OF(member) __builtin_offsetof(struct iort, member)
+static uint8_t table[1024];
+static uint32_t length;
 
-static struct iort iort = {
-	.header = {
-		.signature = "IORT",
-		.length = sizeof(iort),
-		.revision = 3,
-		/* QEMU's, but for its revision of 1: Linux replaces a table by a later one. */
-		.oem_id = "BOCHS ",
-		.oem_table_id = "BXPC    ",
-		.oem_revision = 2,
-		.creator_id = "BXPC",
-		.creator_revision = 1,
-	},
-	.node_count = 3,
-	.node_offset = OFFSET_OF(its),
-	.its = {
-		.header = { .type = ITS_GROUP, .length = sizeof(iort.its), .revision = 1, .identifier = 0 },
+/* Appends `size` bytes, and says where in the table they are. */
+static uint32_t append(const void *bytes, size_t size)
+{
+	uint32_t offset = length;
+
+	memcpy(table + offset, bytes, size);
+	length += size;
+	return offset;
+}
+
+static uint32_t append_its(void)
+{
+	const struct its_group its = {
+		.header = { .type = ITS_GROUP, .length = sizeof(its), .revision = 1, .identifier = 0 },
 		.count = 1,
 		.identifiers = { ITS_ID },
-	},
-	.smmu = {
+	};
+
+	return append(&its, sizeof(its));
+}
+
+static uint32_t append_smmu(const struct place *place, uint32_t identifier, uint32_t its)
+{
+	const struct id_mapping all = { .last = 0xffff, .output_reference = its };
+	const struct smmuv3 smmu = {
 		.header = {
 			.type = SMMUV3,
-			.length = sizeof(iort.smmu),
+			.length = sizeof(smmu) + sizeof(all),
 			.revision = 4,
-			.identifier = 1,
+			.identifier = identifier,
 			.mapping_count = 1,
-			.mapping_offset = __builtin_offsetof(struct smmuv3, mapping),
+			.mapping_offset = sizeof(smmu),
 		},
-		.base_address = SMMU_BASE,
+		.base_address = place->base,
 		.flags = SMMU_COHACC_OVERRIDE,
-		.event_gsiv = SMMU_EVENT_GSIV,
-		.pri_gsiv = SMMU_EVENT_GSIV + 1,
-		.gerror_gsiv = SMMU_EVENT_GSIV + 3,
-		.sync_gsiv = SMMU_EVENT_GSIV + 2,
-		.mapping = { { .last = 0xffff, .output_reference = OFFSET_OF(its) } },
-	},
-	.root_complex = {
+		.event_gsiv = place->event_gsiv,
+		.pri_gsiv = place->event_gsiv + 1,
+		.gerror_gsiv = place->event_gsiv + 3,
+		.sync_gsiv = place->event_gsiv + 2,
+	};
+	uint32_t offset = append(&smmu, sizeof(smmu));
+
+	append(&all, sizeof(all));
+	return offset;
+}
+
+static void append_root_complex(const struct place *places, const uint32_t *smmus, uint32_t count)
+{
+	const struct root_complex root_complex = {
 		.header = {
 			.type = ROOT_COMPLEX,
-			.length = sizeof(iort.root_complex),
+			.length = sizeof(root_complex) + count * sizeof(struct id_mapping),
 			.revision = 3,
-			.identifier = 2,
-			.mapping_count = 1,
-			.mapping_offset = __builtin_offsetof(struct root_complex, mapping),
+			.identifier = 1 + count,
+			.mapping_count = count,
+			.mapping_offset = sizeof(root_complex),
 		},
 		.cache_coherency = 1,
 		.memory_access_flags = MEMORY_CPM | MEMORY_DACS | MEMORY_CANWBS,
 		.memory_address_limit = 64,
-		.mapping = { { .last = 0xffff, .output_reference = OFFSET_OF(smmu) } },
-	},
-};
+	};
 
-int main(void)
+	append(&root_complex, sizeof(root_complex));
+	for (uint32_t n = 0; n < count; n++) {
+		const struct id_mapping mapping = {
+			.input_base = places[n].first_id,
+			.last = places[n].last_id - places[n].first_id,
+			.output_base = places[n].first_id,
+			.output_reference = smmus[n],
+		};
+
+		append(&mapping, sizeof(mapping));
+	}
+}
+
+int main(int argc, char **argv)
 {
-	const uint8_t *bytes = (const uint8_t *)&iort;
+	const uint32_t count = argc == 2 && !strcmp(argv[1], "2") ? 2 : 1;
+	const struct place *places = count == 2 ? two : one;
+	struct iort iort = {
+		.header = {
+			.signature = "IORT",
+			.revision = 3,
+			/* QEMU's, but for its revision of 1: Linux replaces a table by a later one. */
+			.oem_id = "BOCHS ",
+			.oem_table_id = "BXPC    ",
+			.oem_revision = 2,
+			.creator_id = "BXPC",
+			.creator_revision = 1,
+		},
+		.node_count = 2 + count,
+		.node_offset = sizeof(iort),
+	};
+	uint32_t its, smmus[2];
 	uint8_t sum = 0;
 
-	for (size_t i = 0; i < sizeof(iort); i++)
-		sum += bytes[i];
+	append(&iort, sizeof(iort));
+	its = append_its();
+	for (uint32_t n = 0; n < count; n++)
+		smmus[n] = append_smmu(&places[n], 1 + n, its);
+	append_root_complex(places, smmus, count);
+
+	iort.header.length = length;
+	memcpy(table, &iort, sizeof(iort));
+	for (uint32_t n = 0; n < length; n++)
+		sum += table[n];
 	iort.header.checksum = -sum;
-	return fwrite(&iort, sizeof(iort), 1, stdout) != 1 || fflush(stdout) != 0;
+	memcpy(table, &iort, sizeof(iort));
+	return fwrite(table, length, 1, stdout) != 1 || fflush(stdout) != 0;
 }

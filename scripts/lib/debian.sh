@@ -79,6 +79,25 @@ unpack_with_dependencies() {
     done
 }
 
+# unpack_with_libraries DIRECTORY WORD...: the same as though the system had nothing: down to the C library, with
+# which `print_with_libraries` starts them.
+unpack_with_libraries() {
+    : >"$private_apt_state/nothing-installed"
+    unpack_into=$1
+    shift
+    unpack_with_dependencies "$unpack_into" -o Dir::State::status="$private_apt_state/nothing-installed" "$@"
+}
+
+# print_with_libraries DIRECTORY PROGRAM [WORD...]: a script that starts a program which has been unpacked there.
+# For bash: Cargo's CARGO_BIN_EXE_a-b reach a compiler through it alone, as dash forgets variables of such names.
+print_with_libraries() {
+    libraries=$1/usr/lib/x86_64-linux-gnu
+    program_there=$1/$2
+    shift 2
+    echo '#!/bin/bash'
+    echo "exec $libraries/ld-linux-x86-64.so.2 --library-path $libraries $program_there $* \"\$@\""
+}
+
 # package_versions ARCHIVE...: name and version of each, a line each.
 package_versions() {
     for archive in "$@"; do

@@ -64,15 +64,13 @@ pub enum NestingError {
     /// Streams of one virtual SMMU are behind one physical SMMU.
     #[error(
         "{rid} is behind another SMMU than {first}, and one virtual SMMU cannot serve both: give \
-         each a virtual SMMU of its own ({source})"
+         each a virtual SMMU of its own"
     )]
     OtherSmmu {
         /// The device that was to be added.
         rid: Bdf,
         /// One that was added before.
         first: Bdf,
-        /// What the host said.
-        source: HostError,
     },
     /// The stream belongs to no device that was added.
     #[error("no device was added with the StreamID {0}")]

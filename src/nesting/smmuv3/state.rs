@@ -8,7 +8,7 @@ use super::counters::SmmuNestingCounters;
 use super::events::EventRoute;
 use super::nested::{self, Entry, NestedHwpts};
 use super::unit::Unit;
-use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId};
+use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind};
 use crate::nesting::error::{Context, NestingError, Result};
 use crate::nesting::objects::Objects;
 use crate::spec::pci::Bdf;
@@ -98,25 +98,36 @@ impl State {
             }
         };
         let stream = StreamId::from(rid);
-        match self.objects.host().vdevice_alloc(viommu, dev, stream.raw().into()) {
+        let source = match self.objects.host().vdevice_alloc(viommu, dev, stream.raw().into()) {
             Ok(vdevice) => {
                 let device = Device { rid, dev, vdevice, info, attached: None, unsettled: false };
                 self.devices.insert(stream, device);
-                Ok(())
+                return Ok(());
             }
-            Err(source) => {
-                let first = self.devices.values().next().map(|device| device.rid);
-                match first {
-                    // The host compares SMMUs before all else.
-                    Some(first) if source.errno == Errno::EINVAL => {
-                        Err(NestingError::OtherSmmu { rid, first, source })
-                    }
-                    _ => {
-                        let what = format!("telling the vIOMMU of {rid}");
-                        Err(NestingError::Host { what, source })
-                    }
-                }
+            Err(source) => source,
+        };
+        let first = self.devices.values().next().map(|device| device.rid);
+        match first {
+            Some(first) if source.errno == Errno::EINVAL && self.is_behind_another(dev) => {
+                Err(NestingError::OtherSmmu { rid, first })
             }
+            _ => {
+                let what = format!("telling the vIOMMU of {rid}");
+                Err(NestingError::Host { what, source })
+            }
+        }
+    }
+
+    /// Whether `dev` is behind another physical SMMU than the unit's: a nesting parent, too, is of
+    /// one SMMU, and for a device behind another the host makes no vIOMMU on it.
+    fn is_behind_another(&mut self, dev: ObjectId) -> bool {
+        let Some(parent) = self.unit.as_ref().map(Unit::parent) else { return false };
+        match self.objects.host().viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent) {
+            Ok(viommu) => {
+                self.objects.destroy(viommu);
+                false
+            }
+            Err(error) => error.errno == Errno::EINVAL,
         }
     }
 

@@ -240,9 +240,27 @@ pub(super) fn bind_devices(
             _ => return Err(not_of_this_machine(&plan.id, bdf)),
         };
         devices.push((bdf, dev));
-        add(bdf, dev).map_err(failed("adding a device"))?;
+        add(bdf, dev).map_err(|error| not_added(plan, error))?;
     }
     Ok(devices)
+}
+
+/// Why a device of `plan` is not behind its virtual IOMMU, in the words of the command line.
+fn not_added(plan: &Plan<'_>, error: NestingError) -> Error {
+    let NestingError::OtherSmmu { rid, first } = error else {
+        return failed("adding a device")(error);
+    };
+    let named = |bdf: Bdf| {
+        let function = plan.functions.iter().find(|function| function.bdf == bdf);
+        let path = function.and_then(|function| function.vfio.as_ref());
+        path.map_or_else(|| bdf.to_string(), |path| path.display().to_string())
+    };
+    Error::Iommu(format!(
+        "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: give it one of \
+         its own (one more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID in its --vfio)",
+        named(rid),
+        named(first)
+    ))
 }
 
 /// Binds the device of this machine at `path`.

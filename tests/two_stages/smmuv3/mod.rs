@@ -5,8 +5,10 @@ mod guest;
 mod machine;
 mod stack;
 
-use twostage::emulated::ObjectKind;
-use twostage::iommufd::Errno;
+use twostage::emulated::{DeviceConfig, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig};
+use twostage::iommufd::{Errno, HostIommu as _};
+use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::nesting::NestingError;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::queue::CommandError;
@@ -180,6 +182,22 @@ fn every_stream_has_a_vdevice_of_one_viommu() {
 
 /// What a strict guest costs: a call for each unmap and nothing beside it. The objects are four: a
 /// nesting parent, and entries that pass, abort and translate.
+#[test]
+fn a_device_behind_another_smmu_is_named_and_has_its_own_virtual_one() {
+    let (host, _) = machine::host();
+    let emulated = host.inner().inner();
+    let other = emulated.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default()));
+    emulated.add_device("far", other, B, DeviceConfig::default()).unwrap();
+    let (near, far) = (host.device_bind("a").unwrap(), host.device_bind("far").unwrap());
+    let first = SmmuNesting::new(host.clone(), DEFAULT_EVENT_DEPTH).unwrap();
+    first.add_device(A, near).unwrap();
+    let before = emulated.live_objects();
+    assert_eq!(first.add_device(B, far), Err(NestingError::OtherSmmu { rid: B, first: A }));
+    assert_eq!(emulated.live_objects(), before);
+    let second = first.beside(DEFAULT_EVENT_DEPTH).unwrap();
+    second.add_device(B, far).unwrap();
+}
+
 #[test]
 fn the_host_calls_of_a_guest() {
     let machine = Machine::new();

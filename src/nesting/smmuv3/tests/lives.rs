@@ -16,8 +16,16 @@ fn devices_behind_two_smmus_are_told_apart() {
     let (one, other) = (host.add_device(0, hw_info()), host.add_device(1, hw_info()));
     let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
     nesting.add_device(A, one).unwrap();
+    host.take_log();
     let error = nesting.add_device(B, other).unwrap_err();
-    assert!(matches!(error, NestingError::OtherSmmu { rid: B, first: A, .. }), "{error}");
+    assert_eq!(error, NestingError::OtherSmmu { rid: B, first: A });
+    // The second call is what makes it certain.
+    let calls = host.take_log();
+    let refused = ["VDEVICE_ALLOC", "VIOMMU_ALLOC"];
+    assert!(calls.len() == 3 && calls[0].starts_with("GET_HW_INFO"), "{calls:?}");
+    for (call, verb) in calls[1..].iter().zip(refused) {
+        assert!(call.starts_with(verb) && call.ends_with("! EINVAL"), "{calls:?}");
+    }
     let text = error.to_string();
     assert!(text.contains("00:05.0") && text.contains("00:04.0"), "{text}");
     // A virtual SMMU of its own can serve it.
@@ -27,6 +35,27 @@ fn devices_behind_two_smmus_are_told_apart() {
     drop(nesting);
     drop(second);
     assert_eq!(host.live_objects(), []);
+}
+
+#[test]
+fn a_refusal_is_not_taken_for_another_smmu() {
+    for (vdevice, viommu) in
+        [(Errno::EINVAL, None), (Errno::EINVAL, Some(Errno::ENOMEM)), (Errno::EEXIST, None)]
+    {
+        let host = RecordingHost::new(Extensions::default());
+        let (one, other) = (host.add_device(0, hw_info()), host.add_device(0, hw_info()));
+        let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+        nesting.add_device(A, one).unwrap();
+        let live = host.live_objects();
+        host.fail_next(Verb::VdeviceAlloc, vdevice);
+        viommu.into_iter().for_each(|errno| host.fail_next(Verb::ViommuAlloc, errno));
+        match nesting.add_device(B, other).unwrap_err() {
+            NestingError::Host { source, .. } => assert_eq!(source.errno, vdevice),
+            error => panic!("{error}"),
+        }
+        assert_eq!(host.live_objects(), live);
+        nesting.add_device(B, other).unwrap();
+    }
 }
 
 #[test]
