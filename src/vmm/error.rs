@@ -92,6 +92,9 @@ pub enum Error {
     /// There is no IOMMU of the kernel's.
     #[error("--iommu: {0}")]
     KernelHost(OpenError),
+    /// The host's IOMMU cannot serve a device.
+    #[error("--iommu: {0}")]
+    HostLacks(String),
     /// The virtual IOMMU or the host behind it cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
@@ -115,6 +118,7 @@ impl Error {
             Self::KvmOpen { .. }
             | Self::KvmLacks(_)
             | Self::Capability(_)
+            | Self::HostLacks(_)
             | Self::Vfio(_)
             | Self::KernelHost(_) => exit_code::UNAVAILABLE,
             Self::Kvm { .. }

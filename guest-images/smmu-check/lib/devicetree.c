@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "lib/devicetree.h"
+#include "lib/memory.h"
 
 enum { MAGIC = 0xd00dfeed, BEGIN_NODE = 1, END_NODE = 2, PROPERTY = 3, NOTHING = 4, MOST_LEVELS = 8 };
 
@@ -60,6 +61,7 @@ struct level {
     u32 length;
 };
 
+// Of any node, if neither is said.
 static const void *find(const char *compatible, const char *node, const char *name, u32 *length)
 {
     struct level levels[MOST_LEVELS];
@@ -72,7 +74,7 @@ static const void *find(const char *compatible, const char *node, const char *na
         if (token == BEGIN_NODE) {
             if (++depth == MOST_LEVELS)
                 return NULL;
-            levels[depth] = (struct level){.is_wanted = node && equal(at, node)};
+            levels[depth] = (struct level){.is_wanted = node ? equal(at, node) : !compatible};
             at += (length_of(at) + 4) & ~3u;
         } else if (token == PROPERTY) {
             u32 size = cell(at, 0);
@@ -106,6 +108,28 @@ const void *property_of_compatible(const char *compatible, const char *name, u32
 const void *property_of_node(const char *node, const char *name, u32 *length)
 {
     return find(NULL, node, name, length);
+}
+
+const void *property_anywhere(const char *name, u32 *length)
+{
+    return find(NULL, NULL, name, length);
+}
+
+bool on_command_line(const char *word)
+{
+    u32 length, size = length_of(word);
+    const char *line = property_of_node("chosen", "bootargs", &length);
+
+    for (const char *at = line; at && *at;) {
+        const char *end = at;
+
+        while (*end && *end != ' ')
+            end++;
+        if ((u32)(end - at) == size && memcmp(at, word, size) == 0)
+            return true;
+        at = *end ? end + 1 : end;
+    }
+    return false;
 }
 
 u64 address_of(const char *compatible)

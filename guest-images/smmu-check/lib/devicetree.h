@@ -11,6 +11,12 @@ bool devicetree_init(u64 address);
 const void *property_of_compatible(const char *compatible, const char *name, u32 *length);
 const void *property_of_node(const char *node, const char *name, u32 *length);
 
+// A property of the first node that has it.
+const void *property_anywhere(const char *name, u32 *length);
+
+// Whether this is one of the words of the command line (`bootargs`).
+bool on_command_line(const char *word);
+
 // The address in the first pair of a node's `reg`, for nodes of the root with two cells each; 0 if there is none.
 u64 address_of(const char *compatible);
 

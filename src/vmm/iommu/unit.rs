@@ -10,7 +10,7 @@ use super::smmuv3::SmmuV3;
 use super::vtd::Vtd;
 use super::{AssignedFunction, Surroundings};
 use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
-use crate::iommufd::{HostIommu, ObjectId};
+use crate::iommufd::{Errno, HostIommu, ObjectId};
 use crate::nesting::NestingError;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
@@ -240,27 +240,29 @@ pub(super) fn bind_devices(
             _ => return Err(not_of_this_machine(&plan.id, bdf)),
         };
         devices.push((bdf, dev));
-        add(bdf, dev).map_err(|error| not_added(plan, error))?;
+        add(bdf, dev).map_err(|error| not_added(plan, function, error))?;
     }
     Ok(devices)
 }
 
-/// Why a device of `plan` is not behind its virtual IOMMU, in the words of the command line.
-fn not_added(plan: &Plan<'_>, error: NestingError) -> Error {
-    let NestingError::OtherSmmu { rid, first } = error else {
-        return failed("adding a device")(error);
-    };
-    let named = |bdf: Bdf| {
-        let function = plan.functions.iter().find(|function| function.bdf == bdf);
-        let path = function.and_then(|function| function.vfio.as_ref());
-        path.map_or_else(|| bdf.to_string(), |path| path.display().to_string())
-    };
-    Error::Iommu(format!(
-        "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: give it one of \
-         its own (one more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID in its --vfio)",
-        named(rid),
-        named(first)
-    ))
+/// Why `function` of `plan` is not behind its virtual IOMMU, and what to say instead.
+fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) -> Error {
+    match error {
+        NestingError::OtherSmmu { rid, first } => Error::HostLacks(format!(
+            "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add one more \
+             --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
+            plan.device_name(rid),
+            plan.device_name(first)
+        )),
+        NestingError::Host { source, .. }
+            if function.vfio.is_some() && source.errno == Errno::EOPNOTSUPP =>
+        {
+            Error::HostLacks(format!(
+                "{source}; iommu=off in its --vfio gives the guest the device past the virtual IOMMU"
+            ))
+        }
+        error => failed("adding a device")(error),
+    }
 }
 
 /// Binds the device of this machine at `path`.
