@@ -8,6 +8,7 @@
 
 failures=
 retries=
+took=
 all_started=$(date +%s)
 
 # fails NAME: counts it.
@@ -30,7 +31,10 @@ attempt() {
         "$@" </dev/null
         status=$?
     fi
-    echo "=== linux: $name: status $status, $(($(date +%s) - started)) s"
+    seconds=$(($(date +%s) - started))
+    echo "=== linux: $name: status $status, $seconds s"
+    took="$took$(printf '%6d s  %s' "$seconds" "$name")
+"
     [ "$status" = 0 ] || fails "$name"
 }
 
@@ -50,7 +54,8 @@ unless_off() {
 
 # finish: the end, with its status.
 finish() {
-    echo "=== linux: $(($(date +%s) - all_started)) s together"
+    echo "=== linux: what took how long:"
+    printf '%s%6d s  together\n' "$took" $(($(date +%s) - all_started))
     [ -z "$retries" ] || box "RETRIED:$retries"
     if [ -n "$failures" ]; then
         echo "linux: FAILED:$failures" >&2

@@ -12,6 +12,7 @@
 enum { TIMEOUT_S = 5 };
 
 // Registers of edu's BAR 0 (QEMU's docs/specs/edu.rst), and its buffer.
+enum { INTERRUPT_STATUS = 0x24, INTERRUPT_RAISE = 0x60, INTERRUPT_ACKNOWLEDGE = 0x64 };
 enum { DMA_SOURCE = 0x80, DMA_DESTINATION = 0x88, DMA_COUNT = 0x90, DMA_COMMAND = 0x98, BUFFER = 0x40000, SIZE = 0x100000 };
 enum { DMA_START = 1, DMA_TO_MEMORY = 2 };
 
@@ -81,6 +82,19 @@ bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool t
         usleep(1000);
     }
     return true;
+}
+
+void edu_interrupt(const struct edu *edu, uint32_t reason)
+{
+    *(volatile uint32_t *)(edu->registers + INTERRUPT_RAISE) = reason;
+}
+
+uint32_t edu_acknowledge(const struct edu *edu)
+{
+    uint32_t reasons = *(volatile uint32_t *)(edu->registers + INTERRUPT_STATUS);
+
+    *(volatile uint32_t *)(edu->registers + INTERRUPT_ACKNOWLEDGE) = reasons;
+    return reasons;
 }
 
 bool edu_open(struct edu *edu)

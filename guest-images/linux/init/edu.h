@@ -19,5 +19,11 @@ void edu_close(struct edu *edu);
 // Up to a page between the device's buffer and memory, by DMA. Whether it ended.
 bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool to_memory);
 
+// Makes it interrupt, with these bits as the reason.
+void edu_interrupt(const struct edu *edu, uint32_t reason);
+
+// Takes the reasons why it interrupts, so that its pin, if it uses that, is deasserted.
+uint32_t edu_acknowledge(const struct edu *edu);
+
 // The physical address of a page of this process, which stays there; 0, with errno, if the kernel does not tell.
 uint64_t physical_address(const void *page);

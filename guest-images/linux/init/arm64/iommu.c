@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "../files.h"
+#include "../interrupts.h"
 #include "../kernel_log.h"
 #include "../report.h"
 
@@ -24,29 +24,19 @@ static void check_unit(const char *name)
         failed("iommu", "the log does not say what %s has", name);
 }
 
-// Whether devices signal by messages to the ITS, and these arrive: interrupts are counted.
+static void add_if_silent(const char *text, unsigned long count, void *context)
+{
+    unsigned *silent = context;
+
+    (void)text;
+    *silent += count == 0;
+}
+
+// Whether devices signal by messages to the ITS, and these arrive.
 static void check_interrupts(void)
 {
-    char line[1024];
-    unsigned sources = 0, silent = 0;
-    unsigned long count, counts;
-    FILE *file = fopen("/proc/interrupts", "re");
+    unsigned silent = 0, sources = for_each_interrupt("ITS-PCI-MSI", add_if_silent, &silent);
 
-    while (file && fgets(line, sizeof(line), file)) {
-        char *at = strchr(line, ':');
-        int length;
-
-        if (!at || !strstr(line, "ITS-PCI-MSI"))
-            continue;
-        counts = 0;
-        // One column for each processor.
-        for (at++; sscanf(at, " %lu%n", &count, &length) == 1; at += length)
-            counts += count;
-        sources++;
-        silent += counts == 0;
-    }
-    if (file)
-        fclose(file);
     if (sources > silent)
         passed("iommu", "%u device interrupts through the ITS, %u of them used", sources, sources - silent);
     else
