@@ -24,6 +24,40 @@ pub struct DeviceConfig {
     /// or a PASID of it, is attached to a HWPT with a fault queue, a DMA that meets a translation
     /// which is not there, or does not allow it, is no fault: the queue gets a page request, and the
     /// DMA goes on when that is answered.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use twostage::emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+    /// use twostage::iommufd::*;
+    /// use twostage::spec::pci::Bdf;
+    /// use vm_memory::{GuestAddress, GuestRegionMmap};
+    ///
+    /// let host = EmulatedHost::new();
+    /// let config = VtdUnitConfig { device_tlb: true, page_requests: true, ..Default::default() };
+    /// let unit = host.add_unit(VtdUnit::new(config));
+    /// let config = DeviceConfig { ats: true, pri: true, ..Default::default() };
+    /// host.add_device("nic", unit, Bdf::new(0, 4, 0).expect("an address"), config)?;
+    /// let (dev, pt) = (host.device_bind("nic")?, host.ioas_alloc()?);
+    /// let queue = host.fault_queue_alloc()?;
+    /// let (flags, fault) = (HwptFlags::new().with_fault_id_valid(true), Some(queue.object()));
+    /// let hwpt = host.hwpt_alloc(&HwptAlloc { flags, dev, pt, data: HwptData::None, fault })?;
+    /// host.device_attach(dev, None, hwpt)?;
+    ///
+    /// let mut port = host.dma_port("nic").expect("the device");
+    /// let dma = std::thread::spawn(move || port.write(DmaAttributes::default(), 0x8000, b"hello"));
+    /// let group = loop {
+    ///     match queue.next_group()? {
+    ///         Some(group) => break group,
+    ///         None => std::thread::yield_now(), // or be told: FaultQueue::watch
+    ///     }
+    /// };
+    /// assert_eq!(group.requests[0].address, 0x8000);
+    /// let memory = UserMemory::whole(Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 4096, None)?));
+    /// host.ioas_map(pt, &memory, MapTarget::Fixed(0x8000), Protection::READ_WRITE)?;
+    /// queue.respond(group.cookie, PageResponseCode::Success)?;
+    /// assert_eq!(dma.join().expect("no panic"), Ok(()));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub pri: bool,
     /// IOVAs, in bytes and both ends included, that no IOAS it is attached to can map, besides the
     /// window of interrupt messages (firmware's reserved memory regions).

@@ -5,12 +5,28 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use twostage::emulated::EmulatedHost;
-use twostage::iommufd::{FailNth, UserMemory};
+use twostage::iommufd::{
+    FailNth, FaultQueue, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId, UserMemory,
+};
 use twostage::spec::pci::Bdf;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// The emulated host; one call of it can be made to fail, and the one after that, too.
 pub type Host = FailNth<FailNth<EmulatedHost>>;
+
+/// Attaches `dev` to the tables of `data` on `pt`, by a HWPT whose page requests go to the result.
+pub fn serve_page_requests(
+    host: &Host,
+    dev: ObjectId,
+    pt: ObjectId,
+    data: HwptData,
+) -> Arc<dyn FaultQueue> {
+    let queue = host.fault_queue_alloc().unwrap();
+    let (flags, fault) = (HwptFlags::new().with_fault_id_valid(true), Some(queue.object()));
+    let hwpt = host.hwpt_alloc(&HwptAlloc { flags, dev, pt, data, fault }).unwrap();
+    host.device_attach(dev, None, hwpt).unwrap();
+    queue
+}
 
 /// The guest's two devices.
 pub const A: Bdf = Bdf::from_raw(0x20);

@@ -2,8 +2,11 @@
 //! What every virtual IOMMU owes to its guest, whatever the architecture.
 
 use std::fmt::Debug;
+use std::sync::Arc;
+use std::thread;
 
 use twostage::emulated::{DmaError, GraphObject, ObjectGraph, ObjectKind};
+use twostage::iommufd::{FaultQueue, PageResponseCode};
 use twostage::spec::pci::Bdf;
 
 use crate::common::{Memory, A, B, HIGH, HIGH_SIZE, PAGE};
@@ -104,6 +107,9 @@ pub trait Stack: Sized + Sync {
     /// Takes a device away, and tells how to add it again: to the host, and to the virtual IOMMU.
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self));
     fn unmap_memory(&self, gpa: u64, length: u64);
+    /// Attaches a device to the stage 1 at `table`, of which the virtual unit knows nothing. Its page
+    /// requests go to the result.
+    fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue>;
     /// Makes the `n`-th host call from now on (1 is the next) fail.
     fn fail_nth(&self, n: u64);
     /// Makes the next two host calls fail.
@@ -223,6 +229,31 @@ pub fn faults_reach_the_guest<S: Stack>() {
     stack.map(table, IOVA + 3 * PAGE, HIGH + HIGH_SIZE, Leaf::Page, true);
     let error = stack.read(A, IOVA + 3 * PAGE).unwrap_err();
     assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
+}
+
+pub fn a_device_asks_for_a_page_and_goes_on<S: Stack>() {
+    let (stack, table, _) = nested::<S>();
+    assert!(stack.read(A, IOVA + PAGE).is_err(), "nobody serves page requests");
+    let queue = stack.serve_page_requests(A, table);
+    let page = stack.memory().page();
+    thread::scope(|scope| {
+        let dma = scope.spawn(|| stack.write(A, IOVA + PAGE + 8, 7));
+        let group = loop {
+            match queue.next_group().unwrap() {
+                Some(group) => break group,
+                None => assert!(!dma.is_finished(), "the device asks for no page"),
+            }
+            thread::yield_now();
+        };
+        let request = group.requests[0];
+        assert!(request.permissions.write() && request.flags.last_page());
+        assert_eq!((request.address, stack.memory().load(page + 8)), (IOVA + PAGE, 0));
+        stack.map(table, IOVA + PAGE, page, Leaf::Page, true);
+        queue.respond(group.cookie, PageResponseCode::Success).unwrap();
+        assert_eq!(dma.join().unwrap(), Ok(()));
+    });
+    assert_eq!(stack.memory().load(page + 8), 7);
+    assert_eq!(stack.read(A, IOVA), Ok(1));
 }
 
 pub fn changed_tables_count_from_their_flush_on<S: Stack>() {
@@ -444,6 +475,7 @@ macro_rules! conformance {
             bypass_is_a_decision
             a_changed_leaf_is_stale_before_the_invalidation_and_new_after
             faults_reach_the_guest
+            a_device_asks_for_a_page_and_goes_on
             changed_tables_count_from_their_flush_on
             devices_with_the_same_tables_share_one_object
             what_stands_before_an_ordering_point_is_one_host_call

@@ -51,11 +51,13 @@ pub struct Machine {
 
 /// A host with one unit and two devices, nothing bound; every call of it can be made to fail.
 pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
-    let unit = SmmuV3Unit::new(SmmuV3UnitConfig::default());
+    let config = SmmuV3UnitConfig { ats: true, page_requests: true, ..Default::default() };
+    let unit = SmmuV3Unit::new(config);
     let host = EmulatedHost::new();
     let id = host.add_unit(unit.clone());
     for (name, rid) in [("a", A), ("b", B)] {
-        host.add_device(name, id, rid, DeviceConfig::default()).unwrap();
+        let config = DeviceConfig { ats: true, pri: true, ..Default::default() };
+        host.add_device(name, id, rid, config).unwrap();
     }
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
 }
@@ -89,6 +91,11 @@ impl Machine {
         smmu.add_stream(B.into());
         let guest = Guest::new(memory, smmu);
         Ok(Self { guest, nesting, host, messages, unit, devices })
+    }
+
+    /// The device object of `rid`.
+    pub fn device(&self, rid: Bdf) -> ObjectId {
+        self.nesting.hw_infos().iter().find(|info| info.rid == rid).unwrap().dev
     }
 
     /// Where the DMA of `rid` enters.

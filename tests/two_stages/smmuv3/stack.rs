@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The machine with an SMMUv3 as what every architecture's tests run on.
 
-use twostage::emulated::{DmaError, ObjectGraph};
-use twostage::iommufd::Errno;
+use std::sync::Arc;
+
+use twostage::emulated::{DmaError, ObjectGraph, ObjectKind};
+use twostage::iommufd::{iommu_hwpt_arm_smmuv3, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::EventId;
 
 use super::guest::{self, Entry};
 use super::machine::{self, Machine};
-use crate::common::{Memory, A, B, PAGE};
+use crate::common::{serve_page_requests, Memory, A, B, PAGE};
 use crate::conformance::{Cause, Completion, Fault, Leaf, Stack, Way, IOVA, NAME};
 
 impl From<guest::Completion> for Completion {
@@ -136,7 +138,7 @@ impl Stack for Machine {
     }
 
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self)) {
-        let dev = self.nesting.hw_infos().iter().find(|info| info.rid == rid).unwrap().dev;
+        let dev = self.device(rid);
         self.guest.smmu.remove_stream(rid.into());
         self.nesting.remove_device(rid).unwrap();
         self.nesting.add_device(rid, dev).unwrap();
@@ -146,6 +148,14 @@ impl Stack for Machine {
 
     fn unmap_memory(&self, gpa: u64, length: u64) {
         self.nesting.unmap_memory(gpa, length).unwrap();
+    }
+
+    fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue> {
+        let viommu = self.graph().of_kind(ObjectKind::Viommu).next().unwrap().id;
+        // V, stage 1 alone.
+        let ste = [1 | 5 << 1 | self.guest.context(table, NAME), 0];
+        let data = HwptData::ArmSmmuV3(iommu_hwpt_arm_smmuv3 { ste });
+        serve_page_requests(&self.host, self.device(rid), viommu, data)
     }
 
     fn fail_nth(&self, n: u64) {

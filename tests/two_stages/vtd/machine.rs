@@ -85,7 +85,8 @@ pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
     let host = EmulatedHost::new();
     let id = host.add_unit(unit.clone());
     for (name, rid) in [("a", A), ("b", B)] {
-        let config = DeviceConfig { pasid_bits: PASID_BITS, ..DeviceConfig::default() };
+        let config =
+            DeviceConfig { pasid_bits: PASID_BITS, ats: true, pri: true, ..Default::default() };
         host.add_device(name, id, rid, config).unwrap();
     }
     (Arc::new(FailNth::new(Arc::new(FailNth::new(host)))), unit)
@@ -128,6 +129,11 @@ impl Machine {
         let contexts = Arc::new(Contexts(Arc::downgrade(&iommu)));
         unit.set_context_tables(Arc::downgrade(&contexts) as Weak<dyn ContextTables>);
         Ok(Self { guest, iommu, nesting, host, unit, interrupts, devices, _contexts: contexts })
+    }
+
+    /// The device object of `rid`.
+    pub fn device(&self, rid: Bdf) -> ObjectId {
+        self.nesting.hw_infos().iter().find(|info| info.rid == rid).unwrap().dev
     }
 
     /// Where the DMA of `rid` enters.

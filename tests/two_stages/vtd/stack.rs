@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The machine with a VT-d as what every architecture's tests run on.
 
-use twostage::emulated::{DmaError, ObjectGraph, VtdUnitConfig};
-use twostage::iommufd::Errno;
+use std::sync::Arc;
+
+use twostage::emulated::{DmaError, ObjectGraph, ObjectKind, VtdUnitConfig};
+use twostage::iommufd::{iommu_hwpt_vtd_s1, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{Descriptor, IotlbScope};
@@ -10,7 +12,7 @@ use twostage::spec::vtd::qi::{Descriptor, IotlbScope};
 use super::guest::{self, Entry};
 use super::machine::{self, vtd_config, Machine};
 use super::{iotlb, pages, pasid_pages};
-use crate::common::{Memory, PAGE};
+use crate::common::{serve_page_requests, Memory, PAGE};
 use crate::conformance::{Cause, Completion, Fault, Leaf, Stack, Way, IOVA, NAME};
 
 impl From<guest::Completion> for Completion {
@@ -31,7 +33,8 @@ impl Stack for Machine {
     const REFUSALS_ARE_SHOWN: bool = false;
 
     fn start(failing: u64) -> Result<Self, (String, ObjectGraph)> {
-        let (host, unit) = machine::host(VtdUnitConfig::default());
+        let unit = VtdUnitConfig { device_tlb: true, page_requests: true, ..Default::default() };
+        let (host, unit) = machine::host(unit);
         host.fail_nth(failing, Errno::ENOMEM);
         Self::on(host.clone(), unit, vtd_config())
             .map_err(|error| (error, host.inner().inner().graph()))
@@ -134,7 +137,7 @@ impl Stack for Machine {
     }
 
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self)) {
-        let dev = self.nesting.hw_infos().iter().find(|info| info.rid == rid).unwrap().dev;
+        let dev = self.device(rid);
         self.iommu.remove_device(rid);
         self.nesting.remove_device(rid).unwrap();
         self.nesting.add_device(rid, dev).unwrap();
@@ -144,6 +147,12 @@ impl Stack for Machine {
 
     fn unmap_memory(&self, gpa: u64, length: u64) {
         self.nesting.unmap_memory(gpa, length).unwrap();
+    }
+
+    fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue> {
+        let parent = Machine::graph(self).of_kind(ObjectKind::HwptPaging).next().unwrap().id;
+        let tables = iommu_hwpt_vtd_s1 { pgtbl_addr: table, addr_width: 48, ..Default::default() };
+        serve_page_requests(&self.host, self.device(rid), parent, HwptData::VtdS1(tables))
     }
 
     fn fail_nth(&self, n: u64) {

@@ -3,6 +3,7 @@
 
 use std::sync::{mpsc, Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
@@ -173,12 +174,13 @@ impl Rig {
     }
 
     /// The next group of page requests; waits for it.
+    #[track_caller]
     fn asked(&self) -> PageRequestGroup {
         loop {
             if let Some(group) = self.queue.next_group().unwrap() {
                 return group;
             }
-            self.bell.recv().unwrap();
+            self.bell.recv_timeout(Duration::from_secs(60)).expect("the device asks for a page");
         }
     }
 
@@ -330,7 +332,8 @@ fn what_ends_an_attachment_ends_the_wait() {
                         true => Some(rig.asked()),
                         // Until there is something to read.
                         false => {
-                            while !rig.bell.recv().unwrap() {}
+                            let minute = Duration::from_secs(60);
+                            while !rig.bell.recv_timeout(minute).expect("a page request") {}
                             None
                         }
                     };
