@@ -97,7 +97,13 @@ fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
         (HwptGetDirtyBitmap, Errno::EFAULT) => "the bitmap is too short",
         (ViommuAlloc, Errno::EINVAL) => "the HWPT is no nesting parent of this IOMMU",
         (ViommuAlloc, Errno::ENOENT) => "there is no such device or no such HWPT",
-        (VdeviceAlloc, Errno::EINVAL) => "the device is behind another IOMMU than the vIOMMU",
+        (VdeviceAlloc, Errno::EINVAL) => {
+            "the device is behind another IOMMU than the vIOMMU, or the id is one that its driver \
+             does not take"
+        }
+        (VdeviceAlloc, Errno::EOPNOTSUPP) => {
+            "the device has more StreamIDs than the one that a vIOMMU knows it by"
+        }
         (VdeviceAlloc, Errno::EEXIST) => "the device has a vDEVICE, or the id is taken",
         (VdeviceAlloc, Errno::ENOENT) => "there is no such vIOMMU or no such device",
         (VeventqAlloc, Errno::EEXIST) => "the vIOMMU has a vEVENTQ of this type",
