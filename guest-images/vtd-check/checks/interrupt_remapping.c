@@ -28,10 +28,15 @@
 
 static u64 *table;
 
+// In caching mode (VT-d 6.1) a unit may remember an entry that was not present, and so has to be told.
 static void entry_set(unsigned index, unsigned vector, u64 flags, u64 source)
 {
+    bool was_present = table[2 * index] & IRTE_P;
+
     table[2 * index + 1] = source;
     table[2 * index] = flags | (u64)vector << 16 | (u64)apic_id() << 40;
+    if (cap_caching_mode() && !was_present)
+        (void)invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_INDEX, (u16)index, 0));
 }
 
 static u32 message_address(u16 handle)
