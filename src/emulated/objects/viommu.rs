@@ -67,7 +67,6 @@ impl Objects {
         let (id, events) = (self.table.next_id()?, Arc::default());
         let mmap = |file, length| self.mmaps.add(Mmap { owner: id, length, file });
         let request = ViommuRequest {
-            kind,
             device: &part.requester,
             parent: &parent.domain,
             data,

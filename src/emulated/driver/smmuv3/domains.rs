@@ -35,7 +35,6 @@ pub(super) struct SmmuPaging {
     unit: Arc<SmmuV3Unit>,
     tag: OwnedTag,
     stage: Stage,
-    nest_parent: bool,
     granule: Granule,
 }
 
@@ -44,18 +43,13 @@ impl SmmuPaging {
     ///
     /// # Errors
     /// `ENOMEM` the SMMU has no granule, as Linux puts it.
-    pub fn new(
-        unit: &Arc<SmmuV3Unit>,
-        tag: OwnedTag,
-        stage: Stage,
-        nest_parent: bool,
-    ) -> Outcome<Self> {
+    pub fn new(unit: &Arc<SmmuV3Unit>, tag: OwnedTag, stage: Stage) -> Outcome<Self> {
         // The one of the host's pages if there is one, or else the next larger.
         let has = |granule: &Granule| unit.config().has_granule(*granule);
         let Some(granule) = Granule::ALL.into_iter().find(has) else {
             return refuse(Errno::ENOMEM, "the SMMU has no granule");
         };
-        Ok(Self { unit: unit.clone(), tag, stage, nest_parent, granule })
+        Ok(Self { unit: unit.clone(), tag, stage, granule })
     }
 
     /// What is cached of them is tagged with: the VMID of a stage 2.

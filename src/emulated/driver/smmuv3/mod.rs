@@ -196,8 +196,7 @@ impl Driver for SmmuDriver {
                 return refuse(Errno::EOPNOTSUPP, detail);
             }
         };
-        let nest_parent = flags == PARENT;
-        Ok(Arc::new(SmmuPaging::new(&self.unit, self.tags.next(), stage, nest_parent)?))
+        Ok(Arc::new(SmmuPaging::new(&self.unit, self.tags.next(), stage)?))
     }
 
     fn nests_without_viommu(&self) -> bool {
