@@ -13,7 +13,7 @@ pub(super) type Entry = [u64; 2];
 
 /// The entry that terminates every transaction.
 pub(super) const ABORT: Entry = fixed(StreamConfig::Abort);
-/// The entry that lets every transaction pass.
+/// The entry that lets every transaction pass. No HWPT is of it: the nesting parent does just that.
 pub(super) const BYPASS: Entry = fixed(StreamConfig::Bypass);
 
 const fn fixed(config: StreamConfig) -> Entry {
@@ -88,8 +88,8 @@ impl NestedHwpts {
         }
     }
 
-    /// Strikes out a HWPT with tables of the guest's if nobody uses it. Says whether it did. Those
-    /// that abort and pass stay: every guest needs them again.
+    /// Strikes out a HWPT with tables of the guest's if nobody uses it. Says whether it did. The one
+    /// that aborts stays: every guest needs it again.
     pub fn remove_unused(&mut self, hwpt: ObjectId) -> bool {
         match self.by_id.get(&hwpt) {
             Some(Nested { entry, users }) if users.is_empty() && translates(*entry) => {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From policies to attachments: what each stream's DMA goes through.
 
-use super::nested::{self, Entry, ABORT};
+use super::nested::{self, Entry, ABORT, BYPASS};
 use super::state::State;
 use crate::iommufd::{iommu_hwpt_arm_smmuv3, HwptAlloc, HwptData, HwptFlags, ObjectId};
 use crate::nesting::error::{NestingError, Result};
@@ -32,21 +32,23 @@ impl State {
         let entry = nested::entry(policy);
         let attached = self.devices.get(&stream).and_then(|device| device.attached);
         let is_there = match attached {
-            Some(hwpt) => self.nested.entry(hwpt) == Some(entry),
+            Some(hwpt) => self.entry_of_hwpt(hwpt) == Some(entry),
             None => entry == ABORT,
         };
         if is_there {
             self.counters.unchanged += 1;
             return Ok(());
         }
-        let found = self.nested.find(entry);
+        let found = self.hwpt_of_entry(entry);
         let hwpt = match found {
             Some(hwpt) => hwpt,
             None => self.alloc_nested(device.rid, device.dev, entry)?,
         };
         let result = self.prepare_stage1(entry).and_then(|()| self.attach(stream, hwpt));
         match result {
-            Ok(()) => self.counters.nested_shares += u64::from(found.is_some()),
+            Ok(()) => {
+                self.counters.nested_shares += u64::from(found.is_some() && entry != BYPASS);
+            }
             Err(_) => {
                 self.block(stream);
                 self.destroy_unused(hwpt);

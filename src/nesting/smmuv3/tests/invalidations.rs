@@ -52,9 +52,9 @@ fn what_was_kept_back_is_flushed_before_a_stream_uses_stage_1_again() {
     rig.expect(&[]);
     rig.configure(STREAM_B, stage1(0x1000, false)).unwrap();
     rig.expect(&[
-        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #2 = #10",
+        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #2 = #9",
         "HWPT_INVALIDATE #5 [0x10:0x0]",
-        "DEVICE_ATTACH #2 to #10",
+        "DEVICE_ATTACH #2 to #9",
     ]);
     // Once is enough, and nothing was kept back since.
     rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
@@ -73,15 +73,15 @@ fn what_is_stale_keeps_a_stream_from_stage_1() {
     rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
     assert!(!rig.configure(STREAM_A, stage1(0x1000, false)).unwrap_err().still_reachable);
     rig.expect(&[
-        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #1 = #10",
+        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #1 = #9",
         "HWPT_INVALIDATE #5 [0x10:0x0] ! EIO",
-        "DESTROY #10",
+        "DESTROY #9",
     ]);
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
     rig.expect(&[
-        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #1 = #10",
+        "HWPT_ALLOC ARM_SMMUV3(0x100b, 0x0) on #5 for #1 = #9",
         "HWPT_INVALIDATE #5 [0x10:0x0]",
-        "DEVICE_ATTACH #1 to #10",
+        "DEVICE_ATTACH #1 to #9",
     ]);
     rig.ends_clean();
 }
@@ -107,7 +107,7 @@ fn a_refused_command_is_found_and_nothing_is_stale() {
     );
     assert_eq!(rig.nesting.counters().full_flushes, 1);
     // Streams go on: nothing of theirs is stale.
-    assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(10)));
+    assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(9)));
     rig.ends_clean();
 }
 
@@ -166,18 +166,18 @@ fn what_cannot_be_flushed_is_blocked() {
     rig.expect(&[
         "HWPT_INVALIDATE #5 [0x1000000000012:0x5000] ! EIO",
         &format!("{EVERYTHING} ! EIO"),
-        "HWPT_ALLOC ARM_SMMUV3(0x1, 0x0) on #5 for #1 = #12",
-        "DEVICE_ATTACH #1 to #12",
+        "HWPT_ALLOC ARM_SMMUV3(0x1, 0x0) on #5 for #1 = #11",
+        "DEVICE_ATTACH #1 to #11",
+        "DESTROY #9",
+        "DEVICE_ATTACH #2 to #11",
         "DESTROY #10",
-        "DEVICE_ATTACH #2 to #12",
-        "DESTROY #11",
     ]);
     // They are nested anew when they are next configured, and nothing of theirs is stale then.
     rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
     rig.expect(&[
-        "HWPT_ALLOC ARM_SMMUV3(0x200b, 0x0) on #5 for #2 = #10",
+        "HWPT_ALLOC ARM_SMMUV3(0x200b, 0x0) on #5 for #2 = #9",
         "HWPT_INVALIDATE #5 [0x10:0x0]",
-        "DEVICE_ATTACH #2 to #10",
+        "DEVICE_ATTACH #2 to #9",
     ]);
     rig.ends_clean();
 }

@@ -167,7 +167,11 @@ proptest! {
                         Ok(()) => commands.len(),
                         Err(refused) => {
                             reachable |= refused.error.still_reachable;
-                            refused.refused
+                            if refused.flushed {
+                                commands.len()
+                            } else {
+                                refused.refused
+                            }
                         }
                     };
                     for command in &commands[..done] {
