@@ -13,7 +13,7 @@ use super::refusal::Outcome;
 ///
 /// # Errors
 /// `ENOMEM` it is the allocation that was asked to fail.
-#[cfg(test)]
+#[cfg(any(test, feature = "selftest"))]
 pub(crate) fn allocate(what: &'static str) -> Outcome<()> {
     use super::refusal::refuse;
     use crate::iommufd::Errno;
@@ -25,16 +25,16 @@ pub(crate) fn allocate(what: &'static str) -> Outcome<()> {
 }
 
 /// Memory for `what`, in words.
-#[cfg(not(test))]
+#[cfg(not(any(test, feature = "selftest")))]
 #[inline]
 pub(crate) fn allocate(_what: &'static str) -> Outcome<()> {
     Ok(())
 }
 
-#[cfg(test)]
-pub(crate) use injection::{fail_nth, set_fail_nth};
+#[cfg(any(test, feature = "selftest"))]
+pub use injection::{fail_nth, set_fail_nth};
 
-#[cfg(test)]
+#[cfg(any(test, feature = "selftest"))]
 mod injection {
     use std::cell::Cell;
 
@@ -44,12 +44,12 @@ mod injection {
     }
 
     /// The `n`-th allocation of this thread from now on fails (1 is the next), once; 0 for none.
-    pub(crate) fn set_fail_nth(n: u64) {
+    pub fn set_fail_nth(n: u64) {
         FAIL_NTH.set(n);
     }
 
     /// Which allocation from now on fails: 0 once it has failed, or when none is to.
-    pub(crate) fn fail_nth() -> u64 {
+    pub fn fail_nth() -> u64 {
         FAIL_NTH.get()
     }
 

@@ -51,6 +51,8 @@ mod config;
 mod device;
 mod edu;
 mod events;
+#[cfg(feature = "selftest")]
+mod fail_nth;
 mod file;
 mod group;
 mod hooks;

@@ -39,6 +39,13 @@ pub fn process_id() -> i32 {
     unsafe { libc::getpid() }
 }
 
+/// The calling thread.
+#[cfg(feature = "selftest")]
+pub fn thread_id() -> i32 {
+    // SAFETY: the call has no preconditions.
+    unsafe { libc::gettid() }
+}
+
 /// The effective capabilities of process `pid`; of this thread when it is 0. Bit `n` is capability
 /// `n`.
 pub fn capabilities(pid: i32) -> Result<u64, Errno> {

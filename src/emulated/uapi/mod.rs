@@ -20,6 +20,8 @@ mod vfio;
 mod vfio_compat;
 mod viommu;
 
+#[cfg(feature = "selftest")]
+pub use super::fault_injection::{fail_nth, set_fail_nth};
 pub use super::process::Process;
 #[cfg(feature = "selftest")]
 pub use super::process::TestFile;

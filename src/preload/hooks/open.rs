@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use libc::mode_t;
 
 use super::{answer_int, node};
+#[cfg(feature = "selftest")]
+use crate::fail_nth;
 use crate::{calls, next, proc_status, state, sys};
 
 /// Opens `path` when it is ours, or when what it says is.
@@ -24,10 +26,44 @@ unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
         });
         return Some(answer_int(installed.map(i64::from)));
     }
+    #[cfg(feature = "selftest")]
     // SAFETY: as above.
-    let status = unsafe { status_file(path) }?;
-    let opened = sys::set_flags(status.as_raw_fd(), close_on_exec, false);
-    Some(answer_int(opened.map(|()| i64::from(status.into_raw_fd()))))
+    if let Some(opened) = unsafe { open_fault_injection(path, close_on_exec) } {
+        return Some(opened);
+    }
+    // SAFETY: as above.
+    unsafe { status_file(path) }.map(|status| give(status, close_on_exec))
+}
+
+/// Gives the program the descriptor `file`.
+fn give(file: OwnedFd, close_on_exec: bool) -> c_int {
+    let opened = sys::set_flags(file.as_raw_fd(), close_on_exec, false);
+    answer_int(opened.map(|()| i64::from(file.into_raw_fd())))
+}
+
+/// Opens `path` when it is of Linux's fault injection.
+///
+/// # Safety
+/// `path` is null or a C string.
+#[cfg(feature = "selftest")]
+unsafe fn open_fault_injection(path: *const c_char, close_on_exec: bool) -> Option<c_int> {
+    if path.is_null() {
+        return None;
+    }
+    // SAFETY: the caller's promise.
+    let path = unsafe { CStr::from_ptr(path) }.to_bytes();
+    if fail_nth::is_switch(path) {
+        // Nobody reads what is written there.
+        let written = sys::file_of(b"");
+        return Some(
+            written.map_or_else(|errno| answer_int(Err(errno)), |file| give(file, close_on_exec)),
+        );
+    }
+    let state = fail_nth::is_own(path).then(state::current)?;
+    let installed = state
+        .start_service(calls::serve)
+        .and_then(|()| state.install(std::sync::Arc::new(fail_nth::FailNthFile), close_on_exec));
+    Some(answer_int(installed.map(i64::from)))
 }
 
 /// The status of a process whose memory is pinned.
