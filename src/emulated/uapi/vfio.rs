@@ -27,6 +27,8 @@ pub const ATTACH_IOMMUFD_PT: u32 = vfio_request(19);
 pub const DETACH_IOMMUFD_PT: u32 = vfio_request(20);
 /// `VFIO_DEVICE_ATTACH_PASID` and `VFIO_DEVICE_DETACH_PASID`.
 const FLAG_PASID: u32 = 1;
+/// `VFIO_DEVICE_BIND_FLAG_TOKEN`.
+const FLAG_TOKEN: u32 = 1;
 
 /// `struct vfio_device_bind_iommufd`.
 #[repr(C)]
@@ -161,12 +163,18 @@ impl DeviceFile {
         let declared = size(argument)?;
         let mut copy = copy_in(argument, declared, size_of::<Bind>(), MIN_SIZE)?;
         let iommufd = i32::from_ne_bytes(copy.bytes(offset_of!(Bind, iommufd)));
-        // The only flag names a token, which emulated devices do not have.
-        if copy.u32(offset_of!(Bind, flags)) != 0 || iommufd < 0 {
+        let flags = copy.u32(offset_of!(Bind, flags));
+        if flags & !FLAG_TOKEN != 0 || iommufd < 0 {
             return refuse(Errno::EINVAL, "unknown flags, or no iommufd");
         }
         if bound.is_some() {
             return refuse(Errno::EINVAL, "the device is bound already");
+        }
+        if flags & FLAG_TOKEN != 0 {
+            // Of a PF's and its VFs' owners, which no emulated device is.
+            let mut token = [0; 16];
+            process.read(copy.u64(offset_of!(Bind, token_uuid_ptr)), &mut token)?;
+            return refuse(Errno::EINVAL, "a token for a device that is no PF or VF");
         }
         let host = process
             .iommufd(iommufd)

@@ -12,6 +12,8 @@ use crate::iommufd::{Errno, HostIommu, ObjectId, UserMemory};
 const BIND: u32 = 0x3b76;
 const ATTACH: u32 = 0x3b77;
 const DETACH: u32 = 0x3b78;
+/// Where the process has a token.
+const TOKEN: u64 = 0x1000;
 
 /// A device, opened by a process whose descriptor 3 is an iommufd, and 4 is none.
 struct Opened {
@@ -27,7 +29,11 @@ impl UserSpace for Descriptors {
         Arc::new(self.clone())
     }
 
+    /// A token can be read.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
+        if address == TOKEN {
+            return Ok(());
+        }
         Err(UserFault { address, length: bytes.len() as u64 })
     }
 
@@ -77,7 +83,10 @@ fn binding_is_the_first_thing_a_device_takes() {
     assert_eq!(bind(&file, &[D(15), D(9), D(!0), D(0)]), Err(Errno::EINVAL));
     assert_eq!(bind(&file, &[D(17), D(0), D(3), D(0)]), Err(Errno::EFAULT));
     assert_eq!(bind(&file, &[D(32), D(0), D(3), D(0), Q(0), Q(1)]), Err(Errno::E2BIG));
-    assert_eq!(bind(&file, &[D(16), D(1), D(3), D(0)]), Err(Errno::EINVAL), "a token");
+    assert_eq!(bind(&file, &[D(16), D(2), D(3), D(0)]), Err(Errno::EINVAL), "unknown flags");
+    assert_eq!(bind(&file, &[D(16), D(1), D(4), D(0)]), Err(Errno::EFAULT), "a token at 0");
+    assert_eq!(bind(&file, &[D(24), D(1), D(4), D(0), Q(9)]), Err(Errno::EFAULT));
+    assert_eq!(bind(&file, &[D(24), D(1), D(4), D(0), Q(TOKEN)]), Err(Errno::EINVAL), "a token");
     assert_eq!(bind(&file, &[D(16), D(0), D(!0), D(0)]), Err(Errno::EINVAL), "no iommufd");
     assert_eq!(bind(&file, &[D(16), D(0), D(4), D(0)]), Err(Errno::EBADFD));
     assert_eq!(bind(&file, &[D(16), D(0), D(5), D(0)]), Err(Errno::EBADF));

@@ -251,6 +251,12 @@ fn information_is_as_long_as_there_is_room() {
             assert_eq!(u32_at(&bytes, 16), if argsz >= WHOLE { 24 } else { 0 });
         }
     }
+    // The second range does not fit: only the first is written, and what is before them is not.
+    let (_, bytes) = info(&process, WHOLE - 1);
+    assert_eq!(bytes[40..56], [0xaa; 16]);
+    assert_eq!(bytes[56..72], flat(&[Q(0), Q(0xfedf_ffff)]));
+    assert_eq!(bytes[72..88], [0xaa; 16]);
+    assert_eq!(info(&process, WHOLE - 17).1[56..72], [0xaa; 16]);
     let (_, bytes) = info(&process, WHOLE);
     let dma_avail = flat(&[D(3 | 1 << 16), D(40), D(u32::MAX)]);
     assert_eq!(bytes[24..36], dma_avail);

@@ -2,7 +2,7 @@
 //! `VFIO_IOMMU_GET_INFO`: page sizes, and a chain of capabilities after the structure.
 
 use std::mem::{offset_of, size_of};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -38,6 +38,9 @@ struct CapHeader {
     next: u32,
 }
 
+/// `struct vfio_iova_range`: the first and the last IOVA.
+type IovaRange = [u64; 2];
+
 const CAP_IOVA_RANGE: u16 = 1;
 const CAP_DMA_AVAIL: u16 = 3;
 
@@ -62,16 +65,18 @@ pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace)
     let mut offset = size_of::<Info>();
     let mut before = None;
     for capability in &capabilities {
-        // Linux links a capability that starts in the room even when it does not fit there.
+        let written = capability.written(room.saturating_sub(offset));
+        if !written.is_empty() {
+            // In bounds: a part of the capability.
+            user.write(at(argument, offset + written.start)?, &capability.bytes[written])?;
+        }
+        // It links a capability that starts in the room even when it does not fit there.
         if let Some(before) = before.filter(|_| room >= offset) {
             let next = at(argument, before + offset_of!(CapHeader, next))?;
             user.write(next, (offset as u32).as_bytes())?;
         }
-        if room.saturating_sub(offset) >= capability.len() {
-            user.write(at(argument, offset)?, capability)?;
-        }
         before = Some(offset);
-        offset += capability.len().next_multiple_of(size_of::<u64>());
+        offset += capability.bytes.len().next_multiple_of(size_of::<u64>());
     }
     info.flags = INFO_PGSIZES | INFO_CAPS;
     info.cap_offset = if room >= offset { size_of::<Info>() as u32 } else { 0 };
@@ -82,21 +87,42 @@ pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace)
     Ok(())
 }
 
+/// One capability of the chain.
+struct Capability {
+    bytes: Vec<u8>,
+    /// Size of what comes before its ranges, if it has some, in bytes.
+    fixed: usize,
+}
+
+impl Capability {
+    /// Which of its bytes are written where there is room for `left`. Where there is none for all of
+    /// them, Linux writes those of the ranges that fit, and nothing before them.
+    fn written(&self, left: usize) -> Range<usize> {
+        if left >= self.bytes.len() {
+            return 0..self.bytes.len();
+        }
+        let ranges = left.saturating_sub(self.fixed) / size_of::<IovaRange>();
+        self.fixed..self.fixed + ranges * size_of::<IovaRange>()
+    }
+}
+
 /// `struct vfio_iommu_type1_info_dma_avail`.
-fn dma_avail() -> Vec<u8> {
+fn dma_avail() -> Capability {
     let mut bytes = header(CAP_DMA_AVAIL);
     bytes.extend_from_slice(DMA_AVAIL.as_bytes());
-    bytes
+    Capability { fixed: bytes.len(), bytes }
 }
 
 /// `struct vfio_iommu_type1_info_cap_iova_range`.
-fn iova_ranges(ranges: &[RangeInclusive<u64>]) -> Vec<u8> {
+fn iova_ranges(ranges: &[RangeInclusive<u64>]) -> Capability {
     let mut bytes = header(CAP_IOVA_RANGE);
     bytes.extend_from_slice([ranges.len() as u32, 0].as_bytes());
+    let fixed = bytes.len();
     for range in ranges {
-        bytes.extend_from_slice([*range.start(), *range.end()].as_bytes());
+        let range: IovaRange = [*range.start(), *range.end()];
+        bytes.extend_from_slice(range.as_bytes());
     }
-    bytes
+    Capability { bytes, fixed }
 }
 
 fn header(id: u16) -> Vec<u8> {
