@@ -21,6 +21,8 @@ const MSI_WINDOW: u64 = 0x0800_0000;
 /// A vIOMMU and its events.
 struct Viommu {
     iommufd: i32,
+    /// What it stands on.
+    ioas: u32,
     id: u32,
     queue: u32,
     events: i32,
@@ -57,9 +59,15 @@ pub fn run(path: &str) {
     println!("map: {}", outcome(ioas_map(iommufd, ioas, guest.address(), MEMORY, 0)));
     println!("with dirty tracking: {}", outcome(nesting_parent(iommufd, dev, ioas)));
     let parent = plain_nesting_parent(iommufd, dev, ioas).expect("a nesting parent");
+    window_is_in_the_way(&guest, &device, iommufd);
+    print_usable("usable", iommufd, ioas);
     println!("attach parent: {}", outcome(device.attach(parent)));
+    print_usable("usable, attached", iommufd, ioas);
     let window = ioas_map(iommufd, ioas, guest.address(), PAGE, MSI_WINDOW);
     println!("map the window of messages: {}", outcome(window));
+    let last = MSI_WINDOW + 0x10_0000;
+    println!("... behind it: {}", outcome(ioas_map(iommufd, ioas, guest.address(), PAGE, last)));
+    println!("ask for it: {}", outcome(ioas_allow_iovas(iommufd, ioas, 0, last)));
     guest.set(FIRST, 0x1111);
     device.fetch(FIRST, 4);
     device.store(SECOND, 4);
@@ -72,11 +80,12 @@ pub fn run(path: &str) {
     println!("vIOMMU of the IOAS: {}", outcome(viommu_alloc(iommufd, dev, ioas)));
     let id = viommu_alloc(iommufd, dev, parent).expect("VIOMMU_ALLOC");
     let (queue, events) = veventq_alloc(iommufd, id).expect("VEVENTQ_ALLOC");
-    let viommu = Viommu { iommufd, id, queue, events };
+    let viommu = Viommu { iommufd, ioas, id, queue, events };
     println!("another queue: {}", outcome(veventq_alloc(iommufd, id)));
     entries(&viommu, &guest, &device, dev);
     translated(&viommu, &guest, &device, dev);
     println!("detach: {}", outcome(device.detach()));
+    print_usable("usable, detached", iommufd, ioas);
     println!("destroy parent: {}", outcome(destroy(iommufd, parent)));
     println!("destroy vIOMMU: {}", outcome(destroy(iommufd, viommu.id)));
     // SAFETY: the descriptor is this function's.
@@ -88,6 +97,27 @@ pub fn run(path: &str) {
     println!("destroy IOAS: {}", outcome(destroy(iommufd, ioas)));
 }
 
+/// What of the lowest 4 GiB can be mapped: above, it depends on how many bits the IOMMU has.
+fn print_usable(what: &str, iommufd: i32, ioas: u32) {
+    const LAST: u64 = u32::MAX as u64;
+    let ranges = ioas_iova_ranges(iommufd, ioas).expect("IOAS_IOVA_RANGES");
+    let below = ranges.into_iter().filter(|(start, _)| *start <= LAST);
+    let below: Vec<_> = below.map(|(start, last)| (start, last.min(LAST))).collect();
+    println!("{what}: {below:x?}");
+}
+
+/// An IOAS that maps something where messages go, or whose user asked for it, is none for the device.
+fn window_is_in_the_way(guest: &Guest, device: &Device, iommufd: i32) {
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    let window = ioas_map(iommufd, ioas, guest.address(), PAGE, MSI_WINDOW);
+    println!("map the window of messages before: {}", outcome(window));
+    println!("attach: {}", outcome(device.attach(ioas)));
+    println!("unmap: {}", outcome(ioas_unmap(iommufd, ioas, MSI_WINDOW, PAGE)));
+    println!("ask for it: {}", outcome(ioas_allow_iovas(iommufd, ioas, 0, MSI_WINDOW)));
+    println!("attach: {}", outcome(device.attach(ioas)));
+    println!("destroy: {}", outcome(destroy(iommufd, ioas)));
+}
+
 /// Stream table entries that abort and bypass, and some that none can have.
 fn entries(viommu: &Viommu, guest: &Guest, device: &Device, dev: u32) {
     let Viommu { iommufd, id, .. } = *viommu;
@@ -97,6 +127,7 @@ fn entries(viommu: &Viommu, guest: &Guest, device: &Device, dev: u32) {
     }
     let (bypass, abort) = (with(BYPASS).expect("bypass"), with(ABORT).expect("abort"));
     println!("attach abort: {}", outcome(device.attach(abort)));
+    print_usable("usable, aborted", iommufd, viommu.ioas);
     guest.set(SECOND, 0);
     device.store(SECOND, 4);
     println!("aborted: {:#x}", guest.get(SECOND));

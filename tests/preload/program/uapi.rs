@@ -76,6 +76,34 @@ pub fn ioas_unmap(fd: RawFd, ioas: u32, iova: u64, length: u64) -> Result<u64> {
     Ok(unmap.length)
 }
 
+/// What can be mapped: first and last IOVA of each range, at most four.
+pub fn ioas_iova_ranges(fd: RawFd, ioas: u32) -> Result<Vec<(u64, u64)>> {
+    let mut ranges = [iommu_iova_range::default(); 4];
+    let mut call = iommu_ioas_iova_ranges {
+        size: size::<iommu_ioas_iova_ranges>(),
+        ioas_id: ioas,
+        num_iovas: ranges.len() as u32,
+        allowed_iovas: ranges.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_IOAS_IOVA_RANGES, &mut call)?;
+    let ranges = ranges.iter().take(call.num_iovas as usize);
+    Ok(ranges.map(|range| (range.start, range.last)).collect())
+}
+
+/// Asks for the IOVAs from `start` to `last`, both included.
+pub fn ioas_allow_iovas(fd: RawFd, ioas: u32, start: u64, last: u64) -> Result<()> {
+    let range = iommu_iova_range { start, last };
+    let mut call = iommu_ioas_allow_iovas {
+        size: size::<iommu_ioas_allow_iovas>(),
+        ioas_id: ioas,
+        num_iovas: 1,
+        allowed_iovas: &raw const range as u64,
+        ..Default::default()
+    };
+    ioctl(fd, IOMMUFD_CMD_IOAS_ALLOW_IOVAS, &mut call)
+}
+
 pub fn destroy(fd: RawFd, id: u32) -> Result<()> {
     let mut destroy = iommu_destroy { size: size::<iommu_destroy>(), id };
     ioctl(fd, IOMMUFD_CMD_DESTROY, &mut destroy)
