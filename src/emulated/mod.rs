@@ -95,6 +95,10 @@ pub use device::DeviceConfig;
 pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
 pub use dma_buf::DmaBuf;
 pub use dma_error::{DmaError, DmaFaultReason};
+pub use engine::{
+    ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
+    StaleUse, TlbInvalidation,
+};
 pub use event_file::EventFile;
 pub use graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::EmulatedHost;
@@ -103,7 +107,4 @@ pub use mapped_pages::{MappedPages, MmapRequest};
 pub use objects::{AccessUnmap, ObjectKind};
 pub use port_iommu::PortIommu;
 pub use smmuv3::{SmmuV3Counters, SmmuV3Unit, SmmuV3UnitConfig};
-pub use vtd::{
-    AddressWidth, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,
-    VtdCounters, VtdUnit, VtdUnitConfig,
-};
+pub use vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};

@@ -101,6 +101,8 @@ pub struct SmmuV3Report {
     pub objects_in_use: Option<SmmuObjects>,
     /// What the unit behind it did, if that is emulated.
     pub hardware: Option<emulated::SmmuV3Counters>,
+    /// What its sanitizer found, if it has one.
+    pub sanitizer: Option<SanitizerReport>,
 }
 
 /// The host behind the virtual IOMMUs.
@@ -155,16 +157,19 @@ impl fmt::Display for IommuReport {
         match &self.of {
             ModelReport::Vtd(of) => {
                 counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
-                match &of.sanitizer {
-                    Some(sanitizer) => write!(f, "{id}, {sanitizer}"),
-                    None => Ok(()),
-                }
+                found(f, id, of.sanitizer.as_ref())
             }
             ModelReport::SmmuV3(of) => {
-                counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())
+                counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
+                found(f, id, of.sanitizer.as_ref())
             }
         }
     }
+}
+
+/// What the sanitizer of `id` found, if it has one.
+fn found(f: &mut fmt::Formatter<'_>, id: &str, of: Option<&SanitizerReport>) -> fmt::Result {
+    of.map_or(Ok(()), |sanitizer| write!(f, "{id}, {sanitizer}"))
 }
 
 /// What the virtual IOMMU `id` counted, from the guest down.

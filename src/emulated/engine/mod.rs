@@ -18,6 +18,7 @@ mod host_stage2;
 mod memories;
 mod origins;
 mod request;
+mod sanitizer;
 mod sharing;
 #[cfg(test)]
 pub(in crate::emulated) mod testing;
@@ -39,6 +40,7 @@ pub(in crate::emulated) use format::{At, Entry, Path, Stage2Refusal, TableFormat
 pub(in crate::emulated) use host_stage2::HostStage2;
 pub(in crate::emulated) use origins::Origins;
 pub(in crate::emulated) use request::Rights;
+pub(in crate::emulated) use sanitizer::{Sanitizer, Used};
 pub(in crate::emulated) use sharing::{Gone, Sharing};
 pub(in crate::emulated) use trail::Trail;
 pub(in crate::emulated) use walk::Walk;
@@ -47,6 +49,10 @@ pub(crate) use caches::Target;
 pub(crate) use config_cache::ConfigCache;
 pub(crate) use counters::LocalCounters;
 pub(crate) use request::{Request, RequestKind};
+pub use sanitizer::{
+    ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
+    StaleUse, TlbInvalidation,
+};
 
 /// Why a request reaches no memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -53,6 +53,10 @@ pub struct SmmuV3UnitConfig {
     pub paging_structure_entries: usize,
     /// Entries of the cache of stage-2 translations, likewise.
     pub stage2_entries: usize,
+    /// Compares every translation with context descriptors and tables when it is used, and reports those
+    /// that the guest should have invalidated
+    /// ([`SmmuV3Unit::sanitizer_report`](super::SmmuV3Unit::sanitizer_report)). Slow.
+    pub sanitize: bool,
 }
 
 impl Default for SmmuV3UnitConfig {
@@ -75,6 +79,7 @@ impl Default for SmmuV3UnitConfig {
             iotlb_entries: 4096,
             paging_structure_entries: 1024,
             stage2_entries: 1024,
+            sanitize: false,
         }
     }
 }

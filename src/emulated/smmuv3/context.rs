@@ -76,6 +76,11 @@ impl AddressSpace {
         })
     }
 
+    /// GPAs (bytes) of the top tables of both halves; none for a half without walks.
+    pub fn tables(&self) -> [Option<u64>; 2] {
+        self.halves.map(|half| half.map(|tables| tables.table))
+    }
+
     /// `address` as the tables take it, and the tables of its half.
     #[inline]
     pub fn half(&self, address: u64) -> (u64, Option<&Stage1>) {

@@ -34,6 +34,8 @@ pub struct SmmuV3Counters {
     pub stage2_misses: u64,
     /// Cached stage-2 translations that had to go for others.
     pub stage2_evictions: u64,
+    /// Requests that used a stale translation or context descriptor; counted by the sanitizer alone.
+    pub stale_uses: u64,
     /// Requests that were terminated.
     pub faults: u64,
     /// Invalidations, among them those that changes of attachments and of stage 2 imply.
@@ -58,6 +60,7 @@ impl From<Totals> for SmmuV3Counters {
             stage2_hits: totals.stage2_hits,
             stage2_misses: totals.stage2_misses,
             stage2_evictions: totals.stage2_evictions,
+            stale_uses: totals.stale_uses,
             faults: totals.faults,
             invalidations: totals.invalidations,
             invalidated_entries: totals.invalidated_entries,

@@ -18,10 +18,11 @@ use super::fault::Fault;
 use super::invalidation::{
     drop_range, drop_spaces, known_range, Invalidation, GLOBAL, STAGE2_ONLY,
 };
+use super::sanitizer;
 use super::stream::{Stream, StreamEntry, StreamTable, UserStage1};
 use crate::emulated::engine::{
-    Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, RequestKind, Rights, Sharing,
-    Source, Spaces, Target, Walk,
+    Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, RequestKind, Rights, Sanitizer,
+    Sharing, Source, Spaces, Target, Walk,
 };
 use crate::emulated::stage2::Stage2;
 use crate::spec::smmuv3::event::{EventClass, EventId};
@@ -29,7 +30,7 @@ use crate::spec::smmuv3::translation::Granule;
 
 /// Sizes of what the IOTLB may have, as powers of two, by the granule of stage 1: pages, and pieces
 /// of them where stage 2 has smaller ones.
-const fn shifts(granule: Granule) -> &'static [u8] {
+pub(super) const fn shifts(granule: Granule) -> &'static [u8] {
     match granule {
         Granule::K4 => &[12, 21, 30],
         Granule::K16 => &[14, 25, 12, 21],
@@ -50,14 +51,20 @@ pub(crate) struct Engine {
     caches: Caches,
     /// Some translation in the IOTLB is global.
     globals: AtomicBool,
+    sanitizer: Option<Arc<Sanitizer>>,
     /// Of what is done with exclusive access.
     counters: Arc<LocalCounters>,
 }
 
 impl Engine {
-    /// An engine whose every stream aborts.
-    pub(super) fn new(config: SmmuV3UnitConfig, counters: Arc<LocalCounters>) -> Self {
-        let caches = Caches::new(config.cache_sizes(), config.output_bits(), None);
+    /// An engine whose every stream aborts; `sanitizer` is told of translations and invalidations.
+    pub(super) fn new(
+        config: SmmuV3UnitConfig,
+        counters: Arc<LocalCounters>,
+        sanitizer: Option<Arc<Sanitizer>>,
+    ) -> Self {
+        let origins = sanitizer.as_ref().map(|sanitizer| sanitizer.origins());
+        let caches = Caches::new(config.cache_sizes(), config.output_bits(), origins);
         Self {
             config,
             streams: StreamTable::default(),
@@ -65,6 +72,7 @@ impl Engine {
             sharing: Sharing::default(),
             caches,
             globals: AtomicBool::new(false),
+            sanitizer,
             counters,
         }
     }
@@ -176,6 +184,42 @@ impl Engine {
         Ok(Target { place: output.page.place, length: output.length })
     }
 
+    /// Puts down in the port where the configuration of requests with `pasid` is; not for a
+    /// sanitizer, which is to see every request.
+    fn note(
+        &self,
+        config: &mut ConfigCache,
+        counters: &LocalCounters,
+        pasid: Option<u32>,
+        index: usize,
+    ) {
+        if self.sanitizer.is_none() {
+            let evicted = config.fill(self.configurations.generation(), pasid, index);
+            counters.config_evictions.add(evicted.into());
+        }
+    }
+
+    /// Compares what `request` is about to use with what is in memory now. Gives the part of `target`
+    /// that has been compared.
+    fn compare(
+        &self,
+        sanitizer: &Sanitizer,
+        configuration: &Configuration,
+        counters: &LocalCounters,
+        request: &Request,
+        target: Target,
+    ) -> Target {
+        // Nothing that a device asked for, so it is not counted.
+        let now = self.resolve(&LocalCounters::default(), request.rid, request.pasid);
+        let now = now.as_ref().map_err(|fault| *fault);
+        if let Some(stale) = sanitizer::stale_context(request, configuration, now) {
+            sanitizer.context_used(counters, stale);
+            // What has become of tables that are not in use any more says nothing.
+            return target;
+        }
+        sanitizer::check(sanitizer, &self.caches, configuration, counters, request, target)
+    }
+
     /// Whether a write that `fault` stopped is an interrupt message: to which address.
     fn doorbell(&self, fault: &Fault, kind: RequestKind) -> Option<u64> {
         let Fault::Event { stage2: true, class: EventClass::Input, second_address, .. } = *fault
@@ -205,6 +249,9 @@ impl Engine {
     /// An entry of `sid` is another, in place of `old`.
     fn changed(&mut self, sid: u16, old: Option<Stream>) {
         self.configurations.drop_where(|(of, _)| of == sid);
+        if let Some(sanitizer) = &self.sanitizer {
+            sanitizer.contexts_changed(sid, |_| true);
+        }
         if let Some(old) = old {
             let gone = self.sharing.remove(old.tag, &old.host.stage2);
             self.forget(gone);
@@ -241,6 +288,9 @@ impl Engine {
                 Invalidation::DeviceTlb => 0,
             };
             self.count_invalidation(dropped);
+            if let Some(sanitizer) = &self.sanitizer {
+                sanitizer::invalidated(sanitizer, invalidation, ranges);
+            }
         }
     }
 
@@ -255,6 +305,9 @@ impl Engine {
         if let Some(gone) = gone {
             let dropped = self.caches.drop_gone(&gone);
             self.count_invalidation(dropped);
+            if let Some(sanitizer) = &self.sanitizer {
+                sanitizer.forget(&gone);
+            }
         }
     }
 
@@ -303,7 +356,7 @@ impl crate::emulated::engine::Engine for Engine {
                 let known = self.configurations.find((rid, pasid));
                 if let Some(index) = known {
                     counters.config_hits.count();
-                    counters.config_evictions.add(config.fill(generation, pasid, index).into());
+                    self.note(config, counters, pasid, index);
                 }
                 known
             }
@@ -316,7 +369,7 @@ impl crate::emulated::engine::Engine for Engine {
                 let resolved = self.resolve(counters, rid, pasid)?;
                 match self.configurations.add((rid, pasid), resolved) {
                     Ok(index) => {
-                        counters.config_evictions.add(config.fill(generation, pasid, index).into());
+                        self.note(config, counters, pasid, index);
                         self.configurations.get(index).ok_or(Fault::Abort)?
                     }
                     Err(resolved) => {
@@ -326,16 +379,24 @@ impl crate::emulated::engine::Engine for Engine {
                 }
             }
         };
-        if let Some(target) = self.lookup(configuration, address, kind) {
-            counters.iotlb_hits.count();
-            return Ok(target);
-        }
-        counters.iotlb_misses.count();
-        self.walk(configuration, counters, address, kind).map_err(|fault| {
-            match self.doorbell(&fault, kind) {
-                Some(message) => Blocked::Interrupt(message),
-                None => Blocked::Fault(fault),
+        let target = match self.lookup(configuration, address, kind) {
+            Some(target) => {
+                counters.iotlb_hits.count();
+                target
             }
+            None => {
+                counters.iotlb_misses.count();
+                self.walk(configuration, counters, address, kind).map_err(|fault| {
+                    match self.doorbell(&fault, kind) {
+                        Some(message) => Blocked::Interrupt(message),
+                        None => Blocked::Fault(fault),
+                    }
+                })?
+            }
+        };
+        Ok(match &self.sanitizer {
+            Some(sanitizer) => self.compare(sanitizer, configuration, counters, request, target),
+            None => target,
         })
     }
 

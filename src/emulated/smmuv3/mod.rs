@@ -17,6 +17,7 @@ mod counters;
 mod engine;
 mod fault;
 mod invalidation;
+mod sanitizer;
 mod stage1;
 mod stream;
 #[cfg(test)]
@@ -27,7 +28,9 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::dma_error::DmaFaultReason;
-use super::engine::{Counters, LocalCounters, Request, RequestKind, Unit};
+use super::engine::{
+    Counters, LocalCounters, Request, RequestKind, Sanitizer, SanitizerReport, Unit,
+};
 use super::gate::Gate;
 use super::page_requests::PageRequests;
 use super::stage2::Stage2;
@@ -58,6 +61,7 @@ pub struct SmmuV3Unit {
     gate: Arc<Gate<Engine>>,
     counters: Counters,
     page_requests: PageRequests,
+    sanitizer: Option<Arc<Sanitizer>>,
     /// Where the events of a stream go. Never held together with the gate.
     sinks: Mutex<BTreeMap<u16, Arc<dyn EventSink>>>,
 }
@@ -66,10 +70,11 @@ impl SmmuV3Unit {
     /// A unit with nothing attached: it aborts all DMA.
     pub fn new(config: SmmuV3UnitConfig) -> Arc<Self> {
         let counters = Counters::default();
-        let engine = Engine::new(config.clone(), counters.share());
+        let sanitizer = config.sanitize.then(Arc::<Sanitizer>::default);
+        let engine = Engine::new(config.clone(), counters.share(), sanitizer.clone());
         let gate = Gate::new(engine);
         let page_requests = PageRequests::default();
-        Arc::new(Self { config, gate, counters, page_requests, sinks: Mutex::default() })
+        Arc::new(Self { config, gate, counters, sanitizer, page_requests, sinks: Mutex::default() })
     }
 
     /// What the unit has done so far. Requests under way may or may not be counted.
@@ -80,6 +85,12 @@ impl SmmuV3Unit {
     /// The page requests of its devices; none when it takes none.
     pub(super) fn page_requests(&self) -> Option<&PageRequests> {
         self.config.page_requests().then_some(&self.page_requests)
+    }
+
+    /// Which stale translations were used so far; `None` for a unit that does not look
+    /// ([`SmmuV3UnitConfig::sanitize`]).
+    pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
+        self.sanitizer.as_ref().map(|sanitizer| sanitizer.report())
     }
 
     /// What it can do.

@@ -48,7 +48,7 @@ impl Engine {
         counters: Arc<LocalCounters>,
         sanitizer: Option<Arc<Sanitizer>>,
     ) -> Self {
-        let origins = sanitizer.as_ref().map(|sanitizer| sanitizer.origins());
+        let origins = sanitizer.as_ref().map(|sanitizer| sanitizer.common.origins());
         let width = config.address_width.bits();
         let caches = Caches::new(config.cache_sizes(), width, origins);
         let (pasid_table, sharing) = (PasidTable::default(), Sharing::default());
@@ -130,7 +130,7 @@ impl Engine {
     /// Blocks DMA of `rid` (or its `pasid`).
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>) {
         if let Some(sanitizer) = &self.sanitizer {
-            sanitizer.context_changed(rid, pasid);
+            sanitizer.common.contexts_changed(rid, |of| of == pasid);
         }
         if let Some(old) = self.pasid_table.remove(rid, pasid) {
             let gone = self.sharing.remove(old.tag.0, &old.host.stage2);
@@ -144,7 +144,7 @@ impl Engine {
             let dropped = self.drop_range(tag.0, *range);
             self.count_invalidation(dropped);
             if let Some(sanitizer) = &self.sanitizer {
-                sanitizer.invalidated(tag.0, *range);
+                sanitizer.common.invalidated(tag.0, None, *range);
             }
         }
     }
@@ -161,7 +161,7 @@ impl Engine {
             let dropped = self.caches.drop_gone(&gone);
             self.count_invalidation(dropped);
             if let Some(sanitizer) = &self.sanitizer {
-                sanitizer.forget(&gone);
+                sanitizer.common.forget(&gone);
             }
         }
     }

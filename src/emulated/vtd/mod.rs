@@ -25,7 +25,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::dma_error::DmaFaultReason;
-use super::engine::{Counters, LocalCounters, Request, RequestKind, Unit};
+use super::engine::{
+    ContextTables, Counters, LocalCounters, Request, RequestKind, SanitizerReport, Unit,
+};
 use super::gate::Gate;
 
 use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
@@ -38,9 +40,6 @@ use sanitizer::Sanitizer;
 
 pub use config::{AddressWidth, VtdUnitConfig};
 pub use counters::VtdCounters;
-pub use sanitizer::{
-    ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, StaleUse,
-};
 
 /// An emulated VT-d unit in scalable mode, for devices of this process.
 ///
@@ -86,7 +85,7 @@ impl VtdUnit {
     /// Which stale translations were used so far; `None` for a unit that does not look
     /// ([`VtdUnitConfig::sanitize`]).
     pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
-        self.sanitizer.as_ref().map(|sanitizer| sanitizer.report())
+        self.sanitizer.as_ref().map(|sanitizer| sanitizer.common.report())
     }
 
     /// From now on the sanitizer, if there is one, compares what the unit was given for each

@@ -127,14 +127,14 @@ impl FromStr for IommuConfig {
         let host = pairs.take("host", HostChoice::default(), host)?;
         let model = match model {
             "vtd" => IommuModel::Vtd(vtd(&mut pairs, host == HostChoice::Emulated)?),
-            "smmuv3" => IommuModel::SmmuV3(smmuv3(&mut pairs)?),
+            "smmuv3" => IommuModel::SmmuV3(smmuv3(&mut pairs, host == HostChoice::Emulated)?),
             _ => return Err(format!("unknown IOMMU '{model}'; known: smmuv3, vtd")),
         };
         pairs.finish(match model {
             IommuModel::Vtd(_) => {
                 "addr, ats, aw, caching-mode, host, id, intremap, pasid-bits, sanitize, second-stage"
             }
-            IommuModel::SmmuV3(_) => "addr, ats, aw, granules, host, id, pasid-bits, ril",
+            IommuModel::SmmuV3(_) => "addr, ats, aw, granules, host, id, pasid-bits, ril, sanitize",
         })?;
         Ok(Self { id, address, host, model })
     }
@@ -155,15 +155,20 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
         interrupt_remapping: pairs
             .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
-        sanitize: pairs.take("sanitize", default.sanitize, on_off)?,
+        sanitize: sanitize(pairs, emulated)?,
     };
-    if options.sanitize && !emulated {
-        return Err("sanitize=on needs host=emulated: it looks into that one's caches".into());
-    }
     Ok(options)
 }
 
-fn smmuv3(pairs: &mut Pairs<'_>) -> Result<SmmuV3Options, String> {
+fn sanitize(pairs: &mut Pairs<'_>, emulated: bool) -> Result<bool, String> {
+    let on = pairs.take("sanitize", false, on_off)?;
+    if on && !emulated {
+        return Err("sanitize=on needs host=emulated: it looks into that one's caches".into());
+    }
+    Ok(on)
+}
+
+fn smmuv3(pairs: &mut Pairs<'_>, emulated: bool) -> Result<SmmuV3Options, String> {
     let default = SmmuV3Options::default();
     let options = SmmuV3Options {
         address_width: pairs.take("aw", default.address_width, |text| match text {
@@ -177,6 +182,7 @@ fn smmuv3(pairs: &mut Pairs<'_>) -> Result<SmmuV3Options, String> {
         substream_bits: pairs
             .take("pasid-bits", default.substream_bits, |text| pasid_bits(text).map(Some))?,
         ats: pairs.take("ats", default.ats, on_off)?,
+        sanitize: sanitize(pairs, emulated)?,
     };
     let narrow = options.granules.as_ref().is_some_and(|some| !some.contains(&Granule::K64));
     if options.address_width == 52 && narrow {
@@ -344,6 +350,8 @@ mod tests {
         assert_eq!(kernel.host, HostChoice::Kernel(DEV_IOMMU.into()));
         assert!(!kernel.model.vtd().unwrap().second_stage);
         assert_eq!("smmuv3".parse(), Ok(IommuConfig::from(SmmuV3Options::default())));
+        let sanitize = SmmuV3Options { sanitize: true, ..SmmuV3Options::default() };
+        assert_eq!("smmuv3,sanitize=on".parse(), Ok(IommuConfig::from(sanitize)));
         assert_eq!(
             "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,granules=4K+64K,ril=off"
                 .parse(),
@@ -357,6 +365,7 @@ mod tests {
                     range_invalidation: Some(false),
                     substream_bits: Some(4),
                     ats: true,
+                    sanitize: false,
                 }),
             })
         );
@@ -397,6 +406,7 @@ mod tests {
         refused::<IommuConfig>("vtd,id=on", "id: 'on'");
         refused::<IommuConfig>("vtd,host=kernel", "neither emulated nor a path");
         refused::<IommuConfig>("vtd,host=/dev/iommu,sanitize=on", "sanitize=on needs");
+        refused::<IommuConfig>("smmuv3,sanitize=on,host=/dev/iommu", "sanitize=on needs");
         refused::<VfioConfig>("iommu=off", "path=/sys/bus/pci/devices");
         refused::<VfioConfig>("path=/a,host=/b", "unknown key 'host'");
         refused::<DeviceConfig>("nvme", "unknown device 'nvme'");

@@ -244,6 +244,9 @@ pub struct SmmuV3Options {
     pub substream_bits: Option<u8>,
     /// Device TLBs (ATS) are offered.
     pub ats: bool,
+    /// Every DMA is compared with the guest's context descriptors and tables; uses of stale ones are
+    /// reported.
+    pub sanitize: bool,
 }
 
 impl Default for SmmuV3Options {
@@ -254,6 +257,7 @@ impl Default for SmmuV3Options {
             range_invalidation: None,
             substream_bits: None,
             ats: false,
+            sanitize: false,
         }
     }
 }

@@ -149,6 +149,7 @@ impl VirtualIommu for SmmuV3 {
             objects: self.nesting.objects(),
             objects_in_use: self.registers.objects(),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
+            sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         })
     }
 
@@ -261,6 +262,7 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
         ssid_bits: default.ssid_bits.max(options.substream_bits.unwrap_or_default()),
         ats: options.ats,
         msi_doorbell: Some(MESSAGE_RANGE),
+        sanitize: options.sanitize,
         ..default
     }
 }

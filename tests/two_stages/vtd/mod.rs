@@ -11,7 +11,8 @@ use crate::conformance::{IOVA, NAME as DOMAIN};
 use guest::{Completion, Entry};
 use machine::{vtd_config, Machine};
 use twostage::emulated::{
-    DmaError, DmaWay, InvalidatedPages, SanitizerReport, StaleContext, VtdUnitConfig,
+    ContextInvalidation, DmaError, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
+    VtdUnitConfig,
 };
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
@@ -343,6 +344,7 @@ fn a_context_that_is_stale_is_reported_and_its_old_tables_are_not() {
         pasid: None,
         old: DmaWay::FirstStage(table),
         new: DmaWay::FirstStage(other),
+        needed: ContextInvalidation::Vtd,
         uses: 2,
         invalidated_since: false,
     };

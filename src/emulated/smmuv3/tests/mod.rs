@@ -5,6 +5,7 @@ mod attachments;
 mod contexts;
 mod events;
 mod reference;
+mod sanitizer;
 mod stage1;
 mod staleness;
 

@@ -2,6 +2,7 @@
 //! What the sanitizer reports, and what it does not.
 
 use super::*;
+use crate::emulated::{InvalidatedPages, StaleUse, TlbInvalidation};
 
 const IOVA: u64 = 0x0000_1234_4020_0000;
 const OLD: u64 = HIGH;
@@ -50,10 +51,10 @@ fn a_stale_page_is_reported_once_with_all_there_is_to_know() {
             pasid: None,
             iova: IOVA,
             write: false,
-            second_stage: false,
             level,
             old: Some(old),
             new: Some(old - OLD + NEW),
+            invalidation: TlbInvalidation::VtdPasidIotlb,
             needed: range(IOVA, page_size(level) >> 12, true),
             last: Some(range(IOVA + page_size(level), 1, true)),
             uses: 2,

@@ -4,9 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::emulated::engine::{Caches, Path, Table, TableFormat, Trail};
-use crate::emulated::vtd::context::Context;
-use crate::spec::vtd::first_stage::{index, page_size};
+use super::super::{size, Caches, HostStage2, Path, Table, TableFormat, Trail};
 
 /// Where the tables send an IOVA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,28 +15,28 @@ pub(super) enum End {
     Nowhere,
 }
 
-/// Reads what the tables of `context` say of `iova` now: from memory, past all caches, without
-/// setting a flag.
+/// Reads what `tables` on `host` say of `iova` now: from memory, past all caches, without setting a
+/// flag.
 pub(super) fn read_tables<F: TableFormat>(
     caches: &Caches,
-    context: &Context,
+    host: &HostStage2,
     tables: &F,
     iova: u64,
 ) -> (Trail, End) {
     let (mut trail, mut path, mut gpa) = (Trail::default(), Path::UNLIMITED, tables.table());
     for level in (1..=tables.levels()).rev() {
-        let Some(page) = caches.stage2_now(&context.host, gpa).filter(|page| page.read) else {
-            break;
-        };
+        // The entry and not the table: a table may be in several pieces.
+        let at = gpa + tables.index(iova, level) * 8;
+        let Some(page) = caches.stage2_now(host, at).filter(|page| page.read) else { break };
         let (place, length, writable) = (page.place, page.length, page.write);
-        let table = Table { place, level, skipped: 0, length, writable };
-        let Some(entry) = caches.entry(&table, index(iova, level)) else { break };
+        let entry = Table { place, level, skipped: 0, length, writable };
+        let Some(entry) = caches.entry(&entry, 0) else { break };
         let word = u64::from_le(entry.load(Ordering::Acquire));
         trail.set(level, word);
         let Ok(decoded) = tables.decode(word, level) else { break };
         path = path & decoded.path;
         if decoded.leaf {
-            let gpa = decoded.address | iova & (page_size(level) - 1);
+            let gpa = decoded.address | iova & (size(tables.shift(level)) - 1);
             return (trail, End::Page { gpa, level, path });
         }
         gpa = decoded.address;

@@ -5,16 +5,43 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::super::{size, Source};
 #[cfg(feature = "serde")]
 use super::contexts::as_text;
 use super::contexts::StaleContext;
-use crate::emulated::engine::size;
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
-use crate::spec::vtd::first_stage::page_size;
 
 /// Pages, and requesters, that are kept; uses of stale translations of others are counted only.
 const MAX_PAGES: usize = 64;
+
+/// Pages are counted in units of this, as a power of two.
+pub(super) const UNIT_SHIFT: u8 = 12;
+
+/// The invalidation that a change of the guest's tables needs, in the words of its IOMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub enum TlbInvalidation {
+    /// VT-d, first-stage tables, whose translations are tagged by PASID (§6.5.2.4).
+    VtdPasidIotlb,
+    /// VT-d, second-stage tables, whose translations are not.
+    VtdIotlb,
+    /// SMMUv3: CMD_TLBI_NH_VA or what drops more of this ASID.
+    SmmuV3TlbiNhVa {
+        /// ASID of the tables.
+        asid: u16,
+    },
+}
+
+impl fmt::Display for TlbInvalidation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::VtdPasidIotlb => f.write_str("PASID-based IOTLB invalidation"),
+            Self::VtdIotlb => f.write_str("IOTLB invalidation"),
+            Self::SmmuV3TlbiNhVa { asid } => write!(f, "CMD_TLBI_NH_VA with ASID {asid:#x}"),
+        }
+    }
+}
 
 /// 4 KiB pages that an invalidation of the guest's tables names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +55,7 @@ pub enum InvalidatedPages {
         address: u64,
         /// How many there are.
         pages: u64,
-        /// Leaf entries only: paging-structure caches may stay (VT-d's invalidation hint, IH).
+        /// Leaf entries only: cached tables may stay (VT-d's invalidation hint, SMMUv3's Leaf).
         leaf: bool,
     },
 }
@@ -69,21 +96,21 @@ pub struct StaleUse {
     /// The requester.
     #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
     pub rid: Bdf,
-    /// Its PASID, when the request carried one.
+    /// Its PASID (SMMUv3: SubstreamID), when the request carried one.
     pub pasid: Option<u32>,
     /// IOVA of the 4 KiB page, in bytes.
     pub iova: u64,
     /// The first such request was a write.
     pub write: bool,
-    /// The guest's tables are second-stage tables, not first-stage.
-    pub second_stage: bool,
     /// Level (1 is the lowest) of the highest entry that changed.
     pub level: u8,
     /// That entry as it was when it was cached; `None` when that is not known any more.
     pub old: Option<u64>,
     /// The entry as it is now; `None` when the tables do not lead there any more.
     pub new: Option<u64>,
-    /// What should have been invalidated, and was not, before the device used it.
+    /// What the change needs, before the device uses it again.
+    pub invalidation: TlbInvalidation,
+    /// What should have been invalidated by it, and was not.
     pub needed: InvalidatedPages,
     /// The last invalidation of these tables before; `None` when there was none.
     pub last: Option<InvalidatedPages>,
@@ -109,9 +136,7 @@ impl fmt::Display for StaleUse {
             Some(new) => write!(f, "{new:#x} now")?,
             None => f.write_str("out of reach now")?,
         }
-        // A first stage's translations are tagged by PASID (§6.5.2.4), a second stage's are not.
-        let kind = if self.second_stage { "IOTLB" } else { "PASID-based IOTLB" };
-        write!(f, "; needed: {kind} invalidation of {}", self.needed)?;
+        write!(f, "; needed: {} of {}", self.invalidation, self.needed)?;
         match self.last {
             Some(last) => write!(f, "; last seen: {last}"),
             None => f.write_str("; last seen: none"),
@@ -167,8 +192,8 @@ impl fmt::Display for Fate {
 #[derive(Debug)]
 struct Finding {
     stale: StaleUse,
-    /// Tag of the HWPT.
-    tag: u32,
+    /// Whose the translation was.
+    source: Source,
     /// Size of the page that was cached, as a power of two.
     page_shift: u8,
 }
@@ -180,20 +205,24 @@ pub(super) struct Findings {
     pages: BTreeMap<(Bdf, Option<u32>, u64), Finding>,
     /// Uses beyond those.
     others: u64,
-    /// The last invalidation of each tag. Those without attachments are forgotten, so there are not
-    /// many more than attachments.
-    last: BTreeMap<u32, InvalidatedPages>,
+    /// The last invalidation of each tag, or of one address space of it, and which one that was. Those
+    /// of tags without attachments are forgotten.
+    last: BTreeMap<(u32, Option<u32>), (u64, InvalidatedPages)>,
+    /// How many there were.
+    invalidations: u64,
 }
 
 impl Findings {
-    /// The last invalidation of `tag`.
-    pub fn last_invalidation(&self, tag: u32) -> Option<InvalidatedPages> {
-        self.last.get(&tag).copied()
+    /// The last invalidation of translations of `source`.
+    pub fn last_invalidation(&self, source: Source) -> Option<InvalidatedPages> {
+        let spaces = [None, Some(source.space())];
+        let last = spaces.iter().filter_map(|space| self.last.get(&(source.tag(), *space)));
+        last.max_by_key(|(number, _)| *number).map(|(_, pages)| *pages)
     }
 
-    /// Adds a use of what was cached of `tag` as a page of `page_shift`. Gives it back when it is
+    /// Adds a use of what was cached of `source` as a page of `page_shift`. Gives it back when it is
     /// the first of its page, and is kept.
-    pub fn add(&mut self, stale: StaleUse, tag: u32, page_shift: u8) -> Option<StaleUse> {
+    pub fn add(&mut self, stale: StaleUse, source: Source, page_shift: u8) -> Option<StaleUse> {
         let key = (stale.rid, stale.pasid, stale.iova);
         if let Some(known) = self.pages.get_mut(&key) {
             known.stale.uses += 1;
@@ -203,7 +232,7 @@ impl Findings {
             self.others += 1;
             return None;
         }
-        self.pages.insert(key, Finding { stale, tag, page_shift });
+        self.pages.insert(key, Finding { stale, source, page_shift });
         Some(stale)
     }
 
@@ -222,17 +251,22 @@ impl Findings {
         Some(stale)
     }
 
-    /// The context of `rid` (or its `pasid`) is another from now on.
-    pub fn context_changed(&mut self, rid: Bdf, pasid: Option<u32>) {
-        if let Some(stale) = self.contexts.get_mut(&(rid, pasid)) {
-            stale.invalidated_since = true;
+    /// The contexts of `rid` and its PASIDs for which `changed` holds are others from now on.
+    pub fn contexts_changed(&mut self, rid: Bdf, changed: impl Fn(Option<u32>) -> bool) {
+        let of_rid = self.contexts.range_mut((rid, None)..=(rid, Some(u32::MAX)));
+        for ((_, pasid), stale) in of_rid {
+            stale.invalidated_since |= changed(*pasid);
         }
     }
 
-    /// The guest invalidated `range` of `tag`.
-    pub fn invalidated(&mut self, tag: u32, range: CacheRange) {
-        self.last.insert(tag, range.into());
-        for finding in self.pages.values_mut().filter(|finding| finding.tag == tag) {
+    /// The guest invalidated `range` of `tag`, or of the address space `space` of it alone.
+    pub fn invalidated(&mut self, tag: u32, space: Option<u32>, range: CacheRange) {
+        self.invalidations += 1;
+        self.last.insert((tag, space), (self.invalidations, range.into()));
+        let concerned = |source: Source| {
+            source.tag() == tag && space.is_none_or(|space| source.space() == space)
+        };
+        for finding in self.pages.values_mut().filter(|finding| concerned(finding.source)) {
             let size = size(finding.page_shift);
             let first = finding.stale.iova & !(size - 1);
             if covers(range, first, first | (size - 1)) {
@@ -244,8 +278,8 @@ impl Findings {
     /// All that was cached of `tag` is gone, for other reasons: its attachments are, or stage 2 has
     /// changed.
     pub fn forget(&mut self, tag: u32) {
-        self.last.remove(&tag);
-        for finding in self.pages.values_mut().filter(|finding| finding.tag == tag) {
+        self.last.retain(|(of, _), _| *of != tag);
+        for finding in self.pages.values_mut().filter(|finding| finding.source.tag() == tag) {
             finding.stale.invalidated_since = true;
         }
     }
@@ -264,7 +298,7 @@ fn covers(range: CacheRange, first: u64, last: u64) -> bool {
         CacheRange::All => true,
         CacheRange::Pages { pages: 0, .. } => false,
         CacheRange::Pages { address, pages, .. } => {
-            let end = address.saturating_add(pages.saturating_mul(page_size(1)) - 1);
+            let end = address.saturating_add(pages.saturating_mul(size(UNIT_SHIFT)) - 1);
             address <= last && end >= first
         }
     }

@@ -10,108 +10,102 @@
 //!   being made read-only;
 //! * the host changed stage 2: that is no matter of the guest's.
 //!
-//! The guest's context and PASID tables are not the host's to read. Where a VMM lends them
-//! ([`ContextTables`]), a request that goes another way than they say is a finding, too.
+//! Which tables serve a requester is compared by the unit of each architecture, and is a finding of
+//! its own ([`Sanitizer::context_used`]).
 //!
-//! A sanitizing unit has no PASID cache, so that no request takes the short way that looks at
-//! nothing; one that does not sanitize pays nothing for it.
+//! A sanitizing unit does not cache configurations in ports, so that no request takes the short way
+//! that looks at nothing; one that does not sanitize pays nothing for it.
 #![forbid(unsafe_code)]
 
 mod contexts;
 mod findings;
 mod tables;
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::context::{Context, Tables};
-use super::engine::PAGE_SHIFTS;
-use super::fault::Fault;
-use crate::emulated::engine::{
-    Caches, Gone, LocalCounters, Origins, Request, TableFormat, Target, Trail,
+use super::{
+    size, Caches, Gone, HostStage2, LocalCounters, Origins, Request, Source, TableFormat, Target,
+    Trail,
 };
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
-use crate::spec::vtd::first_stage::page_size;
-pub use contexts::{ContextTables, DmaWay, StaleContext};
-use findings::Findings;
-pub use findings::{InvalidatedPages, SanitizerReport, StaleUse};
+pub use contexts::{ContextInvalidation, ContextTables, DmaWay, StaleContext};
+use findings::{Findings, UNIT_SHIFT};
+pub use findings::{InvalidatedPages, SanitizerReport, StaleUse, TlbInvalidation};
 use tables::{read_tables, End};
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(super) struct Sanitizer {
+pub(in crate::emulated) struct Sanitizer {
     origins: Arc<Origins>,
     findings: Mutex<Findings>,
-    contexts: OnceLock<Weak<dyn ContextTables>>,
+}
+
+/// The tables that a request went through.
+#[derive(Debug)]
+pub(in crate::emulated) struct Used<'a, F> {
+    pub tables: &'a F,
+    pub host: &'a HostStage2,
+    /// Whose the cached translations are; requests may be served by those of another one, too, such as
+    /// global ones.
+    pub source: Source,
+    pub others: Option<Source>,
+    /// Sizes of what is cached, as powers of two.
+    pub shifts: &'a [u8],
+    /// What changes of the tables need.
+    pub invalidation: TlbInvalidation,
 }
 
 impl Sanitizer {
-    /// From now on contexts are compared with `tables`; only the first ones count.
-    pub fn set_context_tables(&self, tables: Weak<dyn ContextTables>) {
-        // Who comes later is told nothing: it is for the VMM to be of one mind.
-        let _ = self.contexts.set(tables);
-    }
-
     /// What entries of the caches are made from, for who makes them.
     pub fn origins(&self) -> Arc<Origins> {
         Arc::clone(&self.origins)
     }
 
+    /// DMA went by a context that is not what the guest's tables have now.
+    pub fn context_used(&self, counters: &LocalCounters, stale: StaleContext) {
+        counters.stale_uses.count();
+        if let Some(first) = self.findings().add_context(stale) {
+            log::warn!("sanitizer: stale context used: {first}");
+        }
+    }
+
     /// Compares `target`, which `request` is about to use, with the tables. Gives the part of it
     /// that has been compared: the tables may have several pages now where one is cached.
-    pub fn check(
+    pub fn check<F: TableFormat>(
         &self,
         caches: &Caches,
-        context: &Context,
+        used: &Used<'_, F>,
         counters: &LocalCounters,
         request: &Request,
         target: Target,
     ) -> Target {
-        if let Some(stale) = self.stale_context(context, request) {
+        let Compared { level, stale } = self.compare(caches, used, request, &target);
+        if let Some(stale) = stale {
             counters.stale_uses.count();
-            if let Some(first) = self.findings().add_context(stale) {
-                log::warn!("sanitizer: stale context used: {first}");
-            }
-            // What has become of tables that are not in use any more says nothing.
-            return target;
+            self.add(used, request, stale);
         }
-        let compared = match &context.tables {
-            // Stage 2 is the host's, which drops what it changes.
-            Tables::None | Tables::Unsupported => return target,
-            Tables::FirstStage(tables) => self.compare(caches, context, tables, request, &target),
-            Tables::SecondStage(tables) => self.compare(caches, context, tables, request, &target),
-        };
-        if let Some(stale) = compared.stale {
-            counters.stale_uses.count();
-            let second_stage = matches!(context.tables, Tables::SecondStage(_));
-            self.add(context, request, stale, second_stage);
-        }
-        let to_end =
-            page_size(compared.level) - (request.address & (page_size(compared.level) - 1));
+        let page = size(used.tables.shift(level));
+        let to_end = page - (request.address & (page - 1));
         Target { length: target.length.min(to_end), ..target }
     }
 
-    /// What there is to say if the guest's tables send `request` another way than `context`.
-    fn stale_context(&self, context: &Context, request: &Request) -> Option<StaleContext> {
-        let (rid, pasid) = (Bdf::from_raw(request.rid), request.pasid);
-        let new = self.contexts.get()?.upgrade()?.way(rid, pasid)?;
-        let old = DmaWay::of(&context.tables);
-        let stale = StaleContext { rid, pasid, old, new, uses: 1, invalidated_since: false };
-        (old != new).then_some(stale)
-    }
-
-    fn compare<F: TableFormat<Fault = Fault>>(
+    fn compare<F: TableFormat>(
         &self,
         caches: &Caches,
-        context: &Context,
-        tables: &F,
+        used: &Used<'_, F>,
         request: &Request,
         target: &Target,
     ) -> Compared {
         let Request { address, kind, .. } = *request;
-        let cached = caches.translation_shift(&PAGE_SHIFTS, context.source, address, kind);
-        let then = cached.and_then(|shift| self.origins.page(context.source, address, shift));
-        let (now, end) = read_tables(caches, context, tables, address);
+        let tables = used.tables;
+        let cached = [Some(used.source), used.others].into_iter().flatten();
+        let cached = cached
+            .filter_map(|source| caches.translation_shift(used.shifts, source, address, kind))
+            .next();
+        // Ways are put down by whose walk it was.
+        let then = cached.and_then(|shift| self.origins.page(used.source, address, shift));
+        let (now, end) = read_tables(caches, used.host, tables, address);
         let level = match end {
             End::Page { level, .. } => level,
             End::Nowhere => 1,
@@ -124,7 +118,7 @@ impl Sanitizer {
         };
         let as_now = match end {
             End::Page { gpa, path, .. } => {
-                let page = caches.stage2_now(&context.host, gpa);
+                let page = caches.stage2_now(used.host, gpa);
                 tables.check_path(path, kind).is_ok()
                     && page.is_some_and(|page| page.place == target.place)
             }
@@ -139,43 +133,43 @@ impl Sanitizer {
         Compared { level, stale }
     }
 
-    fn add(&self, context: &Context, request: &Request, stale: Stale, second_stage: bool) {
+    fn add<F: TableFormat>(&self, used: &Used<'_, F>, request: &Request, stale: Stale) {
         let Stale { level, then, now, page_shift } = stale;
-        let tag = context.source.tag();
+        let page = size(used.tables.shift(level));
         let needed = InvalidatedPages::Range {
-            address: request.address & !(page_size(level) - 1),
-            pages: page_size(level) / page_size(1),
+            address: request.address & !(page - 1),
+            pages: page >> UNIT_SHIFT,
             leaf: then.ends_at(level),
         };
         let mut findings = self.findings();
         let stale = StaleUse {
             rid: Bdf::from_raw(request.rid),
             pasid: request.pasid,
-            iova: request.address & !(page_size(1) - 1),
+            iova: request.address & !(size(UNIT_SHIFT) - 1),
             write: request.kind.write(),
-            second_stage,
             level,
             old: then.word(level),
             new: now.word(level),
+            invalidation: used.invalidation,
             needed,
-            last: findings.last_invalidation(tag),
+            last: findings.last_invalidation(used.source),
             uses: 1,
             invalidated_since: false,
         };
         // So few are kept that the log needs no other limit.
-        if let Some(first) = findings.add(stale, tag, page_shift) {
+        if let Some(first) = findings.add(stale, used.source, page_shift) {
             log::warn!("sanitizer: stale translation used: {first}");
         }
     }
 
-    /// The guest invalidated `range` of `tag`.
-    pub fn invalidated(&self, tag: u32, range: CacheRange) {
-        self.findings().invalidated(tag, range);
+    /// The guest invalidated `range` of `tag`, or of the address space `space` of it alone.
+    pub fn invalidated(&self, tag: u32, space: Option<u32>, range: CacheRange) {
+        self.findings().invalidated(tag, space, range);
     }
 
-    /// The context of `rid` (or its `pasid`) is another from now on.
-    pub fn context_changed(&self, rid: u16, pasid: Option<u32>) {
-        self.findings().context_changed(Bdf::from_raw(rid), pasid);
+    /// The contexts of `rid` and its PASIDs for which `changed` holds are others from now on.
+    pub fn contexts_changed(&self, rid: u16, changed: impl Fn(Option<u32>) -> bool) {
+        self.findings().contexts_changed(Bdf::from_raw(rid), changed);
     }
 
     /// What was cached of `gone` is gone.

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the sanitizer reports, and what it does not.
+
+use super::*;
+use crate::emulated::{
+    ContextInvalidation, DmaWay, InvalidatedPages, StaleContext, StaleUse, TlbInvalidation,
+};
+use crate::spec::pci::Bdf;
+
+const IOVA: u64 = 0x12_3440_0000;
+const OLD: u64 = HIGH;
+const NEW: u64 = HIGH + (4 << 20);
+
+/// A machine that sanitizes, with different words in two places.
+fn machine() -> Machine {
+    let machine = Machine::new(SmmuV3UnitConfig { sanitize: true, ..Default::default() });
+    machine.poke(OLD, 1);
+    machine.poke(NEW, 2);
+    machine
+}
+
+fn found(machine: &Machine) -> (Vec<StaleContext>, Vec<StaleUse>) {
+    let SanitizerReport { contexts, stale, others } = machine.unit.sanitizer_report().unwrap();
+    assert_eq!(others, 0);
+    let uses: u64 = stale.iter().map(|found| found.uses).sum();
+    let context_uses: u64 = contexts.iter().map(|found| found.uses).sum();
+    assert_eq!(machine.unit.counters().stale_uses, uses + context_uses);
+    (contexts, stale)
+}
+
+#[test]
+fn a_forgotten_tlbi_is_caught_and_named() {
+    for (granule, level) in
+        [(Granule::K4, 3), (Granule::K16, 3), (Granule::K64, 3), (Granule::K4, 2)]
+    {
+        let machine = machine();
+        let (tables, mut port) = (machine.tables(granule), machine.port());
+        let leaf = tables.map(IOVA, level, OLD, RW);
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+        let size = granule.level_size(level);
+        machine.invalidate(va(IOVA + size, true));
+        // Of another guest, and of another address space.
+        machine.invalidate(Invalidation::All { tag: CacheTag(9) });
+        machine.invalidate(Invalidation::Asid { tag: VMID, asid: ASID + 1 });
+        let old = machine.peek(leaf);
+        tables.map(IOVA, level, NEW, RW);
+        assert_eq!(found(&machine), (vec![], vec![]));
+        // Still what was cached: the sanitizer changes nothing of what a device sees.
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+        machine.write(&mut port, PLAIN, IOVA + 8, 3).unwrap();
+        let pages = |address, pages| InvalidatedPages::Range { address, pages, leaf: true };
+        let stale = StaleUse {
+            rid: Bdf::from_raw(SID),
+            pasid: None,
+            iova: IOVA,
+            write: false,
+            level: 4 - level,
+            old: Some(old),
+            new: Some(machine.peek(leaf)),
+            invalidation: TlbInvalidation::SmmuV3TlbiNhVa { asid: ASID },
+            needed: pages(IOVA, size >> 12),
+            last: Some(pages(IOVA + size, 1)),
+            uses: 2,
+            invalidated_since: false,
+        };
+        assert_eq!(found(&machine), (vec![], vec![stale]), "{granule:?}");
+        machine.invalidate(va(IOVA, true));
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(2));
+        let since = StaleUse { invalidated_since: true, ..stale };
+        assert_eq!(found(&machine), (vec![], vec![since]));
+    }
+}
+
+#[test]
+fn a_forgotten_cfgi_is_caught_and_named() {
+    let machine = machine();
+    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
+    old.map(IOVA, 3, OLD, RW);
+    new.map(IOVA, 3, NEW, RW);
+    let (cd, mut port) = (machine.attach(&old.cd()), machine.port());
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    machine.poke_cd(cd, &new.cd());
+    // No command but the one that is needed will do.
+    machine.invalidate(ALL);
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    let way = |root| DmaWay::AddressSpace { asid: ASID, tables: [Some(root), None] };
+    let stale = StaleContext {
+        rid: Bdf::from_raw(SID),
+        pasid: None,
+        old: way(old.root),
+        new: way(new.root),
+        needed: ContextInvalidation::SmmuV3CfgiCd { substream: 0 },
+        uses: 1,
+        invalidated_since: false,
+    };
+    assert_eq!(found(&machine), (vec![stale], vec![]));
+    assert_eq!(
+        stale.to_string(),
+        format!(
+            "00:03.0, DMA went through the tables of ASID 0x7, TTB0 {:#x}, and by context descriptors \
+             goes through the tables of ASID 0x7, TTB0 {:#x} now; needed: CMD_CFGI_CD with SubstreamID \
+             0x0, then CMD_TLBI_NH_ASID with the old ASID",
+            old.root, new.root
+        )
+    );
+    machine.poke_cd(cd, &Cd::default());
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    machine.invalidate(Invalidation::Context { sid: SID, substream: 1 });
+    let twice = StaleContext { uses: 2, ..stale };
+    assert_eq!(found(&machine), (vec![twice], vec![]));
+    machine.invalidate(Invalidation::Context { sid: SID, substream: 0 });
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), stage1_event(EventId::BadCd));
+    let since = StaleContext { invalidated_since: true, ..twice };
+    assert_eq!(found(&machine), (vec![since], vec![]));
+}
+
+#[test]
+fn a_context_that_is_invalidated_leaves_its_translations_behind() {
+    let machine = machine();
+    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
+    old.map(IOVA, 3, OLD, RW);
+    new.map(IOVA, 3, NEW, RW);
+    let (cd, mut port) = (machine.attach(&old.cd()), machine.port());
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    machine.poke_cd(cd, &new.cd());
+    machine.invalidate(Invalidation::Contexts { sid: SID });
+    // The same ASID, and no CMD_TLBI.
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    let (contexts, stale) = found(&machine);
+    assert_eq!((contexts.len(), stale.len()), (0, 1));
+    let text = stale[0].to_string();
+    assert!(text.contains("needed: CMD_TLBI_NH_VA with ASID 0x7 of "), "{text}");
+    assert!(text.ends_with("last seen: none"), "{text}");
+}
+
+#[test]
+fn a_guest_in_order_has_no_finding() {
+    for granule in Granule::ALL {
+        let machine = machine();
+        let (tables, mut port) = (machine.tables(granule), machine.port());
+        let mut leaf = tables.map(IOVA, 3, OLD, RW);
+        for (place, value) in [(NEW, 2), (OLD, 1), (NEW, 2)] {
+            machine.read(&mut port, PLAIN, IOVA).unwrap();
+            machine.poke(leaf, 0);
+            machine.invalidate(va(IOVA, true));
+            assert_eq!(
+                machine.read(&mut port, PLAIN, IOVA),
+                stage1_event(EventId::Translation),
+                "{granule:?}"
+            );
+            // What was absent needs no command.
+            leaf = tables.map(IOVA, 3, place, RW);
+            assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(value));
+        }
+        // Other tables for another ASID, in a new context descriptor.
+        let other = machine.tables(granule);
+        other.map(IOVA, 3, OLD, RW);
+        let cd = machine.attach(&other.cd());
+        let next = Cd { qw0: other.cd().qw0.with_asid(ASID + 1), ..other.cd() };
+        machine.poke_cd(cd, &next);
+        machine.invalidate(Invalidation::Context { sid: SID, substream: 0 });
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+        assert_eq!(found(&machine), (vec![], vec![]), "{granule:?}");
+    }
+}
+
+#[test]
+fn what_allows_more_is_no_finding_and_what_allows_less_is_one() {
+    let machine = machine();
+    let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
+    let read_only = RW.with_ap_read_only(true);
+    tables.map(IOVA, 3, OLD, read_only);
+    machine.read(&mut port, PLAIN, IOVA).unwrap();
+    for leaf in [RW, RW.with_ng(true), read_only] {
+        tables.map(IOVA, 3, OLD, leaf);
+        machine.read(&mut port, PLAIN, IOVA).unwrap();
+    }
+    machine.invalidate(ALL);
+    tables.map(IOVA, 3, OLD, RW);
+    machine.write(&mut port, PLAIN, IOVA, 5).unwrap();
+    tables.map(IOVA, 3, OLD, read_only);
+    machine.read(&mut port, PLAIN, IOVA).unwrap();
+    assert_eq!(found(&machine), (vec![], vec![]));
+    machine.write(&mut port, PLAIN, IOVA, 5).unwrap();
+    let (_, stale) = found(&machine);
+    assert!(stale.len() == 1 && stale[0].write && stale[0].uses == 1);
+}
+
+#[test]
+fn a_unit_that_does_not_sanitize_says_so() {
+    let machine = Machine::new(SmmuV3UnitConfig::default());
+    assert_eq!(machine.unit.sanitizer_report(), None);
+}
