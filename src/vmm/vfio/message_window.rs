@@ -15,8 +15,8 @@ use super::doorbell::MSI_WINDOW;
 use super::error::{VfioError, VfioProblem};
 
 /// Where the host has the messages of the device at `path` go, in bytes; `name` is what errors call
-/// it. [`MSI_WINDOW`] when the host does not tell. `memory` is the guest's, which stage 2 has at the
-/// same addresses: (first address, length).
+/// it. Linux's usual window when the host does not tell. `memory` is the guest's, which stage 2 has
+/// at the same addresses: (first address, length).
 ///
 /// # Errors
 /// The guest has memory there.
