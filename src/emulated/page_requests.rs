@@ -45,6 +45,9 @@ struct Interface {
     sink: Option<Arc<dyn PageRequestSink>>,
     /// The open groups by index, and what they were answered.
     groups: BTreeMap<u16, Option<PageResponseCode>>,
+    /// The index after the last one that was used: none is used again soon, so that nobody takes an
+    /// answer to another.
+    next: u16,
 }
 
 impl PageRequests {
@@ -104,7 +107,9 @@ impl PageRequests {
         let mut devices = self.devices();
         let interface = devices.get_mut(&rid)?;
         let sink = interface.sink.clone()?;
-        let group = (0..MAX_GROUPS).find(|group| !interface.groups.contains_key(group))?;
+        let mut all = (0..MAX_GROUPS).map(|number| (interface.next + number) % MAX_GROUPS);
+        let group = all.find(|group| !interface.groups.contains_key(group))?;
+        interface.next = (group + 1) % MAX_GROUPS;
         interface.groups.insert(group, None);
         Some((group, sink))
     }

@@ -384,9 +384,9 @@ fn what_nobody_serves_is_a_fault() {
         let hwpt = rig.hwpt(rig.ioas, FAULT, NONE);
         rig.host.device_attach(rig.dev, None, hwpt).unwrap();
         let mut port = rig.port();
-        for group in 0..512 {
+        for _ in 0..512 {
             let error = port.translate(PLAIN, MEMORY, 1, DmaAccess::Write).unwrap_err();
-            assert_eq!(error, DmaError::PageRequested { address: MEMORY, group });
+            assert!(matches!(error, DmaError::PageRequested { address: MEMORY, .. }), "{error}");
         }
         assert_eq!(seen.0.lock().unwrap().len(), 1);
         let error = port.write(PLAIN, MEMORY, &[1]).unwrap_err();
