@@ -23,7 +23,8 @@ help:
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make preload   libtwostage_iommufd.so, which shows any program an emulated /dev/iommu'
 	@echo 'make selftests Linux'"'"'s own tests of iommufd, unmodified, under that library'
-	@echo 'make bench     benchmarks (criterion), then a comparison with QEMU in nested KVM'
+	@echo 'make bench     benchmarks (criterion), then comparisons with QEMU: in nested KVM, and compare-arm64'
+	@echo 'make compare-arm64  calls of /dev/iommu for the same arm64 guest, beside those of QEMU'
 	@echo 'make fuzz      10 million random sequences of ioctls, DMA and closes to the emulated host (nightly Rust)'
 	@echo 'make loom      the gate that DMA reads translations through, in every order of its threads'
 	@echo 'make tsan      DMA beside everything else for a minute, under ThreadSanitizer (a toolchain of rustup'"'"'s)'
@@ -80,6 +81,11 @@ bench:
 	cargo bench --locked
 	cargo build --release --locked
 	scripts/compare-with-qemu
+	@$(MAKE) --no-print-directory compare-arm64
+
+# What twostage and QEMU ask of Linux's /dev/iommu for the same arm64 guest.
+compare-arm64: binary-arm64
+	scripts/compare-with-qemu-arm64
 
 # About twenty minutes. scripts/fuzz says how to run it longer or shorter.
 fuzz:
@@ -130,5 +136,5 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all test-arm64 nested-check preload selftests bench fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
+.PHONY: help run demo test test-all test-arm64 nested-check preload selftests bench compare-arm64 fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help

@@ -95,6 +95,7 @@ int main(void)
     snprintf(list, sizeof(list), "%s", option("test", "boot,iommu,blk,net,rng,clean"));
     for (char *name = strtok(list, ","); name; name = strtok(NULL, ","))
         run(name);
+    note_disks();
     end(summary());
     for (;;)
         pause();

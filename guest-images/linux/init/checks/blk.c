@@ -211,3 +211,16 @@ const char *try_disk(const char *name)
     close_disk(&disk);
     return wrong;
 }
+
+void note_disks(void)
+{
+    struct device devices[MAX_DEVICES];
+    unsigned count = find_devices(devices);
+
+    for (unsigned i = 0; i < count; i++) {
+        unsigned long reads, read, writes, written;
+        if (is_disk(&devices[i]) && sscanf(first_line("/sys/block/%s/stat", devices[i].node), "%lu %*u %lu %*u %lu %*u %lu",
+                                           &reads, &read, &writes, &written) == 4)
+            note("%s: %lu reads of %lu KiB, %lu writes of %lu KiB", devices[i].node, reads, read / 2, writes, written / 2);
+    }
+}

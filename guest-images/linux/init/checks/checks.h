@@ -19,6 +19,9 @@ void check_intx(void);       // the pin of a device without driver
 void check_bypass(void);     // its DMA goes to physical addresses when its domain is an identity
 void check_clean(void);      // the IOMMU has refused nothing
 
+// What each disk has been asked for.
+void note_disks(void);
+
 // Short forms, to see that a device still works. NULL, or what is wrong.
 const char *try_disk(const char *name);
 const char *try_net(const char *interface);
