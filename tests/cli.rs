@@ -433,12 +433,15 @@ fn a_reset_can_start_the_machine_again() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("serial");
     let serial = format!("file={}", file.display());
+    let disk = kernel(&[0; 512]);
     let (report, trace) = (dir.path().join("report"), dir.path().join("trace"));
     let mut child = Command::new(TWOSTAGE)
         .args(["run", "--on-reset", "restart", "--serial", &serial])
         .args(["--report", &format!("json,file={}", report.display())])
         .args(["--trace", trace.to_str().unwrap(), "--iommu", "vtd"])
         .args(["--kernel", text(&image), "--memory", "size=16M"])
+        // Each life has it for itself.
+        .args(["--disk", &format!("path={},iommu=off", text(&disk))])
         .spawn()
         .unwrap();
     // Every life adds to the file.
@@ -788,6 +791,21 @@ fn devices_that_cannot_be_are_named() {
         let output = twostage(&["run", "--kernel", text(&image), option, &value]);
         assert_refused(&output, code, hint);
     }
+}
+
+#[test]
+fn what_would_be_written_twice_or_has_no_room_is_named() {
+    if !kvm() {
+        return;
+    }
+    let (image, disk) = (kernel(&pvh(&code::out(0xf4, 0))), kernel(&[0; 512]));
+    let run = ["run", "--kernel", text(&image)];
+    let path = format!("path={}", text(&disk));
+    let two = |second: &str| twostage(&[&run[..], &["--disk", &path, "--disk", second]].concat());
+    assert_refused(&two(&path), NO_INPUT, "the image is in use");
+    assert_refused(&two(&format!("{path},readonly=on")), NO_INPUT, "the image is in use");
+    let small = twostage(&[&run[..], &["--memory", "size=1M"]].concat());
+    assert_refused(&small, USAGE, "too few to boot");
 }
 
 #[test]

@@ -114,6 +114,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
+            Self::Boot(error) if error.is_of_memory_size() => exit_code::USAGE,
             Self::Boot(_) | Self::Disk(_) | Self::Rng { .. } => exit_code::NO_INPUT,
             Self::KvmOpen { .. }
             | Self::KvmLacks(_)

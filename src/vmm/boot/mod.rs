@@ -37,6 +37,13 @@ impl fmt::Display for BootError {
 
 impl std::error::Error for BootError {}
 
+impl BootError {
+    /// Whether `--memory` is what is wrong, and no file.
+    pub fn is_of_memory_size(&self) -> bool {
+        matches!(self.reason, Reason::MemoryTooSmall(_))
+    }
+}
+
 /// What is wrong with a file, or with the memory it should go to.
 #[derive(Debug, thiserror::Error)]
 enum Reason {

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
+use super::lock;
+
 /// Bytes of a sector, the unit of addresses (virtio 1.3 §5.2.6).
 pub const SECTOR_SIZE: u64 = 512;
 /// What `O_DIRECT` may want offsets, lengths and buffers aligned to.
@@ -28,6 +30,13 @@ pub enum DiskError {
     /// It is neither a file nor a block device.
     #[error("{path}: neither a file nor a block device", path = .0.display())]
     Kind(PathBuf),
+    /// Somebody else has it.
+    #[error(
+        "{path}: the image is in use, by another machine or another --disk; several can have it \
+         with readonly=on alone",
+        path = .0.display()
+    )]
+    InUse(PathBuf),
     /// There is nothing in it.
     #[error("{path}: the image is empty", path = .0.display())]
     Empty(PathBuf),
@@ -54,10 +63,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens the image at `path`; `direct` goes around the host's page cache.
+    /// Opens the image at `path`; `direct` goes around the host's page cache. While it is open, others
+    /// can have it only if nobody writes it.
     ///
     /// # Errors
-    /// When it cannot be opened, or its length is no disk's.
+    /// When it cannot be opened, when somebody else has it, or when its length is no disk's.
     pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<Self, DiskError> {
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
         let flags = if direct { libc::O_DIRECT } else { 0 };
@@ -67,6 +77,14 @@ impl Disk {
         let kind = metadata.mode() & libc::S_IFMT;
         if kind != libc::S_IFREG && kind != libc::S_IFBLK {
             return Err(DiskError::Kind(path.to_owned()));
+        }
+        match lock::take(&file, !read_only) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(DiskError::InUse(path.to_owned()));
+            }
+            // As QEMU does: not every file system has locks.
+            Err(error) => log::warn!("{}: no lock is had: {error}", path.display()),
+            Ok(()) => {}
         }
         // The length of a block device is not in its metadata.
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
@@ -191,6 +209,20 @@ mod tests {
         assert!(error.to_string().contains("1000 bytes are not a multiple of 512"), "{error}");
         let error = Disk::open(Path::new("/dev/null"), true, false).unwrap_err();
         assert!(matches!(error, DiskError::Kind(_)));
+    }
+
+    #[test]
+    fn one_writes_or_several_read() {
+        let (file, open) = (image(512), |file: &tempfile::NamedTempFile, read_only| {
+            Disk::open(file.path(), read_only, false)
+        });
+        let writer = open(&file, false).unwrap();
+        for read_only in [false, true] {
+            assert!(matches!(open(&file, read_only), Err(DiskError::InUse(_))), "{read_only}");
+        }
+        drop(writer);
+        let _readers = [open(&file, true).unwrap(), open(&file, true).unwrap()];
+        assert!(matches!(open(&file, false), Err(DiskError::InUse(_))));
     }
 
     #[test]

@@ -3,9 +3,9 @@
 //!
 //! Data goes through a buffer of the device, piece by piece: the disk is read or written while no
 //! section is open, and memory is copied while nothing is waited for.
-#![forbid(unsafe_code)]
 
 mod disk;
+mod lock;
 #[cfg(test)]
 mod tests;
 
