@@ -205,8 +205,9 @@ fn request(rid: u16, attributes: DmaAttributes, address: u64, access: DmaAccess)
 }
 
 /// Asks for the page, if that can help and somebody serves it; what else stops a request is a fault.
-/// The gate must have been left.
+/// The gate must have been left. Never inlined: it would be too much for [`Port::translate`] to be.
 #[cold]
+#[inline(never)]
 fn stopped<U: Unit>(
     unit: &U,
     counters: &LocalCounters,
