@@ -183,7 +183,7 @@ fn files_that_are_no_kernels_are_refused() {
     let args = ["run", "--kernel", text(&image), "--initramfs", "/nonexistent/initrd"];
     assert_refused(&twostage(&args), NO_INPUT, "--initramfs /nonexistent/initrd");
     let args = ["run", "--kernel", text(&image), "--memory", "size=64K"];
-    assert_refused(&twostage(&args), NO_INPUT, "too few to boot");
+    assert_refused(&twostage(&args), USAGE, "too few to boot");
 }
 
 /// Runs the command in a mount and a network namespace of its own, after `prepare`; nothing when the
