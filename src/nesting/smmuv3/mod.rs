@@ -5,9 +5,10 @@
 //!
 //! * all devices of one virtual SMMU are behind one physical SMMU: one nesting parent, one vIOMMU
 //!   on it, one vEVENTQ, and a vDEVICE for every StreamID, made before the device is first attached;
-//! * a `HWPT_NESTED` is of words 0 and 1 of a stream table entry. One is of no table, which aborts: it
-//!   is made when first needed, and stays. What bypasses stage 1 is attached to the nesting parent,
-//!   which is stage 2 alone, and needs no object of its own;
+//! * a `HWPT_NESTED` is of words 0 and 1 of a stream table entry. Two are of no table: the one that
+//!   aborts and the one that bypasses stage 1. They are made when first needed, and stay. While
+//!   translation is off, what GBPA lets pass is attached to the nesting parent, which is stage 2 alone:
+//!   no events are owed of it then, and it needs no object of its own;
 //! * a device is detached until it is first configured; from then on entries are replaced. Only what
 //!   the host refuses to abort is detached;
 //! * a batch of invalidations is one call on the vIOMMU, in the guest's own words. What cannot be

@@ -13,19 +13,22 @@ pub(super) type Entry = [u64; 2];
 
 /// The entry that terminates every transaction.
 pub(super) const ABORT: Entry = fixed(StreamConfig::Abort);
-/// The entry that lets every transaction pass. No HWPT is of it: the nesting parent does just that.
-pub(super) const BYPASS: Entry = fixed(StreamConfig::Bypass);
+/// The entry that lets every transaction pass, with events of what cannot.
+const BYPASS: Entry = fixed(StreamConfig::Bypass);
 
 const fn fixed(config: StreamConfig) -> Entry {
     [Ste0::new().with_v(true).with_config(config.into_bits()).into_bits(), 0]
 }
 
-/// The entry of `policy`.
-pub(super) fn entry(policy: &StreamPolicy) -> Entry {
+/// The entry of `policy`; none while translation is off, when the nesting parent lets pass what may.
+/// Linux gives the owner of stage 1 no event of a stream that is attached to that, and there is none
+/// to be had.
+pub(super) fn entry(policy: &StreamPolicy) -> Option<Entry> {
     match policy {
-        StreamPolicy::Abort => ABORT,
-        StreamPolicy::Bypass => BYPASS,
-        StreamPolicy::Stage1 { ste } => *ste,
+        StreamPolicy::Abort => Some(ABORT),
+        StreamPolicy::GlobalBypass => None,
+        StreamPolicy::Bypass => Some(BYPASS),
+        StreamPolicy::Stage1 { ste } => Some(*ste),
     }
 }
 
@@ -88,8 +91,8 @@ impl NestedHwpts {
         }
     }
 
-    /// Strikes out a HWPT with tables of the guest's if nobody uses it. Says whether it did. The one
-    /// that aborts stays: every guest needs it again.
+    /// Strikes out a HWPT with tables of the guest's if nobody uses it. Says whether it did. Those
+    /// that abort and bypass stay: the guest needs them again.
     pub fn remove_unused(&mut self, hwpt: ObjectId) -> bool {
         match self.by_id.get(&hwpt) {
             Some(Nested { entry, users }) if users.is_empty() && translates(*entry) => {

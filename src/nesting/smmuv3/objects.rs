@@ -42,8 +42,8 @@ pub struct DeviceObjects {
     pub device: ObjectId,
     /// Its vDEVICE, on the vIOMMU.
     pub vdevice: ObjectId,
-    /// The `HWPT_NESTED` that it is attached to, or the nesting parent, past stage 1; none while it is
-    /// detached.
+    /// The `HWPT_NESTED` that it is attached to, or the nesting parent while translation is off;
+    /// none while it is detached.
     pub attached: Option<ObjectId>,
 }
 

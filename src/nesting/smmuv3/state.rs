@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::counters::SmmuNestingCounters;
 use super::events::EventRoute;
-use super::nested::{self, Entry, NestedHwpts, BYPASS};
+use super::nested::{self, Entry, NestedHwpts};
 use super::unit::Unit;
 use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind};
 use crate::nesting::error::{Context, NestingError, Result};
@@ -181,29 +181,9 @@ impl State {
         }
     }
 
-    /// The stream table entry that the host follows for `device`, as far as it is known.
+    /// The guest's stream table entry that the host follows for `device`, as far as it is known.
     pub fn entry_of(&self, device: &Device) -> Option<Entry> {
-        self.entry_of_hwpt(device.attached?)
-    }
-
-    /// The stream table entry that `hwpt` is of, which the nesting parent is, too.
-    pub fn entry_of_hwpt(&self, hwpt: ObjectId) -> Option<Entry> {
-        if self.parent() == Some(hwpt) {
-            return Some(BYPASS);
-        }
-        self.nested.entry(hwpt)
-    }
-
-    /// The HWPT of `entry`, if there is one.
-    pub fn hwpt_of_entry(&self, entry: Entry) -> Option<ObjectId> {
-        if entry == BYPASS {
-            return self.parent();
-        }
-        self.nested.find(entry)
-    }
-
-    fn parent(&self) -> Option<ObjectId> {
-        self.unit.as_ref().map(Unit::parent)
+        self.nested.entry(device.attached?)
     }
 
     /// Whether `device` may use stage 1.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From policies to attachments: what each stream's DMA goes through.
 
-use super::nested::{self, Entry, ABORT, BYPASS};
+use super::nested::{self, Entry, ABORT};
 use super::state::State;
+use super::unit::Unit;
 use crate::iommufd::{iommu_hwpt_arm_smmuv3, HwptAlloc, HwptData, HwptFlags, ObjectId};
 use crate::nesting::error::{NestingError, Result};
 use crate::spec::pci::Bdf;
@@ -30,24 +31,29 @@ impl State {
             self.detach(stream)?;
         }
         let entry = nested::entry(policy);
+        let found = match entry {
+            Some(entry) => self.nested.find(entry),
+            None => self.unit.as_ref().map(Unit::parent),
+        };
         let attached = self.devices.get(&stream).and_then(|device| device.attached);
         let is_there = match attached {
-            Some(hwpt) => self.entry_of_hwpt(hwpt) == Some(entry),
-            None => entry == ABORT,
+            Some(hwpt) => found == Some(hwpt),
+            None => entry == Some(ABORT),
         };
         if is_there {
             self.counters.unchanged += 1;
             return Ok(());
         }
-        let found = self.hwpt_of_entry(entry);
-        let hwpt = match found {
-            Some(hwpt) => hwpt,
-            None => self.alloc_nested(device.rid, device.dev, entry)?,
+        let hwpt = match (found, entry) {
+            (Some(hwpt), _) => hwpt,
+            (None, Some(entry)) => self.alloc_nested(device.rid, device.dev, entry)?,
+            // Where there are devices there is a nesting parent.
+            (None, None) => return Err(NestingError::NoDevice(device.rid)),
         };
         let result = self.prepare_stage1(entry).and_then(|()| self.attach(stream, hwpt));
         match result {
             Ok(()) => {
-                self.counters.nested_shares += u64::from(found.is_some() && entry != BYPASS);
+                self.counters.nested_shares += u64::from(found.is_some() && entry.is_some());
             }
             Err(_) => {
                 self.block(stream);
@@ -58,8 +64,8 @@ impl State {
     }
 
     /// Before a stream goes through stage 1 by `entry`: nothing stale may wait for it.
-    fn prepare_stage1(&mut self, entry: Entry) -> Result<()> {
-        if !nested::translates(entry) {
+    fn prepare_stage1(&mut self, entry: Option<Entry>) -> Result<()> {
+        if !entry.is_some_and(nested::translates) {
             return Ok(());
         }
         if self.flush_due {
@@ -161,7 +167,7 @@ impl State {
     /// Whether the host may let DMA of `stream` through.
     pub fn is_reachable(&self, stream: StreamId) -> bool {
         self.devices.get(&stream).is_some_and(|device| {
-            device.unsettled || self.entry_of(device).is_some_and(|entry| entry != ABORT)
+            device.unsettled || device.attached.is_some() && self.entry_of(device) != Some(ABORT)
         })
     }
 }

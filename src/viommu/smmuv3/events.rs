@@ -80,15 +80,15 @@ fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
             let second_address = blocked.record(record.stream()).second_address;
             Some(EventRecord { second_address, ..told })
         }
-        // The entry says so: no event.
-        Ok(StreamPolicy::Abort) => None,
-        Ok(StreamPolicy::Bypass) => Some(beyond_memory(record)),
+        // The entry, or GBPA, says so: no event.
+        Ok(StreamPolicy::Abort | StreamPolicy::GlobalBypass) => None,
+        Ok(StreamPolicy::Bypass) if record.qw1.s2() => Some(beyond_memory(record)),
         Ok(StreamPolicy::Stage1 { .. }) if record.qw1.s2() => Some(by_stage_2(record)),
-        Ok(StreamPolicy::Stage1 { .. }) => Some(by_stage_1(record)),
+        Ok(StreamPolicy::Bypass | StreamPolicy::Stage1 { .. }) => Some(by_stage_1(record)),
     }
 }
 
-/// The guest's own tables refused the access. Nothing stalls: the guest was not offered it. The second
+/// The guest's own entry or tables refused the access. Nothing stalls: the guest was not offered it. The second
 /// address is UNKNOWN, or one of the host's.
 fn by_stage_1(record: EventRecord) -> EventRecord {
     let qw1 = record.qw1.with_stall(false).with_stag(0);

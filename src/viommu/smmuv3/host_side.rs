@@ -20,7 +20,11 @@ pub type EventRecordWords = [u64; 4];
 pub enum StreamPolicy {
     /// Every transaction is terminated.
     Abort,
-    /// Untranslated: the IOVA is the GPA. A decision, never a leftover.
+    /// Untranslated, because translation is off and GBPA lets pass: the IOVA is the GPA, and no
+    /// transaction makes an event (§6.3.14).
+    GlobalBypass,
+    /// Untranslated, because the stream table entry says so: the IOVA is the GPA. One that is beyond
+    /// the address size, or has a SubstreamID, is terminated and makes an event (§3.4, §7.3.9).
     Bypass,
     /// Through stage-1 tables that the guest owns.
     Stage1 {

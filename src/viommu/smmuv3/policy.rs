@@ -49,7 +49,7 @@ pub(super) const fn policy_while_disabled(gbpa: Gbpa) -> StreamPolicy {
     if gbpa.abort() {
         StreamPolicy::Abort
     } else {
-        StreamPolicy::Bypass
+        StreamPolicy::GlobalBypass
     }
 }
 
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn while_translation_is_off_gbpa_decides() {
         let gbpa = Gbpa::new().with_shcfg(1);
-        assert_eq!(policy_while_disabled(gbpa), StreamPolicy::Bypass);
+        assert_eq!(policy_while_disabled(gbpa), StreamPolicy::GlobalBypass);
         assert_eq!(policy_while_disabled(gbpa.with_abort(true)), StreamPolicy::Abort);
     }
 

@@ -5,10 +5,11 @@ mod guest;
 mod machine;
 mod stack;
 
-use twostage::emulated::{DeviceConfig, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig};
+use twostage::emulated::{DeviceConfig, DmaAttributes, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig};
 use twostage::iommufd::{Errno, HostIommu as _};
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
 use twostage::nesting::NestingError;
+use twostage::spec::pci::Pasid;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::queue::CommandError;
@@ -66,6 +67,35 @@ fn a_stream_that_aborts_is_no_event_and_one_with_a_bad_entry_is() {
     machine.read(A, page).unwrap_err();
     let event = machine.event();
     assert_eq!((event.id(), event.stream()), (Some(EventId::BadSte), A.into()));
+}
+
+/// Bypass by an entry is watched as stage 1 is (§3.4, §7.3.9); that of an SMMU that is off is not.
+#[test]
+fn a_stream_that_bypasses_has_events_while_translation_is_on() {
+    let machine = Machine::new();
+    let guest = &machine.guest;
+    let beyond = 1 << 48;
+    let with_pasid = DmaAttributes { pasid: Some(5), ..DmaAttributes::default() };
+    machine.read(A, beyond).unwrap_err();
+    guest.write_entry(A.into(), Entry::Bypass);
+    guest.enable();
+    machine.read(A, beyond).unwrap_err();
+    // The first in the queue: the one before that was not recorded.
+    let event = machine.event();
+    assert_eq!((event.id(), event.stream()), (Some(EventId::AddressSize), A.into()));
+    assert_eq!(event.input_address, beyond);
+    assert!(event.qw1.rnw() && !event.qw1.s2());
+    machine.port(A).read(with_pasid, guest.page(), &mut [0; 8]).unwrap_err();
+    let event = machine.event();
+    assert_eq!((event.id(), event.stream()), (Some(EventId::BadSubstreamId), A.into()));
+    assert_eq!(event.substream(), Pasid::new(5));
+
+    guest.disable();
+    machine.read(A, beyond).unwrap_err();
+    guest.enable();
+    machine.port(A).read(with_pasid, guest.page(), &mut [0; 8]).unwrap_err();
+    assert_eq!(machine.event().id(), Some(EventId::BadSubstreamId));
+    assert_eq!(machine.end(), 0);
 }
 
 #[test]
@@ -180,8 +210,6 @@ fn every_stream_has_a_vdevice_of_one_viommu() {
     assert_eq!(machine.end(), 0);
 }
 
-/// What a strict guest costs: a call for each unmap and nothing beside it. The objects are three: a
-/// nesting parent, which serves those that bypass, and entries that abort and translate.
 #[test]
 fn a_device_behind_another_smmu_is_named_and_has_its_own_virtual_one() {
     let (host, _) = machine::host();
@@ -198,6 +226,8 @@ fn a_device_behind_another_smmu_is_named_and_has_its_own_virtual_one() {
     second.add_device(B, far).unwrap();
 }
 
+/// What a strict guest costs: a call for each unmap and nothing beside it. The objects are three: a
+/// nesting parent, which serves until translation is on, and entries that abort and translate.
 #[test]
 fn the_host_calls_of_a_guest() {
     let machine = Machine::new();

@@ -14,7 +14,7 @@ fn the_first_attach() {
     assert_eq!(host.reaches(dev, None), None);
     let rig = Rig { host, nesting };
     rig.configure(STREAM_A, StreamPolicy::Abort).unwrap();
-    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
     rig.expect(&[
         "IOAS_ALLOC - = #2",
@@ -35,13 +35,33 @@ fn the_first_attach() {
 #[test]
 fn an_unchanged_entry_costs_nothing() {
     let rig = Rig::new();
-    for policy in [stage1(0x1000, false), StreamPolicy::Bypass, StreamPolicy::Abort] {
+    for policy in [stage1(0x1000, false), StreamPolicy::GlobalBypass, StreamPolicy::Abort] {
         rig.configure(STREAM_A, policy).unwrap();
         rig.host.take_log();
         rig.configure(STREAM_A, policy).unwrap();
         rig.expect(&[]);
     }
     assert_eq!(rig.nesting.counters().unchanged, 3);
+}
+
+/// Linux tells nobody of events of a stream that is attached to the nesting parent.
+#[test]
+fn an_entry_that_bypasses_is_no_global_bypass() {
+    let rig = Rig::new();
+    for stream in [STREAM_A, STREAM_B] {
+        rig.configure(stream, StreamPolicy::Bypass).unwrap();
+        rig.configure(stream, StreamPolicy::Bypass).unwrap();
+    }
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap();
+    rig.expect(&[
+        "HWPT_ALLOC ARM_SMMUV3(0x9, 0x0) on #5 for #1 = #9",
+        "DEVICE_ATTACH #1 to #9",
+        "DEVICE_ATTACH #2 to #9",
+        "DEVICE_ATTACH #1 to #4",
+        "DEVICE_ATTACH #1 to #9",
+    ]);
+    rig.ends_clean();
 }
 
 #[test]
@@ -62,7 +82,7 @@ fn a_changed_entry_replaces() {
 #[test]
 fn the_same_entry_is_one_object_until_its_last_user_leaves() {
     let rig = Rig::new();
-    for policy in [stage1(0x1000, false), StreamPolicy::Abort, StreamPolicy::Bypass] {
+    for policy in [stage1(0x1000, false), StreamPolicy::Abort, StreamPolicy::GlobalBypass] {
         rig.configure(STREAM_A, policy).unwrap();
         rig.configure(STREAM_B, policy).unwrap();
     }
@@ -75,7 +95,7 @@ fn the_same_entry_is_one_object_until_its_last_user_leaves() {
         "DEVICE_ATTACH #1 to #10",
         "DEVICE_ATTACH #2 to #10",
         "DESTROY #9",
-        // What aborts stays; what passes is stage 2 itself.
+        // What aborts stays; what passes while translation is off is stage 2 itself.
         "DEVICE_ATTACH #1 to #4",
         "DEVICE_ATTACH #2 to #4",
         "DEVICE_ATTACH #1 to #10",
@@ -114,7 +134,7 @@ fn what_cannot_be_aborted_is_detached() {
     for _ in 0..2 {
         rig.host.fail_next(Verb::DeviceAttach, Errno::EBUSY);
     }
-    let error = rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap_err();
+    let error = rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap_err();
     assert!(!error.still_reachable);
     rig.expect(&[
         "DEVICE_ATTACH #1 to #4 ! EBUSY",
@@ -179,7 +199,7 @@ fn a_stream_without_a_device_is_blocked_already() {
     let rig = Rig::new();
     let nobody = StreamId(0x99);
     rig.configure(nobody, StreamPolicy::Abort).unwrap();
-    let error = rig.configure(nobody, StreamPolicy::Bypass).unwrap_err();
+    let error = rig.configure(nobody, StreamPolicy::GlobalBypass).unwrap_err();
     assert!(error.to_string().contains("0x99") && !error.still_reachable, "{error}");
     rig.expect(&[]);
 }
@@ -194,10 +214,10 @@ fn the_calls_of_a_boot() {
     nesting.add_device(A, dev).unwrap();
     let rig = Rig { host, nesting };
     // GBPA, as the machine starts; then the driver's reset, and its stream table.
-    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
     rig.invalidate(&[Command::TlbiNsnhAll]).unwrap();
     rig.configure(STREAM_A, StreamPolicy::Abort).unwrap();
-    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
     rig.invalidate(&[cd(STREAM_A)]).unwrap();
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();

@@ -19,7 +19,7 @@ const STEPS: &[Step] = &[
     (None, |n| n.map_memory(0, &memory(), Protection::READ_WRITE).map_err(|e| e.to_string())),
     (Some(DEV_A), |n| n.add_device(A, DEV_A).map_err(|e| e.to_string())),
     (Some(DEV_B), |n| n.add_device(B, DEV_B).map_err(|e| e.to_string())),
-    (Some(DEV_A), |n| configure(n, STREAM_A, StreamPolicy::Bypass)),
+    (Some(DEV_A), |n| configure(n, STREAM_A, StreamPolicy::GlobalBypass)),
     (Some(DEV_A), |n| configure(n, STREAM_A, StreamPolicy::Abort)),
     (Some(DEV_A), |n| configure(n, STREAM_A, stage1(0x1000, true))),
     (Some(DEV_B), |n| configure(n, STREAM_B, stage1(0x1000, true))),

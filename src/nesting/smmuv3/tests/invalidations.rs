@@ -45,7 +45,7 @@ fn what_cannot_be_cached_costs_no_call() {
 fn what_was_kept_back_is_flushed_before_a_stream_uses_stage_1_again() {
     let rig = Rig::new();
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
-    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
     rig.host.take_log();
     rig.invalidate(&[va(1, 1)]).unwrap();
     rig.invalidate(&[va(1, 2)]).unwrap();
@@ -57,7 +57,7 @@ fn what_was_kept_back_is_flushed_before_a_stream_uses_stage_1_again() {
         "DEVICE_ATTACH #2 to #9",
     ]);
     // Once is enough, and nothing was kept back since.
-    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
     assert!(rig.host.take_log().iter().all(|call| !call.starts_with("HWPT_INVALIDATE")));
     rig.ends_clean();
@@ -114,7 +114,7 @@ fn a_refused_command_is_found_and_nothing_is_stale() {
 #[test]
 fn the_number_of_a_refused_command_is_the_guest_s() {
     let rig = Rig::nested();
-    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.host.refuse_command(va(1, 7).encode());
     let batch = [cd(STREAM_B), va(1, 5), va(1, 5), atc(STREAM_A), va(1, 7)];
     assert_eq!(rig.invalidate(&batch).unwrap_err().refused, 4);
@@ -123,7 +123,7 @@ fn the_number_of_a_refused_command_is_the_guest_s() {
 #[test]
 fn a_failure_that_passes_is_made_good_and_told() {
     let rig = Rig::nested();
-    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.host.take_log();
     rig.host.fail_next(Verb::HwptInvalidate, Errno::ENOMEM);
     // Nobody knows which of those that the host was asked for it was: the first will do.
@@ -185,7 +185,7 @@ fn what_cannot_be_flushed_is_blocked() {
 #[test]
 fn what_can_neither_be_flushed_nor_blocked_is_told_and_flushed_first_of_all() {
     let rig = Rig::nested();
-    rig.configure(STREAM_B, StreamPolicy::Bypass).unwrap();
+    rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.host.take_log();
     for _ in 0..2 {
         rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);

@@ -139,7 +139,7 @@ fn shutdown_is_in_the_order_of_use_and_final() {
     ]);
     assert_eq!(rig.host.live_objects(), []);
     assert_eq!(rig.nesting.add_device(A, DEV_A), Err(NestingError::ShutDown));
-    rig.configure(STREAM_A, StreamPolicy::Bypass).unwrap_err();
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap_err();
     drop(rig.nesting);
     assert_eq!(rig.host.take_log(), Vec::<String>::new());
 }

@@ -100,7 +100,7 @@ impl Rig {
         nesting.add_device(B, DEV_B).unwrap();
         let rig = Self { host, nesting };
         for stream in [STREAM_A, STREAM_B] {
-            rig.configure(stream, StreamPolicy::Bypass).unwrap();
+            rig.configure(stream, StreamPolicy::GlobalBypass).unwrap();
         }
         rig.host.take_log();
         rig

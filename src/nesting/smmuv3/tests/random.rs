@@ -69,7 +69,7 @@ fn command() -> impl Strategy<Value = Command> {
 fn step() -> impl Strategy<Value = Step> {
     let verbs = [Verb::HwptInvalidate, Verb::DeviceAttach, Verb::DeviceDetach, Verb::HwptAlloc];
     prop_oneof![
-        4 => (any::<bool>(), 0u8..4).prop_map(|(b, policy)| Step::Configure { b, policy }),
+        4 => (any::<bool>(), 0u8..5).prop_map(|(b, policy)| Step::Configure { b, policy }),
         8 => (prop::collection::vec(name(), 0..4), prop::collection::vec(command(), 0..6))
             .prop_map(|(changed, commands)| Step::Invalidate { changed, commands }),
         2 => prop::sample::select(verbs.to_vec()).prop_map(Step::Fail),
@@ -152,7 +152,8 @@ proptest! {
                     let stream = if b { STREAM_B } else { STREAM_A };
                     let policy = match policy {
                         0 => StreamPolicy::Abort,
-                        1 => StreamPolicy::Bypass,
+                        1 => StreamPolicy::GlobalBypass,
+                        4 => StreamPolicy::Bypass,
                         other => stage1(u64::from(other) << 12, other == 2),
                     };
                     if let Err(error) = rig.configure(stream, policy) {

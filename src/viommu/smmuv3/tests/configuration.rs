@@ -5,12 +5,13 @@ use super::*;
 
 const ABORT: StreamPolicy = StreamPolicy::Abort;
 const BYPASS: StreamPolicy = StreamPolicy::Bypass;
+const GLOBAL_BYPASS: StreamPolicy = StreamPolicy::GlobalBypass;
 
 #[test]
 fn streams_pass_until_translation_is_enabled() {
     let guest = Guest::new(&SmmuConfig::default());
     guest.smmu.add_stream(StreamId(5));
-    assert_eq!(guest.calls(), [Call::Configure(StreamId(5), BYPASS)]);
+    assert_eq!(guest.calls(), [Call::Configure(StreamId(5), GLOBAL_BYPASS)]);
     // It is there already.
     guest.smmu.add_stream(StreamId(5));
     assert_eq!(guest.calls(), []);
@@ -73,7 +74,8 @@ fn an_enable_that_is_given_up_is_undone() {
     guest.calls();
     guest.write32(regs::CR0, 0);
     assert_eq!((guest.read32(regs::CR0ACK), guest.smmu.policy_by_tables(STREAM)), (0, None));
-    assert_eq!(guest.calls(), [Call::Configure(STREAM, BYPASS)]);
+    let global = [STREAM, OTHER].map(|stream| Call::Configure(stream, GLOBAL_BYPASS));
+    assert_eq!(guest.calls(), global);
 }
 
 #[test]
@@ -183,7 +185,10 @@ fn a_two_level_table_is_followed() {
     guest.write64(regs::STRTAB_BASE, 0x1_0000);
     guest.write32(regs::STRTAB_BASE_CFG, 1 << 16 | 8 << 6 | 9);
     guest.write32(regs::CR0, 1);
-    assert_eq!(guest.calls(), [Call::Configure(STREAM, stage1(CONTEXTS))]);
+    assert_eq!(
+        guest.calls(),
+        [Call::Configure(STREAM, stage1(CONTEXTS)), Call::Configure(OTHER, BYPASS)]
+    );
 }
 
 #[test]

@@ -66,6 +66,20 @@ fn a_refusal_of_the_hosts_stage_2_is_told_as_the_guests_own() {
     guest.write_entry(STREAM, BYPASS_ENTRY);
     guest.submit(&[cfgi_ste(STREAM)]);
     assert_eq!(send(&guest, stage2_fault(2)), Some(page));
+    assert_eq!(send(&guest, stage2_fault(0)), Some(page));
+}
+
+#[test]
+fn what_an_entry_that_bypasses_does_not_let_pass_is_told_as_it_is() {
+    let guest = Guest::running();
+    guest.write_entry(STREAM, BYPASS_ENTRY);
+    guest.submit(&[cfgi_ste(STREAM)]);
+    let substream = EventRecord::new(EventId::BadSubstreamId, STREAM, Pasid::new(5));
+    assert_eq!(send(&guest, substream), Some(substream));
+    let beyond = EventRecord { input_address: 1 << 48, ..translation_fault(STREAM) };
+    let beyond =
+        EventRecord { qw0: EventRecord::new(EventId::AddressSize, STREAM, None).qw0, ..beyond };
+    assert_eq!(send(&guest, beyond), Some(beyond));
 }
 
 #[test]

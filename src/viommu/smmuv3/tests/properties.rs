@@ -89,6 +89,6 @@ proptest! {
             Call::Configure(STREAM, policy) => Some(policy),
             _ => None,
         });
-        prop_assert_eq!(given.unwrap_or(StreamPolicy::Bypass), policy);
+        prop_assert_eq!(given, Some(policy));
     }
 }

@@ -173,7 +173,7 @@ fn gbpa_needs_its_update_bit() {
     let abort = StreamPolicy::Abort;
     assert_eq!(guest.calls(), [Call::Configure(STREAM, abort), Call::Configure(OTHER, abort)]);
     guest.write32(regs::GBPA, 1 << 31);
-    let bypass = StreamPolicy::Bypass;
+    let bypass = StreamPolicy::GlobalBypass;
     assert_eq!(guest.calls(), [Call::Configure(STREAM, bypass), Call::Configure(OTHER, bypass)]);
     // Not done: not told.
     guest.fail_to_block(true);
@@ -257,6 +257,7 @@ fn an_observer_sees_everything_in_order() {
             "CMD_TLBI_NSNH_ALL",
             "CMD_SYNC",
             "write CR0 0x20 4 0xd",
+            "policy 0x3 Bypass true",
             "policy 0x4 Abort true",
             "event C_BAD_STE 0x4 Recorded",
             "read EVENTQ_PROD 0x100a8 4 0x1",
