@@ -38,6 +38,32 @@ attempt() {
     [ "$status" = 0 ] || fails "$name"
 }
 
+# beside FILE NAME COMMAND...: attempt, while what follows goes on; FILE.* are its files. `wait_for FILE` has its
+# result.
+beside() {
+    beside_file=$1
+    shift
+    (
+        failures='' retries='' took=''
+        attempt "$@" >"$beside_file.log" 2>&1
+        printf '%s\n' "$failures" >"$beside_file.failures"
+        printf '%s\n' "$retries" >"$beside_file.retries"
+        printf '%s\n' "$took" >"$beside_file.took"
+    ) &
+    echo "$!" >"$beside_file.process"
+}
+
+# wait_for FILE: the end of what `beside` started; its output comes then.
+wait_for() {
+    wait "$(cat "$1.process")"
+    cat "$1.log"
+    # Without its files it did not come to its end.
+    failures="$failures$(cat "$1.failures" || echo " '$1'")"
+    retries="$retries$(cat "$1.retries")"
+    took="$took$(cat "$1.took")
+"
+}
+
 # unless_off PREPARE: ends here where NESTED=off says so, or where PREPARE, a command, fails.
 unless_off() {
     if [ "${NESTED:-}" = off ]; then
