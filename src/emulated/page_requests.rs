@@ -51,13 +51,14 @@ struct Interface {
 }
 
 impl PageRequests {
-    /// From now on `sink` serves the requests of `rid`, or nobody does. Those that were answered
-    /// before, and that the device has not looked at, count as refused.
+    /// From now on `sink` serves the requests of `rid`, or nobody does. Those made before count as
+    /// refused: whoever waits for an answer is woken. (The attachment need not end with them: other
+    /// devices of the group may stay.)
     pub fn set_sink(&self, rid: u16, sink: Option<Arc<dyn PageRequestSink>>) {
         let mut devices = self.devices();
         let interface = devices.entry(rid).or_default();
         interface.sink = sink;
-        interface.groups.retain(|_, answer| answer.is_none());
+        interface.groups.clear();
         self.answered.notify_all();
     }
 

@@ -9,7 +9,8 @@ use super::{ObjectId, PageRequest, PageResponseCode, Result, Vevent};
 
 /// Told when a queue gets something to read, and when it has nothing left.
 pub trait Readiness: Send + Sync {
-    /// `readable` says which. The queue may be locked: do not read from it here.
+    /// `readable` says which. The queue, and its whole iommufd, may be locked: make no call of them
+    /// here, only wake whoever will.
     fn changed(&self, readable: bool);
 }
 

@@ -139,7 +139,9 @@ impl DmaPort {
     /// by an old translation when an invalidation returns; it must not wait for anything.
     ///
     /// # Errors
-    /// As [`DmaPort::read`], but for [`DmaError::Interrupt`].
+    /// As [`DmaPort::read`]. [`DmaError::Interrupt`] only when the page comes to lead to the doorbell
+    /// meanwhile. Whether the request is a message is found out without asking for a page: what is
+    /// missing is a fault at once, whatever the device.
     pub fn write_message(
         &mut self,
         attributes: DmaAttributes,
@@ -165,7 +167,8 @@ impl DmaPort {
     ///
     /// # Errors
     /// As [`DmaPort::read`]; [`DmaError::PageRequested`] when the device has asked for the page: this
-    /// never waits.
+    /// does not wait for the answer. To ask takes the iommufd's lock, whose holder may be waiting for
+    /// sections to end: hold no [`Translated`] of another port of the unit meanwhile.
     #[inline]
     pub fn translate(
         &mut self,

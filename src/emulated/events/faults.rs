@@ -58,7 +58,9 @@ struct State {
 impl FaultQueue {
     /// Adds a complete group.
     pub fn report(&self, group: PendingGroup) {
-        self.state().deliver.push_back(group);
+        // The queue stays locked while the watcher is told: a reader would be told first otherwise.
+        let mut state = self.state();
+        state.deliver.push_back(group);
         self.watcher.tell(true);
     }
 

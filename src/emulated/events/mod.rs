@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a user reads from descriptors: page requests of devices, and events of vIOMMUs.
 //!
-//! A queue has a lock of its own, taken last: who reports and who reads need no other. A read never
+//! A queue has a lock of its own: who reports and who reads need no other. The watcher is told, and
+//! devices are answered (which takes the lock of their page requests), with it held. A read never
 //! waits; who wants to sleep until there is something gives the queue a [`Readiness`].
 #![forbid(unsafe_code)]
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an SMMUv3's sanitizer compares: the context descriptor of a requester, then its tables.
 //!
-//! Stream table entries are the host's driver's, which changes them and what is cached of them
-//! together.
+//! Stream table entries are the host's driver's here, which changes them and what is cached of them
+//! together. So a guest that forgets CMD_CFGI_STE is not found out: the entry that the host has is
+//! then still the old one, too.
 #![forbid(unsafe_code)]
 
 use super::configurations::Configuration;

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::emulated::{
     DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost, EmulatedUnit,
-    MachineError, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
+    MachineError, SmmuV3Unit, SmmuV3UnitConfig, UnitId, VtdUnit, VtdUnitConfig,
 };
 use crate::iommufd::{
     iommu_hwpt_arm_smmuv3, iommu_hwpt_vtd_s1, Errno, FaultQueue, FaultSink, HostFault, HostIommu,
@@ -81,6 +81,7 @@ impl Readiness for Bell {
 struct Rig {
     architecture: Architecture,
     host: Arc<EmulatedHost>,
+    unit: UnitId,
     memory: Arc<GuestRegionMmap>,
     dev: ObjectId,
     ioas: ObjectId,
@@ -109,7 +110,7 @@ impl Rig {
         let queue = host.fault_queue_alloc().unwrap();
         let (sender, bell) = mpsc::channel();
         queue.watch(Arc::new(Bell(sender)));
-        Self { architecture, host, memory, dev, ioas, queue, bell }
+        Self { architecture, host, unit, memory, dev, ioas, queue, bell }
     }
 
     fn hwpt(&self, pt: ObjectId, flags: HwptFlags, data: HwptData) -> ObjectId {
@@ -347,6 +348,29 @@ fn what_ends_an_attachment_ends_the_wait() {
                 assert_eq!(rig.queue.next_group().unwrap(), None);
             }
         }
+    }
+}
+
+#[test]
+fn unbinding_ends_the_wait_while_the_rest_of_the_group_stays_attached() {
+    for architecture in BOTH {
+        let grouped = DeviceConfig { group: Some(1), ..asking() };
+        let mut rig = Rig::with(architecture, true, grouped.clone());
+        // No device joins a group that is in use.
+        rig.host.device_unbind(rig.dev).unwrap();
+        rig.host.add_device("mate", rig.unit, Bdf::from_raw(0x28), grouped).unwrap();
+        rig.dev = rig.host.device_bind("edu").unwrap();
+        let mate = rig.host.device_bind("mate").unwrap();
+        let hwpt = rig.hwpt(rig.ioas, FAULT, NONE);
+        for dev in [rig.dev, mate] {
+            rig.host.device_attach(dev, None, hwpt).unwrap();
+        }
+        let (mut port, (sender, ended)) = (rig.port(), mpsc::channel());
+        thread::spawn(move || sender.send(port.write(PLAIN, MEMORY, &[1])));
+        rig.asked();
+        rig.host.device_unbind(rig.dev).unwrap();
+        let outcome = ended.recv_timeout(Duration::from_secs(60)).expect("the wait ends");
+        assert_eq!(outcome, refused(MEMORY, PageResponseCode::Invalid), "{architecture:?}");
     }
 }
 
