@@ -19,7 +19,14 @@ use crate::{sys, table};
 /// Answers a call on `fd`; `None` when that is none of ours.
 pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     let result = match state.slot(fd)?.kind {
-        Kind::Own(own) => make(state, &own, &CallingProcess::own(), call),
+        Kind::Own(own) => {
+            let result = make(state, &own, &CallingProcess::own(), call);
+            if !state.waiting.is_empty() {
+                let _serving = state.serving();
+                state.waiting.resume();
+            }
+            result
+        }
         Kind::Foreign => remote::call(fd, call),
     };
     state.pins.sweep();
@@ -30,12 +37,13 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
     Some(result.map(|answer| answer.value))
 }
 
-/// Makes `call` on a file of this process, and what it brings about on others: DMA that waited for a
-/// page has gone on when the answer was written, or the attachment ended.
+/// Makes `call` on a file of this process. What it brings about on others is the caller's: DMA that
+/// waits for a page goes on ([`Waiting::resume`](crate::waiting::Waiting::resume), while serving) before
+/// whoever wrote the answer, or ended the attachment, is told that it is done.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
     let result = own.file.call(caller, call);
-    if !matches!(call, Call::Read { .. }) {
-        state.resume();
+    if matches!(call, Call::Write { .. }) {
+        state.waiting.written(&own.file);
     }
     result
 }
@@ -82,7 +90,9 @@ fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
         Request::Call(call) => {
             let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
             let caller = CallingProcess::remote(process, channel.clone());
-            remote::answer_call(&channel, make(state, &own, &caller, call))?;
+            let result = make(state, &own, &caller, call);
+            state.waiting.resume();
+            remote::answer_call(&channel, result)?;
         }
         Request::Pinned(pid) => {
             remote::answer_pinned(&channel, state.accounts.pinned_of(pid))?;

@@ -181,12 +181,14 @@ impl Function {
         self.config.get(COMMAND).is_some_and(|byte| byte & BUS_MASTER != 0)
     }
 
-    /// Goes on with a DMA whose page requests are answered.
-    fn resume(&mut self) {
+    /// Goes on with a DMA whose page requests are answered; whether one still waits.
+    fn resume(&mut self) -> bool {
         let bus_master = self.bus_master();
-        if self.edu.as_mut().is_some_and(|edu| edu.resume(bus_master)) {
+        let Some(edu) = &mut self.edu else { return false };
+        if edu.resume(bus_master) {
             self.msi.send();
         }
+        edu.waits()
     }
 
     fn access_bar(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
@@ -237,8 +239,8 @@ impl File for Device {
         Ok(done.into())
     }
 
-    fn resume(&self) {
-        self.function().resume();
+    fn resume(&self) -> bool {
+        self.function().resume()
     }
 }
 

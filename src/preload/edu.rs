@@ -180,6 +180,11 @@ impl Edu {
         false
     }
 
+    /// Whether a DMA waits for a page.
+    pub fn waits(&self) -> bool {
+        self.waiting.is_some()
+    }
+
     /// Goes on with a DMA whose page requests are answered. Says whether an interrupt is to be sent.
     pub fn resume(&mut self, bus_master: bool) -> bool {
         let Some((mut transfer, group)) = self.waiting.take() else { return false };

@@ -60,8 +60,10 @@ pub trait File: Debug + Send + Sync {
     /// Linux's.
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno>;
 
-    /// A call on some file has ended: goes on with what may have waited for it.
-    fn resume(&self) {}
+    /// Goes on with what waited for a call on another file, if it can; whether something still waits.
+    fn resume(&self) -> bool {
+        false
+    }
 
     /// It is this process's now, and `end` is the owner's end of its descriptors.
     fn opened(&self, end: &Arc<Internal>) {

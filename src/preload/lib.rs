@@ -74,5 +74,6 @@ mod table;
 #[cfg(feature = "selftest")]
 mod test_file;
 mod user_space;
+mod waiting;
 mod windows;
 mod world;

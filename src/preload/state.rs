@@ -20,6 +20,7 @@ use crate::service::Service;
 use crate::sys;
 use crate::sys::Mark;
 use crate::table::{self, Entry};
+use crate::waiting::Waiting;
 use crate::windows::Windows;
 use crate::world::World;
 
@@ -42,7 +43,9 @@ pub struct State {
     world: OnceLock<Result<World, Errno>>,
     service: OnceLock<Result<Service, Errno>>,
     opened: AtomicU64,
-    /// Held by the service while it uses a file, so that one that was closed ends in time.
+    /// The files with something that waits for a call on another one.
+    pub waiting: Waiting,
+    /// Held by who uses a file without a descriptor of it, so that one that was closed ends in time.
     serving: Mutex<()>,
 }
 
@@ -108,6 +111,7 @@ fn begin(inherited: *mut State) -> &'static State {
         world: OnceLock::new(),
         service: OnceLock::new(),
         opened: AtomicU64::new(0),
+        waiting: Waiting::default(),
         serving: Mutex::default(),
     };
     let new = Box::into_raw(Box::new(state));
@@ -264,16 +268,6 @@ impl State {
         }
     }
 
-    /// Has the files of this process go on with what waited for a call.
-    pub fn resume(&self) {
-        let own = |slot: &Slot| match &slot.kind {
-            Kind::Own(own) => Some(own.clone()),
-            Kind::Foreign => None,
-        };
-        let files: Vec<_> = self.files().iter().flatten().filter_map(own).collect();
-        files.iter().for_each(|own| own.file.resume());
-    }
-
     /// A descriptor of the file `slot` was closed: ends the file if that was the last one.
     pub fn released(&self, slot: u32) {
         let mut files = self.files();
@@ -287,7 +281,7 @@ impl State {
         let ended = if hung_up { place.take() } else { None };
         drop(files);
         if ended.is_some() {
-            // What closing brings about is done when close returns: the service drops the file first.
+            // What closing brings about is done when close returns: who serves drops the file first.
             let _served = self.serving();
             drop(ended);
         }
