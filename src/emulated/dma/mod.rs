@@ -12,7 +12,7 @@ mod port;
 
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use port::{Port, PortSection, PortTranslated};
 
@@ -135,13 +135,14 @@ impl DmaPort {
 
     /// Writes the doubleword `data` to `iova` (bytes, a multiple of 4), as a device sends an interrupt
     /// message: to memory, or, where the request is a [`DmaError::Interrupt`], by `deliver`, which gets
-    /// the address of that. It is called within the critical section, so that no message is on its way
-    /// by an old translation when an invalidation returns; it must not wait for anything.
+    /// the address of that. Either is done within the critical section that decides it, so that no
+    /// message is on its way by an old translation when an invalidation returns; `deliver` must not wait
+    /// for anything.
     ///
     /// # Errors
-    /// As [`DmaPort::read`]. [`DmaError::Interrupt`] only when the page comes to lead to the doorbell
-    /// meanwhile. Whether the request is a message is found out without asking for a page: what is
-    /// missing is a fault at once, whatever the device.
+    /// As [`DmaPort::read`], but that no page is asked for: what is missing is a fault at once, whatever
+    /// the device. [`DmaError::NoMemory`], too, when the bytes are not in one page, which they are where
+    /// `iova` is what it should be.
     pub fn write_message(
         &mut self,
         attributes: DmaAttributes,
@@ -150,15 +151,16 @@ impl DmaPort {
         deliver: impl FnOnce(u64),
     ) -> Result<(), DmaError> {
         let mut section = self.enter();
-        match section.translate(attributes, iova, DmaAccess::Write) {
-            Err(DmaError::Interrupt { address }) => deliver(address),
-            Err(error) => return Err(error),
-            Ok(_) => {
-                drop(section);
-                return self.write(attributes, iova, &data.to_le_bytes());
+        match section.slice(attributes, iova, size_of_val(&data), DmaAccess::Write) {
+            Err(DmaError::Interrupt { address }) => {
+                deliver(address);
+                Ok(())
             }
+            Err(error) => Err(error),
+            Ok(slice) => slice
+                .write_obj(data.to_le_bytes(), 0)
+                .map_err(|_| DmaError::NoMemory { address: iova }),
         }
-        Ok(())
     }
 
     /// Translates `iova` (bytes) for an access to some of the next `length` bytes, and starts the
@@ -255,6 +257,24 @@ impl Section<'_> {
         match &mut self.0 {
             AnySection::Vtd(section) => section.translate(attributes, iova, access),
             AnySection::SmmuV3(section) => section.translate(attributes, iova, access),
+        }
+    }
+
+    /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are in one
+    /// piece; at least one.
+    ///
+    /// # Errors
+    /// As [`Section::translate`].
+    fn slice(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        length: usize,
+        access: DmaAccess,
+    ) -> Result<VolatileSlice<'_>, DmaError> {
+        match &mut self.0 {
+            AnySection::Vtd(section) => section.slice(attributes, iova, length, access),
+            AnySection::SmmuV3(section) => section.slice(attributes, iova, length, access),
         }
     }
 }

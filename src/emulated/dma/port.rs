@@ -115,24 +115,46 @@ impl<U: Unit> PortSection<'_, U> {
         iova: u64,
         access: DmaAccess,
     ) -> Result<(GuestAddress, usize), DmaError> {
-        check_memory::<U>(attributes, iova)?;
-        let request = request(self.rid, attributes, iova, access);
-        let cached = self.engine.cached(self.config, self.counters, &request);
-        let target = match cached {
-            Some(target) => target,
-            None => match self.engine.translate(self.config, self.counters, &request) {
-                Ok(target) => target,
-                Err(Blocked::Interrupt(address)) => return Err(DmaError::Interrupt { address }),
-                Err(Blocked::Fault(fault)) => {
-                    self.faults.list.push((request, fault));
-                    return Err(fault_error::<U>(&request, fault));
-                }
-            },
-        };
+        let target = self.target(attributes, iova, access)?;
         let memory = self.engine.caches().memory(target.place);
         let address = memory.and_then(|memory| memory.base.checked_add(target.place.offset));
         let address = address.ok_or(DmaError::NoMemory { address: iova })?;
         Ok((address, piece::<U>(attributes, iova, target.length)))
+    }
+
+    /// See [`super::Section::slice`].
+    pub fn slice(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        length: usize,
+        access: DmaAccess,
+    ) -> Result<VolatileSlice<'_>, DmaError> {
+        let target = self.target(attributes, iova, access)?;
+        let length = length.min(piece::<U>(attributes, iova, target.length));
+        let slice = self.engine.caches().slice(target.place, length);
+        slice.ok_or(DmaError::NoMemory { address: iova })
+    }
+
+    fn target(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        access: DmaAccess,
+    ) -> Result<Target, DmaError> {
+        check_memory::<U>(attributes, iova)?;
+        let request = request(self.rid, attributes, iova, access);
+        if let Some(target) = self.engine.cached(self.config, self.counters, &request) {
+            return Ok(target);
+        }
+        match self.engine.translate(self.config, self.counters, &request) {
+            Ok(target) => Ok(target),
+            Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
+            Err(Blocked::Fault(fault)) => {
+                self.faults.list.push((request, fault));
+                Err(fault_error::<U>(&request, fault))
+            }
+        }
     }
 }
 
