@@ -209,18 +209,35 @@ impl Engine {
         request: &Request,
         target: Target,
     ) -> Target {
-        // Nothing that a device asked for, so it is not counted.
-        let now = self.resolve(&LocalCounters::default(), request.rid, request.pasid);
-        let now = now.as_ref().map_err(|fault| *fault);
-        if let Some(stale) = sanitizer::stale_context(request, configuration, now) {
-            sanitizer.context_used(counters, stale);
+        if !self.compare_context(sanitizer, configuration, counters, request) {
             // What has become of tables that are not in use any more says nothing.
             return target;
         }
         sanitizer::check(sanitizer, &self.caches, configuration, counters, request, target)
     }
 
-    /// Whether a write that `fault` stopped is an interrupt message: to which address.
+    /// Compares `configuration`, by which `request` goes somewhere, with the context descriptors that
+    /// are in memory now. Whether it is what they say.
+    fn compare_context(
+        &self,
+        sanitizer: &Sanitizer,
+        configuration: &Configuration,
+        counters: &LocalCounters,
+        request: &Request,
+    ) -> bool {
+        // Nothing that a device asked for, so it is not counted.
+        let now = self.resolve(&LocalCounters::default(), request.rid, request.pasid);
+        let now = now.as_ref().map_err(|fault| *fault);
+        let stale = sanitizer::stale_context(request, configuration, now);
+        if let Some(stale) = stale {
+            sanitizer.context_used(counters, stale);
+        }
+        stale.is_none()
+    }
+
+    /// Whether a write that `fault` stopped is an interrupt message: to which address. Stage 2 does not
+    /// lead there, so such a translation is not cached: each message goes by the tables as they are. An
+    /// SMMU may cache it, and need not.
     fn doorbell(&self, fault: &Fault, kind: RequestKind) -> Option<u64> {
         let Fault::Event { stage2: true, class: EventClass::Input, second_address, .. } = *fault
         else {
@@ -387,10 +404,14 @@ impl crate::emulated::engine::Engine for Engine {
             None => {
                 counters.iotlb_misses.count();
                 self.walk(configuration, counters, address, kind).map_err(|fault| {
-                    match self.doorbell(&fault, kind) {
-                        Some(message) => Blocked::Interrupt(message),
-                        None => Blocked::Fault(fault),
+                    let Some(message) = self.doorbell(&fault, kind) else {
+                        return Blocked::Fault(fault);
+                    };
+                    // Its tables have just been read, but perhaps not the way to them.
+                    if let Some(sanitizer) = &self.sanitizer {
+                        self.compare_context(sanitizer, configuration, counters, request);
                     }
+                    Blocked::Interrupt(message)
                 })?
             }
         };

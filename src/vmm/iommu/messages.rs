@@ -3,7 +3,9 @@
 //!
 //! To an SMMU a message is a write like every other: the stream's entry and stage 1 say where it goes,
 //! and only what ends at the doorbell of the interrupt controller interrupts. Here that is decided for
-//! each message anew, so that nobody has to be told when the guest invalidates.
+//! each message anew, so that nobody has to be told when the guest invalidates. Translations to the
+//! doorbell are not cached, as an SMMU may and need not: a guest that forgets to invalidate one is not
+//! found out. Context descriptors are.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -115,6 +115,34 @@ fn a_forgotten_cfgi_is_caught_and_named() {
 }
 
 #[test]
+fn a_message_that_goes_by_a_stale_context_is_caught() {
+    let config = SmmuV3UnitConfig {
+        sanitize: true,
+        msi_doorbell: Some(NOWHERE..=NOWHERE + 0xfff),
+        ..Default::default()
+    };
+    let machine = Machine::new(config);
+    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
+    old.map(IOVA, 3, NOWHERE, RW);
+    new.map(IOVA, 3, NEW, RW);
+    let (cd, mut port) = (machine.attach(&old.cd()), machine.port());
+    let mut send = || {
+        let mut delivered = None;
+        port.write_message(PLAIN, IOVA, 7, |address| delivered = Some(address)).unwrap();
+        delivered
+    };
+    assert_eq!(send(), Some(NOWHERE));
+    assert_eq!(found(&machine), (vec![], vec![]));
+    machine.poke_cd(cd, &new.cd());
+    assert_eq!(send(), Some(NOWHERE));
+    let (contexts, stale) = found(&machine);
+    assert_eq!((contexts.len(), stale.len()), (1, 0));
+    machine.invalidate(Invalidation::Context { sid: SID, substream: 0 });
+    assert_eq!((send(), machine.peek(NEW) as u32), (None, 7), "it is a write to memory");
+    assert!(found(&machine).0[0].invalidated_since);
+}
+
+#[test]
 fn a_context_that_is_invalidated_leaves_its_translations_behind() {
     let machine = machine();
     let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
