@@ -195,7 +195,7 @@ impl Caches {
         way: (Source, u64),
         start: u8,
         words: impl Iterator<Item = u64>,
-        page_shift: Option<u8>,
+        page: Option<(Source, u8)>,
     ) {
         if let Some(origins) = &self.origins {
             let Self { iotlb, paging_structures, .. } = self;
@@ -206,7 +206,7 @@ impl Caches {
                 way,
                 start,
                 &words,
-                page_shift,
+                page,
             );
         }
     }

@@ -42,7 +42,7 @@ pub(in crate::emulated) struct CachesOfWalk<'a> {
 
 impl Origins {
     /// A walk for `iova` began at the table of level `start` and read `words`, the last of which
-    /// is a page; it was cached as one of `page_shift`, if at all.
+    /// is a page; it was cached as one of that size, and whose `page` says, if at all.
     pub fn record<F: TableFormat>(
         &self,
         caches: CachesOfWalk<'_>,
@@ -50,7 +50,7 @@ impl Origins {
         (source, iova): (Source, u64),
         start: u8,
         words: &[u64],
-        page_shift: Option<u8>,
+        page: Option<(Source, u8)>,
     ) {
         let mut both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // The entries above `start` were not read: the table came from the cache.
@@ -58,7 +58,7 @@ impl Origins {
             .then(|| Key::new(source, iova, tables.shift(start.saturating_add(1))));
         let mut trail =
             above.and_then(|above| both.tables.0.get(&above).copied()).unwrap_or_default();
-        let Some((page, pointers)) = words.split_last() else { return };
+        let Some((leaf, pointers)) = words.split_last() else { return };
         let mut level = start;
         for &word in pointers {
             trail.set(level, word);
@@ -66,9 +66,9 @@ impl Origins {
             both.tables.insert(caches.paging_structures, key, trail);
             level = level.saturating_sub(1);
         }
-        trail.set(level, *page);
-        if let Some(page_shift) = page_shift {
-            both.pages.insert(caches.iotlb, Key::new(source, iova, page_shift), trail);
+        trail.set(level, *leaf);
+        if let Some((source, shift)) = page {
+            both.pages.insert(caches.iotlb, Key::new(source, iova, shift), trail);
         }
     }
 

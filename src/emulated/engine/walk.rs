@@ -39,20 +39,20 @@ pub(in crate::emulated) struct Output {
     pub whole: u8,
     /// The requests that both stages allow, without a further walk.
     pub rights: Rights,
-    /// It is the same in every address space.
-    pub global: bool,
+    /// Whose page it is.
+    pub source: Source,
 }
 
 impl Output {
     /// `page` is what stage 2 makes of `gpa`, which stage 1 has in a page of `shift` with `rights`.
-    fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, global: bool) -> Self {
+    fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, source: Source) -> Self {
         Self {
             page,
             length: page.length.min(size(shift) - (gpa & (size(shift) - 1))),
             shift: page.shift.map(|page_shift| page_shift.min(shift)),
             whole: shift,
             rights: Rights::of(|kind| rights.allow(kind) && page.allows(kind)),
-            global,
+            source,
         }
     }
 
@@ -69,6 +69,8 @@ pub(in crate::emulated) struct Walk<'a> {
     pub caches: &'a Caches,
     /// What is cached on the way is found by this.
     pub source: Source,
+    /// Whose pages are that are the same in every address space.
+    pub global: Source,
     pub host: &'a HostStage2,
     pub counters: &'a LocalCounters,
     /// Where pages of stage 2 that are written are marked, if they are to be.
@@ -147,12 +149,14 @@ impl Walk<'_> {
                 && tables.check_path(path, kind).is_ok()
                 && (!kind.write() || tables.is_dirty(leaf))
         });
-        let output = Output::new(page, gpa, tables.shift(level), rights, global);
+        let source = if global { self.global } else { self.source };
+        let output = Output::new(page, gpa, tables.shift(level), rights, source);
         let output = self.track(output, gpa, kind);
         let read = || steps.iter().flatten().map(|step| step.word);
         // No overflow: there are at most 5 levels.
         let start = level + read().skip(1).count() as u8;
-        self.caches.record_origin(tables, (self.source, iova), start, read(), output.shift);
+        let page = output.shift.map(|shift| (source, shift));
+        self.caches.record_origin(tables, (self.source, iova), start, read(), page);
         Ok(Some(output))
     }
 
@@ -208,7 +212,7 @@ impl Walk<'_> {
         served: Rights,
     ) -> Result<Output, Stage2Refusal> {
         let page = self.page(gpa, kind)?;
-        let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, false);
+        let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, self.source);
         Ok(self.track(output, gpa, kind))
     }
 

@@ -156,30 +156,35 @@ impl Engine {
     ) -> Result<Target, Fault> {
         let Configuration { tag, host, .. } = configuration;
         let source = |space| Source::new(*tag, space);
-        let walk =
-            |source| Walk { caches: &self.caches, source, host, counters, dirty: host.tracking() };
-        let (address, output, space) = match &configuration.space {
+        let walk = |space| Walk {
+            caches: &self.caches,
+            source: source(space),
+            global: source(GLOBAL),
+            host,
+            counters,
+            dirty: host.tracking(),
+        };
+        let (address, output) = match &configuration.space {
             None => {
                 if address >> self.config.output_bits() != 0 {
                     return Err(Fault::stage1(EventId::AddressSize, true));
                 }
-                let output = walk(source(STAGE2_ONLY)).stage2_only(address, kind, Rights::ALL);
+                let output = walk(STAGE2_ONLY).stage2_only(address, kind, Rights::ALL);
                 let refused = |why| Fault::stage2(why, EventClass::Input, address);
-                (address, output.map_err(refused)?, STAGE2_ONLY)
+                (address, output.map_err(refused)?)
             }
             Some(space) => {
                 let (address, tables) = space.half(address);
                 let off = || Fault::stage1(EventId::Translation, space.recorded);
-                let asid = space.asid.into();
-                let output = walk(source(asid)).walk(tables.ok_or_else(off)?, address, kind)?;
-                (address, output, if output.global { GLOBAL } else { asid })
+                let walk = walk(space.asid.into());
+                (address, walk.walk(tables.ok_or_else(off)?, address, kind)?)
             }
         };
         if let Some(page) = output.cached() {
-            if space == GLOBAL {
+            if output.source.space() == GLOBAL {
                 self.globals.store(true, Ordering::Relaxed);
             }
-            self.caches.add_translation(source(space), address, &page, counters);
+            self.caches.add_translation(output.source, address, &page, counters);
         }
         Ok(Target { place: output.page.place, length: output.length })
     }

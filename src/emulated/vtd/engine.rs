@@ -98,7 +98,15 @@ impl Engine {
         kind: RequestKind,
     ) -> Result<Target, Fault> {
         let (source, host) = (context.source, &context.host);
-        let walk = Walk { caches: &self.caches, source, host, counters, dirty: host.tracking() };
+        let walk = Walk {
+            caches: &self.caches,
+            source,
+            // Global pages are cached by PASID, like all others.
+            global: source,
+            host,
+            counters,
+            dirty: host.tracking(),
+        };
         let output = match &context.tables {
             Tables::None if kind.execute() => {
                 return Err(Fault::stage1(FaultReason::ExecuteDisabled));
@@ -111,7 +119,7 @@ impl Engine {
             Tables::Unsupported => return Err(Fault::stage1(FaultReason::PasidEntryInvalid)),
         };
         if let Some(page) = output.cached() {
-            self.caches.add_translation(source, iova, &page, counters);
+            self.caches.add_translation(output.source, iova, &page, counters);
         }
         Ok(Target { place: output.page.place, length: output.length })
     }

@@ -104,7 +104,8 @@ pub struct StaleUse {
     pub write: bool,
     /// Level (1 is the lowest) of the highest entry that changed.
     pub level: u8,
-    /// That entry as it was when it was cached; `None` when that is not known any more.
+    /// That entry as it was when it was cached, of a global page perhaps in the tables of another address
+    /// space; `None` when that is not known any more.
     pub old: Option<u64>,
     /// The entry as it is now; `None` when the tables do not lead there any more.
     pub new: Option<u64>,

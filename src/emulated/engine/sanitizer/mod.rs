@@ -101,10 +101,12 @@ impl Sanitizer {
         let tables = used.tables;
         let cached = [Some(used.source), used.others].into_iter().flatten();
         let cached = cached
-            .filter_map(|source| caches.translation_shift(used.shifts, source, address, kind))
+            .filter_map(|source| {
+                let shift = caches.translation_shift(used.shifts, source, address, kind)?;
+                Some((source, shift))
+            })
             .next();
-        // Ways are put down by whose walk it was.
-        let then = cached.and_then(|shift| self.origins.page(used.source, address, shift));
+        let then = cached.and_then(|(source, shift)| self.origins.page(source, address, shift));
         let (now, end) = read_tables(caches, used.host, tables, address);
         let level = match end {
             End::Page { level, .. } => level,
@@ -128,7 +130,7 @@ impl Sanitizer {
             level: at,
             then: then.unwrap_or_default(),
             now,
-            page_shift: cached.unwrap_or(tables.shift(level)),
+            page_shift: cached.map_or(tables.shift(level), |(_, shift)| shift),
         });
         Compared { level, stale }
     }

@@ -215,6 +215,24 @@ fn what_allows_more_is_no_finding_and_what_allows_less_is_one() {
 }
 
 #[test]
+fn a_stale_global_page_is_known_whoever_walked() {
+    let machine = machine();
+    let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
+    let leaf = tables.map(IOVA, 3, OLD, RW.with_ng(false));
+    let old = machine.peek(leaf);
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    // Another address space, with the same tables.
+    machine.attach(&Cd { qw0: tables.cd().qw0.with_asid(ASID + 1), ..tables.cd() });
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    assert_eq!(found(&machine), (vec![], vec![]));
+    tables.map(IOVA, 3, NEW, RW.with_ng(false));
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    let (contexts, stale) = found(&machine);
+    assert_eq!((contexts.len(), stale.len()), (0, 1));
+    assert_eq!((stale[0].old, stale[0].new), (Some(old), Some(machine.peek(leaf))));
+}
+
+#[test]
 fn a_unit_that_does_not_sanitize_says_so() {
     let machine = Machine::new(SmmuV3UnitConfig::default());
     assert_eq!(machine.unit.sanitizer_report(), None);

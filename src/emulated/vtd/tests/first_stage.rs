@@ -199,7 +199,8 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     assert_eq!(context.tables, Tables::None);
     let counters = LocalCounters::default();
     let (source, host) = (context.source, &context.host);
-    let walk = Walk { caches: &caches, source, host, counters: &counters, dirty: None };
+    let counters = &counters;
+    let walk = Walk { caches: &caches, source, global: source, host, counters, dirty: None };
     let tables = FirstStage {
         table: root,
         levels: 4,
