@@ -15,6 +15,9 @@ use crate::spec::pci::Bdf;
 /// Pages, and requesters, that are kept; uses of stale translations of others are counted only.
 const MAX_PAGES: usize = 64;
 
+/// Tags and address spaces whose last invalidation is kept: the guest has as many as it likes.
+const MAX_INVALIDATED: usize = 1024;
+
 /// Pages are counted in units of this, as a power of two.
 pub(super) const UNIT_SHIFT: u8 = 12;
 
@@ -113,7 +116,8 @@ pub struct StaleUse {
     pub invalidation: TlbInvalidation,
     /// What should have been invalidated by it, and was not.
     pub needed: InvalidatedPages,
-    /// The last invalidation of these tables before; `None` when there was none.
+    /// The last invalidation of these tables before; `None` when there was none, or 1,024 other address
+    /// spaces were invalidated since.
     pub last: Option<InvalidatedPages>,
     /// How many requests to this page there were, this one included.
     pub uses: u64,
@@ -206,8 +210,8 @@ pub(super) struct Findings {
     pages: BTreeMap<(Bdf, Option<u32>, u64), Finding>,
     /// Uses beyond those.
     others: u64,
-    /// The last invalidation of each tag, or of one address space of it, and which one that was. Those
-    /// of tags without attachments are forgotten.
+    /// The last invalidation of each tag, or of one address space of it, and which one that was: of the
+    /// [`MAX_INVALIDATED`] most recent. Those of tags without attachments are forgotten.
     last: BTreeMap<(u32, Option<u32>), (u64, InvalidatedPages)>,
     /// How many there were.
     invalidations: u64,
@@ -264,6 +268,12 @@ impl Findings {
     pub fn invalidated(&mut self, tag: u32, space: Option<u32>, range: CacheRange) {
         self.invalidations += 1;
         self.last.insert((tag, space), (self.invalidations, range.into()));
+        if self.last.len() > MAX_INVALIDATED {
+            let oldest = self.last.iter().min_by_key(|(_, (number, _))| *number);
+            if let Some(oldest) = oldest.map(|(key, _)| *key) {
+                self.last.remove(&oldest);
+            }
+        }
         let concerned = |source: Source| {
             source.tag() == tag && space.is_none_or(|space| source.space() == space)
         };
@@ -301,6 +311,27 @@ fn covers(range: CacheRange, first: u64, last: u64) -> bool {
         CacheRange::Pages { address, pages, .. } => {
             let end = address.saturating_add(pages.saturating_mul(size(UNIT_SHIFT)) - 1);
             address <= last && end >= first
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_recent_invalidations_are_kept() {
+        let mut findings = Findings::default();
+        let spaces = MAX_INVALIDATED as u32;
+        let mut invalidate = |space| findings.invalidated(1, Some(space), CacheRange::All);
+        (0..spaces).for_each(&mut invalidate);
+        // The first is the most recent again, so the second has to go.
+        [0, spaces].into_iter().for_each(invalidate);
+        let last = |space| findings.last_invalidation(Source::new(1, space));
+        assert_eq!(findings.last.len(), MAX_INVALIDATED);
+        assert_eq!(last(1), None);
+        for space in [0, 2, spaces] {
+            assert_eq!(last(space), Some(InvalidatedPages::All), "{space}");
         }
     }
 }
