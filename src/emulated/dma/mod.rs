@@ -83,23 +83,9 @@ impl DmaPort {
         iova: u64,
         bytes: &mut [u8],
     ) -> Result<(), DmaError> {
-        check_end(iova, bytes.len())?;
-        let (mut done, mut tries) = (0, PageTries::default());
-        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let address = iova + done as u64;
-            let error = match self.translate(attributes, address, rest.len(), DmaAccess::Read) {
-                Ok(piece) => match piece.slice().copy_to(rest) {
-                    0 => return Err(DmaError::NoMemory { address }),
-                    copied => {
-                        done += copied;
-                        continue;
-                    }
-                },
-                Err(error) => error,
-            };
-            self.wait_or_fail(error, &mut tries)?;
-        }
-        Ok(())
+        self.transfer(attributes, iova, bytes.len(), DmaAccess::Read, |slice, done| {
+            bytes.get_mut(done..).map_or(0, |rest| slice.copy_to(rest))
+        })
     }
 
     /// Writes `bytes` to memory at `iova` (bytes). Waits as [`DmaPort::read`] does.
@@ -112,23 +98,34 @@ impl DmaPort {
         iova: u64,
         bytes: &[u8],
     ) -> Result<(), DmaError> {
-        check_end(iova, bytes.len())?;
+        self.transfer(attributes, iova, bytes.len(), DmaAccess::Write, |slice, done| {
+            slice.copy_from(bytes.get(done..).unwrap_or_default());
+            slice.len()
+        })
+    }
+
+    /// Goes through the `length` bytes at `iova` piece by piece: `copy` gets the memory of each, no
+    /// longer than what is left, and how many bytes are done, and says how many it copied.
+    fn transfer(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        length: usize,
+        access: DmaAccess,
+        mut copy: impl FnMut(VolatileSlice<'_>, usize) -> usize,
+    ) -> Result<(), DmaError> {
+        check_end(iova, length)?;
         let (mut done, mut tries) = (0, PageTries::default());
-        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+        while done < length {
             let address = iova + done as u64;
-            let error = match self.translate(attributes, address, rest.len(), DmaAccess::Write) {
-                Ok(piece) => {
-                    let slice = piece.slice();
-                    slice.copy_from(rest);
-                    match slice.len() {
-                        0 => return Err(DmaError::NoMemory { address }),
-                        copied => done += copied,
-                    }
-                    continue;
-                }
-                Err(error) => error,
-            };
-            self.wait_or_fail(error, &mut tries)?;
+            let copied = self
+                .translate(attributes, address, length - done, access)
+                .map(|piece| copy(piece.slice(), done));
+            match copied {
+                Ok(0) => return Err(DmaError::NoMemory { address }),
+                Ok(copied) => done += copied,
+                Err(error) => self.wait_or_fail(error, &mut tries)?,
+            }
         }
         Ok(())
     }

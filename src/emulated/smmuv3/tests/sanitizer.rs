@@ -19,6 +19,16 @@ fn machine() -> Machine {
     machine
 }
 
+/// Tables that lead [`IOVA`] to `place`, others that lead it to [`NEW`], and where the context descriptor
+/// is that the device goes by: it names the former.
+fn two_contexts(machine: &Machine, place: u64) -> (Tables<'_>, Tables<'_>, u64) {
+    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
+    old.map(IOVA, 3, place, RW);
+    new.map(IOVA, 3, NEW, RW);
+    let cd = machine.attach(&old.cd());
+    (old, new, cd)
+}
+
 fn found(machine: &Machine) -> (Vec<StaleContext>, Vec<StaleUse>) {
     let SanitizerReport { contexts, stale, others } = machine.unit.sanitizer_report().unwrap();
     assert_eq!(others, 0);
@@ -74,10 +84,8 @@ fn a_forgotten_tlbi_is_caught_and_named() {
 #[test]
 fn a_forgotten_cfgi_is_caught_and_named() {
     let machine = machine();
-    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
-    old.map(IOVA, 3, OLD, RW);
-    new.map(IOVA, 3, NEW, RW);
-    let (cd, mut port) = (machine.attach(&old.cd()), machine.port());
+    let (old, new, cd) = two_contexts(&machine, OLD);
+    let mut port = machine.port();
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
     machine.poke_cd(cd, &new.cd());
     // No command but the one that is needed will do.
@@ -122,10 +130,8 @@ fn a_message_that_goes_by_a_stale_context_is_caught() {
         ..Default::default()
     };
     let machine = Machine::new(config);
-    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
-    old.map(IOVA, 3, NOWHERE, RW);
-    new.map(IOVA, 3, NEW, RW);
-    let (cd, mut port) = (machine.attach(&old.cd()), machine.port());
+    let (_, new, cd) = two_contexts(&machine, NOWHERE);
+    let mut port = machine.port();
     let mut send = || {
         let mut delivered = None;
         port.write_message(PLAIN, IOVA, 7, |address| delivered = Some(address)).unwrap();
@@ -145,10 +151,8 @@ fn a_message_that_goes_by_a_stale_context_is_caught() {
 #[test]
 fn a_context_that_is_invalidated_leaves_its_translations_behind() {
     let machine = machine();
-    let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
-    old.map(IOVA, 3, OLD, RW);
-    new.map(IOVA, 3, NEW, RW);
-    let (cd, mut port) = (machine.attach(&old.cd()), machine.port());
+    let (_, new, cd) = two_contexts(&machine, OLD);
+    let mut port = machine.port();
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
     machine.poke_cd(cd, &new.cd());
     machine.invalidate(Invalidation::Contexts { sid: SID });
