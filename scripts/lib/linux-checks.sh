@@ -9,11 +9,26 @@
 failures=
 retries=
 took=
+reasons=
+output=$(mktemp) || exit 1
+output_status=$(mktemp) || exit 1
 all_started=$(date +%s)
 
-# fails NAME: counts it.
+# fails NAME: counts it, and keeps what the last attempt said that may be the reason: the end repeats it, as there
+# is much output in between.
 fails() {
     failures="$failures '$1'"
+    reasons="$reasons=== linux: $1: what may be the reason:
+$(grep -aE '^(FAIL|error|warning|linux-guest|nested)|stale|LEFT|panicked|RETRY|[Ee]rror:' "$output" | tail -n 20)
+--- its last lines:
+$(tail -n 12 "$output")
+"
+}
+
+# keeping COMMAND...: runs it; its output is kept in $output, too.
+keeping() {
+    { "$@" </dev/null 2>&1; echo $? >"$output_status"; } | tee -a "$output"
+    return "$(cat "$output_status")"
 }
 
 # attempt NAME COMMAND...
@@ -22,14 +37,15 @@ attempt() {
     shift
     echo "=== linux: $name"
     started=$(date +%s)
-    "$@" </dev/null
-    status=$?
+    : >"$output"
+    status=0
+    keeping "$@" || status=$?
     # 124: not ended in time; 125: the nested host died.
     if [ "$status" = 124 ] || [ "$status" = 125 ]; then
-        box "RETRY: '$name' ended with status $status; once more"
+        box "RETRY: '$name' ended with status $status; once more" 2>&1 | tee -a "$output"
         retries="$retries '$name'"
-        "$@" </dev/null
-        status=$?
+        status=0
+        keeping "$@" || status=$?
     fi
     seconds=$(($(date +%s) - started))
     echo "=== linux: $name: status $status, $seconds s"
@@ -44,11 +60,13 @@ beside() {
     beside_file=$1
     shift
     (
-        failures='' retries='' took=''
+        failures='' retries='' took='' reasons=''
+        output=$beside_file.output output_status=$beside_file.status
         attempt "$@" >"$beside_file.log" 2>&1
         printf '%s\n' "$failures" >"$beside_file.failures"
         printf '%s\n' "$retries" >"$beside_file.retries"
         printf '%s\n' "$took" >"$beside_file.took"
+        printf '%s' "$reasons" >"$beside_file.reasons"
     ) &
     echo "$!" >"$beside_file.process"
 }
@@ -61,6 +79,8 @@ wait_for() {
     failures="$failures$(cat "$1.failures" || echo " '$1'")"
     retries="$retries$(cat "$1.retries")"
     took="$took$(cat "$1.took")
+"
+    reasons="$reasons$(cat "$1.reasons")
 "
 }
 
@@ -80,10 +100,12 @@ unless_off() {
 
 # finish: the end, with its status.
 finish() {
+    rm -f "$output" "$output_status"
     echo "=== linux: what took how long:"
     printf '%s%6d s  together\n' "$took" $(($(date +%s) - all_started))
     [ -z "$retries" ] || box "RETRIED:$retries"
     if [ -n "$failures" ]; then
+        printf '%s' "$reasons"
         echo "linux: FAILED:$failures" >&2
         exit 1
     fi

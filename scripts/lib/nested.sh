@@ -107,6 +107,8 @@ add_command() {
     if [ -t 0 ] && [ -t 1 ]; then
         terminal=1
     fi
+    # Before the time is over, unless nobody would wait for that.
+    [ "$timeout" -lt 60 ] || [ -n "$shell" ] || on_start overdue $((timeout - 20))
     {
         echo "directory=$(quoted "$PWD")"
         echo "terminal=$terminal shell=$shell"

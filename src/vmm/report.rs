@@ -52,6 +52,20 @@ pub struct DeviceReport {
     pub dma_done: Option<u64>,
     /// Transfers that were refused, likewise.
     pub dma_failed: Option<u64>,
+    /// The queues of a virtio device.
+    pub queues: Vec<QueueReport>,
+}
+
+/// What passed between a virtqueue's driver and its device: when a guest waits for a device, this tells who waits
+/// for whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct QueueReport {
+    /// Times the device was told that there is something new.
+    pub notified: u64,
+    /// Chains that the device gave back.
+    pub used: u64,
+    /// Interrupts that the device asked for.
+    pub interrupts: u64,
 }
 
 /// A virtual IOMMU.
@@ -144,6 +158,9 @@ impl fmt::Display for Report {
             match (device.dma_done, device.dma_failed) {
                 (Some(done), Some(failed)) => writeln!(f, ": DMA {done} done, {failed} refused")?,
                 _ => writeln!(f)?,
+            }
+            for (number, queue) in device.queues.iter().enumerate() {
+                section(f, &format!("  queue {number}"), &fields(queue))?;
             }
         }
         self.iommus.iter().try_for_each(|iommu| iommu.fmt(f))?;
@@ -261,6 +278,7 @@ mod tests {
                 iommu: Some("vtd0".to_owned()),
                 dma_done: Some(5),
                 dma_failed: Some(2),
+                queues: vec![QueueReport { notified: 3, used: 4, interrupts: 0 }],
             }],
             iommus: vec![IommuReport {
                 id: "vtd0".to_owned(),
@@ -292,6 +310,7 @@ mod tests {
             "interrupts: routed 7",
             "exits: io-out 3",
             "00:01.0 edu, behind vtd0: DMA 5 done, 2 refused",
+            "  queue 0: notified 3, used 4",
             "vtd0, virtual IOMMU: none",
             "vtd0, nesting: merged 4",
             "host calls: HWPT_ALLOC 9, IOAS_MAP 2",

@@ -14,14 +14,15 @@ use super::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use super::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig, VfioConfig};
 use super::devices::edu::{self, Edu};
 use super::devices::virtio::{
-    self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, Rng, Tap, VirtioPci,
+    self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, QueueCounters, Rng, Tap,
+    VirtioPci,
 };
 use super::devices::{DirectMemory, DmaMaster, MessageWrites};
 use super::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
 use super::iommu::{AssignedFunction, Iommu};
 use super::memory::MachineMemory;
 use super::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
-use super::report::DeviceReport;
+use super::report::{DeviceReport, QueueReport};
 use super::trace::{Trace, TracedDma};
 use super::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
 use super::{Error, Result};
@@ -167,10 +168,24 @@ impl PciTopology {
                 }
                 Device::Vfio => ("vfio", None, None),
             };
+            let queues = match &placed.device {
+                Device::Virtio(virtio) => {
+                    virtio.queue_counters().iter().map(queue_report).collect()
+                }
+                Device::Edu(_) | Device::Vfio => Vec::new(),
+            };
             let (bdf, iommu) = (placed.bdf, placed.iommu.clone());
-            DeviceReport { bdf, model, iommu, dma_done, dma_failed }
+            DeviceReport { bdf, model, iommu, dma_done, dma_failed, queues }
         };
         self.devices.iter().map(report).collect()
+    }
+}
+
+fn queue_report(counters: &QueueCounters) -> QueueReport {
+    QueueReport {
+        notified: counters.notified.get(),
+        used: counters.used.get(),
+        interrupts: counters.interrupts.get(),
     }
 }
 

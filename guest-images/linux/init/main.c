@@ -23,6 +23,7 @@
 #include "modules.h"
 #include "options.h"
 #include "report.h"
+#include "watch.h"
 
 enum { CONSOLE_LEVEL = 8, ERRORS_ONLY = 4 };
 
@@ -92,6 +93,7 @@ int main(void)
     uname(&kernel);
     note("Linux %s %s, init after %s s", kernel.release, kernel.version, strtok(strdup(first_line("/proc/uptime")), " "));
     load_modules();
+    watch_results();
     snprintf(list, sizeof(list), "%s", option("test", "boot,iommu,blk,net,rng,clean"));
     for (char *name = strtok(list, ","); name; name = strtok(NULL, ","))
         run(name);

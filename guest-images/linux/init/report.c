@@ -6,6 +6,8 @@
 #include <termios.h>
 #include <unistd.h>
 
+#include "watch.h"
+
 static struct {
     unsigned passed, failed, skipped;
 } count;
@@ -15,6 +17,7 @@ static void line(const char *verdict, const char *check, const char *format, va_
     printf("%s%s%s", verdict, check, check[0] ? ": " : "");
     vprintf(format, arguments);
     printf("\n");
+    result_reported();
 }
 
 #define SAY(verdict, check)              \

@@ -46,6 +46,17 @@ pub struct RequestCounters {
     pub unreachable: Count,
 }
 
+/// What passed between a queue's driver and the device. As [`RequestCounters`] otherwise.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// Times the worker was told that there is something new.
+    pub notified: Count,
+    /// Chains that were given back to the driver.
+    pub used: Count,
+    /// Interrupts that were asked for; a masked one waits.
+    pub interrupts: Count,
+}
+
 /// What the transport and the worker of a device share.
 pub struct Link {
     name: String,
@@ -53,6 +64,8 @@ pub struct Link {
     pub msix: Msix,
     /// Requests of the device.
     pub counters: Arc<RequestCounters>,
+    /// The queues, in their order.
+    pub queue_counters: Vec<QueueCounters>,
     /// Written when a queue has something new: by the guest, or by the device itself.
     queue_events: Vec<EventFd>,
     /// Queues that have something new which the device may not look at yet.
@@ -79,6 +92,7 @@ impl Link {
             name,
             msix,
             counters: Arc::default(),
+            queue_counters: (0..queues).map(|_| QueueCounters::default()).collect(),
             queue_events: (0..queues).map(event).collect::<Result<_>>()?,
             held_back: (0..queues).map(|_| AtomicBool::new(false)).collect(),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
@@ -112,6 +126,13 @@ impl Link {
         &self.queue_events
     }
 
+    /// Counts for queue `number`, if there is one.
+    pub fn count(&self, number: usize, which: impl FnOnce(&QueueCounters) -> &Count) {
+        if let Some(counters) = self.queue_counters.get(number) {
+            which(counters).add();
+        }
+    }
+
     /// Tells the worker that queue `number` has something new.
     pub fn notify(&self, number: usize) {
         if let Some(event) = self.queue_events.get(number) {
@@ -129,6 +150,7 @@ impl Link {
     /// Interrupts the driver: queue `number` was used.
     pub fn queue_used(&self, number: usize) {
         self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
+        self.count(number, |queue| &queue.interrupts);
         if let Some(vector) = self.queue_vectors.get(number) {
             self.send(vector.load(Ordering::SeqCst));
         }

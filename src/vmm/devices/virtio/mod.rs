@@ -28,7 +28,7 @@ pub use backend::{Backend, Features, Model};
 pub use blk::{Block, Disk, DiskError};
 pub use broken::Broken;
 pub use chain::{Chain, Unreachable};
-pub use link::{Count, RequestCounters};
+pub use link::{Count, QueueCounters, RequestCounters};
 pub use memory::{DeviceMemory, DmaSection, SectionMemory};
 pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};

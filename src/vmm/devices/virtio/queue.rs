@@ -121,7 +121,7 @@ impl Virtqueue {
     ) -> Result<(), Broken> {
         let section = memory.section();
         self.queue.add_used(&section, head, written)?;
-        self.trace_used(head, written);
+        self.used(head, written);
         let interrupt = self.queue.needs_notification(&section)?;
         drop(section);
         if interrupt {
@@ -145,7 +145,7 @@ impl Virtqueue {
         let old = self.queue.next_used();
         let mut at = old;
         for (head, written) in before {
-            self.trace_used(*head, *written);
+            self.used(*head, *written);
             let offset = USED_RING + USED_ELEMENT * u64::from(at % self.queue.size());
             let address = GuestAddress(self.queue.used_ring().saturating_add(offset));
             // The head, then the length.
@@ -158,7 +158,7 @@ impl Virtqueue {
         // The last one makes the index cover those before it.
         self.queue.set_next_used(at);
         self.queue.add_used(&section, *head, *written)?;
-        self.trace_used(*head, *written);
+        self.used(*head, *written);
         let mut interrupt = self.queue.needs_notification(&section)?;
         if self.queue.event_idx_enabled() {
             // That looked at the last one alone (§2.7.7.2).
@@ -176,7 +176,8 @@ impl Virtqueue {
         Ok(())
     }
 
-    fn trace_used(&self, head: u16, written: u32) {
+    fn used(&self, head: u16, written: u32) {
+        self.link.count(self.number, |queue| &queue.used);
         self.link.trace("used", self.number, || json!({ "head": head, "written": written }));
     }
 

@@ -144,6 +144,7 @@ impl MutEventSubscriber for Server<'_> {
                     // Without a count it is spurious, and looking does no harm.
                     let _ = event.read();
                 }
+                self.link.count(number, |queue| &queue.notified);
                 self.link.trace("notified", number, || json!({}));
                 self.serve(number);
             }

@@ -78,6 +78,7 @@ fn data_is_written_read_and_flushed() {
         assert_eq!(machine.request(queue, 4, 0, &[]), (0, 1));
         machine.rig.wait_for_interrupts(1, 3);
         machine.rig.wait("a count", || machine.rig.pci.counters().done.get() == 3);
+        assert_eq!(machine.rig.pci.queue_counters()[0].used.get(), 3);
         assert_eq!(machine.rig.read(0x1000, 1), 1);
         assert_eq!(machine.rig.read(0x1000, 1), 0);
     }

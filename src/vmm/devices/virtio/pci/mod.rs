@@ -20,7 +20,7 @@ use self::config_window::ConfigWindow;
 use self::layout::{Structure, NOTIFY_MULTIPLIER};
 use super::backend::{Backend, Features, Model};
 use super::broken::Broken;
-use super::link::{Link, RequestCounters};
+use super::link::{Link, QueueCounters, RequestCounters};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use super::worker::{Device, Worker};
@@ -126,6 +126,11 @@ impl VirtioPci {
     /// What became of its requests.
     pub fn counters(&self) -> &RequestCounters {
         &self.link.counters
+    }
+
+    /// What passed between each queue's driver and the device.
+    pub fn queue_counters(&self) -> &[QueueCounters] {
+        &self.link.queue_counters
     }
 
     fn transport(&self) -> MutexGuard<'_, Transport> {
