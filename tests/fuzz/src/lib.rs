@@ -83,7 +83,7 @@ impl Step {
 pub fn run(bytes: &[u8]) {
     let mut input = Unstructured::new(bytes);
     let header: u8 = input.arbitrary().unwrap_or_default();
-    let mut process = Process::new(header & 1 != 0);
+    let mut process = Process::new(header & 1 != 0, header & 4 != 0);
     for _ in 0..MAX_STEPS {
         // Too few bytes are zeroes; an empty input is the end.
         if input.is_empty() || step(&mut process, &mut input).is_err() {

@@ -7,8 +7,8 @@ use iommufd_bindings::*;
 use twostage::emulated::uapi::{self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
 use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD};
 use twostage::emulated::{
-    AddressWidth, DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, EventFile, Machine,
-    MmapRequest, VtdUnit, VtdUnitConfig,
+    AddressWidth, DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost,
+    EventFile, Machine, MmapRequest, VtdUnit, VtdUnitConfig,
 };
 use twostage::iommufd::{Errno, ObjectId, PageRequest, UserMemory};
 use twostage::spec::pci::Bdf;
@@ -18,9 +18,9 @@ use crate::access::User;
 use crate::table::iommufd;
 use crate::value::{MEMORY, PAGE, PAGES};
 
-/// Devices: name, which unit it is behind, function, group.
-const DEVICES: [(&str, usize, u8, Option<u32>); 3] =
-    [("a", 0, 0, Some(1)), ("b", 0, 1, Some(1)), ("far", 1, 2, None)];
+/// Devices: name, which unit it is behind, function, group, whether it asks for pages.
+const DEVICES: [(&str, usize, u8, Option<u32>, bool); 3] =
+    [("a", 0, 0, Some(1), false), ("b", 0, 1, Some(1), false), ("far", 1, 2, None, true)];
 /// Queues of faults and events that a process can have open.
 const MAX_FILES: usize = 4;
 /// Largest DMA, in bytes.
@@ -35,6 +35,8 @@ pub struct Process {
     iommufds: [Arc<EmulatedHost>; 2],
     files: [Option<DeviceFile>; 3],
     ports: [DmaPort; 3],
+    /// Which device has asked for pages, in which groups, without having looked for the answer.
+    asked: Vec<(usize, u16)>,
     users: [Option<User>; 4],
     memory: Arc<GuestRegionMmap>,
     caller: Caller,
@@ -66,22 +68,32 @@ fn machine() -> Arc<Machine> {
         supervisor_requests: true,
         erratum_772415: false,
         sanitize: true,
+        device_tlb: true,
+        page_requests: true,
         ..small.clone()
     };
     let units = [small, other].map(|config| machine.add_unit(VtdUnit::new(config)));
-    for (name, unit, function, group) in DEVICES {
+    for (name, unit, function, group, pri) in DEVICES {
         let rid = Bdf::new(0, 1, function).expect("a function");
         let reserved = if name == "far" { vec![0x1_0000..=0x1_0fff] } else { Vec::new() };
-        let config =
-            DeviceConfig { pasid_bits: 4, pasid_priv: true, reserved, group, ..Default::default() };
+        let config = DeviceConfig {
+            pasid_bits: 4,
+            pasid_priv: true,
+            ats: pri,
+            pri,
+            reserved,
+            group,
+            ..Default::default()
+        };
         machine.add_device(name, units[unit], rid, config).expect("a new device");
     }
     machine
 }
 
 impl Process {
-    /// A process; when `prepared`, with device "a" on nested tables.
-    pub fn new(prepared: bool) -> Self {
+    /// A process; when `prepared`, with device "a" on nested tables, or device "far" on such tables and
+    /// with a queue of the pages that it asks for.
+    pub fn new(prepared: bool, asking: bool) -> Self {
         let machine = machine();
         let memory = memory();
         let space = RegionSpace::new(vec![memory.clone()]);
@@ -89,52 +101,59 @@ impl Process {
         let caller = Caller { space, iommufds: iommufds.to_vec(), files: Mutex::default() };
         let ports =
             DEVICES.map(|(name, ..)| machine.dma_port(name).expect("a device of the machine"));
-        let (files, users) = Default::default();
-        let mut process = Self { iommufds, files, ports, users, memory, caller };
+        let (files, asked, users) = Default::default();
+        let mut process = Self { iommufds, files, ports, asked, users, memory, caller };
         if prepared {
-            process.prepare();
+            process.prepare(if asking { 2 } else { 0 });
         }
         process
     }
 
-    fn prepare(&mut self) {
+    fn prepare(&mut self, device: usize) {
         for (table, below) in [(8, 9), (9, 10), (10, 11)] {
             self.write(MEMORY + table * PAGE, below * PAGE | 0x27);
         }
         for page in 0..7 {
             self.write(MEMORY + TABLES + 3 * PAGE + page * 8, page * PAGE | 0x67);
         }
-        self.open_device(0);
-        let dev = self.must(None, BIND_IOMMUFD, &[0, 0, 0, 0, 0], 12);
-        let ioas = self.must(Some(IOMMUFD_CMD_IOAS_ALLOC), 0, &[0, 0], 8);
+        self.open_device(device as u8);
+        let dev = self.must(Err(device), BIND_IOMMUFD, &[0, 0, 0, 0, 0], 12);
+        let ioas = self.must(Ok(IOMMUFD_CMD_IOAS_ALLOC), 0, &[0, 0], 8);
         let (low, high) = (MEMORY as u32, (MEMORY >> 32) as u32);
         let length = (PAGES * PAGE) as u32;
         let map = [7, ioas, 0, low, high, length, 0, 0, 0];
-        self.must(Some(IOMMUFD_CMD_IOAS_MAP), 0, &map, 0);
+        self.must(Ok(IOMMUFD_CMD_IOAS_MAP), 0, &map, 0);
         let parent = [1, dev, ioas, 0, 0, 0, 0, 0, 0, 0, 0];
-        let parent = self.must(Some(IOMMUFD_CMD_HWPT_ALLOC), 0, &parent, 16);
+        let parent = self.must(Ok(IOMMUFD_CMD_HWPT_ALLOC), 0, &parent, 16);
         self.write(MEMORY + SCRATCH + 8, TABLES);
         self.write(MEMORY + SCRATCH + 16, 48);
         let scratch = low + SCRATCH as u32;
-        let nested = [0, dev, parent, 0, 0, 1, 24, scratch, high, 0, 0];
-        let nested = self.must(Some(IOMMUFD_CMD_HWPT_ALLOC), 0, &nested, 16);
-        self.must(None, ATTACH_IOMMUFD_PT, &[0, nested], 0);
+        let mut nested = [0, dev, parent, 0, 0, 1, 24, scratch, high, 0, 0];
+        if DEVICES[device].4 {
+            nested[0] = iommufd_hwpt_alloc_flags_IOMMU_HWPT_FAULT_ID_VALID;
+            nested[9] = self.must(Ok(IOMMUFD_CMD_FAULT_QUEUE_ALLOC), 0, &[0, 0, 0], 8);
+        }
+        let nested = self.must(Ok(IOMMUFD_CMD_HWPT_ALLOC), 0, &nested, 16);
+        self.must(Err(device), ATTACH_IOMMUFD_PT, &[0, nested], 0);
     }
 
-    /// Makes an ioctl that must succeed, with these words after the size; the word at `answer` (bytes).
-    fn must(&mut self, number: Option<u32>, request: u32, words: &[u32], answer: usize) -> u32 {
+    /// Makes an ioctl that must succeed, on the iommufd by its number or on a device, with these words after the
+    /// size; the word at `answer` (bytes).
+    fn must(&mut self, on: Result<u32, usize>, request: u32, words: &[u32], answer: usize) -> u32 {
         let size = 4 + 4 * words.len() as u32;
         let mut bytes: Vec<u8> =
             [size].iter().chain(words).flat_map(|word| word.to_le_bytes()).collect();
         relocate(&mut bytes, &self.memory);
-        let outcome = match (number, &self.files[0]) {
-            (Some(number), _) => {
+        let outcome = match on {
+            Ok(number) => {
                 self.iommufds[0].ioctl(iommufd(number), &mut bytes, &self.caller).map(drop)
             }
-            (None, Some(file)) => file.ioctl(request, &mut bytes, &self.caller),
-            (None, None) => Err(Errno::ENODEV),
+            Err(device) => match &self.files[device] {
+                Some(file) => file.ioctl(request, &mut bytes, &self.caller),
+                None => Err(Errno::ENODEV),
+            },
         };
-        assert_eq!(outcome, Ok(()), "{number:?} {request:#x} {words:?}");
+        assert_eq!(outcome, Ok(()), "{on:?} {request:#x} {words:?}");
         u32::from_le_bytes(bytes[answer..answer + 4].try_into().expect("four bytes"))
     }
 
@@ -244,16 +263,65 @@ impl Process {
     }
 
     pub fn dma(&mut self, device: u8, how: u8, pasid: u32, iova: u64) {
-        let port = &mut self.ports[usize::from(device) % 3];
+        let number = usize::from(device) % 3;
         let pasid = (how & 1 != 0).then_some(pasid);
         let attributes = DmaAttributes { pasid, privileged: how & 2 != 0, execute: how & 4 != 0 };
         let mut bytes = [how; MAX_DMA];
         let bytes = &mut bytes[..if how & 0x10 != 0 { MAX_DMA } else { 8 }];
+        let write = how & 8 != 0;
+        if DEVICES[number].4 {
+            self.look_for_answers(how & 0x20 != 0);
+            self.dma_until_asking(number, attributes, iova, bytes, write);
+            return;
+        }
+        let port = &mut self.ports[number];
         // Blocked or not.
-        let _ = match how & 8 != 0 {
+        let _ = match write {
             true => port.write(attributes, iova, bytes),
             false => port.read(attributes, iova, bytes),
         };
+    }
+
+    /// DMA of a device that asks for a page and does not wait for it: nobody else would go on.
+    fn dma_until_asking(
+        &mut self,
+        number: usize,
+        attributes: DmaAttributes,
+        iova: u64,
+        bytes: &mut [u8],
+        write: bool,
+    ) {
+        let access = if write { DmaAccess::Write } else { DmaAccess::Read };
+        let mut done = 0;
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let Some(address) = iova.checked_add(done as u64) else { return };
+            let port = &mut self.ports[number];
+            match port.translate(attributes, address, rest.len(), access) {
+                Ok(translated) => {
+                    let slice = translated.slice();
+                    match write {
+                        true => slice.copy_from(rest),
+                        false => _ = slice.copy_to(rest),
+                    }
+                    assert!((1..=rest.len()).contains(&slice.len()), "{} bytes", slice.len());
+                    done += slice.len();
+                }
+                Err(DmaError::PageRequested { group, .. }) => {
+                    self.asked.push((number, group));
+                    return;
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Devices take the answers to their page requests, or forget that they wait for them.
+    fn look_for_answers(&mut self, forget: bool) {
+        let ports = &self.ports;
+        self.asked.retain(|(number, group)| ports[*number].page_response(*group).is_none());
+        if forget {
+            self.asked.clear();
+        }
     }
 
     /// What every object stands on is there.
@@ -288,6 +356,9 @@ impl Process {
         for host in &self.iommufds {
             assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0), "{}", host.graph());
         }
+        // An attachment that ends is an answer.
+        self.look_for_answers(false);
+        assert_eq!(self.asked, [], "page requests without an answer");
         let Credentials { user, process, .. } = self.caller.credentials();
         assert_eq!((user.bytes(), process.bytes()), (0, 0), "bytes stay locked");
         for port in &mut self.ports {
