@@ -111,10 +111,10 @@ impl Process {
 
     fn prepare(&mut self, device: usize) {
         for (table, below) in [(8, 9), (9, 10), (10, 11)] {
-            self.write(MEMORY + table * PAGE, below * PAGE | 0x27);
+            self.write(MEMORY + table * PAGE, (below * PAGE) | 0x27);
         }
         for page in 0..7 {
-            self.write(MEMORY + TABLES + 3 * PAGE + page * 8, page * PAGE | 0x67);
+            self.write(MEMORY + TABLES + 3 * PAGE + page * 8, (page * PAGE) | 0x67);
         }
         self.open_device(device as u8);
         let dev = self.must(Err(device), BIND_IOMMUFD, &[0, 0, 0, 0, 0], 12);

@@ -70,8 +70,8 @@ pub fn value(input: &mut Unstructured, kind: Kind) -> Result<u64> {
         Kind::Pointer => MEMORY + small * (PAGE / 16),
         Kind::Word if byte < 0x40 => small,
         // Entries of tables: a page, or a pointer to a table.
-        Kind::Word if byte < 0x80 => small % PAGES * PAGE | 0x67,
-        Kind::Word if byte < 0xc0 => small % PAGES * PAGE | 0x27,
+        Kind::Word if byte < 0x80 => (small % PAGES * PAGE) | 0x67,
+        Kind::Word if byte < 0xc0 => (small % PAGES * PAGE) | 0x27,
         Kind::Word if byte < 0xe0 => small % PAGES * PAGE,
         Kind::Word => [48, 57, u64::MAX, 0x83, 0xe7, 1 << 48, 39, 3][usize::from(byte) % 8],
     })
