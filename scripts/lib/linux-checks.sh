@@ -19,9 +19,9 @@ all_started=$(date +%s)
 fails() {
     failures="$failures '$1'"
     reasons="$reasons=== linux: $1: what may be the reason:
-$(grep -aE '^(FAIL|error|warning|linux-guest|nested)|stale|LEFT|panicked|RETRY|[Ee]rror:' "$output" | tail -n 20)
+$(grep -aE '^(FAIL|error|warning|linux-guest|nested)|stale|LEFT|panicked|RETRY|[Ee]rror:' "$output" | tail -n 8)
 --- its last lines:
-$(tail -n 12 "$output")
+$(tail -n 4 "$output")
 "
 }
 
