@@ -10,9 +10,6 @@ failures=
 retries=
 took=
 reasons=
-output=$(mktemp) || exit 1
-output_status=$(mktemp) || exit 1
-all_started=$(date +%s)
 
 # fails NAME: counts it, and keeps what the last attempt said that may be the reason: the end repeats it, as there
 # is much output in between.
@@ -38,14 +35,14 @@ attempt() {
     echo "=== linux: $name"
     started=$(date +%s)
     : >"$output"
-    status=0
-    keeping "$@" || status=$?
+    keeping "$@"
+    status=$?
     # 124: not ended in time; 125: the nested host died.
     if [ "$status" = 124 ] || [ "$status" = 125 ]; then
         box "RETRY: '$name' ended with status $status; once more" 2>&1 | tee -a "$output"
         retries="$retries '$name'"
-        status=0
-        keeping "$@" || status=$?
+        keeping "$@"
+        status=$?
     fi
     seconds=$(($(date +%s) - started))
     echo "=== linux: $name: status $status, $seconds s"
@@ -84,7 +81,7 @@ wait_for() {
 "
 }
 
-# unless_off PREPARE: ends here where NESTED=off says so, or where PREPARE, a command, fails.
+# unless_off PREPARE: ends here where NESTED=off says so, or where PREPARE, a command, fails. Before all attempts.
 unless_off() {
     if [ "${NESTED:-}" = off ]; then
         box "NESTED=off: Linux guests were NOT run, and what only they test is NOT tested."
@@ -95,6 +92,7 @@ unless_off() {
             "NESTED=off leaves them out."
         exit 1
     fi
+    output=$(mktemp) && output_status=$(mktemp) || exit 1
     all_started=$(date +%s)
 }
 

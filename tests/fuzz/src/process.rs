@@ -18,9 +18,24 @@ use crate::access::User;
 use crate::table::iommufd;
 use crate::value::{MEMORY, PAGE, PAGES};
 
-/// Devices: name, which unit it is behind, function, group, whether it asks for pages.
-const DEVICES: [(&str, usize, u8, Option<u32>, bool); 3] =
-    [("a", 0, 0, Some(1), false), ("b", 0, 1, Some(1), false), ("far", 1, 2, None, true)];
+/// A device of the machine.
+struct Device {
+    name: &'static str,
+    /// Which unit it is behind.
+    unit: usize,
+    function: u8,
+    group: Option<u32>,
+    /// It asks for pages.
+    pri: bool,
+}
+
+const DEVICES: [Device; 3] = [
+    Device { name: "a", unit: 0, function: 0, group: Some(1), pri: false },
+    Device { name: "b", unit: 0, function: 1, group: Some(1), pri: false },
+    Device { name: "far", unit: 1, function: 2, group: None, pri: true },
+];
+/// The one that asks for pages.
+const FAR: usize = 2;
 /// Queues of faults and events that a process can have open.
 const MAX_FILES: usize = 4;
 /// Largest DMA, in bytes.
@@ -29,6 +44,15 @@ const MAX_DMA: usize = 0x3000;
 const TABLES: u64 = 8 * PAGE;
 /// Where structures are put in a prepared process.
 const SCRATCH: u64 = 7 * PAGE;
+
+/// What an ioctl is made on.
+#[derive(Debug, Clone, Copy)]
+enum On {
+    /// An iommufd, by the number of the command.
+    Iommufd(u32),
+    /// A device, by its number, and the request.
+    Device(usize, u32),
+}
 
 /// See the [module's documentation](self).
 pub struct Process {
@@ -73,7 +97,7 @@ fn machine() -> Arc<Machine> {
         ..small.clone()
     };
     let units = [small, other].map(|config| machine.add_unit(VtdUnit::new(config)));
-    for (name, unit, function, group, pri) in DEVICES {
+    for Device { name, unit, function, group, pri } in DEVICES {
         let rid = Bdf::new(0, 1, function).expect("a function");
         let reserved = if name == "far" { vec![0x1_0000..=0x1_0fff] } else { Vec::new() };
         let config = DeviceConfig {
@@ -100,11 +124,11 @@ impl Process {
         let iommufds = [machine.open(), machine.open()];
         let caller = Caller { space, iommufds: iommufds.to_vec(), files: Mutex::default() };
         let ports =
-            DEVICES.map(|(name, ..)| machine.dma_port(name).expect("a device of the machine"));
+            DEVICES.map(|device| machine.dma_port(device.name).expect("a device of the machine"));
         let (files, asked, users) = Default::default();
         let mut process = Self { iommufds, files, ports, asked, users, memory, caller };
         if prepared {
-            process.prepare(if asking { 2 } else { 0 });
+            process.prepare(if asking { FAR } else { 0 });
         }
         process
     }
@@ -117,43 +141,42 @@ impl Process {
             self.write(MEMORY + TABLES + 3 * PAGE + page * 8, (page * PAGE) | 0x67);
         }
         self.open_device(device as u8);
-        let dev = self.must(Err(device), BIND_IOMMUFD, &[0, 0, 0, 0, 0], 12);
-        let ioas = self.must(Ok(IOMMUFD_CMD_IOAS_ALLOC), 0, &[0, 0], 8);
+        let dev = self.must(On::Device(device, BIND_IOMMUFD), &[0, 0, 0, 0, 0], 12);
+        let ioas = self.must(On::Iommufd(IOMMUFD_CMD_IOAS_ALLOC), &[0, 0], 8);
         let (low, high) = (MEMORY as u32, (MEMORY >> 32) as u32);
         let length = (PAGES * PAGE) as u32;
         let map = [7, ioas, 0, low, high, length, 0, 0, 0];
-        self.must(Ok(IOMMUFD_CMD_IOAS_MAP), 0, &map, 0);
+        self.must(On::Iommufd(IOMMUFD_CMD_IOAS_MAP), &map, 0);
         let parent = [1, dev, ioas, 0, 0, 0, 0, 0, 0, 0, 0];
-        let parent = self.must(Ok(IOMMUFD_CMD_HWPT_ALLOC), 0, &parent, 16);
+        let parent = self.must(On::Iommufd(IOMMUFD_CMD_HWPT_ALLOC), &parent, 16);
         self.write(MEMORY + SCRATCH + 8, TABLES);
         self.write(MEMORY + SCRATCH + 16, 48);
         let scratch = low + SCRATCH as u32;
         let mut nested = [0, dev, parent, 0, 0, 1, 24, scratch, high, 0, 0];
-        if DEVICES[device].4 {
+        if DEVICES[device].pri {
             nested[0] = iommufd_hwpt_alloc_flags_IOMMU_HWPT_FAULT_ID_VALID;
-            nested[9] = self.must(Ok(IOMMUFD_CMD_FAULT_QUEUE_ALLOC), 0, &[0, 0, 0], 8);
+            nested[9] = self.must(On::Iommufd(IOMMUFD_CMD_FAULT_QUEUE_ALLOC), &[0, 0, 0], 8);
         }
-        let nested = self.must(Ok(IOMMUFD_CMD_HWPT_ALLOC), 0, &nested, 16);
-        self.must(Err(device), ATTACH_IOMMUFD_PT, &[0, nested], 0);
+        let nested = self.must(On::Iommufd(IOMMUFD_CMD_HWPT_ALLOC), &nested, 16);
+        self.must(On::Device(device, ATTACH_IOMMUFD_PT), &[0, nested], 0);
     }
 
-    /// Makes an ioctl that must succeed, on the iommufd by its number or on a device, with these words after the
-    /// size; the word at `answer` (bytes).
-    fn must(&mut self, on: Result<u32, usize>, request: u32, words: &[u32], answer: usize) -> u32 {
+    /// Makes an ioctl that must succeed, with these words after the size; the word at `answer` (bytes).
+    fn must(&mut self, on: On, words: &[u32], answer: usize) -> u32 {
         let size = 4 + 4 * words.len() as u32;
         let mut bytes: Vec<u8> =
             [size].iter().chain(words).flat_map(|word| word.to_le_bytes()).collect();
         relocate(&mut bytes, &self.memory);
         let outcome = match on {
-            Ok(number) => {
+            On::Iommufd(number) => {
                 self.iommufds[0].ioctl(iommufd(number), &mut bytes, &self.caller).map(drop)
             }
-            Err(device) => match &self.files[device] {
+            On::Device(device, request) => match &self.files[device] {
                 Some(file) => file.ioctl(request, &mut bytes, &self.caller),
                 None => Err(Errno::ENODEV),
             },
         };
-        assert_eq!(outcome, Ok(()), "{on:?} {request:#x} {words:?}");
+        assert_eq!(outcome, Ok(()), "{on:x?} {words:?}");
         u32::from_le_bytes(bytes[answer..answer + 4].try_into().expect("four bytes"))
     }
 
@@ -228,7 +251,7 @@ impl Process {
 
     pub fn open_device(&mut self, device: u8) {
         let number = usize::from(device) % 3;
-        let opened = self.iommufds[0].machine().open_device(DEVICES[number].0);
+        let opened = self.iommufds[0].machine().open_device(DEVICES[number].name);
         self.files[number] = Some(opened.expect("a device of the machine"));
     }
 
@@ -269,7 +292,7 @@ impl Process {
         let mut bytes = [how; MAX_DMA];
         let bytes = &mut bytes[..if how & 0x10 != 0 { MAX_DMA } else { 8 }];
         let write = how & 8 != 0;
-        if DEVICES[number].4 {
+        if DEVICES[number].pri {
             self.look_for_answers(how & 0x20 != 0);
             self.dma_until_asking(number, attributes, iova, bytes, write);
             return;

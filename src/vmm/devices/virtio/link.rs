@@ -40,7 +40,7 @@ impl Count {
 /// Requests of a device. Reads are of each number alone, not of one moment.
 #[derive(Debug, Default)]
 pub struct RequestCounters {
-    /// Chains that were given back to the driver.
+    /// Requests that were served: chains that were taken one by one, and frames that came in.
     pub done: Count,
     /// Requests that failed because a buffer could not be reached.
     pub unreachable: Count,
