@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 
 use super::ioas::PAGE_SIZE;
 use super::refusal::{refuse, Outcome};
-use super::user_space::UserSpace;
+use super::user_space::{UserFault, UserSpace};
 use crate::iommufd::{DirtyRange, Errno};
 
 /// Whether `words` have a bit for every page of `range`.
@@ -33,26 +33,32 @@ pub(super) fn set_words(words: &mut [u64], bits: RangeInclusive<u64>) {
     }
 }
 
-/// Sets `bits` of a bitmap at `address`, which need not be aligned. As in Linux, where the bitmap
-/// is no memory of the user's nothing is set and nobody is told.
-pub(super) fn set_user(user: &dyn UserSpace, address: u64, bits: RangeInclusive<u64>) {
+/// Sets `bits` of a bitmap at `address`, which need not be aligned.
+///
+/// # Errors
+/// Not all of them are the user's memory. Those before may be set then.
+pub(super) fn set_user(
+    user: &dyn UserSpace,
+    address: u64,
+    bits: RangeInclusive<u64>,
+) -> Result<(), UserFault> {
     let (first, last) = (bits.start() / 8, bits.end() / 8);
     let mut byte = first;
     loop {
-        let Some(at) = address.checked_add(byte) else { return };
+        let fault = UserFault { address, length: last + 1 };
+        let at = address.checked_add(byte).ok_or(fault)?;
         // To the end of the page, where the memory may end.
         let piece = last.min(byte + (PAGE_SIZE - 1 - at % PAGE_SIZE));
         let mut buffer = [0; PAGE_SIZE as usize];
         // In bounds: no longer than a page.
         let bytes = &mut buffer[..(piece - byte + 1) as usize];
-        if user.read(at, bytes).is_err() {
-            return;
-        }
+        user.read(at, bytes)?;
         for (number, value) in (byte..).zip(bytes.iter_mut()) {
             *value |= mask(number, &bits);
         }
-        if user.write(at, bytes).is_err() || piece == last {
-            return;
+        user.write(at, bytes)?;
+        if piece == last {
+            return Ok(());
         }
         byte = piece + 1;
     }
@@ -82,12 +88,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_memory_is_left_out() {
+    fn what_is_no_memory_is_a_fault() {
         let (space, region) = memory();
         let end = region.as_ptr() as u64 + MEMORY;
-        set_user(&space, end - 2, 4..=400);
-        set_user(&space, end, 0..=7);
-        set_user(&space, u64::MAX, 0..=20);
+        // Up to the end of the memory, and one bit more.
+        set_user(&space, end - 2, 4..=15).unwrap();
+        set_user(&space, end - 2, 4..=16).unwrap_err();
+        set_user(&space, end, 0..=7).unwrap_err();
+        set_user(&space, u64::MAX, 0..=20).unwrap_err();
         let bytes: [u8; 3] = region.read_obj(MemoryRegionAddress(MEMORY - 3)).unwrap();
         assert_eq!(bytes, [0, 0xf0, 0xff]);
     }
@@ -114,7 +122,7 @@ mod tests {
             let mut naive = vec![0u8; MEMORY as usize];
             for (first, length) in runs {
                 let last = (first + length).min((MEMORY - offset) * 8 - 1);
-                set_user(&space, region.as_ptr() as u64 + offset, first..=last);
+                set_user(&space, region.as_ptr() as u64 + offset, first..=last).unwrap();
                 for bit in first..=last {
                     naive[(offset + bit / 8) as usize] |= 1 << (bit % 8);
                 }

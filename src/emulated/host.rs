@@ -298,10 +298,18 @@ impl HostIommu for EmulatedHost {
         clear: bool,
         bitmap: &mut [u64],
     ) -> Result<()> {
-        bitmap::check_words(range, bitmap)
-            .and_then(|()| self.objects().hwpt_dirty(hwpt, range, clear))
-            .map(|runs| runs.iter().for_each(|run| bitmap::set_words(bitmap, range.bits(run))))
-            .map_err(|refusal| refusal.of(Verb::HwptGetDirtyBitmap, hwpt))
+        let mut get = || {
+            bitmap::check_words(range, bitmap)?;
+            let mut objects = self.objects();
+            let pages = objects.hwpt_dirty(hwpt, range)?;
+            pages.runs.iter().for_each(|run| bitmap::set_words(bitmap, range.bits(run)));
+            if clear {
+                objects.hwpt_clean(&pages);
+            }
+            Ok(())
+        };
+        let outcome: Outcome<()> = get();
+        outcome.map_err(|refusal| refusal.of(Verb::HwptGetDirtyBitmap, hwpt))
     }
 
     fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId> {

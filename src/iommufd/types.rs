@@ -159,7 +159,7 @@ impl InvalidateData<'_> {
 pub struct DirtyRange {
     /// First IOVA, in bytes, aligned as the IOAS and `page_size` ask.
     pub iova: u64,
-    /// In bytes, aligned likewise.
+    /// In bytes, aligned likewise, and not 0.
     pub length: u64,
     /// Bytes of one bit of the bitmap: a power of two.
     pub page_size: u64,
@@ -168,7 +168,7 @@ pub struct DirtyRange {
 impl DirtyRange {
     /// The numbers of the bits of a run of IOVAs in the range, first and last.
     pub fn bits(&self, iovas: &RangeInclusive<u64>) -> RangeInclusive<u64> {
-        // As Linux takes one that is no power of two.
+        // A host takes powers of two alone.
         let shift = self.page_size.trailing_zeros().min(63);
         let bit = |iova: u64| iova.saturating_sub(self.iova) >> shift;
         bit(*iovas.start())..=bit(*iovas.end())
@@ -181,6 +181,10 @@ pub const VTD_INV_FLAGS_LEAF: u32 = 1;
 /// `flags` bit of `struct iommu_hw_info_vtd`: nested translation may write through read-only
 /// mappings of a nesting parent (`IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17`).
 pub const HW_INFO_VTD_ERRATA_772415_SPR17: u32 = 1 << 0;
+/// `flags` bit of `struct iommu_hw_info_arm_smmuv3`: the SMMU may miss a CMD_TLBI_* or CMD_CFGI_* that is
+/// given once, and who owns stage 1 gives each a second time, after the first is complete
+/// (`IOMMU_HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI`, from Linux 7.3 on).
+pub const HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI: u32 = 1 << 0;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor requests are allowed (`IOMMU_VTD_S1_SRE`).
 pub const VTD_S1_SRE: u64 = 1 << 0;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: extended-access flag is kept (`IOMMU_VTD_S1_EAFE`).

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::error::{NestingError, Result};
-use crate::iommufd::{HwInfo, HwInfoData, ObjectId, HW_INFO_VTD_ERRATA_772415_SPR17};
+use super::hw_flags;
+use crate::iommufd::{HwInfo, ObjectId};
 use crate::spec::pci::Bdf;
 
 /// The IOAS, and what devices and mappings forbid each other. Its lock is taken after that of the
@@ -64,7 +65,7 @@ impl Users {
 
     /// `dev`, the guest's `rid`, is to use the IOAS, if it may.
     pub fn add_device(&mut self, rid: Bdf, dev: ObjectId, info: &HwInfo) -> Result<()> {
-        if !has_erratum(info) {
+        if !hw_flags::writes_through_read_only(info) {
             return Ok(());
         }
         if let Some(gpa) = self.read_only.first() {
@@ -78,8 +79,4 @@ impl Users {
     pub fn remove_device(&mut self, dev: ObjectId) {
         self.erratum.remove(&dev);
     }
-}
-
-fn has_erratum(info: &HwInfo) -> bool {
-    matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0)
 }

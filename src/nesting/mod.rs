@@ -19,6 +19,7 @@
 
 mod error;
 mod host_unit;
+mod hw_flags;
 mod memory;
 mod objects;
 pub mod smmuv3;

@@ -11,6 +11,15 @@ use crate::emulated::ioas::range_of;
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{DirtyRange, Errno, ObjectId};
 
+/// What is dirty of one page table.
+#[derive(Debug)]
+pub struct DirtyPages {
+    ioas: ObjectId,
+    log: Arc<DirtyLog>,
+    /// Runs of dirty IOVAs, ascending.
+    pub runs: Vec<RangeInclusive<u64>>,
+}
+
 impl Objects {
     /// `IOMMU_HWPT_SET_DIRTY_TRACKING`. What was dirty before is forgotten when it starts.
     pub fn hwpt_set_dirty_tracking(&mut self, hwpt: ObjectId, enable: bool) -> Outcome<()> {
@@ -25,31 +34,32 @@ impl Objects {
         Ok(())
     }
 
-    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the runs of dirty IOVAs, ascending, up
-    /// to the first hole in what is mapped; a hole is no error, as in Linux. `clear` makes them
-    /// clean. Nothing is dirty while tracking is off.
-    pub fn hwpt_dirty(
-        &mut self,
-        hwpt: ObjectId,
-        range: &DirtyRange,
-        clear: bool,
-    ) -> Outcome<Vec<RangeInclusive<u64>>> {
+    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the dirty IOVAs up to the first hole in
+    /// what is mapped; a hole is no error, as in Linux. They stay dirty until whoever asked has them:
+    /// [`Self::hwpt_clean`]. Nothing is dirty while tracking is off.
+    pub fn hwpt_dirty(&self, hwpt: ObjectId, range: &DirtyRange) -> Outcome<DirtyPages> {
         let ioas = self.table.hwpt_paging(hwpt)?.ioas;
         let object = self.table.ioas(ioas)?;
         let iovas = check_range(range, object.alignment)?;
         let log = self.dirty_log(hwpt)?;
-        if !log.is_enabled() {
-            return Ok(Vec::new());
-        }
-        allocate("a bitmap")?;
         let mut runs = Vec::new();
-        for part in object.space.parts(&iovas).0 {
-            runs.extend(log.read(&(part.iova..=part.iova + (part.piece.length - 1)), clear));
+        if log.is_enabled() {
+            allocate("a bitmap")?;
+            for part in object.space.parts(&iovas).0 {
+                runs.extend(log.read(&(part.iova..=part.iova + (part.piece.length - 1)), false));
+            }
         }
-        if clear && !runs.is_empty() {
-            self.stage2_changed(ioas)?;
+        Ok(DirtyPages { ioas, log, runs })
+    }
+
+    /// Takes the marks of `pages` away, which whoever asked for them has. One that was written again
+    /// meanwhile is among them: it is read after this.
+    pub fn hwpt_clean(&mut self, pages: &DirtyPages) {
+        pages.runs.iter().for_each(|run| drop(pages.log.read(run, true)));
+        if !pages.runs.is_empty() {
+            // Fails only when the IOAS is gone, and the page table with it.
+            let _ = self.stage2_changed(pages.ioas);
         }
-        Ok(runs)
     }
 
     /// Forgets what is dirty in `iovas`, which is no longer mapped.
@@ -74,23 +84,24 @@ impl Objects {
 }
 
 /// The IOVAs of `range`, if they are of whole pages of the IOAS and of the bitmap.
+///
+/// Linux 7.2 takes two that it should not, and later kernels the second: no byte is to it all of the
+/// address space, or none; and with a page size that is no power of two it sets more bits than the
+/// range has pages. Both would be written past the end of the bitmap.
 fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64>> {
     let DirtyRange { iova, length, page_size } = *range;
-    // To Linux, no byte from 0 on is all of the address space.
-    let last = match (iova, length) {
-        (0, 0) => Some(u64::MAX),
-        _ => range_of(iova, length).map(|iovas| *iovas.end()),
-    };
-    let Some(last) = last else {
+    if length == 0 {
+        return refuse(Errno::EINVAL, "a range of no bytes");
+    }
+    let Some(iovas) = range_of(iova, length) else {
         return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
     };
-    // As masks, whether or not they are powers of two.
-    let aligned = |size: u64| (iova | last.wrapping_add(1)) & (size - 1) == 0;
-    if !aligned(alignment) || page_size == 0 || !aligned(page_size) {
+    let aligned = |size: u64| (iova | iovas.end().wrapping_add(1)) & (size - 1) == 0;
+    if !aligned(alignment) || !page_size.is_power_of_two() || !aligned(page_size) {
         return refuse(
             Errno::EINVAL,
             format!("{iova:#x}+{length:#x} is not of pages of {alignment:#x} and {page_size:#x}"),
         );
     }
-    Ok(iova..=last)
+    Ok(iovas)
 }

@@ -40,7 +40,13 @@ pub(super) fn get_bitmap(
         page_size: argument.u64(offset_of!(iommu_hwpt_get_dirty_bitmap, page_size)),
     };
     let data = argument.u64(offset_of!(iommu_hwpt_get_dirty_bitmap, data));
-    let runs = host.objects().hwpt_dirty(hwpt, &range, flags & NO_CLEAR == 0)?;
-    runs.iter().for_each(|run| bitmap::set_user(user, data, range.bits(run)));
+    let pages = host.objects().hwpt_dirty(hwpt, &range)?;
+    // Linux 7.2 neither tells of a bitmap that it cannot write nor keeps the marks then.
+    for run in &pages.runs {
+        bitmap::set_user(user, data, range.bits(run))?;
+    }
+    if flags & NO_CLEAR == 0 {
+        host.objects().hwpt_clean(&pages);
+    }
     Ok(())
 }

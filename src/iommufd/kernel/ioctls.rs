@@ -271,8 +271,11 @@ impl IommuFdExt for IommuFd {
     ) -> Result<()> {
         range.size = size::<iommu_hwpt_get_dirty_bitmap>();
         range.data = bitmap.as_mut_ptr() as u64;
-        let bits = range.length.checked_div(range.page_size).unwrap_or(0);
-        if bits.div_ceil(64) > bitmap.len() as u64 {
+        // Linux 7.2 takes both, and sets bits of more than the range then.
+        if range.length == 0 || !range.page_size.is_power_of_two() {
+            return Err(Errno::EINVAL);
+        }
+        if (range.length / range.page_size).div_ceil(64) > bitmap.len() as u64 {
             return Err(Errno::EFAULT);
         }
         // SAFETY: the kernel sets no bit but those of the range, which the bitmap was just seen to

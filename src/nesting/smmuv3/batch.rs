@@ -52,6 +52,11 @@ pub(super) fn cache(command: &Command) -> Option<Cache> {
     }
 }
 
+/// Whether `words` are of a command about what a device keeps.
+pub(super) fn is_of_device(words: &RawCommand) -> bool {
+    Command::decode(*words).is_ok_and(|it| matches!(cache(&it), Some(Cache::Device(_))))
+}
+
 fn kind(command: &Command) -> Option<Discriminant<Cache>> {
     cache(command).as_ref().map(discriminant)
 }

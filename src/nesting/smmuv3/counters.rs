@@ -18,7 +18,7 @@ pub struct SmmuNestingCounters {
     pub refused_attaches: u64,
     /// Commands that the virtual SMMU handed over.
     pub commands_in: u64,
-    /// Commands that the host completed.
+    /// Commands that the host completed; one that it is given twice counts twice.
     pub commands_out: u64,
     /// Commands that needed no host call, because another one of their batch does the same.
     pub merged: u64,

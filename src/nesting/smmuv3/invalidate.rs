@@ -174,8 +174,28 @@ impl State {
         None
     }
 
-    /// Has the host do `commands`, in order.
+    /// Has the host do `commands`, in order; where its SMMU may miss some of them, twice, each time to
+    /// the end, and before what devices keep of the same translations is invalidated.
     fn issue(&mut self, commands: &[RawCommand]) -> crate::iommufd::Result<()> {
+        let Some(unit) = &self.unit else { return Ok(()) };
+        if !unit.misses_invalidations() {
+            return self.issue_once(commands);
+        }
+        for run in
+            commands.chunk_by(|one, next| batch::is_of_device(one) == batch::is_of_device(next))
+        {
+            for piece in run.chunks(MAX_COMMANDS) {
+                self.issue_once(piece)?;
+                if !piece.first().is_some_and(batch::is_of_device) {
+                    self.issue_once(piece)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the host do `commands`, in order.
+    fn issue_once(&mut self, commands: &[RawCommand]) -> crate::iommufd::Result<()> {
         let Some(unit) = &self.unit else { return Ok(()) };
         let viommu = unit.viommu();
         for piece in commands.chunks(MAX_COMMANDS) {

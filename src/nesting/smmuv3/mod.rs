@@ -12,7 +12,8 @@
 //! * a device is detached until it is first configured; from then on entries are replaced. Only what
 //!   the host refuses to abort is detached;
 //! * a batch of invalidations is one call on the vIOMMU, in the guest's own words. What cannot be
-//!   cached is not forwarded. After a refusal everything is flushed, the command to blame is looked
+//!   cached is not forwarded. An SMMU that may miss invalidations, as its host says, is given each
+//!   twice, but for those of what devices keep. After a refusal everything is flushed, the command to blame is looked
 //!   for, and the virtual SMMU is told, even where all of them are taken the second time;
 //! * a thread reads the vEVENTQ, and hands the events to the virtual SMMU.
 

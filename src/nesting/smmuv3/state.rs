@@ -10,6 +10,7 @@ use super::nested::{self, Entry, NestedHwpts};
 use super::unit::Unit;
 use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind};
 use crate::nesting::error::{Context, NestingError, Result};
+use crate::nesting::hw_flags;
 use crate::nesting::objects::Objects;
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
@@ -90,10 +91,12 @@ impl State {
         if !matches!(info.data, HwInfoData::ArmSmmuV3(_)) {
             return Err(NestingError::NoSmmu(rid));
         }
+        hw_flags::say_unknown(rid, &info);
         let viommu = match &self.unit {
             Some(unit) => unit.viommu(),
             None => {
-                let unit = Unit::new(&mut self.objects, rid, dev, self.event_depth, &self.route)?;
+                let (depth, route) = (self.event_depth, &self.route);
+                let unit = Unit::new(&mut self.objects, rid, dev, &info, depth, route)?;
                 self.unit.insert(unit).viommu()
             }
         };

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use super::events::{EventRoute, EventThread};
-use crate::iommufd::{ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
+use crate::iommufd::{HwInfo, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
 use crate::nesting::error::{Context, NestingError, Result};
+use crate::nesting::hw_flags;
 use crate::nesting::objects::Objects;
 use crate::spec::pci::Bdf;
 
@@ -15,14 +16,17 @@ pub(super) struct Unit {
     parent: ObjectId,
     viommu: ObjectId,
     events: Option<EventThread>,
+    misses_invalidations: bool,
 }
 
 impl Unit {
-    /// Makes the objects for the SMMU that `dev`, the guest's `rid`, is behind.
+    /// Makes the objects for the SMMU that `dev`, the guest's `rid`, is behind, of which the host says
+    /// `info`.
     pub fn new(
         objects: &mut Objects,
         rid: Bdf,
         dev: ObjectId,
+        info: &HwInfo,
         event_depth: u32,
         route: &Arc<EventRoute>,
     ) -> Result<Self> {
@@ -32,7 +36,8 @@ impl Unit {
             .viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent)
             .context(|| format!("making a vIOMMU of the SMMU of {rid}"))
             .inspect_err(|_| objects.destroy(parent))?;
-        let unit = Self { parent, viommu, events: None };
+        let misses_invalidations = hw_flags::misses_invalidations(info);
+        let unit = Self { parent, viommu, events: None, misses_invalidations };
         let queue = objects
             .host()
             .veventq_alloc(viommu, VEVENTQ_ARM_SMMUV3, event_depth)
@@ -61,6 +66,11 @@ impl Unit {
     /// The vIOMMU.
     pub fn viommu(&self) -> ObjectId {
         self.viommu
+    }
+
+    /// Whether its SMMU may miss a CMD_TLBI_* or CMD_CFGI_* that is given once.
+    pub fn misses_invalidations(&self) -> bool {
+        self.misses_invalidations
     }
 
     /// The vEVENTQ, while events are brought.

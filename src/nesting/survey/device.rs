@@ -5,7 +5,8 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 use super::DeviceFacts;
-use crate::iommufd::{HwInfoData, HW_INFO_VTD_ERRATA_772415_SPR17};
+use crate::iommufd::HwInfoData;
+use crate::nesting::hw_flags;
 use crate::spec::smmuv3::regs::{Idr1, Idr3, Idr5};
 use crate::spec::vtd::regs::{Cap, Ecap};
 
@@ -49,6 +50,8 @@ pub struct DeviceReport {
     pub reserved: Vec<Region>,
     /// Errata that concern nesting.
     pub errata: Vec<&'static str>,
+    /// Flags of the host's about its IOMMU that are not known here; 0 for none.
+    pub unknown_flags: u32,
 }
 
 /// The PASIDs of a device.
@@ -117,14 +120,18 @@ impl DeviceReport {
             last_gpa: facts.iovas.last().map_or(0, |range| *range.end()),
             reserved: facts.reserved.iter().map(|range| Region::new(&info.data, range)).collect(),
             errata: Vec::new(),
+            unknown_flags: hw_flags::unknown_flags(info),
         };
+        if hw_flags::writes_through_read_only(info) {
+            report.errata.push("772415: beside nested tables no memory can be read-only");
+        }
+        if hw_flags::misses_invalidations(info) {
+            report.errata.push("of Tegra264: each TLBI and CFGI command has to be given twice");
+        }
         match &info.data {
             HwInfoData::Vtd(vtd) => {
                 let (cap, ecap) = (Cap::from_bits(vtd.cap_reg), Ecap::from_bits(vtd.ecap_reg));
                 report.vtd(cap, ecap, info.max_pasid_log2);
-                if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0 {
-                    report.errata.push("772415: beside nested tables no memory can be read-only");
-                }
             }
             HwInfoData::ArmSmmuV3(smmu) => report.smmuv3(&smmu.idr, info.max_pasid_log2),
             HwInfoData::Other(_) | HwInfoData::None => report.pasids.bits = info.max_pasid_log2,
@@ -241,6 +248,13 @@ impl fmt::Display for DeviceReport {
         }
         for erratum in &self.errata {
             writeln!(f, "  erratum {erratum}")?;
+        }
+        if self.unknown_flags != 0 {
+            writeln!(
+                f,
+                "  flags of the kernel's that are not known here: {:#x}",
+                self.unknown_flags
+            )?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use super::slot::{Attached, Slot};
 use super::stage1::NestedHwpts;
 use crate::iommufd::{Errno, FaultSink, HostError, HwInfo, ObjectId};
 use crate::nesting::error::{Context, NestingError, Result};
+use crate::nesting::hw_flags;
 use crate::nesting::objects::Objects;
 use crate::spec::pci::Bdf;
 use crate::viommu::Requester;
@@ -84,6 +85,7 @@ impl State {
             .host()
             .get_hw_info(dev)
             .context(|| format!("asking which IOMMU {rid} is behind"))?;
+        hw_flags::say_unknown(rid, &info);
         ioas.users().add_device(rid, dev, &info)?;
         let result = self.attach_blocked(rid, dev, info);
         if !self.devices.contains_key(&rid) {

@@ -106,8 +106,13 @@ impl Bench {
     }
 
     fn invalidate(&self, viommu: ObjectId, commands: &[Command]) -> Result<(), InvalidateError> {
-        let raw = |command: &Command| iommu_viommu_arm_smmuv3_invalidate { cmd: command.encode() };
-        let commands: Vec<_> = commands.iter().map(raw).collect();
+        let words: Vec<_> = commands.iter().map(Command::encode).collect();
+        self.invalidate_raw(viommu, &words)
+    }
+
+    fn invalidate_raw(&self, viommu: ObjectId, words: &[[u64; 2]]) -> Result<(), InvalidateError> {
+        let commands: Vec<_> =
+            words.iter().map(|&cmd| iommu_viommu_arm_smmuv3_invalidate { cmd }).collect();
         self.host.hwpt_invalidate(viommu, InvalidateData::ArmSmmuV3(&commands))
     }
 
@@ -256,7 +261,7 @@ fn pasids_of_the_hosts_and_tables_of_the_users_exclude_each_other() {
 
 #[test]
 fn commands_name_what_is_the_users() {
-    let bench = bench();
+    let bench = Bench::new(SmmuV3UnitConfig { ats: true, ..Default::default() });
     bench.set(FIRST, 1);
     bench.set(SECOND, 2);
     let viommu = bench.translated(FIRST);
@@ -384,4 +389,56 @@ fn devices_of_one_vsmmu_share_translations() {
     assert_eq!((bench.read(IOVA), read()), (Some(1), 1));
     bench.invalidate(viommu, &[tlbi()]).unwrap();
     assert_eq!((bench.read(IOVA), read()), (Some(2), 2));
+}
+
+/// As in kernels after 7.2, which takes them all.
+#[test]
+fn a_bit_of_no_field_is_refused() {
+    let full = SmmuV3UnitConfig { ats: true, ..Default::default() };
+    let poor = SmmuV3UnitConfig { ssid_bits: 0, range_invalidation: false, ..Default::default() };
+    let benches = [full, poor].map(Bench::new);
+    let viommus = benches.each_ref().map(|bench| bench.translated(FIRST));
+    let taken = |words: [u64; 2]| {
+        [0, 1].map(|it: usize| benches[it].invalidate_raw(viommus[it], &[words]).is_ok())
+    };
+    let stream = VSID << 32;
+    let (vmid, asid, page) = (0xffff << 32, 0xffff << 48, !0xfff);
+    // A command, which of its bits may be set alone, and whether the poor one takes it.
+    for (base, mask, poor) in [
+        ([0x10, 0], [vmid, 0], true),
+        ([0x11, 0], [vmid | asid, 0], true),
+        ([0x12, 0], [vmid | asid, page | 1], true),
+        ([0x13, 0], [vmid, page | 1], true),
+        ([0x30, 0], [0, 0], true),
+        ([5 | stream, 0], [0, 1], true),
+        ([6 | stream, 0], [0, 0], true),
+        ([0x40 | stream, 0], [1 << 9 | 1 << 11 | 0xfffff << 12, page | 0x3f], false),
+    ] {
+        assert_eq!(taken(base), [true, poor], "{base:x?}");
+        // Neither of the opcode nor of the StreamID.
+        for bit in (8..128).filter(|bit| base[0] >> 32 == 0 || !(32..64).contains(bit)) {
+            let flip = [(1u128 << bit) as u64, ((1u128 << bit) >> 64) as u64];
+            // SubstreamIDs of CMD_CFGI_CD are for an SMMU that has some.
+            let id = base[0] & 0xff == 5 && (12..32).contains(&bit);
+            let words = [base[0] | flip[0], base[1] | flip[1]];
+            let good = flip[0] & mask[0] != 0 || flip[1] & mask[1] != 0;
+            assert_eq!(taken(words), [good || id, good && poor], "{words:x?}");
+        }
+    }
+    let range = |num: u64, scale: u64, tg: u64, ttl: u64| {
+        taken([0x12 | num << 12 | scale << 20, 0x5000 | tg << 10 | ttl << 8])
+    };
+    for (fields, good) in [
+        ([5, 3, 1, 0], true),
+        ([0, 0, 2, 2], true),
+        ([0, 31, 3, 1], true),
+        ([0, 32, 3, 1], false),
+        ([5, 3, 2, 1], false),
+        ([0, 0, 1, 0], false),
+        ([0, 0, 0, 3], false),
+    ] {
+        let [num, scale, tg, ttl] = fields;
+        assert_eq!(range(num, scale, tg, ttl), [good, false], "{fields:?}");
+    }
+    assert_eq!(taken([0x40 | stream, 53]), [false, false], "more than all addresses");
 }

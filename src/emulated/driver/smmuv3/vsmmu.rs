@@ -13,9 +13,9 @@ use crate::emulated::driver::{
 use crate::emulated::events::ViommuEvents;
 use crate::emulated::hardware::CacheTag;
 use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::smmuv3::{Invalidation, SmmuV3Unit};
+use crate::emulated::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
 use crate::iommufd::{Errno, HwptFlags};
-use crate::spec::smmuv3::command::Command;
+use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 use crate::spec::smmuv3::StreamId;
 
 /// Commands that Linux issues at once (`CMDQ_BATCH_ENTRIES`, but for the CMD_SYNC).
@@ -96,26 +96,31 @@ impl Vsmmu {
     /// What a command of the user's is to the SMMU.
     ///
     /// # Errors
-    /// `EIO` it is none of those that are the user's, or of a stream that is not.
+    /// `EIO` it is none of those that are the user's, or of a stream that is not, or has a bit that the
+    /// SMMU has no field for (as in kernels after 7.2: such a command may stop the queue of all users).
     fn convert(&self, words: [u64; 2]) -> Outcome<Invalidation> {
         let tag = self.tag;
-        Ok(match Command::decode(words) {
+        let command = match Command::decode(words) {
+            Ok(command) if is_whole(self.unit.config(), &command, words) => command,
+            _ => return refuse(Errno::EIO, format!("the command {words:x?} is not the user's")),
+        };
+        Ok(match command {
             // All that the user has is of its VMID.
-            Ok(Command::TlbiNsnhAll | Command::TlbiNhAll { .. }) => Invalidation::All { tag },
-            Ok(Command::TlbiNhAsid { asid, .. }) => Invalidation::Asid { tag, asid },
-            Ok(Command::TlbiNhVa { asid, range, .. }) => Invalidation::Va { tag, asid, range },
-            Ok(Command::TlbiNhVaa { range, .. }) => Invalidation::Vaa { tag, range },
-            Ok(Command::CfgiCd { stream, substream, .. }) => {
+            Command::TlbiNsnhAll | Command::TlbiNhAll { .. } => Invalidation::All { tag },
+            Command::TlbiNhAsid { asid, .. } => Invalidation::Asid { tag, asid },
+            Command::TlbiNhVa { asid, range, .. } => Invalidation::Va { tag, asid, range },
+            Command::TlbiNhVaa { range, .. } => Invalidation::Vaa { tag, range },
+            Command::CfgiCd { stream, substream, .. } => {
                 Invalidation::Context { sid: self.streams.sid(stream)?, substream: substream.raw() }
             }
-            Ok(Command::CfgiCdAll { stream }) => {
+            Command::CfgiCdAll { stream } => {
                 Invalidation::Contexts { sid: self.streams.sid(stream)? }
             }
-            Ok(Command::AtcInv { stream, .. }) => {
+            Command::AtcInv { stream, .. } => {
                 self.streams.sid(stream)?;
                 Invalidation::DeviceTlb
             }
-            _ => return refuse(Errno::EIO, format!("the command {words:x?} is not the user's")),
+            _ => return refuse(Errno::EIO, format!("{} is not the user's", command.name())),
         })
     }
 }
@@ -160,6 +165,26 @@ impl ViommuDriver for Vsmmu {
     fn vdevice_destroy(&self, virt_id: u64) {
         self.streams.by_vsid().remove(&virt_id);
     }
+}
+
+/// Whether an SMMU like `config` has all that `words`, which `command` was decoded from, say: no bit is
+/// of no field, or of a field that it does not have, or of a value that is reserved.
+fn is_whole(config: &SmmuV3UnitConfig, command: &Command, words: [u64; 2]) -> bool {
+    let substreams = config.ssid_bits() > 0;
+    let has = match *command {
+        Command::TlbiNhVa { range, .. } | Command::TlbiNhVaa { range, .. } => {
+            (config.range_invalidation || !range.needs_ril()) && !range.is_reserved()
+        }
+        Command::CfgiCd { substream, .. } => substreams || substream.raw() == 0,
+        Command::AtcInv { size, substream, global, .. } => {
+            let named = substream.is_some() || global;
+            config.ats
+                && size <= ATC_SIZE_ALL
+                && (substreams || !named && command.encode() == words)
+        }
+        _ => true,
+    };
+    has && command.is_all_of(words)
 }
 
 /// All commands of an array, which is read before anything is done.

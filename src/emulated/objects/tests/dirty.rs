@@ -156,11 +156,13 @@ fn what_is_refused() {
     // Each row repairs what the one before it broke.
     for (hwpt, iova, length, page_size, errno) in [
         (plain, u64::MAX, 2, 0, Errno::EOVERFLOW),
-        (plain, PAGE, 0, 0, Errno::EOVERFLOW),
+        (plain, 0, 0, 0, Errno::EINVAL),
+        (plain, PAGE, 0, PAGE, Errno::EINVAL),
         (plain, 0x800, PAGE, 0, Errno::EINVAL),
         (plain, 0, 0x800, 0, Errno::EINVAL),
         (plain, PAGE, PAGE, 0, Errno::EINVAL),
         (plain, PAGE, PAGE, 2 * PAGE, Errno::EINVAL),
+        (plain, 0, 3 * PAGE, 3 * PAGE, Errno::EINVAL),
         (plain, 0, 2 * PAGE, 2 * PAGE, Errno::EOPNOTSUPP),
         (hwpt, 0, 65 * 64 * PAGE, PAGE, Errno::EFAULT),
     ] {

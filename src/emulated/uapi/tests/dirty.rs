@@ -3,9 +3,9 @@
 
 use iommufd_bindings::*;
 
-use super::{id, Process, D, NOWHERE, Q};
+use super::{id, Process, D, MEMORY, NOWHERE, Q};
 use crate::emulated::objects::tests::fake::{Bench, Fake, PLAIN};
-use crate::emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
 use crate::iommufd::{Errno, HostIommu, HwptFlags, ObjectId};
 use crate::spec::pci::Bdf;
 
@@ -32,6 +32,7 @@ fn checks_are_in_linuxs_order() {
         (NONE, 2, 0, 1, u64::MAX, 0, Errno::EOPNOTSUPP),
         (NONE, 1, 1, 1, u64::MAX, 0, Errno::EOPNOTSUPP),
         (NONE, 1, 0, 1, u64::MAX, 0, Errno::ENOENT),
+        (plain, 1, 0, 0, 0, 0, Errno::EINVAL),
         (plain, 1, 0, 2, u64::MAX, 0, Errno::EOVERFLOW),
         (plain, 1, 0, 0, 0x800, 0, Errno::EINVAL),
         (plain, 1, 0, 0, 0x1000, 0, Errno::EINVAL),
@@ -43,11 +44,11 @@ fn checks_are_in_linuxs_order() {
         assert_eq!(process.errno(GET, &fields), errno, "{fields:x?}");
     }
     let fields = [id(dirty), D(0), D(0), Q(0), Q(0x1000), Q(0x1000), Q(NOWHERE)];
-    process.call(GET, &fields).expect("a bad bitmap is not told of");
+    process.call(GET, &fields).expect("nothing is dirty, so nothing is written");
 }
 
-#[test]
-fn bits_are_set_from_the_first_byte_on() {
+/// 64 MiB from IOVA 1 MiB on, with a device that writes there while it is tracked.
+fn tracked() -> (Process, ObjectId, DmaPort) {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
     host.add_device("edu", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
@@ -59,7 +60,13 @@ fn bits_are_set_from_the_first_byte_on() {
     let hwpt = process.bench.paging(dev, ioas, DIRTY).unwrap();
     process.bench.host.device_attach(dev, None, hwpt).unwrap();
     process.call(SET, &[D(1), id(hwpt), D(0)]).unwrap();
-    let mut port = process.bench.host.dma_port("edu").unwrap();
+    let port = process.bench.host.dma_port("edu").unwrap();
+    (process, hwpt, port)
+}
+
+#[test]
+fn bits_are_set_from_the_first_byte_on() {
+    let (process, hwpt, mut port) = tracked();
     for page in [0x103, 0x104, 0x10d, 0x200] {
         port.write(DmaAttributes::default(), page * 0x1000, &[1]).unwrap();
     }
@@ -74,4 +81,28 @@ fn bits_are_set_from_the_first_byte_on() {
     assert_eq!(get(1), expected, "what was there stays");
     assert_eq!(get(0), expected, "they were not cleared");
     assert_eq!(get(0), 0x80);
+}
+
+#[test]
+fn a_bitmap_that_cannot_be_written_leaves_pages_dirty() {
+    let (process, hwpt, mut port) = tracked();
+    for page in [0x103, 0x207] {
+        port.write(DmaAttributes::default(), page * 0x1000, &[1]).unwrap();
+    }
+    let get = |data, length| {
+        let (iova, page) = (0x10_0000, 0x1000);
+        let fields = [id(hwpt), D(0), D(0), Q(iova), Q(length), Q(page), Q(data)];
+        process.call(GET, &fields).map(drop)
+    };
+    assert_eq!(get(NOWHERE, 0x40_0000), Err(Errno::EFAULT));
+    // The bit of the first page has room, that of the second has not.
+    assert_eq!(get(process.at(MEMORY) - 0x20, 0x40_0000), Err(Errno::EFAULT));
+    process.poke(0, &[Q(0); 0x10]);
+    assert_eq!(get(process.at(0), 0), Err(Errno::EINVAL), "no byte is not all of them");
+    get(process.at(0), 0x40_0000).unwrap();
+    let words: Vec<u64> = (0..6).map(|word| process.peek(word * 8)).collect();
+    assert_eq!(words, [1 << 3, 0, 0, 0, 1 << 7, 0], "both are told of");
+    process.poke(0, &[Q(0); 0x10]);
+    get(process.at(0), 0x40_0000).unwrap();
+    assert_eq!((process.peek(0), process.peek(32)), (0, 0), "and are clean then");
 }

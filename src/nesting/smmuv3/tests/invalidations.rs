@@ -2,7 +2,7 @@
 //! Which host calls a batch of invalidations costs.
 
 use super::*;
-use crate::iommufd::{Errno, Verb};
+use crate::iommufd::{Errno, Verb, HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI};
 
 /// Everything, of [`Rig::nested`]: context descriptors, translations, what A's device keeps.
 const EVERYTHING: &str = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0, 0x10:0x0, \
@@ -229,4 +229,32 @@ fn a_long_batch_goes_in_pieces() {
     rig.invalidate(&batch).unwrap();
     assert_eq!(rig.host.calls() - before, 3);
     assert_eq!(rig.nesting.counters().commands_out, 10_000);
+}
+
+#[test]
+fn an_smmu_that_may_miss_invalidations_is_given_each_twice() {
+    let rig = Rig::nested_on(hw_info_with(HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI));
+    rig.invalidate(&[cd(STREAM_A), va(1, 5), atc(STREAM_A), va(1, 6)]).unwrap();
+    let (first, last) = (
+        "HWPT_INVALIDATE #5 [0x2000000005:0x1, 0x1000000000012:0x5000]",
+        "HWPT_INVALIDATE #5 [0x1000000000012:0x6000]",
+    );
+    // What devices keep is made from translations, and goes after them.
+    rig.expect(&[first, first, "HWPT_INVALIDATE #5 [0x2000000040:0x7000]", last, last]);
+    // What is flushed after a refusal, too: also of the second time.
+    rig.host.refuse_command(va(1, 7).encode());
+    let refused = rig.invalidate(&[va(1, 7)]).unwrap_err();
+    assert!(refused.flushed);
+    let log = rig.host.take_log();
+    let flush = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0, 0x10:0x0]";
+    assert_eq!(log[1..3], [flush; 2], "{log:#?}");
+    // Before a stream comes back to stage 1, as well.
+    rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
+    rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
+    rig.invalidate(&[asid(1)]).unwrap();
+    rig.host.take_log();
+    rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
+    let all = "HWPT_INVALIDATE #5 [0x10:0x0]";
+    assert_eq!(rig.host.take_log()[1..3], [all; 2]);
+    rig.ends_clean();
 }

@@ -41,7 +41,11 @@ const VDEVICE_A: ObjectId = ObjectId(7);
 const VDEVICE_B: ObjectId = ObjectId(8);
 
 fn hw_info() -> HwInfo {
-    let smmu = iommu_hw_info_arm_smmuv3 { flags: 0, __reserved: 0, idr: [0; 6], iidr: 0, aidr: 0 };
+    hw_info_with(0)
+}
+
+fn hw_info_with(flags: u32) -> HwInfo {
+    let smmu = iommu_hw_info_arm_smmuv3 { flags, ..Default::default() };
     HwInfo {
         data: HwInfoData::ArmSmmuV3(smmu),
         capabilities: HwCapabilities::new(),
@@ -92,8 +96,13 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
+        Self::on(hw_info())
+    }
+
+    /// On an SMMU of which the host says `info`.
+    fn on(info: HwInfo) -> Self {
         let host = RecordingHost::new(Extensions::default());
-        let (a, b) = (host.add_device(0, hw_info()), host.add_device(0, hw_info()));
+        let (a, b) = (host.add_device(0, info), host.add_device(0, info));
         assert_eq!((a, b), (DEV_A, DEV_B));
         let nesting = SmmuNesting::new(host.clone(), DEFAULT_EVENT_DEPTH).unwrap();
         nesting.add_device(A, DEV_A).unwrap();
@@ -108,7 +117,11 @@ impl Rig {
 
     /// With both devices on stage 1, A with ATS.
     fn nested() -> Self {
-        let rig = Self::new();
+        Self::nested_on(hw_info())
+    }
+
+    fn nested_on(info: HwInfo) -> Self {
+        let rig = Self::on(info);
         rig.configure(STREAM_A, stage1(0x1000, true)).unwrap();
         rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
         rig.host.take_log();

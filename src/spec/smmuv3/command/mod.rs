@@ -269,6 +269,19 @@ impl Command {
         }
     }
 
+    /// Whether every bit of `words`, which it was decoded from, is one of a field that it has: the
+    /// SubstreamID of a CMD_ATC_INV without SSV is ignored, not reserved.
+    pub fn is_all_of(&self, words: Words) -> bool {
+        let [low, high] = words;
+        let low = match self {
+            Self::AtcInv { substream: None, .. } => {
+                StreamWord::from_bits(low).with_substream(0).into()
+            }
+            _ => low,
+        };
+        self.encode() == [low, high]
+    }
+
     /// The words of the command: what [`Command::decode`] reads back as the same.
     pub fn encode(&self) -> Words {
         let of =

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The flags of `IOMMU_GET_HW_INFO`: what a host asks of whoever nests on it, and what it may ask that
+//! is not known here.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use crate::iommufd::{
+    HwInfo, HwInfoData, HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI, HW_INFO_VTD_ERRATA_772415_SPR17,
+};
+use crate::spec::pci::Bdf;
+
+/// Whether an IOMMU may write through a read-only stage 2 when it nests (VT-d's erratum 772415).
+pub(super) fn writes_through_read_only(info: &HwInfo) -> bool {
+    matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0)
+}
+
+/// Whether an SMMU may miss a CMD_TLBI_* or a CMD_CFGI_* when it is given but once (Tegra264's erratum;
+/// Linux 7.3 and later say so).
+pub(super) fn misses_invalidations(info: &HwInfo) -> bool {
+    matches!(info.data, HwInfoData::ArmSmmuV3(smmu)
+        if smmu.flags & HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI != 0)
+}
+
+/// The flags whose meaning nobody here knows; 0 for none.
+pub(super) fn unknown_flags(info: &HwInfo) -> u32 {
+    match info.data {
+        HwInfoData::Vtd(vtd) => vtd.flags & !HW_INFO_VTD_ERRATA_772415_SPR17,
+        HwInfoData::ArmSmmuV3(smmu) => smmu.flags & !HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI,
+        HwInfoData::Other(_) | HwInfoData::None => 0,
+    }
+}
+
+/// Says once which flags of the IOMMU of `rid` are not known, and of which number.
+pub(super) fn say_unknown(rid: Bdf, info: &HwInfo) {
+    /// What was said, of all hosts that this process has.
+    static SAID: Mutex<BTreeSet<(&str, u32)>> = Mutex::new(BTreeSet::new());
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(line) = news(rid, info, &mut said) {
+        log::warn!("{line}");
+    }
+}
+
+/// The line that is to be said, if not all of it has been.
+fn news(rid: Bdf, info: &HwInfo, said: &mut BTreeSet<(&'static str, u32)>) -> Option<String> {
+    let name = match info.data {
+        HwInfoData::Vtd(_) => "VT-d",
+        HwInfoData::ArmSmmuV3(_) => "SMMUv3",
+        HwInfoData::Other(_) | HwInfoData::None => return None,
+    };
+    let unknown = unknown_flags(info);
+    let bits = (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| unknown & bit != 0);
+    // Every one of them, not only the first that is new.
+    let new = bits.fold(0, |new, bit| new | if said.insert((name, bit)) { bit } else { 0 });
+    (new != 0).then(|| {
+        format!(
+            "the kernel sets flags {new:#x} of the {name} of {rid}, which are not known here: what \
+             they ask of a VMM is not done; a newer version may know them"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iommufd::{iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, HwCapabilities};
+
+    fn info(data: HwInfoData) -> HwInfo {
+        HwInfo { data, capabilities: HwCapabilities::new(), max_pasid_log2: 0 }
+    }
+
+    fn smmu(flags: u32) -> HwInfo {
+        info(HwInfoData::ArmSmmuV3(iommu_hw_info_arm_smmuv3 { flags, ..Default::default() }))
+    }
+
+    fn vtd(flags: u32) -> HwInfo {
+        info(HwInfoData::Vtd(iommu_hw_info_vtd { flags, ..Default::default() }))
+    }
+
+    #[test]
+    fn what_is_known_is_of_its_own_architecture() {
+        assert!(misses_invalidations(&smmu(1)) && !misses_invalidations(&smmu(2)));
+        assert!(writes_through_read_only(&vtd(1)) && !writes_through_read_only(&vtd(2)));
+        assert!(!misses_invalidations(&vtd(1)) && !writes_through_read_only(&smmu(1)));
+        assert_eq!(
+            [vtd(7), smmu(5), info(HwInfoData::None)].map(|it| unknown_flags(&it)),
+            [6, 4, 0]
+        );
+    }
+
+    #[test]
+    fn each_flag_is_said_once() {
+        let mut said = BTreeSet::new();
+        let mut news = |info: &HwInfo| news(Bdf::from_raw(0x20), info, &mut said);
+        assert_eq!(news(&smmu(1)), None);
+        let line = news(&smmu(1 | 4 | 8)).unwrap();
+        assert!(
+            line.contains("0xc") && line.contains("SMMUv3") && line.contains("00:04.0"),
+            "{line}"
+        );
+        assert_eq!(news(&smmu(4)), None);
+        assert!(news(&smmu(0x18)).unwrap().contains("0x10"));
+        assert!(news(&vtd(4)).unwrap().contains("VT-d"), "another's");
+    }
+}
