@@ -22,6 +22,9 @@
 pub mod emulated;
 pub mod iommufd;
 pub mod nesting;
+#[cfg(any(test, feature = "test-support"))]
+#[doc(hidden)]
+pub mod patience;
 pub mod spec;
 pub mod viommu;
 #[cfg(feature = "vmm")]

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
+use twostage::patience::wait_until;
 use twostage::vmm::exit_code::{
     GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
 };
@@ -445,10 +446,10 @@ fn a_reset_can_start_the_machine_again() {
         .spawn()
         .unwrap();
     // Every life adds to the file.
-    while std::fs::metadata(&file).map_or(0, |file| file.len()) < "up.up.up.".len() as u64 {
+    wait_until("three lives of the guest", || {
         assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+        std::fs::metadata(&file).is_ok_and(|file| file.len() >= "up.up.up.".len() as u64)
+    });
     signal(&child, "TERM");
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
     assert!(std::fs::read(&file).unwrap().starts_with(b"up.up.up."));

@@ -16,7 +16,7 @@ fn under_the_library(device: &str, machine: Option<&Path>, expected: &str) {
     assert!(library.exists(), "no {}", library.display());
     // A run that hangs is a failure, not a wait.
     let mut command = Command::new("timeout");
-    command.arg("60").arg(program).args(["--exact", "kernel", "--nocapture"]);
+    command.arg("300").arg(program).args(["--exact", "kernel", "--nocapture"]);
     command.env("LD_PRELOAD", library).env_remove("TWOSTAGE_IOMMUFD");
     command.envs(machine.map(|file| ("TWOSTAGE_IOMMUFD", file)));
     let output = command.env("TWOSTAGE_CONTRACT_DEVICE", device).output().expect("a process");

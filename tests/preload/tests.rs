@@ -16,7 +16,7 @@ fn library() -> PathBuf {
 fn preloaded(program: &str, arguments: &[&str]) -> Command {
     // A run that hangs is a failure, not a wait.
     let mut command = Command::new("timeout");
-    command.arg("60").arg(program).args(arguments);
+    command.arg("300").arg(program).args(arguments);
     command.env("LD_PRELOAD", library()).env_remove("TWOSTAGE_IOMMUFD");
     command.env("TWOSTAGE_IOMMUFD_LOG", "warn");
     command

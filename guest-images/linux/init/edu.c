@@ -9,8 +9,6 @@
 
 #include "files.h"
 
-enum { TIMEOUT_S = 5 };
-
 // Registers of edu's BAR 0 (QEMU's docs/specs/edu.rst), and its buffer.
 enum { INTERRUPT_STATUS = 0x24, INTERRUPT_RAISE = 0x60, INTERRUPT_ACKNOWLEDGE = 0x64 };
 enum { DMA_SOURCE = 0x80, DMA_DESTINATION = 0x88, DMA_COUNT = 0x90, DMA_COMMAND = 0x98, BUFFER = 0x40000, SIZE = 0x100000 };
@@ -70,7 +68,7 @@ static void write_register(volatile char *registers, unsigned at, uint64_t value
 bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool to_memory)
 {
     volatile char *registers = edu->registers;
-    double end = now() + TIMEOUT_S;
+    double end = now() + PATIENCE_S;
 
     write_register(registers, DMA_SOURCE, to_memory ? BUFFER : address);
     write_register(registers, DMA_DESTINATION, to_memory ? address : BUFFER);

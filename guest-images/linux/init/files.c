@@ -99,9 +99,9 @@ double now(void)
     return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-bool wait_until(bool (*holds)(const void *), const void *context, double seconds)
+bool wait_until(bool (*holds)(const void *), const void *context)
 {
-    double end = now() + seconds;
+    double end = now() + PATIENCE_S;
 
     while (!holds(context)) {
         if (now() > end)

@@ -20,8 +20,11 @@ bool exists(const char *path);
 // Calls `each` with the names in a directory, sorted, until it returns false.
 void for_each_name(const char *directory, bool (*each)(const char *name, void *context), void *context);
 
-// Waits until a condition holds. False if it did not within `seconds`.
-bool wait_until(bool (*holds)(const void *context), const void *context, double seconds);
+// Seconds that a check waits for what must come: a machine with much else to do keeps them, too.
+enum { PATIENCE_S = 60 };
+
+// Waits until a condition holds. False if it did not within PATIENCE_S.
+bool wait_until(bool (*holds)(const void *context), const void *context);
 
 // Seconds of the monotonic clock.
 double now(void);

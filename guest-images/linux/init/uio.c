@@ -54,12 +54,12 @@ void uio_close(struct uio *uio)
     write_text("/sys/bus/pci/drivers/" DRIVER "/unbind", uio->pci);
 }
 
-bool uio_wait(const struct uio *uio, double seconds)
+bool uio_wait(const struct uio *uio)
 {
     struct pollfd waiting = {.fd = uio->file, .events = POLLIN};
     uint32_t count;
 
-    return poll(&waiting, 1, (int)(seconds * 1000)) == 1 && read(uio->file, &count, sizeof(count)) == sizeof(count);
+    return poll(&waiting, 1, PATIENCE_S * 1000) == 1 && read(uio->file, &count, sizeof(count)) == sizeof(count);
 }
 
 bool uio_unmask(const struct uio *uio)

@@ -16,8 +16,8 @@ const char *uio_open(struct uio *uio, const char *pci);
 // Closes it, and leaves it without a driver.
 void uio_close(struct uio *uio);
 
-// Waits for an interrupt. False if none came within `seconds`.
-bool uio_wait(const struct uio *uio, double seconds);
+// Waits for an interrupt. False if none came within PATIENCE_S.
+bool uio_wait(const struct uio *uio);
 
 // Lets the pin interrupt again. False, with errno, if that cannot be had.
 bool uio_unmask(const struct uio *uio);

@@ -261,6 +261,7 @@ mod tests {
 
     use super::*;
     use crate::iommufd::Verb;
+    use crate::patience::wait_until;
 
     #[derive(Default)]
     struct Target(Mutex<Vec<Option<u64>>>);
@@ -382,14 +383,11 @@ mod tests {
             assert_eq!(*target.0.lock().unwrap(), [Some(1), None]);
             // The thread is over as well: more to read wakes nobody.
             let thread = EventThread::start(queue.clone(), Arc::default()).unwrap();
-            while queue.reads.lock().unwrap().len() == 1 {
-                thread::yield_now();
-            }
+            wait_until("the thread's read", || queue.reads.lock().unwrap().len() != 1);
             queue.reads.lock().unwrap().push_back(refused(errno));
             thread.signal.changed(true);
-            while !thread.thread.as_ref().is_some_and(JoinHandle::is_finished) {
-                thread::yield_now();
-            }
+            let is_over = || thread.thread.as_ref().is_some_and(JoinHandle::is_finished);
+            wait_until("the thread's end", is_over);
             assert_eq!(thread.stop(), ObjectId(6));
         }
     }

@@ -110,13 +110,13 @@ impl DmaMaster for SmmuDma {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
 
     use vm_memory::{Bytes, GuestAddress};
 
     use super::super::tests::{iommus_with, FUNCTION};
     use super::super::{Iommu, Iommus};
     use super::*;
+    use crate::patience::wait_until;
     use crate::spec::smmuv3::command::{AddressRange, Command};
     use crate::spec::smmuv3::context::{Cd, Cd0, Cd1};
     use crate::spec::smmuv3::event::{EventId, EventRecord};
@@ -269,11 +269,7 @@ mod tests {
 
         /// The next event, which another thread brings.
         fn event(&mut self) -> EventRecord {
-            let start = Instant::now();
-            while self.read32(regs::EVENTQ_PROD) == self.seen {
-                assert!(start.elapsed() < Duration::from_secs(60), "no event");
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            wait_until("an event", || self.read32(regs::EVENTQ_PROD) != self.seen);
             let at = EVENTS + u64::from(self.seen) * 32;
             self.seen += 1;
             EventRecord::from_words([0, 8, 16, 24].map(|word| self.load(at + word)))

@@ -173,14 +173,14 @@ pub struct Event {
     pub read: bool,
 }
 
-/// The next event, within a second.
-pub fn event(fd: RawFd) -> Option<Event> {
+/// The next event, if there is one within `milliseconds`.
+pub fn event(fd: RawFd, milliseconds: i32) -> Option<Event> {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // A header of two 32-bit words, and four 64-bit words.
     let mut record = [0u64; 5];
     // SAFETY: there is room for one event; the descriptor is the caller's.
     unsafe {
-        if libc::poll(&mut poll, 1, 1000) != 1 {
+        if libc::poll(&mut poll, 1, milliseconds) != 1 {
             return None;
         }
         let size = size_of_val(&record);

@@ -36,13 +36,13 @@ impl Viommu {
 
     /// Prints the next event, and drops those behind it: one DMA may be several transactions.
     fn print_event(&self) {
-        let Some(first) = event(self.events) else {
+        let Some(first) = event(self.events, 60_000) else {
             println!("no event");
             return;
         };
         let Event { flags, sequence, id, stream, address, read } = first;
         println!("event {id:#x} of {stream:#x} at {address:#x}, read {read}, {flags} {sequence}");
-        while event(self.events).is_some() {}
+        while event(self.events, 1000).is_some() {}
     }
 }
 

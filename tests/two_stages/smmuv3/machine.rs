@@ -3,7 +3,6 @@
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, Instant};
 
 use twostage::emulated::{
     DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
@@ -11,6 +10,7 @@ use twostage::emulated::{
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::host_smmu;
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::patience::wait_for;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::event::EventRecord;
 use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
@@ -118,14 +118,7 @@ impl Machine {
     /// The next event in the guest's queue; waits for the thread that brings it.
     #[track_caller]
     pub fn event(&self) -> EventRecord {
-        let end = Instant::now() + Duration::from_secs(60);
-        loop {
-            if let Some(event) = self.guest.take_event() {
-                return event;
-            }
-            assert!(Instant::now() < end, "no event reaches the guest");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_for("an event for the guest", || self.guest.take_event())
     }
 
     /// Ends the machine, and tells how many objects the host is left with.

@@ -11,7 +11,7 @@
 #include "../uio.h"
 #include "checks.h"
 
-enum { OPERATIONS = 50, TIMEOUT_S = 10 };
+enum { OPERATIONS = 50 };
 
 // NULL, or what is wrong.
 static const char *interrupt(const struct edu *edu, const struct uio *uio, uint32_t reason)
@@ -19,7 +19,7 @@ static const char *interrupt(const struct edu *edu, const struct uio *uio, uint3
     static char wrong[96];
 
     edu_interrupt(edu, reason);
-    if (!uio_wait(uio, TIMEOUT_S))
+    if (!uio_wait(uio))
         return "no interrupt";
     uint32_t found = edu_acknowledge(edu);
     if (!uio_unmask(uio))

@@ -23,7 +23,7 @@
 #include "checks.h"
 
 #define MIB ((uint64_t)1 << 20)
-enum { PINGS = 5, PING_BYTES = 1024, TIMEOUT_S = 5 };
+enum { PINGS = 5, PING_BYTES = 1024 };
 
 static struct sockaddr_in host_address(void)
 {
@@ -92,7 +92,7 @@ static double ping(int raw, uint16_t sequence)
     request.header.checksum = icmp_checksum(&request, sizeof(request));
     if (sendto(raw, &request, sizeof(request), 0, (struct sockaddr *)&host, sizeof(host)) < 0)
         return -1;
-    while (now() - start < TIMEOUT_S) {
+    while (now() - start < PATIENCE_S) {
         ssize_t length = recv(raw, packet, sizeof(packet), 0);
         if (length < 20)
             return -1;
@@ -112,7 +112,7 @@ static double ping(int raw, uint16_t sequence)
 // How many of `count` pings came back right; the time of the last in *seconds.
 static unsigned pings(unsigned count, double *seconds)
 {
-    struct timeval timeout = {.tv_sec = TIMEOUT_S};
+    struct timeval timeout = {.tv_sec = PATIENCE_S};
     int raw = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_ICMP);
     unsigned answered = 0;
 
@@ -133,7 +133,7 @@ static unsigned pings(unsigned count, double *seconds)
 // Sends, then receives, `size` bytes. NULL, or what is wrong.
 static const char *transfer(uint64_t size, double seconds[static 2])
 {
-    struct timeval timeout = {.tv_sec = 4 * TIMEOUT_S};
+    struct timeval timeout = {.tv_sec = PATIENCE_S};
     struct sockaddr_in host = host_address();
     struct bulk_request request = {BULK_MAGIC, size, 11, 12};
     uint64_t received_there, wrong_at;

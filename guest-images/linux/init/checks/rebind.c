@@ -8,8 +8,6 @@
 #include "../report.h"
 #include "checks.h"
 
-enum { TIMEOUT_S = 10 };
-
 static bool device_at(const char *pci, struct device *device)
 {
     struct device all[MAX_DEVICES];
@@ -40,7 +38,7 @@ static const char *try_device(const char *pci)
 {
     struct device device;
 
-    if (!wait_until(works_again, pci, TIMEOUT_S) || !device_at(pci, &device))
+    if (!wait_until(works_again, pci) || !device_at(pci, &device))
         return "did not come back";
     if (is_disk(&device))
         return try_disk(device.node);

@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use super::*;
+use crate::patience::wait_until;
 use crate::spec::vtd::interrupt::RemappableAddress;
 use crate::spec::vtd::qi::InterruptEntryScope;
 use crate::spec::vtd::regs::{Fsts, IqErrorInfo, Iqercd};
@@ -319,10 +320,10 @@ fn no_interrupt_of_before_comes_after_the_invalidation() {
             assert_eq!(guest.status(), vector as u32);
             sink.floor.store(vector as u32, Ordering::SeqCst);
             // One with the new vector, so that the old one would be missed.
-            while sink.seen.load(Ordering::SeqCst) < vector as u32 {
+            wait_until("an interrupt by the new entry", || {
                 assert!(senders.iter().all(|sender| !sender.is_finished()));
-                std::thread::yield_now();
-            }
+                sink.seen.load(Ordering::SeqCst) >= vector as u32
+            });
         }
         over.store(true, Ordering::SeqCst);
     });

@@ -5,8 +5,6 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -16,12 +14,11 @@ use crate::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,
     InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
 };
+use crate::patience::wait_until;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::first_stage::index;
 use crate::vmm::pci::{InterruptVector, MsiMessage, PciFunction};
 
-/// How long a test waits for a device before it fails.
-const PATIENCE: Duration = Duration::from_secs(20);
 const PAGE: u64 = 0x1000;
 /// Bytes of guest memory.
 const MEMORY: u64 = 8 << 20;
@@ -257,11 +254,7 @@ impl Rig {
 
     /// Waits until `over`, or fails.
     pub fn wait(&self, what: &str, over: impl Fn() -> bool) {
-        let start = Instant::now();
-        while !over() {
-            assert!(start.elapsed() < PATIENCE, "{what}: status {:#x}", self.status());
-            thread::sleep(Duration::from_micros(200));
-        }
+        wait_until(what, over);
     }
 
     pub fn wait_for_needs_reset(&self) {

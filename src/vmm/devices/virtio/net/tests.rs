@@ -34,7 +34,7 @@ impl FrameLink for Wire {
 fn machine(place: Place) -> (Rig, UnixDatagram) {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
-    far.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+    far.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
     (Rig::new(place, Box::new(Net::new(Wire(near), MacAddress::local(1)))), far)
 }
 
