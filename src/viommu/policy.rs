@@ -122,7 +122,8 @@ pub struct Invalidation {
     pub domain: Option<u16>,
     /// PASID; `None` for every PASID of the domain.
     pub pasid: Option<u32>,
-    /// Addresses; `None` for all of them.
+    /// Addresses; `None` for all of them. Not every kind of tables is named by them, see
+    /// [`Invalidation::is_by_address`].
     pub range: Option<PageRange>,
 }
 
@@ -134,6 +135,19 @@ impl Invalidation {
     pub fn names(&self, tag: DomainTag) -> bool {
         self.domain.is_none_or(|domain| domain == tag.domain)
             && self.pasid.is_none_or(|pasid| pasid == tag.pasid)
+    }
+
+    /// Whether [`Invalidation::range`] counts for tables like `stage1`; if not, all that is cached of
+    /// them goes.
+    ///
+    /// What names no PASID is a page-selective-within-domain invalidation. Its addresses are those of
+    /// second-stage tables; of first-stage tables it names every page of the domain, and every
+    /// paging-structure entry, hint or not (§6.5.2.3).
+    pub fn is_by_address(&self, stage1: &Stage1) -> bool {
+        match stage1 {
+            Stage1::VtdFirstStage(_) => self.pasid.is_some(),
+            Stage1::VtdSecondStage(_) => true,
+        }
     }
 }
 

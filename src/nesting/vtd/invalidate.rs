@@ -10,8 +10,11 @@ use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateErr
 use crate::nesting::error::{NestingError, Result};
 use crate::viommu::{Invalidation, Stage1};
 
-/// Ranges by what they name: a domain and a PASID, each or all of them.
-type ByName = BTreeMap<(Option<u16>, Option<u32>), FlushSet>;
+/// A domain and a PASID, each or all of them.
+type Name = (Option<u16>, Option<u32>);
+
+/// Ranges by what they name.
+type ByName = BTreeMap<Name, FlushSet>;
 
 /// What `batch` says, gathered before the names are looked up: so a guest pays for the length of
 /// its batch and for the names it has given, not for their product.
@@ -28,11 +31,14 @@ fn by_name(batch: &[Invalidation]) -> ByName {
 /// no nested HWPT, and nothing of theirs is cached under the guest's names.
 ///
 /// The sets are shared, for the HWPTs may be many; each is put together when its turn comes.
-fn plan<'a>(by_name: &'a ByName, nested: &NestedHwpts) -> BTreeMap<ObjectId, Vec<&'a FlushSet>> {
-    let mut by_hwpt: BTreeMap<ObjectId, Vec<&FlushSet>> = BTreeMap::new();
-    for ((domain, pasid), ranges) in by_name {
-        for hwpt in nested.named(*domain, *pasid) {
-            by_hwpt.entry(hwpt).or_default().push(ranges);
+fn plan<'a>(
+    by_name: &'a ByName,
+    nested: &NestedHwpts,
+) -> BTreeMap<ObjectId, Vec<(Name, &'a FlushSet)>> {
+    let mut by_hwpt: BTreeMap<ObjectId, Vec<_>> = BTreeMap::new();
+    for (&(domain, pasid), ranges) in by_name {
+        for hwpt in nested.named(domain, pasid) {
+            by_hwpt.entry(hwpt).or_default().push(((domain, pasid), ranges));
         }
     }
     by_hwpt
@@ -57,7 +63,7 @@ impl State {
         if let [one] = batch {
             for hwpt in self.nested.named(one.domain, one.pasid) {
                 let mut ranges = FlushSet::default();
-                ranges.add(one.range);
+                ranges.add(one.range.filter(|_| self.is_by_address(hwpt, one)));
                 self.forget(hwpt, ranges, &mut stale);
             }
             return stale.map_or(Ok(()), Err);
@@ -65,10 +71,21 @@ impl State {
         let by_name = by_name(batch);
         for (hwpt, sets) in plan(&by_name, &self.nested) {
             let mut ranges = FlushSet::default();
-            sets.into_iter().for_each(|set| ranges.extend(set));
+            for ((domain, pasid), set) in sets {
+                if self.is_by_address(hwpt, &Invalidation { domain, pasid, range: None }) {
+                    ranges.extend(set);
+                } else {
+                    ranges.extend_to_everything(set);
+                }
+            }
             self.forget(hwpt, ranges, &mut stale);
         }
         stale.map_or(Ok(()), Err)
+    }
+
+    /// See [`Invalidation::is_by_address`].
+    fn is_by_address(&self, hwpt: ObjectId, invalidation: &Invalidation) -> bool {
+        self.nested.stage1(hwpt).is_some_and(|stage1| invalidation.is_by_address(&stage1))
     }
 
     /// Makes `hwpt` forget `ranges`. If that fails, its users are blocked and `stale` says so.

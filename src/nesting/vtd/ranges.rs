@@ -65,6 +65,12 @@ impl FlushSet {
         }
     }
 
+    /// Adds everything, for which all of `other` stands.
+    pub fn extend_to_everything(&mut self, other: &Self) {
+        self.added += other.added;
+        self.add_everything();
+    }
+
     fn push(&mut self, span: Span) {
         if self.everything {
             return;

@@ -45,10 +45,13 @@ pub(super) enum Scope {
     Pasid(Pasid),
 }
 
-impl From<ContextScope> for Scope {
-    fn from(scope: ContextScope) -> Self {
+impl Scope {
+    /// What an invalidation of the context cache names in the translation table mode `mode`.
+    pub fn of_contexts(scope: ContextScope, mode: Option<TranslationTableMode>) -> Self {
         match scope {
             ContextScope::Global => Self::Global,
+            // The context entries of scalable mode have no domain id that could tell them apart.
+            ContextScope::Domain(_) if mode == Some(TranslationTableMode::Scalable) => Self::Global,
             ContextScope::Domain(domain) => Self::Domain(domain),
             ContextScope::Device { source, function_mask, .. } => {
                 let ignored = match function_mask {
@@ -61,9 +64,7 @@ impl From<ContextScope> for Scope {
             }
         }
     }
-}
 
-impl Scope {
     fn names_function(self, rid: Bdf) -> bool {
         match self {
             Self::Functions { source, ignored } => (rid.raw() ^ source.raw()) & !ignored == 0,

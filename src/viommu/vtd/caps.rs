@@ -84,6 +84,8 @@ impl VtdConfig {
             .with_srs(self.scalable_mode && self.supervisor_requests)
             .with_eafs(self.scalable_mode && self.extended_accessed)
             .with_pasid(self.pasid_bits > 0)
+            // No page request is ever pending, so that a wait has none to drain.
+            .with_pds(self.scalable_mode)
             .with_pss(self.pasid_bits.saturating_sub(1))
             .with_smts(self.scalable_mode)
             .with_ssts(self.scalable_mode && self.second_stage)
@@ -193,6 +195,7 @@ mod tests {
         let Capabilities { cap, ecap, .. } = VtdConfig::default().capabilities().unwrap();
         assert!(ecap.smts() && ecap.fsts() && ecap.qi() && ecap.pt() && cap.cm());
         assert!(!ecap.ssts() && !ecap.nest() && !ecap.dt() && !ecap.ir() && !ecap.prs());
+        assert!(ecap.pds());
         assert_eq!((cap.guest_address_width(), ecap.pasid_bits()), (48, 8));
         assert_eq!((cap.fault_records(), cap.fault_record_offset()), (8, 0x220));
         assert!(!cap.fs5lp() && cap.sagaw() != 0);
@@ -223,6 +226,7 @@ mod tests {
         };
         let Capabilities { cap, ecap, .. } = config.capabilities().unwrap();
         assert!(!ecap.smts() && !ecap.fsts() && !ecap.ssts() && !ecap.pasid() && !ecap.rps());
+        assert!(!ecap.pds());
         assert!(!cap.fs1gp() && cap.sslps() == 3);
     }
 

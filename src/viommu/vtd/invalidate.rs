@@ -80,7 +80,9 @@ impl VtdIommu {
         });
         let done = match scope {
             Some(scope) => {
-                self.invalidate_context(registers, Scope::from(scope)).ok().and(granularity)
+                let mode = registers.root.map(Rtaddr::mode);
+                let scope = Scope::of_contexts(scope, mode);
+                self.invalidate_context(registers, scope).ok().and(granularity)
             }
             None => {
                 let what = "a context command that is not allowed";

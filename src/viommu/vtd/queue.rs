@@ -215,7 +215,9 @@ impl VtdIommu {
                     registers.unanswered.get_or_insert(source);
                 }
             }
-            Descriptor::ContextCache(scope) => pass.scopes.add(scope.into()),
+            Descriptor::ContextCache(scope) => {
+                pass.scopes.add(Scope::of_contexts(scope, mode(registers)));
+            }
             Descriptor::PasidCache(scope) => pass.scopes.add(scope.into()),
             Descriptor::InterruptEntryCache(scope) => self.invalidate_interrupt_entries(scope),
             Descriptor::Wait { status, interrupt, .. } => {

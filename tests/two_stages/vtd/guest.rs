@@ -15,8 +15,8 @@ use twostage::spec::vtd::regs::{
     self, Cap, FaultRecord, Fsts, Gcmd, Gsts, Iqa, QueuePointer, Rtaddr,
 };
 use twostage::spec::vtd::root::{
-    RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
-    SCALABLE_CONTEXT_ENTRY_SIZE,
+    ContextHigh, ContextLow, RootHalf, ScalableContextHigh, ScalableContextLow, CONTEXT_ENTRY_SIZE,
+    ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES, SCALABLE_CONTEXT_ENTRY_SIZE,
 };
 use twostage::spec::vtd::second_stage::SecondStageEntry;
 
@@ -99,17 +99,37 @@ impl<R: Registers> Guest<R> {
 
     /// Sets the root table (scalable mode), starts the queue and turns translation on.
     pub fn enable(&self) {
-        let rtaddr = Rtaddr::new().with_ttm(1).with_rta(self.root / PAGE);
+        self.set_root(1);
+        self.start_queue();
+        self.write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(true).into_bits());
+        assert!(self.status().tes());
+    }
+
+    /// Sets the root table (legacy mode), starts the queue if it is to be used, and turns translation
+    /// on.
+    pub fn enable_legacy(&self, queue: bool) {
+        self.set_root(0);
+        if queue {
+            self.start_queue();
+        }
+        self.write32(regs::GCMD, Gcmd::new().with_qie(queue).with_te(true).into_bits());
+        assert!(self.status().tes());
+    }
+
+    /// Sets the root table, in the translation table mode `ttm`.
+    fn set_root(&self, ttm: u8) {
+        let rtaddr = Rtaddr::new().with_ttm(ttm).with_rta(self.root / PAGE);
         self.write64(regs::RTADDR, rtaddr.into_bits());
         self.write32(regs::GCMD, Gcmd::new().with_srtp(true).into_bits());
         assert!(self.status().rtps());
+    }
+
+    fn start_queue(&self) {
         self.write64(regs::IQT, 0);
         let iqa = Iqa::new().with_dw(true).with_iqa(self.queue / PAGE);
         self.write64(regs::IQA, iqa.into_bits());
         self.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
         assert!(self.status().qies());
-        self.write32(regs::GCMD, Gcmd::new().with_qie(true).with_te(true).into_bits());
-        assert!(self.status().tes());
     }
 
     /// Turns translation off; the queue stays.
@@ -203,6 +223,25 @@ impl<R: Registers> Guest<R> {
         for (word, value) in entry.to_words().iter().enumerate().rev() {
             self.store(slot + 8 * word as u64, *value);
         }
+    }
+
+    /// Makes the context entry of `rid` in legacy mode: through the second-stage table, untranslated, or
+    /// not present.
+    pub fn set_legacy_entry(&self, rid: Bdf, entry: Entry) {
+        let root = self.root + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
+        let table = self
+            .table_at(root, |page| RootHalf::new().with_p(true).with_ctp(page / PAGE).into_bits());
+        let context = table + u64::from(rid.devfn()) * CONTEXT_ENTRY_SIZE;
+        let low = ContextLow::new().with_p(true);
+        let (low, domain) = match entry {
+            Entry::NotPresent => return self.store(context, 0),
+            Entry::SecondStage { table, domain } => (low.with_ssptptr(table / PAGE), domain),
+            Entry::PassThrough { domain } => (low.with_tt(2), domain),
+            Entry::FirstStage { .. } => panic!("legacy mode has no first-stage tables"),
+        };
+        // AW: 48 bits, which pass-through must name, too. The word with P last.
+        self.store(context + 8, ContextHigh::new().with_aw(2).with_did(domain).into_bits());
+        self.store(context, low.into_bits());
     }
 
     fn pasid_slot(&self, rid: Bdf, pasid: u32) -> u64 {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! VT-d: what is its own, beside what every architecture owes.
 
+mod contexts;
 mod fail_nth;
+mod granularity;
 mod guest;
 mod machine;
 mod stack;

@@ -40,6 +40,30 @@ fn only_nested_requesters_that_are_named_cost_a_call() {
     rig.expect(&["HWPT_INVALIDATE #5 [all]"]);
 }
 
+/// §6.5.2.3: alone and in a batch.
+#[test]
+fn pages_of_a_domain_are_all_of_its_first_stage_tables_and_those_pages_of_its_second_stage_ones() {
+    let rig = Rig::with(Extensions { guest_second_stage: true, ..Extensions::default() });
+    rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
+    rig.configure(pasid(A, 1), second_stage(0x2000)).unwrap();
+    rig.host.take_log();
+    let of_domain = |address| Invalidation { pasid: None, ..page(TAG, address) };
+    rig.nesting.invalidate(&[of_domain(0x5000)]).unwrap();
+    rig.nesting.invalidate(&[of_domain(0x5000), page(TAG, 0x7000), of_domain(0x6000)]).unwrap();
+    rig.nesting.invalidate(&[page(TAG, 0x7000)]).unwrap();
+    rig.expect(&[
+        "HWPT_INVALIDATE #5 [all]",
+        "HWPT_INVALIDATE #6 second-stage [0x5000/1 leaf]",
+        "HWPT_INVALIDATE #5 [all]",
+        "HWPT_INVALIDATE #6 second-stage [0x5000/3 leaf]",
+        "HWPT_INVALIDATE #5 [0x7000/1 leaf]",
+        "HWPT_INVALIDATE #6 second-stage [0x7000/1 leaf]",
+    ]);
+    let counters = rig.nesting.counters();
+    assert_eq!((counters.invalidations_in, counters.entries_out, counters.merged), (5, 6, 4));
+    rig.ends_clean();
+}
+
 #[test]
 fn a_partial_invalidation_goes_on_with_everything_where_it_stopped() {
     let rig = Rig::new();

@@ -9,6 +9,7 @@ mod properties;
 mod queue;
 mod registers;
 mod translation;
+mod waits;
 
 use std::sync::{Arc, Mutex};
 

@@ -111,54 +111,10 @@ fn descriptors_of_128_bits_and_a_queue_that_wraps() {
 }
 
 #[test]
-fn a_wait_can_interrupt() {
-    let guest = Guest::running();
-    guest.write32(regs::IEDATA, 0x42);
-    guest.write64(regs::IEADDR, 0x1_fee0_1000);
-    let interrupting =
-        Descriptor::Wait { status: None, interrupt: true, fence: true, drain_page_requests: false };
-    guest.submit(&[interrupting]);
-    // Masked after reset: pending.
-    assert_eq!(guest.messages(), []);
-    assert_eq!((guest.read32(regs::ICS), guest.read32(regs::IECTL)), (1, 3 << 30));
-    guest.write32(regs::IECTL, 0);
-    assert_eq!(guest.messages(), [(0x1_fee0_1000, 0x42)]);
-    assert_eq!(guest.read32(regs::IECTL), 0);
-    // IWC is still set: no new event.
-    guest.submit(&[interrupting]);
-    assert_eq!(guest.messages(), []);
-    guest.write32(regs::ICS, 1);
-    assert_eq!(guest.read32(regs::ICS), 0);
-    guest.submit(&[interrupting]);
-    assert_eq!(guest.messages().len(), 1);
-}
-
-#[test]
-fn a_status_address_that_is_no_memory_is_no_hang() {
-    let guest = Guest::running();
-    let status = crate::spec::vtd::qi::StatusWrite { address: !3, data: 1 };
-    let lost = Descriptor::Wait {
-        status: Some(status),
-        interrupt: false,
-        fence: false,
-        drain_page_requests: false,
-    };
-    guest.submit(&[lost, wait(2)]);
-    assert_eq!((guest.status(), guest.head()), (2, 64));
-    assert_eq!(guest.iommu.counters().guest_errors, 1);
-}
-
-#[test]
 fn each_wrong_descriptor_stops_the_queue_at_itself() {
     use IqErrorInfo::{InvalidType, ReservedField};
     let large = AddressMask { mask: 19, ..PAGE };
     let index = InterruptEntryScope::Index { index: 0, mask: 0 };
-    let drain = Descriptor::Wait {
-        status: None,
-        interrupt: false,
-        fence: false,
-        drain_page_requests: true,
-    };
     let response = Descriptor::PageGroupResponse { requester: RID, pasid: None, group: 0, code: 0 };
     let pasid_device_tlb = Descriptor::PasidDeviceTlb {
         source: RID,
@@ -185,7 +141,6 @@ fn each_wrong_descriptor_stops_the_queue_at_itself() {
         ([0x27, 0, 0, 0], ReservedField),
         // What the unit does not offer.
         (iotlb(IotlbScope::Pages { domain: 0, range: large }).encode(), ReservedField),
-        (drain.encode(), ReservedField),
         (device_tlb(RID).encode(), InvalidType),
         (Descriptor::InterruptEntryCache(index).encode(), InvalidType),
         (response.encode(), InvalidType),

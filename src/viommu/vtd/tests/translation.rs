@@ -133,6 +133,15 @@ fn context_invalidations_name_functions_by_mask() {
     }
 }
 
+/// The context entries of scalable mode are in no domain: each is named by any.
+#[test]
+fn a_domain_names_every_context_of_scalable_mode() {
+    let guest = Guest::running();
+    guest.write(CONTEXT + 0x100, &[0xa000 | 1 << 3 | 1]);
+    guest.submit(&[Descriptor::ContextCache(ContextScope::Domain(DOMAIN + 1)), wait(1)]);
+    assert_eq!(guest.calls(), [configured(Requester::rid(RID), blocked(0x51))]);
+}
+
 #[test]
 fn a_new_root_table_is_taken_while_translating() {
     let guest = Guest::running();

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What each invalidation of the context and PASID caches drops, by queue and by register: after every
+//! step no device goes by an entry that the text says is gone. (An entry may go earlier than it must.)
+
+use proptest::prelude::*;
+use twostage::emulated::VtdUnitConfig;
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::qi::{ContextScope, Descriptor, PasidCacheScope};
+use twostage::viommu::vtd::VtdConfig;
+
+use super::granularity::{by_queue, by_register, context, pasid_cache};
+use super::guest::Entry;
+use super::machine::{vtd_config, Machine};
+use crate::common::{A, B};
+
+/// A GPA, and mapped by every table.
+const IOVA: u64 = 0xc0_0000;
+const TABLES: usize = 3;
+
+/// What an entry says: of a table, by its number.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Choice {
+    Nothing,
+    Bypass { domain: u16 },
+    Tables { second_stage: bool, number: usize, domain: u16 },
+}
+
+impl Choice {
+    fn domain(self) -> Option<u16> {
+        match self {
+            Self::Nothing => None,
+            Self::Bypass { domain } | Self::Tables { domain, .. } => Some(domain),
+        }
+    }
+
+    /// What a read at [`IOVA`] gives.
+    fn reads(self) -> Option<u64> {
+        match self {
+            Self::Nothing => None,
+            Self::Bypass { .. } => Some(1),
+            Self::Tables { number, second_stage, .. } => {
+                Some(10 + 10 * u64::from(second_stage) + number as u64)
+            }
+        }
+    }
+}
+
+fn choice(first_stage: bool) -> impl Strategy<Value = Choice> {
+    let tables = (any::<bool>(), 0..TABLES, 5u16..8).prop_map(move |(second, number, domain)| {
+        Choice::Tables { second_stage: second || !first_stage, number, domain }
+    });
+    prop_oneof![
+        1 => Just(Choice::Nothing),
+        1 => (5u16..8).prop_map(|domain| Choice::Bypass { domain }),
+        6 => tables,
+    ]
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// The entry of this requester changes; no unit knows.
+    Write(usize, Choice),
+    Forget(Vec<Descriptor>),
+}
+
+fn steps(
+    requesters: usize,
+    first_stage: bool,
+    descriptor: impl Strategy<Value = Descriptor>,
+) -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        (0..requesters, choice(first_stage)).prop_map(|(of, choice)| Step::Write(of, choice)),
+        prop::collection::vec(descriptor, 1..4).prop_map(Step::Forget),
+    ];
+    prop::collection::vec(step, 1..40)
+}
+
+struct Requester {
+    rid: Bdf,
+    pasid: Option<u32>,
+    now: Choice,
+    /// What may be cached, beside what is there now.
+    before: Vec<Choice>,
+}
+
+impl Requester {
+    fn new((rid, pasid): (Bdf, Option<u32>)) -> Self {
+        Self { rid, pasid, now: Choice::Nothing, before: Vec::new() }
+    }
+
+    /// Whether `descriptor` names what is cached of `choice` (§6.5.2.1, §6.5.2.2). In caching mode what
+    /// is not present is cached, too, under no domain: it goes with what is there now.
+    fn is_named(&self, descriptor: &Descriptor, choice: Choice) -> bool {
+        let is_in = |domain| choice.domain().or(self.now.domain()) == Some(domain);
+        match *descriptor {
+            Descriptor::PasidCache(PasidCacheScope::Global)
+            | Descriptor::ContextCache(ContextScope::Global) => true,
+            Descriptor::PasidCache(PasidCacheScope::Domain(domain))
+            | Descriptor::ContextCache(ContextScope::Domain(domain)) => is_in(domain),
+            Descriptor::PasidCache(PasidCacheScope::Pasid { domain, pasid }) => {
+                // Requests without PASID go by RID_PASID, which is 0.
+                is_in(domain) && self.pasid.unwrap_or(0) == pasid.raw()
+            }
+            Descriptor::ContextCache(ContextScope::Device { domain, source, function_mask }) => {
+                let ignored = [0, 0b100, 0b110, 0b111][usize::from(function_mask)];
+                is_in(domain) && (self.rid.raw() ^ source.raw()) & !ignored == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Takes `steps` on a machine whose `requesters` have their entries by `set`.
+fn run(
+    machine: &Machine,
+    requesters: &[(Bdf, Option<u32>)],
+    steps: &[Step],
+    set: impl Fn(&Machine, &Requester, Entry),
+    tell: impl Fn(&Machine, &[Descriptor]),
+) -> Result<(), TestCaseError> {
+    let guest = &machine.guest;
+    guest.store(IOVA, 1);
+    let tables: Vec<_> = (0..2 * TABLES)
+        .map(|number| {
+            let (second_stage, number) = (number >= TABLES, number % TABLES);
+            let (table, page) = (guest.page(), guest.page());
+            let choice = Choice::Tables { second_stage, number, domain: 0 };
+            guest.store(page, choice.reads().unwrap());
+            match second_stage {
+                true => guest.map_second_stage(table, IOVA, page, true),
+                false => guest.map(table, IOVA, page, 1, true),
+            }
+            table
+        })
+        .collect();
+    let mut requesters: Vec<_> = requesters.iter().copied().map(Requester::new).collect();
+    for (number, step) in steps.iter().enumerate() {
+        match step {
+            Step::Write(of, choice) => {
+                let requester = &mut requesters[*of];
+                requester.before.push(requester.now);
+                requester.now = *choice;
+                let entry = match *choice {
+                    Choice::Nothing => Entry::NotPresent,
+                    Choice::Bypass { domain } => Entry::PassThrough { domain },
+                    Choice::Tables { second_stage: false, number, domain } => {
+                        Entry::FirstStage { table: tables[number], domain }
+                    }
+                    Choice::Tables { second_stage: true, number, domain } => {
+                        Entry::SecondStage { table: tables[TABLES + number], domain }
+                    }
+                };
+                set(machine, requester, entry);
+            }
+            Step::Forget(batch) => {
+                tell(machine, batch);
+                for descriptor in batch {
+                    for requester in &mut requesters {
+                        let mut before = std::mem::take(&mut requester.before);
+                        before.retain(|choice| !requester.is_named(descriptor, *choice));
+                        requester.before = before;
+                    }
+                }
+            }
+        }
+        for Requester { rid, pasid, now, before } in &requesters {
+            let read = machine.read(*rid, *pasid, IOVA).ok();
+            let fresh = now.reads() == read;
+            let cached = before.iter().any(|choice| choice.reads() == read);
+            prop_assert!(
+                fresh || cached,
+                "after {number}: {rid} {pasid:?} reads {read:?} by {now:?}, or {before:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn machine() -> Machine {
+    let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
+    Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() })
+}
+
+fn set_legacy(machine: &Machine, requester: &Requester, entry: Entry) {
+    machine.guest.set_legacy_entry(requester.rid, entry);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn pasid_entries_go_as_the_text_says(
+        // Whatever an invalidation of the context cache takes with it, none must go by it.
+        steps in steps(5, true, pasid_cache().prop_map(Descriptor::PasidCache)),
+    ) {
+        let machine = machine();
+        machine.guest.enable();
+        let requesters = [(A, None), (B, None), (A, Some(1)), (B, Some(1)), (A, Some(2))];
+        let set = |machine: &Machine, of: &Requester, entry| {
+            machine.guest.set_entry(of.rid, of.pasid.unwrap_or(0), entry);
+        };
+        run(&machine, &requesters, &steps, set, by_queue)?;
+    }
+
+    #[test]
+    fn legacy_context_entries_go_as_the_text_says(
+        register in any::<bool>(),
+        steps in steps(2, false, context().prop_map(Descriptor::ContextCache)),
+    ) {
+        let machine = machine();
+        machine.guest.enable_legacy(!register);
+        let tell = if register { by_register } else { by_queue };
+        run(&machine, &[(A, None), (B, None)], &steps, set_legacy, tell)?;
+    }
+}
