@@ -188,6 +188,8 @@ impl Machine {
         for iommu in self.iommus() {
             iommu.halt();
         }
+        // Nor is a vCPU that resets a device to wait for what that does.
+        self.pci.halt();
         // Waits for the vCPUs: none of them does anything after the last report.
         drop(threads);
         let mut report = self.report();

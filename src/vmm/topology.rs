@@ -154,6 +154,15 @@ impl PciTopology {
         std::mem::take(&mut self.subscribers)
     }
 
+    /// The machine stops: no virtio device makes requests any more when this returns.
+    pub fn halt(&self) {
+        for placed in &self.devices {
+            if let Device::Virtio(virtio) = &placed.device {
+                virtio.halt();
+            }
+        }
+    }
+
     /// What the devices have done so far.
     pub fn report(&self) -> Vec<DeviceReport> {
         let report = |placed: &PlacedDevice| {

@@ -4,7 +4,9 @@
 mod dma_master;
 pub mod edu;
 mod message_writes;
+mod request_gate;
 pub mod virtio;
 
 pub use dma_master::{DirectMemory, DmaError, DmaMaster};
 pub use message_writes::MessageWrites;
+pub use request_gate::{NotNow, Permit, RequestGate};

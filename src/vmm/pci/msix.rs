@@ -95,6 +95,7 @@ pub struct Msix {
 struct State {
     enabled: bool,
     function_masked: bool,
+    bus_master: bool,
     vectors: Vec<Vector>,
 }
 
@@ -129,7 +130,7 @@ impl Vector {
 }
 
 impl Msix {
-    /// Vectors that are masked, their messages sent by `senders`.
+    /// Vectors that are masked, their messages sent by `senders`; the function is bus master.
     pub fn new(senders: Vec<Arc<dyn InterruptVector>>) -> Self {
         let vector = |sender| Vector {
             entry: [0, 0, 0, VECTOR_MASKED],
@@ -138,7 +139,8 @@ impl Msix {
             sender,
         };
         let vectors = senders.into_iter().map(vector).collect();
-        Self { state: Mutex::new(State { enabled: false, function_masked: false, vectors }) }
+        let (enabled, function_masked, bus_master) = (false, false, true);
+        Self { state: Mutex::new(State { enabled, function_masked, bus_master, vectors }) }
     }
 
     /// How many vectors there are.
@@ -155,8 +157,15 @@ impl Msix {
     pub fn set_control(&self, control: MsixControl) {
         let mut state = self.state();
         (state.enabled, state.function_masked) = (control.enable(), control.function_mask());
-        let on = state.on();
-        state.vectors.iter_mut().for_each(|vector| vector.update(on));
+        state.update();
+    }
+
+    /// The function is bus master, or not any more: messages are requests, so they wait as those of
+    /// masked vectors do. When this returns, none is being sent.
+    pub fn set_bus_master(&self, allowed: bool) {
+        let mut state = self.state();
+        state.bus_master = allowed;
+        state.update();
     }
 
     /// Sends the message of `vector`, now or when it is unmasked. Without MSI-X, or without such a
@@ -225,7 +234,12 @@ impl Msix {
 impl State {
     /// Whether messages are sent at all.
     fn on(&self) -> bool {
-        self.enabled && !self.function_masked
+        self.enabled && !self.function_masked && self.bus_master
+    }
+
+    fn update(&mut self) {
+        let on = self.on();
+        self.vectors.iter_mut().for_each(|vector| vector.update(on));
     }
 }
 
@@ -312,6 +326,22 @@ mod tests {
         msix.trigger(1);
         assert_eq!(recorders[1].take(), ["none"]);
         assert_eq!(recorders[0].take(), [""; 0]);
+    }
+
+    #[test]
+    fn messages_of_a_function_that_is_no_bus_master_wait() {
+        let recorder = Arc::new(Recorder::default());
+        let msix = Msix::new(vec![recorder.clone()]);
+        msix.set_control(control(true, false));
+        msix.write_table(0, &0xfee0_0000u32.to_le_bytes());
+        msix.write_table(12, &0u32.to_le_bytes());
+        recorder.take();
+        msix.set_bus_master(false);
+        msix.trigger(0);
+        assert_eq!((recorder.take(), pending(&msix)), (vec!["none".to_owned()], 1));
+        msix.set_bus_master(true);
+        assert_eq!(recorder.take(), ["0xfee00000/0x0", "sent"]);
+        assert_eq!(pending(&msix), 0);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The DMA of the educational device: between memory and its buffer.
 
+use std::sync::Arc;
+
 use crate::spec::pci::Pasid;
-use crate::vmm::devices::{DmaError, DmaMaster};
+use crate::vmm::devices::{DmaError, DmaMaster, NotNow, RequestGate};
 
 /// Where the buffer is among the device's own addresses.
 pub(super) const BUFFER_START: u64 = 0x4_0000;
@@ -26,9 +28,9 @@ pub(super) struct Transfer {
 /// Why a transfer was not done, or not all of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Failure {
-    /// The function may not make requests.
-    #[error("DMA without the right to be bus master")]
-    NotBusMaster,
+    /// The function may not make requests, or not any more; those before are done.
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
     /// It does not lie in the buffer.
     #[error("DMA of {count:#x} bytes at device address {address:#x} does not lie in the buffer")]
     Bounds { address: u64, count: u64 },
@@ -40,17 +42,18 @@ pub(super) enum Failure {
 /// Does the transfers.
 pub(super) struct Engine {
     memory: Box<dyn DmaMaster>,
+    gate: Arc<RequestGate>,
     mask: u64,
     buffer: Box<[u8; BUFFER_SIZE]>,
 }
 
 impl Engine {
-    /// An engine that reaches `memory` with the address bits set in `mask`.
-    pub fn new(memory: Box<dyn DmaMaster>, mask: u64) -> Self {
-        Self { memory, mask, buffer: Box::new([0; BUFFER_SIZE]) }
+    /// An engine that reaches `memory` with the address bits set in `mask`, through `gate`.
+    pub fn new(memory: Box<dyn DmaMaster>, mask: u64, gate: Arc<RequestGate>) -> Self {
+        Self { memory, gate, mask, buffer: Box::new([0; BUFFER_SIZE]) }
     }
 
-    /// Does `transfer`, request by request, until one is refused.
+    /// Does `transfer`, request by request, until one is refused or not allowed.
     pub fn run(&mut self, transfer: &Transfer) -> Result<(), Failure> {
         let (device, memory) = match transfer.to_memory {
             true => (transfer.source, transfer.destination),
@@ -67,6 +70,7 @@ impl Engine {
             let length = (REQUEST_BOUNDARY - iova % REQUEST_BOUNDARY) as usize;
             let end = buffer.len().min(offset + length);
             let part = &mut buffer[offset..end];
+            let _permit = self.gate.enter()?;
             if transfer.to_memory {
                 self.memory.write(transfer.pasid, iova, part)?;
             } else {
@@ -92,7 +96,8 @@ fn buffer_range(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, Mutex};
+    use crate::patience::wait_until;
+    use std::sync::Mutex;
 
     /// Records requests, and refuses those to one page.
     #[derive(Clone, Default)]
@@ -122,6 +127,13 @@ mod tests {
         }
     }
 
+    fn engine(memory: &(impl DmaMaster + Clone + 'static), mask: u64) -> Engine {
+        let gate = Arc::new(RequestGate::default());
+        gate.set_bus_master(true);
+        gate.start();
+        Engine::new(Box::new(memory.clone()), mask, gate)
+    }
+
     fn transfer(memory: u64, device: u64, count: u64, to_memory: bool) -> Transfer {
         let (source, destination) = if to_memory { (device, memory) } else { (memory, device) };
         Transfer { source, destination, count, to_memory, pasid: None }
@@ -130,7 +142,7 @@ mod tests {
     #[test]
     fn requests_stay_in_their_page() {
         let memory = Recorder::default();
-        let mut engine = Engine::new(Box::new(memory.clone()), u64::MAX);
+        let mut engine = engine(&memory, u64::MAX);
         engine.run(&transfer(0x1ff0, BUFFER_START, 0x1000, true)).unwrap();
         assert_eq!(*memory.requests.lock().unwrap(), [(true, 0x1ff0, 0x10), (true, 0x2000, 0xff0)]);
     }
@@ -138,7 +150,7 @@ mod tests {
     #[test]
     fn a_refused_read_leaves_the_buffer_as_it_was() {
         let memory = Recorder { refused: Some(0x2000), ..Recorder::default() };
-        let mut engine = Engine::new(Box::new(memory), u64::MAX);
+        let mut engine = engine(&memory, u64::MAX);
         let refused = engine.run(&transfer(0x1ff0, BUFFER_START + 0x10, 0x20, false));
         assert_eq!(refused, Err(Failure::Refused(DmaError { address: 0x2000 })));
         assert_eq!(engine.buffer[..0x10], [0; 0x10]);
@@ -149,7 +161,7 @@ mod tests {
     #[test]
     fn transfers_outside_the_buffer_reach_nothing() {
         let memory = Recorder::default();
-        let mut engine = Engine::new(Box::new(memory.clone()), u64::MAX);
+        let mut engine = engine(&memory, u64::MAX);
         for (address, count) in [
             (0, 1),
             (BUFFER_START - 1, 1),
@@ -168,12 +180,58 @@ mod tests {
     #[test]
     fn addresses_are_cut_to_the_mask() {
         let memory = Recorder::default();
-        let mut engine = Engine::new(Box::new(memory.clone()), (1 << 28) - 1);
+        let mut engine = engine(&memory, (1 << 28) - 1);
         engine.run(&transfer(0x1_2345_6000, BUFFER_START, 8, true)).unwrap();
         engine.run(&transfer(0x0fff_fffc, BUFFER_START, 8, true)).unwrap();
         assert_eq!(
             *memory.requests.lock().unwrap(),
             [(true, 0x0345_6000, 8), (true, 0x0fff_fffc, 4), (true, 0, 4)]
         );
+    }
+
+    /// While its first request is made, somebody takes the right away.
+    struct Revoked {
+        requests: Arc<Mutex<Vec<u64>>>,
+        gate: Arc<RequestGate>,
+        revoke: Option<std::sync::mpsc::Sender<()>>,
+    }
+
+    impl DmaMaster for Revoked {
+        fn read(&mut self, _: Option<Pasid>, iova: u64, _: &mut [u8]) -> Result<(), DmaError> {
+            self.write(None, iova, &[])
+        }
+
+        fn write(&mut self, _: Option<Pasid>, iova: u64, _: &[u8]) -> Result<(), DmaError> {
+            self.requests.lock().unwrap().push(iova);
+            drop(self.revoke.take());
+            wait_until("the loss of the right", || !self.gate.is_open());
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_right_is_asked_for_each_request() {
+        for to_memory in [false, true] {
+            let gate = Arc::new(RequestGate::default());
+            gate.set_bus_master(true);
+            gate.start();
+            let (revoke, revoked) = std::sync::mpsc::channel();
+            let revoker = std::thread::spawn({
+                let gate = gate.clone();
+                move || {
+                    // An error says that the other end is gone.
+                    revoked.recv().unwrap_err();
+                    gate.set_bus_master(false);
+                }
+            });
+            let requests = Arc::<Mutex<Vec<u64>>>::default();
+            let (seen, revoke) = (requests.clone(), Some(revoke));
+            let memory = Revoked { requests, gate: gate.clone(), revoke };
+            let mut engine = Engine::new(Box::new(memory), u64::MAX, gate);
+            let result = engine.run(&transfer(0x1ff0, BUFFER_START, 0x20, to_memory));
+            assert_eq!(result, Err(Failure::NotNow(NotNow)));
+            assert_eq!(*seen.lock().unwrap(), [0x1ff0]);
+            revoker.join().unwrap();
+        }
     }
 }

@@ -16,9 +16,9 @@ use std::sync::mpsc::{channel, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use self::dma::{Engine, Failure, Transfer};
+use self::dma::{Engine, Transfer};
 use self::registers::{Effect, Registers};
-use super::DmaMaster;
+use super::{DmaMaster, RequestGate};
 use crate::viommu::InterruptSink;
 use crate::vmm::config::EduConfig;
 use crate::vmm::pci::{
@@ -67,6 +67,7 @@ struct Shared {
     pasid: Option<PasidCapability>,
     intx: IntxPin,
     messages: Arc<dyn InterruptSink>,
+    gate: Arc<RequestGate>,
     counters: DmaCounters,
 }
 
@@ -91,6 +92,8 @@ impl Edu {
             add_express_capability(&mut space);
             PasidCapability::add(&mut space)
         });
+        let gate = Arc::<RequestGate>::default();
+        gate.start();
         let shared = Arc::new(Shared {
             registers: Mutex::default(),
             config: Mutex::new(space),
@@ -98,10 +101,11 @@ impl Edu {
             pasid,
             intx,
             messages,
+            gate: gate.clone(),
             counters: DmaCounters::default(),
         });
         let (transfers, work) = channel::<Transfer>();
-        let mut engine = Engine::new(memory, config.dma_mask);
+        let mut engine = Engine::new(memory, config.dma_mask, gate);
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
             .spawn({
@@ -148,10 +152,7 @@ impl Shared {
 
     /// Does one transfer, on the worker's thread.
     fn transfer(&self, engine: &mut Engine, transfer: &Transfer) {
-        // Without the right to make requests the function makes none (PCIe 6.0 §7.5.1.1.3).
-        let bus_master = self.config().command().bus_master();
-        let result = if bus_master { engine.run(transfer) } else { Err(Failure::NotBusMaster) };
-        match result {
+        match engine.run(transfer) {
             Ok(()) => self.counters.done.fetch_add(1, Ordering::Relaxed),
             Err(failure) => {
                 log::debug!("edu: {failure}");
@@ -185,8 +186,12 @@ impl PciFunction for Edu {
     }
 
     fn config_written(&self, _offset: u16, _length: usize) {
-        // MSI may have been switched, or INTx disabled.
+        // MSI may have been switched, INTx disabled, or the right to make requests taken: when this
+        // returns, there is no request and no message by what was before. The lock keeps two writers
+        // in order.
         let registers = self.shared.registers();
+        let command = self.shared.config().command();
+        self.shared.gate.set_bus_master(command.bus_master());
         self.shared.interrupt(&registers, false);
     }
 
@@ -217,6 +222,7 @@ impl PciFunction for Edu {
 
 impl Drop for Edu {
     fn drop(&mut self) {
+        self.shared.gate.stop();
         self.transfers = None;
         if let Some(worker) = self.worker.take() {
             if worker.join().is_err() {

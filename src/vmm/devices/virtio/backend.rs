@@ -7,7 +7,7 @@ use std::os::fd::RawFd;
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::broken::Broken;
+use super::broken::{Broken, Unserved};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 
@@ -83,13 +83,14 @@ pub trait Backend: Send {
     /// Serves queue `number`, a bounded part of it. Says whether there may be more.
     ///
     /// # Errors
-    /// When the device cannot go on without a reset.
+    /// When the device cannot go on without a reset, or not now: it is then asked again when it can, and
+    /// the queue has again what was taken and not given back.
     fn serve(
         &mut self,
         number: usize,
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
-    ) -> Result<bool, Broken>;
+    ) -> Result<bool, Unserved>;
 
     /// The queue that input goes to, to be served when there is some.
     fn input_queue(&self) -> usize {

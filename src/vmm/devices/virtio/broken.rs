@@ -2,6 +2,8 @@
 //! What ends the work of a device.
 #![forbid(unsafe_code)]
 
+use crate::vmm::devices::NotNow;
+
 /// Why a device cannot go on: its driver has to reset it.
 #[derive(Debug, thiserror::Error)]
 pub enum Broken {
@@ -23,4 +25,22 @@ pub enum Broken {
     /// The device itself cannot start or go on.
     #[error("{0}")]
     Device(String),
+}
+
+/// Why a queue is not served further.
+#[derive(Debug, thiserror::Error)]
+pub enum Unserved {
+    /// The device may make no requests now. What was taken and not given back is taken again when it
+    /// may.
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
+    /// The device cannot go on.
+    #[error(transparent)]
+    Broken(#[from] Broken),
+}
+
+impl From<virtio_queue::Error> for Unserved {
+    fn from(error: virtio_queue::Error) -> Self {
+        Self::Broken(error.into())
+    }
 }

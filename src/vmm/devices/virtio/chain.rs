@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::broken::Broken;
 use super::memory::{DeviceMemory, SectionMemory};
+use crate::vmm::devices::NotNow;
 
 /// A buffer as the driver described it: addresses of the device's own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +27,16 @@ pub struct Chain {
     writable: Vec<Buffer>,
 }
 
-/// A buffer cannot be reached: the IOMMU, or the lack of memory, is in the way.
+/// Why bytes were not copied, or not all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a buffer cannot be reached")]
-pub struct Unreachable;
+pub enum NotCopied {
+    /// The device may make no requests now.
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
+    /// A buffer cannot be reached: the IOMMU, or the lack of memory, is in the way.
+    #[error("a buffer cannot be reached")]
+    Unreachable,
+}
 
 impl Chain {
     /// Reads a chain of at most `limit` descriptors.
@@ -81,21 +88,21 @@ impl Chain {
     /// Fills `data` with the bytes to read from `offset` on, in one section: keep it short.
     ///
     /// # Errors
-    /// When a buffer cannot be reached, or the chain has fewer bytes.
+    /// When a buffer cannot be reached, or the chain has fewer bytes; when no requests are allowed.
     pub fn read(
         &self,
         memory: &mut DeviceMemory,
         offset: u64,
         data: &mut [u8],
-    ) -> Result<(), Unreachable> {
-        let section = memory.section();
+    ) -> Result<(), NotCopied> {
+        let section = memory.section()?;
         let mut rest = data;
         for (address, length) in pieces(&self.readable, offset, rest.len()) {
-            let (piece, after) = rest.split_at_mut_checked(length).ok_or(Unreachable)?;
-            section.read_slice(piece, address).map_err(|_| Unreachable)?;
+            let (piece, after) = rest.split_at_mut_checked(length).ok_or(NotCopied::Unreachable)?;
+            section.read_slice(piece, address).map_err(|_| NotCopied::Unreachable)?;
             rest = after;
         }
-        rest.is_empty().then_some(()).ok_or(Unreachable)
+        rest.is_empty().then_some(()).ok_or(NotCopied::Unreachable)
     }
 
     /// Writes `data` to the bytes to write from `offset` on, in one section: keep it short.
@@ -107,15 +114,15 @@ impl Chain {
         memory: &mut DeviceMemory,
         offset: u64,
         data: &[u8],
-    ) -> Result<(), Unreachable> {
-        let section = memory.section();
+    ) -> Result<(), NotCopied> {
+        let section = memory.section()?;
         let mut rest = data;
         for (address, length) in pieces(&self.writable, offset, rest.len()) {
-            let (piece, after) = rest.split_at_checked(length).ok_or(Unreachable)?;
-            section.write_slice(piece, address).map_err(|_| Unreachable)?;
+            let (piece, after) = rest.split_at_checked(length).ok_or(NotCopied::Unreachable)?;
+            section.write_slice(piece, address).map_err(|_| NotCopied::Unreachable)?;
             rest = after;
         }
-        rest.is_empty().then_some(()).ok_or(Unreachable)
+        rest.is_empty().then_some(()).ok_or(NotCopied::Unreachable)
     }
 }
 
@@ -182,6 +189,8 @@ mod tests {
     fn a_chain_without_enough_bytes_cannot_be_reached() {
         let map = vm_memory::GuestMemoryMmap::from_ranges(&[(GuestAddress(0x1000), 0x1000)]);
         let mut memory = DeviceMemory::direct(map.unwrap());
+        memory.gate().set_bus_master(true);
+        memory.gate().start();
         let chain = Chain { head: 0, readable: buffers(&[4, 4]), writable: buffers(&[8]) };
         assert_eq!((chain.readable(), chain.writable()), (8, 8));
         chain.write(&mut memory, 0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
@@ -189,12 +198,30 @@ mod tests {
         chain.read(&mut memory, 3, &mut data).unwrap();
         // The second buffer starts at the eighth byte.
         assert_eq!(data, [4, 8, 0]);
-        assert_eq!(chain.read(&mut memory, 6, &mut data), Err(Unreachable));
-        assert_eq!(chain.write(&mut memory, 6, &data), Err(Unreachable));
+        assert_eq!(chain.read(&mut memory, 6, &mut data), Err(NotCopied::Unreachable));
+        assert_eq!(chain.write(&mut memory, 6, &data), Err(NotCopied::Unreachable));
         let away = Chain {
             writable: vec![Buffer { address: GuestAddress(u64::MAX - 1), length: 8 }],
             ..chain
         };
-        assert_eq!(away.write(&mut memory, 4, &[0]), Err(Unreachable));
+        assert_eq!(away.write(&mut memory, 4, &[0]), Err(NotCopied::Unreachable));
+    }
+
+    #[test]
+    fn nothing_is_copied_while_no_requests_are_allowed() {
+        let map = vm_memory::GuestMemoryMmap::from_ranges(&[(GuestAddress(0x1000), 0x1000)]);
+        let mut memory = DeviceMemory::direct(map.unwrap());
+        let gate = memory.gate();
+        gate.start();
+        let chain = Chain { head: 0, readable: buffers(&[4]), writable: buffers(&[4]) };
+        let refused = Err(NotCopied::NotNow(NotNow));
+        assert_eq!(chain.write(&mut memory, 0, &[1; 4]), refused);
+        gate.set_bus_master(true);
+        let mut data = [0xff; 4];
+        chain.read(&mut memory, 0, &mut data).unwrap();
+        assert_eq!(data, [0; 4]);
+        chain.write(&mut memory, 0, &[1; 4]).unwrap();
+        gate.stop();
+        assert_eq!(chain.read(&mut memory, 0, &mut data), refused);
     }
 }

@@ -10,6 +10,7 @@ use serde_json::Value;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use crate::viommu::ratelimit::RateLimit;
+use crate::vmm::devices::RequestGate;
 use crate::vmm::pci::Msix;
 use crate::vmm::trace::Trace;
 use crate::vmm::{Error, Result};
@@ -62,6 +63,8 @@ pub struct Link {
     name: String,
     /// The vectors' messages.
     pub msix: Msix,
+    /// What the device's requests pass.
+    pub gate: Arc<RequestGate>,
     /// Requests of the device.
     pub counters: Arc<RequestCounters>,
     /// The queues, in their order.
@@ -75,22 +78,28 @@ pub struct Link {
     isr: AtomicU8,
     needs_reset: AtomicBool,
     driver_ok: AtomicBool,
-    bus_master: AtomicBool,
     mistakes: RateLimit,
     trace: Option<Arc<Trace>>,
 }
 
 impl Link {
-    /// The link of a device with `queues` queues that interrupts through `msix`; `name` is for log
-    /// lines and `trace`.
+    /// The link of a device with `queues` queues that interrupts through `msix` and makes requests
+    /// through `gate`; `name` is for log lines and `trace`.
     ///
     /// # Errors
     /// When the system has no file descriptors left.
-    pub fn new(name: String, queues: usize, msix: Msix, trace: Option<Arc<Trace>>) -> Result<Self> {
+    pub fn new(
+        name: String,
+        queues: usize,
+        msix: Msix,
+        gate: Arc<RequestGate>,
+        trace: Option<Arc<Trace>>,
+    ) -> Result<Self> {
         let event = |_| EventFd::new(EFD_NONBLOCK).map_err(Error::os("making an event"));
         Ok(Self {
             name,
             msix,
+            gate,
             counters: Arc::default(),
             queue_counters: (0..queues).map(|_| QueueCounters::default()).collect(),
             queue_events: (0..queues).map(event).collect::<Result<_>>()?,
@@ -100,7 +109,6 @@ impl Link {
             isr: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
             driver_ok: AtomicBool::new(false),
-            bus_master: AtomicBool::new(false),
             mistakes: RateLimit::default(),
             trace,
         })
@@ -182,10 +190,14 @@ impl Link {
         self.driver_ok.store(ok, Ordering::SeqCst);
     }
 
-    /// The function may make requests of its own, or not any more. Only what was held back meanwhile
-    /// is looked at: queues that nobody spoke of may be a former driver's, which are no memory now.
+    /// The function may make requests of its own, or not any more: then none is made, nor a message
+    /// sent, when this returns. When it may again, only what was held back meanwhile is looked at: queues
+    /// that nobody spoke of may be a former driver's, which are no memory now.
     pub fn set_bus_master(&self, allowed: bool) {
-        if !self.bus_master.swap(allowed, Ordering::SeqCst) && allowed {
+        let changed = self.gate.set_bus_master(allowed);
+        // Messages are requests too.
+        self.msix.set_bus_master(allowed);
+        if changed && allowed {
             for (number, held_back) in self.held_back.iter().enumerate() {
                 if held_back.swap(false, Ordering::SeqCst) {
                     self.notify(number);
@@ -194,22 +206,15 @@ impl Link {
         }
     }
 
-    /// Whether the function may make requests of its own.
-    pub fn bus_master(&self) -> bool {
-        self.bus_master.load(Ordering::SeqCst)
-    }
-
-    /// Whether the device may look at queue `number` now; if not, it is told to when it may.
-    pub fn may_serve(&self, number: usize) -> bool {
-        if self.bus_master() {
-            return true;
-        }
+    /// Queue `number` has something that the device may not look at now: it is told to when it may.
+    pub fn hold_back(&self, number: usize) {
         if let Some(held_back) = self.held_back.get(number) {
             held_back.store(true, Ordering::SeqCst);
             // It may be allowed by now, and whoever allowed it have looked before the store.
-            return self.bus_master() && held_back.swap(false, Ordering::SeqCst);
+            if self.gate.is_open() && held_back.swap(false, Ordering::SeqCst) {
+                self.notify(number);
+            }
         }
-        false
     }
 
     /// Reads the interrupt status, and clears it.
@@ -248,6 +253,9 @@ impl Link {
         for vector in &self.queue_vectors {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
+        for held_back in &self.held_back {
+            held_back.store(false, Ordering::SeqCst);
+        }
     }
 
     fn existing(&self, vector: u16) -> u16 {
@@ -258,8 +266,7 @@ impl Link {
     }
 
     fn send(&self, vector: u16) {
-        // Messages are requests too.
-        if vector != NO_VECTOR && self.bus_master() {
+        if vector != NO_VECTOR {
             self.msix.trigger(vector);
         }
     }
@@ -281,17 +288,24 @@ mod tests {
 
     #[test]
     fn only_what_was_held_back_is_looked_at_when_requests_are_allowed() {
-        let link = Link::new("test".into(), 3, Msix::new(Vec::new()), None).unwrap();
+        let gate = Arc::<RequestGate>::default();
+        gate.start();
+        let link = Link::new("test".into(), 3, Msix::new(Vec::new()), gate.clone(), None).unwrap();
         let heard = || link.queue_events().iter().map(|e| e.read().is_ok()).collect::<Vec<_>>();
-        assert!(!link.may_serve(1));
+        link.hold_back(1);
         assert_eq!(heard(), [false; 3]);
         link.set_bus_master(true);
         assert_eq!(heard(), [false, true, false]);
-        assert!(link.may_serve(1));
+        // Allowed by now: at once.
+        link.hold_back(1);
+        assert_eq!(heard(), [false, true, false]);
         // Off and on again, with nothing new in between: nobody is sent to rings of before.
         link.set_bus_master(false);
         link.set_bus_master(true);
         assert_eq!(heard(), [false; 3]);
-        assert!(link.may_serve(0) && link.may_serve(2));
+        // One that was told to stop is not woken for it.
+        gate.stop();
+        link.hold_back(2);
+        assert_eq!(heard(), [false; 3]);
     }
 }

@@ -2,12 +2,14 @@
 //! Guest memory as a device reaches it: by GPA, or by IOVA through the IOMMU.
 #![forbid(unsafe_code)]
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use vm_memory::iommu::{Error, IotlbIterator};
 use vm_memory::{GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
 
 use crate::emulated::{DmaAttributes, DmaPort, PortIommu};
+use crate::vmm::devices::{NotNow, Permit, RequestGate};
 
 /// The memory that one device reaches.
 #[derive(Debug)]
@@ -15,21 +17,42 @@ pub struct DeviceMemory {
     memory: GuestMemoryMmap,
     /// Where its DMA enters the IOMMU, if it is behind one.
     port: Option<DmaPort>,
+    gate: Arc<RequestGate>,
 }
 
 /// Guest memory for the length of one section.
 pub type SectionMemory<'a> = IommuMemory<GuestMemoryMmap, DmaSection<'a>>;
 
+/// A section: while there is one, nobody takes the right to make requests away.
+#[derive(Debug)]
+pub struct Section<'a> {
+    memory: SectionMemory<'a>,
+    _permit: Permit<'a>,
+}
+
+impl<'a> Deref for Section<'a> {
+    type Target = SectionMemory<'a>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.memory
+    }
+}
+
 impl DeviceMemory {
-    /// The memory of a device that no IOMMU is in front of: addresses are GPAs.
+    /// The memory of a device that no IOMMU is in front of: addresses are GPAs. Its gate is closed.
     pub fn direct(memory: GuestMemoryMmap) -> Self {
-        Self { memory, port: None }
+        Self { memory, port: None, gate: Arc::default() }
     }
 
     /// The memory of a device behind an IOMMU: addresses are IOVAs, requests go through `port`.
-    /// `memory` has the regions that the IOMMU's second stage leads to.
+    /// `memory` has the regions that the IOMMU's second stage leads to. Its gate is closed.
     pub fn behind_iommu(memory: GuestMemoryMmap, port: DmaPort) -> Self {
-        Self { memory, port: Some(port) }
+        Self { memory, port: Some(port), gate: Arc::default() }
+    }
+
+    /// What every section passes.
+    pub fn gate(&self) -> Arc<RequestGate> {
+        self.gate.clone()
     }
 
     /// Whether the device is behind an IOMMU.
@@ -37,15 +60,21 @@ impl DeviceMemory {
         self.port.is_some()
     }
 
-    /// Starts a section: until it is dropped, invalidations wait. It is for one bounded piece of
-    /// work, without input, output or any other wait. Faults are reported at its end.
-    pub fn section(&mut self) -> SectionMemory<'_> {
+    /// Starts a section: until it is dropped, invalidations wait, and who takes away the right to make
+    /// requests. It is for one bounded piece of work, without input, output or any other wait. Faults are
+    /// reported at its end.
+    ///
+    /// # Errors
+    /// The device may make no requests now.
+    pub fn section(&mut self) -> Result<Section<'_>, NotNow> {
+        let permit = self.gate.enter()?;
         let section = match &mut self.port {
             Some(port) => DmaSection::Behind(port.section(DmaAttributes::default())),
             None => DmaSection::Direct,
         };
         let translated = matches!(section, DmaSection::Behind(_));
-        IommuMemory::new(self.memory.clone(), section, translated, ())
+        let memory = IommuMemory::new(self.memory.clone(), section, translated, ());
+        Ok(Section { memory, _permit: permit })
     }
 }
 

@@ -4,8 +4,10 @@
 //! vCPU threads work on the transport ([`VirtioPci`]); from the driver's DRIVER_OK to the reset a
 //! worker of its own has the device's [`Backend`] and queues to itself. A device reaches memory
 //! only in sections of its [`DeviceMemory`], each a bounded piece of work in which nothing is
-//! waited for: so an invalidation of the IOMMU returns when no copy by an older translation is
-//! under way, and never waits for a disk or a network.
+//! waited for, and each allowed by the device's [`RequestGate`](super::RequestGate): so an
+//! invalidation of the IOMMU returns when no copy by an older translation is under way, bus mastering
+//! that is switched off or a reset ends it in the middle of a request, and none of them waits for a
+//! disk or a network.
 //!
 //! What a driver does wrong is ignored where registers are concerned; where queues are, the device
 //! needs a reset.
@@ -14,6 +16,8 @@ mod backend;
 mod blk;
 mod broken;
 mod chain;
+#[cfg(test)]
+mod interrupted_tests;
 mod link;
 mod memory;
 mod net;
@@ -26,10 +30,10 @@ mod worker;
 
 pub use backend::{Backend, Features, Model};
 pub use blk::{Block, Disk, DiskError};
-pub use broken::Broken;
-pub use chain::{Chain, Unreachable};
+pub use broken::{Broken, Unserved};
+pub use chain::{Chain, NotCopied};
 pub use link::{Count, QueueCounters, RequestCounters};
-pub use memory::{DeviceMemory, DmaSection, SectionMemory};
+pub use memory::{DeviceMemory, DmaSection, Section, SectionMemory};
 pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};
 pub use queue::{QueueSetup, Virtqueue};

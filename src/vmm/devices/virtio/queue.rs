@@ -9,7 +9,7 @@ use serde_json::json;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::broken::Broken;
+use super::broken::{Broken, Unserved};
 use super::chain::Chain;
 use super::link::{Link, RequestCounters};
 use super::memory::DeviceMemory;
@@ -44,19 +44,24 @@ pub struct Virtqueue {
     queue: Queue,
     number: usize,
     link: Arc<Link>,
+    /// Its areas were found to be memory that the device can reach.
+    checked: bool,
+    /// Chains that were taken and not given back.
+    taken: u16,
+    /// A chain that was served and could not be given back as yet: head, bytes written.
+    served: Option<(u16, u32)>,
 }
 
 impl Virtqueue {
     /// Queue `number` as the driver set it up; `event_index` was negotiated.
     ///
     /// # Errors
-    /// When the setup is no queue, or the device cannot reach it.
+    /// When the setup is no queue.
     pub fn new(
         setup: &QueueSetup,
         event_index: bool,
         number: usize,
         link: Arc<Link>,
-        memory: &mut DeviceMemory,
     ) -> Result<Self, Broken> {
         let mut queue = Queue::new(setup.max_size)?;
         if setup.enabled {
@@ -66,11 +71,22 @@ impl Virtqueue {
             queue.try_set_used_ring_address(GuestAddress(setup.used))?;
             queue.set_event_idx(event_index);
             queue.set_ready(true);
-            if !queue.is_valid(&memory.section()) {
-                return Err(Broken::Areas(number));
-            }
         }
-        Ok(Self { queue, number, link })
+        Ok(Self { queue, number, link, checked: false, taken: 0, served: None })
+    }
+
+    /// Looks once whether the device can reach the queue's areas. Nothing else is done before.
+    ///
+    /// # Errors
+    /// It cannot, or may make no requests now.
+    pub fn check(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
+        if self.queue.ready() && !self.checked {
+            if !self.queue.is_valid(&*memory.section()?) {
+                return Err(Broken::Areas(self.number).into());
+            }
+            self.checked = true;
+        }
+        Ok(())
     }
 
     /// What became of the device's requests.
@@ -86,43 +102,48 @@ impl Virtqueue {
     /// Takes the next chain that the driver made available.
     ///
     /// # Errors
-    /// When the ring or the chain is malformed or cannot be reached.
-    pub fn pop(&mut self, memory: &mut DeviceMemory) -> Result<Option<Chain>, Broken> {
+    /// When the ring or the chain is malformed or cannot be reached; when no requests are allowed.
+    pub fn pop(&mut self, memory: &mut DeviceMemory) -> Result<Option<Chain>, Unserved> {
         if !self.queue.ready() {
             return Ok(None);
         }
-        let section = memory.section();
-        let available = self.queue.avail_idx(&section, Ordering::Acquire)?;
+        let section = memory.section()?;
+        let available = self.queue.avail_idx(&*section, Ordering::Acquire)?;
         if available.0 == self.queue.next_avail() {
             return Ok(None);
         }
         // Not the size that the driver chose: drivers go by what the device says of itself when
         // they make indirect chains.
         let limit = self.queue.max_size();
-        let chain = self.queue.iter(&section)?.next().ok_or(Broken::Available)?;
-        Chain::read_from(chain, limit).map(Some)
+        let chain = self.queue.iter(&*section)?.next().ok_or(Broken::Available)?;
+        let chain = Chain::read_from(chain, limit)?;
+        self.taken = self.taken.saturating_add(1);
+        Ok(Some(chain))
     }
 
-    /// Gives back the chain that was taken last: it will be taken again.
-    pub fn undo_pop(&mut self) {
-        self.queue.go_to_previous_position();
+    /// The chains that were taken and not given back will be taken again.
+    pub fn undo_pops(&mut self) {
+        for _ in 0..std::mem::take(&mut self.taken) {
+            self.queue.go_to_previous_position();
+        }
     }
 
     /// Returns the chain with first descriptor `head` to the driver, with `written` bytes written
     /// to the start of its buffers, and interrupts the driver if it wants that.
     ///
     /// # Errors
-    /// When the used ring cannot be reached.
+    /// When the used ring cannot be reached; when no requests are allowed.
     pub fn push(
         &mut self,
         memory: &mut DeviceMemory,
         head: u16,
         written: u32,
-    ) -> Result<(), Broken> {
-        let section = memory.section();
-        self.queue.add_used(&section, head, written)?;
+    ) -> Result<(), Unserved> {
+        let section = memory.section()?;
+        self.queue.add_used(&*section, head, written)?;
+        self.taken = self.taken.saturating_sub(1);
         self.used(head, written);
-        let interrupt = self.queue.needs_notification(&section)?;
+        let interrupt = self.queue.needs_notification(&*section)?;
         drop(section);
         if interrupt {
             self.link.queue_used(self.number);
@@ -134,14 +155,14 @@ impl Virtqueue {
     /// The driver sees all of them at once.
     ///
     /// # Errors
-    /// When the used ring cannot be reached.
+    /// When the used ring cannot be reached; when no requests are allowed, and then none is returned.
     pub fn push_all(
         &mut self,
         memory: &mut DeviceMemory,
         used: &[(u16, u32)],
-    ) -> Result<(), Broken> {
+    ) -> Result<(), Unserved> {
         let Some(((head, written), before)) = used.split_last() else { return Ok(()) };
-        let section = memory.section();
+        let section = memory.section()?;
         let old = self.queue.next_used();
         let mut at = old;
         for (head, written) in before {
@@ -157,9 +178,11 @@ impl Virtqueue {
         }
         // The last one makes the index cover those before it.
         self.queue.set_next_used(at);
-        self.queue.add_used(&section, *head, *written)?;
+        self.queue.add_used(&*section, *head, *written)?;
+        // No more than there are descriptors.
+        self.taken = self.taken.saturating_sub(used.len() as u16);
         self.used(*head, *written);
-        let mut interrupt = self.queue.needs_notification(&section)?;
+        let mut interrupt = self.queue.needs_notification(&*section)?;
         if self.queue.event_idx_enabled() {
             // That looked at the last one alone (§2.7.7.2).
             let offset = AVAILABLE_RING + AVAILABLE_ELEMENT * u64::from(self.queue.size());
@@ -184,42 +207,45 @@ impl Virtqueue {
     /// Asks for a notification when there is more. Says whether there is more already.
     ///
     /// # Errors
-    /// When the rings cannot be reached.
-    pub fn enable_notification(&mut self, memory: &mut DeviceMemory) -> Result<bool, Broken> {
+    /// When the rings cannot be reached; when no requests are allowed.
+    pub fn enable_notification(&mut self, memory: &mut DeviceMemory) -> Result<bool, Unserved> {
         if !self.queue.ready() {
             return Ok(false);
         }
-        Ok(self.queue.enable_notification(&memory.section())?)
+        Ok(self.queue.enable_notification(&*memory.section()?)?)
     }
 
     /// Does without notifications for now.
     ///
     /// # Errors
-    /// When the used ring cannot be reached.
-    pub fn disable_notification(&mut self, memory: &mut DeviceMemory) -> Result<(), Broken> {
+    /// When the used ring cannot be reached; when no requests are allowed.
+    pub fn disable_notification(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
         if !self.queue.ready() {
             return Ok(());
         }
-        Ok(self.queue.disable_notification(&memory.section())?)
+        Ok(self.queue.disable_notification(&*memory.section()?)?)
     }
 
     /// Serves what is available, at most one queue full: `serve` says how many bytes it wrote. Says
     /// whether there may be more.
     ///
     /// # Errors
-    /// What `serve` fails with, or when the queue is broken.
+    /// What `serve` fails with; when the queue is broken; when no requests are allowed. A chain that
+    /// `serve` was done with is not served again.
     pub fn drain(
         &mut self,
         memory: &mut DeviceMemory,
-        mut serve: impl FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Broken>,
-    ) -> Result<bool, Broken> {
+        mut serve: impl FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved>,
+    ) -> Result<bool, Unserved> {
+        self.return_served(memory)?;
         self.disable_notification(memory)?;
         for _ in 0..self.queue.size() {
             match self.pop(memory)? {
                 Some(chain) => {
                     let written = serve(memory, &chain)?;
-                    self.push(memory, chain.head(), written)?;
-                    self.link.counters.done.add();
+                    self.taken = self.taken.saturating_sub(1);
+                    self.served = Some((chain.head(), written));
+                    self.return_served(memory)?;
                 }
                 None if self.enable_notification(memory)? => {
                     self.disable_notification(memory)?;
@@ -228,5 +254,15 @@ impl Virtqueue {
             }
         }
         Ok(true)
+    }
+
+    /// Returns the chain that was served, if there is one.
+    fn return_served(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
+        if let Some((head, written)) = self.served {
+            self.push(memory, head, written)?;
+            self.served = None;
+            self.link.counters.done.add();
+        }
+        Ok(())
     }
 }

@@ -10,7 +10,8 @@ use std::path::Path;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::backend::{Backend, Features, Model};
-use super::broken::Broken;
+use super::broken::{Broken, Unserved};
+use super::chain::NotCopied;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 
@@ -59,7 +60,7 @@ impl Backend for Rng {
         number: usize,
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
-    ) -> Result<bool, Broken> {
+    ) -> Result<bool, Unserved> {
         let Some(queue) = queues.get_mut(number) else { return Ok(false) };
         let counters = queue.counters();
         let mut buffer = [0; MAX_REQUEST];
@@ -72,7 +73,8 @@ impl Backend for Rng {
             // Nobody is told that a request failed: it gives nothing.
             match chain.write(memory, 0, &data[..count]) {
                 Ok(()) => Ok(count as u32),
-                Err(_) => {
+                Err(NotCopied::NotNow(not_now)) => Err(not_now.into()),
+                Err(NotCopied::Unreachable) => {
                     counters.unreachable.add();
                     Ok(0)
                 }

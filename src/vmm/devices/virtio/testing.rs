@@ -172,6 +172,12 @@ impl Rig {
         self.pci.write_bar(0, offset, &value.to_le_bytes()[..length]);
     }
 
+    /// Resets the device, as drivers do: they wait until the status is 0.
+    pub fn reset(&self) {
+        self.write(0x14, 1, 0);
+        self.wait("a reset", || self.status() == 0);
+    }
+
     pub fn status(&self) -> u64 {
         self.read(0x14, 1)
     }
@@ -209,7 +215,7 @@ impl Rig {
 
     /// Negotiates `features` and those that the device insists on, as far as FEATURES_OK.
     pub fn negotiate(&self, features: u64) {
-        self.write(0x14, 1, 0);
+        self.reset();
         self.write(0x14, 1, 1);
         self.write(0x14, 1, 3);
         let features = features | self.offered() & (3 << 32);

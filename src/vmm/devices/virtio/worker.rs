@@ -3,8 +3,9 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use serde_json::json;
@@ -12,7 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::backend::Backend;
-use super::broken::Broken;
+use super::broken::{Broken, Unserved};
 use super::link::Link;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
@@ -27,11 +28,50 @@ pub(super) struct Device {
     pub memory: DeviceMemory,
 }
 
-/// A running worker, who has the device to itself. Dropping it stops it and waits for that.
+/// How long a worker that was told to stop is waited for before it is left behind. It makes no more
+/// requests then, and needs longer only in a call of the system's, such as a disk's.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A running worker, who has the device to itself. Dropping it stops it and waits for that, but not for
+/// ever: what it works with is its own until its thread ends.
 #[derive(Debug)]
 pub(super) struct Worker {
+    link: Arc<Link>,
     stop: EventFd,
+    /// When it was told to stop.
+    told: Option<Instant>,
+    ended: Arc<Ended>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Whether a worker has ended, and its device is free for another.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    over: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Ended {
+    /// Waits until it has ended, `limit` at the most. Says whether it has.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(over, limit, |over| !*over);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn set(&self) {
+        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Says that a worker has ended when it is dropped, however it ended.
+struct EndOf(Arc<Ended>);
+
+impl Drop for EndOf {
+    fn drop(&mut self) {
+        self.0.set();
+    }
 }
 
 impl Worker {
@@ -44,27 +84,50 @@ impl Worker {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let stopped = stop.try_clone()?;
         let name = format!("{}-worker", link.name());
+        let ended = Arc::<Ended>::default();
+        let end = EndOf(ended.clone());
+        let of_worker = link.clone();
+        link.gate.start();
         let thread = thread::Builder::new().name(name).spawn(move || {
+            // Dropped last, when the device is let go.
+            let _end = end;
+            let link = of_worker;
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
             let server = Server { device, queues, link: link.clone(), stop: stopped, over: false };
             if let Err(error) = run(server) {
                 link.set_needs_reset(&format_args!("event loop: {error:?}"));
             }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { link, stop, told: None, ended, thread: Some(thread) })
+    }
+
+    /// Tells it to stop: it makes no more requests when this returns, and ends soon.
+    pub fn tell_to_stop(&mut self) -> Arc<Ended> {
+        if self.told.is_none() {
+            self.told = Some(Instant::now());
+            self.link.gate.stop();
+            if let Err(error) = self.stop.write(1) {
+                // Never: nobody else writes it.
+                log::error!("{} cannot be stopped: {error}", self.link.name());
+            }
+        }
+        self.ended.clone()
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.wait(Duration::ZERO)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        let stopping = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            if let Err(error) = stopping {
-                // Never: nobody else writes it. Waiting could be forever.
-                log::error!("a device cannot be stopped: {error}");
-            } else if thread.join().is_err() {
-                log::error!("a device's worker panicked");
-            }
+        let ended = self.tell_to_stop();
+        let waited = self.told.map_or(Duration::ZERO, |told| told.elapsed());
+        if !ended.wait(STOP_PATIENCE.saturating_sub(waited)) {
+            log::warn!("{}: its thread waits for the host and is left behind", self.link.name());
+        } else if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("{}: its thread panicked", self.link.name());
         }
     }
 }
@@ -90,17 +153,27 @@ struct Server<'a> {
 
 impl Server<'_> {
     fn serve(&mut self, number: usize) {
-        // A device that needs a reset does nothing until then, nor does one that may not.
-        if self.link.needs_reset() || !self.link.may_serve(number) {
+        // A device that needs a reset does nothing until then.
+        if self.link.needs_reset() {
             return;
         }
-        let Device { backend, memory } = &mut *self.device;
-        match backend.serve(number, &mut self.queues, memory) {
+        match self.try_serve(number) {
             // Other events get their turn first.
             Ok(true) => self.link.notify(number),
             Ok(false) => {}
-            Err(broken) => self.link.set_needs_reset(&broken),
+            Err(Unserved::NotNow(_)) => {
+                self.queues.iter_mut().for_each(Virtqueue::undo_pops);
+                self.link.hold_back(number);
+            }
+            Err(Unserved::Broken(broken)) => self.link.set_needs_reset(&broken),
         }
+    }
+
+    fn try_serve(&mut self, number: usize) -> Result<bool, Unserved> {
+        let Device { backend, memory } = &mut *self.device;
+        let Some(queue) = self.queues.get_mut(number) else { return Ok(false) };
+        queue.check(memory)?;
+        backend.serve(number, &mut self.queues, memory)
     }
 
     fn watch(&self, ops: &mut EventOps) -> Result<(), Broken> {
@@ -133,7 +206,7 @@ impl MutEventSubscriber for Server<'_> {
             INPUT => {
                 // While the function may make no requests, what comes in waits for the driver's next
                 // word or the next that comes in: the buffers may be a former driver's.
-                if self.link.bus_master() {
+                if self.link.gate.bus_master() {
                     let number = self.device.backend.input_queue();
                     self.serve(number);
                 }

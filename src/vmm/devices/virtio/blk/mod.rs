@@ -19,8 +19,8 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::backend::{Backend, Features, Model};
-use super::broken::Broken;
-use super::chain::{Chain, Unreachable};
+use super::broken::{Broken, Unserved};
+use super::chain::{Chain, NotCopied};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use crate::viommu::ratelimit::RateLimit;
@@ -58,7 +58,7 @@ struct Config {
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(transparent)]
-    Unreachable(#[from] Unreachable),
+    NotCopied(#[from] NotCopied),
     #[error("disk: {0}")]
     Disk(#[from] std::io::Error),
     #[error("sector {sector} and {length} bytes are not blocks of the disk")]
@@ -139,7 +139,7 @@ impl Backend for Block {
         number: usize,
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
-    ) -> Result<bool, Broken> {
+    ) -> Result<bool, Unserved> {
         let Some(queue) = queues.get_mut(number) else { return Ok(false) };
         let counters = queue.counters();
         queue.drain(memory, |memory, chain| {
@@ -148,16 +148,22 @@ impl Backend for Block {
             let result = self.engine.request(memory, chain, status_at);
             let (status, written) = match &result {
                 Ok(()) => (VIRTIO_BLK_S_OK as u8, chain.writable()),
+                Err(Failure::NotCopied(NotCopied::NotNow(not_now))) => {
+                    return Err((*not_now).into())
+                }
                 // How much of the data was written before is nobody's business.
                 Err(failure) => (failure.status(), if status_at == 0 { 1 } else { 0 }),
             };
             if let Err(failure) = result {
-                if matches!(failure, Failure::Unreachable(_)) {
+                if matches!(failure, Failure::NotCopied(_)) {
                     counters.unreachable.add();
                 }
                 self.failures.warn(format_args!("blk: a request fails: {failure}"));
             }
-            chain.write(memory, status_at, &[status]).map_err(|_| Broken::Status)?;
+            chain.write(memory, status_at, &[status]).map_err(|error| match error {
+                NotCopied::NotNow(not_now) => Unserved::NotNow(not_now),
+                NotCopied::Unreachable => Broken::Status.into(),
+            })?;
             // Chains have less than 2^32 bytes.
             Ok(written as u32)
         })

@@ -21,8 +21,8 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::backend::{Backend, Features, Model};
-use super::broken::Broken;
-use super::chain::Chain;
+use super::broken::{Broken, Unserved};
+use super::chain::{Chain, NotCopied};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 
@@ -82,7 +82,7 @@ impl<L: FrameLink> Net<L> {
         &mut self,
         queue: &mut Virtqueue,
         memory: &mut DeviceMemory,
-    ) -> Result<bool, Broken> {
+    ) -> Result<bool, Unserved> {
         queue.disable_notification(memory)?;
         for _ in 0..QUEUE_SIZE {
             if self.incoming_length == 0 && !self.next_frame()? {
@@ -118,7 +118,7 @@ impl<L: FrameLink> Net<L> {
         &self,
         queue: &mut Virtqueue,
         memory: &mut DeviceMemory,
-    ) -> Result<Buffers, Broken> {
+    ) -> Result<Buffers, Unserved> {
         let limit = if self.mergeable { usize::from(queue.size()) } else { 1 };
         let (mut chains, mut room) = (Vec::new(), 0);
         // A turn of the loop takes a buffer, or finds none and looks again.
@@ -136,24 +136,24 @@ impl<L: FrameLink> Net<L> {
                 }
                 None if queue.enable_notification(memory)? => queue.disable_notification(memory)?,
                 None => {
-                    chains.iter().for_each(|_| queue.undo_pop());
+                    queue.undo_pops();
                     return Ok(Buffers::NotYet);
                 }
             }
         }
-        chains.iter().for_each(|_| queue.undo_pop());
+        queue.undo_pops();
         Ok(Buffers::NeverEnough)
     }
 
     /// Puts the frame into the buffers of `chains`, and gives them to the driver together. A frame
-    /// whose buffers cannot be reached is lost.
+    /// whose buffers cannot be reached is lost; one that may not be put there now waits.
     fn deliver(
         &mut self,
         chains: &[Chain],
         queue: &mut Virtqueue,
         memory: &mut DeviceMemory,
-    ) -> Result<(), Broken> {
-        let length = std::mem::take(&mut self.incoming_length);
+    ) -> Result<(), Unserved> {
+        let length = self.incoming_length;
         // There are no more chains than descriptors.
         let count = chains.len() as u16;
         self.incoming[NUM_BUFFERS].copy_from_slice(&count.to_le_bytes());
@@ -162,18 +162,24 @@ impl<L: FrameLink> Net<L> {
         let mut reached = true;
         for chain in chains {
             let (part, after) = rest.split_at(rest.len().min(chain.writable() as usize));
-            reached = reached && chain.write(memory, 0, part).is_ok();
+            reached = reached
+                && match chain.write(memory, 0, part) {
+                    Ok(()) => true,
+                    Err(NotCopied::Unreachable) => false,
+                    Err(NotCopied::NotNow(not_now)) => return Err(not_now.into()),
+                };
             // A frame has less than 2^32 bytes.
             used.push((chain.head(), part.len() as u32));
             rest = after;
         }
-        if reached {
-            queue.counters().done.add();
-        } else {
-            queue.counters().unreachable.add();
+        if !reached {
             used.iter_mut().for_each(|(_, written)| *written = 0);
         }
-        queue.push_all(memory, &used)
+        queue.push_all(memory, &used)?;
+        self.incoming_length = 0;
+        let counters = queue.counters();
+        if reached { &counters.done } else { &counters.unreachable }.add();
+        Ok(())
     }
 
     /// Sends what the driver has. What is malformed, cannot be reached or has no room is lost, as
@@ -182,7 +188,7 @@ impl<L: FrameLink> Net<L> {
         &mut self,
         queue: &mut Virtqueue,
         memory: &mut DeviceMemory,
-    ) -> Result<bool, Broken> {
+    ) -> Result<bool, Unserved> {
         let counters = queue.counters();
         queue.drain(memory, |memory, chain| {
             let length = chain.readable();
@@ -191,10 +197,14 @@ impl<L: FrameLink> Net<L> {
             }
             // At most MAX_FRAME, the length of the buffer.
             let frame = &mut self.outgoing[..length as usize];
-            if chain.read(memory, 0, frame).is_err() {
-                counters.unreachable.add();
-            } else if let Err(error) = self.link.send(frame) {
-                log::debug!("net: a frame is lost: {error}");
+            match chain.read(memory, 0, frame) {
+                Ok(()) => {
+                    if let Err(error) = self.link.send(frame) {
+                        log::debug!("net: a frame is lost: {error}");
+                    }
+                }
+                Err(NotCopied::Unreachable) => counters.unreachable.add(),
+                Err(NotCopied::NotNow(not_now)) => return Err(not_now.into()),
             }
             Ok(0)
         })
@@ -244,7 +254,7 @@ impl<L: FrameLink> Backend for Net<L> {
         number: usize,
         queues: &mut [Virtqueue],
         memory: &mut DeviceMemory,
-    ) -> Result<bool, Broken> {
+    ) -> Result<bool, Unserved> {
         let Some(queue) = queues.get_mut(number) else { return Ok(false) };
         match number {
             RECEIVE => self.receive(queue, memory),

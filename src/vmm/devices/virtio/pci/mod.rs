@@ -12,6 +12,7 @@ mod tests;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -23,9 +24,11 @@ use super::broken::Broken;
 use super::link::{Link, QueueCounters, RequestCounters};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
-use super::worker::{Device, Worker};
+use super::worker::{Device, Ended, Worker};
 use crate::vmm::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
-use crate::vmm::pci::{ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction};
+use crate::vmm::pci::{
+    BarPlacement, ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction,
+};
 use crate::vmm::trace::Trace;
 use crate::vmm::Result;
 
@@ -38,6 +41,10 @@ const VENDOR: u16 = 0x1af4;
 const DEVICE_BASE: u16 = 0x1040;
 /// Anything from 0x40 on says that there is no legacy interface (§4.1.2.1).
 const SUBSYSTEM: u16 = 0x40;
+
+/// How long a driver's write of 0 to the status is held up so that the reset is over when it returns.
+/// Drivers are to read the status until it is 0 (§4.1.4.3.2), and some do not.
+const RESET_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A virtio device as a PCI function. Dropping it stops it.
 ///
@@ -58,6 +65,10 @@ struct Transport {
     // The worker goes before the device that it works with.
     worker: Option<Worker>,
     device: Arc<Mutex<Device>>,
+    /// The driver has asked for a reset, which is over when the worker has ended.
+    resetting: bool,
+    /// The machine stops: no worker is started.
+    halted: bool,
     /// Where notifications are doorbells: the address of the first.
     attached: Option<u64>,
 }
@@ -98,13 +109,16 @@ impl VirtioPci {
         );
         let window = ConfigWindow::add(&mut config);
         let vectors = (0..vectors).map(|_| vector()).collect::<Result<_>>()?;
-        let link = Arc::new(Link::new(name, queues, Msix::new(vectors), trace)?);
+        let link = Arc::new(Link::new(name, queues, Msix::new(vectors), memory.gate(), trace)?);
+        link.set_bus_master(false);
         let offered =
             Features(model.features.0 | Features::of_transport(memory.is_behind_iommu()).0);
         let transport = Transport {
             common: CommonConfig::new(offered, model.queue_sizes),
             worker: None,
             device: Arc::new(Mutex::new(Device { backend, memory })),
+            resetting: false,
+            halted: false,
             attached: None,
         };
         Ok(Self {
@@ -133,30 +147,49 @@ impl VirtioPci {
         &self.link.queue_counters
     }
 
+    /// The machine stops: the device makes no more requests when this returns, and its thread ends soon.
+    pub fn halt(&self) {
+        let mut transport = self.transport();
+        transport.halted = true;
+        if let Some(worker) = &mut transport.worker {
+            worker.tell_to_stop();
+        }
+    }
+
     fn transport(&self) -> MutexGuard<'_, Transport> {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        transport.settle(&self.link);
+        transport
     }
 
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut transport = self.transport();
+        if transport.resetting {
+            self.link.mistake(&"the driver does not wait until the status is 0 after a reset");
+            return;
+        }
         let written = transport.common.write(offset, data.len(), number(data), &self.link);
         match written {
             Ok(Effect::None) => {}
+            Ok(Effect::Start) if transport.halted => {}
             Ok(Effect::Start) => {
                 if let Err(broken) = transport.start(&self.link) {
                     self.link.set_needs_reset(&broken);
                 }
             }
-            Ok(Effect::Reset) => transport.reset(&self.link),
+            Ok(Effect::Reset) => {
+                if let Some(ended) = transport.reset(&self.link) {
+                    // A disk may take long: nobody else has to wait for it.
+                    drop(transport);
+                    ended.wait(RESET_PATIENCE);
+                }
+            }
             Err(mistake) => self.link.mistake(&mistake),
         }
     }
 
     /// Puts the doorbells where the BAR is now.
-    fn move_doorbells(&self) {
-        let mut transport = self.transport();
-        let placements =
-            self.config.lock().unwrap_or_else(PoisonError::into_inner).bar_placements();
+    fn move_doorbells(&self, transport: &mut Transport, placements: &[BarPlacement]) {
         let place = placements
             .first()
             .filter(|bar| bar.start >= PCI_MMIO_START && bar.last <= PCI_MMIO_LAST)
@@ -164,7 +197,7 @@ impl VirtioPci {
         if place == transport.attached {
             return;
         }
-        self.detach_doorbells(&mut transport);
+        self.detach_doorbells(transport);
         if let Some(first) = place {
             let attached: Vec<_> = self
                 .addresses(first)
@@ -201,12 +234,12 @@ impl Transport {
     fn start(&mut self, link: &Arc<Link>) -> std::result::Result<(), Broken> {
         let features = self.common.accepted();
         let event_index = features.has(VIRTIO_RING_F_EVENT_IDX);
-        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         let mut queues = Vec::new();
         for (number, setup) in self.common.queues().iter().enumerate() {
-            let memory = &mut device.memory;
-            queues.push(Virtqueue::new(setup, event_index, number, link.clone(), memory)?);
+            queues.push(Virtqueue::new(setup, event_index, number, link.clone())?);
         }
+        // Nobody has it: a worker of before has ended.
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         device.backend.start(features)?;
         drop(device);
         let failed = |error: io::Error| Broken::Device(format!("starting its worker: {error}"));
@@ -215,11 +248,24 @@ impl Transport {
         Ok(())
     }
 
-    /// Stops the device, and waits for that: nothing of before reaches memory afterwards.
-    fn reset(&mut self, link: &Link) {
-        self.worker = None;
-        self.common.reset();
-        link.reset();
+    /// Resets the device: it makes no more requests when this returns. The reset is over, and the status
+    /// 0, when its worker has ended, which is to be waited for without a lock.
+    fn reset(&mut self, link: &Link) -> Option<Arc<Ended>> {
+        self.resetting = true;
+        link.set_driver_ok(false);
+        let ended = self.worker.as_mut().map(Worker::tell_to_stop);
+        self.settle(link);
+        ended
+    }
+
+    /// Brings a reset to its end if nobody stands in the way any more.
+    fn settle(&mut self, link: &Link) {
+        if self.resetting && self.worker.as_ref().is_none_or(Worker::has_ended) {
+            self.worker = None;
+            self.common.reset();
+            link.reset();
+            self.resetting = false;
+        }
     }
 }
 
@@ -251,13 +297,15 @@ impl PciFunction for VirtioPci {
             }
             return;
         }
-        let (command, control) = {
+        // The lock keeps two writers in order: what is applied last is what was written last.
+        let mut transport = self.transport();
+        let (command, control, placements) = {
             let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-            (config.command(), self.msix.control(&config))
+            (config.command(), self.msix.control(&config), config.bar_placements())
         };
         self.link.msix.set_control(control);
         self.link.set_bus_master(command.bus_master());
-        self.move_doorbells();
+        self.move_doorbells(&mut transport, &placements);
     }
 
     fn read_bar(&self, _bar: usize, offset: u64, data: &mut [u8]) {
@@ -304,8 +352,8 @@ impl PciFunction for VirtioPci {
 impl Drop for VirtioPci {
     fn drop(&mut self) {
         let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
-        transport.worker = None;
         self.detach_doorbells(&mut transport);
+        transport.worker = None;
     }
 }
 

@@ -97,8 +97,7 @@ fn it_serves_until_it_is_reset_and_again_after() {
                 let [queue] = &mut rig.start(event_index)[..] else { panic!() };
                 zeroes(&rig, queue);
                 // What is there from before counts too; this time without a notification.
-                rig.write(0x14, 1, 0);
-                assert_eq!(rig.status(), 0);
+                rig.reset();
                 assert_eq!(rig.read(0x1a, 2), 0xffff);
                 queue.add(&[(BUFFER, 64, true)]);
                 queue.notify();
@@ -318,8 +317,7 @@ proptest! {
             queue.notify();
         }
         std::thread::sleep(std::time::Duration::from_millis(1));
-        rig.write(0x14, 1, 0);
-        prop_assert_eq!(rig.status(), 0);
+        rig.reset();
         drop(rig);
     }
 }

@@ -6,7 +6,7 @@ use crate::vmm::pci::Msix;
 use proptest::prelude::*;
 
 fn link() -> Link {
-    Link::new("test".into(), 2, Msix::new(Vec::new()), None).unwrap()
+    Link::new("test".into(), 2, Msix::new(Vec::new()), std::sync::Arc::default(), None).unwrap()
 }
 
 fn common() -> CommonConfig {
@@ -146,7 +146,8 @@ fn vectors_that_are_not_there_are_none() {
         fn trigger(&self) {}
     }
     let vectors = (0..2).map(|_| std::sync::Arc::new(Nobody) as _).collect();
-    let link = Link::new("test".into(), 2, Msix::new(vectors), None).unwrap();
+    let link =
+        Link::new("test".into(), 2, Msix::new(vectors), std::sync::Arc::default(), None).unwrap();
     let mut driver = Driver { common: common(), link };
     for offset in [0x10, 0x1a] {
         assert_eq!(driver.read(offset, 2), 0xffff);

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What reaches into a request: bus mastering that is switched off, a reset, the machine's end.
+
+use std::io::Write;
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::Duration;
+
+use super::testing::{Place, Rig, PLACES};
+use super::*;
+use crate::patience::wait_until;
+use crate::vmm::devices::NotNow;
+
+/// Where the buffer of a request is in the driver's memory, and how long.
+const BUFFER: u64 = 0x2_0000;
+const LENGTH: u32 = 0x1000;
+const MARK: [u8; 8] = [0xaa; 8];
+
+/// What a device does with each chain.
+type Serve = dyn FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved> + Send;
+
+struct Device(Box<Serve>);
+
+impl Backend for Device {
+    fn model(&self) -> Model {
+        Model {
+            name: "test",
+            device_type: 4,
+            class: 0,
+            features: Features::default(),
+            queue_sizes: &[64],
+            config: Vec::new(),
+        }
+    }
+
+    fn start(&mut self, _: Features) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    fn serve(
+        &mut self,
+        number: usize,
+        queues: &mut [Virtqueue],
+        memory: &mut DeviceMemory,
+    ) -> Result<bool, Unserved> {
+        queues[number].drain(memory, &mut self.0)
+    }
+}
+
+fn rig(
+    place: Place,
+    serve: impl FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved> + Send + 'static,
+) -> Rig {
+    Rig::new(place, Box::new(Device(Box::new(serve))))
+}
+
+/// A request that never comes to its end writes its buffer piece by piece.
+fn endless(memory: &mut DeviceMemory, chain: &Chain) -> Result<u32, Unserved> {
+    loop {
+        match chain.write(memory, 0, &[0; LENGTH as usize]) {
+            Ok(()) => {}
+            Err(NotCopied::NotNow(not_now)) => return Err(not_now.into()),
+            Err(NotCopied::Unreachable) => return Ok(0),
+        }
+    }
+}
+
+fn wait_for_a_write(rig: &Rig) {
+    rig.wait("a write", || rig.peek(BUFFER, 8) != MARK);
+}
+
+fn assert_quiet(rig: &Rig) {
+    rig.poke(BUFFER, &MARK);
+    // Long enough to be found out; however short, no reason to fail.
+    thread::sleep(Duration::from_millis(10));
+    assert_eq!(rig.peek(BUFFER, 8), MARK);
+}
+
+#[test]
+fn bus_mastering_that_is_switched_off_ends_a_request_between_two_pieces() {
+    for place in PLACES {
+        let rig = rig(place, endless);
+        let [queue] = &mut rig.start(0)[..] else { panic!() };
+        rig.poke(BUFFER, &MARK);
+        queue.add(&[(BUFFER, LENGTH, true)]);
+        queue.notify();
+        for _ in 0..20 {
+            wait_for_a_write(&rig);
+            rig.write_config(4, &[2, 0]);
+            assert_quiet(&rig);
+            // It goes on where it may, though nobody speaks of the queue again.
+            rig.write_config(4, &[6, 0]);
+        }
+        wait_for_a_write(&rig);
+        assert_eq!((queue.used_index(), rig.status()), (0, 0xf));
+    }
+}
+
+#[test]
+fn a_reset_ends_a_request_between_two_pieces() {
+    for place in PLACES {
+        let rig = rig(place, endless);
+        for _ in 0..20 {
+            let [queue] = &mut rig.start(0)[..] else { panic!() };
+            rig.poke(BUFFER, &MARK);
+            queue.add(&[(BUFFER, LENGTH, true)]);
+            queue.notify();
+            wait_for_a_write(&rig);
+            rig.write(0x14, 1, 0);
+            assert_quiet(&rig);
+            rig.reset();
+            assert_eq!(queue.used_index(), 0);
+        }
+    }
+}
+
+#[test]
+fn the_end_of_the_machine_ends_a_request_between_two_pieces() {
+    for halted in [false, true] {
+        let rig = rig(Place::Behind, endless);
+        let [queue] = &mut rig.start(0)[..] else { panic!() };
+        rig.poke(BUFFER, &MARK);
+        queue.add(&[(BUFFER, LENGTH, true)]);
+        queue.notify();
+        wait_for_a_write(&rig);
+        if halted {
+            rig.pci.halt();
+            assert_quiet(&rig);
+            // Its driver does not know, and nothing comes of what it does.
+            rig.start(0);
+            assert_quiet(&rig);
+        }
+        drop(rig);
+    }
+}
+
+#[test]
+fn a_large_request_to_a_disk_ends_between_two_pieces_and_is_done_again() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&[0x11; 512]).unwrap();
+    const BUFFERS: u64 = 13;
+    const EACH: u32 = 512 << 10;
+    file.as_file().set_len(BUFFERS * u64::from(EACH)).unwrap();
+    let rig = Rig::new(
+        Place::Behind,
+        Box::new(Block::new(Disk::open(file.path(), false, false).unwrap())),
+    );
+    let [queue] = &mut rig.start(0)[..] else { panic!() };
+    // Nothing but the first sector is not zero.
+    let (header, status) = (0x8000, 0x9000);
+    rig.poke(header, &[0; 16]);
+    rig.poke(status, &[0xee]);
+    rig.poke(BUFFER, &MARK);
+    let mut buffers = vec![(header, 16, false)];
+    buffers.extend((0..BUFFERS).map(|_| (BUFFER, EACH, true)));
+    buffers.push((status, 1, true));
+    queue.add(&buffers);
+    queue.notify();
+    wait_for_a_write(&rig);
+    rig.write_config(4, &[2, 0]);
+    let before = (queue.used_index(), rig.peek(status, 1));
+    assert_quiet(&rig);
+    assert_eq!((queue.used_index(), rig.peek(status, 1)), before);
+    rig.write_config(4, &[6, 0]);
+    rig.wait("the request", || queue.used_index() == 1);
+    assert_eq!((rig.peek(status, 1), queue.used(0).1), (vec![0], BUFFERS as u32 * EACH + 1));
+    assert_eq!(rig.peek(BUFFER, 8), if before.0 == 0 { [0; 8] } else { MARK });
+}
+
+#[test]
+fn what_was_served_is_given_back_later_and_not_served_again() {
+    let (tell, served) = channel();
+    let mut first = true;
+    let rig = rig(Place::Direct, move |memory, _| {
+        if std::mem::take(&mut first) {
+            memory.gate().set_bus_master(false);
+        }
+        tell.send(()).unwrap();
+        Ok(7)
+    });
+    let [queue] = &mut rig.start(0)[..] else { panic!() };
+    queue.add(&[(BUFFER, LENGTH, true)]);
+    queue.add(&[(BUFFER, LENGTH, true)]);
+    queue.notify();
+    served.recv().unwrap();
+    assert_eq!(queue.used_index(), 0);
+    // Off for the bus as well, and on again.
+    rig.write_config(4, &[2, 0]);
+    rig.write_config(4, &[6, 0]);
+    rig.wait("both", || queue.used_index() == 2);
+    assert_eq!((queue.used(0).1, queue.used(1).1), (7, 7));
+    served.recv().unwrap();
+    assert!(served.try_recv().is_err());
+    rig.wait("a count", || rig.pci.counters().done.get() == 2);
+}
+
+/// A device whose host keeps it until it is let go, as often as there is somebody who may.
+struct Stuck {
+    rig: Rig,
+    serving: Receiver<()>,
+    go: Sender<()>,
+    /// The device, its memory included.
+    alive: Weak<()>,
+    result: Receiver<Result<(), NotCopied>>,
+}
+
+fn stuck() -> Stuck {
+    let (serve, serving) = channel();
+    let (go, wait) = channel();
+    let (tell, result) = channel();
+    let here = Arc::new(());
+    let alive = Arc::downgrade(&here);
+    let rig = rig(Place::Direct, move |memory, chain| {
+        let _ = &here;
+        serve.send(()).unwrap();
+        // As a call of the system's that does not return.
+        let _ = wait.recv();
+        let written = chain.write(memory, 0, &[0; 8]);
+        let _ = tell.send(written);
+        written.map(|()| 8).map_err(|_| Unserved::NotNow(NotNow))
+    });
+    let [queue] = &mut rig.start(0)[..] else { panic!() };
+    rig.poke(BUFFER, &MARK);
+    queue.add(&[(BUFFER, LENGTH, true)]);
+    queue.notify();
+    serving.recv().unwrap();
+    Stuck { rig, serving, go, alive, result }
+}
+
+#[test]
+fn a_reset_does_not_wait_for_the_host_and_is_over_when_the_host_is() {
+    let Stuck { rig, serving, go, result, .. } = stuck();
+    rig.write(0x14, 1, 0);
+    // Not over, and nobody is kept from the registers, nor believed.
+    assert_ne!(rig.status(), 0);
+    rig.write(0x14, 1, 1);
+    rig.write(0x14, 1, 0);
+    rig.write_config(4, &[2, 0]);
+    rig.write_config(4, &[6, 0]);
+    assert_eq!(rig.status(), 0xf);
+    go.send(()).unwrap();
+    assert_eq!(result.recv().unwrap(), Err(NotCopied::NotNow(NotNow)));
+    rig.reset();
+    assert_eq!(rig.peek(BUFFER, 8), MARK);
+    // And as new.
+    let [queue] = &mut rig.start(0)[..] else { panic!() };
+    queue.add(&[(BUFFER, LENGTH, true)]);
+    queue.notify();
+    serving.recv().unwrap();
+    go.send(()).unwrap();
+    rig.wait("a request", || queue.used_index() == 1);
+}
+
+#[test]
+fn the_end_of_the_machine_does_not_wait_for_the_host_and_leaves_it_the_memory() {
+    let Stuck { rig, go, alive, result, .. } = stuck();
+    // A test that hangs here fails.
+    drop(rig);
+    assert!(alive.upgrade().is_some(), "the thread's memory went away under it");
+    go.send(()).unwrap();
+    assert_eq!(result.recv().unwrap(), Err(NotCopied::NotNow(NotNow)));
+    wait_until("the device's end", || alive.upgrade().is_none());
+}
