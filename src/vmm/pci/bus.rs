@@ -176,6 +176,8 @@ mod tests {
         let bus = bus();
         let bdf = Bdf::new(0, 3, 0).unwrap();
         let memory = PciMemory(bus.clone());
+        assert_eq!(read(&memory, 0x10), 0x11, "from the start");
+        bus.write_config(bdf, 4, &[0, 0]);
         assert_eq!(read(&memory, 0x10), 0xff);
         bus.write_config(bdf, 4, &[2, 0]);
         assert_eq!(read(&memory, 0x10), 0x11);

@@ -113,7 +113,9 @@ impl ConfigSpace {
         self.add_memory_bar(index, bar, address.into());
     }
 
-    /// Gives the function memory BAR `index` at `address`, a multiple of its size.
+    /// Gives the function memory BAR `index` at `address`, a multiple of its size. The function answers
+    /// there from the start, as where firmware has placed the BARs: software that takes them as they are
+    /// need not enable them.
     pub fn add_memory_bar(&mut self, index: usize, bar: MemoryBar, address: u64) {
         debug_assert!(bar.size.is_power_of_two() && bar.size >= MemoryBar::MIN_SIZE);
         debug_assert!(index + usize::from(bar.wide) < BARS);
@@ -123,6 +125,8 @@ impl ConfigSpace {
         self.put(bar::register(index), &value[..registers]);
         self.allow(bar::register(index), &writable.to_le_bytes()[..registers]);
         self.bars[index] = Some(bar);
+        let command = self.command().with_memory_space(true);
+        self.put(COMMAND, &command.into_bits().to_le_bytes());
     }
 
     /// Gives the function the interrupt pin INTA, which leads to `line`.
@@ -285,7 +289,11 @@ mod tests {
     #[test]
     fn a_bar_tells_its_size_and_moves() {
         let mut config = config();
+        assert_eq!(config.u16(COMMAND), 0);
         config.add_bar(0, 0x10_0000, 0xe000_0000);
+        assert_eq!(config.u16(COMMAND), 2, "who places a BAR enables it");
+        assert_eq!(config.bar_placements(), [BarPlacement::new(0, 0xe000_0000, 0x10_0000)]);
+        config.write(COMMAND, &[0, 0]);
         assert_eq!(config.bar_placements(), []);
         config.write(COMMAND, &[2, 0]);
         assert_eq!(config.bar_placements(), [BarPlacement::new(0, 0xe000_0000, 0x10_0000)]);
@@ -303,7 +311,6 @@ mod tests {
         let mut config = config();
         let bar = MemoryBar { size: 0x100, wide: true, prefetchable: true };
         config.add_memory_bar(2, bar, 0x1_e000_0000);
-        config.write(COMMAND, &[2, 0]);
         assert_eq!((config.u32(BAR0 + 8), config.u32(BAR0 + 12)), (0xe000_000c, 1));
         assert_eq!(config.bar_placements(), [BarPlacement::new(2, 0x1_e000_0000, 0x100)]);
         config.write(BAR0 + 8, &[0xff; 8]);

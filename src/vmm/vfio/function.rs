@@ -144,11 +144,14 @@ impl VfioPci {
                 *place = Some(region);
             }
         }
+        // A reset forgets that the BARs were enabled.
+        let mut pristine = config.clone();
+        pristine.set_u16(COMMAND, Command::new().into_bits());
         let function = Self {
             name,
             host,
             config_region,
-            pristine: config.clone(),
+            pristine,
             config: Mutex::new(config),
             applying: Mutex::new(()),
             live,

@@ -208,6 +208,9 @@ fn live_registers_are_the_devices() {
 #[test]
 fn memory_is_lent_while_the_bar_answers() {
     let machine = machine(nvme());
+    let lent = vec![(0xe000_0000, 0x2000)];
+    assert_eq!((machine.lender.lent(), machine.command() & 7), (lent, 2), "from the start");
+    machine.write(4, &[0, 0]);
     assert_eq!((machine.lender.lent(), machine.command() & 7), (vec![], 0));
     machine.write(4, &[6, 0]);
     assert_eq!(machine.lender.lent(), [(0xe000_0000, 0x2000)], "without the pages of MSI-X");

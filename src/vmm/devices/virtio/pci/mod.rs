@@ -121,7 +121,7 @@ impl VirtioPci {
             halted: false,
             attached: None,
         };
-        Ok(Self {
+        let device = Self {
             model,
             config: Mutex::new(config),
             msix,
@@ -129,7 +129,10 @@ impl VirtioPci {
             link,
             transport: Mutex::new(transport),
             doorbells,
-        })
+        };
+        // The BAR answers from the start.
+        device.move_doorbells();
+        Ok(device)
     }
 
     /// What kind of device it is, in reports.

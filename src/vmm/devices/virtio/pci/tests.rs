@@ -229,7 +229,9 @@ fn doorbells_are_where_the_bar_is() {
     let rig = Rig::with_doorbells(Place::Direct, rng(), recorder.clone());
     let take = || std::mem::take(&mut *recorder.0.lock().unwrap());
     let move_to = |address: u32| rig.write_config(0x10, &address.to_le_bytes());
-    assert_eq!(take(), []);
+    assert_eq!(take(), [(true, 0xe000_3000)], "from the start");
+    rig.write_config(4, &[0, 0]);
+    assert_eq!(take(), [(false, 0xe000_3000)]);
     rig.write_config(4, &[2, 0]);
     assert_eq!(take(), [(true, 0xe000_3000)]);
     rig.write_config(0x3c, &[1]);
