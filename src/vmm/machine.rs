@@ -175,7 +175,8 @@ impl Machine {
             events.add(Box::new(Console::new(self.serial.clone())?));
         }
         events.add(Box::new(self.interrupts.unrouted()?));
-        for subscriber in self.pci.take_subscribers() {
+        let board = self.exits.board.subscribers();
+        for subscriber in board.into_iter().chain(self.pci.take_subscribers()) {
             events.add(subscriber);
         }
         let mut threads = Vec::new();

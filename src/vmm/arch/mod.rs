@@ -24,6 +24,8 @@ pub mod x86_64;
 pub mod arm64_image;
 #[cfg(any(target_arch = "aarch64", test))]
 pub mod devicetree;
+#[cfg(any(target_arch = "aarch64", test))]
+mod pl031;
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64 as current;

@@ -4,10 +4,12 @@
 
 use std::sync::Arc;
 
+use event_manager::MutEventSubscriber;
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::interrupts::Lines;
-use super::layout::{DEBUG_EXIT_ADDRESS, SERIAL_ADDRESS};
+use super::layout::{CLOCK_ADDRESS, CLOCK_SIZE, DEBUG_EXIT_ADDRESS, SERIAL_ADDRESS};
+use crate::vmm::arch::pl031::Pl031;
 use crate::vmm::bus::Bus;
 use crate::vmm::debug_exit::{self, DebugExit};
 use crate::vmm::pci::PciBus;
@@ -21,7 +23,7 @@ use crate::vmm::Result;
 pub(in crate::vmm) struct Board;
 
 impl Board {
-    /// The devices, on `mmio`: `serial` and the debug exit, which leads to `stopper`. All ways to PCI
+    /// The devices, on `mmio`: `serial`, a clock and the debug exit, which leads to `stopper`. All ways to PCI
     /// are in memory, and all interrupt controllers in the kernel.
     ///
     /// # Errors
@@ -36,7 +38,14 @@ impl Board {
         mmio.insert(SERIAL_ADDRESS..=SERIAL_ADDRESS + (REGISTERS - 1), serial)?;
         let last = DEBUG_EXIT_ADDRESS + (debug_exit::LENGTH - 1);
         mmio.insert(DEBUG_EXIT_ADDRESS..=last, Arc::new(DebugExit::new(stopper.clone())))?;
+        let last = CLOCK_ADDRESS + (CLOCK_SIZE - 1);
+        mmio.insert(CLOCK_ADDRESS..=last, Arc::new(Pl031::new()))?;
         Ok(Self)
+    }
+
+    /// What is to be served in the event loop.
+    pub fn subscribers(&self) -> Vec<Box<dyn MutEventSubscriber>> {
+        Vec::new()
     }
 
     /// What the guest's call to the firmware interface is to the machine: KVM's system event `event`.

@@ -58,6 +58,7 @@ fn platform<'a>(
             registers: Span { start: SERIAL_ADDRESS, length: SERIAL_SIZE },
             spi: SERIAL_IRQ,
         },
+        clock: Span { start: CLOCK_ADDRESS, length: CLOCK_SIZE },
         pci: Pci {
             ecam: Span { start: ECAM_START, length: ECAM_SIZE },
             // A bus number has eight bits.

@@ -16,6 +16,10 @@ pub const SERIAL_ADDRESS: u64 = 0x0900_0000;
 pub const SERIAL_SIZE: u64 = 0x1000;
 /// Registers of the debug exit.
 pub const DEBUG_EXIT_ADDRESS: u64 = 0x0901_0000;
+/// Registers of the clock that runs on a battery.
+pub const CLOCK_ADDRESS: u64 = 0x0902_0000;
+/// Length of its page, in bytes.
+pub const CLOCK_SIZE: u64 = 0x1000;
 /// Where the registers of a virtual IOMMU are unless the user says otherwise.
 pub const IOMMU_REGISTERS: u64 = 0x0a00_0000;
 /// Registers of the GIC's distributor.
@@ -71,10 +75,11 @@ pub fn iommu_interrupts(number: usize) -> Option<[u32; 3]> {
 }
 
 /// What stands at fixed addresses besides RAM, both ends included.
-pub const FIXED: [(u64, u64, &str); 8] = [
+pub const FIXED: [(u64, u64, &str); 9] = [
     (0x0800_0000, 0x080f_ffff, "room for the host's messages"),
     (SERIAL_ADDRESS, SERIAL_ADDRESS + (SERIAL_SIZE - 1), "the serial port"),
     (DEBUG_EXIT_ADDRESS, DEBUG_EXIT_ADDRESS + 0xfff, "the debug exit"),
+    (CLOCK_ADDRESS, CLOCK_ADDRESS + (CLOCK_SIZE - 1), "the clock"),
     (DISTRIBUTOR_ADDRESS, DISTRIBUTOR_ADDRESS + (DISTRIBUTOR_SIZE - 1), "the GIC's distributor"),
     (ITS_ADDRESS, ITS_ADDRESS + (ITS_SIZE - 1), "the GIC's translation service"),
     (REDISTRIBUTORS_ADDRESS, REDISTRIBUTORS_LAST, "the GIC's redistributors"),

@@ -22,6 +22,7 @@ const SIZE_CELLS: u32 = 2;
 /// Handles by which nodes name each other. Those of what there may be several of count up.
 const GIC: u32 = 1;
 const ITS: u32 = 2;
+const BUS_CLOCK: u32 = 3;
 const FIRST_SMMU: u32 = 0x100;
 const FIRST_ASSIGNED: u32 = 0x1000;
 
@@ -56,6 +57,8 @@ pub struct Platform<'a> {
     pub gic: Gic,
     /// The serial port.
     pub serial: Serial,
+    /// Registers of a PL031, the clock that runs on a battery.
+    pub clock: Span,
     /// The PCI host bridge.
     pub pci: Pci,
     /// The virtual SMMUs.
@@ -144,6 +147,7 @@ pub fn tree(platform: &Platform<'_>) -> Result<Vec<u8>, Error> {
     processors::nodes(&mut fdt, platform.vcpus)?;
     interrupts::gic(&mut fdt, &platform.gic)?;
     serial(&mut fdt, &platform.serial)?;
+    clock(&mut fdt, platform.clock)?;
     for (number, smmu) in (0..).zip(&platform.smmus) {
         smmu_node(&mut fdt, number, smmu)?;
     }
@@ -176,6 +180,25 @@ fn serial(fdt: &mut FdtWriter, serial: &Serial) -> Result<(), Error> {
     fdt.property_array_u64("reg", &serial.registers.cells())?;
     fdt.property_u32("clock-frequency", CLOCK)?;
     fdt.property_array_u32("interrupts", &interrupts::edge(serial.spi))?;
+    fdt.end_node(node)
+}
+
+/// `arm,pl031`, and the clock of the bus it is on, which its binding asks for.
+fn clock(fdt: &mut FdtWriter, registers: Span) -> Result<(), Error> {
+    /// Nobody here measures time by it.
+    const BUS_HERTZ: u32 = 24_000_000;
+    let node = fdt.begin_node("apb-pclk")?;
+    fdt.property_string("compatible", "fixed-clock")?;
+    fdt.property_u32("#clock-cells", 0)?;
+    fdt.property_u32("clock-frequency", BUS_HERTZ)?;
+    fdt.property_phandle(BUS_CLOCK)?;
+    fdt.end_node(node)?;
+    let node = fdt.begin_node(&format!("rtc@{:x}", registers.start))?;
+    let compatible = ["arm,pl031", "arm,primecell"].map(str::to_owned);
+    fdt.property_string_list("compatible", compatible.into())?;
+    fdt.property_array_u64("reg", &registers.cells())?;
+    fdt.property_u32("clocks", BUS_CLOCK)?;
+    fdt.property_string("clock-names", "apb_pclk")?;
     fdt.end_node(node)
 }
 

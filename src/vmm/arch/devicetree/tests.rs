@@ -21,6 +21,7 @@ fn platform() -> Platform<'static> {
             its: span(0xc10_0000, 0x2_0000),
         },
         serial: Serial { registers: span(0x900_0000, 0x1000), spi: 1 },
+        clock: span(0x902_0000, 0x1000),
         pci: Pci {
             ecam: span(0xf00_0000, 0x10_0000),
             last_bus: 0,
@@ -102,6 +103,10 @@ fn a_small_machine_is_described() {
     assert_eq!(tree.text("/psci", "method"), "hvc");
     assert_eq!(tree.cells("/timer", "interrupts").len(), 4 * 3);
     assert_eq!(tree.cells("/serial@9000000", "interrupts"), [0, 1, 1]);
+    let clock = "/rtc@9020000";
+    assert_eq!(tree.text(clock, "compatible"), "arm,pl031\0arm,primecell");
+    assert_eq!(tree.cells(clock, "reg"), [0, 0x902_0000, 0, 0x1000]);
+    assert_eq!(tree.cells(clock, "clocks"), tree.cells("/apb-pclk", "phandle"));
     let gic = "/interrupt-controller@c000000";
     assert_eq!(tree.cells(gic, "reg"), [0, 0xc00_0000, 0, 0x1_0000, 0, 0xd00_0000, 0, 0x4_0000]);
     let its = format!("{gic}/msi-controller@c100000");

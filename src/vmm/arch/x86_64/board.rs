@@ -5,11 +5,17 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use event_manager::MutEventSubscriber;
+
 use super::config_ports::ConfigPorts;
 use super::interrupts::{Ioapic, Lines};
-use super::keyboard::{self, KeyboardController};
-use super::layout::{DEBUG_EXIT_PORT, IOAPIC_ADDRESS, IOAPIC_SIZE, SERIAL_PORT};
+use super::keyboard::{KeyboardController, COMMAND_PORT, DATA_PORT};
+use super::layout::{DEBUG_EXIT_PORT, IOAPIC_ADDRESS, IOAPIC_SIZE, SERIAL_PORT, TIMER_PIN};
 use super::power::{self, PortsWithReset, SleepRegisters};
+use super::timers::{
+    Pit, PitTimer, PmTimer, Rtc, PIT_FIRST_PORT, PIT_LAST_PORT, PM_TIMER_PORT, PM_TIMER_SIZE,
+    PORT_B, RTC_FIRST_PORT, RTC_LAST_PORT,
+};
 use crate::vmm::bus::{Bus, BusDevice};
 use crate::vmm::debug_exit::{self, DebugExit};
 use crate::vmm::pci::PciBus;
@@ -24,15 +30,18 @@ pub(in crate::vmm) struct Board {
     pub(super) ports: Bus,
     /// The IOAPIC, if it is not in the kernel.
     pub(super) ioapic: Option<Arc<Ioapic>>,
+    /// The interval timer, if it is not in the kernel.
+    pit: Option<Arc<Pit>>,
 }
 
 impl Board {
     /// The devices, those of them that have registers in memory on `mmio`: `serial`, a way to the
-    /// functions of `pci`, the interrupt controller that `lines` are inputs of, if it is not in the
-    /// kernel, and what switches the machine off or resets it through `stopper`.
+    /// functions of `pci`, clocks, the interrupt controller that `lines` are inputs of and the interval
+    /// timer, if they are not in the kernel, and what switches the machine off or resets it through
+    /// `stopper`.
     ///
     /// # Errors
-    /// Two of them claim the same addresses.
+    /// Two of them claim the same addresses; the process has no file descriptors left.
     pub fn new(
         mmio: &mut Bus,
         serial: Arc<SerialPort>,
@@ -42,31 +51,45 @@ impl Board {
     ) -> Result<Self> {
         let config_ports =
             PortsWithReset { config: ConfigPorts::new(pci.clone()), stopper: stopper.clone() };
-        let devices: [(RangeInclusive<u64>, Arc<dyn BusDevice>); 5] = [
+        let keyboard = KeyboardController::new(stopper.clone());
+        let pm_timer = u64::from(PM_TIMER_PORT);
+        let mut devices: Vec<(RangeInclusive<u64>, Arc<dyn BusDevice>)> = vec![
             (SERIAL_PORT..=SERIAL_PORT + (REGISTERS - 1), serial),
             (
                 DEBUG_EXIT_PORT..=DEBUG_EXIT_PORT + (debug_exit::LENGTH - 1),
                 Arc::new(DebugExit::new(stopper.clone())),
             ),
-            (
-                keyboard::FIRST_PORT..=keyboard::LAST_PORT,
-                Arc::new(KeyboardController::new(stopper.clone())),
-            ),
+            (DATA_PORT..=DATA_PORT, Arc::new(keyboard.port(DATA_PORT))),
+            (COMMAND_PORT..=COMMAND_PORT, Arc::new(keyboard.port(COMMAND_PORT))),
+            (RTC_FIRST_PORT..=RTC_LAST_PORT, Arc::new(Rtc::new())),
+            (pm_timer..=pm_timer + u64::from(PM_TIMER_SIZE - 1), Arc::new(PmTimer::new())),
             (ConfigPorts::FIRST_PORT..=ConfigPorts::LAST_PORT, Arc::new(config_ports)),
             (
                 u64::from(power::SLEEP_CONTROL_PORT)..=power::SLEEP_STATUS_PORT.into(),
                 Arc::new(SleepRegisters(stopper.clone())),
             ),
         ];
+        let ioapic = lines.ioapic();
+        let mut pit = None;
+        if let Some(ioapic) = ioapic.clone() {
+            let first = u64::from(IOAPIC_ADDRESS);
+            mmio.insert(first..=first + (IOAPIC_SIZE - 1), ioapic)?;
+            // KVM has one with its own interrupt controllers alone.
+            let timer = Pit::new(Box::new(lines.edge(TIMER_PIN)?))?;
+            devices.push((PIT_FIRST_PORT..=PIT_LAST_PORT, timer.ports()));
+            devices.push((PORT_B..=PORT_B, timer.port_b()));
+            pit = Some(timer);
+        }
         let mut ports = Bus::default();
         for (range, device) in devices {
             ports.insert(range, device)?;
         }
-        let ioapic = lines.ioapic();
-        if let Some(ioapic) = ioapic.clone() {
-            let first = u64::from(IOAPIC_ADDRESS);
-            mmio.insert(first..=first + (IOAPIC_SIZE - 1), ioapic)?;
-        }
-        Ok(Self { ports, ioapic })
+        Ok(Self { ports, ioapic, pit })
+    }
+
+    /// What is to be served in the event loop.
+    pub fn subscribers(&self) -> Vec<Box<dyn MutEventSubscriber>> {
+        let timer = |pit: &Arc<Pit>| Box::new(PitTimer(pit.clone())) as Box<dyn MutEventSubscriber>;
+        self.pit.iter().map(timer).collect()
     }
 }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a PC's firmware leaves in memory: ACPI's tables, and a way to reset the machine.
+//! What a PC's firmware leaves in memory: ACPI's tables, the BIOS data area, and a way to reset the
+//! machine.
 #![forbid(unsafe_code)]
 
 use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;
 use super::layout::{IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
-use super::{power, IrqChip};
+use super::{bios_data, power, IrqChip};
 use crate::spec::pci::Bdf;
 use crate::vmm::config::MachineConfig;
 use crate::vmm::memory::MachineMemory;
@@ -22,6 +23,8 @@ pub(in crate::vmm) fn write(
     chip: IrqChip,
     _start: &StartState,
 ) -> Result<()> {
+    bios_data::write(memory)
+        .map_err(|error| Error::Firmware(format!("the BIOS data area: {error}")))?;
     power::write_reset_vector(memory)
         .map_err(|error| Error::Firmware(format!("the reset vector: {error}")))?;
     acpi::write_tables(memory, &platform(config, chip)?)

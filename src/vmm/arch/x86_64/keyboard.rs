@@ -2,17 +2,17 @@
 //! The keyboard controller, as far as guests use it to reset the machine.
 #![forbid(unsafe_code)]
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::{I8042Device, Trigger};
 
 use crate::vmm::bus::BusDevice;
 use crate::vmm::stop::{ResetCause, StopReason, Stopper};
 
-/// First I/O port: data; the command port is 0x64.
-pub(super) const FIRST_PORT: u64 = 0x60;
-/// Last I/O port.
-pub(super) const LAST_PORT: u64 = 0x64;
+/// I/O port for data. The ports between the two are others': 0x61 is the chipset's port B.
+pub(super) const DATA_PORT: u64 = 0x60;
+/// I/O port for commands, and for the status.
+pub(super) const COMMAND_PORT: u64 = 0x64;
 
 /// Stops the machine when the controller's reset line is pulsed.
 struct ResetLine(Stopper);
@@ -26,28 +26,45 @@ impl Trigger for ResetLine {
     }
 }
 
-/// Ports 0x60 to 0x64.
+/// The controller, behind both of its ports.
 pub(super) struct KeyboardController(Mutex<I8042Device<ResetLine>>);
 
 impl KeyboardController {
-    pub fn new(stopper: Stopper) -> Self {
-        Self(Mutex::new(I8042Device::new(ResetLine(stopper))))
+    pub fn new(stopper: Stopper) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(I8042Device::new(ResetLine(stopper)))))
+    }
+
+    /// The port `number`, one of the two.
+    pub fn port(self: &Arc<Self>, number: u64) -> KeyboardPort {
+        // Five ports at the most lie from the first to the last.
+        KeyboardPort { controller: self.clone(), offset: (number - DATA_PORT) as u8 }
     }
 }
 
-impl BusDevice for KeyboardController {
-    fn read(&self, offset: u64, data: &mut [u8]) {
+/// One of the controller's ports.
+pub(super) struct KeyboardPort {
+    controller: Arc<KeyboardController>,
+    /// From the first of them.
+    offset: u8,
+}
+
+impl KeyboardPort {
+    fn device(&self) -> MutexGuard<'_, I8042Device<ResetLine>> {
+        self.controller.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for KeyboardPort {
+    fn read(&self, _: u64, data: &mut [u8]) {
         data.fill(0);
         if let [byte] = data {
-            // The range of the device is five ports.
-            *byte = self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset as u8);
+            *byte = self.device().read(self.offset);
         }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) {
+    fn write(&self, _: u64, data: &[u8]) {
         if let [byte] = data {
-            let mut device = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let Ok(()) = device.write(offset as u8, *byte);
+            let Ok(()) = self.device().write(self.offset, *byte);
         }
     }
 }
@@ -60,9 +77,11 @@ mod tests {
     fn the_reset_command_stops_the_machine() {
         let stopper = Stopper::new().unwrap();
         let controller = KeyboardController::new(stopper.clone());
-        controller.write(4, &[0x20]);
+        let (data, command) = (controller.port(DATA_PORT), controller.port(COMMAND_PORT));
+        command.write(0, &[0x20]);
+        data.write(0, &[0xfe]);
         assert_eq!(stopper.reason(), None);
-        controller.write(4, &[0xfe]);
+        command.write(0, &[0xfe]);
         assert_eq!(stopper.reason(), Some(&StopReason::Reset(ResetCause::KeyboardController)));
     }
 }

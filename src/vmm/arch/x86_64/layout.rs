@@ -39,6 +39,10 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 pub const SERIAL_PORT: u64 = 0x3f8;
 /// ISA interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
+/// ISA interrupt of the interval timer.
+pub const TIMER_ISA_IRQ: u32 = 0;
+/// The IOAPIC's pin that it leads to: the first pin is the PIC's, where there is one.
+pub const TIMER_PIN: u32 = 2;
 /// First I/O port of the debug exit: as wide as QEMU's isa-debug-exit usually is, four.
 pub const DEBUG_EXIT_PORT: u64 = 0xf4;
 

@@ -2,6 +2,7 @@
 //! A PC: PIC, IOAPIC and LAPICs, I/O ports, ACPI.
 
 pub mod acpi;
+mod bios_data;
 mod board;
 pub mod boot;
 mod config_ports;
@@ -15,6 +16,7 @@ pub(in crate::vmm) mod message;
 mod power;
 pub mod probe;
 mod processor;
+mod timers;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
 

@@ -15,6 +15,7 @@ use crate::vmm::arch::x86_64::layout::{
     INTX_PINS_START, PCI_MMIO_LAST, PCI_MMIO_START, SERIAL_IRQ, SERIAL_PORT,
 };
 use crate::vmm::arch::x86_64::power::SLEEP_TYPE_SOFT_OFF;
+use crate::vmm::arch::x86_64::timers::{RTC_FIRST_PORT, RTC_LAST_PORT};
 use crate::vmm::config::MAX_DEVICES;
 use crate::vmm::pci::line_of_pin;
 use crate::vmm::serial;
@@ -28,6 +29,7 @@ pub(super) fn dsdt() -> Table {
     let mut aml = Vec::new();
     host_bridge(&mut aml);
     serial_port(&mut aml);
+    clock(&mut aml);
     soft_off(&mut aml);
     sdt.append_slice(&aml);
     Table(sdt)
@@ -137,6 +139,25 @@ fn serial_port(aml: &mut Vec<u8>) {
                         // A consumer's, edge-triggered, active high, not shared.
                         &Interrupt::new(true, true, false, false, SERIAL_IRQ),
                     ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// `\_SB.RTC0`: the clock that runs on a battery. It has no interrupt.
+fn clock(aml: &mut Vec<u8>) {
+    let (first, ports) = (RTC_FIRST_PORT as u16, (RTC_LAST_PORT - RTC_FIRST_PORT + 1) as u8);
+    Scope::new(
+        Path::new("_SB_"),
+        vec![&Device::new(
+            Path::new("RTC0"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0B00")),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![&IO::new(first, first, 1, ports)]),
                 ),
             ],
         )],

@@ -6,6 +6,7 @@ use acpi_tables::sdt::Sdt;
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
+use super::super::layout::{TIMER_ISA_IRQ, TIMER_PIN};
 use super::{Platform, Table, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 
 const REVISION: u8 = 5;
@@ -13,8 +14,6 @@ const REVISION: u8 = 5;
 const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 /// PCAT_COMPAT: there is a pair of 8259s too, to be masked by who uses the IOAPIC.
 const PCAT_COMPAT: u32 = 1 << 0;
-/// Global system interrupt that the interval timer's ISA interrupt 0 leads to.
-const TIMER_GSI: u32 = 2;
 
 /// Interrupt source override (§5.2.12.5).
 #[derive(Debug, Clone, Copy, IntoBytes, Immutable, Unaligned)]
@@ -56,9 +55,8 @@ pub(super) fn madt(platform: &Platform) -> Table {
     }
     if let Some(ioapic) = platform.ioapic {
         sdt.append_slice(IoApicEntry::new(ioapic.id, ioapic.address, 0).as_bytes());
-    }
-    if platform.pic {
-        sdt.append_slice(InterruptSourceOverride::new(0, TIMER_GSI).as_bytes());
+        let timer = InterruptSourceOverride::new(TIMER_ISA_IRQ as u8, TIMER_PIN);
+        sdt.append_slice(timer.as_bytes());
     }
     Table(sdt)
 }

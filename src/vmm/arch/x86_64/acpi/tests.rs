@@ -127,9 +127,9 @@ fn the_madt_lists_processors_and_interrupt_controllers() {
     let lapics = [0, 8, 0, 0, 1, 0, 0, 0, 0, 8, 1, 1, 1, 0, 0, 0];
     let ioapic = [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0];
     let address = [0, 0, 0xe0, 0xfe];
-    let split = [&address[..], &[0; 4], &lapics, &ioapic].concat();
-    assert_eq!(madt(platform()), split);
     let timer = [2, 10, 0, 0, 2, 0, 0, 0, 0, 0];
+    let split = [&address[..], &[0; 4], &lapics, &ioapic, &timer].concat();
+    assert_eq!(madt(platform()), split);
     let in_kernel = [&address[..], &[1, 0, 0, 0], &lapics, &ioapic, &timer].concat();
     assert_eq!(madt(Platform { pic: true, ..platform() }), in_kernel);
     let bare = [&address[..], &[0; 4], &lapics].concat();
@@ -150,12 +150,28 @@ fn the_fadt_names_the_registers_of_power() {
     let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
     assert_eq!(flags >> 20 & 1, 1, "hardware-reduced");
     assert_eq!(flags >> 10 & 1, 1, "reset register");
+    assert_eq!(flags >> 8 & 1, 1, "all bits of the timer count");
     // System I/O, 8 bits wide, accessed as a byte.
     let port = |number: u16| [&[1, 8, 0, 1][..], &u64::from(number).to_le_bytes()].concat();
     assert_eq!(fadt[116..128], port(0xcf9));
     assert_eq!(fadt[128], 6);
     assert_eq!(fadt[244..256], port(0x600));
     assert_eq!(fadt[256..268], port(0x601));
+}
+
+#[test]
+fn the_fadt_names_clocks() {
+    let fadt = &tables(&platform())["FACP"];
+    // The power management timer, in both of its ways.
+    assert_eq!((fadt[76..80].to_vec(), fadt[91]), (vec![0x08, 0x06, 0, 0], 4));
+    assert_eq!(fadt[208..220], [1, 32, 0, 3, 0x08, 0x06, 0, 0, 0, 0, 0, 0]);
+    // A clock that runs on a battery, with a century, and no wake-up.
+    let boot = u16::from_le_bytes([fadt[109], fadt[110]]);
+    assert_eq!((boot >> 5 & 1, fadt[108]), (0, 0x32));
+    assert_eq!(u32::from_le_bytes(fadt[112..116].try_into().unwrap()) >> 6 & 1, 1);
+    let dsdt = &tables(&platform())["DSDT"];
+    // PNP0B00, compressed.
+    assert!(dsdt.windows(4).any(|bytes| bytes == [0x41, 0xd0, 0x0b, 0x00]));
 }
 
 #[test]

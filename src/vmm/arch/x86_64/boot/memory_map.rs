@@ -2,15 +2,16 @@
 //! The memory map a kernel is told, with the numbers both protocols share with a PC's BIOS.
 
 use crate::vmm::arch::layout::{ECAM_SIZE, ECAM_START};
+use crate::vmm::arch::x86_64::bios_data::EXTENDED_START;
 use crate::vmm::memory::MachineMemory;
 
 /// Usable memory.
 const RAM: u32 = 1;
 /// Not to be used.
 const RESERVED: u32 = 2;
-/// Start of the legacy video and option-ROM area.
-const LEGACY_START: u64 = 0xa_0000;
-/// End of the legacy video and option-ROM area.
+/// Start of the legacy area: the BIOS's extended data, video and option ROMs.
+const LEGACY_START: u64 = EXTENDED_START;
+/// End of the legacy area.
 const LEGACY_END: u64 = 0x10_0000;
 
 /// One range of the map.
@@ -51,8 +52,8 @@ mod tests {
         assert_eq!(
             map,
             [
-                MapEntry { start: 0, length: 0xa_0000, kind: RAM },
-                MapEntry { start: 0xa_0000, length: 0x6_0000, kind: RESERVED },
+                MapEntry { start: 0, length: 0x9_fc00, kind: RAM },
+                MapEntry { start: 0x9_fc00, length: 0x6_0400, kind: RESERVED },
                 MapEntry { start: 0x10_0000, length: 0x1f0_0000, kind: RAM },
                 MapEntry { start: ECAM_START, length: ECAM_SIZE, kind: RESERVED },
             ]

@@ -12,12 +12,15 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VmFd};
 
-use crate::vmm::arch::layout::PINS;
+use crate::vmm::arch::layout::{PINS, TIMER_ISA_IRQ, TIMER_PIN};
 use crate::vmm::config::MachineConfig;
+use crate::vmm::interrupts::Routing;
 use crate::vmm::{Error, Result};
 
 /// Inputs of the two PICs; those of the first come first.
 const PIC_INPUTS: u32 = 16;
+/// The input of the first PIC that the second one's output leads to.
+const PIC_CASCADE: u32 = 2;
 
 /// Where the interrupt controllers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,9 +81,12 @@ impl IrqChip {
         config.interrupt_remapping().unwrap_or(self == Self::Split)
     }
 
-    /// What KVM routes by itself: each pin of its own PICs and IOAPIC to the GSI of its number.
+    /// What KVM is to route by itself: the pins of its own PICs and IOAPIC.
     pub fn pin_routes(self) -> Vec<kvm_irq_routing_entry> {
-        let route = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        if self == Self::Split {
+            return Vec::new();
+        }
+        let route = |(gsi, irqchip, pin)| kvm_irq_routing_entry {
             gsi,
             type_: KVM_IRQ_ROUTING_IRQCHIP,
             u: kvm_irq_routing_entry__bindgen_ty_1 {
@@ -88,15 +94,7 @@ impl IrqChip {
             },
             ..kvm_irq_routing_entry::default()
         };
-        if self == Self::Split {
-            return Vec::new();
-        }
-        let pics = (0..PIC_INPUTS).map(|gsi| match gsi {
-            0..8 => route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
-            _ => route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
-        });
-        let ioapic = (0..PINS).map(|gsi| route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-        pics.chain(ioapic).collect()
+        pins_in_the_kernel().map(route).collect()
     }
 
     pub(super) fn create(vm: &VmFd, wanted: Wanted) -> Result<Self> {
@@ -114,6 +112,21 @@ impl IrqChip {
     }
 }
 
+/// Each pin of the PICs and the IOAPIC in the kernel: (GSI, controller, pin). The GSI is the pin's number,
+/// but for the interval timer: ISA interrupt 0 is the PIC's first input and the IOAPIC's third, as the MADT
+/// tells. The table that KVM starts out with has the IOAPIC's first.
+fn pins_in_the_kernel() -> impl Iterator<Item = (u32, u32, u32)> {
+    let pics = (0..PIC_INPUTS).filter(|gsi| *gsi != PIC_CASCADE).map(|gsi| match gsi {
+        0..8 => (gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
+        _ => (gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
+    });
+    let ioapic = (0..PINS).filter(|gsi| *gsi != TIMER_PIN).map(|gsi| match gsi {
+        TIMER_ISA_IRQ => (gsi, KVM_IRQCHIP_IOAPIC, TIMER_PIN),
+        _ => (gsi, KVM_IRQCHIP_IOAPIC, gsi),
+    });
+    pics.chain(ioapic)
+}
+
 fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
     vm.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
     // Masked, as firmware leaves them: a guest that never looks at them must not be interrupted
@@ -127,6 +140,7 @@ fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
     // Port 0x61 is answered too, so that guests that measure time by it do not hang.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
     vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
+    Routing::set(vm, &IrqChip::InKernel.pin_routes()).map_err(Error::kvm("routing interrupts"))?;
     Ok(IrqChip::InKernel)
 }
 
@@ -164,8 +178,16 @@ mod tests {
     #[test]
     fn pins_in_the_kernel_have_their_routes() {
         let routes = IrqChip::InKernel.pin_routes();
-        assert_eq!(routes.len(), 16 + 24);
-        assert_eq!(routes.iter().filter(|route| route.gsi == 4).count(), 2);
+        assert_eq!(routes.len(), 15 + 23);
+        let inputs = |of| {
+            let pins = pins_in_the_kernel().filter(|(gsi, ..)| *gsi == of);
+            pins.map(|(_, chip, pin)| (chip, pin)).collect::<Vec<_>>()
+        };
+        assert_eq!(inputs(4), [(KVM_IRQCHIP_PIC_MASTER, 4), (KVM_IRQCHIP_IOAPIC, 4)]);
+        assert_eq!(inputs(8), [(KVM_IRQCHIP_PIC_SLAVE, 0), (KVM_IRQCHIP_IOAPIC, 8)]);
+        // As the MADT has it: the interval timer is the IOAPIC's pin 2.
+        assert_eq!(inputs(0), [(KVM_IRQCHIP_PIC_MASTER, 0), (KVM_IRQCHIP_IOAPIC, 2)]);
+        assert_eq!(inputs(2), []);
         assert!(IrqChip::Split.pin_routes().is_empty());
     }
 }

@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The clock that runs on a battery, and the memory beside it: an MC146818, without its interrupts.
+//!
+//! It shows the host's time in UTC, or what the guest has set. Source: Motorola MC146818 data sheet
+//! ("Address Map", "Update Cycle", "Registers"); what a PC keeps in its memory: the century alone.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::calendar::DateTime;
+use crate::vmm::bus::BusDevice;
+
+/// I/O port of the address of a register, or of a byte of memory; the next is its data.
+pub(in crate::vmm::arch::x86_64) const RTC_FIRST_PORT: u64 = 0x70;
+/// I/O port of the data.
+pub(in crate::vmm::arch::x86_64) const RTC_LAST_PORT: u64 = 0x71;
+/// Where the century is, as the FADT tells.
+pub(in crate::vmm::arch::x86_64) const CENTURY: u8 = 0x32;
+
+const SIZE: usize = 128;
+/// The highest bit of the address port masks NMIs, of which there are none.
+const ADDRESS_MASK: u8 = 0x7f;
+
+const SECONDS: u8 = 0x00;
+const MINUTES: u8 = 0x02;
+const HOURS: u8 = 0x04;
+const DAY_OF_WEEK: u8 = 0x06;
+const DAY_OF_MONTH: u8 = 0x07;
+const MONTH: u8 = 0x08;
+const YEAR: u8 = 0x09;
+const REGISTER_A: u8 = 0x0a;
+const REGISTER_B: u8 = 0x0b;
+const REGISTER_C: u8 = 0x0c;
+const REGISTER_D: u8 = 0x0d;
+
+/// A: the time is about to change.
+const UPDATE_IN_PROGRESS: u8 = 1 << 7;
+/// A, as firmware leaves it: a 32.768 kHz crystal, and a rate of 1024 Hz.
+const A_DEFAULT: u8 = 0x26;
+/// B: the time is being set, and stands still.
+const SET: u8 = 1 << 7;
+/// B: numbers are binary, not decimal.
+const BINARY: u8 = 1 << 2;
+/// B: hours are 0 to 23; otherwise 1 to 12, with [`PM`].
+const HOURS_24: u8 = 1 << 1;
+/// The hour is one of the afternoon.
+const PM: u8 = 1 << 7;
+/// D: the battery is not empty.
+const VALID: u8 = 1 << 7;
+
+/// How long before the time changes it is said that it will: 244 µs, and the 1984 µs of the update.
+const UPDATE: Duration = Duration::from_micros(244 + 1984);
+
+/// The clock.
+pub(in crate::vmm::arch::x86_64) struct Rtc(Mutex<State>);
+
+/// All that the guest can see.
+struct State {
+    address: u8,
+    memory: [u8; SIZE],
+    /// Seconds that it is ahead of the host.
+    ahead: i64,
+    /// The time it stands at while it is set, in seconds since 1970.
+    held: Option<i64>,
+}
+
+impl Rtc {
+    pub fn new() -> Self {
+        let mut memory = [0; SIZE];
+        memory[usize::from(REGISTER_A)] = A_DEFAULT;
+        memory[usize::from(REGISTER_B)] = HOURS_24;
+        Self(Mutex::new(State { address: 0, memory, ahead: 0, held: None }))
+    }
+
+    fn access<T>(&self, access: impl FnOnce(&mut State, Duration) -> T) -> T {
+        // A host whose clock is before 1970 has none.
+        let host = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        access(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), host)
+    }
+}
+
+impl State {
+    /// Seconds since 1970.
+    fn time(&self, host: Duration) -> i64 {
+        // Until the host is 10^11 years old.
+        self.held.unwrap_or_else(|| (host.as_secs() as i64).saturating_add(self.ahead))
+    }
+
+    fn read(&self, host: Duration) -> u8 {
+        let seconds = self.time(host);
+        let at = DateTime::of_seconds(seconds);
+        let byte = self.memory(self.address);
+        match self.address {
+            SECONDS => self.number(at.second),
+            MINUTES => self.number(at.minute),
+            HOURS => self.hours(at.hour),
+            DAY_OF_WEEK => DateTime::weekday(seconds),
+            DAY_OF_MONTH => self.number(at.day),
+            MONTH => self.number(at.month),
+            // Both below 100.
+            YEAR => self.number(at.year.rem_euclid(100) as u8),
+            CENTURY => self.number(at.year.div_euclid(100).rem_euclid(100) as u8),
+            REGISTER_A => {
+                let left =
+                    Duration::from_secs(1) - Duration::from_nanos(host.subsec_nanos().into());
+                let updates = self.held.is_none() && left <= UPDATE;
+                byte & !UPDATE_IN_PROGRESS | if updates { UPDATE_IN_PROGRESS } else { 0 }
+            }
+            // Nothing has happened that would interrupt.
+            REGISTER_C => 0,
+            REGISTER_D => VALID,
+            _ => byte,
+        }
+    }
+
+    fn write(&mut self, value: u8, host: Duration) {
+        let mut at = DateTime::of_seconds(self.time(host));
+        let number = self.parse(value);
+        match self.address {
+            SECONDS => at.second = number,
+            MINUTES => at.minute = number,
+            HOURS => at.hour = self.parse_hours(value),
+            DAY_OF_MONTH => at.day = number,
+            MONTH => at.month = number,
+            YEAR => at.year = at.year.div_euclid(100) * 100 + i64::from(number),
+            CENTURY => at.year = i64::from(number) * 100 + at.year.rem_euclid(100),
+            REGISTER_B => {
+                match (self.held, value & SET != 0) {
+                    (None, true) => self.held = Some(self.time(host)),
+                    (Some(set), false) => self.set(set, host),
+                    _ => {}
+                }
+                return self.put(value);
+            }
+            // It follows from the date.
+            DAY_OF_WEEK => return,
+            REGISTER_C | REGISTER_D => return,
+            _ => return self.put(value),
+        }
+        match &mut self.held {
+            Some(held) => *held = at.seconds(),
+            None => self.set(at.seconds(), host),
+        }
+    }
+
+    /// The clock goes on from `seconds`.
+    fn set(&mut self, seconds: i64, host: Duration) {
+        self.held = None;
+        self.ahead = seconds.saturating_sub(host.as_secs() as i64);
+    }
+
+    fn memory(&self, address: u8) -> u8 {
+        self.memory.get(usize::from(address)).copied().unwrap_or(0)
+    }
+
+    fn put(&mut self, value: u8) {
+        if let Some(byte) = self.memory.get_mut(usize::from(self.address)) {
+            *byte = value;
+        }
+    }
+
+    fn has(&self, bit: u8) -> bool {
+        self.memory(REGISTER_B) & bit != 0
+    }
+
+    /// A number below 100, as the guest wants it.
+    fn number(&self, number: u8) -> u8 {
+        if self.has(BINARY) {
+            number
+        } else {
+            number / 10 << 4 | number % 10
+        }
+    }
+
+    /// The number that the guest means.
+    fn parse(&self, value: u8) -> u8 {
+        // 165 at the most.
+        if self.has(BINARY) {
+            value
+        } else {
+            (value >> 4) * 10 + (value & 0xf)
+        }
+    }
+
+    fn hours(&self, hour: u8) -> u8 {
+        if self.has(HOURS_24) {
+            return self.number(hour);
+        }
+        let twelve = self.number(if hour % 12 == 0 { 12 } else { hour % 12 });
+        if hour < 12 {
+            twelve
+        } else {
+            twelve | PM
+        }
+    }
+
+    fn parse_hours(&self, value: u8) -> u8 {
+        if self.has(HOURS_24) {
+            return self.parse(value);
+        }
+        let hour = self.parse(value & !PM) % 12;
+        if value & PM != 0 {
+            hour + 12
+        } else {
+            hour
+        }
+    }
+}
+
+impl BusDevice for Rtc {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        // The address port cannot be read.
+        if let (1, [byte]) = (offset, data) {
+            *byte = self.access(|state, host| state.read(host));
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            (0, [byte]) => self.access(|state, _| state.address = byte & ADDRESS_MASK),
+            (1, [byte]) => self.access(|state, host| state.write(*byte, host)),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 2026-11-29 21:07:05, a Sunday.
+    const HOST: Duration = Duration::from_secs(1_795_986_425);
+
+    fn clock() -> State {
+        Rtc::new().0.into_inner().unwrap()
+    }
+
+    fn read(clock: &mut State, address: u8, host: Duration) -> u8 {
+        clock.address = address;
+        clock.read(host)
+    }
+
+    fn write(clock: &mut State, address: u8, value: u8, host: Duration) {
+        clock.address = address;
+        clock.write(value, host);
+    }
+
+    fn shows(clock: &mut State, host: Duration) -> [u8; 8] {
+        let registers = [CENTURY, YEAR, MONTH, DAY_OF_MONTH, HOURS, MINUTES, SECONDS, DAY_OF_WEEK];
+        registers.map(|register| read(clock, register, host))
+    }
+
+    #[test]
+    fn it_shows_the_hosts_time() {
+        let mut clock = clock();
+        assert_eq!(shows(&mut clock, HOST), [0x20, 0x26, 0x11, 0x29, 0x21, 0x07, 0x05, 1]);
+        write(&mut clock, REGISTER_B, HOURS_24 | BINARY, HOST);
+        assert_eq!(shows(&mut clock, HOST), [20, 26, 11, 29, 21, 7, 5, 1]);
+        write(&mut clock, REGISTER_B, 0, HOST);
+        assert_eq!(read(&mut clock, HOURS, HOST), 0x09 | PM);
+        let noon = HOST - Duration::from_secs(9 * 3600);
+        assert_eq!(read(&mut clock, HOURS, noon), 0x12 | PM);
+        assert_eq!(read(&mut clock, HOURS, noon - Duration::from_secs(12 * 3600)), 0x12);
+        assert_eq!(read(&mut clock, REGISTER_C, HOST), 0);
+        assert_eq!(read(&mut clock, REGISTER_D, HOST), VALID);
+    }
+
+    #[test]
+    fn it_says_that_the_time_will_change() {
+        let mut clock = clock();
+        let mut at = |micros| read(&mut clock, REGISTER_A, HOST + Duration::from_micros(micros));
+        assert_eq!(at(0), A_DEFAULT);
+        assert_eq!(at(1_000_000 - 2229), A_DEFAULT);
+        assert_eq!(at(1_000_000 - 2228), A_DEFAULT | UPDATE_IN_PROGRESS);
+        assert_eq!(at(999_999), A_DEFAULT | UPDATE_IN_PROGRESS);
+        assert_eq!(at(1_000_000), A_DEFAULT);
+        // Not while it is set, nor can it be written.
+        write(&mut clock, REGISTER_A, 0xa6, HOST);
+        assert_eq!(read(&mut clock, REGISTER_A, HOST), A_DEFAULT);
+        write(&mut clock, REGISTER_B, SET | HOURS_24, HOST);
+        let late = HOST + Duration::from_micros(999_999);
+        assert_eq!(read(&mut clock, REGISTER_A, late), A_DEFAULT);
+    }
+
+    #[test]
+    fn it_is_set_and_goes_on() {
+        let mut clock = clock();
+        write(&mut clock, REGISTER_B, SET | HOURS_24, HOST);
+        let date = [(CENTURY, 0x19), (YEAR, 0x99), (MONTH, 0x12), (DAY_OF_MONTH, 0x31)];
+        let time = [(HOURS, 0x23), (MINUTES, 0x59), (SECONDS, 0x58), (DAY_OF_WEEK, 3)];
+        for (register, value) in date.into_iter().chain(time) {
+            write(&mut clock, register, value, HOST);
+        }
+        let later = HOST + Duration::from_secs(60);
+        let set = [0x19, 0x99, 0x12, 0x31, 0x23, 0x59, 0x58, 6];
+        assert_eq!(shows(&mut clock, later), set, "it stands still");
+        write(&mut clock, REGISTER_B, HOURS_24, later);
+        assert_eq!(shows(&mut clock, later), set);
+        let later = later + Duration::from_secs(2);
+        assert_eq!(shows(&mut clock, later), [0x20, 0, 1, 1, 0, 0, 0, 7]);
+        // One register, as it runs.
+        write(&mut clock, MINUTES, 0x30, later);
+        assert_eq!(shows(&mut clock, later + Duration::from_secs(1))[4..7], [0, 0x30, 1]);
+        write(&mut clock, REGISTER_B, 0, later);
+        write(&mut clock, HOURS, 0x12 | PM, later);
+        write(&mut clock, REGISTER_B, HOURS_24, later);
+        assert_eq!(read(&mut clock, HOURS, later), 0x12);
+    }
+
+    #[test]
+    fn memory_keeps_what_is_written_and_nothing_else_harms() {
+        let rtc = Rtc::new();
+        let read = |address: u8| {
+            let mut byte = [0];
+            rtc.write(0, &[address]);
+            rtc.read(1, &mut byte);
+            byte[0]
+        };
+        rtc.write(0, &[0x80 | 0x0f]);
+        rtc.write(1, &[0x0a]);
+        assert_eq!(read(0x0f), 0x0a);
+        for address in 0..=0xff {
+            for value in 0..=0xff {
+                rtc.write(0, &[address]);
+                rtc.write(1, &[value]);
+                read(address);
+            }
+        }
+        let mut word = [0; 2];
+        rtc.read(0, &mut word);
+        assert_eq!(word, [0xff; 2]);
+    }
+}
