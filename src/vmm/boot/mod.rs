@@ -11,11 +11,13 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::arch::boot::{Image, ImageError, StartState, MEMORY_MIN};
+use super::arch::boot::{Image, ImageError, StartState, MEMORY_MIN, MODULE_CMDLINE_MAX};
 use super::config::PayloadConfig;
 use super::memory::MachineMemory;
 
-/// Alignment of the initramfs, in bytes.
+/// What names modules on the command line.
+const MODULE: &str = "--module";
+/// Alignment of modules, in bytes.
 const MODULE_ALIGNMENT: u64 = 4096;
 
 /// Why a machine cannot boot what it was given.
@@ -55,6 +57,8 @@ enum Reason {
     Image(#[from] ImageError),
     #[error("{length} bytes; the kernel has room for {max}")]
     CmdlineTooLong { length: usize, max: usize },
+    #[error("{}", too_many_modules(*.0))]
+    TooManyModules(usize),
     #[error("contains a zero byte")]
     CmdlineZero,
     #[error("{0} bytes do not fit into guest memory beside the kernel")]
@@ -65,6 +69,13 @@ enum Reason {
     MemoryTooSmall(u64),
     #[error("guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
+}
+
+fn too_many_modules(max: usize) -> String {
+    match max {
+        1 => "this kernel takes one file, without a command line: say --initramfs".to_owned(),
+        max => format!("one too many: there is room for {max}"),
+    }
 }
 
 /// Memory that holds a file for the kernel.
@@ -83,8 +94,28 @@ pub struct BootInfo<'a> {
     pub memory: &'a MachineMemory,
     /// The command line, as long as the image takes at the most, without a zero byte.
     pub cmdline: &'a str,
-    /// The initramfs.
-    pub module: Option<Module>,
+    /// What the kernel's file is called.
+    pub name: &'a str,
+    /// The modules, the initramfs first; no more than the image takes.
+    pub modules: &'a [NamedModule<'a>],
+}
+
+impl BootInfo<'_> {
+    /// The initramfs, to a kernel that takes nothing else.
+    pub fn initramfs(&self) -> Option<Module> {
+        self.modules.first().map(|module| module.memory)
+    }
+}
+
+/// A module as a kernel is told of it.
+#[derive(Debug, Clone, Copy)]
+pub struct NamedModule<'a> {
+    /// Where it is.
+    pub memory: Module,
+    /// What its file is called.
+    pub name: &'a str,
+    /// Its command line, without a zero byte.
+    pub cmdline: &'a str,
 }
 
 /// Loads `payload` into `memory`.
@@ -108,18 +139,58 @@ pub fn load(memory: &MachineMemory, payload: &PayloadConfig) -> Result<StartStat
         path: None,
         reason,
     })?;
-    let module = payload
-        .initramfs
-        .as_ref()
-        .map(|path| {
-            place_module(memory, image.module_range(memory), path).map_err(|reason| BootError {
-                what: "--initramfs",
-                path: Some(path.clone()),
-                reason,
-            })
-        })
-        .transpose()?;
-    image.load(&BootInfo { memory, cmdline: &payload.cmdline, module }).map_err(in_image)
+    let mut modules = Vec::new();
+    let (first, mut end) = image.module_range(memory);
+    for file in files(payload) {
+        let in_file =
+            |reason| BootError { what: file.option, path: Some(file.path.to_owned()), reason };
+        if modules.len() == image.modules_max()
+            || (file.option == MODULE && image.modules_max() == 1)
+        {
+            return Err(in_file(Reason::TooManyModules(image.modules_max())));
+        }
+        if file.option == MODULE {
+            check_cmdline(file.cmdline, MODULE_CMDLINE_MAX).map_err(in_file)?;
+        }
+        let module = place_module(memory, (first, end), file.path).map_err(in_file)?;
+        end = module.start;
+        modules.push((module, file_name(file.path), file.cmdline));
+    }
+    let modules: Vec<_> = modules
+        .iter()
+        .map(|(memory, name, cmdline)| NamedModule { memory: *memory, name, cmdline })
+        .collect();
+    let name = file_name(&payload.kernel);
+    let info = BootInfo { memory, cmdline: &payload.cmdline, name: &name, modules: &modules };
+    image.load(&info).map_err(in_image)
+}
+
+/// A file for the kernel, and the option that names it.
+struct PayloadFile<'a> {
+    option: &'static str,
+    path: &'a Path,
+    cmdline: &'a str,
+}
+
+/// The files besides the kernel, in order.
+fn files(payload: &PayloadConfig) -> impl Iterator<Item = PayloadFile<'_>> {
+    let initramfs = payload.initramfs.iter().map(|path| PayloadFile {
+        option: "--initramfs",
+        path,
+        cmdline: &payload.cmdline,
+    });
+    let modules = payload.modules.iter().map(|module| PayloadFile {
+        option: MODULE,
+        path: &module.path,
+        cmdline: &module.cmdline,
+    });
+    initramfs.chain(modules)
+}
+
+/// What a file is called, in one word.
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.replace(|c: char| c.is_whitespace() || c == '\0', "_")
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, Reason> {

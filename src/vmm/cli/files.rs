@@ -32,6 +32,12 @@ pub(super) fn check_outputs(config: &MachineConfig, report: Option<&Path>) -> Re
     let mut named = vec![Named { option: "--kernel", path: &config.payload.kernel, output: false }];
     let initramfs = config.payload.initramfs.iter();
     named.extend(initramfs.map(|path| Named { option: "--initramfs", path, output: false }));
+    let modules = config.payload.modules.iter();
+    named.extend(modules.map(|module| Named {
+        option: "--module",
+        path: &module.path,
+        output: false,
+    }));
     for device in &config.devices {
         if let DeviceConfig::Disk(disk) = device {
             named.push(Named { option: "--disk", path: &disk.path, output: false });

@@ -22,8 +22,8 @@ use self::options::{CpusOption, MemoryOption};
 use self::probe::{probe, ProbeArgs};
 use self::report_output::ReportOption;
 use super::config::{
-    DeviceConfig, DiskConfig, IommuConfig, MachineConfig, NetConfig, PayloadConfig, RngConfig,
-    SerialConfig, VfioConfig,
+    DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
+    RngConfig, SerialConfig, VfioConfig,
 };
 use super::stop::StopReason;
 use super::{exit_code, Machine};
@@ -73,6 +73,12 @@ struct RunArgs {
     /// File handed to the kernel as its initial file system.
     #[arg(long, value_name = "PATH")]
     initramfs: Option<PathBuf>,
+
+    /// File for a kernel with a Multiboot header or a PVH entry; may be given several times, in the order
+    /// that the kernel wants. `cmdline` is the rest of the value, with its commas: the file's own command
+    /// line. Xen has the kernel of its first domain, then that one's initramfs.
+    #[arg(long = "module", value_name = "path=FILE[,cmdline=TEXT]", conflicts_with = "initramfs")]
+    modules: Vec<ModuleConfig>,
 
     /// Command line of the kernel.
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
@@ -165,6 +171,7 @@ impl RunArgs {
             payload: PayloadConfig {
                 kernel: self.kernel,
                 initramfs: self.initramfs,
+                modules: self.modules,
                 cmdline: self.cmdline,
             },
             vcpus: self.cpus.boot,

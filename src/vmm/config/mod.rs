@@ -102,14 +102,26 @@ impl MachineConfig {
 }
 
 /// What a machine boots.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PayloadConfig {
     /// What [`arch::boot`](super::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
     /// entry, or an ELF32 image with a Multiboot header.
     pub kernel: PathBuf,
-    /// A file handed to the kernel as its initial file system (the first module).
+    /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is the
+    /// first module, with the kernel's command line.
     pub initramfs: Option<PathBuf>,
+    /// The modules of a Multiboot or PVH kernel, after that.
+    pub modules: Vec<ModuleConfig>,
     /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A file handed to a kernel that takes several, such as a hypervisor and its first guest's kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleConfig {
+    /// The file.
+    pub path: PathBuf,
+    /// Its own command line.
     pub cmdline: String,
 }
 
@@ -431,8 +443,7 @@ pub(super) mod testing {
 
     /// A machine of one vCPU and 1 MiB, with nothing else.
     pub fn machine() -> MachineConfig {
-        let payload =
-            PayloadConfig { kernel: "kernel".into(), initramfs: None, cmdline: String::new() };
+        let payload = PayloadConfig { kernel: "kernel".into(), ..PayloadConfig::default() };
         MachineConfig {
             payload,
             vcpus: 1,

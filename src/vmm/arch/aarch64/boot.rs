@@ -20,6 +20,8 @@ const KERNEL_BASE: u64 = DEVICE_TREE_START + DEVICE_TREE_SIZE;
 pub const MEMORY_MIN: u64 = DEVICE_TREE_SIZE;
 /// How long the command line may be, in bytes: Linux's own limit, with a zero at its end.
 const CMDLINE_SIZE: usize = 2048;
+/// No kernel here takes modules that have command lines.
+pub const MODULE_CMDLINE_MAX: usize = 0;
 /// A kernel finds its initramfs in so many bytes around itself.
 const MODULE_WINDOW: u64 = 32 << 30;
 
@@ -74,6 +76,11 @@ impl<'a> Image<'a> {
         CMDLINE_SIZE - 1
     }
 
+    /// How many modules it takes: its initramfs.
+    pub fn modules_max(&self) -> usize {
+        1
+    }
+
     /// Where a module may be: from the end of the kernel to the last address it can reach.
     pub fn module_range(&self, memory: &MachineMemory) -> (u64, u64) {
         (self.end(), RAM_START + memory.low_size().min(MODULE_WINDOW))
@@ -87,7 +94,7 @@ impl<'a> Image<'a> {
         let pc = self.start();
         // What the file does not have is zero, as guest memory is to start with.
         info.memory.map().write_slice(self.bytes, GuestAddress(pc))?;
-        Ok(StartState { pc, device_tree: DEVICE_TREE_START, initramfs: info.module })
+        Ok(StartState { pc, device_tree: DEVICE_TREE_START, initramfs: info.initramfs() })
     }
 }
 
@@ -95,6 +102,7 @@ impl<'a> Image<'a> {
 mod tests {
     use super::*;
     use crate::vmm::arch::arm64_image::testing::image;
+    use crate::vmm::boot::NamedModule;
 
     #[test]
     fn a_kernel_lies_where_it_says_behind_the_device_tree() {
@@ -103,7 +111,8 @@ mod tests {
         let kernel = Image::parse(&bytes).unwrap();
         kernel.check(&memory).unwrap();
         let module = Module { start: RAM_START + (7 << 20), length: 5 };
-        let info = BootInfo { memory: &memory, cmdline: "", module: Some(module) };
+        let modules = [NamedModule { memory: module, name: "files", cmdline: "" }];
+        let info = BootInfo { memory: &memory, cmdline: "", name: "kernel", modules: &modules };
         let start = kernel.load(&info).unwrap();
         assert_eq!(start.pc, RAM_START + (2 << 20) + 0x8_0000);
         assert_eq!((start.device_tree, start.initramfs), (RAM_START, Some(module)));

@@ -126,7 +126,7 @@ impl<'a> BzImage<'a> {
         // Everything named here lies below 4 GiB.
         params.hdr.code32_start = loaded.kernel_load.0 as u32;
         params.hdr.cmd_line_ptr = CMDLINE_START as u32;
-        if let Some(module) = info.module {
+        if let Some(module) = info.initramfs() {
             params.hdr.ramdisk_image = module.start as u32;
             params.hdr.ramdisk_size = module.length as u32;
         }

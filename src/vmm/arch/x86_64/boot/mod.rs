@@ -16,7 +16,7 @@ mod test_images;
 #[cfg(test)]
 mod tests;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 pub use start_state::StartState;
 
@@ -33,6 +33,16 @@ pub const MEMORY_MIN: u64 = KERNEL_START;
 const CMDLINE_START: u64 = 0x2_0000;
 /// How long the command line may be, with the zero at its end.
 const CMDLINE_SIZE: usize = 0x1_0000;
+/// Where the command lines of modules go, with what their files are called: a page for each. Before it is
+/// room for what the kernel's file is called.
+const MODULE_CMDLINES: u64 = 0x3_1000;
+const MODULE_CMDLINE_SIZE: u64 = 0x1000;
+/// Modules a kernel may have.
+const MODULES_MAX: usize = 32;
+/// Longest name of a file (`NAME_MAX`), three bytes for one where it is not text, and a blank.
+const NAME_SIZE: usize = 3 * 255 + 1;
+/// How long the command line of a module may be, in bytes, without the zero at its end.
+pub const MODULE_CMDLINE_MAX: usize = MODULE_CMDLINE_SIZE as usize - NAME_SIZE - 1;
 
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +152,14 @@ impl<'a> Image<'a> {
         }
     }
 
+    /// How many modules the kernel takes: Linux its initramfs alone.
+    pub fn modules_max(&self) -> usize {
+        match self {
+            Self::Linux(_) => 1,
+            Self::Elf(_) => MODULES_MAX,
+        }
+    }
+
     /// Where a module may be: from the end of the kernel to the last address it can reach, in the
     /// memory below 4 GiB.
     pub fn module_range(&self, memory: &MachineMemory) -> (u64, u64) {
@@ -161,17 +179,28 @@ impl<'a> Image<'a> {
     /// # Errors
     /// The kernel cannot be loaded after all.
     pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
-        // Guest memory starts out as zeros: the one at the end of the command line is there.
-        info.memory.map().write_slice(info.cmdline.as_bytes(), GuestAddress(CMDLINE_START))?;
         start_state::write_gdt(info.memory)?;
         match self {
-            Self::Linux(image) => image.load(info),
+            Self::Linux(image) => {
+                write_text(info.memory, CMDLINE_START, info.cmdline)?;
+                image.load(info)
+            }
             Self::Elf(image) => match image.class {
                 Class::Elf64 => pvh::load(image, info),
                 Class::Elf32 => multiboot::load(image, info),
             },
         }
     }
+}
+
+/// Writes `text`. Guest memory starts out as zeros: the one at its end is there.
+fn write_text(memory: &MachineMemory, at: u64, text: &str) -> Result<(), GuestMemoryError> {
+    memory.map().write_slice(text.as_bytes(), GuestAddress(at))
+}
+
+/// Where the command lines of the modules go, the first one's first.
+fn module_cmdlines() -> impl Iterator<Item = u64> {
+    (0..MODULES_MAX as u64).map(|number| MODULE_CMDLINES + MODULE_CMDLINE_SIZE * number)
 }
 
 /// Every segment must lie in RAM, clear of what the kernel is told.

@@ -8,9 +8,11 @@ use vm_memory::{Bytes, GuestAddress};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::super::bios_data::BASE_MEMORY_KIB;
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
-use super::{BootInfo, ImageError, StartState, CMDLINE_START};
+use super::{module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START};
+use crate::vmm::boot::Module;
 
 /// How far into the file the header may start and must end.
 const SEARCH: usize = 8192;
@@ -29,8 +31,12 @@ const INFO_MEMORY: u32 = 1 << 0;
 const INFO_CMDLINE: u32 = 1 << 2;
 const INFO_MODULES: u32 = 1 << 3;
 const INFO_MEMORY_MAP: u32 = 1 << 6;
+const INFO_LOADER_NAME: u32 = 1 << 9;
+const INFORMATION_GIVEN: u32 =
+    INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME;
 
 const INFORMATION: u64 = 0x6000;
+const LOADER_NAME: u64 = 0x6700;
 const MODULE_LIST: u64 = 0x6800;
 const MEMORY_MAP: u64 = 0x7000;
 
@@ -58,7 +64,10 @@ struct Information {
     syms: [U32; 4],
     mmap_length: U32,
     mmap_addr: U32,
-    _rest: [U32; 11],
+    drives: [U32; 2],
+    config_table: U32,
+    boot_loader_name: U32,
+    _rest: [U32; 7],
 }
 
 #[derive(IntoBytes, Immutable, Unaligned)]
@@ -117,25 +126,34 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         .collect();
     memory.write_slice(&map, GuestAddress(MEMORY_MAP))?;
     let mut information = Information {
-        flags: (INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP).into(),
-        mem_lower: 640.into(),
+        flags: INFORMATION_GIVEN.into(),
+        mem_lower: u32::from(BASE_MEMORY_KIB).into(),
         mem_upper: kib_above_1_mib(info.memory.low_size()).into(),
         cmdline: low(CMDLINE_START),
         mmap_length: (map.len() as u32).into(),
         mmap_addr: low(MEMORY_MAP),
+        boot_loader_name: low(LOADER_NAME),
         ..Information::default()
     };
-    if let Some(module) = info.module {
+    // What a file is called comes first, as boot loaders of this protocol have always had it: kernels
+    // pass over the first word.
+    write_text(info.memory, CMDLINE_START, &format!("{} {}", info.name, info.cmdline))?;
+    write_text(info.memory, LOADER_NAME, env!("CARGO_PKG_NAME"))?;
+    let mut list = Vec::new();
+    for (module, string) in info.modules.iter().zip(module_cmdlines()) {
+        write_text(info.memory, string, &format!("{} {}", module.name, module.cmdline))?;
+        let Module { start, length } = module.memory;
         let entry = ModuleEntry {
-            mod_start: low(module.start),
-            mod_end: low(module.start + module.length),
-            string: low(CMDLINE_START),
+            mod_start: low(start),
+            mod_end: low(start + length),
+            string: low(string),
             reserved: 0.into(),
         };
-        memory.write_slice(entry.as_bytes(), GuestAddress(MODULE_LIST))?;
-        information.mods_count = 1.into();
+        list.extend_from_slice(entry.as_bytes());
         information.mods_addr = low(MODULE_LIST);
     }
+    memory.write_slice(&list, GuestAddress(MODULE_LIST))?;
+    information.mods_count = (info.modules.len() as u32).into();
     memory.write_slice(information.as_bytes(), GuestAddress(INFORMATION))?;
     Ok(StartState { rip: image.entry, rax: LOADER_MAGIC.into(), rbx: INFORMATION, rsi: 0 })
 }

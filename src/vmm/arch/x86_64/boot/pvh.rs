@@ -16,7 +16,7 @@ use vm_memory::GuestAddress;
 
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
-use super::{BootInfo, ImageError, StartState, CMDLINE_START};
+use super::{module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START};
 use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
 
 const START_INFO: u64 = 0x6000;
@@ -43,15 +43,17 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
             reserved: 0,
         })
         .collect();
-    let modules: Vec<_> = info
-        .module
-        .iter()
-        .map(|module| hvm_modlist_entry {
-            paddr: module.start,
-            size: module.length,
+    write_text(info.memory, CMDLINE_START, info.cmdline)?;
+    let mut modules = Vec::new();
+    for (module, cmdline) in info.modules.iter().zip(module_cmdlines()) {
+        write_text(info.memory, cmdline, module.cmdline)?;
+        modules.push(hvm_modlist_entry {
+            paddr: module.memory.start,
+            size: module.memory.length,
+            cmdline_paddr: cmdline,
             ..hvm_modlist_entry::default()
-        })
-        .collect();
+        });
+    }
     let start_info = hvm_start_info {
         magic: START_MAGIC,
         version: START_VERSION,

@@ -10,7 +10,7 @@ use super::test_images::*;
 use super::*;
 use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
 use crate::vmm::boot::{load, BootError};
-use crate::vmm::config::PayloadConfig;
+use crate::vmm::config::{ModuleConfig, PayloadConfig};
 
 const RAM: u64 = 0x40_0000;
 
@@ -32,6 +32,7 @@ fn load_with(
         kernel: kernel.path().to_owned(),
         initramfs: initramfs.as_ref().map(|file| file.path().to_owned()),
         cmdline: cmdline.to_owned(),
+        ..PayloadConfig::default()
     };
     load(memory, &payload)
 }
@@ -48,6 +49,12 @@ fn string(memory: &MachineMemory, address: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     memory.map().read_slice(&mut bytes, GuestAddress(address)).unwrap();
     bytes
+}
+
+fn text(memory: &MachineMemory, address: u32) -> String {
+    let byte = |at| memory.map().read_obj::<u8>(GuestAddress(at)).unwrap();
+    let bytes: Vec<u8> = (u64::from(address)..).map(byte).take_while(|byte| *byte != 0).collect();
+    String::from_utf8(bytes).unwrap()
 }
 
 #[test]
@@ -73,7 +80,7 @@ fn a_pvh_image_is_told_of_the_machine() {
         .filter(|entry| word(&memory, entry + 16) == 1)
         .map(|entry| u64::from(word(&memory, entry + 8)))
         .sum();
-    assert_eq!(ram, RAM - 0x6_0000);
+    assert_eq!(ram, RAM - 0x6_0400);
 }
 
 #[test]
@@ -84,9 +91,14 @@ fn a_multiboot_image_is_told_of_the_machine() {
     assert_eq!(string(&memory, start.rip, 5), b"\xf4code");
     let info = start.rbx;
     assert_eq!(word(&memory, info) & 0b100_1101, 0b100_1101);
-    assert_eq!(word(&memory, info + 4), 640);
+    assert_eq!(word(&memory, info + 4), 639);
     assert_eq!(word(&memory, info + 8), 3 * 1024);
-    assert_eq!(string(&memory, u64::from(word(&memory, info + 16)), 6), b"a=1 b\0");
+    // The name of the file, then the command line.
+    let cmdline = text(&memory, word(&memory, info + 16));
+    let (name, cmdline) = cmdline.split_once(' ').unwrap();
+    assert!(name.starts_with(".tmp"), "{name}");
+    assert_eq!(cmdline, "a=1 b");
+    assert_eq!(text(&memory, word(&memory, info + 64)), "twostage");
     assert_eq!(word(&memory, info + 20), 1);
     let module = u64::from(word(&memory, info + 24));
     let (from, to) = (word(&memory, module), word(&memory, module + 4));
@@ -100,6 +112,75 @@ fn a_multiboot_image_is_told_of_the_machine() {
         at += word(&memory, u64::from(map + at)) + 4;
     }
     assert_eq!(at, length);
+}
+
+/// Two modules with command lines of their own, and the memory and information of `image` with them.
+fn load_modules(image: &[u8]) -> (MachineMemory, u64) {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let (kernel, files) = (file(image), [file(b"kernel"), file(&[7; 5000])]);
+    let modules = files.iter().zip(["a=1,2 b", ""]).map(|(file, cmdline)| ModuleConfig {
+        path: file.path().to_owned(),
+        cmdline: cmdline.to_owned(),
+    });
+    let (modules, kernel) = (modules.collect(), kernel.path().to_owned());
+    let cmdline = "x".repeat(CMDLINE_SIZE - 1);
+    let payload = PayloadConfig { kernel, modules, cmdline, ..PayloadConfig::default() };
+    let start = load(&memory, &payload).unwrap();
+    (memory, start.rbx)
+}
+
+#[test]
+fn a_multiboot_image_has_modules_in_order() {
+    let (memory, info) = load_modules(&multiboot(b"\xf4"));
+    assert_eq!(word(&memory, info + 20), 2);
+    let list = u64::from(word(&memory, info + 24));
+    let entry = |number: u64| {
+        let at = |field| word(&memory, list + number * 16 + field);
+        let cmdline = text(&memory, at(8));
+        (at(0), at(4), cmdline.split_once(' ').unwrap().1.to_owned())
+    };
+    let (first, second) = (entry(0), entry(1));
+    assert_eq!(string(&memory, first.0.into(), 6), b"kernel");
+    assert_eq!((first.1 - first.0, &*first.2), (6, "a=1,2 b"));
+    assert_eq!(string(&memory, second.0.into(), 5000), [7; 5000]);
+    assert_eq!((second.1 - second.0, &*second.2), (5000, ""));
+    assert!(first.1 <= second.0 || second.1 <= first.0, "{first:x?} {second:x?}");
+    assert!(text(&memory, word(&memory, info + 16)).ends_with(&"x".repeat(CMDLINE_SIZE - 1)));
+}
+
+#[test]
+fn a_pvh_image_has_modules_in_order() {
+    let (memory, info) = load_modules(&pvh(b"\xf4"));
+    assert_eq!(word(&memory, info + 12), 2);
+    let list = u64::from(word(&memory, info + 16));
+    let entry = |number: u64| {
+        let at = |field| word(&memory, list + number * 32 + field);
+        (string(&memory, at(0).into(), 6), at(8), text(&memory, at(16)))
+    };
+    assert_eq!(entry(0), (b"kernel".to_vec(), 6, "a=1,2 b".to_owned()));
+    assert_eq!(entry(1), (vec![7; 6], 5000, String::new()));
+}
+
+#[test]
+fn modules_that_cannot_be_are_refused_by_name() {
+    let refused = |image: &[u8], modules: Vec<ModuleConfig>| {
+        let kernel = file(image);
+        let kernel = kernel.path().to_owned();
+        let payload = PayloadConfig { kernel, modules, ..PayloadConfig::default() };
+        load(&MachineMemory::new(RAM).unwrap(), &payload).unwrap_err().to_string()
+    };
+    let there = file(b"module");
+    let module =
+        |cmdline: &str| ModuleConfig { path: there.path().to_owned(), cmdline: cmdline.to_owned() };
+    let error = refused(&bzimage(b"\xf4"), vec![module("")]);
+    assert!(error.contains("--module") && error.contains("say --initramfs"), "{error}");
+    let error = refused(&multiboot(b"\xf4"), vec![module(""); MODULES_MAX + 1]);
+    assert!(error.contains("one too many: there is room for 32"), "{error}");
+    let error = refused(&pvh(b"\xf4"), vec![module(&"x".repeat(MODULE_CMDLINE_MAX + 1))]);
+    assert!(error.contains("--module") && error.contains("3330 bytes"), "{error}");
+    assert!(refused(&pvh(b"\xf4"), vec![module("a\0b")]).contains("zero byte"));
+    let nowhere = ModuleConfig { path: "/nonexistent".into(), cmdline: String::new() };
+    assert!(refused(&pvh(b"\xf4"), vec![nowhere]).contains("--module /nonexistent: No such"));
 }
 
 #[test]
@@ -126,7 +207,7 @@ fn a_bzimage_is_told_of_the_machine() {
         .filter(|entry| word(&memory, entry + 16) == 1)
         .map(|entry| word(&memory, entry + 8))
         .sum();
-    assert_eq!(u64::from(ram), RAM - 0x6_0000);
+    assert_eq!(u64::from(ram), RAM - 0x6_0400);
 }
 
 #[test]
@@ -229,11 +310,8 @@ fn a_file_cut_short_anywhere_is_refused() {
 #[test]
 fn paths_and_sizes_are_checked() {
     let memory = MachineMemory::new(RAM).unwrap();
-    let payload = |kernel: &str| PayloadConfig {
-        kernel: kernel.into(),
-        initramfs: None,
-        cmdline: String::new(),
-    };
+    let payload =
+        |kernel: &str| PayloadConfig { kernel: kernel.into(), ..PayloadConfig::default() };
     let error = load(&memory, &payload("/nonexistent/kernel")).unwrap_err().to_string();
     assert!(error.contains("--kernel /nonexistent/kernel: No such file"), "{error}");
     let error = load(&memory, &payload("/")).unwrap_err().to_string();
