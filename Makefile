@@ -18,7 +18,7 @@ help:
 	@echo 'make run       build, and run Linux behind a virtual VT-d: under this machine'"'"'s KVM if Linux runs there, else nested'
 	@echo 'make demo      build, and run the small test guest under /dev/kvm'
 	@echo 'make test      lint, then every test, the guests among them'
-	@echo 'make test-all  test, then more cases, optimised, bad input, the small guest under QEMU'"'"'s VT-d, and test-arm64'
+	@echo 'make test-all  test, then more cases, optimised, bad input, Xen, the small guest under QEMU'"'"'s VT-d, and test-arm64'
 	@echo 'make test-arm64  arm64 Linux guests behind a virtual SMMUv3, over a real /dev/iommu that QEMU emulates the hardware of'
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make preload   libtwostage_iommufd.so, which shows any program an emulated /dev/iommu'
@@ -57,6 +57,7 @@ test-all: test loom
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 cargo test --locked --release -- --include-ignored
 	scripts/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/bad-inputs
+	@[ "$(NESTED)" = off ] || scripts/xen
 	@$(MAKE) --no-print-directory test-arm64
 
 # The arm64 side: a real /dev/iommu, in a machine that QEMU emulates.
