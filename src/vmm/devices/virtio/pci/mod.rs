@@ -121,6 +121,7 @@ impl VirtioPci {
             halted: false,
             attached: None,
         };
+        let placements = config.bar_placements();
         let device = Self {
             model,
             config: Mutex::new(config),
@@ -131,7 +132,7 @@ impl VirtioPci {
             doorbells,
         };
         // The BAR answers from the start.
-        device.move_doorbells();
+        device.move_doorbells(&mut device.transport(), &placements);
         Ok(device)
     }
 
