@@ -185,21 +185,27 @@ impl<T> Reader<T> {
     /// Starts a read section, which ends when the guard is dropped. Keep it short: writers wait.
     #[inline]
     pub fn enter(&mut self) -> ReadGuard<'_, T> {
-        // A swap and not a store: on x86 both are the same locked instruction, and elsewhere a swap
-        // is never dearer than a store and a fence.
-        self.slot.0.swap(true, Ordering::SeqCst);
-        if self.gate.closed.0.load(Ordering::SeqCst) {
-            self.enter_after_writer();
-        }
+        enter(&self.gate, &self.slot);
         ReadGuard { gate: &self.gate, slot: &self.slot }
     }
+}
 
-    #[cold]
-    fn enter_after_writer(&self) {
-        self.slot.0.store(false, Ordering::Release);
-        let _no_writer = self.gate.lock();
-        self.slot.0.swap(true, Ordering::SeqCst);
+/// Starts a read section of the reader whose slot is `slot`, which is idle.
+#[inline]
+fn enter<T>(gate: &Gate<T>, slot: &Slot) {
+    // A swap and not a store: on x86 both are the same locked instruction, and elsewhere a swap is
+    // never dearer than a store and a fence.
+    slot.0.swap(true, Ordering::SeqCst);
+    if gate.closed.0.load(Ordering::SeqCst) {
+        enter_after_writer(gate, slot);
     }
+}
+
+#[cold]
+fn enter_after_writer<T>(gate: &Gate<T>, slot: &Slot) {
+    slot.0.store(false, Ordering::Release);
+    let _no_writer = gate.lock();
+    slot.0.swap(true, Ordering::SeqCst);
 }
 
 impl<T> Clone for Reader<T> {
@@ -219,6 +225,23 @@ impl<T> fmt::Debug for Reader<T> {
 pub(crate) struct ReadGuard<'a, T> {
     gate: &'a Gate<T>,
     slot: &'a Slot,
+}
+
+impl<T> ReadGuard<'_, T> {
+    /// Ends the section for as long as `pause` takes, which may write, and starts another one: nothing
+    /// that was read before holds after it.
+    pub fn outside<R>(&mut self, pause: impl FnOnce() -> R) -> R {
+        /// Enters again whatever becomes of `pause`, as the guard lives on.
+        struct Outside<'a, T>(&'a Gate<T>, &'a Slot);
+        impl<T> Drop for Outside<'_, T> {
+            fn drop(&mut self) {
+                enter(self.0, self.1);
+            }
+        }
+        self.slot.0.store(false, Ordering::Release);
+        let _outside = Outside(self.gate, self.slot);
+        pause()
+    }
 }
 
 impl<T> Deref for ReadGuard<'_, T> {
@@ -336,6 +359,29 @@ mod tests {
     #[test]
     fn a_writer_that_does_not_wait_is_caught() {
         assert_ne!(meetings(false), 0);
+    }
+
+    #[test]
+    fn a_reader_may_write_while_it_is_outside() {
+        let gate = Gate::new(0);
+        let (mut reader, mut other) = (gate.reader(), gate.reader());
+        let mut section = reader.enter();
+        assert_eq!(*section, 0);
+        section.outside(|| gate.write(|value| *value = 1));
+        assert_eq!(*section, 1);
+        // Inside again: who writes waits for it, whatever became of the pause.
+        let paused = std::panic::AssertUnwindSafe(|| section.outside(|| panic!("on purpose")));
+        assert!(std::panic::catch_unwind(paused).is_err());
+        thread::scope(|scope| {
+            let writing = scope.spawn(|| gate.write(|value| *value = 2));
+            while !gate.closed.0.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            assert_eq!(*section, 1);
+            drop(section);
+            writing.join().unwrap();
+        });
+        assert_eq!(*other.enter(), 2);
     }
 
     #[test]

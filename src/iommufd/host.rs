@@ -17,6 +17,14 @@ pub trait FaultSink: Send + Sync {
     /// One DMA request failed. Called by the thread that made the request, with no lock of the
     /// host held; by the time it returns the fault is visible to whoever looks.
     fn dma_fault(&self, fault: &HostFault);
+
+    /// A request of `dev`, or of its `pasid`, is about to fail because nothing is attached. Whoever
+    /// finds that something ought to be may attach it now and say so: the request is then tried again,
+    /// once. Called as [`FaultSink::dma_fault`] is, and before it.
+    fn attached_late(&self, dev: ObjectId, pasid: Option<u32>) -> bool {
+        let _ = (dev, pasid);
+        false
+    }
 }
 
 /// One iommufd and the devices bound to it.

@@ -14,6 +14,7 @@ pub fn host_vtd(device: String, info: &HwInfo, extensions: Extensions) -> Option
         cap: Cap::from_bits(registers.cap_reg),
         ecap: Ecap::from_bits(registers.ecap_reg),
         guest_second_stage: extensions.guest_second_stage,
+        fault_reports: extensions.fault_reports,
     })
 }
 

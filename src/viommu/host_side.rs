@@ -79,4 +79,13 @@ pub trait FaultTarget: Send + Sync {
     /// Records the fault as the architecture says. May be called from any thread that holds no
     /// lock of the host.
     fn dma_fault(&self, fault: &DmaFault);
+
+    /// A request of `requester` is about to fail because the host blocks it. Whether the host was
+    /// given something else for it by now, so that the request is to be tried again: tables that serve
+    /// a requester need not be told of everywhere. Called as [`FaultTarget::dma_fault`] is; takes the
+    /// virtual IOMMU's lock, whose holder may wait for DMA to end.
+    fn served_late(&self, requester: Requester) -> bool {
+        let _ = requester;
+        false
+    }
 }

@@ -98,6 +98,26 @@ static void entry_removed(void)
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, CONTEXT_NOT_PRESENT));
 }
 
+// What was not present becomes present, entry by entry.
+static void entries_added(void)
+{
+    struct page_table space = space_new();
+    volatile u64 *page = page_new();
+
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, ROOT_NOT_PRESENT));
+    (void)context_of(DEVICE);
+    REQUIRE(mend());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, CONTEXT_NOT_PRESENT));
+    (void)directory_of(DEVICE);
+    REQUIRE(mend());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, PASID_DIRECTORY_NOT_PRESENT));
+    attach(DEVICE, &space, DOMAIN_A);
+    REQUIRE(mend());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
+}
+
 static void disable_and_enable(void)
 {
     volatile u64 *page = page_new();
@@ -157,6 +177,7 @@ static const struct check scalable[] = {
     {"a device beside an attached one", other_device_stays_blocked},
     {"a refused read brings the device no byte", refused_read_brings_nothing},
     {"a context entry taken away", entry_removed},
+    {"entries that become present, told of in caching mode alone", entries_added},
     {"untranslated while disabled, translated again when enabled", disable_and_enable},
     {"RTADDR without SRTP changes nothing", root_only_with_srtp},
     {"a new root table, empty, blocks", new_root},

@@ -327,6 +327,15 @@ bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *pa
     return !check_is_over();
 }
 
+bool mend(void)
+{
+    bool done = !cap_caching_mode() || queue_invalidate_all();
+
+    if (!done)
+        check_fail("the global invalidations did not complete: error %u", queue_error());
+    return done;
+}
+
 bool invalidate(struct descriptor descriptor)
 {
     if (!queue_run(descriptor))

@@ -103,5 +103,9 @@ bool read_faults(const struct edu *edu, u32 pasid, u64 iova, unsigned reason);
 // The access moves no byte and nothing is recorded.
 bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
 
+// Entries have changed that were not present, or wrong, which a unit without caching mode does not cache
+// (VT-d 6.1): one with it is told.
+bool mend(void);
+
 // Runs an invalidation; says so when the queue refuses it.
 bool invalidate(struct descriptor descriptor);

@@ -205,6 +205,22 @@ static void entry_cleared(void)
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, PASID_ENTRY_NOT_PRESENT));
 }
 
+static void entry_added(void)
+{
+    struct page_table space = space_new();
+    volatile u64 *page = page_new();
+
+    REQUIRE(device_has_pasid());
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, FS_READ_WRITE);
+    attach_pasid(DEVICE, PASID_1, &space, DOMAIN_A);
+    REQUIRE(enable());
+    REQUIRE(write_arrives(DEVICE, PASID_1, IOVA, page));
+    REQUIRE(write_faults(DEVICE, PASID_2, IOVA, page, PASID_DIRECTORY_NOT_PRESENT));
+    attach_pasid(DEVICE, PASID_2, &space, DOMAIN_A);
+    REQUIRE(mend());
+    REQUIRE(write_arrives(DEVICE, PASID_2, IOVA, page));
+}
+
 // The context entry is pointed at another PASID directory.
 static void changed_directory(void)
 {
@@ -240,6 +256,7 @@ static const struct check list[] = {
     {"changed table pointer and domain: PASID cache of the old domain", entry_and_domain},
     {"first stage to pass-through and back", type_changes},
     {"entry made not present: fault 59h", entry_cleared},
+    {"entry that becomes present, told of in caching mode alone", entry_added},
     {"changed PASID directory: context cache, device-selective", changed_directory},
 };
 CHECK_GROUP(pasid, list, setup_scalable, teardown);

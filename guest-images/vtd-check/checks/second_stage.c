@@ -53,6 +53,23 @@ static void not_mapped(void)
     REQUIRE(read_faults(DEVICE, NO_PASID, IOVA, LEGACY_NO_READ));
 }
 
+// First the context entry, then the page below it.
+static void entries_added(void)
+{
+    struct page_table space = second_stage_space_new();
+    volatile u64 *page = page_new();
+
+    (void)legacy_context(root, DEVICE->id);
+    REQUIRE(enable());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, LEGACY_CONTEXT_NOT_PRESENT));
+    attach_legacy(DEVICE, &space, DOMAIN_A);
+    REQUIRE(mend());
+    REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, LEGACY_NO_WRITE));
+    map_leaf(&space, IOVA, gpa_of(page), LEVEL_4K, SS_READ_WRITE);
+    REQUIRE(mend());
+    REQUIRE(write_arrives(DEVICE, NO_PASID, IOVA, page));
+}
+
 static void beyond_width(void)
 {
     struct page_table space = second_stage_space_new();
@@ -170,6 +187,7 @@ static const struct check legacy_list[] = {
     {"reserved bit in the root entry: fault 0Ah", reserved_in_root},
     {"reserved bit in a page-table entry: fault 0Ch", reserved_in_page_entry},
     {"FPD in the context entry: blocked without a record", faults_silenced},
+    {"entries that become present, told of in caching mode alone", entries_added},
 };
 CHECK_GROUP(legacy_second_stage, legacy_list, setup_legacy_queue, teardown);
 

@@ -54,13 +54,13 @@ impl<U: Unit> Port<U> {
     ) -> Result<PortTranslated<'_, U>, DmaError> {
         check_memory::<U>(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
-        let engine = self.reader.enter();
+        let mut engine = self.reader.enter();
         // On its own, and first: it is what nearly every request needs, and no more.
         if let Some(target) = engine.cached(&self.config, &self.counters, &request) {
             let length = length.min(piece::<U>(attributes, iova, target.length));
             return Ok(PortTranslated { engine, target, length });
         }
-        match engine.translate(&mut self.config, &self.counters, &request) {
+        match walk(&*self.unit, &mut engine, &mut self.config, &self.counters, &request) {
             Ok(target) => {
                 let length = length.min(piece::<U>(attributes, iova, target.length));
                 Ok(PortTranslated { engine, target, length })
@@ -88,9 +88,11 @@ impl<U: Unit> Port<U> {
         let (unit, counters) = (&*self.unit, &*self.counters);
         PortSection {
             rid: self.rid,
+            unit,
             config: &mut self.config,
             counters,
             engine: self.reader.enter(),
+            translated: false,
             faults: Unreported { unit, counters, list: Vec::new() },
         }
     }
@@ -100,9 +102,12 @@ impl<U: Unit> Port<U> {
 #[derive(Debug)]
 pub(super) struct PortSection<'a, U: Unit> {
     rid: u16,
+    unit: &'a U,
     config: &'a mut ConfigCache,
     counters: &'a LocalCounters,
     engine: ReadGuard<'a, U::Engine>,
+    /// Something was translated, which holds until the end of the section.
+    translated: bool,
     /// Dropped, and with that reported, after the gate has been left: fields are dropped in order.
     faults: Unreported<'a, U>,
 }
@@ -144,17 +149,46 @@ impl<U: Unit> PortSection<'_, U> {
     ) -> Result<Target, DmaError> {
         check_memory::<U>(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
-        if let Some(target) = self.engine.cached(self.config, self.counters, &request) {
-            return Ok(target);
-        }
-        match self.engine.translate(self.config, self.counters, &request) {
-            Ok(target) => Ok(target),
+        let found = match self.engine.cached(self.config, self.counters, &request) {
+            Some(target) => Ok(target),
+            // That holds until the section ends, so that it cannot be left. Nor need it be: the
+            // requester has something attached, unless requests differ in PASID.
+            None if self.translated => self.engine.translate(self.config, self.counters, &request),
+            None => walk(self.unit, &mut self.engine, self.config, self.counters, &request),
+        };
+        match found {
+            Ok(target) => {
+                self.translated = true;
+                Ok(target)
+            }
             Err(Blocked::Interrupt(address)) => Err(DmaError::Interrupt { address }),
             Err(Blocked::Fault(fault)) => {
                 self.faults.list.push((request, fault));
                 Err(fault_error::<U>(&request, fault))
             }
         }
+    }
+}
+
+/// Where `request` goes, by tables and not by what is cached of them. If nothing is attached for it,
+/// who may attach something is asked to, outside the section, and then it is tried again: only to be
+/// called while nothing that was read in the section is in use.
+#[cold]
+#[inline(never)]
+fn walk<U: Unit>(
+    unit: &U,
+    engine: &mut ReadGuard<'_, U::Engine>,
+    config: &mut ConfigCache,
+    counters: &LocalCounters,
+    request: &Request,
+) -> Result<Target, Blocked<FaultOf<U>>> {
+    match engine.translate(config, counters, request) {
+        Err(Blocked::Fault(fault))
+            if U::nothing_attached(fault) && engine.outside(|| unit.attached_late(request)) =>
+        {
+            engine.translate(config, counters, request)
+        }
+        translated => translated,
     }
 }
 

@@ -113,6 +113,14 @@ pub(crate) trait Unit: Debug + Send + Sync {
     /// who is told may invalidate.
     fn report(&self, request: &Request, fault: <Self::Engine as Engine>::Fault);
 
+    /// Whether `fault` says that nothing is attached for the requester, and its user may find that
+    /// something ought to be.
+    fn nothing_attached(fault: <Self::Engine as Engine>::Fault) -> bool;
+
+    /// Asks the user of the requester of `request`, for which nothing is attached, whether something is
+    /// now. To be called as [`Unit::report`] is.
+    fn attached_late(&self, request: &Request) -> bool;
+
     /// The page requests of its devices: of none, when it takes none.
     fn page_requests(&self) -> &PageRequests;
 

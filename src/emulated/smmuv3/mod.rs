@@ -149,6 +149,16 @@ impl Unit for SmmuV3Unit {
         }
     }
 
+    /// Never: any structure may be cached, valid or not (§3.21.3), so that software tells of each that
+    /// becomes valid.
+    fn nothing_attached(_: Fault) -> bool {
+        false
+    }
+
+    fn attached_late(&self, _: &Request) -> bool {
+        false
+    }
+
     fn page_requests(&self) -> &PageRequests {
         &self.page_requests
     }

@@ -34,6 +34,7 @@ use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use super::page_requests::PageRequests;
 use super::stage2::Stage2;
 use crate::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
+use crate::spec::vtd::fault::FaultReason;
 use engine::Engine;
 use fault::Fault;
 use sanitizer::Sanitizer;
@@ -97,6 +98,13 @@ impl VtdUnit {
     }
 }
 
+impl VtdUnit {
+    fn sink(&self, rid: u16) -> Option<(ObjectId, Arc<dyn FaultSink>)> {
+        let sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        sinks.get(&rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)))
+    }
+}
+
 impl Unit for VtdUnit {
     type Engine = Engine;
 
@@ -109,10 +117,7 @@ impl Unit for VtdUnit {
     }
 
     fn report(&self, request: &Request, fault: Fault) {
-        let sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
-        let sink = sinks.get(&request.rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)));
-        drop(sinks);
-        if let Some((dev, sink)) = sink {
+        if let Some((dev, sink)) = self.sink(request.rid) {
             sink.dma_fault(&HostFault {
                 dev,
                 pasid: request.pasid,
@@ -124,6 +129,15 @@ impl Unit for VtdUnit {
                 stage2: fault.stage2,
             });
         }
+    }
+
+    fn nothing_attached(fault: Fault) -> bool {
+        fault.reason == FaultReason::PasidEntryNotPresent
+    }
+
+    fn attached_late(&self, request: &Request) -> bool {
+        let sink = self.sink(request.rid);
+        sink.is_some_and(|(dev, sink)| sink.attached_late(dev, request.pasid))
     }
 
     fn page_requests(&self) -> &PageRequests {

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
@@ -36,24 +36,27 @@ impl FaultRouter {
         self.rids.write().unwrap_or_else(PoisonError::into_inner).remove(&dev);
     }
 
-    fn requester(&self, fault: &HostFault) -> Option<Requester> {
+    fn requester(&self, dev: ObjectId, pasid: Option<u32>) -> Option<Requester> {
         let rids = self.rids.read().unwrap_or_else(PoisonError::into_inner);
-        let rid = *rids.get(&fault.dev)?;
-        match fault.pasid {
+        let rid = *rids.get(&dev)?;
+        match pasid {
             None => Some(Requester::rid(rid)),
             Some(pasid) => Some(Requester { rid, pasid: Some(Pasid::new(pasid)?) }),
         }
+    }
+
+    fn target(&self) -> Option<Arc<dyn FaultTarget>> {
+        self.target.read().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()
     }
 }
 
 impl FaultSink for FaultRouter {
     fn dma_fault(&self, fault: &HostFault) {
-        let Some(requester) = self.requester(fault) else {
+        let Some(requester) = self.requester(fault.dev, fault.pasid) else {
             log::debug!("a fault of {:?} belongs to no requester of the guest", fault.dev);
             return;
         };
-        let target = self.target.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let Some(target) = target.and_then(|target| target.upgrade()) else { return };
+        let Some(target) = self.target() else { return };
         target.dma_fault(&DmaFault {
             requester,
             address: fault.address,
@@ -63,6 +66,11 @@ impl FaultSink for FaultRouter {
             reason: fault.reason,
             stage2: fault.stage2,
         });
+    }
+
+    fn attached_late(&self, dev: ObjectId, pasid: Option<u32>) -> bool {
+        let requester = self.requester(dev, pasid);
+        requester.zip(self.target()).is_some_and(|(who, target)| target.served_late(who))
     }
 }
 
@@ -74,7 +82,7 @@ impl fmt::Debug for FaultRouter {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use super::*;
 

@@ -119,7 +119,7 @@ impl Scopes {
     }
 }
 
-fn is_blocked(config: &RequesterConfig) -> bool {
+pub(super) fn is_blocked(config: &RequesterConfig) -> bool {
     matches!(config.policy, Policy::Blocked { .. })
 }
 
@@ -258,6 +258,19 @@ impl VtdIommu {
         }
     }
 
+    /// Reads the tables anew for one requester.
+    pub(super) fn reevaluate_requester(
+        &self,
+        requester: Requester,
+        root: Option<Rtaddr>,
+    ) -> Applied {
+        let (tables, refused) = (self.tables(root), refused_reason(root));
+        match requester.pasid {
+            Some(_) => self.reevaluate_pasid(&tables, requester, refused),
+            None => self.give(requester, tables.config(requester), refused),
+        }
+    }
+
     /// Gives anew what the host has lost because it could not invalidate it. Whoever asks for
     /// invalidations alone does not ask for the policies that were lost with them.
     pub(super) fn regain(&self, registers: &Registers) -> Applied {
@@ -266,15 +279,9 @@ impl VtdIommu {
         }
         let mut applied = Ok(());
         if registers.gsts.tes() {
-            let tables = self.tables(registers.root);
-            let refused = refused_reason(registers.root);
             for requester in self.requesters.unapplied() {
                 self.check_halted()?;
-                applied = applied.and(if requester.pasid.is_some() {
-                    self.reevaluate_pasid(&tables, requester, refused)
-                } else {
-                    self.give(requester, tables.config(requester), refused)
-                });
+                applied = applied.and(self.reevaluate_requester(requester, registers.root));
             }
         }
         applied?;

@@ -41,6 +41,8 @@ pub struct HostUnit {
     /// The host walks second-stage tables of the guest on top of its own
     /// ([`crate::iommufd::Extensions::guest_second_stage`]). No register says so.
     pub guest_second_stage: bool,
+    /// The host tells of requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
+    pub fault_reports: bool,
 }
 
 impl VtdConfig {
@@ -132,7 +134,7 @@ impl VtdConfig {
     }
 
     fn require(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
-        let HostUnit { device, cap, ecap, guest_second_stage } = host;
+        let HostUnit { device, cap, ecap, guest_second_stage, fault_reports } = host;
         let conflict = |bit, needed_for: String| {
             Err(CapabilityConflict { device: device.clone(), bit, needed_for })
         };
@@ -161,6 +163,12 @@ impl VtdConfig {
             let needed_for = "second-stage=on was asked for; say second-stage=off";
             return conflict("guest_second_stage", needed_for.into());
         }
+        if !self.caching_mode && !fault_reports {
+            let needed_for = "caching-mode=off was asked for, and the host tells nobody of DMA that it \
+                              blocks, so that tables that come to serve a device would not be read; say \
+                              caching-mode=on";
+            return conflict("fault_reports", needed_for.into());
+        }
         if self.device_iotlb && !ecap.dt() {
             return conflict("ECAP.DT", "ats=on was asked for; say ats=off".into());
         }
@@ -187,6 +195,7 @@ mod tests {
                 .with_sc(true)
                 .with_smpwcs(true),
             guest_second_stage: true,
+            fault_reports: true,
         }
     }
 
@@ -249,10 +258,11 @@ mod tests {
             pasid_bits: 20,
             device_iotlb: true,
             second_stage: true,
+            caching_mode: false,
             ..Default::default()
         };
         type TakeAway = fn(&mut HostUnit);
-        let lacking: [(TakeAway, &str); 8] = [
+        let lacking: [(TakeAway, &str); 9] = [
             (
                 |host| host.ecap.set_smts(false),
                 "ECAP.SMTS: nested translation needs scalable mode; leave the device out",
@@ -280,6 +290,12 @@ mod tests {
             (
                 |host| host.guest_second_stage = false,
                 "guest_second_stage: second-stage=on was asked for; say second-stage=off",
+            ),
+            (
+                |host| host.fault_reports = false,
+                "fault_reports: caching-mode=off was asked for, and the host tells nobody of DMA that \
+                 it blocks, so that tables that come to serve a device would not be read; say \
+                 caching-mode=on",
             ),
         ];
         for (take_away, text) in lacking {

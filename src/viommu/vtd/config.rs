@@ -21,9 +21,9 @@ pub struct VtdConfig {
     /// Offer second-stage tables that the guest owns: legacy mode, and PGTT second-stage. Only a
     /// host that walks them on top of its own can do this.
     pub second_stage: bool,
-    /// Caching mode: the guest tells of entries that become present, too. Without it nobody learns
-    /// of a table entry that becomes present, and the requester stays blocked until the guest
-    /// invalidates something of it.
+    /// Caching mode: the guest tells of entries that become present or right, too. Without it the tables
+    /// are read again for each request that they blocked, so that the host has to ask before it fails one
+    /// ([`crate::iommufd::Extensions::fault_reports`]).
     pub caching_mode: bool,
     /// Offer device-TLBs (ATS).
     pub device_iotlb: bool,

@@ -18,6 +18,7 @@ pub(super) struct Counters {
     pub invalidations: AtomicU64,
     pub evaluations: AtomicU64,
     pub policies: AtomicU64,
+    pub found_served: AtomicU64,
     pub faults_recorded: AtomicU64,
     pub faults_lost: AtomicU64,
     pub faults_suppressed: AtomicU64,
@@ -56,6 +57,7 @@ impl Counters {
             invalidations: of(&self.invalidations),
             evaluations: of(&self.evaluations),
             policies: of(&self.policies),
+            found_served: of(&self.found_served),
             faults_recorded: of(&self.faults_recorded),
             faults_lost: of(&self.faults_lost),
             faults_suppressed: of(&self.faults_suppressed),
@@ -102,6 +104,9 @@ pub struct VtdCounters {
     pub evaluations: u64,
     /// Policies given to the host.
     pub policies: u64,
+    /// Requests of a requester that was blocked, and that the tables were found to serve by then. Only
+    /// without caching mode.
+    pub found_served: u64,
     /// Faults in fault records.
     pub faults_recorded: u64,
     /// Faults that found no room.

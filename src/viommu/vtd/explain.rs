@@ -5,6 +5,7 @@
 //! the guest's tables: the reason of the walk, put in terms of the guest's own tables, as if the
 //! host's stage 2 were the memory that they stand in.
 
+use super::apply::is_blocked;
 use super::requesters::Standing;
 use super::tables::Tables;
 use crate::spec::vtd::fault::FaultReason;
@@ -25,6 +26,16 @@ pub(super) fn explain(
         return None;
     }
     let config = match standing.given {
+        Some(given) if is_blocked(&given.config) && !tables.caps.cap.cm() => {
+            // Nothing is cached of entries that block: these are what the request was blocked by, unless
+            // it was the host that refused.
+            let now = tables.config(fault.requester);
+            if is_blocked(&now) {
+                now
+            } else {
+                given.config
+            }
+        }
         Some(given) => given.config,
         // A PASID that was given nothing had no present entry when its tables were read last.
         None => unserved(tables.config(fault.requester)),

@@ -18,7 +18,8 @@
 //! lets go of it at each ordering point, and those who wait have it in turn. The fault log has a lock of its own, and so have
 //! the published policies: both are taken after the registers, for a moment, and are all that
 //! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while
-//! another waits in the host for DMA to end. Interrupt remapping has a lock of its own, between the
+//! another waits in the host for DMA to end. Without caching mode a request that is blocked may take
+//! the registers, too, before it becomes a fault ([`FaultTarget::served_late`]). Interrupt remapping has a lock of its own, between the
 //! registers and the fault log: interrupts may come from any thread, too.
 
 mod apply;
@@ -32,6 +33,7 @@ mod faults;
 mod interrupt_entries;
 mod interrupt_remapping;
 mod invalidate;
+mod late;
 mod policy;
 mod policy_legacy;
 mod policy_scalable;
@@ -255,6 +257,10 @@ impl FaultTarget for VtdIommu {
         if let Some(observer) = &self.observer {
             observer.fault(fault, reason, outcome);
         }
+    }
+
+    fn served_late(&self, requester: Requester) -> bool {
+        self.find_served(requester)
     }
 }
 

@@ -152,12 +152,23 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         // No kernel walks second-stage tables of a guest's own.
         second_stage: pairs.take("second-stage", emulated, on_off)?,
         ats: pairs.take("ats", default.ats, on_off)?,
-        caching_mode: pairs.take("caching-mode", default.caching_mode, on_off)?,
+        caching_mode: caching_mode(pairs, default.caching_mode, emulated)?,
         interrupt_remapping: pairs
             .take("intremap", default.interrupt_remapping, |text| on_off(text).map(Some))?,
         sanitize: sanitize(pairs, emulated)?,
     };
     Ok(options)
+}
+
+fn caching_mode(pairs: &mut Pairs<'_>, default: bool, emulated: bool) -> Result<bool, String> {
+    let on = pairs.take("caching-mode", default, on_off)?;
+    if !on && !emulated {
+        // Refused by nesting, too; here without a device's being touched.
+        return Err("caching-mode=off needs host=emulated: a kernel tells nobody of DMA that it blocks, \
+                    so that tables that come to serve a device would never be read; say caching-mode=on"
+            .into());
+    }
+    Ok(on)
 }
 
 fn sanitize(pairs: &mut Pairs<'_>, emulated: bool) -> Result<bool, String> {
@@ -408,6 +419,7 @@ mod tests {
         refused::<MemoryOption>("size=lots", "size: 'lots'");
         refused::<IommuConfig>("smmu", "unknown IOMMU 'smmu'");
         refused::<IommuConfig>("smmuv3,caching-mode=on", "unknown key 'caching-mode'");
+        refused::<IommuConfig>("vtd,host=/dev/iommu,caching-mode=off", "say caching-mode=on");
         refused::<IommuConfig>("smmuv3,aw=57", "aw: '57' is neither 48 nor 52");
         refused::<IommuConfig>("smmuv3,granules=4K+8K", "granules: '8K' is none of 4K, 16K, 64K");
         refused::<IommuConfig>("smmuv3,granules=4K,aw=52", "add 64K to granules=");

@@ -218,9 +218,8 @@ pub struct VtdOptions {
     pub second_stage: bool,
     /// Device TLBs (ATS) are offered.
     pub ats: bool,
-    /// Caching mode: the guest tells of entries that become present, too. Without it nobody learns
-    /// of a table entry that becomes present, and the requester stays blocked until the guest
-    /// invalidates something of it.
+    /// Caching mode: the guest tells of entries that become present, too. Without it the tables are read
+    /// again for each request that they blocked, which takes a host that tells of those.
     pub caching_mode: bool,
     /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
     /// can do without it. What one says holds for all of a machine.

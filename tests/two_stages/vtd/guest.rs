@@ -44,9 +44,21 @@ pub struct Guest<R> {
 #[derive(Debug, Clone, Copy)]
 pub enum Entry {
     NotPresent,
-    FirstStage { table: u64, domain: u16 },
-    SecondStage { table: u64, domain: u16 },
-    PassThrough { domain: u16 },
+    FirstStage {
+        table: u64,
+        domain: u16,
+    },
+    SecondStage {
+        table: u64,
+        domain: u16,
+    },
+    PassThrough {
+        domain: u16,
+    },
+    /// First-stage tables on second-stage ones, both the guest's.
+    Nested {
+        domain: u16,
+    },
 }
 
 /// How the queue answered.
@@ -210,6 +222,7 @@ impl<R: Registers> Guest<R> {
             Entry::FirstStage { table, domain } => (Pgtt::FirstStage, domain, table),
             Entry::SecondStage { table, domain } => (Pgtt::SecondStage, domain, table),
             Entry::PassThrough { domain } => (Pgtt::PassThrough, domain, 0),
+            Entry::Nested { domain } => (Pgtt::Nested, domain, 0),
         };
         // AW: 48 bits, which pass-through must name, too.
         let qw0 = PasidEntry0::new().with_p(true).with_aw(2).with_pgtt(pgtt.into_bits());
@@ -237,7 +250,9 @@ impl<R: Registers> Guest<R> {
             Entry::NotPresent => return self.store(context, 0),
             Entry::SecondStage { table, domain } => (low.with_ssptptr(table / PAGE), domain),
             Entry::PassThrough { domain } => (low.with_tt(2), domain),
-            Entry::FirstStage { .. } => panic!("legacy mode has no first-stage tables"),
+            Entry::FirstStage { .. } | Entry::Nested { .. } => {
+                panic!("legacy mode has no first-stage tables")
+            }
         };
         // AW: 48 bits, which pass-through must name, too. The word with P last.
         self.store(context + 8, ContextHigh::new().with_aw(2).with_did(domain).into_bits());

@@ -5,6 +5,7 @@ mod contexts;
 mod fail_nth;
 mod granularity;
 mod guest;
+mod late;
 mod machine;
 mod stack;
 

@@ -4,6 +4,7 @@
 mod fail_nth;
 mod faults;
 mod interrupts;
+mod late;
 mod policies;
 mod properties;
 mod queue;

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Tables that come to serve a requester without anybody's being told: no caching mode.
+
+use super::*;
+
+/// [`Guest::running`] without caching mode, with nothing behind the root table.
+fn empty(config: VtdConfig) -> Guest {
+    let guest = Guest::new(VtdConfig { caching_mode: false, ..config });
+    guest.set_root(0x400);
+    guest.enable_queue(0x800);
+    guest.enable_translation();
+    guest.calls();
+    guest
+}
+
+#[test]
+fn a_requester_is_served_once_its_tables_do() {
+    let guest = empty(VtdConfig::default());
+    let own = Requester::rid(RID);
+    assert!(!guest.iommu.served_late(own));
+    // Entry by entry, and each is what the guest is told of.
+    guest.write(ROOT + 0x10, &[CONTEXT | 1, 0]);
+    assert!(!guest.iommu.served_late(own));
+    assert_eq!(guest.reason(own), Some(0x41));
+    guest.write(CONTEXT + 0x100, &[DIRECTORY | 1 << 3 | 1, 0, 0, 0]);
+    assert!(!guest.iommu.served_late(own));
+    assert_eq!(guest.reason(own), Some(0x51));
+    guest.write(DIRECTORY, &[PASID_TABLE | 1]);
+    assert!(!guest.iommu.served_late(own));
+    assert_eq!(guest.reason(own), Some(0x59));
+    assert_eq!(guest.calls(), [], "who is blocked costs the host nothing");
+    guest.write_pasid(0, FIRST_STAGE);
+    assert!(guest.iommu.served_late(own));
+    assert_eq!(guest.calls(), [Call::Configure(own, first_stage(FIRST_STAGE))]);
+    assert!(guest.iommu.served_late(own), "another thread found it");
+    assert_eq!((guest.calls(), guest.iommu.counters().found_served), (vec![], 1));
+}
+
+#[test]
+fn a_pasid_is_served_apart_from_its_function() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    guest.write_pasid(9, 0x6000);
+    assert!(guest.iommu.served_late(with_pasid(9)));
+    assert!(!guest.iommu.served_late(with_pasid(8)));
+    assert_eq!(guest.calls(), [Call::Configure(with_pasid(9), first_stage(0x6000))]);
+    // What was found is the guest's to invalidate, as what it told of is.
+    guest.write(PASID_TABLE + 64 * 9, &[0]);
+    let one = crate::spec::vtd::qi::PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(9) };
+    guest.submit(&[Descriptor::PasidCache(one)]);
+    let calls = guest.calls();
+    assert!(calls.contains(&Call::Configure(with_pasid(9), blocked(0x59))), "{calls:?}");
+}
+
+#[test]
+fn entries_that_are_wrong_are_not_kept_either() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    // A reserved bit.
+    guest.write(PASID_TABLE, &[1 << 6 | 1 | 1 << 5]);
+    guest.submit(&[Descriptor::PasidCache(crate::spec::vtd::qi::PasidCacheScope::Global)]);
+    assert!(!guest.iommu.served_late(Requester::rid(RID)));
+    guest.write_pasid(0, FIRST_STAGE);
+    assert!(guest.iommu.served_late(Requester::rid(RID)));
+}
+
+#[test]
+fn a_legacy_requester_is_served_once_its_entry_is_there() {
+    let config = VtdConfig { second_stage: true, ..Default::default() };
+    let guest = Guest::new(VtdConfig { caching_mode: false, ..config });
+    guest.set_root(0);
+    guest.enable_translation();
+    let own = Requester::rid(RID);
+    assert_eq!((guest.iommu.served_late(own), guest.reason(own)), (false, Some(0x01)));
+    guest.write(ROOT + 0x10, &[CONTEXT | 1, 0]);
+    assert_eq!((guest.iommu.served_late(own), guest.reason(own)), (false, Some(0x02)));
+    guest.write(CONTEXT + 0x80, &[FIRST_STAGE | 1, u64::from(DOMAIN) << 8 | 2]);
+    assert!(guest.iommu.served_late(own));
+}
+
+#[test]
+fn what_the_tables_ask_of_faults_now_holds() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    guest.write(PASID_TABLE, &[2]);
+    // FPD, in an entry that was not looked at when the requester was blocked.
+    assert_eq!(guest.reason(Requester::rid(RID)), None);
+    assert_eq!(guest.iommu.counters().faults_suppressed, 1);
+}
+
+#[test]
+fn in_caching_mode_who_is_not_told_does_not_look() {
+    let guest = Guest::new(VtdConfig::default());
+    guest.set_root(0x400);
+    guest.enable_translation();
+    guest.write_tables();
+    assert!(!guest.iommu.served_late(Requester::rid(RID)));
+    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x39));
+}
+
+#[test]
+fn nobody_is_served_while_translation_is_off_or_the_unit_halted() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    guest.write_pasid(9, 0x6000);
+    assert!(!guest.iommu.served_late(Requester::rid(UPPER_RID)), "a stranger");
+    guest.disable_translation();
+    assert!(!guest.iommu.served_late(with_pasid(9)));
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    guest.iommu.halt();
+    assert!(!guest.iommu.served_late(Requester::rid(RID)));
+}
+
+#[test]
+fn what_the_host_refuses_is_tried_again_at_the_next_request() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    guest.refuse(true);
+    let own = Requester::rid(RID);
+    assert!(!guest.iommu.served_late(own));
+    assert_eq!(guest.reason(own), Some(0x5b), "programmed wrongly, as the host sees it");
+    guest.refuse(false);
+    assert!(guest.iommu.served_late(own));
+    assert_eq!(guest.iommu.counters().found_served, 1);
+}
+
+#[test]
+fn tables_are_read_by_who_has_the_registers() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    let registers = guest.iommu.lock();
+    let iommu = guest.iommu.clone();
+    let worker = std::thread::spawn(move || iommu.served_late(Requester::rid(RID)));
+    // Whether it waits by now or is yet to look: the tables as they are when it has the registers are
+    // what counts.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    guest.write(PASID_TABLE, &[0]);
+    drop(registers);
+    assert!(!worker.join().unwrap());
+    assert_eq!(
+        guest
+            .calls()
+            .into_iter()
+            .find(|call| matches!(call, Call::Configure(_, Policy::Stage1(_)))),
+        None
+    );
+}
