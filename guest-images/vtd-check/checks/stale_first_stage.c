@@ -3,6 +3,9 @@
 // from the moment the invalidation is complete.
 #include "fixture.h"
 
+// AM of 2 MiB.
+#define LARGE_MASK 9
+
 static struct descriptor iotlb_global(void)
 {
     return inv_iotlb(IOTLB_GLOBAL, 0, 0);
@@ -55,10 +58,18 @@ static void leaf_pasid_page(void) { changed_4k(pasid_page()); }
 static void leaf_pasid_page_hint(void) { changed_4k(pasid_page_leaf_only()); }
 static void large_iotlb_global(void) { changed_2m(iotlb_global()); }
 static void large_pasid_selective(void) { changed_2m(pasid_selective()); }
-// Any page inside names the whole large page.
+// A large page takes a mask of its size (VT-d 6.5.2.4); the address may be of any page inside.
 static void large_pasid_page(void)
 {
-    changed_2m(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, 0, IOVA + 300 * PAGE_SIZE));
+    SKIP_UNLESS(cap_mamv() >= LARGE_MASK, "CAP.MAMV is below 9");
+    changed_2m(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, 0, (IOVA + 300 * PAGE_SIZE) | LARGE_MASK));
+}
+
+// Without a PASID the addresses are those of second-stage tables: of first-stage ones all goes (6.5.2.3).
+static void leaf_iotlb_page(void)
+{
+    SKIP_UNLESS(cap_psi(), "CAP.PSI is 0");
+    changed_4k(inv_iotlb(IOTLB_PAGE, DOMAIN_A, (IOVA + 300 * PAGE_SIZE) | INVALIDATION_HINT));
 }
 
 // Eight pages change; the address has low bits that the mask makes irrelevant.
@@ -106,15 +117,17 @@ static void split_large_page(void)
 {
     struct page_table space = space_new();
     struct target target = {(void *)LARGE_REGION_A, page_new()};
-    u64 *leaf = map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, FS_READ_WRITE);
+    u64 *leaf;
 
+    SKIP_UNLESS(cap_mamv() >= LARGE_MASK, "CAP.MAMV is below 9");
+    leaf = map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, FS_READ_WRITE);
     attach(DEVICE, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(lands_on_old(DEVICE, NO_PASID, IOVA, target));
     *leaf = 0;
     map_leaf(&space, IOVA, gpa_of(target.new), LEVEL_4K, FS_READ_WRITE);
     REQUIRE(lands_on_stale(DEVICE, NO_PASID, IOVA, target));
-    REQUIRE(invalidate(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, 0, IOVA)));
+    REQUIRE(invalidate(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, 0, IOVA | LARGE_MASK)));
     REQUIRE(lands_on_new(DEVICE, NO_PASID, IOVA, target));
 }
 
@@ -200,12 +213,13 @@ static void each_device_its_own(void)
 
 static const struct check list[] = {
     {"4 KiB leaf: IOTLB, global", leaf_iotlb_global},
+    {"4 KiB leaf: IOTLB, page-selective, another page", leaf_iotlb_page},
     {"4 KiB leaf: PASID-IOTLB, PASID-selective", leaf_pasid_selective},
     {"4 KiB leaf: PASID-IOTLB, page-selective", leaf_pasid_page},
     {"4 KiB leaf: PASID-IOTLB, page-selective, leaf only (IH)", leaf_pasid_page_hint},
     {"2 MiB leaf: IOTLB, global", large_iotlb_global},
     {"2 MiB leaf: PASID-IOTLB, PASID-selective", large_pasid_selective},
-    {"2 MiB leaf: PASID-IOTLB, a page inside it", large_pasid_page},
+    {"2 MiB leaf: PASID-IOTLB, page-selective with mask 9", large_pasid_page},
     {"8 pages: PASID-IOTLB, page-selective with mask 3", page_range},
     {"directory entry: PASID-IOTLB, page-selective", changed_directory},
     {"2 MiB page split: PASID-IOTLB, page-selective", split_large_page},

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! SMMUv3: what is its own, beside what every architecture owes.
 
+mod granularity;
 mod guest;
 mod machine;
 mod stack;

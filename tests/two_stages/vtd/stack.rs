@@ -99,6 +99,8 @@ impl Stack for Machine {
             pasid_pages(NAME, 0, Some(pages(IOVA, 9))),
             Self::all_of(NAME),
             iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA, 0) }),
+            // Of first-stage tables it names all, whatever the address.
+            iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA + PAGE, 0) }),
             iotlb(IotlbScope::Domain(NAME)),
             iotlb(IotlbScope::Global),
         ]
