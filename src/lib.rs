@@ -25,6 +25,7 @@ pub mod nesting;
 #[cfg(any(test, feature = "test-support"))]
 #[doc(hidden)]
 pub mod patience;
+mod runs;
 pub mod spec;
 pub mod viommu;
 #[cfg(feature = "vmm")]

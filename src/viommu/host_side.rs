@@ -4,14 +4,16 @@
 use std::fmt::Debug;
 
 use super::{Invalidation, Requester, RequesterConfig};
-use crate::spec::pci::Bdf;
 
 /// What is behind a virtual IOMMU: it turns policies into translations.
 ///
 /// Calls come one at a time (the virtual IOMMU's lock is held). A call returns only when the host
 /// has done what was asked: the virtual IOMMU acknowledges to the guest right after.
 pub trait HostSide: Debug + Send + Sync {
-    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing.
+    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing, and
+    /// a PASID that is blocked no memory.
+    ///
+    /// The tag of a request with PASID has that PASID.
     ///
     /// # Errors
     /// The host refused; the requester is then blocked, whatever it was before, unless the error
@@ -21,14 +23,6 @@ pub trait HostSide: Debug + Send + Sync {
         requester: Requester,
         config: &RequesterConfig,
     ) -> Result<(), HostSideError>;
-
-    /// Forgets everything about the PASIDs of `rid` (the requester is no longer a device of this
-    /// virtual IOMMU, or its PASID table is gone): each is blocked.
-    ///
-    /// # Errors
-    /// The host refused. Those that it did not block are blocked at a later call, of this or of
-    /// [`HostSide::configure`].
-    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError>;
 
     /// Invalidates a batch, in any order within it: all of what stands between two ordering points
     /// of the guest's queue.

@@ -31,7 +31,7 @@ impl fmt::Display for Requester {
 }
 
 /// A first-stage table (VT-d scalable mode, PGTT first-stage).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VtdFirstStage {
     /// GPA of the top table, in bytes (FSPTPTR).
     pub table: u64,
@@ -46,7 +46,7 @@ pub struct VtdFirstStage {
 }
 
 /// A second-stage table that the guest owns (VT-d legacy mode, or PGTT second-stage).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VtdSecondStage {
     /// GPA of the top table, in bytes (SSPTPTR).
     pub table: u64,
@@ -55,7 +55,7 @@ pub struct VtdSecondStage {
 }
 
 /// Guest-owned tables, by format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stage1 {
     /// VT-d first-stage: hardware nests it.
     VtdFirstStage(VtdFirstStage),

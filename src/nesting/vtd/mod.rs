@@ -158,14 +158,6 @@ impl HostSide for VtdNesting {
         })
     }
 
-    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError> {
-        let mut state = self.state();
-        state.forget_pasids(rid).map_err(|error| {
-            let still_reachable = !state.attached_pasids(rid).is_empty();
-            error.for_viommu(format!("forgetting the PASIDs of {rid}"), still_reachable)
-        })
-    }
-
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
         let Stale { error, still_reachable } = match self.state().invalidate(batch) {
             Ok(()) => return Ok(()),

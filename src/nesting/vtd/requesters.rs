@@ -16,7 +16,7 @@ const TABLE_ALIGNMENT: u64 = 4096;
 
 impl State {
     fn slot(&self, requester: Requester) -> Slot {
-        self.slots.get(&requester).copied().unwrap_or_default()
+        self.nested.slots().get(requester)
     }
 
     /// See [`crate::viommu::HostSide::configure`].
@@ -47,7 +47,10 @@ impl State {
             Policy::Blocked { .. } if attached == Attached::Nothing => self.unchanged(),
             Policy::Blocked { .. } => self.detach(requester),
             Policy::Bypass if attached == Attached::Parent => self.unchanged(),
-            Policy::Bypass => self.attach(requester, &device, device.parent.hwpt, Attached::Parent),
+            Policy::Bypass => {
+                let slot = Slot::on(Attached::Parent, 0);
+                self.attach(requester, &device, device.parent.hwpt, slot)
+            }
             Policy::Stage1(stage1) => self.nest(requester, &device, stage1, config.tag),
         }
     }
@@ -77,13 +80,15 @@ impl State {
         if adopts {
             self.flush_everything(hwpt)?;
         }
-        if self.slot(requester).attached != Attached::Nested(hwpt) {
-            self.attach(requester, device, hwpt, Attached::Nested(hwpt))?;
+        let slot = Slot::on(Attached::Nested(hwpt), tag.domain);
+        if self.slot(requester).attached != slot.attached {
+            self.attach(requester, device, hwpt, slot)?;
             self.counters.nested_shares += u64::from(found.is_some());
-        } else if !adopts {
-            self.counters.unchanged += 1;
+        } else {
+            self.nested.set(requester, slot);
+            self.counters.unchanged += u64::from(!adopts);
         }
-        self.nested.join(hwpt, requester, tag);
+        self.nested.name(requester, tag);
         Ok(())
     }
 
@@ -133,7 +138,7 @@ impl State {
         requester: Requester,
         device: &Device,
         pt: ObjectId,
-        attached: Attached,
+        slot: Slot,
     ) -> Result<()> {
         check_pasid(requester, device)?;
         let before = self.slot(requester);
@@ -142,14 +147,14 @@ impl State {
             self.counters.refused_attaches += 1;
             // VT-d blocks before it checks, and never reverts; iommufd goes on to believe in the
             // old page table, and would take attaching that again for done.
-            self.slots.insert(requester, Slot { unsettled: true, ..before });
+            self.nested.set(requester, Slot { unsettled: true, ..before });
             self.block(requester);
-            self.destroy_unused(attached);
+            self.destroy_unused(slot.attached);
             return Err(NestingError::Host { what: format!("attaching {requester}"), source });
         }
-        self.slots.insert(requester, Slot::on(attached));
+        self.nested.set(requester, slot);
         self.counters.replaces += u64::from(before.attached != Attached::Nothing);
-        self.release(requester, before.attached);
+        self.destroy_unused(before.attached);
         Ok(())
     }
 
@@ -170,22 +175,15 @@ impl State {
             return Ok(());
         }
         if let Err(source) = self.objects.detach(device.dev, requester.pasid.map(Pasid::raw)) {
-            self.slots.insert(requester, Slot { unsettled: true, ..slot });
+            self.nested.set(requester, Slot { unsettled: true, ..slot });
             return Err(NestingError::Host { what: format!("detaching {requester}"), source });
         }
-        self.slots.remove(&requester);
-        self.release(requester, slot.attached);
+        self.nested.set(requester, Slot::default());
+        self.destroy_unused(slot.attached);
         Ok(())
     }
 
-    /// `requester` does not use `attached` any more.
-    fn release(&mut self, requester: Requester, attached: Attached) {
-        if let Attached::Nested(hwpt) = attached {
-            self.nested.leave(hwpt, requester);
-            self.destroy_unused(attached);
-        }
-    }
-
+    /// If nobody uses the `HWPT_NESTED` any more, it goes.
     fn destroy_unused(&mut self, attached: Attached) {
         if let Attached::Nested(hwpt) = attached {
             if self.nested.remove_unused(hwpt) {
@@ -200,21 +198,15 @@ impl State {
         self.slot(requester) != Slot::default()
     }
 
-    /// The PASIDs of `rid` that the host may let through.
-    pub fn attached_pasids(&self, rid: Bdf) -> Vec<Requester> {
-        self.slots
-            .range(Requester::rid(rid)..)
-            .map(|(requester, _)| *requester)
-            .take_while(|requester| requester.rid == rid)
-            .filter(|requester| requester.pasid.is_some())
-            .collect()
-    }
-
-    /// See [`crate::viommu::HostSide::forget_pasids`].
+    /// Blocks every PASID of `rid`. Those that cannot be are blocked at a later call, of this or of
+    /// [`State::configure`].
     pub fn forget_pasids(&mut self, rid: Bdf) -> Result<()> {
         let mut result = Ok(());
-        for requester in self.attached_pasids(rid) {
+        let mut next = self.nested.slots().pasid_from(rid, 0);
+        while let Some(requester) = next {
             result = result.and(self.detach(requester));
+            let after = requester.pasid.map_or(0, Pasid::raw) + 1;
+            next = self.nested.slots().pasid_from(rid, after);
         }
         result
     }

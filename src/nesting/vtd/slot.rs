@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a requester is attached to.
+//! What each requester is attached to.
+
+use std::collections::BTreeMap;
 
 use crate::iommufd::ObjectId;
+use crate::runs::Runs;
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::{DomainTag, Requester};
 
 /// What a requester is attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -15,11 +20,14 @@ pub(super) enum Attached {
     Nested(ObjectId),
 }
 
-/// What the host was last told of a requester.
+/// What the host was last told of a requester. Small, and mostly the same for the PASIDs of a
+/// function, of which there may be 2^20.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Slot {
     /// What it was attached to.
     pub attached: Attached,
+    /// The domain id by which the guest names what is cached of a `HWPT_NESTED`; 0 otherwise.
+    pub domain: u16,
     /// An attach or a detach failed since, so that the host's books and its hardware may disagree.
     /// Only a detach makes them agree again.
     pub unsettled: bool,
@@ -27,7 +35,107 @@ pub(super) struct Slot {
 
 impl Slot {
     /// Attached, without a doubt.
-    pub fn on(attached: Attached) -> Self {
-        Self { attached, unsettled: false }
+    pub fn on(attached: Attached, domain: u16) -> Self {
+        Self { attached, domain, unsettled: false }
+    }
+}
+
+/// The slots of all requesters.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    /// Those with a slot that says anything.
+    functions: BTreeMap<Bdf, Function>,
+}
+
+/// The slots of one function.
+#[derive(Debug, Default)]
+struct Function {
+    /// Of requests without PASID.
+    rid: Slot,
+    /// The PASID by which the guest names what is cached of those (RID_PASID).
+    rid_pasid: u32,
+    pasids: Runs<Slot>,
+}
+
+impl Slots {
+    /// The slot of a requester: that of one without says nothing.
+    pub fn get(&self, requester: Requester) -> Slot {
+        let Some(function) = self.functions.get(&requester.rid) else { return Slot::default() };
+        match requester.pasid {
+            None => function.rid,
+            Some(pasid) => function.pasids.get(pasid.raw()).unwrap_or_default(),
+        }
+    }
+
+    /// Gives a requester a slot.
+    pub fn set(&mut self, requester: Requester, slot: Slot) {
+        let nothing = slot == Slot::default();
+        match requester.pasid {
+            None => self.functions.entry(requester.rid).or_default().rid = slot,
+            Some(pasid) => {
+                let pasids = &mut self.functions.entry(requester.rid).or_default().pasids;
+                pasids.set(pasid.raw(), (!nothing).then_some(slot));
+            }
+        }
+        if nothing {
+            self.functions.retain(|rid, function| {
+                *rid != requester.rid
+                    || function.rid != Slot::default()
+                    || !function.pasids.is_empty()
+            });
+        }
+    }
+
+    /// From now on the guest names what is cached of `rid`'s requests without PASID by `pasid`.
+    pub fn name_rid(&mut self, rid: Bdf, pasid: u32) {
+        if let Some(function) = self.functions.get_mut(&rid) {
+            function.rid_pasid = pasid;
+        }
+    }
+
+    /// The first PASID of `rid` from `pasid` on that has a slot.
+    pub fn pasid_from(&self, rid: Bdf, pasid: u32) -> Option<Requester> {
+        let pasid = Pasid::new(self.functions.get(&rid)?.pasids.next(pasid)?);
+        Some(Requester { rid, pasid })
+    }
+
+    /// Every `HWPT_NESTED` that the guest knows by `pasid`, with the domain id.
+    pub fn named(&self, pasid: u32) -> impl Iterator<Item = (ObjectId, u16)> + '_ {
+        self.functions.values().flat_map(move |function| {
+            let rid = Some(function.rid).filter(|_| function.rid_pasid == pasid);
+            [rid, function.pasids.get(pasid)].into_iter().flatten().filter_map(|slot| {
+                match slot.attached {
+                    Attached::Nested(hwpt) => Some((hwpt, slot.domain)),
+                    _ => None,
+                }
+            })
+        })
+    }
+
+    /// Whether any requester is attached to `hwpt` and known by `tag`.
+    pub fn knows(&self, hwpt: ObjectId, tag: DomainTag) -> bool {
+        self.named(tag.pasid).any(|named| named == (hwpt, tag.domain))
+    }
+
+    /// Every requester that is attached to `hwpt`. Looks at all there are.
+    pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
+        let on_it = |slot: &Slot| slot.attached == Attached::Nested(hwpt);
+        let of_function = |(&rid, function): (&Bdf, &Function)| {
+            let own = Some(Requester::rid(rid)).filter(|_| on_it(&function.rid));
+            let pasids = function.pasids.iter().filter(|(_, slot)| on_it(slot));
+            let pasids = pasids.map(|(raw, _)| Requester { rid, pasid: Pasid::new(raw) });
+            own.into_iter().chain(pasids).collect::<Vec<_>>()
+        };
+        self.functions.iter().flat_map(of_function).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_small() {
+        assert_eq!(size_of::<Slot>(), 12);
     }
 }

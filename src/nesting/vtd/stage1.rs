@@ -1,27 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The books of the `HWPT_NESTED` objects: which tables, who uses each, under which names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
+use super::slot::{Attached, Slot, Slots};
 use crate::iommufd::ObjectId;
-use crate::viommu::{DomainTag, Invalidation, Requester, Stage1};
+use crate::viommu::{DomainTag, Requester, Stage1};
 
 /// One `HWPT_NESTED`.
 #[derive(Debug)]
 struct Nested {
     parent: ObjectId,
     stage1: Stage1,
-    users: BTreeMap<Requester, DomainTag>,
+    /// How many requesters are attached to it.
+    users: usize,
 }
 
-/// Every `HWPT_NESTED` there is. Books only: nothing here calls the host.
+/// Every `HWPT_NESTED` there is, and what each requester is attached to. Books only: nothing here
+/// calls the host.
 #[derive(Debug, Default)]
 pub(super) struct NestedHwpts {
+    slots: Slots,
     by_id: BTreeMap<ObjectId, Nested>,
-    by_tables: HashMap<(ObjectId, Stage1), ObjectId>,
-    /// How many users of a HWPT have a tag. Ordered by domain first, so that an invalidation finds
+    by_tables: BTreeMap<(ObjectId, Stage1), ObjectId>,
+    /// How many users of a HWPT are of a domain. Ordered by domain first, so that an invalidation finds
     /// what it names without a look at the rest.
-    by_tag: BTreeMap<(u16, u32, ObjectId), usize>,
+    by_domain: BTreeMap<(u16, ObjectId), usize>,
 }
 
 impl NestedHwpts {
@@ -32,14 +36,14 @@ impl NestedHwpts {
 
     /// Enters a new HWPT that nobody uses yet.
     pub fn insert(&mut self, hwpt: ObjectId, parent: ObjectId, stage1: Stage1) {
-        self.by_id.insert(hwpt, Nested { parent, stage1, users: BTreeMap::new() });
+        self.by_id.insert(hwpt, Nested { parent, stage1, users: 0 });
         self.by_tables.insert((parent, stage1), hwpt);
     }
 
     /// Strikes out a HWPT if nobody uses it. Says whether it did.
     pub fn remove_unused(&mut self, hwpt: ObjectId) -> bool {
         match self.by_id.get(&hwpt) {
-            Some(nested) if nested.users.is_empty() => {
+            Some(nested) if nested.users == 0 => {
                 self.by_tables.remove(&(nested.parent, nested.stage1));
                 self.by_id.remove(&hwpt);
                 true
@@ -53,64 +57,81 @@ impl NestedHwpts {
         self.by_id.get(&hwpt).map(|nested| nested.stage1)
     }
 
+    /// What each requester is attached to.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
     /// Who uses a HWPT.
     pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
-        self.by_id
-            .get(&hwpt)
-            .map(|nested| nested.users.keys().copied().collect())
-            .unwrap_or_default()
+        self.slots.users(hwpt)
     }
 
     /// Whether any user of `hwpt` is known by `tag`.
     pub fn knows(&self, hwpt: ObjectId, tag: DomainTag) -> bool {
-        self.by_tag.contains_key(&(tag.domain, tag.pasid, hwpt))
+        self.slots.knows(hwpt, tag)
     }
 
-    /// From now on `requester` uses `hwpt` and is known by `tag`.
-    pub fn join(&mut self, hwpt: ObjectId, requester: Requester, tag: DomainTag) {
-        let Some(nested) = self.by_id.get_mut(&hwpt) else { return };
-        let before = nested.users.insert(requester, tag);
-        *self.by_tag.entry((tag.domain, tag.pasid, hwpt)).or_default() += 1;
-        self.forget_tag(hwpt, before);
+    /// From now on `requester` has this slot.
+    pub fn set(&mut self, requester: Requester, slot: Slot) {
+        let before = self.slots.get(requester);
+        self.slots.set(requester, slot);
+        if let Attached::Nested(hwpt) = slot.attached {
+            *self.by_domain.entry((slot.domain, hwpt)).or_default() += 1;
+            if let Some(nested) = self.by_id.get_mut(&hwpt) {
+                nested.users += 1;
+            }
+        }
+        if let Attached::Nested(hwpt) = before.attached {
+            self.leave(hwpt, before.domain);
+        }
     }
 
-    /// From now on `requester` does not use `hwpt`.
-    pub fn leave(&mut self, hwpt: ObjectId, requester: Requester) {
-        let Some(nested) = self.by_id.get_mut(&hwpt) else { return };
-        let before = nested.users.remove(&requester);
-        self.forget_tag(hwpt, before);
+    /// From now on the guest knows what `requester` uses by `tag`, whose domain its slot has.
+    pub fn name(&mut self, requester: Requester, tag: DomainTag) {
+        // A request with PASID is known by that.
+        if requester.pasid.is_none() {
+            self.slots.name_rid(requester.rid, tag.pasid);
+        }
     }
 
-    fn forget_tag(&mut self, hwpt: ObjectId, tag: Option<DomainTag>) {
-        let Some(tag) = tag else { return };
-        let key = (tag.domain, tag.pasid, hwpt);
-        if let Some(count) = self.by_tag.get_mut(&key) {
-            *count -= 1; // Entries are at least 1: one of 0 is removed at once.
+    fn leave(&mut self, hwpt: ObjectId, domain: u16) {
+        // Counts are at least 1: an entry of 0 is removed at once.
+        if let Some(nested) = self.by_id.get_mut(&hwpt) {
+            nested.users -= 1;
+        }
+        if let Some(count) = self.by_domain.get_mut(&(domain, hwpt)) {
+            *count -= 1;
             if *count == 0 {
-                self.by_tag.remove(&key);
+                self.by_domain.remove(&(domain, hwpt));
             }
         }
     }
 
     /// Every HWPT with a user that an invalidation of `domain` and `pasid` names, as
-    /// [`Invalidation::names`] has it; each once, in ascending order.
+    /// [`Invalidation::names`](crate::viommu::Invalidation::names) has it; each once, in ascending
+    /// order.
     pub fn named(&self, domain: Option<u16>, pasid: Option<u32>) -> Vec<ObjectId> {
         const FIRST: ObjectId = ObjectId(0);
         const LAST: ObjectId = ObjectId(u32::MAX);
-        let (first, last) = match (domain, pasid) {
-            (Some(domain), Some(pasid)) => ((domain, pasid, FIRST), (domain, pasid, LAST)),
-            (Some(domain), None) => ((domain, 0, FIRST), (domain, u32::MAX, LAST)),
-            (None, _) => ((0, 0, FIRST), (u16::MAX, u32::MAX, LAST)),
-        };
-        let selector = Invalidation { domain, pasid, range: None };
-        let named = |(domain, pasid, _): &(u16, u32, ObjectId)| {
-            selector.names(DomainTag { domain: *domain, pasid: *pasid })
-        };
-        let tags = self.by_tag.range(first..=last).map(|(tag, _)| tag);
-        let mut hwpts: Vec<_> = tags.filter(|tag| named(tag)).map(|(_, _, hwpt)| *hwpt).collect();
-        hwpts.sort_unstable();
-        hwpts.dedup();
-        hwpts
+        match (domain, pasid) {
+            (None, None) => {
+                let used = self.by_id.iter().filter(|(_, nested)| nested.users != 0);
+                used.map(|(hwpt, _)| *hwpt).collect()
+            }
+            (Some(domain), None) => {
+                let named = self.by_domain.range((domain, FIRST)..=(domain, LAST));
+                named.map(|((_, hwpt), _)| *hwpt).collect()
+            }
+            (domain, Some(pasid)) => {
+                let named = |(_, of): &(ObjectId, u16)| domain.is_none_or(|domain| domain == *of);
+                let named = self.slots.named(pasid).filter(named);
+                let mut hwpts: Vec<_> = named.map(|(hwpt, _)| hwpt).collect();
+                hwpts.sort_unstable();
+                hwpts.dedup();
+                hwpts
+            }
+        }
     }
 
     /// How many HWPTs there are.
@@ -127,13 +148,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::spec::pci::Bdf;
-    use crate::viommu::VtdSecondStage;
+    use crate::spec::pci::{Bdf, Pasid};
+    use crate::viommu::{Invalidation, VtdSecondStage};
 
     const PARENT: ObjectId = ObjectId(1);
 
     fn tables(table: u64) -> Stage1 {
         Stage1::VtdSecondStage(VtdSecondStage { table, address_width: 48 })
+    }
+
+    fn on(hwpt: ObjectId, domain: u16) -> Slot {
+        Slot::on(Attached::Nested(hwpt), domain)
     }
 
     #[test]
@@ -142,15 +167,15 @@ mod tests {
         let (one, two) = (Requester::rid(Bdf::from_raw(8)), Requester::rid(Bdf::from_raw(9)));
         let mut books = NestedHwpts::default();
         books.insert(hwpt, PARENT, tables(0x1000));
-        books.join(hwpt, one, tag);
-        books.join(hwpt, two, tag);
+        books.set(one, on(hwpt, 3));
+        books.set(two, on(hwpt, 3));
         assert_eq!(books.find(PARENT, &tables(0x1000)), Some(hwpt));
         assert_eq!(books.find(ObjectId(9), &tables(0x1000)), None);
         assert_eq!(books.users(hwpt), [one, two]);
-        books.leave(hwpt, one);
+        books.set(one, Slot::default());
         assert!(books.knows(hwpt, tag));
         assert!(!books.remove_unused(hwpt));
-        books.leave(hwpt, two);
+        books.set(two, Slot::default());
         assert!(!books.knows(hwpt, tag));
         assert!(books.remove_unused(hwpt));
         assert_eq!((books.find(PARENT, &tables(0x1000)), books.len()), (None, 0));
@@ -160,7 +185,8 @@ mod tests {
         /// What an invalidation names, against asking each user.
         #[test]
         fn an_invalidation_finds_the_users_it_names(
-            users in prop::collection::vec((0u32..4, 0u16..8, 0u16..3, 0u32..3, any::<bool>()), 0..40),
+            users in prop::collection::vec(
+                (0u32..4, 0u16..8, 0u16..3, prop::option::of(1u32..3), 0u32..3, any::<bool>()), 0..40),
             domain in prop::option::of(0u16..3),
             pasid in prop::option::of(0u32..3),
         ) {
@@ -169,24 +195,35 @@ mod tests {
                 books.insert(ObjectId(10 + id), PARENT, tables(u64::from(id) << 12));
             }
             let mut naive = BTreeMap::new();
-            for (id, rid, domain, pasid, joins) in users {
-                let (hwpt, user) = (ObjectId(10 + id), Requester::rid(Bdf::from_raw(rid)));
-                let tag = DomainTag { domain, pasid };
+            for (id, rid, domain, own, rid_pasid, joins) in users {
+                let hwpt = ObjectId(10 + id);
+                let user = Requester { rid: Bdf::from_raw(rid), pasid: own.and_then(Pasid::new) };
+                let tag = DomainTag { domain, pasid: own.unwrap_or(rid_pasid) };
                 if joins {
-                    books.join(hwpt, user, tag);
-                    naive.insert((hwpt, user), tag);
+                    books.set(user, on(hwpt, domain));
+                    books.name(user, tag);
+                    naive.insert(user, (hwpt, tag));
                 } else {
-                    books.leave(hwpt, user);
-                    naive.remove(&(hwpt, user));
+                    books.set(user, Slot::default());
+                    naive.remove(&user);
                 }
             }
             let invalidation = Invalidation { domain, pasid, range: None };
-            let expected: BTreeSet<_> = naive
-                .iter()
-                .filter(|(_, tag)| invalidation.names(**tag))
-                .map(|((hwpt, _), _)| *hwpt)
-                .collect();
+            let named = naive.values().filter(|(_, tag)| invalidation.names(*tag));
+            let expected: BTreeSet<_> = named.map(|(hwpt, _)| *hwpt).collect();
             prop_assert_eq!(books.named(domain, pasid), Vec::from_iter(expected));
+            for id in 10..14 {
+                let hwpt = ObjectId(id);
+                let users = naive.iter().filter(|(_, (of, _))| *of == hwpt).map(|(user, _)| *user);
+                prop_assert_eq!(books.users(hwpt), users.collect::<Vec<_>>());
+                for (domain, pasid) in [(0, 0), (1, 1), (2, 0), (0, 2)] {
+                    let tag = DomainTag { domain, pasid };
+                    let known = naive.values().any(|named| *named == (hwpt, tag));
+                    prop_assert_eq!(books.knows(hwpt, tag), known);
+                }
+                let unused = naive.values().all(|(of, _)| *of != hwpt);
+                prop_assert_eq!(books.remove_unused(hwpt), unused);
+            }
         }
     }
 }

@@ -43,8 +43,6 @@ pub(super) struct State {
     faults: Arc<FaultRouter>,
     parents: Vec<Parent>,
     pub devices: BTreeMap<Bdf, Device>,
-    /// What each requester is attached to; a requester without a slot is detached.
-    pub slots: BTreeMap<Requester, Slot>,
     pub nested: NestedHwpts,
     /// But for the host calls, which [`Objects`] counts.
     pub counters: VtdNestingCounters,
@@ -58,7 +56,6 @@ impl State {
             faults,
             parents: Vec::new(),
             devices: BTreeMap::new(),
-            slots: BTreeMap::new(),
             nested: NestedHwpts::default(),
             counters: VtdNestingCounters::default(),
         }
@@ -108,7 +105,7 @@ impl State {
             self.faults.remove(dev);
         })?;
         self.devices.insert(rid, Device { dev, parent, info });
-        self.slots.insert(Requester::rid(rid), Slot::on(Attached::Parent));
+        self.nested.set(Requester::rid(rid), Slot::on(Attached::Parent, 0));
         // The attachment has shown which parent is the device's. Whether the device may use it
         // is for the virtual IOMMU to say.
         if let Err(error) = self.detach(Requester::rid(rid)) {

@@ -1,54 +1,170 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The global command register (§11.4.4): each command is complete when its write returns, or its
-//! status does not say so. That is when the host lets a requester keep what the guest takes back:
-//! the guest may give the command again.
+//! The global command register (§11.4.4), and what a command of any register waits for.
+//!
+//! Each command is complete when its write returns, or its status does not say so. That is when the
+//! host lets a requester keep what the guest takes back: the guest may give the command again.
+//!
+//! A command that concerns many requesters is *under way* until each of them has what it is to have.
+//! Others have the registers in between, with the status of before; whoever comes with another
+//! command, or works through the queue, goes on with the one that is under way first.
 
-use super::apply::NotApplied;
+use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
+
+use super::apply::{Applied, NotApplied, Scope};
+use super::evaluation::{Budget, By, Evaluation};
+use super::queue::{Pass, Slice};
 use super::state::Registers;
 use super::VtdIommu;
-use crate::spec::vtd::regs::{Gcmd, QueuePointer};
+use crate::spec::vtd::regs::{ContextGranularity, Gcmd, IotlbGranularity, QueuePointer};
 use crate::viommu::Invalidation;
 
+/// What is being done, and is not acknowledged yet. Changed with the registers locked only.
+#[derive(Debug, Default)]
+pub(super) struct UnderWay {
+    command: Option<Command>,
+    /// The invalidations that the head of the queue stands at.
+    pub queue: Option<Pass>,
+}
+
+/// A command of a register.
+#[derive(Debug)]
+struct Command {
+    evaluation: Evaluation,
+    then: Then,
+}
+
+/// What is to be done when every requester has what it is to have.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Then {
+    /// RTPS is set, if all before went well; then the rest of the command is carried out.
+    RootTable {
+        /// Whether all before went well.
+        applied: Applied,
+        /// The command that SRTP is part of.
+        rest: Gcmd,
+    },
+    /// TES becomes this.
+    Translation(bool),
+    /// CAIG says what was done, and ICC is cleared.
+    Context(ContextGranularity),
+    /// IAIG says what was done, and IVT is cleared.
+    Iotlb(IotlbGranularity),
+}
+
 impl VtdIommu {
+    pub(super) fn under_way(&self) -> MutexGuard<'_, UnderWay> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The registers, when no command is under way.
+    pub(super) fn lock_idle(&self) -> MutexGuard<'_, Registers> {
+        loop {
+            let mut registers = self.lock();
+            if self.run_command(&mut registers) == Slice::Done {
+                return registers;
+            }
+        }
+    }
+
+    /// Goes on with the command that is under way, for one slice.
+    pub(super) fn run_command(&self, registers: &mut Registers) -> Slice {
+        let Some(mut command) = self.under_way().command.take() else { return Slice::Done };
+        let mut budget = Budget::default();
+        match self.evaluate(&mut command.evaluation, registers.root, &mut budget) {
+            None => {
+                self.under_way().command = Some(command);
+                Slice::More
+            }
+            Some(applied) => {
+                self.acknowledge(registers, command.then, applied);
+                if self.under_way().command.is_some() {
+                    Slice::More
+                } else {
+                    Slice::Done
+                }
+            }
+        }
+    }
+
+    /// A command is under way from now on.
+    pub(super) fn begin_command(&self, scope: Scope, by: By, then: Then) {
+        if by == By::Tables {
+            self.counters.evaluations.fetch_add(1, Ordering::Relaxed);
+        }
+        self.under_way().command = Some(Command { evaluation: Evaluation::new(scope, by), then });
+    }
+
+    fn acknowledge(&self, registers: &mut Registers, then: Then, applied: Applied) {
+        match then {
+            Then::RootTable { applied: before, rest } => {
+                registers.gsts.set_rtps(before.and(applied).is_ok());
+                self.rest_of_global_command(registers, rest);
+            }
+            Then::Translation(enabled) if applied.is_ok() => {
+                registers.gsts.set_tes(enabled);
+                if !enabled {
+                    self.requesters.set_translating(false, None);
+                }
+            }
+            Then::Translation(_) => {}
+            Then::Context(granularity) => {
+                self.acknowledge_context_command(registers, applied.ok().and(Some(granularity)));
+            }
+            Then::Iotlb(granularity) => {
+                self.acknowledge_iotlb_command(registers, applied.ok().and(Some(granularity)));
+            }
+        }
+    }
+
     /// Carries out what `command` changes. Drivers change one thing a write; where several change,
     /// pointers come first and translation last, so that nothing is enabled half-way. The queue is
     /// worked through after all of them.
     pub(super) fn global_command(&self, registers: &mut Registers, command: Gcmd) {
         if command.srtp() {
-            self.set_root_table_pointer(registers);
+            self.set_root_table_pointer(registers, command);
+        } else {
+            self.rest_of_global_command(registers, command);
         }
+    }
+
+    /// All of a command but SRTP.
+    fn rest_of_global_command(&self, registers: &mut Registers, command: Gcmd) {
         if command.sirtp() && self.caps.ecap.ir() {
             self.set_interrupt_table_pointer(registers);
         }
         if command.qie() != registers.gsts.qies() {
             self.set_queue_enabled(registers, command.qie());
         }
+        if self.caps.ecap.ir() {
+            self.set_interrupt_remapping(registers, command);
+        }
         // Differs from TES where the command before could not be completed.
         let translating = self.requesters.is_translating();
         if command.te() != registers.gsts.tes() || command.te() != translating {
             self.set_translation_enabled(registers, command.te());
-        }
-        if self.caps.ecap.ir() {
-            self.set_interrupt_remapping(registers, command);
         }
         // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and without ECAP.IR
         // there is nothing to remap: such bits are ignored, and their status stays clear.
     }
 
     /// Latches RTADDR. Caches are emptied with it (CAP.ESRTPS).
-    fn set_root_table_pointer(&self, registers: &mut Registers) {
+    fn set_root_table_pointer(&self, registers: &mut Registers, command: Gcmd) {
         registers.gsts.set_rtps(false);
         registers.root = Some(registers.rtaddr);
         // What the host could not empty it has blocked: that is logged, and where translation is
         // enabled the policies are given anew right after.
-        let mut applied = match self.invalidate_host(&[Invalidation::ALL]) {
+        let applied = match self.invalidate_host(&[Invalidation::ALL]) {
             Err(error) if error.still_reachable => Err(NotApplied::StillReachable),
             _ => Ok(()),
         };
         if registers.gsts.tes() {
-            applied = applied.and(self.enable_translation(registers.root));
+            self.requesters.set_translating(true, registers.root);
+            let then = Then::RootTable { applied, rest: command };
+            return self.begin_command(Scope::Global, By::Tables, then);
         }
         registers.gsts.set_rtps(applied.is_ok());
+        self.rest_of_global_command(registers, command);
     }
 
     fn set_interrupt_remapping(&self, registers: &mut Registers, command: Gcmd) {
@@ -62,6 +178,8 @@ impl VtdIommu {
 
     fn set_queue_enabled(&self, registers: &mut Registers, enabled: bool) {
         registers.gsts.set_qies(enabled);
+        // Invalidations that were under way are not acknowledged: the head is at the start.
+        self.under_way().queue = None;
         if !enabled {
             registers.iqh = QueuePointer::new();
             registers.unanswered = None;
@@ -70,14 +188,11 @@ impl VtdIommu {
 
     /// Requesters are blocked or served by their tables before TES is set, and pass before it is
     /// cleared.
-    fn set_translation_enabled(&self, registers: &mut Registers, enabled: bool) {
-        let applied = if enabled {
-            self.enable_translation(registers.root)
-        } else {
-            self.disable_translation()
-        };
-        if applied.is_ok() {
-            registers.gsts.set_tes(enabled);
+    fn set_translation_enabled(&self, registers: &Registers, enabled: bool) {
+        let by = if enabled { By::Tables } else { By::Nothing };
+        if enabled {
+            self.requesters.set_translating(true, registers.root);
         }
+        self.begin_command(Scope::Global, by, Then::Translation(enabled));
     }
 }

@@ -3,7 +3,9 @@
 
 use std::sync::atomic::Ordering;
 
-use super::apply::{Applied, Scope};
+use super::apply::Scope;
+use super::commands::Then;
+use super::evaluation::By;
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
@@ -63,7 +65,7 @@ impl VtdIommu {
         })
     }
 
-    /// CCMD.ICC was written as 1. CAIG says what was done: nothing, when the register-based
+    /// CCMD.ICC was written as 1. When it is done ICC is cleared and CAIG says what: nothing, when the register-based
     /// interface may not be used, the request is reserved or the host fails.
     pub(super) fn context_command(&self, registers: &mut Registers) {
         let command = registers.ccmd;
@@ -78,20 +80,26 @@ impl VtdIommu {
                 function_mask: command.fm(),
             },
         });
-        let done = match scope {
-            Some(scope) => {
-                let mode = registers.root.map(Rtaddr::mode);
-                let scope = Scope::of_contexts(scope, mode);
-                self.invalidate_context(registers, scope).ok().and(granularity)
-            }
-            None => {
-                let what = "a context command that is not allowed";
-                self.guest_error(format_args!("{what}: {command:?}"));
-                None
-            }
+        let (Some(scope), Some(granularity)) = (scope, granularity) else {
+            let what = "a context command that is not allowed";
+            self.guest_error(format_args!("{what}: {command:?}"));
+            return self.acknowledge_context_command(registers, None);
         };
+        if registers.gsts.tes() {
+            let scope = Scope::of_contexts(scope, registers.root.map(Rtaddr::mode));
+            return self.begin_command(scope, By::Tables, Then::Context(granularity));
+        }
+        self.acknowledge_context_command(registers, Some(granularity));
+    }
+
+    /// ICC is cleared, and CAIG says what was done.
+    pub(super) fn acknowledge_context_command(
+        &self,
+        registers: &mut Registers,
+        done: Option<ContextGranularity>,
+    ) {
         let done = done.map_or(0, ContextGranularity::into_bits);
-        registers.ccmd = Ccmd::with_caig(command, done).with_icc(false);
+        registers.ccmd = Ccmd::with_caig(registers.ccmd, done).with_icc(false);
     }
 
     /// IOTLB.IVT was written as 1. IAIG says what was done, as CAIG does.
@@ -119,27 +127,38 @@ impl VtdIommu {
                 },
             },
         });
-        let done = match scope {
-            Some(scope) => {
-                let done =
-                    self.invalidate_host(&[iotlb(scope)]).is_ok() && self.regain(registers).is_ok();
-                granularity.filter(|_| done)
-            }
-            None => {
-                self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
-                None
-            }
+        let (Some(scope), Some(granularity)) = (scope, granularity) else {
+            self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
+            return self.acknowledge_iotlb_command(registers, None);
         };
-        let done = done.map_or(0, IotlbGranularity::into_bits);
-        registers.iotlb = IotlbReg::with_iaig(command, done).with_ivt(false);
+        let done = self.invalidate_host(&[iotlb(scope)]).is_ok();
+        if done && self.must_regain(registers) {
+            return self.begin_command(Scope::Lost, By::Tables, Then::Iotlb(granularity));
+        }
+        self.acknowledge_iotlb_command(registers, done.then_some(granularity));
     }
 
-    /// Drops what context and PASID caches hold of `scope`: the tables are read anew.
-    pub(super) fn invalidate_context(&self, registers: &Registers, scope: Scope) -> Applied {
-        if registers.gsts.tes() {
-            return self.reevaluate(scope, registers.root);
+    /// IVT is cleared, and IAIG says what was done.
+    pub(super) fn acknowledge_iotlb_command(
+        &self,
+        registers: &mut Registers,
+        done: Option<IotlbGranularity>,
+    ) {
+        let done = done.map_or(0, IotlbGranularity::into_bits);
+        registers.iotlb = IotlbReg::with_iaig(registers.iotlb, done).with_ivt(false);
+    }
+
+    /// Whether what the host has lost because it could not invalidate it is to be given anew
+    /// ([`Scope::Lost`]). Whoever asks for invalidations alone does not ask for the policies that were
+    /// lost with them.
+    pub(super) fn must_regain(&self, registers: &Registers) -> bool {
+        if !self.requesters.distrusts_host() {
+            return false;
         }
-        Ok(())
+        if !registers.gsts.tes() {
+            self.requesters.trust_host();
+        }
+        registers.gsts.tes()
     }
 }
 

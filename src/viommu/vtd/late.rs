@@ -30,7 +30,8 @@ impl VtdIommu {
         if is_blocked(&self.tables(standing.root).config(requester)) {
             return false;
         }
-        let registers = self.lock();
+        // A command that disables translation takes away what is given here before it is done.
+        let registers = self.lock_idle();
         // All may have changed since.
         if !self.requesters.is_translating() || self.is_halted() {
             return false;

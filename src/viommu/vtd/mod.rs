@@ -15,11 +15,13 @@
 //! # Locks
 //! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
 //! which may call the unit but to report faults and to halt it. Whoever works through the queue
-//! lets go of it at each ordering point, and those who wait have it in turn. The fault log has a lock of its own, and so have
-//! the published policies: both are taken after the registers, for a moment, and are all that
-//! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while
-//! another waits in the host for DMA to end. Without caching mode a request that is blocked may take
-//! the registers, too, before it becomes a fault ([`FaultTarget::served_late`]). Interrupt remapping has a lock of its own, between the
+//! lets go of it at each ordering point, and whoever reads tables anew for many PASIDs does so after
+//! some of them; those who wait have it in turn. What is under way then has a lock that is taken with
+//! the registers only. The fault log has a lock of its own, and so have the published policies: both
+//! are taken after the registers, for a moment, and are all that [`FaultTarget::dma_fault`] takes. A
+//! fault may therefore come from any thread, even while another waits in the host for DMA to end.
+//! Without caching mode a request that is blocked may take the registers, too, before it becomes a
+//! fault ([`FaultTarget::served_late`]). Interrupt remapping has a lock of its own, between the
 //! registers and the fault log: interrupts may come from any thread, too.
 
 mod apply;
@@ -27,6 +29,7 @@ mod caps;
 mod commands;
 mod config;
 mod counters;
+mod evaluation;
 mod events;
 mod explain;
 mod faults;
@@ -34,6 +37,7 @@ mod interrupt_entries;
 mod interrupt_remapping;
 mod invalidate;
 mod late;
+mod packed;
 mod policy;
 mod policy_legacy;
 mod policy_scalable;
@@ -61,13 +65,17 @@ use super::{
     DmaFault, DomainTag, FaultTarget, HostSide, InterruptSink, MsiMessage, Policy, Requester,
     RequesterConfig, TableMemory,
 };
-use crate::spec::pci::Bdf;
+use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
-use apply::Scope;
+use commands::UnderWay;
 use counters::Counters;
+use evaluation::{Budget, By, Evaluation};
 use interrupt_remapping::Remapping;
 use queue::Slice;
 use requesters::Requesters;
+
+/// So many PASIDs of a function that goes are blocked before others have the registers.
+const REMOVED_AT_ONCE: u32 = 32;
 
 /// A virtual VT-d unit.
 pub struct VtdIommu {
@@ -77,6 +85,7 @@ pub struct VtdIommu {
     interrupts: Arc<dyn InterruptSink>,
     observer: Option<Arc<dyn Observer>>,
     registers: InTurn<Registers>,
+    under_way: Mutex<UnderWay>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
     requesters: Requesters,
@@ -104,6 +113,7 @@ impl VtdIommu {
             interrupts,
             observer,
             registers: InTurn::default(),
+            under_way: Mutex::default(),
             halted: AtomicBool::new(false),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
             requesters: Requesters::default(),
@@ -122,35 +132,57 @@ impl VtdIommu {
     /// tables when it is enabled. Nothing happens for a function that is there already. What the
     /// host refuses is logged; the function is then blocked.
     pub fn add_device(&self, rid: Bdf) {
-        let registers = self.lock();
+        let mut registers = self.lock_idle();
         if !self.requesters.add(rid) {
             return;
         }
-        // The host has it blocked until it is given something, so that a refusal leaves it so.
-        let _ = if registers.gsts.tes() {
-            self.reevaluate_function(rid, Scope::Global, registers.root)
-        } else {
-            self.bypass(rid)
+        let by = |registers: &Registers| match registers.gsts.tes() {
+            true => By::Tables,
+            false => By::Nothing,
         };
+        let mut evaluation = Evaluation::of_function(rid, by(&registers));
+        // Where translation was enabled or disabled meanwhile, that concerned this function, too.
+        while by(&registers) == evaluation.by() {
+            // The host has it blocked until it is given something, so that a refusal leaves it so.
+            let mut budget = Budget::default();
+            if self.evaluate(&mut evaluation, registers.root, &mut budget).is_some() {
+                return;
+            }
+            drop(registers);
+            registers = self.lock_idle();
+        }
     }
 
     /// Takes a function away: it is blocked. Nothing happens for a function that is not there. What
     /// the host does not block is logged, and is for whoever takes the device from the host.
     pub fn remove_device(&self, rid: Bdf) {
-        // Held so that nobody gives the function a policy meanwhile.
-        let _registers = self.lock();
-        if !self.requesters.remove(rid) {
-            return;
+        let mut registers = self.lock();
+        // Nobody gives it a policy from now on.
+        let Some(pasids) = self.requesters.remove(rid) else { return };
+        let mut next = pasids.from(0);
+        let mut slice = 0;
+        while let Some(requester) = next {
+            self.take_away(requester);
+            next = requester.pasid.and_then(|pasid| pasids.from(pasid.raw() + 1));
+            slice += 1;
+            if slice % REMOVED_AT_ONCE == 0 {
+                drop(registers);
+                registers = self.lock();
+            }
         }
-        // Nobody is told: the guest has no part in it.
-        let _ = self.forget_pasids(rid);
+        self.take_away(Requester::rid(rid));
+    }
+
+    /// Blocks a requester of a function that is gone.
+    fn take_away(&self, requester: Requester) {
         let reason = FaultReason::ContextNotPresent.code();
         let config = RequesterConfig {
             policy: Policy::Blocked { reason, fault_disabled: true },
-            tag: DomainTag { domain: 0, pasid: 0 },
+            tag: DomainTag { domain: 0, pasid: requester.pasid.map_or(0, Pasid::raw) },
             fault_disabled: true,
         };
-        if let Err(error) = self.host.configure(Requester::rid(rid), &config) {
+        if let Err(error) = self.host.configure(requester, &config) {
+            // Nobody is told: the guest has no part in it.
             let _ = self.host_failed(&error);
         }
     }
@@ -158,14 +190,14 @@ impl VtdIommu {
     /// Works through the invalidation queue up to its tail or its first error. Register writes do
     /// so themselves; any other thread may, too, and several at once share the work.
     ///
-    /// Others have the registers in turn at each ordering point of the queue, however much of it
-    /// there is.
+    /// Others have the registers in turn at each ordering point of the queue, and after some of the
+    /// requesters that one invalidation names, however many there are.
     pub fn drain_queue(&self) {
         while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
     }
 
     /// The machine stops: whoever works through the queue, or through the PASIDs of a function,
-    /// leaves off at the next descriptor or PASID table, and nobody begins again. What is under way
+    /// leaves off at the next descriptor or PASID, and nobody begins again. What is under way
     /// is not acknowledged to the guest.
     ///
     /// Waits for nothing. Registers can be read and written as before.

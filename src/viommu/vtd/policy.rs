@@ -5,8 +5,7 @@
 //! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
 //! request of a requester; what depends on the request (rights, privilege) is for the translation.
 
-use std::ops::ControlFlow;
-
+use super::policy_scalable::{PasidTable, PasidTables};
 use super::tables::{Blocked, Served, Tables};
 use super::{policy_legacy, policy_scalable};
 use crate::spec::pci::{Bdf, Pasid};
@@ -23,26 +22,21 @@ impl Tables<'_> {
         to_config(requester, served)
     }
 
-    /// Calls `visit` with every PASID of `rid` whose PASID table entry is present.
+    /// The PASID tables of `rid`; none when its requests have no PASID.
     ///
-    /// PASID 0 is left out: hosts keep their own requests without PASID there, so that a PASID 0
-    /// cannot be attached apart from its requester.
-    ///
-    /// A directory may have 2^20 of them: `go_on` is asked before each table, and ends it.
-    pub fn for_each_pasid(
-        &self,
-        rid: Bdf,
-        go_on: impl Fn() -> bool,
-        mut visit: impl FnMut(Pasid, RequesterConfig),
-    ) -> ControlFlow<()> {
-        let Ok(root) = self.root() else { return ControlFlow::Continue(()) };
-        if root.mode() != TranslationTableMode::Scalable {
-            return ControlFlow::Continue(());
-        }
-        policy_scalable::for_each_pasid(self, root, rid, go_on, |pasid, served| {
-            let requester = Requester { rid, pasid: Some(pasid) };
-            visit(pasid, to_config(requester, served));
-        })
+    /// PASID 0 is for nobody to give: hosts keep their own requests without PASID there, so that a
+    /// PASID 0 cannot be attached apart from its requester.
+    pub fn pasid_tables(&self, rid: Bdf) -> Option<PasidTables<'_>> {
+        let root = self.root().ok().filter(|root| root.mode() == TranslationTableMode::Scalable)?;
+        PasidTables::of(self, root, rid)
+    }
+}
+
+impl PasidTable<'_> {
+    /// What becomes of requests of `requester`, whose PASID is in this table; none when its entry is
+    /// not present.
+    pub fn config(&self, requester: Requester) -> Option<RequesterConfig> {
+        Some(to_config(requester, self.serve(requester.pasid?)?))
     }
 }
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from scalable-mode root, context and PASID entries (§3.4.3, §6.2, §9.2, §9.4–§9.6).
 
-use std::ops::ControlFlow;
-
 use super::tables::{Blocked, Served, Tables};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
@@ -39,35 +37,44 @@ pub(super) fn serve(
     table_entry(tables, &directory, pasid).and_then(|entry| entry.serve(tables, pasid))
 }
 
-/// Calls `visit` with every PASID but 0 of `rid` whose PASID table entry is present, in ascending
-/// order. Bounded by the smaller of what the directory reaches and what the unit offers; broken off
-/// before a table when `go_on` says no.
-pub(super) fn for_each_pasid(
-    tables: &Tables<'_>,
-    root: Rtaddr,
-    rid: Bdf,
-    go_on: impl Fn() -> bool,
-    mut visit: impl FnMut(Pasid, Result<Served, Blocked>),
-) -> ControlFlow<()> {
-    let Ok(context) = context_entry(tables, root, rid) else { return ControlFlow::Continue(()) };
-    if !context.low.paside() {
-        return ControlFlow::Continue(());
+/// The PASID tables of a function.
+pub(super) struct PasidTables<'a> {
+    tables: &'a Tables<'a>,
+    context: Context,
+}
+
+impl<'a> PasidTables<'a> {
+    /// Those of `rid`; none when it has no requests with PASID.
+    pub fn of(tables: &'a Tables<'a>, root: Rtaddr, rid: Bdf) -> Option<Self> {
+        let context = context_entry(tables, root, rid).ok()?;
+        context.low.paside().then_some(Self { tables, context })
     }
-    let pasids = context.pasids(tables);
-    for index in 0..pasids.div_ceil(TABLE_ENTRIES) {
-        if !go_on() {
-            return ControlFlow::Break(());
-        }
-        let Ok(directory) = directory_entry(tables, &context, index) else { continue };
-        let first = index * TABLE_ENTRIES;
-        for raw in first.max(1)..(first + TABLE_ENTRIES).min(pasids) {
-            let Ok(entry) = table_entry(tables, &directory, raw) else { continue };
-            // The offered width keeps PASIDs within 20 bits.
-            let Some(pasid) = Pasid::new(raw) else { return ControlFlow::Continue(()) };
-            visit(pasid, entry.serve(tables, raw));
-        }
+
+    /// PASIDs that may have an entry: `0..pasids`. The smaller of what the directory reaches and what
+    /// the unit offers.
+    pub fn pasids(&self) -> u32 {
+        self.context.pasids(self.tables)
     }
-    ControlFlow::Continue(())
+
+    /// The table that `pasid` is in; none when there is none, or a wrong one.
+    pub fn table(&self, pasid: u32) -> Option<PasidTable<'a>> {
+        let directory = directory_entry(self.tables, &self.context, pasid / TABLE_ENTRIES).ok()?;
+        Some(PasidTable { tables: self.tables, directory })
+    }
+}
+
+/// One PASID table.
+pub(super) struct PasidTable<'a> {
+    tables: &'a Tables<'a>,
+    directory: Directory,
+}
+
+impl PasidTable<'_> {
+    /// What the entry of `pasid`, which is in this table, says; none when it is not present.
+    pub fn serve(&self, pasid: Pasid) -> Option<Result<Served, Blocked>> {
+        let entry = table_entry(self.tables, &self.directory, pasid.raw()).ok()?;
+        Some(entry.serve(self.tables, pasid.raw()))
+    }
 }
 
 /// A context entry that is present and well formed.

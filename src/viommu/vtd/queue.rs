@@ -7,12 +7,14 @@
 //! of them. IQH moves past a descriptor only when what it asks is done; a wait is answered before
 //! that. When the host cannot do a batch, IQH stays at its first descriptor and the queue stops.
 //!
-//! The queue is worked through in slices, from one ordering point to the next; a wait is part of the
-//! slice that it ends.
+//! The queue is worked through in slices, from one ordering point to the next, but not more than a
+//! number of descriptors; a wait is part of the slice that it ends. Where the tables of many
+//! requesters are to be read, that takes slices of its own, with IQH where it is.
 
 use std::sync::atomic::Ordering;
 
 use super::apply::{NotApplied, Scope, Scopes};
+use super::evaluation::{Budget, By, Evaluation};
 use super::faults::QueueError;
 use super::invalidate::{iotlb, pasid_iotlb};
 use super::state::Registers;
@@ -46,20 +48,33 @@ enum Stop {
     TimeOut(Bdf),
 }
 
+/// How much of what was gathered is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flushed {
+    All,
+    /// Others have the registers before the rest.
+    Some,
+}
+
+/// Descriptors in one slice at the most.
+const SLICE: usize = 1024;
+
 /// One slice of the queue. Invalidations of one kind at a time are gathered.
-#[derive(Default)]
-struct Pass {
+#[derive(Debug, Default)]
+pub(super) struct Pass {
     /// Offset of the next descriptor to fetch, in bytes.
     fetch: u64,
     /// IOTLB invalidations gathered since the last ordering point.
     batch: Vec<Invalidation>,
     /// Invalidations of context and PASID cache gathered since then.
     scopes: Scopes,
+    /// The one of them that is being done.
+    evaluation: Option<Evaluation>,
 }
 
 impl Pass {
     fn is_empty(&self) -> bool {
-        self.batch.is_empty() && self.scopes.is_empty()
+        self.batch.is_empty() && self.scopes.is_empty() && self.evaluation.is_none()
     }
 
     /// Whether what was gathered must be done before `descriptor`.
@@ -78,39 +93,56 @@ impl Pass {
 }
 
 impl VtdIommu {
-    /// Works through the queue up to the next ordering point, its tail or its first error.
+    /// Works through the queue up to the next ordering point, its tail or its first error. A command
+    /// that is under way comes first: invalidations are done by what it makes hold.
     pub(super) fn run_slice(&self, registers: &mut Registers) -> Slice {
+        if self.run_command(registers) == Slice::More {
+            return Slice::More;
+        }
         if !registers.gsts.qies() || self.fault_log().holds_queue() {
             return Slice::Done;
         }
-        if registers.iqh == registers.iqt {
+        let begun = self.under_way().queue.take();
+        if begun.is_none() && registers.iqh == registers.iqt {
             return Slice::Done;
         }
-        let mut pass = Pass { fetch: registers.iqh.offset(), ..Pass::default() };
+        let mut pass =
+            begun.unwrap_or_else(|| Pass { fetch: registers.iqh.offset(), ..Pass::default() });
         let result = check_queue(registers, self.caps.ecap.smts())
             .map_err(Stop::Guest)
             .and_then(|()| self.walk(registers, &mut pass));
-        result.unwrap_or_else(|stop| {
-            self.stop_queue(registers, pass, stop);
-            Slice::Done
-        })
+        match result {
+            Ok(slice) => {
+                if !pass.is_empty() {
+                    self.under_way().queue = Some(pass);
+                }
+                slice
+            }
+            Err(stop) => self.stop_queue(registers, pass, stop),
+        }
     }
 
     fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Slice, Stop> {
+        if !pass.is_empty() && self.flush(registers, pass)? == Flushed::Some {
+            return Ok(Slice::More);
+        }
         let size = registers.iqa.size();
         let step = registers.iqa.descriptor_size();
         let tail = registers.iqt.offset();
-        // The tail is in the queue and aligned, so it is met before the queue wraps fully; the
-        // bound says so without that argument.
-        for _ in 1..size / step {
+        for _ in 0..SLICE {
             if pass.fetch == tail {
-                break;
+                let flushed = self.flush(registers, pass)?;
+                return match registers.unanswered {
+                    _ if flushed == Flushed::Some => Ok(Slice::More),
+                    Some(device) => Err(Stop::TimeOut(device)),
+                    None => Ok(Slice::Done),
+                };
             }
             let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
             if pass.is_ordered_before(&descriptor) {
-                self.flush(registers, pass)?;
+                let flushed = self.flush(registers, pass)?;
                 // A wait is little work: it ends this slice, rather than being fetched again.
-                if !matches!(descriptor, Descriptor::Wait { .. }) {
+                if flushed == Flushed::Some || !matches!(descriptor, Descriptor::Wait { .. }) {
                     return Ok(Slice::More);
                 }
             }
@@ -136,8 +168,9 @@ impl VtdIommu {
                 _ => {}
             }
         }
+        // The tail, too, may come later.
         self.flush(registers, pass)?;
-        registers.unanswered.map_or(Ok(Slice::Done), |device| Err(Stop::TimeOut(device)))
+        Ok(Slice::More)
     }
 
     /// Reads and decodes the descriptor at `offset` of the queue.
@@ -231,17 +264,38 @@ impl VtdIommu {
         }
     }
 
-    /// Gives what was gathered to the host; IQH then follows.
-    fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
+    /// Gives what was gathered to the host, as far as it can be done in one slice; when all is done,
+    /// IQH follows.
+    fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Flushed, Stop> {
         self.invalidate_host(&pass.batch).map_err(|_| Stop::Host)?;
-        self.regain(registers)?;
-        for scope in pass.scopes.iter() {
-            self.invalidate_context(registers, scope)?;
-        }
         pass.batch.clear();
-        pass.scopes.clear();
+        let mut budget = Budget::default();
+        while let Some(mut evaluation) =
+            pass.evaluation.take().or_else(|| self.next_evaluation(registers, pass))
+        {
+            match self.evaluate(&mut evaluation, registers.root, &mut budget) {
+                Some(applied) => applied?,
+                None => {
+                    pass.evaluation = Some(evaluation);
+                    return Ok(Flushed::Some);
+                }
+            }
+        }
         registers.iqh = QueuePointer::from_offset(pass.fetch);
-        Ok(())
+        Ok(Flushed::All)
+    }
+
+    /// What tables are to be read for next. While translation is disabled nobody goes by them.
+    fn next_evaluation(&self, registers: &Registers, pass: &mut Pass) -> Option<Evaluation> {
+        if self.must_regain(registers) {
+            return Some(Evaluation::new(Scope::Lost, By::Tables));
+        }
+        if !registers.gsts.tes() {
+            while pass.scopes.take().is_some() {}
+        }
+        let scope = pass.scopes.take()?;
+        self.counters.evaluations.fetch_add(1, Ordering::Relaxed);
+        Some(Evaluation::new(scope, By::Tables))
     }
 
     fn complete_wait(
@@ -266,16 +320,22 @@ impl VtdIommu {
         self.send(msi);
     }
 
-    fn stop_queue(&self, registers: &mut Registers, mut pass: Pass, stop: Stop) {
+    fn stop_queue(&self, registers: &mut Registers, mut pass: Pass, stop: Stop) -> Slice {
         // What stands before a wrong descriptor is done all the same.
         let stop = match stop {
-            Stop::Guest(info) => {
-                self.flush(registers, &mut pass).err().unwrap_or(Stop::Guest(info))
-            }
+            Stop::Guest(info) => match self.flush(registers, &mut pass) {
+                Ok(Flushed::All) => Stop::Guest(info),
+                Ok(Flushed::Some) => {
+                    // And then that descriptor is met again.
+                    self.under_way().queue = Some(pass);
+                    return Slice::More;
+                }
+                Err(stop) => stop,
+            },
             stop => stop,
         };
         if matches!(stop, Stop::Halted) {
-            return;
+            return Slice::Done;
         }
         let mut unanswered = registers.unanswered.take();
         let head = registers.iqh.offset();
@@ -304,6 +364,7 @@ impl VtdIommu {
             self.raise_queue_error(QueueError::TimeOut);
             self.log.warn(format_args!("VT-d: device-TLB invalidation of {device} timed out"));
         }
+        Slice::Done
     }
 }
 

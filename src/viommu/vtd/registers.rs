@@ -4,6 +4,7 @@
 use std::sync::atomic::Ordering;
 
 use super::config::MMIO_SIZE;
+use super::queue::Slice;
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::vtd::regs::{
@@ -46,10 +47,17 @@ impl VtdIommu {
             return;
         };
         let value = access.place(data);
-        let mut registers = self.lock();
+        let command =
+            matches!(access.slot, regs::GCMD | regs::CCMD) || access.slot == self.iotlb_slot();
+        // One command at a time.
+        let mut registers = if command { self.lock_idle() } else { self.lock() };
         self.observe_access(offset, data.len(), access.extract(value), true);
         self.write_slot(&mut registers, access, value);
+        let slice = if command { self.run_command(&mut registers) } else { Slice::Done };
         drop(registers);
+        if slice == Slice::More {
+            drop(self.lock_idle());
+        }
         // What lets the queue go on: it is enabled, has a new tail, or an error was cleared.
         if matches!(access.slot, regs::GCMD | FSTS_SLOT | regs::IQT) {
             self.drain_queue();

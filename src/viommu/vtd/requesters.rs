@@ -8,6 +8,8 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::packed::PackedGiven;
+use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::Rtaddr;
 use crate::viommu::{Requester, RequesterConfig};
@@ -25,7 +27,7 @@ pub(super) struct Given {
 struct Function {
     /// Requests without PASID; `None` before the first configuration.
     rid: Option<Given>,
-    pasids: BTreeMap<Pasid, Given>,
+    pasids: Runs<PackedGiven>,
 }
 
 /// The published state.
@@ -72,9 +74,11 @@ impl Requesters {
         absent
     }
 
-    /// Removes a function; `false` when it is not there.
-    pub fn remove(&self, rid: Bdf) -> bool {
-        self.write().functions.remove(&rid).is_some()
+    /// Removes a function, and gives the PASIDs of it that were given something; none when it is not
+    /// there.
+    pub fn remove(&self, rid: Bdf) -> Option<GivenPasids> {
+        let function = self.write().functions.remove(&rid)?;
+        Some(GivenPasids { rid, pasids: function.pasids })
     }
 
     /// Every function, in ascending order.
@@ -87,11 +91,14 @@ impl Requesters {
         self.read().functions.contains_key(&rid)
     }
 
-    /// The PASIDs of `rid` that were given something.
-    pub fn pasids(&self, rid: Bdf) -> Vec<Pasid> {
-        let published = self.read();
-        let pasids = published.functions.get(&rid).map(|function| &function.pasids);
-        pasids.into_iter().flat_map(BTreeMap::keys).copied().collect()
+    /// The first function from `rid` on.
+    pub fn function_from(&self, rid: Bdf) -> Option<Bdf> {
+        self.read().functions.range(rid..).next().map(|(rid, _)| *rid)
+    }
+
+    /// The first PASID of `rid` from `pasid` on that was given something.
+    pub fn pasid_from(&self, rid: Bdf, pasid: u32) -> Option<Pasid> {
+        Pasid::new(self.read().functions.get(&rid)?.pasids.next(pasid)?)
     }
 
     /// From now on faults are explained by the tables at `root`, or not at all.
@@ -123,32 +130,14 @@ impl Requesters {
         let Some(function) = published.functions.get_mut(&requester.rid) else { return };
         match requester.pasid {
             None => function.rid = Some(given),
-            Some(pasid) => {
-                function.pasids.insert(pasid, given);
-            }
+            Some(pasid) => function.pasids.set(pasid.raw(), Some(PackedGiven::new(given))),
         }
     }
 
     /// Forgets one PASID.
     pub fn forget_pasid(&self, rid: Bdf, pasid: Pasid) {
         if let Some(function) = self.write().functions.get_mut(&rid) {
-            function.pasids.remove(&pasid);
-        }
-    }
-
-    /// Publishes `given` for every PASID of `rid` that was given something.
-    pub fn give_pasids(&self, rid: Bdf, given: impl Fn(Requester) -> Given) {
-        let mut published = self.write();
-        let Some(function) = published.functions.get_mut(&rid) else { return };
-        for (&pasid, place) in &mut function.pasids {
-            *place = given(Requester { rid, pasid: Some(pasid) });
-        }
-    }
-
-    /// Forgets every PASID of `rid`.
-    pub fn forget_pasids(&self, rid: Bdf) {
-        if let Some(function) = self.write().functions.get_mut(&rid) {
-            function.pasids.clear();
+            function.pasids.set(pasid.raw(), None);
         }
     }
 
@@ -157,8 +146,8 @@ impl Requesters {
         let mut published = self.write();
         published.distrusted = true;
         for function in published.functions.values_mut() {
-            let given = function.rid.iter_mut().chain(function.pasids.values_mut());
-            given.for_each(|given| given.applied = false);
+            function.rid.iter_mut().for_each(|given| given.applied = false);
+            function.pasids.for_each_value(|given| *given = given.unapplied());
         }
     }
 
@@ -172,20 +161,6 @@ impl Requesters {
         self.write().distrusted = false;
     }
 
-    /// Every requester whose configuration the host does not have.
-    pub fn unapplied(&self) -> Vec<Requester> {
-        let published = self.read();
-        let of_function = |(&rid, function): (&Bdf, &Function)| {
-            let own = function.rid.iter().map(|given| (None, *given));
-            let pasids = function.pasids.iter().map(|(&pasid, given)| (Some(pasid), *given));
-            own.chain(pasids)
-                .filter(|(_, given)| !given.applied)
-                .map(|(pasid, _)| Requester { rid, pasid })
-                .collect::<Vec<_>>()
-        };
-        published.functions.iter().flat_map(of_function).collect()
-    }
-
     /// Whether translation is enabled, or an attempt to enable it was not undone.
     pub fn is_translating(&self) -> bool {
         self.read().translating
@@ -197,7 +172,22 @@ impl Published {
         let function = self.functions.get(&requester.rid)?;
         match requester.pasid {
             None => function.rid,
-            Some(pasid) => function.pasids.get(&pasid).copied(),
+            Some(pasid) => function.pasids.get(pasid.raw()).map(|given| given.of(pasid)),
         }
+    }
+}
+
+/// PASIDs of a function that is gone.
+#[derive(Debug)]
+pub(super) struct GivenPasids {
+    rid: Bdf,
+    pasids: Runs<PackedGiven>,
+}
+
+impl GivenPasids {
+    /// The first of them from `pasid` on.
+    pub fn from(&self, pasid: u32) -> Option<Requester> {
+        let pasid = Pasid::new(self.pasids.next(pasid)?);
+        Some(Requester { rid: self.rid, pasid })
     }
 }

@@ -227,7 +227,8 @@ fn pasids_have_attachments_of_their_own() {
     ]);
     rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
     rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
-    assert!(rig.nesting.forget_pasids(A).unwrap_err().still_reachable);
+    rig.nesting.state().forget_pasids(A).unwrap_err();
+    assert!(rig.nesting.state().is_attached(pasid(A, 5)));
     rig.expect(&[
         "DEVICE_DETACH #1 PASID 0x5 ! EIO",
         "DEVICE_DETACH #1 PASID 0x5 ! EIO",
@@ -235,9 +236,9 @@ fn pasids_have_attachments_of_their_own() {
     ]);
     rig.configure(pasid(A, 6), Policy::Bypass).unwrap();
     rig.host.take_log();
-    rig.nesting.forget_pasids(A).unwrap();
+    rig.nesting.state().forget_pasids(A).unwrap();
     rig.expect(&["DEVICE_DETACH #1 PASID 0x5", "DESTROY #5", "DEVICE_DETACH #1 PASID 0x6"]);
-    rig.nesting.forget_pasids(A).unwrap();
+    rig.nesting.state().forget_pasids(A).unwrap();
     rig.expect(&[]);
     rig.ends_clean();
 }
@@ -291,6 +292,6 @@ fn a_requester_without_a_device_is_blocked_already() {
     rig.configure(nobody, BLOCKED).unwrap();
     let error = rig.configure(nobody, Policy::Bypass).unwrap_err();
     assert!(error.to_string().contains("00:13.1"), "{error}");
-    rig.nesting.forget_pasids(nobody.rid).unwrap();
+    rig.nesting.state().forget_pasids(nobody.rid).unwrap();
     rig.expect(&[]);
 }

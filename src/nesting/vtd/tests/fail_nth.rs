@@ -33,7 +33,7 @@ const STEPS: &[Step] = &[
         n.invalidate(&batch).map_err(|e| e.to_string())
     }),
     (Some((DEV_B, None)), |n| configure(n, Requester::rid(B), Policy::Bypass, 2)),
-    (Some((DEV_A, Some(5))), |n| n.forget_pasids(A).map_err(|e| e.to_string())),
+    (Some((DEV_A, Some(5))), |n| n.state().forget_pasids(A).map_err(|e| e.to_string())),
     (Some((DEV_A, None)), |n| configure(n, Requester::rid(A), BLOCKED, 1)),
     (Some((DEV_B, None)), |n| n.remove_device(B).map_err(|e| e.to_string())),
 ];

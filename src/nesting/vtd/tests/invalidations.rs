@@ -45,7 +45,7 @@ fn only_nested_requesters_that_are_named_cost_a_call() {
 fn pages_of_a_domain_are_all_of_its_first_stage_tables_and_those_pages_of_its_second_stage_ones() {
     let rig = Rig::with(Extensions { guest_second_stage: true, ..Extensions::default() });
     rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
-    rig.configure(pasid(A, 1), second_stage(0x2000)).unwrap();
+    rig.configure(Requester::rid(B), second_stage(0x2000)).unwrap();
     rig.host.take_log();
     let of_domain = |address| Invalidation { pasid: None, ..page(TAG, address) };
     rig.nesting.invalidate(&[of_domain(0x5000)]).unwrap();

@@ -95,7 +95,8 @@ impl Rig {
     }
 
     fn configure(&self, requester: Requester, policy: Policy) -> Result<(), HostSideError> {
-        self.configure_tagged(requester, policy, TAG)
+        let tag = DomainTag { pasid: requester.pasid.map_or(TAG.pasid, Pasid::raw), ..TAG };
+        self.configure_tagged(requester, policy, tag)
     }
 
     fn configure_tagged(

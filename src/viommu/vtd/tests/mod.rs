@@ -9,6 +9,7 @@ mod policies;
 mod properties;
 mod queue;
 mod registers;
+mod slices;
 mod translation;
 mod waits;
 
@@ -27,7 +28,6 @@ use crate::viommu::{HostSideError, Invalidation, Stage1};
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Call {
     Configure(Requester, Policy),
-    ForgetPasids(Bdf),
     Invalidate(Vec<Invalidation>),
 }
 
@@ -66,10 +66,6 @@ impl HostSide for FakeHost {
         config: &RequesterConfig,
     ) -> Result<(), HostSideError> {
         self.record(Call::Configure(requester, config.policy))
-    }
-
-    fn forget_pasids(&self, rid: Bdf) -> Result<(), HostSideError> {
-        self.record(Call::ForgetPasids(rid))
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
@@ -166,6 +162,10 @@ impl Guest {
     /// A first-stage PASID table entry.
     fn write_pasid(&self, pasid: u64, table: u64) {
         self.write(PASID_TABLE + 64 * pasid, &[1 << 6 | 1, u64::from(DOMAIN), table]);
+    }
+
+    fn head(&self) -> u64 {
+        self.read64(regs::IQH)
     }
 
     fn status(&self) -> u32 {

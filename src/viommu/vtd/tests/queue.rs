@@ -29,10 +29,6 @@ fn invalidation(pasid: Option<u32>, range: Option<PageRange>) -> Invalidation {
 }
 
 impl Guest {
-    fn head(&self) -> u64 {
-        self.read64(regs::IQH)
-    }
-
     fn fault_status(&self) -> Fsts {
         Fsts::from_bits(self.read32(regs::FSTS))
     }

@@ -13,7 +13,7 @@ fn a_new_device_passes_while_translation_is_disabled() {
     let guest = Guest::new(VtdConfig::default());
     guest.iommu.add_device(UPPER_RID);
     let bypass = configured(Requester::rid(UPPER_RID), Policy::Bypass);
-    assert_eq!(guest.calls(), [bypass, Call::ForgetPasids(UPPER_RID)]);
+    assert_eq!(guest.calls(), [bypass]);
     guest.iommu.add_device(UPPER_RID);
     assert_eq!(guest.calls(), []);
 }
@@ -42,9 +42,12 @@ fn translation_without_a_root_table_blocks() {
 #[test]
 fn disabling_lets_requests_pass_and_blocks_pasids() {
     let guest = Guest::running();
+    guest.write_pasid(5, 0x6000);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    guest.calls();
     guest.disable_translation();
     let bypass = configured(Requester::rid(RID), Policy::Bypass);
-    assert_eq!(guest.calls(), [bypass, Call::ForgetPasids(RID)]);
+    assert_eq!(guest.calls(), [bypass, configured(with_pasid(5), blocked(0x59))]);
     assert_eq!(guest.read32(regs::GSTS) >> 31, 0);
     assert_eq!(guest.reason(Requester::rid(RID)), None);
 }
@@ -83,7 +86,7 @@ fn pasids_come_and_go_with_their_entries() {
     guest.write(DIRECTORY, &[0]);
     guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
     let gone = configured(Requester::rid(RID), blocked(0x51));
-    assert_eq!(guest.calls(), [gone, Call::ForgetPasids(RID)]);
+    assert_eq!(guest.calls(), [gone, configured(with_pasid(6), blocked(0x51))]);
     assert_eq!(guest.reason(with_pasid(6)), Some(0x51));
 }
 
@@ -198,10 +201,14 @@ fn a_fault_during_the_blocking_is_told_why() {
 #[test]
 fn a_device_that_comes_and_goes_while_translating() {
     let guest = Guest::running();
+    guest.write_pasid(5, 0x6000);
+    guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
+    guest.calls();
     guest.iommu.remove_device(RID);
-    let calls = guest.calls();
-    assert_eq!(calls[0], Call::ForgetPasids(RID));
-    let Call::Configure(_, Policy::Blocked { .. }) = calls[1] else { panic!("{calls:?}") };
+    let gone = Policy::Blocked { reason: 0x41, fault_disabled: true };
+    let calls = [with_pasid(5), Requester::rid(RID)].map(|requester| configured(requester, gone));
+    assert_eq!(guest.calls(), calls);
+    guest.write(PASID_TABLE + 64 * 5, &[0]);
     guest.iommu.remove_device(RID);
     assert_eq!(guest.calls(), []);
     guest.write_pasid(1, 0x6000);

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Tables that are read anew for many requesters, a slice at a time.
+//!
+//! A function may have 2^20 PASIDs, and a guest may ask for all of them with one descriptor or one
+//! register write. So an [`Evaluation`] goes on where its last slice ended, with whoever has the
+//! registers then; others have them in between. What asked for it is acknowledged when all of it is
+//! done, and not before: each requester has, at the latest then, what the tables said at some moment
+//! after it was asked for.
+
+use super::apply::{refused_reason, Applied, NotApplied, Scope};
+use super::policy::blocked_config;
+use super::requesters::Given;
+use super::tables::Blocked;
+use super::VtdIommu;
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::pasid::TABLE_ENTRIES;
+use crate::spec::vtd::regs::Rtaddr;
+use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig};
+
+/// How much one slice may do. A table entry that is read costs 1, and so does a directory entry
+/// that has no table.
+#[derive(Debug)]
+pub(super) struct Budget(u32);
+
+impl Budget {
+    /// A fraction of a millisecond, also where each change is a call of the kernel that waits for
+    /// hardware.
+    const SLICE: u32 = 1024;
+    /// What a requester costs whose configuration changes.
+    const CHANGE: u32 = 32;
+
+    fn spend(&mut self, cost: u32) {
+        self.0 = self.0.saturating_sub(cost);
+    }
+
+    fn is_spent(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(Self::SLICE)
+    }
+}
+
+/// By what requesters go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum By {
+    /// The guest's tables.
+    Tables,
+    /// None, as translation is disabled: requests without PASID pass, those with PASID are blocked.
+    Nothing,
+}
+
+/// What is left of reading the tables anew.
+#[derive(Debug)]
+pub(super) struct Evaluation {
+    scope: Scope,
+    by: By,
+    /// The function whose turn it is: its requests without PASID, or those from a PASID on. None
+    /// after the last.
+    next: Option<(Bdf, Option<u32>)>,
+    applied: Applied,
+}
+
+impl Evaluation {
+    /// For all that `scope` names.
+    pub fn new(scope: Scope, by: By) -> Self {
+        Self { scope, by, next: Some((Bdf::from_raw(0), None)), applied: Ok(()) }
+    }
+
+    /// For one function.
+    pub fn of_function(rid: Bdf, by: By) -> Self {
+        let next = Some((rid, None));
+        Self { next, ..Self::new(Scope::Functions { source: rid, ignored: 0 }, by) }
+    }
+
+    /// By what it goes.
+    pub fn by(&self) -> By {
+        self.by
+    }
+}
+
+impl VtdIommu {
+    /// Goes on with `evaluation` by the tables at `root`, for one slice. Gives the outcome when
+    /// nothing is left.
+    pub(super) fn evaluate(
+        &self,
+        evaluation: &mut Evaluation,
+        root: Option<Rtaddr>,
+        budget: &mut Budget,
+    ) -> Option<Applied> {
+        while let Some((from, pasid)) = evaluation.next {
+            if self.is_halted() {
+                return Some(Err(NotApplied::Halted));
+            }
+            if budget.is_spent() {
+                return None;
+            }
+            let Some(rid) = self.requesters.function_from(from) else { break };
+            let after = rid.raw().checked_add(1).map(|raw| (Bdf::from_raw(raw), None));
+            evaluation.next = if !evaluation.scope.names_function(rid) {
+                budget.spend(1);
+                after
+            } else {
+                // The one whose turn it was may be gone.
+                match pasid.filter(|_| rid == from) {
+                    None => {
+                        self.evaluate_rid(evaluation, rid, root, budget);
+                        Some((rid, Some(0)))
+                    }
+                    Some(pasid) => self
+                        .evaluate_pasids(evaluation, (rid, pasid), root, budget)
+                        .map_or(after, |pasid| Some((rid, Some(pasid)))),
+                }
+            };
+        }
+        let applied = evaluation.applied;
+        if evaluation.scope == Scope::Lost && applied.is_ok() {
+            self.requesters.trust_host();
+        }
+        Some(applied)
+    }
+
+    /// Requests of `rid` without PASID.
+    fn evaluate_rid(
+        &self,
+        evaluation: &mut Evaluation,
+        rid: Bdf,
+        root: Option<Rtaddr>,
+        budget: &mut Budget,
+    ) {
+        let requester = Requester::rid(rid);
+        let (config, refused) = match evaluation.by {
+            By::Tables => (self.tables(root).config(requester), refused_reason(root)),
+            By::Nothing => {
+                let tag = DomainTag { domain: 0, pasid: 0 };
+                let config = RequesterConfig { policy: Policy::Bypass, tag, fault_disabled: false };
+                (config, FaultReason::RootTableAddressInvalid)
+            }
+        };
+        self.evaluate_requester(evaluation, requester, config, budget, |unit| {
+            unit.give(requester, config, refused)
+        });
+    }
+
+    /// PASIDs of a function, from one on. Gives the one whose turn it is when the budget is spent.
+    fn evaluate_pasids(
+        &self,
+        evaluation: &mut Evaluation,
+        (rid, from): (Bdf, u32),
+        root: Option<Rtaddr>,
+        budget: &mut Budget,
+    ) -> Option<u32> {
+        let tables = self.tables(root);
+        let refused = refused_reason(root);
+        match (evaluation.by, evaluation.scope) {
+            (By::Tables, Scope::Pasid(pasid)) => {
+                let requester = Requester { rid, pasid: Some(pasid) };
+                let applied = self.reevaluate_requester(requester, root);
+                evaluation.applied = evaluation.applied.and(applied);
+                budget.spend(Budget::CHANGE);
+                return None;
+            }
+            (By::Tables, Scope::Lost) => {
+                return self.each_given((rid, from), u32::MAX, budget, |requester, budget| {
+                    if self.requesters.given(requester).is_some_and(|given| !given.applied) {
+                        budget.spend(Budget::CHANGE);
+                        let applied = self.reevaluate_requester(requester, root);
+                        evaluation.applied = evaluation.applied.and(applied);
+                    }
+                });
+            }
+            _ => {}
+        }
+        // What was given to a PASID that has no entry is taken from it.
+        let gone = Blocked::recorded(FaultReason::PasidEntryNotPresent);
+        let by_tables = evaluation.by == By::Tables;
+        let withdraw = |evaluation: &mut Evaluation, requester, budget: &mut Budget| {
+            let config = match by_tables {
+                true => tables.config(requester),
+                false => blocked_config(requester, gone),
+            };
+            self.evaluate_requester(evaluation, requester, config, budget, |unit| {
+                unit.withdraw_pasid(requester, config, refused)
+            });
+        };
+        let reached = if by_tables { tables.pasid_tables(rid) } else { None };
+        let end = reached.as_ref().map_or(0, |reached| reached.pasids());
+        let mut next = from;
+        while let Some(reached) = reached.as_ref().filter(|_| next < end) {
+            if budget.is_spent() || self.is_halted() {
+                return Some(next);
+            }
+            let table_end = (next - next % TABLE_ENTRIES + TABLE_ENTRIES).min(end);
+            let Some(table) = reached.table(next) else {
+                budget.spend(1);
+                let left = self.each_given((rid, next), table_end, budget, |requester, budget| {
+                    withdraw(evaluation, requester, budget);
+                });
+                next = left.unwrap_or(table_end);
+                continue;
+            };
+            // PASID 0 is left out: see `Tables::pasid_tables`.
+            while next < table_end && !budget.is_spent() && !self.is_halted() {
+                let pasid = Pasid::new(next).filter(|pasid| pasid.raw() != 0);
+                next += 1;
+                let Some(pasid) = pasid else { continue };
+                let requester = Requester { rid, pasid: Some(pasid) };
+                match table.config(requester) {
+                    Some(config) => {
+                        self.evaluate_requester(evaluation, requester, config, budget, |unit| {
+                            unit.give(requester, config, refused)
+                        });
+                    }
+                    None if self.requesters.given(requester).is_some() => {
+                        withdraw(evaluation, requester, budget);
+                    }
+                    None => budget.spend(1),
+                }
+            }
+        }
+        self.each_given((rid, next), u32::MAX, budget, |requester, budget| {
+            withdraw(evaluation, requester, budget);
+        })
+    }
+
+    /// Does `change`, unless `requester` has its `config` or is not named.
+    fn evaluate_requester(
+        &self,
+        evaluation: &mut Evaluation,
+        requester: Requester,
+        config: RequesterConfig,
+        budget: &mut Budget,
+        change: impl FnOnce(&Self) -> Applied,
+    ) {
+        let before = self.requesters.given(requester);
+        let unchanged = before == Some(Given { config, applied: true });
+        if unchanged || !evaluation.scope.names(before, &config) {
+            return budget.spend(1);
+        }
+        budget.spend(Budget::CHANGE);
+        evaluation.applied = evaluation.applied.and(change(self));
+    }
+
+    /// Calls `visit` with each PASID of a function from one up to `end` that was given something.
+    /// Gives the one whose turn it is when the budget is spent.
+    fn each_given(
+        &self,
+        (rid, from): (Bdf, u32),
+        end: u32,
+        budget: &mut Budget,
+        mut visit: impl FnMut(Requester, &mut Budget),
+    ) -> Option<u32> {
+        let mut next = from;
+        while let Some(pasid) = self.requesters.pasid_from(rid, next) {
+            if pasid.raw() >= end {
+                break;
+            }
+            if budget.is_spent() || self.is_halted() {
+                return Some(pasid.raw());
+            }
+            budget.spend(1);
+            visit(Requester { rid, pasid: Some(pasid) }, budget);
+            next = pasid.raw() + 1;
+        }
+        None
+    }
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a PASID was given, in few bytes: there may be 2^20 of them behind each function.
+
+use bitfield_struct::bitfield;
+
+use super::requesters::Given;
+use crate::spec::pci::Pasid;
+use crate::spec::vtd::PAGE_SHIFT;
+use crate::viommu::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
+
+/// Kinds of policy.
+const BLOCKED: u8 = 0;
+const BYPASS: u8 = 1;
+const FIRST_STAGE: u8 = 2;
+const SECOND_STAGE: u8 = 3;
+
+/// All but the domain.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+struct Word {
+    /// The page of the top table.
+    #[bits(40)]
+    page: u64,
+    #[bits(2)]
+    kind: u8,
+    /// Address width in bits.
+    #[bits(6)]
+    address_width: u8,
+    supervisor_requests: bool,
+    write_protect: bool,
+    extended_accessed: bool,
+    fault_disabled: bool,
+    applied: bool,
+    /// Fault reason.
+    reason: u8,
+    #[bits(3)]
+    __: u8,
+}
+
+/// A [`Given`] of a request with PASID, whose tag names that PASID.
+// Packed: its alignment would be another four bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(packed(4))]
+pub(super) struct PackedGiven {
+    word: Word,
+    domain: u16,
+}
+
+impl PackedGiven {
+    pub fn new(given: Given) -> Self {
+        let Given { config: RequesterConfig { policy, tag, fault_disabled }, applied } = given;
+        let word = Word::new().with_fault_disabled(fault_disabled).with_applied(applied);
+        // Tables are below the host's address width: 52 bits.
+        let page = |table: u64| table >> PAGE_SHIFT & ((1 << Word::PAGE_BITS) - 1);
+        let word = match policy {
+            Policy::Blocked { reason, .. } => word.with_kind(BLOCKED).with_reason(reason),
+            Policy::Bypass => word.with_kind(BYPASS),
+            Policy::Stage1(Stage1::VtdFirstStage(tables)) => word
+                .with_kind(FIRST_STAGE)
+                .with_page(page(tables.table))
+                .with_address_width(tables.address_width)
+                .with_supervisor_requests(tables.supervisor_requests)
+                .with_write_protect(tables.write_protect)
+                .with_extended_accessed(tables.extended_accessed),
+            Policy::Stage1(Stage1::VtdSecondStage(tables)) => word
+                .with_kind(SECOND_STAGE)
+                .with_page(page(tables.table))
+                .with_address_width(tables.address_width),
+        };
+        Self { word, domain: tag.domain }
+    }
+
+    /// What `pasid` was given.
+    pub fn of(self, pasid: Pasid) -> Given {
+        let Self { word, domain } = self;
+        let (table, address_width) = (word.page() << PAGE_SHIFT, word.address_width());
+        let fault_disabled = word.fault_disabled();
+        let policy = match word.kind() {
+            BYPASS => Policy::Bypass,
+            FIRST_STAGE => Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
+                table,
+                address_width,
+                supervisor_requests: word.supervisor_requests(),
+                write_protect: word.write_protect(),
+                extended_accessed: word.extended_accessed(),
+            })),
+            SECOND_STAGE => {
+                Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
+            }
+            _ => Policy::Blocked { reason: word.reason(), fault_disabled },
+        };
+        let tag = DomainTag { domain, pasid: pasid.raw() };
+        let config = RequesterConfig { policy, tag, fault_disabled };
+        Given { config, applied: word.applied() }
+    }
+
+    /// The same, but that the host is to be told of it.
+    pub fn unapplied(self) -> Self {
+        Self { word: { self.word }.with_applied(false), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn policy() -> impl Strategy<Value = Policy> {
+        let first = |(page, five, srs, wp, eaf)| {
+            Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
+                table: page << 12,
+                address_width: if five { 57 } else { 48 },
+                supervisor_requests: srs,
+                write_protect: wp,
+                extended_accessed: eaf,
+            }))
+        };
+        let second = |(page, address_width)| {
+            let table: u64 = page << 12;
+            Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
+        };
+        let page = || 0u64..1 << 40;
+        prop_oneof![
+            any::<u8>().prop_map(|reason| Policy::Blocked { reason, fault_disabled: false }),
+            Just(Policy::Bypass),
+            (page(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(first),
+            (page(), prop::sample::select(vec![39u8, 48, 57])).prop_map(second),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(
+            policy in policy(),
+            domain: u16,
+            raw in 1u32..1 << 20,
+            fault_disabled: bool,
+            applied: bool,
+        ) {
+            let policy = match policy {
+                Policy::Blocked { reason, .. } => Policy::Blocked { reason, fault_disabled },
+                policy => policy,
+            };
+            let tag = DomainTag { domain, pasid: raw };
+            let config = RequesterConfig { policy, tag, fault_disabled };
+            let (given, pasid) = (Given { config, applied }, Pasid::new(raw).unwrap());
+            let packed = PackedGiven::new(given);
+            prop_assert_eq!(packed.of(pasid), given);
+            let unapplied = Given { applied: false, ..given };
+            prop_assert_eq!(packed.unapplied().of(pasid), unapplied);
+        }
+    }
+
+    #[test]
+    fn it_is_small() {
+        assert_eq!((size_of::<PackedGiven>(), align_of::<PackedGiven>()), (12, 4));
+    }
+}

@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Tables of many PASIDs, read anew in slices: what others see in between, and what is made of it.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::spec::vtd::qi::PasidCacheScope;
+use crate::spec::vtd::regs::{Fsts, Gcmd};
+
+const PASID_CACHE: Descriptor = Descriptor::PasidCache(PasidCacheScope::Global);
+/// PASIDs of a directory of 128 tables.
+const PASIDS: u32 = 1 << 13;
+const TES: u32 = 1 << 31;
+const RTPS: u32 = 1 << 30;
+
+fn config() -> VtdConfig {
+    VtdConfig { pasid_bits: 13, ..Default::default() }
+}
+
+impl Guest {
+    /// Translation is enabled, and one table page serves every directory entry. No PASID but 0 is
+    /// present yet.
+    fn with_directory() -> Self {
+        let guest = Self::new(config());
+        guest.write_tables();
+        (0..128).for_each(|index| guest.write(DIRECTORY + 8 * index, &[PASID_TABLE | 1]));
+        guest.write_pasid(0, 0);
+        guest.write(PASID_TABLE, &[0]);
+        guest.set_root(0x400);
+        guest.enable_queue(0x800);
+        guest.enable_translation();
+        guest.calls();
+        guest
+    }
+
+    fn write_every_pasid(&self, table: u64) {
+        (0..64).for_each(|pasid| self.write_pasid(pasid, table));
+    }
+
+    /// Descriptors are there, and nobody has begun with them.
+    fn queue(&self, descriptors: &[Descriptor]) {
+        let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+        let tail = self.queue_words(&words);
+        self.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
+    }
+
+    fn slice(&self) -> Slice {
+        self.iommu.run_slice(&mut self.iommu.lock())
+    }
+
+    /// A global command, of which nothing but the first slice is carried out.
+    fn begin_command(&self, change: impl FnOnce(u32) -> u32) -> Slice {
+        let enabled = self.read32(regs::GSTS) & 0x96ff_ffff;
+        let mut registers = self.iommu.lock_idle();
+        self.iommu.global_command(&mut registers, Gcmd::from_bits(change(enabled)));
+        self.iommu.run_command(&mut registers)
+    }
+
+    fn status_bits(&self, bits: u32) -> u32 {
+        self.read32(regs::GSTS) & bits
+    }
+
+    /// What the host was left with, from all that it was asked since the last time.
+    fn host_has(&self, has: &mut BTreeMap<Requester, Policy>) {
+        for call in self.calls() {
+            match call {
+                Call::Configure(requester, Policy::Blocked { .. }) => {
+                    has.remove(&requester);
+                }
+                Call::Configure(requester, policy) => {
+                    has.insert(requester, policy);
+                }
+                Call::Invalidate(_) => {}
+            }
+        }
+    }
+
+    /// What the tables say, of all that is not blocked.
+    fn tables_say(&self) -> BTreeMap<Requester, Policy> {
+        let pasids = (1..PASIDS).map(with_pasid);
+        let requesters = [Requester::rid(RID)].into_iter().chain(pasids);
+        requesters
+            .filter_map(|requester| {
+                let policy = self.iommu.policy_by_tables(requester)?;
+                (!matches!(policy, Policy::Blocked { .. })).then_some((requester, policy))
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn a_slice_is_of_few_requesters_and_nothing_is_acknowledged_before_the_last() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    let (mut slices, mut asked) = (0, 0);
+    while guest.slice() == Slice::More {
+        let calls = guest.calls().len();
+        assert!(calls <= 33, "{calls} requesters in one slice");
+        (slices, asked) = (slices + 1, asked + calls);
+        if asked < PASIDS as usize {
+            assert_eq!((guest.head(), guest.status()), (0, 0), "after {asked}");
+        }
+    }
+    assert_eq!(asked, PASIDS as usize);
+    assert!(slices >= PASIDS / 33, "{slices}");
+    assert_eq!((guest.head(), guest.status()), (64, 1));
+    assert_eq!(guest.iommu.counters().evaluations, 2);
+
+    // Where nothing changes, a slice is of more of them, but not of all.
+    guest.queue(&[PASID_CACHE, wait(2)]);
+    let mut slices = 0;
+    while guest.slice() == Slice::More {
+        slices += 1;
+    }
+    assert!((PASIDS / 1024..PASIDS / 256).contains(&slices), "{slices}");
+    assert_eq!((guest.calls(), guest.status()), (vec![], 2));
+}
+
+#[test]
+fn what_is_not_present_is_passed_over() {
+    let guest = Guest::with_directory();
+    guest.write(DIRECTORY, &[0; 128]);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::Done);
+    assert_eq!(guest.status(), 1);
+    assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
+}
+
+#[test]
+fn any_thread_goes_on_with_what_another_has_begun() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::More);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| guest.iommu.drain_queue());
+        }
+    });
+    assert_eq!((guest.head(), guest.status()), (64, 1));
+    // Each was given once.
+    assert_eq!(guest.calls().len(), PASIDS as usize);
+}
+
+#[test]
+fn a_withdrawn_table_is_as_many_slices() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.submit(&[PASID_CACHE]);
+    guest.calls();
+    // One context entry takes all of them away.
+    guest.write(CONTEXT + 0x100, &[0]);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    let mut asked = 0;
+    while guest.slice() == Slice::More {
+        let calls = guest.calls();
+        assert!(calls.len() <= 33);
+        asked += calls.len();
+        if asked < PASIDS as usize {
+            assert_eq!((guest.head(), guest.status()), (32, 0));
+        }
+    }
+    assert_eq!((asked, guest.status()), (PASIDS as usize, 1));
+    assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
+}
+
+#[test]
+fn tables_that_change_in_between_are_taken_as_they_are_then() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::More);
+    // The rest is gone before its turn, and what was given stays.
+    guest.write(DIRECTORY, &[0; 128]);
+    while guest.slice() == Slice::More {}
+    assert_eq!(guest.status(), 1);
+    let given = guest.calls();
+    assert!((30..66).contains(&given.len()), "{}", given.len());
+    // So does a directory that is nowhere.
+    guest.submit(&[PASID_CACHE]);
+    guest.write_every_pasid(0x6000);
+    (0..128).for_each(|index| guest.write(DIRECTORY + 8 * index, &[PASID_TABLE | 1]));
+    guest.queue(&[PASID_CACHE, wait(2)]);
+    assert_eq!(guest.slice(), Slice::More);
+    guest.write(CONTEXT + 0x100, &[(1 << 40) | 1 << 3 | 1]);
+    while guest.slice() == Slice::More {}
+    assert_eq!((guest.status(), guest.iommu.requesters.pasid_from(RID, 40)), (2, None));
+    guest.submit(&[PASID_CACHE, wait(3)]);
+    assert_eq!((guest.status(), guest.iommu.requesters.pasid_from(RID, 0)), (3, None));
+}
+
+#[test]
+fn a_wrong_descriptor_behind_many_pasids_is_told_when_they_are_done() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    let tail = guest.queue_words(&[PASID_CACHE.encode(), [0xf, 0, 0, 0]]);
+    guest.write64(regs::IQT, tail);
+    assert_eq!(guest.calls().len(), PASIDS as usize);
+    assert_eq!(guest.head(), 32);
+    assert!(Fsts::from_bits(guest.read32(regs::FSTS)).iqe());
+}
+
+#[test]
+fn a_host_that_fails_on_the_way_stops_the_queue_and_all_is_done_again() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::More);
+    guest.fail_to_block(true);
+    while guest.slice() == Slice::More {}
+    assert_eq!((guest.head(), guest.status()), (0, 0));
+    assert!(Fsts::from_bits(guest.read32(regs::FSTS)).iqe());
+    guest.fail_to_block(false);
+    let mut has = BTreeMap::new();
+    guest.write32(regs::FSTS, 1 << 4);
+    assert_eq!((guest.head(), guest.status()), (64, 1));
+    guest.host_has(&mut has);
+    let served = has.get(&with_pasid(PASIDS - 1));
+    assert_eq!(served, Some(&first_stage(0x6000)));
+}
+
+#[test]
+fn a_queue_that_is_disabled_on_the_way_forgets_what_it_was_at() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::More);
+    guest.command(|enabled| enabled & !(1 << 26));
+    assert_eq!((guest.slice(), guest.head(), guest.status()), (Slice::Done, 0, 0));
+    assert!(guest.calls().len() < 100);
+    guest.enable_queue(0x800);
+    assert_eq!((guest.slice(), guest.head()), (Slice::Done, 0));
+    guest.submit(&[PASID_CACHE, wait(2)]);
+    assert_eq!(guest.status(), 2);
+}
+
+#[test]
+fn a_unit_that_is_halted_on_the_way_acknowledges_nothing() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::More);
+    assert_eq!(guest.begin_command(|enabled| enabled & !TES), Slice::More);
+    guest.calls();
+    guest.iommu.halt();
+    guest.iommu.drain_queue();
+    assert_eq!((guest.calls(), guest.head(), guest.status()), (vec![], 0, 0));
+    guest.disable_translation();
+    assert_eq!(guest.calls(), []);
+    assert_eq!(guest.status_bits(TES), TES);
+}
+
+#[test]
+fn translation_is_enabled_when_the_last_requester_is_served() {
+    let guest = Guest::with_directory();
+    guest.disable_translation();
+    guest.write_every_pasid(0x6000);
+    guest.calls();
+    let mut slice = guest.begin_command(|enabled| enabled | TES);
+    let mut asked = 0;
+    loop {
+        let calls = guest.calls().len();
+        assert!(calls <= 33, "{calls} requesters in one slice");
+        asked += calls;
+        assert_eq!(guest.status_bits(TES) != 0, slice == Slice::Done, "after {asked}");
+        if slice == Slice::Done {
+            break;
+        }
+        slice = guest.slice();
+    }
+    assert_eq!(asked, PASIDS as usize);
+    // And disabled when the last is taken back.
+    let mut slice = guest.begin_command(|enabled| enabled & !TES);
+    while slice == Slice::More {
+        assert_eq!(guest.status_bits(TES), TES);
+        slice = guest.slice();
+    }
+    assert_eq!(guest.status_bits(TES), 0);
+    assert_eq!(guest.calls().len(), PASIDS as usize);
+    assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
+}
+
+#[test]
+fn a_root_table_is_set_when_the_last_requester_goes_by_it() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    let mut slice = guest.begin_command(|enabled| enabled | RTPS);
+    while slice == Slice::More {
+        assert_eq!(guest.status_bits(TES | RTPS), TES);
+        slice = guest.slice();
+    }
+    assert_eq!(guest.status_bits(TES | RTPS), TES | RTPS);
+    // The root table first, and then translation is disabled with the same command.
+    let mut slice = guest.begin_command(|enabled| (enabled | RTPS) & !TES);
+    while slice == Slice::More {
+        assert_eq!(guest.status_bits(TES), TES);
+        slice = guest.slice();
+    }
+    assert_eq!(guest.status_bits(TES | RTPS), RTPS);
+}
+
+#[test]
+fn invalidations_wait_for_a_command_that_is_under_way() {
+    let guest = Guest::with_directory();
+    guest.disable_translation();
+    guest.write_every_pasid(0x6000);
+    guest.calls();
+    assert_eq!(guest.begin_command(|enabled| enabled | TES), Slice::More);
+    // While TES is clear, invalidations have nothing to do. But these PASIDs have been served.
+    guest.write_pasid(1, 0x7000);
+    let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(1) };
+    guest.submit(&[Descriptor::PasidCache(scope), wait(1)]);
+    assert_eq!((guest.status(), guest.status_bits(TES)), (1, TES));
+    let mut has = BTreeMap::new();
+    guest.host_has(&mut has);
+    assert_eq!(has, guest.tables_say());
+}
+
+#[test]
+fn a_second_command_comes_after_the_first() {
+    let guest = Guest::with_directory();
+    guest.disable_translation();
+    guest.write_every_pasid(0x6000);
+    guest.calls();
+    assert_eq!(guest.begin_command(|enabled| enabled | TES), Slice::More);
+    guest.disable_translation();
+    assert_eq!(guest.status_bits(TES), 0);
+    let mut has = BTreeMap::new();
+    guest.host_has(&mut has);
+    assert_eq!(has, BTreeMap::from([(Requester::rid(RID), Policy::Bypass)]));
+}
+
+#[test]
+fn a_context_command_of_many_requesters_stays_set_until_it_is_done() {
+    // PASIDs that legacy mode finds attached, because the host would not let them go.
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.submit(&[PASID_CACHE]);
+    guest.command(|enabled| enabled & !(1 << 26));
+    guest.write(0x9000 + 0x10, &[0, 0]);
+    guest.fail_to_block(true);
+    guest.write64(regs::RTADDR, 0x9000);
+    guest.command(|enabled| enabled | 1 << 30);
+    assert_eq!(guest.status_bits(RTPS), 0);
+    guest.fail_to_block(false);
+    guest.calls();
+    let mut registers = guest.iommu.lock_idle();
+    registers.ccmd = regs::Ccmd::from_bits(1 << 63 | 1 << 61);
+    guest.iommu.context_command(&mut registers);
+    drop(registers);
+    let mut slices = 0;
+    while guest.slice() == Slice::More {
+        assert_eq!(guest.read64(regs::CCMD) >> 63, 1);
+        assert!(guest.calls().len() <= 33);
+        slices += 1;
+    }
+    assert!(slices > PASIDS / 33 - 1, "{slices}");
+    assert_eq!(guest.read64(regs::CCMD) >> 59, 0b00101);
+    assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
+}
+
+#[test]
+fn what_the_host_lost_is_given_again_in_slices() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.submit(&[PASID_CACHE]);
+    guest.refuse(true);
+    let global = Descriptor::Iotlb {
+        scope: crate::spec::vtd::qi::IotlbScope::Global,
+        drain_writes: false,
+        drain_reads: false,
+    };
+    guest.submit(&[global]);
+    guest.refuse(false);
+    guest.calls();
+    guest.queue(&[wait(3)]);
+    guest.iommu.fault_log().write_status(1 << 4);
+    let mut asked = 0;
+    while guest.slice() == Slice::More {
+        let calls = guest.calls();
+        assert!(calls.len() <= 34, "{}", calls.len());
+        asked += calls.len();
+    }
+    asked += guest.calls().len();
+    assert_eq!((asked, guest.status()), (PASIDS as usize + 1, 3));
+}
+
+#[test]
+fn a_function_comes_and_goes_with_all_its_pasids() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    let mut has = BTreeMap::new();
+    guest.iommu.remove_device(RID);
+    guest.calls();
+    guest.iommu.add_device(RID);
+    guest.host_has(&mut has);
+    assert_eq!(has.len(), PASIDS as usize);
+    assert_eq!(has, guest.tables_say());
+    guest.iommu.remove_device(RID);
+    guest.host_has(&mut has);
+    assert_eq!(has, BTreeMap::new());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
+    /// Whatever changes while tables are read, and whoever reads them: after the last invalidation
+    /// the host has what they say.
+    #[test]
+    fn the_host_ends_with_what_the_tables_say(
+        steps in prop::collection::vec((0u8..9, 0u64..128, 0u64..64, 0usize..60), 1..12),
+    ) {
+        let guest = Guest::with_directory();
+        // Two table pages, to be told apart.
+        let other = 0xa000;
+        let mut has = BTreeMap::new();
+        guest.host_has(&mut has);
+        for (what, index, entry, slices) in steps {
+            match what {
+                0 => guest.write(DIRECTORY + 8 * index, &[0]),
+                1 => guest.write(DIRECTORY + 8 * index, &[other | 1]),
+                2 => guest.write(DIRECTORY + 8 * index, &[PASID_TABLE | 1]),
+                3 => guest.write_pasid(entry, 0x6000),
+                4 => guest.write_every_pasid(0x7000),
+                5 => guest.write(other + 64 * entry, &[1 << 6 | 1, index, 0x5000]),
+                6 => guest.write(other + 64 * entry, &[0]),
+                7 => guest.command(|enabled| enabled ^ TES),
+                _ => guest.command(|enabled| enabled | RTPS),
+            }
+            guest.queue(&[PASID_CACHE, wait(1)]);
+            for _ in 0..slices {
+                guest.slice();
+            }
+        }
+        guest.command(|enabled| enabled | TES);
+        guest.submit(&[PASID_CACHE, wait(9)]);
+        prop_assert_eq!(guest.status(), 9);
+        guest.host_has(&mut has);
+        prop_assert_eq!(has, guest.tables_say());
+    }
+}
