@@ -3,7 +3,10 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -145,7 +148,7 @@ fn yes() -> bool {
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("{0}")]
-    Read(#[from] std::io::Error),
+    Read(#[from] io::Error),
     /// It is not of this form.
     #[error("{0}")]
     Form(#[from] toml::de::Error),
@@ -161,7 +164,14 @@ impl Config {
     /// [`ConfigError`].
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         match file {
-            Some(file) => Self::parse(&std::fs::read_to_string(file)?),
+            Some(path) => {
+                // A FIFO would be waited for, and a device read for ever.
+                let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+                if !file.metadata()?.is_file() {
+                    return Err(io::Error::other("not a regular file").into());
+                }
+                Self::parse(&io::read_to_string(file)?)
+            }
             None => Self::parse(DEFAULT),
         }
     }
@@ -246,6 +256,17 @@ mod tests {
         let config = Config::load(None).unwrap();
         assert_eq!((config.iommu.len(), config.device.len()), (1, 2));
         assert!(config.device.iter().all(|device| device.dma == Dma::Edu));
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        for path in [&fifo, Path::new("/dev/zero"), Path::new("/")] {
+            let error = Config::load(Some(path)).unwrap_err().to_string();
+            assert_eq!(error, "not a regular file", "{}", path.display());
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod iommu;
 mod machine;
 
 pub mod memory;
+mod named_file;
 pub mod pci;
 pub mod report;
 mod serial;

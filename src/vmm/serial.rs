@@ -21,6 +21,7 @@ use super::arch::EdgeLine;
 use super::bus::BusDevice;
 use super::config::SerialConfig;
 use super::interrupts::Interrupts;
+use super::named_file;
 use super::stop::Stopper;
 use super::{Error, Result};
 
@@ -150,7 +151,7 @@ impl BusDevice for SerialPort {
 
 /// A file that the port's output goes to.
 fn open(path: &Path, options: &mut OpenOptions) -> Result<Box<dyn Write + Send>> {
-    let file = options.write(true).open(path);
+    let file = named_file::open(path, options.write(true), 0);
     Ok(Box::new(file.map_err(|source| Error::Output { path: path.to_owned(), source })?))
 }
 

@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -14,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::arch::boot::{Image, ImageError, StartState, MEMORY_MIN, MODULE_CMDLINE_MAX};
 use super::config::PayloadConfig;
 use super::memory::MachineMemory;
+use super::named_file;
 
 /// What names modules on the command line.
 const MODULE: &str = "--module";
@@ -194,11 +197,14 @@ fn file_name(path: &Path) -> String {
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, Reason> {
+    let mut file = named_file::open(path, File::options().read(true), 0)?;
     // A directory or a device would be read for ever, or not at all.
-    if !std::fs::metadata(path)?.is_file() {
+    if !file.metadata()?.is_file() {
         return Err(Reason::NotAFile);
     }
-    Ok(std::fs::read(path)?)
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn check_cmdline(cmdline: &str, max: usize) -> Result<(), Reason> {

@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::vmm::config::{DeviceConfig, MachineConfig, SerialConfig};
@@ -22,6 +22,8 @@ struct Named<'a> {
 enum Identity {
     /// Device and inode of a file that is there.
     There(u64, u64),
+    /// Number of a block device, which may have several nodes.
+    BlockDevice(u64),
     /// Where a file that is not there would be made.
     Absent(PathBuf, OsString),
 }
@@ -71,6 +73,9 @@ fn identity(path: &Path) -> Option<Identity> {
     match fs::metadata(path) {
         Ok(there) if there.is_file() || there.is_dir() => {
             Some(Identity::There(there.dev(), there.ino()))
+        }
+        Ok(there) if there.file_type().is_block_device() => {
+            Some(Identity::BlockDevice(there.rdev()))
         }
         Ok(_) => None,
         Err(_) => {

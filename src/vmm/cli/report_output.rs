@@ -6,6 +6,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::vmm::named_file;
 use crate::vmm::report::Report;
 
 /// The form of a report.
@@ -63,7 +64,7 @@ impl ReportOption {
     /// It cannot be written.
     pub fn create(&self) -> Result<(), ReportError> {
         let Some(path) = &self.file else { return Ok(()) };
-        let created = OpenOptions::new().create(true).append(true).open(path);
+        let created = named_file::open(path, OpenOptions::new().create(true).append(true), 0);
         created.map(drop).map_err(|source| self.failed(source))
     }
 
@@ -93,12 +94,15 @@ impl ReportOption {
             Some(Format::Json) => serde_json::to_string_pretty(report)? + "\n",
         };
         match &self.file {
-            // Also for what is no file and has no length.
-            Some(path) if self.at == 0 => std::fs::write(path, text),
             Some(path) => {
-                let mut file = OpenOptions::new().write(true).open(path)?;
-                file.set_len(self.at)?;
-                file.seek(SeekFrom::End(0))?;
+                let (mut options, first) = (OpenOptions::new(), self.at == 0);
+                options.write(true).create(first).truncate(first);
+                let mut file = named_file::open(path, &options, 0)?;
+                // What is no file has no length.
+                if !first {
+                    file.set_len(self.at)?;
+                    file.seek(SeekFrom::End(0))?;
+                }
                 file.write_all(text.as_bytes())
             }
             None => io::stderr().lock().write_all(text.as_bytes()),

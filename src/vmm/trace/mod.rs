@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 pub(super) use super::arch::message::decoded;
-use super::{Error, Result};
+use super::{named_file, Error, Result};
 pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
 
 /// A trace that is being written. Any thread may add to it.
@@ -79,7 +79,9 @@ impl Trace {
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
         let failed = |source| Error::Output { path: path.to_owned(), source };
-        let file = File::create(path).map_err(failed)?;
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true);
+        let file = named_file::open(path, &options, 0).map_err(failed)?;
         Ok(Self::new(path, Box::new(file)))
     }
 

@@ -2,7 +2,7 @@
 //! The entropy device (virtio 1.3 §5.4).
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -14,6 +14,7 @@ use super::broken::{Broken, Unserved};
 use super::chain::NotCopied;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
+use crate::vmm::named_file;
 
 /// Bytes that one request is given at most; drivers take less than they ask for.
 const MAX_REQUEST: usize = 4096;
@@ -28,14 +29,15 @@ impl Rng {
     /// A device that gives what it reads from `source`.
     ///
     /// # Errors
-    /// When the source cannot be opened, or is neither a file nor a character device: opening a FIFO
+    /// When the source cannot be opened, or is neither a file nor a character device: reading a FIFO
     /// may wait for ever, and a directory gives nothing.
     pub fn open(source: &Path) -> io::Result<Self> {
-        let kind = fs::metadata(source)?.file_type();
+        let source = named_file::open(source, File::options().read(true), 0)?;
+        let kind = source.metadata()?.file_type();
         if !kind.is_file() && !kind.is_char_device() {
             return Err(io::Error::other("neither a file nor a character device"));
         }
-        Ok(Self { source: File::open(source)? })
+        Ok(Self { source })
     }
 }
 

@@ -2,14 +2,15 @@
 //! A raw disk image, and the buffer between it and guest memory.
 #![forbid(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
-use super::lock;
+use super::{block_device, format, lock};
+use crate::vmm::named_file;
 
 /// Bytes of a sector, the unit of addresses (virtio 1.3 §5.2.6).
 pub const SECTOR_SIZE: u64 = 512;
@@ -20,7 +21,7 @@ const PAGE_SIZE: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// It cannot be opened.
-    #[error("{path}: {source}", path = .path.display())]
+    #[error("{path}: {source}{}", advice(.source), path = .path.display())]
     Open {
         /// The image.
         path: PathBuf,
@@ -30,6 +31,28 @@ pub enum DiskError {
     /// It is neither a file nor a block device.
     #[error("{path}: neither a file nor a block device", path = .0.display())]
     Kind(PathBuf),
+    /// It is of a format that is not understood.
+    #[error(
+        "{path}: an image of format {format}, and a disk is raw; make one of it with: qemu-img \
+         convert -O raw {path} NEW",
+        path = .path.display()
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// As `qemu-img` calls it.
+        format: &'static str,
+    },
+    /// The kernel lets nobody write the block device.
+    #[error("{path}: the block device is read-only; say readonly=on", path = .0.display())]
+    ReadOnlyDevice(PathBuf),
+    /// The kernel gives the block device to nobody else.
+    #[error(
+        "{path}: the block device is in use: mounted, part of another device, or another machine's \
+         or --disk's",
+        path = .0.display()
+    )]
+    Claimed(PathBuf),
     /// Somebody else has it.
     #[error(
         "{path}: the image is in use, by another machine or another --disk; several can have it \
@@ -52,14 +75,27 @@ pub enum DiskError {
     },
 }
 
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
+            "; what may only be read needs readonly=on"
+        }
+        Some(libc::EINVAL) => "; not every file system has direct=on",
+        _ => "",
+    }
+}
+
 /// A raw disk image.
 #[derive(Debug)]
 pub struct Disk {
+    path: PathBuf,
     file: File,
     size: u64,
     block_size: u32,
     read_only: bool,
     id: String,
+    /// Holds the lock of a block device, whichever node it is opened by.
+    _common: Option<File>,
 }
 
 impl Disk {
@@ -67,36 +103,35 @@ impl Disk {
     /// can have it only if nobody writes it.
     ///
     /// # Errors
-    /// When it cannot be opened, when somebody else has it, or when its length is no disk's.
+    /// When it cannot be opened, when somebody else has it, or when it is no raw disk.
     pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<Self, DiskError> {
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        let flags = if direct { libc::O_DIRECT } else { 0 };
-        let opened = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
-        let mut file = opened.map_err(failed)?;
+        let mut file = open_file(path, read_only, direct)?;
         let metadata = file.metadata().map_err(failed)?;
-        let kind = metadata.mode() & libc::S_IFMT;
-        if kind != libc::S_IFREG && kind != libc::S_IFBLK {
-            return Err(DiskError::Kind(path.to_owned()));
-        }
-        match lock::take(&file, !read_only) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(DiskError::InUse(path.to_owned()));
-            }
-            // As QEMU does: not every file system has locks.
-            Err(error) => log::warn!("{}: no lock is had: {error}", path.display()),
-            Ok(()) => {}
-        }
+        let is_device = metadata.file_type().is_block_device();
+        let common = lock_all(path, &file, is_device, !read_only)?;
         // The length of a block device is not in its metadata.
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if size == 0 {
             return Err(DiskError::Empty(path.to_owned()));
         }
-        let block_size = if direct { direct_block_size(&file).map_err(failed)? } else { 512 };
+        let block_size = match (direct, is_device) {
+            (false, _) => SECTOR_SIZE as u32,
+            (true, true) => block_device::sector_size(&file).map_err(failed)?,
+            (true, false) => direct_block_size(&file).map_err(failed)?,
+        };
+        let mut head = BounceBuffer::new(block_size as usize);
+        let length = file.read_at(head.bytes(), 0).map_err(failed)?;
+        // Never more than there is room for.
+        if let Some(format) = format::of(&head.bytes()[..length]) {
+            return Err(DiskError::Format { path: path.to_owned(), format });
+        }
         if !size.is_multiple_of(block_size.into()) {
             return Err(DiskError::Unaligned { path: path.to_owned(), size, block: block_size });
         }
         let id = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
-        Ok(Self { file, size, block_size, read_only, id })
+        let path = path.to_owned();
+        Ok(Self { path, file, size, block_size, read_only, id, _common: common })
     }
 
     /// Length in bytes: whole blocks.
@@ -132,7 +167,7 @@ impl Disk {
     /// # Errors
     /// What the system says; an image that became shorter is an error too.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(data, offset)
+        self.named(self.file.read_exact_at(data, offset))
     }
 
     /// Writes the bytes from `offset` on.
@@ -140,7 +175,7 @@ impl Disk {
     /// # Errors
     /// What the system says.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, offset)
+        self.named(self.file.write_all_at(data, offset))
     }
 
     /// Returns when all that was written is on the medium.
@@ -148,7 +183,80 @@ impl Disk {
     /// # Errors
     /// What the system says.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.named(self.file.sync_data())
+    }
+
+    /// An error with the name of the image, which is one of several.
+    fn named(&self, result: io::Result<()>) -> io::Result<()> {
+        result.map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", self.path.display()))
+        })
+    }
+}
+
+/// Opens the file or block device at `path`. A block device to write is claimed.
+fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<File, DiskError> {
+    let failed = |source| DiskError::Open { path: path.to_owned(), source };
+    let open = |flags| {
+        let direct = if direct { libc::O_DIRECT } else { 0 };
+        named_file::open(path, File::options().read(true).write(!read_only), direct | flags)
+    };
+    let kind = |file: &File| Ok(file.metadata().map_err(failed)?.file_type());
+    let file = open(0).map_err(failed)?;
+    match kind(&file)? {
+        kind if kind.is_file() => return Ok(file),
+        kind if !kind.is_block_device() => return Err(DiskError::Kind(path.to_owned())),
+        _ if read_only => return Ok(file),
+        _ => {}
+    }
+    if block_device::is_read_only(&file).map_err(failed)? {
+        return Err(DiskError::ReadOnlyDevice(path.to_owned()));
+    }
+    // Who writes has it alone, whichever node it is named by. No claim says that one only reads: it is
+    // as much alone as any other.
+    let file = open(libc::O_EXCL).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) => DiskError::Claimed(path.to_owned()),
+        _ => failed(error),
+    })?;
+    // The name may be of something else by now.
+    match kind(&file)?.is_block_device() {
+        true => Ok(file),
+        false => Err(DiskError::Kind(path.to_owned())),
+    }
+}
+
+/// Takes the locks of `file`, and those that a block device has for all its nodes, which go with what is
+/// returned.
+fn lock_all(
+    path: &Path,
+    file: &File,
+    is_device: bool,
+    writes: bool,
+) -> Result<Option<File>, DiskError> {
+    let locked = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(DiskError::InUse(path.to_owned()))
+        }
+        // As QEMU does: not every file system has locks.
+        Err(error) => {
+            log::warn!("{}: no lock is had: {error}", path.display());
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    };
+    locked(lock::take(file, writes))?;
+    if !is_device {
+        return Ok(None);
+    }
+    match block_device::common_file(file) {
+        Ok(common) => {
+            locked(lock::take_shared(&common, writes))?;
+            Ok(Some(common))
+        }
+        Err(error) => {
+            log::warn!("{}: no lock is had but that of this node: {error}", path.display());
+            Ok(None)
+        }
     }
 }
 
@@ -209,6 +317,26 @@ mod tests {
         assert!(error.to_string().contains("1000 bytes are not a multiple of 512"), "{error}");
         let error = Disk::open(Path::new("/dev/null"), true, false).unwrap_err();
         assert!(matches!(error, DiskError::Kind(_)));
+    }
+
+    #[test]
+    fn what_is_no_file_or_of_another_format_is_refused() {
+        let open = |path: &Path| Disk::open(path, true, false).unwrap_err().to_string();
+        for path in ["/", "/dev/zero"] {
+            assert!(open(Path::new(path)).contains("neither a file nor a block device"), "{path}");
+        }
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"QFI\xfb\0\0\0\x03").unwrap();
+        let error = open(file.path());
+        assert!(error.contains("qcow2") && error.contains("qemu-img convert -O raw"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn an_error_names_the_disk() {
+        let disk = Disk::open(image(512).path(), true, false).unwrap();
+        let error = disk.write(0, &[0; 512]).unwrap_err().to_string();
+        assert!(error.starts_with(disk.path.to_str().unwrap()), "{error}");
     }
 
     #[test]

@@ -1,33 +1,172 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lock of a disk image: one writes it, or several read it.
+//! The lock of a disk image: one writes it, or several read it. Two protocols are kept together, both of
+//! advisory locks whose owner is the open file and not the process, so that one process cannot have an
+//! image twice.
 //!
-//! It is the kind that QEMU and cloud-hypervisor take, too: an advisory lock of the open file, whose
-//! owner is the open file and not the process, so that one process cannot have an image twice.
+//! QEMU has a byte for each thing that one may do with an image, and another for each that one denies
+//! to others; all locks are shared. Who has taken its own looks whether somebody else has their
+//! counterparts: of two that come at once, one or both find the other. Source: QEMU's
+//! `block/file-posix.c`, and what QEMU 10.0 locks.
+//!
+//! cloud-hypervisor locks the whole image, alone to write it and shared to read it. Here that is all but
+//! QEMU's bytes, where a lock would say something else.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Takes the lock of all of `file`, until that is closed: alone, which takes a file that is open for
-/// writing, or together with others that only read.
+/// QEMU: locked by who does something ...
+const DOES: i64 = 100;
+/// ... and by who denies it to others.
+const DENIES: i64 = 200;
+/// What one may do: read what is consistent,
+const READ: i64 = 0;
+/// or write.
+const WRITE: i64 = 1;
+/// The first byte behind QEMU's.
+const REST: i64 = 300;
+
+/// Takes the lock of the image that `file` is, until that is closed: alone, which takes a file that is
+/// open for writing, or together with others that only read.
 ///
 /// # Errors
 /// `EAGAIN` somebody has it; what the system says of a file that has no locks.
-pub(super) fn take(file: &File, alone: bool) -> io::Result<()> {
-    let kind = if alone { libc::F_WRLCK } else { libc::F_RDLCK };
-    let lock = libc::flock {
+pub(super) fn take(file: &File, writes: bool) -> io::Result<()> {
+    let kind = if writes { libc::F_WRLCK } else { libc::F_RDLCK };
+    // To the end, wherever that will be.
+    set(file, kind, REST, 0)?;
+    take_shared(file, writes)
+}
+
+/// As [`take`], with locks that a file has which is open for reading alone: QEMU's.
+///
+/// # Errors
+/// As of [`take`].
+pub(super) fn take_shared(file: &File, writes: bool) -> io::Result<()> {
+    set(file, libc::F_RDLCK, DOES + READ, 1)?;
+    if writes {
+        set(file, libc::F_RDLCK, DOES + WRITE, 1)?;
+    }
+    set(file, libc::F_RDLCK, DENIES + WRITE, 1)?;
+
+    let read_by_us = is_locked(file, DENIES + READ)?;
+    let written_by_us = writes && is_locked(file, DENIES + WRITE)?;
+    match read_by_us || written_by_us || is_locked(file, DOES + WRITE)? {
+        true => Err(io::ErrorKind::WouldBlock.into()),
+        false => Ok(()),
+    }
+}
+
+fn set(file: &File, kind: libc::c_int, start: i64, length: i64) -> io::Result<()> {
+    call(file, libc::F_OFD_SETLK, &mut range(kind, start, length))
+}
+
+/// Whether somebody else has locked QEMU's byte `at` to say what it says.
+fn is_locked(file: &File, at: i64) -> io::Result<bool> {
+    let mut lock = range(libc::F_WRLCK, at, 1);
+    call(file, libc::F_OFD_GETLK, &mut lock)?;
+    // A shared lock of more than QEMU's bytes is a reader's of the whole image. QEMU would keep away.
+    let whole = lock.l_len == 0 || lock.l_start.saturating_add(lock.l_len) > REST;
+    let kind = libc::c_int::from(lock.l_type);
+    Ok(kind == libc::F_WRLCK || (kind == libc::F_RDLCK && !whole))
+}
+
+fn range(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
+    libc::flock {
+        // The three kinds and SEEK_SET are small.
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        // To the end, wherever that will be.
-        l_len: 0,
+        l_start: start,
+        l_len: length,
         // Of no process.
         l_pid: 0,
-    };
-    // SAFETY: the descriptor is open while `file` is borrowed, and the kernel reads one `flock`, which
-    // lives until the call returns.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == -1 {
-        return Err(io::Error::last_os_error());
     }
-    Ok(())
+}
+
+fn call(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the descriptor is open while `file` is borrowed; both commands that are used here read one
+    // `flock`, and one writes it, which lives until the call returns.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How somebody has an image.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum User {
+        Ours,
+        /// Takes its bytes, then looks for those of others.
+        Qemu,
+        /// Takes the whole image.
+        CloudHypervisor,
+    }
+
+    fn take_as(user: User, file: &File, writes: bool) -> bool {
+        let others = |at| {
+            let mut lock = range(libc::F_WRLCK, at, 1);
+            call(file, libc::F_OFD_GETLK, &mut lock).unwrap();
+            libc::c_int::from(lock.l_type) != libc::F_UNLCK
+        };
+        match user {
+            User::Ours => take(file, writes).is_ok(),
+            User::Qemu => {
+                for at in [100, 201].into_iter().chain(writes.then_some(101)) {
+                    set(file, libc::F_RDLCK, at, 1).unwrap();
+                }
+                !(others(101) || others(200) || (writes && others(201)))
+            }
+            User::CloudHypervisor => {
+                set(file, if writes { libc::F_WRLCK } else { libc::F_RDLCK }, 0, 0).is_ok()
+            }
+        }
+    }
+
+    #[test]
+    fn who_writes_is_alone_and_readers_are_together() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let open = |writes| File::options().read(true).write(writes).open(image.path()).unwrap();
+        for other in [User::Ours, User::Qemu, User::CloudHypervisor] {
+            for (writes, other_writes) in
+                [(false, false), (false, true), (true, false), (true, true)]
+            {
+                let may = !writes && !other_writes;
+                let (file, their) = (open(writes), open(other_writes));
+                assert!(take_as(User::Ours, &file, writes));
+                let got = take_as(other, &their, other_writes);
+                assert_eq!(got, may, "ours {writes}, then {other:?} {other_writes}");
+                drop((file, their));
+                let (file, their) = (open(writes), open(other_writes));
+                assert!(take_as(other, &their, other_writes));
+                let got = take_as(User::Ours, &file, writes);
+                assert_eq!(got, may, "{other:?} {other_writes}, then ours {writes}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_taken_is_what_qemu_takes() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(image.path()).unwrap();
+        for (writes, bytes) in [(false, &[100, 201][..]), (true, &[100, 101, 201])] {
+            let (file, other) = (open(), open());
+            take_shared(&file, writes).unwrap();
+            let locked: Vec<i64> = (0..REST).filter(|at| is_locked(&other, *at).unwrap()).collect();
+            assert_eq!(locked, bytes, "{writes}");
+        }
+    }
+
+    #[test]
+    fn what_somebody_denies_is_not_done() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        for (at, writes, may) in [(200, false, false), (201, false, true), (203, true, true)] {
+            let (file, other) = (image.reopen().unwrap(), image.reopen().unwrap());
+            set(&other, libc::F_RDLCK, at, 1).unwrap();
+            assert_eq!(take(&file, writes).is_ok(), may, "{at}");
+        }
+    }
 }

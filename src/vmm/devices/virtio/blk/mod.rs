@@ -4,7 +4,9 @@
 //! Data goes through a buffer of the device, piece by piece: the disk is read or written while no
 //! section is open, and memory is copied while nothing is waited for.
 
+mod block_device;
 mod disk;
+mod format;
 mod lock;
 #[cfg(test)]
 mod tests;
