@@ -124,6 +124,22 @@ mod tests {
     }
 
     #[test]
+    fn nodes_of_a_block_device_are_one_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let nodes = ["one", "other"].map(|name| directory.path().join(name));
+        for node in &nodes {
+            // No driver is needed: nobody opens it.
+            let made = std::process::Command::new("mknod").arg(node).args(["b", "7", "9"]).status();
+            if !made.is_ok_and(|status| status.success()) {
+                eprintln!("no node of a block device is had: NOT tested");
+                return;
+            }
+        }
+        assert!(identity(&nodes[0]).is_some());
+        assert_eq!(identity(&nodes[0]), identity(&nodes[1]));
+    }
+
+    #[test]
     fn files_of_their_own_and_devices_are_fine() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);

@@ -134,6 +134,13 @@ impl Disk {
         Ok(Self { path, file, size, block_size, read_only, id, _common: common })
     }
 
+    /// A disk that is `file`, whatever that is.
+    #[cfg(test)]
+    pub(super) fn of(file: File, size: u64) -> Self {
+        let (path, id) = ("test".into(), "0-0".into());
+        Self { path, file, size, block_size: 512, read_only: false, id, _common: None }
+    }
+
     /// Length in bytes: whole blocks.
     pub fn size(&self) -> u64 {
         self.size

@@ -143,6 +143,24 @@ fn what_cannot_be_done_fails_and_changes_nothing() {
     assert_eq!(machine.request(queue, 0, 0, &[(DATA, 512, true)]).0, 0);
 }
 
+/// `/dev/full` reads as zeros, and has room for nothing.
+#[test]
+fn a_full_disk_is_an_error_of_the_request_alone() {
+    let full = std::fs::File::options().read(true).write(true).open("/dev/full").unwrap();
+    let rig = Rig::new(Place::Direct, Box::new(Block::new(Disk::of(full, 1 << 20))));
+    let machine = Machine { rig, file: tempfile::NamedTempFile::new().unwrap() };
+    let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
+    machine.rig.poke(DATA, &[7; 512]);
+    // More often than is said.
+    for _ in 0..20 {
+        let (status, _) = machine.request(queue, 1, 0, &[(DATA, 512, false)]);
+        assert_eq!(u32::from(status), VIRTIO_BLK_S_IOERR);
+    }
+    assert_eq!(machine.request(queue, 0, 0, &[(DATA, 512, true)]), (0, 513));
+    assert_eq!(machine.rig.peek(DATA, 512), [0; 512]);
+    assert_eq!(machine.rig.status(), 0xf);
+}
+
 #[test]
 fn a_request_whose_buffer_the_iommu_blocks_fails() {
     let machine = Machine::new(Place::Behind, false);

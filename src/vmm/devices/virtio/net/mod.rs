@@ -25,6 +25,7 @@ use super::broken::{Broken, Unserved};
 use super::chain::{Chain, NotCopied};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
+use crate::viommu::ratelimit::RateLimit;
 
 pub use link::FrameLink;
 pub use mac::{MacAddress, NoMac};
@@ -38,6 +39,8 @@ const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 /// The longest frame of the host's stack, its header included: 64 KiB and a link-layer header.
 const MAX_FRAME: usize = Tap::HEADER_SIZE + 65_536 + 18;
+/// The shortest: both headers.
+const MIN_FRAME: usize = Tap::HEADER_SIZE + 14;
 /// Header: the number of buffers that a frame is in (§5.1.6).
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
@@ -52,6 +55,19 @@ pub struct Net<L> {
     outgoing: Vec<u8>,
     /// A frame may be in several buffers of the driver's.
     mergeable: bool,
+    failures: RateLimit,
+}
+
+/// What comes of looking for a frame.
+enum Arrival {
+    /// There is one.
+    Frame,
+    /// There was one, and it is lost.
+    Lost,
+    /// There may be one, but it was not to be had.
+    Failed,
+    /// There is none.
+    Nothing,
 }
 
 /// What buffers the driver has for a frame.
@@ -74,6 +90,7 @@ impl<L: FrameLink> Net<L> {
             incoming_length: 0,
             outgoing: vec![0; MAX_FRAME],
             mergeable: false,
+            failures: RateLimit::default(),
         }
     }
 
@@ -84,10 +101,19 @@ impl<L: FrameLink> Net<L> {
         memory: &mut DeviceMemory,
     ) -> Result<bool, Unserved> {
         queue.disable_notification(memory)?;
+        let mut failed = 0;
         for _ in 0..QUEUE_SIZE {
-            if self.incoming_length == 0 && !self.next_frame()? {
-                // Buffers are there or are not: there is nothing to put in.
-                return Ok(false);
+            if self.incoming_length == 0 {
+                match self.next_frame() {
+                    Arrival::Frame => {}
+                    Arrival::Lost => continue,
+                    Arrival::Failed => {
+                        failed += 1;
+                        continue;
+                    }
+                    // Buffers are there or are not: there is nothing to put in.
+                    Arrival::Nothing => return Ok(false),
+                }
             }
             match self.take_buffers(queue, memory)? {
                 Buffers::Enough(chains) => self.deliver(&chains, queue, memory)?,
@@ -95,21 +121,25 @@ impl<L: FrameLink> Net<L> {
                 Buffers::NotYet => return Ok(false),
             }
         }
-        Ok(true)
+        // An interface that is gone fails for ever: then something has to come in first.
+        Ok(failed < QUEUE_SIZE)
     }
 
-    /// Takes the next frame from outside, if there is one.
-    fn next_frame(&mut self) -> Result<bool, Broken> {
+    /// Takes the next frame from outside, if there is one. Whatever goes wrong is of one frame, and the
+    /// next may be better.
+    fn next_frame(&mut self) -> Arrival {
         match self.link.receive(&mut self.incoming) {
-            Ok(length) if length < Tap::HEADER_SIZE => Ok(false),
+            Ok(length) if length < MIN_FRAME => Arrival::Lost,
             Ok(length) => {
                 self.incoming_length = length;
-                Ok(true)
+                Arrival::Frame
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            // The interface may be down just now.
-            Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
-            Err(error) => Err(Broken::Device(format!("receiving: {error}"))),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Arrival::Nothing,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Arrival::Failed,
+            Err(error) => {
+                self.failures.warn(format_args!("net: no frame is received: {error}"));
+                Arrival::Failed
+            }
         }
     }
 

@@ -7,6 +7,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use crate::vmm::named_file::set_nonblocking;
+
 /// Where tap interfaces are asked for.
 const TUN_DEVICE: &str = "/dev/net/tun";
 
@@ -19,6 +21,22 @@ pub enum TapError {
     /// There is none of that name.
     #[error("tap={0}: no such interface; make it with: ip tuntap add mode tap name {0}")]
     NotThere(String),
+    /// A descriptor of something else.
+    #[error("fd={0}: no tap interface is behind this descriptor")]
+    NotTap(RawFd),
+    /// What it receives and sends is not what is said here.
+    #[error(
+        "fd={fd}: the tap interface {interface} lacks {flag}; whoever opens it (TUNSETIFF) must ask \
+         for IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+    )]
+    Flag {
+        /// The descriptor.
+        fd: RawFd,
+        /// What it leads to.
+        interface: String,
+        /// What was not asked for.
+        flag: &'static str,
+    },
     /// The system refuses it.
     #[error("{name}: {source}{}", advice(.source))]
     Refused {
@@ -71,8 +89,7 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK)
             .open(TUN_DEVICE);
         let file = opened.map_err(refused)?;
-        // SAFETY: all bytes zero is a value of this plain C structure.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let mut request = no_interface();
         for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
             *to = *from as libc::c_char;
         }
@@ -98,12 +115,18 @@ impl Tap {
             check(copy).map_err(refused)?;
             File::from_raw_fd(copy)
         };
-        // SAFETY: F_GETFL and F_SETFL take numbers and touch no memory.
-        let result = unsafe {
-            let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-            libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)
-        };
-        check(result).map_err(refused)?;
+        // No such request, or no interface: whatever it is, it is no tap.
+        let (interface, flags) = interface_of(&file).map_err(|_| TapError::NotTap(fd))?;
+        if flags & libc::IFF_TAP == 0 {
+            return Err(TapError::NotTap(fd));
+        }
+        if flags & libc::IFF_VNET_HDR == 0 {
+            return Err(TapError::Flag { fd, interface, flag: "IFF_VNET_HDR" });
+        }
+        if !has_no_packet_info(&file, flags) {
+            return Err(TapError::Flag { fd, interface, flag: "IFF_NO_PI" });
+        }
+        set_nonblocking(file.as_raw_fd(), true).map_err(refused)?;
         Self { file }.prepared().map_err(refused)
     }
 
@@ -148,6 +171,58 @@ impl AsRawFd for Tap {
     }
 }
 
+/// A request about an interface, filled with zeros.
+fn no_interface() -> libc::ifreq {
+    // SAFETY: all bytes zero is a value of this plain C structure.
+    unsafe { std::mem::zeroed() }
+}
+
+/// Name and flags of the interface behind `file`.
+fn interface_of(file: &File) -> io::Result<(String, libc::c_int)> {
+    let mut answer = no_interface();
+    // SAFETY: TUNGETIFF writes one `ifreq`, which lives on during the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &mut answer) })?;
+    // SAFETY: TUNGETIFF has written the flags; any number is one.
+    let flags = unsafe { answer.ifr_ifru.ifru_flags }.into();
+    let name = answer.ifr_name.iter().take_while(|byte| **byte != 0);
+    let name: Vec<u8> = name.map(|byte| *byte as u8).collect();
+    Ok((String::from_utf8_lossy(&name).into_owned(), flags))
+}
+
+/// Whether the tap interface behind `file` has IFF_NO_PI. Among its `flags` that bit also says that it
+/// has no filter (IFF_NOFILTER of `linux/if_tun.h`), so it is given one for a moment, which all pass.
+fn has_no_packet_info(file: &File, flags: libc::c_int) -> bool {
+    if flags & libc::IFF_NO_PI == 0 {
+        return false;
+    }
+    let mut all_pass = libc::sock_filter {
+        // Two small numbers.
+        code: (libc::BPF_RET | libc::BPF_K) as u16,
+        jt: 0,
+        jf: 0,
+        k: u32::MAX,
+    };
+    let mut filter = libc::sock_fprog { len: 0, filter: std::ptr::null_mut() };
+    let fd = file.as_raw_fd();
+    // SAFETY: TUNGETFILTER writes one `sock_fprog`, which lives on during the call.
+    let result = unsafe { libc::ioctl(fd, libc::TUNGETFILTER as _, &mut filter) };
+    // Other drivers of tap interfaces (macvtap) have no filters, and so no such flag. A filter that
+    // somebody chose is left alone; that may be ours of the machine's last life.
+    if check(result).is_err() || filter.len != 0 {
+        return true;
+    }
+    filter = libc::sock_fprog { len: 1, filter: &mut all_pass };
+    // SAFETY: TUNATTACHFILTER reads the `sock_fprog` and the one instruction that it leads to, which
+    // both live on during the call.
+    if check(unsafe { libc::ioctl(fd, libc::TUNATTACHFILTER as _, &filter) }).is_err() {
+        return true;
+    }
+    let flags = interface_of(file).map_or(flags, |(_, flags)| flags);
+    // SAFETY: TUNDETACHFILTER reads nothing of its argument.
+    unsafe { libc::ioctl(fd, libc::TUNDETACHFILTER as _, &filter) };
+    flags & libc::IFF_NO_PI != 0
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     match result {
         -1 => Err(io::Error::last_os_error()),
@@ -177,8 +252,50 @@ mod tests {
     #[test]
     fn a_descriptor_that_is_no_tap_is_refused() {
         let file = tempfile::tempfile().unwrap();
-        for fd in [file.as_raw_fd(), -1] {
-            assert!(matches!(Tap::from_fd(fd).unwrap_err(), TapError::Refused { .. }));
+        let (socket, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        for fd in [file.as_raw_fd(), socket.as_raw_fd()] {
+            let error = Tap::from_fd(fd).unwrap_err().to_string();
+            assert_eq!(error, format!("fd={fd}: no tap interface is behind this descriptor"));
         }
+        assert!(matches!(Tap::from_fd(-1).unwrap_err(), TapError::Refused { .. }));
+    }
+
+    /// An interface of a new name that was opened with these flags, for as long as the file is open.
+    fn interface(flags: libc::c_int) -> Option<File> {
+        let made = OpenOptions::new().read(true).write(true).open(TUN_DEVICE).and_then(|file| {
+            let mut request = no_interface();
+            for (to, from) in request.ifr_name.iter_mut().zip(b"twostage%d") {
+                *to = *from as libc::c_char;
+            }
+            request.ifr_ifru.ifru_flags = flags as libc::c_short;
+            // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives on during the call.
+            let result =
+                unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
+            check(result).map(|()| file)
+        });
+        made.inspect_err(|error| eprintln!("no tap interface is had: NOT tested: {error}")).ok()
+    }
+
+    #[test]
+    fn a_descriptor_is_asked_what_its_frames_look_like() {
+        use libc::{IFF_NO_PI, IFF_TAP, IFF_TUN, IFF_VNET_HDR};
+        for (flags, hint) in [
+            (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, None),
+            (IFF_TAP | IFF_NO_PI, Some("lacks IFF_VNET_HDR")),
+            (IFF_TAP | IFF_VNET_HDR, Some("lacks IFF_NO_PI")),
+            (IFF_TAP, Some("the tap interface twostage")),
+            (IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, Some("no tap interface")),
+        ] {
+            let Some(file) = interface(flags) else { return };
+            match (Tap::from_fd(file.as_raw_fd()), hint) {
+                (Ok(_), None) => {}
+                (Err(error), Some(hint)) => assert!(error.to_string().contains(hint), "{error}"),
+                (result, _) => panic!("{flags:#x}: {result:?}"),
+            }
+        }
+        // A descriptor that no interface was asked of.
+        let Ok(file) = OpenOptions::new().read(true).write(true).open(TUN_DEVICE) else { return };
+        let error = Tap::from_fd(file.as_raw_fd()).unwrap_err();
+        assert!(matches!(error, TapError::NotTap(_)), "{error}");
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The network device, from its driver's side, with a socket where the tap interface would be.
 
+use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
@@ -152,6 +153,75 @@ fn a_frame_may_be_in_several_buffers() {
             rig.wait("a frame", || receive.used_index() == index.wrapping_add(1));
             assert_eq!(receive.used(index).1, 112);
         }
+    }
+}
+
+/// A wire on which these errors come before any frame.
+#[derive(Debug)]
+struct Trouble(Wire, VecDeque<i32>);
+
+impl AsRawFd for Trouble {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl FrameLink for Trouble {
+    fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        match self.1.pop_front() {
+            Some(error) => Err(io::Error::from_raw_os_error(error)),
+            None => self.0.receive(data),
+        }
+    }
+
+    fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.0.send(frame)
+    }
+
+    fn set_offloads(&mut self, _features: Features) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_runt_is_lost_alone() {
+    for place in PLACES {
+        let (rig, far) = machine(place);
+        let mut queues = rig.start(0);
+        let receive = &mut queues[RECEIVE];
+        // All there before a buffer is: what comes in is told of once, and read until there is no more.
+        for length in [0, 1, 11, 12, 13, 25] {
+            far.send(&vec![0; length]).unwrap();
+        }
+        let mut expected = frame(3, 14);
+        far.send(&expected).unwrap();
+        assert_eq!(receive.request(&[(BUFFERS, 2000, true)]), 26);
+        expected[10] = 1;
+        assert_eq!(rig.peek(BUFFERS, 26), expected);
+        assert_eq!(rig.status(), 0xf);
+    }
+}
+
+#[test]
+fn an_error_does_not_end_what_comes_in() {
+    let gone = [libc::EBADFD; 2 * QUEUE_SIZE as usize];
+    for errors in [&[libc::EINVAL, libc::EINTR, libc::EIO, libc::ENOMEM][..], &gone] {
+        let (near, far) = UnixDatagram::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let link = Trouble(Wire(near), errors.iter().copied().collect());
+        let rig = Rig::new(Place::Direct, Box::new(Net::new(link, MacAddress::local(1))));
+        let mut queues = rig.start(0);
+        let receive = &mut queues[RECEIVE];
+        receive.add(&[(BUFFERS, 2000, true)]);
+        receive.notify();
+        // While it goes on failing, only another frame has it look again.
+        rig.wait("a frame", || {
+            far.send(&frame(1, 60)).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            receive.used_index() == 1
+        });
+        assert_eq!(receive.used(0).1, 72);
+        assert_eq!(rig.status(), 0xf);
     }
 }
 
