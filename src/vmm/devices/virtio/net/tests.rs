@@ -208,6 +208,7 @@ fn an_error_does_not_end_what_comes_in() {
     for errors in [&[libc::EINVAL, libc::EINTR, libc::EIO, libc::ENOMEM][..], &gone] {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
+        far.set_nonblocking(true).unwrap();
         let link = Trouble(Wire(near), errors.iter().copied().collect());
         let rig = Rig::new(Place::Direct, Box::new(Net::new(link, MacAddress::local(1))));
         let mut queues = rig.start(0);
@@ -216,7 +217,8 @@ fn an_error_does_not_end_what_comes_in() {
         receive.notify();
         // While it goes on failing, only another frame has it look again.
         rig.wait("a frame", || {
-            far.send(&frame(1, 60)).unwrap();
+            // There may be no room: what is there is enough, then.
+            let _ = far.send(&frame(1, 60));
             std::thread::sleep(std::time::Duration::from_millis(1));
             receive.used_index() == 1
         });
