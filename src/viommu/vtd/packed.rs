@@ -40,7 +40,7 @@ struct Word {
 /// A [`Given`] of a request with PASID, whose tag names that PASID.
 // Packed: its alignment would be another four bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(packed(4))]
+#[repr(Rust, packed(4))]
 pub(super) struct PackedGiven {
     word: Word,
     domain: u16,

@@ -168,7 +168,7 @@ impl State {
         if self.has(BINARY) {
             number
         } else {
-            number / 10 << 4 | number % 10
+            ((number / 10) << 4) | (number % 10)
         }
     }
 
@@ -186,7 +186,7 @@ impl State {
         if self.has(HOURS_24) {
             return self.number(hour);
         }
-        let twelve = self.number(if hour % 12 == 0 { 12 } else { hour % 12 });
+        let twelve = self.number(if hour.is_multiple_of(12) { 12 } else { hour % 12 });
         if hour < 12 {
             twelve
         } else {
