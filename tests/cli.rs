@@ -4,15 +4,14 @@
 //! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
 #![cfg(feature = "vmm")]
 
+#[path = "common/code.rs"]
+mod code;
 #[path = "../src/vmm/arch/x86_64/boot/test_images.rs"]
 mod images;
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
@@ -54,61 +53,6 @@ fn kvm() -> bool {
         eprintln!("no /dev/kvm: not tested");
     }
     there
-}
-
-/// Machine code for 32-bit protected mode.
-mod code {
-    /// Writes `byte` to I/O port `port`.
-    pub fn out(port: u16, byte: u8) -> Vec<u8> {
-        let [low, high] = port.to_le_bytes();
-        // mov $port, %dx; mov $byte, %al; out %al, (%dx)
-        vec![0x66, 0xba, low, high, 0xb0, byte, 0xee]
-    }
-
-    /// Writes `text` to the serial port.
-    pub fn print(text: &str) -> Vec<u8> {
-        text.bytes().flat_map(|byte| out(0x3f8, byte)).collect()
-    }
-
-    /// Ends the machine with `value`.
-    pub fn exit(value: u8) -> Vec<u8> {
-        out(0xf4, value)
-    }
-
-    /// Writes `value` to memory at `address`.
-    pub fn store(address: u32, value: u32) -> Vec<u8> {
-        // movl $value, address
-        [&[0xc7, 0x05][..], &address.to_le_bytes(), &value.to_le_bytes()].concat()
-    }
-
-    /// Waits until these bits in memory at `address` are zero.
-    pub fn wait_for_zero(address: u32, bits: u32) -> Vec<u8> {
-        // 1: testl $bits, address; jnz 1b
-        [&[0xf7, 0x05][..], &address.to_le_bytes(), &bits.to_le_bytes(), &[0x75, 0xf4]].concat()
-    }
-
-    /// Does `body`, which leaves ECX alone, so many times.
-    pub fn repeat(times: u32, body: &[Vec<u8>]) -> Vec<u8> {
-        let body = body.concat();
-        // mov $times, %ecx; 1: body; dec %ecx; jnz 1b
-        let back = 0u8.wrapping_sub(body.len() as u8 + 3);
-        [&[0xb9][..], &times.to_le_bytes(), &body, &[0x49, 0x75, back]].concat()
-    }
-
-    /// A fault with no interrupt table: lidt of six zeros after the code, then ud2.
-    pub fn triple_fault() -> Vec<u8> {
-        let zeros = (super::images::CODE_START + 0x100).to_le_bytes();
-        [&[0x0f, 0x01, 0x1d][..], &zeros, &[0x0f, 0x0b]].concat()
-    }
-
-    /// Goes on where no memory is.
-    pub fn jump_to_nowhere() -> Vec<u8> {
-        // mov $0x40000000, %eax; jmp *%eax
-        vec![0xb8, 0, 0, 0, 0x40, 0xff, 0xe0]
-    }
-
-    /// hlt, for ever.
-    pub const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 }
 
 #[test]
@@ -595,42 +539,6 @@ fn a_trace_that_is_cut_off_ends_with_a_whole_event() {
     let written = std::fs::read_to_string(trace.path()).unwrap();
     let events: Vec<serde_json::Value> = serde_json::from_str(&(written + "]")).unwrap();
     assert!(events.iter().any(|event| event["name"] == "read VER"));
-}
-
-/// Whether a vCPU of `child` waits in write(2).
-fn waits_in_write(child: &Child) -> bool {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
-    tasks.flatten().any(|task| {
-        let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-        read("comm").starts_with("vcpu") && read("syscall").starts_with("1 ")
-    })
-}
-
-#[test]
-fn a_guest_whose_output_nobody_reads_can_be_stopped() {
-    if !kvm() {
-        return;
-    }
-    // mov $0x3f8, %dx; again: out %al, (%dx); jmp again
-    let guest = kernel(&multiboot(&[0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd]));
-    // A socket that takes no more.
-    let (mut output, _reader) = UnixStream::pair().unwrap();
-    output.set_nonblocking(true).unwrap();
-    while output.write(&[0; 4096]).is_ok() {}
-    output.set_nonblocking(false).unwrap();
-    let mut child = Command::new(TWOSTAGE)
-        .args(["run", "--report", "none", "--kernel", text(&guest)])
-        .stdin(Stdio::piped())
-        .stdout(OwnedFd::from(output))
-        .spawn()
-        .unwrap();
-    while !waits_in_write(&child) {
-        assert!(child.try_wait().unwrap().is_none());
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    child.stdin.as_mut().unwrap().write_all(b"typed meanwhile").unwrap();
-    signal(&child, "TERM");
-    assert_eq!(child.wait().unwrap().code(), Some(143));
 }
 
 #[test]

@@ -113,6 +113,7 @@ impl Error {
     /// The exit code that goes with the error.
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Memory(MemoryError::Map { .. }) => exit_code::OS_ERROR,
             Self::Config(_) | Self::Memory(_) | Self::Overlap(_) => exit_code::USAGE,
             Self::Boot(error) if error.is_of_memory_size() => exit_code::USAGE,
             Self::Boot(_) | Self::Disk(_) | Self::Rng { .. } => exit_code::NO_INPUT,

@@ -6,12 +6,12 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
-use libc::SIGUSR1;
+use libc::{SIGCONT, SIGUSR1};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::signals;
 use super::stop::{StopReason, Stopper};
+use super::{signals, terminal};
 use super::{Error, Result};
 
 /// What the loop has to tell its owner.
@@ -82,6 +82,8 @@ impl MutEventSubscriber for Control {
         for signal in signals::take() {
             if signal == SIGUSR1 {
                 self.report.set(true);
+            } else if signal == SIGCONT {
+                terminal::resume();
             } else if !self.stopper.stop(StopReason::Signal(signal)) {
                 // This machine stops anyway; one that is started after it must not run on.
                 signals::put_back(signal);

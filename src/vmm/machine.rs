@@ -14,6 +14,7 @@ use super::arch::{self, Board, Processor, Processors};
 use super::boot;
 use super::bus::Bus;
 use super::config::{MachineConfig, SerialConfig};
+use super::console::Console;
 use super::devices::virtio::KvmDoorbells;
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitCounters, ExitKind, Exits};
@@ -22,7 +23,7 @@ use super::iommu::{DirectDevices, Iommu, Iommus};
 use super::memory::MachineMemory;
 use super::pci::{Ecam, PciMemory};
 use super::report::Report;
-use super::serial::{Console, SerialPort};
+use super::serial::SerialPort;
 use super::stop::{StopReason, Stopper};
 use super::topology::{assigned_functions, direct_functions, PciTopology, Wiring};
 use super::trace::Trace;
@@ -135,7 +136,7 @@ impl Machine {
         };
         let pci = PciTopology::new(config, &memory, all_iommus, wiring)?;
         let stopper = Stopper::new()?;
-        let serial = SerialPort::new(&config.serial, &interrupts, stopper.clone())?;
+        let serial = SerialPort::new(&config.serial, &interrupts)?;
 
         let mut mmio = Bus::default();
         mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
@@ -172,7 +173,7 @@ impl Machine {
     pub fn run(mut self, on_report: &mut dyn FnMut(&Report)) -> Result<StopReason> {
         let mut events = EventLoop::new(self.stopper.clone())?;
         if self.console {
-            events.add(Box::new(Console::new(self.serial.clone())?));
+            events.add(Box::new(Console::new(self.serial.clone(), self.stopper.clone())?));
         }
         events.add(Box::new(self.interrupts.unrouted()?));
         let board = self.exits.board.subscribers();
@@ -193,6 +194,9 @@ impl Machine {
         self.pci.halt();
         // Waits for the vCPUs: none of them does anything after the last report.
         drop(threads);
+        // The terminal is its user's again before anything is said of the end.
+        drop(events);
+        self.serial.flush();
         let mut report = self.report();
         let left = self.close();
         if let Some(host) = &mut report.host {

@@ -4,16 +4,18 @@
 //!
 //! [`Machine`] is built from a [`config::MachineConfig`] and runs until the guest ends it. vCPU
 //! threads bring register accesses to the [`bus`]; one event loop serves file descriptors; each
-//! device that does DMA has a worker of its own. Nothing here decides what a DMA may reach: that
-//! is the IOMMU's.
+//! device that does DMA has a worker of its own, and so has what the guest says, so that nobody waits
+//! for who reads it. Nothing here decides what a DMA may reach: that is the IOMMU's.
 
 pub mod arch;
 pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod config;
+mod console;
 mod debug_exit;
 pub mod devices;
+mod disposition;
 pub mod error;
 mod event_loop;
 pub mod exit_code;
@@ -21,14 +23,15 @@ mod exits;
 mod interrupts;
 mod iommu;
 mod machine;
-
 pub mod memory;
 mod named_file;
+mod output;
 pub mod pci;
 pub mod report;
 mod serial;
 mod signals;
 mod stop;
+mod terminal;
 mod topology;
 pub mod trace;
 mod vcpu;

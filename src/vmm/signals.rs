@@ -1,23 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Signals as events: handlers only set a bit and wake the event loop.
+//! Signals as events: handlers only set a bit and wake the event loop. What whoever started the
+//! process wanted ignored stays ignored.
 #![forbid(unsafe_code)]
 
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
+use std::time::Duration;
 
-use libc::{c_int, c_void, siginfo_t, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+use libc::{
+    c_int, c_void, siginfo_t, SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGPWR, SIGQUIT,
+    SIGSTKFLT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
+};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
-use vmm_sys_util::signal::{register_signal_handler, SIGRTMIN};
+use vmm_sys_util::signal::{
+    block_signal, register_signal_handler, Error as SignalError, SIGRTMAX, SIGRTMIN,
+};
 
+use super::disposition::is_ignored;
 use super::{Error, Result};
 
-/// Bits of the signals that came and were not taken yet.
+/// Bits of the signals that came and were not taken yet; number 1 is the lowest.
 static PENDING: AtomicU64 = AtomicU64::new(0);
 /// Readable when there are any.
 static EVENT: OnceLock<EventFd> = OnceLock::new();
 
-/// The signals that reach the event loop.
-const SIGNALS: [c_int; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1];
+/// The signals that reach the event loop, beside those for real time: all that would end the process
+/// and that are no error in itself, and the one that says that it goes on.
+const SIGNALS: [c_int; 14] = [
+    SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGTERM, SIGSTKFLT, SIGCONT, SIGXCPU,
+    SIGVTALRM, SIGPROF, SIGIO, SIGPWR,
+];
 
 extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // Only what a handler may do: an atomic and a write(2), whose errno nobody in between reads.
@@ -26,7 +41,15 @@ extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
 
 extern "C" fn interrupt_system_call(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
-/// Turns SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGUSR1 into events, for the whole process and from now on.
+/// As soon as the process runs: a report that is asked for waits until there is something to tell of,
+/// and a file that may grow no more is an error of whoever writes to it.
+pub(super) fn hold() -> Result<()> {
+    handle(SIGUSR1, note)?;
+    handle(SIGXFSZ, interrupt_system_call)
+}
+
+/// Turns signals into events, for the whole process and from now on; all but those that say that the
+/// process itself is in error.
 pub(super) fn install() -> Result<&'static EventFd> {
     let event = match EVENT.get() {
         Some(event) => event,
@@ -35,17 +58,53 @@ pub(super) fn install() -> Result<&'static EventFd> {
             EVENT.get_or_init(|| event)
         }
     };
-    for signal in SIGNALS {
-        register_signal_handler(signal, note).map_err(Error::os("signal handler"))?;
+    hold()?;
+    for signal in SIGNALS.into_iter().chain(SIGRTMIN()..=SIGRTMAX()) {
+        if signal != kick_signal() {
+            handle(signal, note)?;
+        }
     }
-    register_signal_handler(kick_signal(), interrupt_system_call)
-        .map_err(Error::os("signal handler"))?;
+    // In the background, a terminal that is not ours is an error, and no reason to stop. Threads that
+    // are made from now on are the same.
+    for signal in [SIGTTIN, SIGTTOU] {
+        match block_signal(signal) {
+            Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}
+            Err(error) => log::debug!("signal {signal}: {error}"),
+        }
+    }
+    install_kick()?;
+    // What was held has woken nobody yet.
+    if PENDING.load(Ordering::SeqCst) != 0 {
+        wake();
+    }
     Ok(event)
+}
+
+/// Has [`kick_signal`] interrupt a thread, and do no more.
+pub(super) fn install_kick() -> Result<()> {
+    register_signal_handler(kick_signal(), interrupt_system_call)
+        .map_err(Error::os("signal handler"))
+}
+
+/// Gives `signal` to `handler`, unless it is to be ignored.
+fn handle(signal: c_int, handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void)) -> Result<()> {
+    if is_ignored(signal) {
+        return Ok(());
+    }
+    register_signal_handler(signal, handler).map_err(Error::os("signal handler"))
+}
+
+fn bit(signal: c_int) -> u64 {
+    u32::try_from(signal - 1).ok().and_then(|shift| 1u64.checked_shl(shift)).unwrap_or(0)
 }
 
 /// Leaves `signal` to the next who takes signals.
 pub(super) fn put_back(signal: c_int) {
-    PENDING.fetch_or(1 << signal, Ordering::SeqCst);
+    PENDING.fetch_or(bit(signal), Ordering::SeqCst);
+    wake();
+}
+
+fn wake() {
     if let Some(event) = EVENT.get() {
         // A full counter is readable all the same.
         let _ = event.write(1);
@@ -64,5 +123,38 @@ pub(super) fn take() -> impl Iterator<Item = c_int> {
         let _ = event.read();
     }
     let pending = PENDING.swap(0, Ordering::SeqCst);
-    SIGNALS.into_iter().filter(move |signal| pending & (1 << signal) != 0)
+    (1..=SIGRTMAX()).filter(move |signal| pending & bit(*signal) != 0)
+}
+
+/// Sleeps until there are signals to take, for `limit` at the most.
+pub(super) fn sleep(limit: Duration) {
+    let wait = |event: &EventFd| {
+        let epoll = Epoll::new()?;
+        let wanted = EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), wanted)?;
+        let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
+        epoll.wait(limit, &mut [EpollEvent::default()])
+    };
+    match EVENT.get().map(wait) {
+        // Interrupted or not: the next who takes signals sees what there is.
+        Some(Ok(_)) => {}
+        Some(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
+        _ => std::thread::sleep(limit),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_signal_has_a_bit_of_its_own() {
+        let mut all = 0;
+        for signal in 1..=64 {
+            assert_eq!(all & bit(signal), 0);
+            all |= bit(signal);
+        }
+        assert_eq!(all, u64::MAX);
+        assert_eq!((bit(0), bit(65)), (0, 0));
+    }
 }

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
+use libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::exit_code;
@@ -23,6 +24,8 @@ pub enum StopReason {
     Stuck(String),
     /// This signal came.
     Signal(i32),
+    /// The user typed `Ctrl-A x`.
+    Escape,
     /// A thread of the machine ended that should not have: a bug here.
     Software(String),
 }
@@ -51,7 +54,7 @@ impl StopReason {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::DebugExit(value) => *value,
-            Self::PowerOff => 0,
+            Self::PowerOff | Self::Escape => 0,
             Self::Reset(_) => exit_code::GUEST_RESET,
             Self::Stuck(_) => exit_code::GUEST_STUCK,
             // Signal numbers are below 65.
@@ -71,7 +74,12 @@ impl StopReason {
 
     /// Whether the machine ended as its guest or its user wanted it to.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, Self::DebugExit(_) | Self::PowerOff | Self::Signal(_))
+        match self {
+            Self::DebugExit(_) | Self::PowerOff | Self::Escape => true,
+            // Any other comes from a limit or by mistake.
+            Self::Signal(number) => matches!(*number, SIGHUP | SIGINT | SIGQUIT | SIGTERM),
+            Self::Reset(_) | Self::Stuck(_) | Self::Software(_) => false,
+        }
     }
 }
 
@@ -94,7 +102,11 @@ impl fmt::Display for StopReason {
                 rip.map_or(Ok(()), |rip| write!(f, " at RIP {rip:#x}"))
             }
             Self::Stuck(what) | Self::Software(what) => f.write_str(what),
-            Self::Signal(number) => write!(f, "signal {number}"),
+            Self::Signal(SIGXCPU) => {
+                write!(f, "signal {SIGXCPU}: the limit of processor time (RLIMIT_CPU) is reached")
+            }
+            Self::Signal(number) => write!(f, "signal {number} ended the machine"),
+            Self::Escape => f.write_str("the user ended the machine with Ctrl-A x"),
         }
     }
 }
@@ -173,6 +185,8 @@ mod tests {
         assert_eq!(StopReason::Signal(15).exit_code(), 143);
         assert_eq!(StopReason::PowerOff.exit_code(), 0);
         assert!(StopReason::PowerOff.is_orderly());
+        assert!(StopReason::Signal(15).is_orderly() && !StopReason::Signal(SIGXCPU).is_orderly());
+        assert_eq!((StopReason::Escape.exit_code(), StopReason::Escape.is_orderly()), (0, true));
         let at = |rip| StopReason::Reset(ResetCause::TripleFault { vcpu: 1, rip });
         let fault = at(Some(0x10));
         assert_eq!(fault.exit_code(), exit_code::GUEST_RESET);

@@ -44,6 +44,13 @@ pub enum ImageError {
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
+impl ImageError {
+    /// Whether the file's first bytes already tell that it is no kernel that is known here.
+    pub(in crate::vmm) fn is_of_no_kernel(&self) -> bool {
+        matches!(self, Self::Unknown(_))
+    }
+}
+
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHeader {

@@ -22,6 +22,8 @@ use super::named_file;
 const MODULE: &str = "--module";
 /// Alignment of modules, in bytes.
 const MODULE_ALIGNMENT: u64 = 4096;
+/// What is read of a kernel to see whether it is one, in bytes.
+const HEADER: u64 = 4096;
 
 /// Why a machine cannot boot what it was given.
 #[derive(Debug)]
@@ -66,6 +68,8 @@ enum Reason {
     CmdlineZero,
     #[error("{0} bytes do not fit into guest memory beside the kernel")]
     NoRoom(u64),
+    #[error("{length} bytes, and guest memory has {max}: {error}")]
+    TooLong { length: u64, max: u64, error: ImageError },
     #[error(
         "{0:#x} bytes of guest memory are too few to boot; it takes more than {MEMORY_MIN:#x}"
     )]
@@ -132,8 +136,12 @@ pub fn load(memory: &MachineMemory, payload: &PayloadConfig) -> Result<StartStat
     }
     let in_kernel =
         |reason| BootError { what: "--kernel", path: Some(payload.kernel.clone()), reason };
-    let in_image = |error: ImageError| in_kernel(error.into());
-    let bytes = read_file(&payload.kernel).map_err(in_kernel)?;
+    let max = memory.low_size();
+    let (bytes, length) = read_kernel(&payload.kernel, max).map_err(in_kernel)?;
+    let in_image = |error: ImageError| match length > max {
+        true => in_kernel(Reason::TooLong { length, max, error }),
+        false => in_kernel(error.into()),
+    };
     let image = Image::parse(&bytes).map_err(in_image)?;
     image.check(memory).map_err(in_image)?;
 
@@ -196,15 +204,28 @@ fn file_name(path: &Path) -> String {
     name.replace(|c: char| c.is_whitespace() || c == '\0', "_")
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, Reason> {
-    let mut file = named_file::open(path, File::options().read(true), 0)?;
+/// Opens the file at `path`; it has so many bytes.
+fn open_file(path: &Path) -> Result<(File, u64), Reason> {
+    let file = named_file::open(path, File::options().read(true), 0)?;
+    let metadata = file.metadata()?;
     // A directory or a device would be read for ever, or not at all.
-    if !file.metadata()?.is_file() {
-        return Err(Reason::NotAFile);
+    match metadata.is_file() {
+        true => Ok((file, metadata.len())),
+        false => Err(Reason::NotAFile),
     }
+}
+
+/// The first `max` bytes of the kernel at `path`, if it is one at all, and the file's length. What lies
+/// behind them, such as what is for a debugger, cannot be for a guest with `max` bytes of memory.
+fn read_kernel(path: &Path, max: u64) -> Result<(Vec<u8>, u64), Reason> {
+    let (file, length) = open_file(path)?;
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
+    (&file).take(HEADER).read_to_end(&mut bytes)?;
+    if let Some(error) = Image::parse(&bytes).err().filter(ImageError::is_of_no_kernel) {
+        return Err(error.into());
+    }
+    (&file).take(max.saturating_sub(HEADER)).read_to_end(&mut bytes)?;
+    Ok((bytes, length))
 }
 
 fn check_cmdline(cmdline: &str, max: usize) -> Result<(), Reason> {
@@ -220,14 +241,66 @@ fn check_cmdline(cmdline: &str, max: usize) -> Result<(), Reason> {
 
 /// Puts a file as high as it goes in `range`, from its first address to its end.
 fn place_module(memory: &MachineMemory, range: (u64, u64), path: &Path) -> Result<Module, Reason> {
-    let bytes = read_file(path)?;
-    let length = bytes.len() as u64;
+    let (mut file, length) = open_file(path)?;
     let (first, end) = range;
     let start = end
         .checked_sub(length)
         .map(|start| start & !(MODULE_ALIGNMENT - 1))
         .filter(|start| *start >= first)
         .ok_or(Reason::NoRoom(length))?;
-    memory.map().write_slice(&bytes, GuestAddress(start))?;
+    // A place for it in memory has the length of a slice of memory.
+    let count = usize::try_from(length).map_err(|_| Reason::NoRoom(length))?;
+    memory.map().read_exact_volatile_from(GuestAddress(start), &mut file, count)?;
     Ok(Module { start, length })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// A file that is `length` bytes long and takes no room.
+    fn sparse(start: &[u8], length: u64) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(start).unwrap();
+        file.as_file().set_len(length).unwrap();
+        file
+    }
+
+    #[test]
+    fn no_more_is_read_of_a_kernel_than_there_is_memory_and_nothing_of_what_is_none() {
+        const LONG: u64 = 1 << 40;
+        let none = sparse(b"not a kernel", LONG);
+        let error = read_kernel(none.path(), 1 << 40).unwrap_err();
+        assert!(matches!(&error, Reason::Image(error) if error.is_of_no_kernel()), "{error}");
+        #[cfg(target_arch = "x86_64")]
+        {
+            let long = sparse(b"\x7fELF\x01\x01\x01", LONG);
+            let (bytes, length) = read_kernel(long.path(), 1 << 20).unwrap();
+            assert_eq!((bytes.len(), length), (1 << 20, LONG));
+            let memory = MachineMemory::new(4 << 20).unwrap();
+            let payload = PayloadConfig {
+                kernel: long.path().into(),
+                initramfs: None,
+                modules: Vec::new(),
+                cmdline: String::new(),
+            };
+            let error = load(&memory, &payload).unwrap_err().to_string();
+            assert!(error.contains(&format!("{LONG} bytes, and guest memory has")), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_initramfs_goes_where_there_is_room_for_it_and_is_not_read_where_there_is_none() {
+        let memory = MachineMemory::new(4 << 20).unwrap();
+        let end = memory.ranges().next().map(|(start, length)| start + length).unwrap();
+        let range = (end - 0x2000, end);
+        let module = place_module(&memory, range, sparse(b"module", 0x1001).path()).unwrap();
+        assert_eq!(module, Module { start: end - 0x2000, length: 0x1001 });
+        let mut read = [0; 7];
+        memory.map().read_slice(&mut read, GuestAddress(module.start)).unwrap();
+        assert_eq!(&read, b"module\0");
+        let error = place_module(&memory, range, sparse(b"module", 1 << 40).path()).unwrap_err();
+        assert!(matches!(error, Reason::NoRoom(length) if length == 1 << 40), "{error}");
+    }
 }

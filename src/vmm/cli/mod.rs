@@ -2,6 +2,7 @@
 //! The command line, in the habits of cloud-hypervisor's.
 #![forbid(unsafe_code)]
 
+mod backoff;
 mod files;
 mod info;
 mod options;
@@ -11,12 +12,13 @@ mod size;
 mod virtio_options;
 
 use std::fmt;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use env_logger::Target;
 
+use self::backoff::Backoff;
 use self::info::{info, InfoArgs};
 use self::options::{CpusOption, MemoryOption};
 use self::probe::{probe, ProbeArgs};
@@ -25,8 +27,9 @@ use super::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
     RngConfig, SerialConfig, VfioConfig,
 };
+use super::output::{self, Output};
 use super::stop::StopReason;
-use super::{exit_code, Machine};
+use super::{exit_code, signals, Error, Machine};
 
 /// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
 #[derive(Debug, Parser)]
@@ -52,7 +55,8 @@ enum Command {
 /// As in [`exit_code`].
 const EXIT_CODES: &str = "\
 Exit codes:
-  What the guest writes to port 0xf4 (arm64: 0x9010000), modulo 256; 0 when it switches the machine off; otherwise
+  What the guest writes to port 0xf4 (arm64: 0x9010000), modulo 256; 0 when it switches the machine off or the
+  user types Ctrl-A x; otherwise
    64  the command line contradicts itself
    66  a file is missing or not what it should be
    69  KVM, or something the machine needs of it or of the host's IOMMU, is not there
@@ -131,12 +135,15 @@ struct RunArgs {
     #[arg(long = "vfio", value_name = "path=FOLDER[,id=NAME,iommu=on|off|ID]")]
     vfios: Vec<VfioConfig>,
 
-    /// Where the serial port leads.
+    /// Where the serial port leads. With `tty` it is standard input and output; typed at a terminal, Ctrl-A x
+    /// ends the machine, and Ctrl-A h says what else there is. The guest waits for nobody who reads: 256 KiB
+    /// are kept, and what is dropped beyond that is said.
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
 
     /// What happens when the guest resets itself. A restarted machine is a new one, which a report
-    /// tells of alone; what it writes to files goes behind what is there.
+    /// tells of alone; what it writes to files goes behind what is there. After lives of less than a second
+    /// it starts later and later, 8 seconds at the most.
     #[arg(long, value_enum, default_value = "exit")]
     on_reset: OnReset,
 
@@ -191,18 +198,31 @@ const LOG_FILTER: &str = "warn,virtio_queue=off";
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
 pub fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(LOG_FILTER))
-        .format_target(false)
-        .init();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return usage(&error),
+    // Whoever asks for a report too early waits for it; that fails only where nothing else goes, either.
+    let held = signals::hold();
+    start_log();
+    let code = match (held, Cli::try_parse()) {
+        (Err(error), _) => fail(&error),
+        (_, Err(error)) => usage(&error),
+        (_, Ok(cli)) => match cli.command {
+            Command::Run(args) => run(*args),
+            Command::Info(args) => info(&args),
+            Command::Probe(args) => probe(&args),
+        },
     };
-    ExitCode::from(match cli.command {
-        Command::Run(args) => run(*args),
-        Command::Info(args) => info(&args),
-        Command::Probe(args) => probe(&args),
-    })
+    output::end();
+    ExitCode::from(code)
+}
+
+/// What is logged goes to standard error, and nobody who logs waits for who reads that.
+fn start_log() {
+    let environment = env_logger::Env::default().default_filter_or(LOG_FILTER);
+    let mut log = env_logger::Builder::from_env(environment);
+    log.format_target(false);
+    if let Ok(error) = Output::standard_error() {
+        log.target(Target::Pipe(Box::new(error)));
+    }
+    log.init();
 }
 
 fn run(args: RunArgs) -> u8 {
@@ -217,18 +237,26 @@ fn run(args: RunArgs) -> u8 {
         complain(&error);
         return exit_code::IO_ERROR;
     }
-    let (mut unwritten, mut trace) = (None, None);
+    let (mut unwritten, mut trace) = (false, None);
     // That a report cannot be written is no reason to stop a machine.
     let mut live = |config: &MachineConfig, output: &ReportOption| {
         let machine = Machine::new(config, trace.take())?;
         trace = machine.trace();
-        machine.run(&mut |report| unwritten = output.write(report).err())
+        machine.run(&mut |report| {
+            let written = output.write(report);
+            unwritten = written.is_err();
+            if let Err(error) = written {
+                complain(&error);
+            }
+        })
     };
-    let mut result = live(&config, &output);
+    let mut backoff = Backoff::default();
+    let mut result = backoff.time(|| live(&config, &output));
     while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
+        backoff.wait();
         continue_output(&mut config);
         output.next_life();
-        result = live(&config, &output);
+        result = backoff.time(|| live(&config, &output));
     }
     let traced = trace.is_none_or(|trace| trace.finish());
     match result {
@@ -236,20 +264,19 @@ fn run(args: RunArgs) -> u8 {
             if !reason.is_orderly() {
                 complain(&reason);
             }
-            match (reason.exit_code(), unwritten) {
-                (0, Some(error)) if output.file().is_some() => {
-                    complain(&error);
-                    exit_code::IO_ERROR
-                }
-                (0, _) if !traced => exit_code::IO_ERROR,
-                (code, _) => code,
+            match reason.exit_code() {
+                0 if unwritten || !traced => exit_code::IO_ERROR,
+                code => code,
             }
         }
-        Err(error) => {
-            complain(&error);
-            error.exit_code()
-        }
+        Err(error) => fail(&error),
     }
+}
+
+/// Says why there is no machine; the exit code.
+fn fail(error: &Error) -> u8 {
+    complain(error);
+    error.exit_code()
 }
 
 /// Lets a machine that starts again write behind what it has written.
@@ -261,16 +288,15 @@ fn continue_output(config: &mut MachineConfig) {
 
 /// Says in one line what went wrong.
 fn complain(what: &dyn fmt::Display) {
-    // With standard error closed the exit code alone has to tell.
-    let _ = writeln!(io::stderr(), "twostage: error: {what}");
+    output::say(&format!("twostage: error: {what}"));
 }
 
 /// Help and version as clap prints them; an error in one line.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error) -> u8 {
     if !error.use_stderr() {
         // Standard output may be closed; there is nobody left to tell.
         let _ = error.print();
-        return ExitCode::SUCCESS;
+        return 0;
     }
     let text = error.to_string();
     let line = text
@@ -280,7 +306,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         .collect::<Vec<_>>()
         .join(" ");
     complain(&format_args!("{line} (see --help)"));
-    ExitCode::from(exit_code::USAGE)
+    exit_code::USAGE
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::vmm::named_file;
+use crate::vmm::output::{self, Patient};
 use crate::vmm::report::Report;
 
 /// The form of a report.
@@ -93,20 +94,16 @@ impl ReportOption {
             Some(Format::Text) => report.to_string(),
             Some(Format::Json) => serde_json::to_string_pretty(report)? + "\n",
         };
-        match &self.file {
-            Some(path) => {
-                let (mut options, first) = (OpenOptions::new(), self.at == 0);
-                options.write(true).create(first).truncate(first);
-                let mut file = named_file::open(path, &options, 0)?;
-                // What is no file has no length.
-                if !first {
-                    file.set_len(self.at)?;
-                    file.seek(SeekFrom::End(0))?;
-                }
-                file.write_all(text.as_bytes())
-            }
-            None => io::stderr().lock().write_all(text.as_bytes()),
+        let Some(path) = &self.file else { return output::write_to_standard_error(&text) };
+        let (mut options, first) = (OpenOptions::new(), self.at == 0);
+        options.write(true).create(first).truncate(first);
+        let mut file = named_file::open(path, &options, 0)?;
+        // What is no file has no length.
+        if !first {
+            file.set_len(self.at)?;
+            file.seek(SeekFrom::End(0))?;
         }
+        Patient(file).write_all(text.as_bytes())
     }
 }
 

@@ -16,9 +16,7 @@ use std::sync::{Arc, Weak};
 use kvm_ioctls::VmFd;
 
 pub(super) use device_line::{DeviceLine, ResampledLine};
-#[cfg(target_arch = "x86_64")]
-pub(super) use gsi::Routing;
-pub(super) use gsi::{GsiTable, SentMessage};
+pub(super) use gsi::{GsiTable, Routing, SentMessage};
 pub(super) use messages::Messages;
 pub(super) use routes::UnroutedInterrupts;
 pub use routes::{MsiRoutes, VectorRoute};

@@ -72,7 +72,7 @@ impl Probe {
     pub fn new() -> Result<Self> {
         let kvm = open_kvm()?;
         // A program that comes to no end is ended with a signal.
-        signals::install()?;
+        signals::install_kick()?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("asking for CPUID"))?;

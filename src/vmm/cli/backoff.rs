@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How long a machine that resets itself at once waits until it starts again.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use crate::vmm::signals;
+
+/// A life shorter than this makes the next one wait.
+const SHORT: Duration = Duration::from_secs(1);
+/// After the first short life.
+const FIRST: Duration = Duration::from_millis(125);
+/// However many there were.
+const LONGEST: Duration = Duration::from_secs(8);
+
+/// Doubles with each short life, and starts anew after one that was not.
+#[derive(Debug, Default)]
+pub(super) struct Backoff {
+    last: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    /// Lives a life.
+    pub fn time<T>(&mut self, life: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let result = life();
+        self.ended_after(started.elapsed());
+        result
+    }
+
+    fn ended_after(&mut self, life: Duration) {
+        self.last = life;
+        self.next = match life < SHORT {
+            true => self.next.saturating_mul(2).clamp(FIRST, LONGEST),
+            false => Duration::ZERO,
+        };
+    }
+
+    /// Waits as long as it is due; not when a signal comes, which is the next life's.
+    pub fn wait(&self) {
+        if self.next.is_zero() {
+            return;
+        }
+        log::warn!(
+            "the guest reset the machine after {} ms; it starts again in {} ms",
+            self.last.as_millis(),
+            self.next.as_millis()
+        );
+        signals::sleep(self.next);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_lives_are_ever_further_apart() {
+        let mut backoff = Backoff::default();
+        let mut after = |milliseconds| {
+            backoff.ended_after(Duration::from_millis(milliseconds));
+            backoff.next.as_millis()
+        };
+        let waits: Vec<_> = [5, 999, 0, 7, 0, 0, 0, 0, 1000, 1].map(&mut after).into();
+        assert_eq!(waits, [125, 250, 500, 1000, 2000, 4000, 8000, 8000, 0, 125]);
+    }
+}

@@ -1,0 +1,422 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Output that nobody waits for: bytes for a descriptor whose reader may be slow, stopped or gone.
+//!
+//! A thread of its own writes them, from a buffer that has a limit. What finds the buffer full is
+//! dropped, until all of it is written, and one line says how much that was: neither a vCPU nor the
+//! end of a machine hangs on who reads a terminal or a pipe.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+
+use super::{Error, Result};
+
+/// How much may wait to be written, in bytes.
+const CAPACITY: usize = 256 << 10;
+/// How much is written at once: no more than a pipe takes without blocking when it is ready.
+const PIECE: usize = 4096;
+/// What is not taken at all for so long is given up, at the end of a machine.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The end of a machine waits no longer than this for a reader that is slow.
+const LIMIT: Duration = Duration::from_secs(10);
+/// So far apart are lines that say what was dropped, but for the last.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
+/// Where bytes go; a handle to it. The thread ends with the last.
+#[derive(Debug, Clone)]
+pub(super) struct Output(Arc<Handle>);
+
+#[derive(Debug)]
+struct Handle(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    name: String,
+    state: Mutex<State>,
+    /// There is something to write, or nobody left to write for.
+    filled: Condvar,
+    /// Something was written.
+    taken: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<u8>,
+    /// Bytes that the thread is writing.
+    under_way: usize,
+    /// Bytes that were written since the start.
+    written: u64,
+    /// Nothing is taken until all that waits is written.
+    dropping: bool,
+    /// Bytes that were dropped, and of which nothing was said yet.
+    dropped: u64,
+    /// Why writing failed, when it did and nothing was said yet.
+    failure: Option<io::Error>,
+    said: Option<Instant>,
+    /// There are no handles left.
+    closed: bool,
+}
+
+impl State {
+    fn is_written(&self) -> bool {
+        self.waiting.is_empty() && self.under_way == 0
+    }
+
+    /// Takes `bytes`, or drops them.
+    fn take(&mut self, bytes: &[u8]) {
+        self.dropping &= !self.is_written();
+        if self.dropping || self.waiting.len().saturating_add(bytes.len()) > CAPACITY {
+            self.dropping = true;
+            self.drop_bytes(bytes.len());
+        } else {
+            self.waiting.extend(bytes);
+        }
+    }
+
+    fn drop_bytes(&mut self, length: usize) {
+        self.dropped = self.dropped.saturating_add(length as u64);
+    }
+
+    /// What there is to say of what was lost, once there is: at the end, or when it is time again.
+    fn loss(&mut self, at_the_end: bool) -> Option<String> {
+        let due = self.said.is_none_or(|said| said.elapsed() >= BETWEEN_LINES);
+        if self.dropped == 0 || !(at_the_end || due) {
+            return None;
+        }
+        self.said = Some(Instant::now());
+        let dropped = std::mem::take(&mut self.dropped);
+        let why =
+            self.failure.take().map_or("nobody read it".to_owned(), |error| error.to_string());
+        Some(format!("{dropped} bytes of output were dropped: {why}"))
+    }
+}
+
+impl Output {
+    /// Output to `file`, which messages call `name`.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn new(name: String, file: File) -> Result<Self> {
+        let (filled, taken) = (Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { name, state: Mutex::default(), filled, taken });
+        let writer = shared.clone();
+        thread::Builder::new()
+            .name("output".into())
+            .spawn(move || writer.write_all_to(&file))
+            .map_err(Error::os("output thread"))?;
+        Ok(Self(Arc::new(Handle(shared))))
+    }
+
+    /// Standard output, which all machines of the process share.
+    ///
+    /// # Errors
+    /// It cannot be had twice, or there is no thread to be had.
+    pub fn standard() -> Result<Self> {
+        static STANDARD: OnceLock<Output> = OnceLock::new();
+        of_process(&STANDARD, "standard output", io::stdout().as_fd())
+    }
+
+    /// Standard error, likewise.
+    ///
+    /// # Errors
+    /// As [`Output::standard`].
+    pub fn standard_error() -> Result<Self> {
+        static STANDARD_ERROR: OnceLock<Output> = OnceLock::new();
+        of_process(&STANDARD_ERROR, "standard error", io::stderr().as_fd())
+    }
+
+    /// Takes `bytes`, or drops them when too many wait already.
+    pub fn take(&self, bytes: &[u8]) {
+        let shared = self.shared();
+        shared.lock().take(bytes);
+        shared.filled.notify_one();
+    }
+
+    /// Waits until all is written, but not for a reader that takes nothing. Says what was lost. Whether
+    /// nothing waits any more.
+    pub fn flush(&self) -> bool {
+        let shared = self.shared();
+        let started = Instant::now();
+        let mut state = shared.lock();
+        let (mut written, mut since) = (state.written, started);
+        let mut given_up = false;
+        while !state.is_written() && !given_up {
+            if state.written != written {
+                (written, since) = (state.written, Instant::now());
+            }
+            if since.elapsed() >= PATIENCE || started.elapsed() >= LIMIT {
+                let left = state.waiting.len();
+                state.waiting.clear();
+                // What the thread is writing may get there yet, and is not known to.
+                let under_way = state.under_way;
+                state.drop_bytes(left.saturating_add(under_way));
+                given_up = true;
+                continue;
+            }
+            let waited = shared.taken.wait_timeout(state, PATIENCE / 10);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let loss = state.loss(true);
+        drop(state);
+        shared.say(loss);
+        !given_up
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.0 .0
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.filled.notify_one();
+    }
+}
+
+/// Writes `text` to standard error behind what was said there.
+///
+/// # Errors
+/// It cannot be written, or nobody reads it.
+pub(super) fn write_to_standard_error(text: &str) -> io::Result<()> {
+    if let Ok(error) = Output::standard_error() {
+        error.flush();
+    }
+    Patient(io::stderr()).write_all(text.as_bytes())
+}
+
+/// Says `line` on standard error, without waiting for who reads it.
+pub(super) fn say(line: &str) {
+    match Output::standard_error() {
+        Ok(error) => error.take(format!("{line}\n").as_bytes()),
+        Err(_) => {
+            // Then with waiting; if that fails, the exit code alone has to tell.
+            let _ = writeln!(io::stderr(), "{line}");
+        }
+    }
+}
+
+/// Waits until all that was said is written, but not for a reader that takes nothing.
+pub(super) fn end() {
+    if let Ok(error) = Output::standard_error() {
+        // What was lost is said there, too, unless nobody reads it.
+        if error.flush() {
+            error.flush();
+        }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.take(bytes);
+        Ok(bytes.len())
+    }
+
+    /// Nothing waits here: see [`Output::flush`].
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The output of `descriptor`, made on first use.
+fn of_process(once: &OnceLock<Output>, name: &str, descriptor: BorrowedFd<'_>) -> Result<Output> {
+    if let Some(output) = once.get() {
+        return Ok(output.clone());
+    }
+    let file = descriptor
+        .try_clone_to_owned()
+        .map_err(|source| Error::Output { path: name.into(), source })?;
+    let output = Output::new(name.to_owned(), File::from(file))?;
+    Ok(once.get_or_init(|| output).clone())
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread: writes what comes to `file`, until nobody can write any more.
+    fn write_all_to(&self, file: &File) {
+        let mut piece = Vec::with_capacity(PIECE);
+        while self.next(&mut piece) {
+            let result = self.write_piece(file, &piece);
+            let mut state = self.lock();
+            if let Err(error) = result {
+                let left = state.under_way;
+                state.drop_bytes(left);
+                state.failure = Some(error);
+            }
+            state.under_way = 0;
+            let loss = if state.is_written() { state.loss(false) } else { None };
+            drop(state);
+            self.taken.notify_all();
+            self.say(loss);
+        }
+    }
+
+    /// Waits for the next `piece`; whether there is one.
+    fn next(&self, piece: &mut Vec<u8>) -> bool {
+        let mut state = self.lock();
+        while state.waiting.is_empty() {
+            if state.closed {
+                return false;
+            }
+            state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        piece.clear();
+        let length = state.waiting.len().min(PIECE);
+        piece.extend(state.waiting.drain(..length));
+        state.under_way = length;
+        true
+    }
+
+    fn write_piece(&self, mut file: &File, mut piece: &[u8]) -> io::Result<()> {
+        while !piece.is_empty() {
+            let length = match write_some(&mut file, piece, PATIENCE) {
+                Err(error) if error.kind() == io::ErrorKind::TimedOut && !self.lock().closed => 0,
+                length => length?,
+            };
+            piece = piece.get(length..).unwrap_or_default();
+            let mut state = self.lock();
+            state.written = state.written.saturating_add(length as u64);
+            state.under_way = piece.len();
+        }
+        Ok(())
+    }
+
+    fn say(&self, loss: Option<String>) {
+        if let Some(loss) = loss {
+            log::warn!("{}: {loss}", self.name);
+        }
+    }
+}
+
+/// Writes some of `bytes`, which are not none, when there is room within `patience`.
+fn write_some(
+    file: &mut (impl Write + AsFd),
+    bytes: &[u8],
+    patience: Duration,
+) -> io::Result<usize> {
+    let piece = bytes.get(..PIECE).unwrap_or(bytes);
+    let started = Instant::now();
+    loop {
+        let left = patience.saturating_sub(started.elapsed());
+        match has_room(file.as_fd(), left) {
+            Ok(true) => {}
+            Ok(false) => return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody reads it")),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        }
+        match file.write(piece) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(length) => return Ok(length),
+            // Ready, but not for as much.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether `descriptor` takes bytes, or says why not, within `limit`.
+fn has_room(descriptor: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
+    let mut wanted = [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)];
+    // Limits here are seconds.
+    let limit = Timespec::try_from(limit).unwrap_or_default();
+    Ok(poll(&mut wanted, Some(&limit))? != 0)
+}
+
+/// A file that is written as it comes, but not waited for when nobody takes anything: for what
+/// must not have gaps.
+#[derive(Debug)]
+pub(super) struct Patient<F>(pub F);
+
+impl<F: Write + AsFd> Write for Patient<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match bytes.is_empty() {
+            true => Ok(0),
+            false => write_some(&mut self.0, bytes, PATIENCE),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    fn output() -> (Output, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(ours));
+        (Output::new("test".into(), file).unwrap(), theirs)
+    }
+
+    #[test]
+    fn what_the_buffer_holds_is_not_lost_however_late_it_is_read() {
+        let (output, mut reader) = output();
+        let bytes: Vec<u8> = (0..CAPACITY).map(|at| (at / 7) as u8).collect();
+        for piece in bytes.chunks(1000) {
+            output.take(piece);
+        }
+        drop(output);
+        let mut read = Vec::new();
+        reader.read_to_end(&mut read).unwrap();
+        assert!(read == bytes, "{} of {} bytes", read.len(), bytes.len());
+    }
+
+    #[test]
+    fn what_nobody_reads_is_dropped_in_one_piece_and_counted() {
+        let (output, reader) = output();
+        let block = [b'x'; 4096];
+        for _ in 0..3 * CAPACITY / block.len() {
+            output.take(&block);
+        }
+        let dropped = output.shared().lock().dropped;
+        assert!(dropped >= CAPACITY as u64, "{dropped}");
+        assert!(output.shared().lock().dropping);
+        // The end does not wait for what is not taken.
+        output.flush();
+        let state = output.shared().lock();
+        assert!(state.waiting.is_empty() && state.dropped == 0 && state.said.is_some());
+        drop(state);
+        drop(reader);
+    }
+
+    #[test]
+    fn an_error_is_counted_and_named() {
+        let (output, reader) = output();
+        drop(reader);
+        output.take(b"lost");
+        let mut state = output.shared().lock();
+        while !state.is_written() {
+            state = output.shared().taken.wait(state).unwrap();
+        }
+        // It was said at once.
+        assert!(state.said.is_some());
+        state.take(&[0; CAPACITY + 1]);
+        let loss = state.loss(true).unwrap();
+        assert!(loss.starts_with(&format!("{} bytes", CAPACITY + 1)), "{loss}");
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_is_not_waited_for() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let error = Patient(ours).write_all(&vec![0; 8 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+}
