@@ -118,7 +118,7 @@ struct page_table space_new(void)
 
 bool legacy_second_stage(void)
 {
-    return cmdline_number("legacy-second-stage", !ecap_scalable() || ecap_second_stage());
+    return cap_sagaw() != 0;
 }
 
 struct page_table second_stage_space_new(void)
@@ -129,7 +129,7 @@ struct page_table second_stage_space_new(void)
     if (is_scalable && !ecap_second_stage())
         check_skip("ECAP.SSTS is 0");
     if (!is_scalable && !legacy_second_stage())
-        check_skip("the unit has no second stage");
+        check_skip("CAP.SAGAW is 0");
     map_leaf(&space, IOVA_MAILBOX, gpa_of(mailbox), LEVEL_4K, SS_READ_WRITE);
     return space;
 }

@@ -61,8 +61,7 @@ struct page_table space_new(void);
 // The same for the second stage, with the widest tables of at most 4 levels the unit has.
 struct page_table second_stage_space_new(void);
 
-// Whether legacy mode translates. No register of its own says so: a unit with scalable mode is taken at
-// ECAP.SSTS, which `legacy-second-stage=1` (or 0) on the command line corrects.
+// Whether legacy mode translates: second-stage tables have a width.
 bool legacy_second_stage(void);
 
 // Puts `space` behind `edu` without PASID (its RID_PASID, 0). Returns the PASID-table entry.

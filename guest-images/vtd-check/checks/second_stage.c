@@ -107,6 +107,7 @@ static void pass_through(void)
     unsigned widest = cap_sagaw() & BIT(3) ? 5 : cap_sagaw() & BIT(2) ? 4 : 3;
 
     SKIP_UNLESS(ecap_pass_through(), "ECAP.PT is 0");
+    SKIP_UNLESS(legacy_second_stage(), "the entry has to name a width, and CAP.SAGAW is 0");
     legacy_context_set(legacy_context(root, DEVICE->id), TT_PASS_THROUGH, 0, widest, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(write_arrives(DEVICE, NO_PASID, gpa_of(page), page));

@@ -102,7 +102,7 @@ impl Slots {
     /// Every `HWPT_NESTED` that the guest knows by `pasid`, with the domain id.
     pub fn named(&self, pasid: u32) -> impl Iterator<Item = (ObjectId, u16)> + '_ {
         self.functions.values().flat_map(move |function| {
-            let rid = Some(function.rid).filter(|_| function.rid_pasid == pasid);
+            let rid = (function.rid_pasid == pasid).then_some(function.rid);
             [rid, function.pasids.get(pasid)].into_iter().flatten().filter_map(|slot| {
                 match slot.attached {
                     Attached::Nested(hwpt) => Some((hwpt, slot.domain)),
@@ -121,7 +121,7 @@ impl Slots {
     pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
         let on_it = |slot: &Slot| slot.attached == Attached::Nested(hwpt);
         let of_function = |(&rid, function): (&Bdf, &Function)| {
-            let own = Some(Requester::rid(rid)).filter(|_| on_it(&function.rid));
+            let own = on_it(&function.rid).then_some(Requester::rid(rid));
             let pasids = function.pasids.iter().filter(|(_, slot)| on_it(slot));
             let pasids = pasids.map(|(raw, _)| Requester { rid, pasid: Pasid::new(raw) });
             own.into_iter().chain(pasids).collect::<Vec<_>>()

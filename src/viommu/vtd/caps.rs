@@ -18,15 +18,13 @@ const MHMV: u8 = 15;
 /// The largest page-selective invalidation: 1 GiB.
 const MAMV: u8 = 18;
 
-/// The capability registers of a virtual VT-d, and what they cannot tell.
+/// The capability registers of a virtual VT-d.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
     /// CAP.
     pub cap: Cap,
     /// ECAP.
     pub ecap: Ecap,
-    /// Second-stage tables of the guest are served. No register says this for legacy mode.
-    pub second_stage: bool,
 }
 
 /// What a host unit can serve, and a device behind it to name it by.
@@ -53,12 +51,17 @@ impl VtdConfig {
     pub fn capabilities(&self) -> Result<Capabilities, ConfigError> {
         self.check()?;
         let five_level = self.address_width == 57;
+        // Bit 1: 39 bits, bit 2: 48, bit 3: 57. None without second-stage tables (§11.4.2), where nothing
+        // is translated in legacy mode: its drivers leave such a unit alone.
+        let sagaw = match (self.second_stage, five_level) {
+            (false, _) => 0,
+            (true, false) => 0b00110,
+            (true, true) => 0b01110,
+        };
         let cap = Cap::new()
             .with_nd(6)
             .with_cm(self.caching_mode)
-            // Bit 1: 39 bits, bit 2: 48, bit 3: 57. Never empty, even where no second-stage table
-            // is offered: drivers size IOVAs by it.
-            .with_sagaw(if five_level { 0b01110 } else { 0b00110 })
+            .with_sagaw(sagaw)
             .with_mgaw(self.address_width - 1)
             .with_zlr(true)
             .with_fro(FRO)
@@ -94,7 +97,7 @@ impl VtdConfig {
             .with_fsts(self.scalable_mode)
             .with_smpwcs(self.scalable_mode && self.coherent_walks)
             .with_rps(self.scalable_mode);
-        Ok(Capabilities { cap, ecap, second_stage: self.second_stage })
+        Ok(Capabilities { cap, ecap })
     }
 
     /// This configuration, lowered to what all of `hosts` can serve.
@@ -207,7 +210,9 @@ mod tests {
         assert!(ecap.pds());
         assert_eq!((cap.guest_address_width(), ecap.pasid_bits()), (48, 8));
         assert_eq!((cap.fault_records(), cap.fault_record_offset()), (8, 0x220));
-        assert!(!cap.fs5lp() && cap.sagaw() != 0);
+        assert!(!cap.fs5lp());
+        // A driver of legacy mode finds no width that it could use.
+        assert_eq!((cap.sagaw(), cap.sslps()), (0, 0));
     }
 
     #[test]
@@ -220,7 +225,7 @@ mod tests {
 
     #[test]
     fn fifty_seven_bits_are_five_levels() {
-        let config = VtdConfig { address_width: 57, ..Default::default() };
+        let config = VtdConfig { address_width: 57, second_stage: true, ..Default::default() };
         let Capabilities { cap, .. } = config.capabilities().unwrap();
         assert!(cap.fs5lp() && cap.sagaw() == 0b1110 && cap.guest_address_width() == 57);
     }

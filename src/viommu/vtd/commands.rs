@@ -16,7 +16,9 @@ use super::evaluation::{Budget, By, Evaluation};
 use super::queue::{Pass, Slice};
 use super::state::Registers;
 use super::VtdIommu;
-use crate::spec::vtd::regs::{ContextGranularity, Gcmd, IotlbGranularity, QueuePointer};
+use crate::spec::vtd::regs::{
+    ContextGranularity, Gcmd, IotlbGranularity, QueuePointer, TranslationTableMode,
+};
 use crate::viommu::Invalidation;
 
 /// What is being done, and is not acknowledged yet. Changed with the registers locked only.
@@ -152,6 +154,12 @@ impl VtdIommu {
     fn set_root_table_pointer(&self, registers: &mut Registers, command: Gcmd) {
         registers.gsts.set_rtps(false);
         registers.root = Some(registers.rtaddr);
+        if registers.rtaddr.mode() == TranslationTableMode::Legacy && self.caps.cap.sagaw() == 0 {
+            self.guest_error(format_args!(
+                "a root table of legacy mode, where nothing is translated: CAP.SAGAW is 0, as \
+                 second-stage tables are not offered"
+            ));
+        }
         // What the host could not empty it has blocked: that is logged, and where translation is
         // enabled the policies are given anew right after.
         let applied = match self.invalidate_host(&[Invalidation::ALL]) {

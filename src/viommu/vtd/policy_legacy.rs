@@ -33,7 +33,7 @@ pub(super) fn serve(
     };
     let stage1 = if translated {
         let table = low.second_stage_table();
-        if !tables.caps.second_stage || tables.memory.load_u64(table).is_err() {
+        if tables.memory.load_u64(table).is_err() {
             return Err(invalid);
         }
         Some(Stage1::VtdSecondStage(VtdSecondStage { table, address_width: width }))
@@ -129,15 +129,15 @@ mod tests {
         let narrow = decide(&with_second_stage(), [0; 2], [0, 3]);
         let tables = VtdSecondStage { table: 0x3000, address_width: 39 };
         assert_eq!(narrow, Policy::Stage1(Stage1::VtdSecondStage(tables)));
-        assert_eq!(decide(&VtdConfig::default(), [0; 2], [0b1000, 0]), Policy::Bypass);
+        assert_eq!(decide(&with_second_stage(), [0; 2], [0b1000, 0]), Policy::Bypass);
     }
 
     #[test]
     fn pass_through_has_the_widest_width() {
-        let wide = VtdConfig { address_width: 57, ..Default::default() };
+        let wide = VtdConfig { address_width: 57, ..with_second_stage() };
         assert_eq!(decide(&wide, [0; 2], [0b1000, 1]), Policy::Bypass);
         assert_eq!(decide(&wide, [0; 2], [0b1000, 0]), blocked(0x03));
-        assert_eq!(decide(&VtdConfig::default(), [0; 2], [0b1000, 3]), blocked(0x03));
+        assert_eq!(decide(&with_second_stage(), [0; 2], [0b1000, 3]), blocked(0x03));
     }
 
     #[test]
@@ -165,8 +165,10 @@ mod tests {
         for &(root, context, reason) in cases {
             assert_eq!(decide(&config, root, context), blocked(reason), "{root:x?} {context:x?}");
         }
-        // Second-stage tables that are not offered.
-        assert_eq!(decide(&VtdConfig::default(), [0; 2], [0; 2]), blocked(0x03));
+        // Second-stage tables that are not offered, and with them no width that an entry could have.
+        for entry in [0, 0b1000] {
+            assert_eq!(decide(&VtdConfig::default(), [0; 2], [entry, 0]), blocked(0x03));
+        }
     }
 
     #[test]

@@ -16,7 +16,9 @@ use std::sync::{Arc, Weak};
 use kvm_ioctls::VmFd;
 
 pub(super) use device_line::{DeviceLine, ResampledLine};
-pub(super) use gsi::{GsiTable, Routing, SentMessage};
+#[cfg(target_arch = "x86_64")]
+pub(super) use gsi::Routing;
+pub(super) use gsi::{GsiTable, SentMessage};
 pub(super) use messages::Messages;
 pub(super) use routes::UnroutedInterrupts;
 pub use routes::{MsiRoutes, VectorRoute};

@@ -185,7 +185,7 @@ fn interface_of(file: &File) -> io::Result<(String, libc::c_int)> {
     // SAFETY: TUNGETIFF has written the flags; any number is one.
     let flags = unsafe { answer.ifr_ifru.ifru_flags }.into();
     let name = answer.ifr_name.iter().take_while(|byte| **byte != 0);
-    let name: Vec<u8> = name.map(|byte| *byte as u8).collect();
+    let name: Vec<u8> = name.flat_map(|byte| byte.to_ne_bytes()).collect();
     Ok((String::from_utf8_lossy(&name).into_owned(), flags))
 }
 
