@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # Makes the tables of scripts/compare-with-qemu: medians over rounds, and sums of counters. Reads lines of
-# guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are called MOMENT.SOURCE.KIND.
+# guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are called MOMENT.SOURCE.KIND. What
+# `plan ROUNDS MODE...` promised and is not there is named at the end.
 
+$1 == "plan" { planned = $2; for (i = 3; i <= NF; i++) plan[++plans] = $i }
 $1 != "figure" { next }
 # Counters have a dot in their names.
 $4 ~ /\./ { count($2, $3, $4, $5); next }
 { key = $2 " " $3 " " $4; values[key, ++runs[key]] = $5; measured = 1 }
 
 function count(vmm, mode, name, value) {
-    counted[mode] = 1
     split(name, part, ".")
+    counted[mode] = counted[vmm, mode, part[1]] = 1
     when = vmm " " mode " " part[1] " "
     what = part[2]; kind = part[3]
     if (what == "kvm_exit") sums[when "exits"] += value
@@ -43,11 +45,15 @@ function median(key,    n, i, j, swap, sorted) {
 function row(label, mode, name, unit, scale, digits, less,    ours, theirs, ratio) {
     ours = median("twostage " mode " " name); theirs = median("qemu " mode " " name)
     if (ours == "" || theirs == "" || !ours || !theirs) {
-        printf "| %s | %s | %s | |\n", label, ours == "" ? "no figure" : ours, theirs == "" ? "no figure" : theirs
+        printf "| %s | %s | %s | |\n", label, shown(ours, unit, scale, digits), shown(theirs, unit, scale, digits)
         return
     }
     ratio = less ? theirs / ours : ours / theirs
-    printf "| %s | %.*f%s | %.*f%s | %.2f |\n", label, digits, ours / scale, unit, digits, theirs / scale, unit, ratio
+    printf "| %s | %s | %s | %.2f |\n", label, shown(ours, unit, scale, digits), shown(theirs, unit, scale, digits), ratio
+}
+
+function shown(value, unit, scale, digits) {
+    return value == "" ? "no figure" : sprintf("%.*f%s", digits, value / scale, unit)
 }
 
 function counters(label, mode, name, calls) {
@@ -64,6 +70,32 @@ function number(key,    text, digits) {
         digits = substr(digits, 1, length(digits) - 3)
     }
     return digits text
+}
+
+# What lacks of the figures that each run of a mode has.
+function lacking(    p, v, vmm, mode, n, names, i, got, text, any) {
+    n = split("boot-s own-kib resident-kib write-4k read-4k write-1m read-1m", names, " ")
+    for (p = 1; p <= plans; p++) for (v = 1; v <= 2; v++) {
+        vmm = v == 1 ? "twostage" : "qemu"
+        mode = plan[p]; text = ""
+        if (sub(/^count-/, "", mode)) {
+            if (!((vmm, mode, "boot") in counted)) text = " counters of the boot"
+            if (!((vmm, mode, "writes") in counted)) text = text (text ? "," : "") " counters of the writes"
+        } else {
+            for (i = 1; i <= n; i++) {
+                got = runs[vmm " " mode " " names[i]] + 0
+                if (got < planned) text = text (text ? ", " : " ") names[i] " (" got " of " planned ")"
+            }
+            if (mode == "strict") {
+                got = runs[vmm " strict invalidation-us"] + 0
+                if (got < planned) text = text (text ? ", " : " ") "invalidation-us (" got " of " planned ")"
+            }
+        }
+        if (!text) continue
+        if (!any++) print ""
+        print "LACKING of " vmm ", " mode ":" text
+    }
+    if (!plans && !NR) print "LACKING: all, for nothing was run"
 }
 
 function tables(    m) {
@@ -99,4 +131,5 @@ END {
         counters("interrupts, without the timer", mode, "interrupts")
         counters("timer interrupts", mode, "timer")
     }
+    lacking()
 }

@@ -116,7 +116,9 @@ struct RunArgs {
     #[arg(long = "device", value_name = "edu[,iommu=on|off|ID,pasid=on|off,dma-mask=MASK]")]
     devices: Vec<DeviceConfig>,
 
-    /// Virtio block device with a raw image; may be given several times, after every --device.
+    /// Virtio block device with a raw image or a block device; may be given several times, after every
+    /// --device. While it is written nobody else has it: QEMU and cloud-hypervisor keep to the same
+    /// locks, and the kernel to the claim of a block device.
     #[arg(long = "disk", value_name = "path=FILE[,readonly=on|off,direct=on|off,iommu=on|off|ID]")]
     disks: Vec<DiskConfig>,
 

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `scripts/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks is said. With shell
+//! scripts in the place of both VMMs.
+#![cfg(feature = "vmm")]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// What a run prints that goes well; it is looked at before it ends.
+const RUNS: &str = "\
+echo '# Linux is up'
+for figure in write-4k read-4k write-1m read-1m invalidation-us invalidations-per-write; do
+    echo \"figure $figure 7\"
+done
+echo 'mark done'
+sleep 1
+";
+
+/// In lazy mode: half a line, and then nothing more. A child keeps the console open when this one is killed,
+/// as a process does that is stuck in the kernel.
+const HANGS: &str = "\
+case \"$*\" in *iommu.strict*) ;; *sm_on*) printf 'figure wri'; sleep 300 & wait ;; esac
+";
+
+fn program(path: &Path, body: &str) -> String {
+    std::fs::write(path, format!("#!/bin/sh\n{body}")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+#[ignore = "half a minute, in which nothing happens"]
+fn a_run_that_hangs_is_said_and_the_next_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let twostage = program(&path("twostage"), RUNS);
+    let qemu = program(&path("qemu"), &format!("{HANGS}{RUNS}"));
+    let root = env!("CARGO_MANIFEST_DIR");
+    let log = std::fs::File::create(path("log")).unwrap();
+    let status = Command::new(format!("{root}/guest-images/nested-host/compare"))
+        .args([&twostage, &qemu, "kernel", "initramfs", "1", "off", "lazy", "strict"])
+        .env("COMPARE_LIMIT_S", "20")
+        .env("COMPARE_SCRATCH", directory.path())
+        .stdin(Stdio::null())
+        .stdout(log)
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1));
+    let log = std::fs::read_to_string(path("log")).unwrap();
+    assert!(log.contains("qemu lazy: NOT ENDED AS IT SHOULD"), "{log}");
+    assert_eq!(log.matches("NOT ENDED").count(), 1, "{log}");
+
+    let tables = Command::new(format!("{root}/scripts/compare-with-qemu"))
+        .args(["--from", path("log").to_str().unwrap()])
+        .output()
+        .unwrap();
+    let tables = String::from_utf8(tables.stdout).unwrap();
+    for line in [
+        "| 4 KiB writes, off | 7/s | 7/s | 1.00 |",
+        "| 4 KiB writes, lazy | 7/s | no figure | |",
+        "| 4 KiB writes, strict | 7/s | 7/s | 1.00 |",
+    ] {
+        assert!(tables.contains(line), "no '{line}' in\n{tables}");
+    }
+    let lacking: Vec<&str> = tables.lines().filter(|line| line.contains("LACKING")).collect();
+    let all = "boot-s (0 of 1), own-kib (0 of 1), resident-kib (0 of 1), write-4k (0 of 1), \
+               read-4k (0 of 1), write-1m (0 of 1), read-1m (0 of 1)";
+    assert_eq!(lacking, [format!("LACKING of qemu, lazy: {all}")]);
+}
