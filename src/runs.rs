@@ -3,6 +3,7 @@
 //! neighbour's, and nothing else.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 /// Keys of one block are worth this many bits: one of them is moved about when a run comes in
 /// between, and no more than so many blocks are there for 2^20 keys.
@@ -74,12 +75,45 @@ impl<T: Copy + PartialEq> Runs<T> {
 
     /// Every key with its value, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (u32, T)> + '_ {
-        self.blocks.iter().flat_map(|(&block, runs)| {
-            let keys = move |run: &Run<T>| {
-                let value = run.value;
-                (run.first..=run.last).map(move |at| (join(block, at), value))
+        self.ranges().flat_map(|(keys, value)| keys.map(move |key| (key, value)))
+    }
+
+    /// Neighbouring keys with the same value, and that.
+    pub fn ranges(&self) -> impl Iterator<Item = (RangeInclusive<u32>, T)> + '_ {
+        self.ranges_in(0..=u32::MAX)
+    }
+
+    /// The same, as far as they are within `keys`.
+    pub fn ranges_in(
+        &self,
+        keys: RangeInclusive<u32>,
+    ) -> impl Iterator<Item = (RangeInclusive<u32>, T)> + '_ {
+        let (start, end) = keys.into_inner();
+        let (first, last) = (split(start), split(end));
+        let blocks = self.blocks.range(first.0..=last.0);
+        let mut runs = blocks
+            .flat_map(move |(&block, runs)| {
+                let from = if block == first.0 { first.1 } else { 0 };
+                let to = if block == last.0 { last.1 } else { u16::MAX };
+                let runs = runs.get(runs.partition_point(|run| run.last < from)..);
+                let runs = runs.into_iter().flatten().take_while(move |run| run.first <= to);
+                runs.map(move |run| {
+                    let keys = join(block, run.first.max(from))..=join(block, run.last.min(to));
+                    (keys, run.value)
+                })
+            })
+            .peekable();
+        // Blocks end where no run need end.
+        std::iter::from_fn(move || {
+            let (keys, value) = runs.next()?;
+            let mut last = *keys.end();
+            let goes_on = |last: u32, (keys, of): &(RangeInclusive<u32>, T)| {
+                last.checked_add(1) == Some(*keys.start()) && *of == value
             };
-            runs.iter().flat_map(keys)
+            while let Some((keys, _)) = runs.next_if(|next| goes_on(last, next)) {
+                last = *keys.end();
+            }
+            Some((*keys.start()..=last, value))
         })
     }
 
@@ -185,6 +219,16 @@ mod tests {
             naive.values_mut().for_each(|value| *value = (*value + added) / 2);
             prop_assert_eq!(runs.iter().collect::<Vec<_>>(), Vec::from_iter(naive.clone()));
             prop_assert_eq!(runs.is_empty(), naive.is_empty());
+            for keys in [0..=0, 3..=8, 2..=4097, 4094..=LAST - 1] {
+                let ranges: Vec<_> = runs.ranges_in(keys.clone()).collect();
+                let flat = ranges.iter().flat_map(|(keys, value)| keys.clone().map(|key| (key, *value)));
+                let within = naive.range(keys).map(|(key, value)| (*key, *value));
+                prop_assert_eq!(flat.collect::<Vec<_>>(), within.collect::<Vec<_>>());
+                for pair in ranges.windows(2) {
+                    let [(one, of), (two, other)] = pair else { unreachable!() };
+                    prop_assert!(one.end() + 1 < *two.start() || of != other);
+                }
+            }
             for from in [0, 1, 5, 4095, 4096, 4100, LAST - 1, LAST] {
                 let next = naive.range(from..).next().map(|(key, _)| *key);
                 prop_assert_eq!(runs.next(from), next);
@@ -199,6 +243,11 @@ mod tests {
             }
             prop_assert_eq!(runs.runs(), expected);
         }
+    }
+
+    #[test]
+    fn a_run_costs_four_bytes_besides_its_value() {
+        assert_eq!((size_of::<Run<u32>>(), size_of::<Run<[u32; 3]>>()), (8, 16));
     }
 
     #[test]

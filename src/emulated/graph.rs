@@ -4,8 +4,12 @@
 
 use std::fmt;
 
+use super::device::Slot;
 use super::objects::{Object, ObjectKind, Objects};
 use crate::iommufd::{HwptFlags, ObjectId};
+
+/// So many attachments of one device are told at the most: a guest can make 2^20.
+const MAX_EDGES: usize = 1024;
 
 /// One object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,8 +33,11 @@ pub struct GraphObject {
 pub struct GraphEdge {
     /// The object stood on.
     pub to: ObjectId,
-    /// The PASID that is attached, for a device.
+    /// The PASID that is attached, for a device; the first of several.
     pub pasid: Option<u32>,
+    /// The last of them, where neighbouring PASIDs are attached to the same.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub last_pasid: Option<u32>,
 }
 
 /// All objects of one iommufd, ascending by id.
@@ -73,9 +80,10 @@ impl ObjectGraph {
         for object in &self.objects {
             for edge in object.on.iter().filter(|edge| edge.to == below.id) {
                 write!(f, "{:depth$}← {object}", "", depth = 2 * depth)?;
-                match edge.pasid {
-                    Some(pasid) => writeln!(f, " PASID {pasid:#x}")?,
-                    None => writeln!(f)?,
+                match (edge.pasid, edge.last_pasid) {
+                    (Some(first), Some(last)) => writeln!(f, " PASIDs {first:#x} to {last:#x}")?,
+                    (Some(pasid), None) => writeln!(f, " PASID {pasid:#x}")?,
+                    (None, _) => writeln!(f)?,
                 }
                 self.fmt_above(object, depth + 1, f)?;
             }
@@ -123,10 +131,11 @@ fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
             (hwpt.domain.describe(), flag_names(hwpt.flags), on)
         }
         Object::Device(device) => {
-            let attachments = objects.attachments_of(id).into_iter();
-            let on = attachments.map(|(pasid, to)| GraphEdge { to, pasid }).collect();
+            let mut attachments = objects.attachments_of(id);
+            let on: Vec<_> = attachments.by_ref().take(MAX_EDGES).map(edge_of_device).collect();
             let (name, rid) = (&device.part.name, device.part.requester.rid);
-            (format!("{name} ({rid})"), vec![], on)
+            let more = if attachments.next().is_some() { ", and to more" } else { "" };
+            (format!("{name} ({rid}){more}"), vec![], on)
         }
         Object::Viommu(viommu) => {
             (format!("type {:#x}", viommu.kind), vec![], vec![edge(viommu.parent)])
@@ -153,7 +162,11 @@ fn mappings(count: usize) -> String {
 }
 
 fn edge(to: ObjectId) -> GraphEdge {
-    GraphEdge { to, pasid: None }
+    GraphEdge { to, pasid: None, last_pasid: None }
+}
+
+fn edge_of_device((pasid, last, to): (Slot, Slot, ObjectId)) -> GraphEdge {
+    GraphEdge { to, pasid, last_pasid: last.filter(|_| last != pasid) }
 }
 
 fn flag_names(flags: HwptFlags) -> Vec<&'static str> {

@@ -32,6 +32,45 @@ pub trait HostSide: Debug + Send + Sync {
     /// stale translation is used, unless the error says [`HostSideError::still_reachable`]; the
     /// guest must be told.
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError>;
+
+    /// Does as much of [`HostSide::invalidate`] as takes a fraction of a millisecond, from where
+    /// `progress` is, and moves that on: so others need not wait where a batch names very much.
+    ///
+    /// # Errors
+    /// Those of [`HostSide::invalidate`]. The rest can still be done.
+    fn invalidate_some(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        progress.go_on_at(None);
+        self.invalidate(batch)
+    }
+}
+
+/// How much of a batch of invalidations is done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// A number of the host side's own; none before it has begun.
+    next: Option<u64>,
+    done: bool,
+}
+
+impl Progress {
+    /// Where to go on, if it has begun.
+    pub fn next(self) -> Option<u64> {
+        self.next
+    }
+
+    /// Everything before `next` is done, or everything.
+    pub fn go_on_at(&mut self, next: Option<u64>) {
+        *self = Self { next, done: next.is_none() };
+    }
+
+    /// Whether all is done.
+    pub fn is_done(self) -> bool {
+        self.done
+    }
 }
 
 /// The host refused.

@@ -23,7 +23,7 @@ mod testing;
 pub mod vtd;
 
 pub use conflict::CapabilityConflict;
-pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError};
+pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError, Progress};
 pub use interrupts::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 pub use memory::{BadAddress, TableMemory};
 pub use observer::{FaultOutcome, Observer, RegisterAccess};

@@ -13,6 +13,7 @@ mod smmuv3;
 mod tags;
 mod user_data;
 mod vtd;
+mod vtd_domains;
 mod vtd_tables;
 
 use std::any::Any;

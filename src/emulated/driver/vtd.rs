@@ -3,12 +3,12 @@
 //! the user's nested on a second stage, no vIOMMUs.
 
 use std::any::Any;
-use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::tags::{CacheTags, OwnedTag};
 use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
+use super::vtd_domains::DomainIds;
 use super::vtd_tables::{Features, Tables};
 use super::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, Partial, UserArray, UserData,
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::emulated::device::{Requester, Slot};
 use crate::emulated::dirty::DirtyLog;
-use crate::emulated::hardware::{CacheRange, Hardware, Translation, UserTables};
+use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use crate::emulated::ioas::PAGE_SIZE;
 use crate::emulated::page_requests::{PageRequestSink, PageRequests};
 use crate::emulated::refusal::{refuse, Outcome};
@@ -69,9 +69,8 @@ struct VtdNested {
     attached: Mutex<Attached>,
 }
 
-/// How often tables are attached behind each unit; no count is 0. By the address of the unit, which
-/// its entry keeps alive.
-type Attached = BTreeMap<usize, (Arc<dyn Hardware>, u32)>;
+/// How often tables are attached behind each unit; no count is 0. Units are few, and tables many.
+type Attached = Vec<(Arc<dyn Hardware>, u32)>;
 
 impl VtdNested {
     fn attached(&self) -> MutexGuard<'_, Attached> {
@@ -81,18 +80,22 @@ impl VtdNested {
     /// `count` attachments more behind `hardware`: it may cache something of the tables.
     fn attach(&self, hardware: &Arc<dyn Hardware>, count: u32) {
         let mut attached = self.attached();
-        attached.entry(key(hardware)).or_insert_with(|| (hardware.clone(), 0)).1 += count;
+        match attached.iter_mut().find(|(unit, _)| Arc::ptr_eq(unit, hardware)) {
+            Some((_, attachments)) => *attachments += count,
+            None => {
+                attached.reserve_exact(1);
+                attached.push((hardware.clone(), count));
+            }
+        }
     }
 
     /// `count` attachments less.
     fn detach(&self, hardware: &Arc<dyn Hardware>, count: u32) {
         let mut attached = self.attached();
-        if let Some((_, left)) = attached.get_mut(&key(hardware)) {
+        if let Some((_, left)) = attached.iter_mut().find(|(unit, _)| Arc::ptr_eq(unit, hardware)) {
             *left = left.saturating_sub(count);
-            if *left == 0 {
-                attached.remove(&key(hardware));
-            }
         }
+        attached.retain(|(_, left)| *left != 0);
     }
 
     /// The type of invalidations it takes.
@@ -123,7 +126,7 @@ impl NestedDomain for VtdNested {
         };
         let refused = (0..entries.count()).find_map(|index| read(index).err());
         if !ranges.is_empty() {
-            for (hardware, _) in self.attached().values() {
+            for (hardware, _) in self.attached().iter() {
                 hardware.invalidate(self.tag.tag(), &ranges);
             }
         }
@@ -148,6 +151,7 @@ pub(crate) struct VtdDriver {
     hardware: Arc<dyn Hardware>,
     features: Features,
     tags: Arc<CacheTags>,
+    domains: Mutex<DomainIds>,
 }
 
 impl VtdDriver {
@@ -155,7 +159,7 @@ impl VtdDriver {
     /// units of the machine do.
     pub fn new(hardware: Arc<dyn Hardware>, tags: Arc<CacheTags>) -> Self {
         let features = Features::new(&hardware.info());
-        Self { hardware, features, tags }
+        Self { hardware, features, tags, domains: Mutex::default() }
     }
 
     /// The user's tables, as far as they are looked at when the page table is made: Linux looks at
@@ -210,6 +214,26 @@ impl VtdDriver {
             stage2: domain.stage2.clone(),
             dirty: paging.dirty.clone(),
         })
+    }
+
+    /// `count` devices do not go through `domain` any more.
+    fn forget(&self, domain: &Domain, count: u32) {
+        self.count(domain, |nested| nested.detach(&self.hardware, count));
+        if let Some(tag) = Self::tag(domain) {
+            self.domains().give_back(tag, count);
+        }
+    }
+
+    fn domains(&self) -> MutexGuard<'_, DomainIds> {
+        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tag of the page table of `domain`.
+    fn tag(domain: &Domain) -> Option<CacheTag> {
+        match &domain.nested {
+            Some(nested) => Some(own_nested(&**nested).ok()?.tag.tag()),
+            None => Some(own_paging(&*domain.paging).ok()?.tag.tag()),
+        }
     }
 
     /// Counts attachments of the user's tables of `domain`, if it has some.
@@ -280,12 +304,13 @@ impl Driver for VtdDriver {
         let translation = self.translation(devices, new)?;
         // A group has fewer devices than there are Requester IDs.
         let count = devices.len() as u32;
+        self.domains().take(translation.tag, count, self.features.domains())?;
         self.count(new, |nested| nested.attach(&self.hardware, count));
         for device in devices {
             self.hardware.install(device.rid.raw(), slot, translation.clone());
         }
         if let Some(old) = old {
-            self.count(old, |nested| nested.detach(&self.hardware, count));
+            self.forget(old, count);
         }
         Ok(())
     }
@@ -294,7 +319,7 @@ impl Driver for VtdDriver {
         for device in devices {
             self.hardware.remove(device.rid.raw(), slot);
         }
-        self.count(old, |nested| nested.detach(&self.hardware, devices.len() as u32));
+        self.forget(old, devices.len() as u32);
     }
 
     fn block(&self, device: &Requester) {
@@ -320,10 +345,6 @@ impl Driver for VtdDriver {
     fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
         self.hardware.set_fault_sink(device.rid.raw(), sink);
     }
-}
-
-fn key(hardware: &Arc<dyn Hardware>) -> usize {
-    Arc::as_ptr(hardware).addr()
 }
 
 fn own_paging(domain: &dyn PagingDomain) -> Outcome<&VtdPaging> {

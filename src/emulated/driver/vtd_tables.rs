@@ -28,6 +28,8 @@ pub(super) struct Features {
     guest_address_width: u8,
     /// Width of second-stage tables in bits (SAGAW, at most MGAW).
     second_stage_width: u8,
+    /// How many domain ids there are (ND).
+    domains: usize,
     /// Snoop control (SC): second-stage tables can enforce cache coherency, and then do.
     snoop_control: bool,
     /// A nesting parent cannot hold read-only mappings (erratum 772415).
@@ -80,6 +82,7 @@ impl Features {
                 31.. if cap.sagaw() >= 1 << 1 => guest_address_width.min(39),
                 _ => 0,
             },
+            domains: 1 << (4 + 2 * cap.nd()),
             snoop_control: ecap.sc(),
             no_read_only_parent: info.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0,
         }
@@ -88,6 +91,11 @@ impl Features {
     /// Whether nested page tables can be made.
     pub fn nest(&self) -> bool {
         self.nest
+    }
+
+    /// How many domain ids there are.
+    pub fn domains(&self) -> usize {
+        self.domains
     }
 
     /// Whether dirty pages can be tracked.

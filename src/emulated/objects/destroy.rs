@@ -23,7 +23,7 @@ impl Objects {
                 iter::once(hwpt.viommu.unwrap_or(hwpt.parent)).chain(hwpt.fault).collect()
             }
             Some(Object::Device(_)) => {
-                self.attachments_of(id).into_iter().map(|(_, hwpt)| hwpt).collect()
+                self.slots_of(id).into_iter().map(|(_, hwpt)| hwpt).collect()
             }
             Some(Object::Viommu(viommu)) => vec![viommu.parent],
             Some(Object::Vdevice(vdevice)) => vec![vdevice.viommu, vdevice.dev],
@@ -127,7 +127,11 @@ impl Objects {
         let mut users: Vec<_> = self
             .table
             .iter()
-            .filter(|(user, _)| self.holds(*user).contains(&id))
+            .filter(|(user, object)| match object {
+                // Of very many PASIDs, perhaps.
+                Object::Device(_) => self.attachments_of(*user).any(|(.., hwpt)| hwpt == id),
+                _ => self.holds(*user).contains(&id),
+            })
             .map(|(user, object)| format!("{} {user}", object.kind()))
             .take(NAMED_USERS + 1)
             .collect();

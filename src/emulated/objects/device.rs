@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices: bind, attach, replace, detach, unbind.
 
-use std::collections::BTreeSet;
 use std::sync::{Arc, Weak};
 
 use super::group::Attachment;
@@ -9,7 +8,7 @@ use super::{Object, Objects};
 use crate::emulated::device::{Requester, Slot};
 use crate::emulated::driver::DriverInfo;
 use crate::emulated::fault_injection::allocate;
-use crate::emulated::machine::Part;
+use crate::emulated::machine::{GroupId, Part};
 use crate::emulated::refusal::{refuse, Outcome};
 use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
 
@@ -61,11 +60,14 @@ impl Objects {
     pub fn device_unbind(&mut self, dev: ObjectId) -> Outcome<()> {
         let device = self.table.device(dev)?;
         let (part, vdevice) = (device.part.clone(), device.vdevice);
-        let mut attachments = self.attachments_of(dev);
-        attachments.sort_by_key(|(slot, _)| (slot.is_none(), *slot));
-        for (slot, _) in attachments {
-            self.device_detach(dev, slot)?;
+        let mut from = 0;
+        while let Some(pasid) =
+            self.groups.get(&part.group).and_then(|group| group.pasid_from(dev, from))
+        {
+            self.device_detach(dev, Some(pasid))?;
+            from = pasid + 1;
         }
+        self.device_detach(dev, None)?;
         if let Some(vdevice) = vdevice {
             self.end_vdevice(vdevice)?;
         }
@@ -84,8 +86,7 @@ impl Objects {
         if slot == Some(0) {
             return refuse(Errno::EINVAL, "PASID 0 is none of the device's");
         }
-        let attachment = self.attachment(part.group, slot);
-        let attached = attachment.is_some_and(|attachment| attachment.devices.contains(&dev));
+        let attached = self.is_attached(part.group, slot, dev);
         let change = if attached { Change::Replace } else { Change::Attach };
         self.device_change(dev, slot, pt, change)
     }
@@ -117,14 +118,14 @@ impl Objects {
     pub fn device_detach(&mut self, dev: ObjectId, slot: Slot) -> Outcome<()> {
         let part = self.table.device(dev)?.part.clone();
         let Some(group) = self.groups.get_mut(&part.group) else { return Ok(()) };
-        let Some(attachment) = group.slots.get_mut(&slot) else { return Ok(()) };
-        if !attachment.devices.remove(&dev) {
+        let Some(Attachment { hwpt, .. }) = group.get(slot).filter(|_| group.has(slot, dev)) else {
             return Ok(());
-        }
-        let (hwpt, id) = (attachment.hwpt, attachment.id);
-        if attachment.devices.is_empty() {
-            group.slots.remove(&slot);
-            if group.slots.is_empty() {
+        };
+        group.leave(slot, dev);
+        if group.devices(slot).is_empty() {
+            let id = group.id(slot);
+            group.set(slot, None, None);
+            if group.is_empty() {
                 self.groups.remove(&part.group);
             }
             let domain = self.domain(hwpt)?;
@@ -237,7 +238,7 @@ impl Objects {
     ) -> Outcome<()> {
         let part = &self.table.device(dev)?.part;
         let attachment = self.attachment(part.group, slot);
-        let attached = attachment.is_some_and(|attachment| attachment.devices.contains(&dev));
+        let attached = self.is_attached(part.group, slot, dev);
         let there = attachment.map(|attachment| attachment.hwpt);
         let concerned: Vec<ObjectId> = match (change, attachment) {
             (Change::Attach, _) if attached => {
@@ -247,11 +248,11 @@ impl Objects {
                 return refuse(Errno::EINVAL, "the group is attached to another HWPT");
             }
             (Change::Attach, _) => vec![dev],
-            (Change::Replace, Some(attachment)) if attached => {
+            (Change::Replace, Some(_)) if attached => {
                 if there == hwpt {
                     return Ok(());
                 }
-                attachment.devices.iter().copied().collect()
+                self.devices_in(part.group, slot)
             }
             (Change::Replace, _) => {
                 return refuse(Errno::EINVAL, format!("device {dev} is not attached"));
@@ -282,10 +283,12 @@ impl Objects {
         if slot.is_none() {
             self.reserve_regions(dev, ioas)?;
         }
-        let id = self.next_attachment();
-        let slots = &mut self.groups.entry(part.group).or_default().slots;
-        let new = || Attachment { id, hwpt, by: dev, devices: BTreeSet::new() };
-        slots.entry(slot).or_insert_with(new).devices.insert(dev);
+        if self.attachment(part.group, slot).is_none() {
+            let id = self.attachment_id(hwpt);
+            let attachment = Some(Attachment { hwpt, by: dev });
+            self.groups.entry(part.group).or_default().set(slot, attachment, id);
+        }
+        self.groups.entry(part.group).or_default().join(slot, dev);
         self.table.hold(hwpt);
         Ok(())
     }
@@ -299,16 +302,12 @@ impl Objects {
         hwpt: ObjectId,
         ioas: ObjectId,
     ) -> Outcome<()> {
-        let id = self.next_attachment();
-        let Some(attachment) =
-            self.groups.get_mut(&part.group).and_then(|group| group.slots.get_mut(&slot))
-        else {
-            return Ok(());
-        };
-        let old = std::mem::replace(&mut attachment.hwpt, hwpt);
-        let ended = std::mem::replace(&mut attachment.id, id);
-        attachment.by = dev;
-        let devices = attachment.devices.clone();
+        let id = self.attachment_id(hwpt);
+        let devices = self.devices_in(part.group, slot);
+        let Some(group) = self.groups.get_mut(&part.group) else { return Ok(()) };
+        let Some(Attachment { hwpt: old, .. }) = group.get(slot) else { return Ok(()) };
+        let ended = group.id(slot);
+        group.set(slot, Some(Attachment { hwpt, by: dev }), id);
         self.end_page_requests(old, ended)?;
         let before = self.stage2_of(old)?.ioas;
         for dev in &devices {
@@ -319,6 +318,11 @@ impl Objects {
             }
         }
         self.leave(old, devices.len())
+    }
+
+    /// The devices of a group that are attached in `slot`.
+    fn devices_in(&self, group: GroupId, slot: Slot) -> Vec<ObjectId> {
+        self.groups.get(&group).map(|group| group.devices(slot)).unwrap_or_default()
     }
 
     /// Reserves in `ioas` what `dev` needs; it was found free.

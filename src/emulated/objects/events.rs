@@ -126,15 +126,19 @@ impl Objects {
     }
 
     /// An attachment of `hwpt` has ended: what it asked is answered.
-    pub(super) fn end_page_requests(&self, hwpt: ObjectId, ended: AttachmentId) -> Outcome<()> {
-        if let Some(fault) = self.fault_of(hwpt) {
+    pub(super) fn end_page_requests(
+        &self,
+        hwpt: ObjectId,
+        ended: Option<AttachmentId>,
+    ) -> Outcome<()> {
+        if let (Some(fault), Some(ended)) = (self.fault_of(hwpt), ended) {
             self.table.fault(fault)?.queue.end(ended);
         }
         Ok(())
     }
 
     /// The fault queue of `hwpt`.
-    fn fault_of(&self, hwpt: ObjectId) -> Option<ObjectId> {
+    pub(super) fn fault_of(&self, hwpt: ObjectId) -> Option<ObjectId> {
         match self.table.get(hwpt)? {
             Object::HwptPaging(paging) => paging.fault,
             Object::HwptNested(nested) => nested.fault,
@@ -151,16 +155,19 @@ impl Objects {
     ) -> Outcome<Option<(Arc<FaultQueue>, AttachmentId, ObjectId)>> {
         let part = &self.table.device(dev)?.part;
         let slot: Slot = request.flags.pasid_valid().then_some(request.pasid);
-        let mut attachment = self.attachment(part.group, slot);
-        if attachment.is_none() && slot.is_some() && part.driver.user_pasid_table() {
+        let Some(group) = self.groups.get(&part.group) else { return Ok(None) };
+        let mut found = group.get(slot).map(|attachment| (slot, attachment));
+        if found.is_none() && slot.is_some() && part.driver.user_pasid_table() {
             // The user's own PASID table says where the PASID goes.
-            attachment = self.attachment(part.group, None).filter(|attachment| {
-                matches!(self.table.get(attachment.hwpt), Some(Object::HwptNested(_)))
-            });
+            found = group
+                .get(None)
+                .map(|attachment| (None, attachment))
+                .filter(|(_, own)| matches!(self.table.get(own.hwpt), Some(Object::HwptNested(_))));
         }
-        let Some(attachment) = attachment else { return Ok(None) };
+        let Some((slot, attachment)) = found else { return Ok(None) };
         let Some(fault) = self.fault_of(attachment.hwpt) else { return Ok(None) };
+        let Some(id) = group.id(slot) else { return Ok(None) };
         let queue = self.table.fault(fault)?.queue.clone();
-        Ok(Some((queue, attachment.id, attachment.by)))
+        Ok(Some((queue, id, attachment.by)))
     }
 }

@@ -149,9 +149,7 @@ fn pasid_detach(host: &EmulatedHost, id: ObjectId, body: &abi::PasidChange) -> O
 fn pasid_check_hwpt(host: &EmulatedHost, id: ObjectId, body: &abi::PasidChange) -> Outcome<()> {
     let objects = host.objects();
     let dev = objects.table().selftest(id)?.dev;
-    let attachments = objects.attachments_of(dev);
-    let attached =
-        attachments.iter().find(|(of, _)| *of == slot(body.pasid)).map(|(_, hwpt)| *hwpt);
+    let attached = objects.attached_to(dev, slot(body.pasid));
     let wanted = ObjectId(body.pt_id);
     match objects.table().get(wanted) {
         _ if body.pt_id == 0 && attached.is_none() => Ok(()),

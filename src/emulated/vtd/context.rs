@@ -71,13 +71,11 @@ fn second_stage(data: &HwptVtdSecondStage, config: &VtdUnitConfig) -> Option<Sec
     Some(SecondStage { table: data.pgtbl_addr & !0xfff, levels, large_pages })
 }
 
-/// One entry of the PASID table.
+/// An entry of the PASID table, the same for all requesters that are attached to a HWPT.
 #[derive(Debug)]
 pub(super) struct Context {
     /// The HWPT.
     pub tag: CacheTag,
-    /// Whose the cached translations are.
-    pub source: Source,
     /// The user's tables.
     pub tables: Tables,
     /// Stage 2.
@@ -85,19 +83,19 @@ pub(super) struct Context {
 }
 
 impl Context {
-    /// The context of requests with `pasid` that go through `translation`; `stage2_tag` is unique
-    /// to its stage 2 among the contexts of the unit.
-    pub fn new(
-        pasid: Option<u32>,
-        translation: Translation,
-        stage2_tag: u32,
-        config: &VtdUnitConfig,
-    ) -> Self {
+    /// The context of requests that go through `translation`; `stage2_tag` is unique to its stage 2
+    /// among the contexts of the unit.
+    pub fn new(translation: Translation, stage2_tag: u32, config: &VtdUnitConfig) -> Self {
         Self {
             tag: translation.tag,
-            source: Source::new(translation.tag.0, pasid.unwrap_or(RID_PASID)),
             tables: Tables::new(translation.tables.as_ref(), config),
             host: HostStage2::new(translation.stage2, stage2_tag, translation.dirty),
         }
+    }
+
+    /// Whose the cached translations of requests with `pasid` are.
+    #[inline]
+    pub fn source(&self, pasid: Option<u32>) -> Source {
+        Source::new(self.tag.0, pasid.unwrap_or(RID_PASID))
     }
 }

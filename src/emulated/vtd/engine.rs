@@ -15,8 +15,8 @@ use super::pasid_table::PasidTable;
 use super::reasons::page_refused;
 use super::sanitizer::Sanitizer;
 use crate::emulated::engine::{
-    Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, RequestKind, Rights, Scope,
-    Sharing, Target, Walk,
+    Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, Rights, Scope, Sharing, Target,
+    Walk,
 };
 use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
 use crate::emulated::stage2::Stage2;
@@ -94,10 +94,10 @@ impl Engine {
         &self,
         context: &Context,
         counters: &LocalCounters,
-        iova: u64,
-        kind: RequestKind,
+        request: &Request,
     ) -> Result<Target, Fault> {
-        let (source, host) = (context.source, &context.host);
+        let Request { pasid, address: iova, kind, .. } = *request;
+        let (source, host) = (context.source(pasid), &context.host);
         let walk = Walk {
             caches: &self.caches,
             source,
@@ -131,8 +131,9 @@ impl Engine {
         let gone = self.sharing.reuse(tag);
         self.forget(gone);
         let stage2_tag = self.sharing.add(tag, &translation.stage2);
-        let context = Context::new(pasid, translation, stage2_tag, &self.config);
-        self.pasid_table.insert(rid, pasid, context);
+        self.pasid_table.insert(rid, pasid, translation.tag, || {
+            Context::new(translation, stage2_tag, &self.config)
+        });
     }
 
     /// Blocks DMA of `rid` (or its `pasid`).
@@ -140,10 +141,11 @@ impl Engine {
         if let Some(sanitizer) = &self.sanitizer {
             sanitizer.common.contexts_changed(rid, |of| of == pasid);
         }
-        if let Some(old) = self.pasid_table.remove(rid, pasid) {
-            let gone = self.sharing.remove(old.tag.0, &old.host.stage2);
-            self.forget(gone);
-        }
+        let mut gone = None;
+        self.pasid_table.remove(rid, pasid, |old| {
+            gone = self.sharing.remove(old.tag.0, &old.host.stage2);
+        });
+        self.forget(gone);
     }
 
     /// Drops what is cached of the tables of `tag`, in all of `ranges`.
@@ -214,7 +216,8 @@ impl crate::emulated::engine::Engine for Engine {
     ) -> Option<Target> {
         let context = self.pasid_table.cached(pasid_cache, request.pasid)?;
         let Request { address, kind, .. } = *request;
-        let target = self.caches.translation(&PAGE_SHIFTS, context.source, address, kind)?;
+        let target =
+            self.caches.translation(&PAGE_SHIFTS, context.source(request.pasid), address, kind)?;
         counters.config_hits.count();
         counters.iotlb_hits.count();
         Some(target)
@@ -229,7 +232,8 @@ impl crate::emulated::engine::Engine for Engine {
     ) -> Result<Target, Blocked<Fault>> {
         let context = self.context(pasid_cache, counters, request)?;
         let Request { address, kind, .. } = *request;
-        let cached = self.caches.translation(&PAGE_SHIFTS, context.source, address, kind);
+        let cached =
+            self.caches.translation(&PAGE_SHIFTS, context.source(request.pasid), address, kind);
         let target = match cached {
             Some(target) => {
                 counters.iotlb_hits.count();
@@ -237,7 +241,7 @@ impl crate::emulated::engine::Engine for Engine {
             }
             None => {
                 counters.iotlb_misses.count();
-                self.walk(context, counters, address, kind)?
+                self.walk(context, counters, request)?
             }
         };
         Ok(match &self.sanitizer {

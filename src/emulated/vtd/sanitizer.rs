@@ -48,11 +48,11 @@ impl Sanitizer {
             // Stage 2 is the host's, which drops what it changes.
             Tables::None | Tables::Unsupported => target,
             Tables::FirstStage(tables) => {
-                let used = used(context, tables, TlbInvalidation::VtdPasidIotlb);
+                let used = used(context, request.pasid, tables, TlbInvalidation::VtdPasidIotlb);
                 self.common.check(caches, &used, counters, request, target)
             }
             Tables::SecondStage(tables) => {
-                let used = used(context, tables, TlbInvalidation::VtdIotlb);
+                let used = used(context, request.pasid, tables, TlbInvalidation::VtdIotlb);
                 self.common.check(caches, &used, counters, request, target)
             }
         }
@@ -72,11 +72,12 @@ impl Sanitizer {
 
 fn used<'a, F: TableFormat>(
     context: &'a Context,
+    pasid: Option<u32>,
     tables: &'a F,
     invalidation: TlbInvalidation,
 ) -> Used<'a, F> {
-    let Context { source, host, .. } = context;
-    Used { tables, host, source: *source, others: None, shifts: &PAGE_SHIFTS, invalidation }
+    let (source, host) = (context.source(pasid), &context.host);
+    Used { tables, host, source, others: None, shifts: &PAGE_SHIFTS, invalidation }
 }
 
 /// The way through `tables`.

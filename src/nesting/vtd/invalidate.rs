@@ -8,7 +8,7 @@ use super::stage1::NestedHwpts;
 use super::state::State;
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateError, ObjectId};
 use crate::nesting::error::{NestingError, Result};
-use crate::viommu::{Invalidation, Stage1};
+use crate::viommu::{Invalidation, Progress, Stage1};
 
 /// A domain and a PASID, each or all of them.
 type Name = (Option<u16>, Option<u32>);
@@ -27,21 +27,39 @@ fn by_name(batch: &[Invalidation]) -> ByName {
     by_name
 }
 
-/// Which sets of ranges each HWPT is to forget. Requesters that are blocked or bypass stage 1 use
-/// no nested HWPT, and nothing of theirs is cached under the guest's names.
+/// So many HWPTs forget something in one piece of a batch: it is short also where the hardware takes
+/// a while for each.
+const AT_ONCE: usize = 32;
+
+/// Which sets of ranges each HWPT is to forget, by name.
+type Plan<'a> = BTreeMap<ObjectId, Vec<(Name, &'a FlushSet)>>;
+
+/// The next piece of a batch: HWPTs from `from` on, and the one that is left for the next piece.
+/// Requesters that are blocked or bypass stage 1 use no nested HWPT, and nothing of theirs is cached
+/// under the guest's names.
 ///
 /// The sets are shared, for the HWPTs may be many; each is put together when its turn comes.
 fn plan<'a>(
     by_name: &'a ByName,
     nested: &NestedHwpts,
-) -> BTreeMap<ObjectId, Vec<(Name, &'a FlushSet)>> {
-    let mut by_hwpt: BTreeMap<ObjectId, Vec<_>> = BTreeMap::new();
+    from: ObjectId,
+) -> (Plan<'a>, Option<ObjectId>) {
+    let (mut plan, mut left) = (Plan::new(), None);
+    // Of each name at least one, so that every piece gets on.
+    let of_each = (AT_ONCE / by_name.len().max(1)).max(1);
     for (&(domain, pasid), ranges) in by_name {
-        for hwpt in nested.named(domain, pasid) {
-            by_hwpt.entry(hwpt).or_default().push(((domain, pasid), ranges));
+        let mut named = nested.named(domain, pasid, from);
+        for hwpt in named.by_ref().take(of_each) {
+            plan.entry(hwpt).or_default().push(((domain, pasid), ranges));
         }
+        left = [left, named.next()].into_iter().flatten().min();
     }
-    by_hwpt
+    let next = plan.keys().nth(AT_ONCE).copied();
+    left = [left, next].into_iter().flatten().min();
+    if let Some(left) = left {
+        plan.retain(|hwpt, _| *hwpt < left);
+    }
+    (plan, left)
 }
 
 /// A batch was not done.
@@ -56,31 +74,58 @@ pub(super) struct Stale {
 impl State {
     /// See [`crate::viommu::HostSide::invalidate`].
     pub fn invalidate(&mut self, batch: &[Invalidation]) -> std::result::Result<(), Stale> {
-        self.counters.invalidations_in += batch.len() as u64;
-        let mut stale: Option<Stale> = None;
-        // A guest that waits for each of its invalidations sends one at a time. There is nothing to
-        // gather then, and it is what costs most.
-        if let [one] = batch {
-            for hwpt in self.nested.named(one.domain, one.pasid) {
-                let mut ranges = FlushSet::default();
-                ranges.add(one.range.filter(|_| self.is_by_address(hwpt, one)));
-                self.forget(hwpt, ranges, &mut stale);
-            }
-            return stale.map_or(Ok(()), Err);
-        }
-        let by_name = by_name(batch);
-        for (hwpt, sets) in plan(&by_name, &self.nested) {
-            let mut ranges = FlushSet::default();
-            for ((domain, pasid), set) in sets {
-                if self.is_by_address(hwpt, &Invalidation { domain, pasid, range: None }) {
-                    ranges.extend(set);
-                } else {
-                    ranges.extend_to_everything(set);
-                }
-            }
-            self.forget(hwpt, ranges, &mut stale);
+        let (mut progress, mut stale) = (Progress::default(), None);
+        while !progress.is_done() {
+            self.invalidate_some(batch, &mut progress, &mut stale);
         }
         stale.map_or(Ok(()), Err)
+    }
+
+    /// See [`crate::viommu::HostSide::invalidate_some`].
+    pub fn invalidate_some(
+        &mut self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+        stale: &mut Option<Stale>,
+    ) {
+        let from = match progress.next() {
+            None => {
+                self.counters.invalidations_in += batch.len() as u64;
+                ObjectId(0)
+            }
+            // An id, as it was put there.
+            Some(next) => ObjectId(next as u32),
+        };
+        // A guest that waits for each of its invalidations sends one at a time. There is nothing to
+        // gather then, and it is what costs most.
+        let left = if let [one] = batch {
+            let mut named = self.nested.named(one.domain, one.pasid, from);
+            let hwpts: Vec<_> = named.by_ref().take(AT_ONCE).collect();
+            let left = named.next();
+            drop(named);
+            for hwpt in hwpts {
+                let mut ranges = FlushSet::default();
+                ranges.add(one.range.filter(|_| self.is_by_address(hwpt, one)));
+                self.forget(hwpt, ranges, stale);
+            }
+            left
+        } else {
+            let by_name = by_name(batch);
+            let (plan, left) = plan(&by_name, &self.nested, from);
+            for (hwpt, sets) in plan {
+                let mut ranges = FlushSet::default();
+                for ((domain, pasid), set) in sets {
+                    if self.is_by_address(hwpt, &Invalidation { domain, pasid, range: None }) {
+                        ranges.extend(set);
+                    } else {
+                        ranges.extend_to_everything(set);
+                    }
+                }
+                self.forget(hwpt, ranges, stale);
+            }
+            left
+        };
+        progress.go_on_at(left.map(|hwpt| hwpt.0.into()));
     }
 
     /// See [`Invalidation::is_by_address`].

@@ -28,7 +28,7 @@ use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, NestingError};
 use crate::spec::pci::Bdf;
 use crate::viommu::{
-    FaultTarget, HostSide, HostSideError, Invalidation, Requester, RequesterConfig,
+    FaultTarget, HostSide, HostSideError, Invalidation, Progress, Requester, RequesterConfig,
 };
 pub use counters::VtdNestingCounters;
 use faults::FaultRouter;
@@ -159,12 +159,22 @@ impl HostSide for VtdNesting {
     }
 
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
-        let Stale { error, still_reachable } = match self.state().invalidate(batch) {
-            Ok(()) => return Ok(()),
-            Err(stale) => stale,
-        };
-        Err(error.for_viommu("invalidating".into(), still_reachable))
+        self.state().invalidate(batch).map_err(for_viommu)
     }
+
+    fn invalidate_some(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        let mut stale = None;
+        self.state().invalidate_some(batch, progress, &mut stale);
+        stale.map_or(Ok(()), |stale| Err(for_viommu(stale)))
+    }
+}
+
+fn for_viommu(stale: Stale) -> HostSideError {
+    stale.error.for_viommu("invalidating".into(), stale.still_reachable)
 }
 
 impl Drop for VtdNesting {

@@ -112,6 +112,12 @@ impl Slots {
         })
     }
 
+    /// How many entries are kept of the PASIDs of all functions.
+    #[cfg(test)]
+    pub fn kept(&self) -> usize {
+        self.functions.values().map(|function| function.pasids.runs()).sum()
+    }
+
     /// Whether any requester is attached to `hwpt` and known by `tag`.
     pub fn knows(&self, hwpt: ObjectId, tag: DomainTag) -> bool {
         self.named(tag.pasid).any(|named| named == (hwpt, tag.domain))

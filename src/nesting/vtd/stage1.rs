@@ -25,7 +25,7 @@ pub(super) struct NestedHwpts {
     by_tables: BTreeMap<(ObjectId, Stage1), ObjectId>,
     /// How many users of a HWPT are of a domain. Ordered by domain first, so that an invalidation finds
     /// what it names without a look at the rest.
-    by_domain: BTreeMap<(u16, ObjectId), usize>,
+    by_domain: BTreeMap<(u16, ObjectId), u32>,
 }
 
 impl NestedHwpts {
@@ -108,28 +108,34 @@ impl NestedHwpts {
         }
     }
 
-    /// Every HWPT with a user that an invalidation of `domain` and `pasid` names, as
+    /// Every HWPT from `from` on with a user that an invalidation of `domain` and `pasid` names, as
     /// [`Invalidation::names`](crate::viommu::Invalidation::names) has it; each once, in ascending
     /// order.
-    pub fn named(&self, domain: Option<u16>, pasid: Option<u32>) -> Vec<ObjectId> {
-        const FIRST: ObjectId = ObjectId(0);
+    pub fn named(
+        &self,
+        domain: Option<u16>,
+        pasid: Option<u32>,
+        from: ObjectId,
+    ) -> Box<dyn Iterator<Item = ObjectId> + '_> {
         const LAST: ObjectId = ObjectId(u32::MAX);
         match (domain, pasid) {
             (None, None) => {
-                let used = self.by_id.iter().filter(|(_, nested)| nested.users != 0);
-                used.map(|(hwpt, _)| *hwpt).collect()
+                let used = self.by_id.range(from..).filter(|(_, nested)| nested.users != 0);
+                Box::new(used.map(|(hwpt, _)| *hwpt))
             }
             (Some(domain), None) => {
-                let named = self.by_domain.range((domain, FIRST)..=(domain, LAST));
-                named.map(|((_, hwpt), _)| *hwpt).collect()
+                let named = self.by_domain.range((domain, from)..=(domain, LAST));
+                Box::new(named.map(|((_, hwpt), _)| *hwpt))
             }
             (domain, Some(pasid)) => {
-                let named = |(_, of): &(ObjectId, u16)| domain.is_none_or(|domain| domain == *of);
+                let named = |(hwpt, of): &(ObjectId, u16)| {
+                    *hwpt >= from && domain.is_none_or(|domain| domain == *of)
+                };
                 let named = self.slots.named(pasid).filter(named);
                 let mut hwpts: Vec<_> = named.map(|(hwpt, _)| hwpt).collect();
                 hwpts.sort_unstable();
                 hwpts.dedup();
-                hwpts
+                Box::new(hwpts.into_iter())
             }
         }
     }
@@ -211,7 +217,11 @@ mod tests {
             let invalidation = Invalidation { domain, pasid, range: None };
             let named = naive.values().filter(|(_, tag)| invalidation.names(*tag));
             let expected: BTreeSet<_> = named.map(|(hwpt, _)| *hwpt).collect();
-            prop_assert_eq!(books.named(domain, pasid), Vec::from_iter(expected));
+            for from in [0, 11, 13, 14].map(ObjectId) {
+                let named: Vec<_> = books.named(domain, pasid, from).collect();
+                let expected = expected.iter().filter(|hwpt| **hwpt >= from).copied();
+                prop_assert_eq!(named, Vec::from_iter(expected));
+            }
             for id in 10..14 {
                 let hwpt = ObjectId(id);
                 let users = naive.iter().filter(|(_, (of, _))| *of == hwpt).map(|(user, _)| *user);

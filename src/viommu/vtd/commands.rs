@@ -19,7 +19,7 @@ use super::VtdIommu;
 use crate::spec::vtd::regs::{
     ContextGranularity, Gcmd, IotlbGranularity, QueuePointer, TranslationTableMode,
 };
-use crate::viommu::Invalidation;
+use crate::viommu::{HostSideError, Invalidation, Progress};
 
 /// What is being done, and is not acknowledged yet. Changed with the registers locked only.
 #[derive(Debug, Default)]
@@ -32,11 +32,18 @@ pub(super) struct UnderWay {
 /// A command of a register.
 #[derive(Debug)]
 struct Command {
-    evaluation: Evaluation,
+    what: What,
     then: Then,
 }
 
-/// What is to be done when every requester has what it is to have.
+/// What a command is at.
+#[derive(Debug)]
+enum What {
+    Invalidate(Invalidation, Progress),
+    Evaluate(Evaluation),
+}
+
+/// What is to be done when what a command asks of the host is.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Then {
     /// RTPS is set, if all before went well; then the rest of the command is carried out.
@@ -52,6 +59,8 @@ pub(super) enum Then {
     Context(ContextGranularity),
     /// IAIG says what was done, and IVT is cleared.
     Iotlb(IotlbGranularity),
+    /// The same, but nothing was done.
+    Failed,
 }
 
 impl VtdIommu {
@@ -72,29 +81,89 @@ impl VtdIommu {
     /// Goes on with the command that is under way, for one slice.
     pub(super) fn run_command(&self, registers: &mut Registers) -> Slice {
         let Some(mut command) = self.under_way().command.take() else { return Slice::Done };
-        let mut budget = Budget::default();
-        match self.evaluate(&mut command.evaluation, registers.root, &mut budget) {
-            None => {
-                self.under_way().command = Some(command);
-                Slice::More
+        if self.is_halted() {
+            // Never to be acknowledged.
+            return Slice::Done;
+        }
+        let over = match &mut command.what {
+            What::Invalidate(invalidation, progress) => {
+                let batch = [*invalidation];
+                let result = self.invalidate_host(&batch, progress);
+                let failed = self.note_failure(&mut command.then, result);
+                progress.is_done() || failed
             }
-            Some(applied) => {
-                self.acknowledge(registers, command.then, applied);
-                if self.under_way().command.is_some() {
-                    Slice::More
-                } else {
-                    Slice::Done
+            What::Evaluate(evaluation) => {
+                let mut budget = Budget::default();
+                match self.evaluate(evaluation, registers.root, &mut budget) {
+                    None => false,
+                    Some(applied) => {
+                        self.acknowledge(registers, command.then, applied);
+                        return self.command_left();
+                    }
                 }
+            }
+        };
+        if over {
+            self.after_invalidation(registers, command.then);
+        } else {
+            self.under_way().command = Some(command);
+        }
+        self.command_left()
+    }
+
+    fn command_left(&self) -> Slice {
+        match self.under_way().command {
+            Some(_) => Slice::More,
+            None => Slice::Done,
+        }
+    }
+
+    /// What a failed invalidation is to a command. Whether it ends with it.
+    fn note_failure(&self, then: &mut Then, result: Result<(), HostSideError>) -> bool {
+        match (then, result) {
+            (_, Ok(())) => false,
+            // What the host could not empty it has blocked: that is logged, and where translation is
+            // enabled the policies are given anew right after.
+            (Then::RootTable { applied, .. }, Err(error)) => {
+                if error.still_reachable {
+                    *applied = Err(NotApplied::StillReachable);
+                }
+                false
+            }
+            (then, Err(_)) => {
+                *then = Then::Failed;
+                true
             }
         }
     }
 
+    /// What a command has invalidated is: now for the tables.
+    fn after_invalidation(&self, registers: &mut Registers, then: Then) {
+        match then {
+            Then::RootTable { .. } if registers.gsts.tes() => {
+                self.requesters.set_translating(true, registers.root);
+                self.begin_command(Scope::Global, By::Tables, then);
+            }
+            Then::Iotlb(_) if self.must_regain(registers) => {
+                self.begin_command(Scope::Lost, By::Tables, then);
+            }
+            then => self.acknowledge(registers, then, Ok(())),
+        }
+    }
+
+    /// A command that invalidates something is under way from now on.
+    pub(super) fn begin_invalidation(&self, invalidation: Invalidation, then: Then) {
+        let what = What::Invalidate(invalidation, Progress::default());
+        self.under_way().command = Some(Command { what, then });
+    }
+
     /// A command is under way from now on.
     pub(super) fn begin_command(&self, scope: Scope, by: By, then: Then) {
-        if by == By::Tables {
+        if by == By::Tables && scope != Scope::Lost {
             self.counters.evaluations.fetch_add(1, Ordering::Relaxed);
         }
-        self.under_way().command = Some(Command { evaluation: Evaluation::new(scope, by), then });
+        let what = What::Evaluate(Evaluation::new(scope, by));
+        self.under_way().command = Some(Command { what, then });
     }
 
     fn acknowledge(&self, registers: &mut Registers, then: Then, applied: Applied) {
@@ -116,6 +185,7 @@ impl VtdIommu {
             Then::Iotlb(granularity) => {
                 self.acknowledge_iotlb_command(registers, applied.ok().and(Some(granularity)));
             }
+            Then::Failed => self.acknowledge_iotlb_command(registers, None),
         }
     }
 
@@ -160,19 +230,8 @@ impl VtdIommu {
                  second-stage tables are not offered"
             ));
         }
-        // What the host could not empty it has blocked: that is logged, and where translation is
-        // enabled the policies are given anew right after.
-        let applied = match self.invalidate_host(&[Invalidation::ALL]) {
-            Err(error) if error.still_reachable => Err(NotApplied::StillReachable),
-            _ => Ok(()),
-        };
-        if registers.gsts.tes() {
-            self.requesters.set_translating(true, registers.root);
-            let then = Then::RootTable { applied, rest: command };
-            return self.begin_command(Scope::Global, By::Tables, then);
-        }
-        registers.gsts.set_rtps(applied.is_ok());
-        self.rest_of_global_command(registers, command);
+        let then = Then::RootTable { applied: Ok(()), rest: command };
+        self.begin_invalidation(Invalidation::ALL, then);
     }
 
     fn set_interrupt_remapping(&self, registers: &mut Registers, command: Gcmd) {

@@ -14,7 +14,7 @@ use crate::spec::vtd::regs::{
     Ccmd, ContextGranularity, IotlbGranularity, IotlbReg, Rtaddr, TranslationTableMode,
 };
 use crate::spec::vtd::PAGE_SHIFT;
-use crate::viommu::{HostSideError, Invalidation, PageRange};
+use crate::viommu::{HostSideError, Invalidation, PageRange, Progress};
 
 /// What an IOTLB invalidation asks of the host. It names no PASID: every PASID of the domain.
 pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
@@ -50,14 +50,17 @@ fn page_range(range: AddressMask) -> Option<PageRange> {
 }
 
 impl VtdIommu {
-    /// Gives a batch to the host; nothing for an empty one.
-    pub(super) fn invalidate_host(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
-        if batch.is_empty() {
-            return Ok(());
+    /// Gives a batch to the host, from where `progress` is: as much of it as one slice may do.
+    pub(super) fn invalidate_host(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        if progress.next().is_none() {
+            self.counters.batches.fetch_add(1, Ordering::Relaxed);
+            self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
         }
-        self.counters.batches.fetch_add(1, Ordering::Relaxed);
-        self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
-        self.host.invalidate(batch).inspect_err(|error| {
+        self.host.invalidate_some(batch, progress).inspect_err(|error| {
             // What the host blocked for this is given anew at the next occasion.
             self.requesters.distrust_host();
             // Nobody acknowledges an invalidation that failed, whatever became of its requesters.
@@ -131,11 +134,7 @@ impl VtdIommu {
             self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
             return self.acknowledge_iotlb_command(registers, None);
         };
-        let done = self.invalidate_host(&[iotlb(scope)]).is_ok();
-        if done && self.must_regain(registers) {
-            return self.begin_command(Scope::Lost, By::Tables, Then::Iotlb(granularity));
-        }
-        self.acknowledge_iotlb_command(registers, done.then_some(granularity));
+        self.begin_invalidation(iotlb(scope), Then::Iotlb(granularity));
     }
 
     /// IVT is cleared, and IAIG says what was done.

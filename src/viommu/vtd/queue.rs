@@ -25,7 +25,7 @@ use crate::spec::vtd::qi::{
     WORDS,
 };
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
-use crate::viommu::Invalidation;
+use crate::viommu::{Invalidation, Progress};
 
 /// What is left of the queue after a slice of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,8 @@ pub(super) struct Pass {
     fetch: u64,
     /// IOTLB invalidations gathered since the last ordering point.
     batch: Vec<Invalidation>,
+    /// How much of them is done.
+    progress: Progress,
     /// Invalidations of context and PASID cache gathered since then.
     scopes: Scopes,
     /// The one of them that is being done.
@@ -267,8 +269,15 @@ impl VtdIommu {
     /// Gives what was gathered to the host, as far as it can be done in one slice; when all is done,
     /// IQH follows.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Flushed, Stop> {
-        self.invalidate_host(&pass.batch).map_err(|_| Stop::Host)?;
-        pass.batch.clear();
+        if !pass.batch.is_empty() {
+            let result = self.invalidate_host(&pass.batch, &mut pass.progress);
+            result.map_err(|_| Stop::Host)?;
+            if !pass.progress.is_done() {
+                return Ok(Flushed::Some);
+            }
+            pass.batch.clear();
+            pass.progress = Progress::default();
+        }
         let mut budget = Budget::default();
         while let Some(mut evaluation) =
             pass.evaluation.take().or_else(|| self.next_evaluation(registers, pass))

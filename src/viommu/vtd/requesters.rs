@@ -101,6 +101,12 @@ impl Requesters {
         Pasid::new(self.read().functions.get(&rid)?.pasids.next(pasid)?)
     }
 
+    /// How many entries are kept of the PASIDs of `rid`.
+    #[cfg(test)]
+    pub fn kept(&self, rid: Bdf) -> usize {
+        self.read().functions.get(&rid).map_or(0, |function| function.pasids.runs())
+    }
+
     /// From now on faults are explained by the tables at `root`, or not at all.
     pub fn set_translating(&self, translating: bool, root: Option<Rtaddr>) {
         let mut published = self.write();

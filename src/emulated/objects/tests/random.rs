@@ -146,7 +146,7 @@ fn check(objects: &Objects, installed: &Installed) -> Result<(), TestCaseError> 
         if let Object::Device(device) = object {
             *users.entry(id).or_default() += 1;
             let (unit, rid) = (device.part.unit.0, device.part.requester.rid.raw());
-            let slots = objects.attachments_of(id).into_iter();
+            let slots = objects.slots_of(id).into_iter();
             attached.extend(slots.map(|(slot, _)| (unit, rid, slot)));
         }
     }
@@ -166,7 +166,7 @@ fn check(objects: &Objects, installed: &Installed) -> Result<(), TestCaseError> 
 fn check_reservations(objects: &Objects) -> Result<(), TestCaseError> {
     for (dev, object) in objects.table().iter() {
         let Object::Device(_) = object else { continue };
-        let own = objects.attachments_of(dev).into_iter().find(|(slot, _)| slot.is_none());
+        let own = objects.slots_of(dev).into_iter().find(|(slot, _)| slot.is_none());
         let served = own.map(|(_, hwpt)| objects.stage2_of(hwpt).unwrap().ioas);
         for (id, object) in objects.table().iter() {
             let Object::Ioas(ioas) = object else { continue };

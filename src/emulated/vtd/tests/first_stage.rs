@@ -195,10 +195,10 @@ fn execution_goes_by_ere_and_by_xd_under_nxe() {
     let caches = Caches::new(config.cache_sizes(), 48, None);
     let stage2 = Arc::clone(&machine.stage2);
     let translation = Translation { tag: CacheTag(1), tables: None, stage2, dirty: None };
-    let context = Context::new(None, translation, 0, &config);
+    let context = Context::new(translation, 0, &config);
     assert_eq!(context.tables, Tables::None);
     let counters = LocalCounters::default();
-    let (source, host) = (context.source, &context.host);
+    let (source, host) = (context.source(None), &context.host);
     let counters = &counters;
     let walk = Walk { caches: &caches, source, global: source, host, counters, dirty: None };
     let tables = FirstStage {

@@ -118,3 +118,58 @@ fn what_can_neither_be_invalidated_nor_blocked_is_told() {
     assert!(rig.nesting.invalidate(&[page(TAG, 0x1000)]).unwrap_err().still_reachable);
     rig.ends_clean();
 }
+
+#[test]
+fn a_batch_that_names_many_tables_is_done_in_pieces() {
+    let rig = Rig::new();
+    let tag = |value| DomainTag { domain: (value % 3) as u16, pasid: value };
+    for value in 1..=100 {
+        let tables = first_stage(u64::from(value) << 12);
+        rig.configure_tagged(pasid(A, value), tables, tag(value)).unwrap();
+        rig.configure_tagged(pasid(B, value), tables, tag(value)).unwrap();
+    }
+    let of_domain = |domain| Invalidation { domain: Some(domain), ..Invalidation::ALL };
+    let batches = [
+        vec![Invalidation::ALL],
+        vec![of_domain(0), of_domain(2), of_domain(1)],
+        // More names than tables at once.
+        (1..=100).map(|value| page(tag(value), 0x1000)).collect(),
+    ];
+    for batch in batches {
+        rig.host.take_log();
+        let (mut progress, mut all) = (Progress::default(), Vec::new());
+        while !progress.is_done() {
+            rig.nesting.invalidate_some(&batch, &mut progress).unwrap();
+            let calls = rig.host.take_log();
+            assert!((1..=32).contains(&calls.len()), "{calls:?}");
+            all.extend(calls);
+        }
+        rig.nesting.invalidate(&batch).unwrap();
+        // Each once, and as with one call.
+        assert_eq!((all.len(), &all), (100, &rig.host.take_log()));
+    }
+    // One that fails on the way is told, and the rest can be done.
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
+    let mut progress = Progress::default();
+    rig.nesting.invalidate_some(&[Invalidation::ALL], &mut progress).unwrap_err();
+    assert!(!progress.is_done());
+    while !progress.is_done() {
+        rig.nesting.invalidate_some(&[Invalidation::ALL], &mut progress).unwrap();
+    }
+    rig.ends_clean();
+}
+
+#[test]
+fn pasids_that_are_alike_cost_nothing() {
+    let rig = Rig::new();
+    for value in 1..=255 {
+        let tag = DomainTag { domain: 7, pasid: value };
+        rig.configure_tagged(pasid(A, value), first_stage(0x1000), tag).unwrap();
+        rig.configure_tagged(pasid(B, value), BLOCKED, tag).unwrap();
+    }
+    assert_eq!(rig.nesting.state().nested.slots().kept(), 1);
+    rig.configure(pasid(A, 9), BLOCKED).unwrap();
+    assert_eq!(rig.nesting.state().nested.slots().kept(), 2);
+    rig.ends_clean();
+}

@@ -17,7 +17,7 @@ use crate::iommufd::{
 };
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::{
-    DomainTag, HostSide, HostSideError, Invalidation, PageRange, Policy, Requester,
+    DomainTag, HostSide, HostSideError, Invalidation, PageRange, Policy, Progress, Requester,
     RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage,
 };
 

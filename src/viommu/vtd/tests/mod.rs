@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The unit as a guest drives it, over a host that records.
 
+mod commands;
 mod fail_nth;
 mod faults;
 mod interrupts;
@@ -22,7 +23,7 @@ use crate::spec::pci::Pasid;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{self, FaultRecord};
 use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
-use crate::viommu::{HostSideError, Invalidation, Stage1};
+use crate::viommu::{HostSideError, Invalidation, Progress, Stage1};
 
 /// What the host was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +39,8 @@ struct FakeHost {
     calls: Mutex<Vec<Call>>,
     status_then: Mutex<Vec<u32>>,
     refusals: Refusals,
+    /// In so many pieces it invalidates a batch; the call is recorded with the last.
+    pieces: Mutex<u64>,
     /// A unit that is halted during every call.
     halting: Mutex<Option<Arc<VtdIommu>>>,
     /// A unit whose first device faults during every call.
@@ -70,6 +73,20 @@ impl HostSide for FakeHost {
 
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError> {
         self.record(Call::Invalidate(batch.to_vec()))
+    }
+
+    fn invalidate_some(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        let piece = progress.next().unwrap_or(0) + 1;
+        let left = piece < *self.pieces.lock().unwrap();
+        progress.go_on_at(left.then_some(piece));
+        if left {
+            return Ok(());
+        }
+        self.invalidate(batch)
     }
 }
 
@@ -125,6 +142,7 @@ impl Guest {
             calls: Mutex::default(),
             status_then: Mutex::default(),
             refusals: Refusals::default(),
+            pieces: Mutex::default(),
             halting: Mutex::default(),
             faulting: Mutex::default(),
         });

@@ -9,11 +9,11 @@ use super::*;
 use crate::spec::vtd::qi::PasidCacheScope;
 use crate::spec::vtd::regs::{Fsts, Gcmd};
 
-const PASID_CACHE: Descriptor = Descriptor::PasidCache(PasidCacheScope::Global);
+pub(super) const PASID_CACHE: Descriptor = Descriptor::PasidCache(PasidCacheScope::Global);
 /// PASIDs of a directory of 128 tables.
-const PASIDS: u32 = 1 << 13;
-const TES: u32 = 1 << 31;
-const RTPS: u32 = 1 << 30;
+pub(super) const PASIDS: u32 = 1 << 13;
+pub(super) const TES: u32 = 1 << 31;
+pub(super) const RTPS: u32 = 1 << 30;
 
 fn config() -> VtdConfig {
     VtdConfig { pasid_bits: 13, ..Default::default() }
@@ -22,7 +22,7 @@ fn config() -> VtdConfig {
 impl Guest {
     /// Translation is enabled, and one table page serves every directory entry. No PASID but 0 is
     /// present yet.
-    fn with_directory() -> Self {
+    pub(super) fn with_directory() -> Self {
         let guest = Self::new(config());
         guest.write_tables();
         (0..128).for_each(|index| guest.write(DIRECTORY + 8 * index, &[PASID_TABLE | 1]));
@@ -35,35 +35,35 @@ impl Guest {
         guest
     }
 
-    fn write_every_pasid(&self, table: u64) {
+    pub(super) fn write_every_pasid(&self, table: u64) {
         (0..64).for_each(|pasid| self.write_pasid(pasid, table));
     }
 
     /// Descriptors are there, and nobody has begun with them.
-    fn queue(&self, descriptors: &[Descriptor]) {
+    pub(super) fn queue(&self, descriptors: &[Descriptor]) {
         let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
         let tail = self.queue_words(&words);
         self.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
     }
 
-    fn slice(&self) -> Slice {
+    pub(super) fn slice(&self) -> Slice {
         self.iommu.run_slice(&mut self.iommu.lock())
     }
 
     /// A global command, of which nothing but the first slice is carried out.
-    fn begin_command(&self, change: impl FnOnce(u32) -> u32) -> Slice {
+    pub(super) fn begin_command(&self, change: impl FnOnce(u32) -> u32) -> Slice {
         let enabled = self.read32(regs::GSTS) & 0x96ff_ffff;
         let mut registers = self.iommu.lock_idle();
         self.iommu.global_command(&mut registers, Gcmd::from_bits(change(enabled)));
         self.iommu.run_command(&mut registers)
     }
 
-    fn status_bits(&self, bits: u32) -> u32 {
+    pub(super) fn status_bits(&self, bits: u32) -> u32 {
         self.read32(regs::GSTS) & bits
     }
 
     /// What the host was left with, from all that it was asked since the last time.
-    fn host_has(&self, has: &mut BTreeMap<Requester, Policy>) {
+    pub(super) fn host_has(&self, has: &mut BTreeMap<Requester, Policy>) {
         for call in self.calls() {
             match call {
                 Call::Configure(requester, Policy::Blocked { .. }) => {
@@ -78,7 +78,7 @@ impl Guest {
     }
 
     /// What the tables say, of all that is not blocked.
-    fn tables_say(&self) -> BTreeMap<Requester, Policy> {
+    pub(super) fn tables_say(&self) -> BTreeMap<Requester, Policy> {
         let pasids = (1..PASIDS).map(with_pasid);
         let requesters = [Requester::rid(RID)].into_iter().chain(pasids);
         requesters
@@ -127,6 +127,67 @@ fn what_is_not_present_is_passed_over() {
     assert_eq!(guest.slice(), Slice::Done);
     assert_eq!(guest.status(), 1);
     assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
+}
+
+#[test]
+fn only_what_is_present_and_differs_from_its_neighbour_is_kept() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.submit(&[PASID_CACHE]);
+    assert_eq!(guest.iommu.requesters.kept(RID), 2, "a block of 4096 PASIDs each");
+    // Every other one on other tables, and then every other one gone.
+    (0..64).step_by(2).for_each(|pasid| guest.write_pasid(pasid, 0x7000));
+    guest.submit(&[PASID_CACHE]);
+    assert_eq!(guest.iommu.requesters.kept(RID), PASIDS as usize - 1);
+    (0..64).step_by(2).for_each(|pasid| guest.write(PASID_TABLE + 64 * pasid, &[0]));
+    guest.submit(&[PASID_CACHE]);
+    assert_eq!(guest.iommu.requesters.kept(RID), PASIDS as usize / 2);
+    guest.write(CONTEXT + 0x100, &[0]);
+    guest.submit(&[PASID_CACHE]);
+    assert_eq!(guest.iommu.requesters.kept(RID), 0);
+}
+
+#[test]
+fn a_batch_that_the_host_does_in_pieces_is_done_with_the_last() {
+    let guest = Guest::with_directory();
+    *guest.host.pieces.lock().unwrap() = 3;
+    let global = Descriptor::Iotlb {
+        scope: crate::spec::vtd::qi::IotlbScope::Global,
+        drain_writes: false,
+        drain_reads: false,
+    };
+    guest.queue(&[global, wait(1)]);
+    for _ in 0..2 {
+        assert_eq!(guest.slice(), Slice::More);
+        assert_eq!((guest.calls(), guest.head(), guest.status()), (vec![], 0, 0));
+    }
+    assert_eq!((guest.slice(), guest.status()), (Slice::Done, 1));
+    let all = Call::Invalidate(vec![Invalidation::ALL]);
+    assert_eq!((guest.calls(), guest.iommu.counters().batches), (vec![all.clone()], 2));
+
+    // SRTP, and the register-based interface.
+    let mut slice = guest.begin_command(|enabled| enabled | RTPS);
+    let mut slices = 0;
+    while slice == Slice::More {
+        assert_eq!(guest.status_bits(RTPS), 0);
+        (slice, slices) = (guest.slice(), slices + 1);
+    }
+    assert!(slices >= 3, "{slices}");
+    assert_eq!(guest.status_bits(RTPS), RTPS);
+    guest.calls();
+    guest.disable_translation();
+    guest.command(|enabled| enabled & !(1 << 26));
+    guest.write64(regs::RTADDR, ROOT);
+    guest.command(|enabled| enabled | RTPS);
+    guest.calls();
+    let mut registers = guest.iommu.lock_idle();
+    registers.iotlb = regs::IotlbReg::from_bits(1 << 63 | 1 << 60);
+    guest.iommu.iotlb_command(&mut registers);
+    drop(registers);
+    let ivt = |guest: &Guest| guest.iommu.lock().iotlb.ivt();
+    assert_eq!((guest.slice(), guest.slice(), ivt(&guest)), (Slice::More, Slice::More, true));
+    assert_eq!((guest.slice(), ivt(&guest)), (Slice::Done, false));
+    assert_eq!(guest.calls(), [all]);
 }
 
 #[test]
@@ -235,131 +296,6 @@ fn a_queue_that_is_disabled_on_the_way_forgets_what_it_was_at() {
     assert_eq!((guest.slice(), guest.head()), (Slice::Done, 0));
     guest.submit(&[PASID_CACHE, wait(2)]);
     assert_eq!(guest.status(), 2);
-}
-
-#[test]
-fn a_unit_that_is_halted_on_the_way_acknowledges_nothing() {
-    let guest = Guest::with_directory();
-    guest.write_every_pasid(0x6000);
-    guest.queue(&[PASID_CACHE, wait(1)]);
-    assert_eq!(guest.slice(), Slice::More);
-    assert_eq!(guest.begin_command(|enabled| enabled & !TES), Slice::More);
-    guest.calls();
-    guest.iommu.halt();
-    guest.iommu.drain_queue();
-    assert_eq!((guest.calls(), guest.head(), guest.status()), (vec![], 0, 0));
-    guest.disable_translation();
-    assert_eq!(guest.calls(), []);
-    assert_eq!(guest.status_bits(TES), TES);
-}
-
-#[test]
-fn translation_is_enabled_when_the_last_requester_is_served() {
-    let guest = Guest::with_directory();
-    guest.disable_translation();
-    guest.write_every_pasid(0x6000);
-    guest.calls();
-    let mut slice = guest.begin_command(|enabled| enabled | TES);
-    let mut asked = 0;
-    loop {
-        let calls = guest.calls().len();
-        assert!(calls <= 33, "{calls} requesters in one slice");
-        asked += calls;
-        assert_eq!(guest.status_bits(TES) != 0, slice == Slice::Done, "after {asked}");
-        if slice == Slice::Done {
-            break;
-        }
-        slice = guest.slice();
-    }
-    assert_eq!(asked, PASIDS as usize);
-    // And disabled when the last is taken back.
-    let mut slice = guest.begin_command(|enabled| enabled & !TES);
-    while slice == Slice::More {
-        assert_eq!(guest.status_bits(TES), TES);
-        slice = guest.slice();
-    }
-    assert_eq!(guest.status_bits(TES), 0);
-    assert_eq!(guest.calls().len(), PASIDS as usize);
-    assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
-}
-
-#[test]
-fn a_root_table_is_set_when_the_last_requester_goes_by_it() {
-    let guest = Guest::with_directory();
-    guest.write_every_pasid(0x6000);
-    let mut slice = guest.begin_command(|enabled| enabled | RTPS);
-    while slice == Slice::More {
-        assert_eq!(guest.status_bits(TES | RTPS), TES);
-        slice = guest.slice();
-    }
-    assert_eq!(guest.status_bits(TES | RTPS), TES | RTPS);
-    // The root table first, and then translation is disabled with the same command.
-    let mut slice = guest.begin_command(|enabled| (enabled | RTPS) & !TES);
-    while slice == Slice::More {
-        assert_eq!(guest.status_bits(TES), TES);
-        slice = guest.slice();
-    }
-    assert_eq!(guest.status_bits(TES | RTPS), RTPS);
-}
-
-#[test]
-fn invalidations_wait_for_a_command_that_is_under_way() {
-    let guest = Guest::with_directory();
-    guest.disable_translation();
-    guest.write_every_pasid(0x6000);
-    guest.calls();
-    assert_eq!(guest.begin_command(|enabled| enabled | TES), Slice::More);
-    // While TES is clear, invalidations have nothing to do. But these PASIDs have been served.
-    guest.write_pasid(1, 0x7000);
-    let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(1) };
-    guest.submit(&[Descriptor::PasidCache(scope), wait(1)]);
-    assert_eq!((guest.status(), guest.status_bits(TES)), (1, TES));
-    let mut has = BTreeMap::new();
-    guest.host_has(&mut has);
-    assert_eq!(has, guest.tables_say());
-}
-
-#[test]
-fn a_second_command_comes_after_the_first() {
-    let guest = Guest::with_directory();
-    guest.disable_translation();
-    guest.write_every_pasid(0x6000);
-    guest.calls();
-    assert_eq!(guest.begin_command(|enabled| enabled | TES), Slice::More);
-    guest.disable_translation();
-    assert_eq!(guest.status_bits(TES), 0);
-    let mut has = BTreeMap::new();
-    guest.host_has(&mut has);
-    assert_eq!(has, BTreeMap::from([(Requester::rid(RID), Policy::Bypass)]));
-}
-
-#[test]
-fn a_context_command_of_many_requesters_stays_set_until_it_is_done() {
-    // PASIDs that legacy mode finds attached, because the host would not let them go.
-    let guest = Guest::with_directory();
-    guest.write_every_pasid(0x6000);
-    guest.submit(&[PASID_CACHE]);
-    guest.command(|enabled| enabled & !(1 << 26));
-    guest.write(0x9000 + 0x10, &[0, 0]);
-    guest.fail_to_block(true);
-    guest.write64(regs::RTADDR, 0x9000);
-    guest.command(|enabled| enabled | 1 << 30);
-    assert_eq!(guest.status_bits(RTPS), 0);
-    guest.fail_to_block(false);
-    guest.calls();
-    let mut registers = guest.iommu.lock_idle();
-    registers.ccmd = regs::Ccmd::from_bits(1 << 63 | 1 << 61);
-    guest.iommu.context_command(&mut registers);
-    drop(registers);
-    let mut slices = 0;
-    while guest.slice() == Slice::More {
-        assert_eq!(guest.read64(regs::CCMD) >> 63, 1);
-        assert!(guest.calls().len() <= 33);
-        slices += 1;
-    }
-    assert!(slices > PASIDS / 33 - 1, "{slices}");
-    assert_eq!(guest.read64(regs::CCMD) >> 59, 0b00101);
-    assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
 }
 
 #[test]
