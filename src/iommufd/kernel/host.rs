@@ -22,21 +22,16 @@ use crate::iommufd::{
 };
 
 impl KernelHost {
-    /// `IOMMU_GET_HW_INFO`: first the type, then what that type has.
+    /// `IOMMU_GET_HW_INFO`.
     #[allow(non_upper_case_globals)] // bindgen's names
     fn hw_info(&self, dev: u32) -> std::result::Result<HwInfo, Errno> {
-        let asked = self.iommufd.hw_info_of(dev, &mut ())?;
+        let mut room = ioctls::HwInfoRoom::new();
+        let asked = self.iommufd.hw_info_of(dev, &mut room)?;
         let data = match ioctls::hw_info_type(&asked) {
             iommu_hw_info_type_IOMMU_HW_INFO_TYPE_NONE => HwInfoData::None,
-            iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD => {
-                let mut data = iommu_hw_info_vtd::default();
-                self.iommufd.hw_info_of(dev, &mut data)?;
-                HwInfoData::Vtd(data)
-            }
+            iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD => HwInfoData::Vtd(room.vtd()),
             iommu_hw_info_type_IOMMU_HW_INFO_TYPE_ARM_SMMUV3 => {
-                let mut data = iommu_hw_info_arm_smmuv3::default();
-                self.iommufd.hw_info_of(dev, &mut data)?;
-                HwInfoData::ArmSmmuV3(data)
+                HwInfoData::ArmSmmuV3(room.smmuv3())
             }
             other => HwInfoData::Other(other),
         };
@@ -296,7 +291,8 @@ impl HostIommu for KernelHost {
     }
 
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
-        self.hw_info(dev.0).map_err(|errno| error(Verb::GetHwInfo, dev, errno))
+        // Asked when it was bound; it does not change.
+        self.device(Verb::GetHwInfo, dev, |device| device.info)
     }
 
     fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId> {

@@ -68,18 +68,32 @@ pub(super) fn errno_of(error: IommufdError) -> Errno {
     errno.map_or(Errno::EIO, |error| Errno::from_raw(error.errno()))
 }
 
-/// What the kernel may write into.
-///
-/// # Safety
-/// A structure of numbers: any bits are a value of it.
-pub(super) unsafe trait HwInfoStructure {}
+/// Room for what an IOMMU of any type says of itself.
+#[repr(C)]
+pub(super) union HwInfoRoom {
+    vtd: iommu_hw_info_vtd,
+    smmuv3: iommu_hw_info_arm_smmuv3,
+}
 
-// SAFETY: nothing, and structures of numbers.
-unsafe impl HwInfoStructure for () {}
-// SAFETY: see above.
-unsafe impl HwInfoStructure for iommu_hw_info_vtd {}
-// SAFETY: see above.
-unsafe impl HwInfoStructure for iommu_hw_info_arm_smmuv3 {}
+impl HwInfoRoom {
+    /// Nothing but zeros.
+    pub fn new() -> Self {
+        // SAFETY: all bits zero are a value of each of these structures of numbers.
+        unsafe { std::mem::zeroed() }
+    }
+
+    /// What is there, as a VT-d says it.
+    pub fn vtd(&self) -> iommu_hw_info_vtd {
+        // SAFETY: a structure of numbers, of which any bits are a value, and all bits have one.
+        unsafe { self.vtd }
+    }
+
+    /// What is there, as an SMMUv3 says it.
+    pub fn smmuv3(&self) -> iommu_hw_info_arm_smmuv3 {
+        // SAFETY: as above.
+        unsafe { self.smmuv3 }
+    }
+}
 
 /// One ioctl with a structure that the kernel reads and writes.
 ///
@@ -104,8 +118,8 @@ fn new_file(fd: u32) -> Result<File> {
 /// What [`IommuFd`] lacks. Pointers are slices and references here, so that no caller can name
 /// memory that is not there.
 pub(super) trait IommuFdExt {
-    /// `IOMMU_GET_HW_INFO`, with as much of the data as `data` has room for.
-    fn hw_info_of<T: HwInfoStructure>(&self, dev: u32, data: &mut T) -> Result<iommu_hw_info>;
+    /// `IOMMU_GET_HW_INFO`, with the data.
+    fn hw_info_of(&self, dev: u32, data: &mut HwInfoRoom) -> Result<iommu_hw_info>;
 
     /// `IOMMU_IOAS_ALLOW_IOVAS`.
     fn allow_iommu_ioas_iovas(&self, ioas: u32, ranges: &[iommu_iova_range]) -> Result<()>;
@@ -153,11 +167,11 @@ pub(super) trait IommuFdExt {
 }
 
 impl IommuFdExt for IommuFd {
-    fn hw_info_of<T: HwInfoStructure>(&self, dev: u32, data: &mut T) -> Result<iommu_hw_info> {
+    fn hw_info_of(&self, dev: u32, data: &mut HwInfoRoom) -> Result<iommu_hw_info> {
         let mut info = iommu_hw_info {
             size: size::<iommu_hw_info>(),
             dev_id: dev,
-            data_len: size::<T>(),
+            data_len: size::<HwInfoRoom>(),
             data_uptr: std::ptr::from_mut(data) as u64,
             ..Default::default()
         };

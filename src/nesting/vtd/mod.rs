@@ -34,7 +34,7 @@ pub use counters::VtdNestingCounters;
 use faults::FaultRouter;
 use invalidate::Stale;
 pub use ranges::FlushSet;
-use state::State;
+use state::{Start, State};
 
 /// The host side of one virtual IOMMU. See the [module](self).
 ///
@@ -99,7 +99,16 @@ impl VtdNesting {
     /// The host refuses; the Requester ID or the device is in use; or its IOMMU has erratum 772415
     /// and guest memory is mapped read-only. The device is not added.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
-        self.state().add_device(rid, dev)
+        self.state().add_device(rid, dev, Start::Blocked)
+    }
+
+    /// As [`VtdNesting::add_device`], but the device passes until the virtual IOMMU configures it: for a
+    /// device of a virtual IOMMU that is off, as it is when a machine starts. Saves a detach, and an attach.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn add_passing_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
+        self.state().add_device(rid, dev, Start::Passing)
     }
 
     /// The guest's `rid` is gone: it and its PASIDs are blocked, and its host objects destroyed if

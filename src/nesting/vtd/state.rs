@@ -26,6 +26,13 @@ pub(super) struct Device {
     pub info: HwInfo,
 }
 
+/// What a new device may do until the virtual IOMMU configures it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    Blocked,
+    Passing,
+}
+
 /// A nesting parent: the `HWPT_PAGING` whose tables are stage 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Parent {
@@ -72,7 +79,7 @@ impl State {
     }
 
     /// See [`super::VtdNesting::add_device`].
-    pub fn add_device(&mut self, rid: Bdf, dev: ObjectId) -> Result<()> {
+    pub fn add_device(&mut self, rid: Bdf, dev: ObjectId, start: Start) -> Result<()> {
         let ioas = self.objects.ioas()?;
         if self.devices.iter().any(|(taken, device)| *taken == rid || device.dev == dev) {
             return Err(NestingError::DeviceExists(rid));
@@ -84,15 +91,15 @@ impl State {
             .context(|| format!("asking which IOMMU {rid} is behind"))?;
         hw_flags::say_unknown(rid, &info);
         ioas.users().add_device(rid, dev, &info)?;
-        let result = self.attach_blocked(rid, dev, info);
+        let result = self.attach_first(rid, dev, info, start);
         if !self.devices.contains_key(&rid) {
             ioas.users().remove_device(dev);
         }
         result
     }
 
-    /// Makes `dev` the device `rid`, on its nesting parent but blocked.
-    fn attach_blocked(&mut self, rid: Bdf, dev: ObjectId, info: HwInfo) -> Result<()> {
+    /// Makes `dev` the device `rid`, on its nesting parent.
+    fn attach_first(&mut self, rid: Bdf, dev: ObjectId, info: HwInfo, start: Start) -> Result<()> {
         if self.objects.extensions().fault_reports {
             let sink = Arc::downgrade(&self.faults) as Weak<dyn FaultSink>;
             self.objects
@@ -106,6 +113,9 @@ impl State {
         })?;
         self.devices.insert(rid, Device { dev, parent, info });
         self.nested.set(Requester::rid(rid), Slot::on(Attached::Parent, 0));
+        if start == Start::Passing {
+            return Ok(());
+        }
         // The attachment has shown which parent is the device's. Whether the device may use it
         // is for the virtual IOMMU to say.
         if let Err(error) = self.detach(Requester::rid(rid)) {

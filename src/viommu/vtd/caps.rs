@@ -130,8 +130,7 @@ impl VtdConfig {
             device: host.device.clone(),
             bit: if has == 0 { "ECAP.PASID" } else { "ECAP.PSS" },
             needed_for: format!(
-                "pasid-bits={asked} is to be offered; pasid-bits={has} is the most that all devices \
-                 have"
+                "pasid-bits={asked} was asked for; say pasid-bits={has}, the most that all devices have"
             ),
         })
     }
@@ -245,6 +244,23 @@ mod tests {
     }
 
     #[test]
+    fn pasid_bits_that_nobody_asked_for_are_what_there_is() {
+        let has = |bits: u8| {
+            let mut host = able();
+            host.ecap = host.ecap.with_pasid(bits > 0).with_pss(bits.saturating_sub(1));
+            host
+        };
+        assert_eq!(VtdConfig::usual_pasid_bits(&[]), VtdConfig::default().pasid_bits);
+        for (hosts, bits) in [(vec![20], 8), (vec![20, 6], 6), (vec![0, 20], 0)] {
+            let hosts: Vec<_> = hosts.into_iter().map(has).collect();
+            let pasid_bits = VtdConfig::usual_pasid_bits(&hosts);
+            assert_eq!(pasid_bits, bits);
+            let config = VtdConfig { pasid_bits, ..Default::default() };
+            assert_eq!(config.intersect(&hosts).map(|config| config.pasid_bits), Ok(bits));
+        }
+    }
+
+    #[test]
     fn what_a_guest_can_do_without_is_lowered() {
         let config = VtdConfig { pasid_bits: 20, device_iotlb: true, ..Default::default() };
         assert_eq!(config.intersect(&[able()]), Ok(config.clone()));
@@ -279,13 +295,13 @@ mod tests {
             (|host| host.cap.set_fs5lp(false), "CAP.FS5LP: aw=57 was asked for; say aw=48"),
             (
                 |host| host.ecap.set_pasid(false),
-                "ECAP.PASID: pasid-bits=20 is to be offered; pasid-bits=0 is the most that all \
-                 devices have",
+                "ECAP.PASID: pasid-bits=20 was asked for; say pasid-bits=0, the most that all devices \
+                 have",
             ),
             (
                 |host| host.ecap.set_pss(18),
-                "ECAP.PSS: pasid-bits=20 is to be offered; pasid-bits=19 is the most that all \
-                 devices have",
+                "ECAP.PSS: pasid-bits=20 was asked for; say pasid-bits=19, the most that all devices \
+                 have",
             ),
             (|host| host.ecap.set_dt(false), "ECAP.DT: ats=on was asked for; say ats=off"),
             (

@@ -148,7 +148,8 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
             "57" => Ok(57),
             _ => Err(format!("'{text}' is neither 48 nor 57")),
         })?,
-        pasid_bits: pairs.take("pasid-bits", default.pasid_bits, pasid_bits)?,
+        pasid_bits: pairs
+            .take("pasid-bits", default.pasid_bits, |text| pasid_bits(text).map(Some))?,
         // No kernel walks second-stage tables of a guest's own.
         second_stage: pairs.take("second-stage", emulated, on_off)?,
         ats: pairs.take("ats", default.ats, on_off)?,
@@ -355,7 +356,7 @@ mod tests {
                 host: HostChoice::Emulated,
                 model: IommuModel::Vtd(VtdOptions {
                     address_width: 57,
-                    pasid_bits: 16,
+                    pasid_bits: Some(16),
                     second_stage: false,
                     ats: true,
                     caching_mode: false,

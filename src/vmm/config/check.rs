@@ -195,7 +195,7 @@ mod tests {
     fn contradictions_are_named() {
         use IommuChoice::{First, Named, Off, Unsaid};
         let vtd = [IommuConfig::default()];
-        let no_pasid = [VtdOptions { pasid_bits: 0, ..VtdOptions::default() }.into()];
+        let no_pasid = [VtdOptions { pasid_bits: Some(0), ..VtdOptions::default() }.into()];
         let no_such = |ids: &str| {
             ConfigError::UnknownIommu("--device", 2, "other".to_owned(), ids.to_owned())
         };

@@ -189,7 +189,7 @@ impl IommuModel {
     /// Width of PASIDs (SubstreamIDs), in bits; 0 for none, and `None` for what the host has.
     pub fn pasid_bits(&self) -> Option<u8> {
         match self {
-            Self::Vtd(vtd) => Some(vtd.pasid_bits),
+            Self::Vtd(vtd) => vtd.pasid_bits,
             Self::SmmuV3(smmu) => smmu.substream_bits,
         }
     }
@@ -212,8 +212,8 @@ impl From<SmmuV3Options> for IommuConfig {
 pub struct VtdOptions {
     /// Input address width of first-stage tables, in bits: 48 or 57.
     pub address_width: u8,
-    /// Width of PASIDs, in bits; 0 for none.
-    pub pasid_bits: u8,
+    /// Width of PASIDs, in bits; 0 for none. Unsaid, 8, or what all hosts have.
+    pub pasid_bits: Option<u8>,
     /// Second-stage tables of the guest's own are offered.
     pub second_stage: bool,
     /// Device TLBs (ATS) are offered.
@@ -232,7 +232,7 @@ impl Default for VtdOptions {
     fn default() -> Self {
         Self {
             address_width: 48,
-            pasid_bits: 8,
+            pasid_bits: None,
             second_stage: true,
             ats: false,
             caching_mode: true,

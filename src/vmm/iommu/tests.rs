@@ -200,12 +200,13 @@ fn the_emulated_host_serves_what_is_asked_for() {
     let config = |asked: bool| {
         let (address_width, pasid_bits) = if asked { (57, 20) } else { (48, 6) };
         let (ats, second_stage) = (asked, asked);
+        let pasid_bits = Some(pasid_bits);
         VtdOptions { address_width, pasid_bits, ats, second_stage, ..VtdOptions::default() }
     };
     let check = |iommu: &Iommu, asked: bool| {
         let (offered, config) = (iommu.model().vtd_capabilities().unwrap(), config(asked));
         assert_eq!(offered.cap.mgaw() + 1, config.address_width);
-        assert_eq!(offered.ecap.pasid_bits(), config.pasid_bits);
+        assert_eq!(Some(offered.ecap.pasid_bits()), config.pasid_bits);
         assert_eq!((offered.ecap.dt(), offered.ecap.ssts()), (asked, asked));
     };
     for asked in [false, true] {

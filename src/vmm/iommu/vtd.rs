@@ -11,7 +11,7 @@ use crate::emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, Vtd
 use crate::nesting::vtd::VtdNesting;
 use crate::nesting::{host_vtd, NestingError};
 use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::vtd::{VtdConfig, VtdIommu};
+use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
 use crate::viommu::{
     FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Policy, Requester, Stage1,
 };
@@ -51,7 +51,7 @@ impl Vtd {
         });
         let unit_id = emulated.as_ref().map(|(_, id)| *id);
         let devices = bind_devices(plan, unit_id, options.ats, around, |bdf, dev| {
-            nesting.add_device(bdf, dev)
+            nesting.add_passing_device(bdf, dev)
         })?;
         let extensions = around.host.verbs.extensions();
         let hosts: Vec<_> = nesting
@@ -59,7 +59,7 @@ impl Vtd {
             .iter()
             .filter_map(|device| host_vtd(plan.device_name(device.rid), &device.info, extensions))
             .collect();
-        let offered = vtd_config(options, plan.interrupt_remapping).intersect(&hosts)?;
+        let offered = vtd_config(options, plan.interrupt_remapping, &hosts).intersect(&hosts)?;
         let tables = Arc::new(around.memory.map().clone());
         let (interrupts, observer) = (plan.interrupts.clone(), around.observer(&plan.id));
         let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
@@ -145,10 +145,10 @@ fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
 }
 
 /// What the guest is to be offered.
-fn vtd_config(config: &VtdOptions, interrupt_remapping: bool) -> VtdConfig {
+fn vtd_config(config: &VtdOptions, interrupt_remapping: bool, hosts: &[HostUnit]) -> VtdConfig {
     VtdConfig {
         address_width: config.address_width,
-        pasid_bits: config.pasid_bits,
+        pasid_bits: config.pasid_bits.unwrap_or_else(|| VtdConfig::usual_pasid_bits(hosts)),
         second_stage: config.second_stage,
         caching_mode: config.caching_mode,
         device_iotlb: config.ats,

@@ -27,6 +27,26 @@ fn the_first_attach() {
 }
 
 #[test]
+fn a_device_that_passes_from_the_start_is_attached_once() {
+    let host = RecordingHost::new(Extensions::default());
+    let dev = host.add_device(0, hw_info(0, 8));
+    let nesting = VtdNesting::new(host.clone()).unwrap();
+    nesting.add_passing_device(A, dev).unwrap();
+    let rig = Rig { host, nesting };
+    // What a virtual IOMMU that is off says of it.
+    rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
+    rig.expect(&[
+        "IOAS_ALLOC - = #2",
+        "GET_HW_INFO #1",
+        "HWPT_ALLOC paging NEST_PARENT PASID on #2 for #1 = #3",
+        "DEVICE_ATTACH #1 to #3",
+    ]);
+    rig.configure(Requester::rid(A), BLOCKED).unwrap();
+    rig.expect(&["DEVICE_DETACH #1"]);
+    rig.ends_clean();
+}
+
+#[test]
 fn an_unchanged_entry_costs_nothing() {
     let rig = Rig::new();
     for policy in [first_stage(0x1000), Policy::Bypass, BLOCKED] {
