@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::emulated::{self, ObjectGraph, SanitizerReport};
 use crate::nesting::smmuv3::{SmmuNestingCounters, SmmuObjects};
+use crate::nesting::survey::hexadecimal;
 use crate::nesting::vtd::VtdNestingCounters;
 use crate::spec::pci::Bdf;
 
@@ -92,6 +93,9 @@ pub enum ModelReport {
 /// A virtual VT-d.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct VtdReport {
+    /// The registers that say what it is, by name; in JSON each is a string, in hexadecimal.
+    #[serde(serialize_with = "hexadecimal")]
+    pub registers: BTreeMap<&'static str, u64>,
     /// What the guest did with the virtual IOMMU.
     pub viommu: crate::viommu::vtd::VtdCounters,
     /// What became of that.
@@ -105,6 +109,9 @@ pub struct VtdReport {
 /// A virtual SMMUv3.
 #[derive(Debug, Clone, Serialize)]
 pub struct SmmuV3Report {
+    /// The registers that say what it is, by name; in JSON each is a string, in hexadecimal.
+    #[serde(serialize_with = "hexadecimal")]
+    pub registers: BTreeMap<&'static str, u64>,
     /// What the guest did with the virtual IOMMU.
     pub viommu: crate::viommu::smmuv3::SmmuCounters,
     /// What became of that.
@@ -173,15 +180,28 @@ impl fmt::Display for IommuReport {
         let id = &self.id;
         match &self.of {
             ModelReport::Vtd(of) => {
+                registers(f, id, &of.registers)?;
                 counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
                 found(f, id, of.sanitizer.as_ref())
             }
             ModelReport::SmmuV3(of) => {
+                registers(f, id, &of.registers)?;
                 counters(f, id, &of.viommu, &of.nesting, of.hardware.as_ref())?;
                 found(f, id, of.sanitizer.as_ref())
             }
         }
     }
+}
+
+/// What the virtual IOMMU `id` says of itself.
+fn registers(
+    f: &mut fmt::Formatter<'_>,
+    id: &str,
+    of: &BTreeMap<&'static str, u64>,
+) -> fmt::Result {
+    write!(f, "{id}, registers:")?;
+    of.iter().try_for_each(|(name, value)| write!(f, " {name} {value:#x}"))?;
+    writeln!(f)
 }
 
 /// What the sanitizer of `id` found, if it has one.
@@ -283,6 +303,7 @@ mod tests {
             iommus: vec![IommuReport {
                 id: "vtd0".to_owned(),
                 of: ModelReport::Vtd(VtdReport {
+                    registers: BTreeMap::from([("CAP", u64::MAX), ("ECAP", 0x1f)]),
                     nesting: VtdNestingCounters { merged: 4, ..VtdNestingCounters::default() },
                     hardware: Some(Default::default()),
                     sanitizer: Some(SanitizerReport::default()),
@@ -311,6 +332,7 @@ mod tests {
             "exits: io-out 3",
             "00:01.0 edu, behind vtd0: DMA 5 done, 2 refused",
             "  queue 0: notified 3, used 4",
+            "vtd0, registers: CAP 0xffffffffffffffff ECAP 0x1f",
             "vtd0, virtual IOMMU: none",
             "vtd0, nesting: merged 4",
             "host calls: HWPT_ALLOC 9, IOAS_MAP 2",
@@ -361,5 +383,6 @@ mod tests {
         assert_eq!(json["devices"][0]["bdf"], "00:01.0");
         assert_eq!(json["host"]["calls"]["HWPT_ALLOC"]["failures"], 1);
         assert_eq!(json["iommus"][0]["viommu"]["wait"], 0);
+        assert_eq!(json["iommus"][0]["registers"]["CAP"], "0xffffffffffffffff");
     }
 }

@@ -14,6 +14,8 @@ mod trial;
 use std::fmt;
 
 pub use device::{DeviceReport, PasidReport, Region, RegionKind};
+#[cfg(feature = "serde")]
+pub(crate) use offer::hexadecimal;
 pub use offer::{Offer, OfferError, OfferKind};
 pub use trial::{survey, DeviceFacts};
 

@@ -28,8 +28,18 @@ pub struct Offer {
     pub dirty_tracking: bool,
     /// What a driver of its finds, one thing each.
     pub features: Vec<String>,
-    /// Its identification registers, by name.
+    /// Its identification registers, by name; in JSON each is a string, in hexadecimal.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "hexadecimal"))]
     pub registers: BTreeMap<&'static str, u64>,
+}
+
+/// Registers by name, as JSON has them: 64 bits are more than a number there holds.
+#[cfg(feature = "serde")]
+pub(crate) fn hexadecimal<S: serde::Serializer>(
+    registers: &BTreeMap<&'static str, u64>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    to.collect_map(registers.iter().map(|(name, value)| (name, format!("{value:#x}"))))
 }
 
 /// Kinds of virtual IOMMU.
@@ -122,6 +132,8 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
         address_width: if hosts.iter().all(wide) { 57 } else { 48 },
         pasid_bits,
         device_iotlb: ats(facts) && hosts.iter().all(|host| host.ecap.dt()),
+        // Of the virtual unit alone; a machine has it where its interrupt controllers can be split.
+        interrupt_remapping: true,
         ..VtdConfig::default()
     };
     let config = wanted.intersect(&hosts)?;
@@ -140,11 +152,9 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
             (config.extended_accessed, "extended accessed flags"),
             (config.snoop_control, "snoop control"),
             (config.coherent_walks, "coherent walks"),
+            (config.interrupt_remapping, "interrupt remapping"),
         ]),
-        registers: BTreeMap::from([
-            ("CAP", offered.cap.into_bits()),
-            ("ECAP", offered.ecap.into_bits()),
-        ]),
+        registers: offered.registers(),
     })
 }
 
@@ -180,13 +190,7 @@ fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferErro
             (config.two_level_contexts, "2-level context descriptor tables"),
             (config.range_invalidation, "invalidation by range"),
         ]),
-        registers: BTreeMap::from([
-            ("IDR0", offered.idr0.into_bits().into()),
-            ("IDR1", offered.idr1.into_bits().into()),
-            ("IDR3", offered.idr3.into_bits().into()),
-            ("IDR5", offered.idr5.into_bits().into()),
-            ("AIDR", offered.aidr.into_bits().into()),
-        ]),
+        registers: offered.registers(),
     })
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! IDR0 to IDR5, IIDR and AIDR: what the configuration offers.
 
+use std::collections::BTreeMap;
+
 use super::config::{SmmuConfig, SmmuConfigError};
 use crate::spec::smmuv3::regs::{
     Aidr, Idr0, Idr1, Idr3, Idr5, Iidr, STALL_NONE, ST_LEVEL_2, TTF_AARCH64,
@@ -27,6 +29,19 @@ pub struct Capabilities {
     pub aidr: Aidr,
     /// Stage 1 is to be kept from stalling transactions ([`SmmuConfig::host_stalls`]).
     pub disable_stalls: bool,
+}
+
+impl Capabilities {
+    /// The registers by name, as reports show them.
+    pub fn registers(&self) -> BTreeMap<&'static str, u64> {
+        BTreeMap::from([
+            ("IDR0", self.idr0.into_bits().into()),
+            ("IDR1", self.idr1.into_bits().into()),
+            ("IDR3", self.idr3.into_bits().into()),
+            ("IDR5", self.idr5.into_bits().into()),
+            ("AIDR", self.aidr.into_bits().into()),
+        ])
+    }
 }
 
 impl SmmuConfig {

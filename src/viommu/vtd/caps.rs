@@ -5,6 +5,8 @@
 //! are lowered to what every host unit has; those that were asked for by value (address width,
 //! PASID bits) make an error that names the bit and the device.
 
+use std::collections::BTreeMap;
+
 use super::config::{ConfigError, VtdConfig};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::CapabilityConflict;
@@ -25,6 +27,13 @@ pub struct Capabilities {
     pub cap: Cap,
     /// ECAP.
     pub ecap: Ecap,
+}
+
+impl Capabilities {
+    /// The registers by name, as reports show them.
+    pub fn registers(&self) -> BTreeMap<&'static str, u64> {
+        BTreeMap::from([("CAP", self.cap.into_bits()), ("ECAP", self.ecap.into_bits())])
+    }
 }
 
 /// What a host unit can serve, and a device behind it to name it by.

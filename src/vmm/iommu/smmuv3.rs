@@ -144,6 +144,7 @@ impl VirtualIommu for SmmuV3 {
 
     fn report(&self) -> ModelReport {
         ModelReport::SmmuV3(SmmuV3Report {
+            registers: self.smmu.capabilities().registers(),
             viommu: self.smmu.counters(),
             nesting: self.nesting.counters(),
             objects: self.nesting.objects(),

@@ -2,8 +2,9 @@
 //! Virtual IOMMUs over the emulated host, without a guest.
 
 use super::*;
-use crate::emulated::ObjectKind;
+use crate::emulated::{DeviceConfig, EmulatedHost, ObjectKind, VtdUnit, VtdUnitConfig};
 use crate::nesting::smmuv3::SmmuObjects;
+use crate::nesting::survey::{survey, Offer};
 use crate::spec::pci::Pasid;
 use crate::vmm::config::{testing, IommuConfig, SmmuV3Options, VtdOptions};
 use crate::vmm::report::ModelReport;
@@ -217,4 +218,32 @@ fn the_emulated_host_serves_what_is_asked_for() {
         iommus(&[config(false).into(), config(true).into()], &[FUNCTION, OTHER], &memory).unwrap();
     check(&both.all()[0], false);
     check(&both.all()[1], true);
+}
+
+/// What `twostage info` says that there can be, and what a machine that asks for it has.
+#[test]
+fn a_machine_has_the_registers_of_the_offer() {
+    let host = EmulatedHost::new();
+    let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+    let device = DeviceConfig { pasid_bits: 20, ..DeviceConfig::default() };
+    host.add_device("edu", unit, FUNCTION.bdf, device).unwrap();
+    let offer = Offer::new(&survey(&*host, &["edu".to_owned()]).unwrap()).unwrap();
+    let json = serde_json::to_value(&offer).unwrap();
+    assert_eq!(json["registers"]["CAP"], format!("{:#x}", offer.registers["CAP"]));
+
+    let memory = MachineMemory::new(1 << 20).unwrap();
+    let asked = VtdOptions {
+        pasid_bits: Some(offer.pasid_bits),
+        second_stage: false,
+        ..VtdOptions::default()
+    };
+    let config = MachineConfig { iommus: vec![asked.into()], ..testing::machine() };
+    let iommus = Iommus::new(&config, true, &memory, None, &[FUNCTION], &no_interrupts, None);
+    let iommus = iommus.unwrap().unwrap();
+    let ModelReport::Vtd(report) = iommus.all()[0].report().of else { panic!("a VT-d") };
+    assert_eq!(report.registers, offer.registers);
+    // One call of each for the one device that there is.
+    let calls = iommus.host_report().calls;
+    let of = |verb| calls.get(verb).map_or(0, |report| report.calls);
+    assert_eq!(["GET_HW_INFO", "DEVICE_ATTACH", "DEVICE_DETACH"].map(of), [1, 1, 0]);
 }

@@ -109,6 +109,7 @@ impl VirtualIommu for Vtd {
 
     fn report(&self) -> ModelReport {
         ModelReport::Vtd(VtdReport {
+            registers: self.vtd.capabilities().registers(),
             viommu: self.vtd.counters(),
             nesting: self.nesting.counters(),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
