@@ -11,10 +11,10 @@ use super::context::AddressSpace;
 use super::fault::Fault;
 use super::invalidation::{known_range, Invalidation, GLOBAL};
 use crate::emulated::engine::{
-    Caches, ContextInvalidation, DmaWay, LocalCounters, Request, Sanitizer, Source, StaleContext,
-    Target, TlbInvalidation, Used,
+    Caches, ContextInvalidation, DmaWay, LocalCounters, Request, Sanitizer, Scope, Source, Spaces,
+    StaleContext, Target, TlbInvalidation, Used,
 };
-use crate::emulated::hardware::CacheRange;
+use crate::emulated::hardware::{CacheRange, CacheTag};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::command::AddressRange;
 
@@ -75,15 +75,15 @@ pub(super) fn check(
 /// Tells `sanitizer` of `invalidation`, of an SMMU that knows ranges or not.
 pub(super) fn invalidated(sanitizer: &Sanitizer, invalidation: &Invalidation, ranges: bool) {
     let pages = |range| CacheRange::from(known_range(range, ranges));
+    let told =
+        |tag: CacheTag, spaces, range| sanitizer.invalidated(Scope { tag: tag.0, spaces }, range);
     match *invalidation {
-        Invalidation::All { tag } => sanitizer.invalidated(tag.0, None, CacheRange::All),
-        Invalidation::Asid { tag, asid } => {
-            sanitizer.invalidated(tag.0, Some(asid.into()), CacheRange::All);
-        }
+        Invalidation::All { tag } => told(tag, Spaces::UpTo(GLOBAL), CacheRange::All),
+        Invalidation::Asid { tag, asid } => told(tag, Spaces::One(asid.into()), CacheRange::All),
         Invalidation::Va { tag, asid, range } => {
-            sanitizer.invalidated(tag.0, Some(asid.into()), pages(range));
+            told(tag, Spaces::Two(asid.into(), GLOBAL), pages(range));
         }
-        Invalidation::Vaa { tag, range } => sanitizer.invalidated(tag.0, None, pages(range)),
+        Invalidation::Vaa { tag, range } => told(tag, Spaces::UpTo(GLOBAL), pages(range)),
         Invalidation::Context { sid, substream } => {
             sanitizer.contexts_changed(sid, |pasid| pasid.unwrap_or(0) == substream);
         }

@@ -154,7 +154,7 @@ impl Engine {
             let dropped = self.drop_range(tag.0, *range);
             self.count_invalidation(dropped);
             if let Some(sanitizer) = &self.sanitizer {
-                sanitizer.common.invalidated(tag.0, None, *range);
+                sanitizer.common.invalidated(Scope::of_tag(tag.0), *range);
             }
         }
     }

@@ -95,8 +95,8 @@ fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
             let low = (1 << (12 + mask)) - 1;
             (address & !low, address | low, leaf)
         }
-        Some(AddressMask { leaf, .. }) => (0, u64::MAX, leaf),
-        None => (0, u64::MAX, false),
+        // With the hint tables need not go by a mask of all addresses, and do.
+        Some(_) | None => (0, u64::MAX, false),
     };
     // A large page by a mask that is too small for it: need not go, and does.
     caches

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::super::{size, Source};
+use super::super::{size, Scope, Source, Spaces};
 #[cfg(feature = "serde")]
 use super::contexts::as_text;
 use super::contexts::StaleContext;
@@ -197,7 +197,7 @@ impl fmt::Display for Fate {
 #[derive(Debug)]
 struct Finding {
     stale: StaleUse,
-    /// Whose the translation was.
+    /// Whose the cached translation was.
     source: Source,
     /// Size of the page that was cached, as a power of two.
     page_shift: u8,
@@ -264,23 +264,27 @@ impl Findings {
         }
     }
 
-    /// The guest invalidated `range` of `tag`, or of the address space `space` of it alone.
-    pub fn invalidated(&mut self, tag: u32, space: Option<u32>, range: CacheRange) {
+    /// The guest invalidated `range` of `scope`.
+    pub fn invalidated(&mut self, scope: Scope, range: CacheRange) {
         self.invalidations += 1;
-        self.last.insert((tag, space), (self.invalidations, range.into()));
+        let space = match scope.spaces {
+            Spaces::All | Spaces::UpTo(_) => None,
+            // The other one is that of global pages, for which nobody asks.
+            Spaces::One(space) | Spaces::Two(space, _) => Some(space),
+        };
+        self.last.insert((scope.tag, space), (self.invalidations, range.into()));
         if self.last.len() > MAX_INVALIDATED {
             let oldest = self.last.iter().min_by_key(|(_, (number, _))| *number);
             if let Some(oldest) = oldest.map(|(key, _)| *key) {
                 self.last.remove(&oldest);
             }
         }
-        let concerned = |source: Source| {
-            source.tag() == tag && space.is_none_or(|space| source.space() == space)
-        };
-        for finding in self.pages.values_mut().filter(|finding| concerned(finding.source)) {
+        for finding in self.pages.values_mut().filter(|finding| scope.has(finding.source)) {
             let size = size(finding.page_shift);
             let first = finding.stale.iova & !(size - 1);
-            if covers(range, first, first | (size - 1)) {
+            let covered = covers(range, first, first | (size - 1));
+            // Where a pointer to a table has changed, one of leaf entries alone leaves it cached.
+            if covered && (!is_of_leaves(range.into()) || is_of_leaves(finding.stale.needed)) {
                 finding.stale.invalidated_since = true;
             }
         }
@@ -303,6 +307,11 @@ impl Findings {
     }
 }
 
+/// Whether `pages` are leaf entries alone.
+fn is_of_leaves(pages: InvalidatedPages) -> bool {
+    matches!(pages, InvalidatedPages::Range { leaf: true, .. })
+}
+
 /// Whether `range` has an address in `first..=last`.
 fn covers(range: CacheRange, first: u64, last: u64) -> bool {
     match range {
@@ -323,7 +332,10 @@ mod tests {
     fn the_most_recent_invalidations_are_kept() {
         let mut findings = Findings::default();
         let spaces = MAX_INVALIDATED as u32;
-        let mut invalidate = |space| findings.invalidated(1, Some(space), CacheRange::All);
+        let mut invalidate = |space| {
+            let scope = Scope { tag: 1, spaces: Spaces::One(space) };
+            findings.invalidated(scope, CacheRange::All);
+        };
         (0..spaces).for_each(&mut invalidate);
         // The first is the most recent again, so the second has to go.
         [0, spaces].into_iter().for_each(invalidate);

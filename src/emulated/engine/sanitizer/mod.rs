@@ -24,8 +24,8 @@ mod tables;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
-    size, Caches, Gone, HostStage2, LocalCounters, Origins, Request, Source, TableFormat, Target,
-    Trail,
+    size, Caches, Gone, HostStage2, LocalCounters, Origins, Request, Scope, Source, TableFormat,
+    Target, Trail,
 };
 use crate::emulated::hardware::CacheRange;
 use crate::spec::pci::Bdf;
@@ -130,13 +130,14 @@ impl Sanitizer {
             level: at,
             then: then.unwrap_or_default(),
             now,
+            source: cached.map_or(used.source, |(source, _)| source),
             page_shift: cached.map_or(tables.shift(level), |(_, shift)| shift),
         });
         Compared { level, stale }
     }
 
     fn add<F: TableFormat>(&self, used: &Used<'_, F>, request: &Request, stale: Stale) {
-        let Stale { level, then, now, page_shift } = stale;
+        let Stale { level, then, now, source, page_shift } = stale;
         let page = size(used.tables.shift(level));
         let needed = InvalidatedPages::Range {
             address: request.address & !(page - 1),
@@ -159,14 +160,14 @@ impl Sanitizer {
             invalidated_since: false,
         };
         // So few are kept that the log needs no other limit.
-        if let Some(first) = findings.add(stale, used.source, page_shift) {
+        if let Some(first) = findings.add(stale, source, page_shift) {
             log::warn!("sanitizer: stale translation used: {first}");
         }
     }
 
-    /// The guest invalidated `range` of `tag`, or of the address space `space` of it alone.
-    pub fn invalidated(&self, tag: u32, space: Option<u32>, range: CacheRange) {
-        self.findings().invalidated(tag, space, range);
+    /// The guest invalidated `range` of `scope`.
+    pub fn invalidated(&self, scope: Scope, range: CacheRange) {
+        self.findings().invalidated(scope, range);
     }
 
     /// The contexts of `rid` and its PASIDs for which `changed` holds are others from now on.
@@ -204,6 +205,8 @@ struct Stale {
     /// The entries that it was made from, as far as they are known.
     then: Trail,
     now: Trail,
+    /// Whose translation was cached.
+    source: Source,
     /// Size of the page that was cached, as a power of two.
     page_shift: u8,
 }

@@ -234,6 +234,34 @@ fn a_stale_global_page_is_known_whoever_walked() {
     let (contexts, stale) = found(&machine);
     assert_eq!((contexts.len(), stale.len()), (0, 1));
     assert_eq!((stale[0].old, stale[0].new), (Some(old), Some(machine.peek(leaf))));
+    // By ASID global pages stay; by address any ASID will do.
+    machine.invalidate(Invalidation::Asid { tag: VMID, asid: ASID + 1 });
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    assert!(!found(&machine).1[0].invalidated_since);
+    let range = AddressRange { leaf: true, ..AddressRange::at(IOVA) };
+    machine.invalidate(Invalidation::Va { tag: VMID, asid: ASID + 5, range });
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(2));
+    assert!(found(&machine).1[0].invalidated_since);
+}
+
+#[test]
+fn a_changed_pointer_is_not_invalidated_by_leaf_alone() {
+    let machine = machine();
+    let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
+    let other = machine.tables(Granule::K4);
+    tables.map(IOVA, 3, OLD, RW);
+    other.map(IOVA, 3, NEW, RW);
+    machine.attach(&tables.cd());
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+    machine.poke(tables.entry(IOVA, 2), machine.peek(other.entry(IOVA, 2)));
+    for leaf in [true, false] {
+        assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
+        let (_, stale) = found(&machine);
+        assert_eq!((stale.len(), stale[0].level, stale[0].invalidated_since), (1, 2, false));
+        machine.invalidate(va(IOVA, leaf));
+    }
+    assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(2));
+    assert!(found(&machine).1[0].invalidated_since);
 }
 
 #[test]
