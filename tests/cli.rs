@@ -415,8 +415,8 @@ fn the_guest_switches_the_machine_off() {
     if !kvm() {
         return;
     }
-    // SLP_TYP 5 and SLP_EN in the sleep control register.
-    let guest = [code::print("bye"), code::out(0x600, 5 << 2 | 1 << 5), code::HALT.to_vec()];
+    // SLP_TYP 5 and SLP_EN in the upper byte of PM1 control.
+    let guest = [code::print("bye"), code::out(0x605, 5 << 2 | 1 << 5), code::HALT.to_vec()];
     let output = run_guest(&multiboot(&guest.concat()), &[]);
     assert!(output.status.success());
     assert_eq!(output.stdout, b"bye");

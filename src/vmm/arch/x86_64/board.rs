@@ -11,7 +11,7 @@ use super::config_ports::ConfigPorts;
 use super::interrupts::{Ioapic, Lines};
 use super::keyboard::{KeyboardController, COMMAND_PORT, DATA_PORT};
 use super::layout::{DEBUG_EXIT_PORT, IOAPIC_ADDRESS, IOAPIC_SIZE, SERIAL_PORT, TIMER_PIN};
-use super::power::{self, PortsWithReset, SleepRegisters};
+use super::power::{Pm1Registers, PortsWithReset, PM1_EVENT_PORT, PM1_SIZE};
 use super::timers::{
     Pit, PitTimer, PmTimer, Rtc, PIT_FIRST_PORT, PIT_LAST_PORT, PM_TIMER_PORT, PM_TIMER_SIZE,
     PORT_B, RTC_FIRST_PORT, RTC_LAST_PORT,
@@ -52,7 +52,7 @@ impl Board {
         let config_ports =
             PortsWithReset { config: ConfigPorts::new(pci.clone()), stopper: stopper.clone() };
         let keyboard = KeyboardController::new(stopper.clone());
-        let pm_timer = u64::from(PM_TIMER_PORT);
+        let (pm1, pm_timer) = (u64::from(PM1_EVENT_PORT), u64::from(PM_TIMER_PORT));
         let mut devices: Vec<(RangeInclusive<u64>, Arc<dyn BusDevice>)> = vec![
             (SERIAL_PORT..=SERIAL_PORT + (REGISTERS - 1), serial),
             (
@@ -64,10 +64,7 @@ impl Board {
             (RTC_FIRST_PORT..=RTC_LAST_PORT, Arc::new(Rtc::new())),
             (pm_timer..=pm_timer + u64::from(PM_TIMER_SIZE - 1), Arc::new(PmTimer::new())),
             (ConfigPorts::FIRST_PORT..=ConfigPorts::LAST_PORT, Arc::new(config_ports)),
-            (
-                u64::from(power::SLEEP_CONTROL_PORT)..=power::SLEEP_STATUS_PORT.into(),
-                Arc::new(SleepRegisters(stopper.clone())),
-            ),
+            (pm1..=pm1 + (PM1_SIZE - 1), Arc::new(Pm1Registers::new(stopper.clone()))),
         ];
         let ioapic = lines.ioapic();
         let mut pit = None;

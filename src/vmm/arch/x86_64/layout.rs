@@ -39,6 +39,8 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 pub const SERIAL_PORT: u64 = 0x3f8;
 /// ISA interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
+/// Interrupt of ACPI's events, level-triggered, of which there are none.
+pub const SCI: u32 = 9;
 /// ISA interrupt of the interval timer.
 pub const TIMER_ISA_IRQ: u32 = 0;
 /// The IOAPIC's pin that it leads to: the first pin is the PIC's, where there is one.
@@ -60,7 +62,7 @@ pub const INTX_LINES: [IntxLine; 4] = [
     IntxLine { register: 10, gsis: &[10, INTX_PINS_START] },
     IntxLine { register: 11, gsis: &[11, INTX_PINS_START + 1] },
     IntxLine { register: 5, gsis: &[5, INTX_PINS_START + 2] },
-    IntxLine { register: 9, gsis: &[9, INTX_PINS_START + 3] },
+    IntxLine { register: 12, gsis: &[12, INTX_PINS_START + 3] },
 ];
 
 /// What stands at fixed addresses besides RAM, both ends included.

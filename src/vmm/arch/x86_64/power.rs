@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Power: the registers through which a guest's ACPI switches the machine off or resets it.
 //!
-//! Source: ACPI 6.5, §4.8.3.6 (reset register) and §4.8.3.7 (sleep control and status registers);
+//! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset register);
 //! the ports of the reset register are a PC chipset's.
 #![forbid(unsafe_code)]
+
+use std::sync::{Mutex, PoisonError};
 
 use bitfield_struct::bitfield;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -13,10 +15,16 @@ use crate::vmm::bus::BusDevice;
 use crate::vmm::memory::MachineMemory;
 use crate::vmm::stop::{ResetCause, StopReason, Stopper};
 
-/// Port of the sleep control register.
-pub(super) const SLEEP_CONTROL_PORT: u16 = 0x600;
-/// Port of the sleep status register.
-pub(super) const SLEEP_STATUS_PORT: u16 = 0x601;
+/// Port of the PM1 event registers: status, then enable.
+pub(super) const PM1_EVENT_PORT: u16 = 0x600;
+/// Length of both, in bytes.
+pub(super) const PM1_EVENT_SIZE: u8 = 4;
+/// Port of the PM1 control register, which follows.
+pub(super) const PM1_CONTROL_PORT: u16 = PM1_EVENT_PORT + PM1_EVENT_SIZE as u16;
+/// Its length, in bytes.
+pub(super) const PM1_CONTROL_SIZE: u8 = 2;
+/// Length of all of them, in bytes.
+pub(super) const PM1_SIZE: u64 = (PM1_EVENT_SIZE + PM1_CONTROL_SIZE) as u64;
 /// SLP_TYP of the soft-off state, S5.
 pub(super) const SLEEP_TYPE_SOFT_OFF: u8 = 5;
 /// Port of the reset register, amid those of PCI configuration space.
@@ -28,8 +36,7 @@ const RESET_NOW: u8 = 0x04;
 
 /// Where a PC's processor finds the BIOS, in real mode at F000:FFF0.
 const RESET_VECTOR: u64 = 0xf_fff0;
-/// What is there: this machine's BIOS knows how to reset the machine. Linux reboots this way when
-/// ACPI is hardware-reduced and there is no EFI.
+/// What is there: this machine's BIOS knows how to reset the machine.
 #[rustfmt::skip]
 const RESET_CODE: [u8; 9] = {
     let [port_low, port_high] = RESET_PORT.to_le_bytes();
@@ -47,34 +54,68 @@ pub(super) fn write_reset_vector(memory: &MachineMemory) -> Result<(), GuestMemo
     memory.map().write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))
 }
 
-/// Sleep control register.
-#[bitfield(u8)]
-struct SleepControl {
-    #[bits(2)]
-    __: u8,
+/// PM1 control register.
+#[bitfield(u16)]
+struct Pm1Control {
+    /// SCI_EN: events interrupt as ACPI has it, which they do from the start: there is no SMI_CMD.
+    sci_enable: bool,
+    /// BM_RLD and GBL_RLS, of no meaning here, and reserved bits.
+    #[bits(9)]
+    __: u16,
     /// SLP_TYP: the state to enter.
     #[bits(3)]
     sleep_type: u8,
-    /// SLP_EN: enter it.
+    /// SLP_EN: enter it; reads as 0.
     sleep_enable: bool,
     #[bits(2)]
-    __: u8,
+    __: u16,
 }
 
-/// The sleep control and status registers, which are neighbours. The status register reads as 0:
-/// this machine never wakes up.
-pub(super) struct SleepRegisters(pub Stopper);
+/// The PM1 registers. No event ever happens here, so the status is always 0, and nobody is interrupted.
+#[derive(Debug)]
+pub(super) struct Pm1Registers {
+    /// As software reads them.
+    bytes: Mutex<[u8; PM1_SIZE as usize]>,
+    stopper: Stopper,
+}
 
-impl BusDevice for SleepRegisters {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
+impl Pm1Registers {
+    /// Of each byte, the bits that keep what is written. Status bits are cleared by writing them. What can
+    /// be enabled (TMR, GBL, PWRBTN, SLPBTN, RTC) reads as enabled: drivers look. Of control SLP_TYP.
+    const KEPT: [u8; PM1_SIZE as usize] = [0, 0, 0x21, 0x07, 0, 0x1c];
+    /// Where the control register is.
+    const CONTROL: usize = PM1_EVENT_SIZE as usize;
+
+    pub fn new(stopper: Stopper) -> Self {
+        let mut bytes = [0; PM1_SIZE as usize];
+        let [low, high] = Pm1Control::new().with_sci_enable(true).into_bits().to_le_bytes();
+        (bytes[Self::CONTROL], bytes[Self::CONTROL + 1]) = (low, high);
+        Self { bytes: Mutex::new(bytes), stopper }
+    }
+}
+
+impl BusDevice for Pm1Registers {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        // An access lies in the registers.
+        let from = bytes.iter().skip(offset as usize);
+        data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let (0, [byte]) = (offset, data) else { return };
-        let control = SleepControl::from_bits(*byte);
-        if control.sleep_enable() && control.sleep_type() == SLEEP_TYPE_SOFT_OFF {
-            self.0.stop(StopReason::PowerOff);
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let (kept, skipped) = (Self::KEPT.iter(), offset as usize);
+        for ((byte, kept), value) in bytes.iter_mut().zip(kept).skip(skipped).zip(data) {
+            *byte = *byte & !kept | value & kept;
+        }
+        // SLP_EN is in the upper byte, and counts together with what is there by now.
+        let control = Pm1Control::from_bits(u16::from_le_bytes([0, bytes[Self::CONTROL + 1]]));
+        let upper = (Self::CONTROL + 1).checked_sub(skipped).and_then(|at| data.get(at));
+        let enters = upper.is_some_and(|upper| {
+            Pm1Control::from_bits(u16::from_le_bytes([0, *upper])).sleep_enable()
+        });
+        if enters && control.sleep_type() == SLEEP_TYPE_SOFT_OFF {
+            self.stopper.stop(StopReason::PowerOff);
         }
     }
 }
@@ -117,17 +158,36 @@ mod tests {
     #[test]
     fn only_soft_off_that_is_enabled_switches_off() {
         let stopper = Stopper::new().unwrap();
-        let registers = SleepRegisters(stopper.clone());
-        let soft_off = SLEEP_TYPE_SOFT_OFF << 2;
-        for (offset, value) in [(0, soft_off), (0, 1 << 5), (1, soft_off | 1 << 5)] {
-            registers.write(offset, &[value]);
+        let registers = Pm1Registers::new(stopper.clone());
+        let (soft_off, enable) = (u16::from(SLEEP_TYPE_SOFT_OFF) << 10, 1u16 << 13);
+        for (offset, value) in [(4, soft_off), (4, enable), (2, soft_off | enable)] {
+            registers.write(offset, &value.to_le_bytes());
             assert_eq!(stopper.reason(), None, "{value:#x} at {offset}");
         }
-        let mut status = [0xff];
-        registers.read(1, &mut status);
-        assert_eq!(status, [0]);
-        registers.write(0, &[soft_off | 1 << 5]);
+        registers.write(4, &(soft_off | enable).to_le_bytes());
         assert_eq!(stopper.reason(), Some(&StopReason::PowerOff));
+        // Byte by byte, too.
+        let stopper = Stopper::new().unwrap();
+        Pm1Registers::new(stopper.clone()).write(5, &[(soft_off | enable).to_le_bytes()[1]]);
+        assert_eq!(stopper.reason(), Some(&StopReason::PowerOff));
+    }
+
+    #[test]
+    fn events_can_be_enabled_and_never_happen() {
+        let registers = Pm1Registers::new(Stopper::new().unwrap());
+        let read = || {
+            let mut data = [0xff; 6];
+            registers.read(0, &mut data[..4]);
+            registers.read(4, &mut data[4..]);
+            data
+        };
+        assert_eq!(read(), [0, 0, 0, 0, 1, 0], "in ACPI's mode from the start");
+        registers.write(0, &[0xff; 4]);
+        registers.write(4, &[0xfe, 0x14]);
+        assert_eq!(read(), [0, 0, 0x21, 0x07, 1, 0x14]);
+        registers.write(2, &[0; 2]);
+        registers.write(5, &[0, 1, 2, 3]);
+        assert_eq!(read(), [0, 0, 0, 0, 1, 0]);
     }
 
     #[test]

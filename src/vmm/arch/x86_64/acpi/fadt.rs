@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! FADT: the fixed features, of which a hardware-reduced machine has few (ACPI 6.5, §5.2.9).
+//! FADT: the fixed features (ACPI 6.5, §5.2.9).
 
 use acpi_tables::fadt::{FADTBuilder, Flags, FADT};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::vmm::arch::x86_64::layout::SCI;
 use crate::vmm::arch::x86_64::power::{
-    RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    PM1_CONTROL_PORT, PM1_CONTROL_SIZE, PM1_EVENT_PORT, PM1_EVENT_SIZE, RESET_PORT, RESET_VALUE,
 };
 use crate::vmm::arch::x86_64::timers::{CENTURY, PM_TIMER_PORT, PM_TIMER_SIZE};
 
@@ -15,12 +16,18 @@ use crate::vmm::arch::x86_64::timers::{CENTURY, PM_TIMER_PORT, PM_TIMER_SIZE};
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const PCIE_ASPM_CONTROLS: u16 = 1 << 4;
 
-/// The FADT of a machine whose DSDT is at `dsdt`.
-pub(super) fn fadt(dsdt: u64) -> FADT {
+/// Latencies of processor states, in microseconds, that say that there is no such state.
+const NO_C2: u16 = 101;
+const NO_C3: u16 = 1001;
+
+/// The FADT of a machine whose DSDT is at `dsdt`, and whose FACS at `facs`.
+pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
-        .flag(Flags::HwReducedAcpi)
+        // Below 1 MiB, as all tables.
+        .firmware_ctrl_32(facs as u32)
         .flag(Flags::Wbinvd)
+        .flag(Flags::ProcC1)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         // The clock that runs on a battery wakes nobody up.
@@ -29,19 +36,25 @@ pub(super) fn fadt(dsdt: u64) -> FADT {
         .flag(Flags::ResetRegSup);
     fadt.iapc_boot_arch = (VGA_NOT_PRESENT | PCIE_ASPM_CONTROLS).into();
     fadt.century = CENTURY;
-    // Fixed hardware, for who looks for it even so, as some do who know of no other clock.
+    // An ISA interrupt.
+    fadt.sci_int = (SCI as u16).into();
+    fadt.pm1a_evt_blk = u32::from(PM1_EVENT_PORT).into();
+    fadt.pm1_evt_len = PM1_EVENT_SIZE;
+    fadt.x_pm1a_evt_blk = ports(PM1_EVENT_PORT, PM1_EVENT_SIZE, AccessSize::WordAccess);
+    fadt.pm1a_cnt_blk = u32::from(PM1_CONTROL_PORT).into();
+    fadt.pm1_cnt_len = PM1_CONTROL_SIZE;
+    fadt.x_pm1a_cnt_blk = ports(PM1_CONTROL_PORT, PM1_CONTROL_SIZE, AccessSize::WordAccess);
     fadt.pm_tmr_blk = u32::from(PM_TIMER_PORT).into();
     fadt.pm_tmr_len = PM_TIMER_SIZE;
-    fadt.x_pm_tmr_blk =
-        GAS::new(AddressSpace::SystemIo, 32, 0, AccessSize::DwordAccess, PM_TIMER_PORT.into());
-    fadt.reset_reg = port(RESET_PORT);
+    fadt.x_pm_tmr_blk = ports(PM_TIMER_PORT, PM_TIMER_SIZE, AccessSize::DwordAccess);
+    fadt.p_lvl2_lat = NO_C2.into();
+    fadt.p_lvl3_lat = NO_C3.into();
+    fadt.reset_reg = ports(RESET_PORT, 1, AccessSize::ByteAccess);
     fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
-    fadt.sleep_status_reg = port(SLEEP_STATUS_PORT);
     fadt.finalize()
 }
 
-/// A register of one byte.
-fn port(number: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, number.into())
+/// Registers of `length` bytes from the port `first` on.
+fn ports(first: u16, length: u8, access: AccessSize) -> GAS {
+    GAS::new(AddressSpace::SystemIo, 8 * length, 0, access, first.into())
 }

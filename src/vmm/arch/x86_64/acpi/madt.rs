@@ -6,7 +6,7 @@ use acpi_tables::sdt::Sdt;
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::super::layout::{TIMER_ISA_IRQ, TIMER_PIN};
+use super::super::layout::{SCI, TIMER_ISA_IRQ, TIMER_PIN};
 use super::{Platform, Table, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 
 const REVISION: u8 = 5;
@@ -14,6 +14,10 @@ const REVISION: u8 = 5;
 const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 /// PCAT_COMPAT: there is a pair of 8259s too, to be masked by who uses the IOAPIC.
 const PCAT_COMPAT: u32 = 1 << 0;
+
+/// MPS INTI flags (table 5.27).
+const AS_ISA: u16 = 0;
+const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 
 /// Interrupt source override (§5.2.12.5).
 #[derive(Debug, Clone, Copy, IntoBytes, Immutable, Unaligned)]
@@ -28,8 +32,8 @@ struct InterruptSourceOverride {
 }
 
 impl InterruptSourceOverride {
-    /// ISA interrupt `source` leads to `gsi`, with the polarity and trigger mode of its bus.
-    fn new(source: u8, gsi: u32) -> Self {
+    /// ISA interrupt `source` leads to `gsi`, with this polarity and trigger mode.
+    fn new(source: u8, gsi: u32, flags: u16) -> Self {
         const KIND: u8 = 2;
         const ISA: u8 = 0;
         Self {
@@ -38,7 +42,7 @@ impl InterruptSourceOverride {
             bus: ISA,
             source,
             global_system_interrupt: gsi.into(),
-            flags: 0.into(),
+            flags: flags.into(),
         }
     }
 }
@@ -55,8 +59,11 @@ pub(super) fn madt(platform: &Platform) -> Table {
     }
     if let Some(ioapic) = platform.ioapic {
         sdt.append_slice(IoApicEntry::new(ioapic.id, ioapic.address, 0).as_bytes());
-        let timer = InterruptSourceOverride::new(TIMER_ISA_IRQ as u8, TIMER_PIN);
-        sdt.append_slice(timer.as_bytes());
+        let timer = InterruptSourceOverride::new(TIMER_ISA_IRQ as u8, TIMER_PIN, AS_ISA);
+        let sci = InterruptSourceOverride::new(SCI as u8, SCI, ACTIVE_HIGH_LEVEL);
+        for source_override in [timer, sci] {
+            sdt.append_slice(source_override.as_bytes());
+        }
     }
     Table(sdt)
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! ACPI: the tables that tell a guest what machine it is on.
 //!
-//! The machine is hardware-reduced: no fixed ACPI hardware, no interrupt of its own, and the
-//! sleep and reset registers of the power module. The tables lie where a PC has its BIOS, which
-//! no memory map calls RAM.
+//! The machine has what fixed hardware ACPI asks for, the registers of the power module, without an event.
+//! It is not hardware-reduced: of such a machine Linux assumes that it has no interval timer, nor, as Xen's
+//! first domain, Xen's own. The tables lie where a PC has its BIOS, which no memory map calls RAM.
 //!
 //! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
 #![forbid(unsafe_code)]
@@ -13,6 +13,7 @@ mod dsdt;
 mod fadt;
 mod madt;
 
+use acpi_tables::facs::FACS;
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -99,8 +100,9 @@ pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Resul
     // The RSDP is first, and known last.
     writer.reserve(Rsdp::len());
     let dsdt = writer.write(&dsdt::dsdt())?;
+    let facs = writer.write(&FACS::new())?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    xsdt.add_entry(writer.write(&fadt::fadt(dsdt))?);
+    xsdt.add_entry(writer.write(&fadt::fadt(dsdt, facs))?);
     xsdt.add_entry(writer.write(&madt::madt(platform))?);
     xsdt.add_entry(writer.write(&mcfg())?);
     if let Some(iommu) = &platform.iommu {

@@ -127,10 +127,11 @@ fn the_madt_lists_processors_and_interrupt_controllers() {
     let lapics = [0, 8, 0, 0, 1, 0, 0, 0, 0, 8, 1, 1, 1, 0, 0, 0];
     let ioapic = [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0];
     let address = [0, 0, 0xe0, 0xfe];
-    let timer = [2, 10, 0, 0, 2, 0, 0, 0, 0, 0];
-    let split = [&address[..], &[0; 4], &lapics, &ioapic, &timer].concat();
+    // The interval timer, and ACPI's own interrupt: level-triggered, active high.
+    let overrides = [2, 10, 0, 0, 2, 0, 0, 0, 0, 0, 2, 10, 0, 9, 9, 0, 0, 0, 13, 0];
+    let split = [&address[..], &[0; 4], &lapics, &ioapic, &overrides].concat();
     assert_eq!(madt(platform()), split);
-    let in_kernel = [&address[..], &[1, 0, 0, 0], &lapics, &ioapic, &timer].concat();
+    let in_kernel = [&address[..], &[1, 0, 0, 0], &lapics, &ioapic, &overrides].concat();
     assert_eq!(madt(Platform { pic: true, ..platform() }), in_kernel);
     let bare = [&address[..], &[0; 4], &lapics].concat();
     assert_eq!(madt(Platform { ioapic: None, ..platform() }), bare);
@@ -148,15 +149,29 @@ fn the_mcfg_names_the_buses_there_are() {
 fn the_fadt_names_the_registers_of_power() {
     let fadt = &tables(&platform())["FACP"];
     let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
-    assert_eq!(flags >> 20 & 1, 1, "hardware-reduced");
+    assert_eq!(flags >> 20 & 1, 0, "not hardware-reduced");
     assert_eq!(flags >> 10 & 1, 1, "reset register");
     assert_eq!(flags >> 8 & 1, 1, "all bits of the timer count");
     // System I/O, 8 bits wide, accessed as a byte.
     let port = |number: u16| [&[1, 8, 0, 1][..], &u64::from(number).to_le_bytes()].concat();
     assert_eq!(fadt[116..128], port(0xcf9));
     assert_eq!(fadt[128], 6);
-    assert_eq!(fadt[244..256], port(0x600));
-    assert_eq!(fadt[256..268], port(0x601));
+    // PM1: events and control; the SCI; no SMI command, no C2 or C3.
+    let word = |at: usize| u32::from_le_bytes(fadt[at..at + 4].try_into().unwrap());
+    assert_eq!((word(56), word(64), fadt[88], fadt[89]), (0x600, 0x604, 4, 2));
+    assert_eq!(fadt[148..160], [1, 32, 0, 2, 0x00, 0x06, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(fadt[172..184], [1, 16, 0, 2, 0x04, 0x06, 0, 0, 0, 0, 0, 0]);
+    assert_eq!((fadt[46], word(48)), (9, 0));
+    assert_eq!(fadt[96..100], [101, 0, 0xe9, 3]);
+}
+
+#[test]
+fn there_is_a_facs() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    write_tables(&memory, &platform()).unwrap();
+    let facs = u32::from_le_bytes(tables(&platform())["FACP"][36..40].try_into().unwrap());
+    assert_eq!(facs % 64, 0);
+    assert_eq!(read(&memory, facs.into(), 8), *b"FACS\x40\0\0\0");
 }
 
 #[test]
@@ -183,7 +198,7 @@ fn the_largest_machine_fits() {
     let (units, ats) = (units.collect(), true);
     let iommu = IommuPlatform { units, all_functions: false, ats, ..iommu() };
     let platform = Platform { vcpus: 255, pic: true, iommu: Some(iommu), ..platform() };
-    assert_eq!(tables(&platform)["APIC"].len(), 44 + 255 * 8 + 12 + 10);
+    assert_eq!(tables(&platform)["APIC"].len(), 44 + 255 * 8 + 12 + 20);
     let memory = MachineMemory::new(0xe_0000).unwrap();
     assert!(write_tables(&memory, &platform).is_err(), "tables that end where there is no RAM");
 }
