@@ -5,6 +5,7 @@
 mod backoff;
 mod files;
 mod info;
+mod module_option;
 mod options;
 mod probe;
 mod report_output;

@@ -9,8 +9,8 @@ use super::size::{parse_number, parse_size};
 use crate::spec::smmuv3::translation::Granule;
 use crate::spec::vtd::HOST_ADDRESS_WIDTH;
 use crate::vmm::config::{
-    DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel, ModuleConfig,
-    SerialConfig, SmmuV3Options, VfioConfig, VtdOptions, DEV_IOMMU,
+    DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel, SerialConfig,
+    SmmuV3Options, VfioConfig, VtdOptions, DEV_IOMMU,
 };
 
 /// `key=value` pairs, each taken at most once.
@@ -295,22 +295,6 @@ impl FromStr for VfioConfig {
     }
 }
 
-impl FromStr for ModuleConfig {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        // Command lines have commas of their own.
-        let (pairs, cmdline) = match text.split_once(",cmdline=") {
-            Some((pairs, cmdline)) => (pairs, cmdline),
-            None => (text, ""),
-        };
-        let mut pairs = Pairs::parse(pairs)?;
-        let path = pairs.take("path", None, |text| Ok(Some(PathBuf::from(text))))?;
-        pairs.finish("path, cmdline, which comes last")?;
-        Ok(Self { path: path.ok_or("path=FILE is missing")?, cmdline: cmdline.to_owned() })
-    }
-}
-
 impl FromStr for SerialConfig {
     type Err = String;
 
@@ -431,13 +415,6 @@ mod tests {
         refused::<IommuConfig>("vtd,addr=0x10000000000000", "more than 52 bits");
         refused::<IommuConfig>("vtd,ats=maybe", "ats: 'maybe'");
         refused::<IommuConfig>("vtd,intremap=auto", "intremap: 'auto'");
-        let module = |path: &str, cmdline: &str| {
-            Ok(ModuleConfig { path: path.into(), cmdline: cmdline.to_owned() })
-        };
-        assert_eq!("path=/a".parse(), module("/a", ""));
-        assert_eq!("path=a,cmdline=b=c,d e,cmdline=".parse(), module("a", "b=c,d e,cmdline="));
-        refused::<ModuleConfig>("cmdline=a", "unknown key 'cmdline'");
-        refused::<ModuleConfig>("path=,cmdline=a", "'path='");
         refused::<IommuConfig>("vtd,", "key=value");
         refused::<IommuConfig>("vtd,id=on", "id: 'on'");
         refused::<IommuConfig>("vtd,host=kernel", "neither emulated nor a path");

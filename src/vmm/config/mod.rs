@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod payload;
 
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::vtd::MMIO_SIZE;
 
 pub use check::{ConfigError, MAX_DEVICES};
+pub use payload::{ModuleConfig, PayloadConfig};
 
 /// Where Linux has its iommufd.
 pub const DEV_IOMMU: &str = "/dev/iommu";
@@ -99,30 +101,6 @@ impl MachineConfig {
     pub fn interrupt_remapping(&self) -> Option<bool> {
         self.iommus.iter().find_map(|iommu| iommu.model.vtd()?.interrupt_remapping)
     }
-}
-
-/// What a machine boots.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PayloadConfig {
-    /// What [`arch::boot`](super::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
-    /// entry, or an ELF32 image with a Multiboot header.
-    pub kernel: PathBuf,
-    /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is the
-    /// first module, with the kernel's command line.
-    pub initramfs: Option<PathBuf>,
-    /// The modules of a Multiboot or PVH kernel, after that.
-    pub modules: Vec<ModuleConfig>,
-    /// The kernel's command line.
-    pub cmdline: String,
-}
-
-/// A file handed to a kernel that takes several, such as a hypervisor and its first guest's kernel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModuleConfig {
-    /// The file.
-    pub path: PathBuf,
-    /// Its own command line.
-    pub cmdline: String,
 }
 
 /// A virtual IOMMU.

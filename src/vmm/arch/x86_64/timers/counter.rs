@@ -48,9 +48,9 @@ pub(super) struct Counter {
 }
 
 impl Counter {
-    /// A counter as firmware leaves it: a square wave as slow as it can be.
+    /// A counter that nobody has set up: it counts nothing.
     pub fn new(gate: bool) -> Self {
-        let mut counter = Self {
+        Self {
             mode: 3,
             access: Access::Both,
             bcd: false,
@@ -64,9 +64,7 @@ impl Counter {
             second_next: false,
             latched: None,
             latched_status: None,
-        };
-        counter.set_count(0, 0);
-        counter
+        }
     }
 
     /// A control word for this counter: `word` has its access, mode and BCD bits.

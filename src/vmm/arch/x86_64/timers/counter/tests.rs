@@ -151,6 +151,12 @@ fn modes_4_and_5_strobe_for_one_pulse() {
 }
 
 #[test]
+fn a_counter_that_nobody_has_set_up_counts_nothing() {
+    let mut counter = Counter::new(true);
+    assert_eq!((counter.next_rise(0), counter.output(1000), counter.read(1000)), (None, true, 0));
+}
+
+#[test]
 fn zero_is_the_largest_count() {
     let mut counter = counter(2, 0);
     assert_eq!(counter.next_rise(0), Some(0x1_0001));

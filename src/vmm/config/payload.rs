@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a machine boots.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+/// What a machine boots.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PayloadConfig {
+    /// What [`arch::boot`](crate::vmm::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
+    /// entry, or an ELF32 image with a Multiboot header.
+    pub kernel: PathBuf,
+    /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is the
+    /// first module, with the kernel's command line.
+    pub initramfs: Option<PathBuf>,
+    /// The modules of a Multiboot or PVH kernel, after that.
+    pub modules: Vec<ModuleConfig>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A file handed to a kernel that takes several, such as a hypervisor and its first guest's kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleConfig {
+    /// The file.
+    pub path: PathBuf,
+    /// Its own command line.
+    pub cmdline: String,
+}
