@@ -155,5 +155,7 @@ mod tests {
             let error = Header::parse(bytes).unwrap_err().to_string();
             assert!(error.contains(hint), "{error}");
         }
+        assert!(Header::parse(b"").unwrap_err().is_of_no_kernel());
+        assert!(!Header::parse(&big_endian).unwrap_err().is_of_no_kernel());
     }
 }
