@@ -11,6 +11,7 @@ use crate::iommufd::{
     UserMemory,
 };
 use crate::spec::pci::Bdf;
+use crate::viommu::ratelimit::warn_limited;
 
 /// So many objects may wait for a destroy that failed to succeed; beyond, no HWPT is made, so that
 /// a guest cannot pile up host objects that never go.
@@ -126,7 +127,7 @@ impl Objects {
     pub fn destroy(&mut self, id: ObjectId) {
         self.doomed.push(id);
         if let Err(error) = self.sweep() {
-            log::warn!("left for later: {error}");
+            warn_limited!("left for later: {error}");
         }
     }
 

@@ -21,6 +21,17 @@ struct Window {
     lines: u32,
 }
 
+/// Logs a warning that a guest can bring about again and again. Each place of the code that does has a
+/// limit of its own, for all machines of the process.
+macro_rules! warn_limited {
+    ($($line:tt)*) => {{
+        static LIMIT: $crate::viommu::ratelimit::RateLimit =
+            $crate::viommu::ratelimit::RateLimit::new();
+        LIMIT.warn(format_args!($($line)*));
+    }};
+}
+pub(crate) use warn_limited;
+
 /// What to do with a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
@@ -30,6 +41,11 @@ enum Verdict {
 }
 
 impl RateLimit {
+    /// A limit of which nothing is used up.
+    pub const fn new() -> Self {
+        Self { window: Mutex::new(None) }
+    }
+
     /// Logs a warning about what the guest or the host did, if the limit allows.
     pub fn warn(&self, line: fmt::Arguments<'_>) {
         match self.admit(Instant::now()) {

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 
 /// How long the first pause is after a read that failed for want of memory, and the longest; each
@@ -92,7 +93,7 @@ impl Reader {
                 Ok(None) => return Drained::Empty,
                 Err(error) if passes(error.errno) => {
                     if next_pause == FIRST_PAUSE {
-                        log::warn!("{error}: it is tried again until it can be done");
+                        warn_limited!("{error}: it is tried again until it can be done");
                     }
                     if !pause(next_pause) {
                         return Drained::Over;
@@ -118,7 +119,7 @@ impl Reader {
         }
         match record(data) {
             Some(record) => self.route.deliver(record),
-            None => log::error!("an event of {} bytes is no record of an SMMU", data.len()),
+            None => warn_limited!("an event of {} bytes is no record of an SMMU", data.len()),
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::iommufd::{iommu_hwpt_arm_smmuv3, HwptAlloc, HwptData, HwptFlags, Obje
 use crate::nesting::error::{NestingError, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::smmuv3::StreamPolicy;
 
 impl State {
@@ -119,7 +120,7 @@ impl State {
             return;
         }
         if let Err(error) = self.abort(stream).or_else(|_| self.detach(stream)) {
-            log::error!("stream {stream} could not be blocked: {error}");
+            warn_limited!("stream {stream} could not be blocked: {error}");
         }
     }
 

@@ -9,6 +9,7 @@ use crate::iommufd::{
 };
 use crate::nesting::error::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage};
 
 /// Tables start a page of 4 KiB. The kernel would take the low bits for flags of the PASID entry.
@@ -162,7 +163,7 @@ impl State {
     /// requester is next configured or removed.
     pub fn block(&mut self, requester: Requester) {
         if let Err(error) = self.detach(requester) {
-            log::error!("{requester} could not be blocked: {error}");
+            warn_limited!("{requester} could not be blocked: {error}");
         }
     }
 

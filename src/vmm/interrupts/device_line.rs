@@ -10,6 +10,7 @@ use event_manager::MutEventSubscriber;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
+use crate::viommu::ratelimit::warn_limited;
 use crate::vmm::pci::EventLine;
 use crate::vmm::{Error, Result};
 
@@ -79,7 +80,7 @@ impl EventLine for ResampledLine {
     /// KVM deasserts what it gives up.
     fn release(&self) {
         if let Err(error) = self.untie().and_then(|()| self.tie()) {
-            log::error!("interrupt line {}: {error}", self.gsi);
+            warn_limited!("interrupt line {}: {error}", self.gsi);
         }
     }
 }

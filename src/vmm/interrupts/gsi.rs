@@ -15,20 +15,31 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 
 use crate::spec::pci::Bdf;
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::MsiMessage;
 use crate::vmm::arch::layout::PINS;
 use crate::vmm::{Error, Result};
 
 /// Takes the whole routing.
 pub(in crate::vmm) trait Routing: Send + Sync {
-    /// Replaces what was there. When this returns, nothing uses it any more.
-    fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error>;
+    /// Replaces what was there by `fixed` and `messages`. When this returns, nothing uses it any more.
+    fn set(
+        &self,
+        fixed: &[kvm_irq_routing_entry],
+        messages: &BTreeMap<u32, SentMessage>,
+    ) -> std::result::Result<(), errno::Error>;
 }
 
 impl Routing for VmFd {
-    fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error> {
+    fn set(
+        &self,
+        fixed: &[kvm_irq_routing_entry],
+        messages: &BTreeMap<u32, SentMessage>,
+    ) -> std::result::Result<(), errno::Error> {
+        let messages = messages.iter().map(|(gsi, message)| message_route(*gsi, *message));
+        let entries: Vec<_> = fixed.iter().copied().chain(messages).collect();
         let routing =
-            KvmIrqRouting::from_entries(entries).map_err(|_| errno::Error::new(libc::E2BIG))?;
+            KvmIrqRouting::from_entries(&entries).map_err(|_| errno::Error::new(libc::E2BIG))?;
         self.set_gsi_routing(&routing)
     }
 }
@@ -54,8 +65,24 @@ pub(in crate::vmm) struct GsiTable {
 struct Table {
     messages: BTreeMap<u32, SentMessage>,
     used: BTreeSet<u32>,
-    /// KVM refused the last change.
-    refused: bool,
+    /// Messages that KVM does not take. It refuses a routing for one of them, so they are not in it.
+    refused: BTreeMap<u32, SentMessage>,
+    /// KVM has not got all of it.
+    stale: bool,
+}
+
+/// Where a GSI is to lead.
+type Change = (u32, Option<SentMessage>);
+
+impl Table {
+    /// Leads `gsi` there; where it led before.
+    fn set(&mut self, (gsi, message): Change) -> Change {
+        let before = match message {
+            Some(message) => self.messages.insert(gsi, message),
+            None => self.messages.remove(&gsi),
+        };
+        (gsi, before)
+    }
 }
 
 impl GsiTable {
@@ -82,28 +109,73 @@ impl GsiTable {
     }
 
     /// Leads GSIs to messages, or nowhere. When this returns without an error, nothing of before is
-    /// in use.
+    /// in use. Returned are those whose message KVM does not take, which lead nowhere.
     pub fn update(
         &self,
-        changes: impl IntoIterator<Item = (u32, Option<SentMessage>)>,
-    ) -> std::result::Result<(), errno::Error> {
+        changes: impl IntoIterator<Item = Change>,
+    ) -> std::result::Result<BTreeSet<u32>, errno::Error> {
         let mut table = self.table();
-        let mut changed = table.refused;
-        for (gsi, message) in changes {
-            let before = match message {
-                Some(message) => table.messages.insert(gsi, message),
-                None => table.messages.remove(&gsi),
-            };
-            changed |= before != message;
+        let (mut changed, mut left_out) = (Vec::new(), BTreeSet::new());
+        for (gsi, mut message) in changes {
+            if message.is_some() && table.refused.get(&gsi) == message.as_ref() {
+                // It would be refused again.
+                left_out.insert(gsi);
+                message = None;
+            } else {
+                table.refused.remove(&gsi);
+            }
+            if table.messages.get(&gsi) != message.as_ref() {
+                changed.push((gsi, message));
+            }
         }
-        if !changed {
-            return Ok(());
+        if table.stale || !changed.is_empty() {
+            self.apply(&mut table, &changed, &mut left_out)?;
         }
-        let messages = table.messages.iter().map(|(gsi, message)| message_route(*gsi, *message));
-        let entries: Vec<_> = self.fixed.iter().copied().chain(messages).collect();
+        Ok(left_out)
+    }
+
+    /// Applies `changes`. If KVM refuses a message, which it says of the whole routing alone, each half is
+    /// tried by itself until that one is found.
+    fn apply(
+        &self,
+        table: &mut Table,
+        changes: &[Change],
+        left_out: &mut BTreeSet<u32>,
+    ) -> std::result::Result<(), errno::Error> {
+        let before: Vec<Change> = changes.iter().map(|change| table.set(*change)).collect();
+        let error = match self.install(table) {
+            Err(error) if error.errno() == libc::EINVAL => error,
+            result => return result,
+        };
+        match changes {
+            [] | [(_, None)] => Err(error),
+            [(gsi, Some(refused))] => {
+                let address = refused.message.address;
+                warn_limited!(
+                    "interrupt route {gsi}: KVM takes no message to {address:#x}, which is left out"
+                );
+                table.set((*gsi, None));
+                table.refused.insert(*gsi, *refused);
+                left_out.insert(*gsi);
+                // KVM still has what was there before.
+                self.install(table)
+            }
+            _ => {
+                for change in before.into_iter().rev() {
+                    table.set(change);
+                }
+                let (one, other) = changes.split_at(changes.len() / 2);
+                self.apply(table, one, left_out)?;
+                self.apply(table, other, left_out)
+            }
+        }
+    }
+
+    /// Gives KVM the table.
+    fn install(&self, table: &mut Table) -> std::result::Result<(), errno::Error> {
         self.updates.fetch_add(1, Ordering::Relaxed);
-        let result = self.routing.set(&entries);
-        table.refused = result.is_err();
+        let result = self.routing.set(&self.fixed, &table.messages);
+        table.stale = result.is_err();
         result
     }
 
@@ -147,21 +219,33 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// Remembers each routing: (GSI, type).
+    /// Remembers each routing: (GSI, type). As KVM it takes no message with an upper address that is
+    /// no APIC's.
     #[derive(Default)]
     pub struct FakeRouting {
         pub calls: Mutex<Vec<Vec<(u32, u32)>>>,
         pub refuse: AtomicBool,
+        /// The messages that it goes by.
+        pub in_use: Mutex<BTreeMap<u32, SentMessage>>,
     }
 
     impl Routing for FakeRouting {
-        fn set(&self, entries: &[kvm_irq_routing_entry]) -> std::result::Result<(), errno::Error> {
-            let entries = entries.iter().map(|entry| (entry.gsi, entry.type_)).collect();
-            self.calls.lock().unwrap().push(entries);
-            match self.refuse.load(Ordering::SeqCst) {
-                true => Err(errno::Error::new(libc::EINVAL)),
-                false => Ok(()),
+        fn set(
+            &self,
+            fixed: &[kvm_irq_routing_entry],
+            messages: &BTreeMap<u32, SentMessage>,
+        ) -> std::result::Result<(), errno::Error> {
+            let pins = fixed.iter().map(|entry| (entry.gsi, entry.type_));
+            let seen = pins.chain(messages.keys().map(|gsi| (*gsi, MSI))).collect();
+            self.calls.lock().unwrap().push(seen);
+            if self.refuse.load(Ordering::SeqCst) {
+                return Err(errno::Error::new(libc::ENOMEM));
             }
+            if messages.values().any(|sent| sent.message.address >> 32 & 0xff != 0) {
+                return Err(errno::Error::new(libc::EINVAL));
+            }
+            self.in_use.lock().unwrap().clone_from(messages);
+            Ok(())
         }
     }
 
@@ -197,6 +281,36 @@ pub(super) mod tests {
         table.update([(24, Some(ONE))]).unwrap();
         table.update([(24, Some(ONE))]).unwrap();
         assert_eq!((routing.calls.lock().unwrap().len(), table.updates()), (2, 2));
+    }
+
+    fn to(address: u64) -> Option<SentMessage> {
+        Some(SentMessage { message: MsiMessage { address, data: 0x41 }, ..ONE })
+    }
+
+    #[test]
+    fn a_message_that_kvm_refuses_is_left_out_and_no_other() {
+        let routing = Arc::new(FakeRouting::default());
+        let table = GsiTable::new(routing.clone(), Vec::new());
+        let (good, bad) = (to(0xfee0_0000), to(0x1_fee0_0000));
+        let in_use = || routing.in_use.lock().unwrap().keys().copied().collect::<Vec<_>>();
+        table.update([(24, good), (25, good)]).unwrap();
+        // What led somewhere leads nowhere: it is not what it was.
+        assert_eq!(table.update([(24, bad)]).unwrap(), BTreeSet::from([24]));
+        assert_eq!(in_use(), [25]);
+        // Said again, it costs nothing.
+        let updates = table.updates();
+        assert_eq!(table.update([(24, bad), (25, good)]).unwrap(), BTreeSet::from([24]));
+        assert_eq!(table.updates(), updates);
+        let changes = (24..40).map(|gsi| (gsi, if gsi % 5 == 0 { bad } else { good }));
+        let refused = BTreeSet::from([25, 30, 35]);
+        assert_eq!(table.update(changes.clone()).unwrap(), refused);
+        assert_eq!(in_use(), (24..40).filter(|gsi| gsi % 5 != 0).collect::<Vec<_>>());
+        assert_eq!(table.update(changes).unwrap(), refused);
+        // Right from now on.
+        assert_eq!(table.update([(25, good)]).unwrap(), BTreeSet::new());
+        assert!(in_use().contains(&25));
+        table.release(25);
+        assert!(!in_use().contains(&25));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::nesting::{host_smmu, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::regs::{self, Cr0};
 use crate::spec::smmuv3::translation::Granule;
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use crate::vmm::arch::layout::MESSAGE_RANGE;
@@ -233,7 +234,7 @@ impl SmmuInterrupts for OwnInterrupts {
         };
         let wire = self.wires.get().and_then(|wires| wires.get(number));
         if let Some(Err(error)) = wire.map(Trigger::trigger) {
-            log::error!("the SMMU's interrupt {interrupt:?}: {error}");
+            warn_limited!("the SMMU's interrupt {interrupt:?}: {error}");
         }
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::host_device::HostDevice;
 use super::mapping::Mapping;
 use super::region::Region;
+use crate::viommu::ratelimit::warn_limited;
 use crate::vmm::pci::layout::{BAR0, BARS, CONFIG_SIZE};
 use crate::vmm::pci::{BarPlacement, MemoryBar};
 
@@ -136,7 +137,7 @@ impl LentBars {
             let address = placement.start + offset;
             let loan = self.lender.lend(address, mapping.clone());
             let complain = |error: &io::Error| {
-                log::warn!("BAR {} at {address:#x}: {error}; accesses are trapped", bar.index);
+                warn_limited!("BAR {} at {address:#x}: {error}; accesses are trapped", bar.index);
             };
             loan.inspect_err(complain).ok()
         };

@@ -11,6 +11,7 @@ use kvm_ioctls::VmFd;
 
 use super::bars::{Lender, Loan};
 use super::mapping::Mapping;
+use crate::viommu::ratelimit::warn_limited;
 
 /// Lends memory to the guest of one virtual machine. Clones are the same.
 #[derive(Clone)]
@@ -86,7 +87,7 @@ impl Drop for Slot {
         match unsafe { self.slots.vm.set_user_memory_region(region) } {
             Ok(()) => drop(self.slots.used().remove(&self.slot)),
             Err(error) => {
-                log::error!("a device's memory stays with the guest: {error}");
+                warn_limited!("a device's memory stays with the guest: {error}");
                 // What the guest reaches must stay there.
                 std::mem::forget(self.mapping.clone());
             }

@@ -19,6 +19,7 @@ use std::thread::{self, JoinHandle};
 use self::dma::{Engine, Transfer};
 use self::registers::{Effect, Registers};
 use super::{DmaMaster, RequestGate};
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::InterruptSink;
 use crate::vmm::config::EduConfig;
 use crate::vmm::pci::{
@@ -130,7 +131,7 @@ impl Edu {
         let sent = transfers.lock().unwrap_or_else(PoisonError::into_inner).send(transfer);
         if sent.is_err() {
             // The worker panicked. The device goes on without DMA.
-            log::error!("edu: the DMA worker is gone");
+            warn_limited!("edu: the DMA worker is gone");
             self.shared.registers().transfer_ended();
         }
     }

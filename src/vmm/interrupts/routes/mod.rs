@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::gsi::{GsiTable, SentMessage};
 use super::InterruptSource;
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use crate::vmm::pci::{EventVector, InterruptVector};
 use crate::vmm::{Error, Result};
@@ -126,12 +127,12 @@ impl InterruptListener for MsiRoutes {
         for ((route, state), (_, sent)) in routes.iter().zip(&mut states).zip(&changes) {
             route.prepare(state, *sent);
         }
-        let result = self.table.update(changes.iter().copied());
-        if let Err(error) = &result {
-            log::error!("interrupt routes: {error}; messages are sent one by one");
-        }
-        for ((route, state), (_, sent)) in routes.iter().zip(&mut states).zip(&changes) {
-            state.routed = sent.filter(|_| result.is_ok()).map(|sent| sent.message);
+        let left_out = self.table.update(changes.iter().copied()).map_err(|error| {
+            warn_limited!("interrupt routes: {error}; messages are sent one by one");
+        });
+        for ((route, state), (gsi, sent)) in routes.iter().zip(&mut states).zip(&changes) {
+            let routed = left_out.as_ref().is_ok_and(|left_out| !left_out.contains(gsi));
+            state.routed = sent.filter(|_| routed).map(|sent| sent.message);
             route.settle(state);
         }
     }
@@ -253,7 +254,7 @@ impl VectorRoute {
             match self.routes.irqfds.tie(&self.event, self.gsi) {
                 Ok(()) => state.tied = true,
                 Err(error) => {
-                    log::error!("interrupt route {}: {error}; sent one by one", self.gsi);
+                    self.complain(&error, "; sent one by one");
                     state.routed = None;
                 }
             }
@@ -269,18 +270,24 @@ impl VectorRoute {
 
     fn untie(&self) {
         if let Err(error) = self.routes.irqfds.untie(&self.event, self.gsi) {
-            log::error!("interrupt route {}: {error}", self.gsi);
+            self.complain(&error, "");
         }
+    }
+
+    fn complain(&self, error: &errno::Error, so: &str) {
+        warn_limited!("interrupt route {}: {error}{so}", self.gsi);
     }
 
     fn install(&self, state: &mut State, message: Option<MsiMessage>) {
         let translated = self.translate(message);
         self.prepare(state, translated);
-        let result = self.routes.table.update([(self.gsi, translated)]);
-        if let Err(error) = &result {
-            log::error!("interrupt route {}: {error}; messages are sent one by one", self.gsi);
-        }
-        let routed = translated.filter(|_| result.is_ok());
+        let routed = match self.routes.table.update([(self.gsi, translated)]) {
+            Ok(left_out) => translated.filter(|_| left_out.is_empty()),
+            Err(error) => {
+                self.complain(&error, "; messages are sent one by one");
+                None
+            }
+        };
         (state.message, state.routed) = (message, routed.map(|sent| sent.message));
         self.settle(state);
     }

@@ -193,6 +193,30 @@ fn what_kvm_will_not_route_is_sent_one_by_one() {
 }
 
 #[test]
+fn a_message_that_kvm_refuses_is_sent_one_by_one_and_the_others_are_routed() {
+    let machine = Machine::new(Some(0));
+    let (bad, good) = (machine.route(), machine.route());
+    good.update(message(5));
+    bad.update(message(6));
+    bad.update(Some(MsiMessage { address: 0x1_fee0_0000, data: 7 }));
+    for _ in 0..2 {
+        for route in [&bad, &good] {
+            route.trigger();
+        }
+        assert_eq!((machine.sent(), written(&bad)), (vec![(0x1_fee0_0000, 7)], 0));
+        assert_eq!((machine.routes.triggered(), written(&good)), (1, 1));
+        machine.change(Some(0));
+        good.trigger();
+        assert_eq!(written(&good), 1);
+        machine.routes.triggered.store(0, Ordering::SeqCst);
+    }
+    // A right one is routed again.
+    bad.update(message(8));
+    bad.trigger();
+    assert_eq!((machine.sent(), written(&bad)), (vec![], 1));
+}
+
+#[test]
 fn a_route_that_is_dropped_is_given_back() {
     let machine = Machine::new(Some(0));
     let route = machine.route();

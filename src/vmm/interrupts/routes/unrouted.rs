@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::viommu::ratelimit::warn_limited;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -43,7 +44,7 @@ impl Unrouted {
         let Some(epoll) = &blocked.epoll else { return };
         let watched = EpollEvent::new(EventSet::IN, gsi.into());
         if let Err(error) = epoll.ctl(ControlOperation::Add, event.as_raw_fd(), watched) {
-            log::error!("interrupt route {gsi}: {error}; it is lost while it is blocked");
+            warn_limited!("interrupt route {gsi}: {error}; it is lost while it is blocked");
         }
     }
 

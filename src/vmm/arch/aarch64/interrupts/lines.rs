@@ -9,6 +9,7 @@ use kvm_ioctls::VmFd;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::{InterruptListener, InterruptRemapper};
 use crate::vmm::arch::layout::FIRST_SPI;
 use crate::vmm::interrupts::{DeviceLine, GsiTable, ResampledLine, Ways};
@@ -63,7 +64,7 @@ impl Lines {
         // Without regard to routing: what kind of interrupt, and its number at the GIC.
         let interrupt = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (FIRST_SPI + gsi);
         if let Err(error) = self.vm.set_irq_line(interrupt, level) {
-            log::error!("interrupt line {gsi}: {error}");
+            warn_limited!("interrupt line {gsi}: {error}");
         }
     }
 }

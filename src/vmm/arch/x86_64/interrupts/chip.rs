@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which interrupt controllers KVM gives a machine.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use kvm_bindings::{
@@ -140,7 +141,8 @@ fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
     // Port 0x61 is answered too, so that guests that measure time by it do not hang.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
     vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
-    Routing::set(vm, &IrqChip::InKernel.pin_routes()).map_err(Error::kvm("routing interrupts"))?;
+    Routing::set(vm, &IrqChip::InKernel.pin_routes(), &BTreeMap::new())
+        .map_err(Error::kvm("routing interrupts"))?;
     Ok(IrqChip::InKernel)
 }
 

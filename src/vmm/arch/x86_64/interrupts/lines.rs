@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use super::ioapic::{EndListener, Ioapic, PinOutput};
 use super::pin_line::{OwnedPinLine, PinLine, WatchedPinLine};
 use super::IrqChip;
+use crate::viommu::ratelimit::warn_limited;
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use crate::vmm::arch::layout::{IOAPIC_BDF, IOAPIC_ID};
 use crate::vmm::interrupts::device_line::LineEvents;
@@ -97,7 +98,7 @@ impl Lines {
             Some(ioapic) => ioapic.set_line(gsi, level),
             None => {
                 if let Err(error) = self.vm.set_irq_line(gsi, level) {
-                    log::error!("interrupt line {gsi}: {error}");
+                    warn_limited!("interrupt line {gsi}: {error}");
                 }
             }
         }
@@ -141,7 +142,7 @@ impl PinOutput for IoapicOutput {
         let sent =
             |message: &Option<MsiMessage>| message.and_then(|message| self.source.sent(message));
         if let Err(error) = self.table.update((0..).zip(messages.iter().map(sent))) {
-            log::error!("ends of interrupts will be missed: {error}");
+            warn_limited!("ends of interrupts will be missed: {error}");
         }
     }
 

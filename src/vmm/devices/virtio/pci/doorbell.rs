@@ -7,6 +7,8 @@ use std::sync::Arc;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::viommu::ratelimit::warn_limited;
+
 /// What can turn guest writes to an address into events.
 pub trait Doorbells: Send + Sync {
     /// From now on a guest's write to `address` writes `event`, and reaches nobody else. Says
@@ -25,7 +27,7 @@ impl Doorbells for KvmDoorbells {
     fn attach(&self, address: u64, event: &EventFd) -> bool {
         let result = self.0.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
         if let Err(error) = &result {
-            log::warn!("notifications at {address:#x} go through user space: {error}");
+            warn_limited!("notifications at {address:#x} go through user space: {error}");
         }
         result.is_ok()
     }
@@ -34,7 +36,7 @@ impl Doorbells for KvmDoorbells {
         if let Err(error) =
             self.0.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
         {
-            log::error!("notifications stay at {address:#x}: {error}");
+            warn_limited!("notifications stay at {address:#x}: {error}");
         }
     }
 }
