@@ -5,6 +5,9 @@
 //! The images are built here when they are not yet. Without KVM these tests fail, unless
 //! `TWOSTAGE_KVM=off` says that they are to be left out.
 
+#[path = "guest/devices.rs"]
+mod devices;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;

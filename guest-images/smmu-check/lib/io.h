@@ -46,14 +46,6 @@ static inline u64 timestamp(void)
     return ticks;
 }
 
-// Four seconds.
-static inline u64 patience(void)
-{
-    u64 frequency;
-    asm volatile("mrs %0, cntfrq_el0" : "=r"(frequency));
-    return 4 * frequency;
-}
-
 static inline void relax(void)
 {
     asm volatile("yield" : : : "memory");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "lib/console.h"
-#include "lib/io.h"
+#include "lib/wait.h"
 
 enum {
     COM1 = 0x3f8,
@@ -29,9 +29,12 @@ void console_init(void)
 
 void put_char(char c)
 {
-    // A port that never says "empty" must not hang the guest.
-    for (int tries = 0; tries < 1000 && !(in8(LINE_STATUS) & TRANSMIT_EMPTY); tries++)
-        ;
+    // A port that never says "empty" must not hang the guest, and is not waited for again.
+    static bool deaf;
+    u64 started = timestamp();
+
+    while (!deaf && !(in8(LINE_STATUS) & TRANSMIT_EMPTY))
+        deaf = timestamp() - started > patience() * clock_frequency();
     out8(TRANSMIT, (u8)c);
 }
 

@@ -28,6 +28,23 @@ static inline u32 in32(u16 port)
     return value;
 }
 
+static inline u8 read8(u64 address)
+{
+    u8 value;
+    asm volatile("movb (%1), %0" : "=q"(value) : "r"(address) : "memory");
+    return value;
+}
+
+static inline void write8(u64 address, u8 value)
+{
+    asm volatile("movb %0, (%1)" : : "q"(value), "r"(address) : "memory");
+}
+
+static inline void write16(u64 address, u16 value)
+{
+    asm volatile("movw %0, (%1)" : : "r"(value), "r"(address) : "memory");
+}
+
 static inline u32 read32(u64 address)
 {
     u32 value;
@@ -57,12 +74,6 @@ static inline u64 timestamp(void)
     u32 low, high;
     asm volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
     return (u64)high << 32 | low;
-}
-
-// One to four seconds on today's clocks: long beside any device here, short beside a run's limit.
-static inline u64 patience(void)
-{
-    return 1ull << 32;
 }
 
 static inline void relax(void)

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Virtio devices in the middle of a request, and how much a guest makes the command say.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Instant;
+
+use tempfile::TempDir;
+use twostage::patience::wait_until;
+
+use super::{images, kvm, number, Value, LIMIT};
+
+/// Bytes of the disk: no request of the guest's is longer.
+const DISK: u64 = 4 << 30;
+/// What `virtio=` on the guest's command line asks for.
+const CHECKS: &str = "virtio=1";
+const NEVER_DONE: &str = "virtio=2";
+const FLOOD: &str = "virtio=3";
+
+/// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in `directory`.
+fn command(directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    File::create(path("disk")).unwrap().set_len(DISK).unwrap();
+    let mut command = Command::new("timeout");
+    command.args([LIMIT, env!("CARGO_BIN_EXE_twostage"), "run", "--kernel"]);
+    command.arg(images().join("vtd-check.elf")).args(["--cmdline", cmdline]);
+    command.args(["--memory", "size=256M", "--serial", &format!("file={}", path("serial"))]);
+    command.args(["--disk", &format!("path={},iommu=off", path("disk"))]);
+    command.args(["--report", &format!("json,file={}", path("report"))]);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn read(directory: &TempDir, name: &str) -> String {
+    std::fs::read_to_string(directory.path().join(name)).unwrap_or_default()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_request_ends_with_bus_mastering_or_a_reset_and_a_refused_message_alone_is_left_out() {
+    if !kvm() {
+        return;
+    }
+    for iommu in [&[][..], &["--iommu", "vtd"]] {
+        let directory = TempDir::new().unwrap();
+        let output = command(&directory, CHECKS, iommu).output().unwrap();
+        let serial = read(&directory, "serial");
+        assert!(output.status.success(), "{}: {serial}\n{}", output.status, said(&output));
+        assert!(serial.ends_with("3 passed, 0 failed, 0 skipped\n"), "{serial}");
+        if !iommu.is_empty() {
+            // KVM refuses such a message only beside APIC IDs of 32 bits.
+            let report: Value = serde_json::from_str(&read(&directory, "report")).unwrap();
+            assert!(number(&report, "/interrupts/routed") >= 100, "{report:#}");
+            assert_eq!(said(&output).matches("which is left out").count(), 1, "{}", said(&output));
+        }
+    }
+}
+
+#[test]
+fn what_a_guest_does_again_and_again_is_said_a_few_times() {
+    if !kvm() {
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    let arguments = ["--iommu", "vtd", "--rng", "src=/dev/zero,iommu=off"];
+    let start = Instant::now();
+    let output = command(&directory, &format!("{FLOOD} times=500"), &arguments).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(read(&directory, "serial").lines().last(), Some("0 passed, 0 failed, 0 skipped"));
+    // Two things are said, ten times in five seconds each.
+    let most = 2 * 10 * (start.elapsed().as_secs() as usize / 5 + 1);
+    for line in ["notifications at", "is left out"] {
+        assert!(said(&output).contains(line), "'{line}' is not said: {}", said(&output));
+    }
+    assert!(said(&output).lines().count() <= most, "{}", said(&output));
+}
+
+/// Stops a machine whose devices are at work, which says so.
+fn assert_stops(arguments: &[&str]) {
+    let directory = TempDir::new().unwrap();
+    let mut command = command(&directory, NEVER_DONE, arguments);
+    let child = command.spawn().unwrap();
+    let mut child = Stop(child);
+    wait_until("the guest's requests", || read(&directory, "serial").contains("busy"));
+    // Of the machine itself: timeout(1) passes it on.
+    let id = child.0.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    let mut status = None;
+    wait_until("the machine's end", || {
+        status = child.0.try_wait().unwrap();
+        status.is_some()
+    });
+    let status = status.unwrap();
+    assert_eq!((status.code(), status.signal()), (Some(128 + 15), None), "{status}");
+}
+
+/// A process that does not outlive its test.
+struct Stop(std::process::Child);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_stop_does_not_wait_for_requests_or_for_the_host() {
+    if !kvm() {
+        return;
+    }
+    // A queue full of long requests.
+    assert_stops(&[]);
+    // And a source that never gives anything: a terminal whose other end nobody has.
+    assert!(Path::new("/dev/ptmx").exists());
+    assert_stops(&["--rng", "src=/dev/ptmx"]);
+}
