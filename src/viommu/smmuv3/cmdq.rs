@@ -26,9 +26,9 @@ use crate::spec::smmuv3::command::{Command, SyncSignal, Words};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
 use crate::spec::smmuv3::regs::Gerror;
 
-/// The most commands of a slice, and so of a call to the host: as many as Linux gives at once. Each
-/// may make a host look through all that it caches.
-const SLICE: usize = 64;
+/// The most commands of a slice, and so of a call to the host. Each may make a host look through all
+/// that it caches, so that many more would hold the registers for long.
+const SLICE: usize = 256;
 
 /// What is left of the queue after a slice of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
