@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use twostage::emulated::uapi::LockedMemory;
 
+use crate::process::Process;
+
 /// What iommufds have pinned of a process's memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pinned {
@@ -16,7 +18,8 @@ pub struct Pinned {
     pub locked: u64,
 }
 
-type Book = Mutex<BTreeMap<u32, Weak<LockedMemory>>>;
+/// Accounts by number, and of whom they are: another's who had the number before is his alone.
+type Book = Mutex<BTreeMap<u32, (u64, Weak<LockedMemory>)>>;
 
 /// What users and processes have locked. An account that locks nothing is not kept.
 #[derive(Debug, Default)]
@@ -29,33 +32,36 @@ pub struct Accounts {
 impl Accounts {
     /// The account of the user `uid`.
     pub fn user(&self, uid: u32) -> Arc<LockedMemory> {
-        account(&self.users, uid)
+        account(&self.users, uid, 0)
     }
 
-    /// The account of the process `pid`.
-    pub fn process(&self, pid: i32) -> Arc<LockedMemory> {
-        account(&self.processes, pid.unsigned_abs())
+    /// The account of the process `pid` that started at `start_time`: see [`Process::start_time`].
+    pub fn process(&self, pid: i32, start_time: u64) -> Arc<LockedMemory> {
+        account(&self.processes, pid.unsigned_abs(), start_time)
     }
 
-    /// What the process `pid` has pinned, on whichever account.
-    pub fn pinned(&self, pid: i32) -> Arc<LockedMemory> {
-        account(&self.pinned, pid.unsigned_abs())
+    /// What that process has pinned, on whichever account.
+    pub fn pinned(&self, pid: i32, start_time: u64) -> Arc<LockedMemory> {
+        account(&self.pinned, pid.unsigned_abs(), start_time)
     }
 
-    /// What is pinned of the process `pid`.
+    /// What is pinned of the process that is `pid` now.
     pub fn pinned_of(&self, pid: i32) -> Pinned {
-        Pinned { pinned: self.pinned(pid).bytes(), locked: self.process(pid).bytes() }
+        let Ok(process) = Process::of(pid) else { return Pinned::default() };
+        let time = process.start_time();
+        Pinned { pinned: self.pinned(pid, time).bytes(), locked: self.process(pid, time).bytes() }
     }
 }
 
-fn account(book: &Book, id: u32) -> Arc<LockedMemory> {
+fn account(book: &Book, id: u32, whose: u64) -> Arc<LockedMemory> {
     let mut book = book.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(account) = book.get(&id).and_then(Weak::upgrade) {
+    let known = book.get(&id).filter(|(of, _)| *of == whose);
+    if let Some(account) = known.and_then(|(_, account)| account.upgrade()) {
         return account;
     }
-    book.retain(|_, account| account.strong_count() > 0);
+    book.retain(|_, (_, account)| account.strong_count() > 0);
     let account = Arc::default();
-    book.insert(id, Arc::downgrade(&account));
+    book.insert(id, (whose, Arc::downgrade(&account)));
     account
 }
 
@@ -66,9 +72,17 @@ mod tests {
     #[test]
     fn an_account_is_one_while_it_is_in_use() {
         let accounts = Accounts::default();
-        let (first, again) = (accounts.process(7), accounts.process(7));
+        let (first, again) = (accounts.process(7, 5), accounts.process(7, 5));
         assert!(Arc::ptr_eq(&first, &again));
-        assert!(!Arc::ptr_eq(&first, &accounts.process(8)));
+        assert!(!Arc::ptr_eq(&first, &accounts.process(8, 5)));
         assert!(!Arc::ptr_eq(&first, &accounts.user(7)));
+    }
+
+    #[test]
+    fn who_has_the_number_of_another_has_an_account_of_its_own() {
+        let accounts = Accounts::default();
+        let (before, now) = (accounts.process(7, 5), accounts.process(7, 9));
+        assert!(!Arc::ptr_eq(&before, &now));
+        assert!(Arc::ptr_eq(&now, &accounts.process(7, 9)));
     }
 }

@@ -20,7 +20,13 @@ use crate::{sys, table};
 pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     let result = match state.slot(fd)?.kind {
         Kind::Own(own) => {
-            let result = make(state, &own, &CallingProcess::own(), call);
+            let caller = CallingProcess::own();
+            let mut result = make(state, &own, &caller, call);
+            if result.is_err_and(|errno| errno == Errno::EBUSY) {
+                // Perhaps for what a process had that is gone.
+                state.end_hung_up();
+                result = make(state, &own, &caller, call);
+            }
             if !state.waiting.is_empty() {
                 let _serving = state.serving();
                 state.waiting.resume();
@@ -88,7 +94,7 @@ fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
     let channel = Arc::new(channel);
     match request {
         Request::Call(call) => {
-            let process = Process::of(sys::peer_process(channel.as_raw_fd())?);
+            let process = Process::behind(channel.as_raw_fd())?;
             let caller = CallingProcess::remote(process, channel.clone());
             let result = make(state, &own, &caller, call);
             state.waiting.resume();

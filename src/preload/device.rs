@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::mem::size_of;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use twostage::emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
 use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
@@ -15,7 +15,8 @@ use twostage::iommufd::Errno;
 
 use crate::edu::{Edu, BAR_SIZE};
 use crate::file::{Answer, Argument, Call, Caller, Excess, File};
-use crate::msi::{Msi, MSI_FLAGS, MSI_INDEX};
+use crate::groups::{Blocked, Groups};
+use crate::msi::{Msi, IRQS, MSI_FLAGS, MSI_INDEX};
 use crate::process::Process;
 
 const GET_INFO: u32 = vfio_request(7);
@@ -32,8 +33,6 @@ const REGION_FLAGS: u32 = 0b11;
 const REGIONS: u32 = 9;
 const BAR0_REGION: u32 = 0;
 const CONFIG_REGION: u32 = 7;
-/// `VFIO_PCI_NUM_IRQS`.
-const IRQS: u32 = 5;
 /// Where a region is in the file: its number, shifted by that much, as in vfio-pci.
 const REGION_SHIFT: u32 = 40;
 
@@ -52,6 +51,9 @@ const MSI: usize = 0x40;
 #[derive(Debug)]
 pub struct Device {
     name: String,
+    /// The group that is blocked while it is bound, unless it was opened through that.
+    group: Option<(Arc<Groups>, u32)>,
+    // Unbound before the group is free again.
     file: DeviceFile,
     state: Mutex<Function>,
 }
@@ -60,6 +62,7 @@ pub struct Device {
 #[derive(Debug)]
 struct Function {
     bound: bool,
+    blocked: Option<Blocked>,
     config: [u8; CONFIG_SIZE],
     edu: Option<Edu>,
     msi: Msi,
@@ -68,8 +71,20 @@ struct Function {
 impl Device {
     /// The device `name` behind `file`, with an engine or without.
     pub fn new(name: String, file: DeviceFile, edu: Option<Edu>) -> Self {
-        let function = Function { bound: false, config: config_space(), edu, msi: Msi::default() };
-        Self { name, file, state: Mutex::new(function) }
+        let function = Function {
+            bound: false,
+            blocked: None,
+            config: config_space(),
+            edu,
+            msi: Msi::default(),
+        };
+        Self { name, group: None, file, state: Mutex::new(function) }
+    }
+
+    /// The same, opened by its own character device: while it is bound, its group of `groups`, which is
+    /// `number`, cannot be opened.
+    pub fn outside_group(self, groups: Arc<Groups>, number: u32) -> Self {
+        Self { group: Some((groups, number)), ..self }
     }
 
     /// Binds it to the iommufd that `process` has, whichever number it names.
@@ -115,10 +130,15 @@ impl Device {
             _ => return Err(Errno::ENOTTY),
         }
         let mut argument = Argument::copy_in(process, address, Excess::Ignored)?;
+        let mut blocked = None;
+        if let (BIND_IOMMUFD, Some((groups, number))) = (request, &self.group) {
+            blocked = Some(groups.block(*number)?);
+        }
         self.file.ioctl(request, &mut argument.bytes, caller)?;
         argument.copy_out(process)?;
         if request == BIND_IOMMUFD {
-            self.function().bound = true;
+            let mut function = self.function();
+            (function.bound, function.blocked) = (true, blocked);
         }
         Ok(0)
     }
@@ -143,24 +163,68 @@ impl Device {
         answer(process, address, words, (offset >> 32) as u32)
     }
 
-    /// Reads or writes the piece of one region that `offset` and `bytes` name.
-    fn access(&self, offset: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+    /// Does `count` bytes at `offset` of the file, as vfio-pci: in pieces that are aligned and no longer
+    /// than a register, each by `piece`; of a BAR as many as there are.
+    ///
+    /// # Errors
+    /// `EINVAL` there is no such region, or not so much of the BAR; `EFAULT` all of it is not in
+    /// configuration space; those of `piece`.
+    fn access(
+        &self,
+        offset: u64,
+        count: u64,
+        mut piece: impl FnMut(&mut Function, Place, usize) -> Result<(), Errno>,
+    ) -> Result<i64, Errno> {
         let mut function = self.function();
         if !function.bound {
             return Err(Errno::EINVAL);
         }
         let (region, at) = (offset >> REGION_SHIFT, offset & ((1 << REGION_SHIFT) - 1));
-        match u32::try_from(region) {
-            Ok(CONFIG_REGION) => function.access_config(at, bytes, write),
-            Ok(BAR0_REGION) => function.access_bar(at, bytes, write),
-            _ => Err(Errno::EINVAL),
+        let (place, widest): (fn(u64) -> Place, _) = match u32::try_from(region) {
+            Ok(CONFIG_REGION) => (Place::Config, 4),
+            Ok(BAR0_REGION) if function.edu.is_some() && at < BAR_SIZE => (Place::Bar, 8),
+            _ => return Err(Errno::EINVAL),
+        };
+        let end = match place(at) {
+            Place::Bar(_) => at + count.min(BAR_SIZE - at),
+            Place::Config(_) => {
+                let end = at.checked_add(count).filter(|end| *end <= CONFIG_SIZE as u64);
+                end.ok_or(Errno::EFAULT)?
+            }
+        };
+        let mut from = at;
+        while from < end {
+            let fits = |width: &u64| {
+                *width <= widest && from.is_multiple_of(*width) && from + width <= end
+            };
+            // One byte always does.
+            let width = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
+            piece(&mut function, place(from), width as usize)?;
+            from += width;
         }
+        // No larger than a region.
+        Ok((end - at) as i64)
     }
+}
+
+/// A byte of a region.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Config(u64),
+    Bar(u64),
 }
 
 impl Function {
     fn reset(&mut self) {
         self.config = config_space();
+    }
+
+    /// Reads or writes `bytes`, a piece of a region.
+    fn access(&mut self, place: Place, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
+        match place {
+            Place::Config(at) => self.access_config(at, bytes, write),
+            Place::Bar(at) => self.access_bar(at, bytes, write),
+        }
     }
 
     fn access_config(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
@@ -194,10 +258,6 @@ impl Function {
     fn access_bar(&mut self, at: u64, bytes: &mut [u8], write: bool) -> Result<(), Errno> {
         let bus_master = self.bus_master();
         let edu = self.edu.as_mut().ok_or(Errno::EINVAL)?;
-        let inside = at.checked_add(bytes.len() as u64).is_some_and(|end| end <= BAR_SIZE);
-        if !inside || bytes.len() > size_of::<u64>() {
-            return Err(Errno::EINVAL);
-        }
         let mut value = [0; size_of::<u64>()];
         if write {
             value.iter_mut().zip(&*bytes).for_each(|(to, from)| *to = *from);
@@ -219,21 +279,27 @@ impl File for Device {
 
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
         let process = caller.process();
-        // vfio-pci moves no more than that at once to a BAR, and says how much it did.
-        let piece = |count: u64| vec![0; count.min(size_of::<u64>() as u64) as usize];
         let done = match call {
             Call::Ioctl { request, argument } => self.ioctl(caller, request, argument)?,
-            Call::Read { to, count, offset } => {
-                let mut bytes = piece(count);
-                self.access(offset.unwrap_or(0), &mut bytes, false)?;
-                process.write(to, &bytes).map_err(|_| Errno::EFAULT)?;
-                bytes.len() as i64
+            Call::Read { mut to, count, offset } => {
+                self.access(offset.unwrap_or(0), count, |function, place, width| {
+                    let mut bytes = [0; size_of::<u64>()];
+                    let bytes = bytes.get_mut(..width).unwrap_or_default();
+                    function.access(place, bytes, false)?;
+                    process.write(to, bytes).map_err(|_| Errno::EFAULT)?;
+                    to = to.wrapping_add(width as u64);
+                    Ok(())
+                })?
             }
-            Call::Write { from, count, offset } => {
-                let mut bytes = piece(count);
-                process.read(from, &mut bytes).map_err(|_| Errno::EFAULT)?;
-                self.access(offset.unwrap_or(0), &mut bytes, true)?;
-                bytes.len() as i64
+            Call::Write { mut from, count, offset } => {
+                self.access(offset.unwrap_or(0), count, |function, place, width| {
+                    let mut bytes = [0; size_of::<u64>()];
+                    let bytes = bytes.get_mut(..width).unwrap_or_default();
+                    process.read(from, bytes).map_err(|_| Errno::EFAULT)?;
+                    function.access(place, bytes, true)?;
+                    from = from.wrapping_add(width as u64);
+                    Ok(())
+                })?
             }
         };
         Ok(done.into())

@@ -5,8 +5,9 @@
 //! IOAS; a device that is opened through the group is bound to that iommufd, and attached to the IOAS.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::mem::size_of;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use twostage::emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
 use twostage::emulated::EmulatedHost;
@@ -34,12 +35,14 @@ pub struct Group {
     number: u32,
     devices: Opener,
     container: Mutex<Option<Arc<EmulatedHost>>>,
+    /// The devices that are open, by number. Held while one is bound or let go.
+    open: Mutex<BTreeMap<u32, Weak<Device>>>,
 }
 
 impl Group {
     /// The group `number`, whose devices `devices` opens.
     pub fn new(number: u32, devices: Opener) -> Self {
-        Self { number, devices, container: Mutex::default() }
+        Self { number, devices, container: Mutex::default(), open: Mutex::default() }
     }
 
     fn container(&self) -> MutexGuard<'_, Option<Arc<EmulatedHost>>> {
@@ -84,16 +87,30 @@ impl Group {
         }
     }
 
-    /// Opens the device of that name, bound and attached.
+    fn open(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<Device>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens the device of that name, bound and attached. One that is open is opened once more as it is:
+    /// all of its descriptors share what they are bound to.
     fn device(self: &Arc<Self>, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
         let name = read_name(caller, address)?;
         let number = self.devices.named(&name).ok_or(Errno::ENODEV)?;
         let host = self.container().clone().ok_or(Errno::EINVAL)?;
-        let device = self.devices.open(number)?;
-        let process = InGroup { caller, host: &host };
-        device.bind(&process)?;
-        device.attach(vfio_ioas(&host, &process)?, &process)?;
-        let file = Arc::new(OfGroup { device, _group: self.clone() });
+        let mut open = self.open();
+        let device = match open.get(&number).and_then(Weak::upgrade) {
+            Some(device) => device,
+            None => {
+                let device = Arc::new(self.devices.open(number)?);
+                let process = InGroup { caller, host: &host };
+                device.bind(&process)?;
+                device.attach(vfio_ioas(&host, &process)?, &process)?;
+                open.insert(number, Arc::downgrade(&device));
+                device
+            }
+        };
+        drop(open);
+        let file = Arc::new(OfGroup { device: Some(device), group: self.clone() });
         caller.open(file).map(i64::from)
     }
 }
@@ -146,21 +163,33 @@ impl File for GroupFile {
     }
 }
 
-/// A device that was opened through a group.
+/// A device that was opened through a group: one descriptor's share of it.
 #[derive(Debug)]
 struct OfGroup {
-    // Closed first.
-    device: Device,
-    _group: Arc<Group>,
+    /// There until it is dropped.
+    device: Option<Arc<Device>>,
+    group: Arc<Group>,
 }
 
 impl File for OfGroup {
     fn name(&self) -> String {
-        self.device.name()
+        self.device.as_ref().map_or_else(String::new, |device| device.name())
     }
 
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno> {
-        self.device.call(caller, call)
+        self.device.as_ref().ok_or(Errno::ENODEV)?.call(caller, call)
+    }
+
+    fn resume(&self) -> bool {
+        self.device.as_ref().is_some_and(|device| device.resume())
+    }
+}
+
+impl Drop for OfGroup {
+    fn drop(&mut self) {
+        // Whoever opens the device next finds it either open or unbound.
+        let _open = self.group.open();
+        drop(self.device.take());
     }
 }
 

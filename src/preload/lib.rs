@@ -55,6 +55,7 @@ mod events;
 mod fail_nth;
 mod file;
 mod group;
+mod groups;
 mod hooks;
 mod internal;
 mod iommufd;

@@ -15,9 +15,17 @@ pub const MSI_INDEX: u32 = 1;
 /// `VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE`.
 pub const MSI_FLAGS: u32 = 1 | 1 << 3;
 
-/// `VFIO_IRQ_SET_ACTION_TRIGGER`, with `VFIO_IRQ_SET_DATA_NONE` or `VFIO_IRQ_SET_DATA_EVENTFD`.
-const TRIGGER_NONE: u32 = 1 << 5 | 1 << 0;
-const TRIGGER_EVENTFD: u32 = 1 << 5 | 1 << 2;
+/// `VFIO_PCI_NUM_IRQS`.
+pub const IRQS: u32 = 5;
+
+/// `VFIO_IRQ_SET_DATA_NONE`, `_BOOL`, `_EVENTFD`: all of `VFIO_IRQ_SET_DATA_TYPE_MASK`.
+const DATA_NONE: u32 = 1 << 0;
+const DATA_BOOL: u32 = 1 << 1;
+const DATA_EVENTFD: u32 = 1 << 2;
+const DATA: u32 = DATA_NONE | DATA_BOOL | DATA_EVENTFD;
+/// `VFIO_IRQ_SET_ACTION_TRIGGER`, and `VFIO_IRQ_SET_ACTION_TYPE_MASK` with those that mask and unmask.
+const TRIGGER: u32 = 1 << 5;
+const ACTION: u32 = 1 << 3 | 1 << 4 | TRIGGER;
 
 /// `struct vfio_irq_set` without its data: argsz, flags, index, start, count.
 type Head = [u32; 5];
@@ -37,28 +45,50 @@ impl Msi {
     /// As vfio-pci for a device that has MSI alone; `EOPNOTSUPP` an eventfd of a process that calls are
     /// forwarded for.
     pub fn set(&mut self, process: &Process, address: u64) -> Result<i64, Errno> {
-        let mut bytes = [0; HEAD_SIZE + size_of::<i32>()];
-        let length = process.read_some(address, &mut bytes);
-        if length < HEAD_SIZE {
+        let mut bytes = [0; HEAD_SIZE];
+        if process.read_some(address, &mut bytes) < HEAD_SIZE {
             return Err(Errno::EFAULT);
         }
-        let mut words = bytes.chunks_exact(4).map(|word| {
+        let mut words = bytes.chunks_exact(size_of::<u32>()).map(|word| {
             // Chunks of four bytes.
             word.first_chunk().map_or(0, |word| u32::from_ne_bytes(*word))
         });
         let head: Head = std::array::from_fn(|_| words.next().unwrap_or(0));
-        let descriptor = words.next().unwrap_or(0) as i32;
-        match head {
-            [20..=u32::MAX, TRIGGER_NONE, MSI_INDEX, 0, 0] if self.on.is_some() => self.on = None,
-            [24..=u32::MAX, TRIGGER_EVENTFD, MSI_INDEX, 0, 1] if length == bytes.len() => {
-                self.on = Some(match descriptor {
-                    0.. => Some(own(process, descriptor)?),
-                    _ => None,
-                });
-            }
-            _ => return Err(Errno::EINVAL),
+        let data = data_size(head)?;
+        // No more than for one vector.
+        let mut bytes = [0; size_of::<i32>()];
+        let bytes = bytes.get_mut(..data).unwrap_or_default();
+        if process.read_some(address.wrapping_add(HEAD_SIZE as u64), bytes) < data {
+            return Err(Errno::EFAULT);
+        }
+        let [_, flags, _, _, count] = head;
+        if flags & ACTION != TRIGGER {
+            return Err(Errno::ENOTTY);
+        }
+        match (flags & DATA, bytes) {
+            (DATA_EVENTFD, fd) => self.set_eventfd(process, fd)?,
+            _ if self.on.is_none() => return Err(Errno::EINVAL),
+            (DATA_NONE, _) if count == 0 => self.on = None,
+            (DATA_NONE, _) => self.send(),
+            (_, [level]) if *level != 0 => self.send(),
+            _ => {}
         }
         Ok(0)
+    }
+
+    /// Gives the vector the eventfd whose number `fd` is, or none if that is negative, and has MSI on;
+    /// without data MSI alone.
+    fn set_eventfd(&mut self, process: &Process, fd: &[u8]) -> Result<(), Errno> {
+        let was_on = self.on.is_some();
+        let Some(fd) = fd.first_chunk().map(|fd| i32::from_ne_bytes(*fd)) else {
+            self.on.get_or_insert(None);
+            return Ok(());
+        };
+        // What was there is gone even when the new one is none.
+        self.on = was_on.then_some(None);
+        let eventfd = if fd < 0 { None } else { Some(own(process, fd)?) };
+        self.on = Some(eventfd);
+        Ok(())
     }
 
     /// Sends the message.
@@ -70,58 +100,136 @@ impl Msi {
     }
 }
 
-/// The file of `descriptor` of `process`, also when that closes it.
+/// How many bytes of data are behind `head`.
+///
+/// # Errors
+/// `EINVAL` it is not what any device takes, or of a vector that this one does not have.
+fn data_size(head: Head) -> Result<usize, Errno> {
+    let [argsz, flags, index, start, count] = head;
+    let vectors = if index == MSI_INDEX { 1 } else { 0 };
+    let last = start.checked_add(count).filter(|end| *end < u32::MAX);
+    let exists = start < vectors && last.is_some_and(|end| end <= vectors);
+    if index >= IRQS || flags & !(DATA | ACTION) != 0 || !exists {
+        return Err(Errno::EINVAL);
+    }
+    let size = match flags & DATA {
+        DATA_NONE => 0,
+        DATA_BOOL => size_of::<u8>(),
+        DATA_EVENTFD => size_of::<i32>(),
+        _ => return Err(Errno::EINVAL),
+    };
+    // No more than one vector.
+    let data = size * count as usize;
+    let room = (argsz as usize).checked_sub(HEAD_SIZE).ok_or(Errno::EINVAL)?;
+    if room < data {
+        return Err(Errno::EINVAL);
+    }
+    Ok(data)
+}
+
+/// The eventfd that is `descriptor` of `process`, also when that closes it.
 fn own(process: &Process, descriptor: i32) -> Result<Internal, Errno> {
     if !process.is_own() {
         return Err(Errno::EOPNOTSUPP);
     }
-    sys::duplicate(descriptor).map(Internal::new)
+    let event = Internal::new(sys::duplicate(descriptor)?);
+    if !sys::is_eventfd(event.raw()) {
+        return Err(Errno::EINVAL);
+    }
+    Ok(event)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
     use super::*;
+
+    const TRIGGER_NONE: u32 = TRIGGER | DATA_NONE;
+    const TRIGGER_BOOL: u32 = TRIGGER | DATA_BOOL;
+    const TRIGGER_EVENTFD: u32 = TRIGGER | DATA_EVENTFD;
 
     fn set(msi: &mut Msi, words: &[u32]) -> Result<i64, Errno> {
         msi.set(&Process::own(), words.as_ptr() as u64)
     }
 
+    /// An eventfd, and how often it was signalled since it was last asked.
+    fn eventfd() -> (Internal, u32) {
+        let event = Internal::new(sys::eventfd().unwrap());
+        let number = event.raw() as u32;
+        (event, number)
+    }
+
+    fn signalled(event: &Internal) -> u64 {
+        sys::read_number(event.raw()).unwrap_or(0)
+    }
+
     #[test]
     fn a_vector_writes_its_eventfd_while_it_is_on() {
-        // A file grows by eight bytes for each message.
-        let file = tempfile::tempfile().unwrap();
-        let sent = || file.metadata().unwrap().len() / 8;
-        let descriptor = file.as_raw_fd() as u32;
+        let (event, fd) = eventfd();
         let mut msi = Msi::default();
-        let off = [20, TRIGGER_NONE, MSI_INDEX, 0, 0, 0];
+        let off = [20, TRIGGER_NONE, MSI_INDEX, 0, 0];
         assert_eq!(set(&mut msi, &off), Err(Errno::EINVAL), "it is off already");
         assert_eq!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, u32::MAX]), Ok(0));
         msi.send();
-        assert_eq!(sent(), 0, "on, without an eventfd");
-        assert_eq!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, descriptor]), Ok(0));
+        assert_eq!(signalled(&event), 0, "on, without an eventfd");
+        assert_eq!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, fd]), Ok(0));
         msi.send();
         msi.send();
-        assert_eq!(sent(), 2);
+        assert_eq!(signalled(&event), 2);
         assert_eq!(set(&mut msi, &off), Ok(0));
         msi.send();
-        assert_eq!(sent(), 2);
+        assert_eq!(signalled(&event), 0);
+    }
+
+    #[test]
+    fn what_the_program_triggers_itself() {
+        let (event, fd) = eventfd();
+        let mut msi = Msi::default();
+        let none = [20, TRIGGER_NONE, MSI_INDEX, 0, 1];
+        let level = |level| [21, TRIGGER_BOOL, MSI_INDEX, 0, 1, level];
+        assert_eq!(set(&mut msi, &none), Err(Errno::EINVAL), "it is off");
+        assert_eq!(set(&mut msi, &level(1)), Err(Errno::EINVAL));
+        assert_eq!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, fd]), Ok(0));
+        assert_eq!((set(&mut msi, &none), signalled(&event)), (Ok(0), 1));
+        assert_eq!((set(&mut msi, &level(1)), signalled(&event)), (Ok(0), 1));
+        assert_eq!((set(&mut msi, &level(0x100)), signalled(&event)), (Ok(0), 0), "false");
+        // Of no vector: nothing changes.
+        assert_eq!(set(&mut msi, &[20, TRIGGER_EVENTFD, MSI_INDEX, 0, 0]), Ok(0));
+        assert_eq!((set(&mut msi, &none), signalled(&event)), (Ok(0), 1));
     }
 
     #[test]
     fn what_a_device_with_one_vector_does_not_have() {
         let mut msi = Msi::default();
-        for words in [
-            // No room for the eventfd; a second vector; MSI-X; a mask; no such descriptor.
-            [20, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, 0],
-            [24, TRIGGER_EVENTFD, MSI_INDEX, 1, 1, 0],
-            [24, TRIGGER_EVENTFD, 2, 0, 1, 0],
-            [24, 1 << 3 | 1 << 2, MSI_INDEX, 0, 1, 0],
+        for (words, errno) in [
+            // No room for the eventfd, or for the head; a second vector; MSI-X; two kinds of data, or none;
+            // an unknown flag; a mask.
+            ([20, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, 0], Errno::EINVAL),
+            ([16, TRIGGER_NONE, MSI_INDEX, 0, 0, 0], Errno::EINVAL),
+            ([24, TRIGGER_EVENTFD, MSI_INDEX, 1, 1, 0], Errno::EINVAL),
+            ([24, TRIGGER_EVENTFD, MSI_INDEX, 0, u32::MAX, 0], Errno::EINVAL),
+            ([24, TRIGGER_EVENTFD, 2, 0, 1, 0], Errno::EINVAL),
+            ([24, TRIGGER_EVENTFD, IRQS, 0, 1, 0], Errno::EINVAL),
+            ([24, TRIGGER | DATA_NONE | DATA_BOOL, MSI_INDEX, 0, 1, 0], Errno::EINVAL),
+            ([24, TRIGGER, MSI_INDEX, 0, 1, 0], Errno::EINVAL),
+            ([24, TRIGGER_NONE | 1 << 6, MSI_INDEX, 0, 1, 0], Errno::EINVAL),
+            ([24, 1 << 3 | DATA_EVENTFD, MSI_INDEX, 0, 1, 0], Errno::ENOTTY),
         ] {
-            assert_eq!(set(&mut msi, &words), Err(Errno::EINVAL), "{words:x?}");
+            assert_eq!(set(&mut msi, &words), Err(errno), "{words:x?}");
         }
-        assert!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, 1 << 20]).is_err());
+        let no_file = [24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, 1 << 20];
+        assert_eq!(set(&mut msi, &no_file), Err(Errno::from_raw(libc::EBADF)));
+        assert!(msi.on.is_none());
         assert_eq!(msi.set(&Process::own(), 0), Err(Errno::EFAULT));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_eventfd_leaves_the_vector_without_one() {
+        let (event, fd) = eventfd();
+        let mut msi = Msi::default();
+        assert_eq!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, fd]), Ok(0));
+        assert_eq!(set(&mut msi, &[24, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, 2]), Err(Errno::EINVAL));
+        msi.send();
+        assert_eq!(signalled(&event), 0);
+        assert!(msi.on.is_some(), "MSI stays on");
     }
 }

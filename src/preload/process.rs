@@ -1,36 +1,120 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A process that makes calls, this one or one that calls are forwarded for: its memory and its
 //! descriptors.
+//!
+//! Another process is known by a pidfd, for its number may be another one's when it is gone. What the kernel
+//! gives by number alone counts only while the process is still there.
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::sys;
+use twostage::iommufd::Errno;
+
+use crate::internal::Internal;
+use crate::{state, sys};
 
 /// A process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Process {
     pid: i32,
-    own: bool,
+    other: Option<Arc<Other>>,
+}
+
+/// A process that is not this one.
+#[derive(Debug)]
+struct Other {
+    pidfd: Internal,
+    /// When it started: with its number, that is it alone.
+    start_time: u64,
+}
+
+/// The other processes that are known: each by one pidfd, however many mappings are of its memory.
+#[derive(Debug, Default)]
+pub struct Processes(Mutex<BTreeMap<i32, Weak<Other>>>);
+
+impl Processes {
+    /// `other`, whose number is `pid`, or the same as it is known already.
+    fn known(&self, pid: i32, other: Other) -> Arc<Other> {
+        let mut processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = processes.get(&pid).and_then(Weak::upgrade);
+        if let Some(known) = known.filter(|known| known.start_time == other.start_time) {
+            return known;
+        }
+        processes.retain(|_, process| process.strong_count() > 0);
+        let other = Arc::new(other);
+        processes.insert(pid, Arc::downgrade(&other));
+        other
+    }
 }
 
 impl Process {
     /// This process.
     pub fn own() -> Self {
-        Self { pid: sys::process_id(), own: true }
+        Self { pid: sys::process_id(), other: None }
     }
 
-    /// The process `pid`.
-    pub fn of(pid: i32) -> Self {
-        Self { pid, own: pid == sys::process_id() }
+    /// The process `pid`, as it is now.
+    ///
+    /// # Errors
+    /// `ESRCH` there is none.
+    pub fn of(pid: i32) -> Result<Self, Errno> {
+        match pid == sys::process_id() {
+            true => Ok(Self::own()),
+            false => Self::other(pid, sys::pidfd_open(pid)?),
+        }
+    }
+
+    /// The process that made the socket at the other end of `channel` and waits there.
+    ///
+    /// # Errors
+    /// `ESRCH` it is gone.
+    pub fn behind(channel: RawFd) -> Result<Self, Errno> {
+        let pid = sys::peer_process(channel)?;
+        if pid == sys::process_id() {
+            return Ok(Self::own());
+        }
+        // Before Linux 6.5 by its number, which is its own for as long as it holds the other end.
+        let pidfd = sys::peer_pidfd(channel).or_else(|_| sys::pidfd_open(pid))?;
+        let process = Self::other(pid, pidfd)?;
+        match sys::events(channel) & libc::POLLHUP {
+            0 => Ok(process),
+            _ => Err(Errno::from_raw(libc::ESRCH)),
+        }
+    }
+
+    fn other(pid: i32, pidfd: OwnedFd) -> Result<Self, Errno> {
+        let gone = Errno::from_raw(libc::ESRCH);
+        let start_time = sys::start_time(pid).ok_or(gone)?;
+        let other = Other { pidfd: Internal::new(pidfd), start_time };
+        let other = state::current().processes.known(pid, other);
+        let process = Self { pid, other: Some(other) };
+        process.is_there().then_some(process).ok_or(gone)
+    }
+
+    /// Whether it has not ended.
+    pub fn is_there(&self) -> bool {
+        let ended = |other: &Arc<Other>| sys::events(other.pidfd.raw()) & libc::POLLIN != 0;
+        !self.other.as_ref().is_some_and(ended)
+    }
+
+    /// `found`, which its number led to, if it is still there.
+    fn if_there<T>(&self, found: Option<T>) -> Option<T> {
+        found.filter(|_| self.is_there())
     }
 
     /// Fills `bytes` from `address` on, up to the first that cannot be read; returns how many were.
     pub fn read_some(&self, address: u64, bytes: &mut [u8]) -> usize {
-        sys::read_memory(self.pid, address, bytes).unwrap_or(0)
+        self.if_there(sys::read_memory(self.pid, address, bytes).ok()).unwrap_or(0)
     }
 
     /// Writes `bytes` from `address` on, up to the first that cannot be; returns how many were.
     pub fn write_some(&self, address: u64, bytes: &[u8]) -> usize {
+        if !self.is_there() {
+            return 0;
+        }
         // SAFETY: the program named the memory in a call that writes there, or mapped it for
         // devices to write.
         unsafe { sys::write_memory(self.pid, address, bytes) }.unwrap_or(0)
@@ -41,39 +125,96 @@ impl Process {
         self.pid
     }
 
+    /// What tells it from others that have had its number: when it started, or 0 for this process.
+    pub fn start_time(&self) -> u64 {
+        self.other.as_ref().map_or(0, |other| other.start_time)
+    }
+
     /// Whether it is this process.
     pub fn is_own(&self) -> bool {
-        self.own
+        self.other.is_none()
     }
 
     /// What `/proc` calls the descriptor `fd` of the process.
-    pub fn link(&self, fd: i32) -> String {
+    fn link(&self, fd: i32) -> String {
         format!("/proc/{}/fd/{fd}", self.pid)
+    }
+
+    /// The file that it has open as `fd`, with the same rights; with others where it cannot be had.
+    pub fn same_file(&self, fd: i32) -> Option<File> {
+        let Some(other) = &self.other else {
+            return sys::duplicate(fd).ok().map(File::from);
+        };
+        let same = sys::pidfd_getfd(other.pidfd.raw(), fd).map(File::from);
+        same.ok().or_else(|| self.if_there(self.file_anew(fd)))
+    }
+
+    /// The file that it has open as `fd`, opened anew: to be read and written if it can be.
+    fn file_anew(&self, fd: i32) -> Option<File> {
+        let writable = File::options().read(true).write(true).open(self.link(fd));
+        writable.or_else(|_| File::open(self.link(fd))).ok()
     }
 
     /// Which socket the process has open as `fd`: see [`sys::inode`].
     pub fn socket(&self, fd: i32) -> Option<u64> {
-        if self.own {
+        if self.is_own() {
             return sys::inode(fd).ok();
         }
-        let link = std::fs::read_link(self.link(fd)).ok()?;
+        let link = self.if_there(std::fs::read_link(self.link(fd)).ok())?;
         link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
     }
 
     /// Whether anything is open as `fd`.
     pub fn has_open(&self, fd: i32) -> bool {
-        if self.own {
+        if self.is_own() {
             return sys::status(fd).is_ok();
         }
-        std::fs::symlink_metadata(self.link(fd)).is_ok()
+        self.if_there(std::fs::symlink_metadata(self.link(fd)).ok()).is_some()
     }
 
     /// Whom it runs as; `u32::MAX` when it is gone.
     pub fn user_id(&self) -> u32 {
-        if self.own {
+        if self.is_own() {
             return sys::user_id();
         }
         // A process that is gone locks nothing any more; nobody's account is as good as another.
-        std::fs::metadata(format!("/proc/{}", self.pid)).map_or(u32::MAX, |of| of.uid())
+        let owner = self.if_there(std::fs::metadata(format!("/proc/{}", self.pid)).ok());
+        owner.map_or(u32::MAX, |of| of.uid())
+    }
+}
+
+/// The file behind `file` once more, to be read and written if it can be at all.
+pub fn anew(file: File) -> File {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).write(true).open(link).unwrap_or(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn what_a_number_leads_to_counts_only_while_the_process_is_there() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let process = Process::of(child.id() as i32).unwrap();
+        assert!(process.is_there() && !process.is_own() && process.start_time() > 0);
+        let again = Process::of(child.id() as i32).unwrap();
+        let [one, two] = [&process, &again].map(|it| it.other.as_ref().unwrap());
+        assert!(Arc::ptr_eq(one, two), "one pidfd for both");
+        assert!(process.has_open(0) && !process.has_open(77));
+        assert!(process.same_file(0).is_some() && process.same_file(77).is_none());
+        assert_eq!(process.user_id(), sys::user_id());
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!process.is_there());
+        // As another process would be that has the number now.
+        let reused = Process { pid: sys::process_id(), other: process.other.clone() };
+        let word = 7u64;
+        assert_eq!(reused.read_some(&raw const word as u64, &mut [0; 8]), 0);
+        assert_eq!(reused.write_some(&raw const word as u64, &[1; 8]), 0);
+        assert!(!reused.has_open(2) && reused.socket(2).is_none());
+        assert!(reused.same_file(2).is_none());
+        assert_eq!((reused.user_id(), word), (u32::MAX, 7));
     }
 }

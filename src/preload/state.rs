@@ -16,6 +16,7 @@ use crate::accounts::Accounts;
 use crate::file::File;
 use crate::internal::Internal;
 use crate::pins::Pins;
+use crate::process::Processes;
 use crate::service::Service;
 use crate::sys;
 use crate::sys::Mark;
@@ -40,6 +41,8 @@ pub struct State {
     pub windows: Windows,
     /// Who locks memory.
     pub accounts: Accounts,
+    /// Whom calls are forwarded for.
+    pub processes: Processes,
     world: OnceLock<Result<World, Errno>>,
     service: OnceLock<Result<Service, Errno>>,
     opened: AtomicU64,
@@ -56,6 +59,16 @@ pub struct Slot {
     inode: u64,
     /// Whose it is.
     pub kind: Kind,
+}
+
+impl Slot {
+    /// Whether the last descriptor of this process's file is closed.
+    fn is_hung_up(&self) -> bool {
+        match &self.kind {
+            Kind::Own(own) => sys::events(own.end.raw()) & libc::POLLHUP != 0,
+            Kind::Foreign => false,
+        }
+    }
 }
 
 /// Whose file it is.
@@ -108,6 +121,7 @@ fn begin(inherited: *mut State) -> &'static State {
         pins: Pins::default(),
         windows: Windows::default(),
         accounts: Accounts::default(),
+        processes: Processes::default(),
         world: OnceLock::new(),
         service: OnceLock::new(),
         opened: AtomicU64::new(0),
@@ -270,21 +284,21 @@ impl State {
 
     /// A descriptor of the file `slot` was closed: ends the file if that was the last one.
     pub fn released(&self, slot: u32) {
+        // What closing brings about is done when close returns: who serves drops the file first.
+        let _served = self.serving();
         let mut files = self.files();
         let Some(place) = files.get_mut(slot as usize) else { return };
-        let hung_up = match place {
-            Some(Slot { kind: Kind::Own(own), .. }) => {
-                sys::events(own.end.raw()) & libc::POLLHUP != 0
-            }
-            _ => false,
-        };
-        let ended = if hung_up { place.take() } else { None };
+        let ended = place.take_if(|slot| slot.is_hung_up());
         drop(files);
-        if ended.is_some() {
-            // What closing brings about is done when close returns: who serves drops the file first.
-            let _served = self.serving();
-            drop(ended);
-        }
+        drop(ended);
+    }
+
+    /// Ends the files whose last descriptors were closed in other processes, as far as the service has not.
+    pub fn end_hung_up(&self) {
+        let _served = self.serving();
+        let take = |place: &mut Option<Slot>| place.take_if(|slot| slot.is_hung_up());
+        let ended: Vec<Slot> = self.files().iter_mut().filter_map(take).collect();
+        drop(ended);
     }
 
     /// The last descriptor of the file with `inode` was closed, perhaps in another process.

@@ -11,7 +11,7 @@ use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
 
 use crate::config::Capability;
-use crate::process::Process;
+use crate::process::{self, Process};
 use crate::state::{self, Own};
 use crate::sys;
 use crate::world::World;
@@ -39,7 +39,7 @@ impl Process {
 
 impl UserSpace for Process {
     fn share(&self) -> Arc<dyn UserSpace> {
-        Arc::new(*self)
+        Arc::new(self.clone())
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault> {
@@ -60,31 +60,37 @@ impl UserSpace for Process {
 
     fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
         let pins = &state::current().pins;
-        pins.pin(self.id(), self.is_own(), address, length, writable)
-            .map_err(|_| UserFault { address, length })
+        let pinned = pins.pin(self.id(), self.is_own(), address, length, writable).ok();
+        // It may be another process's by now.
+        pinned.filter(|_| self.is_there()).ok_or(UserFault { address, length })
     }
 
     fn file(&self, fd: i32) -> Option<Arc<File>> {
-        if self.is_own() {
-            return sys::duplicate(fd).ok().map(|fd| Arc::new(fd.into()));
+        let same = self.same_file(fd)?;
+        if !sys::is_memory(&same) {
+            return Some(Arc::new(same));
         }
-        // The link opens the file anew: one that the process itself may only read is read-only.
-        let writable = File::options().read(true).write(true).open(self.link(fd));
-        writable.or_else(|_| File::open(self.link(fd))).ok().map(Arc::new)
+        Some(Arc::new(process::anew(same)))
+    }
+
+    fn is_memory(&self, file: &File) -> bool {
+        sys::is_memory(file)
     }
 
     fn credentials(&self) -> Credentials {
         let (accounts, pid) =
             (&state::current().accounts, if self.is_own() { 0 } else { self.id() });
+        let limit = sys::memlock_limit(pid).unwrap_or(0);
         // One that is gone, or that this one may not look at, has no rights.
         let own = sys::capabilities(pid).unwrap_or(0);
+        let (own, limit) = if self.is_there() { (own, limit) } else { (0, 0) };
         let given = state::current().world().map_or(0, World::capabilities);
         let may = |capability: Capability| (own | given) & capability.bit() != 0;
         Credentials {
             user: accounts.user(self.user_id()),
-            process: accounts.process(self.id()),
-            pinned: accounts.pinned(self.id()),
-            memlock_limit: sys::memlock_limit(pid).unwrap_or(0),
+            process: accounts.process(self.id(), self.start_time()),
+            pinned: accounts.pinned(self.id(), self.start_time()),
+            memlock_limit: limit,
             ipc_lock: may(Capability::IpcLock),
             sys_resource: may(Capability::SysResource),
             sys_rawio: may(Capability::SysRawio),
@@ -120,7 +126,7 @@ mod tests {
     fn a_process_pays_for_itself() {
         let (one, again) = (Process::own().credentials(), Process::own().credentials());
         assert!(Arc::ptr_eq(&one.process, &again.process) && Arc::ptr_eq(&one.user, &again.user));
-        let init = Process::of(1).credentials();
+        let init = Process::of(1).unwrap().credentials();
         assert!(!Arc::ptr_eq(&one.process, &init.process));
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use twostage::emulated::{
     AddressWidth, DeviceConfig, EmulatedUnit, Machine, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit,
@@ -16,6 +16,7 @@ use twostage::iommufd::Errno;
 use crate::config::{Config, Device as DeviceEntry, Iommu, Model};
 use crate::file::File;
 use crate::group::{Group, GroupFile};
+use crate::groups::Groups;
 use crate::iommufd::Iommufd;
 use crate::opener::{device_name, Entry, Opener};
 
@@ -84,8 +85,7 @@ pub struct World {
     machine: Arc<Machine>,
     devices: Arc<BTreeMap<u32, Entry>>,
     capabilities: u64,
-    /// Groups that are open: each can be once.
-    groups: Mutex<BTreeMap<u32, Weak<Group>>>,
+    groups: Arc<Groups>,
 }
 
 impl World {
@@ -125,7 +125,7 @@ impl World {
         }
         let devices = Arc::new(with_groups(&config.device));
         let capabilities = config.capabilities.iter().fold(0, |all, one| all | one.bit());
-        Ok(Self { machine, devices, capabilities, groups: Mutex::default() })
+        Ok(Self { machine, devices, capabilities, groups: Arc::default() })
     }
 
     /// What every process may do here, besides what it may do anyway: a set, by bits.
@@ -145,7 +145,7 @@ impl World {
     /// Opens `node`.
     ///
     /// # Errors
-    /// `ENOENT` there is no such device; `EBUSY` a group that is open.
+    /// `ENOENT` there is no such device; `EBUSY` a group that is open, or of which a device is bound.
     pub fn open(&self, node: Node) -> Result<Arc<dyn File>, Errno> {
         if !self.has(node) {
             return Err(Errno::ENOENT);
@@ -154,7 +154,11 @@ impl World {
             Node::Iommu => Arc::new(Iommufd::new("iommu", self.machine.open())),
             Node::Container => Arc::new(Iommufd::new("vfio", self.machine.open())),
             Node::Group(number) => Arc::new(GroupFile(self.group(number)?)),
-            Node::Device(number) => Arc::new(self.opener(None).open(number)?),
+            Node::Device(number) => {
+                let group = self.devices.get(&number).ok_or(Errno::ENOENT)?.group;
+                let device = self.opener(None).open(number)?;
+                Arc::new(device.outside_group(self.groups.clone(), group))
+            }
         })
     }
 
@@ -163,13 +167,7 @@ impl World {
     }
 
     fn group(&self, number: u32) -> Result<Arc<Group>, Errno> {
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        if groups.get(&number).is_some_and(|group| group.strong_count() > 0) {
-            return Err(Errno::EBUSY);
-        }
-        let group = Arc::new(Group::new(number, self.opener(Some(number))));
-        groups.insert(number, Arc::downgrade(&group));
-        Ok(group)
+        self.groups.open(number, || Group::new(number, self.opener(Some(number))))
     }
 }
 

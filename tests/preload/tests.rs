@@ -156,7 +156,7 @@ fn memory_of_a_device_stays_its_memory() {
 #[test]
 fn a_container_as_it_was_before_iommufd() {
     expect(
-        &["container", "/dev/vfio/0", "0000:00:04.0"],
+        &["container", "/dev/vfio/0", "0000:00:04.0", "/dev/vfio/devices/vfio0"],
         &[
             "version Some(0), type1v2 Some(1)",
             "type1v2 without a group: errno 19",
@@ -168,13 +168,21 @@ fn a_container_as_it_was_before_iommufd() {
             "group: flags 3",
             "type1v2: ok",
             "no such device: errno 19",
-            "the device again: errno 22",
+            "another descriptor: true",
+            "in a child: ok",
             "map: ok",
             "fetch true, store false",
             "unmap: ok, 0x2000",
             "fetch false",
+            "map: ok",
+            "the other descriptor: fetch true",
+            "bind beside the group: errno 16",
             "no container any more: ok",
             "none: errno 22",
+            "bind beside the open group: errno 16",
+            "bind: ok",
+            "the group beside: errno 16",
+            "the group: ok",
         ],
     );
 }

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::PAGE_SIZE;
@@ -53,7 +54,12 @@ impl Source {
             Self::DmaBuf(buf, start) => part(buf.memory(), start + offset, length),
             // Does not wrap: the end of the source was found to be below 2^64.
             Self::User(user, start) => Ok(user.memory(start + offset, length, writable)?),
-            Self::File(_, file, start) => pin_file(file, start + offset, length),
+            Self::File(user, file, start) => {
+                if !user.is_memory(file) {
+                    return refuse(Errno::EINVAL, "the pages of the file are not memory's own");
+                }
+                pin_file(file, start + offset, length, writable)
+            }
         }
     }
 }
@@ -62,8 +68,9 @@ fn part(memory: &UserMemory, offset: u64, length: u64) -> Outcome<UserMemory> {
     memory.part(offset, length).or_else(|error| refuse(Errno::EFAULT, error.to_string()))
 }
 
-/// Maps `length` bytes at `offset` of `file`, and the whole pages around them.
-fn pin_file(file: &Arc<File>, offset: u64, length: u64) -> Outcome<UserMemory> {
+/// Maps `length` bytes at `offset` of `file`, and the whole pages around them. What no device writes need not
+/// be writable: it may be sealed.
+fn pin_file(file: &Arc<File>, offset: u64, length: u64, writable: bool) -> Outcome<UserMemory> {
     let in_page = offset % PAGE_SIZE;
     let end = offset.checked_add(length).and_then(|end| end.checked_next_multiple_of(PAGE_SIZE));
     let size = file.metadata().map_or(0, |metadata| metadata.len());
@@ -77,10 +84,20 @@ fn pin_file(file: &Arc<File>, offset: u64, length: u64) -> Outcome<UserMemory> {
     let pages = FileOffset::from_arc(file.clone(), start);
     let memory = usize::try_from(end - start)
         .ok()
-        .and_then(|size| GuestRegionMmap::from_range(GuestAddress(0), size, Some(pages)).ok())
+        .and_then(|size| map(&pages, size, true).or_else(|| map(&pages, size, writable)))
         .and_then(|region| UserMemory::new(Arc::new(region), in_page, length).ok());
     match memory {
         Some(memory) => Ok(memory),
         None => refuse(Errno::EINVAL, "the file cannot be mapped"),
     }
+}
+
+/// Maps `size` bytes of a file.
+fn map(pages: &FileOffset, size: usize, writable: bool) -> Option<GuestRegionMmap> {
+    // PROT_READ, PROT_WRITE, MAP_SHARED and MAP_NORESERVE.
+    let builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(1 | i32::from(writable) << 1)
+        .with_mmap_flags(1 | 0x4000)
+        .with_file_offset(pages.clone());
+    GuestRegionMmap::new(builder.build().ok()?, GuestAddress(0))
 }

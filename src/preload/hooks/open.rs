@@ -5,6 +5,7 @@ use std::ffi::{c_char, c_int, CStr};
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 
 use libc::mode_t;
+use twostage::iommufd::Errno;
 
 use super::{answer_int, node};
 #[cfg(feature = "selftest")]
@@ -19,7 +20,14 @@ unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
     let close_on_exec = flags & libc::O_CLOEXEC != 0;
     // SAFETY: the caller's promise.
     if let Some((state, node)) = unsafe { node(path) } {
-        let opened = state.world().and_then(|world| world.open(node));
+        let opened = state.world().and_then(|world| match world.open(node) {
+            Err(Errno::EBUSY) => {
+                // Perhaps by a process that is gone.
+                state.end_hung_up();
+                world.open(node)
+            }
+            opened => opened,
+        });
         let installed = opened.and_then(|file| {
             state.start_service(calls::serve)?;
             state.install(file, close_on_exec)

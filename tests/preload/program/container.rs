@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! VFIO as programs knew it before iommufd: a container, a group, a device of the group.
 
+use crate::processes::child;
 use crate::uapi::*;
 use std::ffi::CString;
 use std::fs::File;
@@ -19,12 +20,13 @@ fn call(fd: i32, number: u32, argument: u64) -> Result<i32> {
     }
 }
 
-/// Maps, lets the device at the PCI address `device` of the group do DMA, and unmaps.
-pub fn run(group: &str, device: &str) {
+/// Maps, lets the device at the PCI address `device` of the group at `path` do DMA, and unmaps; then has
+/// the group and the character device `own` of it exclude each other.
+pub fn run(path: &str, device: &str, own: &str) {
     let container = open("/dev/vfio/vfio");
     println!("version {:?}, type1v2 {:?}", call(container, 0, 0).ok(), call(container, 1, 3).ok());
     println!("type1v2 without a group: {}", outcome(call(container, 2, 3)));
-    let group = open(group);
+    let group = open(path);
     // argsz, flags
     let mut status = [8u32, 0];
     ioctl(group, vfio(3), &mut status).expect("VFIO_GROUP_GET_STATUS");
@@ -40,7 +42,9 @@ pub fn run(group: &str, device: &str) {
     let other = CString::new("0000:7f:00.0").expect("no zero");
     println!("no such device: {}", outcome(call(group, 6, other.as_ptr() as u64)));
     let fd = call(group, 6, name.as_ptr() as u64).expect("VFIO_GROUP_GET_DEVICE_FD");
-    println!("the device again: {}", outcome(call(group, 6, name.as_ptr() as u64)));
+    let second = call(group, 6, name.as_ptr() as u64).expect("the device again");
+    println!("another descriptor: {}", second != fd);
+    child(|| println!("in a child: {}", outcome(call(group, 6, name.as_ptr() as u64))));
     // SAFETY: the descriptor is new.
     let mut device = Device::from(unsafe { File::from_raw_fd(fd) });
     device.start().expect("the device");
@@ -56,6 +60,23 @@ pub fn run(group: &str, device: &str) {
     println!("unmap: {}, {:#x}", outcome(ioctl(container, vfio(14), &mut unmap)), unmap[2]);
     println!("fetch {}", device.fetch(IOVA, 16));
     drop(device);
+    // SAFETY: the descriptor is new.
+    let mut device = Device::from(unsafe { File::from_raw_fd(second) });
+    device.start().expect("the device");
+    println!("map: {}", outcome(ioctl(container, vfio(13), &mut map)));
+    println!("the other descriptor: fetch {}", device.fetch(IOVA, 16));
+    // By its own character device, of which the program has one anyway.
+    let iommufd = open("/dev/iommu");
+    let mut own = Device::open(own);
+    println!("bind beside the group: {}", outcome(own.bind(iommufd)));
+    drop(device);
     println!("no container any more: {}", outcome(call(group, 5, 0)));
     println!("none: {}", outcome(call(group, 5, 0)));
+    println!("bind beside the open group: {}", outcome(own.bind(iommufd)));
+    // SAFETY: the descriptor is this function's.
+    unsafe { libc::close(group) };
+    println!("bind: {}", outcome(own.bind(iommufd)));
+    println!("the group beside: {}", outcome(File::open(path)));
+    drop(own);
+    println!("the group: {}", outcome(File::open(path)));
 }

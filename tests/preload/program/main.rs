@@ -25,7 +25,7 @@ fn main() {
     match arguments[..] {
         ["flow", device] => flow::run(device),
         ["smmu", device] => smmu_flow::run(device),
-        ["container", group, device] => container::run(group, device),
+        ["container", group, device, own] => container::run(group, device, own),
         ["descriptors"] => descriptors::run(),
         ["memory", device] => memory::run(device),
         ["page-requests", device] => page_requests::run(device),

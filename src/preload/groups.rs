@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Who has a group: as in Linux, it is open once, or some of its devices are bound through their own
+//! character devices, but not both.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use twostage::iommufd::Errno;
+
+use crate::group::Group;
+
+const BUSY: Errno = Errno::EBUSY;
+
+/// The groups of a machine, by number.
+#[derive(Debug, Default)]
+pub struct Groups(Mutex<BTreeMap<u32, Users>>);
+
+#[derive(Debug, Default)]
+struct Users {
+    open: Weak<Group>,
+    /// How many devices are bound through their own character devices.
+    bound: usize,
+}
+
+impl Groups {
+    /// Opens the group `number`, which `group` makes.
+    ///
+    /// # Errors
+    /// `EBUSY` it is open, or a device of it is bound.
+    pub fn open(&self, number: u32, group: impl FnOnce() -> Group) -> Result<Arc<Group>, Errno> {
+        let mut groups = self.lock();
+        let users = groups.entry(number).or_default();
+        if users.open.strong_count() > 0 || users.bound > 0 {
+            return Err(BUSY);
+        }
+        let group = Arc::new(group());
+        users.open = Arc::downgrade(&group);
+        Ok(group)
+    }
+
+    /// Keeps the group `number` from being opened for as long as the result lives: a device of it is
+    /// to be bound.
+    ///
+    /// # Errors
+    /// `EBUSY` it is open.
+    pub fn block(self: &Arc<Self>, number: u32) -> Result<Blocked, Errno> {
+        let mut groups = self.lock();
+        let users = groups.entry(number).or_default();
+        if users.open.strong_count() > 0 {
+            return Err(BUSY);
+        }
+        users.bound += 1;
+        Ok(Blocked { groups: self.clone(), number })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Users>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A group that cannot be opened.
+#[derive(Debug)]
+pub struct Blocked {
+    groups: Arc<Groups>,
+    number: u32,
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        if let Some(users) = self.groups.lock().get_mut(&self.number) {
+            users.bound = users.bound.saturating_sub(1);
+        }
+    }
+}

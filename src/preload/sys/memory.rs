@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory: that of processes, and mappings.
+
+use std::ffi::{c_long, c_void};
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::{iovec, syscall};
+use twostage::iommufd::Errno;
+
+use super::checked;
+
+/// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be read;
+/// returns how many bytes were.
+pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
+    let local = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
+    // SAFETY: the kernel writes to `bytes` alone, and checks the other address.
+    let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
+    checked(read as c_long).map(|count| count as usize)
+}
+
+/// Writes to the memory of process `pid` from `address` on; returns how many bytes could be.
+///
+/// # Safety
+/// When `pid` is this process: it must hand that memory out for writing, as the program does whose
+/// system call names it.
+pub unsafe fn write_memory(pid: i32, address: u64, bytes: &[u8]) -> Result<usize, Errno> {
+    let local = iovec { iov_base: bytes.as_ptr() as *mut c_void, iov_len: bytes.len() };
+    let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
+    // SAFETY: the kernel reads `bytes` alone, and checks the other address; what is there is the
+    // caller's promise.
+    let written = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
+    checked(written as c_long).map(|count| count as usize)
+}
+
+/// Reserves `length` bytes of addresses, away from the program's own: it may rely on what it has
+/// unmapped to stay unmapped.
+pub fn reserve(length: u64) -> Result<u64, Errno> {
+    /// Below what the kernel and programs use by themselves.
+    const AREA: Range<u64> = 0x1000_0000_0000..0x5000_0000_0000;
+    const STEP: u64 = 2 << 20;
+    static NEXT: AtomicU64 = AtomicU64::new(AREA.start);
+    let step = length.saturating_add(STEP).checked_next_multiple_of(STEP).ok_or(Errno::ENOMEM)?;
+    let mut hint = NEXT.fetch_add(step, Ordering::Relaxed);
+    if !AREA.contains(&hint) {
+        hint = AREA.start;
+        NEXT.store(AREA.start.saturating_add(step), Ordering::Relaxed);
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: what is mapped already stays, and the kernel chooses another place: this is not
+    // MAP_FIXED.
+    let address = unsafe { syscall(libc::SYS_mmap, hint, length, libc::PROT_NONE, flags, -1, 0) };
+    checked(address).map(|address| address as u64)
+}
+
+/// Maps the memory at `from`, `length` bytes in one shared mapping, a second time over `to`.
+///
+/// # Safety
+/// `length` bytes at `to` are a mapping of the caller's.
+pub unsafe fn map_again(from: u64, length: u64, to: u64) -> Result<(), Errno> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    // SAFETY: an old length of 0 leaves `from` as it is; what is at `to` is the caller's.
+    checked(unsafe { syscall(libc::SYS_mremap, from, 0, length, flags, to) }).map(drop)
+}
+
+/// Maps `length` bytes of `file`, shared, over `to`.
+///
+/// # Safety
+/// As [`map_again`].
+pub unsafe fn map_file(
+    file: &File,
+    offset: u64,
+    length: u64,
+    writable: bool,
+    to: u64,
+) -> Result<(), Errno> {
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    let rights = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+    let fd = file.as_raw_fd();
+    // SAFETY: what is at `to` is the caller's.
+    checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
+}
+
+/// Whether the pages of `file` are memory's own: it is of shmem (a memfd, for example) or hugetlbfs.
+pub fn is_memory(file: &File) -> bool {
+    let mut status = MaybeUninit::<libc::statfs64>::zeroed();
+    // SAFETY: there is room for the status.
+    let result = unsafe { libc::fstatfs64(file.as_raw_fd(), status.as_mut_ptr()) };
+    // SAFETY: zeroes are a valid value, and so is what the kernel wrote.
+    let kind = unsafe { status.assume_init() }.f_type;
+    result == 0 && [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&kind)
+}
+
+/// Unmaps what the program asked to have unmapped earlier.
+///
+/// # Safety
+/// Nothing uses the memory any more.
+pub unsafe fn unmap(address: u64, length: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { syscall(libc::SYS_munmap, address, length) };
+}
