@@ -16,9 +16,13 @@ use crate::remote::{self, Request};
 use crate::state::{self, Kind, Own, Slot, State};
 use crate::{sys, table};
 
-/// Answers a call on `fd`; `None` when that is none of ours.
+/// Answers a call on `fd`; `None` when that is none of ours. `EBADF` when it is being closed.
 pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
-    let result = match state.slot(fd)?.kind {
+    let slot = match state.find(fd).transpose()? {
+        Ok(slot) => slot,
+        Err(errno) => return Some(Err(errno)),
+    };
+    let result = match slot.kind {
         Kind::Own(own) => {
             let caller = CallingProcess::own();
             let mut result = make(state, &own, &caller, call);
@@ -60,7 +64,7 @@ pub fn pinned(state: &State, pid: i32) -> Pinned {
     let mut asked = BTreeSet::new();
     for (fd, _) in table::ours(0, u32::MAX) {
         // Each owner once.
-        let foreign = matches!(state.slot(fd), Some(Slot { kind: Kind::Foreign, .. }));
+        let foreign = matches!(state.find(fd), Ok(Some(Slot { kind: Kind::Foreign, .. })));
         if let Some(owner) = sys::peer_process(fd).ok().filter(|_| foreign) {
             let pinned = if asked.insert(owner) { remote::pinned(fd, pid).ok() } else { None };
             let pinned = pinned.unwrap_or_default();

@@ -162,6 +162,13 @@ next! {
         unsafe extern "C" fn(c_int, Buffer, size_t, size_t) -> ssize_t,
         syscall(libc::SYS_read, fd, to, count.min(room));
 
+    fn __pread_chk(fd: c_int, to: Buffer, count: size_t, offset: off64_t, room: size_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Buffer, size_t, off64_t, size_t) -> ssize_t,
+        syscall(libc::SYS_pread64, fd, to, count.min(room), offset);
+    fn __pread64_chk(fd: c_int, to: Buffer, count: size_t, offset: off64_t, room: size_t) -> ssize_t,
+        unsafe extern "C" fn(c_int, Buffer, size_t, off64_t, size_t) -> ssize_t,
+        syscall(libc::SYS_pread64, fd, to, count.min(room), offset);
+
     fn mmap(address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t)
         -> Buffer,
         unsafe extern "C" fn(Buffer, size_t, c_int, c_int, c_int, off64_t) -> Buffer,

@@ -192,7 +192,7 @@ impl State {
             table::set(fd, Entry::NotOurs);
             match entry {
                 Entry::Internal => drop(sys::close_number(fd)),
-                Entry::File(_) => drop(self.recognise(fd)),
+                Entry::File(_) | Entry::Closing => drop(self.recognise(fd)),
                 Entry::NotOurs => {}
             }
         }
@@ -220,14 +220,20 @@ impl State {
     pub fn publish(&self, file: Arc<dyn File>) -> Result<(OwnedFd, u32), Errno> {
         let service = self.service.get().ok_or(Errno::ENODEV)?.as_ref().map_err(|errno| *errno)?;
         let (fd, end) = sys::socket_pair()?;
+        sys::give_up_soon(fd.as_raw_fd())?;
         let end = Arc::new(Internal::new(end));
         let number = self.opened.fetch_add(1, Ordering::Relaxed);
         let name = format!("{NAME_PREFIX}{}/{number}/{}", self.pid, file.name());
-        sys::bind_name(end.raw(), name.as_bytes())?;
         let inode = sys::inode(fd.as_raw_fd())?;
-        service.watch(end.raw(), inode)?;
         let own = Arc::new(Own { file, end });
+        // What has such a name is known.
         let slot = self.insert(Slot { inode, kind: Kind::Own(own.clone()) });
+        let named = sys::bind_name(own.end.raw(), name.as_bytes());
+        if let Err(errno) = named.and_then(|()| service.watch(own.end.raw(), inode)) {
+            drop(fd);
+            self.released(slot);
+            return Err(errno);
+        }
         own.file.opened(&own.end);
         Ok((fd, slot))
     }
@@ -242,18 +248,35 @@ impl State {
         free as u32
     }
 
-    /// The slot that `fd` stands for. The number may have been closed, and used for something else,
-    /// where no hook saw it.
-    pub fn slot(&self, fd: RawFd) -> Option<Slot> {
-        let number = table::file(fd)?;
-        let slot = self.files().get(number as usize).cloned().flatten();
-        match slot {
-            Some(slot) if sys::inode(fd) == Ok(slot.inode) => Some(slot),
-            _ => {
-                table::set(fd, Entry::NotOurs);
-                None
+    /// The slot that `fd` stands for; none when that is no file of ours. The number may have been closed, and
+    /// used for something else, where no hook saw it, or while this looks.
+    ///
+    /// # Errors
+    /// `EBADF` it is being closed.
+    pub fn find(&self, fd: RawFd) -> Result<Option<Slot>, Errno> {
+        /// Each but the last found the number to be changed meanwhile.
+        const TURNS: usize = 16;
+        const CLOSED: Errno = Errno::from_raw(libc::EBADF);
+        for _ in 0..TURNS {
+            let entry = table::get(fd);
+            let number = match entry {
+                Entry::File(number) => number,
+                Entry::Closing if is_emulated(fd) => return Err(CLOSED),
+                Entry::Closing | Entry::Internal | Entry::NotOurs => return Ok(None),
+            };
+            let slot = self.files().get(number as usize).cloned().flatten();
+            if let Some(slot) = slot.filter(|slot| sys::inode(fd) == Ok(slot.inode)) {
+                return Ok(Some(slot));
+            }
+            // A child of vfork, which has closed it: the table is its parent's.
+            if !self.has_descriptors() {
+                return Ok(None);
+            }
+            if table::replace(fd, entry, Entry::NotOurs) && self.recognise(fd).is_none() {
+                return Ok(None);
             }
         }
+        Err(CLOSED)
     }
 
     /// Looks whether `fd`, which is not known, is a descriptor of an emulated file: one that came
@@ -315,17 +338,20 @@ impl State {
 
     /// What to map in place of `fd`; `None` when that is none of ours.
     pub fn map(&self, fd: RawFd, request: MmapRequest) -> Option<Result<MappedPages, Errno>> {
-        Some(match self.slot(fd)?.kind {
+        let slot = self.find(fd).transpose()?;
+        Some(slot.and_then(|slot| match slot.kind {
             Kind::Own(own) => own.file.map(request),
             // The owner could not see it unmapped.
             Kind::Foreign => Err(Errno::ENODEV),
-        })
+        }))
     }
 
-    /// The name of the file that `fd` stands for.
-    pub fn name(&self, fd: RawFd) -> Option<String> {
-        self.slot(fd)?;
-        let name = String::from_utf8(sys::peer_name(fd)?).ok()?;
-        name.splitn(4, '/').nth(3).map(str::to_owned)
+    /// The name of the file that `fd` stands for; none when that is no file of ours.
+    ///
+    /// # Errors
+    /// `EBADF` it is being closed.
+    pub fn name(&self, fd: RawFd) -> Result<Option<String>, Errno> {
+        let name = self.find(fd)?.and_then(|_| String::from_utf8(sys::peer_name(fd)?).ok());
+        Ok(name.and_then(|name| name.splitn(4, '/').nth(3).map(str::to_owned)))
     }
 }

@@ -12,7 +12,8 @@ const CAPACITY: usize = 1 << 16;
 
 const NOT_OURS: u32 = 0;
 const INTERNAL: u32 = 1;
-const FIRST_SLOT: u32 = 2;
+const CLOSING: u32 = 2;
+const FIRST_SLOT: u32 = 3;
 
 static TABLE: [AtomicU32; CAPACITY] = [const { AtomicU32::new(NOT_OURS) }; CAPACITY];
 
@@ -23,6 +24,9 @@ pub enum Entry {
     NotOurs,
     /// Something that the program must not touch.
     Internal,
+    /// A descriptor of an emulated file that a thread is closing: who finds it emulated still comes too late
+    /// for it.
+    Closing,
     /// The emulated file of this number (of a file, not of a descriptor).
     File(u32),
 }
@@ -32,6 +36,7 @@ impl Entry {
         match raw {
             NOT_OURS => Self::NotOurs,
             INTERNAL => Self::Internal,
+            CLOSING => Self::Closing,
             slot => Self::File(slot - FIRST_SLOT),
         }
     }
@@ -40,6 +45,7 @@ impl Entry {
         match self {
             Self::NotOurs => NOT_OURS,
             Self::Internal => INTERNAL,
+            Self::Closing => CLOSING,
             Self::File(slot) => slot + FIRST_SLOT,
         }
     }
@@ -54,18 +60,24 @@ pub fn get(fd: RawFd) -> Entry {
     entry(fd).map_or(Entry::NotOurs, |entry| Entry::of(entry.load(Ordering::Acquire)))
 }
 
-/// The emulated file that `fd` stands for.
-pub fn file(fd: RawFd) -> Option<u32> {
-    match get(fd) {
-        Entry::File(slot) => Some(slot),
-        Entry::NotOurs | Entry::Internal => None,
-    }
+/// Whether `fd` stands, or stood a moment ago, for an emulated file.
+pub fn is_file(fd: RawFd) -> bool {
+    matches!(get(fd), Entry::File(_) | Entry::Closing)
 }
 
 /// Says what `fd` stands for from now on; returns what it stood for, or `None` when the number is
 /// too high.
 pub fn set(fd: RawFd, to: Entry) -> Option<Entry> {
     Some(Entry::of(entry(fd)?.swap(to.raw(), Ordering::AcqRel)))
+}
+
+/// Says what `fd` stands for from now on, unless that is not `from` any more; whether it did.
+pub fn replace(fd: RawFd, from: Entry, to: Entry) -> bool {
+    let (from, to) = (from.raw(), to.raw());
+    let replace = |entry: &AtomicU32| {
+        entry.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    };
+    entry(fd).is_some_and(replace)
 }
 
 /// All numbers from `first` to `last` that are ours.
@@ -85,10 +97,13 @@ mod tests {
     fn entries() {
         assert_eq!(set(60_000, Entry::File(3)), Some(Entry::NotOurs));
         assert_eq!(set(60_001, Entry::Internal), Some(Entry::NotOurs));
-        assert_eq!((file(60_000), file(60_001), file(60_002)), (Some(3), None, None));
+        assert_eq!([60_000, 60_001, 60_002].map(is_file), [true, false, false]);
         let found: Vec<_> = ours(60_000, u32::MAX).collect();
         assert_eq!(found, [(60_000, Entry::File(3)), (60_001, Entry::Internal)]);
-        assert_eq!(set(60_000, Entry::NotOurs), Some(Entry::File(3)));
+        assert!(!replace(60_000, Entry::File(4), Entry::Closing));
+        assert!(replace(60_000, Entry::File(3), Entry::Closing));
+        assert_eq!((get(60_000), is_file(60_000)), (Entry::Closing, true));
+        assert_eq!(set(60_000, Entry::NotOurs), Some(Entry::Closing));
         assert_eq!(get(60_000), Entry::NotOurs);
     }
 

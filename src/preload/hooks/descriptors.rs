@@ -17,12 +17,17 @@ fn is_own_table() -> bool {
     state::begun().is_none_or(State::has_descriptors)
 }
 
-/// `to` is a duplicate of `fd` now.
-fn duplicated(fd: RawFd, to: RawFd) {
-    let new = table::file(fd).map_or(Entry::NotOurs, Entry::File);
-    if (new, table::get(to)) != (Entry::NotOurs, Entry::NotOurs) && is_own_table() {
-        // A number too high for the table does the same as a file that is not emulated: nothing.
-        table::set(to, new);
+/// `to` is a duplicate of a descriptor now that stood for `source` before.
+fn duplicated(source: Entry, to: RawFd) {
+    if !is_own_table() {
+        return;
+    }
+    // Who closed the other one meanwhile did not close this.
+    let is_file = matches!(source, Entry::File(_) | Entry::Closing)
+        && state::current().recognise(to).is_some();
+    // A number too high for the table does the same as a file that is not emulated: nothing.
+    if !is_file && table::get(to) != Entry::NotOurs {
+        table::set(to, Entry::NotOurs);
     }
 }
 
@@ -36,17 +41,27 @@ fn closed(entry: Entry) {
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn close(fd: c_int) -> c_int {
     let entry = table::get(fd);
-    if entry == Entry::NotOurs || !is_own_table() {
-        // SAFETY: as the program asked.
-        return unsafe { next::close(fd) };
+    let ours = entry != Entry::NotOurs && is_own_table();
+    match entry {
+        Entry::Internal if ours => return answer_int(Err(Errno::from_raw(libc::EBADF))),
+        // Another thread is about to close it.
+        Entry::Closing if ours && state::is_emulated(fd) => {
+            return answer_int(Err(Errno::from_raw(libc::EBADF)));
+        }
+        // Whoever else looks it up from here on comes too late.
+        Entry::File(_) if ours && !table::replace(fd, entry, Entry::Closing) => {
+            return answer_int(Err(Errno::from_raw(libc::EBADF)));
+        }
+        _ => {}
     }
-    if entry == Entry::Internal {
-        return answer_int(Err(Errno::from_raw(libc::EBADF)));
-    }
-    table::set(fd, Entry::NotOurs);
-    // SAFETY: as above.
+    // SAFETY: as the program asked.
     let result = unsafe { next::close(fd) };
-    closed(entry);
+    if let Entry::File(_) = entry {
+        if ours {
+            table::replace(fd, Entry::Closing, Entry::NotOurs);
+            closed(entry);
+        }
+    }
     result
 }
 
@@ -64,8 +79,9 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     for (fd, entry) in table::ours(first, last) {
         let number = fd as u32;
         if let Entry::File(_) = entry {
-            table::set(fd, Entry::NotOurs);
-            files.push(entry);
+            if table::replace(fd, entry, Entry::Closing) {
+                files.push((fd, entry));
+            }
         } else if entry == Entry::Internal {
             if start < number {
                 // SAFETY: as above.
@@ -78,7 +94,10 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
         // SAFETY: as above.
         result |= unsafe { next::close_range(start, last, flags) };
     }
-    files.into_iter().for_each(closed);
+    for (fd, entry) in files {
+        table::replace(fd, Entry::Closing, Entry::NotOurs);
+        closed(entry);
+    }
     result
 }
 
@@ -90,9 +109,12 @@ unsafe extern "C" fn closefrom(first: c_int) {
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn dup(fd: c_int) -> c_int {
+    let source = table::get(fd);
     // SAFETY: as the program asked.
     let new = unsafe { next::dup(fd) };
-    duplicated(fd, new);
+    if new >= 0 {
+        duplicated(source, new);
+    }
     new
 }
 
@@ -120,9 +142,10 @@ fn duplicate_over(fd: c_int, to: c_int, duplicate: impl FnOnce() -> c_int) -> c_
     if before == Entry::Internal {
         return answer_int(Err(Errno::from_raw(libc::EBADF)));
     }
+    let source = table::get(fd);
     let new = duplicate();
     if new >= 0 {
-        duplicated(fd, new);
+        duplicated(source, new);
         closed(before);
     }
     new
@@ -132,10 +155,11 @@ macro_rules! fcntl {
     ($($name:ident)*) => { $(
         #[cfg_attr(not(test), no_mangle)]
         unsafe extern "C" fn $name(fd: c_int, command: c_int, argument: c_ulong) -> c_int {
+            let source = table::get(fd);
             // SAFETY: as the program asked.
             let result = unsafe { next::$name(fd, command, argument) };
             if matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) && result >= 0 {
-                duplicated(fd, result);
+                duplicated(source, result);
             }
             result
         }

@@ -11,11 +11,35 @@ use twostage::iommufd::Errno;
 use super::{answer, answer_int, ours};
 use crate::file::Call;
 use crate::process::Process;
-use crate::{calls, next, state};
+use crate::table::{self, Entry};
+use crate::{calls, next, state, sys};
 
 /// Makes `call` when `fd` is ours.
 fn call(fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     calls::call(ours(fd)?, fd, call)
+}
+
+/// What `read` of libc gave for `fd`, unless that became one of ours after it was looked up: those give up at
+/// once there ([`sys::give_up_soon`]), and `again` is made.
+fn or_again(fd: RawFd, read: ssize_t, again: impl FnOnce() -> Option<i64>) -> ssize_t {
+    let errno = sys::last_errno();
+    if read >= 0 || errno.raw() != libc::EAGAIN || state::begun().is_none() {
+        return read;
+    }
+    if state::is_emulated(fd) {
+        // Of a file that is being closed it may still be.
+        if table::get(fd) == Entry::NotOurs {
+            state::current().recognise(fd);
+        }
+        return again().unwrap_or_else(|| answer(Err(Errno::from_raw(libc::EBADF)))) as ssize_t;
+    }
+    sys::set_errno(errno);
+    read
+}
+
+/// Whether `fd` is one of ours, or was until now.
+fn is_ours(fd: RawFd) -> bool {
+    ours(fd).is_some_and(|state| !matches!(state.find(fd), Ok(None)))
 }
 
 /// The type of all ioctls of VFIO and iommufd (`VFIO_TYPE`, `IOMMUFD_TYPE`).
@@ -50,10 +74,11 @@ fn write_call(from: *const c_void, count: size_t, offset: Option<u64>) -> Call {
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn read(fd: c_int, to: *mut c_void, count: size_t) -> ssize_t {
-    match call(fd, read_call(to, count, None)) {
-        Some(result) => answer(result) as ssize_t,
+    let ours = || call(fd, read_call(to, count, None)).map(answer);
+    match ours() {
+        Some(result) => result as ssize_t,
         // SAFETY: as the program asked.
-        None => unsafe { next::read(fd, to, count) },
+        None => or_again(fd, unsafe { next::read(fd, to, count) }, ours),
     }
 }
 
@@ -64,10 +89,11 @@ unsafe extern "C" fn __read_chk(
     count: size_t,
     room: size_t,
 ) -> ssize_t {
-    match call(fd, read_call(to, count.min(room), None)) {
-        Some(result) => answer(result) as ssize_t,
+    let ours = || call(fd, read_call(to, count.min(room), None)).map(answer);
+    match ours() {
+        Some(result) => result as ssize_t,
         // SAFETY: as the program asked.
-        None => unsafe { next::__read_chk(fd, to, count, room) },
+        None => or_again(fd, unsafe { next::__read_chk(fd, to, count, room) }, ours),
     }
 }
 
@@ -111,17 +137,20 @@ fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iove
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn readv(fd: c_int, vectors: *const iovec, count: c_int) -> ssize_t {
-    if ours(fd).is_some() {
+    let ours = || {
         let one = |vector: &iovec| read_call(vector.iov_base, vector.iov_len, None);
-        return each_piece(fd, vectors, count, one) as ssize_t;
+        is_ours(fd).then(|| each_piece(fd, vectors, count, one))
+    };
+    match ours() {
+        Some(result) => result as ssize_t,
+        // SAFETY: as the program asked.
+        None => or_again(fd, unsafe { next::readv(fd, vectors, count) }, ours),
     }
-    // SAFETY: as the program asked.
-    unsafe { next::readv(fd, vectors, count) }
 }
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn writev(fd: c_int, vectors: *const iovec, count: c_int) -> ssize_t {
-    if ours(fd).is_some() {
+    if is_ours(fd) {
         let one = |vector: &iovec| write_call(vector.iov_base, vector.iov_len, None);
         return each_piece(fd, vectors, count, one) as ssize_t;
     }
@@ -149,6 +178,32 @@ macro_rules! at_offset {
             }
         }
     )* };
+}
+
+macro_rules! at_offset_within {
+    ($($name:ident, $plain:ident;)*) => { $(
+        /// What programs built with _FORTIFY_SOURCE call.
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $name(
+            fd: c_int,
+            to: *mut c_void,
+            count: size_t,
+            offset: off64_t,
+            room: size_t,
+        ) -> ssize_t {
+            if is_ours(fd) {
+                // SAFETY: as the program asked.
+                return unsafe { $plain(fd, to, count.min(room), offset) };
+            }
+            // SAFETY: as the program asked.
+            unsafe { next::$name(fd, to, count, offset, room) }
+        }
+    )* };
+}
+
+at_offset_within! {
+    __pread_chk, pread;
+    __pread64_chk, pread64;
 }
 
 at_offset! {

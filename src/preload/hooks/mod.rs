@@ -50,7 +50,7 @@ unsafe fn node(path: *const c_char) -> Option<(&'static State, Node)> {
 
 /// The state when `fd` is, or may be, a descriptor of ours.
 fn ours(fd: RawFd) -> Option<&'static State> {
-    table::file(fd).map(|_| state::current())
+    table::is_file(fd).then(state::current)
 }
 
 /// Learns which descriptors of ours came through exec.

@@ -19,9 +19,13 @@ fn inode(node: Node) -> u64 {
     FIRST_INODE | u64::from(major) << 12 | u64::from(minor)
 }
 
-/// The node that `fd` was opened as.
-fn node_of(fd: RawFd) -> Option<Node> {
-    Node::of_file(&ours(fd)?.name(fd)?)
+/// The node that `fd` was opened as, when that is one of ours.
+///
+/// # Errors
+/// `EBADF` it is being closed.
+fn node_of(fd: RawFd) -> Result<Option<Node>, Errno> {
+    let name = ours(fd).map_or(Ok(None), |state| state.name(fd))?;
+    Ok(name.and_then(|name| Node::of_file(&name)))
 }
 
 /// # Safety
@@ -80,9 +84,10 @@ macro_rules! of_descriptors {
         unsafe extern "C" fn $name(fd: c_int, status: *mut libc::stat64) -> c_int {
             match node_of(fd) {
                 // SAFETY: libc's contract for the status.
-                Some(node) => unsafe { fill(node, status) },
+                Ok(Some(node)) => unsafe { fill(node, status) },
+                Err(errno) => answer_int(Err(errno)),
                 // SAFETY: the arguments are as the program gave them.
-                None => unsafe { next::$name(fd, status) },
+                Ok(None) => unsafe { next::$name(fd, status) },
             }
         }
     )* };

@@ -21,6 +21,20 @@ pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }
 
+/// Has whoever reads from `fd`, or writes to it, by a call that does not go through the hooks give up with
+/// `EAGAIN` when nothing comes of it at once.
+pub fn give_up_soon(fd: RawFd) -> Result<(), Errno> {
+    let soon = libc::timeval { tv_sec: 0, tv_usec: 1 };
+    let length = size_of_val(&soon) as libc::socklen_t;
+    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+        let value = (&raw const soon).cast();
+        // SAFETY: the option's value has `length` bytes.
+        let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, value, length) };
+        checked(c_long::from(result))?;
+    }
+    Ok(())
+}
+
 /// The address of a socket in the abstract name space.
 fn abstract_address(name: &[u8]) -> (libc::sockaddr_un, libc::socklen_t) {
     let mut address =
