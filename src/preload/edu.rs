@@ -12,7 +12,8 @@ use std::ops::Range;
 
 use twostage::emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort, PageTries};
 
-use crate::{process::Process, sys};
+use crate::process::Process;
+use crate::{state, sys};
 
 /// Length of BAR 0, in bytes.
 pub const BAR_SIZE: u64 = 1 << 20;
@@ -276,7 +277,11 @@ fn copy(memory: &vm_memory::VolatileSlice<'_>, part: &mut [u8], to_memory: bool)
     } else {
         sys::read_memory(sys::process_id(), address, part).unwrap_or(0)
     };
-    done == part.len()
+    let rest = part.get_mut(done..).unwrap_or_default();
+    let at = address + done as u64;
+    // Of a mapping that the program has protected since.
+    let is_pinned = || state::current().pins.is_held(at, rest.len() as u64);
+    rest.is_empty() || is_pinned() && sys::copy_anyway(at, rest, to_memory)
 }
 
 fn has_width(offset: u64, width: usize) -> bool {

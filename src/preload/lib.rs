@@ -26,7 +26,11 @@
 //! * A DMA that waits for a page (PRI) goes on within the call that brings the answer, in whichever
 //!   process that is made.
 //! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
-//!   when the program unmaps them (`pins.rs`). `/proc/PID/status` says how much it is.
+//!   when the program unmaps them, and reached whatever rights it leaves itself (`pins.rs`).
+//!   `/proc/PID/status` says how much it is.
+//! * A call beside `close`, `close_range` or `dup2` of its descriptor, in another thread, is done or fails with
+//!   `EBADF`: it does not wait.
+//! * A process that calls are forwarded for is known by a pidfd: what has its number later is another one.
 //! * All other calls go to the next library as they are. Nothing is set up before the first open;
 //!   then a thread is, which takes no signals.
 //!
@@ -36,6 +40,12 @@
 //!   and those that libc makes inside itself (`free` of pinned memory, `fopen` of a device).
 //! * Paths are known as they stand: `/dev/iommu`, not `iommu` in `/dev`. `/dev/vfio` and `/sys` list
 //!   none of the devices.
+//! * Pages that the program discards (`MADV_DONTNEED` and the like of private memory), or cuts out of a file
+//!   (holes, `MADV_REMOVE`, a shorter file), are gone for devices, too: they find what the program finds, where a
+//!   kernel leaves them the pages that they had. Tables that an IOMMU walks must be in memory that stays
+//!   readable and writable. Whenever that does not hold, standard error says so (`taken.rs`).
+//! * A file that is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`) can be mapped for devices
+//!   to read only: `EINVAL`.
 //! * Private memory of another process cannot be pinned: `EFAULT`. Pinned private memory cannot be
 //!   moved or mapped over: `ENOMEM`. Descriptors of another process cannot be mapped: `ENODEV`.
 //! * A socket polls as writable, so every descriptor does.
@@ -72,6 +82,7 @@ mod service;
 mod state;
 mod sys;
 mod table;
+mod taken;
 #[cfg(feature = "selftest")]
 mod test_file;
 mod user_space;

@@ -177,6 +177,24 @@ next! {
         -> Buffer,
         unsafe extern "C" fn(Buffer, size_t, c_int, c_int, c_int, off64_t) -> Buffer,
         syscall(libc::SYS_mmap, address, length, protection, flags, fd, offset);
+    fn mprotect(address: Buffer, length: size_t, protection: c_int) -> c_int,
+        unsafe extern "C" fn(Buffer, size_t, c_int) -> c_int,
+        syscall(libc::SYS_mprotect, address, length, protection);
+    fn madvise(address: Buffer, length: size_t, advice: c_int) -> c_int,
+        unsafe extern "C" fn(Buffer, size_t, c_int) -> c_int,
+        syscall(libc::SYS_madvise, address, length, advice);
+    fn fallocate(fd: c_int, mode: c_int, offset: off64_t, length: off64_t) -> c_int,
+        unsafe extern "C" fn(c_int, c_int, off64_t, off64_t) -> c_int,
+        syscall(libc::SYS_fallocate, fd, mode, offset, length);
+    fn fallocate64(fd: c_int, mode: c_int, offset: off64_t, length: off64_t) -> c_int,
+        unsafe extern "C" fn(c_int, c_int, off64_t, off64_t) -> c_int,
+        syscall(libc::SYS_fallocate, fd, mode, offset, length);
+    fn ftruncate(fd: c_int, length: off64_t) -> c_int,
+        unsafe extern "C" fn(c_int, off64_t) -> c_int,
+        syscall(libc::SYS_ftruncate, fd, length);
+    fn ftruncate64(fd: c_int, length: off64_t) -> c_int,
+        unsafe extern "C" fn(c_int, off64_t) -> c_int,
+        syscall(libc::SYS_ftruncate, fd, length);
     fn munmap(address: Buffer, length: size_t) -> c_int,
         unsafe extern "C" fn(Buffer, size_t) -> c_int,
         syscall(libc::SYS_munmap, address, length);

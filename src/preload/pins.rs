@@ -4,12 +4,14 @@
 //! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, where the
 //! program does not see it: what becomes of the first is of no matter then. Private memory cannot be
 //! mapped twice. It is used where it is; when the program unmaps it, the hook leaves it in place
-//! until nobody uses it ([`Pins::release`]), and refuses to move it.
+//! until nobody uses it ([`Pins::release`]), and refuses to move it. What the program may do to its mapping
+//! does not keep devices from it ([`sys::copy_anyway`]). Pages that the program discards, or cuts out of their
+//! file, are gone for devices, too: a kernel would leave them those; here that is said ([`crate::taken`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use libc::{PROT_READ, PROT_WRITE};
 use twostage::iommufd::{Errno, UserMemory};
@@ -27,12 +29,17 @@ pub struct Pins {
     /// How many private pieces are held: hooks look at nothing else while it is 0.
     held: AtomicUsize,
     list: Mutex<List>,
+    /// Files that were mapped by themselves, by device and inode.
+    files: Mutex<Vec<(FileKey, Weak<File>)>>,
 }
+
+/// A file, as lists of mappings name it: device and inode.
+pub type FileKey = (String, u64);
 
 #[derive(Debug, Default)]
 struct List {
     /// By file, and whether the mapping can be written.
-    second: BTreeMap<((String, u64), bool), Vec<SecondMapping>>,
+    second: BTreeMap<(FileKey, bool), Vec<SecondMapping>>,
     held: Vec<Held>,
     /// Whether the program has unmapped some of what is held.
     unmapped: bool,
@@ -136,12 +143,33 @@ impl Pins {
     /// Whether any of `length` bytes at `address` is pinned where it is.
     pub fn is_held(&self, address: u64, length: u64) -> bool {
         let end = address.saturating_add(length);
-        self.holds()
-            && self
-                .list()
-                .held
-                .iter()
-                .any(|held| in_use(&held.region) && held.start < end && address < held.end)
+        self.holds() && self.list().has(address, end)
+    }
+
+    /// The same for who must not wait, such as an allocator that is asked for memory by whoever has the list:
+    /// no, when that is so.
+    pub fn seems_held(&self, address: u64, length: u64) -> bool {
+        let end = address.saturating_add(length);
+        self.holds() && self.list.try_lock().is_ok_and(|list| list.has(address, end))
+    }
+
+    /// `file`, which is `key`, is mapped by itself for as long as anybody has it.
+    pub fn mapped_file(&self, key: FileKey, file: &Arc<File>) {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.retain(|(_, file)| file.strong_count() > 0);
+        files.push((key, Arc::downgrade(file)));
+    }
+
+    /// Whether pages of the file `key` are pinned.
+    pub fn has_file(&self, key: &FileKey) -> bool {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        if files.iter().any(|(of, file)| of == key && file.strong_count() > 0) {
+            return true;
+        }
+        drop(files);
+        let list = self.list();
+        let mut second = list.second.iter().filter(|((of, _), _)| of == key);
+        second.any(|(_, mappings)| mappings.iter().any(|mapping| in_use(&mapping.region)))
     }
 
     /// Lets go of what nobody uses any more.
@@ -171,6 +199,12 @@ impl Pins {
 }
 
 impl List {
+    /// Whether any address from `start` on, up to `end`, is pinned where it is.
+    fn has(&self, start: u64, end: u64) -> bool {
+        let mut held = self.held.iter().filter(|held| in_use(&held.region));
+        held.any(|held| held.start < end && start < held.end)
+    }
+
     /// A second mapping of the shared memory `mapping`, and the address in the process `pid` that it
     /// starts with. One serves all that is pinned of the same part of a file.
     fn second_mapping(

@@ -307,6 +307,13 @@ impl State {
 
     /// A descriptor of the file `slot` was closed: ends the file if that was the last one.
     pub fn released(&self, slot: u32) {
+        let ends = self.files().get(slot as usize).is_some_and(|slot| {
+            let slot = slot.as_ref();
+            slot.is_some_and(Slot::is_hung_up)
+        });
+        if !ends {
+            return;
+        }
         // What closing brings about is done when close returns: who serves drops the file first.
         let _served = self.serving();
         let mut files = self.files();

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use twostage::emulated::uapi::{Credentials, UserFault, UserSpace};
@@ -13,8 +14,8 @@ use twostage::iommufd::{Errno, UserMemory};
 use crate::config::Capability;
 use crate::process::{self, Process};
 use crate::state::{self, Own};
-use crate::sys;
 use crate::world::World;
+use crate::{sys, taken};
 
 impl Process {
     /// The file of this process that the process has open as `fd`.
@@ -70,7 +71,11 @@ impl UserSpace for Process {
         if !sys::is_memory(&same) {
             return Some(Arc::new(same));
         }
-        Some(Arc::new(process::anew(same)))
+        let file = Arc::new(process::anew(same));
+        if let Ok(status) = sys::status(file.as_raw_fd()) {
+            state::current().pins.mapped_file(taken::key(&status), &file);
+        }
+        Some(file)
     }
 
     fn is_memory(&self, file: &File) -> bool {

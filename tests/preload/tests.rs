@@ -187,6 +187,55 @@ fn a_container_as_it_was_before_iommufd() {
     );
 }
 
+/// Beside each, what a kernel would have done is said on standard error.
+#[test]
+fn a_device_reaches_memory_whatever_the_program_may() {
+    let mut command = preloaded(PROGRAM, &["protected", "/dev/vfio/devices/vfio1"]);
+    let output = output(command.env_remove("TWOSTAGE_IOMMUFD_LOG"));
+    let (out, error) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}\n{error}");
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "not even readable: fetch true",
+            "read-only: store true, fetch true",
+            "the program sees 0x5a",
+            "discarded: fetch true",
+            "a hole: fetch true",
+            "truncated: fetch false",
+        ]
+    );
+    let said = |what| error.lines().filter(|line| line.contains(what)).count();
+    let all = ["no longer to be read and written", "discarded", "cut out of a file"].map(said);
+    assert_eq!(all, [2, 1, 2], "{error}");
+}
+
+#[test]
+fn files_that_are_memory_and_accesses_of_any_length() {
+    expect(
+        &["files", "/dev/vfio/devices/vfio1"],
+        &[
+            "memory: ok (true, true)",
+            "opened read-only: ok (true, true)",
+            "on disk: errno 22 (false, false)",
+            "configuration space: Ok(256)",
+            "past its end: Err(14)",
+            "an odd piece: Ok(7)",
+            "registers: Ok(64)",
+            "the end of the BAR: Ok(16)",
+            "past it: Err(22)",
+            "written: 24, [1, 2, 3]",
+        ],
+    );
+}
+
+#[test]
+fn nobody_waits_for_a_descriptor_that_is_closed() {
+    expect(&["closing"], &["rounds: 3000"]);
+}
+
 #[test]
 fn descriptors_are_real() {
     expect(

@@ -212,3 +212,64 @@ at_offset! {
     pwrite, *const c_void, write_call;
     pwrite64, *const c_void, write_call;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{Answer, Caller, File};
+    use std::sync::Arc;
+
+    /// A file that answers every call with an errno of its own.
+    #[derive(Debug)]
+    struct Mute;
+
+    impl File for Mute {
+        fn name(&self) -> String {
+            "mute".to_owned()
+        }
+
+        fn call(&self, _: &dyn Caller, _: Call) -> Result<Answer, Errno> {
+            Err(Errno::ENOSPC)
+        }
+    }
+
+    #[test]
+    fn what_becomes_ours_or_is_being_closed_while_it_is_looked_up() {
+        let state = state::current();
+        state.start_service(calls::serve).unwrap();
+        let fd = state.install(Arc::new(Mute), true).unwrap();
+        let mut room = [0u8; 1];
+        let at: *mut c_void = room.as_mut_ptr().cast();
+        let vector = iovec { iov_base: at, iov_len: 1 };
+        // SAFETY: there is room for the byte; the descriptor is this test's.
+        let reads: [&dyn Fn() -> ssize_t; 3] = unsafe {
+            [&|| read(fd, at, 1), &|| __read_chk(fd, at, 1, 1), &|| readv(fd, &vector, 1)]
+        };
+        // SAFETY: as above.
+        let others: [&dyn Fn() -> ssize_t; 5] = unsafe {
+            [
+                &|| write(fd, at, 1),
+                &|| writev(fd, &vector, 1),
+                &|| pread(fd, at, 1, 0),
+                &|| pwrite(fd, at, 1, 0),
+                &|| ioctl(fd, TYPE << 8 | 0x81, 0) as ssize_t,
+            ]
+        };
+        let fails = |call: &&dyn Fn() -> ssize_t| {
+            assert_eq!(call(), -1);
+            sys::last_errno()
+        };
+        let entry = table::get(fd);
+        assert_eq!(reads.iter().chain(&others).map(fails).collect::<Vec<_>>(), [Errno::ENOSPC; 8]);
+        table::set(fd, Entry::Closing);
+        let closed = Errno::from_raw(libc::EBADF);
+        assert_eq!(reads.iter().chain(&others).map(fails).collect::<Vec<_>>(), [closed; 8]);
+        // As when another thread has opened it since.
+        for read in &reads {
+            table::set(fd, Entry::NotOurs);
+            assert_eq!((fails(read), table::get(fd)), (Errno::ENOSPC, entry));
+        }
+        sys::close_number(fd).unwrap();
+        table::set(fd, Entry::NotOurs);
+    }
+}

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mapping and unmapping memory: windows of iommufds, and pages that devices may reach.
+//! Mapping and unmapping memory, and what else becomes of it: windows of iommufds, and pages that devices
+//! may reach.
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::AsRawFd;
@@ -9,7 +10,7 @@ use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
 
 use super::ours;
-use crate::{next, state, sys};
+use crate::{next, state, sys, taken};
 
 fn failed(errno: Errno) -> *mut c_void {
     sys::set_errno(errno);
@@ -114,4 +115,55 @@ unsafe extern "C" fn mremap(
     }
     // SAFETY: as the program asked.
     unsafe { next::mremap(address, old, new, flags, to) }
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn mprotect(address: *mut c_void, length: size_t, protection: c_int) -> c_int {
+    // SAFETY: as the program asked.
+    let result = unsafe { next::mprotect(address, length, protection) };
+    if result == 0 {
+        taken::protected(address as u64, length as u64, protection);
+    }
+    result
+}
+
+#[cfg_attr(not(test), no_mangle)]
+unsafe extern "C" fn madvise(address: *mut c_void, length: size_t, advice: c_int) -> c_int {
+    // SAFETY: as the program asked.
+    let result = unsafe { next::madvise(address, length, advice) };
+    if result == 0 {
+        taken::advised(address as u64, length as u64, advice);
+    }
+    result
+}
+
+macro_rules! of_files {
+    ($($allocate:ident $truncate:ident;)*) => { $(
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $allocate(
+            fd: c_int,
+            mode: c_int,
+            offset: off64_t,
+            length: off64_t,
+        ) -> c_int {
+            // SAFETY: as the program asked.
+            let result = unsafe { next::$allocate(fd, mode, offset, length) };
+            if result == 0 {
+                taken::allocated(fd, mode);
+            }
+            result
+        }
+
+        #[cfg_attr(not(test), no_mangle)]
+        unsafe extern "C" fn $truncate(fd: c_int, length: off64_t) -> c_int {
+            taken::resized(fd, length);
+            // SAFETY: as the program asked.
+            unsafe { next::$truncate(fd, length) }
+        }
+    )* };
+}
+
+of_files! {
+    fallocate ftruncate;
+    fallocate64 ftruncate64;
 }

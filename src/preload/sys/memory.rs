@@ -6,6 +6,7 @@ use std::fs::File;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{iovec, syscall};
@@ -83,6 +84,17 @@ pub unsafe fn map_file(
     let fd = file.as_raw_fd();
     // SAFETY: what is at `to` is the caller's.
     checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
+}
+
+/// Copies between `part` and as many bytes of this process at `address`, whatever its mapping lets the program
+/// do there, as a device does that has the pages; whether all of them could be.
+pub fn copy_anyway(address: u64, part: &mut [u8], to_memory: bool) -> bool {
+    // What is written there goes to private pages even when they are read-only: `FOLL_FORCE`.
+    let memory = File::options().read(true).write(to_memory).open("/proc/self/mem");
+    memory.is_ok_and(|memory| match to_memory {
+        true => memory.write_all_at(part, address).is_ok(),
+        false => memory.read_exact_at(part, address).is_ok(),
+    })
 }
 
 /// Whether the pages of `file` are memory's own: it is of shmem (a memfd, for example) or hugetlbfs.

@@ -17,6 +17,7 @@ mod page_requests;
 mod processes;
 mod smmu;
 mod smmu_flow;
+mod taken;
 mod uapi;
 
 fn main() {
@@ -28,6 +29,9 @@ fn main() {
         ["container", group, device, own] => container::run(group, device, own),
         ["descriptors"] => descriptors::run(),
         ["memory", device] => memory::run(device),
+        ["protected", device] => taken::protected(device),
+        ["files", device] => taken::files(device),
+        ["closing"] => processes::closing(),
         ["page-requests", device] => page_requests::run(device),
         ["fork"] => processes::fork(),
         ["vfork"] => processes::vfork(),

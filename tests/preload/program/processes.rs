@@ -162,6 +162,64 @@ pub fn inherited(fd: RawFd) {
     println!("inherited: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
 }
 
+/// A thread that uses a descriptor in every way while another one closes it: nobody waits.
+pub fn closing() {
+    const ROUNDS: u32 = 3_000;
+    let iommufd = open("/dev/iommu");
+    // To be read alone: empty.
+    // SAFETY: the path is a C string.
+    let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY) };
+    let start = std::sync::Barrier::new(2);
+    let fd = std::sync::atomic::AtomicI32::new(-1);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = [0u8; 64];
+            for round in 0..ROUNDS {
+                start.wait();
+                let (fd, room) = (fd.load(order), bytes.as_mut_ptr().cast::<libc::c_void>());
+                let vector = libc::iovec { iov_base: room, iov_len: 64 };
+                // SAFETY: there is room for what is read; the number is this program's, if anyone's.
+                let result = unsafe {
+                    match round % 4 {
+                        0 => libc::read(fd, room, 64),
+                        1 => libc::readv(fd, &vector, 1),
+                        2 => libc::write(fd, room, 64),
+                        _ => {
+                            let copy = libc::dup(fd);
+                            let result = if copy < 0 { -1 } else { libc::read(copy, room, 64) };
+                            libc::close(copy);
+                            result
+                        }
+                    }
+                };
+                assert!(result <= 0, "{result}");
+                start.wait();
+            }
+        });
+        for round in 0..ROUNDS {
+            let (queue, number) = fault_queue(iommufd).expect("FAULT_QUEUE_ALLOC");
+            fd.store(number, order);
+            start.wait();
+            // SAFETY: the descriptor is this function's.
+            unsafe {
+                match round % 3 {
+                    0 => libc::close(number),
+                    1 => libc::close_range(number as u32, number as u32, 0),
+                    _ => libc::dup2(null, number),
+                };
+            }
+            start.wait();
+            if round % 3 == 2 {
+                // SAFETY: as above.
+                unsafe { libc::close(number) };
+            }
+            destroy(iommufd, queue).expect("DESTROY");
+        }
+    });
+    println!("rounds: {ROUNDS}");
+}
+
 /// Threads that open, map, unmap, duplicate and close at once.
 pub fn threads() {
     let shared = open("/dev/iommu");

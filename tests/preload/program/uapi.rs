@@ -276,6 +276,25 @@ impl Device {
         Ok(())
     }
 
+    /// Accesses of more than a register at once.
+    pub fn print_whole_accesses(&self) {
+        let config = self.region(7);
+        let mut bytes = [0u8; 300];
+        let mut read = |count: usize, at: u64| {
+            let result = self.file.read_at(&mut bytes[..count], at);
+            result.map_err(|error| error.raw_os_error().unwrap_or(0))
+        };
+        println!("configuration space: {:?}", read(256, config));
+        println!("past its end: {:?}", read(257, config));
+        println!("an odd piece: {:?}", read(7, config + 1));
+        println!("registers: {:?}", read(64, self.bar));
+        println!("the end of the BAR: {:?}", read(64, self.bar + (1 << 20) - 16));
+        println!("past it: {:?}", read(4, self.bar + (1 << 20)));
+        let words: Vec<u8> = [1u64, 2, 3].into_iter().flat_map(u64::to_le_bytes).collect();
+        let written = self.file.write_at(&words, self.bar + 0x80).expect("registers");
+        println!("written: {written}, {:?}", [0x80, 0x88, 0x90].map(|at| self.read(at)));
+    }
+
     /// Where the region `index` is in the file.
     fn region(&self, index: u32) -> u64 {
         // argsz, flags, index, cap_offset, size, offset

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the program does to pinned memory that a kernel would leave to the devices and this library cannot:
+//! it is said when it happens, the first time, the second, the fourth and so on.
+#![forbid(unsafe_code)]
+
+use std::ffi::c_int;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::{FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+
+use crate::pins::{FileKey, Pins};
+use crate::{maps, state, sys};
+
+/// How often one thing happened.
+type Times = AtomicU64;
+
+fn say(times: &Times, what: &str) {
+    let times = times.fetch_add(1, Ordering::Relaxed) + 1;
+    if times.is_power_of_two() {
+        log::error!("{what} (so far {times} times)");
+    }
+}
+
+/// What is pinned, when anything may be.
+fn pins() -> Option<&'static Pins> {
+    state::begun().map(|state| &state.pins)
+}
+
+/// Whether pages of the file that is open as `fd` are pinned.
+fn has_pinned(fd: RawFd) -> bool {
+    let key = || sys::status(fd).ok().map(|status| key(&status));
+    pins().is_some_and(|pins| key().is_some_and(|key| pins.has_file(&key)))
+}
+
+/// How lists of mappings name the file with `status`.
+pub fn key(status: &libc::stat64) -> FileKey {
+    let (major, minor) = (libc::major(status.st_dev), libc::minor(status.st_dev));
+    (format!("{major:02x}:{minor:02x}"), status.st_ino)
+}
+
+/// `length` bytes at `address` have the rights `protection` now.
+pub fn protected(address: u64, length: u64, protection: c_int) {
+    static TIMES: Times = Times::new(0);
+    let both = libc::PROT_READ | libc::PROT_WRITE;
+    if protection & both != both && pins().is_some_and(|pins| pins.seems_held(address, length)) {
+        say(
+            &TIMES,
+            &format!(
+                "private memory at {address:#x} is pinned and no longer to be read and written: devices do \
+                 all the same, but tables that an IOMMU walks must not be there"
+            ),
+        );
+    }
+}
+
+/// The program gave `advice` on `length` bytes at `address`.
+pub fn advised(address: u64, length: u64, advice: c_int) {
+    /// `MADV_DONTNEED_LOCKED`, `MADV_GUARD_INSTALL`.
+    const OTHERS: [c_int; 2] = [24, 102];
+    static TIMES: Times = Times::new(0);
+    let Some(pins) = pins() else { return };
+    let discards =
+        matches!(advice, libc::MADV_DONTNEED | libc::MADV_FREE) || OTHERS.contains(&advice);
+    if discards && pins.seems_held(address, length) {
+        say(
+            &TIMES,
+            &format!(
+                "private memory at {address:#x} is pinned and discarded: devices find new pages there, as the \
+                 program does, where a kernel leaves them the old ones"
+            ),
+        );
+    }
+    if advice == libc::MADV_REMOVE {
+        let mapping = maps::find(sys::process_id(), address);
+        if mapping.is_some_and(|mapping| pins.has_file(&mapping.file)) {
+            cut();
+        }
+    }
+}
+
+/// `fallocate(2)` with `mode` was done on `fd`.
+pub fn allocated(fd: RawFd, mode: c_int) {
+    let cuts = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_ZERO_RANGE;
+    if mode & cuts != 0 && has_pinned(fd) {
+        cut();
+    }
+}
+
+/// `fd` is about to be `length` bytes long.
+pub fn resized(fd: RawFd, length: i64) {
+    let shrinks = || sys::status(fd).is_ok_and(|status| status.st_size > length);
+    if pins().is_some() && shrinks() && has_pinned(fd) {
+        cut();
+    }
+}
+
+fn cut() {
+    static TIMES: Times = Times::new(0);
+    say(
+        &TIMES,
+        "pages are cut out of a file that is pinned: devices lose them, as the program does, where a kernel \
+         leaves them to the devices",
+    );
+}
