@@ -185,6 +185,29 @@ fn set_legacy(machine: &Machine, requester: &Requester, entry: Entry) {
     machine.guest.set_legacy_entry(requester.rid, entry);
 }
 
+/// By register a mask names several functions, as by queue.
+#[test]
+fn a_context_command_names_functions_by_mask() {
+    for (source, function_mask) in [(0x20, 0), (0x24, 1), (0x26, 2), (0x27, 3)] {
+        let machine = machine();
+        let guest = &machine.guest;
+        let tables = [1, 2].map(|value| {
+            let (table, page) = (guest.page(), guest.page());
+            guest.store(page, value);
+            guest.map_second_stage(table, IOVA, page, true);
+            Entry::SecondStage { table, domain: 5 }
+        });
+        guest.set_legacy_entry(A, tables[0]);
+        guest.enable_legacy(false);
+        guest.set_legacy_entry(A, tables[1]);
+        assert_eq!(machine.read(A, None, IOVA), Ok(1));
+        let source = Bdf::from_raw(source);
+        let scope = ContextScope::Device { domain: 5, source, function_mask };
+        by_register(&machine, &[Descriptor::ContextCache(scope)]);
+        assert_eq!(machine.read(A, None, IOVA), Ok(2), "{source} {function_mask}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
