@@ -337,8 +337,10 @@ fn output_that_does_not_wait_loses_nothing() {
     command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
     let mut machine = Running::new(&mut command);
     drop(command);
+    machine.wait_until_reports_can_be_had();
     // Nobody reads until the guest has written everything.
     wait_for("output", || {
+        assert_eq!(machine.0.try_wait().unwrap(), None);
         machine.signal("USR1");
         let report = std::fs::read(report.path()).unwrap();
         let report: serde_json::Value = serde_json::from_slice(&report).unwrap_or_default();

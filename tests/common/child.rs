@@ -70,6 +70,14 @@ impl Running {
         status.unwrap()
     }
 
+    /// SIGUSR1 does not end it any more.
+    pub fn wait_until_reports_can_be_had(&self) {
+        wait_for("a handler of SIGUSR1", || {
+            let caught = u64::from_str_radix(&self.status_line("SigCgt"), 16);
+            caught.is_ok_and(|caught| caught & (1 << 9) != 0)
+        });
+    }
+
     /// A line of `/proc/PID/status`, without its name.
     pub fn status_line(&self, name: &str) -> String {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()));
