@@ -12,13 +12,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::forwarding::Forwarding;
 use super::{Errno, HostError, HostIommu, ObjectId, Verb};
 
-/// `inner`, with one call that fails without reaching it. For tests.
+/// `inner`, with calls that fail without reaching it. For tests.
 #[derive(Debug)]
 pub struct FailNth<H: HostIommu + ?Sized> {
     inner: Arc<H>,
     calls: AtomicU64,
-    /// Number of the call that fails, counted from 1 over the life of the value, and how.
-    failing: Mutex<Option<(u64, Errno)>>,
+    /// Number of the call that fails, counted from 1 over the life of the value, and how; the calls
+    /// before it that fail, too.
+    failing: Mutex<Option<Failure>>,
+}
+
+/// Calls that fail: the numbers of the first and the last, and how.
+#[derive(Debug, Clone, Copy)]
+struct Failure {
+    first: u64,
+    last: u64,
+    errno: Errno,
 }
 
 impl<H: HostIommu + ?Sized> FailNth<H> {
@@ -30,8 +39,15 @@ impl<H: HostIommu + ?Sized> FailNth<H> {
     /// Makes the `n`-th verb called from now on (1 is the next) fail with `errno`, once. Replaces
     /// an earlier wish; 0 only drops it.
     pub fn fail_nth(&self, n: u64, errno: Errno) {
-        let number = self.calls.load(Ordering::SeqCst) + n;
-        *self.failing() = (n != 0).then_some((number, errno));
+        let last = self.calls.load(Ordering::SeqCst) + n;
+        *self.failing() = (n != 0).then_some(Failure { first: last, last, errno });
+    }
+
+    /// Makes the next `count` verbs fail with `errno`. Replaces an earlier wish.
+    pub fn fail_next(&self, count: u64, errno: Errno) {
+        let calls = self.calls.load(Ordering::SeqCst);
+        let failure = Failure { first: calls + 1, last: calls + count, errno };
+        *self.failing() = (count != 0).then_some(failure);
     }
 
     /// Whether the failure asked for is still to come.
@@ -49,7 +65,7 @@ impl<H: HostIommu + ?Sized> FailNth<H> {
         &self.inner
     }
 
-    fn failing(&self) -> std::sync::MutexGuard<'_, Option<(u64, Errno)>> {
+    fn failing(&self) -> std::sync::MutexGuard<'_, Option<Failure>> {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -71,7 +87,12 @@ impl<H: HostIommu + ?Sized> Forwarding for FailNth<H> {
     ) -> Result<T, E> {
         let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         let mut failing = self.failing();
-        if let Some((_, errno)) = failing.take_if(|(nth, _)| *nth == number) {
+        if let Some(Failure { last, errno, .. }) =
+            failing.filter(|failure| (failure.first..=failure.last).contains(&number))
+        {
+            if number == last {
+                *failing = None;
+            }
             let object = named.first().copied();
             return Err(HostError::new(verb, object, errno, "a failure was asked for").into());
         }
@@ -111,6 +132,19 @@ mod tests {
         host.fail_nth(0, Errno::EIO);
         assert!(!host.is_armed());
         host.ioas_alloc().unwrap();
+    }
+
+    #[test]
+    fn as_many_calls_fail_as_are_asked_for() {
+        let host = FailNth::new(EmulatedHost::new());
+        host.fail_next(2, Errno::EIO);
+        for armed in [true, false] {
+            assert_eq!(host.ioas_alloc().unwrap_err().errno, Errno::EIO);
+            assert_eq!(host.is_armed(), armed);
+        }
+        host.ioas_alloc().unwrap();
+        host.fail_next(0, Errno::EIO);
+        assert!(!host.is_armed());
     }
 
     #[test]

@@ -166,11 +166,9 @@ impl Machine {
         self.host.fail_nth(n, Errno::ENOMEM);
     }
 
-    /// Makes the next two host calls fail.
-    pub fn fail_twice(&self) {
-        self.fail_nth(1);
-        // The first does not get that far.
-        self.host.inner().fail_nth(1, Errno::ENOMEM);
+    /// Makes the next `count` host calls fail.
+    pub fn fail_next(&self, count: u64) {
+        self.host.fail_next(count, Errno::ENOMEM);
     }
 
     /// The host's objects.

@@ -162,7 +162,7 @@ impl Stack for Machine {
     }
 
     fn fail_twice(&self) {
-        Machine::fail_twice(self);
+        self.fail_next(2);
     }
 
     fn is_armed(&self) -> bool {
