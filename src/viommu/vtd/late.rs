@@ -32,11 +32,12 @@ impl VtdIommu {
         }
         // A command that disables translation takes away what is given here before it is done.
         let registers = self.lock_idle();
-        // All may have changed since.
-        if !self.requesters.is_translating() || self.is_halted() {
+        // All may have changed since, and the function may be gone.
+        let Some(standing) = self.requesters.standing(requester) else { return false };
+        if !standing.translating || self.is_halted() {
             return false;
         }
-        if !is_served(self.requesters.given(requester)) {
+        if !is_served(standing.given) {
             // Who asks is told what came of it; to the guest nothing is acknowledged.
             let _ = self.reevaluate_requester(requester, registers.root);
         }

@@ -278,6 +278,10 @@ impl VtdIommu {
             pass.batch.clear();
             pass.progress = Progress::default();
         }
+        if !registers.gsts.tes() {
+            // Begun before translation was disabled: nobody goes by tables any more.
+            pass.evaluation = None;
+        }
         let mut budget = Budget::default();
         while let Some(mut evaluation) =
             pass.evaluation.take().or_else(|| self.next_evaluation(registers, pass))

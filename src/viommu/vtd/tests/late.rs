@@ -146,3 +146,19 @@ fn tables_are_read_by_who_has_the_registers() {
         None
     );
 }
+
+#[test]
+fn nobody_serves_a_function_that_went_meanwhile() {
+    let guest = empty(VtdConfig::default());
+    guest.write_tables();
+    let registers = guest.iommu.lock();
+    let iommu = guest.iommu.clone();
+    let worker = std::thread::spawn(move || iommu.served_late(Requester::rid(RID)));
+    // It most likely waits by now, having seen the function.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    // As `remove_device` does with the registers.
+    guest.iommu.requesters.remove(RID).unwrap();
+    drop(registers);
+    assert!(!worker.join().unwrap());
+    assert_eq!(guest.calls(), []);
+}

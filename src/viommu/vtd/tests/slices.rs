@@ -299,6 +299,20 @@ fn a_queue_that_is_disabled_on_the_way_forgets_what_it_was_at() {
 }
 
 #[test]
+fn translation_that_is_disabled_on_the_way_ends_the_reading_of_tables() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.queue(&[PASID_CACHE, wait(1)]);
+    assert_eq!(guest.slice(), Slice::More);
+    guest.disable_translation();
+    assert_eq!((guest.head(), guest.status()), (64, 1));
+    let mut has = BTreeMap::new();
+    guest.host_has(&mut has);
+    let own = BTreeMap::from([(Requester::rid(RID), Policy::Bypass)]);
+    assert!(has == own, "{} are served", has.len());
+}
+
+#[test]
 fn what_the_host_lost_is_given_again_in_slices() {
     let guest = Guest::with_directory();
     guest.write_every_pasid(0x6000);
