@@ -137,6 +137,8 @@ impl State {
             REGISTER_C | REGISTER_D => return,
             _ => return self.put(value),
         }
+        // It has four digits. What carries into it may come again and again.
+        at.year = at.year.rem_euclid(10_000);
         match &mut self.held {
             Some(held) => *held = at.seconds(),
             None => self.set(at.seconds(), host),
@@ -306,6 +308,22 @@ mod tests {
         write(&mut clock, HOURS, 0x12 | PM, later);
         write(&mut clock, REGISTER_B, HOURS_24, later);
         assert_eq!(read(&mut clock, HOURS, later), 0x12);
+    }
+
+    #[test]
+    fn however_often_it_is_written_it_has_four_digits_of_a_year() {
+        let mut clock = clock();
+        for standing in [0, SET] {
+            write(&mut clock, REGISTER_B, HOURS_24 | BINARY | standing, HOST);
+            for register in [CENTURY, MONTH, DAY_OF_MONTH, HOURS, MINUTES, SECONDS] {
+                write(&mut clock, register, 0xff, HOST);
+            }
+            for _ in 0..100 {
+                write(&mut clock, YEAR, 0xff, HOST);
+            }
+            let year = DateTime::of_seconds(clock.time(HOST)).year;
+            assert!((0..=10_000).contains(&year), "{year}");
+        }
     }
 
     #[test]
