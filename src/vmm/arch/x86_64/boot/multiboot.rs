@@ -135,9 +135,14 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         boot_loader_name: low(LOADER_NAME),
         ..Information::default()
     };
-    // What a file is called comes first, as boot loaders of this protocol have always had it: kernels
-    // pass over the first word.
-    write_text(info.memory, CMDLINE_START, &format!("{} {}", info.name, info.cmdline))?;
+    // Where there are modules, each string begins with what its file is called, as boot loaders of this
+    // protocol have always had it: kernels that load others pass over the first word (Xen). A kernel
+    // alone is given its command line as it is.
+    let cmdline = match info.modules.is_empty() {
+        true => info.cmdline.to_owned(),
+        false => format!("{} {}", info.name, info.cmdline),
+    };
+    write_text(info.memory, CMDLINE_START, &cmdline)?;
     write_text(info.memory, LOADER_NAME, env!("CARGO_PKG_NAME"))?;
     let mut list = Vec::new();
     for (module, string) in info.modules.iter().zip(module_cmdlines()) {

@@ -114,6 +114,13 @@ fn a_multiboot_image_is_told_of_the_machine() {
     assert_eq!(at, length);
 }
 
+#[test]
+fn a_multiboot_image_without_modules_has_the_command_line_as_it_is() {
+    let memory = MachineMemory::new(RAM).unwrap();
+    let start = load_with(&memory, &multiboot(b"\xf4"), None, "a=1 b").unwrap();
+    assert_eq!(text(&memory, word(&memory, start.rbx + 16)), "a=1 b");
+}
+
 /// Two modules with command lines of their own, and the memory and information of `image` with them.
 fn load_modules(image: &[u8]) -> (MachineMemory, u64) {
     let memory = MachineMemory::new(RAM).unwrap();
