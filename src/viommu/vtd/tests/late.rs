@@ -125,19 +125,25 @@ fn what_the_host_refuses_is_tried_again_at_the_next_request() {
     assert_eq!(guest.iommu.counters().found_served, 1);
 }
 
+/// Whether a function that the tables came to serve is served, when `meanwhile` happens while who asks
+/// most likely waits for the registers.
+fn served_after(guest: &Guest, meanwhile: impl FnOnce()) -> bool {
+    let registers = guest.iommu.lock();
+    let iommu = guest.iommu.clone();
+    let worker = std::thread::spawn(move || iommu.served_late(Requester::rid(RID)));
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    meanwhile();
+    drop(registers);
+    worker.join().unwrap()
+}
+
 #[test]
 fn tables_are_read_by_who_has_the_registers() {
     let guest = empty(VtdConfig::default());
     guest.write_tables();
-    let registers = guest.iommu.lock();
-    let iommu = guest.iommu.clone();
-    let worker = std::thread::spawn(move || iommu.served_late(Requester::rid(RID)));
     // Whether it waits by now or is yet to look: the tables as they are when it has the registers are
     // what counts.
-    std::thread::sleep(std::time::Duration::from_millis(20));
-    guest.write(PASID_TABLE, &[0]);
-    drop(registers);
-    assert!(!worker.join().unwrap());
+    assert!(!served_after(&guest, || guest.write(PASID_TABLE, &[0])));
     assert_eq!(
         guest
             .calls()
@@ -151,14 +157,9 @@ fn tables_are_read_by_who_has_the_registers() {
 fn nobody_serves_a_function_that_went_meanwhile() {
     let guest = empty(VtdConfig::default());
     guest.write_tables();
-    let registers = guest.iommu.lock();
-    let iommu = guest.iommu.clone();
-    let worker = std::thread::spawn(move || iommu.served_late(Requester::rid(RID)));
-    // It most likely waits by now, having seen the function.
-    std::thread::sleep(std::time::Duration::from_millis(20));
     // As `remove_device` does with the registers.
-    guest.iommu.requesters.remove(RID).unwrap();
-    drop(registers);
-    assert!(!worker.join().unwrap());
+    assert!(!served_after(&guest, || {
+        guest.iommu.requesters.remove(RID).unwrap();
+    }));
     assert_eq!(guest.calls(), []);
 }
