@@ -94,8 +94,8 @@ fn a_fifo_is_not_waited_for() {
         (["--disk", "path=fifo"], NO_INPUT, "neither a file nor a block device"),
         (["--disk", "path=fifo,readonly=on"], NO_INPUT, "neither a file nor a block device"),
         (["--rng", "src=fifo"], NO_INPUT, "neither a file nor a character device"),
-        (["--serial", "file=fifo"], IO_ERROR, "fifo: a FIFO that nobody reads"),
-        (["--trace", "fifo"], IO_ERROR, "fifo: a FIFO that nobody reads"),
+        (["--serial", "file=fifo"], IO_ERROR, "--serial file=fifo: a FIFO that nobody reads"),
+        (["--trace", "fifo"], IO_ERROR, "--trace fifo: a FIFO that nobody reads"),
     ] {
         files.refuse(&with_kernel(&args), code, hint);
     }
@@ -137,7 +137,7 @@ fn what_is_no_file_is_said() {
 #[test]
 fn a_disk_of_another_format_is_said() {
     let Some(files) = Files::new() else { return };
-    let mut image = vec![0; 196_624];
+    let mut image = vec![0; 196_608];
     for (mark, format) in [(&b"QFI\xfb"[..], "qcow2"), (b"vhdxfile", "vhdx"), (b"KDMV", "vmdk")] {
         image[..mark.len()].copy_from_slice(mark);
         std::fs::write(files.path("image"), &image).unwrap();
@@ -149,6 +149,9 @@ fn a_disk_of_another_format_is_said() {
             let hint =
                 format!("of format {format}, and a disk is raw; make one of it with: qemu-img");
             files.refuse(&with_kernel(&["--disk", &disk]), NO_INPUT, &hint);
+            // A guest may write that to a disk, and has it all the same the next time.
+            let output = files.run(&with_kernel(&["--disk", &format!("{disk},format=raw")]));
+            assert_eq!(output.status.code(), Some(7), "{output:?}");
         }
     }
 }

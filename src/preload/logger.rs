@@ -11,6 +11,9 @@ use log::{LevelFilter, Log, Metadata, Record};
 /// `off`, `error` (the default), `warn`, `info`, `debug` or `trace`.
 const LEVEL_VARIABLE: &str = "TWOSTAGE_IOMMUFD_LOG";
 
+/// No line is longer, in bytes.
+const LONGEST: usize = 1024;
+
 struct StandardError;
 
 impl Log for StandardError {
@@ -18,13 +21,24 @@ impl Log for StandardError {
         true
     }
 
+    /// Takes no memory: an allocator may be who made the call that there is something to say of.
     fn log(&self, record: &Record<'_>) {
-        let line = format!("twostage-iommufd: {}: {}\n", record.level(), record.args());
+        let mut buffer = [0; LONGEST];
         // There is nobody to tell when it cannot be written.
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        let _ = std::io::stderr().write_all(line(&mut buffer, record));
     }
 
     fn flush(&self) {}
+}
+
+/// The line that says `record`, cut off where `buffer` ends.
+fn line<'a>(buffer: &'a mut [u8; LONGEST], record: &Record<'_>) -> &'a [u8] {
+    let mut rest = &mut buffer[..LONGEST - 1];
+    // Fails when there is no more room.
+    let _ = write!(rest, "twostage-iommufd: {}: {}", record.level(), record.args());
+    let length = LONGEST - 1 - rest.len();
+    buffer[length] = b'\n';
+    &buffer[..=length]
 }
 
 /// Begins to log, as the environment asks.
@@ -32,5 +46,27 @@ pub fn start() {
     let level = env::var(LEVEL_VARIABLE).ok().and_then(|level| level.parse().ok());
     if log::set_logger(&StandardError).is_ok() {
         log::set_max_level(level.unwrap_or(LevelFilter::Error));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use log::Level;
+
+    use super::*;
+
+    fn logged(message: &str) -> String {
+        let mut buffer = [0; LONGEST];
+        let arguments = format_args!("{message}");
+        let record = Record::builder().level(Level::Error).args(arguments).build();
+        String::from_utf8(line(&mut buffer, &record).to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_line_is_cut_off_and_ends() {
+        assert_eq!(logged("no"), "twostage-iommufd: ERROR: no\n");
+        let long = logged(&"x".repeat(LONGEST));
+        assert_eq!(long.len(), LONGEST);
+        assert!(long.ends_with("xx\n"));
     }
 }

@@ -5,6 +5,7 @@
 //! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
 //! processes ([`crate::calls`]). Its name tells a process that did not open the file what it is.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -34,7 +35,7 @@ pub struct State {
     pid: i32,
     /// Set in this process only.
     mark: Result<Mark, Errno>,
-    files: Mutex<Vec<Option<Slot>>>,
+    files: Mutex<Files>,
     /// What is pinned.
     pub pins: Pins,
     /// What is mapped of iommufds.
@@ -50,6 +51,14 @@ pub struct State {
     pub waiting: Waiting,
     /// Held by who uses a file without a descriptor of it, so that one that was closed ends in time.
     serving: Mutex<()>,
+}
+
+/// The files, by their numbers.
+#[derive(Debug, Default)]
+struct Files {
+    slots: Vec<Option<Slot>>,
+    /// Some that are not among them any more are ending now: who has closed the last descriptor of one waits.
+    ending: bool,
 }
 
 /// A file that some descriptor stands for.
@@ -165,7 +174,7 @@ impl State {
         self.pid == sys::process_id()
     }
 
-    fn files(&self) -> MutexGuard<'_, Vec<Option<Slot>>> {
+    fn files(&self) -> MutexGuard<'_, Files> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -239,11 +248,11 @@ impl State {
     }
 
     fn insert(&self, slot: Slot) -> u32 {
-        let mut files = self.files();
-        let free = files.iter().position(Option::is_none).unwrap_or(files.len());
-        match files.get_mut(free) {
+        let slots = &mut self.files().slots;
+        let free = slots.iter().position(Option::is_none).unwrap_or(slots.len());
+        match slots.get_mut(free) {
             Some(place) => *place = Some(slot),
-            None => files.push(Some(slot)),
+            None => slots.push(Some(slot)),
         }
         free as u32
     }
@@ -264,7 +273,7 @@ impl State {
                 Entry::Closing if is_emulated(fd) => return Err(CLOSED),
                 Entry::Closing | Entry::Internal | Entry::NotOurs => return Ok(None),
             };
-            let slot = self.files().get(number as usize).cloned().flatten();
+            let slot = self.files().slots.get(number as usize).cloned().flatten();
             if let Some(slot) = slot.filter(|slot| sys::inode(fd) == Ok(slot.inode)) {
                 return Ok(Some(slot));
             }
@@ -293,42 +302,50 @@ impl State {
 
     fn number_of(&self, inode: u64) -> Option<u32> {
         let same = |slot: &Option<Slot>| slot.as_ref().is_some_and(|slot| slot.inode == inode);
-        self.files().iter().position(same).map(|number| number as u32)
+        self.files().slots.iter().position(same).map(|number| number as u32)
     }
 
     /// The file of this process whose descriptors have `inode`.
     pub fn own(&self, inode: u64) -> Option<Arc<Own>> {
         let number = self.number_of(inode)?;
-        match self.files().get(number as usize)?.as_ref()?.kind {
+        match self.files().slots.get(number as usize)?.as_ref()?.kind {
             Kind::Own(ref own) => Some(own.clone()),
             Kind::Foreign => None,
         }
     }
 
-    /// A descriptor of the file `slot` was closed: ends the file if that was the last one.
+    /// A descriptor of the file `slot` was closed: the file has ended then if that was the last one.
     pub fn released(&self, slot: u32) {
-        let ends = self.files().get(slot as usize).is_some_and(|slot| {
-            let slot = slot.as_ref();
-            slot.is_some_and(Slot::is_hung_up)
-        });
-        if !ends {
+        let place = slot as usize;
+        let files = self.files();
+        let stays = |slot: &Slot| !slot.is_hung_up();
+        // An empty place may be that of a file that the service took, and has not ended yet.
+        if !files.ending
+            && files.slots.get(place).is_none_or(|slot| slot.as_ref().is_none_or(stays))
+        {
             return;
         }
-        // What closing brings about is done when close returns: who serves drops the file first.
-        let _served = self.serving();
-        let mut files = self.files();
-        let Some(place) = files.get_mut(slot as usize) else { return };
-        let ended = place.take_if(|slot| slot.is_hung_up());
         drop(files);
-        drop(ended);
+        self.end(place..place + 1);
     }
 
     /// Ends the files whose last descriptors were closed in other processes, as far as the service has not.
     pub fn end_hung_up(&self) {
+        self.end(0..usize::MAX);
+    }
+
+    /// Ends those of the files `numbers` whose last descriptors are closed; when it returns none is ending.
+    fn end(&self, numbers: Range<usize>) {
+        // What closing brings about is done when close returns: who serves drops the file first.
         let _served = self.serving();
+        let mut files = self.files();
+        let places = files.slots.iter_mut().skip(numbers.start).take(numbers.len());
         let take = |place: &mut Option<Slot>| place.take_if(|slot| slot.is_hung_up());
-        let ended: Vec<Slot> = self.files().iter_mut().filter_map(take).collect();
+        let ended: Vec<Slot> = places.filter_map(take).collect();
+        files.ending = !ended.is_empty();
+        drop(files);
         drop(ended);
+        self.files().ending = false;
     }
 
     /// The last descriptor of the file with `inode` was closed, perhaps in another process.
@@ -360,5 +377,67 @@ impl State {
     pub fn name(&self, fd: RawFd) -> Result<Option<String>, Errno> {
         let name = self.find(fd)?.and_then(|_| String::from_utf8(sys::peer_name(fd)?).ok());
         Ok(name.and_then(|name| name.splitn(4, '/').nth(3).map(str::to_owned)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::mpsc::{channel, Receiver, Sender};
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::file::{Answer, Call, Caller};
+
+    /// A file whose end takes its time.
+    #[derive(Debug)]
+    struct Slow {
+        ends: Sender<()>,
+        may_end: Mutex<Receiver<()>>,
+        ended: Arc<AtomicBool>,
+    }
+
+    impl File for Slow {
+        fn name(&self) -> String {
+            "slow".to_owned()
+        }
+
+        fn call(&self, _: &dyn Caller, _: Call) -> Result<Answer, Errno> {
+            Err(Errno::ENOTTY)
+        }
+    }
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            let _ = self.ends.send(());
+            let _ = self.may_end.get_mut().unwrap().recv();
+            self.ended.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// The service may see the last descriptor closed before the hook of `close` goes on.
+    #[test]
+    fn a_file_that_another_thread_ends_has_ended_when_close_returns() {
+        let state = current();
+        state.start_service(|_| {}).unwrap();
+        let (ends, it_ends) = channel();
+        let (let_it_end, may_end) = channel();
+        let ended = Arc::<AtomicBool>::default();
+        let file = Slow { ends, may_end: Mutex::new(may_end), ended: ended.clone() };
+        let (fd, slot) = state.publish(Arc::new(file)).unwrap();
+        drop(fd);
+        thread::scope(|scope| {
+            scope.spawn(|| state.end_hung_up());
+            it_ends.recv().unwrap();
+            let closed = scope.spawn(|| {
+                state.released(slot);
+                ended.load(Ordering::SeqCst)
+            });
+            // Time for what does not wait to return.
+            thread::sleep(Duration::from_millis(100));
+            let_it_end.send(()).unwrap();
+            assert!(closed.join().unwrap(), "close waits until the file has ended");
+        });
     }
 }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::c_int;
+use std::fmt::Arguments;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,7 +16,7 @@ use crate::{maps, state, sys};
 /// How often one thing happened.
 type Times = AtomicU64;
 
-fn say(times: &Times, what: &str) {
+fn say(times: &Times, what: Arguments<'_>) {
     let times = times.fetch_add(1, Ordering::Relaxed) + 1;
     if times.is_power_of_two() {
         log::error!("{what} (so far {times} times)");
@@ -46,7 +47,7 @@ pub fn protected(address: u64, length: u64, protection: c_int) {
     if protection & both != both && pins().is_some_and(|pins| pins.seems_held(address, length)) {
         say(
             &TIMES,
-            &format!(
+            format_args!(
                 "private memory at {address:#x} is pinned and no longer to be read and written: devices do \
                  all the same, but tables that an IOMMU walks must not be there"
             ),
@@ -65,7 +66,7 @@ pub fn advised(address: u64, length: u64, advice: c_int) {
     if discards && pins.seems_held(address, length) {
         say(
             &TIMES,
-            &format!(
+            format_args!(
                 "private memory at {address:#x} is pinned and discarded: devices find new pages there, as the \
                  program does, where a kernel leaves them the old ones"
             ),
@@ -99,7 +100,9 @@ fn cut() {
     static TIMES: Times = Times::new(0);
     say(
         &TIMES,
-        "pages are cut out of a file that is pinned: devices lose them, as the program does, where a kernel \
-         leaves them to the devices",
+        format_args!(
+            "pages are cut out of a file that is pinned: devices lose them, as the program does, where a kernel \
+             leaves them to the devices"
+        ),
     );
 }

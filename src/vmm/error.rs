@@ -56,10 +56,10 @@ pub enum Error {
         source: io::Error,
     },
     /// A file cannot be written.
-    #[error("{path}: {source}", path = .path.display())]
+    #[error("{what}: {source}")]
     Output {
-        /// The file.
-        path: PathBuf,
+        /// Which, as the command line has it.
+        what: String,
         /// What the system said.
         source: io::Error,
     },

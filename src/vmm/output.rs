@@ -232,7 +232,7 @@ fn of_process(once: &OnceLock<Output>, name: &str, descriptor: BorrowedFd<'_>) -
     }
     let file = descriptor
         .try_clone_to_owned()
-        .map_err(|source| Error::Output { path: name.into(), source })?;
+        .map_err(|source| Error::Output { what: name.to_owned(), source })?;
     let output = Output::new(name.to_owned(), File::from(file))?;
     Ok(once.get_or_init(|| output).clone())
 }

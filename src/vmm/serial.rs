@@ -145,6 +145,7 @@ impl BusDevice for SerialPort {
 /// Output to the file at `path`.
 fn to_file(path: &Path, options: &mut OpenOptions) -> Result<Output> {
     let file = named_file::open(path, options.write(true), 0);
-    let file = file.map_err(|source| Error::Output { path: path.to_owned(), source })?;
+    let what = || format!("--serial file={}", path.display());
+    let file = file.map_err(|source| Error::Output { what: what(), source })?;
     Output::new(path.display().to_string(), file)
 }

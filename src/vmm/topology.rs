@@ -310,9 +310,7 @@ fn place(window: &mut AddressAllocator, size: u64) -> Result<u64> {
 /// What the virtio device of `config` does, with the files that takes open.
 fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
     Ok(match config {
-        DeviceConfig::Disk(disk) => {
-            Box::new(Block::new(Disk::open(&disk.path, disk.read_only, disk.direct)?))
-        }
+        DeviceConfig::Disk(disk) => Box::new(Block::new(Disk::open(&disk.path, disk.access)?)),
         DeviceConfig::Net(net) => {
             let tap = match &net.tap {
                 TapConfig::Name(name) => Tap::open(name)?,

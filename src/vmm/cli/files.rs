@@ -90,6 +90,7 @@ fn identity(path: &Path) -> Option<Identity> {
 mod tests {
     use super::*;
     use crate::vmm::config::{testing, DiskConfig, IommuChoice};
+    use crate::vmm::devices::virtio::DiskAccess;
 
     fn config(kernel: &Path) -> MachineConfig {
         let mut config = testing::machine();
@@ -118,7 +119,7 @@ mod tests {
         let text = refused(&|config| config.trace = Some(new.clone()), Some(&also_new));
         assert!(text.contains("--trace and --report"), "{text}");
         let iommu = IommuChoice::Unsaid;
-        let disk = DiskConfig { path: new.clone(), read_only: true, direct: false, iommu };
+        let disk = DiskConfig { path: new.clone(), access: DiskAccess::default(), iommu };
         let text = refused(&|c| c.devices = vec![DeviceConfig::Disk(disk.clone())], Some(&new));
         assert!(text.contains("--disk and --report"), "{text}");
     }

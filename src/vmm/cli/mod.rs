@@ -118,9 +118,12 @@ struct RunArgs {
     devices: Vec<DeviceConfig>,
 
     /// Virtio block device with a raw image or a block device; may be given several times, after every
-    /// --device. While it is written nobody else has it: QEMU and cloud-hypervisor keep to the same
+    /// --device. format=raw: the image is raw whatever it starts with. While it is written nobody else has it: QEMU and cloud-hypervisor keep to the same
     /// locks, and the kernel to the claim of a block device.
-    #[arg(long = "disk", value_name = "path=FILE[,readonly=on|off,direct=on|off,iommu=on|off|ID]")]
+    #[arg(
+        long = "disk",
+        value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID]"
+    )]
     disks: Vec<DiskConfig>,
 
     /// Virtio network device on a tap interface of the host; may be given several times, after

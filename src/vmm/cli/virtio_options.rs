@@ -6,10 +6,19 @@ use std::str::FromStr;
 
 use super::options::{iommu, on_off, Pairs};
 use crate::vmm::config::{DiskConfig, NetConfig, RngConfig, TapConfig};
+use crate::vmm::devices::virtio::DiskAccess;
 
 /// Takes `key`, which stands for a path.
 fn path(pairs: &mut Pairs<'_>, key: &str) -> Result<Option<PathBuf>, String> {
     pairs.take(key, None, |text| Ok(Some(PathBuf::from(text))))
+}
+
+/// Reads the format of an image: there is one.
+fn is_raw(text: &str) -> Result<bool, String> {
+    match text {
+        "raw" => Ok(true),
+        _ => Err(format!("'{text}': disks are raw; qemu-img convert -O raw makes one")),
+    }
 }
 
 impl FromStr for DiskConfig {
@@ -20,11 +29,14 @@ impl FromStr for DiskConfig {
         let path = path(&mut pairs, "path")?;
         let config = Self {
             path: path.ok_or("path=FILE is missing")?,
-            read_only: pairs.take("readonly", false, on_off)?,
-            direct: pairs.take("direct", false, on_off)?,
+            access: DiskAccess {
+                read_only: pairs.take("readonly", false, on_off)?,
+                direct: pairs.take("direct", false, on_off)?,
+                raw: pairs.take("format", false, is_raw)?,
+            },
             iommu: iommu(&mut pairs)?,
         };
-        pairs.finish("direct, iommu, path, readonly")?;
+        pairs.finish("direct, format, iommu, path, readonly")?;
         Ok(config)
     }
 }
@@ -81,17 +93,15 @@ mod tests {
             "path=/a=b.img".parse(),
             Ok(DiskConfig {
                 path: "/a=b.img".into(),
-                read_only: false,
-                direct: false,
+                access: DiskAccess::default(),
                 iommu: IommuChoice::Unsaid,
             })
         );
         assert_eq!(
-            "direct=on,path=disk,readonly=on,iommu=off".parse(),
+            "direct=on,path=disk,readonly=on,format=raw,iommu=off".parse(),
             Ok(DiskConfig {
                 path: "disk".into(),
-                read_only: true,
-                direct: true,
+                access: DiskAccess { read_only: true, direct: true, raw: true },
                 iommu: IommuChoice::Off,
             })
         );
@@ -111,6 +121,7 @@ mod tests {
         refused::<DiskConfig>("disk.img", "'disk.img'");
         refused::<DiskConfig>("readonly=on", "path=FILE is missing");
         refused::<DiskConfig>("path=a,readonly=yes", "readonly: 'yes'");
+        refused::<DiskConfig>("path=a,format=qcow2", "format: 'qcow2': disks are raw");
         refused::<DiskConfig>("path=a,size=1", "unknown key 'size'");
         refused::<NetConfig>("mac=02:00:00:00:00:01", "tap=NAME or fd=NUMBER");
         refused::<NetConfig>("tap=a,fd=3", "both");

@@ -8,7 +8,7 @@ mod payload;
 use std::path::PathBuf;
 
 use super::arch::layout::IOMMU_REGISTERS;
-use super::devices::virtio::MacAddress;
+use super::devices::virtio::{DiskAccess, MacAddress};
 use crate::spec::smmuv3::regs;
 use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::vtd::MMIO_SIZE;
@@ -324,10 +324,8 @@ impl DeviceConfig {
 pub struct DiskConfig {
     /// The raw image, a file or a block device.
     pub path: PathBuf,
-    /// It cannot be written.
-    pub read_only: bool,
-    /// Around the host's page cache (`O_DIRECT`).
-    pub direct: bool,
+    /// How it is opened.
+    pub access: DiskAccess,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
 }

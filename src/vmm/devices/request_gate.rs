@@ -14,7 +14,9 @@ pub struct NotNow;
 ///
 /// Who takes the right away waits for the request that is being made, and for no other: none is made
 /// when they return. So a request, while its [`Permit`] is held, is a bounded piece of work in which
-/// nothing is waited for.
+/// nothing is waited for, but for one thing: behind a virtual VT-d without caching mode, a requester
+/// that its tables blocked waits for the command that another vCPU may just be giving, before they are
+/// read again.
 #[derive(Debug, Default)]
 pub struct RequestGate {
     /// Software lets the function be bus master (PCIe 6.0 §7.5.1.1.3).

@@ -79,7 +79,8 @@ impl Trace {
     /// # Errors
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
-        let failed = |source| Error::Output { path: path.to_owned(), source };
+        let what = || format!("--trace {}", path.display());
+        let failed = |source| Error::Output { what: what(), source };
         let mut options = File::options();
         options.write(true).create(true).truncate(true);
         let file = named_file::open(path, &options, 0).map_err(failed)?;

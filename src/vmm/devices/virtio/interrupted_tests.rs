@@ -144,7 +144,7 @@ fn a_large_request_to_a_disk_ends_between_two_pieces_and_is_done_again() {
     file.as_file().set_len(BUFFERS * u64::from(EACH)).unwrap();
     let rig = Rig::new(
         Place::Behind,
-        Box::new(Block::new(Disk::open(file.path(), false, false).unwrap())),
+        Box::new(Block::new(Disk::open(file.path(), DiskAccess::default()).unwrap())),
     );
     let [queue] = &mut rig.start(0)[..] else { panic!() };
     // Nothing but the first sector is not zero.

@@ -29,7 +29,7 @@ mod testing;
 mod worker;
 
 pub use backend::{Backend, Features, Model};
-pub use blk::{Block, Disk, DiskError};
+pub use blk::{Block, Disk, DiskAccess, DiskError};
 pub use broken::{Broken, Unserved};
 pub use chain::{Chain, NotCopied};
 pub use link::{Count, QueueCounters, RequestCounters};

@@ -57,7 +57,7 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    use super::super::{Disk, DiskError};
+    use super::super::{Disk, DiskAccess, DiskError};
 
     /// A loop device over a file of 1 MiB.
     struct Loop {
@@ -106,7 +106,7 @@ mod tests {
     }
 
     fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
-        Disk::open(path, read_only, false)
+        Disk::open(path, DiskAccess { read_only, ..DiskAccess::default() })
     }
 
     #[test]
@@ -122,7 +122,9 @@ mod tests {
     fn blocks_are_the_device_s_sectors_without_the_page_cache() {
         for (sector, size) in [("512", 512), ("4096", 4096)] {
             let Some(device) = Loop::new(&["--sector-size", sector]) else { return };
-            let disk = Disk::open(&device.path, false, true).unwrap();
+            let disk =
+                Disk::open(&device.path, DiskAccess { direct: true, ..DiskAccess::default() })
+                    .unwrap();
             assert_eq!((disk.block_size(), disk.size()), (size, 1 << 20));
             drop(disk);
             assert_eq!(open(&device.path, false).unwrap().block_size(), 512);

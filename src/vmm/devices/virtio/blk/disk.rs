@@ -34,7 +34,7 @@ pub enum DiskError {
     /// It is of a format that is not understood.
     #[error(
         "{path}: an image of format {format}, and a disk is raw; make one of it with: qemu-img \
-         convert -O raw {path} NEW",
+         convert -O raw {path} NEW (if it is raw, and the guest wrote that there, say format=raw)",
         path = .path.display()
     )]
     Format {
@@ -85,6 +85,17 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
+/// How an image is opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskAccess {
+    /// It cannot be written.
+    pub read_only: bool,
+    /// Around the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// It is said to be raw: what it starts with, which a guest may have written, is not looked at.
+    pub raw: bool,
+}
+
 /// A raw disk image.
 #[derive(Debug)]
 pub struct Disk {
@@ -99,12 +110,12 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens the image at `path`; `direct` goes around the host's page cache. While it is open, others
-    /// can have it only if nobody writes it.
+    /// Opens the image at `path`. While it is open, others can have it only if nobody writes it.
     ///
     /// # Errors
     /// When it cannot be opened, when somebody else has it, or when it is no raw disk.
-    pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<Self, DiskError> {
+    pub fn open(path: &Path, access: DiskAccess) -> Result<Self, DiskError> {
+        let DiskAccess { read_only, direct, raw } = access;
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
         let mut file = open_file(path, read_only, direct)?;
         let metadata = file.metadata().map_err(failed)?;
@@ -123,7 +134,7 @@ impl Disk {
         let mut head = BounceBuffer::new(block_size as usize);
         let length = file.read_at(head.bytes(), 0).map_err(failed)?;
         // Never more than there is room for.
-        if let Some(format) = format::of(&head.bytes()[..length]) {
+        if let Some(format) = format::of(&head.bytes()[..length]).filter(|_| !raw) {
             return Err(DiskError::Format { path: path.to_owned(), format });
         }
         if !size.is_multiple_of(block_size.into()) {
@@ -308,6 +319,8 @@ mod tests {
     use super::*;
     use std::io::Write;
 
+    const READ_ONLY: DiskAccess = DiskAccess { read_only: true, direct: false, raw: false };
+
     fn image(length: usize) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&vec![7; length]).unwrap();
@@ -316,19 +329,19 @@ mod tests {
 
     #[test]
     fn only_whole_sectors_are_a_disk() {
-        let error = Disk::open(Path::new("/nonexistent/disk"), false, false).unwrap_err();
+        let error = Disk::open(Path::new("/nonexistent/disk"), DiskAccess::default()).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/disk: No such file"), "{error}");
-        let error = Disk::open(image(0).path(), false, false).unwrap_err();
+        let error = Disk::open(image(0).path(), DiskAccess::default()).unwrap_err();
         assert!(matches!(error, DiskError::Empty(_)));
-        let error = Disk::open(image(1000).path(), false, false).unwrap_err();
+        let error = Disk::open(image(1000).path(), DiskAccess::default()).unwrap_err();
         assert!(error.to_string().contains("1000 bytes are not a multiple of 512"), "{error}");
-        let error = Disk::open(Path::new("/dev/null"), true, false).unwrap_err();
+        let error = Disk::open(Path::new("/dev/null"), READ_ONLY).unwrap_err();
         assert!(matches!(error, DiskError::Kind(_)));
     }
 
     #[test]
     fn what_is_no_file_or_of_another_format_is_refused() {
-        let open = |path: &Path| Disk::open(path, true, false).unwrap_err().to_string();
+        let open = |path: &Path| Disk::open(path, READ_ONLY).unwrap_err().to_string();
         for path in ["/", "/dev/zero"] {
             assert!(open(Path::new(path)).contains("neither a file nor a block device"), "{path}");
         }
@@ -341,7 +354,7 @@ mod tests {
 
     #[test]
     fn an_error_names_the_disk() {
-        let disk = Disk::open(image(512).path(), true, false).unwrap();
+        let disk = Disk::open(image(512).path(), READ_ONLY).unwrap();
         let error = disk.write(0, &[0; 512]).unwrap_err().to_string();
         assert!(error.starts_with(disk.path.to_str().unwrap()), "{error}");
     }
@@ -349,7 +362,7 @@ mod tests {
     #[test]
     fn one_writes_or_several_read() {
         let (file, open) = (image(512), |file: &tempfile::NamedTempFile, read_only| {
-            Disk::open(file.path(), read_only, false)
+            Disk::open(file.path(), DiskAccess { read_only, ..DiskAccess::default() })
         });
         let writer = open(&file, false).unwrap();
         for read_only in [false, true] {
@@ -362,7 +375,7 @@ mod tests {
 
     #[test]
     fn ranges_are_whole_blocks_that_the_disk_has() {
-        let disk = Disk::open(image(4096).path(), true, false).unwrap();
+        let disk = Disk::open(image(4096).path(), READ_ONLY).unwrap();
         assert!(disk.has(0, 4096) && disk.has(512, 0) && disk.has(3584, 512));
         assert!(!disk.has(3584, 1024) && !disk.has(1, 512) && !disk.has(0, 511));
         assert!(!disk.has(u64::MAX - 511, 512));
@@ -373,7 +386,8 @@ mod tests {
     fn direct_or_not_it_holds_what_was_written() {
         let file = image(16384);
         for direct in [false, true] {
-            let disk = match Disk::open(file.path(), false, direct) {
+            let disk = match Disk::open(file.path(), DiskAccess { direct, ..DiskAccess::default() })
+            {
                 Ok(disk) => disk,
                 // Not every file system of a test machine can do without its cache.
                 Err(DiskError::Open { source, .. })

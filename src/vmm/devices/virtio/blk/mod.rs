@@ -27,7 +27,7 @@ use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use crate::viommu::ratelimit::RateLimit;
 
-pub use disk::{BounceBuffer, Disk, DiskError, SECTOR_SIZE};
+pub use disk::{BounceBuffer, Disk, DiskAccess, DiskError, SECTOR_SIZE};
 
 /// Descriptors of the queue.
 const QUEUE_SIZE: u16 = 256;

@@ -23,7 +23,8 @@ impl Machine {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         let content: Vec<u8> = (0..1u32 << 20).map(|at| (at / 512 + at) as u8).collect();
         file.write_all(&content).unwrap();
-        let disk = Disk::open(file.path(), read_only, false).unwrap();
+        let disk =
+            Disk::open(file.path(), DiskAccess { read_only, ..DiskAccess::default() }).unwrap();
         Self { rig: Rig::new(place, Box::new(Block::new(disk))), file }
     }
 

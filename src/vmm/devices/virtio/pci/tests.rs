@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::vmm::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
-use crate::vmm::devices::virtio::{Block, Disk, FrameLink, MacAddress, Net, Rng};
+use crate::vmm::devices::virtio::{Block, Disk, DiskAccess, FrameLink, MacAddress, Net, Rng};
 
 fn rng() -> Box<dyn Backend> {
     Box::new(Rng::open("/dev/zero".as_ref()).unwrap())
@@ -279,7 +279,7 @@ fn backend(kind: u8) -> Box<dyn Backend> {
         1 => {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             file.write_all(&[1; 8192]).unwrap();
-            Box::new(Block::new(Disk::open(file.path(), false, false).unwrap()))
+            Box::new(Block::new(Disk::open(file.path(), DiskAccess::default()).unwrap()))
         }
         _ => {
             let wire = Silence(EventFd::new(0).unwrap());
