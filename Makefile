@@ -45,8 +45,7 @@ demo: guest kvm binary
 test: lint guest
 	@$(need) cc cargo
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
-	cargo test --locked --no-default-features --lib
-	cargo test --locked --features selftest --lib selftest
+	cargo test --locked -p twostage-emulated --features selftest --lib selftest
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked -p twostage-iommufd-preload
 	scripts/iommufd-selftests
 	@$(MAKE) --no-print-directory nested-check
@@ -80,7 +79,7 @@ selftests:
 bench:
 	@$(need) cc cargo
 	cargo bench --locked
-	cargo build --release --locked
+	cargo build --release --locked -p twostage-vmm
 	scripts/compare-with-qemu
 	@$(MAKE) --no-print-directory compare-arm64
 
@@ -96,7 +95,7 @@ fuzz:
 # Built apart: --cfg loom is for the whole crate graph.
 loom:
 	@$(need) cc cargo
-	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --locked --no-default-features --lib emulated::gate::model
+	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --locked -p twostage-emulated --lib gate::model
 
 tsan:
 	@scripts/tsan
@@ -106,8 +105,9 @@ lint:
 	cargo fmt --all --check
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	cargo clippy --locked --workspace --all-targets -- -D warnings
-	cargo clippy --locked --all-targets --no-default-features -- -D warnings
-	cargo clippy --locked --workspace --all-targets --features selftest -- -D warnings
+	@# Without the features that the others ask for.
+	cargo clippy --locked -p twostage -- -D warnings
+	cargo clippy --locked -p twostage-emulated -p twostage-iommufd-preload --all-targets --features selftest -- -D warnings
 	@ARM64=$(ARM64) scripts/lint-arm64
 	@# The fuzz targets compile. Nothing is linked, so libFuzzer itself is not built.
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
@@ -116,7 +116,7 @@ lint:
 
 doc:
 	@$(need) cc cargo
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps -p twostage -p twostage-emulated
 	@echo 'open target/doc/twostage/index.html'
 
 guest:
@@ -125,10 +125,10 @@ guest:
 
 binary:
 	@$(need) cc cargo
-	cargo build --release --locked
+	cargo build --release --locked -p twostage-vmm
 
 binary-arm64:
-	scripts/cargo-arm64 build --release --locked
+	scripts/cargo-arm64 build --release --locked -p twostage-vmm
 
 kvm:
 	@scripts/kvm-here

@@ -5,12 +5,12 @@
 use std::sync::Arc;
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
-use twostage::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,
     InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 const PAGE: u64 = 4 << 10;

@@ -6,11 +6,11 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion};
-use twostage::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{
     HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 

@@ -9,7 +9,6 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
-use twostage::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{HostIommu, Protection, UserMemory};
 use twostage::nesting::host_vtd;
 use twostage::nesting::vtd::VtdNesting;
@@ -18,6 +17,7 @@ use twostage::spec::vtd::qi::{Descriptor, IotlbScope, PasidCacheScope, StatusWri
 use twostage::spec::vtd::regs::{self, Gcmd, Iqa, Rtaddr};
 use twostage::viommu::vtd::{VtdConfig, VtdIommu};
 use twostage::viommu::{FaultTarget, InterruptSink};
+use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 const DEVICES: [Bdf; 2] = [Bdf::from_raw(0x20), Bdf::from_raw(0x28)];

@@ -12,13 +12,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion};
-use twostage::emulated::{
-    DeviceConfig, DmaAccess, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
-};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, Protection, UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::{
+    DeviceConfig, DmaAccess, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, Iotlb, MemoryRegionAddress, Permissions};
 
 const PAGE: u64 = 0x1000;

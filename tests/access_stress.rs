@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 
-use twostage::emulated::{Access, AccessUnmap, EmulatedHost};
 use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
+use twostage_emulated::{Access, AccessUnmap, EmulatedHost};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 const PAGE: u64 = 0x1000;

@@ -2,7 +2,6 @@
 //! The `twostage` command from outside: bad input, small guests, signals.
 //!
 //! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
-#![cfg(feature = "vmm")]
 
 #[path = "common/code.rs"]
 mod code;
@@ -16,7 +15,7 @@ use std::process::{Child, Command, Output, Stdio};
 use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
-use twostage::vmm::exit_code::{
+use twostage_vmm::exit_code::{
     GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
 };
 
@@ -330,7 +329,7 @@ fn the_serial_port_leads_where_it_is_told() {
     let output = run_guest(&guest, &["--serial", "null"]);
     assert!(output.status.success() && output.stdout.is_empty());
     let output = run_guest(&guest, &["--serial", "file=/nonexistent/serial"]);
-    assert_refused(&output, twostage::vmm::exit_code::IO_ERROR, "/nonexistent/serial");
+    assert_refused(&output, twostage_vmm::exit_code::IO_ERROR, "/nonexistent/serial");
 }
 
 #[test]
@@ -606,7 +605,7 @@ fn a_guest_that_hangs_is_ended_when_its_time_is_over() {
     }
     let image = kernel(&multiboot(&code::HALT));
     let log = TempDir::new().unwrap();
-    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/here"))
+    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/here"))
         .args(["--timeout", "1", "--binary", TWOSTAGE, "--log"])
         .arg(log.path())
         .args(["--", "run", "--report", "none", "--kernel", text(&image)])

@@ -2,7 +2,6 @@
 //! The console of `twostage run`: what is typed, a terminal, and output that is read late or never.
 //!
 //! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
-#![cfg(feature = "vmm")]
 
 #[path = "common/child.rs"]
 mod child;

@@ -13,14 +13,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use twostage::emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
-};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, DirtyRange, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId,
     Protection, UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::{
+    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 const PAGE: u64 = 0x1000;

@@ -25,7 +25,7 @@ const WIDE_EDU_WITH_PASID: &str = "edu,pasid=on,dma-mask=0xffffffffffffffff";
 fn images() -> &'static Path {
     static IMAGES: OnceLock<PathBuf> = OnceLock::new();
     IMAGES.get_or_init(|| {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest-images");
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest-images");
         let status = Command::new("make")
             .arg("-C")
             .arg(sources.join("vtd-check"))

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The files that a command line names, when they are not what they should be: each is refused in one
 //! line, and nothing is waited for.
-#![cfg(feature = "vmm")]
 
 #[path = "../src/vmm/arch/x86_64/boot/test_images.rs"]
 mod images;
@@ -14,7 +13,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use twostage::vmm::exit_code::{IO_ERROR, NO_INPUT};
+use twostage_vmm::exit_code::{IO_ERROR, NO_INPUT};
 
 const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 

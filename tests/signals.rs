@@ -3,7 +3,6 @@
 //! started to ignore ends it at all.
 //!
 //! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
-#![cfg(feature = "vmm")]
 
 #[path = "common/child.rs"]
 mod child;
@@ -19,7 +18,7 @@ use std::process::{Command, Stdio};
 use child::{kernel, kvm, wait_for, Running, TWOSTAGE};
 use images::multiboot;
 use tempfile::{NamedTempFile, TempDir};
-use twostage::vmm::exit_code::{NO_INPUT, OS_ERROR};
+use twostage_vmm::exit_code::{NO_INPUT, OS_ERROR};
 
 /// A guest that says that it runs, and then does nothing.
 fn idle() -> NamedTempFile {

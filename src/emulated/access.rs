@@ -14,7 +14,7 @@ use super::ioas::Transfer;
 use super::objects::{AccessUnmap, Objects, Wanted};
 use super::refusal::{refuse, Outcome, Refusal};
 use super::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId, UserMemory};
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 /// Why an access object cannot do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

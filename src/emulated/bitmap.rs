@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use super::ioas::PAGE_SIZE;
 use super::refusal::{refuse, Outcome};
 use super::user_space::{UserFault, UserSpace};
-use crate::iommufd::{DirtyRange, Errno};
+use twostage::iommufd::{DirtyRange, Errno};
 
 /// Whether `words` have a bit for every page of `range`.
 ///
@@ -74,7 +74,7 @@ fn mask(number: u64, bits: &RangeInclusive<u64>) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::user_space::RegionSpace;
+    use crate::user_space::RegionSpace;
     use proptest::prelude::*;
     use std::sync::Arc;
     use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};

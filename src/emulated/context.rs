@@ -9,7 +9,7 @@ use super::machine::{Machine, Part};
 use super::objects::Objects;
 use super::page_requests::PageRequestSink;
 use super::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId, PageRequest};
+use twostage::iommufd::{Errno, ObjectId, PageRequest};
 
 /// One open iommufd. It is closed with the last file that leads to it: itself, a device that is
 /// bound to it, a queue, or pages that are mapped.

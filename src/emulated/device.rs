@@ -4,7 +4,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 /// What of a device is attached: the device itself (requests without PASID), or one PASID of it.
 pub(crate) type Slot = Option<u32>;
@@ -27,7 +27,7 @@ pub struct DeviceConfig {
     ///
     /// ```
     /// use std::sync::Arc;
-    /// use twostage::emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+    /// use twostage_emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
     /// use twostage::iommufd::*;
     /// use twostage::spec::pci::Bdf;
     /// use vm_memory::{GuestAddress, GuestRegionMmap};

@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, UserMemory};
+use twostage::iommufd::{Errno, UserMemory};
 
 /// Memory of a device (a dma-buf), such as a BAR, which `IOMMU_IOAS_MAP_FILE` maps as it does a
 /// file. It is neither pinned nor accounted, and no access object reaches it.

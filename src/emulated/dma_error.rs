@@ -2,9 +2,9 @@
 //! Why DMA reaches no memory.
 #![forbid(unsafe_code)]
 
-use crate::iommufd::PageResponseCode;
-use crate::spec::smmuv3::event::EventId;
-use crate::spec::vtd::fault::FaultReason;
+use twostage::iommufd::PageResponseCode;
+use twostage::spec::smmuv3::event::EventId;
+use twostage::spec::vtd::fault::FaultReason;
 
 /// Why an IOMMU blocked a DMA request, in its architecture's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

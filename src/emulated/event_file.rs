@@ -8,7 +8,7 @@ use super::context::Context;
 use super::events::{FaultQueue, VeventQueue};
 use super::refusal::{refuse, Outcome};
 use super::user_space::UserSpace;
-use crate::iommufd::{
+use twostage::iommufd::{
     self, Errno, ObjectId, PageRequestGroup, PageResponseCode, Readiness, Verb, Vevent,
 };
 

@@ -16,7 +16,7 @@ use super::refusal::Outcome;
 #[cfg(any(test, feature = "selftest"))]
 pub(crate) fn allocate(what: &'static str) -> Outcome<()> {
     use super::refusal::refuse;
-    use crate::iommufd::Errno;
+    use twostage::iommufd::Errno;
 
     if injection::fails() {
         return refuse(Errno::ENOMEM, format!("no memory for {what}"));

@@ -6,7 +6,7 @@ use std::fmt;
 
 use super::device::Slot;
 use super::objects::{Object, ObjectKind, Objects};
-use crate::iommufd::{HwptFlags, ObjectId};
+use twostage::iommufd::{HwptFlags, ObjectId};
 
 /// So many attachments of one device are told at the most: a guest can make 2^20.
 const MAX_EDGES: usize = 1024;
@@ -183,8 +183,8 @@ fn flag_names(flags: HwptFlags) -> Vec<&'static str> {
 
 #[cfg(all(test, feature = "serde"))]
 mod tests {
-    use crate::emulated::EmulatedHost;
-    use crate::iommufd::HostIommu;
+    use crate::EmulatedHost;
+    use twostage::iommufd::HostIommu;
 
     #[test]
     fn a_graph_is_reported_as_json() {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use super::dirty::DirtyLog;
 use super::page_requests::PageRequests;
 use super::stage2::Stage2;
-use crate::iommufd::{
+use twostage::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
 };
 

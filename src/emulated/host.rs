@@ -16,12 +16,12 @@ use super::ioas::Source;
 use super::machine::{EmulatedUnit, Machine, MachineError, UnitId};
 use super::objects::{HwptRequest, MapRequest, Objects};
 use super::refusal::{refuse, Outcome};
-use crate::iommufd::{
+use twostage::iommufd::{
     DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostIommu, HwInfo,
     HwInfoData, HwptAlloc, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
     PageRequest, Protection, Result, UserMemory, Verb, ViommuKind,
 };
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 /// An iommufd on a [`Machine`] of emulated IOMMUs and devices: what `/dev/iommu` gives when it is
 /// opened.
@@ -39,7 +39,7 @@ use crate::spec::pci::Bdf;
 ///
 /// ```
 /// use std::sync::Arc;
-/// use twostage::emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+/// use twostage_emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
 /// use twostage::iommufd::{HostIommu, MapTarget, Protection, UserMemory};
 /// use twostage::spec::pci::Bdf;
 /// use vm_memory::{GuestAddress, GuestRegionMmap};

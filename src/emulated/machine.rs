@@ -21,8 +21,8 @@ use super::refusal::{refuse, Outcome};
 use super::selftest::Selftest;
 use super::smmuv3::SmmuV3Unit;
 use super::vtd::VtdUnit;
-use crate::iommufd::{Errno, Extensions};
-use crate::spec::pci::{Bdf, Pasid};
+use twostage::iommufd::{Errno, Extensions};
+use twostage::spec::pci::{Bdf, Pasid};
 
 /// An emulated IOMMU of either architecture.
 #[derive(Debug, Clone)]
@@ -128,7 +128,7 @@ impl Part {
 /// each device is bound to one of them at a time.
 ///
 /// ```
-/// use twostage::emulated::{DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
+/// use twostage_emulated::{DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
 /// use twostage::iommufd::HostIommu;
 /// use twostage::spec::pci::Bdf;
 ///

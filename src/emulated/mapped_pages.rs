@@ -9,7 +9,7 @@ use super::context::Context;
 use super::ioas::PAGE_SIZE;
 use super::mmaps::Mmap;
 use super::EmulatedHost;
-use crate::iommufd::Errno;
+use twostage::iommufd::Errno;
 
 /// What an `mmap(2)` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

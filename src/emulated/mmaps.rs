@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::ioas::PAGE_SIZE;
 use super::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// Everything that can be mapped of one iommufd. Its lock is taken last.
 #[derive(Debug, Default)]

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::engine::Request;
 use super::refusal::Outcome;
-use crate::iommufd::{PageRequest, PageRequestFlags, PageRequestPermissions, PageResponseCode};
+use twostage::iommufd::{PageRequest, PageRequestFlags, PageRequestPermissions, PageResponseCode};
 
 /// Groups that a device can have open: an index has 9 bits (PCIe 6.0 §10.4.1).
 const MAX_GROUPS: u16 = 1 << 9;

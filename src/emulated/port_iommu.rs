@@ -113,10 +113,10 @@ impl Iommu for PortIommu<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::hardware::{CacheTag, Hardware, Translation};
-    use crate::emulated::stage2::{Mapping, Stage2};
-    use crate::emulated::{VtdUnit, VtdUnitConfig};
-    use crate::iommufd::{Protection, UserMemory};
+    use crate::hardware::{CacheTag, Hardware, Translation};
+    use crate::stage2::{Mapping, Stage2};
+    use crate::{VtdUnit, VtdUnitConfig};
+    use twostage::iommufd::{Protection, UserMemory};
     use vm_memory::{
         Bytes, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, IommuMemory,
     };

@@ -12,7 +12,7 @@ use super::user_space::{RegionSpace, UserSpace};
 #[cfg(feature = "selftest")]
 use super::DmaBuf;
 use super::{EmulatedHost, EventFile};
-use crate::iommufd::Errno;
+use twostage::iommufd::Errno;
 
 /// A file that an operation of Linux's own tests opened. Dropping it closes it.
 #[cfg(feature = "selftest")]

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use crate::iommufd::{Errno, HostError, ObjectId, Verb};
+use twostage::iommufd::{Errno, HostError, ObjectId, Verb};
 
 /// Linux's errno, and in words what was wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::GuestRegionMmap;
 
-use crate::iommufd::{Protection, UserMemory};
+use twostage::iommufd::{Protection, UserMemory};
 
 /// One contiguous mapping: addresses `start..=last` (bytes) lead to `memory`.
 #[derive(Debug, Clone)]

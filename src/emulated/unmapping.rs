@@ -5,7 +5,7 @@
 use super::objects::{Stop, Unmap};
 use super::refusal::{refuse, Outcome};
 use super::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// How often access objects are told to let go of one area before that counts as a deadlock.
 const TRIES: u32 = 100;

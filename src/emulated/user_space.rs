@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
-use crate::emulated::dma_buf::DmaBuf;
-use crate::emulated::refusal::Refusal;
-use crate::iommufd::{Errno, UserMemory};
+use crate::dma_buf::DmaBuf;
+use crate::refusal::Refusal;
+use twostage::iommufd::{Errno, UserMemory};
 
 /// A pointer that leads to no memory of the user: `EFAULT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use twostage::emulated::uapi::LockedMemory;
+use twostage_emulated::uapi::LockedMemory;
 
 use crate::process::Process;
 

@@ -5,9 +5,9 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use twostage::emulated::uapi::{self, Credentials, UserFault, UserSpace};
-use twostage::emulated::{EmulatedHost, EventFile};
 use twostage::iommufd::{Errno, UserMemory};
+use twostage_emulated::uapi::{self, Credentials, UserFault, UserSpace};
+use twostage_emulated::{EmulatedHost, EventFile};
 
 use crate::events::Events;
 use crate::file::{Caller, File};
@@ -60,7 +60,7 @@ impl UserSpace for CallingProcess {
     }
 
     #[cfg(feature = "selftest")]
-    fn dma_buf(&self, fd: i32) -> Option<Arc<twostage::emulated::DmaBuf>> {
+    fn dma_buf(&self, fd: i32) -> Option<Arc<twostage_emulated::DmaBuf>> {
         uapi::Process::test_file(self, fd)?.dma_buf().cloned()
     }
 }

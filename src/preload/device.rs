@@ -9,9 +9,9 @@
 use std::mem::size_of;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use twostage::emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
-use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 use twostage::iommufd::Errno;
+use twostage_emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
+use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 use crate::edu::{Edu, BAR_SIZE};
 use crate::file::{Answer, Argument, Call, Caller, Excess, File};

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use twostage::emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort, PageTries};
+use twostage_emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort, PageTries};
 
 use crate::process::Process;
 use crate::{state, sys};
@@ -299,12 +299,12 @@ fn buffer_range(address: u64, count: u64) -> Option<Range<usize>> {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use twostage::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
     use twostage::iommufd::{
         FaultQueue, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId,
         PageResponseCode, Protection, UserMemory,
     };
     use twostage::spec::pci::Bdf;
+    use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
     use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
     fn edu() -> (Edu, Arc<GuestRegionMmap>, Arc<EmulatedHost>) {

@@ -9,8 +9,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use twostage::emulated::EventFile;
 use twostage::iommufd::{Errno, Readiness};
+use twostage_emulated::EventFile;
 
 use crate::file::{Answer, Call, Caller, File};
 use crate::internal::Internal;

@@ -4,8 +4,8 @@
 //! that let all allocations fail, as they always may here.
 #![forbid(unsafe_code)]
 
-use twostage::emulated::uapi::{fail_nth, set_fail_nth};
 use twostage::iommufd::Errno;
+use twostage_emulated::uapi::{fail_nth, set_fail_nth};
 
 use crate::file::{Answer, Call, Caller, File};
 use crate::sys;

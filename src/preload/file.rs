@@ -4,9 +4,9 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use twostage::emulated::uapi::{self, UserSpace};
-use twostage::emulated::{EmulatedHost, MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
+use twostage_emulated::uapi::{self, UserSpace};
+use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
 use crate::internal::Internal;
 use crate::process::Process;
@@ -81,7 +81,7 @@ pub trait File: Debug + Send + Sync {
 
     /// The file of a test operation that it is.
     #[cfg(feature = "selftest")]
-    fn as_test_file(&self) -> Option<&Arc<dyn twostage::emulated::uapi::TestFile>> {
+    fn as_test_file(&self) -> Option<&Arc<dyn twostage_emulated::uapi::TestFile>> {
         None
     }
 

@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::mem::size_of;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use twostage::emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
-use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
+use twostage_emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
+use twostage_emulated::EmulatedHost;
 
 use crate::device::Device;
 use crate::file::{Answer, Call, Caller, File};

@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
-use twostage::emulated::{EmulatedHost, MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
+use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
 use crate::file::{Answer, Argument, Call, Caller, Excess, File};
 

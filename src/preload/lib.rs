@@ -10,7 +10,7 @@
 //!                                         │
 //!                        own ◄────────────┴────────────► foreign: forwarded to the owner
 //!                         ▼
-//!                  devices: iommufd and VFIO devices over `twostage::emulated`
+//!                  devices: iommufd and VFIO devices over `twostage_emulated`
 //! ```
 //!
 //! # What is promised

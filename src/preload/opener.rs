@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use twostage::emulated::Machine;
 use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
+use twostage_emulated::Machine;
 
 use crate::config::{Device as DeviceEntry, Dma};
 use crate::device::Device;

@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
+use twostage_emulated::{MappedPages, MmapRequest};
 
 use crate::accounts::Accounts;
 use crate::file::File;

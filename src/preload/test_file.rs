@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use twostage::emulated::uapi::TestFile;
 use twostage::iommufd::Errno;
+use twostage_emulated::uapi::TestFile;
 
 use crate::file::{Answer, Call, Caller, File};
 

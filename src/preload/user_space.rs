@@ -7,9 +7,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use twostage::emulated::uapi::{Credentials, UserFault, UserSpace};
-use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{Errno, UserMemory};
+use twostage_emulated::uapi::{Credentials, UserFault, UserSpace};
+use twostage_emulated::EmulatedHost;
 
 use crate::config::Capability;
 use crate::process::{self, Process};

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use twostage::emulated::MappedPages;
+use twostage_emulated::MappedPages;
 
 const PAGE_SIZE: u64 = 4096;
 

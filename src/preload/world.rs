@@ -7,11 +7,11 @@ use std::env;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use twostage::emulated::{
+use twostage::iommufd::Errno;
+use twostage_emulated::{
     AddressWidth, DeviceConfig, EmulatedUnit, Machine, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit,
     VtdUnitConfig,
 };
-use twostage::iommufd::Errno;
 
 use crate::config::{Config, Device as DeviceEntry, Iommu, Model};
 use crate::file::File;

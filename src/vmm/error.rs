@@ -12,8 +12,8 @@ use super::devices::virtio::{DiskError, TapError};
 use super::exit_code;
 use super::memory::MemoryError;
 use super::vfio::VfioError;
-use crate::iommufd::OpenError;
-use crate::viommu::CapabilityConflict;
+use twostage::iommufd::OpenError;
+use twostage::viommu::CapabilityConflict;
 
 /// Why there is no machine, or not any more.
 #[derive(Debug, thiserror::Error)]

@@ -30,9 +30,9 @@ use super::trace::Trace;
 use super::vcpu::{self, VcpuThread};
 use super::vfio::KvmSlots;
 use super::{Error, Result};
-use crate::emulated::ObjectGraph;
-use crate::iommufd::{self, KernelHost, ObjectId};
-use crate::spec::pci::Bdf;
+use twostage::iommufd::{self, KernelHost, ObjectId};
+use twostage::spec::pci::Bdf;
+use twostage_emulated::ObjectGraph;
 
 /// A machine that has not run yet.
 pub struct Machine {

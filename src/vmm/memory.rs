@@ -199,7 +199,7 @@ fn host_memory() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::arch::layout::RAM_START;
+    use crate::arch::layout::RAM_START;
 
     #[test]
     fn sizes_no_host_can_give_are_refused() {

@@ -7,11 +7,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::emulated::{self, ObjectGraph, SanitizerReport};
-use crate::nesting::smmuv3::{SmmuNestingCounters, SmmuObjects};
-use crate::nesting::survey::hexadecimal;
-use crate::nesting::vtd::VtdNestingCounters;
-use crate::spec::pci::Bdf;
+use twostage::nesting::smmuv3::{SmmuNestingCounters, SmmuObjects};
+use twostage::nesting::survey::hexadecimal;
+use twostage::nesting::vtd::VtdNestingCounters;
+use twostage::spec::pci::Bdf;
+use twostage_emulated::{ObjectGraph, SanitizerReport, SmmuV3Counters, VtdCounters};
 
 /// A report, as JSON by `serde` and as text by `Display`.
 #[derive(Debug, Clone, Serialize)]
@@ -97,11 +97,11 @@ pub struct VtdReport {
     #[serde(serialize_with = "hexadecimal")]
     pub registers: BTreeMap<&'static str, u64>,
     /// What the guest did with the virtual IOMMU.
-    pub viommu: crate::viommu::vtd::VtdCounters,
+    pub viommu: twostage::viommu::vtd::VtdCounters,
     /// What became of that.
     pub nesting: VtdNestingCounters,
     /// What the unit behind it did, if that is emulated.
-    pub hardware: Option<emulated::VtdCounters>,
+    pub hardware: Option<VtdCounters>,
     /// What its sanitizer found, if it has one.
     pub sanitizer: Option<SanitizerReport>,
 }
@@ -113,7 +113,7 @@ pub struct SmmuV3Report {
     #[serde(serialize_with = "hexadecimal")]
     pub registers: BTreeMap<&'static str, u64>,
     /// What the guest did with the virtual IOMMU.
-    pub viommu: crate::viommu::smmuv3::SmmuCounters,
+    pub viommu: twostage::viommu::smmuv3::SmmuCounters,
     /// What became of that.
     pub nesting: SmmuNestingCounters,
     /// The host's objects that it uses.
@@ -121,7 +121,7 @@ pub struct SmmuV3Report {
     /// Those that it used as a guest switched translation off, the last time.
     pub objects_in_use: Option<SmmuObjects>,
     /// What the unit behind it did, if that is emulated.
-    pub hardware: Option<emulated::SmmuV3Counters>,
+    pub hardware: Option<SmmuV3Counters>,
     /// What its sanitizer found, if it has one.
     pub sanitizer: Option<SanitizerReport>,
 }
@@ -284,8 +284,8 @@ fn section<K: fmt::Display>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::{GraphObject, ObjectKind};
-    use crate::iommufd::ObjectId;
+    use twostage::iommufd::ObjectId;
+    use twostage_emulated::{GraphObject, ObjectKind};
 
     fn report() -> Report {
         Report {

@@ -26,7 +26,7 @@ use super::report::{DeviceReport, QueueReport};
 use super::trace::{Trace, TracedDma};
 use super::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
 use super::{Error, Result};
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 /// Where the device `number` of a configuration goes, counted from 0: the host bridge is first.
 pub(super) fn bdf_of(number: usize) -> Result<Bdf> {

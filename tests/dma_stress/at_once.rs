@@ -11,7 +11,7 @@
 use std::sync::{OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use twostage::emulated::{Access, AccessUnmap};
+use twostage_emulated::{Access, AccessUnmap};
 
 use super::*;
 

@@ -22,14 +22,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use twostage::emulated::{
-    DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
-};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,
     InvalidateData, MapTarget, ObjectId, Protection, UserMemory, VTD_INV_FLAGS_LEAF,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::{
+    DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
+};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 const PAGE: u64 = 0x1000;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The emulated host and its device.
 
-use twostage::emulated::{
+use twostage::spec::pci::Bdf;
+use twostage_emulated::{
     DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, EmulatedUnit, SmmuV3Unit, SmmuV3UnitConfig,
     VtdUnit, VtdUnitConfig,
 };
-use twostage::spec::pci::Bdf;
 
 use crate::contract::{Engine, Subject};
 

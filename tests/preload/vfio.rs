@@ -14,7 +14,7 @@ const LIMIT: &str = "300";
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some("run") {
-        return twostage::vmm::cli::main();
+        return twostage_vmm::cli::main();
     }
     if std::env::var_os("TWOSTAGE_KVM").is_some_and(|value| value == "off") {
         eprintln!("TWOSTAGE_KVM=off: the guest with an assigned device is NOT run");

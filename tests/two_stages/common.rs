@@ -4,11 +4,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use twostage::emulated::EmulatedHost;
 use twostage::iommufd::{
     FailNth, FaultQueue, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId, UserMemory,
 };
 use twostage::spec::pci::Bdf;
+use twostage_emulated::EmulatedHost;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// The emulated host; one call of it can be made to fail, and the one after that, too.

@@ -5,9 +5,9 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::thread;
 
-use twostage::emulated::{DmaError, GraphObject, ObjectGraph, ObjectKind};
 use twostage::iommufd::{FaultQueue, PageResponseCode};
 use twostage::spec::pci::Bdf;
+use twostage_emulated::{DmaError, GraphObject, ObjectGraph, ObjectKind};
 
 use crate::common::{Memory, A, B, HIGH, HIGH_SIZE, PAGE};
 

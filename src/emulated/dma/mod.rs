@@ -21,7 +21,7 @@ pub use page_tries::PageTries;
 use super::dma_error::DmaError;
 use super::smmuv3::SmmuV3Unit;
 use super::vtd::VtdUnit;
-use crate::iommufd::PageResponseCode;
+use twostage::iommufd::PageResponseCode;
 
 /// What a DMA request says of itself beside address and data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

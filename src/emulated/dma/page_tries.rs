@@ -2,8 +2,8 @@
 //! How long a device goes on asking for a page.
 #![forbid(unsafe_code)]
 
-use crate::emulated::dma_error::DmaError;
-use crate::iommufd::PageResponseCode;
+use crate::dma_error::DmaError;
+use twostage::iommufd::PageResponseCode;
 
 /// How often a transfer asks for the page at the same address.
 const MAX_TRIES: u32 = 16;

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use vm_memory::{Address, GuestAddress, VolatileSlice};
 
 use super::{DmaAccess, DmaAttributes};
-use crate::emulated::dma_error::DmaError;
-use crate::emulated::engine::{
+use crate::dma_error::DmaError;
+use crate::engine::{
     Blocked, ConfigCache, Engine, LocalCounters, Request, RequestKind, Target, Unit,
 };
-use crate::emulated::gate::{ReadGuard, Reader};
-use crate::iommufd::PageResponseCode;
+use crate::gate::{ReadGuard, Reader};
+use twostage::iommufd::PageResponseCode;
 
 /// Bytes that one critical section transfers at most.
 const MAX_PIECE: usize = 64 << 10;
@@ -220,7 +220,7 @@ impl<U: Unit> PortTranslated<'_, U> {
     /// See [`super::Translated::slice`].
     #[inline]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        // A mapping lies in its memory ([`crate::iommufd::UserMemory`]), so there always is one.
+        // A mapping lies in its memory ([`twostage::iommufd::UserMemory`]), so there always is one.
         let slice = self.engine.caches().slice(self.target.place, self.length);
         slice.unwrap_or_else(|| (&mut [][..]).into())
     }

@@ -35,7 +35,7 @@ use super::events::ViommuEvents;
 use super::page_requests::PageRequestSink;
 use super::refusal::{refuse, Outcome, Refusal};
 use super::stage2::Stage2;
-use crate::iommufd::{
+use twostage::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId,
     PageRequest, PageResponseCode, UserMemory,
 };

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::emulated::hardware::CacheTag;
+use crate::hardware::CacheTag;
 
 /// The tags of all page tables of a machine.
 #[derive(Debug, Default)]

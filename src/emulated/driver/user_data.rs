@@ -3,8 +3,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate, Errno,
     HwptData, HwptVtdSecondStage, InvalidateData,
 };

@@ -14,18 +14,18 @@ use super::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, Partial, UserArray, UserData,
     VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
 };
-use crate::emulated::device::{Requester, Slot};
-use crate::emulated::dirty::DirtyLog;
-use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::page_requests::{PageRequestSink, PageRequests};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::Stage2;
-use crate::iommufd::{
+use crate::device::{Requester, Slot};
+use crate::dirty::DirtyLog;
+use crate::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use crate::ioas::PAGE_SIZE;
+use crate::page_requests::{PageRequestSink, PageRequests};
+use crate::refusal::{refuse, Outcome};
+use crate::stage2::Stage2;
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
     HwptVtdSecondStage, ObjectId, PageRequest, PageResponseCode, VTD_INV_FLAGS_LEAF,
 };
-use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
+use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// Tables that a unit fills from an IOAS.
 #[derive(Debug)]

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::emulated::hardware::CacheTag;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::Errno;
+use crate::hardware::CacheTag;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::Errno;
 
 /// The domain ids of a unit.
 #[derive(Debug, Default)]

@@ -3,9 +3,9 @@
 
 use std::ops::RangeInclusive;
 
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{iommu_hw_info_vtd, Errno, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17};
-use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{iommu_hw_info_vtd, Errno, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17};
+use twostage::spec::vtd::regs::{Cap, Ecap};
 
 /// What the driver goes by. Register names are those of the VT-d specification (§11.4.2, §11.4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

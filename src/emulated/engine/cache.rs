@@ -20,7 +20,7 @@ const WAYS: usize = 4;
 ///
 /// The size of a span is a power of two, at least 4 KiB, and given as that power: its shift.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(in crate::emulated) struct Key {
+pub(crate) struct Key {
     /// First address of the span with the shift in the bits below, never zero.
     span: u64,
     /// Whose it is.
@@ -30,7 +30,7 @@ pub(in crate::emulated) struct Key {
 /// Whose an entry is: a tag (VT-d: domain id; SMMU: VMID), and within it an address space (VT-d:
 /// the PASID of the requests that it serves; SMMU: ASID).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(in crate::emulated) struct Source(u64);
+pub(crate) struct Source(u64);
 
 impl Source {
     /// Entries of `tag` for `space`.
@@ -51,7 +51,7 @@ impl Source {
 
 /// The bytes in a span of `shift`, at most 63.
 #[inline]
-pub(in crate::emulated) const fn size(shift: u8) -> u64 {
+pub(crate) const fn size(shift: u8) -> u64 {
     1 << shift
 }
 
@@ -63,7 +63,7 @@ impl fmt::Debug for Source {
 
 /// Whose entries are meant: those of a tag, in some of its address spaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct Scope {
+pub(crate) struct Scope {
     /// The tag.
     pub tag: u32,
     /// The address spaces.
@@ -72,7 +72,7 @@ pub(in crate::emulated) struct Scope {
 
 /// Address spaces of a tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) enum Spaces {
+pub(crate) enum Spaces {
     /// All of them.
     All,
     /// Those up to this one.
@@ -196,7 +196,7 @@ impl Entry {
 struct Set([Entry; WAYS]);
 
 /// See the [module's documentation](self).
-pub(in crate::emulated) struct Cache {
+pub(crate) struct Cache {
     /// A power of two of sets, or none: a cache that caches nothing.
     sets: Box<[Set]>,
     /// How far a hash is shifted to leave the index of a set.

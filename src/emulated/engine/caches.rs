@@ -20,7 +20,7 @@ use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins};
 use super::request::{RequestKind, Rights};
 use super::sharing::Gone;
-use crate::emulated::stage2::Mapping;
+use crate::stage2::Mapping;
 
 /// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.
 const STAGE2_SHIFTS: [u8; 3] = [12, 21, 30];
@@ -31,7 +31,7 @@ const WHOLE_SHIFTS: [u8; 9] = [12, 14, 16, 21, 25, 29, 30, 39, 42];
 
 /// How much a unit caches, in entries, each rounded up to a power of two; 0 for none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct CacheSizes {
+pub(crate) struct CacheSizes {
     /// Of the IOTLB.
     pub iotlb: usize,
     /// Of the paging-structure cache.
@@ -43,14 +43,14 @@ pub(in crate::emulated) struct CacheSizes {
 /// Where the byte that a request wants is, and how many follow it in the same page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target {
-    pub(in crate::emulated) place: Place,
+    pub(crate) place: Place,
     /// Bytes from it to the end of the page, at least 1.
     pub length: u64,
 }
 
 /// A page as both stages have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct CachedPage {
+pub(crate) struct CachedPage {
     /// Where the byte is.
     pub place: Place,
     /// Size of the piece around it that is contiguous in both stages, as a power of two.
@@ -63,7 +63,7 @@ pub(in crate::emulated) struct CachedPage {
 
 /// What stage 2 makes of a GPA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct Stage2Page {
+pub(crate) struct Stage2Page {
     /// Where the byte is.
     pub place: Place,
     /// Bytes from it to the end of what is contiguous, as far as it is known.
@@ -88,7 +88,7 @@ impl Stage2Page {
 
 /// A table of the user's, somewhere in memory.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::emulated) struct Table {
+pub(crate) struct Table {
     pub place: Place,
     /// From 1 for the tables of the smallest pages.
     pub level: u8,
@@ -111,7 +111,7 @@ const STAGE2_WRITE: u16 = 2;
 
 /// See the [module's documentation](self).
 #[derive(Debug)]
-pub(in crate::emulated) struct Caches {
+pub(crate) struct Caches {
     iotlb: Cache,
     paging_structures: Cache,
     stage2: Cache,

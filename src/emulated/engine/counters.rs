@@ -10,7 +10,7 @@ macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// What a unit of any architecture counts.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-        pub(in crate::emulated) struct Totals {
+        pub(in crate) struct Totals {
             $($(#[$doc])* pub $name: u64,)*
         }
 
@@ -93,7 +93,7 @@ impl Counter {
 
 /// The counters of a unit: the shares of those who count, and the sum of those who are gone.
 #[derive(Debug, Default)]
-pub(in crate::emulated) struct Counters(Mutex<Shares>);
+pub(crate) struct Counters(Mutex<Shares>);
 
 #[derive(Debug, Default)]
 struct Shares {

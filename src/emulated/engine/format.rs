@@ -12,7 +12,7 @@ use super::request::RequestKind;
 /// What the entries on the way allow, all of them together.
 #[bitfield(u8)]
 #[derive(PartialEq, Eq)]
-pub(in crate::emulated) struct Path {
+pub(crate) struct Path {
     /// Reads.
     pub read: bool,
     /// Writes.
@@ -47,7 +47,7 @@ impl BitAnd for Path {
 
 /// A present, well-formed entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct Entry {
+pub(crate) struct Entry {
     /// It is a page and not a pointer to a table.
     pub leaf: bool,
     /// GPA of the page or the table, in bytes.
@@ -60,7 +60,7 @@ pub(in crate::emulated) struct Entry {
 
 /// What the host's stage 2 does not let a walk do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) enum Stage2Refusal {
+pub(crate) enum Stage2Refusal {
     /// The GPA is wider than guest addresses are.
     Beyond,
     /// Nothing is mapped there.
@@ -71,7 +71,7 @@ pub(in crate::emulated) enum Stage2Refusal {
 
 /// Where a walk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct At {
+pub(crate) struct At {
     /// GPA of the table, or of its entry; none when it is not known.
     pub gpa: Option<u64>,
     /// The table is the top one.
@@ -80,7 +80,7 @@ pub(in crate::emulated) struct At {
 
 /// A format of tables of eight-byte entries. Levels are numbered from the leaf up, from 1; a table
 /// of any level but the top one has the same size.
-pub(in crate::emulated) trait TableFormat {
+pub(crate) trait TableFormat {
     /// Why a request is blocked.
     type Fault: Copy + Debug + PartialEq;
 

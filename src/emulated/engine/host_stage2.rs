@@ -5,12 +5,12 @@
 use std::sync::Arc;
 
 use super::cache::Source;
-use crate::emulated::dirty::DirtyLog;
-use crate::emulated::stage2::Stage2;
+use crate::dirty::DirtyLog;
+use crate::stage2::Stage2;
 
 /// See the [module's documentation](self).
 #[derive(Debug, Clone)]
-pub(in crate::emulated) struct HostStage2 {
+pub(crate) struct HostStage2 {
     /// What the IOAS maps.
     pub stage2: Arc<Stage2>,
     /// What its cached translations are found by.

@@ -18,7 +18,7 @@ const CAPACITY: usize = 1024;
 
 /// A byte of a memory in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct Place {
+pub(crate) struct Place {
     /// Number of the memory.
     pub memory: u16,
     /// Offset in it, in bytes.
@@ -34,7 +34,7 @@ impl Place {
 
 /// A place that starts a 4 KiB page of its memory, with some flags, as a cache entry's value.
 #[bitfield(u64)]
-pub(in crate::emulated) struct CachedPlace {
+pub(crate) struct CachedPlace {
     /// What the kind of cache makes of them.
     #[bits(12)]
     pub flags: u16,
@@ -61,7 +61,7 @@ impl CachedPlace {
 
 /// One memory.
 #[derive(Debug)]
-pub(in crate::emulated) struct Memory {
+pub(crate) struct Memory {
     /// The mapping in this process.
     pub mapping: Arc<MmapRegion>,
     /// Where the region that it belongs to says it starts.
@@ -78,7 +78,7 @@ impl Memory {
 
 /// See the [module's documentation](self).
 #[derive(Debug)]
-pub(in crate::emulated) struct Memories {
+pub(crate) struct Memories {
     slots: Box<[OnceLock<Memory>]>,
     /// No slot from here on was ever used.
     used: AtomicUsize,

@@ -21,7 +21,7 @@ mod request;
 mod sanitizer;
 mod sharing;
 #[cfg(test)]
-pub(in crate::emulated) mod testing;
+pub(crate) mod testing;
 mod trail;
 mod walk;
 
@@ -33,17 +33,17 @@ use super::dma_error::DmaFaultReason;
 use super::gate::Gate;
 use super::page_requests::PageRequests;
 
-pub(in crate::emulated) use cache::{size, Scope, Source, Spaces};
-pub(in crate::emulated) use caches::{CacheSizes, Caches, Table};
-pub(in crate::emulated) use counters::{Counters, Totals};
-pub(in crate::emulated) use format::{At, Entry, Path, Stage2Refusal, TableFormat};
-pub(in crate::emulated) use host_stage2::HostStage2;
-pub(in crate::emulated) use origins::Origins;
-pub(in crate::emulated) use request::Rights;
-pub(in crate::emulated) use sanitizer::{Sanitizer, Used};
-pub(in crate::emulated) use sharing::{Gone, Sharing};
-pub(in crate::emulated) use trail::Trail;
-pub(in crate::emulated) use walk::Walk;
+pub(crate) use cache::{size, Scope, Source, Spaces};
+pub(crate) use caches::{CacheSizes, Caches, Table};
+pub(crate) use counters::{Counters, Totals};
+pub(crate) use format::{At, Entry, Path, Stage2Refusal, TableFormat};
+pub(crate) use host_stage2::HostStage2;
+pub(crate) use origins::Origins;
+pub(crate) use request::Rights;
+pub(crate) use sanitizer::{Sanitizer, Used};
+pub(crate) use sharing::{Gone, Sharing};
+pub(crate) use trail::Trail;
+pub(crate) use walk::Walk;
 
 pub(crate) use caches::Target;
 pub(crate) use config_cache::ConfigCache;

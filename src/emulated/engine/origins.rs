@@ -25,7 +25,7 @@ impl Ways {
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(in crate::emulated) struct Origins(Mutex<Both>);
+pub(crate) struct Origins(Mutex<Both>);
 
 #[derive(Debug, Default)]
 struct Both {
@@ -35,7 +35,7 @@ struct Both {
 
 /// The caches that entries are in.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::emulated) struct CachesOfWalk<'a> {
+pub(crate) struct CachesOfWalk<'a> {
     pub iotlb: &'a Cache,
     pub paging_structures: &'a Cache,
 }

@@ -53,7 +53,7 @@ pub(crate) struct Request {
 
 /// The kinds of request that a translation serves as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct Rights(u8);
+pub(crate) struct Rights(u8);
 
 impl Rights {
     /// Every kind.

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::emulated::stage2::Stage2;
+use crate::stage2::Stage2;
 
 /// Tags retired at once. Nobody can hit what is cached of them, so that all it costs to keep it for
 /// a while is room.
@@ -16,7 +16,7 @@ const RETIRED: usize = 64;
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(in crate::emulated) struct Sharing {
+pub(crate) struct Sharing {
     /// By address: their contexts keep them alive.
     stages2: BTreeMap<usize, Stage2Users>,
     /// Tags below the number of stages 2 there ever were at once, that none has.
@@ -36,7 +36,7 @@ struct Stage2Users {
 
 /// Of whom what is cached has to go before anything else happens.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(in crate::emulated) struct Gone {
+pub(crate) struct Gone {
     /// The tags.
     pub tags: BTreeSet<u32>,
     /// The tag of the stage 2, if it is one of them.

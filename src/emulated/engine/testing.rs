@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{GuestAddress, GuestRegionMmap, VolatileMemory};
 
-use crate::emulated::stage2::{Mapping, Stage2};
-use crate::emulated::{DmaAttributes, DmaError, DmaPort};
-use crate::iommufd::{Protection, UserMemory};
+use crate::stage2::{Mapping, Stage2};
+use crate::{DmaAttributes, DmaError, DmaPort};
+use twostage::iommufd::{Protection, UserMemory};
 
 /// A request without PASID.
 pub const PLAIN: DmaAttributes = DmaAttributes { pasid: None, privileged: false, execute: false };

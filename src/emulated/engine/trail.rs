@@ -9,7 +9,7 @@ const MAX_LEVELS: usize = 5;
 
 /// The words of the entries on the way of one IOVA, by level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(in crate::emulated) struct Trail([Option<u64>; MAX_LEVELS]);
+pub(crate) struct Trail([Option<u64>; MAX_LEVELS]);
 
 impl Trail {
     /// The entry of `level` (from 1, the lowest), if it was read.

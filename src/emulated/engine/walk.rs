@@ -10,7 +10,7 @@ use super::counters::LocalCounters;
 use super::format::{At, Entry, Path, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
 use super::request::{RequestKind, Rights};
-use crate::emulated::dirty::DirtyLog;
+use crate::dirty::DirtyLog;
 
 /// How often a walk starts again because an entry changed between its being read and its flags
 /// being set. The guest changes entries at will; it must not keep a walk going at will.
@@ -27,7 +27,7 @@ const DIRTY_SHIFT: u8 = 12;
 
 /// What both stages make of an IOVA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::emulated) struct Output {
+pub(crate) struct Output {
     /// What stage 2 makes of the GPA that stage 1 gives.
     pub page: Stage2Page,
     /// Bytes from the one asked for to the end of what is contiguous in both stages.
@@ -65,7 +65,7 @@ impl Output {
 
 /// A walk through the tables of one context.
 #[derive(Debug)]
-pub(in crate::emulated) struct Walk<'a> {
+pub(crate) struct Walk<'a> {
     pub caches: &'a Caches,
     /// What is cached on the way is found by this.
     pub source: Source,

@@ -6,8 +6,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{transferred, Input, Output, Watcher};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId, PageRequest, PageRequestGroup, PageResponseCode, Readiness};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{
+    Errno, ObjectId, PageRequest, PageRequestGroup, PageResponseCode, Readiness,
+};
 
 /// Size of `struct iommu_hwpt_pgfault`, in bytes.
 const REQUEST_SIZE: usize = size_of::<iommufd_bindings::iommu_hwpt_pgfault>();
@@ -219,7 +221,7 @@ fn split(value: u64) -> [u32; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::iommufd::{PageRequestFlags, PageRequestPermissions};
+    use twostage::iommufd::{PageRequestFlags, PageRequestPermissions};
 
     type Answers = Arc<Mutex<Vec<(u64, PageResponseCode)>>>;
 

@@ -16,7 +16,7 @@ pub(crate) use faults::{AttachmentId, FaultQueue, PendingGroup};
 pub(crate) use vevents::{VeventQueue, ViommuEvents, MAX_DEPTH};
 
 use super::refusal::Outcome;
-use crate::iommufd::Readiness;
+use twostage::iommufd::Readiness;
 
 /// Who is told of a queue's state: nobody at first.
 #[derive(Default)]

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{transferred, Output, Watcher};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, Readiness, Vevent};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, Readiness, Vevent};
 
 /// Events that a queue can hold at most.
 pub(crate) const MAX_DEPTH: u32 = 1 << 19;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::Pages;
-use crate::iommufd::Protection;
+use twostage::iommufd::Protection;
 
 /// One mapping: never merged, and split only where VFIO's first version asks for it.
 #[derive(Debug, Clone)]

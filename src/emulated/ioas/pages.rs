@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::coverage::Coverage;
 use super::{Payer, RlimitMode, Source, PAGE_SIZE};
-use crate::emulated::dma_buf::DmaBuf;
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::user_space::Credentials;
-use crate::iommufd::{Errno, UserMemory};
+use crate::dma_buf::DmaBuf;
+use crate::fault_injection::allocate;
+use crate::refusal::{refuse, Outcome};
+use crate::user_space::Credentials;
+use twostage::iommufd::{Errno, UserMemory};
 
 /// How many bytes are pinned, over all [`Pages`] that share the account.
 #[derive(Debug, Default)]
@@ -268,7 +268,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::user_space::{RegionSpace, UserSpace};
+    use crate::user_space::{RegionSpace, UserSpace};
     use proptest::prelude::*;
     use vm_memory::{GuestAddress, GuestRegionMmap};
 
@@ -379,46 +379,57 @@ mod tests {
         assert_eq!((rich.user.bytes(), who.process.bytes()), (0, 0x3000));
     }
 
+    /// Pins, or unpins what was pinned last, in units of half a page, and counts along.
+    fn check_pins(skew: u64, changes: &[(u64, u64, bool)]) -> Result<(), TestCaseError> {
+        const UNIT: u64 = 0x800;
+        let account = Arc::default();
+        let pages = pages(0x2000 + skew, 0xc000, &account);
+        let mut counts = [0u32; 32];
+        let mut pinned: Vec<(u64, u64)> = Vec::new();
+        let pages_of = |offset: u64, length: u64| {
+            let start = skew + offset;
+            (start / PAGE_SIZE) as usize..(start + length).div_ceil(PAGE_SIZE) as usize
+        };
+        for &(unit, length, add) in changes {
+            let offset = unit * UNIT;
+            let length = (length * UNIT).min(0xc000u64.saturating_sub(offset));
+            if add && length > 0 {
+                let places = pages.pin(offset, length).unwrap();
+                let mut at = 0x2000 + skew + offset;
+                for place in &places {
+                    prop_assert_eq!(place.offset(), at);
+                    at += place.length();
+                }
+                prop_assert_eq!(at, 0x2000 + skew + offset + length);
+                pinned.push((offset, length));
+                counts[pages_of(offset, length)].iter_mut().for_each(|pins| *pins += 1);
+            } else if let Some((offset, length)) = pinned.pop() {
+                pages.unpin(offset, length);
+                counts[pages_of(offset, length)].iter_mut().for_each(|pins| *pins -= 1);
+            }
+            let naive = counts.iter().filter(|pins| **pins > 0).count() as u64;
+            prop_assert_eq!(account.bytes(), naive * PAGE_SIZE);
+        }
+        for (offset, length) in pinned {
+            pages.unpin(offset, length);
+        }
+        prop_assert_eq!(account.bytes(), 0);
+        prop_assert!(pages.lock().places.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_pinned_and_nothing_to_unpin() {
+        check_pins(0, &[(25, 1, false)]).unwrap();
+    }
+
     proptest! {
         #[test]
         fn pins_are_counted_as_an_array_does(
             skew in prop_oneof![Just(0u64), Just(0x800)],
             changes in prop::collection::vec((0u64..30, 1u64..16, any::<bool>()), 0..40),
         ) {
-            const UNIT: u64 = 0x800;
-            let account = Arc::default();
-            let pages = pages(0x2000 + skew, 0xc000, &account);
-            let mut counts = [0u32; 32];
-            let mut pinned: Vec<(u64, u64)> = Vec::new();
-            let pages_of = |offset: u64, length: u64| {
-                let start = skew + offset;
-                (start / PAGE_SIZE) as usize..(start + length).div_ceil(PAGE_SIZE) as usize
-            };
-            for (unit, length, add) in changes {
-                let offset = unit * UNIT;
-                let length = (length * UNIT).min(0xc000u64.saturating_sub(offset));
-                if add && length > 0 {
-                    let places = pages.pin(offset, length).unwrap();
-                    let mut at = 0x2000 + skew + offset;
-                    for place in &places {
-                        prop_assert_eq!(place.offset(), at);
-                        at += place.length();
-                    }
-                    prop_assert_eq!(at, 0x2000 + skew + offset + length);
-                    pinned.push((offset, length));
-                    counts[pages_of(offset, length)].iter_mut().for_each(|pins| *pins += 1);
-                } else if let Some((offset, length)) = pinned.pop() {
-                    pages.unpin(offset, length);
-                    counts[pages_of(offset, length)].iter_mut().for_each(|pins| *pins -= 1);
-                }
-                let naive = counts.iter().filter(|pins| **pins > 0).count() as u64;
-                prop_assert_eq!(account.bytes(), naive * PAGE_SIZE);
-            }
-            for (offset, length) in pinned {
-                pages.unpin(offset, length);
-            }
-            prop_assert_eq!(account.bytes(), 0);
-            prop_assert!(pages.lock().places.is_empty());
+            check_pins(skew, &changes)?;
         }
     }
 }

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use super::Source;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::user_space::{Credentials, LockedMemory};
-use crate::iommufd::Errno;
+use crate::refusal::{refuse, Outcome};
+use crate::user_space::{Credentials, LockedMemory};
+use twostage::iommufd::Errno;
 
 /// Whose memory-lock limit counts (`IOMMU_OPTION_RLIMIT_MODE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -4,8 +4,8 @@
 use std::ops::RangeInclusive;
 
 use super::{range_of, IovaSpace, PAGE_SIZE};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::Errno;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::Errno;
 
 /// Placement never asks for a coarser alignment than a huge page's, in bytes.
 const MAX_ALIGNMENT: u64 = 2 << 20;
@@ -88,9 +88,9 @@ impl Fit {
 mod tests {
     use super::super::{Area, Pages, RlimitMode, Source};
     use super::*;
-    use crate::iommufd::{ObjectId, Protection, UserMemory};
     use proptest::prelude::*;
     use std::sync::Arc;
+    use twostage::iommufd::{ObjectId, Protection, UserMemory};
     use vm_memory::{GuestAddress, GuestRegionMmap};
 
     const VA: u64 = 0x7f00_0000_0000;

@@ -8,10 +8,10 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::PAGE_SIZE;
-use crate::emulated::dma_buf::DmaBuf;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::user_space::{Credentials, UserSpace};
-use crate::iommufd::{Errno, UserMemory};
+use crate::dma_buf::DmaBuf;
+use crate::refusal::{refuse, Outcome};
+use crate::user_space::{Credentials, UserSpace};
+use twostage::iommufd::{Errno, UserMemory};
 
 /// Where pages come from.
 #[derive(Debug, Clone)]

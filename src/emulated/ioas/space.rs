@@ -6,9 +6,9 @@ use std::ops::RangeInclusive;
 
 use super::ranges::{complement, merged, overlap, range_of};
 use super::{Area, Part, Piece, Taken};
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::fault_injection::allocate;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// What IOVAs of one IOAS are used for. Finding, adding and removing one area takes time
 /// logarithmic in the number of areas; nothing takes time by the size of an area.
@@ -293,9 +293,9 @@ impl IovaSpace {
 mod tests {
     use super::super::{Pages, RlimitMode, Source};
     use super::*;
-    use crate::iommufd::{Protection, UserMemory};
     use proptest::prelude::*;
     use std::sync::Arc;
+    use twostage::iommufd::{Protection, UserMemory};
     use vm_memory::{GuestAddress, GuestRegionMmap};
 
     fn pages() -> Arc<Pages> {

@@ -4,8 +4,8 @@
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::{Pages, Source};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, UserMemory};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, UserMemory};
 
 /// A copy, from the memory's point of view.
 #[derive(Debug)]

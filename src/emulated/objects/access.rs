@@ -8,16 +8,16 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::ioas::{range_of, Area, Part, Transfer, PAGE_SIZE};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId, UserMemory};
+use crate::fault_injection::allocate;
+use crate::ioas::{range_of, Area, Part, Transfer, PAGE_SIZE};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
-/// Who uses pages that an [`Access`](crate::emulated::Access) pinned.
+/// Who uses pages that an [`Access`](crate::Access) pinned.
 pub trait AccessUnmap: Debug + Send + Sync {
     /// The user unmaps `length` bytes at `iova`, or all (`0`, `u64::MAX`) when the access object
     /// leaves its IOAS. By the return everything pinned there is no longer used, and unpinned
-    /// ([`Access::unpin_pages`](crate::emulated::Access::unpin_pages)).
+    /// ([`Access::unpin_pages`](crate::Access::unpin_pages)).
     ///
     /// Called with no lock of the host held, by the thread that unmaps, which waits; by several at
     /// once, if several unmap. It must not unmap anything itself, nor attach, replace or detach the
@@ -145,7 +145,7 @@ impl Objects {
     /// # Errors
     /// `EINVAL` nobody to tell when they are unmapped, no byte, not whole pages, or they are being
     /// unmapped; `EOVERFLOW` past the end; `ENOENT` not attached, or a hole; `EPERM` the mapping
-    /// does not allow what is `wanted`; and as [`crate::emulated::ioas::Pages::pin`].
+    /// does not allow what is `wanted`; and as [`crate::ioas::Pages::pin`].
     pub fn access_pin(
         &mut self,
         access: ObjectId,

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::ioas::{Pages, RlimitMode, Source};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::user_space::Credentials;
-use crate::iommufd::Errno;
+use crate::ioas::{Pages, RlimitMode, Source};
+use crate::refusal::{refuse, Outcome};
+use crate::user_space::Credentials;
+use twostage::iommufd::Errno;
 
 impl Objects {
     /// `IOMMU_OPTION_RLIMIT_MODE`, read.

@@ -6,9 +6,9 @@ use std::iter;
 use super::table::Table;
 use super::vfio_compat::VfioCompat;
 use super::{Object, Objects};
-use crate::emulated::ioas::RlimitMode;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::ioas::RlimitMode;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// Users of an object that a refusal to destroy it names at most.
 const NAMED_USERS: usize = 8;

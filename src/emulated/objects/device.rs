@@ -5,12 +5,12 @@ use std::sync::{Arc, Weak};
 
 use super::group::Attachment;
 use super::{Object, Objects};
-use crate::emulated::device::{Requester, Slot};
-use crate::emulated::driver::DriverInfo;
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::machine::{GroupId, Part};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
+use crate::device::{Requester, Slot};
+use crate::driver::DriverInfo;
+use crate::fault_injection::allocate;
+use crate::machine::{GroupId, Part};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
 
 /// A bound device.
 #[derive(Debug)]

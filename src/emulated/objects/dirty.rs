@@ -5,11 +5,11 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::Objects;
-use crate::emulated::dirty::DirtyLog;
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::ioas::range_of;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{DirtyRange, Errno, ObjectId};
+use crate::dirty::DirtyLog;
+use crate::fault_injection::allocate;
+use crate::ioas::range_of;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{DirtyRange, Errno, ObjectId};
 
 /// What is dirty of one page table.
 #[derive(Debug)]

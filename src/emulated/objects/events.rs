@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::device::Slot;
-use crate::emulated::events::{AttachmentId, FaultQueue, PendingGroup, VeventQueue, MAX_DEPTH};
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId, PageRequest, PageResponseCode};
+use crate::device::Slot;
+use crate::events::{AttachmentId, FaultQueue, PendingGroup, VeventQueue, MAX_DEPTH};
+use crate::fault_injection::allocate;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId, PageRequest, PageResponseCode};
 
 /// The type of vEVENTQ that none is of (`IOMMU_VEVENTQ_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_DEFAULT;

@@ -3,18 +3,18 @@
 
 use super::ioas::Ioas;
 use super::Objects;
-use crate::emulated::driver::PagingDomain;
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::ioas::Area;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::Mapping;
-use crate::iommufd::{Errno, ObjectId, Protection};
+use crate::driver::PagingDomain;
+use crate::fault_injection::allocate;
+use crate::ioas::Area;
+use crate::refusal::{refuse, Outcome};
+use crate::stage2::Mapping;
+use twostage::iommufd::{Errno, ObjectId, Protection};
 
 impl Objects {
     /// Fills a new HWPT with `domain` with what `ioas` maps; the first one has the pages pinned.
     ///
     /// # Errors
-    /// As [`crate::emulated::ioas::Pages::pin`]; `EINVAL` a mapping that the HWPT cannot hold.
+    /// As [`crate::ioas::Pages::pin`]; `EINVAL` a mapping that the HWPT cannot hold.
     /// Nothing is then left of it.
     pub(super) fn fill(&self, ioas: ObjectId, domain: &dyn PagingDomain) -> Outcome<()> {
         let ioas = self.table.ioas(ioas)?;
@@ -107,7 +107,7 @@ fn pin_if(wanted: bool, start: u64, area: &Area) -> Outcome<Vec<Mapping>> {
     }
     let mut at = start;
     let places = area.pages.pin(area.offset, area.length(start))?;
-    let mapping = |memory: crate::iommufd::UserMemory| {
+    let mapping = |memory: twostage::iommufd::UserMemory| {
         let (start, last) = (at, at + (memory.length() - 1));
         // Past 2^64 only after the last one.
         at = last.wrapping_add(1);

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Objects;
-use crate::emulated::device::Slot;
-use crate::emulated::events::AttachmentId;
-use crate::emulated::machine::{GroupId, Part};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
-use crate::runs::Runs;
+use crate::device::Slot;
+use crate::events::AttachmentId;
+use crate::machine::{GroupId, Part};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
+use twostage::runs::Runs;
 
 /// One HWPT in one slot of a group. Small: a device has up to 2^20 slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

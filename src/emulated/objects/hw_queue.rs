@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use super::access::Wanted;
 use super::{Object, Objects};
-use crate::emulated::driver::HwQueueRequest;
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId, UserMemory};
+use crate::driver::HwQueueRequest;
+use crate::ioas::PAGE_SIZE;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 /// The type of hardware queue that none is of (`IOMMU_HW_QUEUE_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_hw_queue_type_IOMMU_HW_QUEUE_TYPE_DEFAULT;

@@ -6,12 +6,12 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::driver::{Domain, NestedDomain, PagingDomain, UserData};
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::machine::Part;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, HwptFlags, ObjectId};
+use crate::driver::{Domain, NestedDomain, PagingDomain, UserData};
+use crate::fault_injection::allocate;
+use crate::ioas::PAGE_SIZE;
+use crate::machine::Part;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, HwptFlags, ObjectId};
 
 /// A HWPT_PAGING: filled from its IOAS.
 #[derive(Debug)]

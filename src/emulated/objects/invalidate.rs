@@ -2,10 +2,10 @@
 //! `IOMMU_HWPT_INVALIDATE`.
 
 use super::{Object, Objects};
-use crate::emulated::driver::{Partial, UserArray};
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::driver::{Partial, UserArray};
+use crate::fault_injection::allocate;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// Linux takes no more entries in one call.
 pub(crate) const MAX_INVALIDATE_ENTRIES: usize = 1 << 19;

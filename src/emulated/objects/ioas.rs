@@ -5,12 +5,12 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::dma_buf::DmaBuf;
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::ioas::{Area, IovaSpace, Pages, Piece, Source, PAGE_SIZE};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::Stage2;
-use crate::iommufd::{Errno, IovaRanges, MapTarget, ObjectId, Protection};
+use crate::dma_buf::DmaBuf;
+use crate::fault_injection::allocate;
+use crate::ioas::{Area, IovaSpace, Pages, Piece, Source, PAGE_SIZE};
+use crate::refusal::{refuse, Outcome};
+use crate::stage2::Stage2;
+use twostage::iommufd::{Errno, IovaRanges, MapTarget, ObjectId, Protection};
 
 /// An I/O address space.
 #[derive(Debug)]

@@ -43,9 +43,9 @@ pub(crate) use unmap::{Stop, Unmap};
 use super::ioas::{PinAccount, RlimitMode};
 use super::machine::{ContextId, GroupId, Machine};
 use super::mmaps::Mmaps;
-use crate::iommufd::ObjectId;
 use group::Group;
 use table::Table;
+use twostage::iommufd::ObjectId;
 use vfio_compat::VfioCompat;
 
 /// Everything that one lock protects.

@@ -5,9 +5,9 @@ use std::ops::RangeInclusive;
 
 use super::device::Change;
 use super::{Object, Objects};
-use crate::emulated::device::Slot;
-use crate::emulated::refusal::Outcome;
-use crate::iommufd::ObjectId;
+use crate::device::Slot;
+use crate::refusal::Outcome;
+use twostage::iommufd::ObjectId;
 
 /// What keeps a mock device bound. Its device, and all that is attached there, ends with it.
 #[derive(Debug)]

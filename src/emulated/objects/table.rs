@@ -13,9 +13,9 @@ use super::ioas::Ioas;
 #[cfg(feature = "selftest")]
 use super::selftest::Selftest;
 use super::viommu::{Vdevice, Viommu};
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::fault_injection::allocate;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// The highest id Linux gives out.
 const MAX_ID: u32 = i32::MAX as u32;

@@ -4,9 +4,9 @@
 use std::ops::RangeInclusive;
 
 use super::Objects;
-use crate::emulated::ioas::{range_of, Taken};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::ioas::{range_of, Taken};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// An unmap on its way. It may have to stop and wait for access objects to let go of pages.
 #[derive(Debug)]

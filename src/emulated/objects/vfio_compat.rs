@@ -2,9 +2,9 @@
 //! The IOAS that VFIO's own ioctls work on, which name none.
 
 use super::Objects;
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::ioas::PAGE_SIZE;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// What an iommufd knows as a VFIO container.
 #[derive(Debug, Default)]
@@ -93,7 +93,7 @@ impl Objects {
     /// happens where nothing is mapped, nor at the last IOVA of an area.
     ///
     /// # Errors
-    /// As [`crate::emulated::ioas::IovaSpace::split`]; `EINVAL` also when a HWPT may hold a huge
+    /// As [`crate::ioas::IovaSpace::split`]; `EINVAL` also when a HWPT may hold a huge
     /// page there.
     pub fn cut(&mut self, ioas: ObjectId, last: u64) -> Outcome<()> {
         let object = self.table.ioas_mut(ioas)?;

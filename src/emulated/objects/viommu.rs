@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use super::{Object, Objects};
-use crate::emulated::driver::{UserData, ViommuDriver, ViommuRequest};
-use crate::emulated::events::ViommuEvents;
-use crate::emulated::fault_injection::allocate;
-use crate::emulated::machine::UnitId;
-use crate::emulated::mmaps::Mmap;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::driver::{UserData, ViommuDriver, ViommuRequest};
+use crate::events::ViommuEvents;
+use crate::fault_injection::allocate;
+use crate::machine::UnitId;
+use crate::mmaps::Mmap;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// The type of vIOMMU that none is of (`IOMMU_VIOMMU_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_viommu_type_IOMMU_VIOMMU_TYPE_DEFAULT;

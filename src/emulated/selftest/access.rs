@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use super::abi::{self, AccessPages, AccessRw, CreateAccess, BODY};
 use super::areas::in_area;
 use super::places::{Held, Places};
-use crate::emulated::access::{Access, AccessError};
-use crate::emulated::ioas::{range_of, PAGE_SIZE};
-use crate::emulated::objects::AccessUnmap;
-use crate::emulated::refusal::{refuse, Outcome, Refusal};
-use crate::emulated::uapi::{Argument, Process, TestFile};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId, UserMemory};
+use crate::access::{Access, AccessError};
+use crate::ioas::{range_of, PAGE_SIZE};
+use crate::objects::AccessUnmap;
+use crate::refusal::{refuse, Outcome, Refusal};
+use crate::uapi::{Argument, Process, TestFile};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 /// `EBADE`, in no structure of the uAPI: pages are not those that they should be.
 const EBADE: Errno = Errno::from_raw(52);

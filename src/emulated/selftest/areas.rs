@@ -6,9 +6,9 @@ use std::mem::offset_of;
 use iommufd_bindings::iommu_ioas_copy;
 
 use super::abi;
-use crate::emulated::ioas::IovaSpace;
-use crate::emulated::uapi::Argument;
-use crate::emulated::EmulatedHost;
+use crate::ioas::IovaSpace;
+use crate::uapi::Argument;
+use crate::EmulatedHost;
 
 /// The IOVA that `iova` stands for: in its lower half is the number of a mapping, by ascending IOVA,
 /// in the upper half an offset there. 0 when there is no such mapping.

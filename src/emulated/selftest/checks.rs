@@ -9,13 +9,13 @@ use super::devices::MockDevice;
 use super::driver::{mock_nested, mock_paging};
 use super::events::with_driver;
 use super::places::{Held, Place, Places};
-use crate::emulated::ioas::{Pages, PAGE_SIZE};
-use crate::emulated::objects::{Object, Objects};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::Mapping;
-use crate::emulated::user_space::UserSpace;
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId, UserMemory};
+use crate::ioas::{Pages, PAGE_SIZE};
+use crate::objects::{Object, Objects};
+use crate::refusal::{refuse, Outcome};
+use crate::stage2::Mapping;
+use crate::user_space::UserSpace;
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 /// `MD_CHECK_MAP`: whether the HWPT maps the IOVAs to the very memory at `uptr`.
 pub fn check_map(

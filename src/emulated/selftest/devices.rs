@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi;
 use super::vdevices::MockVdevices;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::Errno;
-use crate::spec::pci::Bdf;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::Errno;
+use twostage::spec::pci::Bdf;
 
 /// One mock device.
 #[derive(Debug)]

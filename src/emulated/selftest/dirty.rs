@@ -5,11 +5,11 @@ use std::mem::offset_of;
 
 use super::abi::{Dirty, BODY};
 use super::driver::mock_paging;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::uapi::Argument;
-use crate::emulated::user_space::UserSpace;
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId};
+use crate::refusal::{refuse, Outcome};
+use crate::uapi::Argument;
+use crate::user_space::UserSpace;
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, ObjectId};
 
 /// Bits of the longest bitmap.
 const MAX_BITS: u64 = (16 << 20) * 8;

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::abi::DmabufGet;
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::uapi::{Process, TestFile};
-use crate::emulated::DmaBuf;
-use crate::iommufd::{Errno, UserMemory};
+use crate::ioas::PAGE_SIZE;
+use crate::refusal::{refuse, Outcome};
+use crate::uapi::{Process, TestFile};
+use crate::DmaBuf;
+use twostage::iommufd::{Errno, UserMemory};
 
 /// More pages than that are not exported at once.
 const MAX_PAGES: u64 = 512;

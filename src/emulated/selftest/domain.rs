@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::abi::{self, HwptData, HwptInvalidate};
 use super::page_table::{leaf_at, FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
 use super::vdevices::MockVdevices;
-use crate::emulated::dirty::DirtyLog;
-use crate::emulated::driver::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, HwptFlags};
+use crate::dirty::DirtyLog;
+use crate::driver::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, HwptFlags};
 
 /// Tables filled from an IOAS.
 #[derive(Debug)]

@@ -11,13 +11,13 @@ use super::devices::MockDevices;
 use super::domain::{MockNested, MockPaging};
 use super::vdevices::MockVdevices;
 use super::viommu::MockViommu;
-use crate::emulated::device::{Requester, Slot};
-use crate::emulated::driver::{
+use crate::device::{Requester, Slot};
+use crate::driver::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
 };
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::Stage2;
-use crate::iommufd::{Errno, HwptFlags};
+use crate::refusal::{refuse, Outcome};
+use crate::stage2::Stage2;
+use twostage::iommufd::{Errno, HwptFlags};
 
 /// The driver of the one mock IOMMU of a machine.
 #[derive(Debug, Default)]

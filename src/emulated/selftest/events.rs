@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use super::abi::TriggerIopf;
 use super::driver::MockDriver;
-use crate::emulated::machine::Part;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId, PageRequest, PageRequestFlags, PageRequestPermissions};
+use crate::machine::Part;
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, ObjectId, PageRequest, PageRequestFlags, PageRequestPermissions};
 
 /// The mock device `dev`, and its driver.
 ///

@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::abi;
 use super::driver::MockDriver;
-use crate::emulated::context::Context;
-use crate::emulated::device::DeviceConfig;
-use crate::emulated::machine::{Machine, UnitId};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::Errno;
+use crate::context::Context;
+use crate::device::DeviceConfig;
+use crate::machine::{Machine, UnitId};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::Errno;
 
 /// What a machine has for Linux's own tests.
 #[derive(Debug, Default)]

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::Errno;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::Errno;
 
 /// Where files are in memory alone.
 const DIRECTORY: &str = "/dev/shm";

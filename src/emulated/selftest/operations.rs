@@ -7,13 +7,13 @@ use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
 use super::{access, checks, dirty, dmabuf, events};
-use crate::emulated::device::Slot;
-use crate::emulated::ioas::range_of;
-use crate::emulated::objects::{Change, Object};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::uapi::{Argument, Process};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId};
+use crate::device::Slot;
+use crate::ioas::range_of;
+use crate::objects::{Change, Object};
+use crate::refusal::{refuse, Outcome};
+use crate::uapi::{Argument, Process};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, ObjectId};
 
 /// The smallest limit of memory for batches that Linux takes: one entry of a batch.
 const LEAST_MEMORY_LIMIT: u32 = 12;

@@ -8,7 +8,7 @@
 use std::ops::RangeInclusive;
 
 use super::abi::{MOCK_HUGE_PAGE_SIZE, MOCK_PAGE_SIZE};
-use crate::emulated::ioas::PAGE_SIZE;
+use crate::ioas::PAGE_SIZE;
 
 /// Bits of an IOVA that three levels of 512 entries over 2 KiB translate.
 const IOVA_BITS: u32 = 38;

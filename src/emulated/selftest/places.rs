@@ -10,10 +10,10 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::user_space::UserSpace;
-use crate::iommufd::{Errno, UserMemory};
+use crate::ioas::PAGE_SIZE;
+use crate::refusal::{refuse, Outcome};
+use crate::user_space::UserSpace;
+use twostage::iommufd::{Errno, UserMemory};
 
 /// Where some memory starts.
 #[derive(Debug, Clone, PartialEq, Eq)]

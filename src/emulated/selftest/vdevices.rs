@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi;
-use crate::emulated::events::ViommuEvents;
-use crate::emulated::refusal::Outcome;
-use crate::spec::pci::Bdf;
+use crate::events::ViommuEvents;
+use crate::refusal::Outcome;
+use twostage::spec::pci::Bdf;
 
 /// The devices that the guest knows behind one vIOMMU, and who is told of what happens to them.
 #[derive(Debug)]

@@ -13,13 +13,13 @@ use super::devices::MockDevices;
 use super::domain::{clear, MockNested};
 use super::memory::unnamed_memory;
 use super::vdevices::MockVdevices;
-use crate::emulated::device::Requester;
-use crate::emulated::driver::{
+use crate::device::Requester;
+use crate::driver::{
     HwQueueRequest, NestedDomain, Partial, UserArray, UserData, ViommuDriver, ViommuRequest,
 };
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, HwptFlags, ObjectId};
+use crate::ioas::PAGE_SIZE;
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, HwptFlags, ObjectId};
 
 /// Pages of a mock vIOMMU that its user can map.
 const MMAP_PAGES: u64 = 2;

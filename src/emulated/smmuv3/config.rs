@@ -4,11 +4,11 @@
 
 use std::ops::RangeInclusive;
 
-use crate::emulated::engine::CacheSizes;
-use crate::iommufd::iommu_hw_info_arm_smmuv3;
-use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, Iidr};
-use crate::spec::smmuv3::translation::Granule;
-use crate::spec::smmuv3::{address_size, ADDRESS_WIDTH};
+use crate::engine::CacheSizes;
+use twostage::iommufd::iommu_hw_info_arm_smmuv3;
+use twostage::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, Iidr};
+use twostage::spec::smmuv3::translation::Granule;
+use twostage::spec::smmuv3::{address_size, ADDRESS_WIDTH};
 
 /// Bits of the widest SubstreamID.
 const MAX_SSID_BITS: u8 = 20;
@@ -92,22 +92,22 @@ impl SmmuV3UnitConfig {
     }
 
     /// Size of addresses in bits.
-    pub(in crate::emulated) fn output_bits(&self) -> u8 {
+    pub(crate) fn output_bits(&self) -> u8 {
         address_size(self.oas()).unwrap_or(ADDRESS_WIDTH)
     }
 
     /// Width of a SubstreamID in bits.
-    pub(in crate::emulated) fn ssid_bits(&self) -> u8 {
+    pub(crate) fn ssid_bits(&self) -> u8 {
         self.ssid_bits.min(MAX_SSID_BITS)
     }
 
     /// Whether it takes page requests, which needs ATS (§6.3.1).
-    pub(in crate::emulated) fn page_requests(&self) -> bool {
+    pub(crate) fn page_requests(&self) -> bool {
         self.page_requests && self.ats
     }
 
     /// Whether it has tables of this granule.
-    pub(in crate::emulated) fn has_granule(&self, granule: Granule) -> bool {
+    pub(crate) fn has_granule(&self, granule: Granule) -> bool {
         self.granules.contains(&granule)
     }
 
@@ -129,7 +129,7 @@ impl SmmuV3UnitConfig {
     }
 
     /// What GET_HW_INFO gives: the identification registers.
-    pub(in crate::emulated) fn info(&self) -> iommu_hw_info_arm_smmuv3 {
+    pub(crate) fn info(&self) -> iommu_hw_info_arm_smmuv3 {
         let idr0 = Idr0::new()
             .with_s2p(true)
             .with_s1p(self.nesting)

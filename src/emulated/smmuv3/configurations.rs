@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::context::AddressSpace;
-use crate::emulated::engine::HostStage2;
+use crate::engine::HostStage2;
 
 /// Configurations at once. A guest that uses more has their descriptors read for every request
 /// that finds nothing in its port, until something is invalidated.
@@ -113,7 +113,7 @@ impl Configurations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::stage2::Stage2;
+    use crate::stage2::Stage2;
     use std::sync::Arc;
 
     fn configuration(tag: u32) -> Configuration {

@@ -4,9 +4,9 @@
 
 use super::config::SmmuV3UnitConfig;
 use super::stage1::Stage1;
-use crate::spec::smmuv3::address_size;
-use crate::spec::smmuv3::context::Cd;
-use crate::spec::smmuv3::translation::Granule;
+use twostage::spec::smmuv3::address_size;
+use twostage::spec::smmuv3::context::Cd;
+use twostage::spec::smmuv3::translation::Granule;
 
 /// Bit of an address that says which half it is in, whatever the bits above.
 const HALF: u32 = 55;
@@ -100,7 +100,7 @@ impl AddressSpace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::smmuv3::context::{Cd0, Cd1, Cd2};
+    use twostage::spec::smmuv3::context::{Cd0, Cd1, Cd2};
 
     fn good() -> Cd {
         let qw0 = Cd0::new()

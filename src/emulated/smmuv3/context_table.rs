@@ -5,12 +5,12 @@
 use std::sync::atomic::Ordering;
 
 use super::fault::Fault;
-use crate::emulated::engine::{Caches, HostStage2, LocalCounters, Stage2Refusal};
-use crate::spec::smmuv3::context::{
+use crate::engine::{Caches, HostStage2, LocalCounters, Stage2Refusal};
+use twostage::spec::smmuv3::context::{
     Cd, L1ContextDescriptor, CD_SIZE, CD_WORDS, L1_DESCRIPTOR_SIZE,
 };
-use crate::spec::smmuv3::event::{EventClass, EventId};
-use crate::spec::smmuv3::stream_table::{DefaultSubstream, Ste};
+use twostage::spec::smmuv3::event::{EventClass, EventId};
+use twostage::spec::smmuv3::stream_table::{DefaultSubstream, Ste};
 
 /// Which context descriptor of its stream a transaction uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +97,7 @@ impl ContextTable<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::smmuv3::stream_table::{Ste0, Ste1};
+    use twostage::spec::smmuv3::stream_table::{Ste0, Ste1};
 
     fn ste(s1cdmax: u8, s1dss: DefaultSubstream) -> Ste {
         let qw0 = Ste0::new().with_v(true).with_s1cdmax(s1cdmax);

@@ -20,13 +20,13 @@ use super::invalidation::{
 };
 use super::sanitizer;
 use super::stream::{Stream, StreamEntry, StreamTable, UserStage1};
-use crate::emulated::engine::{
+use crate::engine::{
     Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, RequestKind, Rights, Sanitizer,
     Sharing, Source, Spaces, Target, Walk,
 };
-use crate::emulated::stage2::Stage2;
-use crate::spec::smmuv3::event::{EventClass, EventId};
-use crate::spec::smmuv3::translation::Granule;
+use crate::stage2::Stage2;
+use twostage::spec::smmuv3::event::{EventClass, EventId};
+use twostage::spec::smmuv3::translation::Granule;
 
 /// Sizes of what the IOTLB may have, as powers of two, by the granule of stage 1: pages, and pieces
 /// of them where stage 2 has smaller ones.
@@ -339,7 +339,7 @@ impl Engine {
     }
 }
 
-impl crate::emulated::engine::Engine for Engine {
+impl crate::engine::Engine for Engine {
     type Fault = Fault;
 
     /// A message is one by where the tables send it.

@@ -2,9 +2,9 @@
 //! Why a transaction was terminated, and the record that says so (§7.3).
 #![forbid(unsafe_code)]
 
-use crate::emulated::engine::{Request, Stage2Refusal};
-use crate::spec::smmuv3::event::{EventClass, EventId, EventRecord, SecondAddress};
-use crate::spec::smmuv3::{StreamId, SubstreamId};
+use crate::engine::{Request, Stage2Refusal};
+use twostage::spec::smmuv3::event::{EventClass, EventId, EventRecord, SecondAddress};
+use twostage::spec::smmuv3::{StreamId, SubstreamId};
 
 /// A transaction was terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +96,7 @@ impl Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::emulated::engine::RequestKind;
+    use crate::engine::RequestKind;
 
     fn request(write: bool, pasid: Option<u32>) -> Request {
         let kind = RequestKind::new(write, true, !write);

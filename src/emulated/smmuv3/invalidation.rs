@@ -2,10 +2,10 @@
 //! What an invalidation command drops (§4.3, §4.4).
 #![forbid(unsafe_code)]
 
-use crate::emulated::engine::{Caches, Scope, Spaces};
-use crate::emulated::hardware::CacheTag;
-use crate::spec::smmuv3::command::AddressRange;
-use crate::spec::smmuv3::translation::Granule;
+use crate::engine::{Caches, Scope, Spaces};
+use crate::hardware::CacheTag;
+use twostage::spec::smmuv3::command::AddressRange;
+use twostage::spec::smmuv3::translation::Granule;
 
 /// The address space of global translations: they serve every ASID of their VMID.
 pub(super) const GLOBAL: u32 = 1 << 16;

@@ -34,9 +34,9 @@ use super::engine::{
 use super::gate::Gate;
 use super::page_requests::PageRequests;
 use super::stage2::Stage2;
-use crate::spec::smmuv3::event::EventRecord;
 use engine::Engine;
 use fault::Fault;
+use twostage::spec::smmuv3::event::EventRecord;
 
 pub use config::SmmuV3UnitConfig;
 pub use counters::SmmuV3Counters;

@@ -10,13 +10,13 @@ use super::configurations::Configuration;
 use super::context::AddressSpace;
 use super::fault::Fault;
 use super::invalidation::{known_range, Invalidation, GLOBAL};
-use crate::emulated::engine::{
+use crate::engine::{
     Caches, ContextInvalidation, DmaWay, LocalCounters, Request, Sanitizer, Scope, Source, Spaces,
     StaleContext, Target, TlbInvalidation, Used,
 };
-use crate::emulated::hardware::{CacheRange, CacheTag};
-use crate::spec::pci::Bdf;
-use crate::spec::smmuv3::command::AddressRange;
+use crate::hardware::{CacheRange, CacheTag};
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::command::AddressRange;
 
 /// What there is to say if a request went by `used`, and the context descriptors in memory now come
 /// to `now`.

@@ -3,9 +3,9 @@
 #![forbid(unsafe_code)]
 
 use super::fault::Fault;
-use crate::emulated::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
-use crate::spec::smmuv3::event::{EventClass, EventId};
-use crate::spec::smmuv3::translation::{Descriptor, DescriptorKind, Granule};
+use crate::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
+use twostage::spec::smmuv3::event::{EventClass, EventId};
+use twostage::spec::smmuv3::translation::{Descriptor, DescriptorKind, Granule};
 
 /// The walker numbers levels from the pages up, from 1; the architecture has pages in level 3.
 const fn architectural(level: u8) -> u8 {

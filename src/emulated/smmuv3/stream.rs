@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::config::SmmuV3UnitConfig;
-use crate::emulated::dirty::DirtyLog;
-use crate::emulated::engine::HostStage2;
-use crate::emulated::hardware::CacheTag;
-use crate::emulated::stage2::Stage2;
-use crate::spec::smmuv3::regs::Idr0;
-use crate::spec::smmuv3::stream_table::{S1Format, Ste};
+use crate::dirty::DirtyLog;
+use crate::engine::HostStage2;
+use crate::hardware::CacheTag;
+use crate::stage2::Stage2;
+use twostage::spec::smmuv3::regs::Idr0;
+use twostage::spec::smmuv3::stream_table::{S1Format, Ste};
 
 /// What the driver writes into the stream table, or into its own context descriptors.
 #[derive(Debug, Clone)]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The structure that an ioctl takes: sizes, zero-extension, fields.
 
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::iommufd::{Errno, ObjectId};
+use crate::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, ObjectId};
 
 /// Larger than every structure of the uAPI, in bytes.
 const CAPACITY: usize = 80;

@@ -7,10 +7,10 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::UserSpace;
-use crate::emulated::bitmap;
-use crate::emulated::refusal::Outcome;
-use crate::emulated::EmulatedHost;
-use crate::iommufd::DirtyRange;
+use crate::bitmap;
+use crate::refusal::Outcome;
+use crate::EmulatedHost;
+use twostage::iommufd::DirtyRange;
 
 const ENABLE: u32 = iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE;
 const NO_CLEAR: u32 = iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR;

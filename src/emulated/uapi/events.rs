@@ -7,10 +7,10 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::Process;
-use crate::emulated::event_file::OpenFaultQueue;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::{EmulatedHost, EventFile};
-use crate::iommufd::ObjectId;
+use crate::event_file::OpenFaultQueue;
+use crate::refusal::{refuse, Outcome};
+use crate::{EmulatedHost, EventFile};
+use twostage::iommufd::ObjectId;
 
 pub(super) fn fault_queue(
     host: &EmulatedHost,

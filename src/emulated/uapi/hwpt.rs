@@ -8,12 +8,12 @@ use iommufd_bindings::*;
 use super::argument::Argument;
 use super::user_data::{PointedArray, PointedData};
 use super::{UserFault, UserSpace};
-use crate::emulated::driver::{DriverInfo, Partial};
-use crate::emulated::ioas::PAGE_SIZE;
-use crate::emulated::objects::{HwptRequest, MAX_INVALIDATE_ENTRIES};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, HwptFlags};
+use crate::driver::{DriverInfo, Partial};
+use crate::ioas::PAGE_SIZE;
+use crate::objects::{HwptRequest, MAX_INVALIDATE_ENTRIES};
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, HwptFlags};
 
 const NONE: u32 = iommu_hwpt_data_type_IOMMU_HWPT_DATA_NONE;
 

@@ -9,12 +9,12 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::{UserFault, UserSpace};
-use crate::emulated::context::Context;
-use crate::emulated::ioas::Source;
-use crate::emulated::objects::MapRequest;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, MapTarget, Protection};
+use crate::context::Context;
+use crate::ioas::Source;
+use crate::objects::MapRequest;
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, MapTarget, Protection};
 
 const FIXED: u32 = iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA;
 const WRITEABLE: u32 = iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE;
@@ -150,7 +150,7 @@ pub(super) fn change_process(
 
 pub(super) fn copy(host: &EmulatedHost, argument: &mut Argument, _: &dyn UserSpace) -> Outcome<()> {
     #[cfg(feature = "selftest")]
-    crate::emulated::selftest::convert_copy(host, argument);
+    crate::selftest::convert_copy(host, argument);
     let flags = argument.flags(offset_of!(iommu_ioas_copy, flags), FIXED | WRITEABLE | READABLE)?;
     let dst = argument.id(offset_of!(iommu_ioas_copy, dst_ioas_id));
     let src = argument.id(offset_of!(iommu_ioas_copy, src_ioas_id));

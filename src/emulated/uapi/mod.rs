@@ -38,7 +38,7 @@ use super::refusal::Outcome;
 #[cfg(feature = "selftest")]
 use super::selftest;
 use super::EmulatedHost;
-use crate::iommufd::Errno;
+use twostage::iommufd::Errno;
 
 /// One ioctl of `/dev/iommu`.
 struct Operation {

@@ -7,10 +7,10 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::UserSpace;
-use crate::emulated::ioas::RlimitMode;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, ObjectId};
+use crate::ioas::RlimitMode;
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, ObjectId};
 
 const RLIMIT_MODE: u32 = iommufd_option_IOMMU_OPTION_RLIMIT_MODE;
 const HUGE_PAGES: u32 = iommufd_option_IOMMU_OPTION_HUGE_PAGES;

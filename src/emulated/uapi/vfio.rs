@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::argument::Argument;
 use super::Process;
-use crate::emulated::context::Context;
-use crate::emulated::device::Slot;
-use crate::emulated::objects::Change;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::Machine;
-use crate::iommufd::{Errno, ObjectId};
+use crate::context::Context;
+use crate::device::Slot;
+use crate::objects::Change;
+use crate::refusal::{refuse, Outcome};
+use crate::Machine;
+use twostage::iommufd::{Errno, ObjectId};
 
 /// The number of an ioctl of `linux/vfio.h`: `_IO(VFIO_TYPE, VFIO_BASE + n)`.
 pub const fn vfio_request(n: u32) -> u32 {

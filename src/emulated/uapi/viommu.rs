@@ -9,11 +9,11 @@ use super::argument::Argument;
 use super::events::install;
 use super::user_data::PointedData;
 use super::{Process, UserSpace};
-use crate::emulated::driver::UserData;
-use crate::emulated::event_file::OpenVeventq;
-use crate::emulated::objects::HwQueueArguments;
-use crate::emulated::refusal::Outcome;
-use crate::emulated::EmulatedHost;
+use crate::driver::UserData;
+use crate::event_file::OpenVeventq;
+use crate::objects::HwQueueArguments;
+use crate::refusal::Outcome;
+use crate::EmulatedHost;
 
 pub(super) fn alloc(
     host: &EmulatedHost,

@@ -2,13 +2,13 @@
 //! What an emulated VT-d unit can do, and the registers that say so.
 #![forbid(unsafe_code)]
 
-use crate::emulated::engine::CacheSizes;
-use crate::emulated::hardware::UserTables;
-use crate::iommufd::{
+use crate::engine::CacheSizes;
+use crate::hardware::UserTables;
+use twostage::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, HwptVtdSecondStage, HW_INFO_VTD_ERRATA_772415_SPR17,
     VTD_S1_EAFE, VTD_S1_SRE,
 };
-use crate::spec::vtd::regs::{Cap, Ecap};
+use twostage::spec::vtd::regs::{Cap, Ecap};
 
 /// Bits of the widest PASID (PCIe §6.20).
 const MAX_PASID_BITS: u8 = 20;
@@ -209,7 +209,7 @@ impl VtdUnitConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::iommufd::VTD_S1_WPE;
+    use twostage::iommufd::VTD_S1_WPE;
 
     fn first_stage(addr_width: u32, flags: u64) -> UserTables {
         UserTables::VtdFirstStage(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })

@@ -5,9 +5,11 @@
 use super::config::{AddressWidth, VtdUnitConfig};
 use super::first_stage::FirstStage;
 use super::second_stage::SecondStage;
-use crate::emulated::engine::{HostStage2, Source};
-use crate::emulated::hardware::{CacheTag, Translation, UserTables};
-use crate::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
+use crate::engine::{HostStage2, Source};
+use crate::hardware::{CacheTag, Translation, UserTables};
+use twostage::iommufd::{
+    iommu_hwpt_vtd_s1, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
+};
 
 /// PASID that tags what serves requests without PASID (RID_PASID, as Linux sets it).
 const RID_PASID: u32 = 0;

@@ -2,7 +2,7 @@
 //! What a unit has counted.
 #![forbid(unsafe_code)]
 
-use crate::emulated::engine::Totals;
+use crate::engine::Totals;
 
 /// What an emulated VT-d unit has done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

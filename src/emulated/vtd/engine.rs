@@ -14,15 +14,15 @@ use super::fault::Fault;
 use super::pasid_table::PasidTable;
 use super::reasons::page_refused;
 use super::sanitizer::Sanitizer;
-use crate::emulated::engine::{
+use crate::engine::{
     Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, Rights, Scope, Sharing, Target,
     Walk,
 };
-use crate::emulated::hardware::{CacheRange, CacheTag, Translation};
-use crate::emulated::stage2::Stage2;
-use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::first_stage::page_size;
-use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
+use crate::hardware::{CacheRange, CacheTag, Translation};
+use crate::stage2::Stage2;
+use twostage::spec::vtd::fault::FaultReason;
+use twostage::spec::vtd::first_stage::page_size;
+use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// Sizes of pages as powers of two: 4 KiB, 2 MiB, 1 GiB.
 pub(super) const PAGE_SHIFTS: [u8; 3] = [12, 21, 30];
@@ -201,7 +201,7 @@ impl Engine {
     }
 }
 
-impl crate::emulated::engine::Engine for Engine {
+impl crate::engine::Engine for Engine {
     type Fault = Fault;
 
     /// §3.14.

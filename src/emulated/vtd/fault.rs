@@ -2,8 +2,8 @@
 //! Why a request was blocked.
 #![forbid(unsafe_code)]
 
-use crate::emulated::engine::RequestKind;
-use crate::spec::vtd::fault::FaultReason;
+use crate::engine::RequestKind;
+use twostage::spec::vtd::fault::FaultReason;
 
 /// A request was blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -33,11 +33,11 @@ use super::gate::Gate;
 use super::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use super::page_requests::PageRequests;
 use super::stage2::Stage2;
-use crate::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
-use crate::spec::vtd::fault::FaultReason;
 use engine::Engine;
 use fault::Fault;
 use sanitizer::Sanitizer;
+use twostage::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
+use twostage::spec::vtd::fault::FaultReason;
 
 pub use config::{AddressWidth, VtdUnitConfig};
 pub use counters::VtdCounters;

@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 
 use super::context::Context;
-use crate::emulated::engine::ConfigCache;
-use crate::emulated::hardware::CacheTag;
-use crate::runs::Runs;
+use crate::engine::ConfigCache;
+use crate::hardware::CacheTag;
+use twostage::runs::Runs;
 
 /// Where each requester's DMA goes. Who is not in it is blocked.
 #[derive(Debug, Default)]

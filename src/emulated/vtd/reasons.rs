@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 use super::fault::Fault;
-use crate::emulated::engine::{At, Stage2Refusal};
-use crate::spec::vtd::fault::FaultReason;
+use crate::engine::{At, Stage2Refusal};
+use twostage::spec::vtd::fault::FaultReason;
 
 /// The reasons of one format.
 #[derive(Debug)]

@@ -9,11 +9,11 @@ use std::sync::{OnceLock, Weak};
 
 use super::context::{Context, Tables};
 use super::engine::PAGE_SHIFTS;
-use crate::emulated::engine::{
+use crate::engine::{
     self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Request, StaleContext,
     TableFormat, Target, TlbInvalidation, Used,
 };
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]

@@ -4,10 +4,10 @@
 
 use super::fault::Fault;
 use super::reasons::{page_refused, Reasons};
-use crate::emulated::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
-use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::second_stage::{index, page_size, SecondStageEntry};
-use crate::spec::vtd::HOST_ADDRESS_WIDTH;
+use crate::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
+use twostage::spec::vtd::fault::FaultReason;
+use twostage::spec::vtd::second_stage::{index, page_size, SecondStageEntry};
+use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// Second-stage tables: what a PASID-table entry says of them. Accessed and dirty flags are not
 /// kept (SSADE is clear).

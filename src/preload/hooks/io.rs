@@ -5,8 +5,8 @@ use std::ffi::{c_int, c_ulong, c_void};
 use std::os::fd::RawFd;
 
 use libc::{iovec, off64_t, size_t, ssize_t};
-use twostage::emulated::uapi::UserSpace;
 use twostage::iommufd::Errno;
+use twostage_emulated::uapi::UserSpace;
 
 use super::{answer, answer_int, ours};
 use crate::file::Call;

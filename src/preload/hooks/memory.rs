@@ -6,8 +6,8 @@ use std::ffi::{c_int, c_void};
 use std::os::fd::AsRawFd;
 
 use libc::{off64_t, size_t, MAP_FAILED};
-use twostage::emulated::{MappedPages, MmapRequest};
 use twostage::iommufd::Errno;
+use twostage_emulated::{MappedPages, MmapRequest};
 
 use super::ours;
 use crate::{next, state, sys, taken};

@@ -46,7 +46,7 @@ pub enum ImageError {
 
 impl ImageError {
     /// Whether the file's first bytes already tell that it is no kernel that is known here.
-    pub(in crate::vmm) fn is_of_no_kernel(&self) -> bool {
+    pub(crate) fn is_of_no_kernel(&self) -> bool {
         matches!(self, Self::Unknown(_))
     }
 }

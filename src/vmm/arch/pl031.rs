@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use vm_superio::rtc_pl031::NoEvents;
 use vm_superio::Rtc;
 
-use crate::vmm::bus::BusDevice;
+use crate::bus::BusDevice;
 
 /// The clock's registers, of four bytes each in a page.
 pub(super) struct Pl031(Mutex<Rtc<NoEvents>>);

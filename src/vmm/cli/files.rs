@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::vmm::config::{DeviceConfig, MachineConfig, SerialConfig};
+use crate::config::{DeviceConfig, MachineConfig, SerialConfig};
 
 /// One file named on the command line.
 #[derive(Debug, Clone, Copy)]
@@ -89,8 +89,8 @@ fn identity(path: &Path) -> Option<Identity> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::config::{testing, DiskConfig, IommuChoice};
-    use crate::vmm::devices::virtio::DiskAccess;
+    use crate::config::{testing, DiskConfig, IommuChoice};
+    use crate::devices::virtio::DiskAccess;
 
     fn config(kernel: &Path) -> MachineConfig {
         let mut config = testing::machine();

@@ -10,13 +10,13 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use super::complain;
-use crate::emulated::{
+use crate::exit_code;
+use twostage::iommufd::{Errno, HostError, HostIommu, KernelHost, OpenError};
+use twostage::nesting::survey::{survey, NestingReport};
+use twostage::spec::pci::Bdf;
+use twostage_emulated::{
     DeviceConfig, EmulatedHost, EmulatedUnit, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
 };
-use crate::iommufd::{Errno, HostError, HostIommu, KernelHost, OpenError};
-use crate::nesting::survey::{survey, NestingReport};
-use crate::spec::pci::Bdf;
-use crate::vmm::exit_code;
 
 /// Exit codes of the subcommand.
 pub(super) const EXIT_CODES: &str = "\

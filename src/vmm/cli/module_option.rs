@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::options::Pairs;
-use crate::vmm::config::ModuleConfig;
+use crate::config::ModuleConfig;
 
 impl FromStr for ModuleConfig {
     type Err = String;

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::size::{parse_number, parse_size};
-use crate::spec::smmuv3::translation::Granule;
-use crate::spec::vtd::HOST_ADDRESS_WIDTH;
-use crate::vmm::config::{
+use crate::config::{
     DeviceConfig, EduConfig, HostChoice, IommuChoice, IommuConfig, IommuModel, SerialConfig,
     SmmuV3Options, VfioConfig, VtdOptions, DEV_IOMMU,
 };
+use twostage::spec::smmuv3::translation::Granule;
+use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// `key=value` pairs, each taken at most once.
 #[derive(Default)]

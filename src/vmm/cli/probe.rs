@@ -7,8 +7,8 @@ use std::io::{self, Write};
 use clap::{Args, ValueEnum};
 
 use super::complain;
-use crate::vmm::arch::probe::Probe;
-use crate::vmm::exit_code;
+use crate::arch::probe::Probe;
+use crate::exit_code;
 
 /// Exit codes of the subcommand.
 pub(super) const EXIT_CODES: &str = "\

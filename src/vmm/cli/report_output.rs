@@ -6,9 +6,9 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::vmm::named_file;
-use crate::vmm::output::{self, Patient};
-use crate::vmm::report::Report;
+use crate::named_file;
+use crate::output::{self, Patient};
+use crate::report::Report;
 
 /// The form of a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::options::{iommu, on_off, Pairs};
-use crate::vmm::config::{DiskConfig, NetConfig, RngConfig, TapConfig};
-use crate::vmm::devices::virtio::DiskAccess;
+use crate::config::{DiskConfig, NetConfig, RngConfig, TapConfig};
+use crate::devices::virtio::DiskAccess;
 
 /// Takes `key`, which stands for a path.
 fn path(pairs: &mut Pairs<'_>, key: &str) -> Result<Option<PathBuf>, String> {
@@ -84,8 +84,8 @@ impl FromStr for RngConfig {
 mod tests {
     use super::super::options::testing::refused;
     use super::*;
-    use crate::vmm::config::IommuChoice;
-    use crate::vmm::devices::virtio::MacAddress;
+    use crate::config::IommuChoice;
+    use crate::devices::virtio::MacAddress;
 
     #[test]
     fn options_are_understood() {

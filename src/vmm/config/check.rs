@@ -2,8 +2,8 @@
 //! What is wrong with a configuration, as far as no part of a machine can tell alone.
 
 use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, DEV_IOMMU};
-use crate::vmm::arch;
-use crate::vmm::memory;
+use crate::arch;
+use crate::memory;
 
 /// A configuration that contradicts itself or asks for what nobody can build.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -172,11 +172,11 @@ impl MachineConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::viommu::vtd::MMIO_SIZE;
-    use crate::vmm::arch::layout::IOMMU_REGISTERS;
-    use crate::vmm::config::{
+    use crate::arch::layout::IOMMU_REGISTERS;
+    use crate::config::{
         testing, EduConfig, IommuConfig, RngConfig, SmmuV3Options, VfioConfig, VtdOptions,
     };
+    use twostage::viommu::vtd::MMIO_SIZE;
 
     fn machine(iommus: &[IommuConfig], edu: EduConfig) -> MachineConfig {
         let devices = vec![DeviceConfig::Edu(EduConfig::default()), DeviceConfig::Edu(edu)];

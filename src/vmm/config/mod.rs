@@ -9,9 +9,9 @@ use std::path::PathBuf;
 
 use super::arch::layout::IOMMU_REGISTERS;
 use super::devices::virtio::{DiskAccess, MacAddress};
-use crate::spec::smmuv3::regs;
-use crate::spec::smmuv3::translation::Granule;
-use crate::viommu::vtd::MMIO_SIZE;
+use twostage::spec::smmuv3::regs;
+use twostage::spec::smmuv3::translation::Granule;
+use twostage::viommu::vtd::MMIO_SIZE;
 
 pub use check::{ConfigError, MAX_DEVICES};
 pub use payload::{ModuleConfig, PayloadConfig};

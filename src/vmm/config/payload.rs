@@ -7,7 +7,7 @@ use std::path::PathBuf;
 /// What a machine boots.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PayloadConfig {
-    /// What [`arch::boot`](crate::vmm::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
+    /// What [`arch::boot`](crate::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
     /// entry, or an ELF32 image with a Multiboot header.
     pub kernel: PathBuf,
     /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is the

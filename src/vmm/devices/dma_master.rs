@@ -4,8 +4,8 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::spec::pci::Pasid;
-use crate::vmm::memory::MachineMemory;
+use crate::memory::MachineMemory;
+use twostage::spec::pci::Pasid;
 
 /// A request was refused: by the IOMMU, which has reported it, or because nothing is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -6,9 +6,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::{DmaError, DmaMaster};
-use crate::spec::pci::Pasid;
-use crate::viommu::InterruptSink;
-use crate::vmm::arch::layout::MESSAGE_RANGE;
+use crate::arch::layout::MESSAGE_RANGE;
+use twostage::spec::pci::Pasid;
+use twostage::viommu::InterruptSink;
 
 /// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as a
 /// message, and nothing else there is done.

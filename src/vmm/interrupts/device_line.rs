@@ -10,18 +10,18 @@ use event_manager::MutEventSubscriber;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use crate::viommu::ratelimit::warn_limited;
-use crate::vmm::pci::EventLine;
-use crate::vmm::{Error, Result};
+use crate::pci::EventLine;
+use crate::{Error, Result};
+use twostage::warn_limited;
 
 /// A line, and what the event loop has to do for it, if anything.
-pub(in crate::vmm) struct DeviceLine {
+pub(crate) struct DeviceLine {
     pub line: Box<dyn EventLine>,
     pub subscriber: Option<Box<dyn MutEventSubscriber>>,
 }
 
 /// The two eventfds of a line.
-pub(in crate::vmm) struct LineEvents {
+pub(crate) struct LineEvents {
     /// Asserts the line.
     pub assert: EventFd,
     /// Tells that an interrupt ended.
@@ -41,7 +41,7 @@ impl LineEvents {
 
 /// The input `gsi` of an interrupt controller in the kernel: KVM asserts it when the one eventfd is
 /// written, and deasserts it and writes the other one at the end of the interrupt.
-pub(in crate::vmm) struct ResampledLine {
+pub(crate) struct ResampledLine {
     vm: Arc<VmFd>,
     gsi: u32,
     events: LineEvents,

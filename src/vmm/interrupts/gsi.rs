@@ -14,14 +14,14 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 
-use crate::spec::pci::Bdf;
-use crate::viommu::ratelimit::warn_limited;
-use crate::viommu::MsiMessage;
-use crate::vmm::arch::layout::PINS;
-use crate::vmm::{Error, Result};
+use crate::arch::layout::PINS;
+use crate::{Error, Result};
+use twostage::spec::pci::Bdf;
+use twostage::viommu::MsiMessage;
+use twostage::warn_limited;
 
 /// Takes the whole routing.
-pub(in crate::vmm) trait Routing: Send + Sync {
+pub(crate) trait Routing: Send + Sync {
     /// Replaces what was there by `fixed` and `messages`. When this returns, nothing uses it any more.
     fn set(
         &self,
@@ -46,14 +46,14 @@ impl Routing for VmFd {
 
 /// A message, and who sends it: an interrupt controller may want to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::vmm) struct SentMessage {
+pub(crate) struct SentMessage {
     pub source: Bdf,
     pub message: MsiMessage,
 }
 
 /// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others lead to
 /// messages.
-pub(in crate::vmm) struct GsiTable {
+pub(crate) struct GsiTable {
     routing: Arc<dyn Routing>,
     /// Pins of interrupt controllers in the kernel.
     fixed: Vec<kvm_irq_routing_entry>,

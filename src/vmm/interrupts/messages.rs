@@ -8,13 +8,13 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_msi, KVM_MSI_VALID_DEVID};
 use kvm_ioctls::VmFd;
 
-use crate::spec::pci::Bdf;
-use crate::viommu::InterruptSink;
-use crate::vmm::trace::{Trace, TracedInterrupts};
+use crate::trace::{Trace, TracedInterrupts};
+use twostage::spec::pci::Bdf;
+use twostage::viommu::InterruptSink;
 
 /// The way of a machine's messages, once they are remapped.
 #[derive(Clone)]
-pub(in crate::vmm) struct Messages {
+pub(crate) struct Messages {
     vm: Arc<VmFd>,
     trace: Option<Arc<Trace>>,
 }

@@ -28,8 +28,8 @@ use super::arch::{EdgeLine, IrqChip, Lines};
 use super::report::InterruptReport;
 use super::trace::Trace;
 use super::Result;
-use crate::spec::pci::Bdf;
-use crate::viommu::{InterruptListener, InterruptRemapper};
+use twostage::spec::pci::Bdf;
+use twostage::viommu::{InterruptListener, InterruptRemapper};
 
 /// What interrupts of a machine go through.
 pub(super) struct Ways {

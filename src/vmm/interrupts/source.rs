@@ -6,10 +6,10 @@ use std::sync::{Arc, Weak};
 
 use super::routes::Writer;
 use super::{MsiRoutes, SentMessage, VectorRoute};
-use crate::spec::pci::Bdf;
-use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
-use crate::vmm::trace::{decoded, Trace};
-use crate::vmm::Result;
+use crate::trace::{decoded, Trace};
+use crate::Result;
+use twostage::spec::pci::Bdf;
+use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 
 /// A function as its interrupts show it.
 #[derive(Clone)]
@@ -54,7 +54,7 @@ impl InterruptSource {
     }
 
     /// As [`Self::translate`], with who sends it.
-    pub(in crate::vmm) fn sent(&self, message: MsiMessage) -> Option<SentMessage> {
+    pub(crate) fn sent(&self, message: MsiMessage) -> Option<SentMessage> {
         self.translate(message).map(|message| SentMessage { source: self.bdf, message })
     }
 

@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::unit::failed;
-use crate::iommufd::{HostIommu, KernelHost, MapTarget, ObjectId, Protection, UserMemory};
-use crate::spec::pci::Bdf;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::vfio::{VfioError, VfioProblem};
-use crate::vmm::Result;
+use crate::memory::MachineMemory;
+use crate::vfio::{VfioError, VfioProblem};
+use crate::Result;
+use twostage::iommufd::{HostIommu, KernelHost, MapTarget, ObjectId, Protection, UserMemory};
+use twostage::spec::pci::Bdf;
 
 /// The devices, and the IOAS that they share. Dropping it detaches and unbinds them.
-pub(in crate::vmm) struct DirectDevices {
+pub(crate) struct DirectDevices {
     host: Arc<KernelHost>,
     ioas: ObjectId,
     devices: Vec<(Bdf, ObjectId)>,

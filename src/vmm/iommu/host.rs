@@ -4,13 +4,13 @@
 
 use std::sync::Arc;
 
-use crate::emulated::{EmulatedHost, ObjectGraph};
-use crate::iommufd::{CountedHost, HostIommu, KernelHost, VerbCounters};
-use crate::vmm::trace::Trace;
+use crate::trace::Trace;
+use twostage::iommufd::{CountedHost, HostIommu, KernelHost, VerbCounters};
+use twostage_emulated::{EmulatedHost, ObjectGraph};
 
 /// The host, its calls counted and traced.
 #[derive(Clone)]
-pub(in crate::vmm) struct Host {
+pub(crate) struct Host {
     /// For calls.
     pub verbs: Arc<dyn HostIommu>,
     /// Of those.

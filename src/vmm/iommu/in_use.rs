@@ -4,10 +4,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::emulated::{EmulatedHost, ObjectGraph};
-use crate::spec::vtd::regs::{self, Gcmd};
-use crate::viommu::vtd::VtdIommu;
-use crate::vmm::bus::BusDevice;
+use crate::bus::BusDevice;
+use twostage::spec::vtd::regs::{self, Gcmd};
+use twostage::viommu::vtd::VtdIommu;
+use twostage_emulated::{EmulatedHost, ObjectGraph};
 
 /// The most objects that there were when a guest switched translation off.
 #[derive(Debug)]

@@ -12,11 +12,11 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::unit::attributes;
-use crate::emulated::{DmaError as Refusal, DmaPort};
-use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
-use crate::vmm::arch::layout::MESSAGE_RANGE;
-use crate::vmm::devices::{DmaError, DmaMaster};
+use crate::arch::layout::MESSAGE_RANGE;
+use crate::devices::{DmaError, DmaMaster};
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
+use twostage_emulated::{DmaError as Refusal, DmaPort};
 
 /// GITS_TRANSLATER: at 0x40 in the page to interrupt.
 pub(super) const DOORBELL: u64 = *MESSAGE_RANGE.start() + 0x40;
@@ -116,17 +116,17 @@ mod tests {
     use super::super::tests::{iommus_with, FUNCTION};
     use super::super::{Iommu, Iommus};
     use super::*;
-    use crate::patience::wait_until;
-    use crate::spec::smmuv3::command::{AddressRange, Command};
-    use crate::spec::smmuv3::context::{Cd, Cd0, Cd1};
-    use crate::spec::smmuv3::event::{EventId, EventRecord};
-    use crate::spec::smmuv3::queue::QueueBase;
-    use crate::spec::smmuv3::regs::{self, Cr0, StrtabBase, StrtabBaseCfg};
-    use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig, STE_SIZE};
-    use crate::spec::smmuv3::translation::{Descriptor, Granule};
-    use crate::spec::smmuv3::StreamId;
-    use crate::vmm::config::SmmuV3Options;
-    use crate::vmm::memory::MachineMemory;
+    use crate::config::SmmuV3Options;
+    use crate::memory::MachineMemory;
+    use twostage::patience::wait_until;
+    use twostage::spec::smmuv3::command::{AddressRange, Command};
+    use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1};
+    use twostage::spec::smmuv3::event::{EventId, EventRecord};
+    use twostage::spec::smmuv3::queue::QueueBase;
+    use twostage::spec::smmuv3::regs::{self, Cr0, StrtabBase, StrtabBaseCfg};
+    use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig, STE_SIZE};
+    use twostage::spec::smmuv3::translation::{Descriptor, Granule};
+    use twostage::spec::smmuv3::StreamId;
 
     /// What the interrupt controller got: (address, data).
     #[derive(Default)]

@@ -26,14 +26,14 @@ use super::memory::MachineMemory;
 use super::report::{CallReport, HostReport, IommuReport};
 use super::trace::{Trace, TracedIommu};
 use super::Result;
-use crate::emulated::ObjectGraph;
-use crate::iommufd::{KernelHost, Verb};
-use crate::spec::pci::Bdf;
-use crate::viommu::{InterruptSink, Observer};
 pub(super) use direct::DirectDevices;
 use host::Host;
 use in_use::ObjectsInUse;
 use nesting::Nesting;
+use twostage::iommufd::{KernelHost, Verb};
+use twostage::spec::pci::Bdf;
+use twostage::viommu::{InterruptSink, Observer};
+use twostage_emulated::ObjectGraph;
 pub(super) use unit::Iommu;
 use unit::{failed, Plan};
 

@@ -3,12 +3,12 @@
 
 use super::unit::failed;
 use super::Surroundings;
-use crate::iommufd::{Protection, UserMemory};
-use crate::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
-use crate::nesting::vtd::VtdNesting;
-use crate::nesting::NestingError;
-use crate::vmm::config::IommuModel;
-use crate::vmm::Result;
+use crate::config::IommuModel;
+use crate::Result;
+use twostage::iommufd::{Protection, UserMemory};
+use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::nesting::vtd::VtdNesting;
+use twostage::nesting::NestingError;
 
 /// The host side, by the model that it is for.
 pub(super) enum Nesting {

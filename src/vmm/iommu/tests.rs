@@ -2,12 +2,12 @@
 //! Virtual IOMMUs over the emulated host, without a guest.
 
 use super::*;
-use crate::emulated::{DeviceConfig, EmulatedHost, ObjectKind, VtdUnit, VtdUnitConfig};
-use crate::nesting::smmuv3::SmmuObjects;
-use crate::nesting::survey::{survey, Offer};
-use crate::spec::pci::Pasid;
-use crate::vmm::config::{testing, IommuConfig, SmmuV3Options, VtdOptions};
-use crate::vmm::report::ModelReport;
+use crate::config::{testing, IommuConfig, SmmuV3Options, VtdOptions};
+use crate::report::ModelReport;
+use twostage::nesting::smmuv3::SmmuObjects;
+use twostage::nesting::survey::{survey, Offer};
+use twostage::spec::pci::Pasid;
+use twostage_emulated::{DeviceConfig, EmulatedHost, ObjectKind, VtdUnit, VtdUnitConfig};
 use vm_memory::{Bytes, GuestAddress};
 
 struct NoInterrupts;

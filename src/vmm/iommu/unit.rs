@@ -9,18 +9,18 @@ use super::nesting::Nesting;
 use super::smmuv3::SmmuV3;
 use super::vtd::Vtd;
 use super::{AssignedFunction, Surroundings};
-use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
-use crate::iommufd::{Errno, HostIommu, ObjectId};
-use crate::nesting::NestingError;
-use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
-use crate::vmm::arch::EdgeLine;
-use crate::vmm::bus::BusDevice;
-use crate::vmm::config::{IommuConfig, IommuModel};
-use crate::vmm::devices::{DmaError, DmaMaster};
-use crate::vmm::report::{IommuReport, ModelReport};
-use crate::vmm::vfio::{VfioError, VfioProblem};
-use crate::vmm::{Error, Result};
+use crate::arch::EdgeLine;
+use crate::bus::BusDevice;
+use crate::config::{IommuConfig, IommuModel};
+use crate::devices::{DmaError, DmaMaster};
+use crate::report::{IommuReport, ModelReport};
+use crate::vfio::{VfioError, VfioProblem};
+use crate::{Error, Result};
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
+use twostage::nesting::NestingError;
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
+use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
 
 /// A device behind a virtual IOMMU, as the guest and as the host knows it.
 pub(super) type BoundDevice = (Bdf, ObjectId);
@@ -90,13 +90,13 @@ pub(super) trait VirtualIommu: fmt::Debug + Send + Sync {
 
     /// What the guest is offered, by a VT-d.
     #[cfg(test)]
-    fn vtd_capabilities(&self) -> Option<crate::viommu::vtd::Capabilities> {
+    fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
         None
     }
 }
 
 /// One virtual IOMMU.
-pub(in crate::vmm) struct Iommu {
+pub(crate) struct Iommu {
     id: String,
     model: Box<dyn VirtualIommu>,
     host: Arc<dyn HostIommu>,

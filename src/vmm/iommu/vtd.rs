@@ -7,19 +7,19 @@ use super::in_use::{ObjectsInUse, RegisterPage};
 use super::nesting::Nesting;
 use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
 use super::Surroundings;
-use crate::emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
-use crate::nesting::vtd::VtdNesting;
-use crate::nesting::{host_vtd, NestingError};
-use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use crate::viommu::{
+use crate::bus::BusDevice;
+use crate::config::VtdOptions;
+use crate::devices::{DmaMaster, MessageWrites};
+use crate::report::{ModelReport, VtdReport};
+use crate::Result;
+use twostage::nesting::vtd::VtdNesting;
+use twostage::nesting::{host_vtd, NestingError};
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
+use twostage::viommu::{
     FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Policy, Requester, Stage1,
 };
-use crate::vmm::bus::BusDevice;
-use crate::vmm::config::VtdOptions;
-use crate::vmm::devices::{DmaMaster, MessageWrites};
-use crate::vmm::report::{ModelReport, VtdReport};
-use crate::vmm::Result;
+use twostage_emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
 
 /// A virtual VT-d.
 #[derive(Debug)]
@@ -126,7 +126,7 @@ impl VirtualIommu for Vtd {
     }
 
     #[cfg(test)]
-    fn vtd_capabilities(&self) -> Option<crate::viommu::vtd::Capabilities> {
+    fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
         Some(self.vtd.capabilities())
     }
 }

@@ -6,9 +6,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::{BarPlacement, ConfigSpace};
-use crate::spec::pci::Bdf;
-use crate::vmm::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
-use crate::vmm::bus::BusDevice;
+use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::bus::BusDevice;
+use twostage::spec::pci::Bdf;
 
 /// A PCI function. Any vCPU thread may call it at any time.
 pub trait PciFunction: Send + Sync {
@@ -52,7 +52,7 @@ impl PciBus {
 
     /// The function at `bdf`.
     #[cfg(test)]
-    pub(in crate::vmm) fn function(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
+    pub(crate) fn function(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
         self.functions.get(&bdf).cloned()
     }
 
@@ -140,7 +140,7 @@ impl BusDevice for PciMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::pci::Identity;
+    use crate::pci::Identity;
 
     struct Echo(Mutex<ConfigSpace>);
 

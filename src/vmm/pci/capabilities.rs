@@ -3,8 +3,8 @@
 
 use super::layout::*;
 use super::ConfigSpace;
-use crate::spec::pci::Pasid;
-use crate::viommu::MsiMessage;
+use twostage::spec::pci::Pasid;
+use twostage::viommu::MsiMessage;
 
 /// An MSI capability: one vector, a 64-bit address, no masking.
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +89,7 @@ impl PasidCapability {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::pci::Identity;
+    use crate::pci::Identity;
 
     fn config() -> ConfigSpace {
         ConfigSpace::new(Identity { vendor: 1, device: 2, class: 0, revision: 0 })

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::layout::CONFIG_SIZE;
 use super::PciBus;
-use crate::spec::pci::Bdf;
-use crate::vmm::bus::BusDevice;
+use crate::bus::BusDevice;
+use twostage::spec::pci::Bdf;
 
 /// The ECAM window.
 #[derive(Debug)]

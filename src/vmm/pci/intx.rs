@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::spec::pci::Bdf;
-use crate::vmm::arch::layout::INTX_LINES;
+use crate::arch::layout::INTX_LINES;
+use twostage::spec::pci::Bdf;
 
 /// An interrupt line that pins share.
 #[derive(Debug, Clone, Copy)]

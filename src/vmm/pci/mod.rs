@@ -12,7 +12,7 @@ mod config_space;
 mod ecam;
 mod host_bridge;
 mod intx;
-pub(in crate::vmm) mod layout;
+pub(crate) mod layout;
 mod msix;
 
 pub use bar::{BarPlacement, MemoryBar};
@@ -25,4 +25,4 @@ pub use intx::{line_of_pin, EventLine, IntxLine, IntxPin, IntxRouter};
 pub use layout::{Command, MsixControl};
 pub use msix::{EventVector, InterruptVector, Msix, MsixCapability, MsixPlace};
 
-pub use crate::viommu::MsiMessage;
+pub use twostage::viommu::MsiMessage;

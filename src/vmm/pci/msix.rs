@@ -260,7 +260,7 @@ fn doublewords(offset: u64, length: usize) -> Option<std::ops::Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::pci::Identity;
+    use crate::pci::Identity;
 
     #[derive(Default)]
     struct Recorder(Mutex<Vec<String>>);

@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 use super::{decoded, Trace};
-use crate::iommufd::{ObjectId, Verb, VerbObserver};
-use crate::spec::pci::{Bdf, Pasid};
-use crate::spec::smmuv3::event::{EventId, EventRecord};
-use crate::spec::smmuv3::StreamId;
-use crate::viommu::smmuv3::StreamPolicy;
-use crate::viommu::{
+use crate::devices::{DmaError, DmaMaster};
+use twostage::iommufd::{ObjectId, Verb, VerbObserver};
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::smmuv3::event::{EventId, EventRecord};
+use twostage::spec::smmuv3::StreamId;
+use twostage::viommu::smmuv3::StreamPolicy;
+use twostage::viommu::{
     DmaFault, FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
     RequesterConfig,
 };
-use crate::vmm::devices::{DmaError, DmaMaster};
 
 impl VerbObserver for Trace {
     fn called(
@@ -44,7 +44,7 @@ fn fields(what: &dyn fmt::Debug) -> String {
 }
 
 /// Interrupts on their way to `inner`, to which nothing more is done, traced.
-pub(in crate::vmm) struct TracedInterrupts {
+pub(crate) struct TracedInterrupts {
     pub inner: Arc<dyn InterruptSink>,
     pub trace: Arc<Trace>,
 }
@@ -57,7 +57,7 @@ impl InterruptSink for TracedInterrupts {
 }
 
 /// What a virtual IOMMU does, traced under its id.
-pub(in crate::vmm) struct TracedIommu {
+pub(crate) struct TracedIommu {
     pub trace: Arc<Trace>,
     pub id: String,
 }
@@ -124,7 +124,7 @@ impl Observer for TracedIommu {
 }
 
 /// Memory requests of a device on their way to `inner`, traced.
-pub(in crate::vmm) struct TracedDma {
+pub(crate) struct TracedDma {
     pub inner: Box<dyn DmaMaster>,
     pub trace: Arc<Trace>,
     pub name: String,

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::host_device::HostDevice;
 use super::mapping::Mapping;
 use super::region::Region;
-use crate::viommu::ratelimit::warn_limited;
-use crate::vmm::pci::layout::{BAR0, BARS, CONFIG_SIZE};
-use crate::vmm::pci::{BarPlacement, MemoryBar};
+use crate::pci::layout::{BAR0, BARS, CONFIG_SIZE};
+use crate::pci::{BarPlacement, MemoryBar};
+use twostage::warn_limited;
 
 /// A BAR in I/O space (§7.5.1.2.1).
 const IO_SPACE: u8 = 1;

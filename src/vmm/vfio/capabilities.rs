@@ -6,7 +6,7 @@
 //! walk ends at the first pointer that leads back, or to where no capability can be.
 #![forbid(unsafe_code)]
 
-use crate::vmm::pci::layout::{
+use crate::pci::layout::{
     CAPABILITIES_POINTER, CAPABILITY_EXPRESS, CAPABILITY_MSI, CAPABILITY_MSIX, CAPABILITY_VENDOR,
     CONFIG_SIZE, EXTENDED_START, HEADER_END, STATUS, STATUS_CAPABILITIES,
 };

@@ -11,11 +11,11 @@ use std::ops::Range;
 
 use super::capabilities::Capability;
 use super::config_image::{LiveRange, MsixStructures};
-use crate::vmm::pci::layout::{
+use crate::pci::layout::{
     Command, MsiControl, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, REVISION_ID,
     SUBSYSTEM_VENDOR_ID, VENDOR_ID,
 };
-use crate::vmm::pci::MsixControl;
+use crate::pci::MsixControl;
 
 /// Cache line size.
 const CACHE_LINE_SIZE: u16 = 0x0c;

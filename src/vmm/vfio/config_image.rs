@@ -24,10 +24,10 @@ use super::capabilities::{
     CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
 use super::config_draft::Draft;
-use crate::vmm::pci::layout::{
+use crate::pci::layout::{
     CAPABILITIES_POINTER, CONFIG_SIZE, EXTENDED_START, STATUS, STATUS_CAPABILITIES,
 };
-use crate::vmm::pci::ConfigSpace;
+use crate::pci::ConfigSpace;
 
 /// Header type.
 const HEADER_TYPE: usize = 0x0e;

@@ -14,8 +14,8 @@ use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
-use crate::spec::smmuv3::event::{EventId, EventRecord};
-use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
+use twostage::spec::smmuv3::event::{EventId, EventRecord};
+use twostage::viommu::smmuv3::{EventRecordWords, EventTarget};
 
 /// Where Linux has the doorbells, in the address spaces of all devices, unless it says otherwise.
 pub const MSI_WINDOW: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
@@ -78,7 +78,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::spec::smmuv3::StreamId;
+    use twostage::spec::smmuv3::StreamId;
 
     #[derive(Default)]
     struct Target(Mutex<Vec<EventRecordWords>>);

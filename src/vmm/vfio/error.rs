@@ -6,7 +6,7 @@ use std::io;
 use std::ops::RangeInclusive;
 
 use super::config_image::ConfigError;
-use crate::iommufd::HostError;
+use twostage::iommufd::HostError;
 
 /// A device cannot be assigned.
 #[derive(Debug, thiserror::Error)]

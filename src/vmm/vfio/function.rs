@@ -17,14 +17,14 @@ use super::intx::Intx;
 use super::msi::Msi;
 use super::region::Region;
 use super::vectors::{MakeVector, TableVector, Vectors};
-use crate::viommu::ratelimit::RateLimit;
-use crate::vmm::pci::layout::{
+use crate::pci::layout::{
     Command, BARS, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, STATUS, STATUS_CAPABILITIES,
 };
-use crate::vmm::pci::{
+use crate::pci::{
     BarPlacement, ConfigSpace, EventLine, InterruptVector, Msix, MsixCapability, PciFunction,
 };
-use crate::vmm::Result;
+use crate::Result;
+use twostage::ratelimit::RateLimit;
 
 /// Bytes of one entry of the table of MSI-X.
 const MSIX_ENTRY: u64 = 16;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::intx::Intx;
 use super::msi::Msi;
 use super::vectors::Vectors;
-use crate::vmm::pci::{ConfigSpace, Msix, MsixCapability, MsixControl};
+use crate::pci::{ConfigSpace, Msix, MsixCapability, MsixControl};
 
 /// MSI-X of a device.
 #[derive(Debug)]

@@ -10,8 +10,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::host_device::{HostDevice, Irq};
-use crate::viommu::ratelimit::RateLimit;
-use crate::vmm::pci::EventLine;
+use crate::pci::EventLine;
+use twostage::ratelimit::RateLimit;
 
 /// The pin of a device.
 pub struct Intx {

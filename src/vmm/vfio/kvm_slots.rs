@@ -11,7 +11,7 @@ use kvm_ioctls::VmFd;
 
 use super::bars::{Lender, Loan};
 use super::mapping::Mapping;
-use crate::viommu::ratelimit::warn_limited;
+use twostage::warn_limited;
 
 /// Lends memory to the guest of one virtual machine. Clones are the same.
 #[derive(Clone)]

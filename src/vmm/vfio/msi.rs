@@ -3,9 +3,9 @@
 #![forbid(unsafe_code)]
 
 use super::vectors::Vectors;
-use crate::viommu::MsiMessage;
-use crate::vmm::pci::layout::MsiControl;
-use crate::vmm::pci::ConfigSpace;
+use crate::pci::layout::MsiControl;
+use crate::pci::ConfigSpace;
+use twostage::viommu::MsiMessage;
 
 /// Message control: vectors can be masked one by one.
 const MASKABLE: u16 = 1 << 8;
@@ -103,7 +103,7 @@ mod tests {
     use super::super::host_device::{Irq, IrqInfo};
     use super::super::testing::{FakeDevice, FakeVectors};
     use super::*;
-    use crate::vmm::pci::layout::CONFIG_SIZE;
+    use crate::pci::layout::CONFIG_SIZE;
 
     /// A capability at 0x50 with `control`, and a message of 0x1_2345_6780 and data 0x4e.
     fn config(control: u16) -> ConfigSpace {

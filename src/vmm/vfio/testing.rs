@@ -12,8 +12,8 @@ use super::host_device::{HostDevice, Irq, IrqInfo};
 use super::mapping::Mapping;
 use super::region::Region;
 use super::vectors::MakeVector;
-use crate::viommu::MsiMessage;
-use crate::vmm::pci::{EventVector, InterruptVector};
+use crate::pci::{EventVector, InterruptVector};
+use twostage::viommu::MsiMessage;
 
 /// A device whose regions are bytes, and which writes down what is done to its interrupts.
 #[derive(Debug, Default)]

@@ -9,9 +9,9 @@ use super::config_image::ConfigImage;
 use super::host_device::Irq;
 use super::testing::{FakeDevice, FakeLender, FakeVectors};
 use super::*;
-use crate::spec::pci::Bdf;
-use crate::vmm::pci::layout::CONFIG_SIZE;
-use crate::vmm::pci::{EventLine, PciBus, PciFunction};
+use crate::pci::layout::CONFIG_SIZE;
+use crate::pci::{EventLine, PciBus, PciFunction};
+use twostage::spec::pci::Bdf;
 
 const CONFIG: u32 = 7;
 const BDF: Bdf = Bdf::from_raw(8);

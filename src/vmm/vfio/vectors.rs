@@ -14,10 +14,10 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::host_device::{HostDevice, Irq, IrqInfo};
-use crate::viommu::ratelimit::RateLimit;
-use crate::viommu::MsiMessage;
-use crate::vmm::pci::{EventVector, InterruptVector};
-use crate::vmm::Result;
+use crate::pci::{EventVector, InterruptVector};
+use crate::Result;
+use twostage::ratelimit::RateLimit;
+use twostage::viommu::MsiMessage;
 
 /// Makes the way to the guest of one vector.
 pub type MakeVector = dyn Fn() -> Result<Arc<dyn EventVector>> + Send + Sync;

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use twostage::emulated::{Access, AccessUnmap, EmulatedHost};
+use twostage_emulated::{Access, AccessUnmap, EmulatedHost};
 use twostage::iommufd::ObjectId;
 
 /// Pins that one user has at most.
@@ -69,7 +69,7 @@ impl User {
         iova: u64,
         length: u64,
         write: bool,
-    ) -> Result<(), twostage::emulated::AccessError> {
+    ) -> Result<(), twostage_emulated::AccessError> {
         if self.pins.ranges.lock().expect("no panic before").len() < MAX_PINS {
             let pieces = self.access.pin_pages(iova, length, write)?;
             let pinned: u64 = pieces.iter().map(|piece| piece.length()).sum();
@@ -79,7 +79,7 @@ impl User {
         Ok(())
     }
 
-    fn unpin_one(&self) -> Result<(), twostage::emulated::AccessError> {
+    fn unpin_one(&self) -> Result<(), twostage_emulated::AccessError> {
         match self.pins.ranges.lock().expect("no panic before").pop() {
             Some((iova, length)) => self.access.unpin_pages(iova, length),
             None => Ok(()),

@@ -4,9 +4,9 @@
 use std::sync::{Arc, Mutex, OnceLock};
 
 use iommufd_bindings::*;
-use twostage::emulated::uapi::{self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
-use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD};
-use twostage::emulated::{
+use twostage_emulated::uapi::{self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
+use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD};
+use twostage_emulated::{
     AddressWidth, DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost,
     EventFile, Machine, MmapRequest, VtdUnit, VtdUnitConfig,
 };

@@ -5,8 +5,8 @@ use std::mem::{offset_of, size_of};
 
 use arbitrary::{Result, Unstructured};
 use iommufd_bindings::*;
-use twostage::emulated::uapi::vfio_request as vfio;
-use twostage::emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
+use twostage_emulated::uapi::vfio_request as vfio;
+use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 use crate::value::{value, Kind};
 

@@ -4,9 +4,6 @@
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, Weak};
 
-use twostage::emulated::{
-    DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
-};
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::host_smmu;
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
@@ -14,6 +11,9 @@ use twostage::patience::wait_for;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::event::EventRecord;
 use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
+use twostage_emulated::{
+    DeviceConfig, DmaAttributes, DmaError, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
+};
 
 use super::guest::Guest;
 use crate::common::{Host, Memory, A, B};

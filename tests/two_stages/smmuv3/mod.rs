@@ -6,7 +6,6 @@ mod guest;
 mod machine;
 mod stack;
 
-use twostage::emulated::{DeviceConfig, DmaAttributes, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig};
 use twostage::iommufd::{Errno, HostIommu as _};
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
 use twostage::nesting::NestingError;
@@ -16,6 +15,7 @@ use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::queue::CommandError;
 use twostage::spec::smmuv3::stream_table::{Ste0, StreamConfig};
 use twostage::spec::smmuv3::StreamId;
+use twostage_emulated::{DeviceConfig, DmaAttributes, ObjectKind, SmmuV3Unit, SmmuV3UnitConfig};
 
 use crate::common::{A, B, PAGE};
 use crate::conformance::{nested, Leaf, Stack, Way, IOVA, NAME};

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use twostage::emulated::{DmaError, ObjectGraph, ObjectKind};
 use twostage::iommufd::{iommu_hwpt_arm_smmuv3, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::{AddressRange, Command};
 use twostage::spec::smmuv3::event::EventId;
+use twostage_emulated::{DmaError, ObjectGraph, ObjectKind};
 
 use super::guest::{self, Entry};
 use super::machine::{self, Machine};

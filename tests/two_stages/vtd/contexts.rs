@@ -3,10 +3,10 @@
 //! step no device goes by an entry that the text says is gone. (An entry may go earlier than it must.)
 
 use proptest::prelude::*;
-use twostage::emulated::VtdUnitConfig;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::qi::{ContextScope, Descriptor, PasidCacheScope};
 use twostage::viommu::vtd::VtdConfig;
+use twostage_emulated::VtdUnitConfig;
 
 use super::granularity::{by_queue, by_register, context, pasid_cache};
 use super::guest::Entry;

@@ -2,10 +2,10 @@
 //! Every host call fails in turn, across the whole stack: no panic, no leak; whatever the guest
 //! was told is done is never stale; what does not work is blocked, and the guest is told.
 
-use twostage::emulated::{GraphObject, ObjectKind, VtdUnitConfig};
 use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::qi::{Descriptor, PasidCacheScope};
+use twostage_emulated::{GraphObject, ObjectKind, VtdUnitConfig};
 
 use super::guest::{Completion, Entry};
 use super::machine::{self, vtd_config, Machine};

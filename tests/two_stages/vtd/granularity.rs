@@ -5,13 +5,13 @@
 use std::cell::RefCell;
 
 use proptest::prelude::*;
-use twostage::emulated::VtdUnitConfig;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::first_stage::FirstStageEntry;
 use twostage::spec::vtd::qi::{AddressMask, ContextScope, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs::{self, Ccmd, Ecap, IotlbReg, Iva};
 use twostage::spec::vtd::second_stage::SecondStageEntry;
 use twostage::viommu::vtd::VtdConfig;
+use twostage_emulated::VtdUnitConfig;
 
 use super::guest::{Completion, Entry};
 use super::machine::{self, vtd_config, Machine};

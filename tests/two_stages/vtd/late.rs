@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use twostage::emulated::{DmaAttributes, VtdUnitConfig};
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::viommu::vtd::VtdConfig;
+use twostage_emulated::{DmaAttributes, VtdUnitConfig};
 use vm_memory::{Bytes, GuestAddress, IommuMemory};
 
 use super::guest::{Completion, Entry};

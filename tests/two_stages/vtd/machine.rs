@@ -3,16 +3,16 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
-use twostage::emulated::{
-    ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
-    ObjectGraph, VtdUnit, VtdUnitConfig,
-};
 use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::{host_vtd, DeviceInfo};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
 use twostage::viommu::{FaultTarget, InterruptSink, Policy, Requester, Stage1};
+use twostage_emulated::{
+    ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
+    ObjectGraph, VtdUnit, VtdUnitConfig,
+};
 
 use super::guest::{Guest, Registers};
 use crate::common::{Host, Memory, A, B};

@@ -13,14 +13,14 @@ use crate::common::{A, HIGH, HIGH_SIZE, PAGE};
 use crate::conformance::{IOVA, NAME as DOMAIN};
 use guest::{Completion, Entry};
 use machine::{vtd_config, Machine};
-use twostage::emulated::{
-    ContextInvalidation, DmaError, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
-    VtdUnitConfig,
-};
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope};
 use twostage::spec::vtd::regs;
 use twostage::viommu::vtd::VtdConfig;
+use twostage_emulated::{
+    ContextInvalidation, DmaError, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
+    VtdUnitConfig,
+};
 
 crate::conformance::conformance! { Machine }
 

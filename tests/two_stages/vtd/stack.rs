@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use twostage::emulated::{DmaError, ObjectGraph, ObjectKind, VtdUnitConfig};
 use twostage::iommufd::{iommu_hwpt_vtd_s1, Errno, FaultQueue, HwptData};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::qi::{Descriptor, IotlbScope};
+use twostage_emulated::{DmaError, ObjectGraph, ObjectKind, VtdUnitConfig};
 
 use super::guest::{self, Entry};
 use super::machine::{self, vtd_config, Machine};

@@ -6,15 +6,15 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::vsmmu::{Streams, Vmaster};
-use crate::emulated::device::Requester;
-use crate::emulated::driver::tags::OwnedTag;
-use crate::emulated::driver::{NestedDomain, PagingDomain, Partial, UserArray};
-use crate::emulated::hardware::CacheTag;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::smmuv3::SmmuV3Unit;
-use crate::iommufd::Errno;
-use crate::spec::smmuv3::stream_table::{EnableAts, Ste, Ste0, Ste1, StreamConfig};
-use crate::spec::smmuv3::translation::Granule;
+use crate::device::Requester;
+use crate::driver::tags::OwnedTag;
+use crate::driver::{NestedDomain, PagingDomain, Partial, UserArray};
+use crate::hardware::CacheTag;
+use crate::refusal::{refuse, Outcome};
+use crate::smmuv3::SmmuV3Unit;
+use twostage::iommufd::Errno;
+use twostage::spec::smmuv3::stream_table::{EnableAts, Ste, Ste0, Ste1, StreamConfig};
+use twostage::spec::smmuv3::translation::Granule;
 
 /// Width of the virtual addresses that the host's kernel has, in bits: its own stage 1 has no more.
 const HOST_VA_BITS: u8 = 48;

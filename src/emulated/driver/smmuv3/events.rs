@@ -5,9 +5,9 @@
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
 use super::vsmmu::Vmaster;
-use crate::emulated::smmuv3::EventSink;
-use crate::iommufd::{FaultSink, HostFault, ObjectId, VEVENTQ_ARM_SMMUV3};
-use crate::spec::smmuv3::event::EventRecord;
+use crate::smmuv3::EventSink;
+use twostage::iommufd::{FaultSink, HostFault, ObjectId, VEVENTQ_ARM_SMMUV3};
+use twostage::spec::smmuv3::event::EventRecord;
 
 /// A stream, as its events see it.
 #[derive(Debug, Default)]

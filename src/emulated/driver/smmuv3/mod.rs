@@ -17,16 +17,16 @@ use super::tags::CacheTags;
 use super::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
 };
-use crate::emulated::device::{Requester, Slot};
-use crate::emulated::page_requests::{PageRequestSink, PageRequests};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::smmuv3::{SmmuV3Unit, StreamEntry};
-use crate::emulated::stage2::Stage2;
-use crate::iommufd::{
-    Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
-};
+use crate::device::{Requester, Slot};
+use crate::page_requests::{PageRequestSink, PageRequests};
+use crate::refusal::{refuse, Outcome};
+use crate::smmuv3::{SmmuV3Unit, StreamEntry};
+use crate::stage2::Stage2;
 use domains::{own_nested, own_paging, SmmuPaging, Stage};
 use events::Master;
+use twostage::iommufd::{
+    Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
+};
 use vsmmu::{Vmaster, Vsmmu};
 
 /// Where Linux puts the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device

@@ -5,18 +5,16 @@ use std::sync::{Arc, Mutex, Weak};
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
-use crate::emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig,
-};
-use crate::iommufd::{
+use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig};
+use twostage::iommufd::{
     iommu_hwpt_arm_smmuv3, iommu_viommu_arm_smmuv3_invalidate, Errno, FaultSink, HostFault,
     HostIommu, HwInfoData, HwptAlloc, HwptData, HwptFlags, InvalidateData, InvalidateError,
     MapTarget, ObjectId, Protection, UserMemory, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
 };
-use crate::spec::pci::{Bdf, Pasid};
-use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal};
-use crate::spec::smmuv3::event::{EventId, EventRecord};
-use crate::spec::smmuv3::StreamId;
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::smmuv3::command::{AddressRange, Command, SyncSignal};
+use twostage::spec::smmuv3::event::{EventId, EventRecord};
+use twostage::spec::smmuv3::StreamId;
 
 const PLAIN: DmaAttributes = DmaAttributes { pasid: None, privileged: false, execute: false };
 const PARENT: HwptFlags = HwptFlags::new().with_nest_parent(true);
@@ -36,7 +34,7 @@ const STAGE1: [u64; 2] = [1 | 5 << 1 | CONTEXT, 0];
 const BYPASS: [u64; 2] = [1 | 4 << 1, 0];
 const ABORT: [u64; 2] = [1, 0];
 
-type Outcome = crate::iommufd::Result<ObjectId>;
+type Outcome = twostage::iommufd::Result<ObjectId>;
 
 /// A host with two devices behind one SMMU, one behind another, and a guest's memory.
 struct Bench {
@@ -131,7 +129,7 @@ fn bench() -> Bench {
     Bench::new(SmmuV3UnitConfig::default())
 }
 
-fn errno<T: std::fmt::Debug>(result: crate::iommufd::Result<T>) -> Errno {
+fn errno<T: std::fmt::Debug>(result: twostage::iommufd::Result<T>) -> Errno {
     result.unwrap_err().errno
 }
 

@@ -5,18 +5,16 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::domains::SmmuNested;
-use crate::emulated::device::Requester;
-use crate::emulated::driver::user_data::{ARM_SMMUV3, ARM_SMMUV3_INVALIDATE};
-use crate::emulated::driver::{
-    NestedDomain, PagingDomain, Partial, UserArray, UserData, ViommuDriver,
-};
-use crate::emulated::events::ViommuEvents;
-use crate::emulated::hardware::CacheTag;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
-use crate::iommufd::{Errno, HwptFlags};
-use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
-use crate::spec::smmuv3::StreamId;
+use crate::device::Requester;
+use crate::driver::user_data::{ARM_SMMUV3, ARM_SMMUV3_INVALIDATE};
+use crate::driver::{NestedDomain, PagingDomain, Partial, UserArray, UserData, ViommuDriver};
+use crate::events::ViommuEvents;
+use crate::hardware::CacheTag;
+use crate::refusal::{refuse, Outcome};
+use crate::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
+use twostage::iommufd::{Errno, HwptFlags};
+use twostage::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
+use twostage::spec::smmuv3::StreamId;
 
 /// Commands that Linux issues at once (`CMDQ_BATCH_ENTRIES`, but for the CMD_SYNC).
 const BLOCK: usize = 63;

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 /// Where a requester's DMA goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

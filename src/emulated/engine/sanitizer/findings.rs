@@ -9,8 +9,8 @@ use super::super::{size, Scope, Source, Spaces};
 #[cfg(feature = "serde")]
 use super::contexts::as_text;
 use super::contexts::StaleContext;
-use crate::emulated::hardware::CacheRange;
-use crate::spec::pci::Bdf;
+use crate::hardware::CacheRange;
+use twostage::spec::pci::Bdf;
 
 /// Pages, and requesters, that are kept; uses of stale translations of others are counted only.
 const MAX_PAGES: usize = 64;

@@ -27,23 +27,23 @@ use super::{
     size, Caches, Gone, HostStage2, LocalCounters, Origins, Request, Scope, Source, TableFormat,
     Target, Trail,
 };
-use crate::emulated::hardware::CacheRange;
-use crate::spec::pci::Bdf;
+use crate::hardware::CacheRange;
 pub use contexts::{ContextInvalidation, ContextTables, DmaWay, StaleContext};
 use findings::{Findings, UNIT_SHIFT};
 pub use findings::{InvalidatedPages, SanitizerReport, StaleUse, TlbInvalidation};
 use tables::{read_tables, End};
+use twostage::spec::pci::Bdf;
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
-pub(in crate::emulated) struct Sanitizer {
+pub(crate) struct Sanitizer {
     origins: Arc<Origins>,
     findings: Mutex<Findings>,
 }
 
 /// The tables that a request went through.
 #[derive(Debug)]
-pub(in crate::emulated) struct Used<'a, F> {
+pub(crate) struct Used<'a, F> {
     pub tables: &'a F,
     pub host: &'a HostStage2,
     /// Whose the cached translations are; requests may be served by those of another one, too, such as

@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::fake::{memory, Bench, PLAIN};
-use crate::emulated::{
+use crate::{
     Access, AccessError, AccessUnmap, DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit,
     VtdUnitConfig,
 };
-use crate::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
-use crate::spec::pci::Bdf;
+use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
+use twostage::spec::pci::Bdf;
 
 /// A mediated device: it pins what its driver tells it to, and lets go when asked.
 #[derive(Debug, Default)]

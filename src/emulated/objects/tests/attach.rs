@@ -2,8 +2,8 @@
 //! Rules of binding, attaching, replacing and detaching.
 
 use super::fake::{Bench, Failure, Told, PARENT, PASID, PLAIN, RID_A};
-use crate::emulated::ObjectKind;
-use crate::iommufd::{Errno, HostIommu, ObjectId};
+use crate::ObjectKind;
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 #[test]
 fn one_device_binds_to_one_iommufd() {
@@ -51,7 +51,7 @@ fn attaching_to_an_ioas_never_picks_a_manual_hwpt() {
 
 #[test]
 fn an_automatic_hwpt_of_another_kind_of_iommu_is_not_reused() {
-    use crate::spec::vtd::regs::{Cap, Ecap};
+    use twostage::spec::vtd::regs::{Cap, Ecap};
     let legacy = super::fake::Fake::new(Cap::new().with_mgaw(38).with_sagaw(0b0010), Ecap::new());
     let bench = Bench::of(super::fake::Fake::able(), legacy);
     let (a, far, ioas) = (bench.bind("a"), bench.bind("far"), bench.ioas());
@@ -123,13 +123,13 @@ fn a_replacement_that_is_refused_changes_nothing() {
     let bench = Bench::new();
     let (a, ioas, other) = (bench.bind("a"), bench.ioas(), bench.ioas());
     let parent = bench.paging(a, ioas, PARENT).unwrap();
-    let odd = crate::iommufd::HwptData::VtdS1(crate::iommufd::iommu_hwpt_vtd_s1 {
+    let odd = twostage::iommufd::HwptData::VtdS1(twostage::iommufd::iommu_hwpt_vtd_s1 {
         addr_width: 13,
         ..Default::default()
     });
     let nested = bench
         .host
-        .hwpt_alloc(&crate::iommufd::HwptAlloc {
+        .hwpt_alloc(&twostage::iommufd::HwptAlloc {
             flags: PLAIN,
             dev: a,
             pt: parent,

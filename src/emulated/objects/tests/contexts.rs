@@ -9,11 +9,9 @@ use std::thread;
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::fake::memory;
-use crate::emulated::{
-    DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit, VtdUnitConfig,
-};
-use crate::iommufd::{HostIommu, MapTarget, Protection};
-use crate::spec::pci::Bdf;
+use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, Machine, VtdUnit, VtdUnitConfig};
+use twostage::iommufd::{HostIommu, MapTarget, Protection};
+use twostage::spec::pci::Bdf;
 
 const IOVA: u64 = 0x10000;
 const ROUNDS: u64 = 100;

@@ -8,12 +8,12 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::fake::{memory, s1, Bench, Failure, Told, PARENT, PLAIN};
-use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
-use crate::iommufd::{
+use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
+use twostage::iommufd::{
     DirtyRange, Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection,
     UserMemory,
 };
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 const DIRTY: HwptFlags = HwptFlags::new().with_dirty_tracking(true);
 const RW: Protection = Protection::READ_WRITE;

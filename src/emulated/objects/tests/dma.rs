@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::fake::{memory, Failure};
-use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
-use crate::iommufd::{
+use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, FaultSink, HostFault, HostIommu,
     HwptAlloc, HwptData, HwptFlags, InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
 };
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 const RW: Protection = Protection::READ_WRITE;
 const PASID: DmaAttributes = DmaAttributes { pasid: Some(5), privileged: false, execute: false };

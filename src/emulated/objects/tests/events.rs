@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::fake::{s1, Bench, Failure, PARENT, PLAIN};
 use super::viommus::KIND;
-use crate::iommufd::{
+use twostage::iommufd::{
     Errno, FaultQueue, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId, PageRequest,
     PageRequestFlags, PageRequestPermissions, PageResponseCode, Result, Vevent, ViommuKind,
 };

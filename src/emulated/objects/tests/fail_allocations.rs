@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::fake::{memory, s1, Bench, PARENT, PASID, PLAIN};
 use super::viommus::KIND;
-use crate::emulated::fault_injection::{fail_nth, set_fail_nth};
-use crate::emulated::objects::{HwQueueArguments, Object, Objects};
-use crate::emulated::{Access, AccessError, AccessUnmap};
-use crate::iommufd::{
+use crate::fault_injection::{fail_nth, set_fail_nth};
+use crate::objects::{HwQueueArguments, Object, Objects};
+use crate::{Access, AccessError, AccessUnmap};
+use twostage::iommufd::{
     DirtyRange, Errno, HostError, HostIommu, HwptAlloc, HwptData, HwptFlags, InvalidateData,
     MapTarget, ObjectId, Protection, Result, Verb, ViommuKind,
 };

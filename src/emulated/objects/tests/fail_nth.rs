@@ -4,7 +4,7 @@
 
 use super::fake::{memory, s1, Bench, PARENT, PASID};
 use super::viommus::KIND;
-use crate::iommufd::{
+use twostage::iommufd::{
     Errno, FailNth, HostIommu, HwptAlloc, HwptData, InvalidateData, MapTarget, ObjectId,
     Protection, Result, ViommuKind,
 };

@@ -6,17 +6,17 @@ use std::sync::{Arc, Mutex, Weak};
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::viommus::WithViommus;
-use crate::emulated::driver::VtdDriver;
-use crate::emulated::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
-use crate::emulated::stage2::Stage2;
-use crate::emulated::{DeviceConfig, EmulatedHost, Machine, UnitId};
-use crate::iommufd::{
+use crate::driver::VtdDriver;
+use crate::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use crate::stage2::Stage2;
+use crate::{DeviceConfig, EmulatedHost, Machine, UnitId};
+use twostage::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Errno, Extensions, FaultSink, HostIommu, HwptAlloc,
     HwptData, HwptFlags, MapTarget, ObjectId, PageRequest, PageResponseCode, Protection,
     UserMemory,
 };
-use crate::spec::pci::Bdf;
-use crate::spec::vtd::regs::{Cap, Ecap};
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::regs::{Cap, Ecap};
 
 /// What the hardware was told.
 #[derive(Debug, Clone, PartialEq)]
@@ -204,7 +204,7 @@ impl Bench {
     }
 
     /// Maps fresh memory at `iova`.
-    pub fn map(&self, ioas: ObjectId, iova: u64, length: u64) -> crate::iommufd::Result<u64> {
+    pub fn map(&self, ioas: ObjectId, iova: u64, length: u64) -> twostage::iommufd::Result<u64> {
         let target = MapTarget::Fixed(iova);
         self.host.ioas_map(ioas, &memory(length), target, Protection::READ_WRITE)
     }
@@ -223,7 +223,7 @@ impl Bench {
     }
 }
 
-type Outcome = crate::iommufd::Result<ObjectId>;
+type Outcome = twostage::iommufd::Result<ObjectId>;
 
 pub fn s1(pgtbl_addr: u64) -> iommu_hwpt_vtd_s1 {
     iommu_hwpt_vtd_s1 { pgtbl_addr, addr_width: 48, ..Default::default() }
@@ -240,7 +240,7 @@ pub trait Failure {
     fn errno(self) -> Errno;
 }
 
-impl<T: std::fmt::Debug> Failure for crate::iommufd::Result<T> {
+impl<T: std::fmt::Debug> Failure for twostage::iommufd::Result<T> {
     fn errno(self) -> Errno {
         self.unwrap_err().errno
     }

@@ -2,11 +2,11 @@
 //! Rules of IOMMU groups, and of several iommufds on one machine.
 
 use super::fake::{Bench, Failure, Told, PARENT, PASID, PLAIN, RID_A, RID_B};
-use crate::emulated::machine::MachineError;
-use crate::emulated::objects::device::Change;
-use crate::emulated::DeviceConfig;
-use crate::iommufd::{Errno, HostIommu, ObjectId};
-use crate::spec::pci::Bdf;
+use crate::machine::MachineError;
+use crate::objects::device::Change;
+use crate::DeviceConfig;
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
+use twostage::spec::pci::Bdf;
 
 #[test]
 fn a_device_is_bound_to_one_iommufd_at_a_time() {

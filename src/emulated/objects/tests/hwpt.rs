@@ -2,12 +2,12 @@
 //! Rules of `HWPT_ALLOC` and `GET_HW_INFO`.
 
 use super::fake::{s1, Bench, Failure, Fake, PARENT, PASID, PLAIN};
-use crate::emulated::ObjectKind;
-use crate::iommufd::{
+use crate::ObjectKind;
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1, Errno, HostIommu, HwInfoData, HwptAlloc, HwptData, HwptFlags,
     HwptVtdSecondStage, MapTarget, ObjectId, Protection,
 };
-use crate::spec::vtd::regs::{Cap, Ecap};
+use twostage::spec::vtd::regs::{Cap, Ecap};
 
 const DIRTY: HwptFlags = HwptFlags::new().with_dirty_tracking(true);
 const FAULT: HwptFlags = HwptFlags::new().with_fault_id_valid(true);

@@ -2,8 +2,8 @@
 //! Rules of `HWPT_INVALIDATE`.
 
 use super::fake::{Bench, Told, PARENT, PASID, PLAIN};
-use crate::emulated::hardware::CacheRange;
-use crate::iommufd::{
+use crate::hardware::CacheRange;
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1_invalidate, Errno, HostIommu, InvalidateData, InvalidateError, ObjectId,
 };
 

@@ -2,9 +2,9 @@
 //! Rules of an IOAS: mappings, reservations, pages.
 
 use super::fake::{memory, Bench, Failure, Told, PARENT, PLAIN};
-use crate::emulated::DeviceConfig;
-use crate::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
-use crate::spec::pci::Bdf;
+use crate::DeviceConfig;
+use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
+use twostage::spec::pci::Bdf;
 
 const WRITE_ONLY: Protection = Protection { read: false, write: true };
 const NOTHING: Protection = Protection { read: false, write: false };

@@ -4,7 +4,7 @@
 use std::sync::Weak;
 
 use super::fake::{Bench, Failure, Fake, Told, PARENT, PASID, PLAIN, RID_A};
-use crate::iommufd::{Errno, FaultSink, HostFault, HostIommu, ObjectId, ViommuKind};
+use twostage::iommufd::{Errno, FaultSink, HostFault, HostIommu, ObjectId, ViommuKind};
 
 const KIND: ViommuKind = ViommuKind::ArmSmmuV3;
 

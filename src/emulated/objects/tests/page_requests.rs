@@ -7,19 +7,19 @@ use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
-use crate::emulated::{
+use crate::{
     DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost, EmulatedUnit,
     MachineError, SmmuV3Unit, SmmuV3UnitConfig, UnitId, VtdUnit, VtdUnitConfig,
 };
-use crate::iommufd::{
+use twostage::iommufd::{
     iommu_hwpt_arm_smmuv3, iommu_hwpt_vtd_s1, Errno, FaultQueue, FaultSink, HostFault, HostIommu,
     HwInfoData, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, PageRequest, PageRequestFlags,
     PageRequestGroup, PageRequestPermissions, PageResponseCode, Protection, Readiness, UserMemory,
     ViommuKind,
 };
-use crate::spec::pci::Bdf;
-use crate::spec::smmuv3::regs::Idr0;
-use crate::spec::vtd::regs::Ecap;
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::regs::Idr0;
+use twostage::spec::vtd::regs::Ecap;
 
 const PLAIN: DmaAttributes = DmaAttributes { pasid: None, privileged: false, execute: false };
 const FAULT: HwptFlags = HwptFlags::new().with_fault_id_valid(true);

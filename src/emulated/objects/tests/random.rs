@@ -7,9 +7,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::fake::{memory, Bench, Told};
-use crate::emulated::ioas::{Pages, PAGE_SIZE};
-use crate::emulated::objects::{Object, Objects};
-use crate::iommufd::{
+use crate::ioas::{Pages, PAGE_SIZE};
+use crate::objects::{Object, Objects};
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags, InvalidateData,
     MapTarget, ObjectId, Protection, ViommuKind,
 };
@@ -102,7 +102,7 @@ fn make(bench: &Bench, call: &Call) -> bool {
         Call::Unmap(ioas, iova, length) => host.ioas_unmap(ioas, iova, length).is_ok(),
         Call::Paging(dev, pt, flags) => alloc(dev, pt, HwptFlags::from_bits(flags), HwptData::None),
         Call::Nested(dev, pt, pasid, addr_width) => {
-            let tables = crate::iommufd::iommu_hwpt_vtd_s1 { addr_width, ..Default::default() };
+            let tables = twostage::iommufd::iommu_hwpt_vtd_s1 { addr_width, ..Default::default() };
             alloc(dev, pt, HwptFlags::new().with_pasid(pasid), HwptData::VtdS1(tables))
         }
         Call::Viommu(dev, hwpt) => host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, hwpt).is_ok(),
@@ -203,6 +203,48 @@ fn check_mappings(objects: &Objects) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// Makes `calls`, and looks after each.
+fn check_calls(calls: &[Call]) -> Result<(), TestCaseError> {
+    let bench = Bench::with_viommus();
+    // A start without which most sequences would only be refused.
+    for call in [
+        Call::Bind(0),
+        Call::Bind(1),
+        Call::IoasAlloc,
+        Call::Paging(ObjectId(1), ObjectId(3), 0b1001),
+        Call::Nested(ObjectId(1), ObjectId(4), true, 48),
+    ] {
+        prop_assert!(make(&bench, &call));
+    }
+    let mut installed = Installed::default();
+    bench.fake.told();
+    for call in calls {
+        let before = bench.host.graph();
+        let done = make(&bench, call);
+        let told = [bench.fake.told(), bench.other.told()];
+        // An unmap that stops at a mapping it would cut has unmapped those below.
+        if !done && !matches!(call, Call::Unmap(..)) {
+            prop_assert_eq!(bench.host.graph(), before, "a call that fails changes nothing");
+            prop_assert!(told.iter().all(Vec::is_empty), "{:?}: {:?}", call, told);
+        }
+        for (unit, told) in told.iter().enumerate() {
+            installed.follow(unit, told);
+        }
+        check(&bench.host.objects(), &installed)?;
+    }
+    bench.host.close();
+    prop_assert_eq!(bench.host.live_objects(), 0);
+    prop_assert_eq!(bench.host.pinned_bytes(), 0);
+    Ok(())
+}
+
+/// An IOAS in the place of a device.
+#[test]
+fn an_attachment_to_what_is_none() {
+    let attach = Call::Attach(ObjectId(1), None, ObjectId(3));
+    check_calls(&[Call::IoasAlloc, Call::IoasAlloc, Call::IoasAlloc, attach]).unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
@@ -210,35 +252,6 @@ proptest! {
     fn random_verbs_leave_the_objects_consistent(
         calls in prop::collection::vec(call(), 1..80),
     ) {
-        let bench = Bench::with_viommus();
-        // A start without which most sequences would only be refused.
-        for call in [
-            Call::Bind(0),
-            Call::Bind(1),
-            Call::IoasAlloc,
-            Call::Paging(ObjectId(1), ObjectId(3), 0b1001),
-            Call::Nested(ObjectId(1), ObjectId(4), true, 48),
-        ] {
-            prop_assert!(make(&bench, &call));
-        }
-        let mut installed = Installed::default();
-        bench.fake.told();
-        for call in calls {
-            let before = bench.host.graph();
-            let done = make(&bench, &call);
-            let told = [bench.fake.told(), bench.other.told()];
-            // An unmap that stops at a mapping it would cut has unmapped those below.
-            if !done && !matches!(call, Call::Unmap(..)) {
-                prop_assert_eq!(bench.host.graph(), before, "a call that fails changes nothing");
-                prop_assert!(told.iter().all(Vec::is_empty), "{:?}: {:?}", call, told);
-            }
-            for (unit, told) in told.iter().enumerate() {
-                installed.follow(unit, told);
-            }
-            check(&bench.host.objects(), &installed)?;
-        }
-        bench.host.close();
-        prop_assert_eq!(bench.host.live_objects(), 0);
-        prop_assert_eq!(bench.host.pinned_bytes(), 0);
+        check_calls(&calls)?;
     }
 }

@@ -7,14 +7,14 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::fake::Fake;
-use crate::emulated::device::{Requester, Slot};
-use crate::emulated::driver::{
+use crate::device::{Requester, Slot};
+use crate::driver::{
     Domain, Driver, DriverInfo, HwQueueRequest, NestedDomain, PagingDomain, Partial, UserArray,
     UserData, ViommuDriver, ViommuRequest, VtdDriver,
 };
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::stage2::Stage2;
-use crate::iommufd::{
+use crate::refusal::{refuse, Outcome};
+use crate::stage2::Stage2;
+use twostage::iommufd::{
     Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
 };
 

@@ -2,7 +2,7 @@
 //! Mock devices: how they come, where they are attached, how they end.
 
 use super::*;
-use crate::iommufd::HwInfoData;
+use twostage::iommufd::HwInfoData;
 
 #[test]
 fn a_device_is_two_objects_and_ends_with_the_first() {

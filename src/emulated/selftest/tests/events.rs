@@ -2,8 +2,8 @@
 //! Page requests, and what belongs to a vIOMMU: events, queues, pages.
 
 use super::*;
-use crate::emulated::MmapRequest;
-use crate::iommufd::{PageResponseCode, Vevent};
+use crate::MmapRequest;
+use twostage::iommufd::{PageResponseCode, Vevent};
 
 const HW_QUEUE_ALLOC: u32 = 0x3b94;
 

@@ -2,7 +2,7 @@
 //! What is mapped, and what is pinned.
 
 use super::*;
-use crate::iommufd::DirtyRange;
+use twostage::iommufd::DirtyRange;
 
 const START: u64 = abi::MOCK_APERTURE_START;
 

@@ -13,9 +13,9 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::abi::{self, op};
-use crate::emulated::uapi::{Process, RegionSpace, TestFile, UserFault, UserSpace};
-use crate::emulated::{DmaBuf, EmulatedHost};
-use crate::iommufd::{
+use crate::uapi::{Process, RegionSpace, TestFile, UserFault, UserSpace};
+use crate::{DmaBuf, EmulatedHost};
+use twostage::iommufd::{
     Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection, UserMemory,
 };
 

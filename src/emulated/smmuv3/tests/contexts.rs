@@ -2,7 +2,7 @@
 //! Context descriptors: where they are, which one a request has, and how long it stays cached.
 
 use super::*;
-use crate::spec::smmuv3::context::L1_DESCRIPTOR_SIZE;
+use twostage::spec::smmuv3::context::L1_DESCRIPTOR_SIZE;
 
 const IOVA: u64 = 0x1234_5000;
 

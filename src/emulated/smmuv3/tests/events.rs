@@ -2,7 +2,7 @@
 //! Event records of terminated transactions.
 
 use super::*;
-use crate::spec::smmuv3::{StreamId, SubstreamId};
+use twostage::spec::smmuv3::{StreamId, SubstreamId};
 
 const IOVA: u64 = 0x1234_5678;
 

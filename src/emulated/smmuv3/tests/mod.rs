@@ -15,15 +15,15 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::emulated::engine::testing::{self, *};
-use crate::emulated::hardware::CacheTag;
-use crate::emulated::{DmaAttributes, DmaError, DmaPort};
-use crate::iommufd::Protection;
-use crate::spec::smmuv3::command::AddressRange;
-use crate::spec::smmuv3::context::{Cd, Cd0, Cd1, Cd2, L1ContextDescriptor, CD_SIZE};
-use crate::spec::smmuv3::event::EventId;
-use crate::spec::smmuv3::stream_table::{S1Format, Ste0, Ste1, StreamConfig};
-use crate::spec::smmuv3::translation::{Descriptor, Granule, LAST_LEVEL};
+use crate::engine::testing::{self, *};
+use crate::hardware::CacheTag;
+use crate::{DmaAttributes, DmaError, DmaPort};
+use twostage::iommufd::Protection;
+use twostage::spec::smmuv3::command::AddressRange;
+use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1, Cd2, L1ContextDescriptor, CD_SIZE};
+use twostage::spec::smmuv3::event::EventId;
+use twostage::spec::smmuv3::stream_table::{S1Format, Ste0, Ste1, StreamConfig};
+use twostage::spec::smmuv3::translation::{Descriptor, Granule, LAST_LEVEL};
 
 /// StreamID of the machine's device.
 pub const SID: u16 = 0x0018;
@@ -164,7 +164,7 @@ impl Tables<'_> {
             table = Descriptor::from_bits(machine.peek(entry)).with_table(true).address(
                 granule,
                 above,
-                crate::spec::smmuv3::translation::DescriptorKind::Table,
+                twostage::spec::smmuv3::translation::DescriptorKind::Table,
             );
         }
         table + granule.index(iova, level, input_bits) * 8

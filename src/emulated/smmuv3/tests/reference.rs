@@ -5,7 +5,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::emulated::DmaAccess;
+use crate::DmaAccess;
 
 /// What a request wants.
 #[derive(Debug, Clone, Copy)]

@@ -2,10 +2,10 @@
 //! What the sanitizer reports, and what it does not.
 
 use super::*;
-use crate::emulated::{
+use crate::{
     ContextInvalidation, DmaWay, InvalidatedPages, StaleContext, StaleUse, TlbInvalidation,
 };
-use crate::spec::pci::Bdf;
+use twostage::spec::pci::Bdf;
 
 const IOVA: u64 = 0x12_3440_0000;
 const OLD: u64 = HIGH;

@@ -9,9 +9,9 @@ use iommufd_bindings::*;
 
 use super::super::{request_of, OPERATIONS};
 use super::{flat, id, Field, Process, D, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::{Bench, PARENT};
-use crate::emulated::objects::tests::viommus::KIND;
-use crate::iommufd::{Errno, HostIommu, ObjectId, ViommuKind};
+use crate::objects::tests::fake::{Bench, PARENT};
+use crate::objects::tests::viommus::KIND;
+use twostage::iommufd::{Errno, HostIommu, ObjectId, ViommuKind};
 
 /// Descriptor of a file.
 const FILE: i32 = 5;

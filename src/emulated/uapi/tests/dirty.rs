@@ -4,10 +4,10 @@
 use iommufd_bindings::*;
 
 use super::{id, Process, D, MEMORY, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::{Bench, Fake, PLAIN};
-use crate::emulated::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
-use crate::iommufd::{Errno, HostIommu, HwptFlags, ObjectId};
-use crate::spec::pci::Bdf;
+use crate::objects::tests::fake::{Bench, Fake, PLAIN};
+use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
+use twostage::iommufd::{Errno, HostIommu, HwptFlags, ObjectId};
+use twostage::spec::pci::Bdf;
 
 const DIRTY: HwptFlags = HwptFlags::new().with_dirty_tracking(true);
 const NONE: ObjectId = ObjectId(99);

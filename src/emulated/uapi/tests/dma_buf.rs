@@ -5,10 +5,10 @@ use iommufd_bindings::*;
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::{id, u64_at, Process, D, Q};
-use crate::emulated::objects::tests::fake::{memory, Bench, Fake};
-use crate::emulated::{DeviceConfig, DmaAttributes, DmaBuf, EmulatedHost, VtdUnit, VtdUnitConfig};
-use crate::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection};
-use crate::spec::pci::Bdf;
+use crate::objects::tests::fake::{memory, Bench, Fake};
+use crate::{DeviceConfig, DmaAttributes, DmaBuf, EmulatedHost, VtdUnit, VtdUnitConfig};
+use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection};
+use twostage::spec::pci::Bdf;
 
 const SIZE: u64 = 0x4000;
 const FD: u32 = 5;

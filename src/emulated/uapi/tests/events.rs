@@ -4,9 +4,9 @@
 use iommufd_bindings::*;
 
 use super::{id, u32_at, Process, D, NOWHERE};
-use crate::emulated::objects::tests::fake::{Bench, PARENT};
-use crate::emulated::objects::tests::viommus::KIND;
-use crate::iommufd::{
+use crate::objects::tests::fake::{Bench, PARENT};
+use crate::objects::tests::viommus::KIND;
+use twostage::iommufd::{
     Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId, PageRequest, PageRequestFlags,
     PageRequestPermissions, ViommuKind,
 };

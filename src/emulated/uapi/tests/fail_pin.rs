@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
-use crate::emulated::ioas::Source;
-use crate::emulated::objects::tests::fake::{Bench, PLAIN};
-use crate::emulated::objects::MapRequest;
-use crate::emulated::uapi::{RegionSpace, UserFault, UserSpace};
-use crate::emulated::{Access, AccessUnmap};
-use crate::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
+use crate::ioas::Source;
+use crate::objects::tests::fake::{Bench, PLAIN};
+use crate::objects::MapRequest;
+use crate::uapi::{RegionSpace, UserFault, UserSpace};
+use crate::{Access, AccessUnmap};
+use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
 
 const PAGE: u64 = 0x1000;
 const RW: Protection = Protection::READ_WRITE;

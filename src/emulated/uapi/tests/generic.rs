@@ -5,7 +5,7 @@ use iommufd_bindings::*;
 
 use super::super::{request_of, OPERATIONS};
 use super::{flat, u32_at, Process, D, Q};
-use crate::iommufd::Errno;
+use twostage::iommufd::Errno;
 
 #[test]
 fn sizes_are_those_of_linux() {

@@ -4,8 +4,8 @@
 use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Field, Process, D, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::{Told, PARENT, PLAIN};
-use crate::iommufd::{Errno, HostIommu, ObjectId};
+use crate::objects::tests::fake::{Told, PARENT, PLAIN};
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const NOBODY: ObjectId = ObjectId(99);
 const FAULT_ID_VALID: u32 = 4;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Process, D, MEMORY, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::PLAIN;
-use crate::emulated::user_space::Credentials;
-use crate::iommufd::{Errno, HostIommu, ObjectId};
+use crate::objects::tests::fake::PLAIN;
+use crate::user_space::Credentials;
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const FIXED_RW: u32 = 7;
 const RW: u32 = 6;

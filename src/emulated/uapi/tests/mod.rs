@@ -19,10 +19,10 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
-use crate::emulated::objects::tests::fake::Bench;
-use crate::emulated::DmaBuf;
-use crate::emulated::EventFile;
-use crate::iommufd::{Errno, ObjectId, UserMemory};
+use crate::objects::tests::fake::Bench;
+use crate::DmaBuf;
+use crate::EventFile;
+use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 /// A field of an argument.
 #[derive(Debug, Clone, Copy)]

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use super::{flat, u32_at, Field, Process as Program, D, Q};
-use crate::emulated::objects::tests::fake::PASID;
-use crate::emulated::uapi::{DeviceFile, Process, UserFault, UserSpace};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, HostIommu, ObjectId, UserMemory};
+use crate::objects::tests::fake::PASID;
+use crate::uapi::{DeviceFile, Process, UserFault, UserSpace};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, HostIommu, ObjectId, UserMemory};
 
 const BIND: u32 = 0x3b76;
 const ATTACH: u32 = 0x3b77;

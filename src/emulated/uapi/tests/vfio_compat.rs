@@ -5,8 +5,8 @@ use iommufd_bindings::*;
 
 use super::super::vfio_request;
 use super::{flat, id, u32_at, Field, Process, D, MEMORY, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::{PARENT, PLAIN};
-use crate::iommufd::{Errno, HostIommu, ObjectId};
+use crate::objects::tests::fake::{PARENT, PLAIN};
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const CHECK_EXTENSION: u32 = vfio_request(1);
 const SET_IOMMU: u32 = vfio_request(2);

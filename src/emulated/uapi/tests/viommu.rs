@@ -6,10 +6,10 @@ use std::os::unix::fs::FileExt;
 use iommufd_bindings::*;
 
 use super::{id, u32_at, Process, D, NOWHERE, Q};
-use crate::emulated::objects::tests::fake::{Bench, Fake, PARENT};
-use crate::emulated::objects::tests::viommus::{FORBIDDEN_ID, KIND};
-use crate::emulated::{MappedPages, MmapRequest};
-use crate::iommufd::{Errno, HostIommu, ObjectId};
+use crate::objects::tests::fake::{Bench, Fake, PARENT};
+use crate::objects::tests::viommus::{FORBIDDEN_ID, KIND};
+use crate::{MappedPages, MmapRequest};
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const NOBODY: ObjectId = ObjectId(99);
 

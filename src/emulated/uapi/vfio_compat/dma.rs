@@ -6,11 +6,11 @@ use std::mem::size_of;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::super::UserSpace;
-use crate::emulated::ioas::Source;
-use crate::emulated::objects::{MapRequest, Unmap};
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::{Errno, MapTarget, Protection};
+use crate::ioas::Source;
+use crate::objects::{MapRequest, Unmap};
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, MapTarget, Protection};
 
 /// `struct vfio_iommu_type1_dma_map`.
 #[repr(C)]

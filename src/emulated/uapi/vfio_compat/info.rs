@@ -7,9 +7,9 @@ use std::ops::{Range, RangeInclusive};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::super::UserSpace;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::Errno;
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::Errno;
 
 /// `struct vfio_iommu_type1_info`.
 #[repr(C)]

@@ -12,9 +12,9 @@ use iommufd_bindings::*;
 use super::argument::Argument;
 use super::vfio_request;
 use super::UserSpace;
-use crate::emulated::refusal::{refuse, Outcome};
-use crate::emulated::EmulatedHost;
-use crate::iommufd::Errno;
+use crate::refusal::{refuse, Outcome};
+use crate::EmulatedHost;
+use twostage::iommufd::Errno;
 
 const GET_API_VERSION: u32 = vfio_request(0);
 const CHECK_EXTENSION: u32 = vfio_request(1);

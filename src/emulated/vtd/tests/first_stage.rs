@@ -2,10 +2,10 @@
 //! The walk through first-stage tables nested on stage 2.
 
 use super::*;
-use crate::emulated::engine::{Caches, RequestKind, Walk};
-use crate::emulated::vtd::context::{Context, Tables};
-use crate::emulated::vtd::first_stage::FirstStage;
-use crate::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
+use crate::engine::{Caches, RequestKind, Walk};
+use crate::vtd::context::{Context, Tables};
+use crate::vtd::first_stage::FirstStage;
+use twostage::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
 fn machine() -> Machine {
     Machine::new(VtdUnitConfig {

@@ -15,14 +15,14 @@ use std::sync::{Arc, Weak};
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::*;
-use crate::emulated::engine::testing::{self, *};
-use crate::emulated::hardware::UserTables;
-use crate::emulated::stage2::Mapping;
-use crate::emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort};
-use crate::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, Protection, UserMemory};
-use crate::spec::pci::Bdf;
-use crate::spec::vtd::fault::FaultReason;
-use crate::spec::vtd::first_stage::{index, page_size, FirstStageEntry};
+use crate::engine::testing::{self, *};
+use crate::hardware::UserTables;
+use crate::stage2::Mapping;
+use crate::{DmaAccess, DmaAttributes, DmaError, DmaPort};
+use twostage::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, Protection, UserMemory};
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::fault::FaultReason;
+use twostage::spec::vtd::first_stage::{index, page_size, FirstStageEntry};
 
 /// Requester id of the machine's device.
 pub const RID: u16 = 0x0018;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
+use twostage::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
 /// GPAs of tables; the first is the top table. The last is one that stage 2 lets nobody write.
 const TABLES: [u64; 8] = [

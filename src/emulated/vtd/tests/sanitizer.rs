@@ -2,7 +2,7 @@
 //! What the sanitizer reports, and what it does not.
 
 use super::*;
-use crate::emulated::{InvalidatedPages, StaleUse, TlbInvalidation};
+use crate::{InvalidatedPages, StaleUse, TlbInvalidation};
 
 const IOVA: u64 = 0x0000_1234_4020_0000;
 const OLD: u64 = HIGH;

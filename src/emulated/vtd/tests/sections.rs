@@ -7,7 +7,7 @@ use std::thread;
 use vm_memory::{Bytes, GuestMemoryMmap, IommuMemory, Permissions};
 
 use super::*;
-use crate::emulated::PortIommu;
+use crate::PortIommu;
 
 const IOVA: u64 = 0x0000_1234_4020_0000;
 const OLD: u64 = HIGH;

@@ -9,18 +9,18 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::interrupts::Lines;
 use super::layout::{CLOCK_ADDRESS, CLOCK_SIZE, DEBUG_EXIT_ADDRESS, SERIAL_ADDRESS};
-use crate::vmm::arch::pl031::Pl031;
-use crate::vmm::bus::Bus;
-use crate::vmm::debug_exit::{self, DebugExit};
-use crate::vmm::pci::PciBus;
-use crate::vmm::serial::{SerialPort, REGISTERS};
-use crate::vmm::stop::{ResetCause, StopReason, Stopper};
-use crate::vmm::Result;
+use crate::arch::pl031::Pl031;
+use crate::bus::Bus;
+use crate::debug_exit::{self, DebugExit};
+use crate::pci::PciBus;
+use crate::serial::{SerialPort, REGISTERS};
+use crate::stop::{ResetCause, StopReason, Stopper};
+use crate::Result;
 
 /// What of it exits lead to, but for memory: the processors' firmware interface, as far as KVM leaves
 /// it to others.
 #[derive(Debug, Default)]
-pub(in crate::vmm) struct Board;
+pub(crate) struct Board;
 
 impl Board {
     /// The devices, on `mmio`: `serial`, a clock and the debug exit, which leads to `stopper`. All ways to PCI

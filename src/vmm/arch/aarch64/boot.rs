@@ -5,10 +5,10 @@
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::RAM_START;
-use crate::vmm::arch::arm64_image::Header;
-pub use crate::vmm::arch::arm64_image::ImageError;
-use crate::vmm::boot::{BootInfo, Module};
-use crate::vmm::memory::MachineMemory;
+use crate::arch::arm64_image::Header;
+pub use crate::arch::arm64_image::ImageError;
+use crate::boot::{BootInfo, Module};
+use crate::memory::MachineMemory;
 
 /// Where the device tree goes: at the start of RAM, and a kernel may map 2 MiB of it.
 pub const DEVICE_TREE_START: u64 = RAM_START;
@@ -37,7 +37,7 @@ pub struct StartState {
 }
 
 /// A kernel image whose header is sound.
-pub(in crate::vmm) struct Image<'a> {
+pub(crate) struct Image<'a> {
     bytes: &'a [u8],
     header: Header,
 }
@@ -101,8 +101,8 @@ impl<'a> Image<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::arch::arm64_image::testing::image;
-    use crate::vmm::boot::NamedModule;
+    use crate::arch::arm64_image::testing::image;
+    use crate::boot::NamedModule;
 
     #[test]
     fn a_kernel_lies_where_it_says_behind_the_device_tree() {

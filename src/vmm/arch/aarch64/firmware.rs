@@ -9,19 +9,19 @@ use vm_memory::{Bytes, GuestAddress};
 use super::boot::{StartState, DEVICE_TREE_SIZE};
 use super::layout::*;
 use super::IrqChip;
-use crate::vmm::arch::devicetree::{self, Assigned, Gic, Pci, Platform, Serial, Smmu, Span};
-use crate::vmm::config::{IommuConfig, MachineConfig};
-use crate::vmm::iommu::{interrupt_source, AssignedFunction};
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::topology::assigned_functions;
-use crate::vmm::vfio::message_window;
-use crate::vmm::{Error, Result};
+use crate::arch::devicetree::{self, Assigned, Gic, Pci, Platform, Serial, Smmu, Span};
+use crate::config::{IommuConfig, MachineConfig};
+use crate::iommu::{interrupt_source, AssignedFunction};
+use crate::memory::MachineMemory;
+use crate::topology::assigned_functions;
+use crate::vfio::message_window;
+use crate::{Error, Result};
 
 /// Tells the guest, whose kernel starts with `start`, of the machine that `config` describes.
 ///
 /// # Errors
 /// There is no room for it.
-pub(in crate::vmm) fn write(
+pub(crate) fn write(
     memory: &MachineMemory,
     config: &MachineConfig,
     _chip: IrqChip,

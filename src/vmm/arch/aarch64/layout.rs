@@ -6,7 +6,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::vmm::pci::IntxLine;
+use crate::pci::IntxLine;
 
 /// First address of RAM.
 pub const RAM_START: u64 = 0x4000_0000;

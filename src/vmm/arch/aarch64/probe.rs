@@ -8,8 +8,8 @@ use kvm_ioctls::Cap;
 use serde::Serialize;
 
 use super::{create_vm, IrqChip};
-use crate::vmm::machine::open_kvm;
-use crate::vmm::Result;
+use crate::machine::open_kvm;
+use crate::Result;
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]

@@ -12,11 +12,11 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::boot::StartState;
 use super::IrqChip;
-use crate::vmm::config::MachineConfig;
-use crate::vmm::exits::{ExitKind, Exits};
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::stop::StopReason;
-use crate::vmm::{Error, Result};
+use crate::config::MachineConfig;
+use crate::exits::{ExitKind, Exits};
+use crate::memory::MachineMemory;
+use crate::stop::StopReason;
+use crate::{Error, Result};
 
 /// Registers, as offsets in KVM's structure of them.
 const X0: usize = offset_of!(kvm_regs, regs) + offset_of!(user_pt_regs, regs);
@@ -28,7 +28,7 @@ const EL1H_MASKED: u64 = 0b1111 << 6 | 0b0101;
 
 /// The processors of a machine and their interrupt controllers.
 #[derive(Debug)]
-pub(in crate::vmm) struct Processors {
+pub(crate) struct Processors {
     pub chip: IrqChip,
     pub all: Vec<Processor>,
 }
@@ -49,7 +49,7 @@ impl Processors {
 
 /// One vCPU.
 #[derive(Debug)]
-pub(in crate::vmm) struct Processor {
+pub(crate) struct Processor {
     id: u8,
     fd: VcpuFd,
 }

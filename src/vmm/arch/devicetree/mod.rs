@@ -12,8 +12,8 @@ mod reserved;
 
 use vm_fdt::{Error, FdtWriter};
 
-use crate::spec::pci::Bdf;
-use crate::vmm::boot::Module;
+use crate::boot::Module;
+use twostage::spec::pci::Bdf;
 
 /// Cells of an address, and of a size, of 32 bits each.
 const ADDRESS_CELLS: u32 = 2;

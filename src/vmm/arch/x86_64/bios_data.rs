@@ -7,7 +7,7 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::vmm::memory::MachineMemory;
+use crate::memory::MachineMemory;
 
 /// The segment of the extended data area: a word.
 const EXTENDED_SEGMENT: u64 = 0x40e;

@@ -16,16 +16,16 @@ use super::timers::{
     Pit, PitTimer, PmTimer, Rtc, PIT_FIRST_PORT, PIT_LAST_PORT, PM_TIMER_PORT, PM_TIMER_SIZE,
     PORT_B, RTC_FIRST_PORT, RTC_LAST_PORT,
 };
-use crate::vmm::bus::{Bus, BusDevice};
-use crate::vmm::debug_exit::{self, DebugExit};
-use crate::vmm::pci::PciBus;
-use crate::vmm::serial::{SerialPort, REGISTERS};
-use crate::vmm::stop::Stopper;
-use crate::vmm::Result;
+use crate::bus::{Bus, BusDevice};
+use crate::debug_exit::{self, DebugExit};
+use crate::pci::PciBus;
+use crate::serial::{SerialPort, REGISTERS};
+use crate::stop::Stopper;
+use crate::Result;
 
 /// What of it exits lead to, but for memory.
 #[derive(Debug, Default)]
-pub(in crate::vmm) struct Board {
+pub(crate) struct Board {
     /// I/O ports.
     pub(super) ports: Bus,
     /// The IOAPIC, if it is not in the kernel.

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bitfield_struct::bitfield;
 
-use crate::spec::pci::Bdf;
-use crate::vmm::bus::BusDevice;
-use crate::vmm::pci::PciBus;
+use crate::bus::BusDevice;
+use crate::pci::PciBus;
+use twostage::spec::pci::Bdf;
 
 /// CONFIG_ADDRESS.
 #[bitfield(u32)]
@@ -82,7 +82,7 @@ impl BusDevice for ConfigPorts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::pci::HostBridge;
+    use crate::pci::HostBridge;
 
     #[test]
     fn the_address_port_chooses_what_the_data_port_shows() {

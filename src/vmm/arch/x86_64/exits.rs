@@ -4,7 +4,7 @@
 
 use kvm_ioctls::VcpuExit;
 
-use crate::vmm::exits::{ExitKind, Exits};
+use crate::exits::{ExitKind, Exits};
 
 /// What a vCPU thread does after an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +72,7 @@ mod tests {
         /// Counts up with each access, and remembers how wide it was.
         #[derive(Debug, Default)]
         struct Device(std::sync::Mutex<Vec<usize>>);
-        impl crate::vmm::bus::BusDevice for Device {
+        impl crate::bus::BusDevice for Device {
             fn read(&self, _: u64, data: &mut [u8]) {
                 let mut widths = self.0.lock().unwrap();
                 data.fill(widths.len() as u8);

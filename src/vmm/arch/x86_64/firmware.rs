@@ -7,17 +7,17 @@ use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;
 use super::layout::{IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
 use super::{bios_data, power, IrqChip};
-use crate::spec::pci::Bdf;
-use crate::vmm::config::MachineConfig;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::topology::bdf_of;
-use crate::vmm::{Error, Result};
+use crate::config::MachineConfig;
+use crate::memory::MachineMemory;
+use crate::topology::bdf_of;
+use crate::{Error, Result};
+use twostage::spec::pci::Bdf;
 
 /// Tells the guest, whose kernel starts with `_start`, of the machine that `config` describes.
 ///
 /// # Errors
 /// There is no room for it.
-pub(in crate::vmm) fn write(
+pub(crate) fn write(
     memory: &MachineMemory,
     config: &MachineConfig,
     chip: IrqChip,

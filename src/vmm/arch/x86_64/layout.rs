@@ -3,9 +3,9 @@
 
 use std::ops::RangeInclusive;
 
-use crate::spec::pci::Bdf;
-use crate::spec::vtd::interrupt::INTERRUPT_RANGE;
-use crate::vmm::pci::IntxLine;
+use crate::pci::IntxLine;
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// First address of RAM.
 pub const RAM_START: u64 = 0;
@@ -92,7 +92,7 @@ pub const fn iommu_interrupts(_number: usize) -> Option<[u32; 3]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::memory::occupant;
+    use crate::memory::occupant;
 
     #[test]
     fn ram_leaves_the_hole_below_4_gib_free() {

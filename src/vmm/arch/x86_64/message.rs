@@ -3,14 +3,14 @@
 
 use serde_json::{json, Value};
 
-use crate::spec::vtd::interrupt::{
+use twostage::spec::vtd::interrupt::{
     CompatibilityAddress, MessageData, RemappableAddress, RemappableData,
 };
-use crate::viommu::MsiMessage;
+use twostage::viommu::MsiMessage;
 
 /// `message` as it was written, and what that means: in remappable format an entry of the table; else
 /// a vector and a destination, of 32 bits if it has been remapped.
-pub(in crate::vmm) fn decoded(message: MsiMessage) -> Value {
+pub(crate) fn decoded(message: MsiMessage) -> Value {
     let MsiMessage { address, data } = message;
     let mut value = json!({ "address": format!("{address:#x}"), "data": format!("{data:#x}") });
     // The upper half is another part of the destination.

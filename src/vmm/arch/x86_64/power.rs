@@ -11,9 +11,9 @@ use bitfield_struct::bitfield;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::config_ports::ConfigPorts;
-use crate::vmm::bus::BusDevice;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::stop::{ResetCause, StopReason, Stopper};
+use crate::bus::BusDevice;
+use crate::memory::MachineMemory;
+use crate::stop::{ResetCause, StopReason, Stopper};
 
 /// Port of the PM1 event registers: status, then enable.
 pub(super) const PM1_EVENT_PORT: u16 = 0x600;
@@ -152,7 +152,7 @@ impl BusDevice for PortsWithReset {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::pci::PciBus;
+    use crate::pci::PciBus;
     use std::sync::Arc;
 
     #[test]

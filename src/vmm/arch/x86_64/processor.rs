@@ -11,11 +11,11 @@ use super::boot::StartState;
 use super::cpuid::{self, VcpuIdentity};
 use super::exits::{dispatch, Next};
 use super::IrqChip;
-use crate::vmm::config::MachineConfig;
-use crate::vmm::exits::Exits;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::stop::{ResetCause, StopReason};
-use crate::vmm::{Error, Result};
+use crate::config::MachineConfig;
+use crate::exits::Exits;
+use crate::memory::MachineMemory;
+use crate::stop::{ResetCause, StopReason};
+use crate::{Error, Result};
 
 /// Longest x86 instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
@@ -33,7 +33,7 @@ const RIP_AFTER_RESET: u64 = 0xfff0;
 
 /// The processors of a machine and their interrupt controllers.
 #[derive(Debug)]
-pub(in crate::vmm) struct Processors {
+pub(crate) struct Processors {
     pub chip: IrqChip,
     pub all: Vec<Processor>,
 }
@@ -56,7 +56,7 @@ impl Processors {
 
 /// One vCPU.
 #[derive(Debug)]
-pub(in crate::vmm) struct Processor {
+pub(crate) struct Processor {
     id: u8,
     fd: VcpuFd,
 }

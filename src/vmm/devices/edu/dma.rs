@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use crate::spec::pci::Pasid;
-use crate::vmm::devices::{DmaError, DmaMaster, NotNow, RequestGate};
+use crate::devices::{DmaError, DmaMaster, NotNow, RequestGate};
+use twostage::spec::pci::Pasid;
 
 /// Where the buffer is among the device's own addresses.
 pub(super) const BUFFER_START: u64 = 0x4_0000;
@@ -96,8 +96,8 @@ fn buffer_range(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::patience::wait_until;
     use std::sync::Mutex;
+    use twostage::patience::wait_until;
 
     /// Records requests, and refuses those to one page.
     #[derive(Clone, Default)]

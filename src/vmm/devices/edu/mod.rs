@@ -19,14 +19,14 @@ use std::thread::{self, JoinHandle};
 use self::dma::{Engine, Transfer};
 use self::registers::{Effect, Registers};
 use super::{DmaMaster, RequestGate};
-use crate::viommu::ratelimit::warn_limited;
-use crate::viommu::InterruptSink;
-use crate::vmm::config::EduConfig;
-use crate::vmm::pci::{
+use crate::config::EduConfig;
+use crate::pci::{
     add_express_capability, ConfigSpace, Identity, IntxPin, MsiCapability, PasidCapability,
     PciFunction,
 };
-use crate::vmm::{Error, Result};
+use crate::{Error, Result};
+use twostage::viommu::InterruptSink;
+use twostage::warn_limited;
 
 const IDENTITY: Identity =
     Identity { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, revision: 0x10 };

@@ -2,7 +2,7 @@
 //! The registers of the educational device: what software reads and writes, and what follows.
 
 use super::dma::Transfer;
-use crate::spec::pci::Pasid;
+use twostage::spec::pci::Pasid;
 
 /// Identification: major version 1, minor version 0.
 const ID: u64 = 0x00;

@@ -6,10 +6,10 @@ use std::sync::mpsc::{channel, Receiver};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::spec::pci::Bdf;
-use crate::vmm::devices::DirectMemory;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::pci::IntxRouter;
+use crate::devices::DirectMemory;
+use crate::memory::MachineMemory;
+use crate::pci::IntxRouter;
+use twostage::spec::pci::Bdf;
 
 struct Messages(Mutex<Sender<(u64, u32)>>);
 

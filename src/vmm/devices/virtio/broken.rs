@@ -2,7 +2,7 @@
 //! What ends the work of a device.
 #![forbid(unsafe_code)]
 
-use crate::vmm::devices::NotNow;
+use crate::devices::NotNow;
 
 /// Why a device cannot go on: its driver has to reset it.
 #[derive(Debug, thiserror::Error)]

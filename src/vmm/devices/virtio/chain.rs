@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::broken::Broken;
 use super::memory::{DeviceMemory, SectionMemory};
-use crate::vmm::devices::NotNow;
+use crate::devices::NotNow;
 
 /// A buffer as the driver described it: addresses of the device's own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::testing::{Place, Rig, PLACES};
 use super::*;
-use crate::patience::wait_until;
-use crate::vmm::devices::NotNow;
+use crate::devices::NotNow;
+use twostage::patience::wait_until;
 
 /// Where the buffer of a request is in the driver's memory, and how long.
 const BUFFER: u64 = 0x2_0000;

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use serde_json::Value;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use crate::viommu::ratelimit::RateLimit;
-use crate::vmm::devices::RequestGate;
-use crate::vmm::pci::Msix;
-use crate::vmm::trace::Trace;
-use crate::vmm::{Error, Result};
+use crate::devices::RequestGate;
+use crate::pci::Msix;
+use crate::trace::Trace;
+use crate::{Error, Result};
+use twostage::ratelimit::RateLimit;
 
 /// The vector that is none (virtio 1.3 §4.1.4.3).
 pub const NO_VECTOR: u16 = 0xffff;

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use vm_memory::iommu::{Error, IotlbIterator};
 use vm_memory::{GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
 
-use crate::emulated::{DmaAttributes, DmaPort, PortIommu};
-use crate::vmm::devices::{NotNow, Permit, RequestGate};
+use crate::devices::{NotNow, Permit, RequestGate};
+use twostage_emulated::{DmaAttributes, DmaPort, PortIommu};
 
 /// The memory that one device reaches.
 #[derive(Debug)]

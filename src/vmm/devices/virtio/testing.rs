@@ -9,15 +9,15 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::{Backend, DeviceMemory, Doorbells, NoDoorbells, VirtioPci};
-use crate::emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
-use crate::iommufd::{
+use crate::pci::{InterruptVector, MsiMessage, PciFunction};
+use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,
     InvalidateData, MapTarget, ObjectId, Protection, UserMemory,
 };
-use crate::patience::wait_until;
-use crate::spec::pci::Bdf;
-use crate::spec::vtd::first_stage::index;
-use crate::vmm::pci::{InterruptVector, MsiMessage, PciFunction};
+use twostage::patience::wait_until;
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::first_stage::index;
+use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 
 const PAGE: u64 = 0x1000;
 /// Bytes of guest memory.
@@ -99,7 +99,7 @@ impl Rig {
             }
         };
         let vectors = Mutex::new(Vec::new());
-        let vector = || -> crate::vmm::Result<Arc<dyn InterruptVector>> {
+        let vector = || -> crate::Result<Arc<dyn InterruptVector>> {
             let vector = Arc::new(Vector::default());
             vectors.lock().unwrap().push(vector.clone());
             Ok(vector)

@@ -20,11 +20,11 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use super::gsi::{GsiTable, SentMessage};
 use super::InterruptSource;
-use crate::viommu::ratelimit::warn_limited;
-use crate::viommu::{InterruptListener, InterruptSink, MsiMessage};
-use crate::vmm::pci::{EventVector, InterruptVector};
-use crate::vmm::{Error, Result};
-pub(in crate::vmm) use unrouted::UnroutedInterrupts;
+use crate::pci::{EventVector, InterruptVector};
+use crate::{Error, Result};
+use twostage::viommu::{InterruptListener, InterruptSink, MsiMessage};
+use twostage::warn_limited;
+pub(crate) use unrouted::UnroutedInterrupts;
 use unrouted::{BlockedRoute, Unrouted};
 
 /// Ties eventfds to GSIs.

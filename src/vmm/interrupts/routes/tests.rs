@@ -8,9 +8,9 @@ use super::super::gsi::tests::FakeRouting;
 use vmm_sys_util::epoll::Epoll;
 
 use super::*;
-use crate::spec::pci::Bdf;
-use crate::viommu::InterruptRemapper;
-use crate::vmm::arch::layout::PINS;
+use crate::arch::layout::PINS;
+use twostage::spec::pci::Bdf;
+use twostage::viommu::InterruptRemapper;
 
 const SOURCE: Bdf = Bdf::from_raw(0x18);
 

@@ -9,8 +9,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::viommu::ratelimit::warn_limited;
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use twostage::warn_limited;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -97,7 +97,7 @@ impl fmt::Debug for Unrouted {
 }
 
 /// Serves the blocked routes of a machine in its event loop.
-pub(in crate::vmm) struct UnroutedInterrupts {
+pub(crate) struct UnroutedInterrupts {
     unrouted: Arc<Unrouted>,
     epoll: Arc<Epoll>,
 }

@@ -15,11 +15,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 
-use crate::vmm::arch::layout::{
+use crate::arch::layout::{
     DISTRIBUTOR_ADDRESS, FIRST_SPI, ITS_ADDRESS, PINS, REDISTRIBUTORS_ADDRESS,
 };
-use crate::vmm::config::MachineConfig;
-use crate::vmm::{Error, Result};
+use crate::config::MachineConfig;
+use crate::{Error, Result};
 
 /// The kinds of devices that a machine has of KVM.
 const KINDS: [(u32, &str); 2] = [

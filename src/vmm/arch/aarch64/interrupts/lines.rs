@@ -9,16 +9,16 @@ use kvm_ioctls::VmFd;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use crate::viommu::ratelimit::warn_limited;
-use crate::viommu::{InterruptListener, InterruptRemapper};
-use crate::vmm::arch::layout::FIRST_SPI;
-use crate::vmm::interrupts::{DeviceLine, GsiTable, ResampledLine, Ways};
-use crate::vmm::pci::IntxPin;
-use crate::vmm::{Error, Result};
+use crate::arch::layout::FIRST_SPI;
+use crate::interrupts::{DeviceLine, GsiTable, ResampledLine, Ways};
+use crate::pci::IntxPin;
+use crate::{Error, Result};
+use twostage::viommu::{InterruptListener, InterruptRemapper};
+use twostage::warn_limited;
 
 /// The inputs, whose global system interrupts are the numbers of their shared peripheral interrupts.
 #[derive(Debug)]
-pub(in crate::vmm) struct Lines {
+pub(crate) struct Lines {
     vm: Arc<VmFd>,
 }
 
@@ -71,7 +71,7 @@ impl Lines {
 
 /// An edge-triggered interrupt line.
 #[derive(Debug)]
-pub(in crate::vmm) struct EdgeLine(EventFd);
+pub(crate) struct EdgeLine(EventFd);
 
 impl Trigger for EdgeLine {
     type E = io::Error;

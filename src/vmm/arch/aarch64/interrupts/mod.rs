@@ -6,4 +6,4 @@ mod chip;
 mod lines;
 
 pub use chip::IrqChip;
-pub(in crate::vmm) use lines::{EdgeLine, Lines};
+pub(crate) use lines::{EdgeLine, Lines};

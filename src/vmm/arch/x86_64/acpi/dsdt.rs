@@ -10,15 +10,15 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{Table, HEADER_LENGTH, LAST_BUS, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::vmm::arch::x86_64::config_ports::ConfigPorts;
-use crate::vmm::arch::x86_64::layout::{
+use crate::arch::x86_64::config_ports::ConfigPorts;
+use crate::arch::x86_64::layout::{
     INTX_PINS_START, PCI_MMIO_LAST, PCI_MMIO_START, SERIAL_IRQ, SERIAL_PORT,
 };
-use crate::vmm::arch::x86_64::power::SLEEP_TYPE_SOFT_OFF;
-use crate::vmm::arch::x86_64::timers::{RTC_FIRST_PORT, RTC_LAST_PORT};
-use crate::vmm::config::MAX_DEVICES;
-use crate::vmm::pci::line_of_pin;
-use crate::vmm::serial;
+use crate::arch::x86_64::power::SLEEP_TYPE_SOFT_OFF;
+use crate::arch::x86_64::timers::{RTC_FIRST_PORT, RTC_LAST_PORT};
+use crate::config::MAX_DEVICES;
+use crate::pci::line_of_pin;
+use crate::serial;
 
 /// Revision: integers have 64 bits.
 const REVISION: u8 = 2;

@@ -5,11 +5,11 @@ use acpi_tables::fadt::{FADTBuilder, Flags, FADT};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::vmm::arch::x86_64::layout::SCI;
-use crate::vmm::arch::x86_64::power::{
+use crate::arch::x86_64::layout::SCI;
+use crate::arch::x86_64::power::{
     PM1_CONTROL_PORT, PM1_CONTROL_SIZE, PM1_EVENT_PORT, PM1_EVENT_SIZE, RESET_PORT, RESET_VALUE,
 };
-use crate::vmm::arch::x86_64::timers::{CENTURY, PM_TIMER_PORT, PM_TIMER_SIZE};
+use crate::arch::x86_64::timers::{CENTURY, PM_TIMER_PORT, PM_TIMER_SIZE};
 
 /// IA-PC boot architecture flags (§5.2.9.3). The bits for legacy devices and an 8042 stay clear:
 /// a guest that knows ACPI has no use for either.

@@ -22,10 +22,10 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{ECAM_START, PCI_BUSES};
-use crate::spec::pci::Bdf;
-use crate::spec::vtd::HOST_ADDRESS_WIDTH;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::{Error, Result};
+use crate::memory::MachineMemory;
+use crate::{Error, Result};
+use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
 /// Guest-physical address of the RSDP; the other tables follow. Guests also look for it here by
 /// themselves (ACPI §5.2.5.1).

@@ -14,8 +14,8 @@ use vm_memory::{ByteValued, GuestAddress};
 
 use super::memory_map::memory_map;
 use super::{BootInfo, ImageError, StartState, CMDLINE_START, KERNEL_START};
-use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
-use crate::vmm::memory::MachineMemory;
+use crate::arch::x86_64::acpi::RSDP_ADDRESS;
+use crate::memory::MachineMemory;
 
 /// Where the boot parameters ("zero page") go.
 const ZERO_PAGE: u64 = 0x7000;
@@ -39,7 +39,7 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const VIDEO_NORMAL: u16 = 0xffff;
 
 /// A bzImage whose pieces lie in the file.
-pub(in crate::vmm) struct BzImage<'a> {
+pub(crate) struct BzImage<'a> {
     bytes: &'a [u8],
     header: setup_header,
 }

@@ -82,14 +82,14 @@ struct ProgramHeader64 {
 
 /// Width of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::vmm) enum Class {
+pub(crate) enum Class {
     Elf32,
     Elf64,
 }
 
 /// A piece of an image to be loaded.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::vmm) struct Segment<'a> {
+pub(crate) struct Segment<'a> {
     /// Guest-physical address of its first byte.
     pub start: u64,
     /// What the file has of it.
@@ -100,7 +100,7 @@ pub(in crate::vmm) struct Segment<'a> {
 
 /// An x86 image whose loadable segments lie in the file.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::vmm) struct ElfImage<'a> {
+pub(crate) struct ElfImage<'a> {
     /// The whole file.
     pub bytes: &'a [u8],
     pub class: Class,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The memory map a kernel is told, with the numbers both protocols share with a PC's BIOS.
 
-use crate::vmm::arch::layout::{ECAM_SIZE, ECAM_START};
-use crate::vmm::arch::x86_64::bios_data::EXTENDED_START;
-use crate::vmm::memory::MachineMemory;
+use crate::arch::layout::{ECAM_SIZE, ECAM_START};
+use crate::arch::x86_64::bios_data::EXTENDED_START;
+use crate::memory::MachineMemory;
 
 /// Usable memory.
 const RAM: u32 = 1;

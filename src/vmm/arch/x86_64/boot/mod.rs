@@ -20,8 +20,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 pub use start_state::StartState;
 
-use crate::vmm::boot::BootInfo;
-use crate::vmm::memory::MachineMemory;
+use crate::boot::BootInfo;
+use crate::memory::MachineMemory;
 use bzimage::BzImage;
 use elf::{Class, ElfImage};
 
@@ -115,13 +115,13 @@ pub enum ImageError {
 
 impl ImageError {
     /// Whether the file's first bytes already tell that it is no kernel that is known here.
-    pub(in crate::vmm) fn is_of_no_kernel(&self) -> bool {
+    pub(crate) fn is_of_no_kernel(&self) -> bool {
         matches!(self, Self::Unknown)
     }
 }
 
 /// A kernel image whose headers are sound.
-pub(in crate::vmm) enum Image<'a> {
+pub(crate) enum Image<'a> {
     /// For Linux's own protocol.
     Linux(BzImage<'a>),
     /// For PVH or Multiboot.

@@ -12,7 +12,7 @@ use super::super::bios_data::BASE_MEMORY_KIB;
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
 use super::{module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START};
-use crate::vmm::boot::Module;
+use crate::boot::Module;
 
 /// How far into the file the header may start and must end.
 const SEARCH: usize = 8192;
@@ -143,7 +143,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         false => format!("{} {}", info.name, info.cmdline),
     };
     write_text(info.memory, CMDLINE_START, &cmdline)?;
-    write_text(info.memory, LOADER_NAME, env!("CARGO_PKG_NAME"))?;
+    write_text(info.memory, LOADER_NAME, "twostage")?;
     let mut list = Vec::new();
     for (module, string) in info.modules.iter().zip(module_cmdlines()) {
         write_text(info.memory, string, &format!("{} {}", module.name, module.cmdline))?;

@@ -17,7 +17,7 @@ use vm_memory::GuestAddress;
 use super::elf::ElfImage;
 use super::memory_map::memory_map;
 use super::{module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START};
-use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
+use crate::arch::x86_64::acpi::RSDP_ADDRESS;
 
 const START_INFO: u64 = 0x6000;
 const MODULE_LIST: u64 = 0x6800;

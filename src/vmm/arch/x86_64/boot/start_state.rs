@@ -7,7 +7,7 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::vmm::memory::MachineMemory;
+use crate::memory::MachineMemory;
 
 /// CR0.PE: protected mode.
 const CR0_PE: u64 = 1 << 0;

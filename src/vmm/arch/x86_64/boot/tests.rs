@@ -8,9 +8,9 @@ use tempfile::NamedTempFile;
 
 use super::test_images::*;
 use super::*;
-use crate::vmm::arch::x86_64::acpi::RSDP_ADDRESS;
-use crate::vmm::boot::{load, BootError};
-use crate::vmm::config::{ModuleConfig, PayloadConfig};
+use crate::arch::x86_64::acpi::RSDP_ADDRESS;
+use crate::boot::{load, BootError};
+use crate::config::{ModuleConfig, PayloadConfig};
 
 const RAM: u64 = 0x40_0000;
 

@@ -13,10 +13,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VmFd};
 
-use crate::vmm::arch::layout::{PINS, TIMER_ISA_IRQ, TIMER_PIN};
-use crate::vmm::config::MachineConfig;
-use crate::vmm::interrupts::Routing;
-use crate::vmm::{Error, Result};
+use crate::arch::layout::{PINS, TIMER_ISA_IRQ, TIMER_PIN};
+use crate::config::MachineConfig;
+use crate::interrupts::Routing;
+use crate::{Error, Result};
 
 /// Inputs of the two PICs; those of the first come first.
 const PIC_INPUTS: u32 = 16;

@@ -5,9 +5,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::redirection::{self as registers, RedirectionEntry};
-use crate::viommu::{InterruptListener, MsiMessage};
-use crate::vmm::arch::layout::PINS;
-use crate::vmm::bus::BusDevice;
+use crate::arch::layout::PINS;
+use crate::bus::BusDevice;
+use twostage::viommu::{InterruptListener, MsiMessage};
 
 /// Where an IOAPIC's messages go. Called with the IOAPIC locked: it calls nothing of it.
 pub(super) trait PinOutput: Send + Sync {

@@ -12,17 +12,17 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use super::ioapic::{EndListener, Ioapic, PinOutput};
 use super::pin_line::{OwnedPinLine, PinLine, WatchedPinLine};
 use super::IrqChip;
-use crate::viommu::ratelimit::warn_limited;
-use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
-use crate::vmm::arch::layout::{IOAPIC_BDF, IOAPIC_ID};
-use crate::vmm::interrupts::device_line::LineEvents;
-use crate::vmm::interrupts::{DeviceLine, GsiTable, InterruptSource, ResampledLine, Ways};
-use crate::vmm::pci::IntxPin;
-use crate::vmm::{Error, Result};
+use crate::arch::layout::{IOAPIC_BDF, IOAPIC_ID};
+use crate::interrupts::device_line::LineEvents;
+use crate::interrupts::{DeviceLine, GsiTable, InterruptSource, ResampledLine, Ways};
+use crate::pci::IntxPin;
+use crate::{Error, Result};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
+use twostage::warn_limited;
 
 /// The inputs: of the interrupt controllers in the kernel, or of the IOAPIC here.
 #[derive(Debug)]
-pub(in crate::vmm) struct Lines {
+pub(crate) struct Lines {
     vm: Arc<VmFd>,
     ioapic: Option<Arc<Ioapic>>,
 }
@@ -107,7 +107,7 @@ impl Lines {
 
 /// An edge-triggered interrupt line.
 #[derive(Debug)]
-pub(in crate::vmm) enum EdgeLine {
+pub(crate) enum EdgeLine {
     /// Of the interrupt controllers in the kernel.
     Irqfd(EventFd),
     /// Of the IOAPIC here: a pin.
@@ -154,13 +154,13 @@ impl PinOutput for IoapicOutput {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::pci::Bdf;
-    use crate::viommu::{InterruptSink, MsiMessage};
-    use crate::vmm::arch::x86_64::interrupts::chip::Wanted;
-    use crate::vmm::interrupts::{Interrupts, Messages, Ways};
-    use crate::vmm::pci::InterruptVector;
-    use crate::vmm::report::InterruptReport;
+    use crate::arch::x86_64::interrupts::chip::Wanted;
+    use crate::interrupts::{Interrupts, Messages, Ways};
+    use crate::pci::InterruptVector;
+    use crate::report::InterruptReport;
     use kvm_ioctls::Kvm;
+    use twostage::spec::pci::Bdf;
+    use twostage::viommu::{InterruptSink, MsiMessage};
 
     #[test]
     fn either_kind_takes_messages_routes_and_lines() {

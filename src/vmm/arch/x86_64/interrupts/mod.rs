@@ -13,4 +13,4 @@ mod redirection;
 
 pub use chip::IrqChip;
 pub use ioapic::Ioapic;
-pub(in crate::vmm) use lines::{EdgeLine, Lines};
+pub(crate) use lines::{EdgeLine, Lines};

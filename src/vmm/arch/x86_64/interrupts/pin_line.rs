@@ -10,8 +10,8 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ioapic::EndListener;
-use crate::vmm::interrupts::device_line::LineEvents;
-use crate::vmm::pci::{EventLine, IntxPin};
+use crate::interrupts::device_line::LineEvents;
+use crate::pci::{EventLine, IntxPin};
 
 /// The line of one pin. The event loop asserts it, when the one eventfd is written; the vCPU whose
 /// interrupt ends deasserts it and writes the other one.
@@ -90,8 +90,8 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::spec::pci::Bdf;
-    use crate::vmm::pci::IntxRouter;
+    use crate::pci::IntxRouter;
+    use twostage::spec::pci::Bdf;
 
     #[test]
     fn a_line_is_asserted_until_the_interrupt_ends() {

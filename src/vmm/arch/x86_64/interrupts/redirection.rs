@@ -4,8 +4,8 @@
 
 use bitfield_struct::bitfield;
 
-use crate::spec::vtd::interrupt::MessageData;
-use crate::viommu::MsiMessage;
+use twostage::spec::vtd::interrupt::MessageData;
+use twostage::viommu::MsiMessage;
 
 /// Version: 20h has an EOI register.
 pub const VERSION: u8 = 0x20;
@@ -84,7 +84,7 @@ impl RedirectionEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::vtd::interrupt::RemappableAddress;
+    use twostage::spec::vtd::interrupt::RemappableAddress;
 
     #[test]
     fn fields_stand_where_the_data_sheet_puts_them() {

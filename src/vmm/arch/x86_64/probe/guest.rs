@@ -15,10 +15,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::signal::Killable;
 
 use super::programs::{Program, BREAKPOINT_HANDLER, DATA, END, RESULT_PORT, RIGHT, XSAVE};
-use crate::vmm::arch::x86_64::layout::KVM_TSS;
-use crate::vmm::memory::MachineMemory;
-use crate::vmm::signals::kick_signal;
-use crate::vmm::{Error, Result};
+use crate::arch::x86_64::layout::KVM_TSS;
+use crate::memory::MachineMemory;
+use crate::signals::kick_signal;
+use crate::{Error, Result};
 
 /// Bytes of RAM.
 const MEMORY: u64 = 2 << 20;

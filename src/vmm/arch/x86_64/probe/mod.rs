@@ -15,8 +15,8 @@ use serde::{Serialize, Serializer};
 
 pub use self::guest::Outcome;
 use self::programs::PROGRAMS;
-use crate::vmm::machine::open_kvm;
-use crate::vmm::{signals, Error, Result};
+use crate::machine::open_kvm;
+use crate::{signals, Error, Result};
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]

@@ -15,15 +15,15 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::counter::Counter;
 use super::ticks;
-use crate::vmm::bus::BusDevice;
-use crate::vmm::{Error, Result};
+use crate::bus::BusDevice;
+use crate::{Error, Result};
 
 /// First I/O port: that of the first counter; the third's is followed by that of control words.
-pub(in crate::vmm::arch::x86_64) const PIT_FIRST_PORT: u64 = 0x40;
+pub(in crate::arch::x86_64) const PIT_FIRST_PORT: u64 = 0x40;
 /// Last I/O port.
-pub(in crate::vmm::arch::x86_64) const PIT_LAST_PORT: u64 = 0x43;
+pub(in crate::arch::x86_64) const PIT_LAST_PORT: u64 = 0x43;
 /// I/O port of port B.
-pub(in crate::vmm::arch::x86_64) const PORT_B: u64 = 0x61;
+pub(in crate::arch::x86_64) const PORT_B: u64 = 0x61;
 
 /// Pulses of its clock in a second.
 const HERTZ: u32 = 1_193_182;
@@ -51,7 +51,7 @@ const SPEAKER_OUTPUT: u8 = 1 << 5;
 type Line = Box<dyn Trigger<E = io::Error> + Send + Sync>;
 
 /// The interval timer.
-pub(in crate::vmm::arch::x86_64) struct Pit {
+pub(in crate::arch::x86_64) struct Pit {
     start: Instant,
     line: Line,
     state: Mutex<State>,
@@ -234,7 +234,7 @@ impl std::fmt::Debug for Pit {
 }
 
 /// A [`Pit`] as the event loop has it.
-pub(in crate::vmm::arch::x86_64) struct PitTimer(pub Arc<Pit>);
+pub(in crate::arch::x86_64) struct PitTimer(pub Arc<Pit>);
 
 impl MutEventSubscriber for PitTimer {
     fn init(&mut self, ops: &mut EventOps) {

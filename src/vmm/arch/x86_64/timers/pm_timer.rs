@@ -6,17 +6,17 @@
 use std::time::Instant;
 
 use super::ticks;
-use crate::vmm::bus::BusDevice;
+use crate::bus::BusDevice;
 
 /// Its I/O port.
-pub(in crate::vmm::arch::x86_64) const PM_TIMER_PORT: u16 = 0x608;
+pub(in crate::arch::x86_64) const PM_TIMER_PORT: u16 = 0x608;
 /// Length of its one register, in bytes: all 32 bits count.
-pub(in crate::vmm::arch::x86_64) const PM_TIMER_SIZE: u8 = 4;
+pub(in crate::arch::x86_64) const PM_TIMER_SIZE: u8 = 4;
 /// §4.8.2.1: 3.579545 MHz.
 const HERTZ: u32 = 3_579_545;
 
 /// The timer.
-pub(in crate::vmm::arch::x86_64) struct PmTimer(Instant);
+pub(in crate::arch::x86_64) struct PmTimer(Instant);
 
 impl PmTimer {
     /// A timer that starts now.

@@ -8,14 +8,14 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::calendar::DateTime;
-use crate::vmm::bus::BusDevice;
+use crate::bus::BusDevice;
 
 /// I/O port of the address of a register, or of a byte of memory; the next is its data.
-pub(in crate::vmm::arch::x86_64) const RTC_FIRST_PORT: u64 = 0x70;
+pub(in crate::arch::x86_64) const RTC_FIRST_PORT: u64 = 0x70;
 /// I/O port of the data.
-pub(in crate::vmm::arch::x86_64) const RTC_LAST_PORT: u64 = 0x71;
+pub(in crate::arch::x86_64) const RTC_LAST_PORT: u64 = 0x71;
 /// Where the century is, as the FADT tells.
-pub(in crate::vmm::arch::x86_64) const CENTURY: u8 = 0x32;
+pub(in crate::arch::x86_64) const CENTURY: u8 = 0x32;
 
 const SIZE: usize = 128;
 /// The highest bit of the address port masks NMIs, of which there are none.
@@ -52,7 +52,7 @@ const VALID: u8 = 1 << 7;
 const UPDATE: Duration = Duration::from_micros(244 + 1984);
 
 /// The clock.
-pub(in crate::vmm::arch::x86_64) struct Rtc(Mutex<State>);
+pub(in crate::arch::x86_64) struct Rtc(Mutex<State>);
 
 /// All that the guest can see.
 struct State {

@@ -4,7 +4,7 @@
 use std::io::Write;
 
 use super::*;
-use crate::vmm::devices::virtio::testing::{Place, Rig, TestBuffer, TestQueue, PLACES};
+use crate::devices::virtio::testing::{Place, Rig, TestBuffer, TestQueue, PLACES};
 
 /// Where requests are in the driver's memory. The data crosses pages.
 const HEADER: u64 = 0x8000;

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::Tap;
-use crate::vmm::devices::virtio::backend::Features;
+use crate::devices::virtio::backend::Features;
 
 /// What the driver takes, and what a tap interface calls that.
 const OFFLOADS: [(u32, u32); 4] = [

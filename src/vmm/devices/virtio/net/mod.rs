@@ -25,7 +25,7 @@ use super::broken::{Broken, Unserved};
 use super::chain::{Chain, NotCopied};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
-use crate::viommu::ratelimit::RateLimit;
+use twostage::ratelimit::RateLimit;
 
 pub use link::FrameLink;
 pub use mac::{MacAddress, NoMac};

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use super::*;
-use crate::vmm::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
+use crate::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
 
 /// One end of a pair of sockets.
 #[derive(Debug)]

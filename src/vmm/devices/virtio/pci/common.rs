@@ -11,9 +11,9 @@ use virtio_bindings::virtio_config::{
     VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
 };
 
-use crate::vmm::devices::virtio::backend::Features;
-use crate::vmm::devices::virtio::link::Link;
-use crate::vmm::devices::virtio::queue::QueueSetup;
+use crate::devices::virtio::backend::Features;
+use crate::devices::virtio::link::Link;
+use crate::devices::virtio::queue::QueueSetup;
 
 /// Bytes of the structure, without the fields of features that are not offered.
 pub(super) const COMMON_SIZE: u32 = 0x38;

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::layout::{BAR, BAR_SIZE};
-use crate::vmm::pci::ConfigSpace;
+use crate::pci::ConfigSpace;
 
 /// Type of the capability.
 const PCI_CFG: u8 = 5;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::viommu::ratelimit::warn_limited;
+use twostage::warn_limited;
 
 /// What can turn guest writes to an address into events.
 pub trait Doorbells: Send + Sync {

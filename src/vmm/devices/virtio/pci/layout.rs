@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::common::COMMON_SIZE;
-use crate::vmm::pci::{ConfigSpace, MsixPlace};
+use crate::pci::{ConfigSpace, MsixPlace};
 
 /// The one BAR of a device.
 pub(super) const BAR: u8 = 0;

@@ -25,12 +25,12 @@ use super::link::{Link, QueueCounters, RequestCounters};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use super::worker::{Device, Ended, Worker};
-use crate::vmm::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
-use crate::vmm::pci::{
+use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::pci::{
     BarPlacement, ConfigSpace, Identity, InterruptVector, Msix, MsixCapability, PciFunction,
 };
-use crate::vmm::trace::Trace;
-use crate::vmm::Result;
+use crate::trace::Trace;
+use crate::Result;
 
 pub use doorbell::{Doorbells, KvmDoorbells, NoDoorbells};
 pub use layout::BAR_SIZE;

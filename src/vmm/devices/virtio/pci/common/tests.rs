@@ -2,7 +2,7 @@
 //! Registers as drivers use them, and as they should not.
 
 use super::*;
-use crate::vmm::pci::Msix;
+use crate::pci::Msix;
 use proptest::prelude::*;
 
 fn link() -> Link {
@@ -141,8 +141,8 @@ fn queues_are_set_up_between_features_and_ready() {
 #[test]
 fn vectors_that_are_not_there_are_none() {
     struct Nobody;
-    impl crate::vmm::pci::InterruptVector for Nobody {
-        fn update(&self, _: Option<crate::vmm::pci::MsiMessage>) {}
+    impl crate::pci::InterruptVector for Nobody {
+        fn update(&self, _: Option<crate::pci::MsiMessage>) {}
         fn trigger(&self) {}
     }
     let vectors = (0..2).map(|_| std::sync::Arc::new(Nobody) as _).collect();

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The emulated host: iommufd's objects and an IOMMU with caches, in this process.
+//!
+//! A [`Machine`] has IOMMUs and devices; any number of iommufds ([`EmulatedHost`]) are opened on
+//! it. Their objects behave as Linux's do: creation rules, reference counts, errno, partial
+//! results. What is an architecture's own is behind a driver, as in Linux. The hardware half walks
+//! stage 1 through stage 2 and caches what hardware may cache, so that a forgotten invalidation
+//! shows.
+//!
+//! A whole test of nesting: a page table of the user's on top of an IOAS, a DMA through both stages,
+//! and an entry that changes, which nobody sees before the invalidation.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use twostage_emulated::{DeviceConfig, DmaAttributes, EmulatedHost, VtdUnit, VtdUnitConfig};
+//! use twostage::iommufd::*;
+//! use twostage::spec::pci::Bdf;
+//! use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
+//!
+//! let host = EmulatedHost::new();
+//! let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+//! host.add_device("nic", unit, Bdf::new(0, 4, 0).expect("an address"), DeviceConfig::default())?;
+//! let memory = Arc::new(GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None)?);
+//! let store = |address, value: u64| memory.write_obj(value, MemoryRegionAddress(address));
+//!
+//! // Stage 2: the guest's memory at 0. Stage 1: four levels of tables, IOVA 0x1000 to page 0x8000.
+//! let (dev, ioas) = (host.device_bind("nic")?, host.ioas_alloc()?);
+//! let whole = UserMemory::whole(memory.clone());
+//! host.ioas_map(ioas, &whole, MapTarget::Fixed(0), Protection::READ_WRITE)?;
+//! for table in [0x1000, 0x2000, 0x3000] {
+//!     store(table, (table + 0x1000) | 7)?;
+//! }
+//! let entry = 0x4008;
+//! store(entry, 0x8000 | 7)?;
+//! let (flags, fault) = (HwptFlags::new().with_nest_parent(true), None);
+//! let parent = HwptAlloc { flags, dev, pt: ioas, data: HwptData::None, fault };
+//! let pt = host.hwpt_alloc(&parent)?;
+//! let tables = iommu_hwpt_vtd_s1 { pgtbl_addr: 0x1000, addr_width: 48, ..Default::default() };
+//! let data = HwptData::VtdS1(tables);
+//! let nested = host.hwpt_alloc(&HwptAlloc { flags: HwptFlags::new(), dev, pt, data, fault })?;
+//! host.device_attach(dev, None, nested)?;
+//!
+//! let mut port = host.dma_port("nic").expect("the device");
+//! let mut write = |value| port.write(DmaAttributes::default(), 0x1000, &[value]);
+//! let load = |address| memory.read_obj::<u8>(MemoryRegionAddress(address));
+//! write(1)?;
+//! assert_eq!(load(0x8000)?, 1);
+//! store(entry, 0x9000 | 7)?;
+//! write(2)?; // stale
+//! assert_eq!((load(0x8000)?, load(0x9000)?), (2, 0));
+//! let page = [iommu_hwpt_vtd_s1_invalidate { addr: 0x1000, npages: 1, ..Default::default() }];
+//! host.hwpt_invalidate(nested, InvalidateData::VtdS1(&page))?;
+//! write(3)?;
+//! assert_eq!((load(0x8000)?, load(0x9000)?), (2, 3));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![warn(missing_debug_implementations)]
+
+mod access;
+mod bitmap;
+mod context;
+mod device;
+mod dirty;
+mod dma;
+mod dma_buf;
+mod dma_error;
+mod driver;
+mod engine;
+mod event_file;
+mod events;
+mod fault_injection;
+mod gate;
+mod graph;
+mod hardware;
+mod host;
+mod ioas;
+mod machine;
+mod mapped_pages;
+mod mmaps;
+mod objects;
+mod page_requests;
+mod port_iommu;
+mod process;
+mod refusal;
+#[cfg(feature = "selftest")]
+mod selftest;
+mod smmuv3;
+mod stage2;
+pub mod uapi;
+mod unmapping;
+mod user_space;
+mod vtd;
+
+pub use access::{Access, AccessError};
+pub use device::DeviceConfig;
+pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
+pub use dma_buf::DmaBuf;
+pub use dma_error::{DmaError, DmaFaultReason};
+pub use engine::{
+    ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
+    StaleUse, TlbInvalidation,
+};
+pub use event_file::EventFile;
+pub use graph::{GraphEdge, GraphObject, ObjectGraph};
+pub use host::EmulatedHost;
+pub use machine::{EmulatedUnit, Machine, MachineError, UnitId};
+pub use mapped_pages::{MappedPages, MmapRequest};
+pub use objects::{AccessUnmap, ObjectKind};
+pub use port_iommu::PortIommu;
+pub use smmuv3::{SmmuV3Counters, SmmuV3Unit, SmmuV3UnitConfig};
+pub use vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};

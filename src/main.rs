@@ -1,9 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The `twostage` command.
-#![forbid(unsafe_code)]
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    twostage::vmm::cli::main()
-}

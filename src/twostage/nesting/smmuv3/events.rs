@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The way back: the events of a vEVENTQ reach the virtual SMMU.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
+use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
+use crate::warn_limited;
+
+/// How long the first pause is after a read that failed for want of memory, and the longest; each
+/// is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Events are numbered modulo 2^31.
+const SEQUENCE_MASK: u32 = i32::MAX as u32;
+
+/// Where events go, and how many did.
+#[derive(Default)]
+pub(super) struct EventRoute {
+    target: RwLock<Option<Weak<dyn EventTarget>>>,
+    delivered: AtomicU64,
+    lost: AtomicU64,
+}
+
+impl EventRoute {
+    /// From now on events go to `target`, while that lives.
+    pub fn set_target(&self, target: Weak<dyn EventTarget>) {
+        *self.target.write().unwrap_or_else(PoisonError::into_inner) = Some(target);
+    }
+
+    /// Events brought to a target so far.
+    pub fn delivered(&self) -> u64 {
+        self.delivered.load(Ordering::Relaxed)
+    }
+
+    /// Times that events turned out to be lost.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    fn target(&self) -> Option<Arc<dyn EventTarget>> {
+        self.target.read().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()
+    }
+
+    fn deliver(&self, record: EventRecordWords) {
+        if let Some(target) = self.target() {
+            target.event(record);
+            self.delivered.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn events_lost(&self) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+        if let Some(target) = self.target() {
+            target.events_lost();
+        }
+    }
+}
+
+impl fmt::Debug for EventRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventRoute")
+            .field("delivered", &self.delivered)
+            .field("lost", &self.lost)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads one vEVENTQ in the order of its events.
+struct Reader {
+    queue: Arc<dyn EventQueue>,
+    route: Arc<EventRoute>,
+    /// The number of the next event, if none is lost.
+    expected: u32,
+}
+
+impl Reader {
+    /// Reads the queue until it is empty. What fails for now is tried again, with pauses by `pause`,
+    /// which says whether to go on.
+    fn drain(&mut self, pause: impl Fn(Duration) -> bool) -> Drained {
+        let mut next_pause = FIRST_PAUSE;
+        loop {
+            match self.queue.next_event() {
+                Ok(Some(event)) => {
+                    self.bring(&event);
+                    next_pause = FIRST_PAUSE;
+                }
+                Ok(None) => return Drained::Empty,
+                Err(error) if passes(error.errno) => {
+                    if next_pause == FIRST_PAUSE {
+                        warn_limited!("{error}: it is tried again until it can be done");
+                    }
+                    if !pause(next_pause) {
+                        return Drained::Over;
+                    }
+                    next_pause = (next_pause * 2).min(LONGEST_PAUSE);
+                }
+                Err(error) => {
+                    log::error!("{}", Unreadable(&error));
+                    self.route.events_lost();
+                    return Drained::Over;
+                }
+            }
+        }
+    }
+
+    fn bring(&mut self, event: &Vevent) {
+        let (Vevent::Event { sequence, .. } | Vevent::Lost { sequence }) = event;
+        let gap = *sequence != self.expected;
+        self.expected = sequence.wrapping_add(1) & SEQUENCE_MASK;
+        let Vevent::Event { data, .. } = event else { return self.route.events_lost() };
+        if gap {
+            self.route.events_lost();
+        }
+        match record(data) {
+            Some(record) => self.route.deliver(record),
+            None => warn_limited!("an event of {} bytes is no record of an SMMU", data.len()),
+        }
+    }
+}
+
+/// How reading a queue ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Drained {
+    /// Nothing is left for now.
+    Empty,
+    /// Nothing is to be read any more.
+    Over,
+}
+
+/// Whether a read that failed with `errno` may succeed later: the event is still there.
+fn passes(errno: Errno) -> bool {
+    errno == Errno::ENOMEM
+}
+
+/// What the user is told of a queue that cannot be read.
+struct Unreadable<'a>(&'a HostError);
+
+impl fmt::Display for Unreadable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: faults of the devices behind this virtual SMMU reach the guest no more, nor are they \
+             told here; everything else goes on. To have them again, end the guest and start it anew",
+            self.0
+        )
+    }
+}
+
+/// The four little-endian words of `struct iommu_vevent_arm_smmuv3`.
+fn record(data: &[u8]) -> Option<EventRecordWords> {
+    let (words, rest) = data.as_chunks::<8>();
+    let words: [[u8; 8]; 4] = words.try_into().ok()?;
+    rest.is_empty().then(|| words.map(u64::from_le_bytes))
+}
+
+/// What the thread waits for.
+#[derive(Debug, Default)]
+struct Signal {
+    wanted: Mutex<Wanted>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    readable: bool,
+    stop: bool,
+}
+
+impl Signal {
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until there is something to read; false: until it is time to stop.
+    fn wait(&self) -> bool {
+        let idle = |wanted: &mut Wanted| !wanted.readable && !wanted.stop;
+        let mut wanted =
+            self.changed.wait_while(self.wanted(), idle).unwrap_or_else(PoisonError::into_inner);
+        // What comes after the queue was found empty is told anew.
+        wanted.readable = false;
+        !wanted.stop
+    }
+
+    /// Waits for so long; false: it is time to stop.
+    fn pause(&self, time: Duration) -> bool {
+        let going = |wanted: &mut Wanted| !wanted.stop;
+        let waited = self.changed.wait_timeout_while(self.wanted(), time, going);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.stop
+    }
+
+    fn stop(&self) {
+        self.wanted().stop = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Readiness for Signal {
+    fn changed(&self, readable: bool) {
+        self.wanted().readable |= readable;
+        self.changed.notify_all();
+    }
+}
+
+/// A thread that reads one vEVENTQ, and takes no lock of nesting: whoever holds one may be waiting
+/// for the virtual SMMU, which the thread calls.
+#[derive(Debug)]
+pub(super) struct EventThread {
+    object: ObjectId,
+    signal: Arc<Signal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventThread {
+    /// Starts to bring the events of `queue` along `route`.
+    pub fn start(queue: Arc<dyn EventQueue>, route: Arc<EventRoute>) -> io::Result<Self> {
+        let object = queue.object();
+        let signal = Arc::<Signal>::default();
+        let waited_for = signal.clone();
+        let watched = queue.clone();
+        let mut reader = Reader { queue, route, expected: 0 };
+        let thread = thread::Builder::new().name("smmu-events".into()).spawn(move || {
+            let pause = |time| waited_for.pause(time);
+            while waited_for.wait() && reader.drain(pause) == Drained::Empty {}
+        })?;
+        watched.watch(signal.clone());
+        Ok(Self { object, signal, thread: Some(thread) })
+    }
+
+    /// The vEVENTQ.
+    pub fn object(&self) -> ObjectId {
+        self.object
+    }
+
+    /// Ends the thread and closes the vEVENTQ, which can then be destroyed.
+    pub fn stop(self) -> ObjectId {
+        self.object
+    }
+}
+
+impl Drop for EventThread {
+    /// Ends the thread, and closes the queue with it.
+    fn drop(&mut self) {
+        self.signal.stop();
+        let Some(thread) = self.thread.take() else { return };
+        // The last owner of the virtual SMMU may be the thread itself, which called it: it ends by
+        // itself, right after.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            log::error!("the thread that brings events ended early");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+    use crate::iommufd::Verb;
+    use crate::patience::wait_until;
+
+    #[derive(Default)]
+    struct Target(Mutex<Vec<Option<u64>>>);
+
+    impl EventTarget for Target {
+        fn event(&self, record: EventRecordWords) {
+            self.0.lock().unwrap().push(Some(record[2]));
+        }
+
+        fn events_lost(&self) {
+            self.0.lock().unwrap().push(None);
+        }
+    }
+
+    /// Gives what it was told to give, and is empty then.
+    #[derive(Debug, Default)]
+    struct Script {
+        reads: Mutex<VecDeque<crate::iommufd::Result<Vevent>>>,
+        watcher: Mutex<Option<Weak<dyn Readiness>>>,
+    }
+
+    impl Script {
+        fn new(reads: impl IntoIterator<Item = crate::iommufd::Result<Vevent>>) -> Arc<Self> {
+            Arc::new(Self { reads: Mutex::new(reads.into_iter().collect()), ..Self::default() })
+        }
+    }
+
+    impl EventQueue for Script {
+        fn object(&self) -> ObjectId {
+            ObjectId(6)
+        }
+
+        fn next_event(&self) -> crate::iommufd::Result<Option<Vevent>> {
+            self.reads.lock().unwrap().pop_front().transpose()
+        }
+
+        fn watch(&self, watcher: Arc<dyn Readiness>) {
+            watcher.changed(true);
+            *self.watcher.lock().unwrap() = Some(Arc::downgrade(&watcher));
+        }
+    }
+
+    fn refused(errno: Errno) -> crate::iommufd::Result<Vevent> {
+        Err(HostError::new(Verb::Vevent, ObjectId(6), errno, "read: refused"))
+    }
+
+    /// A route, and what comes out of it.
+    fn route() -> (Arc<EventRoute>, Arc<Target>) {
+        let (route, target) = (Arc::<EventRoute>::default(), Arc::new(Target::default()));
+        let weak: Weak<Target> = Arc::downgrade(&target);
+        route.set_target(weak);
+        (route, target)
+    }
+
+    fn event(sequence: u32, address: u64) -> Vevent {
+        let data = [0x10, 0, address, 0].into_iter().flat_map(u64::to_le_bytes).collect();
+        Vevent::Event { sequence, data }
+    }
+
+    #[test]
+    fn a_loss_is_told_whether_the_host_says_so_or_a_number_is_missing() {
+        let (route, target) = route();
+        let queue = Script::new([]);
+        let mut reader = Reader { queue, route: route.clone(), expected: 0 };
+        let last = SEQUENCE_MASK;
+        for next in [event(0, 1), Vevent::Lost { sequence: 1 }, event(2, 2), event(5, 3)] {
+            reader.bring(&next);
+        }
+        assert_eq!(*target.0.lock().unwrap(), [Some(1), None, Some(2), None, Some(3)]);
+        target.0.lock().unwrap().clear();
+        for next in [event(last, 4), event(0, 5), Vevent::Event { sequence: 1, data: vec![0; 31] }]
+        {
+            reader.bring(&next);
+        }
+        assert_eq!(*target.0.lock().unwrap(), [None, Some(4), Some(5)]);
+        assert_eq!((route.delivered(), route.lost()), (5, 3));
+    }
+
+    #[test]
+    fn a_read_that_fails_for_now_is_done_again_and_nothing_is_lost() {
+        let (route, target) = route();
+        let again = || refused(Errno::ENOMEM);
+        let reads = [Ok(event(0, 1)), again(), again(), Ok(event(1, 2)), again()];
+        let queue = Script::new(reads);
+        let mut reader = Reader { queue, route: route.clone(), expected: 0 };
+        let pauses = Mutex::new(Vec::new());
+        let pause = |time: Duration| {
+            pauses.lock().unwrap().push(time.as_millis());
+            true
+        };
+        assert_eq!(reader.drain(pause), Drained::Empty);
+        assert_eq!(*target.0.lock().unwrap(), [Some(1), Some(2)]);
+        assert_eq!(route.lost(), 0);
+        // Each longer than the one before, and from the start after a success.
+        assert_eq!(*pauses.lock().unwrap(), [1, 2, 1]);
+    }
+
+    #[test]
+    fn a_pause_ends_when_it_is_time_to_stop() {
+        let (route, _) = route();
+        let queue = Script::new([refused(Errno::ENOMEM), Ok(event(0, 1))]);
+        let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
+        assert_eq!(reader.drain(|_| false), Drained::Over);
+        assert_eq!(queue.reads.lock().unwrap().len(), 1);
+        let signal = Signal::default();
+        assert!(signal.pause(Duration::ZERO));
+        signal.stop();
+        assert!(!signal.pause(Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn a_queue_that_cannot_be_read_is_not_read_again_and_the_guest_is_told_of_a_loss() {
+        for errno in [Errno::EIO, Errno::EINVAL, Errno::EFAULT] {
+            let (route, target) = route();
+            let queue = Script::new([Ok(event(0, 1)), refused(errno), Ok(event(1, 2))]);
+            let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
+            let pause = |_| unreachable!("nothing is tried again");
+            assert_eq!(reader.drain(pause), Drained::Over);
+            assert_eq!(*target.0.lock().unwrap(), [Some(1), None]);
+            // The thread is over as well: more to read wakes nobody.
+            let thread = EventThread::start(queue.clone(), Arc::default()).unwrap();
+            wait_until("the thread's read", || queue.reads.lock().unwrap().len() != 1);
+            queue.reads.lock().unwrap().push_back(refused(errno));
+            thread.signal.changed(true);
+            let is_over = || thread.thread.as_ref().is_some_and(JoinHandle::is_finished);
+            wait_until("the thread's end", is_over);
+            assert_eq!(thread.stop(), ObjectId(6));
+        }
+    }
+
+    #[test]
+    fn what_is_said_of_a_queue_that_cannot_be_read() {
+        let error = refused(Errno::EIO).unwrap_err();
+        assert_eq!(
+            Unreadable(&error).to_string(),
+            "VEVENT on object 6: EIO: read: refused: faults of the devices behind this virtual SMMU \
+             reach the guest no more, nor are they told here; everything else goes on. To have them \
+             again, end the guest and start it anew"
+        );
+    }
+}

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What one virtual IOMMU in front of several devices can offer to its guest.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::DeviceFacts;
+use crate::iommufd::{Extensions, HwInfoData};
+use crate::nesting::{host_smmu, host_vtd};
+use crate::spec::smmuv3::SubstreamId;
+use crate::viommu::smmuv3::SmmuConfig;
+use crate::viommu::vtd::{HostUnit, VtdConfig};
+use crate::viommu::CapabilityConflict;
+
+/// The most that one virtual IOMMU over all devices can offer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Offer {
+    /// Which one.
+    pub kind: OfferKind,
+    /// Width of the IOVAs in bits.
+    pub address_bits: u8,
+    /// Width of the PASIDs in bits; 0 for none. A device may have fewer, or none.
+    pub pasid_bits: u8,
+    /// Device-TLBs of those devices that have them.
+    pub ats: bool,
+    /// Dirty pages can be tracked while devices are behind it.
+    pub dirty_tracking: bool,
+    /// What a driver of its finds, one thing each.
+    pub features: Vec<String>,
+    /// Its identification registers, by name; in JSON each is a string, in hexadecimal.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "hexadecimal"))]
+    pub registers: BTreeMap<&'static str, u64>,
+}
+
+/// Registers by name, as JSON has them: 64 bits are more than a number there holds. For `serialize_with`.
+///
+/// # Errors
+/// Those of the serializer.
+#[cfg(feature = "serde")]
+pub fn hexadecimal<S: serde::Serializer>(
+    registers: &BTreeMap<&'static str, u64>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    to.collect_map(registers.iter().map(|(name, value)| (name, format!("{value:#x}"))))
+}
+
+/// Kinds of virtual IOMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+pub enum OfferKind {
+    /// VT-d.
+    Vtd,
+    /// SMMUv3.
+    Smmuv3,
+}
+
+/// Why one virtual IOMMU cannot be in front of all devices.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OfferError {
+    /// There is no device.
+    #[error("no device is named")]
+    NoDevice,
+    /// The IOMMU of this device cannot nest.
+    #[error("{device}: {why}")]
+    CannotNest {
+        /// Its name.
+        device: String,
+        /// What the host said.
+        why: String,
+    },
+    /// No virtual IOMMU of its architecture is there.
+    #[error("{0} is behind an IOMMU on which nobody nests")]
+    UnknownIommu(String),
+    /// Two architectures.
+    #[error("{0} and {1} are behind IOMMUs of different architectures")]
+    Mixed(String, String),
+    /// Two SMMUs, where a vIOMMU is of one.
+    #[error("{0} and {1} are behind different SMMUs: each needs a virtual SMMUv3 of its own")]
+    TwoSmmus(String, String),
+    /// A unit lacks what a virtual IOMMU cannot do without.
+    #[error(transparent)]
+    Conflict(#[from] CapabilityConflict),
+    /// No configuration has what the units have.
+    #[error("no virtual IOMMU has what the units have: {0}")]
+    Impossible(String),
+}
+
+impl Offer {
+    /// What one virtual IOMMU over all of `facts` can offer.
+    ///
+    /// # Errors
+    /// There can be none.
+    pub fn new(facts: &[DeviceFacts]) -> Result<Self, OfferError> {
+        let first = facts.first().ok_or(OfferError::NoDevice)?;
+        for device in facts {
+            if let Some(refusal) = &device.refusal {
+                let (device, why) = (device.name.clone(), refusal.to_string());
+                return Err(OfferError::CannotNest { device, why });
+            }
+        }
+        match first.info.data {
+            HwInfoData::Vtd(_) => vtd(first, facts),
+            HwInfoData::ArmSmmuV3(_) => smmuv3(first, facts),
+            HwInfoData::Other(_) | HwInfoData::None => {
+                Err(OfferError::UnknownIommu(first.name.clone()))
+            }
+        }
+    }
+
+    fn features<'a>(all: impl IntoIterator<Item = (bool, &'a str)>) -> Vec<String> {
+        all.into_iter().filter(|(there, _)| *there).map(|(_, text)| text.to_owned()).collect()
+    }
+}
+
+fn ats(facts: &[DeviceFacts]) -> bool {
+    facts.iter().any(|device| !device.info.capabilities.pci_ats_not_supported())
+}
+
+fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
+    OfferError::Mixed(first.name.clone(), device.name.clone())
+}
+
+fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
+    // What is offered is for hardware: without what only an emulated host can do.
+    let unit = |device: &DeviceFacts| {
+        host_vtd(device.name.clone(), &device.info, Extensions::default())
+            .ok_or_else(|| mixed(first, device))
+    };
+    let hosts = facts.iter().map(unit).collect::<Result<Vec<_>, _>>()?;
+    let pasid_bits = hosts.iter().map(|host| host.ecap.pasid_bits()).min().unwrap_or(0);
+    let wide = |host: &HostUnit| host.cap.fs5lp() && host.cap.guest_address_width() >= 57;
+    let wanted = VtdConfig {
+        address_width: if hosts.iter().all(wide) { 57 } else { 48 },
+        pasid_bits,
+        device_iotlb: ats(facts) && hosts.iter().all(|host| host.ecap.dt()),
+        // Of the virtual unit alone; a machine has it where its interrupt controllers can be split.
+        interrupt_remapping: true,
+        ..VtdConfig::default()
+    };
+    let config = wanted.intersect(&hosts)?;
+    let offered =
+        config.capabilities().map_err(|error| OfferError::Impossible(error.to_string()))?;
+    Ok(Offer {
+        kind: OfferKind::Vtd,
+        address_bits: config.address_width,
+        pasid_bits: config.pasid_bits,
+        ats: config.device_iotlb,
+        dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
+        features: Offer::features([
+            (true, "scalable mode, first-stage tables"),
+            (config.first_stage_1g, "1 GiB pages"),
+            (config.supervisor_requests, "supervisor requests"),
+            (config.extended_accessed, "extended accessed flags"),
+            (config.snoop_control, "snoop control"),
+            (config.coherent_walks, "coherent walks"),
+            (config.interrupt_remapping, "interrupt remapping"),
+        ]),
+        registers: offered.registers(),
+    })
+}
+
+fn smmuv3(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
+    let mut hosts = Vec::new();
+    for device in facts {
+        let host = host_smmu(device.name.clone(), &device.info);
+        let host = host.ok_or_else(|| mixed(first, device))?;
+        if device.smmu != first.smmu {
+            return Err(OfferError::TwoSmmus(first.name.clone(), device.name.clone()));
+        }
+        hosts.push(host);
+    }
+    let wanted = SmmuConfig { ats: ats(facts), ..SmmuConfig::default() };
+    let wide = SmmuConfig { input_bits: 52, output_bits: 52, ..wanted.clone() };
+    let config = match wide.intersect(&hosts) {
+        Ok(config) => config,
+        Err(_) => wanted.intersect(&hosts)?,
+    };
+    let offered =
+        config.capabilities().map_err(|error| OfferError::Impossible(error.to_string()))?;
+    Ok(Offer {
+        kind: OfferKind::Smmuv3,
+        address_bits: config.input_bits,
+        pasid_bits: config.substream_bits.unwrap_or(0).min(SubstreamId::BITS as u8),
+        ats: config.ats,
+        dirty_tracking: facts.iter().all(|device| device.dirty_nesting),
+        features: Offer::features([
+            (config.granule_4k, "4 KiB granule"),
+            (config.granule_16k, "16 KiB granule"),
+            (config.granule_64k, "64 KiB granule"),
+            (config.asid16, "16-bit ASIDs"),
+            (config.two_level_contexts, "2-level context descriptor tables"),
+            (config.range_invalidation, "invalidation by range"),
+        ]),
+        registers: offered.registers(),
+    })
+}
+
+impl fmt::Display for Offer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            OfferKind::Vtd => "VT-d",
+            OfferKind::Smmuv3 => "SMMUv3",
+        };
+        writeln!(f, "a virtual {kind} over all of them can offer:")?;
+        writeln!(f, "  {} bits of IOVA", self.address_bits)?;
+        match self.pasid_bits {
+            0 => writeln!(f, "  no PASIDs")?,
+            bits => writeln!(f, "  {bits} bits of PASID")?,
+        }
+        for feature in &self.features {
+            writeln!(f, "  {feature}")?;
+        }
+        if self.ats {
+            writeln!(f, "  device-TLBs (ATS)")?;
+        }
+        if self.dirty_tracking {
+            writeln!(f, "  dirty tracking below it")?;
+        }
+        write!(f, "  registers:")?;
+        for (name, value) in &self.registers {
+            write!(f, " {name} {value:#x}")?;
+        }
+        writeln!(f)
+    }
+}

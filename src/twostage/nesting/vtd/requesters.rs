@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From policies to attachments: what each requester's DMA goes through.
+
+use super::slot::{Attached, Slot};
+use super::state::{Device, State};
+use crate::iommufd::{
+    iommu_hwpt_vtd_s1, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId, VTD_S1_EAFE,
+    VTD_S1_SRE, VTD_S1_WPE,
+};
+use crate::nesting::error::{NestingError, Result};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage};
+use crate::warn_limited;
+
+/// Tables start a page of 4 KiB. The kernel would take the low bits for flags of the PASID entry.
+const TABLE_ALIGNMENT: u64 = 4096;
+
+impl State {
+    fn slot(&self, requester: Requester) -> Slot {
+        self.nested.slots().get(requester)
+    }
+
+    /// See [`crate::viommu::HostSide::configure`].
+    pub fn configure(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
+        let result = self.apply(requester, config);
+        if result.is_err() {
+            self.block(requester);
+        }
+        result
+    }
+
+    fn apply(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
+        let Some(device) = self.devices.get(&requester.rid).copied() else {
+            return match config.policy {
+                Policy::Blocked { .. } => Ok(()),
+                _ => Err(NestingError::NoDevice(requester.rid)),
+            };
+        };
+        if requester.pasid.is_some_and(|pasid| pasid.raw() == 0) {
+            // On the host, attaching to PASID 0 is attaching the RID.
+            return Err(NestingError::PasidZero(requester));
+        }
+        if self.slot(requester).unsettled {
+            self.detach(requester)?;
+        }
+        let attached = self.slot(requester).attached;
+        match config.policy {
+            Policy::Blocked { .. } if attached == Attached::Nothing => self.unchanged(),
+            Policy::Blocked { .. } => self.detach(requester),
+            Policy::Bypass if attached == Attached::Parent => self.unchanged(),
+            Policy::Bypass => {
+                let slot = Slot::on(Attached::Parent, 0);
+                self.attach(requester, &device, device.parent.hwpt, slot)
+            }
+            Policy::Stage1(stage1) => self.nest(requester, &device, stage1, config.tag),
+        }
+    }
+
+    fn unchanged(&mut self) -> Result<()> {
+        self.counters.unchanged += 1;
+        Ok(())
+    }
+
+    /// Sends `requester` through `stage1`.
+    fn nest(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        stage1: Stage1,
+        tag: DomainTag,
+    ) -> Result<()> {
+        let found = self.nested.find(device.parent.hwpt, &stage1);
+        let hwpt = match found {
+            Some(hwpt) => hwpt,
+            None => self.alloc_nested(requester, device, stage1)?,
+        };
+        // The host caches under a tag of its own for each HWPT, the guest under a DomainTag for
+        // each user. Under a tag that none of the users had, the guest knows nothing to be cached,
+        // and need not have invalidated what the host still caches for the others.
+        let adopts = found.is_some() && !self.nested.knows(hwpt, tag);
+        if adopts {
+            self.flush_everything(hwpt)?;
+        }
+        let slot = Slot::on(Attached::Nested(hwpt), tag.domain);
+        if self.slot(requester).attached != slot.attached {
+            self.attach(requester, device, hwpt, slot)?;
+            self.counters.nested_shares += u64::from(found.is_some());
+        } else {
+            self.nested.set(requester, slot);
+            self.counters.unchanged += u64::from(!adopts);
+        }
+        self.nested.name(requester, tag);
+        Ok(())
+    }
+
+    /// Makes the `HWPT_NESTED` of `stage1`, without a user yet.
+    fn alloc_nested(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        stage1: Stage1,
+    ) -> Result<ObjectId> {
+        check_pasid(requester, device)?;
+        let data = match stage1 {
+            Stage1::VtdFirstStage(first) => HwptData::VtdS1(vtd_s1(&first)),
+            Stage1::VtdSecondStage(_) if !self.nests_second_stage() => {
+                return Err(NestingError::GuestSecondStage(requester));
+            }
+            Stage1::VtdSecondStage(second) => HwptData::VtdSecondStage(HwptVtdSecondStage {
+                pgtbl_addr: second.table,
+                addr_width: second.address_width.into(),
+            }),
+        };
+        let table = match stage1 {
+            Stage1::VtdFirstStage(first) => first.table,
+            Stage1::VtdSecondStage(second) => second.table,
+        };
+        if table % TABLE_ALIGNMENT != 0 {
+            return Err(NestingError::UnalignedTable { requester, table });
+        }
+        let args = HwptAlloc {
+            flags: HwptFlags::new().with_pasid(device.parent.pasid),
+            dev: device.dev,
+            pt: device.parent.hwpt,
+            data,
+            fault: None,
+        };
+        let hwpt =
+            self.objects.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
+        self.counters.nested_allocs += 1;
+        self.nested.insert(hwpt, device.parent.hwpt, stage1);
+        Ok(hwpt)
+    }
+
+    /// Attaches `requester` to `pt`, in place of what was there. When the host refuses, the
+    /// requester is blocked and `pt` is gone if nobody else uses it.
+    fn attach(
+        &mut self,
+        requester: Requester,
+        device: &Device,
+        pt: ObjectId,
+        slot: Slot,
+    ) -> Result<()> {
+        check_pasid(requester, device)?;
+        let before = self.slot(requester);
+        let pasid = requester.pasid.map(Pasid::raw);
+        if let Err(source) = self.objects.host().device_attach(device.dev, pasid, pt) {
+            self.counters.refused_attaches += 1;
+            // VT-d blocks before it checks, and never reverts; iommufd goes on to believe in the
+            // old page table, and would take attaching that again for done.
+            self.nested.set(requester, Slot { unsettled: true, ..before });
+            self.block(requester);
+            self.destroy_unused(slot.attached);
+            return Err(NestingError::Host { what: format!("attaching {requester}"), source });
+        }
+        self.nested.set(requester, slot);
+        self.counters.replaces += u64::from(before.attached != Attached::Nothing);
+        self.destroy_unused(before.attached);
+        Ok(())
+    }
+
+    /// Blocks `requester`, as far as the host lets it be done. What fails is tried again when the
+    /// requester is next configured or removed.
+    pub fn block(&mut self, requester: Requester) {
+        if let Err(error) = self.detach(requester) {
+            warn_limited!("{requester} could not be blocked: {error}");
+        }
+    }
+
+    /// Detaches `requester`: its DMA is blocked.
+    pub fn detach(&mut self, requester: Requester) -> Result<()> {
+        let slot = self.slot(requester);
+        // A slot that says anything belongs to a device.
+        let Some(device) = self.devices.get(&requester.rid).copied() else { return Ok(()) };
+        if slot == Slot::default() {
+            return Ok(());
+        }
+        if let Err(source) = self.objects.detach(device.dev, requester.pasid.map(Pasid::raw)) {
+            self.nested.set(requester, Slot { unsettled: true, ..slot });
+            return Err(NestingError::Host { what: format!("detaching {requester}"), source });
+        }
+        self.nested.set(requester, Slot::default());
+        self.destroy_unused(slot.attached);
+        Ok(())
+    }
+
+    /// If nobody uses the `HWPT_NESTED` any more, it goes.
+    fn destroy_unused(&mut self, attached: Attached) {
+        if let Attached::Nested(hwpt) = attached {
+            if self.nested.remove_unused(hwpt) {
+                self.objects.destroy(hwpt);
+            }
+        }
+    }
+
+    /// Whether the host may let DMA of `requester` through: what was attached and never detached
+    /// is.
+    pub fn is_attached(&self, requester: Requester) -> bool {
+        self.slot(requester) != Slot::default()
+    }
+
+    /// Blocks every PASID of `rid`. Those that cannot be are blocked at a later call, of this or of
+    /// [`State::configure`].
+    pub fn forget_pasids(&mut self, rid: Bdf) -> Result<()> {
+        let mut result = Ok(());
+        let mut next = self.nested.slots().pasid_from(rid, 0);
+        while let Some(requester) = next {
+            result = result.and(self.detach(requester));
+            let after = requester.pasid.map_or(0, Pasid::raw) + 1;
+            next = self.nested.slots().pasid_from(rid, after);
+        }
+        result
+    }
+}
+
+/// Linux answers an attach of a PASID to a device without PASIDs with success, and does nothing.
+fn check_pasid(requester: Requester, device: &Device) -> Result<()> {
+    let bits = device.info.max_pasid_log2;
+    match requester.pasid {
+        Some(pasid) if pasid.raw().checked_shr(bits.into()).unwrap_or(0) != 0 => {
+            Err(NestingError::PasidTooWide { requester, bits })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn vtd_s1(tables: &VtdFirstStage) -> iommu_hwpt_vtd_s1 {
+    let flag = |set: bool, flag: u64| if set { flag } else { 0 };
+    iommu_hwpt_vtd_s1 {
+        flags: flag(tables.supervisor_requests, VTD_S1_SRE)
+            | flag(tables.extended_accessed, VTD_S1_EAFE)
+            | flag(tables.write_protect, VTD_S1_WPE),
+        pgtbl_addr: tables.table,
+        addr_width: tables.address_width.into(),
+        __reserved: 0,
+    }
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual Arm SMMUv3: registers, command queue, stream table and events, as a guest drives them.
+//!
+//! A register write is complete when [`Smmu::mmio_write`] returns: what it asks has been given to
+//! the host, and only then does CR0ACK, GBPA.Update or CMDQ_CONS say so. While CR0ACK.SMMUEN is set
+//! every stream goes by its entry, and is blocked where that is none or a wrong one.
+//!
+//! Where the host cannot even block what the guest takes back, nothing is acknowledged: the command
+//! queue stops with CERROR_ILL, CR0ACK and GBPA.Update stay as they were, and the next write tries
+//! again. No CMD_SYNC completes before.
+//!
+//! Not offered: stage 2 of the guest's own, EL2, page requests, stalls, address translation
+//! operations, the Secure state. Their registers read as zero, their commands are CERROR_ILL.
+//!
+//! # Locks
+//! The registers are one lock, held across calls to the host and to [`SmmuInterrupts`], neither of
+//! which may call the SMMU but to report events and to halt it. Whoever works through the command
+//! queue lets go of it after each CMD_SYNC and each change of configuration, and those who wait have
+//! it in turn. Event queue and global errors have a lock of their own, and so have the published
+//! policies: both are taken after the registers, for a moment, and are all that [`EventTarget`]
+//! takes. An event may therefore come from any thread, even while another waits in the host for DMA to
+//! end.
+
+mod apply;
+mod caps;
+mod cmdq;
+mod commands;
+mod config;
+mod control;
+mod counters;
+mod eventq;
+mod events;
+mod gerror;
+mod host_side;
+mod interrupts;
+mod intersection;
+mod notices;
+mod policy;
+mod registers;
+mod state;
+mod streams;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use caps::Capabilities;
+pub use config::{SmmuConfig, SmmuConfigError};
+pub use counters::SmmuCounters;
+pub use eventq::EventQueue;
+pub use gerror::GlobalErrors;
+pub use host_side::{
+    EventRecordWords, EventTarget, RawCommand, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
+};
+pub use interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
+pub use intersection::HostSmmu;
+pub use notices::Notices;
+pub use state::{Registers, SmmuState};
+
+use super::in_turn::InTurn;
+use super::observer::Observer;
+use super::TableMemory;
+use crate::ratelimit::RateLimit;
+use crate::spec::smmuv3::regs::Gerror;
+use crate::spec::smmuv3::StreamId;
+use cmdq::Slice;
+use counters::{count, Counters};
+use interrupts::Signal;
+use notices::Offered;
+use policy::{policy_while_disabled, StreamTable};
+use streams::{Streams, TableRegisters};
+
+/// A virtual SMMUv3.
+pub struct Smmu {
+    caps: Capabilities,
+    offered: Offered,
+    memory: Arc<dyn TableMemory>,
+    host: Arc<dyn SmmuHostSide>,
+    interrupts: Arc<dyn SmmuInterrupts>,
+    observer: Option<Arc<dyn Observer>>,
+    registers: InTurn<Registers>,
+    halted: AtomicBool,
+    notices: Mutex<Notices>,
+    streams: Streams,
+    counters: Counters,
+    log: RateLimit,
+}
+
+impl Smmu {
+    /// An SMMU after reset, with no stream behind it.
+    ///
+    /// # Errors
+    /// The configuration is impossible ([`SmmuConfig::check`]).
+    pub fn new(
+        config: &SmmuConfig,
+        memory: Arc<dyn TableMemory>,
+        host: Arc<dyn SmmuHostSide>,
+        interrupts: Arc<dyn SmmuInterrupts>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Arc<Self>, SmmuConfigError> {
+        let caps = config.capabilities()?;
+        Ok(Arc::new(Self {
+            caps,
+            offered: Offered::new(caps.idr0, caps.idr1),
+            memory,
+            host,
+            interrupts,
+            observer,
+            registers: InTurn::default(),
+            halted: AtomicBool::new(false),
+            notices: Mutex::default(),
+            streams: Streams::default(),
+            counters: Counters::default(),
+            log: RateLimit::default(),
+        }))
+    }
+
+    /// The identification registers.
+    pub fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    /// Puts a stream behind the SMMU. It goes by GBPA while translation is disabled, and by its stream
+    /// table entry when it is enabled. Nothing happens for a stream that is there already. What the
+    /// host refuses is logged; the stream is then blocked.
+    pub fn add_stream(&self, stream: StreamId) {
+        let registers = self.lock();
+        if !self.streams.add(stream) {
+            return;
+        }
+        let decision = if self.streams.is_translating() {
+            self.stream_table(registers.table_registers()).policy(stream)
+        } else {
+            Ok(policy_while_disabled(registers.gbpa))
+        };
+        // The host has it blocked until it is given something, so that a refusal leaves it so.
+        let _ = self.give(stream, decision);
+    }
+
+    /// Takes a stream away: it is blocked. Nothing happens for a stream that is not there. What the
+    /// host does not block is logged, and is for whoever takes the device from the host.
+    pub fn remove_stream(&self, stream: StreamId) {
+        // Held so that nobody gives the stream a policy meanwhile.
+        let _registers = self.lock();
+        if !self.streams.remove(stream) {
+            return;
+        }
+        if let Err(error) = self.host.configure(stream, &StreamPolicy::Abort) {
+            // Nobody is told: the guest has no part in it.
+            let _ = self.host_failed(&error);
+        }
+    }
+
+    /// Works through the command queue up to its end or its first error. Register writes do so
+    /// themselves; any other thread may, too, and several at once share the work.
+    ///
+    /// Others have the registers in turn after each slice of the queue, however much of it there is.
+    pub fn drain_queue(&self) {
+        while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
+    }
+
+    /// The machine stops: whoever works through the queue leaves off at the next command, and nobody
+    /// begins again. What is under way is not acknowledged to the guest.
+    ///
+    /// Waits for nothing. Registers can be read and written as before.
+    pub fn halt(&self) {
+        self.halted.store(true, Ordering::Relaxed);
+    }
+
+    fn is_halted(&self) -> bool {
+        self.halted.load(Ordering::Relaxed)
+    }
+
+    /// What the guest's tables say of `stream` at this moment, whatever it was given; `None` while
+    /// translation is disabled, and for a stream that is not here. For who looks for invalidations
+    /// that the guest forgot: DMA goes by what was given.
+    ///
+    /// May be called from anywhere: it waits for nobody who waits for the host.
+    pub fn policy_by_tables(&self, stream: StreamId) -> Option<StreamPolicy> {
+        let table = self.streams.standing(stream)?.table?;
+        Some(self.stream_table(table).policy(stream).unwrap_or(StreamPolicy::Abort))
+    }
+
+    /// What the SMMU has done so far.
+    pub fn counters(&self) -> SmmuCounters {
+        self.counters.snapshot()
+    }
+
+    /// All that the guest can see, at one moment.
+    pub fn state(&self) -> SmmuState {
+        let registers = self.lock();
+        SmmuState {
+            registers: registers.clone(),
+            notices: self.notices().clone(),
+            streams: self.streams.all(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock()
+    }
+
+    fn notices(&self) -> MutexGuard<'_, Notices> {
+        self.notices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The stream table, to decide by.
+    fn stream_table(&self, registers: TableRegisters) -> StreamTable<'_> {
+        let TableRegisters { base, cfg } = registers;
+        StreamTable { memory: &*self.memory, caps: &self.caps, base, cfg }
+    }
+
+    /// Makes global errors active.
+    fn raise(&self, errors: Gerror) {
+        let signal = self.notices().raise(self.offered, errors);
+        self.send(signal);
+    }
+
+    /// Sends an interrupt. A message is a write: to guest memory if its address is there. One that
+    /// nothing takes is a global error, which is news but once.
+    fn send(&self, signal: Option<Signal>) {
+        let Some(signal) = signal else { return };
+        let Some((address, data)) = signal.message else {
+            self.interrupts.wire(signal.interrupt);
+            return;
+        };
+        if self.memory.store_u32(address, data).is_err() && !self.interrupts.message(address, data)
+        {
+            self.guest_error(format_args!("a message to {address:#x}, where nothing takes it"));
+            self.raise(signal.abort_error());
+        }
+    }
+
+    /// Counts and logs a mistake of the guest that the architecture has no error for.
+    fn guest_error(&self, what: fmt::Arguments<'_>) {
+        count(&self.counters.guest_errors);
+        self.log.warn(format_args!("SMMUv3: guest mistake: {what}"));
+    }
+}
+
+impl fmt::Debug for Smmu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Smmu")
+            .field("caps", &self.caps)
+            .field("host", &self.host)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

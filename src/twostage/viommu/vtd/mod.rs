@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A virtual Intel VT-d: registers, queued invalidation, tables and faults, as a guest drives them.
+//!
+//! A register write is complete when [`VtdIommu::mmio_write`] returns: what it asks has been given
+//! to the host, and only then does a status register, a status word in memory or the queue head
+//! say so. From the moment translation is enabled every function is blocked until its tables say
+//! otherwise.
+//!
+//! Where the host cannot even block what the guest takes back, nothing is acknowledged: the queue
+//! stops with an error, TES stays as it was and RTPS clear, and the next command tries again.
+//!
+//! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of
+//! the guest's own. Their registers read as after reset.
+//!
+//! # Locks
+//! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
+//! which may call the unit but to report faults and to halt it. Whoever works through the queue
+//! lets go of it at each ordering point, and whoever reads tables anew for many PASIDs does so after
+//! some of them; those who wait have it in turn. What is under way then has a lock that is taken with
+//! the registers only. The fault log has a lock of its own, and so have the published policies: both
+//! are taken after the registers, for a moment, and are all that [`FaultTarget::dma_fault`] takes. A
+//! fault may therefore come from any thread, even while another waits in the host for DMA to end.
+//! Without caching mode a request that is blocked may take the registers, too, before it becomes a
+//! fault ([`FaultTarget::served_late`]). Interrupt remapping has a lock of its own, between the
+//! registers and the fault log: interrupts may come from any thread, too.
+
+mod apply;
+mod caps;
+mod commands;
+mod config;
+mod counters;
+mod evaluation;
+mod events;
+mod explain;
+mod faults;
+mod interrupt_entries;
+mod interrupt_remapping;
+mod invalidate;
+mod late;
+mod packed;
+mod policy;
+mod policy_legacy;
+mod policy_scalable;
+mod queue;
+mod registers;
+mod requesters;
+mod state;
+mod tables;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use caps::{Capabilities, HostUnit};
+pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
+pub use counters::VtdCounters;
+pub use events::EventRegisters;
+pub use faults::FaultLog;
+pub use state::{Registers, VtdState};
+
+use super::in_turn::InTurn;
+use super::observer::{FaultOutcome, Observer};
+use super::{
+    DmaFault, DomainTag, FaultTarget, HostSide, InterruptSink, MsiMessage, Policy, Requester,
+    RequesterConfig, TableMemory,
+};
+use crate::ratelimit::RateLimit;
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::fault::FaultReason;
+use commands::UnderWay;
+use counters::Counters;
+use evaluation::{Budget, By, Evaluation};
+use interrupt_remapping::Remapping;
+use queue::Slice;
+use requesters::Requesters;
+
+/// So many PASIDs of a function that goes are blocked before others have the registers.
+const REMOVED_AT_ONCE: u32 = 32;
+
+/// A virtual VT-d unit.
+pub struct VtdIommu {
+    caps: Capabilities,
+    memory: Arc<dyn TableMemory>,
+    host: Arc<dyn HostSide>,
+    interrupts: Arc<dyn InterruptSink>,
+    observer: Option<Arc<dyn Observer>>,
+    registers: InTurn<Registers>,
+    under_way: Mutex<UnderWay>,
+    halted: AtomicBool,
+    faults: Mutex<FaultLog>,
+    requesters: Requesters,
+    remapping: Remapping,
+    counters: Counters,
+    log: RateLimit,
+}
+
+impl VtdIommu {
+    /// A unit after reset, with no device behind it.
+    ///
+    /// # Errors
+    /// The configuration is impossible ([`VtdConfig::check`]).
+    pub fn new(
+        config: VtdConfig,
+        memory: Arc<dyn TableMemory>,
+        host: Arc<dyn HostSide>,
+        interrupts: Arc<dyn InterruptSink>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Arc<Self>, ConfigError> {
+        Ok(Arc::new(Self {
+            caps: config.capabilities()?,
+            memory,
+            host,
+            interrupts,
+            observer,
+            registers: InTurn::default(),
+            under_way: Mutex::default(),
+            halted: AtomicBool::new(false),
+            faults: Mutex::new(FaultLog::new(config.fault_records)),
+            requesters: Requesters::default(),
+            remapping: Remapping::default(),
+            counters: Counters::default(),
+            log: RateLimit::default(),
+        }))
+    }
+
+    /// The capability registers.
+    pub fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    /// Puts a function behind the unit. It passes while translation is disabled, and goes by its
+    /// tables when it is enabled. Nothing happens for a function that is there already. What the
+    /// host refuses is logged; the function is then blocked.
+    pub fn add_device(&self, rid: Bdf) {
+        let mut registers = self.lock_idle();
+        if !self.requesters.add(rid) {
+            return;
+        }
+        let by = |registers: &Registers| match registers.gsts.tes() {
+            true => By::Tables,
+            false => By::Nothing,
+        };
+        let mut evaluation = Evaluation::of_function(rid, by(&registers));
+        // Where translation was enabled or disabled meanwhile, that concerned this function, too.
+        while by(&registers) == evaluation.by() {
+            // The host has it blocked until it is given something, so that a refusal leaves it so.
+            let mut budget = Budget::default();
+            if self.evaluate(&mut evaluation, registers.root, &mut budget).is_some() {
+                return;
+            }
+            drop(registers);
+            registers = self.lock_idle();
+        }
+    }
+
+    /// Takes a function away: it is blocked. Nothing happens for a function that is not there. What
+    /// the host does not block is logged, and is for whoever takes the device from the host.
+    pub fn remove_device(&self, rid: Bdf) {
+        let mut registers = self.lock();
+        // Nobody gives it a policy from now on.
+        let Some(pasids) = self.requesters.remove(rid) else { return };
+        let mut next = pasids.from(0);
+        let mut slice = 0;
+        while let Some(requester) = next {
+            self.take_away(requester);
+            next = requester.pasid.and_then(|pasid| pasids.from(pasid.raw() + 1));
+            slice += 1;
+            if slice % REMOVED_AT_ONCE == 0 {
+                drop(registers);
+                registers = self.lock();
+            }
+        }
+        self.take_away(Requester::rid(rid));
+    }
+
+    /// Blocks a requester of a function that is gone.
+    fn take_away(&self, requester: Requester) {
+        let reason = FaultReason::ContextNotPresent.code();
+        let config = RequesterConfig {
+            policy: Policy::Blocked { reason, fault_disabled: true },
+            tag: DomainTag { domain: 0, pasid: requester.pasid.map_or(0, Pasid::raw) },
+            fault_disabled: true,
+        };
+        if let Err(error) = self.host.configure(requester, &config) {
+            // Nobody is told: the guest has no part in it.
+            let _ = self.host_failed(&error);
+        }
+    }
+
+    /// Works through the invalidation queue up to its tail or its first error. Register writes do
+    /// so themselves; any other thread may, too, and several at once share the work.
+    ///
+    /// Others have the registers in turn at each ordering point of the queue, and after some of the
+    /// requesters that one invalidation names, however many there are.
+    pub fn drain_queue(&self) {
+        while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
+    }
+
+    /// The machine stops: whoever works through the queue, or through the PASIDs of a function,
+    /// leaves off at the next descriptor or PASID, and nobody begins again. What is under way
+    /// is not acknowledged to the guest.
+    ///
+    /// Waits for nothing. Registers can be read and written as before.
+    pub fn halt(&self) {
+        self.halted.store(true, Ordering::Relaxed);
+    }
+
+    fn is_halted(&self) -> bool {
+        self.halted.load(Ordering::Relaxed)
+    }
+
+    /// What the guest's tables say of `requester` at this moment, whatever it was given; `None` while
+    /// translation is disabled, and for a function that is not here. For who looks for invalidations
+    /// that the guest forgot: DMA goes by what was given.
+    ///
+    /// May be called from anywhere: it waits for nobody who waits for the host.
+    pub fn policy_by_tables(&self, requester: Requester) -> Option<Policy> {
+        let standing = self.requesters.standing(requester)?;
+        let tables = self.tables(standing.root);
+        standing.translating.then(|| tables.config(requester).policy)
+    }
+
+    /// What the unit has done so far.
+    pub fn counters(&self) -> VtdCounters {
+        self.counters.snapshot()
+    }
+
+    /// All that the guest can see, at one moment.
+    pub fn state(&self) -> VtdState {
+        let registers = self.lock();
+        VtdState {
+            registers: registers.clone(),
+            faults: self.fault_log().clone(),
+            devices: self.requesters.functions(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock()
+    }
+
+    fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, msi: Option<MsiMessage>) {
+        if let Some(MsiMessage { address, data }) = msi {
+            self.interrupts.send_msi(address, data);
+        }
+    }
+
+    /// Counts and logs a mistake of the guest that the architecture has no error for.
+    fn guest_error(&self, what: fmt::Arguments<'_>) {
+        self.counters.guest_errors.fetch_add(1, Ordering::Relaxed);
+        self.log.warn(format_args!("VT-d: guest mistake: {what}"));
+    }
+
+    /// Counts what the fault log made of a fault, and sends its event.
+    fn recorded(&self, (recorded, msi): (bool, Option<MsiMessage>)) -> FaultOutcome {
+        self.send(msi);
+        if recorded {
+            self.counters.faults_recorded.fetch_add(1, Ordering::Relaxed);
+            FaultOutcome::Recorded
+        } else {
+            self.counters.faults_lost.fetch_add(1, Ordering::Relaxed);
+            FaultOutcome::Lost
+        }
+    }
+}
+
+impl FaultTarget for VtdIommu {
+    fn dma_fault(&self, fault: &DmaFault) {
+        let Some(standing) = self.requesters.standing(fault.requester) else {
+            self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
+            return;
+        };
+        let (reason, outcome) = match explain::explain(standing, &self.tables(standing.root), fault)
+        {
+            Some((reason, false)) => {
+                let recorded = self.fault_log().record(fault, reason);
+                (reason.code(), self.recorded(recorded))
+            }
+            explanation => {
+                self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+                let reason = explanation.map_or(fault.reason, |(reason, _)| reason.code());
+                (reason, FaultOutcome::Suppressed)
+            }
+        };
+        if let Some(observer) = &self.observer {
+            observer.fault(fault, reason, outcome);
+        }
+    }
+
+    fn served_late(&self, requester: Requester) -> bool {
+        self.find_served(requester)
+    }
+}
+
+impl fmt::Debug for VtdIommu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VtdIommu")
+            .field("caps", &self.caps)
+            .field("host", &self.host)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Surveys of emulated devices, and of answers that hardware could give.
+
+use twostage::iommufd::{
+    iommu_hw_info_arm_smmuv3, Errno, FailNth, HostError, HwCapabilities, HwInfo, HwInfoData, Verb,
+};
+use twostage::nesting::survey::{
+    survey, DeviceFacts, DeviceReport, NestingReport, Offer, OfferError, OfferKind, RegionKind,
+};
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::regs::{Idr0, Idr1, Idr3, Idr5, STALL_NONE, ST_LEVEL_2, TTF_AARCH64};
+use twostage_emulated::{
+    AddressWidth, DeviceConfig, EmulatedHost, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
+};
+
+fn host(units: &[(VtdUnitConfig, DeviceConfig)]) -> (std::sync::Arc<EmulatedHost>, Vec<String>) {
+    let host = EmulatedHost::new();
+    let mut names = Vec::new();
+    for (number, (unit, device)) in (0u8..).zip(units.iter().cloned()) {
+        let unit = host.add_unit(VtdUnit::new(unit));
+        let name = format!("device{number}");
+        host.add_device(&name, unit, Bdf::new(0, number, 0).unwrap(), device).unwrap();
+        names.push(name);
+    }
+    (host, names)
+}
+
+fn plain() -> (VtdUnitConfig, DeviceConfig) {
+    (VtdUnitConfig::default(), DeviceConfig::default())
+}
+
+#[test]
+fn a_survey_leaves_nothing_behind() {
+    let reserved = vec![0x8000_0000..=0x8000_ffff];
+    let device = DeviceConfig { pasid_bits: 16, ats: true, reserved, ..Default::default() };
+    let (host, names) = host(&[(VtdUnitConfig::default(), device)]);
+    let facts = survey(&*host, &names).unwrap();
+    assert_eq!(host.live_objects(), 0);
+    let report = DeviceReport::new(&facts[0]);
+    assert_eq!((report.iommu.as_str(), report.cannot_nest.as_ref()), ("VT-d", None));
+    assert_eq!((report.pasids.bits, report.ats, report.page_requests), (16, true, false));
+    assert_eq!(report.last_gpa, (1 << 48) - 1);
+    let regions: Vec<_> = report.reserved.iter().map(|each| (each.first, each.kind)).collect();
+    assert_eq!(regions, [(0x8000_0000, RegionKind::Other), (0xfee0_0000, RegionKind::Msi)]);
+    assert!(report.errata[0].starts_with("772415"));
+    assert_eq!(report.stage1_formats.len(), 1);
+}
+
+#[test]
+fn whatever_fails_leaves_nothing_behind() {
+    let (host, names) = host(&[plain(), plain()]);
+    for n in 1.. {
+        let failing = FailNth::new(host.clone());
+        failing.fail_nth(n, Errno::ENOMEM);
+        let _ = survey(&failing, &names);
+        if failing.is_armed() {
+            break;
+        }
+        assert_eq!(host.live_objects(), 0, "call {n}");
+    }
+}
+
+#[test]
+fn an_offer_is_the_intersection() {
+    let wide = VtdUnitConfig {
+        address_width: AddressWidth::Bits57,
+        device_tlb: true,
+        supervisor_requests: true,
+        ..Default::default()
+    };
+    let with_tlb = DeviceConfig { ats: true, ..Default::default() };
+    let both = |second| {
+        let (host, names) = host(&[(wide.clone(), with_tlb.clone()), second]);
+        Offer::new(&survey(&*host, &names).unwrap()).unwrap()
+    };
+    let offer = both((wide.clone(), with_tlb.clone()));
+    assert_eq!((offer.address_bits, offer.pasid_bits, offer.ats), (57, 20, true));
+    assert!(
+        offer.dirty_tracking && offer.features.iter().any(|each| each == "supervisor requests")
+    );
+    let poor = VtdUnitConfig {
+        pasid_bits: 8,
+        huge_pages: false,
+        dirty_tracking: false,
+        ..Default::default()
+    };
+    let offer = both((poor, DeviceConfig::default()));
+    assert_eq!((offer.address_bits, offer.pasid_bits, offer.ats), (48, 8, false));
+    assert!(!offer.dirty_tracking);
+    assert!(!offer.features.iter().any(|each| each == "1 GiB pages"));
+}
+
+#[test]
+fn who_cannot_nest_is_named() {
+    let flat = VtdUnitConfig { nesting: false, ..Default::default() };
+    let (host, names) = host(&[plain(), (flat, DeviceConfig::default())]);
+    let facts = survey(&*host, &names).unwrap();
+    let report = NestingReport::new(&facts);
+    assert!(report.devices[0].cannot_nest.is_none());
+    assert!(report.devices[1].cannot_nest.is_some() && report.devices[1].stage1_formats.is_empty());
+    assert!(report.no_offer.unwrap().starts_with("device1: HWPT_ALLOC"));
+    assert_eq!(Offer::new(&[]), Err(OfferError::NoDevice));
+}
+
+/// A device behind an SMMU much like the one that QEMU emulates.
+fn behind_smmu(name: &str, smmu: usize) -> DeviceFacts {
+    let idr0 = Idr0::new()
+        .with_ttf(TTF_AARCH64)
+        .with_asid16(true)
+        .with_cd2l(true)
+        .with_ttendian(2)
+        .with_stall_model(STALL_NONE)
+        .with_st_level(ST_LEVEL_2);
+    let idr1 = Idr1::new().with_sidsize(16);
+    let idr3 = Idr3::new().with_ril(true);
+    let idr5 = Idr5::new().with_gran4k(true).with_gran16k(true).with_gran64k(true).with_oas(4);
+    let idr = [idr0.into(), idr1.into(), 0, idr3.into(), 0, idr5.into()];
+    let data = iommu_hw_info_arm_smmuv3 { idr, ..Default::default() };
+    DeviceFacts {
+        name: name.to_owned(),
+        info: HwInfo {
+            data: HwInfoData::ArmSmmuV3(data),
+            capabilities: HwCapabilities::new().with_pci_ats_not_supported(true),
+            max_pasid_log2: 0,
+        },
+        refusal: None,
+        dirty_nesting: false,
+        page_requests: false,
+        iovas: vec![0..=(1 << 44) - 1],
+        reserved: vec![0x800_0000..=0x80f_ffff],
+        smmu: Some(smmu),
+    }
+}
+
+#[test]
+fn devices_behind_smmus() {
+    let (nvme, edu) = (behind_smmu("nvme", 0), behind_smmu("edu", 0));
+    let report = DeviceReport::new(&nvme);
+    assert_eq!(report.reserved[0].kind, RegionKind::SoftwareMsi);
+    assert_eq!(report.stage1_formats.len(), 3);
+    assert!(!report.invalidations.contains(&"ATC_INV"));
+    let offer = Offer::new(&[nvme.clone(), edu]).unwrap();
+    assert_eq!((offer.kind, offer.address_bits, offer.pasid_bits), (OfferKind::Smmuv3, 48, 0));
+    assert!(offer.features.iter().any(|each| each == "invalidation by range"));
+
+    let error = Offer::new(&[nvme.clone(), behind_smmu("edu", 1)]).unwrap_err();
+    assert!(error.to_string().contains("nvme and edu are behind different SMMUs"), "{error}");
+    let (host, names) = host(&[plain()]);
+    let mut mixed = survey(&*host, &names).unwrap();
+    mixed.push(nvme.clone());
+    assert!(matches!(Offer::new(&mixed), Err(OfferError::Mixed(..))));
+    mixed.reverse();
+    assert!(matches!(Offer::new(&mixed), Err(OfferError::Mixed(..))));
+    let none = HwInfo { data: HwInfoData::Other(4), ..nvme.info };
+    let amd = DeviceFacts { info: none, ..nvme.clone() };
+    assert_eq!(DeviceReport::new(&amd).iommu, "AMD-Vi");
+    assert!(matches!(Offer::new(&[amd]), Err(OfferError::UnknownIommu(_))));
+    let refusal = HostError::new(Verb::ViommuAlloc, None, Errno::EOPNOTSUPP, "no S2FWB");
+    let refused = DeviceFacts { refusal: Some(refusal), ..nvme };
+    assert!(NestingReport::new(&[refused]).to_string().contains("no S2FWB"));
+}
+
+#[test]
+fn a_survey_tells_smmus_apart() {
+    let host = EmulatedHost::new();
+    let add = |name: &str, unit, number| {
+        let rid = Bdf::new(0, number, 0).unwrap();
+        host.add_device(name, unit, rid, DeviceConfig::default()).unwrap();
+        name.to_owned()
+    };
+    let [one, two] = [(); 2].map(|()| host.add_unit(SmmuV3Unit::new(SmmuV3UnitConfig::default())));
+    let names = [add("nvme", one, 1), add("edu", two, 2), add("nic", one, 3)];
+    let facts = survey(&*host, &names).unwrap();
+    assert_eq!([0, 1, 2].map(|index: usize| facts[index].smmu), [Some(0), Some(1), Some(0)]);
+    assert_eq!(host.live_objects(), 0);
+    assert!(matches!(Offer::new(&facts), Err(OfferError::TwoSmmus(..))));
+    assert!(Offer::new(&[facts[0].clone(), facts[2].clone()]).is_ok());
+}
