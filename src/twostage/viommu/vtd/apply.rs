@@ -141,13 +141,10 @@ impl VtdIommu {
             return Ok(());
         }
         let config = tables.config(requester);
-        if !is_blocked(&config) {
-            self.give(requester, config, refused)
-        } else if self.requesters.given(requester).is_some() {
-            self.withdraw_pasid(requester, config, refused)
-        } else {
-            Ok(())
+        if is_blocked(&config) && self.requesters.given(requester).is_none() {
+            return Ok(());
         }
+        self.give_or_withdraw(requester, config, refused)
     }
 
     /// Reads the tables anew for one requester.
@@ -163,17 +160,20 @@ impl VtdIommu {
         }
     }
 
-    /// Blocks a PASID that the tables no longer serve, and forgets it when the host has done so:
+    /// Gives `config` to a PASID. One that is blocked by it is forgotten when the host has done so:
     /// faults are then explained by the tables themselves.
-    pub(super) fn withdraw_pasid(
+    ///
+    /// That is told from `config` alone, for whoever saw that the PASID was gone saw it in a read of
+    /// its own, and the guest may have written the tables since.
+    pub(super) fn give_or_withdraw(
         &self,
         requester: Requester,
         config: RequesterConfig,
         refused: FaultReason,
     ) -> Applied {
         let applied = self.give(requester, config, refused);
-        let given = self.requesters.given(requester);
-        if let (Some(pasid), Some(Given { applied: true, .. })) = (requester.pasid, given) {
+        let done = self.requesters.given(requester) == Some(Given { config, applied: true });
+        if let (Some(pasid), true, true) = (requester.pasid, done, is_blocked(&config)) {
             self.requesters.forget_pasid(requester.rid, pasid);
         }
         applied

@@ -184,7 +184,7 @@ impl VtdIommu {
                 false => blocked_config(requester, gone),
             };
             self.evaluate_requester(evaluation, requester, config, budget, |unit| {
-                unit.withdraw_pasid(requester, config, refused)
+                unit.give_or_withdraw(requester, config, refused)
             });
         };
         let reached = if by_tables { tables.pasid_tables(rid) } else { None };

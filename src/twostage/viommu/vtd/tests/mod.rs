@@ -9,6 +9,7 @@ mod late;
 mod policies;
 mod properties;
 mod queue;
+mod races;
 mod registers;
 mod slices;
 mod translation;
@@ -137,6 +138,11 @@ impl Guest {
     /// A unit with one device, after reset.
     fn new(config: VtdConfig) -> Self {
         let memory = guest_memory();
+        Self::reading(config, memory.clone(), Arc::new(memory))
+    }
+
+    /// The same, where the unit has `read` for the guest's `memory`.
+    fn reading(config: VtdConfig, memory: GuestMemoryMmap, read: Arc<dyn TableMemory>) -> Self {
         let host = Arc::new(FakeHost {
             memory: memory.clone(),
             calls: Mutex::default(),
@@ -147,9 +153,7 @@ impl Guest {
             faulting: Mutex::default(),
         });
         let sink = Arc::new(FakeSink::default());
-        let iommu =
-            VtdIommu::new(config, Arc::new(memory.clone()), host.clone(), sink.clone(), None)
-                .unwrap();
+        let iommu = VtdIommu::new(config, read, host.clone(), sink.clone(), None).unwrap();
         iommu.add_device(RID);
         let guest = Self { memory, host, sink, iommu };
         guest.calls();
