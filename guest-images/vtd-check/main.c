@@ -33,8 +33,8 @@ extern const struct check_group two_units_checks;
 extern const struct check_group forget_checks;
 extern const struct check_group virtio_checks;
 
-// What a driver does that keeps its device at work until the machine is ended from outside.
-void virtio_never_done(void);
+// What a driver does that keeps its device at work until the machine is ended from outside, or resets itself.
+void virtio_never_done(bool reset);
 // Brings about what is worth a line in a log, as often as `times=` says.
 void virtio_flood(u64 times);
 
@@ -66,12 +66,12 @@ static const struct check_group *const vtd_groups[] = {
 // `virtio=` on the command line: virtio devices, without a remapping unit, and nothing else.
 static void run_virtio(u64 what)
 {
-    enum { CHECKS = 1, NEVER_DONE = 2, FLOOD = 3 };
+    enum { CHECKS = 1, NEVER_DONE = 2, FLOOD = 3, RESET = 4 };
 
     if (what == CHECKS)
         check_run(&virtio_checks);
-    else if (what == NEVER_DONE)
-        virtio_never_done();
+    else if (what == NEVER_DONE || what == RESET)
+        virtio_never_done(what == RESET);
     else if (what == FLOOD)
         virtio_flood(cmdline_number("times", 1000));
     machine_exit(check_summary() ? 0 : 1);

@@ -27,6 +27,9 @@ static PENDING: AtomicU64 = AtomicU64::new(0);
 /// Readable when there are any.
 static EVENT: OnceLock<EventFd> = OnceLock::new();
 
+/// How far apart looks at what is waited for are.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+
 /// The signals that reach the event loop, beside those for real time: all that would end the process
 /// and that are no error in itself, and the one that says that it goes on.
 const SIGNALS: [c_int; 14] = [
@@ -141,6 +144,24 @@ pub(super) fn sleep(limit: Duration) {
         Some(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
         _ => std::thread::sleep(limit),
     }
+}
+
+/// Waits until `over`, or until a signal comes that ends a machine: that one. Any other is the next
+/// machine's.
+pub(super) fn wait_until(over: impl Fn() -> bool) -> Option<c_int> {
+    let mut later = Vec::new();
+    let mut end = None;
+    while end.is_none() && !over() {
+        let come = take();
+        let (others, ends): (Vec<_>, Vec<_>) = come.partition(|s| [SIGUSR1, SIGCONT].contains(s));
+        later.extend(others);
+        end = ends.first().copied();
+        if end.is_none() {
+            sleep(BETWEEN_LOOKS);
+        }
+    }
+    later.into_iter().for_each(put_back);
+    end
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
+use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use tempfile::TempDir;
 use twostage::patience::wait_until;
 
@@ -18,6 +19,7 @@ const DISK: u64 = 4 << 30;
 const CHECKS: &str = "virtio=1";
 const NEVER_DONE: &str = "virtio=2";
 const FLOOD: &str = "virtio=3";
+const RESET: &str = "virtio=4";
 
 /// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in `directory`.
 fn command(directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
@@ -119,4 +121,42 @@ fn a_stop_does_not_wait_for_requests_or_for_the_host() {
     // And a source that never gives anything: a terminal whose other end nobody has.
     assert!(Path::new("/dev/ptmx").exists());
     assert_stops(&["--rng", "src=/dev/ptmx"]);
+}
+
+#[test]
+fn a_machine_starts_again_when_its_devices_are_through_with_the_host_and_not_before() {
+    if !kvm() {
+        return;
+    }
+    // A terminal gives nothing until somebody types.
+    let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&user).unwrap();
+    unlockpt(&user).unwrap();
+    let source = format!("src={}", ptsname(&user, Vec::new()).unwrap().into_string().unwrap());
+    let directory = TempDir::new().unwrap();
+    let arguments = ["--rng", &source, "--on-reset", "restart"];
+    let mut command = command(&directory, RESET, &arguments);
+    command.stderr(File::create(directory.path().join("said")).unwrap());
+    let mut child = Stop(command.spawn().unwrap());
+    let lives = || read(&directory, "serial").matches("busy").count();
+    let waits = || read(&directory, "said").matches("it starts again when").count();
+    for life in 1..=3 {
+        wait_until("a wait for the source", || waits() == life);
+        assert_eq!(lives(), life, "{}", read(&directory, "said"));
+        if life < 3 {
+            rustix::io::write(&user, b"enough\n").unwrap();
+        }
+    }
+    // A signal ends the wait, and the command.
+    assert!(Command::new("kill")
+        .args(["-TERM", &child.0.id().to_string()])
+        .status()
+        .unwrap()
+        .success());
+    let mut status = None;
+    wait_until("the end", || {
+        status = child.0.try_wait().unwrap();
+        status.is_some()
+    });
+    assert_eq!(status.unwrap().code(), Some(128 + 15), "{}", read(&directory, "said"));
 }

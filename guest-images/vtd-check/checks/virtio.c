@@ -40,6 +40,8 @@ static void put_read(u16 n, unsigned count, u32 size)
     virtio_put(&disk, n);
 }
 
+enum { RESET_REGISTER = 0xcf9, RESET_FULL = 0x06 };
+
 static bool starts(void)
 {
     if (!disk.bar) {
@@ -151,7 +153,7 @@ static void refused_message(void)
         REQUIRE(interrupts());
 }
 
-void virtio_never_done(void)
+void virtio_never_done(bool reset)
 {
     struct virtio entropy;
 
@@ -163,6 +165,8 @@ void virtio_never_done(void)
     if (pci_find((u32)VIRTIO_BLOCK << 16 | 0x1af4, &disk.id, 1) && !is_busy())
         machine_exit(1);
     print("busy\n");
+    if (reset)
+        out8(RESET_REGISTER, RESET_FULL);
     for (;;)
         asm volatile("hlt");
 }

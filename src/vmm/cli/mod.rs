@@ -28,6 +28,7 @@ use super::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
     RngConfig, SerialConfig, VfioConfig,
 };
+use super::devices::virtio::none_is_left_behind;
 use super::output::{self, Output};
 use super::stop::StopReason;
 use super::{exit_code, signals, Error, Machine};
@@ -260,6 +261,10 @@ fn run(args: RunArgs) -> u8 {
     let mut result = backoff.time(|| live(&config, &output));
     while matches!(result, Ok(StopReason::Reset(_))) && on_reset == OnReset::Restart {
         backoff.wait();
+        if let Some(signal) = wait_for_devices() {
+            result = Ok(StopReason::Signal(signal));
+            break;
+        }
         continue_output(&mut config);
         output.next_life();
         result = backoff.time(|| live(&config, &output));
@@ -277,6 +282,17 @@ fn run(args: RunArgs) -> u8 {
         }
         Err(error) => fail(&error),
     }
+}
+
+/// What the last machine's devices still have, such as a disk's lock, the next one's cannot: waits until
+/// they are through. A signal ends that, and the machine: that one.
+fn wait_for_devices() -> Option<i32> {
+    if !none_is_left_behind() {
+        log::warn!(
+            "threads of the machine's devices wait for the host: it starts again when they ended"
+        );
+    }
+    signals::wait_until(none_is_left_behind)
 }
 
 /// Says why there is no machine; the exit code.

@@ -262,3 +262,15 @@ fn the_end_of_the_machine_does_not_wait_for_the_host_and_leaves_it_the_memory() 
     assert_eq!(result.recv().unwrap(), Err(NotCopied::NotNow(NotNow)));
     wait_until("the device's end", || alive.upgrade().is_none());
 }
+
+#[test]
+fn what_a_worker_that_is_left_behind_has_is_free_when_it_is_not_left_behind_any_more() {
+    let Stuck { rig, go, alive, result, .. } = stuck();
+    drop(rig);
+    assert!(!none_is_left_behind());
+    go.send(()).unwrap();
+    assert!(result.recv().unwrap().is_err());
+    // Others' workers may be left behind, too.
+    wait_until("the worker's end", none_is_left_behind);
+    assert!(alive.upgrade().is_none(), "it has the device yet");
+}

@@ -38,3 +38,4 @@ pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};
 pub use queue::{QueueSetup, Virtqueue};
 pub use rng::Rng;
+pub use worker::none_is_left_behind;

@@ -74,6 +74,21 @@ impl Drop for EndOf {
     }
 }
 
+/// Workers that were left behind, of all machines of the process: each has its device, with a disk's
+/// locks and the guest's memory, until it ends.
+static LEFT_BEHIND: Mutex<Vec<Arc<Ended>>> = Mutex::new(Vec::new());
+
+fn left_behind() -> MutexGuard<'static, Vec<Arc<Ended>>> {
+    LEFT_BEHIND.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether all workers that were left behind have ended, and what they had is free.
+pub fn none_is_left_behind() -> bool {
+    let mut left = left_behind();
+    left.retain(|ended| !ended.wait(Duration::ZERO));
+    left.is_empty()
+}
+
 impl Worker {
     /// Starts a worker for `device`, which holds its lock until it stops.
     pub fn start(
@@ -89,9 +104,9 @@ impl Worker {
         let of_worker = link.clone();
         link.gate.start();
         let thread = thread::Builder::new().name(name).spawn(move || {
-            // Dropped last, when the device is let go.
+            // Dropped last, when the device is let go, or nobody else has it and it is gone.
             let _end = end;
-            let link = of_worker;
+            let (device, link) = (device, of_worker);
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
             let server = Server { device, queues, link: link.clone(), stop: stopped, over: false };
             if let Err(error) = run(server) {
@@ -126,6 +141,7 @@ impl Drop for Worker {
         let waited = self.told.map_or(Duration::ZERO, |told| told.elapsed());
         if !ended.wait(STOP_PATIENCE.saturating_sub(waited)) {
             log::warn!("{}: its thread waits for the host and is left behind", self.link.name());
+            left_behind().push(ended);
         } else if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("{}: its thread panicked", self.link.name());
         }
