@@ -58,56 +58,30 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 #![warn(missing_debug_implementations)]
 
-mod access;
-mod bitmap;
-mod context;
-mod device;
-mod dirty;
 mod dma;
-mod dma_buf;
-mod dma_error;
-mod driver;
-mod engine;
-mod event_file;
-mod events;
-mod fault_injection;
-mod gate;
-mod graph;
-mod hardware;
+mod drivers;
 mod host;
 mod ioas;
-mod machine;
-mod mapped_pages;
-mod mmaps;
-mod objects;
-mod page_requests;
-mod port_iommu;
-mod process;
-mod refusal;
 #[cfg(feature = "selftest")]
 mod selftest;
-mod smmuv3;
-mod stage2;
 pub mod uapi;
-mod unmapping;
-mod user_space;
-mod vtd;
+mod units;
 
-pub use access::{Access, AccessError};
-pub use device::DeviceConfig;
+pub use dma::error::{DmaError, DmaFaultReason};
+pub use dma::port_iommu::PortIommu;
 pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
-pub use dma_buf::DmaBuf;
-pub use dma_error::{DmaError, DmaFaultReason};
-pub use engine::{
+pub use host::access::{Access, AccessError};
+pub use host::device::DeviceConfig;
+pub use host::dma_buf::DmaBuf;
+pub use host::emulated_host::EmulatedHost;
+pub use host::event_file::EventFile;
+pub use host::graph::{GraphEdge, GraphObject, ObjectGraph};
+pub use host::machine::{EmulatedUnit, Machine, MachineError, UnitId};
+pub use host::mapped_pages::{MappedPages, MmapRequest};
+pub use host::objects::{AccessUnmap, ObjectKind};
+pub use units::engine::{
     ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
     StaleUse, TlbInvalidation,
 };
-pub use event_file::EventFile;
-pub use graph::{GraphEdge, GraphObject, ObjectGraph};
-pub use host::EmulatedHost;
-pub use machine::{EmulatedUnit, Machine, MachineError, UnitId};
-pub use mapped_pages::{MappedPages, MmapRequest};
-pub use objects::{AccessUnmap, ObjectKind};
-pub use port_iommu::PortIommu;
-pub use smmuv3::{SmmuV3Counters, SmmuV3Unit, SmmuV3UnitConfig};
-pub use vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};
+pub use units::smmuv3::{SmmuV3Counters, SmmuV3Unit, SmmuV3UnitConfig};
+pub use units::vtd::{AddressWidth, VtdCounters, VtdUnit, VtdUnitConfig};

@@ -7,8 +7,10 @@
 //! long.
 #![forbid(unsafe_code)]
 
+pub(crate) mod error;
 mod page_tries;
 mod port;
+pub(crate) mod port_iommu;
 
 use std::sync::Arc;
 
@@ -18,9 +20,9 @@ use port::{Port, PortSection, PortTranslated};
 
 pub use page_tries::PageTries;
 
-use super::dma_error::DmaError;
-use super::smmuv3::SmmuV3Unit;
-use super::vtd::VtdUnit;
+use crate::dma::error::DmaError;
+use crate::units::smmuv3::SmmuV3Unit;
+use crate::units::vtd::VtdUnit;
 use twostage::iommufd::PageResponseCode;
 
 /// What a DMA request says of itself beside address and data.
@@ -71,7 +73,7 @@ impl SmmuV3Unit {
 impl DmaPort {
     /// Reads memory at `iova` (bytes) into `bytes`.
     ///
-    /// A device that asks for pages ([`DeviceConfig::pri`](super::DeviceConfig::pri)) waits here for
+    /// A device that asks for pages ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits here for
     /// the answers, so who serves the fault queue is on another thread. No lock is held meanwhile.
     ///
     /// # Errors
@@ -218,7 +220,7 @@ impl DmaPort {
     }
 
     /// Starts a critical section for several accesses: see [`Section`].
-    pub(super) fn enter(&mut self) -> Section<'_> {
+    pub(crate) fn enter(&mut self) -> Section<'_> {
         Section(match &mut self.0 {
             AnyPort::Vtd(port) => AnySection::Vtd(port.enter()),
             AnyPort::SmmuV3(port) => AnySection::SmmuV3(port.enter()),
@@ -231,7 +233,7 @@ impl DmaPort {
 /// work in sections make no page requests. Faults are reported then, and not before: whoever
 /// is told may invalidate.
 #[derive(Debug)]
-pub(super) struct Section<'a>(AnySection<'a>);
+pub(crate) struct Section<'a>(AnySection<'a>);
 
 #[derive(Debug)]
 enum AnySection<'a> {

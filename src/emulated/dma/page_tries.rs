@@ -2,7 +2,7 @@
 //! How long a device goes on asking for a page.
 #![forbid(unsafe_code)]
 
-use crate::dma_error::DmaError;
+use crate::dma::error::DmaError;
 use twostage::iommufd::PageResponseCode;
 
 /// How often a transfer asks for the page at the same address.

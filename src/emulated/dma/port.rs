@@ -7,11 +7,11 @@ use std::sync::Arc;
 use vm_memory::{Address, GuestAddress, VolatileSlice};
 
 use super::{DmaAccess, DmaAttributes};
-use crate::dma_error::DmaError;
-use crate::engine::{
+use crate::dma::error::DmaError;
+use crate::units::engine::{
     Blocked, ConfigCache, Engine, LocalCounters, Request, RequestKind, Target, Unit,
 };
-use crate::gate::{ReadGuard, Reader};
+use crate::units::gate::{ReadGuard, Reader};
 use twostage::iommufd::PageResponseCode;
 
 /// Bytes that one critical section transfers at most.

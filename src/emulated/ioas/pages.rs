@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::coverage::Coverage;
 use super::{Payer, RlimitMode, Source, PAGE_SIZE};
-use crate::dma_buf::DmaBuf;
-use crate::fault_injection::allocate;
-use crate::refusal::{refuse, Outcome};
-use crate::user_space::Credentials;
+use crate::host::dma_buf::DmaBuf;
+use crate::host::fault_injection::allocate;
+use crate::host::refusal::{refuse, Outcome};
+use crate::host::user_space::Credentials;
 use twostage::iommufd::{Errno, UserMemory};
 
 /// How many bytes are pinned, over all [`Pages`] that share the account.
@@ -268,7 +268,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::user_space::{RegionSpace, UserSpace};
+    use crate::host::user_space::{RegionSpace, UserSpace};
     use proptest::prelude::*;
     use vm_memory::{GuestAddress, GuestRegionMmap};
 

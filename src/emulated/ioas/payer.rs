@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use super::Source;
-use crate::refusal::{refuse, Outcome};
-use crate::user_space::{Credentials, LockedMemory};
+use crate::host::refusal::{refuse, Outcome};
+use crate::host::user_space::{Credentials, LockedMemory};
 use twostage::iommufd::Errno;
 
 /// Whose memory-lock limit counts (`IOMMU_OPTION_RLIMIT_MODE`).

@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 
 use super::{range_of, IovaSpace, PAGE_SIZE};
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 
 /// Placement never asks for a coarser alignment than a huge page's, in bytes.

@@ -8,9 +8,9 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::PAGE_SIZE;
-use crate::dma_buf::DmaBuf;
-use crate::refusal::{refuse, Outcome};
-use crate::user_space::{Credentials, UserSpace};
+use crate::host::dma_buf::DmaBuf;
+use crate::host::refusal::{refuse, Outcome};
+use crate::host::user_space::{Credentials, UserSpace};
 use twostage::iommufd::{Errno, UserMemory};
 
 /// Where pages come from.

@@ -6,8 +6,8 @@ use std::ops::RangeInclusive;
 
 use super::ranges::{complement, merged, overlap, range_of};
 use super::{Area, Part, Piece, Taken};
-use crate::fault_injection::allocate;
-use crate::refusal::{refuse, Outcome};
+use crate::host::fault_injection::allocate;
+use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
 /// What IOVAs of one IOAS are used for. Finding, adding and removing one area takes time

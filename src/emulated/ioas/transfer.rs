@@ -4,7 +4,7 @@
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::{Pages, Source};
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, UserMemory};
 
 /// A copy, from the memory's point of view.

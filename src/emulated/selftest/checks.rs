@@ -9,11 +9,11 @@ use super::devices::MockDevice;
 use super::driver::{mock_nested, mock_paging};
 use super::events::with_driver;
 use super::places::{Held, Place, Places};
+use crate::host::objects::{Object, Objects};
+use crate::host::refusal::{refuse, Outcome};
+use crate::host::user_space::UserSpace;
 use crate::ioas::{Pages, PAGE_SIZE};
-use crate::objects::{Object, Objects};
-use crate::refusal::{refuse, Outcome};
-use crate::stage2::Mapping;
-use crate::user_space::UserSpace;
+use crate::units::stage2::Mapping;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi;
 use super::vdevices::MockVdevices;
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
 

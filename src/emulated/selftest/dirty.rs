@@ -5,9 +5,9 @@ use std::mem::offset_of;
 
 use super::abi::{Dirty, BODY};
 use super::driver::mock_paging;
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
+use crate::host::user_space::UserSpace;
 use crate::uapi::Argument;
-use crate::user_space::UserSpace;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId};
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::abi::DmabufGet;
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
-use crate::refusal::{refuse, Outcome};
 use crate::uapi::{Process, TestFile};
 use crate::DmaBuf;
 use twostage::iommufd::{Errno, UserMemory};

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::abi::{self, HwptData, HwptInvalidate};
 use super::page_table::{leaf_at, FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
 use super::vdevices::MockVdevices;
-use crate::dirty::DirtyLog;
-use crate::driver::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
-use crate::refusal::{refuse, Outcome};
+use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
+use crate::host::refusal::{refuse, Outcome};
+use crate::units::dirty::DirtyLog;
 use twostage::iommufd::{Errno, HwptFlags};
 
 /// Tables filled from an IOAS.

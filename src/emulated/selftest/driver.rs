@@ -11,12 +11,12 @@ use super::devices::MockDevices;
 use super::domain::{MockNested, MockPaging};
 use super::vdevices::MockVdevices;
 use super::viommu::MockViommu;
-use crate::device::{Requester, Slot};
-use crate::driver::{
+use crate::drivers::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
 };
-use crate::refusal::{refuse, Outcome};
-use crate::stage2::Stage2;
+use crate::host::device::{Requester, Slot};
+use crate::host::refusal::{refuse, Outcome};
+use crate::units::stage2::Stage2;
 use twostage::iommufd::{Errno, HwptFlags};
 
 /// The driver of the one mock IOMMU of a machine.

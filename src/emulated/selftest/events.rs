@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::abi::TriggerIopf;
 use super::driver::MockDriver;
-use crate::machine::Part;
-use crate::refusal::{refuse, Outcome};
+use crate::host::machine::Part;
+use crate::host::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, PageRequest, PageRequestFlags, PageRequestPermissions};
 

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::abi;
 use super::driver::MockDriver;
-use crate::context::Context;
-use crate::device::DeviceConfig;
-use crate::machine::{Machine, UnitId};
-use crate::refusal::{refuse, Outcome};
+use crate::host::context::Context;
+use crate::host::device::DeviceConfig;
+use crate::host::machine::{Machine, UnitId};
+use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 
 /// What a machine has for Linux's own tests.

@@ -34,7 +34,7 @@ mod tests;
 mod vdevices;
 mod viommu;
 
-pub(super) use abi::{COMMAND, MIN_SIZE, SIZE};
-pub(super) use areas::convert_copy;
-pub(super) use machine::Selftest;
-pub(super) use operations::run;
+pub(crate) use abi::{COMMAND, MIN_SIZE, SIZE};
+pub(crate) use areas::convert_copy;
+pub(crate) use machine::Selftest;
+pub(crate) use operations::run;

@@ -7,10 +7,10 @@ use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
 use super::{access, checks, dirty, dmabuf, events};
-use crate::device::Slot;
+use crate::host::device::Slot;
+use crate::host::objects::{Change, Object};
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::range_of;
-use crate::objects::{Change, Object};
-use crate::refusal::{refuse, Outcome};
 use crate::uapi::{Argument, Process};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId};

@@ -10,9 +10,9 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
+use crate::host::refusal::{refuse, Outcome};
+use crate::host::user_space::UserSpace;
 use crate::ioas::PAGE_SIZE;
-use crate::refusal::{refuse, Outcome};
-use crate::user_space::UserSpace;
 use twostage::iommufd::{Errno, UserMemory};
 
 /// Where some memory starts.

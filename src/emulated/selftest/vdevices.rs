@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi;
-use crate::events::ViommuEvents;
-use crate::refusal::Outcome;
+use crate::host::events::ViommuEvents;
+use crate::host::refusal::Outcome;
 use twostage::spec::pci::Bdf;
 
 /// The devices that the guest knows behind one vIOMMU, and who is told of what happens to them.

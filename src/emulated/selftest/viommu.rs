@@ -13,12 +13,12 @@ use super::devices::MockDevices;
 use super::domain::{clear, MockNested};
 use super::memory::unnamed_memory;
 use super::vdevices::MockVdevices;
-use crate::device::Requester;
-use crate::driver::{
+use crate::drivers::{
     HwQueueRequest, NestedDomain, Partial, UserArray, UserData, ViommuDriver, ViommuRequest,
 };
+use crate::host::device::Requester;
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
-use crate::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, HwptFlags, ObjectId};
 
 /// Pages of a mock vIOMMU that its user can map.

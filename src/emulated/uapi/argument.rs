@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The structure that an ioctl takes: sizes, zero-extension, fields.
 
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
 /// Larger than every structure of the uAPI, in bytes.

@@ -7,8 +7,8 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::UserSpace;
-use crate::bitmap;
-use crate::refusal::Outcome;
+use crate::host::bitmap;
+use crate::host::refusal::Outcome;
 use crate::EmulatedHost;
 use twostage::iommufd::DirtyRange;
 

@@ -7,8 +7,8 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::Process;
-use crate::event_file::OpenFaultQueue;
-use crate::refusal::{refuse, Outcome};
+use crate::host::event_file::OpenFaultQueue;
+use crate::host::refusal::{refuse, Outcome};
 use crate::{EmulatedHost, EventFile};
 use twostage::iommufd::ObjectId;
 

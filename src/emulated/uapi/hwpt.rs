@@ -8,10 +8,10 @@ use iommufd_bindings::*;
 use super::argument::Argument;
 use super::user_data::{PointedArray, PointedData};
 use super::{UserFault, UserSpace};
-use crate::driver::{DriverInfo, Partial};
+use crate::drivers::{DriverInfo, Partial};
+use crate::host::objects::{HwptRequest, MAX_INVALIDATE_ENTRIES};
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
-use crate::objects::{HwptRequest, MAX_INVALIDATE_ENTRIES};
-use crate::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, HwptFlags};
 

@@ -9,10 +9,10 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::{UserFault, UserSpace};
-use crate::context::Context;
+use crate::host::context::Context;
+use crate::host::objects::MapRequest;
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::Source;
-use crate::objects::MapRequest;
-use crate::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, MapTarget, Protection};
 

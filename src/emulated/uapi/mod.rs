@@ -21,11 +21,11 @@ mod vfio_compat;
 mod viommu;
 
 #[cfg(feature = "selftest")]
-pub use super::fault_injection::{fail_nth, set_fail_nth};
-pub use super::process::Process;
+pub use crate::host::fault_injection::{fail_nth, set_fail_nth};
+pub use crate::host::process::Process;
 #[cfg(feature = "selftest")]
-pub use super::process::TestFile;
-pub use super::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
+pub use crate::host::process::TestFile;
+pub use crate::host::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::{vfio_request, DeviceFile, ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 pub(crate) use argument::Argument;
@@ -34,10 +34,10 @@ use std::mem::{offset_of, size_of};
 
 use iommufd_bindings::*;
 
-use super::refusal::Outcome;
+use crate::host::refusal::Outcome;
 #[cfg(feature = "selftest")]
-use super::selftest;
-use super::EmulatedHost;
+use crate::selftest;
+use crate::EmulatedHost;
 use twostage::iommufd::Errno;
 
 /// One ioctl of `/dev/iommu`.

@@ -7,8 +7,8 @@ use iommufd_bindings::*;
 
 use super::argument::Argument;
 use super::UserSpace;
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::RlimitMode;
-use crate::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId};
 

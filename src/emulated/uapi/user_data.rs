@@ -2,8 +2,8 @@
 //! Data for a driver behind a pointer of the user's.
 
 use super::UserSpace;
-use crate::driver::{UserArray, UserData};
-use crate::refusal::Outcome;
+use crate::drivers::{UserArray, UserData};
+use crate::host::refusal::Outcome;
 
 /// A structure at an address of the user's.
 pub(super) struct PointedData<'a> {

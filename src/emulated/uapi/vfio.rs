@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::argument::Argument;
 use super::Process;
-use crate::context::Context;
-use crate::device::Slot;
-use crate::objects::Change;
-use crate::refusal::{refuse, Outcome};
+use crate::host::context::Context;
+use crate::host::device::Slot;
+use crate::host::objects::Change;
+use crate::host::refusal::{refuse, Outcome};
 use crate::Machine;
 use twostage::iommufd::{Errno, ObjectId};
 

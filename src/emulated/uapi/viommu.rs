@@ -9,10 +9,10 @@ use super::argument::Argument;
 use super::events::install;
 use super::user_data::PointedData;
 use super::{Process, UserSpace};
-use crate::driver::UserData;
-use crate::event_file::OpenVeventq;
-use crate::objects::HwQueueArguments;
-use crate::refusal::Outcome;
+use crate::drivers::UserData;
+use crate::host::event_file::OpenVeventq;
+use crate::host::objects::HwQueueArguments;
+use crate::host::refusal::Outcome;
 use crate::EmulatedHost;
 
 pub(super) fn alloc(

@@ -9,8 +9,8 @@ use iommufd_bindings::*;
 
 use super::super::{request_of, OPERATIONS};
 use super::{flat, id, Field, Process, D, NOWHERE, Q};
-use crate::objects::tests::fake::{Bench, PARENT};
-use crate::objects::tests::viommus::KIND;
+use crate::host::objects::tests::fake::{Bench, PARENT};
+use crate::host::objects::tests::viommus::KIND;
 use twostage::iommufd::{Errno, HostIommu, ObjectId, ViommuKind};
 
 /// Descriptor of a file.

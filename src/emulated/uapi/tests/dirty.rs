@@ -4,7 +4,7 @@
 use iommufd_bindings::*;
 
 use super::{id, Process, D, MEMORY, NOWHERE, Q};
-use crate::objects::tests::fake::{Bench, Fake, PLAIN};
+use crate::host::objects::tests::fake::{Bench, Fake, PLAIN};
 use crate::{DeviceConfig, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{Errno, HostIommu, HwptFlags, ObjectId};
 use twostage::spec::pci::Bdf;

@@ -5,7 +5,7 @@ use iommufd_bindings::*;
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use super::{id, u64_at, Process, D, Q};
-use crate::objects::tests::fake::{memory, Bench, Fake};
+use crate::host::objects::tests::fake::{memory, Bench, Fake};
 use crate::{DeviceConfig, DmaAttributes, DmaBuf, EmulatedHost, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection};
 use twostage::spec::pci::Bdf;

@@ -4,8 +4,8 @@
 use iommufd_bindings::*;
 
 use super::{id, u32_at, Process, D, NOWHERE};
-use crate::objects::tests::fake::{Bench, PARENT};
-use crate::objects::tests::viommus::KIND;
+use crate::host::objects::tests::fake::{Bench, PARENT};
+use crate::host::objects::tests::viommus::KIND;
 use twostage::iommufd::{
     Errno, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId, PageRequest, PageRequestFlags,
     PageRequestPermissions, ViommuKind,

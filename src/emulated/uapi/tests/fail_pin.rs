@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
+use crate::host::objects::tests::fake::{Bench, PLAIN};
+use crate::host::objects::MapRequest;
 use crate::ioas::Source;
-use crate::objects::tests::fake::{Bench, PLAIN};
-use crate::objects::MapRequest;
 use crate::uapi::{RegionSpace, UserFault, UserSpace};
 use crate::{Access, AccessUnmap};
 use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};

@@ -4,7 +4,7 @@
 use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Field, Process, D, NOWHERE, Q};
-use crate::objects::tests::fake::{Told, PARENT, PLAIN};
+use crate::host::objects::tests::fake::{Told, PARENT, PLAIN};
 use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const NOBODY: ObjectId = ObjectId(99);

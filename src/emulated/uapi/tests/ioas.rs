@@ -6,8 +6,8 @@ use std::sync::Arc;
 use iommufd_bindings::*;
 
 use super::{id, u32_at, u64_at, Process, D, MEMORY, NOWHERE, Q};
-use crate::objects::tests::fake::PLAIN;
-use crate::user_space::Credentials;
+use crate::host::objects::tests::fake::PLAIN;
+use crate::host::user_space::Credentials;
 use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const FIXED_RW: u32 = 7;

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
-use crate::objects::tests::fake::Bench;
+use crate::host::objects::tests::fake::Bench;
 use crate::DmaBuf;
 use crate::EventFile;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};

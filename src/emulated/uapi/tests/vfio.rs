@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{flat, u32_at, Field, Process as Program, D, Q};
-use crate::objects::tests::fake::PASID;
+use crate::host::objects::tests::fake::PASID;
 use crate::uapi::{DeviceFile, Process, UserFault, UserSpace};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, HostIommu, ObjectId, UserMemory};

@@ -5,7 +5,7 @@ use iommufd_bindings::*;
 
 use super::super::vfio_request;
 use super::{flat, id, u32_at, Field, Process, D, MEMORY, NOWHERE, Q};
-use crate::objects::tests::fake::{PARENT, PLAIN};
+use crate::host::objects::tests::fake::{PARENT, PLAIN};
 use twostage::iommufd::{Errno, HostIommu, ObjectId};
 
 const CHECK_EXTENSION: u32 = vfio_request(1);

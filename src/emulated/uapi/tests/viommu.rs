@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 use iommufd_bindings::*;
 
 use super::{id, u32_at, Process, D, NOWHERE, Q};
-use crate::objects::tests::fake::{Bench, Fake, PARENT};
-use crate::objects::tests::viommus::{FORBIDDEN_ID, KIND};
+use crate::host::objects::tests::fake::{Bench, Fake, PARENT};
+use crate::host::objects::tests::viommus::{FORBIDDEN_ID, KIND};
 use crate::{MappedPages, MmapRequest};
 use twostage::iommufd::{Errno, HostIommu, ObjectId};
 

@@ -6,9 +6,9 @@ use std::mem::size_of;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::super::UserSpace;
+use crate::host::objects::{MapRequest, Unmap};
+use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::Source;
-use crate::objects::{MapRequest, Unmap};
-use crate::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, MapTarget, Protection};
 

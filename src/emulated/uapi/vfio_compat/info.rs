@@ -7,7 +7,7 @@ use std::ops::{Range, RangeInclusive};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::super::UserSpace;
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::Errno;
 

@@ -12,7 +12,7 @@ use iommufd_bindings::*;
 use super::argument::Argument;
 use super::vfio_request;
 use super::UserSpace;
-use crate::refusal::{refuse, Outcome};
+use crate::host::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::Errno;
 

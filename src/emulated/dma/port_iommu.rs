@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A DMA port as `vm_memory`'s `Iommu`, for devices that are written against that crate.
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
+use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
+
+use crate::dma::{DmaAccess, DmaAttributes, DmaPort, Section};
+
+/// One requester's DMA as a [`vm_memory::Iommu`], for the length of one critical section: put it
+/// and the guest's memory into a [`vm_memory::IommuMemory`], and a device that knows nothing of
+/// IOMMUs works behind one.
+///
+/// The memory must consist of the regions that the IOAS maps: translations are given as addresses
+/// in them.
+///
+/// `vm_memory` translates first and accesses later. So the section is entered when this is made and
+/// left when it is dropped, and an [`vm_memory::IommuMemory`] that owns it lends out no slice for
+/// longer: an invalidation returns only when no access by an older translation is under way.
+/// Invalidations **wait** meanwhile, and with them vCPUs. Make it for a bounded piece of work, such
+/// as one descriptor chain's copies; never keep it across input, output or any other wait, and do
+/// not invalidate with it. Faults are reported when it is dropped.
+#[derive(Debug)]
+pub struct PortIommu<'a> {
+    attributes: DmaAttributes,
+    state: Mutex<State<'a>>,
+}
+
+#[derive(Debug)]
+struct State<'a> {
+    section: Section<'a>,
+    /// What was translated in this section: nothing can have changed since.
+    iotlb: Arc<Iotlb>,
+}
+
+impl DmaPort {
+    /// Starts a critical section in which every request has `attributes`.
+    pub fn section(&mut self, attributes: DmaAttributes) -> PortIommu<'_> {
+        let state = State { section: self.enter(), iotlb: Arc::default() };
+        PortIommu { attributes, state: Mutex::new(state) }
+    }
+}
+
+impl State<'_> {
+    /// Puts translations of `iova` to `end` for `access` into the IOTLB.
+    fn fill(
+        &mut self,
+        attributes: DmaAttributes,
+        iova: u64,
+        end: u64,
+        access: Permissions,
+    ) -> Result<(), String> {
+        let directions: &[DmaAccess] = match access {
+            Permissions::No => return Err("no access asked for".into()),
+            Permissions::Read => &[DmaAccess::Read],
+            Permissions::Write => &[DmaAccess::Write],
+            Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],
+        };
+        // One that somebody still iterates over stays with them.
+        let mut iotlb = Arc::into_inner(std::mem::take(&mut self.iotlb)).unwrap_or_default();
+        let mut at = iova;
+        while at < end {
+            let (mut address, mut length) = (GuestAddress(0), usize::MAX);
+            for &direction in directions {
+                let piece = self.section.translate(attributes, at, direction);
+                let piece = piece.map_err(|error| error.to_string())?;
+                (address, length) = (piece.0, length.min(piece.1));
+            }
+            // More than was asked for may be there, but no more than the address space has.
+            let length = length.min((u64::MAX - at) as usize);
+            iotlb
+                .set_mapping(GuestAddress(at), address, length, access)
+                .map_err(|error| error.to_string())?;
+            // At least one byte: `at` is below `end`.
+            at += length as u64;
+        }
+        self.iotlb = Arc::new(iotlb);
+        Ok(())
+    }
+}
+
+impl Iommu for PortIommu<'_> {
+    type IotlbGuard<'b>
+        = Arc<Iotlb>
+    where
+        Self: 'b;
+
+    fn translate(
+        &self,
+        iova: GuestAddress,
+        length: usize,
+        access: Permissions,
+    ) -> Result<IotlbIterator<Self::IotlbGuard<'_>>, Error> {
+        let cannot =
+            |reason| Error::CannotResolve { iova_range: IovaRange { base: iova, length }, reason };
+        let not_covered = |_| cannot("the translations do not cover the range".into());
+        let end = iova.0.checked_add(length as u64);
+        let end = end.ok_or_else(|| cannot("past the end of the address space".into()))?;
+        if length == 0 {
+            return Iotlb::lookup(Arc::default(), iova, 0, access).map_err(not_covered);
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(found) = Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access) {
+            return Ok(found);
+        }
+        state.fill(self.attributes, iova.0, end, access).map_err(cannot)?;
+        Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access).map_err(not_covered)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::hardware::{CacheTag, Hardware, Translation};
+    use crate::units::stage2::{Mapping, Stage2};
+    use crate::{VtdUnit, VtdUnitConfig};
+    use twostage::iommufd::{Protection, UserMemory};
+    use vm_memory::{
+        Bytes, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, IommuMemory,
+    };
+
+    fn regions() -> [Arc<GuestRegionMmap>; 2] {
+        [0x10_0000, 0x80_0000].map(|base| {
+            Arc::new(GuestRegionMmap::<()>::from_range(GuestAddress(base), 0x4000, None).unwrap())
+        })
+    }
+
+    /// A port to the regions, back to front: IOVA 0x1000 on is the second, then comes the first.
+    fn port(regions: &[Arc<GuestRegionMmap>; 2]) -> DmaPort {
+        let stage2 = Arc::new(Stage2::default());
+        for (start, region) in [(0x1000, &regions[1]), (0x5000, &regions[0])] {
+            stage2.insert(Mapping {
+                start,
+                last: start + region.len() - 1,
+                memory: UserMemory::whole(Arc::clone(region)),
+                protection: Protection::READ_WRITE,
+            });
+        }
+        let unit = VtdUnit::new(VtdUnitConfig::default());
+        unit.install(8, None, Translation { tag: CacheTag(1), tables: None, stage2, dirty: None });
+        unit.port(8)
+    }
+
+    #[test]
+    fn memory_behind_the_iommu_is_reached_by_iova() {
+        let regions = regions();
+        let memory = GuestMemoryMmap::from_arc_regions(regions.to_vec()).unwrap();
+        let mut port = port(&regions);
+        let section = port.section(DmaAttributes::default());
+        let behind = IommuMemory::new(memory.clone(), section, true, ());
+
+        let data: Vec<u8> = (0..0x6000u32).map(|i| (i % 253) as u8).collect();
+        behind.write_slice(&data, GuestAddress(0x1800)).unwrap();
+        let mut back = vec![0; data.len()];
+        behind.read_slice(&mut back, GuestAddress(0x1800)).unwrap();
+        assert_eq!(back, data);
+        memory.read_slice(&mut back[..0x800], GuestAddress(0x80_0800)).unwrap();
+        assert_eq!(back[..0x800], data[..0x800]);
+        memory.read_slice(&mut back[..0x800], GuestAddress(0x10_0000)).unwrap();
+        assert_eq!(back[..0x800], data[0x3800..0x4000]);
+        assert!(behind.write_slice(&data, GuestAddress(0x4000)).is_err());
+        assert!(behind.write_slice(&[0; 2], GuestAddress(u64::MAX)).is_err());
+        assert!(behind.write_slice(&[], GuestAddress(u64::MAX)).is_ok());
+        assert!(behind.read_slice(&mut [], GuestAddress(0x1800)).is_ok());
+    }
+
+    #[test]
+    fn slices_of_one_section_are_independent() {
+        let regions = regions();
+        let memory = GuestMemoryMmap::from_arc_regions(regions.to_vec()).unwrap();
+        let mut port = port(&regions);
+        let section = port.section(DmaAttributes::default());
+        let behind = IommuMemory::new(memory, section, true, ());
+        // A look-up in the middle of another one, which it makes no difference to.
+        let mut first = behind.get_slices(GuestAddress(0x1000), 0x8000, Permissions::Read).unwrap();
+        let mut length = first.next().unwrap().unwrap().len();
+        behind.store(7u32, GuestAddress(0x5000), std::sync::atomic::Ordering::SeqCst).unwrap();
+        for slice in first {
+            length += slice.unwrap().len();
+        }
+        assert_eq!(length, 0x8000);
+        assert_eq!(behind.read_obj::<u32>(GuestAddress(0x5000)).unwrap(), 7);
+        assert!(!behind.check_range(GuestAddress(0x8fff), 2, Permissions::Write));
+        assert!(behind.check_range(GuestAddress(0x8fff), 1, Permissions::ReadWrite));
+    }
+}

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The driver of a physical IOMMU: what Linux calls `iommu_ops`.
+//!
+//! The objects of an iommufd know no architecture. What page tables there are, which data of the
+//! user's they take, what an invalidation says and what `GET_HW_INFO` tells is a driver's. Data
+//! that only a driver understands reaches it as bytes and a type ([`UserData`], [`UserArray`]).
+//!
+//! A driver is called with the lock of one iommufd held, by several iommufds at once: it has locks
+//! of its own and never calls an iommufd. A call that fails has changed nothing.
+#![forbid(unsafe_code)]
+
+mod smmuv3;
+mod tags;
+mod user_data;
+mod vtd;
+mod vtd_domains;
+mod vtd_tables;
+
+use std::any::Any;
+use std::fmt::Debug;
+use std::fs::File;
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Weak};
+
+pub(crate) use smmuv3::SmmuDriver;
+pub(crate) use tags::CacheTags;
+pub(crate) use user_data::{
+    OwnArray, OwnData, UserArray, UserData, VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
+};
+pub(crate) use vtd::VtdDriver;
+
+use crate::host::device::{Requester, Slot};
+use crate::host::events::ViommuEvents;
+use crate::host::refusal::{refuse, Outcome, Refusal};
+use crate::units::dirty::DirtyLog;
+use crate::units::page_requests::PageRequestSink;
+use crate::units::stage2::Stage2;
+use twostage::iommufd::{
+    iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId,
+    PageRequest, PageResponseCode, UserMemory,
+};
+
+/// What `GET_HW_INFO` says of an IOMMU.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum DriverInfo {
+    /// `IOMMU_HW_INFO_TYPE_INTEL_VTD`.
+    Vtd(iommu_hw_info_vtd),
+    /// `IOMMU_HW_INFO_TYPE_ARM_SMMUV3`.
+    ArmSmmuV3(iommu_hw_info_arm_smmuv3),
+    /// Another type, as its structure's bytes.
+    #[cfg_attr(not(feature = "selftest"), expect(dead_code, reason = "the mock driver's alone"))]
+    Other { data_type: u32, bytes: Vec<u8> },
+}
+
+/// A page table filled from an IOAS: a driver's half of a HWPT_PAGING.
+pub(crate) trait PagingDomain: Any + Debug + Send + Sync {
+    /// The IOVAs, in bytes, that it can map.
+    fn aperture(&self) -> RangeInclusive<u64>;
+
+    /// The size of its smallest page, in bytes: a power of two.
+    fn page_size(&self) -> u64;
+
+    /// The sizes of all its pages: a bit for each.
+    fn page_sizes(&self) -> u64 {
+        self.page_size()
+    }
+
+    /// It cannot hold mappings that are not writable.
+    fn only_writable(&self) -> bool;
+
+    /// It makes DMA coherent with caches whatever a device asks for.
+    fn enforces_coherency(&self) -> bool {
+        false
+    }
+
+    /// Its dirty flags; none when it was made without `DIRTY_TRACKING`.
+    fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
+        None
+    }
+}
+
+/// Tables that the user owns: a driver's half of a HWPT_NESTED.
+pub(crate) trait NestedDomain: Any + Debug + Send + Sync {
+    /// `IOMMU_HWPT_INVALIDATE`: drops what is cached of the tables.
+    ///
+    /// # Errors
+    /// With how many entries are complete; the one after them is the one refused.
+    fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial>;
+
+    /// What the tables are, for reports.
+    fn describe(&self) -> String;
+}
+
+/// An array of the user's that was not worked through to its end.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    /// How many entries are complete.
+    pub done: usize,
+    /// Why no more.
+    pub refusal: Refusal,
+}
+
+impl From<Refusal> for Partial {
+    /// Refused before the first entry.
+    fn from(refusal: Refusal) -> Self {
+        Self { done: 0, refusal }
+    }
+}
+
+/// What a requester is attached to.
+#[derive(Debug, Clone)]
+pub(crate) struct Domain {
+    /// The HWPT_PAGING: itself, or the parent.
+    pub paging: Arc<dyn PagingDomain>,
+    /// The user's tables on top, for a HWPT_NESTED.
+    pub nested: Option<Arc<dyn NestedDomain>>,
+    /// What the IOAS of the HWPT_PAGING maps.
+    pub stage2: Arc<Stage2>,
+    /// Page requests are to be reported: the HWPT has a fault queue.
+    pub page_requests: bool,
+}
+
+/// A driver's half of a vIOMMU. Linux's drivers choose which of these they have; what is not
+/// written is not supported.
+pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
+    /// `IOMMU_HWPT_ALLOC` on the vIOMMU. `flags` are without `FAULT_ID_VALID`.
+    fn alloc_nested(
+        &self,
+        _flags: HwptFlags,
+        _data: &dyn UserData,
+    ) -> Outcome<Arc<dyn NestedDomain>> {
+        refuse(Errno::EOPNOTSUPP, "the vIOMMU has no nested page tables")
+    }
+
+    /// `IOMMU_HWPT_INVALIDATE` on the vIOMMU.
+    ///
+    /// # Errors
+    /// As [`NestedDomain::invalidate`], but that the number may be the driver's own idea.
+    fn invalidate(&self, _entries: &dyn UserArray) -> Result<(), Partial> {
+        refuse(Errno::EOPNOTSUPP, "the vIOMMU takes no invalidations").map_err(Partial::from)
+    }
+
+    /// The guest knows `device` as `virt_id` from now on.
+    fn vdevice_init(&self, _device: &Requester, _virt_id: u64) -> Outcome<()> {
+        Ok(())
+    }
+
+    /// The guest no longer knows a device as `virt_id`.
+    fn vdevice_destroy(&self, _virt_id: u64) {}
+
+    /// Whether it has hardware queues of this type.
+    fn has_hw_queue(&self, _kind: u32) -> bool {
+        false
+    }
+
+    /// Starts a hardware queue of a type that it has. Gives the queue that this one needs, which
+    /// then cannot be destroyed before it.
+    ///
+    /// # Errors
+    /// The driver's own.
+    fn hw_queue_init(&self, _queue: &HwQueueRequest<'_>) -> Outcome<Option<ObjectId>> {
+        refuse(Errno::EOPNOTSUPP, "the vIOMMU has no hardware queues")
+    }
+
+    /// Stops the hardware queue `id`.
+    fn hw_queue_destroy(&self, _id: ObjectId) {}
+}
+
+/// Arguments of `IOMMU_HW_QUEUE_ALLOC` that are the driver's.
+#[derive(Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "no driver of an IOMMU here looks at all of it"))]
+pub(crate) struct HwQueueRequest<'a> {
+    /// The object.
+    pub id: ObjectId,
+    /// The type, by the uAPI's number.
+    pub kind: u32,
+    /// The number of the queue within its vIOMMU.
+    pub index: u32,
+    /// The guest's address of it, in bytes.
+    pub base: u64,
+    /// Its memory, which stays where it is; of one piece.
+    pub memory: &'a UserMemory,
+}
+
+/// Arguments of `IOMMU_VIOMMU_ALLOC` that are the driver's.
+#[cfg_attr(not(test), expect(dead_code, reason = "no driver of an IOMMU here looks at all of it"))]
+pub(crate) struct ViommuRequest<'a> {
+    /// The device whose IOMMU it is of.
+    pub device: &'a Requester,
+    /// The nesting parent.
+    pub parent: &'a Arc<dyn PagingDomain>,
+    /// The driver's structure; none when the user gave none.
+    pub data: Option<&'a dyn UserData>,
+    /// Where the vIOMMU reports what happens to it, at any time.
+    pub events: &'a Arc<ViommuEvents>,
+    /// Offers pages of the vIOMMU to the user: of a file, from its first byte on, with their
+    /// length in bytes. Gives the offset that the user maps them at.
+    pub mmap: &'a dyn Fn(Arc<File>, u64) -> Outcome<u64>,
+}
+
+/// The driver of one physical IOMMU.
+pub(crate) trait Driver: Any + Debug + Send + Sync {
+    /// What the IOMMU is.
+    fn info(&self) -> DriverInfo;
+
+    /// What the IOMMU can do that no hardware can.
+    fn extensions(&self) -> Extensions {
+        Extensions::default()
+    }
+
+    /// Width of the PASIDs it translates, in bits; 0 for none.
+    fn pasid_bits(&self) -> u8;
+
+    /// Whether dirty pages can be tracked for `device` (`IOMMU_CAP_DIRTY_TRACKING`).
+    fn dirty_tracking(&self, device: &Requester) -> bool;
+
+    /// The IOVAs, in bytes, that no IOAS can map while `device` is attached to it: those of the
+    /// device, and those of the IOMMU.
+    fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
+        device.config.reserved.clone()
+    }
+
+    /// Makes a page table for an IOAS. `flags` have a meaning, and are without `FAULT_ID_VALID`.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` flags or data that the driver has not.
+    fn alloc_paging(
+        &self,
+        device: &Requester,
+        flags: HwptFlags,
+        data: Option<&dyn UserData>,
+    ) -> Outcome<Arc<dyn PagingDomain>>;
+
+    /// Whether it has nested page tables that stand on a nesting parent without a vIOMMU.
+    fn nests_without_viommu(&self) -> bool {
+        true
+    }
+
+    /// Makes a nested page table on `parent`, a nesting parent, which may be another driver's.
+    /// `flags` are `PASID` or nothing.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` flags or a type of data that the driver has not; `EINVAL` another driver's
+    /// parent, or data of a wrong size.
+    fn alloc_nested(
+        &self,
+        device: &Requester,
+        parent: &Arc<dyn PagingDomain>,
+        flags: HwptFlags,
+        data: &dyn UserData,
+    ) -> Outcome<Arc<dyn NestedDomain>>;
+
+    /// Whether it has vIOMMUs of this type.
+    fn has_viommu(&self, _kind: u32) -> bool {
+        false
+    }
+
+    /// Makes a vIOMMU of a type that it has.
+    ///
+    /// # Errors
+    /// The driver's own.
+    fn alloc_viommu(&self, _request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
+        refuse(Errno::EOPNOTSUPP, "the IOMMU has no vIOMMUs")
+    }
+
+    /// Sends DMA of all `devices`, one IOMMU group, to `new` in place of `old`; without a gap when
+    /// there was one. All of them or none.
+    ///
+    /// # Errors
+    /// `EINVAL` the IOMMU cannot use the page table; `ENODEV` it reports no page requests.
+    fn attach(
+        &self,
+        devices: &[&Requester],
+        slot: Slot,
+        new: &Domain,
+        old: Option<&Domain>,
+    ) -> Outcome<()>;
+
+    /// Blocks DMA of all `devices`, which were attached to `old`.
+    fn detach(&self, devices: &[&Requester], slot: Slot, old: &Domain);
+
+    /// Blocks all DMA of `device`, before anything is attached to it.
+    fn block(&self, device: &Requester);
+
+    /// Whether the user's own tables say which page table a PASID of a device has that is attached
+    /// to a nested one: page requests of PASIDs then go to that.
+    fn user_pasid_table(&self) -> bool {
+        false
+    }
+
+    /// From now on `sink` serves the page requests of `device`, if it makes some, or nobody does.
+    fn set_page_request_sink(&self, _device: &Requester, _sink: Option<Arc<dyn PageRequestSink>>) {}
+
+    /// Answers a group of page requests of `device`, the last of which was `request`. Called with
+    /// a fault queue locked.
+    fn page_response(&self, _device: &Requester, _request: &PageRequest, _code: PageResponseCode) {}
+
+    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
+    /// that was cached through it. When it returns no DMA uses what was unmapped, and none writes
+    /// a page without marking it.
+    fn stage2_changed(&self, stage2: &Arc<Stage2>);
+
+    /// Where faults of `device` go, and under which device object; `None` to report them to nobody.
+    fn set_fault_sink(&self, _device: &Requester, _sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {}
+}

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The driver of an SMMUv3, as Linux's: page tables filled from an IOAS are stage 1, or stage 2 for
+//! nesting parents; the user's own stage 1 is nested by a vIOMMU, which takes commands of the
+//! user's queue and reports events of its streams.
+
+mod domains;
+mod events;
+#[cfg(test)]
+mod tests;
+mod vsmmu;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::tags::CacheTags;
+use super::{
+    Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
+};
+use crate::host::device::{Requester, Slot};
+use crate::host::refusal::{refuse, Outcome};
+use crate::units::page_requests::{PageRequestSink, PageRequests};
+use crate::units::smmuv3::{SmmuV3Unit, StreamEntry};
+use crate::units::stage2::Stage2;
+use domains::{own_nested, own_paging, SmmuPaging, Stage};
+use events::Master;
+use twostage::iommufd::{
+    Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
+};
+use vsmmu::{Vmaster, Vsmmu};
+
+/// Where Linux puts the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
+/// behind an SMMU has anything else there.
+const SW_MSI: RangeInclusive<u64> = 0x0800_0000..=0x080f_ffff;
+
+/// SubstreamIDs in a table of context descriptors of one level, in bits (`CTXDESC_LINEAR_CDMAX`).
+const LINEAR_SSID_BITS: u8 = 10;
+
+/// The driver of one SMMU.
+#[derive(Debug)]
+pub(crate) struct SmmuDriver {
+    unit: Arc<SmmuV3Unit>,
+    tags: Arc<CacheTags>,
+    streams: Mutex<BTreeMap<u16, StreamState>>,
+}
+
+/// What a stream is attached to.
+#[derive(Debug, Default)]
+struct StreamState {
+    master: Arc<Master>,
+    /// The tables of requests without SubstreamID; none for blocked ones.
+    stage: Option<Stage>,
+    /// The SubstreamIDs that the host has context descriptors for.
+    substreams: BTreeSet<u32>,
+}
+
+impl SmmuDriver {
+    /// The driver of `unit`, whose page tables get their tags from `tags`, as those of all units of
+    /// the machine do.
+    pub fn new(unit: Arc<SmmuV3Unit>, tags: Arc<CacheTags>) -> Self {
+        Self { unit, tags, streams: Mutex::default() }
+    }
+
+    fn streams(&self) -> MutexGuard<'_, BTreeMap<u16, StreamState>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state of `device`, whose events come here from now on.
+    fn stream<'a>(
+        &self,
+        streams: &'a mut BTreeMap<u16, StreamState>,
+        device: &Requester,
+    ) -> &'a mut StreamState {
+        let sid = device.rid.raw();
+        streams.entry(sid).or_insert_with(|| {
+            let state = StreamState::default();
+            self.unit.set_event_sink(sid, state.master.clone());
+            state
+        })
+    }
+
+    /// Whether both stages translate at once (`ARM_SMMU_FEAT_NESTING`).
+    fn nests(&self) -> bool {
+        self.unit.config().nesting
+    }
+
+    /// The page requests of the unit's devices, if `device` makes some. One that makes none can have
+    /// a page table with a fault queue all the same, as in Linux.
+    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
+        self.unit.page_requests().filter(|_| device.config.pri)
+    }
+
+    /// What the stream table is to have for `domain`, and where events of `device` go then.
+    fn prepare(
+        &self,
+        device: &Requester,
+        slot: Slot,
+        domain: &Domain,
+        stream: &StreamState,
+    ) -> Outcome<Prepared> {
+        let paging = own_paging(&*domain.paging)?;
+        let host = |stage1| StreamEntry {
+            tag: paging.tag(),
+            stage2: domain.stage2.clone(),
+            dirty: paging.dirty_log().cloned(),
+            stage1,
+        };
+        let Some(nested) = &domain.nested else {
+            paging.check_unit(&self.unit)?;
+            match (slot, paging.stage()) {
+                (None, Stage::Two) if !stream.substreams.is_empty() => {
+                    return refuse(Errno::EBUSY, "the device has PASIDs attached");
+                }
+                (Some(_), Stage::Two) => {
+                    return refuse(Errno::EINVAL, "a PASID needs a page table of stage 1");
+                }
+                (Some(_), Stage::One) if stream.stage == Some(Stage::Two) => {
+                    return refuse(
+                        Errno::EINVAL,
+                        "the device itself has no table of context descriptors of the host's",
+                    );
+                }
+                _ => {}
+            }
+            let (stage, entry) = (paging.stage(), Some(host(None)));
+            return Ok(Prepared { entry, stage, vmaster: None });
+        };
+        let nested = own_nested(&**nested)?;
+        if slot.is_some() {
+            return refuse(Errno::EOPNOTSUPP, "a PASID of a nested page table is the user's");
+        }
+        paging.check_unit(&self.unit)?;
+        if !stream.substreams.is_empty() {
+            return refuse(Errno::EBUSY, "the device has PASIDs attached");
+        }
+        let vmaster = nested.vmaster(device)?;
+        let entry = nested.stream_stage1().map(host);
+        Ok(Prepared { entry, stage: Stage::Two, vmaster })
+    }
+}
+
+/// An attachment that nothing stands in the way of.
+struct Prepared {
+    /// What the stream table is to have; none to abort.
+    entry: Option<StreamEntry>,
+    stage: Stage,
+    vmaster: Option<Vmaster>,
+}
+
+impl Driver for SmmuDriver {
+    fn info(&self) -> DriverInfo {
+        DriverInfo::ArmSmmuV3(self.unit.config().info())
+    }
+
+    fn extensions(&self) -> Extensions {
+        Extensions { guest_second_stage: false, fault_reports: true }
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        let config = self.unit.config();
+        match config.two_level_cd {
+            true => config.ssid_bits(),
+            false => config.ssid_bits().min(LINEAR_SSID_BITS),
+        }
+    }
+
+    fn dirty_tracking(&self, _: &Requester) -> bool {
+        // Hardware that keeps dirty states (IDR0.HTTU) is not emulated.
+        false
+    }
+
+    fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
+        device.config.reserved.iter().cloned().chain([SW_MSI]).collect()
+    }
+
+    fn alloc_paging(
+        &self,
+        _: &Requester,
+        flags: HwptFlags,
+        data: Option<&dyn UserData>,
+    ) -> Outcome<Arc<dyn PagingDomain>> {
+        const PLAIN: HwptFlags = HwptFlags::new();
+        const PARENT: HwptFlags = PLAIN.with_nest_parent(true);
+        const PASID: HwptFlags = PLAIN.with_pasid(true);
+        if data.is_some() {
+            return refuse(Errno::EOPNOTSUPP, "a HWPT_PAGING takes no data");
+        }
+        let stage = match flags {
+            PLAIN if self.nests() => Stage::One,
+            PLAIN => Stage::Two,
+            PARENT if self.nests() => Stage::Two,
+            PASID if self.nests() => Stage::One,
+            _ => {
+                let detail =
+                    format!("the SMMU has no page tables of flags {:#x}", flags.into_bits());
+                return refuse(Errno::EOPNOTSUPP, detail);
+            }
+        };
+        Ok(Arc::new(SmmuPaging::new(&self.unit, self.tags.next(), stage)?))
+    }
+
+    fn nests_without_viommu(&self) -> bool {
+        false
+    }
+
+    fn alloc_nested(
+        &self,
+        _: &Requester,
+        _: &Arc<dyn PagingDomain>,
+        _: HwptFlags,
+        _: &dyn UserData,
+    ) -> Outcome<Arc<dyn NestedDomain>> {
+        refuse(Errno::EOPNOTSUPP, "the SMMU nests page tables on a vIOMMU only")
+    }
+
+    fn has_viommu(&self, kind: u32) -> bool {
+        let config = self.unit.config();
+        // The user must not get around the caches by memory attributes.
+        let coherent = config.canwbs || config.s2fwb;
+        self.nests() && coherent && kind == ViommuKind::ArmSmmuV3.number()
+    }
+
+    fn alloc_viommu(&self, request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
+        let parent = own_paging(&**request.parent)?;
+        parent.check_unit(&self.unit)?;
+        Ok(Arc::new(Vsmmu::new(&self.unit, parent.tag(), request.parent, request.events)))
+    }
+
+    fn attach(
+        &self,
+        devices: &[&Requester],
+        slot: Slot,
+        new: &Domain,
+        _: Option<&Domain>,
+    ) -> Outcome<()> {
+        let mut streams = self.streams();
+        let mut prepared = Vec::with_capacity(devices.len());
+        for device in devices {
+            let stream = self.stream(&mut streams, device);
+            prepared.push(self.prepare(device, slot, new, stream)?);
+        }
+        for (device, Prepared { entry, stage, vmaster }) in devices.iter().zip(prepared) {
+            let sid = device.rid.raw();
+            match entry {
+                Some(entry) => self.unit.install(sid, slot, entry),
+                None => self.unit.remove(sid, slot),
+            }
+            let stream = self.stream(&mut streams, device);
+            match slot {
+                None => {
+                    stream.stage = Some(stage);
+                    stream.master.set_vmaster(vmaster);
+                }
+                Some(pasid) => {
+                    stream.substreams.insert(pasid);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn detach(&self, devices: &[&Requester], slot: Slot, _: &Domain) {
+        let mut streams = self.streams();
+        for device in devices {
+            let stream = self.stream(&mut streams, device);
+            match slot {
+                None => {
+                    stream.stage = None;
+                    stream.master.set_vmaster(None);
+                }
+                Some(pasid) => {
+                    stream.substreams.remove(&pasid);
+                }
+            }
+            self.unit.remove(device.rid.raw(), slot);
+        }
+    }
+
+    fn block(&self, device: &Requester) {
+        let mut streams = self.streams();
+        let stream = self.stream(&mut streams, device);
+        stream.stage = None;
+        stream.master.set_vmaster(None);
+        self.unit.remove(device.rid.raw(), None);
+    }
+
+    fn user_pasid_table(&self) -> bool {
+        true
+    }
+
+    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.set_sink(device.rid.raw(), sink);
+        }
+    }
+
+    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.answer(device.rid.raw(), request.group, code);
+        }
+    }
+
+    fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.unit.stage2_changed(stage2);
+    }
+
+    fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
+        self.stream(&mut self.streams(), device).master.set_fault_sink(sink);
+    }
+}

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Structures that the user hands to a driver: bytes and a type.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::host::refusal::{refuse, Outcome};
+use twostage::iommufd::{
+    iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate, Errno,
+    HwptData, HwptVtdSecondStage, InvalidateData,
+};
+
+/// The type of [`HwptData::VtdSecondStage`]. The uAPI's types have 32 bits, so that no ioctl can
+/// name it.
+pub(crate) const VTD_SECOND_STAGE: u64 = 1 << 32;
+/// The type of [`InvalidateData::VtdSecondStage`], likewise.
+pub(crate) const VTD_SECOND_STAGE_INVALIDATE: u64 = 1 << 32;
+/// `IOMMU_HWPT_DATA_VTD_S1`.
+pub(super) const VTD_S1: u64 = iommufd_bindings::iommu_hwpt_data_type_IOMMU_HWPT_DATA_VTD_S1 as u64;
+/// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`.
+pub(super) const VTD_S1_INVALIDATE: u64 =
+    iommufd_bindings::iommu_hwpt_invalidate_data_type_IOMMU_HWPT_INVALIDATE_DATA_VTD_S1 as u64;
+
+/// `IOMMU_HWPT_DATA_ARM_SMMUV3`.
+pub(super) const ARM_SMMUV3: u64 =
+    iommufd_bindings::iommu_hwpt_data_type_IOMMU_HWPT_DATA_ARM_SMMUV3 as u64;
+/// `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`.
+pub(super) const ARM_SMMUV3_INVALIDATE: u64 =
+    iommufd_bindings::iommu_hwpt_invalidate_data_type_IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3
+        as u64;
+
+/// A structure in the user's memory (`struct iommu_user_data`).
+pub(crate) trait UserData {
+    /// Its type.
+    fn data_type(&self) -> u64;
+
+    /// Its length as the user says it, in bytes.
+    fn length(&self) -> usize;
+
+    /// Fills `bytes` with its first bytes.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    fn read(&self, bytes: &mut [u8]) -> Outcome<()>;
+
+    /// Writes its first bytes.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    #[cfg_attr(
+        not(any(test, feature = "selftest")),
+        expect(dead_code, reason = "the mock driver's alone")
+    )]
+    fn write(&self, bytes: &[u8]) -> Outcome<()>;
+}
+
+impl dyn UserData + '_ {
+    /// A structure of type `data_type`, as long as this version of the uAPI knows it: what the user
+    /// does not have is 0. Its first version had `min` bytes (`iommu_copy_struct_from_user`).
+    ///
+    /// # Errors
+    /// `EINVAL` another type, or longer or shorter than it can be; `EFAULT`.
+    pub fn read_struct<const N: usize>(&self, data_type: u64, min: usize) -> Outcome<[u8; N]> {
+        let length = self.length();
+        if self.data_type() != data_type || !(min..=N).contains(&length) {
+            return refuse(
+                Errno::EINVAL,
+                format!("{length} bytes of data of type {:#x}", self.data_type()),
+            );
+        }
+        let mut bytes = [0; N];
+        // At most N, as just found.
+        self.read(bytes.get_mut(..length).unwrap_or_default())?;
+        Ok(bytes)
+    }
+}
+
+/// An array of structures in the user's memory (`struct iommu_user_data_array`).
+pub(crate) trait UserArray {
+    /// The type of all of them.
+    fn data_type(&self) -> u64;
+
+    /// The length of each as the user says it, in bytes.
+    fn entry_length(&self) -> usize;
+
+    /// How many there are.
+    fn count(&self) -> usize;
+
+    /// Fills `bytes` from the byte at `offset` of the array on.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Outcome<()>;
+}
+
+impl dyn UserArray + '_ {
+    /// The structure number `index`, of type `data_type`, as [`<dyn UserData>::read_struct`].
+    ///
+    /// # Errors
+    /// `EINVAL` another type, or longer or shorter than it can be; `EFAULT`.
+    pub fn read_entry<const N: usize>(
+        &self,
+        data_type: u64,
+        index: usize,
+        min: usize,
+    ) -> Outcome<[u8; N]> {
+        let length = self.entry_length();
+        if self.data_type() != data_type || !(min..=N).contains(&length) {
+            return refuse(
+                Errno::EINVAL,
+                format!("entries of {length} bytes, of type {:#x}", self.data_type()),
+            );
+        }
+        let mut bytes = [0; N];
+        // Neither factor has more than 32 bits.
+        let offset = index as u64 * length as u64;
+        // At most N, as just found.
+        self.read(offset, bytes.get_mut(..length).unwrap_or_default())?;
+        Ok(bytes)
+    }
+}
+
+/// A structure that a caller in this process made.
+#[derive(Debug)]
+pub(crate) struct OwnData {
+    data_type: u64,
+    bytes: Vec<u8>,
+}
+
+impl OwnData {
+    /// `data` as the uAPI has it; `None` for none.
+    pub fn of_hwpt(data: &HwptData) -> Option<Self> {
+        let (data_type, bytes) = match data {
+            HwptData::None => return None,
+            HwptData::VtdS1(tables) => (VTD_S1, first_stage_bytes(tables)),
+            HwptData::VtdSecondStage(tables) => (VTD_SECOND_STAGE, second_stage_bytes(tables)),
+            HwptData::ArmSmmuV3(entry) => (ARM_SMMUV3, words(entry.ste)),
+        };
+        Some(Self { data_type, bytes })
+    }
+}
+
+impl UserData for OwnData {
+    fn data_type(&self) -> u64 {
+        self.data_type
+    }
+
+    fn length(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn read(&self, bytes: &mut [u8]) -> Outcome<()> {
+        copy(&self.bytes, 0, bytes)
+    }
+
+    fn write(&self, _: &[u8]) -> Outcome<()> {
+        refuse(Errno::EFAULT, "the structure is not to be written")
+    }
+}
+
+/// An array that a caller in this process made.
+#[derive(Debug)]
+pub(crate) struct OwnArray {
+    data_type: u64,
+    count: usize,
+    entry_length: usize,
+    bytes: Vec<u8>,
+}
+
+impl OwnArray {
+    /// `data` as the uAPI has it.
+    pub fn of_invalidations(data: &InvalidateData<'_>) -> Self {
+        let (data_type, entries) = match *data {
+            InvalidateData::VtdS1(entries) => (VTD_S1_INVALIDATE, entries),
+            InvalidateData::VtdSecondStage(entries) => (VTD_SECOND_STAGE_INVALIDATE, entries),
+            InvalidateData::ArmSmmuV3(commands) => {
+                return Self {
+                    data_type: ARM_SMMUV3_INVALIDATE,
+                    count: commands.len(),
+                    entry_length: size_of::<iommu_viommu_arm_smmuv3_invalidate>(),
+                    bytes: commands.iter().flat_map(|command| words(command.cmd)).collect(),
+                };
+            }
+        };
+        let bytes = entries.iter().flat_map(invalidation_bytes).collect();
+        let entry_length = size_of::<iommu_hwpt_vtd_s1_invalidate>();
+        Self { data_type, count: entries.len(), entry_length, bytes }
+    }
+}
+
+impl UserArray for OwnArray {
+    fn data_type(&self) -> u64 {
+        self.data_type
+    }
+
+    fn entry_length(&self) -> usize {
+        self.entry_length
+    }
+
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Outcome<()> {
+        copy(&self.bytes, offset, bytes)
+    }
+}
+
+fn copy(from: &[u8], offset: u64, to: &mut [u8]) -> Outcome<()> {
+    let rest = usize::try_from(offset).ok().and_then(|offset| from.get(offset..));
+    match rest.and_then(|rest| rest.get(..to.len())) {
+        Some(piece) => {
+            to.copy_from_slice(piece);
+            Ok(())
+        }
+        None => refuse(Errno::EFAULT, "past the end of the structure"),
+    }
+}
+
+fn first_stage_bytes(tables: &iommu_hwpt_vtd_s1) -> Vec<u8> {
+    let iommu_hwpt_vtd_s1 { flags, pgtbl_addr, addr_width, __reserved } = *tables;
+    join(flags, pgtbl_addr, addr_width, __reserved).to_vec()
+}
+
+fn second_stage_bytes(tables: &HwptVtdSecondStage) -> Vec<u8> {
+    let HwptVtdSecondStage { pgtbl_addr, addr_width } = *tables;
+    join(0, pgtbl_addr, addr_width, 0).to_vec()
+}
+
+fn invalidation_bytes(entry: &iommu_hwpt_vtd_s1_invalidate) -> [u8; 24] {
+    let iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved } = *entry;
+    join(addr, npages, flags, __reserved)
+}
+
+/// The bytes of the words that an SMMU's structure consists of.
+fn words(words: [u64; 2]) -> Vec<u8> {
+    words.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+/// A structure of two 64-bit and two 32-bit fields: all of VT-d's are.
+#[derive(FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Fields {
+    a: u64,
+    b: u64,
+    c: u32,
+    d: u32,
+}
+
+/// The bytes of a structure with these fields.
+fn join(a: u64, b: u64, c: u32, d: u32) -> [u8; 24] {
+    zerocopy::transmute!(Fields { a, b, c, d })
+}
+
+/// The fields that [`join`] puts together.
+pub(super) fn split(bytes: &[u8; 24]) -> (u64, u64, u32, u32) {
+    let Fields { a, b, c, d } = zerocopy::transmute!(*bytes);
+    (a, b, c, d)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_structure_is_extended_with_zeroes_up_to_what_is_known_and_no_further() {
+        let of_length = |length: usize| OwnData { data_type: 7, bytes: vec![1; length] };
+        let read = |data: &dyn UserData| data.read_struct::<8>(7, 4);
+        assert_eq!(read(&of_length(4)).unwrap(), [1, 1, 1, 1, 0, 0, 0, 0]);
+        assert_eq!(read(&of_length(8)).unwrap(), [1; 8]);
+        for length in [0, 3, 9] {
+            assert_eq!(read(&of_length(length)).unwrap_err().errno, Errno::EINVAL, "{length}");
+        }
+        let other: &dyn UserData = &of_length(8);
+        assert_eq!(other.read_struct::<8>(6, 4).unwrap_err().errno, Errno::EINVAL);
+    }
+
+    #[test]
+    fn entries_are_found_by_their_number() {
+        let entry = |addr| iommu_hwpt_vtd_s1_invalidate { addr, ..Default::default() };
+        let list = [entry(1), entry(2)];
+        let array = OwnArray::of_invalidations(&InvalidateData::VtdS1(&list));
+        let array: &dyn UserArray = &array;
+        let read = |index| array.read_entry(VTD_S1_INVALIDATE, index, 24);
+        assert_eq!(split(&read(1).unwrap()), (2, 0, 0, 0));
+        assert_eq!(read(2).unwrap_err().errno, Errno::EFAULT, "there is no third");
+    }
+}

@@ -1,0 +1,430 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The driver of a VT-d unit, as Linux's: no data for page tables of its own, first-stage tables of
+//! the user's nested on a second stage, no vIOMMUs.
+
+use std::any::Any;
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::tags::{CacheTags, OwnedTag};
+use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
+use super::vtd_domains::DomainIds;
+use super::vtd_tables::{Features, Tables};
+use super::{
+    Domain, Driver, DriverInfo, NestedDomain, PagingDomain, Partial, UserArray, UserData,
+    VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
+};
+use crate::host::device::{Requester, Slot};
+use crate::host::refusal::{refuse, Outcome};
+use crate::ioas::PAGE_SIZE;
+use crate::units::dirty::DirtyLog;
+use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use crate::units::page_requests::{PageRequestSink, PageRequests};
+use crate::units::stage2::Stage2;
+use twostage::iommufd::{
+    iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
+    HwptVtdSecondStage, ObjectId, PageRequest, PageResponseCode, VTD_INV_FLAGS_LEAF,
+};
+use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
+
+/// Tables that a unit fills from an IOAS.
+#[derive(Debug)]
+struct VtdPaging {
+    tables: Tables,
+    tag: OwnedTag,
+    dirty: Option<Arc<DirtyLog>>,
+}
+
+impl PagingDomain for VtdPaging {
+    fn aperture(&self) -> RangeInclusive<u64> {
+        self.tables.aperture()
+    }
+
+    fn page_size(&self) -> u64 {
+        PAGE_SIZE
+    }
+
+    fn page_sizes(&self) -> u64 {
+        self.tables.page_sizes
+    }
+
+    fn only_writable(&self) -> bool {
+        self.tables.only_writable
+    }
+
+    fn enforces_coherency(&self) -> bool {
+        self.tables.enforces_coherency
+    }
+
+    fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
+        self.dirty.as_ref()
+    }
+}
+
+/// Tables of the user's.
+#[derive(Debug)]
+struct VtdNested {
+    tables: UserTables,
+    tag: OwnedTag,
+    attached: Mutex<Attached>,
+}
+
+/// How often tables are attached behind each unit; no count is 0. Units are few, and tables many.
+type Attached = Vec<(Arc<dyn Hardware>, u32)>;
+
+impl VtdNested {
+    fn attached(&self) -> MutexGuard<'_, Attached> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `count` attachments more behind `hardware`: it may cache something of the tables.
+    fn attach(&self, hardware: &Arc<dyn Hardware>, count: u32) {
+        let mut attached = self.attached();
+        match attached.iter_mut().find(|(unit, _)| Arc::ptr_eq(unit, hardware)) {
+            Some((_, attachments)) => *attachments += count,
+            None => {
+                attached.reserve_exact(1);
+                attached.push((hardware.clone(), count));
+            }
+        }
+    }
+
+    /// `count` attachments less.
+    fn detach(&self, hardware: &Arc<dyn Hardware>, count: u32) {
+        let mut attached = self.attached();
+        if let Some((_, left)) = attached.iter_mut().find(|(unit, _)| Arc::ptr_eq(unit, hardware)) {
+            *left = left.saturating_sub(count);
+        }
+        attached.retain(|(_, left)| *left != 0);
+    }
+
+    /// The type of invalidations it takes.
+    fn invalidation_type(&self) -> u64 {
+        match self.tables {
+            UserTables::VtdFirstStage(_) => VTD_S1_INVALIDATE,
+            UserTables::VtdSecondStage(_) => VTD_SECOND_STAGE_INVALIDATE,
+        }
+    }
+}
+
+impl NestedDomain for VtdNested {
+    fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial> {
+        let expected = self.invalidation_type();
+        if entries.data_type() != expected {
+            let detail =
+                format!("the tables take no invalidations of type {:#x}", entries.data_type());
+            return refuse(Errno::EINVAL, detail).map_err(Partial::from);
+        }
+        // The hardware is told once: it holds DMA up for each call.
+        let mut ranges = Vec::with_capacity(entries.count());
+        let mut read = |index| {
+            ranges.push(cache_range(
+                &invalidation(&entries.read_entry(expected, index, 24)?),
+                index,
+            )?);
+            Ok(())
+        };
+        let refused = (0..entries.count()).find_map(|index| read(index).err());
+        if !ranges.is_empty() {
+            for (hardware, _) in self.attached().iter() {
+                hardware.invalidate(self.tag.tag(), &ranges);
+            }
+        }
+        refused.map_or(Ok(()), |refusal| Err(Partial { done: ranges.len(), refusal }))
+    }
+
+    fn describe(&self) -> String {
+        match self.tables {
+            UserTables::VtdFirstStage(tables) => {
+                format!("VTD_S1 at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
+            }
+            UserTables::VtdSecondStage(tables) => {
+                format!("VTD_SECOND_STAGE at {:#x}, {} bits", tables.pgtbl_addr, tables.addr_width)
+            }
+        }
+    }
+}
+
+/// The driver of one unit.
+#[derive(Debug)]
+pub(crate) struct VtdDriver {
+    hardware: Arc<dyn Hardware>,
+    features: Features,
+    tags: Arc<CacheTags>,
+    domains: Mutex<DomainIds>,
+}
+
+impl VtdDriver {
+    /// The driver of `hardware`, whose page tables get their tags from `tags`, as those of all
+    /// units of the machine do.
+    pub fn new(hardware: Arc<dyn Hardware>, tags: Arc<CacheTags>) -> Self {
+        let features = Features::new(&hardware.info());
+        Self { hardware, features, tags, domains: Mutex::default() }
+    }
+
+    /// The user's tables, as far as they are looked at when the page table is made: Linux looks at
+    /// values only when a device is attached.
+    fn user_tables(&self, data: &dyn UserData) -> Outcome<UserTables> {
+        match data.data_type() {
+            VTD_S1 if self.features.nest() => {
+                let (flags, pgtbl_addr, addr_width, __reserved) =
+                    split(&data.read_struct(VTD_S1, 24)?);
+                let tables = iommu_hwpt_vtd_s1 { flags, pgtbl_addr, addr_width, __reserved };
+                Ok(UserTables::VtdFirstStage(tables))
+            }
+            VTD_SECOND_STAGE if self.hardware.extensions().guest_second_stage => {
+                let (_, pgtbl_addr, addr_width, _) =
+                    split(&data.read_struct(VTD_SECOND_STAGE, 24)?);
+                Ok(UserTables::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr, addr_width }))
+            }
+            other => refuse(Errno::EOPNOTSUPP, format!("tables of type {other:#x}")),
+        }
+    }
+
+    /// The page requests of the unit's devices, if `device` makes some.
+    fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
+        self.hardware.page_requests().filter(|_| device.config.pri)
+    }
+
+    /// What the hardware is to know of `domain`, if it can use it for `devices`.
+    fn translation(&self, devices: &[&Requester], domain: &Domain) -> Outcome<Translation> {
+        let paging = own_paging(&*domain.paging)?;
+        self.features.compatible(&paging.tables)?;
+        if domain.page_requests && devices.iter().any(|it| self.page_requests(it).is_none()) {
+            return refuse(Errno::ENODEV, "the device, or its IOMMU, has no page requests");
+        }
+        let Some(nested) = &domain.nested else {
+            return Ok(Translation {
+                tag: paging.tag.tag(),
+                tables: None,
+                stage2: domain.stage2.clone(),
+                dirty: paging.dirty.clone(),
+            });
+        };
+        let nested = own_nested(&**nested)?;
+        if !self.hardware.walks(&nested.tables) {
+            return refuse(
+                Errno::EINVAL,
+                format!("the device's IOMMU cannot walk {:x?}", nested.tables),
+            );
+        }
+        Ok(Translation {
+            tag: nested.tag.tag(),
+            tables: Some(nested.tables),
+            stage2: domain.stage2.clone(),
+            dirty: paging.dirty.clone(),
+        })
+    }
+
+    /// `count` devices do not go through `domain` any more.
+    fn forget(&self, domain: &Domain, count: u32) {
+        self.count(domain, |nested| nested.detach(&self.hardware, count));
+        if let Some(tag) = Self::tag(domain) {
+            self.domains().give_back(tag, count);
+        }
+    }
+
+    fn domains(&self) -> MutexGuard<'_, DomainIds> {
+        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tag of the page table of `domain`.
+    fn tag(domain: &Domain) -> Option<CacheTag> {
+        match &domain.nested {
+            Some(nested) => Some(own_nested(&**nested).ok()?.tag.tag()),
+            None => Some(own_paging(&*domain.paging).ok()?.tag.tag()),
+        }
+    }
+
+    /// Counts attachments of the user's tables of `domain`, if it has some.
+    fn count(&self, domain: &Domain, change: impl FnOnce(&VtdNested)) {
+        if let Some(Ok(nested)) = domain.nested.as_deref().map(own_nested) {
+            change(nested);
+        }
+    }
+}
+
+impl Driver for VtdDriver {
+    fn info(&self) -> DriverInfo {
+        DriverInfo::Vtd(self.hardware.info())
+    }
+
+    fn extensions(&self) -> Extensions {
+        self.hardware.extensions()
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        self.hardware.pasid_bits()
+    }
+
+    fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
+        device.config.reserved.iter().cloned().chain([INTERRUPT_RANGE]).collect()
+    }
+
+    fn dirty_tracking(&self, _: &Requester) -> bool {
+        self.features.dirty_tracking()
+    }
+
+    fn alloc_paging(
+        &self,
+        _: &Requester,
+        flags: HwptFlags,
+        data: Option<&dyn UserData>,
+    ) -> Outcome<Arc<dyn PagingDomain>> {
+        if data.is_some() {
+            return refuse(Errno::EOPNOTSUPP, "a HWPT_PAGING takes no data");
+        }
+        let tables = self.features.tables(flags)?;
+        let dirty = tables.dirty_tracking.then(|| Arc::new(DirtyLog::new(PAGE_SIZE)));
+        Ok(Arc::new(VtdPaging { tables, tag: self.tags.next(), dirty }))
+    }
+
+    fn alloc_nested(
+        &self,
+        _: &Requester,
+        parent: &Arc<dyn PagingDomain>,
+        flags: HwptFlags,
+        data: &dyn UserData,
+    ) -> Outcome<Arc<dyn NestedDomain>> {
+        if !self.features.nest() || flags.with_pasid(false) != HwptFlags::new() {
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU has no nested translation");
+        }
+        own_paging(&**parent)?;
+        let tables = self.user_tables(data)?;
+        Ok(Arc::new(VtdNested { tables, tag: self.tags.next(), attached: Mutex::default() }))
+    }
+
+    fn attach(
+        &self,
+        devices: &[&Requester],
+        slot: Slot,
+        new: &Domain,
+        old: Option<&Domain>,
+    ) -> Outcome<()> {
+        let translation = self.translation(devices, new)?;
+        // A group has fewer devices than there are Requester IDs.
+        let count = devices.len() as u32;
+        self.domains().take(translation.tag, count, self.features.domains())?;
+        self.count(new, |nested| nested.attach(&self.hardware, count));
+        for device in devices {
+            self.hardware.install(device.rid.raw(), slot, translation.clone());
+        }
+        if let Some(old) = old {
+            self.forget(old, count);
+        }
+        Ok(())
+    }
+
+    fn detach(&self, devices: &[&Requester], slot: Slot, old: &Domain) {
+        for device in devices {
+            self.hardware.remove(device.rid.raw(), slot);
+        }
+        self.forget(old, devices.len() as u32);
+    }
+
+    fn block(&self, device: &Requester) {
+        self.hardware.remove(device.rid.raw(), None);
+    }
+
+    fn set_page_request_sink(&self, device: &Requester, sink: Option<Arc<dyn PageRequestSink>>) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.set_sink(device.rid.raw(), sink);
+        }
+    }
+
+    fn page_response(&self, device: &Requester, request: &PageRequest, code: PageResponseCode) {
+        if let Some(requests) = self.page_requests(device) {
+            requests.answer(device.rid.raw(), request.group, code);
+        }
+    }
+
+    fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.hardware.stage2_changed(stage2);
+    }
+
+    fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
+        self.hardware.set_fault_sink(device.rid.raw(), sink);
+    }
+}
+
+fn own_paging(domain: &dyn PagingDomain) -> Outcome<&VtdPaging> {
+    match (domain as &dyn Any).downcast_ref() {
+        Some(paging) => Ok(paging),
+        None => refuse(Errno::EINVAL, "the page table is another driver's"),
+    }
+}
+
+fn own_nested(domain: &dyn NestedDomain) -> Outcome<&VtdNested> {
+    match (domain as &dyn Any).downcast_ref() {
+        Some(nested) => Ok(nested),
+        None => refuse(Errno::EINVAL, "the nested page table is another driver's"),
+    }
+}
+
+fn invalidation(bytes: &[u8; 24]) -> iommu_hwpt_vtd_s1_invalidate {
+    let (addr, npages, flags, __reserved) = split(bytes);
+    iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved }
+}
+
+/// The addresses that an entry names.
+fn cache_range(entry: &iommu_hwpt_vtd_s1_invalidate, number: usize) -> Outcome<CacheRange> {
+    let iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved } = *entry;
+    if flags & !VTD_INV_FLAGS_LEAF != 0 || __reserved != 0 {
+        return refuse(
+            Errno::EOPNOTSUPP,
+            format!("entry {number} has flags {flags:#x}, reserved {__reserved:#x}"),
+        );
+    }
+    if addr % PAGE_SIZE != 0 || (npages == u64::MAX && addr != 0) {
+        return refuse(
+            Errno::EINVAL,
+            format!("entry {number} is {npages:#x} pages from {addr:#x}"),
+        );
+    }
+    // The number of bytes is taken modulo 2^64, as Linux does: a count that does not fit names
+    // fewer pages than its user meant, and a range that passes 2^64 (or has no byte) everything.
+    let bytes = npages.wrapping_mul(PAGE_SIZE);
+    let wraps = bytes != 0 && addr.checked_add(bytes - 1).is_none();
+    if npages == u64::MAX || bytes == 0 || wraps {
+        return Ok(CacheRange::All);
+    }
+    let leaf = flags & VTD_INV_FLAGS_LEAF != 0;
+    Ok(CacheRange::Pages { address: addr, pages: bytes / PAGE_SIZE, leaf })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(addr: u64, npages: u64, flags: u32) -> Outcome<CacheRange> {
+        cache_range(&iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved: 0 }, 0)
+    }
+
+    #[test]
+    fn an_entry_names_pages_or_everything() {
+        let pages = |address, pages, leaf| CacheRange::Pages { address, pages, leaf };
+        assert_eq!(range(0x1000, 3, 0).unwrap(), pages(0x1000, 3, false));
+        assert_eq!(range(0x1000, 3, VTD_INV_FLAGS_LEAF).unwrap(), pages(0x1000, 3, true));
+        assert_eq!(range(0, u64::MAX, 0).unwrap(), CacheRange::All);
+        let top = u64::MAX - 0xfff;
+        assert_eq!(range(top, 1, 0).unwrap(), pages(top, 1, false));
+    }
+
+    #[test]
+    fn a_count_that_does_not_fit_is_taken_as_linux_takes_it() {
+        assert_eq!(range(u64::MAX - 0xfff, 2, 0).unwrap(), CacheRange::All);
+        assert_eq!(range(0, 1 << 52, 0).unwrap(), CacheRange::All);
+        assert_eq!(range(0x5000, 0, 0).unwrap(), CacheRange::All);
+        let one = CacheRange::Pages { address: 0, pages: 1, leaf: false };
+        assert_eq!(range(0, (1 << 52) + 1, 0).unwrap(), one);
+    }
+
+    #[test]
+    fn unknown_flags_and_unaligned_addresses_are_refused() {
+        assert_eq!(range(0, 1, 2).unwrap_err().errno, Errno::EOPNOTSUPP);
+        assert_eq!(range(0x1001, 1, 0).unwrap_err().errno, Errno::EINVAL);
+        assert_eq!(range(0x1000, u64::MAX, 0).unwrap_err().errno, Errno::EINVAL);
+        let reserved = iommu_hwpt_vtd_s1_invalidate { addr: 1, npages: 1, flags: 0, __reserved: 1 };
+        assert_eq!(cache_range(&reserved, 0).unwrap_err().errno, Errno::EOPNOTSUPP);
+    }
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One open iommufd: what all files that lead to it share.
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::host::dma_buf::{DmaBuf, Importer};
+use crate::host::machine::{Machine, Part};
+use crate::host::objects::Objects;
+use crate::host::refusal::{refuse, Outcome};
+use crate::units::page_requests::PageRequestSink;
+use twostage::iommufd::{Errno, ObjectId, PageRequest};
+
+/// One open iommufd. It is closed with the last file that leads to it: itself, a device that is
+/// bound to it, a queue, or pages that are mapped.
+#[derive(Debug)]
+pub(crate) struct Context {
+    machine: Arc<Machine>,
+    objects: Mutex<Objects>,
+}
+
+impl Context {
+    /// An iommufd without objects on `machine`.
+    pub fn new(machine: Arc<Machine>) -> Arc<Self> {
+        let objects = Mutex::new(Objects::new(machine.clone()));
+        Arc::new(Self { machine, objects })
+    }
+
+    /// What it was opened on.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Binds the device `name` in `objects`, which are these: its page requests come here from then
+    /// on, until it is unbound.
+    pub fn device_bind(self: &Arc<Self>, objects: &mut Objects, name: &str) -> Outcome<ObjectId> {
+        let dev = objects.device_bind(name)?;
+        let part = &objects.table().device(dev)?.part;
+        let sink = BoundDevice { context: Arc::downgrade(self), dev, part: Arc::downgrade(part) };
+        part.driver.set_page_request_sink(&part.requester, Some(Arc::new(sink)));
+        Ok(dev)
+    }
+
+    /// The objects, locked.
+    pub fn objects(&self) -> MutexGuard<'_, Objects> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.objects.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+    }
+}
+
+impl Importer for Context {
+    fn revoked(&self, buf: &DmaBuf) {
+        // Fails for no IOAS that there is.
+        let _ = self.objects().lose_dma_buf(buf);
+    }
+}
+
+/// A bound device, as its page requests come in.
+#[derive(Debug)]
+struct BoundDevice {
+    context: Weak<Context>,
+    dev: ObjectId,
+    part: Weak<Part>,
+}
+
+impl PageRequestSink for BoundDevice {
+    fn page_request(&self, request: PageRequest) -> Outcome<()> {
+        let Some(context) = self.context.upgrade() else {
+            return refuse(Errno::ENODEV, "the iommufd is closed");
+        };
+        let mut objects = context.objects();
+        // It may have been unbound meanwhile, and its id be another's.
+        if Arc::as_ptr(&objects.table().device(self.dev)?.part) != self.part.as_ptr() {
+            return refuse(Errno::ENODEV, "the device is not bound any more");
+        }
+        objects.page_request(self.dev, request)
+    }
+}

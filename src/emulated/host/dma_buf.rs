@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory of a device that other devices may reach until its driver revokes it.
+#![forbid(unsafe_code)]
+
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::host::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, UserMemory};
+
+/// Memory of a device (a dma-buf), such as a BAR, which `IOMMU_IOAS_MAP_FILE` maps as it does a
+/// file. It is neither pinned nor accounted, and no access object reaches it.
+///
+/// Its driver may revoke it, when the device is reset for instance. What is mapped of it then leads
+/// nowhere, and stays so: memory that was restored must be mapped anew.
+#[derive(Debug)]
+pub struct DmaBuf {
+    memory: UserMemory,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    revoked: bool,
+    importers: Vec<Weak<dyn Importer>>,
+}
+
+/// Who maps memory of devices.
+pub(crate) trait Importer: Debug + Send + Sync {
+    /// `buf` was revoked: when this returns no DMA goes there.
+    fn revoked(&self, buf: &DmaBuf);
+}
+
+impl DmaBuf {
+    /// `memory`, which can be mapped.
+    pub fn new(memory: UserMemory) -> Arc<Self> {
+        Arc::new(Self { memory, state: Mutex::default() })
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &UserMemory {
+        &self.memory
+    }
+
+    /// Revokes the memory: when this returns no DMA reaches it by what was mapped before, and
+    /// nothing more can be mapped (`ENODEV`). Not to be called from a
+    /// [`UserSpace`](crate::uapi::UserSpace).
+    pub fn revoke(&self) {
+        let mut state = self.lock();
+        state.revoked = true;
+        let importers = state.importers.clone();
+        // They look at the state, with locks of their own held.
+        drop(state);
+        importers.iter().filter_map(Weak::upgrade).for_each(|importer| importer.revoked(self));
+    }
+
+    /// Lets the memory be mapped again.
+    pub fn restore(&self) {
+        self.lock().revoked = false;
+    }
+
+    /// `importer` is about to map the memory, and is to be told when it is revoked.
+    pub(crate) fn import(&self, importer: Weak<dyn Importer>) {
+        let mut state = self.lock();
+        state.importers.retain(|known| known.strong_count() > 0 && !known.ptr_eq(&importer));
+        state.importers.push(importer);
+    }
+
+    /// Whether the memory may be mapped now.
+    ///
+    /// # Errors
+    /// `ENODEV` it is revoked.
+    pub(crate) fn check(&self) -> Outcome<()> {
+        if self.lock().revoked {
+            return refuse(Errno::ENODEV, "the memory of the device was revoked");
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

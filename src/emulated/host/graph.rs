@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The objects of an iommufd and what leads to what, for reports and leak checks.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use crate::host::device::Slot;
+use crate::host::objects::{Object, ObjectKind, Objects};
+use twostage::iommufd::{HwptFlags, ObjectId};
+
+/// So many attachments of one device are told at the most: a guest can make 2^20.
+const MAX_EDGES: usize = 1024;
+
+/// One object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct GraphObject {
+    /// Its id.
+    pub id: ObjectId,
+    /// Its kind.
+    pub kind: ObjectKind,
+    /// Its name, where it has one, and what else identifies it.
+    pub name: String,
+    /// What it was allocated with, by the uAPI's names; `AUTO` for an automatic HWPT.
+    pub flags: Vec<&'static str>,
+    /// What it stands on.
+    pub on: Vec<GraphEdge>,
+}
+
+/// A way from an object to one that it stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct GraphEdge {
+    /// The object stood on.
+    pub to: ObjectId,
+    /// The PASID that is attached, for a device; the first of several.
+    pub pasid: Option<u32>,
+    /// The last of them, where neighbouring PASIDs are attached to the same.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub last_pasid: Option<u32>,
+}
+
+/// All objects of one iommufd, ascending by id.
+///
+/// Its text is the tree of Linux's documentation of iommufd: what stands on an object is below it,
+/// after an arrow that points back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct ObjectGraph {
+    /// The objects.
+    pub objects: Vec<GraphObject>,
+    /// Bytes of pinned memory.
+    pub pinned_bytes: u64,
+}
+
+impl ObjectGraph {
+    /// The graph of `objects`.
+    pub(crate) fn of(objects: &Objects) -> Self {
+        Self {
+            objects: objects
+                .table()
+                .iter()
+                .map(|(id, object)| describe(objects, id, object))
+                .collect(),
+            pinned_bytes: objects.pinned_bytes(),
+        }
+    }
+
+    /// The objects of one kind.
+    pub fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = &GraphObject> {
+        self.objects.iter().filter(move |object| object.kind == kind)
+    }
+
+    fn fmt_above(
+        &self,
+        below: &GraphObject,
+        depth: usize,
+        f: &mut fmt::Formatter<'_>,
+    ) -> fmt::Result {
+        for object in &self.objects {
+            for edge in object.on.iter().filter(|edge| edge.to == below.id) {
+                write!(f, "{:depth$}← {object}", "", depth = 2 * depth)?;
+                match (edge.pasid, edge.last_pasid) {
+                    (Some(first), Some(last)) => writeln!(f, " PASIDs {first:#x} to {last:#x}")?,
+                    (Some(pasid), None) => writeln!(f, " PASID {pasid:#x}")?,
+                    (None, _) => writeln!(f)?,
+                }
+                self.fmt_above(object, depth + 1, f)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ObjectGraph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for object in self.objects.iter().filter(|object| object.on.is_empty()) {
+            writeln!(f, "{object}")?;
+            self.fmt_above(object, 1, f)?;
+        }
+        writeln!(f, "{} objects, {:#x} bytes pinned", self.objects.len(), self.pinned_bytes)
+    }
+}
+
+impl fmt::Display for GraphObject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.id)?;
+        if !self.flags.is_empty() {
+            write!(f, " [{}]", self.flags.join("|"))?;
+        }
+        if !self.name.is_empty() {
+            write!(f, " {}", self.name)?;
+        }
+        Ok(())
+    }
+}
+
+fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
+    let (name, flags, on) = match object {
+        Object::Ioas(ioas) => (format!("({})", mappings(ioas.space.area_count())), vec![], vec![]),
+        Object::HwptPaging(hwpt) => {
+            let mut flags = flag_names(hwpt.flags);
+            if hwpt.automatic {
+                flags.push("AUTO");
+            }
+            let on = objects.holds(id).into_iter().map(edge).collect();
+            (String::new(), flags, on)
+        }
+        Object::HwptNested(hwpt) => {
+            let on = objects.holds(id).into_iter().map(edge).collect();
+            (hwpt.domain.describe(), flag_names(hwpt.flags), on)
+        }
+        Object::Device(device) => {
+            let mut attachments = objects.attachments_of(id);
+            let on: Vec<_> = attachments.by_ref().take(MAX_EDGES).map(edge_of_device).collect();
+            let (name, rid) = (&device.part.name, device.part.requester.rid);
+            let more = if attachments.next().is_some() { ", and to more" } else { "" };
+            (format!("{name} ({rid}){more}"), vec![], on)
+        }
+        Object::Viommu(viommu) => {
+            (format!("type {:#x}", viommu.kind), vec![], vec![edge(viommu.parent)])
+        }
+        Object::Vdevice(vdevice) => (
+            format!("of DEVICE {}, virtual id {:#x}", vdevice.dev, vdevice.virt_id),
+            vec![],
+            vec![edge(vdevice.viommu)],
+        ),
+        Object::Access(_) | Object::Fault(_) | Object::HwQueue(_) => {
+            (String::new(), vec![], objects.holds(id).into_iter().map(edge).collect())
+        }
+        Object::Veventq(veventq) => {
+            (format!("type {:#x}", veventq.kind), vec![], vec![edge(veventq.viommu)])
+        }
+        #[cfg(feature = "selftest")]
+        Object::Selftest(selftest) => (format!("of DEVICE {}", selftest.dev), vec![], vec![]),
+    };
+    GraphObject { id, kind: object.kind(), name, flags, on }
+}
+
+fn mappings(count: usize) -> String {
+    format!("{count} mapping{}", if count == 1 { "" } else { "s" })
+}
+
+fn edge(to: ObjectId) -> GraphEdge {
+    GraphEdge { to, pasid: None, last_pasid: None }
+}
+
+fn edge_of_device((pasid, last, to): (Slot, Slot, ObjectId)) -> GraphEdge {
+    GraphEdge { to, pasid, last_pasid: last.filter(|_| last != pasid) }
+}
+
+fn flag_names(flags: HwptFlags) -> Vec<&'static str> {
+    [
+        (flags.nest_parent(), "NEST_PARENT"),
+        (flags.dirty_tracking(), "DIRTY_TRACKING"),
+        (flags.fault_id_valid(), "FAULT_ID_VALID"),
+        (flags.pasid(), "PASID"),
+    ]
+    .into_iter()
+    .filter_map(|(set, name)| set.then_some(name))
+    .collect()
+}
+
+#[cfg(all(test, feature = "serde"))]
+mod tests {
+    use crate::EmulatedHost;
+    use twostage::iommufd::HostIommu;
+
+    #[test]
+    fn a_graph_is_reported_as_json() {
+        let host = EmulatedHost::new();
+        host.ioas_alloc().unwrap();
+        let json = serde_json::to_value(host.graph()).unwrap();
+        let object = serde_json::json!({
+            "id": 1, "kind": "IOAS", "name": "(0 mappings)", "flags": [], "on": []
+        });
+        assert_eq!(json, serde_json::json!({ "objects": [object], "pinned_bytes": 0 }));
+    }
+}

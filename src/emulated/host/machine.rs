@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What emulated hosts stand on: IOMMUs, and devices behind them.
+//!
+//! A machine outlives the iommufds that are opened on it. Any number of them share its IOMMUs; a
+//! device, and with it its IOMMU group, is bound to one of them at a time. Devices come and go at
+//! run time.
+//!
+//! Its one lock is held for look-ups only: nothing else is locked or called under it.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::dma::DmaPort;
+use crate::drivers::{CacheTags, Driver, SmmuDriver, VtdDriver};
+use crate::host::device::{DeviceConfig, Requester};
+use crate::host::refusal::{refuse, Outcome};
+#[cfg(feature = "selftest")]
+use crate::selftest::Selftest;
+use crate::units::smmuv3::SmmuV3Unit;
+use crate::units::vtd::VtdUnit;
+use twostage::iommufd::{Errno, Extensions};
+use twostage::spec::pci::{Bdf, Pasid};
+
+/// An emulated IOMMU of either architecture.
+#[derive(Debug, Clone)]
+pub enum EmulatedUnit {
+    /// Intel VT-d.
+    Vtd(Arc<VtdUnit>),
+    /// Arm SMMUv3.
+    SmmuV3(Arc<SmmuV3Unit>),
+}
+
+impl From<Arc<VtdUnit>> for EmulatedUnit {
+    fn from(unit: Arc<VtdUnit>) -> Self {
+        Self::Vtd(unit)
+    }
+}
+
+impl From<Arc<SmmuV3Unit>> for EmulatedUnit {
+    fn from(unit: Arc<SmmuV3Unit>) -> Self {
+        Self::SmmuV3(unit)
+    }
+}
+
+impl EmulatedUnit {
+    /// Where DMA by requester id `rid` enters it.
+    pub fn port(&self, rid: u16) -> DmaPort {
+        match self {
+            Self::Vtd(unit) => unit.port(rid),
+            Self::SmmuV3(unit) => unit.port(rid),
+        }
+    }
+
+    /// Its driver, whose page tables get their tags from `tags`.
+    fn driver(&self, tags: Arc<CacheTags>) -> Arc<dyn Driver> {
+        match self {
+            Self::Vtd(unit) => Arc::new(VtdDriver::new(unit.clone(), tags)),
+            Self::SmmuV3(unit) => Arc::new(SmmuDriver::new(unit.clone(), tags)),
+        }
+    }
+}
+
+/// One IOMMU of a machine, as [`Machine::add_unit`] named it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UnitId(pub(crate) usize);
+
+/// One IOMMU group of a machine. Never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct GroupId(u64);
+
+/// One iommufd that was opened on a machine. Never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ContextId(u64);
+
+/// A machine that cannot be built, or changed, like that.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MachineError {
+    /// There is a device of that name.
+    #[error("there is a device named '{0}' already")]
+    NameTaken(String),
+    /// There is a device of that Requester ID behind the same unit.
+    #[error("there is a device with the requester id {0} behind that IOMMU already")]
+    RidTaken(Bdf),
+    /// The unit belongs to another machine.
+    #[error("there is no such IOMMU in this machine")]
+    NoSuchUnit,
+    /// PASIDs have at most 20 bits.
+    #[error("a PASID has at most 20 bits, not {0}")]
+    PasidTooWide(u8),
+    /// A device without a device TLB makes no page requests (PCIe 6.0 §10.4).
+    #[error("PRI takes ATS")]
+    PriWithoutAts,
+    /// There is no device of that name.
+    #[error("there is no device named '{0}'")]
+    NoSuchDevice(String),
+    /// A device of the group is bound: it can neither grow nor shrink.
+    #[error("a device of the IOMMU group of '{0}' is bound")]
+    GroupInUse(String),
+}
+
+/// One device, bound or not.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub name: String,
+    pub unit: UnitId,
+    /// The driver of the unit.
+    pub driver: Arc<dyn Driver>,
+    pub requester: Requester,
+    pub group: GroupId,
+}
+
+impl Part {
+    /// Width of the PASIDs that both the device and its IOMMU have, in bits.
+    pub fn pasid_bits(&self) -> u8 {
+        self.requester.config.pasid_bits.min(self.driver.pasid_bits())
+    }
+
+    /// The IOVAs that an IOAS cannot map while the device is attached to it.
+    pub fn reserved_regions(&self) -> Vec<RangeInclusive<u64>> {
+        self.driver.reserved_regions(&self.requester)
+    }
+}
+
+/// IOMMUs, and devices by name. It outlives the iommufds that are opened on it, any number of them;
+/// each device is bound to one of them at a time.
+///
+/// ```
+/// use twostage_emulated::{DeviceConfig, Machine, VtdUnit, VtdUnitConfig};
+/// use twostage::iommufd::HostIommu;
+/// use twostage::spec::pci::Bdf;
+///
+/// let machine = Machine::new();
+/// let unit = machine.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+/// for (function, name) in [(0, "disk"), (1, "net")] {
+///     let rid = Bdf::new(0, 4, function).expect("a PCI address");
+///     machine.add_device(name, unit, rid, DeviceConfig::default())?;
+/// }
+/// let (first, second) = (machine.open(), machine.open());
+/// first.device_bind("disk")?;
+/// assert!(second.device_bind("disk").is_err());
+/// second.device_bind("net")?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct Machine {
+    state: Mutex<State>,
+    tags: Arc<CacheTags>,
+    contexts: AtomicU64,
+    /// For Linux's own tests.
+    #[cfg(feature = "selftest")]
+    pub(crate) selftest: Selftest,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    units: Vec<Unit>,
+    places: BTreeMap<String, Place>,
+    last_group: u64,
+}
+
+#[derive(Debug)]
+struct Unit {
+    driver: Arc<dyn Driver>,
+    /// Where devices of this process can do DMA through it.
+    hardware: Option<EmulatedUnit>,
+}
+
+/// A device, and who has it.
+#[derive(Debug)]
+struct Place {
+    part: Arc<Part>,
+    bound: Option<ContextId>,
+}
+
+impl Machine {
+    /// A machine without IOMMUs and devices.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Adds an IOMMU, which serves this machine alone.
+    pub fn add_unit(&self, unit: impl Into<EmulatedUnit>) -> UnitId {
+        let unit = unit.into();
+        self.add(unit.driver(self.tags.clone()), Some(unit))
+    }
+
+    /// Adds an IOMMU that devices of this process do no DMA through.
+    #[cfg(any(test, feature = "selftest"))]
+    pub(crate) fn add_driver(&self, driver: Arc<dyn Driver>) -> UnitId {
+        self.add(driver, None)
+    }
+
+    /// The tags of its page tables, for a driver that is to be added.
+    #[cfg(test)]
+    pub(crate) fn cache_tags(&self) -> Arc<CacheTags> {
+        self.tags.clone()
+    }
+
+    fn add(&self, driver: Arc<dyn Driver>, hardware: Option<EmulatedUnit>) -> UnitId {
+        let mut state = self.state();
+        state.units.push(Unit { driver, hardware });
+        UnitId(state.units.len() - 1)
+    }
+
+    /// Adds a device behind `unit`, to be bound by `name`.
+    ///
+    /// # Errors
+    /// The name or the Requester ID is taken, `config` is no device's, or the group is in use.
+    pub fn add_device(
+        &self,
+        name: &str,
+        unit: UnitId,
+        rid: Bdf,
+        config: DeviceConfig,
+    ) -> Result<(), MachineError> {
+        let mut state = self.state();
+        let Some(driver) = state.units.get(unit.0).map(|unit| unit.driver.clone()) else {
+            return Err(MachineError::NoSuchUnit);
+        };
+        if u32::from(config.pasid_bits) > Pasid::BITS {
+            return Err(MachineError::PasidTooWide(config.pasid_bits));
+        }
+        if config.pri && !config.ats {
+            return Err(MachineError::PriWithoutAts);
+        }
+        if state.places.contains_key(name) {
+            return Err(MachineError::NameTaken(name.to_owned()));
+        }
+        let behind = |place: &&Place| place.part.unit == unit;
+        if state.places.values().filter(behind).any(|place| place.part.requester.rid == rid) {
+            return Err(MachineError::RidTaken(rid));
+        }
+        let same = |place: &&Place| {
+            config.group.is_some() && place.part.requester.config.group == config.group
+        };
+        let sibling = state.places.values().filter(behind).find(same);
+        let group = match sibling.map(|sibling| sibling.part.group) {
+            Some(group) if state.group_owner(group).is_some() => {
+                return Err(MachineError::GroupInUse(name.to_owned()));
+            }
+            Some(group) => group,
+            None => {
+                state.last_group += 1;
+                GroupId(state.last_group)
+            }
+        };
+        let requester = Requester { rid, config };
+        let part = Part { name: name.to_owned(), unit, driver, requester, group };
+        let place = Place { part: Arc::new(part), bound: None };
+        state.places.insert(name.to_owned(), place);
+        Ok(())
+    }
+
+    /// Removes a device. Ports of it stay, and reach nothing.
+    ///
+    /// # Errors
+    /// There is no such device, or one of its group is bound.
+    pub fn remove_device(&self, name: &str) -> Result<(), MachineError> {
+        let mut state = self.state();
+        let Some(place) = state.places.get(name) else {
+            return Err(MachineError::NoSuchDevice(name.to_owned()));
+        };
+        if state.group_owner(place.part.group).is_some() {
+            return Err(MachineError::GroupInUse(name.to_owned()));
+        }
+        state.places.remove(name);
+        Ok(())
+    }
+
+    /// Where the DMA of the device `name` enters its IOMMU, bound or not; `None` when there is no
+    /// such device.
+    pub fn dma_port(&self, name: &str) -> Option<DmaPort> {
+        let state = self.state();
+        let part = &state.places.get(name)?.part;
+        let unit = state.units.get(part.unit.0)?;
+        unit.hardware.as_ref().map(|unit| unit.port(part.requester.rid.raw()))
+    }
+
+    /// What every IOMMU can do beyond real ones.
+    pub(crate) fn extensions(&self) -> Extensions {
+        let drivers = self.drivers();
+        let all = |has: fn(Extensions) -> bool| {
+            !drivers.is_empty() && drivers.iter().all(|driver| has(driver.extensions()))
+        };
+        Extensions {
+            guest_second_stage: all(|it| it.guest_second_stage),
+            fault_reports: all(|it| it.fault_reports),
+        }
+    }
+
+    /// The drivers of all IOMMUs.
+    pub(crate) fn drivers(&self) -> Vec<Arc<dyn Driver>> {
+        self.state().units.iter().map(|unit| unit.driver.clone()).collect()
+    }
+
+    /// The name of an iommufd that is opened now.
+    pub(crate) fn next_context(&self) -> ContextId {
+        ContextId(self.contexts.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The device `name`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is none.
+    pub(crate) fn part(&self, name: &str) -> Outcome<Arc<Part>> {
+        self.state().place(name).map(|place| place.part.clone())
+    }
+
+    /// All devices of a group, ascending by name.
+    pub(crate) fn group(&self, group: GroupId) -> Vec<Arc<Part>> {
+        let state = self.state();
+        let parts = state.places.values().map(|place| &place.part);
+        parts.filter(|part| part.group == group).cloned().collect()
+    }
+
+    /// Binds the device `name` in `context`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is none; `EBUSY` it is bound; `EPERM` another context has its group.
+    pub(crate) fn claim(&self, name: &str, context: ContextId) -> Outcome<Arc<Part>> {
+        let mut state = self.state();
+        let place = state.place(name)?;
+        if place.bound.is_some() {
+            return refuse(Errno::EBUSY, format!("'{name}' is bound already"));
+        }
+        let part = place.part.clone();
+        if state.group_owner(part.group).is_some_and(|owner| owner != context) {
+            return refuse(
+                Errno::EPERM,
+                format!("another iommufd has a device of the group of '{name}'"),
+            );
+        }
+        if let Some(place) = state.places.get_mut(name) {
+            place.bound = Some(context);
+        }
+        Ok(part)
+    }
+
+    /// Unbinds the device `name`.
+    pub(crate) fn release(&self, name: &str) {
+        if let Some(place) = self.state().places.get_mut(name) {
+            place.bound = None;
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn place(&self, name: &str) -> Outcome<&Place> {
+        match self.places.get(name) {
+            Some(place) => Ok(place),
+            None => refuse(Errno::ENODEV, format!("there is no device '{name}'")),
+        }
+    }
+
+    /// The iommufd that has a device of `group`.
+    fn group_owner(&self, group: GroupId) -> Option<ContextId> {
+        let mut of_group = self.places.values().filter(|place| place.part.group == group);
+        of_group.find_map(|place| place.bound)
+    }
+}

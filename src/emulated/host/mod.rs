@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The object half: what iommufd keeps, by Linux's rules and with its errors.
+
+pub(crate) mod access;
+pub(crate) mod bitmap;
+pub(crate) mod context;
+pub(crate) mod device;
+pub(crate) mod dma_buf;
+pub(crate) mod emulated_host;
+pub(crate) mod event_file;
+pub(crate) mod events;
+pub(crate) mod fault_injection;
+pub(crate) mod graph;
+pub(crate) mod machine;
+pub(crate) mod mapped_pages;
+pub(crate) mod mmaps;
+pub(crate) mod objects;
+pub(crate) mod process;
+pub(crate) mod refusal;
+pub(crate) mod unmapping;
+pub(crate) mod user_space;

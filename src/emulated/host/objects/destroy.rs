@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `IOMMU_DESTROY`, and closing the whole iommufd.
+
+use std::iter;
+
+use super::table::Table;
+use super::vfio_compat::VfioCompat;
+use super::{Object, Objects};
+use crate::host::refusal::{refuse, Outcome};
+use crate::ioas::RlimitMode;
+use twostage::iommufd::{Errno, ObjectId};
+
+/// Users of an object that a refusal to destroy it names at most.
+const NAMED_USERS: usize = 8;
+
+impl Objects {
+    /// The objects that `id` holds, once for each way it does.
+    pub fn holds(&self, id: ObjectId) -> Vec<ObjectId> {
+        match self.table.get(id) {
+            None | Some(Object::Ioas(_) | Object::Fault(_)) => Vec::new(),
+            Some(Object::HwptPaging(hwpt)) => iter::once(hwpt.ioas).chain(hwpt.fault).collect(),
+            Some(Object::HwptNested(hwpt)) => {
+                iter::once(hwpt.viommu.unwrap_or(hwpt.parent)).chain(hwpt.fault).collect()
+            }
+            Some(Object::Device(_)) => {
+                self.slots_of(id).into_iter().map(|(_, hwpt)| hwpt).collect()
+            }
+            Some(Object::Viommu(viommu)) => vec![viommu.parent],
+            Some(Object::Vdevice(vdevice)) => vec![vdevice.viommu, vdevice.dev],
+            Some(Object::Veventq(veventq)) => vec![veventq.viommu],
+            Some(Object::HwQueue(queue)) => iter::once(queue.viommu).chain(queue.needs).collect(),
+            Some(Object::Access(access)) => access.pinned_in.into_iter().collect(),
+            #[cfg(feature = "selftest")]
+            Some(Object::Selftest(_)) => Vec::new(),
+        }
+    }
+
+    /// `IOMMU_DESTROY`.
+    pub fn destroy(&mut self, id: ObjectId) -> Outcome<()> {
+        let Some(object) = self.table.get(id) else {
+            return refuse(Errno::ENOENT, format!("there is no object {id}"));
+        };
+        if self.table.users(id) != 0 {
+            return refuse(Errno::EBUSY, self.in_use(id));
+        }
+        let holds = self.holds(id);
+        match object {
+            // No HWPT and no access object is left, so no hardware has seen the mappings and
+            // nothing is pinned.
+            Object::Ioas(_) => self.forget_vfio_ioas(id),
+            Object::HwptPaging(hwpt) => {
+                let ioas = hwpt.ioas;
+                let object = self.table.ioas_mut(ioas)?;
+                object.hwpts.retain(|hwpt| *hwpt != id);
+                object.space.unreserve(id);
+                if object.hwpts.is_empty() {
+                    self.unfill(ioas)?;
+                }
+                self.align(ioas)?;
+            }
+            Object::HwptNested(_) => {}
+            Object::Viommu(_) => self.mmaps.remove(id),
+            Object::Vdevice(_) => self.forget_vdevice(id)?,
+            // No attachment is left whose page requests wait.
+            Object::Fault(_) => {}
+            Object::Veventq(veventq) => {
+                self.table.viommu(veventq.viommu)?.events.remove(veventq.kind);
+            }
+            Object::HwQueue(_) => self.stop_hw_queue(id)?,
+            // Held by whoever made it until it is attached to nothing.
+            Object::Access(_) => {}
+            #[cfg(feature = "selftest")]
+            Object::Selftest(_) => self.end_mock_device(id)?,
+            // Always held by its driver, so never here.
+            Object::Device(_) => return refuse(Errno::EBUSY, "a device is ended by closing it"),
+        }
+        self.release_all(holds);
+        self.table.remove(id);
+        Ok(())
+    }
+
+    /// Counts one user less of each.
+    pub(super) fn release_all(&mut self, ids: Vec<ObjectId>) {
+        ids.into_iter().for_each(|id| self.table.release(id));
+    }
+
+    /// Closing `/dev/iommu`: devices are detached and unbound first, so that the hardware is told
+    /// before anything it uses goes; queues are closed and pages unmapped; then every object that
+    /// nothing uses ends, until none is left.
+    pub fn close(&mut self) {
+        let devices = |(id, object): (ObjectId, &Object)| match object {
+            Object::Device(_) => Some(id),
+            _ => None,
+        };
+        for dev in self.table.iter().filter_map(devices).collect::<Vec<_>>() {
+            // Fails only for an id that is no device.
+            let _ = self.device_unbind(dev);
+        }
+        for id in self.table.iter().map(|(id, _)| id).collect::<Vec<_>>() {
+            self.close_queue(id);
+        }
+        for (id, count) in std::mem::take(&mut self.mapped) {
+            (0..count).for_each(|_| self.table.release(id));
+        }
+        // What holds is younger than what it holds unless ids were reused; each pass ends at least
+        // the objects that nothing holds.
+        loop {
+            let before = self.table.len();
+            let ids: Vec<_> = self.table.iter().rev().map(|(id, _)| id).collect();
+            for id in ids {
+                // EBUSY until a later pass.
+                let _ = self.destroy(id);
+            }
+            if self.table.len() == before {
+                break;
+            }
+        }
+        // Tombstones end with the descriptor.
+        self.table = Table::default();
+        self.vfio = VfioCompat::default();
+        self.rlimit_mode = RlimitMode::default();
+        self.closed += 1;
+    }
+
+    /// Who uses `id`, in words: only some, as there may be very many.
+    fn in_use(&self, id: ObjectId) -> String {
+        let mut users: Vec<_> = self
+            .table
+            .iter()
+            .filter(|(user, object)| match object {
+                // Of very many PASIDs, perhaps.
+                Object::Device(_) => self.attachments_of(*user).any(|(.., hwpt)| hwpt == id),
+                _ => self.holds(*user).contains(&id),
+            })
+            .map(|(user, object)| format!("{} {user}", object.kind()))
+            .take(NAMED_USERS + 1)
+            .collect();
+        if users.is_empty() {
+            return "its driver uses it until it is closed".to_owned();
+        }
+        if let Some(last) = users.get_mut(NAMED_USERS) {
+            *last = "others".to_owned();
+        }
+        format!("used by {}", users.join(", "))
+    }
+}

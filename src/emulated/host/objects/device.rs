@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Devices: bind, attach, replace, detach, unbind.
+
+use std::sync::{Arc, Weak};
+
+use super::group::Attachment;
+use super::{Object, Objects};
+use crate::drivers::DriverInfo;
+use crate::host::device::{Requester, Slot};
+use crate::host::fault_injection::allocate;
+use crate::host::machine::{GroupId, Part};
+use crate::host::refusal::{refuse, Outcome};
+use twostage::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
+
+/// A bound device.
+#[derive(Debug)]
+pub(crate) struct Device {
+    pub part: Arc<Part>,
+    pub vdevice: Option<ObjectId>,
+    /// Page requests of groups whose last one is still to come, oldest first.
+    pub page_requests: Vec<PageRequest>,
+}
+
+/// How a slot gets a page table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// It has none (`iommufd_device_attach`).
+    Attach,
+    /// It has one (`iommufd_device_replace`).
+    Replace,
+}
+
+/// What `GET_HW_INFO` answers.
+#[derive(Debug)]
+pub(crate) struct DeviceInfo {
+    pub data: DriverInfo,
+    pub capabilities: HwCapabilities,
+    /// Width of its PASIDs in bits.
+    pub pasid_bits: u8,
+}
+
+impl Objects {
+    /// `VFIO_DEVICE_BIND_IOMMUFD`: the device is blocked from here on.
+    pub fn device_bind(&mut self, name: &str) -> Outcome<ObjectId> {
+        let part = self.machine.claim(name, self.context)?;
+        let device = Device { part: part.clone(), vdevice: None, page_requests: Vec::new() };
+        let dev = self.table.insert(Object::Device(device)).inspect_err(|_| {
+            self.machine.release(name);
+        })?;
+        // The driver of the device holds it until unbind, so DESTROY never ends it.
+        self.table.hold(dev);
+        // A group that is attached already takes the device in.
+        if !self.groups.contains_key(&part.group) {
+            part.driver.block(&part.requester);
+        }
+        Ok(dev)
+    }
+
+    /// Closing the device: PASIDs are detached first, ascending, then the device itself.
+    pub fn device_unbind(&mut self, dev: ObjectId) -> Outcome<()> {
+        let device = self.table.device(dev)?;
+        let (part, vdevice) = (device.part.clone(), device.vdevice);
+        let mut from = 0;
+        while let Some(pasid) =
+            self.groups.get(&part.group).and_then(|group| group.pasid_from(dev, from))
+        {
+            self.device_detach(dev, Some(pasid))?;
+            from = pasid + 1;
+        }
+        self.device_detach(dev, None)?;
+        if let Some(vdevice) = vdevice {
+            self.end_vdevice(vdevice)?;
+        }
+        part.driver.set_fault_sink(&part.requester, None);
+        part.driver.set_page_request_sink(&part.requester, None);
+        self.machine.release(&part.name);
+        self.table.release(dev);
+        self.table.remove(dev);
+        Ok(())
+    }
+
+    /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: the first attachment of the slot, or a replacement.
+    pub fn device_attach(&mut self, dev: ObjectId, slot: Slot, pt: ObjectId) -> Outcome<ObjectId> {
+        let part = &self.table.device(dev)?.part;
+        // Linux has 0 stand for "no PASID" and so cannot attach it.
+        if slot == Some(0) {
+            return refuse(Errno::EINVAL, "PASID 0 is none of the device's");
+        }
+        let attached = self.is_attached(part.group, slot, dev);
+        let change = if attached { Change::Replace } else { Change::Attach };
+        self.device_change(dev, slot, pt, change)
+    }
+
+    /// Attaches `slot` to `pt`, an IOAS or a HWPT. Returns the HWPT.
+    pub fn device_change(
+        &mut self,
+        dev: ObjectId,
+        slot: Slot,
+        pt: ObjectId,
+        change: Change,
+    ) -> Outcome<ObjectId> {
+        self.table.device(dev)?;
+        match self.table.get(pt) {
+            Some(Object::Ioas(_)) => self.change_automatic(dev, slot, pt, change),
+            Some(Object::HwptPaging(_) | Object::HwptNested(_)) => {
+                self.change_hwpt(dev, slot, pt, change)?;
+                Ok(pt)
+            }
+            Some(other) => {
+                let kind = other.kind();
+                refuse(Errno::EINVAL, format!("{kind} {pt} is no page table"))
+            }
+            None => refuse(Errno::ENOENT, format!("there is no object {pt}")),
+        }
+    }
+
+    /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`. Nothing happens to a slot that is not attached.
+    pub fn device_detach(&mut self, dev: ObjectId, slot: Slot) -> Outcome<()> {
+        let part = self.table.device(dev)?.part.clone();
+        let Some(group) = self.groups.get_mut(&part.group) else { return Ok(()) };
+        let Some(Attachment { hwpt, .. }) = group.get(slot).filter(|_| group.has(slot, dev)) else {
+            return Ok(());
+        };
+        group.leave(slot, dev);
+        if group.devices(slot).is_empty() {
+            let id = group.id(slot);
+            group.set(slot, None, None);
+            if group.is_empty() {
+                self.groups.remove(&part.group);
+            }
+            let domain = self.domain(hwpt)?;
+            let members = self.members(part.group, slot)?;
+            part.driver.detach(&requesters(&members), slot, &domain);
+            self.end_page_requests(hwpt, id)?;
+        }
+        if slot.is_none() {
+            let ioas = self.stage2_of(hwpt)?.ioas;
+            self.table.ioas_mut(ioas)?.space.unreserve(dev);
+        }
+        self.leave(hwpt, 1)
+    }
+
+    /// `IOMMU_GET_HW_INFO`.
+    pub fn get_hw_info(&self, dev: ObjectId) -> Outcome<DeviceInfo> {
+        let part = &self.table.device(dev)?.part;
+        let (config, pasid_bits) = (&part.requester.config, part.pasid_bits());
+        Ok(DeviceInfo {
+            data: part.driver.info(),
+            capabilities: HwCapabilities::new()
+                .with_dirty_tracking(part.driver.dirty_tracking(&part.requester))
+                .with_pci_pasid_exec(pasid_bits > 0 && config.pasid_exec)
+                .with_pci_pasid_priv(pasid_bits > 0 && config.pasid_priv)
+                .with_pci_ats_not_supported(!config.ats),
+            pasid_bits,
+        })
+    }
+
+    /// Delivers faults of `dev` to `sink`.
+    pub fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Outcome<()> {
+        let part = &self.table.device(dev)?.part;
+        if !part.driver.extensions().fault_reports {
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU reports no faults to its user");
+        }
+        part.driver.set_fault_sink(&part.requester, Some((dev, sink)));
+        Ok(())
+    }
+
+    /// Attaches to the first automatic HWPT of `ioas` that fits, or to a new one.
+    fn change_automatic(
+        &mut self,
+        dev: ObjectId,
+        slot: Slot,
+        ioas: ObjectId,
+        change: Change,
+    ) -> Outcome<ObjectId> {
+        for hwpt in self.table.ioas(ioas)?.hwpts.clone() {
+            if !self.table.hwpt_paging(hwpt)?.automatic {
+                continue;
+            }
+            match self.change_hwpt(dev, slot, hwpt, change) {
+                Ok(()) => return Ok(hwpt),
+                Err(refusal) if refusal.errno == Errno::EINVAL => {}
+                Err(refusal) => return Err(refusal),
+            }
+        }
+        // What is no matter of the HWPT comes first, as it does in Linux.
+        self.check_change(dev, slot, None, ioas, HwptFlags::new(), change)?;
+        let hwpt = self.add_automatic(ioas, dev)?;
+        if let Err(refusal) = self.change_hwpt(dev, slot, hwpt, change) {
+            self.destroy(hwpt)?;
+            return Err(refusal);
+        }
+        Ok(hwpt)
+    }
+
+    /// Puts `hwpt` into the slot, in place of what is there.
+    ///
+    /// All that can fail comes first. (When the driver refuses a replacement, Linux leaves a VT-d
+    /// device blocked in hardware while its objects say that the old HWPT is attached, and may drop
+    /// the device's reserved regions; here the old attachment stays, as it should.)
+    fn change_hwpt(
+        &mut self,
+        dev: ObjectId,
+        slot: Slot,
+        hwpt: ObjectId,
+        change: Change,
+    ) -> Outcome<()> {
+        let (ioas, flags) = (self.stage2_of(hwpt)?.ioas, self.hwpt_flags(hwpt)?);
+        self.check_change(dev, slot, Some(hwpt), ioas, flags, change)?;
+        let part = self.table.device(dev)?.part.clone();
+        let old = self.attachment(part.group, slot).map(|attachment| attachment.hwpt);
+        if (old, change) != (Some(hwpt), Change::Replace) {
+            allocate("an attachment")?;
+        }
+        if old != Some(hwpt) {
+            let members = self.members(part.group, slot)?;
+            let (new, before) = (self.domain(hwpt)?, old.map(|old| self.domain(old)).transpose()?);
+            part.driver.attach(&requesters(&members), slot, &new, before.as_ref())?;
+        }
+        match (old, change) {
+            (Some(old), Change::Replace) if old != hwpt => {
+                self.move_attachment(dev, &part, slot, hwpt, ioas)
+            }
+            (_, Change::Replace) => Ok(()),
+            (_, Change::Attach) => self.join_attachment(dev, &part, slot, hwpt, ioas),
+        }
+    }
+
+    /// Checks all that the driver has no say in. `hwpt` is none for one that is still to be made.
+    fn check_change(
+        &self,
+        dev: ObjectId,
+        slot: Slot,
+        hwpt: Option<ObjectId>,
+        ioas: ObjectId,
+        flags: HwptFlags,
+        change: Change,
+    ) -> Outcome<()> {
+        let part = &self.table.device(dev)?.part;
+        let attachment = self.attachment(part.group, slot);
+        let attached = self.is_attached(part.group, slot, dev);
+        let there = attachment.map(|attachment| attachment.hwpt);
+        let concerned: Vec<ObjectId> = match (change, attachment) {
+            (Change::Attach, _) if attached => {
+                return refuse(Errno::EBUSY, format!("device {dev} is attached already"));
+            }
+            (Change::Attach, Some(_)) if there != hwpt => {
+                return refuse(Errno::EINVAL, "the group is attached to another HWPT");
+            }
+            (Change::Attach, _) => vec![dev],
+            (Change::Replace, Some(_)) if attached => {
+                if there == hwpt {
+                    return Ok(());
+                }
+                self.devices_in(part.group, slot)
+            }
+            (Change::Replace, _) => {
+                return refuse(Errno::EINVAL, format!("device {dev} is not attached"));
+            }
+        };
+        if slot.is_none() {
+            for dev in concerned {
+                let regions = self.table.device(dev)?.part.reserved_regions();
+                self.table.ioas(ioas)?.space.check_reservable(&regions)?;
+            }
+        }
+        // The first device of a group speaks for all of it.
+        if there.is_none() || change == Change::Replace {
+            self.check_pasid_flag(part.group, slot, flags.pasid())?;
+        }
+        Ok(())
+    }
+
+    /// `dev` joins what its group has in `slot`, or is the first there.
+    fn join_attachment(
+        &mut self,
+        dev: ObjectId,
+        part: &Part,
+        slot: Slot,
+        hwpt: ObjectId,
+        ioas: ObjectId,
+    ) -> Outcome<()> {
+        if slot.is_none() {
+            self.reserve_regions(dev, ioas)?;
+        }
+        if self.attachment(part.group, slot).is_none() {
+            let id = self.attachment_id(hwpt);
+            let attachment = Some(Attachment { hwpt, by: dev });
+            self.groups.entry(part.group).or_default().set(slot, attachment, id);
+        }
+        self.groups.entry(part.group).or_default().join(slot, dev);
+        self.table.hold(hwpt);
+        Ok(())
+    }
+
+    /// The devices of a group go on to `hwpt` together, as `dev` was told to.
+    fn move_attachment(
+        &mut self,
+        dev: ObjectId,
+        part: &Part,
+        slot: Slot,
+        hwpt: ObjectId,
+        ioas: ObjectId,
+    ) -> Outcome<()> {
+        let id = self.attachment_id(hwpt);
+        let devices = self.devices_in(part.group, slot);
+        let Some(group) = self.groups.get_mut(&part.group) else { return Ok(()) };
+        let Some(Attachment { hwpt: old, .. }) = group.get(slot) else { return Ok(()) };
+        let ended = group.id(slot);
+        group.set(slot, Some(Attachment { hwpt, by: dev }), id);
+        self.end_page_requests(old, ended)?;
+        let before = self.stage2_of(old)?.ioas;
+        for dev in &devices {
+            self.table.hold(hwpt);
+            if slot.is_none() && before != ioas {
+                self.table.ioas_mut(before)?.space.unreserve(*dev);
+                self.reserve_regions(*dev, ioas)?;
+            }
+        }
+        self.leave(old, devices.len())
+    }
+
+    /// The devices of a group that are attached in `slot`.
+    fn devices_in(&self, group: GroupId, slot: Slot) -> Vec<ObjectId> {
+        self.groups.get(&group).map(|group| group.devices(slot)).unwrap_or_default()
+    }
+
+    /// Reserves in `ioas` what `dev` needs; it was found free.
+    fn reserve_regions(&mut self, dev: ObjectId, ioas: ObjectId) -> Outcome<()> {
+        let regions = self.table.device(dev)?.part.reserved_regions();
+        self.table.ioas_mut(ioas)?.space.reserve(dev, &regions);
+        Ok(())
+    }
+
+    /// `count` devices no longer use `hwpt`, which vanishes if it is automatic and nobody does.
+    fn leave(&mut self, hwpt: ObjectId, count: usize) -> Outcome<()> {
+        for _ in 0..count {
+            self.table.release(hwpt);
+        }
+        let automatic = self.table.hwpt_paging(hwpt).is_ok_and(|hwpt| hwpt.automatic);
+        if automatic && self.table.users(hwpt) == 0 {
+            self.destroy(hwpt)?;
+        }
+        Ok(())
+    }
+}
+
+fn requesters(parts: &[Arc<Part>]) -> Vec<&Requester> {
+    parts.iter().map(|part| &part.requester).collect()
+}

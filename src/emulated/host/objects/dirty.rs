@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Dirty tracking: `IOMMU_HWPT_SET_DIRTY_TRACKING`, `IOMMU_HWPT_GET_DIRTY_BITMAP`.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::Objects;
+use crate::host::fault_injection::allocate;
+use crate::host::refusal::{refuse, Outcome};
+use crate::ioas::range_of;
+use crate::units::dirty::DirtyLog;
+use twostage::iommufd::{DirtyRange, Errno, ObjectId};
+
+/// What is dirty of one page table.
+#[derive(Debug)]
+pub struct DirtyPages {
+    ioas: ObjectId,
+    log: Arc<DirtyLog>,
+    /// Runs of dirty IOVAs, ascending.
+    pub runs: Vec<RangeInclusive<u64>>,
+}
+
+impl Objects {
+    /// `IOMMU_HWPT_SET_DIRTY_TRACKING`. What was dirty before is forgotten when it starts.
+    pub fn hwpt_set_dirty_tracking(&mut self, hwpt: ObjectId, enable: bool) -> Outcome<()> {
+        let log = self.dirty_log(hwpt)?;
+        if enable {
+            log.clear();
+        }
+        log.enable(enable);
+        if enable {
+            self.stage2_changed(self.table.hwpt_paging(hwpt)?.ioas)?;
+        }
+        Ok(())
+    }
+
+    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the dirty IOVAs up to the first hole in
+    /// what is mapped; a hole is no error, as in Linux. They stay dirty until whoever asked has them:
+    /// [`Self::hwpt_clean`]. Nothing is dirty while tracking is off.
+    pub fn hwpt_dirty(&self, hwpt: ObjectId, range: &DirtyRange) -> Outcome<DirtyPages> {
+        let ioas = self.table.hwpt_paging(hwpt)?.ioas;
+        let object = self.table.ioas(ioas)?;
+        let iovas = check_range(range, object.alignment)?;
+        let log = self.dirty_log(hwpt)?;
+        let mut runs = Vec::new();
+        if log.is_enabled() {
+            allocate("a bitmap")?;
+            for part in object.space.parts(&iovas).0 {
+                runs.extend(log.read(&(part.iova..=part.iova + (part.piece.length - 1)), false));
+            }
+        }
+        Ok(DirtyPages { ioas, log, runs })
+    }
+
+    /// Takes the marks of `pages` away, which whoever asked for them has. One that was written again
+    /// meanwhile is among them: it is read after this.
+    pub fn hwpt_clean(&mut self, pages: &DirtyPages) {
+        pages.runs.iter().for_each(|run| drop(pages.log.read(run, true)));
+        if !pages.runs.is_empty() {
+            // Fails only when the IOAS is gone, and the page table with it.
+            let _ = self.stage2_changed(pages.ioas);
+        }
+    }
+
+    /// Forgets what is dirty in `iovas`, which is no longer mapped.
+    pub(super) fn forget_dirty(&self, ioas: ObjectId, iovas: &RangeInclusive<u64>) -> Outcome<()> {
+        for hwpt in &self.table.ioas(ioas)?.hwpts {
+            if let Some(log) = self.table.hwpt_paging(*hwpt)?.domain.dirty_log() {
+                log.read(iovas, true);
+            }
+        }
+        Ok(())
+    }
+
+    fn dirty_log(&self, hwpt: ObjectId) -> Outcome<Arc<DirtyLog>> {
+        match self.table.hwpt_paging(hwpt)?.domain.dirty_log() {
+            Some(log) => Ok(log.clone()),
+            None => refuse(
+                Errno::EOPNOTSUPP,
+                format!("HWPT_PAGING {hwpt} was allocated without DIRTY_TRACKING"),
+            ),
+        }
+    }
+}
+
+/// The IOVAs of `range`, if they are of whole pages of the IOAS and of the bitmap.
+///
+/// Linux 7.2 takes two that it should not, and later kernels the second: no byte is to it all of the
+/// address space, or none; and with a page size that is no power of two it sets more bits than the
+/// range has pages. Both would be written past the end of the bitmap.
+fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64>> {
+    let DirtyRange { iova, length, page_size } = *range;
+    if length == 0 {
+        return refuse(Errno::EINVAL, "a range of no bytes");
+    }
+    let Some(iovas) = range_of(iova, length) else {
+        return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
+    };
+    let aligned = |size: u64| (iova | iovas.end().wrapping_add(1)) & (size - 1) == 0;
+    if !aligned(alignment) || !page_size.is_power_of_two() || !aligned(page_size) {
+        return refuse(
+            Errno::EINVAL,
+            format!("{iova:#x}+{length:#x} is not of pages of {alignment:#x} and {page_size:#x}"),
+        );
+    }
+    Ok(iovas)
+}

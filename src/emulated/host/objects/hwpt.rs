@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Hardware page tables: `IOMMU_HWPT_ALLOC`.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::{Object, Objects};
+use crate::drivers::{Domain, NestedDomain, PagingDomain, UserData};
+use crate::host::fault_injection::allocate;
+use crate::host::machine::Part;
+use crate::host::refusal::{refuse, Outcome};
+use crate::ioas::PAGE_SIZE;
+use twostage::iommufd::{Errno, HwptFlags, ObjectId};
+
+/// A HWPT_PAGING: filled from its IOAS.
+#[derive(Debug)]
+pub(crate) struct HwptPaging {
+    pub ioas: ObjectId,
+    /// The driver's half.
+    pub domain: Arc<dyn PagingDomain>,
+    pub flags: HwptFlags,
+    /// Made by an attachment to the IOAS; vanishes with its last attachment.
+    pub automatic: bool,
+    pub fault: Option<ObjectId>,
+}
+
+/// A HWPT_NESTED: tables that the user owns, on top of a HWPT_PAGING. It has no IOAS of its own.
+#[derive(Debug)]
+pub(crate) struct HwptNested {
+    /// The nesting parent.
+    pub parent: ObjectId,
+    /// The vIOMMU it was made from, which then holds the parent in its stead.
+    pub viommu: Option<ObjectId>,
+    /// The driver's half.
+    pub domain: Arc<dyn NestedDomain>,
+    pub flags: HwptFlags,
+    pub fault: Option<ObjectId>,
+}
+
+/// Arguments of `IOMMU_HWPT_ALLOC`.
+#[derive(Clone, Copy)]
+pub(crate) struct HwptRequest<'a> {
+    pub flags: HwptFlags,
+    pub dev: ObjectId,
+    pub pt: ObjectId,
+    pub fault: Option<ObjectId>,
+    /// `None` for data of no length. Read when everything before it has been found good.
+    pub data: Option<&'a dyn UserData>,
+}
+
+impl fmt::Debug for HwptRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HwptRequest")
+            .field("flags", &self.flags)
+            .field("dev", &self.dev)
+            .field("pt", &self.pt)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Objects {
+    /// `IOMMU_HWPT_ALLOC`.
+    pub fn hwpt_alloc(&mut self, request: &HwptRequest<'_>) -> Outcome<ObjectId> {
+        let part = self.table.device(request.dev)?.part.clone();
+        match self.table.get(request.pt) {
+            Some(Object::Ioas(_)) => {
+                let domain = self.paging_domain(&part, request.flags, request.data)?;
+                self.check_room(request.pt, &*domain)?;
+                let fault = self.fault_queue(request)?;
+                self.add_paging(request.pt, domain, request.flags, fault, false)
+            }
+            Some(Object::HwptPaging(_)) => {
+                let domain = self.nested_on_parent(&part, request)?;
+                let fault = self.fault_queue(request)?;
+                self.add_nested(request.pt, None, request.flags, fault, domain)
+            }
+            Some(Object::Viommu(viommu)) => {
+                if viommu.unit != part.unit {
+                    return refuse(
+                        Errno::EINVAL,
+                        format!(
+                            "device {} is not behind the IOMMU of vIOMMU {}",
+                            request.dev, request.pt
+                        ),
+                    );
+                }
+                let (flags, data) = nested_arguments(request)?;
+                let parent = viommu.parent;
+                allocate("a nested page table")?;
+                let domain = viommu.driver.alloc_nested(flags, data)?;
+                let fault = self.fault_queue(request)?;
+                self.add_nested(parent, Some(request.pt), request.flags, fault, domain)
+            }
+            Some(other) => {
+                let kind = other.kind();
+                refuse(Errno::EINVAL, format!("no HWPT can be made on {kind} {}", request.pt))
+            }
+            // Linux looks the page table up without saying ENOENT.
+            None => refuse(Errno::EINVAL, format!("there is no object {}", request.pt)),
+        }
+    }
+
+    /// An automatic HWPT for `dev` on `ioas`.
+    pub(super) fn add_automatic(&mut self, ioas: ObjectId, dev: ObjectId) -> Outcome<ObjectId> {
+        let part = self.table.device(dev)?.part.clone();
+        let domain = self.paging_domain(&part, HwptFlags::new(), None)?;
+        self.check_room(ioas, &*domain)?;
+        self.add_paging(ioas, domain, HwptFlags::new(), None, true)
+    }
+
+    /// The page table that the driver of a device makes for `flags`.
+    fn paging_domain(
+        &self,
+        part: &Part,
+        flags: HwptFlags,
+        data: Option<&dyn UserData>,
+    ) -> Outcome<Arc<dyn PagingDomain>> {
+        if flags.unknown() != 0 {
+            return refuse(Errno::EOPNOTSUPP, format!("flags {:#x}", flags.into_bits()));
+        }
+        if flags.dirty_tracking() && !part.driver.dirty_tracking(&part.requester) {
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU cannot track dirty pages");
+        }
+        if flags.fault_id_valid() && flags.nest_parent() {
+            return refuse(Errno::EOPNOTSUPP, "a nesting parent has no fault queue");
+        }
+        allocate("a page table")?;
+        part.driver.alloc_paging(&part.requester, flags.with_fault_id_valid(false), data)
+    }
+
+    /// Whether `ioas` can be filled into `domain` as it is.
+    fn check_room(&self, ioas: ObjectId, domain: &dyn PagingDomain) -> Outcome<()> {
+        let space = &self.table.ioas(ioas)?.space;
+        if domain.page_size() > PAGE_SIZE {
+            return refuse(Errno::EINVAL, "the IOMMU's pages are larger than the host's");
+        }
+        space.check_alignment(domain.page_size())?;
+        space.check_reservable(&outside(&domain.aperture()))
+    }
+
+    /// Adds a HWPT_PAGING that [`Self::check_room`] found room for.
+    fn add_paging(
+        &mut self,
+        ioas: ObjectId,
+        domain: Arc<dyn PagingDomain>,
+        flags: HwptFlags,
+        fault: Option<ObjectId>,
+        automatic: bool,
+    ) -> Outcome<ObjectId> {
+        let reserved = outside(&domain.aperture());
+        let hwpt = HwptPaging { ioas, domain: domain.clone(), flags, automatic, fault };
+        let id = self.table.insert(Object::HwptPaging(hwpt))?;
+        if let Err(refusal) = self.fill(ioas, &*domain) {
+            self.table.remove(id);
+            return Err(refusal);
+        }
+        let object = self.table.ioas_mut(ioas)?;
+        object.hwpts.push(id);
+        object.space.reserve(id, &reserved);
+        self.table.hold(ioas);
+        fault.into_iter().for_each(|fault| self.table.hold(fault));
+        self.align(ioas)?;
+        Ok(id)
+    }
+
+    /// The driver's half of a HWPT_NESTED straight on a HWPT_PAGING.
+    fn nested_on_parent(
+        &self,
+        part: &Part,
+        request: &HwptRequest<'_>,
+    ) -> Outcome<Arc<dyn NestedDomain>> {
+        let parent = self.table.hwpt_paging(request.pt)?;
+        let (flags, data) = nested_arguments(request)?;
+        if !part.driver.nests_without_viommu() {
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU nests page tables on a vIOMMU only");
+        }
+        if parent.automatic || !parent.flags.nest_parent() {
+            return refuse(
+                Errno::EINVAL,
+                format!("HWPT_PAGING {} was not allocated with NEST_PARENT", request.pt),
+            );
+        }
+        allocate("a nested page table")?;
+        part.driver.alloc_nested(&part.requester, &parent.domain, flags, data)
+    }
+
+    fn add_nested(
+        &mut self,
+        parent: ObjectId,
+        viommu: Option<ObjectId>,
+        flags: HwptFlags,
+        fault: Option<ObjectId>,
+        domain: Arc<dyn NestedDomain>,
+    ) -> Outcome<ObjectId> {
+        let hwpt = HwptNested { parent, viommu, domain, flags, fault };
+        let id = self.table.insert(Object::HwptNested(hwpt))?;
+        self.table.hold(viommu.unwrap_or(parent));
+        fault.into_iter().for_each(|fault| self.table.hold(fault));
+        Ok(id)
+    }
+
+    /// The fault queue that a HWPT is to have.
+    fn fault_queue(&self, request: &HwptRequest<'_>) -> Outcome<Option<ObjectId>> {
+        let fault = request.fault.filter(|_| request.flags.fault_id_valid());
+        match fault {
+            None if request.flags.fault_id_valid() => {
+                refuse(Errno::ENOENT, "no fault queue is named")
+            }
+            None => Ok(None),
+            Some(fault) => self.table.fault(fault).map(|_| Some(fault)),
+        }
+    }
+
+    /// The HWPT_PAGING whose IOAS `hwpt` translates to: itself, or its parent.
+    pub(super) fn stage2_of(&self, hwpt: ObjectId) -> Outcome<&HwptPaging> {
+        match self.table.get(hwpt) {
+            Some(Object::HwptNested(nested)) => self.table.hwpt_paging(nested.parent),
+            _ => self.table.hwpt_paging(hwpt),
+        }
+    }
+
+    /// The flags `hwpt` was allocated with.
+    pub(super) fn hwpt_flags(&self, hwpt: ObjectId) -> Outcome<HwptFlags> {
+        match self.table.get(hwpt) {
+            Some(Object::HwptNested(nested)) => Ok(nested.flags),
+            _ => self.table.hwpt_paging(hwpt).map(|paging| paging.flags),
+        }
+    }
+
+    /// What a driver is to know of `hwpt`.
+    pub(super) fn domain(&self, hwpt: ObjectId) -> Outcome<Domain> {
+        let paging = self.stage2_of(hwpt)?;
+        let nested = match self.table.get(hwpt) {
+            Some(Object::HwptNested(nested)) => Some(nested.domain.clone()),
+            _ => None,
+        };
+        Ok(Domain {
+            paging: paging.domain.clone(),
+            nested,
+            stage2: self.table.ioas(paging.ioas)?.stage2.clone(),
+            page_requests: self.hwpt_flags(hwpt)?.fault_id_valid(),
+        })
+    }
+}
+
+/// The IOVAs that are not in `aperture`.
+fn outside(aperture: &RangeInclusive<u64>) -> Vec<RangeInclusive<u64>> {
+    let before = aperture.start().checked_sub(1).map(|last| 0..=last);
+    let after = aperture.end().checked_add(1).map(|first| first..=u64::MAX);
+    before.into_iter().chain(after).collect()
+}
+
+/// Checks what a HWPT_NESTED is asked for; gives what of it is the driver's.
+fn nested_arguments<'a>(request: &HwptRequest<'a>) -> Outcome<(HwptFlags, &'a dyn UserData)> {
+    let flags = request.flags.with_fault_id_valid(false);
+    let other = flags.with_pasid(false).into_bits();
+    if other != 0 {
+        return refuse(Errno::EOPNOTSUPP, format!("a HWPT_NESTED cannot have flags {other:#x}"));
+    }
+    match request.data {
+        Some(data) => Ok((flags, data)),
+        None => refuse(Errno::EOPNOTSUPP, "a HWPT_NESTED needs data"),
+    }
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The objects of one iommufd, the devices and the IOMMUs: the rules, with Linux's errno.
+//!
+//! All of it is under one lock of one iommufd. A rule checks everything first, in the order in
+//! which Linux does, and only then changes anything; a call that fails has changed nothing.
+#![forbid(unsafe_code)]
+
+mod access;
+mod accounting;
+mod destroy;
+mod device;
+mod dirty;
+mod events;
+mod fill;
+mod group;
+mod hw_queue;
+mod hwpt;
+mod invalidate;
+mod ioas;
+#[cfg(feature = "selftest")]
+mod selftest;
+mod table;
+#[cfg(test)]
+pub(crate) mod tests;
+mod unmap;
+mod vfio_compat;
+mod viommu;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+pub use access::AccessUnmap;
+pub(crate) use access::Wanted;
+pub(crate) use device::Change;
+pub(crate) use hw_queue::HwQueueArguments;
+pub(crate) use hwpt::HwptRequest;
+pub(crate) use invalidate::MAX_INVALIDATE_ENTRIES;
+pub(crate) use ioas::MapRequest;
+pub(crate) use table::Object;
+pub use table::ObjectKind;
+pub(crate) use unmap::{Stop, Unmap};
+
+use crate::host::machine::{ContextId, GroupId, Machine};
+use crate::host::mmaps::Mmaps;
+use crate::ioas::{PinAccount, RlimitMode};
+use group::Group;
+use table::Table;
+use twostage::iommufd::ObjectId;
+use vfio_compat::VfioCompat;
+
+/// Everything that one lock protects.
+#[derive(Debug)]
+pub(crate) struct Objects {
+    /// What the iommufd was opened on.
+    machine: Arc<Machine>,
+    /// Who it is there.
+    context: ContextId,
+    /// What the user made.
+    table: Table,
+    /// What the groups of bound devices are attached to; none without attachments.
+    groups: BTreeMap<GroupId, Group>,
+    account: Arc<PinAccount>,
+    /// On whose account what is mapped from now on is pinned.
+    rlimit_mode: RlimitMode,
+    /// The iommufd as a VFIO container.
+    vfio: VfioCompat,
+    /// How often the iommufd was closed: object ids from before mean nothing.
+    closed: u64,
+    last_attachment: u64,
+    /// What drivers offer the user to map.
+    mmaps: Mmaps,
+    /// How often the user has pages of an object mapped; no count is 0.
+    mapped: BTreeMap<ObjectId, u32>,
+}
+
+impl Objects {
+    /// An iommufd without objects on `machine`.
+    pub fn new(machine: Arc<Machine>) -> Self {
+        Self {
+            context: machine.next_context(),
+            machine,
+            table: Table::default(),
+            groups: BTreeMap::new(),
+            account: Arc::default(),
+            rlimit_mode: RlimitMode::default(),
+            vfio: VfioCompat::default(),
+            closed: 0,
+            last_attachment: 0,
+            mmaps: Mmaps::default(),
+            mapped: BTreeMap::new(),
+        }
+    }
+
+    /// The objects.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// What the user can map.
+    pub fn mmaps(&self) -> &Mmaps {
+        &self.mmaps
+    }
+
+    /// The user has mapped pages of `owner` once more.
+    pub fn map_pages(&mut self, epoch: u64, owner: ObjectId) {
+        if epoch == self.closed {
+            *self.mapped.entry(owner).or_default() += 1;
+            self.table.hold(owner);
+        }
+    }
+
+    /// The user has unmapped pages of `owner`.
+    pub fn unmap_pages(&mut self, epoch: u64, owner: ObjectId) {
+        match self.mapped.get_mut(&owner) {
+            Some(count) if epoch == self.closed => {
+                *count -= 1;
+                if *count == 0 {
+                    self.mapped.remove(&owner);
+                }
+                self.table.release(owner);
+            }
+            _ => {}
+        }
+    }
+
+    /// Changes when the iommufd is closed, and with it every object id.
+    pub fn epoch(&self) -> u64 {
+        self.closed
+    }
+
+    /// Bytes of pinned memory.
+    pub fn pinned_bytes(&self) -> u64 {
+        self.account.bytes()
+    }
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Mock devices as objects: each is behind an object that stands for the program that has it.
+
+use std::ops::RangeInclusive;
+
+use super::device::Change;
+use super::{Object, Objects};
+use crate::host::device::Slot;
+use crate::host::refusal::Outcome;
+use twostage::iommufd::ObjectId;
+
+/// What keeps a mock device bound. Its device, and all that is attached there, ends with it.
+#[derive(Debug)]
+pub(crate) struct Selftest {
+    pub dev: ObjectId,
+    /// The device's name in the machine.
+    pub name: String,
+}
+
+/// What a new mock device got.
+#[derive(Debug)]
+pub(crate) struct MockDeviceIds {
+    pub selftest: ObjectId,
+    pub dev: ObjectId,
+    pub hwpt: ObjectId,
+}
+
+impl Objects {
+    /// Binds the mock device `name`, and attaches it to `pt`. Takes the device out of the machine
+    /// when that fails.
+    pub fn add_mock_device(&mut self, name: &str, pt: ObjectId) -> Outcome<MockDeviceIds> {
+        // Linux makes the objects in this order, and so the ids. Nobody sees them before the end.
+        let selftest = Selftest { dev: ObjectId(0), name: name.to_owned() };
+        let inserted = self.table.insert(Object::Selftest(selftest));
+        let selftest = inserted.inspect_err(|_| self.machine.remove_mock_device(name))?;
+        let attached = self.device_bind(name).and_then(|dev| {
+            if let Ok(object) = self.table.selftest_mut(selftest) {
+                object.dev = dev;
+            }
+            Ok((dev, self.device_change(dev, None, pt, Change::Attach)?))
+        });
+        match attached {
+            Ok((dev, hwpt)) => Ok(MockDeviceIds { selftest, dev, hwpt }),
+            Err(refusal) => {
+                self.destroy(selftest)?;
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Gives `slot` of the mock device behind `selftest` the page table `pt`.
+    pub fn change_mock(
+        &mut self,
+        selftest: ObjectId,
+        slot: Slot,
+        pt: ObjectId,
+        change: Change,
+    ) -> Outcome<ObjectId> {
+        let dev = self.table.selftest(selftest)?.dev;
+        self.device_change(dev, slot, pt, change)
+    }
+
+    /// Reserves IOVAs of `ioas` for as long as it lives.
+    ///
+    /// # Errors
+    /// `ENOENT` there is no such IOAS; `EADDRINUSE` something is mapped there, or asked for.
+    pub fn reserve_iovas(&mut self, ioas: ObjectId, range: RangeInclusive<u64>) -> Outcome<()> {
+        let space = &mut self.table.ioas_mut(ioas)?.space;
+        let range = [range];
+        space.check_reservable(&range)?;
+        // For nobody else, so nothing takes it back.
+        space.reserve(ioas, &range);
+        Ok(())
+    }
+
+    /// Ends the device behind `selftest`, if there is one still.
+    pub(super) fn end_mock_device(&mut self, selftest: ObjectId) -> Outcome<()> {
+        let Selftest { dev, ref name } = *self.table.selftest(selftest)?;
+        let name = name.clone();
+        // All devices are unbound before any other object ends when the iommufd is closed.
+        if self.table.device(dev).is_ok() {
+            self.device_unbind(dev)?;
+        }
+        self.machine.remove_mock_device(&name);
+        Ok(())
+    }
+}

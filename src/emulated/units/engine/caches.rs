@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a unit caches beside its configuration: IOTLB, paging structures and stage 2.
+//!
+//! What is cached stays until it is invalidated or evicted, whatever becomes of the tables that it
+//! came from. What is not present or faults is never cached.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+
+use vm_memory::{VolatileMemory, VolatileSlice};
+
+use super::cache::{size, Cache, Key, Scope, Source};
+use super::counters::LocalCounters;
+use super::format::{Path, Stage2Refusal, TableFormat};
+use super::host_stage2::HostStage2;
+use super::memories::{CachedPlace, Memories, Memory, Place};
+use super::origins::{CachesOfWalk, Origins};
+use super::request::{RequestKind, Rights};
+use super::sharing::Gone;
+use crate::units::stage2::Mapping;
+
+/// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.
+const STAGE2_SHIFTS: [u8; 3] = [12, 21, 30];
+
+/// Sizes of stage-1 pages that may be larger than the piece that is cached, as powers of two; by
+/// the number that stands for them in an IOTLB entry.
+const WHOLE_SHIFTS: [u8; 9] = [12, 14, 16, 21, 25, 29, 30, 39, 42];
+
+/// How much a unit caches, in entries, each rounded up to a power of two; 0 for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CacheSizes {
+    /// Of the IOTLB.
+    pub iotlb: usize,
+    /// Of the paging-structure cache.
+    pub paging_structures: usize,
+    /// Of the cache of stage-2 translations.
+    pub stage2: usize,
+}
+
+/// Where the byte that a request wants is, and how many follow it in the same page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) place: Place,
+    /// Bytes from it to the end of the page, at least 1.
+    pub length: u64,
+}
+
+/// A page as both stages have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CachedPage {
+    /// Where the byte is.
+    pub place: Place,
+    /// Size of the piece around it that is contiguous in both stages, as a power of two.
+    pub shift: u8,
+    /// Size of the page of stage 1 that the piece is of, as a power of two.
+    pub whole: u8,
+    /// Whom it serves.
+    pub rights: Rights,
+}
+
+/// What stage 2 makes of a GPA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stage2Page {
+    /// Where the byte is.
+    pub place: Place,
+    /// Bytes from it to the end of what is contiguous, as far as it is known.
+    pub length: u64,
+    /// Size of the page around it that is contiguous and can be cached, as a power of two; none
+    /// when not even 4 KiB are.
+    pub shift: Option<u8>,
+    pub read: bool,
+    pub write: bool,
+}
+
+impl Stage2Page {
+    /// Whether stage 2 allows requests of `kind`.
+    pub fn allows(&self, kind: RequestKind) -> bool {
+        if kind.write() {
+            self.write
+        } else {
+            self.read
+        }
+    }
+}
+
+/// A table of the user's, somewhere in memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Table {
+    pub place: Place,
+    /// From 1 for the tables of the smallest pages.
+    pub level: u8,
+    /// Bytes of it before `place`, which are elsewhere.
+    pub skipped: u64,
+    /// Bytes of it that are contiguous, from `place` on.
+    pub length: u64,
+    /// Stage 2 lets its entries be written.
+    pub writable: bool,
+}
+
+/// Flags of a cached table: eight bits of [`Path`], and this.
+const TABLE_WRITABLE: u16 = 1 << 8;
+/// Where the flags of an IOTLB entry, above eight bits of [`Rights`], have the number of the page
+/// of stage 1 that it is of, if that is larger.
+const WHOLE_AT: u32 = 8;
+/// Flags of a cached stage-2 page.
+const STAGE2_READ: u16 = 1;
+const STAGE2_WRITE: u16 = 2;
+
+/// See the [module's documentation](self).
+#[derive(Debug)]
+pub(crate) struct Caches {
+    iotlb: Cache,
+    paging_structures: Cache,
+    stage2: Cache,
+    memories: Memories,
+    /// Some IOTLB entry is of a page of stage 1 that is larger.
+    fragments: AtomicBool,
+    guest_address_width: u8,
+    /// What entries were made from, if the sanitizer wants to know.
+    origins: Option<Arc<Origins>>,
+}
+
+impl Caches {
+    /// Empty caches, for guest addresses of so many bits; what their entries are made from is put
+    /// down in `origins`.
+    pub fn new(sizes: CacheSizes, guest_address_width: u8, origins: Option<Arc<Origins>>) -> Self {
+        Self {
+            iotlb: Cache::new(sizes.iotlb),
+            paging_structures: Cache::new(sizes.paging_structures),
+            stage2: Cache::new(sizes.stage2),
+            memories: Memories::new(),
+            fragments: AtomicBool::new(false),
+            guest_address_width,
+            origins,
+        }
+    }
+
+    /// What the IOTLB has for requests of `kind`, as a page of one of `shifts`.
+    // Always, so that a hit's `Target` stays in registers: stored in pieces and copied as a whole, it
+    // doubles what a hit costs.
+    #[inline(always)]
+    pub fn translation(
+        &self,
+        shifts: &[u8],
+        source: Source,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Option<Target> {
+        let (value, shift) = self.cached_page(shifts, source, iova, kind)?;
+        let offset = iova & (size(shift) - 1);
+        let place = CachedPlace::from_bits(value.get()).place(offset);
+        Some(Target { place, length: size(shift) - offset })
+    }
+
+    /// The entry of the IOTLB for such a request, and the size of its page as a power of two: no more
+    /// than fits into two registers. It allows something, and is not 0.
+    #[inline]
+    fn cached_page(
+        &self,
+        shifts: &[u8],
+        source: Source,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Option<(NonZeroU64, u8)> {
+        let allows = |value| Rights::from_flags(CachedPlace::from_bits(value).flags()).allow(kind);
+        shifts.iter().find_map(|&shift| {
+            let value = self.iotlb.get(Key::new(source, iova, shift), allows)?;
+            Some((NonZeroU64::new(value)?, shift))
+        })
+    }
+
+    /// Size of the page that [`Caches::translation`] finds, as a power of two.
+    pub fn translation_shift(
+        &self,
+        shifts: &[u8],
+        source: Source,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Option<u8> {
+        shifts.iter().copied().find(|&shift| {
+            let allows =
+                |value| Rights::from_flags(CachedPlace::from_bits(value).flags()).allow(kind);
+            self.iotlb.get(Key::new(source, iova, shift), allows).is_some()
+        })
+    }
+
+    /// Tells the sanitizer, if there is one, what a walk's entries in the caches were made from:
+    /// see [`Origins::record`].
+    pub fn record_origin<F: TableFormat>(
+        &self,
+        tables: &F,
+        way: (Source, u64),
+        start: u8,
+        words: impl Iterator<Item = u64>,
+        page: Option<(Source, u8)>,
+    ) {
+        if let Some(origins) = &self.origins {
+            let Self { iotlb, paging_structures, .. } = self;
+            let words: Vec<_> = words.collect();
+            origins.record(
+                CachesOfWalk { iotlb, paging_structures },
+                tables,
+                way,
+                start,
+                &words,
+                page,
+            );
+        }
+    }
+
+    /// Caches that `iova` is in `page`.
+    pub fn add_translation(
+        &self,
+        source: Source,
+        iova: u64,
+        page: &CachedPage,
+        counters: &LocalCounters,
+    ) {
+        let &CachedPage { place, shift, whole, rights } = page;
+        let offset = iova & (size(shift) - 1);
+        let mut flags = rights.flags();
+        if whole > shift {
+            self.fragments.store(true, Ordering::Relaxed);
+            // Sizes that have no number are none of a page.
+            let number = WHOLE_SHIFTS.iter().position(|&known| known == whole).unwrap_or_default();
+            flags |= (number as u16) << WHOLE_AT;
+        }
+        let evicted =
+            place.back(offset).and_then(|start| CachedPlace::of(start, flags)).is_some_and(
+                |value| self.iotlb.insert(Key::new(source, iova, shift), value.into_bits()),
+            );
+        counters.iotlb_evictions.add(evicted.into());
+    }
+
+    /// The lowest table on the way of `iova` that is cached, and what the entries above it allow.
+    pub fn table<F: TableFormat>(
+        &self,
+        tables: &F,
+        source: Source,
+        iova: u64,
+        counters: &LocalCounters,
+    ) -> Option<(Table, Path)> {
+        let found = (2..=tables.levels()).find_map(|level| {
+            let key = Key::new(source, iova, tables.shift(level));
+            let value = CachedPlace::from_bits(self.paging_structures.get(key, |_| true)?);
+            let table = Table {
+                place: value.place(0),
+                level: level - 1,
+                skipped: 0,
+                length: size(tables.shift(1)),
+                writable: value.flags() & TABLE_WRITABLE != 0,
+            };
+            Some((table, Path::from_bits((value.flags() & !TABLE_WRITABLE) as u8)))
+        });
+        match found {
+            Some(_) => counters.paging_structure_hits.count(),
+            None => counters.paging_structure_misses.count(),
+        }
+        found
+    }
+
+    /// Caches that `table` is the one on the way of `iova`, and that the entries above allow `path`.
+    pub fn add_table<F: TableFormat>(
+        &self,
+        tables: &F,
+        (source, iova): (Source, u64),
+        table: &Table,
+        path: Path,
+        counters: &LocalCounters,
+    ) {
+        if table.skipped != 0 || table.length < size(tables.shift(1)) {
+            return;
+        }
+        let writable = if table.writable { TABLE_WRITABLE } else { 0 };
+        let flags = u16::from(path.into_bits()) | writable;
+        let evicted = CachedPlace::of(table.place, flags).is_some_and(|value| {
+            let key = Key::new(source, iova, tables.shift(table.level + 1));
+            self.paging_structures.insert(key, value.into_bits())
+        });
+        counters.paging_structure_evictions.add(evicted.into());
+    }
+
+    /// Where the stage 2 of `host` has `gpa`.
+    pub fn stage2(
+        &self,
+        host: &HostStage2,
+        gpa: u64,
+        counters: &LocalCounters,
+    ) -> Result<Stage2Page, Stage2Refusal> {
+        // No shift overflows: widths are below 64.
+        if gpa >> self.guest_address_width != 0 {
+            return Err(Stage2Refusal::Beyond);
+        }
+        if let Some(page) = self.cached_stage2(host.source, gpa) {
+            counters.stage2_hits.count();
+            return Ok(page);
+        }
+        counters.stage2_misses.count();
+        let page = self.stage2_now(host, gpa).ok_or(Stage2Refusal::Absent)?;
+        self.add_stage2(host.source, gpa, &page, counters);
+        Ok(page)
+    }
+
+    /// Where the stage 2 of `host` has `gpa`, past the cache.
+    pub fn stage2_now(&self, host: &HostStage2, gpa: u64) -> Option<Stage2Page> {
+        let mapping = host.stage2.lookup(gpa)?;
+        self.page_in(&mapping, gpa)
+    }
+
+    fn cached_stage2(&self, source: Source, gpa: u64) -> Option<Stage2Page> {
+        // Guest memory comes in large pieces: the largest page first.
+        STAGE2_SHIFTS.into_iter().rev().find_map(|shift| {
+            let value = self.stage2.get(Key::new(source, gpa, shift), |_| true)?;
+            let value = CachedPlace::from_bits(value);
+            let offset = gpa & (size(shift) - 1);
+            Some(Stage2Page {
+                place: value.place(offset),
+                length: size(shift) - offset,
+                shift: Some(shift),
+                read: value.flags() & STAGE2_READ != 0,
+                write: value.flags() & STAGE2_WRITE != 0,
+            })
+        })
+    }
+
+    /// The largest page around `gpa` that `mapping` has as a whole.
+    fn page_in(&self, mapping: &Mapping, gpa: u64) -> Option<Stage2Page> {
+        let (region, offset) = mapping.target(gpa);
+        let place = Place { memory: self.memories.number(region)?, offset };
+        let shift = STAGE2_SHIFTS.into_iter().rev().find(|&shift| {
+            let first = gpa & !(size(shift) - 1);
+            let last = gpa | (size(shift) - 1);
+            let starts_page = place.back(gpa - first).and_then(|start| CachedPlace::of(start, 0));
+            mapping.start <= first && last <= mapping.last && starts_page.is_some()
+        });
+        let last = shift.map_or(mapping.last, |shift| gpa | (size(shift) - 1));
+        Some(Stage2Page {
+            place,
+            // Does not overflow: addresses have fewer than 64 bits.
+            length: last - gpa + 1,
+            shift,
+            read: mapping.protection.read,
+            write: mapping.protection.write,
+        })
+    }
+
+    fn add_stage2(&self, source: Source, gpa: u64, page: &Stage2Page, counters: &LocalCounters) {
+        let Some(shift) = page.shift else { return };
+        let read = if page.read { STAGE2_READ } else { 0 };
+        let write = if page.write { STAGE2_WRITE } else { 0 };
+        let evicted = page
+            .place
+            .back(gpa & (size(shift) - 1))
+            .and_then(|start| CachedPlace::of(start, read | write))
+            .is_some_and(|value| {
+                self.stage2.insert(Key::new(source, gpa, shift), value.into_bits())
+            });
+        counters.stage2_evictions.add(evicted.into());
+    }
+
+    /// The entry number `index` of `table`; none when it is not within reach.
+    pub fn entry(&self, table: &Table, index: u64) -> Option<&AtomicU64> {
+        let offset = (index * 8).checked_sub(table.skipped)?;
+        if offset + 8 > table.length {
+            return None;
+        }
+        self.word(Place { offset: table.place.offset + offset, ..table.place })
+    }
+
+    /// The 8-byte word at `place`, which is aligned; none when it is in no memory.
+    pub fn word(&self, place: Place) -> Option<&AtomicU64> {
+        let offset = usize::try_from(place.offset).ok()?;
+        self.memory(place)?.mapping.get_atomic_ref(offset).ok()
+    }
+
+    /// `length` bytes from `place` on; none when they are not within one memory.
+    #[inline]
+    pub fn slice(&self, place: Place, length: usize) -> Option<VolatileSlice<'_>> {
+        let offset = usize::try_from(place.offset).ok()?;
+        self.memory(place)?.mapping.get_slice(offset, length).ok()
+    }
+
+    /// The memory that `place` is in.
+    #[inline]
+    pub fn memory(&self, place: Place) -> Option<&Memory> {
+        self.memories.get(place.memory)
+    }
+
+    /// Drops the pages of `scope` that are cached as one of `shifts` and have an address in
+    /// `first..=last` (bytes); gives the number of entries.
+    pub fn drop_pages(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
+        self.iotlb.drop_range(scope, first, last, shifts)
+    }
+
+    /// Drops the pages of `scope` that have an address in `first..=last` (bytes) and a size in
+    /// stage 1 of one of `shifts`, with every piece of them that is cached; gives the number of
+    /// entries.
+    pub fn drop_whole_pages(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
+        if !*self.fragments.get_mut() {
+            return self.drop_pages(scope, first, last, shifts);
+        }
+        self.iotlb.drop_entries(|key, value| {
+            let number = CachedPlace::from_bits(value).flags() >> WHOLE_AT;
+            let whole = match WHOLE_SHIFTS.get(usize::from(number)) {
+                Some(&whole) if number != 0 => whole,
+                _ => key.shift(),
+            };
+            scope.has(key.source()) && shifts.contains(&whole) && key.overlaps(whole, first, last)
+        })
+    }
+
+    /// Drops the tables of `scope` that are cached for a span of one of `shifts` that has an
+    /// address in `first..=last` (bytes); gives the number of entries.
+    pub fn drop_tables(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
+        self.paging_structures.drop_range(scope, first, last, shifts)
+    }
+
+    /// Drops what is cached of `gone`, and lets go of memories that no entry leads to any more;
+    /// gives the number of entries. Looks at every entry once.
+    pub fn drop_gone(&mut self, gone: &Gone) -> u64 {
+        let mut wanted = BTreeSet::new();
+        let mut drop_from = |cache: &mut Cache, is_gone: &dyn Fn(u32) -> bool| {
+            cache.drop_entries(|key, value| {
+                let dropped = is_gone(key.source().tag());
+                if !dropped {
+                    wanted.insert(CachedPlace::from_bits(value).place(0).memory);
+                }
+                dropped
+            })
+        };
+        let is_gone = |tag: u32| gone.tags.contains(&tag);
+        let dropped = drop_from(&mut self.iotlb, &is_gone)
+            + drop_from(&mut self.paging_structures, &is_gone)
+            + drop_from(&mut self.stage2, &|tag| Some(tag) == gone.stage2_tag);
+        self.memories.retain(|number| wanted.contains(&number));
+        dropped
+    }
+}

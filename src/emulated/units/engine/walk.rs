@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The page walk: user-owned tables, each of whose pointers goes through stage 2.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::cache::{size, Source};
+use super::caches::{CachedPage, Caches, Stage2Page, Table};
+use super::counters::LocalCounters;
+use super::format::{At, Entry, Path, Stage2Refusal, TableFormat};
+use super::host_stage2::HostStage2;
+use super::request::{RequestKind, Rights};
+use crate::units::dirty::DirtyLog;
+
+/// How often a walk starts again because an entry changed between its being read and its flags
+/// being set. The guest changes entries at will; it must not keep a walk going at will.
+const ATTEMPTS: u32 = 16;
+
+/// Levels of the deepest tables.
+const MAX_LEVELS: usize = 5;
+
+/// Size of the largest page that is cached, as a power of two: 1 GiB.
+const MAX_PAGE_SHIFT: u8 = 30;
+
+/// Size of the page that a write is marked in when dirty pages are tracked, as a power of two.
+const DIRTY_SHIFT: u8 = 12;
+
+/// What both stages make of an IOVA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Output {
+    /// What stage 2 makes of the GPA that stage 1 gives.
+    pub page: Stage2Page,
+    /// Bytes from the one asked for to the end of what is contiguous in both stages.
+    pub length: u64,
+    /// Size of the page that is contiguous in both stages, as a power of two; none when not even
+    /// 4 KiB are.
+    pub shift: Option<u8>,
+    /// Size of the page of stage 1, as a power of two.
+    pub whole: u8,
+    /// The requests that both stages allow, without a further walk.
+    pub rights: Rights,
+    /// Whose page it is.
+    pub source: Source,
+}
+
+impl Output {
+    /// `page` is what stage 2 makes of `gpa`, which stage 1 has in a page of `shift` with `rights`.
+    fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, source: Source) -> Self {
+        Self {
+            page,
+            length: page.length.min(size(shift) - (gpa & (size(shift) - 1))),
+            shift: page.shift.map(|page_shift| page_shift.min(shift)),
+            whole: shift,
+            rights: Rights::of(|kind| rights.allow(kind) && page.allows(kind)),
+            source,
+        }
+    }
+
+    /// What of it can be cached.
+    pub fn cached(&self) -> Option<CachedPage> {
+        let Self { page, whole, rights, .. } = *self;
+        Some(CachedPage { place: page.place, shift: self.shift?, whole, rights })
+    }
+}
+
+/// A walk through the tables of one context.
+#[derive(Debug)]
+pub(crate) struct Walk<'a> {
+    pub caches: &'a Caches,
+    /// What is cached on the way is found by this.
+    pub source: Source,
+    /// Whose pages are that are the same in every address space.
+    pub global: Source,
+    pub host: &'a HostStage2,
+    pub counters: &'a LocalCounters,
+    /// Where pages of stage 2 that are written are marked, if they are to be.
+    pub dirty: Option<&'a DirtyLog>,
+}
+
+/// An entry that a walk came through.
+struct Step<'a> {
+    entry: &'a AtomicU64,
+    at: At,
+    /// What was read from it.
+    word: u64,
+    /// It is a page.
+    leaf: bool,
+    /// Stage 2 lets it be written.
+    writable: bool,
+    /// The table that it is in and what is allowed so far, if that can be cached.
+    table: Option<(Table, Path)>,
+}
+
+/// All that a walk came through, and where it ended.
+struct Descent<'a> {
+    steps: [Option<Step<'a>>; MAX_LEVELS],
+    /// What the entries allow together.
+    path: Path,
+    /// Where the IOVA leads.
+    gpa: u64,
+    /// Level of the leaf.
+    level: u8,
+    /// What was read from the leaf.
+    leaf: u64,
+    /// The leaf is the same in every address space.
+    global: bool,
+}
+
+impl Walk<'_> {
+    /// Translates `iova` for a request of `kind`, setting accessed and dirty flags.
+    pub fn walk<F: TableFormat>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<Output, F::Fault> {
+        self.counters.walks.count();
+        tables.check_request(kind)?;
+        tables.check_address(iova)?;
+        for _ in 0..ATTEMPTS {
+            if let Some(output) = self.attempt(tables, iova, kind)? {
+                return Ok(output);
+            }
+        }
+        Err(tables.flags_unsettled())
+    }
+
+    /// One walk; none when an entry changed under it.
+    fn attempt<F: TableFormat>(
+        &self,
+        tables: &F,
+        iova: u64,
+        kind: RequestKind,
+    ) -> Result<Option<Output>, F::Fault> {
+        let Descent { steps, path, gpa, level, leaf, global } = self.descend(tables, iova)?;
+        tables.check_path(path, kind)?;
+        let page = self.page(gpa, kind).map_err(|why| tables.page_refused(gpa, why))?;
+        // Nothing stands in the way of the request any more.
+        if !self.set_flags(tables, &steps, kind)? {
+            return Ok(None);
+        }
+        // Only now: an entry whose accessed flag is clear must not be cached.
+        for (table, path) in steps.iter().flatten().filter_map(|step| step.table) {
+            self.caches.add_table(tables, (self.source, iova), &table, path, self.counters);
+        }
+        let leaf = leaf | tables.flags(true, kind.write());
+        let rights = Rights::of(|kind| {
+            tables.check_request(kind).is_ok()
+                && tables.check_path(path, kind).is_ok()
+                && (!kind.write() || tables.is_dirty(leaf))
+        });
+        let source = if global { self.global } else { self.source };
+        let output = Output::new(page, gpa, tables.shift(level), rights, source);
+        let output = self.track(output, gpa, kind);
+        let read = || steps.iter().flatten().map(|step| step.word);
+        // No overflow: there are at most 5 levels.
+        let start = level + read().skip(1).count() as u8;
+        let page = output.shift.map(|shift| (source, shift));
+        self.caches.record_origin(tables, (self.source, iova), start, read(), page);
+        Ok(Some(output))
+    }
+
+    /// Reads the entries from the lowest table that is cached, or the top table, to the leaf.
+    fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, F::Fault> {
+        let cached = match self.dirty {
+            None => self.caches.table(tables, self.source, iova, self.counters),
+            // The page of a table whose entries get their flags set is dirty, so its address
+            // must be known.
+            Some(_) => None,
+        };
+        let mut level = cached.map_or(tables.levels(), |(table, _)| table.level);
+        let mut path = cached.map_or(Path::UNLIMITED, |(_, path)| path);
+        let mut cached = cached.map(|(table, _)| table);
+        let mut table_gpa = tables.table();
+        let mut steps: [Option<Step>; MAX_LEVELS] = Default::default();
+        for slot in &mut steps {
+            let index = tables.index(iova, level);
+            let top = level == tables.levels();
+            let (at, table) = match cached.take() {
+                Some(table) => (At { gpa: None, top }, table),
+                None => {
+                    let at = At { gpa: Some(table_gpa + index * 8), top };
+                    (at, self.locate(tables, table_gpa, index, level, at)?)
+                }
+            };
+            let entry =
+                self.caches.entry(&table, index).ok_or_else(|| tables.entry_unreadable(at))?;
+            let word = u64::from_le(entry.load(Ordering::Acquire));
+            let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
+            let above = path;
+            path = path & allowed;
+            // The top table needs no cache, and one that was cached still is.
+            let table_found = (at.gpa.is_some() && !top).then_some((table, above));
+            let writable = table.writable;
+            *slot = Some(Step { entry, at, word, leaf, writable, table: table_found });
+            if leaf {
+                let gpa = address | iova & (size(tables.shift(level)) - 1);
+                return Ok(Descent { steps, path, gpa, level, leaf: word, global });
+            }
+            // Not below level 1: an entry of that level is a leaf.
+            (level, table_gpa) = (level - 1, address);
+        }
+        // Not reached: there are no more levels than steps, and the last has leaves only.
+        Err(tables.entry_unreadable(At { gpa: None, top: false }))
+    }
+
+    /// Translates `gpa` for a request of `kind`, by stage 2 alone, which serves `served`.
+    pub fn stage2_only(
+        &self,
+        gpa: u64,
+        kind: RequestKind,
+        served: Rights,
+    ) -> Result<Output, Stage2Refusal> {
+        let page = self.page(gpa, kind)?;
+        let output = Output::new(page, gpa, MAX_PAGE_SHIFT, served, self.source);
+        Ok(self.track(output, gpa, kind))
+    }
+
+    /// What becomes of `output`, of a request of `kind` to `gpa`, when dirty pages are tracked: it
+    /// is of one page of 4 KiB, which is marked if it is written, and otherwise leaves the first
+    /// write to a walk.
+    fn track(&self, output: Output, gpa: u64, kind: RequestKind) -> Output {
+        let Some(log) = self.dirty else { return output };
+        let rights = output.rights;
+        if kind.write() {
+            log.mark(gpa..=gpa);
+        }
+        Output {
+            length: output.length.min(size(DIRTY_SHIFT) - (gpa & (size(DIRTY_SHIFT) - 1))),
+            shift: output.shift.map(|_| DIRTY_SHIFT),
+            rights: Rights::of(|other| rights.allow(other) && (kind.write() || !other.write())),
+            ..output
+        }
+    }
+
+    /// The page that a request of `kind` accesses at `gpa`.
+    fn page(&self, gpa: u64, kind: RequestKind) -> Result<Stage2Page, Stage2Refusal> {
+        let page = self.caches.stage2(self.host, gpa, self.counters)?;
+        page.allows(kind).then_some(page).ok_or(Stage2Refusal::Denied)
+    }
+
+    /// Where the table of `level` at `gpa` is, as far as it is in one piece with its entry number
+    /// `index`.
+    fn locate<F: TableFormat>(
+        &self,
+        tables: &F,
+        gpa: u64,
+        index: u64,
+        level: u8,
+        at: At,
+    ) -> Result<Table, F::Fault> {
+        let entry_at = index * 8;
+        match self.caches.stage2(self.host, gpa + entry_at, self.counters) {
+            Ok(page) if page.read => {
+                // The page of stage 2 may start in the middle of a large table.
+                let before = page.shift.map_or(0, |shift| (gpa + entry_at) & (size(shift) - 1));
+                let skipped = entry_at.saturating_sub(before);
+                let place = page.place.back(entry_at - skipped);
+                let place = place.ok_or_else(|| tables.entry_unreadable(at))?;
+                let length = page.length + (entry_at - skipped);
+                Ok(Table { place, level, skipped, length, writable: page.write })
+            }
+            Ok(_) => Err(tables.table_refused(at, Stage2Refusal::Denied)),
+            Err(why) => Err(tables.table_refused(at, why)),
+        }
+    }
+
+    /// Sets the flags that a request of `kind` leaves in the entries of `steps`. Whether it could:
+    /// not when an entry has changed since it was read.
+    fn set_flags<F: TableFormat>(
+        &self,
+        tables: &F,
+        steps: &[Option<Step<'_>>],
+        kind: RequestKind,
+    ) -> Result<bool, F::Fault> {
+        for step in steps.iter().flatten() {
+            let wanted = step.word | tables.flags(step.leaf, kind.write());
+            if wanted == step.word {
+                continue;
+            }
+            if !step.writable {
+                return Err(tables.flags_refused(step.at));
+            }
+            let (old, new) = (step.word.to_le(), wanted.to_le());
+            if let (Some(log), Some(gpa)) = (self.dirty, step.at.gpa) {
+                log.mark(gpa..=gpa);
+            }
+            if step.entry.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}

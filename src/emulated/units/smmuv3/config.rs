@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an emulated SMMUv3 can do, and the registers that say so.
+#![forbid(unsafe_code)]
+
+use std::ops::RangeInclusive;
+
+use crate::units::engine::CacheSizes;
+use twostage::iommufd::iommu_hw_info_arm_smmuv3;
+use twostage::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, Iidr};
+use twostage::spec::smmuv3::translation::Granule;
+use twostage::spec::smmuv3::{address_size, ADDRESS_WIDTH};
+
+/// Bits of the widest SubstreamID.
+const MAX_SSID_BITS: u8 = 20;
+
+/// What an emulated SMMUv3 can do, and how much it caches.
+///
+/// Stalls and updates of access flags are not among it (IDR0.STALL_MODEL = 0b01, HTTU = 0); ASIDs
+/// and VMIDs have 16 bits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SmmuV3UnitConfig {
+    /// Size of its addresses in bits: 32, 36, 40, 42, 44, 48 or 52 (IDR5.OAS); anything else
+    /// counts as the next smaller one. It is the size of guest addresses, too.
+    pub address_width: u8,
+    /// Virtual addresses of 52 bits with the 64K granule (IDR5.VAX).
+    pub va_52: bool,
+    /// Granules (IDR5.GRAN4K, GRAN16K, GRAN64K).
+    pub granules: Vec<Granule>,
+    /// Width of a SubstreamID in bits, at most 20 (IDR1.SSIDSIZE); 0 for none.
+    pub ssid_bits: u8,
+    /// Context descriptor tables of two levels (IDR0.CD2L).
+    pub two_level_cd: bool,
+    /// Invalidation by range (IDR3.RIL).
+    pub range_invalidation: bool,
+    /// Takes invalidations of address translation caches (IDR0.ATS). Devices of this process keep
+    /// none of their own: what they might cache, the unit does.
+    pub ats: bool,
+    /// Takes page requests, where it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them, and
+    /// serves devices that stall, which PCI devices must not; here it serves page requests.
+    pub page_requests: bool,
+    /// Both stages at once (IDR0.S1P with S2P): user-owned stage 1 on the host's stage 2.
+    pub nesting: bool,
+    /// Stage 2 forces write-back (IDR3.FWB). Without this and `canwbs` Linux makes no vIOMMUs.
+    pub s2fwb: bool,
+    /// Firmware says that DMA is coherent whatever a device asks for (IORT's CANWBS).
+    pub canwbs: bool,
+    /// Guest addresses, in bytes, that are doorbells of interrupt controllers: a write that stage 1
+    /// sends there, and stage 2 nowhere, is an interrupt message.
+    pub msi_doorbell: Option<RangeInclusive<u64>>,
+    /// Entries of the IOTLB, rounded up to a power of two; 0 for no IOTLB.
+    pub iotlb_entries: usize,
+    /// Entries of the cache of table descriptors, likewise.
+    pub paging_structure_entries: usize,
+    /// Entries of the cache of stage-2 translations, likewise.
+    pub stage2_entries: usize,
+    /// Compares every translation with context descriptors and tables when it is used, and reports those
+    /// that the guest should have invalidated
+    /// ([`SmmuV3Unit::sanitizer_report`](super::SmmuV3Unit::sanitizer_report)). Slow.
+    pub sanitize: bool,
+}
+
+impl Default for SmmuV3UnitConfig {
+    /// A recent unit with 48 bits: everything but virtual addresses of 52 bits, ATS, page
+    /// requests and a doorbell.
+    fn default() -> Self {
+        Self {
+            address_width: 48,
+            va_52: false,
+            granules: Granule::ALL.to_vec(),
+            ssid_bits: 16,
+            two_level_cd: true,
+            range_invalidation: true,
+            ats: false,
+            page_requests: false,
+            nesting: true,
+            s2fwb: true,
+            canwbs: false,
+            msi_doorbell: None,
+            iotlb_entries: 4096,
+            paging_structure_entries: 1024,
+            stage2_entries: 1024,
+            sanitize: false,
+        }
+    }
+}
+
+impl SmmuV3UnitConfig {
+    /// IDR5.OAS: the size of addresses.
+    fn oas(&self) -> u8 {
+        let fits = |bits: &u8| address_size(*bits).is_some_and(|size| size <= self.address_width);
+        (0..=7).rev().find(fits).unwrap_or_default()
+    }
+
+    /// Size of addresses in bits.
+    pub(crate) fn output_bits(&self) -> u8 {
+        address_size(self.oas()).unwrap_or(ADDRESS_WIDTH)
+    }
+
+    /// Width of a SubstreamID in bits.
+    pub(crate) fn ssid_bits(&self) -> u8 {
+        self.ssid_bits.min(MAX_SSID_BITS)
+    }
+
+    /// Whether it takes page requests, which needs ATS (§6.3.1).
+    pub(crate) fn page_requests(&self) -> bool {
+        self.page_requests && self.ats
+    }
+
+    /// Whether it has tables of this granule.
+    pub(crate) fn has_granule(&self, granule: Granule) -> bool {
+        self.granules.contains(&granule)
+    }
+
+    /// Width of the widest virtual addresses of this granule, in bits.
+    pub(super) fn input_bits(&self, granule: Granule) -> u8 {
+        match granule {
+            Granule::K64 if self.va_52 => 52,
+            _ => 48,
+        }
+    }
+
+    /// How much it caches.
+    pub(super) fn cache_sizes(&self) -> CacheSizes {
+        CacheSizes {
+            iotlb: self.iotlb_entries,
+            paging_structures: self.paging_structure_entries,
+            stage2: self.stage2_entries,
+        }
+    }
+
+    /// What GET_HW_INFO gives: the identification registers.
+    pub(crate) fn info(&self) -> iommu_hw_info_arm_smmuv3 {
+        let idr0 = Idr0::new()
+            .with_s2p(true)
+            .with_s1p(self.nesting)
+            .with_ttf(0b10)
+            .with_cohacc(true)
+            .with_ats(self.ats)
+            .with_pri(self.page_requests())
+            .with_asid16(true)
+            .with_vmid16(true)
+            .with_msi(true)
+            .with_cd2l(self.two_level_cd)
+            .with_ttendian(0b10)
+            .with_stall_model(0b01)
+            .with_term_model(true)
+            .with_st_level(0b01);
+        let idr1 = Idr1::new()
+            .with_sidsize(16)
+            .with_ssidsize(self.ssid_bits())
+            .with_cmdqs(19)
+            .with_eventqs(19)
+            .with_attr_types_ovr(true);
+        let idr3 = Idr3::new().with_ril(self.range_invalidation).with_fwb(self.s2fwb);
+        let idr5 = Idr5::new()
+            .with_oas(self.oas())
+            .with_gran4k(self.has_granule(Granule::K4))
+            .with_gran16k(self.has_granule(Granule::K16))
+            .with_gran64k(self.has_granule(Granule::K64))
+            .with_vax(self.va_52.into());
+        iommu_hw_info_arm_smmuv3 {
+            idr: [idr0.into_bits(), idr1.into_bits(), 0, idr3.into_bits(), 0, idr5.into_bits()],
+            iidr: Iidr::new().into_bits(),
+            // SMMUv3.2.
+            aidr: Aidr::new().with_minor(2).into_bits(),
+            ..Default::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_have_a_size_that_the_register_can_say() {
+        for (width, size) in [(52, 52), (51, 48), (48, 48), (40, 40), (33, 32), (0, 32), (255, 52)]
+        {
+            let config = SmmuV3UnitConfig { address_width: width, ..Default::default() };
+            assert_eq!(config.output_bits(), size, "{width}");
+        }
+    }
+
+    #[test]
+    fn the_registers_say_what_the_configuration_says() {
+        let config = SmmuV3UnitConfig {
+            granules: vec![Granule::K64],
+            va_52: true,
+            s2fwb: false,
+            ssid_bits: 30,
+            ..Default::default()
+        };
+        let info = config.info();
+        let idr5 = Idr5::from_bits(info.idr[5]);
+        assert_eq!((idr5.oas(), idr5.vax()), (5, 1));
+        assert!(idr5.gran64k() && !idr5.gran4k() && !idr5.gran16k());
+        assert!(!Idr3::from_bits(info.idr[3]).fwb());
+        assert_eq!(Idr1::from_bits(info.idr[1]).ssidsize(), 20);
+        assert_eq!(Idr0::from_bits(info.idr[0]).stall_model(), 1);
+    }
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a unit has counted.
+#![forbid(unsafe_code)]
+
+use crate::units::engine::Totals;
+
+/// What an emulated SMMUv3 has done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct SmmuV3Counters {
+    /// Requests that the IOTLB served.
+    pub iotlb_hits: u64,
+    /// Requests that it did not.
+    pub iotlb_misses: u64,
+    /// IOTLB entries that had to go for others.
+    pub iotlb_evictions: u64,
+    /// Requests whose configuration (stream table entry and context descriptor) was cached.
+    pub configuration_cache_hits: u64,
+    /// Requests whose configuration was not.
+    pub configuration_cache_misses: u64,
+    /// Configurations that a port had to give up for others.
+    pub configuration_cache_evictions: u64,
+    /// Walks of user-owned tables, finished or not.
+    pub walks: u64,
+    /// Walks that began below the top table.
+    pub table_hits: u64,
+    /// Walks that began at the top table.
+    pub table_misses: u64,
+    /// Cached table descriptors that had to go for others.
+    pub table_evictions: u64,
+    /// Stage-2 translations that were cached.
+    pub stage2_hits: u64,
+    /// Stage-2 translations that were not.
+    pub stage2_misses: u64,
+    /// Cached stage-2 translations that had to go for others.
+    pub stage2_evictions: u64,
+    /// Requests that used a stale translation or context descriptor; counted by the sanitizer alone.
+    pub stale_uses: u64,
+    /// Requests that were terminated.
+    pub faults: u64,
+    /// Invalidations, among them those that changes of attachments and of stage 2 imply.
+    pub invalidations: u64,
+    /// Entries that invalidations dropped.
+    pub invalidated_entries: u64,
+}
+
+impl From<Totals> for SmmuV3Counters {
+    fn from(totals: Totals) -> Self {
+        Self {
+            iotlb_hits: totals.iotlb_hits,
+            iotlb_misses: totals.iotlb_misses,
+            iotlb_evictions: totals.iotlb_evictions,
+            configuration_cache_hits: totals.config_hits,
+            configuration_cache_misses: totals.config_misses,
+            configuration_cache_evictions: totals.config_evictions,
+            walks: totals.walks,
+            table_hits: totals.paging_structure_hits,
+            table_misses: totals.paging_structure_misses,
+            table_evictions: totals.paging_structure_evictions,
+            stage2_hits: totals.stage2_hits,
+            stage2_misses: totals.stage2_misses,
+            stage2_evictions: totals.stage2_evictions,
+            stale_uses: totals.stale_uses,
+            faults: totals.faults,
+            invalidations: totals.invalidations,
+            invalidated_entries: totals.invalidated_entries,
+        }
+    }
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Why a transaction was terminated, and the record that says so (§7.3).
+#![forbid(unsafe_code)]
+
+use crate::units::engine::{Request, Stage2Refusal};
+use twostage::spec::smmuv3::event::{EventClass, EventId, EventRecord, SecondAddress};
+use twostage::spec::smmuv3::{StreamId, SubstreamId};
+
+/// A transaction was terminated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The stream table entry says so: there is no event.
+    Abort,
+    /// There is an event.
+    Event {
+        /// Its number.
+        id: EventId,
+        /// Stage 2 faulted.
+        stage2: bool,
+        /// What for.
+        class: EventClass,
+        /// IPA or FetchAddr, in bytes, where the event has one.
+        second_address: u64,
+        /// It is recorded: not where CD.R says otherwise.
+        recorded: bool,
+    },
+}
+
+impl Fault {
+    /// A fault of the stream's configuration.
+    pub fn config(id: EventId) -> Self {
+        let class = EventClass::Cd;
+        Self::Event { id, stage2: false, class, second_address: 0, recorded: true }
+    }
+
+    /// A fault of stage 1 that the transaction's address led to.
+    pub fn stage1(id: EventId, recorded: bool) -> Self {
+        let class = EventClass::Input;
+        Self::Event { id, stage2: false, class, second_address: 0, recorded }
+    }
+
+    /// Something at `address` could not be read.
+    pub fn fetch(id: EventId, class: EventClass, address: u64) -> Self {
+        Self::Event { id, stage2: false, class, second_address: address, recorded: true }
+    }
+
+    /// Stage 2 does not allow an access to `ipa`.
+    pub fn stage2(why: Stage2Refusal, class: EventClass, ipa: u64) -> Self {
+        let id = match why {
+            Stage2Refusal::Beyond | Stage2Refusal::Absent => EventId::Translation,
+            Stage2Refusal::Denied => EventId::Permission,
+        };
+        Self::Event { id, stage2: true, class, second_address: ipa, recorded: true }
+    }
+
+    /// Whether a device asks for the page that a request did not get: it is not mapped, or not for
+    /// that access. (A translation request of such a page leaves no event, §3.9.1.)
+    pub fn asks_for_page(&self) -> bool {
+        let Self::Event { id, class, .. } = *self else { return false };
+        let mendable = matches!(id, EventId::Translation | EventId::Access | EventId::Permission);
+        mendable && class != EventClass::Cd
+    }
+
+    /// The record of the fault of `request`; none when it leaves none.
+    pub fn record(&self, request: &Request) -> Option<EventRecord> {
+        let Self::Event { id, stage2, class, second_address, recorded: true } = *self else {
+            return None;
+        };
+        let stream = StreamId(request.rid.into());
+        let substream = request.pasid.and_then(SubstreamId::new);
+        let mut record = EventRecord::new(id, stream, substream);
+        if id.has_input() {
+            let write = request.kind.write();
+            record.input_address = request.address;
+            record.qw1 = record
+                .qw1
+                .with_rnw(!write)
+                .with_pnu(request.kind.privileged())
+                .with_ind(!write && request.kind.execute());
+        }
+        let of_walk = id == EventId::WalkExternalAbort;
+        if of_walk || id.second_address() == SecondAddress::Ipa {
+            let of_table = id == EventId::Permission && class == EventClass::TranslationTable;
+            record.qw1 =
+                record.qw1.with_s2(stage2).with_class(class.into_bits()).with_ttrnw(of_table);
+        }
+        record.second_address = match id.second_address() {
+            SecondAddress::None => 0,
+            SecondAddress::Fetch => second_address & EventRecord::FETCH_ADDRESS,
+            SecondAddress::Ipa => second_address & EventRecord::IPA,
+        };
+        Some(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::engine::RequestKind;
+
+    fn request(write: bool, pasid: Option<u32>) -> Request {
+        let kind = RequestKind::new(write, true, !write);
+        Request { rid: 0x18, pasid, address: 0x1234_5678, kind }
+    }
+
+    #[test]
+    fn a_record_has_what_its_event_defines() {
+        let fault = Fault::stage1(EventId::Translation, true);
+        let record = fault.record(&request(false, Some(5))).unwrap();
+        assert_eq!(record.id(), Some(EventId::Translation));
+        assert_eq!((record.stream(), record.substream()), (StreamId(0x18), SubstreamId::new(5)));
+        assert_eq!((record.input_address, record.second_address), (0x1234_5678, 0));
+        assert!(record.qw1.rnw() && record.qw1.pnu() && record.qw1.ind() && !record.qw1.s2());
+        assert_eq!(record.qw1.class(), 2);
+
+        let bad = Fault::config(EventId::BadCd).record(&request(true, None)).unwrap();
+        assert_eq!((bad.substream(), bad.qw1.into_bits(), bad.input_address), (None, 0, 0));
+    }
+
+    #[test]
+    fn a_fault_of_stage_2_has_its_address() {
+        let fault = Fault::stage2(Stage2Refusal::Denied, EventClass::TranslationTable, 0x4_5678);
+        let record = fault.record(&request(true, None)).unwrap();
+        assert_eq!(record.second_address, 0x4_5000);
+        assert!(record.qw1.s2() && record.qw1.ttrnw() && !record.qw1.rnw() && !record.qw1.ind());
+        assert_eq!(record.qw1.class(), 1);
+    }
+
+    #[test]
+    fn an_aborted_walk_says_that_it_was_one() {
+        let class = EventClass::TranslationTable;
+        let fault = Fault::fetch(EventId::WalkExternalAbort, class, 0x4_5678);
+        let record = fault.record(&request(true, None)).unwrap();
+        assert_eq!((record.second_address, record.qw1.class()), (0x4_5678, 1));
+        assert!(!record.qw1.s2());
+        let fault = Fault::fetch(EventId::CdFetch, EventClass::Input, 0x4_5678);
+        assert_eq!(fault.record(&request(true, None)).unwrap().qw1.into_bits(), 0);
+    }
+
+    #[test]
+    fn some_faults_leave_no_record() {
+        assert_eq!(Fault::Abort.record(&request(true, None)), None);
+        let silent = Fault::stage1(EventId::Translation, false);
+        assert_eq!(silent.record(&request(true, None)), None);
+    }
+}

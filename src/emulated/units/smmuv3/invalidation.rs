@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an invalidation command drops (§4.3, §4.4).
+#![forbid(unsafe_code)]
+
+use crate::units::engine::{Caches, Scope, Spaces};
+use crate::units::hardware::CacheTag;
+use twostage::spec::smmuv3::command::AddressRange;
+use twostage::spec::smmuv3::translation::Granule;
+
+/// The address space of global translations: they serve every ASID of their VMID.
+pub(super) const GLOBAL: u32 = 1 << 16;
+/// The address space of translations by stage 2 alone, which no ASID tags.
+pub(super) const STAGE2_ONLY: u32 = GLOBAL + 1;
+
+/// Sizes of the pages of every granule, as powers of two.
+const PAGE_SHIFTS: [u8; 8] = [12, 14, 16, 21, 25, 29, 30, 42];
+/// Sizes of what one table descriptor spans, as powers of two, of every granule.
+const TABLE_SHIFTS: [u8; 8] = [21, 25, 29, 30, 36, 39, 42, 47];
+
+/// A command that drops what is cached, with the host's names for streams and VMIDs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Invalidation {
+    /// CMD_TLBI_NH_ALL.
+    All { tag: CacheTag },
+    /// CMD_TLBI_NH_ASID.
+    Asid { tag: CacheTag, asid: u16 },
+    /// CMD_TLBI_NH_VA.
+    Va { tag: CacheTag, asid: u16, range: AddressRange },
+    /// CMD_TLBI_NH_VAA.
+    Vaa { tag: CacheTag, range: AddressRange },
+    /// CMD_CFGI_CD.
+    Context { sid: u16, substream: u32 },
+    /// CMD_CFGI_CD_ALL.
+    Contexts { sid: u16 },
+    /// CMD_ATC_INV: no device here has a cache of its own.
+    DeviceTlb,
+}
+
+/// Drops the translations of stage 1 that `spaces` of `tag` have; gives the number of entries.
+pub(super) fn drop_spaces(caches: &mut Caches, tag: CacheTag, spaces: Spaces) -> u64 {
+    let scope = Scope { tag: tag.0, spaces };
+    caches.drop_pages(scope, 0, u64::MAX, &PAGE_SHIFTS)
+        + caches.drop_tables(scope, 0, u64::MAX, &TABLE_SHIFTS)
+}
+
+/// What `range` is to an SMMU that may not know ranges (IDR3.RIL).
+pub(super) fn known_range(range: AddressRange, ranges: bool) -> AddressRange {
+    match ranges {
+        true => range,
+        false => AddressRange { leaf: range.leaf, ..AddressRange::at(range.address) },
+    }
+}
+
+/// Drops the translations of stage 1 in `range` that `spaces` of `tag` have; gives the number of
+/// entries.
+pub(super) fn drop_range(
+    caches: &mut Caches,
+    tag: CacheTag,
+    spaces: Spaces,
+    range: AddressRange,
+) -> u64 {
+    let scope = Scope { tag: tag.0, spaces };
+    let first = range.address;
+    let length = range.bytes().unwrap_or(1 << 12);
+    let last = first.saturating_add(length - 1);
+    let of_granule;
+    let shifts = match granule(range.tg) {
+        None => &PAGE_SHIFTS[..],
+        Some(granule) => {
+            // TTL names the level of the pages that are meant, if it names one.
+            of_granule = [1, 2, 3].map(|level| granule.level_shift(level) as u8);
+            let level = usize::from(range.ttl);
+            // A level is 1 to 3 (TTL has two bits).
+            level.checked_sub(1).and_then(|at| of_granule.get(at..=at)).unwrap_or(&of_granule)
+        }
+    };
+    let pages = caches.drop_whole_pages(scope, first, last, shifts);
+    let tables = match range.leaf {
+        true => 0,
+        false => caches.drop_tables(scope, first, last, &TABLE_SHIFTS),
+    };
+    pages + tables
+}
+
+/// The granule that TG of a command names, when it names a range (§4.4.1.1).
+fn granule(tg: u8) -> Option<Granule> {
+    match tg {
+        1 => Some(Granule::K4),
+        2 => Some(Granule::K16),
+        3 => Some(Granule::K64),
+        _ => None,
+    }
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An emulated SMMUv3, for devices of this process.
+//!
+//! A request goes by its StreamID through the stream table that the host's driver fills; where stage
+//! 1 is the user's, by its SubstreamID through the user's context descriptors to the tables of an
+//! address space, each of whose pointers goes through stage 2; and through stage 2. On its way it
+//! meets the caches that hardware has: of context descriptors, of table descriptors, and an IOTLB
+//! tagged by VMID and ASID, whose entries stay until a command drops them. A guest that forgets one
+//! sees it here as it would on hardware.
+#![forbid(unsafe_code)]
+
+mod config;
+mod configurations;
+mod context;
+mod context_table;
+mod counters;
+mod engine;
+mod fault;
+mod invalidation;
+mod sanitizer;
+mod stage1;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::dma::error::DmaFaultReason;
+use crate::units::engine::{
+    Counters, LocalCounters, Request, RequestKind, Sanitizer, SanitizerReport, Unit,
+};
+use crate::units::gate::Gate;
+use crate::units::page_requests::PageRequests;
+use crate::units::stage2::Stage2;
+use engine::Engine;
+use fault::Fault;
+use twostage::spec::smmuv3::event::EventRecord;
+
+pub use config::SmmuV3UnitConfig;
+pub use counters::SmmuV3Counters;
+pub(crate) use invalidation::Invalidation;
+pub(crate) use stream::StreamEntry;
+
+/// Where the events of one stream go: what its driver does with the event queue.
+pub(crate) trait EventSink: Debug + Send + Sync {
+    /// A transaction was terminated; `record` says why, with the physical StreamID.
+    fn event(&self, record: &EventRecord);
+}
+
+/// An emulated SMMUv3, for devices of this process.
+///
+/// Attachments come from the [`EmulatedHost`](crate::EmulatedHost) that it is added to; devices
+/// reach it by a [`DmaPort`](crate::DmaPort), their StreamID being their requester id. Until
+/// something is attached it aborts all DMA. What it caches stays until the host invalidates it: a
+/// guest that forgets an invalidation sees the old translation, as on hardware.
+#[derive(Debug)]
+pub struct SmmuV3Unit {
+    config: SmmuV3UnitConfig,
+    gate: Arc<Gate<Engine>>,
+    counters: Counters,
+    page_requests: PageRequests,
+    sanitizer: Option<Arc<Sanitizer>>,
+    /// Where the events of a stream go. Never held together with the gate.
+    sinks: Mutex<BTreeMap<u16, Arc<dyn EventSink>>>,
+}
+
+impl SmmuV3Unit {
+    /// A unit with nothing attached: it aborts all DMA.
+    pub fn new(config: SmmuV3UnitConfig) -> Arc<Self> {
+        let counters = Counters::default();
+        let sanitizer = config.sanitize.then(Arc::<Sanitizer>::default);
+        let engine = Engine::new(config.clone(), counters.share(), sanitizer.clone());
+        let gate = Gate::new(engine);
+        let page_requests = PageRequests::default();
+        Arc::new(Self { config, gate, counters, sanitizer, page_requests, sinks: Mutex::default() })
+    }
+
+    /// What the unit has done so far. Requests under way may or may not be counted.
+    pub fn counters(&self) -> SmmuV3Counters {
+        self.counters.read().into()
+    }
+
+    /// The page requests of its devices; none when it takes none.
+    pub(crate) fn page_requests(&self) -> Option<&PageRequests> {
+        self.config.page_requests().then_some(&self.page_requests)
+    }
+
+    /// Which stale translations were used so far; `None` for a unit that does not look
+    /// ([`SmmuV3UnitConfig::sanitize`]).
+    pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
+        self.sanitizer.as_ref().map(|sanitizer| sanitizer.report())
+    }
+
+    /// What it can do.
+    pub(crate) fn config(&self) -> &SmmuV3UnitConfig {
+        &self.config
+    }
+
+    /// Writes the entry of `sid` (or of the host's substream `pasid` of it), in place of what was
+    /// there: no request is aborted in between.
+    pub(crate) fn install(&self, sid: u16, pasid: Option<u32>, entry: StreamEntry) {
+        self.gate.write(|engine| engine.install(sid, pasid, entry));
+    }
+
+    /// Has `sid` (or the host's substream `pasid` of it) abort.
+    pub(crate) fn remove(&self, sid: u16, pasid: Option<u32>) {
+        self.gate.write(|engine| engine.remove(sid, pasid));
+    }
+
+    /// Does `invalidations`: no request uses what they drop any more when this returns.
+    pub(crate) fn invalidate(&self, invalidations: &[Invalidation]) {
+        self.gate.write(|engine| engine.invalidate(invalidations));
+    }
+
+    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
+    /// that was cached through it.
+    pub(crate) fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.gate.write(|engine| engine.stage2_changed(stage2));
+    }
+
+    /// From now on events of `sid` go to `sink`.
+    pub(crate) fn set_event_sink(&self, sid: u16, sink: Arc<dyn EventSink>) {
+        self.sinks().insert(sid, sink);
+    }
+
+    fn sinks(&self) -> MutexGuard<'_, BTreeMap<u16, Arc<dyn EventSink>>> {
+        self.sinks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Unit for SmmuV3Unit {
+    type Engine = Engine;
+
+    fn gate(&self) -> &Arc<Gate<Engine>> {
+        &self.gate
+    }
+
+    fn counters_share(&self) -> Arc<LocalCounters> {
+        self.counters.share()
+    }
+
+    fn report(&self, request: &Request, fault: Fault) {
+        let Some(record) = fault.record(request) else { return };
+        let sink = self.sinks().get(&request.rid).cloned();
+        if let Some(sink) = sink {
+            sink.event(&record);
+        }
+    }
+
+    /// Never: any structure may be cached, valid or not (§3.21.3), so that software tells of each that
+    /// becomes valid.
+    fn nothing_attached(_: Fault) -> bool {
+        false
+    }
+
+    fn attached_late(&self, _: &Request) -> bool {
+        false
+    }
+
+    fn page_requests(&self) -> &PageRequests {
+        &self.page_requests
+    }
+
+    fn asks_for_page(fault: Fault, _: RequestKind) -> bool {
+        fault.asks_for_page()
+    }
+
+    fn reason(fault: Fault) -> (DmaFaultReason, bool) {
+        match fault {
+            Fault::Abort => (DmaFaultReason::SmmuV3Abort, false),
+            Fault::Event { id, stage2, .. } => (DmaFaultReason::SmmuV3(id), stage2),
+        }
+    }
+}

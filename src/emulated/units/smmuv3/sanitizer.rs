@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an SMMUv3's sanitizer compares: the context descriptor of a requester, then its tables.
+//!
+//! Stream table entries are the host's driver's here, which changes them and what is cached of them
+//! together. So a guest that forgets CMD_CFGI_STE is not found out: the entry that the host has is
+//! then still the old one, too.
+#![forbid(unsafe_code)]
+
+use super::configurations::Configuration;
+use super::context::AddressSpace;
+use super::fault::Fault;
+use super::invalidation::{known_range, Invalidation, GLOBAL};
+use crate::units::engine::{
+    Caches, ContextInvalidation, DmaWay, LocalCounters, Request, Sanitizer, Scope, Source, Spaces,
+    StaleContext, Target, TlbInvalidation, Used,
+};
+use crate::units::hardware::{CacheRange, CacheTag};
+use twostage::spec::pci::Bdf;
+use twostage::spec::smmuv3::command::AddressRange;
+
+/// What there is to say if a request went by `used`, and the context descriptors in memory now come
+/// to `now`.
+pub(super) fn stale_context(
+    request: &Request,
+    used: &Configuration,
+    now: Result<&Configuration, Fault>,
+) -> Option<StaleContext> {
+    if now.is_ok_and(|now| now.space == used.space) {
+        return None;
+    }
+    Some(StaleContext {
+        rid: Bdf::from_raw(request.rid),
+        pasid: request.pasid,
+        old: way(used.space.as_ref()),
+        new: now.map_or(DmaWay::Blocked, |now| way(now.space.as_ref())),
+        // Requests without SubstreamID use number 0, if any.
+        needed: ContextInvalidation::SmmuV3CfgiCd { substream: request.pasid.unwrap_or(0) },
+        uses: 1,
+        invalidated_since: false,
+    })
+}
+
+fn way(space: Option<&AddressSpace>) -> DmaWay {
+    space.map_or(DmaWay::Bypass, |space| DmaWay::AddressSpace {
+        asid: space.asid,
+        tables: space.tables(),
+    })
+}
+
+/// Compares `target`, which `request` is about to use by `configuration`, with the tables, of which
+/// pages of `shifts` are cached. Gives the part of it that has been compared.
+pub(super) fn check(
+    sanitizer: &Sanitizer,
+    caches: &Caches,
+    configuration: &Configuration,
+    counters: &LocalCounters,
+    request: &Request,
+    target: Target,
+) -> Target {
+    let Configuration { tag, space, host } = configuration;
+    // Stage 2 is the host's, which drops what it changes.
+    let Some(space) = space else { return target };
+    let (address, Some(tables)) = space.half(request.address) else { return target };
+    let used = Used {
+        tables,
+        host,
+        source: Source::new(*tag, space.asid.into()),
+        others: Some(Source::new(*tag, GLOBAL)),
+        shifts: super::engine::shifts(tables.granule),
+        invalidation: TlbInvalidation::SmmuV3TlbiNhVa { asid: space.asid },
+    };
+    sanitizer.check(caches, &used, counters, &Request { address, ..*request }, target)
+}
+
+/// Tells `sanitizer` of `invalidation`, of an SMMU that knows ranges or not.
+pub(super) fn invalidated(sanitizer: &Sanitizer, invalidation: &Invalidation, ranges: bool) {
+    let pages = |range| CacheRange::from(known_range(range, ranges));
+    let told =
+        |tag: CacheTag, spaces, range| sanitizer.invalidated(Scope { tag: tag.0, spaces }, range);
+    match *invalidation {
+        Invalidation::All { tag } => told(tag, Spaces::UpTo(GLOBAL), CacheRange::All),
+        Invalidation::Asid { tag, asid } => told(tag, Spaces::One(asid.into()), CacheRange::All),
+        Invalidation::Va { tag, asid, range } => {
+            told(tag, Spaces::Two(asid.into(), GLOBAL), pages(range));
+        }
+        Invalidation::Vaa { tag, range } => told(tag, Spaces::UpTo(GLOBAL), pages(range)),
+        Invalidation::Context { sid, substream } => {
+            sanitizer.contexts_changed(sid, |pasid| pasid.unwrap_or(0) == substream);
+        }
+        Invalidation::Contexts { sid } => sanitizer.contexts_changed(sid, |_| true),
+        Invalidation::DeviceTlb => {}
+    }
+}
+
+impl From<AddressRange> for CacheRange {
+    /// A command without a range names a page of 4 KiB, or a larger one around it.
+    fn from(range: AddressRange) -> Self {
+        let AddressRange { address, leaf, .. } = range;
+        Self::Pages { address, pages: range.bytes().unwrap_or(1 << 12) >> 12, leaf }
+    }
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What an emulated VT-d unit can do, and the registers that say so.
+#![forbid(unsafe_code)]
+
+use crate::units::engine::CacheSizes;
+use crate::units::hardware::UserTables;
+use twostage::iommufd::{
+    iommu_hw_info_vtd, iommu_hwpt_vtd_s1, HwptVtdSecondStage, HW_INFO_VTD_ERRATA_772415_SPR17,
+    VTD_S1_EAFE, VTD_S1_SRE,
+};
+use twostage::spec::vtd::regs::{Cap, Ecap};
+
+/// Bits of the widest PASID (PCIe §6.20).
+const MAX_PASID_BITS: u8 = 20;
+
+/// Widths of guest addresses that a unit translates (CAP.MGAW).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressWidth {
+    /// 48 bits: 4-level tables.
+    Bits48,
+    /// 57 bits: 5-level tables too.
+    Bits57,
+}
+
+impl AddressWidth {
+    /// The width in bits.
+    pub const fn bits(self) -> u8 {
+        match self {
+            Self::Bits48 => 48,
+            Self::Bits57 => 57,
+        }
+    }
+}
+
+/// What an emulated VT-d unit can do, and how much it caches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VtdUnitConfig {
+    /// Widest guest address (CAP.MGAW, CAP.SAGAW, CAP.FS5LP).
+    pub address_width: AddressWidth,
+    /// 1 GiB pages, of both stages (CAP.FS1GP, CAP.SSLPS).
+    pub huge_pages: bool,
+    /// Width of a PASID in bits, at most 20 (ECAP.PSS); 0 for none (ECAP.PASID).
+    pub pasid_bits: u8,
+    /// Supervisor requests (ECAP.SRS).
+    pub supervisor_requests: bool,
+    /// The extended accessed flag (ECAP.EAFS).
+    pub extended_accessed: bool,
+    /// Takes invalidations of device-TLBs (ECAP.DT). Devices of this process keep none of their
+    /// own: what they might cache, the unit does.
+    pub device_tlb: bool,
+    /// Takes page requests, where it has device-TLBs and PASIDs (ECAP.PRS, ECAP.PDS).
+    pub page_requests: bool,
+    /// User-owned first-stage tables nested on the host's stage 2 (ECAP.NEST).
+    pub nesting: bool,
+    /// User-owned second-stage tables on the host's stage 2: no hardware has that.
+    pub guest_second_stage: bool,
+    /// Accessed and dirty flags in the host's stage 2 (ECAP.SSADS): written pages can be tracked.
+    pub dirty_tracking: bool,
+    /// Says that it has erratum 772415 (GET_HW_INFO's flags): read-only mappings may be written
+    /// through by nested translation, so an IOAS with a nesting parent takes none (`EINVAL`). Linux
+    /// 7.2 says so of every VT-d.
+    pub erratum_772415: bool,
+    /// Entries of the IOTLB, rounded up to a power of two; 0 for no IOTLB.
+    pub iotlb_entries: usize,
+    /// Entries of the paging-structure cache, likewise.
+    pub paging_structure_entries: usize,
+    /// Entries of the cache of stage-2 translations, likewise.
+    pub stage2_entries: usize,
+    /// Compares every translation with the tables when it is used, and reports those that the
+    /// guest should have invalidated ([`VtdUnit::sanitizer_report`](super::VtdUnit::sanitizer_report)). Slow.
+    pub sanitize: bool,
+}
+
+impl Default for VtdUnitConfig {
+    /// A recent unit with 48 bits: all but supervisor requests, the extended accessed flag,
+    /// device-TLBs and page requests; with the erratum that Linux reports of all.
+    fn default() -> Self {
+        Self {
+            address_width: AddressWidth::Bits48,
+            huge_pages: true,
+            pasid_bits: MAX_PASID_BITS,
+            supervisor_requests: false,
+            extended_accessed: false,
+            device_tlb: false,
+            page_requests: false,
+            nesting: true,
+            guest_second_stage: true,
+            dirty_tracking: true,
+            erratum_772415: true,
+            iotlb_entries: 4096,
+            paging_structure_entries: 1024,
+            stage2_entries: 1024,
+            sanitize: false,
+        }
+    }
+}
+
+impl VtdUnitConfig {
+    /// CAP, as GET_HW_INFO gives it.
+    pub(super) fn cap(&self) -> Cap {
+        let five_levels = self.address_width == AddressWidth::Bits57;
+        Cap::new()
+            .with_nd(6)
+            .with_sagaw(if five_levels { 0b1110 } else { 0b0110 })
+            .with_mgaw(self.address_width.bits() - 1)
+            .with_sslps(self.second_stage_large_pages())
+            .with_psi(true)
+            .with_mamv(18)
+            .with_dwd(true)
+            .with_drd(true)
+            .with_fs1gp(self.huge_pages)
+            .with_fs5lp(five_levels)
+            .with_esirtps(true)
+            .with_esrtps(true)
+    }
+
+    /// ECAP, as GET_HW_INFO gives it.
+    pub(super) fn ecap(&self) -> Ecap {
+        let pasid_bits = self.pasid_bits();
+        Ecap::new()
+            .with_c(true)
+            .with_qi(true)
+            .with_dt(self.device_tlb)
+            .with_pt(true)
+            .with_sc(true)
+            .with_nest(self.nesting)
+            .with_prs(self.page_requests())
+            .with_srs(self.supervisor_requests)
+            .with_eafs(self.extended_accessed)
+            .with_pss(pasid_bits.saturating_sub(1))
+            .with_pasid(pasid_bits > 0)
+            .with_pds(self.page_requests())
+            .with_smts(true)
+            .with_ssts(true)
+            .with_fsts(true)
+            .with_smpwcs(true)
+            .with_ssads(self.dirty_tracking)
+    }
+
+    /// What GET_HW_INFO gives: flags, and both registers.
+    pub(super) fn info(&self) -> iommu_hw_info_vtd {
+        let erratum = if self.erratum_772415 { HW_INFO_VTD_ERRATA_772415_SPR17 } else { 0 };
+        iommu_hw_info_vtd {
+            flags: erratum,
+            cap_reg: self.cap().into_bits(),
+            ecap_reg: self.ecap().into_bits(),
+            ..Default::default()
+        }
+    }
+
+    /// How much it caches.
+    pub(super) fn cache_sizes(&self) -> CacheSizes {
+        CacheSizes {
+            iotlb: self.iotlb_entries,
+            paging_structures: self.paging_structure_entries,
+            stage2: self.stage2_entries,
+        }
+    }
+
+    /// Width of a PASID, in bits.
+    pub(super) fn pasid_bits(&self) -> u8 {
+        self.pasid_bits.min(MAX_PASID_BITS)
+    }
+
+    /// Whether it takes page requests, which needs device-TLBs and PASIDs.
+    pub(super) fn page_requests(&self) -> bool {
+        self.page_requests && self.device_tlb && self.pasid_bits() > 0
+    }
+
+    /// CAP.SSLPS.
+    pub(super) fn second_stage_large_pages(&self) -> u8 {
+        if self.huge_pages {
+            0b11
+        } else {
+            0b01
+        }
+    }
+
+    /// Whether the unit can walk `tables`.
+    pub(super) fn walks(&self, tables: &UserTables) -> bool {
+        match tables {
+            UserTables::VtdFirstStage(tables) => self.nesting && self.walks_first_stage(tables),
+            UserTables::VtdSecondStage(tables) => {
+                self.guest_second_stage && self.walks_second_stage(tables)
+            }
+        }
+    }
+
+    fn walks_first_stage(&self, tables: &iommu_hwpt_vtd_s1) -> bool {
+        let width = match tables.addr_width {
+            48 => true,
+            57 => self.address_width == AddressWidth::Bits57,
+            _ => false,
+        };
+        let supervisor = tables.flags & VTD_S1_SRE == 0 || self.supervisor_requests;
+        let extended = tables.flags & VTD_S1_EAFE == 0 || self.extended_accessed;
+        width && supervisor && extended
+    }
+
+    fn walks_second_stage(&self, tables: &HwptVtdSecondStage) -> bool {
+        match tables.addr_width {
+            39 | 48 => true,
+            57 => self.address_width == AddressWidth::Bits57,
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twostage::iommufd::VTD_S1_WPE;
+
+    fn first_stage(addr_width: u32, flags: u64) -> UserTables {
+        UserTables::VtdFirstStage(iommu_hwpt_vtd_s1 { flags, addr_width, ..Default::default() })
+    }
+
+    fn second_stage(addr_width: u32) -> UserTables {
+        UserTables::VtdSecondStage(HwptVtdSecondStage { pgtbl_addr: 0, addr_width })
+    }
+
+    #[test]
+    fn tables_must_fit_the_features() {
+        let plain = VtdUnitConfig::default();
+        let rich = VtdUnitConfig {
+            address_width: AddressWidth::Bits57,
+            supervisor_requests: true,
+            extended_accessed: true,
+            ..VtdUnitConfig::default()
+        };
+        let poor =
+            VtdUnitConfig { nesting: false, guest_second_stage: false, ..VtdUnitConfig::default() };
+        for (tables, by_plain, by_rich) in [
+            (first_stage(48, VTD_S1_WPE), true, true),
+            (first_stage(57, 0), false, true),
+            (first_stage(39, 0), false, false),
+            (first_stage(48, VTD_S1_SRE), false, true),
+            (first_stage(48, VTD_S1_EAFE), false, true),
+            (second_stage(39), true, true),
+            (second_stage(57), false, true),
+            (second_stage(40), false, false),
+        ] {
+            assert_eq!(plain.walks(&tables), by_plain, "{tables:?}");
+            assert_eq!(rich.walks(&tables), by_rich, "{tables:?}");
+            assert!(!poor.walks(&tables), "{tables:?}");
+        }
+    }
+
+    #[test]
+    fn registers_say_what_the_unit_can_do() {
+        let config = VtdUnitConfig { pasid_bits: 16, ..VtdUnitConfig::default() };
+        assert_eq!(config.cap().guest_address_width(), 48);
+        assert!(!config.cap().fs5lp() && config.cap().fs1gp());
+        assert_eq!(config.ecap().pasid_bits(), 16);
+        assert!(config.ecap().nest() && config.ecap().smts() && !config.ecap().srs());
+        let none = VtdUnitConfig { pasid_bits: 0, ..VtdUnitConfig::default() };
+        assert!(!none.ecap().pasid());
+        let wide = VtdUnitConfig { pasid_bits: 200, ..VtdUnitConfig::default() };
+        assert_eq!(wide.ecap().pasid_bits(), 20);
+    }
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An emulated VT-d unit in scalable mode, for devices of this process.
+//!
+//! A request goes from (requester id, PASID) through the PASID table that the host's attachments
+//! fill, through the user's own tables if its HWPT is nested, each of whose pointers goes through
+//! stage 2, and through stage 2. On its way it meets the caches that hardware has: a PASID cache,
+//! paging-structure caches and an IOTLB, whose entries stay until they are invalidated. A guest
+//! that forgets an invalidation sees it here as it would on hardware.
+#![forbid(unsafe_code)]
+
+mod config;
+mod context;
+mod counters;
+mod engine;
+mod fault;
+mod first_stage;
+mod pasid_table;
+mod reasons;
+mod sanitizer;
+mod second_stage;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::dma::error::DmaFaultReason;
+use crate::units::engine::{
+    ContextTables, Counters, LocalCounters, Request, RequestKind, SanitizerReport, Unit,
+};
+use crate::units::gate::Gate;
+
+use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
+use crate::units::page_requests::PageRequests;
+use crate::units::stage2::Stage2;
+use engine::Engine;
+use fault::Fault;
+use sanitizer::Sanitizer;
+use twostage::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, ObjectId};
+use twostage::spec::vtd::fault::FaultReason;
+
+pub use config::{AddressWidth, VtdUnitConfig};
+pub use counters::VtdCounters;
+
+/// An emulated VT-d unit in scalable mode, for devices of this process.
+///
+/// Attachments come from the [`EmulatedHost`](crate::EmulatedHost) that it is added to; devices
+/// reach it by a [`DmaPort`](crate::DmaPort). Until something is attached it blocks all DMA. What
+/// it caches stays until the host invalidates it: a guest that forgets an invalidation sees the old
+/// translation, as on hardware.
+#[derive(Debug)]
+pub struct VtdUnit {
+    config: VtdUnitConfig,
+    gate: Arc<Gate<Engine>>,
+    counters: Counters,
+    sanitizer: Option<Arc<Sanitizer>>,
+    page_requests: PageRequests,
+    /// Where the faults of a requester id go. Never held together with the gate.
+    sinks: Mutex<BTreeMap<u16, SinkOfDevice>>,
+}
+
+/// The device object that a fault names, and who is told.
+type SinkOfDevice = (ObjectId, Weak<dyn FaultSink>);
+
+impl VtdUnit {
+    /// A unit with nothing attached: it blocks all DMA.
+    pub fn new(config: VtdUnitConfig) -> Arc<Self> {
+        let counters = Counters::default();
+        let sanitizer = config.sanitize.then(Arc::<Sanitizer>::default);
+        let engine = Engine::new(config.clone(), counters.share(), sanitizer.clone());
+        Arc::new(Self {
+            config,
+            gate: Gate::new(engine),
+            counters,
+            sanitizer,
+            page_requests: PageRequests::default(),
+            sinks: Mutex::new(BTreeMap::new()),
+        })
+    }
+
+    /// What the unit has done so far. Requests under way may or may not be counted.
+    pub fn counters(&self) -> VtdCounters {
+        self.counters.read().into()
+    }
+
+    /// Which stale translations were used so far; `None` for a unit that does not look
+    /// ([`VtdUnitConfig::sanitize`]).
+    pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
+        self.sanitizer.as_ref().map(|sanitizer| sanitizer.common.report())
+    }
+
+    /// From now on the sanitizer, if there is one, compares what the unit was given for each
+    /// requester with `tables`. Only the first call counts.
+    pub fn set_context_tables(&self, tables: Weak<dyn ContextTables>) {
+        if let Some(sanitizer) = &self.sanitizer {
+            sanitizer.set_context_tables(tables);
+        }
+    }
+}
+
+impl VtdUnit {
+    fn sink(&self, rid: u16) -> Option<(ObjectId, Arc<dyn FaultSink>)> {
+        let sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        sinks.get(&rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)))
+    }
+}
+
+impl Unit for VtdUnit {
+    type Engine = Engine;
+
+    fn gate(&self) -> &Arc<Gate<Engine>> {
+        &self.gate
+    }
+
+    fn counters_share(&self) -> Arc<LocalCounters> {
+        self.counters.share()
+    }
+
+    fn report(&self, request: &Request, fault: Fault) {
+        if let Some((dev, sink)) = self.sink(request.rid) {
+            sink.dma_fault(&HostFault {
+                dev,
+                pasid: request.pasid,
+                address: request.address,
+                write: request.kind.write(),
+                execute: request.kind.execute(),
+                privileged: request.kind.privileged(),
+                reason: fault.reason.code(),
+                stage2: fault.stage2,
+            });
+        }
+    }
+
+    fn nothing_attached(fault: Fault) -> bool {
+        fault.reason == FaultReason::PasidEntryNotPresent
+    }
+
+    fn attached_late(&self, request: &Request) -> bool {
+        let sink = self.sink(request.rid);
+        sink.is_some_and(|(dev, sink)| sink.attached_late(dev, request.pasid))
+    }
+
+    fn page_requests(&self) -> &PageRequests {
+        &self.page_requests
+    }
+
+    fn asks_for_page(fault: Fault, kind: RequestKind) -> bool {
+        fault.asks_for_page(kind)
+    }
+
+    fn reason(fault: Fault) -> (DmaFaultReason, bool) {
+        (DmaFaultReason::Vtd(fault.reason), fault.stage2)
+    }
+}
+
+impl Hardware for VtdUnit {
+    fn info(&self) -> iommu_hw_info_vtd {
+        self.config.info()
+    }
+
+    fn walks(&self, tables: &UserTables) -> bool {
+        self.config.walks(tables)
+    }
+
+    fn pasid_bits(&self) -> u8 {
+        self.config.pasid_bits()
+    }
+
+    fn extensions(&self) -> Extensions {
+        Extensions { guest_second_stage: self.config.guest_second_stage, fault_reports: true }
+    }
+
+    fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation) {
+        self.gate.write(|engine| engine.install(rid, pasid, translation));
+    }
+
+    fn remove(&self, rid: u16, pasid: Option<u32>) {
+        self.gate.write(|engine| engine.remove(rid, pasid));
+    }
+
+    fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]) {
+        self.gate.write(|engine| engine.invalidate(tag, ranges));
+    }
+
+    fn stage2_changed(&self, stage2: &Arc<Stage2>) {
+        self.gate.write(|engine| engine.stage2_changed(stage2));
+    }
+
+    fn page_requests(&self) -> Option<&PageRequests> {
+        self.config.page_requests().then_some(&self.page_requests)
+    }
+
+    fn set_fault_sink(&self, rid: u16, sink: Option<SinkOfDevice>) {
+        let mut sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        match sink {
+            Some(sink) => sinks.insert(rid, sink),
+            None => sinks.remove(&rid),
+        };
+    }
+}

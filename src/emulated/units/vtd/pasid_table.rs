@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The host-side PASID table. A requester's PASID cache is in front of it.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use super::context::Context;
+use crate::units::engine::ConfigCache;
+use crate::units::hardware::CacheTag;
+use twostage::runs::Runs;
+
+/// Where each requester's DMA goes. Who is not in it is blocked.
+#[derive(Debug, Default)]
+pub(super) struct PasidTable {
+    /// Contexts by index. Requesters that are attached to the same HWPT share one.
+    contexts: Vec<Option<Shared>>,
+    /// Indices that no context has.
+    free: Vec<u32>,
+    /// The index of the context of each HWPT.
+    by_tag: BTreeMap<u32, u32>,
+    functions: BTreeMap<u16, Function>,
+    /// Counts changes: what was looked up in an earlier generation is no longer true.
+    generation: u64,
+}
+
+/// A context, and how many requesters have it: at least one.
+#[derive(Debug)]
+struct Shared {
+    context: Context,
+    users: usize,
+}
+
+/// The indices of the contexts of one requester id.
+#[derive(Debug, Default)]
+struct Function {
+    own: Option<u32>,
+    pasids: Runs<u32>,
+}
+
+impl PasidTable {
+    /// Gives `rid` (or its `pasid`), which must have none, the context that `new` makes, or the one
+    /// that others have of the same `tag`.
+    pub fn insert(
+        &mut self,
+        rid: u16,
+        pasid: Option<u32>,
+        tag: CacheTag,
+        new: impl FnOnce() -> Context,
+    ) {
+        self.generation += 1;
+        let index = match self.by_tag.get(&tag.0) {
+            Some(index) => *index,
+            None => self.add(tag, new()),
+        };
+        if let Some(Some(shared)) = self.contexts.get_mut(index as usize) {
+            shared.users += 1;
+        }
+        self.functions.entry(rid).or_default().set(pasid, Some(index));
+    }
+
+    /// Adds a context that nobody has yet.
+    fn add(&mut self, tag: CacheTag, context: Context) -> u32 {
+        let shared = Some(Shared { context, users: 0 });
+        // There are fewer contexts than tags, which have 32 bits.
+        let index = self.free.pop().unwrap_or(self.contexts.len() as u32);
+        match self.contexts.get_mut(index as usize) {
+            Some(slot) => *slot = shared,
+            None => self.contexts.push(shared),
+        }
+        self.by_tag.insert(tag.0, index);
+        index
+    }
+
+    /// What `rid` (or its `pasid`) has.
+    pub fn get(&self, rid: u16, pasid: Option<u32>) -> Option<&Context> {
+        self.context(self.index(rid, pasid)?)
+    }
+
+    /// Takes away what `rid` (or its `pasid`) has; `gone` is told of it.
+    pub fn remove(&mut self, rid: u16, pasid: Option<u32>, gone: impl FnOnce(&Context)) {
+        self.generation += 1;
+        let Some(index) = self.index(rid, pasid) else { return };
+        if let Some(function) = self.functions.get_mut(&rid) {
+            function.set(pasid, None);
+            if function.own.is_none() && function.pasids.is_empty() {
+                self.functions.remove(&rid);
+            }
+        }
+        let Some(place) = self.contexts.get_mut(index as usize) else { return };
+        let Some(shared) = place else { return };
+        gone(&shared.context);
+        shared.users -= 1;
+        if shared.users == 0 {
+            self.by_tag.remove(&shared.context.tag.0);
+            self.free.push(index);
+            *place = None;
+        }
+    }
+
+    fn index(&self, rid: u16, pasid: Option<u32>) -> Option<u32> {
+        let function = self.functions.get(&rid)?;
+        pasid.map_or(function.own, |pasid| function.pasids.get(pasid))
+    }
+
+    #[inline]
+    fn context(&self, index: u32) -> Option<&Context> {
+        Some(&self.contexts.get(index as usize)?.as_ref()?.context)
+    }
+
+    /// The context of requests with `pasid`, when `cache` has it.
+    #[inline]
+    pub fn cached(&self, cache: &ConfigCache, pasid: Option<u32>) -> Option<&Context> {
+        Some(&self.contexts.get(cache.get(self.generation, pasid)?)?.as_ref()?.context)
+    }
+
+    /// The context of `rid` (or its `pasid`), in `cache` from now on, and whether another had to go
+    /// for it. A requester without a context is not cached.
+    pub fn fill(
+        &self,
+        cache: &mut ConfigCache,
+        rid: u16,
+        pasid: Option<u32>,
+    ) -> Option<(&Context, bool)> {
+        let index = self.index(rid, pasid)?;
+        let context = self.context(index)?;
+        Some((context, cache.fill(self.generation, pasid, index as usize)))
+    }
+}
+
+impl Function {
+    fn set(&mut self, pasid: Option<u32>, index: Option<u32>) {
+        match pasid {
+            None => self.own = index,
+            Some(pasid) => self.pasids.set(pasid, index),
+        }
+    }
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Why a walk fails, for causes that every format of tables has.
+#![forbid(unsafe_code)]
+
+use super::fault::Fault;
+use crate::units::engine::{At, Stage2Refusal};
+use twostage::spec::vtd::fault::FaultReason;
+
+/// The reasons of one format.
+#[derive(Debug)]
+pub(super) struct Reasons {
+    /// The top table is beyond what stage 2 translates.
+    pub top_beyond: FaultReason,
+    /// Another table is.
+    pub beyond: FaultReason,
+    /// Stage 2 does not let the top table be read.
+    pub top_denied: FaultReason,
+    /// Stage 2 does not let another table be read.
+    pub denied: FaultReason,
+    /// An entry of the top table could not be read.
+    pub top_access: FaultReason,
+    /// An entry of another table could not be read.
+    pub access: FaultReason,
+    /// Stage 2 does not let the flags of an entry be written.
+    pub flags_denied: FaultReason,
+    /// The flags of an entry could not be updated: it kept changing.
+    pub flags_update: FaultReason,
+}
+
+impl Reasons {
+    /// Stage 2 does not let a table be read.
+    pub fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {
+        Fault::stage2(match (why, at.top) {
+            (Stage2Refusal::Beyond, true) => self.top_beyond,
+            (Stage2Refusal::Beyond, false) => self.beyond,
+            (Stage2Refusal::Absent | Stage2Refusal::Denied, true) => self.top_denied,
+            (Stage2Refusal::Absent | Stage2Refusal::Denied, false) => self.denied,
+        })
+    }
+
+    /// An entry could not be read.
+    pub fn entry_unreadable(&self, at: At) -> Fault {
+        Fault::stage1(if at.top { self.top_access } else { self.access })
+    }
+}
+
+/// Stage 2 does not allow an access to a page, whatever led there.
+pub(super) fn page_refused(why: Stage2Refusal) -> Fault {
+    Fault::stage2(match why {
+        Stage2Refusal::Beyond => FaultReason::AddressBeyondGuest,
+        Stage2Refusal::Absent | Stage2Refusal::Denied => FaultReason::SecondStageDenied,
+    })
+}
