@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use serde_json::json;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::backend::Backend;
 use super::broken::{Broken, Unserved};
@@ -21,6 +23,7 @@ use super::queue::Virtqueue;
 /// Events are told apart by these, or by the number of a queue.
 const STOP: u32 = u32::MAX;
 const INPUT: u32 = u32::MAX - 1;
+const LOOK: u32 = u32::MAX - 2;
 
 /// What a device works with: its own part, and the memory it reaches.
 pub(super) struct Device {
@@ -31,6 +34,9 @@ pub(super) struct Device {
 /// How long a worker that was told to stop is waited for before it is left behind. It makes no more
 /// requests then, and needs longer only in a call of the system's, such as a disk's.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Looks for input that came while the function might make no requests are so far apart.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// A running worker, who has the device to itself. Dropping it stops it and waits for that, but not for
 /// ever: what it works with is its own until its thread ends.
@@ -98,6 +104,7 @@ impl Worker {
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let stopped = stop.try_clone()?;
+        let late = LateInput { timer: TimerFd::new()?, waits: false, allowed: false };
         let name = format!("{}-worker", link.name());
         let ended = Arc::<Ended>::default();
         let end = EndOf(ended.clone());
@@ -108,7 +115,8 @@ impl Worker {
             let _end = end;
             let (device, link) = (device, of_worker);
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            let server = Server { device, queues, link: link.clone(), stop: stopped, over: false };
+            let (stop, link_too) = (stopped, link.clone());
+            let server = Server { device, queues, link: link_too, stop, late, over: false };
             if let Err(error) = run(server) {
                 link.set_needs_reset(&format_args!("event loop: {error:?}"));
             }
@@ -157,12 +165,48 @@ fn run(server: Server<'_>) -> Result<(), event_manager::Error> {
     Ok(())
 }
 
+/// Input that came while the function might make no requests. Nothing tells of it a second time.
+///
+/// It is not served as soon as the function may: the buffers may be a former driver's, whose memory has
+/// become another kernel's (kexec). That one switches bus mastering on and resets the device at once.
+struct LateInput {
+    timer: TimerFd,
+    /// There is some, and the timer runs.
+    waits: bool,
+    /// The function might make requests at the last look.
+    allowed: bool,
+}
+
+impl LateInput {
+    fn look_later(&mut self, allowed: bool) -> io::Result<()> {
+        self.allowed = allowed;
+        if !self.waits {
+            self.timer.reset(BETWEEN_LOOKS, None)?;
+            self.waits = true;
+        }
+        Ok(())
+    }
+
+    /// The timer has run out. Whether the input can be served; else it waits on.
+    fn look(&mut self, allowed: bool) -> io::Result<bool> {
+        // It has, so this does not wait.
+        self.timer.wait()?;
+        self.waits = false;
+        if allowed && self.allowed {
+            return Ok(true);
+        }
+        self.look_later(allowed)?;
+        Ok(false)
+    }
+}
+
 /// Serves the events of one device.
 struct Server<'a> {
     device: MutexGuard<'a, Device>,
     queues: Vec<Virtqueue>,
     link: Arc<Link>,
     stop: EventFd,
+    late: LateInput,
     /// It was told to stop.
     over: bool,
 }
@@ -185,6 +229,19 @@ impl Server<'_> {
         }
     }
 
+    fn serve_input(&mut self) {
+        let number = self.device.backend.input_queue();
+        self.serve(number);
+    }
+
+    fn after_look(&mut self, serve: io::Result<bool>) {
+        match serve {
+            Ok(true) => self.serve_input(),
+            Ok(false) => {}
+            Err(error) => self.link.set_needs_reset(&format_args!("timer: {error}")),
+        }
+    }
+
     fn try_serve(&mut self, number: usize) -> Result<bool, Unserved> {
         let Device { backend, memory } = &mut *self.device;
         let Some(queue) = self.queues.get_mut(number) else { return Ok(false) };
@@ -201,6 +258,8 @@ impl Server<'_> {
         if let Some(input) = self.device.backend.input() {
             let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
             ops.add(Events::with_data_raw(input, INPUT, edges)).map_err(failed)?;
+            let timer = self.late.timer.as_raw_fd();
+            ops.add(Events::with_data_raw(timer, LOOK, EventSet::IN)).map_err(failed)?;
         }
         Ok(())
     }
@@ -219,13 +278,16 @@ impl MutEventSubscriber for Server<'_> {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match events.data() {
             STOP => self.over = true,
-            INPUT => {
-                // While the function may make no requests, what comes in waits for the driver's next
-                // word or the next that comes in: the buffers may be a former driver's.
-                if self.link.gate.bus_master() {
-                    let number = self.device.backend.input_queue();
-                    self.serve(number);
+            INPUT => match self.link.gate.bus_master() {
+                true => self.serve_input(),
+                false => {
+                    let later = self.late.look_later(false);
+                    self.after_look(later.map(|()| false));
                 }
+            },
+            LOOK => {
+                let look = self.late.look(self.link.gate.bus_master());
+                self.after_look(look);
             }
             number => {
                 let number = number as usize;
@@ -238,5 +300,20 @@ impl MutEventSubscriber for Server<'_> {
                 self.serve(number);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_input_is_not_served_at_once_when_the_function_may_make_requests() {
+        let mut late = LateInput { timer: TimerFd::new().unwrap(), waits: false, allowed: false };
+        late.look_later(false).unwrap();
+        let looks = [false, true, false, true, true];
+        let served: Vec<_> = looks.map(|allowed| late.look(allowed).unwrap()).into();
+        assert_eq!(served, [false, false, false, false, true]);
+        assert!(!late.waits);
     }
 }

@@ -228,6 +228,29 @@ fn an_error_does_not_end_what_comes_in() {
 }
 
 #[test]
+fn a_frame_that_came_without_bus_mastering_is_received_with_it() {
+    for place in PLACES {
+        let (rig, far) = machine(place);
+        let mut queues = rig.start(0);
+        let receive = &mut queues[RECEIVE];
+        receive.add(&[(BUFFERS, 2000, true)]);
+        receive.add(&[(BUFFERS + 0x1000, 2000, true)]);
+        receive.notify();
+        // Everything was looked at: the next is told of by itself alone.
+        far.send(&frame(1, 60)).unwrap();
+        rig.wait("a frame", || receive.used_index() == 1);
+        rig.write_config(4, &[2, 0]);
+        far.send(&frame(2, 60)).unwrap();
+        // Most likely it was heard of by now. If not, it arrives all the same.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(receive.used_index(), 1);
+        rig.write_config(4, &[6, 0]);
+        rig.wait("a frame", || receive.used_index() == 2);
+        assert_eq!(receive.used(1).1, 72);
+    }
+}
+
+#[test]
 fn it_has_an_address() {
     let (rig, _far) = machine(Place::Direct);
     assert_eq!(rig.read_config(0, 4), 0x1041_1af4);
