@@ -13,7 +13,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::host::refusal::Outcome;
-use crate::units::engine::Request;
+use crate::units::engine::request::Request;
 use twostage::iommufd::{PageRequest, PageRequestFlags, PageRequestPermissions, PageResponseCode};
 
 /// Groups that a device can have open: an index has 9 bits (PCIe 6.0 §10.4.1).

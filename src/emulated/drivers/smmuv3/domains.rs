@@ -5,7 +5,7 @@ use std::any::Any;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::vsmmu::{Streams, Vmaster};
+use super::streams::{Streams, Vmaster};
 use crate::drivers::tags::OwnedTag;
 use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray};
 use crate::host::device::Requester;

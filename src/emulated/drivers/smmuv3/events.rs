@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
-use super::vsmmu::Vmaster;
+use super::streams::Vmaster;
 use crate::units::smmuv3::EventSink;
 use twostage::iommufd::{FaultSink, HostFault, ObjectId, VEVENTQ_ARM_SMMUV3};
 use twostage::spec::smmuv3::event::EventRecord;

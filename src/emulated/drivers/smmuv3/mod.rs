@@ -5,6 +5,7 @@
 
 mod domains;
 mod events;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod vsmmu;
@@ -24,10 +25,11 @@ use crate::units::smmuv3::{SmmuV3Unit, StreamEntry};
 use crate::units::stage2::Stage2;
 use domains::{own_nested, own_paging, SmmuPaging, Stage};
 use events::Master;
+use streams::Vmaster;
 use twostage::iommufd::{
     Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
 };
-use vsmmu::{Vmaster, Vsmmu};
+use vsmmu::Vsmmu;
 
 /// Where Linux puts the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
 /// behind an SMMU has anything else there.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A vIOMMU of an SMMU: the user's streams by the user's StreamIDs, and its invalidation commands.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::domains::SmmuNested;
+use super::streams::Streams;
 use crate::drivers::user_data::{ARM_SMMUV3, ARM_SMMUV3_INVALIDATE};
 use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray, UserData, ViommuDriver};
 use crate::host::device::Requester;
@@ -14,58 +14,12 @@ use crate::units::hardware::CacheTag;
 use crate::units::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
 use twostage::iommufd::{Errno, HwptFlags};
 use twostage::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
-use twostage::spec::smmuv3::StreamId;
 
 /// Commands that Linux issues at once (`CMDQ_BATCH_ENTRIES`, but for the CMD_SYNC).
 const BLOCK: usize = 63;
 
 /// Bytes of a command.
 const COMMAND_SIZE: usize = 16;
-
-/// Where events of a stream go that is the user's.
-#[derive(Debug, Clone)]
-pub(super) struct Vmaster {
-    /// The user's StreamID.
-    pub vsid: u32,
-    /// The vEVENTQs of the vIOMMU.
-    pub events: Arc<ViommuEvents>,
-}
-
-/// The streams that a vIOMMU knows.
-#[derive(Debug)]
-pub(super) struct Streams {
-    /// Requester ids by the user's StreamIDs.
-    by_vsid: Mutex<BTreeMap<u64, u16>>,
-    events: Arc<ViommuEvents>,
-}
-
-impl Streams {
-    /// Where events of `device` go, if the vIOMMU knows it.
-    pub fn vmaster(&self, device: &Requester) -> Option<Vmaster> {
-        let (vsid, _) = self
-            .by_vsid()
-            .iter()
-            .map(|(vsid, sid)| (*vsid, *sid))
-            .find(|(_, sid)| *sid == device.rid.raw())?;
-        // Linux puts as much of it into the record.
-        Some(Vmaster { vsid: vsid as u32, events: self.events.clone() })
-    }
-
-    /// The stream that the user calls `vsid`.
-    ///
-    /// # Errors
-    /// `EIO` there is none.
-    fn sid(&self, vsid: StreamId) -> Outcome<u16> {
-        match self.by_vsid().get(&vsid.raw().into()) {
-            Some(sid) => Ok(*sid),
-            None => refuse(Errno::EIO, format!("no vDEVICE has the StreamID {vsid}")),
-        }
-    }
-
-    fn by_vsid(&self) -> MutexGuard<'_, BTreeMap<u64, u16>> {
-        self.by_vsid.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// A vIOMMU.
 #[derive(Debug)]
@@ -86,7 +40,7 @@ impl Vsmmu {
         parent: &Arc<dyn PagingDomain>,
         events: &Arc<ViommuEvents>,
     ) -> Self {
-        let streams = Streams { by_vsid: Mutex::default(), events: events.clone() };
+        let streams = Streams::new(events.clone());
         let (unit, streams) = (unit.clone(), Arc::new(streams));
         Self { unit, tag, _parent: parent.clone(), streams }
     }
@@ -156,12 +110,12 @@ impl ViommuDriver for Vsmmu {
     }
 
     fn vdevice_init(&self, device: &Requester, virt_id: u64) -> Outcome<()> {
-        self.streams.by_vsid().insert(virt_id, device.rid.raw());
+        self.streams.insert(virt_id, device.rid.raw());
         Ok(())
     }
 
     fn vdevice_destroy(&self, virt_id: u64) {
-        self.streams.by_vsid().remove(&virt_id);
+        self.streams.remove(virt_id);
     }
 }
 

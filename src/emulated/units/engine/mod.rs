@@ -17,7 +17,7 @@ mod format;
 mod host_stage2;
 mod memories;
 mod origins;
-mod request;
+pub(crate) mod request;
 mod sanitizer;
 mod sharing;
 #[cfg(test)]

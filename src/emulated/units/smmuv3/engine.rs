@@ -26,19 +26,8 @@ use crate::units::engine::{
 };
 use crate::units::stage2::Stage2;
 use twostage::spec::smmuv3::event::{EventClass, EventId};
-use twostage::spec::smmuv3::translation::Granule;
 
-/// Sizes of what the IOTLB may have, as powers of two, by the granule of stage 1: pages, and pieces
-/// of them where stage 2 has smaller ones.
-pub(super) const fn shifts(granule: Granule) -> &'static [u8] {
-    match granule {
-        Granule::K4 => &[12, 21, 30],
-        Granule::K16 => &[14, 25, 12, 21],
-        Granule::K64 => &[16, 29, 12, 21, 30],
-    }
-}
-
-/// The same without stage 1.
+/// Sizes of what the IOTLB may have without stage 1, as powers of two.
 const STAGE2_SHIFTS: &[u8] = &[30, 21, 12];
 
 /// See the [module's documentation](self).
@@ -91,7 +80,7 @@ impl Engine {
             return self.caches.translation(STAGE2_SHIFTS, source, address, kind);
         };
         let (address, tables) = space.half(address);
-        let shifts = shifts(tables?.granule);
+        let shifts = tables?.shifts();
         let of = |space| self.caches.translation(shifts, Source::new(tag, space), address, kind);
         of(space.asid.into()).or_else(|| match self.globals.load(Ordering::Relaxed) {
             true => of(GLOBAL),

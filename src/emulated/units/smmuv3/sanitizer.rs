@@ -66,7 +66,7 @@ pub(super) fn check(
         host,
         source: Source::new(*tag, space.asid.into()),
         others: Some(Source::new(*tag, GLOBAL)),
-        shifts: super::engine::shifts(tables.granule),
+        shifts: tables.shifts(),
         invalidation: TlbInvalidation::SmmuV3TlbiNhVa { asid: space.asid },
     };
     sanitizer.check(caches, &used, counters, &Request { address, ..*request }, target)

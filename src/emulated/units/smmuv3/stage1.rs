@@ -36,6 +36,16 @@ pub(super) struct Stage1 {
 }
 
 impl Stage1 {
+    /// Sizes of what the IOTLB may have, as powers of two: pages of the granule, and pieces of them
+    /// where stage 2 has smaller ones.
+    pub const fn shifts(&self) -> &'static [u8] {
+        match self.granule {
+            Granule::K4 => &[12, 21, 30],
+            Granule::K16 => &[14, 25, 12, 21],
+            Granule::K64 => &[16, 29, 12, 21, 30],
+        }
+    }
+
     fn fault(&self, id: EventId) -> Fault {
         Fault::stage1(id, self.recorded)
     }

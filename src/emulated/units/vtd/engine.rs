@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::config::VtdUnitConfig;
 use super::context::{Context, Tables};
 use super::fault::Fault;
+use super::first_stage::PAGE_SHIFTS;
 use super::pasid_table::PasidTable;
 use super::reasons::page_refused;
 use super::sanitizer::Sanitizer;
@@ -24,8 +25,6 @@ use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::page_size;
 use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
-/// Sizes of pages as powers of two: 4 KiB, 2 MiB, 1 GiB.
-pub(super) const PAGE_SHIFTS: [u8; 3] = [12, 21, 30];
 /// Sizes of what one paging-structure entry spans: 2 MiB to 256 TiB.
 const STRUCTURE_SHIFTS: [u8; 4] = [21, 30, 39, 48];
 

@@ -9,6 +9,9 @@ use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::{index, is_canonical, page_size, FirstStageEntry};
 use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
+/// Sizes of pages, of either stage, as powers of two: 4 KiB, 2 MiB, 1 GiB.
+pub(super) const PAGE_SHIFTS: [u8; 3] = [12, 21, 30];
+
 /// First-stage tables: what a PASID-table entry says of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FirstStage {

@@ -8,7 +8,7 @@
 use std::sync::{OnceLock, Weak};
 
 use super::context::{Context, Tables};
-use super::engine::PAGE_SHIFTS;
+use super::first_stage::PAGE_SHIFTS;
 use crate::units::engine::{
     self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Request, StaleContext,
     TableFormat, Target, TlbInvalidation, Used,
