@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::smmuv3::StreamPolicy;
+use super::smmuv3::host_side::StreamPolicy;
 use super::{DmaFault, MsiMessage, Requester, RequesterConfig};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::event::EventRecord;

@@ -31,7 +31,7 @@ mod counters;
 mod eventq;
 mod events;
 mod gerror;
-mod host_side;
+pub(super) mod host_side;
 mod interrupts;
 mod intersection;
 mod notices;

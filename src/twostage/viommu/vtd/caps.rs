@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 
 use super::config::{ConfigError, VtdConfig};
+use super::host_unit::HostUnit;
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::CapabilityConflict;
 
@@ -34,22 +35,6 @@ impl Capabilities {
     pub fn registers(&self) -> BTreeMap<&'static str, u64> {
         BTreeMap::from([("CAP", self.cap.into_bits()), ("ECAP", self.ecap.into_bits())])
     }
-}
-
-/// What a host unit can serve, and a device behind it to name it by.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostUnit {
-    /// The device whose `IOMMU_GET_HW_INFO` this is.
-    pub device: String,
-    /// CAP of the unit.
-    pub cap: Cap,
-    /// ECAP of the unit.
-    pub ecap: Ecap,
-    /// The host walks second-stage tables of the guest on top of its own
-    /// ([`crate::iommufd::Extensions::guest_second_stage`]). No register says so.
-    pub guest_second_stage: bool,
-    /// The host tells of requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
-    pub fault_reports: bool,
 }
 
 impl VtdConfig {

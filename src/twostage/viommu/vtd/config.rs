@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What virtual VT-d to build.
 
-use super::caps::HostUnit;
+use super::host_unit::HostUnit;
 use crate::spec::pci::Pasid;
 
 /// Size of the register page, in bytes.

@@ -33,6 +33,7 @@ mod evaluation;
 mod events;
 mod explain;
 mod faults;
+mod host_unit;
 mod interrupt_entries;
 mod interrupt_remapping;
 mod invalidate;
@@ -51,11 +52,12 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use caps::{Capabilities, HostUnit};
+pub use caps::Capabilities;
 pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
 pub use counters::VtdCounters;
 pub use events::EventRegisters;
 pub use faults::FaultLog;
+pub use host_unit::HostUnit;
 pub use state::{Registers, VtdState};
 
 use super::in_turn::InTurn;
