@@ -26,7 +26,7 @@
 //! * A DMA that waits for a page (PRI) goes on within the call that brings the answer, in whichever
 //!   process that is made.
 //! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
-//!   when the program unmaps them, and reached whatever rights it leaves itself (`pins.rs`).
+//!   when the program unmaps them, and reached whatever rights it leaves itself (`memory/pins.rs`).
 //!   `/proc/PID/status` says how much it is.
 //! * A call beside `close`, `close_range` or `dup2` of its descriptor, in another thread, is done or fails with
 //!   `EBADF`: it does not wait.
@@ -43,7 +43,7 @@
 //! * Pages that the program discards (`MADV_DONTNEED` and the like of private memory), or cuts out of a file
 //!   (holes, `MADV_REMOVE`, a shorter file), are gone for devices, too: they find what the program finds, where a
 //!   kernel leaves them the pages that they had. Tables that an IOMMU walks must be in memory that stays
-//!   readable and writable. Whenever that does not hold, standard error says so (`taken.rs`).
+//!   readable and writable. Whenever that does not hold, standard error says so (`memory/taken.rs`).
 //! * A file that is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`) can be mapped for devices
 //!   to read only: `EINVAL`.
 //! * Private memory of another process cannot be pinned: `EFAULT`. Pinned private memory cannot be
@@ -54,38 +54,15 @@
 // The hooks, which all else is for, are not exported from a test.
 #![cfg_attr(test, allow(dead_code))]
 
-mod accounts;
-mod caller;
-mod calls;
+mod callers;
 mod config;
-mod device;
-mod edu;
-mod events;
-#[cfg(feature = "selftest")]
-mod fail_nth;
-mod file;
-mod group;
-mod groups;
+mod files;
 mod hooks;
 mod internal;
-mod iommufd;
 mod logger;
-mod maps;
-mod msi;
+mod memory;
 mod next;
-mod opener;
-mod pins;
-mod proc_status;
-mod process;
-mod remote;
-mod service;
 mod state;
 mod sys;
 mod table;
-mod taken;
-#[cfg(feature = "selftest")]
-mod test_file;
-mod user_space;
-mod waiting;
-mod windows;
 mod world;

@@ -3,7 +3,7 @@
 //!
 //! A descriptor of an emulated file is one end of a socket pair. The owner keeps the other end: it
 //! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
-//! processes ([`crate::calls`]). Its name tells a process that did not open the file what it is.
+//! processes ([`crate::callers::calls`]). Its name tells a process that did not open the file what it is.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -13,17 +13,17 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use twostage::iommufd::Errno;
 use twostage_emulated::{MappedPages, MmapRequest};
 
-use crate::accounts::Accounts;
-use crate::file::File;
+use crate::callers::process::Processes;
+use crate::callers::service::Service;
+use crate::files::file::File;
+use crate::files::waiting::Waiting;
 use crate::internal::Internal;
-use crate::pins::Pins;
-use crate::process::Processes;
-use crate::service::Service;
+use crate::memory::accounts::Accounts;
+use crate::memory::pins::Pins;
+use crate::memory::windows::Windows;
 use crate::sys;
 use crate::sys::Mark;
 use crate::table::{self, Entry};
-use crate::waiting::Waiting;
-use crate::windows::Windows;
 use crate::world::World;
 
 /// How the names of the owner's ends begin.
@@ -388,7 +388,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::file::{Answer, Call, Caller};
+    use crate::files::file::{Answer, Call, Caller};
 
     /// A file whose end takes its time.
     #[derive(Debug)]

@@ -14,11 +14,11 @@ use twostage_emulated::{
 };
 
 use crate::config::{Config, Device as DeviceEntry, Iommu, Model};
-use crate::file::File;
-use crate::group::{Group, GroupFile};
-use crate::groups::Groups;
-use crate::iommufd::Iommufd;
-use crate::opener::{device_name, Entry, Opener};
+use crate::files::file::File;
+use crate::files::group::{Group, GroupFile};
+use crate::files::groups::Groups;
+use crate::files::iommufd::Iommufd;
+use crate::files::opener::{device_name, Entry, Opener};
 
 /// Names the file that describes the machine.
 const FILE_VARIABLE: &str = "TWOSTAGE_IOMMUFD";

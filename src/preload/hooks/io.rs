@@ -9,10 +9,10 @@ use twostage::iommufd::Errno;
 use twostage_emulated::uapi::UserSpace;
 
 use super::{answer, answer_int, ours};
-use crate::file::Call;
-use crate::process::Process;
+use crate::callers::process::Process;
+use crate::files::file::Call;
 use crate::table::{self, Entry};
-use crate::{calls, next, state, sys};
+use crate::{callers::calls, next, state, sys};
 
 /// Makes `call` when `fd` is ours.
 fn call(fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
@@ -216,7 +216,7 @@ at_offset! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::file::{Answer, Caller, File};
+    use crate::files::file::{Answer, Caller, File};
     use std::sync::Arc;
 
     /// A file that answers every call with an errno of its own.

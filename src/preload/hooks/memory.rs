@@ -10,7 +10,7 @@ use twostage::iommufd::Errno;
 use twostage_emulated::{MappedPages, MmapRequest};
 
 use super::ours;
-use crate::{next, state, sys, taken};
+use crate::{memory::taken, next, state, sys};
 
 fn failed(errno: Errno) -> *mut c_void {
     sys::set_errno(errno);

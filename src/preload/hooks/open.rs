@@ -9,8 +9,8 @@ use twostage::iommufd::Errno;
 
 use super::{answer_int, node};
 #[cfg(feature = "selftest")]
-use crate::fail_nth;
-use crate::{calls, next, proc_status, state, sys};
+use crate::files::fail_nth;
+use crate::{callers::calls, memory::proc_status, next, state, sys};
 
 /// Opens `path` when it is ours, or when what it says is.
 ///

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use twostage_emulated::uapi::LockedMemory;
 
-use crate::process::Process;
+use crate::callers::process::Process;
 
 /// What iommufds have pinned of a process's memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::file::File;
+use crate::files::file::File;
 
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
@@ -47,7 +47,7 @@ mod tests {
 
     use twostage::iommufd::Errno;
 
-    use crate::file::{Answer, Call, Caller};
+    use crate::files::file::{Answer, Call, Caller};
 
     #[derive(Debug, Default)]
     struct Device {

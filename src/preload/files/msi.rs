@@ -6,8 +6,8 @@ use std::mem::size_of;
 
 use twostage::iommufd::Errno;
 
+use crate::callers::process::Process;
 use crate::internal::Internal;
-use crate::process::Process;
 use crate::sys;
 
 /// `VFIO_PCI_MSI_IRQ_INDEX`.

@@ -9,10 +9,10 @@ use twostage::iommufd::{Errno, UserMemory};
 use twostage_emulated::uapi::{self, Credentials, UserFault, UserSpace};
 use twostage_emulated::{EmulatedHost, EventFile};
 
-use crate::events::Events;
-use crate::file::{Caller, File};
-use crate::process::Process;
-use crate::{remote, state};
+use crate::callers::process::Process;
+use crate::files::events::Events;
+use crate::files::file::{Caller, File};
+use crate::{callers::remote, state};
 
 /// A process that makes a call.
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl uapi::Process for CallingProcess {
 
     #[cfg(feature = "selftest")]
     fn install_test_file(&self, file: Arc<dyn uapi::TestFile>) -> Result<i32, Errno> {
-        self.open(Arc::new(crate::test_file::OpenTestFile(file)))
+        self.open(Arc::new(crate::files::test_file::OpenTestFile(file)))
     }
 
     #[cfg(feature = "selftest")]

@@ -10,8 +10,8 @@ use twostage::spec::pci::Bdf;
 use twostage_emulated::Machine;
 
 use crate::config::{Device as DeviceEntry, Dma};
-use crate::device::Device;
-use crate::edu::Edu;
+use crate::files::device::Device;
+use crate::files::edu::Edu;
 
 /// A device of the machine.
 #[derive(Debug)]

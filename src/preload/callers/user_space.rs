@@ -11,11 +11,11 @@ use twostage::iommufd::{Errno, UserMemory};
 use twostage_emulated::uapi::{Credentials, UserFault, UserSpace};
 use twostage_emulated::EmulatedHost;
 
+use crate::callers::process::{self, Process};
 use crate::config::Capability;
-use crate::process::{self, Process};
 use crate::state::{self, Own};
 use crate::world::World;
-use crate::{sys, taken};
+use crate::{memory::taken, sys};
 
 impl Process {
     /// The file of this process that the process has open as `fd`.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use twostage_emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort, PageTries};
 
-use crate::process::Process;
+use crate::callers::process::Process;
 use crate::{state, sys};
 
 /// Length of BAR 0, in bytes.

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use twostage::iommufd::{Errno, Readiness};
 use twostage_emulated::EventFile;
 
-use crate::file::{Answer, Call, Caller, File};
+use crate::files::file::{Answer, Call, Caller, File};
 use crate::internal::Internal;
 use crate::sys;
 

@@ -8,8 +8,8 @@ use twostage::iommufd::Errno;
 use twostage_emulated::uapi::{self, UserSpace};
 use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
+use crate::callers::process::Process;
 use crate::internal::Internal;
-use crate::process::Process;
 
 /// A call on a descriptor. Addresses are the caller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub enum Call {
 pub struct Answer {
     /// What it returns.
     pub value: i64,
-    /// A message of the owner's is to be taken from the descriptor: see [`crate::events`].
+    /// A message of the owner's is to be taken from the descriptor: see [`crate::files::events`].
     pub take_message: bool,
 }
 

@@ -6,7 +6,7 @@
 //! mapped twice. It is used where it is; when the program unmaps it, the hook leaves it in place
 //! until nobody uses it ([`Pins::release`]), and refuses to move it. What the program may do to its mapping
 //! does not keep devices from it ([`sys::copy_anyway`]). Pages that the program discards, or cuts out of their
-//! file, are gone for devices, too: a kernel would leave them those; here that is said ([`crate::taken`]).
+//! file, are gone for devices, too: a kernel would leave them those; here that is said ([`crate::memory::taken`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +18,7 @@ use twostage::iommufd::{Errno, UserMemory};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::maps::{self, Mapping};
+use crate::memory::maps::{self, Mapping};
 use crate::sys;
 
 const PAGE_SIZE: u64 = 4096;

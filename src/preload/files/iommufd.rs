@@ -7,7 +7,7 @@ use std::sync::Arc;
 use twostage::iommufd::Errno;
 use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
-use crate::file::{Answer, Argument, Call, Caller, Excess, File};
+use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
 
 /// Ioctls from this number on are iommufd's own (`IOMMUFD_CMD_BASE`); those below are VFIO's.
 const FIRST_OWN: u32 = 0x80;

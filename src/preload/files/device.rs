@@ -13,11 +13,11 @@ use twostage::iommufd::Errno;
 use twostage_emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
 use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
-use crate::edu::{Edu, BAR_SIZE};
-use crate::file::{Answer, Argument, Call, Caller, Excess, File};
-use crate::groups::{Blocked, Groups};
-use crate::msi::{Msi, IRQS, MSI_FLAGS, MSI_INDEX};
-use crate::process::Process;
+use crate::callers::process::Process;
+use crate::files::edu::{Edu, BAR_SIZE};
+use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
+use crate::files::groups::{Blocked, Groups};
+use crate::files::msi::{Msi, IRQS, MSI_FLAGS, MSI_INDEX};
 
 const GET_INFO: u32 = vfio_request(7);
 const GET_REGION_INFO: u32 = vfio_request(8);

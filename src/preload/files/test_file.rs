@@ -8,7 +8,7 @@ use std::sync::Arc;
 use twostage::iommufd::Errno;
 use twostage_emulated::uapi::TestFile;
 
-use crate::file::{Answer, Call, Caller, File};
+use crate::files::file::{Answer, Call, Caller, File};
 
 /// An open file of a test operation.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 //! Calls on files of another process: how they get there and back.
 //!
 //! The caller sends one message through the descriptor, and a socket with it, on which the owner
-//! answers ([`crate::calls::serve`]); before, it may send a descriptor for the caller to have. The
+//! answers ([`crate::callers::calls::serve`]); before, it may send a descriptor for the caller to have. The
 //! owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it needs the
 //! right to trace it: it has that for its own children.
 #![forbid(unsafe_code)]
@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use twostage::iommufd::Errno;
 
-use crate::accounts::Pinned;
-use crate::file::{Answer, Call, File};
+use crate::files::file::{Answer, Call, File};
+use crate::memory::accounts::Pinned;
 use crate::{state, sys};
 
 /// A message: what it is, and three numbers.

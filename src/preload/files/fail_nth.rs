@@ -7,7 +7,7 @@
 use twostage::iommufd::Errno;
 use twostage_emulated::uapi::{fail_nth, set_fail_nth};
 
-use crate::file::{Answer, Call, Caller, File};
+use crate::files::file::{Answer, Call, Caller, File};
 use crate::sys;
 
 /// The switches, as a program names them in `/sys/kernel/debug`.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use twostage::iommufd::Errno;
 
-use crate::group::Group;
+use crate::files::group::Group;
 
 const BUSY: Errno = Errno::EBUSY;
 

@@ -13,9 +13,9 @@ use twostage::iommufd::{Errno, UserMemory};
 use twostage_emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
 use twostage_emulated::EmulatedHost;
 
-use crate::device::Device;
-use crate::file::{Answer, Call, Caller, File};
-use crate::opener::Opener;
+use crate::files::device::Device;
+use crate::files::file::{Answer, Call, Caller, File};
+use crate::files::opener::Opener;
 
 const GET_STATUS: u32 = vfio_request(3);
 const SET_CONTAINER: u32 = vfio_request(4);

@@ -6,9 +6,9 @@
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
-use crate::accounts::Pinned;
+use crate::memory::accounts::Pinned;
 use crate::state::State;
-use crate::{calls, sys};
+use crate::{callers::calls, sys};
 
 /// The process whose status `path` is.
 pub fn process_of(path: &[u8]) -> Option<i32> {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use twostage::iommufd::Errno;
 
-use crate::accounts::Pinned;
-use crate::caller::CallingProcess;
-use crate::file::{Answer, Call};
-use crate::process::Process;
-use crate::remote::{self, Request};
+use crate::callers::caller::CallingProcess;
+use crate::callers::process::Process;
+use crate::callers::remote::{self, Request};
+use crate::files::file::{Answer, Call};
+use crate::memory::accounts::Pinned;
 use crate::state::{self, Kind, Own, Slot, State};
 use crate::{sys, table};
 
@@ -48,7 +48,7 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
 }
 
 /// Makes `call` on a file of this process. What it brings about on others is the caller's: DMA that
-/// waits for a page goes on ([`Waiting::resume`](crate::waiting::Waiting::resume), while serving) before
+/// waits for a page goes on ([`Waiting::resume`](crate::files::waiting::Waiting::resume), while serving) before
 /// whoever wrote the answer, or ended the attachment, is told that it is done.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
     let result = own.file.call(caller, call);

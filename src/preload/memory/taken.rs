@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 
-use crate::pins::{FileKey, Pins};
-use crate::{maps, state, sys};
+use crate::memory::pins::{FileKey, Pins};
+use crate::{memory::maps, state, sys};
 
 /// How often one thing happened.
 type Times = AtomicU64;

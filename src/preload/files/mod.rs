@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What descriptors of emulated files stand for: iommufds, VFIO devices and groups, queues of events.
+
+pub mod device;
+pub mod edu;
+pub mod events;
+#[cfg(feature = "selftest")]
+pub mod fail_nth;
+pub mod file;
+pub mod group;
+pub mod groups;
+pub mod iommufd;
+pub mod msi;
+pub mod opener;
+#[cfg(feature = "selftest")]
+pub mod test_file;
+pub mod waiting;

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The program's memory: what of it is mapped, pinned, counted and shown to it.
+
+pub mod accounts;
+pub mod maps;
+pub mod pins;
+pub mod proc_status;
+pub mod taken;
+pub mod windows;
