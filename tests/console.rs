@@ -17,7 +17,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use child::{kernel, kvm, wait_for, Running, TWOSTAGE};
 use images::multiboot;
@@ -317,27 +317,20 @@ fn no_guest_waits_for_who_reads_and_what_is_lost_is_said() {
     assert_eq!(dropped, all.len() - got.len(), "{said}");
 }
 
-#[test]
-fn output_that_does_not_wait_loses_nothing() {
-    if !kvm() {
-        return;
-    }
-    const BLOCKS: u32 = 16;
-    let code = [code::flood(BLOCKS), code::HALT.to_vec()].concat();
+/// A machine whose guest has written so much to `writer`, which nobody reads, and does nothing then; and
+/// what it has written.
+fn flooded(blocks: u32, writer: PipeWriter) -> (Running, Vec<u8>) {
+    let code = [code::flood(blocks), code::HALT.to_vec()].concat();
     let mut all = code.clone();
     all.resize(4096, 0);
-    let all = all.repeat(BLOCKS as usize);
+    let all = all.repeat(blocks as usize);
     let (image, report) = (kernel(&multiboot(&code)), NamedTempFile::new().unwrap());
-    let (mut reader, writer) = small_pipe();
-    rustix::io::ioctl_fionbio(&writer, true).unwrap();
     let mut command = Command::new(TWOSTAGE);
     command.args(["run", "--memory", "size=16M", "--kernel"]).arg(image.path());
     command.arg("--report").arg(format!("json,file={}", report.path().display()));
     command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
     let mut machine = Running::new(&mut command);
-    drop(command);
     machine.wait_until_reports_can_be_had();
-    // Nobody reads until the guest has written everything.
     wait_for("output", || {
         assert_eq!(machine.0.try_wait().unwrap(), None);
         machine.signal("USR1");
@@ -345,6 +338,17 @@ fn output_that_does_not_wait_loses_nothing() {
         let report: serde_json::Value = serde_json::from_slice(&report).unwrap_or_default();
         report["exits"]["io-out"].as_u64().is_some_and(|exits| exits >= all.len() as u64)
     });
+    (machine, all)
+}
+
+#[test]
+fn output_that_does_not_wait_loses_nothing() {
+    if !kvm() {
+        return;
+    }
+    let (mut reader, writer) = small_pipe();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    let (mut machine, all) = flooded(16, writer);
     let got = read_as_much(&mut reader, &all);
     assert!(got == all);
     machine.signal("TERM");
@@ -368,4 +372,56 @@ fn standard_error_that_nobody_reads_holds_nothing_up() {
     command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
     // The report, too, cannot be written.
     assert_eq!(Running::new(&mut command).end().code(), Some(9));
+}
+
+#[test]
+fn a_slow_reader_does_not_hold_up_the_end() {
+    if !kvm() {
+        return;
+    }
+    let (mut reader, writer) = small_pipe();
+    // About as much as is kept for who comes late.
+    let (mut machine, _) = flooded(60, writer);
+    machine.signal("TERM");
+    // Takes something each time, and would have all of it after a quarter of a minute.
+    let mut pieces = 0;
+    let status = loop {
+        if let Some(status) = machine.0.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::sleep(Duration::from_millis(250));
+        let _ = reader.read(&mut [0; 4096]).unwrap();
+        pieces += 1;
+    };
+    assert_eq!(status.code(), Some(143));
+    // A second of reading, and more for a busy machine.
+    assert!(pieces <= 20, "{pieces} pieces");
+}
+
+#[test]
+fn reports_that_nobody_reads_do_not_keep_the_guest_from_its_input() {
+    if !kvm() {
+        return;
+    }
+    let image = kernel(&multiboot(&code::ECHO));
+    let (_reader, mut full) = small_pipe();
+    full.write_all(&[0; 4096]).unwrap();
+    let mut command = Command::new(TWOSTAGE);
+    command.args(["run", "--memory", "size=16M", "--kernel"]).arg(image.path());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(full);
+    let mut machine = Running::new(&mut command);
+    let (mut input, mut output) =
+        (machine.0.stdin.take().unwrap(), machine.0.stdout.take().unwrap());
+    input.write_all(b".").unwrap();
+    read_as_much(&mut output, b".");
+    let started = Instant::now();
+    for _ in 0..40 {
+        machine.signal("USR1");
+        input.write_all(b"x").unwrap();
+        assert_eq!(read_as_much(&mut output, b"x"), b"x");
+    }
+    // Each took a second when it was waited for.
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+    machine.signal("TERM");
+    assert_eq!(machine.end().code(), Some(143));
 }

@@ -15,6 +15,7 @@ use super::boot;
 use super::bus::Bus;
 use super::config::{MachineConfig, SerialConfig};
 use super::console::Console;
+use super::deadline;
 use super::devices::virtio::KvmDoorbells;
 use super::event_loop::{EventLoop, Wake};
 use super::exits::{ExitCounters, ExitKind, Exits};
@@ -62,6 +63,7 @@ impl Machine {
     /// # Errors
     /// What is wrong with the configuration, the files, or this host.
     pub fn new(config: &MachineConfig, earlier: Option<Arc<Trace>>) -> Result<Self> {
+        deadline::clear();
         config.validate()?;
         let memory = match config.kernel_host() {
             Some(_) => MachineMemory::in_files(config.memory)?,
@@ -186,6 +188,7 @@ impl Machine {
         if let Err(error) = &result {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
+        deadline::begin();
         // A vCPU may be in the invalidation queue, however long its guest has made that.
         for iommu in self.iommus() {
             iommu.halt();

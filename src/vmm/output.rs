@@ -14,18 +14,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-
+use super::deadline::{self, Turn};
+use super::patient::{write_some, Patient, PATIENCE, PIECE};
 use super::{Error, Result};
 
 /// How much may wait to be written, in bytes.
 const CAPACITY: usize = 256 << 10;
-/// How much is written at once: no more than a pipe takes without blocking when it is ready.
-const PIECE: usize = 4096;
-/// What is not taken at all for so long is given up, at the end of a machine.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// The end of a machine waits no longer than this for a reader that is slow.
-const LIMIT: Duration = Duration::from_secs(10);
+/// At the end of a machine it is so long.
+const LAST_PATIENCE: Duration = Duration::from_millis(500);
+/// Looks whether there was progress are so far apart.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 /// So far apart are lines that say what was dropped, but for the last.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
@@ -57,6 +55,8 @@ struct State {
     dropping: bool,
     /// Bytes that were dropped, and of which nothing was said yet.
     dropped: u64,
+    /// Bytes that were dropped since the start.
+    lost: u64,
     /// Why writing failed, when it did and nothing was said yet.
     failure: Option<io::Error>,
     said: Option<Instant>,
@@ -69,10 +69,10 @@ impl State {
         self.waiting.is_empty() && self.under_way == 0
     }
 
-    /// Takes `bytes`, or drops them.
-    fn take(&mut self, bytes: &[u8]) {
+    /// Takes `bytes`, or drops them where there is no room for `length`.
+    fn take(&mut self, bytes: &[u8], length: usize) {
         self.dropping &= !self.is_written();
-        if self.dropping || self.waiting.len().saturating_add(bytes.len()) > CAPACITY {
+        if self.dropping || self.waiting.len().saturating_add(length) > CAPACITY {
             self.dropping = true;
             self.drop_bytes(bytes.len());
         } else {
@@ -82,6 +82,7 @@ impl State {
 
     fn drop_bytes(&mut self, length: usize) {
         self.dropped = self.dropped.saturating_add(length as u64);
+        self.lost = self.lost.saturating_add(length as u64);
     }
 
     /// What there is to say of what was lost, once there is: at the end, or when it is time again.
@@ -135,23 +136,43 @@ impl Output {
     /// Takes `bytes`, or drops them when too many wait already.
     pub fn take(&self, bytes: &[u8]) {
         let shared = self.shared();
-        shared.lock().take(bytes);
+        shared.lock().take(bytes, bytes.len());
         shared.filled.notify_one();
     }
 
-    /// Waits until all is written, but not for a reader that takes nothing. Says what was lost. Whether
-    /// nothing waits any more.
-    pub fn flush(&self) -> bool {
+    /// Takes `text` as a whole, however long, where there is room for anything; and waits for it
+    /// `until` then, if at all.
+    ///
+    /// # Errors
+    /// Nobody reads it, as far as is known by then.
+    fn take_whole(&self, text: &str, until: Option<Instant>) -> io::Result<()> {
         let shared = self.shared();
-        let started = Instant::now();
         let mut state = shared.lock();
-        let (mut written, mut since) = (state.written, started);
+        let lost = state.lost;
+        state.take(text.as_bytes(), 1);
+        drop(state);
+        shared.filled.notify_one();
+        if let Some(until) = until {
+            self.flush(until);
+        }
+        match shared.lock().lost == lost {
+            true => Ok(()),
+            false => Err(io::Error::new(io::ErrorKind::TimedOut, "nobody reads it")),
+        }
+    }
+
+    /// Waits until all is written, `until` then at the most, and not for a reader that takes nothing.
+    /// Says what was lost. Whether nothing waits any more.
+    pub fn flush(&self, until: Instant) -> bool {
+        let shared = self.shared();
+        let mut state = shared.lock();
+        let (mut written, mut since) = (state.written, Instant::now());
         let mut given_up = false;
         while !state.is_written() && !given_up {
             if state.written != written {
                 (written, since) = (state.written, Instant::now());
             }
-            if since.elapsed() >= PATIENCE || started.elapsed() >= LIMIT {
+            if since.elapsed() >= LAST_PATIENCE || Instant::now() >= until {
                 let left = state.waiting.len();
                 state.waiting.clear();
                 // What the thread is writing may get there yet, and is not known to.
@@ -160,7 +181,7 @@ impl Output {
                 given_up = true;
                 continue;
             }
-            let waited = shared.taken.wait_timeout(state, PATIENCE / 10);
+            let waited = shared.taken.wait_timeout(state, BETWEEN_LOOKS);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         let loss = state.loss(true);
@@ -181,15 +202,20 @@ impl Drop for Handle {
     }
 }
 
-/// Writes `text` to standard error behind what was said there.
+/// Writes `text` to standard error behind what was said there. It is waited for when the machine has
+/// stopped alone.
 ///
 /// # Errors
 /// It cannot be written, or nobody reads it.
 pub(super) fn write_to_standard_error(text: &str) -> io::Result<()> {
-    if let Ok(error) = Output::standard_error() {
-        error.flush();
+    let until = deadline::of(Turn::Report);
+    match Output::standard_error() {
+        Ok(error) => error.take_whole(text, until),
+        Err(_) => {
+            let until = until.unwrap_or_else(deadline::soon);
+            Patient::until(io::stderr(), until).write_all(text.as_bytes())
+        }
     }
-    Patient(io::stderr()).write_all(text.as_bytes())
 }
 
 /// Says `line` on standard error, without waiting for who reads it.
@@ -206,9 +232,10 @@ pub(super) fn say(line: &str) {
 /// Waits until all that was said is written, but not for a reader that takes nothing.
 pub(super) fn end() {
     if let Ok(error) = Output::standard_error() {
+        let until = deadline::of(Turn::End).unwrap_or_else(|| Instant::now() + PATIENCE);
         // What was lost is said there, too, unless nobody reads it.
-        if error.flush() {
-            error.flush();
+        if error.flush(until) {
+            error.flush(until);
         }
     }
 }
@@ -298,61 +325,6 @@ impl Shared {
     }
 }
 
-/// Writes some of `bytes`, which are not none, when there is room within `patience`.
-fn write_some(
-    file: &mut (impl Write + AsFd),
-    bytes: &[u8],
-    patience: Duration,
-) -> io::Result<usize> {
-    let piece = bytes.get(..PIECE).unwrap_or(bytes);
-    let started = Instant::now();
-    loop {
-        let left = patience.saturating_sub(started.elapsed());
-        match has_room(file.as_fd(), left) {
-            Ok(true) => {}
-            Ok(false) => return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody reads it")),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        }
-        match file.write(piece) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(length) => return Ok(length),
-            // Ready, but not for as much.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                thread::sleep(Duration::from_millis(1));
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Whether `descriptor` takes bytes, or says why not, within `limit`.
-fn has_room(descriptor: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
-    let mut wanted = [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)];
-    // Limits here are seconds.
-    let limit = Timespec::try_from(limit).unwrap_or_default();
-    Ok(poll(&mut wanted, Some(&limit))? != 0)
-}
-
-/// A file that is written as it comes, but not waited for when nobody takes anything: for what
-/// must not have gaps.
-#[derive(Debug)]
-pub(super) struct Patient<F>(pub F);
-
-impl<F: Write + AsFd> Write for Patient<F> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match bytes.is_empty() {
-            true => Ok(0),
-            false => write_some(&mut self.0, bytes, PATIENCE),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -389,7 +361,7 @@ mod tests {
         assert!(dropped >= CAPACITY as u64, "{dropped}");
         assert!(output.shared().lock().dropping);
         // The end does not wait for what is not taken.
-        output.flush();
+        output.flush(Instant::now() + PATIENCE);
         let state = output.shared().lock();
         assert!(state.waiting.is_empty() && state.dropped == 0 && state.said.is_some());
         drop(state);
@@ -407,16 +379,8 @@ mod tests {
         }
         // It was said at once.
         assert!(state.said.is_some());
-        state.take(&[0; CAPACITY + 1]);
+        state.take(&[0; CAPACITY + 1], CAPACITY + 1);
         let loss = state.loss(true).unwrap();
         assert!(loss.starts_with(&format!("{} bytes", CAPACITY + 1)), "{loss}");
-    }
-
-    #[test]
-    fn a_pipe_that_nobody_reads_is_not_waited_for() {
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        let error = Patient(ours).write_all(&vec![0; 8 << 20]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -15,6 +15,7 @@ use super::arch::layout::SERIAL_IRQ;
 use super::arch::EdgeLine;
 use super::bus::BusDevice;
 use super::config::SerialConfig;
+use super::deadline::{self, Turn};
 use super::interrupts::Interrupts;
 use super::named_file;
 use super::output::Output;
@@ -112,7 +113,8 @@ impl SerialPort {
     pub fn flush(&self) {
         if let Some(output) = &self.output {
             // It says itself what was lost.
-            let _ = output.flush();
+            let until = deadline::of(Turn::Output).unwrap_or_else(deadline::soon);
+            let _ = output.flush(until);
         }
     }
 

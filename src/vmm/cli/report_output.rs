@@ -6,8 +6,10 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::deadline::{self, Turn};
 use crate::named_file;
-use crate::output::{self, Patient};
+use crate::output;
+use crate::patient::Patient;
 use crate::report::Report;
 
 /// The form of a report.
@@ -103,7 +105,9 @@ impl ReportOption {
             file.set_len(self.at)?;
             file.seek(SeekFrom::End(0))?;
         }
-        Patient(file).write_all(text.as_bytes())
+        // What is no file may have a reader that is slow.
+        let until = deadline::of(Turn::Report).unwrap_or_else(deadline::soon);
+        Patient::until(file, until).write_all(text.as_bytes())
     }
 }
 

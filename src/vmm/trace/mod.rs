@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 
 pub(super) use super::arch::message::decoded;
-use super::output::Patient;
+use super::patient::Patient;
 use super::{named_file, Error, Result};
 pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
 
@@ -84,7 +84,7 @@ impl Trace {
         let mut options = File::options();
         options.write(true).create(true).truncate(true);
         let file = named_file::open(path, &options, 0).map_err(failed)?;
-        Ok(Self::new(path, Box::new(Patient(file))))
+        Ok(Self::new(path, Box::new(Patient::new(file))))
     }
 
     fn new(path: &Path, writer: Box<dyn Write + Send>) -> Self {
