@@ -12,8 +12,8 @@ use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Through
 use twostage::iommufd::{HostIommu, Protection, UserMemory};
 use twostage::nesting::host_vtd;
 use twostage::nesting::vtd::VtdNesting;
-use twostage::spec::pci::Bdf;
-use twostage::spec::vtd::qi::{Descriptor, IotlbScope, PasidCacheScope, StatusWrite};
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope, StatusWrite};
 use twostage::spec::vtd::regs::{self, Gcmd, Iqa, Rtaddr};
 use twostage::viommu::vtd::{VtdConfig, VtdIommu};
 use twostage::viommu::{FaultTarget, InterruptSink};
@@ -29,6 +29,8 @@ const ROOT: u64 = 0x1000;
 const CONTEXT: u64 = 0x2000;
 const STATUS: u64 = 0x3000;
 const QUEUE: u64 = 0x4000;
+/// As a power of two: a queue of 2048 descriptors.
+const QUEUE_PAGES: u8 = 4;
 /// A directory of 2^14 entries.
 const DIRECTORY: u64 = 0x10_0000;
 /// A table for each of them.
@@ -93,7 +95,7 @@ impl Machine {
         let root = Rtaddr::new().with_ttm(1).with_rta(ROOT / PAGE);
         machine.write(regs::RTADDR, &root.into_bits().to_le_bytes());
         machine.command(Gcmd::new().with_srtp(true));
-        let queue = Iqa::new().with_dw(true).with_iqa(QUEUE / PAGE);
+        let queue = Iqa::new().with_dw(true).with_qs(QUEUE_PAGES).with_iqa(QUEUE / PAGE);
         machine.write(regs::IQA, &queue.into_bits().to_le_bytes());
         machine.command(Gcmd::new().with_qie(true));
         machine
@@ -138,16 +140,21 @@ impl Machine {
 
     /// One descriptor and a wait, done when this returns.
     fn submit(&self, descriptor: Descriptor) {
+        self.submit_all(&[descriptor]);
+    }
+
+    /// As many descriptors as the queue takes, and a wait, done when this returns.
+    fn submit_all(&self, descriptors: &[Descriptor]) {
         let status = Some(StatusWrite { address: STATUS, data: 1 });
         let wait =
             Descriptor::Wait { status, interrupt: false, fence: false, drain_page_requests: false };
         self.memory.write_obj(0u32, GuestAddress(STATUS)).expect("guest memory");
         let mut tail = self.read(regs::IQT);
-        for descriptor in [descriptor, wait] {
+        for descriptor in descriptors.iter().chain([&wait]) {
             for (word, offset) in descriptor.encode().into_iter().zip([0, 8, 16, 24]) {
                 self.store(QUEUE + tail + offset, word);
             }
-            tail = (tail + 32) % PAGE;
+            tail = (tail + 32) % (PAGE << QUEUE_PAGES);
         }
         self.write(regs::IQT, &tail.to_le_bytes());
         let status: u32 = self.memory.read_obj(GuestAddress(STATUS)).expect("guest memory");
@@ -161,6 +168,17 @@ impl Machine {
     fn flush_iotlb(&self) {
         let scope = IotlbScope::Global;
         self.submit(Descriptor::Iotlb { scope, drain_writes: false, drain_reads: false });
+    }
+
+    /// One batch of 1024 invalidations: 256 ranges, each too wide to be looked up page by page, of four
+    /// PASIDs of the domains `domain`.
+    fn flush_ranges(&self, domain: impl Fn(u32) -> u16) {
+        let range = |at: u64| Some(AddressMask { address: at << 30, mask: 12, leaf: false });
+        let of_pasid = |pasid: u32| {
+            let (domain, pasid) = (domain(pasid), Pasid::new(pasid).expect("20 bits"));
+            (0..256).map(move |at| Descriptor::PasidIotlb { domain, pasid, range: range(at) })
+        };
+        self.submit_all(&(1..=4).flat_map(of_pasid).collect::<Vec<_>>());
     }
 
     /// Does `work` while another thread reads a register all the time, and tells what it took.
@@ -231,6 +249,10 @@ fn many_pasids(criterion: &mut Criterion) {
     machine.fill(false, |pasid| pasid & 0xffff, table);
     figures("all distinct", &machine, |machine| {
         machine.fill(false, |pasid| (pasid + 1) & 0xffff, table);
+    });
+
+    machine.beside_a_reader("all distinct, 1024 ranges of four PASIDs invalidated", |machine| {
+        machine.flush_ranges(|pasid| pasid as u16 + 1);
     });
 
     let mut group = criterion.benchmark_group("a command for every PASID of two devices");

@@ -13,127 +13,11 @@
 use std::fmt;
 use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};
 
+use super::key::{Key, Scope, Source};
+use super::ranges::IovaRange;
+
 /// Entries that one key can be in.
 const WAYS: usize = 4;
-
-/// What an entry is found by: the span that it translates, and whose it is.
-///
-/// The size of a span is a power of two, at least 4 KiB, and given as that power: its shift.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Key {
-    /// First address of the span with the shift in the bits below, never zero.
-    span: u64,
-    /// Whose it is.
-    source: Source,
-}
-
-/// Whose an entry is: a tag (VT-d: domain id; SMMU: VMID), and within it an address space (VT-d:
-/// the PASID of the requests that it serves; SMMU: ASID).
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Source(u64);
-
-impl Source {
-    /// Entries of `tag` for `space`.
-    pub fn new(tag: u32, space: u32) -> Self {
-        Self(u64::from(tag) << 32 | u64::from(space))
-    }
-
-    /// The tag.
-    pub fn tag(self) -> u32 {
-        (self.0 >> 32) as u32
-    }
-
-    /// The address space.
-    pub fn space(self) -> u32 {
-        self.0 as u32
-    }
-}
-
-/// The bytes in a span of `shift`, at most 63.
-#[inline]
-pub(crate) const fn size(shift: u8) -> u64 {
-    1 << shift
-}
-
-impl fmt::Debug for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Source({}, {:#x})", self.tag(), self.space())
-    }
-}
-
-/// Whose entries are meant: those of a tag, in some of its address spaces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Scope {
-    /// The tag.
-    pub tag: u32,
-    /// The address spaces.
-    pub spaces: Spaces,
-}
-
-/// Address spaces of a tag.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Spaces {
-    /// All of them.
-    All,
-    /// Those up to this one.
-    UpTo(u32),
-    /// This one.
-    One(u32),
-    /// These two.
-    Two(u32, u32),
-}
-
-impl Scope {
-    /// All of `tag`.
-    pub fn of_tag(tag: u32) -> Self {
-        Self { tag, spaces: Spaces::All }
-    }
-
-    /// Whether entries of `source` are meant.
-    pub fn has(self, source: Source) -> bool {
-        let space = source.space();
-        source.tag() == self.tag
-            && match self.spaces {
-                Spaces::All => true,
-                Spaces::UpTo(last) => space <= last,
-                Spaces::One(one) => space == one,
-                Spaces::Two(one, other) => space == one || space == other,
-            }
-    }
-}
-
-impl Key {
-    /// The span of `shift` (12 to 63) that `address` lies in.
-    #[inline]
-    pub fn new(source: Source, address: u64, shift: u8) -> Self {
-        Self { span: address & !(size(shift) - 1) | u64::from(shift), source }
-    }
-
-    /// Whose it is.
-    pub fn source(self) -> Source {
-        self.source
-    }
-
-    /// Size of the span, as a power of two.
-    pub fn shift(self) -> u8 {
-        (self.span & SHIFT) as u8
-    }
-
-    /// First address of the span.
-    pub fn first(self) -> u64 {
-        self.span & !SHIFT
-    }
-
-    /// Whether the span, or the one of `shift` around it if that is larger, has an address in
-    /// `first..=last`.
-    pub fn overlaps(self, shift: u8, first: u64, last: u64) -> bool {
-        let last_of_span = size(self.shift().max(shift)) - 1;
-        self.first() & !last_of_span <= last && self.first() | last_of_span >= first
-    }
-}
-
-/// Bits of [`Key::span`] that hold the shift.
-const SHIFT: u64 = 63;
 
 /// One entry; empty while `span` is zero.
 #[derive(Default)]
@@ -203,6 +87,9 @@ pub(crate) struct Cache {
     shift: u32,
     /// Counts evictions, to take the ways in turn.
     turn: AtomicUsize,
+    /// How many sets were looked at for entries to drop.
+    #[cfg(test)]
+    pub(super) looks: u64,
 }
 
 impl Cache {
@@ -213,6 +100,8 @@ impl Cache {
             sets: (0..sets).map(|_| Set::default()).collect(),
             shift: u64::BITS - sets.checked_ilog2().unwrap_or(1),
             turn: AtomicUsize::new(0),
+            #[cfg(test)]
+            looks: 0,
         }
     }
 
@@ -252,26 +141,34 @@ impl Cache {
         ways.iter().cycle().nth(turn % WAYS).is_some_and(|victim| victim.set(key, value))
     }
 
-    /// Drops the entries of `scope` that translate an address in `first..=last` (bytes) and are of
-    /// one of `shifts`; gives how many.
-    pub fn drop_range(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
-        // The spans of one shift in the range; probing each is cheaper than looking at all entries
-        // while there are fewer of them than sets.
+    /// Drops the entries of `scope` that translate an address in one of `ranges`, which are as
+    /// [`ascending`](super::ranges::ascending) makes them, and are of one of `shifts`; gives how
+    /// many. However many ranges there are, no more sets are looked at than there are.
+    pub fn drop_ranges(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
+        // Probing each span of a shift in a range is cheaper than looking at all entries while there
+        // are fewer of them than sets.
+        let mut spans: u64 = 0;
         let sets = self.sets.len() as u64;
-        let spans = |shift: u8| (last >> shift) - (first >> shift) + 1;
-        if shifts.iter().any(|&shift| spans(shift) > sets) {
-            return self.drop_entries(|key, _| {
-                scope.has(key.source)
-                    && key.overlaps(0, first, last)
-                    && shifts.contains(&key.shift())
-            });
+        for range in ranges {
+            for &shift in shifts {
+                spans = spans.saturating_add(range.spans(shift));
+            }
+            if spans > sets {
+                return self.drop_entries(|key, _| {
+                    scope.has(key.source)
+                        && shifts.contains(&key.shift())
+                        && key.overlaps_any(0, ranges)
+                });
+            }
         }
         let mut dropped = 0;
-        for &shift in shifts {
-            for number in 0..spans(shift) {
-                // Cannot overflow: it is at most `last` rounded down.
-                let address = ((first >> shift) + number) << shift;
-                dropped += self.drop_span(scope, address, shift);
+        for range in ranges {
+            for &shift in shifts {
+                for number in 0..range.spans(shift) {
+                    // Cannot overflow: it is at most `last` rounded down.
+                    let address = ((range.first >> shift) + number) << shift;
+                    dropped += self.drop_span(scope, address, shift);
+                }
             }
         }
         dropped
@@ -281,6 +178,8 @@ impl Cache {
     fn drop_span(&mut self, scope: Scope, address: u64, shift: u8) -> u64 {
         let key = Key::new(Source::new(scope.tag, 0), address, shift);
         let index = self.index(key);
+        #[cfg(test)]
+        (self.looks += 1);
         let Some(Set(ways)) = self.sets.get_mut(index) else { return 0 };
         let mut dropped = 0;
         for entry in ways {
@@ -297,6 +196,8 @@ impl Cache {
 
     /// Drops every entry for which `condemned` holds; gives how many.
     pub fn drop_entries(&mut self, mut condemned: impl FnMut(Key, u64) -> bool) -> u64 {
+        #[cfg(test)]
+        (self.looks += self.sets.len() as u64);
         let mut dropped = 0;
         for entry in self.sets.iter_mut().flat_map(|Set(ways)| ways) {
             if entry.occupant().is_some_and(|(key, value)| condemned(key, value)) {
@@ -316,6 +217,8 @@ impl fmt::Debug for Cache {
 
 #[cfg(test)]
 mod tests {
+    use super::super::key::{size, Spaces};
+    use super::super::ranges::ascending;
     use super::*;
     use proptest::prelude::*;
     use std::sync::atomic::AtomicBool;
@@ -373,7 +276,7 @@ mod tests {
         let mut cache = Cache::new(0);
         assert!(!cache.insert(key(1, 0, 0, 12), 1));
         assert_eq!(cache.get(key(1, 0, 0, 12), any), None);
-        assert_eq!(cache.drop_range(Scope::of_tag(1), 0, u64::MAX, &SHIFTS), 0);
+        assert_eq!(cache.drop_ranges(Scope::of_tag(1), &[IovaRange::ALL], &SHIFTS), 0);
     }
 
     proptest! {
@@ -382,14 +285,14 @@ mod tests {
             entries in prop::collection::vec((0u32..3, 0u32..3, 0u64..1 << 33, prop::sample::select(&SHIFTS)), 1..64),
             tag in 0u32..3,
             spaces in spaces(),
-            first in prop_oneof![0u64..1 << 33, Just(0)],
-            // Short ranges are probed, long ones scanned.
-            length in prop_oneof![1u64..1 << 14, 1u64..1 << 34],
+            // A few short ranges are probed, long ones and many scanned.
+            ranges in prop::collection::vec(
+                (0u64..1 << 33, prop_oneof![1u64..1 << 14, 1u64..1 << 34]), 0..5),
             shifts in prop::sample::subsequence(SHIFTS.to_vec(), 0..=3),
         ) {
             // Large enough for nothing to be evicted, but for rare accidents that are no matter.
             let mut cache = Cache::new(1 << 12);
-            let last = first + length - 1;
+            let range = |&(first, length)| IovaRange { first, last: first + length - 1 };
             for &(tag, space, address, shift) in &entries {
                 cache.insert(key(tag, space, address, shift), 1);
             }
@@ -398,7 +301,8 @@ mod tests {
                 .map(|&(tag, space, address, shift)| key(tag, space, address, shift))
                 .filter(|&key| cache.get(key, any).is_some())
                 .collect();
-            cache.drop_range(Scope { tag, spaces }, first, last, &shifts);
+            let together = ascending(ranges.iter().map(range));
+            cache.drop_ranges(Scope { tag, spaces }, &together, &shifts);
             for held in before {
                 let space = held.source.space();
                 let meant = match spaces {
@@ -410,10 +314,26 @@ mod tests {
                 let gone = meant
                     && held.source.tag() == tag
                     && shifts.contains(&held.shift())
-                    && held.first() <= last
-                    && held.first() + size(held.shift()) > first;
+                    && ranges.iter().map(range).any(|range| {
+                        held.first() <= range.last
+                            && held.first() + size(held.shift()) > range.first
+                    });
                 prop_assert_eq!(cache.get(held, any).is_none(), gone, "{:?}", held);
             }
+        }
+    }
+
+    #[test]
+    fn many_ranges_are_one_look_at_each_set() {
+        // Each too wide to be probed, of as many spans as there are sets, and of few.
+        for pages in [1 << 11, 1 << 10, 2] {
+            let mut cache = Cache::new(1 << 12);
+            let ranges = (0..256u64).map(|at| at << 30);
+            let ranges = ranges.map(|first| IovaRange { first, last: first + (pages << 12) - 1 });
+            (0..256).for_each(|at| assert!(!cache.insert(key(1, 0, at << 30, 12), 1)));
+            let ranges = ascending(ranges);
+            assert_eq!(cache.drop_ranges(Scope::of_tag(1), &ranges, &SHIFTS), 256);
+            assert!(cache.looks <= 1 << 10, "{pages} pages: {} sets", cache.looks);
         }
     }
 
@@ -421,11 +341,12 @@ mod tests {
     fn the_last_page_of_the_address_space_can_be_dropped() {
         for entries in [64, 1 << 12] {
             let mut cache = Cache::new(entries);
+            let page = IovaRange { first: u64::MAX - 0xfff, last: u64::MAX };
             cache.insert(key(1, 0, u64::MAX, 12), 1);
             cache.insert(key(1, 0, u64::MAX, 30), 1);
-            assert_eq!(cache.drop_range(Scope::of_tag(1), u64::MAX - 0xfff, u64::MAX, &SHIFTS), 2);
+            assert_eq!(cache.drop_ranges(Scope::of_tag(1), &[page], &SHIFTS), 2);
             cache.insert(key(1, 0, u64::MAX, 30), 1);
-            assert_eq!(cache.drop_range(Scope::of_tag(1), 0, u64::MAX, &SHIFTS), 1);
+            assert_eq!(cache.drop_ranges(Scope::of_tag(1), &[IovaRange::ALL], &SHIFTS), 1);
         }
     }
 

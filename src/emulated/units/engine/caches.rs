@@ -12,12 +12,14 @@ use std::sync::Arc;
 
 use vm_memory::{VolatileMemory, VolatileSlice};
 
-use super::cache::{size, Cache, Key, Scope, Source};
+use super::cache::Cache;
 use super::counters::LocalCounters;
 use super::format::{Path, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
+use super::key::{size, Key, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins};
+use super::ranges::IovaRange;
 use super::request::{RequestKind, Rights};
 use super::sharing::Gone;
 use crate::units::stage2::Mapping;
@@ -389,18 +391,17 @@ impl Caches {
         self.memories.get(place.memory)
     }
 
-    /// Drops the pages of `scope` that are cached as one of `shifts` and have an address in
-    /// `first..=last` (bytes); gives the number of entries.
-    pub fn drop_pages(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
-        self.iotlb.drop_range(scope, first, last, shifts)
+    /// Drops the pages of `scope` that are cached as one of `shifts` and have an address in one of
+    /// `ranges`, which are as [`ascending`](super::ascending) makes them; gives the number of entries.
+    pub fn drop_pages(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
+        self.iotlb.drop_ranges(scope, ranges, shifts)
     }
 
-    /// Drops the pages of `scope` that have an address in `first..=last` (bytes) and a size in
-    /// stage 1 of one of `shifts`, with every piece of them that is cached; gives the number of
-    /// entries.
-    pub fn drop_whole_pages(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
+    /// Drops the pages of `scope` that have an address in such `ranges` and a size in stage 1 of one
+    /// of `shifts`, with every piece of them that is cached; gives the number of entries.
+    pub fn drop_whole_pages(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         if !*self.fragments.get_mut() {
-            return self.drop_pages(scope, first, last, shifts);
+            return self.drop_pages(scope, ranges, shifts);
         }
         self.iotlb.drop_entries(|key, value| {
             let number = CachedPlace::from_bits(value).flags() >> WHOLE_AT;
@@ -408,14 +409,20 @@ impl Caches {
                 Some(&whole) if number != 0 => whole,
                 _ => key.shift(),
             };
-            scope.has(key.source()) && shifts.contains(&whole) && key.overlaps(whole, first, last)
+            scope.has(key.source()) && shifts.contains(&whole) && key.overlaps_any(whole, ranges)
         })
     }
 
     /// Drops the tables of `scope` that are cached for a span of one of `shifts` that has an
-    /// address in `first..=last` (bytes); gives the number of entries.
-    pub fn drop_tables(&mut self, scope: Scope, first: u64, last: u64, shifts: &[u8]) -> u64 {
-        self.paging_structures.drop_range(scope, first, last, shifts)
+    /// address in one of such `ranges`; gives the number of entries.
+    pub fn drop_tables(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
+        self.paging_structures.drop_ranges(scope, ranges, shifts)
+    }
+
+    /// How many sets of entries were looked at to drop some so far, of IOTLB and paging structures.
+    #[cfg(test)]
+    pub fn looks(&self) -> u64 {
+        self.iotlb.looks + self.paging_structures.looks
     }
 
     /// Drops what is cached of `gone`, and lets go of memories that no entry leads to any more;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::cache::Source;
+use super::key::Source;
 use crate::units::dirty::DirtyLog;
 use crate::units::stage2::Stage2;
 

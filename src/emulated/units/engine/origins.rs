@@ -5,8 +5,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use super::cache::{Cache, Key, Source};
+use super::cache::Cache;
 use super::format::TableFormat;
+use super::key::{Key, Source};
 use super::trail::Trail;
 
 /// For each entry of a cache, the way that it was made from. Entries that are gone are forgotten

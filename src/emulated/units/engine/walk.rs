@@ -4,11 +4,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::cache::{size, Source};
 use super::caches::{CachedPage, Caches, Stage2Page, Table};
 use super::counters::LocalCounters;
 use super::format::{At, Entry, Path, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
+use super::key::{size, Source};
 use super::request::{RequestKind, Rights};
 use crate::units::dirty::DirtyLog;
 

@@ -2,7 +2,7 @@
 //! What an invalidation command drops (§4.3, §4.4).
 #![forbid(unsafe_code)]
 
-use crate::units::engine::{Caches, Scope, Spaces};
+use crate::units::engine::{Caches, IovaRange, Scope, Spaces};
 use crate::units::hardware::CacheTag;
 use twostage::spec::smmuv3::command::AddressRange;
 use twostage::spec::smmuv3::translation::Granule;
@@ -39,8 +39,8 @@ pub(crate) enum Invalidation {
 /// Drops the translations of stage 1 that `spaces` of `tag` have; gives the number of entries.
 pub(super) fn drop_spaces(caches: &mut Caches, tag: CacheTag, spaces: Spaces) -> u64 {
     let scope = Scope { tag: tag.0, spaces };
-    caches.drop_pages(scope, 0, u64::MAX, &PAGE_SHIFTS)
-        + caches.drop_tables(scope, 0, u64::MAX, &TABLE_SHIFTS)
+    let all = [IovaRange::ALL];
+    caches.drop_pages(scope, &all, &PAGE_SHIFTS) + caches.drop_tables(scope, &all, &TABLE_SHIFTS)
 }
 
 /// What `range` is to an SMMU that may not know ranges (IDR3.RIL).
@@ -62,7 +62,7 @@ pub(super) fn drop_range(
     let scope = Scope { tag: tag.0, spaces };
     let first = range.address;
     let length = range.bytes().unwrap_or(1 << 12);
-    let last = first.saturating_add(length - 1);
+    let addresses = [IovaRange { first, last: first.saturating_add(length - 1) }];
     let of_granule;
     let shifts = match granule(range.tg) {
         None => &PAGE_SHIFTS[..],
@@ -74,10 +74,10 @@ pub(super) fn drop_range(
             level.checked_sub(1).and_then(|at| of_granule.get(at..=at)).unwrap_or(&of_granule)
         }
     };
-    let pages = caches.drop_whole_pages(scope, first, last, shifts);
+    let pages = caches.drop_whole_pages(scope, &addresses, shifts);
     let tables = match range.leaf {
         true => 0,
-        false => caches.drop_tables(scope, first, last, &TABLE_SHIFTS),
+        false => caches.drop_tables(scope, &addresses, &TABLE_SHIFTS),
     };
     pages + tables
 }

@@ -16,8 +16,8 @@ use super::pasid_table::PasidTable;
 use super::reasons::page_refused;
 use super::sanitizer::Sanitizer;
 use crate::units::engine::{
-    Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, Rights, Scope, Sharing, Target,
-    Walk,
+    ascending, Blocked, Caches, ConfigCache, Gone, IovaRange, LocalCounters, Request, Rights,
+    Scope, Sharing, Target, Walk,
 };
 use crate::units::hardware::{CacheRange, CacheTag, Translation};
 use crate::units::stage2::Stage2;
@@ -147,15 +147,25 @@ impl Engine {
         self.forget(gone);
     }
 
-    /// Drops what is cached of the tables of `tag`, in all of `ranges`.
+    /// Drops what is cached of the tables of `tag`, in all of `ranges`: each cache is gone through
+    /// once, for DMA waits.
     pub fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
-        for range in ranges {
-            let dropped = self.drop_range(tag.0, *range);
-            self.count_invalidation(dropped);
-            if let Some(sanitizer) = &self.sanitizer {
-                sanitizer.common.invalidated(Scope::of_tag(tag.0), *range);
-            }
+        let scope = Scope::of_tag(tag.0);
+        let pages = ascending(ranges.iter().filter_map(|range| addresses(*range)));
+        let without_leaves = ranges.iter().filter(|range| !is_leaf(**range));
+        let tables = ascending(without_leaves.filter_map(|range| addresses(*range)));
+        let dropped = self.caches.drop_pages(scope, &pages, &PAGE_SHIFTS)
+            + self.caches.drop_tables(scope, &tables, &STRUCTURE_SHIFTS);
+        self.counters.invalidations.add(ranges.len() as u64);
+        self.counters.invalidated_entries.add(dropped);
+        if let Some(sanitizer) = &self.sanitizer {
+            ranges.iter().for_each(|range| sanitizer.common.invalidated(scope, *range));
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn caches(&self) -> &Caches {
+        &self.caches
     }
 
     /// Drops what is cached through `stage2`, the marks that pages are dirty among it.
@@ -168,36 +178,30 @@ impl Engine {
     fn forget(&mut self, gone: Option<Gone>) {
         if let Some(gone) = gone {
             let dropped = self.caches.drop_gone(&gone);
-            self.count_invalidation(dropped);
+            self.counters.invalidations.count();
+            self.counters.invalidated_entries.add(dropped);
             if let Some(sanitizer) = &self.sanitizer {
                 sanitizer.common.forget(&gone);
             }
         }
     }
+}
 
-    fn count_invalidation(&self, dropped: u64) {
-        self.counters.invalidations.count();
-        self.counters.invalidated_entries.add(dropped);
+/// The addresses of `range`, if there are any.
+fn addresses(range: CacheRange) -> Option<IovaRange> {
+    match range {
+        CacheRange::All => Some(IovaRange::ALL),
+        CacheRange::Pages { pages: 0, .. } => None,
+        CacheRange::Pages { address: first, pages, .. } => {
+            let length = pages.saturating_mul(page_size(1));
+            Some(IovaRange { first, last: first.saturating_add(length - 1) })
+        }
     }
+}
 
-    /// Drops what is cached of `tag` in `range`; gives the number of entries.
-    fn drop_range(&mut self, tag: u32, range: CacheRange) -> u64 {
-        let (first, last, leaf) = match range {
-            CacheRange::All => (0, u64::MAX, false),
-            CacheRange::Pages { pages: 0, .. } => return 0,
-            CacheRange::Pages { address, pages, leaf } => {
-                let length = pages.saturating_mul(page_size(1));
-                (address, address.saturating_add(length - 1), leaf)
-            }
-        };
-        let scope = Scope::of_tag(tag);
-        let pages = self.caches.drop_pages(scope, first, last, &PAGE_SHIFTS);
-        let tables = match leaf {
-            true => 0,
-            false => self.caches.drop_tables(scope, first, last, &STRUCTURE_SHIFTS),
-        };
-        pages + tables
-    }
+/// Whether the paging-structure caches may stay.
+fn is_leaf(range: CacheRange) -> bool {
+    matches!(range, CacheRange::Pages { leaf: true, .. })
 }
 
 impl crate::units::engine::Engine for Engine {

@@ -27,8 +27,8 @@ fn by_name(batch: &[Invalidation]) -> ByName {
     by_name
 }
 
-/// So many HWPTs forget something in one piece of a batch: it is short also where the hardware takes
-/// a while for each.
+/// So many HWPTs forget something in one piece of a batch, and none more once they forget so many ranges
+/// together: it is short also where the hardware takes a while for each.
 const AT_ONCE: usize = 32;
 
 /// Which sets of ranges each HWPT is to forget, by name.
@@ -111,8 +111,13 @@ impl State {
             left
         } else {
             let by_name = by_name(batch);
-            let (plan, left) = plan(&by_name, &self.nested, from);
+            let (plan, mut left) = plan(&by_name, &self.nested, from);
+            let mut entries = 0;
             for (hwpt, sets) in plan {
+                if entries >= AT_ONCE {
+                    left = Some(hwpt);
+                    break;
+                }
                 let mut ranges = FlushSet::default();
                 for ((domain, pasid), set) in sets {
                     if self.is_by_address(hwpt, &Invalidation { domain, pasid, range: None }) {
@@ -121,7 +126,7 @@ impl State {
                         ranges.extend_to_everything(set);
                     }
                 }
-                self.forget(hwpt, ranges, stale);
+                entries += self.forget(hwpt, ranges, stale);
             }
             left
         };
@@ -133,8 +138,9 @@ impl State {
         self.nested.stage1(hwpt).is_some_and(|stage1| invalidation.is_by_address(&stage1))
     }
 
-    /// Makes `hwpt` forget `ranges`. If that fails, its users are blocked and `stale` says so.
-    fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, stale: &mut Option<Stale>) {
+    /// Makes `hwpt` forget `ranges`, and gives how many are left of them when they are merged. If that
+    /// fails, its users are blocked and `stale` says so.
+    fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, stale: &mut Option<Stale>) -> usize {
         let added = ranges.added();
         let entries = ranges.into_entries();
         self.counters.merged += added - entries.len() as u64;
@@ -146,6 +152,7 @@ impl State {
                 stale.still_reachable |= self.is_attached(requester);
             }
         }
+        entries.len()
     }
 
     /// Makes `hwpt` forget everything.

@@ -27,8 +27,8 @@ use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SI
 use crate::spec::smmuv3::regs::Gerror;
 
 /// The most commands of a slice, and so of a call to the host. Each may make a host look through all
-/// that it caches, so that many more would hold the registers for long.
-const SLICE: usize = 256;
+/// that it caches, so that many more would hold the registers for long. Linux queues as many at once.
+const SLICE: usize = 64;
 
 /// What is left of the queue after a slice of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -276,3 +276,26 @@ fn caches_that_are_too_small_only_cost_walks() {
     assert_eq!(counters.invalidations, 1);
     assert!((1..=16).contains(&counters.invalidated_entries), "{counters:?}");
 }
+
+#[test]
+fn many_ranges_are_one_look_through_the_caches() {
+    let (machine, _, _) = machine(1);
+    let mut port = machine.port();
+    assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
+    let (sets, before) = machine.unit.gate.write(|engine| {
+        let config = VtdUnitConfig::default();
+        let entries = config.iotlb_entries + config.paging_structure_entries;
+        (entries as u64 / 4, engine.caches().looks())
+    });
+    // Each spans more pages than there are sets, the last the one that was read.
+    let wide = |at: u64| CacheRange::Pages { address: at << 33, pages: 1 << 20, leaf: false };
+    let mut ranges: Vec<_> = (1000..1255).map(wide).collect();
+    ranges.push(CacheRange::Pages { address: IOVA, pages: 1 << 11, leaf: false });
+    machine.unit.invalidate(CacheTag(1), &ranges);
+    let after = machine.unit.gate.write(|engine| engine.caches().looks());
+    assert!(after - before <= 2 * sets, "{} sets are looked at", after - before);
+    let counters = machine.unit.counters();
+    assert_eq!(counters.invalidations, 256);
+    // The page, and three tables on the way to it.
+    assert_eq!(counters.invalidated_entries, 4);
+}

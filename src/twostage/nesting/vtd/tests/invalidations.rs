@@ -161,6 +161,37 @@ fn a_batch_that_names_many_tables_is_done_in_pieces() {
 }
 
 #[test]
+fn a_batch_of_many_ranges_is_done_in_pieces() {
+    let rig = Rig::new();
+    let tag = |value| DomainTag { domain: 3, pasid: value };
+    for value in 1..=8 {
+        rig.configure_tagged(pasid(A, value), first_stage(u64::from(value) << 12), tag(value))
+            .unwrap();
+    }
+    // Few of some, very many of others; all of them apart.
+    let ranges = [200, 1, 1, 100, 20, 20, 256, 3];
+    let batch: Vec<_> = (1..)
+        .zip(ranges)
+        .flat_map(|(value, ranges)| (0..ranges).map(move |at| page(tag(value), at << 13)))
+        .collect();
+    rig.host.take_log();
+    let (mut progress, mut pieces, mut done) = (Progress::default(), 0, 0);
+    let mut all = Vec::new();
+    while !progress.is_done() {
+        rig.nesting.invalidate_some(&batch, &mut progress).unwrap();
+        let entries = rig.nesting.counters().entries_out;
+        // One HWPT may have 256; another is begun where there are fewer than 32.
+        assert!(entries - done <= 31 + 256, "{} ranges in a piece", entries - done);
+        (pieces, done) = (pieces + 1, entries);
+        all.extend(rig.host.take_log());
+    }
+    assert_eq!((pieces, done), (5, ranges.iter().sum()));
+    rig.nesting.invalidate(&batch).unwrap();
+    assert_eq!((all.len(), &all), (8, &rig.host.take_log()), "each once, and as with one call");
+    rig.ends_clean();
+}
+
+#[test]
 fn pasids_that_are_alike_cost_nothing() {
     let rig = Rig::new();
     for value in 1..=255 {

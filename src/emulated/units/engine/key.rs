@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What cached translations are found by, and whose are meant.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use super::ranges::{any_overlaps, IovaRange};
+
+/// What an entry is found by: the span that it translates, and whose it is.
+///
+/// The size of a span is a power of two, at least 4 KiB, and given as that power: its shift.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    /// First address of the span with the shift in the bits below, never zero.
+    pub(super) span: u64,
+    /// Whose it is.
+    pub(super) source: Source,
+}
+
+/// Whose an entry is: a tag (VT-d: domain id; SMMU: VMID), and within it an address space (VT-d:
+/// the PASID of the requests that it serves; SMMU: ASID).
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Source(pub(super) u64);
+
+impl Source {
+    /// Entries of `tag` for `space`.
+    pub fn new(tag: u32, space: u32) -> Self {
+        Self(u64::from(tag) << 32 | u64::from(space))
+    }
+
+    /// The tag.
+    pub fn tag(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// The address space.
+    pub fn space(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+/// The bytes in a span of `shift`, at most 63.
+#[inline]
+pub(crate) const fn size(shift: u8) -> u64 {
+    1 << shift
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Source({}, {:#x})", self.tag(), self.space())
+    }
+}
+
+/// Whose entries are meant: those of a tag, in some of its address spaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Scope {
+    /// The tag.
+    pub tag: u32,
+    /// The address spaces.
+    pub spaces: Spaces,
+}
+
+/// Address spaces of a tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Spaces {
+    /// All of them.
+    All,
+    /// Those up to this one.
+    UpTo(u32),
+    /// This one.
+    One(u32),
+    /// These two.
+    Two(u32, u32),
+}
+
+impl Scope {
+    /// All of `tag`.
+    pub fn of_tag(tag: u32) -> Self {
+        Self { tag, spaces: Spaces::All }
+    }
+
+    /// Whether entries of `source` are meant.
+    pub fn has(self, source: Source) -> bool {
+        let space = source.space();
+        source.tag() == self.tag
+            && match self.spaces {
+                Spaces::All => true,
+                Spaces::UpTo(last) => space <= last,
+                Spaces::One(one) => space == one,
+                Spaces::Two(one, other) => space == one || space == other,
+            }
+    }
+}
+
+impl Key {
+    /// The span of `shift` (12 to 63) that `address` lies in.
+    #[inline]
+    pub fn new(source: Source, address: u64, shift: u8) -> Self {
+        Self { span: address & !(size(shift) - 1) | u64::from(shift), source }
+    }
+
+    /// Whose it is.
+    pub fn source(self) -> Source {
+        self.source
+    }
+
+    /// Size of the span, as a power of two.
+    pub fn shift(self) -> u8 {
+        (self.span & SHIFT) as u8
+    }
+
+    /// First address of the span.
+    pub fn first(self) -> u64 {
+        self.span & !SHIFT
+    }
+
+    /// Whether the span, or the one of `shift` around it if that is larger, has an address in one
+    /// of `ranges`, which are as [`ascending`](super::ranges::ascending) makes them.
+    pub fn overlaps_any(self, shift: u8, ranges: &[IovaRange]) -> bool {
+        let last_of_span = size(self.shift().max(shift)) - 1;
+        any_overlaps(ranges, self.first() & !last_of_span, self.first() | last_of_span)
+    }
+}
+
+/// Bits of [`Key::span`] that hold the shift.
+const SHIFT: u64 = 63;
