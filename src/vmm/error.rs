@@ -5,13 +5,13 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::boot::BootError;
-use super::bus::Overlap;
-use super::config::ConfigError;
-use super::devices::virtio::{DiskError, TapError};
-use super::exit_code;
-use super::memory::MemoryError;
-use super::vfio::VfioError;
+use crate::boot::BootError;
+use crate::bus::Overlap;
+use crate::config::ConfigError;
+use crate::devices::virtio::{DiskError, TapError};
+use crate::memory::MemoryError;
+use crate::process::exit_code;
+use crate::vfio::VfioError;
 use twostage::iommufd::OpenError;
 use twostage::viommu::CapabilityConflict;
 

@@ -10,9 +10,9 @@ use libc::{SIGCONT, SIGUSR1};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::stop::{StopReason, Stopper};
-use super::{signals, terminal};
-use super::{Error, Result};
+use crate::process::stop::{StopReason, Stopper};
+use crate::{console::terminal, process::signals};
+use crate::{Error, Result};
 
 /// What the loop has to tell its owner.
 #[derive(Debug)]

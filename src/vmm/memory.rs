@@ -13,8 +13,8 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use super::arch::layout::{ram_ranges, FIXED};
-use super::{Error, Result};
+use crate::arch::layout::{ram_ranges, FIXED};
+use crate::{Error, Result};
 
 /// What RAM and KVM deal in, in bytes.
 const PAGE_SIZE: u64 = 4096;

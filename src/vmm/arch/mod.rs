@@ -24,6 +24,7 @@ pub mod x86_64;
 pub mod arm64_image;
 #[cfg(any(target_arch = "aarch64", test))]
 pub mod devicetree;
+pub(crate) mod exits;
 #[cfg(any(target_arch = "aarch64", test))]
 mod pl031;
 

@@ -2,7 +2,7 @@
 //! Boot: a kernel image in guest memory, and what its first vCPU starts with.
 //!
 //! What an image is, and what it is told and how, is the architecture's
-//! ([`arch::boot`](super::arch::boot)). An image is somebody's file: every number in it is checked
+//! ([`arch::boot`](crate::arch::boot)). An image is somebody's file: every number in it is checked
 //! against the file and against guest memory.
 #![forbid(unsafe_code)]
 
@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::arch::boot::{Image, ImageError, StartState, MEMORY_MIN, MODULE_CMDLINE_MAX};
-use super::config::PayloadConfig;
-use super::memory::MachineMemory;
-use super::named_file;
+use crate::arch::boot::{Image, ImageError, StartState, MEMORY_MIN, MODULE_CMDLINE_MAX};
+use crate::config::PayloadConfig;
+use crate::memory::MachineMemory;
+use crate::process::named_file;
 
 /// What names modules on the command line.
 const MODULE: &str = "--module";

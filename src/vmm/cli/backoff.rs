@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::signals;
+use crate::process::signals;
 
 /// A life shorter than this makes the next one wait.
 const SHORT: Duration = Duration::from_secs(1);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use super::complain;
-use crate::exit_code;
+use crate::process::exit_code;
 use twostage::iommufd::{Errno, HostError, HostIommu, KernelHost, OpenError};
 use twostage::nesting::survey::{survey, NestingReport};
 use twostage::spec::pci::Bdf;

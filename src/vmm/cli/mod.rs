@@ -24,14 +24,14 @@ use self::info::{info, InfoArgs};
 use self::options::{CpusOption, MemoryOption};
 use self::probe::{probe, ProbeArgs};
 use self::report_output::ReportOption;
-use super::config::{
+use crate::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
     RngConfig, SerialConfig, VfioConfig,
 };
-use super::devices::virtio::none_is_left_behind;
-use super::output::{self, Output};
-use super::stop::StopReason;
-use super::{exit_code, signals, Error, Machine};
+use crate::console::output::{self, Output};
+use crate::devices::virtio::none_is_left_behind;
+use crate::process::stop::StopReason;
+use crate::{process::exit_code, process::signals, Error, Machine};
 
 /// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
 #[derive(Debug, Parser)]

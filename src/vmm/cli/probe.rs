@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::complain;
 use crate::arch::probe::Probe;
-use crate::exit_code;
+use crate::process::exit_code;
 
 /// Exit codes of the subcommand.
 pub(super) const EXIT_CODES: &str = "\

@@ -6,10 +6,10 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::deadline::{self, Turn};
-use crate::named_file;
-use crate::output;
-use crate::patient::Patient;
+use crate::console::deadline::{self, Turn};
+use crate::console::output;
+use crate::console::patient::Patient;
+use crate::process::named_file;
 use crate::report::Report;
 
 /// The form of a report.

@@ -7,8 +7,10 @@ mod payload;
 
 use std::path::PathBuf;
 
-use super::arch::layout::IOMMU_REGISTERS;
-use super::devices::virtio::{DiskAccess, MacAddress};
+use crate::arch::layout::IOMMU_REGISTERS;
+use crate::devices::virtio::{DiskAccess, MacAddress};
+use crate::{Error, Result};
+use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::viommu::vtd::MMIO_SIZE;
@@ -317,6 +319,14 @@ impl DeviceConfig {
             Self::Vfio(_) => "--vfio",
         }
     }
+}
+
+/// Where the device `number` of a configuration goes, counted from 0: the host bridge is first.
+pub(crate) fn bdf_of(number: usize) -> Result<Bdf> {
+    u8::try_from(number + 1)
+        .ok()
+        .and_then(|device| Bdf::new(0, device, 0))
+        .ok_or_else(|| Error::Pci(format!("bus 0 has no room for {} devices", number + 1)))
 }
 
 /// A virtio block device.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Emulated devices, and how they reach memory.
 
+pub(crate) mod debug_exit;
 mod dma_master;
 pub mod edu;
 mod message_writes;

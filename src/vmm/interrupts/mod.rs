@@ -24,10 +24,10 @@ pub(super) use routes::UnroutedInterrupts;
 pub use routes::{MsiRoutes, VectorRoute};
 pub use source::{FunctionInterrupts, InterruptSource};
 
-use super::arch::{EdgeLine, IrqChip, Lines};
-use super::report::InterruptReport;
-use super::trace::Trace;
-use super::Result;
+use crate::arch::{EdgeLine, IrqChip, Lines};
+use crate::report::InterruptReport;
+use crate::trace::Trace;
+use crate::Result;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptListener, InterruptRemapper};
 

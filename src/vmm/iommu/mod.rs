@@ -21,11 +21,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::config::{HostChoice, MachineConfig};
-use super::memory::MachineMemory;
-use super::report::{CallReport, HostReport, IommuReport};
-use super::trace::{Trace, TracedIommu};
-use super::Result;
+use crate::config::{HostChoice, MachineConfig};
+use crate::memory::MachineMemory;
+use crate::report::{CallReport, HostReport, IommuReport};
+use crate::trace::{Trace, TracedIommu};
+use crate::Result;
 pub(super) use direct::DirectDevices;
 use host::Host;
 use in_use::ObjectsInUse;

@@ -33,9 +33,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
-pub(super) use super::arch::message::decoded;
-use super::patient::Patient;
-use super::{named_file, Error, Result};
+pub(super) use crate::arch::message::decoded;
+use crate::console::patient::Patient;
+use crate::{process::named_file, Error, Result};
 pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
 
 /// A trace that is being written. Any thread may add to it.

@@ -11,10 +11,10 @@ use super::interrupts::Lines;
 use super::layout::{CLOCK_ADDRESS, CLOCK_SIZE, DEBUG_EXIT_ADDRESS, SERIAL_ADDRESS};
 use crate::arch::pl031::Pl031;
 use crate::bus::Bus;
-use crate::debug_exit::{self, DebugExit};
+use crate::console::serial::{SerialPort, REGISTERS};
+use crate::devices::debug_exit::{self, DebugExit};
 use crate::pci::PciBus;
-use crate::serial::{SerialPort, REGISTERS};
-use crate::stop::{ResetCause, StopReason, Stopper};
+use crate::process::stop::{ResetCause, StopReason, Stopper};
 use crate::Result;
 
 /// What of it exits lead to, but for memory: the processors' firmware interface, as far as KVM leaves

@@ -12,8 +12,8 @@ use super::IrqChip;
 use crate::arch::devicetree::{self, Assigned, Gic, Pci, Platform, Serial, Smmu, Span};
 use crate::config::{IommuConfig, MachineConfig};
 use crate::iommu::{interrupt_source, AssignedFunction};
+use crate::machine::topology::assigned_functions;
 use crate::memory::MachineMemory;
-use crate::topology::assigned_functions;
 use crate::vfio::message_window;
 use crate::{Error, Result};
 

@@ -12,10 +12,10 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::boot::StartState;
 use super::IrqChip;
+use crate::arch::exits::{ExitKind, Exits};
 use crate::config::MachineConfig;
-use crate::exits::{ExitKind, Exits};
 use crate::memory::MachineMemory;
-use crate::stop::StopReason;
+use crate::process::stop::StopReason;
 use crate::{Error, Result};
 
 /// Registers, as offsets in KVM's structure of them.

@@ -17,10 +17,10 @@ use super::timers::{
     PORT_B, RTC_FIRST_PORT, RTC_LAST_PORT,
 };
 use crate::bus::{Bus, BusDevice};
-use crate::debug_exit::{self, DebugExit};
+use crate::console::serial::{SerialPort, REGISTERS};
+use crate::devices::debug_exit::{self, DebugExit};
 use crate::pci::PciBus;
-use crate::serial::{SerialPort, REGISTERS};
-use crate::stop::Stopper;
+use crate::process::stop::Stopper;
 use crate::Result;
 
 /// What of it exits lead to, but for memory.

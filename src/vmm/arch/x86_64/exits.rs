@@ -4,7 +4,7 @@
 
 use kvm_ioctls::VcpuExit;
 
-use crate::exits::{ExitKind, Exits};
+use crate::arch::exits::{ExitKind, Exits};
 
 /// What a vCPU thread does after an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

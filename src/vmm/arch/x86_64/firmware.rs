@@ -7,9 +7,9 @@ use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;
 use super::layout::{IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
 use super::{bios_data, power, IrqChip};
+use crate::config::bdf_of;
 use crate::config::MachineConfig;
 use crate::memory::MachineMemory;
-use crate::topology::bdf_of;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 

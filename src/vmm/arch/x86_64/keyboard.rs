@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_superio::{I8042Device, Trigger};
 
 use crate::bus::BusDevice;
-use crate::stop::{ResetCause, StopReason, Stopper};
+use crate::process::stop::{ResetCause, StopReason, Stopper};
 
 /// I/O port for data. The ports between the two are others': 0x61 is the chipset's port B.
 pub(super) const DATA_PORT: u64 = 0x60;

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use super::config_ports::ConfigPorts;
 use crate::bus::BusDevice;
 use crate::memory::MachineMemory;
-use crate::stop::{ResetCause, StopReason, Stopper};
+use crate::process::stop::{ResetCause, StopReason, Stopper};
 
 /// Port of the PM1 event registers: status, then enable.
 pub(super) const PM1_EVENT_PORT: u16 = 0x600;

@@ -11,10 +11,10 @@ use super::boot::StartState;
 use super::cpuid::{self, VcpuIdentity};
 use super::exits::{dispatch, Next};
 use super::IrqChip;
+use crate::arch::exits::Exits;
 use crate::config::MachineConfig;
-use crate::exits::Exits;
 use crate::memory::MachineMemory;
-use crate::stop::{ResetCause, StopReason};
+use crate::process::stop::{ResetCause, StopReason};
 use crate::{Error, Result};
 
 /// Longest x86 instruction, in bytes.

@@ -14,7 +14,7 @@ use super::broken::{Broken, Unserved};
 use super::chain::NotCopied;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
-use crate::named_file;
+use crate::process::named_file;
 
 /// Bytes that one request is given at most; drivers take less than they ask for.
 const MAX_REQUEST: usize = 4096;

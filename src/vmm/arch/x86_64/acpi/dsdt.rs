@@ -17,8 +17,8 @@ use crate::arch::x86_64::layout::{
 use crate::arch::x86_64::power::SLEEP_TYPE_SOFT_OFF;
 use crate::arch::x86_64::timers::{RTC_FIRST_PORT, RTC_LAST_PORT};
 use crate::config::MAX_DEVICES;
+use crate::console::serial;
 use crate::pci::line_of_pin;
-use crate::serial;
 
 /// Revision: integers have 64 bits.
 const REVISION: u8 = 2;

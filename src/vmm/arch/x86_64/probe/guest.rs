@@ -17,7 +17,7 @@ use vmm_sys_util::signal::Killable;
 use super::programs::{Program, BREAKPOINT_HANDLER, DATA, END, RESULT_PORT, RIGHT, XSAVE};
 use crate::arch::x86_64::layout::KVM_TSS;
 use crate::memory::MachineMemory;
-use crate::signals::kick_signal;
+use crate::process::signals::kick_signal;
 use crate::{Error, Result};
 
 /// Bytes of RAM.

@@ -16,7 +16,7 @@ use serde::{Serialize, Serializer};
 pub use self::guest::Outcome;
 use self::programs::PROGRAMS;
 use crate::machine::open_kvm;
-use crate::{signals, Error, Result};
+use crate::{process::signals, Error, Result};
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
 use super::{block_device, format, lock};
-use crate::named_file;
+use crate::process::named_file;
 
 /// Bytes of a sector, the unit of addresses (virtio 1.3 §5.2.6).
 pub const SECTOR_SIZE: u64 = 512;

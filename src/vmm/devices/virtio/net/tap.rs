@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use crate::named_file::set_nonblocking;
+use crate::process::named_file::set_nonblocking;
 
 /// Where tap interfaces are asked for.
 const TUN_DEVICE: &str = "/dev/net/tun";

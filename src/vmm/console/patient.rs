@@ -9,17 +9,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
-use super::deadline::{self, Turn};
+use crate::console::deadline::{self, Turn};
 
 /// How much is written at once: no more than a pipe takes without blocking when it is ready.
-pub(super) const PIECE: usize = 4096;
+pub(crate) const PIECE: usize = 4096;
 /// What is not taken at all for so long is given up.
-pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A file that is written as it comes, but not waited for when nobody takes anything, nor for long when
 /// the machine has stopped: for what must not have gaps.
 #[derive(Debug)]
-pub(super) struct Patient<F> {
+pub(crate) struct Patient<F> {
     file: F,
     until: Option<Instant>,
 }
@@ -54,7 +54,7 @@ impl<F: Write + AsFd> Write for Patient<F> {
 }
 
 /// Writes some of `bytes`, which are not none, when there is room within `patience`.
-pub(super) fn write_some(
+pub(crate) fn write_some(
     file: &mut (impl Write + AsFd),
     bytes: &[u8],
     patience: Duration,

@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use vmm_sys_util::signal::Killable;
 
-use super::arch::Processor;
-use super::exits::{ExitKind, Exits};
-use super::memory::MachineMemory;
-use super::signals::kick_signal;
-use super::stop::{StopReason, Stopper};
-use super::{Error, Result};
+use crate::arch::exits::{ExitKind, Exits};
+use crate::arch::Processor;
+use crate::memory::MachineMemory;
+use crate::process::signals::kick_signal;
+use crate::process::stop::{StopReason, Stopper};
+use crate::{Error, Result};
 
 /// Runs `processor` in a thread of its own until the machine stops.
 ///
 /// # Errors
 /// There is no thread to be had.
-pub(super) fn spawn(
+pub(crate) fn spawn(
     processor: Processor,
     exits: Arc<Exits>,
     memory: MachineMemory,
@@ -67,7 +67,7 @@ impl Drop for PanicGuard<'_> {
 
 /// A running vCPU. Dropping it waits for the thread, whose machine must have been stopped.
 #[derive(Debug)]
-pub(super) struct VcpuThread(Option<JoinHandle<()>>);
+pub(crate) struct VcpuThread(Option<JoinHandle<()>>);
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {

@@ -27,13 +27,13 @@ fn action(signal: c_int) -> Option<libc::sigaction> {
 }
 
 /// Whether `signal` is ignored: whoever started the process wanted that, unless the process did.
-pub(super) fn is_ignored(signal: c_int) -> bool {
+pub(crate) fn is_ignored(signal: c_int) -> bool {
     action(signal).is_some_and(|action| action.sa_sigaction == libc::SIG_IGN)
 }
 
 /// Has `last` done before an error in the process ends it with a signal. `last` may do what signal
 /// handlers may.
-pub(super) fn before_death(last: fn()) {
+pub(crate) fn before_death(last: fn()) {
     if LAST.set(last).is_err() {
         return;
     }

@@ -14,7 +14,7 @@ const LEAST: Duration = Duration::from_millis(100);
 
 /// Whose turn it is; the turns follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(crate) enum Turn {
     /// What the guest wrote.
     Output,
     /// The last report.
@@ -39,22 +39,22 @@ impl Turn {
 }
 
 /// The machine is stopped: the time runs, unless it does already.
-pub(super) fn begin() {
+pub(crate) fn begin() {
     stopped().get_or_insert_with(Instant::now);
 }
 
 /// There is another machine.
-pub(super) fn clear() {
+pub(crate) fn clear() {
     *stopped() = None;
 }
 
 /// When the turn is over, if the machine was stopped.
-pub(super) fn of(turn: Turn) -> Option<Instant> {
+pub(crate) fn of(turn: Turn) -> Option<Instant> {
     stopped().map(|stopped| turn.over(stopped, Instant::now()))
 }
 
 /// When something that is not to be waited for, but may not be ready at once, is given up.
-pub(super) fn soon() -> Instant {
+pub(crate) fn soon() -> Instant {
     Instant::now() + LEAST
 }
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, OnceLock};
 use libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::exit_code;
-use super::{Error, Result};
+use crate::process::exit_code;
+use crate::{Error, Result};
 
 /// Why a machine stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl StopReason {
     }
 
     /// The same reason, unless `objects` of the host were left behind and nothing worse happened.
-    pub(super) fn unless_left_behind(self, objects: usize) -> Self {
+    pub(crate) fn unless_left_behind(self, objects: usize) -> Self {
         match self {
             Self::Stuck(_) | Self::Software(_) => self,
             _ if objects == 0 => self,
@@ -113,7 +113,7 @@ impl fmt::Display for StopReason {
 
 /// Stops a machine. Clones stop the same machine; the first reason given is the one that counts.
 #[derive(Debug, Clone)]
-pub(super) struct Stopper {
+pub(crate) struct Stopper {
     inner: Arc<Inner>,
 }
 

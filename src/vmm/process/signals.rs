@@ -19,8 +19,8 @@ use vmm_sys_util::signal::{
     block_signal, register_signal_handler, Error as SignalError, SIGRTMAX, SIGRTMIN,
 };
 
-use super::disposition::is_ignored;
-use super::{Error, Result};
+use crate::process::disposition::is_ignored;
+use crate::{Error, Result};
 
 /// Bits of the signals that came and were not taken yet; number 1 is the lowest.
 static PENDING: AtomicU64 = AtomicU64::new(0);
@@ -46,14 +46,14 @@ extern "C" fn interrupt_system_call(_: c_int, _: *mut siginfo_t, _: *mut c_void)
 
 /// As soon as the process runs: a report that is asked for waits until there is something to tell of,
 /// and a file that may grow no more is an error of whoever writes to it.
-pub(super) fn hold() -> Result<()> {
+pub(crate) fn hold() -> Result<()> {
     handle(SIGUSR1, note)?;
     handle(SIGXFSZ, interrupt_system_call)
 }
 
 /// Turns signals into events, for the whole process and from now on; all but those that say that the
 /// process itself is in error.
-pub(super) fn install() -> Result<&'static EventFd> {
+pub(crate) fn install() -> Result<&'static EventFd> {
     let event = match EVENT.get() {
         Some(event) => event,
         None => {
@@ -84,7 +84,7 @@ pub(super) fn install() -> Result<&'static EventFd> {
 }
 
 /// Has [`kick_signal`] interrupt a thread, and do no more.
-pub(super) fn install_kick() -> Result<()> {
+pub(crate) fn install_kick() -> Result<()> {
     register_signal_handler(kick_signal(), interrupt_system_call)
         .map_err(Error::os("signal handler"))
 }
@@ -102,7 +102,7 @@ fn bit(signal: c_int) -> u64 {
 }
 
 /// Leaves `signal` to the next who takes signals.
-pub(super) fn put_back(signal: c_int) {
+pub(crate) fn put_back(signal: c_int) {
     PENDING.fetch_or(bit(signal), Ordering::SeqCst);
     wake();
 }
@@ -115,12 +115,12 @@ fn wake() {
 }
 
 /// The signal that makes a vCPU thread leave KVM.
-pub(super) fn kick_signal() -> c_int {
+pub(crate) fn kick_signal() -> c_int {
     SIGRTMIN()
 }
 
 /// Takes the signals that came since the last call.
-pub(super) fn take() -> impl Iterator<Item = c_int> {
+pub(crate) fn take() -> impl Iterator<Item = c_int> {
     if let Some(event) = EVENT.get() {
         // Nothing to read is no error: the bits are what counts.
         let _ = event.read();
@@ -130,7 +130,7 @@ pub(super) fn take() -> impl Iterator<Item = c_int> {
 }
 
 /// Sleeps until there are signals to take, for `limit` at the most.
-pub(super) fn sleep(limit: Duration) {
+pub(crate) fn sleep(limit: Duration) {
     let wait = |event: &EventFd| {
         let epoll = Epoll::new()?;
         let wanted = EpollEvent::new(EventSet::IN, 0);
@@ -148,7 +148,7 @@ pub(super) fn sleep(limit: Duration) {
 
 /// Waits until `over`, or until a signal comes that ends a machine: that one. Any other is the next
 /// machine's.
-pub(super) fn wait_until(over: impl Fn() -> bool) -> Option<c_int> {
+pub(crate) fn wait_until(over: impl Fn() -> bool) -> Option<c_int> {
     let mut later = Vec::new();
     let mut end = None;
     while end.is_none() && !over() {

@@ -13,7 +13,7 @@ use rustix::process::getpgrp;
 use rustix::stdio::stdin;
 use rustix::termios::{tcgetattr, tcgetpgrp, tcsetattr, OptionalActions, Termios};
 
-use super::disposition;
+use crate::process::disposition;
 
 /// What the terminal was before the process changed it.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
@@ -21,13 +21,13 @@ static BEFORE: OnceLock<Termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// Whether standard input is a terminal.
-pub(super) fn is_there() -> bool {
+pub(crate) fn is_there() -> bool {
     io::stdin().is_terminal()
 }
 
 /// Whether the terminal is this process's to read from and to change. One that controls no process
 /// of this session is.
-pub(super) fn is_ours() -> bool {
+pub(crate) fn is_ours() -> bool {
     tcgetpgrp(stdin()).map_or(true, |foreground| foreground == getpgrp())
 }
 
@@ -42,7 +42,7 @@ fn raw(before: &Termios) -> Termios {
 
 /// Makes the terminal raw, until [`restore`] or the process's death by a signal. Whether it is for the
 /// first time.
-pub(super) fn make_raw() -> io::Result<bool> {
+pub(crate) fn make_raw() -> io::Result<bool> {
     let first = BEFORE.get().is_none();
     let now = tcgetattr(stdin())?;
     let before = BEFORE.get_or_init(|| now);
@@ -53,7 +53,7 @@ pub(super) fn make_raw() -> io::Result<bool> {
 }
 
 /// The process goes on after it was stopped: the shell had the terminal meanwhile.
-pub(super) fn resume() {
+pub(crate) fn resume() {
     if let Some(before) = BEFORE.get().filter(|_| RAW.load(Ordering::SeqCst) && is_ours()) {
         if let Err(error) = tcsetattr(stdin(), OptionalActions::Now, &raw(before)) {
             log::warn!("the terminal cannot be made raw again: {error}");
@@ -62,7 +62,7 @@ pub(super) fn resume() {
 }
 
 /// Makes the terminal what it was. Called by signal handlers, too: does nothing but system calls.
-pub(super) fn restore() {
+pub(crate) fn restore() {
     let Some(before) = BEFORE.get().filter(|_| RAW.swap(false, Ordering::SeqCst)) else { return };
     // In the background it is the shell's, unless nobody has changed it since.
     let left_raw = || {

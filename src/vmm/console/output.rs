@@ -14,9 +14,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::deadline::{self, Turn};
-use super::patient::{write_some, Patient, PATIENCE, PIECE};
-use super::{Error, Result};
+use crate::console::deadline::{self, Turn};
+use crate::console::patient::{write_some, Patient, PATIENCE, PIECE};
+use crate::{Error, Result};
 
 /// How much may wait to be written, in bytes.
 const CAPACITY: usize = 256 << 10;
@@ -29,7 +29,7 @@ const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
 /// Where bytes go; a handle to it. The thread ends with the last.
 #[derive(Debug, Clone)]
-pub(super) struct Output(Arc<Handle>);
+pub(crate) struct Output(Arc<Handle>);
 
 #[derive(Debug)]
 struct Handle(Arc<Shared>);
@@ -207,7 +207,7 @@ impl Drop for Handle {
 ///
 /// # Errors
 /// It cannot be written, or nobody reads it.
-pub(super) fn write_to_standard_error(text: &str) -> io::Result<()> {
+pub(crate) fn write_to_standard_error(text: &str) -> io::Result<()> {
     let until = deadline::of(Turn::Report);
     match Output::standard_error() {
         Ok(error) => error.take_whole(text, until),
@@ -219,7 +219,7 @@ pub(super) fn write_to_standard_error(text: &str) -> io::Result<()> {
 }
 
 /// Says `line` on standard error, without waiting for who reads it.
-pub(super) fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     match Output::standard_error() {
         Ok(error) => error.take(format!("{line}\n").as_bytes()),
         Err(_) => {
@@ -230,7 +230,7 @@ pub(super) fn say(line: &str) {
 }
 
 /// Waits until all that was said is written, but not for a reader that takes nothing.
-pub(super) fn end() {
+pub(crate) fn end() {
     if let Ok(error) = Output::standard_error() {
         let until = deadline::of(Turn::End).unwrap_or_else(|| Instant::now() + PATIENCE);
         // What was lost is said there, too, unless nobody reads it.

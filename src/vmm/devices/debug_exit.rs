@@ -2,14 +2,14 @@
 //! The debug-exit register: what a guest writes becomes the exit code of the process.
 #![forbid(unsafe_code)]
 
-use super::bus::BusDevice;
-use super::stop::{StopReason, Stopper};
+use crate::bus::BusDevice;
+use crate::process::stop::{StopReason, Stopper};
 
 /// Its length in bytes: as wide as QEMU's isa-debug-exit usually is.
-pub(super) const LENGTH: u64 = 4;
+pub(crate) const LENGTH: u64 = 4;
 
 /// A register of up to four bytes, of which the first counts; reads as 0.
-pub(super) struct DebugExit {
+pub(crate) struct DebugExit {
     stopper: Stopper,
 }
 

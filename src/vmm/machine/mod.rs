@@ -2,6 +2,9 @@
 //! A machine: its parts, put together and run.
 #![forbid(unsafe_code)]
 
+mod topology;
+mod vcpu;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
@@ -9,31 +12,31 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Cap, Kvm};
 
-use super::arch::layout::{iommu_interrupts, ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
-use super::arch::{self, Board, Processor, Processors};
-use super::boot;
-use super::bus::Bus;
-use super::config::{MachineConfig, SerialConfig};
-use super::console::Console;
-use super::deadline;
-use super::devices::virtio::KvmDoorbells;
-use super::event_loop::{EventLoop, Wake};
-use super::exits::{ExitCounters, ExitKind, Exits};
-use super::interrupts::{Interrupts, Messages, Ways};
-use super::iommu::{DirectDevices, Iommu, Iommus};
-use super::memory::MachineMemory;
-use super::pci::{Ecam, PciMemory};
-use super::report::Report;
-use super::serial::SerialPort;
-use super::stop::{StopReason, Stopper};
-use super::topology::{assigned_functions, direct_functions, PciTopology, Wiring};
-use super::trace::Trace;
-use super::vcpu::{self, VcpuThread};
-use super::vfio::KvmSlots;
-use super::{Error, Result};
+use crate::arch::exits::{ExitCounters, ExitKind, Exits};
+use crate::arch::layout::{iommu_interrupts, ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::arch::{self, Board, Processor, Processors};
+use crate::boot;
+use crate::bus::Bus;
+use crate::config::{MachineConfig, SerialConfig};
+use crate::console::deadline;
+use crate::console::serial::SerialPort;
+use crate::console::Console;
+use crate::devices::virtio::KvmDoorbells;
+use crate::event_loop::{EventLoop, Wake};
+use crate::interrupts::{Interrupts, Messages, Ways};
+use crate::iommu::{DirectDevices, Iommu, Iommus};
+use crate::machine::topology::{assigned_functions, direct_functions, PciTopology, Wiring};
+use crate::memory::MachineMemory;
+use crate::pci::{Ecam, PciMemory};
+use crate::process::stop::{StopReason, Stopper};
+use crate::report::Report;
+use crate::trace::Trace;
+use crate::vfio::KvmSlots;
+use crate::{Error, Result};
 use twostage::iommufd::{self, KernelHost, ObjectId};
 use twostage::spec::pci::Bdf;
 use twostage_emulated::ObjectGraph;
+use vcpu::VcpuThread;
 
 /// A machine that has not run yet.
 pub struct Machine {
@@ -279,7 +282,7 @@ fn device_files<'a>(
 }
 
 /// Opens `/dev/kvm` and checks what the machine cannot do without.
-pub(super) fn open_kvm() -> Result<Kvm> {
+pub(crate) fn open_kvm() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| Error::KvmOpen { source: error.into() })?;
     const API_VERSION: i32 = 12;
     if kvm.get_api_version() != API_VERSION {

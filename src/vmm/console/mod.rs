@@ -5,6 +5,12 @@
 //! must end the machine of a guest that hangs. Anything else is only read as far as the guest reads.
 #![forbid(unsafe_code)]
 
+pub(crate) mod deadline;
+pub(crate) mod output;
+pub(crate) mod patient;
+pub(crate) mod serial;
+pub(crate) mod terminal;
+
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -16,9 +22,9 @@ use rustix::stdio::stdin;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::serial::SerialPort;
-use super::stop::{StopReason, Stopper};
-use super::{output, terminal, Error, Result};
+use crate::console::serial::SerialPort;
+use crate::process::stop::{StopReason, Stopper};
+use crate::{Error, Result};
 
 /// How much typed input waits for the guest, in bytes. More is lost, as with a real port.
 const TYPED_MAX: usize = 64 << 10;
@@ -82,7 +88,7 @@ enum Source {
 }
 
 /// Standard input, connected to a serial port.
-pub(super) struct Console {
+pub(crate) struct Console {
     port: Arc<SerialPort>,
     stopper: Stopper,
     source: Source,

@@ -11,18 +11,18 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::Serial;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::arch::layout::SERIAL_IRQ;
-use super::arch::EdgeLine;
-use super::bus::BusDevice;
-use super::config::SerialConfig;
-use super::deadline::{self, Turn};
-use super::interrupts::Interrupts;
-use super::named_file;
-use super::output::Output;
-use super::{Error, Result};
+use crate::arch::layout::SERIAL_IRQ;
+use crate::arch::EdgeLine;
+use crate::bus::BusDevice;
+use crate::config::SerialConfig;
+use crate::console::deadline::{self, Turn};
+use crate::console::output::Output;
+use crate::interrupts::Interrupts;
+use crate::process::named_file;
+use crate::{Error, Result};
 
 /// How many registers it has, of a byte each.
-pub(super) const REGISTERS: u64 = 8;
+pub(crate) const REGISTERS: u64 = 8;
 /// The modem control register, which has the bit that leads output to input.
 const MODEM_CONTROL: u64 = 4;
 
@@ -53,7 +53,7 @@ impl SerialEvents for RoomForInput {
 type Uart = Serial<EdgeLine, RoomForInput, Box<dyn Write + Send>>;
 
 /// The serial port of a machine.
-pub(super) struct SerialPort {
+pub(crate) struct SerialPort {
     uart: Mutex<Uart>,
     /// Written when there may be room for input again.
     room: RoomForInput,

@@ -13,7 +13,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// What the system says; a FIFO to write to needs somebody who reads it.
-pub(super) fn open(path: &Path, options: &OpenOptions, flags: libc::c_int) -> io::Result<File> {
+pub(crate) fn open(path: &Path, options: &OpenOptions, flags: libc::c_int) -> io::Result<File> {
     let mut options = options.clone();
     options.custom_flags(flags | libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path).map_err(|error| match error.raw_os_error() {
@@ -32,7 +32,7 @@ fn is_fifo(path: &Path) -> bool {
 ///
 /// # Errors
 /// `EBADF` it is no file descriptor.
-pub(super) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> io::Result<()> {
+pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument, and touches no memory.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
     if flags == -1 {

@@ -10,34 +10,26 @@ use std::sync::Arc;
 use event_manager::MutEventSubscriber;
 use vm_allocator::{AddressAllocator, AllocPolicy};
 
-use super::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
-use super::config::{DeviceConfig, EduConfig, MachineConfig, TapConfig, VfioConfig};
-use super::devices::edu::{self, Edu};
-use super::devices::virtio::{
+use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::config::{bdf_of, DeviceConfig, EduConfig, MachineConfig, TapConfig, VfioConfig};
+use crate::devices::edu::{self, Edu};
+use crate::devices::virtio::{
     self, Backend, Block, DeviceMemory, Disk, Doorbells, MacAddress, Net, QueueCounters, Rng, Tap,
     VirtioPci,
 };
-use super::devices::{DirectMemory, DmaMaster, MessageWrites};
-use super::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
-use super::iommu::{AssignedFunction, Iommu};
-use super::memory::MachineMemory;
-use super::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
-use super::report::{DeviceReport, QueueReport};
-use super::trace::{Trace, TracedDma};
-use super::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
-use super::{Error, Result};
+use crate::devices::{DirectMemory, DmaMaster, MessageWrites};
+use crate::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
+use crate::iommu::{AssignedFunction, Iommu};
+use crate::memory::MachineMemory;
+use crate::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
+use crate::report::{DeviceReport, QueueReport};
+use crate::trace::{Trace, TracedDma};
+use crate::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
+use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
-/// Where the device `number` of a configuration goes, counted from 0: the host bridge is first.
-pub(super) fn bdf_of(number: usize) -> Result<Bdf> {
-    u8::try_from(number + 1)
-        .ok()
-        .and_then(|device| Bdf::new(0, device, 0))
-        .ok_or_else(|| Error::Pci(format!("bus 0 has no room for {} devices", number + 1)))
-}
-
 /// The functions that go behind virtual IOMMUs.
-pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
+pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
         if let Some(iommu) = config.iommu_of(device.iommu()) {
@@ -53,7 +45,7 @@ pub(super) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
 }
 
 /// The devices of this machine that no virtual IOMMU is in front of.
-pub(super) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathBuf)>> {
+pub(crate) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathBuf)>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
         match device {
@@ -67,7 +59,7 @@ pub(super) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathB
 }
 
 /// How devices reach the vCPUs, and are reached.
-pub(super) struct Wiring {
+pub(crate) struct Wiring {
     /// For INTx and messages.
     pub interrupts: Arc<Interrupts>,
     /// For notifications.
@@ -80,7 +72,7 @@ pub(super) struct Wiring {
 }
 
 /// The bus, and the devices on it.
-pub(super) struct PciTopology {
+pub(crate) struct PciTopology {
     pub bus: Arc<PciBus>,
     devices: Vec<PlacedDevice>,
     /// To be served in the event loop, until somebody takes it there.

@@ -4,8 +4,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::arch::Board;
-use super::bus::Bus;
+use crate::arch::Board;
+use crate::bus::Bus;
 
 macro_rules! exit_kinds {
     ($($(#[$doc:meta])* $variant:ident => $name:literal),* $(,)?) => {
@@ -63,14 +63,14 @@ impl ExitCounters {
         self.counts[kind as usize].load(Ordering::Relaxed)
     }
 
-    pub(super) fn count(&self, kind: ExitKind) {
+    pub(crate) fn count(&self, kind: ExitKind) {
         self.counts[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// Where exits lead.
 #[derive(Debug, Default)]
-pub(super) struct Exits {
+pub(crate) struct Exits {
     /// Guest-physical addresses that are no RAM.
     pub mmio: Bus,
     /// What only some architectures have.
