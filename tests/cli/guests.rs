@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Small guests: what they print, how they end.
+
+use super::*;
+
+fn run_guest(image: &[u8], more: &[&str]) -> Output {
+    let image = kernel(image);
+    twostage(&[&["run", "--report", "none", "--kernel", text(&image)], more].concat())
+}
+
+#[test]
+fn a_guest_prints_and_chooses_the_exit_code() {
+    if !kvm() {
+        return;
+    }
+    for (image, value) in [(multiboot as fn(&[u8]) -> Vec<u8>, 42), (pvh, 255), (pvh, 0)] {
+        let guest = [code::print("hello\n"), code::exit(value), code::HALT.to_vec()].concat();
+        let output = run_guest(&image(&guest), &["--memory", "size=16M"]);
+        assert_eq!(output.status.code(), Some(value.into()));
+        assert_eq!(output.stdout, b"hello\n");
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn the_serial_port_leads_where_it_is_told() {
+    if !kvm() {
+        return;
+    }
+    let guest = multiboot(&[code::print("quiet"), code::exit(0), code::HALT.to_vec()].concat());
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("serial");
+    let output = run_guest(&guest, &["--serial", &format!("file={}", file.display())]);
+    assert!(output.status.success() && output.stdout.is_empty());
+    assert_eq!(std::fs::read(file).unwrap(), b"quiet");
+    let output = run_guest(&guest, &["--serial", "null"]);
+    assert!(output.status.success() && output.stdout.is_empty());
+    let output = run_guest(&guest, &["--serial", "file=/nonexistent/serial"]);
+    assert_refused(&output, twostage_vmm::exit_code::IO_ERROR, "/nonexistent/serial");
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest() {
+    if !kvm() {
+        return;
+    }
+    // mov $0x3fd, %dx; wait: in (%dx), %al; test $1, %al; jz wait; mov $0x3f8, %dx; in (%dx), %al;
+    // out %al, $0xf4
+    let echo = [
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0xe6,
+        0xf4, 0xf4,
+    ];
+    let image = kernel(&multiboot(&echo));
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--report", "none", "--kernel", text(&image)])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"*").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(b'*'.into()));
+}
+
+#[test]
+fn a_guest_that_resets_itself_ends_the_machine() {
+    if !kvm() {
+        return;
+    }
+    let keyboard = [code::out(0x64, 0xfe), code::HALT.to_vec()].concat();
+    let output = run_guest(&multiboot(&keyboard), &[]);
+    assert_refused(&output, GUEST_RESET, "keyboard controller");
+    let output = run_guest(&multiboot(&code::triple_fault()), &[]);
+    assert_refused(&output, GUEST_RESET, "triple fault");
+    let output = run_guest(&multiboot(&code::jump_to_nowhere()), &[]);
+    assert_refused(&output, GUEST_STUCK, "went to RIP 0x40000000");
+}
+
+#[test]
+fn a_reset_can_start_the_machine_again() {
+    if !kvm() {
+        return;
+    }
+    let guest = [code::print("up."), code::out(0xcf9, 0x06), code::HALT.to_vec()].concat();
+    let image = kernel(&multiboot(&guest));
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("serial");
+    let serial = format!("file={}", file.display());
+    let disk = kernel(&[0; 512]);
+    let (report, trace) = (dir.path().join("report"), dir.path().join("trace"));
+    let mut child = Command::new(TWOSTAGE)
+        .args(["run", "--on-reset", "restart", "--serial", &serial])
+        .args(["--report", &format!("json,file={}", report.display())])
+        .args(["--trace", trace.to_str().unwrap(), "--iommu", "vtd"])
+        .args(["--kernel", text(&image), "--memory", "size=16M"])
+        // Each life has it for itself.
+        .args(["--disk", &format!("path={},iommu=off", text(&disk))])
+        .spawn()
+        .unwrap();
+    // Every life adds to the file.
+    wait_until("three lives of the guest", || {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
+        std::fs::metadata(&file).is_ok_and(|file| file.len() >= "up.up.up.".len() as u64)
+    });
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert!(std::fs::read(&file).unwrap().starts_with(b"up.up.up."));
+    let reports = std::fs::read(&report).unwrap();
+    let reports: Vec<serde_json::Value> =
+        serde_json::Deserializer::from_slice(&reports).into_iter().map(Result::unwrap).collect();
+    assert!(reports.len() >= 3, "{reports:#?}");
+    assert!(reports.iter().all(|report| report["iommus"][0]["id"] == "vtd0"), "{reports:#?}");
+    let events: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
+    let maps = events.iter().filter(|event| event["name"] == "IOAS_MAP");
+    let lives: Vec<_> = maps.map(|event| event["pid"].as_u64().unwrap()).collect();
+    assert!(lives.len() >= 3, "{lives:?}");
+    assert!(lives.iter().copied().eq(1..=lives.len() as u64), "{lives:?}");
+}
+
+#[test]
+fn the_guest_switches_the_machine_off() {
+    if !kvm() {
+        return;
+    }
+    // SLP_TYP 5 and SLP_EN in the upper byte of PM1 control.
+    let guest = [code::print("bye"), code::out(0x605, 5 << 2 | 1 << 5), code::HALT.to_vec()];
+    let output = run_guest(&multiboot(&guest.concat()), &[]);
+    assert!(output.status.success());
+    assert_eq!(output.stdout, b"bye");
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_run_is_named() {
+    if !kvm() {
+        return;
+    }
+    // nop; int3. A processor faults three times over, for there is no interrupt table.
+    let output = run_guest(&multiboot(&[0x90, 0xcc]), &[]);
+    match output.status.code() {
+        Some(code) if code == i32::from(GUEST_STUCK) => {
+            assert_refused(&output, GUEST_STUCK, "RIP 0x100001 (bytes cc");
+        }
+        _ => assert_refused(&output, GUEST_RESET, "triple fault"),
+    }
+}
+
+#[test]
+fn a_second_vcpu_waits_for_its_startup_message() {
+    if !kvm() {
+        return;
+    }
+    // mov dword [register], value
+    let store = |register: u32, value: u32| {
+        [&[0xc7, 0x05][..], &register.to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    const LAPIC: u32 = 0xfee0_0000;
+    let guest = [
+        // At 0x8000, for 16-bit real mode: mov $3, %al; out %al, $0xf4; hlt.
+        store(0x8000, 0xf4e6_03b0),
+        store(0x8004, 0xf4),
+        // LAPIC: enabled; INIT, then SIPI with vector 8, to LAPIC 1.
+        store(LAPIC + 0xf0, 0x1ff),
+        store(LAPIC + 0x310, 1 << 24),
+        store(LAPIC + 0x300, 0x4500),
+        store(LAPIC + 0x300, 0x4608),
+        code::HALT.to_vec(),
+    ]
+    .concat();
+    let output = run_guest(&pvh(&guest), &["--cpus", "boot=2"]);
+    assert_eq!(output.status.code(), Some(3));
+}
+
+#[test]
+fn a_flood_of_faults_is_counted_and_hardly_logged() {
+    if !kvm() {
+        return;
+    }
+    const FAULTS: u32 = 5000;
+    let ecam = 0xb000_0000 + (1 << 15);
+    let (unit, edu) = (0xfed9_0000, 0xe000_0000);
+    let flood = [
+        // The function at 00:01.0: its BAR; memory space and bus mastering.
+        code::store(ecam + 0x10, edu),
+        code::store(ecam + 0x04, 0b110),
+        // An empty root table at 2 MiB, in scalable mode; SRTP; TE.
+        code::store(unit + 0x20, 0x20_0000 | 1 << 10),
+        code::store(unit + 0x18, 1 << 30),
+        code::store(unit + 0x18, 1 << 31),
+        // From 0x3000 to the device's buffer, 4 bytes; over and over.
+        code::store(edu + 0x80, 0x3000),
+        code::store(edu + 0x88, 0x4_0000),
+        code::store(edu + 0x90, 4),
+        code::repeat(FAULTS, &[code::store(edu + 0x98, 1), code::wait_for_zero(edu + 0x98, 1)]),
+        code::exit(0),
+        code::HALT.to_vec(),
+    ]
+    .concat();
+    let image = kernel(&multiboot(&flood));
+    let report = NamedTempFile::new().unwrap();
+    let output = twostage(&[
+        "run",
+        "--kernel",
+        text(&image),
+        "--iommu",
+        "vtd",
+        "--device",
+        "edu",
+        "--report",
+        &format!("json,file={}", text(&report)),
+    ]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert!(stderr.lines().count() < 20, "{stderr}");
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(report.path()).unwrap()).unwrap();
+    assert_eq!(report["devices"][0]["dma_failed"], FAULTS);
+    let counters = &report["iommus"][0]["viommu"];
+    let count = |name: &str| counters[name].as_u64().unwrap();
+    // What the guest does not clear is not recorded twice.
+    let all = count("faults_recorded") + count("faults_lost") + count("faults_suppressed");
+    assert!(all >= 1 && all <= FAULTS.into(), "{counters:#}");
+    assert_ne!(count("faults_recorded"), 0);
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The `twostage` command from outside: bad input, small guests, signals.
+//!
+//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
+
+#[path = "../common/code.rs"]
+mod code;
+#[path = "../../src/vmm/arch/x86_64/boot/test_images.rs"]
+mod images;
+
+mod ends;
+mod guests;
+mod offers;
+mod refused;
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use images::{bzimage, multiboot, pvh};
+use tempfile::{NamedTempFile, TempDir};
+use twostage::patience::wait_until;
+use twostage_vmm::exit_code::{
+    GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
+};
+
+const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
+
+fn twostage(args: &[&str]) -> Output {
+    Command::new(TWOSTAGE).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn kernel(image: &[u8]) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(image).unwrap();
+    file
+}
+
+fn text(path: &NamedTempFile) -> &str {
+    path.path().to_str().unwrap()
+}
+
+/// The command failed with `code` and one line that says `hint`.
+fn assert_refused(output: &Output, code: u8, hint: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code.into()), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("twostage: error: "), "{stderr}");
+    assert!(stderr.contains(hint), "'{stderr}' does not say '{hint}'");
+    assert!(output.stdout.is_empty());
+}
+
+/// Whether guests can run here.
+fn kvm() -> bool {
+    let there = kvm_ioctls::Kvm::new().is_ok();
+    if !there {
+        eprintln!("no /dev/kvm: not tested");
+    }
+    there
+}
+
+fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status();
+    assert!(status.unwrap().success());
+}
