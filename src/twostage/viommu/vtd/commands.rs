@@ -19,7 +19,7 @@ use super::VtdIommu;
 use crate::spec::vtd::regs::{
     ContextGranularity, Gcmd, IotlbGranularity, QueuePointer, TranslationTableMode,
 };
-use crate::viommu::{HostSideError, Invalidation, Progress};
+use crate::viommu::{HostSideError, Invalidation, Progress, Requester};
 
 /// What is being done, and is not acknowledged yet. Changed with the registers locked only.
 #[derive(Debug, Default)]
@@ -61,6 +61,15 @@ pub(super) enum Then {
     Iotlb(IotlbGranularity),
     /// The same, but nothing was done.
     Failed,
+}
+
+impl UnderWay {
+    /// Whether translation is being disabled, and that is done for `requester`.
+    pub fn has_disabled(&self, requester: Requester) -> bool {
+        let command = self.command.as_ref().map(|command| &command.what);
+        matches!(command, Some(What::Evaluate(evaluation))
+            if evaluation.by() == By::Nothing && evaluation.has_passed(requester))
+    }
 }
 
 impl VtdIommu {

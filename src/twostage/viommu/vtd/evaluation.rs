@@ -81,6 +81,13 @@ impl Evaluation {
     pub fn by(&self) -> By {
         self.by
     }
+
+    /// Whether the turn of `requester` is over.
+    pub fn has_passed(&self, requester: Requester) -> bool {
+        // Requests without PASID come before those with one.
+        let turn = (requester.rid, requester.pasid.map(Pasid::raw));
+        self.next.is_none_or(|next| turn < next)
+    }
 }
 
 impl VtdIommu {

@@ -7,7 +7,7 @@
 //! again. What served the requester, and may be cached, is not looked at.
 //!
 //! A request costs one look at the tables, whoever makes how many: only those that find themselves served
-//! take the lock of the registers.
+//! take the lock of the registers, for less than a slice of what others do.
 
 use std::sync::atomic::Ordering;
 
@@ -30,14 +30,16 @@ impl VtdIommu {
         if is_blocked(&self.tables(standing.root).config(requester)) {
             return false;
         }
-        // A command that disables translation takes away what is given here before it is done.
-        let registers = self.lock_idle();
+        // Who asks holds others up while it waits: for its turn, and not until a command is done. What
+        // is given here is taken away again by one that is yet to come to it, ...
+        let registers = self.lock();
         // All may have changed since, and the function may be gone.
         let Some(standing) = self.requesters.standing(requester) else { return false };
         if !standing.translating || self.is_halted() {
             return false;
         }
-        if !is_served(standing.given) {
+        // ... and must not be given where translation is disabled already but for the last word.
+        if !is_served(standing.given) && !self.under_way().has_disabled(requester) {
             // Who asks is told what came of it; to the guest nothing is acknowledged.
             let _ = self.reevaluate_requester(requester, registers.root);
         }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Tables that come to serve a requester without anybody's being told: no caching mode.
 
+use std::collections::BTreeMap;
+
+use super::slices::{PASID_CACHE, RTPS, TES};
 use super::*;
 
 /// [`Guest::running`] without caching mode, with nothing behind the root table.
@@ -162,4 +165,53 @@ fn nobody_serves_a_function_that_went_meanwhile() {
         guest.iommu.requesters.remove(RID).unwrap();
     }));
     assert_eq!(guest.calls(), []);
+}
+
+/// Of a function with thousands of PASIDs 63 and 127 come to be served when the first of them has been
+/// passed by a command that `change`s what they go by, and the other has not. Gives what the host has.
+fn amid_a_command(change: impl FnOnce(u32) -> u32) -> (Guest, BTreeMap<Requester, Policy>) {
+    let config = VtdConfig { caching_mode: false, pasid_bits: 13, ..Default::default() };
+    let guest = Guest::with_directory_of(config);
+    (0..63).for_each(|pasid| guest.write_pasid(pasid, 0x6000));
+    guest.submit(&[PASID_CACHE]);
+    let mut has = BTreeMap::new();
+    guest.host_has(&mut has);
+    (0..63).for_each(|pasid| guest.write_pasid(pasid, 0x7000));
+    assert_eq!(guest.begin_command(change), Slice::More);
+    while has.get(&with_pasid(70)) == Some(&first_stage(0x6000)) {
+        assert_eq!(guest.slice(), Slice::More);
+        guest.host_has(&mut has);
+    }
+    assert_eq!(has.get(&with_pasid(126)), Some(&first_stage(0x6000)), "not passed yet");
+    guest.write_pasid(63, 0x7000);
+    (guest, has)
+}
+
+#[test]
+fn who_looks_does_not_do_the_work_of_a_command() {
+    let (guest, mut has) = amid_a_command(|enabled| enabled | RTPS);
+    assert!(guest.iommu.served_late(with_pasid(63)) && guest.iommu.served_late(with_pasid(127)));
+    guest.host_has(&mut has);
+    assert_eq!(has.get(&with_pasid(126)), Some(&first_stage(0x6000)), "not passed yet");
+    assert_eq!((guest.status_bits(RTPS), guest.slice()), (0, Slice::More));
+    while guest.slice() == Slice::More {}
+    guest.host_has(&mut has);
+    assert_eq!(guest.status_bits(RTPS), RTPS);
+    assert!(has == guest.tables_say());
+}
+
+#[test]
+fn nobody_is_served_whom_the_disabling_of_translation_has_passed() {
+    let (guest, mut has) = amid_a_command(|enabled| enabled & !TES);
+    assert!(!guest.iommu.served_late(with_pasid(63)), "it would stay");
+    assert!(guest.iommu.served_late(with_pasid(127)), "not passed yet");
+    assert!(guest.iommu.served_late(Requester::rid(RID)), "it passes by now");
+    guest.host_has(&mut has);
+    assert_eq!(has.get(&with_pasid(127)), Some(&first_stage(0x7000)));
+    assert_eq!((guest.status_bits(TES), guest.slice()), (TES, Slice::More));
+    while guest.slice() == Slice::More {}
+    guest.host_has(&mut has);
+    assert_eq!(guest.status_bits(TES), 0);
+    let own = BTreeMap::from([(Requester::rid(RID), Policy::Bypass)]);
+    assert!(has == own, "{} are served", has.len());
 }

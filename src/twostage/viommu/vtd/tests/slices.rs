@@ -23,7 +23,11 @@ impl Guest {
     /// Translation is enabled, and one table page serves every directory entry. No PASID but 0 is
     /// present yet.
     pub(super) fn with_directory() -> Self {
-        let guest = Self::new(config());
+        Self::with_directory_of(config())
+    }
+
+    pub(super) fn with_directory_of(config: VtdConfig) -> Self {
+        let guest = Self::new(config);
         guest.write_tables();
         (0..128).for_each(|index| guest.write(DIRECTORY + 8 * index, &[PASID_TABLE | 1]));
         guest.write_pasid(0, 0);
