@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod deadline;
+mod input;
 pub(crate) mod output;
 pub(crate) mod patient;
 pub(crate) mod serial;
@@ -22,6 +23,7 @@ use rustix::stdio::stdin;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::console::input::Input;
 use crate::console::serial::SerialPort;
 use crate::process::stop::{StopReason, Stopper};
 use crate::{Error, Result};
@@ -91,6 +93,7 @@ enum Source {
 pub(crate) struct Console {
     port: Arc<SerialPort>,
     stopper: Stopper,
+    input: Input,
     source: Source,
     /// Was read, and the port has no room for it yet.
     waiting: VecDeque<u8>,
@@ -106,9 +109,10 @@ impl Console {
     /// Connects standard input to `port`; who types the escape stops the machine with `stopper`.
     pub fn new(port: Arc<SerialPort>, stopper: Stopper) -> Result<Self> {
         let look = TimerFd::new().map_err(Error::os("timerfd"))?;
+        let input = Input::new(stdin()).map_err(Error::os("standard input"))?;
         let (waiting, polled, lost) = (VecDeque::new(), false, 0);
         let source = if terminal::is_there() { Source::Elsewhere } else { Source::Stream };
-        Ok(Self { port, stopper, source, waiting, polled, look, lost })
+        Ok(Self { port, stopper, input, source, waiting, polled, look, lost })
     }
 
     /// Takes the terminal, if it is there to be taken.
@@ -153,7 +157,7 @@ impl Console {
         if self.polled {
             return;
         }
-        match ops.add(Events::new(&stdin(), EventSet::IN)) {
+        match ops.add(Events::new(&self.input, EventSet::IN)) {
             Ok(()) => self.polled = true,
             // A file on disk cannot be waited for; nor need it be.
             Err(_) => self.source = Source::File,
@@ -163,7 +167,7 @@ impl Console {
     /// The end of a pipe is an event as long as it is waited for, whatever of: so it is not.
     fn unpoll(&mut self, ops: &mut EventOps) {
         if std::mem::take(&mut self.polled) {
-            if let Err(error) = ops.remove(Events::empty(&stdin())) {
+            if let Err(error) = ops.remove(Events::empty(&self.input)) {
                 log::debug!("standard input: {error:?}");
             }
         }
@@ -187,7 +191,7 @@ impl Console {
             return self.leave_terminal(ops);
         }
         let mut bytes = [0; PIECE];
-        let read = rustix::io::read(stdin(), &mut bytes);
+        let read = self.input.read(&mut bytes);
         let read = read.map(|length| bytes.get(..length).unwrap_or_default());
         match (read, &mut self.source) {
             (Err(Errno::AGAIN | Errno::INTR), _) => {}
