@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use tempfile::TempDir;
@@ -13,6 +13,7 @@ use twostage::patience::wait_until;
 
 use super::{images, kvm, number, Value, LIMIT};
 
+const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 /// Bytes of the disk: no request of the guest's is longer.
 const DISK: u64 = 4 << 30;
 /// What `virtio=` on the guest's command line asks for.
@@ -23,11 +24,19 @@ const RESET: &str = "virtio=4";
 
 /// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in `directory`.
 fn command(directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("timeout");
+    command.args([LIMIT, TWOSTAGE]);
+    run(command, directory, cmdline, arguments)
+}
+
+/// The rest of `command`.
+fn run(mut command: Command, directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
     let path = |name: &str| directory.path().join(name).display().to_string();
     File::create(path("disk")).unwrap().set_len(DISK).unwrap();
-    let mut command = Command::new("timeout");
-    command.args([LIMIT, env!("CARGO_BIN_EXE_twostage"), "run", "--kernel"]);
-    command.arg(images().join("vtd-check.elf")).args(["--cmdline", cmdline]);
+    command
+        .args(["run", "--kernel"])
+        .arg(images().join("vtd-check.elf"))
+        .args(["--cmdline", cmdline]);
     command.args(["--memory", "size=256M", "--serial", &format!("file={}", path("serial"))]);
     command.args(["--disk", &format!("path={},iommu=off", path("disk"))]);
     command.args(["--report", &format!("json,file={}", path("report"))]);
@@ -82,16 +91,30 @@ fn what_a_guest_does_again_and_again_is_said_a_few_times() {
     assert!(said(&output).lines().count() <= most, "{}", said(&output));
 }
 
+/// So long a stop takes at the most where everything else is at work, too. It is a second.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
 /// Stops a machine whose devices are at work, which says so.
 fn assert_stops(arguments: &[&str]) {
     let directory = TempDir::new().unwrap();
-    let mut command = command(&directory, NEVER_DONE, arguments);
-    let child = command.spawn().unwrap();
-    let mut child = Stop(child);
+    let mut command = run(Command::new(TWOSTAGE), &directory, NEVER_DONE, arguments);
+    let mut child = Stop(command.spawn().unwrap());
     wait_until("the guest's requests", || read(&directory, "serial").contains("busy"));
-    // Of the machine itself: timeout(1) passes it on.
     let id = child.0.id().to_string();
-    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    let signal =
+        |name: &str| Command::new("kill").args([name, id.as_str()]).status().unwrap().success();
+    let report = || serde_json::from_str::<Value>(&read(&directory, "report"));
+    let served = |report: &Value| number(report, "/devices/0/queues/0/used");
+    assert!(signal("-USR1"));
+    let mut before = 0;
+    wait_until("a report", || {
+        report().is_ok_and(|report| {
+            before = served(&report);
+            true
+        })
+    });
+    assert!(signal("-TERM"));
+    let stopped = Instant::now();
     let mut status = None;
     wait_until("the machine's end", || {
         status = child.0.try_wait().unwrap();
@@ -99,6 +122,13 @@ fn assert_stops(arguments: &[&str]) {
     });
     let status = status.unwrap();
     assert_eq!((status.code(), status.signal()), (Some(128 + 15), None), "{status}");
+    assert!(stopped.elapsed() < STOP_LIMIT, "{:?}", stopped.elapsed());
+    // Each is 4 GB: one may have come to its end between the report and the signal.
+    let after = served(&report().unwrap());
+    assert!(
+        after <= before + 1,
+        "{before} requests of 64 were served before the stop, {after} after"
+    );
 }
 
 /// A process that does not outlive its test.
