@@ -113,6 +113,8 @@ lint:
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
 	scripts/cargo-deny --log-level error check licenses bans sources
+	@# A mutation that finds nothing to change tests nothing.
+	scripts/mutate-invalidations --lines
 
 doc:
 	@$(need) cc cargo
