@@ -49,6 +49,8 @@
 //! * Private memory of another process cannot be pinned: `EFAULT`. Pinned private memory cannot be
 //!   moved or mapped over: `ENOMEM`. Descriptors of another process cannot be mapped: `ENODEV`.
 //! * A socket polls as writable, so every descriptor does.
+//! * A thread that takes descriptors of its own while the program has others (`CLOSE_RANGE_UNSHARE`) can go on with
+//!   the files that it has, and exec; what it opens from then on does not reach this library's thread.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 // The hooks, which all else is for, are not exported from a test.
@@ -62,6 +64,7 @@ mod internal;
 mod logger;
 mod memory;
 mod next;
+mod sharing;
 mod state;
 mod sys;
 mod table;

@@ -21,8 +21,8 @@ use crate::internal::Internal;
 use crate::memory::accounts::Accounts;
 use crate::memory::pins::Pins;
 use crate::memory::windows::Windows;
-use crate::sys;
-use crate::sys::Mark;
+use crate::sharing;
+use crate::sys::{self, Mark};
 use crate::table::{self, Entry};
 use crate::world::World;
 
@@ -169,9 +169,14 @@ impl State {
     }
 
     /// Whether the descriptors are those that the state tells of. They are not in a child of vfork,
-    /// which has the memory of its parent and descriptors of its own.
+    /// which has the memory of its parent and descriptors of its own, nor in a thread that left the others.
     pub fn has_descriptors(&self) -> bool {
-        self.pid == sys::process_id()
+        self.pid == sys::process_id() && !sharing::is_apart()
+    }
+
+    /// Whether the program has no other thread.
+    pub fn is_alone(&self) -> bool {
+        sharing::is_alone(self.service.get().is_some_and(Result::is_ok).into())
     }
 
     fn files(&self) -> MutexGuard<'_, Files> {
@@ -277,7 +282,7 @@ impl State {
             if let Some(slot) = slot.filter(|slot| sys::inode(fd) == Ok(slot.inode)) {
                 return Ok(Some(slot));
             }
-            // A child of vfork, which has closed it: the table is its parent's.
+            // A child of vfork, or a thread apart, which has closed it: the table is of others.
             if !self.has_descriptors() {
                 return Ok(None);
             }

@@ -262,6 +262,21 @@ fn descriptors_are_real() {
 }
 
 #[test]
+fn a_range_is_closed_where_the_kernel_closes_it() {
+    expect(
+        &["ranges"],
+        &[
+            "a flag that is none: -1 errno 22, 22",
+            "a thread alone: 0, 9",
+            "again: -1 9",
+            "the others: 22",
+            "all: 0, 9",
+            "a child: ok",
+        ],
+    );
+}
+
+#[test]
 fn a_child_works_on_the_objects_of_its_parent() {
     expect(
         &["fork"],

@@ -7,9 +7,9 @@ use std::os::fd::RawFd;
 use twostage::iommufd::Errno;
 
 use super::answer_int;
-use crate::next;
 use crate::state::{self, State};
 use crate::table::{self, Entry};
+use crate::{next, sharing, sys};
 
 /// Whether the table is of this process's descriptors. One of ours in it is looked up first: most
 /// programs have none.
@@ -67,10 +67,25 @@ unsafe extern "C" fn close(fd: c_int) -> c_int {
 
 #[cfg_attr(not(test), no_mangle)]
 unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
-    let on_exec = flags & libc::CLOSE_RANGE_CLOEXEC as c_int != 0;
-    if first > last || on_exec || !is_own_table() {
+    if first > last || !is_own_table() {
         // SAFETY: as the program asked.
         return unsafe { next::close_range(first, last, flags) };
+    }
+    let (unshare, on_exec) = (libc::CLOSE_RANGE_UNSHARE, libc::CLOSE_RANGE_CLOEXEC);
+    let unshares = flags & unshare as c_int != 0;
+    // A program of one thread shares its descriptors with this library's thread alone, and goes on to.
+    let is_alone = unshares && state::begun().is_none_or(State::is_alone);
+    let flags = if is_alone { flags & !(unshare as c_int) } else { flags };
+    let close = |first, last| {
+        // SAFETY: as above.
+        let result = unsafe { next::close_range(first, last, flags) };
+        if result == 0 && unshares && !is_alone {
+            sharing::leave();
+        }
+        result
+    };
+    if flags & on_exec as c_int != 0 {
+        return close(first, last);
     }
     let mut files = Vec::new();
     let mut start = first;
@@ -79,25 +94,28 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     for (fd, entry) in table::ours(first, last) {
         let number = fd as u32;
         if let Entry::File(_) = entry {
-            if table::replace(fd, entry, Entry::Closing) {
+            // The other threads' stay open.
+            if (!unshares || is_alone) && table::replace(fd, entry, Entry::Closing) {
                 files.push((fd, entry));
             }
         } else if entry == Entry::Internal {
             if start < number {
-                // SAFETY: as above.
-                result |= unsafe { next::close_range(start, number - 1, flags) };
+                result |= close(start, number - 1);
             }
             start = number + 1;
         }
     }
     if start <= last {
-        // SAFETY: as above.
-        result |= unsafe { next::close_range(start, last, flags) };
+        result |= close(start, last);
     }
+    let errno = sys::last_errno();
     for (fd, entry) in files {
-        table::replace(fd, Entry::Closing, Entry::NotOurs);
+        // The kernel closes nothing when it does not know a flag.
+        let is_open = state::is_emulated(fd);
+        table::replace(fd, Entry::Closing, if is_open { entry } else { Entry::NotOurs });
         closed(entry);
     }
+    sys::set_errno(errno);
     result
 }
 

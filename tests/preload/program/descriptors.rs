@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What can be done with the descriptors, and what is said of the paths.
 
+use crate::processes::child;
 use crate::uapi::*;
 use std::io::Error;
 use std::os::fd::RawFd;
@@ -44,6 +45,42 @@ pub fn run() {
     let fd = open("/dev/iommu");
     println!("{fd}: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
     println!("no pointer: {}", outcome(ioctl_null(fd)));
+}
+
+/// What a read of an iommufd at an offset fails with: a socket would say ESPIPE.
+fn read_at(fd: RawFd) -> i32 {
+    let mut byte = 0u8;
+    // SAFETY: there is room for the byte.
+    assert_eq!(unsafe { libc::pread(fd, (&raw mut byte).cast(), 1, 0) }, -1);
+    errno()
+}
+
+fn close_all(flags: i32) -> String {
+    // SAFETY: the descriptors are this file's functions'.
+    match unsafe { libc::close_range(3, u32::MAX, flags) } {
+        0 => "0".to_owned(),
+        result => format!("{result} errno {}", errno()),
+    }
+}
+
+/// Ranges that close nothing, or nothing for other threads.
+pub fn ranges() {
+    const UNSHARE: i32 = libc::CLOSE_RANGE_UNSHARE as i32;
+    let fd = open("/dev/iommu");
+    println!("a flag that is none: {}, {}", close_all(0x80), read_at(fd));
+    std::thread::scope(|scope| {
+        let apart = || {
+            println!("a thread alone: {}, {}", close_all(UNSHARE), read_at(fd));
+            // SAFETY: nobody's descriptor.
+            println!("again: {} {}", unsafe { libc::close(fd) }, errno());
+        };
+        assert!(scope.spawn(apart).join().is_ok());
+        println!("the others: {}", read_at(fd));
+    });
+    println!("all: {}, {}", close_all(UNSHARE), read_at(fd));
+    // The library's thread has it, too.
+    let fd = open("/dev/iommu");
+    child(|| println!("a child: {}", outcome(ioas_alloc(fd).map(|_| ()))));
 }
 
 /// IOAS_ALLOC without a structure.

@@ -28,6 +28,7 @@ fn main() {
         ["smmu", device] => smmu_flow::run(device),
         ["container", group, device, own] => container::run(group, device, own),
         ["descriptors"] => descriptors::run(),
+        ["ranges"] => descriptors::ranges(),
         ["memory", device] => memory::run(device),
         ["protected", device] => taken::protected(device),
         ["files", device] => taken::files(device),
