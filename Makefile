@@ -35,7 +35,7 @@ help:
 	@echo 'make clean     remove what was built'
 
 run: binary
-	scripts/linux-guest </dev/null
+	scripts/linux-guest --timeout 480 </dev/null
 
 demo: guest kvm binary
 	$(binary) run $(demo_flags)
@@ -65,7 +65,7 @@ test-arm64: binary-arm64
 
 # The small guest runs in the nested host where this machine's own KVM is not one for Linux.
 nested-check: guest binary
-	@[ "$(NESTED)" = off ] || $(binary) probe --report line || scripts/nested -- run $(demo_flags) </dev/null
+	@[ "$(NESTED)" = off ] || $(binary) probe --report line || scripts/nested --timeout 480 -- run $(demo_flags) </dev/null
 	@NESTED=$(NESTED) scripts/linux-checks
 
 preload:
