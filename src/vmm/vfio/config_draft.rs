@@ -10,12 +10,33 @@
 use std::ops::Range;
 
 use super::capabilities::Capability;
-use super::config_image::{LiveRange, MsixStructures};
 use crate::pci::layout::{
     Command, MsiControl, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, REVISION_ID,
     SUBSYSTEM_VENDOR_ID, VENDOR_ID,
 };
 use crate::pci::MsixControl;
+
+/// Bytes of configuration space that the device answers for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveRange {
+    /// Where.
+    pub bytes: Range<u16>,
+    /// What the guest writes goes to the device.
+    pub forwarded: bool,
+}
+
+/// Where the structures of MSI-X are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsixStructures {
+    /// The capability.
+    pub offset: u16,
+    /// How many vectors there are: 1 to 2048.
+    pub vectors: u16,
+    /// BAR of the table, and the offset in it.
+    pub table: (usize, u64),
+    /// BAR of the pending bits, and the offset in it.
+    pub pending: (usize, u64),
+}
 
 /// Cache line size.
 const CACHE_LINE_SIZE: u16 = 0x0c;

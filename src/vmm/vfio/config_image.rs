@@ -17,13 +17,11 @@
 //! | interrupt line and pin | its own; INTA if the device has INTx | each function here is alone on its device |
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
 use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,
     CAPABILITY_VPD, EXTENDED_RULES, RULES,
 };
-use super::config_draft::Draft;
+use super::config_draft::{Draft, LiveRange, MsixStructures};
 use crate::pci::layout::{
     CAPABILITIES_POINTER, CONFIG_SIZE, EXTENDED_START, STATUS, STATUS_CAPABILITIES,
 };
@@ -49,28 +47,6 @@ pub struct ConfigImage {
     pub msix: Option<MsixStructures>,
     /// Device control of PCI Express, which can reset the function.
     pub device_control: Option<u16>,
-}
-
-/// Bytes of configuration space that the device answers for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LiveRange {
-    /// Where.
-    pub bytes: Range<u16>,
-    /// What the guest writes goes to the device.
-    pub forwarded: bool,
-}
-
-/// Where the structures of MSI-X are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MsixStructures {
-    /// The capability.
-    pub offset: u16,
-    /// How many vectors there are: 1 to 2048.
-    pub vectors: u16,
-    /// BAR of the table, and the offset in it.
-    pub table: (usize, u64),
-    /// BAR of the pending bits, and the offset in it.
-    pub pending: (usize, u64),
 }
 
 /// Why a device cannot be shown to a guest.

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
 use super::bars::{memory_bars, DeviceBar, Lender, LentBars};
-use super::config_image::{ConfigImage, LiveRange, MsixStructures};
+use super::config_draft::{LiveRange, MsixStructures};
+use super::config_image::ConfigImage;
 use super::error::{VfioError, VfioProblem};
 use super::host_device::{HostDevice, Irq};
 use super::interrupts::{DeviceInterrupts, DeviceMsix};

@@ -9,13 +9,13 @@
 use std::sync::atomic::Ordering;
 
 use super::policy::blocked_config;
-use super::requesters::Given;
-use super::tables::{Blocked, Tables};
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::qi::ContextScope;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::viommu::vtd::policy::tables::{Blocked, Tables};
+use crate::viommu::vtd::requesters::given::Given;
 use crate::viommu::{HostSideError, Policy, Requester, RequesterConfig};
 
 /// Why what the guest asks for may not be acknowledged.

@@ -9,13 +9,13 @@
 
 use super::apply::{refused_reason, Applied, NotApplied, Scope};
 use super::policy::blocked_config;
-use super::requesters::Given;
-use super::tables::Blocked;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::TABLE_ENTRIES;
 use crate::spec::vtd::regs::Rtaddr;
+use crate::viommu::vtd::policy::tables::Blocked;
+use crate::viommu::vtd::requesters::given::Given;
 use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig};
 
 /// How much one slice may do. A table entry that is read costs 1, and so does a directory entry

@@ -12,8 +12,8 @@
 use std::sync::atomic::Ordering;
 
 use super::apply::is_blocked;
-use super::requesters::Given;
 use super::VtdIommu;
+use crate::viommu::vtd::requesters::given::Given;
 use crate::viommu::Requester;
 
 impl VtdIommu {

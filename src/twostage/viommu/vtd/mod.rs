@@ -31,22 +31,17 @@ mod config;
 mod counters;
 mod evaluation;
 mod events;
-mod explain;
 mod faults;
+mod granularity;
 mod host_unit;
-mod interrupt_entries;
-mod interrupt_remapping;
+mod interrupts;
 mod invalidate;
 mod late;
-mod packed;
 mod policy;
-mod policy_legacy;
-mod policy_scalable;
 mod queue;
 mod registers;
 mod requesters;
 mod state;
-mod tables;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,7 +67,7 @@ use crate::spec::vtd::fault::FaultReason;
 use commands::UnderWay;
 use counters::Counters;
 use evaluation::{Budget, By, Evaluation};
-use interrupt_remapping::Remapping;
+use interrupts::remapping::Remapping;
 use queue::Slice;
 use requesters::Requesters;
 
@@ -276,18 +271,18 @@ impl FaultTarget for VtdIommu {
             self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
             return;
         };
-        let (reason, outcome) = match explain::explain(standing, &self.tables(standing.root), fault)
-        {
-            Some((reason, false)) => {
-                let recorded = self.fault_log().record(fault, reason);
-                (reason.code(), self.recorded(recorded))
-            }
-            explanation => {
-                self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
-                let reason = explanation.map_or(fault.reason, |(reason, _)| reason.code());
-                (reason, FaultOutcome::Suppressed)
-            }
-        };
+        let (reason, outcome) =
+            match policy::explain::explain(standing, &self.tables(standing.root), fault) {
+                Some((reason, false)) => {
+                    let recorded = self.fault_log().record(fault, reason);
+                    (reason.code(), self.recorded(recorded))
+                }
+                explanation => {
+                    self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+                    let reason = explanation.map_or(fault.reason, |(reason, _)| reason.code());
+                    (reason, FaultOutcome::Suppressed)
+                }
+            };
         if let Some(observer) = &self.observer {
             observer.fault(fault, reason, outcome);
         }

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use super::apply::{NotApplied, Scope, Scopes};
 use super::evaluation::{Budget, By, Evaluation};
 use super::faults::QueueError;
-use super::invalidate::{iotlb, pasid_iotlb};
+use super::granularity::{iotlb, pasid_iotlb};
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::Bdf;

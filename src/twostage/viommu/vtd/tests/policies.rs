@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What scalable-mode tables decide, and the reason for each thing that can be wrong with them.
 
-use super::super::tables::Tables;
 use super::*;
 use crate::spec::vtd::regs::Rtaddr;
+use crate::viommu::vtd::policy::tables::Tables;
 use crate::viommu::{VtdFirstStage, VtdSecondStage};
 
 /// Well-formed tables for [`RID`], to spoil.

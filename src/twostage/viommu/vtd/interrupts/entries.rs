@@ -13,7 +13,7 @@ use crate::viommu::{BadAddress, MsiMessage, TableMemory};
 
 /// How the guest wants its interrupts remapped, while it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Setup {
+pub(in crate::viommu::vtd) struct Setup {
     /// The table that GCMD.SIRTP latched.
     pub table: Irta,
     /// GSTS.CFIS: compatibility-format interrupts pass.
@@ -22,7 +22,7 @@ pub(super) struct Setup {
 
 /// Why an interrupt is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct InterruptFault {
+pub(in crate::viommu::vtd) struct InterruptFault {
     pub reason: FaultReason,
     /// The table entry; 0 where the request names none.
     pub index: u16,
@@ -31,12 +31,12 @@ pub(super) struct InterruptFault {
 }
 
 /// Whether a write to `address` is an interrupt request, and no access to memory (§3.14).
-pub(super) fn is_interrupt_request(address: u64) -> bool {
+pub(in crate::viommu::vtd) fn is_interrupt_request(address: u64) -> bool {
     address >> 32 == 0 && CompatibilityAddress::from_bits(address as u32).is_interrupt()
 }
 
 /// Reads entry `index` of the table at `table`.
-pub(super) fn read_entry(
+pub(in crate::viommu::vtd) fn read_entry(
     memory: &dyn TableMemory,
     table: Irta,
     index: u16,
@@ -52,7 +52,7 @@ pub(super) fn read_entry(
 }
 
 /// What the interrupt request `message` of `source` becomes; `entry` gives table entries.
-pub(super) fn decide(
+pub(in crate::viommu::vtd) fn decide(
     setup: Setup,
     source: Bdf,
     message: MsiMessage,
@@ -104,7 +104,7 @@ fn refused(irte: Irte, extended: bool, source: Bdf) -> Option<FaultReason> {
 }
 
 /// Whether an entry like `irte` is sound, whoever uses it.
-pub(super) fn is_valid(irte: Irte, extended: bool) -> bool {
+pub(in crate::viommu::vtd) fn is_valid(irte: Irte, extended: bool) -> bool {
     irte.low.p() && !irte.has_reserved(extended)
 }
 

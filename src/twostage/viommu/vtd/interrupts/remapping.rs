@@ -9,21 +9,21 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
-use super::interrupt_entries::{
-    decide, is_interrupt_request, is_valid, read_entry, InterruptFault, Setup,
-};
-use super::state::Registers;
-use super::VtdIommu;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::interrupt::Irte;
 use crate::spec::vtd::qi::InterruptEntryScope;
 use crate::viommu::observer::FaultOutcome;
+use crate::viommu::vtd::interrupts::entries::{
+    decide, is_interrupt_request, is_valid, read_entry, InterruptFault, Setup,
+};
+use crate::viommu::vtd::state::Registers;
+use crate::viommu::vtd::VtdIommu;
 use crate::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage, TableMemory};
 
 /// Interrupt remapping of a unit. Its lock is taken after that of the registers, and before that of
 /// the fault log.
 #[derive(Default)]
-pub(super) struct Remapping {
+pub(in crate::viommu::vtd) struct Remapping {
     entries: Mutex<Entries>,
     listeners: Mutex<Vec<Weak<dyn InterruptListener>>>,
 }
@@ -106,7 +106,7 @@ impl VtdIommu {
     }
 
     /// Latches IRTA. The cache is emptied with it (CAP.ESIRTPS).
-    pub(super) fn set_interrupt_table_pointer(&self, registers: &mut Registers) {
+    pub(in crate::viommu::vtd) fn set_interrupt_table_pointer(&self, registers: &mut Registers) {
         registers.interrupt_table = registers.irta;
         self.remapping.entries().cache.clear();
         registers.gsts.set_irtps(true);
@@ -114,7 +114,7 @@ impl VtdIommu {
     }
 
     /// What the registers say of interrupt remapping holds when this returns.
-    pub(super) fn publish_remapping(&self, registers: &Registers) {
+    pub(in crate::viommu::vtd) fn publish_remapping(&self, registers: &Registers) {
         let setup =
             Setup { table: registers.interrupt_table, compatibility: registers.gsts.cfis() };
         self.remapping.entries().setup = registers.gsts.ires().then_some(setup);
@@ -122,7 +122,7 @@ impl VtdIommu {
     }
 
     /// Forgets what is cached of `scope`.
-    pub(super) fn invalidate_interrupt_entries(&self, scope: InterruptEntryScope) {
+    pub(in crate::viommu::vtd) fn invalidate_interrupt_entries(&self, scope: InterruptEntryScope) {
         self.remapping.entries().invalidate(scope);
         self.remapping.tell();
     }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from legacy root and context entries (§3.4.2, §9.1, §9.3).
 
-use super::tables::{Blocked, Served, Tables};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::{
     ContextHigh, ContextLow, ContextTranslationType, RootHalf, CONTEXT_ENTRY_SIZE, ROOT_ENTRY_SIZE,
 };
+use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::{DomainTag, Requester, Stage1, VtdSecondStage};
 
 /// What the tables at `root` say of `requester`.
-pub(super) fn serve(
+pub(in crate::viommu::vtd) fn serve(
     tables: &Tables<'_>,
     root: Rtaddr,
     requester: Requester,
@@ -80,10 +80,10 @@ fn context_entry(
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::VtdConfig;
-    use super::super::tables::Tables;
     use super::*;
     use crate::spec::pci::Bdf;
+    use crate::viommu::vtd::config::VtdConfig;
+    use crate::viommu::vtd::policy::tables::Tables;
     use crate::viommu::Policy;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 

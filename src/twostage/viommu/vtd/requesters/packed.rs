@@ -3,9 +3,9 @@
 
 use bitfield_struct::bitfield;
 
-use super::requesters::Given;
 use crate::spec::pci::Pasid;
 use crate::spec::vtd::PAGE_SHIFT;
+use crate::viommu::vtd::requesters::given::Given;
 use crate::viommu::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
 
 /// Kinds of policy.
@@ -41,7 +41,7 @@ struct Word {
 // Packed: its alignment would be another four bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(Rust, packed(4))]
-pub(super) struct PackedGiven {
+pub(in crate::viommu::vtd) struct PackedGiven {
     word: Word,
     domain: u16,
 }

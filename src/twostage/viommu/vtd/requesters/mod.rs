@@ -5,22 +5,18 @@
 //! thread, read what the guest is to be told. The lock is held for a lookup or an insertion, never
 //! across a call.
 
+pub(super) mod given;
+pub(super) mod packed;
+
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::packed::PackedGiven;
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::Rtaddr;
-use crate::viommu::{Requester, RequesterConfig};
-
-/// The configuration of a requester.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Given {
-    pub config: RequesterConfig,
-    /// The host has it. Otherwise the host refused, or lost it, and must be told again.
-    pub applied: bool,
-}
+use crate::viommu::Requester;
+use given::Given;
+use packed::PackedGiven;
 
 /// The requesters of one function.
 #[derive(Debug, Clone, Default)]
@@ -42,7 +38,7 @@ struct Published {
 
 /// How translation stands, for whoever has a fault to explain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Standing {
+pub(in crate::viommu::vtd) struct Standing {
     /// Translation is enabled, or is being enabled.
     pub translating: bool,
     /// The root table that decides.
@@ -53,7 +49,7 @@ pub(super) struct Standing {
 
 /// Every requester and what it was given.
 #[derive(Debug, Default)]
-pub(super) struct Requesters {
+pub(in crate::viommu::vtd) struct Requesters {
     published: RwLock<Published>,
 }
 
@@ -185,7 +181,7 @@ impl Published {
 
 /// PASIDs of a function that is gone.
 #[derive(Debug)]
-pub(super) struct GivenPasids {
+pub(in crate::viommu::vtd) struct GivenPasids {
     rid: Bdf,
     pasids: Runs<PackedGiven>,
 }

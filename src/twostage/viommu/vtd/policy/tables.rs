@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The guest's remapping tables, and what can be said of a requester from them.
 
-use super::caps::Capabilities;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH};
+use crate::viommu::vtd::caps::Capabilities;
 use crate::viommu::{BadAddress, DomainTag, Stage1, TableMemory};
 
 /// What decides: guest memory, what the unit offers, and the root table as SRTP latched it.
 #[derive(Clone, Copy)]
-pub(super) struct Tables<'a> {
+pub(in crate::viommu::vtd) struct Tables<'a> {
     pub memory: &'a dyn TableMemory,
     pub caps: &'a Capabilities,
     /// `None` while the guest has never set a root table.
@@ -18,7 +18,7 @@ pub(super) struct Tables<'a> {
 
 /// Why a requester is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Blocked {
+pub(in crate::viommu::vtd) struct Blocked {
     pub reason: FaultReason,
     /// An entry on the way, this one included, has FPD set.
     pub fault_disabled: bool,
@@ -32,7 +32,7 @@ impl Blocked {
 
 /// What the tables say of a requester that they serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Served {
+pub(in crate::viommu::vtd) struct Served {
     /// The guest-owned tables, or none for pass-through.
     pub stage1: Option<Stage1>,
     pub tag: DomainTag,

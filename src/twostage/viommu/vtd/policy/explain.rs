@@ -5,19 +5,19 @@
 //! the guest's tables: the reason of the walk, put in terms of the guest's own tables, as if the
 //! host's stage 2 were the memory that they stand in.
 
-use super::apply::is_blocked;
-use super::requesters::Standing;
-use super::tables::Tables;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::viommu::vtd::apply::is_blocked;
+use crate::viommu::vtd::policy::tables::Tables;
+use crate::viommu::vtd::requesters::Standing;
 use crate::viommu::{DmaFault, Policy, RequesterConfig, Stage1};
 
 /// The reason, and whether the guest's tables ask that the fault be not recorded.
-pub(super) type Explanation = (FaultReason, bool);
+pub(in crate::viommu::vtd) type Explanation = (FaultReason, bool);
 
 /// Explains `fault`, given how its requester stands; `None` when the guest is told nothing, as
 /// translation is not enabled.
-pub(super) fn explain(
+pub(in crate::viommu::vtd) fn explain(
     standing: Standing,
     tables: &Tables<'_>,
     fault: &DmaFault,
@@ -129,10 +129,10 @@ fn legacy_second_stage(fault: &DmaFault) -> FaultReason {
 
 #[cfg(test)]
 mod tests {
-    use super::super::config::VtdConfig;
-    use super::super::requesters::Given;
     use super::*;
     use crate::spec::pci::{Bdf, Pasid};
+    use crate::viommu::vtd::config::VtdConfig;
+    use crate::viommu::vtd::requesters::given::Given;
     use crate::viommu::{DomainTag, Requester, VtdFirstStage, VtdSecondStage};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 

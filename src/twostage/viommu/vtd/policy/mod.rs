@@ -5,19 +5,23 @@
 //! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
 //! request of a requester; what depends on the request (rights, privilege) is for the translation.
 
-use super::policy_scalable::{PasidTable, PasidTables};
-use super::tables::{Blocked, Served, Tables};
-use super::{policy_legacy, policy_scalable};
+pub(super) mod explain;
+pub(super) mod legacy;
+pub(super) mod scalable;
+pub(super) mod tables;
+
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::TranslationTableMode;
+use crate::viommu::vtd::policy::scalable::{PasidTable, PasidTables};
+use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig};
 
 impl Tables<'_> {
     /// What becomes of `requester`'s untranslated requests.
     pub fn config(&self, requester: Requester) -> RequesterConfig {
         let served = self.root().and_then(|root| match root.mode() {
-            TranslationTableMode::Scalable => policy_scalable::serve(self, root, requester),
-            _ => policy_legacy::serve(self, root, requester),
+            TranslationTableMode::Scalable => scalable::serve(self, root, requester),
+            _ => legacy::serve(self, root, requester),
         });
         to_config(requester, served)
     }
@@ -51,7 +55,10 @@ fn to_config(requester: Requester, served: Result<Served, Blocked>) -> Requester
 }
 
 /// The configuration of a requester that is blocked.
-pub(super) fn blocked_config(requester: Requester, blocked: Blocked) -> RequesterConfig {
+pub(in crate::viommu::vtd) fn blocked_config(
+    requester: Requester,
+    blocked: Blocked,
+) -> RequesterConfig {
     let Blocked { reason, fault_disabled } = blocked;
     RequesterConfig {
         policy: Policy::Blocked { reason: reason.code(), fault_disabled },
@@ -62,10 +69,10 @@ pub(super) fn blocked_config(requester: Requester, blocked: Blocked) -> Requeste
 
 #[cfg(test)]
 mod tests {
-    use super::super::caps::Capabilities;
-    use super::super::config::VtdConfig;
     use super::*;
     use crate::spec::vtd::regs::Rtaddr;
+    use crate::viommu::vtd::caps::Capabilities;
+    use crate::viommu::vtd::config::VtdConfig;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     fn reason(caps: &Capabilities, root: Option<Rtaddr>, pasid: Option<u32>) -> u8 {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from scalable-mode root, context and PASID entries (§3.4.3, §6.2, §9.2, §9.4–§9.6).
 
-use super::tables::{Blocked, Served, Tables};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::{
@@ -12,10 +11,11 @@ use crate::spec::vtd::root::{
     RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
     SCALABLE_CONTEXT_ENTRY_SIZE,
 };
+use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::{DomainTag, Requester, Stage1, VtdFirstStage, VtdSecondStage};
 
 /// What the tables at `root` say of `requester`.
-pub(super) fn serve(
+pub(in crate::viommu::vtd) fn serve(
     tables: &Tables<'_>,
     root: Rtaddr,
     requester: Requester,
@@ -38,7 +38,7 @@ pub(super) fn serve(
 }
 
 /// The PASID tables of a function.
-pub(super) struct PasidTables<'a> {
+pub(in crate::viommu::vtd) struct PasidTables<'a> {
     tables: &'a Tables<'a>,
     context: Context,
 }
@@ -64,7 +64,7 @@ impl<'a> PasidTables<'a> {
 }
 
 /// One PASID table.
-pub(super) struct PasidTable<'a> {
+pub(in crate::viommu::vtd) struct PasidTable<'a> {
     tables: &'a Tables<'a>,
     directory: Directory,
 }

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a requester was given.
+#![forbid(unsafe_code)]
+
+use crate::viommu::RequesterConfig;
+
+/// The configuration of a requester.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::viommu::vtd) struct Given {
+    pub config: RequesterConfig,
+    /// The host has it. Otherwise the host refused, or lost it, and must be told again.
+    pub applied: bool,
+}
