@@ -150,7 +150,8 @@ struct RunArgs {
 
     /// What happens when the guest resets itself. A restarted machine is a new one, which a report
     /// tells of alone; what it writes to files goes behind what is there. After lives of less than a second
-    /// it starts later and later, 8 seconds at the most.
+    /// it starts later and later, 8 seconds at the most; and never before its devices are through with a
+    /// request to a slow disk.
     #[arg(long, value_enum, default_value = "exit")]
     on_reset: OnReset,
 
