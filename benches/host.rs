@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the verbs of the emulated host cost while a guest runs: attach and replace, and invalidation
-//! in batches. The kernel's own figures for the same calls stand in the README.
+//! What the verbs of the emulated host cost while a guest runs: attach and replace, and
+//! invalidation in batches. The kernel's own figures for the same calls stand in the README.
 
 use std::sync::Arc;
 

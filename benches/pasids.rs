@@ -36,8 +36,8 @@ const DIRECTORY: u64 = 0x10_0000;
 /// A table for each of them.
 const TABLES: u64 = 0x100_0000;
 const PAGE: u64 = 0x1000;
-/// Tables at which the guest's own tables differ. A VT-d has 2^16 domain ids, so that the host cannot
-/// keep many more apart.
+/// Tables at which the guest's own tables differ. A VT-d has 2^16 domain ids, so that the host
+/// cannot keep many more apart.
 const DISTINCT: u64 = 60_000;
 
 #[derive(Debug)]
@@ -123,7 +123,8 @@ impl Machine {
         self.command(Gcmd::new().with_qie(true).with_te(enable));
     }
 
-    /// Entries of all PASIDs: in one table page that every directory entry names, or each on its own.
+    /// Entries of all PASIDs: in one table page that every directory entry names, or each on its
+    /// own.
     fn fill(&self, one_table: bool, domain: impl Fn(u64) -> u64, table: impl Fn(u64) -> u64) {
         let pages = PASIDS / 64;
         for index in 0..pages {
@@ -170,8 +171,8 @@ impl Machine {
         self.submit(Descriptor::Iotlb { scope, drain_writes: false, drain_reads: false });
     }
 
-    /// One batch of 1024 invalidations: 256 ranges, each too wide to be looked up page by page, of four
-    /// PASIDs of the domains `domain`.
+    /// One batch of 1024 invalidations: 256 ranges, each too wide to be looked up page by page, of
+    /// four PASIDs of the domains `domain`.
     fn flush_ranges(&self, domain: impl Fn(u32) -> u16) {
         let range = |at: u64| Some(AddressMask { address: at << 30, mask: 12, leaf: false });
         let of_pasid = |pasid: u32| {

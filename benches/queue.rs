@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The invalidation queue, from the tail write to the wait's status: the whole stack in one
-//! process, over the emulated host. The limit beside it is a register access alone. The command queue
-//! of the SMMUv3, over a host that has nothing to do: what the virtual SMMU itself costs.
+//! process, over the emulated host. The limit beside it is a register access alone. The command
+//! queue of the SMMUv3, over a host that has nothing to do: what the virtual SMMU itself costs.
 
 use std::hint::black_box;
 

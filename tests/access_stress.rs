@@ -92,7 +92,8 @@ impl Mediated {
     }
 }
 
-/// Ends the work of all threads, also when a check has failed: the test would wait for them for ever.
+/// Ends the work of all threads, also when a check has failed: the test would wait for them for
+/// ever.
 struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `scripts/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks is said. With shell
-//! scripts in the place of both VMMs.
+//! `scripts/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks is
+//! said. With shell scripts in the place of both VMMs.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -16,8 +16,8 @@ echo 'mark done'
 sleep 1
 ";
 
-/// In lazy mode: half a line, and then nothing more. A child keeps the console open when this one is killed,
-/// as a process does that is stuck in the kernel.
+/// In lazy mode: half a line, and then nothing more. A child keeps the console open when this one
+/// is killed, as a process does that is stuck in the kernel.
 const HANGS: &str = "\
 case \"$*\" in *iommu.strict*) ;; *sm_on*) printf 'figure wri'; sleep 300 & wait ;; esac
 ";

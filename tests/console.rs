@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The console of `twostage run`: what is typed, a terminal, and output that is read late or never.
 //!
-//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
+//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
+//! none.
 
 #[path = "common/child.rs"]
 mod child;
@@ -317,8 +318,8 @@ fn no_guest_waits_for_who_reads_and_what_is_lost_is_said() {
     assert_eq!(dropped, all.len() - got.len(), "{said}");
 }
 
-/// A machine whose guest has written so much to `writer`, which nobody reads, and does nothing then; and
-/// what it has written.
+/// A machine whose guest has written so much to `writer`, which nobody reads, and does nothing
+/// then; and what it has written.
 fn flooded(blocks: u32, writer: PipeWriter) -> (Running, Vec<u8>) {
     let code = [code::flood(blocks), code::HALT.to_vec()].concat();
     let mut all = code.clone();

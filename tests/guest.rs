@@ -15,7 +15,8 @@ use std::sync::OnceLock;
 
 use serde_json::{json, Value};
 
-/// A guest that hangs is ended after this many seconds. Its own waits, which say what they wait for, take 60.
+/// A guest that hangs is ended after this many seconds. Its own waits, which say what they wait
+/// for, take 60.
 const LIMIT: &str = "300";
 
 const WIDE_EDU: &str = "edu,dma-mask=0xffffffffffffffff";

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The files that a command line names, when they are not what they should be: each is refused in one
-//! line, and nothing is waited for.
+//! The files that a command line names, when they are not what they should be: each is refused in
+//! one line, and nothing is waited for.
 
 #[path = "../src/vmm/arch/x86_64/boot/test_images.rs"]
 mod images;

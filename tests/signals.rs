@@ -2,7 +2,8 @@
 //! Signals and limits that `twostage run` meets: none ends it without a word, and none that it was
 //! started to ignore ends it at all.
 //!
-//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
+//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
+//! none.
 
 #[path = "common/child.rs"]
 mod child;

@@ -7,8 +7,8 @@
 //! stage 1 through stage 2 and caches what hardware may cache, so that a forgotten invalidation
 //! shows.
 //!
-//! A whole test of nesting: a page table of the user's on top of an IOAS, a DMA through both stages,
-//! and an entry that changes, which nobody sees before the invalidation.
+//! A whole test of nesting: a page table of the user's on top of an IOAS, a DMA through both
+//! stages, and an entry that changes, which nobody sees before the invalidation.
 //!
 //! ```
 //! use std::sync::Arc;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The functions that the hooks stand in front of: those of the next library.
 //!
-//! One is called as it is. Where it is not known (the search itself gets here, or libc lacks it) the
-//! system call is made instead.
+//! One is called as it is. Where it is not known (the search itself gets here, or libc lacks it)
+//! the system call is made instead.
 
 use std::ffi::{c_char, c_int, c_ulong, c_void, CStr};
 use std::ptr::null_mut;
@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use libc::{iovec, mode_t, off64_t, size_t, ssize_t, syscall, AT_FDCWD};
 
-/// Finds `name` in the libraries after this one, once. Null when this thread is searching already (a
-/// search that needs memory, and through it one of our hooks, does not start another), or when a
+/// Finds `name` in the libraries after this one, once. Null when this thread is searching already
+/// (a search that needs memory, and through it one of our hooks, does not start another), or when a
 /// search of another thread does not end: that thread was not forked.
 fn find(found: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     /// The thread that searches; 0 for none.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which threads share the descriptors that the table tells of: all, but for those that took a table of their own
-//! (`CLOSE_RANGE_UNSHARE`).
+//! Which threads share the descriptors that the table tells of: all, but for those that took a
+//! table of their own (`CLOSE_RANGE_UNSHARE`).
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
@@ -19,7 +19,8 @@ pub fn is_apart() -> bool {
     APART.get()
 }
 
-/// Whether the process has this thread and `ours` others at most. Where `/proc` does not say, it has not.
+/// Whether the process has this thread and `ours` others at most. Where `/proc` does not say, it
+/// has not.
 pub fn is_alone(ours: usize) -> bool {
     let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return false };
     let live = |task: std::io::Result<std::fs::DirEntry>| match task {
@@ -31,7 +32,8 @@ pub fn is_alone(ours: usize) -> bool {
     tasks.map(live).filter(|live| *live).count() <= 1 + ours
 }
 
-/// Whether a thread with this `stat` in `/proc` is not about to end: who joined it may still find it there.
+/// Whether a thread with this `stat` in `/proc` is not about to end: who joined it may still find
+/// it there.
 fn is_live(stat: &str) -> bool {
     const PF_EXITING: u64 = 4;
     // The name may have anything in it.

@@ -3,7 +3,8 @@
 //!
 //! A descriptor of an emulated file is one end of a socket pair. The owner keeps the other end: it
 //! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
-//! processes ([`crate::callers::calls`]). Its name tells a process that did not open the file what it is.
+//! processes ([`crate::callers::calls`]). Its name tells a process that did not open the file what
+//! it is.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -49,7 +50,8 @@ pub struct State {
     opened: AtomicU64,
     /// The files with something that waits for a call on another one.
     pub waiting: Waiting,
-    /// Held by who uses a file without a descriptor of it, so that one that was closed ends in time.
+    /// Held by who uses a file without a descriptor of it, so that one that was closed ends in
+    /// time.
     serving: Mutex<()>,
 }
 
@@ -57,7 +59,8 @@ pub struct State {
 #[derive(Debug, Default)]
 struct Files {
     slots: Vec<Option<Slot>>,
-    /// Some that are not among them any more are ending now: who has closed the last descriptor of one waits.
+    /// Some that are not among them any more are ending now: who has closed the last descriptor of
+    /// one waits.
     ending: bool,
 }
 
@@ -169,7 +172,8 @@ impl State {
     }
 
     /// Whether the descriptors are those that the state tells of. They are not in a child of vfork,
-    /// which has the memory of its parent and descriptors of its own, nor in a thread that left the others.
+    /// which has the memory of its parent and descriptors of its own, nor in a thread that left the
+    /// others.
     pub fn has_descriptors(&self) -> bool {
         self.pid == sys::process_id() && !sharing::is_apart()
     }
@@ -262,8 +266,8 @@ impl State {
         free as u32
     }
 
-    /// The slot that `fd` stands for; none when that is no file of ours. The number may have been closed, and
-    /// used for something else, where no hook saw it, or while this looks.
+    /// The slot that `fd` stands for; none when that is no file of ours. The number may have been
+    /// closed, and used for something else, where no hook saw it, or while this looks.
     ///
     /// # Errors
     /// `EBADF` it is being closed.
@@ -319,7 +323,8 @@ impl State {
         }
     }
 
-    /// A descriptor of the file `slot` was closed: the file has ended then if that was the last one.
+    /// A descriptor of the file `slot` was closed: the file has ended then if that was the last
+    /// one.
     pub fn released(&self, slot: u32) {
         let place = slot as usize;
         let files = self.files();
@@ -334,12 +339,14 @@ impl State {
         self.end(place..place + 1);
     }
 
-    /// Ends the files whose last descriptors were closed in other processes, as far as the service has not.
+    /// Ends the files whose last descriptors were closed in other processes, as far as the service
+    /// has not.
     pub fn end_hung_up(&self) {
         self.end(0..usize::MAX);
     }
 
-    /// Ends those of the files `numbers` whose last descriptors are closed; when it returns none is ending.
+    /// Ends those of the files `numbers` whose last descriptors are closed; when it returns none is
+    /// ending.
     fn end(&self, numbers: Range<usize>) {
         // What closing brings about is done when close returns: who serves drops the file first.
         let _served = self.serving();

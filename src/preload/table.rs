@@ -24,8 +24,8 @@ pub enum Entry {
     NotOurs,
     /// Something that the program must not touch.
     Internal,
-    /// A descriptor of an emulated file that a thread is closing: who finds it emulated still comes too late
-    /// for it.
+    /// A descriptor of an emulated file that a thread is closing: who finds it emulated still comes
+    /// too late for it.
     Closing,
     /// The emulated file of this number (of a file, not of a descriptor).
     File(u32),

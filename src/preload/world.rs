@@ -145,7 +145,8 @@ impl World {
     /// Opens `node`.
     ///
     /// # Errors
-    /// `ENOENT` there is no such device; `EBUSY` a group that is open, or of which a device is bound.
+    /// `ENOENT` there is no such device; `EBUSY` a group that is open, or of which a device is
+    /// bound.
     pub fn open(&self, node: Node) -> Result<Arc<dyn File>, Errno> {
         if !self.has(node) {
             return Err(Errno::ENOENT);

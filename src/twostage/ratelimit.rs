@@ -21,8 +21,8 @@ struct Window {
     lines: u32,
 }
 
-/// Logs a warning that a guest can bring about again and again. Each place of the code that does has a
-/// limit of its own, for all machines of the process.
+/// Logs a warning that a guest can bring about again and again. Each place of the code that does
+/// has a limit of its own, for all machines of the process.
 #[macro_export]
 macro_rules! warn_limited {
     ($($line:tt)*) => {{

@@ -20,8 +20,8 @@ struct Run<T> {
 /// A map from `u32` to small values, that has neighbouring keys with the same value as one run.
 #[derive(Debug, Clone)]
 pub struct Runs<T> {
-    /// By the upper bits of their keys; the runs of each ascend, and no two that touch have the same
-    /// value. No block is empty.
+    /// By the upper bits of their keys; the runs of each ascend, and no two that touch have the
+    /// same value. No block is empty.
     blocks: BTreeMap<u32, Vec<Run<T>>>,
 }
 

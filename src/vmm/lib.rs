@@ -4,8 +4,8 @@
 //!
 //! [`Machine`] is built from a [`config::MachineConfig`] and runs until the guest ends it. vCPU
 //! threads bring register accesses to the [`bus`]; one event loop serves file descriptors; each
-//! device that does DMA has a worker of its own, and so has what the guest says, so that nobody waits
-//! for who reads it. Nothing here decides what a DMA may reach: that is the IOMMU's.
+//! device that does DMA has a worker of its own, and so has what the guest says, so that nobody
+//! waits for who reads it. Nothing here decides what a DMA may reach: that is the IOMMU's.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 #![warn(missing_debug_implementations)]

@@ -57,8 +57,8 @@ pub struct DeviceReport {
     pub queues: Vec<QueueReport>,
 }
 
-/// What passed between a virtqueue's driver and its device: when a guest waits for a device, this tells who waits
-/// for whom.
+/// What passed between a virtqueue's driver and its device: when a guest waits for a device, this
+/// tells who waits for whom.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct QueueReport {
     /// Times the device was told that there is something new.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The `twostage` command from outside: bad input, small guests, signals.
 //!
-//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is none.
+//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
+//! none.
 
 #[path = "../common/code.rs"]
 mod code;

@@ -3,8 +3,8 @@
 
 use super::*;
 
-/// Runs the command in a mount and a network namespace of its own, after `prepare`; nothing when the
-/// system does not allow that.
+/// Runs the command in a mount and a network namespace of its own, after `prepare`; nothing when
+/// the system does not allow that.
 fn in_namespace(prepare: &str, command: &str) -> Option<Output> {
     let unshare = |script: &str| {
         let unshare = ["--mount", "--net", "sh", "-c", script];

@@ -57,8 +57,8 @@ pub const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 /// Writes so many blocks of 4096 bytes to the serial port: memory from where images are loaded.
 pub fn flood(blocks: u32) -> Vec<u8> {
     let start = super::images::CODE_START.to_le_bytes();
-    // mov $0x3f8, %dx; mov $blocks, %ebx; 1: mov $start, %esi; mov $4096, %ecx; rep outsb; dec %ebx;
-    // jnz 1b
+    // mov $0x3f8, %dx; mov $blocks, %ebx; 1: mov $start, %esi; mov $4096, %ecx; rep outsb; dec
+    // %ebx; jnz 1b
     let port = [0x66, 0xba, 0xf8, 0x03, 0xbb];
     let block = [0xb9, 0, 0x10, 0, 0, 0xf3, 0x6e, 0x4b, 0x75, 0xf1];
     [&port[..], &blocks.to_le_bytes(), &[0xbe], &start, &block].concat()

@@ -2,9 +2,9 @@
 //! Everything at once: pages are moved in every way there is, HWPTs and IOASes come and go, a user
 //! in the host pins pages, and devices do DMA to all of it.
 //!
-//! Each mover has two pages of memory of its own and moves an IOVA between them. What it has left it
-//! puts into quarantine, as in the tests of one way. Nobody uses a page in quarantine, nobody waits
-//! for ever (or this test does), and nothing is left in the end.
+//! Each mover has two pages of memory of its own and moves an IOVA between them. What it has left
+//! it puts into quarantine, as in the tests of one way. Nobody uses a page in quarantine, nobody
+//! waits for ever (or this test does), and nothing is left in the end.
 //!
 //! `TWOSTAGE_STRESS_SECONDS` says how long; 2 seconds unless it is given.
 

@@ -22,7 +22,8 @@ const NEVER_DONE: &str = "virtio=2";
 const FLOOD: &str = "virtio=3";
 const RESET: &str = "virtio=4";
 
-/// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in `directory`.
+/// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in
+/// `directory`.
 fn command(directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new("timeout");
     command.args([LIMIT, TWOSTAGE]);

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `twostage run --vfio` over `libtwostage_iommufd.so`: a guest's virtual VT-d whose tables are nested
-//! by what looks like a kernel's iommufd, with an `edu` that is assigned as a device of this machine is.
+//! `twostage run --vfio` over `libtwostage_iommufd.so`: a guest's virtual VT-d whose tables are
+//! nested by what looks like a kernel's iommufd, with an `edu` that is assigned as a device of this
+//! machine is.
 //!
-//! The small test guest drives the unit and the device, and says what holds: with assigned devices that
-//! is all but fault records, which no kernel hands out for VT-d. The program under test is this one,
-//! started again. Without KVM the test fails, unless `TWOSTAGE_KVM=off` says that it is to be left out.
+//! The small test guest drives the unit and the device, and says what holds: with assigned devices
+//! that is all but fault records, which no kernel hands out for VT-d. The program under test is
+//! this one, started again. Without KVM the test fails, unless `TWOSTAGE_KVM=off` says that it is
+//! to be left out.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// A guest that hangs is ended after this many seconds, which are more than it waits for anything itself.
+/// A guest that hangs is ended after this many seconds, which are more than it waits for anything
+/// itself.
 const LIMIT: &str = "300";
 
 fn main() -> ExitCode {

@@ -3,8 +3,8 @@
 //! specification's text says and no more.
 //!
 //! A model of one IOTLB and one paging-structure cache, beside which a whole stack is run: after
-//! every step each device's reads must come out as here. Where the text lets hardware drop more than
-//! it asks for, and the stack does, the model says so where it does the same.
+//! every step each device's reads must come out as here. Where the text lets hardware drop more
+//! than it asks for, and the stack does, the model says so where it does the same.
 
 use proptest::prelude::*;
 

@@ -59,8 +59,8 @@ pub struct Fault {
     pub cause: Cause,
 }
 
-/// A whole stack in one process: a guest with its driver, a virtual IOMMU, nesting, an emulated host
-/// with devices A and B.
+/// A whole stack in one process: a guest with its driver, a virtual IOMMU, nesting, an emulated
+/// host with devices A and B.
 pub trait Stack: Sized + Sync {
     /// A command that invalidates translations.
     type Invalidation: Copy + Debug;
@@ -68,7 +68,8 @@ pub trait Stack: Sized + Sync {
     /// An invalidation that the host refuses is an error to the guest even where it was made good.
     const REFUSALS_ARE_SHOWN: bool;
 
-    /// Both devices added, translation disabled. Host call `failing` fails, counted from 1; 0: none.
+    /// Both devices added, translation disabled. Host call `failing` fails, counted from 1; 0:
+    /// none.
     ///
     /// # Errors
     /// The graph of the host's objects after what failed.
@@ -107,8 +108,8 @@ pub trait Stack: Sized + Sync {
     /// Takes a device away, and tells how to add it again: to the host, and to the virtual IOMMU.
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self));
     fn unmap_memory(&self, gpa: u64, length: u64);
-    /// Attaches a device to the stage 1 at `table`, of which the virtual unit knows nothing. Its page
-    /// requests go to the result.
+    /// Attaches a device to the stage 1 at `table`, of which the virtual unit knows nothing. Its
+    /// page requests go to the result.
     fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue>;
     /// Makes the `n`-th host call from now on (1 is the next) fail.
     fn fail_nth(&self, n: u64);
@@ -358,8 +359,8 @@ pub fn memory_that_is_taken_away_is_not_reached_any_more<S: Stack>() {
     assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
 }
 
-/// Faults take their way to the guest while invalidations hold every lock above the host and wait for
-/// DMA: a lock too many on that way, and this test hangs.
+/// Faults take their way to the guest while invalidations hold every lock above the host and wait
+/// for DMA: a lock too many on that way, and this test hangs.
 pub fn faults_and_invalidations_do_not_wait_for_each_other<S: Stack>() {
     let (stack, _, _) = nested::<S>();
     std::thread::scope(|scope| {
@@ -375,8 +376,8 @@ pub fn faults_and_invalidations_do_not_wait_for_each_other<S: Stack>() {
     });
 }
 
-/// Every host call of a guest's life fails in turn: no panic, no leak; whatever the guest was told is
-/// done is never stale; what does not work is blocked.
+/// Every host call of a guest's life fails in turn: no panic, no leak; whatever the guest was told
+/// is done is never stale; what does not work is blocked.
 pub fn every_host_call_fails_in_turn<S: Stack>() {
     let calls = (1..1000).find(|n| !live::<S>(*n)).expect("a life ends");
     assert!(calls > 20, "only {calls} calls were made to fail");

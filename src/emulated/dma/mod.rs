@@ -73,8 +73,9 @@ impl SmmuV3Unit {
 impl DmaPort {
     /// Reads memory at `iova` (bytes) into `bytes`.
     ///
-    /// A device that asks for pages ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits here for
-    /// the answers, so who serves the fault queue is on another thread. No lock is held meanwhile.
+    /// A device that asks for pages ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits here
+    /// for the answers, so who serves the fault queue is on another thread. No lock is held
+    /// meanwhile.
     ///
     /// # Errors
     /// [`DmaError`]; bytes before the failing address may have been read. A fault has been
@@ -132,16 +133,16 @@ impl DmaPort {
         Ok(())
     }
 
-    /// Writes the doubleword `data` to `iova` (bytes, a multiple of 4), as a device sends an interrupt
-    /// message: to memory, or, where the request is a [`DmaError::Interrupt`], by `deliver`, which gets
-    /// the address of that. Either is done within the critical section that decides it, so that no
-    /// message is on its way by an old translation when an invalidation returns; `deliver` must not wait
-    /// for anything.
+    /// Writes the doubleword `data` to `iova` (bytes, a multiple of 4), as a device sends an
+    /// interrupt message: to memory, or, where the request is a [`DmaError::Interrupt`], by
+    /// `deliver`, which gets the address of that. Either is done within the critical section that
+    /// decides it, so that no message is on its way by an old translation when an invalidation
+    /// returns; `deliver` must not wait for anything.
     ///
     /// # Errors
-    /// As [`DmaPort::read`], but that no page is asked for: what is missing is a fault at once, whatever
-    /// the device. [`DmaError::NoMemory`], too, when the bytes are not in one page, which they are where
-    /// `iova` is what it should be.
+    /// As [`DmaPort::read`], but that no page is asked for: what is missing is a fault at once,
+    /// whatever the device. [`DmaError::NoMemory`], too, when the bytes are not in one page, which
+    /// they are where `iova` is what it should be.
     pub fn write_message(
         &mut self,
         attributes: DmaAttributes,
@@ -167,9 +168,9 @@ impl DmaPort {
     /// it; do not wait for anything in between, and never for an invalidation.
     ///
     /// # Errors
-    /// As [`DmaPort::read`]; [`DmaError::PageRequested`] when the device has asked for the page: this
-    /// does not wait for the answer. To ask takes the iommufd's lock, whose holder may be waiting for
-    /// sections to end: hold no [`Translated`] of another port of the unit meanwhile.
+    /// As [`DmaPort::read`]; [`DmaError::PageRequested`] when the device has asked for the page:
+    /// this does not wait for the answer. To ask takes the iommufd's lock, whose holder may be
+    /// waiting for sections to end: hold no [`Translated`] of another port of the unit meanwhile.
     #[inline]
     pub fn translate(
         &mut self,
@@ -188,8 +189,8 @@ impl DmaPort {
         }))
     }
 
-    /// Takes the answer to the page requests of `group` ([`DmaError::PageRequested`]), once; none as
-    /// long as there is none. There is one, at the latest, when the attachment ends.
+    /// Takes the answer to the page requests of `group` ([`DmaError::PageRequested`]), once; none
+    /// as long as there is none. There is one, at the latest, when the attachment ends.
     pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
         match &self.0 {
             AnyPort::Vtd(port) => port.page_response(group),

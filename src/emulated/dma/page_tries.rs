@@ -18,8 +18,8 @@ pub struct PageTries {
 }
 
 impl PageTries {
-    /// The request for the page at `address` was answered by `response`. The transfer is to be tried
-    /// again from there on.
+    /// The request for the page at `address` was answered by `response`. The transfer is to be
+    /// tried again from there on.
     ///
     /// # Errors
     /// [`DmaError::PageRefused`]: it is not.

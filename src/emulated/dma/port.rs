@@ -170,9 +170,9 @@ impl<U: Unit> PortSection<'_, U> {
     }
 }
 
-/// Where `request` goes, by tables and not by what is cached of them. If nothing is attached for it,
-/// who may attach something is asked to, outside the section, and then it is tried again: only to be
-/// called while nothing that was read in the section is in use.
+/// Where `request` goes, by tables and not by what is cached of them. If nothing is attached for
+/// it, who may attach something is asked to, outside the section, and then it is tried again: only
+/// to be called while nothing that was read in the section is in use.
 #[cold]
 #[inline(never)]
 fn walk<U: Unit>(
@@ -260,8 +260,9 @@ fn request(rid: u16, attributes: DmaAttributes, address: u64, access: DmaAccess)
     Request { rid, pasid, address, kind }
 }
 
-/// Asks for the page, if that can help and somebody serves it; what else stops a request is a fault.
-/// The gate must have been left. Never inlined: it would be too much for [`Port::translate`] to be.
+/// Asks for the page, if that can help and somebody serves it; what else stops a request is a
+/// fault. The gate must have been left. Never inlined: it would be too much for [`Port::translate`]
+/// to be.
 #[cold]
 #[inline(never)]
 fn stopped<U: Unit>(

@@ -22,8 +22,8 @@ pub struct DeviceConfig {
     pub ats: bool,
     /// It asks for pages (PRI), which takes `ats`, and an IOMMU that takes page requests. While it,
     /// or a PASID of it, is attached to a HWPT with a fault queue, a DMA that meets a translation
-    /// which is not there, or does not allow it, is no fault: the queue gets a page request, and the
-    /// DMA goes on when that is answered.
+    /// which is not there, or does not allow it, is no fault: the queue gets a page request, and
+    /// the DMA goes on when that is answered.
     ///
     /// ```
     /// use std::sync::Arc;

@@ -34,8 +34,8 @@ use twostage::spec::pci::Bdf;
 /// One lock covers the objects of one iommufd. Under it the [`Machine`] is looked into and drivers
 /// of IOMMUs are called, each of which has a lock of its own and takes no other: several iommufds
 /// that use one IOMMU wait for it one after the other, and never for each other. Nothing holds the
-/// locks of two iommufds. DMA takes none of these, but for a page request, which is made outside its
-/// critical section.
+/// locks of two iommufds. DMA takes none of these, but for a page request, which is made outside
+/// its critical section.
 ///
 /// ```
 /// use std::sync::Arc;

@@ -2,9 +2,9 @@
 //! Fault injection by position, in the manner of Linux's `fail-nth`: the n-th allocation of a
 //! thread fails.
 //!
-//! Whatever a call makes or has to remember asks [`allocate`] first: objects, areas, what is pinned,
-//! page tables, attachments. So a test can fail a call at each step in turn, and look that it
-//! answers `ENOMEM` and has changed nothing. In ordinary builds there always is memory.
+//! Whatever a call makes or has to remember asks [`allocate`] first: objects, areas, what is
+//! pinned, page tables, attachments. So a test can fail a call at each step in turn, and look that
+//! it answers `ENOMEM` and has changed nothing. In ordinary builds there always is memory.
 #![forbid(unsafe_code)]
 
 use crate::host::refusal::Outcome;

@@ -26,8 +26,8 @@ pub trait TestFile: Any + Debug + Send + Sync {
     }
 }
 
-/// The process that makes an ioctl, with the descriptors that it has of emulated files: none, and no
-/// room for one, unless it says otherwise.
+/// The process that makes an ioctl, with the descriptors that it has of emulated files: none, and
+/// no room for one, unless it says otherwise.
 pub trait Process: UserSpace {
     /// The iommufd that is open as `fd`.
     ///

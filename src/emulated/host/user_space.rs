@@ -120,15 +120,15 @@ pub trait UserSpace: Debug + Send + Sync {
         None
     }
 
-    /// The file that the process has open as `fd`, to be read and written if it can be at all: what a device
-    /// may do with it is not up to how the process has opened it.
+    /// The file that the process has open as `fd`, to be read and written if it can be at all: what
+    /// a device may do with it is not up to how the process has opened it.
     fn file(&self, fd: i32) -> Option<Arc<File>> {
         let _ = fd;
         None
     }
 
-    /// Whether the pages of `file`, which the process has open, are memory's own (shmem, hugetlbfs): those of
-    /// other files cannot be pinned.
+    /// Whether the pages of `file`, which the process has open, are memory's own (shmem,
+    /// hugetlbfs): those of other files cannot be pinned.
     fn is_memory(&self, file: &File) -> bool {
         let _ = file;
         true

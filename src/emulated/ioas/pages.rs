@@ -107,8 +107,8 @@ impl Pages {
     }
 
     /// Pins the pages under `length` bytes at `offset`, and says where those bytes are: pieces in
-    /// ascending order, none of a device's memory that was lost. Pages that are pinned already stay where they are and are not accounted
-    /// again.
+    /// ascending order, none of a device's memory that was lost. Pages that are pinned already stay
+    /// where they are and are not accounted again.
     ///
     /// # Errors
     /// `EFAULT` no such memory; `EINVAL` no such pages of a file; `ENOMEM` the memory-lock limit.

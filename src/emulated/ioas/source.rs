@@ -68,8 +68,8 @@ fn part(memory: &UserMemory, offset: u64, length: u64) -> Outcome<UserMemory> {
     memory.part(offset, length).or_else(|error| refuse(Errno::EFAULT, error.to_string()))
 }
 
-/// Maps `length` bytes at `offset` of `file`, and the whole pages around them. What no device writes need not
-/// be writable: it may be sealed.
+/// Maps `length` bytes at `offset` of `file`, and the whole pages around them. What no device
+/// writes need not be writable: it may be sealed.
 fn pin_file(file: &Arc<File>, offset: u64, length: u64, writable: bool) -> Outcome<UserMemory> {
     let in_page = offset % PAGE_SIZE;
     let end = offset.checked_add(length).and_then(|end| end.checked_next_multiple_of(PAGE_SIZE));

@@ -208,8 +208,8 @@ impl IovaSpace {
     /// nor at the ends of an area. `huge_pages`: a HWPT may hold one there.
     ///
     /// # Errors
-    /// `EBUSY` it is being unmapped; `EOPNOTSUPP` memory of a device; `EINVAL` the second part would not be aligned, it is pinned,
-    /// or there may be huge pages.
+    /// `EBUSY` it is being unmapped; `EOPNOTSUPP` memory of a device; `EINVAL` the second part
+    /// would not be aligned, it is pinned, or there may be huge pages.
     pub fn split(&mut self, last: u64, alignment: u64, huge_pages: bool) -> Outcome<bool> {
         let found = self.areas.range_mut(..=last).next_back().filter(|(_, area)| last <= area.last);
         let Some((&start, area)) = found else { return Ok(false) };

@@ -242,7 +242,8 @@ pub const MOCK_FLAGS_ACCESS_WRITE: u32 = 1 << 0;
 pub const MOCK_ACCESS_RW_WRITE: u32 = 1 << 0;
 /// `ACCESS_RW`, flags: not by the short way that the kernel has for its own memory.
 pub const MOCK_ACCESS_RW_SLOW_PATH: u32 = 1 << 2;
-/// `ACCESS_PAGES`, `ACCESS_RW`, `IOAS_COPY`, flags: the IOVA is the number of an area, and an offset.
+/// `ACCESS_PAGES`, `ACCESS_RW`, `IOAS_COPY`, flags: the IOVA is the number of an area, and an
+/// offset.
 pub const MOCK_FLAGS_ACCESS_SYZ: u32 = 1 << 16;
 /// `CREATE_ACCESS`, flags: it pins pages.
 pub const MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES: u32 = 1 << 0;

@@ -10,8 +10,8 @@ use crate::ioas::IovaSpace;
 use crate::uapi::Argument;
 use crate::EmulatedHost;
 
-/// The IOVA that `iova` stands for: in its lower half is the number of a mapping, by ascending IOVA,
-/// in the upper half an offset there. 0 when there is no such mapping.
+/// The IOVA that `iova` stands for: in its lower half is the number of a mapping, by ascending
+/// IOVA, in the upper half an offset there. 0 when there is no such mapping.
 pub fn in_area(space: &IovaSpace, iova: u64) -> u64 {
     // Cut to the lower half.
     let (number, offset) = (iova as u32, iova >> 32);

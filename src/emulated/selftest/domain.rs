@@ -50,8 +50,8 @@ impl MockPaging {
         Ok(Self { aperture, page_sizes, dirty })
     }
 
-    /// The leaf that translates `iova`, when `area` as a whole is mapped to memory from `output` on;
-    /// with `huge_pages` as large as possible, else as small.
+    /// The leaf that translates `iova`, when `area` as a whole is mapped to memory from `output`
+    /// on; with `huge_pages` as large as possible, else as small.
     pub fn leaf(
         &self,
         area: &RangeInclusive<u64>,

@@ -5,8 +5,8 @@
 //! The kernel has these in `drivers/iommu/iommufd/selftest.c`, for its
 //! `tools/testing/selftests/iommu`; ordinary kernels do not carry them, nor do ordinary builds of
 //! this crate. The mock IOMMU moves no data. It has small pages and a small aperture, caches that a
-//! test can look at, and failures that a test can ask for. What it does with objects it does through
-//! the same rules as every other driver: nothing here knows which test is run.
+//! test can look at, and failures that a test can ask for. What it does with objects it does
+//! through the same rules as every other driver: nothing here knows which test is run.
 //!
 //! ```text
 //! operations (ioas, devices, checks …) ──► objects ──► driver ──► domain, viommu

@@ -228,8 +228,8 @@ pub(crate) struct ReadGuard<'a, T> {
 }
 
 impl<T> ReadGuard<'_, T> {
-    /// Ends the section for as long as `pause` takes, which may write, and starts another one: nothing
-    /// that was read before holds after it.
+    /// Ends the section for as long as `pause` takes, which may write, and starts another one:
+    /// nothing that was read before holds after it.
     pub fn outside<R>(&mut self, pause: impl FnOnce() -> R) -> R {
         /// Enters again whatever becomes of `pause`, as the guard lives on.
         struct Outside<'a, T>(&'a Gate<T>, &'a Slot);

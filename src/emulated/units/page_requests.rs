@@ -86,8 +86,8 @@ impl PageRequests {
         }
     }
 
-    /// Takes the answer to a group of `rid`, whose index is free then; none as long as there is none.
-    /// A group that is not open was refused.
+    /// Takes the answer to a group of `rid`, whose index is free then; none as long as there is
+    /// none. A group that is not open was refused.
     pub fn take_answer(&self, rid: u16, group: u16) -> Option<PageResponseCode> {
         take(&mut self.devices(), rid, group)
     }

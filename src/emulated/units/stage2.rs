@@ -30,8 +30,9 @@ impl Mapping {
     }
 }
 
-/// The mappings of one IOAS that has HWPTs, disjoint; an area of the IOAS is one or more of them. Readers and writers may be on any thread; a removal is
-/// complete for DMA only when every [`crate::units::hardware::Hardware`] was told.
+/// The mappings of one IOAS that has HWPTs, disjoint; an area of the IOAS is one or more of them.
+/// Readers and writers may be on any thread; a removal is complete for DMA only when every
+/// [`crate::units::hardware::Hardware`] was told.
 #[derive(Debug, Default)]
 pub(crate) struct Stage2 {
     mappings: RwLock<BTreeMap<u64, Mapping>>,

@@ -48,8 +48,8 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
 }
 
 /// Makes `call` on a file of this process. What it brings about on others is the caller's: DMA that
-/// waits for a page goes on ([`Waiting::resume`](crate::files::waiting::Waiting::resume), while serving) before
-/// whoever wrote the answer, or ended the attachment, is told that it is done.
+/// waits for a page goes on ([`Waiting::resume`](crate::files::waiting::Waiting::resume), while
+/// serving) before whoever wrote the answer, or ended the attachment, is told that it is done.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
     let result = own.file.call(caller, call);
     if matches!(call, Call::Write { .. }) {

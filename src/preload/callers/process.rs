@@ -2,8 +2,8 @@
 //! A process that makes calls, this one or one that calls are forwarded for: its memory and its
 //! descriptors.
 //!
-//! Another process is known by a pidfd, for its number may be another one's when it is gone. What the kernel
-//! gives by number alone counts only while the process is still there.
+//! Another process is known by a pidfd, for its number may be another one's when it is gone. What
+//! the kernel gives by number alone counts only while the process is still there.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -2,9 +2,9 @@
 //! Calls on files of another process: how they get there and back.
 //!
 //! The caller sends one message through the descriptor, and a socket with it, on which the owner
-//! answers ([`crate::callers::calls::serve`]); before, it may send a descriptor for the caller to have. The
-//! owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it needs the
-//! right to trace it: it has that for its own children.
+//! answers ([`crate::callers::calls::serve`]); before, it may send a descriptor for the caller to
+//! have. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
+//! needs the right to trace it: it has that for its own children.
 #![forbid(unsafe_code)]
 
 use std::mem::size_of;
@@ -160,7 +160,8 @@ pub fn answer_pinned(channel: &OwnedFd, pinned: Pinned) -> Result<(), Errno> {
     send(channel.as_raw_fd(), [DONE, pinned.pinned, pinned.locked, 0], None)
 }
 
-/// Gives the caller at the other end of `channel` a descriptor for `file`; returns its number there.
+/// Gives the caller at the other end of `channel` a descriptor for `file`; returns its number
+/// there.
 ///
 /// # Errors
 /// What the kernel says when there are no more descriptors; `EPIPE` the caller is gone.

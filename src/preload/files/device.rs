@@ -81,8 +81,8 @@ impl Device {
         Self { name, group: None, file, state: Mutex::new(function) }
     }
 
-    /// The same, opened by its own character device: while it is bound, its group of `groups`, which is
-    /// `number`, cannot be opened.
+    /// The same, opened by its own character device: while it is bound, its group of `groups`,
+    /// which is `number`, cannot be opened.
     pub fn outside_group(self, groups: Arc<Groups>, number: u32) -> Self {
         Self { group: Some((groups, number)), ..self }
     }
@@ -163,8 +163,8 @@ impl Device {
         answer(process, address, words, (offset >> 32) as u32)
     }
 
-    /// Does `count` bytes at `offset` of the file, as vfio-pci: in pieces that are aligned and no longer
-    /// than a register, each by `piece`; of a BAR as many as there are.
+    /// Does `count` bytes at `offset` of the file, as vfio-pci: in pieces that are aligned and no
+    /// longer than a register, each by `piece`; of a BAR as many as there are.
     ///
     /// # Errors
     /// `EINVAL` there is no such region, or not so much of the BAR; `EFAULT` all of it is not in

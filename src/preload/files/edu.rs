@@ -2,11 +2,11 @@
 //! The educational device, 1234:11e8 (QEMU's `docs/specs/edu`), as far as programs use it here: its
 //! registers, and DMA between memory and a buffer of 4 KiB.
 //!
-//! A DMA is over when the write that starts it returns, unless it waits for a page that the device has
-//! asked for (PRI): register 0x98 then reads as busy, and the DMA goes on, and its interrupt comes, in
-//! the call that answers. Three registers are Twostage's own: 0xA0 puts a PASID on the DMA, 0xA8 says
-//! what became of the last one, and 0xB0 where it was refused. Interrupts are messages; there is no
-//! line.
+//! A DMA is over when the write that starts it returns, unless it waits for a page that the device
+//! has asked for (PRI): register 0x98 then reads as busy, and the DMA goes on, and its interrupt
+//! comes, in the call that answers. Three registers are Twostage's own: 0xA0 puts a PASID on the
+//! DMA, 0xA8 says what became of the last one, and 0xB0 where it was refused. Interrupts are
+//! messages; there is no line.
 
 use std::ops::Range;
 
@@ -123,7 +123,8 @@ impl Edu {
         }
     }
 
-    /// Reads a register of BAR 0. What is none, or accessed in a width it does not have, is all ones.
+    /// Reads a register of BAR 0. What is none, or accessed in a width it does not have, is all
+    /// ones.
     pub fn read(&self, offset: u64, width: usize) -> u64 {
         let value = match offset {
             IDENTIFICATION => 0x0100_00ed,
@@ -148,8 +149,8 @@ impl Edu {
         }
     }
 
-    /// Writes a register. `bus_master`: the function may make requests. Says whether an interrupt is
-    /// to be sent.
+    /// Writes a register. `bus_master`: the function may make requests. Says whether an interrupt
+    /// is to be sent.
     pub fn write(&mut self, offset: u64, width: usize, value: u64, bus_master: bool) -> bool {
         if !has_width(offset, width) {
             return false;
@@ -186,7 +187,8 @@ impl Edu {
         self.waiting.is_some()
     }
 
-    /// Goes on with a DMA whose page requests are answered. Says whether an interrupt is to be sent.
+    /// Goes on with a DMA whose page requests are answered. Says whether an interrupt is to be
+    /// sent.
     pub fn resume(&mut self, bus_master: bool) -> bool {
         let Some((mut transfer, group)) = self.waiting.take() else { return false };
         let Some(response) = self.port.page_response(group) else {

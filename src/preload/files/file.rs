@@ -60,7 +60,8 @@ pub trait File: Debug + Send + Sync {
     /// Linux's.
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno>;
 
-    /// Goes on with what waited for a call on another file, if it can; whether something still waits.
+    /// Goes on with what waited for a call on another file, if it can; whether something still
+    /// waits.
     fn resume(&self) -> bool {
         false
     }

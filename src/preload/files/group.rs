@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A VFIO group, `/dev/vfio/N`: how programs that know containers get their devices.
 //!
-//! As in a Linux whose containers are iommufds: the group is put into a container, which then has an
-//! IOAS; a device that is opened through the group is bound to that iommufd, and attached to the IOAS.
+//! As in a Linux whose containers are iommufds: the group is put into a container, which then has
+//! an IOAS; a device that is opened through the group is bound to that iommufd, and attached to the
+//! IOAS.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -91,8 +92,8 @@ impl Group {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the device of that name, bound and attached. One that is open is opened once more as it is:
-    /// all of its descriptors share what they are bound to.
+    /// Opens the device of that name, bound and attached. One that is open is opened once more as
+    /// it is: all of its descriptors share what they are bound to.
     fn device(self: &Arc<Self>, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
         let name = read_name(caller, address)?;
         let number = self.devices.named(&name).ok_or(Errno::ENODEV)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who has a group: as in Linux, it is open once, or some of its devices are bound through their own
-//! character devices, but not both.
+//! Who has a group: as in Linux, it is open once, or some of its devices are bound through their
+//! own character devices, but not both.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -39,8 +39,8 @@ impl Groups {
         Ok(group)
     }
 
-    /// Keeps the group `number` from being opened for as long as the result lives: a device of it is
-    /// to be bound.
+    /// Keeps the group `number` from being opened for as long as the result lives: a device of it
+    /// is to be bound.
     ///
     /// # Errors
     /// `EBUSY` it is open.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What descriptors of emulated files stand for: iommufds, VFIO devices and groups, queues of events.
+//! What descriptors of emulated files stand for: iommufds, VFIO devices and groups, queues of
+//! events.
 
 pub mod device;
 pub mod edu;

@@ -23,7 +23,8 @@ const DATA_NONE: u32 = 1 << 0;
 const DATA_BOOL: u32 = 1 << 1;
 const DATA_EVENTFD: u32 = 1 << 2;
 const DATA: u32 = DATA_NONE | DATA_BOOL | DATA_EVENTFD;
-/// `VFIO_IRQ_SET_ACTION_TRIGGER`, and `VFIO_IRQ_SET_ACTION_TYPE_MASK` with those that mask and unmask.
+/// `VFIO_IRQ_SET_ACTION_TRIGGER`, and `VFIO_IRQ_SET_ACTION_TYPE_MASK` with those that mask and
+/// unmask.
 const TRIGGER: u32 = 1 << 5;
 const ACTION: u32 = 1 << 3 | 1 << 4 | TRIGGER;
 
@@ -42,8 +43,8 @@ impl Msi {
     /// `VFIO_DEVICE_SET_IRQS` with the structure at `address` of `process`.
     ///
     /// # Errors
-    /// As vfio-pci for a device that has MSI alone; `EOPNOTSUPP` an eventfd of a process that calls are
-    /// forwarded for.
+    /// As vfio-pci for a device that has MSI alone; `EOPNOTSUPP` an eventfd of a process that calls
+    /// are forwarded for.
     pub fn set(&mut self, process: &Process, address: u64) -> Result<i64, Errno> {
         let mut bytes = [0; HEAD_SIZE];
         if process.read_some(address, &mut bytes) < HEAD_SIZE {
@@ -76,8 +77,8 @@ impl Msi {
         Ok(0)
     }
 
-    /// Gives the vector the eventfd whose number `fd` is, or none if that is negative, and has MSI on;
-    /// without data MSI alone.
+    /// Gives the vector the eventfd whose number `fd` is, or none if that is negative, and has MSI
+    /// on; without data MSI alone.
     fn set_eventfd(&mut self, process: &Process, fd: &[u8]) -> Result<(), Errno> {
         let was_on = self.on.is_some();
         let Some(fd) = fd.first_chunk().map(|fd| i32::from_ne_bytes(*fd)) else {
@@ -201,8 +202,8 @@ mod tests {
     fn what_a_device_with_one_vector_does_not_have() {
         let mut msi = Msi::default();
         for (words, errno) in [
-            // No room for the eventfd, or for the head; a second vector; MSI-X; two kinds of data, or none;
-            // an unknown flag; a mask.
+            // No room for the eventfd, or for the head; a second vector; MSI-X; two kinds of data,
+            // or none; an unknown flag; a mask.
             ([20, TRIGGER_EVENTFD, MSI_INDEX, 0, 1, 0], Errno::EINVAL),
             ([16, TRIGGER_NONE, MSI_INDEX, 0, 0, 0], Errno::EINVAL),
             ([24, TRIGGER_EVENTFD, MSI_INDEX, 1, 1, 0], Errno::EINVAL),

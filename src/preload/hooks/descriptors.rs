@@ -73,7 +73,8 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     }
     let (unshare, on_exec) = (libc::CLOSE_RANGE_UNSHARE, libc::CLOSE_RANGE_CLOEXEC);
     let unshares = flags & unshare as c_int != 0;
-    // A program of one thread shares its descriptors with this library's thread alone, and goes on to.
+    // A program of one thread shares its descriptors with this library's thread alone, and goes on
+    // to.
     let is_alone = unshares && state::begun().is_none_or(State::is_alone);
     let flags = if is_alone { flags & !(unshare as c_int) } else { flags };
     let close = |first, last| {

@@ -19,8 +19,8 @@ fn call(fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     calls::call(ours(fd)?, fd, call)
 }
 
-/// What `read` of libc gave for `fd`, unless that became one of ours after it was looked up: those give up at
-/// once there ([`sys::give_up_soon`]), and `again` is made.
+/// What `read` of libc gave for `fd`, unless that became one of ours after it was looked up: those
+/// give up at once there ([`sys::give_up_soon`]), and `again` is made.
 fn or_again(fd: RawFd, read: ssize_t, again: impl FnOnce() -> Option<i64>) -> ssize_t {
     let errno = sys::last_errno();
     if read >= 0 || errno.raw() != libc::EAGAIN || state::begun().is_none() {
@@ -106,7 +106,8 @@ unsafe extern "C" fn write(fd: c_int, from: *const c_void, count: size_t) -> ssi
     }
 }
 
-/// One call for each piece, until one does not do all it is asked for: files of ours know no others.
+/// One call for each piece, until one does not do all it is asked for: files of ours know no
+/// others.
 fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iovec) -> Call) -> i64 {
     let mut done = 0;
     for index in 0..count.max(0) as u64 {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The functions of libc that programs call here instead.
 //!
-//! Each looks whether the path or the descriptor is one of ours, and is otherwise the next library's.
-//! Functions that are variadic in C take what they may be given: on x86-64 and AArch64 a variadic
-//! integer comes where a named one does, and what was not given is not used.
+//! Each looks whether the path or the descriptor is one of ours, and is otherwise the next
+//! library's. Functions that are variadic in C take what they may be given: on x86-64 and AArch64 a
+//! variadic integer comes where a named one does, and what was not given is not used.
 
 mod descriptors;
 mod io;

@@ -91,8 +91,8 @@ macro_rules! fopen {
         unsafe extern "C" fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
             // SAFETY: libc's contract for the path.
             match unsafe { status_file(path) } {
-                // SAFETY: the descriptor is a file's, which the stream has from now on; the mode is as
-                // the program gave it.
+                // SAFETY: the descriptor is a file's, which the stream has from now on; the mode is
+                // as the program gave it.
                 Some(status) => unsafe { libc::fdopen(status.into_raw_fd(), mode) },
                 // SAFETY: the arguments are as the program gave them.
                 None => unsafe { next::$name(path, mode) },

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory that stays for as long as an emulated device may reach it.
 //!
-//! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, where the
-//! program does not see it: what becomes of the first is of no matter then. Private memory cannot be
-//! mapped twice. It is used where it is; when the program unmaps it, the hook leaves it in place
-//! until nobody uses it ([`Pins::release`]), and refuses to move it. What the program may do to its mapping
-//! does not keep devices from it ([`sys::copy_anyway`]). Pages that the program discards, or cuts out of their
-//! file, are gone for devices, too: a kernel would leave them those; here that is said ([`crate::memory::taken`]).
+//! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, where
+//! the program does not see it: what becomes of the first is of no matter then. Private memory
+//! cannot be mapped twice. It is used where it is; when the program unmaps it, the hook leaves it
+//! in place until nobody uses it ([`Pins::release`]), and refuses to move it. What the program may
+//! do to its mapping does not keep devices from it ([`sys::copy_anyway`]). Pages that the program
+//! discards, or cuts out of their file, are gone for devices, too: a kernel would leave them those;
+//! here that is said ([`crate::memory::taken`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -90,8 +91,9 @@ impl Pins {
     /// many as are in one mapping.
     ///
     /// # Errors
-    /// `EFAULT` nothing is mapped there, or it cannot be read, or not written when `writable`; it is
-    /// private memory of another process; the process is gone. `ENOMEM` it cannot be mapped again.
+    /// `EFAULT` nothing is mapped there, or it cannot be read, or not written when `writable`; it
+    /// is private memory of another process; the process is gone. `ENOMEM` it cannot be mapped
+    /// again.
     pub fn pin(
         &self,
         pid: i32,
@@ -146,8 +148,8 @@ impl Pins {
         self.holds() && self.list().has(address, end)
     }
 
-    /// The same for who must not wait, such as an allocator that is asked for memory by whoever has the list:
-    /// no, when that is so.
+    /// The same for who must not wait, such as an allocator that is asked for memory by whoever has
+    /// the list: no, when that is so.
     pub fn seems_held(&self, address: u64, length: u64) -> bool {
         let end = address.saturating_add(length);
         self.holds() && self.list.try_lock().is_ok_and(|list| list.has(address, end))
@@ -205,8 +207,8 @@ impl List {
         held.any(|held| held.start < end && start < held.end)
     }
 
-    /// A second mapping of the shared memory `mapping`, and the address in the process `pid` that it
-    /// starts with. One serves all that is pinned of the same part of a file.
+    /// A second mapping of the shared memory `mapping`, and the address in the process `pid` that
+    /// it starts with. One serves all that is pinned of the same part of a file.
     fn second_mapping(
         &mut self,
         pid: i32,

@@ -14,8 +14,8 @@ use twostage::iommufd::Errno;
 
 use super::checked;
 
-/// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be read;
-/// returns how many bytes were.
+/// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be
+/// read; returns how many bytes were.
 pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
     let local = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
@@ -86,8 +86,8 @@ pub unsafe fn map_file(
     checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
 }
 
-/// Copies between `part` and as many bytes of this process at `address`, whatever its mapping lets the program
-/// do there, as a device does that has the pages; whether all of them could be.
+/// Copies between `part` and as many bytes of this process at `address`, whatever its mapping lets
+/// the program do there, as a device does that has the pages; whether all of them could be.
 pub fn copy_anyway(address: u64, part: &mut [u8], to_memory: bool) -> bool {
     // What is written there goes to private pages even when they are read-only: `FOLL_FORCE`.
     let memory = File::options().read(true).write(to_memory).open("/proc/self/mem");
@@ -97,7 +97,8 @@ pub fn copy_anyway(address: u64, part: &mut [u8], to_memory: bool) -> bool {
     })
 }
 
-/// Whether the pages of `file` are memory's own: it is of shmem (a memfd, for example) or hugetlbfs.
+/// Whether the pages of `file` are memory's own: it is of shmem (a memfd, for example) or
+/// hugetlbfs.
 pub fn is_memory(file: &File) -> bool {
     let mut status = MaybeUninit::<libc::statfs64>::zeroed();
     // SAFETY: there is room for the status.

@@ -21,8 +21,8 @@ pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }
 
-/// Has whoever reads from `fd`, or writes to it, by a call that does not go through the hooks give up with
-/// `EAGAIN` when nothing comes of it at once.
+/// Has whoever reads from `fd`, or writes to it, by a call that does not go through the hooks give
+/// up with `EAGAIN` when nothing comes of it at once.
 pub fn give_up_soon(fd: RawFd) -> Result<(), Errno> {
     let soon = libc::timeval { tv_sec: 0, tv_usec: 1 };
     let length = size_of_val(&soon) as libc::socklen_t;
@@ -80,8 +80,8 @@ pub fn peer_process(fd: RawFd) -> Result<i32, Errno> {
     checked(c_long::from(result)).map(|_| credentials.pid)
 }
 
-/// A descriptor of the process that made the socket at the other end of `fd`, closed on exec; from Linux 6.5
-/// on.
+/// A descriptor of the process that made the socket at the other end of `fd`, closed on exec; from
+/// Linux 6.5 on.
 pub fn peer_pidfd(fd: RawFd) -> Result<OwnedFd, Errno> {
     /// `SO_PEERPIDFD`.
     const PEER_PIDFD: libc::c_int = 77;

@@ -19,8 +19,8 @@ pub(super) trait Forwarding: Debug + Send + Sync {
 
     fn served_by(&self) -> &Self::Inner;
 
-    /// `call` is `verb`, which names the objects `named`, in its order; `made` gives the one that it
-    /// made.
+    /// `call` is `verb`, which names the objects `named`, in its order; `made` gives the one that
+    /// it made.
     fn call<T, E: From<HostError> + Display>(
         &self,
         verb: Verb,

@@ -19,8 +19,8 @@ pub trait FaultSink: Send + Sync {
     fn dma_fault(&self, fault: &HostFault);
 
     /// A request of `dev`, or of its `pasid`, is about to fail because nothing is attached. Whoever
-    /// finds that something ought to be may attach it now and say so: the request is then tried again,
-    /// once. Called as [`FaultSink::dma_fault`] is, and before it.
+    /// finds that something ought to be may attach it now and say so: the request is then tried
+    /// again, once. Called as [`FaultSink::dma_fault`] is, and before it.
     fn attached_late(&self, dev: ObjectId, pasid: Option<u32>) -> bool {
         let _ = (dev, pasid);
         false

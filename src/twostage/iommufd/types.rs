@@ -77,7 +77,8 @@ pub struct HwptFlags {
     pub dirty_tracking: bool,
     /// `IOMMU_HWPT_FAULT_ID_VALID`: [`HwptAlloc::fault`] names a fault queue.
     pub fault_id_valid: bool,
-    /// `IOMMU_HWPT_ALLOC_PASID`: may be attached to a PASID, or to a device that has PASIDs attached.
+    /// `IOMMU_HWPT_ALLOC_PASID`: may be attached to a PASID, or to a device that has PASIDs
+    /// attached.
     pub pasid: bool,
     /// Bits that no version of the uAPI gives a meaning yet.
     #[bits(28)]
@@ -181,8 +182,8 @@ pub const VTD_INV_FLAGS_LEAF: u32 = 1;
 /// `flags` bit of `struct iommu_hw_info_vtd`: nested translation may write through read-only
 /// mappings of a nesting parent (`IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17`).
 pub const HW_INFO_VTD_ERRATA_772415_SPR17: u32 = 1 << 0;
-/// `flags` bit of `struct iommu_hw_info_arm_smmuv3`: the SMMU may miss a CMD_TLBI_* or CMD_CFGI_* that is
-/// given once, and who owns stage 1 gives each a second time, after the first is complete
+/// `flags` bit of `struct iommu_hw_info_arm_smmuv3`: the SMMU may miss a CMD_TLBI_* or CMD_CFGI_*
+/// that is given once, and who owns stage 1 gives each a second time, after the first is complete
 /// (`IOMMU_HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI`, from Linux 7.3 on).
 pub const HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI: u32 = 1 << 0;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor requests are allowed (`IOMMU_VTD_S1_SRE`).
@@ -357,8 +358,9 @@ pub enum PageResponseCode {
     Invalid,
 }
 
-/// The type of vEVENTQ whose events are event records of an SMMUv3: four 64-bit words, little-endian,
-/// with the StreamID that the user gave the device (`IOMMU_VEVENTQ_TYPE_ARM_SMMUV3`).
+/// The type of vEVENTQ whose events are event records of an SMMUv3: four 64-bit words,
+/// little-endian, with the StreamID that the user gave the device
+/// (`IOMMU_VEVENTQ_TYPE_ARM_SMMUV3`).
 pub const VEVENTQ_ARM_SMMUV3: u32 =
     iommufd_bindings::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The flags of `IOMMU_GET_HW_INFO`: what a host asks of whoever nests on it, and what it may ask that
-//! is not known here.
+//! The flags of `IOMMU_GET_HW_INFO`: what a host asks of whoever nests on it, and what it may ask
+//! that is not known here.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -15,8 +15,8 @@ pub(super) fn writes_through_read_only(info: &HwInfo) -> bool {
     matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0)
 }
 
-/// Whether an SMMU may miss a CMD_TLBI_* or a CMD_CFGI_* when it is given but once (Tegra264's erratum;
-/// Linux 7.3 and later say so).
+/// Whether an SMMU may miss a CMD_TLBI_* or a CMD_CFGI_* when it is given but once (Tegra264's
+/// erratum; Linux 7.3 and later say so).
 pub(super) fn misses_invalidations(info: &HwInfo) -> bool {
     matches!(info.data, HwInfoData::ArmSmmuV3(smmu)
         if smmu.flags & HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI != 0)

@@ -4,14 +4,14 @@
 //! [`vtd`] and [`smmuv3`] implement the host-side traits of the virtual IOMMUs with the verbs of a
 //! [`HostIommu`](crate::iommufd::HostIommu). What they share:
 //!
-//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. All virtual
-//!   IOMMUs of one guest share it;
+//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. All
+//!   virtual IOMMUs of one guest share it;
 //! * one nesting parent per physical IOMMU is its stage 2;
 //! * one `HWPT_NESTED` per stage 1, shared by all that name it, made with the first and destroyed
 //!   with the last;
 //! * a change replaces one attachment by the next; what did not change costs no call;
-//! * a batch of invalidations becomes one call, and what the host fails to invalidate is blocked and
-//!   reported.
+//! * a batch of invalidations becomes one call, and what the host fails to invalidate is blocked
+//!   and reported.
 //!
 //! Nothing here ever sees guest memory or registers, nor leaves DMA on a translation that the guest
 //! has taken back.

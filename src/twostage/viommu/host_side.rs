@@ -10,8 +10,8 @@ use super::{Invalidation, Requester, RequesterConfig};
 /// Calls come one at a time (the virtual IOMMU's lock is held). A call returns only when the host
 /// has done what was asked: the virtual IOMMU acknowledges to the guest right after.
 pub trait HostSide: Debug + Send + Sync {
-    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing, and
-    /// a PASID that is blocked no memory.
+    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing,
+    /// and a PASID that is blocked no memory.
     ///
     /// The tag of a request with PASID has that PASID.
     ///
@@ -114,9 +114,9 @@ pub trait FaultTarget: Send + Sync {
     fn dma_fault(&self, fault: &DmaFault);
 
     /// A request of `requester` is about to fail because the host blocks it. Whether the host was
-    /// given something else for it by now, so that the request is to be tried again: tables that serve
-    /// a requester need not be told of everywhere. Called as [`FaultTarget::dma_fault`] is; takes the
-    /// virtual IOMMU's lock, whose holder may wait for DMA to end.
+    /// given something else for it by now, so that the request is to be tried again: tables that
+    /// serve a requester need not be told of everywhere. Called as [`FaultTarget::dma_fault`] is;
+    /// takes the virtual IOMMU's lock, whose holder may wait for DMA to end.
     fn served_late(&self, requester: Requester) -> bool {
         let _ = requester;
         false

@@ -25,8 +25,8 @@ pub trait InterruptSink: Send + Sync {
 /// an [`InterruptListener`] too.
 pub trait InterruptRemapper: Send + Sync {
     /// `source` sends `message`: `sink` gets what it becomes. `false` when it is blocked; the fault
-    /// is then recorded. No change is complete while an interrupt of before is on its way to `sink`,
-    /// which therefore must not wait for anybody.
+    /// is then recorded. No change is complete while an interrupt of before is on its way to
+    /// `sink`, which therefore must not wait for anybody.
     fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool;
 
     /// What would become of a `message` that `source` will send: for whoever sends it past the
@@ -39,7 +39,7 @@ pub trait InterruptRemapper: Send + Sync {
 /// Whoever keeps what [`InterruptRemapper::translate`] said.
 pub trait InterruptListener: Send + Sync {
     /// Every translation may be another now. The guest is not told that its change is complete
-    /// before this returns: then nothing of the old translations may be in use. Called with locks of
-    /// the virtual IOMMU held: of it, only its [`InterruptRemapper`] may be called.
+    /// before this returns: then nothing of the old translations may be in use. Called with locks
+    /// of the virtual IOMMU held: of it, only its [`InterruptRemapper`] may be called.
     fn interrupts_changed(&self);
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The guest-facing virtual IOMMUs: registers, queues, tables and faults.
 //!
-//! A model here knows guest memory ([`TableMemory`]), a place to send interrupts ([`InterruptSink`];
-//! [`smmuv3::SmmuInterrupts`]) and the small trait of what is behind it ([`HostSide`];
-//! [`smmuv3::SmmuHostSide`]). It never sees a file descriptor and never KVM. A pure function decides a
-//! policy from guest tables, the policy is applied to the host, and only then does the guest see it
-//! acknowledged.
+//! A model here knows guest memory ([`TableMemory`]), a place to send interrupts
+//! ([`InterruptSink`]; [`smmuv3::SmmuInterrupts`]) and the small trait of what is behind it
+//! ([`HostSide`]; [`smmuv3::SmmuHostSide`]). It never sees a file descriptor and never KVM. A pure
+//! function decides a policy from guest tables, the policy is applied to the host, and only then
+//! does the guest see it acknowledged.
 #![forbid(unsafe_code)]
 
 mod conflict;

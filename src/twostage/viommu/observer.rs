@@ -41,14 +41,15 @@ pub trait Observer: Send + Sync {
     /// The guest read a register, or writes one: what the write sets off follows.
     fn register(&self, _access: &RegisterAccess) {}
 
-    /// A descriptor of the invalidation queue, or a command of the command queue, was taken; what it
-    /// asks may still be gathered with what follows.
+    /// A descriptor of the invalidation queue, or a command of the command queue, was taken; what
+    /// it asks may still be gathered with what follows.
     fn descriptor(&self, _name: &'static str, _descriptor: &dyn fmt::Debug) {}
 
     /// A policy was given to the host, which refused it when `applied` is false.
     fn policy(&self, _requester: Requester, _config: &RequesterConfig, _applied: bool) {}
 
-    /// A policy of an SMMU's stream was given to the host, which refused it when `applied` is false.
+    /// A policy of an SMMU's stream was given to the host, which refused it when `applied` is
+    /// false.
     fn stream_policy(&self, _stream: StreamId, _policy: &StreamPolicy, _applied: bool) {}
 
     /// An SMMU tells of an event of a transaction, as the record says.

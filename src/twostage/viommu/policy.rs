@@ -137,11 +137,11 @@ impl Invalidation {
             && self.pasid.is_none_or(|pasid| pasid == tag.pasid)
     }
 
-    /// Whether [`Invalidation::range`] counts for tables like `stage1`; if not, all that is cached of
-    /// them goes.
+    /// Whether [`Invalidation::range`] counts for tables like `stage1`; if not, all that is cached
+    /// of them goes.
     ///
-    /// What names no PASID is a page-selective-within-domain invalidation. Its addresses are those of
-    /// second-stage tables; of first-stage tables it names every page of the domain, and every
+    /// What names no PASID is a page-selective-within-domain invalidation. Its addresses are those
+    /// of second-stage tables; of first-stage tables it names every page of the domain, and every
     /// paging-structure entry, hint or not (§6.5.2.3).
     pub fn is_by_address(&self, stage1: &Stage1) -> bool {
         match stage1 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Register pages as rows of 64-bit slots: each one 64-bit register or two 32-bit ones. An access is
-//! a slot or half of one.
+//! Register pages as rows of 64-bit slots: each one 64-bit register or two 32-bit ones. An access
+//! is a slot or half of one.
 
 const LOW: u64 = 0x0000_0000_ffff_ffff;
 const HIGH: u64 = 0xffff_ffff_0000_0000;

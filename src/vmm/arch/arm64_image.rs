@@ -8,8 +8,8 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 const MAGIC: [u8; 4] = *b"ARM\x64";
-/// A kernel of before Linux 3.17 does not say how long it is, nor where it wants to be in a way that
-/// could be trusted.
+/// A kernel of before Linux 3.17 does not say how long it is, nor where it wants to be in a way
+/// that could be trusted.
 const TEXT_OFFSET_OF_OLD: u64 = 0x8_0000;
 /// Flag: the kernel is big-endian.
 const BIG_ENDIAN: u64 = 1 << 0;
@@ -114,7 +114,8 @@ fn known_mistake(bytes: &[u8]) -> Option<&'static str> {
 /// Images for tests.
 #[cfg(test)]
 pub mod testing {
-    /// An image that goes to `text_offset` and takes `memory_size` bytes; `code` follows its header.
+    /// An image that goes to `text_offset` and takes `memory_size` bytes; `code` follows its
+    /// header.
     pub fn image(text_offset: u64, memory_size: u64, code: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 64];
         image[8..16].copy_from_slice(&text_offset.to_le_bytes());

@@ -215,8 +215,9 @@ fn open_file(path: &Path) -> Result<(File, u64), Reason> {
     }
 }
 
-/// The first `max` bytes of the kernel at `path`, if it is one at all, and the file's length. What lies
-/// behind them, such as what is for a debugger, cannot be for a guest with `max` bytes of memory.
+/// The first `max` bytes of the kernel at `path`, if it is one at all, and the file's length. What
+/// lies behind them, such as what is for a debugger, cannot be for a guest with `max` bytes of
+/// memory.
 fn read_kernel(path: &Path, max: u64) -> Result<(Vec<u8>, u64), Reason> {
     let (file, length) = open_file(path)?;
     let mut bytes = Vec::new();

@@ -80,9 +80,9 @@ struct RunArgs {
     #[arg(long, value_name = "PATH")]
     initramfs: Option<PathBuf>,
 
-    /// File for a kernel with a Multiboot header or a PVH entry; may be given several times, in the order
-    /// that the kernel wants. `cmdline` is the rest of the value, with its commas: the file's own command
-    /// line. Xen has the kernel of its first domain, then that one's initramfs.
+    /// File for a kernel with a Multiboot header or a PVH entry; may be given several times, in the
+    /// order that the kernel wants. `cmdline` is the rest of the value, with its commas: the file's
+    /// own command line. Xen has the kernel of its first domain, then that one's initramfs.
     #[arg(long = "module", value_name = "path=FILE[,cmdline=TEXT]", conflicts_with = "initramfs")]
     modules: Vec<ModuleConfig>,
 
@@ -99,15 +99,15 @@ struct RunArgs {
     memory: MemoryOption,
 
     /// Virtual IOMMU; may be given several times. Devices are behind the first unless they say
-    /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on, or smmu0, unless given; `on` is the
-    /// first). A PC has `vtd`, arm64 `smmuv3`.
-    /// With `off` a device's DMA is not translated; messages of virtio devices are remapped even so.
-    /// PASIDs have `pasid-bits` bits, 20 at the most: 8 behind a vtd unless given, and behind an
-    /// smmuv3 what its devices' SMMU has. IOVAs have `aw` bits. What of granules and invalidation by
-    /// range (`ril`) is not said is what its devices' SMMU has; what is said, it must have. Interrupts
-    /// are remapped, for all or for none, which takes the IOAPIC out of the kernel; `intremap=off` leaves
-    /// it there, and `intremap=on` insists where KVM cannot do without. With `host=/dev/iommu` the
-    /// kernel translates, and the devices behind are those of this machine (--vfio).
+    /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on, or smmu0, unless given; `on` is
+    /// the first). A PC has `vtd`, arm64 `smmuv3`. With `off` a device's DMA is not translated;
+    /// messages of virtio devices are remapped even so. PASIDs have `pasid-bits` bits, 20 at the
+    /// most: 8 behind a vtd unless given, and behind an smmuv3 what its devices' SMMU has. IOVAs
+    /// have `aw` bits. What of granules and invalidation by range (`ril`) is not said is what its
+    /// devices' SMMU has; what is said, it must have. Interrupts are remapped, for all or for none,
+    /// which takes the IOAPIC out of the kernel; `intremap=off` leaves it there, and `intremap=on`
+    /// insists where KVM cannot do without. With `host=/dev/iommu` the kernel translates, and the
+    /// devices behind are those of this machine (--vfio).
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,ril=on|off,host=emulated|PATH,sanitize=on|off]"
@@ -118,9 +118,10 @@ struct RunArgs {
     #[arg(long = "device", value_name = "edu[,iommu=on|off|ID,pasid=on|off,dma-mask=MASK]")]
     devices: Vec<DeviceConfig>,
 
-    /// Virtio block device with a raw image or a block device; may be given several times, after every
-    /// --device. format=raw: the image is raw whatever it starts with. While it is written nobody else has it: QEMU and cloud-hypervisor keep to the same
-    /// locks, and the kernel to the claim of a block device.
+    /// Virtio block device with a raw image or a block device; may be given several times, after
+    /// every --device. format=raw: the image is raw whatever it starts with. While it is written
+    /// nobody else has it: QEMU and cloud-hypervisor keep to the same locks, and the kernel to the
+    /// claim of a block device.
     #[arg(
         long = "disk",
         value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID]"
@@ -137,21 +138,22 @@ struct RunArgs {
     rngs: Vec<RngConfig>,
 
     /// Device of this machine, bound to vfio-pci, for the guest; may be given several times, after
-    /// every --rng. Its folder in sysfs is /sys/bus/pci/devices/ADDRESS. It is behind a virtual IOMMU
-    /// with `host=/dev/iommu`, or with `iommu=off` reaches all memory of the guest by its address.
+    /// every --rng. Its folder in sysfs is /sys/bus/pci/devices/ADDRESS. It is behind a virtual
+    /// IOMMU with `host=/dev/iommu`, or with `iommu=off` reaches all memory of the guest by its
+    /// address.
     #[arg(long = "vfio", value_name = "path=FOLDER[,id=NAME,iommu=on|off|ID]")]
     vfios: Vec<VfioConfig>,
 
-    /// Where the serial port leads. With `tty` it is standard input and output; typed at a terminal, Ctrl-A x
-    /// ends the machine, and Ctrl-A h says what else there is. The guest waits for nobody who reads: 256 KiB
-    /// are kept, and what is dropped beyond that is said.
+    /// Where the serial port leads. With `tty` it is standard input and output; typed at a
+    /// terminal, Ctrl-A x ends the machine, and Ctrl-A h says what else there is. The guest waits
+    /// for nobody who reads: 256 KiB are kept, and what is dropped beyond that is said.
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
 
     /// What happens when the guest resets itself. A restarted machine is a new one, which a report
-    /// tells of alone; what it writes to files goes behind what is there. After lives of less than a second
-    /// it starts later and later, 8 seconds at the most; and never before its devices are through with a
-    /// request to a slow disk.
+    /// tells of alone; what it writes to files goes behind what is there. After lives of less than
+    /// a second it starts later and later, 8 seconds at the most; and never before its devices are
+    /// through with a request to a slow disk.
     #[arg(long, value_enum, default_value = "exit")]
     on_reset: OnReset,
 
@@ -160,8 +162,8 @@ struct RunArgs {
     #[arg(long, value_name = "none|text|json[,file=PATH]", default_value = "text")]
     report: ReportOption,
 
-    /// Writes a trace of what virtual IOMMUs, the host, interrupts and devices do: JSON for Perfetto
-    /// or Chrome. Each life of a machine that restarts is a process of it.
+    /// Writes a trace of what virtual IOMMUs, the host, interrupts and devices do: JSON for
+    /// Perfetto or Chrome. Each life of a machine that restarts is a process of it.
     #[arg(long, value_name = "PATH")]
     trace: Option<PathBuf>,
 }
@@ -206,7 +208,8 @@ const LOG_FILTER: &str = "warn,virtio_queue=off";
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
 pub fn main() -> ExitCode {
-    // Whoever asks for a report too early waits for it; that fails only where nothing else goes, either.
+    // Whoever asks for a report too early waits for it; that fails only where nothing else goes,
+    // either.
     let held = signals::hold();
     start_log();
     let code = match (held, Cli::try_parse()) {
@@ -285,8 +288,8 @@ fn run(args: RunArgs) -> u8 {
     }
 }
 
-/// What the last machine's devices still have, such as a disk's lock, the next one's cannot: waits until
-/// they are through. A signal ends that, and the machine: that one.
+/// What the last machine's devices still have, such as a disk's lock, the next one's cannot: waits
+/// until they are through. A signal ends that, and the machine: that one.
 fn wait_for_devices() -> Option<i32> {
     if !none_is_left_behind() {
         log::warn!(

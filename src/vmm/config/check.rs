@@ -35,8 +35,8 @@ pub enum ConfigError {
     /// A device behind one that is not there, among others.
     #[error("{0} {1}: iommu={2}, but there is no --iommu with id={2}; there is {3}")]
     UnknownIommu(&'static str, usize, String, String),
-    /// Devices of this machine behind an IOMMU that knows only those of the process, or the other way
-    /// round.
+    /// Devices of this machine behind an IOMMU that knows only those of the process, or the other
+    /// way round.
     #[error("{0}")]
     WrongHost(String),
     /// Virtual IOMMUs of one machine share its memory's mappings.

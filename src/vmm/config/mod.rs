@@ -52,8 +52,8 @@ impl MachineConfig {
         })
     }
 
-    /// Where the registers of the virtual IOMMU `number` are: where it says, or above the usual place
-    /// and as many bytes as those before it have.
+    /// Where the registers of the virtual IOMMU `number` are: where it says, or above the usual
+    /// place and as many bytes as those before it have.
     pub fn iommu_address(&self, number: usize) -> u64 {
         let address = self.iommus.get(number).and_then(|iommu| iommu.address);
         let before: u64 =
@@ -76,9 +76,10 @@ impl MachineConfig {
 
     /// The number of the virtual IOMMU that remaps the interrupts of `device`, where they are
     /// remapped: the one it is behind. On a PC a virtio device behind none has those of the first:
-    /// Linux then gives no messages to a function in no unit's scope, and virtio has nothing else; nor
-    /// does it hurt, as its driver knows that its DMA is not translated (no VIRTIO_F_ACCESS_PLATFORM).
-    /// An SMMU knows nothing of interrupts: what is not behind it, it does not see.
+    /// Linux then gives no messages to a function in no unit's scope, and virtio has nothing else;
+    /// nor does it hurt, as its driver knows that its DMA is not translated (no
+    /// VIRTIO_F_ACCESS_PLATFORM). An SMMU knows nothing of interrupts: what is not behind it, it
+    /// does not see.
     pub fn interrupt_iommu_of(&self, device: &DeviceConfig) -> Option<usize> {
         let pc = self.iommus.iter().all(|iommu| iommu.model.vtd().is_some());
         match device {
@@ -88,8 +89,8 @@ impl MachineConfig {
         }
     }
 
-    /// The kernel's `/dev/iommu`, if the machine uses it: what a virtual IOMMU says, or the usual one
-    /// for a device of this machine that is behind none.
+    /// The kernel's `/dev/iommu`, if the machine uses it: what a virtual IOMMU says, or the usual
+    /// one for a device of this machine that is behind none.
     pub fn kernel_host(&self) -> Option<PathBuf> {
         let said = self.iommus.iter().find_map(|iommu| match &iommu.host {
             HostChoice::Kernel(path) => Some(path.clone()),
@@ -198,11 +199,11 @@ pub struct VtdOptions {
     pub second_stage: bool,
     /// Device TLBs (ATS) are offered.
     pub ats: bool,
-    /// Caching mode: the guest tells of entries that become present, too. Without it the tables are read
-    /// again for each request that they blocked, which takes a host that tells of those.
+    /// Caching mode: the guest tells of entries that become present, too. Without it the tables are
+    /// read again for each request that they blocked, which takes a host that tells of those.
     pub caching_mode: bool,
-    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where KVM
-    /// can do without it. What one says holds for all of a machine.
+    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where
+    /// KVM can do without it. What one says holds for all of a machine.
     pub interrupt_remapping: Option<bool>,
     /// Every DMA is compared with the guest's tables; uses of stale translations are reported.
     pub sanitize: bool,
@@ -235,8 +236,8 @@ pub struct SmmuV3Options {
     pub substream_bits: Option<u8>,
     /// Device TLBs (ATS) are offered.
     pub ats: bool,
-    /// Every DMA is compared with the guest's context descriptors and tables; uses of stale ones are
-    /// reported.
+    /// Every DMA is compared with the guest's context descriptors and tables; uses of stale ones
+    /// are reported.
     pub sanitize: bool,
 }
 

@@ -10,8 +10,8 @@ pub struct PayloadConfig {
     /// What [`arch::boot`](crate::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
     /// entry, or an ELF32 image with a Multiboot header.
     pub kernel: PathBuf,
-    /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is the
-    /// first module, with the kernel's command line.
+    /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is
+    /// the first module, with the kernel's command line.
     pub initramfs: Option<PathBuf>,
     /// The modules of a Multiboot or PVH kernel, after that.
     pub modules: Vec<ModuleConfig>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reading what is there, and never waiting for more: others may read from the same terminal or pipe,
-//! and take what was there a moment ago.
+//! Reading what is there, and never waiting for more: others may read from the same terminal or
+//! pipe, and take what was there a moment ago.
 #![forbid(unsafe_code)]
 
 use std::fs::File;
@@ -45,8 +45,9 @@ impl AsRawFd for Input {
     }
 }
 
-/// `file` once more, where reading could wait and what is opened is the same, with flags of our own. Not
-/// to be had without /proc, or for another user's terminal: then who else reads can make us wait.
+/// `file` once more, where reading could wait and what is opened is the same, with flags of our
+/// own. Not to be had without /proc, or for another user's terminal: then who else reads can make
+/// us wait.
 fn of_our_own(file: &File) -> Option<File> {
     let metadata = file.metadata().ok()?;
     // The other side of a terminal: opened, it is that of a new one.

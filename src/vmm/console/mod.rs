@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Standard input as the input of the serial port.
 //!
-//! A terminal is raw while the guest has it, and read even when the guest reads nothing, for `Ctrl-A x`
-//! must end the machine of a guest that hangs. Anything else is only read as far as the guest reads.
+//! A terminal is raw while the guest has it, and read even when the guest reads nothing, for
+//! `Ctrl-A x` must end the machine of a guest that hangs. Anything else is only read as far as the
+//! guest reads.
 #![forbid(unsafe_code)]
 
 pub(crate) mod deadline;
@@ -32,7 +33,8 @@ use crate::{Error, Result};
 const TYPED_MAX: usize = 64 << 10;
 /// How much is read at once.
 const PIECE: usize = 4096;
-/// A process in the background looks so often whether the terminal is its own again; nothing tells it.
+/// A process in the background looks so often whether the terminal is its own again; nothing tells
+/// it.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
 const ESCAPE: u8 = 0x01;

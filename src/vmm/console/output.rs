@@ -161,8 +161,8 @@ impl Output {
         }
     }
 
-    /// Waits until all is written, `until` then at the most, and not for a reader that takes nothing.
-    /// Says what was lost. Whether nothing waits any more.
+    /// Waits until all is written, `until` then at the most, and not for a reader that takes
+    /// nothing. Says what was lost. Whether nothing waits any more.
     pub fn flush(&self, until: Instant) -> bool {
         let shared = self.shared();
         let mut state = shared.lock();
@@ -202,8 +202,8 @@ impl Drop for Handle {
     }
 }
 
-/// Writes `text` to standard error behind what was said there. It is waited for when the machine has
-/// stopped alone.
+/// Writes `text` to standard error behind what was said there. It is waited for when the machine
+/// has stopped alone.
 ///
 /// # Errors
 /// It cannot be written, or nobody reads it.

@@ -16,8 +16,8 @@ pub(crate) const PIECE: usize = 4096;
 /// What is not taken at all for so long is given up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A file that is written as it comes, but not waited for when nobody takes anything, nor for long when
-/// the machine has stopped: for what must not have gaps.
+/// A file that is written as it comes, but not waited for when nobody takes anything, nor for long
+/// when the machine has stopped: for what must not have gaps.
 #[derive(Debug)]
 pub(crate) struct Patient<F> {
     file: F,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The terminal on standard input: raw while a guest has it, and what it was afterwards.
 //!
-//! It belongs to the whole process and to others besides: to the shell, which takes it away when the
-//! process goes to the background. Whoever is there leaves it alone.
+//! It belongs to the whole process and to others besides: to the shell, which takes it away when
+//! the process goes to the background. Whoever is there leaves it alone.
 #![forbid(unsafe_code)]
 
 use std::io::{self, IsTerminal};
@@ -31,8 +31,8 @@ pub(crate) fn is_ours() -> bool {
     tcgetpgrp(stdin()).map_or(true, |foreground| foreground == getpgrp())
 }
 
-/// What was typed is as it was typed (`cfmakeraw`); what is written stays as it is, for others write
-/// lines to the same terminal.
+/// What was typed is as it was typed (`cfmakeraw`); what is written stays as it is, for others
+/// write lines to the same terminal.
 fn raw(before: &Termios) -> Termios {
     let mut raw = before.clone();
     raw.make_raw();
@@ -40,8 +40,8 @@ fn raw(before: &Termios) -> Termios {
     raw
 }
 
-/// Makes the terminal raw, until [`restore`] or the process's death by a signal. Whether it is for the
-/// first time.
+/// Makes the terminal raw, until [`restore`] or the process's death by a signal. Whether it is for
+/// the first time.
 pub(crate) fn make_raw() -> io::Result<bool> {
     let first = BEFORE.get().is_none();
     let now = tcgetattr(stdin())?;

@@ -10,8 +10,8 @@ use crate::arch::layout::MESSAGE_RANGE;
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 
-/// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as a
-/// message, and nothing else there is done.
+/// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as
+/// a message, and nothing else there is done.
 pub struct MessageWrites {
     memory: Box<dyn DmaMaster>,
     messages: Arc<dyn InterruptSink>,

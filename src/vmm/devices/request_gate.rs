@@ -12,19 +12,20 @@ pub struct NotNow;
 
 /// The gate that the memory requests of one function pass.
 ///
-/// Who takes the right away waits for the request that is being made, and for no other: none is made
-/// when they return. So a request, while its [`Permit`] is held, is a bounded piece of work in which
-/// nothing is waited for, but for one thing: behind a virtual VT-d without caching mode, a requester
-/// that its tables blocked waits for its turn at the unit's registers, before they are read again.
-/// Others have those for a fraction of a millisecond at a time, however long their commands are.
+/// Who takes the right away waits for the request that is being made, and for no other: none is
+/// made when they return. So a request, while its [`Permit`] is held, is a bounded piece of work in
+/// which nothing is waited for, but for one thing: behind a virtual VT-d without caching mode, a
+/// requester that its tables blocked waits for its turn at the unit's registers, before they are
+/// read again. Others have those for a fraction of a millisecond at a time, however long their
+/// commands are.
 #[derive(Debug, Default)]
 pub struct RequestGate {
     /// Software lets the function be bus master (PCIe 6.0 §7.5.1.1.3).
     bus_master: AtomicBool,
     /// The function works: it was started, and not told to stop.
     running: AtomicBool,
-    /// Held for reading while a request is made. Rights are looked at with it held, and taken away before
-    /// it is asked for: that cannot be overtaken by one request after the other.
+    /// Held for reading while a request is made. Rights are looked at with it held, and taken away
+    /// before it is asked for: that cannot be overtaken by one request after the other.
     under_way: RwLock<()>,
 }
 

@@ -22,7 +22,8 @@ use twostage::warn_limited;
 
 /// Takes the whole routing.
 pub(crate) trait Routing: Send + Sync {
-    /// Replaces what was there by `fixed` and `messages`. When this returns, nothing uses it any more.
+    /// Replaces what was there by `fixed` and `messages`. When this returns, nothing uses it any
+    /// more.
     fn set(
         &self,
         fixed: &[kvm_irq_routing_entry],
@@ -51,8 +52,8 @@ pub(crate) struct SentMessage {
     pub message: MsiMessage,
 }
 
-/// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others lead to
-/// messages.
+/// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others lead
+/// to messages.
 pub(crate) struct GsiTable {
     routing: Arc<dyn Routing>,
     /// Pins of interrupt controllers in the kernel.
@@ -65,7 +66,8 @@ pub(crate) struct GsiTable {
 struct Table {
     messages: BTreeMap<u32, SentMessage>,
     used: BTreeSet<u32>,
-    /// Messages that KVM does not take. It refuses a routing for one of them, so they are not in it.
+    /// Messages that KVM does not take. It refuses a routing for one of them, so they are not in
+    /// it.
     refused: BTreeMap<u32, SentMessage>,
     /// KVM has not got all of it.
     stale: bool,
@@ -134,8 +136,8 @@ impl GsiTable {
         Ok(left_out)
     }
 
-    /// Applies `changes`. If KVM refuses a message, which it says of the whole routing alone, each half is
-    /// tried by itself until that one is found.
+    /// Applies `changes`. If KVM refuses a message, which it says of the whole routing alone, each
+    /// half is tried by itself until that one is found.
     fn apply(
         &self,
         table: &mut Table,
@@ -219,8 +221,8 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// Remembers each routing: (GSI, type). As KVM it takes no message with an upper address that is
-    /// no APIC's.
+    /// Remembers each routing: (GSI, type). As KVM it takes no message with an upper address that
+    /// is no APIC's.
     #[derive(Default)]
     pub struct FakeRouting {
         pub calls: Mutex<Vec<Vec<(u32, u32)>>>,

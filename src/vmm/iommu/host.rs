@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who serves the verbs behind the virtual IOMMUs of a machine: a host in this process, for devices in
-//! this process, or the kernel, for devices of this machine.
+//! Who serves the verbs behind the virtual IOMMUs of a machine: a host in this process, for devices
+//! in this process, or the kernel, for devices of this machine.
 
 use std::sync::Arc;
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What becomes of the interrupt messages of devices behind a virtual SMMUv3.
 //!
-//! To an SMMU a message is a write like every other: the stream's entry and stage 1 say where it goes,
-//! and only what ends at the doorbell of the interrupt controller interrupts. Here that is decided for
-//! each message anew, so that nobody has to be told when the guest invalidates. Translations to the
-//! doorbell are not cached, as an SMMU may and need not: a guest that forgets to invalidate one is not
-//! found out. Context descriptors are.
+//! To an SMMU a message is a write like every other: the stream's entry and stage 1 say where it
+//! goes, and only what ends at the doorbell of the interrupt controller interrupts. Here that is
+//! decided for each message anew, so that nobody has to be told when the guest invalidates.
+//! Translations to the doorbell are not cached, as an SMMU may and need not: a guest that forgets
+//! to invalidate one is not found out. Context descriptors are.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,8 +21,8 @@ use twostage_emulated::{DmaError as Refusal, DmaPort};
 /// GITS_TRANSLATER: at 0x40 in the page to interrupt.
 pub(super) const DOORBELL: u64 = *MESSAGE_RANGE.start() + 0x40;
 
-/// Sends `data` to the interrupt controller if `address`, in the page to interrupt, is where it takes
-/// messages. The rest of the page ignores writes.
+/// Sends `data` to the interrupt controller if `address`, in the page to interrupt, is where it
+/// takes messages. The rest of the page ignores writes.
 fn deliver(address: u64, data: u32, sink: &dyn InterruptSink) {
     if address == DOORBELL {
         sink.send_msi(address, data);
@@ -65,9 +65,9 @@ impl fmt::Debug for TranslatedMessages {
     }
 }
 
-/// Messages of devices of this machine: its own SMMU translates them, or VFIO has the device send them
-/// where it must. What the guest gave the device is not what is on the bus, and what arrives here has
-/// arrived.
+/// Messages of devices of this machine: its own SMMU translates them, or VFIO has the device send
+/// them where it must. What the guest gave the device is not what is on the bus, and what arrives
+/// here has arrived.
 #[derive(Debug)]
 pub(super) struct ArrivedMessages;
 

@@ -3,8 +3,8 @@
 //! and the host that serves them.
 //!
 //! There is one host with one IOAS, the guest's memory. Each virtual IOMMU has a host side of its
-//! own over it. Where the host is in this process, an emulated unit of its own is behind that; where it
-//! is the kernel, a unit of this machine is.
+//! own over it. Where the host is in this process, an emulated unit of its own is behind that;
+//! where it is the kernel, a unit of this machine is.
 #![forbid(unsafe_code)]
 
 mod direct;
@@ -82,10 +82,10 @@ pub(super) struct Iommus {
 }
 
 impl Iommus {
-    /// The virtual IOMMUs of `config`, in front of `functions`, over a host that has `memory` as stage
-    /// 2: `kernel` if they say so, and else an emulated one; `None` when there are none. `messages` says
-    /// where those of a source go, one of them or a function, that are not to be remapped (any more);
-    /// they remap those of functions if `interrupt_remapping`.
+    /// The virtual IOMMUs of `config`, in front of `functions`, over a host that has `memory` as
+    /// stage 2: `kernel` if they say so, and else an emulated one; `None` when there are none.
+    /// `messages` says where those of a source go, one of them or a function, that are not to be
+    /// remapped (any more); they remap those of functions if `interrupt_remapping`.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,

@@ -224,7 +224,8 @@ impl Machine {
         iommus.and_then(Iommus::close)
     }
 
-    /// Starts `processors`, which become `threads`, and serves `events` until the machine is stopped.
+    /// Starts `processors`, which become `threads`, and serves `events` until the machine is
+    /// stopped.
     fn serve(
         &self,
         processors: Vec<Processor>,

@@ -66,8 +66,8 @@ impl ConfigSpace {
     }
 
     /// The configuration space of a function that is there already: `bytes` as software reads them,
-    /// and in `writable` the bits that it may change. There are no BARs, and no place for capabilities
-    /// besides those in `bytes`.
+    /// and in `writable` the bits that it may change. There are no BARs, and no place for
+    /// capabilities besides those in `bytes`.
     pub fn of_image(bytes: Box<[u8; CONFIG_SIZE]>, writable: Box<[u8; CONFIG_SIZE]>) -> Self {
         let full = Place { pointer: 0, next: CONFIG_SIZE as u16 };
         let bars = [None; BARS];
@@ -113,9 +113,9 @@ impl ConfigSpace {
         self.add_memory_bar(index, bar, address.into());
     }
 
-    /// Gives the function memory BAR `index` at `address`, a multiple of its size. The function answers
-    /// there from the start, as where firmware has placed the BARs: software that takes them as they are
-    /// need not enable them.
+    /// Gives the function memory BAR `index` at `address`, a multiple of its size. The function
+    /// answers there from the start, as where firmware has placed the BARs: software that takes
+    /// them as they are need not enable them.
     pub fn add_memory_bar(&mut self, index: usize, bar: MemoryBar, address: u64) {
         debug_assert!(bar.size.is_power_of_two() && bar.size >= MemoryBar::MIN_SIZE);
         debug_assert!(index + usize::from(bar.wide) < BARS);

@@ -69,11 +69,12 @@ extern "C" fn die(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
     if !by_a_fault {
         action.sa_sigaction = libc::SIG_DFL;
     }
-    // SAFETY: `action` is what the system gave, or the same with the default, which needs no handler.
+    // SAFETY: `action` is what the system gave, or the same with the default, which needs no
+    // handler.
     unsafe {
         libc::sigaction(signal, &action, std::ptr::null_mut());
-        // A fault comes again by itself, and then tells where; all else is sent once more, and comes
-        // when the handler is left.
+        // A fault comes again by itself, and then tells where; all else is sent once more, and
+        // comes when the handler is left.
         if !by_a_fault {
             libc::raise(signal);
         }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The exit codes of the `twostage` command.
 //!
-//! A guest that ends the machine through the debug-exit port chooses the code itself: the value
-//! it wrote, modulo 256; a guest that switches the machine off ends it with 0. The codes below are those of the command; they follow `sysexits.h`.
+//! A guest that ends the machine through the debug-exit port chooses the code itself: the value it
+//! wrote, modulo 256; a guest that switches the machine off ends it with 0. The codes below are
+//! those of the command; they follow `sysexits.h`.
 #![forbid(unsafe_code)]
 
 /// The command line cannot be understood or contradicts itself.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process around the machine: signals, files that the user names, why it stops and with what code.
+//! The process around the machine: signals, files that the user names, why it stops and with what
+//! code.
 
 pub(crate) mod disposition;
 pub mod exit_code;

@@ -30,8 +30,8 @@ static EVENT: OnceLock<EventFd> = OnceLock::new();
 /// How far apart looks at what is waited for are.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
-/// The signals that reach the event loop, beside those for real time: all that would end the process
-/// and that are no error in itself, and the one that says that it goes on.
+/// The signals that reach the event loop, beside those for real time: all that would end the
+/// process and that are no error in itself, and the one that says that it goes on.
 const SIGNALS: [c_int; 14] = [
     SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGTERM, SIGSTKFLT, SIGCONT, SIGXCPU,
     SIGVTALRM, SIGPROF, SIGIO, SIGPWR,
@@ -44,15 +44,15 @@ extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
 
 extern "C" fn interrupt_system_call(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
-/// As soon as the process runs: a report that is asked for waits until there is something to tell of,
-/// and a file that may grow no more is an error of whoever writes to it.
+/// As soon as the process runs: a report that is asked for waits until there is something to tell
+/// of, and a file that may grow no more is an error of whoever writes to it.
 pub(crate) fn hold() -> Result<()> {
     handle(SIGUSR1, note)?;
     handle(SIGXFSZ, interrupt_system_call)
 }
 
-/// Turns signals into events, for the whole process and from now on; all but those that say that the
-/// process itself is in error.
+/// Turns signals into events, for the whole process and from now on; all but those that say that
+/// the process itself is in error.
 pub(crate) fn install() -> Result<&'static EventFd> {
     let event = match EVENT.get() {
         Some(event) => event,
@@ -67,8 +67,8 @@ pub(crate) fn install() -> Result<&'static EventFd> {
             handle(signal, note)?;
         }
     }
-    // In the background, a terminal that is not ours is an error, and no reason to stop. Threads that
-    // are made from now on are the same.
+    // In the background, a terminal that is not ours is an error, and no reason to stop. Threads
+    // that are made from now on are the same.
     for signal in [SIGTTIN, SIGTTOU] {
         match block_signal(signal) {
             Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}

@@ -43,8 +43,8 @@ pub enum ResetCause {
     TripleFault {
         /// Which vCPU.
         vcpu: u8,
-        /// Its instruction pointer, as far as it is known: on AMD's processors, which do not tell, KVM
-        /// resets the vCPU.
+        /// Its instruction pointer, as far as it is known: on AMD's processors, which do not tell,
+        /// KVM resets the vCPU.
         rip: Option<u64>,
     },
 }

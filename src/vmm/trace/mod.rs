@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Traces: what happened when, as Chrome's and Perfetto's JSON.
 //!
-//! A [`Trace`] is an array of events in the Trace Event Format. It reaches its file in pieces of whole
-//! events, so that it can be loaded even when the process was killed: the array has no end then, and
-//! the last 64 KiB may be missing. It goes on when a machine starts
-//! again: each life is a process of the trace.
+//! A [`Trace`] is an array of events in the Trace Event Format. It reaches its file in pieces of
+//! whole events, so that it can be loaded even when the process was killed: the array has no end
+//! then, and the last 64 KiB may be missing. It goes on when a machine starts again: each life is a
+//! process of the trace.
 //!
 //! Whoever has something to tell has an `Option` of it: without a trace an event costs the look at
 //! that, and is not built.

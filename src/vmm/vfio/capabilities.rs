@@ -177,7 +177,8 @@ fn known(found: &[Capability], offset: u16) -> bool {
     found.iter().any(|capability| capability.offset == offset)
 }
 
-/// Finds out how long each of `found` can be, in the part of configuration space that ends at `end`.
+/// Finds out how long each of `found` can be, in the part of configuration space that ends at
+/// `end`.
 fn with_room(mut found: Vec<Capability>, end: u16) -> Vec<Capability> {
     let mut starts: Vec<_> = found.iter().map(|capability| capability.offset).collect();
     starts.sort_unstable();

@@ -3,8 +3,8 @@
 //! from the device's with what the guest may not see or change left out.
 //!
 //! Offsets are of header registers, and of capabilities with the room that their list gives them:
-//! all that is written here lies in configuration space, whatever the device says. What would not is
-//! left out, and reads as zero.
+//! all that is written here lies in configuration space, whatever the device says. What would not
+//! is left out, and reads as zero.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -41,8 +41,8 @@ pub struct MsixStructures {
 /// Cache line size.
 const CACHE_LINE_SIZE: u16 = 0x0c;
 
-/// PCI Express (§7.5.3), from the start of the capability: capabilities, device capabilities, device
-/// control.
+/// PCI Express (§7.5.3), from the start of the capability: capabilities, device capabilities,
+/// device control.
 const EXPRESS_CAPABILITIES: u16 = 2;
 const EXPRESS_DEVICE_CAPABILITIES: u16 = 4;
 const EXPRESS_DEVICE_CONTROL: u16 = 8;

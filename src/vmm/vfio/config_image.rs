@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Configuration space of a device, as the guest is to see it.
 //!
-//! What is in no capability that the guest sees, and not in the table below, reads as zero and cannot
-//! be written.
+//! What is in no capability that the guest sees, and not in the table below, reads as zero and
+//! cannot be written.
 //!
 //! | Register of the header | The guest sees | Because |
 //! |---|---|---|

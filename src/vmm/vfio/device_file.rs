@@ -2,8 +2,8 @@
 //! The ioctls of an open VFIO device: what `linux/vfio.h` says of a PCI function.
 //!
 //! The structures are those of `vfio-bindings`. The calls are made here and not through
-//! `vfio-ioctls`, whose device owns its container or IOAS, believes every chain of capabilities, and
-//! loses the kernel's errno, without which a user cannot be told what to do.
+//! `vfio-ioctls`, whose device owns its container or IOAS, believes every chain of capabilities,
+//! and loses the kernel's errno, without which a user cannot be told what to do.
 
 use std::fs::File;
 use std::io;
@@ -105,7 +105,8 @@ impl HostDevice for DeviceFile {
         let asked = vfio_region_info { argsz: info.argsz, index, ..vfio_region_info::default() };
         let head = words.as_mut_ptr().cast::<vfio_region_info>();
         // SAFETY: `words` has at least `argsz` bytes, which is more than a `vfio_region_info`, and
-        // is aligned as one; the kernel writes no more than that. Any bits are a `vfio_region_info`.
+        // is aligned as one; the kernel writes no more than that. Any bits are a
+        // `vfio_region_info`.
         let info = unsafe {
             head.write(asked);
             check(ioctl_with_mut_ptr(&*self.file, VFIO_DEVICE_GET_REGION_INFO(), head))?;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Messages of assigned devices that do not arrive, because the guest's stage 1 does not lead to where
-//! the host has put the doorbell of its interrupt controller.
+//! Messages of assigned devices that do not arrive, because the guest's stage 1 does not lead to
+//! where the host has put the doorbell of its interrupt controller.
 //!
-//! On arm64 a message is a write that the SMMU translates like every other. Linux puts the doorbell at
-//! an address of its own (`MSI_IOVA_BASE` in its SMMU driver), tells the device that one, and
-//! maps it in stage 2. So the guest has to map the same address to itself in stage 1, as it is told:
-//! by reserved memory of the device tree, or an RMR node of the IORT. One that does not gets a
-//! translation fault for each message, and its driver waits forever.
+//! On arm64 a message is a write that the SMMU translates like every other. Linux puts the doorbell
+//! at an address of its own (`MSI_IOVA_BASE` in its SMMU driver), tells the device that one, and
+//! maps it in stage 2. So the guest has to map the same address to itself in stage 1, as it is
+//! told: by reserved memory of the device tree, or an RMR node of the IORT. One that does not gets
+//! a translation fault for each message, and its driver waits forever.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -20,7 +20,8 @@ use twostage::viommu::smmuv3::{EventRecordWords, EventTarget};
 /// Where Linux has the doorbells, in the address spaces of all devices, unless it says otherwise.
 pub const MSI_WINDOW: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
 
-/// Brings events to a virtual SMMUv3, and says once when a message of an assigned device is among them.
+/// Brings events to a virtual SMMUv3, and says once when a message of an assigned device is among
+/// them.
 pub struct DoorbellWatch {
     target: Arc<dyn EventTarget>,
     windows: Vec<RangeInclusive<u64>>,

@@ -53,8 +53,8 @@ pub struct Surroundings<'a> {
 
 /// The function. Dropping it stops and resets the device.
 ///
-/// Lock order: whoever applies it; configuration space, which is held for no call of the host's; the
-/// table of MSI-X; vectors.
+/// Lock order: whoever applies it; configuration space, which is held for no call of the host's;
+/// the table of MSI-X; vectors.
 pub struct VfioPci {
     /// In log lines.
     name: String,
@@ -172,8 +172,8 @@ impl VfioPci {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Brings the device, the guest's memory and the interrupts up to date with configuration space, of
-    /// which `written` may have changed.
+    /// Brings the device, the guest's memory and the interrupts up to date with configuration
+    /// space, of which `written` may have changed.
     fn apply(&self, written: &Range<u16>) {
         // Of two vCPUs at once, the later one applies what both wrote.
         let _turn = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
@@ -335,7 +335,8 @@ impl fmt::Debug for VfioPci {
     }
 }
 
-/// Configuration space as the device has it. One without extended configuration space has zeroes there.
+/// Configuration space as the device has it. One without extended configuration space has zeroes
+/// there.
 fn read_config(host: &dyn HostDevice, region: &Region) -> std::io::Result<Box<[u8; CONFIG_SIZE]>> {
     let mut bytes = Box::new([0; CONFIG_SIZE]);
     let length = region.size.min(CONFIG_SIZE as u64) as usize;

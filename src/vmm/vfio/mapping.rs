@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-/// Mapped memory, unmapped when it is dropped. Nobody in this process reads or writes it: it is there
-/// to be lent to a guest.
+/// Mapped memory, unmapped when it is dropped. Nobody in this process reads or writes it: it is
+/// there to be lent to a guest.
 pub struct Mapping {
     address: NonNull<libc::c_void>,
     length: usize,

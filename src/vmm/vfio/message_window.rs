@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the host has the messages of an assigned device go, which the guest's stage 1 must lead there
-//! by the same addresses.
+//! Where the host has the messages of an assigned device go, which the guest's stage 1 must lead
+//! there by the same addresses.
 //!
 //! On arm64 Linux sets aside a window of IOVAs for it and tells in sysfs
-//! (`Documentation/ABI/testing/sysfs-kernel-iommu_groups`, `reserved_regions`). It is a constant of its
-//! SMMU driver ([`MSI_WINDOW`]), of which nobody promises that it stays.
+//! (`Documentation/ABI/testing/sysfs-kernel-iommu_groups`, `reserved_regions`). It is a constant of
+//! its SMMU driver ([`MSI_WINDOW`]), of which nobody promises that it stays.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -44,8 +44,8 @@ fn sysfs(path: &Path) -> PathBuf {
     }
 }
 
-/// The window for messages that `regions` tells of: a line each with first address, last address and
-/// kind.
+/// The window for messages that `regions` tells of: a line each with first address, last address
+/// and kind.
 fn window(regions: &str) -> Option<RangeInclusive<u64>> {
     let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
     let region = |line: &str| {

@@ -7,9 +7,9 @@
 //! interrupts go from VFIO to KVM by eventfds, through the same remapping as those of every device.
 //!
 //! Nobody here maps DMA: the device is bound and attached by the host side of its virtual IOMMU,
-//! which blocks it until the guest says otherwise. What VFIO refuses becomes [`VfioError`], one line
-//! that says what to do. What the guest does wrong is ignored as a device would, and logged with a
-//! limit. No P2P: BARs are not mapped in the IOMMU, so that a device cannot reach another's.
+//! which blocks it until the guest says otherwise. What VFIO refuses becomes [`VfioError`], one
+//! line that says what to do. What the guest does wrong is ignored as a device would, and logged
+//! with a limit. No P2P: BARs are not mapped in the IOMMU, so that a device cannot reach another's.
 //!
 //! Sources: Linux `include/uapi/linux/vfio.h` and `Documentation/driver-api/vfio.rst`; PCI Express
 //! Base Specification 6.0 (§7.5 headers and PCI Express, §7.7 MSI and MSI-X, §7.9 vendor's

@@ -50,8 +50,8 @@ impl Region {
         offset.checked_add(length as u64).is_some_and(|end| end <= self.size)
     }
 
-    /// What of the region is to be mapped: whole pages of `page` bytes that can be, without those that
-    /// have a byte of `trapped`.
+    /// What of the region is to be mapped: whole pages of `page` bytes that can be, without those
+    /// that have a byte of `trapped`.
     pub fn areas_without(&self, trapped: &[Range<u64>], page: u64) -> Vec<Range<u64>> {
         let mut areas: Vec<_> = self
             .mappable

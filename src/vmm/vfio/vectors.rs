@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The vectors of MSI or MSI-X of an assigned device: the eventfd of each, between VFIO, which writes
-//! it, and KVM, which turns it into the guest's message.
+//! The vectors of MSI or MSI-X of an assigned device: the eventfd of each, between VFIO, which
+//! writes it, and KVM, which turns it into the guest's message.
 //!
-//! A vector has nothing until the guest gives it a message for the first time: a device may have two
-//! thousand, of which a driver uses ten. From then on VFIO writes its eventfd while the device's
-//! messages are on. While the guest masks the vector nobody reads that eventfd, so that what comes is
-//! kept there and goes out by the next message.
+//! A vector has nothing until the guest gives it a message for the first time: a device may have
+//! two thousand, of which a driver uses ten. From then on VFIO writes its eventfd while the
+//! device's messages are on. While the guest masks the vector nobody reads that eventfd, so that
+//! what comes is kept there and goes out by the next message.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;

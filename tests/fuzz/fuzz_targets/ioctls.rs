@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Arbitrary ioctls, DMA and changes of memory, in any order, to the emulated host. See the library.
+//! Arbitrary ioctls, DMA and changes of memory, in any order, to the emulated host. See the
+//! library.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| twostage_fuzz::run(bytes));

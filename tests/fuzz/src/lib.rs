@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a process can do to the emulated host, decoded from bytes.
 //!
-//! One execution is one process from start to end, on a machine of its own with two IOMMUs and three
-//! devices. It has two iommufds and a little memory; it makes ioctls on the iommufds and on devices,
-//! writes its memory (tables and structures), has devices do DMA and users in the host access memory, and
-//! closes what it has open. What it makes of its bytes is in [`table`]: a new ioctl is covered by a line
-//! there.
+//! One execution is one process from start to end, on a machine of its own with two IOMMUs and
+//! three devices. It has two iommufds and a little memory; it makes ioctls on the iommufds and on
+//! devices, writes its memory (tables and structures), has devices do DMA and users in the host
+//! access memory, and closes what it has open. What it makes of its bytes is in [`table`]: a new
+//! ioctl is covered by a line there.
 //!
 //! Whatever it does, nothing panics or hangs, what every object stands on is there, and when all is
 //! closed no object is left and no memory pinned or locked.
@@ -49,8 +49,8 @@ enum Step {
 }
 
 impl Step {
-    /// The steps in the order of their numbers: those that are not ioctls first, so that a new ioctl
-    /// changes no meaning but those of the last numbers.
+    /// The steps in the order of their numbers: those that are not ioctls first, so that a new
+    /// ioctl changes no meaning but those of the last numbers.
     fn of(number: u8) -> Self {
         const OTHERS: [Step; 17] = [
             Step::Dma,

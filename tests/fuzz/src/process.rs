@@ -66,8 +66,8 @@ pub struct Process {
     caller: Caller,
 }
 
-/// The memory of every process, one after the other. To map it anew each time would take longer than
-/// all the rest.
+/// The memory of every process, one after the other. To map it anew each time would take longer
+/// than all the rest.
 fn memory() -> Arc<GuestRegionMmap> {
     static MEMORY: OnceLock<Arc<GuestRegionMmap>> = OnceLock::new();
     let length = (PAGES * PAGE) as usize;
@@ -115,8 +115,8 @@ fn machine() -> Arc<Machine> {
 }
 
 impl Process {
-    /// A process; when `prepared`, with device "a" on nested tables, or device "far" on such tables and
-    /// with a queue of the pages that it asks for.
+    /// A process; when `prepared`, with device "a" on nested tables, or device "far" on such tables
+    /// and with a queue of the pages that it asks for.
     pub fn new(prepared: bool, asking: bool) -> Self {
         let machine = machine();
         let memory = memory();
@@ -161,7 +161,8 @@ impl Process {
         self.must(On::Device(device, ATTACH_IOMMUFD_PT), &[0, nested], 0);
     }
 
-    /// Makes an ioctl that must succeed, with these words after the size; the word at `answer` (bytes).
+    /// Makes an ioctl that must succeed, with these words after the size; the word at `answer`
+    /// (bytes).
     fn must(&mut self, on: On, words: &[u32], answer: usize) -> u32 {
         let size = 4 + 4 * words.len() as u32;
         let mut bytes: Vec<u8> =

@@ -7,8 +7,8 @@ use arbitrary::{Result, Unstructured};
 pub const PAGE: u64 = 0x1000;
 /// Pages of memory that a process has.
 pub const PAGES: u64 = 16;
-/// Where the process has it, as the table of values knows it: [`crate::process::Process`] puts the true
-/// address in.
+/// Where the process has it, as the table of values knows it: [`crate::process::Process`] puts the
+/// true address in.
 pub const MEMORY: u64 = 0x7100_0000_0000;
 
 /// What a value is.

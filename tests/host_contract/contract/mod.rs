@@ -22,8 +22,8 @@ use twostage::iommufd::{
 
 use memory::Memory;
 
-/// Where memory is mapped: below what any IOMMU and an edu of 28 bits can address, and where nothing
-/// is reserved.
+/// Where memory is mapped: below what any IOMMU and an edu of 28 bits can address, and where
+/// nothing is reserved.
 const BASE: u64 = 0x100_0000;
 const PAGE: u64 = 0x1000;
 

@@ -20,8 +20,8 @@ fn call(fd: i32, number: u32, argument: u64) -> Result<i32> {
     }
 }
 
-/// Maps, lets the device at the PCI address `device` of the group at `path` do DMA, and unmaps; then has
-/// the group and the character device `own` of it exclude each other.
+/// Maps, lets the device at the PCI address `device` of the group at `path` do DMA, and unmaps;
+/// then has the group and the character device `own` of it exclude each other.
 pub fn run(path: &str, device: &str, own: &str) {
     let container = open("/dev/vfio/vfio");
     println!("version {:?}, type1v2 {:?}", call(container, 0, 0).ok(), call(container, 1, 3).ok());

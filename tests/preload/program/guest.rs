@@ -29,7 +29,8 @@ impl Guest {
 
     fn word(&self, address: u64) -> &AtomicU64 {
         assert!(address.is_multiple_of(8) && address < MEMORY);
-        // SAFETY: it lies in the mapping, is aligned, and devices access it too, like another thread.
+        // SAFETY: it lies in the mapping, is aligned, and devices access it too, like another
+        // thread.
         unsafe { &*self.0.add(address as usize).cast() }
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page requests: a device asks for a page that the guest's tables do not have, and goes on when it is
-//! told that they have it.
+//! Page requests: a device asks for a page that the guest's tables do not have, and goes on when it
+//! is told that they have it.
 
 use std::io::{Error, Result};
 use std::mem::size_of;

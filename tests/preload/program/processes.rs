@@ -179,7 +179,8 @@ pub fn closing() {
                 start.wait();
                 let (fd, room) = (fd.load(order), bytes.as_mut_ptr().cast::<libc::c_void>());
                 let vector = libc::iovec { iov_base: room, iov_len: 64 };
-                // SAFETY: there is room for what is read; the number is this program's, if anyone's.
+                // SAFETY: there is room for what is read; the number is this program's, if
+                // anyone's.
                 let result = unsafe {
                     match round % 4 {
                         0 => libc::read(fd, room, 64),

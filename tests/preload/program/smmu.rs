@@ -10,8 +10,8 @@ use iommufd_bindings::*;
 use crate::guest::{Guest, PAGE};
 use crate::uapi::{hwpt_alloc, ioctl};
 
-/// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`, which also is the number of its events and of its GET_HW_INFO less
-/// one.
+/// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`, which also is the number of its events and of its GET_HW_INFO
+/// less one.
 const TYPE: u32 = 1;
 
 /// ASID of the guest's tables.

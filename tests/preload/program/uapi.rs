@@ -173,8 +173,8 @@ pub fn plain_nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
     hwpt_alloc(fd, iommu_hwpt_alloc { flags: 1, dev_id: dev, pt_id: ioas, ..Default::default() })
 }
 
-/// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`; page requests go to
-/// `faults`, if that is one.
+/// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`; page requests go
+/// to `faults`, if that is one.
 pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64, faults: Option<u32>) -> Result<u32> {
     /// `IOMMU_HWPT_FAULT_ID_VALID`.
     const FAULT_ID_VALID: u32 = 1 << 2;
@@ -339,8 +339,8 @@ impl Device {
         self.read(0x98) & 1 != 0
     }
 
-    /// What became of that, and where it was refused, if it was; elsewhere than on Twostage's both are
-    /// all ones.
+    /// What became of that, and where it was refused, if it was; elsewhere than on Twostage's both
+    /// are all ones.
     pub fn result(&self) -> (u64, u64) {
         (self.read(0xa8), self.read(0xb0))
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each invalidation command drops, from the guest's command queue to the host's caches: compared
-//! after every step with naive caches of translations, and with all that may be cached of stream table
-//! entries and context descriptors.
+//! What each invalidation command drops, from the guest's command queue to the host's caches:
+//! compared after every step with naive caches of translations, and with all that may be cached of
+//! stream table entries and context descriptors.
 
 use std::cell::RefCell;
 

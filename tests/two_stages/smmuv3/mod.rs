@@ -174,7 +174,8 @@ fn a_command_that_the_host_refuses_is_shown_and_nothing_is_stale() {
     assert_eq!(machine.nesting.counters().full_flushes, 1);
 }
 
-/// A driver that takes the refused command out, as Linux does, loses nothing: all of the batch is done.
+/// A driver that takes the refused command out, as Linux does, loses nothing: all of the batch is
+/// done.
 #[test]
 fn a_batch_that_the_host_refuses_once_is_shown_and_nothing_of_it_is_stale() {
     let (machine, table, page) = nested::<Machine>();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each invalidation of the context and PASID caches drops, by queue and by register: after every
-//! step no device goes by an entry that the text says is gone. (An entry may go earlier than it must.)
+//! What each invalidation of the context and PASID caches drops, by queue and by register: after
+//! every step no device goes by an entry that the text says is gone. (An entry may go earlier than
+//! it must.)
 
 use proptest::prelude::*;
 use twostage::spec::pci::Bdf;
@@ -88,8 +89,8 @@ impl Requester {
         Self { rid, pasid, now: Choice::Nothing, before: Vec::new() }
     }
 
-    /// Whether `descriptor` names what is cached of `choice` (§6.5.2.1, §6.5.2.2). In caching mode what
-    /// is not present is cached, too, under no domain: it goes with what is there now.
+    /// Whether `descriptor` names what is cached of `choice` (§6.5.2.1, §6.5.2.2). In caching mode
+    /// what is not present is cached, too, under no domain: it goes with what is there now.
     fn is_named(&self, descriptor: &Descriptor, choice: Choice) -> bool {
         let is_in = |domain| choice.domain().or(self.now.domain()) == Some(domain);
         match *descriptor {

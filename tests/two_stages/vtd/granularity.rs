@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each invalidation drops, by queue and by register, from the guest's descriptor to the host's
-//! caches: compared after every step with naive caches, an IOTLB and a paging-structure cache.
+//! What each invalidation drops, by queue and by register, from the guest's descriptor to the
+//! host's caches: compared after every step with naive caches, an IOTLB and a paging-structure
+//! cache.
 
 use std::cell::RefCell;
 

@@ -117,8 +117,8 @@ impl<R: Registers> Guest<R> {
         assert!(self.status().tes());
     }
 
-    /// Sets the root table (legacy mode), starts the queue if it is to be used, and turns translation
-    /// on.
+    /// Sets the root table (legacy mode), starts the queue if it is to be used, and turns
+    /// translation on.
     pub fn enable_legacy(&self, queue: bool) {
         self.set_root(0);
         if queue {
@@ -238,8 +238,8 @@ impl<R: Registers> Guest<R> {
         }
     }
 
-    /// Makes the context entry of `rid` in legacy mode: through the second-stage table, untranslated, or
-    /// not present.
+    /// Makes the context entry of `rid` in legacy mode: through the second-stage table,
+    /// untranslated, or not present.
     pub fn set_legacy_entry(&self, rid: Bdf, entry: Entry) {
         let root = self.root + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
         let table = self

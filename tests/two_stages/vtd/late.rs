@@ -128,9 +128,9 @@ fn who_is_refused_late_is_told_and_tries_again() {
     assert_eq!(machine.end(), 0);
 }
 
-/// Threads of two devices make requests while the guest takes entries away, with an invalidation, and
-/// puts others in their place, without. Nobody waits for ever, and nothing that the guest was told is
-/// gone is used.
+/// Threads of two devices make requests while the guest takes entries away, with an invalidation,
+/// and puts others in their place, without. Nobody waits for ever, and nothing that the guest was
+/// told is gone is used.
 #[test]
 fn threads_find_it_while_the_guest_goes_on() {
     const ROUNDS: u64 = 300;

@@ -207,7 +207,8 @@ fn a_refused_attach_is_visible_and_tried_again() {
 
 #[test]
 fn what_cannot_be_blocked_is_not_told_to_be() {
-    // Refused a few times, it is tried again; refused as often as it is asked for, the guest is told.
+    // Refused a few times, it is tried again; refused as often as it is asked for, the guest is
+    // told.
     const EVERY_TIME: u64 = 100;
     for (pasid, failures) in [(None, 2), (None, EVERY_TIME), (Some(7), 2), (Some(7), EVERY_TIME)] {
         let (machine, table, _) = nested();

@@ -86,8 +86,8 @@ impl SmmuDriver {
         self.unit.config().nesting
     }
 
-    /// The page requests of the unit's devices, if `device` makes some. One that makes none can have
-    /// a page table with a fault queue all the same, as in Linux.
+    /// The page requests of the unit's devices, if `device` makes some. One that makes none can
+    /// have a page table with a fault queue all the same, as in Linux.
     fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
         self.unit.page_requests().filter(|_| device.config.pri)
     }

@@ -48,8 +48,9 @@ impl Vsmmu {
     /// What a command of the user's is to the SMMU.
     ///
     /// # Errors
-    /// `EIO` it is none of those that are the user's, or of a stream that is not, or has a bit that the
-    /// SMMU has no field for (as in kernels after 7.2: such a command may stop the queue of all users).
+    /// `EIO` it is none of those that are the user's, or of a stream that is not, or has a bit that
+    /// the SMMU has no field for (as in kernels after 7.2: such a command may stop the queue of all
+    /// users).
     fn convert(&self, words: [u64; 2]) -> Outcome<Invalidation> {
         let tag = self.tag;
         let command = match Command::decode(words) {
@@ -119,8 +120,8 @@ impl ViommuDriver for Vsmmu {
     }
 }
 
-/// Whether an SMMU like `config` has all that `words`, which `command` was decoded from, say: no bit is
-/// of no field, or of a field that it does not have, or of a value that is reserved.
+/// Whether an SMMU like `config` has all that `words`, which `command` was decoded from, say: no
+/// bit is of no field, or of a field that it does not have, or of a value that is reserved.
 fn is_whole(config: &SmmuV3UnitConfig, command: &Command, words: [u64; 2]) -> bool {
     let substreams = config.ssid_bits() > 0;
     let has = match *command {

@@ -103,8 +103,8 @@ impl FaultQueue {
     /// Takes the answers in `count` bytes.
     ///
     /// # Errors
-    /// `ESPIPE` not a whole number of answers; `EINVAL` an answer or a cookie that is none; those of
-    /// `input`.
+    /// `ESPIPE` not a whole number of answers; `EINVAL` an answer or a cookie that is none; those
+    /// of `input`.
     pub fn write(&self, count: usize, input: Input<'_>) -> Outcome<usize> {
         if !count.is_multiple_of(RESPONSE_SIZE) {
             return refuse(Errno::ESPIPE, format!("{count} bytes of page responses"));

@@ -35,8 +35,8 @@ impl Objects {
     }
 
     /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the dirty IOVAs up to the first hole in
-    /// what is mapped; a hole is no error, as in Linux. They stay dirty until whoever asked has them:
-    /// [`Self::hwpt_clean`]. Nothing is dirty while tracking is off.
+    /// what is mapped; a hole is no error, as in Linux. They stay dirty until whoever asked has
+    /// them: [`Self::hwpt_clean`]. Nothing is dirty while tracking is off.
     pub fn hwpt_dirty(&self, hwpt: ObjectId, range: &DirtyRange) -> Outcome<DirtyPages> {
         let ioas = self.table.hwpt_paging(hwpt)?.ioas;
         let object = self.table.ioas(ioas)?;
@@ -52,8 +52,8 @@ impl Objects {
         Ok(DirtyPages { ioas, log, runs })
     }
 
-    /// Takes the marks of `pages` away, which whoever asked for them has. One that was written again
-    /// meanwhile is among them: it is read after this.
+    /// Takes the marks of `pages` away, which whoever asked for them has. One that was written
+    /// again meanwhile is among them: it is read after this.
     pub fn hwpt_clean(&mut self, pages: &DirtyPages) {
         pages.runs.iter().for_each(|run| drop(pages.log.read(run, true)));
         if !pages.runs.is_empty() {
@@ -85,9 +85,9 @@ impl Objects {
 
 /// The IOVAs of `range`, if they are of whole pages of the IOAS and of the bitmap.
 ///
-/// Linux 7.2 takes two that it should not, and later kernels the second: no byte is to it all of the
-/// address space, or none; and with a page size that is no power of two it sets more bits than the
-/// range has pages. Both would be written past the end of the bitmap.
+/// Linux 7.2 takes two that it should not, and later kernels the second: no byte is to it all of
+/// the address space, or none; and with a page size that is no power of two it sets more bits than
+/// the range has pages. Both would be written past the end of the bitmap.
 fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64>> {
     let DirtyRange { iova, length, page_size } = *range;
     if length == 0 {

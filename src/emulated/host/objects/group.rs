@@ -116,8 +116,8 @@ impl Group {
         self.members.get(&dev)?.pasids.next(pasid)
     }
 
-    /// What `dev` is attached to: neighbouring PASIDs with the same HWPT together, the device itself
-    /// before them.
+    /// What `dev` is attached to: neighbouring PASIDs with the same HWPT together, the device
+    /// itself before them.
     pub fn of(&self, dev: ObjectId) -> impl Iterator<Item = (Slot, Slot, ObjectId)> + '_ {
         let member = self.members.get(&dev);
         let own = self.own.filter(|_| member.is_some_and(|member| member.own));

@@ -95,8 +95,8 @@ struct Capability {
 }
 
 impl Capability {
-    /// Which of its bytes are written where there is room for `left`. Where there is none for all of
-    /// them, Linux writes those of the ranges that fit, and nothing before them.
+    /// Which of its bytes are written where there is room for `left`. Where there is none for all
+    /// of them, Linux writes those of the ranges that fit, and nothing before them.
     fn written(&self, left: usize) -> Range<usize> {
         if left >= self.bytes.len() {
             return 0..self.bytes.len();

@@ -145,8 +145,8 @@ impl Cache {
     /// [`ascending`](super::ranges::ascending) makes them, and are of one of `shifts`; gives how
     /// many. However many ranges there are, no more sets are looked at than there are.
     pub fn drop_ranges(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
-        // Probing each span of a shift in a range is cheaper than looking at all entries while there
-        // are fewer of them than sets.
+        // Probing each span of a shift in a range is cheaper than looking at all entries while
+        // there are fewer of them than sets.
         let mut spans: u64 = 0;
         let sets = self.sets.len() as u64;
         for range in ranges {

@@ -141,8 +141,8 @@ impl Caches {
     }
 
     /// What the IOTLB has for requests of `kind`, as a page of one of `shifts`.
-    // Always, so that a hit's `Target` stays in registers: stored in pieces and copied as a whole, it
-    // doubles what a hit costs.
+    // Always, so that a hit's `Target` stays in registers: stored in pieces and copied as a whole,
+    // it doubles what a hit costs.
     #[inline(always)]
     pub fn translation(
         &self,
@@ -157,8 +157,8 @@ impl Caches {
         Some(Target { place, length: size(shift) - offset })
     }
 
-    /// The entry of the IOTLB for such a request, and the size of its page as a power of two: no more
-    /// than fits into two registers. It allows something, and is not 0.
+    /// The entry of the IOTLB for such a request, and the size of its page as a power of two: no
+    /// more than fits into two registers. It allows something, and is not 0.
     #[inline]
     fn cached_page(
         &self,
@@ -264,7 +264,8 @@ impl Caches {
         found
     }
 
-    /// Caches that `table` is the one on the way of `iova`, and that the entries above allow `path`.
+    /// Caches that `table` is the one on the way of `iova`, and that the entries above allow
+    /// `path`.
     pub fn add_table<F: TableFormat>(
         &self,
         tables: &F,
@@ -392,13 +393,14 @@ impl Caches {
     }
 
     /// Drops the pages of `scope` that are cached as one of `shifts` and have an address in one of
-    /// `ranges`, which are as [`ascending`](super::ascending) makes them; gives the number of entries.
+    /// `ranges`, which are as [`ascending`](super::ascending) makes them; gives the number of
+    /// entries.
     pub fn drop_pages(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         self.iotlb.drop_ranges(scope, ranges, shifts)
     }
 
-    /// Drops the pages of `scope` that have an address in such `ranges` and a size in stage 1 of one
-    /// of `shifts`, with every piece of them that is cached; gives the number of entries.
+    /// Drops the pages of `scope` that have an address in such `ranges` and a size in stage 1 of
+    /// one of `shifts`, with every piece of them that is cached; gives the number of entries.
     pub fn drop_whole_pages(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         if !*self.fragments.get_mut() {
             return self.drop_pages(scope, ranges, shifts);

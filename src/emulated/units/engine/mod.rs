@@ -120,8 +120,8 @@ pub(crate) trait Unit: Debug + Send + Sync {
     /// something ought to be.
     fn nothing_attached(fault: <Self::Engine as Engine>::Fault) -> bool;
 
-    /// Asks the user of the requester of `request`, for which nothing is attached, whether something is
-    /// now. To be called as [`Unit::report`] is.
+    /// Asks the user of the requester of `request`, for which nothing is attached, whether
+    /// something is now. To be called as [`Unit::report`] is.
     fn attached_late(&self, request: &Request) -> bool;
 
     /// The page requests of its devices: of none, when it takes none.

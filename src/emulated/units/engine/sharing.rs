@@ -30,7 +30,8 @@ pub(crate) struct Sharing {
 struct Stage2Users {
     /// What its cached translations are found by; unique among the stages 2 that have users.
     stage2_tag: u32,
-    /// How many contexts each tag has; no entry is 0. (A tag names one HWPT, which has one stage 2.)
+    /// How many contexts each tag has; no entry is 0. (A tag names one HWPT, which has one stage
+    /// 2.)
     contexts: BTreeMap<u32, usize>,
 }
 

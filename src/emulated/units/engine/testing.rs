@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the tests of both units are written with: guest memory behind a stage 2, and requests to it.
+//! What the tests of both units are written with: guest memory behind a stage 2, and requests to
+//! it.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};

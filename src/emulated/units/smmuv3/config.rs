@@ -35,8 +35,8 @@ pub struct SmmuV3UnitConfig {
     /// Takes invalidations of address translation caches (IDR0.ATS). Devices of this process keep
     /// none of their own: what they might cache, the unit does.
     pub ats: bool,
-    /// Takes page requests, where it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them, and
-    /// serves devices that stall, which PCI devices must not; here it serves page requests.
+    /// Takes page requests, where it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them,
+    /// and serves devices that stall, which PCI devices must not; here it serves page requests.
     pub page_requests: bool,
     /// Both stages at once (IDR0.S1P with S2P): user-owned stage 1 on the host's stage 2.
     pub nesting: bool,
@@ -53,8 +53,8 @@ pub struct SmmuV3UnitConfig {
     pub paging_structure_entries: usize,
     /// Entries of the cache of stage-2 translations, likewise.
     pub stage2_entries: usize,
-    /// Compares every translation with context descriptors and tables when it is used, and reports those
-    /// that the guest should have invalidated
+    /// Compares every translation with context descriptors and tables when it is used, and reports
+    /// those that the guest should have invalidated
     /// ([`SmmuV3Unit::sanitizer_report`](super::SmmuV3Unit::sanitizer_report)). Slow.
     pub sanitize: bool,
 }

@@ -34,7 +34,8 @@ pub struct SmmuV3Counters {
     pub stage2_misses: u64,
     /// Cached stage-2 translations that had to go for others.
     pub stage2_evictions: u64,
-    /// Requests that used a stale translation or context descriptor; counted by the sanitizer alone.
+    /// Requests that used a stale translation or context descriptor; counted by the sanitizer
+    /// alone.
     pub stale_uses: u64,
     /// Requests that were terminated.
     pub faults: u64,

@@ -193,8 +193,8 @@ impl Engine {
         }
     }
 
-    /// Compares what `request` is about to use with what is in memory now. Gives the part of `target`
-    /// that has been compared.
+    /// Compares what `request` is about to use with what is in memory now. Gives the part of
+    /// `target` that has been compared.
     fn compare(
         &self,
         sanitizer: &Sanitizer,
@@ -210,8 +210,8 @@ impl Engine {
         sanitizer::check(sanitizer, &self.caches, configuration, counters, request, target)
     }
 
-    /// Compares `configuration`, by which `request` goes somewhere, with the context descriptors that
-    /// are in memory now. Whether it is what they say.
+    /// Compares `configuration`, by which `request` goes somewhere, with the context descriptors
+    /// that are in memory now. Whether it is what they say.
     fn compare_context(
         &self,
         sanitizer: &Sanitizer,
@@ -229,9 +229,9 @@ impl Engine {
         stale.is_none()
     }
 
-    /// Whether a write that `fault` stopped is an interrupt message: to which address. Stage 2 does not
-    /// lead there, so such a translation is not cached: each message goes by the tables as they are. An
-    /// SMMU may cache it, and need not.
+    /// Whether a write that `fault` stopped is an interrupt message: to which address. Stage 2 does
+    /// not lead there, so such a translation is not cached: each message goes by the tables as they
+    /// are. An SMMU may cache it, and need not.
     fn doorbell(&self, fault: &Fault, kind: RequestKind) -> Option<u64> {
         let Fault::Event { stage2: true, class: EventClass::Input, second_address, .. } = *fault
         else {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An emulated SMMUv3, for devices of this process.
 //!
-//! A request goes by its StreamID through the stream table that the host's driver fills; where stage
-//! 1 is the user's, by its SubstreamID through the user's context descriptors to the tables of an
-//! address space, each of whose pointers goes through stage 2; and through stage 2. On its way it
-//! meets the caches that hardware has: of context descriptors, of table descriptors, and an IOTLB
-//! tagged by VMID and ASID, whose entries stay until a command drops them. A guest that forgets one
-//! sees it here as it would on hardware.
+//! A request goes by its StreamID through the stream table that the host's driver fills; where
+//! stage 1 is the user's, by its SubstreamID through the user's context descriptors to the tables
+//! of an address space, each of whose pointers goes through stage 2; and through stage 2. On its
+//! way it meets the caches that hardware has: of context descriptors, of table descriptors, and an
+//! IOTLB tagged by VMID and ASID, whose entries stay until a command drops them. A guest that
+//! forgets one sees it here as it would on hardware.
 #![forbid(unsafe_code)]
 
 mod config;
@@ -149,8 +149,8 @@ impl Unit for SmmuV3Unit {
         }
     }
 
-    /// Never: any structure may be cached, valid or not (§3.21.3), so that software tells of each that
-    /// becomes valid.
+    /// Never: any structure may be cached, valid or not (§3.21.3), so that software tells of each
+    /// that becomes valid.
     fn nothing_attached(_: Fault) -> bool {
         false
     }

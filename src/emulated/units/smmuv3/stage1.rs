@@ -70,7 +70,8 @@ impl TableFormat for Stage1 {
     }
 
     fn shift(&self, level: u8) -> u8 {
-        // At most 55: the highest level of the 16K granule maps 2^47 bytes, of the 64K granule 2^55.
+        // At most 55: the highest level of the 16K granule maps 2^47 bytes, of the 64K granule
+        // 2^55.
         self.granule.level_shift(architectural(level)) as u8
     }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The stream table as the host's driver fills it: what becomes of each stream's transactions.
 //!
-//! Who is not in it has an entry that aborts. Substreams that the host owns are in it, too: it plays
-//! the host's own tables of context descriptors.
+//! Who is not in it has an entry that aborts. Substreams that the host owns are in it, too: it
+//! plays the host's own tables of context descriptors.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;

@@ -66,8 +66,9 @@ pub struct VtdUnitConfig {
     pub paging_structure_entries: usize,
     /// Entries of the cache of stage-2 translations, likewise.
     pub stage2_entries: usize,
-    /// Compares every translation with the tables when it is used, and reports those that the
-    /// guest should have invalidated ([`VtdUnit::sanitizer_report`](super::VtdUnit::sanitizer_report)). Slow.
+    /// Compares every translation with the tables when it is used, and reports those that the guest
+    /// should have invalidated ([`VtdUnit::sanitizer_report`](super::VtdUnit::sanitizer_report)).
+    /// Slow.
     pub sanitize: bool,
 }
 

@@ -82,8 +82,8 @@ impl RecordingHost {
         self.state().partial.push_back((done, errno));
     }
 
-    /// Makes every invalidation stop with `EIO` at this command of an SMMU. What Linux says of those
-    /// before it is that they are done; they are not.
+    /// Makes every invalidation stop with `EIO` at this command of an SMMU. What Linux says of
+    /// those before it is that they are done; they are not.
     pub fn refuse_command(&self, command: [u64; 2]) {
         self.state().refused_commands.push(command);
     }

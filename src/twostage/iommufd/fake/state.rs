@@ -139,8 +139,8 @@ impl State {
         Ok(pt)
     }
 
-    /// What a failed attach of `dev` leaves behind: VT-d blocks first and reverts nothing, while the
-    /// books still name the old page table; an SMMU keeps the old one.
+    /// What a failed attach of `dev` leaves behind: VT-d blocks first and reverts nothing, while
+    /// the books still name the old page table; an SMMU keeps the old one.
     pub fn attach_failed(&mut self, dev: ObjectId, pasid: Option<u32>) {
         let smmu = matches!(self.device(dev), Ok((_, info)) if is_smmu(&info));
         if !smmu {

@@ -106,8 +106,8 @@ fn map_flags(target: MapTarget, protection: Protection) -> (u32, u64) {
     (fixed | read | write, iova)
 }
 
-/// The file, and the place in it, of memory that `IOMMU_IOAS_MAP_FILE` takes. What is mapped by file
-/// needs no address of this process, and survives its exec.
+/// The file, and the place in it, of memory that `IOMMU_IOAS_MAP_FILE` takes. What is mapped by
+/// file needs no address of this process, and survives its exec.
 fn file_of(memory: &UserMemory) -> Option<(&File, u64)> {
     let region = memory.region();
     let file = region.file_offset()?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory that IOASes map: kept for as long as the kernel may look for its pages.
 //!
-//! The kernel pins a mapping's pages when the IOAS gets its first HWPT, not before; memory that this
-//! process had unmapped by then would be somebody else's.
+//! The kernel pins a mapping's pages when the IOAS gets its first HWPT, not before; memory that
+//! this process had unmapped by then would be somebody else's.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};

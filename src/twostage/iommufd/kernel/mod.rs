@@ -36,7 +36,8 @@ use memory::MappedMemory;
 /// [`KernelHost::device_file`] any more, and the other objects go with the last file.
 ///
 /// When a *replacing* attach fails, Linux's VT-d may have blocked the device, where
-/// [`HostIommu`](crate::iommufd::HostIommu) promises that nothing has changed: whoever sees it fail detaches.
+/// [`HostIommu`](crate::iommufd::HostIommu) promises that nothing has changed: whoever sees it fail
+/// detaches.
 pub struct KernelHost {
     // In the order in which they are closed: unbinding ends what uses the iommufd, and memory goes
     // when the kernel can look for no page of it any more.

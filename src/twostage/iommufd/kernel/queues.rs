@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Fault queues and vEVENTQs as files.
 //!
-//! A file is read as far as it goes, and what was read handed out one by one. Readiness comes from a
-//! thread that waits for the file; it is told under the lock of what was read, each time after a
-//! fresh look at the file, so that the last word is always the right one. A file that polls as broken
-//! is told as readable: whoever reads it finds the error.
+//! A file is read as far as it goes, and what was read handed out one by one. Readiness comes from
+//! a thread that waits for the file; it is told under the lock of what was read, each time after a
+//! fresh look at the file, so that the last word is always the right one. A file that polls as
+//! broken is told as readable: whoever reads it finds the error.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -290,7 +290,8 @@ mod tests {
         }
     }
 
-    /// A queue of the SMMU's events, and where a test adds to it: like the kernel's, it never waits.
+    /// A queue of the SMMU's events, and where a test adds to it: like the kernel's, it never
+    /// waits.
     fn queue() -> (Queue<Vevent>, UnixDatagram) {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();

@@ -91,8 +91,8 @@ fn is_of_all(command: &Command) -> bool {
     matches!(command, Command::TlbiNhAll { .. } | Command::TlbiNsnhAll | Command::CfgiCdAll { .. })
 }
 
-/// Whether `all`, which [`is_of_all`], does what another kind of command does. `TLBI_NH_ASID` covers
-/// none: those by address are of global translations, too, and it is not.
+/// Whether `all`, which [`is_of_all`], does what another kind of command does. `TLBI_NH_ASID`
+/// covers none: those by address are of global translations, too, and it is not.
 fn covers(all: &Command, command: &Command) -> bool {
     match (all, command) {
         (Command::CfgiCdAll { stream: all }, Command::CfgiCd { stream, .. }) => all == stream,

@@ -80,8 +80,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads the queue until it is empty. What fails for now is tried again, with pauses by `pause`,
-    /// which says whether to go on.
+    /// Reads the queue until it is empty. What fails for now is tried again, with pauses by
+    /// `pause`, which says whether to go on.
     fn drain(&mut self, pause: impl Fn(Duration) -> bool) -> Drained {
         let mut next_pause = FIRST_PAUSE;
         loop {

@@ -11,7 +11,8 @@ use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::smmuv3::RawCommand;
 
-/// So many commands go to the host in one call at the most: it copies them into memory in one piece.
+/// So many commands go to the host in one call at the most: it copies them into memory in one
+/// piece.
 const MAX_COMMANDS: usize = 4096;
 
 /// A batch was not done as it stands.
@@ -52,13 +53,13 @@ impl State {
                 Err(error) => refusal = Some(error),
             }
         }
-        // How far the host came is not to be known: what it says is too much after a command that it
-        // does not take. A flush of everything does what the whole batch asks for, ...
+        // How far the host came is not to be known: what it says is too much after a command that
+        // it does not take. A flush of everything does what the whole batch asks for, ...
         if let Err(error) = self.flush_everything() {
             return Err(self.give_up(error));
         }
-        // ... but the guest must be told: of the one that is to blame, or, where the host takes all of
-        // them now, of the first, as any of them may have failed.
+        // ... but the guest must be told: of the one that is to blame, or, where the host takes all
+        // of them now, of the first, as any of them may have failed.
         let culprit = self.first_refused(&words).or(refusal.map(|source| (0, source)));
         let Some((at, source)) = culprit else { return Ok(()) };
         Err(Refused {
@@ -70,8 +71,9 @@ impl State {
         })
     }
 
-    /// What of `commands` the host must do. Of a stream that does not use stage 1 nothing is cached,
-    /// but for translations: what is stale of those is flushed before the next stream uses stage 1.
+    /// What of `commands` the host must do. Of a stream that does not use stage 1 nothing is
+    /// cached, but for translations: what is stale of those is flushed before the next stream uses
+    /// stage 1.
     fn needed(&mut self, mut commands: Vec<Numbered>) -> Vec<Numbered> {
         let translates = self.any_translates();
         let before = commands.len();
@@ -174,8 +176,8 @@ impl State {
         None
     }
 
-    /// Has the host do `commands`, in order; where its SMMU may miss some of them, twice, each time to
-    /// the end, and before what devices keep of the same translations is invalidated.
+    /// Has the host do `commands`, in order; where its SMMU may miss some of them, twice, each time
+    /// to the end, and before what devices keep of the same translations is invalidated.
     fn issue(&mut self, commands: &[RawCommand]) -> crate::iommufd::Result<()> {
         let Some(unit) = &self.unit else { return Ok(()) };
         if !unit.misses_invalidations() {
@@ -211,8 +213,8 @@ impl State {
     }
 }
 
-/// The commands of `batch`, up to the first that is no invalidation of stage 1, which the virtual SMMU
-/// does not hand over; and that one.
+/// The commands of `batch`, up to the first that is no invalidation of stage 1, which the virtual
+/// SMMU does not hand over; and that one.
 fn decode(batch: &[RawCommand]) -> (Vec<Numbered>, Option<Refused>) {
     let mut commands = Vec::with_capacity(batch.len());
     for (number, &words) in batch.iter().enumerate() {

@@ -4,17 +4,19 @@
 //! [`SmmuNesting`] implements its [`SmmuHostSide`] as [`super`] says, and:
 //!
 //! * all devices of one virtual SMMU are behind one physical SMMU: one nesting parent, one vIOMMU
-//!   on it, one vEVENTQ, and a vDEVICE for every StreamID, made before the device is first attached;
+//!   on it, one vEVENTQ, and a vDEVICE for every StreamID, made before the device is first
+//!   attached;
 //! * a `HWPT_NESTED` is of words 0 and 1 of a stream table entry. Two are of no table: the one that
 //!   aborts and the one that bypasses stage 1. They are made when first needed, and stay. While
-//!   translation is off, what GBPA lets pass is attached to the nesting parent, which is stage 2 alone:
-//!   no events are owed of it then, and it needs no object of its own;
-//! * a device is detached until it is first configured; from then on entries are replaced. Only what
-//!   the host refuses to abort is detached;
+//!   translation is off, what GBPA lets pass is attached to the nesting parent, which is stage 2
+//!   alone: no events are owed of it then, and it needs no object of its own;
+//! * a device is detached until it is first configured; from then on entries are replaced. Only
+//!   what the host refuses to abort is detached;
 //! * a batch of invalidations is one call on the vIOMMU, in the guest's own words. What cannot be
 //!   cached is not forwarded. An SMMU that may miss invalidations, as its host says, is given each
-//!   twice, but for those of what devices keep. After a refusal everything is flushed, the command to blame is looked
-//!   for, and the virtual SMMU is told, even where all of them are taken the second time;
+//!   twice, but for those of what devices keep. After a refusal everything is flushed, the command
+//!   to blame is looked for, and the virtual SMMU is told, even where all of them are taken the
+//!   second time;
 //! * a thread reads the vEVENTQ, and hands the events to the virtual SMMU.
 
 mod batch;
@@ -61,8 +63,8 @@ pub struct SmmuNesting {
 }
 
 impl SmmuNesting {
-    /// An empty IOAS on `host`, without devices. The host keeps up to `event_depth` events that were
-    /// not read yet.
+    /// An empty IOAS on `host`, without devices. The host keeps up to `event_depth` events that
+    /// were not read yet.
     ///
     /// # Errors
     /// The host makes no IOAS.
@@ -108,8 +110,8 @@ impl SmmuNesting {
         self.state().objects.unmap_memory(gpa, length)
     }
 
-    /// `dev`, a device bound to the host, is the guest's `rid`, which is its StreamID. It is blocked
-    /// until the virtual SMMU configures it.
+    /// `dev`, a device bound to the host, is the guest's `rid`, which is its StreamID. It is
+    /// blocked until the virtual SMMU configures it.
     ///
     /// # Errors
     /// The host refuses; the Requester ID or the device is in use; the device is behind no SMMUv3,
@@ -121,8 +123,8 @@ impl SmmuNesting {
         result
     }
 
-    /// The guest's `rid` is gone: it is blocked, and its host objects destroyed if nobody shares them.
-    /// The device object itself stays its owner's.
+    /// The guest's `rid` is gone: it is blocked, and its host objects destroyed if nobody shares
+    /// them. The device object itself stays its owner's.
     ///
     /// # Errors
     /// There is no such device; or the host did not detach it, and it is still there.
@@ -159,9 +161,9 @@ impl SmmuNesting {
     }
 
     /// Brings no more events, detaches every device and destroys every object made here; the IOAS
-    /// goes with the last that shares it. Also done on drop; here the outcome is told. May be called
-    /// again, to try again. As [`SmmuNesting::remove_device`], not to be called while the virtual SMMU
-    /// is locked: an event may be on its way to it, and is waited for.
+    /// goes with the last that shares it. Also done on drop; here the outcome is told. May be
+    /// called again, to try again. As [`SmmuNesting::remove_device`], not to be called while the
+    /// virtual SMMU is locked: an event may be on its way to it, and is waited for.
     ///
     /// # Errors
     /// The host did not let go of something.
@@ -171,8 +173,8 @@ impl SmmuNesting {
         self.state().shutdown(queue)
     }
 
-    /// Gives up the objects of the physical SMMU after the last device. The thread that brings events
-    /// is waited for without the lock, for it may wait for one who waits for the lock.
+    /// Gives up the objects of the physical SMMU after the last device. The thread that brings
+    /// events is waited for without the lock, for it may wait for one who waits for the lock.
     fn end_idle_unit(&self) {
         let unit = self.state().take_idle_unit();
         if let Some(mut unit) = unit {

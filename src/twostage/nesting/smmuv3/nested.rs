@@ -20,9 +20,9 @@ const fn fixed(config: StreamConfig) -> Entry {
     [Ste0::new().with_v(true).with_config(config.into_bits()).into_bits(), 0]
 }
 
-/// The entry of `policy`; none while translation is off, when the nesting parent lets pass what may.
-/// Linux gives the owner of stage 1 no event of a stream that is attached to that, and there is none
-/// to be had.
+/// The entry of `policy`; none while translation is off, when the nesting parent lets pass what
+/// may. Linux gives the owner of stage 1 no event of a stream that is attached to that, and there
+/// is none to be had.
 pub(super) fn entry(policy: &StreamPolicy) -> Option<Entry> {
     match policy {
         StreamPolicy::Abort => Some(ABORT),

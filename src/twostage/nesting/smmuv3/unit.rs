@@ -20,8 +20,8 @@ pub(super) struct Unit {
 }
 
 impl Unit {
-    /// Makes the objects for the SMMU that `dev`, the guest's `rid`, is behind, of which the host says
-    /// `info`.
+    /// Makes the objects for the SMMU that `dev`, the guest's `rid`, is behind, of which the host
+    /// says `info`.
     pub fn new(
         objects: &mut Objects,
         rid: Bdf,

@@ -10,8 +10,8 @@ use crate::nesting::hw_flags;
 use crate::spec::smmuv3::regs::{Idr1, Idr3, Idr5};
 use crate::spec::vtd::regs::{Cap, Ecap};
 
-/// Where Linux has devices behind an SMMU send interrupt messages: a window of IOVAs that it maps to
-/// the real doorbell itself (`IOMMU_RESV_SW_MSI`).
+/// Where Linux has devices behind an SMMU send interrupt messages: a window of IOVAs that it maps
+/// to the real doorbell itself (`IOMMU_RESV_SW_MSI`).
 const SOFTWARE_MSI: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
 /// Where PCs send them (`IOMMU_RESV_MSI`).
 const PC_MSI: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;

@@ -33,7 +33,8 @@ pub struct Offer {
     pub registers: BTreeMap<&'static str, u64>,
 }
 
-/// Registers by name, as JSON has them: 64 bits are more than a number there holds. For `serialize_with`.
+/// Registers by name, as JSON has them: 64 bits are more than a number there holds. For
+/// `serialize_with`.
 ///
 /// # Errors
 /// Those of the serializer.

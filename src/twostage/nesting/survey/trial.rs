@@ -31,8 +31,8 @@ pub struct DeviceFacts {
     pub smmu: Option<usize>,
 }
 
-/// Binds the devices of `host` that `names` name, tries what can be done with each, and unbinds them
-/// again. Their DMA is blocked meanwhile.
+/// Binds the devices of `host` that `names` name, tries what can be done with each, and unbinds
+/// them again. Their DMA is blocked meanwhile.
 ///
 /// # Errors
 /// A device cannot be bound, or a verb failed that every host has.
@@ -102,7 +102,8 @@ impl Trial<'_> {
         Ok(hwpt)
     }
 
-    /// What of `iovas`, which is all that `ioas` can map, it cannot while `dev` is attached to `hwpt`.
+    /// What of `iovas`, which is all that `ioas` can map, it cannot while `dev` is attached to
+    /// `hwpt`.
     fn reserved(
         &self,
         dev: ObjectId,

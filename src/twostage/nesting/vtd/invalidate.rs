@@ -27,16 +27,16 @@ fn by_name(batch: &[Invalidation]) -> ByName {
     by_name
 }
 
-/// So many HWPTs forget something in one piece of a batch, and none more once they forget so many ranges
-/// together: it is short also where the hardware takes a while for each.
+/// So many HWPTs forget something in one piece of a batch, and none more once they forget so many
+/// ranges together: it is short also where the hardware takes a while for each.
 const AT_ONCE: usize = 32;
 
 /// Which sets of ranges each HWPT is to forget, by name.
 type Plan<'a> = BTreeMap<ObjectId, Vec<(Name, &'a FlushSet)>>;
 
 /// The next piece of a batch: HWPTs from `from` on, and the one that is left for the next piece.
-/// Requesters that are blocked or bypass stage 1 use no nested HWPT, and nothing of theirs is cached
-/// under the guest's names.
+/// Requesters that are blocked or bypass stage 1 use no nested HWPT, and nothing of theirs is
+/// cached under the guest's names.
 ///
 /// The sets are shared, for the HWPTs may be many; each is put together when its turn comes.
 fn plan<'a>(
@@ -138,8 +138,8 @@ impl State {
         self.nested.stage1(hwpt).is_some_and(|stage1| invalidation.is_by_address(&stage1))
     }
 
-    /// Makes `hwpt` forget `ranges`, and gives how many are left of them when they are merged. If that
-    /// fails, its users are blocked and `stale` says so.
+    /// Makes `hwpt` forget `ranges`, and gives how many are left of them when they are merged. If
+    /// that fails, its users are blocked and `stale` says so.
     fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, stale: &mut Option<Stale>) -> usize {
         let added = ranges.added();
         let entries = ranges.into_entries();

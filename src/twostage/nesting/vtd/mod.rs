@@ -3,8 +3,8 @@
 //!
 //! [`VtdNesting`] implements its [`HostSide`] as [`super`] says, and:
 //!
-//! * the nesting parent of a device that has PASIDs must be made for PASIDs, so that a physical IOMMU
-//!   has a second one if a device without came first;
+//! * the nesting parent of a device that has PASIDs must be made for PASIDs, so that a physical
+//!   IOMMU has a second one if a device without came first;
 //! * *blocked* is detached, *bypass* is attached to the parent;
 //! * a batch of invalidations becomes one call per `HWPT_NESTED` that it names.
 //!
@@ -57,8 +57,8 @@ impl VtdNesting {
         Ok(Self { state, faults })
     }
 
-    /// Another virtual IOMMU of the same guest, without devices: it shares the memory of `self`, and
-    /// nothing else.
+    /// Another virtual IOMMU of the same guest, without devices: it shares the memory of `self`,
+    /// and nothing else.
     ///
     /// # Errors
     /// `self` is shut down.
@@ -102,8 +102,9 @@ impl VtdNesting {
         self.state().add_device(rid, dev, Start::Blocked)
     }
 
-    /// As [`VtdNesting::add_device`], but the device passes until the virtual IOMMU configures it: for a
-    /// device of a virtual IOMMU that is off, as it is when a machine starts. Saves a detach, and an attach.
+    /// As [`VtdNesting::add_device`], but the device passes until the virtual IOMMU configures it:
+    /// for a device of a virtual IOMMU that is off, as it is when a machine starts. Saves a detach,
+    /// and an attach.
     ///
     /// # Errors
     /// As those.

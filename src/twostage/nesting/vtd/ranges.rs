@@ -108,10 +108,10 @@ impl FlushSet {
         self.spans = Vec::new();
     }
 
-    /// The entries of one host call: ascending, none overlapping or adjacent to another, none
-    /// past 2^64. Together they cover every range that was added, and nothing else unless there
-    /// were so many at a time that everything is cheaper. An entry leaves paging-structure caches alone only
-    /// if each range in it asked for no more.
+    /// The entries of one host call: ascending, none overlapping or adjacent to another, none past
+    /// 2^64. Together they cover every range that was added, and nothing else unless there were so
+    /// many at a time that everything is cheaper. An entry leaves paging-structure caches alone
+    /// only if each range in it asked for no more.
     pub fn into_entries(mut self) -> Vec<iommu_hwpt_vtd_s1_invalidate> {
         self.merge();
         if self.everything {

@@ -23,8 +23,8 @@ pub(super) struct NestedHwpts {
     slots: Slots,
     by_id: BTreeMap<ObjectId, Nested>,
     by_tables: BTreeMap<(ObjectId, Stage1), ObjectId>,
-    /// How many users of a HWPT are of a domain. Ordered by domain first, so that an invalidation finds
-    /// what it names without a look at the rest.
+    /// How many users of a HWPT are of a domain. Ordered by domain first, so that an invalidation
+    /// finds what it names without a look at the rest.
     by_domain: BTreeMap<(u16, ObjectId), u32>,
 }
 

@@ -74,8 +74,8 @@ impl QueueLayout {
         self.base + (index & (self.entries() - 1)) as u64 * self.entry_size
     }
 
-    /// Number of entries from `cons` to `prod`: above [`QueueLayout::entries`] when no queue can have
-    /// these indices.
+    /// Number of entries from `cons` to `prod`: above [`QueueLayout::entries`] when no queue can
+    /// have these indices.
     pub const fn used(self, prod: u32, cons: u32) -> u32 {
         self.truncate(prod.wrapping_sub(cons))
     }

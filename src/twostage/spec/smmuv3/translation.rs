@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Stage 1 translation tables, VMSAv8-64 (IHI 0070 §3.4, §5.4; DDI 0487, chapter D8).
 //!
-//! Levels are numbered from the top down, as in the architecture: 3 has pages, whatever the granule;
-//! 0 is the highest of the 4K and 16K granules, 1 of the 64K granule. 52-bit addresses exist with the
-//! 64K granule only: CD.DS is not offered.
+//! Levels are numbered from the top down, as in the architecture: 3 has pages, whatever the
+//! granule; 0 is the highest of the 4K and 16K granules, 1 of the 64K granule. 52-bit addresses
+//! exist with the 64K granule only: CD.DS is not offered.
 
 use bitfield_struct::bitfield;
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies, from the guest's tables to the host.
 //!
-//! Everything here runs under the model's lock. A policy is published for events so that the
-//! reason a blocked stream is given is never older than its blocking: a block is published before the
-//! host has it, anything else after.
+//! Everything here runs under the model's lock. A policy is published for events so that the reason
+//! a blocked stream is given is never older than its blocking: a block is published before the host
+//! has it, anything else after.
 
 use super::counters::count;
 use super::policy::{policy_while_disabled, ConfigFault};
@@ -126,10 +126,10 @@ impl Smmu {
         }
     }
 
-    /// Gives the host what is owed: what it has lost because it could not invalidate it, and what it
-    /// would not take when it did not even block the stream. Whoever asks for invalidations alone does
-    /// not ask for the policies that were lost with them, and a command that failed may never come
-    /// again: but nothing is complete while a stream has what the guest took back.
+    /// Gives the host what is owed: what it has lost because it could not invalidate it, and what
+    /// it would not take when it did not even block the stream. Whoever asks for invalidations
+    /// alone does not ask for the policies that were lost with them, and a command that failed may
+    /// never come again: but nothing is complete while a stream has what the guest took back.
     pub(super) fn settle(&self, registers: &Registers) -> Applied {
         if !self.streams.is_owed() {
             return Ok(());

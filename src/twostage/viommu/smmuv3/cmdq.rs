@@ -2,17 +2,17 @@
 //! The command queue (§3.5, §4, §7.1).
 //!
 //! Invalidations are gathered up to the next CMD_SYNC, change of configuration or the end of the
-//! queue, and given to the host in one call. CMDQ_CONS moves past a command only when what it asks is
-//! done, so that a CMD_SYNC has nothing to wait for when its turn comes.
+//! queue, and given to the host in one call. CMDQ_CONS moves past a command only when what it asks
+//! is done, so that a CMD_SYNC has nothing to wait for when its turn comes.
 //!
-//! A command that is wrong, or that the host refuses, is where CMDQ_CONS stops; what stands before it
-//! is done. Consumption goes on from that command once GERROR.CMDQ_ERR is acknowledged. That holds even
-//! where the host made a refusal good by forgetting everything: CERROR_ILL then stands at the first of
-//! the batch, for none is known to have been taken, and a driver that goes on behind it, or does all of
-//! them again, loses nothing.
+//! A command that is wrong, or that the host refuses, is where CMDQ_CONS stops; what stands before
+//! it is done. Consumption goes on from that command once GERROR.CMDQ_ERR is acknowledged. That
+//! holds even where the host made a refusal good by forgetting everything: CERROR_ILL then stands
+//! at the first of the batch, for none is known to have been taken, and a driver that goes on
+//! behind it, or does all of them again, loses nothing.
 //!
-//! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number of
-//! commands.
+//! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number
+//! of commands.
 
 use std::sync::atomic::Ordering;
 
@@ -26,8 +26,9 @@ use crate::spec::smmuv3::command::{Command, SyncSignal, Words};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
 use crate::spec::smmuv3::regs::Gerror;
 
-/// The most commands of a slice, and so of a call to the host. Each may make a host look through all
-/// that it caches, so that many more would hold the registers for long. Linux queues as many at once.
+/// The most commands of a slice, and so of a call to the host. Each may make a host look through
+/// all that it caches, so that many more would hold the registers for long. Linux queues as many at
+/// once.
 const SLICE: usize = 64;
 
 /// What is left of the queue after a slice of it.
@@ -156,8 +157,8 @@ impl Smmu {
         self.flush(registers, pass)
     }
 
-    /// Gives what was gathered, and what is owed, to the host; CMDQ_CONS then follows. What fails is
-    /// blamed on a command that was gathered, or else on the one at the fetch index.
+    /// Gives what was gathered, and what is owed, to the host; CMDQ_CONS then follows. What fails
+    /// is blamed on a command that was gathered, or else on the one at the fetch index.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         let batch = std::mem::take(&mut pass.batch);
         let indices = std::mem::take(&mut pass.indices);

@@ -26,8 +26,8 @@ pub struct SmmuConfig {
     pub granule_16k: bool,
     /// Offer the 64 KiB granule.
     pub granule_64k: bool,
-    /// Each granule that is offered was asked for: a host that lacks one is a conflict. Otherwise one
-    /// is enough, and the others are taken back.
+    /// Each granule that is offered was asked for: a host that lacks one is a conflict. Otherwise
+    /// one is enough, and the others are taken back.
     pub require_granules: bool,
     /// Offer 16 bits of ASID, not 8 (ASID16).
     pub asid16: bool,

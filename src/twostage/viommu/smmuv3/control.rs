@@ -2,8 +2,8 @@
 //! Enables, and what holds while they are off: CR0, CR1, CR2, GBPA (§6.3).
 //!
 //! What a write asks for has been given to the host when the register says so: CR0ACK follows CR0,
-//! and GBPA.Update is clear again. Where the host lets a stream keep what the guest takes back, they
-//! stay, and the next write tries again.
+//! and GBPA.Update is clear again. Where the host lets a stream keep what the guest takes back,
+//! they stay, and the next write tries again.
 
 use super::state::Registers;
 use super::Smmu;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Events of transactions, and what the guest is told of them (§7.3).
 //!
-//! A stream that the virtual SMMU blocked: why it did. One that goes through the guest's tables: the
-//! event of the walk, put in terms of the guest's own tables, as if the host's stage 2 were the memory
-//! that they stand in.
+//! A stream that the virtual SMMU blocked: why it did. One that goes through the guest's tables:
+//! the event of the walk, put in terms of the guest's own tables, as if the host's stage 2 were the
+//! memory that they stand in.
 //!
-//! No host tells of the transactions of a stream that is blocked: its own entry for the stream aborts,
-//! which makes no event. So that a wrong entry does not stay unnoticed, its event is recorded once
-//! when CMD_CFGI_STE makes the guest's wish known, without address and SubstreamID. Not for an entry
-//! that is not valid, and not when a command or SMMUEN names all streams: that is how drivers keep
-//! streams off which make no transactions, and an event would blame them for some.
+//! No host tells of the transactions of a stream that is blocked: its own entry for the stream
+//! aborts, which makes no event. So that a wrong entry does not stay unnoticed, its event is
+//! recorded once when CMD_CFGI_STE makes the guest's wish known, without address and SubstreamID.
+//! Not for an entry that is not valid, and not when a command or SMMUEN names all streams: that is
+//! how drivers keep streams off which make no transactions, and an event would blame them for some.
 
 use super::counters::count;
 use super::eventq::Recorded;
@@ -88,8 +88,8 @@ fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
     }
 }
 
-/// The guest's own entry or tables refused the access. Nothing stalls: the guest was not offered it. The second
-/// address is UNKNOWN, or one of the host's.
+/// The guest's own entry or tables refused the access. Nothing stalls: the guest was not offered
+/// it. The second address is UNKNOWN, or one of the host's.
 fn by_stage_1(record: EventRecord) -> EventRecord {
     let qw1 = record.qw1.with_stall(false).with_stag(0);
     EventRecord { qw1, second_address: 0, ..record }

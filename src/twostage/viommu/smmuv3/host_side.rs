@@ -23,8 +23,9 @@ pub enum StreamPolicy {
     /// Untranslated, because translation is off and GBPA lets pass: the IOVA is the GPA, and no
     /// transaction makes an event (§6.3.14).
     GlobalBypass,
-    /// Untranslated, because the stream table entry says so: the IOVA is the GPA. One that is beyond
-    /// the address size, or has a SubstreamID, is terminated and makes an event (§3.4, §7.3.9).
+    /// Untranslated, because the stream table entry says so: the IOVA is the GPA. One that is
+    /// beyond the address size, or has a SubstreamID, is terminated and makes an event (§3.4,
+    /// §7.3.9).
     Bypass,
     /// Through stage-1 tables that the guest owns.
     Stage1 {
@@ -37,8 +38,8 @@ pub enum StreamPolicy {
 
 /// What is behind a virtual SMMUv3: it turns policies into translations.
 ///
-/// Calls come one at a time (the virtual SMMU's lock is held). A call returns only when the host has
-/// done what was asked: the virtual SMMU acknowledges to the guest right after.
+/// Calls come one at a time (the virtual SMMU's lock is held). A call returns only when the host
+/// has done what was asked: the virtual SMMU acknowledges to the guest right after.
 pub trait SmmuHostSide: Debug + Send + Sync {
     /// From now on DMA of `stream` goes by `policy`. An unchanged policy costs nothing.
     ///

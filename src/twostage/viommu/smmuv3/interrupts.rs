@@ -4,7 +4,8 @@
 use crate::spec::smmuv3::regs::{Gerror, IrqCfg0};
 use crate::viommu::register_slot::pair;
 
-/// An interrupt of an SMMU, by what it is for: the wires of an SMMU have these names in a device tree.
+/// An interrupt of an SMMU, by what it is for: the wires of an SMMU have these names in a device
+/// tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SmmuInterrupt {
     /// `eventq`: the event queue is not empty any more, or has lost events.
@@ -21,8 +22,8 @@ pub trait SmmuInterrupts: Send + Sync {
     /// there to take it: the guest is told of a global error.
     fn message(&self, address: u64, data: u32) -> bool;
 
-    /// Raises an edge on a wire. Only an SMMU that offers no messages, or whose guest has set none up,
-    /// does.
+    /// Raises an edge on a wire. Only an SMMU that offers no messages, or whose guest has set none
+    /// up, does.
     fn wire(&self, interrupt: SmmuInterrupt);
 }
 

@@ -15,11 +15,11 @@
 //! # Locks
 //! The registers are one lock, held across calls to the host and to [`SmmuInterrupts`], neither of
 //! which may call the SMMU but to report events and to halt it. Whoever works through the command
-//! queue lets go of it after each CMD_SYNC and each change of configuration, and those who wait have
-//! it in turn. Event queue and global errors have a lock of their own, and so have the published
-//! policies: both are taken after the registers, for a moment, and are all that [`EventTarget`]
-//! takes. An event may therefore come from any thread, even while another waits in the host for DMA to
-//! end.
+//! queue lets go of it after each CMD_SYNC and each change of configuration, and those who wait
+//! have it in turn. Event queue and global errors have a lock of their own, and so have the
+//! published policies: both are taken after the registers, for a moment, and are all that
+//! [`EventTarget`] takes. An event may therefore come from any thread, even while another waits in
+//! the host for DMA to end.
 
 mod apply;
 mod caps;
@@ -120,9 +120,9 @@ impl Smmu {
         self.caps
     }
 
-    /// Puts a stream behind the SMMU. It goes by GBPA while translation is disabled, and by its stream
-    /// table entry when it is enabled. Nothing happens for a stream that is there already. What the
-    /// host refuses is logged; the stream is then blocked.
+    /// Puts a stream behind the SMMU. It goes by GBPA while translation is disabled, and by its
+    /// stream table entry when it is enabled. Nothing happens for a stream that is there already.
+    /// What the host refuses is logged; the stream is then blocked.
     pub fn add_stream(&self, stream: StreamId) {
         let registers = self.lock();
         if !self.streams.add(stream) {
@@ -154,13 +154,14 @@ impl Smmu {
     /// Works through the command queue up to its end or its first error. Register writes do so
     /// themselves; any other thread may, too, and several at once share the work.
     ///
-    /// Others have the registers in turn after each slice of the queue, however much of it there is.
+    /// Others have the registers in turn after each slice of the queue, however much of it there
+    /// is.
     pub fn drain_queue(&self) {
         while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
     }
 
-    /// The machine stops: whoever works through the queue leaves off at the next command, and nobody
-    /// begins again. What is under way is not acknowledged to the guest.
+    /// The machine stops: whoever works through the queue leaves off at the next command, and
+    /// nobody begins again. What is under way is not acknowledged to the guest.
     ///
     /// Waits for nothing. Registers can be read and written as before.
     pub fn halt(&self) {

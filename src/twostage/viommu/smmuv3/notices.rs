@@ -78,8 +78,8 @@ impl Notices {
         self.errors.raise(errors).then(|| self.errors_signal(offered)).flatten()
     }
 
-    /// Software writes IRQ_CTRL. What came to pass while an interrupt was disabled is made known when
-    /// it is enabled: nobody waits for ever.
+    /// Software writes IRQ_CTRL. What came to pass while an interrupt was disabled is made known
+    /// when it is enabled: nobody waits for ever.
     pub(super) fn write_irq_ctrl(
         &mut self,
         offered: Offered,

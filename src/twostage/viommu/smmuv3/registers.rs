@@ -30,8 +30,8 @@ impl Smmu {
         self.observe_access(offset, size, value, false);
     }
 
-    /// The guest writes `data` at `offset` of the register pages. What the write asks for is done when
-    /// this returns, or the registers do not say that it is.
+    /// The guest writes `data` at `offset` of the register pages. What the write asks for is done
+    /// when this returns, or the registers do not say that it is.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         count(&self.counters.register_writes);
         let Some(access) = SlotAccess::new(offset, data.len(), regs::SIZE) else {
@@ -43,7 +43,8 @@ impl Smmu {
         self.observe_access(offset, data.len(), access.extract(value), true);
         self.write_slot(&mut registers, access, value);
         drop(registers);
-        // What lets the queue go on: it is enabled, has more commands, or an error was acknowledged.
+        // What lets the queue go on: it is enabled, has more commands, or an error was
+        // acknowledged.
         if matches!(access.slot, regs::CR0 | regs::GERROR | regs::CMDQ_PROD) {
             self.drain_queue();
         }

@@ -52,8 +52,8 @@ impl Default for Registers {
 }
 
 impl Registers {
-    /// Whether translation is enabled, or is being enabled or disabled: the registers that it goes by
-    /// are then fixed.
+    /// Whether translation is enabled, or is being enabled or disabled: the registers that it goes
+    /// by are then fixed.
     pub(super) fn smmu_in_use(&self) -> bool {
         self.cr0.smmuen() || self.cr0ack.smmuen()
     }

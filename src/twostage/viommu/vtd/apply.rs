@@ -163,8 +163,8 @@ impl VtdIommu {
     /// Gives `config` to a PASID. One that is blocked by it is forgotten when the host has done so:
     /// faults are then explained by the tables themselves.
     ///
-    /// That is told from `config` alone, for whoever saw that the PASID was gone saw it in a read of
-    /// its own, and the guest may have written the tables since.
+    /// That is told from `config` alone, for whoever saw that the PASID was gone saw it in a read
+    /// of its own, and the guest may have written the tables since.
     pub(super) fn give_or_withdraw(
         &self,
         requester: Requester,

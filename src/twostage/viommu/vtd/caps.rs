@@ -45,8 +45,8 @@ impl VtdConfig {
     pub fn capabilities(&self) -> Result<Capabilities, ConfigError> {
         self.check()?;
         let five_level = self.address_width == 57;
-        // Bit 1: 39 bits, bit 2: 48, bit 3: 57. None without second-stage tables (§11.4.2), where nothing
-        // is translated in legacy mode: its drivers leave such a unit alone.
+        // Bit 1: 39 bits, bit 2: 48, bit 3: 57. None without second-stage tables (§11.4.2), where
+        // nothing is translated in legacy mode: its drivers leave such a unit alone.
         let sagaw = match (self.second_stage, five_level) {
             (false, _) => 0,
             (true, false) => 0b00110,

@@ -4,9 +4,9 @@
 //! Each command is complete when its write returns, or its status does not say so. That is when the
 //! host lets a requester keep what the guest takes back: the guest may give the command again.
 //!
-//! A command that concerns many requesters is *under way* until each of them has what it is to have.
-//! Others have the registers in between, with the status of before; whoever comes with another
-//! command, or works through the queue, goes on with the one that is under way first.
+//! A command that concerns many requesters is *under way* until each of them has what it is to
+//! have. Others have the registers in between, with the status of before; whoever comes with
+//! another command, or works through the queue, goes on with the one that is under way first.
 
 use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
@@ -131,8 +131,8 @@ impl VtdIommu {
     fn note_failure(&self, then: &mut Then, result: Result<(), HostSideError>) -> bool {
         match (then, result) {
             (_, Ok(())) => false,
-            // What the host could not empty it has blocked: that is logged, and where translation is
-            // enabled the policies are given anew right after.
+            // What the host could not empty it has blocked: that is logged, and where translation
+            // is enabled the policies are given anew right after.
             (Then::RootTable { applied, .. }, Err(error)) => {
                 if error.still_reachable {
                     *applied = Err(NotApplied::StillReachable);

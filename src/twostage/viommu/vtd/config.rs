@@ -22,9 +22,9 @@ pub struct VtdConfig {
     /// Offer second-stage tables that the guest owns: legacy mode, and PGTT second-stage. Only a
     /// host that walks them on top of its own can do this.
     pub second_stage: bool,
-    /// Caching mode: the guest tells of entries that become present or right, too. Without it the tables
-    /// are read again for each request that they blocked, so that the host has to ask before it fails one
-    /// ([`crate::iommufd::Extensions::fault_reports`]).
+    /// Caching mode: the guest tells of entries that become present or right, too. Without it the
+    /// tables are read again for each request that they blocked, so that the host has to ask before
+    /// it fails one ([`crate::iommufd::Extensions::fault_reports`]).
     pub caching_mode: bool,
     /// Offer device-TLBs (ATS).
     pub device_iotlb: bool,
@@ -44,8 +44,8 @@ pub struct VtdConfig {
     pub fault_records: u16,
 }
 
-/// Width of PASIDs where nobody asks for another. More cost the host a look at as many entries whenever a
-/// guest with a large PASID directory invalidates all of it.
+/// Width of PASIDs where nobody asks for another. More cost the host a look at as many entries
+/// whenever a guest with a large PASID directory invalidates all of it.
 const DEFAULT_PASID_BITS: u8 = 8;
 
 impl Default for VtdConfig {
@@ -89,7 +89,8 @@ pub enum ConfigError {
 }
 
 impl VtdConfig {
-    /// Width of PASIDs where nobody asks for one: as many as by default, or what all of `hosts` have.
+    /// Width of PASIDs where nobody asks for one: as many as by default, or what all of `hosts`
+    /// have.
     pub fn usual_pasid_bits(hosts: &[HostUnit]) -> u8 {
         let least = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
         least.map_or(DEFAULT_PASID_BITS, |bits| bits.min(DEFAULT_PASID_BITS))

@@ -104,8 +104,8 @@ pub struct VtdCounters {
     pub evaluations: u64,
     /// Policies given to the host.
     pub policies: u64,
-    /// Requests of a requester that was blocked, and that the tables were found to serve by then. Only
-    /// without caching mode.
+    /// Requests of a requester that was blocked, and that the tables were found to serve by then.
+    /// Only without caching mode.
     pub found_served: u64,
     /// Faults in fault records.
     pub faults_recorded: u64,
@@ -120,7 +120,8 @@ pub struct VtdCounters {
     pub interrupts_blocked: u64,
     /// Times the invalidation queue stopped with an error.
     pub queue_errors: u64,
-    /// Other mistakes of the guest: commands that were ignored, status addresses that are no memory.
+    /// Other mistakes of the guest: commands that were ignored, status addresses that are no
+    /// memory.
     pub guest_errors: u64,
     /// Requests that the host refused.
     pub host_errors: u64,

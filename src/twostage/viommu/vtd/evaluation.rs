@@ -4,8 +4,8 @@
 //! A function may have 2^20 PASIDs, and a guest may ask for all of them with one descriptor or one
 //! register write. So an [`Evaluation`] goes on where its last slice ended, with whoever has the
 //! registers then; others have them in between. What asked for it is acknowledged when all of it is
-//! done, and not before: each requester has, at the latest then, what the tables said at some moment
-//! after it was asked for.
+//! done, and not before: each requester has, at the latest then, what the tables said at some
+//! moment after it was asked for.
 
 use super::apply::{refused_reason, Applied, NotApplied, Scope};
 use super::policy::blocked_config;

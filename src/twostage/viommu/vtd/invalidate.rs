@@ -36,8 +36,8 @@ impl VtdIommu {
         })
     }
 
-    /// CCMD.ICC was written as 1. When it is done ICC is cleared and CAIG says what: nothing, when the register-based
-    /// interface may not be used, the request is reserved or the host fails.
+    /// CCMD.ICC was written as 1. When it is done ICC is cleared and CAIG says what: nothing, when
+    /// the register-based interface may not be used, the request is reserved or the host fails.
     pub(super) fn context_command(&self, registers: &mut Registers) {
         let command = registers.ccmd;
         let granularity = ContextGranularity::from_bits(command.cirg())
@@ -116,8 +116,8 @@ impl VtdIommu {
     }
 
     /// Whether what the host has lost because it could not invalidate it is to be given anew
-    /// ([`Scope::Lost`]). Whoever asks for invalidations alone does not ask for the policies that were
-    /// lost with them.
+    /// ([`Scope::Lost`]). Whoever asks for invalidations alone does not ask for the policies that
+    /// were lost with them.
     pub(super) fn must_regain(&self, registers: &Registers) -> bool {
         if !self.requesters.distrusts_host() {
             return false;

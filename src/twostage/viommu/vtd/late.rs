@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Tables that came to serve a requester, and nobody was told.
 //!
-//! Without caching mode (CAP.CM, §6.1) nothing is cached of entries that are not present or programmed
-//! wrongly: software changes them to others and tells nobody, and the next request goes by what they are
-//! then. So a request of a requester that its tables blocked is not blocked before they have been read
-//! again. What served the requester, and may be cached, is not looked at.
+//! Without caching mode (CAP.CM, §6.1) nothing is cached of entries that are not present or
+//! programmed wrongly: software changes them to others and tells nobody, and the next request goes
+//! by what they are then. So a request of a requester that its tables blocked is not blocked before
+//! they have been read again. What served the requester, and may be cached, is not looked at.
 //!
-//! A request costs one look at the tables, whoever makes how many: only those that find themselves served
-//! take the lock of the registers, for less than a slice of what others do.
+//! A request costs one look at the tables, whoever makes how many: only those that find themselves
+//! served take the lock of the registers, for less than a slice of what others do.
 
 use std::sync::atomic::Ordering;
 
@@ -30,8 +30,8 @@ impl VtdIommu {
         if is_blocked(&self.tables(standing.root).config(requester)) {
             return false;
         }
-        // Who asks holds others up while it waits: for its turn, and not until a command is done. What
-        // is given here is taken away again by one that is yet to come to it, ...
+        // Who asks holds others up while it waits: for its turn, and not until a command is done.
+        // What is given here is taken away again by one that is yet to come to it, ...
         let registers = self.lock();
         // All may have changed since, and the function may be gone.
         let Some(standing) = self.requesters.standing(requester) else { return false };

@@ -15,14 +15,15 @@
 //! # Locks
 //! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
 //! which may call the unit but to report faults and to halt it. Whoever works through the queue
-//! lets go of it at each ordering point, and whoever reads tables anew for many PASIDs does so after
-//! some of them; those who wait have it in turn. What is under way then has a lock that is taken with
-//! the registers only. The fault log has a lock of its own, and so have the published policies: both
-//! are taken after the registers, for a moment, and are all that [`FaultTarget::dma_fault`] takes. A
-//! fault may therefore come from any thread, even while another waits in the host for DMA to end.
-//! Without caching mode a request that is blocked may take the registers, too, before it becomes a
-//! fault ([`FaultTarget::served_late`]). Interrupt remapping has a lock of its own, between the
-//! registers and the fault log: interrupts may come from any thread, too.
+//! lets go of it at each ordering point, and whoever reads tables anew for many PASIDs does so
+//! after some of them; those who wait have it in turn. What is under way then has a lock that is
+//! taken with the registers only. The fault log has a lock of its own, and so have the published
+//! policies: both are taken after the registers, for a moment, and are all that
+//! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while another
+//! waits in the host for DMA to end. Without caching mode a request that is blocked may take the
+//! registers, too, before it becomes a fault ([`FaultTarget::served_late`]). Interrupt remapping
+//! has a lock of its own, between the registers and the fault log: interrupts may come from any
+//! thread, too.
 
 mod apply;
 mod caps;
@@ -206,9 +207,9 @@ impl VtdIommu {
         self.halted.load(Ordering::Relaxed)
     }
 
-    /// What the guest's tables say of `requester` at this moment, whatever it was given; `None` while
-    /// translation is disabled, and for a function that is not here. For who looks for invalidations
-    /// that the guest forgot: DMA goes by what was given.
+    /// What the guest's tables say of `requester` at this moment, whatever it was given; `None`
+    /// while translation is disabled, and for a function that is not here. For who looks for
+    /// invalidations that the guest forgot: DMA goes by what was given.
     ///
     /// May be called from anywhere: it waits for nobody who waits for the host.
     pub fn policy_by_tables(&self, requester: Requester) -> Option<Policy> {

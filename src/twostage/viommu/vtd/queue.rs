@@ -95,8 +95,8 @@ impl Pass {
 }
 
 impl VtdIommu {
-    /// Works through the queue up to the next ordering point, its tail or its first error. A command
-    /// that is under way comes first: invalidations are done by what it makes hold.
+    /// Works through the queue up to the next ordering point, its tail or its first error. A
+    /// command that is under way comes first: invalidations are done by what it makes hold.
     pub(super) fn run_slice(&self, registers: &mut Registers) -> Slice {
         if self.run_command(registers) == Slice::More {
             return Slice::More;
@@ -177,8 +177,8 @@ impl VtdIommu {
 
     /// Reads and decodes the descriptor at `offset` of the queue.
     fn fetch(&self, registers: &Registers, offset: u64) -> Result<Descriptor, IqErrorInfo> {
-        // The guest is done with what is before the tail: words need not be read one by one. There are
-        // two of them or four.
+        // The guest is done with what is before the tail: words need not be read one by one. There
+        // are two of them or four.
         let mut bytes = [0; WORDS * size_of::<u64>()];
         let (bytes, _) = bytes.split_at_mut(registers.iqa.descriptor_size() as usize);
         let address = registers.iqa.base().checked_add(offset).ok_or(IqErrorInfo::FetchError)?;
@@ -266,8 +266,8 @@ impl VtdIommu {
         }
     }
 
-    /// Gives what was gathered to the host, as far as it can be done in one slice; when all is done,
-    /// IQH follows.
+    /// Gives what was gathered to the host, as far as it can be done in one slice; when all is
+    /// done, IQH follows.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Flushed, Stop> {
         if !pass.batch.is_empty() {
             let result = self.invalidate_host(&pass.batch, &mut pass.progress);

@@ -17,14 +17,14 @@ use crate::pci::PciBus;
 use crate::process::stop::{ResetCause, StopReason, Stopper};
 use crate::Result;
 
-/// What of it exits lead to, but for memory: the processors' firmware interface, as far as KVM leaves
-/// it to others.
+/// What of it exits lead to, but for memory: the processors' firmware interface, as far as KVM
+/// leaves it to others.
 #[derive(Debug, Default)]
 pub(crate) struct Board;
 
 impl Board {
-    /// The devices, on `mmio`: `serial`, a clock and the debug exit, which leads to `stopper`. All ways to PCI
-    /// are in memory, and all interrupt controllers in the kernel.
+    /// The devices, on `mmio`: `serial`, a clock and the debug exit, which leads to `stopper`. All
+    /// ways to PCI are in memory, and all interrupt controllers in the kernel.
     ///
     /// # Errors
     /// Two of them claim the same addresses.
@@ -48,7 +48,8 @@ impl Board {
         Vec::new()
     }
 
-    /// What the guest's call to the firmware interface is to the machine: KVM's system event `event`.
+    /// What the guest's call to the firmware interface is to the machine: KVM's system event
+    /// `event`.
     pub fn system_event(&self, event: u32) -> StopReason {
         match event {
             KVM_SYSTEM_EVENT_SHUTDOWN => StopReason::PowerOff,

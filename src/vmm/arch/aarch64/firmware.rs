@@ -86,8 +86,8 @@ fn smmus(config: &MachineConfig, functions: &[AssignedFunction]) -> Vec<Smmu> {
     config.iommus.iter().enumerate().map(smmu).collect()
 }
 
-/// The devices of this machine's behind a virtual SMMU: the host has their messages go to a window of
-/// its own, and stage 1 must lead there.
+/// The devices of this machine's behind a virtual SMMU: the host has their messages go to a window
+/// of its own, and stage 1 must lead there.
 fn assigned(functions: &[AssignedFunction], memory: &MachineMemory) -> Result<Vec<Assigned>> {
     let assigned = |function: &AssignedFunction, path: &PathBuf| {
         let window = message_window(&path.display().to_string(), path, memory.ranges())?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where everything is in an arm64 machine's guest-physical address space.
 //!
-//! Nothing is at 0x0800_0000 to 0x080f_ffff: there Linux, as a host, has the messages of the devices
-//! that it assigns go, and a guest's stage 1 leads there by the same addresses.
+//! Nothing is at 0x0800_0000 to 0x080f_ffff: there Linux, as a host, has the messages of the
+//! devices that it assigns go, and a guest's stage 1 leads there by the same addresses.
 
 use std::ops::RangeInclusive;
 

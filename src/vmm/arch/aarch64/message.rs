@@ -5,8 +5,8 @@ use serde_json::{json, Value};
 
 use twostage::viommu::MsiMessage;
 
-/// `message` as it was written: its data is the number of the event, which the interrupt translation
-/// service looks up by who sends it.
+/// `message` as it was written: its data is the number of the event, which the interrupt
+/// translation service looks up by who sends it.
 pub(crate) fn decoded(message: MsiMessage) -> Value {
     let MsiMessage { address, data } = message;
     json!({ "address": format!("{address:#x}"), "event": data })

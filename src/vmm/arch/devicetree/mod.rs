@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The device tree: what tells a guest what machine it is on, where there is no ACPI.
 //!
-//! Source: Devicetree Specification 0.4; Linux, `Documentation/devicetree/bindings`, by the names in
-//! `compatible`.
+//! Source: Devicetree Specification 0.4; Linux, `Documentation/devicetree/bindings`, by the names
+//! in `compatible`.
 #![forbid(unsafe_code)]
 
 mod interrupts;
@@ -96,8 +96,8 @@ pub struct Pci {
     pub last_bus: u8,
     /// Where memory BARs are.
     pub mmio: Span,
-    /// The shared peripheral interrupts that INTA of the devices leads to, in turn: as many as a power
-    /// of two.
+    /// The shared peripheral interrupts that INTA of the devices leads to, in turn: as many as a
+    /// power of two.
     pub intx: Vec<u32>,
 }
 

@@ -5,7 +5,8 @@ use vm_fdt::{Error, FdtWriter};
 
 use super::interrupts::private;
 
-/// Private interrupts of the architecture's timers: of EL1 secure and not, of the virtual one, of EL2.
+/// Private interrupts of the architecture's timers: of EL1 secure and not, of the virtual one, of
+/// EL2.
 const TIMERS: [u32; 4] = [13, 14, 11, 10];
 
 /// The processor `id` as KVM has it in MPIDR_EL1: sixteen in a cluster, clusters above.

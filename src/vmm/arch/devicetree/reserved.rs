@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Addresses that an assigned device's IOMMU must always lead to themselves.
 //!
-//! The host has the messages of the devices that it assigns go to addresses of its own choice. Where
-//! the guest's tables are what the hardware walks first, they must lead there, or messages are lost.
+//! The host has the messages of the devices that it assigns go to addresses of its own choice.
+//! Where the guest's tables are what the hardware walks first, they must lead there, or messages
+//! are lost.
 //!
 //! Source: Linux, `reserved-memory/reserved-memory.yaml` of the bindings (`iommu-addresses`).
 
@@ -15,8 +16,8 @@ use super::{Assigned, Span, ADDRESS_CELLS, FIRST_ASSIGNED, SIZE_CELLS};
 /// Handles of reserved memory come behind those of devices, of which bus 0 has fewer.
 const FIRST_RESERVED: u32 = FIRST_ASSIGNED + 0x1000;
 
-/// The first cell of an address of 32 bits in a PCI device's memory: `iommu-addresses` has the cells of the
-/// bus that the device is on (IEEE 1275's PCI binding, 2.2.1.1).
+/// The first cell of an address of 32 bits in a PCI device's memory: `iommu-addresses` has the
+/// cells of the bus that the device is on (IEEE 1275's PCI binding, 2.2.1.1).
 const PCI_MEMORY: u32 = 0x0200_0000;
 
 /// Each piece of memory, with the handles of the devices that it is for.

@@ -36,9 +36,9 @@ pub(crate) struct Board {
 
 impl Board {
     /// The devices, those of them that have registers in memory on `mmio`: `serial`, a way to the
-    /// functions of `pci`, clocks, the interrupt controller that `lines` are inputs of and the interval
-    /// timer, if they are not in the kernel, and what switches the machine off or resets it through
-    /// `stopper`.
+    /// functions of `pci`, clocks, the interrupt controller that `lines` are inputs of and the
+    /// interval timer, if they are not in the kernel, and what switches the machine off or resets
+    /// it through `stopper`.
     ///
     /// # Errors
     /// Two of them claim the same addresses; the process has no file descriptors left.

@@ -15,8 +15,8 @@ const LOW_RAM_END: u64 = 0xb000_0000;
 const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// PCI configuration space: one bus per MiB.
 pub const ECAM_START: u64 = LOW_RAM_END;
-/// Buses there are: the root bus. A kernel looks for devices on every bus that it is told of, one exit
-/// or two for each: on 256 buses that is a quarter of the time it takes to boot.
+/// Buses there are: the root bus. A kernel looks for devices on every bus that it is told of, one
+/// exit or two for each: on 256 buses that is a quarter of the time it takes to boot.
 pub const PCI_BUSES: u64 = 1;
 /// Length of configuration space, in bytes.
 pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
@@ -54,8 +54,8 @@ pub const IOAPIC_ID: u8 = 0;
 pub const IOAPIC_BDF: Bdf = Bdf::from_raw(0xfff8);
 /// Pins of the IOAPIC: the first global system interrupts.
 pub const PINS: u32 = 24;
-/// The interrupt lines of PCI as inputs of the IOAPIC start here: a PC's chipset has them beside the
-/// PIC's.
+/// The interrupt lines of PCI as inputs of the IOAPIC start here: a PC's chipset has them beside
+/// the PIC's.
 pub const INTX_PINS_START: u32 = 16;
 /// The interrupt lines of PCI: inputs of the PIC that are free of ISA devices, and of the IOAPIC.
 pub const INTX_LINES: [IntxLine; 4] = [

@@ -8,8 +8,8 @@ use twostage::spec::vtd::interrupt::{
 };
 use twostage::viommu::MsiMessage;
 
-/// `message` as it was written, and what that means: in remappable format an entry of the table; else
-/// a vector and a destination, of 32 bits if it has been remapped.
+/// `message` as it was written, and what that means: in remappable format an entry of the table;
+/// else a vector and a destination, of 32 bits if it has been remapped.
 pub(crate) fn decoded(message: MsiMessage) -> Value {
     let MsiMessage { address, data } = message;
     let mut value = json!({ "address": format!("{address:#x}"), "data": format!("{data:#x}") });

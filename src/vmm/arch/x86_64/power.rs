@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Power: the registers through which a guest's ACPI switches the machine off or resets it.
 //!
-//! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset register);
-//! the ports of the reset register are a PC chipset's.
+//! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset
+//! register); the ports of the reset register are a PC chipset's.
 #![forbid(unsafe_code)]
 
 use std::sync::{Mutex, PoisonError};
@@ -71,7 +71,8 @@ struct Pm1Control {
     __: u16,
 }
 
-/// The PM1 registers. No event ever happens here, so the status is always 0, and nobody is interrupted.
+/// The PM1 registers. No event ever happens here, so the status is always 0, and nobody is
+/// interrupted.
 #[derive(Debug)]
 pub(super) struct Pm1Registers {
     /// As software reads them.
@@ -80,8 +81,9 @@ pub(super) struct Pm1Registers {
 }
 
 impl Pm1Registers {
-    /// Of each byte, the bits that keep what is written. Status bits are cleared by writing them. What can
-    /// be enabled (TMR, GBL, PWRBTN, SLPBTN, RTC) reads as enabled: drivers look. Of control SLP_TYP.
+    /// Of each byte, the bits that keep what is written. Status bits are cleared by writing them.
+    /// What can be enabled (TMR, GBL, PWRBTN, SLPBTN, RTC) reads as enabled: drivers look. Of
+    /// control SLP_TYP.
     const KEPT: [u8; PM1_SIZE as usize] = [0, 0, 0x21, 0x07, 0, 0x1c];
     /// Where the control register is.
     const CONTROL: usize = PM1_EVENT_SIZE as usize;

@@ -188,8 +188,8 @@ impl PciFunction for Edu {
 
     fn config_written(&self, _offset: u16, _length: usize) {
         // MSI may have been switched, INTx disabled, or the right to make requests taken: when this
-        // returns, there is no request and no message by what was before. The lock keeps two writers
-        // in order.
+        // returns, there is no request and no message by what was before. The lock keeps two
+        // writers in order.
         let registers = self.shared.registers();
         let command = self.shared.config().command();
         self.shared.gate.set_bus_master(command.bus_master());

@@ -83,8 +83,8 @@ pub trait Backend: Send {
     /// Serves queue `number`, a bounded part of it. Says whether there may be more.
     ///
     /// # Errors
-    /// When the device cannot go on without a reset, or not now: it is then asked again when it can, and
-    /// the queue has again what was taken and not given back.
+    /// When the device cannot go on without a reset, or not now: it is then asked again when it
+    /// can, and the queue has again what was taken and not given back.
     fn serve(
         &mut self,
         number: usize,

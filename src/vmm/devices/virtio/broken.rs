@@ -30,8 +30,8 @@ pub enum Broken {
 /// Why a queue is not served further.
 #[derive(Debug, thiserror::Error)]
 pub enum Unserved {
-    /// The device may make no requests now. What was taken and not given back is taken again when it
-    /// may.
+    /// The device may make no requests now. What was taken and not given back is taken again when
+    /// it may.
     #[error(transparent)]
     NotNow(#[from] NotNow),
     /// The device cannot go on.

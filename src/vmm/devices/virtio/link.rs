@@ -191,8 +191,8 @@ impl Link {
     }
 
     /// The function may make requests of its own, or not any more: then none is made, nor a message
-    /// sent, when this returns. When it may again, only what was held back meanwhile is looked at: queues
-    /// that nobody spoke of may be a former driver's, which are no memory now.
+    /// sent, when this returns. When it may again, only what was held back meanwhile is looked at:
+    /// queues that nobody spoke of may be a former driver's, which are no memory now.
     pub fn set_bus_master(&self, allowed: bool) {
         let changed = self.gate.set_bus_master(allowed);
         // Messages are requests too.

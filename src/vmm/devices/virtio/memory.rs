@@ -60,9 +60,9 @@ impl DeviceMemory {
         self.port.is_some()
     }
 
-    /// Starts a section: until it is dropped, invalidations wait, and who takes away the right to make
-    /// requests. It is for one bounded piece of work, without input, output or any other wait. Faults are
-    /// reported at its end.
+    /// Starts a section: until it is dropped, invalidations wait, and who takes away the right to
+    /// make requests. It is for one bounded piece of work, without input, output or any other wait.
+    /// Faults are reported at its end.
     ///
     /// # Errors
     /// The device may make no requests now.

@@ -5,9 +5,9 @@
 //! worker of its own has the device's [`Backend`] and queues to itself. A device reaches memory
 //! only in sections of its [`DeviceMemory`], each a bounded piece of work in which nothing is
 //! waited for, and each allowed by the device's [`RequestGate`](super::RequestGate): so an
-//! invalidation of the IOMMU returns when no copy by an older translation is under way, bus mastering
-//! that is switched off or a reset ends it in the middle of a request, and none of them waits for a
-//! disk or a network.
+//! invalidation of the IOMMU returns when no copy by an older translation is under way, bus
+//! mastering that is switched off or a reset ends it in the middle of a request, and none of them
+//! waits for a disk or a network.
 //!
 //! What a driver does wrong is ignored where registers are concerned; where queues are, the device
 //! needs a reset.

@@ -155,7 +155,8 @@ impl Virtqueue {
     /// The driver sees all of them at once.
     ///
     /// # Errors
-    /// When the used ring cannot be reached; when no requests are allowed, and then none is returned.
+    /// When the used ring cannot be reached; when no requests are allowed, and then none is
+    /// returned.
     pub fn push_all(
         &mut self,
         memory: &mut DeviceMemory,
@@ -230,8 +231,8 @@ impl Virtqueue {
     /// whether there may be more.
     ///
     /// # Errors
-    /// What `serve` fails with; when the queue is broken; when no requests are allowed. A chain that
-    /// `serve` was done with is not served again.
+    /// What `serve` fails with; when the queue is broken; when no requests are allowed. A chain
+    /// that `serve` was done with is not served again.
     pub fn drain(
         &mut self,
         memory: &mut DeviceMemory,

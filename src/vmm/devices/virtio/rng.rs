@@ -29,8 +29,8 @@ impl Rng {
     /// A device that gives what it reads from `source`.
     ///
     /// # Errors
-    /// When the source cannot be opened, or is neither a file nor a character device: reading a FIFO
-    /// may wait for ever, and a directory gives nothing.
+    /// When the source cannot be opened, or is neither a file nor a character device: reading a
+    /// FIFO may wait for ever, and a directory gives nothing.
     pub fn open(source: &Path) -> io::Result<Self> {
         let source = named_file::open(source, File::options().read(true), 0)?;
         let kind = source.metadata()?.file_type();

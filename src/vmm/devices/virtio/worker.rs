@@ -38,8 +38,8 @@ const STOP_PATIENCE: Duration = Duration::from_millis(500);
 /// Looks for input that came while the function might make no requests are so far apart.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
-/// A running worker, who has the device to itself. Dropping it stops it and waits for that, but not for
-/// ever: what it works with is its own until its thread ends.
+/// A running worker, who has the device to itself. Dropping it stops it and waits for that, but not
+/// for ever: what it works with is its own until its thread ends.
 #[derive(Debug)]
 pub(super) struct Worker {
     link: Arc<Link>,
@@ -80,8 +80,8 @@ impl Drop for EndOf {
     }
 }
 
-/// Workers that were left behind, of all machines of the process: each has its device, with a disk's
-/// locks and the guest's memory, until it ends.
+/// Workers that were left behind, of all machines of the process: each has its device, with a
+/// disk's locks and the guest's memory, until it ends.
 static LEFT_BEHIND: Mutex<Vec<Arc<Ended>>> = Mutex::new(Vec::new());
 
 fn left_behind() -> MutexGuard<'static, Vec<Arc<Ended>>> {
@@ -167,8 +167,9 @@ fn run(server: Server<'_>) -> Result<(), event_manager::Error> {
 
 /// Input that came while the function might make no requests. Nothing tells of it a second time.
 ///
-/// It is not served as soon as the function may: the buffers may be a former driver's, whose memory has
-/// become another kernel's (kexec). That one switches bus mastering on and resets the device at once.
+/// It is not served as soon as the function may: the buffers may be a former driver's, whose memory
+/// has become another kernel's (kexec). That one switches bus mastering on and resets the device at
+/// once.
 struct LateInput {
     timer: TimerFd,
     /// There is some, and the timer runs.

@@ -4,8 +4,8 @@
 //!
 //! The eventfd is written here, or by somebody who knows nothing of routes: an assigned device's
 //! driver in the host. KVM has such a one only while there is somewhere for it to lead. While the
-//! vector is masked nobody reads it, and what was written goes by the next message; while the message
-//! is blocked it is read here ([`unrouted`]), so that the guest is told.
+//! vector is masked nobody reads it, and what was written goes by the next message; while the
+//! message is blocked it is read here ([`unrouted`]), so that the guest is told.
 
 #[cfg(test)]
 mod tests;
@@ -230,14 +230,14 @@ impl VectorRoute {
     /// Sends `message`, past KVM's table.
     fn send_one(&self, state: &mut State, message: MsiMessage) {
         if self.source.send(message, &*self.messages) {
-            // It was blocked and is not now, without a change that anybody was told of; or it is sent
-            // like this each time, and this changes nothing.
+            // It was blocked and is not now, without a change that anybody was told of; or it is
+            // sent like this each time, and this changes nothing.
             self.install(state, Some(message));
         }
     }
 
-    /// Before `sent` is all that KVM knows: from when there is nothing, the eventfd is kept from KVM,
-    /// which would throw away what is written.
+    /// Before `sent` is all that KVM knows: from when there is nothing, the eventfd is kept from
+    /// KVM, which would throw away what is written.
     fn prepare(&self, state: &mut State, sent: Option<SentMessage>) {
         if self.writer == Writer::Device && sent.is_none() && std::mem::take(&mut state.tied) {
             self.untie();

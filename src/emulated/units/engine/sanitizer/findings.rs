@@ -107,8 +107,8 @@ pub struct StaleUse {
     pub write: bool,
     /// Level (1 is the lowest) of the highest entry that changed.
     pub level: u8,
-    /// That entry as it was when it was cached, of a global page perhaps in the tables of another address
-    /// space; `None` when that is not known any more.
+    /// That entry as it was when it was cached, of a global page perhaps in the tables of another
+    /// address space; `None` when that is not known any more.
     pub old: Option<u64>,
     /// The entry as it is now; `None` when the tables do not lead there any more.
     pub new: Option<u64>,
@@ -116,12 +116,13 @@ pub struct StaleUse {
     pub invalidation: TlbInvalidation,
     /// What should have been invalidated by it, and was not.
     pub needed: InvalidatedPages,
-    /// The last invalidation of these tables before; `None` when there was none, or 1,024 other address
-    /// spaces were invalidated since.
+    /// The last invalidation of these tables before; `None` when there was none, or 1,024 other
+    /// address spaces were invalidated since.
     pub last: Option<InvalidatedPages>,
     /// How many requests to this page there were, this one included.
     pub uses: u64,
-    /// The translation was dropped later, by an invalidation that was meant for it or by a wider one.
+    /// The translation was dropped later, by an invalidation that was meant for it or by a wider
+    /// one.
     pub invalidated_since: bool,
 }
 
@@ -210,8 +211,8 @@ pub(super) struct Findings {
     pages: BTreeMap<(Bdf, Option<u32>, u64), Finding>,
     /// Uses beyond those.
     others: u64,
-    /// The last invalidation of each tag, or of one address space of it, and which one that was: of the
-    /// [`MAX_INVALIDATED`] most recent. Those of tags without attachments are forgotten.
+    /// The last invalidation of each tag, or of one address space of it, and which one that was: of
+    /// the [`MAX_INVALIDATED`] most recent. Those of tags without attachments are forgotten.
     last: BTreeMap<(u32, Option<u32>), (u64, InvalidatedPages)>,
     /// How many there were.
     invalidations: u64,
@@ -225,8 +226,8 @@ impl Findings {
         last.max_by_key(|(number, _)| *number).map(|(_, pages)| *pages)
     }
 
-    /// Adds a use of what was cached of `source` as a page of `page_shift`. Gives it back when it is
-    /// the first of its page, and is kept.
+    /// Adds a use of what was cached of `source` as a page of `page_shift`. Gives it back when it
+    /// is the first of its page, and is kept.
     pub fn add(&mut self, stale: StaleUse, source: Source, page_shift: u8) -> Option<StaleUse> {
         let key = (stale.rid, stale.pasid, stale.iova);
         if let Some(known) = self.pages.get_mut(&key) {

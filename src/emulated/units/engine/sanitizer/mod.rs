@@ -46,8 +46,8 @@ pub(crate) struct Sanitizer {
 pub(crate) struct Used<'a, F> {
     pub tables: &'a F,
     pub host: &'a HostStage2,
-    /// Whose the cached translations are; requests may be served by those of another one, too, such as
-    /// global ones.
+    /// Whose the cached translations are; requests may be served by those of another one, too, such
+    /// as global ones.
     pub source: Source,
     pub others: Option<Source>,
     /// Sizes of what is cached, as powers of two.

@@ -224,8 +224,8 @@ proptest! {
     }
 }
 
-/// GPA of the descriptor of `level` on the way of `iova`, as far as there are tables; of one that is
-/// empty below that.
+/// GPA of the descriptor of `level` on the way of `iova`, as far as there are tables; of one that
+/// is empty below that.
 fn entry_above(tables: &Tables<'_>, iova: u64, level: u8) -> u64 {
     for above in tables.granule.start_level(tables.input_bits)..level {
         let entry = tables.entry(iova, above);

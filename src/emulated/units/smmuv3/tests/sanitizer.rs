@@ -19,8 +19,8 @@ fn machine() -> Machine {
     machine
 }
 
-/// Tables that lead [`IOVA`] to `place`, others that lead it to [`NEW`], and where the context descriptor
-/// is that the device goes by: it names the former.
+/// Tables that lead [`IOVA`] to `place`, others that lead it to [`NEW`], and where the context
+/// descriptor is that the device goes by: it names the former.
 fn two_contexts(machine: &Machine, place: u64) -> (Tables<'_>, Tables<'_>, u64) {
     let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
     old.map(IOVA, 3, place, RW);

@@ -204,8 +204,8 @@ fn a_stream_without_a_device_is_blocked_already() {
     rig.expect(&[]);
 }
 
-/// What a Linux guest asks for from power-on to a shell, with one device: a peer needs 4 HWPTs and 6
-/// attaches for it.
+/// What a Linux guest asks for from power-on to a shell, with one device: a peer needs 4 HWPTs and
+/// 6 attaches for it.
 #[test]
 fn the_calls_of_a_boot() {
     let host = RecordingHost::new(Extensions::default());

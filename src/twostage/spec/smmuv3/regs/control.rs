@@ -49,7 +49,8 @@ pub struct Cr1 {
 pub struct Cr2 {
     /// E2H: EL2 contexts are EL2-E2H.
     pub e2h: bool,
-    /// RECINVSID: transactions with StreamIDs beyond the stream table are recorded (C_BAD_STREAMID).
+    /// RECINVSID: transactions with StreamIDs beyond the stream table are recorded
+    /// (C_BAD_STREAMID).
     pub recinvsid: bool,
     /// PTM: no part in broadcast TLB maintenance.
     pub ptm: bool,

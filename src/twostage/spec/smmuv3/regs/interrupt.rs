@@ -18,8 +18,8 @@ pub struct IrqCtrl {
     __: u32,
 }
 
-/// Global error register, and GERRORN. An error is active while its bits in the two differ: the SMMU
-/// toggles it in GERROR, software in GERRORN.
+/// Global error register, and GERRORN. An error is active while its bits in the two differ: the
+/// SMMU toggles it in GERROR, software in GERRORN.
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A stream table entry changes while transactions use it, as Linux's driver does it (§3.21.3): words
-//! are written one by one, with a CMD_CFGI_STE and a CMD_SYNC between those that an SMMU must not
-//! see together.
+//! A stream table entry changes while transactions use it, as Linux's driver does it (§3.21.3):
+//! words are written one by one, with a CMD_CFGI_STE and a CMD_SYNC between those that an SMMU must
+//! not see together.
 
 use proptest::prelude::*;
 

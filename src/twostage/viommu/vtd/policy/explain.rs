@@ -27,8 +27,8 @@ pub(in crate::viommu::vtd) fn explain(
     }
     let config = match standing.given {
         Some(given) if is_blocked(&given.config) && !tables.caps.cap.cm() => {
-            // Nothing is cached of entries that block: these are what the request was blocked by, unless
-            // it was the host that refused.
+            // Nothing is cached of entries that block: these are what the request was blocked by,
+            // unless it was the host that refused.
             let now = tables.config(fault.requester);
             if is_blocked(&now) {
                 now

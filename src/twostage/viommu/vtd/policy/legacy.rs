@@ -165,7 +165,8 @@ mod tests {
         for &(root, context, reason) in cases {
             assert_eq!(decide(&config, root, context), blocked(reason), "{root:x?} {context:x?}");
         }
-        // Second-stage tables that are not offered, and with them no width that an entry could have.
+        // Second-stage tables that are not offered, and with them no width that an entry could
+        // have.
         for entry in [0, 0b1000] {
             assert_eq!(decide(&VtdConfig::default(), [0; 2], [entry, 0]), blocked(0x03));
         }

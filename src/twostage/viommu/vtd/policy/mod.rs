@@ -37,8 +37,8 @@ impl Tables<'_> {
 }
 
 impl PasidTable<'_> {
-    /// What becomes of requests of `requester`, whose PASID is in this table; none when its entry is
-    /// not present.
+    /// What becomes of requests of `requester`, whose PASID is in this table; none when its entry
+    /// is not present.
     pub fn config(&self, requester: Requester) -> Option<RequesterConfig> {
         Some(to_config(requester, self.serve(requester.pasid?)?))
     }

@@ -50,8 +50,8 @@ impl<'a> PasidTables<'a> {
         context.low.paside().then_some(Self { tables, context })
     }
 
-    /// PASIDs that may have an entry: `0..pasids`. The smaller of what the directory reaches and what
-    /// the unit offers.
+    /// PASIDs that may have an entry: `0..pasids`. The smaller of what the directory reaches and
+    /// what the unit offers.
     pub fn pasids(&self) -> u32 {
         self.context.pasids(self.tables)
     }

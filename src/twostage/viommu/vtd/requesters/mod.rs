@@ -70,8 +70,8 @@ impl Requesters {
         absent
     }
 
-    /// Removes a function, and gives the PASIDs of it that were given something; none when it is not
-    /// there.
+    /// Removes a function, and gives the PASIDs of it that were given something; none when it is
+    /// not there.
     pub fn remove(&self, rid: Bdf) -> Option<GivenPasids> {
         let function = self.write().functions.remove(&rid)?;
         Some(GivenPasids { rid, pasids: function.pasids })

@@ -128,8 +128,8 @@ fn what_the_host_refuses_is_tried_again_at_the_next_request() {
     assert_eq!(guest.iommu.counters().found_served, 1);
 }
 
-/// Whether a function that the tables came to serve is served, when `meanwhile` happens while who asks
-/// most likely waits for the registers.
+/// Whether a function that the tables came to serve is served, when `meanwhile` happens while who
+/// asks most likely waits for the registers.
 fn served_after(guest: &Guest, meanwhile: impl FnOnce()) -> bool {
     let registers = guest.iommu.lock();
     let iommu = guest.iommu.clone();
@@ -144,8 +144,8 @@ fn served_after(guest: &Guest, meanwhile: impl FnOnce()) -> bool {
 fn tables_are_read_by_who_has_the_registers() {
     let guest = empty(VtdConfig::default());
     guest.write_tables();
-    // Whether it waits by now or is yet to look: the tables as they are when it has the registers are
-    // what counts.
+    // Whether it waits by now or is yet to look: the tables as they are when it has the registers
+    // are what counts.
     assert!(!served_after(&guest, || guest.write(PASID_TABLE, &[0])));
     assert_eq!(
         guest
@@ -167,8 +167,9 @@ fn nobody_serves_a_function_that_went_meanwhile() {
     assert_eq!(guest.calls(), []);
 }
 
-/// Of a function with thousands of PASIDs 63 and 127 come to be served when the first of them has been
-/// passed by a command that `change`s what they go by, and the other has not. Gives what the host has.
+/// Of a function with thousands of PASIDs 63 and 127 come to be served when the first of them has
+/// been passed by a command that `change`s what they go by, and the other has not. Gives what the
+/// host has.
 fn amid_a_command(change: impl FnOnce(u32) -> u32) -> (Guest, BTreeMap<Requester, Policy>) {
     let config = VtdConfig { caching_mode: false, pasid_bits: 13, ..Default::default() };
     let guest = Guest::with_directory_of(config);

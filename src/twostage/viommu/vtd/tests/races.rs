@@ -45,9 +45,9 @@ impl TableMemory for Racing {
     }
 }
 
-/// PASID 9 is served, then taken away, and served by other tables as soon as the word at `address` was
-/// seen `reads` times to be 0: nobody is told, as there is no caching mode. Gives whether the host
-/// attached it.
+/// PASID 9 is served, then taken away, and served by other tables as soon as the word at `address`
+/// was seen `reads` times to be 0: nobody is told, as there is no caching mode. Gives whether the
+/// host attached it.
 fn served_again(address: u64, reads: u32) -> (Guest, bool) {
     let memory = guest_memory();
     let racing = Arc::new(Racing { memory: memory.clone(), change: Mutex::default() });

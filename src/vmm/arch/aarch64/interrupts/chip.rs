@@ -38,7 +38,8 @@ impl fmt::Display for IrqChip {
 }
 
 impl IrqChip {
-    /// What of them this KVM lacks, if anything. `vm` has them afterwards, and is good for nothing else.
+    /// What of them this KVM lacks, if anything. `vm` has them afterwards, and is good for nothing
+    /// else.
     pub fn lacking(vm: &VmFd) -> Option<&'static str> {
         KINDS.iter().find(|kind| create(vm, kind).is_err()).map(|(_, name)| *name)
     }

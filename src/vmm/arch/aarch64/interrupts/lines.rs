@@ -16,15 +16,16 @@ use crate::{Error, Result};
 use twostage::viommu::{InterruptListener, InterruptRemapper};
 use twostage::warn_limited;
 
-/// The inputs, whose global system interrupts are the numbers of their shared peripheral interrupts.
+/// The inputs, whose global system interrupts are the numbers of their shared peripheral
+/// interrupts.
 #[derive(Debug)]
 pub(crate) struct Lines {
     vm: Arc<VmFd>,
 }
 
 impl Lines {
-    /// The inputs of the controllers in `ways`. `_table`, KVM's routing, has them from the start, and
-    /// nothing of them becomes a message for `_remapper`.
+    /// The inputs of the controllers in `ways`. `_table`, KVM's routing, has them from the start,
+    /// and nothing of them becomes a message for `_remapper`.
     pub fn new(
         ways: &Ways,
         _table: &Arc<GsiTable>,
@@ -33,7 +34,8 @@ impl Lines {
         Self { vm: ways.vm.clone() }
     }
 
-    /// Who is to be told when interrupts are remapped otherwise than before: nobody, these never are.
+    /// Who is to be told when interrupts are remapped otherwise than before: nobody, these never
+    /// are.
     pub fn listener(&self) -> Option<Weak<dyn InterruptListener>> {
         None
     }

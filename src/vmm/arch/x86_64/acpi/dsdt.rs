@@ -82,8 +82,8 @@ fn host_bridge(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// `_OSC` of the host bridge (PCI Firmware 3.3, §4.5.1): the operating system gets whatever control it
-/// asks for, as there is no firmware that would do any of it.
+/// `_OSC` of the host bridge (PCI Firmware 3.3, §4.5.1): the operating system gets whatever control
+/// it asks for, as there is no firmware that would do any of it.
 fn operating_system_capabilities() -> Bytes {
     const PCI_HOST_BRIDGE: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
     /// In the first doubleword, returned: the UUID is of nothing that is known.

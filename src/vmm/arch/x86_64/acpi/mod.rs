@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! ACPI: the tables that tell a guest what machine it is on.
 //!
-//! The machine has what fixed hardware ACPI asks for, the registers of the power module, without an event.
-//! It is not hardware-reduced: of such a machine Linux assumes that it has no interval timer, nor, as Xen's
-//! first domain, Xen's own. The tables lie where a PC has its BIOS, which no memory map calls RAM.
+//! The machine has what fixed hardware ACPI asks for, the registers of the power module, without an
+//! event. It is not hardware-reduced: of such a machine Linux assumes that it has no interval
+//! timer, nor, as Xen's first domain, Xen's own. The tables lie where a PC has its BIOS, which no
+//! memory map calls RAM.
 //!
 //! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
 #![forbid(unsafe_code)]

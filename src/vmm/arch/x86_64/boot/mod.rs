@@ -33,8 +33,8 @@ pub const MEMORY_MIN: u64 = KERNEL_START;
 const CMDLINE_START: u64 = 0x2_0000;
 /// How long the command line may be, with the zero at its end.
 const CMDLINE_SIZE: usize = 0x1_0000;
-/// Where the command lines of modules go, with what their files are called: a page for each. Before it is
-/// room for what the kernel's file is called.
+/// Where the command lines of modules go, with what their files are called: a page for each. Before
+/// it is room for what the kernel's file is called.
 const MODULE_CMDLINES: u64 = 0x3_1000;
 const MODULE_CMDLINE_SIZE: u64 = 0x1000;
 /// Modules a kernel may have.

@@ -135,9 +135,9 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         boot_loader_name: low(LOADER_NAME),
         ..Information::default()
     };
-    // Where there are modules, each string begins with what its file is called, as boot loaders of this
-    // protocol have always had it: kernels that load others pass over the first word (Xen). A kernel
-    // alone is given its command line as it is.
+    // Where there are modules, each string begins with what its file is called, as boot loaders of
+    // this protocol have always had it: kernels that load others pass over the first word (Xen). A
+    // kernel alone is given its command line as it is.
     let cmdline = match info.modules.is_empty() {
         true => info.cmdline.to_owned(),
         false => format!("{} {}", info.name, info.cmdline),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The state the first vCPU starts in: 32-bit protected mode, flat segments, paging off.
 //!
-//! PVH, Multiboot and Linux's 32-bit protocol ask for the same but for a few registers. Linux's also
-//! wants its segments described in memory.
+//! PVH, Multiboot and Linux's 32-bit protocol ask for the same but for a few registers. Linux's
+//! also wants its segments described in memory.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};

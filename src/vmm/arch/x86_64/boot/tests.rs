@@ -121,7 +121,8 @@ fn a_multiboot_image_without_modules_has_the_command_line_as_it_is() {
     assert_eq!(text(&memory, word(&memory, start.rbx + 16)), "a=1 b");
 }
 
-/// Two modules with command lines of their own, and the memory and information of `image` with them.
+/// Two modules with command lines of their own, and the memory and information of `image` with
+/// them.
 fn load_modules(image: &[u8]) -> (MachineMemory, u64) {
     let memory = MachineMemory::new(RAM).unwrap();
     let (kernel, files) = (file(image), [file(b"kernel"), file(&[7; 5000])]);

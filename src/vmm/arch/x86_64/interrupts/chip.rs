@@ -113,9 +113,9 @@ impl IrqChip {
     }
 }
 
-/// Each pin of the PICs and the IOAPIC in the kernel: (GSI, controller, pin). The GSI is the pin's number,
-/// but for the interval timer: ISA interrupt 0 is the PIC's first input and the IOAPIC's third, as the MADT
-/// tells. The table that KVM starts out with has the IOAPIC's first.
+/// Each pin of the PICs and the IOAPIC in the kernel: (GSI, controller, pin). The GSI is the pin's
+/// number, but for the interval timer: ISA interrupt 0 is the PIC's first input and the IOAPIC's
+/// third, as the MADT tells. The table that KVM starts out with has the IOAPIC's first.
 fn pins_in_the_kernel() -> impl Iterator<Item = (u32, u32, u32)> {
     let pics = (0..PIC_INPUTS).filter(|gsi| *gsi != PIC_CASCADE).map(|gsi| match gsi {
         0..8 => (gsi, KVM_IRQCHIP_PIC_MASTER, gsi),

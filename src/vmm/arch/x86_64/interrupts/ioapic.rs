@@ -19,7 +19,8 @@ pub(super) trait PinOutput: Send + Sync {
     fn send(&self, message: MsiMessage) -> bool;
 }
 
-/// Who wants to know of the ends of interrupts of a pin, to deassert it. Called with nothing locked.
+/// Who wants to know of the ends of interrupts of a pin, to deassert it. Called with nothing
+/// locked.
 pub(super) trait EndListener: Send + Sync {
     /// An interrupt of the pin, which was level-triggered, ends.
     fn interrupt_ended(&self);
@@ -113,7 +114,8 @@ impl Ioapic {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends the interrupt of a level-triggered pin, if it is asserted and does not wait for an EOI.
+    /// Sends the interrupt of a level-triggered pin, if it is asserted and does not wait for an
+    /// EOI.
     fn serve_level(&self, state: &mut State, pin: u32) {
         let asserted = state.asserted & 1 << pin != 0;
         let Some(entry) = state.entries.get(pin as usize).copied() else { return };

@@ -73,8 +73,8 @@ impl Lines {
         Ok(EdgeLine::Irqfd(event))
     }
 
-    /// The line of `pin`, which an assigned device asserts. Of interrupt controllers in the kernel, it is
-    /// the IOAPIC's input alone: a guest that uses the PIC gets no INTx of such a device.
+    /// The line of `pin`, which an assigned device asserts. Of interrupt controllers in the kernel,
+    /// it is the IOAPIC's input alone: a guest that uses the PIC gets no INTx of such a device.
     ///
     /// # Errors
     /// KVM cannot wire it.

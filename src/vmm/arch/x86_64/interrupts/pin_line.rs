@@ -35,8 +35,8 @@ impl PinLine {
 }
 
 impl EndListener for PinLine {
-    /// Also when another device on the line made the interrupt: then nothing was masked, and unmasking
-    /// does nothing.
+    /// Also when another device on the line made the interrupt: then nothing was masked, and
+    /// unmasking does nothing.
     fn interrupt_ended(&self) {
         self.pin.set(false);
         if let Err(error) = self.events.end.write(1) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a probe runs in a guest's ring 0: one small program for each thing that Linux needs there.
 //!
-//! A program starts in 64-bit mode with [`DATA`] in RDI, 64 zeroed bytes and more. It shows with its
-//! last comparison (ZF) whether the result was right.
+//! A program starts in 64-bit mode with [`DATA`] in RDI, 64 zeroed bytes and more. It shows with
+//! its last comparison (ZF) whether the result was right.
 #![forbid(unsafe_code)]
 
 use kvm_bindings::CpuId;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One counter of an 8254 interval timer. Time is a number of clock pulses, which it is told.
 //!
-//! Source: Intel 82C54 data sheet (231244): "Operational Description" (writing, latching, read-back,
-//! status), "Mode Definitions", "Operation Common to All Modes".
+//! Source: Intel 82C54 data sheet (231244): "Operational Description" (writing, latching,
+//! read-back, status), "Mode Definitions", "Operation Common to All Modes".
 
 /// How the bytes of a count are read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +18,8 @@ enum Access {
 struct Counting {
     /// The count it started with, from 1 to 65536.
     count: i64,
-    /// The pulse that loaded the count. Before time began, if it is the second half of a square wave
-    /// that is longer than that.
+    /// The pulse that loaded the count. Before time began, if it is the second half of a square
+    /// wave that is longer than that.
     start: i64,
 }
 
@@ -80,7 +80,8 @@ impl Counter {
             mode @ 6.. => mode - 4,
             mode => mode,
         };
-        // Everything starts anew, but the gate is a pin, and what has been latched has been latched.
+        // Everything starts anew, but the gate is a pin, and what has been latched has been
+        // latched.
         *self = Self {
             mode,
             access,
@@ -191,8 +192,8 @@ impl Counter {
         }
     }
 
-    /// The first pulse after `after` at which the output rises because of what has been counted. What a
-    /// control word does to it is not among that.
+    /// The first pulse after `after` at which the output rises because of what has been counted.
+    /// What a control word does to it is not among that.
     pub fn next_rise(&mut self, after: i64) -> Option<i64> {
         self.settle(after);
         let Counting { count, start } = self.counting.filter(|_| self.held.is_none())?;

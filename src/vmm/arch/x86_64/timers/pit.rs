@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The interval timer, an 8254, and the chipset's port B, which has the gate and the output of its third
-//! counter. Where the interrupt controllers are in the kernel, KVM has one of its own.
+//! The interval timer, an 8254, and the chipset's port B, which has the gate and the output of its
+//! third counter. Where the interrupt controllers are in the kernel, KVM has one of its own.
 //!
 //! Source: Intel 82C54 data sheet (231244); port B: Intel ICH9 data sheet (316972), §13.7.1.
 
@@ -119,8 +119,8 @@ impl Pit {
 }
 
 impl State {
-    /// Whether the timer's output has risen since it was last looked at. It interrupts once, however
-    /// often it did.
+    /// Whether the timer's output has risen since it was last looked at. It interrupts once,
+    /// however often it did.
     fn is_due(&mut self, pulse: i64) -> bool {
         let seen = self.seen;
         self.counters[TIMER].next_rise(seen).is_some_and(|rise| rise <= pulse)

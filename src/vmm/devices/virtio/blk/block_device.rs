@@ -18,8 +18,8 @@ pub(super) fn is_read_only(file: &File) -> io::Result<bool> {
     Ok(ask(file, BLKROGET)? != 0)
 }
 
-/// Length of a sector of the block device `file`, in bytes: what direct input and output are multiples
-/// of.
+/// Length of a sector of the block device `file`, in bytes: what direct input and output are
+/// multiples of.
 ///
 /// # Errors
 /// What the system says.
@@ -28,8 +28,8 @@ pub(super) fn sector_size(file: &File) -> io::Result<u32> {
     Ok(ask(file, libc::BLKSSZGET as libc::c_ulong)? as u32)
 }
 
-/// A file that is the same whichever node `file`, a block device, was opened by: each node has locks of
-/// its own.
+/// A file that is the same whichever node `file`, a block device, was opened by: each node has
+/// locks of its own.
 ///
 /// # Errors
 /// What the system says, such as that there is no sysfs.

@@ -230,8 +230,8 @@ fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<File, DiskErr
     if block_device::is_read_only(&file).map_err(failed)? {
         return Err(DiskError::ReadOnlyDevice(path.to_owned()));
     }
-    // Who writes has it alone, whichever node it is named by. No claim says that one only reads: it is
-    // as much alone as any other.
+    // Who writes has it alone, whichever node it is named by. No claim says that one only reads: it
+    // is as much alone as any other.
     let file = open(libc::O_EXCL).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => DiskError::Claimed(path.to_owned()),
         _ => failed(error),
@@ -243,8 +243,8 @@ fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<File, DiskErr
     }
 }
 
-/// Takes the locks of `file`, and those that a block device has for all its nodes, which go with what is
-/// returned.
+/// Takes the locks of `file`, and those that a block device has for all its nodes, which go with
+/// what is returned.
 fn lock_all(
     path: &Path,
     file: &File,

@@ -2,8 +2,8 @@
 //! Image formats that are not raw, by what their files start with.
 #![forbid(unsafe_code)]
 
-/// Where a format's mark is, the mark, and what `qemu-img` calls the format. Only marks that no disk
-/// has by chance.
+/// Where a format's mark is, the mark, and what `qemu-img` calls the format. Only marks that no
+/// disk has by chance.
 const MARKS: [(usize, &[u8], &str); 9] = [
     (0, b"QFI\xfb", "qcow2"),
     (0, b"QED\0", "qed"),

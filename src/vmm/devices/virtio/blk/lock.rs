@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lock of a disk image: one writes it, or several read it. Two protocols are kept together, both of
-//! advisory locks whose owner is the open file and not the process, so that one process cannot have an
-//! image twice.
+//! The lock of a disk image: one writes it, or several read it. Two protocols are kept together,
+//! both of advisory locks whose owner is the open file and not the process, so that one process
+//! cannot have an image twice.
 //!
-//! QEMU has a byte for each thing that one may do with an image, and another for each that one denies
-//! to others; all locks are shared. Who has taken its own looks whether somebody else has their
-//! counterparts: of two that come at once, one or both find the other. Source: QEMU's
+//! QEMU has a byte for each thing that one may do with an image, and another for each that one
+//! denies to others; all locks are shared. Who has taken its own looks whether somebody else has
+//! their counterparts: of two that come at once, one or both find the other. Source: QEMU's
 //! `block/file-posix.c`, and what QEMU 10.0 locks.
 //!
-//! cloud-hypervisor locks the whole image, alone to write it and shared to read it. Here that is all but
-//! QEMU's bytes, where a lock would say something else.
+//! cloud-hypervisor locks the whole image, alone to write it and shared to read it. Here that is
+//! all but QEMU's bytes, where a lock would say something else.
 
 use std::fs::File;
 use std::io;
@@ -26,8 +26,8 @@ const WRITE: i64 = 1;
 /// The first byte behind QEMU's.
 const REST: i64 = 300;
 
-/// Takes the lock of the image that `file` is, until that is closed: alone, which takes a file that is
-/// open for writing, or together with others that only read.
+/// Takes the lock of the image that `file` is, until that is closed: alone, which takes a file that
+/// is open for writing, or together with others that only read.
 ///
 /// # Errors
 /// `EAGAIN` somebody has it; what the system says of a file that has no locks.
@@ -65,7 +65,8 @@ fn set(file: &File, kind: libc::c_int, start: i64, length: i64) -> io::Result<()
 fn is_locked(file: &File, at: i64) -> io::Result<bool> {
     let mut lock = range(libc::F_WRLCK, at, 1);
     call(file, libc::F_OFD_GETLK, &mut lock)?;
-    // A shared lock of more than QEMU's bytes is a reader's of the whole image. QEMU would keep away.
+    // A shared lock of more than QEMU's bytes is a reader's of the whole image. QEMU would keep
+    // away.
     let whole = lock.l_len == 0 || lock.l_start.saturating_add(lock.l_len) > REST;
     let kind = libc::c_int::from(lock.l_type);
     Ok(kind == libc::F_WRLCK || (kind == libc::F_RDLCK && !whole))
@@ -84,8 +85,8 @@ fn range(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
 }
 
 fn call(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
-    // SAFETY: the descriptor is open while `file` is borrowed; both commands that are used here read one
-    // `flock`, and one writes it, which lives until the call returns.
+    // SAFETY: the descriptor is open while `file` is borrowed; both commands that are used here
+    // read one `flock`, and one writes it, which lives until the call returns.
     match unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),

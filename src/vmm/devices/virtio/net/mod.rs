@@ -125,8 +125,8 @@ impl<L: FrameLink> Net<L> {
         Ok(failed < QUEUE_SIZE)
     }
 
-    /// Takes the next frame from outside, if there is one. Whatever goes wrong is of one frame, and the
-    /// next may be better.
+    /// Takes the next frame from outside, if there is one. Whatever goes wrong is of one frame, and
+    /// the next may be better.
     fn next_frame(&mut self) -> Arrival {
         match self.link.receive(&mut self.incoming) {
             Ok(length) if length < MIN_FRAME => Arrival::Lost,

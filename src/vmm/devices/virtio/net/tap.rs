@@ -189,8 +189,9 @@ fn interface_of(file: &File) -> io::Result<(String, libc::c_int)> {
     Ok((String::from_utf8_lossy(&name).into_owned(), flags))
 }
 
-/// Whether the tap interface behind `file` has IFF_NO_PI. Among its `flags` that bit also says that it
-/// has no filter (IFF_NOFILTER of `linux/if_tun.h`), so it is given one for a moment, which all pass.
+/// Whether the tap interface behind `file` has IFF_NO_PI. Among its `flags` that bit also says that
+/// it has no filter (IFF_NOFILTER of `linux/if_tun.h`), so it is given one for a moment, which all
+/// pass.
 fn has_no_packet_info(file: &File, flags: libc::c_int) -> bool {
     if flags & libc::IFF_NO_PI == 0 {
         return false;
@@ -212,8 +213,8 @@ fn has_no_packet_info(file: &File, flags: libc::c_int) -> bool {
         return true;
     }
     filter = libc::sock_fprog { len: 1, filter: &mut all_pass };
-    // SAFETY: TUNATTACHFILTER reads the `sock_fprog` and the one instruction that it leads to, which
-    // both live on during the call.
+    // SAFETY: TUNATTACHFILTER reads the `sock_fprog` and the one instruction that it leads to,
+    // which both live on during the call.
     if check(unsafe { libc::ioctl(fd, libc::TUNATTACHFILTER as _, &filter) }).is_err() {
         return true;
     }
@@ -260,7 +261,8 @@ mod tests {
         assert!(matches!(Tap::from_fd(-1).unwrap_err(), TapError::Refused { .. }));
     }
 
-    /// An interface of a new name that was opened with these flags, for as long as the file is open.
+    /// An interface of a new name that was opened with these flags, for as long as the file is
+    /// open.
     fn interface(flags: libc::c_int) -> Option<File> {
         let made = OpenOptions::new().read(true).write(true).open(TUN_DEVICE).and_then(|file| {
             let mut request = no_interface();

@@ -189,7 +189,8 @@ fn a_runt_is_lost_alone() {
         let (rig, far) = machine(place);
         let mut queues = rig.start(0);
         let receive = &mut queues[RECEIVE];
-        // All there before a buffer is: what comes in is told of once, and read until there is no more.
+        // All there before a buffer is: what comes in is told of once, and read until there is no
+        // more.
         for length in [0, 1, 11, 12, 13, 25] {
             far.send(&vec![0; length]).unwrap();
         }

@@ -42,8 +42,8 @@ const DEVICE_BASE: u16 = 0x1040;
 /// Anything from 0x40 on says that there is no legacy interface (§4.1.2.1).
 const SUBSYSTEM: u16 = 0x40;
 
-/// How long a driver's write of 0 to the status is held up so that the reset is over when it returns.
-/// Drivers are to read the status until it is 0 (§4.1.4.3.2), and some do not.
+/// How long a driver's write of 0 to the status is held up so that the reset is over when it
+/// returns. Drivers are to read the status until it is 0 (§4.1.4.3.2), and some do not.
 const RESET_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A virtio device as a PCI function. Dropping it stops it.
@@ -74,8 +74,8 @@ struct Transport {
 }
 
 impl VirtioPci {
-    /// The device that `backend` is, named `name` in log lines and `trace`, with its BAR at `address`. Each
-    /// vector is made by `vector`.
+    /// The device that `backend` is, named `name` in log lines and `trace`, with its BAR at
+    /// `address`. Each vector is made by `vector`.
     ///
     /// # Errors
     /// When the system has no file descriptors left, or `vector` says so.
@@ -151,7 +151,8 @@ impl VirtioPci {
         &self.link.queue_counters
     }
 
-    /// The machine stops: the device makes no more requests when this returns, and its thread ends soon.
+    /// The machine stops: the device makes no more requests when this returns, and its thread ends
+    /// soon.
     pub fn halt(&self) {
         let mut transport = self.transport();
         transport.halted = true;
@@ -252,8 +253,8 @@ impl Transport {
         Ok(())
     }
 
-    /// Resets the device: it makes no more requests when this returns. The reset is over, and the status
-    /// 0, when its worker has ended, which is to be waited for without a lock.
+    /// Resets the device: it makes no more requests when this returns. The reset is over, and the
+    /// status 0, when its worker has ended, which is to be waited for without a lock.
     fn reset(&mut self, link: &Link) -> Option<Arc<Ended>> {
         self.resetting = true;
         link.set_driver_ok(false);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The waveforms and counts of the data sheet's figures. A count that is written at pulse 0 is loaded
-//! by pulse 1.
+//! The waveforms and counts of the data sheet's figures. A count that is written at pulse 0 is
+//! loaded by pulse 1.
 
 use proptest::prelude::*;
 
