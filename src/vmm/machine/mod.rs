@@ -2,7 +2,7 @@
 //! A machine: its parts, put together and run.
 #![forbid(unsafe_code)]
 
-mod topology;
+pub(crate) mod topology;
 mod vcpu;
 
 use std::collections::BTreeMap;
