@@ -26,10 +26,25 @@ use crate::spec::smmuv3::command::{Command, SyncSignal, Words};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
 use crate::spec::smmuv3::regs::Gerror;
 
-/// The most commands of a slice, and so of a call to the host. Each may make a host look through
-/// all that it caches, so that many more would hold the registers for long. Linux queues as many at
-/// once.
-const SLICE: usize = 64;
+/// The most commands of a slice, and so of a call to the host; of those that may make a host look
+/// through all that it caches a quarter of it, as more would hold the registers for long.
+const SLICE: u32 = 256;
+
+/// So many bytes a host looks up page by page.
+const FEW_PAGES: u64 = 64 << 12;
+
+/// How much of a slice `command` takes.
+fn cost(command: &Command) -> u32 {
+    match command {
+        Command::TlbiNhVa { range, .. } | Command::TlbiNhVaa { range, .. }
+            if range.bytes().is_some_and(|bytes| bytes > FEW_PAGES) =>
+        {
+            4
+        }
+        Command::TlbiNhAll { .. } | Command::TlbiNhAsid { .. } | Command::TlbiNsnhAll => 4,
+        _ => 1,
+    }
+}
 
 /// What is left of the queue after a slice of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,12 +105,14 @@ impl Smmu {
     fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Slice, Stop> {
         // Indices that no queue can have, more than its size apart, only make commands be fetched
         // twice: the end is met before the wrap bit comes round.
-        for _ in 0..SLICE {
+        let mut left = SLICE;
+        while left > 0 {
             if pass.fetch == pass.end {
                 self.flush_batch(registers, pass)?;
                 return Ok(Slice::Done);
             }
             let command = self.fetch(pass).map_err(Stop::Guest)?;
+            left = left.saturating_sub(cost(&command));
             let action = self.action(&command).map_err(Stop::Guest)?;
             if matches!(action, Action::Configure(_) | Action::Sync(_)) {
                 self.flush(registers, pass)?;
