@@ -3,8 +3,8 @@
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use twostage_emulated::{Access, AccessUnmap, EmulatedHost};
 use twostage::iommufd::ObjectId;
+use twostage_emulated::{Access, AccessUnmap, EmulatedHost};
 
 /// Pins that one user has at most.
 const MAX_PINS: usize = 16;

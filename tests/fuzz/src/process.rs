@@ -4,14 +4,14 @@
 use std::sync::{Arc, Mutex, OnceLock};
 
 use iommufd_bindings::*;
+use twostage::iommufd::{Errno, ObjectId, PageRequest, UserMemory};
+use twostage::spec::pci::Bdf;
 use twostage_emulated::uapi::{self, Credentials, DeviceFile, RegionSpace, UserFault, UserSpace};
 use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD};
 use twostage_emulated::{
     AddressWidth, DeviceConfig, DmaAccess, DmaAttributes, DmaError, DmaPort, EmulatedHost,
     EventFile, Machine, MmapRequest, VtdUnit, VtdUnitConfig,
 };
-use twostage::iommufd::{Errno, ObjectId, PageRequest, UserMemory};
-use twostage::spec::pci::Bdf;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::access::User;
