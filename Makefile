@@ -47,26 +47,26 @@ test: lint guest
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked
 	cargo test --locked -p twostage-emulated --features selftest --lib selftest
 	TWOSTAGE_KVM=$$(scripts/kvm-here 2>/dev/null && echo on || echo off) cargo test --locked -p twostage-iommufd-preload
-	scripts/iommufd-selftests
+	scripts/check/iommufd-selftests
 	@$(MAKE) --no-print-directory nested-check
 	@scripts/kvm-here || [ "$(KVM)" = off ]
 
 test-all: test loom
-	@[ "$(TSAN)" = off ] || scripts/tsan
+	@[ "$(TSAN)" = off ] || scripts/check/tsan
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 cargo test --locked --release -- --include-ignored
-	scripts/guest-under-qemu
-	@[ "$(NESTED)" = off ] || scripts/bad-inputs
-	@[ "$(NESTED)" = off ] || scripts/xen
+	scripts/check/guest-under-qemu
+	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
+	@[ "$(NESTED)" = off ] || scripts/check/xen
 	@$(MAKE) --no-print-directory test-arm64
 
 # The arm64 side: a real /dev/iommu, in a machine that QEMU emulates.
 test-arm64: binary-arm64
-	@NESTED=$(NESTED) scripts/linux-checks-arm64
+	@NESTED=$(NESTED) scripts/check/linux-checks-arm64
 
 # The small guest runs in the nested host where this machine's own KVM is not one for Linux.
 nested-check: guest binary
-	@[ "$(NESTED)" = off ] || $(binary) probe --report line || scripts/nested --timeout 480 -- run $(demo_flags) </dev/null
-	@NESTED=$(NESTED) scripts/linux-checks
+	@[ "$(NESTED)" = off ] || $(binary) probe --report line || scripts/nested/x86_64 --timeout 480 -- run $(demo_flags) </dev/null
+	@NESTED=$(NESTED) scripts/check/linux-checks
 
 preload:
 	@$(need) cc cargo
@@ -74,23 +74,23 @@ preload:
 	@echo 'built target/release/libtwostage_iommufd.so; start a program with it in LD_PRELOAD'
 
 selftests:
-	@scripts/iommufd-selftests
+	@scripts/check/iommufd-selftests
 
 bench:
 	@$(need) cc cargo
 	cargo bench --locked
 	cargo build --release --locked -p twostage-vmm
-	scripts/compare-with-qemu
+	scripts/bench/compare-with-qemu
 	@$(MAKE) --no-print-directory compare-arm64
 
 # What twostage and QEMU ask of Linux's /dev/iommu for the same arm64 guest.
 compare-arm64: binary-arm64
-	scripts/compare-with-qemu-arm64
+	scripts/bench/compare-with-qemu-arm64
 
-# About twenty minutes. scripts/fuzz says how to run it longer or shorter.
+# About twenty minutes. scripts/check/fuzz says how to run it longer or shorter.
 fuzz:
 	@$(need) cc c++ cargo
-	scripts/fuzz ioctls 10000000
+	scripts/check/fuzz ioctls 10000000
 
 # Built apart: --cfg loom is for the whole crate graph.
 loom:
@@ -98,7 +98,7 @@ loom:
 	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --locked -p twostage-emulated --lib gate::model
 
 tsan:
-	@scripts/tsan
+	@scripts/check/tsan
 
 lint:
 	@$(need) cc cargo rustfmt cargo-clippy
@@ -108,13 +108,13 @@ lint:
 	@# Without the features that the others ask for.
 	cargo clippy --locked -p twostage -- -D warnings
 	cargo clippy --locked -p twostage-emulated -p twostage-iommufd-preload --all-targets --features selftest -- -D warnings
-	@ARM64=$(ARM64) scripts/lint-arm64
+	@ARM64=$(ARM64) scripts/check/lint-arm64
 	@# The fuzz targets compile. Nothing is linked, so libFuzzer itself is not built.
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
-	scripts/cargo-deny --log-level error check licenses bans sources
+	scripts/check/cargo-deny --log-level error check licenses bans sources
 	@# A mutation that finds nothing to change tests nothing.
-	scripts/mutate-invalidations --lines
+	scripts/check/mutate-invalidations --lines
 
 doc:
 	@$(need) cc cargo

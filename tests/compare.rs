@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `scripts/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks is
+//! `scripts/bench/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks is
 //! said. With shell scripts in the place of both VMMs.
 
 use std::os::unix::fs::PermissionsExt;
@@ -50,7 +50,7 @@ fn a_run_that_hangs_is_said_and_the_next_goes_on() {
     assert!(log.contains("qemu lazy: NOT ENDED AS IT SHOULD"), "{log}");
     assert_eq!(log.matches("NOT ENDED").count(), 1, "{log}");
 
-    let tables = Command::new(format!("{root}/scripts/compare-with-qemu"))
+    let tables = Command::new(format!("{root}/scripts/bench/compare-with-qemu"))
         .args(["--from", path("log").to_str().unwrap()])
         .output()
         .unwrap();

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Makes the tables of scripts/compare-with-qemu: medians over rounds, and sums of counters. Reads lines of
+# Makes the tables of scripts/bench/compare-with-qemu: medians over rounds, and sums of counters. Reads lines of
 # guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are called MOMENT.SOURCE.KIND. What
 # `plan ROUNDS MODE...` promised and is not there is named at the end.
 

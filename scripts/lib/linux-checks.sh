@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by scripts/linux-checks and scripts/linux-checks-arm64, which run Linux guests in the combinations that
+# Sourced by scripts/check/linux-checks and scripts/check/linux-checks-arm64, which run Linux guests in the combinations that
 # matter. What fails does not keep the rest from running. A run that comes to no end is tried once more, and
 # that is said.
 # shellcheck shell=sh

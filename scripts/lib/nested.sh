@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by scripts/nested and scripts/nested-arm64, which run twostage in a virtual machine that QEMU
+# Sourced by scripts/nested/x86_64 and scripts/nested/arm64, which run twostage in a virtual machine that QEMU
 # emulates, with the program of guest-images/nested-host as its init: what both do.
 # shellcheck shell=sh
 # shellcheck disable=SC2034,SC2154 # variables of the scripts that source it

@@ -140,7 +140,7 @@ fn a_guest_that_hangs_is_ended_when_its_time_is_over() {
     }
     let image = kernel(&multiboot(&code::HALT));
     let log = TempDir::new().unwrap();
-    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/here"))
+    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/nested/here"))
         .args(["--timeout", "1", "--binary", TWOSTAGE, "--log"])
         .arg(log.path())
         .args(["--", "run", "--report", "none", "--kernel", text(&image)])

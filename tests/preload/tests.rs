@@ -84,7 +84,7 @@ fn the_nested_flow() {
     );
 }
 
-/// Linux's own iommufd says the same: `scripts/smmu-flow-arm64`.
+/// Linux's own iommufd says the same: `scripts/check/smmu-flow-arm64`.
 #[test]
 fn the_nested_flow_on_an_smmu() {
     let file = tempfile::NamedTempFile::new().expect("a file");
