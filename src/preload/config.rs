@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the emulated machine is made of: a TOML file.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::fs::File;

@@ -55,7 +55,6 @@
 //!   (`CLOSE_RANGE_UNSHARE`) can go on with the files that it has, and exec; what it opens from
 //!   then on does not reach this library's thread.
 #![deny(missing_docs)]
-#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 // The hooks, which all else is for, are not exported from a test.
 #![cfg_attr(test, allow(dead_code))]
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What this library has to say, on the program's standard error: errors, and more when the
 //! environment asks for it.
-#![forbid(unsafe_code)]
 
 use std::env;
 use std::io::Write;

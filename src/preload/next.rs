@@ -3,6 +3,7 @@
 //!
 //! One is called as it is. Where it is not known (the search itself gets here, or libc lacks it)
 //! the system call is made instead.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_ulong, c_void, CStr};
 use std::ptr::null_mut;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which threads share the descriptors that the table tells of: all, but for those that took a
 //! table of their own (`CLOSE_RANGE_UNSHARE`).
-#![forbid(unsafe_code)]
 
 use std::cell::Cell;
 

@@ -5,6 +5,7 @@
 //! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
 //! processes ([`crate::callers::calls`]). Its name tells a process that did not open the file what
 //! it is.
+#![allow(unsafe_code)]
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};

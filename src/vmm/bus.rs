@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A bus: which device answers at which addresses.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What can keep a machine from being built or from going on, each in one line for its user.
-#![forbid(unsafe_code)]
 
 use std::io;
 use std::path::PathBuf;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The one loop that waits for file descriptors.
-#![forbid(unsafe_code)]
 
 use std::cell::Cell;
 use std::rc::Rc;

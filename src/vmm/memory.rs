@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guest memory: what backs the RAM that lies where the architecture has it.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Reports: what a machine has done so far, and the host objects it has just now.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Why DMA reaches no memory.
-#![forbid(unsafe_code)]
 
 use twostage::iommufd::PageResponseCode;
 use twostage::spec::smmuv3::event::EventId;

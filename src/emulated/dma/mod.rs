@@ -5,7 +5,6 @@
 //! or a detach returns only when no access that goes by the old translation is under way. A
 //! transfer is cut into pieces of at most 64 KiB, each a section of its own, so that nobody waits
 //! long.
-#![forbid(unsafe_code)]
 
 pub(crate) mod error;
 mod page_tries;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! How long a device goes on asking for a page.
-#![forbid(unsafe_code)]
 
 use crate::dma::error::DmaError;
 use twostage::iommufd::PageResponseCode;

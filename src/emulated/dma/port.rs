@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! DMA of one requester through a unit of one architecture.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

@@ -4,7 +4,6 @@
 //! A mediated device, whose DMA is software's, and a vDPA-like one attach to an IOAS by an
 //! [`Access`] and reach memory by IOVA as a PCI device behind an IOMMU does. They share its pages,
 //! which are pinned and accounted once.
-#![forbid(unsafe_code)]
 
 use std::borrow::Cow;
 use std::sync::{Arc, MutexGuard};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Dirty bitmaps of the user's: one bit a page, the first one in the lowest bit of the first byte.
-#![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
 

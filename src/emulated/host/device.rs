@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an emulated device is, as far as an IOMMU and its driver are concerned.
-#![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The emulated host: what serves the iommufd verbs inside this process.
-#![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The descriptors that a fault queue and a vEVENTQ are read by.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

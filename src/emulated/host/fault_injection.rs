@@ -5,7 +5,6 @@
 //! Whatever a call makes or has to remember asks [`allocate`] first: objects, areas, what is
 //! pinned, page tables, attachments. So a test can fail a call at each step in turn, and look that
 //! it answers `ENOMEM` and has changed nothing. In ordinary builds there always is memory.
-#![forbid(unsafe_code)]
 
 use crate::host::refusal::Outcome;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The objects of an iommufd and what leads to what, for reports and leak checks.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 

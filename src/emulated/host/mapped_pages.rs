@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `mmap(2)` on an iommufd: pages of an IOMMU that a user maps.
-#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::sync::Arc;

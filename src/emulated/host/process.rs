@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The process that makes an ioctl, with the descriptors that it has of emulated files.
-#![forbid(unsafe_code)]
 
 #[cfg(feature = "selftest")]
 use std::any::Any;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Unmapping from outside the lock of the objects, which is left while access objects let go.
-#![forbid(unsafe_code)]
 
 use crate::host::objects::{Stop, Unmap};
 use crate::host::refusal::{refuse, Outcome};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The process that makes an ioctl: its memory, its files, and what it may do.
-#![forbid(unsafe_code)]
 
 use std::fmt::Debug;
 use std::fs::File;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The inside of an IOAS: which IOVAs are mapped, reserved or allowed, and the pages behind them.
-#![forbid(unsafe_code)]
 
 mod area;
 mod coverage;

@@ -12,7 +12,6 @@
 //! operations (ioas, devices, checks …) ──► objects ──► driver ──► domain, viommu
 //!                                                         └─────► devices
 //! ```
-#![forbid(unsafe_code)]
 
 mod abi;
 mod access;

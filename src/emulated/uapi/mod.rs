@@ -5,7 +5,6 @@
 //! bytes, reserved fields, flags and user pointers are checked in the same order, with the same
 //! errno, and the same bytes are written back. The rules of the objects are those of
 //! [`EmulatedHost`].
-#![forbid(unsafe_code)]
 
 mod argument;
 mod dirty;

@@ -4,7 +4,6 @@
 //! Whoever plays the hardware marks pages while tracking is on; the objects read and clear the
 //! marks. A page that is marked may be written again without a mark until it is cleared and the
 //! hardware has dropped what it cached: [`crate::drivers::Driver::stage2_changed`].
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

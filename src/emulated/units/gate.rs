@@ -39,6 +39,7 @@
 //! A thread that holds a [`ReadGuard`] must not write to the same gate: it would wait for itself.
 //! A guard that is leaked makes writes wait for as long as its reader lives; it breaks no promise
 //! of memory safety.
+#![allow(unsafe_code)]
 
 #[cfg(all(loom, test))]
 mod model;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One VT-d unit, as its driver programs it and the hardware half plays it.
-#![forbid(unsafe_code)]
 
 use std::fmt::Debug;
 use std::sync::{Arc, Weak};

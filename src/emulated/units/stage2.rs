@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Stage 2: which memory each address of an IOAS leads to.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Calls on emulated files, from this process and, as their owner, from others.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, RawFd};

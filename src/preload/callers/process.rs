@@ -4,6 +4,7 @@
 //!
 //! Another process is known by a pidfd, for its number may be another one's when it is gone. What
 //! the kernel gives by number alone counts only while the process is still there.
+#![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -5,7 +5,6 @@
 //! answers ([`crate::callers::calls::serve`]); before, it may send a descriptor for the caller to
 //! have. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
 //! needs the right to trace it: it has that for its own children.
-#![forbid(unsafe_code)]
 
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread of an owner that sees descriptors closed elsewhere, and takes the calls of other
 //! processes. It is started with the first file.
-#![forbid(unsafe_code)]
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A process as the emulated host's user: what the host takes from its memory, its descriptors and
 //! its accounts.
-#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

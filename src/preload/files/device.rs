@@ -4,7 +4,6 @@
 //! The ioctls that concern iommufd are the emulated host's; here is what `linux/vfio.h` says of the
 //! device itself: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
 //! Its one interrupt is a message (MSI); its regions cannot be mapped.
-#![forbid(unsafe_code)]
 
 use std::mem::size_of;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

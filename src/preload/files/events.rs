@@ -5,7 +5,6 @@
 //! takes the last event takes the message too. Events that go away unread leave it behind: the
 //! descriptor then polls as readable once more, and the read finds nothing. A socket can always be
 //! written, so a vEVENTQ polls as writable, which Linux's does not.
-#![forbid(unsafe_code)]
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 

@@ -2,7 +2,6 @@
 //! Linux's fault injection, as its own tests use it: `/proc/self/task/TID/fail-nth` of the thread
 //! that opens it, whose n-th allocation in the emulated host then fails, and the switches in
 //! debugfs that let all allocations fail, as they always may here.
-#![forbid(unsafe_code)]
 
 use twostage::iommufd::Errno;
 use twostage_emulated::uapi::{fail_nth, set_fail_nth};

@@ -4,7 +4,6 @@
 //! As in a Linux whose containers are iommufds: the group is put into a container, which then has
 //! an IOAS; a device that is opened through the group is bound to that iommufd, and attached to the
 //! IOAS.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::mem::size_of;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `/dev/iommu`, and `/dev/vfio/vfio`, which is the same with VFIO's ioctls.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

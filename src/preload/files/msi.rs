@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! MSI of a VFIO device, as `VFIO_DEVICE_SET_IRQS` sets it up: one vector, which writes an eventfd.
-#![forbid(unsafe_code)]
 
 use std::mem::size_of;
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Descriptors that operations of Linux's own tests open. Programs only close them, or name them in
 //! other operations.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

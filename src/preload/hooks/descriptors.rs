@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Closing and duplicating descriptors.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_ulong};
 use std::os::fd::RawFd;

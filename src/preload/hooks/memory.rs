@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Mapping and unmapping memory, and what else becomes of it: windows of iommufds, and pages that
 //! devices may reach.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::AsRawFd;

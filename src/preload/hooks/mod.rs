@@ -4,6 +4,7 @@
 //! Each looks whether the path or the descriptor is one of ours, and is otherwise the next
 //! library's. Functions that are variadic in C take what they may be given: on x86-64 and AArch64 a
 //! variadic integer comes where a named one does, and what was not given is not used.
+#![allow(unsafe_code)]
 
 mod descriptors;
 mod io;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Opening paths.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, CStr};
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What paths and descriptors are said to be: character devices that everybody may read and write.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int};
 use std::os::fd::RawFd;

@@ -8,6 +8,7 @@
 //! do to its mapping does not keep devices from it ([`sys::copy_anyway`]). Pages that the program
 //! discards, or cuts out of their file, are gone for devices, too: a kernel would leave them those;
 //! here that is said ([`crate::memory::taken`]).
+#![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fs::File;

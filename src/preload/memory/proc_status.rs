@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `/proc/PID/status` with what emulated iommufds have pinned and locked: `VmPin` and `VmLck`, as a
 //! kernel adds them up.
-#![forbid(unsafe_code)]
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;

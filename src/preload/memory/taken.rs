@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the program does to pinned memory that a kernel would leave to the devices and this library
 //! cannot: it is said when it happens, the first time, the second, the fourth and so on.
-#![forbid(unsafe_code)]
 
 use std::ffi::c_int;
 use std::fmt::Arguments;

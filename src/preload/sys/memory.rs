@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory: that of processes, and mappings.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_long, c_void};
 use std::fs::File;

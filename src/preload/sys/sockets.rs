@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Sockets: pairs, names, messages with descriptors.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_long, c_void};
 use std::mem::size_of;

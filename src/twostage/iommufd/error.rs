@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a verb says when it fails: Linux's errno, the verb, the object, and what to do.
-#![forbid(unsafe_code)]
 
 use std::borrow::Cow;
 use std::fmt;

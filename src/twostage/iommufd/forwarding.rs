@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A host that has another one serve its verbs, and its say about each of them.
-#![forbid(unsafe_code)]
 
 use std::fmt::{Debug, Display};
 use std::ops::RangeInclusive;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The trait of the verbs.
-#![forbid(unsafe_code)]
 
 use std::fmt::Debug;
 use std::ops::RangeInclusive;

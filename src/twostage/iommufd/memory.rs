@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory of this process that an IOAS can map.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Queues that a host fills and its user reads: page requests, and events of vIOMMUs.
-#![forbid(unsafe_code)]
 
 use std::fmt::Debug;
 use std::sync::Arc;

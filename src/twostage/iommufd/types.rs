@@ -4,7 +4,6 @@
 //! Structures that carry hardware words are those of `iommufd-bindings`; what is an enumeration
 //! with a length and a pointer in the uAPI is an `enum` here, so that an illegal pair of
 //! `data_type` and `data_len` cannot be written down.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::ops::RangeInclusive;

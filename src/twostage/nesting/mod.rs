@@ -15,7 +15,6 @@
 //!
 //! Nothing here ever sees guest memory or registers, nor leaves DMA on a translation that the guest
 //! has taken back.
-#![forbid(unsafe_code)]
 
 mod error;
 mod host_unit;

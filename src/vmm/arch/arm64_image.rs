@@ -2,7 +2,6 @@
 //! Image: Linux's own kernel image for arm64.
 //!
 //! Source: Linux, `Documentation/arch/arm64/booting.rst`, "Call the kernel image".
-#![forbid(unsafe_code)]
 
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An arm64 machine's clock that runs on a battery: a PL031, without its interrupt. It shows the
 //! host's time, or what the guest has set.
-#![forbid(unsafe_code)]
 
 use std::sync::{Mutex, PoisonError};
 

@@ -4,7 +4,6 @@
 //! What an image is, and what it is told and how, is the architecture's
 //! ([`arch::boot`](crate::arch::boot)). An image is somebody's file: every number in it is checked
 //! against the file and against guest memory.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::fs::File;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! How long a machine that resets itself at once waits until it starts again.
-#![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `twostage info`.
-#![forbid(unsafe_code)]
 
 use std::fs;
 use std::io::{self, Write};

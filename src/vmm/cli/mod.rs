@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The command line, in the habits of cloud-hypervisor's.
-#![forbid(unsafe_code)]
 
 mod backoff;
 mod files;

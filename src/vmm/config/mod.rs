@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a machine is built from. The command line is one way to fill these in.
-#![forbid(unsafe_code)]
 
 mod check;
 mod payload;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a machine boots.
-#![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 

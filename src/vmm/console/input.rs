@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Reading what is there, and never waiting for more: others may read from the same terminal or
 //! pipe, and take what was there a moment ago.
-#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, IsTerminal};

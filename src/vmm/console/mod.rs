@@ -4,7 +4,6 @@
 //! A terminal is raw while the guest has it, and read even when the guest reads nothing, for
 //! `Ctrl-A x` must end the machine of a guest that hangs. Anything else is only read as far as the
 //! guest reads.
-#![forbid(unsafe_code)]
 
 pub(crate) mod deadline;
 mod input;

@@ -4,7 +4,6 @@
 //! A thread of its own writes them, from a buffer that has a limit. What finds the buffer full is
 //! dropped, until all of it is written, and one line says how much that was: neither a vCPU nor the
 //! end of a machine hangs on who reads a terminal or a pipe.
-#![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Writing to a descriptor whose reader may be slow, stopped or gone, with a limit to the wait.
-#![forbid(unsafe_code)]
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};

@@ -3,7 +3,6 @@
 //!
 //! It belongs to the whole process and to others besides: to the shell, which takes it away when
 //! the process goes to the background. Whoever is there leaves it alone.
-#![forbid(unsafe_code)]
 
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicBool, Ordering};

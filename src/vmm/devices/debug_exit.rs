@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The debug-exit register: what a guest writes becomes the exit code of the process.
-#![forbid(unsafe_code)]
 
 use crate::bus::BusDevice;
 use crate::process::stop::{StopReason, Stopper};

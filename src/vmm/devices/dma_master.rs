@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! How an emulated device makes memory requests.
-#![forbid(unsafe_code)]
 
 use vm_memory::{Bytes, GuestAddress};
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Requests to the interrupt range: messages, whoever makes them and however.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;

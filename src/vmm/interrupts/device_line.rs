@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Interrupt lines that an assigned device asserts by an eventfd: as far as the interrupt
 //! controllers are in the kernel, all of it happens there.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Messages to the interrupt controllers in the kernel.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;

@@ -2,7 +2,6 @@
 //! Interrupts: how devices reach the interrupt controllers, which are the architecture's.
 //!
 //! A line is an input of theirs. A message is remapped on its way, where a virtual IOMMU does that.
-#![forbid(unsafe_code)]
 
 pub(super) mod device_line;
 mod gsi;

@@ -5,7 +5,6 @@
 //! There is one host with one IOAS, the guest's memory. Each virtual IOMMU has a host side of its
 //! own over it. Where the host is in this process, an emulated unit of its own is behind that;
 //! where it is the kernel, a unit of this machine is.
-#![forbid(unsafe_code)]
 
 mod direct;
 mod host;

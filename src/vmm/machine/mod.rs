@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A machine: its parts, put together and run.
-#![forbid(unsafe_code)]
 
 pub(crate) mod topology;
 mod vcpu;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The PCI bus of a machine, as its configuration has it.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fs::File;

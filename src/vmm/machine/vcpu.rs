@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread that each vCPU runs in.
-#![forbid(unsafe_code)]
 
 use std::ops::ControlFlow;
 use std::sync::Arc;

@@ -3,7 +3,6 @@
 //!
 //! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
 //! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9 PASID).
-#![forbid(unsafe_code)]
 
 mod bar;
 mod bus;

@@ -4,7 +4,6 @@
 //! A guest that ends the machine through the debug-exit port chooses the code itself: the value it
 //! wrote, modulo 256; a guest that switches the machine off ends it with 0. The codes below are
 //! those of the command; they follow `sysexits.h`.
-#![forbid(unsafe_code)]
 
 /// The command line cannot be understood or contradicts itself.
 pub const USAGE: u8 = 64;

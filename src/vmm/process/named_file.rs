@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Opening a file that the user names. Whatever is there, the open does not wait: a FIFO would have
 //! it wait for its other end, and a terminal for its line, for ever and deaf to signals.
+#![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Signals as events: handlers only set a bit and wake the event loop. What whoever started the
 //! process wanted ignored stays ignored.
-#![forbid(unsafe_code)]
 
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;

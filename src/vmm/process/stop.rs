@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! How a machine is told to stop, and why it did.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};

@@ -18,7 +18,6 @@
 //! | `fault`, `interrupt fault` | what was refused, why, and whether the guest is told |
 //! | `interrupt` | messages as a function or the IOAPIC sent them, `MSI` as the LAPICs get them, routes that were triggered |
 //! | `device` | queues that were notified, buffers given back, DMA of `edu` |
-#![forbid(unsafe_code)]
 
 mod observers;
 

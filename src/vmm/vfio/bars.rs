@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The BARs of an assigned device: which it has, and what of each is the guest's without an exit.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::io;

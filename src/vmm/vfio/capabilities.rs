@@ -4,7 +4,6 @@
 //!
 //! The lists come from a device, and so does all that is in them: a pointer may lead anywhere. Each
 //! walk ends at the first pointer that leads back, or to where no capability can be.
-#![forbid(unsafe_code)]
 
 use crate::pci::layout::{
     CAPABILITIES_POINTER, CAPABILITY_EXPRESS, CAPABILITY_MSI, CAPABILITY_MSIX, CAPABILITY_VENDOR,

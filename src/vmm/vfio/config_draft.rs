@@ -5,7 +5,6 @@
 //! Offsets are of header registers, and of capabilities with the room that their list gives them:
 //! all that is written here lies in configuration space, whatever the device says. What would not
 //! is left out, and reads as zero.
-#![forbid(unsafe_code)]
 
 use std::ops::Range;
 

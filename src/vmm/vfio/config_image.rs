@@ -15,7 +15,6 @@
 //! | expansion ROM | none | firmware would run it, and guests here have none |
 //! | capabilities pointer | the list that is left | see the tables of `capabilities.rs` |
 //! | interrupt line and pin | its own; INTA if the device has INTx | each function here is alone on its device |
-#![forbid(unsafe_code)]
 
 use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,

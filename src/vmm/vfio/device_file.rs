@@ -4,6 +4,7 @@
 //! The structures are those of `vfio-bindings`. The calls are made here and not through
 //! `vfio-ioctls`, whose device owns its container or IOAS, believes every chain of capabilities,
 //! and loses the kernel's errno, without which a user cannot be told what to do.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;

@@ -7,7 +7,6 @@
 //! maps it in stage 2. So the guest has to map the same address to itself in stage 1, as it is
 //! told: by reserved memory of the device tree, or an RMR node of the IORT. One that does not gets
 //! a translation fault for each message, and its driver waits forever.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::ops::RangeInclusive;

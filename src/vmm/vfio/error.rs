@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What can keep a device from being assigned, in one line.
-#![forbid(unsafe_code)]
 
 use std::io;
 use std::ops::RangeInclusive;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An assigned device as a PCI function of the guest.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::ops::Range;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which kind of interrupts an assigned device uses just now: what the guest's capabilities say, as
 //! VFIO has it, where only one kind is on at a time.
-#![forbid(unsafe_code)]
 
 use std::sync::{Arc, Mutex, PoisonError};
 

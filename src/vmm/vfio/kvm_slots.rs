@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory of devices as memory slots of KVM.
+#![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::fmt;

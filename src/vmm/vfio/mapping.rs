@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A piece of a device's file in this process's memory.
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::fs::File;

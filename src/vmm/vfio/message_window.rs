@@ -5,7 +5,6 @@
 //! On arm64 Linux sets aside a window of IOVAs for it and tells in sysfs
 //! (`Documentation/ABI/testing/sysfs-kernel-iommu_groups`, `reserved_regions`). It is a constant of
 //! its SMMU driver ([`MSI_WINDOW`]), of which nobody promises that it stays.
-#![forbid(unsafe_code)]
 
 use std::fs;
 use std::ops::RangeInclusive;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! MSI of an assigned device (PCIe 6.0 §7.7.1): the guest's capability as vectors.
-#![forbid(unsafe_code)]
 
 use super::vectors::Vectors;
 use crate::pci::layout::MsiControl;

@@ -6,7 +6,6 @@
 //! two thousand, of which a driver uses ten. From then on VFIO writes its eventfd while the
 //! device's messages are on. While the guest masks the vector nobody reads that eventfd, so that
 //! what comes is kept there and goes out by the next message.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::fmt;

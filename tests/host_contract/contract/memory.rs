@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory for devices.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::FromRawFd;

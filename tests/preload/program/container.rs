@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! VFIO as programs knew it before iommufd: a container, a group, a device of the group.
+#![allow(unsafe_code)]
 
 use crate::processes::child;
 use crate::uapi::*;

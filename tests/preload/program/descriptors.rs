@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What can be done with the descriptors, and what is said of the paths.
+#![allow(unsafe_code)]
 
 use crate::processes::child;
 use crate::uapi::*;

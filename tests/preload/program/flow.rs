@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The nested flow: guest memory behind a nesting parent, guest tables on it, DMA through both.
+#![allow(unsafe_code)]
 
 use crate::guest::{Guest, MEMORY, PAGE};
 use crate::uapi::*;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory that is mapped for a device stays its memory, whatever the program does with the
 //! addresses.
+#![allow(unsafe_code)]
 
 use crate::uapi::*;
 use std::ptr::null_mut;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Page requests: a device asks for a page that the guest's tables do not have, and goes on when it
 //! is told that they have it.
+#![allow(unsafe_code)]
 
 use std::io::{Error, Result};
 use std::mem::size_of;

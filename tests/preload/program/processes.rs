@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Descriptors in several processes and threads.
+#![allow(unsafe_code)]
 
 use crate::uapi::*;
 use std::os::fd::RawFd;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Raw ioctls of vIOMMUs, and what an SMMUv3 finds in memory.
+#![allow(unsafe_code)]
 
 use std::io::Result;
 use std::mem::size_of;

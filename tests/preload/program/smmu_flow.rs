@@ -2,6 +2,7 @@
 //! The nested flow on an SMMUv3: guest memory behind a nesting parent, a vIOMMU on it, a stream of
 //! the guest's through its context descriptor and tables. The same program runs over Linux's own
 //! iommufd; what it prints must be the same.
+#![allow(unsafe_code)]
 
 use crate::guest::{Guest, MEMORY, PAGE};
 use crate::smmu::*;

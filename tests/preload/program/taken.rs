@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a program may do to memory and files that are mapped for a device, and which files can be.
+#![allow(unsafe_code)]
 
 use crate::uapi::*;
 use std::fs::File;

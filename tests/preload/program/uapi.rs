@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Raw ioctls, their structures, and an edu-like device behind a VFIO character device.
+#![allow(unsafe_code)]
 
 use std::ffi::CString;
 use std::fs::File;

@@ -4,7 +4,6 @@
 //! A queue has a lock of its own: who reports and who reads need no other. The watcher is told, and
 //! devices are answered (which takes the lock of their page requests), with it held. A read never
 //! waits; who wants to sleep until there is something gives the queue a [`Readiness`].
-#![forbid(unsafe_code)]
 
 mod faults;
 mod vevents;

@@ -8,7 +8,6 @@
 //! number even by a release store. Who looks up takes the words for one entry only when the number
 //! was even before, read with acquire, and is the same after, read behind an acquire fence. All
 //! words are atomics, so a torn read is no data race, merely a miss.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};

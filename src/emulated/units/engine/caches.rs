@@ -3,7 +3,6 @@
 //!
 //! What is cached stays until it is invalidated or evicted, whatever becomes of the tables that it
 //! came from. What is not present or faults is never cached.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU64;

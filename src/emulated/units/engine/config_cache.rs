@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where the configuration of a requester is, by PASID: what one of its threads keeps of it.
-#![forbid(unsafe_code)]
 
 /// Lines of the cache, each for the PASIDs of one remainder.
 const LINES: usize = 8;

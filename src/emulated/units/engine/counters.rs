@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a unit counts.
-#![forbid(unsafe_code)]
 
 use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};

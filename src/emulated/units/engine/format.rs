@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a format of user-owned tables tells the walker.
-#![forbid(unsafe_code)]
 
 use std::fmt::Debug;
 use std::ops::BitAnd;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The host's stage 2, as one context goes through it.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

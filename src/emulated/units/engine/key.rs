@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What cached translations are found by, and whose are meant.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 

@@ -4,7 +4,6 @@
 //! A cache entry names a memory by a small number and keeps nothing alive by itself; this table
 //! does, so that a hit costs no reference counting. Any thread may add a memory while others look
 //! up; [`Memories::retain`] has the table to itself.
-#![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};

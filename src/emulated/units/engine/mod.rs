@@ -7,7 +7,6 @@
 //! access. Which configuration serves a request, what its tables look like and what a fault is are
 //! the architecture's; a request then meets the same IOTLB, paging-structure cache and cache of
 //! stage-2 translations everywhere.
-#![forbid(unsafe_code)]
 
 mod cache;
 mod caches;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the entries of the caches were made from.
-#![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

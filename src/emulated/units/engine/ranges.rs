@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Ranges of addresses, several at a time.
-#![forbid(unsafe_code)]
 
 /// Addresses `first..=last`, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Requests, their kinds, and who may do what.
-#![forbid(unsafe_code)]
 
 /// What a request wants: read or write, as user or supervisor, to execute or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

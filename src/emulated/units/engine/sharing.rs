@@ -3,7 +3,6 @@
 //!
 //! What is cached of a tag or of a stage 2 has to go some time after its last context has gone.
 //! Counting them makes a change of one attachment cost the same however many others there are.
-#![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

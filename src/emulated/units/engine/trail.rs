@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The entries on the way of an IOVA, as they were read from memory.
-#![forbid(unsafe_code)]
 
 use super::format::TableFormat;
 

@@ -7,6 +7,7 @@
 //! fence here on the side where the gate relies on it: after what is stored, before what is loaded.
 //! A store, a fence and a load give no less, and no more, than what the gate's documentation
 //! argues with.
+#![allow(unsafe_code)]
 
 pub(super) use std::sync::atomic::Ordering;
 

@@ -3,7 +3,6 @@
 //! and substream. It stays until it is invalidated, whatever becomes of the descriptors in memory.
 //!
 //! Any thread may add to it while others look up; dropping has it to itself.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock, PoisonError};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a context descriptor says (§5.4), if it says anything.
-#![forbid(unsafe_code)]
 
 use super::config::SmmuV3UnitConfig;
 use super::stage1::Stage1;

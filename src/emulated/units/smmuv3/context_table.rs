@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Finding a context descriptor in the user's tables, through stage 2 (§3.3.2, §5.2, §5.3).
-#![forbid(unsafe_code)]
 
 use std::sync::atomic::Ordering;
 

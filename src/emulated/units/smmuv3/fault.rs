@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Why a transaction was terminated, and the record that says so (§7.3).
-#![forbid(unsafe_code)]
 
 use crate::units::engine::{Request, Stage2Refusal};
 use twostage::spec::smmuv3::event::{EventClass, EventId, EventRecord, SecondAddress};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an invalidation command drops (§4.3, §4.4).
-#![forbid(unsafe_code)]
 
 use crate::units::engine::{Caches, IovaRange, Scope, Spaces};
 use crate::units::hardware::CacheTag;

@@ -7,7 +7,6 @@
 //! way it meets the caches that hardware has: of context descriptors, of table descriptors, and an
 //! IOTLB tagged by VMID and ASID, whose entries stay until a command drops them. A guest that
 //! forgets one sees it here as it would on hardware.
-#![forbid(unsafe_code)]
 
 mod config;
 mod configurations;

@@ -4,7 +4,6 @@
 //! Stream table entries are the host's driver's here, which changes them and what is cached of them
 //! together. So a guest that forgets CMD_CFGI_STE is not found out: the entry that the host has is
 //! then still the old one, too.
-#![forbid(unsafe_code)]
 
 use super::configurations::Configuration;
 use super::context::AddressSpace;

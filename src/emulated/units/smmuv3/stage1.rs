@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Stage-1 tables, VMSAv8-64, as the walker sees them (§3.4, §5.4).
-#![forbid(unsafe_code)]
 
 use super::fault::Fault;
 use crate::units::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};

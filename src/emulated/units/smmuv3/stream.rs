@@ -3,7 +3,6 @@
 //!
 //! Who is not in it has an entry that aborts. Substreams that the host owns are in it, too: it
 //! plays the host's own tables of context descriptors.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

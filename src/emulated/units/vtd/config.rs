@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an emulated VT-d unit can do, and the registers that say so.
-#![forbid(unsafe_code)]
 
 use crate::units::engine::CacheSizes;
 use crate::units::hardware::UserTables;

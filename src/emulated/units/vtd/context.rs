@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the host-side PASID table says of one requester.
-#![forbid(unsafe_code)]
 
 use super::config::{AddressWidth, VtdUnitConfig};
 use super::first_stage::FirstStage;

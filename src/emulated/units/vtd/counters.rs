@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a unit has counted.
-#![forbid(unsafe_code)]
 
 use crate::units::engine::Totals;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Why a request was blocked.
-#![forbid(unsafe_code)]
 
 use crate::units::engine::RequestKind;
 use twostage::spec::vtd::fault::FaultReason;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! First-stage tables, as the walker sees them (§3.6, §9.7).
-#![forbid(unsafe_code)]
 
 use super::fault::Fault;
 use super::reasons::{page_refused, Reasons};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The host-side PASID table. A requester's PASID cache is in front of it.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Why a walk fails, for causes that every format of tables has.
-#![forbid(unsafe_code)]
 
 use super::fault::Fault;
 use crate::units::engine::{At, Stage2Refusal};

@@ -3,7 +3,6 @@
 //!
 //! The guest's context and PASID tables are not the host's to read. Where a VMM lends them
 //! ([`ContextTables`]), a request that goes another way than they say is a finding, too.
-#![forbid(unsafe_code)]
 
 use std::sync::{OnceLock, Weak};
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Second-stage tables that the user owns, as the walker sees them (§3.7, §9.8).
-#![forbid(unsafe_code)]
 
 use super::fault::Fault;
 use super::reasons::{page_refused, Reasons};

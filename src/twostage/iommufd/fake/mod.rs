@@ -5,7 +5,6 @@
 //! (`EBUSY`), one nesting parent and one kind of vIOMMU per physical IOMMU (`EINVAL`), vDEVICEs
 //! before attachments, which commands an SMMU takes, and what a failed replace leaves behind. Page
 //! tables and DMA are the emulated host's business.
-#![forbid(unsafe_code)]
 
 mod queues;
 mod state;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! VFIO character devices: where one is, and one that is bound.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};

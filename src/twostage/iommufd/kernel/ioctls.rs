@@ -7,6 +7,7 @@
 //! which writes the IOVA, a shared reference. Binding and attaching are here because
 //! `vfio-ioctls` does both inside a device of its own, which wants an IOAS and KVM, keeps the id of
 //! the page table that was attached to itself, and panics when a device cannot be detached.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::mem::size_of;

@@ -3,7 +3,6 @@
 //!
 //! The kernel says no more than a number. What it stands for is read from Linux 7.2's checks; where
 //! several things end in one number, all are named, the likely one first.
-#![forbid(unsafe_code)]
 
 use std::borrow::Cow;
 

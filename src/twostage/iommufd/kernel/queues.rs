@@ -5,7 +5,6 @@
 //! a thread that waits for the file; it is told under the lock of what was read, each time after a
 //! fresh look at the file, so that the last word is always the right one. A file that polls as
 //! broken is told as readable: whoever reads it finds the error.
-#![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::fmt;

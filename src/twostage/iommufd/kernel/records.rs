@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What is read from fault queues and vEVENTQs, taken apart.
-#![forbid(unsafe_code)]
 
 use std::mem::{offset_of, size_of};
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the granularities of an IOTLB invalidation name (§6.5.2.3, §6.5.2.4).
-#![forbid(unsafe_code)]
 
 use crate::spec::pci::Pasid;
 use crate::spec::vtd::qi::{AddressMask, IotlbScope};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The units of a host, as far as a virtual one in front of them must know them.
-#![forbid(unsafe_code)]
 
 use crate::spec::vtd::regs::{Cap, Ecap};
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An arm64 machine's devices that are not on the PCI bus, and its power.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

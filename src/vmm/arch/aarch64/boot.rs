@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Kernel images of an arm64 machine, and the state the first vCPU starts in.
-#![forbid(unsafe_code)]
 
 use vm_memory::{Bytes, GuestAddress};
 

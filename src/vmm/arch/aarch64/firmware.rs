@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What tells an arm64 guest of its machine: the device tree.
-#![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The probe: what this machine's KVM can do, and whether Linux runs on it.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 

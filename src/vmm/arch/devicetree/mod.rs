@@ -3,7 +3,6 @@
 //!
 //! Source: Devicetree Specification 0.4; Linux, `Documentation/devicetree/bindings`, by the names
 //! in `compatible`.
-#![forbid(unsafe_code)]
 
 mod interrupts;
 mod pci;

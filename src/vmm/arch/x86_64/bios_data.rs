@@ -3,7 +3,6 @@
 //! operating system that starts its other processors looks there for memory that nobody uses.
 //!
 //! Source: System BIOS for IBM PCs, Compatibles, and EISA Computers (Phoenix), "BIOS Data Area".
-#![forbid(unsafe_code)]
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 

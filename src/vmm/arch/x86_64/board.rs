@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A PC's devices that are not on the PCI bus, and its I/O ports.
-#![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;

@@ -6,7 +6,6 @@
 //! each), and that there is a hypervisor.
 //!
 //! Source: Intel SDM Vol. 2 (CPUID) and AMD APM Vol. 3, appendix E; the leaf numbers are theirs.
-#![forbid(unsafe_code)]
 
 use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 

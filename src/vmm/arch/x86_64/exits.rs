@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Exits of a PC's vCPUs, brought to the device that answers.
-#![forbid(unsafe_code)]
 
 use kvm_ioctls::VcpuExit;
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a PC's firmware leaves in memory: ACPI's tables, the BIOS data area, and a way to reset the
 //! machine.
-#![forbid(unsafe_code)]
 
 use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;

@@ -3,7 +3,6 @@
 //!
 //! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset
 //! register); the ports of the reset register are a PC chipset's.
-#![forbid(unsafe_code)]
 
 use std::sync::{Mutex, PoisonError};
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A PC's vCPUs: how they are set up, and what becomes of an exit.
+#![allow(unsafe_code)]
 
 use std::ops::ControlFlow;
 

@@ -5,7 +5,6 @@
 //! buffer. A DMA is done by a worker of the device and is over as soon as it is over. One
 //! addition: with `pasid=on` the function has a PASID capability, and while software has that
 //! enabled, register 0xA0 puts a PASID on the DMA.
-#![forbid(unsafe_code)]
 
 mod dma;
 mod registers;

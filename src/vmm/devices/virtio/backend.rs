@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a device does, whatever transport it is on.
-#![forbid(unsafe_code)]
 
 use std::os::fd::RawFd;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What ends the work of a device.
-#![forbid(unsafe_code)]
 
 use crate::devices::NotNow;
 

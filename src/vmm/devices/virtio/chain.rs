@@ -3,7 +3,6 @@
 //!
 //! What a driver wrote is read one time and checked; nothing later depends on what it may write
 //! meanwhile. Buffers are translated anew in each section.
-#![forbid(unsafe_code)]
 
 use vm_memory::{Bytes, GuestAddress};
 

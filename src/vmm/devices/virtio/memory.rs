@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guest memory as a device reaches it: by GPA, or by IOVA through the IOMMU.
-#![forbid(unsafe_code)]
 
 use std::ops::Deref;
 use std::sync::Arc;

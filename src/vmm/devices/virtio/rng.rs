@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The entropy device (virtio 1.3 §5.4).
-#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, Read};

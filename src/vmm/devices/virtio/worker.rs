@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread of a device, from its driver's DRIVER_OK to the reset.
-#![forbid(unsafe_code)]
 
 use std::io;
 use std::os::fd::AsRawFd;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Eventfds of blocked routes, which somebody else writes: here they are read, each time, so that
 //! the interrupt is sent the long way and the guest is told that it is blocked.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a requester's DMA goes through, as the guest's tables of contexts have it.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the sanitizer found, in words that a driver's author can use.
-#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fmt;

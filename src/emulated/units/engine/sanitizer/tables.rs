@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the guest's tables say now.
-#![forbid(unsafe_code)]
 
 use std::sync::atomic::Ordering;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a requester was given.
-#![forbid(unsafe_code)]
 
 use crate::viommu::RequesterConfig;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An arm64 machine's interrupt controllers, all in the kernel.
-#![forbid(unsafe_code)]
 
 mod chip;
 mod lines;

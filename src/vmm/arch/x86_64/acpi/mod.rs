@@ -7,7 +7,6 @@
 //! memory map calls RAM.
 //!
 //! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
-#![forbid(unsafe_code)]
 
 pub mod dmar;
 mod dsdt;

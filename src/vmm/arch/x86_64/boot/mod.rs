@@ -3,7 +3,6 @@
 //!
 //! Three ways: Linux's own protocol for a bzImage, the PVH entry of an ELF64 image, and Multiboot
 //! (version 1) for an ELF32 image. All start in 32-bit protected mode with paging off.
-#![forbid(unsafe_code)]
 
 mod bzimage;
 mod elf;

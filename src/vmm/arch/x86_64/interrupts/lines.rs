@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The inputs of a PC's interrupt controllers.
-#![forbid(unsafe_code)]
 
 use std::io;
 use std::sync::{Arc, Weak};

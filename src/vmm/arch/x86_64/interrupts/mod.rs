@@ -3,7 +3,6 @@
 //!
 //! Either PIC, IOAPIC and LAPICs are in the kernel; or only the LAPICs are, and the IOAPIC is here,
 //! where a virtual IOMMU can remap its interrupts. Messages of devices are remapped in both cases.
-#![forbid(unsafe_code)]
 
 mod chip;
 mod ioapic;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An interrupt line to the IOAPIC here that an assigned device asserts by an eventfd.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The guest of a probe: one vCPU in 64-bit mode that runs one program in ring 0.
+#![allow(unsafe_code)]
 
 use std::fmt;
 use std::io;

@@ -3,7 +3,6 @@
 //!
 //! A program starts in 64-bit mode with [`DATA`] in RDI, 64 zeroed bytes and more. It shows with
 //! its last comparison (ZF) whether the result was right.
-#![forbid(unsafe_code)]
 
 use kvm_bindings::CpuId;
 

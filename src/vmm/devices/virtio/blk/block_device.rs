@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the kernel tells of a block device. Source: Linux `include/uapi/linux/fs.h`, and
 //! `Documentation/ABI/stable/sysfs-block`.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;

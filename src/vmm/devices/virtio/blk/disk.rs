@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A raw disk image, and the buffer between it and guest memory.
-#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Image formats that are not raw, by what their files start with.
-#![forbid(unsafe_code)]
 
 /// Where a format's mark is, the mark, and what `qemu-img` calls the format. Only marks that no
 /// disk has by chance.

@@ -10,6 +10,7 @@
 //!
 //! cloud-hypervisor locks the whole image, alone to write it and shared to read it. Here that is
 //! all but QEMU's bytes, where a lock would say something else.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;

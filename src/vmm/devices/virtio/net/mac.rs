@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Addresses of network devices.
-#![forbid(unsafe_code)]
 
 use std::fmt;
 use std::str::FromStr;

@@ -3,7 +3,6 @@
 //!
 //! Registers only: nothing here waits, or touches memory. What the driver does out of order or out
 //! of range is a [`Mistake`] and changes nothing.
-#![forbid(unsafe_code)]
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A window in configuration space through which the BAR can be accessed (virtio 1.3 §4.1.4.9), for
 //! software that cannot reach memory yet.
-#![forbid(unsafe_code)]
 
 use super::layout::{BAR, BAR_SIZE};
 use crate::pci::ConfigSpace;

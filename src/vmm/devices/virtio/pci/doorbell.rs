@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Notifications that reach the worker without an exit to user space, as far as there is a KVM.
-#![forbid(unsafe_code)]
 
 use std::sync::Arc;
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where the structures of a device are, and the capabilities that say so (virtio 1.3 §4.1.4).
-#![forbid(unsafe_code)]
 
 use super::common::COMMON_SIZE;
 use crate::pci::{ConfigSpace, MsixPlace};

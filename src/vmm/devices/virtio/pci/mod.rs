@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Virtio over PCI (virtio 1.3 §4.1), without the legacy interface and without INTx.
-#![forbid(unsafe_code)]
 
 mod common;
 mod config_window;
