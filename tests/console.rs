@@ -20,7 +20,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use child::{kernel, kvm, wait_for, Running, TWOSTAGE};
+use child::{kernel, kvm, wait_for, with_default_signals, Running, TWOSTAGE};
 use images::multiboot;
 use rustix::pipe::fcntl_setpipe_size;
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
@@ -43,7 +43,7 @@ fn flood(blocks: u32) -> (NamedTempFile, Vec<u8>) {
 }
 
 fn run(kernel: &NamedTempFile) -> Command {
-    let mut command = Command::new(TWOSTAGE);
+    let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--report", "none", "--memory", "size=16M", "--kernel"]);
     command.arg(kernel.path()).stdin(Stdio::null());
     command
@@ -243,7 +243,7 @@ fn the_background_leaves_the_terminal_alone_and_the_foreground_takes_it() {
         runs = path("runs"),
         code = path("code")
     );
-    let mut command = Command::new("setsid");
+    let mut command = with_default_signals("setsid");
     command.args(["--ctty", "--wait", "sh", "-mc", &script]).stdin(pty.stdio());
     let mut shell = Running::new(command.stdout(Stdio::null()).stderr(Stdio::null()));
     wait_for("a machine in the background", || {
@@ -279,7 +279,7 @@ fn a_background_machine_that_ends_changes_no_terminal() {
          kill -TERM $pid; wait $pid; [ $? = 143 ]",
         image.path().display(),
     );
-    let mut command = Command::new("setsid");
+    let mut command = with_default_signals("setsid");
     command.args(["--ctty", "--wait", "sh", "-mc", &script]).stdin(pty.stdio());
     let mut shell = Running::new(command.stdout(Stdio::null()).stderr(Stdio::null()));
     assert_eq!(shell.end().code(), Some(0));
@@ -326,7 +326,7 @@ fn flooded(blocks: u32, writer: PipeWriter) -> (Running, Vec<u8>) {
     all.resize(4096, 0);
     let all = all.repeat(blocks as usize);
     let (image, report) = (kernel(&multiboot(&code)), NamedTempFile::new().unwrap());
-    let mut command = Command::new(TWOSTAGE);
+    let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--memory", "size=16M", "--kernel"]).arg(image.path());
     command.arg("--report").arg(format!("json,file={}", report.path().display()));
     command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
@@ -368,7 +368,7 @@ fn standard_error_that_nobody_reads_holds_nothing_up() {
     // Both of one pipe, as with 2>&1, and full.
     let (_reader, mut writer) = small_pipe();
     writer.write_all(&[0; 4096]).unwrap();
-    let mut command = Command::new(TWOSTAGE);
+    let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--memory", "size=16M", "--kernel"]).arg(image.path());
     command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer);
     // The report, too, cannot be written.
@@ -407,7 +407,7 @@ fn reports_that_nobody_reads_do_not_keep_the_guest_from_its_input() {
     let image = kernel(&multiboot(&code::ECHO));
     let (_reader, mut full) = small_pipe();
     full.write_all(&[0; 4096]).unwrap();
-    let mut command = Command::new(TWOSTAGE);
+    let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--memory", "size=16M", "--kernel"]).arg(image.path());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(full);
     let mut machine = Running::new(&mut command);

@@ -5,6 +5,8 @@
 //! The images are built here when they are not yet. Without KVM these tests fail, unless
 //! `TWOSTAGE_KVM=off` says that they are to be left out.
 
+#[path = "common/child.rs"]
+mod child;
 #[path = "guest/devices.rs"]
 mod devices;
 

@@ -16,7 +16,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use child::{kernel, kvm, wait_for, Running, TWOSTAGE};
+use child::{kernel, kvm, wait_for, with_default_signals, Running, TWOSTAGE};
 use images::multiboot;
 use tempfile::{NamedTempFile, TempDir};
 use twostage_vmm::exit_code::{NO_INPUT, OS_ERROR};
@@ -28,7 +28,7 @@ fn idle() -> NamedTempFile {
 
 /// Runs the command behind `before` in a shell, with these options more.
 fn run_after(before: &str, kernel: &Path, more: &[&str]) -> Command {
-    let mut command = Command::new("sh");
+    let mut command = with_default_signals("sh");
     let script = format!("{before}; exec \"$0\" \"$@\"");
     command.args(["-c", &script, TWOSTAGE, "run", "--kernel"]).arg(kernel);
     for option in [["--report", "none"], ["--memory", "size=16M"]] {
@@ -110,7 +110,7 @@ fn a_report_that_is_asked_for_too_early_comes_when_there_is_one() {
     let (image, initramfs) = (idle(), NamedTempFile::new().unwrap());
     // Takes a while to load.
     initramfs.as_file().set_len(512 << 20).unwrap();
-    let mut command = Command::new(TWOSTAGE);
+    let mut command = with_default_signals(TWOSTAGE);
     command.args(["run", "--memory", "size=1G", "--kernel"]).arg(image.path());
     command.arg("--initramfs").arg(initramfs.path());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

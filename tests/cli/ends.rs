@@ -6,14 +6,14 @@ use super::*;
 /// A guest that says that it runs, and then waits for ever.
 fn waiting_guest(more: &[&str]) -> (Child, NamedTempFile) {
     let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
-    let mut child = Command::new(TWOSTAGE)
-        .args(["run", "--cpus", "boot=2", "--kernel", text(&image)])
-        .args(more)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = spawn(
+        with_default_signals(TWOSTAGE)
+            .args(["run", "--cpus", "boot=2", "--kernel", text(&image)])
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    );
     let mut byte = [0];
     child.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
     (child, image)
@@ -61,12 +61,12 @@ fn a_trace_that_is_cut_off_ends_with_a_whole_event() {
         &[code::repeat(2000, &[read]), code::print("."), code::HALT.to_vec()].concat(),
     ));
     let trace = NamedTempFile::new().unwrap();
-    let mut child = Command::new(TWOSTAGE)
-        .args(["run", "--iommu", "vtd", "--trace", text(&trace), "--kernel", text(&image)])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = spawn(
+        with_default_signals(TWOSTAGE)
+            .args(["run", "--iommu", "vtd", "--trace", text(&trace), "--kernel", text(&image)])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped()),
+    );
     child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
@@ -117,7 +117,7 @@ fn the_terminal_is_left_as_it_was() {
             "{how} '{TWOSTAGE}' run --report none --kernel '{}'; echo code $?; stty -a",
             text(kernel)
         );
-        let output = Command::new("script")
+        let output = with_default_signals("script")
             .args(["-q", "-e", "-c", &script, "/dev/null"])
             .stdin(Stdio::null())
             .output();
@@ -140,13 +140,14 @@ fn a_guest_that_hangs_is_ended_when_its_time_is_over() {
     }
     let image = kernel(&multiboot(&code::HALT));
     let log = TempDir::new().unwrap();
-    let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/nested/here"))
-        .args(["--timeout", "1", "--binary", TWOSTAGE, "--log"])
-        .arg(log.path())
-        .args(["--", "run", "--report", "none", "--kernel", text(&image)])
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let output =
+        with_default_signals(concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/nested/here"))
+            .args(["--timeout", "1", "--binary", TWOSTAGE, "--log"])
+            .arg(log.path())
+            .args(["--", "run", "--report", "none", "--kernel", text(&image)])
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(124), "{stderr}");
     assert!(stderr.contains("NOT ENDED within 1 s"), "{stderr}");

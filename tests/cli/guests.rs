@@ -51,11 +51,11 @@ fn what_is_typed_reaches_the_guest() {
         0xf4, 0xf4,
     ];
     let image = kernel(&multiboot(&echo));
-    let mut child = Command::new(TWOSTAGE)
-        .args(["run", "--report", "none", "--kernel", text(&image)])
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = spawn(
+        with_default_signals(TWOSTAGE)
+            .args(["run", "--report", "none", "--kernel", text(&image)])
+            .stdin(Stdio::piped()),
+    );
     child.stdin.take().unwrap().write_all(b"*").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(b'*'.into()));
 }
@@ -86,15 +86,15 @@ fn a_reset_can_start_the_machine_again() {
     let serial = format!("file={}", file.display());
     let disk = kernel(&[0; 512]);
     let (report, trace) = (dir.path().join("report"), dir.path().join("trace"));
-    let mut child = Command::new(TWOSTAGE)
-        .args(["run", "--on-reset", "restart", "--serial", &serial])
-        .args(["--report", &format!("json,file={}", report.display())])
-        .args(["--trace", trace.to_str().unwrap(), "--iommu", "vtd"])
-        .args(["--kernel", text(&image), "--memory", "size=16M"])
-        // Each life has it for itself.
-        .args(["--disk", &format!("path={},iommu=off", text(&disk))])
-        .spawn()
-        .unwrap();
+    let mut child = spawn(
+        with_default_signals(TWOSTAGE)
+            .args(["run", "--on-reset", "restart", "--serial", &serial])
+            .args(["--report", &format!("json,file={}", report.display())])
+            .args(["--trace", trace.to_str().unwrap(), "--iommu", "vtd"])
+            .args(["--kernel", text(&image), "--memory", "size=16M"])
+            // Each life has it for itself.
+            .args(["--disk", &format!("path={},iommu=off", text(&disk))]),
+    );
     // Every life adds to the file.
     wait_until("three lives of the guest", || {
         assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");

@@ -4,6 +4,8 @@
 //! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
 //! none.
 
+#[path = "../common/child.rs"]
+mod child;
 #[path = "../common/code.rs"]
 mod code;
 #[path = "../../src/vmm/arch/x86_64/boot/test_images.rs"]
@@ -18,6 +20,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
+use child::{kernel, kvm, spawn, with_default_signals, TWOSTAGE};
 use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
@@ -25,16 +28,8 @@ use twostage_vmm::exit_code::{
     GUEST_RESET, GUEST_STUCK, IO_ERROR, NO_INPUT, OS_ERROR, UNAVAILABLE, USAGE,
 };
 
-const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
-
 fn twostage(args: &[&str]) -> Output {
-    Command::new(TWOSTAGE).args(args).stdin(Stdio::null()).output().unwrap()
-}
-
-fn kernel(image: &[u8]) -> NamedTempFile {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(image).unwrap();
-    file
+    with_default_signals(TWOSTAGE).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
 fn text(path: &NamedTempFile) -> &str {
@@ -49,15 +44,6 @@ fn assert_refused(output: &Output, code: u8, hint: &str) {
     assert!(stderr.starts_with("twostage: error: "), "{stderr}");
     assert!(stderr.contains(hint), "'{stderr}' does not say '{hint}'");
     assert!(output.stdout.is_empty());
-}
-
-/// Whether guests can run here.
-fn kvm() -> bool {
-    let there = kvm_ioctls::Kvm::new().is_ok();
-    if !there {
-        eprintln!("no /dev/kvm: not tested");
-    }
-    there
 }
 
 fn signal(child: &Child, name: &str) {

@@ -39,21 +39,33 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Starts `program` with no signal ignored: those that were when the tests were started (nohup, a
+/// shell's background) would stay so.
+pub fn with_default_signals(program: &str) -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal", program]);
+    command
+}
+
+/// Starts `command`, which has ended when it takes too long: who reads from it, or waits for it,
+/// does not do so for ever.
+pub fn spawn(command: &mut Command) -> Child {
+    let child = command.spawn().unwrap();
+    let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+    std::thread::spawn(move || {
+        std::thread::sleep(LIMIT * 2);
+        // Fails when it has ended long since.
+        let _ = pidfd_send_signal(process, Signal::KILL);
+    });
+    child
+}
+
 /// A process that ends with its test.
 pub struct Running(pub Child);
 
 impl Running {
     pub fn new(command: &mut Command) -> Self {
-        let child = command.spawn().unwrap();
-        // Whoever reads from it, and would for ever, reads to its end then.
-        let pid = Pid::from_child(&child);
-        let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-        std::thread::spawn(move || {
-            std::thread::sleep(LIMIT * 2);
-            // Fails when it has ended long since.
-            let _ = pidfd_send_signal(process, Signal::KILL);
-        });
-        Self(child)
+        Self(spawn(command))
     }
 
     pub fn signal(&self, name: &str) {

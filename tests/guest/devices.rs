@@ -11,9 +11,9 @@ use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use tempfile::TempDir;
 use twostage::patience::wait_until;
 
+use super::child::{with_default_signals, TWOSTAGE};
 use super::{images, kvm, number, Value, LIMIT};
 
-const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 /// Bytes of the disk: no request of the guest's is longer.
 const DISK: u64 = 4 << 30;
 /// What `virtio=` on the guest's command line asks for.
@@ -25,7 +25,7 @@ const RESET: &str = "virtio=4";
 /// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in
 /// `directory`.
 fn command(directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
-    let mut command = Command::new("timeout");
+    let mut command = with_default_signals("timeout");
     command.args([LIMIT, TWOSTAGE]);
     run(command, directory, cmdline, arguments)
 }
@@ -98,7 +98,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Stops a machine whose devices are at work, which says so.
 fn assert_stops(arguments: &[&str]) {
     let directory = TempDir::new().unwrap();
-    let mut command = run(Command::new(TWOSTAGE), &directory, NEVER_DONE, arguments);
+    let mut command = run(with_default_signals(TWOSTAGE), &directory, NEVER_DONE, arguments);
     let mut child = Stop(command.spawn().unwrap());
     wait_until("the guest's requests", || read(&directory, "serial").contains("busy"));
     let id = child.0.id().to_string();
