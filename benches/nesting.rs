@@ -8,6 +8,7 @@ use criterion::{criterion_group, criterion_main, BatchSize, Criterion};
 use twostage::iommufd::fake::RecordingHost;
 use twostage::iommufd::{Extensions, HwCapabilities, HwInfo, HwInfoData};
 use twostage::nesting::vtd::{FlushSet, VtdNesting};
+use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{
     DomainTag, HostSide, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1,
@@ -21,7 +22,8 @@ const TAG: DomainTag = DomainTag { domain: 1, pasid: 0 };
 fn nested_device() -> (Arc<RecordingHost>, VtdNesting) {
     let host = RecordingHost::new(Extensions::default());
     host.mute();
-    let nesting = VtdNesting::new(host.clone()).expect("the recording host makes an IOAS");
+    let nesting =
+        VtdNesting::new(GuestIoas::new(host.clone()).expect("the recording host makes an IOAS"));
     let info =
         HwInfo { data: HwInfoData::None, capabilities: HwCapabilities::new(), max_pasid_log2: 0 };
     let rid = Bdf::from_raw(0x20);

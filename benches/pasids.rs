@@ -12,6 +12,7 @@ use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Through
 use twostage::iommufd::{HostIommu, Protection, UserMemory};
 use twostage::nesting::host_vtd;
 use twostage::nesting::vtd::VtdNesting;
+use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope, StatusWrite};
 use twostage::spec::vtd::regs::{self, Gcmd, Iqa, Rtaddr};
@@ -60,12 +61,13 @@ impl Machine {
         let unit = VtdUnit::new(VtdUnitConfig::default());
         let host = EmulatedHost::new();
         let id = host.add_unit(unit);
-        let nesting = Arc::new(VtdNesting::new(host.clone()).expect("an empty host"));
+        let nesting =
+            Arc::new(VtdNesting::new(GuestIoas::new(host.clone()).expect("an empty host")));
         let region = Arc::new(
             GuestRegionMmap::from_range(GuestAddress(0), MEMORY, None).expect("address space"),
         );
         let mapped = UserMemory::whole(region.clone());
-        nesting.map_memory(0, &mapped, Protection::READ_WRITE).expect("an empty IOAS");
+        nesting.ioas().unwrap().map(0, &mapped, Protection::READ_WRITE).expect("an empty IOAS");
         for (rid, name) in DEVICES.into_iter().zip(["a", "b"]) {
             let config = DeviceConfig { pasid_bits: PASID_BITS, ..DeviceConfig::default() };
             host.add_device(name, id, rid, config).expect("a new name and id");

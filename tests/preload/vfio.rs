@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     behind_a_virtual_vtd();
     without_caching_mode();
     with_all_memory();
+    both_kinds_in_one_machine();
     eprintln!("a guest with an assigned device: ok");
     ExitCode::SUCCESS
 }
@@ -68,6 +69,11 @@ fn holds(text: &str, name: &str) -> bool {
     text.lines().any(|line| line.starts_with("ok ") && line.ends_with(name))
 }
 
+/// How often `report` says that the host was asked for `verb`.
+fn calls(report: &serde_json::Value, verb: &str) -> u64 {
+    report["host"]["calls"][verb]["calls"].as_u64().unwrap_or_else(|| panic!("{report:#}"))
+}
+
 /// In caching mode the guest tells of each interrupt entry that becomes present, so KVM has the
 /// device's messages as they are after remapping.
 fn behind_a_virtual_vtd() {
@@ -90,9 +96,7 @@ fn behind_a_virtual_vtd() {
     ] {
         assert!(holds(&text, name), "'{name}' does not hold:\n{text}");
     }
-    let calls = |verb: &str| {
-        report["host"]["calls"][verb]["calls"].as_u64().unwrap_or_else(|| panic!("{report:#}"))
-    };
+    let calls = |verb| calls(&report, verb);
     assert!(calls("HWPT_ALLOC") > 1 && calls("HWPT_INVALIDATE") > 1, "{report:#}");
     assert_eq!(calls("IOAS_MAP"), 1, "{report:#}");
     assert_eq!(report["devices"][0]["model"], "vfio");
@@ -118,5 +122,23 @@ fn with_all_memory() {
     for name in ["edu: MSI arrives once", "edu: DMA of the whole buffer"] {
         assert!(holds(&text, name), "'{name}' does not hold:\n{text}");
     }
-    assert_eq!(report["host"], serde_json::Value::Null);
+    assert_eq!(["IOAS_ALLOC", "IOAS_MAP"].map(|verb| calls(&report, verb)), [1, 1]);
+}
+
+/// One device behind the virtual VT-d, which the guest leaves off, and one outside of it: memory is
+/// pinned once for both.
+fn both_kinds_in_one_machine() {
+    let (text, report) = run(&[
+        "--cmdline",
+        "vtd=0",
+        "--iommu",
+        "vtd,host=/dev/iommu",
+        "--vfio",
+        "path=/dev/vfio/devices/vfio0",
+        "--vfio",
+        "path=/dev/vfio/devices/vfio1,id=edu,iommu=off",
+    ]);
+    assert!(holds(&text, "edu: DMA of the whole buffer"), "{text}");
+    let verbs = ["DEVICE_BIND", "IOAS_ALLOC", "IOAS_MAP"];
+    assert_eq!(verbs.map(|verb| calls(&report, verb)), [2, 1, 1], "{report:#}");
 }

@@ -4,8 +4,8 @@
 //! [`vtd`] and [`smmuv3`] implement the host-side traits of the virtual IOMMUs with the verbs of a
 //! [`HostIommu`](crate::iommufd::HostIommu). What they share:
 //!
-//! * one IOAS holds the guest's memory map (GPA → host memory), and changes only with it. All
-//!   virtual IOMMUs of one guest share it;
+//! * one IOAS ([`GuestIoas`]) holds the guest's memory map (GPA → host memory), and changes only
+//!   with it. All virtual IOMMUs of one guest share it, and devices outside of them;
 //! * one nesting parent per physical IOMMU is its stage 2;
 //! * one `HWPT_NESTED` per stage 1, shared by all that name it, made with the first and destroyed
 //!   with the last;
@@ -17,9 +17,9 @@
 //! has taken back.
 
 mod error;
+mod guest_ioas;
 mod host_unit;
 mod hw_flags;
-mod memory;
 mod objects;
 pub mod smmuv3;
 pub mod survey;
@@ -28,6 +28,7 @@ pub mod vtd;
 use crate::iommufd::{HwInfo, ObjectId};
 use crate::spec::pci::Bdf;
 pub use error::NestingError;
+pub use guest_ioas::GuestIoas;
 pub use host_unit::{host_smmu, host_vtd};
 
 /// What the host says of one device, for the capabilities that the guest is offered.

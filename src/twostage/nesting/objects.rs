@@ -5,11 +5,8 @@
 use std::sync::Arc;
 
 use super::error::{Context, NestingError, Result};
-use super::memory::SharedIoas;
-use crate::iommufd::{
-    Errno, Extensions, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId, Protection,
-    UserMemory,
-};
+use super::guest_ioas::GuestIoas;
+use crate::iommufd::{Errno, Extensions, HostIommu, HwptAlloc, HwptData, HwptFlags, ObjectId};
 use crate::spec::pci::Bdf;
 use crate::warn_limited;
 
@@ -23,23 +20,14 @@ pub(super) struct Objects {
     host: Arc<dyn HostIommu>,
     calls: u64,
     /// Destroyed by the last who shares it.
-    ioas: Option<Arc<SharedIoas>>,
+    ioas: Option<Arc<GuestIoas>>,
     doomed: Vec<ObjectId>,
 }
 
 impl Objects {
-    /// An empty IOAS on `host`.
-    pub fn new(host: Arc<dyn HostIommu>) -> Result<Self> {
-        let mut objects = Self { host, calls: 0, ioas: None, doomed: Vec::new() };
-        let ioas = objects.host().ioas_alloc().context(|| "making the IOAS".into())?;
-        objects.ioas = Some(Arc::new(SharedIoas::new(ioas)));
-        Ok(objects)
-    }
-
-    /// The same host and the same IOAS, for another virtual IOMMU.
-    pub fn beside(&self) -> Result<Self> {
-        let (host, ioas) = (self.host.clone(), self.ioas()?);
-        Ok(Self { host, calls: 0, ioas: Some(ioas), doomed: Vec::new() })
+    /// On the guest's memory `ioas`.
+    pub fn new(ioas: Arc<GuestIoas>) -> Self {
+        Self { host: ioas.host().clone(), calls: 0, ioas: Some(ioas), doomed: Vec::new() }
     }
 
     /// The host, for one call, which is counted.
@@ -59,35 +47,8 @@ impl Objects {
     }
 
     /// The IOAS, until it is given up.
-    pub fn ioas(&self) -> Result<Arc<SharedIoas>> {
+    pub fn ioas(&self) -> Result<Arc<GuestIoas>> {
         self.ioas.clone().ok_or(NestingError::ShutDown)
-    }
-
-    /// From now on `memory` is the guest's at `gpa`.
-    pub fn map_memory(&mut self, gpa: u64, memory: &UserMemory, access: Protection) -> Result<()> {
-        let ioas = self.ioas()?;
-        let mut users = ioas.users();
-        if !access.write {
-            users.check_read_only(gpa)?;
-        }
-        self.host()
-            .ioas_map(ioas.id(), memory, MapTarget::Fixed(gpa), access)
-            .context(|| format!("mapping guest memory at {gpa:#x}"))?;
-        if !access.write {
-            users.mapped_read_only(gpa);
-        }
-        Ok(())
-    }
-
-    /// From now on the guest has no memory at `gpa`, for `length` bytes.
-    pub fn unmap_memory(&mut self, gpa: u64, length: u64) -> Result<()> {
-        let ioas = self.ioas()?;
-        let mut users = ioas.users();
-        self.host()
-            .ioas_unmap(ioas.id(), gpa, length)
-            .context(|| format!("unmapping guest memory at {gpa:#x}"))?;
-        users.unmapped(gpa, length);
-        Ok(())
     }
 
     /// Makes a nesting parent that `dev`, the guest's `rid`, can use: a stage 2 of guest memory.
@@ -134,8 +95,7 @@ impl Objects {
     /// Gives up the IOAS, and destroys what is left. To be called when nothing stands on it any
     /// more; may be called again, to try again.
     pub fn end(&mut self) -> Result<()> {
-        let last_user = self.ioas.take().and_then(Arc::into_inner);
-        self.doomed.extend(last_user.map(|ioas| ioas.id()));
+        self.doomed.extend(self.ioas.take().and_then(GuestIoas::give_up));
         self.sweep().or_else(|_| self.sweep()).context(|| "destroying the last host objects".into())
     }
 

@@ -4,47 +4,34 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use super::unit::failed;
-use crate::memory::MachineMemory;
+use super::host::Host;
+use crate::report::HostReport;
 use crate::vfio::{VfioError, VfioProblem};
 use crate::Result;
-use twostage::iommufd::{HostIommu, KernelHost, MapTarget, ObjectId, Protection, UserMemory};
+use twostage::iommufd::ObjectId;
 use twostage::spec::pci::Bdf;
 
-/// The devices, and the IOAS that they share. Dropping it detaches and unbinds them.
+/// The devices. Dropping it detaches and unbinds them.
 pub(crate) struct DirectDevices {
-    host: Arc<KernelHost>,
-    ioas: ObjectId,
+    host: Host,
     devices: Vec<(Bdf, ObjectId)>,
 }
 
 impl DirectDevices {
-    /// `devices`, as `host` knows them, with `memory`.
+    /// `devices`, by their paths, on the guest's memory as `host` has it.
     ///
     /// # Errors
     /// What the host says.
-    pub fn new(
-        host: Arc<KernelHost>,
-        memory: &MachineMemory,
-        devices: &[(Bdf, PathBuf)],
-    ) -> Result<Self> {
-        let ioas = host.ioas_alloc().map_err(failed("making an IOAS"))?;
-        let mut direct = Self { host, ioas, devices: Vec::new() };
-        for region in memory.regions() {
-            let (start, whole) = (memory.start_of(region), UserMemory::whole(region.clone()));
-            direct
-                .host
-                .ioas_map(ioas, &whole, MapTarget::Fixed(start), Protection::READ_WRITE)
-                .map_err(failed("mapping guest memory"))?;
-        }
+    pub fn new(host: Host, devices: &[(Bdf, PathBuf)]) -> Result<Self> {
+        let mut direct = Self { host, devices: Vec::new() };
         for (bdf, path) in devices {
             let name = path.display().to_string();
             let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
-            let dev = direct.host.device_bind(&name).map_err(refused)?;
+            let verbs = &direct.host.verbs;
+            let dev = verbs.device_bind(&name).map_err(refused)?;
             direct.devices.push((*bdf, dev));
-            direct.host.device_attach(dev, None, ioas).map_err(refused)?;
+            verbs.device_attach(dev, None, direct.host.ioas.id()).map_err(refused)?;
         }
         Ok(direct)
     }
@@ -53,17 +40,25 @@ impl DirectDevices {
     pub fn devices(&self) -> &[(Bdf, ObjectId)] {
         &self.devices
     }
+
+    /// What was asked of the host so far.
+    pub fn host_report(&self) -> HostReport {
+        HostReport {
+            calls: self.host.calls(),
+            at_start: None,
+            in_use: None,
+            graph: self.host.graph(),
+            left: None,
+        }
+    }
 }
 
 impl Drop for DirectDevices {
     fn drop(&mut self) {
         for (bdf, dev) in self.devices.drain(..) {
-            if let Err(error) = self.host.device_unbind(dev) {
+            if let Err(error) = self.host.verbs.device_unbind(dev) {
                 log::error!("{bdf} stays bound: {error}");
             }
-        }
-        if let Err(error) = self.host.destroy(self.ioas) {
-            log::error!("guest memory stays mapped: {error}");
         }
     }
 }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::unit::attributes;
+use super::dma::attributes;
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::devices::{DmaError, DmaMaster};
 use twostage::spec::pci::{Bdf, Pasid};

@@ -2,39 +2,37 @@
 //! The virtual IOMMUs of a machine and all that is behind them: nesting, the host's verbs, counted,
 //! and the host that serves them.
 //!
-//! There is one host with one IOAS, the guest's memory. Each virtual IOMMU has a host side of its
-//! own over it. Where the host is in this process, an emulated unit of its own is behind that;
+//! There is one host with one IOAS, the guest's memory, for devices outside of them, too. Each
+//! virtual IOMMU has a host side of its own over it. Where the host is in this process, an emulated unit of its own is behind that;
 //! where it is the kernel, a unit of this machine is.
 
 mod direct;
+mod dma;
 mod host;
 mod in_use;
 mod messages;
-mod nesting;
+mod plan;
 mod smmuv3;
 mod unit;
 mod vtd;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::config::{HostChoice, MachineConfig};
+use crate::config::{HostChoice, IommuConfig, MachineConfig};
 use crate::memory::MachineMemory;
-use crate::report::{CallReport, HostReport, IommuReport};
+use crate::report::{HostReport, IommuReport};
 use crate::trace::{Trace, TracedIommu};
-use crate::Result;
+use crate::{Error, Result};
 pub(super) use direct::DirectDevices;
-use host::Host;
+pub(super) use host::Host;
 use in_use::ObjectsInUse;
-use nesting::Nesting;
-use twostage::iommufd::{KernelHost, Verb};
+use plan::Plan;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptSink, Observer};
 use twostage_emulated::ObjectGraph;
 pub(super) use unit::Iommu;
-use unit::{failed, Plan};
 
 /// A function that is to be behind a virtual IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,15 +87,19 @@ impl Iommus {
         config: &MachineConfig,
         interrupt_remapping: bool,
         memory: &MachineMemory,
-        kernel: Option<&Arc<KernelHost>>,
+        kernel: Option<&Host>,
         functions: &[AssignedFunction],
         messages: &dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Option<Self>> {
         let Some(first) = config.iommus.first() else { return Ok(None) };
+        let model = |iommu: &IommuConfig| std::mem::discriminant(&iommu.model);
+        if config.iommus.iter().any(|other| model(other) != model(first)) {
+            return Err(Error::Iommu("a machine has virtual IOMMUs of one model".into()));
+        }
         let host = match (&first.host, kernel) {
-            (HostChoice::Kernel(_), Some(kernel)) => Host::kernel(kernel.clone(), trace.as_ref()),
-            _ => Host::emulated(trace.as_ref()),
+            (HostChoice::Kernel(_), Some(kernel)) => kernel.clone(),
+            _ => Host::emulated(memory, trace.as_ref())?,
         };
         let in_use = Arc::new(ObjectsInUse::new(host.emulated.clone()));
         let around = Surroundings { host: host.clone(), memory, trace, in_use: in_use.clone() };
@@ -107,10 +109,6 @@ impl Iommus {
         let guest_second_stage =
             config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.second_stage));
         for (number, iommu) in config.iommus.iter().enumerate() {
-            let nesting = match iommus.all.first() {
-                Some(first) => first.model().beside().map_err(failed("nesting"))?,
-                None => Nesting::first(&iommu.model, &around)?,
-            };
             let functions = functions.iter().filter(|function| function.iommu == number);
             let plan = Plan {
                 id: config.iommu_id(number),
@@ -121,7 +119,7 @@ impl Iommus {
                 guest_second_stage,
                 functions: functions.cloned().collect(),
             };
-            iommus.all.push(Iommu::new(plan, nesting, &around)?);
+            iommus.all.push(Iommu::new(plan, &around)?);
         }
         iommus.at_start = iommus.host.graph();
         Ok(Some(iommus))
@@ -139,17 +137,8 @@ impl Iommus {
 
     /// What was asked of the host so far, and its objects.
     pub fn host_report(&self) -> HostReport {
-        let calls = Verb::ALL
-            .iter()
-            .map(|verb| {
-                let (calls, failures) =
-                    (self.host.counters.calls(*verb), self.host.counters.failures(*verb));
-                (verb.name(), CallReport { calls, failures })
-            })
-            .filter(|(_, report)| report.calls != 0)
-            .collect::<BTreeMap<_, _>>();
         HostReport {
-            calls,
+            calls: self.host.calls(),
             at_start: self.at_start.clone(),
             in_use: self.in_use.most(),
             graph: self.host.graph(),
@@ -158,9 +147,10 @@ impl Iommus {
     }
 
     /// Gives every host object back; those that are left, which should be none, if the host tells.
-    pub fn close(mut self) -> Option<ObjectGraph> {
-        self.all.clear();
-        self.host.graph()
+    pub fn close(self) -> Option<ObjectGraph> {
+        let Self { all, host, .. } = self;
+        drop(all);
+        host.close()
     }
 }
 

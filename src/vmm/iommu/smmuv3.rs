@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use vm_superio::Trigger;
 
+use super::host::failed;
 use super::in_use::ObjectsInUse;
 use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
-use super::nesting::Nesting;
-use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
+use super::plan::{bind_devices, BoundDevice, Plan, VirtualIommu};
 use super::{AssignedFunction, Surroundings};
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::arch::EdgeLine;
@@ -48,16 +48,14 @@ pub(super) struct SmmuV3 {
 }
 
 impl SmmuV3 {
-    /// The one of `plan` as `options` say, whose host side is `nesting`, which has no devices yet;
-    /// and the devices behind it.
+    /// The one of `plan` as `options` say, and the devices behind it.
     pub fn new(
         plan: &Plan<'_>,
         options: &SmmuV3Options,
-        nesting: SmmuNesting,
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
         let windows = message_windows(&plan.functions, around)?;
-        let nesting = Arc::new(nesting);
+        let nesting = Arc::new(SmmuNesting::new(around.host.ioas.clone(), DEFAULT_EVENT_DEPTH));
         let emulated = around.host.emulated.as_ref().map(|emulated| {
             let unit = SmmuV3Unit::new(unit_config(options));
             let id = emulated.add_unit(unit.clone());
@@ -153,10 +151,6 @@ impl VirtualIommu for SmmuV3 {
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
             sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         })
-    }
-
-    fn beside(&self) -> std::result::Result<Nesting, NestingError> {
-        self.nesting.beside(DEFAULT_EVENT_DEPTH).map(Nesting::SmmuV3)
     }
 
     fn shutdown(&self) -> std::result::Result<(), NestingError> {

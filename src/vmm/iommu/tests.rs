@@ -2,7 +2,7 @@
 //! Virtual IOMMUs over the emulated host, without a guest.
 
 use super::*;
-use crate::config::{testing, IommuConfig, SmmuV3Options, VtdOptions};
+use crate::config::{testing, SmmuV3Options, VtdOptions};
 use crate::report::ModelReport;
 use twostage::nesting::smmuv3::SmmuObjects;
 use twostage::nesting::survey::{survey, Offer};

@@ -3,9 +3,9 @@
 
 use std::sync::{Arc, Weak};
 
+use super::host::failed;
 use super::in_use::{ObjectsInUse, RegisterPage};
-use super::nesting::Nesting;
-use super::unit::{bind_devices, failed, BoundDevice, Plan, VirtualIommu};
+use super::plan::{bind_devices, BoundDevice, Plan, VirtualIommu};
 use super::Surroundings;
 use crate::bus::BusDevice;
 use crate::config::VtdOptions;
@@ -35,15 +35,13 @@ pub(super) struct Vtd {
 }
 
 impl Vtd {
-    /// The one of `plan` as `options` say, whose host side is `nesting`, which has no devices yet;
-    /// and the devices behind it.
+    /// The one of `plan` as `options` say, and the devices behind it.
     pub fn new(
         plan: &Plan<'_>,
         options: &VtdOptions,
-        nesting: VtdNesting,
         around: &Surroundings<'_>,
     ) -> Result<(Self, Vec<BoundDevice>)> {
-        let nesting = Arc::new(nesting);
+        let nesting = Arc::new(VtdNesting::new(around.host.ioas.clone()));
         let emulated = around.host.emulated.as_ref().map(|emulated| {
             let unit = VtdUnit::new(unit_config(options, plan.guest_second_stage));
             let id = emulated.add_unit(unit.clone());
@@ -115,10 +113,6 @@ impl VirtualIommu for Vtd {
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
             sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         })
-    }
-
-    fn beside(&self) -> std::result::Result<Nesting, NestingError> {
-        self.nesting.beside().map(Nesting::Vtd)
     }
 
     fn shutdown(&self) -> std::result::Result<(), NestingError> {

@@ -23,7 +23,7 @@ use crate::console::Console;
 use crate::devices::virtio::KvmDoorbells;
 use crate::event_loop::{EventLoop, Wake};
 use crate::interrupts::{Interrupts, Messages, Ways};
-use crate::iommu::{DirectDevices, Iommu, Iommus};
+use crate::iommu::{DirectDevices, Host, Iommu, Iommus};
 use crate::machine::topology::{assigned_functions, direct_functions, PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::pci::{Ecam, PciMemory};
@@ -99,15 +99,18 @@ impl Machine {
             Some(path) => Some(Arc::new(KernelHost::open(&path).map_err(Error::KernelHost)?)),
             None => None,
         };
+        let host = match &kernel {
+            Some(kernel) => Some(Host::kernel(kernel.clone(), &memory, trace.as_ref())?),
+            None => None,
+        };
         let functions = assigned_functions(config)?;
         let iommus = {
-            let messages = |source| messages.of(source);
-            let kernel = kernel.as_ref();
-            Iommus::new(config, remapping, &memory, kernel, &functions, &messages, trace.clone())?
+            let (messages, host) = (|source| messages.of(source), host.as_ref());
+            Iommus::new(config, remapping, &memory, host, &functions, &messages, trace.clone())?
         };
-        let direct = match (direct_functions(config)?, &kernel) {
-            (functions, Some(kernel)) if !functions.is_empty() => {
-                Some(DirectDevices::new(kernel.clone(), &memory, &functions)?)
+        let direct = match (direct_functions(config)?, host) {
+            (functions, Some(host)) if !functions.is_empty() => {
+                Some(DirectDevices::new(host, &functions)?)
             }
             _ => None,
         };
@@ -256,7 +259,10 @@ impl Machine {
             exits: ExitKind::ALL.iter().map(count).collect(),
             devices: self.pci.report(),
             iommus: self.iommus.as_ref().map(Iommus::reports).unwrap_or_default(),
-            host: self.iommus.as_ref().map(Iommus::host_report),
+            host: self.iommus.as_ref().map(Iommus::host_report).or_else(|| {
+                // All that is asked for those is asked of the kernel.
+                self.direct.as_ref().map(DirectDevices::host_report)
+            }),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 use twostage::iommufd::{FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::host_smmu;
 use twostage::nesting::smmuv3::{SmmuNesting, DEFAULT_EVENT_DEPTH};
+use twostage::nesting::GuestIoas;
 use twostage::patience::wait_for;
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::event::EventRecord;
@@ -66,11 +67,10 @@ impl Machine {
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<SmmuV3Unit>) -> Result<Self, String> {
         let text = |error: &dyn Display| error.to_string();
-        let nesting = SmmuNesting::new(host.clone(), DEFAULT_EVENT_DEPTH);
-        let nesting = Arc::new(nesting.map_err(|error| text(&error))?);
-        let memory =
-            Memory::new(|start, region| nesting.map_memory(start, region, Protection::READ_WRITE))
-                .map_err(|error| text(&error))?;
+        let ioas = GuestIoas::new(host.clone()).map_err(|error| text(&error))?;
+        let memory = Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+            .map_err(|error| text(&error))?;
+        let nesting = Arc::new(SmmuNesting::new(ioas, DEFAULT_EVENT_DEPTH));
         let mut devices = Vec::new();
         for (name, rid) in [("a", A), ("b", B)] {
             let dev = host.device_bind(name).map_err(|error| text(&error))?;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use twostage::iommufd::{Errno, Extensions, FailNth, HostIommu, ObjectId, Protection};
 use twostage::nesting::vtd::VtdNesting;
+use twostage::nesting::GuestIoas;
 use twostage::nesting::{host_vtd, DeviceInfo};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
@@ -106,10 +107,10 @@ impl Machine {
     /// Builds everything on `host`, as a VMM does before it starts its guest.
     pub fn on(host: Arc<Host>, unit: Arc<VtdUnit>, config: VtdConfig) -> Result<Self, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
-        let nesting = Arc::new(VtdNesting::new(host.clone()).map_err(|error| text(&error))?);
-        let memory =
-            Memory::new(|start, region| nesting.map_memory(start, region, Protection::READ_WRITE))
-                .map_err(|error| text(&error))?;
+        let ioas = GuestIoas::new(host.clone()).map_err(|error| text(&error))?;
+        let memory = Memory::new(|start, region| ioas.map(start, region, Protection::READ_WRITE))
+            .map_err(|error| text(&error))?;
+        let nesting = Arc::new(VtdNesting::new(ioas));
         let mut devices = Vec::new();
         for (name, rid) in [("a", A), ("b", B)] {
             let dev = host.device_bind(name).map_err(|error| text(&error))?;

@@ -148,7 +148,7 @@ impl Stack for Machine {
     }
 
     fn unmap_memory(&self, gpa: u64, length: u64) {
-        self.nesting.unmap_memory(gpa, length).unwrap();
+        self.nesting.ioas().unwrap().unmap(gpa, length).unwrap();
     }
 
     fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue> {

@@ -33,9 +33,9 @@ mod unit;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::iommufd::{HostIommu, ObjectId, Protection, UserMemory};
+use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
-use crate::nesting::{DeviceInfo, NestingError};
+use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::smmuv3::{
@@ -63,51 +63,20 @@ pub struct SmmuNesting {
 }
 
 impl SmmuNesting {
-    /// An empty IOAS on `host`, without devices. The host keeps up to `event_depth` events that
-    /// were not read yet.
-    ///
-    /// # Errors
-    /// The host makes no IOAS.
-    pub fn new(host: Arc<dyn HostIommu>, event_depth: u32) -> Result<Self, NestingError> {
-        Ok(Self::on(Objects::new(host)?, event_depth))
+    /// Without devices, for a guest whose memory is `ioas`. The host keeps up to `event_depth`
+    /// events that were not read yet.
+    pub fn new(ioas: Arc<GuestIoas>, event_depth: u32) -> Self {
+        let route = Arc::new(EventRoute::default());
+        let state = State::new(Objects::new(ioas), route.clone(), event_depth);
+        Self { state: Mutex::new(state), route }
     }
 
-    /// Another virtual SMMU of the same guest, without devices: it shares the memory of `self`, and
-    /// nothing else.
+    /// The guest's memory, for another virtual SMMU of the same guest.
     ///
     /// # Errors
-    /// `self` is shut down.
-    pub fn beside(&self, event_depth: u32) -> Result<Self, NestingError> {
-        Ok(Self::on(self.state().objects.beside()?, event_depth))
-    }
-
-    fn on(objects: Objects, event_depth: u32) -> Self {
-        let route = Arc::<EventRoute>::default();
-        let state = Mutex::new(State::new(objects, route.clone(), event_depth));
-        Self { state, route }
-    }
-
-    /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
-    /// device of every virtual IOMMU that shares the IOAS.
-    ///
-    /// # Errors
-    /// The host refuses.
-    pub fn map_memory(
-        &self,
-        gpa: u64,
-        memory: &UserMemory,
-        access: Protection,
-    ) -> Result<(), NestingError> {
-        self.state().objects.map_memory(gpa, memory, access)
-    }
-
-    /// From now on the guest has no memory at `gpa`, for `length` bytes: whole pieces, as they were
-    /// mapped.
-    ///
-    /// # Errors
-    /// The host refuses: nothing is there, or a piece would be cut.
-    pub fn unmap_memory(&self, gpa: u64, length: u64) -> Result<(), NestingError> {
-        self.state().objects.unmap_memory(gpa, length)
+    /// This one is shut down.
+    pub fn ioas(&self) -> Result<Arc<GuestIoas>, NestingError> {
+        self.state().objects.ioas()
     }
 
     /// `dev`, a device bound to the host, is the guest's `rid`, which is its StreamID. It is

@@ -23,9 +23,9 @@ mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::iommufd::{HostIommu, ObjectId, Protection, UserMemory};
+use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
-use crate::nesting::{DeviceInfo, NestingError};
+use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::viommu::{
     FaultTarget, HostSide, HostSideError, Invalidation, Progress, Requester, RequesterConfig,
@@ -47,49 +47,19 @@ pub struct VtdNesting {
 }
 
 impl VtdNesting {
-    /// An empty IOAS on `host`, without devices.
-    ///
-    /// # Errors
-    /// The host makes no IOAS.
-    pub fn new(host: Arc<dyn HostIommu>) -> Result<Self, NestingError> {
+    /// Without devices, for a guest whose memory is `ioas`.
+    pub fn new(ioas: Arc<GuestIoas>) -> Self {
         let faults = Arc::new(FaultRouter::default());
-        let state = Mutex::new(State::new(Objects::new(host)?, faults.clone()));
-        Ok(Self { state, faults })
+        let state = Mutex::new(State::new(Objects::new(ioas), faults.clone()));
+        Self { state, faults }
     }
 
-    /// Another virtual IOMMU of the same guest, without devices: it shares the memory of `self`,
-    /// and nothing else.
+    /// The guest's memory, for another virtual IOMMU of the same guest.
     ///
     /// # Errors
-    /// `self` is shut down.
-    pub fn beside(&self) -> Result<Self, NestingError> {
-        let faults = Arc::new(FaultRouter::default());
-        let state = Mutex::new(State::new(self.state().objects.beside()?, faults.clone()));
-        Ok(Self { state, faults })
-    }
-
-    /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
-    /// device of every virtual IOMMU that shares the IOAS.
-    ///
-    /// # Errors
-    /// The host refuses; or the mapping is read-only and a device's IOMMU cannot keep it so under
-    /// nested translation (erratum 772415).
-    pub fn map_memory(
-        &self,
-        gpa: u64,
-        memory: &UserMemory,
-        access: Protection,
-    ) -> Result<(), NestingError> {
-        self.state().objects.map_memory(gpa, memory, access)
-    }
-
-    /// From now on the guest has no memory at `gpa`, for `length` bytes: whole pieces, as they were
-    /// mapped.
-    ///
-    /// # Errors
-    /// The host refuses: nothing is there, or a piece would be cut.
-    pub fn unmap_memory(&self, gpa: u64, length: u64) -> Result<(), NestingError> {
-        self.state().objects.unmap_memory(gpa, length)
+    /// This one is shut down.
+    pub fn ioas(&self) -> Result<Arc<GuestIoas>, NestingError> {
+        self.state().objects.ioas()
     }
 
     /// `dev`, a device bound to the host, is the guest's `rid`. It is blocked until the virtual

@@ -16,7 +16,11 @@ fn invalidate(nesting: &SmmuNesting, commands: &[Command]) -> Result<(), String>
 }
 
 const STEPS: &[Step] = &[
-    (None, |n| n.map_memory(0, &memory(), Protection::READ_WRITE).map_err(|e| e.to_string())),
+    (None, |n| {
+        n.ioas()
+            .and_then(|ioas| ioas.map(0, &memory(), Protection::READ_WRITE))
+            .map_err(|e| e.to_string())
+    }),
     (Some(DEV_A), |n| n.add_device(A, DEV_A).map_err(|e| e.to_string())),
     (Some(DEV_B), |n| n.add_device(B, DEV_B).map_err(|e| e.to_string())),
     (Some(DEV_A), |n| configure(n, STREAM_A, StreamPolicy::GlobalBypass)),
@@ -47,7 +51,7 @@ fn run(nth: u64, errno: Errno) -> bool {
     host.add_device(0, hw_info());
     host.add_device(0, hw_info());
     host.fail_nth(nth, errno);
-    if let Ok(nesting) = SmmuNesting::new(host.clone(), 8) {
+    if let Ok(nesting) = GuestIoas::new(host.clone()).map(|ioas| SmmuNesting::new(ioas, 8)) {
         for (step, (victim, run)) in STEPS.iter().enumerate() {
             let pending = host.failure_pending();
             let result = run(&nesting);

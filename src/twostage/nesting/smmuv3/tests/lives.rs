@@ -14,7 +14,7 @@ use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 fn devices_behind_two_smmus_are_told_apart() {
     let host = RecordingHost::new(Extensions::default());
     let (one, other) = (host.add_device(0, hw_info()), host.add_device(1, hw_info()));
-    let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+    let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
     nesting.add_device(A, one).unwrap();
     host.take_log();
     let error = nesting.add_device(B, other).unwrap_err();
@@ -29,8 +29,8 @@ fn devices_behind_two_smmus_are_told_apart() {
     let text = error.to_string();
     assert!(text.contains("00:05.0") && text.contains("00:04.0"), "{text}");
     // A virtual SMMU of its own can serve it.
-    let second = nesting.beside(64).unwrap();
-    nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    let second = SmmuNesting::new(nesting.ioas().unwrap(), 64);
+    nesting.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
     second.add_device(B, other).unwrap();
     drop(nesting);
     drop(second);
@@ -44,7 +44,7 @@ fn a_refusal_is_not_taken_for_another_smmu() {
     {
         let host = RecordingHost::new(Extensions::default());
         let (one, other) = (host.add_device(0, hw_info()), host.add_device(0, hw_info()));
-        let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
         nesting.add_device(A, one).unwrap();
         let live = host.live_objects();
         host.fail_next(Verb::VdeviceAlloc, vdevice);
@@ -63,7 +63,7 @@ fn only_an_smmu_serves() {
     let host = RecordingHost::new(Extensions::default());
     let vtd = iommu_hw_info_vtd { flags: 0, __reserved: 0, cap_reg: 0, ecap_reg: 0 };
     let dev = host.add_device(0, HwInfo { data: HwInfoData::Vtd(vtd), ..hw_info() });
-    let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+    let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
     assert_eq!(nesting.add_device(A, dev), Err(NestingError::NoSmmu(A)));
     drop(nesting);
     assert_eq!(host.live_objects(), []);
@@ -74,7 +74,7 @@ fn an_smmu_that_cannot_nest_leaves_nothing() {
     for verb in [Verb::HwptAlloc, Verb::ViommuAlloc, Verb::VeventqAlloc, Verb::VdeviceAlloc] {
         let host = RecordingHost::new(Extensions::default());
         let dev = host.add_device(0, hw_info());
-        let nesting = SmmuNesting::new(host.clone(), 64).unwrap();
+        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
         host.fail_next(verb, Errno::EOPNOTSUPP);
         let error = nesting.add_device(A, dev).unwrap_err().to_string();
         assert!(error.contains("00:04.0") && error.contains("EOPNOTSUPP"), "{error}");

@@ -16,6 +16,7 @@ use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_arm_smmuv3, Extensions, HwCapabilities, HwInfo, HwInfoData, ObjectId, UserMemory,
 };
+use crate::nesting::GuestIoas;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::smmuv3::command::{AddressRange, Command};
 use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
@@ -104,7 +105,7 @@ impl Rig {
         let host = RecordingHost::new(Extensions::default());
         let (a, b) = (host.add_device(0, info), host.add_device(0, info));
         assert_eq!((a, b), (DEV_A, DEV_B));
-        let nesting = SmmuNesting::new(host.clone(), DEFAULT_EVENT_DEPTH).unwrap();
+        let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), DEFAULT_EVENT_DEPTH);
         nesting.add_device(A, DEV_A).unwrap();
         nesting.add_device(B, DEV_B).unwrap();
         let rig = Self { host, nesting };

@@ -8,8 +8,8 @@ use crate::iommufd::{Errno, Protection, Verb};
 fn the_first_attach() {
     let host = RecordingHost::new(Extensions::default());
     let dev = host.add_device(0, hw_info(0, 8));
-    let nesting = VtdNesting::new(host.clone()).unwrap();
-    nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
+    nesting.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
     nesting.add_device(A, dev).unwrap();
     let rig = Rig { host, nesting };
     rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
@@ -30,7 +30,7 @@ fn the_first_attach() {
 fn a_device_that_passes_from_the_start_is_attached_once() {
     let host = RecordingHost::new(Extensions::default());
     let dev = host.add_device(0, hw_info(0, 8));
-    let nesting = VtdNesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
     nesting.add_passing_device(A, dev).unwrap();
     let rig = Rig { host, nesting };
     // What a virtual IOMMU that is off says of it.

@@ -19,7 +19,11 @@ fn configure(
 }
 
 const STEPS: &[Step] = &[
-    (None, |n| n.map_memory(0, &memory(), Protection::READ_WRITE).map_err(|e| e.to_string())),
+    (None, |n| {
+        n.ioas()
+            .and_then(|ioas| ioas.map(0, &memory(), Protection::READ_WRITE))
+            .map_err(|e| e.to_string())
+    }),
     (Some((DEV_A, None)), |n| n.add_device(A, DEV_A).map_err(|e| e.to_string())),
     (Some((DEV_B, None)), |n| n.add_device(B, DEV_B).map_err(|e| e.to_string())),
     (Some((DEV_A, None)), |n| configure(n, Requester::rid(A), BLOCKED, 0)),
@@ -44,7 +48,7 @@ fn run(nth: u64, errno: Errno) -> bool {
     host.add_device(0, hw_info(0, 8));
     host.add_device(0, hw_info(0, 8));
     host.fail_nth(nth, errno);
-    if let Ok(nesting) = VtdNesting::new(host.clone()) {
+    if let Ok(nesting) = GuestIoas::new(host.clone()).map(VtdNesting::new) {
         for (step, (victim, run)) in STEPS.iter().enumerate() {
             let pending = host.failure_pending();
             let result = run(&nesting);

@@ -14,7 +14,7 @@ fn each_physical_iommu_has_a_nesting_parent() {
     for iommu in [0, 1, 1] {
         host.add_device(iommu, hw_info(0, 0));
     }
-    let nesting = VtdNesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
     for dev in 1..=3 {
         nesting.add_device(Bdf::from_raw(dev), ObjectId(dev.into())).unwrap();
     }
@@ -47,14 +47,14 @@ fn each_physical_iommu_has_a_nesting_parent() {
 fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
     let host = RecordingHost::new(Extensions::default());
     let (sound, flawed) = (host.add_device(0, hw_info(0, 0)), host.add_device(1, hw_info(1, 0)));
-    let first = VtdNesting::new(host.clone()).unwrap();
-    let second = first.beside().unwrap();
-    first.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    let first = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
+    let second = VtdNesting::new(first.ioas().unwrap());
+    first.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
     first.add_device(A, sound).unwrap();
     second.add_device(B, flawed).unwrap();
     // The mapping would be of the memory of both.
     let refusal = NestingError::ReadOnlyErratum { gpa: 0xf0000, rid: B };
-    assert_eq!(first.map_memory(0xf0000, &memory(), Protection::READ_ONLY), Err(refusal));
+    assert_eq!(first.ioas().unwrap().map(0xf0000, &memory(), Protection::READ_ONLY), Err(refusal));
     host.take_log();
     for (nesting, rid) in [(&first, A), (&second, B)] {
         let policy = first_stage(0x1000);
@@ -66,7 +66,7 @@ fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
     second.invalidate(&[page(TAG, 0x7000)]).unwrap();
     assert_eq!(host.take_log(), ["HWPT_INVALIDATE #7 [0x7000/1 leaf]"]);
     second.shutdown().unwrap();
-    assert!(matches!(second.beside(), Err(NestingError::ShutDown)));
+    assert!(matches!(second.ioas(), Err(NestingError::ShutDown)));
     assert!(host.take_log().iter().all(|call| call != "DESTROY #3"));
     first.shutdown().unwrap();
     assert_eq!(host.take_log().last().map(String::as_str), Some("DESTROY #3"));
@@ -77,7 +77,7 @@ fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
 fn a_device_with_pasids_needs_a_parent_made_for_them() {
     let host = RecordingHost::new(Extensions::default());
     let (plain, with) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(0, 8)));
-    let nesting = VtdNesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
     nesting.add_device(A, plain).unwrap();
     nesting.add_device(B, with).unwrap();
     let rig = Rig { host, nesting };
@@ -159,17 +159,17 @@ fn a_host_that_destroys_nothing_is_not_filled_up() {
 fn erratum_772415_forbids_read_only_memory() {
     let host = RecordingHost::new(Extensions::default());
     let (sound, flawed) = (host.add_device(0, hw_info(0, 0)), host.add_device(0, hw_info(1, 0)));
-    let nesting = VtdNesting::new(host.clone()).unwrap();
+    let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
     nesting.add_device(A, sound).unwrap();
-    nesting.map_memory(0xf000, &memory(), Protection::READ_ONLY).unwrap();
+    nesting.ioas().unwrap().map(0xf000, &memory(), Protection::READ_ONLY).unwrap();
     let refusal = NestingError::ReadOnlyErratum { gpa: 0xf000, rid: B };
     assert_eq!(nesting.add_device(B, flawed), Err(refusal));
-    nesting.unmap_memory(0xf000, 0x10000).unwrap();
+    nesting.ioas().unwrap().unmap(0xf000, 0x10000).unwrap();
     nesting.add_device(B, flawed).unwrap();
     let refusal = NestingError::ReadOnlyErratum { gpa: 0, rid: B };
     assert!(refusal.to_string().contains("772415"), "{refusal}");
-    assert_eq!(nesting.map_memory(0, &memory(), Protection::READ_ONLY), Err(refusal));
-    nesting.map_memory(0, &memory(), Protection::READ_WRITE).unwrap();
+    assert_eq!(nesting.ioas().unwrap().map(0, &memory(), Protection::READ_ONLY), Err(refusal));
+    nesting.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
 }
 
 #[derive(Default)]

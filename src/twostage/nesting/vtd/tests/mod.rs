@@ -15,6 +15,7 @@ use crate::iommufd::fake::RecordingHost;
 use crate::iommufd::{
     iommu_hw_info_vtd, Extensions, HwCapabilities, HwInfo, HwInfoData, ObjectId, UserMemory,
 };
+use crate::nesting::GuestIoas;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::{
     DomainTag, HostSide, HostSideError, Invalidation, PageRange, Policy, Progress, Requester,
@@ -82,7 +83,7 @@ impl Rig {
         let host = RecordingHost::new(extensions);
         let (a, b) = (host.add_device(0, hw_info(0, 8)), host.add_device(0, hw_info(0, 8)));
         assert_eq!((a, b), (DEV_A, DEV_B));
-        let nesting = VtdNesting::new(host.clone()).unwrap();
+        let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
         nesting.add_device(A, DEV_A).unwrap();
         nesting.add_device(B, DEV_B).unwrap();
         let rig = Self { host, nesting };

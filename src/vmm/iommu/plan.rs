@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a virtual IOMMU of any model is built from, and what it does in a machine.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Weak};
+
+use super::host::failed;
+use super::{AssignedFunction, Surroundings};
+use crate::arch::EdgeLine;
+use crate::bus::BusDevice;
+use crate::config::IommuConfig;
+use crate::devices::DmaMaster;
+use crate::report::ModelReport;
+use crate::vfio::{VfioError, VfioProblem};
+use crate::{Error, Result};
+use twostage::iommufd::{Errno, HostIommu, ObjectId};
+use twostage::nesting::NestingError;
+use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
+use twostage_emulated::{DeviceConfig, DmaPort, UnitId};
+
+/// A device behind a virtual IOMMU, as the guest and as the host knows it.
+pub(super) type BoundDevice = (Bdf, ObjectId);
+
+/// What a virtual IOMMU is built from.
+pub(super) struct Plan<'a> {
+    pub id: String,
+    /// Where its own interrupts go.
+    pub interrupts: Arc<dyn InterruptSink>,
+    /// Where messages of a function go once they are remapped.
+    pub messages: &'a dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
+    pub config: &'a IommuConfig,
+    pub interrupt_remapping: bool,
+    /// The emulated unit walks second-stage tables of the guest's, whether they are offered or not.
+    pub guest_second_stage: bool,
+    pub functions: Vec<AssignedFunction>,
+}
+
+impl Plan<'_> {
+    /// What errors call the function at `rid`: a device of this machine by its path, too.
+    pub fn device_name(&self, rid: Bdf) -> String {
+        let of_rid = |function: &&AssignedFunction| function.bdf == rid;
+        let path = self.functions.iter().find(of_rid).and_then(|function| function.vfio.as_ref());
+        path.map_or_else(|| rid.to_string(), |path| format!("{} ({rid})", path.display()))
+    }
+}
+
+/// What a model of a virtual IOMMU does in a machine.
+pub(super) trait VirtualIommu: fmt::Debug + Send + Sync {
+    /// Its registers.
+    fn registers(&self) -> Arc<dyn BusDevice>;
+
+    /// The machine stops: threads that work for the guest in here leave off soon.
+    fn halt(&self);
+
+    /// Who remaps the interrupts of what is behind the IOMMU, if anybody does.
+    fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>>;
+
+    /// From now on `listener` is told when interrupts are remapped otherwise than before.
+    fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>);
+
+    /// Its own interrupts have these wires, in the order that its model says.
+    fn connect(&self, _wires: Vec<EdgeLine>) {}
+
+    /// Where memory requests of the function at `bdf`, which is in this process, enter the IOMMU;
+    /// `None` where the unit is of this machine.
+    fn dma_port(&self, bdf: Bdf) -> Option<DmaPort>;
+
+    /// The same, with what of it is interrupt messages: those that are none by the tables go to
+    /// `messages`, which remaps them.
+    fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>>;
+
+    /// What was done so far.
+    fn report(&self) -> ModelReport;
+
+    /// Gives every host object back.
+    ///
+    /// # Errors
+    /// The host does not let go of something.
+    fn shutdown(&self) -> std::result::Result<(), NestingError>;
+
+    /// What the guest is offered, by a VT-d.
+    #[cfg(test)]
+    fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
+        None
+    }
+}
+
+/// Binds the functions of `plan` to the host and tells its nesting of each by `add`: those of this
+/// process behind `unit`, with ATS or without.
+pub(super) fn bind_devices(
+    plan: &Plan<'_>,
+    unit: Option<UnitId>,
+    ats: bool,
+    around: &Surroundings<'_>,
+    add: impl Fn(Bdf, ObjectId) -> std::result::Result<(), NestingError>,
+) -> Result<Vec<BoundDevice>> {
+    let host = &around.host.verbs;
+    let mut devices = Vec::with_capacity(plan.functions.len());
+    for function in &plan.functions {
+        let bdf = function.bdf;
+        let dev = match (&function.vfio, &around.host.emulated, unit) {
+            (Some(path), ..) => bind(&**host, path)?,
+            (None, Some(emulated), Some(unit)) => {
+                let name = format!("{}/{bdf}", plan.id);
+                let pasid_bits = if function.pasid { Pasid::BITS as u8 } else { 0 };
+                let device = DeviceConfig { pasid_bits, ats, ..DeviceConfig::default() };
+                emulated.add_device(&name, unit, bdf, device).map_err(failed("adding a device"))?;
+                host.device_bind(&name).map_err(failed("binding a device"))?
+            }
+            _ => return Err(not_of_this_machine(&plan.id, bdf)),
+        };
+        devices.push((bdf, dev));
+        add(bdf, dev).map_err(|error| not_added(plan, function, error))?;
+    }
+    Ok(devices)
+}
+
+/// Why `function` of `plan` is not behind its virtual IOMMU, and what to say instead.
+fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) -> Error {
+    match error {
+        NestingError::OtherSmmu { rid, first } => Error::HostLacks(format!(
+            "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add one more \
+             --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
+            plan.device_name(rid),
+            plan.device_name(first)
+        )),
+        NestingError::Host { source, .. }
+            if function.vfio.is_some() && source.errno == Errno::EOPNOTSUPP =>
+        {
+            Error::HostLacks(format!(
+                "{source}; iommu=off in its --vfio gives the guest the device past the virtual IOMMU"
+            ))
+        }
+        error => failed("adding a device")(error),
+    }
+}
+
+/// Binds the device of this machine at `path`.
+fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
+    let name = path.display().to_string();
+    let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
+    Ok(host.device_bind(&name).map_err(refused)?)
+}
+
+pub(super) fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
+    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} knows only those"))
+}
