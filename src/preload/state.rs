@@ -39,7 +39,7 @@ pub struct State {
     mark: Result<Mark, Errno>,
     files: Mutex<Files>,
     /// What is pinned.
-    pub pins: Pins,
+    pub pins: Arc<Pins>,
     /// What is mapped of iommufds.
     pub windows: Windows,
     /// Who locks memory.
@@ -131,7 +131,7 @@ fn begin(inherited: *mut State) -> &'static State {
         pid: sys::process_id(),
         mark: Mark::new(),
         files: Mutex::default(),
-        pins: Pins::default(),
+        pins: Arc::default(),
         windows: Windows::default(),
         accounts: Accounts::default(),
         processes: Processes::default(),
@@ -193,7 +193,10 @@ impl State {
     /// # Errors
     /// `ENODEV` its description cannot be used; that has been said then.
     pub fn world(&self) -> Result<&World, Errno> {
-        self.world.get_or_init(World::from_environment).as_ref().map_err(|errno| *errno)
+        self.world
+            .get_or_init(|| World::from_environment(&self.pins))
+            .as_ref()
+            .map_err(|errno| *errno)
     }
 
     /// Starts the service, which `serve`s files, unless it is started.

@@ -18,6 +18,7 @@ use crate::files::group::{Group, GroupFile};
 use crate::files::groups::Groups;
 use crate::files::iommufd::Iommufd;
 use crate::files::opener::{device_name, Entry, Opener};
+use crate::memory::pins::Pins;
 
 /// Names the file that describes the machine.
 const FILE_VARIABLE: &str = "TWOSTAGE_IOMMUFD";
@@ -85,17 +86,19 @@ pub struct World {
     devices: Arc<BTreeMap<u32, Entry>>,
     capabilities: u64,
     groups: Arc<Groups>,
+    /// Of the process.
+    pins: Arc<Pins>,
 }
 
 impl World {
-    /// The machine that the environment names, or the default.
+    /// The machine that the environment names, or the default, in the process with `pins`.
     ///
     /// # Errors
     /// `ENODEV` its description cannot be used; standard error says why.
-    pub fn from_environment() -> Result<Self, Errno> {
+    pub fn from_environment(pins: &Arc<Pins>) -> Result<Self, Errno> {
         let file = env::var_os(FILE_VARIABLE).map(PathBuf::from);
         let described = Config::load(file.as_deref()).map_err(|error| error.to_string());
-        described.and_then(|config| Self::new(&config)).map_err(|error| {
+        described.and_then(|config| Self::new(&config, pins.clone())).map_err(|error| {
             let name = file
                 .as_deref()
                 .map_or("the default machine".into(), |file| file.display().to_string());
@@ -104,11 +107,11 @@ impl World {
         })
     }
 
-    /// The machine of `config`.
+    /// The machine of `config`, likewise.
     ///
     /// # Errors
     /// Says what in it cannot be.
-    pub fn new(config: &Config) -> Result<Self, String> {
+    pub fn new(config: &Config, pins: Arc<Pins>) -> Result<Self, String> {
         let machine = Machine::new();
         let mut units = BTreeMap::new();
         for iommu in &config.iommu {
@@ -124,7 +127,7 @@ impl World {
         }
         let devices = Arc::new(with_groups(&config.device));
         let capabilities = config.capabilities.iter().fold(0, |all, one| all | one.bit());
-        Ok(Self { machine, devices, capabilities, groups: Arc::default() })
+        Ok(Self { machine, devices, capabilities, groups: Arc::default(), pins })
     }
 
     /// What every process may do here, besides what it may do anyway: a set, by bits.
@@ -163,7 +166,12 @@ impl World {
     }
 
     fn opener(&self, group: Option<u32>) -> Opener {
-        Opener { machine: self.machine.clone(), devices: self.devices.clone(), group }
+        Opener {
+            machine: self.machine.clone(),
+            devices: self.devices.clone(),
+            pins: self.pins.clone(),
+            group,
+        }
     }
 
     fn group(&self, number: u32) -> Result<Arc<Group>, Errno> {
@@ -248,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_machine_has_what_its_description_says() {
-        let world = World::new(&Config::load(None).unwrap()).unwrap();
+        let world = World::new(&Config::load(None).unwrap(), Arc::default()).unwrap();
         assert!(world.has(Node::Iommu) && world.has(Node::Device(1)));
         assert!(!world.has(Node::Device(2)));
         assert_eq!(world.open(Node::Device(2)).unwrap_err(), Errno::ENOENT);
@@ -271,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_group_is_open_once() {
-        let world = World::new(&Config::load(None).unwrap()).unwrap();
+        let world = World::new(&Config::load(None).unwrap(), Arc::default()).unwrap();
         let group = world.open(Node::Group(1)).unwrap();
         assert_eq!(world.open(Node::Group(1)).unwrap_err(), Errno::EBUSY);
         drop(group);
@@ -284,7 +292,7 @@ mod tests {
     #[test]
     fn two_devices_at_one_address() {
         let text = include_str!("default.toml").replace("00:05.0", "00:04.0");
-        let error = World::new(&Config::parse(&text).unwrap()).unwrap_err();
+        let error = World::new(&Config::parse(&text).unwrap(), Arc::default()).unwrap_err();
         assert!(error.contains("00:04.0"), "{error}");
     }
 }

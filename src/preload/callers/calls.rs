@@ -8,7 +8,6 @@ use std::sync::Arc;
 use twostage::iommufd::Errno;
 
 use crate::callers::caller::CallingProcess;
-use crate::callers::process::Process;
 use crate::callers::remote::{self, Request};
 use crate::files::file::{Answer, Call};
 use crate::memory::accounts::Pinned;
@@ -59,7 +58,7 @@ fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result
 
 /// What iommufds that this process can reach have pinned of process `pid`.
 pub fn pinned(state: &State, pid: i32) -> Pinned {
-    let mut all = state.accounts.pinned_of(pid);
+    let mut all = pinned_here(state, pid);
     let mut asked = BTreeSet::new();
     for (fd, _) in table::ours(0, u32::MAX) {
         // Each owner once.
@@ -72,6 +71,12 @@ pub fn pinned(state: &State, pid: i32) -> Pinned {
         }
     }
     all
+}
+
+/// What the iommufds of this process have pinned of the process that is `pid` now.
+fn pinned_here(state: &State, pid: i32) -> Pinned {
+    let process = state.processes.of(pid);
+    process.map_or(Pinned::default(), |process| state.accounts.pinned_of(&process))
 }
 
 /// Takes one call of another process on the file whose descriptors have `inode`, or ends the file
@@ -97,14 +102,14 @@ fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
     let channel = Arc::new(channel);
     match request {
         Request::Call(call) => {
-            let process = Process::behind(channel.as_raw_fd())?;
+            let process = state.processes.behind(channel.as_raw_fd())?;
             let caller = CallingProcess::remote(process, channel.clone());
             let result = make(state, &own, &caller, call);
             state.waiting.resume();
             remote::answer_call(&channel, result)?;
         }
         Request::Pinned(pid) => {
-            remote::answer_pinned(&channel, state.accounts.pinned_of(pid))?;
+            remote::answer_pinned(&channel, pinned_here(state, pid))?;
         }
     }
     Ok(true)

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use twostage::iommufd::Errno;
 
 use crate::internal::Internal;
-use crate::{state, sys};
+use crate::sys;
 
 /// A process.
 #[derive(Debug, Clone)]
@@ -37,6 +37,44 @@ struct Other {
 pub struct Processes(Mutex<BTreeMap<i32, Weak<Other>>>);
 
 impl Processes {
+    /// The process `pid`, as it is now.
+    ///
+    /// # Errors
+    /// `ESRCH` there is none.
+    pub fn of(&self, pid: i32) -> Result<Process, Errno> {
+        match pid == sys::process_id() {
+            true => Ok(Process::own()),
+            false => self.other(pid, sys::pidfd_open(pid)?),
+        }
+    }
+
+    /// The process that made the socket at the other end of `channel` and waits there.
+    ///
+    /// # Errors
+    /// `ESRCH` it is gone.
+    pub fn behind(&self, channel: RawFd) -> Result<Process, Errno> {
+        let pid = sys::peer_process(channel)?;
+        if pid == sys::process_id() {
+            return Ok(Process::own());
+        }
+        // Before Linux 6.5 by its number, which is its own for as long as it holds the other end.
+        let pidfd = sys::peer_pidfd(channel).or_else(|_| sys::pidfd_open(pid))?;
+        let process = self.other(pid, pidfd)?;
+        match sys::events(channel) & libc::POLLHUP {
+            0 => Ok(process),
+            _ => Err(Errno::from_raw(libc::ESRCH)),
+        }
+    }
+
+    fn other(&self, pid: i32, pidfd: OwnedFd) -> Result<Process, Errno> {
+        let gone = Errno::from_raw(libc::ESRCH);
+        let start_time = sys::start_time(pid).ok_or(gone)?;
+        let other = Other { pidfd: Internal::new(pidfd), start_time };
+        let other = self.known(pid, other);
+        let process = Process { pid, other: Some(other) };
+        process.is_there().then_some(process).ok_or(gone)
+    }
+
     /// `other`, whose number is `pid`, or the same as it is known already.
     fn known(&self, pid: i32, other: Other) -> Arc<Other> {
         let mut processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,44 +93,6 @@ impl Process {
     /// This process.
     pub fn own() -> Self {
         Self { pid: sys::process_id(), other: None }
-    }
-
-    /// The process `pid`, as it is now.
-    ///
-    /// # Errors
-    /// `ESRCH` there is none.
-    pub fn of(pid: i32) -> Result<Self, Errno> {
-        match pid == sys::process_id() {
-            true => Ok(Self::own()),
-            false => Self::other(pid, sys::pidfd_open(pid)?),
-        }
-    }
-
-    /// The process that made the socket at the other end of `channel` and waits there.
-    ///
-    /// # Errors
-    /// `ESRCH` it is gone.
-    pub fn behind(channel: RawFd) -> Result<Self, Errno> {
-        let pid = sys::peer_process(channel)?;
-        if pid == sys::process_id() {
-            return Ok(Self::own());
-        }
-        // Before Linux 6.5 by its number, which is its own for as long as it holds the other end.
-        let pidfd = sys::peer_pidfd(channel).or_else(|_| sys::pidfd_open(pid))?;
-        let process = Self::other(pid, pidfd)?;
-        match sys::events(channel) & libc::POLLHUP {
-            0 => Ok(process),
-            _ => Err(Errno::from_raw(libc::ESRCH)),
-        }
-    }
-
-    fn other(pid: i32, pidfd: OwnedFd) -> Result<Self, Errno> {
-        let gone = Errno::from_raw(libc::ESRCH);
-        let start_time = sys::start_time(pid).ok_or(gone)?;
-        let other = Other { pidfd: Internal::new(pidfd), start_time };
-        let other = state::current().processes.known(pid, other);
-        let process = Self { pid, other: Some(other) };
-        process.is_there().then_some(process).ok_or(gone)
     }
 
     /// Whether it has not ended.
@@ -198,9 +198,10 @@ mod tests {
     #[test]
     fn what_a_number_leads_to_counts_only_while_the_process_is_there() {
         let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
-        let process = Process::of(child.id() as i32).unwrap();
+        let processes = Processes::default();
+        let process = processes.of(child.id() as i32).unwrap();
         assert!(process.is_there() && !process.is_own() && process.start_time() > 0);
-        let again = Process::of(child.id() as i32).unwrap();
+        let again = processes.of(child.id() as i32).unwrap();
         let [one, two] = [&process, &again].map(|it| it.other.as_ref().unwrap());
         assert!(Arc::ptr_eq(one, two), "one pidfd for both");
         assert!(process.has_open(0) && !process.has_open(77));

@@ -105,6 +105,7 @@ impl UserSpace for Process {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::callers::process::Processes;
 
     #[test]
     fn pointers_that_lead_nowhere_are_faults() {
@@ -130,7 +131,7 @@ mod tests {
     fn a_process_pays_for_itself() {
         let (one, again) = (Process::own().credentials(), Process::own().credentials());
         assert!(Arc::ptr_eq(&one.process, &again.process) && Arc::ptr_eq(&one.user, &again.user));
-        let init = Process::of(1).unwrap().credentials();
+        let init = Processes::default().of(1).unwrap().credentials();
         assert!(!Arc::ptr_eq(&one.process, &init.process));
     }
 }

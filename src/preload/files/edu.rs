@@ -9,11 +9,13 @@
 //! messages; there is no line.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use twostage_emulated::{DmaAccess, DmaAttributes, DmaError, DmaPort, PageTries};
 
 use crate::callers::process::Process;
-use crate::{state, sys};
+use crate::memory::pins::Pins;
+use crate::sys;
 
 /// Length of BAR 0, in bytes.
 pub const BAR_SIZE: u64 = 1 << 20;
@@ -90,6 +92,7 @@ enum Progress {
 #[derive(Debug)]
 pub struct Edu {
     port: DmaPort,
+    pins: Arc<Pins>,
     buffer: Box<[u8; BUFFER_SIZE]>,
     liveness: u32,
     factorial: u32,
@@ -106,8 +109,9 @@ pub struct Edu {
 
 impl Edu {
     /// A device whose DMA enters the IOMMU at `port`.
-    pub fn new(port: DmaPort) -> Self {
+    pub fn new(port: DmaPort, pins: Arc<Pins>) -> Self {
         Self {
+            pins,
             port,
             buffer: Box::new([0; BUFFER_SIZE]),
             liveness: 0,
@@ -257,7 +261,7 @@ impl Edu {
             let end = rest.start + slice.len();
             // Within the buffer, where the rest is.
             let part = self.buffer.get_mut(rest.start..end).unwrap_or_default();
-            if part.is_empty() || !copy(&slice, part, to_memory) {
+            if part.is_empty() || !copy(&self.pins, &slice, part, to_memory) {
                 self.refused_at = *iova;
                 return Progress::Ended(Outcome::NoMemory);
             }
@@ -271,7 +275,12 @@ impl Edu {
 
 /// Copies between `memory` and `part`, which is as long. The kernel does it, and does not mind when
 /// there is no memory any more.
-fn copy(memory: &vm_memory::VolatileSlice<'_>, part: &mut [u8], to_memory: bool) -> bool {
+fn copy(
+    pins: &Pins,
+    memory: &vm_memory::VolatileSlice<'_>,
+    part: &mut [u8],
+    to_memory: bool,
+) -> bool {
     let guard = memory.ptr_guard_mut();
     let address = guard.as_ptr() as u64;
     let done = if to_memory {
@@ -282,7 +291,7 @@ fn copy(memory: &vm_memory::VolatileSlice<'_>, part: &mut [u8], to_memory: bool)
     let rest = part.get_mut(done..).unwrap_or_default();
     let at = address + done as u64;
     // Of a mapping that the program has protected since.
-    let is_pinned = || state::current().pins.is_held(at, rest.len() as u64);
+    let is_pinned = || pins.is_held(at, rest.len() as u64);
     rest.is_empty() || is_pinned() && sys::copy_anyway(at, rest, to_memory)
 }
 
@@ -324,7 +333,7 @@ mod tests {
         let target = MapTarget::Fixed(0x1_0000);
         host.ioas_map(ioas, &memory, target, Protection::READ_WRITE).unwrap();
         host.device_attach(dev, None, ioas).unwrap();
-        (Edu::new(host.dma_port("edu").unwrap()), region, host)
+        (Edu::new(host.dma_port("edu").unwrap(), Arc::default()), region, host)
     }
 
     fn dma(edu: &mut Edu, source: u64, destination: u64, count: u64, command: u64) -> u64 {

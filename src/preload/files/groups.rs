@@ -2,12 +2,11 @@
 //! Who has a group: as in Linux, it is open once, or some of its devices are bound through their
 //! own character devices, but not both.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use twostage::iommufd::Errno;
-
-use crate::files::group::Group;
 
 const BUSY: Errno = Errno::EBUSY;
 
@@ -17,9 +16,16 @@ pub struct Groups(Mutex<BTreeMap<u32, Users>>);
 
 #[derive(Debug, Default)]
 struct Users {
-    open: Weak<Group>,
+    /// Whoever opened it, and still has it.
+    open: Option<Weak<dyn Any + Send + Sync>>,
     /// How many devices are bound through their own character devices.
     bound: usize,
+}
+
+impl Users {
+    fn is_open(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.strong_count() > 0)
+    }
 }
 
 impl Groups {
@@ -27,14 +33,18 @@ impl Groups {
     ///
     /// # Errors
     /// `EBUSY` it is open, or a device of it is bound.
-    pub fn open(&self, number: u32, group: impl FnOnce() -> Group) -> Result<Arc<Group>, Errno> {
+    pub fn open<G>(&self, number: u32, group: impl FnOnce() -> G) -> Result<Arc<G>, Errno>
+    where
+        G: Any + Send + Sync,
+    {
         let mut groups = self.lock();
         let users = groups.entry(number).or_default();
-        if users.open.strong_count() > 0 || users.bound > 0 {
+        if users.is_open() || users.bound > 0 {
             return Err(BUSY);
         }
         let group = Arc::new(group());
-        users.open = Arc::downgrade(&group);
+        let open: Weak<G> = Arc::downgrade(&group);
+        users.open = Some(open);
         Ok(group)
     }
 
@@ -46,7 +56,7 @@ impl Groups {
     pub fn block(self: &Arc<Self>, number: u32) -> Result<Blocked, Errno> {
         let mut groups = self.lock();
         let users = groups.entry(number).or_default();
-        if users.open.strong_count() > 0 {
+        if users.is_open() {
             return Err(BUSY);
         }
         users.bound += 1;

@@ -11,6 +11,7 @@ use twostage_emulated::Machine;
 use crate::config::{Device as DeviceEntry, Dma};
 use crate::files::device::Device;
 use crate::files::edu::Edu;
+use crate::memory::pins::Pins;
 
 /// A device of the machine.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub struct Opener {
     pub machine: Arc<Machine>,
     /// Its devices, by number.
     pub devices: Arc<BTreeMap<u32, Entry>>,
+    /// What their DMA may reach whatever the program does.
+    pub pins: Arc<Pins>,
     /// The only group whose devices are found by name; none for all.
     pub group: Option<u32>,
 }
@@ -43,7 +46,10 @@ impl Opener {
         let file = self.machine.open_device(&name)?;
         let edu = match device.config.dma {
             Dma::None => None,
-            Dma::Edu => self.machine.dma_port(&name).map(Edu::new),
+            Dma::Edu => {
+                let port = self.machine.dma_port(&name);
+                port.map(|port| Edu::new(port, self.pins.clone()))
+            }
         };
         Ok(Device::new(name, file, edu))
     }

@@ -44,10 +44,9 @@ impl Accounts {
         account(&self.pinned, pid.unsigned_abs(), start_time)
     }
 
-    /// What is pinned of the process that is `pid` now.
-    pub fn pinned_of(&self, pid: i32) -> Pinned {
-        let Ok(process) = Process::of(pid) else { return Pinned::default() };
-        let time = process.start_time();
+    /// What is pinned of `process`.
+    pub fn pinned_of(&self, process: &Process) -> Pinned {
+        let (pid, time) = (process.id(), process.start_time());
         Pinned { pinned: self.pinned(pid, time).bytes(), locked: self.process(pid, time).bytes() }
     }
 }

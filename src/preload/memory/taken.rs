@@ -24,7 +24,7 @@ fn say(times: &Times, what: Arguments<'_>) {
 
 /// What is pinned, when anything may be.
 fn pins() -> Option<&'static Pins> {
-    state::begun().map(|state| &state.pins)
+    state::begun().map(|state| &*state.pins)
 }
 
 /// Whether pages of the file that is open as `fd` are pinned.
