@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `scripts/bench/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks is
-//! said. With shell scripts in the place of both VMMs.
+//! `scripts/bench/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks
+//! is said. With shell scripts in the place of both VMMs.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

@@ -17,7 +17,6 @@ pub mod config;
 mod console;
 pub mod devices;
 pub mod error;
-mod event_loop;
 mod interrupts;
 mod iommu;
 mod machine;

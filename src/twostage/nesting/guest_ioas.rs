@@ -9,9 +9,9 @@ use super::hw_flags;
 use crate::iommufd::{HostIommu, HwInfo, MapTarget, ObjectId, Protection, UserMemory};
 use crate::spec::pci::Bdf;
 
-/// The guest's memory map (GPA → host memory) as an IOAS of the host: made once, and shared by every
-/// virtual IOMMU of the guest and by devices outside of them, so that memory is pinned and accounted
-/// once.
+/// The guest's memory map (GPA → host memory) as an IOAS of the host: made once, and shared by
+/// every virtual IOMMU of the guest and by devices outside of them, so that memory is pinned and
+/// accounted once.
 ///
 /// The IOAS is destroyed with the last who has this. Its lock is taken after that of a virtual
 /// IOMMU's nesting.

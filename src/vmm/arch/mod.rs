@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  boot ───────► boot::{Image, StartState}     kernel images, and what the first vCPU starts with
-//!  machine ────► create_vm, Processors         the virtual machine, its vCPUs and interrupt controllers
+//!  machine ────► create_vm, Processors         the virtual machine, vCPUs, interrupt controllers
 //!     │  ──────► Board                         the devices that are not on the PCI bus
 //!     │  ──────► firmware::write               what tells the guest all of it: ACPI, a device tree
 //!  interrupts ─► IrqChip, Lines, EdgeLine      the inputs of the interrupt controllers

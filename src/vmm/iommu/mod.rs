@@ -3,8 +3,8 @@
 //! and the host that serves them.
 //!
 //! There is one host with one IOAS, the guest's memory, for devices outside of them, too. Each
-//! virtual IOMMU has a host side of its own over it. Where the host is in this process, an emulated unit of its own is behind that;
-//! where it is the kernel, a unit of this machine is.
+//! virtual IOMMU has a host side of its own over it. Where the host is in this process, an emulated
+//! unit of its own is behind that; where it is the kernel, a unit of this machine is.
 
 mod direct;
 mod dma;

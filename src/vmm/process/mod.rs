@@ -3,6 +3,7 @@
 //! code.
 
 pub(crate) mod disposition;
+pub(crate) mod event_loop;
 pub mod exit_code;
 pub(crate) mod named_file;
 pub(crate) mod signals;

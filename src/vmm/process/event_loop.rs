@@ -15,7 +15,7 @@ use crate::{Error, Result};
 
 /// What the loop has to tell its owner.
 #[derive(Debug)]
-pub(super) enum Wake {
+pub(crate) enum Wake {
     /// The user wants a report (SIGUSR1).
     Report,
     /// The machine is to stop.
@@ -23,7 +23,7 @@ pub(super) enum Wake {
 }
 
 /// The loop, with whatever subscribes to it.
-pub(super) struct EventLoop {
+pub(crate) struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
     stopper: Stopper,
     report: Rc<Cell<bool>>,

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The rules of the house that no compiler keeps: no files import each other in a circle, no file
+//! and no folder grows too large, comments stay within 100 columns.
+//!
+//! Imports are read as text: `use` items and paths that begin with `crate`, `super` or `self`. What
+//! a module gives on (`pub use`) counts for whoever takes it from there, not for the module; but
+//! what the root of a package gives on is the package's. A module and what is in it are one thing:
+//! they know each other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Circles that are left, and ought not to be: the files that begin so.
+const KNOWN: [&str; 5] = [
+    "emulated/host/objects/",
+    "emulated/host/context.rs",
+    "emulated/host/machine.rs",
+    "emulated/selftest/machine.rs",
+    "vmm/interrupts/",
+];
+
+const PACKAGES: [&str; 4] = ["twostage", "emulated", "vmm", "preload"];
+/// Lines of a file.
+const LONGEST: usize = 500;
+/// Entries of a folder.
+const FULLEST: usize = 20;
+/// Columns of a comment.
+const WIDEST: usize = 100;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The Rust files below `folder`, as paths in it, and how many entries each folder has.
+fn files(folder: &Path) -> (Vec<PathBuf>, BTreeMap<PathBuf, usize>) {
+    let (mut found, mut sizes, mut open) = (Vec::new(), BTreeMap::new(), vec![folder.to_owned()]);
+    while let Some(next) = open.pop() {
+        let entries: Vec<_> =
+            fs::read_dir(&next).unwrap().map(|entry| entry.unwrap().path()).collect();
+        sizes.insert(next, entries.len());
+        for path in entries {
+            if path.is_dir() {
+                if !path.ends_with("target") {
+                    open.push(path);
+                }
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    (found, sizes)
+}
+
+/// A module: where it stands, as `["viommu", "vtd"]`.
+type Module = Vec<String>;
+
+/// The module that the file at `path` in a package is.
+fn module(path: &Path) -> Module {
+    let mut parts: Module =
+        path.with_extension("").iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+    if parts.last().is_some_and(|last| ["mod", "lib", "main"].contains(&last.as_str())) {
+        parts.pop();
+    }
+    parts
+}
+
+fn is_test(path: &Path) -> bool {
+    path.iter().any(|part| {
+        let name = part.to_str().unwrap().trim_end_matches(".rs");
+        ["tests", "testing"].contains(&name) || name.ends_with("_tests")
+    })
+}
+
+/// `text` without comments and without the tests at its foot.
+fn code(text: &str) -> String {
+    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+    text.lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n")
+}
+
+/// The paths that `tree`, as of a `use`, stands for: `a::{b, c::d}` is `a::b` and `a::c::d`.
+fn paths(tree: &str) -> Vec<Module> {
+    let tree = tree.trim();
+    let Some((before, rest)) = tree.split_once('{') else {
+        let name = tree.split(" as ").next().unwrap();
+        return vec![name.split("::").map(|part| part.trim().to_owned()).collect()];
+    };
+    let inside = rest.trim_end().strip_suffix('}').unwrap_or(rest);
+    let (mut depth, mut start, mut parts) = (0, 0, Vec::new());
+    for (at, byte) in inside.bytes().enumerate() {
+        match byte {
+            b'{' => depth += 1,
+            b'}' => depth -= 1,
+            b',' if depth == 0 => {
+                parts.push(&inside[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&inside[start..]);
+    let prefix: Module = before
+        .split("::")
+        .map(|part| part.trim().to_owned())
+        .filter(|part| !part.is_empty())
+        .collect();
+    let with_prefix = |path: Module| prefix.iter().cloned().chain(path).collect();
+    parts
+        .iter()
+        .filter(|part| !part.trim().is_empty())
+        .flat_map(|part| paths(part))
+        .map(with_prefix)
+        .collect()
+}
+
+/// One package: its modules, what they give on, and what they import.
+#[derive(Default)]
+struct Package {
+    files: BTreeMap<Module, PathBuf>,
+    given_on: BTreeMap<(Module, String), Module>,
+    imports: Vec<(Module, Module)>,
+}
+
+impl Package {
+    fn read(folder: &Path) -> Self {
+        let mut package = Self::default();
+        let read: Vec<_> = files(folder)
+            .0
+            .into_iter()
+            .map(|path| path.strip_prefix(folder).unwrap().to_owned())
+            .filter(|path| !is_test(path))
+            .collect();
+        for path in &read {
+            package.files.insert(module(path), path.clone());
+        }
+        for path in &read {
+            package.add(&module(path), &code(&fs::read_to_string(folder.join(path)).unwrap()));
+        }
+        package
+    }
+
+    /// Adds what the `code` of `module` says.
+    fn add(&mut self, module: &Module, code: &str) {
+        let mut rest = String::new();
+        for item in code.split(';') {
+            let item = item.trim_start();
+            let start = item.rfind("\nuse ").or_else(|| item.rfind("\npub")).map_or(0, |at| at + 1);
+            let statement = &item[start..];
+            let (is_public, tree) = match statement.split_once("use ") {
+                Some(("", tree)) => (false, tree),
+                Some((visibility, tree))
+                    if visibility.starts_with("pub") && !visibility.contains('{') =>
+                {
+                    (true, tree)
+                }
+                _ => {
+                    rest.push_str(item);
+                    continue;
+                }
+            };
+            rest.push_str(&item[..start]);
+            for path in paths(tree) {
+                let Some(target) = self.absolute(module, &path) else { continue };
+                if is_public {
+                    let name = target.last().unwrap().clone();
+                    self.given_on.insert((module.clone(), name), target);
+                } else {
+                    self.imports.push((module.clone(), target));
+                }
+            }
+        }
+        // Paths in the code itself.
+        for (at, _) in rest.match_indices("crate::").chain(rest.match_indices("super::")) {
+            let before = rest[..at].chars().next_back();
+            if before
+                .is_some_and(|before| before.is_alphanumeric() || before == ':' || before == '$')
+            {
+                continue;
+            }
+            let path = &rest[at..];
+            let end = path.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'));
+            let path = paths(path[..end.unwrap_or(path.len())].trim_end_matches(':')).remove(0);
+            if let Some(target) = self.absolute(module, &path) {
+                self.imports.push((module.clone(), target));
+            }
+        }
+    }
+
+    /// `path`, as `module` says it, from the root of the package; `None` for what is of another.
+    fn absolute(&self, module: &Module, path: &Module) -> Option<Module> {
+        let mut from = module.clone();
+        let mut rest = path.as_slice();
+        match rest.first()?.as_str() {
+            "crate" => from.clear(),
+            "self" => {}
+            "super" => {
+                while rest.first().is_some_and(|part| part == "super") {
+                    from.pop()?;
+                    rest = &rest[1..];
+                }
+                return Some(from.into_iter().chain(rest.iter().cloned()).collect());
+            }
+            child => {
+                let mut inner = module.clone();
+                inner.push(child.to_owned());
+                return self
+                    .files
+                    .contains_key(&inner)
+                    .then(|| module.iter().cloned().chain(rest.iter().cloned()).collect());
+            }
+        }
+        Some(from.into_iter().chain(rest[1..].iter().cloned()).collect())
+    }
+
+    /// The module that `target` is in, past all that give it on.
+    fn home(&self, target: &Module) -> Option<Module> {
+        let mut target = target.clone();
+        for _ in 0..8 {
+            let length =
+                (0..=target.len()).rev().find(|&n| self.files.contains_key(&target[..n]))?;
+            let (module, rest) = (target[..length].to_vec(), &target[length..]);
+            let name = rest.first().cloned().unwrap_or_default();
+            match self.given_on.get(&(module.clone(), name)) {
+                Some(next) if !module.is_empty() => {
+                    target = next.iter().chain(&rest[1..]).cloned().collect()
+                }
+                _ => return Some(module),
+            }
+        }
+        None
+    }
+
+    /// Which module imports from which.
+    fn arrows(&self) -> BTreeMap<Module, BTreeSet<Module>> {
+        let mut arrows = BTreeMap::<Module, BTreeSet<Module>>::new();
+        for (from, target) in &self.imports {
+            let apart = |to: &Module| !from.starts_with(to) && !to.starts_with(from);
+            if let Some(to) = self.home(target).filter(apart) {
+                arrows.entry(from.clone()).or_default().insert(to);
+            }
+        }
+        arrows
+    }
+}
+
+/// All that can be reached from `start`, by one step at least.
+fn reached<'a>(
+    arrows: &'a BTreeMap<Module, BTreeSet<Module>>,
+    start: &'a Module,
+) -> BTreeSet<&'a Module> {
+    let (mut seen, mut open) = (BTreeSet::new(), vec![start]);
+    while let Some(next) = open.pop() {
+        open.extend(arrows.get(next).into_iter().flatten().filter(|to| seen.insert(*to)));
+    }
+    seen
+}
+
+#[test]
+fn no_files_import_each_other_in_a_circle() {
+    let mut circles = Vec::new();
+    for name in PACKAGES {
+        let package = Package::read(&root().join("src").join(name));
+        let arrows = package.arrows();
+        assert!(arrows.len() > 10, "{name}: the imports are not understood");
+        for module in arrows.keys().filter(|module| reached(&arrows, module).contains(module)) {
+            let back = |to: &&Module| reached(&arrows, to).contains(module);
+            let tied: Vec<_> =
+                arrows[module].iter().filter(back).map(|to| &package.files[to]).collect();
+            let file = format!("{name}/{}", package.files[module].display());
+            if KNOWN.iter().any(|known| file.starts_with(known)) {
+                continue;
+            }
+            circles.push(format!("{name}: {:?} imports from {tied:?}", package.files[module]));
+        }
+    }
+    assert!(
+        circles.is_empty(),
+        "files that import each other in a circle:\n{}",
+        circles.join("\n")
+    );
+}
+
+#[test]
+fn no_file_and_no_folder_is_too_large() {
+    let mut too_large = Vec::new();
+    for folder in ["src", "tests", "benches"] {
+        let (files, folders) = files(&root().join(folder));
+        for file in files {
+            let text = fs::read_to_string(&file).unwrap();
+            let lines = text.lines().count();
+            if lines > LONGEST {
+                too_large.push(format!("{}: {lines} lines", file.display()));
+            }
+            let wide = |line: &&str| {
+                line.trim_start().starts_with("//")
+                    && line.chars().count() > WIDEST
+                    && !line.contains("| ")
+            };
+            if let Some(line) = text.lines().find(wide) {
+                too_large.push(format!("{}: {line}", file.display()));
+            }
+        }
+        for (path, entries) in folders
+            .into_iter()
+            .filter(|(path, entries)| *entries > FULLEST && path.starts_with(root().join("src")))
+        {
+            too_large.push(format!("{}: {entries} entries", path.display()));
+        }
+    }
+    assert!(too_large.is_empty(), "{}", too_large.join("\n"));
+}
+
+#[test]
+fn a_circle_is_found() {
+    let mut package = Package::default();
+    for name in ["a", "b", "c"] {
+        package.files.insert(vec![name.to_owned()], format!("{name}.rs").into());
+    }
+    package.files.insert(Vec::new(), "lib.rs".into());
+    package.files.insert(vec!["d".to_owned()], "d/mod.rs".into());
+    package.add(&vec!["a".to_owned()], "use crate::{d::B, c::{self, C as D}};\nfn a() {}\n");
+    package.add(&vec!["b".to_owned()], "fn b() -> super::c::C { todo!() }\n");
+    package.add(&vec!["c".to_owned()], "use std::fmt;\nuse super::a::A;\n");
+    package.add(&vec!["d".to_owned()], "pub use super::b::B;\n");
+    package.add(&Vec::new(), "mod a;\nuse a::A;\n");
+    let arrows = package.arrows();
+    let of =
+        |name: &str| arrows[&vec![name.to_owned()]].iter().flatten().cloned().collect::<Vec<_>>();
+    assert_eq!([of("a"), of("b"), of("c")], [vec!["b", "c"], vec!["c"], vec!["a"]]);
+    assert!(!arrows.contains_key(&Vec::new()));
+    assert!(reached(&arrows, &vec!["b".to_owned()]).contains(&vec!["b".to_owned()]));
+}
