@@ -10,7 +10,8 @@
 use std::ops::Range;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock};
+use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
 use twostage_emulated::{MappedPages, MmapRequest};
@@ -185,7 +186,7 @@ impl State {
     }
 
     fn files(&self) -> MutexGuard<'_, Files> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+        self.files.lock()
     }
 
     /// The emulated machine of this process, made now if it is not yet.
@@ -373,7 +374,7 @@ impl State {
 
     /// Keeps files that are closed from ending.
     pub fn serving(&self) -> MutexGuard<'_, ()> {
-        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+        self.serving.lock()
     }
 
     /// What to map in place of `fd`; `None` when that is none of ours.
@@ -427,7 +428,7 @@ mod tests {
     impl Drop for Slow {
         fn drop(&mut self) {
             let _ = self.ends.send(());
-            let _ = self.may_end.get_mut().unwrap().recv();
+            let _ = self.may_end.get_mut().recv();
             self.ended.store(true, Ordering::SeqCst);
         }
     }

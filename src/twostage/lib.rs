@@ -25,4 +25,5 @@ pub mod patience;
 pub mod ratelimit;
 pub mod runs;
 pub mod spec;
+pub mod sync;
 pub mod viommu;

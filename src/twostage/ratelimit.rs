@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Log lines that a guest can cause: so many, and then only how many more there were.
 
+use crate::sync::Mutex;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Lines let through in one [`WINDOW`].
@@ -55,7 +55,7 @@ impl RateLimit {
     }
 
     fn admit(&self, now: Instant) -> Verdict {
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut window = self.window.lock();
         match &mut *window {
             Some(current) if now.saturating_duration_since(current.start) < WINDOW => {
                 current.lines = current.lines.saturating_add(1);

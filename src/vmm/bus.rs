@@ -100,7 +100,7 @@ impl fmt::Debug for Bus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
+    use twostage::sync::Mutex;
 
     #[derive(Default)]
     struct Recorder(Mutex<Vec<(u64, Vec<u8>)>>);
@@ -111,7 +111,7 @@ mod tests {
         }
 
         fn write(&self, offset: u64, data: &[u8]) {
-            self.0.lock().unwrap().push((offset, data.to_vec()));
+            self.0.lock().push((offset, data.to_vec()));
         }
     }
 
@@ -124,7 +124,7 @@ mod tests {
         assert!(bus.read(0x142, &mut byte));
         assert_eq!(byte, [0x42]);
         assert!(bus.write(0x1fe, &[1, 2]));
-        assert_eq!(*device.0.lock().unwrap(), [(0xfe, vec![1, 2])]);
+        assert_eq!(*device.0.lock(), [(0xfe, vec![1, 2])]);
         // Past the end, before the start, nothing at all, and across the end of the address space.
         let mut word = [0; 4];
         assert!(!bus.read(0x1fe, &mut word));

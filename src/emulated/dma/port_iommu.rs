@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A DMA port as `vm_memory`'s `Iommu`, for devices that are written against that crate.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
@@ -100,7 +101,7 @@ impl Iommu for PortIommu<'_> {
         if length == 0 {
             return Iotlb::lookup(Arc::default(), iova, 0, access).map_err(not_covered);
         }
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         if let Ok(found) = Iotlb::lookup(Arc::clone(&state.iotlb), iova, length, access) {
             return Ok(found);
         }

@@ -2,7 +2,8 @@
 //! How drivers tag what is cached of their page tables.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use crate::units::hardware::CacheTag;
 
@@ -33,7 +34,7 @@ impl OwnedTag {
 
 impl CacheTags {
     fn lock(&self) -> MutexGuard<'_, Tags> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// A tag for one more page table.

@@ -4,7 +4,8 @@
 
 use std::any::Any;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use super::tags::{CacheTags, OwnedTag};
 use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
@@ -74,7 +75,7 @@ type Attached = Vec<(Arc<dyn Hardware>, u32)>;
 
 impl VtdNested {
     fn attached(&self) -> MutexGuard<'_, Attached> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+        self.attached.lock()
     }
 
     /// `count` attachments more behind `hardware`: it may cache something of the tables.
@@ -225,7 +226,7 @@ impl VtdDriver {
     }
 
     fn domains(&self) -> MutexGuard<'_, DomainIds> {
-        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+        self.domains.lock()
     }
 
     /// The tag of the page table of `domain`.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One open iommufd: what all files that lead to it share.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use crate::host::dma_buf::{DmaBuf, Importer};
 use crate::host::machine::{Machine, Part};
@@ -42,13 +43,13 @@ impl Context {
 
     /// The objects, locked.
     pub fn objects(&self) -> MutexGuard<'_, Objects> {
-        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+        self.objects.lock()
     }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        self.objects.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+        self.objects.get_mut().close();
     }
 }
 

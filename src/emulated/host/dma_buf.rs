@@ -2,7 +2,8 @@
 //! Memory of a device that other devices may reach until its driver revokes it.
 
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, UserMemory};
@@ -77,6 +78,6 @@ impl DmaBuf {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }

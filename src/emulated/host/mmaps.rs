@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
@@ -60,7 +61,7 @@ impl Mmaps {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Mmap>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -5,7 +5,8 @@
 use std::any::Any;
 use std::mem::offset_of;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, OnceLock, Weak};
+use twostage::sync::Mutex;
 
 use super::abi::{self, AccessPages, AccessRw, CreateAccess, BODY};
 use super::areas::in_area;
@@ -61,7 +62,7 @@ impl Item {
 
 impl Items {
     fn lock(&self) -> MutexGuard<'_, Pinned> {
-        self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pinned.lock()
     }
 
     /// Unpins what is `concerned`; whether there was anything.

@@ -2,7 +2,8 @@
 //! Mock devices, as their driver knows them.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use super::abi;
 use super::vdevices::MockVdevices;
@@ -68,6 +69,6 @@ impl MockDevices {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u16, MockDevice>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }

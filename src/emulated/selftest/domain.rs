@@ -2,7 +2,8 @@
 //! Page tables of the mock driver.
 
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use super::abi::{self, HwptData, HwptInvalidate};
 use super::page_table::{leaf_at, FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
@@ -111,7 +112,7 @@ impl MockNested {
     }
 
     fn iotlb(&self) -> MutexGuard<'_, [u32; abi::MOCK_NESTED_DOMAIN_IOTLB_NUM]> {
-        self.iotlb.lock().unwrap_or_else(PoisonError::into_inner)
+        self.iotlb.lock()
     }
 
     fn invalidate_one(&self, entry: HwptInvalidate) -> Outcome<()> {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The mock IOMMU of a machine, and the devices behind it.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
+use twostage::sync::Mutex;
 
 use super::abi;
 use super::driver::MockDriver;
@@ -23,14 +24,14 @@ pub struct Selftest {
 impl Selftest {
     /// Notes an iommufd that is opened.
     pub fn opened(&self, context: &Arc<Context>) {
-        let mut contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut contexts = self.contexts.lock();
         contexts.retain(|context| context.strong_count() > 0);
         contexts.push(Arc::downgrade(context));
     }
 
     /// Every iommufd of the machine.
     pub fn contexts(&self) -> Vec<Arc<Context>> {
-        let contexts = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        let contexts = self.contexts.lock();
         contexts.iter().filter_map(Weak::upgrade).collect()
     }
 }

@@ -2,7 +2,8 @@
 //! The vDEVICEs of one vIOMMU of the mock driver.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use super::abi;
 use crate::host::events::ViommuEvents;
@@ -54,6 +55,6 @@ impl MockVdevices {
     }
 
     fn devices(&self) -> MutexGuard<'_, BTreeMap<u64, Bdf>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        self.devices.lock()
     }
 }

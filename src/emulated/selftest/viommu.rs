@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use zerocopy::IntoBytes;
 
@@ -48,7 +49,7 @@ impl MockViommu {
     }
 
     fn queues(&self) -> MutexGuard<'_, BTreeMap<u32, ObjectId>> {
-        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queues.lock()
     }
 
     fn invalidate_one(&self, entry: ViommuInvalidate) -> Outcome<()> {

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::mem::{offset_of, size_of};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use super::argument::Argument;
 use super::Process;
@@ -136,7 +137,7 @@ impl DeviceFile {
         argument: &mut [u8],
         process: &dyn Process,
     ) -> Result<(), Errno> {
-        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bound = self.bound.lock();
         if bound.as_ref().is_some_and(|bound| !bound.lives()) {
             *bound = None;
         }
@@ -203,7 +204,7 @@ impl DeviceFile {
 
 impl Drop for DeviceFile {
     fn drop(&mut self) {
-        let bound = self.bound.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let bound = self.bound.get_mut().take();
         if let Some(bound) = bound.filter(Bound::lives) {
             // Fails only when somebody else unbound the device.
             let _ = bound.context.objects().device_unbind(bound.dev);

@@ -8,7 +8,8 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
+use twostage::sync::Mutex;
 
 /// Words of one chunk.
 const CHUNK_WORDS: usize = 64;
@@ -100,7 +101,7 @@ impl DirtyLog {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Box<Chunk>>> {
-        self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.chunks.lock()
     }
 }
 

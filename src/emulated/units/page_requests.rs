@@ -9,7 +9,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
+use twostage::sync::Mutex;
 
 use crate::host::refusal::Outcome;
 use crate::units::engine::request::Request;
@@ -121,7 +122,7 @@ impl PageRequests {
     }
 
     fn devices(&self) -> MutexGuard<'_, BTreeMap<u16, Interface>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        self.devices.lock()
     }
 }
 

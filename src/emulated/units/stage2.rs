@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+use twostage::sync::RwLock;
 
 use vm_memory::GuestRegionMmap;
 
@@ -40,7 +41,7 @@ pub(crate) struct Stage2 {
 impl Stage2 {
     /// The mapping that `address` lies in.
     pub fn lookup(&self, address: u64) -> Option<Mapping> {
-        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let mappings = self.mappings.read();
         let (_, mapping) = mappings.range(..=address).next_back()?;
         (address <= mapping.last).then(|| mapping.clone())
     }
@@ -49,7 +50,7 @@ impl Stage2 {
     #[cfg(feature = "selftest")]
     pub fn lookup_all(&self, start: u64, length: u64) -> Vec<Mapping> {
         let end = start.saturating_add(length);
-        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let mappings = self.mappings.read();
         let from = mappings.range(..=start).next_back().map_or(start, |(from, _)| *from);
         let found = mappings.range(from..end).map(|(_, mapping)| mapping);
         found.filter(|mapping| mapping.last >= start).cloned().collect()
@@ -57,21 +58,18 @@ impl Stage2 {
 
     /// Adds a mapping. The caller has checked that it overlaps none.
     pub fn insert(&self, mapping: Mapping) {
-        self.mappings
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(mapping.start, mapping);
+        self.mappings.write().insert(mapping.start, mapping);
     }
 
     /// Removes the mapping that starts at `start`.
     #[cfg(test)]
     pub fn remove(&self, start: u64) -> Option<Mapping> {
-        self.mappings.write().unwrap_or_else(PoisonError::into_inner).remove(&start)
+        self.mappings.write().remove(&start)
     }
 
     /// Splits the mapping that `last` lies in after it, unless it ends there; nothing else changes.
     pub fn split(&self, last: u64) {
-        let mut mappings = self.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        let mut mappings = self.mappings.write();
         let found = mappings.range_mut(..=last).next_back().filter(|(_, found)| last < found.last);
         let Some((_, first)) = found else { return };
         let start = last + 1;
@@ -89,7 +87,7 @@ impl Stage2 {
 
     /// Removes the mappings that start in `range`; there is none that does so and ends outside.
     pub fn remove_in(&self, range: RangeInclusive<u64>) {
-        let mut mappings = self.mappings.write().unwrap_or_else(PoisonError::into_inner);
+        let mut mappings = self.mappings.write();
         while let Some(start) = mappings.range(range.clone()).next().map(|(start, _)| *start) {
             mappings.remove(&start);
         }
@@ -128,7 +126,7 @@ mod tests {
         for last in [0xfff, 0x2fff, 0x2fff, 0x4fff, 0x5000] {
             stage2.split(last);
         }
-        assert_eq!(stage2.mappings.read().unwrap().len(), 2);
+        assert_eq!(stage2.mappings.read().len(), 2);
         for (address, start, offset) in [(0x2fff, 0x1000, 0x1fff), (0x3000, 0x3000, 0x2000)] {
             let mapping = stage2.lookup(address).unwrap();
             assert_eq!((mapping.start, mapping.target(address).1), (start, offset));

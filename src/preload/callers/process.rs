@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
 
@@ -77,7 +78,7 @@ impl Processes {
 
     /// `other`, whose number is `pid`, or the same as it is known already.
     fn known(&self, pid: i32, other: Other) -> Arc<Other> {
-        let mut processes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut processes = self.0.lock();
         let known = processes.get(&pid).and_then(Weak::upgrade);
         if let Some(known) = known.filter(|known| known.start_time == other.start_time) {
             return known;

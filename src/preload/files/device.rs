@@ -6,7 +6,8 @@
 //! Its one interrupt is a message (MSI); its regions cannot be mapped.
 
 use std::mem::size_of;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
 use twostage_emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
@@ -110,7 +111,7 @@ impl Device {
     }
 
     fn function(&self) -> MutexGuard<'_, Function> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn ioctl(&self, caller: &dyn Caller, request: u32, address: u64) -> Result<i64, Errno> {

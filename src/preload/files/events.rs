@@ -6,7 +6,8 @@
 //! descriptor then polls as readable once more, and the read finds nothing. A socket can always be
 //! written, so a vEVENTQ polls as writable, which Linux's does not.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use twostage::iommufd::{Errno, Readiness};
 use twostage_emulated::EventFile;
@@ -31,7 +32,7 @@ impl Events {
 }
 
 fn lock(told: &Mutex<bool>) -> MutexGuard<'_, bool> {
-    told.lock().unwrap_or_else(PoisonError::into_inner)
+    told.lock()
 }
 
 impl File for Events {

@@ -7,7 +7,8 @@
 
 use std::collections::BTreeMap;
 use std::mem::size_of;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use twostage::iommufd::{Errno, UserMemory};
 use twostage_emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
@@ -46,7 +47,7 @@ impl Group {
     }
 
     fn container(&self) -> MutexGuard<'_, Option<Arc<EmulatedHost>>> {
-        self.container.lock().unwrap_or_else(PoisonError::into_inner)
+        self.container.lock()
     }
 
     /// `struct vfio_group_status`: argsz, flags.
@@ -88,7 +89,7 @@ impl Group {
     }
 
     fn open(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<Device>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock()
     }
 
     /// Opens the device of that name, bound and attached. One that is open is opened once more as

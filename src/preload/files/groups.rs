@@ -4,7 +4,8 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
 
@@ -64,7 +65,7 @@ impl Groups {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Users>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -2,7 +2,8 @@
 //! The files with something that waits for a call on another one: a DMA, for the answer to its page
 //! requests.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use crate::files::file::File;
 
@@ -35,7 +36,7 @@ impl Waiting {
     }
 
     fn files(&self) -> MutexGuard<'_, Vec<Weak<dyn File>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -2,7 +2,8 @@
 //! On whose account memory is locked: users and processes, as far as they use this machine.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
 
 use twostage_emulated::uapi::LockedMemory;
 
@@ -52,7 +53,7 @@ impl Accounts {
 }
 
 fn account(book: &Book, id: u32, whose: u64) -> Arc<LockedMemory> {
-    let mut book = book.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut book = book.lock();
     let known = book.get(&id).filter(|(of, _)| *of == whose);
     if let Some(account) = known.and_then(|(_, account)| account.upgrade()) {
         return account;

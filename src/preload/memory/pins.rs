@@ -13,7 +13,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use libc::{PROT_READ, PROT_WRITE};
 use twostage::iommufd::{Errno, UserMemory};
@@ -153,19 +154,19 @@ impl Pins {
     /// the list: no, when that is so.
     pub fn seems_held(&self, address: u64, length: u64) -> bool {
         let end = address.saturating_add(length);
-        self.holds() && self.list.try_lock().is_ok_and(|list| list.has(address, end))
+        self.holds() && self.list.try_lock().is_some_and(|list| list.has(address, end))
     }
 
     /// `file`, which is `key`, is mapped by itself for as long as anybody has it.
     pub fn mapped_file(&self, key: FileKey, file: &Arc<File>) {
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = self.files.lock();
         files.retain(|(_, file)| file.strong_count() > 0);
         files.push((key, Arc::downgrade(file)));
     }
 
     /// Whether pages of the file `key` are pinned.
     pub fn has_file(&self, key: &FileKey) -> bool {
-        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = self.files.lock();
         if files.iter().any(|(of, file)| of == key && file.strong_count() > 0) {
             return true;
         }
@@ -197,7 +198,7 @@ impl Pins {
     }
 
     fn list(&self) -> MutexGuard<'_, List> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        self.list.lock()
     }
 }
 

@@ -2,7 +2,7 @@
 //! What the program has mapped of its iommufds: objects that are in use until it is unmapped.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use twostage::sync::Mutex;
 
 use twostage_emulated::MappedPages;
 
@@ -29,7 +29,7 @@ impl Windows {
     pub fn add(&self, address: u64, length: u64, pages: MappedPages) {
         let addresses = vec![(address, address.saturating_add(length))];
         let window = Window { addresses, _pages: pages };
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.lock();
         list.push(window);
         self.count.store(list.len(), Ordering::Release);
     }
@@ -42,7 +42,7 @@ impl Windows {
         // As munmap does it: whole pages.
         let gone =
             (address, address.saturating_add(length).div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE));
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.lock();
         for window in list.iter_mut() {
             window.addresses =
                 window.addresses.drain(..).flat_map(|range| without(range, gone)).collect();

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The guest's memory as one IOAS.
 
+use crate::sync::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use super::error::{Context, NestingError, Result};
 use super::hw_flags;
@@ -105,7 +106,7 @@ impl GuestIoas {
 
     /// Its users, locked: mapping and adding devices take turns.
     pub(super) fn users(&self) -> MutexGuard<'_, Users> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+        self.users.lock()
     }
 
     /// Gives it up; the object, for the last to destroy.

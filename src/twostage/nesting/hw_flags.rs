@@ -2,8 +2,8 @@
 //! The flags of `IOMMU_GET_HW_INFO`: what a host asks of whoever nests on it, and what it may ask
 //! that is not known here.
 
+use crate::sync::Mutex;
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
 
 use crate::iommufd::{
     HwInfo, HwInfoData, HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI, HW_INFO_VTD_ERRATA_772415_SPR17,
@@ -35,7 +35,7 @@ pub(super) fn unknown_flags(info: &HwInfo) -> u32 {
 pub(super) fn say_unknown(rid: Bdf, info: &HwInfo) {
     /// What was said, of all hosts that this process has.
     static SAID: Mutex<BTreeSet<(&str, u32)>> = Mutex::new(BTreeSet::new());
-    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut said = SAID.lock();
     if let Some(line) = news(rid, info, &mut said) {
         log::warn!("{line}");
     }

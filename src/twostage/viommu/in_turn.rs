@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A lock that is had in turn.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::Mutex;
+use std::sync::MutexGuard;
 
 /// The registers of a virtual IOMMU. Who works through a queue and lets them go between two slices
 /// has them again after those who wait.
@@ -16,7 +17,7 @@ pub(super) struct InTurn<T> {
 impl<T> InTurn<T> {
     /// The value, after those who wait for it.
     pub fn lock(&self) -> MutexGuard<'_, T> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+        let _turn = self.turn.lock();
+        self.value.lock()
     }
 }

@@ -2,8 +2,9 @@
 //! What the tests of both models are written with: what a host refuses, and how a guest reaches its
 //! registers and memory.
 
+use crate::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -37,12 +38,12 @@ enum Which {
 impl Refusals {
     /// Refuses everything from here on, or nothing.
     pub fn everything(&self, refuse: bool) {
-        *self.which.lock().unwrap() = if refuse { Which::Everything } else { Which::Nothing };
+        *self.which.lock() = if refuse { Which::Everything } else { Which::Nothing };
     }
 
     /// Refuses one call, after this many.
     pub fn after(&self, calls: i64) {
-        *self.which.lock().unwrap() = Which::After(calls);
+        *self.which.lock() = Which::After(calls);
     }
 
     /// Says of what is refused whether it is not blocked either.
@@ -52,7 +53,7 @@ impl Refusals {
 
     /// What becomes of the next call.
     pub fn next_call(&self) -> Result<(), HostSideError> {
-        let refused = match &mut *self.which.lock().unwrap() {
+        let refused = match &mut *self.which.lock() {
             Which::Nothing => false,
             Which::Everything => true,
             Which::After(calls) => {

@@ -2,7 +2,7 @@
 //! An arm64 machine's clock that runs on a battery: a PL031, without its interrupt. It shows the
 //! host's time, or what the guest has set.
 
-use std::sync::{Mutex, PoisonError};
+use twostage::sync::Mutex;
 
 use vm_superio::rtc_pl031::NoEvents;
 use vm_superio::Rtc;
@@ -23,13 +23,13 @@ impl BusDevice for Pl031 {
         data.fill(0);
         if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
             // An offset in a page.
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset as u16, word);
+            self.0.lock().read(offset as u16, word);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Ok(word) = <&[u8; 4]>::try_from(data) {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset as u16, word);
+            self.0.lock().write(offset as u16, word);
         }
     }
 }

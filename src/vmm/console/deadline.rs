@@ -2,8 +2,9 @@
 //! How long the end of a machine waits for those who read what it writes: a second for all of them
 //! together, from the stop on.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
+use twostage::sync::Mutex;
 
 /// When the machine of this process was stopped, once it was.
 static STOPPED: Mutex<Option<Instant>> = Mutex::new(None);
@@ -58,7 +59,7 @@ pub(crate) fn soon() -> Instant {
 }
 
 fn stopped() -> MutexGuard<'static, Option<Instant>> {
-    STOPPED.lock().unwrap_or_else(PoisonError::into_inner)
+    STOPPED.lock()
 }
 
 #[cfg(test)]

@@ -9,9 +9,10 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+use twostage::sync::Mutex;
 
 use crate::console::deadline::{self, Turn};
 use crate::console::patient::{write_some, Patient, PATIENCE, PIECE};
@@ -265,7 +266,7 @@ fn of_process(once: &OnceLock<Output>, name: &str, descriptor: BorrowedFd<'_>) -
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// The thread: writes what comes to `file`, until nobody can write any more.

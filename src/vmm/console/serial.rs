@@ -4,7 +4,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::Serial;
@@ -118,7 +119,7 @@ impl SerialPort {
     }
 
     fn lock(&self) -> MutexGuard<'_, Uart> {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+        self.uart.lock()
     }
 }
 

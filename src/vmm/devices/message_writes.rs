@@ -57,7 +57,7 @@ impl DmaMaster for MessageWrites {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use twostage::sync::Mutex;
 
     use super::*;
 
@@ -79,7 +79,7 @@ mod tests {
 
     impl InterruptSink for Messages {
         fn send_msi(&self, address: u64, data: u32) {
-            self.0.lock().unwrap().push((address, data));
+            self.0.lock().push((address, data));
         }
     }
 
@@ -88,7 +88,7 @@ mod tests {
         let messages = Arc::new(Messages::default());
         let mut dma = MessageWrites::new(Box::new(Everything), messages.clone());
         dma.write(None, 0xfee0_1000, &[0x21, 0, 0, 0]).unwrap();
-        assert_eq!(*messages.0.lock().unwrap(), [(0xfee0_1000, 0x21)]);
+        assert_eq!(*messages.0.lock(), [(0xfee0_1000, 0x21)]);
 
         assert!(dma.write(None, 0xfee0_0000, &[0; 8]).is_err());
         assert!(dma.write(None, 0xfee0_0002, &[0; 4]).is_err());
@@ -96,6 +96,6 @@ mod tests {
         dma.write(Pasid::new(1), 0xfee0_0000, &[0; 4]).unwrap();
         dma.write(None, 0xfedf_fffc, &[0; 4]).unwrap();
         dma.write(None, 0xfef0_0000, &[0; 4]).unwrap();
-        assert_eq!(messages.0.lock().unwrap().len(), 1);
+        assert_eq!(messages.0.lock().len(), 1);
     }
 }

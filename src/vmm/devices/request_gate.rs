@@ -2,7 +2,8 @@
 //! Whether a function may make memory requests: asked for each of them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::RwLockReadGuard;
+use twostage::sync::RwLock;
 
 /// The function may make no requests just now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +41,7 @@ impl RequestGate {
     /// # Errors
     /// The function has not got it.
     pub fn enter(&self) -> Result<Permit<'_>, NotNow> {
-        let under_way = self.under_way.read().unwrap_or_else(PoisonError::into_inner);
+        let under_way = self.under_way.read();
         if self.is_open() {
             Ok(Permit { _under_way: under_way })
         } else {
@@ -79,7 +80,7 @@ impl RequestGate {
     }
 
     fn wait_for_request(&self) {
-        drop(self.under_way.write().unwrap_or_else(PoisonError::into_inner));
+        drop(self.under_way.write());
     }
 }
 

@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use kvm_bindings::{
     kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
@@ -187,7 +188,7 @@ impl GsiTable {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 }
 
@@ -239,14 +240,14 @@ pub(super) mod tests {
         ) -> std::result::Result<(), errno::Error> {
             let pins = fixed.iter().map(|entry| (entry.gsi, entry.type_));
             let seen = pins.chain(messages.keys().map(|gsi| (*gsi, MSI))).collect();
-            self.calls.lock().unwrap().push(seen);
+            self.calls.lock().push(seen);
             if self.refuse.load(Ordering::SeqCst) {
                 return Err(errno::Error::new(libc::ENOMEM));
             }
             if messages.values().any(|sent| sent.message.address >> 32 & 0xff != 0) {
                 return Err(errno::Error::new(libc::EINVAL));
             }
-            self.in_use.lock().unwrap().clone_from(messages);
+            self.in_use.lock().clone_from(messages);
             Ok(())
         }
     }
@@ -261,7 +262,7 @@ pub(super) mod tests {
     fn several_changes_are_one_call_and_none_is_none() {
         let routing = Arc::new(FakeRouting::default());
         let table = GsiTable::new(routing.clone(), Vec::new());
-        let calls = || std::mem::take(&mut *routing.calls.lock().unwrap());
+        let calls = || std::mem::take(&mut *routing.calls.lock());
         table.update([(24, None)]).unwrap();
         assert!(calls().is_empty());
         table.update([(30, Some(ONE)), (2, Some(ONE))]).unwrap();
@@ -282,7 +283,7 @@ pub(super) mod tests {
         routing.refuse.store(false, Ordering::SeqCst);
         table.update([(24, Some(ONE))]).unwrap();
         table.update([(24, Some(ONE))]).unwrap();
-        assert_eq!((routing.calls.lock().unwrap().len(), table.updates()), (2, 2));
+        assert_eq!((routing.calls.lock().len(), table.updates()), (2, 2));
     }
 
     fn to(address: u64) -> Option<SentMessage> {
@@ -294,7 +295,7 @@ pub(super) mod tests {
         let routing = Arc::new(FakeRouting::default());
         let table = GsiTable::new(routing.clone(), Vec::new());
         let (good, bad) = (to(0xfee0_0000), to(0x1_fee0_0000));
-        let in_use = || routing.in_use.lock().unwrap().keys().copied().collect::<Vec<_>>();
+        let in_use = || routing.in_use.lock().keys().copied().collect::<Vec<_>>();
         table.update([(24, good), (25, good)]).unwrap();
         // What led somewhere leads nowhere: it is not what it was.
         assert_eq!(table.update([(24, bad)]).unwrap(), BTreeSet::from([24]));
@@ -321,7 +322,7 @@ pub(super) mod tests {
         let fixed = vec![kvm_irq_routing_entry { gsi: 4, ..kvm_irq_routing_entry::default() }];
         let table = GsiTable::new(routing.clone(), fixed);
         table.update([(PINS, Some(ONE))]).unwrap();
-        assert_eq!(routing.calls.lock().unwrap()[0], [(4, 0), (PINS, MSI)]);
+        assert_eq!(routing.calls.lock()[0], [(4, 0), (PINS, MSI)]);
     }
 
     #[test]

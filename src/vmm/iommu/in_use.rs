@@ -2,7 +2,8 @@
 //! The host's objects while a guest uses them, for the report: guests switch translation off before
 //! they end, and nothing is to be seen of it then.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use crate::bus::BusDevice;
 use twostage::spec::vtd::regs::{self, Gcmd};
@@ -24,13 +25,13 @@ impl ObjectsInUse {
 
     /// The objects, once a guest has switched translation off.
     pub fn most(&self) -> Option<ObjectGraph> {
-        self.most.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.most.lock().clone()
     }
 
     /// A guest is about to switch translation off.
     pub fn note(&self) {
         let Some(graph) = self.host.as_ref().map(|host| host.graph()) else { return };
-        let mut most = self.most.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut most = self.most.lock();
         // Of several units the first one to go shows the objects of all.
         if most.as_ref().is_none_or(|most| most.objects.len() <= graph.objects.len()) {
             *most = Some(graph);

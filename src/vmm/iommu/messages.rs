@@ -9,7 +9,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use super::dma::attributes;
 use crate::arch::layout::MESSAGE_RANGE;
@@ -46,7 +47,7 @@ impl InterruptRemapper for TranslatedMessages {
     /// A message that the tables lead to memory is written there, and is not blocked.
     fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
         let Some(port) = self.ports.get(&source) else { return false };
-        let mut port = port.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut port = port.lock();
         let MsiMessage { address, data } = message;
         port.write_message(attributes(None), address, data, |address| deliver(address, data, sink))
             .inspect_err(|refusal| log::debug!("message of {source}: {refusal}"))
@@ -134,7 +135,7 @@ mod tests {
 
     impl InterruptSink for Arrived {
         fn send_msi(&self, address: u64, data: u32) {
-            self.0.lock().unwrap().push((address, data));
+            self.0.lock().push((address, data));
         }
     }
 
@@ -264,7 +265,7 @@ mod tests {
 
         /// What arrived since the last time.
         fn arrived(&self) -> Vec<(u64, u32)> {
-            std::mem::take(&mut *self.arrived.0.lock().unwrap())
+            std::mem::take(&mut *self.arrived.0.lock())
         }
 
         /// The next event, which another thread brings.
@@ -369,7 +370,7 @@ mod tests {
     fn messages_of_a_device_of_this_machine_have_arrived() {
         let arrived = Arrived::default();
         assert!(ArrivedMessages.send_remapped(FUNCTION.bdf, MESSAGE, &arrived));
-        assert_eq!(*arrived.0.lock().unwrap(), [(DOORBELL, 7)]);
+        assert_eq!(*arrived.0.lock(), [(DOORBELL, 7)]);
         let kept = ArrivedMessages.translate(FUNCTION.bdf, MESSAGE);
         assert_eq!(kept, Some(MsiMessage { address: DOORBELL, data: 7 }));
     }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
+use twostage::sync::Mutex;
 
 use vm_superio::Trigger;
 
@@ -177,7 +178,7 @@ struct RegisterPages {
 
 impl RegisterPages {
     fn objects(&self) -> Option<SmmuObjects> {
-        self.objects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.objects.lock().clone()
     }
 
     /// Whether the write switches translation off, which is on.
@@ -198,7 +199,7 @@ impl BusDevice for RegisterPages {
         if self.switches_off(offset, data) {
             self.in_use.note();
             let objects = self.nesting.objects();
-            *self.objects.lock().unwrap_or_else(PoisonError::into_inner) = Some(objects);
+            *self.objects.lock() = Some(objects);
         }
         self.smmu.mmio_write(offset, data);
     }

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
+use twostage::sync::{Mutex, RwLock};
 
 use super::{BarPlacement, ConfigSpace};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
@@ -85,7 +86,7 @@ impl PciBus {
     /// Collects the BARs anew. Those outside the PCI memory window do not answer.
     fn update_decoders(&self) {
         // Held throughout, so that of two updates at once the later one sees the newer BARs.
-        let mut decoders = self.decoders.write().unwrap_or_else(PoisonError::into_inner);
+        let mut decoders = self.decoders.write();
         decoders.clear();
         for function in self.functions.values() {
             let placements = lock(function.config()).bar_placements();
@@ -100,7 +101,7 @@ impl PciBus {
 
     /// The function whose BAR answers for all of an access, the BAR and the offset in it.
     fn decode(&self, address: u64, length: usize) -> Option<(Arc<dyn PciFunction>, usize, u64)> {
-        let decoders = self.decoders.read().unwrap_or_else(PoisonError::into_inner);
+        let decoders = self.decoders.read();
         decoders.iter().find_map(|decoder| {
             let offset = decoder.placement.offset(address, length)?;
             Some((decoder.function.clone(), decoder.placement.index, offset))
@@ -115,7 +116,7 @@ impl fmt::Debug for PciBus {
 }
 
 fn lock(config: &Mutex<ConfigSpace>) -> std::sync::MutexGuard<'_, ConfigSpace> {
-    config.lock().unwrap_or_else(PoisonError::into_inner)
+    config.lock()
 }
 
 /// The PCI memory window, from [`PCI_MMIO_START`] on.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The host bridge, 00:00.0: there to be found, and nothing more.
 
-use std::sync::Mutex;
+use twostage::sync::Mutex;
 
 use super::{ConfigSpace, Identity, PciFunction};
 

@@ -2,7 +2,8 @@
 //! INTx: the interrupt pins of functions, and the few shared lines they lead to.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -92,7 +93,7 @@ impl IntxPin {
     pub fn set(&self, asserted: bool) {
         let bit = 1 << self.device;
         // Held while the line is driven: levels reach the interrupt controller in order.
-        let mut pins = self.line.asserted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pins = self.line.asserted.lock();
         let before = *pins != 0;
         *pins = if asserted { *pins | bit } else { *pins & !bit };
         let after = *pins != 0;
@@ -118,8 +119,7 @@ mod tests {
     fn a_shared_line_falls_when_the_last_pin_does() {
         let levels = Arc::new(Mutex::new(Vec::new()));
         let seen = levels.clone();
-        let router =
-            IntxRouter::new(Arc::new(move |gsi, level| seen.lock().unwrap().push((gsi, level))));
+        let router = IntxRouter::new(Arc::new(move |gsi, level| seen.lock().push((gsi, level))));
         let one = router.pin(Bdf::new(0, 1, 0).unwrap());
         let five = router.pin(Bdf::new(0, 5, 0).unwrap());
         let two = router.pin(Bdf::new(0, 2, 0).unwrap());
@@ -133,6 +133,6 @@ mod tests {
         two.set(false);
         let inputs = INTX_LINES[line_of_pin(1)].gsis;
         let expected = [true, false].map(|level| inputs.iter().map(move |gsi| (*gsi, level)));
-        assert_eq!(*levels.lock().unwrap(), expected.into_iter().flatten().collect::<Vec<_>>());
+        assert_eq!(*levels.lock(), expected.into_iter().flatten().collect::<Vec<_>>());
     }
 }

@@ -2,7 +2,8 @@
 //! MSI-X (PCIe 6.0 §7.7.2): the capability, the table of vectors and the pending bits.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -227,7 +228,7 @@ impl Msix {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -267,20 +268,20 @@ mod tests {
 
     impl InterruptVector for Recorder {
         fn update(&self, message: Option<MsiMessage>) {
-            self.0.lock().unwrap().push(match message {
+            self.0.lock().push(match message {
                 Some(message) => format!("{:#x}/{:#x}", message.address, message.data),
                 None => "none".into(),
             });
         }
 
         fn trigger(&self) {
-            self.0.lock().unwrap().push("sent".into());
+            self.0.lock().push("sent".into());
         }
     }
 
     impl Recorder {
         fn take(&self) -> Vec<String> {
-            std::mem::take(&mut self.0.lock().unwrap())
+            std::mem::take(&mut self.0.lock())
         }
     }
 

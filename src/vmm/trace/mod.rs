@@ -27,8 +27,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use twostage::sync::Mutex;
 
 use serde_json::{json, Value};
 
@@ -105,7 +105,7 @@ impl Trace {
     /// Ends the array; what comes later is lost. Whether everything is in the file, which a warning
     /// says otherwise.
     pub fn finish(&self) -> bool {
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = self.out.lock();
         out.waiting.extend_from_slice(b"\n]\n");
         if let Err(error) = out.flush() {
             log::warn!("{}: {error}; the trace is not complete", self.path.display());
@@ -156,7 +156,7 @@ impl Trace {
     }
 
     fn write(&self, event: &Value) {
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = self.out.lock();
         if out.writer.is_none() {
             return;
         }
@@ -274,6 +274,6 @@ mod tests {
         let trace = Trace::new(Path::new("full"), Box::new(Full));
         trace.instant("test", &"lost".repeat(PIECE), Value::Null);
         trace.instant("test", "lost too", Value::Null);
-        assert!(trace.out.lock().unwrap().writer.is_none());
+        assert!(trace.out.lock().writer.is_none());
     }
 }

@@ -4,7 +4,8 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use super::host_device::HostDevice;
 use super::mapping::Mapping;
@@ -116,7 +117,7 @@ impl LentBars {
 
     /// The BARs that answer are `placements`: lends them there, and nowhere else.
     pub fn update(&self, placements: &[BarPlacement]) {
-        let mut bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bars = self.bars.lock();
         // Takes back before it lends: two BARs may change places.
         for bar in bars.iter_mut() {
             if bar.lent.as_ref().is_some_and(|(placement, _)| !placements.contains(placement)) {
@@ -146,7 +147,7 @@ impl LentBars {
 
 impl fmt::Debug for LentBars {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
+        let bars = self.bars.lock();
         let lent = bars.iter().filter_map(|bar| bar.lent.as_ref().map(|(placement, _)| placement));
         f.debug_list().entries(lent).finish()
     }

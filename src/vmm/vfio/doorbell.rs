@@ -75,7 +75,7 @@ impl fmt::Debug for DoorbellWatch {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use twostage::sync::Mutex;
 
     use super::*;
     use twostage::spec::smmuv3::StreamId;
@@ -85,11 +85,11 @@ mod tests {
 
     impl EventTarget for Target {
         fn event(&self, record: EventRecordWords) {
-            self.0.lock().unwrap().push(record);
+            self.0.lock().push(record);
         }
 
         fn events_lost(&self) {
-            self.0.lock().unwrap().push([0; 4]);
+            self.0.lock().push([0; 4]);
         }
     }
 
@@ -125,6 +125,6 @@ mod tests {
         assert!(watch.told.load(Ordering::Relaxed));
         watch.event(lost);
         watch.events_lost();
-        assert_eq!(target.0.lock().unwrap()[1..], [lost, lost, [0; 4]]);
+        assert_eq!(target.0.lock()[1..], [lost, lost, [0; 4]]);
     }
 }

@@ -3,7 +3,8 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
@@ -168,14 +169,14 @@ impl VfioPci {
     }
 
     fn space(&self) -> MutexGuard<'_, ConfigSpace> {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+        self.config.lock()
     }
 
     /// Brings the device, the guest's memory and the interrupts up to date with configuration
     /// space, of which `written` may have changed.
     fn apply(&self, written: &Range<u16>) {
         // Of two vCPUs at once, the later one applies what both wrote.
-        let _turn = self.applying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.applying.lock();
         let config = self.space().clone();
         let mut placements = config.bar_placements();
         placements.retain(self.answers);

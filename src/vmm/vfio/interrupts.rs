@@ -2,7 +2,8 @@
 //! Which kind of interrupts an assigned device uses just now: what the guest's capabilities say, as
 //! VFIO has it, where only one kind is on at a time.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use super::intx::Intx;
 use super::msi::Msi;
@@ -48,7 +49,7 @@ impl DeviceInterrupts {
 
     /// The guest may have written a capability in `config`.
     pub fn update(&self, config: &ConfigSpace) {
-        let mut on = self.on.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut on = self.on.lock();
         let wanted = self.wanted(config);
         if *on != wanted {
             self.switch_off(*on);
@@ -69,7 +70,7 @@ impl DeviceInterrupts {
 
     /// Switches all of them off.
     pub fn disable(&self) {
-        let mut on = self.on.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut on = self.on.lock();
         self.switch_off(*on);
         *on = Kind::None;
     }

@@ -5,7 +5,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -34,7 +35,7 @@ impl KvmSlots {
 
 impl Slots {
     fn used(&self) -> MutexGuard<'_, BTreeSet<u32>> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+        self.used.lock()
     }
 }
 

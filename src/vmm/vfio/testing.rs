@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
@@ -40,25 +41,25 @@ impl FakeDevice {
 
     /// From now on calls for interrupts and resets fail.
     pub fn refuse(&self, errno: i32) {
-        *self.refusal.lock().unwrap() = Some(errno);
+        *self.refusal.lock() = Some(errno);
     }
 
     pub fn put(&self, region: u32, offset: usize, bytes: &[u8]) {
-        self.regions[&region].1.lock().unwrap()[offset..][..bytes.len()].copy_from_slice(bytes);
+        self.regions[&region].1.lock()[offset..][..bytes.len()].copy_from_slice(bytes);
     }
 
     pub fn get(&self, region: u32, offset: usize, length: usize) -> Vec<u8> {
-        self.regions[&region].1.lock().unwrap()[offset..][..length].to_vec()
+        self.regions[&region].1.lock()[offset..][..length].to_vec()
     }
 
     /// What was done since the last time.
     pub fn take_calls(&self) -> Vec<String> {
-        std::mem::take(&mut self.calls.lock().unwrap())
+        std::mem::take(&mut self.calls.lock())
     }
 
     fn call(&self, call: String) -> io::Result<()> {
-        self.calls.lock().unwrap().push(call);
-        match *self.refusal.lock().unwrap() {
+        self.calls.lock().push(call);
+        match *self.refusal.lock() {
             Some(errno) => Err(io::Error::from_raw_os_error(errno)),
             None => Ok(()),
         }
@@ -134,27 +135,27 @@ impl FakeVectors {
         let all = self.clone();
         Arc::new(move || {
             let event = EventFd::new(EFD_NONBLOCK).unwrap();
-            all.events.lock().unwrap().push(event.try_clone().unwrap());
+            all.events.lock().push(event.try_clone().unwrap());
             Ok(Arc::new(FakeVector { event, updates: all.updates.clone() }))
         })
     }
 
     pub fn count(&self) -> usize {
-        self.events.lock().unwrap().len()
+        self.events.lock().len()
     }
 
     pub fn event(&self, number: usize) -> EventFd {
-        self.events.lock().unwrap()[number].try_clone().unwrap()
+        self.events.lock()[number].try_clone().unwrap()
     }
 
     pub fn take_updates(&self) -> Vec<String> {
-        std::mem::take(&mut self.updates.lock().unwrap())
+        std::mem::take(&mut self.updates.lock())
     }
 }
 
 impl InterruptVector for FakeVector {
     fn update(&self, message: Option<MsiMessage>) {
-        self.updates.lock().unwrap().push(match message {
+        self.updates.lock().push(match message {
             Some(MsiMessage { address: 0, data }) => data.to_string(),
             Some(MsiMessage { address, data }) => format!("{address:x}/{data}"),
             None => "none".into(),
@@ -193,19 +194,19 @@ struct FakeLoan(Arc<Mutex<Vec<(u64, u64)>>>, (u64, u64));
 impl FakeLender {
     /// What is lent just now: address, length.
     pub fn lent(&self) -> Vec<(u64, u64)> {
-        self.lent.lock().unwrap().clone()
+        self.lent.lock().clone()
     }
 
     pub fn calls(&self) -> usize {
-        *self.calls.lock().unwrap()
+        *self.calls.lock()
     }
 }
 
 impl Lender for FakeLender {
     fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>> {
         let piece = (address, mapping.length());
-        *self.calls.lock().unwrap() += 1;
-        self.lent.lock().unwrap().push(piece);
+        *self.calls.lock() += 1;
+        self.lent.lock().push(piece);
         Ok(Box::new(FakeLoan(self.lent.clone(), piece)))
     }
 }
@@ -214,6 +215,6 @@ impl Loan for FakeLoan {}
 
 impl Drop for FakeLoan {
     fn drop(&mut self) {
-        self.0.lock().unwrap().retain(|piece| *piece != self.1);
+        self.0.lock().retain(|piece| *piece != self.1);
     }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A whole assigned device, from the guest's side of the bus and the host's.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
@@ -73,7 +74,7 @@ impl EventLine for Line {
     }
 
     fn release(&self) {
-        *self.released.lock().unwrap() += 1;
+        *self.released.lock() += 1;
     }
 }
 
@@ -251,7 +252,7 @@ fn one_kind_of_interrupt_is_on_at_a_time() {
     assert_eq!(machine.device.take_calls(), ["reset", "Intx 0: [on]", "Intx unmask"]);
     machine.write(MSIX + 2, &[0x0f, 0xc0]);
     assert_eq!(machine.device.take_calls(), ["Intx off", "Msix 0: [off]"]);
-    assert_eq!(*machine.released.lock().unwrap(), 1);
+    assert_eq!(*machine.released.lock(), 1);
     let function = machine.function();
     // Vector 1: address, data, unmasked; then all of them unmasked.
     for (offset, value) in [(0x10, 0xfee0_0000u32), (0x18, 0x41), (0x1c, 0)] {

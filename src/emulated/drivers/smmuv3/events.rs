@@ -2,7 +2,8 @@
 //! Where events of a stream go: stage 1's to the vIOMMU that the stream is the user's by, with the
 //! user's StreamID; stage 2's are the host's own.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use super::streams::Vmaster;
 use crate::units::smmuv3::EventSink;
@@ -39,7 +40,7 @@ impl Master {
     }
 
     fn targets(&self) -> MutexGuard<'_, Targets> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -12,7 +12,8 @@ mod vsmmu;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use super::tags::CacheTags;
 use super::{
@@ -64,7 +65,7 @@ impl SmmuDriver {
     }
 
     fn streams(&self) -> MutexGuard<'_, BTreeMap<u16, StreamState>> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+        self.streams.lock()
     }
 
     /// The state of `device`, whose events come here from now on.

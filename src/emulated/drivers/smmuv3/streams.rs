@@ -2,7 +2,8 @@
 //! The streams that a vIOMMU knows, by the user's StreamIDs.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use crate::host::device::Requester;
 use crate::host::events::ViommuEvents;
@@ -66,6 +67,6 @@ impl Streams {
     }
 
     fn by_vsid(&self) -> MutexGuard<'_, BTreeMap<u64, u16>> {
-        self.by_vsid.lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_vsid.lock()
     }
 }

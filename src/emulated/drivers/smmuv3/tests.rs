@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The driver by the verbs of an iommufd, with a unit behind it.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
@@ -328,7 +329,7 @@ struct Faults(Mutex<Vec<HostFault>>);
 
 impl FaultSink for Faults {
     fn dma_fault(&self, fault: &HostFault) {
-        self.0.lock().unwrap().push(*fault);
+        self.0.lock().push(*fault);
     }
 }
 
@@ -343,12 +344,12 @@ fn events_of_stage_1_are_the_users_and_those_of_stage_2_the_hosts() {
 
     assert_eq!(bench.read(IOVA), None, "the page is beyond the memory");
     assert_eq!(queue.next_event().unwrap(), None);
-    let fault = faults.0.lock().unwrap().pop().unwrap();
+    let fault = faults.0.lock().pop().unwrap();
     assert_eq!((fault.dev, fault.address, fault.stage2), (bench.dev, IOVA, true));
     assert_eq!(fault.reason, EventId::Translation.code());
 
     assert_eq!(bench.read(IOVA + 0x1000), None);
-    assert!(faults.0.lock().unwrap().is_empty());
+    assert!(faults.0.lock().is_empty());
     let Some(Vevent::Event { data, sequence: 0 }) = queue.next_event().unwrap() else {
         panic!("an event");
     };

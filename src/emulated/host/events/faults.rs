@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use super::{transferred, Input, Output, Watcher};
 use crate::host::refusal::{refuse, Outcome};
@@ -176,7 +177,7 @@ impl FaultQueue {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -245,7 +246,7 @@ mod tests {
             attachment: of,
             dev: ObjectId(7),
             requests: vec![request(address); count],
-            respond: Box::new(move |code| answers.lock().unwrap().push((address, code))),
+            respond: Box::new(move |code| answers.lock().push((address, code))),
         });
     }
 
@@ -275,7 +276,7 @@ mod tests {
     }
 
     fn taken(answers: &Answers) -> Vec<(u64, PageResponseCode)> {
-        std::mem::take(&mut answers.lock().unwrap())
+        std::mem::take(&mut answers.lock())
     }
 
     #[test]
@@ -352,7 +353,7 @@ mod tests {
         struct Seen(Mutex<Vec<bool>>);
         impl Readiness for Seen {
             fn changed(&self, readable: bool) {
-                self.0.lock().unwrap().push(readable);
+                self.0.lock().push(readable);
             }
         }
         let (queue, answers) = (FaultQueue::default(), Answers::default());
@@ -361,7 +362,7 @@ mod tests {
         report(&queue, &answers, FIRST, 0x1000, 1);
         assert!(queue.readable());
         queue.next().unwrap();
-        assert_eq!(*seen.0.lock().unwrap(), [false, true, false]);
+        assert_eq!(*seen.0.lock(), [false, true, false]);
         queue.respond(1, PageResponseCode::Success).unwrap();
         assert!(queue.next().is_none());
     }

@@ -9,7 +9,8 @@ mod faults;
 mod vevents;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 pub(crate) use faults::{AttachmentId, FaultQueue, PendingGroup};
 pub(crate) use vevents::{VeventQueue, ViommuEvents, MAX_DEPTH};
@@ -24,11 +25,11 @@ struct Watcher(Mutex<Option<Arc<dyn Readiness>>>);
 impl Watcher {
     fn set(&self, watcher: Arc<dyn Readiness>, readable: bool) {
         watcher.changed(readable);
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+        *self.0.lock() = Some(watcher);
     }
 
     fn tell(&self, readable: bool) {
-        if let Some(watcher) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(watcher) = &*self.0.lock() {
             watcher.changed(readable);
         }
     }

@@ -2,7 +2,8 @@
 //! vEVENTQs: what happened to a vIOMMU, numbered, as many as there is room for.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use super::{transferred, Output, Watcher};
 use crate::host::refusal::{refuse, Outcome};
@@ -53,7 +54,7 @@ impl ViommuEvents {
     }
 
     fn queues(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<VeventQueue>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 
@@ -164,7 +165,7 @@ impl VeventQueue {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -8,7 +8,8 @@ mod dmabuf;
 mod events;
 mod mappings;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
@@ -35,13 +36,13 @@ struct Caller {
 
 impl Process for Caller {
     fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
-        let mut files = self.files.lock().unwrap();
+        let mut files = self.files.lock();
         files.push(file);
         Ok(files.len() as i32 - 1)
     }
 
     fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
-        self.files.lock().unwrap().get(usize::try_from(fd).ok()?).cloned()
+        self.files.lock().get(usize::try_from(fd).ok()?).cloned()
     }
 }
 

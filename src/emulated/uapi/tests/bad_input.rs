@@ -130,7 +130,7 @@ fn state(rig: &Rig) -> impl PartialEq + std::fmt::Debug {
     let ranges = |ioas| -> Vec<RangeInclusive<u64>> {
         host.ioas_iova_ranges(ioas).map(|ranges| ranges.allowed).unwrap_or_default()
     };
-    let queues = rig.process.queues.as_ref().map(|queues| queues.lock().unwrap().len());
+    let queues = rig.process.queues.as_ref().map(|queues| queues.lock().len());
     (host.graph(), [rig.idle, rig.ioas].map(ranges), queues, rig.process.bench.fake.told())
 }
 

@@ -41,7 +41,7 @@ fn page_requests_are_read_and_answered_by_their_bytes() {
     process.bench.host.device_attach(dev, None, hwpt).unwrap();
 
     let (caller, queues) = (process.caller(), process.queues.clone().unwrap());
-    let mut queues = queues.lock().unwrap();
+    let mut queues = queues.lock();
     let queue = &queues[0];
     let read = |address, count| queue.read(&caller, address, count);
     assert!(!queue.readable() && queue.writable());
@@ -101,7 +101,7 @@ fn events_are_read_by_their_bytes() {
     assert_eq!(errno(alloc(0, viommu, KIND, 2, 0)), Errno::EEXIST);
 
     let (caller, queues) = (process.caller(), process.queues.clone().unwrap());
-    let queues = queues.lock().unwrap();
+    let queues = queues.lock();
     let queue = &queues[0];
     assert!(!queue.writable());
     assert_eq!(queue.write(&caller, process.at(0), RESPONSE), Err(Errno::EINVAL));

@@ -14,7 +14,8 @@ mod vfio_compat;
 mod viommu;
 
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
@@ -58,7 +59,7 @@ struct Caller {
 
 impl super::Process for Caller {
     fn install(&self, file: EventFile) -> Result<i32, Errno> {
-        let mut queues = self.queues.as_ref().ok_or(Errno::EMFILE)?.lock().unwrap();
+        let mut queues = self.queues.as_ref().ok_or(Errno::EMFILE)?.lock();
         queues.push(file);
         Ok(9 + queues.len() as i32)
     }

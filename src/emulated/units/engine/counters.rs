@@ -3,7 +3,8 @@
 
 use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
@@ -118,7 +119,7 @@ impl Counters {
     /// A share for one more thread.
     pub fn share(&self) -> Arc<LocalCounters> {
         let share = Arc::new(LocalCounters::default());
-        let mut shares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shares = self.0.lock();
         shares.collect();
         shares.living.push(Arc::clone(&share));
         share
@@ -126,7 +127,7 @@ impl Counters {
 
     /// The sum of all.
     pub fn read(&self) -> Totals {
-        let mut shares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shares = self.0.lock();
         shares.collect();
         let mut sum = shares.gone;
         for share in &shares.living {

@@ -2,7 +2,7 @@
 //! What the entries of the caches were made from.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use twostage::sync::Mutex;
 
 use super::cache::Cache;
 use super::format::TableFormat;
@@ -52,7 +52,7 @@ impl Origins {
         words: &[u64],
         page: Option<(Source, u8)>,
     ) {
-        let mut both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut both = self.0.lock();
         // The entries above `start` were not read: the table came from the cache.
         let above = (start < tables.levels())
             .then(|| Key::new(source, iova, tables.shift(start.saturating_add(1))));
@@ -74,7 +74,7 @@ impl Origins {
 
     /// What the IOTLB's entry of `shift` for `iova` was made from.
     pub fn page(&self, source: Source, iova: u64, shift: u8) -> Option<Trail> {
-        let both = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let both = self.0.lock();
         both.pages.0.get(&Key::new(source, iova, shift)).copied()
     }
 }

@@ -4,7 +4,8 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vm_memory::{GuestAddress, GuestRegionMmap, VolatileMemory};
 
@@ -130,11 +131,11 @@ impl<T> Default for Sink<T> {
 
 impl<T> Sink<T> {
     pub fn put(&self, item: T) {
-        self.0.lock().unwrap().push(item);
+        self.0.lock().push(item);
     }
 
     /// What it got, emptying it.
     pub fn take(&self) -> Vec<T> {
-        std::mem::take(&mut self.0.lock().unwrap())
+        std::mem::take(&mut self.0.lock())
     }
 }

@@ -5,7 +5,8 @@
 //! Any thread may add to it while others look up; dropping has it to itself.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
+use twostage::sync::Mutex;
 
 use super::context::AddressSpace;
 use crate::units::engine::HostStage2;
@@ -59,7 +60,7 @@ impl Configurations {
 
     /// Where the configuration of `requester` is.
     pub fn find(&self, requester: Requester) -> Option<usize> {
-        let indices = self.indices.lock().unwrap_or_else(PoisonError::into_inner);
+        let indices = self.indices.lock();
         indices.get(&requester).copied()
     }
 
@@ -69,7 +70,7 @@ impl Configurations {
         requester: Requester,
         configuration: Configuration,
     ) -> Result<usize, Configuration> {
-        let mut indices = self.indices.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut indices = self.indices.lock();
         if let Some(index) = indices.get(&requester) {
             // Another thread was faster.
             return Ok(*index);
@@ -91,7 +92,7 @@ impl Configurations {
     /// the cache is full, all.
     pub fn drop_where(&mut self, condemned: impl Fn(Requester) -> bool) -> u64 {
         let Self { slots, indices, generation } = self;
-        let indices = indices.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let indices = indices.get_mut();
         let full = indices.len() >= slots.len();
         let before = indices.len();
         indices.retain(|requester, index| {

@@ -24,7 +24,8 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use crate::dma::error::DmaFaultReason;
 use crate::units::engine::{
@@ -125,7 +126,7 @@ impl SmmuV3Unit {
     }
 
     fn sinks(&self) -> MutexGuard<'_, BTreeMap<u16, Arc<dyn EventSink>>> {
-        self.sinks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sinks.lock()
     }
 }
 

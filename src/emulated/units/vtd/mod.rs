@@ -21,7 +21,8 @@ mod second_stage;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
 
 use crate::dma::error::DmaFaultReason;
 use crate::units::engine::{
@@ -99,7 +100,7 @@ impl VtdUnit {
 
 impl VtdUnit {
     fn sink(&self, rid: u16) -> Option<(ObjectId, Arc<dyn FaultSink>)> {
-        let sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        let sinks = self.sinks.lock();
         sinks.get(&rid).and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)))
     }
 }
@@ -190,7 +191,7 @@ impl Hardware for VtdUnit {
     }
 
     fn set_fault_sink(&self, rid: u16, sink: Option<SinkOfDevice>) {
-        let mut sinks = self.sinks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sinks = self.sinks.lock();
         match sink {
             Some(sink) => sinks.insert(rid, sink),
             None => sinks.remove(&rid),

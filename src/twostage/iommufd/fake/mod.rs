@@ -10,8 +10,9 @@ mod queues;
 mod state;
 mod text;
 
+use crate::sync::Mutex;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 
 use super::{
     DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostFault,
@@ -125,7 +126,7 @@ impl RecordingHost {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Records `text`, and runs `serve` unless the call is ordered to fail.

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Queues of the recording host: one that nothing comes from, and one that a test fills.
 
+use crate::sync::Mutex;
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use super::super::{
     Errno, EventQueue, FaultQueue, HostError, ObjectId, PageRequestGroup, PageResponseCode,
@@ -45,7 +46,7 @@ struct Held {
 
 impl Events {
     fn held(&self) -> MutexGuard<'_, Held> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Adds an event, as a host does in its own time.

@@ -12,12 +12,13 @@ mod memory;
 mod queues;
 mod records;
 
+use crate::sync::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use iommufd_ioctls::IommuFd;
 
@@ -97,11 +98,11 @@ impl KernelHost {
     }
 
     fn devices(&self) -> MutexGuard<'_, BTreeMap<ObjectId, Device>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        self.devices.lock()
     }
 
     fn memory(&self) -> MutexGuard<'_, MappedMemory> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+        self.memory.lock()
     }
 
     /// What `get` finds in the device `dev`.

@@ -6,12 +6,13 @@
 //! fresh look at the file, so that the last word is always the right one. A file that polls as
 //! broken is told as readable: whoever reads it finds the error.
 
+use crate::sync::Mutex;
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::thread::JoinHandle;
 
 use iommufd_bindings::*;
@@ -57,7 +58,7 @@ struct State<T> {
 
 impl<T> Shared<T> {
     fn state(&self) -> MutexGuard<'_, State<T>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Reads what there is. An interrupted read is tried again.
@@ -131,7 +132,7 @@ impl<T: Send + 'static> Queue<T> {
             watcher.changed(readable);
             (state.watcher, state.told) = (Some(watcher), readable);
         }
-        let mut poller = self.poller.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut poller = self.poller.lock();
         if poller.is_none() {
             match Poller::start(self.object, self.shared.clone()) {
                 Ok(started) => *poller = Some(started),
@@ -285,7 +286,7 @@ mod tests {
 
     impl Readiness for Told {
         fn changed(&self, readable: bool) {
-            self.0.lock().unwrap().send(readable).unwrap();
+            self.0.lock().send(readable).unwrap();
         }
     }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The way back: the events of a vEVENTQ reach the virtual SMMU.
 
+use crate::sync::{Mutex, RwLock};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Condvar, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ pub(super) struct EventRoute {
 impl EventRoute {
     /// From now on events go to `target`, while that lives.
     pub fn set_target(&self, target: Weak<dyn EventTarget>) {
-        *self.target.write().unwrap_or_else(PoisonError::into_inner) = Some(target);
+        *self.target.write() = Some(target);
     }
 
     /// Events brought to a target so far.
@@ -44,7 +45,7 @@ impl EventRoute {
     }
 
     fn target(&self) -> Option<Arc<dyn EventTarget>> {
-        self.target.read().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()
+        self.target.read().as_ref()?.upgrade()
     }
 
     fn deliver(&self, record: EventRecordWords) {
@@ -174,7 +175,7 @@ struct Wanted {
 
 impl Signal {
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+        self.wanted.lock()
     }
 
     /// Waits until there is something to read; false: until it is time to stop.
@@ -269,11 +270,11 @@ mod tests {
 
     impl EventTarget for Target {
         fn event(&self, record: EventRecordWords) {
-            self.0.lock().unwrap().push(Some(record[2]));
+            self.0.lock().push(Some(record[2]));
         }
 
         fn events_lost(&self) {
-            self.0.lock().unwrap().push(None);
+            self.0.lock().push(None);
         }
     }
 
@@ -296,12 +297,12 @@ mod tests {
         }
 
         fn next_event(&self) -> crate::iommufd::Result<Option<Vevent>> {
-            self.reads.lock().unwrap().pop_front().transpose()
+            self.reads.lock().pop_front().transpose()
         }
 
         fn watch(&self, watcher: Arc<dyn Readiness>) {
             watcher.changed(true);
-            *self.watcher.lock().unwrap() = Some(Arc::downgrade(&watcher));
+            *self.watcher.lock() = Some(Arc::downgrade(&watcher));
         }
     }
 
@@ -331,13 +332,13 @@ mod tests {
         for next in [event(0, 1), Vevent::Lost { sequence: 1 }, event(2, 2), event(5, 3)] {
             reader.bring(&next);
         }
-        assert_eq!(*target.0.lock().unwrap(), [Some(1), None, Some(2), None, Some(3)]);
-        target.0.lock().unwrap().clear();
+        assert_eq!(*target.0.lock(), [Some(1), None, Some(2), None, Some(3)]);
+        target.0.lock().clear();
         for next in [event(last, 4), event(0, 5), Vevent::Event { sequence: 1, data: vec![0; 31] }]
         {
             reader.bring(&next);
         }
-        assert_eq!(*target.0.lock().unwrap(), [None, Some(4), Some(5)]);
+        assert_eq!(*target.0.lock(), [None, Some(4), Some(5)]);
         assert_eq!((route.delivered(), route.lost()), (5, 3));
     }
 
@@ -350,14 +351,14 @@ mod tests {
         let mut reader = Reader { queue, route: route.clone(), expected: 0 };
         let pauses = Mutex::new(Vec::new());
         let pause = |time: Duration| {
-            pauses.lock().unwrap().push(time.as_millis());
+            pauses.lock().push(time.as_millis());
             true
         };
         assert_eq!(reader.drain(pause), Drained::Empty);
-        assert_eq!(*target.0.lock().unwrap(), [Some(1), Some(2)]);
+        assert_eq!(*target.0.lock(), [Some(1), Some(2)]);
         assert_eq!(route.lost(), 0);
         // Each longer than the one before, and from the start after a success.
-        assert_eq!(*pauses.lock().unwrap(), [1, 2, 1]);
+        assert_eq!(*pauses.lock(), [1, 2, 1]);
     }
 
     #[test]
@@ -366,7 +367,7 @@ mod tests {
         let queue = Script::new([refused(Errno::ENOMEM), Ok(event(0, 1))]);
         let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
         assert_eq!(reader.drain(|_| false), Drained::Over);
-        assert_eq!(queue.reads.lock().unwrap().len(), 1);
+        assert_eq!(queue.reads.lock().len(), 1);
         let signal = Signal::default();
         assert!(signal.pause(Duration::ZERO));
         signal.stop();
@@ -381,11 +382,11 @@ mod tests {
             let mut reader = Reader { queue: queue.clone(), route, expected: 0 };
             let pause = |_| unreachable!("nothing is tried again");
             assert_eq!(reader.drain(pause), Drained::Over);
-            assert_eq!(*target.0.lock().unwrap(), [Some(1), None]);
+            assert_eq!(*target.0.lock(), [Some(1), None]);
             // The thread is over as well: more to read wakes nobody.
             let thread = EventThread::start(queue.clone(), Arc::default()).unwrap();
-            wait_until("the thread's read", || queue.reads.lock().unwrap().len() != 1);
-            queue.reads.lock().unwrap().push_back(refused(errno));
+            wait_until("the thread's read", || queue.reads.lock().len() != 1);
+            queue.reads.lock().push_back(refused(errno));
             thread.signal.changed(true);
             let is_over = || thread.thread.as_ref().is_some_and(JoinHandle::is_finished);
             wait_until("the thread's end", is_over);

@@ -31,7 +31,8 @@ mod streams;
 mod tests;
 mod unit;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use crate::sync::Mutex;
+use std::sync::{Arc, MutexGuard, Weak};
 
 use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
@@ -153,7 +154,7 @@ impl SmmuNesting {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The way back: a fault of a host device becomes one of a guest requester.
 
+use crate::sync::RwLock;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Weak};
 
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
@@ -23,21 +24,21 @@ pub(super) struct FaultRouter {
 impl FaultRouter {
     /// From now on faults go to `target`, while that lives.
     pub fn set_target(&self, target: Weak<dyn FaultTarget>) {
-        *self.target.write().unwrap_or_else(PoisonError::into_inner) = Some(target);
+        *self.target.write() = Some(target);
     }
 
     /// Faults of `dev` are the guest's `rid`'s.
     pub fn add(&self, dev: ObjectId, rid: Bdf) {
-        self.rids.write().unwrap_or_else(PoisonError::into_inner).insert(dev, rid);
+        self.rids.write().insert(dev, rid);
     }
 
     /// Faults of `dev` are nobody's any more.
     pub fn remove(&self, dev: ObjectId) {
-        self.rids.write().unwrap_or_else(PoisonError::into_inner).remove(&dev);
+        self.rids.write().remove(&dev);
     }
 
     fn requester(&self, dev: ObjectId, pasid: Option<u32>) -> Option<Requester> {
-        let rids = self.rids.read().unwrap_or_else(PoisonError::into_inner);
+        let rids = self.rids.read();
         let rid = *rids.get(&dev)?;
         match pasid {
             None => Some(Requester::rid(rid)),
@@ -46,7 +47,7 @@ impl FaultRouter {
     }
 
     fn target(&self) -> Option<Arc<dyn FaultTarget>> {
-        self.target.read().unwrap_or_else(PoisonError::into_inner).as_ref()?.upgrade()
+        self.target.read().as_ref()?.upgrade()
     }
 }
 
@@ -82,7 +83,7 @@ impl fmt::Debug for FaultRouter {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use crate::sync::Mutex;
 
     use super::*;
 
@@ -91,7 +92,7 @@ mod tests {
 
     impl FaultTarget for Target {
         fn dma_fault(&self, fault: &DmaFault) {
-            self.0.lock().unwrap().push(*fault);
+            self.0.lock().push(*fault);
         }
     }
 
@@ -113,7 +114,7 @@ mod tests {
         router.dma_fault(&FAULT); // No target and no device yet: nothing happens.
         router.set_target(Arc::downgrade(&target) as Weak<dyn FaultTarget>);
         router.dma_fault(&FAULT);
-        assert!(target.0.lock().unwrap().is_empty());
+        assert!(target.0.lock().is_empty());
 
         let rid = Bdf::new(0, 4, 0).unwrap();
         router.add(FAULT.dev, rid);
@@ -123,7 +124,7 @@ mod tests {
         router.remove(FAULT.dev);
         router.dma_fault(&FAULT);
 
-        let seen = target.0.lock().unwrap();
+        let seen = target.0.lock();
         let requesters: Vec<_> = seen.iter().map(|fault| fault.requester).collect();
         let with_pasid = Requester { rid, pasid: Pasid::new(5) };
         assert_eq!(requesters, [with_pasid, Requester::rid(rid)]);

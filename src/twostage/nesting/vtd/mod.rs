@@ -21,7 +21,8 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use crate::sync::Mutex;
+use std::sync::{Arc, MutexGuard, Weak};
 
 use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
@@ -122,7 +123,7 @@ impl VtdNesting {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -40,9 +40,10 @@ mod registers;
 mod state;
 mod streams;
 
+use crate::sync::Mutex;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 pub use caps::Capabilities;
 pub use config::{SmmuConfig, SmmuConfigError};
@@ -202,7 +203,7 @@ impl Smmu {
     }
 
     fn notices(&self) -> MutexGuard<'_, Notices> {
-        self.notices.lock().unwrap_or_else(PoisonError::into_inner)
+        self.notices.lock()
     }
 
     /// The stream table, to decide by.

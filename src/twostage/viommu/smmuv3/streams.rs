@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What every stream was given, readable without the model's lock.
 
+use crate::sync::RwLock;
 use std::collections::BTreeMap;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::policy::ConfigFault;
 use super::StreamPolicy;
@@ -54,11 +55,11 @@ struct Published {
 
 impl Streams {
     fn read(&self) -> RwLockReadGuard<'_, Published> {
-        self.published.read().unwrap_or_else(PoisonError::into_inner)
+        self.published.read()
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Published> {
-        self.published.write().unwrap_or_else(PoisonError::into_inner)
+        self.published.write()
     }
 
     /// Adds a stream that was given nothing; `false` when it is there already.

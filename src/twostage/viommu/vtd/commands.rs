@@ -9,7 +9,7 @@
 //! another command, or works through the queue, goes on with the one that is under way first.
 
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 
 use super::apply::{Applied, NotApplied, Scope};
 use super::evaluation::{Budget, By, Evaluation};
@@ -74,7 +74,7 @@ impl UnderWay {
 
 impl VtdIommu {
     pub(super) fn under_way(&self) -> MutexGuard<'_, UnderWay> {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way.lock()
     }
 
     /// The registers, when no command is under way.

@@ -44,9 +44,10 @@ mod registers;
 mod requesters;
 mod state;
 
+use crate::sync::Mutex;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 pub use caps::Capabilities;
 pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
@@ -238,7 +239,7 @@ impl VtdIommu {
     }
 
     fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+        self.faults.lock()
     }
 
     fn send(&self, msi: Option<MsiMessage>) {

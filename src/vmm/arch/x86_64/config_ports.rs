@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Configuration space through two ports (PCI 3.0 §3.2.2.3.2): address at 0xCF8, data at 0xCFC.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use bitfield_struct::bitfield;
 
@@ -45,7 +46,7 @@ impl ConfigPorts {
     }
 
     fn address(&self) -> std::sync::MutexGuard<'_, Address> {
-        self.address.lock().unwrap_or_else(PoisonError::into_inner)
+        self.address.lock()
     }
 
     /// Function and register of an access to the data port, when the address is enabled.

@@ -70,15 +70,15 @@ mod tests {
     fn string_instructions_are_served_item_by_item() {
         /// Counts up with each access, and remembers how wide it was.
         #[derive(Debug, Default)]
-        struct Device(std::sync::Mutex<Vec<usize>>);
+        struct Device(twostage::sync::Mutex<Vec<usize>>);
         impl crate::bus::BusDevice for Device {
             fn read(&self, _: u64, data: &mut [u8]) {
-                let mut widths = self.0.lock().unwrap();
+                let mut widths = self.0.lock();
                 data.fill(widths.len() as u8);
                 widths.push(data.len());
             }
             fn write(&self, _: u64, data: &[u8]) {
-                self.0.lock().unwrap().push(data.len());
+                self.0.lock().push(data.len());
             }
         }
         let device = Arc::new(Device::default());
@@ -90,7 +90,7 @@ mod tests {
         assert_eq!(dispatch(&exits, VcpuExit::IoIn(0x3f8, &mut data), 2), Next::Enter);
         assert_eq!(data, [4, 4, 5, 5]);
         assert_eq!(dispatch(&exits, VcpuExit::IoOut(0x3f8, &data), 4), Next::Enter);
-        assert_eq!(*device.0.lock().unwrap(), [1, 1, 1, 1, 2, 2, 4]);
+        assert_eq!(*device.0.lock(), [1, 1, 1, 1, 2, 2, 4]);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The keyboard controller, as far as guests use it to reset the machine.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use vm_superio::{I8042Device, Trigger};
 
@@ -49,7 +50,7 @@ pub(super) struct KeyboardPort {
 
 impl KeyboardPort {
     fn device(&self) -> MutexGuard<'_, I8042Device<ResetLine>> {
-        self.controller.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.controller.0.lock()
     }
 }
 

@@ -4,7 +4,7 @@
 //! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset
 //! register); the ports of the reset register are a PC chipset's.
 
-use std::sync::{Mutex, PoisonError};
+use twostage::sync::Mutex;
 
 use bitfield_struct::bitfield;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -97,14 +97,14 @@ impl Pm1Registers {
 
 impl BusDevice for Pm1Registers {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = self.bytes.lock();
         // An access lies in the registers.
         let from = bytes.iter().skip(offset as usize);
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bytes = self.bytes.lock();
         let (kept, skipped) = (Self::KEPT.iter(), offset as usize);
         for ((byte, kept), value) in bytes.iter_mut().zip(kept).skip(skipped).zip(data) {
             *byte = *byte & !kept | value & kept;

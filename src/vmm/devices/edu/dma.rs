@@ -96,8 +96,8 @@ fn buffer_range(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
     use twostage::patience::wait_until;
+    use twostage::sync::Mutex;
 
     /// Records requests, and refuses those to one page.
     #[derive(Clone, Default)]
@@ -108,7 +108,7 @@ mod tests {
 
     impl Recorder {
         fn request(&self, write: bool, iova: u64, length: usize) -> Result<(), DmaError> {
-            self.requests.lock().unwrap().push((write, iova, length));
+            self.requests.lock().push((write, iova, length));
             match self.refused {
                 Some(page) if page == iova & !0xfff => Err(DmaError { address: iova }),
                 _ => Ok(()),
@@ -144,7 +144,7 @@ mod tests {
         let memory = Recorder::default();
         let mut engine = engine(&memory, u64::MAX);
         engine.run(&transfer(0x1ff0, BUFFER_START, 0x1000, true)).unwrap();
-        assert_eq!(*memory.requests.lock().unwrap(), [(true, 0x1ff0, 0x10), (true, 0x2000, 0xff0)]);
+        assert_eq!(*memory.requests.lock(), [(true, 0x1ff0, 0x10), (true, 0x2000, 0xff0)]);
     }
 
     #[test]
@@ -173,7 +173,7 @@ mod tests {
             let failure = engine.run(&transfer(0x1000, address, count, true));
             assert_eq!(failure, Err(Failure::Bounds { address, count }));
         }
-        assert!(memory.requests.lock().unwrap().is_empty());
+        assert!(memory.requests.lock().is_empty());
         engine.run(&transfer(0x1000, BUFFER_START + 0x1000, 0, true)).unwrap();
     }
 
@@ -184,7 +184,7 @@ mod tests {
         engine.run(&transfer(0x1_2345_6000, BUFFER_START, 8, true)).unwrap();
         engine.run(&transfer(0x0fff_fffc, BUFFER_START, 8, true)).unwrap();
         assert_eq!(
-            *memory.requests.lock().unwrap(),
+            *memory.requests.lock(),
             [(true, 0x0345_6000, 8), (true, 0x0fff_fffc, 4), (true, 0, 4)]
         );
     }
@@ -202,7 +202,7 @@ mod tests {
         }
 
         fn write(&mut self, _: Option<Pasid>, iova: u64, _: &[u8]) -> Result<(), DmaError> {
-            self.requests.lock().unwrap().push(iova);
+            self.requests.lock().push(iova);
             drop(self.revoke.take());
             wait_until("the loss of the right", || !self.gate.is_open());
             Ok(())
@@ -230,7 +230,7 @@ mod tests {
             let mut engine = Engine::new(Box::new(memory), u64::MAX, gate);
             let result = engine.run(&transfer(0x1ff0, BUFFER_START, 0x20, to_memory));
             assert_eq!(result, Err(Failure::NotNow(NotNow)));
-            assert_eq!(*seen.lock().unwrap(), [0x1ff0]);
+            assert_eq!(*seen.lock(), [0x1ff0]);
             revoker.join().unwrap();
         }
     }

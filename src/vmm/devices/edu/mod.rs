@@ -12,8 +12,9 @@ mod registers;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
+use twostage::sync::Mutex;
 
 use self::dma::{Engine, Transfer};
 use self::registers::{Effect, Registers};
@@ -127,7 +128,7 @@ impl Edu {
 
     fn start(&self, transfer: Transfer) {
         let Some(transfers) = &self.transfers else { return };
-        let sent = transfers.lock().unwrap_or_else(PoisonError::into_inner).send(transfer);
+        let sent = transfers.lock().send(transfer);
         if sent.is_err() {
             // The worker panicked. The device goes on without DMA.
             warn_limited!("edu: the DMA worker is gone");
@@ -138,11 +139,11 @@ impl Edu {
 
 impl Shared {
     fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers.lock()
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+        self.config.lock()
     }
 
     /// Register 0xA0 is there only while software has the PASID capability enabled.

@@ -15,7 +15,7 @@ struct Messages(Mutex<Sender<(u64, u32)>>);
 
 impl InterruptSink for Messages {
     fn send_msi(&self, address: u64, data: u32) {
-        self.0.lock().unwrap().send((address, data)).unwrap();
+        self.0.lock().send((address, data)).unwrap();
     }
 }
 
@@ -34,7 +34,7 @@ impl Fixture {
         let router = IntxRouter::new(Arc::new(move |gsi, level| {
             // The same level goes to an input of the IOAPIC.
             if gsi < 16 {
-                send_level.lock().unwrap().send((gsi, level)).unwrap();
+                send_level.lock().send((gsi, level)).unwrap();
             }
         }));
         let memory = MachineMemory::new(0x10000).unwrap();
@@ -52,7 +52,7 @@ impl Fixture {
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {
-        self.edu.config().lock().unwrap().write(offset, data);
+        self.edu.config().lock().write(offset, data);
         self.edu.config_written(offset, data.len());
     }
 
@@ -90,7 +90,7 @@ fn intx_follows_the_causes() {
     fixture.write32(0x60, 1);
     assert_eq!(fixture.levels.recv().unwrap(), (11, true));
     let mut status = [0; 2];
-    fixture.edu.config().lock().unwrap().read(6, &mut status);
+    fixture.edu.config().lock().read(6, &mut status);
     assert_ne!(status[0] & 8, 0);
     // Disabled in the command register, then enabled again.
     fixture.write_config(4, &[6, 4]);

@@ -3,7 +3,8 @@
 //! first-stage tables in it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -100,13 +101,13 @@ impl Rig {
         let vectors = Mutex::new(Vec::new());
         let vector = || -> crate::Result<Arc<dyn InterruptVector>> {
             let vector = Arc::new(Vector::default());
-            vectors.lock().unwrap().push(vector.clone());
+            vectors.lock().push(vector.clone());
             Ok(vector)
         };
         let name = "test".to_owned();
         let pci =
             VirtioPci::new(name, backend, reach, 0xe000_0000, &vector, doorbells, None).unwrap();
-        Self { pci, vectors: vectors.into_inner().unwrap(), place, memory, host }
+        Self { pci, vectors: vectors.into_inner(), place, memory, host }
     }
 
     /// Address of `offset` in the driver's memory, as the device knows it.
@@ -152,12 +153,12 @@ impl Rig {
     pub fn read_config(&self, offset: u16, length: usize) -> u64 {
         let mut data = [0; 8];
         self.pci.config_reading(offset, length);
-        self.pci.config().lock().unwrap().read(offset, &mut data[..length]);
+        self.pci.config().lock().read(offset, &mut data[..length]);
         u64::from_le_bytes(data)
     }
 
     pub fn write_config(&self, offset: u16, data: &[u8]) {
-        self.pci.config().lock().unwrap().write(offset, data);
+        self.pci.config().lock().write(offset, data);
         self.pci.config_written(offset, data.len());
     }
 

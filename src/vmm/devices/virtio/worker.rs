@@ -3,9 +3,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use twostage::sync::Mutex;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use serde_json::json;
@@ -59,13 +60,13 @@ pub(super) struct Ended {
 impl Ended {
     /// Waits until it has ended, `limit` at the most. Says whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
-        let over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        let over = self.over.lock();
         let waited = self.changed.wait_timeout_while(over, limit, |over| !*over);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn set(&self) {
-        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.over.lock() = true;
         self.changed.notify_all();
     }
 }
@@ -84,7 +85,7 @@ impl Drop for EndOf {
 static LEFT_BEHIND: Mutex<Vec<Arc<Ended>>> = Mutex::new(Vec::new());
 
 fn left_behind() -> MutexGuard<'static, Vec<Arc<Ended>>> {
-    LEFT_BEHIND.lock().unwrap_or_else(PoisonError::into_inner)
+    LEFT_BEHIND.lock()
 }
 
 /// Whether all workers that were left behind have ended, and what they had is free.
@@ -113,7 +114,7 @@ impl Worker {
             // Dropped last, when the device is let go, or nobody else has it and it is gone.
             let _end = end;
             let (device, link) = (device, of_worker);
-            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            let device = device.lock();
             let (stop, link_too) = (stopped, link.clone());
             let server = Server { device, queues, link: link_too, stop, late, over: false };
             if let Err(error) = run(server) {

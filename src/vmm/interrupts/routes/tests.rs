@@ -27,13 +27,13 @@ impl Irqfds for Ties {
         if self.refuse.load(Ordering::SeqCst) {
             return Err(errno::Error::new(libc::EMFILE));
         }
-        assert!(self.tied.lock().unwrap().insert(gsi), "{gsi} is tied already");
+        assert!(self.tied.lock().insert(gsi), "{gsi} is tied already");
         Ok(())
     }
 
     fn untie(&self, _: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error> {
-        assert!(self.tied.lock().unwrap().remove(&gsi), "{gsi} is not tied");
-        self.undone.lock().unwrap().push(gsi);
+        assert!(self.tied.lock().remove(&gsi), "{gsi} is not tied");
+        self.undone.lock().push(gsi);
         Ok(())
     }
 }
@@ -43,7 +43,7 @@ struct Sink(Mutex<Vec<(u64, u32)>>);
 
 impl InterruptSink for Sink {
     fn send_msi(&self, address: u64, data: u32) {
-        self.0.lock().unwrap().push((address, data));
+        self.0.lock().push((address, data));
     }
 }
 
@@ -58,14 +58,14 @@ impl InterruptRemapper for Adder {
     fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
         match self.translate(source, message) {
             Some(MsiMessage { address, data }) => sink.send_msi(address, data),
-            None => *self.blocked.lock().unwrap() += 1,
+            None => *self.blocked.lock() += 1,
         }
-        self.add.lock().unwrap().is_some()
+        self.add.lock().is_some()
     }
 
     fn translate(&self, source: Bdf, message: MsiMessage) -> Option<MsiMessage> {
         assert_eq!(source, SOURCE);
-        let add = (*self.add.lock().unwrap())?;
+        let add = (*self.add.lock())?;
         Some(MsiMessage { data: message.data + add, ..message })
     }
 }
@@ -99,7 +99,7 @@ impl Machine {
     }
 
     fn change(&self, add: Option<u32>) {
-        *self.adder.add.lock().unwrap() = add;
+        *self.adder.add.lock() = add;
         self.routes.interrupts_changed();
     }
 
@@ -110,11 +110,11 @@ impl Machine {
             let data = rest.split("data: ").nth(1).unwrap();
             data[..data.find(' ').unwrap()].parse().unwrap()
         });
-        (self.routing.calls.lock().unwrap().len(), data)
+        (self.routing.calls.lock().len(), data)
     }
 
     fn sent(&self) -> Vec<(u64, u32)> {
-        std::mem::take(&mut self.sink.0.lock().unwrap())
+        std::mem::take(&mut self.sink.0.lock())
     }
 }
 
@@ -170,8 +170,8 @@ fn a_blocked_vector_is_tried_each_time_until_it_passes() {
     // The fault is recorded for each interrupt that was sent, and not for a translation.
     route.trigger();
     route.trigger();
-    assert_eq!(*machine.adder.blocked.lock().unwrap(), 2);
-    *machine.adder.add.lock().unwrap() = Some(1);
+    assert_eq!(*machine.adder.blocked.lock(), 2);
+    *machine.adder.add.lock() = Some(1);
     route.trigger();
     assert_eq!((machine.sent(), machine.routed()), (vec![(0xfee0_0000, 6)], (1, Some(6))));
     route.trigger();
@@ -179,7 +179,7 @@ fn a_blocked_vector_is_tried_each_time_until_it_passes() {
     machine.change(None);
     route.trigger();
     assert_eq!((machine.sent(), written(&route), machine.routed()), (vec![], 0, (2, None)));
-    assert_eq!(*machine.adder.blocked.lock().unwrap(), 3);
+    assert_eq!(*machine.adder.blocked.lock(), 3);
 }
 
 #[test]
@@ -222,10 +222,7 @@ fn a_route_that_is_dropped_is_given_back() {
     let route = machine.route();
     route.update(message(5));
     drop(route);
-    assert_eq!(
-        (machine.routed(), &machine.irqfds.undone.lock().unwrap()[..]),
-        ((2, None), &[PINS][..])
-    );
+    assert_eq!((machine.routed(), &machine.irqfds.undone.lock()[..]), ((2, None), &[PINS][..]));
     assert_eq!(machine.route().gsi, PINS);
     machine.change(Some(1));
 }
@@ -255,7 +252,7 @@ fn a_remapper_that_is_gone_blocks() {
     drop(adder);
     route.update(message(5));
     route.trigger();
-    assert_eq!((sink.0.lock().unwrap().len(), written(&route)), (0, 0));
+    assert_eq!((sink.0.lock().len(), written(&route)), (0, 0));
 }
 
 /// A machine with a vector whose eventfd a device writes, and what serves it in the event loop.
@@ -269,7 +266,7 @@ fn with_device(add: Option<u32>) -> (Machine, Arc<VectorRoute>, Arc<Unrouted>, A
 
 impl Machine {
     fn tied(&self) -> bool {
-        !self.irqfds.tied.lock().unwrap().is_empty()
+        !self.irqfds.tied.lock().is_empty()
     }
 }
 
@@ -280,7 +277,7 @@ fn kvm_has_a_devices_eventfd_only_while_it_leads_somewhere() {
     route.update(message(5));
     assert!(machine.tied());
     route.update(message(6));
-    assert!(machine.tied() && machine.irqfds.undone.lock().unwrap().is_empty());
+    assert!(machine.tied() && machine.irqfds.undone.lock().is_empty());
     assert!(!route.is_pending());
     // Masked: what the device writes stays there.
     route.update(None);
@@ -299,13 +296,13 @@ fn a_blocked_device_is_heard_each_time() {
     let (machine, route, unrouted, epoll) = with_device(None);
     route.event().write(1).unwrap();
     unrouted.serve(&epoll);
-    assert_eq!(*machine.adder.blocked.lock().unwrap(), 0, "masked");
+    assert_eq!(*machine.adder.blocked.lock(), 0, "masked");
     route.update(message(5));
     unrouted.serve(&epoll);
     unrouted.serve(&epoll);
-    assert_eq!((*machine.adder.blocked.lock().unwrap(), machine.tied()), (1, false));
+    assert_eq!((*machine.adder.blocked.lock(), machine.tied()), (1, false));
     // It passes now, and goes through KVM from then on.
-    *machine.adder.add.lock().unwrap() = Some(1);
+    *machine.adder.add.lock() = Some(1);
     route.event().write(1).unwrap();
     unrouted.serve(&epoll);
     assert_eq!((machine.sent(), machine.tied()), (vec![(0xfee0_0000, 6)], true));

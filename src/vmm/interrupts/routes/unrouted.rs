@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use twostage::warn_limited;
@@ -85,7 +86,7 @@ impl Unrouted {
     }
 
     fn blocked(&self) -> MutexGuard<'_, Blocked> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Access objects: sharing, pins, unmaps that wait.
 
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, MemoryRegionAddress};
 
@@ -37,12 +38,12 @@ impl Mediated {
 
     fn pin(&self, iova: u64, length: u64) -> Result<Vec<UserMemory>, Errno> {
         let places = self.access().pin_pages(iova, length, true).map_err(|error| error.errno)?;
-        self.pinned.lock().unwrap().push((iova, length));
+        self.pinned.lock().push((iova, length));
         Ok(places)
     }
 
     fn asked(&self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut self.asked.lock().unwrap())
+        std::mem::take(&mut self.asked.lock())
     }
 }
 
@@ -52,12 +53,12 @@ struct Listener(Weak<Mediated>);
 impl AccessUnmap for Listener {
     fn unmap(&self, iova: u64, length: u64) {
         let Some(device) = self.0.upgrade() else { return };
-        device.asked.lock().unwrap().push((iova, length));
+        device.asked.lock().push((iova, length));
         if device.stubborn {
             return;
         }
         let last = iova.saturating_add(length - 1);
-        let mut pinned = device.pinned.lock().unwrap();
+        let mut pinned = device.pinned.lock();
         pinned.retain(|(pinned_iova, pinned_length)| {
             let touched = *pinned_iova <= last && iova <= pinned_iova + (pinned_length - 1);
             if touched {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The objects over the emulated hardware: what the verbs mean for DMA.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, MemoryRegionAddress};
 
@@ -134,7 +135,7 @@ struct Seen(Mutex<Vec<HostFault>>);
 
 impl FaultSink for Seen {
     fn dma_fault(&self, fault: &HostFault) {
-        self.0.lock().unwrap().push(*fault);
+        self.0.lock().push(*fault);
     }
 }
 
@@ -146,13 +147,13 @@ fn faults_name_the_device_object() {
     rig.host.set_fault_sink(rig.dev, weak).unwrap();
     rig.host.device_attach(rig.dev, None, rig.ioas).unwrap();
     assert_eq!(rig.read(DmaAttributes::default(), 0x5000), None);
-    let faults = std::mem::take(&mut *seen.0.lock().unwrap());
+    let faults = std::mem::take(&mut *seen.0.lock());
     assert_eq!(faults.len(), 1);
     assert_eq!((faults[0].dev, faults[0].address, faults[0].write), (rig.dev, 0x5000, false));
     assert!(faults[0].stage2);
     rig.host.device_unbind(rig.dev).unwrap();
     assert_eq!(rig.read(DmaAttributes::default(), 0x5000), None);
-    assert!(seen.0.lock().unwrap().is_empty(), "an unbound device reports to nobody");
+    assert!(seen.0.lock().is_empty(), "an unbound device reports to nobody");
 }
 
 #[test]

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Hardware that only writes down what it is told, and a host around it.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
 
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
@@ -72,20 +73,20 @@ impl Fake {
 
     /// What it was told since the last time it was asked.
     pub fn told(&self) -> Vec<Told> {
-        std::mem::take(&mut self.told.lock().unwrap())
+        std::mem::take(&mut self.told.lock())
     }
 
     /// Which addresses were asked for and answered since the last time it was asked, and how.
     pub fn answered(&self) -> Vec<(u64, PageResponseCode)> {
-        std::mem::take(&mut self.answered.lock().unwrap())
+        std::mem::take(&mut self.answered.lock())
     }
 
     pub fn answer(&self, request: &PageRequest, code: PageResponseCode) {
-        self.answered.lock().unwrap().push((request.address, code));
+        self.answered.lock().push((request.address, code));
     }
 
     fn tell(&self, told: Told) {
-        self.told.lock().unwrap().push(told);
+        self.told.lock().push(told);
     }
 }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Page requests of emulated devices, from the DMA that meets no page to the answer.
 
-use std::sync::{mpsc, Arc, Mutex};
+use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
+use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
@@ -390,7 +391,7 @@ struct Seen(Mutex<Vec<HostFault>>);
 
 impl FaultSink for Seen {
     fn dma_fault(&self, fault: &HostFault) {
-        self.0.lock().unwrap().push(*fault);
+        self.0.lock().push(*fault);
     }
 }
 
@@ -403,7 +404,7 @@ fn what_nobody_serves_is_a_fault() {
         rig.host.device_attach(rig.dev, None, rig.ioas).unwrap();
         let error = rig.port().write(PLAIN, MEMORY, &[1]).unwrap_err();
         assert!(matches!(error, DmaError::Fault { address: MEMORY, .. }), "{error}");
-        assert_eq!(seen.0.lock().unwrap().len(), 1);
+        assert_eq!(seen.0.lock().len(), 1);
         // A page is asked for, or there is a fault, never both.
         let hwpt = rig.hwpt(rig.ioas, FAULT, NONE);
         rig.host.device_attach(rig.dev, None, hwpt).unwrap();
@@ -412,10 +413,10 @@ fn what_nobody_serves_is_a_fault() {
             let error = port.translate(PLAIN, MEMORY, 1, DmaAccess::Write).unwrap_err();
             assert!(matches!(error, DmaError::PageRequested { address: MEMORY, .. }), "{error}");
         }
-        assert_eq!(seen.0.lock().unwrap().len(), 1);
+        assert_eq!(seen.0.lock().len(), 1);
         let error = port.write(PLAIN, MEMORY, &[1]).unwrap_err();
         assert!(matches!(error, DmaError::Fault { .. }), "no group is left: {error}");
-        assert_eq!(seen.0.lock().unwrap().len(), 2);
+        assert_eq!(seen.0.lock().len(), 2);
     }
 }
 

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
+use twostage::sync::Mutex;
 
 use super::fake::Fake;
 use crate::drivers::{
@@ -164,7 +165,7 @@ impl ViommuDriver for Viommu {
             let refused = |refusal| Partial { done, refusal };
             let id = entries.read_entry(KIND.into(), done, 8).map_err(refused)?;
             let id = u64::from_ne_bytes(id);
-            if !self.virt_ids.lock().unwrap().contains_key(&id) {
+            if !self.virt_ids.lock().contains_key(&id) {
                 return refuse(Errno::EIO, "no such device").map_err(refused);
             }
         }
@@ -175,12 +176,12 @@ impl ViommuDriver for Viommu {
         if virt_id == FORBIDDEN_ID {
             return refuse(Errno::ENODEV, "not this id");
         }
-        self.virt_ids.lock().unwrap().insert(virt_id, device.rid.raw());
+        self.virt_ids.lock().insert(virt_id, device.rid.raw());
         Ok(())
     }
 
     fn vdevice_destroy(&self, virt_id: u64) {
-        assert!(self.virt_ids.lock().unwrap().remove(&virt_id).is_some(), "{virt_id:#x}");
+        assert!(self.virt_ids.lock().remove(&virt_id).is_some(), "{virt_id:#x}");
     }
 
     fn has_hw_queue(&self, kind: u32) -> bool {
@@ -190,7 +191,7 @@ impl ViommuDriver for Viommu {
     fn hw_queue_init(&self, queue: &HwQueueRequest<'_>) -> Outcome<Option<ObjectId>> {
         assert_eq!(queue.kind, KIND);
         assert_eq!(queue.memory.user_va() % 0x1000, queue.base % 0x1000);
-        let mut queues = self.queues.lock().unwrap();
+        let mut queues = self.queues.lock();
         if queue.index >= HW_QUEUES {
             return refuse(Errno::EINVAL, "no such queue");
         }
@@ -206,7 +207,7 @@ impl ViommuDriver for Viommu {
     }
 
     fn hw_queue_destroy(&self, id: ObjectId) {
-        self.queues.lock().unwrap().retain(|_, queue| *queue != id);
+        self.queues.lock().retain(|_, queue| *queue != id);
     }
 }
 

@@ -20,7 +20,8 @@ mod contexts;
 mod findings;
 mod tables;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
+use twostage::sync::Mutex;
 
 use super::{
     size, Caches, Gone, HostStage2, LocalCounters, Origins, Request, Scope, Source, TableFormat,
@@ -186,7 +187,7 @@ impl Sanitizer {
     }
 
     fn findings(&self) -> MutexGuard<'_, Findings> {
-        self.findings.lock().unwrap_or_else(PoisonError::into_inner)
+        self.findings.lock()
     }
 }
 

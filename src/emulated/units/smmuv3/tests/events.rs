@@ -98,7 +98,7 @@ fn whoever_is_told_may_invalidate() {
     impl EventSink for Invalidates {
         fn event(&self, _: &EventRecord) {
             self.0.invalidate(&[ALL]);
-            *self.1.lock().unwrap() += 1;
+            *self.1.lock() += 1;
         }
     }
 
@@ -112,5 +112,5 @@ fn whoever_is_told_may_invalidate() {
     let behind = vm_memory::IommuMemory::new(memory, section, true, ());
     assert!(vm_memory::Bytes::write_slice(&behind, &[1], GuestAddress(IOVA)).is_err());
     drop(behind);
-    assert_eq!(*sink.1.lock().unwrap(), 2);
+    assert_eq!(*sink.1.lock(), 2);
 }

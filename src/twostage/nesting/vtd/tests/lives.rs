@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices, memory and host objects that come and go.
 
-use std::sync::Mutex;
+use crate::sync::Mutex;
 
 use super::*;
 use crate::iommufd::{Errno, HostFault, Protection, Verb};
@@ -177,7 +177,7 @@ struct Target(Mutex<Vec<DmaFault>>);
 
 impl FaultTarget for Target {
     fn dma_fault(&self, fault: &DmaFault) {
-        self.0.lock().unwrap().push(*fault);
+        self.0.lock().push(*fault);
     }
 }
 
@@ -200,10 +200,10 @@ fn faults_come_back_to_their_requester() {
     let held = rig.nesting.state();
     rig.host.report_fault(&fault);
     drop(held);
-    assert_eq!(target.0.lock().unwrap()[0].requester, Requester::rid(B));
+    assert_eq!(target.0.lock()[0].requester, Requester::rid(B));
     rig.nesting.remove_device(B).unwrap();
     rig.host.report_fault(&fault);
-    assert_eq!(target.0.lock().unwrap().len(), 1);
+    assert_eq!(target.0.lock().len(), 1);
 }
 
 #[test]

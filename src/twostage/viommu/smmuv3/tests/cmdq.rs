@@ -242,7 +242,7 @@ fn what_stands_in_memory_is_done_before_an_abort() {
 fn a_refused_command_is_where_the_queue_stops() {
     let guest = Guest::running();
     guest.refuse(true);
-    *guest.host.refused.lock().unwrap() = 2;
+    *guest.host.refused.lock() = 2;
     guest.submit(&[tlbi(1), Command::CfgiCdAll { stream: StreamId(9) }, tlbi(2), tlbi(3), SYNC]);
     // The second command is not the host's: its third is the fourth here.
     assert_eq!(guest.consumed(), (3, Some(CommandError::Illegal)));
@@ -296,7 +296,7 @@ fn a_refusal_that_is_made_good_is_none_of_a_command_that_asked_for_something_els
 fn a_refusal_of_what_is_not_in_the_batch_is_one_of_its_first() {
     let guest = Guest::running();
     guest.refuse(true);
-    *guest.host.refused.lock().unwrap() = 99;
+    *guest.host.refused.lock() = 99;
     guest.submit(&[cfgi_cd_all(StreamId(9)), tlbi(1), tlbi(2), SYNC]);
     assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)));
 }
@@ -405,10 +405,10 @@ fn the_registers_are_let_go_at_each_sync_and_change_of_configuration() {
 #[test]
 fn a_halted_smmu_leaves_the_rest_of_the_queue() {
     let guest = Guest::running();
-    *guest.host.halting.lock().unwrap() = Some(guest.smmu.clone());
+    *guest.host.halting.lock() = Some(guest.smmu.clone());
     let word = SyncSignal::Interrupt { address: WORD, data: 1 };
     guest.submit(&[tlbi(1), Command::Sync { signal: word }, tlbi(2), SYNC]);
-    *guest.host.halting.lock().unwrap() = None;
+    *guest.host.halting.lock() = None;
     // The invalidation is complete, the CMD_SYNC is not answered.
     assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1)])]);
     assert_eq!(guest.memory.read_obj::<u32>(GuestAddress(WORD)).unwrap(), 0);
@@ -422,9 +422,9 @@ fn a_halted_smmu_leaves_the_rest_of_the_streams() {
     let guest = Guest::running();
     guest.write_entry(STREAM, BYPASS_ENTRY);
     guest.write_entry(OTHER, BYPASS_ENTRY);
-    *guest.host.halting.lock().unwrap() = Some(guest.smmu.clone());
+    *guest.host.halting.lock() = Some(guest.smmu.clone());
     guest.submit(&[CFGI_ALL, SYNC]);
-    *guest.host.halting.lock().unwrap() = None;
+    *guest.host.halting.lock() = None;
     assert_eq!(guest.calls(), [Call::Configure(STREAM, StreamPolicy::Bypass)]);
     // Not acknowledged, and no error of the guest.
     assert_eq!((guest.consumed(), guest.errors()), ((0, None), 0));

@@ -194,14 +194,14 @@ fn a_queue_that_is_no_memory_is_a_global_error() {
 #[test]
 fn events_come_while_the_host_is_at_work() {
     let guest = Guest::running();
-    *guest.host.faulting.lock().unwrap() = Some(guest.smmu.clone());
+    *guest.host.faulting.lock() = Some(guest.smmu.clone());
     guest.submit(&[tlbi(1), SYNC]);
     assert_eq!(guest.take_event(), Some(translation_fault(STREAM)));
     // The reason of a blocking is never older than the blocking.
     guest.write_entry(STREAM, [0, 0]);
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
     assert_eq!(guest.take_event().unwrap().id(), Some(EventId::BadSte));
-    *guest.host.faulting.lock().unwrap() = None;
+    *guest.host.faulting.lock() = None;
 }
 
 #[test]

@@ -12,7 +12,8 @@ mod properties;
 mod registers;
 mod specification;
 
-use std::sync::{Arc, Mutex};
+use crate::sync::Mutex;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -48,11 +49,11 @@ struct FakeHost {
 
 impl FakeHost {
     fn record(&self, call: Call) -> Result<(), HostSideError> {
-        self.calls.lock().unwrap().push(call);
-        if let Some(smmu) = &*self.faulting.lock().unwrap() {
+        self.calls.lock().push(call);
+        if let Some(smmu) = &*self.faulting.lock() {
             smmu.event(translation_fault(STREAM).to_words());
         }
-        if let Some(smmu) = &*self.halting.lock().unwrap() {
+        if let Some(smmu) = &*self.halting.lock() {
             smmu.halt();
         }
         self.refusals.next_call()
@@ -71,7 +72,7 @@ impl SmmuHostSide for FakeHost {
             assert_eq!(command.encode(), words);
             command
         });
-        let refused = *self.refused.lock().unwrap();
+        let refused = *self.refused.lock();
         let flushed = self.flushes.load(Ordering::Relaxed);
         self.record(Call::Invalidate(decoded.collect())).map_err(|error| SmmuInvalidateError {
             refused,
@@ -94,13 +95,13 @@ enum Interrupt {
 impl SmmuInterrupts for FakeInterrupts {
     fn message(&self, address: u64, data: u32) -> bool {
         if address == DOORBELL {
-            self.0.lock().unwrap().push(Interrupt::Message(data));
+            self.0.lock().push(Interrupt::Message(data));
         }
         address == DOORBELL
     }
 
     fn wire(&self, interrupt: SmmuInterrupt) {
-        self.0.lock().unwrap().push(Interrupt::Wire(interrupt));
+        self.0.lock().push(Interrupt::Wire(interrupt));
     }
 }
 
@@ -243,7 +244,7 @@ impl Guest {
 
     /// What the host was asked since the last time.
     fn calls(&self) -> Vec<Call> {
-        std::mem::take(&mut self.host.calls.lock().unwrap())
+        std::mem::take(&mut self.host.calls.lock())
     }
 
     fn refuse(&self, refuse: bool) {
@@ -258,7 +259,7 @@ impl Guest {
 
     /// Interrupts since the last time.
     fn interrupts(&self) -> Vec<Interrupt> {
-        std::mem::take(&mut self.interrupts.0.lock().unwrap())
+        std::mem::take(&mut self.interrupts.0.lock())
     }
 
     /// Takes the next record out of the event queue, as a driver does.

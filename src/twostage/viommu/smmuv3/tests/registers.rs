@@ -210,7 +210,7 @@ struct Trace(Mutex<Vec<String>>);
 
 impl Trace {
     fn push(&self, line: String) {
-        self.0.lock().unwrap().push(line);
+        self.0.lock().push(line);
     }
 }
 
@@ -244,13 +244,13 @@ fn an_observer_sees_everything_in_order() {
     guest.write_entry(STREAM, BYPASS_ENTRY);
     guest.write_entry(OTHER, BAD_ENTRY);
     guest.write32(regs::CR0, 0b1100);
-    trace.0.lock().unwrap().clear();
+    trace.0.lock().clear();
     guest.submit(&[Command::TlbiNsnhAll, SYNC]);
     guest.write32(regs::CR0, 0b1101);
     guest.smmu.event(translation_fault(OTHER).to_words());
     guest.read32(regs::EVENTQ_PROD);
     assert_eq!(
-        *trace.0.lock().unwrap(),
+        *trace.0.lock(),
         [
             "read CMDQ_PROD 0x98 4 0x0",
             "write CMDQ_PROD 0x98 4 0x2",

@@ -5,9 +5,10 @@
 //! An interrupt is looked up and delivered under one lock, which an invalidation takes too: when it
 //! is complete, nothing of the old entry is on its way.
 
+use crate::sync::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{MutexGuard, Weak};
 
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::interrupt::Irte;
@@ -83,11 +84,11 @@ impl Entries {
 
 impl Remapping {
     fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock()
     }
 
     fn listeners(&self) -> MutexGuard<'_, Vec<Weak<dyn InterruptListener>>> {
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+        self.listeners.lock()
     }
 
     /// Tells the listeners that are still there.

@@ -8,8 +8,9 @@
 pub(super) mod given;
 pub(super) mod packed;
 
+use crate::sync::RwLock;
 use std::collections::BTreeMap;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
@@ -55,11 +56,11 @@ pub(in crate::viommu::vtd) struct Requesters {
 
 impl Requesters {
     fn read(&self) -> RwLockReadGuard<'_, Published> {
-        self.published.read().unwrap_or_else(PoisonError::into_inner)
+        self.published.read()
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Published> {
-        self.published.write().unwrap_or_else(PoisonError::into_inner)
+        self.published.write()
     }
 
     /// Adds a function, without configuration; `false` when it is there already.

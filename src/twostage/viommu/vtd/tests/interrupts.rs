@@ -64,7 +64,7 @@ impl Guest {
     fn interrupt(&self, message: MsiMessage) -> Option<(u64, u32)> {
         let sink = FakeSink::default();
         let sent = self.iommu.send_remapped(RID, message, &sink);
-        let messages = sink.0.into_inner().unwrap();
+        let messages = sink.0.into_inner();
         assert_eq!(messages.len(), usize::from(sent));
         messages.first().copied()
     }
@@ -254,7 +254,7 @@ impl InterruptListener for Listener {
     fn interrupts_changed(&self) {
         let message = self.guest.iommu.translate(RID, of_handle(1));
         let told = (message.map(|message| message.data & 0xff), self.guest.status());
-        self.told.lock().unwrap().push(told);
+        self.told.lock().push(told);
     }
 }
 
@@ -264,7 +264,7 @@ fn a_listener_knows_before_the_guest_does() {
     guest.enable_queue(0x800);
     let listener = Arc::new(Listener { guest, told: Mutex::default() });
     let guest = &listener.guest;
-    let told = || std::mem::take(&mut *listener.told.lock().unwrap());
+    let told = || std::mem::take(&mut *listener.told.lock());
     let weak = Arc::downgrade(&listener);
     guest.iommu.add_interrupt_listener(weak);
     guest.set_interrupt_table(SIZE);

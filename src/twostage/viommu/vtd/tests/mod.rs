@@ -15,7 +15,8 @@ mod slices;
 mod translation;
 mod waits;
 
-use std::sync::{Arc, Mutex};
+use crate::sync::Mutex;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -50,13 +51,13 @@ struct FakeHost {
 
 impl FakeHost {
     fn record(&self, call: Call) -> Result<(), HostSideError> {
-        self.calls.lock().unwrap().push(call);
+        self.calls.lock().push(call);
         let status = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
-        self.status_then.lock().unwrap().push(status);
-        if let Some(iommu) = &*self.faulting.lock().unwrap() {
+        self.status_then.lock().push(status);
+        if let Some(iommu) = &*self.faulting.lock() {
             iommu.dma_fault(&fault(Requester::rid(RID)));
         }
-        if let Some(iommu) = &*self.halting.lock().unwrap() {
+        if let Some(iommu) = &*self.halting.lock() {
             iommu.halt();
         }
         self.refusals.next_call()
@@ -82,7 +83,7 @@ impl HostSide for FakeHost {
         progress: &mut Progress,
     ) -> Result<(), HostSideError> {
         let piece = progress.next().unwrap_or(0) + 1;
-        let left = piece < *self.pieces.lock().unwrap();
+        let left = piece < *self.pieces.lock();
         progress.go_on_at(left.then_some(piece));
         if left {
             return Ok(());
@@ -96,7 +97,7 @@ struct FakeSink(Mutex<Vec<(u64, u32)>>);
 
 impl InterruptSink for FakeSink {
     fn send_msi(&self, address: u64, data: u32) {
-        self.0.lock().unwrap().push((address, data));
+        self.0.lock().push((address, data));
     }
 }
 
@@ -243,8 +244,8 @@ impl Guest {
 
     /// What the host was asked since the last time.
     fn calls(&self) -> Vec<Call> {
-        self.host.status_then.lock().unwrap().clear();
-        std::mem::take(&mut self.host.calls.lock().unwrap())
+        self.host.status_then.lock().clear();
+        std::mem::take(&mut self.host.calls.lock())
     }
 
     fn refuse(&self, refuse: bool) {
@@ -259,7 +260,7 @@ impl Guest {
 
     /// Messages sent since the last time.
     fn messages(&self) -> Vec<(u64, u32)> {
-        std::mem::take(&mut self.sink.0.lock().unwrap())
+        std::mem::take(&mut self.sink.0.lock())
     }
 
     fn fault_record(&self, index: u64) -> FaultRecord {

@@ -81,7 +81,7 @@ proptest! {
             let expected = guest.iommu.translate(source, message);
             let sent = guest.iommu.send_remapped(source, message, &sink);
             prop_assert_eq!(sent, expected.is_some());
-            let sent = sink.0.into_inner().unwrap();
+            let sent = sink.0.into_inner();
             let expected = expected.map(|message| (message.address, message.data));
             prop_assert_eq!(sent.first().copied(), expected);
             if let Some(command) = commands.next() {

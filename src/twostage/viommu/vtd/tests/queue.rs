@@ -54,7 +54,7 @@ impl Guest {
 fn the_host_is_done_before_the_status_is_written() {
     let guest = Guest::running();
     guest.submit(&[pasid_iotlb(0, None), wait(7)]);
-    assert_eq!(*guest.host.status_then.lock().unwrap(), [0]);
+    assert_eq!(*guest.host.status_then.lock(), [0]);
     assert_eq!(guest.calls(), [Call::Invalidate(vec![invalidation(Some(0), None)])]);
     assert_eq!((guest.status(), guest.head()), (7, 64));
 }
@@ -324,10 +324,10 @@ fn the_registers_are_let_go_at_each_ordering_point() {
 fn a_halted_unit_leaves_the_rest_of_the_queue() {
     let guest = Guest::running();
     let queued = [pasid_iotlb(0, None), PASID_CACHE].repeat(50);
-    *guest.host.halting.lock().unwrap() = Some(guest.iommu.clone());
+    *guest.host.halting.lock() = Some(guest.iommu.clone());
     let before = guest.iommu.counters().evaluations;
     guest.submit(&queued);
-    *guest.host.halting.lock().unwrap() = None;
+    *guest.host.halting.lock() = None;
     assert_eq!(guest.calls().len(), 1);
     assert_eq!(guest.iommu.counters().evaluations, before);
     assert_eq!(guest.head(), 32);
@@ -339,9 +339,9 @@ fn a_halted_unit_leaves_the_rest_of_the_queue() {
 #[test]
 fn a_unit_that_is_halted_before_a_wait_does_not_answer_it() {
     let guest = Guest::running();
-    *guest.host.halting.lock().unwrap() = Some(guest.iommu.clone());
+    *guest.host.halting.lock() = Some(guest.iommu.clone());
     guest.submit(&[pasid_iotlb(0, None), wait(3)]);
-    *guest.host.halting.lock().unwrap() = None;
+    *guest.host.halting.lock() = None;
     assert_eq!(guest.calls().len(), 1);
     assert_eq!((guest.head(), guest.status()), (32, 0));
     assert!(!guest.fault_status().iqe());
@@ -351,9 +351,9 @@ fn a_unit_that_is_halted_before_a_wait_does_not_answer_it() {
 fn a_halted_unit_leaves_the_rest_of_the_pasids() {
     let guest = Guest::running();
     (1..40).for_each(|value| guest.write_pasid(value, 0x6000));
-    *guest.host.halting.lock().unwrap() = Some(guest.iommu.clone());
+    *guest.host.halting.lock() = Some(guest.iommu.clone());
     guest.submit(&[PASID_CACHE, wait(3)]);
-    *guest.host.halting.lock().unwrap() = None;
+    *guest.host.halting.lock() = None;
     assert_eq!(guest.calls(), [Call::Configure(with_pasid(1), first_stage(0x6000))]);
     // Not acknowledged, and no error of the guest.
     assert_eq!((guest.head(), guest.status()), (0, 0));

@@ -33,7 +33,7 @@ impl TableMemory for Racing {
 
     fn load_u64(&self, address: u64) -> Result<u64, BadAddress> {
         let word = self.memory.load_u64(address);
-        let mut change = self.change.lock().unwrap();
+        let mut change = self.change.lock();
         if let Some(here) = change.as_mut().filter(|change| change.address == address) {
             here.reads -= 1;
             if here.reads == 0 {
@@ -62,10 +62,10 @@ fn served_again(address: u64, reads: u32) -> (Guest, bool) {
     guest.write_pasid(9, 0x7000);
     let value = guest.memory.load_u64(address).unwrap();
     guest.write(address, &[0]);
-    *racing.change.lock().unwrap() = Some(Change { address, value, reads });
+    *racing.change.lock() = Some(Change { address, value, reads });
     guest.calls();
     guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
-    *racing.change.lock().unwrap() = None;
+    *racing.change.lock() = None;
     let attached = guest.calls().contains(&Call::Configure(with_pasid(9), first_stage(0x7000)));
     (guest, attached)
 }

@@ -175,19 +175,19 @@ impl Observer for Trace {
     fn register(&self, access: &RegisterAccess) {
         let RegisterAccess { name, offset, size, value, write } = access;
         let verb = if *write { "write" } else { "read" };
-        self.0.lock().unwrap().push(format!("{verb} {name} {offset:#x} {size} {value:#x}"));
+        self.0.lock().push(format!("{verb} {name} {offset:#x} {size} {value:#x}"));
     }
 
     fn descriptor(&self, name: &'static str, _: &dyn fmt::Debug) {
-        self.0.lock().unwrap().push(name.into());
+        self.0.lock().push(name.into());
     }
 
     fn policy(&self, requester: Requester, _: &RequesterConfig, applied: bool) {
-        self.0.lock().unwrap().push(format!("policy {requester} {applied}"));
+        self.0.lock().push(format!("policy {requester} {applied}"));
     }
 
     fn fault(&self, _: &DmaFault, reason: u8, outcome: FaultOutcome) {
-        self.0.lock().unwrap().push(format!("fault {reason:#x} {outcome:?}"));
+        self.0.lock().push(format!("fault {reason:#x} {outcome:?}"));
     }
 }
 
@@ -209,7 +209,7 @@ fn an_observer_sees_everything_in_order() {
     guest.read32(0x22c);
     guest.enable_translation();
     guest.iommu.dma_fault(&fault(Requester::rid(RID)));
-    let lines = trace.0.lock().unwrap();
+    let lines = trace.0.lock();
     let lines: Vec<_> = lines.iter().filter(|line| !line.contains("GSTS")).collect();
     assert_eq!(
         lines,

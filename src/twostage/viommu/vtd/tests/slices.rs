@@ -154,7 +154,7 @@ fn only_what_is_present_and_differs_from_its_neighbour_is_kept() {
 #[test]
 fn a_batch_that_the_host_does_in_pieces_is_done_with_the_last() {
     let guest = Guest::with_directory();
-    *guest.host.pieces.lock().unwrap() = 3;
+    *guest.host.pieces.lock() = 3;
     let global = Descriptor::Iotlb {
         scope: crate::spec::vtd::qi::IotlbScope::Global,
         drain_writes: false,

@@ -192,9 +192,9 @@ fn a_block_that_the_host_refused_is_asked_again() {
 fn a_fault_during_the_blocking_is_told_why() {
     let guest = Guest::running();
     guest.write(PASID_TABLE, &[0]);
-    *guest.host.faulting.lock().unwrap() = Some(guest.iommu.clone());
+    *guest.host.faulting.lock() = Some(guest.iommu.clone());
     guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
-    *guest.host.faulting.lock().unwrap() = None;
+    *guest.host.faulting.lock() = None;
     assert_eq!(guest.fault_record(0).high.fr(), 0x59);
 }
 

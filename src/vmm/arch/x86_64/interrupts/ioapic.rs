@@ -2,7 +2,8 @@
 //! An IOAPIC: lines on one side, messages on the other.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 use super::redirection::{self as registers, RedirectionEntry};
 use crate::arch::layout::PINS;
@@ -111,7 +112,7 @@ impl Ioapic {
     }
 
     fn listeners(&self) -> MutexGuard<'_, Vec<(u32, Weak<dyn EndListener>)>> {
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+        self.listeners.lock()
     }
 
     /// Sends the interrupt of a level-triggered pin, if it is asserted and does not wait for an
@@ -158,7 +159,7 @@ impl Ioapic {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -235,11 +236,11 @@ mod tests {
 
     impl PinOutput for Arc<Output> {
         fn watch(&self, messages: &[Option<MsiMessage>]) {
-            *self.watched.lock().unwrap() = messages.to_vec();
+            *self.watched.lock() = messages.to_vec();
         }
 
         fn send(&self, message: MsiMessage) -> bool {
-            self.sent.lock().unwrap().push(message.data & 0xff);
+            self.sent.lock().push(message.data & 0xff);
             !self.blocked.load(Ordering::SeqCst)
         }
     }
@@ -273,7 +274,7 @@ mod tests {
 
     impl Output {
         fn take(&self) -> Vec<u32> {
-            std::mem::take(&mut self.sent.lock().unwrap())
+            std::mem::take(&mut self.sent.lock())
         }
     }
 
@@ -379,11 +380,11 @@ mod tests {
         ioapic.set_pin(16, LEVEL | MASKED | 0x50);
         ioapic.set(0x10 + 2 * 16 + 1, 0x0200_0000);
         let message = MsiMessage { address: 0xfee0_2000, data: 0xc050 };
-        let watched = || output.watched.lock().unwrap().clone();
+        let watched = || output.watched.lock().clone();
         let mut wanted = vec![None; 24];
         wanted[16] = Some(message);
         assert_eq!(watched(), wanted);
-        output.watched.lock().unwrap().clear();
+        output.watched.lock().clear();
         // Nothing new, nothing told.
         ioapic.set_pin(3, 0x33);
         assert_eq!(watched(), []);
@@ -391,7 +392,7 @@ mod tests {
         assert_eq!(watched(), wanted);
         // Wanted before the interrupt is sent, whatever was said of it before.
         ioapic.set_pin(16, LEVEL | 0x50);
-        output.watched.lock().unwrap().clear();
+        output.watched.lock().clear();
         ioapic.set_line(16, true);
         assert_eq!((watched(), output.take()), (wanted, vec![0x50]));
     }

@@ -86,7 +86,7 @@ impl fmt::Debug for PinLine {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use twostage::sync::Mutex;
 
     use super::*;
     use crate::pci::IntxRouter;
@@ -96,13 +96,13 @@ mod tests {
     fn a_line_is_asserted_until_the_interrupt_ends() {
         let levels = Arc::new(Mutex::new(Vec::new()));
         let seen = levels.clone();
-        let router = IntxRouter::new(Arc::new(move |_, level| seen.lock().unwrap().push(level)));
+        let router = IntxRouter::new(Arc::new(move |_, level| seen.lock().push(level)));
         let pin = router.pin(Bdf::new(0, 1, 0).unwrap());
         let inputs = pin.gsis().len();
         let line = PinLine::new(pin, LineEvents::new().unwrap());
         let owned = OwnedPinLine(line.clone());
         let took = || {
-            let levels = std::mem::take(&mut *levels.lock().unwrap());
+            let levels = std::mem::take(&mut *levels.lock());
             levels.into_iter().step_by(inputs).collect::<Vec<_>>()
         };
         line.assert();

@@ -5,8 +5,9 @@
 //! Source: Intel 82C54 data sheet (231244); port B: Intel ICH9 data sheet (316972), §13.7.1.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
+use twostage::sync::Mutex;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_superio::Trigger;
@@ -114,7 +115,7 @@ impl Pit {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

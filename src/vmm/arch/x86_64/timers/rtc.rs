@@ -4,8 +4,8 @@
 //! It shows the host's time in UTC, or what the guest has set. Source: Motorola MC146818 data sheet
 //! ("Address Map", "Update Cycle", "Registers"); what a PC keeps in its memory: the century alone.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use twostage::sync::Mutex;
 
 use super::calendar::DateTime;
 use crate::bus::BusDevice;
@@ -75,7 +75,7 @@ impl Rtc {
     fn access<T>(&self, access: impl FnOnce(&mut State, Duration) -> T) -> T {
         // A host whose clock is before 1970 has none.
         let host = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        access(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), host)
+        access(&mut self.0.lock(), host)
     }
 }
 
@@ -235,7 +235,7 @@ mod tests {
     const HOST: Duration = Duration::from_secs(1_795_986_425);
 
     fn clock() -> State {
-        Rtc::new().0.into_inner().unwrap()
+        Rtc::new().0.into_inner()
     }
 
     fn read(clock: &mut State, address: u8, host: Duration) -> u8 {

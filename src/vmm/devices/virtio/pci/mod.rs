@@ -10,8 +10,9 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
+use twostage::sync::Mutex;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -161,7 +162,7 @@ impl VirtioPci {
     }
 
     fn transport(&self) -> MutexGuard<'_, Transport> {
-        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transport = self.transport.lock();
         transport.settle(&self.link);
         transport
     }
@@ -243,7 +244,7 @@ impl Transport {
             queues.push(Virtqueue::new(setup, event_index, number, link.clone())?);
         }
         // Nobody has it: a worker of before has ended.
-        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut device = self.device.lock();
         device.backend.start(features)?;
         drop(device);
         let failed = |error: io::Error| Broken::Device(format!("starting its worker: {error}"));
@@ -282,18 +283,18 @@ impl PciFunction for VirtioPci {
         if !self.window.is_data(offset, length) {
             return;
         }
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = self.config.lock();
         let Some(access) = self.window.access(&config) else { return };
         drop(config);
         let mut data = [0; 4];
         self.read_bar(access.bar, access.offset, &mut data[..access.length]);
-        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut config = self.config.lock();
         self.window.set_data(&mut config, data);
     }
 
     fn config_written(&self, offset: u16, length: usize) {
         if self.window.is_data(offset, length) {
-            let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+            let config = self.config.lock();
             let (access, data) = (self.window.access(&config), self.window.data(&config));
             drop(config);
             if let Some(access) = access {
@@ -304,7 +305,7 @@ impl PciFunction for VirtioPci {
         // The lock keeps two writers in order: what is applied last is what was written last.
         let mut transport = self.transport();
         let (command, control, placements) = {
-            let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+            let config = self.config.lock();
             (config.command(), self.msix.control(&config), config.bar_placements())
         };
         self.link.msix.set_control(control);
@@ -355,7 +356,7 @@ impl PciFunction for VirtioPci {
 
 impl Drop for VirtioPci {
     fn drop(&mut self) {
-        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transport = self.transport.lock();
         self.detach_doorbells(&mut transport);
         transport.worker = None;
     }

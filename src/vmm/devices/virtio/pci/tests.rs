@@ -213,13 +213,13 @@ struct Recorder(Mutex<Vec<(bool, u64)>>);
 
 impl Doorbells for Recorder {
     fn attach(&self, address: u64, _: &EventFd) -> bool {
-        self.0.lock().unwrap().push((true, address));
+        self.0.lock().push((true, address));
         // One that another device has.
         address != 0xe120_3000
     }
 
     fn detach(&self, address: u64, _: &EventFd) {
-        self.0.lock().unwrap().push((false, address));
+        self.0.lock().push((false, address));
     }
 }
 
@@ -227,7 +227,7 @@ impl Doorbells for Recorder {
 fn doorbells_are_where_the_bar_is() {
     let recorder = Arc::new(Recorder::default());
     let rig = Rig::with_doorbells(Place::Direct, rng(), recorder.clone());
-    let take = || std::mem::take(&mut *recorder.0.lock().unwrap());
+    let take = || std::mem::take(&mut *recorder.0.lock());
     let move_to = |address: u32| rig.write_config(0x10, &address.to_le_bytes());
     assert_eq!(take(), [(true, 0xe000_3000)], "from the start");
     rig.write_config(4, &[0, 0]);
