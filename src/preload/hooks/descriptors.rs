@@ -76,7 +76,7 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     let unshares = flags & unshare as c_int != 0;
     // A program of one thread shares its descriptors with this library's thread alone, and goes on
     // to.
-    let is_alone = unshares && state::begun().is_none_or(State::is_alone);
+    let is_alone = unshares && state::begun().map_or_else(|| sharing::is_alone(0), State::is_alone);
     let flags = if is_alone { flags & !(unshare as c_int) } else { flags };
     let close = |first, last| {
         // SAFETY: as above.

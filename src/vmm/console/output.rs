@@ -69,10 +69,16 @@ impl State {
         self.waiting.is_empty() && self.under_way == 0
     }
 
+    /// Whether `length` bytes more would be kept.
+    fn has_room(&self, length: usize) -> bool {
+        (!self.dropping || self.is_written())
+            && self.waiting.len().saturating_add(length) <= CAPACITY
+    }
+
     /// Takes `bytes`, or drops them where there is no room for `length`.
     fn take(&mut self, bytes: &[u8], length: usize) {
         self.dropping &= !self.is_written();
-        if self.dropping || self.waiting.len().saturating_add(length) > CAPACITY {
+        if !self.has_room(length) {
             self.dropping = true;
             self.drop_bytes(bytes.len());
         } else {
@@ -147,6 +153,10 @@ impl Output {
     /// Nobody reads it, as far as is known by then.
     fn take_whole(&self, text: &str, until: Option<Instant>) -> io::Result<()> {
         let shared = self.shared();
+        // What waits already may be read yet: there is time for that, too.
+        if let Some(until) = until.filter(|_| !shared.lock().has_room(1)) {
+            self.flush(until);
+        }
         let mut state = shared.lock();
         let lost = state.lost;
         state.take(text.as_bytes(), 1);
