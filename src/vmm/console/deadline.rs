@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long the end of a machine waits for those who read what it writes: a second for all of them
-//! together, from the stop on.
+//! How long the end of a machine waits for those who read what it writes: for all of them together, a
+//! second from the stop on when somebody asked for it, and ten when the guest came to its end.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 use twostage::sync::Mutex;
 
-/// When the machine of this process was stopped, once it was.
-static STOPPED: Mutex<Option<Instant>> = Mutex::new(None);
+/// The stop of the machine of this process, once it was stopped.
+static STOPPED: Mutex<Option<Stop>> = Mutex::new(None);
+
+/// A stop.
+#[derive(Debug, Clone, Copy)]
+struct Stop {
+    at: Instant,
+    /// Somebody waits for it.
+    asked: bool,
+}
 
 /// Whoever has their turn late, because the host took long, has so much all the same.
 const LEAST: Duration = Duration::from_millis(100);
@@ -24,7 +32,7 @@ pub(crate) enum Turn {
 }
 
 impl Turn {
-    /// How long after the stop it is over.
+    /// How long after a stop that was asked for it is over.
     fn length(self) -> Duration {
         Duration::from_millis(match self {
             Self::Output => 800,
@@ -33,14 +41,15 @@ impl Turn {
         })
     }
 
-    fn over(self, stopped: Instant, now: Instant) -> Instant {
-        (stopped + self.length()).max(now + LEAST)
+    fn over(self, stop: Stop, now: Instant) -> Instant {
+        let length = if stop.asked { self.length() } else { self.length() * 10 };
+        (stop.at + length).max(now + LEAST)
     }
 }
 
-/// The machine is stopped: the time runs, unless it does already.
-pub(crate) fn begin() {
-    stopped().get_or_insert_with(Instant::now);
+/// The machine is stopped, and `asked` to: the time runs, unless it does already.
+pub(crate) fn begin(asked: bool) {
+    stopped().get_or_insert_with(|| Stop { at: Instant::now(), asked });
 }
 
 /// There is another machine.
@@ -50,7 +59,15 @@ pub(crate) fn clear() {
 
 /// When the turn is over, if the machine was stopped.
 pub(crate) fn of(turn: Turn) -> Option<Instant> {
-    stopped().map(|stopped| turn.over(stopped, Instant::now()))
+    stopped().map(|stop| turn.over(stop, Instant::now()))
+}
+
+/// Who takes nothing for so long is given up.
+pub(crate) fn patience() -> Duration {
+    match *stopped() {
+        Some(Stop { asked: true, .. }) => Duration::from_millis(500),
+        _ => Duration::from_secs(1),
+    }
 }
 
 /// When something that is not to be waited for, but may not be ready at once, is given up.
@@ -58,7 +75,7 @@ pub(crate) fn soon() -> Instant {
     Instant::now() + LEAST
 }
 
-fn stopped() -> MutexGuard<'static, Option<Instant>> {
+fn stopped() -> MutexGuard<'static, Option<Stop>> {
     STOPPED.lock()
 }
 
@@ -67,18 +84,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_turns_together_take_a_second() {
-        let stopped = Instant::now();
-        let mut now = stopped;
-        for turn in [Turn::Output, Turn::Report, Turn::End] {
-            // Each waits as long as it may.
-            let over = turn.over(stopped, now);
-            assert!(over > now, "{turn:?}");
-            now = over;
+    fn all_turns_together_take_so_long() {
+        let at = Instant::now();
+        for (asked, seconds) in [(true, 1), (false, 10)] {
+            let (stop, mut now) = (Stop { at, asked }, at);
+            for turn in [Turn::Output, Turn::Report, Turn::End] {
+                // Each waits as long as it may.
+                let over = turn.over(stop, now);
+                assert!(over > now, "{turn:?}");
+                now = over;
+            }
+            assert_eq!(now, at + Duration::from_secs(seconds));
+            // One that comes late has time to say something.
+            let late = at + Duration::from_secs(15);
+            assert_eq!(Turn::End.over(stop, late), late + LEAST);
         }
-        assert_eq!(now, stopped + Duration::from_secs(1));
-        // One that comes late has time to say something.
-        let late = stopped + Duration::from_secs(5);
-        assert_eq!(Turn::End.over(stopped, late), late + LEAST);
     }
 }

@@ -20,8 +20,6 @@ use crate::{Error, Result};
 
 /// How much may wait to be written, in bytes.
 const CAPACITY: usize = 256 << 10;
-/// At the end of a machine it is so long.
-const LAST_PATIENCE: Duration = Duration::from_millis(500);
 /// Looks whether there was progress are so far apart.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 /// So far apart are lines that say what was dropped, but for the last.
@@ -182,7 +180,7 @@ impl Output {
             if state.written != written {
                 (written, since) = (state.written, Instant::now());
             }
-            if since.elapsed() >= LAST_PATIENCE || Instant::now() >= until {
+            if since.elapsed() >= deadline::patience() || Instant::now() >= until {
                 let left = state.waiting.len();
                 state.waiting.clear();
                 // What the thread is writing may get there yet, and is not known to.

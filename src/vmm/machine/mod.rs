@@ -193,7 +193,7 @@ impl Machine {
         if let Err(error) = &result {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
-        deadline::begin();
+        deadline::begin(matches!(result, Ok(StopReason::Signal(_) | StopReason::Escape)));
         // A vCPU may be in the invalidation queue, however long its guest has made that.
         for iommu in self.iommus() {
             iommu.halt();
