@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long the end of a machine waits for those who read what it writes: for all of them together, a
-//! second from the stop on when somebody asked for it, and ten when the guest came to its end.
+//! How long the end of a machine waits for those who read what it writes: for all of them together,
+//! a second from the stop on when somebody asked for it, and ten when the guest came to its end.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
