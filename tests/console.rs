@@ -20,7 +20,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use child::{kernel, kvm, wait_for, with_default_signals, Running, TWOSTAGE};
+use child::{kernel, kvm, with_default_signals, Running, TWOSTAGE};
 use images::multiboot;
 use rustix::pipe::fcntl_setpipe_size;
 use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
@@ -28,6 +28,7 @@ use rustix::termios::{
     tcgetattr, tcsetattr, LocalModes, OptionalActions, SpecialCodeIndex, Termios,
 };
 use tempfile::NamedTempFile;
+use twostage::patience::wait_until;
 
 /// A guest that says that it runs, and then does nothing.
 fn idle() -> NamedTempFile {
@@ -75,7 +76,7 @@ impl Pty {
     }
 
     fn wait_until_raw(&self) {
-        wait_for("a raw terminal", || !self.modes().local_modes.contains(LocalModes::ICANON));
+        wait_until("a raw terminal", || !self.modes().local_modes.contains(LocalModes::ICANON));
     }
 
     fn types(&self, keys: &[u8]) {
@@ -210,7 +211,7 @@ fn the_terminal_is_what_it_was_however_the_machine_ends() {
         command.stdin(pty.stdio()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut machine = Running::new(&mut command);
         assert_eq!(read_as_much(machine.0.stdout.take().unwrap(), b"."), b".");
-        wait_for("a raw terminal", || !pty.modes().local_modes.contains(LocalModes::IEXTEN));
+        wait_until("a raw terminal", || !pty.modes().local_modes.contains(LocalModes::IEXTEN));
         machine.signal(signal);
         let status = machine.end();
         assert_eq!(status.signal(), number, "{signal}: {status}");
@@ -246,7 +247,7 @@ fn the_background_leaves_the_terminal_alone_and_the_foreground_takes_it() {
     let mut command = with_default_signals("setsid");
     command.args(["--ctty", "--wait", "sh", "-mc", &script]).stdin(pty.stdio());
     let mut shell = Running::new(command.stdout(Stdio::null()).stderr(Stdio::null()));
-    wait_for("a machine in the background", || {
+    wait_until("a machine in the background", || {
         assert_eq!(shell.0.try_wait().unwrap(), None, "it was stopped");
         std::path::Path::new(&path("runs")).exists()
     });
@@ -332,7 +333,7 @@ fn flooded(blocks: u32, writer: PipeWriter) -> (Running, Vec<u8>) {
     command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped());
     let mut machine = Running::new(&mut command);
     machine.wait_until_reports_can_be_had();
-    wait_for("output", || {
+    wait_until("output", || {
         assert_eq!(machine.0.try_wait().unwrap(), None);
         machine.signal("USR1");
         let report = std::fs::read(report.path()).unwrap();

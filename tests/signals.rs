@@ -16,9 +16,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use child::{kernel, kvm, wait_for, with_default_signals, Running, TWOSTAGE};
+use child::{kernel, kvm, with_default_signals, Running, TWOSTAGE};
 use images::multiboot;
 use tempfile::{NamedTempFile, TempDir};
+use twostage::patience::wait_until;
 use twostage_vmm::exit_code::{NO_INPUT, OS_ERROR};
 
 /// A guest that says that it runs, and then does nothing.
@@ -115,7 +116,7 @@ fn a_report_that_is_asked_for_too_early_comes_when_there_is_one() {
     command.arg("--initramfs").arg(initramfs.path());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut machine = Running::new(&mut command);
-    wait_for("a start that is under way", || {
+    wait_until("a start that is under way", || {
         let kib = machine.status_line("VmRSS");
         kib.trim_end_matches(" kB").parse().is_ok_and(|kib: u64| kib > 32 << 10)
     });

@@ -20,7 +20,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use child::{kernel, kvm, spawn, with_default_signals, TWOSTAGE};
+use child::{kernel, kvm, signal, spawn, with_default_signals, TWOSTAGE};
 use images::{bzimage, multiboot, pvh};
 use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
@@ -44,9 +44,4 @@ fn assert_refused(output: &Output, code: u8, hint: &str) {
     assert!(stderr.starts_with("twostage: error: "), "{stderr}");
     assert!(stderr.contains(hint), "'{stderr}' does not say '{hint}'");
     assert!(output.stdout.is_empty());
-}
-
-fn signal(child: &Child, name: &str) {
-    let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status();
-    assert!(status.unwrap().success());
 }

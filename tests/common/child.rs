@@ -4,15 +4,12 @@
 
 use std::io::Write;
 use std::process::{Child, Command, ExitStatus};
-use std::time::{Duration, Instant};
 
 use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use tempfile::NamedTempFile;
+use twostage::patience::{wait_until, PATIENCE};
 
 pub const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
-
-/// Nothing here takes so long, even on a machine with much else to do.
-pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// Whether guests can run here.
 pub fn kvm() -> bool {
@@ -30,15 +27,6 @@ pub fn kernel(image: &[u8]) -> NamedTempFile {
     file
 }
 
-/// Comes back when `done`; panics with `what` when it never is.
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(started.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Starts `program` with no signal ignored: those that were when the tests were started (nohup, a
 /// shell's background) would stay so.
 pub fn with_default_signals(program: &str) -> Command {
@@ -53,11 +41,17 @@ pub fn spawn(command: &mut Command) -> Child {
     let child = command.spawn().unwrap();
     let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
     std::thread::spawn(move || {
-        std::thread::sleep(LIMIT * 2);
+        std::thread::sleep(PATIENCE * 2);
         // Fails when it has ended long since.
         let _ = pidfd_send_signal(process, Signal::KILL);
     });
     child
+}
+
+/// Sends `child` the signal called `name`.
+pub fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status();
+    assert!(status.unwrap().success());
 }
 
 /// A process that ends with its test.
@@ -69,13 +63,12 @@ impl Running {
     }
 
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status();
-        assert!(status.unwrap().success());
+        signal(&self.0, name);
     }
 
     pub fn end(&mut self) -> ExitStatus {
         let mut status = None;
-        wait_for("the end of the machine", || {
+        wait_until("the end of the machine", || {
             status = self.0.try_wait().unwrap();
             status.is_some()
         });
@@ -84,7 +77,7 @@ impl Running {
 
     /// SIGUSR1 does not end it any more.
     pub fn wait_until_reports_can_be_had(&self) {
-        wait_for("a handler of SIGUSR1", || {
+        wait_until("a handler of SIGUSR1", || {
             let caught = u64::from_str_radix(&self.status_line("SigCgt"), 16);
             caught.is_ok_and(|caught| caught & (1 << 9) != 0)
         });

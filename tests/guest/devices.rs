@@ -11,7 +11,7 @@ use rustix::pty::{grantpt, openpt, ptsname, unlockpt, OpenptFlags};
 use tempfile::TempDir;
 use twostage::patience::wait_until;
 
-use super::child::{with_default_signals, TWOSTAGE};
+use super::child::{with_default_signals, Running, TWOSTAGE};
 use super::{images, kvm, number, Value, LIMIT};
 
 /// Bytes of the disk: no request of the guest's is longer.
@@ -108,15 +108,12 @@ fn assert_stops(arguments: &[&str]) {
 fn stops(arguments: &[&str]) -> bool {
     let directory = TempDir::new().unwrap();
     let mut command = run(with_default_signals(TWOSTAGE), &directory, NEVER_DONE, arguments);
-    let mut child = Stop(command.spawn().unwrap());
+    let mut child = Running(command.spawn().unwrap());
     wait_until("the guest's requests", || read(&directory, "serial").contains("busy"));
-    let id = child.0.id().to_string();
-    let signal =
-        |name: &str| Command::new("kill").args([name, id.as_str()]).status().unwrap().success();
     let report = || serde_json::from_str::<Value>(&read(&directory, "report"));
     let served = |report: &Value| number(report, "/devices/0/queues/0/used");
     let asked = Instant::now();
-    assert!(signal("-USR1"));
+    child.signal("USR1");
     let mut before = 0;
     wait_until("a report", || {
         report().is_ok_and(|report| {
@@ -124,14 +121,9 @@ fn stops(arguments: &[&str]) -> bool {
             true
         })
     });
-    assert!(signal("-TERM"));
+    child.signal("TERM");
     let (stopped, at_once) = (Instant::now(), asked.elapsed() < AT_ONCE);
-    let mut status = None;
-    wait_until("the machine's end", || {
-        status = child.0.try_wait().unwrap();
-        status.is_some()
-    });
-    let status = status.unwrap();
+    let status = child.end();
     assert_eq!((status.code(), status.signal()), (Some(128 + 15), None), "{status}");
     assert!(stopped.elapsed() < STOP_LIMIT, "{:?}", stopped.elapsed());
     // Each is 4 GB: one may have come to its end between the report and the signal.
@@ -141,16 +133,6 @@ fn stops(arguments: &[&str]) -> bool {
         "{before} requests of 64 were served before the stop, {after} after"
     );
     at_once
-}
-
-/// A process that does not outlive its test.
-struct Stop(std::process::Child);
-
-impl Drop for Stop {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]
@@ -179,7 +161,7 @@ fn a_machine_starts_again_when_its_devices_are_through_with_the_host_and_not_bef
     let arguments = ["--rng", &source, "--on-reset", "restart"];
     let mut command = command(&directory, RESET, &arguments);
     command.stderr(File::create(directory.path().join("said")).unwrap());
-    let mut child = Stop(command.spawn().unwrap());
+    let mut child = Running(command.spawn().unwrap());
     let lives = || read(&directory, "serial").matches("busy").count();
     let waits = || read(&directory, "said").matches("it starts again when").count();
     for life in 1..=3 {
@@ -193,15 +175,6 @@ fn a_machine_starts_again_when_its_devices_are_through_with_the_host_and_not_bef
         }
     }
     // A signal ends the wait, and the command.
-    assert!(Command::new("kill")
-        .args(["-TERM", &child.0.id().to_string()])
-        .status()
-        .unwrap()
-        .success());
-    let mut status = None;
-    wait_until("the end", || {
-        status = child.0.try_wait().unwrap();
-        status.is_some()
-    });
-    assert_eq!(status.unwrap().code(), Some(128 + 15), "{}", read(&directory, "said"));
+    child.signal("TERM");
+    assert_eq!(child.end().code(), Some(128 + 15), "{}", read(&directory, "said"));
 }

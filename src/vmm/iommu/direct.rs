@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::host::Host;
+use super::plan::bind;
 use crate::report::HostReport;
 use crate::vfio::{VfioError, VfioProblem};
 use crate::Result;
@@ -26,11 +27,11 @@ impl DirectDevices {
     pub fn new(host: Host, devices: &[(Bdf, PathBuf)]) -> Result<Self> {
         let mut direct = Self { host, devices: Vec::new() };
         for (bdf, path) in devices {
+            let verbs = direct.host.verbs.clone();
+            let dev = bind(&*verbs, path)?;
+            direct.devices.push((*bdf, dev));
             let name = path.display().to_string();
             let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
-            let verbs = &direct.host.verbs;
-            let dev = verbs.device_bind(&name).map_err(refused)?;
-            direct.devices.push((*bdf, dev));
             verbs.device_attach(dev, None, direct.host.ioas.id()).map_err(refused)?;
         }
         Ok(direct)

@@ -103,8 +103,7 @@ impl Iommus {
         };
         let in_use = Arc::new(ObjectsInUse::new(host.emulated.clone()));
         let around = Surroundings { host: host.clone(), memory, trace, in_use: in_use.clone() };
-        let at_start = host.graph();
-        let mut iommus = Self { all: Vec::new(), host, in_use, at_start };
+        let mut all = Vec::new();
         // What one emulated unit walks, the host says of all.
         let guest_second_stage =
             config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.second_stage));
@@ -119,10 +118,10 @@ impl Iommus {
                 guest_second_stage,
                 functions: functions.cloned().collect(),
             };
-            iommus.all.push(Iommu::new(plan, &around)?);
+            all.push(Iommu::new(plan, &around)?);
         }
-        iommus.at_start = iommus.host.graph();
-        Ok(Some(iommus))
+        let at_start = host.graph();
+        Ok(Some(Self { all, host, in_use, at_start }))
     }
 
     /// Each of them, in the order of the configuration.

@@ -138,7 +138,7 @@ fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) 
 }
 
 /// Binds the device of this machine at `path`.
-fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
+pub(super) fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
     let name = path.display().to_string();
     let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
     Ok(host.device_bind(&name).map_err(refused)?)
