@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a DMA translation costs: hits and misses, beside `vm_memory`'s `Iotlb` behind a lock, and
-//! beside the bare chain of loads that a walk cannot do without.
+//! beside the bare chain of loads that a walk cannot do without; and what a device's copy of a whole
+//! buffer costs, by the port and by `vm_memory`'s `IommuMemory`.
 //!
-//! Every figure is for one translation of one page chosen at random among so many, with the
-//! critical section around it. Addresses come from a table made beforehand.
+//! Every figure of a translation is for one page chosen at random among so many, with the critical
+//! section around it. Addresses come from a table made beforehand.
 
 use std::hint::black_box;
 use std::sync::atomic::Ordering;
@@ -11,7 +12,7 @@ use std::sync::{Arc, Barrier, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion};
+use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, HostIommu, HwptAlloc, HwptData, HwptFlags, MapTarget, Protection, UserMemory,
 };
@@ -19,7 +20,10 @@ use twostage::spec::pci::Bdf;
 use twostage_emulated::{
     DeviceConfig, DmaAccess, DmaAttributes, DmaPort, EmulatedHost, VtdUnit, VtdUnitConfig,
 };
-use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, Iotlb, MemoryRegionAddress, Permissions};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, IommuMemory, Iotlb, MemoryRegionAddress,
+    Permissions,
+};
 
 const PAGE: u64 = 0x1000;
 /// IOVA of the first page.
@@ -34,6 +38,7 @@ const SPREADS: [u64; 3] = [64, 1 << 10, 64 << 10];
 struct Machine {
     unit: Arc<VtdUnit>,
     rid: Bdf,
+    memory: Arc<GuestRegionMmap>,
     _host: Arc<EmulatedHost>,
 }
 
@@ -49,7 +54,7 @@ impl Machine {
         let memory = Arc::new(memory);
         build_tables(&memory, pages);
         let ioas = host.ioas_alloc().unwrap();
-        let whole = UserMemory::whole(memory);
+        let whole = UserMemory::whole(memory.clone());
         host.ioas_map(ioas, &whole, MapTarget::Fixed(0), Protection::READ_WRITE).unwrap();
         let alloc = |flags, pt, data| {
             host.hwpt_alloc(&HwptAlloc { flags, dev, pt, data, fault: None }).unwrap()
@@ -58,7 +63,7 @@ impl Machine {
         let data = iommu_hwpt_vtd_s1 { pgtbl_addr: TABLES, addr_width: 48, ..Default::default() };
         let nested = alloc(HwptFlags::new(), parent, HwptData::VtdS1(data));
         host.device_attach(dev, None, nested).unwrap();
-        Self { unit, rid, _host: host }
+        Self { unit, rid, memory, _host: host }
     }
 
     fn port(&self) -> DmaPort {
@@ -246,11 +251,42 @@ fn vm_memory_iotlb(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Buffers of a device, of pages that are not contiguous, which the device reads as the virtio disk
+/// does: at most 128 KiB at once. All translations are cached.
+fn buffers(criterion: &mut Criterion) {
+    const AT_ONCE: usize = 128 << 10;
+    let mut group = criterion.benchmark_group("buffer");
+    for (name, length) in [("4 KiB", 4 << 10), ("1 MiB", 1 << 20)] {
+        group.throughput(Throughput::Bytes(length as u64));
+        let machine = Machine::new(length as u64 / PAGE, VtdUnitConfig::default());
+        let memory = GuestMemoryMmap::from_arc_regions(vec![machine.memory.clone()]).unwrap();
+        let (mut port, mut data) = (machine.port(), vec![0; length]);
+        let pieces = || (IOVA..).step_by(AT_ONCE);
+        group.bench_function(BenchmarkId::new("by the port", name), |bencher| {
+            bencher.iter(|| {
+                for (iova, piece) in pieces().zip(data.chunks_mut(AT_ONCE)) {
+                    port.read(DmaAttributes::default(), iova, black_box(piece)).unwrap();
+                }
+            });
+        });
+        group.bench_function(BenchmarkId::new("by IommuMemory", name), |bencher| {
+            bencher.iter(|| {
+                for (iova, piece) in pieces().zip(data.chunks_mut(AT_ONCE)) {
+                    let section = port.section(DmaAttributes::default());
+                    let memory = IommuMemory::new(memory.clone(), section, true, ());
+                    memory.read_slice(black_box(piece), GuestAddress(iova)).unwrap();
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2));
-    targets = hits, misses, dependent_loads, vm_memory_iotlb
+    targets = hits, misses, dependent_loads, vm_memory_iotlb, buffers
 }
 criterion_main!(benches);

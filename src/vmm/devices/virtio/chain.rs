@@ -2,9 +2,7 @@
 //! Descriptor chains, read once, and the copies between their buffers and the device.
 //!
 //! What a driver wrote is read one time and checked; nothing later depends on what it may write
-//! meanwhile. Buffers are translated anew in each section.
-
-use vm_memory::{Bytes, GuestAddress};
+//! meanwhile. Buffers are translated anew for each copy.
 
 use super::broken::Broken;
 use super::memory::{DeviceMemory, SectionMemory};
@@ -13,7 +11,8 @@ use crate::devices::NotNow;
 /// A buffer as the driver described it: addresses of the device's own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Buffer {
-    address: GuestAddress,
+    /// In bytes.
+    address: u64,
     /// In bytes, not 0.
     length: u32,
 }
@@ -52,7 +51,7 @@ impl Chain {
                 return Err(Broken::Chain("it is longer than the queue"));
             }
             complete = !descriptor.has_next();
-            let buffer = Buffer { address: descriptor.addr(), length: descriptor.len() };
+            let buffer = Buffer { address: descriptor.addr().0, length: descriptor.len() };
             let buffers = match descriptor.is_write_only() {
                 true => &mut chain.writable,
                 false if chain.writable.is_empty() => &mut chain.readable,
@@ -84,7 +83,7 @@ impl Chain {
         length(&self.writable)
     }
 
-    /// Fills `data` with the bytes to read from `offset` on, in one section: keep it short.
+    /// Fills `data` with the bytes to read from `offset` on, by one permission: keep it short.
     ///
     /// # Errors
     /// When a buffer cannot be reached, or the chain has fewer bytes; when no requests are allowed.
@@ -94,17 +93,17 @@ impl Chain {
         offset: u64,
         data: &mut [u8],
     ) -> Result<(), NotCopied> {
-        let section = memory.section()?;
+        let mut memory = memory.buffers()?;
         let mut rest = data;
         for (address, length) in pieces(&self.readable, offset, rest.len()) {
             let (piece, after) = rest.split_at_mut_checked(length).ok_or(NotCopied::Unreachable)?;
-            section.read_slice(piece, address).map_err(|_| NotCopied::Unreachable)?;
+            reached(address.is_some_and(|address| memory.read(address, piece)))?;
             rest = after;
         }
-        rest.is_empty().then_some(()).ok_or(NotCopied::Unreachable)
+        reached(rest.is_empty())
     }
 
-    /// Writes `data` to the bytes to write from `offset` on, in one section: keep it short.
+    /// Writes `data` to the bytes to write from `offset` on, by one permission: keep it short.
     ///
     /// # Errors
     /// As [`Chain::read`]; some bytes may have been written.
@@ -114,27 +113,32 @@ impl Chain {
         offset: u64,
         data: &[u8],
     ) -> Result<(), NotCopied> {
-        let section = memory.section()?;
+        let mut memory = memory.buffers()?;
         let mut rest = data;
         for (address, length) in pieces(&self.writable, offset, rest.len()) {
             let (piece, after) = rest.split_at_checked(length).ok_or(NotCopied::Unreachable)?;
-            section.write_slice(piece, address).map_err(|_| NotCopied::Unreachable)?;
+            reached(address.is_some_and(|address| memory.write(address, piece)))?;
             rest = after;
         }
-        rest.is_empty().then_some(()).ok_or(NotCopied::Unreachable)
+        reached(rest.is_empty())
     }
+}
+
+fn reached(reached: bool) -> Result<(), NotCopied> {
+    reached.then_some(()).ok_or(NotCopied::Unreachable)
 }
 
 fn length(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.length)).sum()
 }
 
-/// The pieces of `buffers` that are `count` bytes from `offset` on, as far as there are so many.
+/// The pieces of `buffers` that are `count` bytes from `offset` on, as far as there are so many:
+/// address, if it is one and not past the end of the address space, and length.
 fn pieces(
     buffers: &[Buffer],
     offset: u64,
     count: usize,
-) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+) -> impl Iterator<Item = (Option<u64>, usize)> + '_ {
     let (mut skip, mut left) = (offset, count);
     buffers.iter().filter_map(move |buffer| {
         let length = u64::from(buffer.length);
@@ -143,9 +147,7 @@ fn pieces(
         // At most the length of a buffer, so it fits.
         let taken = left.min((length - skipped) as usize);
         left -= taken;
-        // A buffer past the end of the address space cannot be reached wherever it seems to be.
-        let address = GuestAddress(buffer.address.0.saturating_add(skipped));
-        (taken != 0).then_some((address, taken))
+        (taken != 0).then_some((buffer.address.checked_add(skipped), taken))
     })
 }
 
@@ -153,11 +155,12 @@ fn pieces(
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use vm_memory::GuestAddress;
 
     fn buffers(lengths: &[u32]) -> Vec<Buffer> {
         let mut address = 0x1000;
         let buffer = |length: &u32| {
-            let buffer = Buffer { address: GuestAddress(address), length: *length };
+            let buffer = Buffer { address, length: *length };
             // A gap after each, so that no two are one.
             address += u64::from(*length) + 3;
             buffer
@@ -174,11 +177,13 @@ mod tests {
         ) {
             let buffers = buffers(&lengths);
             let bytes = buffers.iter().flat_map(|buffer| {
-                (0..u64::from(buffer.length)).map(|byte| buffer.address.0 + byte)
+                (0..u64::from(buffer.length)).map(|byte| buffer.address + byte)
             });
             let expected: Vec<_> = bytes.skip(offset as usize).take(count).collect();
             let got: Vec<_> = pieces(&buffers, offset, count)
-                .flat_map(|(address, length)| (0..length as u64).map(move |byte| address.0 + byte))
+                .flat_map(|(address, length)| {
+                    (0..length as u64).map(move |byte| address.unwrap() + byte)
+                })
                 .collect();
             prop_assert_eq!(got, expected);
         }
@@ -199,10 +204,7 @@ mod tests {
         assert_eq!(data, [4, 8, 0]);
         assert_eq!(chain.read(&mut memory, 6, &mut data), Err(NotCopied::Unreachable));
         assert_eq!(chain.write(&mut memory, 6, &data), Err(NotCopied::Unreachable));
-        let away = Chain {
-            writable: vec![Buffer { address: GuestAddress(u64::MAX - 1), length: 8 }],
-            ..chain
-        };
+        let away = Chain { writable: vec![Buffer { address: u64::MAX - 1, length: 8 }], ..chain };
         assert_eq!(away.write(&mut memory, 4, &[0]), Err(NotCopied::Unreachable));
     }
 

@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use vm_memory::iommu::{Error, IotlbIterator};
-use vm_memory::{GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
 
 use crate::devices::{NotNow, Permit, RequestGate};
 use twostage_emulated::{DmaAttributes, DmaPort, PortIommu};
@@ -19,7 +19,7 @@ pub struct DeviceMemory {
     gate: Arc<RequestGate>,
 }
 
-/// Guest memory for the length of one section.
+/// Guest memory for the length of one section, as `virtio_queue` wants it: for rings.
 pub type SectionMemory<'a> = IommuMemory<GuestMemoryMmap, DmaSection<'a>>;
 
 /// A section: while there is one, nobody takes the right to make requests away.
@@ -59,9 +59,19 @@ impl DeviceMemory {
         self.port.is_some()
     }
 
-    /// Starts a section: until it is dropped, invalidations wait, and who takes away the right to
-    /// make requests. It is for one bounded piece of work, without input, output or any other wait.
-    /// Faults are reported at its end.
+    /// The way to buffers: until it is dropped, who takes away the right to make requests waits. It
+    /// is for one bounded piece of work, without input, output or any other wait.
+    ///
+    /// # Errors
+    /// The device may make no requests now.
+    pub fn buffers(&mut self) -> Result<Buffers<'_>, NotNow> {
+        let permit = self.gate.enter()?;
+        Ok(Buffers { memory: &self.memory, port: self.port.as_mut(), _permit: permit })
+    }
+
+    /// Starts a section, for rings: until it is dropped, invalidations wait, and who takes away the
+    /// right to make requests. It is for one bounded piece of work, without input, output or any
+    /// other wait. Faults are reported at its end.
     ///
     /// # Errors
     /// The device may make no requests now.
@@ -74,6 +84,33 @@ impl DeviceMemory {
         let translated = matches!(section, DmaSection::Behind(_));
         let memory = IommuMemory::new(self.memory.clone(), section, translated, ());
         Ok(Section { memory, _permit: permit })
+    }
+}
+
+/// The buffers of a device. Those behind an IOMMU go from IOVA to bytes by the port alone.
+#[derive(Debug)]
+pub struct Buffers<'a> {
+    memory: &'a GuestMemoryMmap,
+    port: Option<&'a mut DmaPort>,
+    _permit: Permit<'a>,
+}
+
+impl Buffers<'_> {
+    /// Reads memory at `address` (bytes) into `data`. Says whether that is to be reached.
+    pub fn read(&mut self, address: u64, data: &mut [u8]) -> bool {
+        match &mut self.port {
+            Some(port) => port.read(DmaAttributes::default(), address, data).is_ok(),
+            None => self.memory.read_slice(data, GuestAddress(address)).is_ok(),
+        }
+    }
+
+    /// Writes `data` to memory at `address` (bytes). Says whether that is to be reached; if not,
+    /// some may have been written.
+    pub fn write(&mut self, address: u64, data: &[u8]) -> bool {
+        match &mut self.port {
+            Some(port) => port.write(DmaAttributes::default(), address, data).is_ok(),
+            None => self.memory.write_slice(data, GuestAddress(address)).is_ok(),
+        }
     }
 }
 

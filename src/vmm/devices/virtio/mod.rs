@@ -2,12 +2,12 @@
 //! Virtio devices (OASIS Virtio 1.3): block, network and entropy, over PCI.
 //!
 //! vCPU threads work on the transport ([`VirtioPci`]); from the driver's DRIVER_OK to the reset a
-//! worker of its own has the device's [`Backend`] and queues to itself. A device reaches memory
-//! only in sections of its [`DeviceMemory`], each a bounded piece of work in which nothing is
-//! waited for, and each allowed by the device's [`RequestGate`](super::RequestGate): so an
-//! invalidation of the IOMMU returns when no copy by an older translation is under way, bus
-//! mastering that is switched off or a reset ends it in the middle of a request, and none of them
-//! waits for a disk or a network.
+//! worker of its own has the device's [`Backend`] and queues to itself. A device reaches memory by
+//! its [`DeviceMemory`] alone, rings in sections and buffers by the IOMMU's port: bounded pieces of
+//! work in which nothing is waited for, each allowed by the device's
+//! [`RequestGate`](super::RequestGate). So an invalidation of the IOMMU returns when no copy by an
+//! older translation is under way, bus mastering that is switched off or a reset ends it in the
+//! middle of a request, and none of them waits for a disk or a network.
 //!
 //! What a driver does wrong is ignored where registers are concerned; where queues are, the device
 //! needs a reset.
@@ -33,7 +33,7 @@ pub use blk::{Block, Disk, DiskAccess, DiskError};
 pub use broken::{Broken, Unserved};
 pub use chain::{Chain, NotCopied};
 pub use link::{Count, QueueCounters, RequestCounters};
-pub use memory::{DeviceMemory, DmaSection, Section, SectionMemory};
+pub use memory::{Buffers, DeviceMemory, DmaSection, Section, SectionMemory};
 pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};
 pub use queue::{QueueSetup, Virtqueue};
