@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by the scripts that leave something out.
+# Sourced by scripts that may skip something.
 # shellcheck shell=sh
 
-# box LINE...: what nobody should overlook.
+# box LINE...: prints lines that must not be overlooked.
 box() {
     stars="**********************************************************************"
     echo "$stars"

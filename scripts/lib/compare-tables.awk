@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Makes the tables of scripts/bench/compare-with-qemu: medians over rounds, and sums of counters. Reads lines of
-# guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are called MOMENT.SOURCE.KIND. What
-# `plan ROUNDS MODE...` promised and is not there is named at the end.
+# Prints the tables of scripts/bench/compare-with-qemu: medians over rounds, and sums of counters.
+# Reads the lines of guest-images/nested-host/compare, `figure VMM MODE NAME VALUE`; counters are
+# named MOMENT.SOURCE.KIND. Figures that `plan ROUNDS MODE...` announced and that are missing are
+# listed at the end.
 
 $1 == "plan" { planned = $2; for (i = 3; i <= NF; i++) plan[++plans] = $i }
 $1 != "figure" { next }
@@ -41,7 +42,7 @@ function median(key,    n, i, j, swap, sorted) {
     return n % 2 ? sorted[(n + 1) / 2] : (sorted[n / 2] + sorted[n / 2 + 1]) / 2
 }
 
-# A row; the ratio is how much better twostage is: less is better, or more.
+# A row; the ratio says how much better twostage is (`less`: a smaller value is better).
 function row(label, mode, name, unit, scale, digits, less,    ours, theirs, ratio) {
     ours = median("twostage " mode " " name); theirs = median("qemu " mode " " name)
     if (ours == "" || theirs == "" || !ours || !theirs) {
@@ -72,7 +73,7 @@ function number(key,    text, digits) {
     return digits text
 }
 
-# What lacks of the figures that each run of a mode has.
+# Lists the missing figures of each mode.
 function lacking(    p, v, vmm, mode, n, names, i, got, text, any) {
     n = split("boot-s own-kib resident-kib write-4k read-4k write-1m read-1m", names, " ")
     for (p = 1; p <= plans; p++) for (v = 1; v <= 2; v++) {

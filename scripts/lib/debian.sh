@@ -1,13 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # Sourced by the scripts that fetch from Debian: packages of suites that the system does not use,
-# unpacked into the user's cache. The system's packages and apt lists stay as they are. The mirror is
-# the one the system uses; Debian's archive keyring verifies its indexes, the indexes the packages.
+# unpacked into the user's cache. The system's packages and apt lists are not touched. The mirror is
+# the system's; Debian's archive keyring verifies the indexes, the indexes verify the packages.
 # shellcheck shell=sh
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/twostage
 private_apt_state=$cache/apt
-# What packages there are: the first is the machine's own, `PACKAGE:ARCHITECTURE` names another's.
+debian_keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+# The architectures of the packages: the first is the default, `PACKAGE:ARCHITECTURE` names
+# another's.
 private_apt_architectures=amd64
+
+# print_cached PATH TEST...: prints the path and exits if the test, a command, succeeds. Otherwise
+# takes the lock and tests again, as a parallel run may have fetched it meanwhile.
+print_cached() {
+    cached=$1
+    shift
+    for lock in : lock_private_apt; do
+        $lock
+        if "$@"; then
+            echo "$cached"
+            exit 0
+        fi
+    done
+}
+
+# The system's Debian release, such as trixie.
+debian_release() {
+    # shellcheck disable=SC1091 # a file of every Debian
+    (. /etc/os-release && echo "$VERSION_CODENAME")
+}
 
 # The address of the system's Debian mirror.
 debian_mirror() {
@@ -15,34 +37,35 @@ debian_mirror() {
         sed -n 's/^URIs: *\([^ ]*\).*/\1/p; s/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' | grep -m 1 'debian/\?$'
 }
 
-# Parallel runs share the state: waits until no other has it, and keeps it until this process ends.
+# Parallel runs share the state: waits for the lock and holds it until this process exits.
 lock_private_apt() {
     mkdir -p "$cache"
     exec 9>"$cache/apt.lock"
     flock 9
 }
 
-# persistently COMMAND ARGUMENT...: tries three times what a network or a mirror in motion can spoil.
+# persistently COMMAND ARGUMENT...: tries three times, as the network fails and mirrors change.
 persistently() {
     for pause in 5 30; do
         "$@" && return
-        echo "failed; again in $pause s: $*" >&2
+        echo "failed, retrying in $pause s: $*" >&2
         sleep "$pause"
     done
     "$@"
 }
 
-# private_apt COMMAND ARGUMENTS...: apt-get or apt-cache with the sources of `private_apt_open`.
+# private_apt COMMAND ARGUMENT...: apt-get or apt-cache with the sources of `private_apt_open`.
 private_apt() {
     command=$1
     shift
-    "$command" -qq -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$private_apt_state/sources.list.d" \
+    "$command" -qq -o Dir::Etc::sourcelist=/dev/null \
+        -o Dir::Etc::sourceparts="$private_apt_state/sources.list.d" \
         -o Dir::State::lists="$private_apt_state/lists" -o Dir::Cache="$private_apt_state/cache" \
         -o APT::Architectures="$private_apt_architectures" -o APT::Sandbox::User="$(id -un)" \
         -o Acquire::Languages=none "$@"
 }
 
-# private_apt_open SUITE...: reads the indexes of these suites, and of no other.
+# private_apt_open SUITE...: fetches the indexes of these suites only.
 private_apt_open() {
     private_apt_close
     mkdir -p "$private_apt_state/sources.list.d" "$private_apt_state/lists/partial" \
@@ -52,12 +75,12 @@ private_apt_open() {
         return 1
     }
     for private_apt_suite in "$@"; do
-        echo "deb [arch=$private_apt_architectures signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $private_apt_suite main"
+        echo "deb [arch=$private_apt_architectures signed-by=$debian_keyring] $mirror $private_apt_suite main"
     done >"$private_apt_state/sources.list.d/suites.list"
     persistently private_apt apt-get -o APT::Update::Error-Mode=any update >&2
 }
 
-# Forgets indexes and archives.
+# Removes indexes and archives.
 private_apt_close() {
     rm -rf "$private_apt_state"
 }
@@ -67,20 +90,21 @@ download_packages() {
     persistently private_apt apt-get download "$@" >&2
 }
 
-# unpack_with_dependencies DIRECTORY WORD...: the packages that `apt-get install WORD...` would install.
-# Those that the system has are not among them.
+# unpack_with_dependencies DIRECTORY WORD...: unpacks what `apt-get install WORD...` would install,
+# which excludes what the system has.
 unpack_with_dependencies() {
     unpacked_into=$1
     shift
-    persistently private_apt apt-get install -y --no-install-recommends --download-only -o Debug::NoLocking=1 "$@" >&2
+    persistently private_apt apt-get install -y --no-install-recommends --download-only \
+        -o Debug::NoLocking=1 "$@" >&2
     mkdir -p "$unpacked_into"
     for archive in "$private_apt_state/cache/archives"/*.deb; do
         dpkg-deb -x "$archive" "$unpacked_into"
     done
 }
 
-# unpack_with_libraries DIRECTORY WORD...: the same as though the system had nothing: down to the C library, with
-# which `print_with_libraries` starts them.
+# unpack_with_libraries DIRECTORY WORD...: the same as if nothing were installed: all dependencies
+# down to the C library. `print_with_libraries` starts such programs.
 unpack_with_libraries() {
     : >"$private_apt_state/nothing-installed"
     unpack_into=$1
@@ -88,8 +112,9 @@ unpack_with_libraries() {
     unpack_with_dependencies "$unpack_into" -o Dir::State::status="$private_apt_state/nothing-installed" "$@"
 }
 
-# print_with_libraries DIRECTORY PROGRAM [WORD...]: a script that starts a program which has been unpacked there.
-# For bash: Cargo's CARGO_BIN_EXE_a-b reach a compiler through it alone, as dash forgets variables of such names.
+# print_with_libraries DIRECTORY PROGRAM [WORD...]: prints a script that starts a program unpacked
+# there. It is for bash, as dash drops variables such as Cargo's CARGO_BIN_EXE_a-b from the
+# environment.
 print_with_libraries() {
     libraries=$1/usr/lib/x86_64-linux-gnu
     program_there=$1/$2
@@ -98,15 +123,29 @@ print_with_libraries() {
     echo "exec $libraries/ld-linux-x86-64.so.2 --library-path $libraries $program_there $* \"\$@\""
 }
 
-# package_versions ARCHIVE...: name and version of each, a line each.
+# package_versions ARCHIVE...: prints a line with name and version of each.
 package_versions() {
     for archive in "$@"; do
         dpkg-deb -f "$archive" Package Version | sed 's/^[A-Za-z]*: //' | paste -sd ' '
     done
 }
 
-# newest_package PATTERN: the package of the highest version whose name matches this extended regular
-# expression, or nothing.
+# newest_package PATTERN: prints the highest-versioned package name that matches this extended
+# regular expression, if any.
 newest_package() {
     private_apt apt-cache pkgnames | grep -xE "$1" | sort -V | tail -n 1
+}
+
+# find_package PATTERN SUITE...: opens the first suite with a package that matches the pattern, and
+# sets $package_found and $package_suite.
+find_package() {
+    find_pattern=$1
+    shift
+    for package_suite in "$@"; do
+        private_apt_open "$package_suite"
+        package_found=$(newest_package "$find_pattern")
+        [ -z "$package_found" ] || return 0
+    done
+    echo "error: no package $find_pattern for $private_apt_architectures in: $*" >&2
+    return 1
 }

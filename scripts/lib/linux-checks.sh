@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by scripts/check/linux-checks and scripts/check/linux-checks-arm64, which run Linux guests in the combinations that
-# matter. What fails does not keep the rest from running. A run that comes to no end is tried once more, and
-# that is said.
+# Sourced by scripts/check/linux-checks and scripts/check/linux-checks-arm64, which run Linux guests
+# in the combinations that matter. A failure does not stop the others. A run that hangs is retried
+# once, and the summary says so.
 # shellcheck shell=sh
 # shellcheck source-path=SCRIPTDIR
 . scripts/lib/box.sh
@@ -11,18 +11,18 @@ retries=
 took=
 reasons=
 
-# fails NAME: counts it, and keeps what the last attempt said that may be the reason: the end repeats it, as there
-# is much output in between.
+# fails NAME: records the failure and the likely reasons in the last attempt's output, which the
+# summary repeats.
 fails() {
     failures="$failures '$1'"
-    reasons="$reasons=== linux: $1: what may be the reason:
+    reasons="$reasons=== linux: $1: likely reasons:
 $(grep -aE '^(FAIL|error|warning|linux-guest|nested)|stale|LEFT|panicked|RETRY|[Ee]rror:' "$output" | tail -n 8)
 --- its last lines:
 $(tail -n 4 "$output")
 "
 }
 
-# keeping COMMAND...: runs it; its output is kept in $output, too.
+# keeping COMMAND...: runs it and appends its output to $output.
 keeping() {
     { "$@" </dev/null 2>&1; echo $? >"$output_status"; } | tee -a "$output"
     return "$(cat "$output_status")"
@@ -37,9 +37,9 @@ attempt() {
     : >"$output"
     keeping "$@"
     status=$?
-    # 124: not ended in time; 125: the nested host died.
+    # 124: timeout; 125: the nested host died.
     if [ "$status" = 124 ] || [ "$status" = 125 ]; then
-        box "RETRY: '$name' ended with status $status; once more" 2>&1 | tee -a "$output"
+        box "RETRY: '$name' exited with status $status" 2>&1 | tee -a "$output"
         retries="$retries '$name'"
         keeping "$@"
         status=$?
@@ -51,8 +51,8 @@ attempt() {
     [ "$status" = 0 ] || fails "$name"
 }
 
-# beside FILE NAME COMMAND...: attempt, while what follows goes on; FILE.* are its files. `wait_for FILE` has its
-# result.
+# beside FILE NAME COMMAND...: an attempt in the background; FILE.* are its files. `wait_for FILE`
+# collects the result.
 beside() {
     beside_file=$1
     shift
@@ -68,11 +68,11 @@ beside() {
     echo "$!" >"$beside_file.process"
 }
 
-# wait_for FILE: the end of what `beside` started; its output comes then.
+# wait_for FILE: waits for what `beside` started and prints its output.
 wait_for() {
     wait "$(cat "$1.process")"
     cat "$1.log"
-    # Without its files it did not come to its end.
+    # Missing files: it did not finish.
     failures="$failures$(cat "$1.failures" || echo " '$1'")"
     retries="$retries$(cat "$1.retries")"
     took="$took$(cat "$1.took")
@@ -81,26 +81,26 @@ wait_for() {
 "
 }
 
-# unless_off PREPARE: ends here where NESTED=off says so, or where PREPARE, a command, fails. Before all attempts.
+# unless_off PREPARE...: to be called first. Exits if NESTED=off, or if PREPARE, a command, fails.
 unless_off() {
     if [ "${NESTED:-}" = off ]; then
         box "NESTED=off: Linux guests were NOT run, and what only they test is NOT tested."
         exit 0
     fi
     if ! "$@"; then
-        box "What Linux guests need cannot be had (the reason is above): they were NOT run." \
-            "NESTED=off leaves them out."
+        box "Cannot prepare Linux guests (the reason is above): they were NOT run." \
+            "NESTED=off skips them."
         exit 1
     fi
     output=$(mktemp) && output_status=$(mktemp) || exit 1
     all_started=$(date +%s)
 }
 
-# finish: the end, with its status.
+# finish: prints the summary and exits.
 finish() {
     rm -f "$output" "$output_status"
-    echo "=== linux: what took how long:"
-    printf '%s%6d s  together\n' "$took" $(($(date +%s) - all_started))
+    echo "=== linux: times:"
+    printf '%s%6d s  total\n' "$took" $(($(date +%s) - all_started))
     [ -z "$retries" ] || box "RETRIED:$retries"
     if [ -n "$failures" ]; then
         printf '%s' "$reasons"

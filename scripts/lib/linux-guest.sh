@@ -1,40 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by the scripts that run the Linux test guest: how a run is judged.
+# Sourced by scripts/linux-guest and scripts/linux-guest-arm64: their common options, and how a run
+# is judged.
 # shellcheck shell=sh
+# shellcheck disable=SC2034,SC2154 # variables of the scripts that source it
+# shellcheck source-path=SCRIPTDIR
+. "$root/scripts/lib/options.sh"
+
+kernel=7.2-cloud cpus=1 memory=256M timeout=120 log='' extra=''
+
+# take_guest_option: one of the options that both scripts have; fails for others.
+take_guest_option() {
+    case $option in
+        --kernel) kernel=$value ;;
+        --cpus) cpus=$value ;;
+        --memory) memory=$value ;;
+        --iommu) iommu=$value ;;
+        --timeout) timeout=$value ;;
+        --log) log=$value ;;
+        --extra) extra="$extra $value" ;;
+        *) unknown_option ;;
+    esac
+}
+
+# make_guest WORD...: builds the guest's initramfs; words for make.
+make_guest() {
+    make --quiet --no-print-directory -C "$root/guest-images/linux" KERNELS="$kernel" "$@" all >&2
+}
+
+# default_log DIRECTORY: sets $log unless --log did.
+default_log() {
+    log=${log:-$1/linux-$kernel-$(date +%Y%m%dT%H%M%S).$$}
+}
 
 say() {
-    echo "$(basename "$0"): $*" >&2
+    echo "$(basename "$0"): $kernel: $*" >&2
 }
 
-# judge NAME STATUS LOG: ends with this run's status, 0 only if every summary of the guest says that nothing
-# failed. A guest that starts again has a summary each time. Leaves the console in LOG/console, without
-# carriage returns.
-judge_guest() {
-    name=$1 status=$2 console=$3/console
-    tr -d '\r' <"$3/guest.log" >"$console"
+# judge STATUS OBJECTS: exits with this status if it is not 0, and with 1 unless every summary of
+# the guest says that nothing failed; a guest that reboots prints a summary each time. OBJECTS is
+# `objects` if the reports must also say that no host object was left behind. Writes LOG/console,
+# the console without carriage returns.
+judge() {
+    console=$log/console
+    tr -d '\r' <"$log/guest.log" >"$console"
     summaries=$(grep -E '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$' "$console" || true)
     summary=$(echo "$summaries" | tail -n 1)
-    if [ "$status" != 0 ]; then
-        say "$name: ENDED WITH STATUS $status (${summary:-no summary})"
-        exit "$status"
+    if [ "$1" != 0 ]; then
+        say "EXIT STATUS $1 (${summary:-no summary})"
+        exit "$1"
     fi
     if [ -z "$summary" ] || echo "$summaries" | grep -qv ' 0 failed,'; then
-        say "$name: ${summaries:-THE GUEST CAME TO NO SUMMARY}"
+        say "${summaries:-THE GUEST PRINTED NO SUMMARY}"
         exit 1
     fi
+    if [ "$2" = objects ] && ! no_objects_left; then
+        say "HOST OBJECTS LEFT BEHIND (see $console)"
+        exit 1
+    fi
+    say "$summary"
 }
 
-# judge_host_objects NAME LOG: fails unless each report of a machine's end says that the guest left nothing behind.
-# Linux switches translation off when it powers off or restarts: what it used is gone from the host. Reports that
-# somebody asked for meanwhile do not say what is left.
-judge_host_objects() {
-    if ! awk '
+# no_objects_left: every report at the end of a machine says that the guest left nothing behind.
+# Linux disables translation when it powers off or restarts, so that what it used is gone from the
+# host. Reports that were requested in between (SIGUSR1) do not say what is left.
+no_objects_left() {
+    awk '
         /^interrupt controllers: / { clean = 0 }
         /^host objects: as at the start/ { clean = 1 }
         /^host objects left behind: none/ { ends++; bad += !clean }
         /^host objects LEFT BEHIND/ { bad++ }
-        END { exit bad || !ends }' "$2/console"; then
-        say "$1: HOST OBJECTS ARE LEFT (see $2/console)"
-        exit 1
-    fi
+        END { exit bad || !ends }' "$console"
 }

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Sourced by scripts/nested/x86_64 and scripts/nested/arm64, which run twostage in a virtual machine that QEMU
-# emulates, with the program of guest-images/nested-host as its init: what both do.
+# Sourced by scripts/nested/x86_64 and scripts/nested/arm64, which run twostage in a virtual machine
+# that QEMU emulates, with the init of guest-images/nested-host.
 # shellcheck shell=sh
 # shellcheck disable=SC2034,SC2154 # variables of the scripts that source it
+# shellcheck source-path=SCRIPTDIR
+. "$root/scripts/lib/options.sh"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -14,23 +16,13 @@ environment=$work/environment
 : >"$environment"
 timeout=120 log='' memory=2G cpus=2 binary='' shell='' outputs=''
 
-fail() {
-    echo "$(basename "$0"): error: $*" >&2
-    exit 64
-}
-
-# usage: the comment at the start of the script.
-usage() {
-    sed -n '3,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
-    exit 0
-}
-
-# quoted WORD: as a shell reads it.
+# quoted WORD: quoted for a shell.
 quoted() {
     printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")"
 }
 
-# on_start FUNCTION WORD...: the nested host calls this function of its init before it starts the program.
+# on_start FUNCTION WORD...: the nested host's init calls this function of its own before it starts
+# the program.
 on_start() {
     line=$1
     shift
@@ -40,7 +32,7 @@ on_start() {
     echo "$line" >>"$prepare"
 }
 
-# add PATH: a file or a directory, under the absolute path it has here.
+# add PATH: copies a file or directory to the same absolute path in the nested host.
 add() {
     path=$(realpath "$1") || fail "no such file: $1"
     named=$(realpath -s "$1")
@@ -49,7 +41,7 @@ add() {
     [ "$named" = "$path" ] || [ -e "$tree$named" ] || cp -rL "$path" "$tree$named"
 }
 
-# add_program FILE: with the libraries that it is linked to.
+# add_program FILE: a program and the libraries that it is linked to.
 add_program() {
     add "$1"
     for library in $(ldd "$1" 2>/dev/null | grep -o '/[^ ]*'); do
@@ -58,33 +50,39 @@ add_program() {
     done
 }
 
-# take_option OPTION VALUE: one of the options that both scripts have; fails for others.
+# take_option: one of the options that both scripts have; fails for others.
 take_option() {
-    case $1 in
-        --timeout) timeout=$2 ;;
-        --log) log=$2 ;;
-        --memory) memory=$2 ;;
-        --cpus) cpus=$2 ;;
-        --binary) binary=$2 ;;
-        --file) add_program "$2" ;;
-        --env) echo "export ${2%%=*}=$(quoted "${2#*=}")" >>"$environment" ;;
-        --scratch) on_start scratch "${2%%=*}" "${2#*=}" ;;
-        --tap) on_start tap "${2%%=*}" "${2#*=}" ;;
+    case $option in
+        --shell) shell=1 ;;
+        --timeout) timeout=$value ;;
+        --log) log=$value ;;
+        --memory) memory=$value ;;
+        --cpus) cpus=$value ;;
+        --binary) binary=$value ;;
+        --file) add_program "$value" ;;
+        --env) echo "export ${value%%=*}=$(quoted "${value#*=}")" >>"$environment" ;;
+        --scratch) on_start scratch "${value%%=*}" "${value#*=}" ;;
+        --tap) on_start tap "${value%%=*}" "${value#*=}" ;;
         --output)
-            outputs="$outputs $(realpath -m "$2")"
-            mkdir -p "$tree$(dirname "$(realpath -m "$2")")"
+            outputs="$outputs $(realpath -m "$value")"
+            mkdir -p "$tree$(dirname "$(realpath -m "$value")")"
             ;;
-        *) return 1 ;;
+        *) unknown_option ;;
     esac
 }
 
-# add_peer PROGRAM PORT: the peer of the Linux guest's network checks.
+# needs_command WORD...: fails without a command line, which only a shell does not need.
+needs_command() {
+    [ $# -gt 0 ] || [ -n "$shell" ] || fail "twostage's command line comes after --"
+}
+
+# add_peer PROGRAM PORT: starts the peer of the Linux guest's network checks in the nested host.
 add_peer() {
     add_program "$1"
     on_start peer "$1" "$2"
 }
 
-# add_command WORD...: the program's command line, and the files that it names.
+# add_command WORD...: the program, its command line, and the files named there.
 add_command() {
     [ -x "$binary" ] || fail "no $binary: build it, or name another with --binary"
     add_program "$binary"
@@ -107,7 +105,7 @@ add_command() {
     if [ -t 0 ] && [ -t 1 ]; then
         terminal=1
     fi
-    # Before the time is over, unless nobody would wait for that.
+    # Diagnostics before the time is over, except in an interactive shell.
     [ "$timeout" -lt 60 ] || [ -n "$shell" ] || on_start overdue $((timeout - 20))
     {
         echo "directory=$(quoted "$PWD")"
@@ -116,16 +114,23 @@ add_command() {
     } >>"$prepare"
 }
 
-# make_log DIRECTORY: the directory of this run's log, there unless --log says where.
+# make_log DIRECTORY PACKAGE...: makes the directory of this run's log, in DIRECTORY unless --log
+# names another. `versions` in it lists QEMU, the contents of these files, and the command.
 make_log() {
     log=${log:-$1/$(date +%Y%m%dT%H%M%S).$$}
+    shift
     mkdir -p "$log"
     : >"$log/host.log"
     : >"$log/guest.log"
+    {
+        "$qemu" --version | head -n 1
+        cat "$@"
+        echo "command: $command"
+    } >"$log/versions"
 }
 
-# run_nested ARCHIVE... -- QEMU WORD...: boots, with an initramfs of the archives and of what has been added,
-# and ends as the program did.
+# run_nested ARCHIVE... -- QEMU WORD...: boots with an initramfs of the archives and of what has
+# been added, and exits with the program's status.
 run_nested() {
     "$root/guest-images/pack-initramfs" "$tree" "$work/run.cpio"
     : >"$work/initramfs"
@@ -144,17 +149,18 @@ run_nested() {
         -initrd "$work/initramfs" || status=$?
 
     if [ -n "$outputs" ] && ! tar -xf "$work/output.tar" -C /; then
-        echo "nested: output files did not come back" >&2
+        echo "nested: cannot unpack the output files" >&2
     fi
 
     ended=$(sed -n 's/^nested: .*: exit status \([0-9]*\).*/\1/p' "$log/host.log")
     if [ -z "$ended" ]; then
         if [ "$status" = 124 ]; then
-            echo "nested: NOT ENDED within $timeout s; the last lines of $log/host.log and guest.log:" >&2
+            echo "nested: NOT ENDED within $timeout s" >&2
         else
-            echo "nested: THE NESTED HOST DIED (QEMU's status $status); the last lines of $log/host.log and guest.log:" >&2
+            echo "nested: THE NESTED HOST DIED (QEMU's status $status)" >&2
             status=125
         fi
+        echo "nested: the last lines of $log/host.log and guest.log:" >&2
         tail -n 5 "$log/host.log" "$log/guest.log" >&2
         exit "$status"
     fi
