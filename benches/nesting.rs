@@ -10,6 +10,7 @@ use twostage::iommufd::{Extensions, HwCapabilities, HwInfo, HwInfoData};
 use twostage::nesting::vtd::{FlushSet, VtdNesting};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
+use twostage::spec::vtd::pasid::PagingMode;
 use twostage::viommu::{
     DomainTag, HostSide, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1,
     VtdFirstStage,
@@ -30,7 +31,7 @@ fn nested_device() -> (Arc<RecordingHost>, VtdNesting) {
     nesting.add_device(rid, host.add_device(0, info)).expect("the recording host attaches");
     let tables = VtdFirstStage {
         table: 0x1000,
-        address_width: 48,
+        paging_mode: PagingMode::Level4,
         supervisor_requests: false,
         write_protect: false,
         extended_accessed: false,

@@ -298,7 +298,8 @@ pub struct HostFault {
     pub execute: bool,
     /// The request asked for supervisor privilege.
     pub privileged: bool,
-    /// The architecture's own reason (VT-d: the fault reason codes of §7.1.3).
+    /// The architecture's own reason, as a code: of another architecture it is another list (VT-d:
+    /// §7.1.3; SMMUv3: §7.3).
     pub reason: u8,
     /// The fault is the host's own stage 2's, not that of tables the user owns.
     pub stage2: bool,

@@ -4,6 +4,7 @@
 use std::fmt::Debug;
 
 use super::{Invalidation, Requester, RequesterConfig};
+use crate::spec::vtd::fault::FaultReason;
 
 /// What is behind a virtual IOMMU: it turns policies into translations.
 ///
@@ -100,9 +101,9 @@ pub struct DmaFault {
     pub execute: bool,
     /// It asked for supervisor privilege.
     pub privileged: bool,
-    /// The architecture's reason as the host saw it. Meaningless for a requester that the virtual
-    /// IOMMU itself has blocked: it knows the reason better.
-    pub reason: u8,
+    /// The reason as the host saw it; `None` when it says none, or none that there is. Meaningless
+    /// for a requester that the virtual IOMMU itself has blocked: it knows the reason better.
+    pub reason: Option<FaultReason>,
     /// The host's stage 2 refused: the guest's tables lead to what is no guest memory.
     pub stage2: bool,
 }

@@ -8,6 +8,7 @@ use super::{DmaFault, MsiMessage, Requester, RequesterConfig};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::event::EventRecord;
 use crate::spec::smmuv3::StreamId;
+use crate::spec::vtd::fault::FaultReason;
 
 /// One register access by the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,15 +56,15 @@ pub trait Observer: Send + Sync {
     /// An SMMU tells of an event of a transaction, as the record says.
     fn event(&self, _record: &EventRecord, _outcome: FaultOutcome) {}
 
-    /// A DMA request failed; `reason` is what the guest is told.
-    fn fault(&self, _fault: &DmaFault, _reason: u8, _outcome: FaultOutcome) {}
+    /// A DMA request failed; `reason` is what the guest is told, or would be if it were recorded.
+    fn fault(&self, _fault: &DmaFault, _reason: Option<FaultReason>, _outcome: FaultOutcome) {}
 
     /// An interrupt of `source` was blocked; `reason` is what the guest is told.
     fn interrupt_fault(
         &self,
         _source: Bdf,
         _message: MsiMessage,
-        _reason: u8,
+        _reason: FaultReason,
         _outcome: FaultOutcome,
     ) {
     }

@@ -4,6 +4,9 @@
 use std::fmt;
 
 use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::pasid::PagingMode;
+use crate::spec::vtd::root::AddressWidth;
 
 /// Who makes a DMA request: a PCI function, and the PASID when the request carries one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,8 +38,8 @@ impl fmt::Display for Requester {
 pub struct VtdFirstStage {
     /// GPA of the top table, in bytes (FSPTPTR).
     pub table: u64,
-    /// Input address width in bits: 48 (4-level) or 57 (5-level).
-    pub address_width: u8,
+    /// How many levels there are (FSPM).
+    pub paging_mode: PagingMode,
     /// Supervisor requests are allowed (SRE).
     pub supervisor_requests: bool,
     /// Supervisor writes honour R/W (WPE).
@@ -50,8 +53,8 @@ pub struct VtdFirstStage {
 pub struct VtdSecondStage {
     /// GPA of the top table, in bytes (SSPTPTR).
     pub table: u64,
-    /// Input address width in bits: 39, 48 or 57.
-    pub address_width: u8,
+    /// Width of input addresses (AW).
+    pub address_width: AddressWidth,
 }
 
 /// Guest-owned tables, by format.
@@ -66,14 +69,8 @@ pub enum Stage1 {
 /// What becomes of a requester's DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Policy {
-    /// Every request fails. `reason` is what the guest is told of each: the architecture's own
-    /// fault reason code (VT-d §7.1.3).
-    Blocked {
-        /// Fault reason code.
-        reason: u8,
-        /// The guest's tables ask that faults be not recorded (FPD).
-        fault_disabled: bool,
-    },
+    /// Every request fails, and the guest is told this reason of each.
+    Blocked(FaultReason),
     /// Untranslated: the IOVA is the GPA. A decision, never a leftover.
     Bypass,
     /// Through tables that the guest owns.

@@ -163,7 +163,7 @@ impl ContextTables for GuestContexts {
             None => None,
         };
         Some(match self.0.policy_by_tables(Requester { rid, pasid })? {
-            Policy::Blocked { .. } => DmaWay::Blocked,
+            Policy::Blocked(_) => DmaWay::Blocked,
             Policy::Bypass => DmaWay::Bypass,
             Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
             Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),

@@ -13,6 +13,7 @@ use twostage::iommufd::{ObjectId, Verb, VerbObserver};
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::StreamId;
+use twostage::spec::vtd::fault::FaultReason;
 use twostage::viommu::smmuv3::StreamPolicy;
 use twostage::viommu::{
     DmaFault, FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
@@ -104,20 +105,26 @@ impl Observer for TracedIommu {
         self.instant("fault", &record.stream().to_string(), args);
     }
 
-    fn fault(&self, fault: &DmaFault, reason: u8, outcome: FaultOutcome) {
+    fn fault(&self, fault: &DmaFault, reason: Option<FaultReason>, outcome: FaultOutcome) {
         let args = json!({
             "address": format!("{:#x}", fault.address),
             "write": fault.write,
             "stage2": fault.stage2,
-            "reason": format!("{reason:#x}"),
+            "reason": reason.map(|reason| format!("{:#x}", reason.code())),
             "outcome": format!("{outcome:?}"),
         });
         self.instant("fault", &fault.requester.to_string(), args);
     }
 
-    fn interrupt_fault(&self, source: Bdf, message: MsiMessage, reason: u8, outcome: FaultOutcome) {
+    fn interrupt_fault(
+        &self,
+        source: Bdf,
+        message: MsiMessage,
+        reason: FaultReason,
+        outcome: FaultOutcome,
+    ) {
         let mut args = decoded(message);
-        args["reason"] = format!("{reason:#x}").into();
+        args["reason"] = format!("{:#x}", reason.code()).into();
         args["outcome"] = format!("{outcome:?}").into();
         self.instant("interrupt fault", &source.to_string(), args);
     }

@@ -67,7 +67,7 @@ impl ContextTables for Contexts {
     fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay> {
         let requester = Requester { rid, pasid: pasid.map(self::pasid) };
         Some(match self.0.upgrade()?.policy_by_tables(requester)? {
-            Policy::Blocked { .. } => DmaWay::Blocked,
+            Policy::Blocked(_) => DmaWay::Blocked,
             Policy::Bypass => DmaWay::Bypass,
             Policy::Stage1(Stage1::VtdFirstStage(tables)) => DmaWay::FirstStage(tables.table),
             Policy::Stage1(Stage1::VtdSecondStage(tables)) => DmaWay::SecondStage(tables.table),

@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::fault::FaultReason;
 use crate::viommu::{DmaFault, FaultTarget, Requester};
 
 /// Names the guest requester of each host fault and hands the fault to the virtual IOMMU.
@@ -64,7 +65,7 @@ impl FaultSink for FaultRouter {
             write: fault.write,
             execute: fault.execute,
             privileged: fault.privileged,
-            reason: fault.reason,
+            reason: FaultReason::from_code(fault.reason),
             stage2: fault.stage2,
         });
     }
@@ -128,6 +129,7 @@ mod tests {
         let requesters: Vec<_> = seen.iter().map(|fault| fault.requester).collect();
         let with_pasid = Requester { rid, pasid: Pasid::new(5) };
         assert_eq!(requesters, [with_pasid, Requester::rid(rid)]);
-        assert_eq!((seen[0].address, seen[0].reason, seen[0].write), (0x1234, 0x71, true));
+        let reason = Some(FaultReason::FirstStageNotPresent);
+        assert_eq!((seen[0].address, seen[0].reason, seen[0].write), (0x1234, reason, true));
     }
 }

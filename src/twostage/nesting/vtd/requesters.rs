@@ -32,7 +32,7 @@ impl State {
     fn apply(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
         let Some(device) = self.devices.get(&requester.rid).copied() else {
             return match config.policy {
-                Policy::Blocked { .. } => Ok(()),
+                Policy::Blocked(_) => Ok(()),
                 _ => Err(NestingError::NoDevice(requester.rid)),
             };
         };
@@ -45,8 +45,8 @@ impl State {
         }
         let attached = self.slot(requester).attached;
         match config.policy {
-            Policy::Blocked { .. } if attached == Attached::Nothing => self.unchanged(),
-            Policy::Blocked { .. } => self.detach(requester),
+            Policy::Blocked(_) if attached == Attached::Nothing => self.unchanged(),
+            Policy::Blocked(_) => self.detach(requester),
             Policy::Bypass if attached == Attached::Parent => self.unchanged(),
             Policy::Bypass => {
                 let slot = Slot::on(Attached::Parent, 0);
@@ -108,7 +108,7 @@ impl State {
             }
             Stage1::VtdSecondStage(second) => HwptData::VtdSecondStage(HwptVtdSecondStage {
                 pgtbl_addr: second.table,
-                addr_width: second.address_width.into(),
+                addr_width: second.address_width.bits().into(),
             }),
         };
         let table = match stage1 {
@@ -231,7 +231,7 @@ fn vtd_s1(tables: &VtdFirstStage) -> iommu_hwpt_vtd_s1 {
             | flag(tables.extended_accessed, VTD_S1_EAFE)
             | flag(tables.write_protect, VTD_S1_WPE),
         pgtbl_addr: tables.table,
-        addr_width: tables.address_width.into(),
+        addr_width: tables.paging_mode.address_width().into(),
         __reserved: 0,
     }
 }

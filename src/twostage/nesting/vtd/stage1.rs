@@ -155,12 +155,13 @@ mod tests {
 
     use super::*;
     use crate::spec::pci::{Bdf, Pasid};
+    use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::{Invalidation, VtdSecondStage};
 
     const PARENT: ObjectId = ObjectId(1);
 
     fn tables(table: u64) -> Stage1 {
-        Stage1::VtdSecondStage(VtdSecondStage { table, address_width: 48 })
+        Stage1::VtdSecondStage(VtdSecondStage { table, address_width: AddressWidth::Bits48 })
     }
 
     fn on(hwpt: ObjectId, domain: u16) -> Slot {

@@ -41,8 +41,8 @@ macro_rules! fault_reasons {
                 }
             }
 
-            /// Whether the fault is qualified: not recorded when FPD says so.
-            pub const fn is_qualified(self) -> bool {
+            /// Whether the fault is qualified: recorded only where FPD lets it.
+            const fn is_qualified(self) -> bool {
                 match self {
                     $(Self::$variant => $qualified,)*
                 }
@@ -198,6 +198,13 @@ fault_reasons! {
     FirstStageFlagsUpdate = 0x91, "SFS.10", true;
 }
 
+impl FaultReason {
+    /// Whether the fault is recorded, where the entries on the way say so by FPD.
+    pub const fn is_recorded(self, fault_disabled: bool) -> bool {
+        !(fault_disabled && self.is_qualified())
+    }
+}
+
 impl fmt::Display for FaultReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#04x} {} ({self:?})", self.code(), self.condition())
@@ -223,6 +230,16 @@ mod tests {
         let names: std::collections::BTreeSet<_> =
             FaultReason::ALL.iter().map(|reason| reason.condition()).collect();
         assert_eq!(names.len(), FaultReason::ALL.len());
+    }
+
+    #[test]
+    fn fpd_suppresses_qualified_faults_only() {
+        for (reason, qualified) in
+            [(FaultReason::ContextNotPresent, true), (FaultReason::ContextAccess, false)]
+        {
+            assert!(reason.is_recorded(false));
+            assert_eq!(reason.is_recorded(true), !qualified);
+        }
     }
 
     #[test]

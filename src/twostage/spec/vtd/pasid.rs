@@ -73,6 +73,42 @@ impl Pgtt {
     }
 }
 
+/// How many levels first-stage tables have (FSPM), and so how wide their input addresses are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PagingMode {
+    /// 00: 4 levels, 48 bits.
+    Level4,
+    /// 01: 5 levels, 57 bits.
+    Level5,
+}
+
+impl PagingMode {
+    /// The mode that `fspm` names; `None` for a reserved encoding.
+    pub const fn from_bits(fspm: u8) -> Option<Self> {
+        match fspm {
+            0 => Some(Self::Level4),
+            1 => Some(Self::Level5),
+            _ => None,
+        }
+    }
+
+    /// The FSPM field.
+    pub const fn into_bits(self) -> u8 {
+        match self {
+            Self::Level4 => 0,
+            Self::Level5 => 1,
+        }
+    }
+
+    /// Width of input addresses, in bits.
+    pub const fn address_width(self) -> u8 {
+        match self {
+            Self::Level4 => 48,
+            Self::Level5 => 57,
+        }
+    }
+}
+
 /// Bits 63:0 of a PASID table entry (§9.6).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
@@ -81,7 +117,7 @@ pub struct PasidEntry0 {
     pub p: bool,
     /// FPD: faults are not recorded.
     pub fpd: bool,
-    /// AW: width of the second-stage tables, as bits; see [`super::root::address_width`].
+    /// AW: width of the second-stage tables, as bits; see [`super::root::AddressWidth`].
     #[bits(3)]
     pub aw: u8,
     /// SSEE: second-stage execute permission counts.
@@ -133,7 +169,7 @@ pub struct PasidEntry2 {
     pub sre: bool,
     /// ERE: execute requests are served.
     pub ere: bool,
-    /// FSPM: first-stage paging mode: 0 has 4 levels, 1 has 5, others are reserved.
+    /// FSPM: first-stage paging mode, as bits; see [`PagingMode::from_bits`].
     #[bits(2)]
     pub fspm: u8,
     /// WPE: supervisor writes honour R/W.

@@ -93,7 +93,7 @@ impl ContextLow {
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct ContextHigh {
-    /// AW: width of the second-stage tables, as bits; see [`address_width`].
+    /// AW: width of the second-stage tables, as bits; see [`AddressWidth::from_bits`].
     #[bits(3)]
     pub aw: u8,
     #[bits(5)]
@@ -109,14 +109,47 @@ impl ContextHigh {
     pub const RESERVED: u64 = 0xffff_ffff_ff00_0080;
 }
 
-/// The width in bits that an AW field (§9.3, §9.6) names, which is also its place in CAP.SAGAW;
-/// `None` for a reserved encoding.
-pub const fn address_width(aw: u8) -> Option<u8> {
-    match aw {
-        1 => Some(39),
-        2 => Some(48),
-        3 => Some(57),
-        _ => None,
+/// How wide the input addresses of second-stage tables are: what an AW field (§9.3, §9.6) names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum AddressWidth {
+    /// 001: 39 bits, 3 levels.
+    Bits39,
+    /// 010: 48 bits, 4 levels.
+    Bits48,
+    /// 011: 57 bits, 5 levels.
+    Bits57,
+}
+
+impl AddressWidth {
+    /// Every width, ascending.
+    pub const ALL: [Self; 3] = [Self::Bits39, Self::Bits48, Self::Bits57];
+
+    /// The width that an AW field names; `None` for a reserved encoding.
+    pub const fn from_bits(aw: u8) -> Option<Self> {
+        match aw {
+            1 => Some(Self::Bits39),
+            2 => Some(Self::Bits48),
+            3 => Some(Self::Bits57),
+            _ => None,
+        }
+    }
+
+    /// The AW field, which is also the place of the width in CAP.SAGAW.
+    pub const fn into_bits(self) -> u8 {
+        match self {
+            Self::Bits39 => 1,
+            Self::Bits48 => 2,
+            Self::Bits57 => 3,
+        }
+    }
+
+    /// In bits.
+    pub const fn bits(self) -> u8 {
+        match self {
+            Self::Bits39 => 39,
+            Self::Bits48 => 48,
+            Self::Bits57 => 57,
+        }
     }
 }
 

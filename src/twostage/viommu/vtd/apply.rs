@@ -120,7 +120,7 @@ impl Scopes {
 }
 
 pub(super) fn is_blocked(config: &RequesterConfig) -> bool {
-    matches!(config.policy, Policy::Blocked { .. })
+    matches!(config.policy, Policy::Blocked(_))
 }
 
 impl VtdIommu {

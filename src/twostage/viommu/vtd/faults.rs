@@ -178,7 +178,7 @@ mod tests {
             write: false,
             execute: true,
             privileged: true,
-            reason: 0,
+            reason: None,
             stage2: false,
         }
     }

@@ -60,16 +60,18 @@ pub use state::{Registers, VtdState};
 use super::in_turn::InTurn;
 use super::observer::{FaultOutcome, Observer};
 use super::{
-    DmaFault, DomainTag, FaultTarget, HostSide, InterruptSink, MsiMessage, Policy, Requester,
-    RequesterConfig, TableMemory,
+    DmaFault, FaultTarget, HostSide, InterruptSink, MsiMessage, Policy, Requester, TableMemory,
 };
 use crate::ratelimit::RateLimit;
-use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
 use commands::UnderWay;
 use counters::Counters;
 use evaluation::{Budget, By, Evaluation};
 use interrupts::remapping::Remapping;
+use policy::blocked_config;
+use policy::explain::explain;
+use policy::tables::Blocked;
 use queue::Slice;
 use requesters::Requesters;
 
@@ -174,12 +176,8 @@ impl VtdIommu {
 
     /// Blocks a requester of a function that is gone.
     fn take_away(&self, requester: Requester) {
-        let reason = FaultReason::ContextNotPresent.code();
-        let config = RequesterConfig {
-            policy: Policy::Blocked { reason, fault_disabled: true },
-            tag: DomainTag { domain: 0, pasid: requester.pasid.map_or(0, Pasid::raw) },
-            fault_disabled: true,
-        };
+        let gone = Blocked { reason: FaultReason::ContextNotPresent, fault_disabled: true };
+        let config = blocked_config(requester, gone);
         if let Err(error) = self.host.configure(requester, &config) {
             // Nobody is told: the guest has no part in it.
             let _ = self.host_failed(&error);
@@ -273,18 +271,18 @@ impl FaultTarget for VtdIommu {
             self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
             return;
         };
-        let (reason, outcome) =
-            match policy::explain::explain(standing, &self.tables(standing.root), fault) {
-                Some((reason, false)) => {
-                    let recorded = self.fault_log().record(fault, reason);
-                    (reason.code(), self.recorded(recorded))
-                }
-                explanation => {
-                    self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
-                    let reason = explanation.map_or(fault.reason, |(reason, _)| reason.code());
-                    (reason, FaultOutcome::Suppressed)
-                }
-            };
+        let explained = explain(standing, &self.tables(standing.root), fault);
+        let outcome = match explained {
+            Some(Blocked { reason, fault_disabled }) if reason.is_recorded(fault_disabled) => {
+                let recorded = self.fault_log().record(fault, reason);
+                self.recorded(recorded)
+            }
+            _ => {
+                self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+                FaultOutcome::Suppressed
+            }
+        };
+        let reason = explained.map(|blocked| blocked.reason).or(fault.reason);
         if let Some(observer) = &self.observer {
             observer.fault(fault, reason, outcome);
         }

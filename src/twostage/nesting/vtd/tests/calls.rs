@@ -78,7 +78,7 @@ fn flags_reach_the_host_in_its_own_bits() {
     let rig = Rig::new();
     let tables = VtdFirstStage {
         table: 0x1000,
-        address_width: 57,
+        paging_mode: PagingMode::Level5,
         supervisor_requests: true,
         write_protect: true,
         extended_accessed: true,

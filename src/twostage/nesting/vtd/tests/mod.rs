@@ -17,6 +17,9 @@ use crate::iommufd::{
 };
 use crate::nesting::GuestIoas;
 use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::pasid::PagingMode;
+use crate::spec::vtd::root::AddressWidth;
 use crate::viommu::{
     DomainTag, HostSide, HostSideError, Invalidation, PageRange, Policy, Progress, Requester,
     RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage,
@@ -32,7 +35,7 @@ const DEV_B: ObjectId = ObjectId(2);
 const IOAS: ObjectId = ObjectId(3);
 const PARENT: ObjectId = ObjectId(4);
 
-const BLOCKED: Policy = Policy::Blocked { reason: 0x58, fault_disabled: false };
+const BLOCKED: Policy = Policy::Blocked(FaultReason::PasidTableAccess);
 const TAG: DomainTag = DomainTag { domain: 7, pasid: 0 };
 
 fn hw_info(flags: u32, max_pasid_log2: u8) -> HwInfo {
@@ -52,7 +55,7 @@ fn pasid(rid: Bdf, pasid: u32) -> Requester {
 fn first_stage(table: u64) -> Policy {
     Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
         table,
-        address_width: 48,
+        paging_mode: PagingMode::Level4,
         supervisor_requests: false,
         write_protect: false,
         extended_accessed: false,
@@ -60,7 +63,8 @@ fn first_stage(table: u64) -> Policy {
 }
 
 fn second_stage(table: u64) -> Policy {
-    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width: 48 }))
+    let address_width = AddressWidth::Bits48;
+    Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
 }
 
 fn page(tag: DomainTag, address: u64) -> Invalidation {

@@ -82,10 +82,7 @@ pub(in crate::viommu::vtd) fn decide(
     let index = index as u16;
     let irte = entry(index).map_err(|_| fault(FaultReason::InterruptEntryAccess, index))?;
     match refused(irte, extended, source) {
-        Some(reason) => {
-            let fault_disabled = irte.low.fpd() && reason.is_qualified();
-            Err(InterruptFault { reason, index, fault_disabled })
-        }
+        Some(reason) => Err(InterruptFault { reason, index, fault_disabled: irte.low.fpd() }),
         None => Ok(message_of(irte, extended)),
     }
 }

@@ -140,15 +140,15 @@ impl VtdIommu {
     fn interrupt_blocked(&self, source: Bdf, message: MsiMessage, fault: InterruptFault) {
         self.counters.interrupts_blocked.fetch_add(1, Ordering::Relaxed);
         let InterruptFault { reason, index, fault_disabled } = fault;
-        let outcome = if fault_disabled {
-            self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
-            FaultOutcome::Suppressed
-        } else {
+        let outcome = if reason.is_recorded(fault_disabled) {
             let recorded = self.fault_log().record_interrupt(source, index, reason);
             self.recorded(recorded)
+        } else {
+            self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+            FaultOutcome::Suppressed
         };
         if let Some(observer) = &self.observer {
-            observer.interrupt_fault(source, message, reason.code(), outcome);
+            observer.interrupt_fault(source, message, reason, outcome);
         }
     }
 }

@@ -8,12 +8,9 @@
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::viommu::vtd::apply::is_blocked;
-use crate::viommu::vtd::policy::tables::Tables;
+use crate::viommu::vtd::policy::tables::{Blocked, Tables};
 use crate::viommu::vtd::requesters::Standing;
 use crate::viommu::{DmaFault, Policy, RequesterConfig, Stage1};
-
-/// The reason, and whether the guest's tables ask that the fault be not recorded.
-pub(in crate::viommu::vtd) type Explanation = (FaultReason, bool);
 
 /// Explains `fault`, given how its requester stands; `None` when the guest is told nothing, as
 /// translation is not enabled.
@@ -21,7 +18,7 @@ pub(in crate::viommu::vtd) fn explain(
     standing: Standing,
     tables: &Tables<'_>,
     fault: &DmaFault,
-) -> Option<Explanation> {
+) -> Option<Blocked> {
     if !standing.translating {
         return None;
     }
@@ -42,27 +39,22 @@ pub(in crate::viommu::vtd) fn explain(
     };
     let legacy = standing.root.map(Rtaddr::mode) == Some(TranslationTableMode::Legacy);
     let reason = match config.policy {
-        Policy::Blocked { reason, fault_disabled } => {
-            // Policies are made from reasons, so the code is known.
-            let reason = FaultReason::from_code(reason)?;
-            return Some((reason, fault_disabled && reason.is_qualified()));
-        }
+        Policy::Blocked(reason) => reason,
         Policy::Bypass if legacy => FaultReason::LegacyAddressBeyond,
         Policy::Bypass => FaultReason::AddressBeyondHost,
         Policy::Stage1(Stage1::VtdFirstStage(_)) => first_stage(fault),
         Policy::Stage1(Stage1::VtdSecondStage(_)) if legacy => legacy_second_stage(fault),
         Policy::Stage1(Stage1::VtdSecondStage(_)) => second_stage(fault),
     };
-    Some((reason, config.fault_disabled && reason.is_qualified()))
+    Some(Blocked { reason, fault_disabled: config.fault_disabled })
 }
 
 /// `config` of tables that may have changed since: what would be served now was not then.
 fn unserved(config: RequesterConfig) -> RequesterConfig {
     match config.policy {
-        Policy::Blocked { .. } => config,
+        Policy::Blocked(_) => config,
         _ => {
-            let reason = FaultReason::PasidEntryNotPresent.code();
-            let policy = Policy::Blocked { reason, fault_disabled: config.fault_disabled };
+            let policy = Policy::Blocked(FaultReason::PasidEntryNotPresent);
             RequesterConfig { policy, ..config }
         }
     }
@@ -79,7 +71,7 @@ fn denied(fault: &DmaFault) -> FaultReason {
 /// Through first-stage tables.
 fn first_stage(fault: &DmaFault) -> FaultReason {
     use FaultReason as R;
-    let host = R::from_code(fault.reason);
+    let host = fault.reason;
     if !fault.stage2 {
         return host.unwrap_or_else(|| denied(fault));
     }
@@ -99,7 +91,7 @@ fn first_stage(fault: &DmaFault) -> FaultReason {
 /// Through second-stage tables, in scalable mode.
 fn second_stage(fault: &DmaFault) -> FaultReason {
     use FaultReason as R;
-    match R::from_code(fault.reason) {
+    match fault.reason {
         Some(reason) if !fault.stage2 => reason,
         Some(reason @ (R::SecondStageTopAccess | R::SecondStageAccess)) => reason,
         _ => R::SecondStageDenied,
@@ -109,7 +101,7 @@ fn second_stage(fault: &DmaFault) -> FaultReason {
 /// Through second-stage tables, in legacy mode: the same faults by their legacy codes.
 fn legacy_second_stage(fault: &DmaFault) -> FaultReason {
     use FaultReason as R;
-    match R::from_code(fault.reason) {
+    match fault.reason {
         Some(R::SecondStageTopAccess | R::SecondStageAccess | R::LegacySecondStageAccess) => {
             R::LegacySecondStageAccess
         }
@@ -131,6 +123,8 @@ fn legacy_second_stage(fault: &DmaFault) -> FaultReason {
 mod tests {
     use super::*;
     use crate::spec::pci::{Bdf, Pasid};
+    use crate::spec::vtd::pasid::PagingMode;
+    use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
     use crate::viommu::vtd::requesters::given::Given;
     use crate::viommu::{DomainTag, Requester, VtdFirstStage, VtdSecondStage};
@@ -138,15 +132,17 @@ mod tests {
 
     const FIRST: Policy = Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
         table: 0x1000,
-        address_width: 48,
+        paging_mode: PagingMode::Level4,
         supervisor_requests: false,
         write_protect: false,
         extended_accessed: false,
     }));
-    const SECOND: Policy =
-        Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table: 0, address_width: 48 }));
+    const SECOND: Policy = Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage {
+        table: 0,
+        address_width: AddressWidth::Bits48,
+    }));
 
-    fn of(policy: Policy, ttm: u8, fault: DmaFault, fault_disabled: bool) -> Option<Explanation> {
+    fn of(policy: Policy, ttm: u8, fault: DmaFault, fault_disabled: bool) -> Option<Blocked> {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let caps = VtdConfig::default().capabilities().unwrap();
         let root = Some(Rtaddr::new().with_ttm(ttm));
@@ -164,28 +160,31 @@ mod tests {
             write,
             execute: false,
             privileged: false,
-            reason,
+            reason: FaultReason::from_code(reason),
             stage2,
         }
     }
 
     fn code(policy: Policy, ttm: u8, reason: u8, write: bool, stage2: bool) -> u8 {
-        of(policy, ttm, fault(reason, write, stage2), false).unwrap().0.code()
+        of(policy, ttm, fault(reason, write, stage2), false).unwrap().reason.code()
     }
 
     #[test]
     fn a_blocked_requester_gets_the_reason_of_its_blocking() {
-        let policy = Policy::Blocked { reason: 0x41, fault_disabled: false };
+        let policy = Policy::Blocked(FaultReason::ContextNotPresent);
         assert_eq!(code(policy, 1, 0x77, true, true), 0x41);
     }
 
     #[test]
-    fn fpd_suppresses_qualified_faults_only() {
-        let policy = |reason| Policy::Blocked { reason, fault_disabled: true };
-        assert!(of(policy(0x41), 1, fault(0, true, false), true).unwrap().1);
-        assert!(!of(policy(0x40), 1, fault(0, true, false), true).unwrap().1);
-        assert!(of(FIRST, 1, fault(0x71, true, false), true).unwrap().1);
-        assert!(!of(FIRST, 1, fault(0x71, true, false), false).unwrap().1);
+    fn fpd_is_told_of_whatever_blocks() {
+        let disabled = |policy, reason, fault_disabled| {
+            of(policy, 1, fault(reason, true, false), fault_disabled).unwrap().fault_disabled
+        };
+        for fault_disabled in [false, true] {
+            let blocked = Policy::Blocked(FaultReason::ContextNotPresent);
+            assert_eq!(disabled(blocked, 0, fault_disabled), fault_disabled);
+            assert_eq!(disabled(FIRST, 0x71, fault_disabled), fault_disabled);
+        }
     }
 
     #[test]
@@ -241,6 +240,6 @@ mod tests {
         let requester = Requester { rid: Bdf::from_raw(8), pasid: Pasid::new(3) };
         let fault = DmaFault { requester, ..fault(0, true, false) };
         let explained = explain(standing, &tables, &fault);
-        assert_eq!(explained, Some((FaultReason::RootNotPresent, false)));
+        assert_eq!(explained, Some(Blocked::recorded(FaultReason::RootNotPresent)));
     }
 }

@@ -82,9 +82,10 @@ fn context_entry(
 mod tests {
     use super::*;
     use crate::spec::pci::Bdf;
+    use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
     use crate::viommu::vtd::policy::tables::Tables;
-    use crate::viommu::Policy;
+    use crate::viommu::{Policy, RequesterConfig};
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     const ROOT: u64 = 0x1000;
@@ -92,8 +93,8 @@ mod tests {
     const RID: u16 = 0x0108;
     const RESERVED_ADDRESS: u64 = 1 << 52;
 
-    /// A well-formed pair of entries, with `root` and `context` words XORed in, decided.
-    fn decide(config: &VtdConfig, root: [u64; 2], context: [u64; 2]) -> Policy {
+    /// A well-formed pair of entries, with `root` and `context` words XORed in.
+    fn configured(config: &VtdConfig, root: [u64; 2], context: [u64; 2]) -> RequesterConfig {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let at = |address, word: u64| memory.write_obj(word, GuestAddress(address)).unwrap();
         at(ROOT + 0x10, (CONTEXT | 1) ^ root[0]);
@@ -104,10 +105,15 @@ mod tests {
         let root = Some(Rtaddr::new().with_rta(ROOT >> 12));
         let tables = Tables { memory: &memory, caps: &caps, root };
         let config = tables.config(Requester::rid(Bdf::from_raw(RID)));
-        if !matches!(config.policy, Policy::Blocked { .. }) {
+        if !matches!(config.policy, Policy::Blocked(_)) {
             assert_eq!(config.tag, DomainTag { domain: 0x17, pasid: 0 });
         }
-        config.policy
+        config
+    }
+
+    /// What they decide.
+    fn decide(config: &VtdConfig, root: [u64; 2], context: [u64; 2]) -> Policy {
+        configured(config, root, context).policy
     }
 
     fn with_second_stage() -> VtdConfig {
@@ -115,19 +121,19 @@ mod tests {
     }
 
     fn blocked(reason: u8) -> Policy {
-        Policy::Blocked { reason, fault_disabled: false }
+        Policy::Blocked(FaultReason::from_code(reason).unwrap())
     }
 
     #[test]
     fn well_formed_entries_are_served() {
-        let tables = VtdSecondStage { table: 0x3000, address_width: 48 };
+        let tables = VtdSecondStage { table: 0x3000, address_width: AddressWidth::Bits48 };
         let served = decide(&with_second_stage(), [0; 2], [0; 2]);
         assert_eq!(served, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         // Bits 6:3 of the upper word are ignored.
         let served = decide(&with_second_stage(), [0; 2], [0, 0x78]);
         assert_eq!(served, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         let narrow = decide(&with_second_stage(), [0; 2], [0, 3]);
-        let tables = VtdSecondStage { table: 0x3000, address_width: 39 };
+        let tables = VtdSecondStage { table: 0x3000, address_width: AddressWidth::Bits39 };
         assert_eq!(narrow, Policy::Stage1(Stage1::VtdSecondStage(tables)));
         assert_eq!(decide(&with_second_stage(), [0; 2], [0b1000, 0]), Policy::Bypass);
     }
@@ -174,8 +180,8 @@ mod tests {
 
     #[test]
     fn fpd_counts_even_in_an_entry_that_is_not_present() {
-        let policy = decide(&with_second_stage(), [0; 2], [0b11, 0]);
-        assert_eq!(policy, Policy::Blocked { reason: 0x02, fault_disabled: true });
+        let config = configured(&with_second_stage(), [0; 2], [0b11, 0]);
+        assert_eq!((config.policy, config.fault_disabled), (blocked(0x02), true));
     }
 
     #[test]

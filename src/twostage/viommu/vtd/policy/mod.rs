@@ -61,7 +61,7 @@ pub(in crate::viommu::vtd) fn blocked_config(
 ) -> RequesterConfig {
     let Blocked { reason, fault_disabled } = blocked;
     RequesterConfig {
-        policy: Policy::Blocked { reason: reason.code(), fault_disabled },
+        policy: Policy::Blocked(reason),
         tag: DomainTag { domain: 0, pasid: requester.pasid.map_or(0, Pasid::raw) },
         fault_disabled,
     }
@@ -80,7 +80,7 @@ mod tests {
         let tables = Tables { memory: &memory, caps, root };
         let pasid = pasid.and_then(Pasid::new);
         match tables.config(Requester { rid: Bdf::from_raw(0x20), pasid }).policy {
-            Policy::Blocked { reason, fault_disabled: false } => reason,
+            Policy::Blocked(reason) => reason.code(),
             other => panic!("{other:?}"),
         }
     }

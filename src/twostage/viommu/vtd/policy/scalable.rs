@@ -4,7 +4,8 @@
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::{
-    PasidDirectoryEntry, PasidEntry, Pgtt, DIRECTORY_ENTRY_SIZE, TABLE_ENTRIES, TABLE_ENTRY_SIZE,
+    PagingMode, PasidDirectoryEntry, PasidEntry, Pgtt, DIRECTORY_ENTRY_SIZE, TABLE_ENTRIES,
+    TABLE_ENTRY_SIZE,
 };
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::{
@@ -230,14 +231,13 @@ impl TableEntry {
         let ecap = tables.caps.ecap;
         match self.entry.translation_type()? {
             Pgtt::FirstStage if ecap.fsts() => {
-                let address_width = match qw2.fspm() {
-                    0 => 48,
-                    1 if tables.caps.cap.fs5lp() => 57,
-                    _ => return None,
-                };
+                let paging_mode = PagingMode::from_bits(qw2.fspm())?;
+                if paging_mode == PagingMode::Level5 && !tables.caps.cap.fs5lp() {
+                    return None;
+                }
                 Some(Some(Stage1::VtdFirstStage(VtdFirstStage {
                     table: self.entry.first_stage_table(),
-                    address_width,
+                    paging_mode,
                     supervisor_requests: qw2.sre(),
                     write_protect: qw2.wpe(),
                     extended_accessed: qw2.eafe(),

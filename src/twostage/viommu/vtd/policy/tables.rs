@@ -3,6 +3,7 @@
 
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH};
 use crate::viommu::vtd::caps::Capabilities;
 use crate::viommu::{BadAddress, DomainTag, Stage1, TableMemory};
@@ -60,15 +61,18 @@ impl Tables<'_> {
         address & above_width(HOST_ADDRESS_WIDTH) != 0
     }
 
-    /// Whether a second-stage table may have the width that `aw` names; its bits if so.
-    pub fn second_stage_width(&self, aw: u8) -> Option<u8> {
-        let width = crate::spec::vtd::root::address_width(aw)?;
-        (self.caps.cap.sagaw() >> aw & 1 != 0).then_some(width)
+    /// The width that `aw` names, if second-stage tables may have it.
+    pub fn second_stage_width(&self, aw: u8) -> Option<AddressWidth> {
+        AddressWidth::from_bits(aw).filter(|width| self.offers_width(*width))
     }
 
-    /// The width of the widest second-stage table there may be, in bits.
-    pub fn widest_second_stage(&self) -> Option<u8> {
-        (0..u8::BITS as u8).rev().find_map(|aw| self.second_stage_width(aw))
+    /// The width of the widest second-stage table there may be.
+    pub fn widest_second_stage(&self) -> Option<AddressWidth> {
+        AddressWidth::ALL.into_iter().rfind(|width| self.offers_width(*width))
+    }
+
+    fn offers_width(&self, width: AddressWidth) -> bool {
+        self.caps.cap.sagaw() >> width.into_bits() & 1 != 0
     }
 
     /// `N` 64-bit words at `address` (bytes), each read in one piece.

@@ -4,6 +4,9 @@
 use bitfield_struct::bitfield;
 
 use crate::spec::pci::Pasid;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::pasid::PagingMode;
+use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PAGE_SHIFT;
 use crate::viommu::vtd::requesters::given::Given;
 use crate::viommu::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
@@ -14,6 +17,9 @@ const BYPASS: u8 = 1;
 const FIRST_STAGE: u8 = 2;
 const SECOND_STAGE: u8 = 3;
 
+/// No word has it.
+const UNKNOWN: FaultReason = FaultReason::RootTableAddressInvalid;
+
 /// All but the domain.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
@@ -23,9 +29,9 @@ struct Word {
     page: u64,
     #[bits(2)]
     kind: u8,
-    /// Address width in bits.
-    #[bits(6)]
-    address_width: u8,
+    /// FSPM or AW.
+    #[bits(2)]
+    width: u8,
     supervisor_requests: bool,
     write_protect: bool,
     extended_accessed: bool,
@@ -33,7 +39,7 @@ struct Word {
     applied: bool,
     /// Fault reason.
     reason: u8,
-    #[bits(3)]
+    #[bits(7)]
     __: u8,
 }
 
@@ -53,19 +59,19 @@ impl PackedGiven {
         // Tables are below the host's address width: 52 bits.
         let page = |table: u64| table >> PAGE_SHIFT & ((1 << Word::PAGE_BITS) - 1);
         let word = match policy {
-            Policy::Blocked { reason, .. } => word.with_kind(BLOCKED).with_reason(reason),
+            Policy::Blocked(reason) => word.with_kind(BLOCKED).with_reason(reason.code()),
             Policy::Bypass => word.with_kind(BYPASS),
             Policy::Stage1(Stage1::VtdFirstStage(tables)) => word
                 .with_kind(FIRST_STAGE)
                 .with_page(page(tables.table))
-                .with_address_width(tables.address_width)
+                .with_width(tables.paging_mode.into_bits())
                 .with_supervisor_requests(tables.supervisor_requests)
                 .with_write_protect(tables.write_protect)
                 .with_extended_accessed(tables.extended_accessed),
             Policy::Stage1(Stage1::VtdSecondStage(tables)) => word
                 .with_kind(SECOND_STAGE)
                 .with_page(page(tables.table))
-                .with_address_width(tables.address_width),
+                .with_width(tables.address_width.into_bits()),
         };
         Self { word, domain: tag.domain }
     }
@@ -73,13 +79,17 @@ impl PackedGiven {
     /// What `pasid` was given.
     pub fn of(self, pasid: Pasid) -> Given {
         let Self { word, domain } = self;
-        let (table, address_width) = (word.page() << PAGE_SHIFT, word.address_width());
+        let table = word.page() << PAGE_SHIFT;
+        // Words hold what `new` put there, so that none of these is ever reserved.
+        let paging_mode = PagingMode::from_bits(word.width()).unwrap_or(PagingMode::Level4);
+        let address_width = AddressWidth::from_bits(word.width()).unwrap_or(AddressWidth::Bits39);
+        let reason = FaultReason::from_code(word.reason()).unwrap_or(UNKNOWN);
         let fault_disabled = word.fault_disabled();
         let policy = match word.kind() {
             BYPASS => Policy::Bypass,
             FIRST_STAGE => Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
                 table,
-                address_width,
+                paging_mode,
                 supervisor_requests: word.supervisor_requests(),
                 write_protect: word.write_protect(),
                 extended_accessed: word.extended_accessed(),
@@ -87,7 +97,7 @@ impl PackedGiven {
             SECOND_STAGE => {
                 Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
             }
-            _ => Policy::Blocked { reason: word.reason(), fault_disabled },
+            _ => Policy::Blocked(reason),
         };
         let tag = DomainTag { domain, pasid: pasid.raw() };
         let config = RequesterConfig { policy, tag, fault_disabled };
@@ -110,7 +120,7 @@ mod tests {
         let first = |(page, five, srs, wp, eaf)| {
             Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
                 table: page << 12,
-                address_width: if five { 57 } else { 48 },
+                paging_mode: if five { PagingMode::Level5 } else { PagingMode::Level4 },
                 supervisor_requests: srs,
                 write_protect: wp,
                 extended_accessed: eaf,
@@ -122,10 +132,10 @@ mod tests {
         };
         let page = || 0u64..1 << 40;
         prop_oneof![
-            any::<u8>().prop_map(|reason| Policy::Blocked { reason, fault_disabled: false }),
+            prop::sample::select(FaultReason::ALL).prop_map(Policy::Blocked),
             Just(Policy::Bypass),
             (page(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(first),
-            (page(), prop::sample::select(vec![39u8, 48, 57])).prop_map(second),
+            (page(), prop::sample::select(&AddressWidth::ALL[..])).prop_map(second),
         ]
     }
 
@@ -138,10 +148,6 @@ mod tests {
             fault_disabled: bool,
             applied: bool,
         ) {
-            let policy = match policy {
-                Policy::Blocked { reason, .. } => Policy::Blocked { reason, fault_disabled },
-                policy => policy,
-            };
             let tag = DomainTag { domain, pasid: raw };
             let config = RequesterConfig { policy, tag, fault_disabled };
             let (given, pasid) = (Given { config, applied }, Pasid::new(raw).unwrap());

@@ -10,7 +10,10 @@ fn a_fault_is_recorded_and_interrupts() {
     guest.write32(regs::FEDATA, 0x41);
     guest.write32(regs::FEADDR, 0xfee0_2000);
     guest.write32(regs::FECTL, 0);
-    guest.iommu.dma_fault(&DmaFault { reason: 0x71, ..fault(Requester::rid(RID)) });
+    guest.iommu.dma_fault(&DmaFault {
+        reason: FaultReason::from_code(0x71),
+        ..fault(Requester::rid(RID))
+    });
     assert_eq!(guest.messages(), [(0xfee0_2000, 0x41)]);
     let record = guest.fault_record(0);
     assert_eq!((record.address(), record.high.sid()), (0x1234_5000, RID.raw()));

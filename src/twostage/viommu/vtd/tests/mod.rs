@@ -22,10 +22,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::spec::pci::Pasid;
+use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{self, FaultRecord};
 use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
-use crate::viommu::{HostSideError, Invalidation, Progress, Stage1};
+use crate::viommu::{HostSideError, Invalidation, Progress, RequesterConfig, Stage1};
 
 /// What the host was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -284,7 +285,7 @@ impl Guest {
     }
 }
 
-/// A write that faulted for the host's reason 0xff.
+/// A write that faulted for no reason that the host says.
 fn fault(requester: Requester) -> DmaFault {
     DmaFault {
         requester,
@@ -292,7 +293,7 @@ fn fault(requester: Requester) -> DmaFault {
         write: true,
         execute: false,
         privileged: false,
-        reason: 0xff,
+        reason: None,
         stage2: false,
     }
 }
@@ -309,7 +310,7 @@ fn with_pasid(value: u32) -> Requester {
 fn first_stage(table: u64) -> Policy {
     Policy::Stage1(Stage1::VtdFirstStage(crate::viommu::VtdFirstStage {
         table,
-        address_width: 48,
+        paging_mode: PagingMode::Level4,
         supervisor_requests: false,
         write_protect: false,
         extended_accessed: false,
@@ -317,7 +318,7 @@ fn first_stage(table: u64) -> Policy {
 }
 
 fn blocked(reason: u8) -> Policy {
-    Policy::Blocked { reason, fault_disabled: false }
+    Policy::Blocked(FaultReason::from_code(reason).unwrap())
 }
 
 fn wait(data: u32) -> Descriptor {

@@ -3,8 +3,9 @@
 
 use super::*;
 use crate::spec::vtd::regs::Rtaddr;
+use crate::spec::vtd::root::AddressWidth;
 use crate::viommu::vtd::policy::tables::Tables;
-use crate::viommu::{VtdFirstStage, VtdSecondStage};
+use crate::viommu::{DomainTag, VtdFirstStage, VtdSecondStage};
 
 /// Well-formed tables for [`RID`], to spoil.
 struct Spoiled {
@@ -165,8 +166,9 @@ fn fpd_of_any_entry_on_the_way_counts() {
         assert_eq!((config.policy, config.fault_disabled), (first_stage(FIRST_STAGE), true));
         // Even where it is not present.
         let tables = tables.with(address, |word| word & !1);
-        let Policy::Blocked { fault_disabled, .. } = tables.policy() else { panic!() };
-        assert!(fault_disabled, "{address:#x}");
+        let config = tables.decide(Requester::rid(RID));
+        assert!(matches!(config.policy, Policy::Blocked(_)), "{address:#x}");
+        assert!(config.fault_disabled, "{address:#x}");
     }
     // Behind the entry that is wrong, it does not.
     let tables =
@@ -179,7 +181,7 @@ fn fields_of_the_entry_reach_the_policy() {
     let tables = default_tables().with(PASID_TABLE + 16, |word| word | 1 << 7 | 1 << 4 | 1);
     let expected = VtdFirstStage {
         table: FIRST_STAGE,
-        address_width: 48,
+        paging_mode: PagingMode::Level4,
         supervisor_requests: true,
         write_protect: true,
         extended_accessed: true,
@@ -188,7 +190,7 @@ fn fields_of_the_entry_reach_the_policy() {
     let config = VtdConfig { address_width: 57, ..Default::default() };
     let tables = Spoiled::new(config).with(PASID_TABLE + 16, |word| word | 1 << 2);
     let Policy::Stage1(Stage1::VtdFirstStage(five_level)) = tables.policy() else { panic!() };
-    assert_eq!(five_level.address_width, 57);
+    assert_eq!(five_level.paging_mode, PagingMode::Level5);
     let pass_through = default_tables().with(PASID_TABLE, |_| 4 << 6 | 1);
     assert_eq!(pass_through.policy(), Policy::Bypass);
 }
@@ -214,7 +216,7 @@ fn fields_of_what_is_not_offered_are_reserved() {
 fn second_stage_tables_where_they_are_offered() {
     let config = VtdConfig { second_stage: true, ..Default::default() };
     let tables = Spoiled::new(config).with(PASID_TABLE, |_| 0x6000 | 2 << 6 | 2 << 2 | 1);
-    let expected = VtdSecondStage { table: 0x6000, address_width: 48 };
+    let expected = VtdSecondStage { table: 0x6000, address_width: AddressWidth::Bits48 };
     assert_eq!(tables.policy(), Policy::Stage1(Stage1::VtdSecondStage(expected)));
     let wide = tables.with(PASID_TABLE, |word| word | 1 << 2);
     assert_eq!(wide.policy(), blocked(0x5b));

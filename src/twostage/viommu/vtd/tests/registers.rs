@@ -186,7 +186,8 @@ impl Observer for Trace {
         self.0.lock().push(format!("policy {requester} {applied}"));
     }
 
-    fn fault(&self, _: &DmaFault, reason: u8, outcome: FaultOutcome) {
+    fn fault(&self, _: &DmaFault, reason: Option<FaultReason>, outcome: FaultOutcome) {
+        let reason = reason.map_or(0, FaultReason::code);
         self.0.lock().push(format!("fault {reason:#x} {outcome:?}"));
     }
 }

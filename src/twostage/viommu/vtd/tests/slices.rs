@@ -70,7 +70,7 @@ impl Guest {
     pub(super) fn host_has(&self, has: &mut BTreeMap<Requester, Policy>) {
         for call in self.calls() {
             match call {
-                Call::Configure(requester, Policy::Blocked { .. }) => {
+                Call::Configure(requester, Policy::Blocked(_)) => {
                     has.remove(&requester);
                 }
                 Call::Configure(requester, policy) => {
@@ -88,7 +88,7 @@ impl Guest {
         requesters
             .filter_map(|requester| {
                 let policy = self.iommu.policy_by_tables(requester)?;
-                (!matches!(policy, Policy::Blocked { .. })).then_some((requester, policy))
+                (!matches!(policy, Policy::Blocked(_))).then_some((requester, policy))
             })
             .collect()
     }

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::spec::vtd::qi::{ContextScope, PasidCacheScope};
+use crate::spec::vtd::root::AddressWidth;
 
 fn configured(requester: Requester, policy: Policy) -> Call {
     Call::Configure(requester, policy)
@@ -205,7 +206,7 @@ fn a_device_that_comes_and_goes_while_translating() {
     guest.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)]);
     guest.calls();
     guest.iommu.remove_device(RID);
-    let gone = Policy::Blocked { reason: 0x41, fault_disabled: true };
+    let gone = blocked(0x41);
     let calls = [with_pasid(5), Requester::rid(RID)].map(|requester| configured(requester, gone));
     assert_eq!(guest.calls(), calls);
     guest.write(PASID_TABLE + 64 * 5, &[0]);
@@ -225,7 +226,8 @@ fn legacy_tables_are_served_where_second_stage_tables_are_offered() {
     guest.set_root(0);
     guest.calls();
     guest.enable_translation();
-    let tables = crate::viommu::VtdSecondStage { table: 0x5000, address_width: 48 };
+    let tables =
+        crate::viommu::VtdSecondStage { table: 0x5000, address_width: AddressWidth::Bits48 };
     let policy = Policy::Stage1(Stage1::VtdSecondStage(tables));
     assert_eq!(guest.calls(), [configured(Requester::rid(RID), policy)]);
     // By register, as the queue is off: the entry is gone.
