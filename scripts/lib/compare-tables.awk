@@ -96,15 +96,15 @@ function lacking(    p, v, vmm, mode, n, names, i, got, text, any) {
         if (!any++) print ""
         print "LACKING of " vmm ", " mode ":" text
     }
-    if (!plans && !NR) print "LACKING: all, for nothing was run"
+    if (!plans && !NR) print "LACKING: everything, as nothing was run"
 }
 
 function tables(    m) {
-    print "| medians | twostage | QEMU | times as good |"
+    print "| medians | twostage | QEMU | factor |"
     print "|---|---|---|---|"
     for (m = 1; m <= 3; m++) row("boot to init, " modes[m], modes[m], "boot-s", " s", 1, 2, 1)
-    for (m = 1; m <= 3; m++) row("resident memory of its own, " modes[m], modes[m], "own-kib", " MiB", 1024, 1, 1)
-    for (m = 1; m <= 3; m++) row("resident memory with the guest, " modes[m], modes[m], "resident-kib", " MiB", 1024, 1, 1)
+    for (m = 1; m <= 3; m++) row("resident memory without the guest's, " modes[m], modes[m], "own-kib", " MiB", 1024, 1, 1)
+    for (m = 1; m <= 3; m++) row("resident memory with the guest's, " modes[m], modes[m], "resident-kib", " MiB", 1024, 1, 1)
     for (m = 1; m <= 3; m++) row("4 KiB writes, " modes[m], modes[m], "write-4k", "/s", 1, 0, 0)
     for (m = 1; m <= 3; m++) row("4 KiB reads, " modes[m], modes[m], "read-4k", "/s", 1, 0, 0)
     for (m = 1; m <= 3; m++) row("1 MiB writes, " modes[m], modes[m], "write-1m", " MiB/s", 1, 0, 0)
@@ -121,14 +121,14 @@ END {
         if (!counted[mode]) continue
         printf "\n| counters, %s | boot: twostage | QEMU | 10,000 writes of 4 KiB: twostage | QEMU |\n", mode
         print "|---|---|---|---|---|"
-        counters("exits of the processor", mode, "exits")
+        counters("VM exits", mode, "exits")
         counters("... to user space", mode, "user")
-        counters("... for a port", mode, "ports")
-        counters("... for a register in memory", mode, "mmio")
+        counters("... for port I/O", mode, "ports")
+        counters("... for MMIO", mode, "mmio")
         counters("invalidation descriptors", mode, "descriptors")
-        counters("... of them waits", mode, "waits")
+        counters("... waits", mode, "waits")
         counters("host calls", mode, "calls", 1)
-        counters("... of them HWPT_INVALIDATE", mode, "flushes", 1)
+        counters("... HWPT_INVALIDATE", mode, "flushes", 1)
         counters("interrupts, without the timer", mode, "interrupts")
         counters("timer interrupts", mode, "timer")
     }
