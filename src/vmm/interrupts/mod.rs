@@ -4,6 +4,7 @@
 //! A line is an input of theirs. A message is remapped on its way, where a virtual IOMMU does that.
 
 pub(super) mod device_line;
+mod function;
 mod gsi;
 mod messages;
 mod routes;
@@ -15,13 +16,14 @@ use std::sync::{Arc, Weak};
 use kvm_ioctls::VmFd;
 
 pub(super) use device_line::{DeviceLine, ResampledLine};
+pub use function::FunctionInterrupts;
 #[cfg(target_arch = "x86_64")]
 pub(super) use gsi::Routing;
 pub(super) use gsi::{GsiTable, SentMessage};
 pub(super) use messages::Messages;
+pub use routes::MsiRoutes;
 pub(super) use routes::UnroutedInterrupts;
-pub use routes::{MsiRoutes, VectorRoute};
-pub use source::{FunctionInterrupts, InterruptSource};
+pub use source::InterruptSource;
 
 use crate::arch::{EdgeLine, IrqChip, Lines};
 use crate::report::InterruptReport;

@@ -4,10 +4,8 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use super::routes::Writer;
-use super::{MsiRoutes, SentMessage, VectorRoute};
+use super::SentMessage;
 use crate::trace::{decoded, Trace};
-use crate::Result;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 
@@ -78,52 +76,5 @@ impl InterruptSource {
 impl fmt::Debug for InterruptSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {}", self.bdf, if self.remapper.is_some() { "remapped" } else { "direct" })
-    }
-}
-
-/// The interrupts of one function. A message sent through its [`InterruptSink`] is looked up each
-/// time; one that is sent often has a [`VectorRoute`].
-#[derive(Clone)]
-pub struct FunctionInterrupts {
-    source: InterruptSource,
-    messages: Arc<dyn InterruptSink>,
-    routes: Arc<MsiRoutes>,
-}
-
-impl FunctionInterrupts {
-    pub(super) fn new(
-        source: InterruptSource,
-        messages: Arc<dyn InterruptSink>,
-        routes: Arc<MsiRoutes>,
-    ) -> Self {
-        Self { source, messages, routes }
-    }
-
-    /// A route for one vector of the function.
-    ///
-    /// # Errors
-    /// KVM has no more of them, or the process no more file descriptors.
-    pub fn vector(&self) -> Result<Arc<VectorRoute>> {
-        self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Here)
-    }
-
-    /// The same for a vector that the device itself triggers, by writing the route's eventfd.
-    ///
-    /// # Errors
-    /// As [`FunctionInterrupts::vector`].
-    pub fn device_vector(&self) -> Result<Arc<VectorRoute>> {
-        self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Device)
-    }
-}
-
-impl InterruptSink for FunctionInterrupts {
-    fn send_msi(&self, address: u64, data: u32) {
-        self.source.send(MsiMessage { address, data }, &*self.messages);
-    }
-}
-
-impl fmt::Debug for FunctionInterrupts {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("FunctionInterrupts").field(&self.source).finish()
     }
 }
