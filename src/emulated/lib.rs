@@ -56,15 +56,25 @@
 //! ```
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
+#![cfg_attr(
+    not(feature = "selftest"),
+    allow(dead_code, reason = "some is for the test operations alone; with them, all is used")
+)]
 
 mod dma;
 mod drivers;
 mod host;
 mod ioas;
 #[cfg(feature = "selftest")]
-mod selftest;
+pub mod selftest;
 pub mod uapi;
 mod units;
+
+/// What Linux's own tests need beside the uAPI. Ordinary builds have none of it.
+#[cfg(feature = "selftest")]
+const TEST_OPERATIONS: Option<&uapi::TestOperations> = Some(&selftest::OPERATIONS);
+#[cfg(not(feature = "selftest"))]
+const TEST_OPERATIONS: Option<&uapi::TestOperations> = None;
 
 pub use dma::error::{DmaError, DmaFaultReason};
 pub use dma::port_iommu::PortIommu;

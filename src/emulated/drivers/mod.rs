@@ -47,7 +47,6 @@ pub(crate) enum DriverInfo {
     /// `IOMMU_HW_INFO_TYPE_ARM_SMMUV3`.
     ArmSmmuV3(iommu_hw_info_arm_smmuv3),
     /// Another type, as its structure's bytes.
-    #[cfg_attr(not(feature = "selftest"), expect(dead_code, reason = "the mock driver's alone"))]
     Other { data_type: u32, bytes: Vec<u8> },
 }
 
@@ -280,6 +279,9 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
 
     /// Blocks all DMA of `device`, before anything is attached to it.
     fn block(&self, device: &Requester);
+
+    /// The machine has `device` no more, and its Requester ID is free.
+    fn removed(&self, _device: &Requester) {}
 
     /// Whether the user's own tables say which page table a PASID of a device has that is attached
     /// to a nested one: page requests of PASIDs then go to that.

@@ -46,10 +46,6 @@ pub(crate) trait UserData {
     ///
     /// # Errors
     /// `EFAULT`.
-    #[cfg_attr(
-        not(any(test, feature = "selftest")),
-        expect(dead_code, reason = "the mock driver's alone")
-    )]
     fn write(&self, bytes: &[u8]) -> Outcome<()>;
 }
 

@@ -5,9 +5,10 @@ use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
 use crate::host::dma_buf::{DmaBuf, Importer};
-use crate::host::machine::{Machine, Part};
+use crate::host::machine::{Machine, Opened, Part};
 use crate::host::objects::Objects;
 use crate::host::refusal::{refuse, Outcome};
+use crate::ioas::Pages;
 use crate::units::page_requests::PageRequestSink;
 use twostage::iommufd::{Errno, ObjectId, PageRequest};
 
@@ -23,7 +24,10 @@ impl Context {
     /// An iommufd without objects on `machine`.
     pub fn new(machine: Arc<Machine>) -> Arc<Self> {
         let objects = Mutex::new(Objects::new(machine.clone()));
-        Arc::new(Self { machine, objects })
+        let context = Arc::new(Self { machine, objects });
+        let opened: Weak<Self> = Arc::downgrade(&context);
+        context.machine.opened(opened);
+        context
     }
 
     /// What it was opened on.
@@ -50,6 +54,12 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         self.objects.get_mut().close();
+    }
+}
+
+impl Opened for Context {
+    fn pages(&self) -> Vec<Arc<Pages>> {
+        self.objects().pages()
     }
 }
 

@@ -150,7 +150,6 @@ fn describe(objects: &Objects, id: ObjectId, object: &Object) -> GraphObject {
         Object::Veventq(veventq) => {
             (format!("type {:#x}", veventq.kind), vec![], vec![edge(veventq.viommu)])
         }
-        #[cfg(feature = "selftest")]
         Object::Selftest(selftest) => (format!("of DEVICE {}", selftest.dev), vec![], vec![]),
     };
     GraphObject { id, kind: object.kind(), name, flags, on }

@@ -7,18 +7,19 @@
 //!
 //! Its one lock is held for look-ups only: nothing else is locked or called under it.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
 use crate::dma::DmaPort;
 use crate::drivers::{CacheTags, Driver, SmmuDriver, VtdDriver};
 use crate::host::device::{DeviceConfig, Requester};
 use crate::host::refusal::{refuse, Outcome};
-#[cfg(feature = "selftest")]
-use crate::selftest::Selftest;
+use crate::ioas::Pages;
 use crate::units::smmuv3::SmmuV3Unit;
 use crate::units::vtd::VtdUnit;
 use twostage::iommufd::{Errno, Extensions};
@@ -74,6 +75,12 @@ pub(crate) struct GroupId(u64);
 /// One iommufd that was opened on a machine. Never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ContextId(u64);
+
+/// An iommufd, as the machine that it was opened on knows it.
+pub(crate) trait Opened: Debug + Send + Sync {
+    /// What its IOASes map: each set of pages once.
+    fn pages(&self) -> Vec<Arc<Pages>>;
+}
 
 /// A machine that cannot be built, or changed, like that.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -149,9 +156,8 @@ pub struct Machine {
     state: Mutex<State>,
     tags: Arc<CacheTags>,
     contexts: AtomicU64,
-    /// For Linux's own tests.
-    #[cfg(feature = "selftest")]
-    pub(crate) selftest: Selftest,
+    /// Every iommufd that was opened here; some may be gone.
+    opened: Mutex<Vec<Weak<dyn Opened>>>,
 }
 
 #[derive(Debug, Default)]
@@ -188,9 +194,26 @@ impl Machine {
     }
 
     /// Adds an IOMMU that devices of this process do no DMA through.
-    #[cfg(any(test, feature = "selftest"))]
+    #[cfg(test)]
     pub(crate) fn add_driver(&self, driver: Arc<dyn Driver>) -> UnitId {
         self.add(driver, None)
+    }
+
+    /// The IOMMU whose driver is a `D`. It is added if there is none; devices of this process do no
+    /// DMA through it.
+    pub(crate) fn unit_of<D: Driver + Default>(&self) -> (UnitId, Arc<D>) {
+        let mut state = self.state();
+        let driver_of = |unit: &Unit| {
+            let driver: Arc<dyn Any + Send + Sync> = unit.driver.clone();
+            driver.downcast::<D>().ok()
+        };
+        let units = state.units.iter().enumerate();
+        let found = units.filter_map(|(at, unit)| Some((UnitId(at), driver_of(unit)?))).next();
+        found.unwrap_or_else(|| {
+            let driver = Arc::new(D::default());
+            state.units.push(Unit { driver: driver.clone(), hardware: None });
+            (UnitId(state.units.len() - 1), driver)
+        })
     }
 
     /// The tags of its page tables, for a driver that is to be added.
@@ -266,7 +289,11 @@ impl Machine {
         if state.group_owner(place.part.group).is_some() {
             return Err(MachineError::GroupInUse(name.to_owned()));
         }
-        state.places.remove(name);
+        let removed = state.places.remove(name);
+        drop(state);
+        if let Some(Place { part, .. }) = removed {
+            part.driver.removed(&part.requester);
+        }
         Ok(())
     }
 
@@ -294,6 +321,20 @@ impl Machine {
     /// The drivers of all IOMMUs.
     pub(crate) fn drivers(&self) -> Vec<Arc<dyn Driver>> {
         self.state().units.iter().map(|unit| unit.driver.clone()).collect()
+    }
+
+    /// An iommufd is opened here.
+    pub(crate) fn opened(&self, iommufd: Weak<dyn Opened>) {
+        let mut opened = self.opened.lock();
+        opened.retain(|iommufd| iommufd.strong_count() > 0);
+        opened.push(iommufd);
+    }
+
+    /// What the IOASes of all its iommufds map.
+    pub(crate) fn pages(&self) -> Vec<Arc<Pages>> {
+        let opened: Vec<_> = self.opened.lock().iter().filter_map(Weak::upgrade).collect();
+        // The lock of one after the other.
+        opened.iter().flat_map(|iommufd| iommufd.pages()).collect()
     }
 
     /// The name of an iommufd that is opened now.

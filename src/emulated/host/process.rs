@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The process that makes an ioctl, with the descriptors that it has of emulated files.
 
-#[cfg(feature = "selftest")]
 use std::any::Any;
-#[cfg(feature = "selftest")]
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::host::user_space::{RegionSpace, UserSpace};
-#[cfg(feature = "selftest")]
-use crate::DmaBuf;
-use crate::{EmulatedHost, EventFile};
+use crate::{DmaBuf, EmulatedHost, EventFile};
 use twostage::iommufd::Errno;
 
-/// A file that an operation of Linux's own tests opened. Dropping it closes it.
-#[cfg(feature = "selftest")]
+/// A file that an operation of Linux's own tests opened (feature `selftest`). Dropping it closes
+/// it.
+#[doc(hidden)]
 pub trait TestFile: Any + Debug + Send + Sync {
     /// What it is called, for logs.
     fn name(&self) -> &'static str;
@@ -50,14 +47,14 @@ pub trait Process: UserSpace {
     ///
     /// # Errors
     /// `EMFILE`, or what else keeps the process from it.
-    #[cfg(feature = "selftest")]
+    #[doc(hidden)]
     fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
         let _ = file;
         Err(Errno::EMFILE)
     }
 
     /// The file of a test operation that the process has open as `fd`.
-    #[cfg(feature = "selftest")]
+    #[doc(hidden)]
     fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
         let _ = fd;
         None

@@ -158,7 +158,6 @@ impl Pages {
     }
 
     /// Where all that is pinned is: pieces of whole pages, but for the first and the last.
-    #[cfg(feature = "selftest")]
     pub fn places(&self) -> Vec<UserMemory> {
         self.lock().places.values().cloned().collect()
     }

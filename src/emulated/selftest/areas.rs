@@ -3,7 +3,7 @@
 
 use std::mem::offset_of;
 
-use iommufd_bindings::iommu_ioas_copy;
+use iommufd_bindings::{iommu_ioas_copy, IOMMUFD_CMD_IOAS_COPY};
 
 use super::abi;
 use crate::ioas::IovaSpace;
@@ -19,11 +19,11 @@ pub fn in_area(space: &IovaSpace, iova: u64) -> u64 {
 }
 
 /// Makes an ordinary `IOAS_COPY` of one whose flags say that the source is by number.
-pub fn convert_copy(host: &EmulatedHost, argument: &mut Argument) {
+pub fn convert_copy(host: &EmulatedHost, number: u32, argument: &mut Argument) {
     const FLAGS: usize = offset_of!(iommu_ioas_copy, flags);
     const SRC_IOVA: usize = offset_of!(iommu_ioas_copy, src_iova);
     let flags = argument.u32(FLAGS);
-    if flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
+    if number != IOMMUFD_CMD_IOAS_COPY || flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
         return;
     }
     argument.set_u32(FLAGS, flags & !abi::MOCK_FLAGS_ACCESS_SYZ);

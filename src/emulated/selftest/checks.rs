@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Looking at what the mock IOMMU holds, and at what is pinned.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
 use super::abi::{CheckCache, CheckMap, CheckRefs};
 use super::devices::MockDevice;
 use super::driver::{mock_nested, mock_paging};
 use super::events::with_driver;
 use super::places::{Held, Place, Places};
-use crate::host::objects::{Object, Objects};
+use crate::host::objects::Object;
 use crate::host::refusal::{refuse, Outcome};
 use crate::host::user_space::UserSpace;
-use crate::ioas::{Pages, PAGE_SIZE};
-use crate::units::stage2::Mapping;
+use crate::ioas::PAGE_SIZE;
+use crate::units::stage2::Stage2;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
@@ -38,13 +35,12 @@ pub fn check_map(
         return refuse(Errno::EINVAL, format!("{length:#x} bytes at {iova:#x} and {uptr:#x}"));
     };
     let held = Held::new(user, uptr, end);
-    let mapped: Vec<Mapping> = stage2.lookup_all(iova, length);
     let places = Places::now()?;
     for (page, place) in held.pages(&places) {
         let parts = (page..page + PAGE_SIZE).step_by(page_size as usize);
         for address in parts.filter(|address| (uptr..end).contains(address)) {
             let iova = iova.wrapping_add(address - uptr);
-            let found = mapped_place(&places, &mapped, iova);
+            let found = mapped_place(&places, &stage2, iova);
             let wanted = place.plus(address - page);
             if found.as_ref() != Some(&wanted) {
                 return refuse(Errno::EINVAL, format!("{iova:#x}: {found:?}, not {wanted:?}"));
@@ -63,10 +59,8 @@ pub fn check_refs(host: &EmulatedHost, check: &CheckRefs, user: &dyn UserSpace) 
         return refuse(Errno::EINVAL, format!("{length:#x} bytes at {uptr:#x}"));
     };
     let held = Held::new(user, uptr, end);
-    // The lock of one iommufd after the other.
-    let contexts = host.machine().selftest.contexts();
     let pinned: Vec<UserMemory> =
-        contexts.iter().flat_map(|context| pinned(&context.objects())).collect();
+        host.machine().pages().iter().flat_map(|pages| pages.places()).collect();
     let places = Places::now()?;
     let pinned: Vec<(Place, u64)> =
         pinned.iter().filter_map(|memory| Some((places.of(memory)?, memory.length()))).collect();
@@ -113,19 +107,7 @@ fn check_value(entry: Option<u32>, check: &CheckCache) -> Outcome<()> {
 }
 
 /// What the IOVA leads to.
-fn mapped_place(places: &Places, mapped: &[Mapping], iova: u64) -> Option<Place> {
-    let mapping = mapped.iter().find(|mapping| (mapping.start..=mapping.last).contains(&iova))?;
+fn mapped_place(places: &Places, stage2: &Stage2, iova: u64) -> Option<Place> {
+    let mapping = stage2.lookup(iova)?;
     Some(places.of(&mapping.memory)?.plus(iova - mapping.start))
-}
-
-/// All that is pinned: the pieces of each set of pages once.
-fn pinned(objects: &Objects) -> Vec<UserMemory> {
-    let mut all: BTreeMap<*const Pages, Arc<Pages>> = BTreeMap::new();
-    for (_, object) in objects.table().iter() {
-        let Object::Ioas(ioas) = object else { continue };
-        for (_, area) in ioas.space.areas() {
-            all.insert(Arc::as_ptr(&area.pages), area.pages.clone());
-        }
-    }
-    all.values().flat_map(|pages| pages.places()).collect()
 }

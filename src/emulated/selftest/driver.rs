@@ -150,6 +150,10 @@ impl Driver for MockDriver {
 
     fn block(&self, _: &Requester) {}
 
+    fn removed(&self, device: &Requester) {
+        self.devices.remove(device.rid);
+    }
+
     fn stage2_changed(&self, _: &Arc<Stage2>) {}
 }
 

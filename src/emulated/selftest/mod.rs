@@ -33,7 +33,19 @@ mod tests;
 mod vdevices;
 mod viommu;
 
-pub(crate) use abi::{COMMAND, MIN_SIZE, SIZE};
-pub(crate) use areas::convert_copy;
-pub(crate) use machine::Selftest;
-pub(crate) use operations::run;
+pub use crate::host::fault_injection::{fail_nth, set_fail_nth};
+
+use iommufd_bindings::IOMMUFD_CMD_BASE;
+
+use crate::uapi::{Operation, TestOperations};
+
+/// All of it, as the uAPI takes it.
+pub(crate) static OPERATIONS: TestOperations = TestOperations {
+    command: Operation {
+        number: IOMMUFD_CMD_BASE + abi::COMMAND,
+        size: abi::SIZE,
+        min_size: abi::MIN_SIZE,
+        run: |host, argument, process| operations::run(host, argument, process),
+    },
+    convert: areas::convert_copy,
+};

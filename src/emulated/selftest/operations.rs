@@ -6,6 +6,7 @@ use std::mem::offset_of;
 use zerocopy::FromBytes;
 
 use super::abi::{self, op, BODY};
+use super::machine::add_mock_device;
 use super::{access, checks, dirty, dmabuf, events};
 use crate::host::device::Slot;
 use crate::host::objects::{Change, Object};
@@ -100,7 +101,7 @@ fn mock_domain(
     flags: u32,
     argument: &mut Argument,
 ) -> Outcome<()> {
-    let name = host.machine().add_mock_device(flags)?;
+    let name = add_mock_device(host.machine(), flags)?;
     let ids = host.objects().add_mock_device(&name, pt)?;
     argument.set_u32(BODY + offset_of!(abi::MockDomain, out_stdev_id), ids.selftest.0);
     argument.set_u32(BODY + offset_of!(abi::MockDomain, out_hwpt_id), ids.hwpt.0);

@@ -71,13 +71,11 @@ impl Argument {
     }
 
     /// All bytes from `offset` on.
-    #[cfg(feature = "selftest")]
     pub fn rest(&self, offset: usize) -> &[u8] {
         self.bytes.get(offset..).unwrap_or_default()
     }
 
     /// What the ioctl is to return.
-    #[cfg(feature = "selftest")]
     pub fn set_result(&mut self, result: i32) {
         self.result = result;
     }

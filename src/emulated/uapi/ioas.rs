@@ -149,8 +149,6 @@ pub(super) fn change_process(
 }
 
 pub(super) fn copy(host: &EmulatedHost, argument: &mut Argument, _: &dyn UserSpace) -> Outcome<()> {
-    #[cfg(feature = "selftest")]
-    crate::selftest::convert_copy(host, argument);
     let flags = argument.flags(offset_of!(iommu_ioas_copy, flags), FIXED | WRITEABLE | READABLE)?;
     let dst = argument.id(offset_of!(iommu_ioas_copy, dst_ioas_id));
     let src = argument.id(offset_of!(iommu_ioas_copy, src_ioas_id));

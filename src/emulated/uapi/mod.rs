@@ -19,11 +19,7 @@ mod vfio;
 mod vfio_compat;
 mod viommu;
 
-#[cfg(feature = "selftest")]
-pub use crate::host::fault_injection::{fail_nth, set_fail_nth};
-pub use crate::host::process::Process;
-#[cfg(feature = "selftest")]
-pub use crate::host::process::TestFile;
+pub use crate::host::process::{Process, TestFile};
 pub use crate::host::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
 pub use vfio::{vfio_request, DeviceFile, ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
@@ -34,19 +30,25 @@ use std::mem::{offset_of, size_of};
 use iommufd_bindings::*;
 
 use crate::host::refusal::Outcome;
-#[cfg(feature = "selftest")]
-use crate::selftest;
-use crate::EmulatedHost;
+use crate::{EmulatedHost, TEST_OPERATIONS};
 use twostage::iommufd::Errno;
 
 /// One ioctl of `/dev/iommu`.
-struct Operation {
-    number: u32,
+pub(crate) struct Operation {
+    pub number: u32,
     /// Size of the structure as this version of the uAPI knows it, in bytes.
-    size: usize,
+    pub size: usize,
     /// Size of its first version, in bytes.
-    min_size: usize,
-    run: fn(&EmulatedHost, &mut Argument, &dyn Process) -> Outcome<()>,
+    pub min_size: usize,
+    pub run: fn(&EmulatedHost, &mut Argument, &dyn Process) -> Outcome<()>,
+}
+
+/// What Linux's own tests need beside the uAPI.
+pub(crate) struct TestOperations {
+    /// `IOMMU_TEST_CMD`: one ioctl, many operations.
+    pub command: Operation,
+    /// Makes an ordinary ioctl, whose number this is, of one in a form that is for tests.
+    pub convert: fn(&EmulatedHost, u32, &mut Argument),
 }
 
 /// The operation `number` on the structure `$type`, whose first version ended after `$last`.
@@ -118,21 +120,11 @@ static OPERATIONS: [Operation; 21] = [
 
 /// The operation on what has `number`.
 fn operation(number: u32) -> Option<&'static Operation> {
-    #[cfg(feature = "selftest")]
-    if number == SELFTEST.number {
-        return Some(&SELFTEST);
-    }
-    OPERATIONS.get(number.checked_sub(IOMMUFD_CMD_BASE)? as usize)
+    let command = TEST_OPERATIONS.map(|tests| &tests.command);
+    command
+        .filter(|command| command.number == number)
+        .or_else(|| OPERATIONS.get(number.checked_sub(IOMMUFD_CMD_BASE)? as usize))
 }
-
-/// `IOMMU_TEST_CMD`, of `drivers/iommu/iommufd/iommufd_test.h`.
-#[cfg(feature = "selftest")]
-static SELFTEST: Operation = Operation {
-    number: IOMMUFD_CMD_BASE + selftest::COMMAND,
-    size: selftest::SIZE,
-    min_size: selftest::MIN_SIZE,
-    run: |host, argument, process| selftest::run(host, argument, process),
-};
 
 /// `_IO(IOMMUFD_TYPE, number)`: no direction and no size.
 const fn request_of(number: u32) -> u32 {
@@ -162,6 +154,9 @@ impl EmulatedHost {
             return Err(Errno::ENOTTY);
         }
         let mut copy = Argument::copy_in(argument, size, operation.size, operation.min_size)?;
+        if let Some(tests) = TEST_OPERATIONS {
+            (tests.convert)(self, operation.number, &mut copy);
+        }
         let outcome = (operation.run)(self, &mut copy, process);
         if outcome.is_ok() || copy.is_answer() {
             copy.copy_out(argument, size);

@@ -46,16 +46,6 @@ impl Stage2 {
         (address <= mapping.last).then(|| mapping.clone())
     }
 
-    /// The mappings that share an address with `length` bytes from `start` on, ascending.
-    #[cfg(feature = "selftest")]
-    pub fn lookup_all(&self, start: u64, length: u64) -> Vec<Mapping> {
-        let end = start.saturating_add(length);
-        let mappings = self.mappings.read();
-        let from = mappings.range(..=start).next_back().map_or(start, |(from, _)| *from);
-        let found = mappings.range(from..end).map(|(_, mapping)| mapping);
-        found.filter(|mapping| mapping.last >= start).cloned().collect()
-    }
-
     /// Adds a mapping. The caller has checked that it overlaps none.
     pub fn insert(&self, mapping: Mapping) {
         self.mappings.write().insert(mapping.start, mapping);

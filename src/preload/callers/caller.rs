@@ -5,12 +5,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use twostage::iommufd::{Errno, UserMemory};
-use twostage_emulated::uapi::{self, Credentials, UserFault, UserSpace};
-use twostage_emulated::{EmulatedHost, EventFile};
+use twostage_emulated::uapi::{self, Credentials, TestFile, UserFault, UserSpace};
+use twostage_emulated::{DmaBuf, EmulatedHost, EventFile};
 
 use crate::callers::process::Process;
 use crate::files::events::Events;
 use crate::files::file::{Caller, File};
+use crate::files::test_file::OpenTestFile;
 use crate::{callers::remote, state};
 
 /// A process that makes a call.
@@ -58,8 +59,7 @@ impl UserSpace for CallingProcess {
         self.process.credentials()
     }
 
-    #[cfg(feature = "selftest")]
-    fn dma_buf(&self, fd: i32) -> Option<Arc<twostage_emulated::DmaBuf>> {
+    fn dma_buf(&self, fd: i32) -> Option<Arc<DmaBuf>> {
         uapi::Process::test_file(self, fd)?.dma_buf().cloned()
     }
 }
@@ -86,13 +86,11 @@ impl uapi::Process for CallingProcess {
         self.open(Arc::new(Events::new(file)))
     }
 
-    #[cfg(feature = "selftest")]
-    fn install_test_file(&self, file: Arc<dyn uapi::TestFile>) -> Result<i32, Errno> {
-        self.open(Arc::new(crate::files::test_file::OpenTestFile(file)))
+    fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
+        self.open(Arc::new(OpenTestFile(file)))
     }
 
-    #[cfg(feature = "selftest")]
-    fn test_file(&self, fd: i32) -> Option<Arc<dyn uapi::TestFile>> {
+    fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
         self.process.emulated_file(fd)?.file.as_test_file().cloned()
     }
 }

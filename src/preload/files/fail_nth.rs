@@ -4,7 +4,7 @@
 //! debugfs that let all allocations fail, as they always may here.
 
 use twostage::iommufd::Errno;
-use twostage_emulated::uapi::{fail_nth, set_fail_nth};
+use twostage_emulated::selftest::{fail_nth, set_fail_nth};
 
 use crate::files::file::{Answer, Call, Caller, File};
 use crate::sys;

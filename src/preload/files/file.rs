@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use twostage::iommufd::Errno;
-use twostage_emulated::uapi::{self, UserSpace};
+use twostage_emulated::uapi::{self, TestFile, UserSpace};
 use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
 use crate::callers::process::Process;
@@ -81,8 +81,7 @@ pub trait File: Debug + Send + Sync {
     }
 
     /// The file of a test operation that it is.
-    #[cfg(feature = "selftest")]
-    fn as_test_file(&self) -> Option<&Arc<dyn twostage_emulated::uapi::TestFile>> {
+    fn as_test_file(&self) -> Option<&Arc<dyn TestFile>> {
         None
     }
 

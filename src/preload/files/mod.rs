@@ -13,6 +13,5 @@ pub mod groups;
 pub mod iommufd;
 pub mod msi;
 pub mod opener;
-#[cfg(feature = "selftest")]
 pub mod test_file;
 pub mod waiting;

@@ -3,51 +3,15 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
-use std::fmt::Debug;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::{Object, Objects};
+use super::object::{Access, AccessUnmap, Object};
+use super::Objects;
 use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
-use crate::ioas::{range_of, Area, Part, Transfer, PAGE_SIZE};
+use crate::ioas::{range_of, Area, Part, Transfer};
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
-
-/// Who uses pages that an [`Access`](crate::Access) pinned.
-pub trait AccessUnmap: Debug + Send + Sync {
-    /// The user unmaps `length` bytes at `iova`, or all (`0`, `u64::MAX`) when the access object
-    /// leaves its IOAS. By the return everything pinned there is no longer used, and unpinned
-    /// ([`Access::unpin_pages`](crate::Access::unpin_pages)).
-    ///
-    /// Called with no lock of the host held, by the thread that unmaps, which waits; by several at
-    /// once, if several unmap. It must not unmap anything itself, nor attach, replace or detach the
-    /// access object. A call may outlast the access object, for which there is then nothing to do.
-    fn unmap(&self, iova: u64, length: u64);
-}
-
-/// An access object.
-#[derive(Debug)]
-pub(crate) struct Access {
-    /// Who is told to let go of pages; none for one that pins none.
-    listener: Option<Arc<dyn AccessUnmap>>,
-    /// The IOAS that it may pin pages of; none while it moves.
-    ioas: Option<ObjectId>,
-    /// The IOAS that it has pages pinned of.
-    pub pinned_in: Option<ObjectId>,
-    /// First and last IOVA of what is pinned, and how often.
-    pins: BTreeMap<(u64, u64), u32>,
-}
-
-impl Access {
-    /// What it needs IOVAs, lengths and addresses of memory to be multiples of, in bytes.
-    pub fn alignment(&self) -> u64 {
-        if self.listener.is_some() {
-            PAGE_SIZE
-        } else {
-            1
-        }
-    }
-}
 
 impl Objects {
     /// Adds an access object, attached to nothing. Whoever made it holds it.

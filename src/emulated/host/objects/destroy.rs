@@ -17,7 +17,7 @@ impl Objects {
     /// The objects that `id` holds, once for each way it does.
     pub fn holds(&self, id: ObjectId) -> Vec<ObjectId> {
         match self.table.get(id) {
-            None | Some(Object::Ioas(_) | Object::Fault(_)) => Vec::new(),
+            None | Some(Object::Ioas(_) | Object::Fault(_) | Object::Selftest(_)) => Vec::new(),
             Some(Object::HwptPaging(hwpt)) => iter::once(hwpt.ioas).chain(hwpt.fault).collect(),
             Some(Object::HwptNested(hwpt)) => {
                 iter::once(hwpt.viommu.unwrap_or(hwpt.parent)).chain(hwpt.fault).collect()
@@ -30,8 +30,6 @@ impl Objects {
             Some(Object::Veventq(veventq)) => vec![veventq.viommu],
             Some(Object::HwQueue(queue)) => iter::once(queue.viommu).chain(queue.needs).collect(),
             Some(Object::Access(access)) => access.pinned_in.into_iter().collect(),
-            #[cfg(feature = "selftest")]
-            Some(Object::Selftest(_)) => Vec::new(),
         }
     }
 
@@ -69,7 +67,6 @@ impl Objects {
             Object::HwQueue(_) => self.stop_hw_queue(id)?,
             // Held by whoever made it until it is attached to nothing.
             Object::Access(_) => {}
-            #[cfg(feature = "selftest")]
             Object::Selftest(_) => self.end_mock_device(id)?,
             // Always held by its driver, so never here.
             Object::Device(_) => return refuse(Errno::EBUSY, "a device is ended by closing it"),

@@ -4,22 +4,14 @@
 use std::sync::{Arc, Weak};
 
 use super::group::Attachment;
-use super::{Object, Objects};
+use super::object::{Device, Object};
+use super::Objects;
 use crate::drivers::DriverInfo;
 use crate::host::device::{Requester, Slot};
 use crate::host::fault_injection::allocate;
 use crate::host::machine::{GroupId, Part};
 use crate::host::refusal::{refuse, Outcome};
-use twostage::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId, PageRequest};
-
-/// A bound device.
-#[derive(Debug)]
-pub(crate) struct Device {
-    pub part: Arc<Part>,
-    pub vdevice: Option<ObjectId>,
-    /// Page requests of groups whose last one is still to come, oldest first.
-    pub page_requests: Vec<PageRequest>,
-}
+use twostage::iommufd::{Errno, FaultSink, HwCapabilities, HwptFlags, ObjectId};
 
 /// How a slot gets a page table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

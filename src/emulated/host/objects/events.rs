@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use super::{Object, Objects};
+use super::object::{Fault, Object, Veventq};
+use super::Objects;
 use crate::host::device::Slot;
 use crate::host::events::{AttachmentId, FaultQueue, PendingGroup, VeventQueue, MAX_DEPTH};
 use crate::host::fault_injection::allocate;
@@ -12,24 +13,6 @@ use twostage::iommufd::{Errno, ObjectId, PageRequest, PageResponseCode};
 
 /// The type of vEVENTQ that none is of (`IOMMU_VEVENTQ_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_DEFAULT;
-
-/// A fault queue.
-#[derive(Debug)]
-pub(crate) struct Fault {
-    pub queue: Arc<FaultQueue>,
-    /// Its descriptor is open, and counts as a user.
-    pub open: bool,
-}
-
-/// A vEVENTQ.
-#[derive(Debug)]
-pub(crate) struct Veventq {
-    pub viommu: ObjectId,
-    /// Its type, by the uAPI's number.
-    pub kind: u32,
-    /// Its descriptor is open, and counts as a user.
-    pub open: bool,
-}
 
 impl Objects {
     /// `IOMMU_FAULT_QUEUE_ALLOC`: the object is open.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Mappings as HWPTs hold them: pinned when there is a HWPT, and where its IOMMU finds them.
 
-use super::ioas::Ioas;
+use super::object::Ioas;
 use super::Objects;
 use crate::drivers::PagingDomain;
 use crate::host::fault_injection::allocate;

@@ -142,7 +142,6 @@ impl Objects {
     }
 
     /// What `dev` is attached to in `slot`.
-    #[cfg(feature = "selftest")]
     pub fn attached_to(&self, dev: ObjectId, slot: Slot) -> Option<ObjectId> {
         let group = self.table.device(dev).ok()?.part.group;
         let attachment = self.attachment(group, slot)?;

@@ -5,7 +5,8 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::access::Wanted;
-use super::{Object, Objects};
+use super::object::{HwQueue, Object};
+use super::Objects;
 use crate::drivers::HwQueueRequest;
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
@@ -13,18 +14,6 @@ use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 /// The type of hardware queue that none is of (`IOMMU_HW_QUEUE_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_hw_queue_type_IOMMU_HW_QUEUE_TYPE_DEFAULT;
-
-/// A hardware queue. Its memory is pinned, and cannot be unmapped.
-#[derive(Debug)]
-pub(crate) struct HwQueue {
-    pub viommu: ObjectId,
-    /// The queue that this one needs.
-    pub needs: Option<ObjectId>,
-    /// Whose mappings are pinned.
-    ioas: ObjectId,
-    /// Whole pages.
-    pages: RangeInclusive<u64>,
-}
 
 /// What the user asks for.
 #[derive(Debug, Clone, Copy)]

@@ -5,38 +5,14 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::{Object, Objects};
+use super::object::{HwptNested, HwptPaging, Object};
+use super::Objects;
 use crate::drivers::{Domain, NestedDomain, PagingDomain, UserData};
 use crate::host::fault_injection::allocate;
 use crate::host::machine::Part;
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
 use twostage::iommufd::{Errno, HwptFlags, ObjectId};
-
-/// A HWPT_PAGING: filled from its IOAS.
-#[derive(Debug)]
-pub(crate) struct HwptPaging {
-    pub ioas: ObjectId,
-    /// The driver's half.
-    pub domain: Arc<dyn PagingDomain>,
-    pub flags: HwptFlags,
-    /// Made by an attachment to the IOAS; vanishes with its last attachment.
-    pub automatic: bool,
-    pub fault: Option<ObjectId>,
-}
-
-/// A HWPT_NESTED: tables that the user owns, on top of a HWPT_PAGING. It has no IOAS of its own.
-#[derive(Debug)]
-pub(crate) struct HwptNested {
-    /// The nesting parent.
-    pub parent: ObjectId,
-    /// The vIOMMU it was made from, which then holds the parent in its stead.
-    pub viommu: Option<ObjectId>,
-    /// The driver's half.
-    pub domain: Arc<dyn NestedDomain>,
-    pub flags: HwptFlags,
-    pub fault: Option<ObjectId>,
-}
 
 /// Arguments of `IOMMU_HWPT_ALLOC`.
 #[derive(Clone, Copy)]

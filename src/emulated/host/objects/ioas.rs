@@ -1,46 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The verbs of an IOAS.
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::{Object, Objects};
+use super::object::{Ioas, Object};
+use super::Objects;
 use crate::host::dma_buf::DmaBuf;
 use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
-use crate::ioas::{Area, IovaSpace, Pages, Piece, Source, PAGE_SIZE};
-use crate::units::stage2::Stage2;
+use crate::ioas::{Area, Pages, Piece, Source, PAGE_SIZE};
 use twostage::iommufd::{Errno, IovaRanges, MapTarget, ObjectId, Protection};
-
-/// An I/O address space.
-#[derive(Debug)]
-pub(crate) struct Ioas {
-    /// What is mapped, reserved and allowed.
-    pub space: IovaSpace,
-    /// What the HWPTs hold of it, as DMA finds it; nothing while there is none.
-    pub stage2: Arc<Stage2>,
-    /// HWPTs of the IOAS, oldest first.
-    pub hwpts: Vec<ObjectId>,
-    /// Access objects attached to it, oldest first.
-    pub accesses: Vec<ObjectId>,
-    /// What IOVAs, lengths and addresses of memory must be multiples of, in bytes.
-    pub alignment: u64,
-    /// HWPTs may hold pages larger than the host's (`IOMMU_OPTION_HUGE_PAGES`).
-    pub huge_pages: bool,
-}
-
-impl Default for Ioas {
-    fn default() -> Self {
-        Self {
-            space: IovaSpace::default(),
-            stage2: Arc::default(),
-            hwpts: Vec::new(),
-            accesses: Vec::new(),
-            alignment: 1,
-            huge_pages: true,
-        }
-    }
-}
 
 /// What to map, and where.
 #[derive(Debug, Clone)]
@@ -82,6 +53,17 @@ impl Objects {
     pub fn ioas_iova_ranges(&self, ioas: ObjectId) -> Outcome<IovaRanges> {
         let ioas = self.table.ioas(ioas)?;
         Ok(IovaRanges { allowed: ioas.space.usable(), alignment: ioas.alignment })
+    }
+
+    /// What the IOASes map: each set of pages once.
+    pub fn pages(&self) -> Vec<Arc<Pages>> {
+        let mut all = BTreeMap::new();
+        for (_, object) in self.table.iter() {
+            let Object::Ioas(ioas) = object else { continue };
+            let areas = ioas.space.areas();
+            all.extend(areas.map(|(_, area)| (Arc::as_ptr(&area.pages), area.pages.clone())));
+        }
+        all.into_values().collect()
     }
 
     /// A device's memory was revoked: what is mapped of it leads nowhere from now on.

@@ -16,7 +16,7 @@ mod hw_queue;
 mod hwpt;
 mod invalidate;
 mod ioas;
-#[cfg(feature = "selftest")]
+mod object;
 mod selftest;
 mod table;
 #[cfg(test)]
@@ -28,15 +28,14 @@ mod viommu;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub use access::AccessUnmap;
 pub(crate) use access::Wanted;
 pub(crate) use device::Change;
 pub(crate) use hw_queue::HwQueueArguments;
 pub(crate) use hwpt::HwptRequest;
 pub(crate) use invalidate::MAX_INVALIDATE_ENTRIES;
 pub(crate) use ioas::MapRequest;
-pub(crate) use table::Object;
-pub use table::ObjectKind;
+pub(crate) use object::Object;
+pub use object::{AccessUnmap, ObjectKind};
 pub(crate) use unmap::{Stop, Unmap};
 
 use crate::host::machine::{ContextId, GroupId, Machine};

@@ -4,18 +4,11 @@
 use std::ops::RangeInclusive;
 
 use super::device::Change;
-use super::{Object, Objects};
+use super::object::{Object, Selftest};
+use super::Objects;
 use crate::host::device::Slot;
 use crate::host::refusal::Outcome;
 use twostage::iommufd::ObjectId;
-
-/// What keeps a mock device bound. Its device, and all that is attached there, ends with it.
-#[derive(Debug)]
-pub(crate) struct Selftest {
-    pub dev: ObjectId,
-    /// The device's name in the machine.
-    pub name: String,
-}
 
 /// What a new mock device got.
 #[derive(Debug)]
@@ -32,7 +25,7 @@ impl Objects {
         // Linux makes the objects in this order, and so the ids. Nobody sees them before the end.
         let selftest = Selftest { dev: ObjectId(0), name: name.to_owned() };
         let inserted = self.table.insert(Object::Selftest(selftest));
-        let selftest = inserted.inspect_err(|_| self.machine.remove_mock_device(name))?;
+        let selftest = inserted.inspect_err(|_| self.remove_mock_device(name))?;
         let attached = self.device_bind(name).and_then(|dev| {
             if let Ok(object) = self.table.selftest_mut(selftest) {
                 object.dev = dev;
@@ -81,7 +74,12 @@ impl Objects {
         if self.table.device(dev).is_ok() {
             self.device_unbind(dev)?;
         }
-        self.machine.remove_mock_device(&name);
+        self.remove_mock_device(&name);
         Ok(())
+    }
+
+    fn remove_mock_device(&self, name: &str) {
+        // Fails for one that is gone.
+        let _ = self.machine.remove_device(name);
     }
 }

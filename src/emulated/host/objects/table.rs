@@ -2,118 +2,16 @@
 //! The objects of one iommufd by id, and how many users each has.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 
-use super::access::Access;
-use super::device::Device;
-use super::events::{Fault, Veventq};
-use super::hw_queue::HwQueue;
-use super::hwpt::{HwptNested, HwptPaging};
-use super::ioas::Ioas;
-#[cfg(feature = "selftest")]
-use super::selftest::Selftest;
-use super::viommu::{Vdevice, Viommu};
+use super::object::{
+    Access, Device, Fault, HwptPaging, Ioas, Object, ObjectKind, Selftest, Vdevice, Viommu,
+};
 use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
 /// The highest id Linux gives out.
 const MAX_ID: u32 = i32::MAX as u32;
-
-/// Kinds of objects, by the names Linux's documentation has for them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub enum ObjectKind {
-    /// An I/O address space.
-    #[cfg_attr(feature = "serde", serde(rename = "IOAS"))]
-    Ioas,
-    /// A page table filled from an IOAS.
-    #[cfg_attr(feature = "serde", serde(rename = "HWPT_PAGING"))]
-    HwptPaging,
-    /// A page table that the user owns, on top of a nesting parent.
-    #[cfg_attr(feature = "serde", serde(rename = "HWPT_NESTED"))]
-    HwptNested,
-    /// A bound device.
-    #[cfg_attr(feature = "serde", serde(rename = "DEVICE"))]
-    Device,
-    /// A slice of a physical IOMMU.
-    #[cfg_attr(feature = "serde", serde(rename = "VIOMMU"))]
-    Viommu,
-    /// A device as a vIOMMU knows it.
-    #[cfg_attr(feature = "serde", serde(rename = "VDEVICE"))]
-    Vdevice,
-    /// A user of an IOAS without an IOMMU.
-    #[cfg_attr(feature = "serde", serde(rename = "ACCESS"))]
-    Access,
-    /// A queue of page requests.
-    #[cfg_attr(feature = "serde", serde(rename = "FAULT"))]
-    Fault,
-    /// A queue of events of a vIOMMU.
-    #[cfg_attr(feature = "serde", serde(rename = "VEVENTQ"))]
-    Veventq,
-    /// A queue that a vIOMMU's hardware reads by itself.
-    #[cfg_attr(feature = "serde", serde(rename = "HW_QUEUE"))]
-    HwQueue,
-    /// What keeps a mock device bound.
-    #[cfg(feature = "selftest")]
-    #[cfg_attr(feature = "serde", serde(rename = "SELFTEST"))]
-    Selftest,
-}
-
-impl fmt::Display for ObjectKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ioas => "IOAS",
-            Self::HwptPaging => "HWPT_PAGING",
-            Self::HwptNested => "HWPT_NESTED",
-            Self::Device => "DEVICE",
-            Self::Viommu => "VIOMMU",
-            Self::Vdevice => "VDEVICE",
-            Self::Access => "ACCESS",
-            Self::Fault => "FAULT",
-            Self::Veventq => "VEVENTQ",
-            Self::HwQueue => "HW_QUEUE",
-            #[cfg(feature = "selftest")]
-            Self::Selftest => "SELFTEST",
-        })
-    }
-}
-
-/// One object.
-#[derive(Debug)]
-pub(crate) enum Object {
-    Ioas(Ioas),
-    HwptPaging(HwptPaging),
-    HwptNested(HwptNested),
-    Device(Device),
-    Viommu(Viommu),
-    Vdevice(Vdevice),
-    Access(Access),
-    Fault(Fault),
-    Veventq(Veventq),
-    HwQueue(HwQueue),
-    #[cfg(feature = "selftest")]
-    Selftest(Selftest),
-}
-
-impl Object {
-    pub fn kind(&self) -> ObjectKind {
-        match self {
-            Self::Ioas(_) => ObjectKind::Ioas,
-            Self::HwptPaging(_) => ObjectKind::HwptPaging,
-            Self::HwptNested(_) => ObjectKind::HwptNested,
-            Self::Device(_) => ObjectKind::Device,
-            Self::Viommu(_) => ObjectKind::Viommu,
-            Self::Vdevice(_) => ObjectKind::Vdevice,
-            Self::Access(_) => ObjectKind::Access,
-            Self::Fault(_) => ObjectKind::Fault,
-            Self::Veventq(_) => ObjectKind::Veventq,
-            Self::HwQueue(_) => ObjectKind::HwQueue,
-            #[cfg(feature = "selftest")]
-            Self::Selftest(_) => ObjectKind::Selftest,
-        }
-    }
-}
 
 #[derive(Debug)]
 struct Entry {
@@ -252,22 +150,14 @@ typed! {
     vdevice => Vdevice;
     access => Access;
     fault => Fault;
-}
-
-#[cfg(feature = "selftest")]
-typed! {
     selftest => Selftest;
-}
-
-#[cfg(feature = "selftest")]
-typed_mut! {
-    selftest_mut => Selftest;
 }
 
 typed_mut! {
     ioas_mut => Ioas;
     device_mut => Device;
     access_mut => Access;
+    selftest_mut => Selftest;
 }
 
 #[cfg(test)]

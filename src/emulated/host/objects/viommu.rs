@@ -3,39 +3,16 @@
 
 use std::sync::Arc;
 
-use super::{Object, Objects};
-use crate::drivers::{UserData, ViommuDriver, ViommuRequest};
-use crate::host::events::ViommuEvents;
+use super::object::{Object, Vdevice, Viommu};
+use super::Objects;
+use crate::drivers::{UserData, ViommuRequest};
 use crate::host::fault_injection::allocate;
-use crate::host::machine::UnitId;
 use crate::host::mmaps::Mmap;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
 /// The type of vIOMMU that none is of (`IOMMU_VIOMMU_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_viommu_type_IOMMU_VIOMMU_TYPE_DEFAULT;
-
-/// A slice of one physical IOMMU. It is bound to the IOMMU, not to the device that named it.
-#[derive(Debug)]
-pub(crate) struct Viommu {
-    /// Its type, by the uAPI's number.
-    pub kind: u32,
-    pub unit: UnitId,
-    /// The nesting parent.
-    pub parent: ObjectId,
-    /// The driver's half.
-    pub driver: Arc<dyn ViommuDriver>,
-    /// Where the driver reports what happens to it.
-    pub events: Arc<ViommuEvents>,
-}
-
-/// A device as a vIOMMU knows it.
-#[derive(Debug)]
-pub(crate) struct Vdevice {
-    pub viommu: ObjectId,
-    pub dev: ObjectId,
-    pub virt_id: u64,
-}
 
 impl Objects {
     /// `IOMMU_VIOMMU_ALLOC`.

@@ -3,7 +3,7 @@
 
 use super::fake::{Bench, Failure, Told, PARENT, PASID, PLAIN, RID_A, RID_B};
 use crate::host::machine::MachineError;
-use crate::host::objects::device::Change;
+use crate::host::objects::Change;
 use crate::DeviceConfig;
 use twostage::iommufd::{Errno, HostIommu, ObjectId};
 use twostage::spec::pci::Bdf;
