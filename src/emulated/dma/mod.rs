@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! DMA of devices in this process, through an emulated IOMMU.
 //!
-//! A translation and the access that it serves are one critical section: an invalidation, an unmap
-//! or a detach returns only when no access that goes by the old translation is under way. A
-//! transfer is cut into pieces of at most 64 KiB, each a section of its own, so that nobody waits
-//! long.
+//! A translation and the access that uses it are one critical section: an invalidation, an unmap or
+//! a detach returns only when no access by the old translation is in progress. A transfer is split
+//! into pieces of at most 64 KiB, each a section of its own, so that nobody waits long.
 
 pub(crate) mod error;
 mod page_tries;
@@ -24,14 +23,14 @@ use crate::units::smmuv3::SmmuV3Unit;
 use crate::units::vtd::VtdUnit;
 use twostage::iommufd::PageResponseCode;
 
-/// What a DMA request says of itself beside address and data.
+/// Attributes of a DMA request besides address and data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DmaAttributes {
-    /// PASID, when the request carries one.
+    /// PASID, if the request has one.
     pub pasid: Option<u32>,
-    /// Privileged mode requested; nothing without a PASID.
+    /// Privileged mode requested; ignored without a PASID.
     pub privileged: bool,
-    /// Execute requested; nothing without a PASID.
+    /// Execute requested; ignored without a PASID.
     pub execute: bool,
 }
 
@@ -44,7 +43,7 @@ pub enum DmaAccess {
     Write,
 }
 
-/// Where a device's DMA enters its IOMMU. Each thread of a device has its own, a clone.
+/// A device's access point to its IOMMU. Each thread of a device uses its own clone.
 #[derive(Debug, Clone)]
 pub struct DmaPort(AnyPort);
 
@@ -72,13 +71,13 @@ impl SmmuV3Unit {
 impl DmaPort {
     /// Reads memory at `iova` (bytes) into `bytes`.
     ///
-    /// A device that asks for pages ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits here
-    /// for the answers, so who serves the fault queue is on another thread. No lock is held
+    /// A device that sends page requests ([`DeviceConfig::pri`](crate::DeviceConfig::pri)) waits
+    /// here for the responses, so the fault queue must be served on another thread. No lock is held
     /// meanwhile.
     ///
     /// # Errors
-    /// [`DmaError`]; bytes before the failing address may have been read. A fault has been
-    /// delivered to the sink of the requester when this returns.
+    /// [`DmaError`]; bytes before the failing address may have been read. When this returns, a
+    /// fault has been delivered to the requester's sink.
     pub fn read(
         &mut self,
         attributes: DmaAttributes,
@@ -106,8 +105,8 @@ impl DmaPort {
         })
     }
 
-    /// Goes through the `length` bytes at `iova` piece by piece: `copy` gets the memory of each, no
-    /// longer than what is left, and how many bytes are done, and says how many it copied.
+    /// Transfers the `length` bytes at `iova` piece by piece: `copy` gets the memory of each piece,
+    /// no longer than what is left, and the number of bytes done; it returns how many it copied.
     fn transfer(
         &mut self,
         attributes: DmaAttributes,
@@ -133,15 +132,15 @@ impl DmaPort {
     }
 
     /// Writes the doubleword `data` to `iova` (bytes, a multiple of 4), as a device sends an
-    /// interrupt message: to memory, or, where the request is a [`DmaError::Interrupt`], by
-    /// `deliver`, which gets the address of that. Either is done within the critical section that
-    /// decides it, so that no message is on its way by an old translation when an invalidation
-    /// returns; `deliver` must not wait for anything.
+    /// interrupt message: to memory, or, if the request is a [`DmaError::Interrupt`], by `deliver`,
+    /// which gets the message's address. Either happens within the critical section that decides
+    /// it, so no message is on its way by an old translation when an invalidation returns;
+    /// `deliver` must not block.
     ///
     /// # Errors
-    /// As [`DmaPort::read`], but that no page is asked for: what is missing is a fault at once,
-    /// whatever the device. [`DmaError::NoMemory`], too, when the bytes are not in one page, which
-    /// they are where `iova` is what it should be.
+    /// As [`DmaPort::read`], but without page requests: a missing page is a fault, whatever the
+    /// device. Also [`DmaError::NoMemory`] if the bytes are not in one page, which they are if
+    /// `iova` is aligned.
     pub fn write_message(
         &mut self,
         attributes: DmaAttributes,
@@ -162,13 +161,13 @@ impl DmaPort {
         }
     }
 
-    /// Translates `iova` (bytes) for an access to some of the next `length` bytes, and starts the
+    /// Translates `iova` (bytes) for an access to some of the next `length` bytes and starts the
     /// critical section: invalidations wait until the result is dropped. Access the slice and drop
-    /// it; do not wait for anything in between, and never for an invalidation.
+    /// it; do not block in between, and never wait for an invalidation.
     ///
     /// # Errors
-    /// As [`DmaPort::read`]; [`DmaError::PageRequested`] when the device has asked for the page:
-    /// this does not wait for the answer. To ask takes the iommufd's lock, whose holder may be
+    /// As [`DmaPort::read`]; [`DmaError::PageRequested`] if the device has requested the page: this
+    /// does not wait for the response. A page request takes the iommufd's lock, whose holder may be
     /// waiting for sections to end: hold no [`Translated`] of another port of the unit meanwhile.
     #[inline]
     pub fn translate(
@@ -188,8 +187,8 @@ impl DmaPort {
         }))
     }
 
-    /// Takes the answer to the page requests of `group` ([`DmaError::PageRequested`]), once; none
-    /// as long as there is none. There is one, at the latest, when the attachment ends.
+    /// Takes the response to the page requests of `group` ([`DmaError::PageRequested`]), once;
+    /// `None` until there is one, which is when the attachment ends at the latest.
     pub fn page_response(&self, group: u16) -> Option<PageResponseCode> {
         match &self.0 {
             AnyPort::Vtd(port) => port.page_response(group),
@@ -197,7 +196,7 @@ impl DmaPort {
         }
     }
 
-    /// The same, but waits until there is one.
+    /// The same, but blocks until there is one.
     pub fn wait_for_page(&self, group: u16) -> PageResponseCode {
         match &self.0 {
             AnyPort::Vtd(port) => port.wait_for_page(group),
@@ -205,10 +204,10 @@ impl DmaPort {
         }
     }
 
-    /// Waits if `error` says that a page was asked for.
+    /// Waits if `error` says that a page was requested.
     ///
     /// # Errors
-    /// `error`, or that the page is refused.
+    /// `error`, or the refusal of the page.
     #[cold]
     fn wait_or_fail(&self, error: DmaError, tries: &mut PageTries) -> Result<(), DmaError> {
         match error {
@@ -228,10 +227,9 @@ impl DmaPort {
     }
 }
 
-/// A read-side critical section around any number of translations and the accesses that they
-/// serve. Invalidations wait until it is dropped, so nothing in it waits for a page: devices that
-/// work in sections make no page requests. Faults are reported then, and not before: whoever
-/// is told may invalidate.
+/// A read-side critical section around any number of translations and the accesses that use them.
+/// Invalidations wait until it is dropped, so nothing in it may wait for a page: devices that use
+/// sections make no page requests. Faults are reported at the end only, as the sink may invalidate.
 #[derive(Debug)]
 pub(crate) struct Section<'a>(AnySection<'a>);
 
@@ -242,11 +240,11 @@ enum AnySection<'a> {
 }
 
 impl Section<'_> {
-    /// Translates `iova` (bytes): where the regions that were mapped say that the memory is, and
-    /// how many bytes from there on are in one piece; at least one.
+    /// Translates `iova` (bytes): the memory's address within the mapped regions, and how many
+    /// bytes from there on are contiguous; at least one.
     ///
     /// # Errors
-    /// As [`DmaPort::read`], but that the fault is reported at the end of the section.
+    /// As [`DmaPort::read`], but the fault is reported at the end of the section.
     pub fn translate(
         &mut self,
         attributes: DmaAttributes,
@@ -259,8 +257,8 @@ impl Section<'_> {
         }
     }
 
-    /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are in one
-    /// piece; at least one.
+    /// Translates `iova` (bytes): the memory of the next `length` bytes, as far as they are
+    /// contiguous; at least one.
     ///
     /// # Errors
     /// As [`Section::translate`].
@@ -289,8 +287,8 @@ enum AnyTranslated<'a> {
 }
 
 impl Translated<'_> {
-    /// The memory: it starts with the byte at the address asked for, and has as many of the bytes
-    /// asked for as are in one page, at most 64 KiB; at least one, if one was asked for.
+    /// The memory: starts at the requested address, and has as many of the requested bytes as are
+    /// in one page, at most 64 KiB; at least one, if one was requested.
     #[inline]
     pub fn slice(&self) -> VolatileSlice<'_> {
         match &self.0 {

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long a device goes on asking for a page.
+//! How long a device keeps requesting a page.
 
 use crate::dma::error::DmaError;
 use twostage::iommufd::PageResponseCode;
 
-/// How often a transfer asks for the page at the same address.
+/// How often a transfer requests the page at the same address.
 const MAX_TRIES: u32 = 16;
 
-/// The page requests of one transfer, answered so far: it ends when a page is refused, and when one
-/// is said to be there again and again and never is.
+/// The page requests of one transfer: it fails when a page is refused, or when responses repeatedly
+/// claim success for a page that stays missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PageTries {
-    /// What was asked for last, and how often.
+    /// The last requested address, and how often.
     address: u64,
     count: u32,
 }
 
 impl PageTries {
-    /// The request for the page at `address` was answered by `response`. The transfer is to be
-    /// tried again from there on.
+    /// The request for the page at `address` got `response`. The transfer is to be retried from
+    /// there.
     ///
     /// # Errors
     /// [`DmaError::PageRefused`]: it is not.

@@ -13,7 +13,7 @@ use crate::units::engine::{
 use crate::units::gate::{ReadGuard, Reader};
 use twostage::iommufd::PageResponseCode;
 
-/// Bytes that one critical section transfers at most.
+/// Maximum number of bytes transferred in one critical section.
 const MAX_PIECE: usize = 64 << 10;
 
 /// Why the engine of a unit blocks a request.
@@ -54,7 +54,7 @@ impl<U: Unit> Port<U> {
         check_memory::<U>(attributes, iova)?;
         let request = request(self.rid, attributes, iova, access);
         let mut engine = self.reader.enter();
-        // On its own, and first: it is what nearly every request needs, and no more.
+        // Separate and first, as it is all that most requests need.
         if let Some(target) = engine.cached(&self.config, &self.counters, &request) {
             let length = length.min(piece::<U>(attributes, iova, target.length));
             return Ok(PortTranslated { engine, target, length });
@@ -105,9 +105,9 @@ pub(super) struct PortSection<'a, U: Unit> {
     config: &'a mut ConfigCache,
     counters: &'a LocalCounters,
     engine: ReadGuard<'a, U::Engine>,
-    /// Something was translated, which holds until the end of the section.
+    /// Something was translated, and is valid until the end of the section.
     translated: bool,
-    /// Dropped, and with that reported, after the gate has been left: fields are dropped in order.
+    /// Dropped, and so reported, after leaving the gate: fields are dropped in order.
     faults: Unreported<'a, U>,
 }
 
@@ -150,8 +150,9 @@ impl<U: Unit> PortSection<'_, U> {
         let request = request(self.rid, attributes, iova, access);
         let found = match self.engine.cached(self.config, self.counters, &request) {
             Some(target) => Ok(target),
-            // That holds until the section ends, so that it cannot be left. Nor need it be: the
-            // requester has something attached, unless requests differ in PASID.
+            // The earlier translation is valid until the section ends, so the section cannot be
+            // left. It need not: the requester has something attached, unless requests differ in
+            // PASID.
             None if self.translated => self.engine.translate(self.config, self.counters, &request),
             None => walk(self.unit, &mut self.engine, self.config, self.counters, &request),
         };
@@ -169,9 +170,9 @@ impl<U: Unit> PortSection<'_, U> {
     }
 }
 
-/// Where `request` goes, by tables and not by what is cached of them. If nothing is attached for
-/// it, who may attach something is asked to, outside the section, and then it is tried again: only
-/// to be called while nothing that was read in the section is in use.
+/// Translates `request` by tables, not by the caches. If nothing is attached for it, asks whoever
+/// may attach something, outside of the section, and tries again: only to be called while nothing
+/// read in the section is in use.
 #[cold]
 #[inline(never)]
 fn walk<U: Unit>(
@@ -191,7 +192,7 @@ fn walk<U: Unit>(
     }
 }
 
-/// Faults of a section that nobody has been told of.
+/// Faults of a section that have not been reported.
 #[derive(Debug)]
 struct Unreported<'a, U: Unit> {
     unit: &'a U,
@@ -219,13 +220,14 @@ impl<U: Unit> PortTranslated<'_, U> {
     /// See [`super::Translated::slice`].
     #[inline]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        // A mapping lies in its memory ([`twostage::iommufd::UserMemory`]), so there always is one.
+        // A mapping lies within its memory ([`twostage::iommufd::UserMemory`]), so this never
+        // fails.
         let slice = self.engine.caches().slice(self.target.place, self.length);
         slice.unwrap_or_else(|| (&mut [][..]).into())
     }
 }
 
-/// Whether a request to `iova` is one to memory, and no interrupt message.
+/// Whether a request to `iova` is a memory access and not an interrupt message.
 #[inline]
 fn check_memory<U: Unit>(attributes: DmaAttributes, iova: u64) -> Result<(), DmaError> {
     match U::Engine::INTERRUPTS {
@@ -236,8 +238,8 @@ fn check_memory<U: Unit>(attributes: DmaAttributes, iova: u64) -> Result<(), Dma
     }
 }
 
-/// How many bytes from `iova` on one section may access, when `target` bytes are in one page. A
-/// page of 1 GiB may hold addresses that are interrupt messages.
+/// How many bytes from `iova` on one section may access, if `target` bytes are in one page. A 1 GiB
+/// page may contain addresses of interrupt messages.
 #[inline]
 fn piece<U: Unit>(attributes: DmaAttributes, iova: u64, target: u64) -> usize {
     let length = target.min(MAX_PIECE as u64);
@@ -259,9 +261,8 @@ fn request(rid: u16, attributes: DmaAttributes, address: u64, access: DmaAccess)
     Request { rid, pasid, address, kind }
 }
 
-/// Asks for the page, if that can help and somebody serves it; what else stops a request is a
-/// fault. The gate must have been left. Never inlined: it would be too much for [`Port::translate`]
-/// to be.
+/// Requests the page if that can help and somebody serves requests; otherwise the request faults.
+/// The gate must have been left. Never inlined, to keep [`Port::translate`] small.
 #[cold]
 #[inline(never)]
 fn stopped<U: Unit>(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A DMA port as `vm_memory`'s `Iommu`, for devices that are written against that crate.
+//! A DMA port as `vm_memory`'s `Iommu`, for devices written against that crate.
 
 use std::sync::Arc;
 use twostage::sync::Mutex;
@@ -9,20 +9,20 @@ use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
 use crate::dma::{DmaAccess, DmaAttributes, DmaPort, Section};
 
-/// One requester's DMA as a [`vm_memory::Iommu`], for the length of one critical section: put it
-/// and the guest's memory into a [`vm_memory::IommuMemory`], and a device that knows nothing of
-/// IOMMUs works behind one.
+/// One requester's DMA as a [`vm_memory::Iommu`] for the duration of one critical section: with it
+/// and the guest's memory in a [`vm_memory::IommuMemory`], a device that knows nothing of IOMMUs
+/// works behind one.
 ///
-/// The memory must consist of the regions that the IOAS maps: translations are given as addresses
-/// in them.
+/// The memory must consist of the regions that the IOAS maps: translations are addresses in them.
 ///
-/// `vm_memory` translates first and accesses later. So the section is entered when this is made and
-/// left when it is dropped, and an [`vm_memory::IommuMemory`] that owns it lends out no slice for
-/// longer: an invalidation returns only when no access by an older translation is under way.
-/// Invalidations **wait** meanwhile, and with them vCPUs. Make it for a bounded piece of work, such
-/// as one look at a virtqueue's rings; never keep it across input, output or any other wait, and do
-/// not invalidate with it. Faults are reported when it is dropped. For data, [`DmaPort::read`] and
-/// [`DmaPort::write`] are several times as fast: no translation is stored and looked up again.
+/// `vm_memory` translates first and accesses later. So the section is entered when this is created
+/// and left when it is dropped, and a [`vm_memory::IommuMemory`] that owns it lends no slice for
+/// longer: an invalidation returns only when no access by an older translation is in progress.
+/// Meanwhile invalidations **wait**, and vCPUs with them. Create it for a bounded piece of work,
+/// such as one pass over a virtqueue's rings; never hold it across I/O or any other wait, and do
+/// not invalidate while holding it. Faults are reported when it is dropped. For data,
+/// [`DmaPort::read`] and [`DmaPort::write`] are several times as fast: they do not store a
+/// translation to look it up again.
 #[derive(Debug)]
 pub struct PortIommu<'a> {
     attributes: DmaAttributes,
@@ -32,7 +32,7 @@ pub struct PortIommu<'a> {
 #[derive(Debug)]
 struct State<'a> {
     section: Section<'a>,
-    /// What was translated in this section: nothing can have changed since.
+    /// What was translated in this section, and is valid until its end.
     iotlb: Arc<Iotlb>,
 }
 
@@ -59,7 +59,7 @@ impl State<'_> {
             Permissions::Write => &[DmaAccess::Write],
             Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],
         };
-        // One that somebody still iterates over stays with them.
+        // If somebody still iterates over it, it stays with them.
         let mut iotlb = Arc::into_inner(std::mem::take(&mut self.iotlb)).unwrap_or_default();
         let mut at = iova;
         while at < end {
@@ -69,7 +69,7 @@ impl State<'_> {
                 let piece = piece.map_err(|error| error.to_string())?;
                 (address, length) = (piece.0, length.min(piece.1));
             }
-            // More than was asked for may be there, but no more than the address space has.
+            // It may exceed the request, but not the address space.
             let length = length.min((u64::MAX - at) as usize);
             iotlb
                 .set_mapping(GuestAddress(at), address, length, access)
@@ -128,7 +128,7 @@ mod tests {
         })
     }
 
-    /// A port to the regions, back to front: IOVA 0x1000 on is the second, then comes the first.
+    /// A port to the regions in reverse order: IOVA 0x1000 is in the second, followed by the first.
     fn port(regions: &[Arc<GuestRegionMmap>; 2]) -> DmaPort {
         let stage2 = Arc::new(Stage2::default());
         for (start, region) in [(0x1000, &regions[1]), (0x5000, &regions[0])] {
@@ -174,7 +174,7 @@ mod tests {
         let mut port = port(&regions);
         let section = port.section(DmaAttributes::default());
         let behind = IommuMemory::new(memory, section, true, ());
-        // A look-up in the middle of another one, which it makes no difference to.
+        // A lookup during another one, which does not affect it.
         let mut first = behind.get_slices(GuestAddress(0x1000), 0x8000, Permissions::Read).unwrap();
         let mut length = first.next().unwrap().unwrap().len();
         behind.store(7u32, GuestAddress(0x5000), std::sync::atomic::Ordering::SeqCst).unwrap();

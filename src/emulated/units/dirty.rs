@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which pages of a page table were written: its dirty flags.
 //!
-//! Whoever plays the hardware marks pages while tracking is on; the objects read and clear the
-//! marks. A page that is marked may be written again without a mark until it is cleared and the
-//! hardware has dropped what it cached: [`crate::drivers::Driver::stage2_changed`].
+//! The hardware half marks pages while tracking is on; the objects read and clear the marks. A
+//! marked page may be written again without a mark until the mark is cleared and the hardware has
+//! dropped what it cached: [`crate::drivers::Driver::stage2_changed`].
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -30,7 +30,7 @@ pub(crate) struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// Of a page table whose smallest page is `page_size` bytes, a power of two. Tracking is off.
+    /// For a page table whose smallest page is `page_size` bytes, a power of two. Tracking is off.
     pub fn new(page_size: u64) -> Self {
         let shift = page_size.trailing_zeros();
         Self { enabled: AtomicBool::new(false), shift, chunks: Mutex::default() }
@@ -46,20 +46,21 @@ impl DirtyLog {
         self.enabled.store(enabled, Ordering::Release);
     }
 
-    /// Marks the pages that `iovas` touches. Takes time by their number.
+    /// Marks the pages that `iovas` touches. Takes time proportional to their number.
     pub fn mark(&self, iovas: RangeInclusive<u64>) {
         let mut chunks = self.lock();
         for page in iovas.start() >> self.shift..=iovas.end() >> self.shift {
             let chunk =
                 chunks.entry(page / CHUNK_PAGES).or_insert_with(|| Box::new([0; CHUNK_WORDS]));
             let (word, bit) = place(page);
-            // In bounds: the rest of a division by the number of bits.
+            // In bounds: the remainder of a division by the number of bits.
             chunk[word] |= bit;
         }
     }
 
-    /// The runs of marked IOVAs in `iovas`, which starts and ends with a page, ascending; `clear`
-    /// takes the marks away. Takes time by the number of marks, not by the range.
+    /// The runs of marked IOVAs in `iovas`, which starts and ends at page boundaries, ascending;
+    /// `clear` clears the marks. Takes time proportional to the number of marks, not the size of
+    /// the range.
     pub fn read(&self, iovas: &RangeInclusive<u64>, clear: bool) -> Vec<RangeInclusive<u64>> {
         let (first, last) = (iovas.start() >> self.shift, iovas.end() >> self.shift);
         let mut runs: Vec<RangeInclusive<u64>> = Vec::new();
@@ -76,7 +77,7 @@ impl DirtyLog {
                 let pages = number * CHUNK_PAGES..=number * CHUNK_PAGES + (CHUNK_PAGES - 1);
                 for page in first.max(*pages.start())..=last.min(*pages.end()) {
                     let (word, bit) = place(page);
-                    // In bounds, as when it was marked.
+                    // In bounds, as in `mark`.
                     chunk[word] &= !bit;
                 }
                 if chunk.iter().all(|word| *word == 0) {
@@ -95,7 +96,7 @@ impl DirtyLog {
         runs.iter().map(iovas).collect()
     }
 
-    /// Takes all marks away.
+    /// Clears all marks.
     pub fn clear(&self) {
         self.lock().clear();
     }
@@ -105,7 +106,7 @@ impl DirtyLog {
     }
 }
 
-/// Where in its chunk the mark of `page` is: word and bit.
+/// Word and bit of the mark of `page` in its chunk.
 fn place(page: u64) -> (usize, u64) {
     ((page % CHUNK_PAGES / 64) as usize, 1 << (page % 64))
 }
@@ -135,7 +136,7 @@ mod tests {
     }
 
     fn range() -> impl Strategy<Value = RangeInclusive<u64>> {
-        // Across the edges of chunks.
+        // Across chunk boundaries.
         let page = prop_oneof![0u64..70, CHUNK_PAGES - 40..CHUNK_PAGES + 70];
         (page, 0u64..40).prop_map(|(first, more)| first..=first + more)
     }

@@ -1,44 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A big-reader lock: reading is as cheap as it gets, writing waits for every reader.
+//! A big-reader lock: reading is as cheap as possible, writing waits for every reader.
 //!
-//! DMA reads translations all the time; invalidations change them rarely, and must not return
-//! while any DMA still uses what they took away. So each [`Reader`] owns a slot on cache lines of
-//! its own and marks it busy while it reads; nothing that readers write is shared between them. A
-//! writer closes the gate, waits until every slot is idle, has the value to itself, and opens the
-//! gate. A reader that finds the gate closed marks its slot idle again and queues up behind the
-//! writer: it sleeps, it does not spin.
+//! DMA reads translations all the time; invalidations change them rarely, and must not return while
+//! any DMA still uses what they removed. So each [`Reader`] owns a slot on its own cache lines and
+//! marks it busy while it reads; readers share nothing that they write. A writer closes the gate,
+//! waits until every slot is idle, has exclusive access to the value, and opens the gate. A reader
+//! that finds the gate closed marks its slot idle again and blocks on the writer's mutex: it sleeps
+//! instead of spinning.
 //!
 //! # Why this is exclusive
 //!
 //! A reader stores *busy* and then loads *closed*; a writer stores *closed* and then loads *busy*.
-//! All four are sequentially consistent, so they have one total order, and whichever store comes
-//! second in it is followed by a load that must see the first: the reader finds the gate closed, or
-//! the writer finds the slot busy, or both. Never neither. (With acquire and release alone both
-//! loads could run ahead of the stores, and both sides would go in.)
+//! All four are sequentially consistent, so they have one total order, and whichever store is
+//! second is followed by a load that must see the first: the reader finds the gate closed, or the
+//! writer finds the slot busy, or both. (With acquire and release only, both loads could be
+//! reordered before the stores, and both sides would enter.)
 //!
 //! * *What readers did happens before what the writer does.* A reader leaves by a release store of
-//!   *idle*; the writer goes in after its load, an acquire, has seen that store or a later one of
-//!   the same slot, which comes after it in the reader's program order.
+//!   *idle*; the writer enters after its acquire load has seen that store or a later one of the
+//!   same slot, which follows it in the reader's program order.
 //! * *What the writer did happens before what readers do.* The writer opens the gate by a release
-//!   store. A reader that entered after the writer looked at its slot has the writer's *closed*
-//!   before its own load in the total order, so the load sees that or something newer: the
-//!   release store of this writer, or what a later writer stored, who had the mutex after this one.
-//! * *Writers exclude each other* by a mutex. *Closed* is only ever true while it is held, so a
-//!   reader that holds it may mark its slot busy without looking.
+//!   store. A reader that entered after the writer checked its slot has the writer's *closed*
+//!   before its own load in the total order, so the load sees that or something newer: the release
+//!   store of this writer, or a later writer's store, which had the mutex after this one.
+//! * *Writers exclude each other* by a mutex. *Closed* is only true while it is held, so a reader
+//!   that holds it may mark its slot busy without checking.
 //!
-//! `make loom` tries every order of the threads' steps in a model of memory that knows no more than
-//! this.
+//! `make loom` checks all interleavings of the threads' steps in loom's memory model.
 //!
 //! # Progress
 //!
-//! A writer waits for at most one read section of each reader: once closed, the gate lets nobody
-//! in. A reader waits for the mutex, which a writer holds for one write; having it, the reader goes
-//! in whatever other writers want. The mutex is as fair as the system's: threads that write without
-//! a pause may overtake a reader that sleeps, but no writer makes it start over.
+//! A writer waits for at most one read section of each reader: a closed gate lets nobody in. A
+//! reader waits for the mutex, which a writer holds for one write; once it has it, it enters
+//! regardless of other writers. The mutex is as fair as the system's: threads that write
+//! continuously may overtake a sleeping reader, but no writer makes it start over.
 //!
-//! A thread that holds a [`ReadGuard`] must not write to the same gate: it would wait for itself.
-//! A guard that is leaked makes writes wait for as long as its reader lives; it breaks no promise
-//! of memory safety.
+//! A thread that holds a [`ReadGuard`] must not write to the same gate: it would deadlock. A leaked
+//! guard blocks writes for as long as its reader lives, which is memory-safe.
 #![allow(unsafe_code)]
 
 #[cfg(all(loom, test))]
@@ -60,18 +58,18 @@ use model::{
     Ordering,
 };
 
-/// A value that no other data shares a cache line with, nor the line that is prefetched with it.
+/// A value that shares neither a cache line nor its prefetch neighbour with other data.
 #[repr(align(128))]
 struct CachePadded<T>(T);
 
-/// Whether one reader is inside.
+/// Whether the reader is inside.
 type Slot = CachePadded<AtomicBool>;
 
 /// See the [module's documentation](self).
 pub(crate) struct Gate<T> {
     /// A writer is inside or waits for readers to leave. Written with `slots` locked.
     closed: CachePadded<AtomicBool>,
-    /// Held by who writes; the slot of every reader.
+    /// Held by writers; the slots of all readers.
     slots: Mutex<Vec<Arc<Slot>>>,
     value: UnsafeCell<T>,
 }
@@ -98,8 +96,8 @@ impl<T> Gate<T> {
         Reader { gate: Arc::clone(self), slot }
     }
 
-    /// Changes the value with no reader inside. What readers looked up before is out of use when
-    /// `change` starts, and all that enter after see what it did.
+    /// Changes the value with no reader inside. When `change` starts, nothing that readers looked
+    /// up before is in use, and all that enter afterwards see its effect.
     pub fn write<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
         let closed = self.close();
         closed.wait_until_idle();
@@ -111,8 +109,8 @@ impl<T> Gate<T> {
     /// Keeps other writers and new readers out until the result is dropped.
     fn close(&self) -> Closed<'_, T> {
         let mut slots = self.lock();
-        // A reader that is gone has left its slot to us alone. To drop the slot's last reference is
-        // to acquire what the reader released with its own: all it did happens before.
+        // The slots of dropped readers have no other reference. Dropping the last reference
+        // acquires what the reader released with its own: everything it did happens before.
         slots.retain(|slot| Arc::strong_count(slot) > 1);
         self.closed.0.store(true, Ordering::SeqCst);
         Closed { gate: self, slots }
@@ -130,12 +128,12 @@ impl<T> fmt::Debug for Gate<T> {
     }
 }
 
-/// Lets a little time pass for the round number `round` of waiting for a reader.
+/// Waits a little for a reader, in round number `round`.
 #[cfg(not(all(loom, test)))]
 fn wait(round: u32) {
-    /// Rounds before the writer gives way to other threads, and before it sleeps between looks. A
-    /// read section is a copy of at most some pages: it ends within the first, unless its thread is
-    /// not running.
+    /// Rounds before the writer yields to other threads, and before it sleeps. A read section
+    /// copies at most some pages: it ends within the first rounds, unless its thread is not
+    /// running.
     const SPIN_ROUNDS: u32 = 128;
     const YIELD_ROUNDS: u32 = 1024;
     const SLEEP: std::time::Duration = std::time::Duration::from_micros(50);
@@ -149,7 +147,7 @@ fn wait(round: u32) {
 #[cfg(all(loom, test))]
 use model::wait;
 
-/// The gate is closed for as long as this lives.
+/// The gate is closed while this exists.
 struct Closed<'a, T> {
     gate: &'a Gate<T>,
     slots: MutexGuard<'a, Vec<Arc<Slot>>>,
@@ -175,7 +173,7 @@ impl<T> Drop for Closed<'_, T> {
     }
 }
 
-/// One who may read: at most one read section at a time.
+/// A reader: at most one read section at a time.
 pub(crate) struct Reader<T> {
     gate: Arc<Gate<T>>,
     /// Busy while this reader is inside. Nobody else writes it.
@@ -194,8 +192,8 @@ impl<T> Reader<T> {
 /// Starts a read section of the reader whose slot is `slot`, which is idle.
 #[inline]
 fn enter<T>(gate: &Gate<T>, slot: &Slot) {
-    // A swap and not a store: on x86 both are the same locked instruction, and elsewhere a swap is
-    // never dearer than a store and a fence.
+    // A swap, not a store: on x86 both are the same locked instruction, and elsewhere a swap is
+    // never more expensive than a store and a fence.
     slot.0.swap(true, Ordering::SeqCst);
     if gate.closed.0.load(Ordering::SeqCst) {
         enter_after_writer(gate, slot);
@@ -210,7 +208,7 @@ fn enter_after_writer<T>(gate: &Gate<T>, slot: &Slot) {
 }
 
 impl<T> Clone for Reader<T> {
-    /// Another reader of the same gate, with a slot of its own.
+    /// Another reader of the same gate, with its own slot.
     fn clone(&self) -> Self {
         self.gate.reader()
     }
@@ -222,17 +220,17 @@ impl<T> fmt::Debug for Reader<T> {
     }
 }
 
-/// A read section: the value does not change while this lives.
+/// A read section: the value does not change while this exists.
 pub(crate) struct ReadGuard<'a, T> {
     gate: &'a Gate<T>,
     slot: &'a Slot,
 }
 
 impl<T> ReadGuard<'_, T> {
-    /// Ends the section for as long as `pause` takes, which may write, and starts another one:
-    /// nothing that was read before holds after it.
+    /// Leaves the section while `pause` runs, which may write, and starts another one: nothing read
+    /// before is valid after it.
     pub fn outside<R>(&mut self, pause: impl FnOnce() -> R) -> R {
-        /// Enters again whatever becomes of `pause`, as the guard lives on.
+        /// Enters again even if `pause` panics, as the guard still exists.
         struct Outside<'a, T>(&'a Gate<T>, &'a Slot);
         impl<T> Drop for Outside<'_, T> {
             fn drop(&mut self) {
@@ -309,8 +307,8 @@ mod tests {
         });
     }
 
-    /// Lets readers watch a cell that every writer sets while it is inside, and counts how often
-    /// one was seen inside together with a reader.
+    /// Lets readers watch a cell that every writer sets while inside, and counts how often a reader
+    /// saw it set.
     fn meetings(wait: bool) -> u64 {
         let gate = Gate::new(AtomicBool::new(false));
         let met = AtomicU64::new(0);
@@ -331,8 +329,8 @@ mod tests {
                 });
             }
             let mut writes = 0;
-            // Without the wait, until the readers have noticed: on a loaded machine that may take
-            // a while, so the bound is generous.
+            // Without the wait, until the readers have noticed: that may take a while on a busy
+            // machine, so the bound is generous.
             while writes < WRITES || (!wait && met.load(Ordering::Relaxed) == 0 && writes < 1 << 24)
             {
                 let closed = gate.close();
@@ -370,7 +368,7 @@ mod tests {
         assert_eq!(*section, 0);
         section.outside(|| gate.write(|value| *value = 1));
         assert_eq!(*section, 1);
-        // Inside again: who writes waits for it, whatever became of the pause.
+        // Inside again: writers wait for it, whatever happened to the pause.
         let paused = std::panic::AssertUnwindSafe(|| section.outside(|| panic!("on purpose")));
         assert!(std::panic::catch_unwind(paused).is_err());
         thread::scope(|scope| {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One VT-d unit, as its driver programs it and the hardware half plays it.
+//! One VT-d unit: the interface between its driver and the hardware half.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Weak};
@@ -11,8 +11,8 @@ use twostage::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
 };
 
-/// How an IOMMU tags what it caches of one HWPT: the domain id that a host driver would choose.
-/// Unique among the living HWPTs of the emulated host, and not used again soon after one is gone.
+/// The tag of what an IOMMU caches for one HWPT: the domain ID that a host driver would choose.
+/// Unique among the HWPTs of the emulated host, and not reused soon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct CacheTag(pub u32);
 
@@ -25,64 +25,64 @@ pub(crate) enum UserTables {
     VtdSecondStage(HwptVtdSecondStage),
 }
 
-/// What an attachment puts into the host-side PASID table: where a requester's DMA goes.
+/// What an attachment writes to the host-side PASID table: where a requester's DMA goes.
 #[derive(Debug, Clone)]
 pub(crate) struct Translation {
     /// Tag of the HWPT.
     pub tag: CacheTag,
     /// The user's tables for a HWPT_NESTED; none for a HWPT_PAGING (stage 2 only).
     pub tables: Option<UserTables>,
-    /// Stage 2: what the IOAS maps.
+    /// Stage 2: the mappings of the IOAS.
     pub stage2: Arc<Stage2>,
-    /// Where pages of stage 2 are marked when they are written; none when they cannot be tracked.
+    /// The log of written stage-2 pages; none if they cannot be tracked.
     pub dirty: Option<Arc<DirtyLog>>,
 }
 
-/// Which cached addresses of one tag to drop.
+/// The cached addresses of one tag to drop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CacheRange {
-    /// All of them, with the paging-structure caches.
+    /// All of them, including the paging-structure caches.
     All,
-    /// `pages` 4 KiB pages from `address` (bytes, 4 KiB aligned) on; `address + pages * 4096` is
-    /// at most 2^64. `leaf`: paging-structure caches may stay.
+    /// `pages` 4 KiB pages from `address` (bytes, 4 KiB aligned) on; `address + pages * 4096` is at
+    /// most 2^64. `leaf`: paging-structure caches may stay.
     Pages { address: u64, pages: u64, leaf: bool },
 }
 
-/// One VT-d unit. All calls may come from any thread, together with DMA; a call returns only
-/// when no DMA uses, and none will use, what it took away.
+/// One VT-d unit. All calls may come from any thread, concurrently with DMA; a call returns only
+/// when no DMA uses, or will use, what it removed.
 pub(crate) trait Hardware: Debug + Send + Sync {
-    /// What its registers say.
+    /// The contents of its registers.
     fn info(&self) -> iommu_hw_info_vtd;
 
     /// Whether it can walk `tables`.
     fn walks(&self, tables: &UserTables) -> bool;
 
-    /// Width of the PASIDs it translates, in bits; 0 for none.
+    /// Width of its PASIDs in bits; 0 for none.
     fn pasid_bits(&self) -> u8;
 
-    /// What it can do that no hardware can.
+    /// Abilities beyond those of hardware.
     fn extensions(&self) -> Extensions {
         Extensions { guest_second_stage: true, fault_reports: true }
     }
 
-    /// Sends DMA of `rid` (or its `pasid`) to `translation`, in place of what was there.
+    /// Sends DMA of `rid` (or its `pasid`) to `translation`, replacing the old one.
     fn install(&self, rid: u16, pasid: Option<u32>, translation: Translation);
 
     /// Blocks DMA of `rid` (or its `pasid`).
     fn remove(&self, rid: u16, pasid: Option<u32>);
 
-    /// Drops what is cached of one HWPT's user tables, in all of `ranges` at once.
+    /// Drops what is cached of one HWPT's user tables in all of `ranges` at once.
     fn invalidate(&self, tag: CacheTag, ranges: &[CacheRange]);
 
-    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
-    /// that was cached through it.
+    /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
+    /// cached through it.
     fn stage2_changed(&self, stage2: &Arc<Stage2>);
 
-    /// The page requests of its devices; none when it takes none.
+    /// The page requests of its devices; none if it takes none.
     fn page_requests(&self) -> Option<&PageRequests> {
         None
     }
 
-    /// Where faults of `rid` go, and under which device object; `None` to report them to nobody.
+    /// Where faults of `rid` go, and under which device object; `None`: nowhere.
     fn set_fault_sink(&self, rid: u16, sink: Option<(ObjectId, Weak<dyn FaultSink>)>);
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The hardware half: IOMMUs that walk stage 1 through stage 2, and cache what hardware may cache.
+//! The hardware half: IOMMUs that walk stage 1 through stage 2, with the caches that hardware may
+//! have.
 
 pub(crate) mod dirty;
 pub(crate) mod engine;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page requests of emulated devices (PCI PRI): who serves them, and what they were answered.
+//! Page requests of emulated devices (PCI PRI): who serves them, and the responses.
 //!
-//! A device that meets a translation which software can mend asks for the page, in a group of one
-//! request, and tries again when the answer says so. The groups are here from the request until the
-//! device has taken the answer; who waits holds no lock meanwhile, and is in no section of DMA.
+//! A device that meets a translation which software can fix requests the page, in a group of one
+//! request, and tries again after the response. Groups are kept here from the request until the
+//! device has taken the response; a waiting device holds no lock and is in no DMA section.
 //!
-//! The lock here is taken last: nothing is called with it held.
+//! The lock here is the innermost: nothing is called with it held.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -16,10 +16,10 @@ use crate::host::refusal::Outcome;
 use crate::units::engine::request::Request;
 use twostage::iommufd::{PageRequest, PageRequestFlags, PageRequestPermissions, PageResponseCode};
 
-/// Groups that a device can have open: an index has 9 bits (PCIe 6.0 §10.4.1).
+/// Maximum number of open groups of a device: an index has 9 bits (PCIe 6.0 §10.4.1).
 const MAX_GROUPS: u16 = 1 << 9;
 
-/// Size of the pages that are asked for, in bytes.
+/// Size of the requested pages, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
 /// Who serves the page requests of one device while it is bound.
@@ -27,7 +27,7 @@ pub(crate) trait PageRequestSink: Debug + Send + Sync {
     /// The device asks for a page.
     ///
     /// # Errors
-    /// Nobody serves the request: there will be no answer.
+    /// Nobody serves the request: there will be no response.
     fn page_request(&self, request: PageRequest) -> Outcome<()>;
 }
 
@@ -43,17 +43,16 @@ pub(crate) struct PageRequests {
 #[derive(Debug, Default)]
 struct Interface {
     sink: Option<Arc<dyn PageRequestSink>>,
-    /// The open groups by index, and what they were answered.
+    /// The open groups by index, and their responses.
     groups: BTreeMap<u16, Option<PageResponseCode>>,
-    /// The index after the last one that was used: none is used again soon, so that nobody takes an
-    /// answer to another.
+    /// The index after the last one used: indices are not reused soon, so that no response is taken
+    /// for another.
     next: u16,
 }
 
 impl PageRequests {
-    /// From now on `sink` serves the requests of `rid`, or nobody does. Those made before count as
-    /// refused: whoever waits for an answer is woken. (The attachment need not end with them: other
-    /// devices of the group may stay.)
+    /// Sets who serves the requests of `rid`. Requests made before count as refused, and waiting
+    /// devices are woken. (The attachment may continue: other devices of the group may stay.)
     pub fn set_sink(&self, rid: u16, sink: Option<Arc<dyn PageRequestSink>>) {
         let mut devices = self.devices();
         let interface = devices.entry(rid).or_default();
@@ -62,12 +61,12 @@ impl PageRequests {
         self.answered.notify_all();
     }
 
-    /// Asks for the page of `request`: the index of the group; none when nobody serves it, or the
-    /// device has as many groups open as it can.
+    /// Requests the page of `request`: returns the index of the group; none if nobody serves it, or
+    /// the device has the maximum of open groups.
     pub fn ask(&self, request: &Request) -> Option<u16> {
         let (group, sink) = self.open(request.rid)?;
         let outcome = sink.page_request(page_request(request, group));
-        // It may have been answered by now: that is for whoever waits.
+        // It may already have a response, which the waiter takes.
         if outcome.is_err() {
             self.close(request.rid, group);
             return None;
@@ -75,7 +74,7 @@ impl PageRequests {
         Some(group)
     }
 
-    /// The device `rid` is told what became of its group `group`.
+    /// Responds to group `group` of the device `rid`.
     pub fn answer(&self, rid: u16, group: u32, code: PageResponseCode) {
         let Ok(group) = u16::try_from(group) else { return };
         let mut devices = self.devices();
@@ -86,13 +85,13 @@ impl PageRequests {
         }
     }
 
-    /// Takes the answer to a group of `rid`, whose index is free then; none as long as there is
+    /// Takes the response to a group of `rid`, whose index is then free; none as long as there is
     /// none. A group that is not open was refused.
     pub fn take_answer(&self, rid: u16, group: u16) -> Option<PageResponseCode> {
         take(&mut self.devices(), rid, group)
     }
 
-    /// The same, when there is one.
+    /// The same, but waits for it.
     pub fn wait_for_answer(&self, rid: u16, group: u16) -> PageResponseCode {
         let mut devices = self.devices();
         loop {
@@ -103,7 +102,7 @@ impl PageRequests {
         }
     }
 
-    /// Opens a group of `rid`, which somebody serves.
+    /// Opens a group of `rid`, if somebody serves its requests.
     fn open(&self, rid: u16) -> Option<(u16, Arc<dyn PageRequestSink>)> {
         let mut devices = self.devices();
         let interface = devices.get_mut(&rid)?;
@@ -137,7 +136,7 @@ fn take(devices: &mut BTreeMap<u16, Interface>, rid: u16, group: u16) -> Option<
     Some(code)
 }
 
-/// The request for the page that `request` wants, the only one of its group.
+/// The page request of `request`, the only one in its group.
 fn page_request(request: &Request, group: u16) -> PageRequest {
     let Request { pasid, address, kind, .. } = *request;
     PageRequest {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Stage 2: which memory each address of an IOAS leads to.
+//! Stage 2: the memory of each address of an IOAS.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -17,29 +17,29 @@ pub(crate) struct Mapping {
     pub start: u64,
     /// Last address, included.
     pub last: u64,
-    /// What it leads to; as long as the mapping.
+    /// Its memory; as long as the mapping.
     pub memory: UserMemory,
     /// What devices may do with it.
     pub protection: Protection,
 }
 
 impl Mapping {
-    /// The region `address` leads to and the offset in it, in bytes. `address` lies in the mapping.
+    /// The region of `address` and the offset in it, in bytes. `address` must be in the mapping.
     pub fn target(&self, address: u64) -> (&Arc<GuestRegionMmap>, u64) {
         (self.memory.region(), self.memory.offset() + (address - self.start))
     }
 }
 
 /// The mappings of one IOAS that has HWPTs, disjoint; an area of the IOAS is one or more of them.
-/// Readers and writers may be on any thread; a removal is complete for DMA only when every
-/// [`crate::units::hardware::Hardware`] was told.
+/// Readers and writers may be on any thread; a removal is complete for DMA only after
+/// [`crate::units::hardware::Hardware::stage2_changed`] of every unit.
 #[derive(Debug, Default)]
 pub(crate) struct Stage2 {
     mappings: RwLock<BTreeMap<u64, Mapping>>,
 }
 
 impl Stage2 {
-    /// The mapping that `address` lies in.
+    /// The mapping that contains `address`.
     pub fn lookup(&self, address: u64) -> Option<Mapping> {
         let mappings = self.mappings.read();
         let (_, mapping) = mappings.range(..=address).next_back()?;
@@ -57,7 +57,8 @@ impl Stage2 {
         self.mappings.write().remove(&start)
     }
 
-    /// Splits the mapping that `last` lies in after it, unless it ends there; nothing else changes.
+    /// Splits the mapping that contains `last` after it, unless it ends there; nothing else
+    /// changes.
     pub fn split(&self, last: u64) {
         let mut mappings = self.mappings.write();
         let found = mappings.range_mut(..=last).next_back().filter(|(_, found)| last < found.last);
@@ -75,7 +76,7 @@ impl Stage2 {
         mappings.insert(start, second);
     }
 
-    /// Removes the mappings that start in `range`; there is none that does so and ends outside.
+    /// Removes the mappings that start in `range`; none of them may end outside.
     pub fn remove_in(&self, range: RangeInclusive<u64>) {
         let mut mappings = self.mappings.write();
         while let Some(start) = mappings.range(range.clone()).next().map(|(start, _)| *start) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A set-associative cache of translations: IOTLB, paging-structure cache, stage-2 cache.
 //!
-//! Threads that do DMA look up and fill at the same time, without locks; only dropping needs the
-//! cache to oneself. Every entry is a sequence lock: a number that is odd while the entry is being
-//! filled, and three words. Who fills an entry makes the number odd by compare-exchange (and goes
-//! without, if another thread is at it), stores the words behind a release fence, and makes the
-//! number even by a release store. Who looks up takes the words for one entry only when the number
-//! was even before, read with acquire, and is the same after, read behind an acquire fence. All
-//! words are atomics, so a torn read is no data race, merely a miss.
+//! Threads that do DMA look up and fill concurrently, without locks; only dropping entries needs
+//! exclusive access. Every entry is a seqlock: a number that is odd while the entry is being
+//! filled, and three words. A writer makes the number odd by compare-exchange (and gives up if
+//! another thread is filling the entry), stores the words after a release fence, and makes the
+//! number even by a release store. A reader uses the words only if the number was even before,
+//! loaded with acquire, and is the same afterwards, loaded after an acquire fence. All words are
+//! atomics, so a torn read is not a data race, merely a miss.
 
 use std::fmt;
 use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};
@@ -43,7 +43,7 @@ impl Entry {
         (sequence & 1 == 0 && self.sequence.load(Ordering::Relaxed) == sequence).then_some(value)
     }
 
-    /// Makes the entry hold `key`, unless another thread fills it right now.
+    /// Makes the entry hold `key`, unless another thread is filling it.
     fn set(&self, key: Key, value: u64) -> bool {
         let sequence = self.sequence.load(Ordering::Relaxed);
         let busy = sequence | 1;
@@ -80,13 +80,13 @@ struct Set([Entry; WAYS]);
 
 /// See the [module's documentation](self).
 pub(crate) struct Cache {
-    /// A power of two of sets, or none: a cache that caches nothing.
+    /// A power of two of sets; empty for a cache that caches nothing.
     sets: Box<[Set]>,
     /// How far a hash is shifted to leave the index of a set.
     shift: u32,
-    /// Counts evictions, to take the ways in turn.
+    /// Counts evictions, for round-robin replacement.
     turn: AtomicUsize,
-    /// How many sets were looked at for entries to drop.
+    /// How many sets were searched for entries to drop.
     #[cfg(test)]
     pub(super) looks: u64,
 }
@@ -104,30 +104,30 @@ impl Cache {
         }
     }
 
-    /// How many entries there can be.
+    /// Capacity in entries.
     pub fn entries(&self) -> usize {
         self.sets.len() * WAYS
     }
 
-    /// The index of the set of `key`. The address space is left out, so that an invalidation finds
-    /// the entries of every one of a tag in one set.
+    /// The set of `key`. It does not depend on the address space, so that an invalidation finds the
+    /// entries of all of a tag's address spaces in one set.
     #[inline]
     fn index(&self, key: Key) -> usize {
-        // Fibonacci hashing: odd multipliers near 2^64 divided by the golden ratio and its like.
+        // Fibonacci hashing: odd multipliers near 2^64 divided by the golden ratio and similar.
         let hash = (key.span.rotate_right(12) ^ u64::from(key.source.tag()) << 40)
             .wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (hash >> self.shift) as usize
     }
 
-    /// The value under `key`, when there is one and `accept` takes it.
+    /// The value of `key`, if there is one that `accept` accepts.
     #[inline]
     pub fn get(&self, key: Key, accept: impl Fn(u64) -> bool) -> Option<u64> {
         let Set(ways) = self.sets.get(self.index(key))?;
         ways.iter().find_map(|entry| entry.get(key).filter(|&value| accept(value)))
     }
 
-    /// Caches `value` under `key`, in place of what was there or of some other entry. Whether
-    /// another entry had to go.
+    /// Caches `value` under `key`, in place of its old value or of another entry. Returns whether
+    /// another entry was evicted.
     pub fn insert(&self, key: Key, value: u64) -> bool {
         let Some(Set(ways)) = self.sets.get(self.index(key)) else { return false };
         let held = ways.iter().find(|entry| entry.get(key).is_some());
@@ -140,9 +140,9 @@ impl Cache {
         ways.iter().cycle().nth(turn % WAYS).is_some_and(|victim| victim.set(key, value))
     }
 
-    /// Drops the entries of `scope` that translate an address in one of `ranges`, which are as
-    /// [`ascending`](super::ranges::ascending) makes them, and are of one of `shifts`; gives how
-    /// many. However many ranges there are, no more sets are looked at than there are.
+    /// Drops the entries of `scope` that translate an address in one of `ranges`, as made by
+    /// [`ascending`](super::ranges::ascending), and have one of `shifts`; returns their number. No
+    /// matter how many ranges there are, each set is searched at most once.
     pub fn drop_ranges(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         // Probing each span of a shift in a range is cheaper than looking at all entries while
         // there are fewer of them than sets.
@@ -173,7 +173,7 @@ impl Cache {
         dropped
     }
 
-    /// Drops the entries of `scope` that are of the span of `shift` around `address`.
+    /// Drops the entries of `scope` for the span of `shift` around `address`.
     fn drop_span(&mut self, scope: Scope, address: u64, shift: u8) -> u64 {
         let key = Key::new(Source::new(scope.tag, 0), address, shift);
         let index = self.index(key);
@@ -193,7 +193,7 @@ impl Cache {
         dropped
     }
 
-    /// Drops every entry for which `condemned` holds; gives how many.
+    /// Drops every entry for which `condemned` holds; returns their number.
     pub fn drop_entries(&mut self, mut condemned: impl FnMut(Key, u64) -> bool) -> u64 {
         #[cfg(test)]
         (self.looks += self.sets.len() as u64);
@@ -289,7 +289,7 @@ mod tests {
                 (0u64..1 << 33, prop_oneof![1u64..1 << 14, 1u64..1 << 34]), 0..5),
             shifts in prop::sample::subsequence(SHIFTS.to_vec(), 0..=3),
         ) {
-            // Large enough for nothing to be evicted, but for rare accidents that are no matter.
+            // Large enough that evictions are rare; they do not matter here.
             let mut cache = Cache::new(1 << 12);
             let range = |&(first, length)| IovaRange { first, last: first + length - 1 };
             for &(tag, space, address, shift) in &entries {
@@ -324,7 +324,7 @@ mod tests {
 
     #[test]
     fn many_ranges_are_one_look_at_each_set() {
-        // Each too wide to be probed, of as many spans as there are sets, and of few.
+        // Too wide to be probed, and with as many spans as there are sets, and with few.
         for pages in [1 << 11, 1 << 10, 2] {
             let mut cache = Cache::new(1 << 12);
             let ranges = (0..256u64).map(|at| at << 30);
@@ -351,7 +351,7 @@ mod tests {
 
     #[test]
     fn concurrent_fills_never_mix_entries() {
-        // One set; each key has one value, so that a mixture of two entries shows.
+        // One set; each key has one value, so a mixture of two entries would show.
         let cache = Cache::new(8);
         let done = AtomicBool::new(false);
         let value_of = |page: u64, pasid: u32| page << 32 | u64::from(pasid);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a unit caches beside its configuration: IOTLB, paging structures and stage 2.
+//! What a unit caches besides its configuration: IOTLB, paging structures and stage 2.
 //!
-//! What is cached stays until it is invalidated or evicted, whatever becomes of the tables that it
-//! came from. What is not present or faults is never cached.
+//! Cached translations stay until they are invalidated or evicted, whatever happens to the tables.
+//! Non-present entries and faults are never cached.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU64;
@@ -26,11 +26,11 @@ use crate::units::stage2::Mapping;
 /// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.
 const STAGE2_SHIFTS: [u8; 3] = [12, 21, 30];
 
-/// Sizes of stage-1 pages that may be larger than the piece that is cached, as powers of two; by
-/// the number that stands for them in an IOTLB entry.
+/// Sizes of stage-1 pages that may be larger than the cached piece, as powers of two; an IOTLB
+/// entry stores the index.
 const WHOLE_SHIFTS: [u8; 9] = [12, 14, 16, 21, 25, 29, 30, 39, 42];
 
-/// How much a unit caches, in entries, each rounded up to a power of two; 0 for none.
+/// Cache sizes of a unit, in entries, each rounded up to a power of two; 0 for none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CacheSizes {
     /// Of the IOTLB.
@@ -41,7 +41,7 @@ pub(crate) struct CacheSizes {
     pub stage2: usize,
 }
 
-/// Where the byte that a request wants is, and how many follow it in the same page.
+/// Where the requested byte is, and how many follow it in the same page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) place: Place,
@@ -49,28 +49,28 @@ pub(crate) struct Target {
     pub length: u64,
 }
 
-/// A page as both stages have it.
+/// A page as translated by both stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CachedPage {
     /// Where the byte is.
     pub place: Place,
     /// Size of the piece around it that is contiguous in both stages, as a power of two.
     pub shift: u8,
-    /// Size of the page of stage 1 that the piece is of, as a power of two.
+    /// Size of the stage-1 page that contains the piece, as a power of two.
     pub whole: u8,
-    /// Whom it serves.
+    /// The requests it serves.
     pub rights: Rights,
 }
 
-/// What stage 2 makes of a GPA.
+/// Stage 2's translation of a GPA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stage2Page {
     /// Where the byte is.
     pub place: Place,
-    /// Bytes from it to the end of what is contiguous, as far as it is known.
+    /// Bytes from it to the end of the contiguous range, as far as known.
     pub length: u64,
-    /// Size of the page around it that is contiguous and can be cached, as a power of two; none
-    /// when not even 4 KiB are.
+    /// Size of the page around it that is contiguous and can be cached, as a power of two; none if
+    /// it is smaller than 4 KiB.
     pub shift: Option<u8>,
     pub read: bool,
     pub write: bool,
@@ -87,24 +87,24 @@ impl Stage2Page {
     }
 }
 
-/// A table of the user's, somewhere in memory.
+/// A user's table in memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Table {
     pub place: Place,
-    /// From 1 for the tables of the smallest pages.
+    /// From 1, for the tables of the smallest pages.
     pub level: u8,
-    /// Bytes of it before `place`, which are elsewhere.
+    /// Bytes of it before `place`, which are not contiguous with it.
     pub skipped: u64,
     /// Bytes of it that are contiguous, from `place` on.
     pub length: u64,
-    /// Stage 2 lets its entries be written.
+    /// Stage 2 allows writes to its entries.
     pub writable: bool,
 }
 
-/// Flags of a cached table: eight bits of [`Path`], and this.
+/// Flags of a cached table: eight bits of [`Path`], and this one.
 const TABLE_WRITABLE: u16 = 1 << 8;
-/// Where the flags of an IOTLB entry, above eight bits of [`Rights`], have the number of the page
-/// of stage 1 that it is of, if that is larger.
+/// Position, above eight bits of [`Rights`], of an IOTLB entry's index of the stage-1 page size, if
+/// that is larger.
 const WHOLE_AT: u32 = 8;
 /// Flags of a cached stage-2 page.
 const STAGE2_READ: u16 = 1;
@@ -117,16 +117,16 @@ pub(crate) struct Caches {
     paging_structures: Cache,
     stage2: Cache,
     memories: Memories,
-    /// Some IOTLB entry is of a page of stage 1 that is larger.
+    /// Some IOTLB entry is a piece of a larger stage-1 page.
     fragments: AtomicBool,
     guest_address_width: u8,
-    /// What entries were made from, if the sanitizer wants to know.
+    /// What entries were made from, if there is a sanitizer.
     origins: Option<Arc<Origins>>,
 }
 
 impl Caches {
-    /// Empty caches, for guest addresses of so many bits; what their entries are made from is put
-    /// down in `origins`.
+    /// Empty caches, for guest addresses of so many bits; `origins` records what entries are made
+    /// from.
     pub fn new(sizes: CacheSizes, guest_address_width: u8, origins: Option<Arc<Origins>>) -> Self {
         Self {
             iotlb: Cache::new(sizes.iotlb),
@@ -139,9 +139,9 @@ impl Caches {
         }
     }
 
-    /// What the IOTLB has for requests of `kind`, as a page of one of `shifts`.
-    // Always, so that a hit's `Target` stays in registers: stored in pieces and copied as a whole,
-    // it doubles what a hit costs.
+    /// The IOTLB's translation for requests of `kind`, as a page of one of `shifts`.
+    // Always inlined, so that a hit's `Target` stays in registers: storing it in pieces and copying
+    // it doubles the cost of a hit.
     #[inline(always)]
     pub fn translation(
         &self,
@@ -156,8 +156,8 @@ impl Caches {
         Some(Target { place, length: size(shift) - offset })
     }
 
-    /// The entry of the IOTLB for such a request, and the size of its page as a power of two: no
-    /// more than fits into two registers. It allows something, and is not 0.
+    /// The IOTLB entry for such a request, and its page size as a power of two: no more than fits
+    /// in two registers. It allows something, so it is not 0.
     #[inline]
     fn cached_page(
         &self,
@@ -188,8 +188,8 @@ impl Caches {
         })
     }
 
-    /// Tells the sanitizer, if there is one, what a walk's entries in the caches were made from:
-    /// see [`Origins::record`].
+    /// Records for the sanitizer, if there is one, what a walk's cache entries were made from: see
+    /// [`Origins::record`].
     pub fn record_origin<F: TableFormat>(
         &self,
         tables: &F,
@@ -212,7 +212,7 @@ impl Caches {
         }
     }
 
-    /// Caches that `iova` is in `page`.
+    /// Caches that `page` translates `iova`.
     pub fn add_translation(
         &self,
         source: Source,
@@ -225,7 +225,7 @@ impl Caches {
         let mut flags = rights.flags();
         if whole > shift {
             self.fragments.store(true, Ordering::Relaxed);
-            // Sizes that have no number are none of a page.
+            // Sizes without an index are not page sizes.
             let number = WHOLE_SHIFTS.iter().position(|&known| known == whole).unwrap_or_default();
             flags |= (number as u16) << WHOLE_AT;
         }
@@ -236,7 +236,8 @@ impl Caches {
         counters.iotlb_evictions.add(evicted.into());
     }
 
-    /// The lowest table on the way of `iova` that is cached, and what the entries above it allow.
+    /// The lowest cached table on the way to `iova`, and the combined permissions of the entries
+    /// above it.
     pub fn table<F: TableFormat>(
         &self,
         tables: &F,
@@ -263,8 +264,8 @@ impl Caches {
         found
     }
 
-    /// Caches that `table` is the one on the way of `iova`, and that the entries above allow
-    /// `path`.
+    /// Caches `table` as the one on the way to `iova`, with the combined permissions of the entries
+    /// above, `path`.
     pub fn add_table<F: TableFormat>(
         &self,
         tables: &F,
@@ -285,7 +286,7 @@ impl Caches {
         counters.paging_structure_evictions.add(evicted.into());
     }
 
-    /// Where the stage 2 of `host` has `gpa`.
+    /// The translation of `gpa` by the stage 2 of `host`.
     pub fn stage2(
         &self,
         host: &HostStage2,
@@ -306,7 +307,7 @@ impl Caches {
         Ok(page)
     }
 
-    /// Where the stage 2 of `host` has `gpa`, past the cache.
+    /// The translation of `gpa` by the stage 2 of `host`, bypassing the cache.
     pub fn stage2_now(&self, host: &HostStage2, gpa: u64) -> Option<Stage2Page> {
         let mapping = host.stage2.lookup(gpa)?;
         self.page_in(&mapping, gpa)
@@ -328,7 +329,7 @@ impl Caches {
         })
     }
 
-    /// The largest page around `gpa` that `mapping` has as a whole.
+    /// The largest page around `gpa` that `mapping` contains entirely.
     fn page_in(&self, mapping: &Mapping, gpa: u64) -> Option<Stage2Page> {
         let (region, offset) = mapping.target(gpa);
         let place = Place { memory: self.memories.number(region)?, offset };
@@ -363,7 +364,7 @@ impl Caches {
         counters.stage2_evictions.add(evicted.into());
     }
 
-    /// The entry number `index` of `table`; none when it is not within reach.
+    /// The entry number `index` of `table`, if it can be read.
     pub fn entry(&self, table: &Table, index: u64) -> Option<&AtomicU64> {
         let offset = (index * 8).checked_sub(table.skipped)?;
         if offset + 8 > table.length {
@@ -372,13 +373,13 @@ impl Caches {
         self.word(Place { offset: table.place.offset + offset, ..table.place })
     }
 
-    /// The 8-byte word at `place`, which is aligned; none when it is in no memory.
+    /// The 8-byte word at `place`, which is aligned; none if no memory is there.
     pub fn word(&self, place: Place) -> Option<&AtomicU64> {
         let offset = usize::try_from(place.offset).ok()?;
         self.memory(place)?.mapping.get_atomic_ref(offset).ok()
     }
 
-    /// `length` bytes from `place` on; none when they are not within one memory.
+    /// `length` bytes from `place` on; none if they are not within one memory.
     #[inline]
     pub fn slice(&self, place: Place, length: usize) -> Option<VolatileSlice<'_>> {
         let offset = usize::try_from(place.offset).ok()?;
@@ -391,15 +392,14 @@ impl Caches {
         self.memories.get(place.memory)
     }
 
-    /// Drops the pages of `scope` that are cached as one of `shifts` and have an address in one of
-    /// `ranges`, which are as [`ascending`](super::ascending) makes them; gives the number of
-    /// entries.
+    /// Drops the pages of `scope` that are cached with one of `shifts` and have an address in one
+    /// of `ranges`, as made by [`ascending`](super::ascending); returns the number of entries.
     pub fn drop_pages(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         self.iotlb.drop_ranges(scope, ranges, shifts)
     }
 
-    /// Drops the pages of `scope` that have an address in such `ranges` and a size in stage 1 of
-    /// one of `shifts`, with every piece of them that is cached; gives the number of entries.
+    /// Drops the pages of `scope` that have an address in such `ranges` and a stage-1 size of one
+    /// of `shifts`, with every cached piece of them; returns the number of entries.
     pub fn drop_whole_pages(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         if !*self.fragments.get_mut() {
             return self.drop_pages(scope, ranges, shifts);
@@ -415,19 +415,20 @@ impl Caches {
     }
 
     /// Drops the tables of `scope` that are cached for a span of one of `shifts` that has an
-    /// address in one of such `ranges`; gives the number of entries.
+    /// address in one of such `ranges`; returns the number of entries.
     pub fn drop_tables(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         self.paging_structures.drop_ranges(scope, ranges, shifts)
     }
 
-    /// How many sets of entries were looked at to drop some so far, of IOTLB and paging structures.
+    /// How many sets of the IOTLB and paging-structure cache were searched so far for entries to
+    /// drop.
     #[cfg(test)]
     pub fn looks(&self) -> u64 {
         self.iotlb.looks + self.paging_structures.looks
     }
 
-    /// Drops what is cached of `gone`, and lets go of memories that no entry leads to any more;
-    /// gives the number of entries. Looks at every entry once.
+    /// Drops what is cached of `gone`, and releases memories that no entry refers to; returns the
+    /// number of entries. Visits every entry once.
     pub fn drop_gone(&mut self, gone: &Gone) -> u64 {
         let mut wanted = BTreeSet::new();
         let mut drop_from = |cache: &mut Cache, is_gone: &dyn Fn(u32) -> bool| {

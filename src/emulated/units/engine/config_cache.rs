@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the configuration of a requester is, by PASID: what one of its threads keeps of it.
+//! Per-thread cache: index of a requester's configuration by PASID.
 
 /// Lines of the cache, each for the PASIDs of one remainder.
 const LINES: usize = 8;
 
-/// Where in a table of the engine's the configurations of one requester are. Belongs to one thread;
-/// what it holds is invalid as soon as the table has changed, which is another *generation* of it.
+/// Indices of one requester's configurations in a table of the engine. Belongs to one thread;
+/// invalid as soon as the table has changed, which gives it another *generation*.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct ConfigCache {
     generation: u64,
@@ -14,26 +14,26 @@ pub(crate) struct ConfigCache {
 }
 
 impl ConfigCache {
-    /// The index of the configuration for requests with `pasid`, when it is cached of the table's
+    /// The index of the configuration for requests with `pasid`, if cached in the table's
     /// `generation`.
     #[inline]
     pub fn get(&self, generation: u64, pasid: Option<u32>) -> Option<usize> {
-        // In bounds: a remainder of the length.
+        // In bounds: a remainder of a division by the length.
         let (held, index) = self.lines[line(pasid)]?;
         (self.generation == generation && held == pasid).then_some(index)
     }
 
-    /// Caches the `index` for requests with `pasid`; whether another one had to go for it.
+    /// Caches the `index` for requests with `pasid`; returns whether another one was evicted.
     pub fn fill(&mut self, generation: u64, pasid: Option<u32>, index: usize) -> bool {
         if self.generation != generation {
             *self = Self { generation, ..Self::default() };
         }
-        // In bounds: a remainder of the length.
+        // In bounds: a remainder of a division by the length.
         self.lines[line(pasid)].replace((pasid, index)).is_some()
     }
 }
 
-/// The line that the configuration for requests with `pasid` can be in.
+/// The line for requests with `pasid`.
 #[inline]
 fn line(pasid: Option<u32>) -> usize {
     pasid.unwrap_or(0) as usize % LINES

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a unit counts.
+//! Counters of a unit.
 
 use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +8,7 @@ use twostage::sync::Mutex;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// What a unit of any architecture counts.
+        /// Counters of a unit of any architecture.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
         pub(in crate) struct Totals {
             $($(#[$doc])* pub $name: u64,)*
@@ -38,41 +38,41 @@ macro_rules! counters {
 counters! {
     /// Requests that the IOTLB served.
     iotlb_hits,
-    /// Requests that it did not.
+    /// Requests that missed the IOTLB.
     iotlb_misses,
-    /// IOTLB entries that had to go for others.
+    /// IOTLB entries evicted.
     iotlb_evictions,
     /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was cached.
     config_hits,
     /// Requests whose configuration was not.
     config_misses,
-    /// Cached configurations that had to go for others.
+    /// Cached configurations evicted.
     config_evictions,
     /// Walks of user-owned tables, finished or not.
     walks,
-    /// Walks that began below the top table.
+    /// Walks that started below the top table.
     paging_structure_hits,
-    /// Walks that began at the top table.
+    /// Walks that started at the top table.
     paging_structure_misses,
-    /// Paging-structure entries that had to go for others.
+    /// Paging-structure entries evicted.
     paging_structure_evictions,
     /// Stage-2 translations that were cached.
     stage2_hits,
     /// Stage-2 translations that were not.
     stage2_misses,
-    /// Cached stage-2 translations that had to go for others.
+    /// Cached stage-2 translations evicted.
     stage2_evictions,
-    /// Requests that went by a translation that the guest's tables no longer had.
+    /// Requests that used a translation which the guest's tables no longer had.
     stale_uses,
     /// Requests that were blocked.
     faults,
-    /// Invalidations, among them those that changes of attachments and of stage 2 imply.
+    /// Invalidations, including those implied by changes of attachments and of stage 2.
     invalidations,
     /// Entries that invalidations dropped.
     invalidated_entries,
 }
 
-/// A number that one thread at a time changes and any may read.
+/// A number with one writer at a time and any number of readers.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
@@ -91,7 +91,7 @@ impl Counter {
     }
 }
 
-/// The counters of a unit: the shares of those who count, and the sum of those who are gone.
+/// The counters of a unit: a share per thread, and the sum of the shares of threads that are gone.
 #[derive(Debug, Default)]
 pub(crate) struct Counters(Mutex<Shares>);
 
@@ -102,7 +102,7 @@ struct Shares {
 }
 
 impl Shares {
-    /// Adds up the shares that nobody counts in any more.
+    /// Adds up the shares that are no longer in use.
     fn collect(&mut self) {
         let Self { living, gone } = self;
         living.retain_mut(|share| match Arc::get_mut(share) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a format of user-owned tables tells the walker.
+//! What the walker needs to know about a format of user-owned tables.
 
 use std::fmt::Debug;
 use std::ops::BitAnd;
@@ -8,7 +8,7 @@ use bitfield_struct::bitfield;
 
 use super::request::RequestKind;
 
-/// What the entries on the way allow, all of them together.
+/// What the entries on the way to a page allow, combined.
 #[bitfield(u8)]
 #[derive(PartialEq, Eq)]
 pub(crate) struct Path {
@@ -18,16 +18,16 @@ pub(crate) struct Path {
     pub write: bool,
     /// User requests.
     pub user: bool,
-    /// Execute requests; of users, where formats tell them from privileged ones.
+    /// Execute requests; those of users, if the format distinguishes them from privileged ones.
     pub execute: bool,
-    /// Privileged execute requests, likewise.
+    /// Privileged execute requests, if the format distinguishes them.
     pub execute_privileged: bool,
     #[bits(3)]
     __: u8,
 }
 
 impl Path {
-    /// What no entry has limited yet.
+    /// No entry has limited anything yet.
     pub const UNLIMITED: Self = Self::new()
         .with_read(true)
         .with_write(true)
@@ -47,7 +47,7 @@ impl BitAnd for Path {
 /// A present, well-formed entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// It is a page and not a pointer to a table.
+    /// It is a page, not a pointer to a table.
     pub leaf: bool,
     /// GPA of the page or the table, in bytes.
     pub address: u64,
@@ -57,28 +57,28 @@ pub(crate) struct Entry {
     pub global: bool,
 }
 
-/// What the host's stage 2 does not let a walk do.
+/// Why the host's stage 2 stops a walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage2Refusal {
-    /// The GPA is wider than guest addresses are.
+    /// The GPA exceeds the width of guest addresses.
     Beyond,
     /// Nothing is mapped there.
     Absent,
-    /// What is there must not be read, or not be written.
+    /// Reading, or writing, is not allowed there.
     Denied,
 }
 
-/// Where a walk is.
+/// The position of a walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct At {
-    /// GPA of the table, or of its entry; none when it is not known.
+    /// GPA of the table, or of its entry; none if unknown.
     pub gpa: Option<u64>,
     /// The table is the top one.
     pub top: bool,
 }
 
-/// A format of tables of eight-byte entries. Levels are numbered from the leaf up, from 1; a table
-/// of any level but the top one has the same size.
+/// A format of tables with eight-byte entries. Levels are numbered from 1, at the leaf; tables of
+/// all levels but the top one have the same size.
 pub(crate) trait TableFormat {
     /// Why a request is blocked.
     type Fault: Copy + Debug + PartialEq;
@@ -92,7 +92,7 @@ pub(crate) trait TableFormat {
     /// Size of a page of `level`, as a power of two; level 1 is the size of a table.
     fn shift(&self, level: u8) -> u8;
 
-    /// The number of the entry of `level` on the way of `iova`.
+    /// The index of the entry of `level` on the way to `iova`.
     fn index(&self, iova: u64, level: u8) -> u64;
 
     /// Whether such requests are served at all.
@@ -101,25 +101,25 @@ pub(crate) trait TableFormat {
     /// Whether the tables translate such addresses.
     fn check_address(&self, iova: u64) -> Result<(), Self::Fault>;
 
-    /// What an entry of `level` says.
+    /// Decodes an entry of `level`.
     fn decode(&self, word: u64, level: u8) -> Result<Entry, Self::Fault>;
 
     /// The flags that must be set in an entry before a request uses it.
     fn flags(&self, leaf: bool, write: bool) -> u64;
 
-    /// Whether a leaf with `word` can serve writes without further ado.
+    /// Whether a leaf `word` serves writes without setting flags.
     fn is_dirty(&self, word: u64) -> bool;
 
-    /// Whether entries that together allow `path` allow a request.
+    /// Whether entries with the combined permissions `path` allow a request.
     fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Self::Fault>;
 
-    /// Stage 2 does not let a table be read.
+    /// Stage 2 does not allow reading a table.
     fn table_refused(&self, at: At, why: Stage2Refusal) -> Self::Fault;
 
     /// An entry could not be read though stage 2 allows it.
     fn entry_unreadable(&self, at: At) -> Self::Fault;
 
-    /// Stage 2 does not let the flags of an entry be written.
+    /// Stage 2 does not allow writing the flags of an entry.
     fn flags_refused(&self, at: At) -> Self::Fault;
 
     /// The flags of an entry could not be updated: it kept changing.

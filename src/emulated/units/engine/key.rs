@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What cached translations are found by, and whose are meant.
+//! Keys of cached translations, and the scope of invalidations.
 
 use std::fmt;
 
 use super::ranges::{any_overlaps, IovaRange};
 
-/// What an entry is found by: the span that it translates, and whose it is.
+/// The key of an entry: the span that it translates, and its source.
 ///
-/// The size of a span is a power of two, at least 4 KiB, and given as that power: its shift.
+/// The size of a span is a power of two, at least 4 KiB, and given as its exponent: its shift.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     /// First address of the span with the shift in the bits below, never zero.
     pub(super) span: u64,
-    /// Whose it is.
+    /// The source.
     pub(super) source: Source,
 }
 
-/// Whose an entry is: a tag (VT-d: domain id; SMMU: VMID), and within it an address space (VT-d:
-/// the PASID of the requests that it serves; SMMU: ASID).
+/// The source of an entry: a tag (VT-d: domain ID; SMMU: VMID), and within it an address space
+/// (VT-d: the PASID of the requests that it serves; SMMU: ASID).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Source(pub(super) u64);
 
@@ -50,7 +50,7 @@ impl fmt::Debug for Source {
     }
 }
 
-/// Whose entries are meant: those of a tag, in some of its address spaces.
+/// A set of entries: those of a tag, in some of its address spaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Scope {
     /// The tag.
@@ -64,7 +64,7 @@ pub(crate) struct Scope {
 pub(crate) enum Spaces {
     /// All of them.
     All,
-    /// Those up to this one.
+    /// Up to this one.
     UpTo(u32),
     /// This one.
     One(u32),
@@ -78,7 +78,7 @@ impl Scope {
         Self { tag, spaces: Spaces::All }
     }
 
-    /// Whether entries of `source` are meant.
+    /// Whether `source` is in scope.
     pub fn has(self, source: Source) -> bool {
         let space = source.space();
         source.tag() == self.tag
@@ -92,13 +92,13 @@ impl Scope {
 }
 
 impl Key {
-    /// The span of `shift` (12 to 63) that `address` lies in.
+    /// The span of `shift` (12 to 63) that contains `address`.
     #[inline]
     pub fn new(source: Source, address: u64, shift: u8) -> Self {
         Self { span: address & !(size(shift) - 1) | u64::from(shift), source }
     }
 
-    /// Whose it is.
+    /// Its source.
     pub fn source(self) -> Source {
         self.source
     }
@@ -114,7 +114,7 @@ impl Key {
     }
 
     /// Whether the span, or the one of `shift` around it if that is larger, has an address in one
-    /// of `ranges`, which are as [`ascending`](super::ranges::ascending) makes them.
+    /// of `ranges`, as made by [`ascending`](super::ranges::ascending).
     pub fn overlaps_any(self, shift: u8, ranges: &[IovaRange]) -> bool {
         let last_of_span = size(self.shift().max(shift)) - 1;
         any_overlaps(ranges, self.first() & !last_of_span, self.first() | last_of_span)

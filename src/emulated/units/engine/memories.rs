@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The memory that cached translations lead to, by number.
+//! The memory that cached translations refer to, by number.
 //!
-//! A cache entry names a memory by a small number and keeps nothing alive by itself; this table
-//! does, so that a hit costs no reference counting. Any thread may add a memory while others look
-//! up; [`Memories::retain`] has the table to itself.
+//! A cache entry refers to a memory by a small number and holds no reference; this table does, so
+//! that a hit needs no reference counting. Any thread may add a memory while others look up;
+//! [`Memories::retain`] has exclusive access.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -11,8 +11,8 @@ use std::sync::{Arc, OnceLock};
 use bitfield_struct::bitfield;
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
-/// Memories at once. Guest memory is a handful; a unit that serves more than these has its
-/// requests to the others blocked.
+/// Maximum number of memories. Guest memory is a handful; requests to memories beyond this number
+/// are blocked.
 const CAPACITY: usize = 1024;
 
 /// A byte of a memory in the table.
@@ -34,7 +34,7 @@ impl Place {
 /// A place that starts a 4 KiB page of its memory, with some flags, as a cache entry's value.
 #[bitfield(u64)]
 pub(crate) struct CachedPlace {
-    /// What the kind of cache makes of them.
+    /// Their meaning depends on the cache.
     #[bits(12)]
     pub flags: u16,
     #[bits(40)]
@@ -44,7 +44,7 @@ pub(crate) struct CachedPlace {
 }
 
 impl CachedPlace {
-    /// `place` with `flags`; none when the place starts no page.
+    /// `place` with `flags`; none if the place is not page-aligned.
     pub fn of(place: Place, flags: u16) -> Option<Self> {
         let frame = place.offset >> 12;
         let fits = place.offset & 0xfff == 0 && frame < 1 << 40;
@@ -63,7 +63,7 @@ impl CachedPlace {
 pub(crate) struct Memory {
     /// The mapping in this process.
     pub mapping: Arc<MmapRegion>,
-    /// Where the region that it belongs to says it starts.
+    /// The start address that the region claims.
     pub base: GuestAddress,
 }
 
@@ -95,7 +95,7 @@ impl Memories {
         self.slots.get(usize::from(number))?.get()
     }
 
-    /// The number of `region`, which is added if need be; none when the table is full.
+    /// The number of `region`, which is added if necessary; none if the table is full.
     pub fn number(&self, region: &GuestRegionMmap) -> Option<u16> {
         let used = self.used.load(Ordering::Acquire);
         let known =
@@ -105,7 +105,7 @@ impl Memories {
     }
 
     fn add(&self, region: &GuestRegionMmap) -> Option<usize> {
-        // Who comes second to a slot finds the memory that the first put there: perhaps the same.
+        // The loser of a race for a slot finds the winner's memory there, perhaps the same.
         let number = self.slots.iter().position(|slot| {
             slot.get_or_init(|| Memory { mapping: region.get_mmap(), base: region.start_addr() })
                 .is(region)
@@ -114,7 +114,7 @@ impl Memories {
         Some(number)
     }
 
-    /// Lets go of every memory for whose number `wanted` does not hold.
+    /// Releases every memory for whose number `wanted` does not hold.
     pub fn retain(&mut self, wanted: impl Fn(u16) -> bool) {
         for (number, slot) in (0..).zip(self.slots.iter_mut()) {
             if !wanted(number) {

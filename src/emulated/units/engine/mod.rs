@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What emulated IOMMUs of every architecture have in common: caches, page walks, and how DMA comes
-//! to them.
+//! What emulated IOMMUs of all architectures have in common: caches, page walks and the DMA
+//! interface.
 //!
 //! An IOMMU of an architecture (its *unit*) is an [`Engine`] behind a gate: readers translate, with
-//! shared access; a writer changes the configuration and drops what is cached, with exclusive
-//! access. Which configuration serves a request, what its tables look like and what a fault is are
-//! the architecture's; a request then meets the same IOTLB, paging-structure cache and cache of
-//! stage-2 translations everywhere.
+//! shared access; a writer changes the configuration and drops cached entries, with exclusive
+//! access. The architecture determines which configuration serves a request, the format of its
+//! tables and its faults; the IOTLB, the paging-structure cache and the cache of stage-2
+//! translations are common.
 
 mod cache;
 mod caches;
@@ -56,7 +56,7 @@ pub use sanitizer::{
     StaleUse, TlbInvalidation,
 };
 
-/// Why a request reaches no memory.
+/// Why a request does not reach memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Blocked<F> {
     /// It is a fault.
@@ -71,16 +71,16 @@ impl<F> From<F> for Blocked<F> {
     }
 }
 
-/// The translations of one unit: the way of a request through configuration, tables and caches.
+/// The translations of one unit: configuration, tables and caches.
 pub(crate) trait Engine: Debug + Send + Sync {
     /// Why a request is blocked.
     type Fault: Copy + Debug;
 
-    /// IOVAs that are interrupt messages whatever the configuration says, in requests without
+    /// IOVAs that are interrupt messages regardless of the configuration, in requests without
     /// PASID.
     const INTERRUPTS: Option<RangeInclusive<u64>>;
 
-    /// Where `request` goes, when all that takes is cached.
+    /// Translates `request` if everything needed is cached.
     fn cached(
         &self,
         config: &ConfigCache,
@@ -88,7 +88,7 @@ pub(crate) trait Engine: Debug + Send + Sync {
         request: &Request,
     ) -> Option<Target>;
 
-    /// Where `request` goes. What it takes is cached from then on.
+    /// Translates `request` and caches what it used.
     fn translate(
         &self,
         config: &mut ConfigCache,
@@ -96,41 +96,40 @@ pub(crate) trait Engine: Debug + Send + Sync {
         request: &Request,
     ) -> Result<Target, Blocked<Self::Fault>>;
 
-    /// Where cached translations lead.
+    /// The caches.
     fn caches(&self) -> &Caches;
 }
 
-/// One IOMMU, as DMA sees it.
+/// One IOMMU, as seen by DMA.
 pub(crate) trait Unit: Debug + Send + Sync {
-    /// What translates.
+    /// The translation engine.
     type Engine: Engine;
 
-    /// The gate that translations are read through.
+    /// The gate in front of the engine.
     fn gate(&self) -> &Arc<Gate<Self::Engine>>;
 
-    /// A share of the counters, for one more thread.
+    /// A share of the counters for one more thread.
     fn counters_share(&self) -> Arc<LocalCounters>;
 
-    /// Tells who wants to know that `request` was blocked. Not to be called with the gate entered:
-    /// who is told may invalidate.
+    /// Reports that `request` was blocked. Not to be called inside the gate, as the sink may
+    /// invalidate.
     fn report(&self, request: &Request, fault: <Self::Engine as Engine>::Fault);
 
-    /// Whether `fault` says that nothing is attached for the requester, and its user may find that
-    /// something ought to be.
+    /// Whether `fault` means that nothing is attached for the requester, so that its user may
+    /// attach something on demand.
     fn nothing_attached(fault: <Self::Engine as Engine>::Fault) -> bool;
 
-    /// Asks the user of the requester of `request`, for which nothing is attached, whether
-    /// something is now. To be called as [`Unit::report`] is.
+    /// Asks the user of the requester of `request`, for which nothing is attached, to attach
+    /// something; returns whether it did. The rules of [`Unit::report`] apply.
     fn attached_late(&self, request: &Request) -> bool;
 
-    /// The page requests of its devices: of none, when it takes none.
+    /// The page requests of its devices; of none if it takes none.
     fn page_requests(&self) -> &PageRequests;
 
-    /// Whether a device that can asks for the page that a request of `kind` did not get because of
-    /// `fault`: software can mend the translation.
+    /// Whether a device with PRI requests the page that a request of `kind` did not get because of
+    /// `fault`, as software can fix the translation.
     fn asks_for_page(fault: <Self::Engine as Engine>::Fault, kind: RequestKind) -> bool;
 
-    /// What `fault` is to whoever made the request, and whether it was the host's stage 2 that
-    /// refused.
+    /// The reason of `fault` for the requester, and whether the host's stage 2 refused.
     fn reason(fault: <Self::Engine as Engine>::Fault) -> (DmaFaultReason, bool);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the entries of the caches were made from.
+//! What cache entries were made from.
 
 use std::collections::HashMap;
 use twostage::sync::Mutex;
@@ -9,8 +9,8 @@ use super::format::TableFormat;
 use super::key::{Key, Source};
 use super::trail::Trail;
 
-/// For each entry of a cache, the way that it was made from. Entries that are gone are forgotten
-/// when there are twice as many ways as the cache has entries.
+/// For each cache entry, the table entries that it was made from. Those of evicted entries are
+/// removed when there are twice as many as the cache has entries.
 #[derive(Debug, Default)]
 struct Ways(HashMap<Key, Trail>);
 
@@ -41,8 +41,8 @@ pub(crate) struct CachesOfWalk<'a> {
 }
 
 impl Origins {
-    /// A walk for `iova` began at the table of level `start` and read `words`, the last of which
-    /// is a page; it was cached as one of that size, and whose `page` says, if at all.
+    /// A walk for `iova` started at the table of level `start` and read `words`, the last of which
+    /// is a page. `page` has the source and size of the cached page, if it was cached.
     pub fn record<F: TableFormat>(
         &self,
         caches: CachesOfWalk<'_>,

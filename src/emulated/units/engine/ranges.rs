@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Ranges of addresses, several at a time.
+//! Sets of address ranges.
 
 /// Addresses `first..=last`, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,13 +12,13 @@ impl IovaRange {
     /// Every address.
     pub const ALL: Self = Self { first: 0, last: u64::MAX };
 
-    /// How many spans of `shift` (1 to 63) have an address in it.
+    /// How many spans of `shift` (1 to 63) overlap it.
     pub fn spans(self, shift: u8) -> u64 {
         (self.last >> shift) - (self.first >> shift) + 1
     }
 }
 
-/// `ranges` in ascending order, with those that overlap as one.
+/// `ranges` in ascending order, with overlapping ones merged.
 pub(crate) fn ascending(ranges: impl Iterator<Item = IovaRange>) -> Vec<IovaRange> {
     let mut ranges: Vec<_> = ranges.collect();
     ranges.sort_unstable_by_key(|range| range.first);
@@ -32,8 +32,7 @@ pub(crate) fn ascending(ranges: impl Iterator<Item = IovaRange>) -> Vec<IovaRang
     ranges
 }
 
-/// Whether one of `ranges`, which are as [`ascending`] makes them, has an address in
-/// `first..=last`.
+/// Whether one of `ranges`, as made by [`ascending`], has an address in `first..=last`.
 pub(super) fn any_overlaps(ranges: &[IovaRange], first: u64, last: u64) -> bool {
     let next = ranges.partition_point(|range| range.last < first);
     ranges.get(next).is_some_and(|range| range.first <= last)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Requests, their kinds, and who may do what.
+//! Requests, their kinds, and permissions.
 
-/// What a request wants: read or write, as user or supervisor, to execute or not.
+/// The kind of a request: read or write, user or supervisor, execute or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RequestKind(u8);
 
@@ -50,7 +50,7 @@ pub(crate) struct Request {
     pub kind: RequestKind,
 }
 
-/// The kinds of request that a translation serves as it is.
+/// The kinds of request that a translation serves without a further walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rights(u8);
 
@@ -65,12 +65,12 @@ impl Rights {
         )
     }
 
-    /// The rights in the lower 8 of a cache entry's flags.
+    /// The rights in the lower 8 bits of a cache entry's flags.
     pub fn from_flags(flags: u16) -> Self {
         Self(flags as u8)
     }
 
-    /// The rights as the lower 8 of a cache entry's flags.
+    /// The rights as the lower 8 bits of a cache entry's flags.
     pub fn flags(self) -> u16 {
         self.0.into()
     }

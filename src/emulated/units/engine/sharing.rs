@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which contexts share a tag or a stage 2.
+//! Tracks which contexts share a tag or a stage 2.
 //!
-//! What is cached of a tag or of a stage 2 has to go some time after its last context has gone.
-//! Counting them makes a change of one attachment cost the same however many others there are.
+//! What is cached of a tag or of a stage 2 must be dropped after its last context is gone. With
+//! counts, the cost of changing one attachment does not depend on their number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::units::stage2::Stage2;
 
-/// Tags retired at once. Nobody can hit what is cached of them, so that all it costs to keep it for
-/// a while is room.
+/// Maximum number of retired tags. Nothing hits what is cached of them, so keeping it for a while
+/// only costs space.
 const RETIRED: usize = 64;
 
 /// See the [module's documentation](self).
@@ -18,35 +18,35 @@ const RETIRED: usize = 64;
 pub(crate) struct Sharing {
     /// By address: their contexts keep them alive.
     stages2: BTreeMap<usize, Stage2Users>,
-    /// Tags below the number of stages 2 there ever were at once, that none has.
+    /// Unused tags below the highest number of stages 2 that ever existed at once.
     free_stage2_tags: Vec<u32>,
-    /// Tags without a context, of which something may be cached.
+    /// Tags without a context, which may still have cached entries.
     retired: BTreeSet<u32>,
 }
 
-/// Who uses one stage 2.
+/// The users of one stage 2.
 #[derive(Debug)]
 struct Stage2Users {
-    /// What its cached translations are found by; unique among the stages 2 that have users.
+    /// Tag of its cached translations; unique among the stages 2 in use.
     stage2_tag: u32,
-    /// How many contexts each tag has; no entry is 0. (A tag names one HWPT, which has one stage
-    /// 2.)
+    /// Number of contexts of each tag; no entry is 0. (A tag stands for one HWPT, which has one
+    /// stage 2.)
     contexts: BTreeMap<u32, usize>,
 }
 
-/// Of whom what is cached has to go before anything else happens.
+/// What must be dropped from the caches before anything else happens.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Gone {
     /// The tags.
     pub tags: BTreeSet<u32>,
-    /// The tag of the stage 2, if it is one of them.
+    /// The tag of the stage 2, if it is affected.
     pub stage2_tag: Option<u32>,
 }
 
 impl Sharing {
-    /// One context more for `tag` on `stage2`. Gives the tag of the stage 2.
+    /// One more context for `tag` on `stage2`. Returns the tag of the stage 2.
     pub fn add(&mut self, tag: u32, stage2: &Arc<Stage2>) -> u32 {
-        // While no tag is free, those in use are all below their number. There are fewer than 2^32.
+        // If no tag is free, those in use are 0 to their number. There are fewer than 2^32.
         let next = self.stages2.len() as u32;
         let free = &mut self.free_stage2_tags;
         let users = self.stages2.entry(key(stage2)).or_insert_with(|| Stage2Users {
@@ -71,20 +71,20 @@ impl Sharing {
             let stage2_tag = users.stage2_tag;
             self.stages2.remove(&key(stage2));
             self.free_stage2_tags.push(stage2_tag);
-            // Its memory is to be let go now.
+            // Its memory must be released now.
             return Some(Gone { tags: self.take_retired(), stage2_tag: Some(stage2_tag) });
         }
         (self.retired.len() >= RETIRED)
             .then(|| Gone { tags: self.take_retired(), stage2_tag: None })
     }
 
-    /// Before `tag` gets a context: it may have had others before, for another HWPT.
+    /// Before `tag` gets a context: it may have had others, for another HWPT.
     pub fn reuse(&mut self, tag: u32) -> Option<Gone> {
         let retired = self.retired.contains(&tag);
         retired.then(|| Gone { tags: self.take_retired(), stage2_tag: None })
     }
 
-    /// Whatever goes through `stage2`, or has gone; none when nothing does.
+    /// Everything that uses `stage2` or is retired; none if nothing uses it.
     pub fn through(&mut self, stage2: &Arc<Stage2>) -> Option<Gone> {
         let users = self.stages2.get(&key(stage2))?;
         let (stage2_tag, living) = (users.stage2_tag, users.contexts.keys().copied());

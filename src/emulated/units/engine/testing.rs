@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the tests of both units are written with: guest memory behind a stage 2, and requests to
-//! it.
+//! Helpers for the tests of both units: guest memory behind a stage 2, and requests to it.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,18 +25,18 @@ pub fn privileged(attributes: DmaAttributes) -> DmaAttributes {
     DmaAttributes { privileged: true, ..attributes }
 }
 
-/// The same request to execute.
+/// The same request with execute permission requested.
 pub fn execute(attributes: DmaAttributes) -> DmaAttributes {
     DmaAttributes { execute: true, ..attributes }
 }
 
-/// The word that a request reads.
+/// The word read by a request.
 pub fn read(port: &mut DmaPort, attributes: DmaAttributes, iova: u64) -> Result<u64, DmaError> {
     let mut bytes = [0; 8];
     port.read(attributes, iova, &mut bytes).map(|()| u64::from_le_bytes(bytes))
 }
 
-/// The word that a request writes.
+/// The word written by a request.
 pub fn write(
     port: &mut DmaPort,
     attributes: DmaAttributes,
@@ -58,8 +57,8 @@ pub const READ_ONLY: u64 = 0x5000_0000;
 /// GPA that stage 2 does not map.
 pub const NOWHERE: u64 = 0x6000_0000;
 
-/// Guest memory, and the stage 2 that maps it: elsewhere than the guest thinks, and the first half
-/// behind the second, so that whoever takes a GPA for an offset reads something else.
+/// Guest memory, and the stage 2 that maps it: at other addresses than the guest's, and with the
+/// halves swapped, so that using a GPA as an offset reads something else.
 #[derive(Debug)]
 pub struct Memory {
     pub stage2: Arc<Stage2>,
@@ -87,13 +86,13 @@ impl Memory {
         self.stage2.insert(Mapping { start: gpa, last, memory, protection });
     }
 
-    /// Where `gpa` is in the region.
+    /// Offset of `gpa` in the region.
     pub fn offset(&self, gpa: u64) -> usize {
         let mapping = self.stage2.lookup(gpa).expect("a GPA of guest memory");
         mapping.target(gpa).1 as usize
     }
 
-    /// Where `gpa` is in this process.
+    /// Address of `gpa` in this process.
     pub fn address(&self, gpa: u64) -> usize {
         self.region.as_ptr().addr() + self.offset(gpa)
     }
@@ -119,7 +118,7 @@ impl Memory {
     }
 }
 
-/// A sink that keeps what it gets.
+/// A sink that records what it gets.
 #[derive(Debug)]
 pub struct Sink<T>(Mutex<Vec<T>>);
 
@@ -134,7 +133,7 @@ impl<T> Sink<T> {
         self.0.lock().push(item);
     }
 
-    /// What it got, emptying it.
+    /// Returns and clears the record.
     pub fn take(&self) -> Vec<T> {
         std::mem::take(&mut self.0.lock())
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The entries on the way of an IOVA, as they were read from memory.
+//! The entries on the way to an IOVA, as they were read from memory.
 
 use super::format::TableFormat;
 
 /// Levels of the deepest tables.
 const MAX_LEVELS: usize = 5;
 
-/// The words of the entries on the way of one IOVA, by level.
+/// The words of the entries on the way to one IOVA, by level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Trail([Option<u64>; MAX_LEVELS]);
 
@@ -16,15 +16,14 @@ impl Trail {
         *self.0.get(usize::from(level).checked_sub(1)?)?
     }
 
-    /// Puts down that the entry of `level` was read as `word`.
+    /// Records that the entry of `level` was read as `word`.
     pub fn set(&mut self, level: u8, word: u64) {
         if let Some(slot) = usize::from(level).checked_sub(1).and_then(|at| self.0.get_mut(at)) {
             *slot = Some(word);
         }
     }
 
-    /// The highest level whose entry says something else in `other`; accessed, dirty and ignored
-    /// bits say nothing.
+    /// The highest level whose entry differs in `other`, ignoring accessed, dirty and ignored bits.
     pub fn difference<F: TableFormat>(&self, other: &Self, tables: &F) -> Option<u8> {
         (1..=tables.levels()).rev().find(|&level| {
             let says = |trail: &Self| trail.word(level).map(|word| tables.decode(word, level));
@@ -32,7 +31,7 @@ impl Trail {
         })
     }
 
-    /// Whether the lowest entry of the way is the one of `level`.
+    /// Whether the lowest entry on the way is that of `level`.
     pub fn ends_at(&self, level: u8) -> bool {
         self.word(level).is_some() && (1..level).all(|below| self.word(below).is_none())
     }

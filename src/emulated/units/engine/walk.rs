@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The page walk: user-owned tables, each of whose pointers goes through stage 2.
+//! The page walk: user-owned tables, with each pointer translated by stage 2.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,8 +11,8 @@ use super::key::{size, Source};
 use super::request::{RequestKind, Rights};
 use crate::units::dirty::DirtyLog;
 
-/// How often a walk starts again because an entry changed between its being read and its flags
-/// being set. The guest changes entries at will; it must not keep a walk going at will.
+/// How often a walk restarts because an entry changed between reading it and setting its flags. The
+/// guest may change entries continuously; it must not keep a walk running.
 const ATTEMPTS: u32 = 16;
 
 /// Levels of the deepest tables.
@@ -21,29 +21,30 @@ const MAX_LEVELS: usize = 5;
 /// Size of the largest page that is cached, as a power of two: 1 GiB.
 const MAX_PAGE_SHIFT: u8 = 30;
 
-/// Size of the page that a write is marked in when dirty pages are tracked, as a power of two.
+/// Granularity of marking writes when dirty pages are tracked, as a power of two.
 const DIRTY_SHIFT: u8 = 12;
 
-/// What both stages make of an IOVA.
+/// The translation of an IOVA by both stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Output {
-    /// What stage 2 makes of the GPA that stage 1 gives.
+    /// Stage 2's translation of stage 1's GPA.
     pub page: Stage2Page,
-    /// Bytes from the one asked for to the end of what is contiguous in both stages.
+    /// Bytes from the requested one to the end of what is contiguous in both stages.
     pub length: u64,
-    /// Size of the page that is contiguous in both stages, as a power of two; none when not even
-    /// 4 KiB are.
+    /// Size of the page that is contiguous in both stages, as a power of two; none if it is smaller
+    /// than 4 KiB.
     pub shift: Option<u8>,
     /// Size of the page of stage 1, as a power of two.
     pub whole: u8,
     /// The requests that both stages allow, without a further walk.
     pub rights: Rights,
-    /// Whose page it is.
+    /// Source of the page.
     pub source: Source,
 }
 
 impl Output {
-    /// `page` is what stage 2 makes of `gpa`, which stage 1 has in a page of `shift` with `rights`.
+    /// `page` is stage 2's translation of `gpa`, which stage 1 has in a page of `shift` with
+    /// `rights`.
     fn new(page: Stage2Page, gpa: u64, shift: u8, rights: Rights, source: Source) -> Self {
         Self {
             page,
@@ -55,7 +56,7 @@ impl Output {
         }
     }
 
-    /// What of it can be cached.
+    /// What can be cached of it.
     pub fn cached(&self) -> Option<CachedPage> {
         let Self { page, whole, rights, .. } = *self;
         Some(CachedPage { place: page.place, shift: self.shift?, whole, rights })
@@ -66,34 +67,34 @@ impl Output {
 #[derive(Debug)]
 pub(crate) struct Walk<'a> {
     pub caches: &'a Caches,
-    /// What is cached on the way is found by this.
+    /// Source of what is cached on the way.
     pub source: Source,
-    /// Whose pages are that are the same in every address space.
+    /// Source of global pages.
     pub global: Source,
     pub host: &'a HostStage2,
     pub counters: &'a LocalCounters,
-    /// Where pages of stage 2 that are written are marked, if they are to be.
+    /// The log of written stage-2 pages, if tracking is on.
     pub dirty: Option<&'a DirtyLog>,
 }
 
-/// An entry that a walk came through.
+/// An entry on the way of a walk.
 struct Step<'a> {
     entry: &'a AtomicU64,
     at: At,
-    /// What was read from it.
+    /// The word read.
     word: u64,
     /// It is a page.
     leaf: bool,
-    /// Stage 2 lets it be written.
+    /// Stage 2 allows writing it.
     writable: bool,
-    /// The table that it is in and what is allowed so far, if that can be cached.
+    /// Its table and what is allowed so far, if that can be cached.
     table: Option<(Table, Path)>,
 }
 
-/// All that a walk came through, and where it ended.
+/// All entries of a walk, and where it ended.
 struct Descent<'a> {
     steps: [Option<Step<'a>>; MAX_LEVELS],
-    /// What the entries allow together.
+    /// The combined permissions of the entries.
     path: Path,
     /// Where the IOVA leads.
     gpa: u64,
@@ -101,7 +102,7 @@ struct Descent<'a> {
     level: u8,
     /// What was read from the leaf.
     leaf: u64,
-    /// The leaf is the same in every address space.
+    /// The leaf is global.
     global: bool,
 }
 
@@ -124,7 +125,7 @@ impl Walk<'_> {
         Err(tables.flags_unsettled())
     }
 
-    /// One walk; none when an entry changed under it.
+    /// One walk; none if an entry changed during it.
     fn attempt<F: TableFormat>(
         &self,
         tables: &F,
@@ -134,11 +135,11 @@ impl Walk<'_> {
         let Descent { steps, path, gpa, level, leaf, global } = self.descend(tables, iova)?;
         tables.check_path(path, kind)?;
         let page = self.page(gpa, kind).map_err(|why| tables.page_refused(gpa, why))?;
-        // Nothing stands in the way of the request any more.
+        // Nothing blocks the request any more.
         if !self.set_flags(tables, &steps, kind)? {
             return Ok(None);
         }
-        // Only now: an entry whose accessed flag is clear must not be cached.
+        // Not earlier: an entry with a clear accessed flag must not be cached.
         for (table, path) in steps.iter().flatten().filter_map(|step| step.table) {
             self.caches.add_table(tables, (self.source, iova), &table, path, self.counters);
         }
@@ -159,12 +160,12 @@ impl Walk<'_> {
         Ok(Some(output))
     }
 
-    /// Reads the entries from the lowest table that is cached, or the top table, to the leaf.
+    /// Reads the entries from the lowest cached table, or the top table, to the leaf.
     fn descend<F: TableFormat>(&self, tables: &F, iova: u64) -> Result<Descent<'_>, F::Fault> {
         let cached = match self.dirty {
             None => self.caches.table(tables, self.source, iova, self.counters),
-            // The page of a table whose entries get their flags set is dirty, so its address
-            // must be known.
+            // Setting an entry's flags makes the page of its table dirty, so its address must be
+            // known.
             Some(_) => None,
         };
         let mut level = cached.map_or(tables.levels(), |(table, _)| table.level);
@@ -188,7 +189,7 @@ impl Walk<'_> {
             let Entry { leaf, address, path: allowed, global } = tables.decode(word, level)?;
             let above = path;
             path = path & allowed;
-            // The top table needs no cache, and one that was cached still is.
+            // The top table needs no caching, and a cached one still is.
             let table_found = (at.gpa.is_some() && !top).then_some((table, above));
             let writable = table.writable;
             *slot = Some(Step { entry, at, word, leaf, writable, table: table_found });
@@ -203,7 +204,7 @@ impl Walk<'_> {
         Err(tables.entry_unreadable(At { gpa: None, top: false }))
     }
 
-    /// Translates `gpa` for a request of `kind`, by stage 2 alone, which serves `served`.
+    /// Translates `gpa` for a request of `kind` by stage 2 only, which serves `served`.
     pub fn stage2_only(
         &self,
         gpa: u64,
@@ -215,9 +216,8 @@ impl Walk<'_> {
         Ok(self.track(output, gpa, kind))
     }
 
-    /// What becomes of `output`, of a request of `kind` to `gpa`, when dirty pages are tracked: it
-    /// is of one page of 4 KiB, which is marked if it is written, and otherwise leaves the first
-    /// write to a walk.
+    /// Restricts `output`, of a request of `kind` to `gpa`, when dirty pages are tracked: to a page
+    /// of 4 KiB, which is marked by a write; after a read, the first write must walk again.
     fn track(&self, output: Output, gpa: u64, kind: RequestKind) -> Output {
         let Some(log) = self.dirty else { return output };
         let rights = output.rights;
@@ -238,8 +238,8 @@ impl Walk<'_> {
         page.allows(kind).then_some(page).ok_or(Stage2Refusal::Denied)
     }
 
-    /// Where the table of `level` at `gpa` is, as far as it is in one piece with its entry number
-    /// `index`.
+    /// The address of the table of `level` at `gpa`, as far as it is contiguous with its entry
+    /// number `index`.
     fn locate<F: TableFormat>(
         &self,
         tables: &F,
@@ -264,8 +264,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Sets the flags that a request of `kind` leaves in the entries of `steps`. Whether it could:
-    /// not when an entry has changed since it was read.
+    /// Sets the flags that a request of `kind` sets in the entries of `steps`. Fails if an entry
+    /// has changed since it was read.
     fn set_flags<F: TableFormat>(
         &self,
         tables: &F,

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The gate in loom's model of memory: every order of its threads' steps, and every value that a
+//! The gate in loom's memory model: all interleavings of its threads' steps, and all values that a
 //! load may see. Built for tests with `--cfg loom` only: `make loom`.
 //!
-//! loom takes sequentially consistent accesses for acquire and release, and knows their full
-//! strength only of fences. So each access of the gate that must be sequentially consistent has a
-//! fence here on the side where the gate relies on it: after what is stored, before what is loaded.
-//! A store, a fence and a load give no less, and no more, than what the gate's documentation
-//! argues with.
+//! loom treats sequentially consistent accesses as acquire and release, and models the full
+//! strength of fences only. So each access of the gate that must be sequentially consistent has a
+//! fence here on the side that the gate relies on: after a store, before a load. A store, a fence
+//! and a load give exactly what the gate's documentation argues with.
 #![allow(unsafe_code)]
 
 pub(super) use std::sync::atomic::Ordering;
@@ -50,7 +49,7 @@ pub(super) mod sync {
     }
 }
 
-/// Lets others go on.
+/// Lets other threads run.
 pub(super) fn wait(_round: u32) {
     loom::thread::yield_now();
 }
@@ -64,7 +63,7 @@ mod tests {
 
     use super::super::Gate;
 
-    /// What the gate guards. loom finds every access that is not ordered with a change.
+    /// What the gate guards. loom reports every access that is not ordered with a change.
     struct Value(UnsafeCell<u32>);
 
     // SAFETY: it is used through the gate, whose promise it is that nobody reads while somebody
@@ -87,7 +86,7 @@ mod tests {
         Gate::new(Value(UnsafeCell::new(0)))
     }
 
-    /// Runs `test` in every order of its threads in which one is interrupted up to five times.
+    /// Runs `test` in all interleavings with at most five preemptions.
     fn explore(test: impl Fn() + Sync + Send + 'static) {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(5);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an emulated SMMUv3 can do, and the registers that say so.
+//! The abilities of an emulated SMMUv3, and the registers that report them.
 
 use std::ops::RangeInclusive;
 
@@ -12,14 +12,14 @@ use twostage::spec::smmuv3::{address_size, ADDRESS_WIDTH};
 /// Bits of the widest SubstreamID.
 const MAX_SSID_BITS: u8 = 20;
 
-/// What an emulated SMMUv3 can do, and how much it caches.
+/// The abilities and cache sizes of an emulated SMMUv3.
 ///
-/// Stalls and updates of access flags are not among it (IDR0.STALL_MODEL = 0b01, HTTU = 0); ASIDs
-/// and VMIDs have 16 bits.
+/// Without stalls and updates of access flags (IDR0.STALL_MODEL = 0b01, HTTU = 0); ASIDs and VMIDs
+/// have 16 bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SmmuV3UnitConfig {
-    /// Size of its addresses in bits: 32, 36, 40, 42, 44, 48 or 52 (IDR5.OAS); anything else
-    /// counts as the next smaller one. It is the size of guest addresses, too.
+    /// Size of its addresses in bits: 32, 36, 40, 42, 44, 48 or 52 (IDR5.OAS); other values are
+    /// rounded down. It is also the size of guest addresses.
     pub address_width: u8,
     /// Virtual addresses of 52 bits with the 64K granule (IDR5.VAX).
     pub va_52: bool,
@@ -31,20 +31,20 @@ pub struct SmmuV3UnitConfig {
     pub two_level_cd: bool,
     /// Invalidation by range (IDR3.RIL).
     pub range_invalidation: bool,
-    /// Takes invalidations of address translation caches (IDR0.ATS). Devices of this process keep
-    /// none of their own: what they might cache, the unit does.
+    /// Takes invalidations of address translation caches (IDR0.ATS). Devices of this process have
+    /// no such caches; the unit caches for them.
     pub ats: bool,
-    /// Takes page requests, where it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them,
-    /// and serves devices that stall, which PCI devices must not; here it serves page requests.
+    /// Takes page requests, if it has ATS (IDR0.PRI). Linux 7.2's driver refuses all of them and
+    /// supports only devices that stall, which PCI devices must not; here it serves page requests.
     pub page_requests: bool,
     /// Both stages at once (IDR0.S1P with S2P): user-owned stage 1 on the host's stage 2.
     pub nesting: bool,
-    /// Stage 2 forces write-back (IDR3.FWB). Without this and `canwbs` Linux makes no vIOMMUs.
+    /// Stage 2 forces write-back (IDR3.FWB). Without this and `canwbs` Linux creates no vIOMMUs.
     pub s2fwb: bool,
-    /// Firmware says that DMA is coherent whatever a device asks for (IORT's CANWBS).
+    /// Firmware says that DMA is coherent whatever attributes a device requests (IORT's CANWBS).
     pub canwbs: bool,
     /// Guest addresses, in bytes, that are doorbells of interrupt controllers: a write that stage 1
-    /// sends there, and stage 2 nowhere, is an interrupt message.
+    /// sends there, and that stage 2 does not map, is an interrupt message.
     pub msi_doorbell: Option<RangeInclusive<u64>>,
     /// Entries of the IOTLB, rounded up to a power of two; 0 for no IOTLB.
     pub iotlb_entries: usize,
@@ -53,13 +53,13 @@ pub struct SmmuV3UnitConfig {
     /// Entries of the cache of stage-2 translations, likewise.
     pub stage2_entries: usize,
     /// Compares every translation with context descriptors and tables when it is used, and reports
-    /// those that the guest should have invalidated
+    /// missing invalidations
     /// ([`SmmuV3Unit::sanitizer_report`](super::SmmuV3Unit::sanitizer_report)). Slow.
     pub sanitize: bool,
 }
 
 impl Default for SmmuV3UnitConfig {
-    /// A recent unit with 48 bits: everything but virtual addresses of 52 bits, ATS, page
+    /// A recent unit with 48 bits: everything except virtual addresses of 52 bits, ATS, page
     /// requests and a doorbell.
     fn default() -> Self {
         Self {
@@ -105,7 +105,7 @@ impl SmmuV3UnitConfig {
         self.page_requests && self.ats
     }
 
-    /// Whether it has tables of this granule.
+    /// Whether it supports this granule.
     pub(crate) fn has_granule(&self, granule: Granule) -> bool {
         self.granules.contains(&granule)
     }
@@ -118,7 +118,7 @@ impl SmmuV3UnitConfig {
         }
     }
 
-    /// How much it caches.
+    /// Its cache sizes.
     pub(super) fn cache_sizes(&self) -> CacheSizes {
         CacheSizes {
             iotlb: self.iotlb_entries,
@@ -127,7 +127,7 @@ impl SmmuV3UnitConfig {
         }
     }
 
-    /// What GET_HW_INFO gives: the identification registers.
+    /// The result of GET_HW_INFO: the identification registers.
     pub(crate) fn info(&self) -> iommu_hw_info_arm_smmuv3 {
         let idr0 = Idr0::new()
             .with_s2p(true)

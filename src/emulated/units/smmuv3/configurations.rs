@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The configuration cache: what stream table entries and context descriptors came to, per stream
-//! and substream. It stays until it is invalidated, whatever becomes of the descriptors in memory.
+//! The configuration cache: decoded stream table entries and context descriptors, per stream and
+//! substream. Entries stay until they are invalidated, whatever happens to the descriptors in
+//! memory.
 //!
-//! Any thread may add to it while others look up; dropping has it to itself.
+//! Any thread may add to it while others look up; dropping needs exclusive access.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -11,8 +12,8 @@ use twostage::sync::Mutex;
 use super::context::AddressSpace;
 use crate::units::engine::HostStage2;
 
-/// Configurations at once. A guest that uses more has their descriptors read for every request
-/// that finds nothing in its port, until something is invalidated.
+/// Maximum number of configurations. If a guest uses more, descriptors are read for every request
+/// that misses in its port, until something is invalidated.
 const CAPACITY: usize = 1024;
 
 /// How transactions of one stream and substream are translated.
@@ -20,7 +21,7 @@ const CAPACITY: usize = 1024;
 pub(super) struct Configuration {
     /// Tag of what is cached of them: the VMID.
     pub tag: u32,
-    /// Stage 1; none where it lets them pass.
+    /// Stage 1; none if it is bypassed.
     pub space: Option<AddressSpace>,
     /// Stage 2.
     pub host: HostStage2,
@@ -34,7 +35,7 @@ type Requester = (u16, Option<u32>);
 pub(super) struct Configurations {
     slots: Box<[OnceLock<Configuration>]>,
     indices: Mutex<BTreeMap<Requester, usize>>,
-    /// Counts drops: an index of an earlier generation means nothing.
+    /// Counts drops: indices of earlier generations are invalid.
     generation: u64,
 }
 
@@ -46,7 +47,7 @@ impl Default for Configurations {
 }
 
 impl Configurations {
-    /// The generation that indices are of.
+    /// The current generation of indices.
     #[inline]
     pub fn generation(&self) -> u64 {
         self.generation
@@ -58,13 +59,14 @@ impl Configurations {
         self.slots.get(index)?.get()
     }
 
-    /// Where the configuration of `requester` is.
+    /// The index of the configuration of `requester`.
     pub fn find(&self, requester: Requester) -> Option<usize> {
         let indices = self.indices.lock();
         indices.get(&requester).copied()
     }
 
-    /// Caches `configuration` for `requester`; gives where. Without room it is given back.
+    /// Caches `configuration` for `requester`; returns its index, or `configuration` if the cache
+    /// is full.
     pub fn add(
         &self,
         requester: Requester,
@@ -88,8 +90,8 @@ impl Configurations {
         Err(configuration)
     }
 
-    /// Drops the configurations of the requesters for which `condemned` holds; gives how many. When
-    /// the cache is full, all.
+    /// Drops the configurations of the requesters for which `condemned` holds; all if the cache is
+    /// full. Returns their number.
     pub fn drop_where(&mut self, condemned: impl Fn(Requester) -> bool) -> u64 {
         let Self { slots, indices, generation } = self;
         let indices = indices.get_mut();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a context descriptor says (§5.4), if it says anything.
+//! Decoding of context descriptors (§5.4).
 
 use super::config::SmmuV3UnitConfig;
 use super::stage1::Stage1;
@@ -7,13 +7,13 @@ use twostage::spec::smmuv3::address_size;
 use twostage::spec::smmuv3::context::Cd;
 use twostage::spec::smmuv3::translation::Granule;
 
-/// Bit of an address that says which half it is in, whatever the bits above.
+/// The address bit that selects the half, whatever the bits above.
 const HALF: u32 = 55;
 
-/// The smallest address spaces that tables may translate, in bits: IDR3.STT is 0.
+/// The smallest address space that tables may translate, in bits: IDR3.STT is 0.
 const MIN_INPUT_BITS: u8 = 25;
 
-/// Two halves of an address space, with their tables.
+/// An address space of two halves, with their tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct AddressSpace {
     /// ASID.
@@ -22,12 +22,12 @@ pub(super) struct AddressSpace {
     pub recorded: bool,
     /// Of TTB0 and TTB1; none for a half without walks (EPD).
     halves: [Option<Stage1>; 2],
-    /// TBI0 and TBI1: the upper byte of an address does not count.
+    /// TBI0 and TBI1: the upper byte of an address is ignored.
     top_byte_ignored: [bool; 2],
 }
 
 impl AddressSpace {
-    /// What `cd` says; none when it is not valid, or ILLEGAL for an SMMU of `config`.
+    /// Decodes `cd`; none if it is not valid, or ILLEGAL for an SMMU of `config`.
     pub fn new(cd: &Cd, config: &SmmuV3UnitConfig) -> Option<Self> {
         let word = cd.qw0;
         // TERM_MODEL is 1, STALL_MODEL 0b01, TTENDIAN 0b10, TTF 0b10 and HTTU 0.

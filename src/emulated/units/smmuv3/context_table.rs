@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Finding a context descriptor in the user's tables, through stage 2 (§3.3.2, §5.2, §5.3).
+//! Fetches a context descriptor from the user's tables, through stage 2 (§3.3.2, §5.2, §5.3).
 
 use std::sync::atomic::Ordering;
 
@@ -11,16 +11,16 @@ use twostage::spec::smmuv3::context::{
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 use twostage::spec::smmuv3::stream_table::{DefaultSubstream, Ste};
 
-/// Which context descriptor of its stream a transaction uses.
+/// The context descriptor that a transaction uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Choice {
     /// The one with this number.
     Context(u32),
-    /// None: stage 1 lets it pass.
+    /// None: stage 1 is bypassed.
     Bypass,
 }
 
-/// Which context descriptor a transaction with `pasid` uses, of a stream with the entry `ste`.
+/// The context descriptor for a transaction with `pasid` of a stream with the entry `ste`.
 pub(super) fn choose(ste: &Ste, pasid: Option<u32>) -> Result<Choice, Fault> {
     let contexts = ste.qw0.s1cdmax();
     let Some(pasid) = pasid else {

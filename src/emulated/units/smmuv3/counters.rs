@@ -1,44 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a unit has counted.
+//! Counters of a unit.
 
 use crate::units::engine::Totals;
 
-/// What an emulated SMMUv3 has done so far.
+/// Counters of an emulated SMMUv3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SmmuV3Counters {
     /// Requests that the IOTLB served.
     pub iotlb_hits: u64,
-    /// Requests that it did not.
+    /// Requests that missed the IOTLB.
     pub iotlb_misses: u64,
-    /// IOTLB entries that had to go for others.
+    /// IOTLB entries evicted.
     pub iotlb_evictions: u64,
     /// Requests whose configuration (stream table entry and context descriptor) was cached.
     pub configuration_cache_hits: u64,
     /// Requests whose configuration was not.
     pub configuration_cache_misses: u64,
-    /// Configurations that a port had to give up for others.
+    /// Configurations evicted from ports.
     pub configuration_cache_evictions: u64,
     /// Walks of user-owned tables, finished or not.
     pub walks: u64,
-    /// Walks that began below the top table.
+    /// Walks that started below the top table.
     pub table_hits: u64,
-    /// Walks that began at the top table.
+    /// Walks that started at the top table.
     pub table_misses: u64,
-    /// Cached table descriptors that had to go for others.
+    /// Cached table descriptors evicted.
     pub table_evictions: u64,
     /// Stage-2 translations that were cached.
     pub stage2_hits: u64,
     /// Stage-2 translations that were not.
     pub stage2_misses: u64,
-    /// Cached stage-2 translations that had to go for others.
+    /// Cached stage-2 translations evicted.
     pub stage2_evictions: u64,
-    /// Requests that used a stale translation or context descriptor; counted by the sanitizer
-    /// alone.
+    /// Requests that used a stale translation or context descriptor; counted by the sanitizer only.
     pub stale_uses: u64,
     /// Requests that were terminated.
     pub faults: u64,
-    /// Invalidations, among them those that changes of attachments and of stage 2 imply.
+    /// Invalidations, including those implied by changes of attachments and of stage 2.
     pub invalidations: u64,
     /// Entries that invalidations dropped.
     pub invalidated_entries: u64,

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The translations of an SMMU: stream table, configuration cache, and the way of a request through
-//! them.
+//! The translations of an SMMU: stream table, configuration cache, and the translation of requests.
 //!
-//! Readers translate, with shared access; a writer changes streams and drops what is cached, with
-//! exclusive access. The gate in front sees to it.
+//! Readers translate, with shared access; a writer changes streams and drops cached entries, with
+//! exclusive access. The gate in front ensures this.
 
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +25,7 @@ use crate::units::engine::{
 use crate::units::stage2::Stage2;
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 
-/// Sizes of what the IOTLB may have without stage 1, as powers of two.
+/// Page sizes in the IOTLB without stage 1, as powers of two.
 const STAGE2_SHIFTS: &[u8] = &[30, 21, 12];
 
 /// See the [module's documentation](self).
@@ -40,12 +39,12 @@ pub(crate) struct Engine {
     /// Some translation in the IOTLB is global.
     globals: AtomicBool,
     sanitizer: Option<Arc<Sanitizer>>,
-    /// Of what is done with exclusive access.
+    /// Of what happens with exclusive access.
     counters: Arc<LocalCounters>,
 }
 
 impl Engine {
-    /// An engine whose every stream aborts; `sanitizer` is told of translations and invalidations.
+    /// An engine whose every stream aborts; `sanitizer` checks translations and invalidations.
     pub(super) fn new(
         config: SmmuV3UnitConfig,
         counters: Arc<LocalCounters>,
@@ -65,7 +64,7 @@ impl Engine {
         }
     }
 
-    /// What the IOTLB has for a request that goes by `configuration`.
+    /// The IOTLB's translation for a request with `configuration`.
     #[inline]
     fn lookup(
         &self,
@@ -87,8 +86,8 @@ impl Engine {
         })
     }
 
-    /// How requests of `sid` (with `pasid`) are translated: what the stream table and the context
-    /// descriptors say now.
+    /// The configuration of requests of `sid` (with `pasid`) according to the stream table and the
+    /// context descriptors now.
     fn resolve(
         &self,
         counters: &LocalCounters,
@@ -134,7 +133,7 @@ impl Engine {
         Ok(Configuration { tag: stream.tag, space: Some(space), host: stream.host.clone() })
     }
 
-    /// Translates by the tables, and caches what comes of it.
+    /// Translates by the tables and caches the result.
     fn walk(
         &self,
         configuration: &Configuration,
@@ -177,8 +176,8 @@ impl Engine {
         Ok(Target { place: output.page.place, length: output.length })
     }
 
-    /// Puts down in the port where the configuration of requests with `pasid` is; not for a
-    /// sanitizer, which is to see every request.
+    /// Caches in the port the index of the configuration of requests with `pasid`; not with a
+    /// sanitizer, which must see every request.
     fn note(
         &self,
         config: &mut ConfigCache,
@@ -192,8 +191,8 @@ impl Engine {
         }
     }
 
-    /// Compares what `request` is about to use with what is in memory now. Gives the part of
-    /// `target` that has been compared.
+    /// Compares what `request` is about to use with what is in memory now. Returns the part of
+    /// `target` that was compared.
     fn compare(
         &self,
         sanitizer: &Sanitizer,
@@ -203,14 +202,14 @@ impl Engine {
         target: Target,
     ) -> Target {
         if !self.compare_context(sanitizer, configuration, counters, request) {
-            // What has become of tables that are not in use any more says nothing.
+            // The current state of tables that are no longer in use is irrelevant.
             return target;
         }
         sanitizer::check(sanitizer, &self.caches, configuration, counters, request, target)
     }
 
-    /// Compares `configuration`, by which `request` goes somewhere, with the context descriptors
-    /// that are in memory now. Whether it is what they say.
+    /// Compares `configuration`, by which `request` is translated, with the context descriptors in
+    /// memory now. Returns whether they are the same.
     fn compare_context(
         &self,
         sanitizer: &Sanitizer,
@@ -218,7 +217,7 @@ impl Engine {
         counters: &LocalCounters,
         request: &Request,
     ) -> bool {
-        // Nothing that a device asked for, so it is not counted.
+        // No device requested this, so it is not counted.
         let now = self.resolve(&LocalCounters::default(), request.rid, request.pasid);
         let now = now.as_ref().map_err(|fault| *fault);
         let stale = sanitizer::stale_context(request, configuration, now);
@@ -228,9 +227,9 @@ impl Engine {
         stale.is_none()
     }
 
-    /// Whether a write that `fault` stopped is an interrupt message: to which address. Stage 2 does
-    /// not lead there, so such a translation is not cached: each message goes by the tables as they
-    /// are. An SMMU may cache it, and need not.
+    /// The address of the interrupt message, if the write that `fault` stopped is one. Stage 2 does
+    /// not map it, so such a translation is not cached: each message is translated by the tables.
+    /// An SMMU may cache it, but need not.
     fn doorbell(&self, fault: &Fault, kind: RequestKind) -> Option<u64> {
         let Fault::Event { stage2: true, class: EventClass::Input, second_address, .. } = *fault
         else {
@@ -244,19 +243,19 @@ impl Engine {
     pub(super) fn install(&mut self, sid: u16, pasid: Option<u32>, entry: StreamEntry) {
         let gone = self.sharing.reuse(entry.tag.0);
         self.forget(gone);
-        // The new one before the old one goes: a tag that both have stays in use.
+        // Add the new one before removing the old one: a tag that both use stays in use.
         let stage2_tag = self.sharing.add(entry.tag.0, &entry.stage2);
         let old = self.streams.insert(sid, pasid, entry, stage2_tag, &self.config);
         self.changed(sid, old);
     }
 
-    /// Has `sid` (or the host's substream `pasid` of it) abort.
+    /// Makes `sid` (or the host's substream `pasid` of it) abort.
     pub(super) fn remove(&mut self, sid: u16, pasid: Option<u32>) {
         let old = self.streams.remove(sid, pasid);
         self.changed(sid, old);
     }
 
-    /// An entry of `sid` is another, in place of `old`.
+    /// An entry of `sid` has replaced `old`.
     fn changed(&mut self, sid: u16, old: Option<Stream>) {
         self.configurations.drop_where(|(of, _)| of == sid);
         if let Some(sanitizer) = &self.sanitizer {
@@ -268,7 +267,7 @@ impl Engine {
         }
     }
 
-    /// Does `invalidations`, in order.
+    /// Executes `invalidations` in order.
     pub(super) fn invalidate(&mut self, invalidations: &[Invalidation]) {
         let ranges = self.config.range_invalidation;
         for invalidation in invalidations {
@@ -304,7 +303,7 @@ impl Engine {
         }
     }
 
-    /// Drops what is cached through `stage2`, the marks that pages are dirty among it.
+    /// Drops what is cached through `stage2`, including the knowledge that pages are dirty.
     pub(super) fn stage2_changed(&mut self, stage2: &Arc<Stage2>) {
         let gone = self.sharing.through(stage2);
         self.forget(gone);
@@ -330,7 +329,7 @@ impl Engine {
 impl crate::units::engine::Engine for Engine {
     type Fault = Fault;
 
-    /// A message is one by where the tables send it.
+    /// Whether it is a message depends on where the tables send it.
     const INTERRUPTS: Option<RangeInclusive<u64>> = None;
 
     #[inline]
@@ -400,7 +399,7 @@ impl crate::units::engine::Engine for Engine {
                     let Some(message) = self.doorbell(&fault, kind) else {
                         return Blocked::Fault(fault);
                     };
-                    // Its tables have just been read, but perhaps not the way to them.
+                    // Its tables have just been read, but perhaps not its context.
                     if let Some(sanitizer) = &self.sanitizer {
                         self.compare_context(sanitizer, configuration, counters, request);
                     }

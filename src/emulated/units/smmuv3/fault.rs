@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Why a transaction was terminated, and the record that says so (§7.3).
+//! Why a transaction was terminated, and the event record (§7.3).
 
 use crate::units::engine::{Request, Stage2Refusal};
 use twostage::spec::smmuv3::event::{EventClass, EventId, EventRecord, SecondAddress};
@@ -8,7 +8,7 @@ use twostage::spec::smmuv3::{StreamId, SubstreamId};
 /// A transaction was terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// The stream table entry says so: there is no event.
+    /// The stream table entry aborts: there is no event.
     Abort,
     /// There is an event.
     Event {
@@ -16,11 +16,11 @@ pub(crate) enum Fault {
         id: EventId,
         /// Stage 2 faulted.
         stage2: bool,
-        /// What for.
+        /// The class of the access.
         class: EventClass,
-        /// IPA or FetchAddr, in bytes, where the event has one.
+        /// IPA or FetchAddr, in bytes, if the event has one.
         second_address: u64,
-        /// It is recorded: not where CD.R says otherwise.
+        /// It is recorded: not if CD.R says otherwise.
         recorded: bool,
     },
 }
@@ -32,13 +32,13 @@ impl Fault {
         Self::Event { id, stage2: false, class, second_address: 0, recorded: true }
     }
 
-    /// A fault of stage 1 that the transaction's address led to.
+    /// A stage-1 fault caused by the transaction's address.
     pub fn stage1(id: EventId, recorded: bool) -> Self {
         let class = EventClass::Input;
         Self::Event { id, stage2: false, class, second_address: 0, recorded }
     }
 
-    /// Something at `address` could not be read.
+    /// A fetch from `address` failed.
     pub fn fetch(id: EventId, class: EventClass, address: u64) -> Self {
         Self::Event { id, stage2: false, class, second_address: address, recorded: true }
     }
@@ -52,15 +52,15 @@ impl Fault {
         Self::Event { id, stage2: true, class, second_address: ipa, recorded: true }
     }
 
-    /// Whether a device asks for the page that a request did not get: it is not mapped, or not for
-    /// that access. (A translation request of such a page leaves no event, §3.9.1.)
+    /// Whether a device requests the page that a request did not get: it is not mapped, or not for
+    /// that access. (A translation request for such a page raises no event, §3.9.1.)
     pub fn asks_for_page(&self) -> bool {
         let Self::Event { id, class, .. } = *self else { return false };
         let mendable = matches!(id, EventId::Translation | EventId::Access | EventId::Permission);
         mendable && class != EventClass::Cd
     }
 
-    /// The record of the fault of `request`; none when it leaves none.
+    /// The event record of the fault of `request`, if any.
     pub fn record(&self, request: &Request) -> Option<EventRecord> {
         let Self::Event { id, stage2, class, second_address, recorded: true } = *self else {
             return None;

@@ -6,17 +6,17 @@ use crate::units::hardware::CacheTag;
 use twostage::spec::smmuv3::command::AddressRange;
 use twostage::spec::smmuv3::translation::Granule;
 
-/// The address space of global translations: they serve every ASID of their VMID.
+/// The address space of global translations, which serve every ASID of their VMID.
 pub(super) const GLOBAL: u32 = 1 << 16;
-/// The address space of translations by stage 2 alone, which no ASID tags.
+/// The address space of stage-2-only translations, which no ASID tags.
 pub(super) const STAGE2_ONLY: u32 = GLOBAL + 1;
 
 /// Sizes of the pages of every granule, as powers of two.
 const PAGE_SHIFTS: [u8; 8] = [12, 14, 16, 21, 25, 29, 30, 42];
-/// Sizes of what one table descriptor spans, as powers of two, of every granule.
+/// Sizes of what one table descriptor spans, as powers of two, for every granule.
 const TABLE_SHIFTS: [u8; 8] = [21, 25, 29, 30, 36, 39, 42, 47];
 
-/// A command that drops what is cached, with the host's names for streams and VMIDs.
+/// A command that drops cached entries, with the host's names for streams and VMIDs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Invalidation {
     /// CMD_TLBI_NH_ALL.
@@ -31,18 +31,18 @@ pub(crate) enum Invalidation {
     Context { sid: u16, substream: u32 },
     /// CMD_CFGI_CD_ALL.
     Contexts { sid: u16 },
-    /// CMD_ATC_INV: no device here has a cache of its own.
+    /// CMD_ATC_INV: the devices here have no ATCs.
     DeviceTlb,
 }
 
-/// Drops the translations of stage 1 that `spaces` of `tag` have; gives the number of entries.
+/// Drops the stage-1 translations of `spaces` of `tag`; returns the number of entries.
 pub(super) fn drop_spaces(caches: &mut Caches, tag: CacheTag, spaces: Spaces) -> u64 {
     let scope = Scope { tag: tag.0, spaces };
     let all = [IovaRange::ALL];
     caches.drop_pages(scope, &all, &PAGE_SHIFTS) + caches.drop_tables(scope, &all, &TABLE_SHIFTS)
 }
 
-/// What `range` is to an SMMU that may not know ranges (IDR3.RIL).
+/// `range` as understood by an SMMU that may not support ranges (IDR3.RIL).
 pub(super) fn known_range(range: AddressRange, ranges: bool) -> AddressRange {
     match ranges {
         true => range,
@@ -50,8 +50,7 @@ pub(super) fn known_range(range: AddressRange, ranges: bool) -> AddressRange {
     }
 }
 
-/// Drops the translations of stage 1 in `range` that `spaces` of `tag` have; gives the number of
-/// entries.
+/// Drops the stage-1 translations in `range` of `spaces` of `tag`; returns the number of entries.
 pub(super) fn drop_range(
     caches: &mut Caches,
     tag: CacheTag,
@@ -66,7 +65,7 @@ pub(super) fn drop_range(
     let shifts = match granule(range.tg) {
         None => &PAGE_SHIFTS[..],
         Some(granule) => {
-            // TTL names the level of the pages that are meant, if it names one.
+            // TTL gives the level of the pages, if it is not 0.
             of_granule = [1, 2, 3].map(|level| granule.level_shift(level) as u8);
             let level = usize::from(range.ttl);
             // A level is 1 to 3 (TTL has two bits).
@@ -81,7 +80,7 @@ pub(super) fn drop_range(
     pages + tables
 }
 
-/// The granule that TG of a command names, when it names a range (§4.4.1.1).
+/// The granule that TG of a command selects, if it has a range (§4.4.1.1).
 fn granule(tg: u8) -> Option<Granule> {
     match tg {
         1 => Some(Granule::K4),

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An emulated SMMUv3, for devices of this process.
 //!
-//! A request goes by its StreamID through the stream table that the host's driver fills; where
-//! stage 1 is the user's, by its SubstreamID through the user's context descriptors to the tables
-//! of an address space, each of whose pointers goes through stage 2; and through stage 2. On its
-//! way it meets the caches that hardware has: of context descriptors, of table descriptors, and an
-//! IOTLB tagged by VMID and ASID, whose entries stay until a command drops them. A guest that
-//! forgets one sees it here as it would on hardware.
+//! A request is translated by its StreamID through the stream table, which the host's driver fills;
+//! if stage 1 is the user's, by its SubstreamID through the user's context descriptors to the
+//! tables of an address space, each of whose pointers is translated by stage 2; and by stage 2. The
+//! caches are those of hardware: of context descriptors, of table descriptors, and an IOTLB tagged
+//! by VMID and ASID, whose entries stay until a command drops them. A guest that forgets one sees
+//! the same here as on hardware.
 
 mod config;
 mod configurations;
@@ -43,18 +43,18 @@ pub use counters::SmmuV3Counters;
 pub(crate) use invalidation::Invalidation;
 pub(crate) use stream::StreamEntry;
 
-/// Where the events of one stream go: what its driver does with the event queue.
+/// Destination of the events of one stream: what its driver does with the event queue.
 pub(crate) trait EventSink: Debug + Send + Sync {
-    /// A transaction was terminated; `record` says why, with the physical StreamID.
+    /// A transaction was terminated; `record` has the reason and the physical StreamID.
     fn event(&self, record: &EventRecord);
 }
 
 /// An emulated SMMUv3, for devices of this process.
 ///
 /// Attachments come from the [`EmulatedHost`](crate::EmulatedHost) that it is added to; devices
-/// reach it by a [`DmaPort`](crate::DmaPort), their StreamID being their requester id. Until
-/// something is attached it aborts all DMA. What it caches stays until the host invalidates it: a
-/// guest that forgets an invalidation sees the old translation, as on hardware.
+/// access it by a [`DmaPort`](crate::DmaPort), with the requester ID as StreamID. Until something
+/// is attached it aborts all DMA. Cached entries stay until the host invalidates them: a guest that
+/// forgets an invalidation sees the old translation, as on hardware.
 #[derive(Debug)]
 pub struct SmmuV3Unit {
     config: SmmuV3UnitConfig,
@@ -77,17 +77,17 @@ impl SmmuV3Unit {
         Arc::new(Self { config, gate, counters, sanitizer, page_requests, sinks: Mutex::default() })
     }
 
-    /// What the unit has done so far. Requests under way may or may not be counted.
+    /// Its counters so far. Requests in progress may or may not be counted.
     pub fn counters(&self) -> SmmuV3Counters {
         self.counters.read().into()
     }
 
-    /// The page requests of its devices; none when it takes none.
+    /// The page requests of its devices; none if it takes none.
     pub(crate) fn page_requests(&self) -> Option<&PageRequests> {
         self.config.page_requests().then_some(&self.page_requests)
     }
 
-    /// Which stale translations were used so far; `None` for a unit that does not look
+    /// The stale translations used so far; `None` for a unit without the sanitizer
     /// ([`SmmuV3UnitConfig::sanitize`]).
     pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
         self.sanitizer.as_ref().map(|sanitizer| sanitizer.report())
@@ -98,29 +98,29 @@ impl SmmuV3Unit {
         &self.config
     }
 
-    /// Writes the entry of `sid` (or of the host's substream `pasid` of it), in place of what was
-    /// there: no request is aborted in between.
+    /// Writes the entry of `sid` (or of the host's substream `pasid` of it), replacing the old one:
+    /// no request is aborted in between.
     pub(crate) fn install(&self, sid: u16, pasid: Option<u32>, entry: StreamEntry) {
         self.gate.write(|engine| engine.install(sid, pasid, entry));
     }
 
-    /// Has `sid` (or the host's substream `pasid` of it) abort.
+    /// Makes `sid` (or the host's substream `pasid` of it) abort.
     pub(crate) fn remove(&self, sid: u16, pasid: Option<u32>) {
         self.gate.write(|engine| engine.remove(sid, pasid));
     }
 
-    /// Does `invalidations`: no request uses what they drop any more when this returns.
+    /// Executes `invalidations`: when this returns, no request uses what they drop.
     pub(crate) fn invalidate(&self, invalidations: &[Invalidation]) {
         self.gate.write(|engine| engine.invalidate(invalidations));
     }
 
-    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
-    /// that was cached through it.
+    /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
+    /// cached through it.
     pub(crate) fn stage2_changed(&self, stage2: &Arc<Stage2>) {
         self.gate.write(|engine| engine.stage2_changed(stage2));
     }
 
-    /// From now on events of `sid` go to `sink`.
+    /// Sets the sink for events of `sid`.
     pub(crate) fn set_event_sink(&self, sid: u16, sink: Arc<dyn EventSink>) {
         self.sinks().insert(sid, sink);
     }
@@ -149,7 +149,7 @@ impl Unit for SmmuV3Unit {
         }
     }
 
-    /// Never: any structure may be cached, valid or not (§3.21.3), so that software tells of each
+    /// Never: any structure may be cached, valid or not (§3.21.3), so software must announce each
     /// that becomes valid.
     fn nothing_attached(_: Fault) -> bool {
         false

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an SMMUv3's sanitizer compares: the context descriptor of a requester, then its tables.
 //!
-//! Stream table entries are the host's driver's here, which changes them and what is cached of them
-//! together. So a guest that forgets CMD_CFGI_STE is not found out: the entry that the host has is
-//! then still the old one, too.
+//! Stream table entries are those of the host's driver here, which changes them together with what
+//! is cached. So a guest that forgets CMD_CFGI_STE is not noticed: the host's entry is still the
+//! old one, too.
 
 use super::configurations::Configuration;
 use super::context::AddressSpace;
@@ -17,8 +17,8 @@ use crate::units::hardware::{CacheRange, CacheTag};
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::AddressRange;
 
-/// What there is to say if a request went by `used`, and the context descriptors in memory now come
-/// to `now`.
+/// The finding, if any, for a request that went by `used` when the context descriptors in memory
+/// now give `now`.
 pub(super) fn stale_context(
     request: &Request,
     used: &Configuration,
@@ -47,7 +47,7 @@ fn way(space: Option<&AddressSpace>) -> DmaWay {
 }
 
 /// Compares `target`, which `request` is about to use by `configuration`, with the tables, of which
-/// pages of `shifts` are cached. Gives the part of it that has been compared.
+/// pages of `shifts` are cached. Returns the part of it that was compared.
 pub(super) fn check(
     sanitizer: &Sanitizer,
     caches: &Caches,
@@ -71,7 +71,7 @@ pub(super) fn check(
     sanitizer.check(caches, &used, counters, &Request { address, ..*request }, target)
 }
 
-/// Tells `sanitizer` of `invalidation`, of an SMMU that knows ranges or not.
+/// Informs `sanitizer` of `invalidation`, of an SMMU with or without range support.
 pub(super) fn invalidated(sanitizer: &Sanitizer, invalidation: &Invalidation, ranges: bool) {
     let pages = |range| CacheRange::from(known_range(range, ranges));
     let told =

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Stage-1 tables, VMSAv8-64, as the walker sees them (§3.4, §5.4).
+//! Stage-1 tables, VMSAv8-64, for the walker (§3.4, §5.4).
 
 use super::fault::Fault;
 use crate::units::engine::{At, Entry, Path, RequestKind, Stage2Refusal, TableFormat};
 use twostage::spec::smmuv3::event::{EventClass, EventId};
 use twostage::spec::smmuv3::translation::{Descriptor, DescriptorKind, Granule};
 
-/// The walker numbers levels from the pages up, from 1; the architecture has pages in level 3.
+/// The walker numbers levels from 1 at the pages; in the architecture pages are level 3.
 const fn architectural(level: u8) -> u8 {
     4u8.saturating_sub(level)
 }
 
-/// The tables of one half of the address space: what a context descriptor says of them.
+/// The tables of one half of the address space, as described by a context descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stage1 {
     /// GPA of the top table (TTB0 or TTB1), in bytes.
@@ -20,7 +20,7 @@ pub(super) struct Stage1 {
     pub granule: Granule,
     /// Bits of address that the tables translate: 64 - TxSZ.
     pub input_bits: u8,
-    /// They are of TTB1: bits above are set.
+    /// They are those of TTB1: bits above are set.
     pub upper: bool,
     /// Bits of the addresses they give: the smaller of CD.IPS and IDR5.OAS.
     pub output_bits: u8,
@@ -28,15 +28,15 @@ pub(super) struct Stage1 {
     pub access_flag_ignored: bool,
     /// WXN: writable pages are not executable.
     pub write_no_execute: bool,
-    /// PAN: privileged requests do not reach pages of unprivileged ones.
+    /// PAN: privileged requests cannot access unprivileged pages.
     pub privileged_access_never: bool,
     /// R: faults are recorded.
     pub recorded: bool,
 }
 
 impl Stage1 {
-    /// Sizes of what the IOTLB may have, as powers of two: pages of the granule, and pieces of them
-    /// where stage 2 has smaller ones.
+    /// Sizes of IOTLB entries, as powers of two: pages of the granule, and pieces of them if stage
+    /// 2 has smaller ones.
     pub const fn shifts(&self) -> &'static [u8] {
         match self.granule {
             Granule::K4 => &[12, 21, 30],
@@ -129,7 +129,7 @@ impl TableFormat for Stage1 {
     fn check_path(&self, path: Path, kind: RequestKind) -> Result<(), Fault> {
         let allowed = match (kind.privileged(), kind.write(), kind.execute()) {
             (_, true, _) if !path.write() => false,
-            // An instruction cannot be written: InD is 0 for writes.
+            // An instruction fetch cannot write: InD is 0 for writes.
             (false, false, true) => {
                 path.execute() && !(self.write_no_execute && path.write() && path.user())
             }
@@ -153,7 +153,7 @@ impl TableFormat for Stage1 {
         Fault::fetch(EventId::WalkExternalAbort, EventClass::TranslationTable, address)
     }
 
-    // No flags are ever written: IDR0.HTTU is 0.
+    // Flags are never written: IDR0.HTTU is 0.
 
     fn flags_refused(&self, at: At) -> Fault {
         self.entry_unreadable(at)

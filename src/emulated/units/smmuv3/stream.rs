@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The stream table as the host's driver fills it: what becomes of each stream's transactions.
+//! The stream table as filled by the host's driver.
 //!
-//! Who is not in it has an entry that aborts. Substreams that the host owns are in it, too: it
-//! plays the host's own tables of context descriptors.
+//! Streams without an entry abort. Substreams that the host owns are in it, too: they stand for the
+//! host's context descriptor tables.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,17 +15,17 @@ use crate::units::stage2::Stage2;
 use twostage::spec::smmuv3::regs::Idr0;
 use twostage::spec::smmuv3::stream_table::{S1Format, Ste};
 
-/// What the driver writes into the stream table, or into its own context descriptors.
+/// What the driver writes into the stream table, or into its context descriptors.
 #[derive(Debug, Clone)]
 pub(crate) struct StreamEntry {
-    /// What the host's tables are tagged with: the VMID of a stage 2, for stage 1 on top of it too.
+    /// Tag of the host's tables: the VMID of a stage 2, also for stage 1 on top of it.
     pub tag: CacheTag,
-    /// What the IOAS maps.
+    /// The mappings of the IOAS.
     pub stage2: Arc<Stage2>,
-    /// Where written pages are marked; none when they cannot be tracked.
+    /// The log of written pages; none if they cannot be tracked.
     pub dirty: Option<Arc<DirtyLog>>,
-    /// The first two words of the user's stream table entry, when stage 1 is its own; without,
-    /// transactions go through the host's tables alone.
+    /// The first two words of the user's stream table entry, if stage 1 is the user's; otherwise
+    /// only the host's tables translate.
     pub stage1: Option<[u64; 2]>,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Stream {
     pub stage1: Option<UserStage1>,
 }
 
-/// Stage 1 as the user's stream table entry has it.
+/// Stage 1 according to the user's stream table entry.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum UserStage1 {
     /// Context descriptors.
@@ -50,7 +50,7 @@ pub(super) enum UserStage1 {
 }
 
 impl UserStage1 {
-    /// What the words of an entry say to an SMMU of `config` (§5.2).
+    /// Decodes the words of an entry for an SMMU of `config` (§5.2).
     fn new([low, high]: [u64; 2], config: &SmmuV3UnitConfig) -> Self {
         let ste = Ste::from_words([low, high, 0, 0, 0, 0, 0, 0]);
         let contexts = ste.qw0.s1cdmax();
@@ -58,7 +58,7 @@ impl UserStage1 {
         let idr0 = Idr0::from_bits(config.info().idr[0]);
         let illegal = (config.ssid_bits() != 0 && contexts > config.ssid_bits())
             || two_level && !idr0.cd2l()
-            // No transaction stalls (IDR0.STALL_MODEL), so none can be kept from it.
+            // No transaction stalls (IDR0.STALL_MODEL), so stalls cannot be disabled.
             || ste.qw1.s1stalld()
             || ste.context_table() >> config.output_bits() != 0;
         if illegal {
@@ -74,8 +74,8 @@ impl UserStage1 {
 pub(super) struct StreamTable(BTreeMap<(u16, Option<u32>), Stream>);
 
 impl StreamTable {
-    /// Sets what the stream `sid` (or the host's substream `pasid` of it) has; gives what it had.
-    /// `stage2_tag` is unique to the stage 2 among the entries.
+    /// Sets the entry of the stream `sid` (or the host's substream `pasid` of it); returns the old
+    /// one. `stage2_tag` is unique to the stage 2 among the entries.
     pub fn insert(
         &mut self,
         sid: u16,
@@ -90,12 +90,12 @@ impl StreamTable {
         self.0.insert((sid, pasid), Stream { tag: tag.0, host, stage1 })
     }
 
-    /// Takes away what `sid` (or its `pasid`) has.
+    /// Removes the entry of `sid` (or its `pasid`).
     pub fn remove(&mut self, sid: u16, pasid: Option<u32>) -> Option<Stream> {
         self.0.remove(&(sid, pasid))
     }
 
-    /// What `sid` (or its `pasid`) has.
+    /// The entry of `sid` (or its `pasid`).
     pub fn get(&self, sid: u16, pasid: Option<u32>) -> Option<&Stream> {
         self.0.get(&(sid, pasid))
     }

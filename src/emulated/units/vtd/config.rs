@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an emulated VT-d unit can do, and the registers that say so.
+//! The abilities of an emulated VT-d unit, and the registers that report them.
 
 use crate::units::engine::CacheSizes;
 use crate::units::hardware::UserTables;
@@ -31,7 +31,7 @@ impl AddressWidth {
     }
 }
 
-/// What an emulated VT-d unit can do, and how much it caches.
+/// The abilities and cache sizes of an emulated VT-d unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VtdUnitConfig {
     /// Widest guest address (CAP.MGAW, CAP.SAGAW, CAP.FS5LP).
@@ -44,20 +44,20 @@ pub struct VtdUnitConfig {
     pub supervisor_requests: bool,
     /// The extended accessed flag (ECAP.EAFS).
     pub extended_accessed: bool,
-    /// Takes invalidations of device-TLBs (ECAP.DT). Devices of this process keep none of their
-    /// own: what they might cache, the unit does.
+    /// Takes invalidations of device-TLBs (ECAP.DT). Devices of this process have no device-TLBs;
+    /// the unit caches for them.
     pub device_tlb: bool,
-    /// Takes page requests, where it has device-TLBs and PASIDs (ECAP.PRS, ECAP.PDS).
+    /// Takes page requests, if it has device-TLBs and PASIDs (ECAP.PRS, ECAP.PDS).
     pub page_requests: bool,
     /// User-owned first-stage tables nested on the host's stage 2 (ECAP.NEST).
     pub nesting: bool,
-    /// User-owned second-stage tables on the host's stage 2: no hardware has that.
+    /// User-owned second-stage tables on the host's stage 2, which no hardware supports.
     pub guest_second_stage: bool,
     /// Accessed and dirty flags in the host's stage 2 (ECAP.SSADS): written pages can be tracked.
     pub dirty_tracking: bool,
-    /// Says that it has erratum 772415 (GET_HW_INFO's flags): read-only mappings may be written
-    /// through by nested translation, so an IOAS with a nesting parent takes none (`EINVAL`). Linux
-    /// 7.2 says so of every VT-d.
+    /// Reports erratum 772415 (GET_HW_INFO's flags): nested translation may write through read-only
+    /// mappings, so an IOAS with a nesting parent allows none (`EINVAL`). Linux 7.2 reports it for
+    /// every VT-d.
     pub erratum_772415: bool,
     /// Entries of the IOTLB, rounded up to a power of two; 0 for no IOTLB.
     pub iotlb_entries: usize,
@@ -65,15 +65,14 @@ pub struct VtdUnitConfig {
     pub paging_structure_entries: usize,
     /// Entries of the cache of stage-2 translations, likewise.
     pub stage2_entries: usize,
-    /// Compares every translation with the tables when it is used, and reports those that the guest
-    /// should have invalidated ([`VtdUnit::sanitizer_report`](super::VtdUnit::sanitizer_report)).
-    /// Slow.
+    /// Compares every translation with the tables when it is used, and reports missing
+    /// invalidations ([`VtdUnit::sanitizer_report`](super::VtdUnit::sanitizer_report)). Slow.
     pub sanitize: bool,
 }
 
 impl Default for VtdUnitConfig {
-    /// A recent unit with 48 bits: all but supervisor requests, the extended accessed flag,
-    /// device-TLBs and page requests; with the erratum that Linux reports of all.
+    /// A recent unit with 48 bits: everything except supervisor requests, the extended accessed
+    /// flag, device-TLBs and page requests; with the erratum that Linux reports for all.
     fn default() -> Self {
         Self {
             address_width: AddressWidth::Bits48,
@@ -137,7 +136,7 @@ impl VtdUnitConfig {
             .with_ssads(self.dirty_tracking)
     }
 
-    /// What GET_HW_INFO gives: flags, and both registers.
+    /// The result of GET_HW_INFO: flags and both registers.
     pub(super) fn info(&self) -> iommu_hw_info_vtd {
         let erratum = if self.erratum_772415 { HW_INFO_VTD_ERRATA_772415_SPR17 } else { 0 };
         iommu_hw_info_vtd {
@@ -148,7 +147,7 @@ impl VtdUnitConfig {
         }
     }
 
-    /// How much it caches.
+    /// Its cache sizes.
     pub(super) fn cache_sizes(&self) -> CacheSizes {
         CacheSizes {
             iotlb: self.iotlb_entries,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the host-side PASID table says of one requester.
+//! The host-side PASID-table entry of one requester.
 
 use super::config::{AddressWidth, VtdUnitConfig};
 use super::first_stage::FirstStage;
@@ -10,10 +10,10 @@ use twostage::iommufd::{
     iommu_hwpt_vtd_s1, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
 };
 
-/// PASID that tags what serves requests without PASID (RID_PASID, as Linux sets it).
+/// PASID that tags translations for requests without PASID (RID_PASID, as set by Linux).
 const RID_PASID: u32 = 0;
 
-/// Tables of the user's that a request goes through before stage 2.
+/// The user's tables that translate a request before stage 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tables {
     /// None: stage 2 only.
@@ -84,8 +84,8 @@ pub(super) struct Context {
 }
 
 impl Context {
-    /// The context of requests that go through `translation`; `stage2_tag` is unique to its stage 2
-    /// among the contexts of the unit.
+    /// The context for `translation`; `stage2_tag` is unique to its stage 2 among the contexts of
+    /// the unit.
     pub fn new(translation: Translation, stage2_tag: u32, config: &VtdUnitConfig) -> Self {
         Self {
             tag: translation.tag,
@@ -94,7 +94,7 @@ impl Context {
         }
     }
 
-    /// Whose the cached translations of requests with `pasid` are.
+    /// The source of cached translations for requests with `pasid`.
     #[inline]
     pub fn source(&self, pasid: Option<u32>) -> Source {
         Source::new(self.tag.0, pasid.unwrap_or(RID_PASID))

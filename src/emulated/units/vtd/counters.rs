@@ -1,44 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a unit has counted.
+//! Counters of a unit.
 
 use crate::units::engine::Totals;
 
-/// What an emulated VT-d unit has done so far.
+/// Counters of an emulated VT-d unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct VtdCounters {
     /// Requests that the IOTLB served.
     pub iotlb_hits: u64,
-    /// Requests that it did not.
+    /// Requests that missed the IOTLB.
     pub iotlb_misses: u64,
-    /// IOTLB entries that had to go for others.
+    /// IOTLB entries evicted.
     pub iotlb_evictions: u64,
     /// Requests whose PASID-table entry was cached.
     pub pasid_cache_hits: u64,
     /// Requests whose PASID-table entry was not.
     pub pasid_cache_misses: u64,
-    /// PASID-cache entries that had to go for others.
+    /// PASID-cache entries evicted.
     pub pasid_cache_evictions: u64,
     /// Walks of user-owned tables, finished or not.
     pub walks: u64,
-    /// Walks that began below the top table.
+    /// Walks that started below the top table.
     pub paging_structure_hits: u64,
-    /// Walks that began at the top table.
+    /// Walks that started at the top table.
     pub paging_structure_misses: u64,
-    /// Paging-structure entries that had to go for others.
+    /// Paging-structure entries evicted.
     pub paging_structure_evictions: u64,
     /// Stage-2 translations that were cached.
     pub stage2_hits: u64,
     /// Stage-2 translations that were not.
     pub stage2_misses: u64,
-    /// Cached stage-2 translations that had to go for others.
+    /// Cached stage-2 translations evicted.
     pub stage2_evictions: u64,
-    /// Requests that went by a translation that the guest's tables no longer had; counted by the
-    /// sanitizer alone.
+    /// Requests that used a translation which the guest's tables no longer had; counted by the
+    /// sanitizer only.
     pub stale_uses: u64,
     /// Requests that were blocked.
     pub faults: u64,
-    /// Invalidations, among them those that changes of attachments and of stage 2 imply.
+    /// Invalidations, including those implied by changes of attachments and of stage 2.
     pub invalidations: u64,
     /// Entries that invalidations dropped.
     pub invalidated_entries: u64,

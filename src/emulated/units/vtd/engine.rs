@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The remapping engine: PASID table, caches, and the way of a request through them.
+//! The remapping engine: PASID table, caches, and the translation of requests.
 //!
-//! Readers translate, with shared access; a writer changes attachments and drops what is cached,
-//! with exclusive access. The gate in front sees to it.
+//! Readers translate, with shared access; a writer changes attachments and drops cached entries,
+//! with exclusive access. The gate in front ensures this.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -34,13 +34,13 @@ pub(crate) struct Engine {
     pasid_table: PasidTable,
     sharing: Sharing,
     caches: Caches,
-    /// Of what is done with exclusive access.
+    /// Of what happens with exclusive access.
     counters: Arc<LocalCounters>,
     sanitizer: Option<Arc<Sanitizer>>,
 }
 
 impl Engine {
-    /// An engine that blocks everybody; `sanitizer` is told of translations and invalidations.
+    /// An engine that blocks all DMA; `sanitizer` checks translations and invalidations.
     pub(super) fn new(
         config: VtdUnitConfig,
         counters: Arc<LocalCounters>,
@@ -65,7 +65,7 @@ impl Engine {
         }
         counters.config_misses.count();
         if self.sanitizer.is_some() {
-            // Nothing is cached, so that `cached` finds nothing and every request comes by here.
+            // Nothing is cached, so `cached` finds nothing and every request gets here.
             let context = self.pasid_table.get(request.rid, request.pasid);
             return context.ok_or_else(|| Fault::stage1(self.not_present(request.pasid)));
         }
@@ -146,8 +146,8 @@ impl Engine {
         self.forget(gone);
     }
 
-    /// Drops what is cached of the tables of `tag`, in all of `ranges`: each cache is gone through
-    /// once, for DMA waits.
+    /// Drops what is cached of the tables of `tag` in all of `ranges`: in one pass over each cache,
+    /// as DMA waits.
     pub fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
         let scope = Scope::of_tag(tag.0);
         let pages = ascending(ranges.iter().filter_map(|range| addresses(*range)));
@@ -167,7 +167,7 @@ impl Engine {
         &self.caches
     }
 
-    /// Drops what is cached through `stage2`, the marks that pages are dirty among it.
+    /// Drops what is cached through `stage2`, including the knowledge that pages are dirty.
     pub fn stage2_changed(&mut self, stage2: &Arc<Stage2>) {
         let gone = self.sharing.through(stage2);
         self.forget(gone);

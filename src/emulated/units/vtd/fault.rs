@@ -9,7 +9,7 @@ use twostage::spec::vtd::fault::FaultReason;
 pub(crate) struct Fault {
     /// The architecture's reason.
     pub reason: FaultReason,
-    /// It was the host's stage 2 that refused.
+    /// The host's stage 2 refused.
     pub stage2: bool,
 }
 
@@ -24,8 +24,8 @@ impl Fault {
         Self { reason, stage2: true }
     }
 
-    /// Whether a device asks for the page that a request of `kind` did not get: an entry is not
-    /// present or does not allow it (§7.1.3). Linux serves neither supervisors nor execution.
+    /// Whether a device requests the page that a request of `kind` did not get: an entry is not
+    /// present or does not allow it (§7.1.3). Linux serves neither supervisor nor execute requests.
     pub fn asks_for_page(&self, kind: RequestKind) -> bool {
         let mendable = matches!(
             self.reason,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! First-stage tables, as the walker sees them (§3.6, §9.7).
+//! First-stage tables for the walker (§3.6, §9.7).
 
 use super::fault::Fault;
 use super::reasons::{page_refused, Reasons};
@@ -11,7 +11,7 @@ use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 /// Sizes of pages, of either stage, as powers of two: 4 KiB, 2 MiB, 1 GiB.
 pub(super) const PAGE_SHIFTS: [u8; 3] = [12, 21, 30];
 
-/// First-stage tables: what a PASID-table entry says of them.
+/// First-stage tables, as described by a PASID-table entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FirstStage {
     /// GPA of the top table (FSPTPTR), in bytes, 4 KiB aligned.

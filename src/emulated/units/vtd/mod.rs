@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An emulated VT-d unit in scalable mode, for devices of this process.
 //!
-//! A request goes from (requester id, PASID) through the PASID table that the host's attachments
-//! fill, through the user's own tables if its HWPT is nested, each of whose pointers goes through
-//! stage 2, and through stage 2. On its way it meets the caches that hardware has: a PASID cache,
+//! A request is translated from (requester ID, PASID) through the PASID table, which the host's
+//! attachments fill, through the user's tables if its HWPT is nested, each of whose pointers is
+//! translated by stage 2, and by stage 2. The caches are those of hardware: a PASID cache,
 //! paging-structure caches and an IOTLB, whose entries stay until they are invalidated. A guest
-//! that forgets an invalidation sees it here as it would on hardware.
+//! that forgets an invalidation sees the same here as on hardware.
 
 mod config;
 mod context;
@@ -45,9 +45,9 @@ pub use counters::VtdCounters;
 /// An emulated VT-d unit in scalable mode, for devices of this process.
 ///
 /// Attachments come from the [`EmulatedHost`](crate::EmulatedHost) that it is added to; devices
-/// reach it by a [`DmaPort`](crate::DmaPort). Until something is attached it blocks all DMA. What
-/// it caches stays until the host invalidates it: a guest that forgets an invalidation sees the old
-/// translation, as on hardware.
+/// access it by a [`DmaPort`](crate::DmaPort). Until something is attached it blocks all DMA.
+/// Cached entries stay until the host invalidates them: a guest that forgets an invalidation sees
+/// the old translation, as on hardware.
 #[derive(Debug)]
 pub struct VtdUnit {
     config: VtdUnitConfig,
@@ -59,7 +59,7 @@ pub struct VtdUnit {
     sinks: Mutex<BTreeMap<u16, SinkOfDevice>>,
 }
 
-/// The device object that a fault names, and who is told.
+/// The device object that a fault names, and its sink.
 type SinkOfDevice = (ObjectId, Weak<dyn FaultSink>);
 
 impl VtdUnit {
@@ -78,19 +78,19 @@ impl VtdUnit {
         })
     }
 
-    /// What the unit has done so far. Requests under way may or may not be counted.
+    /// Its counters so far. Requests in progress may or may not be counted.
     pub fn counters(&self) -> VtdCounters {
         self.counters.read().into()
     }
 
-    /// Which stale translations were used so far; `None` for a unit that does not look
+    /// The stale translations used so far; `None` for a unit without the sanitizer
     /// ([`VtdUnitConfig::sanitize`]).
     pub fn sanitizer_report(&self) -> Option<SanitizerReport> {
         self.sanitizer.as_ref().map(|sanitizer| sanitizer.common.report())
     }
 
-    /// From now on the sanitizer, if there is one, compares what the unit was given for each
-    /// requester with `tables`. Only the first call counts.
+    /// Makes the sanitizer, if there is one, compare each requester's translation with `tables`.
+    /// Only the first call counts.
     pub fn set_context_tables(&self, tables: Weak<dyn ContextTables>) {
         if let Some(sanitizer) = &self.sanitizer {
             sanitizer.set_context_tables(tables);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host-side PASID table. A requester's PASID cache is in front of it.
+//! The host-side PASID table, behind each port's PASID cache.
 
 use std::collections::BTreeMap;
 
@@ -8,21 +8,21 @@ use crate::units::engine::ConfigCache;
 use crate::units::hardware::CacheTag;
 use twostage::runs::Runs;
 
-/// Where each requester's DMA goes. Who is not in it is blocked.
+/// Where each requester's DMA goes. Requesters without an entry are blocked.
 #[derive(Debug, Default)]
 pub(super) struct PasidTable {
     /// Contexts by index. Requesters that are attached to the same HWPT share one.
     contexts: Vec<Option<Shared>>,
-    /// Indices that no context has.
+    /// Unused indices.
     free: Vec<u32>,
     /// The index of the context of each HWPT.
     by_tag: BTreeMap<u32, u32>,
     functions: BTreeMap<u16, Function>,
-    /// Counts changes: what was looked up in an earlier generation is no longer true.
+    /// Counts changes: lookups of earlier generations are invalid.
     generation: u64,
 }
 
-/// A context, and how many requesters have it: at least one.
+/// A context, and its number of requesters: at least one.
 #[derive(Debug)]
 struct Shared {
     context: Context,
@@ -37,8 +37,8 @@ struct Function {
 }
 
 impl PasidTable {
-    /// Gives `rid` (or its `pasid`), which must have none, the context that `new` makes, or the one
-    /// that others have of the same `tag`.
+    /// Gives `rid` (or its `pasid`), which must have none, the context that `new` makes, or the
+    /// existing one of the same `tag`.
     pub fn insert(
         &mut self,
         rid: u16,
@@ -57,7 +57,7 @@ impl PasidTable {
         self.functions.entry(rid).or_default().set(pasid, Some(index));
     }
 
-    /// Adds a context that nobody has yet.
+    /// Adds an unused context.
     fn add(&mut self, tag: CacheTag, context: Context) -> u32 {
         let shared = Some(Shared { context, users: 0 });
         // There are fewer contexts than tags, which have 32 bits.
@@ -70,12 +70,12 @@ impl PasidTable {
         index
     }
 
-    /// What `rid` (or its `pasid`) has.
+    /// The context of `rid` (or its `pasid`).
     pub fn get(&self, rid: u16, pasid: Option<u32>) -> Option<&Context> {
         self.context(self.index(rid, pasid)?)
     }
 
-    /// Takes away what `rid` (or its `pasid`) has; `gone` is told of it.
+    /// Removes the context of `rid` (or its `pasid`); `gone` is called for it.
     pub fn remove(&mut self, rid: u16, pasid: Option<u32>, gone: impl FnOnce(&Context)) {
         self.generation += 1;
         let Some(index) = self.index(rid, pasid) else { return };
@@ -106,14 +106,14 @@ impl PasidTable {
         Some(&self.contexts.get(index as usize)?.as_ref()?.context)
     }
 
-    /// The context of requests with `pasid`, when `cache` has it.
+    /// The context of requests with `pasid`, if `cache` has it.
     #[inline]
     pub fn cached(&self, cache: &ConfigCache, pasid: Option<u32>) -> Option<&Context> {
         Some(&self.contexts.get(cache.get(self.generation, pasid)?)?.as_ref()?.context)
     }
 
-    /// The context of `rid` (or its `pasid`), in `cache` from now on, and whether another had to go
-    /// for it. A requester without a context is not cached.
+    /// Looks up the context of `rid` (or its `pasid`) and caches it in `cache`; returns it and
+    /// whether another was evicted. A missing context is not cached.
     pub fn fill(
         &self,
         cache: &mut ConfigCache,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Why a walk fails, for causes that every format of tables has.
+//! Fault reasons for failures common to all table formats.
 
 use super::fault::Fault;
 use crate::units::engine::{At, Stage2Refusal};
@@ -12,22 +12,22 @@ pub(super) struct Reasons {
     pub top_beyond: FaultReason,
     /// Another table is.
     pub beyond: FaultReason,
-    /// Stage 2 does not let the top table be read.
+    /// Stage 2 does not allow reading the top table.
     pub top_denied: FaultReason,
-    /// Stage 2 does not let another table be read.
+    /// Stage 2 does not allow reading another table.
     pub denied: FaultReason,
     /// An entry of the top table could not be read.
     pub top_access: FaultReason,
     /// An entry of another table could not be read.
     pub access: FaultReason,
-    /// Stage 2 does not let the flags of an entry be written.
+    /// Stage 2 does not allow writing the flags of an entry.
     pub flags_denied: FaultReason,
     /// The flags of an entry could not be updated: it kept changing.
     pub flags_update: FaultReason,
 }
 
 impl Reasons {
-    /// Stage 2 does not let a table be read.
+    /// Stage 2 does not allow reading a table.
     pub fn table_refused(&self, at: At, why: Stage2Refusal) -> Fault {
         Fault::stage2(match (why, at.top) {
             (Stage2Refusal::Beyond, true) => self.top_beyond,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What VT-d's sanitizer compares: the way of a requester, then its tables.
+//! What VT-d's sanitizer compares: a requester's context, then its tables.
 //!
-//! The guest's context and PASID tables are not the host's to read. Where a VMM lends them
-//! ([`ContextTables`]), a request that goes another way than they say is a finding, too.
+//! The host cannot read the guest's context and PASID tables. If a VMM provides them
+//! ([`ContextTables`]), a request that is translated differently is a finding, too.
 
 use std::sync::{OnceLock, Weak};
 
@@ -17,19 +17,19 @@ use twostage::spec::pci::Bdf;
 /// See the [module's documentation](self).
 #[derive(Debug, Default)]
 pub(super) struct Sanitizer {
-    /// What compares tables and keeps the findings.
+    /// Compares tables and records findings.
     pub common: engine::Sanitizer,
     contexts: OnceLock<Weak<dyn ContextTables>>,
 }
 
 impl Sanitizer {
-    /// From now on contexts are compared with `tables`; only the first ones count.
+    /// Compares contexts with `tables` from now on; only the first call counts.
     pub fn set_context_tables(&self, tables: Weak<dyn ContextTables>) {
-        // Who comes later is told nothing: it is for the VMM to be of one mind.
+        // Later calls are ignored: the VMM should make only one.
         let _ = self.contexts.set(tables);
     }
 
-    /// Compares what `request` is about to use. Gives the part of `target` that has been compared.
+    /// Compares what `request` is about to use. Returns the part of `target` that was compared.
     pub fn check(
         &self,
         caches: &Caches,
@@ -40,7 +40,7 @@ impl Sanitizer {
     ) -> Target {
         if let Some(stale) = self.stale_context(context, request) {
             self.common.context_used(counters, stale);
-            // What has become of tables that are not in use any more says nothing.
+            // The current state of tables that are no longer in use is irrelevant.
             return target;
         }
         match &context.tables {
@@ -57,7 +57,7 @@ impl Sanitizer {
         }
     }
 
-    /// What there is to say if the guest's tables send `request` another way than `context`.
+    /// The finding, if any, that the guest's tables translate `request` differently from `context`.
     fn stale_context(&self, context: &Context, request: &Request) -> Option<StaleContext> {
         let (rid, pasid) = (Bdf::from_raw(request.rid), request.pasid);
         let new = self.contexts.get()?.upgrade()?.way(rid, pasid)?;
@@ -79,7 +79,7 @@ fn used<'a, F: TableFormat>(
     Used { tables, host, source, others: None, shifts: &PAGE_SHIFTS, invalidation }
 }
 
-/// The way through `tables`.
+/// Where `tables` lead.
 fn way(tables: &Tables) -> DmaWay {
     match tables {
         Tables::None => DmaWay::Bypass,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Second-stage tables that the user owns, as the walker sees them (§3.7, §9.8).
+//! User-owned second-stage tables for the walker (§3.7, §9.8).
 
 use super::fault::Fault;
 use super::reasons::{page_refused, Reasons};
@@ -8,8 +8,8 @@ use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::second_stage::{index, page_size, SecondStageEntry};
 use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
-/// Second-stage tables: what a PASID-table entry says of them. Accessed and dirty flags are not
-/// kept (SSADE is clear).
+/// Second-stage tables, as described by a PASID-table entry. Accessed and dirty flags are not
+/// updated (SSADE is clear).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SecondStage {
     /// GPA of the top table (SSPTPTR), in bytes, 4 KiB aligned.
@@ -27,7 +27,7 @@ const REASONS: Reasons = Reasons {
     denied: FaultReason::SecondStageAccess,
     top_access: FaultReason::SecondStageTopAccess,
     access: FaultReason::SecondStageAccess,
-    // No flags are ever written.
+    // Flags are never written.
     flags_denied: FaultReason::SecondStageFlagsUpdate,
     flags_update: FaultReason::SecondStageFlagsUpdate,
 };
@@ -52,7 +52,7 @@ impl TableFormat for SecondStage {
     }
 
     fn check_request(&self, kind: RequestKind) -> Result<(), Fault> {
-        // Privilege is nothing to second-stage tables.
+        // Second-stage tables ignore privilege.
         if kind.execute() {
             return Err(Fault::stage1(FaultReason::ExecuteDisabled));
         }
@@ -71,8 +71,8 @@ impl TableFormat for SecondStage {
             return Err(Fault::stage1(FaultReason::SecondStageDenied));
         }
         let leaf = entry.is_leaf(level);
-        // Snooping is controlled (ECAP.SC), so SNP is no reserved bit; device-TLBs are not served,
-        // so TM is.
+        // Snoop control is supported (ECAP.SC), so SNP is not reserved; device-TLBs are not, so TM
+        // is.
         let reserved = entry.reserved_bits(level, HOST_ADDRESS_WIDTH, self.large_pages);
         if word & reserved != 0 || leaf && entry.tm() {
             return Err(Fault::stage1(FaultReason::SecondStageReserved));

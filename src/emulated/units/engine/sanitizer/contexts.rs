@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a requester's DMA goes through, as the guest's tables of contexts have it.
+//! Where a requester's DMA goes according to the guest's context tables.
 
 use std::fmt;
 
@@ -11,17 +11,17 @@ use twostage::spec::pci::Bdf;
 pub enum DmaWay {
     /// Nowhere.
     Blocked,
-    /// To guest memory as it is.
+    /// To guest memory, untranslated.
     Bypass,
     /// Through first-stage tables at this GPA (bytes).
     FirstStage(u64),
-    /// Through second-stage tables of the guest's own at this GPA (bytes).
+    /// Through the guest's second-stage tables at this GPA (bytes).
     SecondStage(u64),
     /// Through the tables of an SMMUv3's context descriptor.
     AddressSpace {
         /// Its ASID.
         asid: u16,
-        /// GPAs (bytes) of the tables by TTB0 and TTB1; none for a half without.
+        /// GPAs (bytes) of the tables of TTB0 and TTB1; none for a half without.
         tables: [Option<u64>; 2],
     },
 }
@@ -43,11 +43,11 @@ impl fmt::Display for DmaWay {
     }
 }
 
-/// The invalidation that a change of a requester's context needs, in the words of its IOMMU.
+/// The invalidation needed after changing a requester's context, in the terms of its IOMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub enum ContextInvalidation {
-    /// VT-d: of the PASID cache (in legacy mode, of the context cache).
+    /// VT-d: PASID-cache invalidation (in legacy mode, context-cache invalidation).
     Vtd,
     /// SMMUv3: CMD_CFGI_CD, for a context descriptor.
     SmmuV3CfgiCd {
@@ -71,17 +71,18 @@ impl fmt::Display for ContextInvalidation {
     }
 }
 
-/// The guest's context and PASID tables, of which the host of a VT-d sees what comes of them only.
+/// The guest's context and PASID tables, of which a VT-d host sees only the result.
 pub trait ContextTables: fmt::Debug + Send + Sync {
-    /// Where they send requests of `rid` (with this `pasid`) now; `None` when there is nothing to
-    /// be said, as while translation is off.
+    /// Where they currently send requests of `rid` (with this `pasid`); `None` if that is
+    /// undefined, as while translation is disabled.
     ///
-    /// Called in the middle of a DMA: it must wait for nothing that waits for DMA.
+    /// Called during DMA: it must not wait for anything that waits for DMA.
     fn way(&self, rid: Bdf, pasid: Option<u32>) -> Option<DmaWay>;
 }
 
-/// DMA went a way that the guest's context and PASID tables no longer had: the guest changed them,
-/// and had not completed the invalidation of the context or PASID cache that this needs.
+/// DMA was translated by a context that the guest's context and PASID tables no longer had: the
+/// guest changed them and had not completed the required invalidation of the context or PASID
+/// cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct StaleContext {
@@ -94,11 +95,11 @@ pub struct StaleContext {
     pub old: DmaWay,
     /// Where the tables would have sent it.
     pub new: DmaWay,
-    /// What the change needs.
+    /// The invalidation that the change needs.
     pub needed: ContextInvalidation,
-    /// How many such requests there were.
+    /// Number of such requests.
     pub uses: u64,
-    /// The way was changed later.
+    /// The invalidation came later.
     pub invalidated_since: bool,
 }
 
@@ -109,7 +110,7 @@ pub(super) fn as_text<S: serde::Serializer>(rid: &Bdf, to: S) -> Result<S::Ok, S
 }
 
 impl StaleContext {
-    /// The tables that were changed.
+    /// Names the tables that were changed.
     fn tables(&self) -> &'static str {
         match self.needed {
             ContextInvalidation::Vtd => "context and PASID tables",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the sanitizer found, in words that a driver's author can use.
+//! What the sanitizer found, in terms that a driver's author understands.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,16 +11,18 @@ use super::contexts::StaleContext;
 use crate::units::hardware::CacheRange;
 use twostage::spec::pci::Bdf;
 
-/// Pages, and requesters, that are kept; uses of stale translations of others are counted only.
+/// Number of pages, and of requesters, that are recorded; further uses of stale translations are
+/// only counted.
 const MAX_PAGES: usize = 64;
 
-/// Tags and address spaces whose last invalidation is kept: the guest has as many as it likes.
+/// Number of tags and address spaces whose last invalidation is recorded: guests can have any
+/// number.
 const MAX_INVALIDATED: usize = 1024;
 
 /// Pages are counted in units of this, as a power of two.
 pub(super) const UNIT_SHIFT: u8 = 12;
 
-/// The invalidation that a change of the guest's tables needs, in the words of its IOMMU.
+/// The invalidation needed after changing the guest's tables, in the terms of its IOMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub enum TlbInvalidation {
@@ -28,7 +30,7 @@ pub enum TlbInvalidation {
     VtdPasidIotlb,
     /// VT-d, second-stage tables, whose translations are not.
     VtdIotlb,
-    /// SMMUv3: CMD_TLBI_NH_VA or what drops more of this ASID.
+    /// SMMUv3: CMD_TLBI_NH_VA, or a command that drops more of this ASID.
     SmmuV3TlbiNhVa {
         /// ASID of the tables.
         asid: u16,
@@ -45,7 +47,7 @@ impl fmt::Display for TlbInvalidation {
     }
 }
 
-/// 4 KiB pages that an invalidation of the guest's tables names.
+/// The 4 KiB pages of an invalidation of the guest's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub enum InvalidatedPages {
@@ -57,7 +59,8 @@ pub enum InvalidatedPages {
         address: u64,
         /// How many there are.
         pages: u64,
-        /// Leaf entries only: cached tables may stay (VT-d's invalidation hint, SMMUv3's Leaf).
+        /// Leaf entries only: cached table pointers may stay (VT-d's invalidation hint, SMMUv3's
+        /// Leaf).
         leaf: bool,
     },
 }
@@ -85,13 +88,13 @@ impl fmt::Display for InvalidatedPages {
 }
 
 /// A DMA request used a translation that the guest's tables no longer had: they led elsewhere, or
-/// did not allow the request any more.
+/// no longer allowed the request.
 ///
-/// The guest changed an entry, and had not completed the invalidation that it needs, while the
-/// device still used what the entry had allowed. Either the invalidation is missing, or the device
-/// was not quiet before it came: see [`invalidated_since`](Self::invalidated_since). (A guest that
-/// shares a processor's page tables with a device has such uses of pages that it is taking away, by
-/// right: between the change and the end of the invalidation the device may use either.)
+/// The guest changed an entry, and had not completed the required invalidation when the device used
+/// the old translation. Either the invalidation is missing, or the device was active before it
+/// came: see [`invalidated_since`](Self::invalidated_since). (With page tables shared between a
+/// processor and a device, such uses are legitimate for pages being unmapped: between the change
+/// and the end of the invalidation the device may use either translation.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct StaleUse {
@@ -106,22 +109,21 @@ pub struct StaleUse {
     pub write: bool,
     /// Level (1 is the lowest) of the highest entry that changed.
     pub level: u8,
-    /// That entry as it was when it was cached, of a global page perhaps in the tables of another
-    /// address space; `None` when that is not known any more.
+    /// That entry as it was when it was cached, for a global page perhaps in the tables of another
+    /// address space; `None` if it is no longer known.
     pub old: Option<u64>,
-    /// The entry as it is now; `None` when the tables do not lead there any more.
+    /// The entry as it is now; `None` if the tables no longer lead there.
     pub new: Option<u64>,
-    /// What the change needs, before the device uses it again.
+    /// The invalidation that the change needs.
     pub invalidation: TlbInvalidation,
-    /// What should have been invalidated by it, and was not.
+    /// What it should have covered.
     pub needed: InvalidatedPages,
-    /// The last invalidation of these tables before; `None` when there was none, or 1,024 other
-    /// address spaces were invalidated since.
+    /// The previous invalidation of these tables; `None` if there was none, or 1,024 other address
+    /// spaces were invalidated since.
     pub last: Option<InvalidatedPages>,
-    /// How many requests to this page there were, this one included.
+    /// Number of requests to this page, including this one.
     pub uses: u64,
-    /// The translation was dropped later, by an invalidation that was meant for it or by a wider
-    /// one.
+    /// The translation was dropped later, by the required invalidation or a wider one.
     pub invalidated_since: bool,
 }
 
@@ -153,11 +155,11 @@ impl fmt::Display for StaleUse {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SanitizerReport {
-    /// Requesters whose DMA went a stale way: the first 64, each once, in ascending order.
+    /// Requesters whose DMA used a stale context: the first 64, each once, in ascending order.
     pub contexts: Vec<StaleContext>,
     /// Stale translations that were used: the first 64 pages, each once, in ascending order.
     pub stale: Vec<StaleUse>,
-    /// Uses beyond those.
+    /// Further uses.
     pub others: u64,
 }
 
@@ -193,27 +195,27 @@ impl fmt::Display for Fate {
     }
 }
 
-/// A use, with what it takes to notice that its translation is dropped.
+/// A use, with what is needed to notice that its translation is dropped.
 #[derive(Debug)]
 struct Finding {
     stale: StaleUse,
-    /// Whose the cached translation was.
+    /// Source of the cached translation.
     source: Source,
     /// Size of the page that was cached, as a power of two.
     page_shift: u8,
 }
 
-/// What was found so far: the first [`MAX_PAGES`] pages, and requesters, each once.
+/// The findings so far: the first [`MAX_PAGES`] pages, and requesters, each once.
 #[derive(Debug, Default)]
 pub(super) struct Findings {
     contexts: BTreeMap<(Bdf, Option<u32>), StaleContext>,
     pages: BTreeMap<(Bdf, Option<u32>, u64), Finding>,
-    /// Uses beyond those.
+    /// Further uses.
     others: u64,
-    /// The last invalidation of each tag, or of one address space of it, and which one that was: of
-    /// the [`MAX_INVALIDATED`] most recent. Those of tags without attachments are forgotten.
+    /// The last invalidation of each tag, or of one of its address spaces, with its sequence
+    /// number: the [`MAX_INVALIDATED`] most recent. Those of tags without attachments are removed.
     last: BTreeMap<(u32, Option<u32>), (u64, InvalidatedPages)>,
-    /// How many there were.
+    /// Number of invalidations.
     invalidations: u64,
 }
 
@@ -225,8 +227,8 @@ impl Findings {
         last.max_by_key(|(number, _)| *number).map(|(_, pages)| *pages)
     }
 
-    /// Adds a use of what was cached of `source` as a page of `page_shift`. Gives it back when it
-    /// is the first of its page, and is kept.
+    /// Adds a use of a translation cached for `source` as a page of `page_shift`. Returns it if it
+    /// is the first of its page and is recorded.
     pub fn add(&mut self, stale: StaleUse, source: Source, page_shift: u8) -> Option<StaleUse> {
         let key = (stale.rid, stale.pasid, stale.iova);
         if let Some(known) = self.pages.get_mut(&key) {
@@ -241,7 +243,7 @@ impl Findings {
         Some(stale)
     }
 
-    /// Adds a use of a stale context. Gives it back when it is the requester's first, and is kept.
+    /// Adds a use of a stale context. Returns it if it is the requester's first and is recorded.
     pub fn add_context(&mut self, stale: StaleContext) -> Option<StaleContext> {
         let key = (stale.rid, stale.pasid);
         if let Some(known) = self.contexts.get_mut(&key) {
@@ -256,7 +258,7 @@ impl Findings {
         Some(stale)
     }
 
-    /// The contexts of `rid` and its PASIDs for which `changed` holds are others from now on.
+    /// The contexts of `rid` and its PASIDs for which `changed` holds were replaced.
     pub fn contexts_changed(&mut self, rid: Bdf, changed: impl Fn(Option<u32>) -> bool) {
         let of_rid = self.contexts.range_mut((rid, None)..=(rid, Some(u32::MAX)));
         for ((_, pasid), stale) in of_rid {
@@ -269,7 +271,7 @@ impl Findings {
         self.invalidations += 1;
         let space = match scope.spaces {
             Spaces::All | Spaces::UpTo(_) => None,
-            // The other one is that of global pages, for which nobody asks.
+            // The other one is that of global pages, which is never queried.
             Spaces::One(space) | Spaces::Two(space, _) => Some(space),
         };
         self.last.insert((scope.tag, space), (self.invalidations, range.into()));
@@ -283,14 +285,14 @@ impl Findings {
             let size = size(finding.page_shift);
             let first = finding.stale.iova & !(size - 1);
             let covered = covers(range, first, first | (size - 1));
-            // Where a pointer to a table has changed, one of leaf entries alone leaves it cached.
+            // If a table pointer changed, an invalidation of leaf entries only leaves it cached.
             if covered && (!is_of_leaves(range.into()) || is_of_leaves(finding.stale.needed)) {
                 finding.stale.invalidated_since = true;
             }
         }
     }
 
-    /// All that was cached of `tag` is gone, for other reasons: its attachments are, or stage 2 has
+    /// Everything cached of `tag` was dropped for other reasons: its attachments ended, or stage 2
     /// changed.
     pub fn forget(&mut self, tag: u32) {
         self.last.retain(|(of, _), _| *of != tag);
@@ -337,7 +339,7 @@ mod tests {
             findings.invalidated(scope, CacheRange::All);
         };
         (0..spaces).for_each(&mut invalidate);
-        // The first is the most recent again, so the second has to go.
+        // The first is now the most recent, so the second is evicted.
         [0, spaces].into_iter().for_each(invalidate);
         let last = |space| findings.last_invalidation(Source::new(1, space));
         assert_eq!(findings.last.len(), MAX_INVALIDATED);

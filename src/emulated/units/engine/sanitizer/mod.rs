@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The sanitizer: no stale translation is used without its being said.
+//! The sanitizer: reports every use of a stale translation.
 //!
-//! Every request that is translated is compared with what the guest's tables say at that moment.
-//! There is a finding when the request goes somewhere, and by the tables it would go elsewhere or
-//! be blocked. There is none when
+//! Every translated request is compared with the guest's tables at that moment. It is a finding if
+//! the request succeeds, but by the tables would go elsewhere or be blocked. It is none if
 //! * the tables allow more than what is cached: such a change needs no invalidation;
-//! * only flags, ignored bits or the size of the page differ: the byte is where it was;
-//! * what was taken away is not what this request needs: a device may go on reading a page that is
-//!   being made read-only;
-//! * the host changed stage 2: that is no matter of the guest's.
+//! * only flags, ignored bits or the page size differ: the byte is at the same place;
+//! * the removed permission is not one that this request needs: a device may keep reading a page
+//!   that is becoming read-only;
+//! * the host changed stage 2, which does not concern the guest.
 //!
-//! Which tables serve a requester is compared by the unit of each architecture, and is a finding of
-//! its own ([`Sanitizer::context_used`]).
+//! The unit of each architecture also compares which tables serve a requester, a separate kind of
+//! finding ([`Sanitizer::context_used`]).
 //!
-//! A sanitizing unit does not cache configurations in ports, so that no request takes the short way
-//! that looks at nothing; one that does not sanitize pays nothing for it.
+//! A sanitizing unit does not cache configurations in ports, so that no request takes the fast
+//! path, which compares nothing; without the sanitizer there is no cost.
 
 mod contexts;
 mod findings;
@@ -41,28 +40,27 @@ pub(crate) struct Sanitizer {
     findings: Mutex<Findings>,
 }
 
-/// The tables that a request went through.
+/// The tables that a request used.
 #[derive(Debug)]
 pub(crate) struct Used<'a, F> {
     pub tables: &'a F,
     pub host: &'a HostStage2,
-    /// Whose the cached translations are; requests may be served by those of another one, too, such
-    /// as global ones.
+    /// The source of cached translations; others may also serve requests, such as global ones.
     pub source: Source,
     pub others: Option<Source>,
-    /// Sizes of what is cached, as powers of two.
+    /// Sizes of cached pages, as powers of two.
     pub shifts: &'a [u8],
-    /// What changes of the tables need.
+    /// The invalidation that changes of the tables need.
     pub invalidation: TlbInvalidation,
 }
 
 impl Sanitizer {
-    /// What entries of the caches are made from, for who makes them.
+    /// The record of what cache entries are made from, to be filled by the caches.
     pub fn origins(&self) -> Arc<Origins> {
         Arc::clone(&self.origins)
     }
 
-    /// DMA went by a context that is not what the guest's tables have now.
+    /// DMA used a context that differs from the guest's tables.
     pub fn context_used(&self, counters: &LocalCounters, stale: StaleContext) {
         counters.stale_uses.count();
         if let Some(first) = self.findings().add_context(stale) {
@@ -70,8 +68,8 @@ impl Sanitizer {
         }
     }
 
-    /// Compares `target`, which `request` is about to use, with the tables. Gives the part of it
-    /// that has been compared: the tables may have several pages now where one is cached.
+    /// Compares `target`, which `request` is about to use, with the tables. Returns the part of it
+    /// that was compared: the tables may now have several pages for one that is cached.
     pub fn check<F: TableFormat>(
         &self,
         caches: &Caches,
@@ -114,8 +112,7 @@ impl Sanitizer {
         };
         let difference = match then {
             Some(then) => then.difference(&now, tables),
-            // It was made from entries that are not known any more: the lowest is as good a guess
-            // as any.
+            // The origin is no longer known; assume the lowest entry.
             None => Some(level),
         };
         let as_now = match end {
@@ -159,7 +156,7 @@ impl Sanitizer {
             uses: 1,
             invalidated_since: false,
         };
-        // So few are kept that the log needs no other limit.
+        // Their number is bounded, so the log needs no rate limit.
         if let Some(first) = findings.add(stale, source, page_shift) {
             log::warn!("sanitizer: stale translation used: {first}");
         }
@@ -170,12 +167,12 @@ impl Sanitizer {
         self.findings().invalidated(scope, range);
     }
 
-    /// The contexts of `rid` and its PASIDs for which `changed` holds are others from now on.
+    /// The contexts of `rid` and its PASIDs for which `changed` holds were replaced.
     pub fn contexts_changed(&self, rid: u16, changed: impl Fn(Option<u32>) -> bool) {
         self.findings().contexts_changed(Bdf::from_raw(rid), changed);
     }
 
-    /// What was cached of `gone` is gone.
+    /// What was cached of `gone` was dropped.
     pub fn forget(&self, gone: &Gone) {
         let mut findings = self.findings();
         gone.tags.iter().for_each(|tag| findings.forget(*tag));
@@ -191,7 +188,7 @@ impl Sanitizer {
     }
 }
 
-/// What came of a comparison.
+/// Result of a comparison.
 struct Compared {
     /// Level of the page that was compared.
     level: u8,
@@ -202,10 +199,10 @@ struct Compared {
 struct Stale {
     /// Level of the highest entry that differs.
     level: u8,
-    /// The entries that it was made from, as far as they are known.
+    /// The entries that it was made from, as far as known.
     then: Trail,
     now: Trail,
-    /// Whose translation was cached.
+    /// Source of the cached translation.
     source: Source,
     /// Size of the page that was cached, as a power of two.
     page_shift: u8,

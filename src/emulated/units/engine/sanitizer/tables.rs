@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest's tables say now.
+//! Reads the guest's tables as they are now.
 
 use std::sync::atomic::Ordering;
 
@@ -10,12 +10,12 @@ use super::super::{size, Caches, HostStage2, Path, Table, TableFormat, Trail};
 pub(super) enum End {
     /// To `gpa`, in a page of `level`, with what the entries allow together.
     Page { gpa: u64, level: u8, path: Path },
-    /// Nowhere: an entry is not present or malformed, or a table is no memory.
+    /// Nowhere: an entry is not present or malformed, or a table is not in memory.
     Nowhere,
 }
 
-/// Reads what `tables` on `host` say of `iova` now: from memory, past all caches, without setting a
-/// flag.
+/// Translates `iova` by `tables` on `host` as they are now: from memory, bypassing all caches,
+/// without setting flags.
 pub(super) fn read_tables<F: TableFormat>(
     caches: &Caches,
     host: &HostStage2,
@@ -24,7 +24,7 @@ pub(super) fn read_tables<F: TableFormat>(
 ) -> (Trail, End) {
     let (mut trail, mut path, mut gpa) = (Trail::default(), Path::UNLIMITED, tables.table());
     for level in (1..=tables.levels()).rev() {
-        // The entry and not the table: a table may be in several pieces.
+        // Only the entry, as a table may be discontiguous.
         let at = gpa + tables.index(iova, level) * 8;
         let Some(page) = caches.stage2_now(host, at).filter(|page| page.read) else { break };
         let (place, length, writable) = (page.place, page.length, page.write);

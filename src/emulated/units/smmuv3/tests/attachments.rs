@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the host's driver puts into the stream table.
+//! The host's driver's entries in the stream table.
 
 use super::*;
 
@@ -32,7 +32,7 @@ fn stage_2_alone_goes_by_stage_2() {
     assert_eq!(machine.read(&mut port, PLAIN, 1 << 48), stage1_event(EventId::AddressSize));
     let substream = stage1_event(EventId::BadSubstreamId);
     assert_eq!(machine.read(&mut port, pasid(1), READ_ONLY), substream);
-    // No command of the guest's is about stage 2.
+    // No command of the guest affects stage 2.
     let before = machine.unit.counters();
     machine.invalidate(ALL);
     assert_eq!(machine.read(&mut port, PLAIN, READ_ONLY), Ok(0));
@@ -63,7 +63,7 @@ fn translations_of_a_vmid_outlive_an_entry_and_go_with_its_last_one() {
     let leaf = tables.map(IOVA, 3, HIGH, RW);
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(0));
     machine.poke(leaf, 0);
-    // A new entry with the same tables: no TLB is touched.
+    // A new entry with the same tables: the TLB is not touched.
     machine.attach(&tables.cd());
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(0));
     machine.unit.remove(SID, None);
@@ -93,7 +93,7 @@ fn vmids_and_asids_keep_translations_apart() {
         machine.install(None, tag, Some(place(&second, asid)));
         assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(2), "{tag:?} {asid}");
     }
-    // The same ASID for other tables is one address space to the TLB: a guest's mistake that shows.
+    // The same ASID for other tables is one address space to the TLB: a guest's bug that shows.
     machine.install(None, VMID, Some(place(&first, ASID)));
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
     machine.install(None, VMID, Some(place(&second, ASID)));
@@ -128,7 +128,7 @@ fn a_write_that_ends_at_a_doorbell_is_a_message() {
     let denied = machine.write(&mut port, PLAIN, IOVA + 0x2000, 1);
     assert_eq!(denied, stage1_event(EventId::Permission));
     assert_eq!(sink.take().len(), 3);
-    // Past stage 1 too.
+    // Also with stage 1 bypassed.
     machine.install(None, VMID, None);
     assert_eq!(port.write(PLAIN, NOWHERE + 0x40, &[0; 4]), message(NOWHERE + 0x40));
 }

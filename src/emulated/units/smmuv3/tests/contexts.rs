@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Context descriptors: where they are, which one a request has, and how long it stays cached.
+//! Context descriptors: where they are, which one a request uses, and how long it stays cached.
 
 use super::*;
 use twostage::spec::smmuv3::context::L1_DESCRIPTOR_SIZE;
 
 const IOVA: u64 = 0x1234_5000;
 
-/// A context descriptor of its own tables, which send [`IOVA`] to a page that holds `word`.
+/// A context descriptor with its own tables, which map [`IOVA`] to a page that holds `word`.
 fn context(machine: &Machine, asid: u16, word: u64) -> Cd {
     let root = machine.table(0x1000);
     let granule = Granule::K4;

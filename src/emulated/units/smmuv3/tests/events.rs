@@ -66,7 +66,7 @@ fn a_fault_of_stage_2_says_for_what_and_where() {
     let record = sink.take()[0];
     assert_eq!((record.qw1.class(), record.second_address), (1, NOWHERE), "CLASS is TT");
 
-    // A block that leads to all of stage 2's.
+    // A block that covers all of stage 2's memory.
     tables.map(IOVA, 1, HIGH, RW);
     machine.invalidate(ALL);
     let outcome = machine.write(&mut port, PLAIN, READ_ONLY - HIGH, 1);

@@ -35,14 +35,14 @@ pub const ASID: u16 = 7;
 pub const RW: Descriptor =
     Descriptor::new().with_valid(true).with_af(true).with_ng(true).with_ap_unprivileged(true);
 
-/// Guest memory, a unit, and tables that a guest might have written.
+/// Guest memory, a unit, and tables as a guest would write them.
 #[derive(Debug)]
 pub struct Machine {
     pub unit: Arc<SmmuV3Unit>,
     memory: Memory,
 }
 
-/// What is done with its memory is done with the machine.
+/// The machine's memory is accessed through the machine.
 impl Deref for Machine {
     type Target = Memory;
 
@@ -67,13 +67,13 @@ impl Machine {
         }
     }
 
-    /// Sends the stream (or the host's substream `pasid` of it) to an entry of the stream table.
+    /// Attaches the stream (or the host's substream `pasid` of it) to a stream table entry.
     pub fn install(&self, pasid: Option<u32>, tag: CacheTag, stage1: Option<[u64; 2]>) {
         let stage2 = Arc::clone(&self.stage2);
         self.unit.install(SID, pasid, StreamEntry { tag, stage2, dirty: None, stage1 });
     }
 
-    /// Attaches the device to one context descriptor at a new place; gives its GPA.
+    /// Attaches the device to one context descriptor at a new place; returns its GPA.
     pub fn attach(&self, cd: &Cd) -> u64 {
         let gpa = self.table(CD_SIZE);
         self.poke_cd(gpa, cd);
@@ -99,12 +99,12 @@ impl Machine {
         self.unit.invalidate(&[invalidation]);
     }
 
-    /// The word that a read gives, or the event that it leaves.
+    /// The result of a read, or the event.
     pub fn read(&self, port: &mut DmaPort, attributes: DmaAttributes, iova: u64) -> Outcome {
         testing::read(port, attributes, iova).map_err(event)
     }
 
-    /// The word written, or the event that a write leaves.
+    /// The written word, or the event of the write.
     pub fn write(
         &self,
         port: &mut DmaPort,
@@ -134,7 +134,7 @@ pub struct Tables<'a> {
 }
 
 impl Tables<'_> {
-    /// A context descriptor of these tables alone.
+    /// A context descriptor with these tables only.
     pub fn cd(&self) -> Cd {
         let (size, table) = ((64 - self.input_bits) as u8, self.root >> 4);
         let word = cd0().with_epd0(self.upper).with_epd1(!self.upper);
@@ -150,7 +150,7 @@ impl Tables<'_> {
         }
     }
 
-    /// GPA of the descriptor of `level` on the way of `iova`, making tables that are missing.
+    /// GPA of the descriptor of `level` on the way to `iova`, creating missing tables.
     pub fn entry(&self, iova: u64, level: u8) -> u64 {
         let Self { machine, granule, input_bits, .. } = *self;
         let mut table = self.root;
@@ -170,7 +170,7 @@ impl Tables<'_> {
         table + granule.index(iova, level, input_bits) * 8
     }
 
-    /// Maps the page or block of `level` at `iova` to `gpa`; gives the descriptor's GPA.
+    /// Maps the page or block of `level` at `iova` to `gpa`; returns the descriptor's GPA.
     pub fn map(&self, iova: u64, level: u8, gpa: u64, leaf: Descriptor) -> u64 {
         let entry = self.entry(iova, level);
         let start = gpa & !(self.granule.level_size(level) - 1);
@@ -180,7 +180,7 @@ impl Tables<'_> {
     }
 }
 
-/// A good first word of a context descriptor, without tables.
+/// A valid first word of a context descriptor, without tables.
 pub fn cd0() -> Cd0 {
     Cd0::new()
         .with_v(true)

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The unit against a walker that is as plain as the architecture's description: no caches, no
-//! shared code, bits by their numbers (DDI 0487, D8; IHI 0070 §3.4, §7.3.22).
+//! The unit against a walker as plain as the architecture's description: no caches, no shared code,
+//! bits by their numbers (DDI 0487, D8; IHI 0070 §3.4, §7.3.22).
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::DmaAccess;
 
-/// What a request wants.
+/// A request.
 #[derive(Debug, Clone, Copy)]
 struct Want {
     write: bool,
@@ -36,7 +36,7 @@ fn walk(machine: &Machine, setup: Setup, root: u64, iova: u64, want: Want) -> Re
         return fault(EventId::Translation);
     }
     let stride = setup.granule - 3;
-    // Levels that it takes to have all bits above the page.
+    // Number of levels needed to cover all bits above the page.
     let count = (setup.bits - setup.granule).div_ceil(stride);
     let (mut table, mut no_write, mut no_user) = (root, false, false);
     let (mut no_user_execute, mut no_privileged_execute) = (false, false);
@@ -124,7 +124,7 @@ struct Mapped {
     place: usize,
     level: u8,
     gpa: u64,
-    /// Bits of the leaf that may be set or not.
+    /// Bits of the leaf that may be set or clear.
     attributes: u64,
     /// Bits of the pointer above.
     limits: u64,
@@ -135,7 +135,7 @@ const IOVAS: [u64; 6] =
 
 fn mapped() -> impl Strategy<Value = Mapped> {
     let gpa = prop::sample::select(vec![HIGH, HIGH + 0x1_0000, READ_ONLY, NOWHERE, LOW, 1 << 44]);
-    // AP, AF, nG, PXN, UXN, and whether it is valid: mostly good.
+    // AP, AF, nG, PXN, UXN, and the valid bit: mostly valid.
     let attributes = (any::<u64>(), 0u32..8).prop_map(|(bits, much)| {
         let good = RW.into_bits();
         let changed = 1 | 3 << 6 | 1 << 10 | 1 << 11 | 3 << 53;
@@ -185,7 +185,7 @@ proptest! {
         for Mapped { place, level, gpa, attributes, limits } in maps {
             let iova = IOVAS[place] & ((1 << bits) - 1);
             let level = level.max(granule.start_level(bits));
-            // What an earlier block is in the way of stays as it is.
+            // Where an earlier block is in the way, nothing changes.
             let free = (granule.start_level(bits)..level).all(|above| {
                 let word = machine.peek(entry_above(&tables, iova, above));
                 word == 0 || word & 3 == 3
@@ -224,8 +224,8 @@ proptest! {
     }
 }
 
-/// GPA of the descriptor of `level` on the way of `iova`, as far as there are tables; of one that
-/// is empty below that.
+/// GPA of the descriptor of `level` on the way to `iova`, as far as there are tables; of an empty
+/// descriptor beyond that.
 fn entry_above(tables: &Tables<'_>, iova: u64, level: u8) -> u64 {
     for above in tables.granule.start_level(tables.input_bits)..level {
         let entry = tables.entry(iova, above);

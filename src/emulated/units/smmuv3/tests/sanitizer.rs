@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the sanitizer reports, and what it does not.
+//! What the sanitizer reports, and what it ignores.
 
 use super::*;
 use crate::{
@@ -11,7 +11,7 @@ const IOVA: u64 = 0x12_3440_0000;
 const OLD: u64 = HIGH;
 const NEW: u64 = HIGH + (4 << 20);
 
-/// A machine that sanitizes, with different words in two places.
+/// A machine with the sanitizer, with different words in two places.
 fn machine() -> Machine {
     let machine = Machine::new(SmmuV3UnitConfig { sanitize: true, ..Default::default() });
     machine.poke(OLD, 1);
@@ -19,8 +19,8 @@ fn machine() -> Machine {
     machine
 }
 
-/// Tables that lead [`IOVA`] to `place`, others that lead it to [`NEW`], and where the context
-/// descriptor is that the device goes by: it names the former.
+/// Tables that map [`IOVA`] to `place`, others that map it to [`NEW`], and the address of the
+/// device's context descriptor, which names the former.
 fn two_contexts(machine: &Machine, place: u64) -> (Tables<'_>, Tables<'_>, u64) {
     let (old, new) = (machine.tables(Granule::K4), machine.tables(Granule::K4));
     old.map(IOVA, 3, place, RW);
@@ -55,7 +55,7 @@ fn a_forgotten_tlbi_is_caught_and_named() {
         let old = machine.peek(leaf);
         tables.map(IOVA, level, NEW, RW);
         assert_eq!(found(&machine), (vec![], vec![]));
-        // Still what was cached: the sanitizer changes nothing of what a device sees.
+        // Still what was cached: the sanitizer does not change what a device sees.
         assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
         machine.write(&mut port, PLAIN, IOVA + 8, 3).unwrap();
         let pages = |address, pages| InvalidatedPages::Range { address, pages, leaf: true };
@@ -88,7 +88,7 @@ fn a_forgotten_cfgi_is_caught_and_named() {
     let mut port = machine.port();
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
     machine.poke_cd(cd, &new.cd());
-    // No command but the one that is needed will do.
+    // Only the required command helps.
     machine.invalidate(ALL);
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
     let way = |root| DmaWay::AddressSpace { asid: ASID, tables: [Some(root), None] };
@@ -234,7 +234,7 @@ fn a_stale_global_page_is_known_whoever_walked() {
     let (contexts, stale) = found(&machine);
     assert_eq!((contexts.len(), stale.len()), (0, 1));
     assert_eq!((stale[0].old, stale[0].new), (Some(old), Some(machine.peek(leaf))));
-    // By ASID global pages stay; by address any ASID will do.
+    // By ASID global pages stay; by address any ASID works.
     machine.invalidate(Invalidation::Asid { tag: VMID, asid: ASID + 1 });
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
     assert!(!found(&machine).1[0].invalidated_since);

@@ -117,7 +117,7 @@ fn addresses_of_52_bits_come_with_the_64k_granule() {
     tables.map(iova, 3, far + 0x1_0000, RW);
     let mut port = machine.port();
     assert_eq!(machine.read(&mut port, PLAIN, iova), Ok(6));
-    // A context descriptor that asks for less gets less.
+    // A context descriptor that limits more gets less.
     let cd = tables.cd();
     machine.attach(&Cd { qw0: cd.qw0.with_ips(5), ..cd });
     machine.invalidate(ALL);
@@ -187,7 +187,7 @@ fn permissions_are_those_of_the_page_within_those_of_the_tables() {
     }
 }
 
-/// What the device may do at [`IOVA`] with PASID 1: unprivileged, then privileged.
+/// The device's rights at [`IOVA`] with PASID 1: unprivileged, then privileged.
 fn rights(machine: &Machine) -> String {
     let mut port = machine.port();
     let allowed = |outcome: Outcome, letter| match outcome {
@@ -223,7 +223,7 @@ fn a_context_descriptor_may_forbid_more() {
 fn a_large_table_need_not_be_in_one_piece() {
     let machine = Machine::new(SmmuV3UnitConfig::default());
     let tables = machine.tables(Granule::K64);
-    // The pages of the last table are in memory back to front.
+    // The pages of the last table are in reverse order in memory.
     let far = 0x7000_0000;
     for page in 0..16 {
         machine.map_stage2(

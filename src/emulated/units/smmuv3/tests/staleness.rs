@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is cached stays until the right command comes, and goes with it.
+//! Cached entries stay until the right command comes, and are dropped by it.
 
 use super::*;
 
@@ -67,7 +67,7 @@ fn a_block_goes_with_any_address_in_it_and_its_pieces_too() {
     for (granule, level, middle) in [(Granule::K4, 2, 0x12_3000), (Granule::K64, 2, 0x50_0000)] {
         let machine = Machine::new(SmmuV3UnitConfig::default());
         let (tables, mut port) = (machine.tables(granule), machine.port());
-        // 512 MiB do not fit: what is not there is not looked at.
+        // 512 MiB do not fit; only the part that exists is accessed.
         machine.poke(HIGH, 1);
         machine.poke(HIGH + 0x1000, 2);
         machine.poke(HIGH + 0x80_0000, 3);
@@ -157,7 +157,7 @@ fn pointers_to_tables_stay_when_only_leaves_are_named() {
     let (tables, mut port) = (machine.tables(Granule::K4), machine.port());
     tables.map(IOVA, 3, pages[0], RW);
     assert_eq!(machine.read(&mut port, PLAIN, IOVA), Ok(1));
-    // Another table in the place of the last one.
+    // Another table in place of the last one.
     let pointer = tables.entry(IOVA, 2);
     machine.poke(pointer, 0);
     tables.map(IOVA, 3, pages[1], RW);

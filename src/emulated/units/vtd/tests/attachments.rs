@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Attaching, detaching, stage 2 alone, faults delivered, interrupt addresses, transfers.
+//! Attaching, detaching, stage 2 only, fault delivery, interrupt addresses, transfers.
 
 use vm_memory::{Bytes, MemoryRegionAddress};
 
@@ -57,7 +57,7 @@ fn without_user_tables_the_iova_is_the_gpa() {
         assert_eq!(machine.read_u64(&mut port, PLAIN, NOWHERE), Err(STAGE2));
         assert_eq!(machine.read_u64(&mut port, PLAIN, READ_ONLY), Ok(0));
         assert_eq!(machine.write_u64(&mut port, PLAIN, READ_ONLY, 1), Err(STAGE2));
-        // Privilege is nothing to stage 2, execution is nothing it grants.
+        // Stage 2 ignores privilege and never allows execution.
         machine.install(Some(1), 2, None);
         assert_eq!(machine.read_u64(&mut port, supervisor(1), HIGH), Ok(22));
         let execute = DmaAttributes { execute: true, ..pasid(1) };
@@ -121,7 +121,7 @@ fn interrupt_addresses_are_no_memory_without_pasid() {
     let error = port.read(PLAIN, 0xfeef_ffff, &mut [0]).unwrap_err();
     assert_eq!(error, DmaError::Interrupt { address: 0xfeef_ffff });
     assert_eq!(sink.take(), []);
-    // With PASID they are addresses as any other.
+    // With PASID these are ordinary addresses.
     machine.poke(HIGH, 5);
     assert_eq!(machine.read_u64(&mut port, pasid(3), 0xfee0_0000), Ok(5));
     let absent = Err((FaultReason::FirstStageNotPresent, false));
@@ -134,7 +134,7 @@ fn a_1_gib_page_ends_where_interrupt_messages_start() {
     const GIB: u64 = 1 << 30;
     let machine = Machine::new(VtdUnitConfig::default());
     let mut port = machine.port();
-    // Never touched but for two pages of it.
+    // Only two pages of it are ever touched.
     let region = GuestRegionMmap::from_range(GuestAddress(GPA), GIB as usize, None).unwrap();
     let memory = UserMemory::whole(Arc::new(region));
     let (last, protection) = (GPA + GIB - 1, Protection::READ_WRITE);
@@ -195,7 +195,7 @@ fn changes_of_one_attachment_leave_the_caches_alone() {
     const PASIDS: u32 = 1024;
     let machine = Machine::new(VtdUnitConfig::default());
     let scans = || machine.unit.counters().invalidations;
-    // One HWPT for each PASID, and once more with all of them on one.
+    // One HWPT for each PASID, and then all of them on one.
     for tag in [|pasid: u32| pasid, |_| 5000] {
         let before = scans();
         for requester in 1..=PASIDS {
@@ -213,7 +213,7 @@ fn changes_of_one_attachment_leave_the_caches_alone() {
     }
 }
 
-/// A sink that answers a fault as a host may: by invalidating at once.
+/// A sink that reacts to a fault as a host may: by invalidating at once.
 struct Invalidating(Arc<VtdUnit>);
 
 impl FaultSink for Invalidating {

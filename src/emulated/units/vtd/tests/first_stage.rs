@@ -93,7 +93,7 @@ fn every_level_must_be_present_and_well_formed() {
                 3 => expect(good | 0x80 | 0x2000_0000, user_fault(FaultReason::FirstStageReserved)),
                 _ => expect(good | 0x80, user_fault(FaultReason::FirstStageReserved)),
             }
-            // XD and software's bits are nothing to a unit without execute requests.
+            // A unit without execute requests ignores XD and software's bits.
             expect(good | 1 << 63 | 0x7ff << 52 | 0xa00, Ok(0));
             expect(good, Ok(0));
         }
@@ -146,7 +146,7 @@ fn rights_are_those_of_all_levels_together() {
     for level in 1..=4 {
         let entry = machine.entry(root, 4, IOVA, level, TABLE);
         let good = machine.peek(entry);
-        // Twice each, so that a cached answer is checked too.
+        // Each twice, to check the cached result, too.
         let mut check = |drop: u64, attributes, read: Outcome, write: Outcome| {
             machine.poke(entry, good & !drop);
             for tag in 1..=3 {
@@ -187,7 +187,7 @@ fn without_pasid_there_is_no_privilege() {
 
 #[test]
 fn execution_goes_by_ere_and_by_xd_under_nxe() {
-    // The uAPI cannot ask for these: the walker is given them by hand.
+    // The uAPI cannot request these, so the walker gets them directly.
     let machine = machine();
     let root = machine.table();
     let leaf = machine.map(root, 4, IOVA, 1, HIGH, RW);
@@ -319,7 +319,8 @@ fn a_table_that_is_not_whole_is_read_as_far_as_it_goes() {
     let machine = machine();
     let mut port = machine.port();
     let root = machine.table();
-    // Half a page of stage 2, at an odd place of its memory; and one whose words are misaligned.
+    // Half a page of stage 2, at an unaligned place of its memory; and one whose words are
+    // misaligned.
     machine.map_stage2(NOWHERE, 0x10_0800, 0x800, Protection::READ_WRITE);
     machine.map_stage2(NOWHERE + 0x1000, 0x20_0004, 0x1000, Protection::READ_WRITE);
     let directory = machine.entry(root, 4, IOVA, 2, TABLE);

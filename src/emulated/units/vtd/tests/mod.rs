@@ -33,14 +33,14 @@ pub const RW: u64 = 0x67;
 /// Bits of a pointer to a table, flag set.
 pub const TABLE: u64 = 0x27;
 
-/// Guest memory, a unit, and tables that a guest might have written.
+/// Guest memory, a unit, and tables as a guest would write them.
 #[derive(Debug)]
 pub struct Machine {
     pub unit: Arc<VtdUnit>,
     memory: Memory,
 }
 
-/// What is done with its memory is done with the machine.
+/// The machine's memory is accessed through the machine.
 impl Deref for Machine {
     type Target = Memory;
 
@@ -63,8 +63,8 @@ impl Machine {
         self.memory.table(0x1000)
     }
 
-    /// GPA of the entry of `level` on the way of `iova` from the top table `root` of `levels`,
-    /// making tables that are missing, their pointers with the bits `pointer`.
+    /// GPA of the entry of `level` on the way to `iova` from the top table `root` of `levels`,
+    /// creating missing tables, with the bits `pointer` in their pointers.
     pub fn entry(&self, root: u64, levels: u8, iova: u64, level: u8, pointer: u64) -> u64 {
         let mut table = root;
         for above in (level + 1..=levels).rev() {
@@ -77,7 +77,8 @@ impl Machine {
         table + index(iova, level) * 8
     }
 
-    /// Maps the page of `level` at `iova` to `gpa` with the leaf bits `bits`; gives the leaf's GPA.
+    /// Maps the page of `level` at `iova` to `gpa` with the leaf bits `bits`; returns the leaf's
+    /// GPA.
     pub fn map(&self, root: u64, levels: u8, iova: u64, level: u8, gpa: u64, bits: u64) -> u64 {
         let entry = self.entry(root, levels, iova, level, TABLE);
         let large = if level > 1 { 0x80 } else { 0 };
@@ -92,7 +93,7 @@ impl Machine {
         self.install(pasid, tag, Some(UserTables::VtdFirstStage(data)));
     }
 
-    /// Attaches the device (or its `pasid`) to second-stage tables that it owns.
+    /// Attaches the device (or its `pasid`) to the user's second-stage tables.
     pub fn attach_second_stage(&self, pasid: Option<u32>, tag: u32, root: u64, levels: u8) {
         let addr_width = 12 + 9 * u32::from(levels);
         let data = HwptVtdSecondStage { pgtbl_addr: root, addr_width };
@@ -112,12 +113,12 @@ impl Machine {
         self.unit.invalidate(CacheTag(tag), &[range]);
     }
 
-    /// The word that a read gives, or why it was blocked.
+    /// The word read, or why the read was blocked.
     pub fn read_u64(&self, port: &mut DmaPort, attributes: DmaAttributes, iova: u64) -> Outcome {
         testing::read(port, attributes, iova).map_err(fault)
     }
 
-    /// The word written, or why that was blocked.
+    /// The word written, or why the write was blocked.
     pub fn write_u64(
         &self,
         port: &mut DmaPort,
@@ -145,7 +146,7 @@ pub fn supervisor(pasid: u32) -> DmaAttributes {
     privileged(testing::pasid(pasid))
 }
 
-/// All pages, tables too.
+/// All pages, including tables.
 pub const ALL: CacheRange = CacheRange::All;
 
 /// The page of `address`.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The walker against a naive reference: random tables, random requests, with and without caches.
 //!
-//! The reference keeps guest memory as a map of words and does one thing after the other, in plain
-//! shifts and masks. It knows no caches.
+//! The reference keeps guest memory as a map of words and uses plain shifts and masks, step by
+//! step. It has no caches.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::*;
 use twostage::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
-/// GPAs of tables; the first is the top table. The last is one that stage 2 lets nobody write.
+/// GPAs of tables; the first is the top table. Stage 2 does not allow writing the last.
 const TABLES: [u64; 8] = [
     LOW,
     LOW + 0x1000,
@@ -22,7 +22,7 @@ const TABLES: [u64; 8] = [
     HIGH + 0x60_0000,
     READ_ONLY,
 ];
-/// GPAs that are no tables: pages of every alignment, nothing, and beyond 48 bits.
+/// GPAs that are not tables: pages of every alignment, unmapped ones, and beyond 48 bits.
 const PAGES: [u64; 7] =
     [HIGH, HIGH + 0x40_0000, HIGH + 0x5f_f000, LOW + 0x10_0000, READ_ONLY, NOWHERE, 1 << 48];
 /// Indices that entries have and addresses use.
@@ -57,7 +57,7 @@ fn word() -> impl Strategy<Value = u64> {
     let page = prop::sample::select(PAGES.to_vec());
     let large = prop::sample::select(vec![HIGH, HIGH + 0x40_0000, LOW + 0x10_0000]);
     let target = prop_oneof![12 => table, 2 => page, 2 => large.prop_map(|gpa| gpa | 0x80)];
-    // Bits that are clear, or set, now and then.
+    // Bits that are rarely clear, or set.
     let seldom = |bits: u64| prop_oneof![30 => Just(0), 1 => Just(bits)];
     let clear = (seldom(1), seldom(2), seldom(4)).prop_map(|(p, rw, us)| p | rw | us);
     let set = (seldom(0x80), seldom(1 << 13), seldom(1 << 51), seldom(1 << 62), seldom(1 << 63))
@@ -131,7 +131,7 @@ fn stage2_rights(gpa: u64) -> (bool, bool) {
 
 type Blocked = (FaultReason, bool);
 
-/// What must come of `request`: the GPA, or the fault. Sets flags in `case.words`.
+/// The expected result of `request`: the GPA, or the fault. Sets flags in `case.words`.
 fn reference(case: &mut Case, request: &TestRequest) -> Result<u64, Blocked> {
     let TestRequest { iova, write, attributes } = *request;
     let with_pasid = attributes.pasid.is_some();
@@ -294,7 +294,7 @@ fn machine(case: &Case, config: VtdUnitConfig) -> Machine {
     machine
 }
 
-/// Offset in memory that `request` leads to.
+/// Offset in memory of the result of `request`.
 fn outcome(machine: &Machine, port: &mut DmaPort, request: &TestRequest) -> Result<usize, Blocked> {
     let access = if request.write { DmaAccess::Write } else { DmaAccess::Read };
     let translated = port.translate(request.attributes, request.iova, 8, access).map_err(fault)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the sanitizer reports, and what it does not.
+//! What the sanitizer reports, and what it ignores.
 
 use super::*;
 use crate::{InvalidatedPages, StaleUse, TlbInvalidation};
@@ -8,7 +8,7 @@ const IOVA: u64 = 0x0000_1234_4020_0000;
 const OLD: u64 = HIGH;
 const NEW: u64 = HIGH + (4 << 20);
 
-/// A machine that sanitizes, whose device has IOVA mapped to OLD by one page of `level`; its top
+/// A machine with the sanitizer whose device has IOVA mapped to OLD by one page of `level`; its top
 /// table and the leaf's GPA.
 fn machine(level: u8) -> (Machine, u64, u64) {
     let machine = Machine::new(VtdUnitConfig { sanitize: true, ..VtdUnitConfig::default() });
@@ -43,7 +43,7 @@ fn a_stale_page_is_reported_once_with_all_there_is_to_know() {
         let old = machine.peek(leaf);
         machine.poke(leaf, old - OLD + NEW);
         assert_eq!(found(&machine), []);
-        // Still what was cached: the sanitizer changes nothing of what a device sees.
+        // Still what was cached: the sanitizer does not change what a device sees.
         assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
         machine.write_u64(&mut port, PLAIN, IOVA + 8, 3).unwrap();
         let stale = StaleUse {
@@ -108,7 +108,7 @@ fn a_changed_pointer_needs_more_than_a_leaf_invalidation() {
             (machine.peek(entry), machine.peek(machine.entry(other, 4, IOVA, level, TABLE)));
         machine.poke(entry, new);
         machine.invalidate(1, page(IOVA, true));
-        // Not cached as a page: a walk goes by the pointer that is.
+        // Not cached as a page: the walk uses the cached pointer.
         assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
         let start = IOVA & !(page_size(level) - 1);
         let [stale] = found(&machine)[..] else { panic!("one page") };
@@ -135,7 +135,7 @@ fn what_needs_no_invalidation_is_not_reported() {
     machine.read_u64(&mut port, PLAIN, IOVA + 0x1000).unwrap_err();
     machine.map(root, 4, IOVA + 0x1000, 1, OLD, RW);
     machine.read_u64(&mut port, PLAIN, IOVA + 0x1000).unwrap();
-    // Fewer rights, of which the request needs none.
+    // Fewer rights, but none that the request needs.
     machine.invalidate(1, ALL);
     machine.poke(leaf, readable | 2);
     machine.write_u64(&mut port, PLAIN, IOVA, 5).unwrap();
@@ -153,7 +153,7 @@ fn a_large_page_that_is_split_is_stale_only_where_it_leads_elsewhere() {
     let mut port = machine.port();
     let mut bytes = [0; 0x3000];
     port.read(PLAIN, IOVA, &mut bytes).unwrap();
-    // The same 2 MiB by 512 pages, but for the third.
+    // The same 2 MiB by 512 pages, except the third.
     let table = machine.table();
     for number in 0..512 {
         let to = if number == 2 { NEW } else { OLD + (number << 12) };
@@ -163,7 +163,7 @@ fn a_large_page_that_is_split_is_stale_only_where_it_leads_elsewhere() {
     machine.poke(leaf, table | TABLE);
     port.read(PLAIN, IOVA, &mut bytes[..0x2000]).unwrap();
     assert_eq!(found(&machine), []);
-    // One request over all of it: no byte is left out.
+    // One request for all of it: no byte is skipped.
     port.read(PLAIN, IOVA, &mut bytes).unwrap();
     let [stale] = found(&machine)[..] else { panic!("one page") };
     assert_eq!((stale.iova, stale.level, stale.old), (IOVA + 0x2000, 2, Some(old)));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The walk through second-stage tables that the guest owns, on top of stage 2.
+//! The walk through guest-owned second-stage tables on top of stage 2.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn machine() -> Machine {
     Machine::new(VtdUnitConfig { address_width: AddressWidth::Bits57, ..VtdUnitConfig::default() })
 }
 
-/// Maps `iova` with entries that all carry `bits`.
+/// Maps `iova` with entries that all have `bits`.
 fn map(machine: &Machine, root: u64, levels: u8, iova: u64, level: u8, gpa: u64) -> u64 {
     let entry = machine.entry(root, levels, iova, level, READ | WRITE);
     let large = if level > 1 { 0x80 } else { 0 };
@@ -66,7 +66,7 @@ fn every_level_limits_and_must_be_well_formed() {
         check(good & !WRITE, Ok(0), denied);
         check(good & !READ, denied, Ok(0));
         check(good & !READ & !WRITE, denied, denied);
-        // Accessed and dirty are ignored, and nothing sets them.
+        // Accessed and dirty are ignored and not set.
         check(good | 0x300, Ok(0), Ok(0));
         check(good, Ok(0), Ok(0));
         assert_eq!(machine.peek(entry), good);

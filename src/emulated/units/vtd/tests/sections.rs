@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Several accesses in one critical section, as `vm_memory` makes them.
+//! Several accesses in one critical section, as `vm_memory` does.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -22,7 +22,7 @@ fn machine() -> (Machine, u64) {
     (machine, leaf)
 }
 
-/// Guest memory through `port`, for one section.
+/// Guest memory through `port`, for the duration of one section.
 fn section<'a>(
     memory: &GuestMemoryMmap,
     port: &'a mut DmaPort,
@@ -35,7 +35,7 @@ impl Machine {
         GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&self.region)]).unwrap()
     }
 
-    /// Sends IOVA to `gpa`, as a guest does: table, then invalidation.
+    /// Remaps IOVA to `gpa`, as a guest does: table, then invalidation.
     fn remap(&self, leaf: u64, gpa: u64) {
         self.poke(leaf, gpa | RW);
         self.invalidate(1, page(IOVA, true));
@@ -50,7 +50,7 @@ fn an_invalidation_waits_for_the_section() {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let section = section(&memory, &mut port);
-        // Looked up, not accessed yet: the slice is what must not outlive the invalidation.
+        // Looked up, not accessed yet: it is the slice that must not outlive the invalidation.
         let slice =
             vm_memory::GuestMemory::get_slices(&section, GuestAddress(IOVA), 8, Permissions::Write)
                 .unwrap()
@@ -86,7 +86,7 @@ fn nothing_reaches_a_page_that_was_taken_away() {
                 let mut value = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     let section = section(&memory, &mut port);
-                    // The later ones by what the section keeps of the first.
+                    // The later ones use what the section keeps of the first.
                     for word in 0..8 {
                         value += 1;
                         section.write_obj(value, GuestAddress(IOVA + word * 8)).unwrap();

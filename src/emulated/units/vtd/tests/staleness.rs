@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is cached stays until it is invalidated, and no longer.
+//! Cached entries stay until they are invalidated, and no longer.
 
 use super::*;
 
@@ -55,7 +55,7 @@ fn a_changed_leaf_is_stale_until_invalidated_at_any_granularity() {
 
 #[test]
 fn a_huge_page_is_stale_until_any_page_of_it_is_invalidated() {
-    // Stage 2 gives 1 GiB in one piece here: sparse memory, never touched but for two words.
+    // Stage 2 has 1 GiB contiguously here: sparse memory, with only two words touched.
     let machine = Machine::new(VtdUnitConfig::default());
     let region = GuestRegionMmap::from_range(GuestAddress(0), 2 << 30, None).unwrap();
     let memory = UserMemory::whole(Arc::new(region));
@@ -91,7 +91,7 @@ fn a_leaf_invalidation_leaves_paging_structures_and_others_do_not() {
             let (machine, root, _) = machine(1);
             let mut port = machine.port();
             assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
-            // Another way to IOVA, by another table below `level`.
+            // Another path to IOVA, by another table below `level`.
             let other = machine.table();
             machine.map(other, 4, IOVA, 1, NEW, RW);
             let entry = machine.entry(root, 4, IOVA, level, TABLE);
@@ -113,7 +113,7 @@ fn a_paging_structure_is_dropped_by_any_page_under_it() {
     machine.map(other, 4, IOVA, 1, NEW, RW);
     let entry = machine.entry(root, 4, IOVA, 2, TABLE);
     machine.poke(entry, machine.peek(machine.entry(other, 4, IOVA, 2, TABLE)));
-    // Another page of the same directory entry: the table goes, the leaf stays.
+    // Another page of the same directory entry: the table is dropped, the leaf stays.
     machine.invalidate(1, page(IOVA + 0x5000, false));
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
     machine.invalidate(1, page(IOVA, true));
@@ -164,7 +164,7 @@ fn stage_2_is_stale_until_the_unit_is_told() {
     let removed = machine.stage2.remove(HIGH).unwrap();
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
     assert_eq!(machine.read_u64(&mut port, pasid(4), OLD), Ok(1));
-    // Stage 1's invalidations leave stage 2 alone.
+    // Stage 1's invalidations do not affect stage 2.
     machine.invalidate(1, ALL);
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(1));
     machine.unit.stage2_changed(&Arc::default());
@@ -173,7 +173,7 @@ fn stage_2_is_stale_until_the_unit_is_told() {
     let denied = Err((FaultReason::SecondStageDenied, true));
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), denied);
     assert_eq!(machine.read_u64(&mut port, pasid(4), OLD), denied);
-    // What is mapped anew is seen at once.
+    // A new mapping is visible at once.
     machine.map_stage2(HIGH, HALF, HALF, Protection::READ_ONLY);
     drop(removed);
     assert!(machine.read_u64(&mut port, PLAIN, IOVA).is_ok());
@@ -236,7 +236,7 @@ fn a_tag_that_comes_back_finds_nothing_of_its_past() {
     machine.map(other, 4, IOVA, 1, NEW, RW);
     machine.attach(None, 1, other, 4, 0);
     assert_eq!(machine.read_u64(&mut port, PLAIN, IOVA), Ok(2));
-    // Nor does a new stage 2 find anything of the old one, whose place it may take.
+    // Nor does a new stage 2 hit anything of the old one, whose tag it may reuse.
     machine.unit.remove(RID, None);
     let tables = None;
     let stage2 = Arc::<Stage2>::default();
