@@ -7,8 +7,7 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 const MAGIC: [u8; 4] = *b"ARM\x64";
-/// A kernel of before Linux 3.17 does not say how long it is, nor where it wants to be in a way
-/// that could be trusted.
+/// Kernels before Linux 3.17 give neither their size nor a reliable load offset.
 const TEXT_OFFSET_OF_OLD: u64 = 0x8_0000;
 /// Flag: the kernel is big-endian.
 const BIG_ENDIAN: u64 = 1 << 0;
@@ -22,7 +21,7 @@ pub enum ImageError {
     /// A kernel of the other byte order.
     #[error("a big-endian kernel; this machine is little-endian")]
     BigEndian,
-    /// The file is longer than the memory that it says the kernel takes.
+    /// The file is longer than the memory that the kernel claims.
     #[error("{file} bytes, more than the {memory} that its header says the kernel takes")]
     TooLong {
         /// Length of the file.
@@ -30,12 +29,12 @@ pub enum ImageError {
         /// Bytes of memory.
         memory: u64,
     },
-    /// A kernel that finds no memory.
+    /// There is no memory for the kernel.
     #[error("a kernel that takes {start:#x}..{end:#x}, which is not RAM")]
     NoRoom {
         /// First address.
         start: u64,
-        /// First address behind.
+        /// End address, exclusive.
         end: u64,
     },
     /// Guest memory could not be written.
@@ -44,7 +43,7 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    /// Whether the file's first bytes already tell that it is no kernel that is known here.
+    /// Whether the file's first bytes show that it is not a kernel known here.
     pub(crate) fn is_of_no_kernel(&self) -> bool {
         matches!(self, Self::Unknown(_))
     }
@@ -62,17 +61,17 @@ struct RawHeader {
     pe_header: U32,
 }
 
-/// What an image's header says.
+/// The fields of an image's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// Where the image goes, from an address that is a multiple of 2 MiB. It starts there.
+    /// Offset of the image from a 2 MiB boundary; it starts there.
     pub text_offset: u64,
-    /// How much memory the kernel takes from there on before it knows its memory map, in bytes.
+    /// Memory that the kernel uses from there on before it knows its memory map, in bytes.
     pub memory_size: u64,
 }
 
 impl Header {
-    /// The header of the file `bytes`.
+    /// Parses the header of the file `bytes`.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -94,7 +93,7 @@ impl Header {
     }
 }
 
-/// What the file is instead, of what has been tried.
+/// The type of the file, if it is a known one.
 fn known_mistake(bytes: &[u8]) -> Option<&'static str> {
     const GZIP: &[u8] = &[0x1f, 0x8b];
     const ELF: &[u8] = b"\x7fELF";

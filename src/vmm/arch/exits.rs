@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Exits of vCPUs: counted, and where they lead.
+//! Exits of vCPUs: counters and dispatch.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,7 +8,7 @@ use crate::bus::Bus;
 
 macro_rules! exit_kinds {
     ($($(#[$doc:meta])* $variant:ident => $name:literal),* $(,)?) => {
-        /// Kinds of exits, as they are counted.
+        /// Kinds of exits, as counted.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum ExitKind {
             $($(#[$doc])* $variant,)*
@@ -37,11 +37,11 @@ exit_kinds! {
     MmioRead => "mmio-read",
     /// Memory-mapped write.
     MmioWrite => "mmio-write",
-    /// The end of an interrupt that an IOAPIC outside the kernel waits for.
+    /// The end of an interrupt for an IOAPIC outside of the kernel.
     IoapicEoi => "ioapic-eoi",
-    /// The guest's firmware is asked to switch the machine off or to reset it.
+    /// The guest calls its firmware to power off or reset the machine.
     SystemEvent => "system-event",
-    /// An access that no device answers, of any of the kinds above (and counted there too).
+    /// An access that no device answers, of any of the kinds above (and counted there, too).
     Unclaimed => "unclaimed",
     /// A signal.
     Interrupted => "interrupted",
@@ -49,7 +49,7 @@ exit_kinds! {
     Other => "other",
 }
 
-/// Exits by kind. Reads are of each number alone, not of one moment.
+/// Exits by kind. Reads are not consistent with each other.
 #[derive(Debug, Default)]
 pub struct ExitCounters {
     counts: [AtomicU64; ExitKind::ALL.len()],
@@ -58,7 +58,7 @@ pub struct ExitCounters {
 impl ExitCounters {
     /// How often `kind` happened.
     pub fn get(&self, kind: ExitKind) -> u64 {
-        // The discriminant of a kind is its place in ALL, so the index is in range.
+        // A kind's discriminant is its index in ALL, so it is in range.
         self.counts[kind as usize].load(Ordering::Relaxed)
     }
 
@@ -67,25 +67,25 @@ impl ExitCounters {
     }
 }
 
-/// Where exits lead.
+/// Dispatch of exits.
 #[derive(Debug, Default)]
 pub(crate) struct Exits {
-    /// Guest-physical addresses that are no RAM.
+    /// Guest-physical addresses that are not RAM.
     pub mmio: Bus,
-    /// What only some architectures have.
+    /// Architecture-specific devices.
     pub board: Board,
     /// Exits by kind.
     pub counters: ExitCounters,
 }
 
 impl Exits {
-    /// Serves a read of memory that is no RAM.
+    /// Handles a read of memory that is not RAM.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         self.counters.count(ExitKind::MmioRead);
         self.claimed(self.mmio.read(address, data));
     }
 
-    /// Serves a write to memory that is no RAM.
+    /// Handles a write to memory that is not RAM.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         self.counters.count(ExitKind::MmioWrite);
         self.claimed(self.mmio.write(address, data));

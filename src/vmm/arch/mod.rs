@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a machine is made of that depends on the processor's architecture: the same names on each.
+//! The parts of a machine that depend on the processor's architecture, with the same names for
+//! each.
 //!
 //! ```text
 //!  boot ───────► boot::{Image, StartState}     kernel images, and what the first vCPU starts with
@@ -12,14 +13,14 @@
 //!  trace ──────► message                       what an interrupt's message says
 //! ```
 //!
-//! This is the only file that asks which architecture it is built for.
+//! This is the only file that depends on the target architecture.
 
 #[cfg(target_arch = "aarch64")]
 pub mod aarch64;
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;
 
-// Parts of an arm64 machine that ask nothing of the processor: every one tests them.
+// Parts of an arm64 machine that do not depend on the processor: tested on all architectures.
 #[cfg(any(target_arch = "aarch64", test))]
 pub mod arm64_image;
 #[cfg(any(target_arch = "aarch64", test))]

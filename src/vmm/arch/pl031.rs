@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An arm64 machine's clock that runs on a battery: a PL031, without its interrupt. It shows the
-//! host's time, or what the guest has set.
+//! An arm64 machine's real-time clock: a PL031 without its interrupt. It shows the host's time, or
+//! what the guest has set.
 
 use twostage::sync::Mutex;
 
@@ -54,7 +54,7 @@ mod tests {
         assert!((before..=host()).contains(&read(&clock, 0)));
         clock.write(8, &1_000_000u32.to_le_bytes());
         assert!((1_000_000..=1_000_000 + host() - before).contains(&read(&clock, 0)));
-        // By its identification drivers find it.
+        // Drivers find it by its identification.
         let id = [0xfe0, 0xfe4, 0xfe8, 0xfec].map(|offset| read(&clock, offset));
         assert_eq!(id, [0x31, 0x10, 0x04, 0x00]);
     }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Boot: a kernel image in guest memory, and what its first vCPU starts with.
+//! Boot: loads a kernel image into guest memory and determines the first vCPU's initial state.
 //!
-//! What an image is, and what it is told and how, is the architecture's
-//! ([`arch::boot`](crate::arch::boot)). An image is somebody's file: every number in it is checked
-//! against the file and against guest memory.
+//! Image formats and boot protocols belong to the architecture ([`arch::boot`](crate::arch::boot)).
+//! An image is untrusted: every number in it is checked against the file and guest memory.
 
 use std::fmt;
 use std::fs::File;
@@ -17,14 +16,14 @@ use crate::config::PayloadConfig;
 use crate::memory::MachineMemory;
 use crate::process::named_file;
 
-/// What names modules on the command line.
+/// The option for modules.
 const MODULE: &str = "--module";
 /// Alignment of modules, in bytes.
 const MODULE_ALIGNMENT: u64 = 4096;
-/// What is read of a kernel to see whether it is one, in bytes.
+/// How much of a kernel is read to identify it, in bytes.
 const HEADER: u64 = 4096;
 
-/// Why a machine cannot boot what it was given.
+/// Why a machine cannot boot its payload.
 #[derive(Debug)]
 pub struct BootError {
     what: &'static str,
@@ -44,13 +43,13 @@ impl fmt::Display for BootError {
 impl std::error::Error for BootError {}
 
 impl BootError {
-    /// Whether `--memory` is what is wrong, and no file.
+    /// Whether the cause is `--memory`, not a file.
     pub fn is_of_memory_size(&self) -> bool {
         matches!(self.reason, Reason::MemoryTooSmall(_))
     }
 }
 
-/// What is wrong with a file, or with the memory it should go to.
+/// What is wrong with a file, or with its place in memory.
 #[derive(Debug, thiserror::Error)]
 enum Reason {
     #[error("{0}")]
@@ -93,32 +92,32 @@ pub struct Module {
     pub length: u64,
 }
 
-/// What a kernel is told, whatever the protocol.
+/// The boot information for a kernel, whatever the protocol.
 #[derive(Debug, Clone, Copy)]
 pub struct BootInfo<'a> {
     /// The machine's memory.
     pub memory: &'a MachineMemory,
-    /// The command line, as long as the image takes at the most, without a zero byte.
+    /// The command line, no longer than the image allows, without a zero byte.
     pub cmdline: &'a str,
-    /// What the kernel's file is called.
+    /// The kernel's file name.
     pub name: &'a str,
-    /// The modules, the initramfs first; no more than the image takes.
+    /// The modules, the initramfs first; no more than the image allows.
     pub modules: &'a [NamedModule<'a>],
 }
 
 impl BootInfo<'_> {
-    /// The initramfs, to a kernel that takes nothing else.
+    /// The initramfs, for a kernel that takes no other modules.
     pub fn initramfs(&self) -> Option<Module> {
         self.modules.first().map(|module| module.memory)
     }
 }
 
-/// A module as a kernel is told of it.
+/// A module for a kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct NamedModule<'a> {
-    /// Where it is.
+    /// Its memory.
     pub memory: Module,
-    /// What its file is called.
+    /// Its file name.
     pub name: &'a str,
     /// Its command line, without a zero byte.
     pub cmdline: &'a str,
@@ -127,7 +126,7 @@ pub struct NamedModule<'a> {
 /// Loads `payload` into `memory`.
 ///
 /// # Errors
-/// Which file, and what is wrong with it.
+/// The file and what is wrong with it.
 pub fn load(memory: &MachineMemory, payload: &PayloadConfig) -> Result<StartState, BootError> {
     if memory.low_size() <= MEMORY_MIN {
         let reason = Reason::MemoryTooSmall(memory.low_size());
@@ -197,26 +196,25 @@ fn files(payload: &PayloadConfig) -> impl Iterator<Item = PayloadFile<'_>> {
     initramfs.chain(modules)
 }
 
-/// What a file is called, in one word.
+/// The file's name, as one word.
 fn file_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.replace(|c: char| c.is_whitespace() || c == '\0', "_")
 }
 
-/// Opens the file at `path`; it has so many bytes.
+/// Opens the file at `path`; returns its length, too.
 fn open_file(path: &Path) -> Result<(File, u64), Reason> {
     let file = named_file::open(path, File::options().read(true), 0)?;
     let metadata = file.metadata()?;
-    // A directory or a device would be read for ever, or not at all.
+    // Reading a directory or device could block or not end.
     match metadata.is_file() {
         true => Ok((file, metadata.len())),
         false => Err(Reason::NotAFile),
     }
 }
 
-/// The first `max` bytes of the kernel at `path`, if it is one at all, and the file's length. What
-/// lies behind them, such as what is for a debugger, cannot be for a guest with `max` bytes of
-/// memory.
+/// The first `max` bytes of the kernel at `path`, if it is one, and the file's length. What
+/// follows, such as debug information, cannot be for a guest with `max` bytes of memory.
 fn read_kernel(path: &Path, max: u64) -> Result<(Vec<u8>, u64), Reason> {
     let (file, length) = open_file(path)?;
     let mut bytes = Vec::new();
@@ -239,7 +237,7 @@ fn check_cmdline(cmdline: &str, max: usize) -> Result<(), Reason> {
     Ok(())
 }
 
-/// Puts a file as high as it goes in `range`, from its first address to its end.
+/// Places a file as high as possible in `range`, from its first address to its end.
 fn place_module(memory: &MachineMemory, range: (u64, u64), path: &Path) -> Result<Module, Reason> {
     let (mut file, length) = open_file(path)?;
     let (first, end) = range;
@@ -248,7 +246,7 @@ fn place_module(memory: &MachineMemory, range: (u64, u64), path: &Path) -> Resul
         .map(|start| start & !(MODULE_ALIGNMENT - 1))
         .filter(|start| *start >= first)
         .ok_or(Reason::NoRoom(length))?;
-    // A place for it in memory has the length of a slice of memory.
+    // Its memory has the length of a slice.
     let count = usize::try_from(length).map_err(|_| Reason::NoRoom(length))?;
     memory.map().read_exact_volatile_from(GuestAddress(start), &mut file, count)?;
     Ok(Module { start, length })
@@ -259,7 +257,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    /// A file that is `length` bytes long and takes no room.
+    /// A sparse file of `length` bytes.
     fn sparse(start: &[u8], length: u64) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(start).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Interrupt lines that an assigned device asserts by an eventfd: as far as the interrupt
-//! controllers are in the kernel, all of it happens there.
+//! Interrupt lines asserted by an assigned device's eventfd: entirely in the kernel, if the
+//! interrupt controllers are there.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::pci::EventLine;
 use crate::{Error, Result};
 use twostage::warn_limited;
 
-/// A line, and what the event loop has to do for it, if anything.
+/// A line, and its event loop subscriber, if it needs one.
 pub(crate) struct DeviceLine {
     pub line: Box<dyn EventLine>,
     pub subscriber: Option<Box<dyn MutEventSubscriber>>,
@@ -23,7 +23,7 @@ pub(crate) struct DeviceLine {
 pub(crate) struct LineEvents {
     /// Asserts the line.
     pub assert: EventFd,
-    /// Tells that an interrupt ended.
+    /// Written when an interrupt ends.
     pub end: EventFd,
 }
 
@@ -38,8 +38,8 @@ impl LineEvents {
     }
 }
 
-/// The input `gsi` of an interrupt controller in the kernel: KVM asserts it when the one eventfd is
-/// written, and deasserts it and writes the other one at the end of the interrupt.
+/// The input `gsi` of an in-kernel interrupt controller: KVM asserts it when one eventfd is
+/// written, and deasserts it and writes the other at the end of the interrupt.
 pub(crate) struct ResampledLine {
     vm: Arc<VmFd>,
     gsi: u32,
@@ -76,7 +76,7 @@ impl EventLine for ResampledLine {
         &self.events.end
     }
 
-    /// KVM deasserts what it gives up.
+    /// KVM deasserts it when it is removed.
     fn release(&self) {
         if let Err(error) = self.untie().and_then(|()| self.tie()) {
             warn_limited!("interrupt line {}: {error}", self.gsi);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The interrupts of one function: sent one by one, or by routes.
+//! The interrupts of one function: sent directly, or by routes.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use super::source::InterruptSource;
 use crate::Result;
 use twostage::viommu::{InterruptSink, MsiMessage};
 
-/// The interrupts of one function. A message sent through its [`InterruptSink`] is looked up each
-/// time; one that is sent often has a [`VectorRoute`].
+/// The interrupts of one function. A message sent through its [`InterruptSink`] is remapped each
+/// time; frequent ones have a [`VectorRoute`].
 #[derive(Clone)]
 pub struct FunctionInterrupts {
     source: InterruptSource,
@@ -30,12 +30,12 @@ impl FunctionInterrupts {
     /// A route for one vector of the function.
     ///
     /// # Errors
-    /// KVM has no more of them, or the process no more file descriptors.
+    /// KVM has no more GSIs, or the process no more file descriptors.
     pub fn vector(&self) -> Result<Arc<VectorRoute>> {
         self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Here)
     }
 
-    /// The same for a vector that the device itself triggers, by writing the route's eventfd.
+    /// The same for a vector that the device triggers itself, by writing the route's eventfd.
     ///
     /// # Errors
     /// As [`FunctionInterrupts::vector`].

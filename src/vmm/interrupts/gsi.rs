@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! KVM's interrupt routing: what each global system interrupt (GSI) leads to.
+//! KVM's interrupt routing: the destination of each global system interrupt (GSI).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -21,10 +21,10 @@ use twostage::spec::pci::Bdf;
 use twostage::viommu::MsiMessage;
 use twostage::warn_limited;
 
-/// Takes the whole routing.
+/// Sets the whole routing.
 pub(crate) trait Routing: Send + Sync {
-    /// Replaces what was there by `fixed` and `messages`. When this returns, nothing uses it any
-    /// more.
+    /// Replaces the routing by `fixed` and `messages`. When this returns, the old one is no longer
+    /// used.
     fn set(
         &self,
         fixed: &[kvm_irq_routing_entry],
@@ -46,18 +46,18 @@ impl Routing for VmFd {
     }
 }
 
-/// A message, and who sends it: an interrupt controller may want to know.
+/// A message and its sender, which an interrupt controller may need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SentMessage {
     pub source: Bdf,
     pub message: MsiMessage,
 }
 
-/// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others lead
-/// to messages.
+/// The routing. GSIs below [`PINS`] are those of the interrupt controllers' pins; the others are
+/// messages.
 pub(crate) struct GsiTable {
     routing: Arc<dyn Routing>,
-    /// Pins of interrupt controllers in the kernel.
+    /// Pins of in-kernel interrupt controllers.
     fixed: Vec<kvm_irq_routing_entry>,
     table: Mutex<Table>,
     updates: AtomicU64,
@@ -67,18 +67,18 @@ pub(crate) struct GsiTable {
 struct Table {
     messages: BTreeMap<u32, SentMessage>,
     used: BTreeSet<u32>,
-    /// Messages that KVM does not take. It refuses a routing for one of them, so they are not in
-    /// it.
+    /// Messages that KVM does not accept. It refuses a routing with one of them, so they are left
+    /// out.
     refused: BTreeMap<u32, SentMessage>,
-    /// KVM has not got all of it.
+    /// KVM does not have all of it.
     stale: bool,
 }
 
-/// Where a GSI is to lead.
+/// A GSI's new destination.
 type Change = (u32, Option<SentMessage>);
 
 impl Table {
-    /// Leads `gsi` there; where it led before.
+    /// Changes `gsi`; returns the inverse change.
     fn set(&mut self, (gsi, message): Change) -> Change {
         let before = match message {
             Some(message) => self.messages.insert(gsi, message),
@@ -89,12 +89,12 @@ impl Table {
 }
 
 impl GsiTable {
-    /// The routing of a machine, `fixed` of it, which KVM has from the start.
+    /// The routing of a machine, with `fixed`, which KVM has from the start.
     pub fn new(routing: Arc<dyn Routing>, fixed: Vec<kvm_irq_routing_entry>) -> Self {
         Self { routing, fixed, table: Mutex::default(), updates: AtomicU64::new(0) }
     }
 
-    /// A GSI for messages, leading nowhere. Given back with [`GsiTable::release`].
+    /// A GSI for messages, initially without a route. Returned with [`GsiTable::release`].
     pub fn allocate(&self) -> Result<u32> {
         let mut table = self.table();
         let last = KVM_MAX_IRQ_ROUTES as u32 - self.fixed.len() as u32;
@@ -104,15 +104,15 @@ impl GsiTable {
         Ok(gsi)
     }
 
-    /// Gives `gsi` back; it leads nowhere again.
+    /// Returns `gsi`, without a route.
     pub fn release(&self, gsi: u32) {
-        // That it leads somewhere a little longer harms nobody: nobody triggers it.
+        // If it fails, the route stays a little longer, which is harmless: nobody triggers it.
         let _ = self.update([(gsi, None)]);
         self.table().used.remove(&gsi);
     }
 
-    /// Leads GSIs to messages, or nowhere. When this returns without an error, nothing of before is
-    /// in use. Returned are those whose message KVM does not take, which lead nowhere.
+    /// Sets routes of GSIs. When this returns without an error, the old ones are no longer used.
+    /// Returns the GSIs whose message KVM does not accept, which have no route.
     pub fn update(
         &self,
         changes: impl IntoIterator<Item = Change>,
@@ -137,8 +137,8 @@ impl GsiTable {
         Ok(left_out)
     }
 
-    /// Applies `changes`. If KVM refuses a message, which it says of the whole routing alone, each
-    /// half is tried by itself until that one is found.
+    /// Applies `changes`. If KVM refuses the whole routing because of a message, bisects to find
+    /// it.
     fn apply(
         &self,
         table: &mut Table,
@@ -160,7 +160,7 @@ impl GsiTable {
                 table.set((*gsi, None));
                 table.refused.insert(*gsi, *refused);
                 left_out.insert(*gsi);
-                // KVM still has what was there before.
+                // KVM still has the old routing.
                 self.install(table)
             }
             _ => {
@@ -182,7 +182,7 @@ impl GsiTable {
         result
     }
 
-    /// How often KVM was given a routing.
+    /// How often KVM's routing was set.
     pub fn updates(&self) -> u64 {
         self.updates.load(Ordering::Relaxed)
     }
@@ -209,7 +209,7 @@ fn message_route(gsi: u32, sent: SentMessage) -> kvm_irq_routing_entry {
     kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_MSI,
-        // Without interrupt translation nobody asks who it was.
+        // Ignored without interrupt translation.
         flags: KVM_MSI_VALID_DEVID,
         u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
         ..kvm_irq_routing_entry::default()
@@ -222,13 +222,13 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// Remembers each routing: (GSI, type). As KVM it takes no message with an upper address that
+    /// Records each routing: (GSI, type). Like KVM, it refuses messages with an upper address that
     /// is no APIC's.
     #[derive(Default)]
     pub struct FakeRouting {
         pub calls: Mutex<Vec<Vec<(u32, u32)>>>,
         pub refuse: AtomicBool,
-        /// The messages that it goes by.
+        /// The current messages.
         pub in_use: Mutex<BTreeMap<u32, SentMessage>>,
     }
 
@@ -297,10 +297,10 @@ pub(super) mod tests {
         let (good, bad) = (to(0xfee0_0000), to(0x1_fee0_0000));
         let in_use = || routing.in_use.lock().keys().copied().collect::<Vec<_>>();
         table.update([(24, good), (25, good)]).unwrap();
-        // What led somewhere leads nowhere: it is not what it was.
+        // The old route is removed: it is not what it was.
         assert_eq!(table.update([(24, bad)]).unwrap(), BTreeSet::from([24]));
         assert_eq!(in_use(), [25]);
-        // Said again, it costs nothing.
+        // Setting it again costs nothing.
         let updates = table.updates();
         assert_eq!(table.update([(24, bad), (25, good)]).unwrap(), BTreeSet::from([24]));
         assert_eq!(table.updates(), updates);
@@ -309,7 +309,7 @@ pub(super) mod tests {
         assert_eq!(table.update(changes.clone()).unwrap(), refused);
         assert_eq!(in_use(), (24..40).filter(|gsi| gsi % 5 != 0).collect::<Vec<_>>());
         assert_eq!(table.update(changes).unwrap(), refused);
-        // Right from now on.
+        // Valid from now on.
         assert_eq!(table.update([(25, good)]).unwrap(), BTreeSet::new());
         assert!(in_use().contains(&25));
         table.release(25);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Messages to the interrupt controllers in the kernel.
+//! Sends messages to the in-kernel interrupt controllers.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::trace::{Trace, TracedInterrupts};
 use twostage::spec::pci::Bdf;
 use twostage::viommu::InterruptSink;
 
-/// The way of a machine's messages, once they are remapped.
+/// The destination of a machine's remapped messages.
 #[derive(Clone)]
 pub(crate) struct Messages {
     vm: Arc<VmFd>,
@@ -24,7 +24,7 @@ impl Messages {
         Self { vm, trace }
     }
 
-    /// That of the messages of `source`, which an interrupt controller may want to know.
+    /// The sink for the messages of `source`, which an interrupt controller may need to know.
     pub fn of(&self, source: Bdf) -> Arc<dyn InterruptSink> {
         let messages = Arc::new(KvmMessages { vm: self.vm.clone(), source });
         match self.trace.clone() {
@@ -56,7 +56,7 @@ impl InterruptSink for KvmMessages {
             devid: self.source.raw().into(),
             ..kvm_msi::default()
         };
-        // A message to nobody is lost, as it is on a real bus: 0 is no error.
+        // A message without a destination is lost, as on a real bus: 0 is no error.
         if let Err(error) = self.vm.signal_msi(msi) {
             log::debug!("message-signalled interrupt {address:#x}/{data:#x}: {error}");
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Interrupts: how devices reach the interrupt controllers, which are the architecture's.
+//! Interrupts: connects devices to the architecture's interrupt controllers.
 //!
-//! A line is an input of theirs. A message is remapped on its way, where a virtual IOMMU does that.
+//! A line is one of their inputs. A message is remapped on the way, if a virtual IOMMU does that.
 
 pub(super) mod device_line;
 mod function;
@@ -32,13 +32,13 @@ use crate::Result;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptListener, InterruptRemapper};
 
-/// What interrupts of a machine go through.
+/// What a machine's interrupts need.
 pub(super) struct Ways {
     /// The machine, which has `chip`.
     pub vm: Arc<VmFd>,
     /// Its interrupt controllers.
     pub chip: IrqChip,
-    /// Where messages go once they are remapped.
+    /// The destination of remapped messages.
     pub messages: Messages,
     pub trace: Option<Arc<Trace>>,
 }
@@ -54,8 +54,8 @@ pub(super) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Interrupts that go through `ways`; `remapper` remaps those that become messages only in an
-    /// interrupt controller.
+    /// Interrupts through `ways`; `remapper` remaps those that an interrupt controller turns into
+    /// messages.
     pub fn new(ways: Ways, remapper: Option<Weak<dyn InterruptRemapper>>) -> Self {
         let table = Arc::new(GsiTable::new(ways.vm.clone(), ways.chip.pin_routes()));
         let routes = MsiRoutes::new(table.clone(), ways.vm.clone());
@@ -69,7 +69,7 @@ impl Interrupts {
         self.chip
     }
 
-    /// What was done so far.
+    /// Statistics.
     pub fn report(&self) -> InterruptReport {
         InterruptReport { routed: self.routes.triggered(), route_updates: self.table.updates() }
     }
@@ -79,13 +79,13 @@ impl Interrupts {
         &self.lines
     }
 
-    /// Who is to be told when interrupts are remapped otherwise than before.
+    /// The listeners for changes of interrupt remapping.
     pub fn listeners(&self) -> Vec<Weak<dyn InterruptListener>> {
         let routes: Arc<dyn InterruptListener> = self.routes.clone();
         self.lines.listener().into_iter().chain([Arc::downgrade(&routes)]).collect()
     }
 
-    /// What is to be served in the event loop for devices that trigger their vectors themselves.
+    /// The event loop's subscriber for devices that trigger their vectors themselves.
     ///
     /// # Errors
     /// The process has no file descriptors left.
@@ -93,7 +93,7 @@ impl Interrupts {
         self.routes.unrouted()
     }
 
-    /// The interrupts of the function at `bdf`, which `remapper` remaps, or nobody.
+    /// The interrupts of the function at `bdf`, remapped by `remapper`, if any.
     pub fn of_function(
         &self,
         bdf: Bdf,

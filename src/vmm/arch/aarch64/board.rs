@@ -16,14 +16,15 @@ use crate::pci::PciBus;
 use crate::process::stop::{ResetCause, StopReason, Stopper};
 use crate::Result;
 
-/// What of it exits lead to, but for memory: the processors' firmware interface, as far as KVM
-/// leaves it to others.
+/// The exits' destination besides memory: the processors' firmware interface, as far as KVM leaves
+/// it to user space.
 #[derive(Debug, Default)]
 pub(crate) struct Board;
 
 impl Board {
-    /// The devices, on `mmio`: `serial`, a clock and the debug exit, which leads to `stopper`. All
-    /// ways to PCI are in memory, and all interrupt controllers in the kernel.
+    /// The devices, on `mmio`: `serial`, a clock and the debug exit, which stops the machine
+    /// through `stopper`. PCI is accessed through memory only, and all interrupt controllers are in
+    /// the kernel.
     ///
     /// # Errors
     /// Two of them claim the same addresses.
@@ -42,13 +43,12 @@ impl Board {
         Ok(Self)
     }
 
-    /// What is to be served in the event loop.
+    /// The subscribers of the event loop.
     pub fn subscribers(&self) -> Vec<Box<dyn MutEventSubscriber>> {
         Vec::new()
     }
 
-    /// What the guest's call to the firmware interface is to the machine: KVM's system event
-    /// `event`.
+    /// The meaning of the guest's call to the firmware interface, KVM's system event `event`.
     pub fn system_event(&self, event: u32) -> StopReason {
         match event {
             KVM_SYSTEM_EVENT_SHUTDOWN => StopReason::PowerOff,

@@ -9,22 +9,22 @@ pub use crate::arch::arm64_image::ImageError;
 use crate::boot::{BootInfo, Module};
 use crate::memory::MachineMemory;
 
-/// Where the device tree goes: at the start of RAM, and a kernel may map 2 MiB of it.
+/// Address of the device tree: at the start of RAM; a kernel may map 2 MiB of it.
 pub const DEVICE_TREE_START: u64 = RAM_START;
-/// How long it may be, in bytes.
+/// Maximum length, in bytes.
 pub const DEVICE_TREE_SIZE: u64 = 2 << 20;
-/// Kernels are loaded from here up, at what they say.
+/// Kernels are loaded from here up, at the address they ask for.
 const KERNEL_BASE: u64 = DEVICE_TREE_START + DEVICE_TREE_SIZE;
 /// A machine that boots has more memory than this, in bytes.
 pub const MEMORY_MIN: u64 = DEVICE_TREE_SIZE;
-/// How long the command line may be, in bytes: Linux's own limit, with a zero at its end.
+/// Maximum length of the command line, in bytes: Linux's limit, including the zero at its end.
 const CMDLINE_SIZE: usize = 2048;
-/// No kernel here takes modules that have command lines.
+/// No kernel here takes modules with command lines.
 pub const MODULE_CMDLINE_MAX: usize = 0;
-/// A kernel finds its initramfs in so many bytes around itself.
+/// A kernel finds its initramfs within so many bytes of itself.
 const MODULE_WINDOW: u64 = 32 << 30;
 
-/// What the first vCPU starts with, and what the device tree is to say of it.
+/// The first vCPU's initial registers, and what the device tree says about boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StartState {
     /// Where it starts.
@@ -35,14 +35,14 @@ pub struct StartState {
     pub initramfs: Option<Module>,
 }
 
-/// A kernel image whose header is sound.
+/// A kernel image with a valid header.
 pub(crate) struct Image<'a> {
     bytes: &'a [u8],
     header: Header,
 }
 
 impl<'a> Image<'a> {
-    /// The image that the file `bytes` is.
+    /// Parses the file `bytes`.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -58,7 +58,7 @@ impl<'a> Image<'a> {
         self.start().saturating_add(self.header.memory_size)
     }
 
-    /// What the kernel takes up must lie in RAM, clear of what it is told.
+    /// Checks that the kernel's memory is RAM and does not overlap the boot information.
     ///
     /// # Errors
     /// It does not.
@@ -70,28 +70,28 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// How long the command line may be, in bytes, without the zero at its end.
+    /// Maximum length of the command line, in bytes, without the zero at its end.
     pub fn cmdline_max(&self) -> usize {
         CMDLINE_SIZE - 1
     }
 
-    /// How many modules it takes: its initramfs.
+    /// Maximum number of modules: the initramfs.
     pub fn modules_max(&self) -> usize {
         1
     }
 
-    /// Where a module may be: from the end of the kernel to the last address it can reach.
+    /// Allowed range for a module: from the end of the kernel to the last address it can reach.
     pub fn module_range(&self, memory: &MachineMemory) -> (u64, u64) {
         (self.end(), RAM_START + memory.low_size().min(MODULE_WINDOW))
     }
 
-    /// Loads the kernel. What it is told, the device tree says.
+    /// Loads the kernel. The device tree has the rest of the boot information.
     ///
     /// # Errors
-    /// The kernel cannot be loaded after all.
+    /// The kernel cannot be loaded.
     pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
         let pc = self.start();
-        // What the file does not have is zero, as guest memory is to start with.
+        // The rest is zero, as guest memory is initially.
         info.memory.map().write_slice(self.bytes, GuestAddress(pc))?;
         Ok(StartState { pc, device_tree: DEVICE_TREE_START, initramfs: info.initramfs() })
     }

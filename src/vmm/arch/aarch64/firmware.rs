@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What tells an arm64 guest of its machine: the device tree.
+//! The device tree, which describes the machine to an arm64 guest.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ use crate::memory::MachineMemory;
 use crate::vfio::message_window;
 use crate::{Error, Result};
 
-/// Tells the guest, whose kernel starts with `start`, of the machine that `config` describes.
+/// Writes the device tree of the machine of `config` for a kernel with `start`.
 ///
 /// # Errors
 /// There is no room for it.
@@ -35,7 +35,7 @@ pub(crate) fn write(
     memory.map().write_slice(&tree, GuestAddress(start.device_tree)).map_err(|error| failed(&error))
 }
 
-/// What the tree tells the guest.
+/// The contents of the tree.
 fn platform<'a>(
     memory: &MachineMemory,
     config: &'a MachineConfig,
@@ -85,8 +85,8 @@ fn smmus(config: &MachineConfig, functions: &[AssignedFunction]) -> Vec<Smmu> {
     config.iommus.iter().enumerate().map(smmu).collect()
 }
 
-/// The devices of this machine's behind a virtual SMMU: the host has their messages go to a window
-/// of its own, and stage 1 must lead there.
+/// The assigned devices behind a virtual SMMU: the host maps their MSIs to its own window, which
+/// stage 1 must map 1:1.
 fn assigned(functions: &[AssignedFunction], memory: &MachineMemory) -> Result<Vec<Assigned>> {
     let assigned = |function: &AssignedFunction, path: &PathBuf| {
         let window = message_window(&path.display().to_string(), path, memory.ranges())?;

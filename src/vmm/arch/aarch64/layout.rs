@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where everything is in an arm64 machine's guest-physical address space.
 //!
-//! Nothing is at 0x0800_0000 to 0x080f_ffff: there Linux, as a host, has the messages of the
-//! devices that it assigns go, and a guest's stage 1 leads there by the same addresses.
+//! 0x0800_0000 to 0x080f_ffff are unused: there Linux, as a host, maps the MSIs of assigned
+//! devices, and a guest's stage 1 must map it 1:1.
 
 use std::ops::RangeInclusive;
 
@@ -16,17 +16,18 @@ pub const SERIAL_ADDRESS: u64 = 0x0900_0000;
 pub const SERIAL_SIZE: u64 = 0x1000;
 /// Registers of the debug exit.
 pub const DEBUG_EXIT_ADDRESS: u64 = 0x0901_0000;
-/// Registers of the clock that runs on a battery.
+/// Registers of the real-time clock.
 pub const CLOCK_ADDRESS: u64 = 0x0902_0000;
 /// Length of its page, in bytes.
 pub const CLOCK_SIZE: u64 = 0x1000;
-/// Where the registers of a virtual IOMMU are unless the user says otherwise.
+/// Default address of a virtual IOMMU's registers.
 pub const IOMMU_REGISTERS: u64 = 0x0a00_0000;
 /// Registers of the GIC's distributor.
 pub const DISTRIBUTOR_ADDRESS: u64 = 0x0c00_0000;
 /// Their length, in bytes.
 pub const DISTRIBUTOR_SIZE: u64 = 0x1_0000;
-/// Registers of the GIC's interrupt translation service: a page of 64 KiB, and one to interrupt.
+/// Registers of the GIC's interrupt translation service: a page of 64 KiB, and one for
+/// GITS_TRANSLATER.
 pub const ITS_ADDRESS: u64 = 0x0c10_0000;
 /// Their length, in bytes.
 pub const ITS_SIZE: u64 = 0x2_0000;
@@ -34,11 +35,11 @@ pub const ITS_SIZE: u64 = 0x2_0000;
 pub const REDISTRIBUTORS_ADDRESS: u64 = 0x0d00_0000;
 /// Length of those of one vCPU, in bytes.
 pub const REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
-/// As many vCPUs as there can be have room.
+/// The maximum number of vCPUs fits.
 const REDISTRIBUTORS_LAST: u64 = REDISTRIBUTORS_ADDRESS + REDISTRIBUTOR_SIZE * 256 - 1;
 /// PCI configuration space: one bus per MiB.
 pub const ECAM_START: u64 = 0x0f00_0000;
-/// Buses there are: the root bus. A kernel looks for devices on every bus that it is told of.
+/// Number of buses: the root bus. A kernel probes every bus in the range it is given.
 pub const PCI_BUSES: u64 = 1;
 /// Length of configuration space, in bytes.
 pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
@@ -46,13 +47,13 @@ pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
 pub const PCI_MMIO_START: u64 = 0x1000_0000;
 /// Last address of PCI memory BARs, included.
 pub const PCI_MMIO_LAST: u64 = RAM_START - 1;
-/// What a device writes to so as to interrupt: the page with GITS_TRANSLATER.
+/// Addresses that devices write to for an interrupt: the page with GITS_TRANSLATER.
 pub const MESSAGE_RANGE: RangeInclusive<u64> =
     ITS_ADDRESS + 0x1_0000..=ITS_ADDRESS + (ITS_SIZE - 1);
 
-/// Shared peripheral interrupts that the GIC has: the first global system interrupts.
+/// Number of the GIC's shared peripheral interrupts, which are the first GSIs.
 pub const PINS: u32 = 64;
-/// The first interrupt that is shared: before it are each processor's own.
+/// The first shared interrupt: those before are private to a processor.
 pub const FIRST_SPI: u32 = 32;
 /// Shared peripheral interrupt of the serial port.
 pub const SERIAL_IRQ: u32 = 1;
@@ -64,17 +65,17 @@ pub const INTX_LINES: [IntxLine; 4] = [
     IntxLine { register: 7, gsis: &[7] },
 ];
 
-/// The first shared peripheral interrupt of the virtual IOMMUs.
+/// The first shared peripheral interrupt for virtual IOMMUs.
 const IOMMU_IRQS: u32 = 16;
 
-/// The shared peripheral interrupts of the virtual IOMMU `number`: of events, global errors and
-/// CMD_SYNC. None are left for one too many, which has messages alone.
+/// The shared peripheral interrupts of the virtual IOMMU `number`: for events, global errors and
+/// CMD_SYNC. If none are left, it uses MSIs only.
 pub fn iommu_interrupts(number: usize) -> Option<[u32; 3]> {
     let first = u32::try_from(number).ok()?.checked_mul(3)?.checked_add(IOMMU_IRQS)?;
     (first + 3 <= PINS).then_some([first, first + 1, first + 2])
 }
 
-/// What stands at fixed addresses besides RAM, both ends included.
+/// Fixed addresses besides RAM, both ends inclusive.
 pub const FIXED: [(u64, u64, &str); 9] = [
     (0x0800_0000, 0x080f_ffff, "room for the host's messages"),
     (SERIAL_ADDRESS, SERIAL_ADDRESS + (SERIAL_SIZE - 1), "the serial port"),
@@ -87,7 +88,7 @@ pub const FIXED: [(u64, u64, &str); 9] = [
     (PCI_MMIO_START, PCI_MMIO_LAST, "PCI memory"),
 ];
 
-/// Where `size` bytes of RAM lie: (first address, length).
+/// The ranges of `size` bytes of RAM: (first address, length).
 pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     vec![(RAM_START, size)]
 }

@@ -18,20 +18,20 @@ pub(crate) use processor::{Processor, Processors};
 
 use crate::{Error, Result};
 
-/// What the machine cannot do without, besides what every machine needs.
+/// KVM capabilities that the machine requires, besides those of every architecture.
 pub(crate) const KVM_CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::OneReg, "KVM_CAP_ONE_REG"),
     (Cap::ArmPsci02, "KVM_CAP_ARM_PSCI_0_2"),
     (Cap::DeviceCtrl, "KVM_CAP_DEVICE_CTRL"),
 ];
 
-/// The virtual IOMMU that its firmware can tell a guest of.
+/// The virtual IOMMU that its firmware can describe.
 pub(crate) const IOMMU: &str = "smmuv3";
 
 /// A virtual machine without memory or vCPUs.
 ///
 /// # Errors
-/// KVM has none to give.
+/// KVM cannot create one.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     kvm.create_vm().map_err(Error::kvm("making a virtual machine"))
 }

@@ -10,25 +10,25 @@ use super::{create_vm, IrqChip};
 use crate::machine::open_kvm;
 use crate::Result;
 
-/// What was found.
+/// The result.
 #[derive(Debug, Clone, Serialize)]
 pub struct Probe {
-    /// Parts of KVM's interface that a VMM may want.
+    /// Optional parts of KVM's interface.
     pub kvm: Interface,
-    /// What of the interrupt controllers KVM cannot make.
+    /// What KVM lacks for the interrupt controllers.
     pub lacking: Option<&'static str>,
-    /// Whether Linux runs as a guest: nothing is lacking.
+    /// Whether Linux runs as a guest: nothing is missing.
     pub linux: bool,
 }
 
 /// Parts of KVM's interface.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Interface {
-    /// Most vCPUs of one machine.
+    /// Maximum number of vCPUs of one machine.
     pub max_vcpus: usize,
-    /// As many as KVM recommends.
+    /// Recommended number of vCPUs.
     pub recommended_vcpus: usize,
-    /// Bits of the largest guest-physical address.
+    /// Number of guest-physical address bits.
     pub address_bits: i32,
     /// `KVM_CAP_IRQFD`: interrupts without an exit.
     pub irqfd: bool,
@@ -54,7 +54,7 @@ impl Probe {
         Ok(Self { kvm: interface, lacking, linux: lacking.is_none() })
     }
 
-    /// What was found, in one line.
+    /// The result in one line.
     pub fn verdict(&self) -> String {
         match self.lacking {
             None => "Linux runs on this machine's KVM".to_owned(),

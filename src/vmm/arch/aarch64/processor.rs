@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An arm64 machine's vCPUs: how they are set up, and what becomes of an exit.
+//! An arm64 machine's vCPUs: setup and exits.
 
 use std::mem::offset_of;
 use std::ops::ControlFlow;
@@ -18,12 +18,12 @@ use crate::memory::MachineMemory;
 use crate::process::stop::StopReason;
 use crate::{Error, Result};
 
-/// Registers, as offsets in KVM's structure of them.
+/// Register offsets in KVM's structure.
 const X0: usize = offset_of!(kvm_regs, regs) + offset_of!(user_pt_regs, regs);
 const PC: usize = offset_of!(kvm_regs, regs) + offset_of!(user_pt_regs, pc);
 const PSTATE: usize = offset_of!(kvm_regs, regs) + offset_of!(user_pt_regs, pstate);
 
-/// PSTATE of a kernel's start: EL1 with its own stack pointer, exceptions masked (D, A, I, F).
+/// PSTATE at a kernel's start: EL1 with SP_EL1, exceptions masked (D, A, I, F).
 const EL1H_MASKED: u64 = 0b1111 << 6 | 0b0101;
 
 /// The processors of a machine and their interrupt controllers.
@@ -42,7 +42,7 @@ impl Processors {
         let all = (0..config.vcpus)
             .map(|id| Processor::new(vm, id, start))
             .collect::<Result<Vec<_>>>()?;
-        // After all vCPUs: it has registers for each.
+        // After all vCPUs, as it has registers for each.
         Ok(Self { chip: IrqChip::new(vm)?, all })
     }
 }
@@ -82,7 +82,8 @@ impl Processor {
         self.id
     }
 
-    /// Runs the guest until it exits, and serves that; a reason to stop the machine, if it is one.
+    /// Runs the guest until it exits, and handles the exit. Returns the reason if the machine must
+    /// stop.
     ///
     /// # Errors
     /// The guest could not be run, or a signal came.
@@ -128,8 +129,7 @@ impl Processor {
         Ok(ControlFlow::Break(reason))
     }
 
-    /// An access to what is no memory, by an instruction of which the processor does not tell what
-    /// it accesses.
+    /// An access to unbacked addresses by an instruction without syndrome information.
     fn describe_access(&self) -> String {
         let mut pc = [0; 8];
         let known = self.fd.get_one_reg(core_register(PC), &mut pc).is_ok();
@@ -143,7 +143,7 @@ impl Processor {
     }
 }
 
-/// KVM's number of the register of 64 bits at `offset` of its structure.
+/// KVM's ID of the 64-bit register at `offset` of its structure.
 fn core_register(offset: usize) -> u64 {
     // In units of 32 bits, of which the structure has a few hundred.
     let index = (offset / size_of::<u32>()) as u64;

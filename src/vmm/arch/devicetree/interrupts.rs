@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `arm,gic-v3`, `arm,gic-v3-its`, and how other nodes name their interrupts.
+//! `arm,gic-v3`, `arm,gic-v3-its`, and how other nodes refer to interrupts.
 
 use vm_fdt::{Error, FdtWriter};
 
 use super::{Gic, ADDRESS_CELLS, GIC, ITS, SIZE_CELLS};
 
-/// The first of an interrupt's three cells: shared by all processors, or each one's own.
+/// The first of an interrupt's three cells: shared by all processors, or private.
 const SHARED: u32 = 0;
 const PRIVATE: u32 = 1;
 /// The last of them.
 const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 
-/// A private interrupt of the GIC's own, for its maintenance: architecturally 25.
+/// A private interrupt for the GIC's maintenance: architecturally 25.
 const MAINTENANCE: u32 = 9;
 
 /// Shared peripheral interrupt `spi`, edge-triggered.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The device tree: what tells a guest what machine it is on, where there is no ACPI.
+//! The device tree, which describes the machine to a guest without ACPI.
 //!
 //! Source: Devicetree Specification 0.4; Linux, `Documentation/devicetree/bindings`, by the names
 //! in `compatible`.
@@ -18,7 +18,7 @@ use twostage::spec::pci::Bdf;
 const ADDRESS_CELLS: u32 = 2;
 const SIZE_CELLS: u32 = 2;
 
-/// Handles by which nodes name each other. Those of what there may be several of count up.
+/// Phandles. Those of node types with several instances count up from here.
 const GIC: u32 = 1;
 const ITS: u32 = 2;
 const BUS_CLOCK: u32 = 3;
@@ -41,7 +41,7 @@ impl Span {
     }
 }
 
-/// What the tree tells of.
+/// What the tree describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform<'a> {
     /// Number of vCPUs.
@@ -56,13 +56,13 @@ pub struct Platform<'a> {
     pub gic: Gic,
     /// The serial port.
     pub serial: Serial,
-    /// Registers of a PL031, the clock that runs on a battery.
+    /// Registers of a PL031 real-time clock.
     pub clock: Span,
     /// The PCI host bridge.
     pub pci: Pci,
     /// The virtual SMMUs.
     pub smmus: Vec<Smmu>,
-    /// Devices of the host's that the guest has.
+    /// Assigned devices of the host.
     pub assigned: Vec<Assigned>,
 }
 
@@ -82,7 +82,7 @@ pub struct Gic {
 pub struct Serial {
     /// Its registers, of a byte each.
     pub registers: Span,
-    /// The shared peripheral interrupt it has, edge-triggered.
+    /// Its shared peripheral interrupt, edge-triggered.
     pub spi: u32,
 }
 
@@ -95,8 +95,8 @@ pub struct Pci {
     pub last_bus: u8,
     /// Where memory BARs are.
     pub mmio: Span,
-    /// The shared peripheral interrupts that INTA of the devices leads to, in turn: as many as a
-    /// power of two.
+    /// The shared peripheral interrupts for INTA of the devices, round-robin: a power of two of
+    /// them.
     pub intx: Vec<u32>,
 }
 
@@ -105,28 +105,28 @@ pub struct Pci {
 pub struct Smmu {
     /// Its registers.
     pub registers: Span,
-    /// Shared peripheral interrupts, edge-triggered: of the event queue, of global errors, of the
-    /// command queue's SYNC. Without, it has messages alone.
+    /// Shared peripheral interrupts, edge-triggered: for the event queue, global errors, and
+    /// CMD_SYNC. Without, it uses MSIs only.
     pub spis: Option<[u32; 3]>,
-    /// Who it is to the interrupt translation service.
+    /// Its device ID at the interrupt translation service.
     pub device_id: u32,
     /// The functions behind it. A function's StreamID is its RID.
     pub functions: Vec<Bdf>,
 }
 
-/// A device of the host's that the guest has.
+/// An assigned device of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Assigned {
-    /// Where it is.
+    /// Its address.
     pub bdf: Bdf,
-    /// What its IOMMU must always lead to the same addresses: where its host has its messages go.
+    /// The range that its IOMMU must always map 1:1: the host's MSI window.
     pub identity: Span,
 }
 
-/// The tree of `platform`, as guests read it.
+/// The flattened tree of `platform`.
 ///
 /// # Errors
-/// It cannot be written: a string with a zero byte, or one tree that is too large.
+/// A string contains a zero byte, or the tree is too large.
 pub fn tree(platform: &Platform<'_>) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
@@ -172,7 +172,7 @@ fn serial_name(serial: &Serial) -> String {
 
 /// `ns16550a`.
 fn serial(fdt: &mut FdtWriter, serial: &Serial) -> Result<(), Error> {
-    /// What a PC's serial port has, which nobody here measures time by.
+    /// As in a PC's serial port; nothing here depends on it.
     const CLOCK: u32 = 1_843_200;
     let node = fdt.begin_node(&serial_name(serial))?;
     fdt.property_string("compatible", "ns16550a")?;
@@ -182,9 +182,9 @@ fn serial(fdt: &mut FdtWriter, serial: &Serial) -> Result<(), Error> {
     fdt.end_node(node)
 }
 
-/// `arm,pl031`, and the clock of the bus it is on, which its binding asks for.
+/// `arm,pl031`, with the bus clock that its binding requires.
 fn clock(fdt: &mut FdtWriter, registers: Span) -> Result<(), Error> {
-    /// Nobody here measures time by it.
+    /// Nothing here depends on it.
     const BUS_HERTZ: u32 = 24_000_000;
     let node = fdt.begin_node("apb-pclk")?;
     fdt.property_string("compatible", "fixed-clock")?;

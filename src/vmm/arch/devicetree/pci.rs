@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `pci-host-ecam-generic`: the root of the PCI hierarchy, and which of its functions goes where.
+//! `pci-host-ecam-generic`: the root of the PCI hierarchy, with the routing of MSIs, INTx and DMA.
 //!
 //! Source: IEEE 1275 PCI bus binding 2.1; Linux, `pci/pci-iommu.txt` and `pci/pci-msi.txt` of the
 //! bindings.
@@ -11,12 +11,12 @@ use super::{interrupts, Pci, Platform, ADDRESS_CELLS, FIRST_SMMU, GIC, ITS};
 
 /// The first of an address's three cells: memory below 4 GiB, not prefetchable.
 const MEMORY_32: u32 = 0x0200_0000;
-/// How many requester ids there are.
+/// Number of requester IDs.
 const REQUESTERS: u32 = 0x1_0000;
 /// INTA.
 const PIN: u32 = 1;
 
-/// The host bridge of `platform`, with the functions that must be named.
+/// The host bridge of `platform`, with the functions that need nodes.
 pub(super) fn host_bridge(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
     let pci = &platform.pci;
     let node = fdt.begin_node(&format!("pcie@{:x}", pci.ecam.start))?;
@@ -31,7 +31,7 @@ pub(super) fn host_bridge(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Resul
     fdt.property_array_u32("ranges", &window)?;
     fdt.property_null("dma-coherent")?;
     interrupt_map(fdt, pci)?;
-    // Who a function is to the translation service: its requester id.
+    // A function's device ID at the translation service is its requester ID.
     fdt.property_array_u32("msi-map", &[0, ITS, 0, REQUESTERS])?;
     iommu_map(fdt, platform)?;
     reserved::functions(fdt, &platform.assigned)?;
@@ -42,14 +42,14 @@ fn cells(value: u64) -> [u32; 2] {
     [(value >> 32) as u32, value as u32]
 }
 
-/// Where pins lead: those of devices whose numbers differ in their low bits, in turn.
+/// Routing of INTx: by the low bits of the device number.
 fn interrupt_map(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), Error> {
     // A device number is in bits 15:11 of an address's first cell.
     let address = |device: u32| device << 11;
     let mut map = Vec::new();
     for (device, spi) in (0..).zip(&pci.intx) {
         map.extend([address(device), 0, 0, PIN, GIC]);
-        // An address at the GIC, as its children have: none.
+        // The unit address of an interrupt at the GIC: empty.
         map.extend([0; ADDRESS_CELLS as usize]);
         map.extend(interrupts::level(*spi));
     }
@@ -59,7 +59,7 @@ fn interrupt_map(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), Error> {
     fdt.property_array_u32("interrupt-map-mask", &[devices, 0, 0, 7])
 }
 
-/// Which SMMU each function is behind, as its StreamID: its requester id.
+/// The SMMU of each function; the StreamID is its requester ID.
 fn iommu_map(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
     let mut map = Vec::new();
     for (handle, smmu) in (FIRST_SMMU..).zip(&platform.smmus) {

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Processors, how they are started, and their timers: `arm,psci-1.0`, `arm,armv8-timer`.
+//! Processors, their start method and their timers: `arm,psci-1.0`, `arm,armv8-timer`.
 
 use vm_fdt::{Error, FdtWriter};
 
 use super::interrupts::private;
 
-/// Private interrupts of the architecture's timers: of EL1 secure and not, of the virtual one, of
-/// EL2.
+/// Private interrupts of the architecture's timers: EL1 secure and non-secure, virtual, EL2.
 const TIMERS: [u32; 4] = [13, 14, 11, 10];
 
-/// The processor `id` as KVM has it in MPIDR_EL1: sixteen in a cluster, clusters above.
+/// MPIDR_EL1 of the processor `id` in KVM: sixteen in a cluster, clusters above.
 fn affinity(id: u8) -> u32 {
     let id = u32::from(id);
     id >> 4 << 8 | id & 0xf

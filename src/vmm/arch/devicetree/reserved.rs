@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Addresses that an assigned device's IOMMU must always lead to themselves.
+//! Addresses that an assigned device's IOMMU must always map 1:1.
 //!
-//! The host has the messages of the devices that it assigns go to addresses of its own choice.
-//! Where the guest's tables are what the hardware walks first, they must lead there, or messages
-//! are lost.
+//! The host maps the MSIs of assigned devices to addresses of its own choice. If the hardware walks
+//! the guest's tables first, these must map them 1:1, or MSIs are lost.
 //!
 //! Source: Linux, `reserved-memory/reserved-memory.yaml` of the bindings (`iommu-addresses`).
 
@@ -13,14 +12,14 @@ use vm_fdt::{Error, FdtWriter};
 
 use super::{Assigned, Span, ADDRESS_CELLS, FIRST_ASSIGNED, SIZE_CELLS};
 
-/// Handles of reserved memory come behind those of devices, of which bus 0 has fewer.
+/// Phandles of reserved memory follow those of devices, of which bus 0 has fewer.
 const FIRST_RESERVED: u32 = FIRST_ASSIGNED + 0x1000;
 
-/// The first cell of an address of 32 bits in a PCI device's memory: `iommu-addresses` has the
-/// cells of the bus that the device is on (IEEE 1275's PCI binding, 2.2.1.1).
+/// The first cell of a 32-bit memory address of a PCI device: `iommu-addresses` has the cells of
+/// the device's bus (IEEE 1275's PCI binding, 2.2.1.1).
 const PCI_MEMORY: u32 = 0x0200_0000;
 
-/// Each piece of memory, with the handles of the devices that it is for.
+/// Each range of memory, with the phandles of its devices.
 fn pieces(assigned: &[Assigned]) -> BTreeMap<(u64, u64), Vec<u32>> {
     let mut pieces = BTreeMap::<_, Vec<_>>::new();
     for (handle, device) in (FIRST_ASSIGNED..).zip(assigned) {
@@ -41,7 +40,7 @@ pub(super) fn memory(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), E
     fdt.property_null("ranges")?;
     for (number, ((start, length), devices)) in (0..).zip(pieces(assigned)) {
         let piece = fdt.begin_node(&format!("messages@{start:x}"))?;
-        // The same addresses on both sides: without these it would be reserved, and led nowhere.
+        // The same addresses on both sides: without `reg` they would be reserved, but not mapped.
         fdt.property_array_u64("reg", &[start, length])?;
         let half = |value: u64| [(value >> 32) as u32, value as u32];
         let addresses: Vec<_> = devices
@@ -55,7 +54,7 @@ pub(super) fn memory(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), E
     fdt.end_node(node)
 }
 
-/// The functions of bus 0 that something is reserved for: a guest looks for it by their nodes.
+/// The functions of bus 0 with reservations, which a guest finds by their nodes.
 pub(super) fn functions(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), Error> {
     let pieces = pieces(assigned);
     for (handle, Assigned { bdf, .. }) in (FIRST_ASSIGNED..).zip(assigned) {

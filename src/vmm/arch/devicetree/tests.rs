@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Trees as a guest finds them: node by node, by their paths.
+//! Trees as a guest reads them: node by node, by path.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ fn smmu(functions: &[u16]) -> Smmu {
 struct Tree(BTreeMap<String, BTreeMap<String, Vec<u8>>>);
 
 impl Tree {
-    /// Reads the tree of `platform` (Devicetree Specification 0.4, chapter 5).
+    /// Parses the tree of `platform` (Devicetree Specification 0.4, chapter 5).
     fn of(platform: &Platform<'_>) -> Self {
         let blob = tree(platform).unwrap();
         let word = |at: usize| u32::from_be_bytes(blob[at..at + 4].try_into().unwrap());
@@ -86,7 +86,7 @@ impl Tree {
         std::str::from_utf8(&self.0[node][property]).unwrap().trim_end_matches('\0')
     }
 
-    /// Nodes and properties with this name at their end.
+    /// Number of nodes and properties whose name ends with this.
     fn count(&self, name: &str) -> usize {
         let properties = self.0.values().flat_map(BTreeMap::keys);
         self.0.keys().chain(properties).filter(|key| key.ends_with(name)).count()
@@ -111,7 +111,7 @@ fn a_small_machine_is_described() {
     assert_eq!(tree.cells(gic, "reg"), [0, 0xc00_0000, 0, 0x1_0000, 0, 0xd00_0000, 0, 0x4_0000]);
     let its = format!("{gic}/msi-controller@c100000");
     assert_eq!(tree.text(&its, "compatible"), "arm,gic-v3-its");
-    // Who is named is there.
+    // References point to existing nodes.
     assert_eq!(tree.cells("", "interrupt-parent"), tree.cells(gic, "phandle"));
     assert_eq!(tree.cells("/pcie@f000000", "msi-map")[1..2], tree.cells(&its, "phandle"));
     for name in ["iommu-map", "reserved-memory", "linux,initrd-start"] {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a PC's BIOS leaves in the first 640 KiB: its data area, and the extended one at the end. An
-//! operating system that starts its other processors looks there for memory that nobody uses.
+//! A PC's BIOS data in the first 640 KiB: its data area, and the extended one at the end. An
+//! operating system that starts its other processors looks there for unused memory.
 //!
 //! Source: System BIOS for IBM PCs, Compatibles, and EISA Computers (Phoenix), "BIOS Data Area".
 
@@ -10,14 +10,14 @@ use crate::memory::MachineMemory;
 
 /// The segment of the extended data area: a word.
 const EXTENDED_SEGMENT: u64 = 0x40e;
-/// How much memory there is from 0 to the extended data area, in KiB: a word.
+/// Memory from 0 to the extended data area, in KiB: a word.
 const BASE_MEMORY: u64 = 0x413;
 
-/// Where the extended data area starts: all memory from 0 up to it is RAM for anybody.
+/// Start of the extended data area: all memory below is RAM.
 pub(super) const EXTENDED_START: u64 = 0x9_fc00;
 /// The memory before it, in KiB.
 pub(super) const BASE_MEMORY_KIB: u16 = (EXTENDED_START >> 10) as u16;
-/// Its length in KiB, which is its first byte.
+/// Its length in KiB, stored in its first byte.
 const EXTENDED_KIB: u8 = 1;
 
 /// Writes both areas.

@@ -22,7 +22,7 @@ use crate::pci::PciBus;
 use crate::process::stop::Stopper;
 use crate::Result;
 
-/// What of it exits lead to, but for memory.
+/// The exits' destinations besides memory.
 #[derive(Debug, Default)]
 pub(crate) struct Board {
     /// I/O ports.
@@ -34,10 +34,10 @@ pub(crate) struct Board {
 }
 
 impl Board {
-    /// The devices, those of them that have registers in memory on `mmio`: `serial`, a way to the
-    /// functions of `pci`, clocks, the interrupt controller that `lines` are inputs of and the
-    /// interval timer, if they are not in the kernel, and what switches the machine off or resets
-    /// it through `stopper`.
+    /// The devices, with those registers that are memory-mapped on `mmio`: `serial`, the
+    /// configuration ports of `pci`, clocks, the interrupt controller behind `lines` and the
+    /// interval timer, if they are not in the kernel, and the power registers, which stop the
+    /// machine through `stopper`.
     ///
     /// # Errors
     /// Two of them claim the same addresses; the process has no file descriptors left.
@@ -70,7 +70,7 @@ impl Board {
         if let Some(ioapic) = ioapic.clone() {
             let first = u64::from(IOAPIC_ADDRESS);
             mmio.insert(first..=first + (IOAPIC_SIZE - 1), ioapic)?;
-            // KVM has one with its own interrupt controllers alone.
+            // KVM has an interval timer only with its own interrupt controllers.
             let timer = Pit::new(Box::new(lines.edge(TIMER_PIN)?))?;
             devices.push((PIT_FIRST_PORT..=PIT_LAST_PORT, timer.ports()));
             devices.push((PORT_B..=PORT_B, timer.port_b()));
@@ -83,7 +83,7 @@ impl Board {
         Ok(Self { ports, ioapic, pit })
     }
 
-    /// What is to be served in the event loop.
+    /// The subscribers of the event loop.
     pub fn subscribers(&self) -> Vec<Box<dyn MutEventSubscriber>> {
         let timer = |pit: &Arc<Pit>| Box::new(PitTimer(pit.clone())) as Box<dyn MutEventSubscriber>;
         self.pit.iter().map(timer).collect()

@@ -13,7 +13,7 @@ use twostage::spec::pci::Bdf;
 /// CONFIG_ADDRESS.
 #[bitfield(u32)]
 struct Address {
-    /// Always zero; the data port's own low bits choose the byte.
+    /// Always zero; the low bits of the data port select the byte.
     #[bits(2)]
     __: u8,
     #[bits(6)]
@@ -40,7 +40,7 @@ impl ConfigPorts {
     /// Last I/O port.
     pub const LAST_PORT: u64 = 0xcff;
 
-    /// Ports that lead to `bus`.
+    /// Ports to access `bus`.
     pub fn new(bus: Arc<PciBus>) -> Self {
         Self { bus, address: Mutex::new(Address::new()) }
     }
@@ -49,7 +49,7 @@ impl ConfigPorts {
         self.address.lock()
     }
 
-    /// Function and register of an access to the data port, when the address is enabled.
+    /// Function and register of an access to the data port, if the address is enabled.
     fn target(&self, offset: u64) -> Option<(Bdf, u16)> {
         let address = *self.address();
         let byte = offset.checked_sub(DATA)?;
@@ -74,7 +74,8 @@ impl BusDevice for ConfigPorts {
         if let Some((bdf, register)) = self.target(offset) {
             self.bus.write_config(bdf, register, data);
         } else if let (0, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
-            // Only a whole doubleword is the address register; less is some other device's.
+            // Only a doubleword access is to the address register; smaller ones belong to other
+            // devices.
             *self.address() = Address::from_bits(u32::from_le_bytes(bytes));
         }
     }
@@ -102,7 +103,7 @@ mod tests {
         let mut address = [0; 4];
         ports.read(0, &mut address);
         assert_eq!(u32::from_le_bytes(address), 0x8000_0000);
-        // A byte is no address; a function that is not there reads as ones.
+        // A byte is not an address; a missing function reads as ones.
         ports.write(0, &[0]);
         assert_eq!(read(4), 0x8086);
         ports.write(0, &0x8000_0800u32.to_le_bytes());

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! CPUID: what a vCPU says of itself.
+//! CPUID of a vCPU.
 //!
-//! KVM tells what it can give a guest on this host. That stays, but for what depends on the
-//! machine: which vCPU this is, how many there are (all of them cores of one package, one thread
-//! each), and that there is a hypervisor.
+//! Based on what KVM supports on this host, except what depends on the machine: which vCPU this is,
+//! how many there are (all of them cores of one package, with one thread each), and that there is a
+//! hypervisor.
 //!
 //! Source: Intel SDM Vol. 2 (CPUID) and AMD APM Vol. 3, appendix E; the leaf numbers are theirs.
 
@@ -13,7 +13,7 @@ use kvm_bindings::{kvm_cpuid_entry2, CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX};
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, ECX: the LAPIC timer has a deadline mode.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Leaf 1, EDX: the number of APIC ids in EBX is valid.
+/// Leaf 1, EDX: the number of APIC IDs in EBX is valid.
 const MULTIPLE_APIC_IDS: u32 = 1 << 28;
 /// Level types of leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
@@ -22,21 +22,21 @@ const LEVEL_CORE: u32 = 2;
 /// A vCPU among those of its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct VcpuIdentity {
-    /// Its APIC id.
+    /// Its APIC ID.
     pub id: u8,
     /// Number of vCPUs.
     pub count: u8,
 }
 
 impl VcpuIdentity {
-    /// Bits of an APIC id that tell the cores apart.
+    /// Bits of an APIC ID that identify the core.
     fn core_bits(self) -> u32 {
         u32::from(self.count).next_power_of_two().trailing_zeros()
     }
 }
 
-/// Makes `cpuid`, as KVM supports it, that of a vCPU. `tsc_deadline` says whether KVM's LAPICs have
-/// the deadline mode, which older kernels leave out of what they support.
+/// Turns `cpuid`, as supported by KVM, into that of a vCPU. `tsc_deadline` says whether KVM's
+/// LAPICs have deadline mode, which older kernels do not report.
 pub(super) fn set_identity(cpuid: &mut CpuId, vcpu: VcpuIdentity, tsc_deadline: bool) {
     let (id, count) = (u32::from(vcpu.id), u32::from(vcpu.count));
     for entry in cpuid.as_mut_slice() {
@@ -47,7 +47,7 @@ pub(super) fn set_identity(cpuid: &mut CpuId, vcpu: VcpuIdentity, tsc_deadline: 
                 set_bit(&mut entry.ecx, TSC_DEADLINE, tsc_deadline);
                 set_bit(&mut entry.edx, MULTIPLE_APIC_IDS, count > 1);
             }
-            // Caches, at each level: level 3 is everybody's, the others are each core's own.
+            // Caches, at each level: level 3 is shared by all, the others belong to a core.
             4 if entry.eax & 0x1f != 0 => {
                 let level = entry.eax >> 5 & 0b111;
                 let sharing = if level < 3 { 0 } else { (1 << vcpu.core_bits()) - 1 };
@@ -76,7 +76,7 @@ fn set_bit(register: &mut u32, bit: u32, on: bool) {
     *register = if on { *register | bit } else { *register & !bit };
 }
 
-/// Writes an extended topology leaf anew, if the CPUID has it.
+/// Rewrites an extended topology leaf, if it exists.
 fn set_topology(cpuid: &mut CpuId, leaf: u32, vcpu: VcpuIdentity) {
     if !cpuid.as_slice().iter().any(|entry| entry.function == leaf) {
         return;
@@ -100,7 +100,7 @@ fn set_topology(cpuid: &mut CpuId, leaf: u32, vcpu: VcpuIdentity) {
             ..kvm_cpuid_entry2::default()
         };
         if cpuid.push(entry).is_err() {
-            // KVM's own limit on entries, of which it uses a fraction.
+            // KVM's limit on entries, of which it uses a fraction.
             log::warn!("CPUID leaf {leaf:#x}: no room for level {index}");
         }
     }
@@ -144,7 +144,7 @@ mod tests {
         let caches: Vec<_> =
             cpuid.as_slice().iter().filter(|e| e.function == 4).map(|e| e.eax).collect();
         assert_eq!(caches, [0x0c00_0121, 0x0c00_c163]);
-        // A leaf that the processor lacks does not come into being.
+        // A leaf that the processor lacks is not added.
         assert!(cpuid.as_slice().iter().all(|entry| entry.function != 0x1f));
     }
 

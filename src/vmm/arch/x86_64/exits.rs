@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Exits of a PC's vCPUs, brought to the device that answers.
+//! Exits of a PC's vCPUs, dispatched to devices.
 
 use kvm_ioctls::VcpuExit;
 
@@ -10,9 +10,9 @@ use crate::arch::exits::{ExitKind, Exits};
 pub(super) enum Next {
     /// Enters the guest again.
     Enter,
-    /// The guest faulted three times over.
+    /// A triple fault.
     TripleFault,
-    /// KVM could not go on; the vCPU says why.
+    /// KVM failed; the vCPU says why.
     InternalError,
     /// The processor refused to enter the guest, with this reason.
     FailedEntry(u64),
@@ -20,8 +20,8 @@ pub(super) enum Next {
     Unexpected,
 }
 
-/// Serves one exit. Of a port access `item` is the size of one item, in bytes: a repeated string
-/// instruction may come as one exit with the items side by side.
+/// Handles one exit. For a port access, `item` is the size of one item, in bytes: a repeated string
+/// instruction may cause one exit with all its items.
 pub(super) fn dispatch(exits: &Exits, exit: VcpuExit<'_>, item: u8) -> Next {
     let item = usize::from(item).max(1);
     match exit {
@@ -48,7 +48,7 @@ pub(super) fn dispatch(exits: &Exits, exit: VcpuExit<'_>, item: u8) -> Next {
         other => {
             exits.counters.count(ExitKind::Other);
             return match other {
-                // Halting is the in-kernel LAPIC's business; should it come out, go on.
+                // The in-kernel LAPIC handles HLT; if it exits nevertheless, re-enter.
                 VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => Next::Enter,
                 VcpuExit::Shutdown => Next::TripleFault,
                 VcpuExit::InternalError => Next::InternalError,
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn string_instructions_are_served_item_by_item() {
-        /// Counts up with each access, and remembers how wide it was.
+        /// Increments with each access and records the access width.
         #[derive(Debug, Default)]
         struct Device(twostage::sync::Mutex<Vec<usize>>);
         impl crate::bus::BusDevice for Device {

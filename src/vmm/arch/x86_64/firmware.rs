@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a PC's firmware leaves in memory: ACPI's tables, the BIOS data area, and a way to reset the
-//! machine.
+//! What a PC's firmware leaves in memory: ACPI's tables, the BIOS data area, and the reset vector.
 
 use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;
@@ -12,7 +11,7 @@ use crate::memory::MachineMemory;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
-/// Tells the guest, whose kernel starts with `_start`, of the machine that `config` describes.
+/// Writes the firmware's tables for the machine of `config`, whose kernel has `_start`.
 ///
 /// # Errors
 /// There is no room for it.
@@ -29,7 +28,7 @@ pub(crate) fn write(
     acpi::write_tables(memory, &platform(config, chip)?)
 }
 
-/// What ACPI tells the guest.
+/// The contents of the ACPI tables.
 fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
     let interrupt_remapping = chip.remaps_interrupts(config);
     let scopes = scopes(config, interrupt_remapping)?;
@@ -49,7 +48,7 @@ fn platform(config: &MachineConfig, chip: IrqChip) -> Result<Platform> {
     Ok(Platform { vcpus: config.vcpus, ioapic: Some(ioapic), pic, iommu })
 }
 
-/// The functions in the scope of each virtual IOMMU, as ACPI tells the guest.
+/// The functions in the scope of each virtual IOMMU in the ACPI tables.
 fn scopes(config: &MachineConfig, interrupt_remapping: bool) -> Result<Vec<Vec<Bdf>>> {
     let mut scopes = vec![Vec::new(); config.iommus.len()];
     for (number, device) in config.devices.iter().enumerate() {

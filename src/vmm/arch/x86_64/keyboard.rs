@@ -9,7 +9,7 @@ use vm_superio::{I8042Device, Trigger};
 use crate::bus::BusDevice;
 use crate::process::stop::{ResetCause, StopReason, Stopper};
 
-/// I/O port for data. The ports between the two are others': 0x61 is the chipset's port B.
+/// I/O port for data. Those between the two belong to other devices: 0x61 is the chipset's port B.
 pub(super) const DATA_PORT: u64 = 0x60;
 /// I/O port for commands, and for the status.
 pub(super) const COMMAND_PORT: u64 = 0x64;
@@ -36,7 +36,7 @@ impl KeyboardController {
 
     /// The port `number`, one of the two.
     pub fn port(self: &Arc<Self>, number: u64) -> KeyboardPort {
-        // Five ports at the most lie from the first to the last.
+        // At most five ports from the first to the last.
         KeyboardPort { controller: self.clone(), offset: (number - DATA_PORT) as u8 }
     }
 }

@@ -15,8 +15,8 @@ const LOW_RAM_END: u64 = 0xb000_0000;
 const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// PCI configuration space: one bus per MiB.
 pub const ECAM_START: u64 = LOW_RAM_END;
-/// Buses there are: the root bus. A kernel looks for devices on every bus that it is told of, one
-/// exit or two for each: on 256 buses that is a quarter of the time it takes to boot.
+/// Number of buses: the root bus. A kernel probes every bus in the range it is given, with one or
+/// two exits each: with 256 buses that is a quarter of the boot time.
 pub const PCI_BUSES: u64 = 1;
 /// Length of configuration space, in bytes.
 pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
@@ -24,40 +24,39 @@ pub const ECAM_SIZE: u64 = PCI_BUSES << 20;
 pub const PCI_MMIO_START: u64 = 0xe000_0000;
 /// Last address of PCI memory BARs, included.
 pub const PCI_MMIO_LAST: u64 = 0xfebf_ffff;
-/// Where the registers of a virtual IOMMU are unless the user says otherwise.
+/// Default address of a virtual IOMMU's registers.
 pub const IOMMU_REGISTERS: u64 = 0xfed9_0000;
-/// What a device writes to so as to interrupt.
+/// Addresses that devices write to for an interrupt.
 pub const MESSAGE_RANGE: RangeInclusive<u64> = INTERRUPT_RANGE;
 /// Where the IOAPIC's registers are.
 pub const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 /// Length of the IOAPIC's registers, in bytes.
 pub const IOAPIC_SIZE: u64 = 0x1000;
-/// Where KVM keeps its task-state segment, just below the usual place of a BIOS.
+/// KVM's task-state segment, just below the usual place of a BIOS.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
-/// First I/O port of the serial port; it has eight.
+/// First of the serial port's eight I/O ports.
 pub const SERIAL_PORT: u64 = 0x3f8;
 /// ISA interrupt of the first serial port.
 pub const SERIAL_IRQ: u32 = 4;
-/// Interrupt of ACPI's events, level-triggered, of which there are none.
+/// Interrupt of ACPI events, level-triggered; there are no events.
 pub const SCI: u32 = 9;
 /// ISA interrupt of the interval timer.
 pub const TIMER_ISA_IRQ: u32 = 0;
-/// The IOAPIC's pin that it leads to: the first pin is the PIC's, where there is one.
+/// The IOAPIC pin of the interval timer: pin 0 is connected to the PIC, if there is one.
 pub const TIMER_PIN: u32 = 2;
-/// First I/O port of the debug exit: as wide as QEMU's isa-debug-exit usually is, four.
+/// First I/O port of the debug exit: four, as usual for QEMU's isa-debug-exit.
 pub const DEBUG_EXIT_PORT: u64 = 0xf4;
 
-/// The IOAPIC's identifier after reset, as the MADT tells it.
+/// The IOAPIC's ID after reset, as in the MADT.
 pub const IOAPIC_ID: u8 = 0;
-/// Who the IOAPIC is to a virtual IOMMU, as the DMAR table tells it: no function on the bus is.
+/// The IOAPIC's source ID for a virtual IOMMU, as in the DMAR table: unused by functions.
 pub const IOAPIC_BDF: Bdf = Bdf::from_raw(0xfff8);
-/// Pins of the IOAPIC: the first global system interrupts.
+/// Pins of the IOAPIC, which are the first GSIs.
 pub const PINS: u32 = 24;
-/// The interrupt lines of PCI as inputs of the IOAPIC start here: a PC's chipset has them beside
-/// the PIC's.
+/// The first IOAPIC input for PCI's interrupt lines: separate from the PIC's, as in a PC's chipset.
 pub const INTX_PINS_START: u32 = 16;
-/// The interrupt lines of PCI: inputs of the PIC that are free of ISA devices, and of the IOAPIC.
+/// PCI's interrupt lines: inputs of the PIC without ISA devices, and of the IOAPIC.
 pub const INTX_LINES: [IntxLine; 4] = [
     IntxLine { register: 10, gsis: &[10, INTX_PINS_START] },
     IntxLine { register: 11, gsis: &[11, INTX_PINS_START + 1] },
@@ -65,7 +64,7 @@ pub const INTX_LINES: [IntxLine; 4] = [
     IntxLine { register: 12, gsis: &[12, INTX_PINS_START + 3] },
 ];
 
-/// What stands at fixed addresses besides RAM, both ends included.
+/// Fixed addresses besides RAM, both ends inclusive.
 pub const FIXED: [(u64, u64, &str); 5] = [
     (ECAM_START, ECAM_START + (ECAM_SIZE - 1), "PCI configuration space"),
     (PCI_MMIO_START, PCI_MMIO_LAST, "PCI memory"),
@@ -75,7 +74,7 @@ pub const FIXED: [(u64, u64, &str); 5] = [
     (KVM_TSS - 0x1000, KVM_TSS + 0x2fff, "KVM"),
 ];
 
-/// Where `size` bytes of RAM lie: (first address, length).
+/// The ranges of `size` bytes of RAM: (first address, length).
 pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     if size <= LOW_RAM_END {
         vec![(RAM_START, size)]
@@ -84,7 +83,7 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     }
 }
 
-/// The wires of the virtual IOMMU `number`: a PC's has messages alone.
+/// Wired interrupts of the virtual IOMMU `number`: on a PC it uses MSIs only.
 pub const fn iommu_interrupts(_number: usize) -> Option<[u32; 3]> {
     None
 }
@@ -113,7 +112,7 @@ mod tests {
         );
         assert_eq!(occupant(512 << 20, 0xfee0_1000), Some("the LAPICs and interrupt messages"));
         assert_eq!(occupant(512 << 20, KVM_TSS), Some("KVM"));
-        // A size that no host has is refused elsewhere; it is no reason to panic.
+        // Impossible sizes are refused elsewhere; they must not panic here.
         assert_eq!(occupant(!0xfff, 0), Some("RAM"));
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an interrupt's message says, in words.
+//! Decodes interrupt messages for traces.
 
 use serde_json::{json, Value};
 
@@ -8,8 +8,8 @@ use twostage::spec::vtd::interrupt::{
 };
 use twostage::viommu::MsiMessage;
 
-/// `message` as it was written, and what that means: in remappable format an entry of the table;
-/// else a vector and a destination, of 32 bits if it has been remapped.
+/// `message` as it was written, decoded: in remappable format an interrupt index; otherwise a
+/// vector and a destination, of 32 bits if it has been remapped.
 pub(crate) fn decoded(message: MsiMessage) -> Value {
     let MsiMessage { address, data } = message;
     let mut value = json!({ "address": format!("{address:#x}"), "data": format!("{data:#x}") });

@@ -26,20 +26,20 @@ pub(crate) use processor::{Processor, Processors};
 
 use crate::{Error, Result};
 
-/// What the machine cannot do without, besides what every machine needs.
+/// KVM capabilities that the machine requires, besides those of every architecture.
 pub(crate) const KVM_CAPABILITIES: &[(Cap, &str)] =
     &[(Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"), (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID")];
 
-/// The virtual IOMMU that its firmware can tell a guest of.
+/// The virtual IOMMU that its firmware can describe.
 pub(crate) const IOMMU: &str = "vtd";
 
 /// A virtual machine without memory or vCPUs.
 ///
 /// # Errors
-/// KVM has none to give.
+/// KVM cannot create one.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
-    // Ignored by processors that need no such segment; KVM wants it before any vCPU.
+    // Ignored by processors that need no such segment; KVM requires it before any vCPU.
     vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
     Ok(vm)
 }

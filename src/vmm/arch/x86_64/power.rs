@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Power: the registers through which a guest's ACPI switches the machine off or resets it.
+//! Power: the registers through which a guest powers the machine off or resets it with ACPI.
 //!
 //! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset
 //! register); the ports of the reset register are a PC chipset's.
@@ -26,16 +26,16 @@ pub(super) const PM1_CONTROL_SIZE: u8 = 2;
 pub(super) const PM1_SIZE: u64 = (PM1_EVENT_SIZE + PM1_CONTROL_SIZE) as u64;
 /// SLP_TYP of the soft-off state, S5.
 pub(super) const SLEEP_TYPE_SOFT_OFF: u8 = 5;
-/// Port of the reset register, amid those of PCI configuration space.
+/// Port of the reset register, among those of PCI configuration space.
 pub(super) const RESET_PORT: u16 = 0xcf9;
-/// What a write to the reset register takes to reset everything: a hard reset, now.
+/// The value that resets everything: a hard reset, now.
 pub(super) const RESET_VALUE: u8 = 0x06;
-/// The bit of it that resets; without the other one, the processors alone.
+/// The bit that resets; without the other one, only the processors.
 const RESET_NOW: u8 = 0x04;
 
 /// Where a PC's processor finds the BIOS, in real mode at F000:FFF0.
 const RESET_VECTOR: u64 = 0xf_fff0;
-/// What is there: this machine's BIOS knows how to reset the machine.
+/// Its code: a jump to the BIOS resets the machine.
 #[rustfmt::skip]
 const RESET_CODE: [u8; 9] = {
     let [port_low, port_high] = RESET_PORT.to_le_bytes();
@@ -56,9 +56,9 @@ pub(super) fn write_reset_vector(memory: &MachineMemory) -> Result<(), GuestMemo
 /// PM1 control register.
 #[bitfield(u16)]
 struct Pm1Control {
-    /// SCI_EN: events interrupt as ACPI has it, which they do from the start: there is no SMI_CMD.
+    /// SCI_EN: ACPI mode, enabled from the start: there is no SMI_CMD.
     sci_enable: bool,
-    /// BM_RLD and GBL_RLS, of no meaning here, and reserved bits.
+    /// BM_RLD and GBL_RLS, without effect here, and reserved bits.
     #[bits(9)]
     __: u16,
     /// SLP_TYP: the state to enter.
@@ -70,19 +70,17 @@ struct Pm1Control {
     __: u16,
 }
 
-/// The PM1 registers. No event ever happens here, so the status is always 0, and nobody is
-/// interrupted.
+/// The PM1 registers. There are no events, so the status is always 0, and there is no interrupt.
 #[derive(Debug)]
 pub(super) struct Pm1Registers {
-    /// As software reads them.
+    /// As read by software.
     bytes: Mutex<[u8; PM1_SIZE as usize]>,
     stopper: Stopper,
 }
 
 impl Pm1Registers {
-    /// Of each byte, the bits that keep what is written. Status bits are cleared by writing them.
-    /// What can be enabled (TMR, GBL, PWRBTN, SLPBTN, RTC) reads as enabled: drivers look. Of
-    /// control SLP_TYP.
+    /// Writable bits of each byte. Status bits are cleared by writing them. Enable bits (TMR, GBL,
+    /// PWRBTN, SLPBTN, RTC) read back as written, as drivers check. Of control SLP_TYP.
     const KEPT: [u8; PM1_SIZE as usize] = [0, 0, 0x21, 0x07, 0, 0x1c];
     /// Where the control register is.
     const CONTROL: usize = PM1_EVENT_SIZE as usize;
@@ -98,7 +96,7 @@ impl Pm1Registers {
 impl BusDevice for Pm1Registers {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let bytes = self.bytes.lock();
-        // An access lies in the registers.
+        // An access is within the registers.
         let from = bytes.iter().skip(offset as usize);
         data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
@@ -109,7 +107,7 @@ impl BusDevice for Pm1Registers {
         for ((byte, kept), value) in bytes.iter_mut().zip(kept).skip(skipped).zip(data) {
             *byte = *byte & !kept | value & kept;
         }
-        // SLP_EN is in the upper byte, and counts together with what is there by now.
+        // SLP_EN is in the upper byte, and takes effect with the current contents.
         let control = Pm1Control::from_bits(u16::from_le_bytes([0, bytes[Self::CONTROL + 1]]));
         let upper = (Self::CONTROL + 1).checked_sub(skipped).and_then(|at| data.get(at));
         let enters = upper.is_some_and(|upper| {
@@ -121,8 +119,8 @@ impl BusDevice for Pm1Registers {
     }
 }
 
-/// The ports of PCI configuration space with the reset register among them, which a write of one
-/// byte tells apart.
+/// The ports of PCI configuration space, which include the reset register: it is accessed by single
+/// bytes.
 pub(super) struct PortsWithReset {
     pub config: ConfigPorts,
     pub stopper: Stopper,
@@ -198,7 +196,7 @@ mod tests {
         let mut code = [0; 16];
         memory.map().read_slice(&mut code, GuestAddress(0xf_fff0)).unwrap();
         assert_eq!(code[..6], [0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee]);
-        // The jump leads two bytes and itself back, to the halt.
+        // The jump leads back by its own two bytes, to the halt.
         assert_eq!(code[6..9], [0xf4, 0xeb, (-3i8) as u8]);
     }
 
@@ -208,7 +206,7 @@ mod tests {
         let config = ConfigPorts::new(Arc::new(PciBus::default()));
         let ports = PortsWithReset { config, stopper: stopper.clone() };
         ports.write(0, &0x8000_0004u32.to_le_bytes());
-        // Linux sets the kind of reset first, and asks for it then.
+        // Linux first sets the kind of reset, then triggers it.
         ports.write(1, &[0x02]);
         assert_eq!(stopper.reason(), None);
         let mut address = [0; 4];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A PC's vCPUs: how they are set up, and what becomes of an exit.
+//! A PC's vCPUs: setup and exits.
 #![allow(unsafe_code)]
 
 use std::ops::ControlFlow;
@@ -20,16 +20,16 @@ use crate::{Error, Result};
 
 /// Longest x86 instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
-/// Model-specific registers as firmware leaves them (Intel SDM Vol. 4, table 2-2).
+/// Model-specific registers as initialized by firmware (Intel SDM Vol. 4, table 2-2).
 const FIRMWARE_MSRS: [kvm_msr_entry; 2] = [
     // IA32_MISC_ENABLE: fast string operations.
     kvm_msr_entry { index: 0x1a0, reserved: 0, data: 1 << 0 },
-    // IA32_MTRR_DEF_TYPE: memory-type ranges enabled, write-back where none says otherwise.
+    // IA32_MTRR_DEF_TYPE: MTRRs enabled, default write-back.
     kvm_msr_entry { index: 0x2ff, reserved: 0, data: 1 << 11 | 6 },
 ];
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const INTERNAL_ERROR_EMULATION: u32 = 1;
-/// Where a vCPU that was reset begins, in its segment.
+/// RIP of a vCPU after reset.
 const RIP_AFTER_RESET: u64 = 0xfff0;
 
 /// The processors of a machine and their interrupt controllers.
@@ -45,7 +45,7 @@ impl Processors {
     /// # Errors
     /// KVM lacks something, or refuses it.
     pub fn new(kvm: &Kvm, vm: &VmFd, config: &MachineConfig, start: &StartState) -> Result<Self> {
-        // Before any vCPU: what its LAPIC can do depends on it.
+        // Before any vCPU, as LAPICs depend on it.
         let chip = IrqChip::new(vm, config)?;
         let all = (0..config.vcpus)
             .map(|id| VcpuIdentity { id, count: config.vcpus })
@@ -63,8 +63,8 @@ pub(crate) struct Processor {
 }
 
 impl Processor {
-    /// A vCPU of `vm`. The first starts with `start`; the others wait for INIT and SIPI, which the
-    /// LAPICs in the kernel bring them.
+    /// A vCPU of `vm`. The first starts with `start`; the others wait for INIT and SIPI from the
+    /// in-kernel LAPICs.
     fn new(kvm: &Kvm, vm: &VmFd, identity: VcpuIdentity, start: &StartState) -> Result<Self> {
         let id = identity.id;
         let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("making a vCPU"))?;
@@ -89,7 +89,8 @@ impl Processor {
         self.id
     }
 
-    /// Runs the guest until it exits, and serves that; a reason to stop the machine, if it is one.
+    /// Runs the guest until it exits, and handles the exit. Returns the reason if the machine must
+    /// stop.
     ///
     /// # Errors
     /// The guest could not be run, or a signal came.
@@ -161,7 +162,7 @@ impl Processor {
         }
     }
 
-    /// The bytes at `rip`, as far as they can be read; none if the first cannot.
+    /// The bytes at `rip`, as far as readable; none if the first is not.
     fn instruction_at(&self, rip: u64, memory: &MachineMemory) -> Option<String> {
         let base = self.fd.get_sregs().map_or(0, |sregs| sregs.cs.base);
         let linear = base.wrapping_add(rip);
@@ -181,7 +182,7 @@ impl Processor {
     }
 }
 
-/// Sets the registers that firmware would. One that this KVM does not have stays as it is.
+/// Sets the registers that firmware would. Those that this KVM lacks are skipped.
 fn set_firmware_msrs(fd: &VcpuFd) -> Result<()> {
     for msr in FIRMWARE_MSRS {
         let msrs = Msrs::from_entries(&[msr]).map_err(|error| {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Routes of message-signalled interrupts: an eventfd each, which KVM turns into the remapped
-//! message without leaving the kernel.
+//! Routes of MSIs: each an eventfd that KVM turns into the remapped message within the kernel.
 //!
 //! The eventfd is written here, or by somebody who knows nothing of routes: an assigned device's
-//! driver in the host. KVM has such a one only while there is somewhere for it to lead. While the
-//! vector is masked nobody reads it, and what was written goes by the next message; while the
-//! message is blocked it is read here ([`unrouted`]), so that the guest is told.
+//! driver in the host. In the latter case KVM has the eventfd only while it has a route. While the
+//! vector is masked nobody reads the eventfd, so that a pending write is sent with the next
+//! message; while the message is blocked it is read here ([`unrouted`]), so that the fault is
+//! reported to the guest.
 
 #[cfg(test)]
 mod tests;
@@ -28,12 +28,12 @@ use twostage::warn_limited;
 pub(crate) use unrouted::UnroutedInterrupts;
 use unrouted::{BlockedRoute, Unrouted};
 
-/// Ties eventfds to GSIs.
+/// Connects eventfds to GSIs.
 pub(super) trait Irqfds: Send + Sync {
     /// From now on writing `event` triggers `gsi`.
     fn tie(&self, event: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error>;
 
-    /// Not any more.
+    /// Disconnects them.
     fn untie(&self, event: &EventFd, gsi: u32) -> std::result::Result<(), errno::Error>;
 }
 
@@ -65,7 +65,7 @@ impl MsiRoutes {
         Arc::new(Self { table, irqfds, routes, unrouted: Arc::default(), triggered })
     }
 
-    /// What serves those whose eventfd is read here.
+    /// The event loop's subscriber for routes whose eventfd is read here.
     ///
     /// # Errors
     /// The process has no file descriptors left.
@@ -73,16 +73,16 @@ impl MsiRoutes {
         UnroutedInterrupts::new(self.unrouted.clone()).map_err(Error::os("epoll"))
     }
 
-    /// How often a route was triggered, and KVM did the rest.
+    /// How often a route was triggered with KVM doing the rest.
     pub fn triggered(&self) -> u64 {
         self.triggered.load(Ordering::Relaxed)
     }
 
     /// A route for a vector of `source`, without a message, whose eventfd `writer` writes. Messages
-    /// that cannot be routed go to `messages`, one by one.
+    /// that cannot be routed are sent to `messages` directly.
     ///
     /// # Errors
-    /// KVM has no more of them, or the process no more file descriptors.
+    /// KVM has no more GSIs, or the process no more file descriptors.
     pub fn allocate(
         self: &Arc<Self>,
         source: InterruptSource,
@@ -118,7 +118,7 @@ impl MsiRoutes {
 impl InterruptListener for MsiRoutes {
     fn interrupts_changed(&self) {
         let routes: Vec<_> = self.list().iter().filter_map(Weak::upgrade).collect();
-        // All are held until KVM has the new table: nobody triggers by the old one meanwhile.
+        // All are locked until KVM has the new table: nobody triggers by the old one meanwhile.
         let mut states: Vec<_> = routes.iter().map(|route| route.state()).collect();
         let changes: Vec<_> = routes
             .iter()
@@ -150,11 +150,11 @@ impl fmt::Debug for MsiRoutes {
 pub enum Writer {
     /// [`VectorRoute::trigger`], which knows whether the vector is routed.
     Here,
-    /// Somebody who does not, at any time.
+    /// A device, at any time.
     Device,
 }
 
-/// The route of one vector. Dropping it gives it back.
+/// The route of one vector. Dropping it frees it.
 pub struct VectorRoute {
     this: Weak<Self>,
     routes: Arc<MsiRoutes>,
@@ -168,21 +168,21 @@ pub struct VectorRoute {
 
 #[derive(Debug)]
 struct State {
-    /// The message as software set it up, while it is not masked.
+    /// The message as set up by software, unless masked.
     message: Option<MsiMessage>,
-    /// What becomes of it, if KVM knows: writing the eventfd sends that.
+    /// The remapped message in KVM's routing: writing the eventfd sends it.
     routed: Option<MsiMessage>,
-    /// KVM has the eventfd, and reads it.
+    /// The eventfd is connected to KVM, which reads it.
     tied: bool,
 }
 
 impl InterruptVector for VectorRoute {
-    /// When this returns, nothing is sent by the old message.
+    /// When this returns, the old message is no longer sent.
     fn update(&self, message: Option<MsiMessage>) {
         self.install(&mut self.state(), message);
     }
 
-    /// Nothing is sent while there is no message.
+    /// Nothing is sent without a message.
     fn trigger(&self) {
         let mut state = self.state();
         let Some(message) = state.message else { return };
@@ -219,7 +219,7 @@ impl EventVector for VectorRoute {
 impl BlockedRoute for VectorRoute {
     fn serve(&self) {
         let mut state = self.state();
-        // It may have been routed or masked since: then others read it, or nobody.
+        // It may have been routed or masked since: then KVM reads it, or nobody.
         let (Some(message), None) = (state.message, state.routed) else { return };
         if self.event.read().is_ok() {
             self.send_one(&mut state, message);
@@ -228,24 +228,24 @@ impl BlockedRoute for VectorRoute {
 }
 
 impl VectorRoute {
-    /// Sends `message`, past KVM's table.
+    /// Sends `message` directly, without KVM's routing.
     fn send_one(&self, state: &mut State, message: MsiMessage) {
         if self.source.send(message, &*self.messages) {
-            // It was blocked and is not now, without a change that anybody was told of; or it is
-            // sent like this each time, and this changes nothing.
+            // It was blocked and no longer is, without a notification; or it is always sent like
+            // this, and this changes nothing.
             self.install(state, Some(message));
         }
     }
 
-    /// Before `sent` is all that KVM knows: from when there is nothing, the eventfd is kept from
-    /// KVM, which would throw away what is written.
+    /// Before KVM's routing becomes `sent`: without a route, the eventfd is disconnected from KVM,
+    /// which would discard writes.
     fn prepare(&self, state: &mut State, sent: Option<SentMessage>) {
         if self.writer == Writer::Device && sent.is_none() && std::mem::take(&mut state.tied) {
             self.untie();
         }
     }
 
-    /// After a change: gives the eventfd to whoever is to read it now.
+    /// After a change: connects the eventfd to its new reader.
     fn settle(&self, state: &mut State) {
         if self.writer == Writer::Here {
             return;

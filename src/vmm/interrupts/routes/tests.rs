@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Routes, over a table, a remapper and irqfds that remember.
+//! Routes on a fake table, remapper and irqfds that record calls.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
@@ -16,7 +16,7 @@ const SOURCE: Bdf = Bdf::from_raw(0x18);
 
 #[derive(Default)]
 struct Ties {
-    /// Those there are just now.
+    /// The current ones.
     tied: Mutex<BTreeSet<u32>>,
     undone: Mutex<Vec<u32>>,
     refuse: AtomicBool,
@@ -103,7 +103,7 @@ impl Machine {
         self.routes.interrupts_changed();
     }
 
-    /// Times KVM was given a table, and the data that the first GSI leads to.
+    /// Number of tables given to KVM, and the data of the first GSI.
     fn routed(&self) -> (usize, Option<u32>) {
         let table = format!("{:?}", self.routes.table);
         let data = table.split(&format!("{PINS}: SentMessage")).nth(1).map(|rest| {
@@ -122,7 +122,7 @@ fn message(data: u32) -> Option<MsiMessage> {
     Some(MsiMessage { address: 0xfee0_0000, data })
 }
 
-/// How often the eventfd was written since the last time.
+/// How often the eventfd was written since the last call.
 fn written(route: &VectorRoute) -> u64 {
     route.event.read().unwrap_or(0)
 }
@@ -167,7 +167,7 @@ fn a_blocked_vector_is_tried_each_time_until_it_passes() {
     let route = machine.route();
     route.update(message(5));
     assert_eq!(machine.routed(), (0, None));
-    // The fault is recorded for each interrupt that was sent, and not for a translation.
+    // The fault is recorded for each interrupt sent, not for a translation.
     route.trigger();
     route.trigger();
     assert_eq!(*machine.adder.blocked.lock(), 2);

@@ -21,7 +21,7 @@ use crate::arch::layout::{
 use crate::config::MachineConfig;
 use crate::{Error, Result};
 
-/// The kinds of devices that a machine has of KVM.
+/// KVM's devices that a machine needs.
 const KINDS: [(u32, &str); 2] = [
     (kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, "a GICv3"),
     (kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, "an interrupt translation service (ITS)"),
@@ -38,16 +38,16 @@ impl fmt::Display for IrqChip {
 }
 
 impl IrqChip {
-    /// What of them this KVM lacks, if anything. `vm` has them afterwards, and is good for nothing
-    /// else.
+    /// What this KVM lacks for them, if anything. `vm` has them afterwards, and cannot be used for
+    /// anything else.
     pub fn lacking(vm: &VmFd) -> Option<&'static str> {
         KINDS.iter().find(|kind| create(vm, kind).is_err()).map(|(_, name)| *name)
     }
 
-    /// Gives `vm` its interrupt controllers, after all its vCPUs.
+    /// Creates the interrupt controllers of `vm`, after all its vCPUs.
     ///
     /// # Errors
-    /// This KVM has none of the kind.
+    /// This KVM cannot create one.
     pub fn new(vm: &VmFd) -> Result<Self> {
         let [gic, its] = &KINDS;
         let gic = create(vm, gic)?;
@@ -59,17 +59,17 @@ impl IrqChip {
         let its = create(vm, its)?;
         set(&its, address, KVM_VGIC_ITS_ADDR_TYPE, &ITS_ADDRESS)?;
         init(&its)?;
-        // The devices are the machine's, and stay without their files.
+        // The devices belong to the machine and outlive their files.
         Ok(Self(()))
     }
 
-    /// Whether virtual IOMMUs remap interrupts in the machine of `_config`: messages are translated
-    /// by the interrupt translation service, whatever an IOMMU does to their address.
+    /// Whether virtual IOMMUs remap interrupts in the machine of `_config`: the interrupt
+    /// translation service translates messages, whatever an IOMMU does to their address.
     pub fn remaps_interrupts(self, _config: &MachineConfig) -> bool {
         false
     }
 
-    /// What KVM routes by itself: each shared peripheral interrupt to the GSI of its number.
+    /// KVM's default routes: each shared peripheral interrupt to the GSI of its number.
     pub fn pin_routes(self) -> Vec<kvm_irq_routing_entry> {
         let route = |pin| kvm_irq_routing_entry {
             gsi: pin,
@@ -92,7 +92,7 @@ fn create(vm: &VmFd, (kind, name): &(u32, &str)) -> Result<DeviceFd> {
     })
 }
 
-/// Sets an attribute to `value`, which KVM reads before this returns.
+/// Sets an attribute to `value`, which KVM reads during the call.
 fn set<T>(device: &DeviceFd, group: u32, attribute: u32, value: &T) -> Result<()> {
     let addr = std::ptr::from_ref(value) as u64;
     device

@@ -16,16 +16,15 @@ use crate::{Error, Result};
 use twostage::viommu::{InterruptListener, InterruptRemapper};
 use twostage::warn_limited;
 
-/// The inputs, whose global system interrupts are the numbers of their shared peripheral
-/// interrupts.
+/// The inputs; their GSIs are the numbers of the shared peripheral interrupts.
 #[derive(Debug)]
 pub(crate) struct Lines {
     vm: Arc<VmFd>,
 }
 
 impl Lines {
-    /// The inputs of the controllers in `ways`. `_table`, KVM's routing, has them from the start,
-    /// and nothing of them becomes a message for `_remapper`.
+    /// The inputs of the controllers in `ways`. They are in `_table`, KVM's routing, from the
+    /// start, and are no messages that `_remapper` could remap.
     pub fn new(
         ways: &Ways,
         _table: &Arc<GsiTable>,
@@ -34,8 +33,7 @@ impl Lines {
         Self { vm: ways.vm.clone() }
     }
 
-    /// Who is to be told when interrupts are remapped otherwise than before: nobody, these never
-    /// are.
+    /// The listener for changes of interrupt remapping: none, as these are never remapped.
     pub fn listener(&self) -> Option<Weak<dyn InterruptListener>> {
         None
     }
@@ -63,7 +61,7 @@ impl Lines {
 
     /// Drives the level-triggered input `gsi`.
     pub fn set(&self, gsi: u32, level: bool) {
-        // Without regard to routing: what kind of interrupt, and its number at the GIC.
+        // Independent of routing: the interrupt's type, and its number at the GIC.
         let interrupt = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (FIRST_SPI + gsi);
         if let Err(error) = self.vm.set_irq_line(interrupt, level) {
             warn_limited!("interrupt line {gsi}: {error}");

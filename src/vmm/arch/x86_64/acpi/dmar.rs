@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! DMAR: where Intel's DMA and interrupt remapping hardware is, and what is behind it.
+//! DMAR: describes Intel's DMA and interrupt remapping hardware, and what is behind it.
 //!
 //! Source: Intel Virtualization Technology for Directed I/O, §8 (BIOS considerations).
 //!
-//! Written as a table of `acpi_tables` would be, which has none of this kind.
+//! In the style of `acpi_tables`, which has no DMAR.
 
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -95,7 +95,7 @@ impl Aml for DMAR {
     }
 }
 
-/// What a [`DMAR`] consists of.
+/// A part of a [`DMAR`].
 pub trait RemappingStructure: Aml {}
 
 /// Writes a remapping structure: its type, its length, `fields`, and `scopes`.
@@ -130,8 +130,8 @@ impl Drhd {
         Self { segment, register_base, include_pci_all: false, scopes: Vec::new() }
     }
 
-    /// Behind the unit is every PCI function of its segment that is in the scope of no other; its
-    /// own scopes then name IOAPICs and HPETs alone.
+    /// Puts behind the unit every PCI function of its segment that is in no other scope; its own
+    /// scopes then list only IOAPICs and HPETs.
     pub fn include_pci_all(mut self) -> Self {
         self.include_pci_all = true;
         self
@@ -157,7 +157,7 @@ impl Aml for Drhd {
 
 impl RemappingStructure for Drhd {}
 
-/// Reserved memory region reporting (§8.4): memory that devices go on using when the operating
+/// Reserved memory region reporting (§8.4): memory that devices keep using when the operating
 /// system takes over.
 #[derive(Debug, Clone)]
 pub struct Rmrr {
@@ -168,12 +168,12 @@ pub struct Rmrr {
 }
 
 impl Rmrr {
-    /// The memory from `base` to `limit`, the last byte. Whole pages.
+    /// The memory from `base` to `limit`, the last byte, in whole pages.
     pub fn new(segment: u16, base: u64, limit: u64) -> Self {
         Self { segment, base, limit, scopes: Vec::new() }
     }
 
-    /// Lets a device use the memory.
+    /// Adds a device that uses the memory.
     pub fn add_scope(&mut self, scope: DeviceScope) {
         self.scopes.push(scope);
     }
@@ -201,7 +201,7 @@ pub struct Atsr {
 }
 
 impl Atsr {
-    /// No root port of `segment` yet.
+    /// Without root ports of `segment` yet.
     pub fn new(segment: u16) -> Self {
         Self { segment, all_ports: false, scopes: Vec::new() }
     }
@@ -266,7 +266,7 @@ enum ScopeType {
     MsiCapableHpet = 4,
 }
 
-/// Which device (§8.3.1).
+/// A device (§8.3.1).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceScope {
     kind: ScopeType,
@@ -285,12 +285,12 @@ impl DeviceScope {
         Self { kind: ScopeType::PciSubHierarchy, enumeration_id: 0, path }
     }
 
-    /// The IOAPIC that the MADT has under `id`, whose interrupt requests come from `path`.
+    /// The IOAPIC with `id` in the MADT, whose interrupt requests come from `path`.
     pub fn ioapic(id: u8, path: PciPath) -> Self {
         Self { kind: ScopeType::IoApic, enumeration_id: id, path }
     }
 
-    /// The HPET whose table has this number, and whose interrupt requests come from `path`.
+    /// The HPET with this number, whose interrupt requests come from `path`.
     pub fn msi_capable_hpet(number: u8, path: PciPath) -> Self {
         Self { kind: ScopeType::MsiCapableHpet, enumeration_id: number, path }
     }
@@ -311,8 +311,8 @@ impl Aml for DeviceScope {
     }
 }
 
-/// The way to a PCI function: the bus it starts at, then device and function of every bridge on
-/// the way and of the function itself. It stays right when bridges get other bus numbers.
+/// The path to a PCI function: the start bus, then device and function of every bridge on the way
+/// and of the function itself. It stays valid when bridges get other bus numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PciPath {
     start_bus: u8,
@@ -325,7 +325,7 @@ impl PciPath {
         Self { start_bus, hops: vec![(device, function)] }
     }
 
-    /// From here on through the bridge that the path leads to, to a function on its other side.
+    /// Extends the path through the bridge that it leads to, to a function on its other side.
     pub fn then(mut self, device: u8, function: u8) -> Self {
         self.hops.push((device, function));
         self
@@ -418,8 +418,8 @@ mod tests {
     }
 
     proptest! {
-        /// Lengths lead from structure to structure and from scope to scope, to the very end, and
-        /// every byte adds up.
+        /// Lengths lead from structure to structure and from scope to scope, exactly to the end,
+        /// and the checksum is right.
         #[test]
         fn lengths_and_checksum_hold_for_any_table(
             units in prop::collection::vec(prop::collection::vec(1usize..5, 0..6), 0..6),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! DSDT: the devices that do not say themselves where they are, and the sleep states.
+//! DSDT: the devices that cannot be enumerated, and the sleep states.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, CreateDWordField, Device, EISAName, Else, Equal, If,
@@ -38,9 +38,9 @@ pub(super) fn dsdt() -> Table {
 /// `\_SB.PCI0`: the root of the PCI hierarchy.
 fn host_bridge(aml: &mut Vec<u8>) {
     let mut routes = PackageBuilder::new();
-    // Device 0 is the host bridge, which interrupts nobody.
+    // Device 0 is the host bridge, which has no interrupt.
     for device in 1..=MAX_DEVICES as u8 {
-        // All functions of the device, INTA: the one pin that is wired.
+        // All functions of the device, INTA: the only wired pin.
         let address = u32::from(device) << 16 | 0xffff;
         let interrupt = INTX_PINS_START + line_of_pin(device) as u32;
         routes.add_element(&Package::new(vec![&address, &0u8, &0u8, &interrupt]));
@@ -82,11 +82,11 @@ fn host_bridge(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// `_OSC` of the host bridge (PCI Firmware 3.3, §4.5.1): the operating system gets whatever control
-/// it asks for, as there is no firmware that would do any of it.
+/// `_OSC` of the host bridge (PCI Firmware 3.3, §4.5.1): the operating system gets all the control
+/// that it requests, as there is no firmware to do any of it.
 fn operating_system_capabilities() -> Bytes {
     const PCI_HOST_BRIDGE: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
-    /// In the first doubleword, returned: the UUID is of nothing that is known.
+    /// Returned in the first doubleword: the UUID is unknown.
     const UNRECOGNIZED_UUID: u8 = 1 << 2;
     let (uuid, capabilities) = (Arg(0), Arg(3));
     let status = Path::new("CDW1");
@@ -112,7 +112,7 @@ fn operating_system_capabilities() -> Bytes {
     Bytes(aml)
 }
 
-/// AML that is written already.
+/// AML that is already encoded.
 struct Bytes(Vec<u8>);
 
 impl Aml for Bytes {
@@ -136,7 +136,7 @@ fn serial_port(aml: &mut Vec<u8>) {
                     Path::new("_CRS"),
                     &ResourceTemplate::new(vec![
                         &IO::new(first, first, 1, ports),
-                        // A consumer's, edge-triggered, active high, not shared.
+                        // Consumer, edge-triggered, active high, not shared.
                         &Interrupt::new(true, true, false, false, SERIAL_IRQ),
                     ]),
                 ),
@@ -146,7 +146,7 @@ fn serial_port(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// `\_SB.RTC0`: the clock that runs on a battery. It has no interrupt.
+/// `\_SB.RTC0`: the real-time clock. It has no interrupt.
 fn clock(aml: &mut Vec<u8>) {
     let (first, ports) = (RTC_FIRST_PORT as u16, (RTC_LAST_PORT - RTC_FIRST_PORT + 1) as u8);
     Scope::new(
@@ -165,7 +165,7 @@ fn clock(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// `\_S5`: the one sleep state there is.
+/// `\_S5`: the only sleep state.
 fn soft_off(aml: &mut Vec<u8>) {
     let package = Package::new(vec![&SLEEP_TYPE_SOFT_OFF, &0u8, &0u8, &0u8]);
     Name::new(Path::new("_S5_"), &package).to_aml_bytes(aml);

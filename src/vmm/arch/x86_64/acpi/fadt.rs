@@ -12,11 +12,11 @@ use crate::arch::x86_64::power::{
 use crate::arch::x86_64::timers::{CENTURY, PM_TIMER_PORT, PM_TIMER_SIZE};
 
 /// IA-PC boot architecture flags (§5.2.9.3). The bits for legacy devices and an 8042 stay clear:
-/// a guest that knows ACPI has no use for either.
+/// guests with ACPI need neither.
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const PCIE_ASPM_CONTROLS: u16 = 1 << 4;
 
-/// Latencies of processor states, in microseconds, that say that there is no such state.
+/// Latencies in microseconds that indicate that the C-state does not exist.
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
 
@@ -24,13 +24,13 @@ const NO_C3: u16 = 1001;
 pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
-        // Below 1 MiB, as all tables.
+        // Below 1 MiB, like all tables.
         .firmware_ctrl_32(facs as u32)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
-        // The clock that runs on a battery wakes nobody up.
+        // The real-time clock cannot wake the system.
         .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);

@@ -10,9 +10,9 @@ use super::super::layout::{SCI, TIMER_ISA_IRQ, TIMER_PIN};
 use super::{Platform, Table, HEADER_LENGTH, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 
 const REVISION: u8 = 5;
-/// Where every LAPIC starts out.
+/// Address of every LAPIC after reset.
 const LAPIC_ADDRESS: u32 = 0xfee0_0000;
-/// PCAT_COMPAT: there is a pair of 8259s too, to be masked by who uses the IOAPIC.
+/// PCAT_COMPAT: there is also a pair of 8259s, to be masked by users of the IOAPIC.
 const PCAT_COMPAT: u32 = 1 << 0;
 
 /// MPS INTI flags (table 5.27).

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ACPI: the tables that tell a guest what machine it is on.
+//! ACPI: the tables that describe the machine to a guest.
 //!
-//! The machine has what fixed hardware ACPI asks for, the registers of the power module, without an
-//! event. It is not hardware-reduced: of such a machine Linux assumes that it has no interval
-//! timer, nor, as Xen's first domain, Xen's own. The tables lie where a PC has its BIOS, which no
-//! memory map calls RAM.
+//! The machine has the fixed hardware that ACPI requires, the power management registers, without
+//! any event. It is not hardware-reduced: on such a machine Linux assumes no interval timer, and as
+//! Xen's first domain not even Xen's. The tables are in a PC's BIOS area, which no memory map
+//! declares as RAM.
 //!
 //! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
 
@@ -27,32 +27,32 @@ use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
-/// Guest-physical address of the RSDP; the other tables follow. Guests also look for it here by
-/// themselves (ACPI §5.2.5.1).
+/// Guest-physical address of the RSDP; the other tables follow. Guests also search for it here
+/// (ACPI §5.2.5.1).
 pub const RSDP_ADDRESS: u64 = 0xe_0000;
-/// Where the tables must end.
+/// End of the tables' area.
 const TABLES_END: u64 = 0x10_0000;
 /// Alignment of tables, in bytes.
 const TABLE_ALIGNMENT: u64 = 64;
 
-/// Who made the tables.
+/// The tables' manufacturer.
 const OEM_ID: [u8; 6] = *b"TWOSTG";
 const OEM_TABLE_ID: [u8; 8] = *b"TWOSTAGE";
 const OEM_REVISION: u32 = 1;
-/// Length of the header that all tables but the RSDP have, in bytes.
+/// Length of the header of all tables except the RSDP, in bytes.
 const HEADER_LENGTH: u32 = 36;
 
 /// The last PCI bus. A bus number has eight bits.
 const LAST_BUS: u8 = (PCI_BUSES - 1) as u8;
 
-/// What the tables tell of.
+/// What the tables describe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Platform {
-    /// Number of vCPUs; their APIC ids count from 0.
+    /// Number of vCPUs; their APIC IDs count from 0.
     pub vcpus: u8,
     /// The IOAPIC, if there is one.
     pub ioapic: Option<IoApic>,
-    /// There is a PC's pair of interrupt controllers too.
+    /// There is also a PC's pair of 8259s.
     pub pic: bool,
     /// The virtual VT-d units, if there are any.
     pub iommu: Option<IommuPlatform>,
@@ -72,11 +72,11 @@ pub struct IoApic {
 /// Virtual VT-d units.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IommuPlatform {
-    /// Each of them; at least one. The IOAPIC is behind the first.
+    /// At least one. The IOAPIC is behind the first.
     pub units: Vec<IommuUnit>,
-    /// Every function there is, or comes to be, is behind one: the last one if no other has it.
+    /// Every function, including hot-plugged ones, is behind one: the last one if no other has it.
     pub all_functions: bool,
-    /// They remap interrupts, those of the IOAPIC among them.
+    /// They remap interrupts, including the IOAPIC's.
     pub interrupt_remapping: bool,
     /// Functions may use device TLBs.
     pub ats: bool,
@@ -91,13 +91,13 @@ pub struct IommuUnit {
     pub functions: Vec<Bdf>,
 }
 
-/// Writes the tables of `platform` into `memory`.
+/// Writes the tables of `platform` to `memory`.
 ///
 /// # Errors
-/// When there is no room for them.
+/// There is no room for them.
 pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Result<()> {
     let mut writer = Writer { memory, next: RSDP_ADDRESS };
-    // The RSDP is first, and known last.
+    // The RSDP comes first in memory, but needs the others' addresses.
     writer.reserve(Rsdp::len());
     let dsdt = writer.write(&dsdt::dsdt())?;
     let facs = writer.write(&FACS::new())?;
@@ -129,7 +129,7 @@ fn dmar(iommu: &IommuPlatform, ioapic: Option<IoApic>) -> dmar::DMAR {
     }
     for (number, unit) in iommu.units.iter().enumerate() {
         let mut drhd = dmar::Drhd::new(0, unit.address);
-        // One that has all the others' rest comes last (§8.3).
+        // INCLUDE_PCI_ALL must be the last (§8.3).
         if iommu.all_functions && number + 1 == iommu.units.len() {
             drhd = drhd.include_pci_all();
         } else {
@@ -152,7 +152,7 @@ fn path(bdf: Bdf) -> dmar::PciPath {
     dmar::PciPath::new(bdf.bus(), bdf.device(), bdf.function())
 }
 
-/// A table without a type of its own.
+/// A table without a dedicated type.
 struct Table(Sdt);
 
 impl Aml for Table {
@@ -161,19 +161,19 @@ impl Aml for Table {
     }
 }
 
-/// Puts tables into memory, one after the other.
+/// Writes tables to memory one after the other.
 struct Writer<'a> {
     memory: &'a MachineMemory,
     next: u64,
 }
 
 impl Writer<'_> {
-    /// Passes over `length` bytes.
+    /// Skips `length` bytes.
     fn reserve(&mut self, length: usize) {
         self.next = (self.next + length as u64).next_multiple_of(TABLE_ALIGNMENT);
     }
 
-    /// Writes `table`, and says where it is.
+    /// Writes `table` and returns its address.
     fn write(&mut self, table: &dyn Aml) -> Result<u64> {
         let mut bytes = Vec::new();
         table.to_aml_bytes(&mut bytes);

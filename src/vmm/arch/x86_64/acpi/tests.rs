@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tables as a guest finds them: from the RSDP on, every checksum right.
+//! Tables as a guest finds them: from the RSDP, with valid checksums.
 
 use std::collections::BTreeMap;
 
@@ -92,9 +92,9 @@ fn the_dmar_names_what_is_behind_the_unit() {
         [0, 0, length, 0, flags, 0, 0, 0, 0x00, page, 0xd9, 0xfe, 0, 0, 0, 0]
     };
     let drhd = |length, flags| drhd_at(0, length, flags);
-    // Everything, nothing else.
+    // Everything in one unit.
     assert_eq!(dmar(iommu()), [header(0), drhd(16, 1).to_vec()].concat());
-    // Two functions out of more; ATS.
+    // Two functions of several; ATS.
     let functions = [Bdf::new(0, 1, 0).unwrap(), Bdf::new(0, 3, 2).unwrap()];
     let units = vec![unit(0xfed9_0000, &functions)];
     let some = IommuPlatform { units, all_functions: false, ats: true, ..iommu() };
@@ -104,18 +104,18 @@ fn the_dmar_names_what_is_behind_the_unit() {
         dmar(some),
         [header(0), drhd(32, 0).to_vec(), scopes.to_vec(), atsr.to_vec()].concat()
     );
-    // Interrupts are remapped, the IOAPIC's too.
+    // Interrupts are remapped, including the IOAPIC's.
     let remapping = IommuPlatform { interrupt_remapping: true, ..iommu() };
     let ioapic = [3, 8, 0, 0, 0, 0xff, 0x1f, 0];
     assert_eq!(dmar(remapping), [header(1), drhd(24, 1).to_vec(), ioapic.to_vec()].concat());
-    // Two units: the IOAPIC is the first's, and what nobody names the last's.
+    // Two units: the IOAPIC is behind the first, unlisted functions behind the last.
     let [a, b] = functions.map(|function| [function]);
     let units = vec![unit(0xfed9_0000, &a), unit(0xfed9_1000, &b)];
     let two = IommuPlatform { units, interrupt_remapping: true, ..iommu() };
     let first = [drhd(32, 0).to_vec(), scopes[..8].to_vec(), ioapic.to_vec()].concat();
     let second = drhd_at(0x10, 16, 1).to_vec();
     assert_eq!(dmar(two.clone()), [header(1), first.clone(), second].concat());
-    // A third function is behind neither: each names its own.
+    // A third function is behind neither: each lists its functions.
     let two = IommuPlatform { all_functions: false, ..two };
     let second = [drhd_at(0x10, 24, 0).to_vec(), scopes[8..].to_vec()].concat();
     assert_eq!(dmar(two), [header(1), first, second].concat());
@@ -177,10 +177,10 @@ fn there_is_a_facs() {
 #[test]
 fn the_fadt_names_clocks() {
     let fadt = &tables(&platform())["FACP"];
-    // The power management timer, in both of its ways.
+    // The power management timer, in both forms.
     assert_eq!((fadt[76..80].to_vec(), fadt[91]), (vec![0x08, 0x06, 0, 0], 4));
     assert_eq!(fadt[208..220], [1, 32, 0, 3, 0x08, 0x06, 0, 0, 0, 0, 0, 0]);
-    // A clock that runs on a battery, with a century, and no wake-up.
+    // A real-time clock with a century and without wake-up.
     let boot = u16::from_le_bytes([fadt[109], fadt[110]]);
     assert_eq!((boot >> 5 & 1, fadt[108]), (0, 0x32));
     assert_eq!(u32::from_le_bytes(fadt[112..116].try_into().unwrap()) >> 6 & 1, 1);
@@ -192,7 +192,7 @@ fn the_fadt_names_clocks() {
 #[test]
 fn the_largest_machine_fits() {
     let functions: Vec<_> = (0..32).map(|device| Bdf::new(0, device, 0).unwrap()).collect();
-    // A unit for each function, and many for none.
+    // A unit for each function, and many without any.
     let units =
         (0..112).map(|n| unit(0xfed9_0000 + 4096 * n as u64, functions.get(n..=n).unwrap_or(&[])));
     let (units, ats) = (units.collect(), true);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! bzImage: Linux's own image, started through the 32-bit entry of its boot protocol.
+//! bzImage: Linux's image, started at the 32-bit entry of its boot protocol.
 //!
 //! Source: Linux, `Documentation/arch/x86/boot.rst` and `zero-page.rst`.
 
@@ -17,35 +17,35 @@ use super::{BootInfo, ImageError, StartState, CMDLINE_START, KERNEL_START};
 use crate::arch::x86_64::acpi::RSDP_ADDRESS;
 use crate::memory::MachineMemory;
 
-/// Where the boot parameters ("zero page") go.
+/// Address of the boot parameters ("zero page").
 const ZERO_PAGE: u64 = 0x7000;
-/// Where in the file the setup header starts.
+/// Offset of the setup header in the file.
 const SETUP_HEADER: usize = 0x1f1;
 const SECTOR: usize = 512;
 /// `boot_flag` and `header` of every kernel with a setup header.
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-/// The first version that says where and how much memory the kernel unpacks itself to.
+/// The first version that says how much memory the kernel needs for unpacking, and where.
 const VERSION_2_10: u16 = 0x020a;
-/// `loadflags`: the protected-mode code goes to 1 MiB, which makes the image a bzImage.
+/// `loadflags`: the protected-mode code is loaded at 1 MiB, which makes the image a bzImage.
 const LOADED_HIGH: u8 = 1 << 0;
 /// `setup_sects` of 0 stands for this many.
 const DEFAULT_SETUP_SECTORS: usize = 4;
 /// Unit of `syssize`.
 const PARAGRAPH: usize = 16;
-/// `type_of_loader` of a boot loader without a number of its own.
+/// `type_of_loader` of a boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// `vid_mode`: whatever the display is in.
+/// `vid_mode`: keep the current mode.
 const VIDEO_NORMAL: u16 = 0xffff;
 
-/// A bzImage whose pieces lie in the file.
+/// A bzImage whose parts are within the file.
 pub(crate) struct BzImage<'a> {
     bytes: &'a [u8],
     header: setup_header,
 }
 
 impl<'a> BzImage<'a> {
-    /// The image, if the file is for Linux's boot protocol at all.
+    /// Parses the image, if the file is for Linux's boot protocol at all.
     pub fn parse(bytes: &'a [u8]) -> Result<Option<Self>, ImageError> {
         let half_word =
             |offset: usize| Some(u16::from_le_bytes(*bytes.get(offset..)?.first_chunk()?));
@@ -62,14 +62,14 @@ impl<'a> BzImage<'a> {
             return Err(ImageError::OldBootProtocol(header.version));
         }
         let image = Self { bytes, header };
-        // Both numbers have 32 bits at the most: no sum of them overflows.
+        // Both numbers have at most 32 bits: the sum does not overflow.
         if bytes.len() < image.setup_size() + header.syssize as usize * PARAGRAPH {
             return Err(ImageError::Truncated("the kernel"));
         }
         Ok(Some(image))
     }
 
-    /// Length of the boot sector and the real-mode code, which stay behind.
+    /// Length of the boot sector and the real-mode code, which are not loaded.
     fn setup_size(&self) -> usize {
         let sectors = match self.header.setup_sects {
             0 => DEFAULT_SETUP_SECTORS,
@@ -78,33 +78,33 @@ impl<'a> BzImage<'a> {
         (1 + sectors) * SECTOR
     }
 
-    /// Where the kernel unpacks itself to, unless it chooses an address at random.
+    /// Where the kernel unpacks itself, unless it randomizes the address.
     fn unpacked_start(&self) -> u64 {
         let alignment = u64::from(self.header.kernel_alignment).max(1);
         match self.header.relocatable_kernel {
             0 => self.header.pref_address,
-            // At least 1 MiB, to the alignment; no address it prefers is below that.
+            // At least 1 MiB, aligned; no preferred address is below that.
             _ => KERNEL_START.next_multiple_of(alignment).max(self.header.pref_address),
         }
     }
 
-    /// First address behind the memory that the kernel takes before it knows its memory map.
+    /// End address, exclusive, of the memory that the kernel uses before it knows its memory map.
     pub fn end(&self) -> u64 {
         let loaded = KERNEL_START + (self.bytes.len() - self.setup_size()) as u64;
         self.unpacked_start().saturating_add(self.header.init_size.into()).max(loaded)
     }
 
-    /// First address that an initramfs must not reach to.
+    /// End address, exclusive, for an initramfs.
     pub fn module_end(&self) -> u64 {
         u64::from(self.header.initrd_addr_max) + 1
     }
 
-    /// How long the command line may be, in bytes, without the zero at its end.
+    /// Maximum length of the command line, in bytes, without the zero at its end.
     pub fn cmdline_max(&self) -> usize {
         self.header.cmdline_size as usize
     }
 
-    /// The kernel, packed and unpacked, must find RAM.
+    /// The packed and the unpacked kernel must be in RAM.
     pub fn check(&self, memory: &MachineMemory) -> Result<(), ImageError> {
         let end = self.end();
         if memory.contains(KERNEL_START, end - KERNEL_START) {
@@ -114,7 +114,7 @@ impl<'a> BzImage<'a> {
         }
     }
 
-    /// Loads the kernel and tells it `info`.
+    /// Loads the kernel and passes it `info`.
     pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
         let memory = info.memory.map();
         let mut file = Cursor::new(self.bytes);
@@ -123,7 +123,7 @@ impl<'a> BzImage<'a> {
         let mut params = boot_params { hdr: self.header, ..boot_params::default() };
         params.hdr.type_of_loader = LOADER_UNDEFINED;
         params.hdr.vid_mode = VIDEO_NORMAL;
-        // Everything named here lies below 4 GiB.
+        // All these addresses are below 4 GiB.
         params.hdr.code32_start = loaded.kernel_load.0 as u32;
         params.hdr.cmd_line_ptr = CMDLINE_START as u32;
         if let Some(module) = info.initramfs() {

@@ -87,18 +87,18 @@ pub(crate) enum Class {
     Elf64,
 }
 
-/// A piece of an image to be loaded.
+/// A segment to be loaded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Segment<'a> {
     /// Guest-physical address of its first byte.
     pub start: u64,
-    /// What the file has of it.
+    /// The part that is in the file.
     pub bytes: &'a [u8],
-    /// How long it is in memory, at least as long as `bytes`; the rest is zero.
+    /// Its length in memory, at least that of `bytes`; the rest is zero.
     pub memory_size: u64,
 }
 
-/// An x86 image whose loadable segments lie in the file.
+/// An x86 image whose loadable segments are within the file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ElfImage<'a> {
     /// The whole file.
@@ -106,7 +106,7 @@ pub(crate) struct ElfImage<'a> {
     pub class: Class,
     /// `e_entry`.
     pub entry: u64,
-    /// Segments of type PT_LOAD that are not empty, in file order.
+    /// Non-empty segments of type PT_LOAD, in file order.
     pub segments: Vec<Segment<'a>>,
 }
 
@@ -172,7 +172,7 @@ impl<'a> ElfImage<'a> {
         Ok(Self { bytes, class, entry, segments })
     }
 
-    /// Whether `address` lies in a segment.
+    /// Whether `address` is in a segment.
     pub fn covers(&self, address: u64) -> bool {
         self.segments.iter().any(|segment| {
             address.checked_sub(segment.start).is_some_and(|offset| offset < segment.memory_size)
@@ -189,7 +189,7 @@ struct RawSegment {
     memory_size: u64,
 }
 
-/// The program header table as the ELF header tells of it.
+/// The program header table, as described by the ELF header.
 struct Table {
     offset: u64,
     entry_size: usize,
@@ -227,7 +227,7 @@ impl Table {
 }
 
 impl RawSegment {
-    /// The segment, when it is one to be loaded.
+    /// The segment, if it is to be loaded.
     fn load(self, bytes: &[u8]) -> Result<Option<Segment<'_>>, ImageError> {
         if self.kind != SEGMENT_LOAD || self.memory_size == 0 {
             return Ok(None);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The memory map a kernel is told, with the numbers both protocols share with a PC's BIOS.
+//! The memory map for a kernel, with a PC BIOS's type numbers, which both protocols use.
 
 use crate::arch::layout::{ECAM_SIZE, ECAM_START};
 use crate::arch::x86_64::bios_data::EXTENDED_START;
@@ -7,7 +7,7 @@ use crate::memory::MachineMemory;
 
 /// Usable memory.
 const RAM: u32 = 1;
-/// Not to be used.
+/// Reserved.
 const RESERVED: u32 = 2;
 /// Start of the legacy area: the BIOS's extended data, video and option ROMs.
 const LEGACY_START: u64 = EXTENDED_START;
@@ -29,7 +29,8 @@ pub(super) fn memory_map(memory: &MachineMemory) -> Vec<MapEntry> {
         MapEntry { start: LEGACY_START, length: LEGACY_END - LEGACY_START, kind: RESERVED },
     ];
     for (start, length) in memory.ranges() {
-        // The first region holds the legacy area: a machine that boots has more than that.
+        // The first region contains the legacy area: a machine that boots has more memory than
+        // that.
         let skipped = if start == 0 { LEGACY_END } else { 0 };
         entries.push(MapEntry {
             start: start + skipped,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Kernel images of a PC, and the state the first vCPU starts in.
+//! Kernel images for a PC, and the first vCPU's initial state.
 //!
-//! Three ways: Linux's own protocol for a bzImage, the PVH entry of an ELF64 image, and Multiboot
-//! (version 1) for an ELF32 image. All start in 32-bit protected mode with paging off.
+//! Three protocols: Linux's own for a bzImage, the PVH entry of an ELF64 image, and Multiboot
+//! (version 1) for an ELF32 image. All start in 32-bit protected mode with paging disabled.
 
 mod bzimage;
 mod elf;
@@ -24,55 +24,55 @@ use crate::memory::MachineMemory;
 use bzimage::BzImage;
 use elf::{Class, ElfImage};
 
-/// Kernels are loaded from here up; the memory below is for what they are told.
+/// Kernels are loaded from here up; the boot information is below.
 pub const KERNEL_START: u64 = 0x10_0000;
 /// A machine that boots has more memory than this, in bytes.
 pub const MEMORY_MIN: u64 = KERNEL_START;
-/// Where the command line goes.
+/// Address of the command line.
 const CMDLINE_START: u64 = 0x2_0000;
-/// How long the command line may be, with the zero at its end.
+/// Maximum length of the command line, including the zero at its end.
 const CMDLINE_SIZE: usize = 0x1_0000;
-/// Where the command lines of modules go, with what their files are called: a page for each. Before
-/// it is room for what the kernel's file is called.
+/// Address of the modules' command lines with their file names: a page each. The kernel's file name
+/// is before it.
 const MODULE_CMDLINES: u64 = 0x3_1000;
 const MODULE_CMDLINE_SIZE: u64 = 0x1000;
-/// Modules a kernel may have.
+/// Maximum number of modules.
 const MODULES_MAX: usize = 32;
-/// Longest name of a file (`NAME_MAX`), three bytes for one where it is not text, and a blank.
+/// Longest file name (`NAME_MAX`), three bytes for each that is not text, and a blank.
 const NAME_SIZE: usize = 3 * 255 + 1;
-/// How long the command line of a module may be, in bytes, without the zero at its end.
+/// Maximum length of a module's command line, in bytes, without the zero at its end.
 pub const MODULE_CMDLINE_MAX: usize = MODULE_CMDLINE_SIZE as usize - NAME_SIZE - 1;
 
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// Not a kernel that is known here.
+    /// Not a kernel known here.
     #[error("neither a bzImage nor an ELF image")]
     Unknown,
-    /// Too old a Linux.
+    /// An old Linux.
     #[error(
         "a Linux kernel of boot protocol {}.{:02}; it takes at least 2.10 and a bzImage",
         .0 >> 8, .0 & 0xff
     )]
     OldBootProtocol(u16),
-    /// A bzImage that finds no memory.
+    /// There is no memory for a bzImage.
     #[error("a kernel that wants to unpack itself to {start:#x}..{end:#x}, which is not RAM")]
     NoRoomToUnpack {
         /// First address.
         start: u64,
-        /// First address behind.
+        /// End address, exclusive.
         end: u64,
     },
-    /// ELF of the other byte order.
+    /// ELF in the other byte order.
     #[error("a big-endian ELF image; x86 is little-endian")]
     BigEndian,
-    /// ELF of no class.
+    /// ELF of an unknown class.
     #[error("ELF class {0}; expected 1 (32-bit) or 2 (64-bit)")]
     Class(u8),
     /// ELF for another processor.
     #[error("an ELF image for machine {0}; expected 3 (i386) or 62 (x86-64)")]
     Machine(u16),
-    /// The file is too short for what it says.
+    /// The file is shorter than its headers say.
     #[error("truncated: {0} lies past the end of the file")]
     Truncated(&'static str),
     /// ELF64 that is not for PVH.
@@ -81,13 +81,13 @@ pub enum ImageError {
     /// ELF32 that is not for Multiboot.
     #[error("an ELF32 image without a Multiboot header in its first 8 KiB")]
     NoMultibootHeader,
-    /// A Multiboot feature that is not here.
+    /// A Multiboot feature that is not supported.
     #[error("its Multiboot header asks for {0}, which this loader does not have")]
     MultibootFlag(&'static str),
-    /// Nothing to load.
+    /// There is nothing to load.
     #[error("no loadable segment")]
     NoSegments,
-    /// A segment that is not in memory.
+    /// A segment that is not in guest memory.
     #[error(
         "a segment of {length:#x} bytes at {start:#x} does not lie in guest memory from \
          {KERNEL_START:#x} up, where kernels are linked to; is it a kernel?"
@@ -98,13 +98,13 @@ pub enum ImageError {
         /// Its length in bytes.
         length: u64,
     },
-    /// An entry point that is not code.
+    /// An entry point outside of the segments.
     #[error("the entry point {0:#x} is not in a segment")]
     Entry(u64),
-    /// linux-loader found something.
+    /// An error of linux-loader.
     #[error("the ELF loader refused it: {0}")]
     Loader(#[from] linux_loader::loader::Error),
-    /// linux-loader could not write.
+    /// linux-loader could not write the parameters.
     #[error("the boot parameters cannot be written: {0}")]
     Parameters(#[from] linux_loader::configurator::Error),
     /// Guest memory could not be written.
@@ -113,13 +113,13 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    /// Whether the file's first bytes already tell that it is no kernel that is known here.
+    /// Whether the file's first bytes show that it is not a kernel known here.
     pub(crate) fn is_of_no_kernel(&self) -> bool {
         matches!(self, Self::Unknown)
     }
 }
 
-/// A kernel image whose headers are sound.
+/// A kernel image with valid headers.
 pub(crate) enum Image<'a> {
     /// For Linux's own protocol.
     Linux(BzImage<'a>),
@@ -128,7 +128,7 @@ pub(crate) enum Image<'a> {
 }
 
 impl<'a> Image<'a> {
-    /// The image that the file `bytes` is.
+    /// Parses the file `bytes`.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -139,7 +139,7 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// What the kernel takes up must lie in RAM, clear of what it is told.
+    /// Checks that the kernel's memory is RAM and does not overlap the boot information.
     ///
     /// # Errors
     /// It does not.
@@ -150,7 +150,7 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// How long the command line may be, in bytes, without the zero at its end.
+    /// Maximum length of the command line, in bytes, without the zero at its end.
     pub fn cmdline_max(&self) -> usize {
         match self {
             Self::Linux(image) => image.cmdline_max().min(CMDLINE_SIZE - 1),
@@ -158,7 +158,7 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// How many modules the kernel takes: Linux its initramfs alone.
+    /// Maximum number of modules; Linux only takes its initramfs.
     pub fn modules_max(&self) -> usize {
         match self {
             Self::Linux(_) => 1,
@@ -166,8 +166,8 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// Where a module may be: from the end of the kernel to the last address it can reach, in the
-    /// memory below 4 GiB.
+    /// Allowed range for a module: from the end of the kernel to the last address it can reach, in
+    /// the memory below 4 GiB.
     pub fn module_range(&self, memory: &MachineMemory) -> (u64, u64) {
         let low_size = memory.low_size();
         match self {
@@ -180,10 +180,10 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// Loads the kernel and tells it `info`.
+    /// Loads the kernel and passes it `info`.
     ///
     /// # Errors
-    /// The kernel cannot be loaded after all.
+    /// The kernel cannot be loaded.
     pub fn load(&self, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
         start_state::write_gdt(info.memory)?;
         match self {
@@ -199,17 +199,17 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Writes `text`. Guest memory starts out as zeros: the one at its end is there.
+/// Writes `text`. Guest memory is initially zero, so it is zero-terminated.
 fn write_text(memory: &MachineMemory, at: u64, text: &str) -> Result<(), GuestMemoryError> {
     memory.map().write_slice(text.as_bytes(), GuestAddress(at))
 }
 
-/// Where the command lines of the modules go, the first one's first.
+/// Addresses of the modules' command lines, in order.
 fn module_cmdlines() -> impl Iterator<Item = u64> {
     (0..MODULES_MAX as u64).map(|number| MODULE_CMDLINES + MODULE_CMDLINE_SIZE * number)
 }
 
-/// Every segment must lie in RAM, clear of what the kernel is told.
+/// Every segment must be in RAM and not overlap the boot information.
 fn check_segments(memory: &MachineMemory, image: &ElfImage<'_>) -> Result<(), ImageError> {
     if image.segments.is_empty() {
         return Err(ImageError::NoSegments);

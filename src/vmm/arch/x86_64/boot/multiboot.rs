@@ -14,12 +14,12 @@ use super::memory_map::memory_map;
 use super::{module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START};
 use crate::boot::Module;
 
-/// How far into the file the header may start and must end.
+/// The header must be within so many bytes of the file's start.
 const SEARCH: usize = 8192;
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 const LOADER_MAGIC: u32 = 0x2bad_b002;
 
-/// Header flags: bits 0 to 15 must be honoured or the image be refused.
+/// Header flags: an image with an unsupported flag in bits 0 to 15 must be refused.
 const HEADER_VIDEO: u32 = 1 << 2;
 const HEADER_ADDRESSES: u32 = 1 << 16;
 /// Page-aligned modules, and memory information: both are always given.
@@ -48,7 +48,7 @@ struct Header {
     checksum: U32,
 }
 
-/// §3.3, up to the last field given here.
+/// §3.3, up to the last field used here.
 #[derive(Default, IntoBytes, Immutable, Unaligned)]
 #[repr(C)]
 struct Information {
@@ -89,7 +89,7 @@ struct MemoryMapEntry {
     kind: U32,
 }
 
-/// Loads `image` and tells it `info`.
+/// Loads `image` and passes it `info`.
 pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
     let flags = find_header(image.bytes).ok_or(ImageError::NoMultibootHeader)?;
     if flags & HEADER_ADDRESSES != 0 {
@@ -108,7 +108,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
     }
     let memory = info.memory.map();
     for segment in &image.segments {
-        // What the file does not have is zero, as guest memory is to start with.
+        // The rest is zero, as guest memory is initially.
         memory.write_slice(segment.bytes, GuestAddress(segment.start))?;
     }
 
@@ -135,9 +135,9 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
         boot_loader_name: low(LOADER_NAME),
         ..Information::default()
     };
-    // Where there are modules, each string begins with what its file is called, as boot loaders of
-    // this protocol have always had it: kernels that load others pass over the first word (Xen). A
-    // kernel alone is given its command line as it is.
+    // With modules, each string begins with the file name, as boot loaders of this protocol have
+    // always done: kernels that load modules skip the first word (Xen). A kernel without modules
+    // gets its command line as it is.
     let cmdline = match info.modules.is_empty() {
         true => info.cmdline.to_owned(),
         false => format!("{} {}", info.name, info.cmdline),
@@ -163,7 +163,7 @@ pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartSta
     Ok(StartState { rip: image.entry, rax: LOADER_MAGIC.into(), rbx: INFORMATION, rsi: 0 })
 }
 
-/// The flags of the header, which is 4-byte aligned and whose words add up to 0.
+/// The flags of the header, which is 4-byte aligned and whose words sum to 0.
 fn find_header(bytes: &[u8]) -> Option<u32> {
     let bytes = &bytes[..bytes.len().min(SEARCH)];
     (0..bytes.len()).step_by(4).find_map(|offset| {
@@ -174,7 +174,7 @@ fn find_header(bytes: &[u8]) -> Option<u32> {
     })
 }
 
-/// An address below 4 GiB, where everything the protocol names lies: in the low memory region.
+/// An address below 4 GiB, as are all addresses of the protocol.
 fn low(address: u64) -> U32 {
     (address as u32).into()
 }

@@ -25,7 +25,7 @@ const MEMORY_MAP: u64 = 0x7000;
 const START_MAGIC: u32 = 0x336e_c578;
 const START_VERSION: u32 = 1;
 
-/// Loads `image` and tells it `info`.
+/// Loads `image` and passes it `info`.
 pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
     let loaded = Elf::load(info.memory.map(), None, &mut Cursor::new(image.bytes), None)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {

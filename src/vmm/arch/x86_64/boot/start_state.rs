@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The state the first vCPU starts in: 32-bit protected mode, flat segments, paging off.
+//! The first vCPU's initial state: 32-bit protected mode, flat segments, paging disabled.
 //!
-//! PVH, Multiboot and Linux's 32-bit protocol ask for the same but for a few registers. Linux's
-//! also wants its segments described in memory.
+//! PVH, Multiboot and Linux's 32-bit protocol differ only in a few registers. Linux's also needs
+//! the segment descriptors in memory.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -25,21 +25,20 @@ const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
 /// Guest-physical address of the segment descriptors.
 const GDT_START: u64 = 0x500;
-/// The descriptors of what [`StartState::set_sregs`] loads; the task-state segment is nobody's to
-/// load again.
+/// The descriptors of what [`StartState::set_sregs`] loads; the task-state segment is not reloaded.
 const GDT: [u64; 4] =
     [0, 0, flat_descriptor(CODE_EXECUTE_READ_ACCESSED), flat_descriptor(DATA_READ_WRITE_ACCESSED)];
 
-/// Registers of the first vCPU that depend on what it boots.
+/// Registers of the first vCPU that depend on the boot protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StartState {
     /// Where it starts.
     pub rip: u64,
-    /// The protocol's magic number, for those that have one here.
+    /// The protocol's magic number, if it is passed here.
     pub rax: u64,
-    /// Guest-physical address of what the kernel is told.
+    /// Guest-physical address of the boot information.
     pub rbx: u64,
-    /// The same, for those protocols that have it here.
+    /// The same, for protocols that pass it here.
     pub rsi: u64,
 }
 
@@ -56,7 +55,7 @@ impl StartState {
         }
     }
 
-    /// Changes the special registers `sregs` of a vCPU after reset.
+    /// Updates the special registers `sregs` of a vCPU after reset.
     pub fn set_sregs(&self, sregs: &mut kvm_sregs) {
         let code = flat(CODE_SELECTOR, CODE_EXECUTE_READ_ACCESSED);
         let data = flat(DATA_SELECTOR, DATA_READ_WRITE_ACCESSED);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Small kernel images, made for tests. Also part of the tests of the command line.
+//! Small kernel images for tests, including those of the command line.
 #![allow(dead_code)]
 
 /// Where the code of an image is loaded and starts.
@@ -91,7 +91,7 @@ pub fn pvh(code: &[u8]) -> Vec<u8> {
     image
 }
 
-/// Where the code of a bzImage is in the file: behind the boot sector and one of real-mode code.
+/// Offset of a bzImage's code in the file: after the boot sector and one sector of real-mode code.
 pub const BZIMAGE_CODE: usize = 1024;
 /// Where a bzImage of these tests unpacks itself to.
 pub const UNPACKED_START: u32 = 0x20_0000;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images that boot, and files that do not: each refused by name, none of them a panic.
+//! Images that boot, and invalid files: each refused with its error, without a panic.
 
 use std::io::Write;
 
@@ -72,7 +72,7 @@ fn a_pvh_image_is_told_of_the_machine() {
     assert_eq!(word(&memory, modules + 8), 5);
     assert_eq!(string(&memory, u64::from(word(&memory, modules)), 5), b"files");
     assert_eq!(string(&memory, u64::from(word(&memory, info + 24)), 6), b"a=1 b\0");
-    // The memory map names all RAM.
+    // The memory map covers all RAM.
     let map = u64::from(word(&memory, info + 40));
     let entries = u64::from(word(&memory, info + 48));
     let ram: u64 = (0..entries)
@@ -121,8 +121,7 @@ fn a_multiboot_image_without_modules_has_the_command_line_as_it_is() {
     assert_eq!(text(&memory, word(&memory, start.rbx + 16)), "a=1 b");
 }
 
-/// Two modules with command lines of their own, and the memory and information of `image` with
-/// them.
+/// Two modules with command lines, and the memory and boot information of `image` with them.
 fn load_modules(image: &[u8]) -> (MachineMemory, u64) {
     let memory = MachineMemory::new(RAM).unwrap();
     let (kernel, files) = (file(image), [file(b"kernel"), file(&[7; 5000])]);
@@ -198,7 +197,7 @@ fn a_bzimage_is_told_of_the_machine() {
     assert_eq!(start.rip, u64::from(CODE_START));
     assert_eq!(string(&memory, start.rip, 5), b"\xf4code");
     let zero_page = start.rsi;
-    // The setup header is the file's, with what the loader has to say.
+    // The setup header is the file's, with the loader's fields filled in.
     assert_eq!(string(&memory, zero_page + 0x202, 4), b"HdrS");
     assert_eq!(word(&memory, zero_page + 0x210) & 0xff, 0xff);
     assert_eq!(word(&memory, zero_page + 0x70), RSDP_ADDRESS as u32);
@@ -208,7 +207,7 @@ fn a_bzimage_is_told_of_the_machine() {
     assert_eq!(string(&memory, ramdisk.into(), 5), b"files");
     assert_eq!(size, 5);
     assert!(ramdisk >= UNPACKED_START + 0x10_0000, "the kernel would unpack itself over it");
-    // The memory map names all RAM.
+    // The memory map covers all RAM.
     let entries = u64::from(word(&memory, zero_page + 0x1e8) & 0xff);
     let ram: u32 = (0..entries)
         .map(|entry| zero_page + 0x2d0 + entry * 20)
@@ -340,7 +339,7 @@ fn paths_and_sizes_are_checked() {
 }
 
 proptest! {
-    /// Headers of any content are taken or refused, and nothing else happens.
+    /// Headers with arbitrary contents are accepted or refused, without side effects.
     #[test]
     fn damaged_images_do_no_harm(
         which in 0..3,

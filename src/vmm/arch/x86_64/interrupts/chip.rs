@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which interrupt controllers KVM gives a machine.
+//! Selection of KVM's interrupt controllers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 /// Inputs of the two PICs; those of the first come first.
 const PIC_INPUTS: u32 = 16;
-/// The input of the first PIC that the second one's output leads to.
+/// The input of the first PIC that is connected to the second one's output.
 const PIC_CASCADE: u32 = 2;
 
 /// Where the interrupt controllers are.
@@ -44,20 +44,20 @@ impl fmt::Display for IrqChip {
 /// Which interrupt controllers a machine is to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// Those in the kernel; split ones where there are no others.
+    /// Those in the kernel; split ones if KVM has no others.
     InKernel,
-    /// Split ones; those in the kernel where there are no others.
+    /// Split ones; those in the kernel if KVM has no others.
     Split,
-    /// Split ones, no others.
+    /// Split ones only.
     OnlySplit,
 }
 
-/// The pair of 8259s, and those bits of ELCR (edge or level) that can be set in each.
+/// The pair of 8259s, and the writable bits of each one's ELCR (edge or level).
 const PICS: [(u32, u8); 2] = [(KVM_IRQCHIP_PIC_MASTER, 0xf8), (KVM_IRQCHIP_PIC_SLAVE, 0xde)];
 
 impl Wanted {
-    /// What the machine of `config` needs: interrupts can be remapped only on their way out of an
-    /// IOAPIC that is not in the kernel.
+    /// What the machine of `config` needs: interrupts can be remapped only when the IOAPIC is not
+    /// in the kernel.
     fn by(config: &MachineConfig) -> Self {
         match config.interrupt_remapping() {
             Some(true) => Self::OnlySplit,
@@ -68,21 +68,22 @@ impl Wanted {
 }
 
 impl IrqChip {
-    /// Gives `vm` the interrupt controllers that the machine of `config` needs, before any vCPU.
+    /// Creates the interrupt controllers that the machine of `config` needs in `vm`, before any
+    /// vCPU.
     ///
     /// # Errors
-    /// This KVM has none of the kind.
+    /// This KVM has none of the required kind.
     pub fn new(vm: &VmFd, config: &MachineConfig) -> Result<Self> {
         Self::create(vm, Wanted::by(config))
     }
 
     /// Whether virtual IOMMUs remap interrupts in the machine of `config`.
     pub fn remaps_interrupts(self, config: &MachineConfig) -> bool {
-        // Without a virtual IOMMU there is nobody to do it.
+        // Without a virtual IOMMU there is no remapping.
         config.interrupt_remapping().unwrap_or(self == Self::Split)
     }
 
-    /// What KVM is to route by itself: the pins of its own PICs and IOAPIC.
+    /// KVM's default routes: the pins of its PICs and IOAPIC.
     pub fn pin_routes(self) -> Vec<kvm_irq_routing_entry> {
         if self == Self::Split {
             return Vec::new();
@@ -113,9 +114,9 @@ impl IrqChip {
     }
 }
 
-/// Each pin of the PICs and the IOAPIC in the kernel: (GSI, controller, pin). The GSI is the pin's
-/// number, but for the interval timer: ISA interrupt 0 is the PIC's first input and the IOAPIC's
-/// third, as the MADT tells. The table that KVM starts out with has the IOAPIC's first.
+/// Each pin of the in-kernel PICs and IOAPIC: (GSI, controller, pin). The GSI is the pin's number,
+/// except for the interval timer: ISA interrupt 0 is the PIC's input 0 and the IOAPIC's pin 2, as
+/// in the MADT. KVM's initial table has the IOAPIC's pin 0.
 fn pins_in_the_kernel() -> impl Iterator<Item = (u32, u32, u32)> {
     let pics = (0..PIC_INPUTS).filter(|gsi| *gsi != PIC_CASCADE).map(|gsi| match gsi {
         0..8 => (gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
@@ -130,15 +131,15 @@ fn pins_in_the_kernel() -> impl Iterator<Item = (u32, u32, u32)> {
 
 fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
     vm.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
-    // Masked, as firmware leaves them: a guest that never looks at them must not be interrupted
-    // at the vectors they start out with, which are the processor's exceptions.
+    // Masked, as firmware leaves them: a guest that ignores them must not get interrupts at their
+    // initial vectors, which are exceptions of the processor.
     for (chip_id, elcr_mask) in PICS {
         let pic = kvm_pic_state { imr: 0xff, elcr_mask, ..kvm_pic_state::default() };
         let chip = kvm_irqchip__bindgen_ty_1 { pic };
         vm.set_irqchip(&kvm_irqchip { chip_id, chip, ..kvm_irqchip::default() })
             .map_err(Error::kvm("masking interrupt controllers"))?;
     }
-    // Port 0x61 is answered too, so that guests that measure time by it do not hang.
+    // Port 0x61 is emulated, too, so that guests that use it to measure time do not hang.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
     vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
     Routing::set(vm, &IrqChip::InKernel.pin_routes(), &BTreeMap::new())
@@ -157,12 +158,12 @@ fn create_split(vm: &VmFd) -> Result<IrqChip> {
     }
     let split = kvm_enable_cap {
         cap: KVM_CAP_SPLIT_IRQCHIP,
-        // KVM tells of ends of interrupts by the routes of so many GSIs.
+        // KVM reports the end of interrupts for the routes of so many GSIs.
         args: [PINS.into(), 0, 0, 0],
         ..kvm_enable_cap::default()
     };
     vm.enable_cap(&split).map_err(Error::kvm("splitting interrupt controllers"))?;
-    // Destinations have 32 bits, and one of all ones in the lower eight is no broadcast.
+    // Destinations have 32 bits, and one with the lower eight all ones is not a broadcast.
     let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     let wide = kvm_enable_cap {
         cap: KVM_CAP_X2APIC_API,
@@ -187,7 +188,7 @@ mod tests {
         };
         assert_eq!(inputs(4), [(KVM_IRQCHIP_PIC_MASTER, 4), (KVM_IRQCHIP_IOAPIC, 4)]);
         assert_eq!(inputs(8), [(KVM_IRQCHIP_PIC_SLAVE, 0), (KVM_IRQCHIP_IOAPIC, 8)]);
-        // As the MADT has it: the interval timer is the IOAPIC's pin 2.
+        // As in the MADT: the interval timer is the IOAPIC's pin 2.
         assert_eq!(inputs(0), [(KVM_IRQCHIP_PIC_MASTER, 0), (KVM_IRQCHIP_IOAPIC, 2)]);
         assert_eq!(inputs(2), []);
         assert!(IrqChip::Split.pin_routes().is_empty());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An IOAPIC: lines on one side, messages on the other.
+//! An IOAPIC: turns interrupt lines into messages.
 
 use std::fmt;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -10,24 +10,23 @@ use crate::arch::layout::PINS;
 use crate::bus::BusDevice;
 use twostage::viommu::{InterruptListener, MsiMessage};
 
-/// Where an IOAPIC's messages go. Called with the IOAPIC locked: it calls nothing of it.
+/// Destination of an IOAPIC's messages. Called with the IOAPIC locked: it must not call the IOAPIC.
 pub(super) trait PinOutput: Send + Sync {
-    /// `messages` (of pin 0 and up) are what level-triggered pins send from now on: their ends of
-    /// interrupt are wanted.
+    /// `messages` (of pin 0 and up) are those of level-triggered pins from now on: the end of these
+    /// interrupts must be reported.
     fn watch(&self, messages: &[Option<MsiMessage>]);
 
     /// Sends `message`. `false` when it is blocked on its way.
     fn send(&self, message: MsiMessage) -> bool;
 }
 
-/// Who wants to know of the ends of interrupts of a pin, to deassert it. Called with nothing
-/// locked.
+/// Is notified of the end of a pin's interrupts, to deassert it. Called without locks held.
 pub(super) trait EndListener: Send + Sync {
-    /// An interrupt of the pin, which was level-triggered, ends.
+    /// A level-triggered interrupt of the pin has ended.
     fn interrupt_ended(&self);
 }
 
-/// An IOAPIC of [`PINS`] pins. Any thread may call it.
+/// An IOAPIC of [`PINS`] pins. Can be called by any thread.
 pub struct Ioapic {
     state: Mutex<State>,
     output: Box<dyn PinOutput>,
@@ -35,13 +34,13 @@ pub struct Ioapic {
     listeners: Mutex<Vec<(u32, Weak<dyn EndListener>)>>,
 }
 
-/// All that the guest can see.
+/// The guest-visible state.
 #[derive(Debug)]
 struct State {
     id: u8,
     select: u8,
     entries: [RedirectionEntry; PINS as usize],
-    /// One bit for each pin whose line is asserted.
+    /// One bit for each asserted pin.
     asserted: u32,
 }
 
@@ -53,7 +52,7 @@ impl Ioapic {
         Arc::new(Self { state: Mutex::new(state), output, listeners: Mutex::default() })
     }
 
-    /// Asserts or deasserts the line of `pin`; nothing for a pin that is not there.
+    /// Asserts or deasserts the line of `pin`; ignored if there is no such pin.
     pub fn set_line(&self, pin: u32, asserted: bool) {
         let mut state = self.state();
         let Some(entry) = state.entries.get(pin as usize).copied() else { return };
@@ -74,12 +73,12 @@ impl Ioapic {
         self.set_line(pin, false);
     }
 
-    /// From now on `listener` is told of the ends of interrupts of `pin`.
+    /// Adds a listener for the end of interrupts of `pin`.
     pub(super) fn add_end_listener(&self, pin: u32, listener: Weak<dyn EndListener>) {
         self.listeners().push((pin, listener));
     }
 
-    /// Some LAPIC's interrupt `vector`, which was level-triggered, ends.
+    /// The level-triggered interrupt `vector` of some LAPIC has ended.
     pub fn end_of_interrupt(&self, vector: u8) {
         let waits = |entry: &RedirectionEntry| {
             entry.level() && entry.remote_irr() && entry.vector() == vector
@@ -92,7 +91,7 @@ impl Ioapic {
                 .map(|(p, _)| p)
                 .collect()
         };
-        // Before the pin is looked at again: its device may not assert it any more.
+        // Before the pin is evaluated again: its device may deassert it.
         for listener in self.listeners_of(&ended) {
             listener.interrupt_ended();
         }
@@ -115,8 +114,7 @@ impl Ioapic {
         self.listeners.lock()
     }
 
-    /// Sends the interrupt of a level-triggered pin, if it is asserted and does not wait for an
-    /// EOI.
+    /// Sends the interrupt of a level-triggered pin, if it is asserted and not waiting for an EOI.
     fn serve_level(&self, state: &mut State, pin: u32) {
         let asserted = state.asserted & 1 << pin != 0;
         let Some(entry) = state.entries.get(pin as usize).copied() else { return };
@@ -124,7 +122,7 @@ impl Ioapic {
         if !asserted || !may {
             return;
         }
-        // What would have been blocked when the entry was written may pass by now, unannounced.
+        // A message that was blocked when the entry was written may pass now, without notice.
         self.watch(state);
         if self.output.send(entry.message()) {
             if let Some(entry) = state.entries.get_mut(pin as usize) {
@@ -178,7 +176,8 @@ impl State {
     }
 }
 
-/// Which pin's redirection entry the register `select` belongs to, and whether it is the high half.
+/// The pin of the redirection entry that the register `select` belongs to, and whether it is the
+/// high half.
 fn redirection_half(select: u8) -> Option<(u32, bool)> {
     let offset = u32::from(select.checked_sub(registers::REDIRECTION)?);
     Some((offset / 2, offset % 2 != 0))
@@ -350,7 +349,7 @@ mod tests {
         assert_eq!(output.take(), [0u32; 0]);
         ioapic.set_pin(16, LEVEL | 0x50);
         assert_eq!(output.take(), [0x50]);
-        // Masked while it is served: its EOI counts, and nothing is sent until the unmask.
+        // Masked while in service: its EOI counts, and nothing is sent until it is unmasked.
         ioapic.set_pin(16, LEVEL | MASKED | 0x50);
         assert!(ioapic.remote_irr(16));
         ioapic.end_of_interrupt(0x50);
@@ -385,12 +384,12 @@ mod tests {
         wanted[16] = Some(message);
         assert_eq!(watched(), wanted);
         output.watched.lock().clear();
-        // Nothing new, nothing told.
+        // No change, no notification.
         ioapic.set_pin(3, 0x33);
         assert_eq!(watched(), []);
         ioapic.interrupts_changed();
         assert_eq!(watched(), wanted);
-        // Wanted before the interrupt is sent, whatever was said of it before.
+        // Registered before the interrupt is sent, whatever was registered before.
         ioapic.set_pin(16, LEVEL | 0x50);
         output.watched.lock().clear();
         ioapic.set_line(16, true);

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 use twostage::warn_limited;
 
-/// The inputs: of the interrupt controllers in the kernel, or of the IOAPIC here.
+/// The inputs: of the in-kernel interrupt controllers, or of the IOAPIC here.
 #[derive(Debug)]
 pub(crate) struct Lines {
     vm: Arc<VmFd>,
@@ -27,8 +27,8 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// The inputs of the controllers in `ways`; `table` is KVM's routing. `remapper` remaps what an
-    /// IOAPIC here sends.
+    /// The inputs of the controllers in `ways`; `table` is KVM's routing. `remapper` remaps the
+    /// messages of an IOAPIC here.
     pub fn new(
         ways: &Ways,
         table: &Arc<GsiTable>,
@@ -50,7 +50,7 @@ impl Lines {
         self.ioapic.clone()
     }
 
-    /// Who is to be told when interrupts are remapped otherwise than before.
+    /// The listener for changes of interrupt remapping.
     pub fn listener(&self) -> Option<Weak<dyn InterruptListener>> {
         let listener = |ioapic: &Arc<Ioapic>| {
             let listener: Arc<dyn InterruptListener> = ioapic.clone();
@@ -72,8 +72,8 @@ impl Lines {
         Ok(EdgeLine::Irqfd(event))
     }
 
-    /// The line of `pin`, which an assigned device asserts. Of interrupt controllers in the kernel,
-    /// it is the IOAPIC's input alone: a guest that uses the PIC gets no INTx of such a device.
+    /// The line of `pin`, asserted by an assigned device. With in-kernel interrupt controllers, it
+    /// is only the IOAPIC's input: a guest that uses the PIC gets no INTx of such a device.
     ///
     /// # Errors
     /// KVM cannot wire it.
@@ -127,7 +127,7 @@ impl Trigger for EdgeLine {
     }
 }
 
-/// The way from the IOAPIC here to the LAPICs in the kernel.
+/// Connects the IOAPIC here to the LAPICs in the kernel.
 struct IoapicOutput {
     table: Arc<GsiTable>,
     source: InterruptSource,
@@ -135,8 +135,8 @@ struct IoapicOutput {
 }
 
 impl PinOutput for IoapicOutput {
-    /// KVM leaves the guest at the end of an interrupt whose vector is that of a level-triggered
-    /// message among the first GSIs.
+    /// KVM exits at the end of an interrupt whose vector is that of a level-triggered message among
+    /// the first GSIs.
     fn watch(&self, messages: &[Option<MsiMessage>]) {
         let sent =
             |message: &Option<MsiMessage>| message.and_then(|message| self.source.sent(message));
@@ -182,7 +182,7 @@ mod tests {
             interrupts.set_line(10, false);
             let function = interrupts.of_function(Bdf::from_raw(8), None);
             function.send_msi(0xfee0_0000, 0x41);
-            // Nobody answers to this address; it is lost.
+            // No LAPIC has this destination; the message is lost.
             function.send_msi(0xfee0_7000, 0x41);
             let vector = function.vector().unwrap();
             vector.update(Some(MsiMessage { address: 0xfee0_0000, data: 0x42 }));

@@ -2,7 +2,7 @@
 //! A PC's interrupt controllers.
 //!
 //! Either PIC, IOAPIC and LAPICs are in the kernel; or only the LAPICs are, and the IOAPIC is here,
-//! where a virtual IOMMU can remap its interrupts. Messages of devices are remapped in both cases.
+//! where a virtual IOMMU can remap its interrupts. Devices' MSIs are remapped in both cases.
 
 mod chip;
 mod ioapic;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An interrupt line to the IOAPIC here that an assigned device asserts by an eventfd.
+//! A line to the IOAPIC here, asserted by an assigned device's eventfd.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,15 +12,15 @@ use super::ioapic::EndListener;
 use crate::interrupts::device_line::LineEvents;
 use crate::pci::{EventLine, IntxPin};
 
-/// The line of one pin. The event loop asserts it, when the one eventfd is written; the vCPU whose
-/// interrupt ends deasserts it and writes the other one.
+/// The line of one pin. The event loop asserts it when its eventfd is written; the vCPU whose
+/// interrupt ends deasserts it and writes the other eventfd.
 pub(super) struct PinLine {
     pin: IntxPin,
     events: LineEvents,
 }
 
 impl PinLine {
-    /// The line of `pin`, asserted and deasserted by `events`.
+    /// The line of `pin` with the eventfds `events`.
     pub fn new(pin: IntxPin, events: LineEvents) -> Arc<Self> {
         Arc::new(Self { pin, events })
     }
@@ -34,8 +34,8 @@ impl PinLine {
 }
 
 impl EndListener for PinLine {
-    /// Also when another device on the line made the interrupt: then nothing was masked, and
-    /// unmasking does nothing.
+    /// Also if another device on the line caused the interrupt: then nothing was masked, and
+    /// unmasking has no effect.
     fn interrupt_ended(&self) {
         self.pin.set(false);
         if let Err(error) = self.events.end.write(1) {
@@ -44,7 +44,7 @@ impl EndListener for PinLine {
     }
 }
 
-/// A [`PinLine`] as its device has it.
+/// A [`PinLine`] as owned by its device.
 pub(super) struct OwnedPinLine(pub Arc<PinLine>);
 
 impl EventLine for OwnedPinLine {
@@ -57,13 +57,13 @@ impl EventLine for OwnedPinLine {
     }
 
     fn release(&self) {
-        // What was written and not looked at yet is not to assert it later.
+        // Discards an unread write, so that it does not assert the line later.
         let _ = self.0.events.assert.read();
         self.0.pin.set(false);
     }
 }
 
-/// A [`PinLine`] as the event loop has it.
+/// A [`PinLine`] in the event loop.
 pub(super) struct WatchedPinLine(pub Arc<PinLine>);
 
 impl MutEventSubscriber for WatchedPinLine {
@@ -112,7 +112,7 @@ mod tests {
         assert_eq!(took(), [true]);
         line.interrupt_ended();
         assert_eq!((took(), owned.end_event().read().unwrap()), (vec![false], 1));
-        // Released with something unread: it does not come later.
+        // Released with an unread write: it does not take effect later.
         owned.assert_event().write(1).unwrap();
         owned.release();
         line.assert();

@@ -10,9 +10,9 @@ use twostage::viommu::MsiMessage;
 /// Version: 20h has an EOI register.
 pub const VERSION: u8 = 0x20;
 
-/// Offset of IOREGSEL, which chooses a register.
+/// Offset of IOREGSEL, which selects a register.
 pub const REGISTER_SELECT: u64 = 0x00;
-/// Offset of IOWIN, the register that was chosen.
+/// Offset of IOWIN, the selected register.
 pub const WINDOW: u64 = 0x10;
 /// Offset of the EOI register.
 pub const EOI: u64 = 0x40;
@@ -30,7 +30,7 @@ pub const REDIRECTION: u8 = 0x10;
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct RedirectionEntry {
-    /// Vector; in remappable format it only tells an EOI apart.
+    /// Vector; in remappable format only used to match EOIs.
     pub vector: u8,
     /// Delivery mode.
     #[bits(3)]
@@ -39,7 +39,7 @@ pub struct RedirectionEntry {
     pub logical: bool,
     /// Delivery status. Read-only; messages are delivered at once.
     pub delivery_status: bool,
-    /// Polarity: active low. Lines here are asserted or not, whatever that is electrically.
+    /// Polarity: active low. Ignored: lines here are asserted or not.
     pub active_low: bool,
     /// Remote IRR: a level-triggered interrupt waits for its EOI. Read-only.
     pub remote_irr: bool,
@@ -59,8 +59,8 @@ impl RedirectionEntry {
     /// Bits that software can write.
     const WRITABLE: u64 = 0xffff_0000_0001_afff;
 
-    /// The entry after software wrote the bits `mask` of it. An edge-triggered interrupt waits for
-    /// no EOI.
+    /// The entry after software wrote the bits `mask` of it. An edge-triggered interrupt does not
+    /// wait for an EOI.
     pub const fn written(self, value: u64, mask: u64) -> Self {
         let mask = mask & Self::WRITABLE;
         let new = Self::from_bits(self.into_bits() & !mask | value & mask);
@@ -68,8 +68,7 @@ impl RedirectionEntry {
         new.with_remote_irr(waits)
     }
 
-    /// The message that the entry sends: bits of the entry go to bits of address and data, the same
-    /// way in either format.
+    /// The entry's message: its bits map to address and data in the same way in both formats.
     pub fn message(self) -> MsiMessage {
         let address = 0xfee0_0000 | u64::from(self.address()) << 4 | u64::from(self.logical()) << 2;
         let data = MessageData::new()

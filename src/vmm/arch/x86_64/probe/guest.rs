@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest of a probe: one vCPU in 64-bit mode that runs one program in ring 0.
+//! The guest of a probe: one vCPU that runs one program in ring 0 in 64-bit mode.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -54,7 +54,7 @@ const DATA_SELECTOR: u16 = 0x10;
 const DESCRIPTORS: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const BREAKPOINT: u64 = 3;
 
-/// A program takes microseconds; where ring 0 is emulated, some more.
+/// A program takes microseconds; somewhat more if ring 0 is emulated.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
 /// How a program ended.
@@ -62,20 +62,20 @@ const TIME_LIMIT: Duration = Duration::from_secs(5);
 pub enum Outcome {
     /// With the right result.
     Works,
-    /// It was not run: CPUID does not announce what it needs.
+    /// It was not run: CPUID does not announce the feature.
     NotAnnounced,
-    /// With another result.
+    /// With a wrong result.
     Wrong,
     /// KVM gave up (`KVM_EXIT_INTERNAL_ERROR`).
     InternalError {
-        /// What KVM says of it; 1: it had to emulate an instruction, and could not.
+        /// KVM's suberror; 1: it could not emulate an instruction.
         suberror: u32,
     },
-    /// With a fault that could not be delivered.
+    /// With a triple fault.
     TripleFault,
-    /// Not at all, in a time that was long enough.
+    /// It did not end within the time limit.
     Hangs,
-    /// In a way that nobody expected.
+    /// In another way.
     Other(String),
 }
 
@@ -95,10 +95,10 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Runs `program` in a virtual machine of its own, whose vCPU has `cpuid`.
+/// Runs `program` in a new virtual machine, whose vCPU has `cpuid`.
 ///
 /// # Errors
-/// The machine cannot be made; what the program does is no error.
+/// The machine cannot be created; what the program does is no error.
 pub(super) fn run(kvm: &Kvm, cpuid: &CpuId, program: &Program) -> Result<Outcome> {
     if program.announced_by.is_some_and(|bit| !bit.is_set(cpuid)) {
         return Ok(Outcome::NotAnnounced);
@@ -115,7 +115,7 @@ pub(super) fn run(kvm: &Kvm, cpuid: &CpuId, program: &Program) -> Result<Outcome
     run_vcpu(vcpu)
 }
 
-/// Writes what the program needs and the program.
+/// Writes the program and its tables.
 fn load(memory: &MachineMemory, program: &Program) -> std::result::Result<(), GuestMemoryError> {
     let write = |bytes: &[u8], to| memory.map().write_slice(bytes, GuestAddress(to));
     let entry = |at, value: u64| write(&value.to_le_bytes(), at);
@@ -180,7 +180,7 @@ fn run_vcpu(mut vcpu: VcpuFd) -> Result<Outcome> {
     let thread = {
         let given_up = given_up.clone();
         let run = move || {
-            // Nobody listens any more when the time is over.
+            // Fails only if the receiver has given up.
             let _ = sender.send(outcome(&mut vcpu, &given_up));
         };
         thread::Builder::new().name("probe".into()).spawn(run).map_err(Error::os("vCPU thread"))?
@@ -197,8 +197,7 @@ fn run_vcpu(mut vcpu: VcpuFd) -> Result<Outcome> {
 
 /// Waits for `thread`, which may be in KVM.
 fn end(thread: JoinHandle<()>) {
-    // A signal that comes just before the thread enters KVM is lost, so it is sent until the thread
-    // is gone.
+    // A signal just before the thread enters KVM is lost, so it is sent until the thread has ended.
     while !thread.is_finished() {
         if let Err(error) = thread.kill(kick_signal()) {
             log::debug!("kicking a vCPU: {error}");
@@ -210,7 +209,7 @@ fn end(thread: JoinHandle<()>) {
     }
 }
 
-/// Enters the guest until it leaves for good.
+/// Enters the guest until the final exit.
 fn outcome(vcpu: &mut VcpuFd, given_up: &AtomicBool) -> Outcome {
     while !given_up.load(Ordering::SeqCst) {
         return match vcpu.run() {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The probe: what this machine's KVM can do, and whether Linux runs on it.
 //!
-//! A KVM without VT-x or SVM emulates the guest's ring 0, and knows few instructions there. Small
-//! guests try those that Linux needs, each in a virtual machine of its own.
+//! A KVM without VT-x or SVM emulates the guest's ring 0, with few instructions. Small guests try
+//! those that Linux needs, each in its own virtual machine.
 
 mod guest;
 mod programs;
@@ -18,25 +18,25 @@ use self::programs::PROGRAMS;
 use crate::machine::open_kvm;
 use crate::{process::signals, Error, Result};
 
-/// What was found.
+/// The result.
 #[derive(Debug, Clone, Serialize)]
 pub struct Probe {
-    /// Parts of KVM's interface that a VMM may want.
+    /// Optional parts of KVM's interface.
     pub kvm: Interface,
-    /// What Linux does in ring 0.
+    /// What Linux needs in ring 0.
     pub ring0: Vec<Trial>,
-    /// Whether Linux runs as a guest: none of them failed.
+    /// Whether Linux runs as a guest: nothing failed.
     pub linux: bool,
 }
 
 /// Parts of KVM's interface.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Interface {
-    /// Most vCPUs of one machine.
+    /// Maximum number of vCPUs of one machine.
     pub max_vcpus: usize,
-    /// As many as KVM recommends.
+    /// Recommended number of vCPUs.
     pub recommended_vcpus: usize,
-    /// `KVM_CAP_SPLIT_IRQCHIP`: an IOAPIC outside the kernel, which remapping interrupts needs.
+    /// `KVM_CAP_SPLIT_IRQCHIP`: an IOAPIC outside of the kernel, which interrupt remapping needs.
     pub split_irqchip: bool,
     /// `KVM_CAP_X2APIC_API`: interrupt destinations of 32 bits.
     pub x2apic_api: bool,
@@ -48,10 +48,10 @@ pub struct Interface {
     pub tsc_deadline_timer: bool,
 }
 
-/// One thing that was tried.
+/// One trial.
 #[derive(Debug, Clone, Serialize)]
 pub struct Trial {
-    /// What.
+    /// Its name.
     pub name: &'static str,
     /// How it ended.
     #[serde(serialize_with = "as_text")]
@@ -71,7 +71,7 @@ impl Probe {
     /// There is no KVM, it lacks what every machine needs, or it refuses a small machine.
     pub fn new() -> Result<Self> {
         let kvm = open_kvm()?;
-        // A program that comes to no end is ended with a signal.
+        // A program that does not end is stopped with a signal.
         signals::install_kick()?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -95,7 +95,7 @@ impl Probe {
         Ok(Self { kvm: interface, linux: !ring0.iter().any(Trial::failed), ring0 })
     }
 
-    /// What was found, in one line.
+    /// The result in one line.
     pub fn verdict(&self) -> String {
         let failed: Vec<_> =
             self.ring0.iter().filter(|trial| trial.failed()).map(|trial| trial.name).collect();
@@ -189,7 +189,7 @@ mod tests {
         }
         let probe = Probe::new().unwrap();
         assert_eq!(probe.ring0.len(), PROGRAMS.len());
-        // The least that a KVM of x86-64 can do; whether the others work depends on the machine.
+        // Every KVM on x86-64 can do this; the others depend on the machine.
         assert_eq!(probe.ring0[0].outcome, Outcome::Works);
     }
 }

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a probe runs in a guest's ring 0: one small program for each thing that Linux needs there.
+//! The programs that a probe runs in a guest's ring 0: one small program for each feature that
+//! Linux needs.
 //!
-//! A program starts in 64-bit mode with [`DATA`] in RDI, 64 zeroed bytes and more. It shows with
-//! its last comparison (ZF) whether the result was right.
+//! A program starts in 64-bit mode with [`DATA`] in RDI, at least 64 zeroed bytes. Its last
+//! comparison (ZF) says whether the result was right.
 
 use kvm_bindings::CpuId;
 
 /// Guest-physical address of what programs read and write.
 pub(super) const DATA: u64 = 0x9000;
-/// The port that a program writes to in the end.
+/// The port that a program writes its result to.
 pub(super) const RESULT_PORT: u16 = 0xf4;
-/// What it writes when its result was right.
+/// The value for a right result.
 pub(super) const RIGHT: u8 = 0x2a;
 
 /// A register of a CPUID leaf.
@@ -21,7 +22,7 @@ enum Register {
     Edx,
 }
 
-/// A bit that CPUID announces something with.
+/// A feature bit of CPUID.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CpuidBit {
     leaf: u32,
@@ -50,7 +51,7 @@ impl CpuidBit {
     }
 }
 
-/// XSAVE and what belongs to it (CPUID.1:ECX, bit 26); CR4.OSXSAVE can be set then.
+/// XSAVE and related instructions (CPUID.1:ECX, bit 26); allows setting CR4.OSXSAVE.
 pub(super) const XSAVE: CpuidBit = CpuidBit::new(1, 0, Register::Ecx, 26);
 
 /// Something that Linux does in ring 0.
@@ -58,9 +59,9 @@ pub(super) const XSAVE: CpuidBit = CpuidBit::new(1, 0, Register::Ecx, 26);
 pub(super) struct Program {
     /// What it tries.
     pub name: &'static str,
-    /// What announces it: a kernel that does not see this bit leaves it alone.
+    /// The bit that announces it: kernels do not use the feature without it.
     pub announced_by: Option<CpuidBit>,
-    /// The guest's first GiB is one page.
+    /// The guest's first GiB is mapped by one page.
     pub gib_page: bool,
     /// The instructions.
     pub code: &'static [u8],
@@ -151,7 +152,7 @@ const COUNT: &[u8] = &[
     0x83, 0x3f, 1, // cmpl $1, (%rdi)
 ];
 
-/// Behind every program: tells the result.
+/// Appended to every program: reports the result.
 pub(super) const END: [u8; 7] = [
     0x75,
     0x04, // jne: not right
@@ -162,7 +163,7 @@ pub(super) const END: [u8; 7] = [
     0xf4,              // hlt
 ];
 
-/// What INT3 leads to.
+/// The handler of INT3.
 pub(super) const BREAKPOINT_HANDLER: [u8; 4] = [
     0xff, 0x07, // incl (%rdi)
     0x48, 0xcf, // iretq

@@ -21,9 +21,9 @@ const CYCLE_DAYS: i64 = 146_097;
 const MARCH_0_TO_1970: i64 = 719_468;
 
 impl DateTime {
-    /// The date and time so many seconds after 1970 began.
+    /// Converts seconds since 1970.
     pub fn of_seconds(seconds: i64) -> Self {
-        // Years here begin in March, so that the odd day comes last.
+        // Years here begin in March, so that the leap day is the last.
         let days = seconds.div_euclid(DAY) + MARCH_0_TO_1970;
         let in_day = seconds.rem_euclid(DAY);
         let (cycle, in_cycle) = (days.div_euclid(CYCLE_DAYS), days.rem_euclid(CYCLE_DAYS));
@@ -43,8 +43,7 @@ impl DateTime {
         }
     }
 
-    /// The seconds from 1970 on. What is beyond its range, such as the 31st of April, goes on into
-    /// the next.
+    /// Seconds since 1970. Out-of-range values, such as the 31st of April, carry over.
     pub fn seconds(&self) -> i64 {
         let months = i64::from(self.month) - 3;
         let (year, month) = (self.year + months.div_euclid(12), months.rem_euclid(12));
@@ -56,9 +55,9 @@ impl DateTime {
         days * DAY + in_day
     }
 
-    /// The day of the week of so many seconds after 1970: 1 is Sunday.
+    /// The weekday of so many seconds since 1970: 1 is Sunday.
     pub fn weekday(seconds: i64) -> u8 {
-        // It began on a Thursday.
+        // 1970 began on a Thursday.
         ((seconds.div_euclid(DAY) + 4).rem_euclid(7) + 1) as u8
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One counter of an 8254 interval timer. Time is a number of clock pulses, which it is told.
+//! One counter of an 8254 interval timer. Time is a number of clock pulses, given by the caller.
 //!
 //! Source: Intel 82C54 data sheet (231244): "Operational Description" (writing, latching,
 //! read-back, status), "Mode Definitions", "Operation Common to All Modes".
@@ -13,42 +13,41 @@ enum Access {
     Both,
 }
 
-/// The counting element at work.
+/// The active counting element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Counting {
-    /// The count it started with, from 1 to 65536.
+    /// Its initial count, from 1 to 65536.
     count: i64,
-    /// The pulse that loaded the count. Before time began, if it is the second half of a square
-    /// wave that is longer than that.
+    /// The pulse that loaded the count. Negative if it is the second half of a long square wave.
     start: i64,
 }
 
-/// A counter. Every method is told at which pulse it is called; the pulses do not go back.
+/// A counter. Every method takes the current pulse, which never decreases.
 #[derive(Debug, Clone)]
 pub(super) struct Counter {
     mode: u8,
     access: Access,
     bcd: bool,
     gate: bool,
-    /// The count register, once it has been written as a whole.
+    /// The count register, once it has been written completely.
     register: Option<i64>,
     /// It has not been loaded yet.
     waits: bool,
-    /// The pulse that will load it: the end of a period, of a square wave of half of it.
+    /// The pulse that will load it: the end of a period, or of half a period of a square wave.
     load_at: Option<i64>,
     counting: Option<Counting>,
-    /// What it had counted when the gate closed.
+    /// The count when the gate closed.
     held: Option<i64>,
-    /// The byte written first of a count of two.
+    /// The first written byte of a two-byte count.
     first_byte: Option<u8>,
-    /// The next byte that is read of two is the second one.
+    /// The next byte read is the second of two.
     second_next: bool,
     latched: Option<u16>,
     latched_status: Option<u8>,
 }
 
 impl Counter {
-    /// A counter that nobody has set up: it counts nothing.
+    /// An unprogrammed counter, which does not count.
     pub fn new(gate: bool) -> Self {
         Self {
             mode: 3,
@@ -67,7 +66,7 @@ impl Counter {
         }
     }
 
-    /// A control word for this counter: `word` has its access, mode and BCD bits.
+    /// A control word for this counter: `word` has the access, mode and BCD bits.
     pub fn control(&mut self, word: u8, now: i64) {
         let access = match word >> 4 & 3 {
             0 => return self.latch_count(now),
@@ -75,13 +74,12 @@ impl Counter {
             2 => Access::High,
             _ => Access::Both,
         };
-        // Of modes 2 and 3 the highest bit does not count.
+        // The highest mode bit is ignored for modes 2 and 3.
         let mode = match word >> 1 & 7 {
             mode @ 6.. => mode - 4,
             mode => mode,
         };
-        // Everything starts anew, but the gate is a pin, and what has been latched has been
-        // latched.
+        // Resets everything except the gate, which is a pin, and latched values.
         *self = Self {
             mode,
             access,
@@ -97,13 +95,13 @@ impl Counter {
         };
     }
 
-    /// Keeps the count for the next read, unless one is kept already.
+    /// Latches the count for the next read, unless one is latched already.
     pub fn latch_count(&mut self, now: i64) {
         let count = self.count(now);
         self.latched = self.latched.or(Some(count));
     }
 
-    /// Keeps the status for the next read, unless one is kept already.
+    /// Latches the status for the next read, unless one is latched already.
     pub fn latch_status(&mut self, now: i64) {
         self.settle(now);
         let access = match self.access {
@@ -111,7 +109,7 @@ impl Counter {
             Access::High => 2,
             Access::Both => 3u8,
         };
-        // No count of what was last written is in the counting element.
+        // The last written count is not in the counting element yet.
         let null_count = self.waits || self.counting.is_none_or(|counting| now < counting.start);
         let status = u8::from(self.output(now)) << 7
             | u8::from(null_count) << 6
@@ -192,14 +190,14 @@ impl Counter {
         }
     }
 
-    /// The first pulse after `after` at which the output rises because of what has been counted.
-    /// What a control word does to it is not among that.
+    /// The first pulse after `after` at which counting makes the output rise. The effect of a
+    /// control word is not included.
     pub fn next_rise(&mut self, after: i64) -> Option<i64> {
         self.settle(after);
         let Counting { count, start } = self.counting.filter(|_| self.held.is_none())?;
         let rise = match (self.mode, self.load_at, self.register) {
             (0 | 1, ..) => start + count,
-            // The second half of this square wave is the next count's.
+            // The second half of this square wave uses the next count.
             (3, Some(at), Some(next)) if (at - start) % count != 0 => at + low_half(next),
             (2 | 3, ..) => start + count * ((after - start).max(0) / count + 1),
             _ => start + count + 1,
@@ -207,7 +205,7 @@ impl Counter {
         (rise > after).then_some(rise)
     }
 
-    /// What is counted down to at `now`, as software reads it.
+    /// The count at `now`, as read by software.
     fn count(&mut self, now: i64) -> u16 {
         self.settle(now);
         let value = match (self.progress(now), self.counting) {
@@ -264,7 +262,7 @@ impl Counter {
         }
     }
 
-    /// Loads a count that waited for a time which is over by now.
+    /// Loads a waiting count whose time has come.
     fn settle(&mut self, now: i64) {
         let (Some(at), Some(before)) = (self.load_at.filter(|at| *at <= now), self.counting) else {
             return;
@@ -274,7 +272,7 @@ impl Counter {
         self.load(at - skipped);
     }
 
-    /// What is counted, and how far it has come; nothing before it has been loaded.
+    /// What is counted and the progress; none before a count is loaded.
     fn progress(&self, now: i64) -> Option<(Counting, i64)> {
         let counting = self.counting?;
         let elapsed = self.held.unwrap_or(now - counting.start);
@@ -290,7 +288,7 @@ impl Counter {
     }
 }
 
-/// How long the output of a square wave is high.
+/// How long a square wave is high.
 fn high_half(count: i64) -> i64 {
     (count + 1) / 2
 }
@@ -300,7 +298,7 @@ fn low_half(count: i64) -> i64 {
     count / 2
 }
 
-/// Four decimal digits; more than nine of one carry, whatever hardware does.
+/// Four decimal digits; digits above nine carry, whatever hardware does.
 fn from_bcd(value: u16) -> i64 {
     let digits = [value >> 12, value >> 8 & 0xf, value >> 4 & 0xf, value & 0xf];
     digits.into_iter().fold(0, |number, digit| number * 10 + i64::from(digit)) % 10_000

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The interval timer, an 8254, and the chipset's port B, which has the gate and the output of its
-//! third counter. Where the interrupt controllers are in the kernel, KVM has one of its own.
+//! The interval timer, an 8254, and the chipset's port B, with the gate and output of its third
+//! counter. With in-kernel interrupt controllers, KVM's is used instead.
 //!
 //! Source: Intel 82C54 data sheet (231244); port B: Intel ICH9 data sheet (316972), §13.7.1.
 
@@ -19,30 +19,30 @@ use super::ticks;
 use crate::bus::BusDevice;
 use crate::{Error, Result};
 
-/// First I/O port: that of the first counter; the third's is followed by that of control words.
+/// First I/O port: the first counter's; the third's is followed by the control word's.
 pub(in crate::arch::x86_64) const PIT_FIRST_PORT: u64 = 0x40;
 /// Last I/O port.
 pub(in crate::arch::x86_64) const PIT_LAST_PORT: u64 = 0x43;
 /// I/O port of port B.
 pub(in crate::arch::x86_64) const PORT_B: u64 = 0x61;
 
-/// Pulses of its clock in a second.
+/// Clock frequency.
 const HERTZ: u32 = 1_193_182;
-/// A guest gets no more interrupts than one in so many nanoseconds: as with KVM's own.
+/// Minimum interval between the guest's interrupts in nanoseconds, as in KVM.
 const INTERVAL_MIN: u128 = 200_000;
-/// Offset of control words.
+/// Offset of the control word.
 const CONTROL: u64 = 3;
-/// The counter whose output is an interrupt, and the speaker's.
+/// The counters whose outputs are the interrupt and the speaker.
 const TIMER: usize = 0;
 const SPEAKER: usize = 2;
-/// Of a control word: which counter; three is the read-back command.
+/// Control word: which counter; three is the read-back command.
 const READ_BACK: u8 = 3;
 
-/// Port B: the speaker's counter may count.
+/// Port B: the speaker counter's gate.
 const SPEAKER_GATE: u8 = 1 << 0;
-/// Port B: what the guest can write; the other bit lets the speaker sound, which there is none of.
+/// Port B: writable bits; the other one enables the speaker, which does not exist.
 const PORT_B_WRITABLE: u8 = SPEAKER_GATE | 1 << 1;
-/// Port B: memory is refreshed, about every 15 µs.
+/// Port B: memory refresh, toggles about every 15 µs.
 const REFRESH_TOGGLE: u8 = 1 << 4;
 const REFRESH_PULSES: i64 = 18;
 /// Port B: the output of the speaker's counter.
@@ -61,9 +61,9 @@ pub(in crate::arch::x86_64) struct Pit {
 struct State {
     counters: [Counter; 3],
     port_b: u8,
-    /// The pulse up to which the timer's output has interrupted.
+    /// The pulse up to which the timer's output has been checked.
     seen: i64,
-    /// When it last did, in nanoseconds.
+    /// When it last interrupted, in nanoseconds.
     interrupted: Option<u128>,
     timer: TimerFd,
 }
@@ -75,7 +75,7 @@ impl Pit {
     /// The process has no file descriptors left.
     pub fn new(line: Line) -> Result<Arc<Self>> {
         let timer = TimerFd::new().map_err(Error::os("timerfd"))?;
-        // Only the speaker's gate is wired to anything.
+        // Only the speaker's gate is connected.
         let counters = [Counter::new(true), Counter::new(true), Counter::new(false)];
         let state = State { counters, port_b: 0, seen: 0, interrupted: None, timer };
         Ok(Arc::new(Self { start: Instant::now(), line, state: Mutex::new(state) }))
@@ -91,13 +91,13 @@ impl Pit {
         Arc::new(PortB(self.clone()))
     }
 
-    /// Lets `access` have the state, and the pulse; then interrupts if it is time.
+    /// Calls `access` with the state and the pulse; then interrupts if it is due.
     fn access<T>(&self, access: impl FnOnce(&mut State, i64) -> T) -> T {
         let now = self.start.elapsed().as_nanos();
         let mut state = self.state();
-        // Of two threads the later one is not always the later to get here.
+        // Threads may get here in another order than they read the clock.
         let pulse = (ticks(now, HERTZ) as i64).max(state.seen);
-        // What was due before the access is not lost by it.
+        // An interrupt that was due before the access is not lost.
         let due = state.is_due(pulse);
         let result = access(&mut state, pulse);
         state.seen = pulse;
@@ -120,14 +120,14 @@ impl Pit {
 }
 
 impl State {
-    /// Whether the timer's output has risen since it was last looked at. It interrupts once,
-    /// however often it did.
+    /// Whether the timer's output has risen since the last check. It interrupts once, however often
+    /// it rose.
     fn is_due(&mut self, pulse: i64) -> bool {
         let seen = self.seen;
         self.counters[TIMER].next_rise(seen).is_some_and(|rise| rise <= pulse)
     }
 
-    /// Sets the timer to when the output rises next; that also forgets that it has expired.
+    /// Sets the timer to the output's next rise; this also clears its expiration.
     fn arm(&mut self, now: u128) {
         let seen = self.seen;
         let result = match self.counters[TIMER].next_rise(seen) {
@@ -135,9 +135,9 @@ impl State {
             Some(rise) => {
                 let at = nanoseconds(rise);
                 let earliest = self.interrupted.map_or(0, |last| last + INTERVAL_MIN);
-                // A time of zero would switch it off.
+                // A time of zero would disarm it.
                 let pause = at.max(earliest).saturating_sub(now).max(1);
-                // A period has 65536 pulses at the most: less than a second.
+                // A period has at most 65536 pulses: less than a second.
                 self.timer.reset(Duration::from_nanos(pause as u64), None)
             }
         };
@@ -169,7 +169,7 @@ impl State {
     }
 }
 
-/// When a pulse is over, in nanoseconds.
+/// The end of a pulse, in nanoseconds.
 fn nanoseconds(pulse: i64) -> u128 {
     // Pulses are counted from 0.
     (pulse.max(0) as u128 * 1_000_000_000).div_ceil(HERTZ.into())
@@ -183,7 +183,7 @@ impl BusDevice for PitPorts {
         data.fill(0xff);
         if let [byte] = data {
             self.0.access(|state, pulse| {
-                // Control words cannot be read.
+                // Control words are write-only.
                 if let Some(counter) = state.counters.get_mut(offset as usize) {
                     *byte = counter.read(pulse);
                 }
@@ -234,7 +234,7 @@ impl std::fmt::Debug for Pit {
     }
 }
 
-/// A [`Pit`] as the event loop has it.
+/// A [`Pit`] in the event loop.
 pub(in crate::arch::x86_64) struct PitTimer(pub Arc<Pit>);
 
 impl MutEventSubscriber for PitTimer {
@@ -244,7 +244,7 @@ impl MutEventSubscriber for PitTimer {
         }
     }
 
-    /// Nothing is read: who sets the timer anew meanwhile would leave nothing to read.
+    /// The timerfd is not read: there is nothing to read if it was set again meanwhile.
     fn process(&mut self, _: Events, _: &mut EventOps) {
         self.0.access(|_, _| ());
     }
@@ -309,7 +309,7 @@ mod tests {
         write(&pit, CONTROL, &[0x30]);
         write(&pit, 0, &[10, 0]);
         std::thread::sleep(Duration::from_millis(1));
-        // Nobody serves the event loop here.
+        // No event loop runs here.
         write(&pit, CONTROL, &[0x30]);
         assert_eq!(count.0.load(Ordering::SeqCst), 1);
         write(&pit, CONTROL, &[0x30]);
@@ -321,7 +321,7 @@ mod tests {
         let (pit, count) = pit();
         let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
         events.add_subscriber(Box::new(PitTimer(pit.clone())));
-        // The shortest period there is: 600,000 a second.
+        // The shortest period: 600,000 per second.
         write(&pit, CONTROL, &[0x34]);
         write(&pit, 0, &[2, 0]);
         let start = Instant::now();
@@ -337,7 +337,7 @@ mod tests {
         let (pit, _) = pit();
         let port_b = pit.port_b();
         port_b.write(0, &[0]);
-        // As Linux measures: mode 0, gate on, until the output is high.
+        // As Linux calibrates: mode 0, gate on, until the output is high.
         port_b.write(0, &[1]);
         let start = Instant::now();
         write(&pit, CONTROL, &[0xb0]);
@@ -370,10 +370,10 @@ mod tests {
         write(&pit, 0, &[0, 0]);
         write(&pit, CONTROL, &[0x70]);
         write(&pit, 1, &[0, 0x80]);
-        // Status alone, of the first two.
+        // Only the status, of the first two.
         write(&pit, CONTROL, &[0xe0 | 1 << 1 | 1 << 2]);
         assert_eq!((read(&*ports, 0) & 0x3f, read(&*ports, 1) & 0x3f), (0x34, 0x30));
-        // The count alone, of the second: it does not run on.
+        // Only the count, of the second: it stays latched.
         let latched_and_later = || {
             let start = Instant::now();
             write(&pit, CONTROL, &[0xd0 | 1 << 2]);
@@ -381,7 +381,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
             let latched = u16::from_le_bytes([low, read(&*ports, 1)]);
             let later = u16::from_le_bytes([read(&*ports, 1), read(&*ports, 1)]);
-            // It goes around in 54.9 ms: who slept for longer has learned nothing.
+            // It wraps after 54.9 ms: a longer sleep proves nothing.
             (start.elapsed() < Duration::from_millis(50)).then_some((latched, later))
         };
         let start = Instant::now();
@@ -397,7 +397,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a guest writes, its timer is never set to a time that is long gone or far away.
+        /// Whatever a guest writes, the timer is never set to a past or distant time.
         #[test]
         fn any_access_is_served(accesses in prop::collection::vec((0u64..5, any::<u8>()), 0..64)) {
             let (pit, _) = pit();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The power management timer: a counter that runs from the machine's start on.
+//! The power management timer: a counter that runs since the machine's start.
 //!
-//! Source: ACPI 6.5, §4.8.2.1 and §4.8.3.3. Nobody is told when it wraps: the machine has no SCI.
+//! Source: ACPI 6.5, §4.8.2.1 and §4.8.3.3. No interrupt when it wraps: the machine has no SCI.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::bus::BusDevice;
 
 /// Its I/O port.
 pub(in crate::arch::x86_64) const PM_TIMER_PORT: u16 = 0x608;
-/// Length of its one register, in bytes: all 32 bits count.
+/// Length of its only register, in bytes: a 32-bit timer.
 pub(in crate::arch::x86_64) const PM_TIMER_SIZE: u8 = 4;
 /// §4.8.2.1: 3.579545 MHz.
 const HERTZ: u32 = 3_579_545;
@@ -25,7 +25,7 @@ impl PmTimer {
     }
 }
 
-/// What it shows after so many nanoseconds.
+/// Its value after so many nanoseconds.
 fn value(nanoseconds: u128) -> u32 {
     // It wraps.
     ticks(nanoseconds, HERTZ) as u32
@@ -34,12 +34,12 @@ fn value(nanoseconds: u128) -> u32 {
 impl BusDevice for PmTimer {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let value = u64::from(value(self.0.elapsed().as_nanos()));
-        // An access lies in the four bytes.
+        // An access is within the four bytes.
         let bytes = (value >> (8 * offset)).to_le_bytes();
         data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     }
 
-    /// It is read only.
+    /// It is read-only.
     fn write(&self, _: u64, _: &[u8]) {}
 }
 
@@ -71,7 +71,7 @@ mod tests {
         let first = read(0, 4);
         assert!(first >= 100 * HERTZ);
         assert!(read(0, 4) >= first);
-        // The upper half, alone.
+        // Only the upper half.
         let (before, half, after) = (read(0, 4), read(2, 2), read(0, 4));
         assert!((before >> 16..=after >> 16).contains(&half), "{half:#x}");
     }

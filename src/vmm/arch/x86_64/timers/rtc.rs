@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The clock that runs on a battery, and the memory beside it: an MC146818, without its interrupts.
+//! The real-time clock and its memory: an MC146818 without interrupts.
 //!
 //! It shows the host's time in UTC, or what the guest has set. Source: Motorola MC146818 data sheet
-//! ("Address Map", "Update Cycle", "Registers"); what a PC keeps in its memory: the century alone.
+//! ("Address Map", "Update Cycle", "Registers"). Of a PC's contents of its memory there is only the
+//! century.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use twostage::sync::Mutex;
@@ -10,15 +11,15 @@ use twostage::sync::Mutex;
 use super::calendar::DateTime;
 use crate::bus::BusDevice;
 
-/// I/O port of the address of a register, or of a byte of memory; the next is its data.
+/// I/O port of the index register; the next one is the data.
 pub(in crate::arch::x86_64) const RTC_FIRST_PORT: u64 = 0x70;
 /// I/O port of the data.
 pub(in crate::arch::x86_64) const RTC_LAST_PORT: u64 = 0x71;
-/// Where the century is, as the FADT tells.
+/// Index of the century, as in the FADT.
 pub(in crate::arch::x86_64) const CENTURY: u8 = 0x32;
 
 const SIZE: usize = 128;
-/// The highest bit of the address port masks NMIs, of which there are none.
+/// The highest bit of the index masks NMIs, which do not exist here.
 const ADDRESS_MASK: u8 = 0x7f;
 
 const SECONDS: u8 = 0x00;
@@ -33,13 +34,13 @@ const REGISTER_B: u8 = 0x0b;
 const REGISTER_C: u8 = 0x0c;
 const REGISTER_D: u8 = 0x0d;
 
-/// A: the time is about to change.
+/// A: an update is in progress.
 const UPDATE_IN_PROGRESS: u8 = 1 << 7;
-/// A, as firmware leaves it: a 32.768 kHz crystal, and a rate of 1024 Hz.
+/// A, as initialized by firmware: a 32.768 kHz crystal, and a rate of 1024 Hz.
 const A_DEFAULT: u8 = 0x26;
-/// B: the time is being set, and stands still.
+/// B: the time is being set, and stopped.
 const SET: u8 = 1 << 7;
-/// B: numbers are binary, not decimal.
+/// B: numbers are binary, not BCD.
 const BINARY: u8 = 1 << 2;
 /// B: hours are 0 to 23; otherwise 1 to 12, with [`PM`].
 const HOURS_24: u8 = 1 << 1;
@@ -48,19 +49,19 @@ const PM: u8 = 1 << 7;
 /// D: the battery is not empty.
 const VALID: u8 = 1 << 7;
 
-/// How long before the time changes it is said that it will: 244 µs, and the 1984 µs of the update.
+/// How long before an update it is announced: 244 µs, and the 1984 µs of the update.
 const UPDATE: Duration = Duration::from_micros(244 + 1984);
 
 /// The clock.
 pub(in crate::arch::x86_64) struct Rtc(Mutex<State>);
 
-/// All that the guest can see.
+/// The guest-visible state.
 struct State {
     address: u8,
     memory: [u8; SIZE],
-    /// Seconds that it is ahead of the host.
+    /// Seconds ahead of the host.
     ahead: i64,
-    /// The time it stands at while it is set, in seconds since 1970.
+    /// The stopped time while it is set, in seconds since 1970.
     held: Option<i64>,
 }
 
@@ -73,7 +74,7 @@ impl Rtc {
     }
 
     fn access<T>(&self, access: impl FnOnce(&mut State, Duration) -> T) -> T {
-        // A host whose clock is before 1970 has none.
+        // Zero if the host's clock is before 1970.
         let host = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         access(&mut self.0.lock(), host)
     }
@@ -82,7 +83,7 @@ impl Rtc {
 impl State {
     /// Seconds since 1970.
     fn time(&self, host: Duration) -> i64 {
-        // Until the host is 10^11 years old.
+        // Valid until the host's clock reaches 10^11 years.
         self.held.unwrap_or_else(|| (host.as_secs() as i64).saturating_add(self.ahead))
     }
 
@@ -106,7 +107,7 @@ impl State {
                 let updates = self.held.is_none() && left <= UPDATE;
                 byte & !UPDATE_IN_PROGRESS | if updates { UPDATE_IN_PROGRESS } else { 0 }
             }
-            // Nothing has happened that would interrupt.
+            // There are no interrupts.
             REGISTER_C => 0,
             REGISTER_D => VALID,
             _ => byte,
@@ -132,12 +133,12 @@ impl State {
                 }
                 return self.put(value);
             }
-            // It follows from the date.
+            // It is derived from the date.
             DAY_OF_WEEK => return,
             REGISTER_C | REGISTER_D => return,
             _ => return self.put(value),
         }
-        // It has four digits. What carries into it may come again and again.
+        // It has four digits; carries must not accumulate.
         at.year = at.year.rem_euclid(10_000);
         match &mut self.held {
             Some(held) => *held = at.seconds(),
@@ -145,7 +146,7 @@ impl State {
         }
     }
 
-    /// The clock goes on from `seconds`.
+    /// The clock continues from `seconds`.
     fn set(&mut self, seconds: i64, host: Duration) {
         self.held = None;
         self.ahead = seconds.saturating_sub(host.as_secs() as i64);
@@ -165,7 +166,7 @@ impl State {
         self.memory(REGISTER_B) & bit != 0
     }
 
-    /// A number below 100, as the guest wants it.
+    /// A number below 100 in the guest's format.
     fn number(&self, number: u8) -> u8 {
         if self.has(BINARY) {
             number
@@ -174,9 +175,9 @@ impl State {
         }
     }
 
-    /// The number that the guest means.
+    /// Converts from the guest's format.
     fn parse(&self, value: u8) -> u8 {
-        // 165 at the most.
+        // 165 at most.
         if self.has(BINARY) {
             value
         } else {
@@ -212,7 +213,7 @@ impl State {
 impl BusDevice for Rtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        // The address port cannot be read.
+        // The index is write-only.
         if let (1, [byte]) = (offset, data) {
             *byte = self.access(|state, host| state.read(host));
         }
@@ -277,7 +278,7 @@ mod tests {
         assert_eq!(at(1_000_000 - 2228), A_DEFAULT | UPDATE_IN_PROGRESS);
         assert_eq!(at(999_999), A_DEFAULT | UPDATE_IN_PROGRESS);
         assert_eq!(at(1_000_000), A_DEFAULT);
-        // Not while it is set, nor can it be written.
+        // Not while it is being set; nor is it writable.
         write(&mut clock, REGISTER_A, 0xa6, HOST);
         assert_eq!(read(&mut clock, REGISTER_A, HOST), A_DEFAULT);
         write(&mut clock, REGISTER_B, SET | HOURS_24, HOST);
@@ -301,7 +302,7 @@ mod tests {
         assert_eq!(shows(&mut clock, later), set);
         let later = later + Duration::from_secs(2);
         assert_eq!(shows(&mut clock, later), [0x20, 0, 1, 1, 0, 0, 0, 7]);
-        // One register, as it runs.
+        // One register, while running.
         write(&mut clock, MINUTES, 0x30, later);
         assert_eq!(shows(&mut clock, later + Duration::from_secs(1))[4..7], [0, 0x30, 1]);
         write(&mut clock, REGISTER_B, 0, later);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The waveforms and counts of the data sheet's figures. A count that is written at pulse 0 is
-//! loaded by pulse 1.
+//! The waveforms and counts of the data sheet's figures. A count written at pulse 0 is loaded by
+//! pulse 1.
 
 use proptest::prelude::*;
 
@@ -41,7 +41,7 @@ fn mode_0_interrupts_on_terminal_count() {
     let mut counter = super::tests::counter(0, 4);
     assert_eq!(outputs(&mut counter, 8), "_____---");
     assert_eq!(counter.next_rise(5), None, "once");
-    // A new count: the first byte stops it, the second starts it anew.
+    // A new count: the first byte stops counting, the second restarts it.
     counter.write(3, 10);
     assert!(!counter.output(20));
     assert_eq!(counter.next_rise(20), None);
@@ -57,7 +57,7 @@ fn a_closed_gate_holds_mode_0() {
     assert_eq!(counter.next_rise(100), None);
     counter.set_gate(true, 200);
     assert_eq!((read(&mut counter, 201), counter.next_rise(201)), (6, Some(207)));
-    // A count that is written while it is closed is not counted.
+    // A count written while the gate is closed is not counted.
     counter.set_gate(false, 300);
     write(&mut counter, 5, 300);
     assert_eq!((read(&mut counter, 400), counter.output(400)), (5, false));
@@ -73,7 +73,7 @@ fn mode_1_is_a_one_shot_of_the_gate() {
     counter.set_gate(true, 70);
     let output: Vec<_> = (70..76).map(|now| counter.output(now)).collect();
     assert_eq!(output, [true, false, false, false, true, true]);
-    // Triggered again before it ends, it lasts longer.
+    // Retriggered before the end, it lasts longer.
     counter.set_gate(false, 80);
     counter.set_gate(true, 81);
     counter.set_gate(false, 82);
@@ -125,7 +125,7 @@ fn mode_3_is_a_square_wave() {
 
 #[test]
 fn a_new_count_of_mode_3_is_loaded_at_the_end_of_the_half() {
-    // In the first half, which is 4 long; the second is the new one's 2.
+    // In the first half, which takes 4; the second half takes the new count's 2.
     let mut counter = counter(3, 8);
     write(&mut counter, 4, 2);
     assert_eq!(counter.next_rise(2), Some(7));
@@ -222,7 +222,7 @@ fn the_status_tells_of_output_null_count_and_mode() {
 }
 
 proptest! {
-    /// What `next_rise` says is where the output rises, whatever was written before.
+    /// `next_rise` matches the output's rises, whatever was written before.
     #[test]
     fn rises_are_where_the_output_rises(
         mode in 0u8..6,
@@ -238,7 +238,7 @@ proptest! {
                 write(&mut counter, count, now);
             }
             let mut expected = None;
-            // Pulse by pulse; from the pulse that loads what was written on.
+            // Pulse by pulse, starting with the pulse that loads the count.
             let mut walker = counter.clone();
             let mut before = walker.output(now + 1);
             for pulse in now + 2..now + 100 {
