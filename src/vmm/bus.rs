@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A bus: which device answers at which addresses.
+//! A bus: devices by address range.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-/// Something that answers register accesses. Any vCPU thread may call it at any time.
+/// A device with registers. Any vCPU thread may call it at any time.
 ///
-/// `offset` is from the start of the device's range; the access lies in the range. `data` has 1,
-/// 2, 4 or 8 bytes in guest order (little-endian).
+/// `offset` is relative to the device's range; the access is within the range. `data` has 1, 2, 4
+/// or 8 bytes in guest order (little-endian).
 pub trait BusDevice: Send + Sync {
     /// The guest reads `data.len()` bytes at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -38,10 +38,10 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Lets `device` answer in `range`.
+    /// Adds `device` at `range`.
     ///
     /// # Errors
-    /// When another device answers somewhere in the range.
+    /// Another device overlaps the range.
     pub fn insert(
         &mut self,
         range: RangeInclusive<u64>,
@@ -56,8 +56,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads; bytes that nobody answers for are ones, as on a bus that nobody drives. Says
-    /// whether a device answered.
+    /// Reads; bytes without a device read as ones, as on an undriven bus. Returns whether a device
+    /// answered.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {
@@ -71,7 +71,7 @@ impl Bus {
         }
     }
 
-    /// Writes; a write that nobody answers is lost. Says whether a device answered.
+    /// Writes; without a device the write is lost. Returns whether a device answered.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {
@@ -82,7 +82,7 @@ impl Bus {
         }
     }
 
-    /// The device that answers for all of an access, and the offset in its range.
+    /// The device whose range contains all of an access, and the offset in it.
     fn find(&self, address: u64, length: usize) -> Option<(u64, &dyn BusDevice)> {
         let last = address.checked_add(length.checked_sub(1)? as u64)?;
         let (start, slot) = self.slots.range(..=address).next_back()?;
@@ -125,7 +125,8 @@ mod tests {
         assert_eq!(byte, [0x42]);
         assert!(bus.write(0x1fe, &[1, 2]));
         assert_eq!(*device.0.lock(), [(0xfe, vec![1, 2])]);
-        // Past the end, before the start, nothing at all, and across the end of the address space.
+        // Past the end, before the start, entirely outside, and across the end of the address
+        // space.
         let mut word = [0; 4];
         assert!(!bus.read(0x1fe, &mut word));
         assert_eq!(word, [0xff; 4]);

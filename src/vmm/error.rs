@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What can keep a machine from being built or from going on, each in one line for its user.
+//! Errors that prevent a machine from being built or from running, each in one line for the user.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,13 +14,13 @@ use crate::vfio::VfioError;
 use twostage::iommufd::OpenError;
 use twostage::viommu::CapabilityConflict;
 
-/// Why there is no machine, or not any more.
+/// Why a machine cannot be built or has failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The configuration contradicts itself.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Guest memory cannot be had.
+    /// Guest memory cannot be allocated.
     #[error("--memory: {0}")]
     Memory(#[from] MemoryError),
     /// The kernel or the initramfs cannot be loaded.
@@ -32,49 +32,49 @@ pub enum Error {
     /// `/dev/kvm` cannot be opened.
     #[error("/dev/kvm: {source}; {}", kvm_advice(.source))]
     KvmOpen {
-        /// What the open said.
+        /// The error of the open.
         source: io::Error,
     },
     /// A call to KVM failed.
     #[error("KVM: {what}: {source}")]
     Kvm {
-        /// What was being done.
+        /// The operation.
         what: &'static str,
-        /// What KVM said.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
-    /// KVM lacks something the machine cannot do without.
+    /// KVM lacks a required feature.
     #[error("KVM: {0}")]
     KvmLacks(String),
     /// The operating system refused something.
     #[error("{what}: {source}")]
     Os {
-        /// What was being done.
+        /// The operation.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// A file cannot be written.
     #[error("{what}: {source}")]
     Output {
-        /// Which, as the command line has it.
+        /// The file, as on the command line.
         what: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The PCI bus cannot be built.
     #[error("PCI: {0}")]
     Pci(String),
-    /// What tells the guest of its machine cannot be written.
+    /// The tables for the guest cannot be written.
     #[error("firmware: {0}")]
     Firmware(String),
-    /// The host's IOMMU cannot serve what the virtual one was to offer.
+    /// The host's IOMMU does not support an option of the virtual one.
     #[error("--iommu: {0}")]
     Capability(#[from] CapabilityConflict),
-    /// There is no disk.
+    /// A disk cannot be opened.
     #[error("--disk: {0}")]
     Disk(#[from] DiskError),
-    /// There is no tap interface.
+    /// A tap interface cannot be opened.
     #[error("--net: {0}")]
     Tap(#[from] TapError),
     /// A source of entropy cannot be opened.
@@ -82,22 +82,22 @@ pub enum Error {
     Rng {
         /// The source.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A device of the host's cannot be assigned.
+    /// A device of the host cannot be assigned.
     #[error(transparent)]
     Vfio(#[from] VfioError),
-    /// There is no IOMMU of the kernel's.
+    /// The kernel's IOMMU cannot be opened.
     #[error("--iommu: {0}")]
     KernelHost(OpenError),
-    /// The host's IOMMU cannot serve a device.
+    /// The host's IOMMU does not support a device.
     #[error("--iommu: {0}")]
     HostLacks(String),
-    /// The virtual IOMMU or the host behind it cannot be built.
+    /// The virtual IOMMU or its host cannot be built.
     #[error("IOMMU: {0}")]
     Iommu(String),
-    /// An interrupt cannot be wired.
+    /// An interrupt cannot be connected.
     #[error("interrupts: {0}")]
     Interrupts(String),
     /// The event loop failed.
@@ -109,7 +109,7 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The exit code that goes with the error.
+    /// The exit code for the error.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Memory(MemoryError::Map { .. }) => exit_code::OS_ERROR,
@@ -134,12 +134,12 @@ impl Error {
         }
     }
 
-    /// Names what was being done when KVM failed.
+    /// Adds the operation to an error of KVM.
     pub(super) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         move |source| Self::Kvm { what, source }
     }
 
-    /// Names what was being done when the operating system failed.
+    /// Adds the operation to an error of the operating system.
     pub(super) fn os<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::Os { what, source: source.into() }
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lightweight VMM: a KVM machine just large enough to put a guest, a virtual IOMMU and PCI
-//! devices together.
+//! The lightweight VMM: a KVM machine just large enough to connect a guest, a virtual IOMMU and PCI
+//! devices.
 //!
 //! [`Machine`] is built from a [`config::MachineConfig`] and runs until the guest ends it. vCPU
-//! threads bring register accesses to the [`bus`]; one event loop serves file descriptors; each
-//! device that does DMA has a worker of its own, and so has what the guest says, so that nobody
-//! waits for who reads it. Nothing here decides what a DMA may reach: that is the IOMMU's.
+//! threads dispatch register accesses through the [`bus`]; one event loop serves file descriptors;
+//! each device that does DMA has a worker thread, and so has each output, so that nobody waits for
+//! readers. Nothing here decides what a DMA may access: that is the IOMMU's job.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 

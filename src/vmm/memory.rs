@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory: what backs the RAM that lies where the architecture has it.
+//! Guest memory: backs the RAM ranges of the architecture.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -17,32 +17,32 @@ use vm_memory::{
 use crate::arch::layout::{ram_ranges, FIXED};
 use crate::{Error, Result};
 
-/// What RAM and KVM deal in, in bytes.
+/// Granularity of RAM and KVM, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// Why guest memory cannot be had.
+/// Why guest memory cannot be allocated.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// No memory at all.
+    /// The size is zero.
     #[error("a guest needs memory; size=0 gives it none")]
     Zero,
-    /// Not whole pages.
+    /// Not a multiple of the page size.
     #[error("size={0} is not a multiple of 4096 bytes")]
     NotPages(u64),
     /// More than the host has.
     #[error("size={size} is more than the {host} bytes of memory this host has")]
     BeyondHost {
-        /// Bytes asked for.
+        /// Bytes requested.
         size: u64,
         /// Bytes the host has.
         host: u64,
     },
-    /// The host's memory could not be asked for or mapped.
+    /// The host's memory could not be determined or mapped.
     #[error("cannot map {size} bytes: {detail}")]
     Map {
-        /// Bytes asked for.
+        /// Bytes requested.
         size: u64,
-        /// What the system said.
+        /// The system's error.
         detail: String,
     },
 }
@@ -55,16 +55,16 @@ pub struct MachineMemory {
 }
 
 impl MachineMemory {
-    /// `size` bytes of zeroed RAM, where the architecture has it.
+    /// `size` bytes of zeroed RAM, at the architecture's addresses.
     ///
     /// # Errors
-    /// When `size` is no memory size for this host.
+    /// `size` is not possible on this host.
     pub fn new(size: u64) -> std::result::Result<Self, MemoryError> {
         Self::made_of(size, |_| Ok(None))
     }
 
-    /// The same in files of no name (memfd), which a kernel's IOMMU can map as such: it needs no
-    /// addresses of this process then.
+    /// The same in anonymous files (memfd), which a kernel's IOMMU can map directly, without
+    /// addresses of this process.
     ///
     /// # Errors
     /// As [`MachineMemory::new`].
@@ -76,7 +76,8 @@ impl MachineMemory {
         })
     }
 
-    /// RAM whose pieces, by their lengths, are what `back` says: a file, or nothing.
+    /// RAM whose pieces are backed by what `back` returns for their length: a file, or anonymous
+    /// memory.
     fn made_of(
         size: u64,
         back: impl Fn(u64) -> io::Result<Option<FileOffset>>,
@@ -129,17 +130,17 @@ impl MachineMemory {
         self.map.check_range(GuestAddress(start), length)
     }
 
-    /// How many memory slots of KVM it takes, from number 0 on.
+    /// Number of KVM memory slots it uses, from 0 on.
     pub(super) fn slots(&self) -> u32 {
-        // A machine has two regions at the most.
+        // A machine has at most two regions.
         self.regions.len() as u32
     }
 
-    /// Makes the memory the memory of `vm`.
+    /// Registers the memory with `vm`.
     pub(super) fn register(&self, vm: &VmFd) -> Result<()> {
         for (slot, region) in self.regions.iter().enumerate() {
             let slot = kvm_userspace_memory_region {
-                // A machine has two regions at the most.
+                // A machine has at most two regions.
                 slot: slot as u32,
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
@@ -155,9 +156,9 @@ impl MachineMemory {
     }
 }
 
-/// A file in memory, without a name.
+/// An anonymous file in memory.
 fn memory_file() -> io::Result<File> {
-    // SAFETY: the name is a string with an end, and only read.
+    // SAFETY: the name is zero-terminated, and only read.
     let descriptor = unsafe { libc::memfd_create(c"guest RAM".as_ptr(), libc::MFD_CLOEXEC) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
@@ -166,7 +167,7 @@ fn memory_file() -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(descriptor) })
 }
 
-/// What is at `address` in a machine with `size` bytes of RAM, if anything is.
+/// What occupies `address` in a machine with `size` bytes of RAM, if anything.
 pub fn occupant(size: u64, address: u64) -> Option<&'static str> {
     let in_ram = |(start, length): (u64, u64)| address >= start && address - start < length;
     if ram_ranges(size).into_iter().any(in_ram) {
@@ -189,7 +190,7 @@ fn check_size(size: u64, host: Option<u64>) -> std::result::Result<(), MemoryErr
     }
 }
 
-/// The host's memory in bytes; unknown where `/proc` is not mounted.
+/// The host's memory in bytes; unknown without `/proc`.
 fn host_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reports: what a machine has done so far, and the host objects it has just now.
+//! Reports: a machine's activity so far, and the current host objects.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ pub struct Report {
     pub interrupt_controllers: String,
     /// Message-signalled interrupts of devices.
     pub interrupts: InterruptReport,
-    /// Exits of vCPUs by kind; unclaimed ones are counted by their kind too.
+    /// VM exits by kind; unclaimed ones are also counted by kind.
     pub exits: BTreeMap<&'static str, u64>,
     /// The devices.
     pub devices: Vec<DeviceReport>,
@@ -32,9 +32,9 @@ pub struct Report {
 /// Message-signalled interrupts of devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct InterruptReport {
-    /// Those that went through a route in the kernel.
+    /// Those sent through a route in the kernel.
     pub routed: u64,
-    /// Times the kernel was given other routes.
+    /// Number of routing updates.
     pub route_updates: u64,
 }
 
@@ -46,39 +46,39 @@ pub struct DeviceReport {
     pub bdf: Bdf,
     /// What it is.
     pub model: &'static str,
-    /// The virtual IOMMU it is behind, if any.
+    /// Its virtual IOMMU, if any.
     pub iommu: Option<String>,
-    /// Transfers that were done, of a device that tells: one of this machine does not.
+    /// Completed transfers, if the device counts them: assigned ones do not.
     pub dma_done: Option<u64>,
-    /// Transfers that were refused, likewise.
+    /// Refused transfers, likewise.
     pub dma_failed: Option<u64>,
     /// The queues of a virtio device.
     pub queues: Vec<QueueReport>,
 }
 
-/// What passed between a virtqueue's driver and its device: when a guest waits for a device, this
-/// tells who waits for whom.
+/// Traffic between a virtqueue's driver and its device: shows who waits for whom when a guest waits
+/// for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct QueueReport {
-    /// Times the device was told that there is something new.
+    /// Notifications to the device.
     pub notified: u64,
-    /// Chains that the device gave back.
+    /// Chains that the device returned.
     pub used: u64,
-    /// Interrupts that the device asked for.
+    /// Interrupts of the device.
     pub interrupts: u64,
 }
 
 /// A virtual IOMMU.
 #[derive(Debug, Clone, Serialize)]
 pub struct IommuReport {
-    /// What devices call it.
+    /// Its name for devices.
     pub id: String,
-    /// What it did.
+    /// Its statistics.
     #[serde(flatten)]
     pub of: ModelReport,
 }
 
-/// What a virtual IOMMU did, by its model.
+/// Statistics of a virtual IOMMU, by model.
 #[derive(Debug, Clone, Serialize)]
 #[serde(untagged)]
 #[allow(clippy::large_enum_variant)] // There are few.
@@ -92,51 +92,51 @@ pub enum ModelReport {
 /// A virtual VT-d.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct VtdReport {
-    /// The registers that say what it is, by name; in JSON each is a string, in hexadecimal.
+    /// The capability registers, by name; in JSON each is a hexadecimal string.
     #[serde(serialize_with = "hexadecimal")]
     pub registers: BTreeMap<&'static str, u64>,
-    /// What the guest did with the virtual IOMMU.
+    /// The guest's operations on the virtual IOMMU.
     pub viommu: twostage::viommu::vtd::VtdCounters,
-    /// What became of that.
+    /// The resulting operations of nesting.
     pub nesting: VtdNestingCounters,
-    /// What the unit behind it did, if that is emulated.
+    /// The statistics of the unit behind it, if that is emulated.
     pub hardware: Option<VtdCounters>,
-    /// What its sanitizer found, if it has one.
+    /// The sanitizer's findings, if it has one.
     pub sanitizer: Option<SanitizerReport>,
 }
 
 /// A virtual SMMUv3.
 #[derive(Debug, Clone, Serialize)]
 pub struct SmmuV3Report {
-    /// The registers that say what it is, by name; in JSON each is a string, in hexadecimal.
+    /// The identification registers, by name; in JSON each is a hexadecimal string.
     #[serde(serialize_with = "hexadecimal")]
     pub registers: BTreeMap<&'static str, u64>,
-    /// What the guest did with the virtual IOMMU.
+    /// The guest's operations on the virtual IOMMU.
     pub viommu: twostage::viommu::smmuv3::SmmuCounters,
-    /// What became of that.
+    /// The resulting operations of nesting.
     pub nesting: SmmuNestingCounters,
     /// The host's objects that it uses.
     pub objects: SmmuObjects,
-    /// Those that it used as a guest switched translation off, the last time.
+    /// Those that it used the last time a guest disabled translation.
     pub objects_in_use: Option<SmmuObjects>,
-    /// What the unit behind it did, if that is emulated.
+    /// The statistics of the unit behind it, if that is emulated.
     pub hardware: Option<SmmuV3Counters>,
-    /// What its sanitizer found, if it has one.
+    /// The sanitizer's findings, if it has one.
     pub sanitizer: Option<SanitizerReport>,
 }
 
 /// The host behind the virtual IOMMUs.
 #[derive(Debug, Clone, Serialize)]
 pub struct HostReport {
-    /// Calls by verb, those that were made.
+    /// Calls by verb, without those never made.
     pub calls: BTreeMap<&'static str, CallReport>,
-    /// Its objects before the guest ran, if the host tells: the kernel does not.
+    /// Its objects before the guest ran, if the host lists them: the kernel does not.
     pub at_start: Option<ObjectGraph>,
-    /// Its objects as a guest switched translation off, when there were most of them.
+    /// Its objects when a guest last disabled translation, when there were most of them.
     pub in_use: Option<ObjectGraph>,
-    /// Its objects now, likewise.
+    /// Its current objects, likewise.
     pub graph: Option<ObjectGraph>,
-    /// Those that were left when the machine had given everything back, in the report of its end.
+    /// Those left after the machine released everything, in the final report.
     pub left: Option<ObjectGraph>,
 }
 
@@ -192,7 +192,7 @@ impl fmt::Display for IommuReport {
     }
 }
 
-/// What the virtual IOMMU `id` says of itself.
+/// The capability registers of the virtual IOMMU `id`.
 fn registers(
     f: &mut fmt::Formatter<'_>,
     id: &str,
@@ -203,12 +203,12 @@ fn registers(
     writeln!(f)
 }
 
-/// What the sanitizer of `id` found, if it has one.
+/// The findings of the sanitizer of `id`, if it has one.
 fn found(f: &mut fmt::Formatter<'_>, id: &str, of: Option<&SanitizerReport>) -> fmt::Result {
     of.map_or(Ok(()), |sanitizer| write!(f, "{id}, {sanitizer}"))
 }
 
-/// What the virtual IOMMU `id` counted, from the guest down.
+/// The counters of the virtual IOMMU `id`, from the guest down.
 fn counters(
     f: &mut fmt::Formatter<'_>,
     id: &str,
@@ -252,20 +252,20 @@ impl fmt::Display for HostReport {
     }
 }
 
-/// Objects as a tree, below a line that says which.
+/// Objects as a tree below a title.
 fn objects(f: &mut fmt::Formatter<'_>, title: &str, graph: &ObjectGraph) -> fmt::Result {
     writeln!(f, "{title}:")?;
     graph.to_string().lines().try_for_each(|line| writeln!(f, "  {line}"))
 }
 
-/// The numbers of a structure of counters, by name.
+/// The values of a structure of counters, by name.
 fn fields<T: Serialize>(counters: &T) -> BTreeMap<String, u64> {
     let value = serde_json::to_value(counters).unwrap_or_default();
     let object = value.as_object().cloned().unwrap_or_default();
     object.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
 }
 
-/// One line: the counters that are not zero.
+/// One line: the non-zero counters.
 fn section<K: fmt::Display>(
     f: &mut fmt::Formatter<'_>,
     title: &str,

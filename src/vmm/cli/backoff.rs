@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long a machine that resets itself at once waits until it starts again.
+//! Backoff for machines that keep resetting themselves.
 
 use std::time::{Duration, Instant};
 
 use crate::process::signals;
 
-/// A life shorter than this makes the next one wait.
+/// After a shorter life, the restart waits.
 const SHORT: Duration = Duration::from_secs(1);
-/// After the first short life.
+/// The wait after the first short life.
 const FIRST: Duration = Duration::from_millis(125);
-/// However many there were.
+/// The maximum wait.
 const LONGEST: Duration = Duration::from_secs(8);
 
-/// Doubles with each short life, and starts anew after one that was not.
+/// Doubles with each short life; a longer one resets it.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
     last: Duration,
@@ -20,7 +20,7 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    /// Lives a life.
+    /// Runs and times one life.
     pub fn time<T>(&mut self, life: impl FnOnce() -> T) -> T {
         let started = Instant::now();
         let result = life();
@@ -36,7 +36,7 @@ impl Backoff {
         };
     }
 
-    /// Waits as long as it is due; not when a signal comes, which is the next life's.
+    /// Waits, if it is due; a signal ends the wait and is left for the next life.
     pub fn wait(&self) {
         if self.next.is_zero() {
             return;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The files a command line names: what is written must not be anything else that is named.
+//! The files of a command line: outputs must differ from all other files.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,19 +17,19 @@ struct Named<'a> {
     output: bool,
 }
 
-/// What tells whether two names are of one file.
+/// Identifies a file regardless of its name.
 #[derive(Debug, PartialEq, Eq)]
 enum Identity {
-    /// Device and inode of a file that is there.
+    /// Device and inode of an existing file.
     There(u64, u64),
     /// Number of a block device, which may have several nodes.
     BlockDevice(u64),
-    /// Where a file that is not there would be made.
+    /// Folder and name of a file to be created.
     Absent(PathBuf, OsString),
 }
 
-/// Says which two options of `config`, or `report`'s file, name one file that one of them would
-/// overwrite.
+/// Finds two options of `config`, or `report`'s file, that name the same file, which one of them
+/// would overwrite.
 pub(super) fn check_outputs(config: &MachineConfig, report: Option<&Path>) -> Result<(), String> {
     let mut named = vec![Named { option: "--kernel", path: &config.payload.kernel, output: false }];
     let initramfs = config.payload.initramfs.iter();
@@ -68,7 +68,7 @@ pub(super) fn check_outputs(config: &MachineConfig, report: Option<&Path>) -> Re
     Ok(())
 }
 
-/// `None` for what cannot be overwritten, such as `/dev/null` or a terminal, or cannot be there.
+/// `None` for files that cannot be overwritten, such as `/dev/null` or a terminal, or cannot exist.
 fn identity(path: &Path) -> Option<Identity> {
     match fs::metadata(path) {
         Ok(there) if there.is_file() || there.is_dir() => {
@@ -129,7 +129,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let nodes = ["one", "other"].map(|name| directory.path().join(name));
         for node in &nodes {
-            // No driver is needed: nobody opens it.
+            // Needs no driver, as it is not opened.
             let made = std::process::Command::new("mknod").arg(node).args(["b", "7", "9"]).status();
             if !made.is_ok_and(|status| status.success()) {
                 eprintln!("no node of a block device is had: NOT tested");

@@ -31,13 +31,13 @@ const VFIO_DEVICES: &str = "/dev/vfio/devices";
 
 #[derive(Debug, Args)]
 pub(super) struct InfoArgs {
-    /// Whose devices: those of the kernel's iommufd, or an emulated edu behind an emulated IOMMU.
+    /// The host: the kernel's iommufd, or an emulated edu behind an emulated IOMMU.
     #[arg(long, value_name = "/dev/iommu|emulated", default_value = "/dev/iommu")]
     host: PathBuf,
 
-    /// A device that is bound to vfio-pci, by its folder in /sys/bus/pci/devices or its file in
-    /// /dev/vfio/devices; may be given several times. Without, all of the latter. Nobody else may
-    /// use it, and its DMA is blocked meanwhile.
+    /// A device bound to vfio-pci, by its folder in /sys/bus/pci/devices or its file in
+    /// /dev/vfio/devices; may be given several times. Default: all of the latter. It must not be in
+    /// use, and its DMA is blocked meanwhile.
     #[arg(long = "vfio", value_name = "path=PATH", value_parser = parse_vfio)]
     vfio: Vec<String>,
 
@@ -45,7 +45,7 @@ pub(super) struct InfoArgs {
     #[arg(long, value_enum, default_value = "vtd")]
     iommu: Emulated,
 
-    /// Form of the result, which goes to standard output.
+    /// Format of the result on standard output.
     #[arg(long, value_enum, default_value = "text")]
     report: Form,
 }
@@ -69,7 +69,7 @@ fn parse_vfio(text: &str) -> Result<String, String> {
     }
 }
 
-/// Why there is no result.
+/// Why `info` fails.
 #[derive(Debug, thiserror::Error)]
 enum InfoError {
     #[error("--vfio names devices of the kernel's; the emulated host has one of its own")]
@@ -106,7 +106,7 @@ impl From<HostError> for InfoError {
     }
 }
 
-/// Looks, and tells; the exit code.
+/// Surveys and reports; returns the exit code.
 pub(super) fn info(args: &InfoArgs) -> u8 {
     match report(args).and_then(|report| Ok(write(&report, args.report)?)) {
         Ok(()) => 0,
@@ -132,10 +132,10 @@ fn report(args: &InfoArgs) -> Result<NestingReport, InfoError> {
 }
 
 const EDU: &str = "edu";
-/// As many as a PASID can have.
+/// The maximum number of PASID bits.
 const EDU_PASID_BITS: u8 = 20;
 
-/// A host as virtual machines have it, with an edu.
+/// A host like that of virtual machines, with an edu.
 fn emulated(iommu: Emulated) -> Arc<EmulatedHost> {
     let host = EmulatedHost::new();
     let unit: EmulatedUnit = match iommu {
@@ -144,14 +144,14 @@ fn emulated(iommu: Emulated) -> Arc<EmulatedHost> {
     };
     let unit = host.add_unit(unit);
     let config = DeviceConfig { pasid_bits: EDU_PASID_BITS, ..Default::default() };
-    // Neither the name nor the address is taken on a host without devices.
+    // Cannot fail, as the host has no other device.
     if let Err(error) = host.add_device(EDU, unit, Bdf::from_raw(0x0008), config) {
         log::error!("the emulated host: {error}");
     }
     host
 }
 
-/// Every VFIO device, by the number of its file.
+/// Every VFIO device, ordered by number.
 fn bound_devices() -> Result<Vec<String>, InfoError> {
     let entries = fs::read_dir(VFIO_DEVICES).into_iter().flatten().flatten();
     let mut paths: Vec<_> =

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The command line, in the habits of cloud-hypervisor's.
+//! The command line, in the style of cloud-hypervisor's.
 
 mod backoff;
 mod files;
@@ -32,7 +32,8 @@ use crate::devices::virtio::none_is_left_behind;
 use crate::process::stop::StopReason;
 use crate::{process::exit_code, process::signals, Error, Machine};
 
-/// A virtual machine with a virtual IOMMU whose stage-1 tables run in hardware.
+/// A lightweight virtual machine monitor with virtual IOMMUs whose stage-1 tables are walked by
+/// hardware.
 #[derive(Debug, Parser)]
 #[command(name = "twostage", version, about)]
 struct Cli {
@@ -45,10 +46,10 @@ enum Command {
     /// Runs a virtual machine until its guest ends it.
     #[command(next_line_help = true, after_help = EXIT_CODES)]
     Run(Box<RunArgs>),
-    /// Tells what devices and their IOMMUs offer to a virtual IOMMU in front of them.
+    /// Reports what devices and their IOMMUs offer to a virtual IOMMU.
     #[command(after_help = info::EXIT_CODES)]
     Info(InfoArgs),
-    /// Tells what this machine's KVM can do, and whether Linux runs on it.
+    /// Reports what this machine's KVM can do, and whether Linux runs on it.
     #[command(after_help = probe::EXIT_CODES)]
     Probe(ProbeArgs),
 }
@@ -75,13 +76,13 @@ struct RunArgs {
     #[arg(long, value_name = "PATH")]
     kernel: PathBuf,
 
-    /// File handed to the kernel as its initial file system.
+    /// File that the kernel gets as its initial file system.
     #[arg(long, value_name = "PATH")]
     initramfs: Option<PathBuf>,
 
     /// File for a kernel with a Multiboot header or a PVH entry; may be given several times, in the
-    /// order that the kernel wants. `cmdline` is the rest of the value, with its commas: the file's
-    /// own command line. Xen has the kernel of its first domain, then that one's initramfs.
+    /// order that the kernel expects. `cmdline` is the rest of the value, including commas: the
+    /// file's command line. Xen expects its first domain's kernel, then that one's initramfs.
     #[arg(long = "module", value_name = "path=FILE[,cmdline=TEXT]", conflicts_with = "initramfs")]
     modules: Vec<ModuleConfig>,
 
@@ -93,20 +94,20 @@ struct RunArgs {
     #[arg(long, value_name = "boot=N", default_value = "boot=1")]
     cpus: CpusOption,
 
-    /// Memory of the guest, such as size=512M or size=2G.
+    /// Guest memory, such as size=512M or size=2G.
     #[arg(long, value_name = "size=SIZE", default_value = "size=512M")]
     memory: MemoryOption,
 
-    /// Virtual IOMMU; may be given several times. Devices are behind the first unless they say
-    /// otherwise (`iommu=`, with its `id`: vtd0, vtd1 and so on, or smmu0, unless given; `on` is
-    /// the first). A PC has `vtd`, arm64 `smmuv3`. With `off` a device's DMA is not translated;
-    /// messages of virtio devices are remapped even so. PASIDs have `pasid-bits` bits, 20 at the
-    /// most: 8 behind a vtd unless given, and behind an smmuv3 what its devices' SMMU has. IOVAs
-    /// have `aw` bits. What of granules and invalidation by range (`ril`) is not said is what its
-    /// devices' SMMU has; what is said, it must have. Interrupts are remapped, for all or for none,
-    /// which takes the IOAPIC out of the kernel; `intremap=off` leaves it there, and `intremap=on`
-    /// insists where KVM cannot do without. With `host=/dev/iommu` the kernel translates, and the
-    /// devices behind are those of this machine (--vfio).
+    /// Virtual IOMMU; may be given several times. A device selects one by its `id` (`iommu=ID`; by
+    /// default vtd0, vtd1 and so on, or smmu0); the default, and `on`, is the first. PCs have
+    /// `vtd`, arm64 has `smmuv3`. With `iommu=off` a device's DMA is not translated; MSIs of virtio
+    /// devices are remapped nevertheless. PASIDs have `pasid-bits` bits, at most 20: by default 8
+    /// behind a vtd, and what the devices' SMMU has behind an smmuv3. IOVAs have `aw` bits.
+    /// Granules and invalidation by range (`ril`) default to what the devices' SMMU has, which must
+    /// support what is given. Interrupt remapping is for all units or none, and moves the IOAPIC
+    /// out of the kernel; `intremap=off` leaves it there, and `intremap=on` fails if KVM does not
+    /// support that. With `host=/dev/iommu` the kernel translates, and the devices behind it are
+    /// assigned ones (--vfio).
     #[arg(
         long = "iommu",
         value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,ril=on|off,host=emulated|PATH,sanitize=on|off]"
@@ -118,9 +119,9 @@ struct RunArgs {
     devices: Vec<DeviceConfig>,
 
     /// Virtio block device with a raw image or a block device; may be given several times, after
-    /// every --device. format=raw: the image is raw whatever it starts with. While it is written
-    /// nobody else has it: QEMU and cloud-hypervisor keep to the same locks, and the kernel to the
-    /// claim of a block device.
+    /// every --device. format=raw: the image is raw whatever its contents look like. It is locked
+    /// against other writers with the locks of QEMU and cloud-hypervisor, and a block device is
+    /// claimed exclusively.
     #[arg(
         long = "disk",
         value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID]"
@@ -136,43 +137,43 @@ struct RunArgs {
     #[arg(long = "rng", value_name = "src=FILE[,iommu=on|off|ID]")]
     rngs: Vec<RngConfig>,
 
-    /// Device of this machine, bound to vfio-pci, for the guest; may be given several times, after
+    /// Device of this machine, bound to vfio-pci, to be assigned; may be given several times, after
     /// every --rng. Its folder in sysfs is /sys/bus/pci/devices/ADDRESS. It is behind a virtual
-    /// IOMMU with `host=/dev/iommu`, or with `iommu=off` reaches all memory of the guest by its
-    /// address.
+    /// IOMMU with `host=/dev/iommu`, or with `iommu=off` reaches all guest memory at guest-physical
+    /// addresses.
     #[arg(long = "vfio", value_name = "path=FOLDER[,id=NAME,iommu=on|off|ID]")]
     vfios: Vec<VfioConfig>,
 
-    /// Where the serial port leads. With `tty` it is standard input and output; typed at a
-    /// terminal, Ctrl-A x ends the machine, and Ctrl-A h says what else there is. The guest waits
-    /// for nobody who reads: 256 KiB are kept, and what is dropped beyond that is said.
+    /// Backend of the serial port. `tty` is standard input and output; at a terminal, Ctrl-A x ends
+    /// the machine, and Ctrl-A h lists the other keys. The guest does not wait for readers: 256 KiB
+    /// are buffered, and a message reports what was dropped.
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
 
-    /// What happens when the guest resets itself. A restarted machine is a new one, which a report
-    /// tells of alone; what it writes to files goes behind what is there. After lives of less than
-    /// a second it starts later and later, 8 seconds at the most; and never before its devices are
-    /// through with a request to a slow disk.
+    /// What happens when the guest resets the machine. A restarted machine is a new one, with its
+    /// own report, which is appended to the files of the old one. After lives of less than a second
+    /// the restart is delayed, by at most 8 seconds; it also waits for pending requests to a slow
+    /// disk.
     #[arg(long, value_enum, default_value = "exit")]
     on_reset: OnReset,
 
-    /// Form of the reports, at the end and on SIGUSR1, and where they go: standard error, or a file
-    /// that holds the last one; of a machine that restarts, the last one of each of its lives.
+    /// Format of the reports, at the end and on SIGUSR1, and their destination: standard error, or
+    /// a file with the last one; with restarts, the last one of each life.
     #[arg(long, value_name = "none|text|json[,file=PATH]", default_value = "text")]
     report: ReportOption,
 
-    /// Writes a trace of what virtual IOMMUs, the host, interrupts and devices do: JSON for
-    /// Perfetto or Chrome. Each life of a machine that restarts is a process of it.
+    /// Writes a trace of virtual IOMMUs, the host, interrupts and devices: JSON for Perfetto or
+    /// Chrome. Each life of a machine that restarts is a process of the trace.
     #[arg(long, value_name = "PATH")]
     trace: Option<PathBuf>,
 }
 
-/// What follows a reset.
+/// What happens after a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OnReset {
-    /// The command ends.
+    /// The command exits.
     Exit,
-    /// The machine starts again, as at first.
+    /// The machine restarts from the beginning.
     Restart,
 }
 
@@ -200,15 +201,15 @@ impl RunArgs {
     }
 }
 
-/// What is logged unless `RUST_LOG` says otherwise. A guest can make `virtio_queue` log as much as
-/// it wants; what it did wrong is said elsewhere too, with a limit.
+/// The log filter without `RUST_LOG`. Guests can make `virtio_queue` log without limit; their
+/// errors are also logged elsewhere, rate-limited.
 const LOG_FILTER: &str = "warn,virtio_queue=off";
 
 /// Runs the command that the process was started with. The exit code is the guest's, or one of
 /// [`exit_code`].
 pub fn main() -> ExitCode {
-    // Whoever asks for a report too early waits for it; that fails only where nothing else goes,
-    // either.
+    // An early report request is held until there is something to report; this fails only if
+    // everything else does.
     let held = signals::hold();
     start_log();
     let code = match (held, Cli::try_parse()) {
@@ -224,7 +225,7 @@ pub fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// What is logged goes to standard error, and nobody who logs waits for who reads that.
+/// Logs to standard error, without waiting for readers.
 fn start_log() {
     let environment = env_logger::Env::default().default_filter_or(LOG_FILTER);
     let mut log = env_logger::Builder::from_env(environment);
@@ -248,7 +249,7 @@ fn run(args: RunArgs) -> u8 {
         return exit_code::IO_ERROR;
     }
     let (mut unwritten, mut trace) = (false, None);
-    // That a report cannot be written is no reason to stop a machine.
+    // Failing to write a report is no reason to stop a machine.
     let mut live = |config: &MachineConfig, output: &ReportOption| {
         let machine = Machine::new(config, trace.take())?;
         trace = machine.trace();
@@ -287,8 +288,8 @@ fn run(args: RunArgs) -> u8 {
     }
 }
 
-/// What the last machine's devices still have, such as a disk's lock, the next one's cannot: waits
-/// until they are through. A signal ends that, and the machine: that one.
+/// The old machine's devices may still hold resources such as a disk's lock: waits for their
+/// threads. Returns the signal if one that ends the machine came.
 fn wait_for_devices() -> Option<i32> {
     if !none_is_left_behind() {
         log::warn!(
@@ -298,28 +299,28 @@ fn wait_for_devices() -> Option<i32> {
     signals::wait_until(none_is_left_behind)
 }
 
-/// Says why there is no machine; the exit code.
+/// Reports why there is no machine; returns the exit code.
 fn fail(error: &Error) -> u8 {
     complain(error);
     error.exit_code()
 }
 
-/// Lets a machine that starts again write behind what it has written.
+/// A restarted machine appends to its files.
 fn continue_output(config: &mut MachineConfig) {
     if let SerialConfig::File(path) = &config.serial {
         config.serial = SerialConfig::Append(path.clone());
     }
 }
 
-/// Says in one line what went wrong.
+/// Prints a one-line error message.
 fn complain(what: &dyn fmt::Display) {
     output::say(&format!("twostage: error: {what}"));
 }
 
-/// Help and version as clap prints them; an error in one line.
+/// Help and version as clap prints them; errors in one line.
 fn usage(error: &clap::Error) -> u8 {
     if !error.use_stderr() {
-        // Standard output may be closed; there is nobody left to tell.
+        // Standard output may be closed; nothing can be done about it.
         let _ = error.print();
         return 0;
     }

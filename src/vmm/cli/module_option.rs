@@ -11,7 +11,7 @@ impl FromStr for ModuleConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // Command lines have commas of their own.
+        // Command lines contain commas.
         let (pairs, cmdline) = match text.split_once(",cmdline=") {
             Some((pairs, cmdline)) => (pairs, cmdline),
             None => (text, ""),

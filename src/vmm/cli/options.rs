@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Option values of the form `name,key=value,…`, and what each means.
+//! Option values of the form `name,key=value,…`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ impl<'a> Pairs<'a> {
         Ok(Self { pairs })
     }
 
-    /// Takes the value of `key` through `parse`; `default` when it is not given.
+    /// Takes the value of `key`, parsed by `parse`, or `default` if not given.
     pub(super) fn take<T>(
         &mut self,
         key: &str,
@@ -47,7 +47,7 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    /// Every key must have been taken; `known` is what there could have been.
+    /// Fails if a key has not been taken; `known` lists the valid keys.
     pub(super) fn finish(self, known: &str) -> Result<(), String> {
         match self.pairs.keys().next() {
             Some(key) => Err(format!("unknown key '{key}'; known: {known}")),
@@ -94,7 +94,7 @@ pub struct MemoryOption {
 }
 
 impl MemoryOption {
-    /// RAM of a machine of which nothing is said.
+    /// Default RAM size.
     pub const DEFAULT_SIZE: u64 = 512 << 20;
 }
 
@@ -109,7 +109,7 @@ impl FromStr for MemoryOption {
     }
 }
 
-/// The name in front of the pairs, and the pairs.
+/// The name before the pairs, and the pairs.
 fn named(text: &str) -> Result<(&str, Pairs<'_>), String> {
     match text.split_once(',') {
         Some((name, pairs)) => Ok((name, Pairs::parse(pairs)?)),
@@ -150,7 +150,7 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
         })?,
         pasid_bits: pairs
             .take("pasid-bits", default.pasid_bits, |text| pasid_bits(text).map(Some))?,
-        // No kernel walks second-stage tables of a guest's own.
+        // Kernels do not nest on guest-owned second-stage tables.
         second_stage: pairs.take("second-stage", emulated, on_off)?,
         ats: pairs.take("ats", default.ats, on_off)?,
         caching_mode: caching_mode(pairs, default.caching_mode, emulated)?,
@@ -164,7 +164,7 @@ fn vtd(pairs: &mut Pairs<'_>, emulated: bool) -> Result<VtdOptions, String> {
 fn caching_mode(pairs: &mut Pairs<'_>, default: bool, emulated: bool) -> Result<bool, String> {
     let on = pairs.take("caching-mode", default, on_off)?;
     if !on && !emulated {
-        // Refused by nesting, too; here without a device's being touched.
+        // Nesting refuses it, too; here before any device is touched.
         return Err("caching-mode=off needs host=emulated: a kernel tells nobody of DMA that it blocks, \
                     so that tables that come to serve a device would never be read; say caching-mode=on"
             .into());
@@ -230,7 +230,7 @@ fn host(text: &str) -> Result<HostChoice, String> {
     }
 }
 
-/// A name that `iommu=` of a device can tell from its other values.
+/// A name that differs from the other values of a device's `iommu=`.
 fn id(text: &str) -> Result<String, String> {
     match text {
         "on" | "off" => Err(format!("'{text}' is no name: iommu={text} means something else")),

@@ -26,7 +26,7 @@ const DOES_NOT: u8 = 1;
 
 #[derive(Debug, Args)]
 pub(super) struct ProbeArgs {
-    /// Form of the result, which goes to standard output: everything, its last line alone, or JSON.
+    /// Format of the result on standard output: everything, its last line only, or JSON.
     #[arg(long, value_enum, default_value = "text")]
     report: Form,
 }
@@ -38,7 +38,7 @@ enum Form {
     Json,
 }
 
-/// Probes, and tells; the exit code.
+/// Probes and reports; returns the exit code.
 pub(super) fn probe(args: &ProbeArgs) -> u8 {
     let probe = match Probe::new() {
         Ok(probe) => probe,

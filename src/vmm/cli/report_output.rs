@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `--report`: in which form reports are written, and where.
+//! `--report`: format and destination of reports.
 
 use std::fs::OpenOptions;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -24,7 +24,7 @@ enum Format {
 pub struct ReportOption {
     format: Option<Format>,
     file: Option<PathBuf>,
-    /// Where in the file the reports of this life of the machine go, each in place of the last.
+    /// Offset in the file of this life's reports, each of which replaces the last.
     at: u64,
 }
 
@@ -32,7 +32,7 @@ pub struct ReportOption {
 #[derive(Debug, thiserror::Error)]
 #[error("--report: {to}: {source}")]
 pub struct ReportError {
-    /// Where it was to go.
+    /// The destination.
     to: String,
     source: io::Error,
 }
@@ -56,12 +56,12 @@ impl FromStr for ReportOption {
 }
 
 impl ReportOption {
-    /// The file that reports go to, if it is not standard error.
+    /// The file for reports, if not standard error.
     pub fn file(&self) -> Option<&Path> {
         self.file.as_deref()
     }
 
-    /// Creates the file that reports go to, before a machine runs in vain.
+    /// Creates the report file, before a machine runs for nothing.
     ///
     /// # Errors
     /// It cannot be written.
@@ -71,13 +71,13 @@ impl ReportOption {
         created.map(drop).map_err(|source| self.failed(source))
     }
 
-    /// The machine lives again: what comes now goes behind what is in the file.
+    /// A new life: appends to the file from now on.
     pub fn next_life(&mut self) {
         let length = |path| std::fs::metadata(path).map_or(0, |file| file.len());
         self.at = self.file().map_or(0, length);
     }
 
-    /// Writes `report`, in place of the last of this life.
+    /// Writes `report`, replacing the last one of this life.
     ///
     /// # Errors
     /// It cannot be written.
@@ -100,12 +100,12 @@ impl ReportOption {
         let (mut options, first) = (OpenOptions::new(), self.at == 0);
         options.write(true).create(first).truncate(first);
         let mut file = named_file::open(path, &options, 0)?;
-        // What is no file has no length.
+        // Only files can be truncated.
         if !first {
             file.set_len(self.at)?;
             file.seek(SeekFrom::End(0))?;
         }
-        // What is no file may have a reader that is slow.
+        // Anything else may have a slow reader.
         let until = deadline::of(Turn::Report).unwrap_or_else(deadline::soon);
         Patient::until(file, until).write_all(text.as_bytes())
     }

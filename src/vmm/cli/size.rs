@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Sizes and numbers as people write them.
+//! Sizes and numbers in human notation.
 
 /// A size in bytes: decimal, or hexadecimal after `0x`, with K, M, G or T for powers of 1024.
 ///
@@ -30,7 +30,7 @@ pub fn parse_number(text: &str) -> Result<u64, String> {
         Some(digits) => (digits, 16),
         None => (text, 10),
     };
-    // `from_str_radix` would take a sign.
+    // `from_str_radix` would accept a sign.
     if digits.starts_with('+') {
         return Err(format!("'{text}' is not a number"));
     }

@@ -8,12 +8,12 @@ use super::options::{iommu, on_off, Pairs};
 use crate::config::{DiskConfig, NetConfig, RngConfig, TapConfig};
 use crate::devices::virtio::DiskAccess;
 
-/// Takes `key`, which stands for a path.
+/// Takes `key`, whose value is a path.
 fn path(pairs: &mut Pairs<'_>, key: &str) -> Result<Option<PathBuf>, String> {
     pairs.take(key, None, |text| Ok(Some(PathBuf::from(text))))
 }
 
-/// Reads the format of an image: there is one.
+/// Parses the image format; only raw is supported.
 fn is_raw(text: &str) -> Result<bool, String> {
     match text {
         "raw" => Ok(true),

@@ -1,57 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is wrong with a configuration, as far as no part of a machine can tell alone.
+//! Checks of a configuration that involve several parts.
 
 use super::{DeviceConfig, HostChoice, IommuChoice, MachineConfig, DEV_IOMMU};
 use crate::arch;
 use crate::memory;
 
-/// A configuration that contradicts itself or asks for what nobody can build.
+/// A configuration that contradicts itself or cannot be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// No vCPU.
     #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
     NoVcpus,
-    /// A virtual IOMMU's registers would be on top of something else.
+    /// A virtual IOMMU's registers overlap something else.
     #[error("--iommu: addr={0:#x} is where {1} is")]
     RegisterPage(u64, &'static str),
-    /// The registers of two virtual IOMMUs would be on top of each other.
+    /// The registers of two virtual IOMMUs overlap.
     #[error("--iommu: addr={0:#x} is where the registers of {1} are")]
     SameRegisterPage(u64, String),
-    /// Nothing would tell the guest of it.
+    /// This architecture's firmware cannot describe it.
     #[error("--iommu {0}: a guest on this processor is told of {known} alone", known = arch::IOMMU)]
     OtherArchitecture(&'static str),
-    /// The registers are not where their pages can be.
+    /// The registers are not aligned.
     #[error("--iommu: addr={0:#x} is no multiple of {1:#x}")]
     Unaligned(u64, u64),
-    /// Two virtual IOMMUs of one name.
+    /// Two virtual IOMMUs have the same name.
     #[error("--iommu: there are two with id={0}")]
     SameIommu(String),
-    /// Linux, for one, remaps the interrupts of all units or of none.
+    /// Linux, for example, remaps the interrupts of all units or of none.
     #[error("--iommu: intremap=on and intremap=off contradict each other; it is one for all")]
     SomeInterruptsRemapped,
-    /// A device behind what is not there.
+    /// A device behind an IOMMU, but there is none.
     #[error("{0} {1}: iommu=on, but there is no --iommu")]
     NoIommu(&'static str, usize),
-    /// A device behind one that is not there, among others.
+    /// A device behind an unknown IOMMU.
     #[error("{0} {1}: iommu={2}, but there is no --iommu with id={2}; there is {3}")]
     UnknownIommu(&'static str, usize, String, String),
-    /// Devices of this machine behind an IOMMU that knows only those of the process, or the other
-    /// way round.
+    /// An assigned device behind an IOMMU on the emulated host, or an emulated device behind one on
+    /// the kernel's.
     #[error("{0}")]
     WrongHost(String),
-    /// Virtual IOMMUs of one machine share its memory's mappings.
+    /// Virtual IOMMUs of one machine share one IOAS.
     #[error("--iommu: host= is one for all of a machine")]
     SeveralHosts,
-    /// One device twice.
+    /// The same device twice.
     #[error("--vfio: {0} is given twice")]
     SameDevice(String),
-    /// PASIDs without an IOMMU to tell them apart.
+    /// PASIDs without an IOMMU.
     #[error("--device {0}: pasid=on needs the device behind an IOMMU (--iommu vtd, no iommu=off)")]
     PasidWithoutIommu(usize),
-    /// PASIDs that the IOMMU does not have.
+    /// PASIDs that the IOMMU does not support.
     #[error("--device {0}: pasid=on, but --iommu has pasid-bits=0")]
     NoPasidBits(usize),
-    /// More devices than bus 0 has room for.
+    /// More devices than fit on bus 0.
     #[error("{0} devices; bus 0 has room for {max}", max = MAX_DEVICES)]
     TooManyDevices(usize),
 }
@@ -60,7 +60,7 @@ pub enum ConfigError {
 pub const MAX_DEVICES: usize = 31;
 
 impl MachineConfig {
-    /// Checks what no part can check alone. Devices are counted from 1, as in their errors.
+    /// Checks what the parts cannot check separately. Devices are counted from 1, as in the errors.
     ///
     /// # Errors
     /// The first contradiction.
@@ -133,7 +133,7 @@ impl MachineConfig {
         Ok(())
     }
 
-    /// Checks that the host behind the virtual IOMMU of `device` is one that can have it.
+    /// Checks that the virtual IOMMU of `device` has the right host for it.
     fn validate_host(&self, number: usize, device: &DeviceConfig) -> Result<(), ConfigError> {
         if let DeviceConfig::Vfio(vfio) = device {
             let same = |other: &&DeviceConfig| matches!(other, DeviceConfig::Vfio(other) if other.path == vfio.path);
@@ -159,7 +159,7 @@ impl MachineConfig {
         }
     }
 
-    /// What the virtual IOMMUs are called, for an error.
+    /// The names of the virtual IOMMUs, for an error.
     fn iommu_ids(&self) -> String {
         let ids: Vec<_> = (0..self.iommus.len()).map(|number| self.iommu_id(number)).collect();
         if ids.is_empty() {
@@ -287,7 +287,7 @@ mod tests {
         ] {
             assert_eq!(config.iommu_of(&choice), number, "{choice:?}");
         }
-        // A name that the other one has because it has none.
+        // A name that the other one has by default.
         let config = machine(&[named("vtd1"), IommuConfig::default()], EduConfig::default());
         assert_eq!(config.validate(), Err(ConfigError::SameIommu("vtd1".into())));
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a machine is built from. The command line is one way to fill these in.
+//! The configuration of a machine. The command line is one way to fill it in.
 
 mod check;
 mod payload;
@@ -17,7 +17,7 @@ use twostage::viommu::vtd::MMIO_SIZE;
 pub use check::{ConfigError, MAX_DEVICES};
 pub use payload::{ModuleConfig, PayloadConfig};
 
-/// Where Linux has its iommufd.
+/// Linux's iommufd.
 pub const DEV_IOMMU: &str = "/dev/iommu";
 
 /// A whole machine.
@@ -33,15 +33,14 @@ pub struct MachineConfig {
     pub iommus: Vec<IommuConfig>,
     /// PCI devices, from 00:01.0 up.
     pub devices: Vec<DeviceConfig>,
-    /// Where the serial port leads.
+    /// The serial port's backend.
     pub serial: SerialConfig,
-    /// The file that a trace is written to, if any.
+    /// The trace file, if any.
     pub trace: Option<PathBuf>,
 }
 
 impl MachineConfig {
-    /// What the virtual IOMMU `number` is called: its id, or `vtd` or `smmu` and
-    /// its number from 0.
+    /// The name of the virtual IOMMU `number`: its id, or `vtd` or `smmu` and its number from 0.
     pub fn iommu_id(&self, number: usize) -> String {
         let iommu = self.iommus.get(number);
         let id = iommu.and_then(|iommu| iommu.id.clone());
@@ -51,8 +50,8 @@ impl MachineConfig {
         })
     }
 
-    /// Where the registers of the virtual IOMMU `number` are: where it says, or above the usual
-    /// place and as many bytes as those before it have.
+    /// The address of the registers of the virtual IOMMU `number`: as configured, or the default
+    /// address plus the size of those before it.
     pub fn iommu_address(&self, number: usize) -> u64 {
         let address = self.iommus.get(number).and_then(|iommu| iommu.address);
         let before: u64 =
@@ -60,8 +59,8 @@ impl MachineConfig {
         address.unwrap_or_else(|| IOMMU_REGISTERS.saturating_add(before))
     }
 
-    /// The number of the virtual IOMMU that `choice` means; `None` for no IOMMU, or none that there
-    /// is.
+    /// The number of the virtual IOMMU selected by `choice`; `None` for no IOMMU, or an unknown
+    /// one.
     pub fn iommu_of(&self, choice: &IommuChoice) -> Option<usize> {
         let numbers = 0..self.iommus.len();
         match choice {
@@ -73,12 +72,12 @@ impl MachineConfig {
         }
     }
 
-    /// The number of the virtual IOMMU that remaps the interrupts of `device`, where they are
-    /// remapped: the one it is behind. On a PC a virtio device behind none has those of the first:
-    /// Linux then gives no messages to a function in no unit's scope, and virtio has nothing else;
-    /// nor does it hurt, as its driver knows that its DMA is not translated (no
-    /// VIRTIO_F_ACCESS_PLATFORM). An SMMU knows nothing of interrupts: what is not behind it, it
-    /// does not see.
+    /// The number of the virtual IOMMU that remaps the interrupts of `device`, if interrupts are
+    /// remapped: the one it is behind. On a PC, the first one for a virtio device that is behind
+    /// none: Linux gives no MSIs to a function in no unit's scope, and virtio has nothing else.
+    /// This is harmless, as the driver knows that its DMA is not translated (no
+    /// VIRTIO_F_ACCESS_PLATFORM). An SMMU has no part in interrupts, and does not see devices that
+    /// are not behind it.
     pub fn interrupt_iommu_of(&self, device: &DeviceConfig) -> Option<usize> {
         let pc = self.iommus.iter().all(|iommu| iommu.model.vtd().is_some());
         match device {
@@ -88,8 +87,8 @@ impl MachineConfig {
         }
     }
 
-    /// The kernel's `/dev/iommu`, if the machine uses it: what a virtual IOMMU says, or the usual
-    /// one for a device of this machine that is behind none.
+    /// The kernel's `/dev/iommu`, if the machine uses it: that of a virtual IOMMU, or the default
+    /// one for an assigned device behind none.
     pub fn kernel_host(&self) -> Option<PathBuf> {
         let said = self.iommus.iter().find_map(|iommu| match &iommu.host {
             HostChoice::Kernel(path) => Some(path.clone()),
@@ -99,7 +98,7 @@ impl MachineConfig {
         said.or_else(|| self.devices.iter().any(assigned).then(|| DEV_IOMMU.into()))
     }
 
-    /// Whether interrupts are remapped, if any virtual IOMMU says so.
+    /// Whether interrupts are remapped, if any virtual IOMMU's options say so.
     pub fn interrupt_remapping(&self) -> Option<bool> {
         self.iommus.iter().find_map(|iommu| iommu.model.vtd()?.interrupt_remapping)
     }
@@ -108,17 +107,17 @@ impl MachineConfig {
 /// A virtual IOMMU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IommuConfig {
-    /// What devices call it; unsaid, see [`MachineConfig::iommu_id`].
+    /// Its name for devices; by default see [`MachineConfig::iommu_id`].
     pub id: Option<String>,
-    /// Guest-physical address of the registers; unsaid, see [`MachineConfig::iommu_address`].
+    /// Guest-physical address of the registers; by default see [`MachineConfig::iommu_address`].
     pub address: Option<u64>,
-    /// Who does the translating.
+    /// The host that translates.
     pub host: HostChoice,
-    /// Which kind.
+    /// Its model.
     pub model: IommuModel,
 }
 
-/// Which kind of virtual IOMMU.
+/// The model of a virtual IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IommuModel {
     /// Intel VT-d.
@@ -134,7 +133,7 @@ impl Default for IommuModel {
 }
 
 impl IommuModel {
-    /// What `--iommu` calls it.
+    /// Its name in `--iommu`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Vtd(_) => "vtd",
@@ -150,7 +149,7 @@ impl IommuModel {
         }
     }
 
-    /// What its registers are aligned to, in bytes.
+    /// Alignment of its registers, in bytes.
     pub fn page(&self) -> u64 {
         match self {
             Self::Vtd(_) => MMIO_SIZE,
@@ -158,7 +157,7 @@ impl IommuModel {
         }
     }
 
-    /// What it is like, if it is a VT-d.
+    /// Its options, if it is a VT-d.
     pub fn vtd(&self) -> Option<&VtdOptions> {
         match self {
             Self::Vtd(vtd) => Some(vtd),
@@ -166,7 +165,7 @@ impl IommuModel {
         }
     }
 
-    /// Width of PASIDs (SubstreamIDs), in bits; 0 for none, and `None` for what the host has.
+    /// Width of PASIDs (SubstreamIDs), in bits; 0 for none, `None` for the host's.
     pub fn pasid_bits(&self) -> Option<u8> {
         match self {
             Self::Vtd(vtd) => vtd.pasid_bits,
@@ -192,19 +191,19 @@ impl From<SmmuV3Options> for IommuConfig {
 pub struct VtdOptions {
     /// Input address width of first-stage tables, in bits: 48 or 57.
     pub address_width: u8,
-    /// Width of PASIDs, in bits; 0 for none. Unsaid, 8, or what all hosts have.
+    /// Width of PASIDs, in bits; 0 for none. Default: 8, or what all hosts have.
     pub pasid_bits: Option<u8>,
-    /// Second-stage tables of the guest's own are offered.
+    /// Offers guest-owned second-stage tables.
     pub second_stage: bool,
-    /// Device TLBs (ATS) are offered.
+    /// Offers device TLBs (ATS).
     pub ats: bool,
-    /// Caching mode: the guest tells of entries that become present, too. Without it the tables are
-    /// read again for each request that they blocked, which takes a host that tells of those.
+    /// Caching mode: the guest must also invalidate entries that become present. Without it, tables
+    /// are read again for each request that they blocked, which needs a host that reports those.
     pub caching_mode: bool,
-    /// Interrupts are remapped, which takes the IOAPIC out of the kernel. Unsaid, they are where
-    /// KVM can do without it. What one says holds for all of a machine.
+    /// Interrupt remapping, which moves the IOAPIC out of the kernel. By default enabled if KVM
+    /// supports that. It applies to all units of a machine.
     pub interrupt_remapping: Option<bool>,
-    /// Every DMA is compared with the guest's tables; uses of stale translations are reported.
+    /// Compares every DMA with the guest's tables and reports uses of stale translations.
     pub sanitize: bool,
 }
 
@@ -227,16 +226,16 @@ impl Default for VtdOptions {
 pub struct SmmuV3Options {
     /// Width of input addresses (IOVAs), in bits: 48, or 52 with the 64 KiB granule.
     pub address_width: u8,
-    /// The granules that are offered; unsaid, those that all hosts have.
+    /// The offered granules; by default those that all hosts have.
     pub granules: Option<Vec<Granule>>,
-    /// Invalidation by range is offered; unsaid, where all hosts have it.
+    /// Offers invalidation by range; by default if all hosts have it.
     pub range_invalidation: Option<bool>,
-    /// Width of SubstreamIDs (PASIDs), in bits; unsaid, what the host has.
+    /// Width of SubstreamIDs (PASIDs), in bits; by default the host's.
     pub substream_bits: Option<u8>,
-    /// Device TLBs (ATS) are offered.
+    /// Offers device TLBs (ATS).
     pub ats: bool,
-    /// Every DMA is compared with the guest's context descriptors and tables; uses of stale ones
-    /// are reported.
+    /// Compares every DMA with the guest's context descriptors and tables and reports uses of stale
+    /// ones.
     pub sanitize: bool,
 }
 
@@ -253,25 +252,25 @@ impl Default for SmmuV3Options {
     }
 }
 
-/// Who serves the verbs of iommufd behind a virtual IOMMU.
+/// The iommufd host behind a virtual IOMMU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum HostChoice {
-    /// An IOMMU in this process, for devices in this process.
+    /// An IOMMU in this process, for emulated devices.
     #[default]
     Emulated,
-    /// The kernel's, for devices of this machine: the path of `/dev/iommu`.
+    /// The kernel's, for assigned devices: the path of `/dev/iommu`.
     Kernel(PathBuf),
 }
 
-/// Which virtual IOMMU a device is behind.
+/// The virtual IOMMU of a device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum IommuChoice {
-    /// Nothing is said: the first one, if the machine has any.
+    /// Not given: the first one, if the machine has any.
     #[default]
     Unsaid,
     /// The first one.
     First,
-    /// The one of this id.
+    /// The one with this id.
     Named(String),
     /// None.
     Off,
@@ -288,7 +287,7 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A virtio entropy device.
     Rng(RngConfig),
-    /// A device of this machine.
+    /// An assigned device of this machine.
     Vfio(VfioConfig),
 }
 
@@ -321,7 +320,8 @@ impl DeviceConfig {
     }
 }
 
-/// Where the device `number` of a configuration goes, counted from 0: the host bridge is first.
+/// The address of device `number` of a configuration, counted from 0: device 0 of the bus is the
+/// host bridge.
 pub(crate) fn bdf_of(number: usize) -> Result<Bdf> {
     u8::try_from(number + 1)
         .ok()
@@ -345,7 +345,7 @@ pub struct DiskConfig {
 pub struct NetConfig {
     /// What it is connected to.
     pub tap: TapConfig,
-    /// Its address; unsaid, one is made of its number.
+    /// Its address; by default derived from its number.
     pub mac: Option<MacAddress>,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
@@ -354,16 +354,16 @@ pub struct NetConfig {
 /// A tap interface of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TapConfig {
-    /// By its name.
+    /// By name.
     Name(String),
-    /// By a file descriptor that the process was started with.
+    /// By a file descriptor that the process inherited.
     Fd(i32),
 }
 
 /// A virtio entropy device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RngConfig {
-    /// Where its bytes come from.
+    /// The source of its bytes.
     pub source: PathBuf,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
@@ -374,14 +374,14 @@ pub struct RngConfig {
 pub struct VfioConfig {
     /// Its folder in sysfs (`/sys/bus/pci/devices/0000:01:00.0`), or its VFIO character device.
     pub path: PathBuf,
-    /// What reports and log lines call it, if not by its path.
+    /// Its name in reports and log lines; by default its path.
     pub id: Option<String>,
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
 }
 
 impl VfioConfig {
-    /// What reports and log lines call it.
+    /// Its name in reports and log lines.
     pub fn name(&self) -> String {
         self.id.clone().unwrap_or_else(|| self.path.display().to_string())
     }
@@ -392,14 +392,14 @@ impl VfioConfig {
 pub struct EduConfig {
     /// The virtual IOMMU it is behind.
     pub iommu: IommuChoice,
-    /// Has the PASID capability, and the register that chooses one.
+    /// Has the PASID capability, and a register to select one.
     pub pasid: bool,
-    /// DMA addresses are cut to these bits.
+    /// DMA addresses are masked with this.
     pub dma_mask: u64,
 }
 
 impl EduConfig {
-    /// The address bits the device has unless told otherwise.
+    /// The default DMA mask.
     pub const DEFAULT_DMA_MASK: u64 = (1 << 28) - 1;
 }
 
@@ -409,16 +409,16 @@ impl Default for EduConfig {
     }
 }
 
-/// Where the serial port leads.
+/// The serial port's backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SerialConfig {
     /// Standard input and output.
     Tty,
     /// Nowhere.
     Null,
-    /// Into this file, which is created or emptied.
+    /// Into this file, which is created or truncated.
     File(PathBuf),
-    /// To the end of this file, which is created if need be.
+    /// Appended to this file, which is created if necessary.
     Append(PathBuf),
 }
 

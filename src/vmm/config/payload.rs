@@ -3,14 +3,14 @@
 
 use std::path::PathBuf;
 
-/// What a machine boots.
+/// The payload of a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PayloadConfig {
-    /// What [`arch::boot`](crate::arch::boot) knows: of a PC, a bzImage, an ELF64 image with a PVH
-    /// entry, or an ELF32 image with a Multiboot header.
+    /// A kernel that [`arch::boot`](crate::arch::boot) supports: on a PC, a bzImage, an ELF64 image
+    /// with a PVH entry, or an ELF32 image with a Multiboot header.
     pub kernel: PathBuf,
-    /// A file handed to the kernel as its initial file system. Of a Multiboot or PVH kernel it is
-    /// the first module, with the kernel's command line.
+    /// The kernel's initial file system. For a Multiboot or PVH kernel it is the first module, with
+    /// the kernel's command line.
     pub initramfs: Option<PathBuf>,
     /// The modules of a Multiboot or PVH kernel, after that.
     pub modules: Vec<ModuleConfig>,
@@ -18,11 +18,11 @@ pub struct PayloadConfig {
     pub cmdline: String,
 }
 
-/// A file handed to a kernel that takes several, such as a hypervisor and its first guest's kernel.
+/// A file for a kernel that takes several, such as a hypervisor and its first guest's kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModuleConfig {
     /// The file.
     pub path: PathBuf,
-    /// Its own command line.
+    /// Its command line.
     pub cmdline: String,
 }

@@ -1,38 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long the end of a machine waits for those who read what it writes: for all of them together,
-//! a second from the stop on when somebody asked for it, and ten when the guest came to its end.
+//! How long the end of a machine waits for slow readers of its output: in total, a second after a
+//! requested stop, and ten seconds after the guest ended by itself.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 use twostage::sync::Mutex;
 
-/// The stop of the machine of this process, once it was stopped.
+/// The stop of this process's machine, if it was stopped.
 static STOPPED: Mutex<Option<Stop>> = Mutex::new(None);
 
 /// A stop.
 #[derive(Debug, Clone, Copy)]
 struct Stop {
     at: Instant,
-    /// Somebody waits for it.
+    /// It was requested, so somebody waits for it.
     asked: bool,
 }
 
-/// Whoever has their turn late, because the host took long, has so much all the same.
+/// The minimum for each turn, if earlier ones took too long.
 const LEAST: Duration = Duration::from_millis(100);
 
-/// Whose turn it is; the turns follow each other.
+/// The writers, in the order of their turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// What the guest wrote.
+    /// The guest's output.
     Output,
     /// The last report.
     Report,
-    /// What there is to say.
+    /// Final messages.
     End,
 }
 
 impl Turn {
-    /// How long after a stop that was asked for it is over.
+    /// The end of the turn, relative to a requested stop.
     fn length(self) -> Duration {
         Duration::from_millis(match self {
             Self::Output => 800,
@@ -47,22 +47,22 @@ impl Turn {
     }
 }
 
-/// The machine is stopped, and `asked` to: the time runs, unless it does already.
+/// The machine is stopped, and by request if `asked`: starts the clock, unless it is running.
 pub(crate) fn begin(asked: bool) {
     stopped().get_or_insert_with(|| Stop { at: Instant::now(), asked });
 }
 
-/// There is another machine.
+/// A new machine starts.
 pub(crate) fn clear() {
     *stopped() = None;
 }
 
-/// When the turn is over, if the machine was stopped.
+/// The end of the turn, if the machine was stopped.
 pub(crate) fn of(turn: Turn) -> Option<Instant> {
     stopped().map(|stop| turn.over(stop, Instant::now()))
 }
 
-/// Who takes nothing for so long is given up.
+/// The limit for a reader without progress.
 pub(crate) fn patience() -> Duration {
     match *stopped() {
         Some(Stop { asked: true, .. }) => Duration::from_millis(500),
@@ -70,7 +70,7 @@ pub(crate) fn patience() -> Duration {
     }
 }
 
-/// When something that is not to be waited for, but may not be ready at once, is given up.
+/// The deadline for something that is not waited for, but may need a moment.
 pub(crate) fn soon() -> Instant {
     Instant::now() + LEAST
 }
@@ -89,13 +89,13 @@ mod tests {
         for (asked, seconds) in [(true, 1), (false, 10)] {
             let (stop, mut now) = (Stop { at, asked }, at);
             for turn in [Turn::Output, Turn::Report, Turn::End] {
-                // Each waits as long as it may.
+                // Each waits as long as allowed.
                 let over = turn.over(stop, now);
                 assert!(over > now, "{turn:?}");
                 now = over;
             }
             assert_eq!(now, at + Duration::from_secs(seconds));
-            // One that comes late has time to say something.
+            // A late one still has the minimum.
             let late = at + Duration::from_secs(15);
             assert_eq!(Turn::End.over(stop, late), late + LEAST);
         }

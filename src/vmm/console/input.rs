@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reading what is there, and never waiting for more: others may read from the same terminal or
-//! pipe, and take what was there a moment ago.
+//! Reads what is available without ever blocking, even if other readers of the same terminal or
+//! pipe take it first.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use rustix::fs::{fcntl_getfl, makedev, OFlags};
 use rustix::net::{recv, RecvFlags};
 
-/// A descriptor that is read from.
+/// A descriptor to read from.
 #[derive(Debug)]
 pub(crate) struct Input {
     file: File,
@@ -18,7 +18,7 @@ pub(crate) struct Input {
 }
 
 impl Input {
-    /// Reads from `descriptor`, which stays as it is: whoever shares it may want to wait.
+    /// Reads from `descriptor`, whose flags are not changed, as it may be shared.
     ///
     /// # Errors
     /// There are no descriptors left.
@@ -29,7 +29,7 @@ impl Input {
         Ok(Self { file, is_socket })
     }
 
-    /// Reads what is there. `EAGAIN`: nothing.
+    /// Reads what is available; `EAGAIN` if nothing is.
     pub fn read(&self, bytes: &mut [u8]) -> rustix::io::Result<usize> {
         match self.is_socket {
             true => recv(&self.file, bytes, RecvFlags::DONTWAIT).map(|(length, _)| length),
@@ -44,12 +44,12 @@ impl AsRawFd for Input {
     }
 }
 
-/// `file` once more, where reading could wait and what is opened is the same, with flags of our
-/// own. Not to be had without /proc, or for another user's terminal: then who else reads can make
-/// us wait.
+/// Opens `file` again to get separate flags, if reading could block and the reopened file is the
+/// same. Fails without /proc, or for another user's terminal: then a competing reader can make us
+/// block.
 fn of_our_own(file: &File) -> Option<File> {
     let metadata = file.metadata().ok()?;
-    // The other side of a terminal: opened, it is that of a new one.
+    // The other side of a terminal: opening it would create a new one.
     let is_multiplexer = metadata.rdev() == makedev(5, 2);
     let is_terminal = file.is_terminal() && !is_multiplexer;
     let is_read = !fcntl_getfl(file).ok()?.contains(OFlags::WRONLY);
@@ -77,7 +77,7 @@ mod tests {
         input.read(&mut bytes).map(|length| bytes[..length].to_vec())
     }
 
-    /// What is written to `writer` is read, and nobody waits for more.
+    /// What is written to `writer` is read, and nobody blocks for more.
     fn assert_does_not_wait(reader: &File, writer: &mut impl Write) {
         let flags = fcntl_getfl(reader).unwrap();
         let input = Input::new(reader).unwrap();

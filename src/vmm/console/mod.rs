@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Standard input as the input of the serial port.
+//! Connects standard input to the serial port.
 //!
-//! A terminal is raw while the guest has it, and read even when the guest reads nothing, for
-//! `Ctrl-A x` must end the machine of a guest that hangs. Anything else is only read as far as the
-//! guest reads.
+//! A terminal is raw while the guest uses it, and read even when the guest reads nothing, as
+//! `Ctrl-A x` must end the machine of a hung guest. Other inputs are only read as the guest
+//! consumes them.
 
 pub(crate) mod deadline;
 mod input;
@@ -28,12 +28,12 @@ use crate::console::serial::SerialPort;
 use crate::process::stop::{StopReason, Stopper};
 use crate::{Error, Result};
 
-/// How much typed input waits for the guest, in bytes. More is lost, as with a real port.
+/// Capacity for typed input that the guest has not read, in bytes. More is lost, as with a real
+/// port.
 const TYPED_MAX: usize = 64 << 10;
 /// How much is read at once.
 const PIECE: usize = 4096;
-/// A process in the background looks so often whether the terminal is its own again; nothing tells
-/// it.
+/// How often a background process checks whether it has the terminal again, as nothing notifies it.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
 const ESCAPE: u8 = 0x01;
@@ -44,7 +44,7 @@ Ctrl-A h  this help\r\n\
 Ctrl-A x  end the machine\r\n\
 Ctrl-A a  send Ctrl-A to the guest; so does Ctrl-A Ctrl-A\r\n";
 
-/// What becomes of a byte that was typed.
+/// The meaning of a typed byte.
 #[derive(Debug, PartialEq, Eq)]
 enum Key {
     Guest(u8),
@@ -53,7 +53,7 @@ enum Key {
     Nothing,
 }
 
-/// Tells the guest's keys from those behind the escape.
+/// Separates the guest's keys from escape sequences.
 #[derive(Debug, Default)]
 struct Keys {
     escaped: bool,
@@ -75,18 +75,18 @@ impl Keys {
     }
 }
 
-/// How standard input is read.
+/// The kind of standard input.
 #[derive(Debug)]
 enum Source {
-    /// Typed at a terminal that is raw.
+    /// A raw terminal.
     Typed(Keys),
-    /// A terminal that somebody else has: this process is in the background.
+    /// A terminal that another process has: this one is in the background.
     Elsewhere,
-    /// A pipe and the like, which can be waited for.
+    /// A pipe or similar, which can be polled.
     Stream,
     /// A file, which is always ready.
     File,
-    /// There is no more.
+    /// End of file.
     Ended,
 }
 
@@ -96,18 +96,18 @@ pub(crate) struct Console {
     stopper: Stopper,
     input: Input,
     source: Source,
-    /// Was read, and the port has no room for it yet.
+    /// Read, but the port has no room for it yet.
     waiting: VecDeque<u8>,
-    /// The event loop waits for standard input.
+    /// Standard input is in the event loop.
     polled: bool,
-    /// When to look whether the terminal is ours.
+    /// When to check for the terminal.
     look: TimerFd,
-    /// So many typed bytes were lost.
+    /// Number of lost typed bytes.
     lost: u64,
 }
 
 impl Console {
-    /// Connects standard input to `port`; who types the escape stops the machine with `stopper`.
+    /// Connects standard input to `port`; the escape sequence stops the machine through `stopper`.
     pub fn new(port: Arc<SerialPort>, stopper: Stopper) -> Result<Self> {
         let look = TimerFd::new().map_err(Error::os("timerfd"))?;
         let input = Input::new(stdin()).map_err(Error::os("standard input"))?;
@@ -116,7 +116,7 @@ impl Console {
         Ok(Self { port, stopper, input, source, waiting, polled, look, lost })
     }
 
-    /// Takes the terminal, if it is there to be taken.
+    /// Takes the terminal, if it is available.
     fn take_terminal(&mut self, ops: &mut EventOps) {
         if !terminal::is_ours() {
             return self.leave_terminal(ops);
@@ -139,7 +139,7 @@ impl Console {
         }
     }
 
-    /// The process is in the background: others read from the terminal.
+    /// The process is in the background: others use the terminal.
     fn leave_terminal(&mut self, ops: &mut EventOps) {
         self.unpoll(ops);
         self.source = Source::Elsewhere;
@@ -153,19 +153,19 @@ impl Console {
         self.source = Source::Ended;
     }
 
-    /// Lets the event loop wait for standard input.
+    /// Adds standard input to the event loop.
     fn poll(&mut self, ops: &mut EventOps) {
         if self.polled {
             return;
         }
         match ops.add(Events::new(&self.input, EventSet::IN)) {
             Ok(()) => self.polled = true,
-            // A file on disk cannot be waited for; nor need it be.
+            // A file on disk cannot be polled, and need not be.
             Err(_) => self.source = Source::File,
         }
     }
 
-    /// The end of a pipe is an event as long as it is waited for, whatever of: so it is not.
+    /// Removes it from the event loop: a closed pipe would be reported continuously.
     fn unpoll(&mut self, ops: &mut EventOps) {
         if std::mem::take(&mut self.polled) {
             if let Err(error) = ops.remove(Events::empty(&self.input)) {
@@ -174,7 +174,7 @@ impl Console {
         }
     }
 
-    /// Gives the guest what waits for it.
+    /// Passes waiting input to the guest.
     fn feed(&mut self) {
         while !self.waiting.is_empty() {
             let taken = self.port.enqueue(self.waiting.make_contiguous());
@@ -185,7 +185,7 @@ impl Console {
         }
     }
 
-    /// Reads what is there, and gives it to the guest.
+    /// Reads what is available and passes it to the guest.
     fn read(&mut self, ops: &mut EventOps) {
         let typed = matches!(self.source, Source::Typed(_));
         if typed && !terminal::is_ours() {
@@ -252,7 +252,7 @@ impl MutEventSubscriber for Console {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.fd() == self.port.room().as_raw_fd() {
-            // Only that it was written counts.
+            // The value does not matter.
             let _ = self.port.room().read();
             self.on_room(ops);
         } else if events.fd() == self.look.as_raw_fd() {
@@ -262,7 +262,7 @@ impl MutEventSubscriber for Console {
             }
         } else {
             self.read(ops);
-            // The rest stays where it is until the guest has read this.
+            // The rest is not read until the guest has consumed this.
             if matches!(self.source, Source::Stream) && !self.waiting.is_empty() {
                 self.unpoll(ops);
             }

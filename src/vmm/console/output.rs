@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Output that nobody waits for: bytes for a descriptor whose reader may be slow, stopped or gone.
+//! Non-blocking output to a descriptor whose reader may be slow, stopped or gone.
 //!
-//! A thread of its own writes them, from a buffer that has a limit. What finds the buffer full is
-//! dropped, until all of it is written, and one line says how much that was: neither a vCPU nor the
-//! end of a machine hangs on who reads a terminal or a pipe.
+//! A thread writes it from a bounded buffer. When the buffer is full, output is dropped until the
+//! buffer is empty, and a message says how much: neither a vCPU nor the end of a machine waits for
+//! the reader of a terminal or pipe.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,14 +18,14 @@ use crate::console::deadline::{self, Turn};
 use crate::console::patient::{write_some, Patient, PATIENCE, PIECE};
 use crate::{Error, Result};
 
-/// How much may wait to be written, in bytes.
+/// Capacity of the buffer, in bytes.
 const CAPACITY: usize = 256 << 10;
-/// Looks whether there was progress are so far apart.
+/// Interval of progress checks.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
-/// So far apart are lines that say what was dropped, but for the last.
+/// Minimum interval between messages about dropped output, except the last.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
 
-/// Where bytes go; a handle to it. The thread ends with the last.
+/// A handle to an output. The thread ends with the last handle.
 #[derive(Debug, Clone)]
 pub(crate) struct Output(Arc<Handle>);
 
@@ -36,7 +36,7 @@ struct Handle(Arc<Shared>);
 struct Shared {
     name: String,
     state: Mutex<State>,
-    /// There is something to write, or nobody left to write for.
+    /// There is something to write, or no handle left.
     filled: Condvar,
     /// Something was written.
     taken: Condvar,
@@ -45,20 +45,20 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<u8>,
-    /// Bytes that the thread is writing.
+    /// Bytes being written by the thread.
     under_way: usize,
-    /// Bytes that were written since the start.
+    /// Bytes written since the start.
     written: u64,
-    /// Nothing is taken until all that waits is written.
+    /// Everything is dropped until the buffer is empty.
     dropping: bool,
-    /// Bytes that were dropped, and of which nothing was said yet.
+    /// Bytes dropped since the last message.
     dropped: u64,
-    /// Bytes that were dropped since the start.
+    /// Bytes dropped since the start.
     lost: u64,
-    /// Why writing failed, when it did and nothing was said yet.
+    /// The write error, if not reported yet.
     failure: Option<io::Error>,
     said: Option<Instant>,
-    /// There are no handles left.
+    /// No handle is left.
     closed: bool,
 }
 
@@ -67,13 +67,13 @@ impl State {
         self.waiting.is_empty() && self.under_way == 0
     }
 
-    /// Whether `length` bytes more would be kept.
+    /// Whether `length` more bytes fit.
     fn has_room(&self, length: usize) -> bool {
         (!self.dropping || self.is_written())
             && self.waiting.len().saturating_add(length) <= CAPACITY
     }
 
-    /// Takes `bytes`, or drops them where there is no room for `length`.
+    /// Buffers `bytes`, or drops them if there is no room for `length`.
     fn take(&mut self, bytes: &[u8], length: usize) {
         self.dropping &= !self.is_written();
         if !self.has_room(length) {
@@ -89,7 +89,7 @@ impl State {
         self.lost = self.lost.saturating_add(length as u64);
     }
 
-    /// What there is to say of what was lost, once there is: at the end, or when it is time again.
+    /// The message about lost output, if one is due: at the end, or after the interval.
     fn loss(&mut self, at_the_end: bool) -> Option<String> {
         let due = self.said.is_none_or(|said| said.elapsed() >= BETWEEN_LINES);
         if self.dropped == 0 || !(at_the_end || due) {
@@ -104,10 +104,10 @@ impl State {
 }
 
 impl Output {
-    /// Output to `file`, which messages call `name`.
+    /// Output to `file`, with `name` for messages.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// The thread cannot be created.
     pub fn new(name: String, file: File) -> Result<Self> {
         let (filled, taken) = (Condvar::new(), Condvar::new());
         let shared = Arc::new(Shared { name, state: Mutex::default(), filled, taken });
@@ -119,10 +119,10 @@ impl Output {
         Ok(Self(Arc::new(Handle(shared))))
     }
 
-    /// Standard output, which all machines of the process share.
+    /// Standard output, shared by all machines of the process.
     ///
     /// # Errors
-    /// It cannot be had twice, or there is no thread to be had.
+    /// The descriptor cannot be duplicated, or the thread cannot be created.
     pub fn standard() -> Result<Self> {
         static STANDARD: OnceLock<Output> = OnceLock::new();
         of_process(&STANDARD, "standard output", io::stdout().as_fd())
@@ -137,21 +137,21 @@ impl Output {
         of_process(&STANDARD_ERROR, "standard error", io::stderr().as_fd())
     }
 
-    /// Takes `bytes`, or drops them when too many wait already.
+    /// Buffers `bytes`, or drops them if the buffer is full.
     pub fn take(&self, bytes: &[u8]) {
         let shared = self.shared();
         shared.lock().take(bytes, bytes.len());
         shared.filled.notify_one();
     }
 
-    /// Takes `text` as a whole, however long, where there is room for anything; and waits for it
-    /// `until` then, if at all.
+    /// Buffers all of `text`, whatever its length, if there is any room; waits for that and for its
+    /// being written up to `until`, if given.
     ///
     /// # Errors
-    /// Nobody reads it, as far as is known by then.
+    /// Nobody has read it by then.
     fn take_whole(&self, text: &str, until: Option<Instant>) -> io::Result<()> {
         let shared = self.shared();
-        // What waits already may be read yet: there is time for that, too.
+        // Waits for room, as a slow reader may still read what is buffered.
         if let Some(until) = until.filter(|_| !shared.lock().has_room(1)) {
             self.flush(until);
         }
@@ -169,8 +169,8 @@ impl Output {
         }
     }
 
-    /// Waits until all is written, `until` then at the most, and not for a reader that takes
-    /// nothing. Says what was lost. Whether nothing waits any more.
+    /// Waits until everything is written, at most up to `until`, and not for a reader that makes no
+    /// progress. Then reports losses. Returns whether everything was written.
     pub fn flush(&self, until: Instant) -> bool {
         let shared = self.shared();
         let mut state = shared.lock();
@@ -183,7 +183,7 @@ impl Output {
             if since.elapsed() >= deadline::patience() || Instant::now() >= until {
                 let left = state.waiting.len();
                 state.waiting.clear();
-                // What the thread is writing may get there yet, and is not known to.
+                // What the thread is writing may or may not arrive.
                 let under_way = state.under_way;
                 state.drop_bytes(left.saturating_add(under_way));
                 given_up = true;
@@ -210,8 +210,8 @@ impl Drop for Handle {
     }
 }
 
-/// Writes `text` to standard error behind what was said there. It is waited for when the machine
-/// has stopped alone.
+/// Writes `text` to standard error after earlier messages. Waits for the reader only after the
+/// machine has stopped.
 ///
 /// # Errors
 /// It cannot be written, or nobody reads it.
@@ -226,22 +226,22 @@ pub(crate) fn write_to_standard_error(text: &str) -> io::Result<()> {
     }
 }
 
-/// Says `line` on standard error, without waiting for who reads it.
+/// Prints `line` to standard error without waiting for the reader.
 pub(crate) fn say(line: &str) {
     match Output::standard_error() {
         Ok(error) => error.take(format!("{line}\n").as_bytes()),
         Err(_) => {
-            // Then with waiting; if that fails, the exit code alone has to tell.
+            // Otherwise blocking; if that fails, the exit code has to suffice.
             let _ = writeln!(io::stderr(), "{line}");
         }
     }
 }
 
-/// Waits until all that was said is written, but not for a reader that takes nothing.
+/// Waits until all messages are written, but not for a reader that makes no progress.
 pub(crate) fn end() {
     if let Ok(error) = Output::standard_error() {
         let until = deadline::of(Turn::End).unwrap_or_else(|| Instant::now() + PATIENCE);
-        // What was lost is said there, too, unless nobody reads it.
+        // Losses of standard output are reported there, too, unless nobody reads it.
         if error.flush(until) {
             error.flush(until);
         }
@@ -254,13 +254,13 @@ impl Write for Output {
         Ok(bytes.len())
     }
 
-    /// Nothing waits here: see [`Output::flush`].
+    /// Does not wait: see [`Output::flush`].
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// The output of `descriptor`, made on first use.
+/// The output to `descriptor`, created on first use.
 fn of_process(once: &OnceLock<Output>, name: &str, descriptor: BorrowedFd<'_>) -> Result<Output> {
     if let Some(output) = once.get() {
         return Ok(output.clone());
@@ -277,7 +277,7 @@ impl Shared {
         self.state.lock()
     }
 
-    /// The thread: writes what comes to `file`, until nobody can write any more.
+    /// The thread: writes to `file` until no handle is left.
     fn write_all_to(&self, file: &File) {
         let mut piece = Vec::with_capacity(PIECE);
         while self.next(&mut piece) {
@@ -296,7 +296,7 @@ impl Shared {
         }
     }
 
-    /// Waits for the next `piece`; whether there is one.
+    /// Waits for the next `piece`; returns whether there is one.
     fn next(&self, piece: &mut Vec<u8>) -> bool {
         let mut state = self.lock();
         while state.waiting.is_empty() {
@@ -368,7 +368,7 @@ mod tests {
         let dropped = output.shared().lock().dropped;
         assert!(dropped >= CAPACITY as u64, "{dropped}");
         assert!(output.shared().lock().dropping);
-        // The end does not wait for what is not taken.
+        // The end does not wait for a reader that makes no progress.
         output.flush(Instant::now() + PATIENCE);
         let state = output.shared().lock();
         assert!(state.waiting.is_empty() && state.dropped == 0 && state.said.is_some());
@@ -385,7 +385,7 @@ mod tests {
         while !state.is_written() {
             state = output.shared().taken.wait(state).unwrap();
         }
-        // It was said at once.
+        // It was reported at once.
         assert!(state.said.is_some());
         state.take(&[0; CAPACITY + 1], CAPACITY + 1);
         let loss = state.loss(true).unwrap();

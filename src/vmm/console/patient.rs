@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Writing to a descriptor whose reader may be slow, stopped or gone, with a limit to the wait.
+//! Writing to a descriptor whose reader may be slow, stopped or gone, with a bounded wait.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,13 +10,13 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use crate::console::deadline::{self, Turn};
 
-/// How much is written at once: no more than a pipe takes without blocking when it is ready.
+/// Maximum size of a write: a pipe that polls ready accepts this without blocking.
 pub(crate) const PIECE: usize = 4096;
-/// What is not taken at all for so long is given up.
+/// A reader without progress for so long is given up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A file that is written as it comes, but not waited for when nobody takes anything, nor for long
-/// when the machine has stopped: for what must not have gaps.
+/// A file that is written synchronously, but with a bounded wait if the reader makes no progress or
+/// the machine has stopped: for output without gaps.
 #[derive(Debug)]
 pub(crate) struct Patient<F> {
     file: F,
@@ -29,7 +29,7 @@ impl<F> Patient<F> {
         Self { file, until: None }
     }
 
-    /// Waits `until` then.
+    /// Waits up to `until`.
     pub fn until(file: F, until: Instant) -> Self {
         Self { file, until: Some(until) }
     }
@@ -52,7 +52,7 @@ impl<F: Write + AsFd> Write for Patient<F> {
     }
 }
 
-/// Writes some of `bytes`, which are not none, when there is room within `patience`.
+/// Writes some of `bytes`, which are not empty, if there is room within `patience`.
 pub(crate) fn write_some(
     file: &mut (impl Write + AsFd),
     bytes: &[u8],
@@ -71,7 +71,7 @@ pub(crate) fn write_some(
         match file.write(piece) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(length) => return Ok(length),
-            // Ready, but not for as much.
+            // Ready, but not for this much.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -81,7 +81,7 @@ pub(crate) fn write_some(
     }
 }
 
-/// Whether `descriptor` takes bytes, or says why not, within `limit`.
+/// Whether `descriptor` is ready for writing (or reports an error) within `limit`.
 fn has_room(descriptor: BorrowedFd<'_>, limit: Duration) -> io::Result<bool> {
     let mut wanted = [PollFd::from_borrowed_fd(descriptor, PollFlags::OUT)];
     // Limits here are seconds.
@@ -106,7 +106,7 @@ mod tests {
     fn what_is_given_up_by_then_is_given_up_however_much_is_taken() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        // What there is room for is written, and no more.
+        // Only what fits is written.
         let mut late = Patient::until(ours, Instant::now());
         let error = late.write_all(&vec![0; 8 << 20]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The serial port: a 16550, and where its bytes go.
+//! The serial port: a 16550 and its backend.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -21,12 +21,12 @@ use crate::interrupts::Interrupts;
 use crate::process::named_file;
 use crate::{Error, Result};
 
-/// How many registers it has, of a byte each.
+/// Number of its registers, of one byte each.
 pub(crate) const REGISTERS: u64 = 8;
-/// The modem control register, which has the bit that leads output to input.
+/// The modem control register, with the loopback bit.
 const MODEM_CONTROL: u64 = 4;
 
-/// Tells the event loop when there may be room for input again.
+/// Notifies the event loop when there may be room for input.
 struct RoomForInput(EventFd);
 
 impl RoomForInput {
@@ -42,7 +42,7 @@ impl SerialEvents for RoomForInput {
 
     fn out_byte(&self) {}
 
-    // Output takes everything, and says itself what it lost.
+    // The output accepts everything and reports its own losses.
     fn tx_lost_byte(&self) {}
 
     fn in_buffer_empty(&self) {
@@ -55,14 +55,14 @@ type Uart = Serial<EdgeLine, RoomForInput, Box<dyn Write + Send>>;
 /// The serial port of a machine.
 pub(crate) struct SerialPort {
     uart: Mutex<Uart>,
-    /// Written when there may be room for input again.
+    /// Written when there may be room for input.
     room: RoomForInput,
-    /// Where what the guest writes goes, unless nowhere.
+    /// The destination of the guest's output, if any.
     output: Option<Output>,
 }
 
 impl SerialPort {
-    /// A port that leads where `config` says, its interrupt wired.
+    /// A port with the backend of `config`, and its interrupt.
     pub fn new(config: &SerialConfig, interrupts: &Interrupts) -> Result<Arc<Self>> {
         let output = match config {
             SerialConfig::Tty => Some(Output::standard()?),
@@ -85,12 +85,12 @@ impl SerialPort {
         Ok(Arc::new(Self { uart, room, output }))
     }
 
-    /// What can be waited for until there may be room for input.
+    /// Readable when there may be room for input.
     pub fn room(&self) -> &EventFd {
         &self.room.0
     }
 
-    /// Gives `bytes` to the guest, as many as there is room for now: so many.
+    /// Passes as many of `bytes` to the guest as there is room for; returns their number.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         let mut uart = self.lock();
         let room = uart.fifo_capacity();
@@ -98,21 +98,21 @@ impl SerialPort {
         if let Err(error) = uart.enqueue_raw_bytes(taken) {
             log::debug!("serial input: {error}");
         }
-        // None of them where the guest has its own output as input.
+        // None while the guest uses loopback.
         room.saturating_sub(uart.fifo_capacity())
     }
 
-    /// Says something to whoever reads what the guest writes.
+    /// Prints something to the reader of the guest's output.
     pub fn say(&self, text: &str) {
         if let Some(output) = &self.output {
             output.take(text.as_bytes());
         }
     }
 
-    /// Waits until what the guest wrote is where it belongs, for a while at the most.
+    /// Waits until the guest's output is written, for a limited time.
     pub fn flush(&self) {
         if let Some(output) = &self.output {
-            // It says itself what was lost.
+            // Losses are reported by the output.
             let until = deadline::of(Turn::Output).unwrap_or_else(deadline::soon);
             let _ = output.flush(until);
         }
@@ -127,7 +127,7 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let [byte] = data {
-            // The range of the device is eight registers.
+            // The device's range is its eight registers.
             *byte = self.lock().read(offset as u8);
         }
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The terminal on standard input: raw while a guest has it, and what it was afterwards.
+//! The terminal on standard input: raw while a guest uses it, restored afterwards.
 //!
-//! It belongs to the whole process and to others besides: to the shell, which takes it away when
-//! the process goes to the background. Whoever is there leaves it alone.
+//! It belongs to the whole process and is shared with others: the shell takes it when the process
+//! goes to the background, and processes in the background must not touch it.
 
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,9 +14,9 @@ use rustix::termios::{tcgetattr, tcgetpgrp, tcsetattr, OptionalActions, Termios}
 
 use crate::process::disposition;
 
-/// What the terminal was before the process changed it.
+/// The terminal's settings before the process changed them.
 static BEFORE: OnceLock<Termios> = OnceLock::new();
-/// It is raw, and to be what it was.
+/// It is raw and must be restored.
 static RAW: AtomicBool = AtomicBool::new(false);
 
 /// Whether standard input is a terminal.
@@ -24,14 +24,12 @@ pub(crate) fn is_there() -> bool {
     io::stdin().is_terminal()
 }
 
-/// Whether the terminal is this process's to read from and to change. One that controls no process
-/// of this session is.
+/// Whether this process may read and change the terminal: also if it does not control this session.
 pub(crate) fn is_ours() -> bool {
     tcgetpgrp(stdin()).map_or(true, |foreground| foreground == getpgrp())
 }
 
-/// What was typed is as it was typed (`cfmakeraw`); what is written stays as it is, for others
-/// write lines to the same terminal.
+/// Input as in `cfmakeraw`; output processing stays, as others write lines to the same terminal.
 fn raw(before: &Termios) -> Termios {
     let mut raw = before.clone();
     raw.make_raw();
@@ -39,8 +37,8 @@ fn raw(before: &Termios) -> Termios {
     raw
 }
 
-/// Makes the terminal raw, until [`restore`] or the process's death by a signal. Whether it is for
-/// the first time.
+/// Makes the terminal raw, until [`restore`] or the process's death by a signal. Returns whether it
+/// is the first time.
 pub(crate) fn make_raw() -> io::Result<bool> {
     let first = BEFORE.get().is_none();
     let now = tcgetattr(stdin())?;
@@ -51,7 +49,7 @@ pub(crate) fn make_raw() -> io::Result<bool> {
     Ok(first)
 }
 
-/// The process goes on after it was stopped: the shell had the terminal meanwhile.
+/// The process continues after it was stopped: the shell had the terminal meanwhile.
 pub(crate) fn resume() {
     if let Some(before) = BEFORE.get().filter(|_| RAW.load(Ordering::SeqCst) && is_ours()) {
         if let Err(error) = tcsetattr(stdin(), OptionalActions::Now, &raw(before)) {
@@ -60,7 +58,7 @@ pub(crate) fn resume() {
     }
 }
 
-/// Makes the terminal what it was. Called by signal handlers, too: does nothing but system calls.
+/// Restores the terminal. Called by signal handlers, too: only makes system calls.
 pub(crate) fn restore() {
     let Some(before) = BEFORE.get().filter(|_| RAW.swap(false, Ordering::SeqCst)) else { return };
     // In the background it is the shell's, unless nobody has changed it since.
@@ -71,7 +69,7 @@ pub(crate) fn restore() {
         })
     };
     if is_ours() || left_raw() {
-        // It may be gone: there is nothing left to do, and nobody to tell.
+        // If it is gone, nothing can be done.
         let _ = tcsetattr(stdin(), OptionalActions::Now, before);
     }
 }

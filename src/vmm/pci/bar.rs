@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Base address registers: where they are, and where they put a function's memory.
+//! Base address registers and the memory they decode.
 
 use super::layout::BAR0;
 
@@ -9,19 +9,19 @@ pub(super) fn register(index: usize) -> u16 {
     BAR0 + 4 * index as u16
 }
 
-/// What a memory BAR is.
+/// The kind of a memory BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryBar {
     /// Bytes, a power of two.
     pub size: u64,
-    /// Its address has 64 bits, and takes the next register too.
+    /// Its address has 64 bits and uses the next register, too.
     pub wide: bool,
     /// Reads have no side effects.
     pub prefetchable: bool,
 }
 
 impl MemoryBar {
-    /// The least there can be: the low four bits of a register say what kind of BAR it is.
+    /// The minimum size: the low four bits of a register encode the kind of BAR.
     pub const MIN_SIZE: u64 = 16;
 
     /// The low four bits of its register (§7.5.1.2.1).
@@ -36,7 +36,7 @@ impl MemoryBar {
     }
 }
 
-/// Where a memory BAR is just now.
+/// The current place of a memory BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarPlacement {
     /// Which BAR.
@@ -50,11 +50,11 @@ pub struct BarPlacement {
 impl BarPlacement {
     /// BAR `index` of `size` bytes at `start`, a multiple of that.
     pub(super) fn new(index: usize, start: u64, size: u64) -> Self {
-        // Of a multiple of the size, no bit is among those that are set.
+        // `start` is a multiple of the size, so the bits do not overlap.
         Self { index, start, last: start | (size - 1) }
     }
 
-    /// The offset in the BAR of an access to `address`, when all of its `length` bytes lie in it.
+    /// The offset in the BAR of an access to `address`, if all of its `length` bytes are in it.
     pub(super) fn offset(&self, address: u64, length: usize) -> Option<u64> {
         let last = address.checked_add((length as u64).checked_sub(1)?)?;
         (last <= self.last).then(|| address.checked_sub(self.start)).flatten()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Bus 0: which functions are on it, and where their BARs are.
+//! Bus 0: its functions and the places of their BARs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,11 +16,12 @@ pub trait PciFunction: Send + Sync {
     /// Its configuration space.
     fn config(&self) -> &Mutex<ConfigSpace>;
 
-    /// Software is about to read `length` bytes at `offset` of configuration space, which is not
-    /// locked now.
+    /// Called before software reads `length` bytes at `offset` of configuration space, which is not
+    /// locked.
     fn config_reading(&self, _offset: u16, _length: usize) {}
 
-    /// Software wrote `length` bytes at `offset` of configuration space, which is not locked now.
+    /// Called after software wrote `length` bytes at `offset` of configuration space, which is not
+    /// locked.
     fn config_written(&self, _offset: u16, _length: usize) {}
 
     /// Software reads `data.len()` bytes at `offset` of memory BAR `bar`.
@@ -40,12 +41,12 @@ struct Decoder {
 #[derive(Default)]
 pub struct PciBus {
     functions: BTreeMap<Bdf, Arc<dyn PciFunction>>,
-    /// Every BAR that answers, as configuration space has it.
+    /// Every decoding BAR, according to configuration space.
     decoders: RwLock<Vec<Decoder>>,
 }
 
 impl PciBus {
-    /// Puts `function` at `bdf`, in place of whatever was there.
+    /// Adds `function` at `bdf`, replacing what was there.
     pub fn insert(&mut self, bdf: Bdf, function: Arc<dyn PciFunction>) {
         self.functions.insert(bdf, function);
         self.update_decoders();
@@ -57,7 +58,7 @@ impl PciBus {
         self.functions.get(&bdf).cloned()
     }
 
-    /// Software reads configuration space; a function that is not there reads as ones.
+    /// Software reads configuration space; a missing function reads as ones.
     pub fn read_config(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
         match self.functions.get(&bdf) {
             Some(function) => {
@@ -83,9 +84,9 @@ impl PciBus {
         function.config_written(offset, data.len());
     }
 
-    /// Collects the BARs anew. Those outside the PCI memory window do not answer.
+    /// Updates the decoders. BARs outside of the PCI memory window do not decode.
     fn update_decoders(&self) {
-        // Held throughout, so that of two updates at once the later one sees the newer BARs.
+        // Held throughout, so that of two concurrent updates the later sees the newer BARs.
         let mut decoders = self.decoders.write();
         decoders.clear();
         for function in self.functions.values() {
@@ -99,7 +100,7 @@ impl PciBus {
         }
     }
 
-    /// The function whose BAR answers for all of an access, the BAR and the offset in it.
+    /// The function whose BAR contains all of an access, the BAR and the offset in it.
     fn decode(&self, address: u64, length: usize) -> Option<(Arc<dyn PciFunction>, usize, u64)> {
         let decoders = self.decoders.read();
         decoders.iter().find_map(|decoder| {
@@ -185,7 +186,7 @@ mod tests {
         bus.write_config(bdf, 0x14, &0xe100_0000u32.to_le_bytes());
         assert_eq!(read(&memory, 0x10), 0xff);
         assert_eq!(read(&memory, 0x100_0010), 0x11);
-        // Outside the window nothing answers: RAM and the IOMMU's registers cannot be covered.
+        // Outside of the window nothing decodes: RAM and the IOMMU's registers cannot be covered.
         bus.write_config(bdf, 0x14, &0x0010_0000u32.to_le_bytes());
         assert_eq!(read(&memory, 0x100_0010), 0xff);
         assert!(bus.decode(0x10_0000, 4).is_none());

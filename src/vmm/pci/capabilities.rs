@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The capabilities a function can have here: MSI, PCI Express, PASID.
+//! The capabilities of emulated functions: MSI, PCI Express, PASID.
 
 use super::layout::*;
 use super::ConfigSpace;
@@ -18,7 +18,7 @@ const MSI_ADDRESS_HIGH: u16 = 8;
 const MSI_DATA: u16 = 12;
 
 impl MsiCapability {
-    /// Gives `config` the capability.
+    /// Adds the capability to `config`.
     pub fn add(config: &mut ConfigSpace) -> Self {
         let control = MsiControl::new().with_address_64(true).into_bits().to_le_bytes();
         let changeable =
@@ -27,12 +27,12 @@ impl MsiCapability {
         body[..2].copy_from_slice(&control);
         let mut writable = [0xff; 12];
         writable[..2].copy_from_slice(&changeable.to_le_bytes());
-        // Messages are doublewords: the low two bits of the address are zero.
+        // The low two bits of the address are zero.
         writable[2] = 0xfc;
         Self { offset: config.add_capability(CAPABILITY_MSI, &body, &writable) }
     }
 
-    /// The message, when interrupts are messages.
+    /// The message, if MSI is enabled.
     pub fn message(&self, config: &ConfigSpace) -> Option<MsiMessage> {
         MsiControl::from_bits(config.u16(self.offset + 2)).enable().then(|| MsiMessage {
             address: u64::from(config.u32(self.offset + MSI_ADDRESS))
@@ -49,8 +49,8 @@ const END_END_TLP_PREFIX: u32 = 1 << 21;
 /// Device Capabilities 2, from the start of the body.
 const DEVICE_CAPABILITIES_2: usize = 0x24 - 2;
 
-/// Gives `config` the PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3),
-/// without which software does not look for extended capabilities. Nothing in it can be changed.
+/// Adds the PCI Express capability of a Root Complex Integrated Endpoint (§7.5.3) to `config`,
+/// without which software does not look for extended capabilities. It is read-only.
 pub fn add_express_capability(config: &mut ConfigSpace) {
     let mut body = [0; 0x3c - 2];
     body[..2].copy_from_slice(&EXPRESS_CAPABILITIES.to_le_bytes());
@@ -58,14 +58,14 @@ pub fn add_express_capability(config: &mut ConfigSpace) {
     config.add_capability(CAPABILITY_EXPRESS, &body, &[]);
 }
 
-/// A PASID extended capability of all 20 bits, without execute or privileged requests.
+/// A PASID extended capability with all 20 bits, without execute or privileged requests.
 #[derive(Debug, Clone, Copy)]
 pub struct PasidCapability {
     offset: u16,
 }
 
 impl PasidCapability {
-    /// Gives `config` the capability.
+    /// Adds the capability to `config`.
     pub fn add(config: &mut ConfigSpace) -> Self {
         let capabilities = PasidCapabilities::new().with_max_width(Pasid::BITS as u8).into_bits();
         let control = PasidControl::new().with_enable(true).into_bits();

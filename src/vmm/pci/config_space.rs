@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The configuration space of one function: bytes, and which of their bits software may change.
+//! The configuration space of one function: bytes, and which bits software may change.
 
 use std::fmt;
 
 use super::bar::{self, BarPlacement, MemoryBar};
 use super::layout::*;
 
-/// Who a function says it is.
+/// The identification of a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     /// Vendor ID.
@@ -19,7 +19,7 @@ pub struct Identity {
     pub revision: u8,
 }
 
-/// Configuration space of a type 0 function. It answers any access that lies in it.
+/// Configuration space of a type 0 function. It answers any access within it.
 #[derive(Clone)]
 pub struct ConfigSpace {
     bytes: Box<[u8; CONFIG_SIZE]>,
@@ -27,17 +27,17 @@ pub struct ConfigSpace {
     writable: Box<[u8; CONFIG_SIZE]>,
     /// The memory BARs, by their first register.
     bars: [Option<MemoryBar>; BARS],
-    /// Where the pointer to the next capability goes, and where that capability goes.
+    /// Place of the next capability and of the pointer to it.
     capability: Place,
     extended_capability: Place,
 }
 
-/// Where a list of capabilities goes on.
+/// The end of a capability list.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     /// The register that will point to the next one.
     pointer: u16,
-    /// Where the next one is.
+    /// Offset of the next one.
     next: u16,
 }
 
@@ -49,7 +49,7 @@ impl ConfigSpace {
             writable: Box::new([0; CONFIG_SIZE]),
             bars: [None; BARS],
             capability: Place { pointer: CAPABILITIES_POINTER, next: HEADER_END },
-            // The first extended capability has a fixed place and nothing that points to it.
+            // The first extended capability has a fixed offset and no pointer to it.
             extended_capability: Place { pointer: 0, next: EXTENDED_START },
         };
         config.put(VENDOR_ID, &identity.vendor.to_le_bytes());
@@ -65,61 +65,59 @@ impl ConfigSpace {
         config
     }
 
-    /// The configuration space of a function that is there already: `bytes` as software reads them,
-    /// and in `writable` the bits that it may change. There are no BARs, and no place for
-    /// capabilities besides those in `bytes`.
+    /// The configuration space of an existing function: `bytes` as read by software, and in
+    /// `writable` the bits that it may change. There are no BARs, and no place for more
+    /// capabilities.
     pub fn of_image(bytes: Box<[u8; CONFIG_SIZE]>, writable: Box<[u8; CONFIG_SIZE]>) -> Self {
         let full = Place { pointer: 0, next: CONFIG_SIZE as u16 };
         let bars = [None; BARS];
         Self { bytes, writable, bars, capability: full, extended_capability: full }
     }
 
-    /// Says which subsystem the function is, by its vendor and that one's own number.
+    /// Sets the subsystem: its vendor and ID.
     pub fn set_subsystem(&mut self, vendor: u16, id: u16) {
         let both = u32::from(id) << 16 | u32::from(vendor);
         self.put(SUBSYSTEM_VENDOR_ID, &both.to_le_bytes());
     }
 
-    /// Adds a vendor's own capability: `body` follows its three-byte header, `writable` says which
-    /// bits of the body software may change. Returns its offset.
+    /// Adds a vendor-specific capability: `body` follows its three-byte header, `writable` has the
+    /// bits of the body that software may change. Returns its offset.
     pub fn add_vendor_capability(&mut self, body: &[u8], writable: &[u8]) -> u16 {
-        // A capability lies in the first 256 bytes.
+        // A capability is within the first 256 bytes.
         let length = [(body.len() + 3) as u8];
         let (body, writable) = ([&length, body].concat(), [&[0], writable].concat());
         self.add_capability(CAPABILITY_VENDOR, &body, &writable)
     }
 
-    /// Sets what software reads from the four bytes at `offset`, which must be in the header or a
-    /// capability.
+    /// Sets the four bytes at `offset`, which must be in the header or a capability.
     pub fn set_u32(&mut self, offset: u16, value: u32) {
         self.put(offset, &value.to_le_bytes());
     }
 
-    /// Sets what software reads from the two bytes at `offset`, likewise.
+    /// Sets the two bytes at `offset`, likewise.
     pub fn set_u16(&mut self, offset: u16, value: u16) {
         self.put(offset, &value.to_le_bytes());
     }
 
-    /// Sets what software reads from the byte at `offset`, likewise.
+    /// Sets the byte at `offset`, likewise.
     pub fn set_u8(&mut self, offset: u16, value: u8) {
         self.put(offset, &[value]);
     }
 
-    /// Gives the function memory BAR `index` (32 bits, not prefetchable) of `size` bytes, a power
-    /// of two of at least 4096, at `address`.
+    /// Adds memory BAR `index` (32 bits, not prefetchable) of `size` bytes, a power of two of at
+    /// least 4096, at `address`.
     pub fn add_bar(&mut self, index: usize, size: u32, address: u32) {
         debug_assert!(size >= 4096);
         let bar = MemoryBar { size: size.into(), wide: false, prefetchable: false };
         self.add_memory_bar(index, bar, address.into());
     }
 
-    /// Gives the function memory BAR `index` at `address`, a multiple of its size. The function
-    /// answers there from the start, as where firmware has placed the BARs: software that takes
-    /// them as they are need not enable them.
+    /// Adds memory BAR `index` at `address`, a multiple of its size. It decodes from the start, as
+    /// if firmware had placed it: software that keeps the address need not enable it.
     pub fn add_memory_bar(&mut self, index: usize, bar: MemoryBar, address: u64) {
         debug_assert!(bar.size.is_power_of_two() && bar.size >= MemoryBar::MIN_SIZE);
         debug_assert!(index + usize::from(bar.wide) < BARS);
-        // The low bits read as they are whatever is written: that is how software learns the size.
+        // The low bits are read-only: that is how software learns the size.
         let (value, writable) = ((address | bar.kind()).to_le_bytes(), bar.address_mask());
         let registers = if bar.wide { 8 } else { 4 };
         self.put(bar::register(index), &value[..registers]);
@@ -129,14 +127,14 @@ impl ConfigSpace {
         self.put(COMMAND, &command.into_bits().to_le_bytes());
     }
 
-    /// Gives the function the interrupt pin INTA, which leads to `line`.
+    /// Adds the interrupt pin INTA, connected to `line`.
     pub fn set_intx(&mut self, line: u8) {
         self.put(INTERRUPT_LINE, &[line]);
         self.put(INTERRUPT_PIN, &[1]);
     }
 
-    /// Adds a capability: `body` follows its two-byte header, `writable` says which bits of the
-    /// body software may change. Returns its offset.
+    /// Adds a capability: `body` follows its two-byte header, `writable` has the bits of the body
+    /// that software may change. Returns its offset.
     pub(super) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> u16 {
         let offset = self.capability.next;
         // An offset in the first 256 bytes.
@@ -174,7 +172,7 @@ impl ConfigSpace {
         offset
     }
 
-    /// Software reads; what does not lie in configuration space reads as ones.
+    /// Software reads; bytes beyond configuration space read as ones.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         let start = usize::from(offset);
         match self.bytes.get(start..start + data.len()) {
@@ -202,14 +200,14 @@ impl ConfigSpace {
         Command::from_bits(self.u16(COMMAND))
     }
 
-    /// Whether the status register says that an INTx interrupt is pending.
+    /// Sets the status register's INTx pending bit.
     pub fn set_interrupt_status(&mut self, pending: bool) {
         let status = self.u16(STATUS) & !STATUS_INTERRUPT;
         let status = if pending { status | STATUS_INTERRUPT } else { status };
         self.put(STATUS, &status.to_le_bytes());
     }
 
-    /// Where the memory BARs are, as far as the function answers memory accesses at all.
+    /// The places of the memory BARs, if memory decoding is enabled.
     pub fn bar_placements(&self) -> Vec<BarPlacement> {
         if !self.command().memory_space() {
             return Vec::new();
@@ -239,7 +237,7 @@ impl ConfigSpace {
         u32::from_le_bytes(bytes)
     }
 
-    /// Sets bytes whether software may write them or not. Offsets here are the program's own.
+    /// Sets bytes, writable or not. The offsets are from this program, not the guest.
     fn put(&mut self, offset: u16, bytes: &[u8]) {
         let start = usize::from(offset);
         self.bytes[start..start + bytes.len()].copy_from_slice(bytes);
@@ -301,7 +299,7 @@ mod tests {
         assert_eq!(config.u32(BAR0), 0xfff0_0000);
         config.write(BAR0, &0xe123_4567u32.to_le_bytes());
         assert_eq!(config.bar_placements(), [BarPlacement::new(0, 0xe120_0000, 0x10_0000)]);
-        // BARs that are not there cannot be written.
+        // BARs that do not exist cannot be written.
         config.write(BAR0 + 4, &[0xff; 4]);
         assert_eq!(config.u32(BAR0 + 4), 0);
     }
@@ -315,7 +313,7 @@ mod tests {
         assert_eq!(config.bar_placements(), [BarPlacement::new(2, 0x1_e000_0000, 0x100)]);
         config.write(BAR0 + 8, &[0xff; 8]);
         assert_eq!((config.u32(BAR0 + 8), config.u32(BAR0 + 12)), (0xffff_ff0c, u32::MAX));
-        // At the very end of the address space, where nothing answers.
+        // At the very end of the address space, where nothing decodes.
         assert_eq!(config.bar_placements()[0].last, u64::MAX);
     }
 

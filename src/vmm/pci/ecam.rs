@@ -14,8 +14,7 @@ pub struct Ecam(pub Arc<PciBus>);
 
 /// The function and the register at `offset` of the window.
 fn decode(offset: u64) -> (Bdf, u16) {
-    // 256 buses of 1 MiB at the most: bits 27:12 are the function, and both casts keep what they
-    // should.
+    // At most 256 buses of 1 MiB: bits 27:12 are the function, so both casts are lossless.
     let bdf = Bdf::from_raw((offset / CONFIG_SIZE as u64) as u16);
     (bdf, (offset % CONFIG_SIZE as u64) as u16)
 }

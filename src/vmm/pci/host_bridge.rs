@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host bridge, 00:00.0: there to be found, and nothing more.
+//! The host bridge, 00:00.0, without any function.
 
 use twostage::sync::Mutex;
 

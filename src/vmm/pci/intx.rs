@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! INTx: the interrupt pins of functions, and the few shared lines they lead to.
+//! INTx: the functions' interrupt pins and the shared lines they are connected to.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,26 +13,25 @@ use twostage::spec::pci::Bdf;
 /// An interrupt line that pins share.
 #[derive(Debug, Clone, Copy)]
 pub struct IntxLine {
-    /// What the interrupt line register of a function on it says.
+    /// Value of the interrupt line register of its functions.
     pub register: u8,
-    /// The inputs of interrupt controllers that it leads to.
+    /// The interrupt controller inputs that it is connected to.
     pub gsis: &'static [u32],
 }
 
-/// A line that is asserted by writing an eventfd, until the guest's end of interrupt.
+/// A line that is asserted by writing an eventfd and deasserted at the guest's end of interrupt.
 pub trait EventLine: Send + Sync {
-    /// Written to assert it.
+    /// The eventfd that asserts it.
     fn assert_event(&self) -> &EventFd;
 
-    /// Is written at the end of the interrupt, when the line is not asserted any more.
+    /// The eventfd that is written at the end of the interrupt, after the line was deasserted.
     fn end_event(&self) -> &EventFd;
 
-    /// Deasserts it: nobody asserts it any more, whatever was written.
+    /// Deasserts it: earlier writes have no effect any more.
     fn release(&self);
 }
 
-/// The line that INTA of device number `device` on bus 0 leads to, by its place among
-/// [`INTX_LINES`].
+/// The index in [`INTX_LINES`] of the line for INTA of device number `device` on bus 0.
 pub fn line_of_pin(device: u8) -> usize {
     usize::from(device) % INTX_LINES.len()
 }
@@ -40,20 +39,20 @@ pub fn line_of_pin(device: u8) -> usize {
 /// Drives a line: (GSI, level).
 type Drive = dyn Fn(u32, bool) + Send + Sync;
 
-/// Leads pins to lines.
+/// Connects pins to lines.
 pub struct IntxRouter {
     lines: [Arc<Line>; INTX_LINES.len()],
 }
 
 struct Line {
     line: IntxLine,
-    /// One bit for each device number whose pin is asserted: the line is their OR.
+    /// One bit for each device number with an asserted pin: the line is their OR.
     asserted: Mutex<u32>,
     drive: Arc<Drive>,
 }
 
 impl IntxRouter {
-    /// A router whose lines are driven through `drive`.
+    /// A router that drives lines through `drive`.
     pub fn new(drive: Arc<Drive>) -> Self {
         let line = |line| Arc::new(Line { line, asserted: Mutex::new(0), drive: drive.clone() });
         Self { lines: INTX_LINES.map(line) }
@@ -72,19 +71,19 @@ impl fmt::Debug for IntxRouter {
     }
 }
 
-/// An interrupt pin, not asserted to begin with.
+/// An interrupt pin, initially deasserted.
 pub struct IntxPin {
     line: Arc<Line>,
     device: u8,
 }
 
 impl IntxPin {
-    /// What the interrupt line register says.
+    /// The value of the interrupt line register.
     pub fn line(&self) -> u8 {
         self.line.line.register
     }
 
-    /// The inputs of interrupt controllers that its line leads to.
+    /// The interrupt controller inputs that its line is connected to.
     pub fn gsis(&self) -> &'static [u32] {
         self.line.line.gsis
     }
@@ -92,7 +91,7 @@ impl IntxPin {
     /// Asserts or deasserts the pin.
     pub fn set(&self, asserted: bool) {
         let bit = 1 << self.device;
-        // Held while the line is driven: levels reach the interrupt controller in order.
+        // Held while driving the line, so that levels reach the interrupt controller in order.
         let mut pins = self.line.asserted.lock();
         let before = *pins != 0;
         *pins = if asserted { *pins | bit } else { *pins & !bit };

@@ -26,7 +26,7 @@ pub const BAR0: u16 = 0x10;
 pub const BARS: usize = 6;
 /// Offset of the first capability.
 pub const CAPABILITIES_POINTER: u16 = 0x34;
-/// Interrupt line: for software, by software.
+/// Interrupt line: for use by software only.
 pub const INTERRUPT_LINE: u16 = 0x3c;
 /// Interrupt pin: 1 for INTA.
 pub const INTERRUPT_PIN: u16 = 0x3d;
@@ -40,7 +40,7 @@ pub const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// Capability ID of MSI.
 pub const CAPABILITY_MSI: u8 = 0x05;
-/// Capability ID of a vendor's own capability.
+/// Capability ID of a vendor-specific capability.
 pub const CAPABILITY_VENDOR: u8 = 0x09;
 /// Capability ID of MSI-X.
 pub const CAPABILITY_MSIX: u8 = 0x11;
@@ -57,7 +57,7 @@ pub struct Command {
     pub io_space: bool,
     /// Answers memory accesses.
     pub memory_space: bool,
-    /// May make requests of its own: DMA, and MSI.
+    /// May issue requests: DMA and MSI.
     pub bus_master: bool,
     #[bits(7)]
     __: u8,
@@ -71,12 +71,12 @@ pub struct Command {
 #[bitfield(u16)]
 #[derive(PartialEq, Eq)]
 pub struct MsiControl {
-    /// Interrupts are messages.
+    /// MSI is enabled.
     pub enable: bool,
-    /// Vectors the function asks for, as a power of two.
+    /// Number of vectors requested, as a power of two.
     #[bits(3)]
     pub multiple_message_capable: u8,
-    /// Vectors it was given, as a power of two.
+    /// Number of vectors granted, as a power of two.
     #[bits(3)]
     pub multiple_message_enable: u8,
     /// The message address has 64 bits.
@@ -96,7 +96,7 @@ pub struct MsixControl {
     __: u8,
     /// Every vector is masked.
     pub function_mask: bool,
-    /// Interrupts are messages.
+    /// MSI-X is enabled.
     pub enable: bool,
 }
 
@@ -105,9 +105,9 @@ pub struct MsixControl {
 #[derive(PartialEq, Eq)]
 pub struct PasidCapabilities {
     __: bool,
-    /// May ask to execute.
+    /// May request execute permission.
     pub execute_permission: bool,
-    /// May ask for supervisor privilege.
+    /// May request supervisor privilege.
     pub privileged_mode: bool,
     #[bits(5)]
     __: u8,
@@ -124,9 +124,9 @@ pub struct PasidCapabilities {
 pub struct PasidControl {
     /// Requests may carry a PASID.
     pub enable: bool,
-    /// They may ask to execute.
+    /// They may request execute permission.
     pub execute_permission: bool,
-    /// They may ask for supervisor privilege.
+    /// They may request supervisor privilege.
     pub privileged_mode: bool,
     #[bits(13)]
     __: u16,

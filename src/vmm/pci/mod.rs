@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! PCI Express: one root bus, its functions, and the ways a guest reaches them.
+//! PCI Express: one root bus, its functions, and how a guest accesses them.
 //!
 //! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
 //! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9 PASID).

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! MSI-X (PCIe 6.0 §7.7.2): the capability, the table of vectors and the pending bits.
+//! MSI-X (PCIe 6.0 §7.7.2): the capability, the vector table and the pending bits.
 
 use std::fmt;
 use std::sync::{Arc, MutexGuard};
@@ -17,28 +17,27 @@ const VECTOR_CONTROL: usize = 3;
 /// Vector control: the vector is masked.
 const VECTOR_MASKED: u32 = 1;
 
-/// What sends the message of one vector.
+/// Sends the message of one vector.
 ///
-/// The table never triggers a vector before it has said what the message is, nor while there is
-/// none.
+/// The table sets the message before it triggers a vector, and never triggers it without one.
 pub trait InterruptVector: Send + Sync {
-    /// Software changed the message, or took it away by masking or disabling the vector.
+    /// Software changed the message, or masked or disabled the vector.
     fn update(&self, message: Option<MsiMessage>);
 
     /// Sends the message.
     fn trigger(&self);
 
-    /// Whether something waits to be sent that the table does not know of.
+    /// Whether an interrupt is pending that the table does not know of.
     fn is_pending(&self) -> bool {
         false
     }
 }
 
-/// A vector that somebody else triggers, at any time, by writing an eventfd.
+/// A vector that somebody else triggers at any time by writing an eventfd.
 ///
-/// While there is no message the eventfd is let alone; what was written to it goes by the next one.
+/// Without a message the eventfd is not read; pending writes are sent with the next message.
 pub trait EventVector: InterruptVector {
-    /// What to write. It does not block.
+    /// The eventfd to write. It does not block.
     fn event(&self) -> &EventFd;
 }
 
@@ -48,18 +47,18 @@ pub struct MsixCapability {
     offset: u16,
 }
 
-/// Where a structure of MSI-X is: a BAR, and an offset in it that is a multiple of 8.
+/// Location of an MSI-X structure: a BAR, and an offset in it that is a multiple of 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsixPlace {
-    /// Which BAR.
+    /// The BAR.
     pub bar: u8,
     /// Offset in bytes.
     pub offset: u32,
 }
 
 impl MsixCapability {
-    /// Gives `config` the capability: `vectors` of them (1 to 2048), with the table and the pending
-    /// bits where it says.
+    /// Adds the capability to `config`: `vectors` of them (1 to 2048), with the table and the
+    /// pending bits at these places.
     pub fn add(
         config: &mut ConfigSpace,
         vectors: u16,
@@ -77,12 +76,12 @@ impl MsixCapability {
         Self { offset: config.add_capability(CAPABILITY_MSIX, &body, &writable) }
     }
 
-    /// The capability that `config` has at `offset`.
+    /// The existing capability at `offset`.
     pub fn at(offset: u16) -> Self {
         Self { offset }
     }
 
-    /// Message control as software set it.
+    /// Message control as set by software.
     pub fn control(&self, config: &ConfigSpace) -> MsixControl {
         MsixControl::from_bits(config.u16(self.offset + 2))
     }
@@ -101,9 +100,9 @@ struct State {
 }
 
 struct Vector {
-    /// Address, upper address, data, control: as software reads them.
+    /// Address, upper address, data, control, as read by software.
     entry: [u32; ENTRY_SIZE / 4],
-    /// The message that the interrupt layer knows of.
+    /// The message that the interrupt layer has.
     known: Option<MsiMessage>,
     pending: bool,
     sender: Arc<dyn InterruptVector>,
@@ -112,12 +111,12 @@ struct Vector {
 impl Vector {
     fn message(&self) -> Option<MsiMessage> {
         let [low, high, data, control] = self.entry;
-        // Messages are doublewords: the low two bits of the address are zero.
+        // The low two bits of the address are zero.
         let address = u64::from(high) << 32 | u64::from(low & !3);
         (control & VECTOR_MASKED == 0).then_some(MsiMessage { address, data })
     }
 
-    /// Brings the interrupt layer up to date, and sends what waited for that.
+    /// Updates the interrupt layer, and sends what was pending.
     fn update(&mut self, on: bool) {
         let message = self.message().filter(|_| on);
         if message != self.known {
@@ -131,7 +130,7 @@ impl Vector {
 }
 
 impl Msix {
-    /// Vectors that are masked, their messages sent by `senders`; the function is bus master.
+    /// Masked vectors, with messages sent by `senders`; bus mastering is enabled.
     pub fn new(senders: Vec<Arc<dyn InterruptVector>>) -> Self {
         let vector = |sender| Vector {
             entry: [0, 0, 0, VECTOR_MASKED],
@@ -161,16 +160,16 @@ impl Msix {
         state.update();
     }
 
-    /// The function is bus master, or not any more: messages are requests, so they wait as those of
-    /// masked vectors do. When this returns, none is being sent.
+    /// Sets whether bus mastering is enabled: MSIs are requests, so without it they wait like those
+    /// of masked vectors. When this returns, none is being sent.
     pub fn set_bus_master(&self, allowed: bool) {
         let mut state = self.state();
         state.bus_master = allowed;
         state.update();
     }
 
-    /// Sends the message of `vector`, now or when it is unmasked. Without MSI-X, or without such a
-    /// vector, nothing is sent.
+    /// Sends the message of `vector`, now or when it is unmasked. Ignored with MSI-X disabled, or
+    /// without such a vector.
     pub fn trigger(&self, vector: u16) {
         let mut state = self.state();
         if !state.enabled {
@@ -251,7 +250,7 @@ impl fmt::Debug for Msix {
     }
 }
 
-/// The doublewords of an access. Only aligned ones of 4 or 8 bytes have a meaning (§7.7.2).
+/// The doublewords of an access. Only aligned ones of 4 or 8 bytes are defined (§7.7.2).
 fn doublewords(offset: u64, length: usize) -> Option<std::ops::Range<usize>> {
     let offset = usize::try_from(offset).ok()?;
     let aligned = matches!(length, 4 | 8) && offset.is_multiple_of(length);
@@ -315,7 +314,7 @@ mod tests {
         msix.set_control(control(true, false));
         assert_eq!(recorders[1].take(), ["0x1fee00000/0x41", "sent"]);
         assert_eq!(pending(&msix), 1, "vector 0 is masked by itself");
-        // Masked, changed, unmasked: what came meanwhile goes by the new message, once.
+        // Masked, changed, unmasked: what was pending is sent with the new message, once.
         msix.write_table(28, &1u32.to_le_bytes());
         msix.trigger(1);
         msix.trigger(1);

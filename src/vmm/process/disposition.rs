@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What signals do to the process, where no crate has it: which ones it was started to ignore, and
-//! what is done before one ends it.
+//! Signal dispositions not covered by a crate: which signals the process inherited as ignored, and
+//! what is done before a fatal one.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -8,18 +8,18 @@ use std::sync::OnceLock;
 
 use libc::{c_int, c_void, siginfo_t, SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
 
-/// The signals of errors in the process itself, which end it at once.
+/// The signals of errors in the process, which end it at once.
 const FATAL: [c_int; 7] = [SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP];
 
-/// What is done before the process dies of one of [`FATAL`].
+/// Called before the process dies of one of [`FATAL`].
 static LAST: OnceLock<fn()> = OnceLock::new();
-/// What each of them did before: Rust's own handlers tell of a stack that is full.
+/// Their previous actions: Rust's handlers report stack overflows.
 static EARLIER: [OnceLock<libc::sigaction>; FATAL.len()] = [const { OnceLock::new() }; FATAL.len()];
 
-/// What `signal` does.
+/// The current action of `signal`.
 fn action(signal: c_int) -> Option<libc::sigaction> {
     let mut action = MaybeUninit::uninit();
-    // SAFETY: without a new action, sigaction only writes the present one where it was told to.
+    // SAFETY: without a new action, sigaction only writes the current one to the given place.
     match unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } {
         // SAFETY: it was written.
         0 => Some(unsafe { action.assume_init() }),
@@ -27,13 +27,12 @@ fn action(signal: c_int) -> Option<libc::sigaction> {
     }
 }
 
-/// Whether `signal` is ignored: whoever started the process wanted that, unless the process did.
+/// Whether `signal` is ignored: by the parent's choice, unless the process did it.
 pub(crate) fn is_ignored(signal: c_int) -> bool {
     action(signal).is_some_and(|action| action.sa_sigaction == libc::SIG_IGN)
 }
 
-/// Has `last` done before an error in the process ends it with a signal. `last` may do what signal
-/// handlers may.
+/// Makes `last` run before a fatal signal ends the process. It must be async-signal-safe.
 pub(crate) fn before_death(last: fn()) {
     if LAST.set(last).is_err() {
         return;
@@ -47,22 +46,22 @@ pub(crate) fn before_death(last: fn()) {
         let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = die;
         let mut ours = action;
         ours.sa_sigaction = handler as *const () as usize;
-        // Where there is another stack, which a stack that is full needs.
+        // On the alternate stack if there is one, for stack overflows.
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: `ours` is an action as the system gave it, with a handler of the type that its
-        // flags say.
+        // SAFETY: `ours` is an action from the system, with a handler of the type that its flags
+        // say.
         if unsafe { libc::sigaction(signal, &ours, std::ptr::null_mut()) } != 0 {
             log::debug!("signal {signal} cannot be caught");
         }
     }
 }
 
-/// Does what is to be done before death, and lets the process die of `signal`.
+/// Runs `last`, and lets the process die of `signal`.
 extern "C" fn die(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
     if let Some(last) = LAST.get() {
         last();
     }
-    // SAFETY: the kernel gives a handler with SA_SIGINFO what it may read.
+    // SAFETY: the kernel passes readable information to a handler with SA_SIGINFO.
     let by_a_fault = unsafe { (*info).si_code } > 0 && matches!(signal, SIGSEGV | SIGBUS);
     let earlier = FATAL.into_iter().zip(&EARLIER).find(|(fatal, _)| *fatal == signal);
     let Some(earlier) = earlier.and_then(|(_, earlier)| earlier.get()) else { return };
@@ -70,12 +69,11 @@ extern "C" fn die(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
     if !by_a_fault {
         action.sa_sigaction = libc::SIG_DFL;
     }
-    // SAFETY: `action` is what the system gave, or the same with the default, which needs no
-    // handler.
+    // SAFETY: `action` is from the system, or the same with the default, which needs no handler.
     unsafe {
         libc::sigaction(signal, &action, std::ptr::null_mut());
-        // A fault comes again by itself, and then tells where; all else is sent once more, and
-        // comes when the handler is left.
+        // A fault is raised again when the handler returns, at the same place; others are sent
+        // again, and arrive after the handler.
         if !by_a_fault {
             libc::raise(signal);
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The one loop that waits for file descriptors.
+//! The event loop.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -13,16 +13,16 @@ use crate::process::stop::{StopReason, Stopper};
 use crate::{console::terminal, process::signals};
 use crate::{Error, Result};
 
-/// What the loop has to tell its owner.
+/// Why the loop returns to its owner.
 #[derive(Debug)]
 pub(crate) enum Wake {
-    /// The user wants a report (SIGUSR1).
+    /// A report was requested (SIGUSR1).
     Report,
-    /// The machine is to stop.
+    /// The machine must stop.
     Stopped(StopReason),
 }
 
-/// The loop, with whatever subscribes to it.
+/// The loop with its subscribers.
 pub(crate) struct EventLoop {
     manager: EventManager<Box<dyn MutEventSubscriber>>,
     stopper: Stopper,
@@ -30,7 +30,7 @@ pub(crate) struct EventLoop {
 }
 
 impl EventLoop {
-    /// A loop that waits for signals and for `stopper`.
+    /// A loop that handles signals and `stopper`.
     pub fn new(stopper: Stopper) -> Result<Self> {
         let report = Rc::new(Cell::new(false));
         let mut manager =
@@ -46,7 +46,7 @@ impl EventLoop {
         self.manager.add_subscriber(subscriber);
     }
 
-    /// Serves file descriptors until there is something to tell.
+    /// Serves file descriptors until there is a reason to return.
     pub fn wait(&mut self) -> Result<Wake> {
         loop {
             if self.report.take() {
@@ -60,7 +60,7 @@ impl EventLoop {
     }
 }
 
-/// What the loop itself listens to.
+/// The loop's own subscriber.
 struct Control {
     stopper: Stopper,
     signals: &'static EventFd,
@@ -84,7 +84,8 @@ impl MutEventSubscriber for Control {
             } else if signal == SIGCONT {
                 terminal::resume();
             } else if !self.stopper.stop(StopReason::Signal(signal)) {
-                // This machine stops anyway; one that is started after it must not run on.
+                // This machine stops anyway; the signal must also stop one that is started after
+                // it.
                 signals::put_back(signal);
             }
         }

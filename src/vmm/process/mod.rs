@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process around the machine: signals, files that the user names, why it stops and with what
-//! code.
+//! The process around the machine: signals, named files, stop reasons and exit codes.
 
 pub(crate) mod disposition;
 pub(crate) mod event_loop;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Opening a file that the user names. Whatever is there, the open does not wait: a FIFO would have
-//! it wait for its other end, and a terminal for its line, for ever and deaf to signals.
+//! Opens files named by the user without blocking, whatever they are: opening a FIFO waits for its
+//! other end, and a terminal for its line, uninterruptibly.
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -9,11 +9,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Opens the file at `path` with `options` and these `flags` (`O_*`). What is opened may be of any
-/// kind, which its metadata tells: looking before would tell of what was there then.
+/// Opens the file at `path` with `options` and these `flags` (`O_*`). The caller checks the type by
+/// the opened file's metadata: checking before would be racy.
 ///
 /// # Errors
-/// What the system says; a FIFO to write to needs somebody who reads it.
+/// The system's error; opening a FIFO for writing needs a reader.
 pub(crate) fn open(path: &Path, options: &OpenOptions, flags: libc::c_int) -> io::Result<File> {
     let mut options = options.clone();
     options.custom_flags(flags | libc::O_NONBLOCK | libc::O_NOCTTY);
@@ -29,10 +29,10 @@ fn is_fifo(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
-/// Says whether reading and writing `fd` waits.
+/// Sets whether reading and writing `fd` blocks.
 ///
 /// # Errors
-/// `EBADF` it is no file descriptor.
+/// `EBADF` if it is not a file descriptor.
 pub(crate) fn set_nonblocking(fd: RawFd, nonblocking: bool) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument, and touches no memory.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Signals as events: handlers only set a bit and wake the event loop. What whoever started the
-//! process wanted ignored stays ignored.
+//! Signals as events: handlers only set a bit and wake the event loop. Signals that were inherited
+//! as ignored stay ignored.
 
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
@@ -26,32 +26,33 @@ static PENDING: AtomicU64 = AtomicU64::new(0);
 /// Readable when there are any.
 static EVENT: OnceLock<EventFd> = OnceLock::new();
 
-/// How far apart looks at what is waited for are.
+/// Polling interval.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
-/// The signals that reach the event loop, beside those for real time: all that would end the
-/// process and that are no error in itself, and the one that says that it goes on.
+/// The signals for the event loop, besides real-time ones: all that would end the process and are
+/// no errors of its own, and SIGCONT.
 const SIGNALS: [c_int; 14] = [
     SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGTERM, SIGSTKFLT, SIGCONT, SIGXCPU,
     SIGVTALRM, SIGPROF, SIGIO, SIGPWR,
 ];
 
 extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    // Only what a handler may do: an atomic and a write(2), whose errno nobody in between reads.
+    // Only async-signal-safe operations: an atomic and a write(2), whose errno nobody in between
+    // reads.
     put_back(signal);
 }
 
 extern "C" fn interrupt_system_call(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
-/// As soon as the process runs: a report that is asked for waits until there is something to tell
-/// of, and a file that may grow no more is an error of whoever writes to it.
+/// Called at the process's start: a requested report is held until there is something to report,
+/// and exceeding the file size limit becomes an error of the writer.
 pub(crate) fn hold() -> Result<()> {
     handle(SIGUSR1, note)?;
     handle(SIGXFSZ, interrupt_system_call)
 }
 
-/// Turns signals into events, for the whole process and from now on; all but those that say that
-/// the process itself is in error.
+/// Turns signals into events, for the whole process from now on; except those of errors in the
+/// process.
 pub(crate) fn install() -> Result<&'static EventFd> {
     let event = match EVENT.get() {
         Some(event) => event,
@@ -66,8 +67,8 @@ pub(crate) fn install() -> Result<&'static EventFd> {
             handle(signal, note)?;
         }
     }
-    // In the background, a terminal that is not ours is an error, and no reason to stop. Threads
-    // that are made from now on are the same.
+    // In the background, access to the terminal becomes an error instead of a stop. Threads created
+    // from now on inherit this.
     for signal in [SIGTTIN, SIGTTOU] {
         match block_signal(signal) {
             Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}
@@ -75,20 +76,20 @@ pub(crate) fn install() -> Result<&'static EventFd> {
         }
     }
     install_kick()?;
-    // What was held has woken nobody yet.
+    // Signals held so far have woken nobody yet.
     if PENDING.load(Ordering::SeqCst) != 0 {
         wake();
     }
     Ok(event)
 }
 
-/// Has [`kick_signal`] interrupt a thread, and do no more.
+/// Makes [`kick_signal`] interrupt a thread, without further effect.
 pub(crate) fn install_kick() -> Result<()> {
     register_signal_handler(kick_signal(), interrupt_system_call)
         .map_err(Error::os("signal handler"))
 }
 
-/// Gives `signal` to `handler`, unless it is to be ignored.
+/// Sets `handler` for `signal`, unless it is ignored.
 fn handle(signal: c_int, handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void)) -> Result<()> {
     if is_ignored(signal) {
         return Ok(());
@@ -100,7 +101,7 @@ fn bit(signal: c_int) -> u64 {
     u32::try_from(signal - 1).ok().and_then(|shift| 1u64.checked_shl(shift)).unwrap_or(0)
 }
 
-/// Leaves `signal` to the next who takes signals.
+/// Leaves `signal` for the next call of [`take`].
 pub(crate) fn put_back(signal: c_int) {
     PENDING.fetch_or(bit(signal), Ordering::SeqCst);
     wake();
@@ -108,7 +109,7 @@ pub(crate) fn put_back(signal: c_int) {
 
 fn wake() {
     if let Some(event) = EVENT.get() {
-        // A full counter is readable all the same.
+        // A full counter is readable, too.
         let _ = event.write(1);
     }
 }
@@ -121,14 +122,14 @@ pub(crate) fn kick_signal() -> c_int {
 /// Takes the signals that came since the last call.
 pub(crate) fn take() -> impl Iterator<Item = c_int> {
     if let Some(event) = EVENT.get() {
-        // Nothing to read is no error: the bits are what counts.
+        // Nothing to read is no error: the bits count.
         let _ = event.read();
     }
     let pending = PENDING.swap(0, Ordering::SeqCst);
     (1..=SIGRTMAX()).filter(move |signal| pending & bit(*signal) != 0)
 }
 
-/// Sleeps until there are signals to take, for `limit` at the most.
+/// Sleeps until there are signals to take, at most for `limit`.
 pub(crate) fn sleep(limit: Duration) {
     let wait = |event: &EventFd| {
         let epoll = Epoll::new()?;
@@ -138,15 +139,15 @@ pub(crate) fn sleep(limit: Duration) {
         epoll.wait(limit, &mut [EpollEvent::default()])
     };
     match EVENT.get().map(wait) {
-        // Interrupted or not: the next who takes signals sees what there is.
+        // Interrupted or not: the next call of [`take`] gets them.
         Some(Ok(_)) => {}
         Some(Err(error)) if error.kind() == ErrorKind::Interrupted => {}
         _ => std::thread::sleep(limit),
     }
 }
 
-/// Waits until `over`, or until a signal comes that ends a machine: that one. Any other is the next
-/// machine's.
+/// Waits until `over`, or until a signal comes that ends a machine, which is returned. Others are
+/// left for the next machine.
 pub(crate) fn wait_until(over: impl Fn() -> bool) -> Option<c_int> {
     let mut later = Vec::new();
     let mut end = None;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How a machine is told to stop, and why it did.
+//! Stopping a machine, and the reason.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -13,43 +13,43 @@ use crate::{Error, Result};
 /// Why a machine stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StopReason {
-    /// The guest wrote this to the debug-exit port.
+    /// The guest wrote this value to the debug-exit port.
     DebugExit(u8),
-    /// The guest switched the machine off.
+    /// The guest powered the machine off.
     PowerOff,
-    /// The guest asked for a reset.
+    /// The guest reset the machine.
     Reset(ResetCause),
-    /// KVM could not go on with a vCPU.
+    /// KVM could not run a vCPU any further.
     Stuck(String),
     /// This signal came.
     Signal(i32),
     /// The user typed `Ctrl-A x`.
     Escape,
-    /// A thread of the machine ended that should not have: a bug here.
+    /// A thread of the machine ended unexpectedly: a bug.
     Software(String),
 }
 
-/// How the guest reset itself.
+/// How the guest reset the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResetCause {
     /// The keyboard controller's reset line.
     KeyboardController,
     /// The reset register, as ACPI names it or at its port.
     ResetRegister,
-    /// The call of the processors' firmware interface.
+    /// A PSCI call.
     Psci,
-    /// A fault while a double fault was delivered.
+    /// A triple fault.
     TripleFault {
-        /// Which vCPU.
+        /// The vCPU.
         vcpu: u8,
-        /// Its instruction pointer, as far as it is known: on AMD's processors, which do not tell,
-        /// KVM resets the vCPU.
+        /// Its instruction pointer, if known: KVM resets the vCPU on AMD processors, which do not
+        /// report it.
         rip: Option<u64>,
     },
 }
 
 impl StopReason {
-    /// The exit code that goes with the reason.
+    /// The exit code for the reason.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::DebugExit(value) => *value,
@@ -71,11 +71,11 @@ impl StopReason {
         }
     }
 
-    /// Whether the machine ended as its guest or its user wanted it to.
+    /// Whether the machine ended as its guest or its user wanted.
     pub fn is_orderly(&self) -> bool {
         match self {
             Self::DebugExit(_) | Self::PowerOff | Self::Escape => true,
-            // Any other comes from a limit or by mistake.
+            // Others come from a limit or by mistake.
             Self::Signal(number) => matches!(*number, SIGHUP | SIGINT | SIGQUIT | SIGTERM),
             Self::Reset(_) | Self::Stuck(_) | Self::Software(_) => false,
         }
@@ -110,7 +110,7 @@ impl fmt::Display for StopReason {
     }
 }
 
-/// Stops a machine. Clones stop the same machine; the first reason given is the one that counts.
+/// Stops a machine. Clones stop the same machine; the first reason counts.
 #[derive(Debug, Clone)]
 pub(crate) struct Stopper {
     inner: Arc<Inner>,
@@ -128,7 +128,7 @@ impl Stopper {
         Ok(Self { inner: Arc::new(Inner { reason: OnceLock::new(), event }) })
     }
 
-    /// Stops the machine because of `reason`; `false` when it was stopped already.
+    /// Stops the machine because of `reason`; `false` if it was stopped already.
     pub fn stop(&self, reason: StopReason) -> bool {
         let first = self.inner.reason.set(reason).is_ok();
         if first {
@@ -140,7 +140,7 @@ impl Stopper {
         first
     }
 
-    /// Why the machine was stopped, once it is.
+    /// Why the machine was stopped, if it was.
     pub fn reason(&self) -> Option<&StopReason> {
         self.inner.reason.get()
     }

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Traces: what happened when, as Chrome's and Perfetto's JSON.
+//! Traces of events, in Chrome's and Perfetto's JSON format.
 //!
-//! A [`Trace`] is an array of events in the Trace Event Format. It reaches its file in pieces of
-//! whole events, so that it can be loaded even when the process was killed: the array has no end
-//! then, and the last 64 KiB may be missing. It goes on when a machine starts again: each life is a
-//! process of the trace.
+//! A [`Trace`] is an array of events in the Trace Event Format. It is written in pieces of whole
+//! events, so that it can be loaded even if the process was killed: then the array has no end, and
+//! the last 64 KiB may be missing. It continues when a machine restarts: each life is a process of
+//! the trace.
 //!
-//! Whoever has something to tell has an `Option` of it: without a trace an event costs the look at
-//! that, and is not built.
+//! Sources of events have an `Option` of it: without a trace an event only costs checking that, and
+//! is not built.
 //!
 //! | category | events |
 //! |---|---|
 //! | `register` | accesses to the registers of a virtual IOMMU, by name, with their value |
 //! | `descriptor` | descriptors of the invalidation queue, with their fields |
-//! | `policy` | what a requester's DMA goes through from now on |
-//! | `host` | host calls, with the objects they name, a new one first, and how long they took |
-//! | `fault`, `interrupt fault` | what was refused, why, and whether the guest is told |
-//! | `interrupt` | messages as a function or the IOAPIC sent them, `MSI` as the LAPICs get them, routes that were triggered |
-//! | `device` | queues that were notified, buffers given back, DMA of `edu` |
+//! | `policy` | changes of how a requester's DMA is translated |
+//! | `host` | host calls, with the objects they name, a new one first, and their duration |
+//! | `fault`, `interrupt fault` | what was refused, why, and whether the fault is reported to the
+//! guest |
+//! | `interrupt` | messages as sent by a function or the IOAPIC, `MSI` as received by the LAPICs,
+//! triggered routes |
+//! | `device` | notified queues, returned buffers, DMA of `edu` |
 
 mod observers;
 
@@ -37,17 +39,17 @@ use crate::console::patient::Patient;
 use crate::{process::named_file, Error, Result};
 pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
 
-/// A trace that is being written. Any thread may add to it.
+/// An open trace. Any thread may add to it.
 pub struct Trace {
     path: PathBuf,
     origin: Instant,
-    /// Which of the machine's lives this is, from 1.
+    /// The machine's current life, from 1.
     life: AtomicU32,
     out: Mutex<Output>,
 }
 
 struct Output {
-    /// Gone after an error.
+    /// `None` after an error.
     writer: Option<Box<dyn Write + Send>>,
     /// Whole events that are not written yet.
     waiting: Vec<u8>,
@@ -55,11 +57,11 @@ struct Output {
     complete: bool,
 }
 
-/// How much waits until it is written, in bytes; one event more than that at the most.
+/// Size of the pieces that are written, in bytes; exceeded by at most one event.
 const PIECE: usize = 64 << 10;
 
 impl Output {
-    /// Writes what waits. An error ends the trace.
+    /// Writes what is buffered. An error ends the trace.
     fn flush(&mut self) -> io::Result<()> {
         let Some(writer) = &mut self.writer else { return Ok(()) };
         let result = writer.write_all(&self.waiting);
@@ -73,7 +75,7 @@ impl Output {
 }
 
 impl Trace {
-    /// A trace in the file at `path`, which is created or emptied.
+    /// A trace in the file at `path`, which is created or truncated.
     ///
     /// # Errors
     /// The file cannot be created.
@@ -97,13 +99,13 @@ impl Trace {
         Self { path, origin: Instant::now(), life, out }
     }
 
-    /// What comes now is of the machine's next life.
+    /// Later events belong to the machine's next life.
     pub fn next_life(&self) {
         self.life.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Ends the array; what comes later is lost. Whether everything is in the file, which a warning
-    /// says otherwise.
+    /// Ends the array; later events are lost. Returns whether everything was written; otherwise a
+    /// warning is logged.
     pub fn finish(&self) -> bool {
         let mut out = self.out.lock();
         out.waiting.extend_from_slice(b"\n]\n");
@@ -114,7 +116,7 @@ impl Trace {
         out.complete
     }
 
-    /// Something that happened just now.
+    /// Something that just happened.
     pub fn instant(&self, category: &'static str, name: &str, args: Value) {
         let ts = micros(self.origin.elapsed());
         self.event(json!({
@@ -122,7 +124,7 @@ impl Trace {
         }));
     }
 
-    /// Something that began at `started` and took `duration`.
+    /// Something that started at `started` and took `duration`.
     pub fn complete(
         &self,
         category: &'static str,
@@ -138,7 +140,7 @@ impl Trace {
         }));
     }
 
-    /// Writes `event` in the name of the calling thread.
+    /// Writes `event` on behalf of the calling thread.
     fn event(&self, mut event: Value) {
         let (thread, new) = thread_number();
         let life = self.life.load(Ordering::Relaxed);
@@ -183,12 +185,12 @@ impl fmt::Debug for Trace {
     }
 }
 
-/// The format counts in microseconds; fractions are allowed.
+/// The format uses microseconds; fractions are allowed.
 fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }
 
-/// A small number for the calling thread, and whether this is the first time it asks.
+/// A small number for the calling thread, and whether it is new.
 fn thread_number() -> (u32, bool) {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     thread_local!(static NUMBER: Cell<u32> = const { Cell::new(0) });

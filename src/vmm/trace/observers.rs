@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is traced: host calls, virtual IOMMUs, interrupts on their last way, a device's DMA.
+//! Sources of events: host calls, virtual IOMMUs, remapped interrupts, a device's DMA.
 
 use std::fmt;
 use std::sync::Arc;
@@ -37,14 +37,14 @@ impl VerbObserver for Trace {
     }
 }
 
-/// The fields of `what` in one line, numbers in hexadecimal, as addresses and the registers are.
+/// The fields of `what` in one line, with hexadecimal numbers.
 fn fields(what: &dyn fmt::Debug) -> String {
     let lines = format!("{what:#x?}");
     let line = lines.split_whitespace().collect::<Vec<_>>().join(" ");
     line.replace("( ", "(").replace(", )", ")").replace(", }", " }")
 }
 
-/// Interrupts on their way to `inner`, to which nothing more is done, traced.
+/// Traces remapped interrupts on their way to `inner`.
 pub(crate) struct TracedInterrupts {
     pub inner: Arc<dyn InterruptSink>,
     pub trace: Arc<Trace>,
@@ -57,7 +57,7 @@ impl InterruptSink for TracedInterrupts {
     }
 }
 
-/// What a virtual IOMMU does, traced under its id.
+/// Traces a virtual IOMMU under its id.
 pub(crate) struct TracedIommu {
     pub trace: Arc<Trace>,
     pub id: String,
@@ -130,7 +130,7 @@ impl Observer for TracedIommu {
     }
 }
 
-/// Memory requests of a device on their way to `inner`, traced.
+/// Traces a device's memory requests on their way to `inner`.
 pub(crate) struct TracedDma {
     pub inner: Box<dyn DmaMaster>,
     pub trace: Arc<Trace>,

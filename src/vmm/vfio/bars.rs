@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The BARs of an assigned device: which it has, and what of each is the guest's without an exit.
+//! The BARs of an assigned device, and which parts the guest accesses without an exit.
 
 use std::fmt;
 use std::io;
@@ -29,15 +29,15 @@ pub struct DeviceBar {
     pub index: usize,
     /// As the guest sees it.
     pub bar: MemoryBar,
-    /// Behind it.
+    /// The region behind it.
     pub region: Region,
 }
 
-/// The memory BARs of `host`, whose configuration space is `config`. Those for I/O ports, and those
-/// that make no sense, are left out.
+/// The memory BARs of `host`, whose configuration space is `config`. I/O BARs and invalid ones are
+/// left out.
 ///
 /// # Errors
-/// What VFIO says.
+/// VFIO's error.
 pub fn memory_bars(
     host: &dyn HostDevice,
     config: &[u8; CONFIG_SIZE],
@@ -47,7 +47,7 @@ pub fn memory_bars(
     while index < BARS {
         let Some(&kind) = config.get(usize::from(BAR0) + 4 * index) else { break };
         let wide = kind & (IO_SPACE | TYPE) == TYPE_64;
-        // Six at the most.
+        // Six at most.
         let region = host.region(index as u32)?;
         let size = region.size;
         let sound = size.is_power_of_two()
@@ -63,36 +63,36 @@ pub fn memory_bars(
     Ok(bars)
 }
 
-/// Memory that is the guest's for as long as this lives.
+/// Memory that is mapped into the guest while this exists.
 pub trait Loan: Send {}
 
-/// What can lend memory of this process to the guest.
+/// Maps memory of this process into the guest.
 pub trait Lender: Send + Sync {
-    /// From now on the guest has `mapping` at `address`. Both are whole pages.
+    /// Maps `mapping` into the guest at `address`. Both are whole pages.
     ///
     /// # Errors
-    /// What KVM says.
+    /// KVM's error.
     fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>>;
 }
 
-/// What of one BAR can be lent.
+/// The parts of one BAR that can be mapped.
 struct Lendable {
     index: usize,
     /// By the offset in the BAR.
     pieces: Vec<(u64, Arc<Mapping>)>,
-    /// Where the BAR is while they are lent.
+    /// The BAR's place while they are mapped.
     lent: Option<(BarPlacement, Vec<Box<dyn Loan>>)>,
 }
 
-/// The BARs that a device lends to the guest, where the guest has put them.
+/// The BARs of a device, mapped into the guest where the guest has placed them.
 pub struct LentBars {
     lender: Arc<dyn Lender>,
     bars: Mutex<Vec<Lendable>>,
 }
 
 impl LentBars {
-    /// Maps of `bars` of `host` what can be mapped, but for those pages that have a byte of what
-    /// `trapped` says for each BAR; `page` is how long they are. What cannot be is trapped too.
+    /// Maps the mappable parts of `bars` of `host`, except pages that contain a byte of what
+    /// `trapped` returns for each BAR; `page` is their size. The rest is trapped.
     pub fn new(
         host: &dyn HostDevice,
         bars: &[DeviceBar],
@@ -115,10 +115,10 @@ impl LentBars {
         Self { lender, bars: Mutex::new(bars.collect()) }
     }
 
-    /// The BARs that answer are `placements`: lends them there, and nowhere else.
+    /// The decoding BARs are `placements`: maps them there, and nowhere else.
     pub fn update(&self, placements: &[BarPlacement]) {
         let mut bars = self.bars.lock();
-        // Takes back before it lends: two BARs may change places.
+        // Unmaps everything before mapping: two BARs may swap places.
         for bar in bars.iter_mut() {
             if bar.lent.as_ref().is_some_and(|(placement, _)| !placements.contains(placement)) {
                 bar.lent = None;
@@ -130,10 +130,10 @@ impl LentBars {
         }
     }
 
-    /// Lends the pieces of `bar` at `placement`. What cannot be lent is trapped.
+    /// Maps the pieces of `bar` at `placement`. What cannot be mapped is trapped.
     fn lend(&self, bar: &Lendable, placement: BarPlacement) -> Vec<Box<dyn Loan>> {
         let lend = |(offset, mapping): &(u64, Arc<Mapping>)| {
-            // In the BAR.
+            // Within the BAR.
             let address = placement.start + offset;
             let loan = self.lender.lend(address, mapping.clone());
             let complain = |error: &io::Error| {
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn memory_bars_are_found_and_others_left_out() {
         let mut host = FakeDevice::default();
-        // Wide and prefetchable; for ports; of no power of two; narrow.
+        // Wide and prefetchable; I/O; not a power of two; narrow.
         for (index, size) in [(0, 0x4000), (2, 0x20), (3, 0x3000), (4, 0x1000), (5, 1 << 20)] {
             host.add_region(index, size, false);
         }
@@ -187,7 +187,7 @@ mod tests {
         host.add_region(2, 0x800, true);
         let bars = memory_bars(&host, &config([4, 0, 0, 0, 0, 0])).unwrap();
         let lender = Arc::new(FakeLender::default());
-        // As a table of MSI-X.
+        // As for an MSI-X table.
         let trapped = |index| (index == 0).then_some(0x2000..0x2010).into_iter().collect();
         let lent = LentBars::new(&host, &bars, &trapped, 0x1000, lender.clone());
         let at = |start: u64| BarPlacement { index: 0, start, last: start + 0x3fff };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which capabilities of a device the guest sees, and how: the two tables that say so, and the walk
-//! along the lists in configuration space.
+//! Which capabilities of a device the guest sees, and how: two tables, and the walk of the lists in
+//! configuration space.
 //!
-//! The lists come from a device, and so does all that is in them: a pointer may lead anywhere. Each
-//! walk ends at the first pointer that leads back, or to where no capability can be.
+//! The lists and their contents come from the device: a pointer may lead anywhere. Each walk ends
+//! at the first pointer that leads back, or where no capability can be.
 
 use crate::pci::layout::{
     CAPABILITIES_POINTER, CAPABILITY_EXPRESS, CAPABILITY_MSI, CAPABILITY_MSIX, CAPABILITY_VENDOR,
@@ -24,13 +24,13 @@ pub enum Treatment {
     Live,
     /// As it was when the machine was built.
     Constant,
-    /// Power management whose states are kept here.
+    /// Power management, with emulated states.
     Power,
     /// PCI Express, as an integrated endpoint's.
     Express,
-    /// MSI, kept here.
+    /// MSI, emulated.
     Msi,
-    /// MSI-X, kept here.
+    /// MSI-X, emulated.
     Msix,
 }
 
@@ -39,7 +39,7 @@ pub enum Treatment {
 pub struct Rule {
     /// Capability ID, or extended capability ID.
     pub id: u16,
-    /// What it is, for logs.
+    /// Its name, for logs.
     pub name: &'static str,
     /// How the guest sees it.
     pub treatment: Treatment,
@@ -51,7 +51,7 @@ const fn rule(id: u16, name: &'static str, treatment: Treatment, reason: &'stati
     Rule { id, name, treatment, reason }
 }
 
-/// Capabilities. What is not here is hidden: nobody knows what writing it does.
+/// Capabilities. Others are hidden, as the effect of writing them is unknown.
 pub const RULES: &[Rule] = &[
     rule(
         CAPABILITY_POWER as u16,
@@ -127,7 +127,8 @@ pub struct Capability {
     pub id: u16,
     /// Where it starts.
     pub offset: u16,
-    /// Bytes up to the next one, or to the end of its part of configuration space: it is no longer.
+    /// Bytes up to the next one, or to the end of its part of configuration space: its maximum
+    /// length.
     pub room: u16,
 }
 
@@ -140,13 +141,13 @@ fn dword(space: &[u8; CONFIG_SIZE], offset: u16) -> u32 {
     bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
 }
 
-/// The capabilities of `space`, in the order of their list.
+/// The capabilities of `space`, in list order.
 pub fn capabilities(space: &[u8; CONFIG_SIZE]) -> Vec<Capability> {
     let mut found = Vec::new();
     if u16::from(byte(space, STATUS)) & STATUS_CAPABILITIES == 0 {
         return found;
     }
-    // The low two bits of a pointer mean nothing (§7.5.1.1.11).
+    // The low two bits of a pointer are reserved (§7.5.1.1.11).
     let mut offset = u16::from(byte(space, CAPABILITIES_POINTER) & !3);
     while offset >= HEADER_END && !known(&found, offset) {
         found.push(Capability { id: byte(space, offset).into(), offset, room: 0 });
@@ -155,18 +156,18 @@ pub fn capabilities(space: &[u8; CONFIG_SIZE]) -> Vec<Capability> {
     with_room(found, EXTENDED_START)
 }
 
-/// The extended capabilities of `space`, in the order of their list.
+/// The extended capabilities of `space`, in list order.
 pub fn extended_capabilities(space: &[u8; CONFIG_SIZE]) -> Vec<Capability> {
     let mut found = Vec::new();
     let mut offset = EXTENDED_START;
     while offset >= EXTENDED_START && !known(&found, offset) {
         let header = dword(space, offset);
-        // Nothing is there; or nothing answers.
+        // There are none, or nothing answers.
         if matches!(header, 0 | u32::MAX) {
             break;
         }
         found.push(Capability { id: header as u16, offset, room: 0 });
-        // Bits 31:20, of which the low two mean nothing (§7.6.3).
+        // Bits 31:20, of which the low two are reserved (§7.6.3).
         offset = (header >> 20) as u16 & !3;
     }
     with_room(found, CONFIG_SIZE as u16)
@@ -176,8 +177,8 @@ fn known(found: &[Capability], offset: u16) -> bool {
     found.iter().any(|capability| capability.offset == offset)
 }
 
-/// Finds out how long each of `found` can be, in the part of configuration space that ends at
-/// `end`.
+/// Determines the maximum length of each of `found`, in the part of configuration space that ends
+/// at `end`.
 fn with_room(mut found: Vec<Capability>, end: u16) -> Vec<Capability> {
     let mut starts: Vec<_> = found.iter().map(|capability| capability.offset).collect();
     starts.sort_unstable();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest's configuration space in the making: the header and the body of each capability, taken
-//! from the device's with what the guest may not see or change left out.
+//! Builds a guest's configuration space: the header and each capability, taken from the device's,
+//! without what the guest may not see or change.
 //!
-//! Offsets are of header registers, and of capabilities with the room that their list gives them:
-//! all that is written here lies in configuration space, whatever the device says. What would not
-//! is left out, and reads as zero.
+//! Offsets are those of header registers, and of capabilities with the room that the list gives
+//! them: everything is within configuration space, whatever the device says. What does not fit is
+//! left out and reads as zero.
 
 use std::ops::Range;
 
@@ -15,21 +15,21 @@ use crate::pci::layout::{
 };
 use crate::pci::MsixControl;
 
-/// Bytes of configuration space that the device answers for.
+/// Bytes of configuration space that are read from the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveRange {
-    /// Where.
+    /// The bytes.
     pub bytes: Range<u16>,
-    /// What the guest writes goes to the device.
+    /// Writes of the guest are forwarded to the device.
     pub forwarded: bool,
 }
 
-/// Where the structures of MSI-X are.
+/// The MSI-X structures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsixStructures {
     /// The capability.
     pub offset: u16,
-    /// How many vectors there are: 1 to 2048.
+    /// Number of vectors: 1 to 2048.
     pub vectors: u16,
     /// BAR of the table, and the offset in it.
     pub table: (usize, u64),
@@ -45,13 +45,13 @@ const CACHE_LINE_SIZE: u16 = 0x0c;
 const EXPRESS_CAPABILITIES: u16 = 2;
 const EXPRESS_DEVICE_CAPABILITIES: u16 = 4;
 const EXPRESS_DEVICE_CONTROL: u16 = 8;
-/// Up to and with link status, which both versions of the capability have.
+/// Up to link status, which both versions of the capability have.
 const EXPRESS_LENGTH: u16 = 0x14;
 /// PCI Express capabilities: the version.
 const EXPRESS_VERSION: u16 = 0xf;
 /// PCI Express capabilities: a Root Complex Integrated Endpoint.
 const INTEGRATED_ENDPOINT: u16 = 9 << 4;
-/// Device capabilities that need no link: payload size, extended tags, role-based errors.
+/// Device capabilities that involve no link: payload size, extended tags, role-based errors.
 const DEVICE_CAPABILITIES: u32 = 0b111 | 1 << 5 | 1 << 15;
 /// Device capabilities: function-level reset.
 const FLR_CAPABLE: u32 = 1 << 28;
@@ -60,12 +60,12 @@ const FLR_CAPABLE: u32 = 1 << 28;
 const POWER_CAPABILITIES: u16 = 2;
 const POWER_CONTROL: u16 = 4;
 const POWER_LENGTH: u16 = 8;
-/// The version, and whether the device needs initialisation of its own. No D1, no D2, no PME.
+/// The version, and whether the device needs specific initialization. No D1, no D2, no PME.
 const POWER_KEPT: u16 = 0b111 | 1 << 5;
 const POWER_STATE: u16 = 0b11;
 const NO_SOFT_RESET: u16 = 1 << 3;
 
-/// MSI message control: vectors can be masked one by one.
+/// MSI message control: per-vector masking.
 const MSI_MASKABLE: u16 = 1 << 8;
 
 /// MSI-X (§7.7.2), from the start of the capability.
@@ -86,7 +86,7 @@ pub(super) struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    /// The header of `device`, which has INTA if `intx`. Nothing else is there yet.
+    /// The header of `device`, with INTA if `intx`, without capabilities.
     pub fn new(device: &'a [u8; CONFIG_SIZE], intx: bool) -> Self {
         let (bytes, writable) = (Box::new([0; CONFIG_SIZE]), Box::new([0; CONFIG_SIZE]));
         let mut draft = Self { device, bytes, writable };
@@ -120,7 +120,7 @@ impl<'a> Draft<'a> {
         set(&mut self.bytes, bytes.start, now.unwrap_or_default());
     }
 
-    /// The device answers for `bytes`.
+    /// `bytes` are read from the device.
     pub fn live(&mut self, bytes: Range<u16>) -> LiveRange {
         let all = self.writable.get_mut(usize::from(bytes.start)..usize::from(bytes.end));
         all.unwrap_or_default().fill(0xff);
@@ -132,12 +132,12 @@ impl<'a> Draft<'a> {
         u16::from_le_bytes(bytes.copied().unwrap_or_default())
     }
 
-    /// Four bytes as the device has them.
+    /// Four bytes of the device.
     pub fn device_u32(&self, offset: u16) -> u32 {
         u32::from(self.device_u16(offset)) | u32::from(self.device_u16(offset + 2)) << 16
     }
 
-    /// Lets the extended capability at `before` point to the one at `offset`.
+    /// Makes the extended capability at `before` point to the one at `offset`.
     pub fn link_extended(&mut self, before: u16, offset: u16) {
         let header =
             self.bytes.get_mut(usize::from(before)..).and_then(|rest| rest.first_chunk_mut());
@@ -154,14 +154,14 @@ impl<'a> Draft<'a> {
         }
         let kept = self.device_u16(offset + POWER_CAPABILITIES) & POWER_KEPT;
         self.put(offset + POWER_CAPABILITIES, &kept.to_le_bytes());
-        // It loses nothing on the way back to D0, as it never left.
+        // The return to D0 loses nothing, as it never left D0.
         self.put(offset + POWER_CONTROL, &NO_SOFT_RESET.to_le_bytes());
         self.allow(offset + POWER_CONTROL, &POWER_STATE.to_le_bytes());
         Some(())
     }
 
-    /// PCI Express of a function on the root bus, which can be reset if `reset`. Says where device
-    /// control is; device status follows it.
+    /// PCI Express of a function on the root bus, which can be reset if `reset`. Returns the offset
+    /// of device control, which device status follows.
     pub fn express(
         &mut self,
         Capability { offset, room, .. }: Capability,
@@ -176,7 +176,7 @@ impl<'a> Draft<'a> {
         let kept = DEVICE_CAPABILITIES | if reset { FLR_CAPABLE } else { 0 };
         let kept = self.device_u32(offset + EXPRESS_DEVICE_CAPABILITIES) & kept;
         self.put(offset + EXPRESS_DEVICE_CAPABILITIES, &kept.to_le_bytes());
-        // The link's registers, and what version 2 has behind them, stay zero: there is no link.
+        // The link's registers, and what version 2 adds, stay zero: there is no link.
         Some(offset + EXPRESS_DEVICE_CONTROL)
     }
 
@@ -185,7 +185,7 @@ impl<'a> Draft<'a> {
         let control = self.device_u16(offset + 2);
         let kept = MsiControl::from_bits(control);
         let maskable = control & MSI_MASKABLE != 0;
-        // 2^5 vectors at the most; the values above are reserved.
+        // At most 2^5 vectors; higher values are reserved.
         let vectors = kept.multiple_message_capable().min(5);
         let shown = MsiControl::new()
             .with_multiple_message_capable(vectors)
@@ -193,7 +193,7 @@ impl<'a> Draft<'a> {
             .into_bits()
             | control & MSI_MASKABLE;
         let address = if kept.address_64() { 8 } else { 4 };
-        // Data; then, if there are masks, two bytes of nothing, the masks and the pending bits.
+        // Data; then, with masking, two reserved bytes, the masks and the pending bits.
         let length = 4 + address + if maskable { 2 + 2 + 4 + 4 } else { 2 };
         if room < length {
             return None;
@@ -201,7 +201,7 @@ impl<'a> Draft<'a> {
         self.put(offset + 2, &shown.to_le_bytes());
         let changeable = MsiControl::new().with_enable(true).with_multiple_message_enable(7);
         self.allow(offset + 2, &changeable.into_bits().to_le_bytes());
-        // Messages are doublewords: the low two bits of the address are zero.
+        // The low two bits of the address are zero.
         self.allow(offset + 4, &0xffff_fffc_u32.to_le_bytes());
         if kept.address_64() {
             self.allow(offset + 8, &[0xff; 4]);
@@ -234,7 +234,7 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// Puts `values` at `offset` of `space`, if they lie in it.
+/// Writes `values` at `offset` of `space`, if they fit.
 fn set(space: &mut [u8; CONFIG_SIZE], offset: u16, values: &[u8]) {
     let start = usize::from(offset);
     if let Some(bytes) = space.get_mut(start..start + values.len()) {

@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Configuration space of a device, as the guest is to see it.
+//! Configuration space of a device, as the guest sees it.
 //!
-//! What is in no capability that the guest sees, and not in the table below, reads as zero and
-//! cannot be written.
+//! Anything that is neither in a visible capability nor in the table below reads as zero and cannot
+//! be written.
 //!
 //! | Register of the header | The guest sees | Because |
 //! |---|---|---|
 //! | vendor, device, class, revision, subsystem | the device's | its driver is found by them |
-//! | command | its own; memory space, bus master and INTx disable are forwarded | I/O ports lead nowhere here, and what else there is concerns the host's bus |
+//! | command | its own; memory space, bus master and INTx disable are forwarded | I/O ports are not
+//! supported, and the rest concerns the host's bus |
 //! | status | the device's, read only | errors are the host's to clear |
 //! | cache line size | its own | it means nothing to PCI Express |
 //! | header type | one function | the others are not assigned with it |
-//! | BARs | its own; none for I/O ports | the host's addresses are the host's |
-//! | expansion ROM | none | firmware would run it, and guests here have none |
-//! | capabilities pointer | the list that is left | see the tables of `capabilities.rs` |
-//! | interrupt line and pin | its own; INTA if the device has INTx | each function here is alone on its device |
+//! | BARs | its own; none for I/O ports | the host's addresses are private to the host |
+//! | expansion ROM | none | only firmware would run it, and guests here have none |
+//! | capabilities pointer | the list of visible ones | see the tables of `capabilities.rs` |
+//! | interrupt line and pin | its own; INTA if the device has INTx | each function here is a device
+//! of its own |
 
 use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,
@@ -28,17 +30,17 @@ use crate::pci::ConfigSpace;
 
 /// Header type.
 const HEADER_TYPE: usize = 0x0e;
-/// Header type: there is more than one function.
+/// Header type: there are several functions.
 const MULTI_FUNCTION: u8 = 0x80;
-/// VPD: address and data, behind the header.
+/// VPD: address and data, after the header.
 const VPD_LENGTH: u16 = 8;
 
-/// What the guest's configuration space is made of.
+/// The guest's configuration space.
 #[derive(Debug)]
 pub struct ConfigImage {
     /// The space, without BARs.
     pub config: ConfigSpace,
-    /// Where the guest reads what the device says at that moment.
+    /// Bytes that are read from the device each time.
     pub live: Vec<LiveRange>,
     /// The MSI capability.
     pub msi: Option<u16>,
@@ -48,7 +50,7 @@ pub struct ConfigImage {
     pub device_control: Option<u16>,
 }
 
-/// Why a device cannot be shown to a guest.
+/// Why a device cannot be assigned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// Nothing answers.
@@ -60,11 +62,11 @@ pub enum ConfigError {
 }
 
 impl ConfigImage {
-    /// What the guest sees of a device whose configuration space is `device`. It has the interrupt
-    /// pin if `intx`, and can be reset if `reset`.
+    /// The guest's view of a device whose configuration space is `device`. It has the interrupt pin
+    /// if `intx`, and can be reset if `reset`.
     ///
     /// # Errors
-    /// It is nothing that a guest can have.
+    /// The device cannot be assigned.
     pub fn new(device: &[u8; CONFIG_SIZE], intx: bool, reset: bool) -> Result<Self, ConfigError> {
         if device.starts_with(&[0xff; 4]) {
             return Err(ConfigError::NoAnswer);
@@ -93,7 +95,7 @@ impl ConfigImage {
         let mut pointer = CAPABILITIES_POINTER;
         for capability in capabilities(draft.device) {
             if self.show(draft, capability, reset).is_some() {
-                // Those of this list are in the first 256 bytes, and have IDs of one byte.
+                // Those of this list are in the first 256 bytes, with one-byte IDs.
                 let (offset, id) = (capability.offset, capability.id);
                 draft.put(pointer, &[offset as u8]);
                 draft.put(offset, &[id as u8, 0]);
@@ -103,7 +105,7 @@ impl ConfigImage {
         }
     }
 
-    /// Puts the body of `capability` into `draft`; `None` if the guest does not see it.
+    /// Adds the body of `capability` to `draft`; `None` if the guest does not see it.
     fn show(&mut self, draft: &mut Draft<'_>, capability: Capability, reset: bool) -> Option<()> {
         let Capability { id, offset, room } = capability;
         match treatment(RULES, id) {
@@ -115,7 +117,7 @@ impl ConfigImage {
             Treatment::Live => {
                 let length = match id == u16::from(CAPABILITY_VPD) {
                     true => VPD_LENGTH,
-                    // A vendor's says how long it is, behind its header.
+                    // A vendor-specific one has its length after its header.
                     false => (draft.device_u32(offset) >> 16 & 0xff) as u16,
                 };
                 let length = length.clamp(4, room);
@@ -125,7 +127,7 @@ impl ConfigImage {
             Treatment::Express => {
                 let control = draft.express(capability, reset)?;
                 self.device_control = reset.then_some(control);
-                // Device control, and device status behind it.
+                // Device control, followed by device status.
                 self.live.push(draft.live(control..control + 4));
             }
             Treatment::Msi => {
@@ -143,7 +145,8 @@ impl ConfigImage {
             match treatment(EXTENDED_RULES, id) {
                 Treatment::Constant => draft.copy(offset + 4..offset + room),
                 Treatment::Live if room >= 8 => {
-                    // Its length is in the upper bits of what follows the header (§7.9.5, §7.9.6).
+                    // Its length is in the upper bits of the word after the header (§7.9.5,
+                    // §7.9.6).
                     let length = (draft.device_u32(offset + 4) >> 20) as u16;
                     let length = length.clamp(8, room);
                     self.live.push(draft.live(offset + 4..offset + length));
@@ -156,7 +159,7 @@ impl ConfigImage {
             }
             let version = draft.device_u32(offset) & 0xf_0000;
             draft.put(offset, &(version | u32::from(id)).to_le_bytes());
-            // The first has a fixed place: where it is hidden, there is one of ID 0, which is none.
+            // The first has a fixed offset: if it is hidden, there is an empty one with ID 0.
             let before = last.unwrap_or(EXTENDED_START);
             if offset != before {
                 draft.link_extended(before, offset);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ioctls of an open VFIO device: what `linux/vfio.h` says of a PCI function.
+//! The ioctls of an open VFIO device, as in `linux/vfio.h` for PCI functions.
 //!
-//! The structures are those of `vfio-bindings`. The calls are made here and not through
-//! `vfio-ioctls`, whose device owns its container or IOAS, believes every chain of capabilities,
-//! and loses the kernel's errno, without which a user cannot be told what to do.
+//! The structures are those of `vfio-bindings`. The calls are made here instead of through
+//! `vfio-ioctls`, whose device owns its container or IOAS, trusts every chain of capabilities, and
+//! loses the kernel's errno, without which the user cannot be told what to do.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -27,7 +27,7 @@ use super::mapping::Mapping;
 use super::region::Region;
 use request::*;
 
-/// The numbers of the ioctls. What the macro makes has no documentation.
+/// The ioctl numbers. The macro's items have no documentation.
 #[allow(missing_docs)]
 mod request {
     use super::{ioctl_io_nr, VFIO_BASE, VFIO_TYPE};
@@ -39,10 +39,10 @@ mod request {
     ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 }
 
-/// More than what the kernel says of any region, in bytes.
+/// More than the kernel's information about any region, in bytes.
 const LONGEST_INFO: u32 = 64 << 10;
 
-/// An open VFIO PCI device, bound to an iommufd. While it lives, so does the binding.
+/// An open VFIO PCI device, bound to an iommufd. The binding lasts as long as this.
 #[derive(Debug)]
 pub struct DeviceFile {
     file: Arc<File>,
@@ -53,7 +53,7 @@ impl DeviceFile {
     /// The device behind `file`.
     ///
     /// # Errors
-    /// What VFIO says; `ENOTSUP` when it is no PCI device.
+    /// VFIO's error; `ENOTSUP` if it is not a PCI device.
     pub fn new(file: Arc<File>) -> io::Result<Self> {
         let argsz = size_of::<vfio_device_info>() as u32;
         let mut info = vfio_device_info { argsz, ..vfio_device_info::default() };
@@ -82,7 +82,7 @@ impl DeviceFile {
         // SAFETY: `set` is `argsz` bytes, aligned as a `vfio_irq_set` is, and only read.
         let left =
             check(unsafe { ioctl_with_ptr(&*self.file, VFIO_DEVICE_SET_IRQS(), set.as_ptr()) })?;
-        // The kernel says how many vectors it has when those are too few.
+        // The kernel returns the number of available vectors when it is too small.
         if left > 0 {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
@@ -101,7 +101,7 @@ impl HostDevice for DeviceFile {
         if info.argsz <= argsz || info.argsz > LONGEST_INFO {
             return Ok(Region::new(&info, &[]));
         }
-        // There are capabilities. Words of eight bytes are as aligned as the structure.
+        // There are capabilities. Eight-byte words have the alignment of the structure.
         let mut words = vec![0u64; (info.argsz as usize).div_ceil(size_of::<u64>())];
         let asked = vfio_region_info { argsz: info.argsz, index, ..vfio_region_info::default() };
         let head = words.as_mut_ptr().cast::<vfio_region_info>();
@@ -152,7 +152,7 @@ impl HostDevice for DeviceFile {
     }
 
     fn disable_irq(&self, irq: Irq) -> io::Result<()> {
-        // No data and no count: all of that kind.
+        // Neither data nor count: all of that kind.
         self.set_irqs(irq, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, &[])
     }
 
@@ -166,7 +166,7 @@ impl HostDevice for DeviceFile {
     }
 }
 
-/// What an ioctl returned, or its errno.
+/// The result of an ioctl, or its errno.
 fn check(returned: i32) -> io::Result<i32> {
     if returned < 0 {
         return Err(io::Error::last_os_error());

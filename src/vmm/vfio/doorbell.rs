@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Messages of assigned devices that do not arrive, because the guest's stage 1 does not lead to
-//! where the host has put the doorbell of its interrupt controller.
+//! Detects MSIs of assigned devices that are lost because the guest's stage 1 does not map the
+//! host's MSI doorbell.
 //!
-//! On arm64 a message is a write that the SMMU translates like every other. Linux puts the doorbell
-//! at an address of its own (`MSI_IOVA_BASE` in its SMMU driver), tells the device that one, and
-//! maps it in stage 2. So the guest has to map the same address to itself in stage 1, as it is
-//! told: by reserved memory of the device tree, or an RMR node of the IORT. One that does not gets
-//! a translation fault for each message, and its driver waits forever.
+//! On arm64 an MSI is a write that the SMMU translates like any other. Linux maps the doorbell in
+//! stage 2 at a fixed IOVA (`MSI_IOVA_BASE` in its SMMU driver) and programs the device with it. So
+//! the guest must map that address 1:1 in stage 1, as told by reserved memory of the device tree,
+//! or an RMR node of the IORT. Otherwise each MSI causes a translation fault, and its driver waits
+//! forever.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -16,11 +16,10 @@ use std::sync::Arc;
 use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::viommu::smmuv3::{EventRecordWords, EventTarget};
 
-/// Where Linux has the doorbells, in the address spaces of all devices, unless it says otherwise.
+/// Linux's default window for MSIs in the address spaces of all devices.
 pub const MSI_WINDOW: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
 
-/// Brings events to a virtual SMMUv3, and says once when a message of an assigned device is among
-/// them.
+/// Passes events to a virtual SMMUv3, and warns once if an MSI of an assigned device is among them.
 pub struct DoorbellWatch {
     target: Arc<dyn EventTarget>,
     windows: Vec<RangeInclusive<u64>>,
@@ -28,12 +27,12 @@ pub struct DoorbellWatch {
 }
 
 impl DoorbellWatch {
-    /// A way to `target`, where the messages of assigned devices go to `windows`.
+    /// Passes events to `target`; the MSIs of assigned devices go to `windows`.
     pub fn new(target: Arc<dyn EventTarget>, windows: Vec<RangeInclusive<u64>>) -> Self {
         Self { target, windows, told: AtomicBool::new(false) }
     }
 
-    /// The window that a write of an event was to, which leads nowhere, or must not be written.
+    /// The window of an event's write, if stage 1 does not map it or does not allow writing.
     fn of_lost_message(&self, record: &EventRecord) -> Option<&RangeInclusive<u64>> {
         let refused = matches!(
             record.id(),

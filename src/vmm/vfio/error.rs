@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What can keep a device from being assigned, in one line.
+//! Errors that prevent assigning a device, in one line.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -16,7 +16,7 @@ pub struct VfioError {
 }
 
 impl VfioError {
-    /// `device`, as the user named it, has `problem`.
+    /// `device`, as named by the user, has `problem`.
     pub fn new(device: &str, problem: VfioProblem) -> Self {
         Self { device: device.to_owned(), problem }
     }
@@ -25,24 +25,24 @@ impl VfioError {
 /// Why a device cannot be assigned.
 #[derive(Debug, thiserror::Error)]
 pub enum VfioProblem {
-    /// It is not bound to vfio-pci, or somebody else has it: the host says what to do.
+    /// It is not bound to vfio-pci, or in use: the host's error says what to do.
     #[error(transparent)]
     Bind(#[from] HostError),
     /// VFIO refused something.
     #[error("{what}: {source}")]
     Call {
-        /// What was being done.
+        /// The operation.
         what: &'static str,
-        /// What VFIO said.
+        /// VFIO's error.
         source: io::Error,
     },
-    /// The host has its messages go to these addresses, where the guest has memory.
+    /// The host's MSI window overlaps guest memory.
     #[error(
         "the host has its interrupt messages go to {0:#x?}, where the guest has memory: none would \
          arrive; give the guest so little --memory that it ends before, or leave the device out"
     )]
     Messages(RangeInclusive<u64>),
-    /// It is nothing that a guest can have.
+    /// It cannot be assigned.
     #[error(transparent)]
     Config(#[from] ConfigError),
 }

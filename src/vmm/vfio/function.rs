@@ -35,35 +35,35 @@ const INITIATE_FLR: u16 = 1 << 15;
 /// All of configuration space.
 const ALL: Range<u16> = 0..CONFIG_SIZE as u16;
 
-/// What a machine gives an assigned device.
+/// The machine around an assigned device.
 pub struct Surroundings<'a> {
-    /// A place on the bus for a BAR of so many bytes, a multiple of them.
+    /// Allocates an address on the bus for a BAR of so many bytes, aligned to its size.
     pub place: &'a mut dyn FnMut(u64) -> Result<u64>,
-    /// Gives the guest memory of this process.
+    /// Maps memory of this process into the guest.
     pub lender: Arc<dyn Lender>,
     /// Makes vectors.
     pub vectors: Arc<MakeVector>,
-    /// The line that INTA leads to, and the input of the PIC that it is.
+    /// The line of INTA, and its input of the PIC.
     pub line: &'a mut dyn FnMut() -> Result<(u8, Box<dyn EventLine>)>,
-    /// Bytes of a page of this host.
+    /// The host's page size.
     pub page: u64,
-    /// Answers whether BARs are where something answers.
+    /// Whether a BAR is where it decodes.
     pub answers: fn(&BarPlacement) -> bool,
 }
 
 /// The function. Dropping it stops and resets the device.
 ///
-/// Lock order: whoever applies it; configuration space, which is held for no call of the host's;
-/// the table of MSI-X; vectors.
+/// Lock order: `applying`; configuration space, which is not held during calls to the host; the
+/// MSI-X table; vectors.
 pub struct VfioPci {
-    /// In log lines.
+    /// For log lines.
     name: String,
     host: Arc<dyn HostDevice>,
     config_region: Region,
     config: Mutex<ConfigSpace>,
-    /// Whoever applies what it says to the device.
+    /// Held while configuration space is applied to the device.
     applying: Mutex<()>,
-    /// As a reset leaves it.
+    /// The state after reset.
     pristine: ConfigSpace,
     live: Vec<LiveRange>,
     device_control: Option<u16>,
@@ -82,10 +82,10 @@ impl fmt::Debug for Surroundings<'_> {
 }
 
 impl VfioPci {
-    /// The function that `host` is, after a reset. `name` is what users and log lines call it.
+    /// The function for `host`, after a reset. `name` is for users and log lines.
     ///
     /// # Errors
-    /// It is nothing that a guest can have; VFIO or KVM refuse what it needs.
+    /// It cannot be assigned; or VFIO or KVM refuse what it needs.
     pub fn new(name: String, host: Arc<dyn HostDevice>, around: Surroundings<'_>) -> Result<Self> {
         let problem = |problem: VfioProblem| VfioError::new(&name, problem);
         let asking = |source| problem(VfioProblem::Call { what: "asking what it has", source });
@@ -145,7 +145,7 @@ impl VfioPci {
                 *place = Some(region);
             }
         }
-        // A reset forgets that the BARs were enabled.
+        // A reset disables the BARs.
         let mut pristine = config.clone();
         pristine.set_u16(COMMAND, Command::new().into_bits());
         let function = Self {
@@ -172,16 +172,16 @@ impl VfioPci {
         self.config.lock()
     }
 
-    /// Brings the device, the guest's memory and the interrupts up to date with configuration
-    /// space, of which `written` may have changed.
+    /// Applies configuration space, of which `written` may have changed, to the device, the guest's
+    /// memory and the interrupts.
     fn apply(&self, written: &Range<u16>) {
-        // Of two vCPUs at once, the later one applies what both wrote.
+        // Of two concurrent vCPUs, the later one applies what both wrote.
         let _turn = self.applying.lock();
         let config = self.space().clone();
         let mut placements = config.bar_placements();
         placements.retain(self.answers);
-        // The device stops answering only when the guest has its memory no more, and the other way
-        // round: whoever touched it in between would be stopped.
+        // The device's memory is disabled only after unmapping it from the guest, and enabled
+        // before mapping it: an access in between would fault.
         if !config.command().memory_space() {
             self.lent.update(&placements);
         }
@@ -192,7 +192,7 @@ impl VfioPci {
         self.interrupts.update(&config);
     }
 
-    /// Resets the function, as the guest asked.
+    /// Resets the function on the guest's request.
     fn reset(&self) {
         self.interrupts.disable();
         self.lent.update(&[]);
@@ -211,14 +211,14 @@ impl VfioPci {
         }
     }
 
-    /// Whether the guest has just asked for a reset.
+    /// Whether the guest has just requested a reset.
     fn takes_reset(&self, written: &Range<u16>) -> bool {
         let Some(control) = self.device_control else { return false };
         // In the upper byte.
         written.contains(&(control + 1)) && self.space().u16(control) & INITIATE_FLR != 0
     }
 
-    /// What of the table of MSI-X is at `offset` of `bar`.
+    /// The part of the MSI-X structures at `offset` of `bar`.
     fn msix_at(&self, bar: usize, offset: u64) -> Option<(&Msix, MsixPart)> {
         let (structures, msix) = (self.msix.as_ref()?, self.interrupts.msix.as_ref()?);
         let inside = |(of, start): (usize, u64), length| {
@@ -233,7 +233,7 @@ impl VfioPci {
     }
 }
 
-/// A structure of MSI-X, and an offset in it.
+/// An MSI-X structure and an offset in it.
 enum MsixPart {
     Table(u64),
     Pending(u64),
@@ -249,14 +249,14 @@ impl PciFunction for VfioPci {
         for live in &self.live {
             let bytes = overlap(&live.bytes, &read);
             let mut data = vec![0; bytes.len()];
-            // What cannot be read stays as it was.
+            // If the read fails, the bytes stay as they were.
             if !bytes.is_empty()
                 && self.host.read(&self.config_region, bytes.start.into(), &mut data).is_ok()
             {
                 let mut config = self.space();
                 let capabilities = config.u16(STATUS) & STATUS_CAPABILITIES;
                 bytes.zip(data).for_each(|(offset, byte)| config.set_u8(offset, byte));
-                // There is a list if one is left.
+                // There is a list if any capability is left.
                 let status = config.u16(STATUS) & !STATUS_CAPABILITIES | capabilities;
                 config.set_u16(STATUS, status);
             }
@@ -312,7 +312,7 @@ impl PciFunction for VfioPci {
 }
 
 impl Drop for VfioPci {
-    /// The guest is gone: nothing of the device reaches anybody any more.
+    /// The guest is gone: nothing of the device has any effect any more.
     fn drop(&mut self) {
         self.interrupts.disable();
         self.lent.update(&[]);
@@ -335,12 +335,11 @@ impl fmt::Debug for VfioPci {
     }
 }
 
-/// Configuration space as the device has it. One without extended configuration space has zeroes
-/// there.
+/// The device's configuration space. Without extended configuration space, that reads as zeroes.
 fn read_config(host: &dyn HostDevice, region: &Region) -> std::io::Result<Box<[u8; CONFIG_SIZE]>> {
     let mut bytes = Box::new([0; CONFIG_SIZE]);
     let length = region.size.min(CONFIG_SIZE as u64) as usize;
-    // No more than there is room for.
+    // No more than fits.
     host.read(region, 0, &mut bytes[..length])?;
     Ok(bytes)
 }
@@ -358,12 +357,12 @@ fn table_length(msix: &MsixStructures) -> u64 {
     MSIX_ENTRY * u64::from(msix.vectors)
 }
 
-/// One bit each, in doublewords of two.
+/// One bit each, in units of two doublewords.
 fn pending_length(msix: &MsixStructures) -> u64 {
     u64::from(msix.vectors).div_ceil(64) * 8
 }
 
-/// The bytes of `bar` that are not the device's.
+/// The bytes of `bar` that are emulated.
 fn trapped(msix: Option<&MsixStructures>, bar: usize) -> Vec<Range<u64>> {
     let Some(msix) = msix else { return Vec::new() };
     [(msix.table, table_length(msix)), (msix.pending, pending_length(msix))]
@@ -373,7 +372,7 @@ fn trapped(msix: Option<&MsixStructures>, bar: usize) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// Whether the table and the pending bits are where they can be reached.
+/// Whether the table and the pending bits are within memory BARs.
 fn structures_lie_in(bars: &[DeviceBar], msix: &MsixStructures) -> bool {
     [(msix.table, table_length(msix)), (msix.pending, pending_length(msix))].into_iter().all(
         |((of, start), length)| {
@@ -384,9 +383,9 @@ fn structures_lie_in(bars: &[DeviceBar], msix: &MsixStructures) -> bool {
     )
 }
 
-/// The bytes of configuration space that an access has.
+/// The bytes of an access to configuration space.
 fn range(offset: u16, length: usize) -> Range<u16> {
-    // An access has eight bytes at the most.
+    // An access has at most eight bytes.
     offset..offset.saturating_add(length as u16)
 }
 

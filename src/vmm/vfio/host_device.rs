@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A VFIO device as the rest of this module knows it: regions and interrupts, in the terms of
+//! A VFIO device for the rest of this module: regions and interrupts, in the terms of
 //! `linux/vfio.h`.
 
 use std::fmt::Debug;
@@ -10,19 +10,19 @@ use vmm_sys_util::eventfd::EventFd;
 use super::mapping::Mapping;
 use super::region::Region;
 
-/// What a VFIO device can do. Any thread may call it at any time.
+/// The operations of a VFIO device. Any thread may call it at any time.
 pub trait HostDevice: Debug + Send + Sync {
     /// `VFIO_DEVICE_GET_REGION_INFO`: region `index`, a BAR by its number or
-    /// `VFIO_PCI_CONFIG_REGION_INDEX`. A region that the device does not have is empty.
+    /// `VFIO_PCI_CONFIG_REGION_INDEX`. A missing region is empty.
     ///
     /// # Errors
-    /// What VFIO says.
+    /// VFIO's error.
     fn region(&self, index: u32) -> io::Result<Region>;
 
     /// Reads `data.len()` bytes at `offset` of `region`.
     ///
     /// # Errors
-    /// What VFIO says; `EIO` while a BAR is not decoded.
+    /// VFIO's error; `EIO` while a BAR is not decoded.
     fn read(&self, region: &Region, offset: u64, data: &mut [u8]) -> io::Result<()>;
 
     /// Writes `data` at `offset` of `region`.
@@ -34,42 +34,42 @@ pub trait HostDevice: Debug + Send + Sync {
     /// Maps `length` bytes at `offset` of `region`, all of which must be mappable.
     ///
     /// # Errors
-    /// What `mmap(2)` says.
+    /// The error of `mmap(2)`.
     fn map(&self, region: &Region, offset: u64, length: u64) -> io::Result<Mapping>;
 
     /// `VFIO_DEVICE_GET_IRQ_INFO`.
     ///
     /// # Errors
-    /// What VFIO says.
+    /// VFIO's error.
     fn irq(&self, irq: Irq) -> io::Result<IrqInfo>;
 
-    /// `VFIO_DEVICE_SET_IRQS`: from now on the interrupts of `irq` from number `start` on write
-    /// `events`; where there is none, that interrupt is off. The first such call switches the kind
-    /// of interrupt on, and only one kind is on at a time.
+    /// `VFIO_DEVICE_SET_IRQS`: the interrupts of `irq` from number `start` on write `events`;
+    /// `None` disables one. The first such call enables the kind of interrupt; only one kind is
+    /// enabled at a time.
     ///
     /// # Errors
-    /// What VFIO says; `ENOSPC` when the host has not as many interrupts.
+    /// VFIO's error; `ENOSPC` if the host has too few interrupts.
     fn set_triggers(&self, irq: Irq, start: u32, events: &[Option<&EventFd>]) -> io::Result<()>;
 
-    /// From now on writing `event` lets INTx, which masks itself when it is sent, be sent again.
+    /// `event` unmasks INTx, which masks itself when it is sent.
     ///
     /// # Errors
-    /// What VFIO says.
+    /// VFIO's error.
     fn set_intx_unmask(&self, event: &EventFd) -> io::Result<()>;
 
-    /// Switches that kind of interrupt off.
+    /// Disables that kind of interrupt.
     ///
     /// # Errors
-    /// What VFIO says.
+    /// VFIO's error.
     fn disable_irq(&self, irq: Irq) -> io::Result<()>;
 
-    /// Whether [`HostDevice::reset`] can do anything.
+    /// Whether [`HostDevice::reset`] is supported.
     fn can_reset(&self) -> bool;
 
     /// `VFIO_DEVICE_RESET`.
     ///
     /// # Errors
-    /// What VFIO says.
+    /// VFIO's error.
     fn reset(&self) -> io::Result<()>;
 }
 
@@ -79,17 +79,17 @@ pub trait HostDevice: Debug + Send + Sync {
 pub enum Irq {
     /// The interrupt pin.
     Intx = 0,
-    /// Messages, by the MSI capability.
+    /// The MSI capability.
     Msi = 1,
-    /// Messages, by the MSI-X capability.
+    /// The MSI-X capability.
     Msix = 2,
 }
 
-/// What VFIO says of a kind of interrupts.
+/// VFIO's information about a kind of interrupts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct IrqInfo {
-    /// How many there are.
+    /// Their number.
     pub count: u32,
-    /// `VFIO_IRQ_INFO_NORESIZE`: all that will be used must be there from the first.
+    /// `VFIO_IRQ_INFO_NORESIZE`: all vectors to be used must be set at first.
     pub fixed: bool,
 }

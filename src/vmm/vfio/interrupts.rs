@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which kind of interrupts an assigned device uses just now: what the guest's capabilities say, as
-//! VFIO has it, where only one kind is on at a time.
+//! The kind of interrupts that an assigned device uses, according to the guest's capabilities; VFIO
+//! has only one kind enabled at a time.
 
 use std::sync::Arc;
 use twostage::sync::Mutex;
@@ -17,18 +17,18 @@ pub struct DeviceMsix {
     pub capability: MsixCapability,
     /// The table and the pending bits that the guest sees.
     pub table: Msix,
-    /// Where the table's vectors lead.
+    /// The destinations of the table's vectors.
     pub vectors: Arc<Vectors>,
 }
 
-/// The interrupts of one device: those that it has, one kind of which is on.
+/// The interrupts of one device: those that it has, one kind of which is enabled.
 #[derive(Debug)]
 pub struct DeviceInterrupts {
     /// The pin.
     pub intx: Option<Intx>,
-    /// Messages.
+    /// MSI.
     pub msi: Option<Msi>,
-    /// Messages, better ones.
+    /// MSI-X, which has precedence.
     pub msix: Option<DeviceMsix>,
     on: Mutex<Kind>,
 }
@@ -42,7 +42,7 @@ enum Kind {
 }
 
 impl DeviceInterrupts {
-    /// Interrupts, all off.
+    /// Interrupts, all disabled.
     pub fn new(intx: Option<Intx>, msi: Option<Msi>, msix: Option<DeviceMsix>) -> Self {
         Self { intx, msi, msix, on: Mutex::new(Kind::None) }
     }
@@ -68,7 +68,7 @@ impl DeviceInterrupts {
         *on = wanted;
     }
 
-    /// Switches all of them off.
+    /// Disables all of them.
     pub fn disable(&self) {
         let mut on = self.on.lock();
         self.switch_off(*on);

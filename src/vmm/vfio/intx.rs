@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! INTx of an assigned device: a level, made of two eventfds.
+//! INTx of an assigned device: a level made of two eventfds.
 //!
-//! VFIO writes the first when the device asserts its pin, and masks the pin. Whoever has the line
-//! asserts it, and at the guest's end of that interrupt deasserts it and writes the second, which
-//! unmasks the pin: if the device still asserts it, it all begins again.
+//! VFIO writes the first when the device asserts its pin, and masks the pin. The line's owner
+//! asserts the line, deasserts it at the guest's end of interrupt, and writes the second, which
+//! unmasks the pin: if the device still asserts it, everything starts again.
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ pub struct Intx {
 }
 
 impl Intx {
-    /// The pin of `host`, off, that leads to `line`.
+    /// The pin of `host`, disabled, connected to `line`.
     pub fn new(host: Arc<dyn HostDevice>, line: Box<dyn EventLine>) -> Self {
         Self { host, line, complaints: RateLimit::default() }
     }
 
-    /// Switches it on.
+    /// Enables it.
     pub fn enable(&self) {
         let assert = [Some(self.line.assert_event())];
         let result = self
@@ -37,7 +37,7 @@ impl Intx {
         }
     }
 
-    /// Switches it off.
+    /// Disables it.
     pub fn disable(&self) {
         if let Err(error) = self.host.disable_irq(Irq::Intx) {
             self.complaints.warn(format_args!("INTx: switching off: {error}"));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory of devices as memory slots of KVM.
+//! Device memory as KVM memory slots.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -15,19 +15,19 @@ use super::bars::{Lender, Loan};
 use super::mapping::Mapping;
 use twostage::warn_limited;
 
-/// Lends memory to the guest of one virtual machine. Clones are the same.
+/// Maps memory into the guest of one virtual machine. Clones are the same.
 #[derive(Clone)]
 pub struct KvmSlots(Arc<Slots>);
 
 struct Slots {
     vm: Arc<VmFd>,
-    /// The numbers below are of the guest's RAM.
+    /// The numbers below are used by the guest's RAM.
     first: u32,
     used: Mutex<BTreeSet<u32>>,
 }
 
 impl KvmSlots {
-    /// Slots of `vm` from number `first` on, which nobody else uses.
+    /// Slots of `vm` from number `first` on, which must be unused.
     pub fn new(vm: Arc<VmFd>, first: u32) -> Self {
         Self(Arc::new(Slots { vm, first, used: Mutex::default() }))
     }
@@ -90,7 +90,7 @@ impl Drop for Slot {
             Ok(()) => drop(self.slots.used().remove(&self.slot)),
             Err(error) => {
                 warn_limited!("a device's memory stays with the guest: {error}");
-                // What the guest reaches must stay there.
+                // The guest may still access it, so it must stay mapped.
                 std::mem::forget(self.mapping.clone());
             }
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A piece of a device's file in this process's memory.
+//! A part of a device's file mapped into this process.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-/// Mapped memory, unmapped when it is dropped. Nobody in this process reads or writes it: it is
-/// there to be lent to a guest.
+/// Mapped memory, unmapped when it is dropped. This process does not access it: it is for mapping
+/// into a guest.
 pub struct Mapping {
     address: NonNull<libc::c_void>,
     length: usize,
@@ -21,10 +21,10 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `length` bytes at `offset` of `file`, shared, to be read and written.
+    /// Maps `length` bytes at `offset` of `file`, shared, readable and writable.
     ///
     /// # Errors
-    /// What `mmap(2)` says.
+    /// The error of `mmap(2)`.
     pub fn new(file: &File, offset: u64, length: u64) -> io::Result<Self> {
         let invalid = |_| io::Error::from_raw_os_error(libc::EOVERFLOW);
         let (length, offset) =
@@ -47,7 +47,7 @@ impl Mapping {
         }
     }
 
-    /// Where it is in this process.
+    /// Its address in this process.
     pub fn address(&self) -> u64 {
         self.address.as_ptr() as u64
     }
@@ -73,11 +73,11 @@ impl fmt::Debug for Mapping {
     }
 }
 
-/// Bytes of a page of this machine: what can be mapped, and lent to a guest.
+/// This machine's page size: the granularity of mappings.
 pub fn page_size() -> u64 {
     // SAFETY: the call has no other effect than to tell.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    // POSIX has it on every system.
+    // POSIX requires it.
     u64::try_from(size).unwrap_or(4096)
 }
 

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the host has the messages of an assigned device go, which the guest's stage 1 must lead
-//! there by the same addresses.
+//! The host's MSI window of an assigned device, which the guest's stage 1 must map 1:1.
 //!
-//! On arm64 Linux sets aside a window of IOVAs for it and tells in sysfs
+//! On arm64 Linux reserves a window of IOVAs for MSIs and reports it in sysfs
 //! (`Documentation/ABI/testing/sysfs-kernel-iommu_groups`, `reserved_regions`). It is a constant of
-//! its SMMU driver ([`MSI_WINDOW`]), of which nobody promises that it stays.
+//! its SMMU driver ([`MSI_WINDOW`]), but not guaranteed.
 
 use std::fs;
 use std::ops::RangeInclusive;
@@ -13,9 +12,9 @@ use std::path::{Path, PathBuf};
 use super::doorbell::MSI_WINDOW;
 use super::error::{VfioError, VfioProblem};
 
-/// Where the host has the messages of the device at `path` go, in bytes; `name` is what errors call
-/// it. Linux's usual window when the host does not tell. `memory` is the guest's, which stage 2 has
-/// at the same addresses: (first address, length).
+/// The MSI window of the device at `path`, in bytes; `name` is for errors. Linux's default window
+/// if the host does not report one. `memory` is the guest's, which stage 2 maps at the same
+/// addresses: (first address, length).
 ///
 /// # Errors
 /// The guest has memory there.
@@ -43,8 +42,7 @@ fn sysfs(path: &Path) -> PathBuf {
     }
 }
 
-/// The window for messages that `regions` tells of: a line each with first address, last address
-/// and kind.
+/// The MSI window in `regions`: a line each with first address, last address and type.
 fn window(regions: &str) -> Option<RangeInclusive<u64>> {
     let address = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
     let region = |line: &str| {
@@ -86,7 +84,7 @@ mod tests {
         assert_eq!(message_window("none", none, [RAM]).unwrap(), MSI_WINDOW);
     }
 
-    /// What a host means that tells of `regions`.
+    /// The window of a host that reports `regions`.
     fn told(regions: &str) -> Result<RangeInclusive<u64>, VfioError> {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("iommu_group")).unwrap();

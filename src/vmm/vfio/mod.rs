@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! PCI devices of the host assigned to the guest, through VFIO's character devices.
+//! Assigned PCI devices of the host, through VFIO's character devices.
 //!
-//! [`VfioPci`] is the function that the guest sees. Its memory is the guest's own where the device
-//! and the page size allow, and trapped where MSI-X has its table; its configuration space is what
-//! `config_image.rs` and `capabilities.rs` say, each line of their tables with its reason; its
-//! interrupts go from VFIO to KVM by eventfds, through the same remapping as those of every device.
+//! [`VfioPci`] is the function that the guest sees. Its memory is mapped into the guest as far as
+//! the device and the page size allow, except the MSI-X table, which is trapped; its configuration
+//! space follows the tables of `config_image.rs` and `capabilities.rs`, which give reasons; its
+//! interrupts go from VFIO to KVM by eventfds, with the same remapping as those of every device.
 //!
-//! Nobody here maps DMA: the device is bound and attached by the host side of its virtual IOMMU,
-//! which blocks it until the guest says otherwise. What VFIO refuses becomes [`VfioError`], one
-//! line that says what to do. What the guest does wrong is ignored as a device would, and logged
-//! with a limit. No P2P: BARs are not mapped in the IOMMU, so that a device cannot reach another's.
+//! Nothing here maps DMA: the device is bound and attached by the host side of its virtual IOMMU,
+//! which blocks it until the guest maps something. VFIO's refusals become [`VfioError`], one line
+//! that says what to do. The guest's errors are ignored as a device would, and logged with a limit.
+//! No P2P: BARs are not mapped in the IOMMU, so a device cannot access another's.
 //!
 //! Sources: Linux `include/uapi/linux/vfio.h` and `Documentation/driver-api/vfio.rst`; PCI Express
 //! Base Specification 6.0 (§7.5 headers and PCI Express, §7.7 MSI and MSI-X, §7.9 vendor's

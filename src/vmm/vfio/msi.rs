@@ -6,7 +6,7 @@ use crate::pci::layout::MsiControl;
 use crate::pci::ConfigSpace;
 use twostage::viommu::MsiMessage;
 
-/// Message control: vectors can be masked one by one.
+/// Message control: per-vector masking.
 const MASKABLE: u16 = 1 << 8;
 
 /// The capability of a device, at `offset` of the guest's configuration space.
@@ -18,29 +18,29 @@ pub struct Msi {
     pub vectors: Vectors,
 }
 
-/// What the guest has made of it.
+/// The guest's settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Setup {
-    /// How many vectors it may use; a power of two.
+    /// Number of vectors it may use; a power of two.
     count: usize,
     /// Of the first.
     message: MsiMessage,
-    /// One bit for each vector that is masked.
+    /// One bit for each masked vector.
     masked: u32,
 }
 
 impl Msi {
-    /// Whether the guest has switched it on.
+    /// Whether the guest has enabled it.
     pub fn is_enabled(&self, config: &ConfigSpace) -> bool {
         MsiControl::from_bits(config.u16(self.offset + 2)).enable()
     }
 
-    /// Switches it on, or brings it up to date with what the guest wrote.
+    /// Enables it, or applies what the guest wrote.
     pub fn enable(&self, config: &ConfigSpace) {
         let setup = self.setup(config);
         self.vectors.enable(setup.count);
         for (number, bit) in (0..setup.count).zip(0..u32::BITS) {
-            // The low bits of the data say which of the vectors it is (§7.7.1.4).
+            // The low bits of the data are the vector's number (§7.7.1.4).
             let data = setup.message.data & !(setup.count as u32 - 1) | number as u32;
             let masked = setup.masked & 1 << bit != 0;
             let message = MsiMessage { data, ..setup.message };
@@ -48,7 +48,7 @@ impl Msi {
         }
     }
 
-    /// Switches it off.
+    /// Disables it.
     pub fn disable(&self) {
         for number in 0..32 {
             self.vectors.update(number, None);
@@ -56,7 +56,7 @@ impl Msi {
         self.vectors.disable();
     }
 
-    /// Writes the bits of those vectors that wait to be unmasked into `config`.
+    /// Writes the pending bits into `config`.
     pub fn show_pending(&self, config: &mut ConfigSpace) {
         let control = config.u16(self.offset + 2);
         if control & MASKABLE == 0 {
@@ -67,7 +67,7 @@ impl Msi {
         config.set_u32(self.offset + self.masks(control) + 4, bits);
     }
 
-    /// Where the masks are, from the start of the capability, if there are any.
+    /// Offset of the masks from the start of the capability, if there are any.
     fn masks(&self, control: u16) -> u16 {
         if MsiControl::from_bits(control).address_64() {
             16
@@ -84,7 +84,7 @@ impl Msi {
             false => (0, config.u16(self.offset + 8)),
         };
         let address = u64::from(high) << 32 | u64::from(config.u32(self.offset + 4));
-        // It may not give more than is asked for.
+        // The guest must not grant more than requested.
         let vectors = control.multiple_message_enable().min(control.multiple_message_capable());
         let masked = match bits & MASKABLE {
             0 => 0,
@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn several_vectors_differ_in_the_low_bits_of_the_data() {
         let (_, made, msi) = msi();
-        // Four asked for, eight given: four.
+        // Four requested, eight granted: four.
         msi.enable(&config(1 | 2 << 1 | 3 << 4));
         assert_eq!(
             made.take_updates(),

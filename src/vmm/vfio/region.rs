@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Regions of a VFIO device: where they are in its file, and what of them can be mapped.
+//! Regions of a VFIO device: their place in its file, and which parts can be mapped.
 //!
-//! What the kernel says of a region ends with a chain of capabilities, offsets in bytes that lead
-//! from one to the next. It is read as input like any other: a chain that leads nowhere or in a
-//! circle ends where it does so.
+//! The kernel's information about a region ends with a chain of capabilities, linked by byte
+//! offsets. It is validated like any other input: the walk ends at an invalid or circular link.
 
 use std::iter::once;
 use std::ops::Range;
@@ -14,22 +13,22 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_MMAP,
 };
 
-/// A region. One of no size is not there.
+/// A region; empty if it does not exist.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Region {
-    /// Which one.
+    /// Its index.
     pub index: u32,
     /// Bytes.
     pub size: u64,
-    /// Where it starts in the device's file, in bytes.
+    /// Its offset in the device's file, in bytes.
     pub offset: u64,
-    /// What of it can be mapped, in bytes from its start; ascending, in the region.
+    /// The mappable parts, in bytes from its start; ascending, within the region.
     pub mappable: Vec<Range<u64>>,
 }
 
 impl Region {
-    /// The region that `info` tells of, with the capabilities that `bytes` (all that the kernel
-    /// wrote, from the start of `info` on) have.
+    /// The region of `info`, with the capabilities in `bytes`, which is all that the kernel wrote,
+    /// starting with `info`.
     pub(super) fn new(info: &vfio_region_info, bytes: &[u8]) -> Self {
         let mut mappable = Vec::new();
         if info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0 && info.size != 0 {
@@ -49,8 +48,8 @@ impl Region {
         offset.checked_add(length as u64).is_some_and(|end| end <= self.size)
     }
 
-    /// What of the region is to be mapped: whole pages of `page` bytes that can be, without those
-    /// that have a byte of `trapped`.
+    /// The parts to be mapped: whole mappable pages of `page` bytes, without those that contain a
+    /// byte of `trapped`.
     pub fn areas_without(&self, trapped: &[Range<u64>], page: u64) -> Vec<Range<u64>> {
         let mut areas: Vec<_> = self
             .mappable
@@ -73,7 +72,7 @@ impl Region {
     }
 }
 
-/// A four-byte field of the kernel's at `offset`.
+/// A four-byte field at `offset`.
 fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     bytes.get(offset..)?.first_chunk().map(|chunk| u32::from_ne_bytes(*chunk))
 }
@@ -85,9 +84,9 @@ fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
 /// The areas of the sparse-mmap capability in the chain that starts at `first`, if there is one.
 fn sparse_areas(bytes: &[u8], first: u32) -> Option<Vec<Range<u64>>> {
     let mut offset = first as usize;
-    // Each capability has a header of its own: more steps than headers are a circle.
+    // Each capability has its own header: more steps than headers are a cycle.
     for _ in 0..bytes.len() / size_of::<vfio_info_cap_header>() {
-        // An id and a version of two bytes each; then where the next one is, or zero.
+        // ID and version of two bytes each; then the offset of the next one, or zero.
         let (id, next) = (u32_at(bytes, offset)? & 0xffff, u32_at(bytes, offset + 4)?);
         if id == VFIO_REGION_INFO_CAP_SPARSE_MMAP {
             return Some(areas_at(bytes, offset));
@@ -100,7 +99,7 @@ fn sparse_areas(bytes: &[u8], first: u32) -> Option<Vec<Range<u64>>> {
     None
 }
 
-/// The areas of the sparse-mmap capability at `offset`, as far as they are there.
+/// The areas of the sparse-mmap capability at `offset`, as far as they are complete.
 fn areas_at(bytes: &[u8], offset: usize) -> Vec<Range<u64>> {
     let count = u32_at(bytes, offset + size_of::<vfio_info_cap_header>()).unwrap_or(0);
     let first = offset + size_of::<vfio_region_info_cap_sparse_mmap>();
@@ -141,7 +140,7 @@ mod tests {
         let bytes = [vec![0; HEAD], first, areas].concat();
         let region = Region::new(&info(0x8000, HEAD as u32), &bytes);
         assert_eq!(region.mappable, [0..0x2000, 0x4000..0x5000]);
-        // The last area is cut off, and the one before is beyond the region.
+        // The last area is truncated, and the one before is beyond the region.
         let region = Region::new(&info(0x4800, HEAD as u32), &bytes[..bytes.len() - 8]);
         assert_eq!(region.mappable, [] as [Range<u64>; 0]);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A device in memory, and what stands around one in a machine, for tests.
+//! A fake device and its surroundings, for tests.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,7 +16,7 @@ use super::vectors::MakeVector;
 use crate::pci::{EventVector, InterruptVector};
 use twostage::viommu::MsiMessage;
 
-/// A device whose regions are bytes, and which writes down what is done to its interrupts.
+/// A device whose regions are bytes, and which records what is done to its interrupts.
 #[derive(Debug, Default)]
 pub struct FakeDevice {
     regions: BTreeMap<u32, (Region, Mutex<Vec<u8>>)>,
@@ -27,7 +27,7 @@ pub struct FakeDevice {
 }
 
 impl FakeDevice {
-    /// Adds a region that can be mapped, all of it or nothing.
+    /// Adds a region that is entirely mappable or not at all.
     pub fn add_region(&mut self, index: u32, size: u64, mappable: bool) {
         let mappable = std::iter::once(0..size).filter(|_| mappable).collect();
         let region = Region { index, size, offset: u64::from(index) << 40, mappable };
@@ -39,7 +39,7 @@ impl FakeDevice {
         self.irqs.insert(irq, IrqInfo { count, fixed: false });
     }
 
-    /// From now on calls for interrupts and resets fail.
+    /// Makes calls for interrupts and resets fail from now on.
     pub fn refuse(&self, errno: i32) {
         *self.refusal.lock() = Some(errno);
     }
@@ -52,7 +52,7 @@ impl FakeDevice {
         self.regions[&region].1.lock()[offset..][..length].to_vec()
     }
 
-    /// What was done since the last time.
+    /// The calls since the last time.
     pub fn take_calls(&self) -> Vec<String> {
         std::mem::take(&mut self.calls.lock())
     }
@@ -118,7 +118,7 @@ impl HostDevice for FakeDevice {
     }
 }
 
-/// Vectors that write down their messages.
+/// Vectors that record their messages.
 #[derive(Debug, Default)]
 pub struct FakeVectors {
     events: Mutex<Vec<EventFd>>,
@@ -182,7 +182,7 @@ pub fn message(data: u32) -> Option<MsiMessage> {
     Some(MsiMessage { address: 0, data })
 }
 
-/// Remembers what is lent.
+/// Records what is mapped.
 #[derive(Debug, Default)]
 pub struct FakeLender {
     lent: Arc<Mutex<Vec<(u64, u64)>>>,
@@ -192,7 +192,7 @@ pub struct FakeLender {
 struct FakeLoan(Arc<Mutex<Vec<(u64, u64)>>>, (u64, u64));
 
 impl FakeLender {
-    /// What is lent just now: address, length.
+    /// What is currently mapped: address, length.
     pub fn lent(&self) -> Vec<(u64, u64)> {
         self.lent.lock().clone()
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A whole assigned device, from the guest's side of the bus and the host's.
+//! A whole assigned device, from the guest's side and the host's.
 
 use std::sync::Arc;
 use twostage::sync::Mutex;
@@ -24,7 +24,7 @@ const MSIX: u16 = 0xb0;
 const VENDOR: u16 = 0xc0;
 
 /// Something like an NVMe drive: 16 KiB of registers with MSI-X at 0x2000 and 0x3000 (16 vectors),
-/// every capability that is shown, and some that are not.
+/// every visible capability, and some hidden ones.
 fn nvme() -> FakeDevice {
     let mut device = FakeDevice::default();
     device.add_region(0, 0x4000, true);
@@ -129,7 +129,7 @@ impl Machine {
         self.bus.function(BDF).unwrap()
     }
 
-    /// The command register as the device has it.
+    /// The device's command register.
     fn command(&self) -> u8 {
         self.device.get(CONFIG, 4, 1)[0]
     }
@@ -168,18 +168,18 @@ fn the_list_has_what_works() {
     assert_eq!(next(EXPRESS), MSIX << 8 | 0x10);
     assert_eq!(next(MSIX), VENDOR << 8 | 0x11);
     assert_eq!(next(VENDOR), 0x09);
-    // No D1, D2, PME; no soft reset; a state that is kept here.
+    // No D1, D2, PME; no soft reset; an emulated state.
     assert_eq!(machine.read(POWER) >> 16, 0x23);
     machine.write(POWER + 4, &[0xff; 4]);
     assert_eq!(machine.read(POWER + 4), 0xb);
-    // An integrated endpoint, version 2, without a link; FLR as VFIO can reset it.
+    // An integrated endpoint, version 2, without a link; FLR, as VFIO can reset it.
     assert_eq!(machine.read(EXPRESS) >> 16, 0x92);
     assert_eq!(machine.read(EXPRESS + 4), 0x1000_8025);
     assert_eq!((machine.read(EXPRESS + 0xc), machine.read(EXPRESS + 0x24)), (0, 0));
-    // MSI-X disabled, though the device had it on.
+    // MSI-X disabled, though the device had it enabled.
     assert_eq!(machine.read(MSIX) >> 16, 0x0f);
     assert_eq!((machine.read(MSIX + 4), machine.read(MSIX + 8)), (0x2000, 0x3000));
-    // A capability of no kind, then the serial number, which is the last.
+    // An empty capability, then the serial number, which is the last.
     assert_eq!((machine.read(0x100), machine.read(0x200)), (0x2000_0000, 0x0001_0003));
     assert_eq!((machine.read(0x204), machine.read(0x300)), (0x0403_0201, 0));
 }
@@ -193,7 +193,7 @@ fn live_registers_are_the_devices() {
     assert_eq!(machine.read(4) >> 16, 0x0018, "with the list that the guest has");
     machine.write(6, &[0xff, 0xff]);
     assert_eq!(machine.device.get(CONFIG, 6, 2), [0x08, 0x00]);
-    // A vendor's own.
+    // Vendor-specific.
     machine.write(VENDOR + 4, &[0xaa, 0xbb]);
     assert_eq!(machine.device.get(CONFIG, (VENDOR + 4).into(), 4), [0xaa, 0xbb, 0x33, 0x44]);
     machine.device.put(CONFIG, (VENDOR + 6).into(), &[0x77]);
@@ -216,7 +216,7 @@ fn memory_is_lent_while_the_bar_answers() {
     machine.write(4, &[6, 0]);
     assert_eq!(machine.lender.lent(), [(0xe000_0000, 0x2000)], "without the pages of MSI-X");
     assert_eq!(machine.command(), 6);
-    // Sizing does not lend it at the end of the address space.
+    // Sizing does not map it at the end of the address space.
     machine.write(0x10, &[0xff; 4]);
     assert_eq!(machine.lender.lent(), []);
     machine.write(0x10, &0xe080_0000u32.to_le_bytes());
@@ -235,13 +235,13 @@ fn what_is_not_lent_is_trapped() {
     assert_eq!(data, [1, 2, 3, 4]);
     function.write_bar(0, 0x2100, &[5, 6]);
     assert_eq!(machine.device.get(0, 0x2100, 2), [5, 6], "behind the table");
-    // The table is here.
+    // The table is emulated.
     function.write_bar(0, 0x2000, &[0xf0; 4]);
     function.read_bar(0, 0x2000, &mut data);
     assert_eq!((data, machine.device.get(0, 0x2000, 4)), ([0xf0; 4], vec![0; 4]));
     function.write_bar(0, 0x3000, &[0xff; 4]);
     assert_eq!(machine.device.get(0, 0x3000, 4), [0; 4]);
-    // A BAR that there is not.
+    // A BAR that does not exist.
     function.read_bar(4, 0, &mut data);
     assert_eq!(data, [0xff; 4]);
 }
@@ -262,7 +262,7 @@ fn one_kind_of_interrupt_is_on_at_a_time() {
     machine.write(MSIX + 2, &[0x0f, 0x80]);
     assert_eq!(machine.device.take_calls(), ["Msix 1: [on]"]);
     assert_eq!(machine.vectors.take_updates(), ["fee00000/65"]);
-    // Masked: what comes is pending, and VFIO is not told.
+    // Masked: interrupts become pending, and VFIO is not called.
     function.write_bar(0, 0x201c, &[1, 0, 0, 0]);
     machine.vectors.event(0).write(1).unwrap();
     let mut pending = [0];
@@ -337,8 +337,8 @@ mod random {
     use super::*;
 
     proptest! {
-        /// Whatever a device says of itself and a guest writes, nothing panics, and nothing is lent
-        /// but what the BAR has.
+        /// Whatever a device reports and a guest writes, nothing panics, and nothing outside of the
+        /// BAR is mapped.
         #[test]
         fn any_device_and_any_guest(
             head in prop::collection::vec(any::<u8>(), 256),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The vectors of MSI or MSI-X of an assigned device: the eventfd of each, between VFIO, which
-//! writes it, and KVM, which turns it into the guest's message.
+//! The vectors of MSI or MSI-X of an assigned device: each an eventfd between VFIO, which writes
+//! it, and KVM, which turns it into the guest's message.
 //!
-//! A vector has nothing until the guest gives it a message for the first time: a device may have
-//! two thousand, of which a driver uses ten. From then on VFIO writes its eventfd while the
-//! device's messages are on. While the guest masks the vector nobody reads that eventfd, so that
-//! what comes is kept there and goes out by the next message.
+//! A vector has no resources until the guest first gives it a message: a device may have two
+//! thousand, of which a driver uses ten. From then on VFIO writes its eventfd while the device's
+//! MSIs are enabled. While the guest masks the vector the eventfd is not read, so that a pending
+//! interrupt is sent with the next message.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -19,7 +19,7 @@ use crate::Result;
 use twostage::ratelimit::RateLimit;
 use twostage::viommu::MsiMessage;
 
-/// Makes the way to the guest of one vector.
+/// Creates the guest's side of one vector.
 pub type MakeVector = dyn Fn() -> Result<Arc<dyn EventVector>> + Send + Sync;
 
 /// The vectors of one kind of message.
@@ -33,7 +33,7 @@ pub struct Vectors {
 }
 
 struct State {
-    /// The device's messages are on.
+    /// The device's MSIs are enabled.
     enabled: bool,
     vectors: Vec<Option<Arc<dyn EventVector>>>,
     /// Those whose eventfd VFIO has.
@@ -41,7 +41,7 @@ struct State {
 }
 
 impl Vectors {
-    /// `count` vectors of `irq`, no more than VFIO has, off for now. Each is made by `make`.
+    /// `count` vectors of `irq`, no more than VFIO has, disabled. Each is created by `make`.
     pub fn new(
         host: Arc<dyn HostDevice>,
         irq: Irq,
@@ -54,13 +54,13 @@ impl Vectors {
         Self { host, irq, info, make, state, complaints: RateLimit::default() }
     }
 
-    /// Switches the device's messages on, of which `count` will be used. No vector is armed yet.
+    /// Enables the device's MSIs, of which `count` will be used. No vector is armed yet.
     pub fn enable(&self, count: usize) {
         let mut state = self.state();
         if state.enabled {
             return;
         }
-        // Those that cannot be added later must be there now.
+        // Without dynamic allocation, all must be armed now.
         let count = if self.info.fixed { count.min(state.vectors.len()) } else { 1 };
         match self.host.set_triggers(self.irq, 0, &vec![None; count]) {
             Ok(()) => {
@@ -73,7 +73,7 @@ impl Vectors {
         }
     }
 
-    /// Switches the device's messages off. What waits to be sent is forgotten.
+    /// Disables the device's MSIs. Pending ones are discarded.
     pub fn disable(&self) {
         let mut state = self.state();
         if !std::mem::take(&mut state.enabled) {
@@ -84,12 +84,12 @@ impl Vectors {
         }
         state.armed.clear();
         for vector in state.vectors.iter().flatten() {
-            // Nothing there is an error.
+            // Nothing to read is no error.
             let _ = vector.event().read();
         }
     }
 
-    /// The message of vector `number` is `message`, or it is masked.
+    /// Vector `number` has the message `message`, or is masked.
     pub fn update(&self, number: usize, message: Option<MsiMessage>) {
         let mut state = self.state();
         let Some(place) = state.vectors.get_mut(number) else { return };
@@ -112,20 +112,20 @@ impl Vectors {
         }
     }
 
-    /// Whether something waits for vector `number` to be unmasked.
+    /// Whether an interrupt of vector `number` is pending.
     pub fn is_pending(&self, number: usize) -> bool {
         let state = self.state();
         let vector = state.vectors.get(number).and_then(Option::as_ref);
         vector.is_some_and(|vector| vector.is_pending())
     }
 
-    /// Gives VFIO the eventfd of vector `number`, if there is one and messages are on.
+    /// Gives VFIO the eventfd of vector `number`, if there is one and MSIs are enabled.
     fn arm(&self, state: &mut State, number: usize) {
         let Some(Some(vector)) = state.vectors.get(number) else { return };
         if !state.enabled || state.armed.contains(&number) {
             return;
         }
-        // There are 2048 at the most.
+        // At most 2048.
         match self.host.set_triggers(self.irq, number as u32, &[Some(vector.event())]) {
             Ok(()) => {
                 state.armed.insert(number);
@@ -154,12 +154,12 @@ impl fmt::Debug for Vectors {
     }
 }
 
-/// One vector, as a table of MSI-X knows it.
+/// One vector, for an MSI-X table.
 #[derive(Debug)]
 pub struct TableVector {
     /// All of them.
     pub vectors: Arc<Vectors>,
-    /// Which one.
+    /// Its number.
     pub number: usize,
 }
 
@@ -168,7 +168,7 @@ impl InterruptVector for TableVector {
         self.vectors.update(self.number, message);
     }
 
-    /// Not asked for: the device triggers it.
+    /// Never called: the device triggers it.
     fn trigger(&self) {}
 
     fn is_pending(&self) -> bool {
@@ -197,7 +197,7 @@ mod tests {
         assert_eq!((host.take_calls().len(), made.count()), (0, 0));
         vectors.update(2, message(5));
         assert_eq!((host.take_calls(), made.count()), (vec!["Msix 2: [on]".to_owned()], 1));
-        // Masked and unmasked: VFIO is not told.
+        // Masked and unmasked: VFIO is not called.
         vectors.update(2, None);
         vectors.update(2, message(6));
         assert_eq!((host.take_calls().len(), made.count()), (0, 1));

@@ -196,7 +196,7 @@ mod tests {
         let mut code = [0; 16];
         memory.map().read_slice(&mut code, GuestAddress(0xf_fff0)).unwrap();
         assert_eq!(code[..6], [0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee]);
-        // The jump leads back by its own two bytes, to the halt.
+        // The jump goes back over itself (two bytes) and the halt.
         assert_eq!(code[6..9], [0xf4, 0xeb, (-3i8) as u8]);
     }
 
