@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The emulated host: iommufd's objects and an IOMMU with caches, in this process.
 //!
-//! A [`Machine`] has IOMMUs and devices; any number of iommufds ([`EmulatedHost`]) are opened on
-//! it. Their objects behave as Linux's do: creation rules, reference counts, errno, partial
-//! results. What is an architecture's own is behind a driver, as in Linux. The hardware half walks
-//! stage 1 through stage 2 and caches what hardware may cache, so that a forgotten invalidation
-//! shows.
+//! A [`Machine`] has IOMMUs and devices; any number of iommufds ([`EmulatedHost`]) can be opened on
+//! it. Their objects behave like Linux's: creation rules, reference counts, errno, partial results.
+//! As in Linux, architecture-specific parts are in drivers. The hardware half walks stage 1 through
+//! stage 2 and caches what hardware may cache, so that a forgotten invalidation shows.
 //!
-//! A whole test of nesting: a page table of the user's on top of an IOAS, a DMA through both
-//! stages, and an entry that changes, which nobody sees before the invalidation.
+//! A complete test of nesting: a user's page table on top of an IOAS, a DMA through both stages,
+//! and a changed entry, which has no effect before the invalidation.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -70,7 +69,7 @@ pub mod selftest;
 pub mod uapi;
 mod units;
 
-/// What Linux's own tests need beside the uAPI. Ordinary builds have none of it.
+/// The test ioctl of Linux's selftests, which ordinary builds do not have.
 #[cfg(feature = "selftest")]
 const TEST_OPERATIONS: Option<&uapi::TestOperations> = Some(&selftest::OPERATIONS);
 #[cfg(not(feature = "selftest"))]

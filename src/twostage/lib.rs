@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual IOMMU whose guest-programmed stage-1 tables run in hardware.
+//! A virtual IOMMU whose guest-programmed stage-1 tables are walked by hardware.
 //!
-//! A guest programs a virtual IOMMU ([`viommu`]); what it wrote becomes iommufd `HWPT_NESTED`
-//! objects over one nesting-parent `HWPT_PAGING` ([`nesting`]), through the verbs of the host
-//! ([`iommufd`]): the kernel's `/dev/iommu`, or the emulated host IOMMU of the package
-//! `twostage-emulated`, which keeps the same objects, errors and caches. [`spec`] holds the layouts
-//! all of them share.
+//! A guest programs a virtual IOMMU ([`viommu`]); its tables become iommufd `HWPT_NESTED` objects
+//! on one nesting-parent `HWPT_PAGING` ([`nesting`]), through the verbs of the host ([`iommufd`]):
+//! the kernel's `/dev/iommu`, or the emulated host IOMMU of the package `twostage-emulated`, which
+//! has the same objects, errors and caches. [`spec`] has the common layouts.
 //!
-//! Dependencies run downward only: `nesting` implements the host-side trait that `viommu`
-//! declares and calls `iommufd`; `iommufd` and `spec` import nothing of ours.
+//! Dependencies point downward only: `nesting` implements the host-side trait that `viommu`
+//! declares and calls `iommufd`; `iommufd` and `spec` depend on nothing else here.
 //!
 //! # Features
 //!
-//! * `kernel`: the host that is the kernel's `/dev/iommu`, with VFIO's character devices.
-//! * `serde`: `Serialize` on reports, counters and guest-visible states.
+//! * `kernel`: the host on the kernel's `/dev/iommu`, with VFIO's character devices.
+//! * `serde`: `Serialize` for reports, counters and guest-visible states.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How tests wait for what another thread or process does: by looking again, with a limit in real
-//! time that a machine with much else to do keeps, too.
+//! How tests wait for another thread or process: by polling, with a limit in real time that
+//! suffices on a busy machine, too.
 
 use std::time::{Duration, Instant};
 
-/// What tests wait at the most.
+/// The time limit of tests.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `over`.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The driver of a physical IOMMU: what Linux calls `iommu_ops`.
+//! The driver of a physical IOMMU, like Linux's `iommu_ops`.
 //!
-//! The objects of an iommufd know no architecture. What page tables there are, which data of the
-//! user's they take, what an invalidation says and what `GET_HW_INFO` tells is a driver's. Data
-//! that only a driver understands reaches it as bytes and a type ([`UserData`], [`UserArray`]).
+//! The objects of an iommufd are independent of the architecture. Page tables, the formats of user
+//! data, the meaning of invalidations and the contents of `GET_HW_INFO` belong to a driver. Data
+//! that only a driver understands is passed to it as bytes and a type ([`UserData`],
+//! [`UserArray`]).
 //!
-//! A driver is called with the lock of one iommufd held, by several iommufds at once: it has locks
-//! of its own and never calls an iommufd. A call that fails has changed nothing.
+//! A driver is called with the lock of one iommufd held, by several iommufds concurrently: it has
+//! its own locks and never calls an iommufd. A failed call has no effect.
 
 mod smmuv3;
 mod tags;
@@ -39,7 +40,7 @@ use twostage::iommufd::{
     PageRequest, PageResponseCode, UserMemory,
 };
 
-/// What `GET_HW_INFO` says of an IOMMU.
+/// The contents of `GET_HW_INFO`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum DriverInfo {
     /// `IOMMU_HW_INFO_TYPE_INTEL_VTD`.
@@ -63,38 +64,38 @@ pub(crate) trait PagingDomain: Any + Debug + Send + Sync {
         self.page_size()
     }
 
-    /// It cannot hold mappings that are not writable.
+    /// It only supports writable mappings.
     fn only_writable(&self) -> bool;
 
-    /// It makes DMA coherent with caches whatever a device asks for.
+    /// It makes DMA coherent with caches whatever a device requests.
     fn enforces_coherency(&self) -> bool {
         false
     }
 
-    /// Its dirty flags; none when it was made without `DIRTY_TRACKING`.
+    /// Its dirty flags; none without `DIRTY_TRACKING`.
     fn dirty_log(&self) -> Option<&Arc<DirtyLog>> {
         None
     }
 }
 
-/// Tables that the user owns: a driver's half of a HWPT_NESTED.
+/// User-owned tables: a driver's half of a HWPT_NESTED.
 pub(crate) trait NestedDomain: Any + Debug + Send + Sync {
     /// `IOMMU_HWPT_INVALIDATE`: drops what is cached of the tables.
     ///
     /// # Errors
-    /// With how many entries are complete; the one after them is the one refused.
+    /// Has the number of completed entries; the one after them was refused.
     fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial>;
 
-    /// What the tables are, for reports.
+    /// Describes the tables, for reports.
     fn describe(&self) -> String;
 }
 
-/// An array of the user's that was not worked through to its end.
+/// A user's array that was processed only in part.
 #[derive(Debug)]
 pub(crate) struct Partial {
-    /// How many entries are complete.
+    /// Number of completed entries.
     pub done: usize,
-    /// Why no more.
+    /// Why it stopped.
     pub refusal: Refusal,
 }
 
@@ -110,16 +111,16 @@ impl From<Refusal> for Partial {
 pub(crate) struct Domain {
     /// The HWPT_PAGING: itself, or the parent.
     pub paging: Arc<dyn PagingDomain>,
-    /// The user's tables on top, for a HWPT_NESTED.
+    /// The user's tables on top of it, for a HWPT_NESTED.
     pub nested: Option<Arc<dyn NestedDomain>>,
-    /// What the IOAS of the HWPT_PAGING maps.
+    /// The mappings of the HWPT_PAGING's IOAS.
     pub stage2: Arc<Stage2>,
     /// Page requests are to be reported: the HWPT has a fault queue.
     pub page_requests: bool,
 }
 
-/// A driver's half of a vIOMMU. Linux's drivers choose which of these they have; what is not
-/// written is not supported.
+/// A driver's half of a vIOMMU. Linux's drivers choose which of these they implement; the defaults
+/// mean that it is not supported.
 pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
     /// `IOMMU_HWPT_ALLOC` on the vIOMMU. `flags` are without `FAULT_ID_VALID`.
     fn alloc_nested(
@@ -133,7 +134,7 @@ pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
     /// `IOMMU_HWPT_INVALIDATE` on the vIOMMU.
     ///
     /// # Errors
-    /// As [`NestedDomain::invalidate`], but that the number may be the driver's own idea.
+    /// As [`NestedDomain::invalidate`], but the number of completed entries may be wrong.
     fn invalidate(&self, _entries: &dyn UserArray) -> Result<(), Partial> {
         refuse(Errno::EOPNOTSUPP, "the vIOMMU takes no invalidations").map_err(Partial::from)
     }
@@ -151,11 +152,11 @@ pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
         false
     }
 
-    /// Starts a hardware queue of a type that it has. Gives the queue that this one needs, which
-    /// then cannot be destroyed before it.
+    /// Starts a hardware queue of a supported type. Returns the queue that this one depends on,
+    /// which then cannot be destroyed before it.
     ///
     /// # Errors
-    /// The driver's own.
+    /// Driver-specific.
     fn hw_queue_init(&self, _queue: &HwQueueRequest<'_>) -> Outcome<Option<ObjectId>> {
         refuse(Errno::EOPNOTSUPP, "the vIOMMU has no hardware queues")
     }
@@ -164,44 +165,44 @@ pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
     fn hw_queue_destroy(&self, _id: ObjectId) {}
 }
 
-/// Arguments of `IOMMU_HW_QUEUE_ALLOC` that are the driver's.
+/// Driver-specific arguments of `IOMMU_HW_QUEUE_ALLOC`.
 #[derive(Debug)]
 #[cfg_attr(not(test), expect(dead_code, reason = "no driver of an IOMMU here looks at all of it"))]
 pub(crate) struct HwQueueRequest<'a> {
     /// The object.
     pub id: ObjectId,
-    /// The type, by the uAPI's number.
+    /// The type, as the uAPI's number.
     pub kind: u32,
     /// The number of the queue within its vIOMMU.
     pub index: u32,
-    /// The guest's address of it, in bytes.
+    /// Its guest address, in bytes.
     pub base: u64,
-    /// Its memory, which stays where it is; of one piece.
+    /// Its memory, which is pinned; contiguous.
     pub memory: &'a UserMemory,
 }
 
-/// Arguments of `IOMMU_VIOMMU_ALLOC` that are the driver's.
+/// Driver-specific arguments of `IOMMU_VIOMMU_ALLOC`.
 #[cfg_attr(not(test), expect(dead_code, reason = "no driver of an IOMMU here looks at all of it"))]
 pub(crate) struct ViommuRequest<'a> {
-    /// The device whose IOMMU it is of.
+    /// The device whose IOMMU it is a slice of.
     pub device: &'a Requester,
     /// The nesting parent.
     pub parent: &'a Arc<dyn PagingDomain>,
-    /// The driver's structure; none when the user gave none.
+    /// The driver's structure, if the user gave one.
     pub data: Option<&'a dyn UserData>,
-    /// Where the vIOMMU reports what happens to it, at any time.
+    /// Where the vIOMMU reports events, at any time.
     pub events: &'a Arc<ViommuEvents>,
-    /// Offers pages of the vIOMMU to the user: of a file, from its first byte on, with their
-    /// length in bytes. Gives the offset that the user maps them at.
+    /// Lets the user mmap pages of the vIOMMU: from the start of a file, with their length in
+    /// bytes. Returns the mmap offset.
     pub mmap: &'a dyn Fn(Arc<File>, u64) -> Outcome<u64>,
 }
 
 /// The driver of one physical IOMMU.
 pub(crate) trait Driver: Any + Debug + Send + Sync {
-    /// What the IOMMU is.
+    /// Identifies the IOMMU.
     fn info(&self) -> DriverInfo;
 
-    /// What the IOMMU can do that no hardware can.
+    /// Abilities beyond those of hardware.
     fn extensions(&self) -> Extensions {
         Extensions::default()
     }
@@ -212,16 +213,16 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     /// Whether dirty pages can be tracked for `device` (`IOMMU_CAP_DIRTY_TRACKING`).
     fn dirty_tracking(&self, device: &Requester) -> bool;
 
-    /// The IOVAs, in bytes, that no IOAS can map while `device` is attached to it: those of the
-    /// device, and those of the IOMMU.
+    /// The IOVAs, in bytes, that no IOAS can map while `device` is attached to it: those reserved
+    /// for the device, and for the IOMMU.
     fn reserved_regions(&self, device: &Requester) -> Vec<RangeInclusive<u64>> {
         device.config.reserved.clone()
     }
 
-    /// Makes a page table for an IOAS. `flags` have a meaning, and are without `FAULT_ID_VALID`.
+    /// Creates a page table for an IOAS. `flags` are valid, and without `FAULT_ID_VALID`.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` flags or data that the driver has not.
+    /// `EOPNOTSUPP` unsupported flags or data.
     fn alloc_paging(
         &self,
         device: &Requester,
@@ -229,17 +230,17 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
         data: Option<&dyn UserData>,
     ) -> Outcome<Arc<dyn PagingDomain>>;
 
-    /// Whether it has nested page tables that stand on a nesting parent without a vIOMMU.
+    /// Whether it supports nested page tables on a nesting parent without a vIOMMU.
     fn nests_without_viommu(&self) -> bool {
         true
     }
 
-    /// Makes a nested page table on `parent`, a nesting parent, which may be another driver's.
+    /// Creates a nested page table on `parent`, a nesting parent, which may be another driver's.
     /// `flags` are `PASID` or nothing.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` flags or a type of data that the driver has not; `EINVAL` another driver's
-    /// parent, or data of a wrong size.
+    /// `EOPNOTSUPP` unsupported flags or data type; `EINVAL` another driver's parent, or data of a
+    /// wrong size.
     fn alloc_nested(
         &self,
         device: &Requester,
@@ -248,24 +249,24 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
         data: &dyn UserData,
     ) -> Outcome<Arc<dyn NestedDomain>>;
 
-    /// Whether it has vIOMMUs of this type.
+    /// Whether it supports vIOMMUs of this type.
     fn has_viommu(&self, _kind: u32) -> bool {
         false
     }
 
-    /// Makes a vIOMMU of a type that it has.
+    /// Creates a vIOMMU of a supported type.
     ///
     /// # Errors
-    /// The driver's own.
+    /// Driver-specific.
     fn alloc_viommu(&self, _request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
         refuse(Errno::EOPNOTSUPP, "the IOMMU has no vIOMMUs")
     }
 
-    /// Sends DMA of all `devices`, one IOMMU group, to `new` in place of `old`; without a gap when
-    /// there was one. All of them or none.
+    /// Sends DMA of all `devices`, one IOMMU group, to `new`, replacing `old`, if any, without a
+    /// gap. All of them or none.
     ///
     /// # Errors
-    /// `EINVAL` the IOMMU cannot use the page table; `ENODEV` it reports no page requests.
+    /// `EINVAL` the IOMMU cannot use the page table; `ENODEV` it does not support page requests.
     fn attach(
         &self,
         devices: &[&Requester],
@@ -280,27 +281,27 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     /// Blocks all DMA of `device`, before anything is attached to it.
     fn block(&self, device: &Requester);
 
-    /// The machine has `device` no more, and its Requester ID is free.
+    /// `device` was removed from the machine, and its Requester ID is free.
     fn removed(&self, _device: &Requester) {}
 
-    /// Whether the user's own tables say which page table a PASID of a device has that is attached
-    /// to a nested one: page requests of PASIDs then go to that.
+    /// Whether the user's tables determine the page table of each PASID of a device that is
+    /// attached to a nested one: page requests of PASIDs are then reported to its fault queue.
     fn user_pasid_table(&self) -> bool {
         false
     }
 
-    /// From now on `sink` serves the page requests of `device`, if it makes some, or nobody does.
+    /// Sets who serves the page requests of `device`, if it makes any.
     fn set_page_request_sink(&self, _device: &Requester, _sink: Option<Arc<dyn PageRequestSink>>) {}
 
-    /// Answers a group of page requests of `device`, the last of which was `request`. Called with
-    /// a fault queue locked.
+    /// Responds to a group of page requests of `device`, the last of which was `request`. Called
+    /// with a fault queue locked.
     fn page_response(&self, _device: &Requester, _request: &PageRequest, _code: PageResponseCode) {}
 
-    /// Something was unmapped from `stage2`, or its pages count as clean from now on: drops all
-    /// that was cached through it. When it returns no DMA uses what was unmapped, and none writes
-    /// a page without marking it.
+    /// Something was unmapped from `stage2`, or its pages now count as clean: drops everything
+    /// cached through it. When it returns no DMA uses what was unmapped, and none writes a page
+    /// without marking it.
     fn stage2_changed(&self, stage2: &Arc<Stage2>);
 
-    /// Where faults of `device` go, and under which device object; `None` to report them to nobody.
+    /// Where faults of `device` go, and under which device object; `None`: nowhere.
     fn set_fault_sink(&self, _device: &Requester, _sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {}
 }

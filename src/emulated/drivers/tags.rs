@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How drivers tag what is cached of their page tables.
+//! Tags of what is cached of drivers' page tables.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard};
@@ -13,12 +13,12 @@ pub(crate) struct CacheTags(Mutex<Tags>);
 
 #[derive(Debug, Default)]
 struct Tags {
-    /// The one given out last.
+    /// The last one assigned.
     last: u32,
     living: BTreeSet<u32>,
 }
 
-/// A tag that no other living page table has.
+/// A tag that no other existing page table has.
 #[derive(Debug)]
 pub(super) struct OwnedTag {
     tag: CacheTag,
@@ -40,7 +40,7 @@ impl CacheTags {
     /// A tag for one more page table.
     pub(super) fn next(self: &Arc<Self>) -> OwnedTag {
         let mut tags = self.lock();
-        // After 2^32 page tables tags come round; those still alive are left out.
+        // After 2^32 page tables tags wrap around; those still in use are skipped.
         loop {
             let tag = tags.last.wrapping_add(1);
             tags.last = tag;

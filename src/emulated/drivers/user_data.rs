@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Structures that the user hands to a driver: bytes and a type.
+//! Structures that the user passes to a driver: bytes and a type.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -9,8 +9,8 @@ use twostage::iommufd::{
     HwptData, HwptVtdSecondStage, InvalidateData,
 };
 
-/// The type of [`HwptData::VtdSecondStage`]. The uAPI's types have 32 bits, so that no ioctl can
-/// name it.
+/// The type of [`HwptData::VtdSecondStage`]. The uAPI's types have 32 bits, so no ioctl can name
+/// it.
 pub(crate) const VTD_SECOND_STAGE: u64 = 1 << 32;
 /// The type of [`InvalidateData::VtdSecondStage`], likewise.
 pub(crate) const VTD_SECOND_STAGE_INVALIDATE: u64 = 1 << 32;
@@ -33,7 +33,7 @@ pub(crate) trait UserData {
     /// Its type.
     fn data_type(&self) -> u64;
 
-    /// Its length as the user says it, in bytes.
+    /// Its length according to the user, in bytes.
     fn length(&self) -> usize;
 
     /// Fills `bytes` with its first bytes.
@@ -50,11 +50,11 @@ pub(crate) trait UserData {
 }
 
 impl dyn UserData + '_ {
-    /// A structure of type `data_type`, as long as this version of the uAPI knows it: what the user
-    /// does not have is 0. Its first version had `min` bytes (`iommu_copy_struct_from_user`).
+    /// Reads a structure of type `data_type`, as long as this version of the uAPI defines it:
+    /// missing bytes are 0. Its first version had `min` bytes (`iommu_copy_struct_from_user`).
     ///
     /// # Errors
-    /// `EINVAL` another type, or longer or shorter than it can be; `EFAULT`.
+    /// `EINVAL` another type, or an invalid length; `EFAULT`.
     pub fn read_struct<const N: usize>(&self, data_type: u64, min: usize) -> Outcome<[u8; N]> {
         let length = self.length();
         if self.data_type() != data_type || !(min..=N).contains(&length) {
@@ -64,7 +64,7 @@ impl dyn UserData + '_ {
             );
         }
         let mut bytes = [0; N];
-        // At most N, as just found.
+        // At most N, as checked.
         self.read(bytes.get_mut(..length).unwrap_or_default())?;
         Ok(bytes)
     }
@@ -75,13 +75,13 @@ pub(crate) trait UserArray {
     /// The type of all of them.
     fn data_type(&self) -> u64;
 
-    /// The length of each as the user says it, in bytes.
+    /// The length of each according to the user, in bytes.
     fn entry_length(&self) -> usize;
 
-    /// How many there are.
+    /// Number of entries.
     fn count(&self) -> usize;
 
-    /// Fills `bytes` from the byte at `offset` of the array on.
+    /// Fills `bytes`, from the byte at `offset` of the array.
     ///
     /// # Errors
     /// `EFAULT`.
@@ -92,7 +92,7 @@ impl dyn UserArray + '_ {
     /// The structure number `index`, of type `data_type`, as [`<dyn UserData>::read_struct`].
     ///
     /// # Errors
-    /// `EINVAL` another type, or longer or shorter than it can be; `EFAULT`.
+    /// `EINVAL` another type, or an invalid length; `EFAULT`.
     pub fn read_entry<const N: usize>(
         &self,
         data_type: u64,
@@ -109,13 +109,13 @@ impl dyn UserArray + '_ {
         let mut bytes = [0; N];
         // Neither factor has more than 32 bits.
         let offset = index as u64 * length as u64;
-        // At most N, as just found.
+        // At most N, as checked.
         self.read(offset, bytes.get_mut(..length).unwrap_or_default())?;
         Ok(bytes)
     }
 }
 
-/// A structure that a caller in this process made.
+/// A structure made by a caller in this process.
 #[derive(Debug)]
 pub(crate) struct OwnData {
     data_type: u64,
@@ -123,7 +123,7 @@ pub(crate) struct OwnData {
 }
 
 impl OwnData {
-    /// `data` as the uAPI has it; `None` for none.
+    /// `data` in the uAPI's layout; `None` for none.
     pub fn of_hwpt(data: &HwptData) -> Option<Self> {
         let (data_type, bytes) = match data {
             HwptData::None => return None,
@@ -153,7 +153,7 @@ impl UserData for OwnData {
     }
 }
 
-/// An array that a caller in this process made.
+/// An array made by a caller in this process.
 #[derive(Debug)]
 pub(crate) struct OwnArray {
     data_type: u64,
@@ -163,7 +163,7 @@ pub(crate) struct OwnArray {
 }
 
 impl OwnArray {
-    /// `data` as the uAPI has it.
+    /// `data` in the uAPI's layout.
     pub fn of_invalidations(data: &InvalidateData<'_>) -> Self {
         let (data_type, entries) = match *data {
             InvalidateData::VtdS1(entries) => (VTD_S1_INVALIDATE, entries),
@@ -227,12 +227,12 @@ fn invalidation_bytes(entry: &iommu_hwpt_vtd_s1_invalidate) -> [u8; 24] {
     join(addr, npages, flags, __reserved)
 }
 
-/// The bytes of the words that an SMMU's structure consists of.
+/// The bytes of the words of an SMMU's structure.
 fn words(words: [u64; 2]) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-/// A structure of two 64-bit and two 32-bit fields: all of VT-d's are.
+/// A structure of two 64-bit and two 32-bit fields, like all of VT-d's.
 #[derive(FromBytes, IntoBytes, Immutable)]
 #[repr(C)]
 struct Fields {
@@ -247,7 +247,7 @@ fn join(a: u64, b: u64, c: u32, d: u32) -> [u8; 24] {
     zerocopy::transmute!(Fields { a, b, c, d })
 }
 
-/// The fields that [`join`] puts together.
+/// The fields that [`join`] combines.
 pub(super) fn split(bytes: &[u8; 24]) -> (u64, u64, u32, u32) {
     let Fields { a, b, c, d } = zerocopy::transmute!(*bytes);
     (a, b, c, d)

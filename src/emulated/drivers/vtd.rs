@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The driver of a VT-d unit, as Linux's: no data for page tables of its own, first-stage tables of
-//! the user's nested on a second stage, no vIOMMUs.
+//! The driver of a VT-d unit, like Linux's: page tables filled from an IOAS take no data, the
+//! user's first-stage tables are nested on a second stage, and there are no vIOMMUs.
 
 use std::any::Any;
 use std::ops::RangeInclusive;
@@ -62,7 +62,7 @@ impl PagingDomain for VtdPaging {
     }
 }
 
-/// Tables of the user's.
+/// The user's tables.
 #[derive(Debug)]
 struct VtdNested {
     tables: UserTables,
@@ -70,7 +70,7 @@ struct VtdNested {
     attached: Mutex<Attached>,
 }
 
-/// How often tables are attached behind each unit; no count is 0. Units are few, and tables many.
+/// Number of attachments of tables behind each unit; no count is 0. Units are few, and tables many.
 type Attached = Vec<(Arc<dyn Hardware>, u32)>;
 
 impl VtdNested {
@@ -78,7 +78,7 @@ impl VtdNested {
         self.attached.lock()
     }
 
-    /// `count` attachments more behind `hardware`: it may cache something of the tables.
+    /// `count` more attachments behind `hardware`, which may cache something of the tables.
     fn attach(&self, hardware: &Arc<dyn Hardware>, count: u32) {
         let mut attached = self.attached();
         match attached.iter_mut().find(|(unit, _)| Arc::ptr_eq(unit, hardware)) {
@@ -90,7 +90,7 @@ impl VtdNested {
         }
     }
 
-    /// `count` attachments less.
+    /// `count` fewer attachments.
     fn detach(&self, hardware: &Arc<dyn Hardware>, count: u32) {
         let mut attached = self.attached();
         if let Some((_, left)) = attached.iter_mut().find(|(unit, _)| Arc::ptr_eq(unit, hardware)) {
@@ -116,7 +116,7 @@ impl NestedDomain for VtdNested {
                 format!("the tables take no invalidations of type {:#x}", entries.data_type());
             return refuse(Errno::EINVAL, detail).map_err(Partial::from);
         }
-        // The hardware is told once: it holds DMA up for each call.
+        // One call for all entries: each call stops DMA.
         let mut ranges = Vec::with_capacity(entries.count());
         let mut read = |index| {
             ranges.push(cache_range(
@@ -156,15 +156,15 @@ pub(crate) struct VtdDriver {
 }
 
 impl VtdDriver {
-    /// The driver of `hardware`, whose page tables get their tags from `tags`, as those of all
-    /// units of the machine do.
+    /// The driver of `hardware`, whose page tables get their tags from `tags`, which all units of
+    /// the machine share.
     pub fn new(hardware: Arc<dyn Hardware>, tags: Arc<CacheTags>) -> Self {
         let features = Features::new(&hardware.info());
         Self { hardware, features, tags, domains: Mutex::default() }
     }
 
-    /// The user's tables, as far as they are looked at when the page table is made: Linux looks at
-    /// values only when a device is attached.
+    /// The user's tables, checked as far as at allocation: Linux checks values only when a device
+    /// is attached.
     fn user_tables(&self, data: &dyn UserData) -> Outcome<UserTables> {
         match data.data_type() {
             VTD_S1 if self.features.nest() => {
@@ -182,12 +182,12 @@ impl VtdDriver {
         }
     }
 
-    /// The page requests of the unit's devices, if `device` makes some.
+    /// The page requests of the unit's devices, if `device` makes any.
     fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
         self.hardware.page_requests().filter(|_| device.config.pri)
     }
 
-    /// What the hardware is to know of `domain`, if it can use it for `devices`.
+    /// The translation for `domain`, if the hardware can use it for `devices`.
     fn translation(&self, devices: &[&Requester], domain: &Domain) -> Outcome<Translation> {
         let paging = own_paging(&*domain.paging)?;
         self.features.compatible(&paging.tables)?;
@@ -217,7 +217,7 @@ impl VtdDriver {
         })
     }
 
-    /// `count` devices do not go through `domain` any more.
+    /// `count` devices no longer use `domain`.
     fn forget(&self, domain: &Domain, count: u32) {
         self.count(domain, |nested| nested.detach(&self.hardware, count));
         if let Some(tag) = Self::tag(domain) {
@@ -237,7 +237,7 @@ impl VtdDriver {
         }
     }
 
-    /// Counts attachments of the user's tables of `domain`, if it has some.
+    /// Counts attachments of the user's tables of `domain`, if it has any.
     fn count(&self, domain: &Domain, change: impl FnOnce(&VtdNested)) {
         if let Some(Ok(nested)) = domain.nested.as_deref().map(own_nested) {
             change(nested);
@@ -367,7 +367,7 @@ fn invalidation(bytes: &[u8; 24]) -> iommu_hwpt_vtd_s1_invalidate {
     iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved }
 }
 
-/// The addresses that an entry names.
+/// The addresses of an entry.
 fn cache_range(entry: &iommu_hwpt_vtd_s1_invalidate, number: usize) -> Outcome<CacheRange> {
     let iommu_hwpt_vtd_s1_invalidate { addr, npages, flags, __reserved } = *entry;
     if flags & !VTD_INV_FLAGS_LEAF != 0 || __reserved != 0 {
@@ -382,8 +382,8 @@ fn cache_range(entry: &iommu_hwpt_vtd_s1_invalidate, number: usize) -> Outcome<C
             format!("entry {number} is {npages:#x} pages from {addr:#x}"),
         );
     }
-    // The number of bytes is taken modulo 2^64, as Linux does: a count that does not fit names
-    // fewer pages than its user meant, and a range that passes 2^64 (or has no byte) everything.
+    // The number of bytes is computed modulo 2^64, as in Linux: a count that overflows covers fewer
+    // pages than intended, and a range that wraps (or is empty) covers everything.
     let bytes = npages.wrapping_mul(PAGE_SIZE);
     let wraps = bytes != 0 && addr.checked_add(bytes - 1).is_none();
     if npages == u64::MAX || bytes == 0 || wraps {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The domain ids of a unit: Linux gives one to each page table that is attached behind it, and
-//! attaches no more of them than there are (CAP.ND).
+//! The domain IDs of a unit: Linux assigns one to each page table attached behind it, up to their
+//! number (CAP.ND).
 
 use std::collections::BTreeMap;
 
@@ -8,18 +8,18 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::units::hardware::CacheTag;
 use twostage::iommufd::Errno;
 
-/// The domain ids of a unit.
+/// The domain IDs of a unit.
 #[derive(Debug, Default)]
 pub(super) struct DomainIds {
-    /// How often each page table is attached, by its tag; no count is 0.
+    /// Number of attachments of each page table, by its tag; no count is 0.
     attached: BTreeMap<u32, u32>,
 }
 
 impl DomainIds {
-    /// 0 is reserved where caching mode is, and 1 is for first-stage tables of the kernel's own.
+    /// 0 is reserved with caching mode, and 1 is for the kernel's first-stage tables.
     const RESERVED: usize = 2;
 
-    /// `count` attachments more of the page table `tag`, of `all` ids.
+    /// `count` more attachments of the page table `tag`, with `all` IDs.
     pub fn take(&mut self, tag: CacheTag, count: u32, all: usize) -> Outcome<()> {
         let taken = self.attached.len() + Self::RESERVED;
         match self.attached.get_mut(&tag.0) {
@@ -32,7 +32,7 @@ impl DomainIds {
         Ok(())
     }
 
-    /// `count` attachments less.
+    /// `count` fewer attachments.
     pub fn give_back(&mut self, tag: CacheTag, count: u32) {
         if let Some(left) = self.attached.get_mut(&tag.0) {
             *left = left.saturating_sub(count);
@@ -54,7 +54,7 @@ mod tests {
             ids.take(CacheTag(tag), 1, 16).unwrap();
         }
         assert_eq!(ids.take(CacheTag(14), 1, 16).unwrap_err().errno, Errno::ENOSPC);
-        // One that is attached already needs no other.
+        // One that is already attached needs no other ID.
         ids.take(CacheTag(3), 2, 16).unwrap();
         ids.give_back(CacheTag(3), 2);
         assert_eq!(ids.take(CacheTag(14), 1, 16).unwrap_err().errno, Errno::ENOSPC);

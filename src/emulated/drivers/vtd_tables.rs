@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which page tables Linux's VT-d driver makes for a unit, by what its registers say.
+//! The page tables that Linux's VT-d driver creates for a unit, depending on its registers.
 
 use std::ops::RangeInclusive;
 
@@ -7,7 +7,8 @@ use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{iommu_hw_info_vtd, Errno, HwptFlags, HW_INFO_VTD_ERRATA_772415_SPR17};
 use twostage::spec::vtd::regs::{Cap, Ecap};
 
-/// What the driver goes by. Register names are those of the VT-d specification (§11.4.2, §11.4.3).
+/// The features that the driver checks. Register names are those of the VT-d specification
+/// (§11.4.2, §11.4.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Features {
     /// First-stage tables (FSTS, in scalable mode).
@@ -28,9 +29,9 @@ pub(super) struct Features {
     guest_address_width: u8,
     /// Width of second-stage tables in bits (SAGAW, at most MGAW).
     second_stage_width: u8,
-    /// How many domain ids there are (ND).
+    /// Number of domain IDs (ND).
     domains: usize,
-    /// Snoop control (SC): second-stage tables can enforce cache coherency, and then do.
+    /// Snoop control (SC): second-stage tables can, and then do, enforce cache coherency.
     snoop_control: bool,
     /// A nesting parent cannot hold read-only mappings (erratum 772415).
     no_read_only_parent: bool,
@@ -40,9 +41,9 @@ pub(super) struct Features {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tables {
     stage: Stage,
-    /// The IOVAs it has tables for: 0 up to this.
+    /// The last IOVA covered by its tables.
     last_iova: u64,
-    /// Nested page tables can stand on it.
+    /// It can be a nesting parent.
     pub nest_parent: bool,
     /// It can track dirty pages.
     pub dirty_tracking: bool,
@@ -50,7 +51,7 @@ pub(super) struct Tables {
     pub page_sizes: u64,
     /// It snoops caches whatever a request asks for.
     pub enforces_coherency: bool,
-    /// It cannot hold mappings that are not writable.
+    /// It only supports writable mappings.
     pub only_writable: bool,
 }
 
@@ -61,7 +62,7 @@ enum Stage {
 }
 
 impl Features {
-    /// What a unit can do that says `info` of itself.
+    /// The features of a unit with this `info`.
     pub fn new(info: &iommu_hw_info_vtd) -> Self {
         let (cap, ecap) = (Cap::from_bits(info.cap_reg), Ecap::from_bits(info.ecap_reg));
         let scalable = ecap.smts();
@@ -75,7 +76,7 @@ impl Features {
             first_stage_1g: cap.fs1gp(),
             second_stage_large: cap.sslps(),
             guest_address_width,
-            // The widest table that SAGAW names and MGAW fills more than the next smaller one.
+            // The widest table of SAGAW, as far as MGAW needs it.
             second_stage_width: match guest_address_width {
                 49.. if cap.sagaw() >= 1 << 3 => guest_address_width.min(57),
                 40.. if cap.sagaw() >= 1 << 2 => guest_address_width.min(48),
@@ -88,25 +89,25 @@ impl Features {
         }
     }
 
-    /// Whether nested page tables can be made.
+    /// Whether nested page tables are supported.
     pub fn nest(&self) -> bool {
         self.nest
     }
 
-    /// How many domain ids there are.
+    /// Number of domain IDs.
     pub fn domains(&self) -> usize {
         self.domains
     }
 
-    /// Whether dirty pages can be tracked.
+    /// Whether dirty tracking is supported.
     pub fn dirty_tracking(&self) -> bool {
         self.dirty_tracking
     }
 
-    /// The page table that `flags` ask for. `Ok` only for flags that have a meaning.
+    /// The page table for `flags`. `Ok` only for valid flags.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` this IOMMU cannot.
+    /// `EOPNOTSUPP` not supported by this IOMMU.
     pub fn tables(&self, flags: HwptFlags) -> Outcome<Tables> {
         let (nest_parent, dirty_tracking) = (flags.nest_parent(), flags.dirty_tracking());
         let only_writable = nest_parent && self.no_read_only_parent;
@@ -115,7 +116,7 @@ impl Features {
             let width = self.guest_address_width.min(if five_level { 57 } else { 48 });
             return Ok(Tables {
                 stage: Stage::First { five_level },
-                // Addresses are sign-extended; only the lower half is given out.
+                // Addresses are sign-extended; only the lower half is used.
                 last_iova: last_of_width(width.saturating_sub(1)),
                 nest_parent,
                 dirty_tracking,
@@ -147,7 +148,7 @@ impl Features {
         })
     }
 
-    /// Whether `domain`, made for this IOMMU or another, works on this one.
+    /// Whether `domain`, created for this IOMMU or another, works on this one.
     ///
     /// # Errors
     /// `EINVAL`.
@@ -164,7 +165,7 @@ impl Features {
             Stage::Second { width, .. } if width > self.second_stage_width => {
                 "a second stage of this width"
             }
-            // Decided when the page table is made, for good: its entries ask for snooping.
+            // Fixed when the page table is created: its entries enable snooping.
             Stage::Second { coherent: true, .. } if !self.snoop_control => "snoop control",
             Stage::Second { .. } => return Ok(()),
         };
@@ -173,7 +174,7 @@ impl Features {
 }
 
 impl Tables {
-    /// The IOVAs it has tables for.
+    /// The IOVAs covered by its tables.
     pub fn aperture(&self) -> RangeInclusive<u64> {
         0..=self.last_iova
     }

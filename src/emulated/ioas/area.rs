@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One mapping of an IOAS, and what becomes of it.
+//! A mapping of an IOAS.
 
 use std::sync::Arc;
 
 use super::Pages;
 use twostage::iommufd::Protection;
 
-/// One mapping: never merged, and split only where VFIO's first version asks for it.
+/// A mapping: never merged, and split only for VFIO's first version.
 #[derive(Debug, Clone)]
 pub(crate) struct Area {
     /// Last IOVA, included.
     pub last: u64,
-    /// What it leads to.
+    /// Its pages.
     pub pages: Arc<Pages>,
-    /// Where in the pages it starts, in bytes.
+    /// Its offset in the pages, in bytes.
     pub offset: u64,
     /// What devices may do with it.
     pub protection: Protection,
-    /// Access objects that have pages of it pinned, once for each time.
+    /// Number of pins by access objects.
     pub pins: u32,
-    /// How many of those pins keep it from being unmapped.
+    /// Number of those that prevent unmapping.
     pub locks: u32,
-    /// It is being unmapped: access objects can pin no more of it.
+    /// It is being unmapped: access objects can no longer pin it.
     pub leaving: bool,
 }
 
 impl Area {
-    /// A mapping of `pages` from `offset` on, which nothing has pinned.
+    /// A mapping of `pages` from `offset` on, not pinned.
     pub fn new(last: u64, pages: Arc<Pages>, offset: u64, protection: Protection) -> Self {
         Self { last, pages, offset, protection, pins: 0, locks: 0, leaving: false }
     }
@@ -43,21 +43,21 @@ impl Area {
 pub(crate) enum Taken {
     /// Nothing is left to unmap.
     Nothing,
-    /// This area was, with its first IOVA, and is no longer mapped.
+    /// This area, with its first IOVA, is no longer mapped.
     Area(u64, Area),
-    /// The area with this first IOVA and length is to be, but access objects have pages of it
-    /// pinned, and now must let go of them.
+    /// The area with this first IOVA and length is to be unmapped, but access objects have pages of
+    /// it pinned and must unpin them now.
     Pinned(u64, u64),
 }
 
-/// A part of some pages, about to be mapped.
+/// A part of some pages, to be mapped.
 #[derive(Debug, Clone)]
 pub(crate) struct Piece {
     /// The pages.
     pub pages: Arc<Pages>,
-    /// Where in them the part starts, in bytes.
+    /// Its offset in them, in bytes.
     pub offset: u64,
-    /// How long it is, in bytes.
+    /// Its length in bytes.
     pub length: u64,
 }
 
@@ -68,6 +68,6 @@ pub(crate) struct Part {
     pub area: u64,
     /// First IOVA of the part.
     pub iova: u64,
-    /// What it leads to.
+    /// Its pages.
     pub piece: Piece,
 }

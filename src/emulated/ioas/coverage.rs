@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How often each of many pages is pinned.
+//! Pin counts of pages.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// A step function: page numbers to pins, by where it changes.
+/// A step function from page numbers to pin counts.
 #[derive(Debug, Default)]
 pub(super) struct Coverage {
-    /// From the key on, up to the next key, pages have that many pins. Nothing before the first
-    /// key; neighbours differ.
+    /// The pin count from the key up to the next key. Nothing before the first key; neighbours
+    /// differ.
     steps: BTreeMap<u64, u32>,
 }
 
 impl Coverage {
-    /// The longest runs of pages of `first..end` that have no pin, ascending.
+    /// The maximal runs of unpinned pages of `first..end`, ascending.
     pub fn gaps(&self, first: u64, end: u64) -> Vec<Range<u64>> {
         let mut gaps = Vec::new();
         let (mut start, mut pins) = (first, self.at(first));
@@ -22,23 +22,23 @@ impl Coverage {
             if pins == 0 && start < page {
                 gaps.push(start..page);
             }
-            // Neighbours differ, so a run without pins ends where the next step starts.
+            // Neighbours differ, so an unpinned run ends where the next step starts.
             (start, pins) = (page, next);
         }
         gaps
     }
 
-    /// One pin more on `first..end`.
+    /// Adds a pin to `first..end`.
     pub fn add(&mut self, first: u64, end: u64) {
         self.change(first, end, |pins| pins.saturating_add(1));
     }
 
-    /// One pin less on `first..end`.
+    /// Removes a pin from `first..end`.
     pub fn sub(&mut self, first: u64, end: u64) {
         self.change(first, end, |pins| pins.saturating_sub(1));
     }
 
-    /// How many pins `page` has.
+    /// Pin count of `page`.
     pub fn at(&self, page: u64) -> u32 {
         self.steps.range(..=page).next_back().map_or(0, |(_, pins)| *pins)
     }
@@ -64,7 +64,7 @@ impl Coverage {
         self.steps.entry(page).or_insert(pins);
     }
 
-    /// Drops the step at `page` if it is none.
+    /// Merges the steps at `page` if they are equal.
     fn join(&mut self, page: u64) {
         let before = self.steps.range(..page).next_back().map_or(0, |(_, pins)| *pins);
         if self.steps.get(&page) == Some(&before) {

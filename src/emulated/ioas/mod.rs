@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The inside of an IOAS: which IOVAs are mapped, reserved or allowed, and the pages behind them.
+//! The implementation of an IOAS: mapped, reserved and allowed IOVAs, and the pages behind them.
 
 mod area;
 mod coverage;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The pages behind mappings: shared by every mapping copied from the first, pinned and accounted
-//! once.
+//! The pages behind mappings: shared by all copies of a mapping, pinned and accounted once.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,22 +15,22 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::host::user_space::Credentials;
 use twostage::iommufd::{Errno, UserMemory};
 
-/// How many bytes are pinned, over all [`Pages`] that share the account.
+/// Number of pinned bytes of all [`Pages`] that share the account.
 #[derive(Debug, Default)]
 pub(crate) struct PinAccount {
     bytes: AtomicU64,
 }
 
 impl PinAccount {
-    /// Bytes pinned now.
+    /// Number of pinned bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 }
 
-/// What one `IOAS_MAP` named: memory, who may ever write to it, and which of it is pinned.
+/// The memory of one `IOAS_MAP`: its source, whether it may be written, and what is pinned.
 ///
-/// A page has a place in memory only while it is pinned, and keeps it until the last pin is taken.
+/// A page is looked up when it is first pinned, and its memory is kept until the last unpin.
 #[derive(Debug)]
 pub(crate) struct Pages {
     source: Source,
@@ -40,21 +39,21 @@ pub(crate) struct Pages {
     writable: bool,
     account: Arc<PinAccount>,
     state: Mutex<State>,
-    /// They were a device's memory, which was revoked.
+    /// They were memory of a device and have been revoked.
     lost: AtomicBool,
 }
 
 #[derive(Debug)]
 struct State {
-    /// By page number, from the page that the source starts in.
+    /// By page number, relative to the page that the source starts in.
     pins: Coverage,
-    /// Where the pinned pages are: pieces by offset in bytes, disjoint.
+    /// Memory of the pinned pages: pieces by offset in bytes, disjoint.
     places: BTreeMap<u64, UserMemory>,
     payer: Payer,
 }
 
 impl Pages {
-    /// `length` bytes of `source`, none pinned. `writable`: the mapping they come from is writable.
+    /// `length` bytes of `source`, not pinned. `writable`: the original mapping is writable.
     pub fn new(
         source: Source,
         length: u64,
@@ -79,7 +78,7 @@ impl Pages {
         self.writable
     }
 
-    /// Where they come from.
+    /// Their source.
     pub fn source(&self) -> &Source {
         &self.source
     }
@@ -89,12 +88,12 @@ impl Pages {
         self.source.start() + offset
     }
 
-    /// Where in its page the byte at `offset` is.
+    /// Offset in its page of the byte at `offset`.
     pub fn page_offset(&self, offset: u64) -> u64 {
         self.start_of(offset) % PAGE_SIZE
     }
 
-    /// The memory of a device that they are.
+    /// The device memory, if they are that.
     pub fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
         match &self.source {
             Source::DmaBuf(buf, _) => Some(buf),
@@ -102,21 +101,21 @@ impl Pages {
         }
     }
 
-    /// They were a device's memory, and lead nowhere from now on.
+    /// The device memory was revoked: there is nothing behind them from now on.
     pub fn lose(&self) {
         self.lost.store(true, Ordering::Relaxed);
     }
 
-    /// Pins the pages under `length` bytes at `offset`, and says where those bytes are: pieces in
-    /// ascending order, none of a device's memory that was lost. Pages that are pinned already stay
-    /// where they are and are not accounted again.
+    /// Pins the pages of `length` bytes at `offset`, and returns the memory of those bytes: pieces
+    /// in ascending order, none for revoked device memory. Pages that are already pinned keep their
+    /// memory and are not accounted again.
     ///
     /// # Errors
     /// `EFAULT` no such memory; `EINVAL` no such pages of a file; `ENOMEM` the memory-lock limit.
-    /// Nothing is then pinned.
+    /// Nothing is pinned then.
     pub fn pin(&self, offset: u64, length: u64) -> Outcome<Vec<UserMemory>> {
         if self.dma_buf().is_some() {
-            // The device sees to it that the memory stays.
+            // The device keeps the memory.
             let lost = self.lost.load(Ordering::Relaxed);
             let memory = (!lost).then(|| self.source.pin(offset, length, self.writable));
             return memory.into_iter().collect();
@@ -140,7 +139,7 @@ impl Pages {
         Ok(places)
     }
 
-    /// Takes one pin from the pages under `length` bytes at `offset`, as given to [`Self::pin`].
+    /// Removes one pin from the pages of `length` bytes at `offset`, as given to [`Self::pin`].
     pub fn unpin(&self, offset: u64, length: u64) {
         if self.dma_buf().is_some() {
             return;
@@ -157,19 +156,19 @@ impl Pages {
         self.account.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Where all that is pinned is: pieces of whole pages, but for the first and the last.
+    /// The memory of all pinned pages, in whole pages except the first and the last.
     pub fn places(&self) -> Vec<UserMemory> {
         self.lock().places.values().cloned().collect()
     }
 
-    /// How often the page at `offset` is pinned.
+    /// Pin count of the page at `offset`.
     #[cfg(test)]
     pub fn pins(&self, offset: u64) -> u32 {
         self.lock().pins.at(self.page_numbers(offset, 1).0)
     }
 
-    /// Has `who` pay for what is pinned as well, before [`Self::settle`] lets go who pays now.
-    /// None when that is no change.
+    /// Charges `who`, too, for what is pinned, until [`Self::settle`] releases the current payer.
+    /// None if nothing changes.
     ///
     /// # Errors
     /// `ENOMEM` the memory-lock limit of `who`.
@@ -180,12 +179,12 @@ impl Pages {
         Ok(Some(payer))
     }
 
-    /// Lets go `payer` of what [`Self::charge_also`] had it pay.
+    /// Releases `payer` from what [`Self::charge_also`] charged.
     pub fn discharge(&self, payer: &Payer) {
         payer.discharge(self.pinned_bytes(&self.lock()));
     }
 
-    /// Only `payer` pays from now on.
+    /// Makes `payer` the only payer.
     pub fn settle(&self, payer: Payer) {
         let mut state = self.lock();
         let old = std::mem::replace(&mut state.payer, payer);
@@ -196,7 +195,7 @@ impl Pages {
         self.state.lock()
     }
 
-    /// Finds the memory of the bytes in `offsets`.
+    /// Looks up the memory of the bytes in `offsets`.
     fn find(&self, offsets: Range<u64>, found: &mut Vec<(u64, UserMemory)>) -> Outcome<()> {
         let mut at = offsets.start;
         while at < offsets.end {
@@ -219,13 +218,13 @@ impl Pages {
         (end - first - free) * PAGE_SIZE
     }
 
-    /// Pages under `length` bytes at `offset`: first, and one past the last.
+    /// Pages of `length` bytes at `offset`: the first, and one past the last.
     fn page_numbers(&self, offset: u64, length: u64) -> (u64, u64) {
         let start = self.page_offset(0) + offset;
         (start / PAGE_SIZE, (start + length).div_ceil(PAGE_SIZE))
     }
 
-    /// The bytes in `pages`: the first and the last page may be of the source in part.
+    /// The bytes of `pages`: the source may have only parts of the first and last page.
     fn offsets(&self, pages: &Range<u64>) -> Range<u64> {
         let offset = |page: u64| (page * PAGE_SIZE).saturating_sub(self.page_offset(0));
         offset(pages.start)..offset(pages.end).min(self.length)
@@ -233,7 +232,7 @@ impl Pages {
 }
 
 impl State {
-    /// Where `length` bytes at `offset` are, all of them pinned.
+    /// The memory of `length` bytes at `offset`, all pinned.
     fn places_of(&self, offset: u64, length: u64) -> Vec<UserMemory> {
         let end = offset + length;
         let from = self.places.range(..=offset).next_back().map_or(offset, |(start, _)| *start);
@@ -246,7 +245,7 @@ impl State {
         places.collect()
     }
 
-    /// Forgets where the bytes in `offsets` are.
+    /// Drops the memory of the bytes in `offsets`.
     fn forget(&mut self, offsets: Range<u64>) {
         let first = self.places.range(..=offsets.start).next_back();
         let from = first.map_or(offsets.start, |(start, _)| *start);
@@ -379,7 +378,7 @@ mod tests {
         assert_eq!((rich.user.bytes(), who.process.bytes()), (0, 0x3000));
     }
 
-    /// Pins, or unpins what was pinned last, in units of half a page, and counts along.
+    /// Pins, and unpins in reverse order, in units of half a page, and counts along.
     fn check_pins(skew: u64, changes: &[(u64, u64, bool)]) -> Result<(), TestCaseError> {
         const UNIT: u64 = 0x800;
         let account = Arc::default();

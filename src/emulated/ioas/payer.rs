@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! On whose account pages are pinned, and the limit of that account.
+//! Who is charged for pinned pages, and their limit.
 
 use std::sync::Arc;
 
@@ -8,24 +8,24 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::host::user_space::{Credentials, LockedMemory};
 use twostage::iommufd::Errno;
 
-/// Whose memory-lock limit counts (`IOMMU_OPTION_RLIMIT_MODE`).
+/// Which memory-lock limit applies (`IOMMU_OPTION_RLIMIT_MODE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum RlimitMode {
     /// The user's, over all processes.
     #[default]
     User,
-    /// The process's, as VFIO does it.
+    /// The process's, as in VFIO.
     Process,
 }
 
-/// On whose account some pages are pinned; nobody's when they are no process's.
+/// Who is charged for some pages; nobody if they belong to no process.
 #[derive(Debug)]
 pub(crate) struct Payer(Option<Process>);
 
 #[derive(Debug)]
 struct Process {
     who: Credentials,
-    /// None when no limit applied to who mapped the pages: they count as pinned, and that is all.
+    /// None if no limit applied to the process that mapped the pages: they are only counted.
     mode: Option<RlimitMode>,
 }
 
@@ -38,7 +38,7 @@ impl Payer {
         }))
     }
 
-    /// Pays for `bytes` more; `source` knows the limit as it is now.
+    /// Charges `bytes` more; `source` has the current limit.
     ///
     /// # Errors
     /// `ENOMEM` the limit is reached.
@@ -47,7 +47,7 @@ impl Payer {
         process.lock(bytes, || source.credentials().map_or(u64::MAX, |now| now.memlock_limit))
     }
 
-    /// Pays no longer for `bytes`.
+    /// Uncharges `bytes`.
     pub fn discharge(&self, bytes: u64) {
         let Some(process) = &self.0 else { return };
         process.who.pinned.unlock(bytes);
@@ -56,7 +56,7 @@ impl Payer {
         }
     }
 
-    /// Who would pay in place of this one if the pages were `who`'s; none when that is no change.
+    /// The payer that would replace this one if the pages were `who`'s; none if nothing changes.
     pub fn successor(&self, who: &Credentials) -> Option<Self> {
         let Self(Some(Process { who: old, mode })) = self else { return None };
         let same_process = Arc::ptr_eq(&old.process, &who.process);
@@ -67,7 +67,7 @@ impl Payer {
         (!same).then(|| Self(Some(Process { who: who.clone(), mode: *mode })))
     }
 
-    /// Pays for `bytes` with the limit as it was when this payer was made.
+    /// Charges `bytes` with the limit at the time when this payer was created.
     ///
     /// # Errors
     /// `ENOMEM` the limit is reached.
@@ -82,7 +82,7 @@ impl Process {
         if let Some(account) = self.account() {
             lock(account, bytes, limit())?;
         }
-        // Counts against no limit.
+        // Without a limit.
         self.who.pinned.lock(bytes, u64::MAX);
         Ok(())
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Automatic placement: the lowest IOVA that fits, as Linux chooses it.
+//! Automatic placement: the lowest IOVA that fits, as in Linux.
 
 use std::ops::RangeInclusive;
 
@@ -7,18 +7,18 @@ use super::{range_of, IovaSpace, PAGE_SIZE};
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 
-/// Placement never asks for a coarser alignment than a huge page's, in bytes.
+/// Maximum alignment that placement uses: that of a huge page, in bytes.
 const MAX_ALIGNMENT: u64 = 2 << 20;
-/// Placement leaves the first page alone (so that 0 stays an invalid IOVA) and the last one.
+/// Placement does not use the first page (so that 0 stays invalid) and the last one.
 const SEARCHED: RangeInclusive<u64> = PAGE_SIZE..=u64::MAX - PAGE_SIZE;
 
 impl IovaSpace {
-    /// Finds room for `length` bytes of memory at `user_va`, whose alignment the IOVA keeps as far
-    /// as huge pages profit from it. Takes time linear in the number of areas below the room.
+    /// Finds space for `length` bytes of memory at `user_va`, whose alignment the IOVA preserves as
+    /// far as huge pages benefit. Takes time linear in the number of areas below the result.
     ///
     /// # Errors
-    /// `EOVERFLOW` a length that no address space has; `EINVAL` `user_va` is less aligned than
-    /// `alignment`; `ENOSPC` no room.
+    /// `EOVERFLOW` an impossible length; `EINVAL` `user_va` is less aligned than `alignment`;
+    /// `ENOSPC` no space.
     pub fn place(&self, length: u64, user_va: u64, alignment: u64) -> Outcome<u64> {
         if length == 0 || length >= u64::MAX / 2 {
             return refuse(Errno::EOVERFLOW, format!("length {length:#x}"));
@@ -47,7 +47,7 @@ impl IovaSpace {
         }
     }
 
-    /// The lowest room in `start..=last`.
+    /// The lowest fit in `start..=last`.
     fn place_in(&self, mut start: u64, last: u64, fit: &Fit) -> Option<u64> {
         loop {
             let iova = fit.at_or_after(start)?;
@@ -68,7 +68,7 @@ impl IovaSpace {
     }
 }
 
-/// What the room must be like.
+/// The constraints.
 struct Fit {
     length: u64,
     /// A power of two.

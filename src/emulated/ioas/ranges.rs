@@ -3,17 +3,17 @@
 
 use std::ops::RangeInclusive;
 
-/// Whether two ranges share an address.
+/// Whether two ranges overlap.
 pub(crate) fn overlap(a: &RangeInclusive<u64>, b: &RangeInclusive<u64>) -> bool {
     a.start() <= b.end() && b.start() <= a.end()
 }
 
-/// The `length` addresses from `start` on; `None` when there are none or they pass 2^64.
+/// The `length` addresses from `start` on; `None` if there are none or they pass 2^64.
 pub(crate) fn range_of(start: u64, length: u64) -> Option<RangeInclusive<u64>> {
     Some(start..=start.checked_add(length.checked_sub(1)?)?)
 }
 
-/// `ranges` in ascending order, those that touch or overlap as one.
+/// `ranges` in ascending order, with adjacent and overlapping ones merged.
 pub(crate) fn merged(mut ranges: Vec<RangeInclusive<u64>>) -> Vec<RangeInclusive<u64>> {
     ranges.sort_by_key(|range| *range.start());
     let mut merged: Vec<RangeInclusive<u64>> = Vec::new();
@@ -28,7 +28,7 @@ pub(crate) fn merged(mut ranges: Vec<RangeInclusive<u64>>) -> Vec<RangeInclusive
     merged
 }
 
-/// What of 0..=2^64-1 is in none of `ranges`, ascending.
+/// The part of 0..=2^64-1 that is in none of `ranges`, ascending.
 pub(crate) fn complement(ranges: Vec<RangeInclusive<u64>>) -> Vec<RangeInclusive<u64>> {
     let mut holes = Vec::new();
     let mut start = Some(0);
@@ -60,7 +60,7 @@ mod tests {
     }
 
     fn ranges() -> impl Strategy<Value = Vec<RangeInclusive<u64>>> {
-        // Small numbers at both ends of the address space, where the arithmetic can go wrong.
+        // Small numbers at both ends of the address space, where arithmetic may overflow.
         let address = prop_oneof![0u64..40, (u64::MAX - 40)..=u64::MAX];
         let range = (address.clone(), address).prop_map(|(a, b)| a.min(b)..=a.max(b));
         prop::collection::vec(range, 0..8)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the pages of a mapping come from. Nothing of it is looked at before a page is pinned.
+//! The source of a mapping's pages. It is only accessed when a page is pinned.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::host::user_space::{Credentials, UserSpace};
 use twostage::iommufd::{Errno, UserMemory};
 
-/// Where pages come from.
+/// A source of pages.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
-    /// Memory of this process that is at hand.
+    /// Memory of this process.
     Memory(UserMemory),
-    /// The address space of a user, from this address on.
+    /// A user's address space, from this address on.
     User(Arc<dyn UserSpace>, u64),
     /// A file that a user has open, from this offset on.
     File(Arc<dyn UserSpace>, Arc<File>, u64),
-    /// Memory of a device, from this offset on.
+    /// Device memory, from this offset on.
     DmaBuf(Arc<DmaBuf>, u64),
 }
 
 impl Source {
-    /// The address or the offset that it starts at, in bytes: its alignment is that of the pages.
+    /// Its start address or offset, in bytes: with the alignment of the pages.
     pub fn start(&self) -> u64 {
         match self {
             Self::Memory(memory) => memory.user_va(),
@@ -35,7 +35,7 @@ impl Source {
         }
     }
 
-    /// Who pays for what is pinned; none when nobody does.
+    /// Who is charged for pinned pages, if anyone.
     pub fn credentials(&self) -> Option<Credentials> {
         match self {
             Self::Memory(_) | Self::DmaBuf(..) => None,
@@ -43,16 +43,16 @@ impl Source {
         }
     }
 
-    /// Pins the memory at `offset` from the start: as many of `length` bytes as are of one piece,
-    /// at least one.
+    /// Pins the memory at `offset` from the start: as many of `length` bytes as are contiguous, at
+    /// least one.
     ///
     /// # Errors
-    /// `EFAULT` there is no such memory; `EINVAL` a file that has no such pages.
+    /// `EFAULT` there is no such memory; `EINVAL` the file has no such pages.
     pub fn pin(&self, offset: u64, length: u64, writable: bool) -> Outcome<UserMemory> {
         match self {
             Self::Memory(memory) => part(memory, offset, length),
             Self::DmaBuf(buf, start) => part(buf.memory(), start + offset, length),
-            // Does not wrap: the end of the source was found to be below 2^64.
+            // Does not overflow: the end of the source was checked to be below 2^64.
             Self::User(user, start) => Ok(user.memory(start + offset, length, writable)?),
             Self::File(user, file, start) => {
                 if !user.is_memory(file) {
@@ -68,8 +68,8 @@ fn part(memory: &UserMemory, offset: u64, length: u64) -> Outcome<UserMemory> {
     memory.part(offset, length).or_else(|error| refuse(Errno::EFAULT, error.to_string()))
 }
 
-/// Maps `length` bytes at `offset` of `file`, and the whole pages around them. What no device
-/// writes need not be writable: it may be sealed.
+/// Maps `length` bytes at `offset` of `file`, in whole pages. If devices do not write, it need not
+/// be writable, as it may be sealed.
 fn pin_file(file: &Arc<File>, offset: u64, length: u64, writable: bool) -> Outcome<UserMemory> {
     let in_page = offset % PAGE_SIZE;
     let end = offset.checked_add(length).and_then(|end| end.checked_next_multiple_of(PAGE_SIZE));

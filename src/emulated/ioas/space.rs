@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The IOVAs of one IOAS: what is mapped where, what is reserved, what automatic placement may use.
+//! The IOVAs of one IOAS: mapped, reserved, and allowed for automatic placement.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -10,13 +10,13 @@ use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
-/// What IOVAs of one IOAS are used for. Finding, adding and removing one area takes time
-/// logarithmic in the number of areas; nothing takes time by the size of an area.
+/// The use of one IOAS's IOVAs. Finding, adding and removing an area takes time logarithmic in the
+/// number of areas, and independent of their size.
 #[derive(Debug, Default)]
 pub(crate) struct IovaSpace {
     /// By first IOVA; disjoint.
     areas: BTreeMap<u64, Area>,
-    /// With the object that each is reserved for. They may overlap each other, never an area.
+    /// With the object that each is reserved for. They may overlap each other, but not an area.
     reserved: Vec<(ObjectId, RangeInclusive<u64>)>,
     /// Merged and ascending; empty for "everything".
     allowed: Vec<RangeInclusive<u64>>,
@@ -33,12 +33,12 @@ impl IovaSpace {
         self.areas.len()
     }
 
-    /// The IOVAs that no reservation takes.
+    /// The IOVAs without reservations.
     pub fn usable(&self) -> Vec<RangeInclusive<u64>> {
         complement(self.reserved.iter().map(|(_, range)| range.clone()).collect())
     }
 
-    /// How many reservations `owner` has.
+    /// Number of reservations of `owner`.
     #[cfg(test)]
     pub fn reservations_of(&self, owner: ObjectId) -> usize {
         self.reserved.iter().filter(|(of, _)| *of == owner).count()
@@ -49,10 +49,10 @@ impl IovaSpace {
         &self.allowed
     }
 
-    /// Whether `ranges` could be reserved.
+    /// Whether `ranges` can be reserved.
     ///
     /// # Errors
-    /// `EADDRINUSE`: something is mapped there, or the user asked for the addresses; `ENOMEM`.
+    /// `EADDRINUSE`: something is mapped there, or the user requested the addresses; `ENOMEM`.
     pub fn check_reservable(&self, ranges: &[RangeInclusive<u64>]) -> Outcome<()> {
         for range in ranges {
             allocate("a reserved range")?;
@@ -74,7 +74,7 @@ impl IovaSpace {
         Ok(())
     }
 
-    /// Reserves what [`Self::check_reservable`] found free, until [`Self::unreserve`].
+    /// Reserves `ranges`, which [`Self::check_reservable`] accepted, until [`Self::unreserve`].
     pub fn reserve(&mut self, owner: ObjectId, ranges: &[RangeInclusive<u64>]) {
         self.reserved.extend(ranges.iter().map(|range| (owner, range.clone())));
     }
@@ -84,11 +84,11 @@ impl IovaSpace {
         self.reserved.retain(|(of, _)| *of != owner);
     }
 
-    /// Limits automatic placement to `ranges`, in place of an earlier limit.
+    /// Limits automatic placement to `ranges`, replacing an earlier limit.
     ///
     /// # Errors
     /// `EINVAL` a range has fewer than two addresses, or two overlap; `EADDRINUSE` one is reserved.
-    /// The earlier limit then stays.
+    /// The earlier limit stays in effect then.
     pub fn set_allowed(
         &mut self,
         ranges: impl IntoIterator<Item = Outcome<RangeInclusive<u64>>>,
@@ -118,7 +118,7 @@ impl IovaSpace {
     /// Whether `length` bytes can be mapped at `iova`.
     ///
     /// # Errors
-    /// `EINVAL` unaligned or reserved; `EOVERFLOW` past the end; `EEXIST` mapped in part.
+    /// `EINVAL` unaligned or reserved; `EOVERFLOW` past the end; `EEXIST` partly mapped.
     pub fn check_free(&self, iova: u64, length: u64, alignment: u64) -> Outcome<()> {
         if !iova.is_multiple_of(alignment) {
             return refuse(
@@ -139,7 +139,7 @@ impl IovaSpace {
         Ok(())
     }
 
-    /// Whether every area suits an IOMMU whose smallest page is `alignment` bytes.
+    /// Whether every area is aligned for an IOMMU whose smallest page is `alignment` bytes.
     ///
     /// # Errors
     /// `EADDRINUSE`.
@@ -157,16 +157,16 @@ impl IovaSpace {
         }
     }
 
-    /// Adds an area where [`Self::check_free`] found room.
+    /// Adds an area where [`Self::check_free`] succeeded.
     pub fn insert(&mut self, start: u64, area: Area) {
         self.areas.insert(start, area);
     }
 
-    /// What is mapped at `length` bytes from `iova` on, without a gap; the first and the last
-    /// piece may be parts of their areas.
+    /// What is mapped at `length` bytes from `iova` on, without gaps; the first and last piece may
+    /// be parts of their areas.
     ///
     /// # Errors
-    /// `EINVAL` no byte; `EOVERFLOW` past the end; `ENOENT` a gap.
+    /// `EINVAL` empty; `EOVERFLOW` past the end; `ENOENT` a gap.
     pub fn pieces(&self, iova: u64, length: u64) -> Outcome<Vec<Piece>> {
         if length == 0 {
             return refuse(Errno::EINVAL, "length 0");
@@ -181,8 +181,8 @@ impl IovaSpace {
         Ok(parts.into_iter().map(|part| part.piece).collect())
     }
 
-    /// What is mapped from the start of `range` on without a gap, and whether that is all of it;
-    /// the first and the last may be parts of their areas.
+    /// What is mapped contiguously from the start of `range` on, and whether that is all of it; the
+    /// first and last may be parts of their areas.
     pub fn parts(&self, range: &RangeInclusive<u64>) -> (Vec<Part>, bool) {
         let mut parts = Vec::new();
         let mut at = *range.start();
@@ -204,16 +204,16 @@ impl IovaSpace {
         }
     }
 
-    /// Splits the area that `last` lies in after it; whether it did: not where nothing is mapped,
-    /// nor at the ends of an area. `huge_pages`: a HWPT may hold one there.
+    /// Splits the area that contains `last` after it; returns whether it did: not if nothing is
+    /// mapped there, nor at the ends of an area. `huge_pages`: a HWPT may have one there.
     ///
     /// # Errors
-    /// `EBUSY` it is being unmapped; `EOPNOTSUPP` memory of a device; `EINVAL` the second part
-    /// would not be aligned, it is pinned, or there may be huge pages.
+    /// `EBUSY` it is being unmapped; `EOPNOTSUPP` device memory; `EINVAL` the second part would be
+    /// unaligned, it is pinned, or there may be huge pages.
     pub fn split(&mut self, last: u64, alignment: u64, huge_pages: bool) -> Outcome<bool> {
         let found = self.areas.range_mut(..=last).next_back().filter(|(_, area)| last <= area.last);
         let Some((&start, area)) = found else { return Ok(false) };
-        // As Linux has it: an area is not cut after its first IOVA either.
+        // As in Linux: an area is not split after its first IOVA either.
         if last == start || last == area.last {
             return Ok(false);
         }
@@ -241,15 +241,15 @@ impl IovaSpace {
         self.areas.get(&start)
     }
 
-    /// The area that starts at `start`, to change who has it pinned.
+    /// The area that starts at `start`, to change its pins.
     pub fn area_mut(&mut self, start: u64) -> Option<&mut Area> {
         self.areas.get_mut(&start)
     }
 
-    /// Takes the lowest area in `range` out.
+    /// Removes the lowest area in `range`.
     ///
     /// # Errors
-    /// `EBUSY` it is locked; `ENOENT` it lies in the range only in part.
+    /// `EBUSY` it is locked; `ENOENT` only a part of it is in the range.
     pub fn take_next(&mut self, range: &RangeInclusive<u64>) -> Outcome<Taken> {
         let Some((start, area)) = self.first_area_in(range) else { return Ok(Taken::Nothing) };
         let last = area.last;
@@ -272,7 +272,7 @@ impl IovaSpace {
         Ok(self.areas.remove(&start).map_or(Taken::Nothing, |area| Taken::Area(start, area)))
     }
 
-    /// The lowest area that shares an address with `range`.
+    /// The lowest area that overlaps `range`.
     pub fn first_area_in(&self, range: &RangeInclusive<u64>) -> Option<(u64, &Area)> {
         let before = self.areas.range(..*range.start()).next_back();
         let before = before.filter(|(_, area)| area.last >= *range.start());
@@ -280,7 +280,7 @@ impl IovaSpace {
         found.map(|(start, area)| (*start, area))
     }
 
-    /// A reservation that shares an address with `range`.
+    /// A reservation that overlaps `range`.
     pub(super) fn reservation_in(
         &self,
         range: &RangeInclusive<u64>,
@@ -363,7 +363,7 @@ mod tests {
         assert!(space.allowed().is_empty());
     }
 
-    /// Unmaps `range`: what was taken, and whether it stopped at an area that would be cut.
+    /// Unmaps `range`: what was removed, and whether it stopped at an area that would be split.
     fn unmap(space: &mut IovaSpace, range: RangeInclusive<u64>) -> (Vec<u64>, bool) {
         let mut taken = Vec::new();
         loop {

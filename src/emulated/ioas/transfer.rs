@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Copying to and from pages by the CPU.
+//! CPU access to pages.
 
 use vm_memory::{Bytes, MemoryRegionAddress};
 
@@ -38,14 +38,14 @@ impl<'a> Transfer<'a> {
 impl Pages {
     /// Copies to or from the pages at `offset` (bytes).
     ///
-    /// As Linux does it, without pinning when the process that they come from has them; the pinned
-    /// pages count when it has not.
+    /// As in Linux, without pinning if it is done by the process that owns the pages; otherwise
+    /// they are pinned and accounted.
     ///
     /// # Errors
     /// As [`Pages::pin`]; a part may have been copied.
     pub fn transfer(&self, offset: u64, mut transfer: Transfer<'_>) -> Outcome<()> {
         if let Source::User(user, start) = self.source() {
-            // Does not wrap: the end of the source was found to be below 2^64.
+            // Does not overflow: the end of the source was checked to be below 2^64.
             let address = start + offset;
             let direct = match &mut transfer {
                 Transfer::Read(bytes) => user.read(address, bytes),

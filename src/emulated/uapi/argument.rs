@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The structure that an ioctl takes: sizes, zero-extension, fields.
+//! The argument structure of an ioctl: sizes, zero-extension, fields.
 
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
@@ -7,8 +7,8 @@ use twostage::iommufd::{Errno, ObjectId};
 /// Larger than every structure of the uAPI, in bytes.
 const CAPACITY: usize = 80;
 
-/// A copy of a structure, as large as this version of the uAPI knows it. Fields are named by their
-/// offset (`offset_of!`); they are in the byte order of the host.
+/// A copy of a structure, in the size of this version of the uAPI. Fields are accessed by offset
+/// (`offset_of!`), in host byte order.
 #[derive(Debug)]
 pub(crate) struct Argument {
     bytes: [u8; CAPACITY],
@@ -18,18 +18,18 @@ pub(crate) struct Argument {
 }
 
 impl Argument {
-    /// The size that the structure says of itself, in its first four bytes.
+    /// The size that the structure declares in its first four bytes.
     pub fn declared_size(user: &[u8]) -> Result<usize, Errno> {
         let size = user.first_chunk().ok_or(Errno::EFAULT)?;
         usize::try_from(u32::from_ne_bytes(*size)).map_err(|_| Errno::EFAULT)
     }
 
-    /// Copies the structure of `declared` bytes that `user` starts with. A shorter one than `size`
-    /// is extended with zeroes.
+    /// Copies the structure of `declared` bytes at the start of `user`. If it is shorter than
+    /// `size`, it is zero-extended.
     ///
     /// # Errors
     /// `EINVAL` shorter than its first version; `EFAULT` longer than `user`; `E2BIG` longer than
-    /// `size`, with something in the excess.
+    /// `size`, with nonzero excess bytes.
     pub fn copy_in(
         user: &[u8],
         declared: usize,
@@ -52,7 +52,7 @@ impl Argument {
         Ok(Self { bytes, size, answer: false, result: 0 })
     }
 
-    /// Writes the structure back, as much of it as the user knows.
+    /// Writes the structure back, in the size that the user knows.
     pub fn copy_out(&self, user: &mut [u8], declared: usize) {
         let known = self.size.min(declared);
         for (to, from) in user.iter_mut().zip(&self.bytes).take(known) {
@@ -60,7 +60,7 @@ impl Argument {
         }
     }
 
-    /// The structure is to be written back even when the ioctl fails.
+    /// Writes the structure back even if the ioctl fails.
     pub fn answer_anyhow(&mut self) {
         self.answer = true;
     }
@@ -75,17 +75,17 @@ impl Argument {
         self.bytes.get(offset..).unwrap_or_default()
     }
 
-    /// What the ioctl is to return.
+    /// Sets the return value of the ioctl.
     pub fn set_result(&mut self, result: i32) {
         self.result = result;
     }
 
-    /// What the ioctl returns: 0 unless an operation says otherwise.
+    /// The return value of the ioctl: 0 unless an operation sets it.
     pub fn result(&self) -> i32 {
         self.result
     }
 
-    /// The bytes of the field at `offset`; zeroes past the end of every structure.
+    /// The bytes of the field at `offset`; zeroes beyond the structure.
     pub fn bytes<const N: usize>(&self, offset: usize) -> [u8; N] {
         let field = self.bytes.get(offset..).and_then(|rest| rest.first_chunk());
         field.copied().unwrap_or([0; N])
@@ -123,12 +123,12 @@ impl Argument {
         self.set(offset, value.to_ne_bytes());
     }
 
-    /// Refuses a field that must be zero and is not.
+    /// Refuses a reserved field that is not zero.
     pub fn reserved(&self, offset: usize) -> Outcome<()> {
         self.flags(offset, 0).map(drop)
     }
 
-    /// The flags at `offset`, none of which is outside `known`.
+    /// The flags at `offset`, which must be within `known`.
     pub fn flags(&self, offset: usize, known: u32) -> Outcome<u32> {
         let flags = self.u32(offset);
         if flags & !known != 0 {

@@ -15,7 +15,7 @@ use twostage::iommufd::DirtyRange;
 const ENABLE: u32 = iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE;
 const NO_CLEAR: u32 = iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR;
 
-/// Linux does not look at the reserved field.
+/// Linux ignores the reserved field.
 pub(super) fn set_tracking(
     host: &EmulatedHost,
     argument: &mut Argument,
@@ -41,7 +41,7 @@ pub(super) fn get_bitmap(
     };
     let data = argument.u64(offset_of!(iommu_hwpt_get_dirty_bitmap, data));
     let pages = host.objects().hwpt_dirty(hwpt, &range)?;
-    // Linux 7.2 neither tells of a bitmap that it cannot write nor keeps the marks then.
+    // Linux 7.2 neither reports a bitmap that it cannot write nor keeps the marks then.
     for run in &pages.runs {
         bitmap::set_user(user, data, range.bits(run))?;
     }

@@ -24,8 +24,8 @@ pub(super) fn fault_queue(
     Ok(())
 }
 
-/// Gives `file` to the process: its object and its descriptor. When the process cannot have it, the
-/// object is gone again.
+/// Passes `file` to the process: its object and its descriptor. If the process cannot take it, the
+/// object is destroyed.
 pub(super) fn install(
     host: &EmulatedHost,
     process: &dyn Process,

@@ -74,7 +74,7 @@ pub(super) fn hw_info(
     let room = u64::from(argument.u32(offset_of!(iommu_hw_info, data_len)));
     write_and_clear(user, argument.u64(offset_of!(iommu_hw_info, data_uptr)), room, &data)?;
     argument.set_u32(TYPE, data_type);
-    // What the host knows, not what fitted. The data are a few words.
+    // The full length, even if not all was copied. The data are a few words.
     argument.set_u32(offset_of!(iommu_hw_info, data_len), data.len() as u32);
     let capabilities = info.capabilities.into_bits();
     argument.set_u64(offset_of!(iommu_hw_info, out_capabilities), capabilities);
@@ -89,7 +89,7 @@ pub(super) fn invalidate(
 ) -> Outcome<()> {
     const COUNT: usize = offset_of!(iommu_hwpt_invalidate, entry_num);
     let count = argument.u32(COUNT);
-    // How many entries are done is told in every case.
+    // The number of completed entries is always written back.
     argument.answer_anyhow();
     argument.set_u32(COUNT, 0);
     argument.reserved(offset_of!(iommu_hwpt_invalidate, __reserved))?;
@@ -116,7 +116,7 @@ pub(super) fn invalidate(
     outcome
 }
 
-/// Writes as much of `data` as there is `room` for, and zeroes into the rest of the room.
+/// Writes as much of `data` as fits in `room`, and zeroes to the rest.
 fn write_and_clear(
     user: &dyn UserSpace,
     address: u64,

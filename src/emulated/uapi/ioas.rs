@@ -65,7 +65,7 @@ pub(super) fn iova_ranges(
     for (index, range) in (0..u64::from(room)).zip(&ranges.allowed) {
         write_range(user, list, index, range)?;
     }
-    // More ranges than 2^32 do not fit in memory.
+    // More than 2^32 ranges do not fit in memory.
     let needed = u32::try_from(ranges.allowed.len()).unwrap_or(u32::MAX);
     argument.set_u32(offset_of!(iommu_ioas_iova_ranges, num_iovas), needed);
     argument.set_u64(offset_of!(iommu_ioas_iova_ranges, out_iova_alignment), ranges.alignment);
@@ -174,7 +174,7 @@ pub(super) fn unmap(
     Ok(())
 }
 
-/// Where to map; the IOVA is looked at even when it is not asked for.
+/// Where to map; a fixed IOVA is checked even if it is not used.
 fn target(flags: u32, iova: u64) -> Outcome<MapTarget> {
     if iova == u64::MAX {
         return refuse(Errno::EOVERFLOW, "the IOVA is 2^64-1");
@@ -186,7 +186,7 @@ fn protection(flags: u32) -> Protection {
     Protection { read: flags & READABLE != 0, write: flags & WRITEABLE != 0 }
 }
 
-/// Where the `index`-th range of the list is. An address that wraps leads nowhere.
+/// Address of the `index`-th range of the list; if it wraps, the access fails.
 fn range_address(list: u64, index: u64) -> u64 {
     list.wrapping_add(index.wrapping_mul(size_of::<iommu_iova_range>() as u64))
 }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The byte-level uAPI of `linux/iommufd.h` and `linux/vfio.h` over the emulated host.
 //!
-//! What a process would hand to `ioctl(2)` is taken apart here as Linux does it: sizes, excess
-//! bytes, reserved fields, flags and user pointers are checked in the same order, with the same
-//! errno, and the same bytes are written back. The rules of the objects are those of
-//! [`EmulatedHost`].
+//! The arguments of `ioctl(2)` are decoded as in Linux: sizes, excess bytes, reserved fields, flags
+//! and user pointers are checked in the same order, with the same errno, and the same bytes are
+//! written back. The rules of the objects are those of [`EmulatedHost`].
 
 mod argument;
 mod dirty;
@@ -36,18 +35,18 @@ use twostage::iommufd::Errno;
 /// One ioctl of `/dev/iommu`.
 pub(crate) struct Operation {
     pub number: u32,
-    /// Size of the structure as this version of the uAPI knows it, in bytes.
+    /// Size of the structure in this version of the uAPI, in bytes.
     pub size: usize,
     /// Size of its first version, in bytes.
     pub min_size: usize,
     pub run: fn(&EmulatedHost, &mut Argument, &dyn Process) -> Outcome<()>,
 }
 
-/// What Linux's own tests need beside the uAPI.
+/// The test ioctl of Linux's selftests.
 pub(crate) struct TestOperations {
     /// `IOMMU_TEST_CMD`: one ioctl, many operations.
     pub command: Operation,
-    /// Makes an ordinary ioctl, whose number this is, of one in a form that is for tests.
+    /// Converts the arguments of an ordinary ioctl, with this number, from a form used by tests.
     pub convert: fn(&EmulatedHost, u32, &mut Argument),
 }
 
@@ -118,7 +117,7 @@ static OPERATIONS: [Operation; 21] = [
     operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, viommu::hw_queue),
 ];
 
-/// The operation on what has `number`.
+/// The operation with `number`.
 fn operation(number: u32) -> Option<&'static Operation> {
     let command = TEST_OPERATIONS.map(|tests| &tests.command);
     command
@@ -132,10 +131,10 @@ const fn request_of(number: u32) -> u32 {
 }
 
 impl EmulatedHost {
-    /// `ioctl(2)` on `/dev/iommu`; returns what that returns.
+    /// `ioctl(2)` on `/dev/iommu`; returns its result.
     ///
-    /// `argument` is the memory that the third parameter points to, as much of it as the process
-    /// may access; pointers in it are addresses of `process`, which must not call the host but to
+    /// `argument` is the memory that the third parameter points to, as far as the process may
+    /// access it; pointers in it are addresses of `process`, which must not call the host except to
     /// drop a file.
     ///
     /// # Errors

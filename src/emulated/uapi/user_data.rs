@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Data for a driver behind a pointer of the user's.
+//! Driver data behind a user pointer.
 
 use super::UserSpace;
 use crate::drivers::{UserArray, UserData};
 use crate::host::refusal::Outcome;
 
-/// A structure at an address of the user's.
+/// A structure at a user address.
 pub(super) struct PointedData<'a> {
     pub user: &'a dyn UserSpace,
     pub data_type: u32,
@@ -31,7 +31,7 @@ impl UserData for PointedData<'_> {
     }
 }
 
-/// An array of structures at an address of the user's.
+/// An array of structures at a user address.
 pub(super) struct PointedArray<'a> {
     pub user: &'a dyn UserSpace,
     pub data_type: u32,
@@ -54,7 +54,7 @@ impl UserArray for PointedArray<'_> {
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Outcome<()> {
-        // An address that wraps leads nowhere.
+        // If the address wraps, the access fails.
         Ok(self.user.read(self.address.wrapping_add(offset), bytes)?)
     }
 }

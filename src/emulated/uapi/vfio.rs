@@ -66,20 +66,20 @@ pub struct DeviceFile {
     bound: Mutex<Option<Bound>>,
 }
 
-/// A device's object, and the epoch of the iommufd that its id belongs to. The iommufd stays open
-/// for as long as a device is bound to it.
+/// A device's object, and the epoch of the iommufd that its ID belongs to. The iommufd stays open
+/// while a device is bound to it.
 #[derive(Debug)]
 struct Bound {
     context: Arc<Context>,
     epoch: u64,
     dev: ObjectId,
-    /// What VFIO has attached: it tells by this whether to attach or to replace. PASID 0 is one of
-    /// its own here, and for iommufd the device itself.
+    /// VFIO's attachments, which decide between attach and replace. PASID 0 is separate here, but
+    /// for iommufd it is the device itself.
     attached: BTreeSet<Slot>,
 }
 
 impl Bound {
-    /// Whether the iommufd has not been closed by force since.
+    /// Whether the iommufd has not been forcibly closed since.
     fn lives(&self) -> bool {
         self.context.objects().epoch() == self.epoch
     }
@@ -109,7 +109,7 @@ impl Bound {
     }
 }
 
-/// What iommufd attaches when VFIO says this: PASID 0 stands for "no PASID".
+/// iommufd's slot for VFIO's: PASID 0 means "no PASID".
 fn of_iommufd(pasid: Slot) -> Slot {
     pasid.filter(|pasid| *pasid != 0)
 }
@@ -118,7 +118,7 @@ impl Machine {
     /// Opens the character device of `name`.
     ///
     /// # Errors
-    /// `ENODEV` there is none.
+    /// `ENODEV` there is no such device.
     pub fn open_device(self: &Arc<Self>, name: &str) -> Result<DeviceFile, Errno> {
         self.part(name).map_err(|refusal| refusal.errno)?;
         let (machine, name) = (self.clone(), name.to_owned());
@@ -130,7 +130,7 @@ impl DeviceFile {
     /// `ioctl(2)` on the device. Descriptors in the argument are `process`'s.
     ///
     /// # Errors
-    /// Linux's; `EINVAL` for all but binding before the device is bound.
+    /// Linux's; `EINVAL` for everything but binding before the device is bound.
     pub fn ioctl(
         &self,
         request: u32,
@@ -172,7 +172,7 @@ impl DeviceFile {
             return refuse(Errno::EINVAL, "the device is bound already");
         }
         if flags & FLAG_TOKEN != 0 {
-            // Of a PF's and its VFs' owners, which no emulated device is.
+            // For owners of PFs and their VFs, which emulated devices are not.
             let mut token = [0; 16];
             process.read(copy.u64(offset_of!(Bind, token_uuid_ptr)), &mut token)?;
             return refuse(Errno::EINVAL, "a token for a device that is no PF or VF");
@@ -186,7 +186,7 @@ impl DeviceFile {
         let mut objects = host.objects();
         let dev = match host.context().device_bind(&mut objects, &self.name) {
             Ok(dev) => dev,
-            // Through another descriptor: VFIO's own answer.
+            // Through another descriptor: VFIO's own error.
             Err(refusal) if refusal.errno == Errno::EBUSY => {
                 return refuse(Errno::EINVAL, refusal.detail);
             }
@@ -206,14 +206,14 @@ impl Drop for DeviceFile {
     fn drop(&mut self) {
         let bound = self.bound.get_mut().take();
         if let Some(bound) = bound.filter(Bound::lives) {
-            // Fails only when somebody else unbound the device.
+            // Fails only if the device was unbound otherwise.
             let _ = bound.context.objects().device_unbind(bound.dev);
         }
     }
 }
 
-/// The structure of an attach or a detach, and the PASID at `pasid_offset` when its flags say that
-/// it has one. The structure's first version ended there; bytes past the PASID never count.
+/// The structure of an attach or a detach, and the PASID at `pasid_offset` if its flags say that it
+/// has one. The structure's first version ended there; bytes after the PASID are ignored.
 fn slot(user: &[u8], pasid_offset: usize) -> Outcome<(Argument, Option<u32>)> {
     let first_version = copy_in(user, pasid_offset, pasid_offset, pasid_offset)?;
     let declared = size(user)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ioctls of vIOMMUs, and of what belongs to them.
+//! The ioctls of vIOMMUs and their objects.
 
 use std::mem::offset_of;
 
@@ -20,7 +20,7 @@ pub(super) fn alloc(
     argument: &mut Argument,
     user: &dyn UserSpace,
 ) -> Outcome<()> {
-    // Linux does not look at the reserved field.
+    // Linux ignores the reserved field.
     argument.flags(offset_of!(iommu_viommu_alloc, flags), 0)?;
     let kind = argument.u32(offset_of!(iommu_viommu_alloc, type_));
     let length = argument.u32(offset_of!(iommu_viommu_alloc, data_len));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A host that counts the calls made to another, and shows each to an observer.
+//! A host that counts the calls to another one and reports each to an observer.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use super::forwarding::Forwarding;
 use super::{HostError, HostIommu, ObjectId, Verb};
 
-/// Sees every host call after it returned.
+/// Is called after every host call.
 pub trait VerbObserver: Send + Sync {
-    /// `verb` took `duration` and failed with `error`, if any. `objects` are those that the call
-    /// names, in its order, behind the one that it made.
+    /// `verb` took `duration` and failed with `error`, if any. `objects` are those of the call, in
+    /// its order, after the one that it created.
     fn called(
         &self,
         verb: Verb,
@@ -23,7 +23,7 @@ pub trait VerbObserver: Send + Sync {
     );
 }
 
-/// Calls and failures, by verb. Reads are of each number alone, not of one moment.
+/// Calls and failures, by verb. Reads are not consistent with each other.
 #[derive(Debug, Default)]
 pub struct VerbCounters {
     calls: [AtomicU64; Verb::ALL.len()],
@@ -31,13 +31,13 @@ pub struct VerbCounters {
 }
 
 impl VerbCounters {
-    /// How often `verb` was called.
+    /// Number of calls of `verb`.
     pub fn calls(&self, verb: Verb) -> u64 {
-        // The discriminant of a verb is its place in ALL, so the index is in range.
+        // A verb's discriminant is its index in ALL, so it is in range.
         self.calls[verb as usize].load(Ordering::Relaxed)
     }
 
-    /// How often `verb` failed.
+    /// Number of failures of `verb`.
     pub fn failures(&self, verb: Verb) -> u64 {
         self.failures[verb as usize].load(Ordering::Relaxed)
     }
@@ -58,12 +58,12 @@ pub struct CountedHost {
 }
 
 impl CountedHost {
-    /// Counts the calls to `inner` and shows them to `observer`, if there is one.
+    /// Counts the calls to `inner` and reports them to `observer`, if there is one.
     pub fn new(inner: Arc<dyn HostIommu>, observer: Option<Arc<dyn VerbObserver>>) -> Self {
         Self { inner, counters: Arc::default(), observer }
     }
 
-    /// The counters, which go on counting.
+    /// The live counters.
     pub fn counters(&self) -> Arc<VerbCounters> {
         self.counters.clone()
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a verb says when it fails: Linux's errno, the verb, the object, and what to do.
+//! Errors of verbs: Linux's errno, the verb, the object, and what to do.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use super::ObjectId;
 
-/// A Linux error number, as an ioctl of `/dev/iommu` returns it.
+/// A Linux error number, as returned by an ioctl of `/dev/iommu`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Errno(i32);
 
@@ -15,7 +15,7 @@ macro_rules! errnos {
         impl Errno {
             $($(#[$doc])* pub const $name: Self = Self($value);)*
 
-            /// The name of the error in `errno.h`, when it is one iommufd uses.
+            /// The name of the error in `errno.h`, if iommufd uses it.
             pub const fn name(self) -> Option<&'static str> {
                 match self.0 {
                     $($value => Some(stringify!($name)),)*
@@ -33,9 +33,9 @@ errnos! {
     ENOENT = 2,
     /// The hardware or the page tables could not be reached.
     EIO = 5,
-    /// There is nothing to map.
+    /// Nothing to map.
     ENXIO = 6,
-    /// An argument or a structure is larger than it may be, with something in the excess.
+    /// An argument or structure is too large, with nonzero excess bytes.
     E2BIG = 7,
     /// No such open file.
     EBADF = 9,
@@ -43,29 +43,29 @@ errnos! {
     ENOMEM = 12,
     /// Not permitted.
     EACCES = 13,
-    /// A pointer does not lead to memory of the caller.
+    /// A pointer is not to memory of the caller.
     EFAULT = 14,
     /// The object is in use.
     EBUSY = 16,
-    /// The thing is there already.
+    /// It exists already.
     EEXIST = 17,
     /// No such device.
     ENODEV = 19,
-    /// An argument is out of its domain.
+    /// An invalid argument.
     EINVAL = 22,
-    /// The process can have no more open files.
+    /// The process has too many open files.
     EMFILE = 24,
     /// No such ioctl.
     ENOTTY = 25,
-    /// No room is left in the address space or the table.
+    /// No space left in the address space or table.
     ENOSPC = 28,
     /// Not a whole number of records.
     ESPIPE = 29,
     /// A number is too large.
     ERANGE = 34,
-    /// Who should let go of something does not.
+    /// The holder does not release it.
     EDEADLK = 35,
-    /// The descriptor is of something else.
+    /// The descriptor is of another kind.
     EBADFD = 77,
     /// Not a message of the expected size.
     EMSGSIZE = 90,
@@ -189,16 +189,16 @@ impl fmt::Display for Verb {
 pub struct HostError {
     /// The verb that was called.
     pub verb: Verb,
-    /// The object it was called on, where there is one.
+    /// Its object, if any.
     pub object: Option<ObjectId>,
     /// Linux's error number.
     pub errno: Errno,
-    /// What was wrong, with the value, in words.
+    /// What was wrong, with the value.
     pub detail: Cow<'static, str>,
 }
 
 impl HostError {
-    /// The failure of `verb` on `object` with `errno` because of `detail`.
+    /// `verb` on `object` failed with `errno` because of `detail`.
     pub fn new(
         verb: Verb,
         object: impl Into<Option<ObjectId>>,
@@ -213,7 +213,7 @@ fn object_suffix(object: &Option<ObjectId>) -> String {
     object.map(|id| format!(" on object {id}")).unwrap_or_default()
 }
 
-/// What a verb returns.
+/// The result of a verb.
 pub type Result<T> = std::result::Result<T, HostError>;
 
 #[cfg(test)]

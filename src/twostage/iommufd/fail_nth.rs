@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A host whose n-th call fails: a test aid, in the manner of Linux's `fail-nth`.
+//! A host whose n-th call fails: a test aid, like Linux's `fail-nth`.
 //!
-//! Run a scenario with `n` = 1, 2, 3… until no failure is left over, and look each time that
-//! nothing leaked and nobody panicked.
+//! Run a scenario with `n` = 1, 2, 3… until the failure is not reached, and check each time for
+//! leaks and panics.
 
 use crate::sync::Mutex;
 use std::fmt::Display;
@@ -17,12 +17,12 @@ use super::{Errno, HostError, HostIommu, ObjectId, Verb};
 pub struct FailNth<H: HostIommu + ?Sized> {
     inner: Arc<H>,
     calls: AtomicU64,
-    /// Number of the call that fails, counted from 1 over the life of the value, and how; the calls
-    /// before it that fail, too.
+    /// The pending failure.
     failing: Mutex<Option<Failure>>,
 }
 
-/// Calls that fail: the numbers of the first and the last, and how.
+/// The failing calls, by the numbers of the first and the last, counted from 1 over the life of the
+/// value, and their error.
 #[derive(Debug, Clone, Copy)]
 struct Failure {
     first: u64,
@@ -31,36 +31,36 @@ struct Failure {
 }
 
 impl<H: HostIommu + ?Sized> FailNth<H> {
-    /// Passes every call on to `inner` until told otherwise.
+    /// Passes every call on to `inner` by default.
     pub fn new(inner: Arc<H>) -> Self {
         Self { inner, calls: AtomicU64::new(0), failing: Mutex::new(None) }
     }
 
-    /// Makes the `n`-th verb called from now on (1 is the next) fail with `errno`, once. Replaces
-    /// an earlier wish; 0 only drops it.
+    /// Makes the `n`-th verb from now on (1 is the next) fail with `errno`, once. Replaces an
+    /// earlier request; 0 only cancels it.
     pub fn fail_nth(&self, n: u64, errno: Errno) {
         let last = self.calls.load(Ordering::SeqCst) + n;
         *self.failing() = (n != 0).then_some(Failure { first: last, last, errno });
     }
 
-    /// Makes the next `count` verbs fail with `errno`. Replaces an earlier wish.
+    /// Makes the next `count` verbs fail with `errno`. Replaces an earlier request.
     pub fn fail_next(&self, count: u64, errno: Errno) {
         let calls = self.calls.load(Ordering::SeqCst);
         let failure = Failure { first: calls + 1, last: calls + count, errno };
         *self.failing() = (count != 0).then_some(failure);
     }
 
-    /// Whether the failure asked for is still to come.
+    /// Whether the requested failure is still pending.
     pub fn is_armed(&self) -> bool {
         self.failing().is_some()
     }
 
-    /// How many verbs were called, failed ones included.
+    /// Number of verbs called, including failed ones.
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::SeqCst)
     }
 
-    /// The host that serves the calls.
+    /// The host behind it.
     pub fn inner(&self) -> &Arc<H> {
         &self.inner
     }
@@ -77,7 +77,7 @@ impl<H: HostIommu + ?Sized> Forwarding for FailNth<H> {
         &self.inner
     }
 
-    /// Counts the call, and fails it when it is its turn.
+    /// Counts the call, and fails it if it is due.
     fn call<T, E: From<HostError> + Display>(
         &self,
         verb: Verb,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A host that has another one serve its verbs, and its say about each of them.
+//! A host that forwards its verbs to another, with a hook for each.
 
 use std::fmt::{Debug, Display};
 use std::ops::RangeInclusive;
@@ -11,15 +11,15 @@ use super::{
     Result, UserMemory, Verb, ViommuKind,
 };
 
-/// What is done about each verb. What is no verb is passed on.
+/// The hook for each verb. Everything else is forwarded.
 pub(super) trait Forwarding: Debug + Send + Sync {
-    /// What serves the verbs.
+    /// The host that serves the verbs.
     type Inner: HostIommu + ?Sized;
 
     fn served_by(&self) -> &Self::Inner;
 
-    /// `call` is `verb`, which names the objects `named`, in its order; `made` gives the one that
-    /// it made.
+    /// `call` is `verb` on the objects `named`, in its order; `made` returns the one that it
+    /// created.
     fn call<T, E: From<HostError> + Display>(
         &self,
         verb: Verb,

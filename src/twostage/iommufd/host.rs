@@ -11,15 +11,15 @@ use super::{
     UserMemory, Verb, ViommuKind,
 };
 
-/// Where a host delivers DMA faults.
+/// The destination of DMA faults.
 pub trait FaultSink: Send + Sync {
-    /// One DMA request failed. Called by the thread that made the request, with no lock of the
-    /// host held; by the time it returns the fault is visible to whoever looks.
+    /// One DMA request failed. Called by the thread that made the request, with no lock of the host
+    /// held; when it returns, the fault is visible.
     fn dma_fault(&self, fault: &HostFault);
 
-    /// A request of `dev`, or of its `pasid`, is about to fail because nothing is attached. Whoever
-    /// finds that something ought to be may attach it now and say so: the request is then tried
-    /// again, once. Called as [`FaultSink::dma_fault`] is, and before it.
+    /// A request of `dev`, or of its `pasid`, is about to fail because nothing is attached. The
+    /// implementation may attach something and return true: the request is then retried once.
+    /// Called as [`FaultSink::dma_fault`] is, and before it.
     fn attached_late(&self, dev: ObjectId, pasid: Option<u32>) -> bool {
         let _ = (dev, pasid);
         false
@@ -28,46 +28,46 @@ pub trait FaultSink: Send + Sync {
 
 /// One iommufd and the devices bound to it.
 ///
-/// Every method is one ioctl and may be called from any thread. When it fails nothing has
-/// changed, but for [`HostIommu::hwpt_invalidate`], which says how far it came, and
-/// [`HostIommu::ioas_unmap`], which may have unmapped what is below. An invalidation,
-/// an unmap, a replace or a detach returns only when no DMA can use what it took away any more.
+/// Every method is one ioctl and may be called from any thread. If it fails nothing has changed,
+/// except for [`HostIommu::hwpt_invalidate`], which reports its progress, and
+/// [`HostIommu::ioas_unmap`], which may have unmapped lower mappings. An invalidation, an unmap, a
+/// replace or a detach returns only when no DMA can use what it removed.
 pub trait HostIommu: Debug + Send + Sync {
     /// Binds the device that the host knows as `name` (a VFIO cdev's path; an emulated device's
-    /// name) and gives its object. The device starts blocked: it reaches nothing until attached.
+    /// name) and returns its object. The device starts blocked, until it is attached.
     ///
     /// # Errors
     /// `ENODEV` no such device; `EBUSY` bound already.
     fn device_bind(&self, name: &str) -> Result<ObjectId>;
 
-    /// Detaches the device from everything and ends its object, and its vDEVICE with it (whose id
-    /// is then not used again).
+    /// Detaches the device from everything and destroys its object, and its vDEVICE (whose ID is
+    /// not reused then).
     ///
     /// # Errors
     /// `ENOENT` no such device.
     fn device_unbind(&self, dev: ObjectId) -> Result<()>;
 
-    /// Attaches `dev`, or its `pasid`, to the IOAS or HWPT `pt`; *replaces* without a gap what was
-    /// attached before. Returns the HWPT that serves (`pt` itself, or the automatic one).
+    /// Attaches `dev`, or its `pasid`, to the IOAS or HWPT `pt`; *replaces* an existing attachment
+    /// without a gap. Returns the HWPT used (`pt`, or the automatic one).
     ///
     /// # Errors
     /// `ENOENT` no such object; `EINVAL` not a page table, or incompatible with the device, its
     /// IOMMU or its PASIDs; `EADDRINUSE` a reserved region is mapped.
     fn device_attach(&self, dev: ObjectId, pasid: Option<u32>, pt: ObjectId) -> Result<ObjectId>;
 
-    /// Detaches `dev`, or its `pasid`: its DMA is blocked. Nothing happens when it was detached.
+    /// Detaches `dev`, or its `pasid`: its DMA is blocked. Does nothing if it was not attached.
     ///
     /// # Errors
     /// `ENOENT` no such device.
     fn device_detach(&self, dev: ObjectId, pasid: Option<u32>) -> Result<()>;
 
-    /// Destroys an object that nothing uses.
+    /// Destroys an unused object.
     ///
     /// # Errors
     /// `ENOENT` no such object; `EBUSY` something uses it.
     fn destroy(&self, id: ObjectId) -> Result<()>;
 
-    /// Makes an empty IOAS.
+    /// Creates an empty IOAS.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -79,13 +79,13 @@ pub trait HostIommu: Debug + Send + Sync {
     /// `ENOENT`; `EINVAL` a range is empty or two overlap; `EADDRINUSE` reserved for a device.
     fn ioas_allow_iovas(&self, ioas: ObjectId, ranges: &[RangeInclusive<u64>]) -> Result<()>;
 
-    /// What the IOAS can map.
+    /// The IOVAs that the IOAS can map.
     ///
     /// # Errors
     /// `ENOENT`.
     fn ioas_iova_ranges(&self, ioas: ObjectId) -> Result<IovaRanges>;
 
-    /// Maps `memory` and returns the IOVA it is at, in bytes.
+    /// Maps `memory` and returns its IOVA, in bytes.
     ///
     /// # Errors
     /// `ENOENT`; `EINVAL` unaligned, empty or reserved; `EEXIST` or `EADDRINUSE` mapped already;
@@ -116,43 +116,43 @@ pub trait HostIommu: Debug + Send + Sync {
     /// Unmaps whole mappings; `iova = 0, length = u64::MAX` unmaps all. Returns the bytes unmapped.
     ///
     /// # Errors
-    /// `ENOENT` nothing is mapped there, or a mapping would be cut: whole mappings below it are
-    /// then unmapped all the same, as Linux does it.
+    /// `ENOENT` nothing is mapped there, or a mapping would be split: whole mappings below it are
+    /// then unmapped nevertheless, as in Linux.
     fn ioas_unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Result<u64>;
 
-    /// What IOMMU `dev` is behind.
+    /// The IOMMU that `dev` is behind.
     ///
     /// # Errors
     /// `ENOENT`.
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo>;
 
-    /// Makes a HWPT.
+    /// Creates a HWPT.
     ///
     /// # Errors
-    /// `ENOENT`; `EOPNOTSUPP` flags, data or parent that this IOMMU does not support; `EINVAL` a
-    /// parent that can be none.
+    /// `ENOENT`; `EOPNOTSUPP` flags, data or parent that this IOMMU does not support; `EINVAL` not
+    /// a possible parent.
     fn hwpt_alloc(&self, args: &HwptAlloc) -> Result<ObjectId>;
 
     /// Invalidates what the IOMMU caches of user-owned tables of `hwpt` (a HWPT_NESTED or vIOMMU).
     ///
     /// # Errors
-    /// [`InvalidateError`] says how many entries are complete.
+    /// [`InvalidateError`] has the number of completed entries.
     fn hwpt_invalidate(
         &self,
         hwpt: ObjectId,
         data: InvalidateData<'_>,
     ) -> std::result::Result<(), InvalidateError>;
 
-    /// Starts or stops to track which pages DMA writes through `hwpt`, a HWPT_PAGING, and through
-    /// the HWPTs nested on it. Nothing is dirty when it starts.
+    /// Starts or stops tracking which pages DMA writes through `hwpt`, a HWPT_PAGING, and through
+    /// the HWPTs nested on it. Nothing is dirty initially.
     ///
     /// # Errors
     /// `ENOENT`; `EOPNOTSUPP` allocated without `DIRTY_TRACKING`.
     fn hwpt_set_dirty_tracking(&self, hwpt: ObjectId, enable: bool) -> Result<()>;
 
     /// Sets the bits of the dirty pages of `range` in `bitmap`, from bit 0 of its first word on;
-    /// other bits stay. `clear` makes the pages clean: what is written from then on is dirty
-    /// again. What is mapped beyond the first hole of the range is not looked at.
+    /// other bits are not changed. `clear` makes the pages clean; later writes make them dirty
+    /// again. What is mapped beyond the first hole of the range is ignored.
     ///
     /// # Errors
     /// `ENOENT`; `EOVERFLOW` past the end of the address space; `EINVAL` unaligned; `EOPNOTSUPP`
@@ -165,29 +165,28 @@ pub trait HostIommu: Debug + Send + Sync {
         bitmap: &mut [u64],
     ) -> Result<()>;
 
-    /// Makes a vIOMMU: the slice of the physical IOMMU of `dev` that a guest gets, over the nesting
-    /// parent `hwpt`.
+    /// Creates a vIOMMU: a guest's slice of the physical IOMMU of `dev`, on the nesting parent
+    /// `hwpt`.
     ///
     /// # Errors
-    /// `ENOENT`; `EINVAL` not a nesting parent of this IOMMU; `EOPNOTSUPP` a kind it does not have.
+    /// `ENOENT`; `EINVAL` not a nesting parent of this IOMMU; `EOPNOTSUPP` an unsupported kind.
     fn viommu_alloc(&self, kind: ViommuKind, dev: ObjectId, hwpt: ObjectId) -> Result<ObjectId>;
 
-    /// Tells the vIOMMU by which `virt_id` the guest knows `dev`.
+    /// Sets the `virt_id` by which the vIOMMU's guest knows `dev`.
     ///
     /// # Errors
     /// `ENOENT`; `EINVAL` the device is behind another physical IOMMU; `EEXIST` it has a vDEVICE or
     /// the id is taken.
     fn vdevice_alloc(&self, viommu: ObjectId, dev: ObjectId, virt_id: u64) -> Result<ObjectId>;
 
-    /// Makes a fault queue: it gets the page requests of devices while they are attached to HWPTs
-    /// that name it.
+    /// Creates a fault queue: it gets the page requests of devices attached to HWPTs that name it.
     ///
     /// # Errors
     /// `ENOMEM`; `EMFILE`.
     fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>>;
 
-    /// Makes a vEVENTQ of `viommu` for events of one type (`enum iommu_veventq_type`), of which it
-    /// keeps up to `depth`.
+    /// Creates a vEVENTQ of `viommu` for events of one type (`enum iommu_veventq_type`), of which
+    /// it holds up to `depth`.
     ///
     /// # Errors
     /// `EOPNOTSUPP` the default type; `EINVAL` no depth, or more than 2^19; `ENOENT`; `EEXIST` the
@@ -195,12 +194,12 @@ pub trait HostIommu: Debug + Send + Sync {
     fn veventq_alloc(&self, viommu: ObjectId, kind: u32, depth: u32)
         -> Result<Arc<dyn EventQueue>>;
 
-    /// What this host can do beyond the kernel's uAPI.
+    /// Abilities of this host beyond the kernel's uAPI.
     fn extensions(&self) -> Extensions {
         Extensions::default()
     }
 
-    /// Delivers DMA faults of `dev` to `sink` while that lives; replaces an earlier sink.
+    /// Delivers DMA faults of `dev` to `sink` while it exists; replaces an earlier sink.
     ///
     /// # Errors
     /// `EOPNOTSUPP` unless [`Extensions::fault_reports`].

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory of this process that an IOAS can map.
+//! Memory of this process for mapping in an IOAS.
 
 use std::fmt;
 use std::sync::Arc;
 
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
-/// A piece of this process's memory that stays mapped for as long as the value lives.
+/// A piece of this process's memory that stays mapped while the value exists.
 ///
-/// The uAPI names such memory by a bare `user_va`; here the owner of the mapping travels with the
-/// address, so that neither a host that pins pages nor one that reads them later can be left with
-/// a dangling pointer. Cloning is cheap and names the same memory.
+/// The uAPI identifies memory by `user_va` only; here the owner of the mapping accompanies the
+/// address, so that neither a host that pins pages nor one that reads them later can have a
+/// dangling pointer. Cloning is cheap and refers to the same memory.
 #[derive(Clone)]
 pub struct UserMemory {
     region: Arc<GuestRegionMmap>,
@@ -18,7 +18,7 @@ pub struct UserMemory {
     length: u64,
 }
 
-/// The piece asked for does not lie in the region.
+/// The requested piece is not within the region.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{length:#x} bytes at offset {offset:#x} do not lie in a region of {region:#x} bytes")]
 pub struct UserMemoryError {
@@ -31,7 +31,7 @@ impl UserMemory {
     /// `length` bytes of `region` from `offset` on; both in bytes.
     ///
     /// # Errors
-    /// When the piece does not lie in the region.
+    /// The piece is not within the region.
     pub fn new(
         region: Arc<GuestRegionMmap>,
         offset: u64,
@@ -52,7 +52,7 @@ impl UserMemory {
     /// The `length` bytes at `offset` of this piece; both in bytes.
     ///
     /// # Errors
-    /// When they do not lie in this piece.
+    /// They are not within this piece.
     pub fn part(&self, offset: u64, length: u64) -> std::result::Result<Self, UserMemoryError> {
         match offset.checked_add(length) {
             Some(end) if end <= self.length => {
@@ -62,17 +62,17 @@ impl UserMemory {
         }
     }
 
-    /// The region the piece lies in.
+    /// The region of the piece.
     pub fn region(&self) -> &Arc<GuestRegionMmap> {
         &self.region
     }
 
-    /// Where in the region the piece starts, in bytes.
+    /// Offset of the piece in the region, in bytes.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// How long the piece is, in bytes.
+    /// Length of the piece, in bytes.
     pub fn length(&self) -> u64 {
         self.length
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The iommufd verbs as a trait, in the terms of `linux/iommufd.h`.
 //!
-//! [`HostIommu`] is whatever serves them: the kernel's `/dev/iommu`, or the emulated host of
-//! package `twostage-emulated`. Errors are Linux's errno with the verb and the object named.
+//! [`HostIommu`] is implemented by the kernel's `/dev/iommu` and by the emulated host of package
+//! `twostage-emulated`. Errors are Linux's errno with the verb and the object.
 mod counted;
 mod error;
 mod fail_nth;

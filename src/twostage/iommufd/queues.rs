@@ -6,19 +6,19 @@ use std::sync::Arc;
 
 use super::{ObjectId, PageRequest, PageResponseCode, Result, Vevent};
 
-/// Told when a queue gets something to read, and when it has nothing left.
+/// Is notified when a queue becomes readable or empty.
 pub trait Readiness: Send + Sync {
-    /// `readable` says which. The queue, and its whole iommufd, may be locked: make no call of them
-    /// here, only wake whoever will.
+    /// `readable` is the new state. The queue and its iommufd may be locked: do not call them here,
+    /// only wake another thread.
     fn changed(&self, readable: bool);
 }
 
 /// Page requests that are answered together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageRequestGroup {
-    /// What the answer names them by. Never 0.
+    /// Identifies the group for the response. Never 0.
     pub cookie: u32,
-    /// The device that asks.
+    /// The requesting device.
     pub dev: ObjectId,
     /// Oldest first; the last one closes the group.
     pub requests: Vec<PageRequest>,
@@ -27,22 +27,22 @@ pub struct PageRequestGroup {
 /// An open fault queue (`IOMMU_FAULT_QUEUE_ALLOC`). Its object cannot be destroyed until this is
 /// dropped.
 pub trait FaultQueue: Debug + Send + Sync {
-    /// Its object, to be named in [`super::HwptAlloc::fault`].
+    /// Its object, for [`super::HwptAlloc::fault`].
     fn object(&self) -> ObjectId;
 
-    /// The next group; none when there is none. Never waits.
+    /// The next group, if there is one. Never blocks.
     ///
     /// # Errors
     /// As [`EventQueue::next_event`].
     fn next_group(&self) -> Result<Option<PageRequestGroup>>;
 
-    /// Answers a group.
+    /// Responds to a group.
     ///
     /// # Errors
-    /// `EINVAL` the group was answered already: its attachment has ended.
+    /// `EINVAL` the group was answered already, as its attachment has ended.
     fn respond(&self, cookie: u32, code: PageResponseCode) -> Result<()>;
 
-    /// Tells `watcher`, in place of an earlier one, of what there is to read, now and from now on.
+    /// Notifies `watcher`, which replaces an earlier one, of the current state and of changes.
     fn watch(&self, watcher: Arc<dyn Readiness>);
 }
 
@@ -51,13 +51,13 @@ pub trait EventQueue: Debug + Send + Sync {
     /// Its object.
     fn object(&self) -> ObjectId;
 
-    /// The next event; none when there is none. Never waits.
+    /// The next event, if there is one. Never blocks.
     ///
     /// # Errors
-    /// `ENOMEM` the host has no memory for it now: the event stays, and can be read later. Anything
-    /// else, such as `EIO`: the queue cannot be read, now or ever.
+    /// `ENOMEM` the host has no memory for it now: the event stays, and can be read later. Other
+    /// errors, such as `EIO`: the queue can never be read again.
     fn next_event(&self) -> Result<Option<Vevent>>;
 
-    /// Tells `watcher`, in place of an earlier one, of what there is to read, now and from now on.
+    /// Notifies `watcher`, which replaces an earlier one, of the current state and of changes.
     fn watch(&self, watcher: Arc<dyn Readiness>);
 }

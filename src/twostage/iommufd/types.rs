@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the verbs take and give, typed.
+//! Typed arguments and results of the verbs.
 //!
-//! Structures that carry hardware words are those of `iommufd-bindings`; what is an enumeration
-//! with a length and a pointer in the uAPI is an `enum` here, so that an illegal pair of
-//! `data_type` and `data_len` cannot be written down.
+//! Structures with hardware words are those of `iommufd-bindings`; where the uAPI has a type with a
+//! length and a pointer, there is an `enum` here, so that an invalid pair of `data_type` and
+//! `data_len` cannot be expressed.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -14,7 +14,7 @@ pub use iommufd_bindings::{
     iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate,
 };
 
-/// The id of an object of one iommufd: IOAS, HWPT, device, vIOMMU, vDEVICE. Never 0.
+/// The ID of an object of one iommufd: IOAS, HWPT, device, vIOMMU, vDEVICE. Never 0.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct ObjectId(pub u32);
@@ -34,9 +34,9 @@ impl fmt::Debug for ObjectId {
 /// Where in an IOAS a mapping goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MapTarget {
-    /// At this IOVA (`IOMMU_IOAS_MAP_FIXED_IOVA`), in bytes, aligned as the IOAS asks.
+    /// At this IOVA (`IOMMU_IOAS_MAP_FIXED_IOVA`), in bytes, with the alignment of the IOAS.
     Fixed(u64),
-    /// Wherever the host finds room.
+    /// Where the host finds space.
     Anywhere,
 }
 
@@ -57,12 +57,12 @@ impl Protection {
     pub const READ_ONLY: Self = Self { read: true, write: false };
 }
 
-/// What an IOAS can map (`struct iommu_ioas_iova_ranges`).
+/// The IOVAs that an IOAS can map (`struct iommu_ioas_iova_ranges`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IovaRanges {
     /// IOVAs in bytes, both ends included, ascending, disjoint.
     pub allowed: Vec<RangeInclusive<u64>>,
-    /// What a fixed IOVA, a length and a `user_va` must be multiples of, in bytes.
+    /// Required alignment of a fixed IOVA, a length and a `user_va`, in bytes.
     pub alignment: u64,
 }
 
@@ -70,7 +70,7 @@ pub struct IovaRanges {
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct HwptFlags {
-    /// `IOMMU_HWPT_ALLOC_NEST_PARENT`: a stage 2 that nested HWPTs can stand on.
+    /// `IOMMU_HWPT_ALLOC_NEST_PARENT`: a stage 2 for nested HWPTs.
     pub nest_parent: bool,
     /// `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`.
     pub dirty_tracking: bool,
@@ -79,25 +79,25 @@ pub struct HwptFlags {
     /// `IOMMU_HWPT_ALLOC_PASID`: may be attached to a PASID, or to a device that has PASIDs
     /// attached.
     pub pasid: bool,
-    /// Bits that no version of the uAPI gives a meaning yet.
+    /// Bits that the uAPI does not define yet.
     #[bits(28)]
     pub unknown: u32,
 }
 
-/// What format the new HWPT's user-owned tables have (`data_type` and what it points to).
+/// The format of the new HWPT's user-owned tables (`data_type` and what it points to).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum HwptData {
     /// `IOMMU_HWPT_DATA_NONE`: a HWPT_PAGING, filled from its IOAS.
     None,
     /// `IOMMU_HWPT_DATA_VTD_S1`: VT-d first-stage tables in the user's address space.
     VtdS1(iommu_hwpt_vtd_s1),
-    /// Twostage's own: VT-d *second-stage* tables that the user (the guest) owns, walked on top of
-    /// the parent. No hardware can do this; a host offers it with
+    /// Beyond Linux: VT-d *second-stage* tables that the user (the guest) owns, walked on top of
+    /// the parent. No hardware supports this; a host offers it with
     /// [`Extensions::guest_second_stage`].
     VtdSecondStage(HwptVtdSecondStage),
-    /// `IOMMU_HWPT_DATA_ARM_SMMUV3`: words 0 and 1 of a stream table entry of the user's, on a
-    /// vIOMMU of [`ViommuKind::ArmSmmuV3`]. They say abort, bypass or stage 1; context descriptors
-    /// and tables of stage 1 are in the user's address space.
+    /// `IOMMU_HWPT_DATA_ARM_SMMUV3`: words 0 and 1 of a user's stream table entry, on a vIOMMU of
+    /// [`ViommuKind::ArmSmmuV3`]: abort, bypass or stage 1, whose context descriptors and tables
+    /// are in the user's address space.
     ArmSmmuV3(iommu_hwpt_arm_smmuv3),
 }
 
@@ -113,7 +113,7 @@ pub struct HwptVtdSecondStage {
 /// Arguments of `IOMMU_HWPT_ALLOC` (`struct iommu_hwpt_alloc`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HwptAlloc {
-    /// Which kind of HWPT.
+    /// The kind of HWPT.
     pub flags: HwptFlags,
     /// The device the HWPT must be compatible with.
     pub dev: ObjectId,
@@ -121,25 +121,25 @@ pub struct HwptAlloc {
     pub pt: ObjectId,
     /// Format of user-owned tables.
     pub data: HwptData,
-    /// The fault queue, when the flags say that it is valid.
+    /// The fault queue, if the flags say that it is valid.
     pub fault: Option<ObjectId>,
 }
 
 /// An array of invalidations of one format (`struct iommu_hwpt_invalidate`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum InvalidateData<'a> {
-    /// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`. Addresses in bytes, counts in 4 KiB pages; everything
-    /// is `addr = 0, npages = u64::MAX`.
+    /// `IOMMU_HWPT_INVALIDATE_DATA_VTD_S1`. Addresses in bytes, counts in 4 KiB pages; `addr = 0,
+    /// npages = u64::MAX` is everything.
     VtdS1(&'a [iommu_hwpt_vtd_s1_invalidate]),
     /// The same entries for a HWPT of [`HwptData::VtdSecondStage`].
     VtdSecondStage(&'a [iommu_hwpt_vtd_s1_invalidate]),
-    /// `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`, for a vIOMMU: commands of the SMMU's queue that
-    /// name streams as the user does, and neither VMID nor what is not the user's to invalidate.
+    /// `IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3`, for a vIOMMU: commands of the SMMU's queue with
+    /// the user's StreamIDs, without a VMID, and only those allowed for users.
     ArmSmmuV3(&'a [iommu_viommu_arm_smmuv3_invalidate]),
 }
 
 impl InvalidateData<'_> {
-    /// How many entries the array has.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         match self {
             Self::VtdS1(entries) | Self::VtdSecondStage(entries) => entries.len(),
@@ -153,57 +153,58 @@ impl InvalidateData<'_> {
     }
 }
 
-/// What a dirty bitmap is of (`struct iommu_hwpt_get_dirty_bitmap`): bit `n` is of the `page_size`
-/// bytes from `iova + n * page_size` on.
+/// The range of a dirty bitmap (`struct iommu_hwpt_get_dirty_bitmap`): bit `n` is for the
+/// `page_size` bytes from `iova + n * page_size` on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DirtyRange {
-    /// First IOVA, in bytes, aligned as the IOAS and `page_size` ask.
+    /// First IOVA, in bytes, with the alignment of the IOAS and `page_size`.
     pub iova: u64,
     /// In bytes, aligned likewise, and not 0.
     pub length: u64,
-    /// Bytes of one bit of the bitmap: a power of two.
+    /// Bytes per bit of the bitmap: a power of two.
     pub page_size: u64,
 }
 
 impl DirtyRange {
-    /// The numbers of the bits of a run of IOVAs in the range, first and last.
+    /// The first and last bit of a run of IOVAs in the range.
     pub fn bits(&self, iovas: &RangeInclusive<u64>) -> RangeInclusive<u64> {
-        // A host takes powers of two alone.
+        // Hosts only accept powers of two.
         let shift = self.page_size.trailing_zeros().min(63);
         let bit = |iova: u64| iova.saturating_sub(self.iova) >> shift;
         bit(*iovas.start())..=bit(*iovas.end())
     }
 }
 
-/// The `flags` bit of an invalidation that leaves paging-structure caches alone
+/// The `flags` bit of an invalidation that spares paging-structure caches
 /// (`IOMMU_VTD_INV_FLAGS_LEAF`).
 pub const VTD_INV_FLAGS_LEAF: u32 = 1;
 /// `flags` bit of `struct iommu_hw_info_vtd`: nested translation may write through read-only
 /// mappings of a nesting parent (`IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17`).
 pub const HW_INFO_VTD_ERRATA_772415_SPR17: u32 = 1 << 0;
-/// `flags` bit of `struct iommu_hw_info_arm_smmuv3`: the SMMU may miss a CMD_TLBI_* or CMD_CFGI_*
-/// that is given once, and who owns stage 1 gives each a second time, after the first is complete
+/// `flags` bit of `struct iommu_hw_info_arm_smmuv3`: the SMMU may miss a CMD_TLBI_* or CMD_CFGI_*,
+/// so the owner of stage 1 must issue each a second time, after the first is complete
 /// (`IOMMU_HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI`, from Linux 7.3 on).
 pub const HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI: u32 = 1 << 0;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor requests are allowed (`IOMMU_VTD_S1_SRE`).
 pub const VTD_S1_SRE: u64 = 1 << 0;
-/// `flags` bit of `struct iommu_hwpt_vtd_s1`: extended-access flag is kept (`IOMMU_VTD_S1_EAFE`).
+/// `flags` bit of `struct iommu_hwpt_vtd_s1`: the extended-accessed flag is updated
+/// (`IOMMU_VTD_S1_EAFE`).
 pub const VTD_S1_EAFE: u64 = 1 << 1;
 /// `flags` bit of `struct iommu_hwpt_vtd_s1`: supervisor writes honour R/W (`IOMMU_VTD_S1_WPE`).
 pub const VTD_S1_WPE: u64 = 1 << 2;
 
-/// `IOMMU_HWPT_INVALIDATE` stopped part-way (`entry_num` on return).
+/// `IOMMU_HWPT_INVALIDATE` stopped in the middle (`entry_num` on return).
 ///
-/// On VT-d the first `done` entries are complete, the entry at `done` is the one that failed, and
-/// none after it was looked at. On SMMUv3 the number says too much: when a command is refused,
-/// commands before it may not have been issued. Nobody may go on from there; all that the batch
-/// might have invalidated must be.
+/// On VT-d the first `done` entries are complete, the entry at `done` failed, and none after it was
+/// looked at. On SMMUv3 the number is too high: when a command is refused, commands before it may
+/// not have been issued. So callers must not continue from there, but invalidate everything that
+/// the batch might have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{error} ({done} entries were done)")]
 pub struct InvalidateError {
-    /// Entries that are complete: exact on VT-d, at most so on SMMUv3.
+    /// Completed entries: exact on VT-d, an upper bound on SMMUv3.
     pub done: usize,
-    /// What stopped it.
+    /// Why it stopped.
     pub error: super::HostError,
 }
 
@@ -214,7 +215,7 @@ impl From<super::HostError> for InvalidateError {
     }
 }
 
-/// Which IOMMU a device is behind, and what its registers say (`IOMMU_GET_HW_INFO`).
+/// The IOMMU of a device and its registers (`IOMMU_GET_HW_INFO`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum HwInfoData {
     /// `IOMMU_HW_INFO_TYPE_NONE`.
@@ -243,21 +244,21 @@ pub struct HwCapabilities {
     __: u64,
 }
 
-/// What `IOMMU_GET_HW_INFO` says of a device (`struct iommu_hw_info`).
+/// The result of `IOMMU_GET_HW_INFO` for a device (`struct iommu_hw_info`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HwInfo {
     /// Registers of the IOMMU.
     pub data: HwInfoData,
     /// Generic abilities.
     pub capabilities: HwCapabilities,
-    /// Width of the PASIDs the device may use, in bits; 0 when it has none.
+    /// Width of the PASIDs the device may use, in bits; 0 if it has none.
     pub max_pasid_log2: u8,
 }
 
 /// Kinds of vIOMMU (`enum iommu_viommu_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ViommuKind {
-    /// `IOMMU_VIOMMU_TYPE_DEFAULT`: no kind in particular; no driver supports it.
+    /// `IOMMU_VIOMMU_TYPE_DEFAULT`: no driver supports it.
     Default,
     /// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`.
     ArmSmmuV3,
@@ -273,13 +274,13 @@ impl ViommuKind {
     }
 }
 
-/// What a host can do beyond the kernel's uAPI.
+/// Abilities of a host beyond the kernel's uAPI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Extensions {
-    /// Takes [`HwptData::VtdSecondStage`]: walks second-stage tables that the guest owns.
+    /// Supports [`HwptData::VtdSecondStage`]: walks guest-owned second-stage tables.
     pub guest_second_stage: bool,
-    /// Reports every unrecoverable DMA fault to a [`super::FaultSink`] (Linux 7.2's VT-d reports
-    /// none to user space).
+    /// Reports every unrecoverable DMA fault to a [`super::FaultSink`] (Linux 7.2's VT-d driver
+    /// reports none to user space).
     pub fault_reports: bool,
 }
 
@@ -288,20 +289,19 @@ pub struct Extensions {
 pub struct HostFault {
     /// The device that made the request.
     pub dev: ObjectId,
-    /// Its PASID, when the request had one.
+    /// Its PASID, if the request had one.
     pub pasid: Option<u32>,
     /// The IOVA, in bytes, of the first byte that could not be reached.
     pub address: u64,
     /// The request was a write (or an atomic).
     pub write: bool,
-    /// The request asked to execute.
+    /// The request needed execute permission.
     pub execute: bool,
-    /// The request asked for supervisor privilege.
+    /// The request needed supervisor privilege.
     pub privileged: bool,
-    /// The architecture's own reason, as a code: of another architecture it is another list (VT-d:
-    /// §7.1.3; SMMUv3: §7.3).
+    /// The architecture's reason code (VT-d: §7.1.3; SMMUv3: §7.3).
     pub reason: u8,
-    /// The fault is the host's own stage 2's, not that of tables the user owns.
+    /// The host's stage 2 faulted, not the user's tables.
     pub stage2: bool,
 }
 
@@ -317,7 +317,7 @@ pub struct PageRequestFlags {
     __: u32,
 }
 
-/// What a page request asks for (`enum iommu_hwpt_pgfault_perm`).
+/// The permissions of a page request (`enum iommu_hwpt_pgfault_perm`).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct PageRequestPermissions {
@@ -329,27 +329,27 @@ pub struct PageRequestPermissions {
     pub execute: bool,
     /// `IOMMU_PGFAULT_PERM_PRIV`.
     pub privileged: bool,
-    /// Bits that no version of the uAPI gives a meaning yet.
+    /// Bits that the uAPI does not define yet.
     #[bits(28)]
     pub unknown: u32,
 }
 
-/// A device asks for a page (`struct iommu_hwpt_pgfault`).
+/// A page request of a device (`struct iommu_hwpt_pgfault`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageRequest {
-    /// Which of the fields mean something.
+    /// Which fields are valid.
     pub flags: PageRequestFlags,
     /// Its PASID, if it had one.
     pub pasid: u32,
-    /// The number that the device gave its group.
+    /// The device's number for its group.
     pub group: u32,
-    /// What it wants to do.
+    /// The requested permissions.
     pub permissions: PageRequestPermissions,
     /// The IOVA, in bytes.
     pub address: u64,
 }
 
-/// What a device is told of its page requests (`enum iommufd_page_response_code`).
+/// The response to a device's page requests (`enum iommufd_page_response_code`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PageResponseCode {
     /// `IOMMUFD_PAGE_RESP_SUCCESS`: it may try again.
@@ -358,25 +358,24 @@ pub enum PageResponseCode {
     Invalid,
 }
 
-/// The type of vEVENTQ whose events are event records of an SMMUv3: four 64-bit words,
-/// little-endian, with the StreamID that the user gave the device
-/// (`IOMMU_VEVENTQ_TYPE_ARM_SMMUV3`).
+/// The type of vEVENTQ for event records of an SMMUv3: four 64-bit words, little-endian, with the
+/// user's StreamID of the device (`IOMMU_VEVENTQ_TYPE_ARM_SMMUV3`).
 pub const VEVENTQ_ARM_SMMUV3: u32 =
     iommufd_bindings::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3;
 
-/// What is read from a vEVENTQ (`struct iommufd_vevent_header` and what follows it).
+/// A record of a vEVENTQ (`struct iommufd_vevent_header` and its data).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Vevent {
-    /// Something happened to the vIOMMU.
+    /// An event of the vIOMMU.
     Event {
-        /// Its number, one more than that of the event before, modulo 2^31.
+        /// Its number, one more than that of the previous event, modulo 2^31.
         sequence: u32,
-        /// What happened, in the layout of the queue's type.
+        /// Its data, in the layout of the queue's type.
         data: Vec<u8>,
     },
-    /// `IOMMU_VEVENTQ_FLAG_LOST_EVENTS`: there was no room for the last events.
+    /// `IOMMU_VEVENTQ_FLAG_LOST_EVENTS`: the queue was full, and events were lost.
     Lost {
-        /// The number of the last one.
+        /// The number of the last lost one.
         sequence: u32,
     },
 }

@@ -16,13 +16,13 @@ use twostage::iommufd::Errno;
 use twostage::spec::smmuv3::stream_table::{EnableAts, Ste, Ste0, Ste1, StreamConfig};
 use twostage::spec::smmuv3::translation::Granule;
 
-/// Width of the virtual addresses that the host's kernel has, in bits: its own stage 1 has no more.
+/// Width of the host kernel's virtual addresses, in bits: the limit of its stage 1.
 const HOST_VA_BITS: u8 = 48;
 
-/// Which stage a page table is of.
+/// The stage of a page table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Stage 1, by a context descriptor of the host's.
+    /// Stage 1, with a context descriptor of the host's.
     One,
     /// Stage 2.
     Two,
@@ -31,7 +31,7 @@ pub(super) enum Stage {
 /// Tables that an SMMU fills from an IOAS.
 #[derive(Debug)]
 pub(super) struct SmmuPaging {
-    /// They are of no use to another.
+    /// The SMMU that can use them.
     unit: Arc<SmmuV3Unit>,
     tag: OwnedTag,
     stage: Stage,
@@ -42,9 +42,9 @@ impl SmmuPaging {
     /// Tables of `stage` for `unit`.
     ///
     /// # Errors
-    /// `ENOMEM` the SMMU has no granule, as Linux puts it.
+    /// `ENOMEM` the SMMU has no granule, as in Linux.
     pub fn new(unit: &Arc<SmmuV3Unit>, tag: OwnedTag, stage: Stage) -> Outcome<Self> {
-        // The one of the host's pages if there is one, or else the next larger.
+        // The granule of the host's pages if supported, otherwise the next larger.
         let has = |granule: &Granule| unit.config().has_granule(*granule);
         let Some(granule) = Granule::ALL.into_iter().find(has) else {
             return refuse(Errno::ENOMEM, "the SMMU has no granule");
@@ -52,17 +52,17 @@ impl SmmuPaging {
         Ok(Self { unit: unit.clone(), tag, stage, granule })
     }
 
-    /// What is cached of them is tagged with: the VMID of a stage 2.
+    /// Tag of what is cached of them: the VMID of a stage 2.
     pub fn tag(&self) -> CacheTag {
         self.tag.tag()
     }
 
-    /// Which stage they are of.
+    /// Their stage.
     pub fn stage(&self) -> Stage {
         self.stage
     }
 
-    /// Whether they are for `unit`.
+    /// Checks that they are for `unit`.
     ///
     /// # Errors
     /// `EINVAL` they are another's.
@@ -103,7 +103,7 @@ impl PagingDomain for SmmuPaging {
     }
 }
 
-/// The user's stream table entry, which streams may have that are the user's by a vIOMMU.
+/// The user's stream table entry, for streams of a vIOMMU.
 #[derive(Debug)]
 pub(super) struct SmmuNested {
     /// Words 0 and 1, without EATS.
@@ -116,7 +116,7 @@ impl SmmuNested {
     /// The entry `ste` for streams of a vIOMMU.
     ///
     /// # Errors
-    /// `EIO` it has fields that are not the user's, or a configuration that does not nest
+    /// `EIO` it has fields that the user must not set, or a configuration that cannot be nested
     /// (`arm_smmu_validate_vste`).
     pub fn new(ste: [u64; 2], streams: &Arc<Streams>) -> Outcome<Self> {
         Ok(Self { ste: validate(ste)?, streams: streams.clone() })
@@ -126,10 +126,10 @@ impl SmmuNested {
         StreamConfig::from_bits(Ste0::from_bits(self.ste[0]).config())
     }
 
-    /// Where events of `device` go while it is attached here.
+    /// The destination of events of `device` while it is attached here.
     ///
     /// # Errors
-    /// `ENOENT` it has no vDEVICE, and is to be translated.
+    /// `ENOENT` it has no vDEVICE, but would be translated.
     pub fn vmaster(&self, device: &Requester) -> Outcome<Option<Vmaster>> {
         match (self.streams.vmaster(device), self.config()) {
             (Some(vmaster), _) => Ok(Some(vmaster)),
@@ -138,8 +138,8 @@ impl SmmuNested {
         }
     }
 
-    /// What the stream table is to have of the user's: none to abort; nothing of it, or the
-    /// words of stage 1.
+    /// The user's part of the stream table entry: none to abort; otherwise nothing, or the words of
+    /// stage 1.
     pub fn stream_stage1(&self) -> Option<Option<[u64; 2]>> {
         match self.config() {
             StreamConfig::Stage1 => Some(Some(self.ste)),
@@ -166,7 +166,7 @@ impl NestedDomain for SmmuNested {
     }
 }
 
-/// What Linux makes of the user's words: 0 for an entry that is not valid.
+/// Linux's version of the user's words: 0 for an entry that is not valid.
 fn validate([low, high]: [u64; 2]) -> Outcome<[u64; 2]> {
     let (word0, word1) = (Ste0::from_bits(low), Ste1::from_bits(high));
     if !word0.v() {
@@ -181,7 +181,7 @@ fn validate([low, high]: [u64; 2]) -> Outcome<[u64; 2]> {
     Ok([low, word1.with_eats(0).into_bits()])
 }
 
-/// The fields of word 0 that are the user's (`STRTAB_STE_0_NESTING_ALLOWED`).
+/// The fields of word 0 that the user may set (`STRTAB_STE_0_NESTING_ALLOWED`).
 fn allowed0() -> u64 {
     Ste0::new()
         .with_v(true)
@@ -192,7 +192,7 @@ fn allowed0() -> u64 {
         .into_bits()
 }
 
-/// The fields of word 1 that are the user's (`STRTAB_STE_1_NESTING_ALLOWED`).
+/// The fields of word 1 that the user may set (`STRTAB_STE_1_NESTING_ALLOWED`).
 fn allowed1() -> u64 {
     Ste1::new()
         .with_s1dss(3)
@@ -204,7 +204,7 @@ fn allowed1() -> u64 {
         .into_bits()
 }
 
-/// `domain` as this driver's.
+/// Downcasts `domain` to this driver's.
 ///
 /// # Errors
 /// `EINVAL` it is another's.
@@ -215,7 +215,7 @@ pub(super) fn own_paging(domain: &dyn PagingDomain) -> Outcome<&SmmuPaging> {
     }
 }
 
-/// `domain` as this driver's.
+/// Downcasts `domain` to this driver's.
 ///
 /// # Errors
 /// `EINVAL` it is another's.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where events of a stream go: stage 1's to the vIOMMU that the stream is the user's by, with the
-//! user's StreamID; stage 2's are the host's own.
+//! Routing of a stream's events: stage 1's go to the vIOMMU that it is attached through, with the
+//! user's StreamID; stage 2's concern the host.
 
 use std::sync::{MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -10,7 +10,7 @@ use crate::units::smmuv3::EventSink;
 use twostage::iommufd::{FaultSink, HostFault, ObjectId, VEVENTQ_ARM_SMMUV3};
 use twostage::spec::smmuv3::event::EventRecord;
 
-/// A stream, as its events see it.
+/// The event destinations of a stream.
 #[derive(Debug, Default)]
 pub(super) struct Master(Mutex<Targets>);
 
@@ -18,7 +18,7 @@ pub(super) struct Master(Mutex<Targets>);
 struct Targets {
     /// The vIOMMU that the stream is attached through.
     vmaster: Option<Vmaster>,
-    /// Beyond Linux: who is told of what stage 2 refuses.
+    /// Beyond Linux: gets the faults of stage 2.
     sink: Option<(ObjectId, Weak<dyn FaultSink>)>,
 }
 
@@ -29,12 +29,12 @@ impl std::fmt::Debug for Targets {
 }
 
 impl Master {
-    /// From now on the stream is attached through `vmaster`, or through none.
+    /// Sets the vIOMMU that the stream is attached through, if any.
     pub fn set_vmaster(&self, vmaster: Option<Vmaster>) {
         self.targets().vmaster = vmaster;
     }
 
-    /// From now on `sink` is told of what stage 2 refuses.
+    /// Sets the sink for faults of stage 2.
     pub fn set_fault_sink(&self, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
         self.targets().sink = sink;
     }
@@ -52,7 +52,7 @@ impl EventSink for Master {
                 let record = EventRecord { qw0: record.qw0.with_stream_id(*vsid), ..*record };
                 let bytes: Vec<u8> =
                     record.to_words().into_iter().flat_map(u64::to_le_bytes).collect();
-                // Nobody need want events; there is nobody else to tell.
+                // Without a vEVENTQ the event is dropped.
                 let _ = events.report(VEVENTQ_ARM_SMMUV3, &bytes);
             }
             return;

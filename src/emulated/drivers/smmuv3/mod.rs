@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The driver of an SMMUv3, as Linux's: page tables filled from an IOAS are stage 1, or stage 2 for
-//! nesting parents; the user's own stage 1 is nested by a vIOMMU, which takes commands of the
+//! The driver of an SMMUv3, like Linux's: page tables filled from an IOAS are stage 1, or stage 2
+//! for nesting parents; the user's stage 1 is nested through a vIOMMU, which takes commands of the
 //! user's queue and reports events of its streams.
 
 mod domains;
@@ -32,11 +32,11 @@ use twostage::iommufd::{
 };
 use vsmmu::Vsmmu;
 
-/// Where Linux puts the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
-/// behind an SMMU has anything else there.
+/// Linux's window for the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
+/// behind an SMMU can map anything else there.
 const SW_MSI: RangeInclusive<u64> = 0x0800_0000..=0x080f_ffff;
 
-/// SubstreamIDs in a table of context descriptors of one level, in bits (`CTXDESC_LINEAR_CDMAX`).
+/// SubstreamID bits of a linear context descriptor table (`CTXDESC_LINEAR_CDMAX`).
 const LINEAR_SSID_BITS: u8 = 10;
 
 /// The driver of one SMMU.
@@ -47,19 +47,19 @@ pub(crate) struct SmmuDriver {
     streams: Mutex<BTreeMap<u16, StreamState>>,
 }
 
-/// What a stream is attached to.
+/// The attachments of a stream.
 #[derive(Debug, Default)]
 struct StreamState {
     master: Arc<Master>,
-    /// The tables of requests without SubstreamID; none for blocked ones.
+    /// The stage for requests without SubstreamID; none if blocked.
     stage: Option<Stage>,
-    /// The SubstreamIDs that the host has context descriptors for.
+    /// The SubstreamIDs with context descriptors of the host.
     substreams: BTreeSet<u32>,
 }
 
 impl SmmuDriver {
-    /// The driver of `unit`, whose page tables get their tags from `tags`, as those of all units of
-    /// the machine do.
+    /// The driver of `unit`, whose page tables get their tags from `tags`, which all units of the
+    /// machine share.
     pub fn new(unit: Arc<SmmuV3Unit>, tags: Arc<CacheTags>) -> Self {
         Self { unit, tags, streams: Mutex::default() }
     }
@@ -68,7 +68,7 @@ impl SmmuDriver {
         self.streams.lock()
     }
 
-    /// The state of `device`, whose events come here from now on.
+    /// The state of `device`, whose events are routed here from now on.
     fn stream<'a>(
         &self,
         streams: &'a mut BTreeMap<u16, StreamState>,
@@ -82,18 +82,18 @@ impl SmmuDriver {
         })
     }
 
-    /// Whether both stages translate at once (`ARM_SMMU_FEAT_NESTING`).
+    /// Whether both stages can translate together (`ARM_SMMU_FEAT_NESTING`).
     fn nests(&self) -> bool {
         self.unit.config().nesting
     }
 
-    /// The page requests of the unit's devices, if `device` makes some. One that makes none can
-    /// have a page table with a fault queue all the same, as in Linux.
+    /// The page requests of the unit's devices, if `device` makes any. One that makes none can
+    /// still have a page table with a fault queue, as in Linux.
     fn page_requests(&self, device: &Requester) -> Option<&PageRequests> {
         self.unit.page_requests().filter(|_| device.config.pri)
     }
 
-    /// What the stream table is to have for `domain`, and where events of `device` go then.
+    /// The stream table entry for `domain`, and the destination of events of `device`.
     fn prepare(
         &self,
         device: &Requester,
@@ -142,9 +142,9 @@ impl SmmuDriver {
     }
 }
 
-/// An attachment that nothing stands in the way of.
+/// A validated attachment.
 struct Prepared {
-    /// What the stream table is to have; none to abort.
+    /// The stream table entry; none to abort.
     entry: Option<StreamEntry>,
     stage: Stage,
     vmaster: Option<Vmaster>,
@@ -168,7 +168,7 @@ impl Driver for SmmuDriver {
     }
 
     fn dirty_tracking(&self, _: &Requester) -> bool {
-        // Hardware that keeps dirty states (IDR0.HTTU) is not emulated.
+        // Hardware updates of dirty state (IDR0.HTTU) are not emulated.
         false
     }
 
@@ -218,7 +218,7 @@ impl Driver for SmmuDriver {
 
     fn has_viommu(&self, kind: u32) -> bool {
         let config = self.unit.config();
-        // The user must not get around the caches by memory attributes.
+        // The user must not be able to bypass the caches by memory attributes.
         let coherent = config.canwbs || config.s2fwb;
         self.nests() && coherent && kind == ViommuKind::ArmSmmuV3.number()
     }

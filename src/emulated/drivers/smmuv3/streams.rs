@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The streams that a vIOMMU knows, by the user's StreamIDs.
+//! The streams of a vIOMMU, by the user's StreamIDs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard};
@@ -11,7 +11,7 @@ use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 use twostage::spec::smmuv3::StreamId;
 
-/// Where events of a stream go that is the user's.
+/// Destination of the events of a user's stream.
 #[derive(Debug, Clone)]
 pub(super) struct Vmaster {
     /// The user's StreamID.
@@ -20,38 +20,38 @@ pub(super) struct Vmaster {
     pub events: Arc<ViommuEvents>,
 }
 
-/// The streams that a vIOMMU knows.
+/// The streams of a vIOMMU.
 #[derive(Debug)]
 pub(super) struct Streams {
-    /// Requester ids by the user's StreamIDs.
+    /// Requester IDs by the user's StreamIDs.
     by_vsid: Mutex<BTreeMap<u64, u16>>,
     events: Arc<ViommuEvents>,
 }
 
 impl Streams {
-    /// None so far; what happens to them goes to `events`.
+    /// No streams yet; their events will go to `events`.
     pub fn new(events: Arc<ViommuEvents>) -> Self {
         Self { by_vsid: Mutex::default(), events }
     }
 
-    /// The user calls the stream of requester id `rid` `vsid`.
+    /// The user calls the stream of requester ID `rid` `vsid`.
     pub fn insert(&self, vsid: u64, rid: u16) {
         self.by_vsid().insert(vsid, rid);
     }
 
-    /// No stream is called `vsid` any more.
+    /// Removes the stream called `vsid`.
     pub fn remove(&self, vsid: u64) {
         self.by_vsid().remove(&vsid);
     }
 
-    /// Where events of `device` go, if the vIOMMU knows it.
+    /// Destination of the events of `device`, if the vIOMMU knows it.
     pub fn vmaster(&self, device: &Requester) -> Option<Vmaster> {
         let (vsid, _) = self
             .by_vsid()
             .iter()
             .map(|(vsid, sid)| (*vsid, *sid))
             .find(|(_, sid)| *sid == device.rid.raw())?;
-        // Linux puts as much of it into the record.
+        // Linux truncates it like this.
         Some(Vmaster { vsid: vsid as u32, events: self.events.clone() })
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The driver by the verbs of an iommufd, with a unit behind it.
+//! The driver through the verbs of an iommufd, with a unit behind it.
 
 use std::sync::{Arc, Weak};
 use twostage::sync::Mutex;
@@ -24,7 +24,7 @@ const MEMORY: u64 = 0x10_0000;
 /// The guest's name of the device, and its ASID.
 const VSID: u64 = 0x55;
 const ASID: u64 = 7;
-/// Where the guest has its context descriptor, its tables, and two pages.
+/// GPAs of the guest's context descriptor, its tables, and two pages.
 const CONTEXT: u64 = 0x1000;
 const TABLES: u64 = 0x2000;
 const FIRST: u64 = 0x8000;
@@ -91,7 +91,7 @@ impl Bench {
         self.port().read(PLAIN, iova, &mut bytes).ok().map(|()| u64::from_le_bytes(bytes))
     }
 
-    /// Writes a context descriptor and tables that lead [`IOVA`] to `page`.
+    /// Writes a context descriptor and tables that map [`IOVA`] to `page`.
     fn lead(&self, page: u64) {
         let word = 16 | 1 << 30 | 1 << 31 | 5 << 32 | 1 << 41 | 3 << 45 | ASID << 48;
         self.set(CONTEXT, word);
@@ -115,7 +115,7 @@ impl Bench {
         self.host.hwpt_invalidate(viommu, InvalidateData::ArmSmmuV3(&commands))
     }
 
-    /// A vIOMMU that knows the device, to which a stage 1 is attached that leads to `page`.
+    /// A vIOMMU that knows the device, which is attached to a stage 1 that maps to `page`.
     fn translated(&self, page: u64) -> ObjectId {
         let viommu = self.viommu(self.parent());
         self.host.vdevice_alloc(viommu, self.dev, VSID).unwrap();
@@ -134,7 +134,7 @@ fn errno<T: std::fmt::Debug>(result: twostage::iommufd::Result<T>) -> Errno {
     result.unwrap_err().errno
 }
 
-/// CMD_TLBI_NH_VA of [`IOVA`], with a VMID that is no matter.
+/// CMD_TLBI_NH_VA of [`IOVA`]; the VMID is ignored.
 fn tlbi() -> Command {
     Command::TlbiNhVa { vmid: 99, asid: ASID as u16, range: AddressRange::at(IOVA) }
 }
@@ -245,7 +245,7 @@ fn pasids_of_the_hosts_and_tables_of_the_users_exclude_each_other() {
     let stage1 = bench.hwpt(bench.dev, bench.ioas, PASID, HwptData::None).unwrap();
     host.device_attach(bench.dev, Some(5), stage1).unwrap();
     let busy = |pt| errno(host.device_attach(bench.dev, None, pt));
-    // The core says so before the driver could: these are without the PASID flag.
+    // The core refuses it before the driver: these are without the PASID flag.
     assert_eq!((busy(nested), busy(parent)), (Errno::EINVAL, Errno::EINVAL));
     bench.set(FIRST, 3);
     let mut bytes = [0; 8];
@@ -313,7 +313,7 @@ fn commands_of_a_refused_block_count_as_done_and_are_not() {
     let error = bench.invalidate(viommu, &[tlbi(), tlbi(), SYNC, tlbi()]).unwrap_err();
     assert_eq!((error.done, error.error.errno), (2, Errno::EIO));
     assert_eq!(bench.read(IOVA), Some(1), "none was issued");
-    // The one that counts is in a block before the refused one's.
+    // The relevant one is in a block before the refused one's.
     let mut commands = vec![cfgi(VSID); 62];
     commands.push(tlbi());
     commands.extend([cfgi(VSID); 10]);
@@ -323,7 +323,7 @@ fn commands_of_a_refused_block_count_as_done_and_are_not() {
     assert_eq!(bench.read(IOVA), Some(2), "the first 63 were issued");
 }
 
-/// Keeps the faults it is told.
+/// Records the faults.
 #[derive(Default)]
 struct Faults(Mutex<Vec<HostFault>>);
 
@@ -390,7 +390,7 @@ fn devices_of_one_vsmmu_share_translations() {
     assert_eq!((bench.read(IOVA), read()), (Some(2), 2));
 }
 
-/// As in kernels after 7.2, which takes them all.
+/// As in kernels after 7.2: Linux 7.2 accepts such commands.
 #[test]
 fn a_bit_of_no_field_is_refused() {
     let full = SmmuV3UnitConfig { ats: true, ..Default::default() };
@@ -402,7 +402,7 @@ fn a_bit_of_no_field_is_refused() {
     };
     let stream = VSID << 32;
     let (vmid, asid, page) = (0xffff << 32, 0xffff << 48, !0xfff);
-    // A command, which of its bits may be set alone, and whether the poor one takes it.
+    // A command, which of its bits may be set, and whether the minimal SMMU accepts it.
     for (base, mask, poor) in [
         ([0x10, 0], [vmid, 0], true),
         ([0x11, 0], [vmid | asid, 0], true),
@@ -417,7 +417,7 @@ fn a_bit_of_no_field_is_refused() {
         // Neither of the opcode nor of the StreamID.
         for bit in (8..128).filter(|bit| base[0] >> 32 == 0 || !(32..64).contains(bit)) {
             let flip = [(1u128 << bit) as u64, ((1u128 << bit) >> 64) as u64];
-            // SubstreamIDs of CMD_CFGI_CD are for an SMMU that has some.
+            // SubstreamIDs of CMD_CFGI_CD need an SMMU that supports them.
             let id = base[0] & 0xff == 5 && (12..32).contains(&bit);
             let words = [base[0] | flip[0], base[1] | flip[1]];
             let good = flip[0] & mask[0] != 0 || flip[1] & mask[1] != 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vIOMMU of an SMMU: the user's streams by the user's StreamIDs, and its invalidation commands.
+//! A vIOMMU of an SMMU: the user's streams by the user's StreamIDs, and invalidation commands.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::units::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
 use twostage::iommufd::{Errno, HwptFlags};
 use twostage::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 
-/// Commands that Linux issues at once (`CMDQ_BATCH_ENTRIES`, but for the CMD_SYNC).
+/// Commands that Linux issues together (`CMDQ_BATCH_ENTRIES`, without the CMD_SYNC).
 const BLOCK: usize = 63;
 
 /// Bytes of a command.
@@ -25,9 +25,9 @@ const COMMAND_SIZE: usize = 16;
 #[derive(Debug)]
 pub(super) struct Vsmmu {
     unit: Arc<SmmuV3Unit>,
-    /// The VMID: the nesting parent's.
+    /// The nesting parent's VMID.
     tag: CacheTag,
-    /// Keeps the VMID the parent's.
+    /// Keeps the VMID in use.
     _parent: Arc<dyn PagingDomain>,
     streams: Arc<Streams>,
 }
@@ -45,12 +45,11 @@ impl Vsmmu {
         Self { unit, tag, _parent: parent.clone(), streams }
     }
 
-    /// What a command of the user's is to the SMMU.
+    /// Converts a user's command for the SMMU.
     ///
     /// # Errors
-    /// `EIO` it is none of those that are the user's, or of a stream that is not, or has a bit that
-    /// the SMMU has no field for (as in kernels after 7.2: such a command may stop the queue of all
-    /// users).
+    /// `EIO` the command is not allowed for users, its stream is unknown, or it has undefined bits
+    /// set (as in kernels after 7.2: such a command may stop the queue for all users).
     fn convert(&self, words: [u64; 2]) -> Outcome<Invalidation> {
         let tag = self.tag;
         let command = match Command::decode(words) {
@@ -58,7 +57,7 @@ impl Vsmmu {
             _ => return refuse(Errno::EIO, format!("the command {words:x?} is not the user's")),
         };
         Ok(match command {
-            // All that the user has is of its VMID.
+            // The user's part is its VMID.
             Command::TlbiNsnhAll | Command::TlbiNhAll { .. } => Invalidation::All { tag },
             Command::TlbiNhAsid { asid, .. } => Invalidation::Asid { tag, asid },
             Command::TlbiNhVa { asid, range, .. } => Invalidation::Va { tag, asid, range },
@@ -92,7 +91,7 @@ impl ViommuDriver for Vsmmu {
     }
 
     /// Linux converts commands one by one and issues them in blocks. When it refuses one, those
-    /// before it in its block have been converted and count as done, but are never issued.
+    /// before it in its block count as done, but are never issued.
     fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial> {
         let commands = read_all(entries)?;
         for (number, block) in commands.chunks(BLOCK).enumerate() {
@@ -120,8 +119,8 @@ impl ViommuDriver for Vsmmu {
     }
 }
 
-/// Whether an SMMU like `config` has all that `words`, which `command` was decoded from, say: no
-/// bit is of no field, or of a field that it does not have, or of a value that is reserved.
+/// Whether `words`, which `command` was decoded from, are valid for an SMMU like `config`: without
+/// undefined bits, unsupported fields or reserved values.
 fn is_whole(config: &SmmuV3UnitConfig, command: &Command, words: [u64; 2]) -> bool {
     let substreams = config.ssid_bits() > 0;
     let has = match *command {
@@ -143,7 +142,7 @@ fn is_whole(config: &SmmuV3UnitConfig, command: &Command, words: [u64; 2]) -> bo
 /// All commands of an array, which is read before anything is done.
 ///
 /// # Errors
-/// `EINVAL` another type, or none; `E2BIG` what is beyond a command is not zero; `EFAULT`.
+/// `EINVAL` another type, or none; `E2BIG` the excess bytes of a command are not zero; `EFAULT`.
 fn read_all(entries: &dyn UserArray) -> Outcome<Vec<[u64; 2]>> {
     let (count, length) = (entries.count(), entries.entry_length());
     if entries.data_type() != ARM_SMMUV3_INVALIDATE || count == 0 {
@@ -153,7 +152,7 @@ fn read_all(entries: &dyn UserArray) -> Outcome<Vec<[u64; 2]>> {
     let mut entry = vec![0; length.max(COMMAND_SIZE)];
     let mut commands = Vec::with_capacity(count);
     for index in 0..count {
-        // Neither factor has more than 32 bits. As long as the entry, or longer.
+        // Neither factor has more than 32 bits. At least the entry's length.
         entries.read(index as u64 * length as u64, entry.get_mut(..length).unwrap_or_default())?;
         let Some((command, rest)) = entry.split_first_chunk() else { continue };
         if rest.iter().any(|byte| *byte != 0) {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Every ioctl, with structures and pointers that are wrong: it answers as Linux does, and changes
-//! nothing.
+//! Every ioctl with invalid structures and pointers: the result is Linux's, and nothing changes.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -15,10 +14,10 @@ use twostage::iommufd::{Errno, HostIommu, ObjectId, ViommuKind};
 
 /// Descriptor of a file.
 const FILE: i32 = 5;
-/// Where in the memory of the process data for a driver are.
+/// Address of driver data in the process's memory.
 const DATA: u64 = 0x4000;
 
-/// A process with an object of every kind that an ioctl names.
+/// A process with an object of every kind that ioctls use.
 struct Rig {
     process: Process,
     dev: ObjectId,
@@ -43,12 +42,12 @@ fn rig() -> Rig {
     Rig { process, dev, idle, ioas, parent, nested, viommu }
 }
 
-/// An ioctl that succeeds.
+/// A successful ioctl.
 struct Call {
     number: u32,
-    /// What follows the size.
+    /// The fields after the size.
     fields: Vec<Field>,
-    /// Which of the fields points to something.
+    /// The field that is a pointer.
     pointer: Option<usize>,
 }
 
@@ -60,7 +59,7 @@ fn pointing(number: u32, fields: Vec<Field>, pointer: usize) -> Call {
     Call { number, fields, pointer: Some(pointer) }
 }
 
-/// One call of every ioctl, in the order of their numbers. Each is for a rig of its own.
+/// One call of every ioctl, in numerical order, each for a new rig.
 fn calls(rig: &Rig) -> Vec<Call> {
     let &Rig { ref process, dev, idle, ioas, parent, nested, viommu } = rig;
     let (readable, fixed, writable) = (4, 1, 2);
@@ -94,7 +93,7 @@ fn calls(rig: &Rig) -> Vec<Call> {
         ),
         pointing(IOMMUFD_CMD_GET_HW_INFO, vec![D(0), id(dev), D(24), Q(room), Q(0), Q(0)], 3),
         call(IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, vec![D(1), id(parent), D(0)]),
-        // Linux says nothing of a bitmap that it cannot write.
+        // Linux ignores a bitmap that it cannot write.
         call(
             IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP,
             vec![id(parent), D(0), D(0), Q(0x1000), Q(0x1000), Q(0x1000), Q(room)],
@@ -134,12 +133,12 @@ fn state(rig: &Rig) -> impl PartialEq + std::fmt::Debug {
     (host.graph(), [rig.idle, rig.ioas].map(ranges), queues, rig.process.bench.fake.told())
 }
 
-/// The bytes of a structure that says it has `declared`.
+/// The bytes of a structure that declares `declared` bytes.
 fn structure(fields: &[Field], declared: usize) -> Vec<u8> {
     [(declared as u32).to_ne_bytes().to_vec(), flat(fields)].concat()
 }
 
-/// Makes the call on `bytes`, which must not change, nor anything else.
+/// Makes the call on `bytes`; neither they nor anything else may change.
 fn refused(rig: &Rig, number: u32, bytes: &[u8], expected: Errno) {
     rig.process.bench.fake.told();
     let before = state(rig);
@@ -148,7 +147,7 @@ fn refused(rig: &Rig, number: u32, bytes: &[u8], expected: Errno) {
         rig.process.bench.host.ioctl(request_of(number), &mut argument, &rig.process.caller());
     assert_eq!(outcome, Err(expected), "{number:#x}: {bytes:x?}");
     assert!(state(rig) == before, "{number:#x}: {bytes:x?}");
-    // How many entries are done is told in every case, and the sample asks for one.
+    // The number of completed entries is always written back, and the sample has one entry.
     if number != IOMMUFD_CMD_HWPT_INVALIDATE {
         assert_eq!(argument, bytes, "{number:#x}");
     }
@@ -161,7 +160,7 @@ fn the_samples_are_of_every_ioctl_and_succeed() {
     for (index, operation) in OPERATIONS.iter().enumerate() {
         let rig = rig();
         if operation.number == IOMMUFD_CMD_IOAS_CHANGE_PROCESS {
-            // It takes no memory of a process.
+            // It uses no memory of a process.
             rig.process.bench.unmapped(rig.ioas);
         }
         let call = &calls(&rig)[index];

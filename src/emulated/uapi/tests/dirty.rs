@@ -27,7 +27,7 @@ fn checks_are_in_linuxs_order() {
     assert_eq!(set(1, plain), Err(Errno::EOPNOTSUPP));
     set(1, dirty).unwrap();
     set(0, dirty).unwrap();
-    // Each row repairs what the one before it broke: HWPT, flags, reserved, IOVA, length, page.
+    // Each row fixes what the one before it broke: HWPT, flags, reserved, IOVA, length, page.
     let rows = [
         (NONE, 2, 0, 1, u64::MAX, 0, Errno::EOPNOTSUPP),
         (NONE, 1, 1, 1, u64::MAX, 0, Errno::EOPNOTSUPP),
@@ -47,7 +47,7 @@ fn checks_are_in_linuxs_order() {
     process.call(GET, &fields).expect("nothing is dirty, so nothing is written");
 }
 
-/// 64 MiB from IOVA 1 MiB on, with a device that writes there while it is tracked.
+/// 64 MiB from IOVA 1 MiB on, with a device that writes there while tracking is on.
 fn tracked() -> (Process, ObjectId, DmaPort) {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
@@ -95,7 +95,7 @@ fn a_bitmap_that_cannot_be_written_leaves_pages_dirty() {
         process.call(GET, &fields).map(drop)
     };
     assert_eq!(get(NOWHERE, 0x40_0000), Err(Errno::EFAULT));
-    // The bit of the first page has room, that of the second has not.
+    // The bit of the first page fits, that of the second does not.
     assert_eq!(get(process.at(MEMORY) - 0x20, 0x40_0000), Err(Errno::EFAULT));
     process.poke(0, &[Q(0); 0x10]);
     assert_eq!(get(process.at(0), 0), Err(Errno::EINVAL), "no byte is not all of them");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory of a device in an IOAS.
+//! Device memory in an IOAS.
 
 use iommufd_bindings::*;
 use vm_memory::{Bytes, MemoryRegionAddress};
@@ -13,7 +13,7 @@ use twostage::spec::pci::Bdf;
 const SIZE: u64 = 0x4000;
 const FD: u32 = 5;
 
-/// A process that has a device's memory open, and an IOAS.
+/// A process that has opened a device's memory, and an IOAS.
 fn process() -> (Process, ObjectId) {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `FAULT_QUEUE_ALLOC`, `VEVENTQ_ALLOC`, and the descriptors that they give.
+//! `FAULT_QUEUE_ALLOC`, `VEVENTQ_ALLOC`, and their descriptors.
 
 use iommufd_bindings::*;
 
@@ -11,7 +11,7 @@ use twostage::iommufd::{
     PageRequestPermissions, ViommuKind,
 };
 
-/// Size of a page request, of a response, and of a header of an event, in bytes.
+/// Size of a page request, of a response, and of an event header, in bytes.
 const REQUEST: usize = 40;
 const RESPONSE: usize = 8;
 const HEADER: usize = 8;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Every time that memory is asked for fails in turn: the call fails, and nothing is left of it.
+//! Every pinning fails in turn: the call fails, and has no effect.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -16,11 +16,11 @@ use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserM
 const PAGE: u64 = 0x1000;
 const RW: Protection = Protection::READ_WRITE;
 
-/// A process whose memory is of pieces of one page each, one of which cannot be pinned.
+/// A process whose memory consists of pieces of one page, one of which cannot be pinned.
 #[derive(Debug, Clone)]
 struct Fragile {
     space: RegionSpace,
-    /// Pages that are asked for before the one that fails; less than none when none fails.
+    /// Pages pinned before the failing one; negative if none fails.
     left: Arc<AtomicU64>,
 }
 
@@ -54,7 +54,7 @@ impl AccessUnmap for Nobody {
     fn unmap(&self, _: u64, _: u64) {}
 }
 
-/// Two IOASes, the second one with a HWPT, and an access object in the first.
+/// Two IOASes, the second with a HWPT, and an access object in the first.
 struct Rig {
     bench: Bench,
     dev: ObjectId,
@@ -87,7 +87,7 @@ impl Rig {
         objects.ioas_map(ioas, request).map(drop).map_err(|refusal| refusal.errno)
     }
 
-    /// Everything that pins, one after the other; stops at the first that fails.
+    /// Everything that pins, in sequence; stops at the first failure.
     fn everything(&self) -> Result<(), Errno> {
         self.map(self.src, 0x10000, 3)?;
         self.map(self.src, 0x13000, 3)?;
@@ -112,7 +112,7 @@ fn a_pin_that_fails_leaves_nothing_behind() {
         rig.everything().unwrap();
         NEVER - rig.user.left.load(Ordering::Relaxed)
     };
-    // 6 pages that everything shares, 2 of its own.
+    // 6 pages shared by everything, 2 separate ones.
     assert_eq!(asked, 8, "each page is asked for once, however many share it");
     for failing in 0..asked {
         let rig = Rig::new();
@@ -121,7 +121,7 @@ fn a_pin_that_fails_leaves_nothing_behind() {
         rig.user.left.store(NEVER, Ordering::Relaxed);
         let pinned = rig.state().1;
         assert!(pinned < asked * PAGE && pinned.is_multiple_of(PAGE));
-        // What failed does not fail again, nor stand in its own way.
+        // What failed succeeds now.
         let again = rig.bench.paging(rig.dev, rig.src, PLAIN).unwrap();
         rig.bench.host.destroy(again).unwrap();
         assert_eq!(rig.state().1, pinned, "{failing}");
@@ -139,7 +139,7 @@ fn a_call_whose_pin_fails_changes_nothing() {
     rig.map(rig.src, 0x10000, 4).unwrap();
     rig.access.pin_pages(0x11000, PAGE, true).unwrap();
     let before = rig.state();
-    // The page that is pinned is not asked for.
+    // A pinned page is not looked up.
     for failing in 0..3 {
         let fail = || rig.user.left.store(failing, Ordering::Relaxed);
         fail();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What holds for every structure: numbers, sizes, zero-extension, excess.
+//! What applies to every structure: numbers, sizes, zero-extension, excess.
 
 use iommufd_bindings::*;
 
@@ -38,7 +38,7 @@ fn sizes_are_those_of_linux() {
     assert_eq!(sizes, expected);
 }
 
-/// A structure of `size` bytes that says it has `declared`.
+/// A structure of `size` bytes that declares `declared`.
 fn structure(declared: usize, size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];
     bytes[..4].copy_from_slice(&(declared as u32).to_ne_bytes());
@@ -89,7 +89,7 @@ fn a_longer_structure_is_accepted_only_if_the_excess_is_zero() {
         let ioctl = |bytes: &mut [u8]| {
             let request = request_of(operation.number);
             let outcome = process.bench.host.ioctl(request, bytes, &process.space);
-            // So that the next call finds the same.
+            // So that the next call starts from the same state.
             process.bench.host.close();
             outcome
         };

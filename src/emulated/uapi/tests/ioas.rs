@@ -33,7 +33,7 @@ fn map_checks_in_linuxs_order() {
     let process = Process::new();
     let ioas = process.bench.ioas();
     let va = process.at(0);
-    // flags, ioas, reserved, user_va, length, iova: each row repairs what the one before it broke.
+    // flags, ioas, reserved, user_va, length, iova: each row fixes what the one before it broke.
     let rows = [
         (8, NONE, 0, !0, !0, !0, Errno::EOPNOTSUPP),
         (0, NONE, 1, !0, !0, !0, Errno::EOPNOTSUPP),
@@ -90,7 +90,7 @@ fn a_file_is_mapped_by_offset() {
         let fields = [D(flags), id(ioas), D(fd), Q(start), Q(length), Q(iova)];
         process.call(IOMMUFD_CMD_IOAS_MAP_FILE, &fields).map(|answer| u64_at(&answer, 32))
     };
-    // Each row repairs what the one before it broke.
+    // Each row fixes what the one before it broke.
     let rows = [
         (8, NONE, 6, !0, !0, !0, Errno::EOPNOTSUPP),
         (0, NONE, 6, !0, 0, !0, Errno::EOVERFLOW),

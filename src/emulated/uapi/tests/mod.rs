@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The byte-level rules, one ioctl a file.
+//! The byte-level rules, one file per ioctl.
 
 mod bad_input;
 mod dirty;
@@ -42,7 +42,7 @@ struct Process {
     files: Vec<(i32, Arc<File>)>,
     dma_bufs: Vec<(i32, Arc<DmaBuf>)>,
     who: Credentials,
-    /// Queues that are open, from descriptor 10 on; none when there is room for none.
+    /// Open queues, from descriptor 10 on; none if the limit is reached.
     queues: Option<Queues>,
 }
 
@@ -96,7 +96,7 @@ impl UserSpace for Caller {
 }
 
 const MEMORY: u64 = 0x8000;
-/// Where no process has memory.
+/// An address where no process has memory.
 const NOWHERE: u64 = 0x1000;
 
 impl Process {
@@ -140,13 +140,13 @@ impl Process {
         self.region.read_obj(MemoryRegionAddress(offset)).unwrap()
     }
 
-    /// Makes ioctl `number` on a structure of these fields, after its size.
+    /// Makes ioctl `number` on a structure with these fields after its size.
     fn call(&self, number: u32, fields: &[Field]) -> Result<Vec<u8>, Errno> {
         let (outcome, answer) = self.call_and_look(number, fields);
         outcome.map(|()| answer)
     }
 
-    /// The same, with what the structure is afterwards even when the call failed.
+    /// The same; also returns the structure, even if the call failed.
     fn call_and_look(&self, number: u32, fields: &[Field]) -> (Result<(), Errno>, Vec<u8>) {
         let mut bytes = flat(&[D(0)]);
         bytes.extend(flat(fields));

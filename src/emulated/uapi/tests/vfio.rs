@@ -12,10 +12,10 @@ use twostage::iommufd::{Errno, HostIommu, ObjectId, UserMemory};
 const BIND: u32 = 0x3b76;
 const ATTACH: u32 = 0x3b77;
 const DETACH: u32 = 0x3b78;
-/// Where the process has a token.
+/// Address of a token in the process.
 const TOKEN: u64 = 0x1000;
 
-/// A device, opened by a process whose descriptor 3 is an iommufd, and 4 is none.
+/// A device, opened by a process whose descriptor 3 is an iommufd and 4 is not.
 struct Opened {
     file: DeviceFile,
     descriptors: Descriptors,

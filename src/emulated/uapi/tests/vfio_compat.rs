@@ -28,7 +28,7 @@ impl Process {
         self.bench.host.vfio_ioctl(request, argument, &self.caller())
     }
 
-    /// A VFIO ioctl on a structure of these fields, after its size.
+    /// A VFIO ioctl on a structure with these fields after its size.
     fn dma(&self, request: u32, fields: &[Field]) -> Result<i32, Errno> {
         let size = 4 + flat(fields).len() as u32;
         self.dma_of_size(request, size, fields)
@@ -43,7 +43,7 @@ impl Process {
         self.dma(MAP_DMA, &[D(RW), Q(self.at(offset)), Q(iova), Q(size)])
     }
 
-    /// Unmaps; what the structure then says was unmapped.
+    /// Unmaps; returns the size that was unmapped according to the structure.
     fn unmap_dma(&self, flags: u32, iova: u64, size: u64) -> (Result<i32, Errno>, u64) {
         let outcome = self.dma(UNMAP_DMA, &[D(flags), Q(iova), Q(size)]);
         (outcome, self.peek(16))
@@ -219,7 +219,7 @@ fn the_first_version_comes_too_late_for_huge_pages() {
     assert_eq!(process.unmap_dma(0, IOVA, 0x1000), (Err(Errno::ENOENT), 0));
 }
 
-/// Asks for the information with `argsz` bytes of room; the outcome, and all the memory.
+/// Queries the information with `argsz` bytes of room; the result, and all the memory.
 fn info(process: &Process, argsz: u32) -> (Result<i32, Errno>, Vec<u8>) {
     process.poke(0, &[Q(0xaaaa_aaaa_aaaa_aaaa); 32]);
     let outcome = process.vfio(GET_INFO, process.poke(0, &[D(argsz)]));
@@ -251,7 +251,7 @@ fn information_is_as_long_as_there_is_room() {
             assert_eq!(u32_at(&bytes, 16), if argsz >= WHOLE { 24 } else { 0 });
         }
     }
-    // The second range does not fit: only the first is written, and what is before them is not.
+    // The second range does not fit: only the first is written, without what precedes them.
     let (_, bytes) = info(&process, WHOLE - 1);
     assert_eq!(bytes[40..56], [0xaa; 16]);
     assert_eq!(bytes[56..72], flat(&[Q(0), Q(0xfedf_ffff)]));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ioctls of vIOMMUs, and of what belongs to them.
+//! The ioctls of vIOMMUs and their objects.
 
 use std::os::unix::fs::FileExt;
 

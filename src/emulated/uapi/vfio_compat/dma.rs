@@ -72,19 +72,19 @@ pub(super) fn unmap(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) ->
         unmapped = unmap.bytes;
         outcome
     });
-    // Whether or not it failed.
+    // Whether it failed or not.
     user.write(argument, UnmapDma { size: unmapped, ..dma }.as_bytes())?;
     outcome
 }
 
-/// Splits mappings at the ends of a range, where the IOAS lets them be split.
+/// Splits mappings at the ends of a range, if the IOAS allows it.
 fn cut(host: &EmulatedHost, iova: u64, size: u64) -> Outcome<()> {
     let mut objects = host.objects();
     let ioas = objects.vfio_ioas()?;
     if objects.huge_pages(ioas)? {
         return Ok(());
     }
-    // A range that wraps is refused afterwards, as in Linux.
+    // A range that wraps is refused later, as in Linux.
     objects.cut(ioas, iova.wrapping_add(size).wrapping_sub(1))?;
     match iova.checked_sub(1) {
         Some(last) => objects.cut(ioas, last),
@@ -92,7 +92,7 @@ fn cut(host: &EmulatedHost, iova: u64, size: u64) -> Outcome<()> {
     }
 }
 
-/// Checks the size that a structure says it has, and its flags.
+/// Checks the declared size of a structure, and its flags.
 fn check(argsz: u32, size: usize, flags: u32, known: u32) -> Outcome<()> {
     if (argsz as usize) < size || flags & !known != 0 {
         return refuse(Errno::EINVAL, format!("argsz {argsz}, flags {flags:#x}"));

@@ -44,7 +44,7 @@ type IovaRange = [u64; 2];
 const CAP_IOVA_RANGE: u16 = 1;
 const CAP_DMA_AVAIL: u16 = 3;
 
-/// Mappings that are left: VFIO's limit has no meaning here, and what Linux says instead.
+/// Remaining mappings: VFIO's limit does not apply here; this is Linux's value.
 const DMA_AVAIL: u32 = u32::MAX;
 
 pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) -> Outcome<()> {
@@ -70,7 +70,7 @@ pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace)
             // In bounds: a part of the capability.
             user.write(at(argument, offset + written.start)?, &capability.bytes[written])?;
         }
-        // It links a capability that starts in the room even when it does not fit there.
+        // It links to a capability that starts within the room even if it does not fit.
         if let Some(before) = before.filter(|_| room >= offset) {
             let next = at(argument, before + offset_of!(CapHeader, next))?;
             user.write(next, (offset as u32).as_bytes())?;
@@ -80,7 +80,7 @@ pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace)
     }
     info.flags = INFO_PGSIZES | INFO_CAPS;
     info.cap_offset = if room >= offset { size_of::<Info>() as u32 } else { 0 };
-    // No more than 2^32 ranges fit in memory.
+    // At most 2^32 ranges fit in memory.
     info.argsz = offset as u32;
     // In bounds: at most the structure.
     user.write(argument, &info.as_bytes()[..room.min(size_of::<Info>())])?;
@@ -90,13 +90,13 @@ pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace)
 /// One capability of the chain.
 struct Capability {
     bytes: Vec<u8>,
-    /// Size of what comes before its ranges, if it has some, in bytes.
+    /// Size of what precedes its ranges, if it has any, in bytes.
     fixed: usize,
 }
 
 impl Capability {
-    /// Which of its bytes are written where there is room for `left`. Where there is none for all
-    /// of them, Linux writes those of the ranges that fit, and nothing before them.
+    /// The bytes that are written with room for `left`. If not all fit, Linux writes those of the
+    /// ranges that fit, and nothing before them.
     fn written(&self, left: usize) -> Range<usize> {
         if left >= self.bytes.len() {
             return 0..self.bytes.len();

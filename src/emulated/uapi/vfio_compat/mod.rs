@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An iommufd as a VFIO container: the ioctls of `linux/vfio.h` that it takes, and
-//! `IOMMU_VFIO_IOAS`.
+//! An iommufd as a VFIO container: its ioctls of `linux/vfio.h`, and `IOMMU_VFIO_IOAS`.
 
 mod dma;
 mod info;
@@ -25,7 +24,7 @@ const IOMMU_UNMAP_DMA: u32 = vfio_request(14);
 
 const API_VERSION: i32 = 0;
 
-/// Extensions, and among them kinds of IOMMU.
+/// Extensions, including kinds of IOMMU.
 const TYPE1_IOMMU: u64 = 1;
 const TYPE1V2_IOMMU: u64 = 3;
 const DMA_CC_IOMMU: u64 = 4;
@@ -37,13 +36,14 @@ const SET: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET;
 const CLEAR: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR;
 
 impl EmulatedHost {
-    /// `ioctl(2)` of a VFIO container on the iommufd: what [`Self::ioctl`] has no number for.
+    /// `ioctl(2)` of a VFIO container on the iommufd: for ioctls that are not in [`Self::ioctl`].
     ///
-    /// `argument` is the third parameter, a number or an address of `user`; gives what the call
-    /// returns. `user` must not call the host.
+    /// `argument` is the third parameter, a number or an address of `user`; returns the call's
+    /// result. `user` must not call the host.
     ///
     /// # Errors
-    /// Linux's; `ENOTTY` for what Linux's iommufd does not take, `VFIO_IOMMU_DIRTY_PAGES` among it.
+    /// Linux's; `ENOTTY` for what Linux's iommufd does not support, including
+    /// `VFIO_IOMMU_DIRTY_PAGES`.
     pub fn vfio_ioctl(
         &self,
         request: u32,
@@ -65,17 +65,17 @@ impl EmulatedHost {
         })
     }
 
-    /// A VFIO group whose device has an IOMMU is put into the container
-    /// (`VFIO_GROUP_SET_CONTAINER`): VFIO's ioctls get an IOAS unless they have one.
+    /// A VFIO group whose device has an IOMMU is added to the container
+    /// (`VFIO_GROUP_SET_CONTAINER`): VFIO's ioctls get an IOAS if they have none.
     ///
     /// # Errors
-    /// `EINVAL` the container has a device without an IOMMU; `ENOMEM` no object id is left.
+    /// `EINVAL` the container has a device without an IOMMU; `ENOMEM` no object ID is left.
     pub fn vfio_add_group(&self) -> Result<(), Errno> {
         self.objects().create_vfio_ioas().map_err(|refusal| refusal.errno)
     }
 
-    /// A VFIO group whose device has no IOMMU is put into the container: VFIO's ioctls refuse all
-    /// but `VFIO_NOIOMMU_IOMMU` from now on.
+    /// A VFIO group whose device has no IOMMU is added to the container: VFIO's ioctls refuse
+    /// everything but `VFIO_NOIOMMU_IOMMU` from now on.
     ///
     /// # Errors
     /// `EINVAL` VFIO's ioctls have an IOAS.
@@ -119,7 +119,7 @@ fn check_extension(host: &EmulatedHost, extension: u64) -> Outcome<i32> {
     Ok(has.into())
 }
 
-/// The first version can unmap parts of a mapping, so that no page may be larger than the host's.
+/// The first version can unmap parts of a mapping, so pages must not be larger than the host's.
 fn set_iommu(host: &EmulatedHost, kind: u64, user: &dyn UserSpace) -> Outcome<()> {
     let mut objects = host.objects();
     match (kind, objects.vfio_no_iommu()) {

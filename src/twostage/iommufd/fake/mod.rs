@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A host for tests: it writes down every call in order, fails on demand, and knows what lives.
+//! A host for tests: records every call in order, fails on request, and tracks objects.
 //!
-//! It keeps only as much of iommufd's rules as its callers depend on: ids, reference counts
+//! It implements only those rules of iommufd that its callers depend on: IDs, reference counts
 //! (`EBUSY`), one nesting parent and one kind of vIOMMU per physical IOMMU (`EINVAL`), vDEVICEs
-//! before attachments, which commands an SMMU takes, and what a failed replace leaves behind. Page
-//! tables and DMA are the emulated host's business.
+//! before attachments, which commands an SMMU accepts, and the effects of a failed replace. Page
+//! tables and DMA are left to the emulated host.
 
 mod queues;
 mod state;
@@ -23,7 +23,7 @@ use queues::{Events, OpenEvents, SilentQueue};
 use state::{Object, State};
 use text::{entries_text, hwpt_text, source, Answer};
 
-/// A host whose calls can be read back. See the [module](self).
+/// A host that records its calls. See the [module](self).
 #[derive(Debug)]
 pub struct RecordingHost {
     extensions: Extensions,
@@ -36,22 +36,22 @@ impl RecordingHost {
         Arc::new(Self { extensions, state: Mutex::default() })
     }
 
-    /// A bound device behind the physical IOMMU number `iommu`. Not a call: it is not recorded.
+    /// A bound device behind the physical IOMMU number `iommu`. Not recorded as a call.
     pub fn add_device(&self, iommu: u32, info: HwInfo) -> ObjectId {
         self.state().insert(Object::Device { iommu, info })
     }
 
-    /// The calls since the last time, in order, as text; a failed one ends in `! errno`.
+    /// The calls since the last time, in order, as text; a failed one ends with `! errno`.
     pub fn take_log(&self) -> Vec<String> {
         std::mem::take(&mut self.state().log)
     }
 
-    /// Writes no more down, so that a benchmark measures the caller. Calls are still counted.
+    /// Stops recording, so that a benchmark measures the caller. Calls are still counted.
     pub fn mute(&self) {
         self.state().muted = true;
     }
 
-    /// How many calls were made so far.
+    /// Number of calls so far.
     pub fn calls(&self) -> u64 {
         self.state().calls
     }
@@ -62,53 +62,53 @@ impl RecordingHost {
         state.fail_at = Some((state.calls + nth, errno));
     }
 
-    /// Whether a call that [`Self::fail_nth`] named is still to come.
+    /// Whether a failure requested by [`Self::fail_nth`] is still pending.
     pub fn failure_pending(&self) -> bool {
         self.state().fail_at.is_some()
     }
 
-    /// Makes the next call of `verb` fail with `errno`; such orders queue up.
+    /// Makes the next call of `verb` fail with `errno`; requests queue up.
     pub fn fail_next(&self, verb: Verb, errno: Errno) {
         self.state().failures.push_back((verb, errno));
     }
 
-    /// Drops what [`Self::fail_next`] ordered and is still to come.
+    /// Cancels pending requests of [`Self::fail_next`].
     pub fn forget_failures(&self) {
         self.state().failures.clear();
     }
 
-    /// Makes the next invalidation stop with `errno` after `done` entries; such orders queue up.
+    /// Makes the next invalidation stop with `errno` after `done` entries; requests queue up.
     pub fn fail_invalidation(&self, done: usize, errno: Errno) {
         self.state().partial.push_back((done, errno));
     }
 
-    /// Makes every invalidation stop with `EIO` at this command of an SMMU. What Linux says of
-    /// those before it is that they are done; they are not.
+    /// Makes every invalidation stop with `EIO` at this command of an SMMU. As in Linux, commands
+    /// before it count as done but are not.
     pub fn refuse_command(&self, command: [u64; 2]) {
         self.state().refused_commands.push(command);
     }
 
-    /// Takes every command of an SMMU again that Linux takes.
+    /// Accepts every command of an SMMU again that Linux accepts.
     pub fn refuse_no_command(&self) {
         self.state().refused_commands.clear();
     }
 
-    /// Puts `event` into the vEVENTQ of `viommu`; says whether it has an open one.
+    /// Adds `event` to the vEVENTQ of `viommu`; returns whether it has an open one.
     pub fn push_event(&self, viommu: ObjectId, event: Vevent) -> bool {
         let events = self.state().objects.values().find_map(|object| match object {
             Object::EventQueue { viommu: of, events } if *of == viommu => events.upgrade(),
             _ => None,
         });
-        // Not under the lock: whoever watches the queue may call the host.
+        // Not under the lock: the queue's watcher may call the host.
         events.inspect(|events| events.push(event)).is_some()
     }
 
-    /// The page table that the hardware uses for `dev`, or its `pasid`; `None` while blocked.
+    /// The page table that the hardware uses for `dev`, or its `pasid`; `None` if blocked.
     pub fn reaches(&self, dev: ObjectId, pasid: Option<u32>) -> Option<ObjectId> {
         self.state().reaches.get(&(dev, pasid)).copied()
     }
 
-    /// Every object but the devices: what leaked, at the end of a test.
+    /// Every object except devices: what leaked, at the end of a test.
     pub fn live_objects(&self) -> Vec<ObjectId> {
         let state = self.state();
         let made = |(id, object): (&ObjectId, &Object)| {
@@ -129,7 +129,7 @@ impl RecordingHost {
         self.state.lock()
     }
 
-    /// Records `text`, and runs `serve` unless the call is ordered to fail.
+    /// Records `text`, and runs `serve` unless the call is to fail.
     fn call<T: Answer>(
         &self,
         verb: Verb,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Queues of the recording host: one that nothing comes from, and one that a test fills.
+//! Queues of the recording host: an empty one, and one that a test fills.
 
 use crate::sync::Mutex;
 use std::collections::VecDeque;
@@ -11,7 +11,7 @@ use super::super::{
     Readiness, Result, Verb, Vevent,
 };
 
-/// A fault queue of devices that never ask for pages.
+/// A fault queue of devices without page requests.
 #[derive(Debug)]
 pub(super) struct SilentQueue(pub ObjectId);
 
@@ -34,7 +34,7 @@ impl FaultQueue for SilentQueue {
     }
 }
 
-/// What a vEVENTQ holds, and who is told.
+/// The contents of a vEVENTQ, and its watcher.
 #[derive(Default)]
 pub(super) struct Events(Mutex<Held>);
 
@@ -49,7 +49,7 @@ impl Events {
         self.0.lock()
     }
 
-    /// Adds an event, as a host does in its own time.
+    /// Adds an event asynchronously, like a host.
     pub fn push(&self, event: Vevent) {
         let mut held = self.held();
         held.events.push_back(event);

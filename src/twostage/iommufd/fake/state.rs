@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The books of the recording host: objects, attachments, and what is to fail.
+//! The state of the recording host: objects, attachments, and requested failures.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::result::Result;
@@ -16,7 +16,7 @@ pub(super) struct State {
     pub fail_at: Option<(u64, Errno)>,
     pub failures: VecDeque<(Verb, Errno)>,
     pub partial: VecDeque<(usize, Errno)>,
-    /// Commands of an SMMU that are refused whenever they come.
+    /// Commands of an SMMU that are always refused.
     pub refused_commands: Vec<[u64; 2]>,
     pub objects: BTreeMap<ObjectId, Object>,
     pub attached: BTreeMap<(ObjectId, Option<u32>), ObjectId>,
@@ -55,14 +55,14 @@ pub(super) enum Object {
     },
 }
 
-/// Config of a stream table entry, for which a stream needs a vDEVICE.
+/// Config of a stream table entry for which a stream needs a vDEVICE.
 fn translates(ste: [u64; 2]) -> bool {
     const STAGE_1: u64 = 0b101;
     (ste[0] >> 1) & 0b111 == STAGE_1
 }
 
 impl State {
-    /// Takes the lowest free id, as Linux does, so that a stale id soon names something else.
+    /// Takes the lowest free ID, as Linux does, so that stale IDs are soon reused.
     pub fn insert(&mut self, object: Object) -> ObjectId {
         let id = (1..).map(ObjectId).find(|id| !self.objects.contains_key(id));
         let id = id.expect("a test makes fewer than 2^32 objects");
@@ -132,15 +132,15 @@ impl State {
             }
             _ => return Err(Errno::EINVAL),
         }
-        // Attaching what the books name already is a success that reaches no hardware.
+        // Attaching the current page table is a success that does not touch the hardware.
         if self.attached.insert((dev, pasid), pt) != Some(pt) {
             self.reaches.insert((dev, pasid), pt);
         }
         Ok(pt)
     }
 
-    /// What a failed attach of `dev` leaves behind: VT-d blocks first and reverts nothing, while
-    /// the books still name the old page table; an SMMU keeps the old one.
+    /// The effect of a failed attach of `dev`: VT-d blocks first and does not revert, though the
+    /// old page table stays recorded; an SMMU keeps the old one.
     pub fn attach_failed(&mut self, dev: ObjectId, pasid: Option<u32>) {
         let smmu = matches!(self.device(dev), Ok((_, info)) if is_smmu(&info));
         if !smmu {
@@ -205,7 +205,7 @@ impl State {
         self.objects.values().any(named)
     }
 
-    /// Whether Linux takes `command` of the user of `viommu`.
+    /// Whether Linux accepts `command` from the user of `viommu`.
     pub fn takes_command(&self, viommu: ObjectId, command: [u64; 2]) -> bool {
         if self.refused_commands.contains(&command) {
             return false;
@@ -213,7 +213,7 @@ impl State {
         match command[0] & 0xff {
             // TLBI_NH_ALL, TLBI_NH_ASID, TLBI_NH_VA, TLBI_NH_VAA, TLBI_NSNH_ALL.
             0x10..=0x13 | 0x30 => true,
-            // CFGI_CD, CFGI_CD_ALL, ATC_INV: of a stream that has a vDEVICE.
+            // CFGI_CD, CFGI_CD_ALL, ATC_INV: of a stream with a vDEVICE.
             0x05 | 0x06 | 0x40 => self.knows(viommu, command[0] >> 32),
             _ => false,
         }

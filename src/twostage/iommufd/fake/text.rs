@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How calls and answers read in the log.
+//! The text of calls and results in the log.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use super::super::{
     InvalidateData, ObjectId, VTD_INV_FLAGS_LEAF,
 };
 
-/// How an answer reads in the log.
+/// The text of a result in the log.
 pub(super) trait Answer {
     fn text(&self) -> String;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! VFIO character devices: where one is, and one that is bound.
+//! VFIO character devices: finding one, and bound ones.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -9,25 +9,25 @@ use std::sync::Arc;
 
 use crate::iommufd::{Errno, HwInfo};
 
-/// Where Linux puts VFIO's character devices.
+/// Linux's folder of VFIO character devices.
 const CDEVS: &str = "/dev/vfio/devices";
 
 /// A device that is bound to an iommufd. Closing its file unbinds it.
 #[derive(Debug)]
 pub(super) struct Device {
-    /// What it was bound as.
+    /// The name it was bound by.
     pub name: String,
     pub cdev: PathBuf,
     pub file: Arc<File>,
     pub info: HwInfo,
-    /// What is attached: the device, and PASIDs.
+    /// Attachments: of the device, and of PASIDs.
     pub attached: BTreeSet<Option<u32>>,
 }
 
 /// Why there is no such VFIO device: the errno, and what to do.
 pub(super) type Refusal = (Errno, String);
 
-/// The VFIO character device that `name` means: its own path, or a device of sysfs
+/// The VFIO character device for `name`: its path, or a device in sysfs
 /// (`/sys/bus/pci/devices/0000:01:00.0`) that is bound to vfio-pci.
 pub(super) fn cdev_of(name: &str) -> Result<PathBuf, Refusal> {
     let path = Path::new(name);

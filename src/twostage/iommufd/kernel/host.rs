@@ -64,7 +64,7 @@ impl KernelHost {
         Ok(alloc.out_hwpt_id)
     }
 
-    /// `IOMMU_HWPT_INVALIDATE`; how many entries the kernel says it did.
+    /// `IOMMU_HWPT_INVALIDATE`; the number of entries completed according to the kernel.
     fn invalidate<T>(
         &self,
         hwpt: ObjectId,
@@ -82,14 +82,14 @@ impl KernelHost {
         };
         let outcome = self.iommufd.invalidate_hwpt(&mut invalidate).map_err(errno_of);
         outcome.map_err(|errno| {
-            // Before it looks at anything the kernel may leave the number as it was.
+            // The kernel does not change the number if it fails early.
             let done = (invalidate.entry_num as usize).min(entries.len().saturating_sub(1));
             (done, errno)
         })
     }
 }
 
-/// An error of the kernel's, with its meaning.
+/// An error of the kernel, with its meaning.
 fn error(verb: Verb, object: impl Into<Option<ObjectId>>, errno: Errno) -> HostError {
     HostError::new(verb, object, errno, meaning::of(verb, errno))
 }
@@ -105,8 +105,8 @@ fn map_flags(target: MapTarget, protection: Protection) -> (u32, u64) {
     (fixed | read | write, iova)
 }
 
-/// The file, and the place in it, of memory that `IOMMU_IOAS_MAP_FILE` takes. What is mapped by
-/// file needs no address of this process, and survives its exec.
+/// The file and offset of memory for `IOMMU_IOAS_MAP_FILE`. Mapping by file uses no address of this
+/// process, and survives its exec.
 fn file_of(memory: &UserMemory) -> Option<(&File, u64)> {
     let region = memory.region();
     let file = region.file_offset()?;
@@ -127,7 +127,7 @@ impl HostIommu for KernelHost {
         let dev = file.bind_iommufd(&self.iommufd).map_err(|errno| {
             refused((errno, format!("{name}: {}", meaning::of(Verb::DeviceBind, errno))))
         })?;
-        // Closing the file on the way out unbinds it.
+        // If this fails, closing the file unbinds it.
         let info =
             self.hw_info(dev).map_err(|errno| error(Verb::GetHwInfo, ObjectId(dev), errno))?;
         let name = name.to_owned();
@@ -143,7 +143,7 @@ impl HostIommu for KernelHost {
         };
         match Arc::try_unwrap(device.file) {
             Ok(file) => {
-                // Nothing may be attached when others have a copy of the descriptor.
+                // Nothing may stay attached if others have a copy of the descriptor.
                 detach_all(&file, &device.attached);
                 Ok(())
             }
@@ -160,11 +160,11 @@ impl HostIommu for KernelHost {
         let (file, bits) =
             self.device(verb, dev, |device| (device.file.clone(), device.info.max_pasid_log2))?;
         match pasid {
-            // For VFIO PASID 0 is the device itself, which it then loses track of.
+            // VFIO treats PASID 0 as the device itself, which it then loses track of.
             Some(0) => {
                 return Err(HostError::new(verb, dev, Errno::EINVAL, "PASID 0 is the device"))
             }
-            // Linux would say that it is done, and do nothing.
+            // Linux would return success and do nothing.
             Some(pasid) if bits == 0 => {
                 let detail = format!("PASID {pasid}: the device has no PASIDs");
                 return Err(HostError::new(verb, dev, Errno::EINVAL, detail));
@@ -227,7 +227,7 @@ impl HostIommu for KernelHost {
                 let allowed = ranges.iter().map(|range| range.start..=range.last).collect();
                 return Ok(IovaRanges { allowed, alignment });
             }
-            // There may be more of them by the time of the next call.
+            // Their number may have grown by the next call.
             ranges.resize(count, iommu_iova_range::default());
         }
     }
@@ -282,7 +282,7 @@ impl HostIommu for KernelHost {
         let mut unmap =
             iommu_ioas_unmap { size: size::<iommu_ioas_unmap>(), ioas_id: ioas.0, iova, length };
         let mut kept = self.memory();
-        // What a failed call has unmapped all the same is kept, until something else is there.
+        // What a failed call has unmapped nevertheless is kept, until it is overwritten.
         let outcome = self.iommufd.unmap_iommu_ioas(&mut unmap).map_err(errno_of);
         outcome.map_err(|errno| error(Verb::IoasUnmap, ioas, errno))?;
         kept.unmapped(ioas, iova, length);
@@ -290,7 +290,7 @@ impl HostIommu for KernelHost {
     }
 
     fn get_hw_info(&self, dev: ObjectId) -> Result<HwInfo> {
-        // Asked when it was bound; it does not change.
+        // Queried at binding; it does not change.
         self.device(Verb::GetHwInfo, dev, |device| device.info)
     }
 

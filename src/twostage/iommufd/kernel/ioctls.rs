@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ioctls that `iommufd-ioctls` and `vfio-ioctls` lack, or have in a form that cannot be used
-//! here; the only file of the kernel host with `unsafe`.
+//! The ioctls that `iommufd-ioctls` and `vfio-ioctls` lack, or have in an unusable form; the only
+//! file of the kernel host with `unsafe`.
 //!
-//! [`IommuFd`] of `iommufd-ioctls` stays what it is: [`IommuFdExt`] adds to it, in its manner, what
-//! could go there. `IOMMU_IOAS_MAP` and `MAP_FILE` are here because that crate hands the kernel,
-//! which writes the IOVA, a shared reference. Binding and attaching are here because
-//! `vfio-ioctls` does both inside a device of its own, which wants an IOAS and KVM, keeps the id of
-//! the page table that was attached to itself, and panics when a device cannot be detached.
+//! [`IommuFd`] of `iommufd-ioctls` is used as it is: [`IommuFdExt`] adds, in its style, what could
+//! be added there. `IOMMU_IOAS_MAP` and `MAP_FILE` are here because that crate passes the kernel,
+//! which writes the IOVA, a shared reference. Binding and attaching are here because `vfio-ioctls`
+//! does both inside its own device type, which needs an IOAS and KVM, hides the ID of the attached
+//! page table, and panics if a device cannot be detached.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -21,7 +21,7 @@ use vmm_sys_util::ioctl_io_nr;
 
 use crate::iommufd::{Errno, UserMemory};
 
-// vmm-sys-util's macro makes functions in C's manner.
+// vmm-sys-util's macro makes C-style functions.
 #[allow(non_snake_case, missing_docs)]
 mod numbers {
     use super::*;
@@ -48,10 +48,10 @@ mod numbers {
 }
 use numbers::*;
 
-/// What an ioctl returns here.
+/// The result of an ioctl.
 type Result<T> = std::result::Result<T, Errno>;
 
-/// The size of a structure, as the uAPI wants it inside.
+/// The size of a structure, as a field of it.
 pub(super) const fn size<T>() -> u32 {
     // Every structure and entry of the uAPI is shorter than a page.
     size_of::<T>() as u32
@@ -62,14 +62,14 @@ fn last_errno() -> Errno {
     Errno::from_raw(vmm_sys_util::errno::Error::last().errno())
 }
 
-/// The errno that an ioctl of `iommufd-ioctls` ended with.
+/// The errno of a failed ioctl of `iommufd-ioctls`.
 pub(super) fn errno_of(error: IommufdError) -> Errno {
     let source = std::error::Error::source(&error);
     let errno = source.and_then(|source| source.downcast_ref::<vmm_sys_util::errno::Error>());
     errno.map_or(Errno::EIO, |error| Errno::from_raw(error.errno()))
 }
 
-/// Room for what an IOMMU of any type says of itself.
+/// Room for the information of an IOMMU of any type.
 #[repr(C)]
 pub(super) union HwInfoRoom {
     vtd: iommu_hw_info_vtd,
@@ -77,19 +77,19 @@ pub(super) union HwInfoRoom {
 }
 
 impl HwInfoRoom {
-    /// Nothing but zeros.
+    /// Zeroed.
     pub fn new() -> Self {
-        // SAFETY: all bits zero are a value of each of these structures of numbers.
+        // SAFETY: all zeros are a valid value of each of these structures of numbers.
         unsafe { std::mem::zeroed() }
     }
 
-    /// What is there, as a VT-d says it.
+    /// The contents as those of a VT-d.
     pub fn vtd(&self) -> iommu_hw_info_vtd {
-        // SAFETY: a structure of numbers, of which any bits are a value, and all bits have one.
+        // SAFETY: a structure of numbers, for which all bit patterns are valid, fully initialized.
         unsafe { self.vtd }
     }
 
-    /// What is there, as an SMMUv3 says it.
+    /// The contents as those of an SMMUv3.
     pub fn smmuv3(&self) -> iommu_hw_info_arm_smmuv3 {
         // SAFETY: as above.
         unsafe { self.smmuv3 }
@@ -99,25 +99,25 @@ impl HwInfoRoom {
 /// One ioctl with a structure that the kernel reads and writes.
 ///
 /// # Safety
-/// `argument` is the structure of `request`, and whatever it points to is valid, for as long as the
-/// kernel uses it, for what the request does with it.
+/// `argument` must be the structure of `request`, and its pointers must be valid for what the
+/// request does with them, as long as the kernel uses them.
 unsafe fn call<T>(fd: &impl AsRawFd, request: libc::c_ulong, argument: &mut T) -> Result<()> {
-    // SAFETY: the caller's promise; the reference is valid for the call.
+    // SAFETY: guaranteed by the caller; the reference is valid for the call.
     match unsafe { ioctl_with_mut_ref(fd, request, argument) } {
         ..0 => Err(last_errno()),
         _ => Ok(()),
     }
 }
 
-/// A descriptor that the kernel has just given.
+/// Wraps a descriptor that the kernel has just returned.
 fn new_file(fd: u32) -> Result<File> {
     let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: it is open, and nobody else knows of it yet.
+    // SAFETY: it is open, and nobody else knows it yet.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// What [`IommuFd`] lacks. Pointers are slices and references here, so that no caller can name
-/// memory that is not there.
+/// What [`IommuFd`] lacks. Pointers are slices and references here, so that callers cannot pass
+/// invalid memory.
 pub(super) trait IommuFdExt {
     /// `IOMMU_GET_HW_INFO`, with the data.
     fn hw_info_of(&self, dev: u32, data: &mut HwInfoRoom) -> Result<iommu_hw_info>;
@@ -125,7 +125,7 @@ pub(super) trait IommuFdExt {
     /// `IOMMU_IOAS_ALLOW_IOVAS`.
     fn allow_iommu_ioas_iovas(&self, ioas: u32, ranges: &[iommu_iova_range]) -> Result<()>;
 
-    /// `IOMMU_IOAS_IOVA_RANGES`: fills `ranges` as far as they go, and returns how many there are
+    /// `IOMMU_IOAS_IOVA_RANGES`: fills `ranges` as far as possible, and returns the total number
     /// and the alignment.
     fn iommu_ioas_iova_ranges(
         &self,
@@ -133,8 +133,8 @@ pub(super) trait IommuFdExt {
         ranges: &mut [iommu_iova_range],
     ) -> Result<(usize, u64)>;
 
-    /// `IOMMU_IOAS_MAP`; returns the IOVA. The memory has to stay mapped until it is unmapped from
-    /// the IOAS: the kernel may look for its pages at any time.
+    /// `IOMMU_IOAS_MAP`; returns the IOVA. The memory must stay mapped until it is unmapped from
+    /// the IOAS: the kernel may look up its pages at any time.
     fn map_user_memory(&self, ioas: u32, flags: u32, memory: &UserMemory, iova: u64)
         -> Result<u64>;
 
@@ -155,8 +155,8 @@ pub(super) trait IommuFdExt {
     /// `IOMMU_HWPT_SET_DIRTY_TRACKING`.
     fn set_hwpt_dirty_tracking(&self, hwpt: u32, enable: bool) -> Result<()>;
 
-    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`. `bitmap` has to have a bit for each `page_size` of `length`:
-    /// `EFAULT` otherwise, as when the kernel runs off its end.
+    /// `IOMMU_HWPT_GET_DIRTY_BITMAP`. `bitmap` must have a bit for each `page_size` of `length`:
+    /// otherwise `EFAULT`, as if the kernel ran off its end.
     fn get_hwpt_dirty_bitmap(
         &self,
         range: iommu_hwpt_get_dirty_bitmap,
@@ -229,9 +229,9 @@ impl IommuFdExt for IommuFd {
             iova,
             ..Default::default()
         };
-        // SAFETY: the memory is a region of vm-memory's, which no Rust reference leads to: devices
-        // may write there as guests do. That it stays is the caller's promise, which no soundness
-        // hangs on: the kernel pins pages or refuses.
+        // SAFETY: the memory is a region of vm-memory, without Rust references to it: devices may
+        // write to it as guests do. The caller guarantees that it stays; soundness does not depend
+        // on that, as the kernel pins pages or refuses.
         unsafe { call(self, IOMMU_IOAS_MAP(), &mut map) }?;
         Ok(map.iova)
     }
@@ -254,13 +254,13 @@ impl IommuFdExt for IommuFd {
             length,
             iova,
         };
-        // SAFETY: it points to nothing; the kernel keeps the file for itself.
+        // SAFETY: it contains no pointers; the kernel holds its own reference to the file.
         unsafe { call(self, IOMMU_IOAS_MAP_FILE(), &mut map) }?;
         Ok(map.iova)
     }
 
     fn copy_iommu_ioas(&self, copy: &mut iommu_ioas_copy) -> Result<()> {
-        // SAFETY: it points to nothing.
+        // SAFETY: it contains no pointers.
         unsafe { call(self, IOMMU_IOAS_COPY(), copy) }
     }
 
@@ -275,7 +275,7 @@ impl IommuFdExt for IommuFd {
             hwpt_id: hwpt,
             ..Default::default()
         };
-        // SAFETY: it points to nothing.
+        // SAFETY: it contains no pointers.
         unsafe { call(self, IOMMU_HWPT_SET_DIRTY_TRACKING(), &mut set) }
     }
 
@@ -286,34 +286,33 @@ impl IommuFdExt for IommuFd {
     ) -> Result<()> {
         range.size = size::<iommu_hwpt_get_dirty_bitmap>();
         range.data = bitmap.as_mut_ptr() as u64;
-        // Linux 7.2 takes both, and sets bits of more than the range then.
+        // Linux 7.2 accepts both, and then sets bits beyond the range.
         if range.length == 0 || !range.page_size.is_power_of_two() {
             return Err(Errno::EINVAL);
         }
         if (range.length / range.page_size).div_ceil(64) > bitmap.len() as u64 {
             return Err(Errno::EFAULT);
         }
-        // SAFETY: the kernel sets no bit but those of the range, which the bitmap was just seen to
-        // have.
+        // SAFETY: the kernel only sets bits of the range, and the bitmap was checked to have them.
         unsafe { call(self, IOMMU_HWPT_GET_DIRTY_BITMAP(), &mut range) }
     }
 
     fn alloc_fault_queue(&self) -> Result<(u32, File)> {
         let mut alloc =
             iommu_fault_alloc { size: size::<iommu_fault_alloc>(), ..Default::default() };
-        // SAFETY: it points to nothing.
+        // SAFETY: it contains no pointers.
         unsafe { call(self, IOMMU_FAULT_QUEUE_ALLOC(), &mut alloc) }?;
         Ok((alloc.out_fault_id, new_file(alloc.out_fault_fd)?))
     }
 }
 
-/// What a VFIO character device does with an iommufd (`linux/vfio.h`).
+/// The operations of a VFIO character device for iommufd (`linux/vfio.h`).
 pub(super) trait VfioCdev {
     /// `VFIO_DEVICE_BIND_IOMMUFD`: the id of the device's object.
     fn bind_iommufd(&self, iommufd: &IommuFd) -> Result<u32>;
 
-    /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`, of the device or of one of its PASIDs; the id of the HWPT
-    /// that serves.
+    /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`, of the device or of one of its PASIDs; returns the ID of
+    /// the HWPT used.
     fn attach_iommufd_pt(&self, pasid: Option<u32>, pt: u32) -> Result<u32>;
 
     /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
@@ -322,13 +321,13 @@ pub(super) trait VfioCdev {
 
 impl VfioCdev for File {
     fn bind_iommufd(&self, iommufd: &IommuFd) -> Result<u32> {
-        // As Linux knew it before it had tokens: any kernel with character devices takes it.
+        // The version before tokens: any kernel with character devices accepts it.
         let mut bind = vfio_device_bind_iommufd {
             argsz: std::mem::offset_of!(vfio_device_bind_iommufd, token_uuid_ptr) as u32,
             iommufd: iommufd.as_raw_fd(),
             ..Default::default()
         };
-        // SAFETY: no flag says that the pointer is one.
+        // SAFETY: no flag says that the pointer is valid, so the kernel does not use it.
         unsafe { call(self, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) }?;
         Ok(bind.out_devid)
     }
@@ -340,7 +339,7 @@ impl VfioCdev for File {
             pt_id: pt,
             pasid: pasid.unwrap_or(0),
         };
-        // SAFETY: it points to nothing.
+        // SAFETY: it contains no pointers.
         unsafe { call(self, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut attach) }?;
         Ok(attach.pt_id)
     }
@@ -351,7 +350,7 @@ impl VfioCdev for File {
             flags: pasid.map_or(0, |_| VFIO_DEVICE_DETACH_PASID),
             pasid: pasid.unwrap_or(0),
         };
-        // SAFETY: the kernel reads the structure, which points to nothing.
+        // SAFETY: the kernel reads the structure, which contains no pointers.
         match unsafe { ioctl_with_ref(self, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &detach) } {
             ..0 => Err(last_errno()),
             _ => Ok(()),
@@ -359,17 +358,17 @@ impl VfioCdev for File {
     }
 }
 
-/// The type that `IOMMU_GET_HW_INFO` gave.
+/// The type returned by `IOMMU_GET_HW_INFO`.
 pub(super) fn hw_info_type(info: &iommu_hw_info) -> u32 {
-    // SAFETY: both names of the union are of a number of the same size.
+    // SAFETY: both union fields are numbers of the same size.
     unsafe { info.__bindgen_anon_1.out_data_type }
 }
 
-/// Whether `IOMMU_IOAS_MAP_FILE` takes `file`: memory of tmpfs (memfd, /dev/shm) or hugetlbfs.
+/// Whether `IOMMU_IOAS_MAP_FILE` supports `file`: memory of tmpfs (memfd, /dev/shm) or hugetlbfs.
 pub(super) fn is_memory_file(file: &File) -> bool {
-    // SAFETY: all bits zero are a value of this structure of numbers.
+    // SAFETY: all zeros are a valid value of this structure of numbers.
     let mut status: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the descriptor is open, and the structure there to be written.
+    // SAFETY: the descriptor is open, and the structure may be written.
     let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut status) };
     result == 0 && matches!(status.f_type, libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC)
 }

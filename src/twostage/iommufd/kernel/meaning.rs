@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an errno means where it came from, and what to do about it.
+//! The meaning of an errno by its origin, and what to do about it.
 //!
-//! The kernel says no more than a number. What it stands for is read from Linux 7.2's checks; where
-//! several things end in one number, all are named, the likely one first.
+//! The kernel only returns a number. Its meanings are taken from Linux 7.2's checks; if there are
+//! several, all are listed, the most likely first.
 
 use std::borrow::Cow;
 
 use crate::iommufd::{Errno, HwInfo, HwInfoData, HwptAlloc, HwptData, Verb};
 
-/// What `errno` of `verb` means.
+/// The meaning of `errno` of `verb`.
 pub(super) fn of(verb: Verb, errno: Errno) -> Cow<'static, str> {
     match known(verb, errno) {
         Some(text) => text.into(),
@@ -114,7 +114,7 @@ fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
     Some(text)
 }
 
-/// What `EOPNOTSUPP` of `HWPT_ALLOC` means for the device `name`.
+/// The meaning of `EOPNOTSUPP` of `HWPT_ALLOC` for the device `name`.
 pub(super) fn hwpt_unsupported(name: &str, info: &HwInfo, args: &HwptAlloc) -> String {
     let mut flags = Vec::new();
     for (set, flag) in [
@@ -137,7 +137,7 @@ pub(super) fn hwpt_unsupported(name: &str, info: &HwInfo, args: &HwptAlloc) -> S
     }
 }
 
-/// Why nothing can be nested behind the IOMMU of the device `name`, and what would help.
+/// Why the IOMMU of the device `name` does not support nesting, and what would help.
 pub(super) fn cannot_nest(name: &str, info: &HwInfo) -> String {
     let why = match info.data {
         HwInfoData::Vtd(_) => {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that IOASes map: kept for as long as the kernel may look for its pages.
+//! Memory that IOASes map: kept for as long as the kernel may look up its pages.
 //!
-//! The kernel pins a mapping's pages when the IOAS gets its first HWPT, not before; memory that
-//! this process had unmapped by then would be somebody else's.
+//! The kernel pins a mapping's pages only when the IOAS gets its first HWPT; if this process had
+//! unmapped the memory by then, the addresses could belong to something else.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -25,14 +25,14 @@ impl MappedMemory {
         for (at, memory) in self.in_range(src, src_iova, length) {
             let from = at.max(src_iova);
             let last = (at + (memory.length() - 1)).min(src_iova.saturating_add(length - 1));
-            // The part lies in the memory, as the range meets the mapping.
+            // The part is within the memory, as the range overlaps the mapping.
             if let Ok(part) = memory.part(from - at, last - from + 1) {
                 self.mapped(dst, iova + (from - src_iova), part);
             }
         }
     }
 
-    /// `ioas` maps nothing any more in the `length` bytes from `iova` on.
+    /// `ioas` no longer maps anything in the `length` bytes from `iova` on.
     pub fn unmapped(&mut self, ioas: ObjectId, iova: u64, length: u64) {
         let gone = self.in_range(ioas, iova, length);
         if let Some(mappings) = self.ioases.get_mut(&ioas) {
@@ -40,12 +40,12 @@ impl MappedMemory {
         }
     }
 
-    /// The object is gone; it may have been an IOAS.
+    /// The object was destroyed; it may have been an IOAS.
     pub fn destroyed(&mut self, id: ObjectId) {
         self.ioases.remove(&id);
     }
 
-    /// The mappings of `ioas` that the `length` bytes from `iova` on meet.
+    /// The mappings of `ioas` that overlap the `length` bytes from `iova` on.
     fn in_range(&self, ioas: ObjectId, iova: u64, length: u64) -> Vec<(u64, UserMemory)> {
         let Some(mappings) = self.ioases.get(&ioas) else { return Vec::new() };
         let Some(last) = length.checked_sub(1).map(|more| iova.saturating_add(more)) else {
@@ -53,7 +53,7 @@ impl MappedMemory {
         };
         mappings
             .range(..=last)
-            // No mapping is empty, and none wraps: the kernel has taken it.
+            // Mappings are neither empty nor wrap: the kernel accepted them.
             .filter(|(at, memory)| *at + (memory.length() - 1) >= iova)
             .map(|(at, memory)| (*at, memory.clone()))
             .collect()

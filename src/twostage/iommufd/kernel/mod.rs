@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The kernel's host: `/dev/iommu` and VFIO's character devices.
 //!
-//! Linux's uAPI as it is: ioctls through `iommufd-ioctls` where it has them, the others in its
-//! manner ([`ioctls`]). An error says what its number means in this place.
+//! Linux's uAPI: ioctls through `iommufd-ioctls` if it has them, the others in its style
+//! ([`ioctls`]). Errors explain the errno in its context.
 
 mod device;
 mod host;
@@ -32,16 +32,15 @@ use memory::MappedMemory;
 /// A device is bound by the path of its VFIO character device (`/dev/vfio/devices/vfio0`) or of its
 /// folder in sysfs (`/sys/bus/pci/devices/0000:01:00.0`).
 ///
-/// Memory that an IOAS maps is kept until it is unmapped or the IOAS is gone. Dropping the host
-/// detaches every device; each is unbound when its file is closed, that is when nobody has it from
-/// [`KernelHost::device_file`] any more, and the other objects go with the last file.
+/// Memory that an IOAS maps is kept until it is unmapped or the IOAS is destroyed. Dropping the
+/// host detaches every device; each is unbound when its file is closed, after the last user of
+/// [`KernelHost::device_file`], and the other objects are destroyed with the last file.
 ///
-/// When a *replacing* attach fails, Linux's VT-d may have blocked the device, where
-/// [`HostIommu`](crate::iommufd::HostIommu) promises that nothing has changed: whoever sees it fail
-/// detaches.
+/// When a *replacing* attach fails, Linux's VT-d driver may have blocked the device, although
+/// [`HostIommu`](crate::iommufd::HostIommu) promises that nothing has changed: callers detach then.
 pub struct KernelHost {
-    // In the order in which they are closed: unbinding ends what uses the iommufd, and memory goes
-    // when the kernel can look for no page of it any more.
+    // Fields are closed in this order: unbinding ends the use of the iommufd, and memory is
+    // released when the kernel can no longer look up its pages.
     devices: Mutex<BTreeMap<ObjectId, Device>>,
     iommufd: IommuFd,
     memory: Mutex<MappedMemory>,
@@ -50,19 +49,19 @@ pub struct KernelHost {
 /// There is no iommufd at the path.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// There is nothing there.
+    /// The path does not exist.
     #[error(
         "there is no {}: the kernel needs CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, and as \
          modules they are iommufd and vfio-pci (modprobe)", .0.display()
     )]
     Absent(PathBuf),
-    /// It is not for this user.
+    /// No permission.
     #[error("{} may not be opened: its owner or its mode does not allow it", .0.display())]
     Permission(PathBuf),
-    /// It is something else.
+    /// Not an iommufd.
     #[error("{} is no iommufd", .0.display())]
     NotIommufd(PathBuf),
-    /// It cannot be opened.
+    /// Another error of the open.
     #[error("{} cannot be opened: {}", .0.display(), .1)]
     Other(PathBuf, #[source] io::Error),
 }
@@ -79,7 +78,7 @@ impl KernelHost {
             io::ErrorKind::PermissionDenied => OpenError::Permission(path.to_owned()),
             _ => OpenError::Other(path.to_owned(), error),
         })?;
-        // Only an iommufd knows that it has no object 0.
+        // Only an iommufd answers this way about object 0.
         let iommufd = IommuFd::new_from_fd(file);
         let asked = iommufd.destroy_iommu_object(0).map_err(errno_of);
         if asked != Err(Errno::ENOENT) {
@@ -88,8 +87,8 @@ impl KernelHost {
         Ok(Self { devices: Mutex::default(), iommufd, memory: Mutex::default() })
     }
 
-    /// The VFIO file of a bound device, for its regions and interrupts. The device cannot be
-    /// unbound while anybody has it.
+    /// The VFIO file of a bound device, for its regions and interrupts. The device is not unbound
+    /// while anybody holds it.
     ///
     /// # Errors
     /// `ENOENT` no such device.
@@ -105,14 +104,14 @@ impl KernelHost {
         self.memory.lock()
     }
 
-    /// What `get` finds in the device `dev`.
+    /// Applies `get` to the device `dev`.
     fn device<T>(&self, verb: Verb, dev: ObjectId, get: impl Fn(&mut Device) -> T) -> Result<T> {
         let mut devices = self.devices();
         let device = devices.get_mut(&dev);
         device.map(get).ok_or_else(|| HostError::new(verb, dev, Errno::ENOENT, "no such device"))
     }
 
-    /// The name of `dev` for messages, and what its IOMMU is.
+    /// The name of `dev` for messages, and its IOMMU's information.
     fn named(&self, dev: ObjectId) -> Option<(String, HwInfo)> {
         let devices = self.devices();
         let device = devices.get(&dev)?;
@@ -120,8 +119,8 @@ impl KernelHost {
     }
 }
 
-/// Detaches what is attached of a device. Its driver may refuse that only for what it does not
-/// know, which is not attached.
+/// Detaches everything from a device. Its driver can only refuse that for what it does not know,
+/// which is not attached.
 fn detach_all(file: &File, attached: &BTreeSet<Option<u32>>) {
     // PASIDs first: None is the smallest.
     for pasid in attached.iter().rev() {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Fault queues and vEVENTQs as files.
 //!
-//! A file is read as far as it goes, and what was read handed out one by one. Readiness comes from
-//! a thread that waits for the file; it is told under the lock of what was read, each time after a
-//! fresh look at the file, so that the last word is always the right one. A file that polls as
-//! broken is told as readable: whoever reads it finds the error.
+//! A file is read as far as possible, and records are returned one by one. Readiness comes from a
+//! thread that polls the file; notifications are sent under the lock of the read records, after
+//! polling the file again, so that the last one is always right. A file that polls as broken is
+//! reported as readable, so that the reader finds the error.
 
 use crate::sync::Mutex;
 use std::collections::VecDeque;
@@ -25,20 +25,20 @@ use crate::iommufd::{
     Readiness, Result, Verb, Vevent,
 };
 
-/// How many bytes are read at once: whole numbers of page requests. A group of page requests that
-/// is longer cannot be read.
+/// Maximum read size in bytes: a whole number of page requests. A longer group of page requests
+/// cannot be read.
 const READ: usize = 1024 * records::PAGE_REQUEST;
 
 /// An open queue of `T`s.
 pub(super) struct Queue<T> {
     object: ObjectId,
-    /// The verb that reading it is.
+    /// The verb for reading it.
     verb: Verb,
     shared: Arc<Shared<T>>,
     poller: Mutex<Option<Poller>>,
 }
 
-/// What the thread has, too.
+/// Shared with the thread.
 struct Shared<T> {
     file: File,
     parse: Parse<T>,
@@ -46,13 +46,13 @@ struct Shared<T> {
 }
 
 struct State<T> {
-    /// Read, and not handed out yet.
+    /// Read but not returned yet.
     pending: VecDeque<T>,
     buffer: Box<[u8]>,
     watcher: Option<Arc<dyn Readiness>>,
-    /// What the watcher was told last.
+    /// The watcher's last notification.
     told: bool,
-    /// The file polled as broken: nothing comes after what can be read.
+    /// The file polled as broken: nothing more will come.
     broken: bool,
 }
 
@@ -61,7 +61,7 @@ impl<T> Shared<T> {
         self.state.lock()
     }
 
-    /// Reads what there is. An interrupted read is tried again.
+    /// Reads what is available. An interrupted read is retried.
     fn fill(&self, state: &mut State<T>) -> io::Result<()> {
         let length = loop {
             match (&self.file).read(&mut state.buffer) {
@@ -73,18 +73,18 @@ impl<T> Shared<T> {
         if length == 0 && state.broken {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        // A read gives no more than there is room for.
+        // A read returns no more than fits.
         let records = (self.parse)(&state.buffer[..length]);
         state.pending.extend(records.ok_or(io::ErrorKind::InvalidData)?);
         Ok(())
     }
 
-    /// Whether a read would give something.
+    /// Whether a read would return something.
     fn readable(&self, state: &State<T>) -> bool {
         !state.pending.is_empty() || is_readable(&self.file).unwrap_or(false)
     }
 
-    /// Tells the watcher what is not what it was told last.
+    /// Notifies the watcher of a change.
     fn tell(&self, state: &mut State<T>, readable: bool) {
         if let Some(watcher) = state.watcher.as_ref().filter(|_| state.told != readable) {
             watcher.changed(readable);
@@ -93,7 +93,7 @@ impl<T> Shared<T> {
     }
 }
 
-/// Whether `file` polls as readable now.
+/// Whether `file` polls as readable.
 fn is_readable(file: &File) -> io::Result<bool> {
     let epoll = Epoll::new()?;
     epoll.ctl(ControlOperation::Add, file.as_raw_fd(), EpollEvent::new(EventSet::IN, FILE))?;
@@ -148,14 +148,13 @@ impl<T> fmt::Debug for Queue<T> {
     }
 }
 
-/// The thread that waits for a queue. Dropping it ends the thread, and with it the thread's hold on
-/// the file.
+/// The thread that polls a queue. Dropping it ends the thread and releases the file.
 struct Poller {
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Which file has something.
+/// The file is readable.
 const FILE: u64 = 0;
 const STOP: u64 = 1;
 
@@ -163,7 +162,7 @@ impl Poller {
     fn start<T: Send + 'static>(object: ObjectId, shared: Arc<Shared<T>>) -> io::Result<Self> {
         let stop = EventFd::new(0)?;
         let epoll = Epoll::new()?;
-        // An edge each time that something is added, however much is there unread.
+        // An edge for each addition, even with unread data.
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, FILE);
         epoll.ctl(ControlOperation::Add, shared.file.as_raw_fd(), event)?;
         let event = EpollEvent::new(EventSet::IN, STOP);
@@ -179,7 +178,7 @@ impl Poller {
     }
 }
 
-/// Tells the watcher of `shared` whatever there is, until told to stop.
+/// Notifies the watcher of `shared` until told to stop.
 fn wait<T>(epoll: &Epoll, shared: &Shared<T>) -> io::Result<()> {
     let mut events = [EpollEvent::default(); 2];
     loop {
@@ -206,7 +205,7 @@ impl Drop for Poller {
             return;
         }
         let Some(thread) = self.thread.take() else { return };
-        // A watcher may drop the queue from inside its thread.
+        // A watcher may drop the queue from this thread.
         if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
             log::error!("the thread of a queue panicked");
         }
@@ -261,7 +260,7 @@ impl EventQueue for Queue<Vevent> {
     }
 }
 
-/// How events of a type (`enum iommu_veventq_type`) are taken apart, when their length is known.
+/// The parser for events of a type (`enum iommu_veventq_type`), if their length is known.
 #[allow(non_upper_case_globals)] // bindgen's names
 pub(super) fn vevent_parser(kind: u32) -> Option<Parse<Vevent>> {
     match kind {
@@ -290,8 +289,7 @@ mod tests {
         }
     }
 
-    /// A queue of the SMMU's events, and where a test adds to it: like the kernel's, it never
-    /// waits.
+    /// A queue of SMMU events, and a socket for adding some: like the kernel's, it never blocks.
     fn queue() -> (Queue<Vevent>, UnixDatagram) {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();

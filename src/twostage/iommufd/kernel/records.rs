@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is read from fault queues and vEVENTQs, taken apart.
+//! Parsing of what is read from fault queues and vEVENTQs.
 
 use std::mem::{offset_of, size_of};
 
@@ -14,7 +14,7 @@ pub(super) const PAGE_REQUEST: usize = size_of::<iommu_hwpt_pgfault>();
 /// Bytes before an event's data.
 const VEVENT_HEADER: usize = size_of::<iommufd_vevent_header>();
 
-/// Takes what was read of a queue apart; `None` when it is nothing that such a queue gives.
+/// Parses what was read from a queue; `None` if it is invalid.
 pub(super) type Parse<T> = fn(&[u8]) -> Option<Vec<T>>;
 
 fn u32_at(record: &[u8], offset: usize) -> Option<u32> {
@@ -25,7 +25,7 @@ fn u64_at(record: &[u8], offset: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(*record.get(offset..)?.first_chunk()?))
 }
 
-/// Whole groups of `struct iommu_hwpt_pgfault`: those that follow each other with one cookie.
+/// Whole groups of `struct iommu_hwpt_pgfault`: adjacent ones with the same cookie.
 pub(super) fn page_requests(bytes: &[u8]) -> Option<Vec<PageRequestGroup>> {
     let mut groups: Vec<PageRequestGroup> = Vec::new();
     for record in bytes.chunks(PAGE_REQUEST) {
