@@ -11,17 +11,17 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 ///
 /// # Panics
 ///
-/// When [`PATIENCE`] is over, with `what` was waited for.
+/// [`PATIENCE`] is over; the message names `what` was waited for.
 #[track_caller]
 pub fn wait_until(what: &str, mut over: impl FnMut() -> bool) {
     wait_for(what, || over().then_some(()));
 }
 
-/// Waits until `look` finds something.
+/// Waits until `look` returns something.
 ///
 /// # Panics
 ///
-/// When [`PATIENCE`] is over, with `what` was waited for.
+/// [`PATIENCE`] is over; the message names `what` was waited for.
 #[track_caller]
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Values by PASID, of which there may be 2^20: what costs memory is a value that differs from its
-//! neighbour's, and nothing else.
+//! Values by PASID, of which there may be 2^20: memory use depends on how often neighbouring values
+//! differ.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-/// Keys of one block are worth this many bits: one of them is moved about when a run comes in
-/// between, and no more than so many blocks are there for 2^20 keys.
+/// log2 of the number of keys of a block. Inserting a run moves at most one block, and 2^20 keys
+/// have few blocks.
 const BLOCK_BITS: u32 = 12;
 
-/// Neighbouring keys of one block with the same value.
+/// Adjacent keys of one block with the same value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Run<T> {
     first: u16,
@@ -17,11 +17,11 @@ struct Run<T> {
     value: T,
 }
 
-/// A map from `u32` to small values, that has neighbouring keys with the same value as one run.
+/// A map from `u32` to small values that stores adjacent keys with the same value as one run.
 #[derive(Debug, Clone)]
 pub struct Runs<T> {
-    /// By the upper bits of their keys; the runs of each ascend, and no two that touch have the
-    /// same value. No block is empty.
+    /// By the upper bits of their keys; the runs of each ascend, and adjacent runs differ. No block
+    /// is empty.
     blocks: BTreeMap<u32, Vec<Run<T>>>,
 }
 
@@ -31,9 +31,9 @@ impl<T> Default for Runs<T> {
     }
 }
 
-/// The block that `key` is in, and which of its keys it is.
+/// The block of `key`, and its index in it.
 fn split(key: u32) -> (u32, u16) {
-    // Fits: fewer bits than that.
+    // Fits: it is masked to fewer bits.
     (key >> BLOCK_BITS, (key & ((1 << BLOCK_BITS) - 1)) as u16)
 }
 
@@ -50,7 +50,7 @@ impl<T: Copy + PartialEq> Runs<T> {
         (run.first <= at).then_some(run.value)
     }
 
-    /// Gives `key` a value, or none.
+    /// Sets or removes the value of `key`.
     pub fn set(&mut self, key: u32, value: Option<T>) {
         let (block, at) = split(key);
         if value.is_none() && !self.blocks.contains_key(&block) {
@@ -63,7 +63,7 @@ impl<T: Copy + PartialEq> Runs<T> {
         }
     }
 
-    /// The first key from `from` on that has a value.
+    /// The first key from `from` on with a value.
     pub fn next(&self, from: u32) -> Option<u32> {
         let (first, at) = split(from);
         self.blocks.range(first..).find_map(|(&block, runs)| {
@@ -73,17 +73,17 @@ impl<T: Copy + PartialEq> Runs<T> {
         })
     }
 
-    /// Every key with its value, ascending.
+    /// All keys with their values, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (u32, T)> + '_ {
         self.ranges().flat_map(|(keys, value)| keys.map(move |key| (key, value)))
     }
 
-    /// Neighbouring keys with the same value, and that.
+    /// Runs of adjacent keys with the same value, and the value.
     pub fn ranges(&self) -> impl Iterator<Item = (RangeInclusive<u32>, T)> + '_ {
         self.ranges_in(0..=u32::MAX)
     }
 
-    /// The same, as far as they are within `keys`.
+    /// The same, limited to `keys`.
     pub fn ranges_in(
         &self,
         keys: RangeInclusive<u32>,
@@ -103,7 +103,7 @@ impl<T: Copy + PartialEq> Runs<T> {
                 })
             })
             .peekable();
-        // Blocks end where no run need end.
+        // Merges runs across blocks.
         std::iter::from_fn(move || {
             let (keys, value) = runs.next()?;
             let mut last = *keys.end();
@@ -136,12 +136,12 @@ impl<T: Copy + PartialEq> Runs<T> {
         }
     }
 
-    /// How many runs there are.
+    /// Number of runs.
     pub fn runs(&self) -> usize {
         self.blocks.values().map(Vec::len).sum()
     }
 
-    /// Bytes that the runs take, with the room that is kept for more.
+    /// Bytes of the runs, including spare capacity.
     #[cfg(test)]
     pub fn bytes(&self) -> usize {
         self.blocks.values().map(|runs| runs.capacity() * size_of::<Run<T>>()).sum()
@@ -174,7 +174,7 @@ fn set_in<T: Copy + PartialEq>(runs: &mut Vec<Run<T>>, at: u16, value: Option<T>
     }
     let pieces = [before, own, after].into_iter().flatten();
     if runs.capacity() < runs.len() + 2 {
-        // Little at a time: what is kept for more is no use to anybody else.
+        // In small steps: spare capacity is wasted.
         runs.reserve_exact(runs.len() / 8 + 4);
     }
     runs.splice(from..to, pieces);
@@ -191,14 +191,14 @@ mod tests {
 
     const LAST: u32 = (1 << 20) - 1;
 
-    /// Keys at the edges of blocks, near each other.
+    /// Keys near the edges of blocks.
     fn key() -> impl Strategy<Value = u32> {
         let near = (0u32..12).prop_map(|key| key);
         prop_oneof![near, 4090u32..4102, LAST - 3..=LAST]
     }
 
     proptest! {
-        /// Against a map that keeps every key.
+        /// Compared with a map that has every key.
         #[test]
         fn runs_say_what_was_set(
             changes in prop::collection::vec((key(), prop::option::of(0u8..3)), 0..80),

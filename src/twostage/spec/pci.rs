@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who a PCI Express transaction comes from: Requester ID and PASID.
+//! The source of a PCI Express transaction: Requester ID and PASID.
 //!
 //! Source: PCI Express Base Specification 6.0, §2.2.4.2 (Requester ID) and §6.20 (PASID).
 
@@ -12,7 +12,7 @@ use std::str::FromStr;
 pub struct Bdf(u16);
 
 impl Bdf {
-    /// The Requester ID of `bus`:`device`.`function`; `None` when `device` > 31 or `function` > 7.
+    /// The Requester ID of `bus`:`device`.`function`; `None` if `device` > 31 or `function` > 7.
     pub const fn new(bus: u8, device: u8, function: u8) -> Option<Self> {
         if device > 31 || function > 7 {
             return None;
@@ -20,7 +20,7 @@ impl Bdf {
         Some(Self((bus as u16) << 8 | (device as u16) << 3 | function as u16))
     }
 
-    /// The Requester ID as it stands in a transaction, a fault record or a source-id field.
+    /// The Requester ID as in a transaction, a fault record or a source-id field.
     pub const fn from_raw(raw: u16) -> Self {
         Self(raw)
     }
@@ -63,7 +63,7 @@ impl fmt::Debug for Bdf {
     }
 }
 
-/// Text that is no `bus:device.function`.
+/// Text that is not `bus:device.function`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a PCI address; write bus:device.function in hexadecimal, such as 00:04.0")]
 pub struct ParseBdfError(String);
@@ -94,7 +94,7 @@ impl Pasid {
     /// Width of a PASID in bits (PCIe 6.0 §6.20).
     pub const BITS: u32 = 20;
 
-    /// The PASID `value`; `None` when it needs more than 20 bits.
+    /// The PASID `value`; `None` if it needs more than 20 bits.
     pub const fn new(value: u32) -> Option<Self> {
         if value >> Self::BITS != 0 {
             return None;

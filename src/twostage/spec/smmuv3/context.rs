@@ -79,7 +79,7 @@ pub struct Cd0 {
     /// IPS: size of output addresses; see [`super::address_size`].
     #[bits(3)]
     pub ips: u8,
-    /// AFFD: a clear access flag is no fault.
+    /// AFFD: a clear access flag is not a fault.
     pub affd: bool,
     /// WXN: writable pages are not executable.
     pub wxn: bool,
@@ -89,13 +89,13 @@ pub struct Cd0 {
     pub tbi0: bool,
     /// TBI1: bits 63:56 of an address above are ignored.
     pub tbi1: bool,
-    /// PAN: privileged requests do not reach pages of unprivileged ones.
+    /// PAN: privileged requests cannot access unprivileged pages.
     pub pan: bool,
     /// AA64: the tables are VMSAv8-64.
     pub aa64: bool,
-    /// HD: hardware keeps the dirty state.
+    /// HD: hardware updates the dirty state.
     pub hd: bool,
-    /// HA: hardware keeps the access flag.
+    /// HA: hardware updates the access flag.
     pub ha: bool,
     /// S: faulting transactions stall.
     pub s: bool,
@@ -115,11 +115,11 @@ pub struct Cd0 {
 pub struct Cd1 {
     /// NSCFG0: Non-secure attribute of the walks of Secure streams.
     pub nscfg0: bool,
-    /// HAD0: attributes in table descriptors do not count.
+    /// HAD0: attributes in table descriptors are ignored.
     pub had0: bool,
-    /// E0PD0: unprivileged requests do not reach this half.
+    /// E0PD0: unprivileged requests cannot access this half.
     pub e0pd0: bool,
-    /// HAFT: hardware keeps the access flag of table descriptors.
+    /// HAFT: hardware updates the access flag of table descriptors.
     pub haft: bool,
     /// TTB0: address of the top table, in units of 16 bytes.
     #[bits(48)]
@@ -128,7 +128,7 @@ pub struct Cd1 {
     __: u8,
     /// PnCH: bit 52 of a descriptor is Protected, not Contiguous.
     pub pnch: bool,
-    /// EPAN: PAN counts for pages that unprivileged requests may only execute too.
+    /// EPAN: PAN also applies to pages that unprivileged requests may only execute.
     pub epan: bool,
     /// HWU059 to HWU062: use of descriptor bits 62:59 by hardware.
     #[bits(4)]
@@ -141,9 +141,9 @@ pub struct Cd1 {
 pub struct Cd2 {
     /// NSCFG1: Non-secure attribute of the walks of Secure streams.
     pub nscfg1: bool,
-    /// HAD1: attributes in table descriptors do not count.
+    /// HAD1: attributes in table descriptors are ignored.
     pub had1: bool,
-    /// E0PD1: unprivileged requests do not reach this half.
+    /// E0PD1: unprivileged requests cannot access this half.
     pub e0pd1: bool,
     /// AIE: attribute indices have four bits.
     pub aie: bool,
@@ -180,7 +180,7 @@ pub struct Cd {
 }
 
 impl Cd {
-    /// The descriptor that `words` hold.
+    /// Decodes `words`.
     pub const fn from_words(words: [u64; CD_WORDS]) -> Self {
         let [qw0, qw1, qw2, mair, amair, r5, r6, r7] = words;
         Self {
@@ -228,7 +228,7 @@ impl Cd {
         Granule::from_tg1(self.qw0.tg1())
     }
 
-    /// The memory attributes that a descriptor's AttrIndx (0 to 7) names. Higher bits are ignored.
+    /// The memory attributes for a descriptor's AttrIndx (0 to 7). Higher bits are ignored.
     pub const fn memory_attributes(&self, attr_index: u8) -> u8 {
         (self.mair >> ((attr_index & 7) * 8)) as u8
     }

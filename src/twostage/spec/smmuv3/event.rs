@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Event records (§7.3): why a transaction was terminated or stalled.
 //!
-//! Every record has the same words; which fields of them an event defines, [`EventId`] says. The
-//! others are zero.
+//! All records have the same words; [`EventId`] says which fields an event defines. The others are
+//! zero.
 
 use bitfield_struct::bitfield;
 
@@ -13,14 +13,14 @@ pub const EVENT_SIZE: u64 = 32;
 /// 64-bit words of an event record.
 pub const EVENT_WORDS: usize = 4;
 
-/// What bits 255:192 of an event record hold.
+/// The contents of bits 255:192 of an event record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SecondAddress {
     /// Nothing.
     None,
     /// FetchAddr: the physical address that could not be read.
     Fetch,
-    /// IPA: the address after stage 1, where S2 is set.
+    /// IPA: the address after stage 1, if S2 is set.
     Ipa,
 }
 
@@ -60,7 +60,7 @@ macro_rules! event_ids {
                 }
             }
 
-            /// Whether the record says which substream, if any.
+            /// Whether the record has the substream, if any.
             pub const fn has_substream(self) -> bool {
                 match self {
                     $(Self::$variant => $substream,)*
@@ -95,19 +95,19 @@ macro_rules! event_ids {
 event_ids! {
     /// The kind of transaction is not supported.
     UnsupportedTransaction = 0x01, "F_UUT", substream true, input true, None, stall false;
-    /// The StreamID is beyond the stream table, or there is no level 2 table for it.
+    /// The StreamID is beyond the stream table, or it has no level 2 table.
     BadStreamId = 0x02, "C_BAD_STREAMID", substream true, input false, None, stall false;
     /// The stream table entry, or a descriptor on the way to it, could not be read.
     SteFetch = 0x03, "F_STE_FETCH", substream true, input false, Fetch, stall false;
     /// The stream table entry is not valid or contradicts itself.
     BadSte = 0x04, "C_BAD_STE", substream true, input false, None, stall false;
-    /// An ATS translation request of a stream that has no ATS.
+    /// An ATS translation request of a stream without ATS.
     BadAtsRequest = 0x05, "F_BAD_ATS_TREQ", substream true, input true, None, stall false;
     /// A transaction without SubstreamID, or with SubstreamID 0, that STE.S1DSS refuses.
     StreamDisabled = 0x06, "F_STREAM_DISABLED", substream false, input false, None, stall false;
-    /// A translated transaction of a stream that has no ATS.
+    /// A translated transaction of a stream without ATS.
     TranslatedForbidden = 0x07, "F_TRANSL_FORBIDDEN", substream false, input true, None, stall false;
-    /// The SubstreamID is beyond the context descriptor table, or there is no table for it.
+    /// The SubstreamID is beyond the context descriptor table, or it has no level 2 table.
     BadSubstreamId = 0x08, "C_BAD_SUBSTREAMID", substream true, input false, None, stall false;
     /// The context descriptor could not be read.
     CdFetch = 0x09, "F_CD_FETCH", substream true, input false, Fetch, stall false;
@@ -117,7 +117,7 @@ event_ids! {
     WalkExternalAbort = 0x0b, "F_WALK_EABT", substream true, input true, Fetch, stall false;
     /// Nothing is mapped at the address.
     Translation = 0x10, "F_TRANSLATION", substream true, input true, Ipa, stall true;
-    /// A descriptor leads beyond the size of output addresses.
+    /// A descriptor exceeds the output address size.
     AddressSize = 0x11, "F_ADDR_SIZE", substream true, input true, Ipa, stall true;
     /// The access flag is clear, and hardware does not set it.
     Access = 0x12, "F_ACCESS", substream true, input true, Ipa, stall true;
@@ -140,12 +140,12 @@ pub enum EventClass {
     Cd,
     /// 0b01: it read or updated a stage 1 descriptor.
     TranslationTable,
-    /// 0b10: it translated the transaction's own address.
+    /// 0b10: it translated the transaction's address.
     Input,
 }
 
 impl EventClass {
-    /// The class that `bits` name; `None` for the reserved 0b11.
+    /// Decodes `bits`; `None` for the reserved 0b11.
     pub const fn from_bits(bits: u8) -> Option<Self> {
         match bits {
             0 => Some(Self::Cd),
@@ -165,7 +165,7 @@ impl EventClass {
     }
 }
 
-/// Bits 63:0 of an event record: what happened, and whose transaction it was.
+/// Bits 63:0 of an event record: the event and the transaction's source.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct Event0 {
@@ -173,7 +173,8 @@ pub struct Event0 {
     pub id: u8,
     #[bits(3)]
     __: u8,
-    /// SSV: SubstreamID counts. C_BAD_SUBSTREAMID has no such bit: its SubstreamID always counts.
+    /// SSV: SubstreamID is valid. C_BAD_SUBSTREAMID has no such bit: its SubstreamID is always
+    /// valid.
     pub ssv: bool,
     /// SubstreamID.
     #[bits(20)]
@@ -217,7 +218,7 @@ pub struct Event1 {
     __: u32,
 }
 
-/// Bits 127:64 of an E_PAGE_REQUEST (§7.3.19): the access to come.
+/// Bits 127:64 of an E_PAGE_REQUEST (§7.3.19): the expected access.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct PageRequest1 {
@@ -263,7 +264,7 @@ impl EventRecord {
     /// The bits of IPA in [`EventRecord::second_address`].
     pub const IPA: u64 = 0x000f_ffff_ffff_f000;
 
-    /// A record of an event of `stream`, and `substream` where the event tells of it.
+    /// A record of an event of `stream`, and `substream` if the event has that.
     pub fn new(id: EventId, stream: StreamId, substream: Option<SubstreamId>) -> Self {
         let qw0 = Event0::new().with_id(id.code()).with_stream_id(stream.raw());
         let qw0 = match substream {
@@ -275,7 +276,7 @@ impl EventRecord {
         Self { qw0, ..Self::default() }
     }
 
-    /// The record that `words` hold.
+    /// Decodes `words`.
     pub const fn from_words(words: [u64; EVENT_WORDS]) -> Self {
         let [qw0, qw1, input_address, second_address] = words;
         Self {
@@ -301,7 +302,7 @@ impl EventRecord {
         StreamId(self.qw0.stream_id())
     }
 
-    /// The substream, where the record tells of one.
+    /// The substream, if the record has one.
     pub const fn substream(&self) -> Option<SubstreamId> {
         if self.qw0.ssv() || matches!(self.id(), Some(EventId::BadSubstreamId)) {
             return SubstreamId::new(self.qw0.substream_id());

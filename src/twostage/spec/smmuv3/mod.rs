@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Arm SMMUv3: registers, tables, commands and events.
 //!
-//! Source: Arm System Memory Management Unit Architecture Specification, version 3 (IHI 0070);
-//! the format of the translation tables is the one of the Arm Architecture Reference Manual (DDI
-//! 0487), VMSAv8-64. Fields carry the specification's names. All words are little-endian in
-//! memory; values here are in host order. What no unit of this crate can offer (Secure state,
-//! 56-bit addresses, 128-bit descriptors) has no layout here: such bits count as reserved.
+//! Source: Arm System Memory Management Unit Architecture Specification, version 3 (IHI 0070); the
+//! format of the translation tables is that of the Arm Architecture Reference Manual (DDI 0487),
+//! VMSAv8-64. Fields have the specification's names. All words are little-endian in memory; values
+//! here are in host order. What no unit of this crate supports (Secure state, 56-bit addresses,
+//! 128-bit descriptors) has no layout here: such bits count as reserved.
 
 pub mod command;
 pub mod context;
@@ -22,7 +22,7 @@ use super::pci::{Bdf, Pasid};
 /// The widest physical address in bits that the tables and registers here can hold.
 pub const ADDRESS_WIDTH: u8 = 52;
 
-/// A StreamID: which stream of transactions, and so which stream table entry (§3.2).
+/// A StreamID: identifies a stream of transactions, and its stream table entry (§3.2).
 ///
 /// Behind one SMMU a PCI function's StreamID is its Requester ID.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,7 +35,7 @@ impl StreamId {
         self.0
     }
 
-    /// The PCI function with this StreamID; `None` when it is wider than a Requester ID.
+    /// The PCI function with this StreamID; `None` if it is wider than a Requester ID.
     pub const fn bdf(self) -> Option<Bdf> {
         if self.0 > u16::MAX as u32 {
             return None;
@@ -62,11 +62,11 @@ impl fmt::Debug for StreamId {
     }
 }
 
-/// A SubstreamID: which context descriptor of a stream (§3.2). 20 bits; for PCI, the PASID.
+/// A SubstreamID: selects a context descriptor of a stream (§3.2). 20 bits; for PCI, the PASID.
 pub type SubstreamId = Pasid;
 
-/// The address size in bits that a three-bit field (IDR5.OAS, CD.IPS, STE.S2PS) names; `None` for
-/// an encoding beyond 52 bits.
+/// The address size in bits of a three-bit field (IDR5.OAS, CD.IPS, STE.S2PS); `None` for an
+/// encoding beyond 52 bits.
 pub const fn address_size(bits: u8) -> Option<u8> {
     match bits {
         0 => Some(32),

@@ -8,7 +8,7 @@ pub const COMMAND_SIZE: u64 = 16;
 /// Size of a page request, in bytes.
 pub const PAGE_REQUEST_SIZE: u64 = 16;
 
-/// The most that [`QueueBase::log2size`] may be: indices have so many bits, and one for the wrap.
+/// The maximum of [`QueueBase::log2size`]: indices have so many bits, and one for the wrap.
 pub const MAX_LOG2SIZE: u8 = 19;
 
 /// CMDQ_BASE, EVENTQ_BASE, PRIQ_BASE.
@@ -38,13 +38,13 @@ impl QueueBase {
     /// most [`MAX_LOG2SIZE`].
     pub fn layout(self, entry_size: u64, max_log2size: u8) -> QueueLayout {
         let log2size = self.log2size().min(max_log2size).min(MAX_LOG2SIZE);
-        // The queue is aligned to its size: address bits below it do not count.
+        // The queue is aligned to its size: lower address bits are ignored.
         let size = entry_size << log2size;
         QueueLayout { base: self.addr() << 5 & !(size - 1), log2size, entry_size }
     }
 }
 
-/// Where a queue is, and how its indices run.
+/// The address of a queue and the arithmetic of its indices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueLayout {
     base: u64,
@@ -63,7 +63,7 @@ impl QueueLayout {
         index & ((2 << self.log2size) - 1)
     }
 
-    /// The index behind `index`; past the last entry it wraps.
+    /// The index after `index`; past the last entry it wraps.
     pub const fn next(self, index: u32) -> u32 {
         self.truncate(index.wrapping_add(1))
     }
@@ -74,18 +74,18 @@ impl QueueLayout {
         self.base + (index & (self.entries() - 1)) as u64 * self.entry_size
     }
 
-    /// Number of entries from `cons` to `prod`: above [`QueueLayout::entries`] when no queue can
-    /// have these indices.
+    /// Number of entries from `cons` to `prod`: above [`QueueLayout::entries`] if these indices are
+    /// impossible.
     pub const fn used(self, prod: u32, cons: u32) -> u32 {
         self.truncate(prod.wrapping_sub(cons))
     }
 
-    /// Whether there is nothing to consume.
+    /// Whether the queue is empty.
     pub const fn is_empty(self, prod: u32, cons: u32) -> bool {
         self.used(prod, cons) == 0
     }
 
-    /// Whether there is no room to produce.
+    /// Whether the queue is full.
     pub const fn is_full(self, prod: u32, cons: u32) -> bool {
         self.used(prod, cons) >= self.entries()
     }
@@ -145,7 +145,7 @@ pub struct OutputCons {
     pub rd: u32,
     #[bits(11)]
     __: u16,
-    /// OVACKFLG: the overflow flag that software has seen.
+    /// OVACKFLG: the overflow flag as acknowledged by software.
     pub ovackflg: bool,
 }
 
@@ -173,7 +173,7 @@ impl CommandError {
         }
     }
 
-    /// What `code` stands for; `None` for 0 (CERROR_NONE) and the reserved codes.
+    /// Decodes `code`; `None` for 0 (CERROR_NONE) and the reserved codes.
     pub const fn from_code(code: u8) -> Option<Self> {
         Some(match code {
             1 => Self::Illegal,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Stage 1 translation tables, VMSAv8-64 (IHI 0070 §3.4, §5.4; DDI 0487, chapter D8).
 //!
-//! Levels are numbered from the top down, as in the architecture: 3 has pages, whatever the
-//! granule; 0 is the highest of the 4K and 16K granules, 1 of the 64K granule. 52-bit addresses
-//! exist with the 64K granule only: CD.DS is not offered.
+//! Levels are numbered from the top down, as in the architecture: level 3 has pages, whatever the
+//! granule; the top level is 0 for the 4K and 16K granules, 1 for the 64K granule. 52-bit addresses
+//! need the 64K granule: CD.DS is not supported.
 
 use bitfield_struct::bitfield;
 
@@ -28,7 +28,7 @@ impl Granule {
     /// Every granule.
     pub const ALL: [Self; 3] = [Self::K4, Self::K16, Self::K64];
 
-    /// The granule that CD.TG0 or STE.S2TG names; `None` for the reserved 0b11.
+    /// The granule of CD.TG0 or STE.S2TG; `None` for the reserved 0b11.
     pub const fn from_tg0(bits: u8) -> Option<Self> {
         match bits {
             0 => Some(Self::K4),
@@ -47,8 +47,8 @@ impl Granule {
         }
     }
 
-    /// The granule that CD.TG1 names, which also is the TG of a TLB invalidation by range; `None`
-    /// for 0b00: reserved in a context descriptor, no range in a command.
+    /// The granule of CD.TG1, which is also the TG of a TLB invalidation by range; `None` for 0b00:
+    /// reserved in a context descriptor, no range in a command.
     pub const fn from_tg1(bits: u8) -> Option<Self> {
         match bits {
             1 => Some(Self::K16),
@@ -102,8 +102,8 @@ impl Granule {
         LAST_LEVEL.saturating_sub((above_pages / self.index_bits()) as u8)
     }
 
-    /// The index into the table of `level` that `address` gives, where the walk takes `input_bits`
-    /// bits of address: bits above do not count.
+    /// The index of `address` in the table of `level`, in a walk of `input_bits` bits of address:
+    /// bits above are ignored.
     pub const fn index(self, address: u64, level: u8, input_bits: u32) -> u64 {
         let below = if input_bits < 64 { address & ((1 << input_bits) - 1) } else { address };
         let index = below >> self.level_shift(level);
@@ -114,8 +114,7 @@ impl Granule {
         }
     }
 
-    /// Whether a descriptor of `level` may be a block, where output addresses have
-    /// `output_bits` bits.
+    /// Whether a descriptor of `level` may be a block, with output addresses of `output_bits` bits.
     pub const fn has_blocks(self, level: u8, output_bits: u8) -> bool {
         match (self, level) {
             (_, 2) => true,
@@ -126,7 +125,7 @@ impl Granule {
         }
     }
 
-    /// How many adjacent descriptors of `level` the Contiguous bit joins; 1 where it means nothing.
+    /// How many adjacent descriptors of `level` the Contiguous bit joins; 1 if it has no meaning.
     pub const fn contiguous(self, level: u8) -> u64 {
         match (self, level) {
             (Self::K4, 1..=3) => 16,
@@ -138,7 +137,7 @@ impl Granule {
     }
 }
 
-/// What a descriptor is at its level.
+/// The type of a descriptor at its level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DescriptorKind {
     /// Bit 0 is clear, or the encoding is reserved at this level: a translation fault.
@@ -158,7 +157,7 @@ pub struct Descriptor {
     pub valid: bool,
     /// Type: a table, or in level 3 a page.
     pub table: bool,
-    /// AttrIndx: which memory attributes of MAIR.
+    /// AttrIndx: selects memory attributes of MAIR.
     #[bits(3)]
     pub attr_index: u8,
     /// NS: Non-secure output address.
@@ -182,7 +181,7 @@ pub struct Descriptor {
     __: u8,
     /// GP: guarded page.
     pub gp: bool,
-    /// DBM: where hardware keeps the dirty state, a read-only page may be written.
+    /// DBM: if hardware updates the dirty state, a read-only page may be written.
     pub dbm: bool,
     /// Contiguous: one of a run of descriptors that may be cached as one.
     pub contiguous: bool,
@@ -205,8 +204,8 @@ impl Descriptor {
     /// AP\[2\] in the word.
     pub const AP_READ_ONLY: u64 = 1 << 7;
 
-    /// What the descriptor is in a table of `level` of a walk with output addresses of
-    /// `output_bits` bits.
+    /// The descriptor's type in a table of `level` of a walk with output addresses of `output_bits`
+    /// bits.
     pub const fn kind(self, granule: Granule, level: u8, output_bits: u8) -> DescriptorKind {
         match (self.valid(), self.table(), level) {
             (true, true, LAST_LEVEL) => DescriptorKind::Leaf,
@@ -241,14 +240,14 @@ impl Descriptor {
         self.with_address_bits(field >> 12)
     }
 
-    /// The attributes that the descriptor, a table, puts on all below.
+    /// The attributes that the descriptor, a table, applies to everything below.
     pub const fn table_attributes(self) -> TableAttributes {
         TableAttributes::from_bits(self.into_bits())
     }
 }
 
-/// The attributes of a descriptor that points to a table: they hold for everything below, unless
-/// CD.HAD0 or CD.HAD1 says otherwise.
+/// The attributes of a table descriptor: they apply to everything below, unless CD.HAD0 or CD.HAD1
+/// is set.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct TableAttributes {

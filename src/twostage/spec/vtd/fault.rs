@@ -5,10 +5,10 @@ use std::fmt;
 
 macro_rules! fault_reasons {
     ($($(#[$doc:meta])* $variant:ident = $code:literal, $condition:literal, $qualified:literal;)*) => {
-        /// Reason of an unrecoverable fault, as a fault record's FR field carries it (§7.1.3).
+        /// Reason of an unrecoverable fault, as in a fault record's FR field (§7.1.3).
         ///
-        /// [`FaultReason::condition`] is the specification's short name of the condition; the
-        /// search of these pages finds the variants by it.
+        /// [`FaultReason::condition`] is the specification's short name of the condition;
+        /// documentation search finds variants by it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum FaultReason {
             $($(#[$doc])* #[doc(alias = $condition)] $variant,)*
@@ -25,7 +25,7 @@ macro_rules! fault_reasons {
                 }
             }
 
-            /// What `code` stands for; `None` for a reserved code.
+            /// Decodes `code`; `None` for a reserved code.
             pub const fn from_code(code: u8) -> Option<Self> {
                 match code {
                     $($code => Some(Self::$variant),)*
@@ -41,7 +41,7 @@ macro_rules! fault_reasons {
                 }
             }
 
-            /// Whether the fault is qualified: recorded only where FPD lets it.
+            /// Whether the fault is qualified: not recorded if FPD is set.
             const fn is_qualified(self) -> bool {
                 match self {
                     $(Self::$variant => $qualified,)*
@@ -56,13 +56,13 @@ fault_reasons! {
     LegacyRootNotPresent = 0x01, "LRT.2", false;
     /// Legacy mode: the context entry is not present.
     LegacyContextNotPresent = 0x02, "LCT.2", true;
-    /// Legacy mode: the context entry is programmed wrongly (AW, TT, table address).
+    /// Legacy mode: the context entry is programmed incorrectly (AW, TT, table address).
     LegacyContextInvalid = 0x03, "LCT.4", true;
     /// Legacy mode: the address is beyond the width of the tables or of the unit.
     LegacyAddressBeyond = 0x04, "LGN.1", true;
-    /// Legacy mode: a write, and the tables do not allow it.
+    /// Legacy mode: a write that the tables do not allow.
     LegacyWriteDenied = 0x05, "LGN.2", true;
-    /// Legacy mode: a read, and the tables do not allow it.
+    /// Legacy mode: a read that the tables do not allow.
     LegacyReadDenied = 0x06, "LGN.3", true;
     /// Legacy mode: a second-stage entry could not be read.
     LegacySecondStageAccess = 0x07, "LSS.1", true;
@@ -78,7 +78,7 @@ fault_reasons! {
     LegacySecondStageReserved = 0x0c, "LSS.2", true;
     /// Legacy mode: a translated or translation request that the context entry blocks.
     LegacyAddressTypeBlocked = 0x0d, "LCT.5", true;
-    /// Legacy mode: the tables lead into the interrupt address range.
+    /// Legacy mode: the output address is in the interrupt address range.
     LegacyOutputInterruptRange = 0x0e, "LGN.4", true;
     /// Interrupt: a reserved field of the request is set.
     InterruptRequestReserved = 0x20, "20h", false;
@@ -98,7 +98,7 @@ fault_reasons! {
     InterruptPostedAccess = 0x27, "27h", true;
     /// Interrupt: a reserved field of the posted-interrupt descriptor is set.
     InterruptPostedReserved = 0x28, "28h", true;
-    /// RTADDR is programmed wrongly: the translation table mode or the address.
+    /// RTADDR is programmed incorrectly: the translation table mode or the address.
     RootTableAddressInvalid = 0x30, "RTA.1", false;
     /// A request with PASID while the translation table mode is legacy.
     PasidInLegacyMode = 0x31, "RTA.2", false;
@@ -118,7 +118,7 @@ fault_reasons! {
     ContextNotPresent = 0x41, "SCT.2", true;
     /// Scalable mode: a reserved field of the context entry is set.
     ContextReserved = 0x42, "SCT.3", true;
-    /// Scalable mode: the context entry is programmed wrongly.
+    /// Scalable mode: the context entry is programmed incorrectly.
     ContextInvalid = 0x43, "SCT.4", true;
     /// Scalable mode: a translated or translation request, and DTE is clear.
     DeviceTlbDisabled = 0x44, "SCT.5", true;
@@ -142,7 +142,8 @@ fault_reasons! {
     PasidEntryNotPresent = 0x59, "SPT.2", true;
     /// A reserved field of the PASID table entry is set.
     PasidEntryReserved = 0x5a, "SPT.3", true;
-    /// The PASID table entry is programmed wrongly: PGTT, AW or FSPM is reserved or not supported.
+    /// The PASID table entry is programmed incorrectly: PGTT, AW or FSPM is reserved or not
+    /// supported.
     PasidEntryInvalid = 0x5b, "SPT.4", true;
     /// An execute request, and ERE is clear.
     ExecuteDisabled = 0x5c, "SPT.5", true;
@@ -158,11 +159,11 @@ fault_reasons! {
     FirstStageTopAccess = 0x73, "SFS.4", true;
     /// Nested: a first-stage pointer is beyond the second stage.
     FirstStagePointerBeyond = 0x74, "SFS.5", true;
-    /// Nested: the second stage does not let the top first-stage table be read.
+    /// Nested: the second stage does not allow reading the top first-stage table.
     FirstStageTopSecondStageDenied = 0x75, "SFS.6", true;
-    /// Nested: the second stage does not let a first-stage table be read.
+    /// Nested: the second stage does not allow reading a first-stage table.
     FirstStageSecondStageDenied = 0x76, "SFS.7", true;
-    /// Nested: the second stage does not let accessed and dirty flags be written.
+    /// Nested: the second stage does not allow writing accessed and dirty flags.
     FirstStageFlagsSecondStageDenied = 0x77, "SFS.8", true;
     /// A second-stage entry below the top table could not be read.
     SecondStageAccess = 0x78, "SSS.1", true;
@@ -178,19 +179,19 @@ fault_reasons! {
     SecondStageFlagsUpdate = 0x7d, "SSS.6", true;
     /// The address is not canonical.
     NotCanonical = 0x80, "SGN.1", true;
-    /// A user request, and the tables allow supervisors only.
+    /// A user request to a supervisor-only page.
     UserDenied = 0x81, "SGN.2", true;
-    /// An execute request, and the tables do not allow it.
+    /// An execute request that the tables do not allow.
     ExecuteDenied = 0x82, "SGN.3", true;
     /// The address is beyond the host address width.
     AddressBeyondHost = 0x83, "SGN.4", true;
     /// The address is beyond the width of the second-stage tables or of the unit.
     AddressBeyondGuest = 0x84, "SGN.5", true;
-    /// A write, and the tables do not allow it.
+    /// A write that the tables do not allow.
     WriteDenied = 0x85, "SGN.6", true;
-    /// A read, and the tables do not allow it.
+    /// A read that the tables do not allow.
     ReadDenied = 0x86, "SGN.7", true;
-    /// The tables lead into the interrupt address range.
+    /// The output address is in the interrupt address range.
     OutputInterruptRange = 0x87, "SGN.8", true;
     /// First-stage accessed and dirty flags cannot be written: page walks do not snoop.
     FirstStageFlagsNoSnoop = 0x90, "SFS.9", true;
@@ -199,7 +200,7 @@ fault_reasons! {
 }
 
 impl FaultReason {
-    /// Whether the fault is recorded, where the entries on the way say so by FPD.
+    /// Whether the fault is recorded, given FPD of the entries on the way.
     pub const fn is_recorded(self, fault_disabled: bool) -> bool {
         !(fault_disabled && self.is_qualified())
     }

@@ -21,7 +21,7 @@ pub struct FirstStageEntry {
     pub p: bool,
     /// R/W: writable.
     pub rw: bool,
-    /// U/S: reachable by user requests.
+    /// U/S: accessible to user requests.
     pub us: bool,
     /// PWT: page-level write-through.
     pub pwt: bool,
@@ -29,7 +29,7 @@ pub struct FirstStageEntry {
     pub pcd: bool,
     /// A: accessed.
     pub a: bool,
-    /// D: dirty; ignored where the entry points to a table.
+    /// D: dirty; ignored in a pointer to a table.
     pub d: bool,
     /// PS: the entry is a 2 MiB or 1 GiB page; in level 1 it is the PAT bit.
     pub ps: bool,
@@ -46,7 +46,7 @@ pub struct FirstStageEntry {
     pub frame: u64,
     #[bits(11)]
     __: u16,
-    /// XD: execution is refused.
+    /// XD: execution is not allowed.
     pub xd: bool,
 }
 
@@ -58,18 +58,18 @@ impl FirstStageEntry {
     /// The extended accessed flag in the word.
     pub const EA: u64 = 1 << 10;
 
-    /// Whether the entry, found at `level`, is a page and not a pointer to a table.
+    /// Whether the entry, found at `level`, is a page, not a pointer to a table.
     pub const fn is_leaf(self, level: u8) -> bool {
         is_leaf(self.ps(), level)
     }
 
-    /// GPA of the next table, or of the page when the entry is a leaf of `level`, in bytes.
+    /// GPA of the next table, or of the page if the entry is a leaf of `level`, in bytes.
     pub const fn address(self, level: u8) -> u64 {
         address(self.frame(), self.is_leaf(level), level)
     }
 
-    /// The bits that must be zero in this entry when it is present at `level` (1 to 5) of a unit
-    /// with `host_address_width` bits of address, that has 1 GiB pages or not (CAP.FS1GP).
+    /// The bits that must be zero in a present entry at `level` (1 to 5) of a unit with
+    /// `host_address_width` bits of address, with or without 1 GiB pages (CAP.FS1GP).
     pub const fn reserved_bits(self, level: u8, host_address_width: u8, fs1gp: bool) -> u64 {
         let above = super::above_width(host_address_width) & ADDRESS_BITS;
         let by_level = match level {
@@ -90,7 +90,7 @@ pub(super) const fn is_leaf(ps: bool, level: u8) -> bool {
     level == 1 || (ps && (level == 2 || level == 3))
 }
 
-/// The address in an entry of either stage: of a table, or of the page of `level` that it is.
+/// The address in an entry of either stage: of a table, or of the page of `level`.
 pub(super) const fn address(frame: u64, is_leaf: bool, level: u8) -> u64 {
     let address = frame << PAGE_SHIFT;
     if is_leaf {
@@ -109,7 +109,7 @@ pub const fn page_size(level: u8) -> u64 {
     1 << shift(level)
 }
 
-/// The index into the table of `level` that `iova` gives.
+/// The index of `iova` in the table of `level`.
 pub const fn index(iova: u64, level: u8) -> u64 {
     iova >> shift(level) & ((1 << INDEX_BITS) - 1)
 }

@@ -8,14 +8,14 @@ use bitfield_struct::bitfield;
 /// Bits 31:20 of the address of every interrupt request.
 const INTERRUPT_PREFIX: u16 = 0xfee;
 
-/// Where a request without PASID is an interrupt request and no memory access (§3.14).
+/// Requests without PASID in this range are interrupt requests, not memory accesses (§3.14).
 pub const INTERRUPT_RANGE: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
 /// Size of an interrupt remapping table entry, in bytes.
 pub const IRTE_SIZE: u64 = 16;
 
 /// Low half of the address of an interrupt request in compatibility format (§5.1.2.1), which is
-/// that of a message to a LAPIC, too.
+/// also that of a message to a LAPIC.
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct CompatibilityAddress {
@@ -76,7 +76,7 @@ impl RemappableAddress {
     }
 }
 
-/// Data of an interrupt request in remappable format, where SHV says that it counts (§5.1.2.2).
+/// Data of an interrupt request in remappable format, if SHV is set (§5.1.2.2).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct RemappableData {
@@ -126,7 +126,7 @@ pub struct IrteLow {
     pub avail: u8,
     #[bits(3)]
     __: u8,
-    /// IM: posted, where CAP.PI is set.
+    /// IM: posted, if CAP.PI is set.
     pub im: bool,
     /// V: vector.
     pub v: u8,
@@ -138,9 +138,9 @@ pub struct IrteLow {
 /// Source validation type (IRTE.SVT, §9.10).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SourceValidation {
-    /// 00: anybody.
+    /// 00: any source.
     None,
-    /// 01: SID, but for the bits that SQ ignores.
+    /// 01: SID, except the bits that SQ ignores.
     Source,
     /// 10: the bus is from SID\[15:8\] to SID\[7:0\].
     Bus,
@@ -152,7 +152,7 @@ pub enum SourceValidation {
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct IrteHigh {
-    /// SID: who may make the request.
+    /// SID: the allowed source.
     pub sid: u16,
     /// SQ: which bits of the function number are ignored.
     #[bits(2)]
@@ -175,7 +175,7 @@ impl IrteHigh {
         }
     }
 
-    /// The bits of the source ID that SQ leaves out of the comparison.
+    /// The bits of the source ID that SQ excludes from the comparison.
     pub const fn ignored_source_bits(self) -> u16 {
         match self.sq() {
             0 => 0b000,
@@ -198,12 +198,12 @@ pub struct Irte {
 impl Irte {
     /// Bits 14:12 and 31:24 of the low half.
     const RESERVED_LOW: u64 = 0xff00_7000;
-    /// The bits of DST that have no meaning without extended interrupt mode.
+    /// The bits of DST that are reserved without extended interrupt mode.
     const RESERVED_DST: u32 = 0xffff_00ff;
     /// Bits 63:20 of the high half.
     const RESERVED_HIGH: u64 = !0xf_ffff;
 
-    /// The entry that `words` hold.
+    /// Decodes `words`.
     pub const fn from_words(words: [u64; 2]) -> Self {
         Self { low: IrteLow::from_bits(words[0]), high: IrteHigh::from_bits(words[1]) }
     }
@@ -213,8 +213,8 @@ impl Irte {
         [self.low.into_bits(), self.high.into_bits()]
     }
 
-    /// Whether a reserved field is set, or has a reserved value: in extended interrupt mode or not,
-    /// where interrupts are not posted.
+    /// Whether a reserved field is set, or has a reserved value, with or without extended interrupt
+    /// mode; not for posted interrupts.
     pub const fn has_reserved(self, extended: bool) -> bool {
         self.low.into_bits() & Self::RESERVED_LOW != 0
             || self.low.im()
@@ -225,7 +225,7 @@ impl Irte {
             || matches!(self.high.validation(), SourceValidation::Reserved)
     }
 
-    /// The APIC ID, or the logical destination, that interrupts go to.
+    /// The APIC ID or logical destination.
     pub const fn destination(self, extended: bool) -> u32 {
         if extended {
             self.low.dst()

@@ -2,7 +2,7 @@
 //! Intel VT-d: registers, tables, descriptors and faults.
 //!
 //! Source: Intel Virtualization Technology for Directed I/O, Architecture Specification, revisions
-//! 4 and 5; section numbers are those of revision 4. Fields carry the specification's names. All
+//! 4 and 5; section numbers are those of revision 4. Fields have the specification's names. All
 //! words are little-endian in memory; values here are in host order.
 
 pub mod fault;
@@ -19,8 +19,9 @@ pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 /// Binary logarithm of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;
 
-/// The widest host address width (HAW) in bits: all that a paging entry can hold (§9.7, §9.8), so
-/// that no address bit of an entry is reserved. The virtual VT-d and the emulated one both have it.
+/// The widest host address width (HAW) in bits: the maximum that a paging entry can hold (§9.7,
+/// §9.8), so that no address bit of an entry is reserved. The virtual and the emulated VT-d both
+/// have it.
 pub const HOST_ADDRESS_WIDTH: u8 = 52;
 
 /// The bits of a 64-bit word at and above `host_address_width`, up to bit 63 for table pointers:

@@ -28,7 +28,7 @@ pub struct PasidDirectoryEntry {
 }
 
 impl PasidDirectoryEntry {
-    /// Reserved whatever the address width.
+    /// Reserved with any address width.
     pub const RESERVED: u64 = 0xffc;
 
     /// GPA of the PASID table, in bytes.
@@ -51,7 +51,7 @@ pub enum Pgtt {
 }
 
 impl Pgtt {
-    /// The type that `bits` name; `None` for a reserved encoding.
+    /// Decodes `bits`; `None` for a reserved encoding.
     pub const fn from_bits(bits: u8) -> Option<Self> {
         match bits {
             1 => Some(Self::FirstStage),
@@ -73,7 +73,8 @@ impl Pgtt {
     }
 }
 
-/// How many levels first-stage tables have (FSPM), and so how wide their input addresses are.
+/// The number of levels of first-stage tables (FSPM), which determines the width of their input
+/// addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PagingMode {
     /// 00: 4 levels, 48 bits.
@@ -83,7 +84,7 @@ pub enum PagingMode {
 }
 
 impl PagingMode {
-    /// The mode that `fspm` names; `None` for a reserved encoding.
+    /// Decodes `fspm`; `None` for a reserved encoding.
     pub const fn from_bits(fspm: u8) -> Option<Self> {
         match fspm {
             0 => Some(Self::Level4),
@@ -120,12 +121,12 @@ pub struct PasidEntry0 {
     /// AW: width of the second-stage tables, as bits; see [`super::root::AddressWidth`].
     #[bits(3)]
     pub aw: u8,
-    /// SSEE: second-stage execute permission counts.
+    /// SSEE: second-stage execute permission is checked.
     pub ssee: bool,
     /// PGTT, as bits; see [`PasidEntry::translation_type`].
     #[bits(3)]
     pub pgtt: u8,
-    /// SSADE: second-stage accessed and dirty flags are kept.
+    /// SSADE: second-stage accessed and dirty flags are updated.
     pub ssade: bool,
     #[bits(2)]
     __: u8,
@@ -165,20 +166,20 @@ pub struct PasidEntry1 {
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct PasidEntry2 {
-    /// SRE: supervisor requests are served.
+    /// SRE: supervisor requests are allowed.
     pub sre: bool,
-    /// ERE: execute requests are served.
+    /// ERE: execute requests are allowed.
     pub ere: bool,
     /// FSPM: first-stage paging mode, as bits; see [`PagingMode::from_bits`].
     #[bits(2)]
     pub fspm: u8,
     /// WPE: supervisor writes honour R/W.
     pub wpe: bool,
-    /// NXE: XD counts.
+    /// NXE: XD is checked.
     pub nxe: bool,
     /// SMEP: supervisors cannot execute user pages.
     pub smep: bool,
-    /// EAFE: the extended accessed flag is kept.
+    /// EAFE: the extended accessed flag is updated.
     pub eafe: bool,
     #[bits(4)]
     __: u8,
@@ -201,11 +202,11 @@ pub struct PasidEntry {
 }
 
 impl PasidEntry {
-    /// Bits of each 64-bit word that are reserved whatever the address width and the type.
+    /// Bits of each 64-bit word that are reserved with any address width and type.
     pub const RESERVED: [u64; 8] =
         [0xc00, 0x7f_0000, 0xf00, u64::MAX, u64::MAX, u64::MAX, u64::MAX, u64::MAX];
 
-    /// The entry that `words` hold.
+    /// Decodes `words`.
     pub const fn from_words(words: [u64; 8]) -> Self {
         let [qw0, qw1, qw2, r3, r4, r5, r6, r7] = words;
         Self {

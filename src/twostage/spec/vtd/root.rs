@@ -32,7 +32,7 @@ pub struct RootHalf {
 }
 
 impl RootHalf {
-    /// Reserved whatever the address width.
+    /// Reserved with any address width.
     pub const RESERVED: u64 = 0xffe;
 
     /// GPA of the context table, in bytes.
@@ -70,7 +70,7 @@ pub struct ContextLow {
 }
 
 impl ContextLow {
-    /// Reserved whatever the address width.
+    /// Reserved with any address width.
     pub const RESERVED: u64 = 0xff0;
 
     /// The translation type; `None` for the reserved 11.
@@ -109,7 +109,7 @@ impl ContextHigh {
     pub const RESERVED: u64 = 0xffff_ffff_ff00_0080;
 }
 
-/// How wide the input addresses of second-stage tables are: what an AW field (§9.3, §9.6) names.
+/// The input address width of second-stage tables: the encoding of AW fields (§9.3, §9.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum AddressWidth {
     /// 001: 39 bits, 3 levels.
@@ -178,7 +178,7 @@ pub struct ScalableContextLow {
 }
 
 impl ScalableContextLow {
-    /// Reserved whatever the address width.
+    /// Reserved with any address width.
     pub const RESERVED: u64 = 0x1e0;
 
     /// GPA of the PASID directory, in bytes.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Commands of the command queue (§4).
 //!
-//! [`Command::decode`] takes what any SMMU could: whether this one offers the command (its stages,
-//! its features) is for it to say. Reserved fields are ignored, and are 0 in what
-//! [`Command::encode`] gives.
+//! [`Command::decode`] accepts what any SMMU could: whether this one supports the command (its
+//! stages, its features) is up to the caller. Reserved fields are ignored, and are 0 in the result
+//! of [`Command::encode`].
 
 mod range;
 #[cfg(test)]
@@ -26,16 +26,16 @@ pub type Words = [u64; 2];
 /// CMD_CFGI_STE_RANGE with this Range is CMD_CFGI_ALL: every stream.
 pub const RANGE_ALL: u8 = 31;
 
-/// From this Size on, CMD_ATC_INV is of all addresses.
+/// From this Size on, CMD_ATC_INV covers all addresses.
 pub const ATC_SIZE_ALL: u8 = 52;
 
-/// What no SMMU takes: CERROR_ILL.
+/// What no SMMU accepts: CERROR_ILL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum DecodeError {
     /// No command has this opcode.
     #[error("opcode {0:#x} is reserved")]
     Opcode(u8),
-    /// SSec is set: Secure streams have a queue of their own.
+    /// SSec is set: Secure streams have a separate queue.
     #[error("opcode {0:#x} for a Secure stream")]
     Secure(u8),
     /// CS of a CMD_SYNC is reserved.
@@ -43,19 +43,19 @@ pub enum DecodeError {
     Signal,
 }
 
-/// How a CMD_SYNC says that it is complete (CS).
+/// How a CMD_SYNC signals its completion (CS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SyncSignal {
-    /// 0, SIG_NONE: by CMDQ_CONS alone.
+    /// 0, SIG_NONE: by CMDQ_CONS only.
     None,
-    /// 1, SIG_IRQ: by a message; by a wired interrupt when its address is 0.
+    /// 1, SIG_IRQ: by an MSI; by a wired interrupt if its address is 0.
     Interrupt {
         /// MSIAddress, in bytes, 4-byte aligned.
         address: u64,
         /// MSIData.
         data: u32,
     },
-    /// 2, SIG_SEV: by an event to processors that wait for one.
+    /// 2, SIG_SEV: by an event that wakes processors.
     Event,
 }
 
@@ -86,12 +86,12 @@ pub enum Command {
     CfgiSte {
         /// StreamID.
         stream: StreamId,
-        /// Leaf: the entry alone, not the descriptor of its table.
+        /// Leaf: only the entry, not the descriptor of its table.
         leaf: bool,
     },
     /// 0x04: `2^(range + 1)` stream table entries changed; CMD_CFGI_ALL with [`RANGE_ALL`].
     CfgiSteRange {
-        /// StreamID; its low `range + 1` bits do not count.
+        /// StreamID; its low `range + 1` bits are ignored.
         stream: StreamId,
         /// Range.
         range: u8,
@@ -102,7 +102,7 @@ pub enum Command {
         stream: StreamId,
         /// SubstreamID.
         substream: Pasid,
-        /// Leaf: the entry alone, not the descriptor of its table.
+        /// Leaf: only the entry, not the descriptor of its table.
         leaf: bool,
     },
     /// 0x06: any context descriptor of a stream changed.
@@ -115,7 +115,7 @@ pub enum Command {
         /// VMID.
         vmid: u16,
     },
-    /// 0x11: those of an ASID, but for global ones.
+    /// 0x11: those of an ASID, except global ones.
     TlbiNhAsid {
         /// VMID.
         vmid: u16,
@@ -169,9 +169,9 @@ pub enum Command {
         /// Intermediate physical addresses.
         range: AddressRange,
     },
-    /// 0x30: all translations but those of EL2.
+    /// 0x30: all translations except those of EL2.
     TlbiNsnhAll,
-    /// 0x40: translations that a device keeps itself.
+    /// 0x40: translations in a device's ATC.
     AtcInv {
         /// StreamID.
         stream: StreamId,
@@ -179,12 +179,12 @@ pub enum Command {
         substream: Option<Pasid>,
         /// G: of every SubstreamID.
         global: bool,
-        /// Address, 4 KiB aligned; bits below the size do not count.
+        /// Address, 4 KiB aligned; bits below the size are ignored.
         address: u64,
         /// Size: binary logarithm of the number of 4 KiB pages; see [`ATC_SIZE_ALL`].
         size: u8,
     },
-    /// 0x41: the answer to a page request.
+    /// 0x41: the response to a page request.
     PriResp {
         /// StreamID.
         stream: StreamId,
@@ -195,13 +195,13 @@ pub enum Command {
         /// Resp: 0 deny, 1 fail, 2 success.
         response: u8,
     },
-    /// 0x44: the answer to a stalled transaction.
+    /// 0x44: the response to a stalled transaction.
     Resume {
         /// StreamID.
         stream: StreamId,
         /// STAG: which transaction.
         stag: u16,
-        /// Ac (bit 0): it is tried again; without, Ab (bit 1): it ends with an abort.
+        /// Ac (bit 0): it is retried; without it, Ab (bit 1): it ends with an abort.
         response: u8,
     },
     /// 0x45: stalled transactions of a stream are terminated.
@@ -209,9 +209,9 @@ pub enum Command {
         /// StreamID.
         stream: StreamId,
     },
-    /// 0x46: complete when all before it is.
+    /// 0x46: completes when all commands before it have.
     Sync {
-        /// How it says so.
+        /// How it signals that.
         signal: SyncSignal,
     },
 }
@@ -255,10 +255,10 @@ impl Command {
         }
     }
 
-    /// The command that `words` hold.
+    /// Decodes `words`.
     ///
     /// # Errors
-    /// No SMMU takes it.
+    /// No SMMU accepts it.
     pub fn decode(words: Words) -> Result<Self, DecodeError> {
         let [low, high] = words;
         let opcode = StreamWord::from_bits(low).opcode();
@@ -269,8 +269,8 @@ impl Command {
         }
     }
 
-    /// Whether every bit of `words`, which it was decoded from, is one of a field that it has: the
-    /// SubstreamID of a CMD_ATC_INV without SSV is ignored, not reserved.
+    /// Whether every bit set in `words`, which it was decoded from, belongs to a field that it has:
+    /// the SubstreamID of a CMD_ATC_INV without SSV is ignored, not reserved.
     pub fn is_all_of(&self, words: Words) -> bool {
         let [low, high] = words;
         let low = match self {
@@ -282,7 +282,7 @@ impl Command {
         self.encode() == [low, high]
     }
 
-    /// The words of the command: what [`Command::decode`] reads back as the same.
+    /// The words of the command, which [`Command::decode`] decodes to the same.
     pub fn encode(&self) -> Words {
         let of =
             |stream: StreamId| StreamWord::new().with_opcode(self.opcode()).with_stream(stream.0);

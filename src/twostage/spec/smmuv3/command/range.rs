@@ -6,7 +6,7 @@ use super::words::{TlbiAddress, TlbiWord};
 /// Binary logarithm of the unit of addresses in commands.
 pub(super) const ADDRESS_SHIFT: u32 = 12;
 
-/// Which addresses a CMD_TLBI_* by address names.
+/// The addresses of a CMD_TLBI_* by address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AddressRange {
     /// Address: of the first byte, 4 KiB aligned.
@@ -29,7 +29,7 @@ impl AddressRange {
         Self { address, leaf: false, tg: 0, ttl: 0, num: 0, scale: 0 }
     }
 
-    /// Binary logarithm of the granule that TG names; `None` without a range.
+    /// Binary logarithm of the granule of TG; `None` without a range.
     pub const fn granule_shift(self) -> Option<u32> {
         match self.tg {
             1 => Some(12),
@@ -48,13 +48,13 @@ impl AddressRange {
         }
     }
 
-    /// Whether this is the range that the specification reserves: of one granule, with no level to
-    /// tell it from an invalidation without range.
+    /// Whether this is the range that the specification reserves: one granule without a level,
+    /// which would look like an invalidation without range.
     pub const fn is_reserved(self) -> bool {
         self.tg != 0 && self.ttl == 0 && self.num == 0 && self.scale == 0
     }
 
-    /// Whether the fields are used that only an SMMU with IDR3.RIL has.
+    /// Whether it uses the fields that need IDR3.RIL.
     pub const fn needs_ril(self) -> bool {
         self.tg != 0
     }
@@ -67,13 +67,13 @@ impl AddressRange {
         match (high.tg(), high.ttl()) {
             // Without TG the others are reserved.
             (0, _) => Self { leaf, ..Self::at(address) },
-            // The 16K granule has no blocks in level 1: the level is reserved, and counts as any.
+            // The 16K granule has no level 1 blocks: the level is reserved, and treated as any.
             (tg @ 2, 1) => Self { address, leaf, tg, ttl: 0, num, scale },
             (tg, ttl) => Self { address, leaf, tg, ttl, num, scale },
         }
     }
 
-    /// `low` with the fields of this range, and the word behind it.
+    /// `low` with the fields of this range, and the word after it.
     pub(super) fn encode(self, low: TlbiWord) -> [u64; 2] {
         let high = TlbiAddress::new()
             .with_address(self.address >> ADDRESS_SHIFT)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Commands against words as drivers write them, and round trips.
+//! Commands compared with words as drivers write them, and round trips.
 
 use proptest::prelude::*;
 

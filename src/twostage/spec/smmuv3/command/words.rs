@@ -3,7 +3,7 @@
 
 use bitfield_struct::bitfield;
 
-/// Word 0 of commands that name a stream.
+/// Word 0 of commands with a StreamID.
 #[bitfield(u64)]
 pub(super) struct StreamWord {
     pub opcode: u8,
@@ -13,7 +13,7 @@ pub(super) struct StreamWord {
     pub global: bool,
     /// SSec: the stream is a Secure one.
     pub ssec: bool,
-    /// SSV: the SubstreamID counts.
+    /// SSV: the SubstreamID is valid.
     pub ssv: bool,
     #[bits(20)]
     pub substream: u32,

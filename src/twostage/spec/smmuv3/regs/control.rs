@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Enables and behaviours: CR0, CR0ACK, CR1, CR2, GBPA (§6.3).
+//! Enables and settings: CR0, CR0ACK, CR1, CR2, GBPA (§6.3).
 
 use bitfield_struct::bitfield;
 
@@ -20,7 +20,7 @@ pub struct Cr0 {
     pub atschk: bool,
     #[bits(1)]
     __: u8,
-    /// VMW: how many low bits of a VMID do not count.
+    /// VMW: how many low bits of a VMID are ignored.
     #[bits(3)]
     pub vmw: u8,
     #[bits(23)]
@@ -52,18 +52,18 @@ pub struct Cr2 {
     /// RECINVSID: transactions with StreamIDs beyond the stream table are recorded
     /// (C_BAD_STREAMID).
     pub recinvsid: bool,
-    /// PTM: no part in broadcast TLB maintenance.
+    /// PTM: does not take part in broadcast TLB maintenance.
     pub ptm: bool,
     #[bits(29)]
     __: u32,
 }
 
-/// Global bypass attribute register: what becomes of transactions while SMMUEN is 0.
+/// Global bypass attribute register: treatment of transactions while SMMUEN is 0.
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Gbpa {
-    /// MemAttr: memory type, where MTCFG.
+    /// MemAttr: memory type, if MTCFG is set.
     #[bits(4)]
     pub memattr: u8,
     /// MTCFG: the memory type is replaced.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the SMMU can do: IDR0 to IDR5, IIDR, AIDR (§6.3).
+//! The SMMU's features: IDR0 to IDR5, IIDR, AIDR (§6.3).
 
 use bitfield_struct::bitfield;
 
@@ -83,13 +83,13 @@ pub struct Idr1 {
     /// SSIDSIZE: bits of a SubstreamID, 0 to 20.
     #[bits(5)]
     pub ssidsize: u8,
-    /// PRIQS: binary logarithm of the most entries of the PRI queue.
+    /// PRIQS: binary logarithm of the maximum number of entries of the PRI queue.
     #[bits(5)]
     pub priqs: u8,
-    /// EVENTQS: binary logarithm of the most entries of the event queue.
+    /// EVENTQS: binary logarithm of the maximum number of entries of the event queue.
     #[bits(5)]
     pub eventqs: u8,
-    /// CMDQS: binary logarithm of the most entries of the command queue.
+    /// CMDQS: binary logarithm of the maximum number of entries of the command queue.
     #[bits(5)]
     pub cmdqs: u8,
     /// ATTR_PERMS_OVR: incoming permissions can be overridden.
@@ -130,7 +130,7 @@ pub struct Idr3 {
     pub stt: bool,
     /// RIL: invalidation by range, and level hints.
     pub ril: bool,
-    /// BBML: level of break-before-make that is asked for, 0 to 2.
+    /// BBML: required level of break-before-make, 0 to 2.
     #[bits(2)]
     pub bbml: u8,
     /// E0PD: unprivileged access to halves of the address space can be prevented.
@@ -164,7 +164,7 @@ pub struct Idr5 {
     pub vax: u8,
     #[bits(4)]
     __: u8,
-    /// STALL_MAX: the most transactions that may stall.
+    /// STALL_MAX: the maximum number of stalled transactions.
     pub stall_max: u16,
 }
 

@@ -47,11 +47,11 @@ pub struct Gerror {
 }
 
 impl Gerror {
-    /// Every error there is.
+    /// All errors.
     pub const ALL: Self = Self::from_bits(0x1fd);
 }
 
-/// GERROR_IRQ_CFG0, EVENTQ_IRQ_CFG0, PRIQ_IRQ_CFG0: where a message goes.
+/// GERROR_IRQ_CFG0, EVENTQ_IRQ_CFG0, PRIQ_IRQ_CFG0: the address of an MSI.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -69,7 +69,7 @@ impl IrqCfg0 {
     /// Bits that software can write.
     pub const WRITABLE: u64 = 0x000f_ffff_ffff_fffc;
 
-    /// The address in bytes; `None` when it is 0: no message is sent, the interrupt is wired.
+    /// The address in bytes; `None` if it is 0: no MSI is sent, the interrupt is wired.
     pub const fn address(self) -> Option<u64> {
         match self.addr() {
             0 => None,

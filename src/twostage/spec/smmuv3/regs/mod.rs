@@ -52,7 +52,7 @@ registers! {
     CR2 = 0x2c, 4;
     /// Status.
     STATUSR = 0x40, 4;
-    /// Global bypass attributes: what happens while translation is off.
+    /// Global bypass attributes: used while translation is disabled.
     GBPA = 0x44, 4;
     /// Alternate global bypass attributes.
     AGBPA = 0x48, 4;
@@ -106,7 +106,7 @@ registers! {
     PRIQ_CONS = 0x1_00cc, 4;
 }
 
-/// The name of the register that holds byte `offset`, for traces; `"reserved"` where there is none.
+/// The name of the register at byte `offset`, for traces; `"reserved"` if there is none.
 pub fn name(offset: u64) -> &'static str {
     let found = REGISTERS.iter().find(|&&(start, size, _)| (start..start + size).contains(&offset));
     found.map_or("reserved", |&(_, _, name)| name)

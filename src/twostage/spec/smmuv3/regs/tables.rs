@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the stream table is: STRTAB_BASE, STRTAB_BASE_CFG (§6.3).
+//! The address of the stream table: STRTAB_BASE, STRTAB_BASE_CFG (§6.3).
 
 use bitfield_struct::bitfield;
 
@@ -25,13 +25,13 @@ impl StrtabBase {
     /// Bits that software can write.
     pub const WRITABLE: u64 = 0x400f_ffff_ffff_ffc0;
 
-    /// The address as it stands, in bytes. Bits below the size of the table do not count.
+    /// The address, in bytes. Bits below the size of the table are ignored.
     pub const fn address(self) -> u64 {
         self.addr() << 6
     }
 }
 
-/// How the stream table is laid out ([`StrtabBaseCfg::fmt`]).
+/// The format of the stream table ([`StrtabBaseCfg::fmt`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StrtabFormat {
     /// 0: one table of entries.
@@ -47,7 +47,7 @@ pub enum StrtabFormat {
 #[derive(PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct StrtabBaseCfg {
-    /// LOG2SIZE: binary logarithm of the number of StreamIDs that the table is for.
+    /// LOG2SIZE: binary logarithm of the number of StreamIDs that the table covers.
     #[bits(6)]
     pub log2size: u8,
     /// SPLIT: bits of a StreamID that index the second level: 6, 8 or 10.
@@ -66,7 +66,7 @@ impl StrtabBaseCfg {
     /// Bits that software can write.
     pub const WRITABLE: u32 = 0x3_07ff;
 
-    /// What FMT stands for.
+    /// Decodes FMT.
     pub const fn format(self) -> StrtabFormat {
         match self.fmt() {
             0 => StrtabFormat::Linear,
@@ -75,7 +75,7 @@ impl StrtabBaseCfg {
         }
     }
 
-    /// SPLIT as it counts: reserved values behave as 6.
+    /// The effective SPLIT: reserved values behave as 6.
     pub const fn effective_split(self) -> u8 {
         match self.split() {
             split @ (8 | 10) => split,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the encoded fields of a stream table entry say (§5.2).
+//! Decoding of stream table entry fields (§5.2).
 
 /// What a stream table entry does with transactions (STE.Config).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -17,7 +17,7 @@ pub enum StreamConfig {
 }
 
 impl StreamConfig {
-    /// What the three bits of Config say. Bits above are ignored.
+    /// Decodes the three bits of Config. Bits above are ignored.
     pub const fn from_bits(bits: u8) -> Self {
         match bits & 7 {
             4 => Self::Bypass,
@@ -81,14 +81,14 @@ impl S1Format {
     }
 }
 
-/// What becomes of transactions without SubstreamID where substreams are enabled (STE.S1DSS).
+/// The treatment of transactions without SubstreamID if substreams are enabled (STE.S1DSS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DefaultSubstream {
     /// 0b00, and the reserved 0b11: they are terminated with F_STREAM_DISABLED.
     Terminate,
-    /// 0b01: stage 1 lets them pass.
+    /// 0b01: they bypass stage 1.
     Bypass,
-    /// 0b10: they have SubstreamID 0, which no transaction may bring.
+    /// 0b10: they use SubstreamID 0, which no transaction may carry.
     Substream0,
 }
 
@@ -103,7 +103,7 @@ impl DefaultSubstream {
     }
 }
 
-/// How ATS is served (STE.EATS).
+/// ATS support (STE.EATS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum EnableAts {
     /// 0b00: translation requests and translated transactions are refused.

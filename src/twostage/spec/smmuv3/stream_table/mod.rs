@@ -36,7 +36,7 @@ impl L1StreamTableDescriptor {
     /// The widest Span that is not reserved.
     pub const MAX_SPAN: u8 = 11;
 
-    /// Entries of the level 2 table; 0 when there is none: Span is 0 or reserved.
+    /// Entries of the level 2 table; 0 if there is none: Span is 0 or reserved.
     pub const fn entries(self) -> u32 {
         match self.span() {
             span @ 1..=Self::MAX_SPAN => 1 << (span - 1),
@@ -44,7 +44,7 @@ impl L1StreamTableDescriptor {
         }
     }
 
-    /// GPA of the level 2 table, in bytes. It is aligned to its size: the bits below do not count.
+    /// GPA of the level 2 table, in bytes. It is aligned to its size: the bits below are ignored.
     pub const fn l2_table(self) -> u64 {
         let size = (self.entries() as u64 * STE_SIZE).next_power_of_two();
         (self.l2ptr() << 6) & !(size - 1)
@@ -67,7 +67,7 @@ pub struct Ste {
 }
 
 impl Ste {
-    /// The entry that `words` hold.
+    /// Decodes `words`.
     pub const fn from_words(words: [u64; STE_WORDS]) -> Self {
         let [qw0, qw1, qw2, qw3, r4, r5, r6, r7] = words;
         Self {
@@ -99,7 +99,7 @@ impl Ste {
         StreamConfig::from_bits(self.qw0.config())
     }
 
-    /// The shape of the context descriptor table; it counts only where substreams are enabled.
+    /// The format of the context descriptor table, if substreams are enabled.
     pub const fn s1_format(&self) -> S1Format {
         match self.qw0.s1fmt() {
             1 => S1Format::TwoLevel4K,
@@ -113,7 +113,7 @@ impl Ste {
         self.qw0.s1contextptr() << 6
     }
 
-    /// What becomes of transactions without SubstreamID, where substreams are enabled.
+    /// The treatment of transactions without SubstreamID, if substreams are enabled.
     pub const fn default_substream(&self) -> DefaultSubstream {
         match self.qw1.s1dss() {
             1 => DefaultSubstream::Bypass,
@@ -122,7 +122,7 @@ impl Ste {
         }
     }
 
-    /// How ATS is served, where the entry translates.
+    /// ATS support, if the entry translates.
     pub const fn ats(&self) -> EnableAts {
         match self.qw1.eats() {
             0 => EnableAts::Off,

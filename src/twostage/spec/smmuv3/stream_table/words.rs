@@ -9,7 +9,7 @@ use bitfield_struct::bitfield;
 pub struct Ste0 {
     /// V: valid.
     pub v: bool,
-    /// Config: what is done with transactions, as bits; see [`super::StreamConfig`].
+    /// Config: the treatment of transactions, as bits; see [`super::StreamConfig`].
     #[bits(3)]
     pub config: u8,
     /// S1Fmt: shape of the context descriptor table, as bits; see [`super::Ste::s1_format`].
@@ -44,12 +44,12 @@ pub struct Ste1 {
     /// S2HWU59 to S2HWU62: use of descriptor bits 62:59 by hardware.
     #[bits(4)]
     pub s2hwu: u8,
-    /// DRE: destructive reads may be done.
+    /// DRE: destructive reads are allowed.
     pub dre: bool,
-    /// CONT: `2^cont` consecutive entries are alike.
+    /// CONT: `2^cont` consecutive entries are equal.
     #[bits(4)]
     pub cont: u8,
-    /// DCP: directed cache prefetches may be done.
+    /// DCP: directed cache prefetches are allowed.
     pub dcp: bool,
     /// PPAR: page request auto-responses have the PASID.
     pub ppar: bool,
@@ -62,9 +62,9 @@ pub struct Ste1 {
     pub s1pie: bool,
     /// S2FWB: stage 2 forces write-back.
     pub s2fwb: bool,
-    /// S1MPAM: stage 1 decides the MPAM values.
+    /// S1MPAM: stage 1 determines the MPAM values.
     pub s1mpam: bool,
-    /// S1STALLD: no transaction may stall by stage 1's wish.
+    /// S1STALLD: stage 1 must not stall transactions.
     pub s1stalld: bool,
     /// EATS: ATS, as bits; see [`super::Ste::ats`].
     #[bits(2)]
@@ -75,7 +75,7 @@ pub struct Ste1 {
     /// MemAttr: memory type that overrides the incoming one.
     #[bits(4)]
     pub memattr: u8,
-    /// MTCFG: MemAttr counts.
+    /// MTCFG: MemAttr is valid.
     pub mtcfg: bool,
     /// ALLOCCFG: allocation hints.
     #[bits(4)]
@@ -134,19 +134,19 @@ pub struct Ste2 {
     pub s2aa64: bool,
     /// S2ENDI: the tables are big-endian.
     pub s2endi: bool,
-    /// S2AFFD: a clear access flag is no fault.
+    /// S2AFFD: a clear access flag is not a fault.
     pub s2affd: bool,
-    /// S2PTW: table walks must not reach Device memory.
+    /// S2PTW: table walks must not access Device memory.
     pub s2ptw: bool,
-    /// S2HD: hardware keeps the dirty state.
+    /// S2HD: hardware updates the dirty state.
     pub s2hd: bool,
-    /// S2HA: hardware keeps the access flag.
+    /// S2HA: hardware updates the access flag.
     pub s2ha: bool,
     /// S2S: faulting transactions stall.
     pub s2s: bool,
     /// S2R: faults are recorded.
     pub s2r: bool,
-    /// S2HAFT: hardware keeps the access flag of table descriptors.
+    /// S2HAFT: hardware updates the access flag of table descriptors.
     pub s2haft: bool,
     /// S2PIE: stage 2 permission indirection.
     pub s2pie: bool,

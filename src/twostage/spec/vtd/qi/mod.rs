@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Descriptors of the invalidation queue (§6.5.2), types 1 to 9.
 //!
-//! [`Descriptor::decode`] checks what stands in the descriptor itself: type, reserved fields,
-//! reserved granularities. Whether a unit supports the descriptor (its translation table mode, its
-//! capabilities, the mask it can take) is for the unit to say.
+//! [`Descriptor::decode`] checks the descriptor itself: type, reserved fields, reserved
+//! granularities. Whether a unit supports the descriptor (its translation table mode, its
+//! capabilities, the maximum mask) is up to the unit.
 
 mod words;
 
 use super::{PAGE_SHIFT, PAGE_SIZE};
 use crate::spec::pci::{Bdf, Pasid};
 
-/// 64-bit words of a descriptor. A 128-bit descriptor has the first two; the others count as 0.
+/// 64-bit words of a descriptor. A 128-bit descriptor has the first two; the others are treated as
+/// 0.
 pub const WORDS: usize = 4;
 
 /// The words of a descriptor, in host order.
 pub type Words = [u64; WORDS];
 
-/// What is wrong with a descriptor: the unit answers with FSTS.IQE.
+/// What is wrong with a descriptor: the unit sets FSTS.IQE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum DecodeError {
     /// No descriptor has this type.
@@ -30,7 +31,7 @@ pub enum DecodeError {
 /// An address range of an IOTLB invalidation: `2^mask` pages of 4 KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AddressMask {
-    /// ADDR: an address in the range, in bytes; the low `12 + mask` bits do not count.
+    /// ADDR: an address in the range, in bytes; the low `12 + mask` bits are ignored.
     pub address: u64,
     /// AM: binary logarithm of the number of pages, 0 to 63.
     pub mask: u8,
@@ -38,7 +39,7 @@ pub struct AddressMask {
     pub leaf: bool,
 }
 
-/// Which entries a context-cache invalidation names (G).
+/// The scope of a context-cache invalidation (G).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ContextScope {
     /// All.
@@ -51,13 +52,13 @@ pub enum ContextScope {
         domain: u16,
         /// SID: source id.
         source: Bdf,
-        /// FM: how many low bits of the function number do not count: 0 none, 1 bit 2, 2 bits
-        /// 2:1, 3 all.
+        /// FM: how many low bits of the function number are ignored: 0 none, 1 bit 2, 2 bits 2:1, 3
+        /// all.
         function_mask: u8,
     },
 }
 
-/// Which entries an IOTLB invalidation names (G).
+/// The scope of an IOTLB invalidation (G).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IotlbScope {
     /// All.
@@ -73,7 +74,7 @@ pub enum IotlbScope {
     },
 }
 
-/// Which entries a PASID-cache invalidation names (G).
+/// The scope of a PASID-cache invalidation (G).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PasidCacheScope {
     /// All PASIDs of a domain.
@@ -89,35 +90,35 @@ pub enum PasidCacheScope {
     Global,
 }
 
-/// Which entries an interrupt entry cache invalidation names (G).
+/// The scope of an interrupt entry cache invalidation (G).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum InterruptEntryScope {
     /// All.
     Global,
     /// `2^mask` entries.
     Index {
-        /// IIDX: an index in the range; the low `mask` bits do not count.
+        /// IIDX: an index in the range; the low `mask` bits are ignored.
         index: u16,
         /// IM: binary logarithm of the number of entries, 0 to 31.
         mask: u8,
     },
 }
 
-/// Which addresses a device-TLB invalidation names, as PCIe ATS encodes them.
+/// The addresses of a device-TLB invalidation, as encoded by PCIe ATS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DeviceTlbRange {
-    /// ADDR: address in bytes; with [`DeviceTlbRange::size`], its lowest 0 bit gives the size.
+    /// ADDR: address in bytes; with [`DeviceTlbRange::size`], its lowest 0 bit determines the size.
     pub address: u64,
     /// S: more than one page.
     pub size: bool,
 }
 
-/// Where a wait descriptor stores its status.
+/// The status write of a wait descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StatusWrite {
     /// GPA of a 32-bit word, in bytes, a multiple of 4.
     pub address: u64,
-    /// What to store.
+    /// The value to store.
     pub data: u32,
 }
 
@@ -128,7 +129,7 @@ pub enum Descriptor {
     ContextCache(ContextScope),
     /// Type 2: IOTLB invalidate.
     Iotlb {
-        /// Which entries.
+        /// The scope.
         scope: IotlbScope,
         /// DW: drain writes.
         drain_writes: bool,
@@ -139,22 +140,22 @@ pub enum Descriptor {
     DeviceTlb {
         /// SID: the device.
         source: Bdf,
-        /// PFSID: its physical function, where throttling is supported (ECAP.DIT).
+        /// PFSID: its physical function, if throttling is supported (ECAP.DIT).
         physical_function: u16,
         /// MIP: maximum invalidations pending.
         max_pending: u8,
-        /// Which addresses.
+        /// The addresses.
         range: DeviceTlbRange,
     },
     /// Type 4: interrupt entry cache invalidate.
     InterruptEntryCache(InterruptEntryScope),
     /// Type 5: invalidation wait.
     Wait {
-        /// SW and the status: store it when all before is done.
+        /// SW and the status: store it when everything before is complete.
         status: Option<StatusWrite>,
         /// IF: raise the invalidation completion event.
         interrupt: bool,
-        /// FN: nothing after starts before all before is done.
+        /// FN: nothing after it starts before everything before it is complete.
         fence: bool,
         /// PD: drain page requests first (ECAP.PDS).
         drain_page_requests: bool,
@@ -178,18 +179,18 @@ pub enum Descriptor {
         pasid: Pasid,
         /// G: all PASIDs.
         global: bool,
-        /// PFSID: its physical function, where throttling is supported (ECAP.DIT).
+        /// PFSID: its physical function, if throttling is supported (ECAP.DIT).
         physical_function: u16,
         /// MIP: maximum invalidations pending.
         max_pending: u8,
-        /// Which addresses.
+        /// The addresses.
         range: DeviceTlbRange,
     },
     /// Type 9: page group response.
     PageGroupResponse {
-        /// RID: the device that asked.
+        /// RID: the requesting device.
         requester: Bdf,
-        /// The PASID, when the request had one.
+        /// The PASID, if the request had one.
         pasid: Option<Pasid>,
         /// PRGI: page request group index, 9 bits.
         group: u16,
@@ -199,7 +200,7 @@ pub enum Descriptor {
 }
 
 impl Descriptor {
-    /// The type of the descriptor that `words` hold, whatever else is in it: 0 to 127.
+    /// The type of the descriptor `words`, whatever else they contain: 0 to 127.
     pub const fn raw_type(words: Words) -> u8 {
         let header = words::Header::from_bits(words[0]);
         header.low() | header.high() << 4
@@ -220,7 +221,7 @@ impl Descriptor {
         }
     }
 
-    /// The name of the type, as the specification's section titles have it, for traces and counts.
+    /// The name of the type, as in the specification's section titles, for traces and counts.
     pub const fn name(&self) -> &'static str {
         match self {
             Self::ContextCache(_) => "context-cache",
@@ -235,7 +236,7 @@ impl Descriptor {
         }
     }
 
-    /// The descriptor that `words` hold.
+    /// Decodes `words`.
     ///
     /// # Errors
     /// The type is reserved, or a reserved field is set.
@@ -256,13 +257,13 @@ impl Descriptor {
             6 => decode_pasid_iotlb(low, high),
             7 => decode_pasid_cache(low).map(Self::PasidCache),
             8 => decode_pasid_device_tlb(low, high),
-            // `words::reserved` knows the types 1 to 9 and no other.
+            // `words::reserved` only knows types 1 to 9.
             _ => decode_page_group_response(low, high),
         }
         .ok_or(reserved)
     }
 
-    /// The words of the descriptor: what [`Descriptor::decode`] reads back as the same.
+    /// The words of the descriptor, which [`Descriptor::decode`] decodes to the same.
     pub fn encode(&self) -> Words {
         let [low, high] = match *self {
             Self::ContextCache(scope) => [encode_context_cache(scope), 0],

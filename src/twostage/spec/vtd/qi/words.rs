@@ -5,7 +5,7 @@ use bitfield_struct::bitfield;
 
 use super::Words;
 
-/// Where every descriptor has its type.
+/// The type field of every descriptor.
 #[bitfield(u64)]
 pub(super) struct Header {
     #[bits(4)]
@@ -181,7 +181,7 @@ pub(super) struct PageGroupHigh {
 }
 
 /// The bits of each word that must be zero in a descriptor of type `kind`; `None` for a reserved
-/// type. The bits of the type itself count as used.
+/// type. The type's bits are not included.
 pub(super) const fn reserved(kind: u8) -> Option<Words> {
     const ALL: u64 = u64::MAX;
     /// Bits that the low word of every descriptor uses: its type.

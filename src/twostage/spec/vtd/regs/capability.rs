@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the unit can do: CAP and ECAP (§11.4.2, §11.4.3).
+//! The unit's capabilities: CAP and ECAP (§11.4.2, §11.4.3).
 
 use bitfield_struct::bitfield;
 

@@ -12,7 +12,7 @@ use crate::spec::vtd::PAGE_SHIFT;
 pub struct Gcmd {
     #[bits(23)]
     __: u32,
-    /// CFI: let compatibility-format interrupts through.
+    /// CFI: allow compatibility-format interrupts.
     pub cfi: bool,
     /// SIRTP: set the interrupt remapping table pointer.
     pub sirtp: bool,
@@ -153,10 +153,10 @@ pub struct Ccmd {
     pub fm: u8,
     #[bits(25)]
     __: u32,
-    /// CAIG: granularity of what was done; 00 when nothing was. Read-only.
+    /// CAIG: granularity of the completed invalidation; 00 if there was none. Read-only.
     #[bits(2)]
     pub caig: u8,
-    /// CIRG: granularity of what is asked.
+    /// CIRG: requested granularity.
     #[bits(2)]
     pub cirg: u8,
     /// ICC: invalidate now; clear when it is done.
@@ -214,12 +214,12 @@ pub struct IotlbReg {
     pub dr: bool,
     #[bits(7)]
     __: u8,
-    /// IAIG: granularity of what was done; 00 when nothing was. Read-only.
+    /// IAIG: granularity of the completed invalidation; 00 if there was none. Read-only.
     #[bits(2)]
     pub iaig: u8,
     #[bits(1)]
     __: u8,
-    /// IIRG: granularity of what is asked.
+    /// IIRG: requested granularity.
     #[bits(2)]
     pub iirg: u8,
     #[bits(1)]

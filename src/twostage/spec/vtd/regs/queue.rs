@@ -134,7 +134,7 @@ pub struct Iqercd {
     __: u32,
     /// ITESID: whose device-TLB invalidation timed out, while FSTS.ITE.
     pub itesid: u16,
-    /// ICESID: who sent the unexpected completion, while FSTS.ICE.
+    /// ICESID: source of the unexpected completion, while FSTS.ICE is set.
     pub icesid: u16,
 }
 
