@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause */
 /*
- * iort 1|2: writes the I/O remapping table (Arm DEN 0049, IORT) of QEMU's arm64 machine `virt`, with the SMMUv3 that
- * is part of it, or with two `arm-smmuv3` devices, the second behind the root bus 0x10. As QEMU makes it but for
- * two things:
+ * iort 1|2: writes the I/O remapping table (Arm DEN 0049, IORT) of QEMU's arm64 machine `virt`, with its
+ * built-in SMMUv3, or with two `arm-smmuv3` devices, the second behind root bus 0x10. It differs from
+ * QEMU's in two respects:
  *
- *  - the root complex says CANWBS: its DMA stays coherent whatever memory attributes a stage-1 table asks for.
- *    Linux hands stage 1 to user space only where that is so, or where the SMMU has S2FWB. It holds on an
- *    emulated machine, which has no caches.
- *  - all requester IDs lead to an SMMU, also those of buses that QEMU's table does not have.
+ *  - The root complex has CANWBS: its DMA is coherent whatever memory attributes a stage-1 table requests.
+ *    Linux offers stage 1 to user space only with CANWBS or S2FWB. It is true on an emulated machine, which
+ *    has no caches.
+ *  - All requester IDs are mapped to an SMMU, including those of buses that QEMU's table does not have.
  *
- * Linux takes the table from its initramfs (CONFIG_ACPI_TABLE_UPGRADE) because it is a later revision of the
- * same table.
+ * Linux uses the table in its initramfs (CONFIG_ACPI_TABLE_UPGRADE) because it has a higher revision.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -19,14 +18,14 @@
 #define PACKED __attribute__((packed))
 #define NONSTRING __attribute__((nonstring)) /* no NUL at the end */
 
-/* Where an SMMU is, the first of its four interrupts in a row, and whose DMA it translates. */
+/* An SMMU's address, the first of its four consecutive interrupts, and the buses it translates. */
 struct place {
 	uint64_t base;
 	uint32_t event_gsiv;
 	uint32_t first_id, last_id;
 };
 
-/* QEMU's hw/arm/virt.c: the machine's own SMMU, and the first devices of its platform bus. */
+/* QEMU's hw/arm/virt.c: the machine's built-in SMMU, and the first devices of its platform bus. */
 static const struct place one[] = { { 0x09050000, 32 + 74, 0, 0xffff } };
 static const struct place two[] = {
 	{ 0x0c000000, 32 + 112, 0, 0x0fff },
@@ -113,7 +112,7 @@ enum { ITS_GROUP = 0, ROOT_COMPLEX = 2, SMMUV3 = 4 };
 static uint8_t table[1024];
 static uint32_t length;
 
-/* Appends `size` bytes, and says where in the table they are. */
+/* Appends `size` bytes; returns their offset in the table. */
 static uint32_t append(const void *bytes, size_t size)
 {
 	uint32_t offset = length;
@@ -196,7 +195,7 @@ int main(int argc, char **argv)
 		.header = {
 			.signature = "IORT",
 			.revision = 3,
-			/* QEMU's, but for its revision of 1: Linux replaces a table by a later one. */
+			/* QEMU's, except its revision of 1: Linux replaces a table by one with a higher revision. */
 			.oem_id = "BOCHS ",
 			.oem_table_id = "BXPC    ",
 			.oem_revision = 2,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // The harness: numbered checks, one line each.
 //
-// A check's function returns having called neither `check_fail` nor `check_skip` when all was well;
-// the macros below leave it at the first thing that is not.
+// A check's function returns without calling `check_fail` or `check_skip` if it passes; the macros
+// below return at the first failure.
 #pragma once
 #include "lib/types.h"
 
@@ -29,7 +29,7 @@ void check_run(const struct check_group *group);
 // Prints the summary; true when nothing failed.
 bool check_summary(void);
 
-// Says how the running check ended; the first one counts.
+// Sets the result of the running check; the first call counts.
 __attribute__((format(printf, 1, 2))) void check_fail(const char *format, ...);
 void check_skip(const char *why);
 bool check_is_over(void);
@@ -42,7 +42,7 @@ bool check_is_over(void);
         }                                                                                             \
     } while (0)
 
-// For helpers that have said themselves what was wrong.
+// For helpers that have already reported what was wrong.
 #define REQUIRE(helper)                                                                               \
     do {                                                                                              \
         if (!(helper))                                                                                \

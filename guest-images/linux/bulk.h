@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The bulk transfer between guest and peer over TCP: a request, its bytes upwards, how many of them were
-// right (8 bytes), its bytes downwards. Both sides are little-endian.
+// The bulk transfer between guest and peer over TCP: a request, its bytes to the peer, how many of
+// them were right (8 bytes), its bytes to the guest. Both sides are little-endian.
 #pragma once
 
 #include <errno.h>
@@ -55,7 +55,7 @@ static inline bool bulk_send(int stream, uint64_t size, uint64_t seed)
     return true;
 }
 
-// *right: how many bytes came before the first wrong word.
+// *right: number of bytes before the first wrong word.
 static inline bool bulk_receive(int stream, uint64_t size, uint64_t seed, uint64_t *right)
 {
     static char chunk[BULK_CHUNK];

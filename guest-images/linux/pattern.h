@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Data that can be told from any other: each 8-byte word follows from a seed and its offset, so that a
-// word that is stale, misplaced or lost shows. Shared by the guest's checks and their peer.
+// Distinguishable data: each 8-byte word is a function of a seed and its offset, so that a stale,
+// misplaced or lost word shows. Shared by the guest's checks and their peer.
 #pragma once
 
 #include <stddef.h>
@@ -16,7 +16,7 @@ static inline uint64_t pattern_word(uint64_t seed, uint64_t offset)
     return word ^ word >> 33;
 }
 
-// Fills `size` bytes, a multiple of 8, as they are at `offset`.
+// Fills `size` bytes, a multiple of 8, with the data at `offset`.
 static inline void pattern_fill(void *data, size_t size, uint64_t seed, uint64_t offset)
 {
     for (size_t at = 0; at < size; at += 8) {
@@ -25,7 +25,7 @@ static inline void pattern_fill(void *data, size_t size, uint64_t seed, uint64_t
     }
 }
 
-// Where the first wrong word is; `size` if there is none.
+// Position of the first wrong word; `size` if there is none.
 static inline size_t pattern_check(const void *data, size_t size, uint64_t seed, uint64_t offset)
 {
     for (size_t at = 0; at < size; at += 8) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The other side of the guest's bulk transfers: peer PORT serves one after another, until it is ended.
+// The peer of the guest's bulk transfers: peer PORT serves them one after another, until it is
+// killed.
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <signal.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// smmu-check: drives an SMMUv3 and an `edu` device behind it, and says what holds. With `doorbell` on the command line
-// it is about where the messages of an assigned edu arrive, and nothing else.
+// smmu-check: drives an SMMUv3 and an `edu` device behind it, and reports the results. With
+// `doorbell` on the command line it only checks where the MSIs of an assigned edu arrive.
 #include "check.h"
 #include "hw/edu.h"
 #include "hw/smmu.h"
@@ -17,7 +17,7 @@ extern const struct check_group doorbell_checks;
 static const struct check_group *const groups[] = {&streams_checks, &stage_1_checks, &messages_checks,
                                                  &stale_checks, &queue_checks};
 
-// Called by what is in boot/.
+// Called from boot/.
 void guest_main(u64 device_tree);
 __attribute__((noreturn)) void exception(u64 syndrome, u64 address, u64 fault_address);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// vtd-check: drives a VT-d remapping unit and `edu` devices, and says what holds.
+// vtd-check: drives a VT-d remapping unit and `edu` devices, and reports the results.
 #include "check.h"
 #include "hw/edu.h"
 #include "hw/pci.h"
@@ -33,9 +33,9 @@ extern const struct check_group two_units_checks;
 extern const struct check_group forget_checks;
 extern const struct check_group virtio_checks;
 
-// What a driver does that keeps its device at work until the machine is ended from outside, or resets itself.
+// A driver that keeps its device busy until the machine is ended from outside, or resets itself.
 void virtio_never_done(bool reset);
-// Brings about what is worth a line in a log, as often as `times=` says.
+// Causes something worth a log line, `times=` times.
 void virtio_flood(u64 times);
 
 static const struct check_group *const vtd_groups[] = {
@@ -60,10 +60,10 @@ static const struct check_group *const vtd_groups[] = {
     &last_checks,
 };
 
-// What `cmdline_number` gives for a word that is not there.
+// The result of `cmdline_number` for a missing word.
 #define UNSAID (~0ull)
 
-// `virtio=` on the command line: virtio devices, without a remapping unit, and nothing else.
+// `virtio=` on the command line: only virtio devices, without a remapping unit.
 static void run_virtio(u64 what)
 {
     enum { CHECKS = 1, NEVER_DONE = 2, FLOOD = 3, RESET = 4 };
@@ -83,7 +83,7 @@ static void introduce(void)
           pci_has_ecam() ? "ECAM" : "no ECAM, PCI through ports", edu_count);
 }
 
-// Runs every group that is about one unit.
+// Runs every group for one unit.
 static void check_unit(void)
 {
     print("# VT-d at 0x%lx: VER %02x CAP 0x%lx ECAP 0x%lx, %u fault records\n", vtd->base, vtd_read32(VTD_VER),
@@ -92,8 +92,8 @@ static void check_unit(void)
         check_run(vtd_groups[n]);
 }
 
-// Runs every group of checks; with `vtd=0` on the command line, those that need no unit; with `forget=`,
-// that one. Where there are two units, a device is behind each.
+// Runs every group of checks; with `vtd=0` on the command line, those that need no unit; with
+// `forget=`, that one. With two units, a device is behind each.
 static void run_checks(void)
 {
     bool forget = cmdline_number("forget", UNSAID) != UNSAID;

@@ -107,10 +107,10 @@ impl<T: Copy + PartialEq> Runs<T> {
         std::iter::from_fn(move || {
             let (keys, value) = runs.next()?;
             let mut last = *keys.end();
-            let goes_on = |last: u32, (keys, of): &(RangeInclusive<u32>, T)| {
+            let continues = |last: u32, (keys, of): &(RangeInclusive<u32>, T)| {
                 last.checked_add(1) == Some(*keys.start()) && *of == value
             };
-            while let Some((keys, _)) = runs.next_if(|next| goes_on(last, next)) {
+            while let Some((keys, _)) = runs.next_if(|next| continues(last, next)) {
                 last = *keys.end();
             }
             Some((*keys.start()..=last, value))

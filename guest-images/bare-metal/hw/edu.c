@@ -64,7 +64,7 @@ bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 c
     return dma(edu, pasid, iova, EDU_BUFFER + offset, count, 0);
 }
 
-// A device of 28 bits drops the high bit and hits the page; a device of 64 writes where nothing is.
+// A 28-bit device drops the high bit and writes the page; a 64-bit device writes where nothing is.
 static u64 ask_for_dma_mask(void)
 {
     for (unsigned n = 0; n < edu_count; n++) {

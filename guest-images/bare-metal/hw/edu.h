@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The `edu` device (1234:11e8): the educational device that QEMU documents, and one register of
-// Twostage's that gives a DMA a PASID.
+// The `edu` device (1234:11e8): the educational device that QEMU documents, with an additional
+// register of Twostage's that selects the PASID of a DMA.
 #pragma once
 #include "hw/pci.h"
 
@@ -27,7 +27,7 @@ enum edu_register {
     EDU_IRQ_DMA_DONE = 0x100,
 };
 
-// The device's buffer, as its DMA addresses name it.
+// The address of the device's buffer for its DMA.
 #define EDU_BUFFER 0x40000ull
 #define EDU_BUFFER_SIZE 4096u
 
@@ -48,14 +48,14 @@ extern unsigned edu_count;
 // Finds and enables them. All are in use.
 void edu_init(void);
 
-// From now on only those from number `first` on, `most` of them, are.
+// Restricts the devices in use to `most` of them, from number `first` on.
 void edu_use(unsigned first, unsigned most);
 
-// Writes `count` bytes of the device's buffer from `offset` to memory at `iova`, or the reverse.
-// False when the device did not come to an end.
+// Copies `count` bytes of the device's buffer from `offset` to memory at `iova`, or the reverse.
+// False when the DMA does not finish.
 bool edu_write_to(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
 bool edu_read_from(const struct edu *edu, u32 pasid, u64 iova, u32 offset, u32 count);
 
-// Whether every device's DMA can name `address`: all addresses, or those of 28 bits if an edu has its
-// original DMA mask. The devices are asked the first time, which needs translation off.
+// Whether every device's DMA can use `address`: all addresses, or 28 bits if an edu has its
+// original DMA mask. Tests the devices the first time, which needs translation to be disabled.
 bool edu_reaches(u64 address);

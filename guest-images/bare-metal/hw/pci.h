@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// PCI functions of bus 0. How configuration space is reached each guest has itself.
+// PCI functions of bus 0. Access to configuration space is provided by each guest.
 #pragma once
 #include "lib/types.h"
 
@@ -19,11 +19,11 @@ enum {
     PCI_EXT_CAP_PASID = 0x1b,
 };
 
-// A function by its Requester ID (bus, device, function), as fault records name it.
+// A function by its Requester ID (bus, device, function), as in fault records.
 typedef u16 pci_id;
 
-// Each guest's own: finds configuration space; whether its extended part can be reached; accesses; where
-// BARs may lie that no firmware has given a place.
+// Provided by each guest: finds configuration space; whether its extended part is accessible;
+// accesses; the range for BARs that firmware has not placed.
 void pci_init(void);
 bool pci_has_ecam(void);
 u32 pci_read(pci_id function, u16 offset);
@@ -36,15 +36,15 @@ bool pci_has_pin(pci_id function);
 // Finds functions of bus 0 with this vendor and device ID (as register 0 reads); returns how many.
 unsigned pci_find(u32 id, pci_id *found, unsigned most);
 
-// Offset of a capability, 0 when the function lacks it. Extended ones need ECAM.
+// Offset of a capability, 0 if the function lacks it. Extended ones need ECAM.
 u16 pci_capability(pci_id function, u8 id);
 u16 pci_extended_capability(pci_id function, u16 id);
 
-// Where BAR 0 (32-bit memory) lies; gives it a place when no firmware has, and switches memory
-// decoding and bus mastering on.
+// Address of BAR 0 (32-bit memory); places it if firmware has not, and enables memory decoding and
+// bus mastering.
 u64 pci_enable(pci_id function, u32 size);
 
-// Has the function's single MSI write `data` to `address`; false when it has no MSI capability.
+// Makes the function's single MSI write `data` to `address`; false if it has no MSI capability.
 bool pci_msi_set(pci_id function, u32 address, u32 data);
 
 void pci_msi_disable(pci_id function);

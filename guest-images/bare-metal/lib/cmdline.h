@@ -3,7 +3,7 @@
 #pragma once
 #include "lib/types.h"
 
-// Says what it is; the text stays where it is.
+// Sets the command line; the text is not copied.
 void cmdline_set(const char *text);
 
 // The number after `name=` (decimal, or hexadecimal with 0x), or `fallback`.

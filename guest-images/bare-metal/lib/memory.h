@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Memory: what the compiler expects to find, and a pool of pages, from `image_end` to `pool_end`.
+// Memory: functions that the compiler expects, and a pool of pages, from `image_end` to `pool_end`.
 //
-// A guest runs on an identity map, so a pointer's value is also the guest-physical address.
+// Guests run on an identity map, so a pointer's value is also the guest-physical address.
 #pragma once
 #include "lib/types.h"
 
-// Each guest's own, for its processor.
+// Provided by each guest, for its processor.
 void *memset(void *to, int value, size_t count);
 void *memcpy(void *to, const void *from, size_t count);
 
@@ -16,10 +16,10 @@ static inline u64 gpa_of(const volatile void *pointer)
     return (u64)(uintptr_t)pointer;
 }
 
-// Zeroed pages, valid until `pages_release_to`. Of several the first is aligned to their size, a power of two.
+// Zeroed pages, valid until `pages_release_to`. Several are aligned to their size, a power of two.
 void *page_new(void);
 void *pages_new(unsigned count);
 
-// What has been taken by now stays, all that is taken later is given back by `pages_release_to`.
+// Marks the current state of the pool; `pages_release_to` releases everything allocated later.
 void *pages_mark(void);
 void pages_release_to(void *mark);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Fixed-width names and the few macros everything uses.
+// Fixed-width types and a few common macros.
 #pragma once
 #include <stdarg.h>
 #include <stdbool.h>
@@ -15,7 +15,7 @@ typedef uint64_t u64;
 #define ARRAY_LEN(array) (sizeof(array) / sizeof((array)[0]))
 #define PAGE_SIZE 4096ull
 
-// Bits `low` to `high` of `value`, both included.
+// Bits `low` to `high` of `value`, inclusive.
 static inline u64 bits(u64 value, unsigned high, unsigned low)
 {
     return (value >> low) & (~0ull >> (63 - (high - low)));

@@ -5,7 +5,7 @@
 
 u64 patience(void)
 {
-    // Asked for once: every turn of a wait comes here.
+    // Read once, as this is called in every iteration of a wait.
     static u64 seconds;
 
     if (!seconds)

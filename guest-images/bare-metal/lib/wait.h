@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Waiting for something to happen, with a limit in real time that is long beside whatever a machine has
-// else to do. The clock is each guest's own: `timestamp` in its `lib/io.h`, `clock_frequency` and `relax`.
+// Waiting for events, with a limit in real time that is generous even on a busy machine. The clock
+// is provided by each guest: `timestamp` in its `lib/io.h`, `clock_frequency` and `relax`.
 #pragma once
 #include "lib/io.h"
 
-// The limit in seconds. Whatever is waited for is there long before, or never: `patience=` on the command line makes
-// it shorter where much is known to come never.
+// The limit in seconds. Events come long before, or never: `patience=` on the command line makes it
+// shorter where many are known never to come.
 u64 patience(void);
 
-// Ticks of `timestamp` in a second.
+// Ticks of `timestamp` per second.
 u64 clock_frequency(void);
 
-// Whether the limit of a wait that began at `started` is not over; says in a line that `what` did not happen
-// when it is.
+// Whether a wait that started at `started` is within the limit; otherwise prints a line that `what`
+// did not happen.
 bool wait_goes_on(u64 started, const char *what);
 
-// Whether `condition` came true in time.
+// Whether `condition` became true in time.
 #define WAIT_UNTIL(condition)                                              \
     ({                                                                     \
         u64 wait_started_ = timestamp();                                   \

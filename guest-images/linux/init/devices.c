@@ -25,7 +25,7 @@ static bool take_virtio(const char *name, void *context)
     return false;
 }
 
-// An NVMe controller, with its first namespace if that is there. Whether it is one.
+// Adds an NVMe controller, with its first namespace if that exists. Returns whether it is one.
 static bool take_nvme(const char *pci, struct device *device)
 {
     char path[256], controller[16] = "";

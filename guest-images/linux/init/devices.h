@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The virtio devices and NVMe controllers of the machine, as sysfs shows them.
+// The machine's virtio devices and NVMe controllers, according to sysfs.
 #pragma once
 
 #include <stdbool.h>
@@ -13,10 +13,10 @@ struct device {
     char node[24];   // "vda", "eth0", "nvme0n1"; "" for others
 };
 
-// The devices that have a driver, in the order of their PCI addresses. How many there are.
+// The devices with a driver, in the order of their PCI addresses. Returns their number.
 unsigned find_devices(struct device devices[static MAX_DEVICES]);
 
-// Whether its node is a disk.
+// Whether it is a disk.
 bool is_disk(const struct device *device);
 
 // The first device with this driver. False if there is none.

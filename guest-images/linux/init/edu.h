@@ -12,18 +12,19 @@ struct edu {
     volatile char *registers; // BAR 0; MAP_FAILED, with errno, if it cannot be had
 };
 
-// The first one, allowed to do DMA. False if there is none.
+// The first one, with bus mastering enabled. False if there is none.
 bool edu_open(struct edu *edu);
 void edu_close(struct edu *edu);
 
-// Up to a page between the device's buffer and memory, by DMA. Whether it ended.
+// Copies up to a page between the device's buffer and memory, by DMA. Returns whether it finished.
 bool edu_transfer(const struct edu *edu, uint64_t address, unsigned size, bool to_memory);
 
 // Makes it interrupt, with these bits as the reason.
 void edu_interrupt(const struct edu *edu, uint32_t reason);
 
-// Takes the reasons why it interrupts, so that its pin, if it uses that, is deasserted.
+// Acknowledges its interrupts, so that INTx, if used, is deasserted.
 uint32_t edu_acknowledge(const struct edu *edu);
 
-// The physical address of a page of this process, which stays there; 0, with errno, if the kernel does not tell.
+// The physical address of a page of this process, which stays there; 0, with errno, if the kernel
+// does not reveal it.
 uint64_t physical_address(const void *page);

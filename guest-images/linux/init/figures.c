@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// twostage.figures.mib= (32) are written and read in pieces of 1 MiB, twostage.figures.blocks= (1500) blocks of
-// 4 KiB written and read at scattered places, all with O_DIRECT, one request at a time; with
-// twostage.figures.pass=NAME one of these alone. The bytes are not looked at: the check `blk` does that.
-// With twostage.figures.invalidations=1, and strict invalidation, the time that the driver spends in each
-// invalidation is measured too.
+// Writes and reads twostage.figures.mib= (32) in pieces of 1 MiB, and twostage.figures.blocks=
+// (1500) scattered blocks of 4 KiB, all with O_DIRECT, one request at a time; with
+// twostage.figures.pass=NAME only one of these. The data is not checked: the check `blk` does that.
+// With twostage.figures.invalidations=1, and strict invalidation, also measures the driver's time
+// for each invalidation.
 #include "figures.h"
 
 #include <errno.h>
@@ -27,7 +27,8 @@ static void mark(const char *name)
     usleep(PAUSE_US);
 }
 
-// A pass over the disk: `count` pieces of `size` bytes, each `stride` pieces after the one before.
+// A pass over the disk: `count` pieces of `size` bytes, each `stride` pieces after the previous
+// one.
 struct pass {
     const char *name;
     bool write;
@@ -35,7 +36,7 @@ struct pass {
     uint64_t count, stride;
 };
 
-// Seconds; less than 0 when the disk failed, which is said.
+// Seconds; negative after a reported disk error.
 static double transfer(int disk, const struct pass *pass, void *buffer)
 {
     double start = now();
@@ -68,8 +69,8 @@ static int ascending(const void *a, const void *b)
 
 #define TRACING "/sys/kernel/tracing/"
 
-// The function that hands invalidations to the unit and waits until they are complete, in each call: the median
-// of its microseconds, as the kernel's function-graph tracer sees them.
+// Measures each call of the function that submits invalidations and waits for them: the median in
+// microseconds, from the kernel's function-graph tracer.
 static void measure_invalidations(int disk, void *buffer)
 {
     static const struct {
@@ -98,7 +99,7 @@ static void measure_invalidations(int disk, void *buffer)
     write_text(TRACING "tracing_on", "0");
     FILE *trace = fopen(TRACING "trace", "re");
     while (trace && count < MAX_TIMES && fgets(line, sizeof(line), trace)) {
-        // " 0)   3.141 us    |  qi_submit_sync();", with a mark before the time when it is long.
+        // " 0)   3.141 us    |  qi_submit_sync();", with a mark before the time if it is long.
         char *end = strstr(line, " us "), *start = strchr(line, ')');
         if (end && start && strstr(line, "qi_submit_sync") && start < end)
             times[count++] = strtod(start + 1 + strcspn(start + 1, "0123456789"), NULL);
@@ -120,7 +121,7 @@ void take_figures(void)
     uint64_t mib = option_number("figures.mib", 32), blocks = option_number("figures.blocks", 1500);
     if (blocks > mib * (MIB / BLOCK))
         blocks = mib * (MIB / BLOCK);
-    // The stride is a prime number: each block once, far from the one before.
+    // The stride is prime: each block once, far from the previous one.
     const struct pass passes[] = {
         {"write-1m", true, MIB, mib, 1},
         {"read-1m", false, MIB, mib, 1},
@@ -137,7 +138,7 @@ void take_figures(void)
         return;
     }
     memset(buffer, 0x5a, MIB);
-    // The image is sparse until it is written, which is not to be measured.
+    // The image is sparse until it is written, which must not be measured.
     transfer(disk, &passes[0], buffer);
     mark("ready");
     for (size_t i = 0; i < sizeof(passes) / sizeof(passes[0]); i++) {

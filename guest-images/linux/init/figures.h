@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What the comparison of virtual machine monitors measures in the guest.
+// The guest's part of the comparison of VMMs.
 #pragma once
 
-// Measures the first disk, and says "figure NAME VALUE" for each figure. At each "mark NAME" it pauses,
-// so that counters outside can be read.
+// Measures the first disk, and prints "figure NAME VALUE" for each figure. Pauses at each "mark
+// NAME", so that counters outside can be read.
 void take_figures(void);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What the checks need to know of the machine's kind of IOMMU: one file for each architecture.
+// What the checks need to know about the machine's IOMMU: one file per architecture.
 #pragma once
 
 #include <stdbool.h>
@@ -13,7 +13,7 @@ struct iommu {
     const char *domain;              // Linux's default type of one: DMA is strict, DMA-FQ lazy
     void (*check_unit)(const char *name);
     void (*check_interrupts)(void);
-    // Whether the log says that this function's access to this address was refused.
+    // Whether the log has a refused access of this function to this address.
     bool (*says_refused)(const char *pci, bool write, uint64_t address);
 };
 

@@ -3,8 +3,8 @@
 #pragma once
 
 // Calls `each` for every line that contains one of `needles` (the last is NULL), without its time.
-// How many there were.
+// Returns their number.
 unsigned log_lines(const char *const *needles, void (*each)(const char *line));
 
-// How many lines contain `needle`.
+// Number of lines that contain `needle`.
 unsigned log_count(const char *needle);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What is particular to an architecture's machine: one file for each.
+// Architecture-specific parts: one file each.
 #pragma once
 
 // Ends the machine with this status, if it has a device for that; returns if not.

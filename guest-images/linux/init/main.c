@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The only program of the Linux test guest. The kernel's command line says what it does:
+// The only program of the Linux test guest. The kernel's command line controls it:
 //
 //   twostage.test=LIST       the checks, in this order (boot,iommu,blk,net,rng,clean)
 //   twostage.end=HOW         poweroff (the default); exit: with status 1 if a check failed; reboot
 //
-// and what the checks want to know (see each). It never returns: the first process must not.
+// and options of the checks (see each). It never returns: init must not.
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,7 +56,7 @@ static void set_up(void)
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
     mount("sysfs", "/sys", "sysfs", 0, NULL);
-    // The kernel's messages stay in its log: they would break up the lines here.
+    // The kernel's messages stay in its log: here they would interrupt lines.
     if (!on_command_line("debug"))
         klogctl(CONSOLE_LEVEL, NULL, ERRORS_ONLY);
     setvbuf(stdout, NULL, _IOLBF, 0);

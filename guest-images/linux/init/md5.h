@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// MD5 (RFC 1321), of data in whole blocks of 64 bytes.
+// MD5 (RFC 1321), for data in whole blocks of 64 bytes.
 #pragma once
 
 #include <stddef.h>

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// The words of /proc/cmdline; the last is NULL. Quotes have no meaning here.
+// The words of /proc/cmdline; the last is NULL. Quotes are not interpreted.
 static char **words(void)
 {
     static char text[4096], *all[256];

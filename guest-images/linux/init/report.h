@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What the test program says: one line a result, and a summary.
+// Output of the test program: one line per result, and a summary.
 #pragma once
 
-// "ok CHECK: ..." and the like; the text is printf's.
+// "ok CHECK: ..." and similar; the text is a printf format.
 void passed(const char *check, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void failed(const char *check, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void skipped(const char *check, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-// "# ...": what is good to know.
+// "# ...": additional information.
 void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-// Waits until all of it is out: a machine that ends takes with it what the console has not written.
+// Waits until all output is written: the end of the machine discards what the console has not
+// written.
 void flush_report(void);
 
-// "N passed, M failed, K skipped". How many failed.
+// "N passed, M failed, K skipped". Returns the number of failures.
 unsigned summary(void);

@@ -12,7 +12,7 @@
 #include "files.h"
 #include "options.h"
 
-// How many results there are: shared with the process that watches.
+// Number of results, shared with the watching process.
 static atomic_uint *results;
 
 static void show_file(const char *path)
@@ -36,7 +36,7 @@ static bool show_disk(const char *name, void *context)
     return true;
 }
 
-// The kernel's own list of tasks that wait for what should not take long, and of its timers.
+// The kernel's list of tasks that are blocked for too long, and of its timers.
 static void show_tasks(void)
 {
     char record[1024];
@@ -46,7 +46,7 @@ static void show_tasks(void)
     lseek(log, 0, SEEK_END);
     write_text("/proc/sysrq-trigger", "w");
     write_text("/proc/sysrq-trigger", "q");
-    // Each read is one record: numbers, a semicolon, the text.
+    // Each read returns one record: numbers, a semicolon, the text.
     while ((length = read(log, record, sizeof(record) - 1)) > 0) {
         record[length] = '\0';
         char *text = strchr(record, ';');

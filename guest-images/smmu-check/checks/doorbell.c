@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The doorbell of an assigned device: the host has the device's messages go where it wants them, and the device tree
-// says where that is (`iommu-addresses`). A guest has to map it to itself, and then they arrive at its interrupt
+// The doorbell of an assigned device: the host maps the device's MSIs to its own window, which the
+// device tree names (`iommu-addresses`). If the guest maps it 1:1, they arrive at its interrupt
 // controller. Runs alone, with `doorbell` on the command line.
 #include "checks/fixture.h"
 #include "hw/its.h"
@@ -28,7 +28,7 @@ static void enter(void)
 {
     static bool ready;
 
-    // Before the pool is given back for the first time.
+    // Before the pool is first released.
     if (!ready)
         ready = window_init() && its_init() && its_map(DEVICE->id, EVENT, LPI);
     setup();

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #include "checks/fixture.h"
 
-// Eight bytes a DMA: QEMU's device has accesses of four bytes, each with an event of its own.
+// Eight bytes per DMA: QEMU's device makes accesses of four bytes, with an event each.
 enum { BYTES = 8, READ_OFFSET = 0x100 };
 
 #define NOTHING 0x1111111111111111ull
 
-// What the device writes in this check, and one value more for reads.
+// The value that the device writes in this check; the next one is for reads.
 static u64 stamp;
 
-// Where a DMA was stopped last. Each of its accesses has an event, and those after the first may come late, in the
-// middle of what is checked next.
+// Where a DMA was last stopped. Each of its accesses has an event, and all but the first may come
+// late, during the next check.
 static u64 stopped = ~0ull;
 
 // The next event that is not such a late one.
@@ -22,7 +22,7 @@ static bool next_event(struct event *event)
     return false;
 }
 
-// While the unit is disabled every address is one of memory.
+// While the unit is disabled all addresses are physical.
 void setup(void)
 {
     static volatile u64 mailbox __attribute__((aligned(PAGE_SIZE)));
@@ -40,7 +40,7 @@ void setup(void)
     mailbox = stamp;
     if (!edu_read_from(DEVICE, NO_PASID, gpa_of(&mailbox), 0, BYTES))
         check_fail("a DMA does not end");
-    // What came late, of the check before.
+    // Late events of the previous check.
     while (smmu_event(&event))
         ;
 }
@@ -67,7 +67,7 @@ volatile u64 *target_new(void)
     return page;
 }
 
-// Whether the DMA came to its end, whatever became of it.
+// Whether the DMA finished, successfully or not.
 static bool write_by_dma(u64 address, u32 offset)
 {
     if (edu_write_to(DEVICE, NO_PASID, address, offset, BYTES))
@@ -131,7 +131,7 @@ bool write_vanishes(u64 address, volatile u64 *page)
     return false;
 }
 
-// Events come when the unit gets round to it.
+// Events are asynchronous.
 bool is_recorded(u64 address, enum event_id id, bool read)
 {
     struct event event;

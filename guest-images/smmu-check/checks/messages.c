@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Interrupt messages: writes to memory, which go through the stream's entry and stage 1 as those of a DMA do.
+// MSIs: writes to memory, which are translated by the stream's entry and stage 1 like DMA.
 //
-// There is no interrupt controller here: stage 1 leads messages to a page of memory. An assigned device sends
-// what its host has given it, to the address where Linux, as a host, has messages go.
+// There is no interrupt controller here: stage 1 maps MSIs to a page of memory. An assigned device
+// sends what its host has programmed, to Linux's MSI window.
 #include "checks/fixture.h"
 
 enum { ASID = 6, MESSAGES = 0x08000000, MESSAGE = MESSAGES + 0x40, DATA = 0x5a };
 
-// A space behind the device, which is told to interrupt by messages, and the unit on.
+// A space for the device, with MSI enabled, and the unit enabled.
 static struct space enter(void)
 {
     struct space space = space_new(ASID);
@@ -32,7 +32,7 @@ static void interrupt(void)
     write32(DEVICE->registers + EDU_IRQ_ACK, 1);
 }
 
-// Where a message ends that stage 1 leads to the page.
+// Where an MSI arrives that stage 1 maps to the page.
 static volatile u32 *message_in(volatile u64 *page)
 {
     return (volatile u32 *)page + (MESSAGE - MESSAGES) / sizeof(u32);
@@ -93,7 +93,7 @@ static void aborted(void)
     REQUIRE(invalidate(cfgi_ste(DEVICE->id)));
     REQUIRE(!check_is_over());
     interrupt();
-    // Behind the message, if there were one.
+    // After the MSI, if there were one.
     REQUIRE(write_vanishes(MESSAGES, page));
     EXPECT(*message == ~0u, "0x%x is in the page", *message);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The command queue when a command cannot be taken.
+// The command queue after an illegal command.
 #include "checks/fixture.h"
 
 static void unknown(void)

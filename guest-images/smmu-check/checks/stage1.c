@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Stage 1 where the tables do not change: what it maps, and what it refuses.
+// Stage 1 with constant tables: what it maps, and what it refuses.
 #include "checks/fixture.h"
 
 enum { ASID = 5 };
 
-// A space behind the device, and the unit on.
+// A space for the device, and the unit enabled.
 static struct space enter(void)
 {
     struct space space = space_new(ASID);

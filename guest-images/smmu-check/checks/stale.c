@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Tables that change: the old translation may be used until the invalidation is complete, and here it is;
-// afterwards it is not.
+// Changing tables: the old translation may be used, and here it is, until the invalidation is
+// complete; afterwards it is not.
 #include "checks/fixture.h"
 
 enum { ASID = 7 };
@@ -24,7 +24,7 @@ static bool change(struct changed *changed)
     if (check_is_over() || !write_arrives(IOVA, changed->old))
         return false;
     *changed->leaf = page_entry(changed->new, READ_WRITE);
-    // The unit has its old translation still.
+    // The unit still has the old translation.
     return write_arrives(IOVA, changed->old);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What a stream's entry, or its absence, does to DMA.
+// The effect of a stream's entry, or its absence, on DMA.
 #include "checks/fixture.h"
 
 static void disabled(void)

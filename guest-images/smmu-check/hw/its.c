@@ -55,7 +55,7 @@ static volatile u8 *configuration; // of LPIs, a byte each
 static volatile u64 *commands;
 static u32 next_command; // offset
 
-// The collection of the only processor, as commands name it.
+// The only processor's collection number in commands.
 static u64 target(void)
 {
     return read64(its + GITS_TYPER) & GITS_TYPER_PTA ? redistributor & ~0xffffull : 0;
@@ -79,7 +79,7 @@ static void give_tables(void)
     for (unsigned n = 0; n < GITS_BASERS; n++) {
         u64 at = its + GITS_BASER + 8 * n;
 
-        // The type of what it holds; 0 where nothing is to be given.
+        // The type of its contents; 0 if nothing must be provided.
         if (bits(read64(at), 58, 56))
             write64(at, gpa_of(pages_new(PAGES_64K)) | TABLE_VALID | CBASER_WRITE_BACK | TABLE_PAGE_64K);
     }

@@ -9,11 +9,11 @@ enum {
     STREAMS_LOG2 = 8,
     QUEUE_LOG2 = 8,
     QUEUE_ENTRIES = 1 << QUEUE_LOG2,
-    // Tables and queues: inner shareable, written back.
+    // Tables and queues: inner shareable, write-back.
     CR1_CACHED = 3 << 10 | 1 << 8 | 1 << 6 | 3 << 4 | 1 << 2 | 1 << 0,
     ALLOCATE_HINT = 62, // of the base registers
     CMD_SYNC = 0x46,
-    // An index and the bit that tells one turn from the next.
+    // An index with its wrap bit.
     POINTER_MASK = 2 * QUEUE_ENTRIES - 1,
 };
 
@@ -71,7 +71,7 @@ bool smmu_start(bool abort)
     write32(base + SMMU_EVENTQ_CONS, 0);
     if (!set_cr0(CR0_CMDQEN) || !set_cr0(CR0_CMDQEN | CR0_EVENTQEN))
         return false;
-    // Nothing of an earlier table or translation is known to it any more: CFGI_STE_RANGE of all, TLBI_NSNH_ALL.
+    // Invalidates everything: CFGI_STE_RANGE of all, TLBI_NSNH_ALL.
     return smmu_run((struct command[]){{{0x04, 31}}, {{0x30, 0}}}, 2);
 }
 
@@ -121,7 +121,7 @@ bool smmu_recover(void)
 {
     static const struct command sync = {{CMD_SYNC, 0}};
 
-    // A command in the place of the one that was refused, as Linux does it.
+    // Replaces the illegal command, as Linux does.
     commands[consumed() % QUEUE_ENTRIES] = sync;
     write32(base + SMMU_GERRORN, read32(base + SMMU_GERROR));
     return WAIT_UNTIL(consumed() == command_tail);

@@ -73,19 +73,20 @@ static inline u64 event_address(const struct event *event)
 bool smmu_init(void);
 u32 smmu_read(enum smmu_register offset);
 
-// Disabled, with GBPA as it is said, empty queues, which are on, and a stream table without entries. False if a
-// register does not take it.
+// Disabled, with this GBPA, empty and enabled queues, and a stream table without entries. False if
+// a register does not accept that.
 bool smmu_start(bool abort);
-// Translates from now on, or no longer.
+// Enables or disables translation.
 bool smmu_enable(bool on);
 
 // The entry of a function's stream.
 struct entry *smmu_stream(pci_id function);
 
-// Runs commands, and a CMD_SYNC after them. False, with the reason in `smmu_error`, when the queue stopped.
+// Runs commands, followed by a CMD_SYNC. False, with the reason in `smmu_error`, if the queue
+// stopped.
 bool smmu_run(const struct command *commands, unsigned count);
 unsigned smmu_error(void);
-// Takes notice of an error: the queue goes on behind the command that it did not take.
+// Acknowledges an error: the queue continues after the illegal command.
 bool smmu_recover(void);
 
 // The next event; false if there is none.
@@ -112,7 +113,7 @@ static inline struct command tlbi_asid(u16 asid)
     return (struct command){{0x11 | (u64)asid << 48, 0}};
 }
 
-// Of the last level alone.
+// Last level only.
 static inline struct command tlbi_va(u16 asid, u64 address)
 {
     return (struct command){{0x12 | (u64)asid << 48, address | 1}};

@@ -36,7 +36,7 @@ struct space space_new(u16 asid)
 
     space.context->words[3] = MAIR_WRITE_BACK;
     space.context->words[1] = gpa_of(space.table);
-    // As large an output address as the unit has.
+    // The unit's maximum output address size.
     space.context->words[0] = CD_T0SZ | CD_TABLES_CACHED | CD_NO_TTB1 | CD_VALID |
                               CD_IPS(smmu_read(SMMU_IDR5) & 7) | CD_AARCH64 | CD_RECORD | CD_TERMINATE_ABORT |
                               CD_ASID(asid);
@@ -68,7 +68,7 @@ static void set(pci_id function, u64 first, u64 second)
 {
     struct entry *stream = smmu_stream(function);
 
-    // The word that makes it valid comes last, as an observer may look at any time.
+    // The word with the valid bit is written last, as the unit may read at any time.
     stream->words[0] = 0;
     stream->words[1] = second;
     stream->words[0] = first;

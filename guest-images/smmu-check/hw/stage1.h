@@ -13,11 +13,11 @@ enum access { READ_ONLY, READ_WRITE };
 
 struct space space_new(u16 asid);
 
-// The last-level entry of a page. It is up to the caller to invalidate what it changes.
+// The last-level entry of a page. The caller must invalidate what it changes.
 u64 *space_map(const struct space *space, u64 address, const volatile void *page, enum access access);
 u64 page_entry(const volatile void *page, enum access access);
 
-// Puts a stream on a space, or lets it pass or not; the caller makes the unit look (CFGI_STE).
+// Attaches a stream to a space, or sets bypass or abort; the caller must invalidate (CFGI_STE).
 void stream_translate(pci_id function, const struct space *space);
 void stream_bypass(pci_id function);
 void stream_abort(pci_id function);

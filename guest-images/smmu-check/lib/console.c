@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// A 16550 or a PL011, whichever the device tree has; the machine ends by PSCI.
+// A 16550 or a PL011, depending on the device tree; the machine is ended by PSCI.
 #include "lib/console.h"
 #include "lib/devicetree.h"
 #include "lib/wait.h"
@@ -28,7 +28,7 @@ static bool is_ready(void)
 
 void put_char(char c)
 {
-    // A port that is never ready must not hang the guest, and is not waited for again.
+    // A port that is never ready must not hang the guest: later output does not wait for it.
     static bool deaf;
     u64 started = timestamp();
 
@@ -45,7 +45,7 @@ void machine_exit(u8 code)
     const char *method = property_of_node("psci", "method", &length);
     register u64 function asm("x0") = PSCI_SYSTEM_OFF;
 
-    // PSCI takes no status; the summary says it.
+    // PSCI takes no status; the summary has it.
     (void)code;
     if (method && method[0] == 's')
         asm volatile("smc #0" : "+r"(function));

@@ -45,7 +45,7 @@ static u32 length_of(const char *text)
     return length;
 }
 
-// Whether a list of strings, each ending with NUL, has this one.
+// Whether a list of NUL-terminated strings contains this one.
 static bool lists(const char *list, u32 length, const char *wanted)
 {
     for (u32 at = 0; at < length; at += length_of(list + at) + 1)
@@ -54,14 +54,14 @@ static bool lists(const char *list, u32 length, const char *wanted)
     return false;
 }
 
-// A node that has been begun and not ended.
+// An open node.
 struct level {
     bool is_wanted;
     const void *property;
     u32 length;
 };
 
-// Of any node, if neither is said.
+// Of any node, if neither is given.
 static const void *find(const char *compatible, const char *node, const char *name, u32 *length)
 {
     struct level levels[MOST_LEVELS];

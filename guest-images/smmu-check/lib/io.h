@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Registers in memory, and the clock. Before a write all that was stored is visible to devices.
+// Memory-mapped registers and the clock. Earlier stores are visible to devices before a register
+// write.
 #pragma once
 #include "lib/types.h"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Blocked by default: with translation on, a device reaches memory only once every table from the
-// root down says so, and no longer than that.
+// Blocked by default: with translation enabled, a device reaches memory only while every table from
+// the root down allows it.
 #include "fixture.h"
 
 static void legacy_empty_root(void)
@@ -98,7 +98,7 @@ static void entry_removed(void)
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, page, CONTEXT_NOT_PRESENT));
 }
 
-// What was not present becomes present, entry by entry.
+// Non-present entries become present, one by one.
 static void entries_added(void)
 {
     struct page_table space = space_new();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The device alone, translation off: what QEMU documents for `edu`.
+// The device alone, translation disabled: the behaviour of `edu` that QEMU documents.
 #include "fixture.h"
 
 #define INTERRUPT_CAUSE 0x12u

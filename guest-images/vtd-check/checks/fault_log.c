@@ -2,7 +2,7 @@
 // Fault recording: order, overflow, suppression (FPD) and the fault event.
 #include "fixture.h"
 
-// A write that faults because nothing is mapped at page `n`; what it leaves is up to the caller.
+// A write that faults because nothing is mapped at page `n`; the caller checks the record.
 static bool provoke(unsigned n)
 {
     if (!edu_write_to(DEVICE, NO_PASID, IOVA + n * PAGE_SIZE, 0, 8))
@@ -65,7 +65,7 @@ static void overflow(void)
     SKIP_UNLESS(vtd_read32(VTD_FSTS) & FSTS_PFO || records > 1,
                 "faults of one device are collapsed into one record");
     EXPECT(vtd_read32(VTD_FSTS) & FSTS_PFO, "FSTS.PFO is 0 after %u faults", records + 1);
-    // Until software clears PFO, nothing more is recorded, free records or not.
+    // Until software clears PFO, nothing more is recorded, whether records are free or not.
     EXPECT(fault_take(&fault) && fault.address == IOVA, "the first record has address 0x%lx", fault.address);
     REQUIRE(provoke(100));
     EXPECT(fault_pending() == records - 1, "a fault was recorded with PFO set");
@@ -119,7 +119,7 @@ static void event(void)
     interrupt_count_clear(VECTOR_FAULT_EVENT);
     REQUIRE(provoke(0));
     EXPECT(WAIT_UNTIL(interrupt_count(VECTOR_FAULT_EVENT)), "the first fault brings no event");
-    // While a record is pending, another is no new condition.
+    // While a record is pending, another one is not a new condition.
     REQUIRE(provoke(1));
     while (fault_take(&fault))
         ;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// First-stage translation in scalable mode: what reaches memory, and what faults why.
+// First-stage translation in scalable mode: what reaches memory, and which faults occur.
 #include "fixture.h"
 
 #define LARGE_OFFSET 0x123000ull
@@ -207,7 +207,7 @@ static void reserved_in_large_leaf(void)
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, NULL, FS_RESERVED));
 }
 
-// Where no memory is, the unit cannot read the table: the architecture has a reason for each case.
+// Tables outside of memory cannot be read: the architecture has a fault reason for each case.
 static void tables_in_no_memory(void)
 {
     struct page_table space = space_new();

@@ -2,8 +2,8 @@
 #include "fixture.h"
 #include "lib/cmdline.h"
 
-// The devices' buffers hold this (and, behind it, their counting) from `devices_load` on; reads go
-// to the second half.
+// The devices' buffers contain this (followed by a counting pattern) from `devices_load` on; reads
+// go to the second half.
 #define PATTERN 0x5a5a000000000000ull
 #define READ_OFFSET 2048u
 #define WORD ((u32)sizeof(u64))
@@ -22,7 +22,7 @@ static u64 pattern_of(const struct edu *edu)
     return PATTERN | edu->id;
 }
 
-// With no IOMMU in the way, gives each device's buffer its pattern.
+// With translation disabled, gives each device's buffer its pattern.
 static void devices_load(void)
 {
     for (unsigned n = 0; n < edu_count; n++) {
@@ -177,8 +177,8 @@ struct target target_new(void)
     return (struct target){page_new(), page_new()};
 }
 
-// Which of `target`'s pages a write reaches: 0 none, 1 old, 2 new, 3 both; the check fails when the
-// device does not end.
+// Which of `target`'s pages a write reaches: 0 none, 1 old, 2 new, 3 both; the check fails if the
+// device does not finish.
 static unsigned landing(const struct edu *edu, u32 pasid, u64 iova, struct target target)
 {
     u64 offset = (iova & (PAGE_SIZE - 1)) / WORD;
@@ -288,7 +288,7 @@ static bool fault_matches(const struct edu *edu, u32 pasid, u64 iova, bool is_re
     return !check_is_over();
 }
 
-// A write by `edu` that must leave `page` (null: none to look at) as it is.
+// A write by `edu` that must not change `page` (null: not checked).
 static bool write_moves_nothing(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page)
 {
     volatile u64 *word = page ? &page[(iova & (PAGE_SIZE - 1)) / WORD] : NULL;

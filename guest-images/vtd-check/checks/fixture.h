@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What checks of the remapping unit share: a root table, an address space, and probes that say
-// where a DMA went or why it was refused.
+// Common parts of checks of the remapping unit: a root table, an address space, and probes that
+// tell where a DMA went or why it was refused.
 #pragma once
 #include "check.h"
 #include "hw/context.h"
@@ -20,51 +20,52 @@
 // Domain IDs. 0 belongs to the unit in caching mode.
 enum { DOMAIN_A = 2, DOMAIN_B = 3 };
 
-// IOVAs the checks map. They lie beyond memory wherever the devices' DMA can name such an address,
-// so that only stage 1 can make them mean something.
+// IOVAs the checks map. They are beyond memory if the devices' DMA can use such addresses, so that
+// they are only valid through stage 1.
 u64 iova_base(void);
 #define IOVA (iova_base())
 #define IOVA_OTHER (iova_base() + 0x1000000)
 #define IOVA_MAILBOX (iova_base() + 0x2000000)
 
-// Two regions of 2 MiB behind the pool of pages, aligned to their size, for what a large page maps. Never
-// zeroed as a whole.
+// Two 2 MiB regions after the pool of pages, aligned to their size, as targets of large pages.
+// Never zeroed as a whole.
 #define LARGE_SIZE 0x200000ull
 #define LARGE_REGION_A 0x1000000ull
 #define LARGE_REGION_B (LARGE_REGION_A + LARGE_SIZE)
 
-// Guest-physical addresses where no memory is.
+// Guest-physical addresses without memory.
 #define NO_MEMORY 0x4000000000ull
 
 // The root table of the running check; its mode is that of the setup.
 extern u64 *root;
 
-// `assigned=1` on the command line: the devices are of the host's, whose IOMMU refuses what it must and
-// tells nobody of it; and what they write to the interrupt range themselves is the host's.
+// `assigned=1` on the command line: the devices are assigned from the host, whose IOMMU blocks them
+// without reporting faults; and the host handles their own writes to the interrupt range.
 bool devices_assigned(void);
 
-// Setups: a fresh, empty root table in force, translation still off, records and counters clear.
+// Setups: a fresh, empty root table is set, translation is disabled, records and counters are
+// clear.
 void setup_scalable(void);        // 256-bit queue on
 void setup_legacy_queue(void);    // 128-bit queue on
 void setup_legacy_registers(void); // queue off
 void teardown(void);
 
-// A setup's part for the unit in use alone, in `mode`, with the queue off.
+// A setup for the current unit only, in `mode`, with the queue disabled.
 void setup_unit(u64 mode);
 
-// Drops whatever is cached and switches translation on. False when the check is over.
+// Invalidates everything and enables translation. False if the check is over.
 bool enable(void);
 
-// A first-stage space of 4 levels with the mailbox mapped. Skips the check where the unit has no
-// first stage; `enable` then says that the check is over.
+// A first-stage space of 4 levels with the mailbox mapped. Skips the check if the unit has no first
+// stage; `enable` then returns false.
 struct page_table space_new(void);
 // The same for the second stage, with the widest tables of at most 4 levels the unit has.
 struct page_table second_stage_space_new(void);
 
-// Whether legacy mode translates: second-stage tables have a width.
+// Whether legacy mode translates: second-stage tables have a supported width.
 bool legacy_second_stage(void);
 
-// Puts `space` behind `edu` without PASID (its RID_PASID, 0). Returns the PASID-table entry.
+// Attaches `edu` without PASID (its RID_PASID, 0) to `space`. Returns the PASID-table entry.
 u64 *attach(const struct edu *edu, const struct page_table *space, u16 domain);
 u64 *attach_pasid(const struct edu *edu, u32 pasid, const struct page_table *space, u16 domain);
 // Legacy mode: returns the context entry.
@@ -74,7 +75,7 @@ u64 *context_of(const struct edu *edu);
 // The address of the PASID directory in a scalable-mode context entry.
 u64 *directory_of(const struct edu *edu);
 
-// Two pages a mapping is changed between.
+// Two pages between which a mapping is changed.
 struct target {
     volatile u64 *old, *new;
 };
@@ -83,28 +84,30 @@ struct target target_new(void);
 // A write by `edu` to `iova` reaches the old (new) page and not the other.
 bool lands_on_old(const struct edu *edu, u32 pasid, u64 iova, struct target target);
 bool lands_on_new(const struct edu *edu, u32 pasid, u64 iova, struct target target);
-// The unit still uses the old page although the tables say the new one. Satisfied by either page
-// with `stale-required=0` on the command line: the specification permits caching, it does not demand it.
+// The unit still uses the old page although the tables have the new one. Satisfied by either page
+// with `stale-required=0` on the command line: the specification allows caching but does not
+// require it.
 bool lands_on_stale(const struct edu *edu, u32 pasid, u64 iova, struct target target);
 
 // A write by `edu` to `iova` arrives in `page`.
 bool write_arrives(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
-// A read by `edu` from `iova` brings what is in `page`; needs the mailbox mapped for it.
+// A read by `edu` from `iova` gets the contents of `page`; needs the mailbox mapped for it.
 bool read_arrives(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
-// What the last read, refused or not, left in the device; it is written out through the mailbox.
+// The result of the last read in the device, refused or not; it is written out through the mailbox.
 u64 device_holds(const struct edu *edu, u32 pasid, u64 mailbox_iova);
 u64 mailbox_gpa(void);
 
-// The access moves no byte of `page` (which it would reach, were it allowed; null when none), and
-// one fault is recorded (unless the devices are assigned), with this reason, the device's ID, the PASID and the page's address.
+// The access moves no byte of `page` (which it would reach if allowed; null if none), and one fault
+// is recorded (unless the devices are assigned), with this reason, the device's ID, the PASID and
+// the page's address.
 bool write_faults(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page, unsigned reason);
 bool read_faults(const struct edu *edu, u32 pasid, u64 iova, unsigned reason);
 // The access moves no byte and nothing is recorded.
 bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
 
-// Entries have changed that were not present, or wrong, which a unit without caching mode does not cache
-// (VT-d 6.1): one with it is told.
+// Entries have changed that were not present, or invalid, which a unit without caching mode does
+// not cache (VT-d 6.1): invalidates them with caching mode.
 bool mend(void);
 
-// Runs an invalidation; says so when the queue refuses it.
+// Runs an invalidation; fails the check if the queue refuses it.
 bool invalidate(struct descriptor descriptor);

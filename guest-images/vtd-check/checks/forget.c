@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// For the sanitizer of the emulated host: a driver that takes pages and tables away and, with `forget=1` on
-// the command line, forgets the invalidation. With `forget=0` it does not. Runs alone, in either case: the
-// other checks use stale translations on purpose.
+// For the sanitizer of the emulated host: a driver that unmaps pages and tables and, with
+// `forget=1` on the command line, omits the invalidation. With `forget=0` it does not. Runs alone
+// in both cases, as the other checks use stale translations on purpose.
 #include "fixture.h"
 #include "lib/cmdline.h"
 
@@ -17,7 +17,7 @@ static void page_taken_away(u32 pasid)
     attach_pasid(DEVICE, tag, &space, DOMAIN_A);
     REQUIRE(enable());
     REQUIRE(lands_on_old(DEVICE, pasid, IOVA, target));
-    // What came before is in order: another page, which the device does not use.
+    // An unrelated correct invalidation of another page, which the device does not use.
     REQUIRE(invalidate(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, tag, IOVA_OTHER | INVALIDATION_HINT)));
     map_leaf(&space, IOVA, gpa_of(target.new), LEVEL_4K, FS_READ_WRITE);
     if (cmdline_number("forget", 0)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// DMA that is under way while software invalidates: once the wait is done, nothing touches the old
-// page any more, however early the device looked it up.
+// DMA in progress during an invalidation: after the wait, nothing accesses the old page any more,
+// however early the device looked it up.
 #include "fixture.h"
 
 enum { ROUNDS = 24, BYTES = 4096 };
@@ -19,7 +19,7 @@ static bool is_done(const struct edu *edu)
     return !(read64(edu->registers + EDU_DMA_COMMAND) & EDU_DMA_START);
 }
 
-// In each round the page under the device's feet is taken away while it writes.
+// In each round the page is unmapped while the device writes to it.
 static void rounds(bool unmap)
 {
     struct page_table space = space_new();
@@ -38,7 +38,7 @@ static void rounds(bool unmap)
         start_write(DEVICE, IOVA);
         *table_entry(&space, IOVA, LEVEL_4K) = unmap ? 0 : gpa_of(new) | FS_READ_WRITE;
         REQUIRE(invalidate(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, 0, IOVA)));
-        // The buffer's first word is the pattern, written first; a late byte would bring it back.
+        // The buffer's first word is the pattern, written first; a late byte would restore it.
         old[0] = 0;
         EXPECT(WAIT_UNTIL(is_done(DEVICE)), "round %u: the DMA does not end", round);
         EXPECT(old[0] == 0, "round %u: the old page was written after the invalidation", round);

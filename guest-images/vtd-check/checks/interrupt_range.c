@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// FEEx_xxxxh belongs to interrupts (VT-d 3.14): requests without PASID to it are messages, never
-// translated, and no translation may lead into it.
+// FEEx_xxxxh is for interrupts (VT-d 3.14): requests without PASID to it are never translated, and
+// no translation may lead into it.
 #include "fixture.h"
 
 static void message_while_blocked(void)
@@ -18,8 +18,8 @@ static void message_while_blocked(void)
     EXPECT(fault_pending() == 0, "%u fault records", fault_pending());
 }
 
-// The reason is 87h where the unit itself walks the tables. Where a nested host does, its second
-// stage is what refuses, and the record carries what the virtual unit makes of that.
+// The reason is 87h if the unit itself walks the tables. With a nested host, its second stage
+// refuses, and the virtual unit chooses the reason.
 static void output_in_range(void)
 {
     struct page_table space = space_new();
@@ -35,7 +35,7 @@ static void output_in_range(void)
            fault.address);
 }
 
-// The table maps the range; the request does not get there.
+// The table maps the range, but the request does not use the mapping.
 static void input_in_range(void)
 {
     struct page_table space = space_new();

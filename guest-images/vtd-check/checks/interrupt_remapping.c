@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Interrupt remapping (VT-d chapter 5): a device's message goes by its table entry, or is refused.
+// Interrupt remapping (VT-d chapter 5): an MSI is remapped by its table entry, or blocked.
 #include "fixture.h"
 #include "lib/cmdline.h"
 
@@ -28,7 +28,7 @@
 
 static u64 *table;
 
-// In caching mode (VT-d 6.1) a unit may remember an entry that was not present, and so has to be told.
+// In caching mode (VT-d 6.1) a unit may cache a non-present entry, so it must be invalidated.
 static void entry_set(unsigned index, unsigned vector, u64 flags, u64 source)
 {
     bool was_present = table[2 * index] & IRTE_P;
@@ -74,7 +74,7 @@ static void raise(void)
     write32(DEVICE->registers + EDU_IRQ_RAISE, 1);
 }
 
-// The device's interrupt comes as `vector`, up to `times` times, and leaves no record.
+// The device's interrupt arrives as `vector`, up to `times` times, and leaves no record.
 static bool arrives_up_to(u32 times, unsigned vector)
 {
     bool arrived;
@@ -100,7 +100,7 @@ static bool arrives(unsigned vector)
     return arrives_up_to(1, vector);
 }
 
-// The device's interrupt is blocked, and one record says why.
+// The device's interrupt is blocked, with one record.
 static bool faults(unsigned reason, u16 index)
 {
     struct fault fault = {0};
@@ -145,7 +145,7 @@ static void not_present_quietly(void)
     entry_set(INDEX, VECTOR_EDU_MSI, IRTE_FPD, 0);
     raise();
     write32(DEVICE->registers + EDU_IRQ_ACK, 1);
-    // The next message comes after it.
+    // The next MSI comes after it.
     (void)pci_msi_set(DEVICE->id, message_address(INDEX + 1), 0);
     REQUIRE(faults(INTERRUPT_ENTRY_NOT_PRESENT, INDEX + 1));
 }
@@ -200,7 +200,8 @@ static void source_bus(void)
     REQUIRE(faults(INTERRUPT_SOURCE_MISMATCH, INDEX));
 }
 
-// Which vector the stale entry has: with `stale-required=0` on the command line the new one will do.
+// The vector of the stale entry: with `stale-required=0` on the command line the new one is
+// accepted.
 static bool is_stale(void)
 {
     bool may_be_fresh = cmdline_number("stale-required", 1) == 0;
@@ -265,7 +266,7 @@ static void wide_destination(void)
     table[2 * INDEX] = IRTE_P | (u64)VECTOR_EDU_MSI << 16 | (u64)apic_id() << 32;
     REQUIRE(invalidate(inv_interrupt_entry(INTERRUPT_ENTRY_GLOBAL, 0, 0)));
     REQUIRE(arrives(VECTOR_EDU_MSI));
-    // Compatibility format is blocked whatever CFI says.
+    // Compatibility format is blocked whatever CFI is.
     (void)pci_msi_set(DEVICE->id, msi_address(), VECTOR_EDU_MSI);
     EXPECT(vtd_switch(GCMD_CFI, true), "GCMD.CFI never showed in GSTS");
     REQUIRE(faults(INTERRUPT_COMPATIBILITY_BLOCKED, 0));
@@ -284,14 +285,14 @@ static void intx(void)
     entry_set(INDEX, VECTOR_EDU_INTX, IRTE_P | IRTE_LEVEL, 0);
     SKIP_UNLESS(ioapic_route_pci_remapped(VECTOR_EDU_INTX, INDEX), "no I/O APIC");
     interrupt_on(VECTOR_EDU_INTX, acknowledge);
-    // A line that is asserted at an end of interrupt interrupts again. A KVM that emulates the guest's
-    // ring 0 was seen, about once in 200 runs, to tell of an end before the handler had run.
+    // A line that is asserted at an end of interrupt interrupts again. A KVM that emulates the
+    // guest's ring 0 was seen, about once in 200 runs, to report an end before the handler had run.
     for (unsigned round = 0; round < 3 && !check_is_over(); round++)
         (void)arrives_up_to(2, VECTOR_EDU_INTX);
     if (!check_is_over()) {
         u32 seen = interrupt_count(VECTOR_EDU_INTX);
 
-        // Each read leaves the guest: what is on its way comes.
+        // Each read exits: pending interrupts arrive.
         for (unsigned i = 0; i < 8; i++)
             (void)read32(DEVICE->registers + EDU_IRQ_STATUS);
         EXPECT(interrupt_count(VECTOR_EDU_INTX) == seen, "it goes on after the acknowledgement");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Scalable-mode tables that break the rules: the device is blocked, the record says why, and the
-// unit goes on. Each check breaks one thing in tables that work and mends it again.
+// Invalid scalable-mode tables: the device is blocked, the record has the reason, and the unit
+// continues. Each check breaks one thing in working tables and repairs it again.
 #include "fixture.h"
 
 struct good {
@@ -20,8 +20,8 @@ static struct good good_tables(void)
     return good;
 }
 
-// `*where` holds `value` while the unit looks; afterwards what it held before, of which a unit without caching
-// mode is told nothing, and all works.
+// `*where` is `value` while the unit reads it; afterwards the old value is restored, without
+// invalidation for a unit without caching mode, and everything works.
 static void broken(struct good good, u64 *where, u64 value, unsigned reason)
 {
     u64 right = *where;
@@ -153,7 +153,7 @@ static void root_mode_reserved(void)
     REQUIRE(write_faults(DEVICE, NO_PASID, IOVA, good.page, RTADDR_INVALID));
 }
 
-// Tables that point back at themselves end where the architecture's levels end.
+// Cyclic tables end where the architecture's levels end.
 static void tables_in_circles(void)
 {
     struct good good = good_tables();

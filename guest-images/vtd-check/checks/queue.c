@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The invalidation queue itself: waits, wrap-around, errors and recovery. No DMA.
+// The invalidation queue: waits, wrap-around, errors and recovery. No DMA.
 #include "fixture.h"
 
 static volatile u32 status_word;
@@ -40,7 +40,7 @@ static void wait_interrupt(void)
     queue_submit();
     EXPECT(WAIT_UNTIL(events() == 1), "%u events", events());
     EXPECT(vtd_read32(VTD_ICS) & ICS_IWC, "ICS.IWC is 0");
-    // IWC still set: the next completion is no new condition.
+    // IWC is still set: the next completion is not a new condition.
     queue_put(inv_wait(WAIT_IF, 0, 0));
     EXPECT(queue_flush(), "the queue stopped");
     EXPECT(events() == 1, "%u events with IWC set", events());
@@ -127,8 +127,8 @@ static void tail_before_enable(void)
     EXPECT(WAIT_UNTIL(status_word == 77), "status %u", status_word);
 }
 
-// `bad` stops the queue with `reason`, at its place; what follows waits until software has put
-// something else there and cleared the error, and is then served without another tail write.
+// `bad` stops the queue with `reason`, at its place; what follows waits until software has replaced
+// it and cleared the error, and is then served without another tail write.
 static void stops_at(struct descriptor bad, u64 third_quad, unsigned reason)
 {
     u32 place = queue_tail();
@@ -190,7 +190,7 @@ static void mask_beyond(void)
     stops_at(inv_iotlb(IOTLB_PAGE, 1, cap_mamv() + 1), 0, IQEI_RESERVED);
 }
 
-// After an error that has no descriptor to mend, software starts the queue anew.
+// After an error without a descriptor to replace, software restarts the queue.
 static void starts_anew(unsigned reason)
 {
     unsigned error;
@@ -230,7 +230,7 @@ static void status_in_no_memory(void)
     EXPECT(queue_flush(), "queue error %u", queue_error());
 }
 
-// Pseudo-random descriptors: each is either done or stops the queue, and the unit outlives all.
+// Pseudo-random descriptors: each either completes or stops the queue, and the unit survives all.
 static void garbage(void)
 {
     u64 noise = 0x9e3779b97f4a7c15;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The registers as reset leaves them, and what the capabilities promise together.
+// The registers after reset, and the consistency of the capabilities.
 #include "fixture.h"
 
 static void version(void)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The guest's own second-stage tables: legacy mode's only ones, and scalable mode's PGTT 010b.
+// Guest-owned second-stage tables: the only ones of legacy mode, and PGTT 010b of scalable mode.
 #include "fixture.h"
 
 #define LARGE_OFFSET 0x7000ull

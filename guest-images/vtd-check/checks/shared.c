@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Devices that share one first-stage table, and the state the run ends in: translation stays on, so
-// that a report drawn at exit shows the objects behind it.
+// Devices that share one first-stage table, and the final state: translation stays enabled, so that
+// a report at exit shows the objects behind it.
 #include "fixture.h"
 
 static void two_devices_one_table(void)

@@ -58,21 +58,22 @@ static void leaf_pasid_page(void) { changed_4k(pasid_page()); }
 static void leaf_pasid_page_hint(void) { changed_4k(pasid_page_leaf_only()); }
 static void large_iotlb_global(void) { changed_2m(iotlb_global()); }
 static void large_pasid_selective(void) { changed_2m(pasid_selective()); }
-// A large page takes a mask of its size (VT-d 6.5.2.4); the address may be of any page inside.
+// A large page needs a mask of its size (VT-d 6.5.2.4); the address may be of any page inside.
 static void large_pasid_page(void)
 {
     SKIP_UNLESS(cap_mamv() >= LARGE_MASK, "CAP.MAMV is below 9");
     changed_2m(inv_pasid_iotlb(PASID_IOTLB_PAGE, DOMAIN_A, 0, (IOVA + 300 * PAGE_SIZE) | LARGE_MASK));
 }
 
-// Without a PASID the addresses are those of second-stage tables: of first-stage ones all goes (6.5.2.3).
+// Without a PASID the addresses are those of second-stage tables; all first-stage entries are
+// dropped (6.5.2.3).
 static void leaf_iotlb_page(void)
 {
     SKIP_UNLESS(cap_psi(), "CAP.PSI is 0");
     changed_4k(inv_iotlb(IOTLB_PAGE, DOMAIN_A, (IOVA + 300 * PAGE_SIZE) | INVALIDATION_HINT));
 }
 
-// Eight pages change; the address has low bits that the mask makes irrelevant.
+// Eight pages change; the mask makes the low bits of the address irrelevant.
 static void page_range(void)
 {
     struct page_table space = space_new();
@@ -189,7 +190,7 @@ static void batch(void)
     REQUIRE(lands_on_new(DEVICE, NO_PASID, IOVA, target));
 }
 
-// The same page of the other device's own table, under its own domain ID.
+// The same page in the other device's table, with another domain ID.
 static void each_device_its_own(void)
 {
     struct page_table spaces[2] = {space_new(), space_new()};

@@ -3,7 +3,7 @@
 // by register.
 #include "fixture.h"
 
-// How the unit is told: a queued descriptor or the registers, whichever the setup left on.
+// How to invalidate: by queue or by registers, depending on the setup.
 struct invalidation {
     struct descriptor descriptor;
     unsigned granularity;
@@ -77,7 +77,7 @@ static void large_page(void)
     struct target target = {(void *)LARGE_REGION_A, (void *)LARGE_REGION_B};
 
     SKIP_UNLESS(cap_psi() && cap_ss_2m(), "CAP.PSI or 2 MiB pages are missing");
-    // A large page takes a mask of its size (VT-d 6.5.2.3).
+    // A large page needs a mask of its size (VT-d 6.5.2.3).
     SKIP_UNLESS(cap_mamv() >= 9, "CAP.MAMV is below 9");
     map_leaf(&space, IOVA, LARGE_REGION_A, LEVEL_2M, SS_READ_WRITE);
     attach_here(&space);

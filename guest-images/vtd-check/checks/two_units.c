@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Two units with a device behind each: what one of them is told is nothing to the other.
+// Two units with a device behind each: invalidations of one do not affect the other.
 #include "fixture.h"
 
 enum { FIRST_UNIT, SECOND_UNIT };
@@ -29,7 +29,7 @@ static void setup_both(void)
     use(FIRST_UNIT);
 }
 
-// No record is in the unit, which need not be the one in use.
+// No record is in the unit, which need not be the current one.
 static bool is_quiet(unsigned unit)
 {
     unsigned pending;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Virtio devices in the middle of a request: what a driver does to them then, and the machine's user. The requests of
-// the block device are large, to a disk of 4 GiB of zeroes.
+// Virtio devices in the middle of a request: what a driver may do to them then, and the machine's
+// user. The block device's requests are large, to a disk of 4 GiB of zeroes.
 #include "check.h"
 #include "hw/virtio.h"
 #include "lib/console.h"
@@ -10,7 +10,7 @@
 
 enum { BUFFERS = 250, MSI_UPPER = 1 };
 
-// Where each buffer of a request lies, behind everything else; all are one.
+// Address of the buffers of requests, after everything else; all share one.
 #define BUFFER 0x4000000ull
 #define BUFFER_SIZE 0x1000000u
 #define SECTOR_SIZE 512u
@@ -66,7 +66,7 @@ static bool is_written(void)
     return buffer()[0] != MARK;
 }
 
-// A queue full of requests, of which the first is under way when this returns.
+// A queue full of requests, of which the first is in progress on return.
 static bool is_busy(void)
 {
     if (!starts())
@@ -80,7 +80,7 @@ static bool is_busy(void)
     return false;
 }
 
-// A thousandth of a second, and a few exits, in which a device that goes on is found out.
+// A millisecond and a few exits, in which a device that continues would be noticed.
 static bool stays_quiet(void)
 {
     u64 started;
@@ -122,7 +122,7 @@ static void reset(void)
     }
 }
 
-// One request of a sector, whose interrupt comes.
+// One request of a sector, with its interrupt.
 static bool interrupts(void)
 {
     u16 used = virtio_used(&disk);
@@ -138,7 +138,8 @@ static bool interrupts(void)
     return !check_is_over();
 }
 
-// KVM refuses a routing with a message whose upper address is no APIC's, for all its other entries, too.
+// KVM refuses a routing with a message whose upper address is no APIC's, including all other
+// entries.
 static void refused_message(void)
 {
     REQUIRE(starts());
@@ -146,7 +147,7 @@ static void refused_message(void)
     REQUIRE(interrupts());
     virtio_message(&disk, 0, (u64)MSI_UPPER << 32 | MSI_ADDRESS, VECTOR_VIRTIO);
     REQUIRE(interrupts());
-    // What is changed from now on is a change of the whole table.
+    // From here on every change is one of the whole table.
     virtio_message(&disk, 1, msi_address(), VECTOR_FAULT_EVENT);
     virtio_message(&disk, 1, msi_address(), VECTOR_VIRTIO);
     for (unsigned n = 0; n < 100; n++)
@@ -178,11 +179,11 @@ void virtio_flood(u64 times)
     if (!starts() || !virtio_find(&entropy, VIRTIO_ENTROPY))
         machine_exit(1);
     virtio_interrupts(&disk, VECTOR_VIRTIO);
-    // Two devices at one address, each of which wants its doorbells there.
+    // Two devices at one address, which both need doorbells there.
     pci_write(entropy.id, PCI_BAR0, (u32)disk.bar);
     for (u64 n = 0; n < times; n++) {
         pci_write(entropy.id, PCI_INTERRUPT, (u32)n & 0xff);
-        // A message that KVM refuses, each time another.
+        // A message that KVM refuses, another one each time.
         virtio_message(&disk, 0, (u64)MSI_UPPER << 32 | MSI_ADDRESS, (u32)n);
     }
     print("flooded\n");

@@ -5,7 +5,7 @@
 
 #define POINTER 0x000ffffffffff000ull
 
-// Follows the pointer in `entry`, which gets a table of zeroes first if it has none.
+// Follows the pointer in `entry`, allocating a zeroed table if it has none.
 static u64 *table_behind(u64 *entry)
 {
     if (!(*entry & POINTER))
@@ -57,7 +57,7 @@ static void set(u64 *entry, unsigned type, u64 first_quad, u16 domain, u64 third
     entry[0] = first_quad | (u64)type << 6 | ENTRY_P;
 }
 
-// AW says nothing about a first stage, but as much as QEMU's unit believes it does; Linux sets it too.
+// AW does not apply to the first stage, but QEMU's unit checks it; Linux sets it, too.
 void pasid_entry_first_stage(u64 *entry, u64 tables, unsigned levels, u16 domain)
 {
     set(entry, PGTT_FIRST_STAGE, address_width(levels) << 2, domain, tables | (levels == 5 ? FSPM_5_LEVEL : 0));

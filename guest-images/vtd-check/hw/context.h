@@ -25,16 +25,17 @@ static inline u64 address_width(unsigned levels)
     return levels - 2;
 }
 
-// Entry of `function` in the tables under `root`; the context table is made where it is missing.
+// Entry of `function` in the tables under `root`; allocates a missing context table.
 u64 *legacy_context(u64 *root, pci_id function);   // two quadwords
 u64 *scalable_context(u64 *root, pci_id function); // four quadwords
 
 void legacy_context_set(u64 *entry, unsigned translation_type, u64 tables, unsigned levels, u16 domain);
 
-// A present entry over an empty PASID directory, PASIDs on, RID_PASID 0. Returns the directory.
+// A present entry with an empty PASID directory, PASIDs enabled, RID_PASID 0. Returns the
+// directory.
 u64 *scalable_context_set(u64 *entry);
 
-// Entry of `pasid` under `directory`; the PASID table is made where it is missing.
+// Entry of `pasid` under `directory`; allocates a missing PASID table.
 u64 *pasid_entry(u64 *directory, u32 pasid);
 
 void pasid_entry_first_stage(u64 *entry, u64 tables, unsigned levels, u16 domain);

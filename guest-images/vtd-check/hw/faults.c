@@ -4,7 +4,7 @@
 #include "lib/interrupts.h"
 #include "lib/io.h"
 
-// The top dword of a record holds F, the bit that says "pending" and is cleared by writing 1.
+// The top dword of a record has F, the pending bit, which is cleared by writing 1.
 #define RECORD_SIZE 16
 #define RECORD_TOP 12
 #define RECORD_F BIT(31)
@@ -27,7 +27,7 @@ bool fault_take(struct fault *fault)
 
     if (!(status & FSTS_PPF))
         return false;
-    // FRI names the first record of a run; those already taken lie before the oldest pending.
+    // FRI is the first record of a run; those already taken are before the oldest pending one.
     for (u32 step = 0; step < vtd->fault_record_count; step++) {
         u32 index = (first + step) % vtd->fault_record_count;
         u64 low, high;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Fault recording registers (VT-d 11.4.14) and the reasons they carry (chapter 7).
+// Fault recording registers (VT-d 11.4.14) and fault reasons (chapter 7).
 #pragma once
 #include "lib/types.h"
 
@@ -63,10 +63,10 @@ struct fault {
     u32 pasid;
 };
 
-// Takes the oldest pending record out; false when there is none.
+// Takes the oldest pending record; false if there is none.
 bool fault_take(struct fault *fault);
 
-// How many records are pending, from the raw registers.
+// Number of pending records, from the raw registers.
 unsigned fault_pending(void);
 
 // Clears every record and every status bit.

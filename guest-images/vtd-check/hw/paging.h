@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Page tables of both stages (VT-d chapter 9.8 and 9.10). They differ in what their low bits mean;
-// the shape is the same.
+// Page tables of both stages (VT-d chapter 9.8 and 9.10). They differ in the meaning of their low
+// bits; the structure is the same.
 #pragma once
 #include "lib/types.h"
 
@@ -36,5 +36,5 @@ struct page_table second_stage_new(unsigned levels);
 // Maps one leaf; returns the entry, so that a check can change it.
 u64 *map_leaf(struct page_table *table, u64 iova, u64 gpa, enum page_level level, u64 rights);
 
-// The entry of `level` on the way to `iova`; tables above it are made where they are missing.
+// The entry of `level` on the way to `iova`; allocates missing tables above it.
 u64 *table_entry(struct page_table *table, u64 iova, unsigned level);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// PCI configuration space: ECAM where there is one, ports 0xCF8/0xCFC otherwise.
+// PCI configuration space: ECAM if there is one, ports 0xCF8/0xCFC otherwise.
 #include "hw/pci.h"
 #include "lib/cmdline.h"
 #include "lib/io.h"

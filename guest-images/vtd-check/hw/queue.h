@@ -66,38 +66,38 @@ static inline struct descriptor inv_wait(u64 flags, u32 data, u64 address)
 // Starts an empty queue of one page, with descriptors of 256 bits (scalable mode) or 128.
 bool queue_start(bool wide);
 
-// The same over memory of the caller's.
+// The same in memory of the caller.
 bool queue_start_at(u64 base, bool wide);
 
-// Stops it; no error when it is not running.
+// Stops it; ignored if it is not running.
 void queue_stop(void);
 
 unsigned queue_descriptor_size(void);
 u32 queue_bytes(void);
 
-// Where the next descriptor goes (byte offset), and the memory it goes to.
+// Address of the next descriptor: as a byte offset, and in memory.
 u32 queue_tail(void);
 u64 *queue_slot(u32 offset);
 
-// Appends without telling the unit.
+// Appends without writing the tail.
 void queue_put(struct descriptor descriptor);
 
-// Tells the unit.
+// Writes the tail.
 void queue_submit(void);
 
-// Appends a wait with status write, submits, and waits for the status. False on a queue error or
-// when the status does not come.
+// Appends a wait with status write, submits, and waits for the status. False on a queue error or a
+// timeout.
 bool queue_flush(void);
 
-// One invalidation, complete when this returns true.
+// One invalidation, complete if this returns true.
 bool queue_run(struct descriptor descriptor);
 
-// Everything, in the order the specification asks for.
+// Everything, in the order that the specification requires.
 bool queue_invalidate_all(void);
 
-// The queue error pending, 0 when there is none (IQERCD.IQEI while FSTS.IQE is set; 0xff when the
-// unit says IQE without a reason).
+// The pending queue error, 0 if there is none (IQERCD.IQEI while FSTS.IQE is set; 0xff if IQE is
+// set without a reason).
 unsigned queue_error(void);
 
-// Puts a harmless wait over the descriptor at the head, and clears the error: the unit goes on.
+// Replaces the descriptor at the head by a harmless wait, and clears the error: the unit continues.
 void queue_recover(void);

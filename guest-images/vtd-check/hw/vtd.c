@@ -95,7 +95,7 @@ bool vtd_set_interrupt_table(u64 irta)
     return set_pointer(VTD_IRTA, irta, (u32)GCMD_SIRTP);
 }
 
-// "At least": a coarser granularity has a smaller number, and 0 says that nothing was done.
+// "At least": a coarser granularity has a smaller number, and 0 means that nothing was done.
 static bool done_as_asked(u64 actual, unsigned asked)
 {
     return actual != 0 && actual <= asked;

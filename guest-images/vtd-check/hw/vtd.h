@@ -65,7 +65,7 @@ enum {
     IQEI_TAIL_ALIGNMENT = 6,
 };
 
-// The invalidation queue as software has it (see queue.h).
+// The invalidation queue, for software (see queue.h).
 struct queue {
     u64 ring;
     u32 tail;
@@ -83,15 +83,15 @@ struct vtd {
 
 #define VTD_MOST 2
 
-// The units there are (`vtd=` and `vtd2=` on the command line), and the one that is in use.
+// The units (`vtd=` and `vtd2=` on the command line), and the current one.
 extern struct vtd vtd_units[VTD_MOST];
 extern unsigned vtd_count;
 extern struct vtd *vtd;
 
-// Finds the units; false when nothing answers at the address of the last that was looked at.
+// Finds the units; false if nothing answers at the address of the last one tried.
 bool vtd_init(void);
 
-// From now on everything here is about this unit.
+// Makes this unit the current one.
 void vtd_use(unsigned unit);
 
 u32 vtd_read32(enum vtd_register offset);
@@ -122,16 +122,16 @@ static inline bool ecap_second_stage(void) { return bits(vtd->ecap, 46, 46); }
 static inline bool ecap_first_stage(void) { return bits(vtd->ecap, 47, 47); }
 static inline bool ecap_rid_pasid(void) { return bits(vtd->ecap, 49, 49); }
 
-// Switches translation or the queue on or off and waits until GSTS agrees.
+// Enables or disables translation or the queue and waits until GSTS agrees.
 bool vtd_switch(u32 bit, bool on);
 
-// Makes `rtaddr` the root table pointer in force.
+// Sets the root table pointer to `rtaddr`.
 bool vtd_set_root(u64 rtaddr);
 
 // The same for IRTA and GCMD.SIRTP.
 bool vtd_set_interrupt_table(u64 irta);
 
-// Register-based invalidation, only while the queue is off. Granularity: 1 global, 2 domain,
-// 3 device (context cache) or page (IOTLB). True when the unit did at least that much.
+// Register-based invalidation, only while the queue is disabled. Granularity: 1 global, 2 domain, 3
+// device (context cache) or page (IOTLB). True if the unit did at least that much.
 bool vtd_invalidate_context(unsigned granularity, u16 domain, u16 source);
 bool vtd_invalidate_iotlb(unsigned granularity, u16 domain, u64 address, unsigned mask);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// How fast the time-stamp counter counts: as KVM's clock says, or CPUID.
+// The frequency of the time-stamp counter, from KVM's clock or CPUID.
 #include "lib/memory.h"
 #include "lib/wait.h"
 
 #define NANOSECONDS 1000000000ull
-// Where nobody says it, it is no faster than this: waits are longer, not shorter.
+// Upper bound if it is unknown: waits become longer, not shorter.
 #define FASTEST 4000000000ull
 
 enum {
@@ -16,7 +16,7 @@ enum {
     KVM_SYSTEM_TIME_ON = 1,
 };
 
-// What KVM writes to the page that KVM_SYSTEM_TIME names (its documentation, x86/msr).
+// The layout of the page for KVM_SYSTEM_TIME (KVM's documentation, x86/msr).
 struct kvm_time {
     u32 version, padding;
     u64 tsc, nanoseconds;
@@ -58,7 +58,7 @@ static u64 from_kvm(void)
     if (!is_kvm() || !(cpuid(LEAF_KVM_FEATURES).a & KVM_CLOCKSOURCE2))
         return 0;
     write_msr(KVM_SYSTEM_TIME, gpa_of(&time) | KVM_SYSTEM_TIME_ON);
-    // KVM writes it before the guest goes on.
+    // KVM writes it before the guest continues.
     frequency = time.tsc_to_nanoseconds ? (NANOSECONDS << 32) / time.tsc_to_nanoseconds : 0;
     frequency = time.tsc_shift < 0 ? frequency << -time.tsc_shift : frequency >> time.tsc_shift;
     write_msr(KVM_SYSTEM_TIME, 0);

@@ -29,7 +29,7 @@ void console_init(void)
 
 void put_char(char c)
 {
-    // A port that never says "empty" must not hang the guest, and is not waited for again.
+    // A port that never says "empty" must not hang the guest: later output does not wait for it.
     static bool deaf;
     u64 started = timestamp();
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// Ports, memory-mapped registers and the clock. Every access is one plain MOV, IN or OUT, and
-// a compiler barrier: what was stored in memory before it is there when the device looks.
+// Ports, memory-mapped registers and the clock. Every access is one plain MOV, IN or OUT, and a
+// compiler barrier: earlier stores are in memory when the device reads it.
 #pragma once
 #include "lib/types.h"
 

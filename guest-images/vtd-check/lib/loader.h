@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// What the loader passed on.
+// Information from the loader.
 #pragma once
 #include "lib/types.h"
 

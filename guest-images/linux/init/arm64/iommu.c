@@ -32,7 +32,7 @@ static void add_if_silent(const char *text, unsigned long count, void *context)
     *silent += count == 0;
 }
 
-// Whether devices signal by messages to the ITS, and these arrive.
+// Whether devices use MSIs through the ITS, and these arrive.
 static void check_interrupts(void)
 {
     unsigned silent = 0, sources = for_each_interrupt("ITS-PCI-MSI", add_if_silent, &silent);
@@ -48,7 +48,7 @@ static bool says_refused(const char *pci, bool write, uint64_t address)
     char event[128];
     unsigned device, function;
 
-    // Stream IDs are requester IDs. A second line says more of the access.
+    // Stream IDs are requester IDs. A second line has more about the access.
     if (sscanf(pci, "%*x:%*x:%x.%u", &device, &function) != 2)
         return false;
     snprintf(event, sizeof(event), "event: F_TRANSLATION client: %s sid: 0x%x ssid: 0x0 iova: 0x%" PRIx64 " ", pci,

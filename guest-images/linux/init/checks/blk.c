@@ -27,7 +27,7 @@ struct disk {
     char *buffer;  // 1 MiB
 };
 
-// NULL, or what is wrong. `flags` beside O_DIRECT.
+// NULL, or the error. `flags` besides O_DIRECT.
 static const char *open_disk(struct disk *disk, const char *name, int flags)
 {
     char path[64];
@@ -51,7 +51,7 @@ static void close_disk(struct disk *disk)
     free(disk->buffer);
 }
 
-// Writes, or reads and compares, `size` bytes at `offset`. Says what failed; "" if nothing did.
+// Writes, or reads and compares, `size` bytes at `offset`. Returns the error; "" if there is none.
 static const char *transfer(struct disk *disk, bool write, uint64_t seed, uint64_t offset, size_t size)
 {
     static char wrong[160];
@@ -100,7 +100,7 @@ static void sequential(struct disk *disk, uint64_t size, uint64_t seed)
            seconds[1], mib / seconds[1], seconds[0], mib / seconds[0]);
 }
 
-// Blocks far from each other, each one once: a multiplier that is odd and not a factor of the count.
+// Scattered blocks, each one once: an odd multiplier that is not a factor of the count.
 static uint64_t scattered(uint64_t index, uint64_t blocks)
 {
     return index * 7919 % blocks;
@@ -111,7 +111,7 @@ static void scattered_blocks(struct disk *disk, uint64_t operations, uint64_t se
     uint64_t blocks = disk->size / BLOCK;
     double seconds[2];
 
-    // The scatter visits each block once only if the two have no factor in common.
+    // The scatter visits each block only if the two are coprime.
     while (blocks % 7919 == 0)
         blocks--;
     if (operations > blocks)
@@ -163,7 +163,7 @@ void check_blk(void)
         failed("blk", "there is no disk");
 }
 
-// What a disk holds, for comparison with the file behind it.
+// The contents of a disk, for comparison with the file behind it.
 static void digest(const char *name)
 {
     struct disk disk;

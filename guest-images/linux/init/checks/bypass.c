@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The kernel gives an `edu` device a domain without translation. Then its DMA goes to physical addresses,
-// and this process knows that of one of its pages.
+// The kernel gives an `edu` device an identity domain. Then its DMA uses physical addresses, and
+// this process knows that of one of its pages.
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,7 +14,7 @@
 
 enum { SEED = 78 };
 
-// NULL, or what is wrong.
+// NULL, or the error.
 static const char *copy_page(const struct edu *edu)
 {
     static char pages[2][EDU_PAGE] __attribute__((aligned(EDU_PAGE)));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The checks that twostage.test= names. Each says what it found through report.h.
+// The checks for twostage.test=. Each reports its results through report.h.
 #pragma once
 
 #include <stdbool.h>
@@ -19,10 +19,10 @@ void check_intx(void);       // the pin of a device without driver
 void check_bypass(void);     // its DMA goes to physical addresses when its domain is an identity
 void check_clean(void);      // the IOMMU has refused nothing
 
-// What each disk has been asked for.
+// The requests to each disk.
 void note_disks(void);
 
-// Short forms, to see that a device still works. NULL, or what is wrong.
+// Short forms, to check that a device still works. NULL, or the error.
 const char *try_disk(const char *name);
 const char *try_net(const char *interface);
 const char *try_rng(void);

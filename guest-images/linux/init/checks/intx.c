@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// An `edu` device interrupts by its pin: as often as it was told to, and no more.
+// An `edu` device raises INTx: as often as it was told to, and no more.
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -13,7 +13,7 @@
 
 enum { OPERATIONS = 50 };
 
-// NULL, or what is wrong.
+// NULL, or the error.
 static const char *interrupt(const struct edu *edu, const struct uio *uio, uint32_t reason)
 {
     static char wrong[96];

@@ -26,7 +26,7 @@ static bool take_unit(const char *name, void *context)
     return true;
 }
 
-// The type of domain that the kernel's command line asks for.
+// The domain type that the kernel's command line selects.
 static const char *wanted_domain(void)
 {
     if (on_command_line("iommu=pt"))
@@ -50,7 +50,7 @@ static void check_domain(const struct device *device)
         failed("iommu", "%s has a domain of type %s, not %s", device->pci, type, wanted);
 }
 
-// Whether there are as many units as there should be, and a device behind each.
+// Whether the number of units is right, and a device is behind each.
 static void check_units(const struct device *devices, unsigned count, unsigned units)
 {
     unsigned wanted = (unsigned)option_number("iommus", 1), used = 0;

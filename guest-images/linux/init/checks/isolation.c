@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// An `edu` device has no driver in Linux, so nothing is mapped in its domain. This process drives it
-// through sysfs, and has it read and write a page of this process by its physical address: the IOMMU
-// must refuse both, and the kernel must say so.
+// An `edu` device has no driver in Linux, so nothing is mapped in its domain. This process drives
+// it through sysfs, and makes it read and write a page of this process by its physical address: the
+// IOMMU must refuse both, and the kernel must log it.
 #include <errno.h>
 #include <inttypes.h>
 #include <stdint.h>
@@ -16,7 +16,7 @@
 #include "../report.h"
 #include "checks.h"
 
-// Few bytes: each access that is refused is a line of the log, and the kernel writes only some.
+// Few bytes: each refused access is a line of the log, and the kernel limits their rate.
 enum { SEED = 77, BYTES = 8 };
 
 struct access {

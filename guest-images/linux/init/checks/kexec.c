@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// The kernel starts another one, without the machine's reset: what the first one left in the IOMMU is
-// what the second one finds. For images that have /kexec.
+// The kernel starts another one without a machine reset: the second one finds the IOMMU as the
+// first one left it. For images with /kexec.
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kexec.h>
@@ -17,7 +17,7 @@
 
 #define STARTED "twostage.kexec=started"
 
-// The command line of the second kernel is that of the first, and the word that tells them apart.
+// The second kernel's command line is the first one's, plus a word that distinguishes them.
 static int load(void)
 {
     char command_line[4096];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// twostage.net.address=ADDRESS/LENGTH is the guest's own, twostage.net.host=ADDRESS the other side's,
+// twostage.net.address=ADDRESS/LENGTH is the guest's address, twostage.net.host=ADDRESS the peer's,
 // where peer.c listens at twostage.net.port.
 #include <arpa/inet.h>
 #include <errno.h>
@@ -33,7 +33,7 @@ static struct sockaddr_in host_address(void)
     return address;
 }
 
-// NULL, or what is wrong.
+// NULL, or the error.
 static const char *configure(const char *interface)
 {
     char text[64];
@@ -77,7 +77,7 @@ static uint16_t icmp_checksum(const void *data, size_t size)
     return (uint16_t)~(sum + (sum >> 16));
 }
 
-// One echo request and its reply. The time in seconds, or less than 0.
+// One echo request and its reply. Returns the time in seconds, or a negative number.
 static double ping(int raw, uint16_t sequence)
 {
     struct {
@@ -109,7 +109,7 @@ static double ping(int raw, uint16_t sequence)
     return -1;
 }
 
-// How many of `count` pings came back right; the time of the last in *seconds.
+// Number of `count` pings with a correct reply; the time of the last in *seconds.
 static unsigned pings(unsigned count, double *seconds)
 {
     struct timeval timeout = {.tv_sec = PATIENCE_S};
@@ -130,7 +130,7 @@ static unsigned pings(unsigned count, double *seconds)
     return answered;
 }
 
-// Sends, then receives, `size` bytes. NULL, or what is wrong.
+// Sends, then receives, `size` bytes. NULL, or the error.
 static const char *transfer(uint64_t size, double seconds[static 2])
 {
     struct timeval timeout = {.tv_sec = PATIENCE_S};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// An NVMe controller has one queue for each processor, each with a message of its own (MSI-X). What a processor
-// reads is an interrupt of one queue: as many as there were reads, and few more.
+// An NVMe controller has a queue for each processor, each with its own MSI-X vector. A processor's
+// reads are interrupts of one queue: as many as reads, and few more.
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -14,8 +14,8 @@
 #include "../report.h"
 #include "checks.h"
 
-// A request of the kernel's own that falls in between is one more interrupt of the same queue. Messages that come
-// twice, or those of another queue, would be many more.
+// An unrelated request of the kernel in between causes one more interrupt of the same queue.
+// Duplicate interrupts, or those of another queue, would be many more.
 enum { READS = 64, OTHERS = 8, BLOCK = 4096, MAX_QUEUES = 64 };
 
 struct queues {
@@ -44,7 +44,7 @@ static struct queues find_queues(const char *controller)
     return queues;
 }
 
-// NULL, or what is wrong.
+// NULL, or the error.
 static const char *read_on(unsigned processor, int disk, char *block)
 {
     cpu_set_t set;
@@ -66,7 +66,7 @@ static bool is_of_the_reads(unsigned long before, unsigned long after)
     return more >= READS && more <= READS + OTHERS;
 }
 
-// Reads on each processor, and looks for the queue that these were in.
+// Reads on each processor, and looks for the queue with these interrupts.
 static void check_controller(const char *controller, int disk, char *block)
 {
     unsigned processors = (unsigned)sysconf(_SC_NPROCESSORS_ONLN);
@@ -124,7 +124,7 @@ void check_queues(void)
         failed("queues", "%s: %s", device.node, strerror(errno));
         return;
     }
-    // Of nvme0n1 the controller's part, and what its queues are called after that.
+    // The controller's part of a name such as nvme0n1, which is also in its queues' names.
     snprintf(controller, sizeof(controller), "%s", device.node);
     strcpy(strrchr(controller, 'n'), "q");
     check_controller(controller, disk, block);

@@ -22,7 +22,7 @@ static bool device_at(const char *pci, struct device *device)
     return false;
 }
 
-// A disk or an interface is there some time after its driver.
+// A disk or interface appears some time after its driver was bound.
 static bool works_again(const void *context)
 {
     struct device device;
@@ -49,7 +49,7 @@ static const char *try_device(const char *pci)
     return NULL;
 }
 
-// Takes `name` from the driver in `directory` and gives it back. NULL, or what is wrong.
+// Unbinds `name` from the driver in `directory` and binds it again. NULL, or the error.
 static const char *take_and_give(const char *directory, const char *name)
 {
     static char wrong[160];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// How often the machine has restarted is kept on the first disk, in its last 4 KiB, which check_blk
-// leaves alone.
+// The number of restarts is kept on the first disk, in its last 4 KiB, which check_blk does not
+// use.
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -24,7 +24,7 @@ struct record {
     char rest[BLOCK - 16];
 } __attribute__((aligned(BLOCK)));
 
-// Where the record is; less than 0 if there is none.
+// The record; negative if there is none.
 static off_t open_record(int *file)
 {
     struct device devices[MAX_DEVICES];

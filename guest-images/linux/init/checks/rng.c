@@ -12,7 +12,7 @@ enum { SIZE = 4096 };
 
 static unsigned char data[SIZE];
 
-// NULL, or what is wrong.
+// NULL, or the error.
 static const char *read_random(size_t size)
 {
     int file = open("/dev/hwrng", O_RDONLY | O_CLOEXEC);

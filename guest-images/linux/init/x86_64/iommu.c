@@ -32,7 +32,7 @@ static void check_unit(const char *name)
         failed("iommu", "%s: ECAP %#llx lacks SMTS or FSTS", name, (unsigned long long)ecap);
 }
 
-// Whether the interrupts of devices go through remapping, as /proc/interrupts names their chips.
+// Whether device interrupts are remapped, according to their chips' names in /proc/interrupts.
 static void check_interrupts(void)
 {
     char line[1024];
@@ -63,7 +63,7 @@ static bool says_refused(const char *pci, bool write, uint64_t address)
 {
     char place[96];
 
-    // Before 7.2 the kernel leaves out the PCI domain.
+    // Before 7.2 the kernel omits the PCI domain.
     snprintf(place, sizeof(place), "%s] fault addr 0x%" PRIx64 " ", pci + strlen("0000:"), address);
     return log_count(write ? "DMAR: [DMA Write" : "DMAR: [DMA Read") && log_count(place);
 }

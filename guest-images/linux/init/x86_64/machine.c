@@ -9,8 +9,8 @@
 
 enum { DEBUG_EXIT_PORT = 0xf4 };
 
-// By the debug-exit port, in a process of its own: QEMU 10's emulation of nested virtualization refuses
-// ports that ioperm gave to a process, which a first process would not survive.
+// Through the debug-exit port, in a separate process: QEMU 10's emulation of nested virtualization
+// refuses ports enabled by ioperm, which init would not survive.
 void exit_machine(unsigned char status)
 {
     pid_t child = fork();
