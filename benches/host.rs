@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the verbs of the emulated host cost while a guest runs: attach and replace, and
-//! invalidation in batches. The kernel's own figures for the same calls stand in the README.
+//! The cost of the emulated host's verbs while a guest runs: attach and replace, and invalidation
+//! in batches. The kernel's figures for the same calls are in docs/benchmarks.md.
 
 use std::sync::Arc;
 
@@ -94,7 +94,7 @@ fn invalidate(criterion: &mut Criterion) {
     machine.attach(nested);
     for batch in [1, 256, 4096u64] {
         let entry = |number| iommu_hwpt_vtd_s1_invalidate {
-            // Apart, so that they are so many ranges for whoever merges.
+            // Not adjacent, so that they cannot be merged.
             addr: number * 2 * PAGE,
             npages: 1,
             ..Default::default()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What it costs to map guest memory into the emulated host: pieces from 4 KiB to a
-//! sparse 1 TiB, and one more page beside many.
+//! The cost of mapping guest memory into the emulated host: pieces from 4 KiB to a sparse 1 TiB,
+//! and one more page with many others mapped.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 const PAGE: u64 = 4 << 10;
 const GIB: u64 = 1 << 30;
 
-/// `length` bytes of address space; pages appear when they are touched, and none is.
+/// `length` bytes of address space, sparse and never touched.
 fn sparse(length: u64) -> UserMemory {
     let region = MmapRegionBuilder::new(length as usize)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -28,7 +28,7 @@ fn sparse(length: u64) -> UserMemory {
     UserMemory::whole(Arc::new(region))
 }
 
-/// A host whose one device is attached to a nesting parent over the IOAS.
+/// A host with one device attached to a nesting parent on the IOAS.
 fn host() -> (Arc<EmulatedHost>, ObjectId) {
     let host = EmulatedHost::new();
     let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));

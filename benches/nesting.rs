@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What nesting costs above the host: calls per 1,000 single-page unmaps, and merging ranges.
+//! The cost of nesting above the host: calls per 1,000 single-page unmaps, and merging ranges.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ fn unmaps(criterion: &mut Criterion) {
 fn merging(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("merge ranges");
     for count in [256u64, 4096] {
-        // Descending and half of them adjacent: the order that costs most to sort and merge.
+        // Descending and half of them adjacent: the worst order for sorting and merging.
         let mut set = FlushSet::default();
         for number in (0..count).rev() {
             set.add(page(number + number / 2).range);

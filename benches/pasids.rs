@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest with 2^20 PASIDs on two devices: how long one command for all of them takes, how long
-//! another processor's read of a register waits meanwhile, and what memory the whole stack (virtual
-//! unit, nesting and emulated host) keeps of them. The figures are printed once; criterion measures
+//! A guest with 2^20 PASIDs on two devices: the time of one command for all of them, the longest
+//! register read of another processor meanwhile, and the memory that the whole stack (virtual unit,
+//! nesting and emulated host) uses for them. The figures are printed once; criterion measures
 //! commands that find nothing to change.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,15 +30,15 @@ const ROOT: u64 = 0x1000;
 const CONTEXT: u64 = 0x2000;
 const STATUS: u64 = 0x3000;
 const QUEUE: u64 = 0x4000;
-/// As a power of two: a queue of 2048 descriptors.
+/// Binary logarithm: a queue of 2048 descriptors.
 const QUEUE_PAGES: u8 = 4;
 /// A directory of 2^14 entries.
 const DIRECTORY: u64 = 0x10_0000;
 /// A table for each of them.
 const TABLES: u64 = 0x100_0000;
 const PAGE: u64 = 0x1000;
-/// Tables at which the guest's own tables differ. A VT-d has 2^16 domain ids, so that the host
-/// cannot keep many more apart.
+/// Number of different guest tables. A VT-d has 2^16 domain IDs, so the host cannot distinguish
+/// many more.
 const DISTINCT: u64 = 60_000;
 
 #[derive(Debug)]
@@ -125,8 +125,8 @@ impl Machine {
         self.command(Gcmd::new().with_qie(true).with_te(enable));
     }
 
-    /// Entries of all PASIDs: in one table page that every directory entry names, or each on its
-    /// own.
+    /// Entries of all PASIDs: in one table page shared by all directory entries, or each
+    /// separately.
     fn fill(&self, one_table: bool, domain: impl Fn(u64) -> u64, table: impl Fn(u64) -> u64) {
         let pages = PASIDS / 64;
         for index in 0..pages {
@@ -141,12 +141,12 @@ impl Machine {
         }
     }
 
-    /// One descriptor and a wait, done when this returns.
+    /// One descriptor and a wait, complete on return.
     fn submit(&self, descriptor: Descriptor) {
         self.submit_all(&[descriptor]);
     }
 
-    /// As many descriptors as the queue takes, and a wait, done when this returns.
+    /// As many descriptors as fit in the queue, and a wait, complete on return.
     fn submit_all(&self, descriptors: &[Descriptor]) {
         let status = Some(StatusWrite { address: STATUS, data: 1 });
         let wait =
@@ -173,8 +173,8 @@ impl Machine {
         self.submit(Descriptor::Iotlb { scope, drain_writes: false, drain_reads: false });
     }
 
-    /// One batch of 1024 invalidations: 256 ranges, each too wide to be looked up page by page, of
-    /// four PASIDs of the domains `domain`.
+    /// One batch of 1024 invalidations: 256 ranges, each too wide to be looked up by page, of four
+    /// PASIDs of the domains `domain`.
     fn flush_ranges(&self, domain: impl Fn(u32) -> u16) {
         let range = |at: u64| Some(AddressMask { address: at << 30, mask: 12, leaf: false });
         let of_pasid = |pasid: u32| {
@@ -184,7 +184,7 @@ impl Machine {
         self.submit_all(&(1..=4).flat_map(of_pasid).collect::<Vec<_>>());
     }
 
-    /// Does `work` while another thread reads a register all the time, and tells what it took.
+    /// Does `work` while another thread reads a register continuously, and prints the times.
     fn beside_a_reader(&self, what: &str, work: impl FnOnce(&Self)) {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -222,7 +222,7 @@ fn resident() -> i64 {
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// What the commands of a guest's life cost, one after the other.
+/// The cost of the commands of a guest's life, in order.
 fn figures(name: &str, machine: &Machine, change: impl FnOnce(&Machine)) {
     let before = resident();
     let step = |what: &str, work: &dyn Fn(&Machine)| {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The invalidation queue, from the tail write to the wait's status: the whole stack in one
-//! process, over the emulated host. The limit beside it is a register access alone. The command
-//! queue of the SMMUv3, over a host that has nothing to do: what the virtual SMMU itself costs.
+//! process, on the emulated host; the lower bound is a register access. And the command queue of
+//! the SMMUv3 on a host that does nothing: the cost of the virtual SMMU itself.
 
 use std::hint::black_box;
 
@@ -52,7 +52,7 @@ fn page(number: u64) -> Descriptor {
 fn tail_to_status(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("descriptors from tail write to wait status");
     for (name, stride) in [("adjacent pages", 1), ("scattered pages", 2)] {
-        // One fewer than the queue of 128 holds, with the wait.
+        // One fewer than the queue of 128 holds, including the wait.
         for count in [1, 16, 120] {
             let machine = machine();
             let descriptors: Vec<_> = (0..count).map(|number| page(number * stride)).collect();
@@ -68,7 +68,7 @@ fn tail_to_status(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What a driver's look at a status register costs here.
+/// The cost of a driver's read of a status register.
 fn register_read(criterion: &mut Criterion) {
     let machine = machine();
     criterion.bench_function("register read", |bencher| {

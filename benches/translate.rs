@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a DMA translation costs: hits and misses, beside `vm_memory`'s `Iotlb` behind a lock, and
-//! beside the bare chain of loads that a walk cannot do without; and what a device's copy of a whole
-//! buffer costs, by the port and by `vm_memory`'s `IommuMemory`.
+//! The cost of a DMA translation: hits and misses, compared with `vm_memory`'s `Iotlb` behind a
+//! lock, and with the bare chain of loads that a walk needs; and the cost of copying a whole buffer
+//! by the port and by `vm_memory`'s `IommuMemory`.
 //!
-//! Every figure of a translation is for one page chosen at random among so many, with the critical
-//! section around it. Addresses come from a table made beforehand.
+//! Every translation figure is for a random page among so many, including the critical section.
+//! Addresses come from a precomputed table.
 
 use std::hint::black_box;
 use std::sync::atomic::Ordering;
@@ -28,13 +28,13 @@ use vm_memory::{
 const PAGE: u64 = 0x1000;
 /// IOVA of the first page.
 const IOVA: u64 = 0x12_0000_0000;
-/// Offset of the first table; the pages that IOVAs lead to are before it.
+/// Offset of the first table, after the mapped pages.
 const TABLES: u64 = 0x2000_0000;
 const MEMORY: usize = 0x2800_0000;
-/// Pages that translations are spread over.
+/// Numbers of pages that translations are spread over.
 const SPREADS: [u64; 3] = [64, 1 << 10, 64 << 10];
 
-/// A host with one nested device, `pages` of whose IOVAs are mapped, in a shuffled order.
+/// A host with one nested device, with `pages` IOVAs mapped in a shuffled order.
 struct Machine {
     unit: Arc<VtdUnit>,
     rid: Bdf,
@@ -90,7 +90,7 @@ fn build_tables(memory: &GuestRegionMmap, pages: u64) {
     }
 }
 
-/// Another page for each page: so that neighbours are not contiguous and cannot be merged.
+/// A permutation of pages, so that neighbours are not contiguous and cannot be merged.
 fn shuffled(page: u64, pages: u64) -> u64 {
     page.wrapping_mul(0x9e37_79b1) % pages
 }
@@ -115,7 +115,7 @@ fn translate(port: &mut DmaPort, iova: u64) {
     black_box(translated.slice().len());
 }
 
-/// The time that `threads` threads take to do `iterations` of `work` each, at the same time.
+/// The time for `threads` threads to do `iterations` of `work` each, concurrently.
 fn on_threads<T: Send>(
     iterations: u64,
     states: Vec<T>,
@@ -195,8 +195,8 @@ fn misses(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// The loads of a walk and nothing else: each address depends on the word loaded before, and the
-/// last one is in a table of as many leaves as there are pages.
+/// Only the loads of a walk: each address depends on the word loaded before, and the last one is in
+/// a table with as many leaves as there are pages.
 fn dependent_loads(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("dependent loads");
     for pages in SPREADS {
@@ -207,7 +207,7 @@ fn dependent_loads(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("4 loads, pages", pages), |bencher| {
             bencher.iter(|| {
                 iteration += 1;
-                // The address depends on the walk before, or walks would overlap.
+                // The address depends on the previous walk, otherwise walks would overlap.
                 let iova = addresses[(iteration ^ found as usize) & 0xffff] - IOVA;
                 let mut base = 0;
                 for level in [2, 1, 0] {
@@ -251,8 +251,8 @@ fn vm_memory_iotlb(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Buffers of a device, of pages that are not contiguous, which the device reads as the virtio disk
-/// does: at most 128 KiB at once. All translations are cached.
+/// Device buffers of discontiguous pages, which the device reads like the virtio disk does: at most
+/// 128 KiB at a time. All translations are cached.
 fn buffers(criterion: &mut Criterion) {
     const AT_ONCE: usize = 128 << 10;
     let mut group = criterion.benchmark_group("buffer");

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Access objects while the user unmaps: by the return of an unmap nobody uses what it took away.
+//! Access objects during unmaps: when an unmap returns, nobody uses what it removed.
 //!
-//! Mediated devices on several threads pin a page, write it through the memory they got, and unpin
-//! it, without a pause; others read and write by IOVA. A user maps and unmaps memory there, each
-//! time another page of it, and puts the page left behind into quarantine: it may not change.
+//! Mediated devices on several threads continuously pin a page, write to its memory, and unpin it;
+//! others read and write by IOVA. A user maps and unmaps memory there, each time another page of
+//! it, and quarantines the old page: it must not change.
 //!
-//! The last test shows that a device that keeps what it had to let go of is caught.
+//! The last test shows that a device that keeps using unpinned memory is caught.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -19,18 +19,18 @@ const PAGE: u64 = 0x1000;
 const IOVA: u64 = 0x10_0000;
 const PLACES: u64 = 4;
 const ROUNDS: usize = 3000;
-/// Rounds after which a page that is used too long must have been noticed, generously.
+/// Rounds within which misuse of a page must be noticed, generously.
 const ROUNDS_TO_NOTICE: usize = 100_000;
 const DEVICE_DATA: u8 = 0x22;
 const QUARANTINE: u8 = 0xee;
 
-/// A mediated device, with the page it has pinned.
+/// A mediated device with its pinned page.
 #[derive(Debug, Default)]
 struct Mediated {
     access: OnceLock<Access>,
     /// Held while the page is used.
     pinned: Mutex<Option<UserMemory>>,
-    /// Unpins when asked, but goes on using the page.
+    /// Unpins on request, but keeps using the page.
     cheats: bool,
 }
 
@@ -43,7 +43,7 @@ impl AccessUnmap for Listener {
         let mut pinned = device.pinned();
         let taken = if device.cheats { pinned.clone() } else { pinned.take() };
         if taken.is_some() {
-            // Fails when a device that cheats was asked before.
+            // Fails if a cheating device was asked before.
             let _ = device.access().unpin_pages(IOVA, PAGE);
         }
     }
@@ -67,7 +67,7 @@ impl Mediated {
         self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Pins the page unless it is pinned, and writes it.
+    /// Pins the page if necessary, and writes to it.
     fn work(&self) {
         let mut pinned = self.pinned();
         if pinned.is_none() {
@@ -82,8 +82,8 @@ impl Mediated {
         }
     }
 
-    /// Unpins the page, if it is pinned. Nobody finds it given up and still pinned: an unmap waits
-    /// for that no longer than for a listener that does nothing.
+    /// Unpins the page, if it is pinned. Nobody can observe it as given up but still pinned: an
+    /// unmap waits for that no longer than for a listener that does nothing.
     fn rest(&self) {
         let mut pinned = self.pinned();
         if !self.cheats && pinned.take().is_some() {
@@ -92,8 +92,7 @@ impl Mediated {
     }
 }
 
-/// Ends the work of all threads, also when a check has failed: the test would wait for them for
-/// ever.
+/// Stops all threads, also when a check has failed: otherwise the test would wait for them forever.
 struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -102,7 +101,7 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// Maps and unmaps while devices work; whether a page changed after it was unmapped.
+/// Maps and unmaps while devices work; returns whether a page changed after it was unmapped.
 fn run(rounds: usize, cheats: bool) -> bool {
     let host = EmulatedHost::new();
     let ioas = host.ioas_alloc().unwrap();
@@ -144,7 +143,7 @@ fn run(rounds: usize, cheats: bool) -> bool {
             thread::yield_now();
             assert_eq!(host.ioas_unmap(ioas, IOVA, PAGE).unwrap(), PAGE);
             region.write_slice(&[QUARANTINE; PAGE as usize], MemoryRegionAddress(place)).unwrap();
-            // It is looked at when its turn comes again, or after the last round.
+            // It is checked when its turn comes again, or after the last round.
             let next = (round + 1) % PLACES * PAGE;
             stale |= round + 1 >= PLACES && changed(&region, next);
             if stale {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `scripts/bench/compare-with-qemu` when a run comes to a halt: the others go on, and what lacks
-//! is said. With shell scripts in the place of both VMMs.
+//! `scripts/bench/compare-with-qemu` when a run hangs: the others continue, and missing figures are
+//! listed. With shell scripts as VMMs.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// What a run prints that goes well; it is looked at before it ends.
+/// The output of a successful run, which is checked before the run ends.
 const RUNS: &str = "\
 echo '# Linux is up'
 for figure in write-4k read-4k write-1m read-1m invalidation-us invalidations-per-write; do
@@ -16,8 +16,8 @@ echo 'mark done'
 sleep 1
 ";
 
-/// In lazy mode: half a line, and then nothing more. A child keeps the console open when this one
-/// is killed, as a process does that is stuck in the kernel.
+/// In lazy mode: half a line, and then a hang. A child keeps the console open when this one is
+/// killed, like a process stuck in the kernel.
 const HANGS: &str = "\
 case \"$*\" in *iommu.strict*) ;; *sm_on*) printf 'figure wri'; sleep 300 & wait ;; esac
 ";

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The console of `twostage run`: what is typed, a terminal, and output that is read late or never.
+//! The console of `twostage run`: input, a terminal, and output that is read late or never.
 //!
-//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
-//! none.
+//! Guests are assembled here. Tests that need `/dev/kvm` print that, and pass, without it.
 
 #[path = "common/child.rs"]
 mod child;
@@ -30,12 +29,12 @@ use rustix::termios::{
 use tempfile::NamedTempFile;
 use twostage::patience::wait_until;
 
-/// A guest that says that it runs, and then does nothing.
+/// A guest that prints a line, and then idles.
 fn idle() -> NamedTempFile {
     kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()))
 }
 
-/// A guest that writes so much, and ends the machine with 9.
+/// A guest that writes so many blocks, and ends the machine with 9.
 fn flood(blocks: u32) -> (NamedTempFile, Vec<u8>) {
     let code = [code::flood(blocks), code::exit(9), code::HALT.to_vec()].concat();
     let mut block = code.clone();
@@ -50,7 +49,7 @@ fn run(kernel: &NamedTempFile) -> Command {
     command
 }
 
-/// A terminal: the side of who types, and that of programs.
+/// A pseudo-terminal: the user's side, and the programs' side.
 struct Pty {
     user: File,
     programs: File,
@@ -94,7 +93,7 @@ fn assert_same(now: &Termios, before: &Termios, how: &str) {
     assert_eq!(modes(now), modes(before), "{how}");
 }
 
-/// Reads as much as `expected` has.
+/// Reads as many bytes as `expected` has.
 fn read_as_much(mut from: impl Read, expected: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; expected.len()];
     from.read_exact(&mut bytes).unwrap();
@@ -108,7 +107,7 @@ fn input_that_the_guest_does_not_read_costs_no_time() {
     }
     let image = idle();
     let (mut writer, reader) = UnixStream::pair().unwrap();
-    // More than the port holds, and no end of it.
+    // More than the port holds, without end of file.
     writer.write_all(&[b'x'; 200]).unwrap();
     drop(writer);
     let mut command = run(&image);
@@ -266,7 +265,7 @@ fn a_background_machine_that_ends_changes_no_terminal() {
     let (image, pty) = (idle(), Pty::new());
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out").display().to_string();
-    // Raw, as editors and shells have it while a job of theirs is in the background.
+    // Raw, as editors and shells set it while a job of theirs is in the background.
     let mut modes = pty.modes();
     modes.make_raw();
     tcsetattr(&pty.programs, OptionalActions::Now, &modes).unwrap();
@@ -287,7 +286,7 @@ fn a_background_machine_that_ends_changes_no_terminal() {
     assert_same(&pty.modes(), &modes, "in the background");
 }
 
-/// A pipe that holds no more than a page: what reads it, and what writes.
+/// A pipe with the capacity of a page: its reader and writer.
 fn small_pipe() -> (PipeReader, PipeWriter) {
     let (reader, writer) = std::io::pipe().unwrap();
     fcntl_setpipe_size(&writer, 4096).unwrap();
@@ -299,7 +298,7 @@ fn no_guest_waits_for_who_reads_and_what_is_lost_is_said() {
     if !kvm() {
         return;
     }
-    // More than is kept for who comes late.
+    // More than is buffered for a late reader.
     let (image, all) = flood(72);
     let (mut reader, writer) = small_pipe();
     let mut command = run(&image);
@@ -319,8 +318,8 @@ fn no_guest_waits_for_who_reads_and_what_is_lost_is_said() {
     assert_eq!(dropped, all.len() - got.len(), "{said}");
 }
 
-/// A machine whose guest has written so much to `writer`, which nobody reads, and does nothing
-/// then; and what it has written.
+/// A machine whose guest has written so much to `writer`, which nobody reads, and then idles; and
+/// the expected output.
 fn flooded(blocks: u32, writer: PipeWriter) -> (Running, Vec<u8>) {
     let code = [code::flood(blocks), code::HALT.to_vec()].concat();
     let mut all = code.clone();
@@ -382,10 +381,10 @@ fn a_slow_reader_does_not_hold_up_the_end() {
         return;
     }
     let (mut reader, writer) = small_pipe();
-    // About as much as is kept for who comes late.
+    // About as much as is buffered for a late reader.
     let (mut machine, _) = flooded(60, writer);
     machine.signal("TERM");
-    // Takes something each time, and would have all of it after a quarter of a minute.
+    // Takes something each time, and would need a quarter of a minute for all of it.
     let mut pieces = 0;
     let status = loop {
         if let Some(status) = machine.0.try_wait().unwrap() {
@@ -422,7 +421,7 @@ fn reports_that_nobody_reads_do_not_keep_the_guest_from_its_input() {
         input.write_all(b"x").unwrap();
         assert_eq!(read_as_much(&mut output, b"x"), b"x");
     }
-    // Each took a second when it was waited for.
+    // If waited for, each would have taken a second.
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     machine.signal("TERM");
     assert_eq!(machine.end().code(), Some(143));

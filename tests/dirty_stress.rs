@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Dirty tracking while devices write: a copy that follows the bitmap misses nothing.
+//! Dirty tracking while devices write: a copy that follows the bitmap is complete.
 //!
-//! Devices on several threads write memory without a pause. Meanwhile it is migrated: the dirty
-//! bitmap is read and cleared, the pages in it are copied, again and again; when the devices have
-//! stopped, once more. The copy must then be the memory: a write that neither comes before the copy
-//! of its page nor makes the page dirty again is lost.
+//! Devices on several threads write memory continuously while it is migrated: the dirty bitmap is
+//! read and cleared and the pages in it are copied, repeatedly; and once more when the devices have
+//! stopped. The copy must then equal the memory: a write is lost if it neither precedes the copy of
+//! its page nor makes the page dirty again.
 //!
-//! The last test shows that a lost write is found: whoever copies first and clears afterwards loses
-//! some.
+//! The last test shows that lost writes are found: copying before clearing loses some.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -24,15 +23,15 @@ use twostage_emulated::{
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 const PAGE: u64 = 0x1000;
-/// Pages of guest memory; tables are in the first ones.
+/// Pages of guest memory, starting with the tables.
 const PAGES: u64 = 64;
 const TABLES: u64 = 4;
 const DEVICES: u16 = 2;
 const ROUNDS: usize = 1000;
-/// Rounds after which a lost write must have been noticed, generously.
+/// Rounds within which a lost write must be noticed, generously.
 const ROUNDS_TO_NOTICE: usize = 100_000;
 
-/// Guest memory, devices that write it, and what has been copied of it.
+/// Guest memory, devices that write it, and the copy.
 struct Migration {
     host: Arc<EmulatedHost>,
     parent: ObjectId,
@@ -41,7 +40,7 @@ struct Migration {
 }
 
 impl Migration {
-    /// `nested`: the devices go through first-stage tables.
+    /// `nested`: the devices use first-stage tables.
     fn new(nested: bool) -> Self {
         let host = EmulatedHost::new();
         let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
@@ -62,7 +61,7 @@ impl Migration {
         };
         let flags = HwptFlags::new().with_nest_parent(true).with_dirty_tracking(true);
         let parent = alloc(flags, ioas, HwptData::None);
-        // One table of each level, which maps every page to itself.
+        // One table per level, with an identity mapping.
         for level in 0..TABLES - 1 {
             write(&memory, level * PAGE, ((level + 1) * PAGE) | 7);
         }
@@ -90,7 +89,7 @@ impl Migration {
         self.memory.region().read_slice(bytes, MemoryRegionAddress(page * PAGE)).unwrap();
     }
 
-    /// The pages that are dirty, which are clean afterwards if they are to be.
+    /// The dirty pages; `clear` makes them clean.
     fn dirty(&self, clear: bool) -> Vec<u64> {
         let range = DirtyRange { iova: 0, length: PAGES * PAGE, page_size: PAGE };
         let mut bitmap = [0; (PAGES / 64) as usize];
@@ -98,7 +97,7 @@ impl Migration {
         (0..PAGES).filter(|page| bitmap[*page as usize / 64] >> (page % 64) & 1 != 0).collect()
     }
 
-    /// One round as it should be.
+    /// One correct round.
     fn follow(&mut self) {
         let dirty = self.dirty(true);
         dirty.into_iter().for_each(|page| self.copy_page(page));
@@ -111,7 +110,8 @@ impl Migration {
         self.dirty(true);
     }
 
-    /// Does `rounds` with `round` while the devices write; whether the copy then is the memory.
+    /// Does `rounds` of `round` while the devices write; returns whether the copy then equals the
+    /// memory.
     fn run(&mut self, rounds: usize, round: fn(&mut Self)) -> bool {
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {

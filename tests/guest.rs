@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The `twostage` command runs the bare-metal test guest under `/dev/kvm`, and every check of the
-//! guest's holds.
+//! Runs the bare-metal test guest under the `twostage` command on `/dev/kvm`; every check of the
+//! guest must pass.
 //!
-//! The images are built here when they are not yet. Without KVM these tests fail, unless
-//! `TWOSTAGE_KVM=off` says that they are to be left out.
+//! The images are built here if necessary. Without KVM these tests fail, unless `TWOSTAGE_KVM=off`
+//! skips them.
 
 #[path = "common/child.rs"]
 mod child;
@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 
 use serde_json::{json, Value};
 
-/// A guest that hangs is ended after this many seconds. Its own waits, which say what they wait
+/// A guest that hangs is killed after so many seconds. Its own waits, which print what they wait
 /// for, take 60.
 const LIMIT: &str = "300";
 
@@ -39,7 +39,7 @@ fn images() -> &'static Path {
     })
 }
 
-/// Whether there is a KVM to run the guest in; panics when there is none and nobody said so.
+/// Whether there is a KVM to run the guest; panics without one, unless skipped.
 fn kvm() -> bool {
     if std::env::var_os("TWOSTAGE_KVM").is_some_and(|value| value == "off") {
         eprintln!("TWOSTAGE_KVM=off: the guest is NOT run");
@@ -52,7 +52,7 @@ fn kvm() -> bool {
     true
 }
 
-/// What a machine is built from, beside the image.
+/// The configuration of a machine, besides the image.
 struct Machine<'a> {
     image: &'a str,
     cmdline: &'a str,
@@ -71,17 +71,17 @@ const MACHINE: Machine = Machine {
     trace: None,
 };
 
-/// What came of a run.
+/// The result of a run.
 struct Outcome {
-    /// Groups, the part of a check's line between its number and the first colon, that had a check
-    /// skipped.
+    /// Groups, the part of a check's line between its number and the first colon, with a skipped
+    /// check.
     skipped: BTreeSet<String>,
     passed: usize,
     report: Value,
 }
 
 impl Machine<'_> {
-    /// Runs the machine; panics when a check failed or the guest did not come to its end.
+    /// Runs the machine; panics if a check failed or the guest did not finish.
     fn run(&self) -> Outcome {
         let directory = tempfile::tempdir().unwrap();
         let (serial, report) = (directory.path().join("serial"), directory.path().join("report"));
@@ -127,7 +127,7 @@ fn group_of(line: &str) -> Option<String> {
     head.split(' ').nth(2).map(str::to_owned)
 }
 
-/// The number at `path` of `report`, which must be there.
+/// The number at `path` of `report`, which must exist.
 fn number(report: &Value, path: &str) -> u64 {
     report.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path} in {report:#}"))
 }
@@ -139,13 +139,13 @@ fn objects<'a>(report: &'a Value, kind: &str) -> Vec<&'a Value> {
     objects.iter().filter(|object| object["kind"] == kind).collect()
 }
 
-/// The ids of what `object` stands on.
+/// The IDs of the objects that `object` depends on.
 fn stands_on(object: &Value) -> Vec<&Value> {
     object["on"].as_array().into_iter().flatten().map(|edge| &edge["to"]).collect()
 }
 
-/// The end of every run: all devices of each unit on one nested table over the unit's nesting
-/// parent, and nothing of it by accident.
+/// The final state: all devices of each unit are on one nested table over the unit's nesting
+/// parent, and this is no accident.
 fn assert_nested(outcome: &Outcome, units: usize, devices: usize) {
     let report = &outcome.report;
     let parents = objects(report, "HWPT_PAGING");
@@ -190,7 +190,7 @@ fn groups(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-/// Left out where interrupts are not remapped.
+/// Skipped without interrupt remapping.
 const REMAPPING: &str = "interrupt_remapping";
 
 /// Groups with a check for each of two capabilities of which a unit has one.
@@ -231,7 +231,7 @@ fn every_check_holds_with_four_levels_and_without_caching_mode() {
     assert_remapped(&outcome);
 }
 
-/// Interrupts were remapped, those of the IOAPIC too.
+/// Interrupts were remapped, including those of the IOAPIC.
 fn assert_remapped(outcome: &Outcome) {
     let report = &outcome.report;
     let controllers = report["interrupt_controllers"].as_str();
@@ -251,7 +251,7 @@ fn every_check_holds_with_interrupts_remapped() {
     if !kvm() {
         return;
     }
-    // Which is what a user gets, and can insist on.
+    // The default, which users can also require.
     for iommu in ["vtd,aw=48,pasid-bits=20", "vtd,aw=48,pasid-bits=20,intremap=on"] {
         let outcome = Machine { iommus: &[iommu], ..MACHINE }.run();
         assert_eq!(outcome.skipped, groups(&EITHER_OR));
@@ -354,7 +354,7 @@ fn a_trace_tells_of_every_part() {
     assert_eq!(attached["args"]["objects"].as_array().map(Vec::len), Some(2), "device and table");
     let report = outcome.report.pointer("/host/calls").and_then(Value::as_object).unwrap();
     let counted: u64 = report.values().map(|verb| verb["calls"].as_u64().unwrap()).sum();
-    // Some more come when the objects are given back.
+    // A few more come when the objects are released.
     assert!(calls >= counted, "{calls} calls traced, {counted} counted");
     for (category, name, argument) in [
         ("interrupt", "00:01.0", "handle"),

@@ -1,29 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The rules of the house that no compiler keeps: no files import each other in a circle, no file
-//! and no folder grows too large, comments stay within 100 columns.
+//! House rules that no compiler checks: no circular imports between files, limits on the size of
+//! files and folders, comments within 100 columns.
 //!
-//! Imports are read as text: `use` items and paths that begin with `crate`, `super` or `self`. What
-//! a module gives on (`pub use`) counts for whoever takes it from there, not for the module; but
-//! what the root of a package gives on is the package's. A module and what is in it are one thing:
-//! they know each other.
+//! Imports are parsed as text: `use` items and paths that begin with `crate`, `super` or `self`.
+//! Reexports of a module (`pub use`) count for their users, not for the module; but reexports of
+//! the package's root count as the package's. A module and its submodules may import each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 const PACKAGES: [&str; 4] = ["twostage", "emulated", "vmm", "preload"];
-/// Lines of a file.
+/// Maximum lines of a file.
 const LONGEST: usize = 500;
-/// Entries of a folder.
+/// Maximum entries of a folder.
 const FULLEST: usize = 20;
-/// Columns of a comment.
+/// Maximum columns of a comment.
 const WIDEST: usize = 100;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The Rust files below `folder`, as paths in it, and how many entries each folder has.
+/// The Rust files below `folder`, as relative paths, and the number of entries of each folder.
 fn files(folder: &Path) -> (Vec<PathBuf>, BTreeMap<PathBuf, usize>) {
     let (mut found, mut sizes, mut open) = (Vec::new(), BTreeMap::new(), vec![folder.to_owned()]);
     while let Some(next) = open.pop() {
@@ -44,10 +43,10 @@ fn files(folder: &Path) -> (Vec<PathBuf>, BTreeMap<PathBuf, usize>) {
     (found, sizes)
 }
 
-/// A module: where it stands, as `["viommu", "vtd"]`.
+/// A module path, such as `["viommu", "vtd"]`.
 type Module = Vec<String>;
 
-/// The module that the file at `path` in a package is.
+/// The module of the file at `path` in a package.
 fn module(path: &Path) -> Module {
     let mut parts: Module =
         path.with_extension("").iter().map(|part| part.to_str().unwrap().to_owned()).collect();
@@ -64,13 +63,13 @@ fn is_test(path: &Path) -> bool {
     })
 }
 
-/// `text` without comments and without the tests at its foot.
+/// `text` without comments and without the tests at its end.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
     text.lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n")
 }
 
-/// The paths that `tree`, as of a `use`, stands for: `a::{b, c::d}` is `a::b` and `a::c::d`.
+/// The paths in `tree`, as in a `use`: `a::{b, c::d}` is `a::b` and `a::c::d`.
 fn paths(tree: &str) -> Vec<Module> {
     let tree = tree.trim();
     let Some((before, rest)) = tree.split_once('{') else {
@@ -105,7 +104,7 @@ fn paths(tree: &str) -> Vec<Module> {
         .collect()
 }
 
-/// One package: its modules, what they give on, and what they import.
+/// One package: its modules, their reexports, and their imports.
 #[derive(Default)]
 struct Package {
     files: BTreeMap<Module, PathBuf>,
@@ -131,7 +130,7 @@ impl Package {
         package
     }
 
-    /// Adds what the `code` of `module` says.
+    /// Adds the `code` of `module`.
     fn add(&mut self, module: &Module, code: &str) {
         let mut rest = String::new();
         for item in code.split(';') {
@@ -161,7 +160,7 @@ impl Package {
                 }
             }
         }
-        // Paths in the code itself.
+        // Paths outside of `use` items.
         for (at, _) in rest.match_indices("crate::").chain(rest.match_indices("super::")) {
             let before = rest[..at].chars().next_back();
             if before
@@ -178,7 +177,8 @@ impl Package {
         }
     }
 
-    /// `path`, as `module` says it, from the root of the package; `None` for what is of another.
+    /// `path`, as written in `module`, relative to the root of the package; `None` if it is in
+    /// another package.
     fn absolute(&self, module: &Module, path: &Module) -> Option<Module> {
         let mut from = module.clone();
         let mut rest = path.as_slice();
@@ -204,7 +204,7 @@ impl Package {
         Some(from.into_iter().chain(rest[1..].iter().cloned()).collect())
     }
 
-    /// The module that `target` is in, past all that give it on.
+    /// The module that defines `target`, following reexports.
     fn home(&self, target: &Module) -> Option<Module> {
         let mut target = target.clone();
         for _ in 0..8 {
@@ -222,7 +222,7 @@ impl Package {
         None
     }
 
-    /// Which module imports from which.
+    /// The imports of each module.
     fn arrows(&self) -> BTreeMap<Module, BTreeSet<Module>> {
         let mut arrows = BTreeMap::<Module, BTreeSet<Module>>::new();
         for (from, target) in &self.imports {
@@ -235,7 +235,7 @@ impl Package {
     }
 }
 
-/// All that can be reached from `start`, by one step at least.
+/// Everything reachable from `start`, in at least one step.
 fn reached<'a>(
     arrows: &'a BTreeMap<Module, BTreeSet<Module>>,
     start: &'a Module,

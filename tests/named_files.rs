@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The files that a command line names, when they are not what they should be: each is refused in
-//! one line, and nothing is waited for.
+//! Invalid named files: each is refused in one line, without blocking.
 
 #[path = "../src/vmm/arch/x86_64/boot/test_images.rs"]
 mod images;
@@ -17,7 +16,7 @@ use twostage_vmm::exit_code::{IO_ERROR, NO_INPUT};
 
 const TWOSTAGE: &str = env!("CARGO_BIN_EXE_twostage");
 
-/// What a starved machine keeps.
+/// Sufficient on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Writes `h` to the serial port, and ends the machine with 7.
@@ -30,7 +29,7 @@ struct Files {
 }
 
 impl Files {
-    /// Nothing where guests cannot run.
+    /// None if guests cannot run.
     fn new() -> Option<Self> {
         if kvm_ioctls::Kvm::new().is_err() {
             eprintln!("no /dev/kvm: NOT tested");
@@ -68,7 +67,7 @@ impl Files {
         child.wait_with_output().unwrap()
     }
 
-    /// The command ends with `code`, and one line that says `hint`.
+    /// The command exits with `code`, and prints one line that contains `hint`.
     fn refuse(&self, args: &[&str], code: u8, hint: &str) {
         let output = self.run(args);
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -148,14 +147,14 @@ fn a_disk_of_another_format_is_said() {
             let hint =
                 format!("of format {format}, and a disk is raw; make one of it with: qemu-img");
             files.refuse(&with_kernel(&["--disk", &disk]), NO_INPUT, &hint);
-            // A guest may write that to a disk, and has it all the same the next time.
+            // A guest may write that to a disk, and the disk must still be accepted next time.
             let output = files.run(&with_kernel(&["--disk", &format!("{disk},format=raw")]));
             assert_eq!(output.status.code(), Some(7), "{output:?}");
         }
     }
 }
 
-/// Not every file system has it.
+/// Not supported by every file system.
 fn has_direct_io(path: &Path) -> bool {
     File::options().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
 }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Signals and limits that `twostage run` meets: none ends it without a word, and none that it was
-//! started to ignore ends it at all.
+//! Signals and limits of `twostage run`: none ends it silently, and none that was inherited as
+//! ignored ends it at all.
 //!
-//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
-//! none.
+//! Guests are assembled here. Tests that need `/dev/kvm` print that, and pass, without it.
 
 #[path = "common/child.rs"]
 mod child;
@@ -22,12 +21,12 @@ use tempfile::{NamedTempFile, TempDir};
 use twostage::patience::wait_until;
 use twostage_vmm::exit_code::{NO_INPUT, OS_ERROR};
 
-/// A guest that says that it runs, and then does nothing.
+/// A guest that prints a line, and then idles.
 fn idle() -> NamedTempFile {
     kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()))
 }
 
-/// Runs the command behind `before` in a shell, with these options more.
+/// Runs the command after `before` in a shell, with more options.
 fn run_after(before: &str, kernel: &Path, more: &[&str]) -> Command {
     let mut command = with_default_signals("sh");
     let script = format!("{before}; exec \"$0\" \"$@\"");
@@ -182,7 +181,7 @@ fn a_guest_that_resets_itself_at_once_starts_later_each_time() {
         let wait = line.rsplit(' ').nth(1).and_then(|wait| wait.parse::<u64>().ok());
         waits.push(wait.unwrap_or_else(|| panic!("{line}")));
     }
-    // A life that a busy machine makes long starts the row anew.
+    // A life that takes long on a busy machine restarts the sequence.
     let follows = |pair: &[u64]| pair[1] == pair[0] * 2 || pair[1] == 125;
     assert!(waits[0] == 125 && waits.windows(2).all(follows), "{waits:?}");
     // It ends a wait, too.

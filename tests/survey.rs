@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Surveys of emulated devices, and of answers that hardware could give.
+//! Surveys of emulated devices, and of possible answers of hardware.
 
 use twostage::iommufd::{
     iommu_hw_info_arm_smmuv3, Errno, FailNth, HostError, HwCapabilities, HwInfo, HwInfoData, Verb,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual SMMUv3 with a command queue, over a host that has nothing to do.
+//! A virtual SMMUv3 with a command queue, on a host that does nothing.
 
 use std::sync::Arc;
 
@@ -13,10 +13,10 @@ use twostage::viommu::smmuv3::{
 use twostage::viommu::HostSideError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// Where the command queue is, and the binary logarithm of its entries.
+/// The command queue's address, and the binary logarithm of its number of entries.
 const QUEUE: u64 = 0x1_0000;
 const LOG2SIZE: u64 = 8;
-/// Indices have one bit more: the wrap.
+/// Indices have one more bit: the wrap.
 const INDICES: u64 = (2 << LOG2SIZE) - 1;
 const ENTRIES: u64 = (1 << LOG2SIZE) - 1;
 

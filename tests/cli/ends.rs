@@ -3,7 +3,7 @@
 
 use super::*;
 
-/// A guest that says that it runs, and then waits for ever.
+/// A guest that prints a line and then waits forever.
 fn waiting_guest(more: &[&str]) -> (Child, NamedTempFile) {
     let image = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
     let mut child = spawn(
@@ -103,7 +103,7 @@ fn the_terminal_is_left_as_it_was() {
     let waits = kernel(&multiboot(&[code::print("."), code::HALT.to_vec()].concat()));
     let resets = kernel(&multiboot(&code::triple_fault()));
     let stuck = kernel(&multiboot(&code::jump_to_nowhere()));
-    // A terminal of its own; `timeout` ends the machine, and `stty` says what is left.
+    // A pseudo-terminal; `timeout` ends the machine, and `stty` prints the final settings.
     let ended_by = |signal| format!("timeout --foreground --preserve-status -s {signal} 1");
     for (kernel, how, code) in [
         (&waits, ended_by("TERM"), 143),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Small guests: what they print, how they end.
+//! Small guests: output and exit.
 
 use super::*;
 
@@ -92,10 +92,10 @@ fn a_reset_can_start_the_machine_again() {
             .args(["--report", &format!("json,file={}", report.display())])
             .args(["--trace", trace.to_str().unwrap(), "--iommu", "vtd"])
             .args(["--kernel", text(&image), "--memory", "size=16M"])
-            // Each life has it for itself.
+            // Each life has it exclusively.
             .args(["--disk", &format!("path={},iommu=off", text(&disk))]),
     );
-    // Every life adds to the file.
+    // Every life appends to the file.
     wait_until("three lives of the guest", || {
         assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
         std::fs::metadata(&file).is_ok_and(|file| file.len() >= "up.up.up.".len() as u64)
@@ -134,7 +134,7 @@ fn an_instruction_that_kvm_cannot_run_is_named() {
     if !kvm() {
         return;
     }
-    // nop; int3. A processor faults three times over, for there is no interrupt table.
+    // nop; int3. A triple fault, as there is no interrupt table.
     let output = run_guest(&multiboot(&[0x90, 0xcc]), &[]);
     match output.status.code() {
         Some(code) if code == i32::from(GUEST_STUCK) => {
@@ -186,7 +186,7 @@ fn a_flood_of_faults_is_counted_and_hardly_logged() {
         code::store(unit + 0x20, 0x20_0000 | 1 << 10),
         code::store(unit + 0x18, 1 << 30),
         code::store(unit + 0x18, 1 << 31),
-        // From 0x3000 to the device's buffer, 4 bytes; over and over.
+        // From 0x3000 to the device's buffer, 4 bytes; repeatedly.
         code::store(edu + 0x80, 0x3000),
         code::store(edu + 0x88, 0x4_0000),
         code::store(edu + 0x90, 4),
@@ -216,7 +216,7 @@ fn a_flood_of_faults_is_counted_and_hardly_logged() {
     assert_eq!(report["devices"][0]["dma_failed"], FAULTS);
     let counters = &report["iommus"][0]["viommu"];
     let count = |name: &str| counters[name].as_u64().unwrap();
-    // What the guest does not clear is not recorded twice.
+    // A fault that the guest does not clear is not recorded again.
     let all = count("faults_recorded") + count("faults_lost") + count("faults_suppressed");
     assert!(all >= 1 && all <= FAULTS.into(), "{counters:#}");
     assert_ne!(count("faults_recorded"), 0);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The `twostage` command from outside: bad input, small guests, signals.
 //!
-//! Guests are made here, byte by byte. What needs `/dev/kvm` says so and passes where there is
-//! none.
+//! Guests are assembled here. Tests that need `/dev/kvm` print that, and pass, without it.
 
 #[path = "../common/child.rs"]
 mod child;
@@ -36,7 +35,7 @@ fn text(path: &NamedTempFile) -> &str {
     path.path().to_str().unwrap()
 }
 
-/// The command failed with `code` and one line that says `hint`.
+/// The command failed with `code` and one line that contains `hint`.
 fn assert_refused(output: &Output, code: u8, hint: &str) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(code.into()), "{stderr}");

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the machine, its user and its devices have: KVM, taps, probe and info.
+//! What the machine, its user and its devices provide: KVM, taps, probe and info.
 
 use super::*;
 
-/// Runs the command in a mount and a network namespace of its own, after `prepare`; nothing when
-/// the system does not allow that.
+/// Runs the command in new mount and network namespaces, after `prepare`; none if the system does
+/// not allow that.
 fn in_namespace(prepare: &str, command: &str) -> Option<Output> {
     let unshare = |script: &str| {
         let unshare = ["--mount", "--net", "sh", "-c", script];
@@ -40,12 +40,12 @@ fn a_kvm_that_is_not_there_or_not_for_us_is_named() {
     }
 }
 
-/// Runs what follows as a user without rights.
+/// Prefix to run as an unprivileged user.
 const NOBODY: &str = "setpriv --reuid=65534 --clear-groups";
 
 /// Copies of the command and of a kernel that another user can run and read.
 struct OtherUser {
-    /// Makes it so, and checks it.
+    /// Prepares this, and checks it.
     prepare: String,
     /// Runs the kernel, with options that follow.
     run: String,
@@ -78,7 +78,7 @@ fn a_tap_that_is_not_for_us_is_named() {
         return;
     }
     let other = OtherUser::new(&kernel(&multiboot(&code::exit(0))));
-    // A /dev in which everybody may open KVM, and TUN with these rights.
+    // A /dev in which everybody may open KVM, and TUN with these permissions.
     let devices = |tun| {
         format!(
             "mount -t tmpfs none /dev && mkdir /dev/net && mknod -m 666 /dev/kvm c 10 232 && \

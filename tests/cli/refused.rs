@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Options, files and devices that cannot be: one line each, and the exit code.
+//! Invalid options, files and devices: one line each, and the exit code.
 
 use super::*;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A `twostage` that runs, and that no failed test leaves behind.
+//! A running `twostage` that no failed test leaves behind.
 #![allow(dead_code)]
 
 use std::io::Write;
@@ -27,22 +27,21 @@ pub fn kernel(image: &[u8]) -> NamedTempFile {
     file
 }
 
-/// Starts `program` with no signal ignored: those that were when the tests were started (nohup, a
-/// shell's background) would stay so.
+/// Starts `program` with default signal dispositions: signals ignored when the tests were started
+/// (nohup, a shell's background) would stay ignored.
 pub fn with_default_signals(program: &str) -> Command {
     let mut command = Command::new("env");
     command.args(["--default-signal", program]);
     command
 }
 
-/// Starts `command`, which has ended when it takes too long: who reads from it, or waits for it,
-/// does not do so for ever.
+/// Starts `command` with a time limit, so that nobody who reads from it or waits for it hangs.
 pub fn spawn(command: &mut Command) -> Child {
     let child = command.spawn().unwrap();
     let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
     std::thread::spawn(move || {
         std::thread::sleep(PATIENCE * 2);
-        // Fails when it has ended long since.
+        // Fails if it has already ended.
         let _ = pidfd_send_signal(process, Signal::KILL);
     });
     child
@@ -54,7 +53,7 @@ pub fn signal(child: &Child, name: &str) {
     assert!(status.unwrap().success());
 }
 
-/// A process that ends with its test.
+/// A process that is killed with its test.
 pub struct Running(pub Child);
 
 impl Running {
@@ -75,7 +74,7 @@ impl Running {
         status.unwrap()
     }
 
-    /// SIGUSR1 does not end it any more.
+    /// SIGUSR1 no longer kills it.
     pub fn wait_until_reports_can_be_had(&self) {
         wait_until("a handler of SIGUSR1", || {
             let caught = u64::from_str_radix(&self.status_line("SigCgt"), 16);
@@ -91,7 +90,7 @@ impl Running {
         line.unwrap_or_default().trim().to_owned()
     }
 
-    /// Processor time that it used, in ticks of 10 ms.
+    /// Processor time used, in ticks of 10 ms.
     pub fn ticks(&self) -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
         let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
@@ -101,7 +100,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Fails when it has ended.
+        // Fails if it has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

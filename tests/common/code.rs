@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Machine code for 32-bit protected mode, of which tests make their guests.
+//! Machine code for 32-bit protected mode, for the guests of tests.
 #![allow(dead_code)]
 
 /// Writes `byte` to I/O port `port`.
@@ -31,7 +31,7 @@ pub fn wait_for_zero(address: u32, bits: u32) -> Vec<u8> {
     [&[0xf7, 0x05][..], &address.to_le_bytes(), &bits.to_le_bytes(), &[0x75, 0xf4]].concat()
 }
 
-/// Does `body`, which leaves ECX alone, so many times.
+/// Repeats `body`, which must not change ECX.
 pub fn repeat(times: u32, body: &[Vec<u8>]) -> Vec<u8> {
     let body = body.concat();
     // mov $times, %ecx; 1: body; dec %ecx; jnz 1b
@@ -45,16 +45,16 @@ pub fn triple_fault() -> Vec<u8> {
     [&[0x0f, 0x01, 0x1d][..], &zeros, &[0x0f, 0x0b]].concat()
 }
 
-/// Goes on where no memory is.
+/// Jumps to where no memory is.
 pub fn jump_to_nowhere() -> Vec<u8> {
     // mov $0x40000000, %eax; jmp *%eax
     vec![0xb8, 0, 0, 0, 0x40, 0xff, 0xe0]
 }
 
-/// hlt, for ever.
+/// hlt, forever.
 pub const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 
-/// Writes so many blocks of 4096 bytes to the serial port: memory from where images are loaded.
+/// Writes so many blocks of 4096 bytes to the serial port: memory from the images' load address.
 pub fn flood(blocks: u32) -> Vec<u8> {
     let start = super::images::CODE_START.to_le_bytes();
     // mov $0x3f8, %dx; mov $blocks, %ebx; 1: mov $start, %esi; mov $4096, %ecx; rep outsb; dec
@@ -64,7 +64,7 @@ pub fn flood(blocks: u32) -> Vec<u8> {
     [&port[..], &blocks.to_le_bytes(), &[0xbe], &start, &block].concat()
 }
 
-/// Writes back what it reads from the serial port, for ever.
+/// Echoes the serial port's input, forever.
 pub const ECHO: [u8; 17] = [
     // 1: mov $0x3fd, %dx; 2: in (%dx), %al; test $1, %al; jz 2b
     0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, //

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Everything at once: pages are moved in every way there is, HWPTs and IOASes come and go, a user
-//! in the host pins pages, and devices do DMA to all of it.
+//! Everything at once: pages are moved in every way, HWPTs and IOASes come and go, a user in the
+//! host pins pages, and devices do DMA to all of it.
 //!
-//! Each mover has two pages of memory of its own and moves an IOVA between them. What it has left
-//! it puts into quarantine, as in the tests of one way. Nobody uses a page in quarantine, nobody
-//! waits for ever (or this test does), and nothing is left in the end.
+//! Each mover has two pages of memory and moves an IOVA between them. It quarantines the old page,
+//! as in the tests of one way. Nobody may use a page in quarantine, nobody waits forever (or this
+//! test does), and nothing is left in the end.
 //!
-//! `TWOSTAGE_STRESS_SECONDS` says how long; 2 seconds unless it is given.
+//! `TWOSTAGE_STRESS_SECONDS` sets the duration; default 2 seconds.
 
 use std::sync::{OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -15,12 +15,12 @@ use twostage_emulated::{Access, AccessUnmap};
 
 use super::*;
 
-/// What everybody does at least so often, however slow the machine is.
+/// Minimum number of rounds for everybody, however slow the machine is.
 const MIN_ROUNDS: u64 = 20;
 /// One transfer.
 const PIECE: usize = 256;
 
-/// The movers, by the way in which they move. Each has this IOVA, and these two places.
+/// The movers, by the way in which they move. Each has this IOVA and these two places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mover {
     /// A leaf is changed and invalidated.
@@ -58,7 +58,7 @@ impl Mover {
         PLACES.map(|place| place + 2 * PAGE * self.number())
     }
 
-    /// There is nothing for a moment, between one place and the other.
+    /// Nothing is mapped for a moment, between one place and the other.
     fn has_gap(self) -> bool {
         !matches!(self, Self::Leaf | Self::Replace)
     }
@@ -143,7 +143,7 @@ impl World {
         root + 3 * PAGE + (mover.iova() >> 12 & 0x1ff) * 8
     }
 
-    /// Tables at `root` that lead to place `to` of every mover that uses them.
+    /// Tables at `root` that map to place `to` for every mover that uses them.
     fn build_tables(&self, root: u64, to: usize) {
         for level in 0..3 {
             let entry = root + level * PAGE + (IOVA >> (39 - 9 * level) & 0x1ff) * 8;
@@ -204,7 +204,7 @@ impl World {
         }
     }
 
-    /// One transfer of a device to each mover's page. Gives how many were stale or lost.
+    /// One transfer of a device to each mover's page. Returns how many were stale or lost.
     fn transfers(&self, port: &mut DmaPort, write: bool, offset: u64) -> u64 {
         let stale = |mover: Mover, bytes: &[u8], outcome: Result<(), DmaError>| {
             let lost = outcome.is_err() && !mover.has_gap();
@@ -225,9 +225,9 @@ impl World {
             .sum()
     }
 
-    /// The user in the host pins its page, uses it and may keep it. Gives whether it was stale.
+    /// The user in the host pins its page, uses it and may keep it. Returns whether it was stale.
     fn use_pinned(&self, round: u64) -> u64 {
-        // In this order, as the host calls the listener with none of its locks.
+        // In this order, as the host calls the listener without holding locks.
         let mut pinned = self.pins.pinned.lock().unwrap();
         if pinned.is_none() {
             // Refused between unmap and map.
@@ -244,7 +244,7 @@ impl World {
         u64::from(bytes.contains(&QUARANTINE))
     }
 
-    /// Objects come and go beside those in use.
+    /// Creates and destroys unrelated objects.
     fn churn(&self) {
         let host = &self.host;
         let ioas = host.ioas_alloc().unwrap();
@@ -270,7 +270,7 @@ impl World {
     }
 }
 
-/// Who works how often, and until when.
+/// Counts everybody's rounds, with the time limit.
 struct Clock {
     until: Instant,
     rounds: Vec<AtomicU64>,
@@ -294,7 +294,7 @@ impl Clock {
         }
     }
 
-    /// Waits until whatever worker `who` has under way has ended.
+    /// Waits until what worker `who` has in progress has ended.
     fn wait_for(&self, who: usize) {
         let start = self.rounds[who].load(Ordering::Acquire);
         while self.rounds[who].load(Ordering::Acquire) < start + 2
@@ -326,7 +326,8 @@ fn everything_at_once() {
             let mut port = first_port.clone();
             scope.spawn(move || {
                 clock.work(who, |round| {
-                    // Pieces of its own: what two devices do to one byte at once is their race.
+                    // Disjoint pieces: concurrent writes of two devices to one byte would be their
+                    // race.
                     let offset = (2 * round + who as u64) * PIECE as u64 % PAGE;
                     add(world.transfers(&mut port, who == 0, offset));
                 });

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! DMA and invalidations at the same time: after an invalidation, a replacement or an unmap has
-//! returned, not one byte may go by the old translation.
+//! Concurrent DMA and invalidations: after an invalidation, a replacement or an unmap has returned,
+//! no byte may use the old translation.
 //!
-//! Devices on several threads read and write one page of IOVA without a pause. A guest moves that
-//! page to and fro between two pages of memory, each time in one of the ways in which a translation
-//! goes away, and when the verb has returned it puts the page left behind into quarantine: a
-//! device that reads a byte of the quarantine pattern, or a quarantined page that changes, is a
-//! stale use.
+//! Devices on several threads read and write one page of IOVA continuously. A guest moves that page
+//! back and forth between two pages of memory, each time in one of the ways to remove a
+//! translation, and quarantines the old page when the verb has returned: a device that reads a byte
+//! of the quarantine pattern, or a quarantined page that changes, is a stale use.
 //!
-//! [`at_once`] does all of it at once, with other verbs beside. `make tsan` runs it, and the tests
-//! of one way, under ThreadSanitizer: what a mover does to a page that it has left, or that devices
-//! come to next, is ordered with their DMA by the host alone.
+//! [`at_once`] does all of it at once, together with other verbs. `make tsan` runs it, and the
+//! tests of one way, under ThreadSanitizer: only the host orders a mover's accesses to a page
+//! before or after devices use it with their DMA.
 //!
-//! The last two tests show that this finds what it looks for: a device that translates first and
-//! accesses later, outside of the critical section, is caught, and so is a guest that forgets the
+//! The last two tests show that faults are found: a device that translates first and accesses
+//! later, outside of the critical section, is caught, and so is a guest that forgets the
 //! invalidation.
 
 mod at_once;
@@ -34,29 +33,29 @@ use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 const PAGE: u64 = 0x1000;
 const ROUNDS: u32 = 2000;
-/// Rounds after which a fault that was put in must have been noticed, generously.
+/// Rounds within which an injected fault must be noticed, generously.
 const ROUNDS_TO_NOTICE: u32 = 100_000;
 
-/// The page of IOVA that everything is about.
+/// The page of IOVA that is moved.
 const IOVA: u64 = 0x7000_0000_0000;
 /// GPAs of the tables of the two HWPT_NESTED.
 const TABLES: [u64; 2] = [0x10_0000, 0x18_0000];
 /// Offsets in memory of the two pages that IOVA moves between.
 const PLACES: [u64; 2] = [0x20_0000, 0x20_1000];
-/// GPA that the first-stage tables of [`Way::Stage2`] lead to.
+/// GPA that the first-stage tables of [`Way::Stage2`] map to.
 const WINDOW: u64 = 0x4000_0000;
 
 /// What devices write.
 const DEVICE_DATA: u8 = 0x22;
-/// What a page left behind is filled with.
+/// Pattern of a page in quarantine.
 const QUARANTINE: u8 = 0xee;
-/// What it is filled with before devices may use it again.
+/// Pattern of a page before devices may use it again.
 const CLEAN: u8 = 0x11;
 
-/// How the translation goes away.
+/// How the translation is removed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// A leaf is changed, and the page invalidated, the paging structures kept or not.
+    /// A leaf is changed, and the page invalidated, sparing the paging structures or not.
     Leaf { flags: u32 },
     /// A leaf is changed, and nothing is invalidated.
     LeafForgotten,
@@ -143,7 +142,7 @@ impl Machine {
         self.host.ioas_map(self.ioas, &memory, target, Protection::READ_WRITE).unwrap();
     }
 
-    /// Moves IOVA to the place `to`; when it returns, the other place must be out of use.
+    /// Moves IOVA to the place `to`; when it returns, the other place must be unused.
     fn move_to(&self, way: Way, to: usize) {
         match way {
             Way::Leaf { flags } => {
@@ -203,10 +202,10 @@ fn transfer(
     }
 }
 
-/// Moves the page to and fro while devices use it, until `rounds` are over or, when `until_stale`,
-/// a stale use was seen. Gives the number of stale uses.
+/// Moves the page back and forth while devices use it, for `rounds` or, with `until_stale`, until a
+/// stale use was seen. Returns the number of stale uses.
 fn stale_uses(way: Way, manners: Manners, rounds: u32, until_stale: bool) -> u64 {
-    // One at a time: devices that share their processor with those of other tests are no stress.
+    // One at a time: devices that share processors with other tests cause no stress.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let machine = Machine::new(way);
@@ -223,7 +222,8 @@ fn stale_uses(way: Way, manners: Manners, rounds: u32, until_stale: bool) -> u64
             let mut port = first_port.clone();
             let (machine, stale, stop) = (&machine, &stale, &stop);
             scope.spawn(move || {
-                // Pieces of its own: what two devices do to one byte at once is their race.
+                // Disjoint pieces: concurrent writes of two devices to one byte would be their
+                // race.
                 let mut offset = first;
                 while !stop.load(Ordering::Relaxed) {
                     let mut bytes = [DEVICE_DATA; 256];
@@ -247,8 +247,8 @@ fn stale_uses(way: Way, manners: Manners, rounds: u32, until_stale: bool) -> u64
             let (to, from) = if round % 2 == 0 { (1, 0) } else { (0, 1) };
             machine.move_to(way, to);
             machine.fill(PLACES[from], QUARANTINE);
-            // Whatever was under way when the verb returned has ended when every device has come
-            // through twice.
+            // What was in progress when the verb returned has ended when every device has made two
+            // more transfers.
             for done in &transfers {
                 let start = done.load(Ordering::Acquire);
                 while done.load(Ordering::Acquire) < start + 2 {

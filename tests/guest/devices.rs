@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Virtio devices in the middle of a request, and how much a guest makes the command say.
+//! Virtio devices in the middle of a request, and limits on a guest's log messages.
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -14,16 +14,15 @@ use twostage::patience::wait_until;
 use super::child::{with_default_signals, Running, TWOSTAGE};
 use super::{images, kvm, number, Value, LIMIT};
 
-/// Bytes of the disk: no request of the guest's is longer.
+/// Size of the disk: no request of the guest's is longer.
 const DISK: u64 = 4 << 30;
-/// What `virtio=` on the guest's command line asks for.
+/// The guest's `virtio=` option.
 const CHECKS: &str = "virtio=1";
 const NEVER_DONE: &str = "virtio=2";
 const FLOOD: &str = "virtio=3";
 const RESET: &str = "virtio=4";
 
-/// A machine with a disk of zeroes, of which `arguments` are more. What it writes is in
-/// `directory`.
+/// A machine with a disk of zeroes and more `arguments`, whose output goes to `directory`.
 fn command(directory: &TempDir, cmdline: &str, arguments: &[&str]) -> Command {
     let mut command = with_default_signals("timeout");
     command.args([LIMIT, TWOSTAGE]);
@@ -84,7 +83,7 @@ fn what_a_guest_does_again_and_again_is_said_a_few_times() {
     let output = command(&directory, &format!("{FLOOD} times=500"), &arguments).output().unwrap();
     assert!(output.status.success(), "{}", said(&output));
     assert_eq!(read(&directory, "serial").lines().last(), Some("0 passed, 0 failed, 0 skipped"));
-    // Two things are said, ten times in five seconds each.
+    // Two messages, ten times in five seconds each.
     let most = 2 * 10 * (start.elapsed().as_secs() as usize / 5 + 1);
     for line in ["notifications at", "is left out"] {
         assert!(said(&output).contains(line), "'{line}' is not said: {}", said(&output));
@@ -92,19 +91,19 @@ fn what_a_guest_does_again_and_again_is_said_a_few_times() {
     assert!(said(&output).lines().count() <= most, "{}", said(&output));
 }
 
-/// So long a stop takes at the most where everything else is at work, too. It is a second.
+/// Maximum time of a stop on a busy machine. Normally it is a second.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// A report and a stop that come so far apart say nothing of what is served after the stop.
+/// Two signals this far apart do not show what is served after the stop.
 const AT_ONCE: Duration = Duration::from_millis(300);
 
-/// Stops a machine whose devices are at work, which says so.
+/// Stops a machine whose devices are busy.
 fn assert_stops(arguments: &[&str]) {
-    // On a machine with much else to do the two signals may come apart: another one then.
+    // On a busy machine the two signals may arrive too far apart: try another machine then.
     wait_until("two signals at once", || stops(arguments));
 }
 
-/// Whether it could be seen that the machine stops at once.
+/// Whether the test was conclusive and the machine stopped at once.
 fn stops(arguments: &[&str]) -> bool {
     let directory = TempDir::new().unwrap();
     let mut command = run(with_default_signals(TWOSTAGE), &directory, NEVER_DONE, arguments);
@@ -126,7 +125,7 @@ fn stops(arguments: &[&str]) -> bool {
     let status = child.end();
     assert_eq!((status.code(), status.signal()), (Some(128 + 15), None), "{status}");
     assert!(stopped.elapsed() < STOP_LIMIT, "{:?}", stopped.elapsed());
-    // Each is 4 GB: one may have come to its end between the report and the signal.
+    // Each is 4 GB: one may have ended between the report and the signal.
     let after = served(&report().unwrap());
     assert!(
         !at_once || after <= before + 1,
@@ -142,7 +141,7 @@ fn a_stop_does_not_wait_for_requests_or_for_the_host() {
     }
     // A queue full of long requests.
     assert_stops(&[]);
-    // And a source that never gives anything: a terminal whose other end nobody has.
+    // And a source that never provides anything: a terminal whose other end is unused.
     assert!(Path::new("/dev/ptmx").exists());
     assert_stops(&["--rng", "src=/dev/ptmx"]);
 }
@@ -165,7 +164,7 @@ fn a_machine_starts_again_when_its_devices_are_through_with_the_host_and_not_bef
     let lives = || read(&directory, "serial").matches("busy").count();
     let waits = || read(&directory, "said").matches("it starts again when").count();
     for life in 1..=3 {
-        // A life whose thread did not come to read the source is over without a wait.
+        // A life whose thread did not get to read the source ends without a wait.
         wait_until("a wait for the source", || waits() >= life);
         let before = lives();
         std::thread::sleep(Duration::from_millis(200));

@@ -20,7 +20,7 @@ struct Port {
 
 impl Engine for Port {
     fn load(&mut self, iova: u64) {
-        // A device that gets nothing keeps what it has.
+        // A blocked read does not change the buffer.
         let _ = self.port.read(DmaAttributes::default(), iova, &mut self.buffer);
     }
 

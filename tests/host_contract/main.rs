@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One contract for every host: the same checks over the emulated host and over `/dev/iommu`.
+//! One contract for every host: the same checks on the emulated host and on `/dev/iommu`.
 //!
-//! Over a kernel's host it needs a device: an `edu` of QEMU's, bound to vfio-pci. Where
-//! `TWOSTAGE_CONTRACT_DEVICE` names none, the test says that it is skipped.
+//! A kernel's host needs a device: QEMU's `edu`, bound to vfio-pci. Without
+//! `TWOSTAGE_CONTRACT_DEVICE` the test reports that it is skipped.
 //!
 //!   TWOSTAGE_CONTRACT_DEVICE=/dev/vfio/devices/vfio0 host_contract --exact kernel --nocapture
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The contract of hosts, of the kernel's host over `libtwostage_iommufd.so`: every ioctl that it
-//! makes meets an iommufd.
+//! The contract of hosts, for the kernel's host with `libtwostage_iommufd.so`, which must support
+//! every ioctl that it makes.
 
 #[path = "../host_contract/contract/mod.rs"]
 mod contract;
@@ -8,13 +8,13 @@ mod contract;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The last of the tests here again, under the library, with a device of the machine that a file
-/// describes, or of the default one; it must come to the check called `expected`.
+/// Runs the last of these tests again under the library, with a device of the machine that a file
+/// describes, or of the default one; it must reach the check called `expected`.
 fn under_the_library(device: &str, machine: Option<&Path>, expected: &str) {
     let program = std::env::current_exe().expect("the test's own path");
     let library: PathBuf = program.with_file_name("libtwostage_iommufd.so");
     assert!(library.exists(), "no {}", library.display());
-    // A run that hangs is a failure, not a wait.
+    // A run that hangs fails instead of blocking.
     let mut command = Command::new("timeout");
     command.arg("300").arg(program).args(["--exact", "kernel", "--nocapture"]);
     command.env("LD_PRELOAD", library).env_remove("TWOSTAGE_IOMMUFD");

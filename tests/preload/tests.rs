@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_raw-ioctls");
 
-/// The library, which cargo builds before the tests of its package.
+/// The library, which cargo builds before its package's tests.
 fn library() -> PathBuf {
     let library = PathBuf::from(PROGRAM).with_file_name("deps/libtwostage_iommufd.so");
     assert!(library.exists(), "no {}", library.display());
@@ -14,7 +14,7 @@ fn library() -> PathBuf {
 }
 
 fn preloaded(program: &str, arguments: &[&str]) -> Command {
-    // A run that hangs is a failure, not a wait.
+    // A run that hangs fails instead of blocking.
     let mut command = Command::new("timeout");
     command.arg("300").arg(program).args(arguments);
     command.env("LD_PRELOAD", library()).env_remove("TWOSTAGE_IOMMUFD");
@@ -26,7 +26,7 @@ fn output(command: &mut Command) -> Output {
     command.output().expect("the program starts")
 }
 
-/// What `command` prints, when it ends well and complains of nothing.
+/// The output of `command`, which must succeed without complaints.
 fn log(command: &mut Command) -> Vec<String> {
     let output = output(command);
     let (out, error) =
@@ -84,7 +84,7 @@ fn the_nested_flow() {
     );
 }
 
-/// Linux's own iommufd says the same: `scripts/check/smmu-flow-arm64`.
+/// The output on Linux's iommufd is the same: `scripts/check/smmu-flow-arm64`.
 #[test]
 fn the_nested_flow_on_an_smmu() {
     let file = tempfile::NamedTempFile::new().expect("a file");
@@ -187,7 +187,7 @@ fn a_container_as_it_was_before_iommufd() {
     );
 }
 
-/// Beside each, what a kernel would have done is said on standard error.
+/// For each, what a kernel would have done is printed on standard error.
 #[test]
 fn a_device_reaches_memory_whatever_the_program_may() {
     let mut command = preloaded(PROGRAM, &["protected", "/dev/vfio/devices/vfio1"]);
@@ -329,7 +329,7 @@ fn a_machine_from_a_file() {
     assert!(error.contains("unknown variant"), "{error}");
 }
 
-/// Programs that have nothing to do with devices do what they do without the library.
+/// Programs that do not use devices behave as without the library.
 #[test]
 fn other_programs_are_left_alone() {
     let script = "exec 3</etc/passwd; read line <&3; exec 3<&-; echo \"$line\" | cat; \

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `twostage run --vfio` over `libtwostage_iommufd.so`: a guest's virtual VT-d whose tables are
-//! nested by what looks like a kernel's iommufd, with an `edu` that is assigned as a device of this
-//! machine is.
+//! `twostage run --vfio` with `libtwostage_iommufd.so`: a guest's virtual VT-d nested by an
+//! apparent kernel iommufd, with an `edu` assigned like a device of this machine.
 //!
-//! The small test guest drives the unit and the device, and says what holds: with assigned devices
-//! that is all but fault records, which no kernel hands out for VT-d. The program under test is
-//! this one, started again. Without KVM the test fails, unless `TWOSTAGE_KVM=off` says that it is
-//! to be left out.
+//! The small test guest drives the unit and the device, and reports the results: all of them except
+//! fault records, which no kernel reports for VT-d. The program under test is this one, started
+//! again. Without KVM the test fails, unless `TWOSTAGE_KVM=off` skips it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// A guest that hangs is ended after this many seconds, which are more than it waits for anything
-/// itself.
+/// A guest that hangs is killed after so many seconds, which are more than its own limits.
 const LIMIT: &str = "300";
 
 fn main() -> ExitCode {
@@ -31,7 +28,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The small test guest, built if it is not yet.
+/// The small test guest, built if necessary.
 fn kernel() -> PathBuf {
     let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guest-images");
     let built = Command::new("make").arg("-s").arg("-C").arg(images.join("vtd-check")).status();
@@ -64,18 +61,18 @@ fn run(arguments: &[&str]) -> (String, serde_json::Value) {
     (text, serde_json::from_str(&report).expect("JSON"))
 }
 
-/// Whether the line of the check `name` says that it holds.
+/// Whether the check `name` passed.
 fn holds(text: &str, name: &str) -> bool {
     text.lines().any(|line| line.starts_with("ok ") && line.ends_with(name))
 }
 
-/// How often `report` says that the host was asked for `verb`.
+/// The number of calls of `verb` according to `report`.
 fn calls(report: &serde_json::Value, verb: &str) -> u64 {
     report["host"]["calls"][verb]["calls"].as_u64().unwrap_or_else(|| panic!("{report:#}"))
 }
 
-/// In caching mode the guest tells of each interrupt entry that becomes present, so KVM has the
-/// device's messages as they are after remapping.
+/// In caching mode the guest invalidates interrupt entries that become present, so KVM has the
+/// device's remapped messages.
 fn behind_a_virtual_vtd() {
     let (text, report) = run(&[
         "--cmdline",
@@ -85,8 +82,8 @@ fn behind_a_virtual_vtd() {
         "--vfio",
         "path=/dev/vfio/devices/vfio0",
     ]);
-    // Some that need all of the way: DMA by nested tables, stale until they are invalidated, and
-    // messages from an eventfd of VFIO's through the guest's remapping.
+    // Some checks that involve everything: DMA by nested tables, stale until they are invalidated,
+    // and MSIs from VFIO's eventfd through the guest's remapping.
     for name in [
         "edu: MSI arrives once",
         "edu: DMA completion interrupt",
@@ -104,7 +101,7 @@ fn behind_a_virtual_vtd() {
     assert_eq!(report["iommus"][0]["viommu"]["interrupts_remapped"], 0, "{report:#}");
 }
 
-/// No kernel tells of requests that it blocks, by which alone the tables would be read again.
+/// No kernel reports the requests that it blocks, which are needed to read the tables again.
 fn without_caching_mode() {
     let program = std::env::current_exe().expect("the test's own path");
     let mut command = Command::new(program);
@@ -125,8 +122,8 @@ fn with_all_memory() {
     assert_eq!(["IOAS_ALLOC", "IOAS_MAP"].map(|verb| calls(&report, verb)), [1, 1]);
 }
 
-/// One device behind the virtual VT-d, which the guest leaves off, and one outside of it: memory is
-/// pinned once for both.
+/// One device behind the virtual VT-d, which the guest does not enable, and one outside of it:
+/// memory is pinned once for both.
 fn both_kinds_in_one_machine() {
     let (text, report) = run(&[
         "--cmdline",

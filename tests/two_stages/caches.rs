@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Naive caches of translations: they keep all that a device looked up, and drop what the
-//! specification's text says and no more.
+//! Naive caches of translations: they keep everything that a device looked up, and drop exactly
+//! what the specification's text requires.
 //!
-//! A model of one IOTLB and one paging-structure cache, beside which a whole stack is run: after
-//! every step each device's reads must come out as here. Where the text lets hardware drop more
-//! than it asks for, and the stack does, the model says so where it does the same.
+//! A model of one IOTLB and one paging-structure cache, compared with a whole stack: after every
+//! step each device's reads must be as in the model. Where the text allows hardware to drop more
+//! than required, and the stack does, the model does the same, with a comment.
 
 use proptest::prelude::*;
 
 use crate::common::{Memory, HIGH, PAGE};
 
-/// Pages of 2 MiB that tests map, by GPA. Every 4 KiB of them start with their own GPA.
+/// Pages of 2 MiB that tests map, by GPA. Every 4 KiB page of them starts with its GPA.
 const BLOCKS: [u64; 4] = [0xc0_0000, 0xe0_0000, HIGH, HIGH + LARGE];
 /// Bytes of a large page.
 pub const LARGE: u64 = 2 << 20;
-/// Where the pages that tests use begin: tables have one entry at the top, and two, two and three
+/// Start of the pages that tests use: tables have one entry at the top, and two, two and three
 /// below that.
 const BASE: u64 = 0x7000_0000_0000;
-/// How many pages that is.
+/// Number of these pages.
 pub const SLOTS: u64 = 2 * 2 * 3;
-/// Binary logarithm of what an entry of the table at a height spans; 1 is the lowest table.
+/// Binary logarithm of the span of a table entry at a height; 1 is the lowest table.
 pub const fn shift(height: u8) -> u32 {
     3 + 9 * height as u32
 }
@@ -32,14 +32,14 @@ pub fn iova(slot: u64) -> u64 {
     BASE + (top << shift(3)) + (directory << shift(2)) + (table << shift(1))
 }
 
-/// Writes into each page of [`BLOCKS`] where it is.
+/// Writes its address into each page of [`BLOCKS`].
 pub fn number_pages(memory: &Memory) {
     for block in BLOCKS {
         (block..block + LARGE).step_by(PAGE as usize).for_each(|gpa| memory.store(gpa, gpa));
     }
 }
 
-/// What an entry of a table says.
+/// A decoded table entry.
 pub struct Next {
     pub gpa: u64,
     pub leaf: bool,
@@ -64,7 +64,7 @@ pub struct Space {
     format: &'static dyn Format,
 }
 
-/// What is written into an entry.
+/// A write to an entry.
 #[derive(Debug, Clone, Copy)]
 pub struct Write {
     /// Which of the tables, from the middle down.
@@ -74,7 +74,7 @@ pub struct Write {
     global: bool,
 }
 
-/// Any entry, and what it may say.
+/// Any entry with any value.
 pub fn write() -> impl Strategy<Value = Write> {
     // Mostly leaves.
     let table = prop_oneof![1 => Just(0usize), 3 => 1usize..3, 6 => 3usize..6];
@@ -103,7 +103,7 @@ impl Space {
         space
     }
 
-    /// Changes an entry. No unit knows.
+    /// Changes an entry, without invalidation.
     pub fn write(&self, memory: &Memory, write: Write) {
         let Write { table, index, value, global } = write;
         let (at, word) = match table {
@@ -126,7 +126,7 @@ impl Space {
     }
 }
 
-/// A translation, whole page by whole page.
+/// A translation of a whole page.
 #[derive(Debug, Clone, Copy)]
 pub struct CachedPage<Tag> {
     pub tag: Tag,
@@ -173,8 +173,9 @@ impl<Tag> Default for Caches<Tag> {
 }
 
 impl<Tag: Copy + PartialEq> Caches<Tag> {
-    /// The GPA that a read by `space` at `iova` reaches, and all that is cached by it. `tag` is the
-    /// space's; translations that are the same in every space are also found by, and get, `global`.
+    /// The GPA that a read by `space` at `iova` reaches; caches what is used. `tag` is the space's;
+    /// translations that are the same in every space are also looked up by, and stored with,
+    /// `global`.
     pub fn read(
         &mut self,
         memory: &Memory,
@@ -183,7 +184,7 @@ impl<Tag: Copy + PartialEq> Caches<Tag> {
         iova: u64,
     ) -> Option<u64> {
         let cached = [Some(tag), global].into_iter().flatten().find_map(|tag| {
-            // Of several sizes the smallest: the text leaves the choice.
+            // The smallest of several sizes: the text leaves the choice.
             let holds = |page: &&CachedPage<Tag>| {
                 page.tag == tag && page.iova >> page.shift() == iova >> page.shift()
             };
@@ -209,7 +210,7 @@ impl<Tag: Copy + PartialEq> Caches<Tag> {
             (gpa, height) = (next.gpa, height - 1);
             tables.push(CachedTable { tag, iova, height, gpa });
         };
-        // Nothing is cached of a way that leads nowhere.
+        // Nothing is cached of a walk that faults.
         self.tables.append(&mut tables);
         self.pages.push(page);
         Some(page.gpa | iova & ((1 << page.shift()) - 1))

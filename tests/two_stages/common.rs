@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a machine of either architecture has: guest memory, two devices, and a host that fails.
+//! Common parts of the machines: guest memory, two devices, and a host that fails.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -11,10 +11,11 @@ use twostage::spec::pci::Bdf;
 use twostage_emulated::EmulatedHost;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-/// The emulated host; one call of it can be made to fail, and the one after that, too.
+/// The emulated host; one call of it can be made to fail, and the next one, too.
 pub type Host = FailNth<FailNth<EmulatedHost>>;
 
-/// Attaches `dev` to the tables of `data` on `pt`, by a HWPT whose page requests go to the result.
+/// Attaches `dev` to the tables of `data` on `pt`, by a HWPT whose page requests go to the returned
+/// queue.
 pub fn serve_page_requests(
     host: &Host,
     dev: ObjectId,
@@ -39,7 +40,7 @@ const REGIONS: [(u64, usize); 2] = [(0, 16 << 20), (1 << 32, 4 << 20)];
 pub const HIGH: u64 = REGIONS[1].0;
 /// Its size.
 pub const HIGH_SIZE: u64 = REGIONS[1].1 as u64;
-/// Where pages are taken from.
+/// Where page allocation starts.
 const FIRST_FREE: u64 = 0x10_0000;
 
 /// Guest memory. Every address is a GPA, in bytes.
@@ -49,10 +50,10 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// All regions, each shown to `mapped` with its start.
+    /// All regions; `mapped` is called for each with its start.
     ///
     /// # Errors
-    /// Those of `mapped`.
+    /// The errors of `mapped`.
     pub fn new<E>(mut mapped: impl FnMut(u64, &UserMemory) -> Result<(), E>) -> Result<Self, E> {
         let region = |&(start, size)| {
             Arc::new(GuestRegionMmap::from_range(GuestAddress(start), size, None).unwrap())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every virtual IOMMU owes to its guest, whatever the architecture.
+//! What every virtual IOMMU guarantees to its guest, on any architecture.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use twostage_emulated::{DmaError, GraphObject, ObjectGraph, ObjectKind};
 
 use crate::common::{Memory, A, B, HIGH, HIGH_SIZE, PAGE};
 
-/// An address that is no guest memory, so that only stage 1 can map it.
+/// An address without guest memory, which only stage 1 can map.
 pub const IOVA: u64 = 0x7000_1234_5000;
-/// By which invalidations name a stage 1: a domain id, an ASID.
+/// The name of a stage 1 in invalidations: a domain ID, an ASID.
 pub const NAME: u16 = 5;
 
-/// Where a device's DMA goes by the guest's tables.
+/// Where a device's DMA goes according to the guest's tables.
 #[derive(Debug, Clone, Copy)]
 pub enum Way {
     Nowhere,
@@ -33,16 +33,16 @@ pub enum Leaf {
     Large,
 }
 
-/// How the unit answered to commands.
+/// The unit's response to commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Completion {
-    /// They are done.
+    /// They are complete.
     Done,
-    /// One is not, and the guest is told.
+    /// One failed, and the guest gets an error.
     Stopped,
 }
 
-/// Why a DMA failed, as the guest is told.
+/// The reason for a failed DMA, as reported to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     NotMapped,
@@ -50,7 +50,7 @@ pub enum Cause {
     Other,
 }
 
-/// What the guest is told of a DMA that failed.
+/// The report of a failed DMA to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     pub rid: Bdf,
@@ -65,62 +65,63 @@ pub trait Stack: Sized + Sync {
     /// A command that invalidates translations.
     type Invalidation: Copy + Debug;
 
-    /// An invalidation that the host refuses is an error to the guest even where it was made good.
+    /// Whether an invalidation refused by the host is an error to the guest even if it was
+    /// recovered.
     const REFUSALS_ARE_SHOWN: bool;
 
     /// Both devices added, translation disabled. Host call `failing` fails, counted from 1; 0:
     /// none.
     ///
     /// # Errors
-    /// The graph of the host's objects after what failed.
+    /// The graph of the host's objects after the failure.
     fn start(failing: u64) -> Result<Self, (String, ObjectGraph)>;
 
     fn memory(&self) -> &Memory;
-    /// Turns translation on, by tables that send every device nowhere, but for what was set.
+    /// Enables translation, with tables that block every device except as set before.
     fn enable(&self);
     fn disable(&self);
-    /// Maps `gpa` at `iova` in the stage 1 at `table`, which begins as a zeroed page.
+    /// Maps `gpa` at `iova` in the stage 1 at `table`, initially a zeroed page.
     fn map(&self, table: u64, iova: u64, gpa: u64, leaf: Leaf, writable: bool);
-    /// Takes a page out.
+    /// Unmaps a page.
     fn unmap(&self, table: u64, iova: u64);
-    /// Changes the guest's tables. Nobody knows until they are flushed.
+    /// Changes the guest's tables, without invalidation.
     fn set(&self, rid: Bdf, way: Way);
-    /// Has the unit look at its tables of devices again.
+    /// Invalidates the unit's cached tables of devices.
     fn flush_tables(&self) -> Completion;
-    /// Has the unit forget translations.
+    /// Invalidates translations.
     fn forget(&self, commands: &[Self::Invalidation]) -> Completion;
-    /// Goes on after an error.
+    /// Resumes after an error.
     fn resume(&self) -> Completion;
-    /// What exactly names a page of a stage 1.
+    /// The exact invalidation of a page of a stage 1.
     fn page_of(name: u16, iova: u64) -> Self::Invalidation;
-    /// What names all of a stage 1.
+    /// The invalidation of all of a stage 1.
     fn all_of(name: u16) -> Self::Invalidation;
-    /// Commands that each name the page at [`IOVA`] of [`NAME`].
+    /// Commands that each cover the page at [`IOVA`] of [`NAME`].
     fn enough() -> Vec<Self::Invalidation>;
     /// Commands that do not.
     fn not_enough() -> Vec<Self::Invalidation>;
-    /// What the guest is told of a failed DMA; waits for it.
+    /// Waits for the report of a failed DMA.
     fn fault(&self) -> Fault;
-    /// Empties what holds it.
+    /// Discards reports.
     fn drop_faults(&self);
     fn read(&self, rid: Bdf, iova: u64) -> Result<u64, DmaError>;
     fn write(&self, rid: Bdf, iova: u64, value: u64) -> Result<(), DmaError>;
-    /// Takes a device away, and tells how to add it again: to the host, and to the virtual IOMMU.
+    /// Removes a device, calls `between`, and adds it again: to the host, and to the virtual IOMMU.
     fn replug(&self, rid: Bdf, between: impl FnOnce(&Self));
     fn unmap_memory(&self, gpa: u64, length: u64);
-    /// Attaches a device to the stage 1 at `table`, of which the virtual unit knows nothing. Its
-    /// page requests go to the result.
+    /// Attaches a device to the stage 1 at `table`, without the virtual unit's knowledge. Its page
+    /// requests go to the returned queue.
     fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue>;
     /// Makes the `n`-th host call from now on (1 is the next) fail.
     fn fail_nth(&self, n: u64);
     /// Makes the next two host calls fail.
     fn fail_twice(&self);
-    /// Whether a failure is still to come.
+    /// Whether a failure is still pending.
     fn is_armed(&self) -> bool;
     fn graph(&self) -> ObjectGraph;
     fn host_calls(&self) -> u64;
     fn refused_attaches(&self) -> u64;
-    /// Ends all, and tells how many objects the host is left with.
+    /// Ends everything, and returns the number of objects left in the host.
     fn end(self) -> usize;
 
     fn new() -> Self {
@@ -128,8 +129,7 @@ pub trait Stack: Sized + Sync {
     }
 }
 
-/// A stack whose device A goes through the table that is given too. [`IOVA`] leads to a page that
-/// starts with 1.
+/// A stack with device A on the returned table. [`IOVA`] maps to a page that starts with 1.
 pub fn nested<S: Stack>() -> (S, u64, u64) {
     let stack = S::new();
     let (table, page) = (stack.memory().page(), stack.memory().page());
@@ -226,7 +226,7 @@ pub fn faults_reach_the_guest<S: Stack>() {
     let fault = Fault { rid: A, address: IOVA + 2 * PAGE, cause: Cause::WriteDenied };
     assert_eq!(stack.fault(), fault);
     assert_eq!(stack.memory().load(page), 1);
-    // Tables that lead to what is no guest memory.
+    // Tables that map what is not guest memory.
     stack.map(table, IOVA + 3 * PAGE, HIGH + HIGH_SIZE, Leaf::Page, true);
     let error = stack.read(A, IOVA + 3 * PAGE).unwrap_err();
     assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
@@ -287,7 +287,7 @@ pub fn what_stands_before_an_ordering_point_is_one_host_call<S: Stack>() {
     let batch: Vec<_> = (0..100).map(|n| S::page_of(NAME, IOVA + n * PAGE)).collect();
     assert_eq!(stack.forget(&batch), Completion::Done);
     assert_eq!(stack.host_calls() - before, 1);
-    // Tables that did not change cost no more than what they lead to and may have changed.
+    // Unchanged tables only cost the invalidation of what they refer to.
     assert_eq!(stack.flush_tables(), Completion::Done);
     assert!(stack.host_calls() - before <= 2);
 }
@@ -336,7 +336,7 @@ pub fn an_invalidation_that_cannot_be_done_stops_the_queue_and_leaves_nothing_st
     assert!(stack.read(A, IOVA).is_err(), "blocked, not stale");
     stack.drop_faults();
     assert_eq!(stack.resume(), Completion::Done);
-    // Nobody asks for the policies again: what was blocked for the failure is served.
+    // Without another request: what was blocked because of the failure is served.
     assert_eq!(stack.read(A, IOVA), Ok(2));
 }
 
@@ -359,8 +359,8 @@ pub fn memory_that_is_taken_away_is_not_reached_any_more<S: Stack>() {
     assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
 }
 
-/// Faults take their way to the guest while invalidations hold every lock above the host and wait
-/// for DMA: a lock too many on that way, and this test hangs.
+/// Faults are delivered to the guest while invalidations hold every lock above the host and wait
+/// for DMA: with one lock too many, this test hangs.
 pub fn faults_and_invalidations_do_not_wait_for_each_other<S: Stack>() {
     let (stack, _, _) = nested::<S>();
     std::thread::scope(|scope| {
@@ -376,14 +376,14 @@ pub fn faults_and_invalidations_do_not_wait_for_each_other<S: Stack>() {
     });
 }
 
-/// Every host call of a guest's life fails in turn: no panic, no leak; whatever the guest was told
-/// is done is never stale; what does not work is blocked.
+/// Every host call of a guest's life fails in turn: no panic, no leak; completed invalidations are
+/// never stale; what does not work is blocked.
 pub fn every_host_call_fails_in_turn<S: Stack>() {
     let calls = (1..1000).find(|n| !live::<S>(*n)).expect("a life ends");
     assert!(calls > 20, "only {calls} calls were made to fail");
 }
 
-/// Lives with the `n`-th call failing; says whether there was such a call.
+/// Runs a life with the `n`-th call failing; returns whether there was such a call.
 fn live<S: Stack>(n: u64) -> bool {
     let stack = match S::start(n) {
         Ok(stack) => stack,
@@ -412,7 +412,7 @@ fn live<S: Stack>(n: u64) -> bool {
             stack.drop_faults();
         }
     };
-    // Going on after an error is one way to be told.
+    // Resuming after an error also informs the guest.
     let done = |completion| {
         if completion == Completion::Stopped {
             assert_eq!(stack.resume(), Completion::Done, "call {n}");
@@ -440,7 +440,8 @@ fn live<S: Stack>(n: u64) -> bool {
     stack.set(B, Way::Nowhere);
     done(stack.flush_tables());
     check("B gone", [None, None]);
-    // By now the failure is over: one more look at the tables, and all is as they say.
+    // The failure is over by now: one more invalidation of the tables, and everything is as they
+    // say.
     set(A, 0, NAME);
     if !stack.is_armed() {
         done(stack.flush_tables());

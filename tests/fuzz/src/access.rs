@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A user of pages inside the host: an access object that lets go when it is told to.
+//! A user of pages inside the host: an access object that unpins when asked.
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use twostage::iommufd::ObjectId;
 use twostage_emulated::{Access, AccessUnmap, EmulatedHost};
 
-/// Pins that one user has at most.
+/// Maximum number of pins of one user.
 const MAX_PINS: usize = 16;
 
 /// An access object and its user.
@@ -16,7 +16,7 @@ pub struct User {
     pins: Arc<Pins>,
 }
 
-/// What the user has pinned: first IOVA and length.
+/// The user's pins: first IOVA and length.
 #[derive(Debug, Default)]
 struct Pins {
     access: OnceLock<Weak<Access>>,
@@ -48,7 +48,7 @@ impl User {
         Self { access, pins }
     }
 
-    /// Does what the lowest bits of `how` say.
+    /// Does what the lowest bits of `how` select.
     pub fn act(&self, how: u8, ioas: ObjectId, iova: u64, length: u64) {
         let mut bytes = [how; 0x1800];
         let bytes = &mut bytes[..(length as usize).min(0x1800)];

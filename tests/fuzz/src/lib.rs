@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a process can do to the emulated host, decoded from bytes.
 //!
-//! One execution is one process from start to end, on a machine of its own with two IOMMUs and
-//! three devices. It has two iommufds and a little memory; it makes ioctls on the iommufds and on
-//! devices, writes its memory (tables and structures), has devices do DMA and users in the host
-//! access memory, and closes what it has open. What it makes of its bytes is in [`table`]: a new
+//! One execution is one process from start to end, on its own machine with two IOMMUs and three
+//! devices. It has two iommufds and a little memory; it makes ioctls on the iommufds and on
+//! devices, writes its memory (tables and structures), makes devices do DMA and users in the host
+//! access memory, and closes what it has open. [`table`] defines how bytes are interpreted: a new
 //! ioctl is covered by a line there.
 //!
-//! Whatever it does, nothing panics or hangs, what every object stands on is there, and when all is
-//! closed no object is left and no memory pinned or locked.
+//! Whatever it does, nothing panics or hangs, every object's dependencies exist, and when
+//! everything is closed no object is left and no memory pinned or locked.
 #![forbid(unsafe_code)]
 
 mod access;
@@ -23,7 +23,7 @@ use process::Process;
 use table::{CONTAINER_IOCTLS, CONTAINER_NUMBERS, DEVICE_IOCTLS, IOCTLS};
 use value::{value, Kind};
 
-/// Steps of one execution.
+/// Maximum number of steps of one execution.
 const MAX_STEPS: usize = 64;
 
 /// What a process does next.
@@ -49,8 +49,8 @@ enum Step {
 }
 
 impl Step {
-    /// The steps in the order of their numbers: those that are not ioctls first, so that a new
-    /// ioctl changes no meaning but those of the last numbers.
+    /// The steps by number: those that are not ioctls first, so that a new ioctl only changes the
+    /// meaning of the last numbers.
     fn of(number: u8) -> Self {
         const OTHERS: [Step; 17] = [
             Step::Dma,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process, its machine, and what must hold.
+//! The process, its machine, and the invariants.
 
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -21,11 +21,11 @@ use crate::value::{MEMORY, PAGE, PAGES};
 /// A device of the machine.
 struct Device {
     name: &'static str,
-    /// Which unit it is behind.
+    /// The unit it is behind.
     unit: usize,
     function: u8,
     group: Option<u32>,
-    /// It asks for pages.
+    /// It sends page requests.
     pri: bool,
 }
 
@@ -34,18 +34,18 @@ const DEVICES: [Device; 3] = [
     Device { name: "b", unit: 0, function: 1, group: Some(1), pri: false },
     Device { name: "far", unit: 1, function: 2, group: None, pri: true },
 ];
-/// The one that asks for pages.
+/// The one that sends page requests.
 const FAR: usize = 2;
-/// Queues of faults and events that a process can have open.
+/// Maximum number of open queues of faults and events of a process.
 const MAX_FILES: usize = 4;
 /// Largest DMA, in bytes.
 const MAX_DMA: usize = 0x3000;
 /// Where the tables of a prepared process start.
 const TABLES: u64 = 8 * PAGE;
-/// Where structures are put in a prepared process.
+/// Address of structures in a prepared process.
 const SCRATCH: u64 = 7 * PAGE;
 
-/// What an ioctl is made on.
+/// The object of an ioctl.
 #[derive(Debug, Clone, Copy)]
 enum On {
     /// An iommufd, by the number of the command.
@@ -59,15 +59,14 @@ pub struct Process {
     iommufds: [Arc<EmulatedHost>; 2],
     files: [Option<DeviceFile>; 3],
     ports: [DmaPort; 3],
-    /// Which device has asked for pages, in which groups, without having looked for the answer.
+    /// Unanswered page requests: device and group.
     asked: Vec<(usize, u16)>,
     users: [Option<User>; 4],
     memory: Arc<GuestRegionMmap>,
     caller: Caller,
 }
 
-/// The memory of every process, one after the other. To map it anew each time would take longer
-/// than all the rest.
+/// The memory, reused by all processes, as mapping it anew each time would dominate the run time.
 fn memory() -> Arc<GuestRegionMmap> {
     static MEMORY: OnceLock<Arc<GuestRegionMmap>> = OnceLock::new();
     let length = (PAGES * PAGE) as usize;
@@ -115,8 +114,8 @@ fn machine() -> Arc<Machine> {
 }
 
 impl Process {
-    /// A process; when `prepared`, with device "a" on nested tables, or device "far" on such tables
-    /// and with a queue of the pages that it asks for.
+    /// A process; if `prepared`, with device "a" on nested tables, or device "far" on such tables
+    /// with a fault queue for its page requests.
     pub fn new(prepared: bool, asking: bool) -> Self {
         let machine = machine();
         let memory = memory();
@@ -161,8 +160,8 @@ impl Process {
         self.must(On::Device(device, ATTACH_IOMMUFD_PT), &[0, nested], 0);
     }
 
-    /// Makes an ioctl that must succeed, with these words after the size; the word at `answer`
-    /// (bytes).
+    /// Makes an ioctl that must succeed, with these words after the size; returns the word at
+    /// `answer` (bytes).
     fn must(&mut self, on: On, words: &[u32], answer: usize) -> u32 {
         let size = 4 + 4 * words.len() as u32;
         let mut bytes: Vec<u8> =
@@ -211,14 +210,14 @@ impl Process {
         }
     }
 
-    /// A device asks for a page, or an IOMMU has an event to report.
+    /// A device sends a page request, or an IOMMU reports an event.
     pub fn raise(&mut self, fd: usize, object: ObjectId, kind: u32, request: PageRequest) {
         let host = &self.iommufds[fd % 2];
         let _ = host.page_request(object, request);
         let _ = host.report_event(object, kind % 4, &[kind as u8; 8]);
     }
 
-    /// Asks to map pages of an IOMMU; keeps them for a moment.
+    /// Maps pages of an IOMMU, for a moment.
     pub fn mmap(&mut self, fd: usize, offset: u64, length: u64, how: u8) {
         let (shared, executable) = (how & 1 == 0, how & 6 == 6);
         let request = MmapRequest { offset, length, shared, executable };
@@ -306,7 +305,8 @@ impl Process {
         };
     }
 
-    /// DMA of a device that asks for a page and does not wait for it: nobody else would go on.
+    /// DMA of a device that sends a page request and does not wait for the response, as nobody else
+    /// would run.
     fn dma_until_asking(
         &mut self,
         number: usize,
@@ -339,7 +339,7 @@ impl Process {
         }
     }
 
-    /// Devices take the answers to their page requests, or forget that they wait for them.
+    /// Devices take the responses to their page requests, or forget about them.
     fn look_for_answers(&mut self, forget: bool) {
         let ports = &self.ports;
         self.asked.retain(|(number, group)| ports[*number].page_response(*group).is_none());
@@ -348,7 +348,7 @@ impl Process {
         }
     }
 
-    /// What every object stands on is there.
+    /// Every object's dependencies exist.
     pub fn look(&self) {
         for host in &self.iommufds {
             let graph = host.graph();
@@ -365,7 +365,7 @@ impl Process {
         }
     }
 
-    /// Closes everything, devices and users first or last; nothing is left.
+    /// Closes everything, devices and users first or last; nothing may be left.
     pub fn end(mut self, devices_first: bool) {
         self.look();
         if devices_first {
@@ -380,7 +380,7 @@ impl Process {
         for host in &self.iommufds {
             assert_eq!((host.live_objects(), host.pinned_bytes()), (0, 0), "{}", host.graph());
         }
-        // An attachment that ends is an answer.
+        // The end of an attachment is a response.
         self.look_for_answers(false);
         assert_eq!(self.asked, [], "page requests without an answer");
         let Credentials { user, process, .. } = self.caller.credentials();
@@ -394,7 +394,7 @@ impl Process {
     }
 }
 
-/// Puts the true address of the memory for every 64-bit field that leads to it.
+/// Replaces every 64-bit field that points to the memory by the real address.
 fn relocate(argument: &mut [u8], memory: &GuestRegionMmap) {
     for field in argument.chunks_exact_mut(8) {
         let word = u64::from_le_bytes(field.try_into().unwrap_or_default());

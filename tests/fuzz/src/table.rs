@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ioctls, as far as it takes to fill in their structures.
+//! The ioctls, with what is needed to fill in their structures.
 
 use std::mem::{offset_of, size_of};
 
@@ -18,7 +18,7 @@ pub struct Ioctl {
     fields: &'static [Field],
 }
 
-/// A field of its structure. Fields without one are zero.
+/// A field of its structure. Other fields are zero.
 #[derive(Debug)]
 struct Field {
     offset: usize,
@@ -260,7 +260,7 @@ pub const CONTAINER_IOCTLS: &[Ioctl] = &[
     ioctl!(vfio(14), UnmapDma { flags: Flags(3), iova: Iova, size: Length }),
 ];
 
-/// Those that take a number: which, and the largest number that means something.
+/// Those that take a number: which, and the largest valid number.
 pub const CONTAINER_NUMBERS: [(u32, u64); 3] = [(vfio(0), 0), (vfio(1), 10), (vfio(2), 8)];
 
 impl Ioctl {
@@ -272,7 +272,7 @@ impl Ioctl {
             bytes[*offset..offset + size].copy_from_slice(&word[..*size]);
         }
         let mut declared = self.size as u32;
-        // Mostly as it should be; else other sizes, and something where nothing should be.
+        // Mostly valid; otherwise other sizes, and nonzero reserved fields.
         match input.arbitrary::<u8>()? {
             0..=0xdf => {}
             0xe0..=0xe7 => declared = input.arbitrary::<u8>()?.into(),

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Values that mean something often enough, and anything otherwise.
+//! Values that are often meaningful, and otherwise arbitrary.
 
 use arbitrary::{Result, Unstructured};
 
 /// Size of a page.
 pub const PAGE: u64 = 0x1000;
-/// Pages of memory that a process has.
+/// Pages of memory of a process.
 pub const PAGES: u64 = 16;
-/// Where the process has it, as the table of values knows it: [`crate::process::Process`] puts the
-/// true address in.
+/// Its address in the table of values: [`crate::process::Process`] inserts the real address.
 pub const MEMORY: u64 = 0x7100_0000_0000;
 
 /// What a value is.
@@ -16,9 +15,9 @@ pub const MEMORY: u64 = 0x7100_0000_0000;
 pub enum Kind {
     /// Id of an object.
     Id,
-    /// Flags, of which these are known.
+    /// Flags, with these known.
     Flags(u64),
-    /// One of a list that starts with 0 and ends with this.
+    /// One of a list from 0 to this.
     Choice(u64),
     /// A number that is small.
     Count,
@@ -36,7 +35,7 @@ pub enum Kind {
     Word,
 }
 
-/// IOVAs near where something changes.
+/// IOVAs near boundaries.
 const EDGES: [u64; 8] = [
     0xfee0_0000,
     0xfedf_f000,
@@ -48,7 +47,7 @@ const EDGES: [u64; 8] = [
     0x2000_0000,
 ];
 
-/// A value of `kind`, from one byte unless the byte says that more are to be taken.
+/// A value of `kind`, from one byte unless the byte asks for more.
 pub fn value(input: &mut Unstructured, kind: Kind) -> Result<u64> {
     let byte: u8 = input.arbitrary()?;
     if byte >= 0xf8 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Dirty tracking, where the IOMMU has it.
+//! Dirty tracking, if the IOMMU supports it.
 
 use twostage::iommufd::{DirtyRange, Errno, HwptData, HwptFlags};
 

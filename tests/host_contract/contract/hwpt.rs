@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! HWPTs without tables of the user's, and devices on them.
+//! HWPTs without user-owned tables, and devices on them.
 
 use std::ops::RangeInclusive;
 
@@ -30,11 +30,11 @@ pub fn allocation(subject: &Subject) {
     refused(host.hwpt_alloc(&faulty), Errno::ENOENT);
     let both = with_fault.with_nest_parent(true);
     refused(host.hwpt_alloc(&HwptAlloc { flags: both, ..faulty }), Errno::EOPNOTSUPP);
-    // Tables of the user's stand on a nesting parent alone.
+    // User-owned tables need a nesting parent.
     let tables = HwptData::VtdS1(iommu_hwpt_vtd_s1::default());
     refused(host.hwpt_alloc(&HwptAlloc { data: tables, ..args }), Errno::EOPNOTSUPP);
     let hwpt = host.hwpt_alloc(&args).expect("HWPT_ALLOC");
-    // On VT-d the driver looks at the parent, elsewhere at the format first.
+    // On VT-d the driver checks the parent first, elsewhere the format.
     if let HwInfoData::Vtd(_) = bound.iommu() {
         refused(bound.hwpt(hwpt, none, tables), Errno::EINVAL);
     }
@@ -93,7 +93,7 @@ pub fn attach(subject: &Subject) {
     refused(host.destroy(automatic), Errno::ENOENT);
     refused(host.destroy(hwpt), Errno::EBUSY);
     destroy(host, &[one]);
-    // What is mapped while it is attached is there at once, and gone at once.
+    // Mappings made while it is attached are effective at once, and so are unmaps.
     let (third, rights) = (Memory::new(4), Protection::READ_WRITE);
     let at = BASE + 0x10_0000;
     host.ioas_map(two, &third.whole(), MapTarget::Fixed(at), rights).expect("IOAS_MAP");
@@ -127,7 +127,7 @@ pub fn reserved(subject: &Subject) {
     let before = ranges();
     bound.attach(hwpt);
     let holes = lost(&before, &ranges());
-    // Interrupt messages are sent there, on every architecture that Linux nests on.
+    // The MSI window, on every architecture that Linux nests on.
     let hole = *holes.first().expect("a window of interrupt messages");
     println!("  reserved from {hole:#x} on");
     let map =
@@ -148,7 +148,8 @@ pub fn pasids(subject: &Subject) {
     let ioas = host.ioas_alloc().expect("IOAS_ALLOC");
     let hwpt = bound.hwpt(ioas, HwptFlags::new(), HwptData::None).expect("HWPT_ALLOC");
     let attach = |pasid, pt| host.device_attach(bound.dev, Some(pasid), pt);
-    // An automatic HWPT, and one without the flag, serve no PASID, whether there are any or not.
+    // An automatic HWPT, and one without the flag, cannot be used for PASIDs, whether there are any
+    // or not.
     refused(attach(1, ioas), Errno::EINVAL);
     refused(attach(1, hwpt), Errno::EINVAL);
     host.device_detach(bound.dev, Some(1)).expect("nothing is attached");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! IOASes by themselves: no device is needed.
+//! IOASes without devices.
 
 use twostage::iommufd::{Errno, MapTarget, ObjectId, Protection};
 
@@ -33,7 +33,7 @@ pub fn mappings(subject: &Subject) {
     assert_eq!(map(0, 1, 0, Protection::READ_ONLY).expect("IOAS_MAP"), 0);
     assert_eq!(map(PAGE, 2, 4 * PAGE, RW).expect("IOAS_MAP"), 4 * PAGE);
 
-    // A mapping that would be cut: what is whole below it is gone all the same.
+    // A mapping that would be split: whole mappings below it are unmapped nevertheless.
     refused(host.ioas_unmap(ioas, BASE, PAGE), Errno::ENOENT);
     refused(host.ioas_unmap(ioas, 0, 5 * PAGE), Errno::ENOENT);
     refused(host.ioas_unmap(ioas, 0, PAGE), Errno::ENOENT);
@@ -60,7 +60,7 @@ pub fn placement(subject: &Subject) {
     let first = host.ioas_map(ioas, &memory.whole(), MapTarget::Anywhere, RW).expect("room");
     assert!(range.contains(&first) && range.contains(&(first + 8 * PAGE - 1)));
     refused(host.ioas_map(ioas, &memory.whole(), MapTarget::Anywhere, RW), Errno::ENOSPC);
-    // What is asked for by its address may be elsewhere.
+    // With automatic placement the requested address may be elsewhere.
     host.ioas_map(ioas, &memory.whole(), MapTarget::Fixed(0), RW).expect("IOAS_MAP");
     allow(&[]).expect("IOAS_ALLOW_IOVAS");
     let second = host.ioas_map(ioas, &memory.whole(), MapTarget::Anywhere, RW).expect("room");
@@ -86,7 +86,7 @@ pub fn copies(subject: &Subject) {
     host.ioas_map(from, &memory.part(0, PAGE), at(0), read).expect("IOAS_MAP");
     refused(copy(at(0x10 * BASE), 0, 1, RW), Errno::EPERM);
     copy(at(0x10 * BASE), 0, 1, read).expect("IOAS_COPY");
-    // The copies outlive what they are of.
+    // The copies outlive their source.
     destroy(host, &[from]);
     assert_eq!(host.ioas_unmap(to, 0, u64::MAX).expect("all"), (8 + 2 + 4 + 1) * PAGE);
     destroy(host, &[to]);

@@ -31,11 +31,11 @@ impl Engine for Edu {
     }
 }
 
-/// Checks `/dev/iommu` with the device that `TWOSTAGE_CONTRACT_DEVICE` names.
+/// Checks `/dev/iommu` with the device `TWOSTAGE_CONTRACT_DEVICE`.
 pub fn check_named() {
     let Ok(device) = env::var("TWOSTAGE_CONTRACT_DEVICE") else {
         let text = "skipped: TWOSTAGE_CONTRACT_DEVICE names no edu behind vfio-pci";
-        // Past the harness, which shows what a test prints only when it fails.
+        // Bypasses the harness, which only shows the output of failed tests.
         writeln!(std::io::stderr(), "{text}").expect("standard error");
         return;
     };

@@ -15,7 +15,7 @@ use vm_memory::{
 
 use super::{destroy, ioas_of, Bound, Subject, BASE, PAGE};
 
-/// Memory that devices and the check see.
+/// Memory shared by devices and the check.
 pub struct Memory(Arc<GuestRegionMmap>);
 
 impl Memory {
@@ -25,7 +25,7 @@ impl Memory {
         Self(Arc::new(region.expect("memory")))
     }
 
-    /// `pages` of a memfd, which has one more in front.
+    /// `pages` of a memfd, with one more before them.
     fn of_file(pages: u64) -> Self {
         // SAFETY: the name is a C string.
         let fd = unsafe { libc::memfd_create(c"contract".as_ptr(), libc::MFD_CLOEXEC) };
@@ -58,14 +58,14 @@ impl Memory {
         self.0.store(word, MemoryRegionAddress(offset), Ordering::SeqCst).expect("in the memory");
     }
 
-    /// A word like no other.
+    /// A unique word.
     pub fn fresh_word(&self) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(0x1234_5678_0000_0001);
         NEXT.fetch_add(1, Ordering::Relaxed)
     }
 }
 
-/// Devices reach anonymous memory and that of a file alike.
+/// Devices access anonymous memory and file memory alike.
 pub fn kinds(subject: &Subject) {
     let mut bound = Bound::new(subject);
     let host = bound.host();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every host promises: results, errno, and what a device's DMA reaches.
+//! What every host guarantees: results, errno, and what a device's DMA reaches.
 //!
-//! The checks know a host by its verbs and a device by its DMA alone. What depends on the IOMMU is
-//! looked up in `GET_HW_INFO`; a check that this IOMMU cannot have says so.
+//! The checks only use a host's verbs and a device's DMA. What depends on the IOMMU is taken from
+//! `GET_HW_INFO`; a check that this IOMMU does not support is reported.
 
 mod dirty;
 mod hwpt;
@@ -22,34 +22,33 @@ use twostage::iommufd::{
 
 use memory::Memory;
 
-/// Where memory is mapped: below what any IOMMU and an edu of 28 bits can address, and where
-/// nothing is reserved.
+/// Where memory is mapped: within the reach of any IOMMU and a 28-bit edu, and unreserved.
 const BASE: u64 = 0x100_0000;
 const PAGE: u64 = 0x1000;
 
-/// A device that moves eight bytes at a time. What an IOMMU refuses does not arrive, and the device
-/// says nothing.
+/// A device that moves eight bytes at a time. Blocked accesses have no effect, and the device
+/// reports nothing.
 pub trait Engine {
-    /// Has it read its eight bytes at `iova`.
+    /// Makes it read its eight bytes at `iova`.
     fn load(&mut self, iova: u64);
-    /// Has it write them to `iova`.
+    /// Makes it write them to `iova`.
     fn store(&mut self, iova: u64);
 }
 
 /// Makes the engine of a bound device.
 pub type MakeEngine = Box<dyn Fn(ObjectId) -> Box<dyn Engine>>;
 
-/// Whom to check: a host, and the name of a device of its, which nobody has bound.
+/// A host to check, and the name of an unbound device of it.
 pub struct Subject {
     pub host: Arc<dyn HostIommu>,
     pub device: String,
     pub engine: MakeEngine,
 }
 
-/// One check: it ends the process when the host breaks the contract.
+/// One check: it ends the process if the host breaks the contract.
 type Check = fn(&Subject);
 
-/// Checks everything, each thing on its own; nothing is left of one for the next.
+/// Runs all checks, each on its own; nothing is left for the next.
 pub fn check(subject: &Subject) {
     let checks: &[(&str, Check)] = &[
         ("a device is bound once", bind),
@@ -73,7 +72,7 @@ pub fn check(subject: &Subject) {
     }
 }
 
-/// Ends the process when `result` is not the failure `errno`.
+/// Ends the process unless `result` is the failure `errno`.
 #[track_caller]
 fn refused<T: std::fmt::Debug>(result: Result<T>, errno: Errno) {
     match result {
@@ -82,7 +81,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T>, errno: Errno) {
     }
 }
 
-/// A bound device; it is unbound when this is gone.
+/// A bound device, unbound on drop.
 struct Bound<'a> {
     subject: &'a Subject,
     dev: ObjectId,
@@ -99,7 +98,7 @@ impl<'a> Bound<'a> {
         &*self.subject.host
     }
 
-    /// Which IOMMU it is behind.
+    /// The IOMMU it is behind.
     fn iommu(&self) -> HwInfoData {
         self.host().get_hw_info(self.dev).expect("GET_HW_INFO").data
     }
@@ -130,7 +129,7 @@ impl<'a> Bound<'a> {
         memory.get(to.0) == word
     }
 
-    /// Whether the device reaches all of `memory`, which is at `iova`.
+    /// Whether the device reaches all of `memory`, mapped at `iova`.
     fn reaches(&mut self, memory: &Memory, iova: u64) -> bool {
         self.moves(memory, (0, iova), (memory.length() - 8, iova + memory.length() - 8))
     }

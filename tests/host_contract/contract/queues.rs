@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Fault queues, as far as a device without page requests gets.
+//! Fault queues, as far as possible without a device with page requests.
 
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use twostage::iommufd::{Errno, HwptAlloc, HwptData, HwptFlags, PageResponseCode,
 
 use super::{destroy, refused, Bound, Subject};
 
-/// Passes on what it is told.
+/// Forwards notifications.
 pub struct Told(Mutex<Sender<bool>>);
 
 impl Told {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Nesting on SMMUv3: stream table entries of the user's in a vIOMMU.
+//! Nesting on SMMUv3: the user's stream table entries in a vIOMMU.
 
 use std::sync::Arc;
 
@@ -16,11 +16,11 @@ use super::memory::Memory;
 use super::queues::Told;
 use super::{destroy, ioas_of, refused, Bound, Subject, BASE, PAGE};
 
-/// What the guest calls the device.
+/// The guest's StreamID of the device.
 const STREAM: u64 = 0x123;
 const ASID: u16 = 7;
 const IOVA: u64 = 0x234_5000;
-/// Offsets of what is in memory, which is at [`BASE`] of the parent.
+/// Offsets in memory, which is mapped at [`BASE`] of the parent.
 const CONTEXT: u64 = 0x4 * PAGE;
 const TABLES: u64 = 0;
 const FIRST: u64 = 0x10 * PAGE;
@@ -30,7 +30,7 @@ const OUT: u64 = 0x12 * PAGE;
 /// Normal memory, write-back.
 const MAIR: u64 = 0xff;
 
-/// Has four levels of tables (4 KiB, 48 bits) lead `iova` to `page` of the memory, or nowhere.
+/// Makes four levels of tables (4 KiB, 48 bits) map `iova` to `page` of the memory, or to nothing.
 fn lead(memory: &Memory, iova: u64, page: Option<u64>) {
     for level in 0..4u8 {
         let table = TABLES + u64::from(level) * PAGE;
@@ -50,7 +50,7 @@ fn lead(memory: &Memory, iova: u64, page: Option<u64>) {
     }
 }
 
-/// Writes the context descriptor that leads to the tables.
+/// Writes the context descriptor with the tables.
 fn context(memory: &Memory) {
     let qw0 = Cd0::new()
         .with_t0sz(16)
@@ -98,13 +98,13 @@ const fn tlbi_va(iova: u64) -> Command {
 
 /// `CMD_TLBI_NSNH_ALL`.
 const TLBI_ALL: Command = command(0x30, 0);
-/// `CMD_CFGI_CD` of a stream, and `CMD_SYNC`, which is not the user's to give.
+/// `CMD_CFGI_CD` of a stream, and `CMD_SYNC`, which users must not issue.
 const fn cfgi_cd(stream: u64) -> Command {
     command(0x05 | stream << 32, 1)
 }
 const SYNC: Command = command(0x46, 0);
 
-/// A vIOMMU and what is on it.
+/// A vIOMMU and its objects.
 struct Viommu {
     parent: ObjectId,
     viommu: ObjectId,
@@ -201,9 +201,9 @@ fn translations(bound: &mut Bound, memory: &Memory, viommu: &Viommu, nested: Obj
     assert!(bound.moves(memory, (FIRST, IOVA), (OUT, out)));
 }
 
-/// What commands the owner of stage 1 may give.
+/// The commands that the owner of stage 1 may issue.
 fn invalidations(bound: &Bound, viommu: &Viommu) {
-    // Unlike VT-d: nothing to do is malformed.
+    // Unlike VT-d: an empty array is malformed.
     refused(viommu.invalidate(bound, &[]), Errno::EINVAL);
     viommu.invalidate(bound, &[tlbi_va(IOVA); 256]).expect("HWPT_INVALIDATE");
     refused(viommu.invalidate(bound, &[tlbi_va(IOVA), SYNC]), Errno::EIO);
@@ -213,7 +213,7 @@ fn invalidations(bound: &Bound, viommu: &Viommu) {
     refused(on_parent.map_err(|error| error.error), Errno::EINVAL);
 }
 
-/// A fault of the device's arrives with the guest's own number.
+/// A fault of the device has the guest's StreamID.
 fn reported(bound: &mut Bound, queue: &dyn EventQueue) {
     let (watcher, told) = Told::new();
     queue.watch(watcher);
@@ -233,7 +233,7 @@ fn reported(bound: &mut Bound, queue: &dyn EventQueue) {
     assert_eq!(told.recv(), Ok(false));
 }
 
-/// Entries that bypass and abort; and one that asks for what it cannot have.
+/// Entries that bypass and abort; and one with forbidden fields.
 fn others(bound: &mut Bound, memory: &Memory, viommu: &Viommu) -> [ObjectId; 2] {
     let bypass = viommu.nested(bound, StreamConfig::Bypass);
     let abort = viommu.nested(bound, StreamConfig::Abort);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Nesting on VT-d: tables of the user's on a nesting parent.
+//! Nesting on VT-d: user-owned tables on a nesting parent.
 
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, HwInfoData, HwptData, HwptFlags,
@@ -11,7 +11,7 @@ use twostage::spec::vtd::regs::Ecap;
 use super::memory::Memory;
 use super::{destroy, ioas_of, refused, Bound, Subject, PAGE};
 
-/// What the tables lead on; memory is at 0 of the parent.
+/// The IOVA that the tables map; memory is at 0 of the parent.
 const IOVA: u64 = 0x234_5000;
 const TABLES: u64 = 0;
 const FIRST: u64 = 0x10 * PAGE;
@@ -20,7 +20,7 @@ const OUT: u64 = 0x12 * PAGE;
 /// Present, writable, user, accessed, dirty.
 const ENTRY: u64 = 0x67;
 
-/// Has the four levels of tables lead `iova` to `page`, or nowhere.
+/// Makes the four levels of tables map `iova` to `page`, or to nothing.
 fn lead(memory: &Memory, iova: u64, page: Option<u64>) {
     for level in (0..4).rev() {
         let table = TABLES + (3 - level) * PAGE;
@@ -68,11 +68,11 @@ pub fn check(subject: &Subject) {
     translations(&mut bound, &memory, nested);
     invalidations(&bound, parent, nested);
 
-    // Tables of a width that there is none of are refused when they are attached.
+    // Tables of an impossible width are refused on attach.
     let odd = iommu_hwpt_vtd_s1 { addr_width: 40, ..tables };
     let odd = bound.hwpt(parent, HwptFlags::new(), HwptData::VtdS1(odd)).expect("a HWPT");
     refused(host.device_attach(bound.dev, None, odd), Errno::EINVAL);
-    // Linux may have blocked the device by then: whoever attaches lets go first.
+    // Linux may have blocked the device by then: detach first.
     bound.detach();
     bound.attach(parent);
     assert!(bound.moves(&memory, (FIRST, FIRST), (OUT, OUT)));
@@ -104,7 +104,7 @@ fn stopped(result: std::result::Result<(), InvalidateError>, errno: Errno, done:
     assert_eq!((error.error.errno, error.done), (errno, done), "{error}");
 }
 
-/// What entries may say, and how far the host comes.
+/// Valid and invalid entries, and how far the host gets.
 fn invalidations(bound: &Bound, parent: ObjectId, nested: ObjectId) {
     let host = bound.host();
     let invalidate =

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! VFIO as programs knew it before iommufd: a container, a group, a device of the group.
+//! VFIO before iommufd: a container, a group, a device of the group.
 #![allow(unsafe_code)]
 
 use crate::processes::child;
@@ -14,15 +14,15 @@ const IOVA: u64 = 0x10_0000;
 
 /// An ioctl that takes a number, or an address.
 fn call(fd: i32, number: u32, argument: u64) -> Result<i32> {
-    // SAFETY: the ioctls below take a number, or the address of what they ask for.
+    // SAFETY: the ioctls below take a number, or the address of a structure.
     match unsafe { libc::ioctl(fd, request(vfio(number)), argument) } {
         -1 => Err(Error::last_os_error()),
         value => Ok(value),
     }
 }
 
-/// Maps, lets the device at the PCI address `device` of the group at `path` do DMA, and unmaps;
-/// then has the group and the character device `own` of it exclude each other.
+/// Maps, makes the device at the PCI address `device` of the group at `path` do DMA, and unmaps;
+/// then checks that the group and its character device `own` exclude each other.
 pub fn run(path: &str, device: &str, own: &str) {
     let container = open("/dev/vfio/vfio");
     println!("version {:?}, type1v2 {:?}", call(container, 0, 0).ok(), call(container, 1, 3).ok());
@@ -66,7 +66,7 @@ pub fn run(path: &str, device: &str, own: &str) {
     device.start().expect("the device");
     println!("map: {}", outcome(ioctl(container, vfio(13), &mut map)));
     println!("the other descriptor: fetch {}", device.fetch(IOVA, 16));
-    // By its own character device, of which the program has one anyway.
+    // Through the group's character device, which the program has open anyway.
     let iommufd = open("/dev/iommu");
     let mut own = Device::open(own);
     println!("bind beside the group: {}", outcome(own.bind(iommufd)));

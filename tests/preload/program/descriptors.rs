@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What can be done with the descriptors, and what is said of the paths.
+//! Operations on the descriptors, and on the paths.
 #![allow(unsafe_code)]
 
 use crate::processes::child;
@@ -42,13 +42,13 @@ pub fn run() {
         println!("read {} {}", libc::read(third, (&raw mut libc::environ).cast(), 0), errno());
         println!("close all: {}", libc::close_range(3, u32::MAX, 0));
     }
-    // It works on, with objects of its own.
+    // The descriptor still works, with separate objects.
     let fd = open("/dev/iommu");
     println!("{fd}: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
     println!("no pointer: {}", outcome(ioctl_null(fd)));
 }
 
-/// What a read of an iommufd at an offset fails with: a socket would say ESPIPE.
+/// The error of reading an iommufd at an offset: a socket would fail with ESPIPE.
 fn read_at(fd: RawFd) -> i32 {
     let mut byte = 0u8;
     // SAFETY: there is room for the byte.
@@ -57,14 +57,14 @@ fn read_at(fd: RawFd) -> i32 {
 }
 
 fn close_all(flags: i32) -> String {
-    // SAFETY: the descriptors are this file's functions'.
+    // SAFETY: the descriptors belong to functions of this file.
     match unsafe { libc::close_range(3, u32::MAX, flags) } {
         0 => "0".to_owned(),
         result => format!("{result} errno {}", errno()),
     }
 }
 
-/// Ranges that close nothing, or nothing for other threads.
+/// Ranges that close nothing, or nothing of other threads.
 pub fn ranges() {
     const UNSHARE: i32 = libc::CLOSE_RANGE_UNSHARE as i32;
     let fd = open("/dev/iommu");

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The nested flow: guest memory behind a nesting parent, guest tables on it, DMA through both.
+//! The nested flow: guest memory on a nesting parent, guest tables on it, DMA through both.
 #![allow(unsafe_code)]
 
 use crate::guest::{Guest, MEMORY, PAGE};
 use crate::uapi::*;
 
-/// Where the guest has its tables, and two pages for data.
+/// The guest's tables, and two pages for data.
 pub const TABLES: u64 = 0x10_0000;
 pub const FIRST: u64 = 0x20_0000;
 pub const SECOND: u64 = 0x20_1000;
-/// What the guest calls the data.
+/// The guest's address of the data.
 pub const IOVA: u64 = 0x12_3456_7000;
 /// Present, writable, user, accessed, dirty.
 const ENTRY: u64 = 0x67;
 
-/// Has the tables of four levels lead `iova` to `page`; `None`: nowhere.
+/// Makes the tables of four levels map `iova` to `page`; `None`: to nothing.
 pub fn map(guest: &Guest, iova: u64, page: Option<u64>) {
     for level in (0..4u64).rev() {
         // One table for each level is enough.
@@ -29,7 +29,7 @@ pub fn map(guest: &Guest, iova: u64, page: Option<u64>) {
     }
 }
 
-/// A fault queue that nobody reports faults to.
+/// A fault queue without faults.
 fn faults(iommufd: i32) {
     let (id, fd) = fault_queue(iommufd).expect("FAULT_QUEUE_ALLOC");
     let mut poll = libc::pollfd { fd, events: libc::POLLIN | libc::POLLOUT, revents: 0 };

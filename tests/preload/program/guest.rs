@@ -23,14 +23,14 @@ impl Guest {
         Self(memory.cast())
     }
 
-    /// Where it is in this process.
+    /// Its address in this process.
     pub fn address(&self) -> u64 {
         self.0 as u64
     }
 
     fn word(&self, address: u64) -> &AtomicU64 {
         assert!(address.is_multiple_of(8) && address < MEMORY);
-        // SAFETY: it lies in the mapping, is aligned, and devices access it too, like another
+        // SAFETY: it is within the mapping, aligned, and accessed by devices like by another
         // thread.
         unsafe { &*self.0.add(address as usize).cast() }
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A program that speaks iommufd and VFIO in raw ioctls, and prints what it sees.
+//! A program that uses iommufd and VFIO by raw ioctls, and prints the results.
 //!
 //!   raw-ioctls flow DEVICE      the nested flow on a VFIO device behind a VT-d
 //!   raw-ioctls smmu DEVICE      the same behind an SMMUv3
 //!   raw-ioctls NAME             one of the others; see `main`
 //!
-//! It knows nothing of where `/dev/iommu` comes from. It panics when a system call fails that must
-//! not; what may differ is printed, and compared by whoever started it.
+//! It does not depend on who provides `/dev/iommu`. It panics if a required system call fails;
+//! results that may differ are printed, and compared by whoever started it.
 
 mod container;
 mod descriptors;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that is mapped for a device stays its memory, whatever the program does with the
-//! addresses.
+//! Memory mapped for a device stays accessible to it, whatever the program does with the addresses.
 #![allow(unsafe_code)]
 
 use crate::uapi::*;
@@ -15,7 +14,7 @@ fn map(flags: i32, fd: i32, at: *mut libc::c_void) -> *mut libc::c_void {
 }
 
 fn unmap(address: *mut libc::c_void) -> i32 {
-    // SAFETY: nothing of ours refers to it any more.
+    // SAFETY: nothing refers to it any more.
     unsafe { libc::munmap(address, LENGTH) }
 }
 
@@ -24,14 +23,14 @@ fn first_byte(address: *mut libc::c_void) -> u8 {
     unsafe { address.cast::<u8>().read_volatile() }
 }
 
-/// What the kernel says to have pinned of this process.
+/// This process's pinned memory according to the kernel.
 fn pinned() -> String {
     let status = std::fs::read_to_string("/proc/self/status").expect("the status");
     let line = status.lines().find_map(|line| line.strip_prefix("VmPin:"));
     line.expect("VmPin").trim().to_owned()
 }
 
-/// The device at `path` is let loose on memory that is unmapped, and on memory that is replaced.
+/// Makes the device at `path` access memory that is unmapped, and memory that is replaced.
 pub fn run(path: &str) {
     let iommufd = open("/dev/iommu");
     let mut device = Device::open(path);
@@ -59,15 +58,15 @@ pub fn run(path: &str) {
 
     println!("pinned: {}", pinned());
     println!("unmap shared: {}", unmap(shared));
-    // Somebody else's memory where the device's was.
+    // Unrelated memory in place of the device's.
     let other = map(libc::MAP_PRIVATE | anonymous | libc::MAP_FIXED, -1, shared);
     assert_eq!(other, shared);
     // SAFETY: the source and both views are mapped.
     unsafe { view.cast::<u8>().write_volatile(7) };
     println!("fetch {}, store {}", device.fetch(0x10_0000, 1), device.store(0x10_1000, 1));
-    // SAFETY: it is in the view.
+    // SAFETY: it is within the view.
     println!("the file has {}, the other memory {}", first_byte(unsafe { view.add(0x1000) }), {
-        // SAFETY: it is in the other memory.
+        // SAFETY: it is within the other memory.
         first_byte(unsafe { other.add(0x1000) })
     });
 
@@ -79,7 +78,7 @@ pub fn run(path: &str) {
     println!("pinned: {}", pinned());
     println!("unmap: {:#x}", ioas_unmap(iommufd, ioas, 0, u64::MAX).expect("IOAS_UNMAP"));
     println!("store {}", device.store(0x20_0000, 1));
-    // What was unmapped first is so now.
+    // What was unmapped first is still unmapped.
     let residents = &mut [0u8; LENGTH / 0x1000];
     // SAFETY: there is room for a byte for each page.
     let mapped = unsafe { libc::mincore(private, LENGTH, residents.as_mut_ptr()) } == 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page requests: a device asks for a page that the guest's tables do not have, and goes on when it
-//! is told that they have it.
+//! Page requests: a device requests a page that is missing in the guest's tables, and continues
+//! after a response that it is there.
 #![allow(unsafe_code)]
 
 use std::io::{Error, Result};
@@ -18,7 +18,7 @@ use crate::uapi::*;
 const SUCCESS: u32 = 0;
 const INVALID: u32 = 1;
 
-/// The request that waits in the fault queue `fd`; none when none does.
+/// The pending request in the fault queue `fd`, if any.
 fn asked(fd: RawFd) -> Option<iommu_hwpt_pgfault> {
     let mut fault = iommu_hwpt_pgfault::default();
     let size = size_of::<iommu_hwpt_pgfault>();
@@ -27,7 +27,7 @@ fn asked(fd: RawFd) -> Option<iommu_hwpt_pgfault> {
     (read == size as isize).then_some(fault)
 }
 
-/// Answers a request.
+/// Responds to a request.
 fn respond(fd: RawFd, cookie: u32, code: u32) -> Result<()> {
     let response = iommu_hwpt_page_response { cookie, code };
     let size = size_of::<iommu_hwpt_page_response>();
@@ -44,7 +44,7 @@ fn is_readable(fd: RawFd) -> bool {
     unsafe { libc::poll(&mut poll, 1, 0) == 1 }
 }
 
-/// On the device at `path`, which asks for pages.
+/// On the device at `path`, which sends page requests.
 pub fn run(path: &str) {
     let guest = Guest::new();
     let iommufd = open("/dev/iommu");
@@ -58,7 +58,7 @@ pub fn run(path: &str) {
     let nested = nested(iommufd, dev, parent, TABLES, Some(id)).expect("nested tables");
     println!("attach: {}", outcome(device.attach(nested)));
 
-    // What is in the buffer comes from the guest, too.
+    // The contents of the buffer come from the guest, too.
     map(&guest, IOVA, Some(FIRST));
     guest.set(FIRST, 0x1111);
     assert!(device.fetch(IOVA, 8));
@@ -77,7 +77,7 @@ pub fn run(path: &str) {
     println!("busy {}, {:?}", device.is_busy(), device.result());
     println!("respond again: {}", outcome(respond(faults, cookie, SUCCESS)));
 
-    // It is not there although that is said; then it is refused.
+    // The response claims that it is there; then it is refused.
     device.start_store(IOVA + 0x2000, 8);
     for code in [SUCCESS, SUCCESS, INVALID] {
         let fault = asked(faults).expect("a request");
@@ -93,7 +93,7 @@ pub fn run(path: &str) {
     println!("busy {}, {:x?}", device.is_busy(), device.result());
     println!("nothing to read: {}", asked(faults).is_none());
 
-    // A child of this process serves.
+    // A child process serves.
     device.attach(nested).expect("attach");
     device.start_store(IOVA + 0x2000, 8);
     child(|| {
@@ -103,7 +103,7 @@ pub fn run(path: &str) {
     });
     println!("busy {}, {:?}", device.is_busy(), device.result());
 
-    // Nobody ever does.
+    // Nobody responds.
     device.start_store(IOVA + 0x3000, 8);
     let cookie = asked(faults).expect("a request").cookie;
     drop(device);

@@ -10,7 +10,7 @@ use std::ptr::null_mut;
 
 /// Runs `work` in a child, and waits for it.
 pub fn child(work: impl FnOnce()) {
-    // SAFETY: this program has no other threads of its own here.
+    // SAFETY: this program has no other threads here.
     match unsafe { libc::fork() } {
         0 => {
             work();
@@ -36,7 +36,7 @@ fn shared_page() -> u64 {
     page as u64
 }
 
-/// A child works on the objects of its parent; what it opens is its own.
+/// A child works on its parent's objects; what it opens is separate.
 pub fn fork() {
     let fd = open("/dev/iommu");
     let ioas = ioas_alloc(fd).expect("IOAS_ALLOC");
@@ -51,11 +51,11 @@ pub fn fork() {
     println!("unmap in the parent: {:#x}", ioas_unmap(fd, ioas, 0, u64::MAX).expect("UNMAP"));
     println!("next: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
 
-    // The parent closes its descriptor: the objects live on in the child, and end with it.
+    // The parent closes its descriptor: the objects stay in the child, and end with it.
     let mut ends = [0; 2];
     // SAFETY: there is room for two.
     assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
-    // SAFETY: this program has no other threads of its own.
+    // SAFETY: this program has no other threads.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let mut byte = 0u8;
@@ -72,14 +72,13 @@ pub fn fork() {
         assert_eq!(libc::waitpid(pid, null_mut(), 0), pid);
     }
 
-    // The owner ends before its child. The child tells through a pipe.
-    // SAFETY: as above.
+    // The owner exits before its child, which prints through a pipe. SAFETY: as above.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let fd = open("/dev/iommu");
         // SAFETY: as above.
         if unsafe { libc::fork() } == 0 {
-            // SAFETY: asks for the parent; the loop ends when it is another.
+            // SAFETY: queries the parent; the loop ends when it changes.
             while unsafe { libc::getppid() } != std::os::unix::process::parent_id() as i32 {}
             let mut byte = 0u8;
             // The owner's end of the pipe is closed with it.
@@ -95,14 +94,14 @@ pub fn fork() {
         // SAFETY: ends the process.
         unsafe { libc::_exit(0) }
     }
-    // SAFETY: waits for the owner, then for the child: it has the last end of standard output.
+    // SAFETY: waits for the owner, then for the child, which has the last end of standard output.
     unsafe {
         assert_eq!(libc::waitpid(pid, null_mut(), 0), pid);
         libc::close(ends[1]);
     }
 }
 
-/// What a child of vfork does: it closes and duplicates descriptors, in its parent's memory.
+/// A child of vfork: closes and duplicates descriptors, in its parent's memory.
 extern "C" fn vforked(fd: *mut libc::c_void) -> libc::c_int {
     let fd = fd as usize as RawFd;
     // SAFETY: the descriptors are copies of the parent's.
@@ -115,14 +114,14 @@ extern "C" fn vforked(fd: *mut libc::c_void) -> libc::c_int {
     }
 }
 
-/// A child that has the memory of its parent, and descriptors of its own.
+/// A child that shares its parent's memory, but not its descriptors.
 pub fn vfork() {
     let fd = open("/dev/iommu");
     let ioas = ioas_alloc(fd).expect("IOAS_ALLOC");
     let mut stack = vec![0u128; 0x1000];
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
     let mut status = 0;
-    // SAFETY: the stack is the child's alone until it ends, which this waits for.
+    // SAFETY: only the child uses the stack until it exits, which this waits for.
     unsafe {
         let top = stack.as_mut_ptr_range().end.cast();
         let pid = libc::clone(vforked, top, flags, fd as usize as *mut libc::c_void);
@@ -158,17 +157,16 @@ pub fn exec() {
     println!("next: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
 }
 
-/// What that program does.
+/// The code of that program.
 pub fn inherited(fd: RawFd) {
     println!("inherited: IOAS {}", ioas_alloc(fd).expect("IOAS_ALLOC"));
 }
 
-/// A thread that uses a descriptor in every way while another one closes it: nobody waits.
+/// A thread that uses a descriptor in every way while another one closes it: nobody blocks.
 pub fn closing() {
     const ROUNDS: u32 = 3_000;
     let iommufd = open("/dev/iommu");
-    // To be read alone: empty.
-    // SAFETY: the path is a C string.
+    // Read-only: empty. SAFETY: the path is a C string.
     let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY) };
     let start = std::sync::Barrier::new(2);
     let fd = std::sync::atomic::AtomicI32::new(-1);
@@ -222,7 +220,7 @@ pub fn closing() {
     println!("rounds: {ROUNDS}");
 }
 
-/// Threads that open, map, unmap, duplicate and close at once.
+/// Threads that open, map, unmap, duplicate and close concurrently.
 pub fn threads() {
     let shared = open("/dev/iommu");
     let ioas = ioas_alloc(shared).expect("IOAS_ALLOC");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Raw ioctls of vIOMMUs, and what an SMMUv3 finds in memory.
+//! Raw ioctls of vIOMMUs, and an SMMUv3's structures in memory.
 #![allow(unsafe_code)]
 
 use std::io::Result;
@@ -11,14 +11,14 @@ use iommufd_bindings::*;
 use crate::guest::{Guest, PAGE};
 use crate::uapi::{hwpt_alloc, ioctl};
 
-/// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`, which also is the number of its events and of its GET_HW_INFO
-/// less one.
+/// `IOMMU_VIOMMU_TYPE_ARM_SMMUV3`, which is also the number of its events, and one less than that
+/// of its GET_HW_INFO.
 const TYPE: u32 = 1;
 
 /// ASID of the guest's tables.
 const ASID: u64 = 7;
 
-/// The address of a context descriptor, and of four tables behind each other.
+/// The addresses of a context descriptor, and of four adjacent tables.
 #[derive(Clone, Copy)]
 pub struct Tables {
     pub context: u64,
@@ -38,7 +38,7 @@ impl Tables {
         }
     }
 
-    /// Has the tables lead `iova` to `page`; `None`: nowhere.
+    /// Makes the tables map `iova` to `page`; `None`: to nothing.
     pub fn map(self, guest: &Guest, iova: u64, page: Option<u64>) {
         /// A page: AP, shareable, accessed, not global.
         const LEAF: u64 = 3 | 1 << 6 | 3 << 8 | 1 << 10 | 1 << 11;
@@ -54,7 +54,7 @@ impl Tables {
         }
     }
 
-    /// The user's half of a stream table entry: stage 1 by the context descriptor.
+    /// The user's half of a stream table entry: stage 1 with the context descriptor.
     pub fn entry(self) -> [u64; 2] {
         [1 | 5 << 1 | self.context, 1 << 2 | 1 << 4 | 3 << 6]
     }
@@ -106,7 +106,7 @@ pub fn viommu_alloc(fd: RawFd, dev: u32, hwpt: u32) -> Result<u32> {
     Ok(alloc.out_viommu_id)
 }
 
-/// The guest's name of a device.
+/// The guest's StreamID of a device.
 pub fn vdevice_alloc(fd: RawFd, viommu: u32, dev: u32, stream: u64) -> Result<u32> {
     let mut alloc = iommu_vdevice_alloc {
         size: size_of::<iommu_vdevice_alloc>() as u32,
@@ -119,7 +119,7 @@ pub fn vdevice_alloc(fd: RawFd, viommu: u32, dev: u32, stream: u64) -> Result<u3
     Ok(alloc.out_vdevice_id)
 }
 
-/// Events of the vIOMMU: their object, and its descriptor.
+/// A vEVENTQ of the vIOMMU: its object and its descriptor.
 pub fn veventq_alloc(fd: RawFd, viommu: u32) -> Result<(u32, RawFd)> {
     let mut alloc = iommu_veventq_alloc {
         size: size_of::<iommu_veventq_alloc>() as u32,
@@ -146,7 +146,7 @@ pub fn nested_stream(fd: RawFd, dev: u32, pt: u32, ste: [u64; 2]) -> Result<u32>
     hwpt_alloc(fd, alloc)
 }
 
-/// Gives commands to a vIOMMU; returns how many the kernel says it did.
+/// Gives commands to a vIOMMU; returns the number completed according to the kernel.
 pub fn issue(fd: RawFd, viommu: u32, commands: &[[u64; 2]]) -> (Result<()>, u32) {
     let mut invalidate = iommu_hwpt_invalidate {
         size: size_of::<iommu_hwpt_invalidate>() as u32,
@@ -162,7 +162,7 @@ pub fn issue(fd: RawFd, viommu: u32, commands: &[[u64; 2]]) -> (Result<()>, u32)
     (result, invalidate.entry_num)
 }
 
-/// What an event record says.
+/// The fields of an event record.
 pub struct Event {
     /// Flags of the header.
     pub flags: u32,

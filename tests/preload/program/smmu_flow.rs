@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The nested flow on an SMMUv3: guest memory behind a nesting parent, a vIOMMU on it, a stream of
-//! the guest's through its context descriptor and tables. The same program runs over Linux's own
-//! iommufd; what it prints must be the same.
+//! The nested flow on an SMMUv3: guest memory on a nesting parent, a vIOMMU on it, a guest's stream
+//! with its context descriptor and tables. The same program runs on Linux's iommufd, with the same
+//! output.
 #![allow(unsafe_code)]
 
 use crate::guest::{Guest, MEMORY, PAGE};
 use crate::smmu::*;
 use crate::uapi::*;
 
-/// What the guest has where.
+/// Addresses in the guest.
 const TABLES: Tables = Tables { context: 0x11_0000, tables: 0x10_0000 };
 const FIRST: u64 = 0x20_0000;
 const SECOND: u64 = 0x20_1000;
-/// What the guest calls the data, and the device.
+/// The guest's names of the data and the device.
 const IOVA: u64 = 0x234_5000;
 const STREAM: u64 = 0x123;
 
-/// Where Linux keeps doorbells of interrupt controllers.
+/// Linux's MSI window.
 const MSI_WINDOW: u64 = 0x0800_0000;
 
 /// A vIOMMU and its events.
 struct Viommu {
     iommufd: i32,
-    /// What it stands on.
+    /// What it depends on.
     ioas: u32,
     id: u32,
     queue: u32,
@@ -35,7 +35,7 @@ impl Viommu {
         println!("{what}: {}, {done} done", outcome(result));
     }
 
-    /// Prints the next event, and drops those behind it: one DMA may be several transactions.
+    /// Prints the next event, and drops those after it: one DMA may be several transactions.
     fn print_event(&self) {
         let Some(first) = event(self.events, 60_000) else {
             println!("no event");
@@ -98,7 +98,7 @@ pub fn run(path: &str) {
     println!("destroy IOAS: {}", outcome(destroy(iommufd, ioas)));
 }
 
-/// What of the lowest 4 GiB can be mapped: above, it depends on how many bits the IOMMU has.
+/// The mappable part of the lowest 4 GiB: above, it depends on the IOMMU's address width.
 fn print_usable(what: &str, iommufd: i32, ioas: u32) {
     const LAST: u64 = u32::MAX as u64;
     let ranges = ioas_iova_ranges(iommufd, ioas).expect("IOAS_IOVA_RANGES");
@@ -107,8 +107,8 @@ fn print_usable(what: &str, iommufd: i32, ioas: u32) {
     println!("{what}: {below:x?}");
 }
 
-/// An IOAS that maps something where messages go, or whose user asked for it, is none for the
-/// device.
+/// An IOAS that maps something in the MSI window, or whose user has reserved it, cannot be used for
+/// the device.
 fn window_is_in_the_way(guest: &Guest, device: &Device, iommufd: i32) {
     let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
     let window = ioas_map(iommufd, ioas, guest.address(), PAGE, MSI_WINDOW);
@@ -120,7 +120,7 @@ fn window_is_in_the_way(guest: &Guest, device: &Device, iommufd: i32) {
     println!("destroy: {}", outcome(destroy(iommufd, ioas)));
 }
 
-/// Stream table entries that abort and bypass, and some that none can have.
+/// Stream table entries that abort and bypass, and some invalid ones.
 fn entries(viommu: &Viommu, guest: &Guest, device: &Device, dev: u32) {
     let Viommu { iommufd, id, .. } = *viommu;
     let with = |words| nested_stream(iommufd, dev, id, words);
@@ -141,7 +141,7 @@ fn entries(viommu: &Viommu, guest: &Guest, device: &Device, dev: u32) {
     println!("destroy bypass: {}", outcome(destroy(iommufd, bypass)));
 }
 
-/// Stage 1 of the guest's.
+/// The guest's stage 1.
 fn translated(viommu: &Viommu, guest: &Guest, device: &Device, dev: u32) {
     let Viommu { iommufd, id, .. } = *viommu;
     let hwpt = nested_stream(iommufd, dev, id, TABLES.entry()).expect("nested");

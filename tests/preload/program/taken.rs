@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a program may do to memory and files that are mapped for a device, and which files can be.
+//! What a program may do to memory and files that are mapped for a device, and which files can be
+//! mapped.
 #![allow(unsafe_code)]
 
 use crate::uapi::*;
@@ -28,7 +29,7 @@ fn first_byte(address: *mut libc::c_void) -> u8 {
     unsafe { address.cast::<u8>().read_volatile() }
 }
 
-/// The device at `path` reaches memory whatever the program may do there.
+/// The device at `path` accesses memory whatever the program may do there.
 pub fn protected(path: &str) {
     let iommufd = open("/dev/iommu");
     let mut device = Device::open(path);
@@ -66,7 +67,7 @@ pub fn protected(path: &str) {
     println!("truncated: fetch {}", device.fetch(2 * IOVA, 8));
 }
 
-/// Which files can be mapped, and what one access to the device at `path` may be of.
+/// Which files can be mapped, and the size of single accesses to the device at `path`.
 pub fn files(path: &str) {
     let iommufd = open("/dev/iommu");
     let mut device = Device::open(path);

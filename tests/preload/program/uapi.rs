@@ -18,7 +18,7 @@ pub fn request(number: u32) -> libc::c_ulong {
 
 /// `ioctl(2)` with a structure.
 pub fn ioctl<T>(fd: RawFd, number: u32, argument: &mut T) -> Result<()> {
-    // SAFETY: all ioctls here take a structure that says its own size, and `T` is it.
+    // SAFETY: all ioctls here take a structure with its size, and `T` is that.
     let result = unsafe { libc::ioctl(fd, request(number), argument) };
     if result < 0 {
         Err(Error::last_os_error())
@@ -53,7 +53,7 @@ pub fn ioas_alloc(fd: RawFd) -> Result<u32> {
     Ok(alloc.out_ioas_id)
 }
 
-/// Maps `length` bytes at `address` as `iova`, to be read and written.
+/// Maps `length` bytes at `address` as `iova`, readable and writable.
 pub fn ioas_map(fd: RawFd, ioas: u32, address: u64, length: u64, iova: u64) -> Result<()> {
     /// Fixed address, writeable, readable.
     const FLAGS: u32 = 0b111;
@@ -69,7 +69,7 @@ pub fn ioas_map(fd: RawFd, ioas: u32, address: u64, length: u64, iova: u64) -> R
     ioctl(fd, IOMMUFD_CMD_IOAS_MAP, &mut map)
 }
 
-/// Unmaps; returns how many bytes were.
+/// Unmaps; returns the number of bytes.
 pub fn ioas_unmap(fd: RawFd, ioas: u32, iova: u64, length: u64) -> Result<u64> {
     let size = size::<iommu_ioas_unmap>();
     let mut unmap = iommu_ioas_unmap { size, ioas_id: ioas, iova, length };
@@ -77,7 +77,7 @@ pub fn ioas_unmap(fd: RawFd, ioas: u32, iova: u64, length: u64) -> Result<u64> {
     Ok(unmap.length)
 }
 
-/// What can be mapped: first and last IOVA of each range, at most four.
+/// The mappable IOVAs: first and last of each range, at most four.
 pub fn ioas_iova_ranges(fd: RawFd, ioas: u32) -> Result<Vec<(u64, u64)>> {
     let mut ranges = [iommu_iova_range::default(); 4];
     let mut call = iommu_ioas_iova_ranges {
@@ -92,7 +92,7 @@ pub fn ioas_iova_ranges(fd: RawFd, ioas: u32) -> Result<Vec<(u64, u64)>> {
     Ok(ranges.map(|range| (range.start, range.last)).collect())
 }
 
-/// Asks for the IOVAs from `start` to `last`, both included.
+/// Limits placement to the IOVAs from `start` to `last`, inclusive.
 pub fn ioas_allow_iovas(fd: RawFd, ioas: u32, start: u64, last: u64) -> Result<()> {
     let range = iommu_iova_range { start, last };
     let mut call = iommu_ioas_allow_iovas {
@@ -110,7 +110,7 @@ pub fn destroy(fd: RawFd, id: u32) -> Result<()> {
     ioctl(fd, IOMMUFD_CMD_DESTROY, &mut destroy)
 }
 
-/// Whether the device is behind a VT-d, and its capability registers.
+/// The capability registers, if the device is behind a VT-d.
 pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<Option<iommu_hw_info_vtd>> {
     let mut vtd = iommu_hw_info_vtd::default();
     let mut info = iommu_hw_info {
@@ -126,7 +126,7 @@ pub fn hw_info_vtd(fd: RawFd, dev: u32) -> Result<Option<iommu_hw_info_vtd>> {
     Ok((kind == 1).then_some(vtd))
 }
 
-/// Starts, or ends, the recording of what devices write to.
+/// Starts or stops dirty tracking.
 pub fn track_dirty(fd: RawFd, hwpt: u32, enable: bool) -> Result<()> {
     let size = size::<iommu_hwpt_set_dirty_tracking>();
     let flags = u32::from(enable);
@@ -135,7 +135,7 @@ pub fn track_dirty(fd: RawFd, hwpt: u32, enable: bool) -> Result<()> {
     ioctl(fd, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, &mut set)
 }
 
-/// The pages of `length` bytes from address 0 on that were written to since the last call.
+/// The dirty pages of `length` bytes from address 0 on, since the last call.
 pub fn dirty_pages(fd: RawFd, hwpt: u32, length: u64) -> Result<Vec<u64>> {
     let mut bitmap = vec![0u64; (length / 4096 / 64) as usize];
     let mut get = iommu_hwpt_get_dirty_bitmap {
@@ -151,14 +151,14 @@ pub fn dirty_pages(fd: RawFd, hwpt: u32, length: u64) -> Result<Vec<u64>> {
     Ok((0..length / 4096).filter(is_dirty).collect())
 }
 
-/// A fault queue: its object, and its descriptor.
+/// A fault queue: its object and its descriptor.
 pub fn fault_queue(fd: RawFd) -> Result<(u32, RawFd)> {
     let mut alloc = iommu_fault_alloc { size: size::<iommu_fault_alloc>(), ..Default::default() };
     ioctl(fd, IOMMUFD_CMD_FAULT_QUEUE_ALLOC, &mut alloc)?;
     Ok((alloc.out_fault_id, alloc.out_fault_fd as RawFd))
 }
 
-/// A nesting parent on `ioas` that can tell what was written to.
+/// A nesting parent on `ioas` with dirty tracking.
 pub fn nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
     /// `IOMMU_HWPT_ALLOC_NEST_PARENT`, `IOMMU_HWPT_ALLOC_DIRTY_TRACKING`.
     const NEST_PARENT: u32 = 0b11;
@@ -168,14 +168,14 @@ pub fn nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
     )
 }
 
-/// A nesting parent on `ioas` that can not.
+/// A nesting parent on `ioas` without it.
 pub fn plain_nesting_parent(fd: RawFd, dev: u32, ioas: u32) -> Result<u32> {
     // `IOMMU_HWPT_ALLOC_NEST_PARENT`.
     hwpt_alloc(fd, iommu_hwpt_alloc { flags: 1, dev_id: dev, pt_id: ioas, ..Default::default() })
 }
 
 /// Tables of 48 bits at `tables` (an address of the parent), nested on `parent`; page requests go
-/// to `faults`, if that is one.
+/// to `faults`, if given.
 pub fn nested(fd: RawFd, dev: u32, parent: u32, tables: u64, faults: Option<u32>) -> Result<u32> {
     /// `IOMMU_HWPT_FAULT_ID_VALID`.
     const FAULT_ID_VALID: u32 = 1 << 2;
@@ -200,7 +200,8 @@ pub fn hwpt_alloc(fd: RawFd, mut alloc: iommu_hwpt_alloc) -> Result<u32> {
     Ok(alloc.out_hwpt_id)
 }
 
-/// Invalidates `pages` pages at each address; returns how many entries the kernel says it did.
+/// Invalidates `pages` pages at each address; returns the number of entries completed according to
+/// the kernel.
 pub fn invalidate(fd: RawFd, hwpt: u32, ranges: &[(u64, u64)]) -> (Result<()>, u32) {
     let entries: Vec<iommu_hwpt_vtd_s1_invalidate> = ranges
         .iter()
@@ -228,7 +229,7 @@ pub fn invalidate(fd: RawFd, hwpt: u32, ranges: &[(u64, u64)]) -> (Result<()>, u
 pub struct Device {
     file: File,
     bar: u64,
-    /// The registers that say what became of a DMA are there.
+    /// It has the registers with the result of a DMA.
     pub tells: bool,
 }
 
@@ -237,7 +238,7 @@ pub const fn vfio(n: u32) -> u32 {
     100 + n
 }
 
-/// Where the device has its buffer.
+/// Offset of the device's buffer.
 const BUFFER: u64 = 0x4_0000;
 
 impl From<File> for Device {
@@ -255,7 +256,7 @@ impl Device {
         std::os::fd::AsRawFd::as_raw_fd(&self.file)
     }
 
-    /// Binds it to `iommufd`, finds its registers and lets it make requests; its object.
+    /// Binds it to `iommufd`, finds its registers and enables requests; returns its object.
     pub fn bind(&mut self, iommufd: RawFd) -> Result<u32> {
         // argsz, flags, iommufd, out_devid
         let mut bind = [16, 0, iommufd as u32, 0];
@@ -264,7 +265,7 @@ impl Device {
         Ok(bind[3])
     }
 
-    /// Finds the registers and lets the device make requests.
+    /// Finds the registers and enables requests.
     pub fn start(&mut self) -> Result<()> {
         self.bar = self.region(0);
         let config = self.region(7);
@@ -272,12 +273,12 @@ impl Device {
         self.file.read_exact_at(&mut id, config)?;
         assert_eq!(u32::from_le_bytes(id), 0x11e8_1234, "the educational device");
         self.file.write_all_at(&[0b110], config + 4)?;
-        // Twostage's; elsewhere it is all ones.
+        // Twostage's register; all ones elsewhere.
         self.tells = self.read(0xa8) != u64::MAX;
         Ok(())
     }
 
-    /// Accesses of more than a register at once.
+    /// Accesses that are larger than a register.
     pub fn print_whole_accesses(&self) {
         let config = self.region(7);
         let mut bytes = [0u8; 300];
@@ -296,7 +297,7 @@ impl Device {
         println!("written: {written}, {:?}", [0x80, 0x88, 0x90].map(|at| self.read(at)));
     }
 
-    /// Where the region `index` is in the file.
+    /// Offset of the region `index` in the file.
     fn region(&self, index: u32) -> u64 {
         // argsz, flags, index, cap_offset, size, offset
         let mut info = [0u32; 8];
@@ -327,7 +328,7 @@ impl Device {
         self.file.write_all_at(&value.to_le_bytes(), self.bar + register).expect("a register");
     }
 
-    /// Has the device copy `count` bytes.
+    /// Makes the device copy `count` bytes.
     fn start_dma(&self, source: u64, destination: u64, count: u64, command: u64) {
         for (register, value) in [(0x80, source), (0x88, destination), (0x90, count)] {
             self.write(register, value);
@@ -335,18 +336,18 @@ impl Device {
         self.write(0x98, command | 1);
     }
 
-    /// Whether it still does.
+    /// Whether that is in progress.
     pub fn is_busy(&self) -> bool {
         self.read(0x98) & 1 != 0
     }
 
-    /// What became of that, and where it was refused, if it was; elsewhere than on Twostage's both
-    /// are all ones.
+    /// The result, and the address where it was blocked, if it was; all ones on other devices than
+    /// Twostage's.
     pub fn result(&self) -> (u64, u64) {
         (self.read(0xa8), self.read(0xb0))
     }
 
-    /// Has the device copy `count` bytes; whether it could, as far as it tells.
+    /// Makes the device copy `count` bytes; returns whether it succeeded, if the device reports it.
     fn dma(&self, source: u64, destination: u64, count: u64, command: u64) -> bool {
         self.start_dma(source, destination, count, command);
         while self.is_busy() {
@@ -355,17 +356,17 @@ impl Device {
         !self.tells || self.result().0 == 0
     }
 
-    /// Has the device begin to write its buffer to `iova`.
+    /// Makes the device start to write its buffer to `iova`.
     pub fn start_store(&self, iova: u64, count: u64) {
         self.start_dma(BUFFER, iova, count, 2);
     }
 
-    /// Has the device read `count` bytes at `iova` into its buffer.
+    /// Makes the device read `count` bytes at `iova` into its buffer.
     pub fn fetch(&self, iova: u64, count: u64) -> bool {
         self.dma(iova, BUFFER, count, 0)
     }
 
-    /// Has the device write its buffer to `iova`.
+    /// Makes the device write its buffer to `iova`.
     pub fn store(&self, iova: u64, count: u64) -> bool {
         self.dma(BUFFER, iova, count, 2)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What each invalidation command drops, from the guest's command queue to the host's caches:
-//! compared after every step with naive caches of translations, and with all that may be cached of
-//! stream table entries and context descriptors.
+//! compared after every step with naive caches of translations, and with everything that may be
+//! cached of stream table entries and context descriptors.
 
 use std::cell::RefCell;
 
@@ -45,14 +45,14 @@ impl Format for Stage1 {
     }
 }
 
-/// What a cached translation is tagged by; all are of one VMID.
+/// The tag of a cached translation; all have one VMID.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Tag {
     Asid(u16),
     Global,
 }
 
-/// Drops what `command` asks for (§4.4).
+/// Drops what `command` requires (§4.4).
 fn forget(caches: &mut Caches<Tag>, command: &Command) {
     let (names, range): (Box<dyn Fn(Tag) -> bool>, _) = match *command {
         Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => (Box::new(|_| true), None),
@@ -70,7 +70,7 @@ fn forget(caches: &mut Caches<Tag>, command: &Command) {
     };
     let pages = if tg == 0 { 1 } else { (u64::from(num) + 1) << scale };
     let last = address + pages * PAGE - 1;
-    // TTL names the level of the leaves, if it names one; others need not go.
+    // If TTL gives the level of the leaves, others need not be dropped.
     let of_level = |height| tg == 0 || ttl == 0 || level(height) == ttl;
     caches.pages.retain(|page| {
         let hit = names(page.tag) && overlaps(page.iova, page.shift(), address, last);
@@ -97,7 +97,7 @@ fn range() -> impl Strategy<Value = AddressRange> {
     range.prop_filter("the specification reserves it", |range| !range.is_reserved())
 }
 
-/// Of VMIDs, which are the guest's and count for nothing here, and ASIDs, one of which nobody has.
+/// Of VMIDs, which are the guest's and ignored, and ASIDs, one of which is unused.
 fn tlbi() -> impl Strategy<Value = Command> {
     let (vmid, asid) = (prop_oneof![Just(0u16), Just(9)], 1u16..4);
     prop_oneof![
@@ -129,15 +129,15 @@ fn cfgi() -> impl Strategy<Value = Command> {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// An entry of the tables of this space is written.
+    /// Writes an entry of this space's tables.
     Write(usize, Write),
     /// The guest invalidates.
     Forget(Vec<Command>),
 }
 
-/// Steps, each with the pages that are read after it.
+/// Steps, each with the pages to read after it.
 fn steps() -> impl Strategy<Value = Vec<(Step, u64)>> {
-    // Commands of configuration name no translation.
+    // Configuration commands do not affect translations.
     let command = prop_oneof![8 => tlbi(), 1 => cfgi()];
     let step = prop_oneof![
         (0..2usize, write()).prop_map(|(space, write)| Step::Write(space, write)),
@@ -147,12 +147,12 @@ fn steps() -> impl Strategy<Value = Vec<(Step, u64)>> {
     prop::collection::vec((step, reads), 1..24)
 }
 
-/// Devices, each with the number of its tables and its ASID: apart, together, and the same tables
+/// Devices, each with the number of its tables and its ASID: separate, shared, and the same tables
 /// under two names.
 const LAYOUTS: [[(Bdf, usize, u16); 2]; 3] =
     [[(A, 0, 1), (B, 1, 2)], [(A, 0, 1), (B, 0, 1)], [(A, 0, 1), (B, 0, 2)]];
 
-/// What the devices read, and what they read by the model.
+/// The devices' reads, and those of the model.
 fn compare(
     machine: &Machine,
     users: &[(Bdf, usize, u16)],
@@ -172,19 +172,19 @@ fn compare(
     Ok(())
 }
 
-/// What a stream table entry says.
+/// A stream table entry.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Ste {
     Abort,
     Bypass,
-    /// By this one of the stream's context descriptors.
+    /// With this one of the stream's context descriptors.
     Context(usize),
 }
 
 #[derive(Debug, Clone)]
 enum Change {
     Ste(usize, Ste),
-    /// A context descriptor of a stream names the tables of this number, which have an ASID each.
+    /// A context descriptor of a stream gets the tables of this number, each with an ASID.
     Cd(usize, usize, usize),
     Forget(Vec<Command>),
 }
@@ -204,10 +204,10 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
 }
 
 const TABLES: usize = 3;
-/// A GPA, and mapped by every table.
+/// A GPA, which every table maps.
 const IOVA: u64 = 0xc0_0000;
 
-/// A stream with two context descriptors: what is in memory, and what may be cached beside that.
+/// A stream with two context descriptors: what is in memory, and what else may be cached.
 struct Stream {
     rid: Bdf,
     descriptors: [u64; 2],
@@ -218,7 +218,7 @@ struct Stream {
 }
 
 impl Stream {
-    /// Drops what `command` asks for (§4.3). With an entry its context descriptors go.
+    /// Drops what `command` requires (§4.3). An entry's context descriptors are dropped with it.
     fn forget(&mut self, command: &Command) {
         let this = StreamId::from(self.rid);
         let (entries, contexts) = match *command {

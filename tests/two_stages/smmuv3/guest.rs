@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest's SMMU driver: it builds tables in guest memory, and programs the unit by registers.
+//! A guest's SMMU driver: builds tables in guest memory, and programs the unit by registers.
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -32,23 +32,23 @@ const ADDRESS_BITS: u32 = 48;
 const IPS_48: u8 = 5;
 const GRANULE: Granule = Granule::K4;
 
-/// What a stream table entry says.
+/// A stream table entry.
 #[derive(Debug, Clone, Copy)]
 pub enum Entry {
     Abort,
     Bypass,
-    /// By the one context descriptor at this address.
+    /// With the single context descriptor at this address.
     Stage1 {
         cd: u64,
     },
 }
 
-/// How the queue answered.
+/// The queue's response.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Completion {
     /// CMDQ_CONS reached the end.
     Done,
-    /// It did not, but this many commands, for this reason.
+    /// It stopped after this many commands, for this reason.
     Stopped(usize, CommandError),
 }
 
@@ -59,9 +59,9 @@ pub struct Guest {
     streams: u64,
     commands: u64,
     events: u64,
-    /// Context descriptors, by the table and the ASID that they name.
+    /// Context descriptors, by their table and ASID.
     contexts: Mutex<HashMap<(u64, u16), u64>>,
-    /// What CMDQ_PROD was before the last commands.
+    /// CMDQ_PROD before the last commands.
     submitted: Mutex<u32>,
 }
 
@@ -74,7 +74,7 @@ impl Deref for Guest {
 }
 
 impl Guest {
-    /// A driver with a stream table that aborts all.
+    /// A driver with a stream table that aborts everything.
     pub fn new(memory: Memory, smmu: Arc<Smmu>) -> Self {
         let [streams, commands, events] = [(); 3].map(|()| memory.page());
         let guest = Self {
@@ -106,7 +106,7 @@ impl Guest {
         self.smmu.mmio_write(offset, &value.to_le_bytes());
     }
 
-    /// As a driver resets an SMMU: tables and queues, everything forgotten, then translation.
+    /// Resets the SMMU like a driver: tables and queues, full invalidation, then translation.
     pub fn enable(&self) {
         let queues = Cr0::new().with_cmdqen(true).with_eventqen(true);
         if Cr0::from_bits(self.read32(regs::CR0)) != queues {
@@ -126,14 +126,14 @@ impl Guest {
         self.set_cr0(queues.with_smmuen(true));
     }
 
-    /// Turns translation off; the queues stay.
+    /// Disables translation; the queues stay enabled.
     pub fn disable(&self) {
         self.set_cr0(Cr0::new().with_cmdqen(true).with_eventqen(true));
     }
 
     fn set_cr0(&self, cr0: Cr0) {
         self.write32(regs::CR0, cr0.into_bits());
-        // What the host refuses keeps the acknowledgement back; a driver that waits writes again.
+        // A host failure delays the acknowledgement; a waiting driver writes again.
         for _ in 0..3 {
             if self.read32(regs::CR0ACK) == cr0.into_bits() {
                 return;
@@ -147,7 +147,7 @@ impl Guest {
         base(self.commands, COMMAND_BITS).layout(COMMAND_SIZE, COMMAND_BITS)
     }
 
-    /// Puts `commands` and a CMD_SYNC into the queue, and moves CMDQ_PROD.
+    /// Puts `commands` and a CMD_SYNC into the queue, and writes CMDQ_PROD.
     pub fn submit(&self, commands: &[Command]) -> Completion {
         let queue = self.command_queue();
         let start = CmdqProd::from_bits(self.read32(regs::CMDQ_PROD)).wr();
@@ -164,7 +164,7 @@ impl Guest {
         self.completion()
     }
 
-    /// As [`Self::submit`], and goes on where the host failed.
+    /// As [`Self::submit`], and resumes after host failures.
     pub fn submit_all(&self, commands: &[Command]) {
         let mut completion = self.submit(commands);
         for _ in 0..3 {
@@ -176,7 +176,7 @@ impl Guest {
         panic!("the queue stands: {completion:?}");
     }
 
-    /// Acknowledges an error of the queue: the unit goes on at the command where it stopped.
+    /// Acknowledges an error of the queue: the unit resumes at the command where it stopped.
     pub fn resume(&self) -> Completion {
         self.write32(regs::GERRORN, self.read32(regs::GERROR));
         self.completion()
@@ -195,7 +195,7 @@ impl Guest {
         Completion::Stopped(done as usize, error)
     }
 
-    /// Changes a stream table entry; the unit does not know yet.
+    /// Changes a stream table entry, without invalidation.
     pub fn write_entry(&self, stream: StreamId, entry: Entry) {
         let low = Ste0::new().with_v(true);
         let high = Ste1::new().with_shcfg(1);
@@ -217,13 +217,13 @@ impl Guest {
         self.store(at, words[0]);
     }
 
-    /// Has the unit look at the entries of both streams again.
+    /// Invalidates the entries of these streams.
     pub fn flush_entries(&self, rids: &[Bdf]) -> Completion {
         let of = |rid: &Bdf| Command::CfgiSte { stream: (*rid).into(), leaf: true };
         self.submit(&rids.iter().map(of).collect::<Vec<_>>())
     }
 
-    /// The context descriptor of the stage 1 at `table` with `asid`; the same for the same.
+    /// The context descriptor of the stage 1 at `table` with `asid`, created on first use.
     pub fn context(&self, table: u64, asid: u16) -> u64 {
         let mut contexts = self.contexts.lock().unwrap();
         *contexts.entry((table, asid)).or_insert_with(|| {
@@ -274,7 +274,7 @@ impl Guest {
         self.store(descriptor_at(table, va, level), leaf.into_bits());
     }
 
-    /// Takes a page out.
+    /// Unmaps a page.
     pub fn unmap(&self, table: u64, va: u64) {
         let mut table = table;
         for above in 0..3 {
@@ -283,7 +283,7 @@ impl Guest {
         self.store(descriptor_at(table, va, 3), 0);
     }
 
-    /// The table that the descriptor at `at` points to; a new one if it points to none.
+    /// The table that the descriptor at `at` points to; a new one if there is none.
     fn table_at(&self, at: u64) -> u64 {
         let descriptor = Descriptor::from_bits(self.load(at));
         if descriptor.valid() {
@@ -295,7 +295,7 @@ impl Guest {
         page
     }
 
-    /// The oldest event, taken out of the queue.
+    /// Takes the oldest event out of the queue.
     pub fn take_event(&self) -> Option<EventRecord> {
         let queue = base(self.events, EVENT_BITS).layout(EVENT_SIZE, EVENT_BITS);
         let prod = OutputProd::from_bits(self.read32(regs::EVENTQ_PROD));
@@ -310,7 +310,7 @@ impl Guest {
         Some(EventRecord::from_words(words))
     }
 
-    /// Has the event interrupt send `data` to `address`.
+    /// Makes the event interrupt send `data` to `address`.
     pub fn enable_event_interrupt(&self, address: u64, data: u32) {
         let address = IrqCfg0::from_bits(address & IrqCfg0::WRITABLE);
         self.write64(regs::EVENTQ_IRQ_CFG0, address.into_bits());
@@ -319,7 +319,7 @@ impl Guest {
     }
 }
 
-/// A context descriptor of `rid` without substreams.
+/// CMD_CFGI_CD of `rid` without substreams.
 pub fn cfgi_cd(rid: Bdf) -> Command {
     let substream = Pasid::new(0).unwrap();
     Command::CfgiCd { stream: rid.into(), substream, leaf: true }

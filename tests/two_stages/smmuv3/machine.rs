@@ -19,7 +19,7 @@ use twostage_emulated::{
 use super::guest::Guest;
 use crate::common::{Host, Memory, A, B};
 
-/// The messages that the virtual SMMU sent: address and data.
+/// The MSIs of the virtual SMMU: address and data.
 #[derive(Debug, Default)]
 pub struct Messages(Mutex<Vec<(u64, u32)>>);
 
@@ -50,7 +50,7 @@ pub struct Machine {
     devices: Vec<ObjectId>,
 }
 
-/// A host with one unit and two devices, nothing bound; every call of it can be made to fail.
+/// A host with one unit and two unbound devices; every call of it can be made to fail.
 pub fn host() -> (Arc<Host>, Arc<SmmuV3Unit>) {
     let config = SmmuV3UnitConfig { ats: true, page_requests: true, ..Default::default() };
     let unit = SmmuV3Unit::new(config);
@@ -98,34 +98,34 @@ impl Machine {
         self.nesting.hw_infos().iter().find(|info| info.rid == rid).unwrap().dev
     }
 
-    /// Where the DMA of `rid` enters.
+    /// The DMA port of `rid`.
     pub fn port(&self, rid: Bdf) -> DmaPort {
         self.unit.port(rid.raw())
     }
 
-    /// Eight bytes that `rid` reads at `iova`.
+    /// Eight bytes read by `rid` at `iova`.
     pub fn read(&self, rid: Bdf, iova: u64) -> Result<u64, DmaError> {
         let mut bytes = [0; 8];
         self.port(rid).read(DmaAttributes::default(), iova, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Has `rid` write eight bytes at `iova`.
+    /// Makes `rid` write eight bytes at `iova`.
     pub fn write(&self, rid: Bdf, iova: u64, value: u64) -> Result<(), DmaError> {
         self.port(rid).write(DmaAttributes::default(), iova, &value.to_le_bytes())
     }
 
-    /// The next event in the guest's queue; waits for the thread that brings it.
+    /// The next event in the guest's queue; waits for the thread that delivers it.
     #[track_caller]
     pub fn event(&self) -> EventRecord {
         wait_for("an event for the guest", || self.guest.take_event())
     }
 
-    /// Ends the machine, and tells how many objects the host is left with.
+    /// Ends the machine, and returns the number of objects left in the host.
     pub fn end(self) -> usize {
         let Self { guest, nesting, host, devices, .. } = self;
-        // Ends the thread that brings events, which may hold the virtual SMMU for a moment. The
-        // failure that a test asked for may come as late as here.
+        // Ends the thread that delivers events, which may hold the virtual SMMU for a moment. The
+        // requested failure may come as late as here.
         if nesting.shutdown().is_err() {
             nesting.shutdown().unwrap();
         }

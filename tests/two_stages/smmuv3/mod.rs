@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! SMMUv3: what is its own, beside what every architecture owes.
+//! SMMUv3: architecture-specific tests.
 
 mod granularity;
 mod guest;
@@ -61,7 +61,7 @@ fn a_stream_that_aborts_is_no_event_and_one_with_a_bad_entry_is() {
     assert_eq!(machine.guest.flush_entries(&[A]), Completion::Done);
     machine.read(A, page).unwrap_err();
     machine.read(A, IOVA).unwrap_err();
-    // Stage 2 of the guest's own is not offered.
+    // Guest-owned stage 2 is not supported.
     let stage2 = Ste0::new().with_v(true).with_config(StreamConfig::Stage2.into_bits());
     machine.guest.write_raw_entry(A.into(), [stage2.into_bits(), 0]);
     assert_eq!(machine.guest.flush_entries(&[A]), Completion::Done);
@@ -70,7 +70,8 @@ fn a_stream_that_aborts_is_no_event_and_one_with_a_bad_entry_is() {
     assert_eq!((event.id(), event.stream()), (Some(EventId::BadSte), A.into()));
 }
 
-/// Bypass by an entry is watched as stage 1 is (§3.4, §7.3.9); that of an SMMU that is off is not.
+/// Bypass by an entry raises events like stage 1 (§3.4, §7.3.9); bypass by a disabled SMMU does
+/// not.
 #[test]
 fn a_stream_that_bypasses_has_events_while_translation_is_on() {
     let machine = Machine::new();
@@ -81,7 +82,7 @@ fn a_stream_that_bypasses_has_events_while_translation_is_on() {
     guest.write_entry(A.into(), Entry::Bypass);
     guest.enable();
     machine.read(A, beyond).unwrap_err();
-    // The first in the queue: the one before that was not recorded.
+    // The first in the queue: the previous one was not recorded.
     let event = machine.event();
     assert_eq!((event.id(), event.stream()), (Some(EventId::AddressSize), A.into()));
     assert_eq!(event.input_address, beyond);
@@ -128,7 +129,7 @@ fn an_asid_that_comes_back_finds_nothing_that_was_invalidated_meanwhile() {
     let other = guest.page();
     guest.store(other, 2);
     guest.map(table, IOVA, other, 3, true);
-    // No stream uses stage 1, and the TLB has it still.
+    // No stream uses stage 1, but the TLB still has it.
     assert_eq!(guest.submit(&[page_of(IOVA)]), Completion::Done);
     machine.set(A, stage1);
     assert_eq!(guest.flush_entries(&[A]), Completion::Done);
@@ -138,7 +139,7 @@ fn an_asid_that_comes_back_finds_nothing_that_was_invalidated_meanwhile() {
 #[test]
 fn a_wrong_command_stops_the_queue_where_it_stands() {
     for wrong in [
-        // Not offered: EL2, stage 2, stalls.
+        // Not supported: EL2, stage 2, stalls.
         Command::TlbiEl2All,
         Command::TlbiS12Vmall { vmid: 0 },
         Command::Resume { stream: A.into(), stag: 0, response: 0 },
@@ -149,7 +150,7 @@ fn a_wrong_command_stops_the_queue_where_it_stands() {
         guest.unmap(table, IOVA);
         let stopped = guest.submit(&[page_of(IOVA), wrong, page_of(IOVA)]);
         assert_eq!(stopped, Completion::Stopped(1, CommandError::Illegal));
-        // What stands before it is done.
+        // The commands before it are complete.
         machine.read(A, IOVA).unwrap_err();
         assert_eq!(guest.resume(), Completion::Stopped(1, CommandError::Illegal));
     }
@@ -167,15 +168,15 @@ fn a_command_that_the_host_refuses_is_shown_and_nothing_is_stale() {
     let stopped = guest.submit(&[page_of(IOVA), page_of(IOVA + PAGE)]);
     assert_eq!(stopped, Completion::Stopped(0, CommandError::Illegal));
     machine.read(A, IOVA).unwrap_err();
-    // The stream is not blocked: its other pages are reached.
+    // The stream is not blocked: its other pages are accessible.
     machine.map(table, IOVA + 8 * PAGE, guest.page(), Leaf::Page, true);
     assert_eq!(machine.read(A, IOVA + 8 * PAGE), Ok(0));
     assert_eq!(guest.resume(), Completion::Done);
     assert_eq!(machine.nesting.counters().full_flushes, 1);
 }
 
-/// A driver that takes the refused command out, as Linux does, loses nothing: all of the batch is
-/// done.
+/// A driver that replaces the refused command, as Linux does, loses nothing: all of the batch is
+/// complete.
 #[test]
 fn a_batch_that_the_host_refuses_once_is_shown_and_nothing_of_it_is_stale() {
     let (machine, table, page) = nested::<Machine>();
@@ -228,15 +229,15 @@ fn a_device_behind_another_smmu_is_named_and_has_its_own_virtual_one() {
     second.add_device(B, far).unwrap();
 }
 
-/// What a strict guest costs: a call for each unmap and nothing beside it. The objects are three: a
-/// nesting parent, which serves until translation is on, and entries that abort and translate.
+/// The cost of a strict guest: one call per unmap and nothing else. There are three objects: a
+/// nesting parent, used until translation is enabled, and entries that abort and translate.
 #[test]
 fn the_host_calls_of_a_guest() {
     let machine = Machine::new();
     let guest = &machine.guest;
     let (table, page) = (guest.page(), guest.page());
     guest.enable();
-    // As Linux gives a device its domain: the context descriptor, its invalidation, then the entry.
+    // As Linux attaches a domain: the context descriptor, its invalidation, then the entry.
     let cd = guest.context(table, NAME);
     assert_eq!(guest.submit(&[cfgi_cd(A)]), Completion::Done);
     guest.write_entry(A.into(), Entry::Stage1 { cd });
@@ -251,7 +252,7 @@ fn the_host_calls_of_a_guest() {
     }
     let after = machine.nesting.counters();
     assert_eq!(after.host_calls - at_rest.host_calls, 100);
-    // A lazy one: as many pages, one batch.
+    // A lazy guest: as many pages, one batch.
     let batch: Vec<_> = (0..100).map(|n| page_of(IOVA + n * PAGE)).collect();
     assert_eq!(guest.submit(&batch), Completion::Done);
     assert_eq!(machine.nesting.counters().host_calls - after.host_calls, 1);

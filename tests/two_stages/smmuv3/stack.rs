@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine with an SMMUv3 as what every architecture's tests run on.
+//! The SMMUv3 machine as a stack for the architecture-independent tests.
 
 use std::sync::Arc;
 
@@ -89,7 +89,7 @@ impl Stack for Machine {
 
     fn enough() -> Vec<Command> {
         let leaf = AddressRange { leaf: true, ..AddressRange::at(IOVA) };
-        // Two pages from one before, of 4 KiB.
+        // Two pages of 4 KiB, starting one before.
         let range = AddressRange { tg: 1, num: 1, ..AddressRange::at(IOVA - PAGE) };
         vec![
             Self::page_of(NAME, IOVA),
@@ -98,7 +98,7 @@ impl Stack for Machine {
             Command::TlbiNhVaa { vmid: 0, range: AddressRange::at(IOVA) },
             Self::all_of(NAME),
             Command::TlbiNhAll { vmid: 0 },
-            // The host's VMID counts, not the guest's.
+            // The host's VMID is used, not the guest's.
             Command::TlbiNhAll { vmid: 9 },
             Command::TlbiNsnhAll,
         ]
@@ -152,7 +152,7 @@ impl Stack for Machine {
 
     fn serve_page_requests(&self, rid: Bdf, table: u64) -> Arc<dyn FaultQueue> {
         let viommu = self.graph().of_kind(ObjectKind::Viommu).next().unwrap().id;
-        // V, stage 1 alone.
+        // V, stage 1 only.
         let ste = [1 | 5 << 1 | self.guest.context(table, NAME), 0];
         let data = HwptData::ArmSmmuV3(iommu_hwpt_arm_smmuv3 { ste });
         serve_page_requests(&self.host, self.device(rid), viommu, data)

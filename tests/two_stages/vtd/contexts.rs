@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What each invalidation of the context and PASID caches drops, by queue and by register: after
-//! every step no device goes by an entry that the text says is gone. (An entry may go earlier than
-//! it must.)
+//! every step no device uses an entry that must be dropped according to the text. (More may be
+//! dropped.)
 
 use proptest::prelude::*;
 use twostage::spec::pci::Bdf;
@@ -14,11 +14,11 @@ use super::guest::Entry;
 use super::machine::{vtd_config, Machine};
 use crate::common::{A, B};
 
-/// A GPA, and mapped by every table.
+/// A GPA, which every table maps.
 const IOVA: u64 = 0xc0_0000;
 const TABLES: usize = 3;
 
-/// What an entry says: of a table, by its number.
+/// An entry: a table, by its number.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Choice {
     Nothing,
@@ -34,7 +34,7 @@ impl Choice {
         }
     }
 
-    /// What a read at [`IOVA`] gives.
+    /// The result of a read at [`IOVA`].
     fn reads(self) -> Option<u64> {
         match self {
             Self::Nothing => None,
@@ -59,7 +59,7 @@ fn choice(first_stage: bool) -> impl Strategy<Value = Choice> {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// The entry of this requester changes; no unit knows.
+    /// The entry of this requester changes, without invalidation.
     Write(usize, Choice),
     Forget(Vec<Descriptor>),
 }
@@ -80,7 +80,7 @@ struct Requester {
     rid: Bdf,
     pasid: Option<u32>,
     now: Choice,
-    /// What may be cached, beside what is there now.
+    /// What else may be cached, besides the current entry.
     before: Vec<Choice>,
 }
 
@@ -89,8 +89,9 @@ impl Requester {
         Self { rid, pasid, now: Choice::Nothing, before: Vec::new() }
     }
 
-    /// Whether `descriptor` names what is cached of `choice` (§6.5.2.1, §6.5.2.2). In caching mode
-    /// what is not present is cached, too, under no domain: it goes with what is there now.
+    /// Whether `descriptor` covers what is cached of `choice` (§6.5.2.1, §6.5.2.2). In caching mode
+    /// non-present entries are cached, too, without a domain: they are dropped with the current
+    /// one.
     fn is_named(&self, descriptor: &Descriptor, choice: Choice) -> bool {
         let is_in = |domain| choice.domain().or(self.now.domain()) == Some(domain);
         match *descriptor {
@@ -99,7 +100,7 @@ impl Requester {
             Descriptor::PasidCache(PasidCacheScope::Domain(domain))
             | Descriptor::ContextCache(ContextScope::Domain(domain)) => is_in(domain),
             Descriptor::PasidCache(PasidCacheScope::Pasid { domain, pasid }) => {
-                // Requests without PASID go by RID_PASID, which is 0.
+                // Requests without PASID use RID_PASID, which is 0.
                 is_in(domain) && self.pasid.unwrap_or(0) == pasid.raw()
             }
             Descriptor::ContextCache(ContextScope::Device { domain, source, function_mask }) => {
@@ -111,7 +112,7 @@ impl Requester {
     }
 }
 
-/// Takes `steps` on a machine whose `requesters` have their entries by `set`.
+/// Runs `steps` on a machine whose `requesters` have their entries set by `set`.
 fn run(
     machine: &Machine,
     requesters: &[(Bdf, Option<u32>)],
@@ -186,7 +187,7 @@ fn set_legacy(machine: &Machine, requester: &Requester, entry: Entry) {
     machine.guest.set_legacy_entry(requester.rid, entry);
 }
 
-/// By register a mask names several functions, as by queue.
+/// A register's function mask covers several functions, like the queue's.
 #[test]
 fn a_context_command_names_functions_by_mask() {
     for (source, function_mask) in [(0x20, 0), (0x24, 1), (0x26, 2), (0x27, 3)] {
@@ -214,7 +215,7 @@ proptest! {
 
     #[test]
     fn pasid_entries_go_as_the_text_says(
-        // Whatever an invalidation of the context cache takes with it, none must go by it.
+        // Whatever an invalidation of the context cache drops in addition, no DMA may use it.
         steps in steps(5, true, pasid_cache().prop_map(Descriptor::PasidCache)),
     ) {
         let machine = machine();

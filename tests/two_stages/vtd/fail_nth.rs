@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Every host call fails in turn, across the whole stack: no panic, no leak; whatever the guest
-//! was told is done is never stale; what does not work is blocked, and the guest is told.
+//! Every host call fails in turn, across the whole stack: no panic, no leak; completed
+//! invalidations are never stale; what does not work is blocked, and the guest gets an error.
 
 use twostage::iommufd::Errno;
 use twostage::spec::pci::Bdf;
@@ -12,7 +12,8 @@ use super::machine::{self, vtd_config, Machine};
 use super::{pasid_pages, DOMAIN, IOVA};
 use crate::common::{A, B, PAGE};
 
-/// A requester, and what its DMA at `IOVA` finds by the guest's tables; `None` where they block it.
+/// A requester, and what its DMA at `IOVA` finds according to the guest's tables; `None` if they
+/// block it.
 type Probe = (Bdf, Option<u32>, Option<u64>);
 
 /// A guest's life, up to the end of the machine.
@@ -35,7 +36,7 @@ impl Life {
         Self { machine, tables, pages }
     }
 
-    /// Submits, and goes on after a queue error, which is one way to be told.
+    /// Submits, and resumes after a queue error, which also informs the guest.
     fn submit(&self, descriptors: &[Descriptor]) {
         if let Completion::Stopped(status) = self.machine.guest.submit(descriptors) {
             assert!(status.iqe(), "the queue stands, and the guest is not told");
@@ -49,7 +50,8 @@ impl Life {
         assert_eq!(self.machine.guest.flush_pasid_cache(), Completion::Done);
     }
 
-    /// Each probe finds what the guest's tables say; or, once a call failed, is blocked and told.
+    /// Each probe finds what the guest's tables say; or, once a call failed, is blocked and
+    /// reported.
     fn check(&self, step: &str, probes: &[Probe]) {
         let failed = !self.machine.host.is_armed();
         for &probe in probes {
@@ -101,7 +103,8 @@ impl Life {
         self.submit(&[Descriptor::PasidCache(gone)]);
         self.check("PASID gone", &[(A, Some(1), None), (B, None, Some(1))]);
 
-        // By now the failure is over: one more look at the tables, and all is as they say.
+        // The failure is over by now: one more invalidation of the tables, and everything is as
+        // they say.
         self.set(A, 0, 0, DOMAIN);
         if !self.machine.host.is_armed() {
             assert_eq!(guest.flush_pasid_cache(), Completion::Done);
@@ -116,7 +119,7 @@ impl Life {
     }
 }
 
-/// Lives with the `n`-th call failing; says whether there was such a call.
+/// Runs a life with the `n`-th call failing; returns whether there was such a call.
 fn live(n: u64) -> bool {
     let (host, unit) = machine::host(VtdUnitConfig::default());
     host.fail_nth(n, Errno::ENOMEM);

@@ -32,7 +32,7 @@ impl Format for FirstStage {
         user.with_frame(gpa / PAGE).into_bits()
     }
 
-    /// Global pages are ones of a processor's alone: the bit is ignored here.
+    /// The global bit is for processors only: it is ignored here.
     fn leaf(&self, gpa: u64, height: u8, global: bool) -> u64 {
         let large = FirstStageEntry::new().with_ps(height > 1).into_bits();
         self.pointer(gpa) | large | u64::from(global) << 8
@@ -62,7 +62,7 @@ impl Format for SecondStage {
     }
 }
 
-/// What a cached translation is tagged by.
+/// The tag of a cached translation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Tag {
     second_stage: bool,
@@ -70,7 +70,7 @@ struct Tag {
     pasid: u32,
 }
 
-/// Drops what `descriptor` asks for (§6.5.2.3, §6.5.2.4).
+/// Drops what `descriptor` requires (§6.5.2.3, §6.5.2.4).
 fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
     let (names, range): (Box<dyn Fn(Tag) -> bool>, _) = match *descriptor {
         Descriptor::Iotlb { scope: IotlbScope::Global, .. } => (Box::new(|_| true), None),
@@ -78,7 +78,7 @@ fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
             (Box::new(move |tag| tag.domain == domain), None)
         }
         Descriptor::Iotlb { scope: IotlbScope::Pages { domain, range }, .. } => {
-            // All of first-stage tables, whatever the address and the hint.
+            // Everything of first-stage tables, whatever the address and the hint.
             let first_stage = |tag: Tag| tag.domain == domain && !tag.second_stage;
             caches.pages.retain(|page| !first_stage(page.tag));
             caches.tables.retain(|table| !first_stage(table.tag));
@@ -86,7 +86,7 @@ fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
         }
         Descriptor::PasidIotlb { domain, pasid, range } => {
             let pasid = pasid.raw();
-            // Of second-stage tables nothing need go; no test asks.
+            // Nothing of second-stage tables need be dropped; no test depends on it.
             (Box::new(move |tag| tag.domain == domain && tag.pasid == pasid), range)
         }
         _ => return,
@@ -96,26 +96,26 @@ fn forget(caches: &mut Caches<Tag>, descriptor: &Descriptor) {
             let low = (1 << (12 + mask)) - 1;
             (address & !low, address | low, leaf)
         }
-        // With the hint tables need not go by a mask of all addresses, and do.
+        // With the hint a mask of all addresses need not drop tables, but does.
         Some(_) | None => (0, u64::MAX, false),
     };
-    // A large page by a mask that is too small for it: need not go, and does.
+    // A mask that is too small for a large page need not drop it, but does.
     caches
         .pages
         .retain(|page| !(names(page.tag) && overlaps(page.iova, page.shift(), first, last)));
-    // The hint: no pointer to a table has changed.
+    // The hint: no table pointer has changed.
     caches.tables.retain(|table| {
         leaf || !(names(table.tag) && overlaps(table.iova, table.shift(), first, last))
     });
 }
 
-/// Addresses: a page that tests use, a mask, the hint.
+/// Ranges: a page that tests use, a mask, the hint.
 fn range(masks: &'static [u8]) -> impl Strategy<Value = AddressMask> {
     (0..SLOTS, prop::sample::select(masks), any::<bool>())
         .prop_map(|(slot, mask, leaf)| AddressMask { address: caches::iova(slot), mask, leaf })
 }
 
-/// Domains: of requesters, and one of none.
+/// Domains: of requesters, and an unused one.
 fn domain() -> impl Strategy<Value = u16> {
     5u16..8
 }
@@ -128,14 +128,14 @@ fn iotlb_scope(masks: &'static [u8]) -> impl Strategy<Value = IotlbScope> {
     ]
 }
 
-/// What a queue in scalable mode takes.
+/// Descriptors of scalable mode.
 fn descriptor() -> impl Strategy<Value = Descriptor> {
     let pages = prop::option::weighted(0.8, range(&[0, 1, 9, MAMV, 30, 52]));
     prop_oneof![
         6 => iotlb_scope(&[0, 1, 9, MAMV]).prop_map(iotlb),
         6 => (domain(), 0u32..3, pages)
             .prop_map(|(domain, pasid, range)| pasid_pages(domain, pasid, range)),
-        // These name no translation.
+        // These do not affect translations.
         1 => pasid_cache().prop_map(Descriptor::PasidCache),
         1 => context().prop_map(Descriptor::ContextCache),
     ]
@@ -151,7 +151,7 @@ pub(super) fn pasid_cache() -> impl Strategy<Value = PasidCacheScope> {
 }
 
 pub(super) fn context() -> impl Strategy<Value = ContextScope> {
-    // Functions 4.0 and 5.0, which the devices are, and others.
+    // Functions 4.0 and 5.0, the devices, and others.
     let source = prop::sample::select(vec![0x20u16, 0x21, 0x24, 0x27, 0x28, 0x2e]);
     prop_oneof![
         Just(ContextScope::Global),
@@ -164,18 +164,18 @@ pub(super) fn context() -> impl Strategy<Value = ContextScope> {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// An entry of the tables of this space is written.
+    /// Writes an entry of this space's tables.
     Write(usize, Write),
     /// The guest invalidates.
     Forget(Vec<Descriptor>),
 }
 
-/// Steps, each with the pages that are read after it.
+/// Steps, each with the pages to read after it.
 fn steps(
     spaces: usize,
     descriptor: impl Strategy<Value = Descriptor>,
 ) -> impl Strategy<Value = Vec<(Step, u64)>> {
-    // Of one batch all have the hint or none has: ranges of a batch that touch lose it together.
+    // All of a batch have the hint or none: adjacent ranges of a batch lose it together.
     let batch =
         (prop::collection::vec(descriptor, 1..4), any::<bool>()).prop_map(|(mut batch, hint)| {
             for descriptor in &mut batch {
@@ -195,7 +195,7 @@ fn steps(
     prop::collection::vec((step, reads), 1..24)
 }
 
-/// A machine, its address spaces, and the devices that go through them.
+/// A machine, its address spaces, and the devices that use them.
 struct Bench {
     machine: Machine,
     spaces: Vec<Space>,
@@ -204,7 +204,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// On a unit of which the guest owns second-stage tables, too.
+    /// On a unit that also supports guest-owned second-stage tables.
     fn new(formats: &[&'static dyn Format]) -> Self {
         let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
         let machine = Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() });
@@ -213,7 +213,7 @@ impl Bench {
         Self { machine, spaces, users: Vec::new(), caches: RefCell::default() }
     }
 
-    /// Scalable mode: first- and second-stage tables under the same domain ids; devices that share.
+    /// Scalable mode: first- and second-stage tables under the same domain IDs; devices that share.
     fn scalable() -> Self {
         let mut bench =
             Self::new(&[&FirstStage, &FirstStage, &FirstStage, &SecondStage, &SecondStage]);
@@ -255,7 +255,7 @@ impl Bench {
         bench
     }
 
-    /// Takes a step, but for the reads.
+    /// Takes a step, without the reads.
     fn take(&self, step: &Step, tell: impl Fn(&Machine, &[Descriptor])) {
         let guest = &self.machine.guest;
         match step {
@@ -267,7 +267,7 @@ impl Bench {
         }
     }
 
-    /// What the devices read, and what they read by the model.
+    /// The devices' reads, and those of the model.
     fn compare(&self, reads: u64) -> Result<(), String> {
         let slots = (0..SLOTS).filter(|slot| reads >> slot & 1 != 0);
         for slot in slots {
@@ -305,7 +305,7 @@ pub(super) fn by_queue(machine: &Machine, batch: &[Descriptor]) {
     assert_eq!(machine.guest.submit(batch), Completion::Done, "{batch:?}");
 }
 
-/// Each by the IOTLB or the context command register, which must say that it was done.
+/// Each by the IOTLB or the context command register, which must report completion.
 pub(super) fn by_register(machine: &Machine, batch: &[Descriptor]) {
     let guest = &machine.guest;
     for descriptor in batch {
@@ -347,7 +347,7 @@ pub(super) fn by_register(machine: &Machine, batch: &[Descriptor]) {
     }
 }
 
-/// What legacy mode takes, by either way.
+/// Descriptors of legacy mode, for either interface.
 fn legacy_descriptor(masks: &'static [u8]) -> impl Strategy<Value = Descriptor> {
     prop_oneof![
         6 => iotlb_scope(masks).prop_map(iotlb),
@@ -355,7 +355,7 @@ fn legacy_descriptor(masks: &'static [u8]) -> impl Strategy<Value = Descriptor> 
     ]
 }
 
-/// A mask that is larger than offered stands for the whole domain.
+/// A mask that is larger than supported covers the whole domain.
 fn widened(step: &(Step, u64)) -> (Step, u64) {
     let (Step::Forget(batch), reads) = step else { return step.clone() };
     let widen = |descriptor: &Descriptor| match *descriptor {
@@ -391,7 +391,7 @@ proptest! {
         steps in steps(1, legacy_descriptor(&[0, 1, 9, MAMV, 19, 52])),
     ) {
         let bench = Bench::legacy(false, shared);
-        // What is told is as it was drawn; the model widens it.
+        // The unit gets the original step; the model widens it.
         for step in &steps {
             let (_, reads) = step;
             if let (Step::Forget(batch), _) = step {

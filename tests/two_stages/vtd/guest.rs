@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest's IOMMU driver: it builds tables in guest memory, and programs the unit by registers.
+//! A guest's IOMMU driver: builds tables in guest memory, and programs the unit by registers.
 
 use std::ops::Deref;
 
@@ -25,7 +25,7 @@ use crate::common::{Memory, PAGE};
 /// The status a wait descriptor stores.
 const DONE: u32 = 0x600d;
 
-/// The register page, as the guest's loads and stores reach it.
+/// The register page, for the guest's loads and stores.
 pub trait Registers {
     fn read(&self, offset: u64, bytes: &mut [u8]);
     fn write(&self, offset: u64, bytes: &[u8]);
@@ -40,7 +40,7 @@ pub struct Guest<R> {
     status: u64,
 }
 
-/// What a PASID table entry says.
+/// A PASID table entry.
 #[derive(Debug, Clone, Copy)]
 pub enum Entry {
     NotPresent,
@@ -61,12 +61,12 @@ pub enum Entry {
     },
 }
 
-/// How the queue answered.
+/// The queue's response.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Completion {
     /// The wait descriptor stored its status.
     Done,
-    /// It did not; so FSTS stands.
+    /// It did not; the contents of FSTS.
     Stopped(Fsts),
 }
 
@@ -109,7 +109,7 @@ impl<R: Registers> Guest<R> {
         Gsts::from_bits(self.read32(regs::GSTS))
     }
 
-    /// Sets the root table (scalable mode), starts the queue and turns translation on.
+    /// Sets the root table (scalable mode), starts the queue and enables translation.
     pub fn enable(&self) {
         self.set_root(1);
         self.start_queue();
@@ -117,8 +117,8 @@ impl<R: Registers> Guest<R> {
         assert!(self.status().tes());
     }
 
-    /// Sets the root table (legacy mode), starts the queue if it is to be used, and turns
-    /// translation on.
+    /// Sets the root table (legacy mode), starts the queue if it is to be used, and enables
+    /// translation.
     pub fn enable_legacy(&self, queue: bool) {
         self.set_root(0);
         if queue {
@@ -144,13 +144,13 @@ impl<R: Registers> Guest<R> {
         assert!(self.status().qies());
     }
 
-    /// Turns translation off; the queue stays.
+    /// Disables translation; the queue stays enabled.
     pub fn disable(&self) {
         self.write32(regs::GCMD, Gcmd::new().with_qie(true).into_bits());
         assert!(!self.status().tes());
     }
 
-    /// Puts `descriptors` and a wait into the queue, and rings the tail.
+    /// Puts `descriptors` and a wait into the queue, and writes the tail.
     pub fn submit(&self, descriptors: &[Descriptor]) -> Completion {
         self.store(self.status, 0);
         let wait = Descriptor::Wait {
@@ -170,7 +170,7 @@ impl<R: Registers> Guest<R> {
         self.completion()
     }
 
-    /// Clears an error of the queue: the unit goes on at the descriptor it stopped at.
+    /// Clears an error of the queue: the unit resumes at the descriptor where it stopped.
     pub fn resume(&self) -> Completion {
         self.write32(regs::FSTS, Fsts::new().with_iqe(true).into_bits());
         self.completion()
@@ -183,7 +183,7 @@ impl<R: Registers> Guest<R> {
         }
     }
 
-    /// Has the unit look again at what a PASID table entry says of all domains.
+    /// Invalidates the PASID cache of all domains.
     pub fn flush_pasid_cache(&self) -> Completion {
         self.submit(&[Descriptor::PasidCache(PasidCacheScope::Global)])
     }
@@ -192,8 +192,8 @@ impl<R: Registers> Guest<R> {
         Fsts::from_bits(self.read32(regs::FSTS))
     }
 
-    /// The oldest fault record, taken out; with its reason. While PPF is set, FRI says where the
-    /// first one was when there was none before; from there on they follow each other.
+    /// Takes the oldest fault record, with its reason. While PPF is set, FRI is the index of the
+    /// first one when there was none before; the others follow.
     pub fn take_fault(&self) -> Option<(FaultRecord, Option<FaultReason>)> {
         let status = self.faults();
         if !status.ppf() {
@@ -211,7 +211,7 @@ impl<R: Registers> Guest<R> {
         Some((record, FaultReason::from_code(record.high.fr())))
     }
 
-    /// Makes the PASID table entry of `rid`'s `pasid`, and the tables that lead to it.
+    /// Writes the PASID table entry of `rid`'s `pasid`, creating missing tables.
     pub fn set_entry(&self, rid: Bdf, pasid: u32, entry: Entry) {
         let slot = self.pasid_slot(rid, pasid);
         let (pgtt, domain, table) = match entry {
@@ -224,7 +224,7 @@ impl<R: Registers> Guest<R> {
             Entry::PassThrough { domain } => (Pgtt::PassThrough, domain, 0),
             Entry::Nested { domain } => (Pgtt::Nested, domain, 0),
         };
-        // AW: 48 bits, which pass-through must name, too.
+        // AW: 48 bits, required for pass-through, too.
         let qw0 = PasidEntry0::new().with_p(true).with_aw(2).with_pgtt(pgtt.into_bits());
         let qw1 = PasidEntry1::new().with_did(domain);
         let (qw0, qw2) = match pgtt {
@@ -238,8 +238,8 @@ impl<R: Registers> Guest<R> {
         }
     }
 
-    /// Makes the context entry of `rid` in legacy mode: through the second-stage table,
-    /// untranslated, or not present.
+    /// Writes the context entry of `rid` in legacy mode: second-stage table, untranslated, or not
+    /// present.
     pub fn set_legacy_entry(&self, rid: Bdf, entry: Entry) {
         let root = self.root + u64::from(rid.bus()) * ROOT_ENTRY_SIZE;
         let table = self
@@ -254,7 +254,7 @@ impl<R: Registers> Guest<R> {
                 panic!("legacy mode has no first-stage tables")
             }
         };
-        // AW: 48 bits, which pass-through must name, too. The word with P last.
+        // AW: 48 bits, required for pass-through, too. The word with P last.
         self.store(context + 8, ContextHigh::new().with_aw(2).with_did(domain).into_bits());
         self.store(context, low.into_bits());
     }
@@ -303,7 +303,7 @@ impl<R: Registers> Guest<R> {
         self.store(table + index(iova, 1) * ENTRY_SIZE, leaf.into_bits());
     }
 
-    /// Takes the leaf of a 4 KiB page out of the table.
+    /// Unmaps a 4 KiB page.
     pub fn unmap(&self, top: u64, iova: u64) {
         let mut table = top;
         for above in (2..=4).rev() {
@@ -312,7 +312,7 @@ impl<R: Registers> Guest<R> {
         self.store(table + index(iova, 1) * ENTRY_SIZE, 0);
     }
 
-    /// The table that the entry at `entry` points to; a new one if it points to none.
+    /// The table that the entry at `entry` points to; a new one if there is none.
     fn table_at(&self, entry: u64, pointer: impl Fn(u64) -> u64) -> u64 {
         let word = self.load(entry);
         if word & 1 != 0 {

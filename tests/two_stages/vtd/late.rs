@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Without caching mode: a driver tells nobody of an entry that becomes present, or right.
+//! Without caching mode: a driver does not invalidate entries that become present or valid.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -15,7 +15,7 @@ use super::machine::{vtd_config, Machine};
 use super::{expect_fault, DOMAIN, IOVA};
 use crate::common::{A, B, PAGE};
 
-/// A machine without caching mode, whose guest has nothing behind its root table.
+/// A machine without caching mode, whose guest has an empty root table.
 fn untold() -> Machine {
     let config = VtdConfig { caching_mode: false, second_stage: true, ..vtd_config() };
     let machine = Machine::with(VtdUnitConfig::default(), config);
@@ -23,7 +23,7 @@ fn untold() -> Machine {
     machine
 }
 
-/// A first-stage table in which `IOVA` leads to a page that starts with `value`.
+/// A first-stage table that maps `IOVA` to a page that starts with `value`.
 fn table(machine: &Machine, value: u64) -> u64 {
     let guest = &machine.guest;
     let (table, page) = (guest.page(), guest.page());
@@ -39,7 +39,7 @@ fn an_entry_that_becomes_present_is_found_by_the_next_request() {
         let guest = &machine.guest;
         assert!(machine.read(A, pasid, IOVA).is_err());
         expect_fault(&machine, FaultReason::RootNotPresent, IOVA, pasid);
-        // Root, context and directory, and then the entry alone.
+        // Root, context and directory, and then only the entry.
         guest.set_entry(A, pasid.unwrap_or(0), Entry::NotPresent);
         assert!(machine.read(A, pasid, IOVA).is_err());
         expect_fault(&machine, FaultReason::PasidEntryNotPresent, IOVA, pasid);
@@ -48,7 +48,7 @@ fn an_entry_that_becomes_present_is_found_by_the_next_request() {
         assert_eq!(machine.read(A, pasid, IOVA), Ok(1));
         assert_eq!(machine.iommu.counters().found_served, 1);
         assert_eq!(guest.take_fault(), None);
-        // Another change is one of what may be cached.
+        // This changes an entry that may be cached.
         guest.set_entry(A, pasid.unwrap_or(0), Entry::NotPresent);
         assert_eq!(machine.read(A, pasid, IOVA), Ok(1));
         assert_eq!(guest.flush_pasid_cache(), Completion::Done);
@@ -62,7 +62,7 @@ fn an_entry_that_becomes_present_is_found_by_the_next_request() {
 fn an_entry_that_becomes_right_is_found_too() {
     let machine = untold();
     let guest = &machine.guest;
-    // Nested: valid, and served by nobody here. Then second-stage, first-stage and pass-through.
+    // Nested: valid, but not supported here. Then second-stage, first-stage and pass-through.
     let first = table(&machine, 1);
     let (second, page) = (guest.page(), guest.page());
     guest.map_second_stage(second, IOVA, page, true);
@@ -128,9 +128,8 @@ fn who_is_refused_late_is_told_and_tries_again() {
     assert_eq!(machine.end(), 0);
 }
 
-/// Threads of two devices make requests while the guest takes entries away, with an invalidation,
-/// and puts others in their place, without. Nobody waits for ever, and nothing that the guest was
-/// told is gone is used.
+/// Threads of two devices make requests while the guest removes entries, with an invalidation, and
+/// replaces them, without. Nobody waits forever, and nothing is used after its invalidation.
 #[test]
 fn threads_find_it_while_the_guest_goes_on() {
     const ROUNDS: u64 = 300;
@@ -139,7 +138,7 @@ fn threads_find_it_while_the_guest_goes_on() {
     let guest = &machine.guest;
     let tables = [table(&machine, 0), table(&machine, 1)];
     let over = AtomicBool::new(false);
-    // What the guest has said is gone: rounds before this one.
+    // Invalidated: rounds before this one.
     let valid = AtomicU64::new(0);
     let reads = AtomicU64::new(0);
     thread::scope(|scope| {
@@ -168,7 +167,7 @@ fn threads_find_it_while_the_guest_goes_on() {
                 guest.set_entry(rid, pasid, Entry::FirstStage { table, domain: DOMAIN });
             }
             valid.store(round, Ordering::SeqCst);
-            // More than those that may be under way since before.
+            // More than those that may have been in progress since before.
             let seen = reads.load(Ordering::SeqCst);
             let begun = Instant::now();
             while reads.load(Ordering::SeqCst) < seen + 8 {
@@ -181,7 +180,7 @@ fn threads_find_it_while_the_guest_goes_on() {
             for (rid, pasid) in [(A, 0), (A, 6), (B, 0)] {
                 guest.set_entry(rid, pasid, Entry::NotPresent);
             }
-            // No round: requests still go by the old entries until they are told of.
+            // No round: requests still use the old entries until they are invalidated.
             valid.store(round + ROUNDS, Ordering::SeqCst);
             assert_eq!(guest.flush_pasid_cache(), Completion::Done);
         }

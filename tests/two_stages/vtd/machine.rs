@@ -31,7 +31,7 @@ impl Registers for Arc<VtdIommu> {
     }
 }
 
-/// The interrupts that the virtual unit sent: address and data.
+/// The interrupts of the virtual unit: address and data.
 #[derive(Debug, Default)]
 pub struct Interrupts(Mutex<Vec<(u64, u32)>>);
 
@@ -75,12 +75,12 @@ impl ContextTables for Contexts {
     }
 }
 
-/// What the virtual unit is to offer, as far as the host can.
+/// The virtual unit's configuration, as far as the host supports it.
 pub fn vtd_config() -> VtdConfig {
     VtdConfig { pasid_bits: PASID_BITS, ..VtdConfig::default() }
 }
 
-/// A host with one unit and two devices, nothing bound; every call of it can be made to fail.
+/// A host with one unit and two unbound devices; every call of it can be made to fail.
 pub fn host(config: VtdUnitConfig) -> (Arc<Host>, Arc<VtdUnit>) {
     let unit = VtdUnit::new(config);
     let host = EmulatedHost::new();
@@ -98,7 +98,7 @@ impl Machine {
         Self::with(VtdUnitConfig::default(), vtd_config())
     }
 
-    /// On a host with one unit as `unit` says, with a virtual unit as `config` says.
+    /// On a host with one unit configured by `unit`, with a virtual unit configured by `config`.
     pub fn with(unit: VtdUnitConfig, config: VtdConfig) -> Self {
         let (host, unit) = host(unit);
         Self::on(host, unit, config).unwrap()
@@ -137,12 +137,12 @@ impl Machine {
         self.nesting.hw_infos().iter().find(|info| info.rid == rid).unwrap().dev
     }
 
-    /// Where the DMA of `rid` enters.
+    /// The DMA port of `rid`.
     pub fn port(&self, rid: Bdf) -> DmaPort {
         self.unit.port(rid.raw())
     }
 
-    /// Eight bytes that `rid` (or its `pasid`) reads at `iova`.
+    /// Eight bytes read by `rid` (or its `pasid`) at `iova`.
     pub fn read(&self, rid: Bdf, pasid: Option<u32>, iova: u64) -> Result<u64, DmaError> {
         let mut bytes = [0; 8];
         let attributes = DmaAttributes { pasid, ..DmaAttributes::default() };
@@ -150,7 +150,7 @@ impl Machine {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Has `rid` (or its `pasid`) write eight bytes at `iova`.
+    /// Makes `rid` (or its `pasid`) write eight bytes at `iova`.
     pub fn write(
         &self,
         rid: Bdf,
@@ -177,13 +177,13 @@ impl Machine {
         self.host.inner().inner().graph()
     }
 
-    /// Ends the machine, and tells how many objects the host is left with.
+    /// Ends the machine, and returns the number of objects left in the host.
     pub fn end(self) -> usize {
         let Self { guest, iommu, nesting, host, devices, .. } = self;
         drop((guest, iommu));
         assert!(Arc::into_inner(nesting).is_some(), "somebody still holds nesting");
         for dev in devices {
-            // The failure that a test asked for may come as late as here.
+            // The requested failure may come as late as here.
             if host.device_unbind(dev).is_err() {
                 host.device_unbind(dev).unwrap();
             }
@@ -192,7 +192,7 @@ impl Machine {
     }
 }
 
-/// What the host says of its units, as the virtual unit's configuration wants it.
+/// The host's units, for the virtual unit's configuration.
 fn units(nesting: &VtdNesting, extensions: Extensions) -> Vec<HostUnit> {
     let unit = |device: &DeviceInfo| host_vtd(device.rid.to_string(), &device.info, extensions);
     nesting.hw_infos().iter().filter_map(unit).collect()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! VT-d: what is its own, beside what every architecture owes.
+//! VT-d: architecture-specific tests.
 
 mod contexts;
 mod fail_nth;
@@ -24,8 +24,8 @@ use twostage_emulated::{
 
 crate::conformance::conformance! { Machine }
 
-/// A machine whose device A goes, untagged by PASID, through the table that is given too. `IOVA`
-/// leads to a page that starts with 1.
+/// A machine with device A, without PASID, on the returned table. `IOVA` maps to a page that starts
+/// with 1.
 fn nested() -> (Machine, u64, u64) {
     let machine = Machine::new();
     let guest = &machine.guest;
@@ -95,7 +95,7 @@ fn faults_are_in_the_guest_s_records() {
     let (record, reason) = guest.take_fault().unwrap();
     assert_eq!((reason, record.high.t1()), (Some(FaultReason::WriteDenied), false));
 
-    // Tables that lead to what is no memory: stage 2 refuses, the guest's own tables are told of.
+    // Tables that map what is not memory: stage 2 refuses, but the guest's tables are reported.
     guest.map(table, IOVA + 3 * PAGE, HIGH + HIGH_SIZE, 1, true);
     let error = machine.read(A, None, IOVA + 3 * PAGE).unwrap_err();
     assert!(matches!(error, DmaError::Fault { stage2: true, .. }), "{error}");
@@ -141,7 +141,7 @@ fn each_pasid_has_tables_of_its_own() {
     assert!(machine.read(A, Some(8), IOVA).is_err());
     expect_fault(&machine, FaultReason::PasidEntryNotPresent, IOVA, Some(8));
 
-    // An invalidation of one PASID leaves the others stale.
+    // An invalidation of one PASID does not affect the others.
     let page = guest.page();
     guest.store(page, 8);
     tables.iter().for_each(|table| guest.map(*table, IOVA, page, 1, true));
@@ -166,7 +166,7 @@ fn a_domain_id_that_changes_leaves_nothing_stale() {
     guest.store(other, 2);
     guest.map(table, IOVA, other, 1, true);
     guest.set_entry(A, 0, Entry::FirstStage { table, domain: DOMAIN + 1 });
-    // As §6.5.3.3 asks: the caches of the old domain, of which nothing is left by then.
+    // As §6.5.3.3 requires: the caches of the old domain, of which nothing is left by then.
     let old = Descriptor::PasidCache(PasidCacheScope::Domain(DOMAIN));
     let done = guest.submit(&[old, pasid_pages(DOMAIN, 0, None)]);
     assert_eq!(done, Completion::Done);
@@ -207,8 +207,7 @@ fn a_refused_attach_is_visible_and_tried_again() {
 
 #[test]
 fn what_cannot_be_blocked_is_not_told_to_be() {
-    // Refused a few times, it is tried again; refused as often as it is asked for, the guest is
-    // told.
+    // Refused a few times, it is retried; if every attempt is refused, the guest gets an error.
     const EVERY_TIME: u64 = 100;
     for (pasid, failures) in [(None, 2), (None, EVERY_TIME), (Some(7), 2), (Some(7), EVERY_TIME)] {
         let (machine, table, _) = nested();
@@ -233,7 +232,7 @@ fn what_cannot_be_blocked_is_not_told_to_be() {
     }
 }
 
-/// A machine whose guest is offered second-stage tables of its own, and device A goes through one.
+/// A machine whose guest may use second-stage tables, and device A is on one.
 fn second_stage() -> (Machine, u64) {
     let unit = VtdUnitConfig { guest_second_stage: true, ..VtdUnitConfig::default() };
     let machine = Machine::with(unit, VtdConfig { second_stage: true, ..vtd_config() });
@@ -272,7 +271,7 @@ fn second_stage_tables_are_not_offered_where_the_host_cannot_walk_them() {
     assert!(error.contains("lacks guest_second_stage"), "{error}");
 }
 
-/// A machine whose unit compares every request with the tables, and otherwise as [`nested`].
+/// A machine whose unit has the sanitizer; otherwise as [`nested`].
 fn sanitized() -> (Machine, u64) {
     let unit = VtdUnitConfig { sanitize: true, ..VtdUnitConfig::default() };
     let machine = Machine::with(unit, vtd_config());
@@ -307,7 +306,7 @@ fn a_driver_that_invalidates_something_else_is_reported_with_what_was_needed() {
         let of = |address, pages, leaf| InvalidatedPages::Range { address, pages, leaf };
         [
             (pasid_pages(DOMAIN, 0, Some(pages(IOVA + PAGE, 0))), Some(of(IOVA + PAGE, 1, true))),
-            // Another PASID, another domain: for these tables there was none.
+            // Another PASID, another domain: these tables were not invalidated.
             (pasid_pages(DOMAIN, 1, None), None),
             (iotlb(IotlbScope::Domain(DOMAIN + 1)), None),
         ]
@@ -340,7 +339,7 @@ fn a_context_that_is_stale_is_reported_and_its_old_tables_are_not() {
     guest.map(other, IOVA, guest.page(), 1, true);
     machine.read(A, None, IOVA).unwrap();
     guest.set_entry(A, 0, Entry::FirstStage { table: other, domain: DOMAIN });
-    // The old tables are used for something else.
+    // The old tables are reused for something else.
     guest.unmap(table, IOVA);
     machine.read(A, None, IOVA).unwrap();
     machine.read(A, None, IOVA).unwrap();
@@ -360,7 +359,7 @@ fn a_context_that_is_stale_is_reported_and_its_old_tables_are_not() {
     machine.read(A, None, IOVA).unwrap();
     let done = StaleContext { invalidated_since: true, ..stale };
     assert_eq!((report().contexts, report().stale), (vec![done], vec![]));
-    // Disabled translation says nothing, nor does one that blocks.
+    // Disabled translation reports nothing, nor do blocking entries.
     guest.set_entry(A, 0, Entry::NotPresent);
     assert_eq!(guest.flush_pasid_cache(), Completion::Done);
     machine.read(A, None, IOVA).unwrap_err();

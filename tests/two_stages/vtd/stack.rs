@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine with a VT-d as what every architecture's tests run on.
+//! The VT-d machine as a stack for the architecture-independent tests.
 
 use std::sync::Arc;
 
@@ -99,7 +99,7 @@ impl Stack for Machine {
             pasid_pages(NAME, 0, Some(pages(IOVA, 9))),
             Self::all_of(NAME),
             iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA, 0) }),
-            // Of first-stage tables it names all, whatever the address.
+            // It covers all of the first-stage tables, whatever the address.
             iotlb(IotlbScope::Pages { domain: NAME, range: pages(IOVA + PAGE, 0) }),
             iotlb(IotlbScope::Domain(NAME)),
             iotlb(IotlbScope::Global),
