@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the emulated machine is made of: a TOML file.
+//! The description of the emulated machine: a TOML file.
 
 use std::fmt;
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::path::Path;
 use serde::Deserialize;
 use twostage::spec::pci::Bdf;
 
-/// The machine when no file is named.
+/// The default machine.
 const DEFAULT: &str = include_str!("default.toml");
 
 /// A machine.
@@ -24,12 +24,12 @@ pub struct Config {
     /// Devices behind them.
     #[serde(default)]
     pub device: Vec<Device>,
-    /// What every process may do here, besides what it may do anyway.
+    /// Capabilities granted to every process here, besides its own.
     #[serde(default)]
     pub capabilities: Vec<Capability>,
 }
 
-/// The capabilities that iommufd asks for, by their numbers.
+/// The capabilities that iommufd checks, with their numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Capability {
@@ -52,11 +52,11 @@ impl Capability {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Iommu {
-    /// By which devices name it.
+    /// Its name for devices.
     pub name: String,
-    /// What it is.
+    /// Its model.
     pub model: Model,
-    /// Width of its addresses in bits: 48 or 57; of an SMMUv3 what IDR5.OAS can say, 32 to 52.
+    /// Width of its addresses in bits: 48 or 57; for an SMMUv3 a value of IDR5.OAS, 32 to 52.
     #[serde(default = "forty_eight")]
     pub address_width: u8,
     /// Width of its PASIDs in bits, at most 20; 0 for none.
@@ -65,22 +65,22 @@ pub struct Iommu {
     /// Nested translation.
     #[serde(default = "yes")]
     pub nesting: bool,
-    /// Device-TLBs can be invalidated.
+    /// Supports invalidation of device-TLBs.
     #[serde(default)]
     pub ats: bool,
-    /// Page requests of devices are taken, where there is `ats`.
+    /// Supports page requests of devices, if it has `ats`.
     #[serde(default)]
     pub pri: bool,
-    /// Says that it has erratum 772415, as Linux says of every VT-d: no read-only mappings beside a
-    /// nesting parent.
+    /// Reports erratum 772415, as Linux does for every VT-d: no read-only mappings with a nesting
+    /// parent.
     #[serde(default = "yes")]
     pub erratum_772415: bool,
-    /// Of an SMMUv3: stage 2 forces write-back (IDR3.FWB). Without, there are no vIOMMUs.
+    /// Of an SMMUv3: stage 2 forces write-back (IDR3.FWB). Without it, there are no vIOMMUs.
     #[serde(default = "yes")]
     pub s2fwb: bool,
 }
 
-/// The kinds of IOMMU.
+/// The models of IOMMUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Model {
@@ -106,15 +106,15 @@ pub struct Device {
     /// It has a device-TLB.
     #[serde(default)]
     pub ats: bool,
-    /// It asks for pages, which takes `ats`.
+    /// It sends page requests, which needs `ats`.
     #[serde(default)]
     pub pri: bool,
-    /// Which engine it has.
+    /// Its DMA engine.
     #[serde(default)]
     pub dma: Dma,
-    /// Devices behind one IOMMU with the same number are one IOMMU group; without, it is alone.
+    /// Devices behind one IOMMU with the same number are one IOMMU group; without, it has its own.
     pub group: Option<u32>,
-    /// IOVAs that cannot be mapped for it, in bytes, both ends included.
+    /// IOVAs that cannot be mapped for it, in bytes, inclusive.
     #[serde(default)]
     pub reserved: Vec<[u64; 2]>,
 }
@@ -142,16 +142,16 @@ fn yes() -> bool {
     true
 }
 
-/// A description that is of no machine.
+/// An invalid description.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("{0}")]
     Read(#[from] io::Error),
-    /// It is not of this form.
+    /// Its format is wrong.
     #[error("{0}")]
     Form(#[from] toml::de::Error),
-    /// It says something that cannot be.
+    /// Its content is invalid.
     #[error("{0}")]
     Content(String),
 }
@@ -164,7 +164,7 @@ impl Config {
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         match file {
             Some(path) => {
-                // A FIFO would be waited for, and a device read for ever.
+                // Opening a FIFO would block, and reading a device might not end.
                 let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
                 if !file.metadata()?.is_file() {
                     return Err(io::Error::other("not a regular file").into());
@@ -235,7 +235,7 @@ impl Device {
     /// Its Requester ID.
     ///
     /// # Errors
-    /// When its address is none.
+    /// Its address is invalid.
     pub fn rid(&self) -> Result<Bdf, twostage::spec::pci::ParseBdfError> {
         self.address.parse()
     }

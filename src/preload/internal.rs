@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Descriptors of the library's own, out of the program's way.
+//! The library's own descriptors, out of the program's way.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -11,10 +11,10 @@ use crate::table::{self, Entry};
 pub struct Internal(OwnedFd);
 
 impl Internal {
-    /// Moves `fd` to where programs do not expect it.
+    /// Moves `fd` to a number that programs do not expect.
     pub fn new(fd: OwnedFd) -> Self {
         let fd = sys::duplicate(fd.as_raw_fd()).unwrap_or(fd);
-        // A number too high for the table is one that the program hardly closes by chance.
+        // A number beyond the table is unlikely to be closed by accident.
         table::set(fd.as_raw_fd(), Entry::Internal);
         Self(fd)
     }

@@ -15,47 +15,47 @@
 //!
 //! # What is promised
 //!
-//! * A descriptor of an emulated file is a real one: one end of a socket pair. It is dup-able,
-//!   pollable, closed on exec as asked, and counted by the kernel: the file ends with the last
+//! * A descriptor of an emulated file is a real one: one end of a socket pair. It can be duplicated
+//!   and polled, has close-on-exec, and is counted by the kernel: the file ends with the last
 //!   descriptor, in whichever process.
-//! * The machine is made at the first open, and lives in the process that made it (the *owner*).
-//!   Calls on a descriptor that was inherited through fork, exec or a socket are forwarded to the
-//!   owner; when that is gone they fail with `ENODEV`. What a child opens itself is its own.
+//! * The machine is created at the first open, and lives in the process that created it (the
+//!   *owner*). Calls on a descriptor inherited through fork or exec, or received through a socket,
+//!   are forwarded to the owner; if that is gone they fail with `ENODEV`. What a child opens itself
+//!   is separate.
 //! * exec ends the machine of the process that calls it. A program started by exec sees devices
-//!   only when `LD_PRELOAD` is in its environment.
-//! * A DMA that waits for a page (PRI) goes on within the call that brings the answer, in whichever
-//!   process that is made.
-//! * Memory that is pinned stays: shared mappings are mapped a second time, private ones are kept
-//!   when the program unmaps them, and reached whatever rights it leaves itself (`memory/pins.rs`).
-//!   `/proc/PID/status` says how much it is.
-//! * A call beside `close`, `close_range` or `dup2` of its descriptor, in another thread, is done
-//!   or fails with `EBADF`: it does not wait.
-//! * A process that calls are forwarded for is known by a pidfd: what has its number later is
-//!   another one.
-//! * All other calls go to the next library as they are. Nothing is set up before the first open;
-//!   then a thread is, which takes no signals.
+//!   only if `LD_PRELOAD` is in its environment.
+//! * A DMA that waits for a page (PRI) continues within the call that brings the response, in
+//!   whichever process.
+//! * Pinned memory stays: shared mappings are mapped a second time; private ones are kept when the
+//!   program unmaps them, and accessed whatever protection the program sets (`memory/pins.rs`).
+//!   `/proc/PID/status` shows the amount.
+//! * A call concurrent with `close`, `close_range` or `dup2` of its descriptor in another thread
+//!   completes or fails with `EBADF`: it does not block.
+//! * A process on whose behalf calls are made is identified by a pidfd: a later process with the
+//!   same ID is another one.
+//! * All other calls go unchanged to the next library. Nothing is set up before the first open;
+//!   then a thread is started, which takes no signals.
 //!
 //! # What is not
 //!
-//! * Calls that do not go through libc's exported functions are not seen: system calls made by
-//!   hand, and those that libc makes inside itself (`free` of pinned memory, `fopen` of a device).
-//! * Paths are known as they stand: `/dev/iommu`, not `iommu` in `/dev`. `/dev/vfio` and `/sys`
-//!   list none of the devices.
-//! * Pages that the program discards (`MADV_DONTNEED` and the like of private memory), or cuts out
-//!   of a file (holes, `MADV_REMOVE`, a shorter file), are gone for devices, too: they find what
-//!   the program finds, where a kernel leaves them the pages that they had. Tables that an IOMMU
-//!   walks must be in memory that stays readable and writable. Whenever that does not hold,
-//!   standard error says so (`memory/taken.rs`).
-//! * A file that is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`) can be mapped
-//!   for devices to read only: `EINVAL`.
+//! * Calls that bypass libc's exported functions are not seen: direct system calls, and those
+//!   within libc (`free` of pinned memory, `fopen` of a device).
+//! * Paths are matched literally: `/dev/iommu`, not `iommu` in `/dev`. `/dev/vfio` and `/sys` do
+//!   not list the devices.
+//! * Pages that the program discards (`MADV_DONTNEED` and similar, for private memory), or punches
+//!   out of a file (holes, `MADV_REMOVE`, a shorter file), are lost to devices, too: they see what
+//!   the program sees, while a kernel leaves them the pinned pages. Tables that an IOMMU walks must
+//!   be in memory that stays readable and writable. Violations are reported on standard error
+//!   (`memory/taken.rs`).
+//! * A file sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`) can be mapped for
+//!   devices only for reading: `EINVAL`.
 //! * Private memory of another process cannot be pinned: `EFAULT`. Pinned private memory cannot be
 //!   moved or mapped over: `ENOMEM`. Descriptors of another process cannot be mapped: `ENODEV`.
 //! * A socket polls as writable, so every descriptor does.
-//! * A thread that takes descriptors of its own while the program has others
-//!   (`CLOSE_RANGE_UNSHARE`) can go on with the files that it has, and exec; what it opens from
-//!   then on does not reach this library's thread.
+//! * A thread that unshares its descriptors (`CLOSE_RANGE_UNSHARE`) can keep using the files that
+//!   it has, and exec; but what it opens from then on is not visible to this library's thread.
 #![deny(missing_docs)]
-// The hooks, which all else is for, are not exported from a test.
+// The hooks, which use everything else, are not exported in tests.
 #![cfg_attr(test, allow(dead_code))]
 
 mod callers;

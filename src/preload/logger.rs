@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What this library has to say, on the program's standard error: errors, and more when the
-//! environment asks for it.
+//! The library's messages on the program's standard error: errors, and more if the environment says
+//! so.
 
 use std::env;
 use std::io::Write;
@@ -10,7 +10,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 /// `off`, `error` (the default), `warn`, `info`, `debug` or `trace`.
 const LEVEL_VARIABLE: &str = "TWOSTAGE_IOMMUFD_LOG";
 
-/// No line is longer, in bytes.
+/// Maximum length of a line, in bytes.
 const LONGEST: usize = 1024;
 
 struct StandardError;
@@ -20,27 +20,27 @@ impl Log for StandardError {
         true
     }
 
-    /// Takes no memory: an allocator may be who made the call that there is something to say of.
+    /// Allocates no memory: the message may be about a call of an allocator.
     fn log(&self, record: &Record<'_>) {
         let mut buffer = [0; LONGEST];
-        // There is nobody to tell when it cannot be written.
+        // If it cannot be written, nothing can be done.
         let _ = std::io::stderr().write_all(line(&mut buffer, record));
     }
 
     fn flush(&self) {}
 }
 
-/// The line that says `record`, cut off where `buffer` ends.
+/// The line for `record`, truncated to `buffer`.
 fn line<'a>(buffer: &'a mut [u8; LONGEST], record: &Record<'_>) -> &'a [u8] {
     let mut rest = &mut buffer[..LONGEST - 1];
-    // Fails when there is no more room.
+    // Fails when the buffer is full.
     let _ = write!(rest, "twostage-iommufd: {}: {}", record.level(), record.args());
     let length = LONGEST - 1 - rest.len();
     buffer[length] = b'\n';
     &buffer[..=length]
 }
 
-/// Begins to log, as the environment asks.
+/// Starts logging, according to the environment.
 pub fn start() {
     let level = env::var(LEVEL_VARIABLE).ok().and_then(|level| level.parse().ok());
     if log::set_logger(&StandardError).is_ok() {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The functions that the hooks stand in front of: those of the next library.
+//! The functions behind the hooks: those of the next library.
 //!
-//! One is called as it is. Where it is not known (the search itself gets here, or libc lacks it)
-//! the system call is made instead.
+//! If the function is not known (the lookup itself gets here, or libc lacks it) the system call is
+//! made instead.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int, c_ulong, c_void, CStr};
@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use libc::{iovec, mode_t, off64_t, size_t, ssize_t, syscall, AT_FDCWD};
 
-/// Finds `name` in the libraries after this one, once. Null when this thread is searching already
-/// (a search that needs memory, and through it one of our hooks, does not start another), or when a
+/// Finds `name` in the libraries after this one, once. Null if this thread is already searching (a
+/// search that allocates memory, and so calls one of our hooks, must not start another), or if a
 /// search of another thread does not end: that thread was not forked.
 fn find(found: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
-    /// The thread that searches; 0 for none.
+    /// The searching thread; 0 for none.
     static SEARCHER: AtomicUsize = AtomicUsize::new(0);
     const PATIENCE: usize = 1 << 24;
     // SAFETY: the call has no preconditions.
@@ -58,12 +58,12 @@ macro_rules! next {
                     };
                 let function = find(&FOUND, NAME);
                 if function.is_null() {
-                    // SAFETY: the caller promises what the system call needs.
+                    // SAFETY: the caller guarantees the system call's requirements.
                     return unsafe { $system_call } as $result;
                 }
-                // SAFETY: what libc has under this name is of this type.
+                // SAFETY: libc's function with this name has this type.
                 let function: $libc = unsafe { std::mem::transmute(function) };
-                // SAFETY: the caller promises what the function needs.
+                // SAFETY: the caller guarantees the function's requirements.
                 unsafe { function($($argument),*) }
             }
         )*
@@ -101,7 +101,7 @@ next! {
         unsafe extern "C" fn(c_int, Path, c_int) -> c_int,
         syscall(libc::SYS_openat, directory, path, flags, 0);
 
-    // No system call does this, and no search gets here.
+    // There is no such system call, and the search does not get here.
     fn fopen(path: Path, mode: Path) -> *mut libc::FILE,
         unsafe extern "C" fn(Path, Path) -> *mut libc::FILE,
         { let _ = path; libc::fdopen(-1, mode) };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which threads share the descriptors that the table tells of: all, but for those that took a
-//! table of their own (`CLOSE_RANGE_UNSHARE`).
+//! Which threads share the descriptors described by the table: all, except those that unshared them
+//! (`CLOSE_RANGE_UNSHARE`).
 
 use std::cell::Cell;
 
@@ -8,18 +8,18 @@ thread_local! {
     static APART: Cell<bool> = const { Cell::new(false) };
 }
 
-/// This thread has a table of descriptors of its own from here on.
+/// This thread has unshared its descriptors.
 pub fn leave() {
     APART.set(true);
 }
 
-/// Whether this thread has a table of descriptors of its own.
+/// Whether this thread has unshared its descriptors.
 pub fn is_apart() -> bool {
     APART.get()
 }
 
-/// Whether the process has this thread and `ours` others at most. Where `/proc` does not say, it
-/// has not.
+/// Whether the process has at most this thread and `ours` others. False if `/proc` is not
+/// available.
 pub fn is_alone(ours: usize) -> bool {
     let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return false };
     let live = |task: std::io::Result<std::fs::DirEntry>| match task {
@@ -31,11 +31,11 @@ pub fn is_alone(ours: usize) -> bool {
     tasks.map(live).filter(|live| *live).count() <= 1 + ours
 }
 
-/// Whether a thread with this `stat` in `/proc` is not about to end: who joined it may still find
-/// it there.
+/// Whether a thread with this `stat` in `/proc` is not exiting: a joined thread may still be listed
+/// there.
 fn is_live(stat: &str) -> bool {
     const PF_EXITING: u64 = 4;
-    // The name may have anything in it.
+    // The name may contain anything.
     let flags = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(6)?.parse().ok());
     flags.is_none_or(|flags: u64| flags & PF_EXITING == 0)
 }

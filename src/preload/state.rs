@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The emulated files of this process: its own, and those that other processes own.
+//! The emulated files of this process: its own, and those of other processes.
 //!
 //! A descriptor of an emulated file is one end of a socket pair. The owner keeps the other end: it
-//! hangs up when the last descriptor is closed, whoever had it, and takes the calls of other
-//! processes ([`crate::callers::calls`]). Its name tells a process that did not open the file what
-//! it is.
+//! hangs up when the last descriptor is closed, in any process, and receives the calls of other
+//! processes ([`crate::callers::calls`]). Its name identifies the file to processes that did not
+//! open it.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -29,49 +29,47 @@ use crate::sys::{self, Mark};
 use crate::table::{self, Entry};
 use crate::world::World;
 
-/// How the names of the owner's ends begin.
+/// The prefix of the names of the owner's ends.
 const NAME_PREFIX: &str = "twostage-iommufd/";
 
-/// All that one process has. A child begins anew.
+/// The state of one process. A child starts with a new one.
 #[derive(Debug)]
 pub struct State {
     pid: i32,
     /// Set in this process only.
     mark: Result<Mark, Errno>,
     files: Mutex<Files>,
-    /// What is pinned.
+    /// The pins.
     pub pins: Arc<Pins>,
-    /// What is mapped of iommufds.
+    /// The mappings of iommufds.
     pub windows: Windows,
-    /// Who locks memory.
+    /// The accounts of locked memory.
     pub accounts: Accounts,
-    /// Whom calls are forwarded for.
+    /// The processes on whose behalf calls are made.
     pub processes: Processes,
     world: OnceLock<Result<World, Errno>>,
     service: OnceLock<Result<Service, Errno>>,
     opened: AtomicU64,
-    /// The files with something that waits for a call on another one.
+    /// The files that wait for a call on another one.
     pub waiting: Waiting,
-    /// Held by who uses a file without a descriptor of it, so that one that was closed ends in
-    /// time.
+    /// Held while using a file without a descriptor of it, so that a closed file ends in time.
     serving: Mutex<()>,
 }
 
-/// The files, by their numbers.
+/// The files, by number.
 #[derive(Debug, Default)]
 struct Files {
     slots: Vec<Option<Slot>>,
-    /// Some that are not among them any more are ending now: who has closed the last descriptor of
-    /// one waits.
+    /// Some removed files are still ending: whoever closed the last descriptor of one waits.
     ending: bool,
 }
 
-/// A file that some descriptor stands for.
+/// A file with descriptors.
 #[derive(Debug, Clone)]
 pub struct Slot {
-    /// Of the descriptors' end.
+    /// Inode of the descriptors' end.
     inode: u64,
-    /// Whose it is.
+    /// Its owner.
     pub kind: Kind,
 }
 
@@ -85,12 +83,12 @@ impl Slot {
     }
 }
 
-/// Whose file it is.
+/// The owner of a file.
 #[derive(Debug, Clone)]
 pub enum Kind {
-    /// This process has it.
+    /// This process.
     Own(Arc<Own>),
-    /// Another process has it.
+    /// Another process.
     Foreign,
 }
 
@@ -115,7 +113,7 @@ pub fn current() -> &'static State {
     }
 }
 
-/// The state of this process, when there is one already.
+/// The state of this process, if it exists already.
 pub fn begun() -> Option<&'static State> {
     (!STATE.load(Ordering::Acquire).is_null()).then(current)
 }
@@ -125,8 +123,8 @@ pub fn is_emulated(fd: RawFd) -> bool {
     sys::peer_name(fd).is_some_and(|name| name.starts_with(NAME_PREFIX.as_bytes()))
 }
 
-/// Makes the state of this process, in place of `inherited`: that of the process that forked it. It
-/// may be locked by a thread that is not here, so nothing of it is looked at.
+/// Creates the state of this process, replacing `inherited`: that of the process that forked it. It
+/// may be locked by a thread that does not exist here, so it is not accessed.
 fn begin(inherited: *mut State) -> &'static State {
     let state = State {
         pid: sys::process_id(),
@@ -144,7 +142,7 @@ fn begin(inherited: *mut State) -> &'static State {
     };
     let new = Box::into_raw(Box::new(state));
     let published = STATE.compare_exchange(inherited, new, Ordering::AcqRel, Ordering::Acquire);
-    // Another thread may have been first; this one's stays unused then.
+    // Another thread may have been first; then this one is not used.
     let state = published.map_or_else(|other| other, |_| new);
     // SAFETY: it is not null, and states are never freed.
     let state = unsafe { &*state };
@@ -164,18 +162,17 @@ extern "C" fn begin_in_child() {
 }
 
 impl State {
-    /// Whether this is the address space that it is of.
+    /// Whether this is its address space.
     fn is_here(&self) -> bool {
         match &self.mark {
             Ok(mark) => mark.is_set(),
-            // A kernel without MADV_WIPEONFORK. What a child of vfork does is mistaken for a fork.
+            // A kernel without MADV_WIPEONFORK: a vfork is mistaken for a fork.
             Err(_) => self.pid == sys::process_id(),
         }
     }
 
-    /// Whether the descriptors are those that the state tells of. They are not in a child of vfork,
-    /// which has the memory of its parent and descriptors of its own, nor in a thread that left the
-    /// others.
+    /// Whether the current descriptors are those of the state: not in a child of vfork, which
+    /// shares its parent's memory but not its descriptors, nor in a thread that unshared them.
     pub fn has_descriptors(&self) -> bool {
         self.pid == sys::process_id() && !sharing::is_apart()
     }
@@ -189,10 +186,10 @@ impl State {
         self.files.lock()
     }
 
-    /// The emulated machine of this process, made now if it is not yet.
+    /// The emulated machine of this process, created on first use.
     ///
     /// # Errors
-    /// `ENODEV` its description cannot be used; that has been said then.
+    /// `ENODEV` its description is invalid, which has been reported then.
     pub fn world(&self) -> Result<&World, Errno> {
         self.world
             .get_or_init(|| World::from_environment(&self.pins))
@@ -200,7 +197,7 @@ impl State {
             .map_err(|errno| *errno)
     }
 
-    /// Starts the service, which `serve`s files, unless it is started.
+    /// Starts the service, which `serve`s files, unless it is running.
     ///
     /// # Errors
     /// As [`Service::start`].
@@ -209,7 +206,7 @@ impl State {
         service.as_ref().map(|_| ()).map_err(|errno| *errno)
     }
 
-    /// Takes over the descriptors that a fork left: files belong to others now.
+    /// Takes over the descriptors after a fork: their files belong to another process now.
     fn inherit(&self) {
         for (fd, entry) in table::ours(0, u32::MAX) {
             table::set(fd, Entry::NotOurs);
@@ -221,10 +218,10 @@ impl State {
         }
     }
 
-    /// Gives `file` to this process, as a new descriptor.
+    /// Adds `file` to this process, with a new descriptor.
     ///
     /// # Errors
-    /// What the kernel says when it has no more descriptors; `ENODEV` the service is not started.
+    /// The kernel's error if there are no more descriptors; `ENODEV` the service is not started.
     pub fn install(&self, file: Arc<dyn File>, close_on_exec: bool) -> Result<RawFd, Errno> {
         let (fd, slot) = self.publish(file)?;
         sys::set_flags(fd.as_raw_fd(), close_on_exec, false)?;
@@ -236,7 +233,8 @@ impl State {
         Ok(fd.into_raw_fd())
     }
 
-    /// Makes `file` one of this process's: the end for descriptors, and the number of the file.
+    /// Makes `file` one of this process's: returns the end for descriptors, and the number of the
+    /// file.
     ///
     /// # Errors
     /// As [`Self::install`].
@@ -249,7 +247,7 @@ impl State {
         let name = format!("{NAME_PREFIX}{}/{number}/{}", self.pid, file.name());
         let inode = sys::inode(fd.as_raw_fd())?;
         let own = Arc::new(Own { file, end });
-        // What has such a name is known.
+        // A file with such a name is known by it.
         let slot = self.insert(Slot { inode, kind: Kind::Own(own.clone()) });
         let named = sys::bind_name(own.end.raw(), name.as_bytes());
         if let Err(errno) = named.and_then(|()| service.watch(own.end.raw(), inode)) {
@@ -271,13 +269,13 @@ impl State {
         free as u32
     }
 
-    /// The slot that `fd` stands for; none when that is no file of ours. The number may have been
-    /// closed, and used for something else, where no hook saw it, or while this looks.
+    /// The slot of `fd`; none if it is no file of ours. The number may have been closed and reused
+    /// without a hook, or concurrently.
     ///
     /// # Errors
     /// `EBADF` it is being closed.
     pub fn find(&self, fd: RawFd) -> Result<Option<Slot>, Errno> {
-        /// Each but the last found the number to be changed meanwhile.
+        /// In each iteration but the last, the number had changed meanwhile.
         const TURNS: usize = 16;
         const CLOSED: Errno = Errno::from_raw(libc::EBADF);
         for _ in 0..TURNS {
@@ -291,7 +289,7 @@ impl State {
             if let Some(slot) = slot.filter(|slot| sys::inode(fd) == Ok(slot.inode)) {
                 return Ok(Some(slot));
             }
-            // A child of vfork, or a thread apart, which has closed it: the table is of others.
+            // A child of vfork, or a thread apart, has closed it: the table belongs to others.
             if !self.has_descriptors() {
                 return Ok(None);
             }
@@ -302,8 +300,8 @@ impl State {
         Err(CLOSED)
     }
 
-    /// Looks whether `fd`, which is not known, is a descriptor of an emulated file: one that came
-    /// through exec, a socket, or a call that no hook saw. Returns its slot.
+    /// Checks whether `fd`, which is not known, is a descriptor of an emulated file: one that came
+    /// through exec, a socket, or a call without a hook. Returns its slot.
     pub fn recognise(&self, fd: RawFd) -> Option<u32> {
         if !is_emulated(fd) {
             return None;
@@ -328,13 +326,13 @@ impl State {
         }
     }
 
-    /// A descriptor of the file `slot` was closed: the file has ended then if that was the last
-    /// one.
+    /// A descriptor of the file `slot` was closed: when this returns, the file has ended if that
+    /// was the last one.
     pub fn released(&self, slot: u32) {
         let place = slot as usize;
         let files = self.files();
         let stays = |slot: &Slot| !slot.is_hung_up();
-        // An empty place may be that of a file that the service took, and has not ended yet.
+        // An empty slot may be that of a file that the service took, and has not ended yet.
         if !files.ending
             && files.slots.get(place).is_none_or(|slot| slot.as_ref().is_none_or(stays))
         {
@@ -353,7 +351,8 @@ impl State {
     /// Ends those of the files `numbers` whose last descriptors are closed; when it returns none is
     /// ending.
     fn end(&self, numbers: Range<usize>) {
-        // What closing brings about is done when close returns: who serves drops the file first.
+        // The effects of closing are complete when close returns: whoever is serving drops the file
+        // first.
         let _served = self.serving();
         let mut files = self.files();
         let places = files.slots.iter_mut().skip(numbers.start).take(numbers.len());
@@ -372,12 +371,12 @@ impl State {
         }
     }
 
-    /// Keeps files that are closed from ending.
+    /// Prevents closed files from ending.
     pub fn serving(&self) -> MutexGuard<'_, ()> {
         self.serving.lock()
     }
 
-    /// What to map in place of `fd`; `None` when that is none of ours.
+    /// What to map instead of `fd`; `None` if it is not ours.
     pub fn map(&self, fd: RawFd, request: MmapRequest) -> Option<Result<MappedPages, Errno>> {
         let slot = self.find(fd).transpose()?;
         Some(slot.and_then(|slot| match slot.kind {
@@ -387,7 +386,7 @@ impl State {
         }))
     }
 
-    /// The name of the file that `fd` stands for; none when that is no file of ours.
+    /// The name of the file of `fd`; none if it is no file of ours.
     ///
     /// # Errors
     /// `EBADF` it is being closed.
@@ -407,7 +406,7 @@ mod tests {
     use super::*;
     use crate::files::file::{Answer, Call, Caller};
 
-    /// A file whose end takes its time.
+    /// A file that takes time to end.
     #[derive(Debug)]
     struct Slow {
         ends: Sender<()>,
@@ -433,7 +432,7 @@ mod tests {
         }
     }
 
-    /// The service may see the last descriptor closed before the hook of `close` goes on.
+    /// The service may see the last descriptor closed before the hook of `close` continues.
     #[test]
     fn a_file_that_another_thread_ends_has_ended_when_close_returns() {
         let state = current();
@@ -451,7 +450,7 @@ mod tests {
                 state.released(slot);
                 ended.load(Ordering::SeqCst)
             });
-            // Time for what does not wait to return.
+            // Time for a call that does not wait to return.
             thread::sleep(Duration::from_millis(100));
             let_it_end.send(()).unwrap();
             assert!(closed.join().unwrap(), "close waits until the file has ended");

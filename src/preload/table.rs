@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the numbers of this process's descriptors stand for, as far as this library knows.
+//! The table of this process's descriptors, as far as this library knows them.
 //!
-//! Hooks ask this for every descriptor of the program, also in signal handlers: no lock, one load.
+//! Hooks look up every descriptor of the program, also in signal handlers: no lock, one load.
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Higher numbers are never ours: an open that would get one fails with `EMFILE`.
+/// Higher numbers are never ours: an open that would return one fails with `EMFILE`.
 const CAPACITY: usize = 1 << 16;
 
 const NOT_OURS: u32 = 0;
@@ -16,17 +16,16 @@ const FIRST_SLOT: u32 = 3;
 
 static TABLE: [AtomicU32; CAPACITY] = [const { AtomicU32::new(NOT_OURS) }; CAPACITY];
 
-/// What a number stands for.
+/// The entry of a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
-    /// Nothing of ours.
+    /// Not ours.
     NotOurs,
-    /// Something that the program must not touch.
+    /// The program must not touch it.
     Internal,
-    /// A descriptor of an emulated file that a thread is closing: who finds it emulated still comes
-    /// too late for it.
+    /// A descriptor of an emulated file that a thread is closing: others must not use it any more.
     Closing,
-    /// The emulated file of this number (of a file, not of a descriptor).
+    /// The emulated file with this number (of a file, not of a descriptor).
     File(u32),
 }
 
@@ -54,23 +53,22 @@ fn entry(fd: RawFd) -> Option<&'static AtomicU32> {
     TABLE.get(usize::try_from(fd).ok()?)
 }
 
-/// What `fd` stands for.
+/// The entry of `fd`.
 pub fn get(fd: RawFd) -> Entry {
     entry(fd).map_or(Entry::NotOurs, |entry| Entry::of(entry.load(Ordering::Acquire)))
 }
 
-/// Whether `fd` stands, or stood a moment ago, for an emulated file.
+/// Whether `fd` is, or was a moment ago, an emulated file.
 pub fn is_file(fd: RawFd) -> bool {
     matches!(get(fd), Entry::File(_) | Entry::Closing)
 }
 
-/// Says what `fd` stands for from now on; returns what it stood for, or `None` when the number is
-/// too high.
+/// Sets the entry of `fd`; returns the old one, or `None` if the number is too high.
 pub fn set(fd: RawFd, to: Entry) -> Option<Entry> {
     Some(Entry::of(entry(fd)?.swap(to.raw(), Ordering::AcqRel)))
 }
 
-/// Says what `fd` stands for from now on, unless that is not `from` any more; whether it did.
+/// Replaces the entry of `fd`, unless it is not `from` any more; returns whether it did.
 pub fn replace(fd: RawFd, from: Entry, to: Entry) -> bool {
     let (from, to) = (from.raw(), to.raw());
     let replace = |entry: &AtomicU32| {

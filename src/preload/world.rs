@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The emulated machine of a process, and which paths lead to it.
+//! The emulated machine of a process, and its paths.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
@@ -37,7 +37,7 @@ pub enum Node {
 }
 
 impl Node {
-    /// What `path` is; `None` when it is none of ours, whether it is there or not.
+    /// The node of `path`; `None` if it is not one of ours, whether it exists or not.
     pub fn of(path: &[u8]) -> Option<Self> {
         match path {
             b"/dev/iommu" => Some(Self::Iommu),
@@ -49,7 +49,7 @@ impl Node {
         }
     }
 
-    /// The node of the open file that is called `name`.
+    /// The node of the open file `name`.
     pub fn of_file(name: &str) -> Option<Self> {
         match name {
             "iommu" => Some(Self::Iommu),
@@ -64,7 +64,7 @@ impl Node {
     /// Major and minor number of the character device.
     pub fn device_number(self) -> (u32, u32) {
         match self {
-            // Misc devices: a number given out at run time, and VFIO's.
+            // Misc devices: a dynamic number, and VFIO's.
             Self::Iommu => (10, 125),
             Self::Container => (10, 196),
             Self::Group(number) => (510, number),
@@ -91,10 +91,10 @@ pub struct World {
 }
 
 impl World {
-    /// The machine that the environment names, or the default, in the process with `pins`.
+    /// The machine from the environment, or the default, in the process with `pins`.
     ///
     /// # Errors
-    /// `ENODEV` its description cannot be used; standard error says why.
+    /// `ENODEV` its description is invalid; the reason is on standard error.
     pub fn from_environment(pins: &Arc<Pins>) -> Result<Self, Errno> {
         let file = env::var_os(FILE_VARIABLE).map(PathBuf::from);
         let described = Config::load(file.as_deref()).map_err(|error| error.to_string());
@@ -110,7 +110,7 @@ impl World {
     /// The machine of `config`, likewise.
     ///
     /// # Errors
-    /// Says what in it cannot be.
+    /// Says what is invalid in it.
     pub fn new(config: &Config, pins: Arc<Pins>) -> Result<Self, String> {
         let machine = Machine::new();
         let mut units = BTreeMap::new();
@@ -130,12 +130,12 @@ impl World {
         Ok(Self { machine, devices, capabilities, groups: Arc::default(), pins })
     }
 
-    /// What every process may do here, besides what it may do anyway: a set, by bits.
+    /// Capabilities granted to every process here, besides its own, as bits.
     pub fn capabilities(&self) -> u64 {
         self.capabilities
     }
 
-    /// Whether `node` is there.
+    /// Whether `node` exists.
     pub fn has(&self, node: Node) -> bool {
         match node {
             Node::Iommu | Node::Container => true,
@@ -147,8 +147,7 @@ impl World {
     /// Opens `node`.
     ///
     /// # Errors
-    /// `ENOENT` there is no such device; `EBUSY` a group that is open, or of which a device is
-    /// bound.
+    /// `ENOENT` there is no such device; `EBUSY` the group is open, or a device of it is bound.
     pub fn open(&self, node: Node) -> Result<Arc<dyn File>, Errno> {
         if !self.has(node) {
             return Err(Errno::ENOENT);
@@ -179,7 +178,7 @@ impl World {
     }
 }
 
-/// Gives every device a group: the number that was asked for, or one that nobody asked for.
+/// Gives every device a group: the requested number, or an unused one.
 fn with_groups(devices: &[DeviceEntry]) -> BTreeMap<u32, Entry> {
     let taken: BTreeSet<u32> = devices.iter().filter_map(|device| device.group).collect();
     let mut free = (0..).filter(|number| !taken.contains(number));

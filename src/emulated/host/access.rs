@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Access objects: how a device without an IOMMU of its own uses an IOAS.
+//! Access objects: how a device without an IOMMU uses an IOAS.
 //!
-//! A mediated device, whose DMA is software's, and a vDPA-like one attach to an IOAS by an
-//! [`Access`] and reach memory by IOVA as a PCI device behind an IOMMU does. They share its pages,
+//! A mediated device, whose DMA is done by software, or a vDPA-like one attaches to an IOAS by an
+//! [`Access`] and accesses memory by IOVA like a PCI device behind an IOMMU. They share its pages,
 //! which are pinned and accounted once.
 
 use std::borrow::Cow;
@@ -15,7 +15,7 @@ use crate::ioas::Transfer;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
-/// Why an access object cannot do what it was asked.
+/// Why an operation of an access object failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{errno}: {detail}")]
 pub struct AccessError {
@@ -30,25 +30,24 @@ impl From<Refusal> for AccessError {
     }
 }
 
-/// What the methods of an [`Access`] answer.
+/// The result of an [`Access`]'s methods.
 type Result<T> = std::result::Result<T, AccessError>;
 
-/// An access object, and its end when it is dropped.
+/// An access object, destroyed on drop.
 #[derive(Debug)]
 pub struct Access {
     context: Arc<Context>,
     id: ObjectId,
-    /// The object table that the id belongs to.
+    /// The object table that the ID belongs to.
     epoch: u64,
 }
 
 impl EmulatedHost {
-    /// Makes an access object, attached to nothing. Only one with somebody to tell of an unmap can
-    /// pin pages; IOVAs, lengths and memory of the IOAS it is attached to must then be aligned to
-    /// pages.
+    /// Creates an access object, attached to nothing. Only one with a listener for unmaps can pin
+    /// pages; IOVAs, lengths and memory of its IOAS must then be page-aligned.
     ///
     /// # Errors
-    /// `ENOMEM` no object id is left.
+    /// `ENOMEM` no object ID is left.
     pub fn access_create(&self, unmap: Option<Arc<dyn AccessUnmap>>) -> Result<Access> {
         let mut objects = self.objects();
         let id = objects.access_create(unmap)?;
@@ -57,7 +56,7 @@ impl EmulatedHost {
 }
 
 impl Context {
-    /// Moves the access object `id` from its IOAS to another or none, telling who listens.
+    /// Moves the access object `id` from its IOAS to another or none, notifying listeners.
     fn move_access(&self, id: ObjectId, new: Option<ObjectId>) -> Outcome<()> {
         let Some(listener) = self.objects().access_start_move(id, new)? else { return Ok(()) };
         if let Some(listener) = listener {
@@ -66,17 +65,17 @@ impl Context {
         self.objects().access_finish_move(id, new)
     }
 
-    /// Takes every access object from its IOAS, before the iommufd is closed.
+    /// Detaches every access object, before the iommufd is closed.
     pub(crate) fn detach_accesses(&self) {
         let attached = self.objects().attached_accesses();
         for id in attached {
-            // Fails when the object is gone or leaves by itself.
+            // Fails if the object was destroyed or detaches concurrently.
             let _ = self.move_access(id, None);
         }
     }
 }
 
-/// How an access object gets to its IOAS.
+/// A change of an access object's IOAS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Move {
     Attach,
@@ -85,7 +84,7 @@ enum Move {
 }
 
 impl Access {
-    /// Its object id, as long as the iommufd is not closed.
+    /// Its object ID, unless the iommufd was closed.
     pub fn id(&self) -> ObjectId {
         self.id
     }
@@ -93,13 +92,13 @@ impl Access {
     /// Attaches it to `ioas`.
     ///
     /// # Errors
-    /// `EINVAL` it is attached; `ENOENT` no such IOAS; `EADDRINUSE` something there is not aligned
-    /// to pages.
+    /// `EINVAL` it is attached; `ENOENT` no such IOAS; `EADDRINUSE` something there is not
+    /// page-aligned.
     pub fn attach(&self, ioas: ObjectId) -> Result<()> {
         Ok(self.change(Some(ioas), Move::Attach)?)
     }
 
-    /// Moves it from its IOAS to `ioas`. Whoever listens is told that all is unmapped.
+    /// Moves it from its IOAS to `ioas`. The listener is notified that everything is unmapped.
     ///
     /// # Errors
     /// `ENOENT` it is not attached, or no such IOAS; `EADDRINUSE` as [`Self::attach`].
@@ -107,22 +106,22 @@ impl Access {
         Ok(self.change(Some(ioas), Move::Replace)?)
     }
 
-    /// Takes it from its IOAS, as [`Self::replace`] does. Nothing happens when it has none.
+    /// Detaches it from its IOAS, like [`Self::replace`]. Does nothing if it has none.
     ///
     /// # Errors
-    /// `EBUSY` it is on the move already.
+    /// `EBUSY` it is already being moved.
     pub fn detach(&self) -> Result<()> {
         Ok(self.change(None, Move::Detach)?)
     }
 
-    /// Pins the pages under `length` bytes at `iova`, which must start and, wherever a mapping
-    /// ends within, end with a page. Gives the memory in ascending pieces.
+    /// Pins the pages of `length` bytes at `iova`, which must start at a page boundary and,
+    /// wherever a mapping ends within, end at one. Returns the memory in ascending pieces.
     ///
     /// # Errors
-    /// `EINVAL` it listens to no unmap, no byte, not whole pages, being unmapped; `EOVERFLOW` past
-    /// the end of the address space; `ENOENT` not attached or not mapped; `EPERM` the mapping does
-    /// not allow it; `EFAULT` the memory is gone; `ENOMEM` the memory-lock limit. Nothing is then
-    /// pinned.
+    /// `EINVAL` it has no listener, empty, not whole pages, being unmapped; `EOVERFLOW` past the
+    /// end of the address space; `ENOENT` not attached or not mapped; `EPERM` the mapping does not
+    /// allow it; `EFAULT` there is no memory; `ENOMEM` the memory-lock limit. Nothing is pinned
+    /// then.
     pub fn pin_pages(&self, iova: u64, length: u64, write: bool) -> Result<Vec<UserMemory>> {
         let wanted = if write { Wanted::Write } else { Wanted::Read };
         Ok(self.objects()?.access_pin(self.id, iova, length, wanted)?)
@@ -139,8 +138,8 @@ impl Access {
     /// Reads memory at `iova`.
     ///
     /// # Errors
-    /// As [`Self::pin_pages`], with no demand for pages; what is below the mapping that fails may
-    /// have been read.
+    /// As [`Self::pin_pages`], without alignment; what precedes the failing mapping may have been
+    /// read.
     pub fn read(&self, iova: u64, bytes: &mut [u8]) -> Result<()> {
         self.transfer(iova, Transfer::Read(bytes))
     }
@@ -182,7 +181,7 @@ impl Access {
 
 impl Drop for Access {
     fn drop(&mut self) {
-        // Fail when the iommufd was closed: then it is gone already.
+        // They fail if the iommufd was closed: then it is already destroyed.
         let _ = self.detach();
         let _ = self.objects().and_then(|mut objects| objects.access_destroy(self.id));
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Dirty bitmaps of the user's: one bit a page, the first one in the lowest bit of the first byte.
+//! A user's dirty bitmaps: one bit per page, starting with the lowest bit of the first byte.
 
 use std::ops::RangeInclusive;
 
@@ -23,7 +23,7 @@ pub(crate) fn check_words(range: &DirtyRange, words: &[u64]) -> Outcome<()> {
     Ok(())
 }
 
-/// Sets `bits`; those past the end are left out.
+/// Sets `bits`; those past the end are ignored.
 pub(crate) fn set_words(words: &mut [u64], bits: RangeInclusive<u64>) {
     let end = (words.len() as u64).saturating_mul(64);
     for bit in *bits.start()..end.min(bits.end().saturating_add(1)) {
@@ -35,7 +35,7 @@ pub(crate) fn set_words(words: &mut [u64], bits: RangeInclusive<u64>) {
 /// Sets `bits` of a bitmap at `address`, which need not be aligned.
 ///
 /// # Errors
-/// Not all of them are the user's memory. Those before may be set then.
+/// Not all of it is the user's memory. The bits before may be set then.
 pub(crate) fn set_user(
     user: &dyn UserSpace,
     address: u64,
@@ -46,10 +46,10 @@ pub(crate) fn set_user(
     loop {
         let fault = UserFault { address, length: last + 1 };
         let at = address.checked_add(byte).ok_or(fault)?;
-        // To the end of the page, where the memory may end.
+        // Up to the end of the page, where the memory may end.
         let piece = last.min(byte + (PAGE_SIZE - 1 - at % PAGE_SIZE));
         let mut buffer = [0; PAGE_SIZE as usize];
-        // In bounds: no longer than a page.
+        // In bounds: at most a page.
         let bytes = &mut buffer[..(piece - byte + 1) as usize];
         user.read(at, bytes)?;
         for (number, value) in (byte..).zip(bytes.iter_mut()) {
@@ -63,7 +63,7 @@ pub(crate) fn set_user(
     }
 }
 
-/// Which bits of byte `number` are in `bits`; the byte has at least one.
+/// The bits of byte `number` in `bits`, at least one.
 fn mask(number: u64, bits: &RangeInclusive<u64>) -> u8 {
     let low = if number == bits.start() / 8 { bits.start() % 8 } else { 0 };
     let high = if number == bits.end() / 8 { bits.end() % 8 } else { 7 };

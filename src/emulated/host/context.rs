@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One open iommufd: what all files that lead to it share.
+//! One open iommufd: the state shared by all files that refer to it.
 
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -12,8 +12,8 @@ use crate::ioas::Pages;
 use crate::units::page_requests::PageRequestSink;
 use twostage::iommufd::{Errno, ObjectId, PageRequest};
 
-/// One open iommufd. It is closed with the last file that leads to it: itself, a device that is
-/// bound to it, a queue, or pages that are mapped.
+/// One open iommufd. It is closed with the last file that refers to it: itself, a device bound to
+/// it, a queue, or mapped pages.
 #[derive(Debug)]
 pub(crate) struct Context {
     machine: Arc<Machine>,
@@ -35,8 +35,8 @@ impl Context {
         &self.machine
     }
 
-    /// Binds the device `name` in `objects`, which are these: its page requests come here from then
-    /// on, until it is unbound.
+    /// Binds the device `name` in `objects`, which are this iommufd's: its page requests are
+    /// handled here until it is unbound.
     pub fn device_bind(self: &Arc<Self>, objects: &mut Objects, name: &str) -> Outcome<ObjectId> {
         let dev = objects.device_bind(name)?;
         let part = &objects.table().device(dev)?.part;
@@ -65,12 +65,12 @@ impl Opened for Context {
 
 impl Importer for Context {
     fn revoked(&self, buf: &DmaBuf) {
-        // Fails for no IOAS that there is.
+        // Cannot fail for an existing IOAS.
         let _ = self.objects().lose_dma_buf(buf);
     }
 }
 
-/// A bound device, as its page requests come in.
+/// A bound device, as a sink for its page requests.
 #[derive(Debug)]
 struct BoundDevice {
     context: Weak<Context>,
@@ -84,7 +84,7 @@ impl PageRequestSink for BoundDevice {
             return refuse(Errno::ENODEV, "the iommufd is closed");
         };
         let mut objects = context.objects();
-        // It may have been unbound meanwhile, and its id be another's.
+        // It may have been unbound meanwhile, and its ID reused.
         if Arc::as_ptr(&objects.table().device(self.dev)?.part) != self.part.as_ptr() {
             return refuse(Errno::ENODEV, "the device is not bound any more");
         }

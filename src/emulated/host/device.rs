@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an emulated device is, as far as an IOMMU and its driver are concerned.
+//! Properties of an emulated device that matter to an IOMMU and its driver.
 
 use std::ops::RangeInclusive;
 
 use twostage::spec::pci::Bdf;
 
-/// What of a device is attached: the device itself (requests without PASID), or one PASID of it.
+/// An attachment slot of a device: the device itself (requests without PASID), or one PASID.
 pub(crate) type Slot = Option<u32>;
 
-/// What an emulated device is, as far as an IOMMU is concerned.
+/// Properties of an emulated device that matter to an IOMMU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeviceConfig {
-    /// Width of its PASIDs in bits; 0 when it has no PASID capability.
+    /// Width of its PASIDs in bits; 0 without a PASID capability.
     pub pasid_bits: u8,
-    /// It may ask to execute (PASID capability, Execute Permission Supported).
+    /// It may request execute permission (PASID capability, Execute Permission Supported).
     pub pasid_exec: bool,
-    /// It may ask for privileged access (PASID capability, Privileged Mode Supported).
+    /// It may request privileged access (PASID capability, Privileged Mode Supported).
     pub pasid_priv: bool,
     /// It has a device TLB (ATS).
     pub ats: bool,
-    /// It asks for pages (PRI), which takes `ats`, and an IOMMU that takes page requests. While it,
-    /// or a PASID of it, is attached to a HWPT with a fault queue, a DMA that meets a translation
-    /// which is not there, or does not allow it, is no fault: the queue gets a page request, and
-    /// the DMA goes on when that is answered.
+    /// It sends page requests (PRI), which needs `ats`, and an IOMMU that takes them. While it, or
+    /// a PASID of it, is attached to a HWPT with a fault queue, a DMA without a valid translation,
+    /// or without permission, does not fault: the queue gets a page request, and the DMA continues
+    /// after the response.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -59,15 +59,15 @@ pub struct DeviceConfig {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub pri: bool,
-    /// IOVAs, in bytes and both ends included, that no IOAS it is attached to can map, besides the
-    /// window of interrupt messages (firmware's reserved memory regions).
+    /// IOVAs, in bytes, inclusive, that no IOAS it is attached to can map, besides the MSI window
+    /// (firmware's reserved memory regions).
     pub reserved: Vec<RangeInclusive<u64>>,
-    /// Devices behind one IOMMU with the same number are one IOMMU group: they reach the same
-    /// memory, and one iommufd at most has them. `None` for a group of its own.
+    /// Devices behind one IOMMU with the same number are one IOMMU group: they access the same
+    /// memory, and only one iommufd at a time can own them. `None` for a group of its own.
     pub group: Option<u32>,
 }
 
-/// A device as the driver of its IOMMU sees it.
+/// A device, for the driver of its IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Requester {
     /// Unique behind its IOMMU.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory of a device that other devices may reach until its driver revokes it.
+//! Memory of a device that other devices may access until its driver revokes it.
 
 use std::fmt::Debug;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -8,11 +8,11 @@ use twostage::sync::Mutex;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, UserMemory};
 
-/// Memory of a device (a dma-buf), such as a BAR, which `IOMMU_IOAS_MAP_FILE` maps as it does a
-/// file. It is neither pinned nor accounted, and no access object reaches it.
+/// Memory of a device (a dma-buf), such as a BAR, which `IOMMU_IOAS_MAP_FILE` maps like a file. It
+/// is neither pinned nor accounted, and not available to access objects.
 ///
-/// Its driver may revoke it, when the device is reset for instance. What is mapped of it then leads
-/// nowhere, and stays so: memory that was restored must be mapped anew.
+/// Its driver may revoke it, for example when the device is reset. Existing mappings then lead
+/// nowhere for good: restored memory must be mapped anew.
 #[derive(Debug)]
 pub struct DmaBuf {
     memory: UserMemory,
@@ -25,9 +25,9 @@ struct State {
     importers: Vec<Weak<dyn Importer>>,
 }
 
-/// Who maps memory of devices.
+/// A user of device memory.
 pub(crate) trait Importer: Debug + Send + Sync {
-    /// `buf` was revoked: when this returns no DMA goes there.
+    /// `buf` was revoked: when this returns, no DMA accesses it.
     fn revoked(&self, buf: &DmaBuf);
 }
 
@@ -42,31 +42,30 @@ impl DmaBuf {
         &self.memory
     }
 
-    /// Revokes the memory: when this returns no DMA reaches it by what was mapped before, and
-    /// nothing more can be mapped (`ENODEV`). Not to be called from a
-    /// [`UserSpace`](crate::uapi::UserSpace).
+    /// Revokes the memory: when this returns, no DMA accesses it through existing mappings, and it
+    /// cannot be mapped (`ENODEV`). Not to be called from a [`UserSpace`](crate::uapi::UserSpace).
     pub fn revoke(&self) {
         let mut state = self.lock();
         state.revoked = true;
         let importers = state.importers.clone();
-        // They look at the state, with locks of their own held.
+        // They read the state, with their own locks held.
         drop(state);
         importers.iter().filter_map(Weak::upgrade).for_each(|importer| importer.revoked(self));
     }
 
-    /// Lets the memory be mapped again.
+    /// Allows mapping the memory again.
     pub fn restore(&self) {
         self.lock().revoked = false;
     }
 
-    /// `importer` is about to map the memory, and is to be told when it is revoked.
+    /// `importer` is about to map the memory, and must be notified when it is revoked.
     pub(crate) fn import(&self, importer: Weak<dyn Importer>) {
         let mut state = self.lock();
         state.importers.retain(|known| known.strong_count() > 0 && !known.ptr_eq(&importer));
         state.importers.push(importer);
     }
 
-    /// Whether the memory may be mapped now.
+    /// Whether the memory can be mapped now.
     ///
     /// # Errors
     /// `ENODEV` it is revoked.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The emulated host: what serves the iommufd verbs inside this process.
+//! The emulated host: implements the iommufd verbs within this process.
 
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -22,19 +22,17 @@ use twostage::iommufd::{
 };
 use twostage::spec::pci::Bdf;
 
-/// An iommufd on a [`Machine`] of emulated IOMMUs and devices: what `/dev/iommu` gives when it is
-/// opened.
+/// An iommufd on a [`Machine`] of emulated IOMMUs and devices, like an open `/dev/iommu`.
 ///
 /// Its objects follow Linux 7.2: the same rules, checked in the same order, with the same errno.
-/// Where Linux does what its own documentation rules out (a replacement that fails half-way), the
-/// contract of [`HostIommu`] holds instead.
+/// Where Linux contradicts its own documentation (a replacement that fails half-way), the contract
+/// of [`HostIommu`] applies instead.
 ///
 /// # Locks
-/// One lock covers the objects of one iommufd. Under it the [`Machine`] is looked into and drivers
-/// of IOMMUs are called, each of which has a lock of its own and takes no other: several iommufds
-/// that use one IOMMU wait for it one after the other, and never for each other. Nothing holds the
-/// locks of two iommufds. DMA takes none of these, but for a page request, which is made outside
-/// its critical section.
+/// One lock covers the objects of one iommufd. With it held, the [`Machine`] is accessed and IOMMU
+/// drivers are called, each of which has its own lock and takes no other: iommufds that use the
+/// same IOMMU wait for it, and never for each other. Nothing holds the locks of two iommufds. DMA
+/// takes none of these, except for page requests, which are made outside of its critical section.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -65,19 +63,19 @@ pub struct EmulatedHost {
 }
 
 impl Machine {
-    /// Opens an iommufd, which has no objects.
+    /// Opens an iommufd without objects.
     pub fn open(self: &Arc<Self>) -> Arc<EmulatedHost> {
         Arc::new(EmulatedHost { context: Context::new(self.clone()) })
     }
 }
 
 impl EmulatedHost {
-    /// A host without IOMMUs, devices and objects, on a machine of its own.
+    /// A host without IOMMUs, devices and objects, on a new machine.
     pub fn new() -> Arc<Self> {
         Machine::new().open()
     }
 
-    /// What it was opened on. More iommufds can be opened there.
+    /// Its machine, on which more iommufds can be opened.
     pub fn machine(&self) -> &Arc<Machine> {
         self.context.machine()
     }
@@ -101,28 +99,28 @@ impl EmulatedHost {
         self.machine().add_device(name, unit, rid, config)
     }
 
-    /// Where the DMA of a device enters its IOMMU: [`Machine::dma_port`].
+    /// The DMA port of a device: [`Machine::dma_port`].
     pub fn dma_port(&self, name: &str) -> Option<DmaPort> {
         self.machine().dma_port(name)
     }
 
-    /// The objects and what leads to what, at one moment.
+    /// A snapshot of the objects and their relations.
     pub fn graph(&self) -> ObjectGraph {
         ObjectGraph::of(&self.objects())
     }
 
-    /// How many objects there are, automatic ones and devices among them.
+    /// Number of objects, including automatic ones and devices.
     pub fn live_objects(&self) -> usize {
         self.objects().table().len()
     }
 
-    /// How much memory is pinned, in bytes: each page once, however many HWPTs and IOASes share it.
+    /// Number of pinned bytes: each page once, however many HWPTs and IOASes share it.
     pub fn pinned_bytes(&self) -> u64 {
         self.objects().pinned_bytes()
     }
 
-    /// The device `dev` asks for a page (PCI PRI). A group of requests is delivered with its last
-    /// one, to the fault queue of the HWPT that `dev` or its PASID is attached to.
+    /// The device `dev` sends a page request (PCI PRI). A group of requests is delivered with its
+    /// last one, to the fault queue of the HWPT that `dev` or its PASID is attached to.
     ///
     /// # Errors
     /// `ENOENT` there is no such device; `EINVAL` the HWPT has no fault queue.
@@ -131,8 +129,8 @@ impl EmulatedHost {
         outcome.map_err(|refusal| refusal.of(Verb::PageRequest, dev))
     }
 
-    /// Something has happened to a vIOMMU, as its driver would report it: `data` in the layout that
-    /// vEVENTQs of type `kind` have.
+    /// Reports an event of a vIOMMU, like its driver: `data` in the layout of vEVENTQs of type
+    /// `kind`.
     ///
     /// # Errors
     /// `ENOENT` there is no such vIOMMU; `EOPNOTSUPP` it has no vEVENTQ of this type.
@@ -142,14 +140,14 @@ impl EmulatedHost {
         outcome.map_err(|refusal| refusal.of(Verb::Vevent, viommu))
     }
 
-    /// Closes the iommufd: detaches and unbinds every device, telling the hardware first, then ends
-    /// every object. IOMMUs and devices stay, so that it can be used again.
+    /// Closes the iommufd: detaches and unbinds every device, the hardware first, then destroys all
+    /// objects. IOMMUs and devices stay, so it can be used again.
     pub fn close(&self) {
         self.context.detach_accesses();
         self.objects().close();
     }
 
-    /// What all files of the iommufd share.
+    /// The shared state of the iommufd's files.
     pub(crate) fn context(&self) -> &Arc<Context> {
         &self.context
     }
@@ -160,7 +158,7 @@ impl EmulatedHost {
     }
 }
 
-/// Refuses a PASID of a device that has none: Linux says that it is done, and does nothing.
+/// Refuses a PASID of a device without PASIDs: Linux returns success and does nothing.
 fn check_pasid(objects: &Objects, dev: ObjectId, pasid: Option<u32>) -> Outcome<()> {
     match pasid {
         Some(pasid) if objects.get_hw_info(dev)?.pasid_bits == 0 => {

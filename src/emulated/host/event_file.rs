@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The descriptors that a fault queue and a vEVENTQ are read by.
+//! The descriptors of fault queues and vEVENTQs.
 
 use std::sync::Arc;
 
@@ -11,11 +11,11 @@ use twostage::iommufd::{
     self, Errno, ObjectId, PageRequestGroup, PageResponseCode, Readiness, Verb, Vevent,
 };
 
-/// An object that cannot be destroyed until this is dropped; the iommufd stays open as long.
+/// An object that cannot be destroyed until this is dropped; it also keeps the iommufd open.
 #[derive(Debug)]
 struct Opened {
     id: ObjectId,
-    /// The epoch of the iommufd that the id belongs to.
+    /// The epoch of the iommufd that the ID belongs to.
     epoch: u64,
     context: Arc<Context>,
 }
@@ -34,7 +34,7 @@ pub(crate) struct OpenFaultQueue {
 }
 
 impl OpenFaultQueue {
-    /// Makes and opens a fault queue.
+    /// Creates and opens a fault queue.
     pub fn new(context: &Arc<Context>) -> Outcome<Self> {
         let mut objects = context.objects();
         let (id, queue) = objects.fault_queue_alloc()?;
@@ -51,7 +51,7 @@ pub(crate) struct OpenVeventq {
 }
 
 impl OpenVeventq {
-    /// Makes and opens a vEVENTQ of `viommu`.
+    /// Creates and opens a vEVENTQ of `viommu`.
     pub fn new(context: &Arc<Context>, viommu: ObjectId, kind: u32, depth: u32) -> Outcome<Self> {
         let mut objects = context.objects();
         let (id, queue) = objects.veventq_alloc(viommu, kind, depth)?;
@@ -93,7 +93,7 @@ impl iommufd::EventQueue for OpenVeventq {
     }
 }
 
-/// An open fault queue or vEVENTQ, as a process reads and writes it.
+/// An open fault queue or vEVENTQ, as read and written by a process.
 #[derive(Debug)]
 pub struct EventFile(Kind);
 
@@ -116,7 +116,7 @@ impl From<OpenVeventq> for EventFile {
 }
 
 impl EventFile {
-    /// The object that it is of.
+    /// Its object.
     pub fn object(&self) -> ObjectId {
         match &self.0 {
             Kind::Faults(open) => open.object.id,
@@ -124,13 +124,13 @@ impl EventFile {
         }
     }
 
-    /// `read(2)` of `count` bytes to `address` of `user`. Never waits: 0 when there is nothing.
+    /// `read(2)` of `count` bytes to `address` of `user`. Never blocks: 0 if there is nothing.
     ///
     /// # Errors
-    /// `EINVAL` too little room; `ESPIPE` not a whole number of page requests; `EFAULT`.
+    /// `EINVAL` the buffer is too small; `ESPIPE` not a whole number of page requests; `EFAULT`.
     pub fn read(&self, user: &dyn UserSpace, address: u64, count: usize) -> Result<usize, Errno> {
         let mut output = |offset: usize, bytes: &[u8]| {
-            // An address that wraps leads nowhere.
+            // If the address wraps, the access fails.
             Ok(user.write(address.wrapping_add(offset as u64), bytes)?)
         };
         let outcome = match &self.0 {
@@ -143,8 +143,8 @@ impl EventFile {
     /// `write(2)` of `count` bytes at `address` of `user`: page responses.
     ///
     /// # Errors
-    /// `EINVAL` no response, to nothing, or not a fault queue; `ESPIPE` not a whole number of
-    /// responses; `EFAULT`.
+    /// `EINVAL` an invalid response, an unknown cookie, or not a fault queue; `ESPIPE` not a whole
+    /// number of responses; `EFAULT`.
     pub fn write(&self, user: &dyn UserSpace, address: u64, count: usize) -> Result<usize, Errno> {
         let mut input = |offset: usize, bytes: &mut [u8]| {
             Ok(user.read(address.wrapping_add(offset as u64), bytes)?)
@@ -169,7 +169,7 @@ impl EventFile {
         matches!(self.0, Kind::Faults(_))
     }
 
-    /// Tells `watcher`, in place of an earlier one, of what there is to read, now and from now on.
+    /// Notifies `watcher`, which replaces an earlier one, of the current state and of changes.
     pub fn watch(&self, watcher: Arc<dyn Readiness>) {
         match &self.0 {
             Kind::Faults(open) => open.queue.watch(watcher),

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Fault injection by position, in the manner of Linux's `fail-nth`: the n-th allocation of a
-//! thread fails.
+//! Fault injection by position, like Linux's `fail-nth`: the n-th allocation of a thread fails.
 //!
-//! Whatever a call makes or has to remember asks [`allocate`] first: objects, areas, what is
-//! pinned, page tables, attachments. So a test can fail a call at each step in turn, and look that
-//! it answers `ENOMEM` and has changed nothing. In ordinary builds there always is memory.
+//! Everything that a call creates or records calls [`allocate`] first: objects, areas, pins, page
+//! tables, attachments. So a test can make a call fail at each step in turn, and check that it
+//! returns `ENOMEM` and has changed nothing. In ordinary builds allocations never fail.
 
 use std::cell::Cell;
 
@@ -24,15 +23,15 @@ pub fn set_fail_nth(n: u64) {
     FAIL_NTH.set(n);
 }
 
-/// Which allocation from now on fails: 0 once it has failed, or when none is to.
+/// The failing allocation from now on: 0 once it has failed, or if none will.
 pub fn fail_nth() -> u64 {
     FAIL_NTH.get()
 }
 
-/// Memory for `what`, in words.
+/// Memory for `what`, for the error message.
 ///
 /// # Errors
-/// `ENOMEM` it is the allocation that was asked to fail.
+/// `ENOMEM` this allocation was to fail.
 #[inline]
 pub(crate) fn allocate(what: &'static str) -> Outcome<()> {
     if INJECTED {

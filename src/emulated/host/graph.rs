@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The objects of an iommufd and what leads to what, for reports and leak checks.
+//! The objects of an iommufd and their relations, for reports and leak checks.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use crate::host::device::Slot;
 use crate::host::objects::{Object, ObjectKind, Objects};
 use twostage::iommufd::{HwptFlags, ObjectId};
 
-/// So many attachments of one device are told at the most: a guest can make 2^20.
+/// Maximum number of reported attachments of one device: a guest can make 2^20.
 const MAX_EDGES: usize = 1024;
 
 /// One object.
@@ -18,31 +18,31 @@ pub struct GraphObject {
     pub id: ObjectId,
     /// Its kind.
     pub kind: ObjectKind,
-    /// Its name, where it has one, and what else identifies it.
+    /// Its name, if it has one, and other identification.
     pub name: String,
-    /// What it was allocated with, by the uAPI's names; `AUTO` for an automatic HWPT.
+    /// Its allocation flags, by the uAPI's names; `AUTO` for an automatic HWPT.
     pub flags: Vec<&'static str>,
-    /// What it stands on.
+    /// What it depends on.
     pub on: Vec<GraphEdge>,
 }
 
-/// A way from an object to one that it stands on.
+/// A reference from an object to one that it depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct GraphEdge {
-    /// The object stood on.
+    /// The object that it depends on.
     pub to: ObjectId,
-    /// The PASID that is attached, for a device; the first of several.
+    /// The attached PASID of a device; the first of several.
     pub pasid: Option<u32>,
-    /// The last of them, where neighbouring PASIDs are attached to the same.
+    /// The last of them, if adjacent PASIDs are attached to the same.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub last_pasid: Option<u32>,
 }
 
-/// All objects of one iommufd, ascending by id.
+/// All objects of one iommufd, ascending by ID.
 ///
-/// Its text is the tree of Linux's documentation of iommufd: what stands on an object is below it,
-/// after an arrow that points back.
+/// Its text is the tree of Linux's iommufd documentation: objects that depend on another one are
+/// below it, after an arrow that points back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct ObjectGraph {

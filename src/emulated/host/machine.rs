@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What emulated hosts stand on: IOMMUs, and devices behind them.
+//! The basis of emulated hosts: IOMMUs, and devices behind them.
 //!
 //! A machine outlives the iommufds that are opened on it. Any number of them share its IOMMUs; a
-//! device, and with it its IOMMU group, is bound to one of them at a time. Devices come and go at
-//! run time.
+//! device, and its IOMMU group, is bound to one of them at a time. Devices can be added and removed
+//! at run time.
 //!
-//! Its one lock is held for look-ups only: nothing else is locked or called under it.
+//! Its lock is only held for lookups: nothing else is locked or called with it held.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -47,7 +47,7 @@ impl From<Arc<SmmuV3Unit>> for EmulatedUnit {
 }
 
 impl EmulatedUnit {
-    /// Where DMA by requester id `rid` enters it.
+    /// Its port for DMA by requester ID `rid`.
     pub fn port(&self, rid: u16) -> DmaPort {
         match self {
             Self::Vtd(unit) => unit.port(rid),
@@ -64,31 +64,31 @@ impl EmulatedUnit {
     }
 }
 
-/// One IOMMU of a machine, as [`Machine::add_unit`] named it.
+/// One IOMMU of a machine, as returned by [`Machine::add_unit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UnitId(pub(crate) usize);
 
-/// One IOMMU group of a machine. Never used again.
+/// One IOMMU group of a machine. Never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct GroupId(u64);
 
-/// One iommufd that was opened on a machine. Never used again.
+/// One iommufd opened on a machine. Never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ContextId(u64);
 
-/// An iommufd, as the machine that it was opened on knows it.
+/// An open iommufd, for its machine.
 pub(crate) trait Opened: Debug + Send + Sync {
-    /// What its IOASes map: each set of pages once.
+    /// The pages mapped by its IOASes: each set of pages once.
     fn pages(&self) -> Vec<Arc<Pages>>;
 }
 
-/// A machine that cannot be built, or changed, like that.
+/// An invalid machine, or an impossible change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MachineError {
-    /// There is a device of that name.
+    /// There is already a device of that name.
     #[error("there is a device named '{0}' already")]
     NameTaken(String),
-    /// There is a device of that Requester ID behind the same unit.
+    /// There is already a device with that Requester ID behind the unit.
     #[error("there is a device with the requester id {0} behind that IOMMU already")]
     RidTaken(Bdf),
     /// The unit belongs to another machine.
@@ -97,13 +97,13 @@ pub enum MachineError {
     /// PASIDs have at most 20 bits.
     #[error("a PASID has at most 20 bits, not {0}")]
     PasidTooWide(u8),
-    /// A device without a device TLB makes no page requests (PCIe 6.0 §10.4).
+    /// A device without a device TLB sends no page requests (PCIe 6.0 §10.4).
     #[error("PRI takes ATS")]
     PriWithoutAts,
     /// There is no device of that name.
     #[error("there is no device named '{0}'")]
     NoSuchDevice(String),
-    /// A device of the group is bound: it can neither grow nor shrink.
+    /// A device of the group is bound: the group can neither grow nor shrink.
     #[error("a device of the IOMMU group of '{0}' is bound")]
     GroupInUse(String),
 }
@@ -120,7 +120,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Width of the PASIDs that both the device and its IOMMU have, in bits.
+    /// Width of the PASIDs that both the device and its IOMMU support, in bits.
     pub fn pasid_bits(&self) -> u8 {
         self.requester.config.pasid_bits.min(self.driver.pasid_bits())
     }
@@ -156,7 +156,7 @@ pub struct Machine {
     state: Mutex<State>,
     tags: Arc<CacheTags>,
     contexts: AtomicU64,
-    /// Every iommufd that was opened here; some may be gone.
+    /// Every iommufd opened here; some may be gone.
     opened: Mutex<Vec<Weak<dyn Opened>>>,
 }
 
@@ -170,11 +170,11 @@ struct State {
 #[derive(Debug)]
 struct Unit {
     driver: Arc<dyn Driver>,
-    /// Where devices of this process can do DMA through it.
+    /// For DMA of devices of this process.
     hardware: Option<EmulatedUnit>,
 }
 
-/// A device, and who has it.
+/// A device and its owner.
 #[derive(Debug)]
 struct Place {
     part: Arc<Part>,
@@ -187,20 +187,20 @@ impl Machine {
         Arc::default()
     }
 
-    /// Adds an IOMMU, which serves this machine alone.
+    /// Adds an IOMMU, which belongs to this machine only.
     pub fn add_unit(&self, unit: impl Into<EmulatedUnit>) -> UnitId {
         let unit = unit.into();
         self.add(unit.driver(self.tags.clone()), Some(unit))
     }
 
-    /// Adds an IOMMU that devices of this process do no DMA through.
+    /// Adds an IOMMU without DMA by devices of this process.
     #[cfg(test)]
     pub(crate) fn add_driver(&self, driver: Arc<dyn Driver>) -> UnitId {
         self.add(driver, None)
     }
 
-    /// The IOMMU whose driver is a `D`. It is added if there is none; devices of this process do no
-    /// DMA through it.
+    /// The IOMMU whose driver is a `D`, added if there is none; devices of this process do no DMA
+    /// through it.
     pub(crate) fn unit_of<D: Driver + Default>(&self) -> (UnitId, Arc<D>) {
         let mut state = self.state();
         let driver_of = |unit: &Unit| {
@@ -216,7 +216,7 @@ impl Machine {
         })
     }
 
-    /// The tags of its page tables, for a driver that is to be added.
+    /// The tags of its page tables, for a driver to be added.
     #[cfg(test)]
     pub(crate) fn cache_tags(&self) -> Arc<CacheTags> {
         self.tags.clone()
@@ -231,7 +231,7 @@ impl Machine {
     /// Adds a device behind `unit`, to be bound by `name`.
     ///
     /// # Errors
-    /// The name or the Requester ID is taken, `config` is no device's, or the group is in use.
+    /// The name or the Requester ID is taken, `config` is invalid, or the group is in use.
     pub fn add_device(
         &self,
         name: &str,
@@ -277,7 +277,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Removes a device. Ports of it stay, and reach nothing.
+    /// Removes a device. Its ports stay, but are blocked.
     ///
     /// # Errors
     /// There is no such device, or one of its group is bound.
@@ -297,8 +297,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Where the DMA of the device `name` enters its IOMMU, bound or not; `None` when there is no
-    /// such device.
+    /// The DMA port of the device `name`, bound or not; `None` if there is no such device.
     pub fn dma_port(&self, name: &str) -> Option<DmaPort> {
         let state = self.state();
         let part = &state.places.get(name)?.part;
@@ -306,7 +305,7 @@ impl Machine {
         unit.hardware.as_ref().map(|unit| unit.port(part.requester.rid.raw()))
     }
 
-    /// What every IOMMU can do beyond real ones.
+    /// What every IOMMU supports beyond real ones.
     pub(crate) fn extensions(&self) -> Extensions {
         let drivers = self.drivers();
         let all = |has: fn(Extensions) -> bool| {
@@ -323,21 +322,21 @@ impl Machine {
         self.state().units.iter().map(|unit| unit.driver.clone()).collect()
     }
 
-    /// An iommufd is opened here.
+    /// Registers an open iommufd.
     pub(crate) fn opened(&self, iommufd: Weak<dyn Opened>) {
         let mut opened = self.opened.lock();
         opened.retain(|iommufd| iommufd.strong_count() > 0);
         opened.push(iommufd);
     }
 
-    /// What the IOASes of all its iommufds map.
+    /// The pages mapped by the IOASes of all its iommufds.
     pub(crate) fn pages(&self) -> Vec<Arc<Pages>> {
         let opened: Vec<_> = self.opened.lock().iter().filter_map(Weak::upgrade).collect();
-        // The lock of one after the other.
+        // Their locks are taken one after the other.
         opened.iter().flat_map(|iommufd| iommufd.pages()).collect()
     }
 
-    /// The name of an iommufd that is opened now.
+    /// An ID for a new iommufd.
     pub(crate) fn next_context(&self) -> ContextId {
         ContextId(self.contexts.fetch_add(1, Ordering::Relaxed))
     }
@@ -360,7 +359,7 @@ impl Machine {
     /// Binds the device `name` in `context`.
     ///
     /// # Errors
-    /// `ENODEV` there is none; `EBUSY` it is bound; `EPERM` another context has its group.
+    /// `ENODEV` there is none; `EBUSY` it is bound; `EPERM` another context owns its group.
     pub(crate) fn claim(&self, name: &str, context: ContextId) -> Outcome<Arc<Part>> {
         let mut state = self.state();
         let place = state.place(name)?;
@@ -400,7 +399,7 @@ impl State {
         }
     }
 
-    /// The iommufd that has a device of `group`.
+    /// The iommufd that owns a device of `group`.
     fn group_owner(&self, group: GroupId) -> Option<ContextId> {
         let mut of_group = self.places.values().filter(|place| place.part.group == group);
         of_group.find_map(|place| place.bound)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `mmap(2)` on an iommufd: pages of an IOMMU that a user maps.
+//! `mmap(2)` on an iommufd: pages of an IOMMU mapped by a user.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::ioas::PAGE_SIZE;
 use crate::EmulatedHost;
 use twostage::iommufd::Errno;
 
-/// What an `mmap(2)` asks for.
+/// The arguments of an `mmap(2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MmapRequest {
     /// Offset in the descriptor, in bytes.
@@ -23,8 +23,8 @@ pub struct MmapRequest {
     pub executable: bool,
 }
 
-/// Pages of an IOMMU that a user has mapped, until it is dropped: what they belong to cannot be
-/// destroyed, and the iommufd stays open.
+/// Pages of an IOMMU that a user has mapped, until it is dropped: their owner cannot be destroyed,
+/// and the iommufd stays open.
 #[derive(Debug)]
 pub struct MappedPages {
     mmap: Mmap,
@@ -33,7 +33,7 @@ pub struct MappedPages {
 }
 
 impl MappedPages {
-    /// The file to map in place of the iommufd, from its first byte on.
+    /// The file to map instead of the iommufd, from its start.
     pub fn file(&self) -> &File {
         &self.mmap.file
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What drivers let their users map: pages of an IOMMU, at offsets of the iommufd.
+//! What drivers offer for mmap: pages of an IOMMU, at offsets of the iommufd.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,32 +10,32 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
 use twostage::iommufd::{Errno, ObjectId};
 
-/// Everything that can be mapped of one iommufd. Its lock is taken last.
+/// The mmap offers of one iommufd. Its lock is the innermost.
 #[derive(Debug, Default)]
 pub(crate) struct Mmaps(Mutex<BTreeMap<u64, Mmap>>);
 
-/// Pages of a file that stand for pages of an IOMMU.
+/// Pages of a file that represent pages of an IOMMU.
 #[derive(Debug, Clone)]
 pub(crate) struct Mmap {
     /// The object that cannot be destroyed while they are mapped.
     pub owner: ObjectId,
     /// In bytes.
     pub length: u64,
-    /// Has the pages, from its first byte on.
+    /// Contains the pages, from its start.
     pub file: Arc<File>,
 }
 
 impl Mmaps {
-    /// Offers `mmap`; gives the offset to map it at, in bytes.
+    /// Offers `mmap`; returns its mmap offset, in bytes.
     ///
     /// # Errors
-    /// `EINVAL` not a whole number of pages, or none; `ENOSPC` there is no room.
+    /// `EINVAL` not a whole number of pages, or empty; `ENOSPC` there is no space.
     pub fn add(&self, mmap: Mmap) -> Outcome<u64> {
         if mmap.length == 0 || !mmap.length.is_multiple_of(PAGE_SIZE) {
             return refuse(Errno::EINVAL, format!("{:#x} bytes are no pages", mmap.length));
         }
         let mut mmaps = self.lock();
-        // The first page is left out, so that an offset is seen to be one.
+        // The first page is not used, so that an offset is never 0.
         let mut offset = PAGE_SIZE;
         for (start, other) in mmaps.iter() {
             if start - offset >= mmap.length {
@@ -50,12 +50,12 @@ impl Mmaps {
         Ok(offset)
     }
 
-    /// Drops all that `owner` offers.
+    /// Removes all offers of `owner`.
     pub fn remove(&self, owner: ObjectId) {
         self.lock().retain(|_, mmap| mmap.owner != owner);
     }
 
-    /// What is offered at exactly `offset` for exactly `length` bytes.
+    /// The offer at exactly `offset` with exactly `length` bytes.
     pub fn get(&self, offset: u64, length: u64) -> Option<Mmap> {
         self.lock().get(&offset).filter(|mmap| mmap.length == length).cloned()
     }

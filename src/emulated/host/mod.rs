@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The object half: what iommufd keeps, by Linux's rules and with its errors.
+//! The object half: iommufd's objects, with Linux's rules and errors.
 
 pub(crate) mod access;
 pub(crate) mod bitmap;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process that makes an ioctl, with the descriptors that it has of emulated files.
+//! The process that makes an ioctl, with its descriptors of emulated files.
 
 use std::any::Any;
 use std::fmt::Debug;
@@ -9,23 +9,22 @@ use crate::host::user_space::{RegionSpace, UserSpace};
 use crate::{DmaBuf, EmulatedHost, EventFile};
 use twostage::iommufd::Errno;
 
-/// A file that an operation of Linux's own tests opened (feature `selftest`). Dropping it closes
-/// it.
+/// A file opened by an operation of Linux's selftests (feature `selftest`). Dropping it closes it.
 #[doc(hidden)]
 pub trait TestFile: Any + Debug + Send + Sync {
-    /// What it is called, for logs.
+    /// Its name, for logs.
     fn name(&self) -> &'static str;
 
-    /// The memory of a device that it is.
+    /// The device memory, if it is that.
     fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
         None
     }
 }
 
-/// The process that makes an ioctl, with the descriptors that it has of emulated files: none, and
-/// no room for one, unless it says otherwise.
+/// The process that makes an ioctl, with its descriptors of emulated files; by default it has none
+/// and cannot open any.
 pub trait Process: UserSpace {
-    /// The iommufd that is open as `fd`.
+    /// The iommufd open as `fd`.
     ///
     /// # Errors
     /// `EBADF` nothing is open there; `EBADFD` something else is.
@@ -34,26 +33,26 @@ pub trait Process: UserSpace {
         Err(Errno::EBADF)
     }
 
-    /// Opens `file`, to be closed on exec, and gives its descriptor. Called with nothing locked.
+    /// Opens `file` with close-on-exec, and returns its descriptor. Called without locks held.
     ///
     /// # Errors
-    /// `EMFILE`, or what else keeps the process from it.
+    /// `EMFILE`, or another error of the process.
     fn install(&self, file: EventFile) -> Result<i32, Errno> {
         let _ = file;
         Err(Errno::EMFILE)
     }
 
-    /// Opens `file`, to be closed on exec, and gives its descriptor.
+    /// Opens `file` with close-on-exec, and returns its descriptor.
     ///
     /// # Errors
-    /// `EMFILE`, or what else keeps the process from it.
+    /// `EMFILE`, or another error of the process.
     #[doc(hidden)]
     fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
         let _ = file;
         Err(Errno::EMFILE)
     }
 
-    /// The file of a test operation that the process has open as `fd`.
+    /// The file of a test operation open as `fd`.
     #[doc(hidden)]
     fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
         let _ = fd;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Why a verb is refused, before it is known which verb it was.
+//! The error of a verb, independent of which verb it was.
 
 use std::borrow::Cow;
 
 use twostage::iommufd::{Errno, HostError, ObjectId, Verb};
 
-/// Linux's errno, and in words what was wrong.
+/// Linux's errno, and a description.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Refusal {
     /// Linux's error number.
@@ -14,7 +14,7 @@ pub(crate) struct Refusal {
     pub detail: Cow<'static, str>,
 }
 
-/// What a rule of the objects answers.
+/// The result of a rule of the objects.
 pub(crate) type Outcome<T> = Result<T, Refusal>;
 
 impl Refusal {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Unmapping from outside the lock of the objects, which is left while access objects let go.
+//! Unmapping, which drops the objects' lock while access objects unpin.
 
 use crate::host::objects::{Stop, Unmap};
 use crate::host::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId};
 
-/// How often access objects are told to let go of one area before that counts as a deadlock.
+/// How often access objects are told to unpin one area before that counts as a deadlock.
 const TRIES: u32 = 100;
 
 impl EmulatedHost {
@@ -21,10 +21,10 @@ impl EmulatedHost {
         Ok(unmap.bytes)
     }
 
-    /// Goes on with `unmap` until it is done.
+    /// Continues `unmap` until it is done.
     ///
     /// # Errors
-    /// As [`crate::host::objects::Objects::unmap`]; `EDEADLK` an access object does not let go.
+    /// As [`crate::host::objects::Objects::unmap`]; `EDEADLK` an access object does not unpin.
     pub(crate) fn finish_unmap(&self, unmap: &mut Unmap) -> Outcome<()> {
         let mut tries = 0;
         let mut waits_for = None;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process that makes an ioctl: its memory, its files, and what it may do.
+//! The process that makes an ioctl: its memory, its files, and its permissions.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -12,13 +12,13 @@ use crate::host::dma_buf::DmaBuf;
 use crate::host::refusal::Refusal;
 use twostage::iommufd::{Errno, UserMemory};
 
-/// A pointer that leads to no memory of the user: `EFAULT`.
+/// A pointer to something that is not the user's memory: `EFAULT`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{length:#x} bytes at {address:#x} are not the user's memory")]
 pub struct UserFault {
-    /// First byte that was wanted.
+    /// First byte of the access.
     pub address: u64,
-    /// How many bytes were wanted.
+    /// Length of the access.
     pub length: u64,
 }
 
@@ -28,51 +28,51 @@ impl From<UserFault> for Refusal {
     }
 }
 
-/// Memory that is locked on somebody's account, in bytes.
+/// Memory charged to an account, in bytes.
 #[derive(Debug, Default)]
 pub struct LockedMemory {
     bytes: AtomicU64,
 }
 
 impl LockedMemory {
-    /// How much is locked, in bytes.
+    /// Number of bytes charged.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Locks `bytes` more, unless that makes more than `limit`; whether it did.
+    /// Charges `bytes` more, unless that exceeds `limit`; returns whether it did.
     pub(crate) fn lock(&self, bytes: u64, limit: u64) -> bool {
         let more = |locked: u64| locked.checked_add(bytes).filter(|locked| *locked <= limit);
         self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 
-    /// Gives back `bytes` of what [`Self::lock`] took.
+    /// Uncharges `bytes` charged by [`Self::lock`].
     pub(crate) fn unlock(&self, bytes: u64) {
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 
-/// On whose account a process locks memory, and what it may do.
+/// The accounts of a process for locked memory, and its permissions.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// What all processes of the user have locked.
+    /// The total of all processes of the user.
     pub user: Arc<LockedMemory>,
-    /// What the process has locked. Two processes are the same when this is the same object.
+    /// The process's total. Processes are the same if this is the same object.
     pub process: Arc<LockedMemory>,
-    /// What the process has pinned, locked on whichever account or on none.
+    /// What the process has pinned, charged to any account or none.
     pub pinned: Arc<LockedMemory>,
     /// `RLIMIT_MEMLOCK`, in bytes.
     pub memlock_limit: u64,
     /// `CAP_IPC_LOCK`: no limit applies to what the process maps.
     pub ipc_lock: bool,
-    /// `CAP_SYS_RESOURCE`: may choose on whose account memory is locked.
+    /// `CAP_SYS_RESOURCE`: may choose which account is charged.
     pub sys_resource: bool,
     /// `CAP_SYS_RAWIO`: may use devices without an IOMMU.
     pub sys_rawio: bool,
 }
 
 impl Credentials {
-    /// A process that may do everything, of a user of its own.
+    /// A process with all permissions, of a separate user.
     pub fn privileged() -> Self {
         Self {
             user: Arc::default(),
@@ -88,58 +88,58 @@ impl Credentials {
 
 /// The process that makes an ioctl.
 pub trait UserSpace: Debug + Send + Sync {
-    /// The same process, for a mapping to keep: it asks for the memory when a page is pinned,
+    /// The same process, to be kept by a mapping: its memory is accessed when a page is pinned,
     /// perhaps much later, while another process makes an ioctl.
     fn share(&self) -> Arc<dyn UserSpace>;
 
     /// Fills `bytes` from `address` on (`copy_from_user`).
     ///
     /// # Errors
-    /// When not all of it can be read.
+    /// Not all of it can be read.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), UserFault>;
 
     /// Writes `bytes` from `address` on (`copy_to_user`).
     ///
     /// # Errors
-    /// When not all of it can be written; a part may then be.
+    /// Not all of it can be written; a part may have been.
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), UserFault>;
 
-    /// Pins the memory at `address`: of the `length` bytes from there on as many as are of one
-    /// piece, at least one. It is that memory for as long as the result lives, whatever the
-    /// process does with its address space.
+    /// Pins the memory at `address`: of the `length` bytes from there on as many as are contiguous,
+    /// at least one. It stays the same memory as long as the result exists, whatever the process
+    /// does with its address space.
     ///
     /// # Errors
-    /// When nothing is mapped at `address`, when `writable` and it cannot be written, or when the
-    /// process is gone.
+    /// Nothing is mapped at `address`, it is `writable` and cannot be written, or the process is
+    /// gone.
     fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault>;
 
-    /// The memory of a device that the process has open as `fd`, if it is that.
+    /// The device memory open as `fd`, if it is that.
     fn dma_buf(&self, fd: i32) -> Option<Arc<DmaBuf>> {
         let _ = fd;
         None
     }
 
-    /// The file that the process has open as `fd`, to be read and written if it can be at all: what
-    /// a device may do with it is not up to how the process has opened it.
+    /// The file open as `fd`, readable and writable if at all possible: a device's access does not
+    /// depend on how the process has opened it.
     fn file(&self, fd: i32) -> Option<Arc<File>> {
         let _ = fd;
         None
     }
 
-    /// Whether the pages of `file`, which the process has open, are memory's own (shmem,
-    /// hugetlbfs): those of other files cannot be pinned.
+    /// Whether `file`, which the process has open, is backed by memory (shmem, hugetlbfs): pages of
+    /// other files cannot be pinned.
     fn is_memory(&self, file: &File) -> bool {
         let _ = file;
         true
     }
 
-    /// Who the process is, as it is now.
+    /// The process's current credentials.
     fn credentials(&self) -> Credentials {
         Credentials::privileged()
     }
 }
 
-/// The regions of memory that a caller in this process owns, at the addresses where they are.
+/// Memory regions owned by a caller in this process, at their addresses.
 #[derive(Debug, Clone)]
 pub struct RegionSpace {
     regions: Vec<Arc<GuestRegionMmap>>,
@@ -154,17 +154,17 @@ impl Default for RegionSpace {
 }
 
 impl RegionSpace {
-    /// An address space that consists of `regions`, of a process that may do everything.
+    /// An address space that consists of `regions`, of a process with all permissions.
     pub fn new(regions: Vec<Arc<GuestRegionMmap>>) -> Self {
         Self { regions, who: Credentials::privileged() }
     }
 
-    /// The same address space of another process.
+    /// The same address space, of another process.
     pub fn with_credentials(self, who: Credentials) -> Self {
         Self { who, ..self }
     }
 
-    /// The region that `address` lies in, the offset in it, and how many bytes are left there.
+    /// The region of `address`, the offset in it, and how many bytes are left there.
     fn find(&self, address: u64) -> Option<(&Arc<GuestRegionMmap>, u64, u64)> {
         self.regions.iter().find_map(|region| {
             let offset = address.checked_sub(region.as_ptr() as u64)?;
@@ -173,7 +173,7 @@ impl RegionSpace {
         })
     }
 
-    /// The region that all of `length` bytes at `address` lie in, and the offset in it.
+    /// The region that contains all of `length` bytes at `address`, and the offset in it.
     fn find_all(
         &self,
         address: u64,

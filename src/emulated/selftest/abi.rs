@@ -1,38 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The numbers and structures of `drivers/iommu/iommufd/iommufd_test.h`, under its names.
+//! The numbers and structures of `drivers/iommu/iommufd/iommufd_test.h`, with its names.
 
-// Structures are whole, whichever of their fields are read.
+// Structures are complete, whether their fields are used or not.
 #![allow(dead_code)]
 
 use std::mem::{offset_of, size_of};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// `struct iommu_test_cmd`, before what depends on the operation.
+/// `struct iommu_test_cmd`, before the operation-specific part.
 #[repr(C)]
 pub struct Header {
     pub size: u32,
     pub op: u32,
-    /// The object, or the descriptor, that the operation is on.
+    /// The object or descriptor of the operation.
     pub id: u32,
     pub reserved: u32,
 }
 
-/// Where in `struct iommu_test_cmd` the part of the operation is, in bytes.
+/// Offset of the operation's part in `struct iommu_test_cmd`, in bytes.
 pub const BODY: usize = size_of::<Header>();
-/// How much room all operations have there, in bytes.
+/// Size of the union of all operations' parts, in bytes.
 const BODY_SIZE: usize = size_of::<Dirty>() + size_of::<u32>() + size_of::<u32>();
-/// Where its last field is, in bytes.
+/// Offset of its last field, in bytes.
 const LAST: usize = BODY + size_of::<Dirty>();
 /// `sizeof(struct iommu_test_cmd)`.
 pub const SIZE: usize = BODY + BODY_SIZE;
-/// How much of it its first version had, in bytes.
+/// Size of its first version, in bytes.
 pub const MIN_SIZE: usize = LAST + size_of::<u32>();
 /// `struct iommu_test_cmd`, the field `op`.
 pub const OP: usize = offset_of!(Header, op);
 /// `struct iommu_test_cmd`, the field `id`.
 pub const ID: usize = offset_of!(Header, id);
-/// `IOMMU_TEST_CMD` is the command number `IOMMUFD_CMD_BASE` and this.
+/// The command number of `IOMMU_TEST_CMD`, relative to `IOMMUFD_CMD_BASE`.
 pub const COMMAND: u32 = 32;
 
 /// `enum`: the operations.
@@ -228,7 +228,7 @@ pub const MOCK_APERTURE_START: u64 = 1 << 24;
 pub const MOCK_APERTURE_LAST: u64 = (1 << 31) - 1;
 /// The smallest page of a mock domain, in bytes: half of the host's.
 pub const MOCK_PAGE_SIZE: u64 = 2048;
-/// What a mock domain of the huge type has as pages, in bytes, besides the host's.
+/// The page sizes of a mock domain of the huge type, in bytes, besides the host's.
 pub const MOCK_HUGE_PAGE_SIZE: u64 = 512 * MOCK_PAGE_SIZE;
 
 /// `struct iommu_hwpt_selftest`, `pagetable_type`.
@@ -240,9 +240,9 @@ pub const MOCK_IOMMUPT_HUGE: u32 = 1;
 pub const MOCK_FLAGS_ACCESS_WRITE: u32 = 1 << 0;
 /// `ACCESS_RW`, flags: writes.
 pub const MOCK_ACCESS_RW_WRITE: u32 = 1 << 0;
-/// `ACCESS_RW`, flags: not by the short way that the kernel has for its own memory.
+/// `ACCESS_RW`, flags: not by the kernel's fast path for its own memory.
 pub const MOCK_ACCESS_RW_SLOW_PATH: u32 = 1 << 2;
-/// `ACCESS_PAGES`, `ACCESS_RW`, `IOAS_COPY`, flags: the IOVA is the number of an area, and an
+/// `ACCESS_PAGES`, `ACCESS_RW`, `IOAS_COPY`, flags: the IOVA is the index of an area, and an
 /// offset.
 pub const MOCK_FLAGS_ACCESS_SYZ: u32 = 1 << 16;
 /// `CREATE_ACCESS`, flags: it pins pages.
@@ -252,7 +252,7 @@ pub const MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES: u32 = 1 << 0;
 pub const MOCK_FLAGS_DEVICE_NO_DIRTY: u32 = 1 << 0;
 /// `MOCK_DOMAIN_FLAGS`, flags: has PASIDs.
 pub const MOCK_FLAGS_DEVICE_PASID: u32 = 1 << 2;
-/// Width of the PASIDs of a mock device that has some, in bits.
+/// Width of the PASIDs of a mock device that has them, in bits.
 pub const MOCK_PASID_WIDTH: u8 = 20;
 /// The PASID whose replacement fails once.
 pub const IOMMU_TEST_PASID_RESERVED: u32 = 1024;
@@ -261,12 +261,12 @@ pub const IOMMU_TEST_PASID_RESERVED: u32 = 1024;
 pub const MOCK_NESTED_DOMAIN_IOTLB_NUM: usize = 4;
 /// Entries of the cache of a mock device.
 pub const MOCK_DEV_CACHE_NUM: usize = 4;
-/// What every entry of a mock device's cache is at first.
+/// Initial value of every entry of a mock device's cache.
 pub const IOMMU_TEST_DEV_CACHE_DEFAULT: u32 = 0xbaddad;
 
 /// `GET_HW_INFO`: the type of [`HwInfo`].
 pub const IOMMU_HW_INFO_TYPE_SELFTEST: u32 = 0xfeed_beef;
-/// `GET_HW_INFO`: what [`HwInfo::test_reg`] is.
+/// `GET_HW_INFO`: the value of [`HwInfo::test_reg`].
 pub const IOMMU_HW_INFO_SELFTEST_REGVAL: u32 = 0xdead_beef;
 
 /// `struct iommu_test_hw_info`.
@@ -284,13 +284,13 @@ pub const IOMMU_HWPT_DATA_SELFTEST: u32 = 0xdead;
 #[derive(FromBytes, Default)]
 #[repr(C)]
 pub struct HwptData {
-    /// What every entry of the IOTLB is at first.
+    /// Initial value of every entry of the IOTLB.
     pub iotlb: u32,
     pub pagetable_type: u32,
 }
 
 impl HwptData {
-    /// How much of it its first version had, in bytes.
+    /// Size of its first version, in bytes.
     pub const MIN_SIZE: usize = offset_of!(Self, pagetable_type);
 }
 
@@ -298,7 +298,7 @@ impl HwptData {
 pub const IOMMU_HWPT_INVALIDATE_DATA_SELFTEST: u32 = 0xdead_beef;
 /// `HWPT_INVALIDATE` on a vIOMMU: the type of [`ViommuInvalidate`].
 pub const IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST: u32 = 0xdead_beef;
-/// Flag of both: every entry, whatever number is given.
+/// Flag of both: every entry, whatever index is given.
 pub const IOMMU_TEST_INVALIDATE_FLAG_ALL: u32 = 1 << 0;
 
 /// `struct iommu_hwpt_invalidate_selftest`.
@@ -332,7 +332,7 @@ pub struct ViommuData {
 }
 
 impl ViommuData {
-    /// How much of it its first version had, in bytes.
+    /// Size of its first version, in bytes.
     pub const MIN_SIZE: usize = offset_of!(Self, out_mmap_offset);
 }
 
@@ -340,7 +340,7 @@ impl ViommuData {
 pub const IOMMU_VEVENTQ_TYPE_SELFTEST: u32 = 0xbeef_beef;
 /// `HW_QUEUE_ALLOC`: the type of a mock vIOMMU's queue.
 pub const IOMMU_HW_QUEUE_TYPE_SELFTEST: u32 = 0xdead_beef;
-/// How many queues a mock vIOMMU has.
+/// Number of queues of a mock vIOMMU.
 pub const IOMMU_TEST_HW_QUEUE_MAX: u32 = 2;
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A program that plays a device without an IOMMU of its own: access objects, each behind a
-//! descriptor.
+//! A program that acts as a device without an IOMMU: access objects, each with a descriptor.
 
 use std::any::Any;
 use std::mem::offset_of;
@@ -19,20 +18,20 @@ use crate::uapi::{Argument, Process, TestFile};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
-/// `EBADE`, in no structure of the uAPI: pages are not those that they should be.
+/// `EBADE`, which the uAPI does not use: pages are not the expected ones.
 const EBADE: Errno = Errno::from_raw(52);
-/// More bytes than that are not pinned or copied at once.
+/// Maximum number of bytes to pin or copy in one operation.
 const MAX_LENGTH: u64 = 16 << 20;
 
 /// An access object of a test.
 #[derive(Debug)]
 pub struct TestAccess {
     access: Arc<Access>,
-    /// Only with the right to pin.
+    /// Only with permission to pin.
     items: Option<Arc<Items>>,
 }
 
-/// What is pinned. Its lock comes before those of the host.
+/// The pins. Its lock is taken before those of the host.
 #[derive(Debug, Default)]
 struct Items {
     access: OnceLock<Weak<Access>>,
@@ -45,7 +44,7 @@ struct Pinned {
     next_id: u32,
 }
 
-/// What one `ACCESS_PAGES` pinned.
+/// The pins of one `ACCESS_PAGES`.
 #[derive(Debug)]
 struct Item {
     id: u32,
@@ -55,7 +54,7 @@ struct Item {
 impl Item {
     fn unpin(&self, access: &Access) {
         let length = self.iovas.end() - self.iovas.start() + 1;
-        // Fails when the iommufd was closed: then nothing is pinned any more.
+        // Fails if the iommufd was closed: then nothing is pinned any more.
         let _ = access.unpin_pages(*self.iovas.start(), length);
     }
 }
@@ -65,9 +64,9 @@ impl Items {
         self.pinned.lock()
     }
 
-    /// Unpins what is `concerned`; whether there was anything.
+    /// Unpins what is `concerned`; returns whether there was anything.
     fn drop_those(&self, concerned: impl Fn(&Item) -> bool) -> bool {
-        // An access object that ends unpins by itself.
+        // An access object that is being dropped unpins by itself.
         let access = self.access.get().and_then(Weak::upgrade);
         let mut pinned = self.lock();
         let (gone, items): (Vec<_>, Vec<_>) = pinned.items.drain(..).partition(concerned);
@@ -117,7 +116,7 @@ pub fn create(
     access.attach(ioas)?;
     let fd = match process.install_test_file(Arc::new(TestAccess { access, items })) {
         Ok(fd) => fd,
-        // Linux has this for whatever is the matter.
+        // Linux returns this for any error.
         Err(errno) => return refuse(Errno::ENOMEM, format!("there is no descriptor: {errno}")),
     };
     argument.set(BODY + offset_of!(CreateAccess, out_access_fd), fd.to_ne_bytes());
@@ -129,7 +128,7 @@ pub fn replace_ioas(fd: i32, ioas: ObjectId, process: &dyn Process) -> Outcome<(
     with_access(fd, process, |access| Ok(access.access.replace(ioas)?))
 }
 
-/// `ACCESS_PAGES`: pins, and checks that what is pinned is the memory at `uptr` unless that is 0.
+/// `ACCESS_PAGES`: pins, and checks that the pages are the memory at `uptr` unless that is 0.
 pub fn pages(
     host: &EmulatedHost,
     fd: i32,
@@ -144,11 +143,11 @@ pub fn pages(
             return refuse(Errno::EOPNOTSUPP, "the access object cannot pin");
         };
         let iova = access.iova(host, body.iova, flags);
-        // An unmap waits here for the item that it has to drop.
+        // An unmap waits here for the item that it must drop.
         let mut pinned = items.lock();
         let write = flags & abi::MOCK_FLAGS_ACCESS_WRITE != 0;
         let memory = access.access.pin_pages(iova, length, write)?;
-        // What was pinned neither is empty nor wraps.
+        // Pinned ranges are neither empty nor wrap.
         let iovas = range_of(iova, length).unwrap_or(iova..=iova);
         let item = Item { id: pinned.next_id, iovas };
         if uptr != 0 {
@@ -170,8 +169,8 @@ pub fn destroy_pages(fd: i32, item: u32, process: &dyn Process) -> Outcome<()> {
     })
 }
 
-/// `ACCESS_RW`: copies between the IOAS and the memory at `uptr`. The kernel has two ways to do it,
-/// one of which can be asked for; here there is one.
+/// `ACCESS_RW`: copies between the IOAS and the memory at `uptr`. The kernel has two paths for it,
+/// one of which can be requested; here there is one.
 pub fn read_write(
     host: &EmulatedHost,
     fd: i32,
@@ -195,7 +194,7 @@ pub fn read_write(
 }
 
 impl TestAccess {
-    /// The IOVA that is meant: [`in_area`], with the flag for it.
+    /// The effective IOVA: [`in_area`], with the flag for it.
     fn iova(&self, host: &EmulatedHost, iova: u64, flags: u32) -> u64 {
         if flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
             return iova;
@@ -213,10 +212,10 @@ impl TestFile for TestAccess {
     }
 }
 
-/// What `with` makes of the access object that the process has open as `fd`.
+/// Calls `with` with the access object open as `fd`.
 ///
 /// # Errors
-/// `EBADFD` it has something else, or nothing: Linux has the one error for both.
+/// `EBADFD` something else, or nothing, is open there: Linux has one error for both.
 fn with_access(
     fd: i32,
     process: &dyn Process,
@@ -240,8 +239,7 @@ fn check_arguments(length: u64, flags: u32, known: u32) -> Outcome<()> {
     Ok(())
 }
 
-/// Whether `memory`, which is what `iova` leads to, is in the pages that the process has from
-/// `address` on.
+/// Whether `memory`, which `iova` maps to, is in the process's pages from `address` on.
 fn is_memory_at(
     process: &dyn Process,
     address: u64,
@@ -251,7 +249,7 @@ fn is_memory_at(
     let length: u64 = memory.iter().map(UserMemory::length).sum();
     let held = Held::new(process, address, address.wrapping_add(iova % PAGE_SIZE + length));
     let places = Places::now()?;
-    // The bytes of `memory` that are the first of their pages.
+    // The first byte of each page of `memory`.
     let mut at = iova;
     let mut wanted = held.pages(&places).map(|(_, place)| place);
     for piece in memory {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! IOVAs by the number of a mapping, which a fuzzer guesses more easily.
+//! IOVAs by the index of a mapping, which a fuzzer guesses more easily.
 
 use std::mem::offset_of;
 
@@ -10,15 +10,15 @@ use crate::ioas::IovaSpace;
 use crate::uapi::Argument;
 use crate::EmulatedHost;
 
-/// The IOVA that `iova` stands for: in its lower half is the number of a mapping, by ascending
-/// IOVA, in the upper half an offset there. 0 when there is no such mapping.
+/// The IOVA encoded in `iova`: its lower half is the index of a mapping, by ascending IOVA, the
+/// upper half an offset in it. 0 if there is no such mapping.
 pub fn in_area(space: &IovaSpace, iova: u64) -> u64 {
-    // Cut to the lower half.
+    // Truncated to the lower half.
     let (number, offset) = (iova as u32, iova >> 32);
     space.areas().nth(number as usize).map_or(0, |(start, _)| start.wrapping_add(offset))
 }
 
-/// Makes an ordinary `IOAS_COPY` of one whose flags say that the source is by number.
+/// Converts an `IOAS_COPY` with the flag for a source by index to an ordinary one.
 pub fn convert_copy(host: &EmulatedHost, number: u32, argument: &mut Argument) {
     const FLAGS: usize = offset_of!(iommu_ioas_copy, flags);
     const SRC_IOVA: usize = offset_of!(iommu_ioas_copy, src_iova);

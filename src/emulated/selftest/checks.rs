@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Looking at what the mock IOMMU holds, and at what is pinned.
+//! Inspecting the mock IOMMU's mappings, and pin counts.
 
 use super::abi::{CheckCache, CheckMap, CheckRefs};
 use super::devices::MockDevice;
@@ -14,7 +14,7 @@ use crate::units::stage2::Stage2;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
-/// `MD_CHECK_MAP`: whether the HWPT maps the IOVAs to the very memory at `uptr`.
+/// `MD_CHECK_MAP`: whether the HWPT maps the IOVAs to exactly the memory at `uptr`.
 pub fn check_map(
     host: &EmulatedHost,
     hwpt: ObjectId,
@@ -50,7 +50,7 @@ pub fn check_map(
     held.fault
 }
 
-/// `MD_CHECK_REFS`: whether every page of the memory at `uptr` is pinned just so often, over all
+/// `MD_CHECK_REFS`: whether every page of the memory at `uptr` has this pin count, over all
 /// iommufds of the machine.
 pub fn check_refs(host: &EmulatedHost, check: &CheckRefs, user: &dyn UserSpace) -> Outcome<()> {
     let &CheckRefs { length, uptr, refs, .. } = check;
@@ -106,7 +106,7 @@ fn check_value(entry: Option<u32>, check: &CheckCache) -> Outcome<()> {
     }
 }
 
-/// What the IOVA leads to.
+/// The memory that the IOVA maps to.
 fn mapped_place(places: &Places, stage2: &Stage2, iova: u64) -> Option<Place> {
     let mapping = stage2.lookup(iova)?;
     Some(places.of(&mapping.memory)?.plus(iova - mapping.start))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mock devices, as their driver knows them.
+//! Mock devices, for their driver.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard};
@@ -14,17 +14,17 @@ use twostage::spec::pci::Bdf;
 /// One mock device.
 #[derive(Debug)]
 pub struct MockDevice {
-    /// Dirty pages can be tracked.
+    /// It supports dirty tracking.
     pub dirty_tracking: bool,
-    /// What it keeps of translations.
+    /// Its translation cache.
     pub cache: [u32; abi::MOCK_DEV_CACHE_NUM],
-    /// The vDEVICEs of the vIOMMU whose nested tables it is attached to, and its id among them.
+    /// The vDEVICEs of the vIOMMU whose nested tables it is attached to, and its ID there.
     pub virtual_id: Option<(Arc<MockVdevices>, u64)>,
     /// The next attachment to [`abi::IOMMU_TEST_PASID_RESERVED`] fails.
     pub pasid_fails: bool,
 }
 
-/// All mock devices of a machine, by the number that stands for a Requester ID.
+/// All mock devices of a machine, by the number used as Requester ID.
 #[derive(Debug, Default)]
 pub struct MockDevices(Mutex<BTreeMap<u16, MockDevice>>);
 
@@ -32,7 +32,7 @@ impl MockDevices {
     /// Adds a device under the lowest free number.
     ///
     /// # Errors
-    /// `ENOSPC` every number is taken.
+    /// `ENOSPC` no number is free.
     pub fn add(&self, dirty_tracking: bool) -> Outcome<Bdf> {
         let mut devices = self.lock();
         let Some(number) = (0..=u16::MAX).find(|number| !devices.contains_key(number)) else {
@@ -53,7 +53,7 @@ impl MockDevices {
         self.lock().remove(&rid.raw());
     }
 
-    /// What `with` makes of the device `rid`.
+    /// Calls `with` with the device `rid`.
     ///
     /// # Errors
     /// `ENODEV` there is no such device; those of `with`.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Playing a device that writes: pages of a mock domain become dirty.
+//! Acting as a device that writes: pages of a mock domain become dirty.
 
 use std::mem::offset_of;
 
@@ -11,11 +11,11 @@ use crate::uapi::Argument;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId};
 
-/// Bits of the longest bitmap.
+/// Maximum number of bits of a bitmap.
 const MAX_BITS: u64 = (16 << 20) * 8;
 
-/// `DIRTY`: marks the leaves that `uptr`, a bitmap, has the IOVAs of: one bit for every `page_size`
-/// bytes of the range, whether anything is mapped there or not.
+/// `DIRTY`: marks the leaves of the IOVAs in `uptr`, a bitmap: one bit for every `page_size` bytes
+/// of the range, whether anything is mapped there or not.
 pub fn dirty(
     host: &EmulatedHost,
     hwpt: ObjectId,
@@ -63,7 +63,7 @@ pub fn dirty(
     Ok(())
 }
 
-/// The numbers of the bits that are set, the lowest bit of the first byte being 0.
+/// The indices of the set bits, starting with the lowest bit of the first byte.
 fn set_bits(bitmap: &[u8]) -> impl Iterator<Item = u64> + '_ {
     let of_byte = |(index, byte): (usize, &u8)| {
         let byte = *byte;

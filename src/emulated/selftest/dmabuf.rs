@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A program that exports memory to devices, and takes it back.
+//! A program that exports memory to devices, and revokes it.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::uapi::{Process, TestFile};
 use crate::DmaBuf;
 use twostage::iommufd::{Errno, UserMemory};
 
-/// More pages than that are not exported at once.
+/// Maximum number of pages of one export.
 const MAX_PAGES: u64 = 512;
 
 /// A dma-buf of a test.
@@ -29,7 +29,7 @@ impl TestFile for TestDmaBuf {
     }
 }
 
-/// `DMABUF_GET`: the descriptor of a new dma-buf, which is what the ioctl returns.
+/// `DMABUF_GET`: the descriptor of a new dma-buf, the ioctl's return value.
 pub fn get(body: &DmabufGet, process: &dyn Process) -> Outcome<i32> {
     let length = u64::from(body.length).next_multiple_of(PAGE_SIZE);
     if length == 0 || length > MAX_PAGES * PAGE_SIZE {
@@ -43,8 +43,8 @@ pub fn get(body: &DmabufGet, process: &dyn Process) -> Outcome<i32> {
     fd.or_else(|errno| refuse(errno, "the process can have no descriptor"))
 }
 
-/// `DMABUF_REVOKE`: takes the memory back, or gives it to mappings that are made from now on. In
-/// either case those that there are lose it.
+/// `DMABUF_REVOKE`: revokes the memory, or restores it for new mappings. In both cases existing
+/// mappings lose it.
 pub fn revoke(fd: i32, revoked: bool, process: &dyn Process) -> Outcome<()> {
     let Some(buf) = process.dma_buf(fd) else {
         let errno = if process.file(fd).is_some() { Errno::EINVAL } else { Errno::EBADF };

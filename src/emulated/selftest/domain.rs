@@ -22,11 +22,11 @@ pub struct MockPaging {
 }
 
 impl MockPaging {
-    /// Tables as `data` and `flags` have them, for a device that can track dirty pages or not.
+    /// Tables according to `data` and `flags`, for a device with or without dirty tracking.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` no such data or no such tables, or dirty tracking where there is none; `EINVAL`
-    /// data of a wrong length.
+    /// `EOPNOTSUPP` unsupported data or tables, or dirty tracking without support; `EINVAL` data of
+    /// a wrong length.
     pub fn new(
         flags: HwptFlags,
         data: Option<&dyn UserData>,
@@ -51,8 +51,8 @@ impl MockPaging {
         Ok(Self { aperture, page_sizes, dirty })
     }
 
-    /// The leaf that translates `iova`, when `area` as a whole is mapped to memory from `output`
-    /// on; with `huge_pages` as large as possible, else as small.
+    /// The leaf that translates `iova`, if `area` as a whole is mapped to memory from `output` on;
+    /// with `huge_pages` as large as possible, otherwise as small.
     pub fn leaf(
         &self,
         area: &RangeInclusive<u64>,
@@ -83,16 +83,16 @@ impl PagingDomain for MockPaging {
     }
 }
 
-/// Tables of the user's. All there is of them is an IOTLB that the user fills when it makes them.
+/// User-owned tables. They only consist of an IOTLB that the user fills at creation.
 #[derive(Debug)]
 pub struct MockNested {
-    /// The vDEVICEs of the vIOMMU that it was made from.
+    /// The vDEVICEs of the vIOMMU that it was created on.
     vdevices: Option<Arc<MockVdevices>>,
     iotlb: Mutex<[u32; abi::MOCK_NESTED_DOMAIN_IOTLB_NUM]>,
 }
 
 impl MockNested {
-    /// Tables with the IOTLB that `data` says, for `vdevices` if a vIOMMU makes them.
+    /// Tables with the IOTLB from `data`, for `vdevices` if created on a vIOMMU.
     ///
     /// # Errors
     /// `EOPNOTSUPP` no such data; `EINVAL` data of a wrong length.
@@ -101,12 +101,12 @@ impl MockNested {
         Ok(Self { vdevices, iotlb: Mutex::new(iotlb) })
     }
 
-    /// The vDEVICEs of the vIOMMU that it was made from.
+    /// The vDEVICEs of the vIOMMU that it was created on.
     pub fn vdevices(&self) -> Option<&Arc<MockVdevices>> {
         self.vdevices.as_ref()
     }
 
-    /// Entry `index` of the IOTLB; none when there is no such entry.
+    /// Entry `index` of the IOTLB, if it exists.
     pub fn iotlb_entry(&self, index: u32) -> Option<u32> {
         self.iotlb().get(index as usize).copied()
     }
@@ -128,7 +128,7 @@ impl NestedDomain for MockNested {
             return refuse(Errno::EINVAL, refused).map_err(Partial::from);
         }
         for index in 0..entries.count() {
-            // The first version of the structure had all of it.
+            // The first version of the structure was complete.
             let whole = size_of::<HwptInvalidate>();
             let outcome = entries
                 .read_entry::<{ size_of::<HwptInvalidate>() }>(TYPE, index, whole)
@@ -143,10 +143,10 @@ impl NestedDomain for MockNested {
     }
 }
 
-/// Drops one entry of `cache`, or with the flag for it all of them. What is dropped reads as 0.
+/// Clears one entry of `cache`, or all of them with the flag. Cleared entries read as 0.
 ///
 /// # Errors
-/// `EOPNOTSUPP` another flag; `EINVAL` there is no such entry, even if all are to be dropped.
+/// `EOPNOTSUPP` another flag; `EINVAL` there is no such entry, even if all are to be cleared.
 pub fn clear(cache: &mut [u32], flags: u32, index: u32) -> Outcome<()> {
     if flags & !abi::IOMMU_TEST_INVALIDATE_FLAG_ALL != 0 {
         return refuse(Errno::EOPNOTSUPP, format!("flags {flags:#x}"));

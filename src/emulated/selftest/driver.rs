@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The mock driver: an IOMMU that translates nothing, and whose caches can be looked at.
+//! The mock driver: an IOMMU that translates nothing, with caches that can be inspected.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::units::stage2::Stage2;
 use twostage::iommufd::{Errno, HwptFlags};
 
-/// The driver of the one mock IOMMU of a machine.
+/// The driver of a machine's mock IOMMU.
 #[derive(Debug, Default)]
 pub struct MockDriver {
     devices: Arc<MockDevices>,
@@ -31,7 +31,7 @@ impl MockDriver {
         &self.devices
     }
 
-    /// Checks, and notes, an attachment of `device` itself.
+    /// Checks and records an attachment of `device` itself.
     fn attach_rid(&self, device: &Requester, new: &Domain) -> Outcome<()> {
         let nested = new.nested.as_deref().and_then(mock_nested);
         let known = nested.and_then(MockNested::vdevices);
@@ -46,7 +46,7 @@ impl MockDriver {
             if nested.is_none() && new.paging.dirty_log().is_some() && !device.dirty_tracking {
                 return refuse(Errno::EINVAL, "the device has no dirty tracking");
             }
-            // An id that changes under the same vIOMMU is not learnt: Linux's does not either.
+            // A new ID under the same vIOMMU is not noticed, as in Linux.
             let same = |virtual_id: &Option<(Arc<MockVdevices>, u64)>| {
                 virtual_id.as_ref().map(|(vdevices, _)| Arc::as_ptr(vdevices))
             };
@@ -57,7 +57,7 @@ impl MockDriver {
         })
     }
 
-    /// Every other attachment to the PASID that is reserved for it fails.
+    /// Every other attachment to the reserved PASID fails.
     fn attach_pasid(&self, device: &Requester, pasid: u32) -> Outcome<()> {
         if pasid != abi::IOMMU_TEST_PASID_RESERVED {
             return Ok(());
@@ -120,7 +120,7 @@ impl Driver for MockDriver {
         true
     }
 
-    /// Mock devices are in groups of their own, so there is one of `devices` at most.
+    /// Mock devices are in separate groups, so there is at most one of `devices`.
     fn attach(
         &self,
         devices: &[&Requester],
@@ -136,7 +136,7 @@ impl Driver for MockDriver {
 
     fn detach(&self, devices: &[&Requester], slot: Slot, _: &Domain) {
         for device in devices {
-            // Fails for a device that is gone.
+            // Fails if the device was removed.
             let _ = self.devices.change(device.rid, |device| {
                 match slot {
                     None => device.virtual_id = None,
@@ -157,12 +157,12 @@ impl Driver for MockDriver {
     fn stage2_changed(&self, _: &Arc<Stage2>) {}
 }
 
-/// `domain`, if it is one of the mock driver.
+/// `domain`, if it is the mock driver's.
 pub fn mock_nested(domain: &dyn NestedDomain) -> Option<&MockNested> {
     (domain as &dyn Any).downcast_ref()
 }
 
-/// `domain`, if it is one of the mock driver.
+/// `domain`, if it is the mock driver's.
 pub fn mock_paging(domain: &dyn PagingDomain) -> Option<&MockPaging> {
     (domain as &dyn Any).downcast_ref()
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Playing a device that asks for a page, and a vIOMMU that something happens to.
+//! Acting as a device with page requests, and a vIOMMU with events.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -27,8 +27,8 @@ pub fn with_driver<T>(
     }
 }
 
-/// `TRIGGER_IOPF`: the device asks for a page, in a group of one request. It is not told that
-/// nobody serves it.
+/// `TRIGGER_IOPF`: the device sends a page request, in a group of one. It gets no error if nobody
+/// serves it.
 pub fn page_request(host: &EmulatedHost, body: &TriggerIopf) -> Outcome<()> {
     let &TriggerIopf { dev_id, pasid, grpid, perm, addr } = body;
     let dev = ObjectId(dev_id);
@@ -46,12 +46,12 @@ pub fn page_request(host: &EmulatedHost, body: &TriggerIopf) -> Outcome<()> {
     }
 }
 
-/// `TRIGGER_VEVENT`: something happens to the device as the guest knows it.
+/// `TRIGGER_VEVENT`: an event of the device, with the guest's ID.
 pub fn vevent(host: &EmulatedHost, dev: ObjectId) -> Outcome<()> {
     with_driver(host, dev, |driver, part| {
         let rid = part.requester.rid;
         match driver.devices().change(rid, |device| Ok(device.virtual_id.clone()))? {
-            // Linux takes 0 for "none".
+            // In Linux 0 means "none".
             Some((vdevices, virt_id)) if virt_id != 0 => vdevices.report(virt_id),
             _ => refuse(Errno::ENOENT, format!("no vIOMMU knows device {dev}")),
         }

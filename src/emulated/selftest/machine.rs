@@ -8,8 +8,8 @@ use crate::host::machine::Machine;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 
-/// Adds a mock device with `flags` (`MOCK_FLAGS_DEVICE_*`); returns its name. The first brings its
-/// IOMMU with it.
+/// Adds a mock device with `flags` (`MOCK_FLAGS_DEVICE_*`); returns its name. The first one also
+/// adds the IOMMU.
 ///
 /// # Errors
 /// `EINVAL` unknown flags; `ENOSPC` there are too many.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that can be handed over as a file.
+//! Memory that can be passed as a file.
 
 use std::fs::File;
 use std::io;
@@ -8,13 +8,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::Errno;
 
-/// Where files are in memory alone.
+/// A folder of files in memory.
 const DIRECTORY: &str = "/dev/shm";
 
-/// A file without a name: `length` bytes of zeroes, in memory.
+/// An unnamed file: `length` bytes of zeroes, in memory.
 ///
 /// # Errors
-/// `ENOMEM` there is none.
+/// `ENOMEM` not available.
 pub fn unnamed_memory(length: u64) -> Outcome<File> {
     let open = || -> io::Result<File> {
         let mut options = File::options();

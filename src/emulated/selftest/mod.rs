@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What Linux's own tests of iommufd need beside the uAPI: `IOMMU_TEST_CMD`, and a mock IOMMU with
-//! mock devices behind it.
+//! What Linux's iommufd selftests need besides the uAPI: `IOMMU_TEST_CMD`, and a mock IOMMU with
+//! mock devices.
 //!
 //! The kernel has these in `drivers/iommu/iommufd/selftest.c`, for its
-//! `tools/testing/selftests/iommu`; ordinary kernels do not carry them, nor do ordinary builds of
+//! `tools/testing/selftests/iommu`; ordinary kernels do not contain them, nor do ordinary builds of
 //! this crate. The mock IOMMU moves no data. It has small pages and a small aperture, caches that a
-//! test can look at, and failures that a test can ask for. What it does with objects it does
-//! through the same rules as every other driver: nothing here knows which test is run.
+//! test can inspect, and failures that a test can request. It uses the same rules for objects as
+//! every other driver: nothing here depends on the test.
 //!
 //! ```text
 //! operations (ioas, devices, checks …) ──► objects ──► driver ──► domain, viommu
@@ -39,7 +39,7 @@ use iommufd_bindings::IOMMUFD_CMD_BASE;
 
 use crate::uapi::{Operation, TestOperations};
 
-/// All of it, as the uAPI takes it.
+/// All of it, for the uAPI.
 pub(crate) static OPERATIONS: TestOperations = TestOperations {
     command: Operation {
         number: IOMMUFD_CMD_BASE + abi::COMMAND,

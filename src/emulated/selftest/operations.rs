@@ -16,10 +16,10 @@ use crate::uapi::{Argument, Process};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId};
 
-/// The smallest limit of memory for batches that Linux takes: one entry of a batch.
+/// The minimum limit of memory for batches: one entry of a batch.
 const LEAST_MEMORY_LIMIT: u32 = 12;
 
-/// Carries out the operation that `argument`, a `struct iommu_test_cmd`, says.
+/// Executes the operation in `argument`, a `struct iommu_test_cmd`.
 ///
 /// # Errors
 /// Those of Linux's operation; `EOPNOTSUPP` there is no such operation.
@@ -76,7 +76,7 @@ pub fn run(host: &EmulatedHost, argument: &mut Argument, process: &dyn Process) 
     }
 }
 
-/// The part of `argument` that is the operation's.
+/// The operation-specific part of `argument`.
 fn body<T: FromBytes>(argument: &Argument) -> Outcome<T> {
     match T::read_from_prefix(argument.rest(BODY)) {
         Ok((body, _)) => Ok(body),
@@ -109,8 +109,8 @@ fn mock_domain(
     Ok(())
 }
 
-/// How much memory the kernel may use for lists of pages on their way to a page table: with little,
-/// it goes round more often. There are no such lists here, so nothing depends on it.
+/// Limits the kernel's memory for page lists of page table updates: with little, it makes more
+/// passes. There are no such lists here, so this has no effect.
 fn set_memory_limit(limit: u32) -> Outcome<()> {
     if limit < LEAST_MEMORY_LIMIT {
         return refuse(Errno::EINVAL, format!("{limit} bytes are not enough for one entry"));
@@ -118,12 +118,12 @@ fn set_memory_limit(limit: u32) -> Outcome<()> {
     Ok(())
 }
 
-/// Some operations are on a descriptor.
+/// Some operations use a descriptor.
 fn fd(id: ObjectId) -> i32 {
     id.0.cast_signed()
 }
 
-/// PASID 0 stands for the device itself (`IOMMU_NO_PASID`).
+/// PASID 0 means the device itself (`IOMMU_NO_PASID`).
 fn slot(pasid: u32) -> Slot {
     (pasid != 0).then_some(pasid)
 }
@@ -146,7 +146,7 @@ fn pasid_detach(host: &EmulatedHost, id: ObjectId, body: &abi::PasidChange) -> O
     objects.device_detach(dev, slot(body.pasid))
 }
 
-/// Whether the PASID is attached to the HWPT, or with 0 for it to none.
+/// Whether the PASID is attached to the HWPT, or to none if it is 0.
 fn pasid_check_hwpt(host: &EmulatedHost, id: ObjectId, body: &abi::PasidChange) -> Outcome<()> {
     let objects = host.objects();
     let dev = objects.table().selftest(id)?.dev;

@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which leaves a mock page table maps a range with.
+//! The leaves of a mock page table's mapping of a range.
 //!
-//! A table of the mock driver holds what the IOAS maps, and no more: its leaves follow from the
-//! mapping, so they are found when they are asked for and kept nowhere. The format is AMD's v1 with
-//! pages of 2 KiB and three levels: any power of two can be a leaf.
+//! A table of the mock driver contains exactly the IOAS's mappings, which determine its leaves:
+//! these are computed on demand and not stored. The format is AMD's v1 with pages of 2 KiB and
+//! three levels: any power of two can be a leaf.
 
 use std::ops::RangeInclusive;
 
 use super::abi::{MOCK_HUGE_PAGE_SIZE, MOCK_PAGE_SIZE};
 use crate::ioas::PAGE_SIZE;
 
-/// Bits of an IOVA that three levels of 512 entries over 2 KiB translate.
+/// IOVA bits translated by three levels of 512 entries over 2 KiB.
 const IOVA_BITS: u32 = 38;
 
 /// The IOVAs of the format.
 pub const FORMAT_APERTURE: RangeInclusive<u64> = 0..=(1 << IOVA_BITS) - 1;
 
-/// What the format has as pages, one bit for each: every power of two up to half of an entry of the
-/// top level.
+/// The format's page sizes, one bit for each: every power of two up to half of an entry of the top
+/// level.
 pub const FORMAT_SIZES: u64 = (1 << (IOVA_BITS - 1)) - MOCK_PAGE_SIZE;
 
-/// What a table of the huge type has as pages.
+/// The page sizes of a table of the huge type.
 pub const HUGE_SIZES: u64 = MOCK_HUGE_PAGE_SIZE | PAGE_SIZE;
 
 /// The leaf that translates `iova` when `range` as a whole is mapped to `output` and what follows:
 /// the largest of `sizes` (one bit for each) that both addresses are aligned to and that fits. None
 /// outside of the range, and where even the smallest one does not fit.
 ///
-/// A table that is filled from the lowest address on with the largest page possible each time has
-/// just these leaves: aligned blocks never cross one another.
+/// A table filled from the lowest address on with the largest possible pages has exactly these
+/// leaves: aligned blocks never overlap partially.
 pub fn leaf_at(
     sizes: u64,
     range: &RangeInclusive<u64>,
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The leaves as a table is filled: the largest page at the lowest address, again and again.
+    /// The leaves of a table filled greedily: the largest page at the lowest address, repeatedly.
     fn filled(sizes: u64, range: RangeInclusive<u64>, output: u64) -> Vec<RangeInclusive<u64>> {
         let mut leaves = Vec::new();
         let (mut iova, mut output) = (*range.start(), output);

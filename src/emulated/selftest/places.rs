@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which page some memory is, whatever it is mapped as.
+//! Identifies pages regardless of their mappings.
 //!
-//! The kernel compares page frames. Here a page of a file, or of memory that processes share, is
-//! that page in every mapping of it; private memory is in one place only, and its address says
-//! which. The list of this process's mappings (`/proc/self/maps`, see `proc_pid_maps(5)`) tells the
-//! one from the other.
+//! The kernel compares page frames. Here a page of a file, or of shared memory, is identified by
+//! the file; private memory by its address. `/proc/self/maps` (see `proc_pid_maps(5)`)
+//! distinguishes them.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -15,7 +14,7 @@ use crate::host::user_space::UserSpace;
 use crate::ioas::PAGE_SIZE;
 use twostage::iommufd::{Errno, UserMemory};
 
-/// Where some memory starts.
+/// The start of some memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The file, by device and inode; none for private memory.
@@ -32,20 +31,20 @@ impl Place {
         self.file == start.file && (first..end).contains(&self.at)
     }
 
-    /// Where the memory `offset` bytes further on starts.
+    /// The start of the memory at `offset` bytes.
     pub fn plus(&self, offset: u64) -> Self {
         Self { file: self.file.clone(), at: self.at.wrapping_add(offset) }
     }
 }
 
-/// The mappings of this process as they were at one moment.
+/// A snapshot of this process's mappings.
 #[derive(Debug)]
 pub struct Places(Vec<Mapping>);
 
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping {
     addresses: Range<u64>,
-    /// Of shared memory: the file, and the offset in it of the first byte.
+    /// Of shared memory: the file, and the offset of the first byte in it.
     shared: Option<((String, u64), u64)>,
 }
 
@@ -65,7 +64,7 @@ impl Places {
         Ok(Self(mappings?.into_iter().flatten().collect()))
     }
 
-    /// Where `memory` starts; none when it is not mapped (any more).
+    /// The start of `memory`; none if it is not mapped (any more).
     pub fn of(&self, memory: &UserMemory) -> Option<Place> {
         let address = memory.user_va();
         let mapping = self.0.iter().find(|mapping| mapping.addresses.contains(&address))?;
@@ -78,7 +77,7 @@ impl Places {
     }
 }
 
-/// Pages of the user's that stay where they are while they are looked at.
+/// Pages of the user that stay mapped while they are inspected.
 pub struct Held {
     first: u64,
     memory: Vec<UserMemory>,
@@ -107,7 +106,7 @@ impl Held {
         held
     }
 
-    /// Each page: the user's address, and which page it is.
+    /// Each page: the user's address, and its identity.
     pub fn pages<'a>(&'a self, places: &'a Places) -> impl Iterator<Item = (u64, Place)> + 'a {
         let mut next = self.first;
         let pages = move |memory: &UserMemory| {

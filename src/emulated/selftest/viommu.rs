@@ -22,10 +22,10 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
 use twostage::iommufd::{Errno, HwptFlags, ObjectId};
 
-/// Pages of a mock vIOMMU that its user can map.
+/// Pages of a mock vIOMMU for mmap.
 const MMAP_PAGES: u64 = 2;
 
-/// A vIOMMU. Devices have a cache, which it invalidates.
+/// A vIOMMU. It invalidates the devices' caches.
 #[derive(Debug)]
 pub struct MockViommu {
     devices: Arc<MockDevices>,
@@ -35,8 +35,8 @@ pub struct MockViommu {
 }
 
 impl MockViommu {
-    /// A vIOMMU of `devices`, none of which the guest knows. When the user gave data, the number in
-    /// it is to be seen in the answer, and in the first of a few pages that can be mapped.
+    /// A vIOMMU of `devices`, without vDEVICEs. If the user gave data, its number is returned in
+    /// the answer, and in the first of a few pages that can be mapped.
     ///
     /// # Errors
     /// `EINVAL` data of a wrong length; `EFAULT`; `ENOMEM` there is no memory for pages.
@@ -54,7 +54,7 @@ impl MockViommu {
 
     fn invalidate_one(&self, entry: ViommuInvalidate) -> Outcome<()> {
         let ViommuInvalidate { flags, vdev_id, cache_id } = entry;
-        // What is wrong with the entry itself comes before the device.
+        // Errors of the entry precede those of the device.
         clear(&mut [0; abi::MOCK_DEV_CACHE_NUM], flags, cache_id)?;
         match self.vdevices.device(vdev_id.into()) {
             Some(rid) => {
@@ -70,8 +70,7 @@ impl ViommuDriver for MockViommu {
         Ok(Arc::new(MockNested::new(Some(self.vdevices.clone()), data)?))
     }
 
-    /// All entries are read before the first one is carried out; so a fault of the last is one of
-    /// all.
+    /// All entries are read before the first one is executed, so a fault in the last fails all.
     fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial> {
         const TYPE: u64 = abi::IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST as u64;
         const LENGTH: usize = size_of::<ViommuInvalidate>();
@@ -102,7 +101,7 @@ impl ViommuDriver for MockViommu {
         kind == abi::IOMMU_HW_QUEUE_TYPE_SELFTEST
     }
 
-    /// Each queue needs the one before it.
+    /// Each queue depends on the previous one.
     fn hw_queue_init(&self, queue: &HwQueueRequest<'_>) -> Outcome<Option<ObjectId>> {
         let index = queue.index;
         if index >= abi::IOMMU_TEST_HW_QUEUE_MAX {
@@ -125,7 +124,7 @@ impl ViommuDriver for MockViommu {
     }
 }
 
-/// Answers the data of `VIOMMU_ALLOC`: the number in it, there and in pages that can be mapped.
+/// Answers the data of `VIOMMU_ALLOC`: the number in it, also in pages that can be mapped.
 fn answer(data: &dyn UserData, mmap: &dyn Fn(Arc<File>, u64) -> Outcome<u64>) -> Outcome<()> {
     const TYPE: u64 = abi::IOMMU_VIOMMU_TYPE_SELFTEST as u64;
     let bytes = data.read_struct::<{ size_of::<ViommuData>() }>(TYPE, ViommuData::MIN_SIZE)?;
@@ -138,15 +137,15 @@ fn answer(data: &dyn UserData, mmap: &dyn Fn(Arc<File>, u64) -> Outcome<u64>) ->
     let offset = mmap(Arc::new(pages), length)?;
     let answer =
         ViommuData { in_data, out_data: in_data, out_mmap_offset: offset, out_mmap_length: length };
-    // As much as the user has.
+    // As much as the user has room for.
     data.write(answer.as_bytes().get(..data.length()).unwrap_or(answer.as_bytes()))
 }
 
-/// The structure number `index`: a shorter one is extended with zeroes, and a longer one cut off
+/// The structure number `index`: a shorter one is zero-extended, and a longer one truncated
 /// (`copy_struct_from_user`).
 ///
 /// # Errors
-/// `E2BIG` there is something in what would be cut off; `EFAULT`.
+/// `E2BIG` the truncated part is not zero; `EFAULT`.
 fn extend<const N: usize>(entries: &dyn UserArray, index: usize) -> Outcome<[u8; N]> {
     let mut bytes = vec![0; entries.entry_length()];
     // Neither factor has more than 32 bits.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whoever makes a call: a process, and the way descriptors get there.
+//! The caller of a call: a process, and how it receives descriptors.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::files::file::{Caller, File};
 use crate::files::test_file::OpenTestFile;
 use crate::{callers::remote, state};
 
-/// A process that makes a call.
+/// A calling process.
 #[derive(Debug)]
 pub struct CallingProcess {
     process: Process,

@@ -14,7 +14,7 @@ use crate::memory::accounts::Pinned;
 use crate::state::{self, Kind, Own, Slot, State};
 use crate::{sys, table};
 
-/// Answers a call on `fd`; `None` when that is none of ours. `EBADF` when it is being closed.
+/// Answers a call on `fd`; `None` if it is not an emulated file. `EBADF` if it is being closed.
 pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     let slot = match state.find(fd).transpose()? {
         Ok(slot) => slot,
@@ -25,7 +25,7 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
             let caller = CallingProcess::own();
             let mut result = make(state, &own, &caller, call);
             if result.is_err_and(|errno| errno == Errno::EBUSY) {
-                // Perhaps for what a process had that is gone.
+                // Perhaps needed because of a process that is gone.
                 state.end_hung_up();
                 result = make(state, &own, &caller, call);
             }
@@ -39,15 +39,15 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
     };
     state.pins.sweep();
     if result.is_ok_and(|answer| answer.take_message) {
-        // Fails when another thread was faster, with the descriptor of another number.
+        // Fails if another thread was faster, through a duplicate of the descriptor.
         let _ = sys::receive(fd, &mut [0], false);
     }
     Some(result.map(|answer| answer.value))
 }
 
-/// Makes `call` on a file of this process. What it brings about on others is the caller's: DMA that
-/// waits for a page goes on ([`Waiting::resume`](crate::files::waiting::Waiting::resume), while
-/// serving) before whoever wrote the answer, or ended the attachment, is told that it is done.
+/// Makes `call` on a file of this process. Its effects on others are done here: DMA that waits for
+/// a page continues ([`Waiting::resume`](crate::files::waiting::Waiting::resume), while serving)
+/// before the writer of the response, or whoever ended the attachment, gets its result.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
     let result = own.file.call(caller, call);
     if matches!(call, Call::Write { .. }) {
@@ -56,7 +56,7 @@ fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result
     result
 }
 
-/// What iommufds that this process can reach have pinned of process `pid`.
+/// What iommufds accessible to this process have pinned of process `pid`.
 pub fn pinned(state: &State, pid: i32) -> Pinned {
     let mut all = pinned_here(state, pid);
     let mut asked = BTreeSet::new();
@@ -73,28 +73,28 @@ pub fn pinned(state: &State, pid: i32) -> Pinned {
     all
 }
 
-/// What the iommufds of this process have pinned of the process that is `pid` now.
+/// What the iommufds of this process have pinned of the process that currently has the ID `pid`.
 fn pinned_here(state: &State, pid: i32) -> Pinned {
     let process = state.processes.of(pid);
     process.map_or(Pinned::default(), |process| state.accounts.pinned_of(&process))
 }
 
 /// Takes one call of another process on the file whose descriptors have `inode`, or ends the file
-/// when the last of them is closed.
+/// when its last descriptor is closed.
 pub fn serve(inode: u64) {
     let state = state::current();
     match answer_one(state, inode) {
         Ok(true) => {}
-        // Nothing more was asked.
+        // No more requests.
         Ok(false) => state.hung_up(inode),
         Err(errno) => log::warn!("a call from another process: {errno}"),
     }
 }
 
-/// Takes one call on the file with `inode`, and answers it; whether there was one.
+/// Takes one call on the file with `inode`, and answers it; returns whether there was one.
 ///
 /// # Errors
-/// When what came is no call, or the caller is gone.
+/// The message is invalid, or the caller is gone.
 fn answer_one(state: &State, inode: u64) -> Result<bool, Errno> {
     let _serving = state.serving();
     let Some(own) = state.own(inode) else { return Ok(false) };

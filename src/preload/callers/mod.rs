@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who makes calls, in this process or another, and how they get to the process that has the file.
+//! The callers, in this process or another, and the transport to the process that owns the file.
 
 pub mod caller;
 pub mod calls;

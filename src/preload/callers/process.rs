@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A process that makes calls, this one or one that calls are forwarded for: its memory and its
+//! A process that makes calls, this one or one on whose behalf calls are made: its memory and its
 //! descriptors.
 //!
-//! Another process is known by a pidfd, for its number may be another one's when it is gone. What
-//! the kernel gives by number alone counts only while the process is still there.
+//! Another process is identified by a pidfd, as its ID may be reused. What the kernel looks up by
+//! ID is only valid while the process still exists.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -29,16 +29,16 @@ pub struct Process {
 #[derive(Debug)]
 struct Other {
     pidfd: Internal,
-    /// When it started: with its number, that is it alone.
+    /// Its start time, which identifies it together with its ID.
     start_time: u64,
 }
 
-/// The other processes that are known: each by one pidfd, however many mappings are of its memory.
+/// The other processes, each with one pidfd, however many mappings are of its memory.
 #[derive(Debug, Default)]
 pub struct Processes(Mutex<BTreeMap<i32, Weak<Other>>>);
 
 impl Processes {
-    /// The process `pid`, as it is now.
+    /// The process that currently has the ID `pid`.
     ///
     /// # Errors
     /// `ESRCH` there is none.
@@ -49,7 +49,7 @@ impl Processes {
         }
     }
 
-    /// The process that made the socket at the other end of `channel` and waits there.
+    /// The process that created the socket at the other end of `channel` and waits there.
     ///
     /// # Errors
     /// `ESRCH` it is gone.
@@ -58,7 +58,7 @@ impl Processes {
         if pid == sys::process_id() {
             return Ok(Process::own());
         }
-        // Before Linux 6.5 by its number, which is its own for as long as it holds the other end.
+        // Before Linux 6.5 by its ID, which is valid as long as it holds the other end.
         let pidfd = sys::peer_pidfd(channel).or_else(|_| sys::pidfd_open(pid))?;
         let process = self.other(pid, pidfd)?;
         match sys::events(channel) & libc::POLLHUP {
@@ -76,7 +76,7 @@ impl Processes {
         process.is_there().then_some(process).ok_or(gone)
     }
 
-    /// `other`, whose number is `pid`, or the same as it is known already.
+    /// `other`, with the ID `pid`, or the existing object for it.
     fn known(&self, pid: i32, other: Other) -> Arc<Other> {
         let mut processes = self.0.lock();
         let known = processes.get(&pid).and_then(Weak::upgrade);
@@ -96,38 +96,38 @@ impl Process {
         Self { pid: sys::process_id(), other: None }
     }
 
-    /// Whether it has not ended.
+    /// Whether it still exists.
     pub fn is_there(&self) -> bool {
         let ended = |other: &Arc<Other>| sys::events(other.pidfd.raw()) & libc::POLLIN != 0;
         !self.other.as_ref().is_some_and(ended)
     }
 
-    /// `found`, which its number led to, if it is still there.
+    /// `found`, looked up by ID, if the process still exists.
     fn if_there<T>(&self, found: Option<T>) -> Option<T> {
         found.filter(|_| self.is_there())
     }
 
-    /// Fills `bytes` from `address` on, up to the first that cannot be read; returns how many were.
+    /// Fills `bytes` from `address` on, up to the first unreadable byte; returns their number.
     pub fn read_some(&self, address: u64, bytes: &mut [u8]) -> usize {
         self.if_there(sys::read_memory(self.pid, address, bytes).ok()).unwrap_or(0)
     }
 
-    /// Writes `bytes` from `address` on, up to the first that cannot be; returns how many were.
+    /// Writes `bytes` from `address` on, up to the first unwritable byte; returns their number.
     pub fn write_some(&self, address: u64, bytes: &[u8]) -> usize {
         if !self.is_there() {
             return 0;
         }
-        // SAFETY: the program named the memory in a call that writes there, or mapped it for
+        // SAFETY: the program passed the memory to a call that writes there, or mapped it for
         // devices to write.
         unsafe { sys::write_memory(self.pid, address, bytes) }.unwrap_or(0)
     }
 
-    /// Its number.
+    /// Its ID.
     pub fn id(&self) -> i32 {
         self.pid
     }
 
-    /// What tells it from others that have had its number: when it started, or 0 for this process.
+    /// Distinguishes it from others with the same ID: its start time, or 0 for this process.
     pub fn start_time(&self) -> u64 {
         self.other.as_ref().map_or(0, |other| other.start_time)
     }
@@ -137,12 +137,12 @@ impl Process {
         self.other.is_none()
     }
 
-    /// What `/proc` calls the descriptor `fd` of the process.
+    /// The path in `/proc` of its descriptor `fd`.
     fn link(&self, fd: i32) -> String {
         format!("/proc/{}/fd/{fd}", self.pid)
     }
 
-    /// The file that it has open as `fd`, with the same rights; with others where it cannot be had.
+    /// The file open as `fd`, with the same access mode; with another one if that is not possible.
     pub fn same_file(&self, fd: i32) -> Option<File> {
         let Some(other) = &self.other else {
             return sys::duplicate(fd).ok().map(File::from);
@@ -151,13 +151,13 @@ impl Process {
         same.ok().or_else(|| self.if_there(self.file_anew(fd)))
     }
 
-    /// The file that it has open as `fd`, opened anew: to be read and written if it can be.
+    /// The file open as `fd`, reopened: readable and writable if possible.
     fn file_anew(&self, fd: i32) -> Option<File> {
         let writable = File::options().read(true).write(true).open(self.link(fd));
         writable.or_else(|_| File::open(self.link(fd))).ok()
     }
 
-    /// Which socket the process has open as `fd`: see [`sys::inode`].
+    /// The inode of the socket open as `fd`: see [`sys::inode`].
     pub fn socket(&self, fd: i32) -> Option<u64> {
         if self.is_own() {
             return sys::inode(fd).ok();
@@ -174,18 +174,18 @@ impl Process {
         self.if_there(std::fs::symlink_metadata(self.link(fd)).ok()).is_some()
     }
 
-    /// Whom it runs as; `u32::MAX` when it is gone.
+    /// Its user; `u32::MAX` if it is gone.
     pub fn user_id(&self) -> u32 {
         if self.is_own() {
             return sys::user_id();
         }
-        // A process that is gone locks nothing any more; nobody's account is as good as another.
+        // A process that is gone locks nothing any more, so the account does not matter.
         let owner = self.if_there(std::fs::metadata(format!("/proc/{}", self.pid)).ok());
         owner.map_or(u32::MAX, |of| of.uid())
     }
 }
 
-/// The file behind `file` once more, to be read and written if it can be at all.
+/// Reopens `file`, readable and writable if at all possible.
 pub fn anew(file: File) -> File {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::options().read(true).write(true).open(link).unwrap_or(file)
@@ -211,7 +211,7 @@ mod tests {
         drop(child.stdin.take());
         child.wait().unwrap();
         assert!(!process.is_there());
-        // As another process would be that has the number now.
+        // As if another process had the ID now.
         let reused = Process { pid: sys::process_id(), other: process.other.clone() };
         let word = 7u64;
         assert_eq!(reused.read_some(&raw const word as u64, &mut [0; 8]), 0);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Calls on files of another process: how they get there and back.
+//! Transport of calls on files of another process.
 //!
-//! The caller sends one message through the descriptor, and a socket with it, on which the owner
-//! answers ([`crate::callers::calls::serve`]); before, it may send a descriptor for the caller to
-//! have. The owner reads and writes the caller's memory with `process_vm_readv(2)`, for which it
-//! needs the right to trace it: it has that for its own children.
+//! The caller sends one message through the descriptor, with a socket for the answer of the owner
+//! ([`crate::callers::calls::serve`]); before that, the owner may send a descriptor for the caller.
+//! The owner accesses the caller's memory with `process_vm_readv(2)`, which needs permission to
+//! trace it: it has that for its own children.
 
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -16,9 +16,9 @@ use crate::files::file::{Answer, Call, File};
 use crate::memory::accounts::Pinned;
 use crate::{state, sys};
 
-/// A message: what it is, and three numbers.
+/// A message: its type and three numbers.
 type Words = [u64; 4];
-/// A message and what came with it.
+/// A message and the descriptor that came with it.
 type Received = (Words, Option<OwnedFd>);
 
 /// Length of a message, in bytes: it begins with [`MAGIC`].
@@ -32,11 +32,11 @@ const WRITE: u64 = 4;
 const WRITE_AT: u64 = 5;
 /// What is pinned of a process.
 const PINNED: u64 = 6;
-/// The answer to a call: a value, and whether a message is to be taken from the descriptor.
+/// The answer to a call: a value, and whether to take a message from the descriptor.
 const DONE: u64 = 7;
 /// The answer to a call: an errno.
 const FAILED: u64 = 8;
-/// A descriptor for the caller to have; it sends the number back.
+/// A descriptor for the caller, which sends its number back.
 const INSTALL: u64 = 9;
 
 fn send(socket: RawFd, words: Words, passed: Option<RawFd>) -> Result<(), Errno> {
@@ -48,7 +48,7 @@ fn send(socket: RawFd, words: Words, passed: Option<RawFd>) -> Result<(), Errno>
     sys::send(socket, &bytes, passed)
 }
 
-/// The next message; `None` when there is none, and none will come unless `wait` was not set.
+/// The next message; `None` if there is none and `wait` is not set, or the other end is closed.
 fn receive(socket: RawFd, wait: bool) -> Result<Option<Received>, Errno> {
     let mut bytes = [0; BYTES];
     match sys::receive(socket, &mut bytes, wait)? {
@@ -69,7 +69,7 @@ fn receive(socket: RawFd, wait: bool) -> Result<Option<Received>, Errno> {
 /// Makes `call` on `fd`, a file of another process.
 ///
 /// # Errors
-/// The owner's; `ENODEV` when it is gone.
+/// The owner's; `ENODEV` if it is gone.
 pub fn call(fd: RawFd, call: Call) -> Result<Answer, Errno> {
     let words = match call {
         Call::Ioctl { request, argument } => [IOCTL, u64::from(request), argument, 0],
@@ -110,7 +110,7 @@ fn ask(fd: RawFd, words: Words) -> Result<[u64; 2], Errno> {
     }
 }
 
-/// What another process asks of a file.
+/// A request of another process on a file.
 #[derive(Debug)]
 pub enum Request {
     /// A call on it.
@@ -119,11 +119,11 @@ pub enum Request {
     Pinned(i32),
 }
 
-/// Takes the request that waits at the owner's end `end`, with the channel that its answer goes to;
-/// `None` when there is none.
+/// Takes the request pending at the owner's end `end`, with the channel for its answer, if there is
+/// one.
 ///
 /// # Errors
-/// What came is no request.
+/// The message is not a request.
 pub fn take_request(end: RawFd) -> Result<Option<(Request, OwnedFd)>, Errno> {
     let Some((words, passed)) = receive(end, false)? else { return Ok(None) };
     let channel = passed.ok_or(Errno::from_raw(libc::EPROTO))?;
@@ -163,7 +163,7 @@ pub fn answer_pinned(channel: &OwnedFd, pinned: Pinned) -> Result<(), Errno> {
 /// there.
 ///
 /// # Errors
-/// What the kernel says when there are no more descriptors; `EPIPE` the caller is gone.
+/// The kernel's error if there are no more descriptors; `EPIPE` the caller is gone.
 pub fn install(channel: &OwnedFd, file: Arc<dyn File>) -> Result<i32, Errno> {
     let (fd, _) = state::current().publish(file)?;
     send(channel.as_raw_fd(), [INSTALL, 0, 0, 0], Some(fd.as_raw_fd()))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The thread of an owner that sees descriptors closed elsewhere, and takes the calls of other
+//! An owner's thread that notices descriptors closed elsewhere, and serves the calls of other
 //! processes. It is started with the first file.
 
 use std::os::fd::RawFd;
@@ -11,7 +11,7 @@ use twostage::iommufd::Errno;
 use crate::internal::Internal;
 use crate::sys;
 
-/// The thread's side that others may use.
+/// The thread's interface for others.
 #[derive(Debug)]
 pub struct Service {
     epoll: Arc<Internal>,
@@ -19,10 +19,10 @@ pub struct Service {
 
 impl Service {
     /// Starts the thread, which calls `serve` for a file, by the inode of its descriptors, whenever
-    /// something happens to it. It takes no signals.
+    /// it has an event. It takes no signals.
     ///
     /// # Errors
-    /// `EAGAIN` there can be no more threads; what the kernel says when it has no more descriptors.
+    /// `EAGAIN` no more threads; the kernel's error if there are no more descriptors.
     pub fn start(serve: fn(u64)) -> Result<Self, Errno> {
         let epoll = Arc::new(Internal::new(sys::epoll()?));
         let builder = thread::Builder::new().name("twostage-iommufd".to_owned());
@@ -35,14 +35,14 @@ impl Service {
     /// Watches the owner's end `end` of the file whose descriptors have `inode`.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` says.
+    /// The error of `epoll_ctl(2)`.
     pub fn watch(&self, end: RawFd, inode: u64) -> Result<(), Errno> {
         sys::watch(self.epoll.raw(), end, inode)
     }
 }
 
 fn watch(epoll: &Internal, serve: fn(u64)) {
-    // Fails when the process has lost the descriptor: nothing is served then.
+    // Fails if the process has lost the descriptor: nothing is served then.
     while let Ok(inode) = sys::next_event(epoll.raw()) {
         serve(inode);
     }

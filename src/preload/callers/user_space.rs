@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A process as the emulated host's user: what the host takes from its memory, its descriptors and
-//! its accounts.
+//! A process as the emulated host's user: its memory, descriptors and accounts.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -30,7 +29,7 @@ impl Process {
         let own = self.emulated_file(fd);
         match own.as_ref().and_then(|own| own.file.as_iommufd()) {
             Some(host) => Ok(host.clone()),
-            // Another process's is of another machine.
+            // One of another process belongs to another machine.
             None if self.has_open(fd) => Err(Errno::from_raw(libc::EBADFD)),
             None => Err(Errno::from_raw(libc::EBADF)),
         }
@@ -61,7 +60,7 @@ impl UserSpace for Process {
     fn memory(&self, address: u64, length: u64, writable: bool) -> Result<UserMemory, UserFault> {
         let pins = &state::current().pins;
         let pinned = pins.pin(self.id(), self.is_own(), address, length, writable).ok();
-        // It may be another process's by now.
+        // The ID may have been reused by now.
         pinned.filter(|_| self.is_there()).ok_or(UserFault { address, length })
     }
 
@@ -85,7 +84,7 @@ impl UserSpace for Process {
         let (accounts, pid) =
             (&state::current().accounts, if self.is_own() { 0 } else { self.id() });
         let limit = sys::memlock_limit(pid).unwrap_or(0);
-        // One that is gone, or that this one may not look at, has no rights.
+        // One that is gone, or inaccessible, has no capabilities.
         let own = sys::capabilities(pid).unwrap_or(0);
         let (own, limit) = if self.is_there() { (own, limit) } else { (0, 0) };
         let given = state::current().world().map_or(0, World::capabilities);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A VFIO device: `/dev/vfio/devices/vfioN`.
 //!
-//! The ioctls that concern iommufd are the emulated host's; here is what `linux/vfio.h` says of the
-//! device itself: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
-//! Its one interrupt is a message (MSI); its regions cannot be mapped.
+//! The ioctls that concern iommufd are the emulated host's; here is the device itself, as in
+//! `linux/vfio.h`: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
+//! Its only interrupt is MSI; its regions cannot be mapped.
 
 use std::mem::size_of;
 use std::sync::{Arc, MutexGuard};
@@ -33,15 +33,15 @@ const REGION_FLAGS: u32 = 0b11;
 const REGIONS: u32 = 9;
 const BAR0_REGION: u32 = 0;
 const CONFIG_REGION: u32 = 7;
-/// Where a region is in the file: its number, shifted by that much, as in vfio-pci.
+/// A region's offset in the file is its index, shifted by this, as in vfio-pci.
 const REGION_SHIFT: u32 = 40;
 
 const CONFIG_SIZE: usize = 256;
 const COMMAND: usize = 0x04;
-/// Memory space, bus master: what of the command register can be written.
+/// Memory space, bus master: the writable bits of the command register.
 const COMMAND_BITS: u8 = 0b110;
 const BUS_MASTER: u8 = 0b100;
-/// Status: there are capabilities. Where the first is, and where that one is: MSI.
+/// Status: there is a capability list. The pointer to the first, and its offset: MSI.
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const CAPABILITIES_POINTER: usize = 0x34;
@@ -51,9 +51,9 @@ const MSI: usize = 0x40;
 #[derive(Debug)]
 pub struct Device {
     name: String,
-    /// The group that is blocked while it is bound, unless it was opened through that.
+    /// The group that is blocked while it is bound, unless it was opened through the group.
     group: Option<(Arc<Groups>, u32)>,
-    // Unbound before the group is free again.
+    // Unbound before the group is released.
     file: DeviceFile,
     state: Mutex<Function>,
 }
@@ -69,7 +69,7 @@ struct Function {
 }
 
 impl Device {
-    /// The device `name` behind `file`, with an engine or without.
+    /// The device `name` behind `file`, with or without an engine.
     pub fn new(name: String, file: DeviceFile, edu: Option<Edu>) -> Self {
         let function = Function {
             bound: false,
@@ -81,13 +81,13 @@ impl Device {
         Self { name, group: None, file, state: Mutex::new(function) }
     }
 
-    /// The same, opened by its own character device: while it is bound, its group of `groups`,
-    /// which is `number`, cannot be opened.
+    /// The same, opened by its character device: while it is bound, group `number` of `groups`
+    /// cannot be opened.
     pub fn outside_group(self, groups: Arc<Groups>, number: u32) -> Self {
         Self { group: Some((groups, number)), ..self }
     }
 
-    /// Binds it to the iommufd that `process` has, whichever number it names.
+    /// Binds it to the iommufd of `process`, whatever descriptor that passes.
     ///
     /// # Errors
     /// As `VFIO_DEVICE_BIND_IOMMUFD`.
@@ -163,11 +163,11 @@ impl Device {
         answer(process, address, words, (offset >> 32) as u32)
     }
 
-    /// Does `count` bytes at `offset` of the file, as vfio-pci: in pieces that are aligned and no
-    /// longer than a register, each by `piece`; of a BAR as many as there are.
+    /// Accesses `count` bytes at `offset` of the file, like vfio-pci: in aligned pieces of at most
+    /// a register, each by `piece`; of a BAR as many as exist.
     ///
     /// # Errors
-    /// `EINVAL` there is no such region, or not so much of the BAR; `EFAULT` all of it is not in
+    /// `EINVAL` there is no such region, or the BAR is too small; `EFAULT` not all of it is in
     /// configuration space; those of `piece`.
     fn access(
         &self,
@@ -197,7 +197,7 @@ impl Device {
             let fits = |width: &u64| {
                 *width <= widest && from.is_multiple_of(*width) && from + width <= end
             };
-            // One byte always does.
+            // One byte always fits.
             let width = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
             piece(&mut function, place(from), width as usize)?;
             from += width;
@@ -245,7 +245,7 @@ impl Function {
         self.config.get(COMMAND).is_some_and(|byte| byte & BUS_MASTER != 0)
     }
 
-    /// Goes on with a DMA whose page requests are answered; whether one still waits.
+    /// Continues a DMA whose page requests are answered; returns whether one is still waiting.
     fn resume(&mut self) -> bool {
         let bus_master = self.bus_master();
         let Some(edu) = &mut self.edu else { return false };
@@ -310,7 +310,7 @@ impl File for Device {
     }
 }
 
-/// A function as a reset leaves it.
+/// A function after reset.
 fn config_space() -> [u8; CONFIG_SIZE] {
     let mut space = [0; CONFIG_SIZE];
     // Vendor and device, command and status, revision and class.
@@ -318,13 +318,13 @@ fn config_space() -> [u8; CONFIG_SIZE] {
     space.iter_mut().zip(header).for_each(|(to, from)| *to = from);
     space[STATUS] = STATUS_CAPABILITIES;
     space[CAPABILITIES_POINTER] = MSI as u8;
-    // MSI (PCIe 6.0 §7.7.1): one vector, an address of 64 bits. The message itself is the host's.
+    // MSI (PCIe 6.0 §7.7.1): one vector, a 64-bit address. The message itself is up to the host.
     space[MSI] = 5;
     space[MSI + 2] = 1 << 7;
     space
 }
 
-/// Fills `structure` from `address` on; returns what its first field says of its length.
+/// Fills `structure` from `address` on; returns the length in its first field.
 fn copy_in(process: &Process, address: u64, structure: &mut [u8]) -> Result<usize, Errno> {
     process.read(address, structure).map_err(|_| Errno::EFAULT)?;
     Ok(u32_at(structure, 0) as usize)
@@ -347,7 +347,7 @@ fn irq_info(process: &Process, address: u64) -> Result<i64, Errno> {
     answer(process, address, [flags, index], count)
 }
 
-/// Writes `words` and `last` behind the first field of the structure at `address`, whose length is
+/// Writes `words` and `last` after the first field of the structure at `address`, whose length is
 /// known to suffice or checked here.
 fn answer<const N: usize>(
     process: &Process,

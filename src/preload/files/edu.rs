@@ -2,11 +2,11 @@
 //! The educational device, 1234:11e8 (QEMU's `docs/specs/edu`), as far as programs use it here: its
 //! registers, and DMA between memory and a buffer of 4 KiB.
 //!
-//! A DMA is over when the write that starts it returns, unless it waits for a page that the device
-//! has asked for (PRI): register 0x98 then reads as busy, and the DMA goes on, and its interrupt
-//! comes, in the call that answers. Three registers are Twostage's own: 0xA0 puts a PASID on the
-//! DMA, 0xA8 says what became of the last one, and 0xB0 where it was refused. Interrupts are
-//! messages; there is no line.
+//! A DMA completes within the write that starts it, unless it waits for a page that the device has
+//! requested (PRI): then register 0x98 reads as busy, and the DMA continues, and its interrupt is
+//! sent, in the call that responds. Three registers are Twostage's: 0xA0 sets the PASID of the DMA,
+//! 0xA8 has the result of the last one, and 0xB0 the address where it was blocked. Interrupts are
+//! MSIs; there is no INTx.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -34,57 +34,57 @@ const DMA_COMMAND: u64 = 0x98;
 const DMA_PASID: u64 = 0xa0;
 const DMA_RESULT: u64 = 0xa8;
 const DMA_REFUSED_AT: u64 = 0xb0;
-/// Registers below take accesses of 4 bytes only, those from here on of 8 too.
+/// Registers below only support accesses of 4 bytes, those from here on also of 8.
 const WIDE_START: u64 = 0x80;
 
 const COMMAND_START: u64 = 1 << 0;
-/// From the buffer to memory; the other way otherwise.
+/// From the buffer to memory; otherwise the reverse.
 const COMMAND_TO_MEMORY: u64 = 1 << 1;
-/// Sets the cause when it is over.
+/// Raises an interrupt at the end.
 const COMMAND_INTERRUPT: u64 = 1 << 2;
 const PASID_VALID: u64 = 1 << 31;
 const PASID_MASK: u64 = (1 << 20) - 1;
 const CAUSE_DMA: u32 = 0x100;
 
-/// Where the buffer is among the device's own addresses.
+/// The buffer's address in the device's own address space.
 const BUFFER_START: u64 = 0x4_0000;
 const BUFFER_SIZE: usize = 4096;
 
-/// What register 0xA8 says of the last DMA.
+/// Values of register 0xA8: the result of the last DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 enum Outcome {
-    /// All of it was done.
+    /// Completed.
     Done = 0,
-    /// The IOMMU refused the request at the address in register 0xB0; those before are done.
+    /// The IOMMU blocked the request at the address in register 0xB0; those before are done.
     Refused = 1,
-    /// It does not lie in the buffer.
+    /// It is not within the buffer.
     OutOfBuffer = 2,
-    /// The function may not make requests: bus mastering is off.
+    /// Bus mastering is disabled.
     NotBusMaster = 3,
-    /// The memory could not be reached although the IOMMU leads there: its file was truncated.
+    /// The memory could not be accessed although the IOMMU allows it: its file was truncated.
     NoMemory = 4,
     /// It waits for a page.
     Waiting = 5,
 }
 
-/// A DMA that is under way.
+/// A DMA in progress.
 #[derive(Debug)]
 struct Transfer {
-    /// What it was started with.
+    /// Its command.
     command: u64,
     attributes: DmaAttributes,
-    /// What of the buffer is still to be done.
+    /// The remaining part of the buffer.
     rest: Range<usize>,
-    /// The memory for that.
+    /// The address for that.
     iova: u64,
     tries: PageTries,
 }
 
-/// How far a DMA came.
+/// The progress of a DMA.
 enum Progress {
     Ended(Outcome),
-    /// It waits for the answer to the group.
+    /// It waits for the response to the group.
     Asked(u16),
 }
 
@@ -103,12 +103,12 @@ pub struct Edu {
     pasid: u64,
     outcome: Outcome,
     refused_at: u64,
-    /// The DMA that waits for a page, and the group of page requests.
+    /// The DMA that waits for a page, and its page request group.
     waiting: Option<(Transfer, u16)>,
 }
 
 impl Edu {
-    /// A device whose DMA enters the IOMMU at `port`.
+    /// A device with the DMA port `port`.
     pub fn new(port: DmaPort, pins: Arc<Pins>) -> Self {
         Self {
             pins,
@@ -127,14 +127,13 @@ impl Edu {
         }
     }
 
-    /// Reads a register of BAR 0. What is none, or accessed in a width it does not have, is all
-    /// ones.
+    /// Reads a register of BAR 0. Undefined ones, and unsupported widths, read as all ones.
     pub fn read(&self, offset: u64, width: usize) -> u64 {
         let value = match offset {
             IDENTIFICATION => 0x0100_00ed,
             LIVENESS => u64::from(self.liveness),
             FACTORIAL => u64::from(self.factorial),
-            // A factorial is there as soon as it is asked for.
+            // A factorial is computed immediately.
             STATUS => 0,
             INTERRUPT_STATUS => u64::from(self.interrupt_status),
             DMA_SOURCE => self.source,
@@ -153,8 +152,8 @@ impl Edu {
         }
     }
 
-    /// Writes a register. `bus_master`: the function may make requests. Says whether an interrupt
-    /// is to be sent.
+    /// Writes a register. `bus_master`: bus mastering is enabled. Returns whether an interrupt is
+    /// to be sent.
     pub fn write(&mut self, offset: u64, width: usize, value: u64, bus_master: bool) -> bool {
         if !has_width(offset, width) {
             return false;
@@ -167,7 +166,7 @@ impl Edu {
                 return self.interrupt_status != 0;
             }
             INTERRUPT_ACKNOWLEDGE => self.interrupt_status &= !(value as u32),
-            // They are the DMA's.
+            // They are in use by the DMA.
             DMA_SOURCE.. if self.waiting.is_some() => {}
             DMA_SOURCE => self.source = value,
             DMA_DESTINATION => self.destination = value,
@@ -191,7 +190,7 @@ impl Edu {
         self.waiting.is_some()
     }
 
-    /// Goes on with a DMA whose page requests are answered. Says whether an interrupt is to be
+    /// Continues a DMA whose page requests are answered. Returns whether an interrupt is to be
     /// sent.
     pub fn resume(&mut self, bus_master: bool) -> bool {
         let Some((mut transfer, group)) = self.waiting.take() else { return false };
@@ -209,7 +208,7 @@ impl Edu {
         }
     }
 
-    /// The DMA that the registers describe.
+    /// The DMA described by the registers.
     fn transfer(&self, command: u64) -> Result<Transfer, Outcome> {
         let (device, iova) = match command & COMMAND_TO_MEMORY != 0 {
             true => (self.source, self.destination),
@@ -221,8 +220,8 @@ impl Edu {
         Ok(Transfer { command, attributes, rest, iova, tries: PageTries::default() })
     }
 
-    /// Does `transfer` to its end, or until it waits for a page. Says whether an interrupt is to be
-    /// sent.
+    /// Runs `transfer` to its end, or until it waits for a page. Returns whether an interrupt is to
+    /// be sent.
     fn run(&mut self, mut transfer: Transfer) -> bool {
         match self.advance(&mut transfer) {
             Progress::Ended(outcome) => self.end(transfer.command, outcome),
@@ -234,7 +233,7 @@ impl Edu {
         }
     }
 
-    /// A DMA has come to its end. Says whether an interrupt is to be sent.
+    /// A DMA has ended. Returns whether an interrupt is to be sent.
     fn end(&mut self, command: u64, outcome: Outcome) -> bool {
         self.outcome = outcome;
         let interrupt = command & COMMAND_INTERRUPT != 0;
@@ -259,13 +258,13 @@ impl Edu {
             };
             let slice = piece.slice();
             let end = rest.start + slice.len();
-            // Within the buffer, where the rest is.
+            // Within the buffer, like the rest.
             let part = self.buffer.get_mut(rest.start..end).unwrap_or_default();
             if part.is_empty() || !copy(&self.pins, &slice, part, to_memory) {
                 self.refused_at = *iova;
                 return Progress::Ended(Outcome::NoMemory);
             }
-            // Cannot go past the end of the address space: the IOMMU refuses what is there.
+            // Cannot pass the end of the address space: the IOMMU blocks that.
             *iova = iova.wrapping_add(slice.len() as u64);
             rest.start = end;
         }
@@ -273,8 +272,8 @@ impl Edu {
     }
 }
 
-/// Copies between `memory` and `part`, which is as long. The kernel does it, and does not mind when
-/// there is no memory any more.
+/// Copies between `memory` and `part`, of the same length. The kernel does it, so that missing
+/// memory is an error.
 fn copy(
     pins: &Pins,
     memory: &vm_memory::VolatileSlice<'_>,
@@ -299,7 +298,7 @@ fn has_width(offset: u64, width: usize) -> bool {
     width == 4 || (width == 8 && offset >= WIDE_START)
 }
 
-/// The bytes of the buffer that `count` bytes from device address `address` on are.
+/// The buffer range of `count` bytes at device address `address`.
 fn buffer_range(address: u64, count: u64) -> Option<Range<usize>> {
     let start = address.checked_sub(BUFFER_START)?;
     let end = start.checked_add(count)?;
@@ -359,7 +358,7 @@ mod tests {
         assert_eq!(edu.read(INTERRUPT_STATUS, 4), u64::from(CAUSE_DMA));
     }
 
-    /// Has the device ask for the page at 0x12000, and answers it.
+    /// Makes the device request the page at 0x12000, and responds.
     fn answer(edu: &Edu, queue: &dyn FaultQueue, code: PageResponseCode) {
         assert_eq!((edu.read(DMA_COMMAND, 8) & 1, edu.read(DMA_RESULT, 8)), (1, 5));
         let group = queue.next_group().unwrap().unwrap();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Fault queues and vEVENTQs: files that poll as readable when there is something to read.
 //!
-//! While there is, a message of the owner's waits in the socket that the descriptor is. A read that
-//! takes the last event takes the message too. Events that go away unread leave it behind: the
-//! descriptor then polls as readable once more, and the read finds nothing. A socket can always be
-//! written, so a vEVENTQ polls as writable, which Linux's does not.
+//! While there is, a message of the owner is pending in the descriptor's socket. A read that takes
+//! the last event also takes the message. Events that are dropped unread leave it behind: the
+//! descriptor then polls as readable once more, and the read finds nothing. A socket is always
+//! writable, so a vEVENTQ polls as writable, unlike Linux's.
 
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -20,7 +20,7 @@ use crate::sys;
 #[derive(Debug)]
 pub struct Events {
     file: EventFile,
-    /// Whether a message waits.
+    /// Whether a message is pending.
     told: Arc<Mutex<bool>>,
 }
 
@@ -61,7 +61,7 @@ impl File for Events {
     }
 }
 
-/// Brings the descriptor in line with the queue.
+/// Keeps the descriptor in sync with the queue.
 struct Watcher {
     told: Arc<Mutex<bool>>,
     end: Weak<Internal>,
@@ -71,7 +71,7 @@ impl Readiness for Watcher {
     fn changed(&self, readable: bool) {
         let mut told = lock(&self.told);
         let Some(end) = self.end.upgrade().filter(|_| readable && !*told) else { return };
-        // Fails when the last descriptor is closed: then nobody polls.
+        // Fails if the last descriptor is closed: then nobody polls.
         *told = sys::send(end.raw(), &[0], None).is_ok();
     }
 }
@@ -96,7 +96,7 @@ mod tests {
         watcher.changed(true);
         watcher.changed(true);
         assert!(polls_readable(&fd));
-        // What a read does that takes the last event.
+        // As done by a read that takes the last event.
         *lock(&told) = false;
         assert_eq!(sys::receive(fd.as_raw_fd(), &mut [0], false).unwrap().unwrap().0, 1);
         assert!(!polls_readable(&fd), "one message, however often it is told");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Linux's fault injection, as its own tests use it: `/proc/self/task/TID/fail-nth` of the thread
+//! Linux's fault injection, as used by its selftests: `/proc/self/task/TID/fail-nth` of the thread
 //! that opens it, whose n-th allocation in the emulated host then fails, and the switches in
-//! debugfs that let all allocations fail, as they always may here.
+//! debugfs that allow all allocations to fail, which is always the case here.
 
 use twostage::iommufd::Errno;
 use twostage_emulated::selftest::{fail_nth, set_fail_nth};
@@ -9,7 +9,7 @@ use twostage_emulated::selftest::{fail_nth, set_fail_nth};
 use crate::files::file::{Answer, Call, Caller, File};
 use crate::sys;
 
-/// The switches, as a program names them in `/sys/kernel/debug`.
+/// The switches' paths in `/sys/kernel/debug`.
 const SWITCHES: [&[u8]; 3] = [
     b"failslab/ignore-gfp-wait",
     b"fail_page_alloc/ignore-gfp-wait",
@@ -26,7 +26,7 @@ pub fn is_own(path: &[u8]) -> bool {
     path == format!("/proc/self/task/{}/fail-nth", sys::thread_id()).as_bytes()
 }
 
-/// The file, open. It is of whichever thread uses it.
+/// The open file. It applies to whichever thread uses it.
 #[derive(Debug)]
 pub struct FailNthFile;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What an emulated file can do, and who asks for it.
+//! Emulated files, and their callers.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use crate::internal::Internal;
 pub enum Call {
     /// `ioctl(2)`.
     Ioctl { request: u32, argument: u64 },
-    /// `read(2)`; `pread(2)` when there is an offset.
+    /// `read(2)`; `pread(2)` if there is an offset.
     Read { to: u64, count: u64, offset: Option<u64> },
     /// `write(2)`, likewise.
     Write { from: u64, count: u64, offset: Option<u64> },
 }
 
-/// What a call came to.
+/// The result of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Answer {
-    /// What it returns.
+    /// Its return value.
     pub value: i64,
-    /// A message of the owner's is to be taken from the descriptor: see [`crate::files::events`].
+    /// A message of the owner must be taken from the descriptor: see [`crate::files::events`].
     pub take_message: bool,
 }
 
@@ -37,41 +37,41 @@ impl From<i64> for Answer {
     }
 }
 
-/// Whoever makes a call: a process, and the way descriptors get there.
+/// The caller of a call: a process, and how it receives descriptors.
 pub trait Caller: uapi::Process {
     /// The process.
     fn process(&self) -> &Process;
 
-    /// Gives the process a descriptor for `file`, closed on exec; returns its number there.
+    /// Gives the process a descriptor for `file`, with close-on-exec; returns its number there.
     ///
     /// # Errors
-    /// `EMFILE`, or what else keeps it from that.
+    /// `EMFILE`, or another error.
     fn open(&self, file: Arc<dyn File>) -> Result<i32, Errno>;
 }
 
-/// An emulated file that is open. Dropping it closes it.
+/// An open emulated file. Dropping it closes it.
 pub trait File: Debug + Send + Sync {
-    /// What it is called, for logs and to be recognised by.
+    /// Its name, for logs and identification.
     fn name(&self) -> String;
 
-    /// Answers a call of `caller`.
+    /// Handles a call of `caller`.
     ///
     /// # Errors
     /// Linux's.
     fn call(&self, caller: &dyn Caller, call: Call) -> Result<Answer, Errno>;
 
-    /// Goes on with what waited for a call on another file, if it can; whether something still
-    /// waits.
+    /// Continues what waited for a call on another file, if possible; returns whether something is
+    /// still waiting.
     fn resume(&self) -> bool {
         false
     }
 
-    /// It is this process's now, and `end` is the owner's end of its descriptors.
+    /// It now belongs to this process, and `end` is the owner's end of its descriptors.
     fn opened(&self, end: &Arc<Internal>) {
         let _ = end;
     }
 
-    /// What to map in place of the file (`mmap(2)`).
+    /// What to map instead of the file (`mmap(2)`).
     ///
     /// # Errors
     /// Linux's; `ENODEV` for a file that cannot be mapped.
@@ -85,42 +85,42 @@ pub trait File: Debug + Send + Sync {
         None
     }
 
-    /// The iommufd that it is.
+    /// The iommufd, if it is one.
     fn as_iommufd(&self) -> Option<&Arc<EmulatedHost>> {
         None
     }
 }
 
-/// An ioctl's argument as the emulated host takes it: a copy, to be written back.
+/// An ioctl's argument for the emulated host: a copy, to be written back.
 ///
-/// The host wants the structure as long as it says it is; of a longer one than any structure has,
-/// only the beginning goes there.
+/// The host needs the structure in its declared length; of one longer than any structure, only the
+/// beginning is copied.
 #[derive(Debug)]
 pub struct Argument {
     address: u64,
     before: Vec<u8>,
-    /// What the host reads and writes.
+    /// For the host to read and write.
     pub bytes: Vec<u8>,
 }
 
-/// More than every structure has, in bytes.
+/// More than any structure has, in bytes.
 const LONGEST: usize = 4096;
 
-/// What is asked of the bytes of a structure that no version of it knows.
+/// The requirement for the bytes of a structure beyond its known version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Excess {
-    /// iommufd's rule: they are zero.
+    /// iommufd's rule: they must be zero.
     Zero,
-    /// VFIO's: nobody looks at them.
+    /// VFIO's: they are ignored.
     Ignored,
 }
 
 impl Argument {
     /// Copies the structure at `address`, whose first four bytes are its length. As much as can be
-    /// read: the host says what is to become of a shorter one.
+    /// read: the host handles a shorter one.
     ///
     /// # Errors
-    /// `E2BIG` there is something in the excess; `EFAULT` that cannot be read.
+    /// `E2BIG` the excess is not zero; `EFAULT` it cannot be read.
     pub fn copy_in(process: &Process, address: u64, excess: Excess) -> Result<Self, Errno> {
         let mut bytes = vec![0; LONGEST];
         let mut length = process.read_some(address, &mut bytes);
@@ -138,7 +138,7 @@ impl Argument {
         }
         bytes.truncate(length);
         let mut before = bytes.clone();
-        // The size goes back as it was.
+        // The size is written back unchanged.
         for (to, from) in before.iter_mut().zip((declared as u32).to_ne_bytes()) {
             *to = from;
         }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A VFIO group, `/dev/vfio/N`: how programs that know containers get their devices.
+//! A VFIO group, `/dev/vfio/N`: how programs that use containers get their devices.
 //!
-//! As in a Linux whose containers are iommufds: the group is put into a container, which then has
-//! an IOAS; a device that is opened through the group is bound to that iommufd, and attached to the
-//! IOAS.
+//! As in a Linux whose containers are iommufds: the group is added to a container, which then has
+//! an IOAS; a device opened through the group is bound to that iommufd, and attached to the IOAS.
 
 use std::collections::BTreeMap;
 use std::mem::size_of;
@@ -27,16 +26,16 @@ const GET_DEVICE_FD: u32 = vfio_request(6);
 const VIABLE: u32 = 1;
 const CONTAINER_SET: u32 = 2;
 
-/// Longest name of a device that is looked at, in bytes.
+/// Maximum length of a device name, in bytes.
 const LONGEST_NAME: u64 = 64;
 
-/// An open group. Devices that were opened through it keep it open.
+/// An open group. Devices opened through it keep it open.
 #[derive(Debug)]
 pub struct Group {
     number: u32,
     devices: Opener,
     container: Mutex<Option<Arc<EmulatedHost>>>,
-    /// The devices that are open, by number. Held while one is bound or let go.
+    /// The open devices, by number. Held while one is bound or released.
     open: Mutex<BTreeMap<u32, Weak<Device>>>,
 }
 
@@ -92,8 +91,8 @@ impl Group {
         self.open.lock()
     }
 
-    /// Opens the device of that name, bound and attached. One that is open is opened once more as
-    /// it is: all of its descriptors share what they are bound to.
+    /// Opens the device of that name, bound and attached. An open device is opened once more as it
+    /// is: all of its descriptors share its binding.
     fn device(self: &Arc<Self>, caller: &dyn Caller, address: u64) -> Result<i64, Errno> {
         let name = read_name(caller, address)?;
         let number = self.devices.named(&name).ok_or(Errno::ENODEV)?;
@@ -116,7 +115,7 @@ impl Group {
     }
 }
 
-/// The IOAS that VFIO's ioctls of `host` work on.
+/// The IOAS of VFIO's ioctls of `host`.
 fn vfio_ioas(host: &EmulatedHost, process: &InGroup<'_>) -> Result<u32, Errno> {
     /// `IOMMU_VFIO_IOAS`.
     const REQUEST: u32 = 0x3b88;
@@ -164,10 +163,10 @@ impl File for GroupFile {
     }
 }
 
-/// A device that was opened through a group: one descriptor's share of it.
+/// A device opened through a group: one descriptor's share of it.
 #[derive(Debug)]
 struct OfGroup {
-    /// There until it is dropped.
+    /// Present until it is dropped.
     device: Option<Arc<Device>>,
     group: Arc<Group>,
 }
@@ -188,13 +187,13 @@ impl File for OfGroup {
 
 impl Drop for OfGroup {
     fn drop(&mut self) {
-        // Whoever opens the device next finds it either open or unbound.
+        // The next opener of the device finds it either open or unbound.
         let _open = self.group.open();
         drop(self.device.take());
     }
 }
 
-/// The process that opens a device: every descriptor it names is the container.
+/// The process that opens a device: every descriptor it passes is the container.
 #[derive(Debug)]
 struct InGroup<'a> {
     caller: &'a dyn Caller,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who has a group: as in Linux, it is open once, or some of its devices are bound through their
-//! own character devices, but not both.
+//! Users of groups: as in Linux, a group is open once, or some of its devices are bound through
+//! their own character devices, but not both.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -17,9 +17,9 @@ pub struct Groups(Mutex<BTreeMap<u32, Users>>);
 
 #[derive(Debug, Default)]
 struct Users {
-    /// Whoever opened it, and still has it.
+    /// The opener, which still has it.
     open: Option<Weak<dyn Any + Send + Sync>>,
-    /// How many devices are bound through their own character devices.
+    /// Number of devices bound through their own character devices.
     bound: usize,
 }
 
@@ -30,7 +30,7 @@ impl Users {
 }
 
 impl Groups {
-    /// Opens the group `number`, which `group` makes.
+    /// Opens the group `number`, created by `group`.
     ///
     /// # Errors
     /// `EBUSY` it is open, or a device of it is bound.
@@ -49,8 +49,8 @@ impl Groups {
         Ok(group)
     }
 
-    /// Keeps the group `number` from being opened for as long as the result lives: a device of it
-    /// is to be bound.
+    /// Prevents the group `number` from being opened while the result exists, as a device of it is
+    /// to be bound.
     ///
     /// # Errors
     /// `EBUSY` it is open.

@@ -8,10 +8,10 @@ use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
 use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
 
-/// Ioctls from this number on are iommufd's own (`IOMMUFD_CMD_BASE`); those below are VFIO's.
+/// The first ioctl number of iommufd (`IOMMUFD_CMD_BASE`); those below are VFIO's.
 const FIRST_OWN: u32 = 0x80;
 
-/// An open iommufd. It lives on while devices are bound to it.
+/// An open iommufd. It stays alive while devices are bound to it.
 #[derive(Debug)]
 pub struct Iommufd {
     name: &'static str,
@@ -39,7 +39,7 @@ impl File for Iommufd {
         }
         let mut argument = Argument::copy_in(process, argument, Excess::Zero)?;
         let result = self.host.ioctl(request, &mut argument.bytes, caller);
-        // Some answers come with an error.
+        // Some errors also write results back.
         argument.copy_out(process)?;
         result.map(|value| i64::from(value).into())
     }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What descriptors of emulated files stand for: iommufds, VFIO devices and groups, queues of
-//! events.
+//! The files behind emulated descriptors: iommufds, VFIO devices and groups, event queues.
 
 pub mod device;
 pub mod edu;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! MSI of a VFIO device, as `VFIO_DEVICE_SET_IRQS` sets it up: one vector, which writes an eventfd.
+//! MSI of a VFIO device, set up by `VFIO_DEVICE_SET_IRQS`: one vector, which writes an eventfd.
 
 use std::mem::size_of;
 
@@ -22,8 +22,7 @@ const DATA_NONE: u32 = 1 << 0;
 const DATA_BOOL: u32 = 1 << 1;
 const DATA_EVENTFD: u32 = 1 << 2;
 const DATA: u32 = DATA_NONE | DATA_BOOL | DATA_EVENTFD;
-/// `VFIO_IRQ_SET_ACTION_TRIGGER`, and `VFIO_IRQ_SET_ACTION_TYPE_MASK` with those that mask and
-/// unmask.
+/// `VFIO_IRQ_SET_ACTION_TRIGGER`, and `VFIO_IRQ_SET_ACTION_TYPE_MASK` with mask and unmask.
 const TRIGGER: u32 = 1 << 5;
 const ACTION: u32 = 1 << 3 | 1 << 4 | TRIGGER;
 
@@ -34,7 +33,7 @@ const HEAD_SIZE: usize = size_of::<Head>();
 /// The vector of one device.
 #[derive(Debug, Default)]
 pub struct Msi {
-    /// It is on; the eventfd, if it has one.
+    /// Enabled; with the eventfd, if it has one.
     on: Option<Option<Internal>>,
 }
 
@@ -42,8 +41,7 @@ impl Msi {
     /// `VFIO_DEVICE_SET_IRQS` with the structure at `address` of `process`.
     ///
     /// # Errors
-    /// As vfio-pci for a device that has MSI alone; `EOPNOTSUPP` an eventfd of a process that calls
-    /// are forwarded for.
+    /// As vfio-pci for a device with MSI only; `EOPNOTSUPP` an eventfd of another process.
     pub fn set(&mut self, process: &Process, address: u64) -> Result<i64, Errno> {
         let mut bytes = [0; HEAD_SIZE];
         if process.read_some(address, &mut bytes) < HEAD_SIZE {
@@ -76,15 +74,15 @@ impl Msi {
         Ok(0)
     }
 
-    /// Gives the vector the eventfd whose number `fd` is, or none if that is negative, and has MSI
-    /// on; without data MSI alone.
+    /// Sets the eventfd of the vector to number `fd`, or to none if that is negative, and enables
+    /// MSI; without data only enables MSI.
     fn set_eventfd(&mut self, process: &Process, fd: &[u8]) -> Result<(), Errno> {
         let was_on = self.on.is_some();
         let Some(fd) = fd.first_chunk().map(|fd| i32::from_ne_bytes(*fd)) else {
             self.on.get_or_insert(None);
             return Ok(());
         };
-        // What was there is gone even when the new one is none.
+        // The old one is removed even if the new one is invalid.
         self.on = was_on.then_some(None);
         let eventfd = if fd < 0 { None } else { Some(own(process, fd)?) };
         self.on = Some(eventfd);
@@ -94,16 +92,16 @@ impl Msi {
     /// Sends the message.
     pub fn send(&self) {
         if let Some(Some(event)) = &self.on {
-            // Full, it says that something came; and nobody else can fail to write.
+            // If it is full, it is already signalled; other writers cannot fail.
             let _ = sys::write_number(event.raw(), 1);
         }
     }
 }
 
-/// How many bytes of data are behind `head`.
+/// Number of data bytes after `head`.
 ///
 /// # Errors
-/// `EINVAL` it is not what any device takes, or of a vector that this one does not have.
+/// `EINVAL` not supported by any device, or of a vector that this one does not have.
 fn data_size(head: Head) -> Result<usize, Errno> {
     let [argsz, flags, index, start, count] = head;
     let vectors = if index == MSI_INDEX { 1 } else { 0 };
@@ -118,7 +116,7 @@ fn data_size(head: Head) -> Result<usize, Errno> {
         DATA_EVENTFD => size_of::<i32>(),
         _ => return Err(Errno::EINVAL),
     };
-    // No more than one vector.
+    // At most one vector.
     let data = size * count as usize;
     let room = (argsz as usize).checked_sub(HEAD_SIZE).ok_or(Errno::EINVAL)?;
     if room < data {
@@ -127,7 +125,7 @@ fn data_size(head: Head) -> Result<usize, Errno> {
     Ok(data)
 }
 
-/// The eventfd that is `descriptor` of `process`, also when that closes it.
+/// The eventfd `descriptor` of `process`, independent of whether that closes it.
 fn own(process: &Process, descriptor: i32) -> Result<Internal, Errno> {
     if !process.is_own() {
         return Err(Errno::EOPNOTSUPP);
@@ -151,7 +149,7 @@ mod tests {
         msi.set(&Process::own(), words.as_ptr() as u64)
     }
 
-    /// An eventfd, and how often it was signalled since it was last asked.
+    /// An eventfd; and how often it was signalled since the last call.
     fn eventfd() -> (Internal, u32) {
         let event = Internal::new(sys::eventfd().unwrap());
         let number = event.raw() as u32;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How devices of a machine are opened: by number, or in a group by name.
+//! Opening a machine's devices: by number, or in a group by name.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::memory::pins::Pins;
 /// A device of the machine.
 #[derive(Debug)]
 pub struct Entry {
-    /// What the machine's description says of it.
+    /// Its part of the machine's description.
     pub config: DeviceEntry,
     /// The number of its group.
     pub group: u32,
@@ -29,7 +29,7 @@ pub struct Opener {
     pub machine: Arc<Machine>,
     /// Its devices, by number.
     pub devices: Arc<BTreeMap<u32, Entry>>,
-    /// What their DMA may reach whatever the program does.
+    /// Keeps memory available for DMA, whatever the program does.
     pub pins: Arc<Pins>,
     /// The only group whose devices are found by name; none for all.
     pub group: Option<u32>,
@@ -65,7 +65,7 @@ impl Opener {
     }
 }
 
-/// What the machine knows the device `number` by.
+/// The machine's name of device `number`.
 pub fn device_name(number: u32) -> String {
     format!("vfio{number}")
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Descriptors that operations of Linux's own tests open. Programs only close them, or name them in
+//! Descriptors opened by operations of Linux's selftests. Programs only close them, or pass them to
 //! other operations.
 
 use std::sync::Arc;

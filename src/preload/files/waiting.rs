@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The files with something that waits for a call on another one: a DMA, for the answer to its page
-//! requests.
+//! The files that wait for a call on another one: a DMA, for the response to its page requests.
 
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
@@ -12,9 +11,9 @@ use crate::files::file::File;
 pub struct Waiting(Mutex<Vec<Weak<dyn File>>>);
 
 impl Waiting {
-    /// `file` was written to, and what that started may wait from now on.
+    /// `file` was written to, and may be waiting from now on.
     pub fn written(&self, file: &Arc<dyn File>) {
-        // What it waits for may have come before it is known to wait.
+        // What it waits for may have come before it is registered.
         if file.resume() {
             let file = Arc::downgrade(file);
             let mut files = self.files();
@@ -29,7 +28,7 @@ impl Waiting {
         self.files().is_empty()
     }
 
-    /// Has every file go on that can. Nobody else finds the list empty, or looks at it, before that
+    /// Continues every file that can. Nobody else sees the list empty, or accesses it, before that
     /// is done.
     pub fn resume(&self) {
         self.files().retain(|file| file.upgrade().is_some_and(|file| file.resume()));

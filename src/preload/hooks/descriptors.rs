@@ -12,27 +12,27 @@ use crate::state::{self, State};
 use crate::table::{self, Entry};
 use crate::{next, sharing, sys};
 
-/// Whether the table is of this process's descriptors. One of ours in it is looked up first: most
-/// programs have none.
+/// Whether the table describes this process's descriptors. Looks for one of ours in it first, as
+/// most programs have none.
 fn is_own_table() -> bool {
     state::begun().is_none_or(State::has_descriptors)
 }
 
-/// `to` is a duplicate of a descriptor now that stood for `source` before.
+/// `to` is now a duplicate of a descriptor that had `source` before.
 fn duplicated(source: Entry, to: RawFd) {
     if !is_own_table() {
         return;
     }
-    // Who closed the other one meanwhile did not close this.
+    // Whoever closed the other one meanwhile did not close this.
     let is_file = matches!(source, Entry::File(_) | Entry::Closing)
         && state::current().recognise(to).is_some();
-    // A number too high for the table does the same as a file that is not emulated: nothing.
+    // A number beyond the table is treated like a file that is not emulated: nothing to do.
     if !is_file && table::get(to) != Entry::NotOurs {
         table::set(to, Entry::NotOurs);
     }
 }
 
-/// A descriptor of what `entry` says was closed.
+/// A descriptor with `entry` was closed.
 fn closed(entry: Entry) {
     if let Entry::File(slot) = entry {
         state::current().released(slot);
@@ -49,7 +49,7 @@ unsafe extern "C" fn close(fd: c_int) -> c_int {
         Entry::Closing if ours && state::is_emulated(fd) => {
             return answer_int(Err(Errno::from_raw(libc::EBADF)));
         }
-        // Whoever else looks it up from here on comes too late.
+        // Later lookups by others fail.
         Entry::File(_) if ours && !table::replace(fd, entry, Entry::Closing) => {
             return answer_int(Err(Errno::from_raw(libc::EBADF)));
         }
@@ -74,8 +74,8 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     }
     let (unshare, on_exec) = (libc::CLOSE_RANGE_UNSHARE, libc::CLOSE_RANGE_CLOEXEC);
     let unshares = flags & unshare as c_int != 0;
-    // A program of one thread shares its descriptors with this library's thread alone, and goes on
-    // to.
+    // The descriptors of a single-threaded program are shared with this library's thread only, and
+    // stay so.
     let is_alone = unshares && state::begun().map_or_else(|| sharing::is_alone(0), State::is_alone);
     let flags = if is_alone { flags & !(unshare as c_int) } else { flags };
     let close = |first, last| {
@@ -92,11 +92,11 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     let mut files = Vec::new();
     let mut start = first;
     let mut result = 0;
-    // The pieces between descriptors that the program does not know of.
+    // The ranges between descriptors that the program does not know.
     for (fd, entry) in table::ours(first, last) {
         let number = fd as u32;
         if let Entry::File(_) = entry {
-            // The other threads' stay open.
+            // Those of the other threads stay open.
             if (!unshares || is_alone) && table::replace(fd, entry, Entry::Closing) {
                 files.push((fd, entry));
             }
@@ -112,7 +112,7 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     }
     let errno = sys::last_errno();
     for (fd, entry) in files {
-        // The kernel closes nothing when it does not know a flag.
+        // The kernel closes nothing if it does not know a flag.
         let is_open = state::is_emulated(fd);
         table::replace(fd, Entry::Closing, if is_open { entry } else { Entry::NotOurs });
         closed(entry);

@@ -15,20 +15,20 @@ use crate::files::file::Call;
 use crate::table::{self, Entry};
 use crate::{callers::calls, next, state, sys};
 
-/// Makes `call` when `fd` is ours.
+/// Makes `call` if `fd` is ours.
 fn call(fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
     calls::call(ours(fd)?, fd, call)
 }
 
-/// What `read` of libc gave for `fd`, unless that became one of ours after it was looked up: those
-/// give up at once there ([`sys::give_up_soon`]), and `again` is made.
+/// The result of libc's `read` for `fd`, unless that became one of ours after it was looked up:
+/// such reads give up at once ([`sys::give_up_soon`]), and `again` is called.
 fn or_again(fd: RawFd, read: ssize_t, again: impl FnOnce() -> Option<i64>) -> ssize_t {
     let errno = sys::last_errno();
     if read >= 0 || errno.raw() != libc::EAGAIN || state::begun().is_none() {
         return read;
     }
     if state::is_emulated(fd) {
-        // Of a file that is being closed it may still be.
+        // For a file that is being closed it may still be ours.
         if table::get(fd) == Entry::NotOurs {
             state::current().recognise(fd);
         }
@@ -50,7 +50,7 @@ const TYPE: c_ulong = b';' as c_ulong;
 unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: c_ulong) -> c_int {
     let ioctl = Call::Ioctl { request: request as u32, argument };
     let mut result = call(fd, ioctl);
-    // One that came in a way that no hook saw.
+    // One that was opened without a hook.
     if result.is_none() && (request >> 8) & 0xff == TYPE && state::is_emulated(fd) {
         result = state::current().recognise(fd).and_then(|_| call(fd, ioctl));
     }
@@ -107,8 +107,7 @@ unsafe extern "C" fn write(fd: c_int, from: *const c_void, count: size_t) -> ssi
     }
 }
 
-/// One call for each piece, until one does not do all it is asked for: files of ours know no
-/// others.
+/// One call for each piece, until one is incomplete: our files have no vectored calls.
 fn each_piece(fd: RawFd, vectors: *const iovec, count: c_int, one: impl Fn(&iovec) -> Call) -> i64 {
     let mut done = 0;
     for index in 0..count.max(0) as u64 {
@@ -184,7 +183,7 @@ macro_rules! at_offset {
 
 macro_rules! at_offset_within {
     ($($name:ident, $plain:ident;)*) => { $(
-        /// What programs built with _FORTIFY_SOURCE call.
+        /// Called by programs built with _FORTIFY_SOURCE.
         #[cfg_attr(not(test), no_mangle)]
         unsafe extern "C" fn $name(
             fd: c_int,
@@ -221,7 +220,7 @@ mod tests {
     use crate::files::file::{Answer, Caller, File};
     use std::sync::Arc;
 
-    /// A file that answers every call with an errno of its own.
+    /// A file that fails every call with a distinct errno.
     #[derive(Debug)]
     struct Mute;
 
@@ -266,7 +265,7 @@ mod tests {
         table::set(fd, Entry::Closing);
         let closed = Errno::from_raw(libc::EBADF);
         assert_eq!(reads.iter().chain(&others).map(fails).collect::<Vec<_>>(), [closed; 8]);
-        // As when another thread has opened it since.
+        // As if another thread had opened it since.
         for read in &reads {
             table::set(fd, Entry::NotOurs);
             assert_eq!((fails(read), table::get(fd)), (Errno::ENOSPC, entry));

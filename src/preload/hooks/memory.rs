@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mapping and unmapping memory, and what else becomes of it: windows of iommufds, and pages that
-//! devices may reach.
+//! Mapping and unmapping memory, and other changes of it: windows of iommufds, and pages that
+//! devices may access.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -18,19 +18,19 @@ fn failed(errno: Errno) -> *mut c_void {
     MAP_FAILED
 }
 
-/// Whether any of `length` bytes at `address` is pinned where it is.
+/// Whether any of `length` bytes at `address` is pinned in place.
 fn is_held(address: *mut c_void, length: size_t) -> bool {
     state::begun().is_some_and(|state| state.pins.is_held(address as u64, length as u64))
 }
 
-/// `length` bytes at `address` are no longer what they were.
+/// `length` bytes at `address` have been replaced.
 fn replaced(address: *mut c_void, length: size_t) {
     if let Some(state) = state::begun() {
         state.windows.remove(address as u64, length as u64);
     }
 }
 
-/// What to map in place of `fd`, when that is ours.
+/// What to map instead of `fd`, if it is ours.
 fn pages(
     length: size_t,
     protection: c_int,
@@ -41,7 +41,7 @@ fn pages(
     if flags & libc::MAP_ANONYMOUS != 0 {
         return None;
     }
-    // MAP_SHARED_VALIDATE has the bit of MAP_SHARED.
+    // MAP_SHARED_VALIDATE includes the bit of MAP_SHARED.
     let shared = flags & libc::MAP_SHARED != 0;
     let executable = protection & libc::PROT_EXEC != 0;
     let (offset, length) = (offset as u64, length as u64);
@@ -95,7 +95,7 @@ unsafe extern "C" fn munmap(address: *mut c_void, length: size_t) -> c_int {
     if state::begun().is_some_and(|state| !state.pins.release(address as u64, length as u64)) {
         return 0;
     }
-    // Before, so that nobody maps anything there in between.
+    // Before unmapping, so that nobody maps anything there in between.
     replaced(address, length);
     // SAFETY: as the program asked.
     unsafe { next::munmap(address, length) }

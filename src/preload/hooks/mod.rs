@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The functions of libc that programs call here instead.
+//! The hooks: functions that replace those of libc.
 //!
-//! Each looks whether the path or the descriptor is one of ours, and is otherwise the next
-//! library's. Functions that are variadic in C take what they may be given: on x86-64 and AArch64 a
-//! variadic integer comes where a named one does, and what was not given is not used.
+//! Each checks whether the path or the descriptor is one of ours, and otherwise calls the next
+//! library's function. Functions that are variadic in C take all possible arguments: on x86-64 and
+//! AArch64 a variadic integer is passed like a named one, and missing ones are not used.
 #![allow(unsafe_code)]
 
 mod descriptors;
@@ -22,7 +22,7 @@ use crate::table;
 use crate::world::Node;
 use crate::{logger, sys};
 
-/// A result as libc gives it: -1, and `errno`.
+/// A libc-style result: -1, and `errno`.
 fn answer(result: Result<i64, Errno>) -> i64 {
     result.unwrap_or_else(|errno| {
         sys::set_errno(errno);
@@ -30,12 +30,12 @@ fn answer(result: Result<i64, Errno>) -> i64 {
     })
 }
 
-/// The same for those that give an `int`: a descriptor, or 0.
+/// The same for functions that return an `int`: a descriptor, or 0.
 fn answer_int(result: Result<i64, Errno>) -> c_int {
     answer(result) as c_int
 }
 
-/// What `path` is, when the machine has it.
+/// The node at `path`, if the machine has it.
 ///
 /// # Safety
 /// `path` is null or a C string.
@@ -43,18 +43,18 @@ unsafe fn node(path: *const c_char) -> Option<(&'static State, Node)> {
     if path.is_null() {
         return None;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let node = Node::of(unsafe { CStr::from_ptr(path) }.to_bytes())?;
     let state = state::current();
     state.world().is_ok_and(|world| world.has(node)).then_some((state, node))
 }
 
-/// The state when `fd` is, or may be, a descriptor of ours.
+/// The state if `fd` is, or may be, a descriptor of ours.
 fn ours(fd: RawFd) -> Option<&'static State> {
     table::is_file(fd).then(state::current)
 }
 
-/// Learns which descriptors of ours came through exec.
+/// Finds the descriptors of ours that were inherited through exec.
 extern "C" fn begin() {
     logger::start();
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };

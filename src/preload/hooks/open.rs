@@ -13,17 +13,17 @@ use super::{answer_int, node};
 use crate::files::fail_nth;
 use crate::{callers::calls, memory::proc_status, next, state, sys};
 
-/// Opens `path` when it is ours, or when what it says is.
+/// Opens `path` if it, or its content, is emulated.
 ///
 /// # Safety
 /// `path` is null or a C string.
 unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
     let close_on_exec = flags & libc::O_CLOEXEC != 0;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     if let Some((state, node)) = unsafe { node(path) } {
         let opened = state.world().and_then(|world| match world.open(node) {
             Err(Errno::EBUSY) => {
-                // Perhaps by a process that is gone.
+                // Perhaps needed because of a process that is gone.
                 state.end_hung_up();
                 world.open(node)
             }
@@ -44,13 +44,13 @@ unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
     unsafe { status_file(path) }.map(|status| give(status, close_on_exec))
 }
 
-/// Gives the program the descriptor `file`.
+/// Returns the descriptor `file` to the program.
 fn give(file: OwnedFd, close_on_exec: bool) -> c_int {
     let opened = sys::set_flags(file.as_raw_fd(), close_on_exec, false);
     answer_int(opened.map(|()| i64::from(file.into_raw_fd())))
 }
 
-/// Opens `path` when it is of Linux's fault injection.
+/// Opens `path` if it belongs to Linux's fault injection.
 ///
 /// # Safety
 /// `path` is null or a C string.
@@ -59,10 +59,10 @@ unsafe fn open_fault_injection(path: *const c_char, close_on_exec: bool) -> Opti
     if path.is_null() {
         return None;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let path = unsafe { CStr::from_ptr(path) }.to_bytes();
     if fail_nth::is_switch(path) {
-        // Nobody reads what is written there.
+        // What is written there is ignored.
         let written = sys::file_of(b"");
         return Some(
             written.map_or_else(|errno| answer_int(Err(errno)), |file| give(file, close_on_exec)),
@@ -75,13 +75,13 @@ unsafe fn open_fault_injection(path: *const c_char, close_on_exec: bool) -> Opti
     Some(answer_int(installed.map(i64::from)))
 }
 
-/// The status of a process whose memory is pinned.
+/// The status of a process with pinned memory.
 ///
 /// # Safety
 /// `path` is null or a C string.
 unsafe fn status_file(path: *const c_char) -> Option<OwnedFd> {
     let state = state::begun().filter(|_| !path.is_null())?;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let pid = proc_status::process_of(unsafe { CStr::from_ptr(path) }.to_bytes())?;
     proc_status::open(state, pid)
 }
@@ -92,8 +92,8 @@ macro_rules! fopen {
         unsafe extern "C" fn $name(path: *const c_char, mode: *const c_char) -> *mut libc::FILE {
             // SAFETY: libc's contract for the path.
             match unsafe { status_file(path) } {
-                // SAFETY: the descriptor is a file's, which the stream has from now on; the mode is
-                // as the program gave it.
+                // SAFETY: the descriptor belongs to a file, and is owned by the stream from now on;
+                // the mode is as the program gave it.
                 Some(status) => unsafe { libc::fdopen(status.into_raw_fd(), mode) },
                 // SAFETY: the arguments are as the program gave them.
                 None => unsafe { next::$name(path, mode) },
@@ -125,7 +125,7 @@ macro_rules! hooks {
     };
 }
 
-// The names that begin with underscores are those that programs built with _FORTIFY_SOURCE call.
+// The names that begin with underscores are called by programs built with _FORTIFY_SOURCE.
 hooks! {
     fn open(path, flags, mode: mode_t);
     fn open64(path, flags, mode: mode_t);

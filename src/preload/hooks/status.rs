@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What paths and descriptors are said to be: character devices that everybody may read and write.
+//! Status of paths and descriptors: character devices that everybody may read and write.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int};
@@ -12,7 +12,7 @@ use crate::next;
 use crate::world::Node;
 
 const MODE: u32 = libc::S_IFCHR | 0o666;
-/// Inodes of ours begin here; nothing else tells them from others.
+/// The first inode number of ours, only used for stat.
 const FIRST_INODE: u64 = 0x7500_0000;
 
 fn inode(node: Node) -> u64 {
@@ -20,7 +20,7 @@ fn inode(node: Node) -> u64 {
     FIRST_INODE | u64::from(major) << 12 | u64::from(minor)
 }
 
-/// The node that `fd` was opened as, when that is one of ours.
+/// The node that `fd` was opened as, if it is one of ours.
 ///
 /// # Errors
 /// `EBADF` it is being closed.
@@ -36,14 +36,14 @@ unsafe fn fill(node: Node, status: *mut libc::stat64) -> c_int {
         return answer_int(Err(Errno::EFAULT));
     }
     let (major, minor) = node.device_number();
-    // SAFETY: zeroes are a status.
+    // SAFETY: all zeroes are a valid status.
     let mut filled: libc::stat64 = unsafe { std::mem::zeroed() };
     filled.st_ino = inode(node);
     filled.st_mode = MODE;
     filled.st_nlink = 1;
     filled.st_blksize = 4096;
     filled.st_rdev = libc::makedev(major, minor);
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { status.write(filled) };
     0
 }
@@ -112,7 +112,7 @@ unsafe extern "C" fn statx(
     if status.is_null() {
         return answer_int(Err(Errno::EFAULT));
     }
-    // SAFETY: zeroes are a status.
+    // SAFETY: all zeroes are a valid status.
     let mut filled: libc::statx = unsafe { std::mem::zeroed() };
     filled.stx_mask = libc::STATX_BASIC_STATS;
     filled.stx_ino = inode(node);
@@ -126,7 +126,7 @@ unsafe extern "C" fn statx(
 }
 
 fn may(mode: c_int) -> c_int {
-    // Nobody executes a device.
+    // Devices are not executable.
     answer_int(if mode & libc::X_OK == 0 { Ok(0) } else { Err(Errno::EACCES) })
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! On whose account memory is locked: users and processes, as far as they use this machine.
+//! Accounts of locked memory: users and processes, as far as they use this machine.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -14,14 +14,14 @@ use crate::callers::process::Process;
 pub struct Pinned {
     /// All of it.
     pub pinned: u64,
-    /// What counts as locked by the process.
+    /// The part that counts as locked by the process.
     pub locked: u64,
 }
 
-/// Accounts by number, and of whom they are: another's who had the number before is his alone.
+/// Accounts by ID, with their owner: an earlier owner of the ID has a separate account.
 type Book = Mutex<BTreeMap<u32, (u64, Weak<LockedMemory>)>>;
 
-/// What users and processes have locked. An account that locks nothing is not kept.
+/// What users and processes have locked. Empty accounts are not kept.
 #[derive(Debug, Default)]
 pub struct Accounts {
     users: Book,
@@ -40,7 +40,7 @@ impl Accounts {
         account(&self.processes, pid.unsigned_abs(), start_time)
     }
 
-    /// What that process has pinned, on whichever account.
+    /// What that process has pinned, on any account.
     pub fn pinned(&self, pid: i32, start_time: u64) -> Arc<LockedMemory> {
         account(&self.pinned, pid.unsigned_abs(), start_time)
     }

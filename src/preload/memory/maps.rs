@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The mappings of a process, as `/proc/PID/maps` lists them.
+//! The mappings of a process, from `/proc/PID/maps`.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -13,9 +13,9 @@ pub struct Mapping {
     pub readable: bool,
     pub writable: bool,
     pub shared: bool,
-    /// Where in its file it starts, in bytes.
+    /// Its offset in the file, in bytes.
     pub offset: u64,
-    /// The file: device and inode. Memory that is shared without a name has one too.
+    /// The file: device and inode. Unnamed shared memory has one, too.
     pub file: (String, u64),
 }
 
@@ -37,24 +37,24 @@ impl Mapping {
         })
     }
 
-    /// How long it is, in bytes.
+    /// Its length, in bytes.
     pub fn length(&self) -> u64 {
         self.end - self.start
     }
 
-    /// Its link in `/proc`, which can be opened as the file that is mapped.
+    /// Its link in `/proc`, which opens the mapped file.
     pub fn link(&self, pid: i32) -> String {
         format!("/proc/{pid}/map_files/{:x}-{:x}", self.start, self.end)
     }
 }
 
-/// The mapping of process `pid` that `address` lies in; none also when the process is gone.
+/// The mapping of process `pid` that contains `address`; also none if the process is gone.
 pub fn find(pid: i32, address: u64) -> Option<Mapping> {
     let list = BufReader::new(File::open(format!("/proc/{pid}/maps")).ok()?);
     find_in(list, |mapping| (mapping.start..mapping.end).contains(&address))
 }
 
-/// The first of the mappings in `list` that `wanted` says is the one.
+/// The first of the mappings in `list` that `wanted` accepts.
 pub fn find_in(list: impl BufRead, wanted: impl Fn(&Mapping) -> bool) -> Option<Mapping> {
     list.lines().map_while(Result::ok).filter_map(|line| Mapping::parse(&line)).find(wanted)
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The program's memory: what of it is mapped, pinned, counted and shown to it.
+//! The program's memory: mappings, pins, accounting and status.
 
 pub mod accounts;
 pub mod maps;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that stays for as long as an emulated device may reach it.
+//! Memory that stays available while an emulated device may access it.
 //!
-//! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, where
-//! the program does not see it: what becomes of the first is of no matter then. Private memory
-//! cannot be mapped twice. It is used where it is; when the program unmaps it, the hook leaves it
-//! in place until nobody uses it ([`Pins::release`]), and refuses to move it. What the program may
-//! do to its mapping does not keep devices from it ([`sys::copy_anyway`]). Pages that the program
-//! discards, or cuts out of their file, are gone for devices, too: a kernel would leave them those;
-//! here that is said ([`crate::memory::taken`]).
+//! A kernel takes a reference on each page. Here, a shared mapping is mapped a second time, hidden
+//! from the program, so that it does not matter what happens to the first. Private memory cannot be
+//! mapped twice. It is used in place; when the program unmaps it, the hook leaves it in place until
+//! nobody uses it ([`Pins::release`]), and refuses to move it. Protections set by the program do
+//! not affect devices ([`sys::copy_anyway`]). Pages that the program discards, or punches out of
+//! their file, are lost to devices, too: a kernel would keep them; here that is reported
+//! ([`crate::memory::taken`]).
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -29,31 +29,31 @@ const PAGE_SIZE: u64 = 4096;
 /// What a process has pinned.
 #[derive(Debug, Default)]
 pub struct Pins {
-    /// How many private pieces are held: hooks look at nothing else while it is 0.
+    /// Number of private pieces held: hooks check nothing else while it is 0.
     held: AtomicUsize,
     list: Mutex<List>,
-    /// Files that were mapped by themselves, by device and inode.
+    /// Files that were mapped directly, by device and inode.
     files: Mutex<Vec<(FileKey, Weak<File>)>>,
 }
 
-/// A file, as lists of mappings name it: device and inode.
+/// A file, as in lists of mappings: device and inode.
 pub type FileKey = (String, u64);
 
 #[derive(Debug, Default)]
 struct List {
-    /// By file, and whether the mapping can be written.
+    /// By file, and whether the mapping is writable.
     second: BTreeMap<(FileKey, bool), Vec<SecondMapping>>,
     held: Vec<Held>,
     /// Whether the program has unmapped some of what is held.
     unmapped: bool,
-    /// With that many entries it is time to look for dead ones.
+    /// The number of entries at which dead ones are removed.
     sweep_at: usize,
 }
 
 /// Shared memory, mapped a second time. Dropping it unmaps it.
 #[derive(Debug)]
 struct SecondMapping {
-    /// Where in its file it starts, in bytes.
+    /// Its offset in the file, in bytes.
     offset: u64,
     region: Arc<GuestRegionMmap>,
 }
@@ -73,17 +73,17 @@ impl SecondMapping {
     }
 }
 
-/// Private memory, used where it is.
+/// Private memory, used in place.
 #[derive(Debug)]
 struct Held {
     start: u64,
     end: u64,
     region: Arc<GuestRegionMmap>,
-    /// What the program has unmapped of it.
+    /// The parts unmapped by the program.
     unmapped: Vec<(u64, u64)>,
 }
 
-/// Whether anybody but the list of pins has `region`. Only the list gives it to others.
+/// Whether anybody except the list of pins has `region`. Only the list hands it out.
 fn in_use(region: &Arc<GuestRegionMmap>) -> bool {
     Arc::strong_count(region) > 1
 }
@@ -116,7 +116,7 @@ impl Pins {
         let length = length.min(mapping.end - address);
         let (region, start) = if mapping.shared {
             match list.second_mapping(pid, own, &mapping, address, length) {
-                // Huge pages cannot be mapped twice without the file: used where they are.
+                // Huge pages cannot be mapped twice without the file: they are used in place.
                 Err(_) if own => list.hold(address, length)?,
                 result => result?,
             }
@@ -132,8 +132,8 @@ impl Pins {
         UserMemory::new(region, address - start, length).map_err(|_| Errno::EFAULT)
     }
 
-    /// The program unmaps, or maps over, `length` bytes at `address`: whether all of it may go.
-    /// Otherwise some is pinned, and none of that was unmapped; all else was.
+    /// The program unmaps, or maps over, `length` bytes at `address`. Returns whether all of it may
+    /// be unmapped; otherwise some is pinned and stays, and the rest was unmapped.
     pub fn release(&self, address: u64, length: u64) -> bool {
         if !self.holds() {
             return true;
@@ -144,20 +144,20 @@ impl Pins {
         all
     }
 
-    /// Whether any of `length` bytes at `address` is pinned where it is.
+    /// Whether any of `length` bytes at `address` is pinned in place.
     pub fn is_held(&self, address: u64, length: u64) -> bool {
         let end = address.saturating_add(length);
         self.holds() && self.list().has(address, end)
     }
 
-    /// The same for who must not wait, such as an allocator that is asked for memory by whoever has
-    /// the list: no, when that is so.
+    /// The same for callers that must not block, such as an allocator called by the holder of the
+    /// list's lock: false in that case.
     pub fn seems_held(&self, address: u64, length: u64) -> bool {
         let end = address.saturating_add(length);
         self.holds() && self.list.try_lock().is_some_and(|list| list.has(address, end))
     }
 
-    /// `file`, which is `key`, is mapped by itself for as long as anybody has it.
+    /// `file`, with the key `key`, is mapped directly while anybody has it.
     pub fn mapped_file(&self, key: FileKey, file: &Arc<File>) {
         let mut files = self.files.lock();
         files.retain(|(_, file)| file.strong_count() > 0);
@@ -176,7 +176,7 @@ impl Pins {
         second.any(|(_, mappings)| mappings.iter().any(|mapping| in_use(&mapping.region)))
     }
 
-    /// Lets go of what nobody uses any more.
+    /// Releases what is no longer used.
     pub fn sweep(&self) {
         let mut list = self.list();
         list.second.retain(|_, mappings| {
@@ -203,14 +203,14 @@ impl Pins {
 }
 
 impl List {
-    /// Whether any address from `start` on, up to `end`, is pinned where it is.
+    /// Whether any address from `start` to `end` is pinned in place.
     fn has(&self, start: u64, end: u64) -> bool {
         let mut held = self.held.iter().filter(|held| in_use(&held.region));
         held.any(|held| held.start < end && start < held.end)
     }
 
-    /// A second mapping of the shared memory `mapping`, and the address in the process `pid` that
-    /// it starts with. One serves all that is pinned of the same part of a file.
+    /// A second mapping of the shared memory `mapping`, and the corresponding address in process
+    /// `pid`. One mapping serves all pins of the same part of a file.
     fn second_mapping(
         &mut self,
         pid: i32,
@@ -234,11 +234,11 @@ impl List {
                 found
             }
         };
-        // Where that offset is, or would be, in the process. May wrap: only differences count.
+        // The address of that offset in the process. May wrap: only differences matter.
         Ok((region, mapping.start.wrapping_add(offset).wrapping_sub(mapping.offset)))
     }
 
-    /// The pages of this process around `length` bytes at `address`, where they are.
+    /// The pages of this process around `length` bytes at `address`, in place.
     fn hold(&mut self, address: u64, length: u64) -> Result<(Arc<GuestRegionMmap>, u64), Errno> {
         if self.held.len() >= self.sweep_at {
             self.sweep_held();
@@ -246,8 +246,8 @@ impl List {
         }
         let start = address & !(PAGE_SIZE - 1);
         let end = (address + length).next_multiple_of(PAGE_SIZE);
-        // SAFETY: the memory is a mapping of this process, and stays one for as long as the region
-        // lives: the hooks of munmap, mmap and mremap see to that.
+        // SAFETY: the memory is a mapping of this process, and stays one while the region exists:
+        // the hooks of munmap, mmap and mremap ensure that.
         let region = Arc::new(unsafe { region_at(start, end - start) }?);
         self.held.push(Held { start, end, region: region.clone(), unmapped: Vec::new() });
         Ok((region, start))
@@ -270,7 +270,7 @@ impl List {
             } else {
                 let next = self.held.iter().map(|held| held.start).filter(|start| *start > at);
                 let piece = next.min().map_or(end, |next| next.min(end));
-                // SAFETY: the program asked for it, and nothing here is pinned.
+                // SAFETY: the program requested it, and nothing here is pinned.
                 unsafe { sys::unmap(at, piece - at) };
                 piece
             };
@@ -287,7 +287,7 @@ impl List {
         for (start, end) in dead.into_iter().flat_map(|held| held.unmapped) {
             // Another pin may have the same pages: it unmaps them in the end.
             if self.release(start, end) {
-                // SAFETY: the program unmapped it, and nobody has it pinned any more.
+                // SAFETY: the program unmapped it, and it is not pinned any more.
                 unsafe { sys::unmap(start, end - start) };
             }
         }
@@ -298,14 +298,14 @@ impl List {
 fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<SecondMapping, Errno> {
     let length = mapping.length();
     let to = sys::reserve(length)?;
-    // SAFETY: it was just reserved, for nobody else.
+    // SAFETY: it was just reserved for this.
     let region = Arc::new(unsafe { region_at(to, length) }?);
     let second = SecondMapping { offset: mapping.offset, region };
     // SAFETY: as above.
     if own && unsafe { sys::map_again(mapping.start, length, to) }.is_ok() {
         return Ok(second);
     }
-    // Needs the right to look at other processes (CAP_CHECKPOINT_RESTORE), even for this one.
+    // Needs permission to inspect processes (CAP_CHECKPOINT_RESTORE), even for this one.
     let file = File::options().read(true).write(mapping.writable).open(mapping.link(pid));
     let file = file.map_err(|error| {
         log::warn!("shared memory of process {pid} cannot be mapped from here: {error}");
@@ -316,14 +316,14 @@ fn map_again(pid: i32, own: bool, mapping: &Mapping) -> Result<SecondMapping, Er
     Ok(second)
 }
 
-/// The memory from `address` on, which the region does not own.
+/// The memory from `address` on, not owned by the region.
 ///
 /// # Safety
-/// It is mapped for as long as the region lives, and may be read and written meanwhile by anybody.
+/// It must stay mapped while the region exists, and may be read and written by anybody meanwhile.
 unsafe fn region_at(address: u64, length: u64) -> Result<GuestRegionMmap, Errno> {
     let length = usize::try_from(length).map_err(|_| Errno::ENOMEM)?;
     let builder = MmapRegionBuilder::<()>::new(length).with_mmap_prot(PROT_READ | PROT_WRITE);
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let builder = unsafe { builder.with_raw_mmap_pointer(address as *mut u8) };
     let region = builder.build().map_err(|_| Errno::EFAULT)?;
     GuestRegionMmap::new(region, GuestAddress(0)).ok_or(Errno::ENOMEM)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `/proc/PID/status` with what emulated iommufds have pinned and locked: `VmPin` and `VmLck`, as a
-//! kernel adds them up.
+//! `/proc/PID/status` with what emulated iommufds have pinned and locked: `VmPin` and `VmLck`,
+//! added up like in a kernel.
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
@@ -19,8 +19,7 @@ pub fn process_of(path: &[u8]) -> Option<i32> {
     pid.parse().ok().filter(|pid: &i32| *pid > 0 && pid.to_string().len() == path.len() - 13)
 }
 
-/// The status of process `pid` as a file of its own; none when nothing is to be added, or when it
-/// cannot be read.
+/// The status of process `pid` as a new file; none if nothing is to be added, or it cannot be read.
 pub fn open(state: &State, pid: i32) -> Option<OwnedFd> {
     let pinned = calls::pinned(state, pid);
     if pinned == Pinned::default() {

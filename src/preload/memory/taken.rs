@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the program does to pinned memory that a kernel would leave to the devices and this library
-//! cannot: it is said when it happens, the first time, the second, the fourth and so on.
+//! Reports what the program does to pinned memory that a kernel would keep for the devices and this
+//! library cannot: the first, second, fourth time and so on.
 
 use std::ffi::c_int;
 use std::fmt::Arguments;
@@ -22,7 +22,7 @@ fn say(times: &Times, what: Arguments<'_>) {
     }
 }
 
-/// What is pinned, when anything may be.
+/// The pins, if there may be any.
 fn pins() -> Option<&'static Pins> {
     state::begun().map(|state| &*state.pins)
 }
@@ -33,13 +33,13 @@ fn has_pinned(fd: RawFd) -> bool {
     pins().is_some_and(|pins| key().is_some_and(|key| pins.has_file(&key)))
 }
 
-/// How lists of mappings name the file with `status`.
+/// The key in lists of mappings of the file with `status`.
 pub fn key(status: &libc::stat64) -> FileKey {
     let (major, minor) = (libc::major(status.st_dev), libc::minor(status.st_dev));
     (format!("{major:02x}:{minor:02x}"), status.st_ino)
 }
 
-/// `length` bytes at `address` have the rights `protection` now.
+/// `length` bytes at `address` now have the protection `protection`.
 pub fn protected(address: u64, length: u64, protection: c_int) {
     static TIMES: Times = Times::new(0);
     let both = libc::PROT_READ | libc::PROT_WRITE;
@@ -87,7 +87,7 @@ pub fn allocated(fd: RawFd, mode: c_int) {
     }
 }
 
-/// `fd` is about to be `length` bytes long.
+/// `fd` is about to be truncated or extended to `length` bytes.
 pub fn resized(fd: RawFd, length: i64) {
     let shrinks = || sys::status(fd).is_ok_and(|status| status.st_size > length);
     if pins().is_some() && shrinks() && has_pinned(fd) {

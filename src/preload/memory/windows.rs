@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the program has mapped of its iommufds: objects that are in use until it is unmapped.
+//! The program's mappings of its iommufds: these objects are in use until they are unmapped.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use twostage::sync::Mutex;
@@ -11,21 +11,21 @@ const PAGE_SIZE: u64 = 4096;
 /// The mappings of one process.
 #[derive(Debug, Default)]
 pub struct Windows {
-    /// How many there are: most programs have none.
+    /// Their number: most programs have none.
     count: AtomicUsize,
     list: Mutex<Vec<Window>>,
 }
 
 #[derive(Debug)]
 struct Window {
-    /// The addresses that are left of it: each first, and one past each last.
+    /// The remaining address ranges: each first, and one past each last.
     addresses: Vec<(u64, u64)>,
-    /// Dropped when none is.
+    /// Dropped when none is left.
     _pages: MappedPages,
 }
 
 impl Windows {
-    /// `pages` were mapped at `address`, `length` bytes of them.
+    /// `pages` were mapped at `address`, with `length` bytes.
     pub fn add(&self, address: u64, length: u64, pages: MappedPages) {
         let addresses = vec![(address, address.saturating_add(length))];
         let window = Window { addresses, _pages: pages };
@@ -34,12 +34,12 @@ impl Windows {
         self.count.store(list.len(), Ordering::Release);
     }
 
-    /// `length` bytes at `address` were unmapped, or something else was mapped there.
+    /// `length` bytes at `address` were unmapped or replaced.
     pub fn remove(&self, address: u64, length: u64) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
         }
-        // As munmap does it: whole pages.
+        // In whole pages, as munmap does it.
         let gone =
             (address, address.saturating_add(length).div_ceil(PAGE_SIZE).saturating_mul(PAGE_SIZE));
         let mut list = self.list.lock();
@@ -52,12 +52,12 @@ impl Windows {
         *list = left;
         self.count.store(list.len(), Ordering::Release);
         drop(list);
-        // Objects may go with them.
+        // Objects may be destroyed with them.
         drop::<Vec<_>>(unmapped);
     }
 }
 
-/// What is left of `range` without `gone`: at most two pieces.
+/// `range` without `gone`: at most two pieces.
 fn without(range: (u64, u64), gone: (u64, u64)) -> impl Iterator<Item = (u64, u64)> {
     let before = (range.0, range.1.min(gone.0));
     let after = (range.0.max(gone.1), range.1);

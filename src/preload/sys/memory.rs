@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory: that of processes, and mappings.
+//! Memory: access to that of processes, and mappings.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_long, c_void};
@@ -15,34 +15,34 @@ use twostage::iommufd::Errno;
 
 use super::checked;
 
-/// Reads from the memory of process `pid` at `address` on, up to the first byte that cannot be
-/// read; returns how many bytes were.
+/// Reads from the memory of process `pid` at `address` on, up to the first unreadable byte; returns
+/// the number of bytes.
 pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
     let local = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
-    // SAFETY: the kernel writes to `bytes` alone, and checks the other address.
+    // SAFETY: the kernel only writes to `bytes`, and checks the other address.
     let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
     checked(read as c_long).map(|count| count as usize)
 }
 
-/// Writes to the memory of process `pid` from `address` on; returns how many bytes could be.
+/// Writes to the memory of process `pid` from `address` on; returns the number of bytes written.
 ///
 /// # Safety
-/// When `pid` is this process: it must hand that memory out for writing, as the program does whose
-/// system call names it.
+/// If `pid` is this process, the memory must be passed for writing, as the program does with a
+/// system call's argument.
 pub unsafe fn write_memory(pid: i32, address: u64, bytes: &[u8]) -> Result<usize, Errno> {
     let local = iovec { iov_base: bytes.as_ptr() as *mut c_void, iov_len: bytes.len() };
     let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
-    // SAFETY: the kernel reads `bytes` alone, and checks the other address; what is there is the
-    // caller's promise.
+    // SAFETY: the kernel only reads `bytes`, and checks the other address; the caller guarantees
+    // that it may be written.
     let written = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
     checked(written as c_long).map(|count| count as usize)
 }
 
-/// Reserves `length` bytes of addresses, away from the program's own: it may rely on what it has
-/// unmapped to stay unmapped.
+/// Reserves `length` bytes of address space, away from the program's: it may rely on unmapped
+/// addresses staying unmapped.
 pub fn reserve(length: u64) -> Result<u64, Errno> {
-    /// Below what the kernel and programs use by themselves.
+    /// Below what the kernel and programs use by default.
     const AREA: Range<u64> = 0x1000_0000_0000..0x5000_0000_0000;
     const STEP: u64 = 2 << 20;
     static NEXT: AtomicU64 = AtomicU64::new(AREA.start);
@@ -53,8 +53,8 @@ pub fn reserve(length: u64) -> Result<u64, Errno> {
         NEXT.store(AREA.start.saturating_add(step), Ordering::Relaxed);
     }
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: what is mapped already stays, and the kernel chooses another place: this is not
-    // MAP_FIXED.
+    // SAFETY: existing mappings are not affected, and the kernel may choose another place: this is
+    // not MAP_FIXED.
     let address = unsafe { syscall(libc::SYS_mmap, hint, length, libc::PROT_NONE, flags, -1, 0) };
     checked(address).map(|address| address as u64)
 }
@@ -62,10 +62,10 @@ pub fn reserve(length: u64) -> Result<u64, Errno> {
 /// Maps the memory at `from`, `length` bytes in one shared mapping, a second time over `to`.
 ///
 /// # Safety
-/// `length` bytes at `to` are a mapping of the caller's.
+/// `length` bytes at `to` must be a mapping of the caller.
 pub unsafe fn map_again(from: u64, length: u64, to: u64) -> Result<(), Errno> {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    // SAFETY: an old length of 0 leaves `from` as it is; what is at `to` is the caller's.
+    // SAFETY: an old length of 0 does not affect `from`; what is at `to` is the caller's.
     checked(unsafe { syscall(libc::SYS_mremap, from, 0, length, flags, to) }).map(drop)
 }
 
@@ -87,10 +87,10 @@ pub unsafe fn map_file(
     checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
 }
 
-/// Copies between `part` and as many bytes of this process at `address`, whatever its mapping lets
-/// the program do there, as a device does that has the pages; whether all of them could be.
+/// Copies between `part` and as many bytes of this process at `address`, whatever their protection,
+/// like a device that has the pages; returns whether all of them could be copied.
 pub fn copy_anyway(address: u64, part: &mut [u8], to_memory: bool) -> bool {
-    // What is written there goes to private pages even when they are read-only: `FOLL_FORCE`.
+    // Writes go to private pages even if they are read-only: `FOLL_FORCE`.
     let memory = File::options().read(true).write(to_memory).open("/proc/self/mem");
     memory.is_ok_and(|memory| match to_memory {
         true => memory.write_all_at(part, address).is_ok(),
@@ -98,8 +98,7 @@ pub fn copy_anyway(address: u64, part: &mut [u8], to_memory: bool) -> bool {
     })
 }
 
-/// Whether the pages of `file` are memory's own: it is of shmem (a memfd, for example) or
-/// hugetlbfs.
+/// Whether `file` is backed by memory: shmem (a memfd, for example) or hugetlbfs.
 pub fn is_memory(file: &File) -> bool {
     let mut status = MaybeUninit::<libc::statfs64>::zeroed();
     // SAFETY: there is room for the status.
@@ -109,11 +108,11 @@ pub fn is_memory(file: &File) -> bool {
     result == 0 && [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&kind)
 }
 
-/// Unmaps what the program asked to have unmapped earlier.
+/// Unmaps what the program requested to unmap earlier.
 ///
 /// # Safety
-/// Nothing uses the memory any more.
+/// Nothing may use the memory any more.
 pub unsafe fn unmap(address: u64, length: u64) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { syscall(libc::SYS_munmap, address, length) };
 }

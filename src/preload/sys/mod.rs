@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! System calls of our own, in safe clothes. None of them goes through a hook.
+//! Safe wrappers of system calls. None of them goes through a hook.
 #![allow(unsafe_code)]
 
 mod memory;
@@ -20,15 +20,15 @@ use twostage::iommufd::Errno;
 pub use memory::*;
 pub use sockets::*;
 
-/// What the system call that just failed said.
+/// The error of the last system call.
 pub fn last_errno() -> Errno {
-    // SAFETY: the pointer is to the thread's own variable.
+    // SAFETY: the pointer is to a thread-local variable.
     Errno::from_raw(unsafe { *libc::__errno_location() })
 }
 
 /// Sets the thread's `errno`.
 pub fn set_errno(errno: Errno) {
-    // SAFETY: the pointer is to the thread's own variable.
+    // SAFETY: the pointer is to a thread-local variable.
     unsafe { *libc::__errno_location() = errno.raw() }
 }
 
@@ -47,21 +47,21 @@ pub fn process_id() -> i32 {
 
 /// A descriptor of process `pid`, closed on exec.
 pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
-    // SAFETY: the call touches nothing.
+    // SAFETY: the call accesses no memory.
     let fd = checked(unsafe { syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: the number is new.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// The file that the process `pidfd` has open as `fd`, closed on exec.
+/// The file that the process `pidfd` has open as `fd`, with close-on-exec.
 pub fn pidfd_getfd(pidfd: RawFd, fd: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: the call touches nothing.
+    // SAFETY: the call accesses no memory.
     let fd = checked(unsafe { syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) })?;
     // SAFETY: the number is new.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// When process `pid` started, in clock ticks since the system did.
+/// When process `pid` started, in clock ticks since boot.
 pub fn start_time(pid: i32) -> Option<u64> {
     let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     // The name, which may be anything, ends with the last parenthesis; the 22nd field is the time.
@@ -106,8 +106,8 @@ pub fn user_id() -> u32 {
     unsafe { libc::getuid() }
 }
 
-/// Is set in the address space where it was made, and not in the copy of it that a fork makes. (A
-/// `vfork` makes none.)
+/// Set in the address space where it was created, but not in a copy made by fork. (A `vfork` makes
+/// no copy.)
 #[derive(Debug)]
 pub struct Mark(*const AtomicU32);
 
@@ -122,7 +122,7 @@ impl Mark {
         const LENGTH: usize = 4096;
         let rights = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping touches nothing.
+        // SAFETY: a new mapping accesses nothing.
         let page = checked(unsafe { syscall(libc::SYS_mmap, 0, LENGTH, rights, flags, -1, 0) })?;
         // SAFETY: the page is ours.
         let wiped = unsafe { syscall(libc::SYS_madvise, page, LENGTH, libc::MADV_WIPEONFORK) };
@@ -133,14 +133,14 @@ impl Mark {
         Ok(mark)
     }
 
-    /// Whether this is the address space where it was made.
+    /// Whether this is the address space where it was created.
     pub fn is_set(&self) -> bool {
-        // SAFETY: the page is mapped for good.
+        // SAFETY: the page is never unmapped.
         unsafe { &*self.0 }.load(Ordering::Acquire) != 0
     }
 }
 
-/// The number that tells the file behind `fd` from every other one that is open.
+/// A number that is unique among all open files: that of the file behind `fd`.
 pub fn inode(fd: RawFd) -> Result<u64, Errno> {
     status(fd).map(|status| status.st_ino)
 }
@@ -150,26 +150,26 @@ pub fn status(fd: RawFd) -> Result<libc::stat64, Errno> {
     let mut status = MaybeUninit::<libc::stat64>::zeroed();
     // SAFETY: there is room for the status.
     checked(unsafe { syscall(libc::SYS_fstat, fd, status.as_mut_ptr()) })?;
-    // SAFETY: zeroes are a valid value, and so is what the kernel wrote.
+    // SAFETY: all zeroes are a valid value, and so is what the kernel wrote.
     Ok(unsafe { status.assume_init() })
 }
 
 /// Numbers below are left to the program, as far as the limit allows.
 const FIRST_INTERNAL: c_int = 512;
 
-/// Another number for the file behind `fd`, where programs do not expect it; closed on exec.
+/// A duplicate of `fd` with a number that programs do not expect; with close-on-exec.
 pub fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: duplicating touches nothing else.
+    // SAFETY: duplicating affects nothing else.
     let new = unsafe { syscall(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, FIRST_INTERNAL) };
     // SAFETY: the number is new.
     checked(new).map(|new| unsafe { OwnedFd::from_raw_fd(new as RawFd) })
 }
 
-/// Sets whether `fd` is closed on exec, and whether its file is of the kind that does not block.
+/// Sets close-on-exec and non-blocking mode of `fd`.
 pub fn set_flags(fd: RawFd, close_on_exec: bool, nonblocking: bool) -> Result<(), Errno> {
     let descriptor = if close_on_exec { libc::FD_CLOEXEC } else { 0 };
     let file = if nonblocking { libc::O_NONBLOCK } else { 0 };
-    // SAFETY: flags alone are changed.
+    // SAFETY: only changes flags.
     checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFD, descriptor) })?;
     // SAFETY: as above.
     checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFL, file) }).map(drop)
@@ -178,18 +178,18 @@ pub fn set_flags(fd: RawFd, close_on_exec: bool, nonblocking: bool) -> Result<()
 /// Writes the eight bytes of `number` to `fd`.
 pub fn write_number(fd: RawFd, number: u64) -> Result<(), Errno> {
     let bytes = number.to_ne_bytes();
-    // SAFETY: the bytes are there for the call, and only read.
+    // SAFETY: the bytes are valid during the call, and only read.
     checked(unsafe { syscall(libc::SYS_write, fd, bytes.as_ptr(), bytes.len()) }).map(drop)
 }
 
 /// Whether `fd` is an eventfd.
 pub fn is_eventfd(fd: RawFd) -> bool {
-    // A symbolic link, which no hook is asked for.
+    // A symbolic link, which has no hook.
     std::fs::read_link(format!("/proc/self/fd/{fd}"))
         .is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]")
 }
 
-/// An eventfd that does not block, closed on exec.
+/// A non-blocking eventfd with close-on-exec.
 #[cfg(test)]
 pub fn eventfd() -> Result<OwnedFd, Errno> {
     // SAFETY: the call has no preconditions.
@@ -207,13 +207,13 @@ pub fn read_number(fd: RawFd) -> Result<u64, Errno> {
     Ok(u64::from_ne_bytes(bytes))
 }
 
-/// Closes a number that belongs to nobody in this library.
+/// Closes a number that is not owned by this library.
 pub fn close_number(fd: RawFd) -> Result<(), Errno> {
-    // SAFETY: the caller's program asked for it, or it was inherited and never handed out.
+    // SAFETY: the program requested it, or it was inherited and never handed out.
     checked(unsafe { syscall(libc::SYS_close, fd) }).map(drop)
 }
 
-/// What `poll(2)` says of `fd` now.
+/// The current `poll(2)` events of `fd`.
 pub fn events(fd: RawFd) -> i16 {
     let mut poll = pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: the structure is one.
@@ -233,7 +233,7 @@ pub fn epoll() -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Has `epoll` report input and hang-ups of `fd`, as `key`.
+/// Makes `epoll` report input and hang-ups of `fd`, as `key`.
 pub fn watch(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
     let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: key };
     // SAFETY: the event is one.
@@ -241,7 +241,7 @@ pub fn watch(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
     checked(c_long::from(result)).map(drop)
 }
 
-/// Waits for `epoll`; the key of one descriptor that has something to say.
+/// Waits for `epoll`; returns the key of one descriptor with an event.
 pub fn next_event(epoll: RawFd) -> Result<u64, Errno> {
     let mut event = libc::epoll_event { events: 0, u64: 0 };
     loop {
@@ -256,7 +256,7 @@ pub fn next_event(epoll: RawFd) -> Result<u64, Errno> {
     }
 }
 
-/// Does `work` with every signal blocked; a thread that it starts begins so.
+/// Runs `work` with all signals blocked; threads that it starts inherit this.
 pub fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
@@ -271,7 +271,7 @@ pub fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The text of the file at `path`. A `File` would be opened through the hook.
+/// The contents of the file at `path`. A `File` would be opened through the hook.
 pub fn read_to_string(path: &CStr) -> Result<String, Errno> {
     let (flags, directory) = (libc::O_RDONLY | libc::O_CLOEXEC, libc::AT_FDCWD);
     // SAFETY: the path is a C string.
@@ -285,7 +285,7 @@ pub fn read_to_string(path: &CStr) -> Result<String, Errno> {
     }
 }
 
-/// A file without a name that holds `bytes`, to be read from the start; closed on exec.
+/// An unnamed file that contains `bytes`, positioned at the start; with close-on-exec.
 pub fn file_of(bytes: &[u8]) -> Result<OwnedFd, Errno> {
     // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(c"twostage-iommufd".as_ptr(), libc::MFD_CLOEXEC) };
@@ -298,8 +298,8 @@ pub fn file_of(bytes: &[u8]) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Calls `child` in the child of every fork that libc does.
+/// Calls `child` in the child of every fork made by libc.
 pub fn at_fork_in_child(child: unsafe extern "C" fn()) {
-    // SAFETY: the function lives as long as the library, which is never unloaded.
+    // SAFETY: the function is valid as long as the library, which is never unloaded.
     unsafe { libc::pthread_atfork(None, None, Some(child)) };
 }

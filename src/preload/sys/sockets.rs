@@ -11,19 +11,19 @@ use twostage::iommufd::Errno;
 
 use super::checked;
 
-/// A pair of connected sockets that keep the bounds of messages; both are closed on exec.
+/// A pair of connected sockets that preserve message boundaries, with close-on-exec.
 pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
     let mut pair: [RawFd; 2] = [0; 2];
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
     // SAFETY: the array has room for two.
     let result = unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) };
     checked(c_long::from(result))?;
-    // SAFETY: both were just made, for nobody else.
+    // SAFETY: both were just created.
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }
 
-/// Has whoever reads from `fd`, or writes to it, by a call that does not go through the hooks give
-/// up with `EAGAIN` when nothing comes of it at once.
+/// Makes reads and writes of `fd` that bypass the hooks fail with `EAGAIN` at once if they would
+/// block.
 pub fn give_up_soon(fd: RawFd) -> Result<(), Errno> {
     let soon = libc::timeval { tv_sec: 0, tv_usec: 1 };
     let length = size_of_val(&soon) as libc::socklen_t;
@@ -56,7 +56,7 @@ pub fn bind_name(fd: RawFd, name: &[u8]) -> Result<(), Errno> {
     checked(c_long::from(result)).map(drop)
 }
 
-/// The name of the socket at the other end of `fd`; `None` when `fd` is no socket, or has none.
+/// The name of the socket at the other end of `fd`; `None` if `fd` is no socket, or has none.
 pub fn peer_name(fd: RawFd) -> Option<Vec<u8>> {
     let (mut address, mut length) = abstract_address(&[0; 107]);
     // SAFETY: the address has room for `length` bytes.
@@ -70,7 +70,7 @@ pub fn peer_name(fd: RawFd) -> Option<Vec<u8>> {
     Some(name.iter().flat_map(|byte| byte.to_ne_bytes()).collect())
 }
 
-/// Which process made the socket at the other end of `fd`.
+/// The process that created the socket at the other end of `fd`.
 pub fn peer_process(fd: RawFd) -> Result<i32, Errno> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
@@ -81,8 +81,8 @@ pub fn peer_process(fd: RawFd) -> Result<i32, Errno> {
     checked(c_long::from(result)).map(|_| credentials.pid)
 }
 
-/// A descriptor of the process that made the socket at the other end of `fd`, closed on exec; from
-/// Linux 6.5 on.
+/// A pidfd of the process that created the socket at the other end of `fd`, with close-on-exec;
+/// from Linux 6.5 on.
 pub fn peer_pidfd(fd: RawFd) -> Result<OwnedFd, Errno> {
     /// `SO_PEERPIDFD`.
     const PEER_PIDFD: libc::c_int = 77;
@@ -96,7 +96,7 @@ pub fn peer_pidfd(fd: RawFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
 }
 
-/// Room for one descriptor beside a message.
+/// Room for one descriptor with a message.
 #[repr(C, align(8))]
 struct Control([u8; 32]);
 
@@ -107,8 +107,8 @@ pub fn send(fd: RawFd, bytes: &[u8], passed: Option<RawFd>) -> Result<(), Errno>
     let mut message = message(&mut vector);
     if let Some(passed) = passed {
         message.msg_control = control.0.as_mut_ptr().cast();
-        // SAFETY: the macros compute from sizes; the header they find lies in `control`, which has
-        // room for one descriptor.
+        // SAFETY: the macros compute from sizes; the header is in `control`, which has room for one
+        // descriptor.
         unsafe {
             message.msg_controllen = libc::CMSG_SPACE(size_of::<RawFd>() as u32) as _;
             let header = libc::CMSG_FIRSTHDR(&message);
@@ -119,21 +119,20 @@ pub fn send(fd: RawFd, bytes: &[u8], passed: Option<RawFd>) -> Result<(), Errno>
         }
     }
     loop {
-        // SAFETY: all that the message points to lives until the end.
+        // SAFETY: everything that the message points to is valid until the end.
         let sent = unsafe { libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL) };
         match checked(sent as c_long) {
             Ok(_) => return Ok(()),
             Err(errno) if errno.raw() == libc::EINTR => {}
-            // The program may have made the socket one that does not block.
+            // The program may have made the socket non-blocking.
             Err(errno) if errno.raw() == libc::EAGAIN => wait_until(fd, libc::POLLOUT),
             Err(errno) => return Err(errno),
         }
     }
 }
 
-/// Receives one message into `bytes`, and a descriptor when one came with it (closed on exec).
-/// Returns its length: 0 when the other end is closed, `None` when there is none and `wait` is not
-/// set.
+/// Receives one message into `bytes`, and the descriptor that came with it, if any (close-on-exec).
+/// Returns its length: 0 if the other end is closed, `None` if there is none and `wait` is not set.
 pub fn receive(
     fd: RawFd,
     bytes: &mut [u8],
@@ -146,7 +145,7 @@ pub fn receive(
     message.msg_controllen = size_of::<Control>() as _;
     let flags = libc::MSG_CMSG_CLOEXEC | if wait { 0 } else { libc::MSG_DONTWAIT };
     let length = loop {
-        // SAFETY: all that the message points to lives until the end.
+        // SAFETY: everything that the message points to is valid until the end.
         let received = unsafe { libc::recvmsg(fd, &mut message, flags) };
         match checked(received as c_long) {
             Ok(length) => break length as usize,
@@ -156,7 +155,7 @@ pub fn receive(
             Err(errno) => return Err(errno),
         }
     };
-    // SAFETY: the kernel filled the headers in; a descriptor in them is new, and nobody else's.
+    // SAFETY: the kernel filled in the headers; a descriptor in them is new.
     let passed = unsafe {
         let header = libc::CMSG_FIRSTHDR(&message);
         (!header.is_null()
@@ -168,7 +167,7 @@ pub fn receive(
 }
 
 fn message(vector: &mut iovec) -> msghdr {
-    // SAFETY: zeroes are a valid message header.
+    // SAFETY: all zeroes are a valid message header.
     let mut message: msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vector;
     message.msg_iovlen = 1;

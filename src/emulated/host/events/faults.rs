@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A fault queue: page requests that wait to be read, and those that wait to be answered.
+//! A fault queue: page requests to be read, and those to be answered.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -17,17 +17,17 @@ const REQUEST_SIZE: usize = size_of::<iommufd_bindings::iommu_hwpt_pgfault>();
 /// Size of `struct iommu_hwpt_page_response`, in bytes.
 const RESPONSE_SIZE: usize = size_of::<iommufd_bindings::iommu_hwpt_page_response>();
 
-/// One stay of a HWPT in a slot of a group: what it has asked is answered when it ends.
+/// One attachment of a HWPT in a slot of a group: its page requests are answered when it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct AttachmentId(pub u64);
 
-/// Answers the device. Called once, with the queue locked.
+/// Responds to the device. Called once, with the queue locked.
 pub(crate) type Responder = Box<dyn FnOnce(PageResponseCode) + Send>;
 
-/// Page requests that are answered together, and how.
+/// Page requests that are answered together, and their responder.
 pub(crate) struct PendingGroup {
     pub attachment: AttachmentId,
-    /// The device they are told under.
+    /// The device that they are reported under.
     pub dev: ObjectId,
     /// Oldest first; the last one closes the group.
     pub requests: Vec<PageRequest>,
@@ -61,7 +61,8 @@ struct State {
 impl FaultQueue {
     /// Adds a complete group.
     pub fn report(&self, group: PendingGroup) {
-        // The queue stays locked while the watcher is told: a reader would be told first otherwise.
+        // The queue stays locked while the watcher is notified; otherwise a reader's notification
+        // could overtake it.
         let mut state = self.state();
         state.deliver.push_back(group);
         self.watcher.tell(true);
@@ -101,11 +102,11 @@ impl FaultQueue {
         transferred(done, outcome)
     }
 
-    /// Takes the answers in `count` bytes.
+    /// Takes the responses in `count` bytes.
     ///
     /// # Errors
-    /// `ESPIPE` not a whole number of answers; `EINVAL` an answer or a cookie that is none; those
-    /// of `input`.
+    /// `ESPIPE` not a whole number of responses; `EINVAL` an invalid response or cookie; those of
+    /// `input`.
     pub fn write(&self, count: usize, input: Input<'_>) -> Outcome<usize> {
         if !count.is_multiple_of(RESPONSE_SIZE) {
             return refuse(Errno::ESPIPE, format!("{count} bytes of page responses"));
@@ -129,7 +130,7 @@ impl FaultQueue {
         transferred(done, outcome)
     }
 
-    /// Takes the next group, to be answered; none when there is none.
+    /// Takes the next group, if there is one; it must be answered.
     pub fn next(&self) -> Option<PageRequestGroup> {
         let mut state = self.state();
         let group = state.deliver.pop_front()?;
@@ -140,7 +141,7 @@ impl FaultQueue {
         Some(next)
     }
 
-    /// Answers the group with `cookie`.
+    /// Responds to the group with `cookie`.
     ///
     /// # Errors
     /// `EINVAL` there is none, or no longer.
@@ -148,7 +149,7 @@ impl FaultQueue {
         self.state().answer(cookie, code)
     }
 
-    /// Answers all that `attachment` has asked with `INVALID`: it ends.
+    /// `attachment` ends: responds to all its requests with `INVALID`.
     pub fn end(&self, attachment: AttachmentId) {
         let mut state = self.state();
         let ended = |group: &PendingGroup| group.attachment == attachment;
@@ -170,7 +171,7 @@ impl FaultQueue {
         !self.state().deliver.is_empty()
     }
 
-    /// Tells `watcher` of what there is to read, now and from now on.
+    /// Notifies `watcher` of the current state and of changes.
     pub fn watch(&self, watcher: Arc<dyn Readiness>) {
         let state = self.state();
         self.watcher.set(watcher, !state.deliver.is_empty());
@@ -182,11 +183,11 @@ impl FaultQueue {
 }
 
 impl State {
-    /// The lowest cookie that none has; never 0.
+    /// The lowest free cookie; never 0.
     fn free_cookie(&self) -> u32 {
         let taken = self.response.keys();
         let gap = (1u32..).zip(taken).find(|(cookie, taken)| cookie != *taken);
-        // Each group takes more memory than its cookie counts.
+        // There is less memory than for that many groups.
         gap.map_or(self.response.len() as u32 + 1, |(cookie, _)| cookie)
     }
 
@@ -213,7 +214,7 @@ fn request_bytes(request: &PageRequest, dev: ObjectId, cookie: u32) -> [u8; REQU
     bytes
 }
 
-/// The halves of a 64-bit field, in the order in which they are in memory.
+/// The halves of a 64-bit field, in memory order.
 fn split(value: u64) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = value.to_ne_bytes();
     [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
@@ -239,7 +240,7 @@ mod tests {
         }
     }
 
-    /// Reports a group of `count` requests whose answer is told under `address`.
+    /// Reports a group of `count` requests whose response is recorded under `address`.
     fn report(queue: &FaultQueue, answers: &Answers, of: AttachmentId, address: u64, count: usize) {
         let answers = answers.clone();
         queue.report(PendingGroup {

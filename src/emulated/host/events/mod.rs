@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a user reads from descriptors: page requests of devices, and events of vIOMMUs.
+//! What users read from descriptors: page requests of devices, and events of vIOMMUs.
 //!
-//! A queue has a lock of its own: who reports and who reads need no other. The watcher is told, and
-//! devices are answered (which takes the lock of their page requests), with it held. A read never
-//! waits; who wants to sleep until there is something gives the queue a [`Readiness`].
+//! A queue has its own lock: reporting and reading need no other. With it held, the watcher is
+//! notified and devices are answered (which takes the lock of their page requests). A read never
+//! blocks; to sleep until there is something, use a [`Readiness`].
 
 mod faults;
 mod vevents;
@@ -18,7 +18,7 @@ pub(crate) use vevents::{VeventQueue, ViommuEvents, MAX_DEPTH};
 use crate::host::refusal::Outcome;
 use twostage::iommufd::Readiness;
 
-/// Who is told of a queue's state: nobody at first.
+/// The watcher of a queue's state: none at first.
 #[derive(Default)]
 struct Watcher(Mutex<Option<Arc<dyn Readiness>>>);
 
@@ -41,14 +41,14 @@ impl fmt::Debug for Watcher {
     }
 }
 
-/// Where what is read goes: given the offset in the buffer and the bytes.
+/// Destination of a read: gets the offset in the buffer and the bytes.
 pub(crate) type Output<'a> = &'a mut dyn FnMut(usize, &[u8]) -> Outcome<()>;
 
-/// Where what is written comes from: given the offset in the buffer, fills the bytes.
+/// Source of a write: gets the offset in the buffer and fills the bytes.
 pub(crate) type Input<'a> = &'a mut dyn FnMut(usize, &mut [u8]) -> Outcome<()>;
 
-/// What a read or a write that stopped at `done` bytes because of `outcome` answers: the error only
-/// when nothing was done.
+/// The result of a read or write that stopped at `done` bytes because of `outcome`: the error only
+/// if nothing was done.
 fn transferred(done: usize, outcome: Outcome<()>) -> Outcome<usize> {
     match outcome {
         Err(refusal) if done == 0 => Err(refusal),

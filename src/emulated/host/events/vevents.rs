@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! vEVENTQs: what happened to a vIOMMU, numbered, as many as there is room for.
+//! vEVENTQs: numbered events of a vIOMMU, up to a limit.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, MutexGuard};
@@ -9,11 +9,11 @@ use super::{transferred, Output, Watcher};
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, Readiness, Vevent};
 
-/// Events that a queue can hold at most.
+/// Maximum depth of a queue.
 pub(crate) const MAX_DEPTH: u32 = 1 << 19;
 /// Size of `struct iommufd_vevent_header`, in bytes.
 const HEADER_SIZE: usize = 8;
-/// Sequence numbers are counted modulo this and one more.
+/// The maximum sequence number; then they wrap to 0.
 const MAX_SEQUENCE: u32 = i32::MAX as u32;
 
 /// The vEVENTQs of one vIOMMU, by type.
@@ -21,10 +21,10 @@ const MAX_SEQUENCE: u32 = i32::MAX as u32;
 pub(crate) struct ViommuEvents(Mutex<BTreeMap<u32, Arc<VeventQueue>>>);
 
 impl ViommuEvents {
-    /// Reports an event: `data` in the layout that `kind` has.
+    /// Reports an event: `data` in the layout of `kind`.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` nobody wants events of this type.
+    /// `EOPNOTSUPP` there is no queue for this type.
     pub fn report(&self, kind: u32, data: &[u8]) -> Outcome<()> {
         match self.queues().get(&kind).cloned() {
             Some(queue) => {
@@ -48,7 +48,7 @@ impl ViommuEvents {
         queue
     }
 
-    /// Ends the queue of this type.
+    /// Removes the queue of this type.
     pub fn remove(&self, kind: u32) {
         self.queues().remove(&kind);
     }
@@ -61,7 +61,7 @@ impl ViommuEvents {
 /// One vEVENTQ.
 #[derive(Debug)]
 pub(crate) struct VeventQueue {
-    /// How many events it holds.
+    /// Maximum number of events.
     depth: u32,
     state: Mutex<State>,
     watcher: Watcher,
@@ -71,7 +71,7 @@ pub(crate) struct VeventQueue {
 struct State {
     /// Number and data, oldest first.
     events: VecDeque<(u32, Vec<u8>)>,
-    /// Events were lost after the last one: the number of the last one lost.
+    /// Events were lost after the last one: the number of the last lost one.
     lost: Option<u32>,
     /// Number of the next event.
     sequence: u32,
@@ -82,7 +82,7 @@ impl State {
         self.events.is_empty() && self.lost.is_none()
     }
 
-    /// The header and the data of what is to be read next.
+    /// The header and the data of the next record to be read.
     fn front(&self) -> Option<([u8; HEADER_SIZE], &[u8])> {
         let lost = || self.lost.map(|sequence| (header(1, sequence), &[][..]));
         let event = self.events.front();
@@ -101,7 +101,7 @@ impl VeventQueue {
         let mut state = self.state();
         let sequence = state.sequence;
         state.sequence = sequence.wrapping_add(1) & MAX_SEQUENCE;
-        // A number that is missing says as much as the note, which only the end needs.
+        // A gap in the numbers is enough; only the end needs the note.
         state.lost = None;
         if state.events.len() < self.depth as usize {
             state.events.push_back((sequence, data.to_vec()));
@@ -142,7 +142,7 @@ impl VeventQueue {
         transferred(done, outcome)
     }
 
-    /// Takes what is to be read next; none when there is nothing.
+    /// Takes the next record, if there is one.
     pub fn next(&self) -> Option<Vevent> {
         let mut state = self.state();
         let next = match state.events.pop_front() {
@@ -158,7 +158,7 @@ impl VeventQueue {
         !self.state().is_empty()
     }
 
-    /// Tells `watcher` of what there is to read, now and from now on.
+    /// Notifies `watcher` of the current state and of changes.
     pub fn watch(&self, watcher: Arc<dyn Readiness>) {
         let state = self.state();
         self.watcher.set(watcher, !state.is_empty());

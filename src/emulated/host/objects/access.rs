@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Access objects: users of an IOAS that have no IOMMU in front of them.
+//! Access objects: users of an IOAS without an IOMMU.
 
 use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use crate::ioas::{range_of, Area, Part, Transfer};
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
 impl Objects {
-    /// Adds an access object, attached to nothing. Whoever made it holds it.
+    /// Adds an access object, attached to nothing. Its creator holds it.
     pub fn access_create(&mut self, listener: Option<Arc<dyn AccessUnmap>>) -> Outcome<ObjectId> {
         let access = Access { listener, ioas: None, pinned_in: None, pins: BTreeMap::new() };
         let id = self.table.insert(Object::Access(access))?;
@@ -36,19 +36,18 @@ impl Objects {
         self.table.iter().filter_map(attached).collect()
     }
 
-    /// Who is to be told that a part of `ioas` is unmapped.
+    /// The listeners for unmaps of a part of `ioas`.
     pub fn unmap_listeners(&self, ioas: ObjectId) -> Outcome<Vec<Arc<dyn AccessUnmap>>> {
         let listener = |id: &ObjectId| self.table.access(*id).ok()?.listener.clone();
         Ok(self.table.ioas(ioas)?.accesses.iter().filter_map(listener).collect())
     }
 
-    /// Starts to move an access object to the IOAS `new`, or to none. Unless that is no change,
-    /// whoever listens must then be told to let go of all it has pinned, and
-    /// [`Self::access_finish_move`] comes last.
+    /// Starts to move an access object to the IOAS `new`, or to none. Unless that is no change, the
+    /// listener must then be told to unpin everything, followed by [`Self::access_finish_move`].
     ///
     /// # Errors
-    /// `EBUSY` it is on the move; `ENOENT` there is no such IOAS; `EADDRINUSE` a mapping there is
-    /// not aligned to pages; `ENOMEM`. Nothing has then changed.
+    /// `EBUSY` it is being moved; `ENOENT` there is no such IOAS; `EADDRINUSE` a mapping there is
+    /// not page-aligned; `ENOMEM`. Nothing has changed then.
     pub fn access_start_move(
         &mut self,
         access: ObjectId,
@@ -79,7 +78,7 @@ impl Objects {
         Ok(Some(listener))
     }
 
-    /// Ends what [`Self::access_start_move`] started. What is still pinned is let go.
+    /// Finishes [`Self::access_start_move`]. Remaining pins are removed.
     pub fn access_finish_move(&mut self, access: ObjectId, new: Option<ObjectId>) -> Outcome<()> {
         if let Some(old) = self.table.access(access)?.pinned_in {
             let pins = std::mem::take(&mut self.table.access_mut(access)?.pins);
@@ -97,19 +96,19 @@ impl Objects {
         Ok(())
     }
 
-    /// Ends an access object that is attached to nothing.
+    /// Destroys an access object that is attached to nothing.
     pub fn access_destroy(&mut self, access: ObjectId) -> Outcome<()> {
         self.table.access(access)?;
         self.table.release(access);
         self.destroy(access)
     }
 
-    /// Pins the pages under `length` bytes at `iova`, and says where they are.
+    /// Pins the pages of `length` bytes at `iova`, and returns their memory.
     ///
     /// # Errors
-    /// `EINVAL` nobody to tell when they are unmapped, no byte, not whole pages, or they are being
-    /// unmapped; `EOVERFLOW` past the end; `ENOENT` not attached, or a hole; `EPERM` the mapping
-    /// does not allow what is `wanted`; and as [`crate::ioas::Pages::pin`].
+    /// `EINVAL` no listener, empty, not whole pages, or being unmapped; `EOVERFLOW` past the end;
+    /// `ENOENT` not attached, or a hole; `EPERM` the mapping does not allow what is `wanted`; and
+    /// as [`crate::ioas::Pages::pin`].
     pub fn access_pin(
         &mut self,
         access: ObjectId,
@@ -128,7 +127,7 @@ impl Objects {
         Ok(places)
     }
 
-    /// Takes back one [`Self::access_pin`] of exactly this range.
+    /// Reverts one [`Self::access_pin`] of exactly this range.
     ///
     /// # Errors
     /// `EINVAL` it is not pinned.
@@ -150,8 +149,8 @@ impl Objects {
     /// Copies to or from memory at `iova`.
     ///
     /// # Errors
-    /// As [`Self::access_pin`], but that neither a listener nor whole pages are needed. What is
-    /// below the area that fails has been copied.
+    /// As [`Self::access_pin`], but needs neither a listener nor whole pages. What precedes the
+    /// failing area has been copied.
     pub fn access_transfer(
         &self,
         access: ObjectId,
@@ -167,7 +166,7 @@ impl Objects {
         };
         for Part { area, iova: at, piece } in parts {
             check_area(space.area(area), at, wanted)?;
-            // Within the buffer: a part lies in the range.
+            // Within the buffer: a part is within the range.
             let (from, length) = ((at - iova) as usize, piece.length as usize);
             piece.pages.transfer(piece.offset, transfer.part(from, length))?;
         }
@@ -194,7 +193,7 @@ impl Objects {
         }
     }
 
-    /// Pins pages of an IOAS; `lock` to keep them from being unmapped.
+    /// Pins pages of an IOAS; `lock` prevents unmapping them.
     pub(super) fn pin_range(
         &mut self,
         ioas: ObjectId,
@@ -231,7 +230,7 @@ impl Objects {
         outcome.map(|()| places)
     }
 
-    /// Takes back [`Self::pin_range`].
+    /// Reverts [`Self::pin_range`].
     pub(super) fn unpin_range(
         &mut self,
         ioas: ObjectId,
@@ -239,7 +238,7 @@ impl Objects {
         lock: bool,
     ) -> Outcome<()> {
         let space = &mut self.table.ioas_mut(ioas)?.space;
-        // What is pinned is neither unmapped nor split, so the parts are the same.
+        // Pinned areas are neither unmapped nor split, so the parts are the same.
         for Part { area, piece, .. } in space.parts(range).0 {
             piece.pages.unpin(piece.offset, piece.length);
             if let Some(area) = space.area_mut(area) {
@@ -251,7 +250,7 @@ impl Objects {
     }
 }
 
-/// What an access object asks of an area.
+/// The access that an access object needs to an area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wanted {
     Read,
@@ -262,7 +261,7 @@ fn key(range: &RangeInclusive<u64>) -> (u64, u64) {
     (*range.start(), *range.end())
 }
 
-/// Whether a part is of whole pages, but for the end of the range.
+/// Whether a part consists of whole pages, except at the end of the range.
 fn check_pages(area: Option<&Area>, part: &Part, range: &RangeInclusive<u64>) -> Outcome<()> {
     let Part { iova, piece, .. } = part;
     let end = piece.pages.page_offset(piece.offset + piece.length);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! On whose account memory is pinned: `IOMMU_OPTION_RLIMIT_MODE`, `IOMMU_IOAS_CHANGE_PROCESS`.
+//! Who is charged for pinned memory: `IOMMU_OPTION_RLIMIT_MODE`, `IOMMU_IOAS_CHANGE_PROCESS`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -35,10 +35,10 @@ impl Objects {
         Ok(())
     }
 
-    /// `IOMMU_IOAS_CHANGE_PROCESS`: what is pinned of files is `who`'s from now on.
+    /// `IOMMU_IOAS_CHANGE_PROCESS`: charges `who` for pinned pages of files from now on.
     ///
     /// # Errors
-    /// `EINVAL` something is mapped that is no file; `ENOMEM` the memory-lock limit of `who`.
+    /// `EINVAL` something other than files is mapped; `ENOMEM` the memory-lock limit of `who`.
     pub fn ioas_change_process(&mut self, who: &Credentials) -> Outcome<()> {
         let mut files: BTreeMap<*const Pages, &Arc<Pages>> = BTreeMap::new();
         for (id, object) in self.table.iter() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `IOMMU_DESTROY`, and closing the whole iommufd.
+//! `IOMMU_DESTROY`, and closing the iommufd.
 
 use std::iter;
 
@@ -10,11 +10,11 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::RlimitMode;
 use twostage::iommufd::{Errno, ObjectId};
 
-/// Users of an object that a refusal to destroy it names at most.
+/// Maximum number of users named in an `EBUSY` error.
 const NAMED_USERS: usize = 8;
 
 impl Objects {
-    /// The objects that `id` holds, once for each way it does.
+    /// The objects that `id` holds, once for each reference.
     pub fn holds(&self, id: ObjectId) -> Vec<ObjectId> {
         match self.table.get(id) {
             None | Some(Object::Ioas(_) | Object::Fault(_) | Object::Selftest(_)) => Vec::new(),
@@ -59,16 +59,16 @@ impl Objects {
             Object::HwptNested(_) => {}
             Object::Viommu(_) => self.mmaps.remove(id),
             Object::Vdevice(_) => self.forget_vdevice(id)?,
-            // No attachment is left whose page requests wait.
+            // No attachment is left with pending page requests.
             Object::Fault(_) => {}
             Object::Veventq(veventq) => {
                 self.table.viommu(veventq.viommu)?.events.remove(veventq.kind);
             }
             Object::HwQueue(_) => self.stop_hw_queue(id)?,
-            // Held by whoever made it until it is attached to nothing.
+            // Held by its creator until it is attached to nothing.
             Object::Access(_) => {}
             Object::Selftest(_) => self.end_mock_device(id)?,
-            // Always held by its driver, so never here.
+            // Always held by its driver, so this is never reached.
             Object::Device(_) => return refuse(Errno::EBUSY, "a device is ended by closing it"),
         }
         self.release_all(holds);
@@ -76,21 +76,21 @@ impl Objects {
         Ok(())
     }
 
-    /// Counts one user less of each.
+    /// Removes one user of each.
     pub(super) fn release_all(&mut self, ids: Vec<ObjectId>) {
         ids.into_iter().for_each(|id| self.table.release(id));
     }
 
-    /// Closing `/dev/iommu`: devices are detached and unbound first, so that the hardware is told
-    /// before anything it uses goes; queues are closed and pages unmapped; then every object that
-    /// nothing uses ends, until none is left.
+    /// Closing `/dev/iommu`: devices are detached and unbound first, so that the hardware stops
+    /// using objects before they are destroyed; queues are closed and pages unmapped; then unused
+    /// objects are destroyed, until none is left.
     pub fn close(&mut self) {
         let devices = |(id, object): (ObjectId, &Object)| match object {
             Object::Device(_) => Some(id),
             _ => None,
         };
         for dev in self.table.iter().filter_map(devices).collect::<Vec<_>>() {
-            // Fails only for an id that is no device.
+            // Cannot fail for a device.
             let _ = self.device_unbind(dev);
         }
         for id in self.table.iter().map(|(id, _)| id).collect::<Vec<_>>() {
@@ -99,8 +99,8 @@ impl Objects {
         for (id, count) in std::mem::take(&mut self.mapped) {
             (0..count).for_each(|_| self.table.release(id));
         }
-        // What holds is younger than what it holds unless ids were reused; each pass ends at least
-        // the objects that nothing holds.
+        // Objects are younger than those they hold unless IDs were reused; each pass destroys at
+        // least the unused ones.
         loop {
             let before = self.table.len();
             let ids: Vec<_> = self.table.iter().rev().map(|(id, _)| id).collect();
@@ -112,20 +112,20 @@ impl Objects {
                 break;
             }
         }
-        // Tombstones end with the descriptor.
+        // Tombstones are removed with the descriptor.
         self.table = Table::default();
         self.vfio = VfioCompat::default();
         self.rlimit_mode = RlimitMode::default();
         self.closed += 1;
     }
 
-    /// Who uses `id`, in words: only some, as there may be very many.
+    /// Describes the users of `id`: only some, as there may be many.
     fn in_use(&self, id: ObjectId) -> String {
         let mut users: Vec<_> = self
             .table
             .iter()
             .filter(|(user, object)| match object {
-                // Of very many PASIDs, perhaps.
+                // Perhaps many PASIDs.
                 Object::Device(_) => self.attachments_of(*user).any(|(.., hwpt)| hwpt == id),
                 _ => self.holds(*user).contains(&id),
             })

@@ -22,7 +22,7 @@ pub(crate) enum Change {
     Replace,
 }
 
-/// What `GET_HW_INFO` answers.
+/// The result of `GET_HW_INFO`.
 #[derive(Debug)]
 pub(crate) struct DeviceInfo {
     pub data: DriverInfo,
@@ -32,16 +32,16 @@ pub(crate) struct DeviceInfo {
 }
 
 impl Objects {
-    /// `VFIO_DEVICE_BIND_IOMMUFD`: the device is blocked from here on.
+    /// `VFIO_DEVICE_BIND_IOMMUFD`: the device is blocked from now on.
     pub fn device_bind(&mut self, name: &str) -> Outcome<ObjectId> {
         let part = self.machine.claim(name, self.context)?;
         let device = Device { part: part.clone(), vdevice: None, page_requests: Vec::new() };
         let dev = self.table.insert(Object::Device(device)).inspect_err(|_| {
             self.machine.release(name);
         })?;
-        // The driver of the device holds it until unbind, so DESTROY never ends it.
+        // The device's driver holds it until unbind, so DESTROY never destroys it.
         self.table.hold(dev);
-        // A group that is attached already takes the device in.
+        // A new device joins an attached group's attachments.
         if !self.groups.contains_key(&part.group) {
             part.driver.block(&part.requester);
         }
@@ -74,7 +74,7 @@ impl Objects {
     /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: the first attachment of the slot, or a replacement.
     pub fn device_attach(&mut self, dev: ObjectId, slot: Slot, pt: ObjectId) -> Outcome<ObjectId> {
         let part = &self.table.device(dev)?.part;
-        // Linux has 0 stand for "no PASID" and so cannot attach it.
+        // In Linux 0 means "no PASID", so it cannot be attached.
         if slot == Some(0) {
             return refuse(Errno::EINVAL, "PASID 0 is none of the device's");
         }
@@ -106,7 +106,7 @@ impl Objects {
         }
     }
 
-    /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`. Nothing happens to a slot that is not attached.
+    /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`. Does nothing if the slot is not attached.
     pub fn device_detach(&mut self, dev: ObjectId, slot: Slot) -> Outcome<()> {
         let part = self.table.device(dev)?.part.clone();
         let Some(group) = self.groups.get_mut(&part.group) else { return Ok(()) };
@@ -157,7 +157,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Attaches to the first automatic HWPT of `ioas` that fits, or to a new one.
+    /// Attaches to the first compatible automatic HWPT of `ioas`, or to a new one.
     fn change_automatic(
         &mut self,
         dev: ObjectId,
@@ -175,7 +175,7 @@ impl Objects {
                 Err(refusal) => return Err(refusal),
             }
         }
-        // What is no matter of the HWPT comes first, as it does in Linux.
+        // Checks that do not involve the HWPT come first, as in Linux.
         self.check_change(dev, slot, None, ioas, HwptFlags::new(), change)?;
         let hwpt = self.add_automatic(ioas, dev)?;
         if let Err(refusal) = self.change_hwpt(dev, slot, hwpt, change) {
@@ -185,11 +185,11 @@ impl Objects {
         Ok(hwpt)
     }
 
-    /// Puts `hwpt` into the slot, in place of what is there.
+    /// Puts `hwpt` into the slot, replacing what is there.
     ///
-    /// All that can fail comes first. (When the driver refuses a replacement, Linux leaves a VT-d
-    /// device blocked in hardware while its objects say that the old HWPT is attached, and may drop
-    /// the device's reserved regions; here the old attachment stays, as it should.)
+    /// Everything that can fail comes first. (When the driver refuses a replacement, Linux leaves a
+    /// VT-d device blocked in hardware though its objects still have the old HWPT attached, and may
+    /// drop the device's reserved regions; here the old attachment stays, as it should.)
     fn change_hwpt(
         &mut self,
         dev: ObjectId,
@@ -218,7 +218,7 @@ impl Objects {
         }
     }
 
-    /// Checks all that the driver has no say in. `hwpt` is none for one that is still to be made.
+    /// The checks without the driver. `hwpt` is none if it does not exist yet.
     fn check_change(
         &self,
         dev: ObjectId,
@@ -256,14 +256,14 @@ impl Objects {
                 self.table.ioas(ioas)?.space.check_reservable(&regions)?;
             }
         }
-        // The first device of a group speaks for all of it.
+        // The first device of a group acts for all of it.
         if there.is_none() || change == Change::Replace {
             self.check_pasid_flag(part.group, slot, flags.pasid())?;
         }
         Ok(())
     }
 
-    /// `dev` joins what its group has in `slot`, or is the first there.
+    /// `dev` joins its group's attachment in `slot`, or is the first there.
     fn join_attachment(
         &mut self,
         dev: ObjectId,
@@ -285,7 +285,7 @@ impl Objects {
         Ok(())
     }
 
-    /// The devices of a group go on to `hwpt` together, as `dev` was told to.
+    /// Moves the devices of a group to `hwpt` together, as requested by `dev`.
     fn move_attachment(
         &mut self,
         dev: ObjectId,
@@ -312,19 +312,19 @@ impl Objects {
         self.leave(old, devices.len())
     }
 
-    /// The devices of a group that are attached in `slot`.
+    /// The devices of a group attached in `slot`.
     fn devices_in(&self, group: GroupId, slot: Slot) -> Vec<ObjectId> {
         self.groups.get(&group).map(|group| group.devices(slot)).unwrap_or_default()
     }
 
-    /// Reserves in `ioas` what `dev` needs; it was found free.
+    /// Reserves in `ioas` the regions of `dev`, which were checked before.
     fn reserve_regions(&mut self, dev: ObjectId, ioas: ObjectId) -> Outcome<()> {
         let regions = self.table.device(dev)?.part.reserved_regions();
         self.table.ioas_mut(ioas)?.space.reserve(dev, &regions);
         Ok(())
     }
 
-    /// `count` devices no longer use `hwpt`, which vanishes if it is automatic and nobody does.
+    /// `count` devices stop using `hwpt`, which is destroyed if it is automatic and unused.
     fn leave(&mut self, hwpt: ObjectId, count: usize) -> Outcome<()> {
         for _ in 0..count {
             self.table.release(hwpt);

@@ -11,7 +11,7 @@ use crate::ioas::range_of;
 use crate::units::dirty::DirtyLog;
 use twostage::iommufd::{DirtyRange, Errno, ObjectId};
 
-/// What is dirty of one page table.
+/// The dirty pages of one page table.
 #[derive(Debug)]
 pub struct DirtyPages {
     ioas: ObjectId,
@@ -21,7 +21,7 @@ pub struct DirtyPages {
 }
 
 impl Objects {
-    /// `IOMMU_HWPT_SET_DIRTY_TRACKING`. What was dirty before is forgotten when it starts.
+    /// `IOMMU_HWPT_SET_DIRTY_TRACKING`. Starting clears old marks.
     pub fn hwpt_set_dirty_tracking(&mut self, hwpt: ObjectId, enable: bool) -> Outcome<()> {
         let log = self.dirty_log(hwpt)?;
         if enable {
@@ -35,8 +35,8 @@ impl Objects {
     }
 
     /// `IOMMU_HWPT_GET_DIRTY_BITMAP`, without the bitmap: the dirty IOVAs up to the first hole in
-    /// what is mapped; a hole is no error, as in Linux. They stay dirty until whoever asked has
-    /// them: [`Self::hwpt_clean`]. Nothing is dirty while tracking is off.
+    /// the mappings; a hole is no error, as in Linux. They stay dirty until [`Self::hwpt_clean`],
+    /// after the caller got them. Nothing is dirty while tracking is off.
     pub fn hwpt_dirty(&self, hwpt: ObjectId, range: &DirtyRange) -> Outcome<DirtyPages> {
         let ioas = self.table.hwpt_paging(hwpt)?.ioas;
         let object = self.table.ioas(ioas)?;
@@ -52,17 +52,17 @@ impl Objects {
         Ok(DirtyPages { ioas, log, runs })
     }
 
-    /// Takes the marks of `pages` away, which whoever asked for them has. One that was written
-    /// again meanwhile is among them: it is read after this.
+    /// Clears the marks of `pages`, after the caller got them. A page that was written again
+    /// meanwhile is included: it is read afterwards.
     pub fn hwpt_clean(&mut self, pages: &DirtyPages) {
         pages.runs.iter().for_each(|run| drop(pages.log.read(run, true)));
         if !pages.runs.is_empty() {
-            // Fails only when the IOAS is gone, and the page table with it.
+            // Fails only if the IOAS and its page tables were destroyed.
             let _ = self.stage2_changed(pages.ioas);
         }
     }
 
-    /// Forgets what is dirty in `iovas`, which is no longer mapped.
+    /// Clears the marks in `iovas`, which are no longer mapped.
     pub(super) fn forget_dirty(&self, ioas: ObjectId, iovas: &RangeInclusive<u64>) -> Outcome<()> {
         for hwpt in &self.table.ioas(ioas)?.hwpts {
             if let Some(log) = self.table.hwpt_paging(*hwpt)?.domain.dirty_log() {
@@ -83,11 +83,11 @@ impl Objects {
     }
 }
 
-/// The IOVAs of `range`, if they are of whole pages of the IOAS and of the bitmap.
+/// The IOVAs of `range`, if they are whole pages of the IOAS and of the bitmap.
 ///
-/// Linux 7.2 takes two that it should not, and later kernels the second: no byte is to it all of
-/// the address space, or none; and with a page size that is no power of two it sets more bits than
-/// the range has pages. Both would be written past the end of the bitmap.
+/// Linux 7.2 accepts two invalid ranges, and later kernels the second: an empty one is the whole
+/// address space, or nothing; and with a page size that is no power of two it sets more bits than
+/// the range has pages. Both write past the end of the bitmap.
 fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64>> {
     let DirtyRange { iova, length, page_size } = *range;
     if length == 0 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `IOMMU_FAULT_QUEUE_ALLOC` and `IOMMU_VEVENTQ_ALLOC`, and page requests on their way.
+//! `IOMMU_FAULT_QUEUE_ALLOC` and `IOMMU_VEVENTQ_ALLOC`, and routing of page requests.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId, PageRequest, PageResponseCode};
 
-/// The type of vEVENTQ that none is of (`IOMMU_VEVENTQ_TYPE_DEFAULT`).
+/// The default type of vEVENTQ, which is invalid (`IOMMU_VEVENTQ_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_veventq_type_IOMMU_VEVENTQ_TYPE_DEFAULT;
 
 impl Objects {
@@ -52,7 +52,7 @@ impl Objects {
         Ok((id, events.add(kind, depth)))
     }
 
-    /// The descriptor of a queue is closed; nothing happens when the object is of another epoch.
+    /// The descriptor of a queue is closed; ignored if the object is of another epoch.
     pub fn close_file(&mut self, epoch: u64, id: ObjectId) {
         if epoch == self.closed {
             self.close_queue(id);
@@ -71,11 +71,12 @@ impl Objects {
         }
     }
 
-    /// The device `dev` asks for a page. A group waits for its last request; then whoever serves
-    /// the requests' slot is told.
+    /// The device `dev` sends a page request. A group is held until its last request, then passed
+    /// to the slot's fault queue.
     ///
     /// # Errors
-    /// `ENOENT` there is no such device; `EINVAL` nobody serves them: the device is told so.
+    /// `ENOENT` there is no such device; `EINVAL` there is no fault queue: the device gets a
+    /// response.
     pub fn page_request(&mut self, dev: ObjectId, request: PageRequest) -> Outcome<()> {
         let part = self.table.device(dev)?.part.clone();
         let served = self.page_requests_of(dev, &request)?;
@@ -102,13 +103,13 @@ impl Objects {
         Ok(())
     }
 
-    /// The name of an attachment that starts now.
+    /// An ID for a new attachment.
     pub(super) fn next_attachment(&mut self) -> AttachmentId {
         self.last_attachment += 1;
         AttachmentId(self.last_attachment)
     }
 
-    /// An attachment of `hwpt` has ended: what it asked is answered.
+    /// An attachment of `hwpt` has ended: responds to its requests.
     pub(super) fn end_page_requests(
         &self,
         hwpt: ObjectId,
@@ -129,8 +130,8 @@ impl Objects {
         }
     }
 
-    /// The queue that page requests like this one go to, the attachment that they are part of, and
-    /// the device they are told under.
+    /// The queue for such page requests, their attachment, and the device that they are reported
+    /// under.
     fn page_requests_of(
         &self,
         dev: ObjectId,
@@ -141,7 +142,7 @@ impl Objects {
         let Some(group) = self.groups.get(&part.group) else { return Ok(None) };
         let mut found = group.get(slot).map(|attachment| (slot, attachment));
         if found.is_none() && slot.is_some() && part.driver.user_pasid_table() {
-            // The user's own PASID table says where the PASID goes.
+            // The user's PASID table determines where the PASID goes.
             found = group
                 .get(None)
                 .map(|attachment| (None, attachment))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mappings as HWPTs hold them: pinned when there is a HWPT, and where its IOMMU finds them.
+//! The mappings of HWPTs: pinned while there is a HWPT, and visible to its IOMMU.
 
 use super::object::Ioas;
 use super::Objects;
@@ -11,11 +11,11 @@ use crate::units::stage2::Mapping;
 use twostage::iommufd::{Errno, ObjectId, Protection};
 
 impl Objects {
-    /// Fills a new HWPT with `domain` with what `ioas` maps; the first one has the pages pinned.
+    /// Fills a new HWPT with `domain` with the mappings of `ioas`; the first one pins the pages.
     ///
     /// # Errors
-    /// As [`crate::ioas::Pages::pin`]; `EINVAL` a mapping that the HWPT cannot hold.
-    /// Nothing is then left of it.
+    /// As [`crate::ioas::Pages::pin`]; `EINVAL` the HWPT does not support a mapping. Nothing is
+    /// left of it then.
     pub(super) fn fill(&self, ioas: ObjectId, domain: &dyn PagingDomain) -> Outcome<()> {
         let ioas = self.table.ioas(ioas)?;
         let first = ioas.hwpts.is_empty();
@@ -37,7 +37,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Takes back what [`Self::fill`] did, after the last HWPT.
+    /// Reverts [`Self::fill`], after the last HWPT.
     pub(super) fn unfill(&self, ioas: ObjectId) -> Outcome<()> {
         let ioas = self.table.ioas(ioas)?;
         for (start, area) in ioas.space.areas() {
@@ -46,10 +46,10 @@ impl Objects {
         Ok(())
     }
 
-    /// Adds areas that room was found for, each with its first IOVA.
+    /// Adds areas that fit, each with its first IOVA.
     ///
     /// # Errors
-    /// As [`Self::fill`]. No area is then added.
+    /// As [`Self::fill`]. No area is added then.
     pub(super) fn add_areas(&mut self, ioas: ObjectId, areas: Vec<(u64, Area)>) -> Outcome<()> {
         let object = self.table.ioas(ioas)?;
         let filled = !object.hwpts.is_empty();
@@ -74,7 +74,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Finishes the unmapping of areas already taken from the IOAS. When it returns no DMA uses
+    /// Finishes the unmapping of areas already removed from the IOAS. When it returns no DMA uses
     /// them.
     pub(super) fn drop_areas(&self, ioas: ObjectId, areas: &[(u64, Area)]) -> Outcome<()> {
         let object = self.table.ioas(ioas)?;
@@ -92,7 +92,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Has every IOMMU drop what it caches of what `ioas` maps.
+    /// Makes every IOMMU drop what it caches of the mappings of `ioas`.
     pub(super) fn stage2_changed(&self, ioas: ObjectId) -> Outcome<()> {
         let stage2 = &self.table.ioas(ioas)?.stage2;
         self.machine.drivers().iter().for_each(|driver| driver.stage2_changed(stage2));
@@ -100,7 +100,7 @@ impl Objects {
     }
 }
 
-/// Pins `area` if it is `wanted`, and says where its memory is.
+/// Pins `area` if it is `wanted`, and returns its memory.
 fn pin_if(wanted: bool, start: u64, area: &Area) -> Outcome<Vec<Mapping>> {
     if !wanted {
         return Ok(Vec::new());
@@ -125,12 +125,12 @@ fn take_back(ioas: &Ioas, start: u64, area: &Area) {
     unpin(start, area);
 }
 
-/// Has a HWPT with `domain` ready for a mapping with `protection`.
+/// Prepares a HWPT with `domain` for a mapping with `protection`.
 ///
 /// # Errors
-/// `EINVAL` it cannot hold one; `ENOMEM` no memory for its tables.
+/// `EINVAL` not supported; `ENOMEM` no memory for its tables.
 fn make_room(domain: &dyn PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
-    // Only VFIO's ioctl asks for such a mapping.
+    // Only VFIO's ioctl makes such a mapping.
     if !protection.read && !protection.write {
         return refuse(Errno::EINVAL, format!("the mapping at {start:#x} allows nothing"));
     }

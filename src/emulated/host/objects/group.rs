@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! IOMMU groups: devices that an IOMMU cannot tell apart share what they are attached to.
+//! IOMMU groups: devices that an IOMMU cannot distinguish share their attachments.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,16 +12,16 @@ use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 use twostage::runs::Runs;
 
-/// One HWPT in one slot of a group. Small: a device has up to 2^20 slots.
+/// One HWPT in one slot of a group. Small, as a device has up to 2^20 slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Attachment {
     pub hwpt: ObjectId,
-    /// The device that was told to come here: page requests of the slot are told under its id.
+    /// The device that requested the attachment: page requests of the slot are reported under its
+    /// ID.
     pub by: ObjectId,
 }
 
-/// What the devices of one group are attached to, by slot. No slot with an attachment is without
-/// devices.
+/// The attachments of one group's devices, by slot. No slot with an attachment is without devices.
 #[derive(Debug, Default)]
 pub(crate) struct Group {
     /// Of requests without PASID.
@@ -29,11 +29,11 @@ pub(crate) struct Group {
     pasids: Runs<Attachment>,
     /// The devices in each slot: each holds the HWPT once.
     members: BTreeMap<ObjectId, Member>,
-    /// The attachments whose page requests are answered when they end.
+    /// The attachments with page requests, which are answered when they end.
     asking: BTreeMap<Slot, AttachmentId>,
 }
 
-/// The slots of its group that a device is attached in.
+/// The slots of its group in which a device is attached.
 #[derive(Debug, Default)]
 struct Member {
     own: bool,
@@ -58,12 +58,12 @@ impl Member {
 }
 
 impl Group {
-    /// What is in `slot`.
+    /// The attachment in `slot`.
     pub fn get(&self, slot: Slot) -> Option<Attachment> {
         slot.map_or(self.own, |pasid| self.pasids.get(pasid))
     }
 
-    /// Puts `attachment` into `slot`; its page requests are known by `id`, if it makes any.
+    /// Puts `attachment` into `slot`, with `id` for its page requests, if it makes any.
     pub fn set(&mut self, slot: Slot, attachment: Option<Attachment>, id: Option<AttachmentId>) {
         match slot {
             None => self.own = attachment,
@@ -75,7 +75,7 @@ impl Group {
         };
     }
 
-    /// By what the page requests of `slot` are known.
+    /// The ID for page requests of `slot`.
     pub fn id(&self, slot: Slot) -> Option<AttachmentId> {
         self.asking.get(&slot).copied()
     }
@@ -116,8 +116,8 @@ impl Group {
         self.members.get(&dev)?.pasids.next(pasid)
     }
 
-    /// What `dev` is attached to: neighbouring PASIDs with the same HWPT together, the device
-    /// itself before them.
+    /// The attachments of `dev`: adjacent PASIDs with the same HWPT together, the device itself
+    /// first.
     pub fn of(&self, dev: ObjectId) -> impl Iterator<Item = (Slot, Slot, ObjectId)> + '_ {
         let member = self.members.get(&dev);
         let own = self.own.filter(|_| member.is_some_and(|member| member.own));
@@ -131,7 +131,7 @@ impl Group {
 }
 
 impl Objects {
-    /// What the group has in `slot`.
+    /// The group's attachment in `slot`.
     pub(super) fn attachment(&self, group: GroupId, slot: Slot) -> Option<Attachment> {
         self.groups.get(&group)?.get(slot)
     }
@@ -141,14 +141,14 @@ impl Objects {
         self.groups.get(&group).is_some_and(|group| group.has(slot, dev))
     }
 
-    /// What `dev` is attached to in `slot`.
+    /// The attachment of `dev` in `slot`.
     pub fn attached_to(&self, dev: ObjectId, slot: Slot) -> Option<ObjectId> {
         let group = self.table.device(dev).ok()?.part.group;
         let attachment = self.attachment(group, slot)?;
         self.is_attached(group, slot, dev).then_some(attachment.hwpt)
     }
 
-    /// What `dev` is attached to, as [`Group::of`] has it.
+    /// The attachments of `dev`, as in [`Group::of`].
     pub fn attachments_of(
         &self,
         dev: ObjectId,
@@ -158,7 +158,7 @@ impl Objects {
         group.into_iter().flat_map(move |group| group.of(dev))
     }
 
-    /// What `dev` is attached to, slot by slot: PASIDs after the device itself, ascending.
+    /// The attachments of `dev`, slot by slot: the device itself, then PASIDs in ascending order.
     pub fn slots_of(&self, dev: ObjectId) -> Vec<(Slot, ObjectId)> {
         let slots = self.attachments_of(dev).flat_map(|(first, last, hwpt)| {
             let own = first.is_none().then_some((None, hwpt));
@@ -168,13 +168,13 @@ impl Objects {
         slots.collect()
     }
 
-    /// By what the page requests of a new attachment of `hwpt` are known, if anybody serves them.
+    /// The ID for page requests of a new attachment of `hwpt`, if it has a fault queue.
     pub(super) fn attachment_id(&mut self, hwpt: ObjectId) -> Option<AttachmentId> {
         self.fault_of(hwpt).is_some().then(|| self.next_attachment())
     }
 
-    /// Whether a HWPT that has the PASID flag or not may come into `slot`: all of a group's
-    /// HWPTs must have it once there is one on a PASID.
+    /// Whether a HWPT with or without the PASID flag is allowed in `slot`: all of a group's HWPTs
+    /// must have it if one is attached to a PASID.
     pub(super) fn check_pasid_flag(&self, group: GroupId, slot: Slot, flag: bool) -> Outcome<()> {
         if !flag {
             let group = self.groups.get(&group);
@@ -203,8 +203,8 @@ impl Objects {
         Ok(())
     }
 
-    /// The devices of a group that a change of `slot` concerns: those without PASIDs take no part
-    /// in one of a PASID.
+    /// The devices of a group affected by a change of `slot`: those without PASIDs are not affected
+    /// by one of a PASID.
     ///
     /// # Errors
     /// `EINVAL` one of them has PASIDs, but not this one.

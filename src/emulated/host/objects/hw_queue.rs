@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `IOMMU_HW_QUEUE_ALLOC`: a queue in the guest's memory that a vIOMMU's hardware reads by itself.
+//! `IOMMU_HW_QUEUE_ALLOC`: a queue in guest memory that a vIOMMU's hardware reads directly.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -12,14 +12,14 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
-/// The type of hardware queue that none is of (`IOMMU_HW_QUEUE_TYPE_DEFAULT`).
+/// The default type of hardware queue, which is invalid (`IOMMU_HW_QUEUE_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_hw_queue_type_IOMMU_HW_QUEUE_TYPE_DEFAULT;
 
-/// What the user asks for.
+/// The user's arguments.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HwQueueArguments {
     pub viommu: ObjectId,
-    /// The type, by the uAPI's number.
+    /// The type, as the uAPI's number.
     pub kind: u32,
     pub index: u32,
     /// The guest's address, in bytes.
@@ -69,7 +69,7 @@ impl Objects {
         Ok(id)
     }
 
-    /// Stops a hardware queue that is being destroyed, and lets go of its memory.
+    /// Stops a hardware queue that is being destroyed, and releases its memory.
     pub(super) fn stop_hw_queue(&mut self, id: ObjectId) -> Outcome<()> {
         let Some(Object::HwQueue(queue)) = self.table.get(id) else { return Ok(()) };
         let (ioas, pages) = (queue.ioas, queue.pages.clone());
@@ -78,7 +78,7 @@ impl Objects {
     }
 }
 
-/// The whole pages under `length` bytes at `base`, which end within the address space.
+/// The whole pages of `length` bytes at `base`, which must end within the address space.
 fn pages_of(base: u64, length: u64) -> Outcome<RangeInclusive<u64>> {
     let end = (base % PAGE_SIZE).checked_add(length).and_then(|end| end.checked_add(PAGE_SIZE - 1));
     if end.is_none() {
@@ -88,7 +88,7 @@ fn pages_of(base: u64, length: u64) -> Outcome<RangeInclusive<u64>> {
     Ok(base - base % PAGE_SIZE..=last | (PAGE_SIZE - 1))
 }
 
-/// `length` bytes at `offset` of pinned memory, if all of it is of one piece.
+/// `length` bytes at `offset` of pinned memory, if contiguous.
 fn one_piece(places: &[UserMemory], offset: u64, length: u64) -> Outcome<UserMemory> {
     let adjoin = |pair: &[UserMemory]| match pair {
         [one, next] => {

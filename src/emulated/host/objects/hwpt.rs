@@ -21,7 +21,7 @@ pub(crate) struct HwptRequest<'a> {
     pub dev: ObjectId,
     pub pt: ObjectId,
     pub fault: Option<ObjectId>,
-    /// `None` for data of no length. Read when everything before it has been found good.
+    /// `None` for data of length zero. Read after everything else has been checked.
     pub data: Option<&'a dyn UserData>,
 }
 
@@ -72,7 +72,7 @@ impl Objects {
                 let kind = other.kind();
                 refuse(Errno::EINVAL, format!("no HWPT can be made on {kind} {}", request.pt))
             }
-            // Linux looks the page table up without saying ENOENT.
+            // Linux does not return ENOENT for the page table.
             None => refuse(Errno::EINVAL, format!("there is no object {}", request.pt)),
         }
     }
@@ -85,7 +85,7 @@ impl Objects {
         self.add_paging(ioas, domain, HwptFlags::new(), None, true)
     }
 
-    /// The page table that the driver of a device makes for `flags`.
+    /// The driver's page table for a device and `flags`.
     fn paging_domain(
         &self,
         part: &Part,
@@ -105,7 +105,7 @@ impl Objects {
         part.driver.alloc_paging(&part.requester, flags.with_fault_id_valid(false), data)
     }
 
-    /// Whether `ioas` can be filled into `domain` as it is.
+    /// Whether `domain` can hold the current mappings of `ioas`.
     fn check_room(&self, ioas: ObjectId, domain: &dyn PagingDomain) -> Outcome<()> {
         let space = &self.table.ioas(ioas)?.space;
         if domain.page_size() > PAGE_SIZE {
@@ -115,7 +115,7 @@ impl Objects {
         space.check_reservable(&outside(&domain.aperture()))
     }
 
-    /// Adds a HWPT_PAGING that [`Self::check_room`] found room for.
+    /// Adds a HWPT_PAGING that [`Self::check_room`] accepted.
     fn add_paging(
         &mut self,
         ioas: ObjectId,
@@ -140,7 +140,7 @@ impl Objects {
         Ok(id)
     }
 
-    /// The driver's half of a HWPT_NESTED straight on a HWPT_PAGING.
+    /// The driver's half of a HWPT_NESTED directly on a HWPT_PAGING.
     fn nested_on_parent(
         &self,
         part: &Part,
@@ -176,7 +176,7 @@ impl Objects {
         Ok(id)
     }
 
-    /// The fault queue that a HWPT is to have.
+    /// The fault queue for a HWPT.
     fn fault_queue(&self, request: &HwptRequest<'_>) -> Outcome<Option<ObjectId>> {
         let fault = request.fault.filter(|_| request.flags.fault_id_valid());
         match fault {
@@ -204,7 +204,7 @@ impl Objects {
         }
     }
 
-    /// What a driver is to know of `hwpt`.
+    /// `hwpt`, for a driver.
     pub(super) fn domain(&self, hwpt: ObjectId) -> Outcome<Domain> {
         let paging = self.stage2_of(hwpt)?;
         let nested = match self.table.get(hwpt) {
@@ -227,7 +227,7 @@ fn outside(aperture: &RangeInclusive<u64>) -> Vec<RangeInclusive<u64>> {
     before.into_iter().chain(after).collect()
 }
 
-/// Checks what a HWPT_NESTED is asked for; gives what of it is the driver's.
+/// Checks the request for a HWPT_NESTED; returns the driver's part.
 fn nested_arguments<'a>(request: &HwptRequest<'a>) -> Outcome<(HwptFlags, &'a dyn UserData)> {
     let flags = request.flags.with_fault_id_valid(false);
     let other = flags.with_pasid(false).into_bits();

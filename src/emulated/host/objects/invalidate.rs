@@ -7,11 +7,11 @@ use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
-/// Linux takes no more entries in one call.
+/// Linux's maximum number of entries per call.
 pub(crate) const MAX_INVALIDATE_ENTRIES: usize = 1 << 19;
 
 impl Objects {
-    /// `IOMMU_HWPT_INVALIDATE`. Fails with how many entries are complete.
+    /// `IOMMU_HWPT_INVALIDATE`. Errors have the number of completed entries.
     pub fn hwpt_invalidate(&self, hwpt: ObjectId, entries: &dyn UserArray) -> Result<(), Partial> {
         let out_of_memory = allocate("the entries");
         let refused: Outcome<()> = match self.table.get(hwpt) {

@@ -13,7 +13,7 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::{Area, Pages, Piece, Source, PAGE_SIZE};
 use twostage::iommufd::{Errno, IovaRanges, MapTarget, ObjectId, Protection};
 
-/// What to map, and where.
+/// The arguments of a mapping.
 #[derive(Debug, Clone)]
 pub(crate) struct MapRequest {
     /// The IOVA.
@@ -27,7 +27,7 @@ pub(crate) struct MapRequest {
 }
 
 impl MapRequest {
-    /// Checks what `IOMMU_IOAS_MAP` and `IOMMU_IOAS_MAP_FILE` check before the IOAS.
+    /// The checks of `IOMMU_IOAS_MAP` and `IOMMU_IOAS_MAP_FILE` that precede those of the IOAS.
     pub fn check(target: MapTarget, length: u64, protection: Protection) -> Outcome<()> {
         check_numbers(target, length)?;
         check_protection(protection)
@@ -40,7 +40,7 @@ impl Objects {
         self.table.insert(Object::Ioas(Ioas::default()))
     }
 
-    /// `IOMMU_IOAS_ALLOW_IOVAS`. Ranges are read one after the other, up to the first bad one.
+    /// `IOMMU_IOAS_ALLOW_IOVAS`. Ranges are read one by one, up to the first invalid one.
     pub fn ioas_allow_iovas(
         &mut self,
         ioas: ObjectId,
@@ -55,7 +55,7 @@ impl Objects {
         Ok(IovaRanges { allowed: ioas.space.usable(), alignment: ioas.alignment })
     }
 
-    /// What the IOASes map: each set of pages once.
+    /// The pages mapped by the IOASes: each set of pages once.
     pub fn pages(&self) -> Vec<Arc<Pages>> {
         let mut all = BTreeMap::new();
         for (_, object) in self.table.iter() {
@@ -66,7 +66,7 @@ impl Objects {
         all.into_values().collect()
     }
 
-    /// A device's memory was revoked: what is mapped of it leads nowhere from now on.
+    /// A device's memory was revoked: its mappings lead nowhere from now on.
     pub fn lose_dma_buf(&mut self, buf: &DmaBuf) -> Outcome<()> {
         let ioases = self.table.iter().filter_map(|(id, object)| match object {
             Object::Ioas(ioas) => Some((id, ioas)),
@@ -86,8 +86,8 @@ impl Objects {
         touched.into_iter().try_for_each(|ioas| self.stage2_changed(ioas))
     }
 
-    /// Maps `length` bytes of memory; [`MapRequest::check`] comes before. Without a HWPT the
-    /// memory is not looked at.
+    /// Maps `length` bytes of memory, checked by [`MapRequest::check`]. Without a HWPT the memory
+    /// is not accessed.
     pub fn ioas_map(&mut self, ioas: ObjectId, request: MapRequest) -> Outcome<u64> {
         let MapRequest { target, source, length, protection } = request;
         let object = self.table.ioas(ioas)?;
@@ -104,7 +104,7 @@ impl Objects {
         Ok(iova)
     }
 
-    /// `IOMMU_IOAS_COPY`. Makes one mapping for each that it copies from.
+    /// `IOMMU_IOAS_COPY`. Makes one mapping for each source mapping.
     pub fn ioas_copy(
         &mut self,
         dst: ObjectId,
@@ -139,10 +139,11 @@ impl Objects {
         Ok(self.table.ioas(ioas)?.huge_pages)
     }
 
-    /// `IOMMU_OPTION_HUGE_PAGES`, set. Without huge pages, all is aligned to the host's pages.
+    /// `IOMMU_OPTION_HUGE_PAGES`, set. Without huge pages, everything is aligned to the host's
+    /// pages.
     ///
     /// # Errors
-    /// `EINVAL` HWPTs hold something already; `EADDRINUSE` something mapped is not aligned.
+    /// `EINVAL` HWPTs have mappings already; `EADDRINUSE` a mapping is not aligned.
     pub fn set_huge_pages(&mut self, ioas: ObjectId, allowed: bool) -> Outcome<()> {
         let object = self.table.ioas_mut(ioas)?;
         if object.huge_pages == allowed {
@@ -159,10 +160,10 @@ impl Objects {
         aligned
     }
 
-    /// Finds the alignment that all who use the IOAS need.
+    /// Determines the alignment needed by all users of the IOAS.
     ///
     /// # Errors
-    /// `EADDRINUSE` something mapped has less: the alignment stays.
+    /// `EADDRINUSE` a mapping has less: the alignment is not changed.
     pub(super) fn align(&mut self, ioas: ObjectId) -> Outcome<()> {
         let object = self.table.ioas(ioas)?;
         let mut alignment = if object.huge_pages { 1 } else { PAGE_SIZE };
@@ -179,7 +180,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Maps `pieces` one after the other from `iova` on, where room was found for all.
+    /// Maps `pieces` adjacently from `iova` on, where space was found for all.
     fn insert_pieces(
         &mut self,
         ioas: ObjectId,
@@ -190,7 +191,7 @@ impl Objects {
         let mut start = iova;
         let area = |Piece { pages, offset, length }: Piece| {
             let (first, last) = (start, start + (length - 1));
-            // Past 2^64 only after the last piece: the whole range was found to fit.
+            // Past 2^64 only after the last piece: the whole range was checked to fit.
             start = last.wrapping_add(1);
             allocate("an area")?;
             Ok((first, Area::new(last, pages, offset, protection)))
@@ -218,7 +219,7 @@ fn check_source(source: &Source, length: u64) -> Outcome<()> {
     }
 }
 
-/// The largest number stands for "all" in some verbs and for nothing in the others.
+/// The largest number means "all" in some verbs and is invalid in the others.
 fn check_numbers(target: MapTarget, length: u64) -> Outcome<()> {
     if target == MapTarget::Fixed(u64::MAX) || length == u64::MAX {
         return refuse(Errno::EOVERFLOW, "the IOVA or the length is 2^64-1");

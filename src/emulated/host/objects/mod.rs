@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The objects of one iommufd, the devices and the IOMMUs: the rules, with Linux's errno.
 //!
-//! All of it is under one lock of one iommufd. A rule checks everything first, in the order in
-//! which Linux does, and only then changes anything; a call that fails has changed nothing.
+//! All of it is protected by the iommufd's lock. A rule first checks everything, in Linux's order,
+//! and only then changes anything; a failed call has no effect.
 
 mod access;
 mod accounting;
@@ -49,25 +49,25 @@ use vfio_compat::VfioCompat;
 /// Everything that one lock protects.
 #[derive(Debug)]
 pub(crate) struct Objects {
-    /// What the iommufd was opened on.
+    /// The iommufd's machine.
     machine: Arc<Machine>,
-    /// Who it is there.
+    /// The iommufd's ID there.
     context: ContextId,
-    /// What the user made.
+    /// The user's objects.
     table: Table,
-    /// What the groups of bound devices are attached to; none without attachments.
+    /// The attachments of the groups of bound devices; only groups with attachments.
     groups: BTreeMap<GroupId, Group>,
     account: Arc<PinAccount>,
-    /// On whose account what is mapped from now on is pinned.
+    /// Who is charged for new mappings.
     rlimit_mode: RlimitMode,
     /// The iommufd as a VFIO container.
     vfio: VfioCompat,
-    /// How often the iommufd was closed: object ids from before mean nothing.
+    /// Number of times the iommufd was closed: older object IDs are invalid.
     closed: u64,
     last_attachment: u64,
-    /// What drivers offer the user to map.
+    /// The drivers' mmap offers.
     mmaps: Mmaps,
-    /// How often the user has pages of an object mapped; no count is 0.
+    /// How often the user has mapped pages of an object; no count is 0.
     mapped: BTreeMap<ObjectId, u32>,
 }
 
@@ -121,7 +121,7 @@ impl Objects {
         }
     }
 
-    /// Changes when the iommufd is closed, and with it every object id.
+    /// Changes when the iommufd is closed, which invalidates all object IDs.
     pub fn epoch(&self) -> u64 {
         self.closed
     }

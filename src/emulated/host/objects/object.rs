@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each kind of object has, and holds. What is done with them is in the other files.
+//! The contents of each kind of object, and what it holds. Operations are in the other files.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
@@ -13,7 +13,7 @@ use crate::ioas::{IovaSpace, PAGE_SIZE};
 use crate::units::stage2::Stage2;
 use twostage::iommufd::{HwptFlags, ObjectId, PageRequest};
 
-/// Kinds of objects, by the names Linux's documentation has for them.
+/// Kinds of objects, with the names of Linux's documentation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub enum ObjectKind {
@@ -32,7 +32,7 @@ pub enum ObjectKind {
     /// A slice of a physical IOMMU.
     #[cfg_attr(feature = "serde", serde(rename = "VIOMMU"))]
     Viommu,
-    /// A device as a vIOMMU knows it.
+    /// A device of a vIOMMU.
     #[cfg_attr(feature = "serde", serde(rename = "VDEVICE"))]
     Vdevice,
     /// A user of an IOAS without an IOMMU.
@@ -44,10 +44,10 @@ pub enum ObjectKind {
     /// A queue of events of a vIOMMU.
     #[cfg_attr(feature = "serde", serde(rename = "VEVENTQ"))]
     Veventq,
-    /// A queue that a vIOMMU's hardware reads by itself.
+    /// A queue that a vIOMMU's hardware reads directly.
     #[cfg_attr(feature = "serde", serde(rename = "HW_QUEUE"))]
     HwQueue,
-    /// What keeps a mock device bound.
+    /// Keeps a mock device bound.
     #[cfg_attr(feature = "serde", serde(rename = "SELFTEST"))]
     Selftest,
 }
@@ -109,13 +109,13 @@ impl Object {
 pub(crate) struct Ioas {
     /// What is mapped, reserved and allowed.
     pub space: IovaSpace,
-    /// What the HWPTs hold of it, as DMA finds it; nothing while there is none.
+    /// The HWPTs' mappings, for DMA; empty without HWPTs.
     pub stage2: Arc<Stage2>,
     /// HWPTs of the IOAS, oldest first.
     pub hwpts: Vec<ObjectId>,
     /// Access objects attached to it, oldest first.
     pub accesses: Vec<ObjectId>,
-    /// What IOVAs, lengths and addresses of memory must be multiples of, in bytes.
+    /// Required alignment of IOVAs, lengths and addresses of memory, in bytes.
     pub alignment: u64,
     /// HWPTs may hold pages larger than the host's (`IOMMU_OPTION_HUGE_PAGES`).
     pub huge_pages: bool,
@@ -141,17 +141,17 @@ pub(crate) struct HwptPaging {
     /// The driver's half.
     pub domain: Arc<dyn PagingDomain>,
     pub flags: HwptFlags,
-    /// Made by an attachment to the IOAS; vanishes with its last attachment.
+    /// Created by an attachment to the IOAS; destroyed with its last attachment.
     pub automatic: bool,
     pub fault: Option<ObjectId>,
 }
 
-/// A HWPT_NESTED: tables that the user owns, on top of a HWPT_PAGING. It has no IOAS of its own.
+/// A HWPT_NESTED: user-owned tables on top of a HWPT_PAGING. It has no IOAS.
 #[derive(Debug)]
 pub(crate) struct HwptNested {
     /// The nesting parent.
     pub parent: ObjectId,
-    /// The vIOMMU it was made from, which then holds the parent in its stead.
+    /// The vIOMMU it was created on, which then holds the parent instead.
     pub viommu: Option<ObjectId>,
     /// The driver's half.
     pub domain: Arc<dyn NestedDomain>,
@@ -164,25 +164,25 @@ pub(crate) struct HwptNested {
 pub(crate) struct Device {
     pub part: Arc<Part>,
     pub vdevice: Option<ObjectId>,
-    /// Page requests of groups whose last one is still to come, oldest first.
+    /// Page requests of incomplete groups, oldest first.
     pub page_requests: Vec<PageRequest>,
 }
 
-/// A slice of one physical IOMMU. It is bound to the IOMMU, not to the device that named it.
+/// A slice of one physical IOMMU. It is bound to the IOMMU, not to the device named at creation.
 #[derive(Debug)]
 pub(crate) struct Viommu {
-    /// Its type, by the uAPI's number.
+    /// Its type, as the uAPI's number.
     pub kind: u32,
     pub unit: UnitId,
     /// The nesting parent.
     pub parent: ObjectId,
     /// The driver's half.
     pub driver: Arc<dyn ViommuDriver>,
-    /// Where the driver reports what happens to it.
+    /// Where the driver reports events.
     pub events: Arc<ViommuEvents>,
 }
 
-/// A device as a vIOMMU knows it.
+/// A device of a vIOMMU.
 #[derive(Debug)]
 pub(crate) struct Vdevice {
     pub viommu: ObjectId,
@@ -190,33 +190,33 @@ pub(crate) struct Vdevice {
     pub virt_id: u64,
 }
 
-/// Who uses pages that an [`Access`](crate::Access) pinned.
+/// The user of pages pinned by an [`Access`](crate::Access).
 pub trait AccessUnmap: Debug + Send + Sync {
-    /// The user unmaps `length` bytes at `iova`, or all (`0`, `u64::MAX`) when the access object
-    /// leaves its IOAS. By the return everything pinned there is no longer used, and unpinned
+    /// The user unmaps `length` bytes at `iova`, or everything (`0`, `u64::MAX`) when the access
+    /// object is detached. When this returns, nothing pinned there is in use, and it is unpinned
     /// ([`Access::unpin_pages`](crate::Access::unpin_pages)).
     ///
-    /// Called with no lock of the host held, by the thread that unmaps, which waits; by several at
-    /// once, if several unmap. It must not unmap anything itself, nor attach, replace or detach the
-    /// access object. A call may outlast the access object, for which there is then nothing to do.
+    /// Called with no lock of the host held, by the unmapping thread, which waits; concurrently, if
+    /// several threads unmap. It must not unmap anything itself, nor attach, replace or detach the
+    /// access object. A call may outlast the access object, in which case there is nothing to do.
     fn unmap(&self, iova: u64, length: u64);
 }
 
 /// An access object.
 #[derive(Debug)]
 pub(crate) struct Access {
-    /// Who is told to let go of pages; none for one that pins none.
+    /// Is told to unpin pages; none for one that never pins.
     pub listener: Option<Arc<dyn AccessUnmap>>,
-    /// The IOAS that it may pin pages of; none while it moves.
+    /// The IOAS whose pages it may pin; none while it is being moved.
     pub ioas: Option<ObjectId>,
-    /// The IOAS that it has pages pinned of.
+    /// The IOAS whose pages it has pinned.
     pub pinned_in: Option<ObjectId>,
-    /// First and last IOVA of what is pinned, and how often.
+    /// First and last IOVA of pinned ranges, and how often.
     pub pins: BTreeMap<(u64, u64), u32>,
 }
 
 impl Access {
-    /// What it needs IOVAs, lengths and addresses of memory to be multiples of, in bytes.
+    /// Its required alignment of IOVAs, lengths and addresses of memory, in bytes.
     pub fn alignment(&self) -> u64 {
         if self.listener.is_some() {
             PAGE_SIZE
@@ -238,7 +238,7 @@ pub(crate) struct Fault {
 #[derive(Debug)]
 pub(crate) struct Veventq {
     pub viommu: ObjectId,
-    /// Its type, by the uAPI's number.
+    /// Its type, as the uAPI's number.
     pub kind: u32,
     /// Its descriptor is open, and counts as a user.
     pub open: bool,
@@ -248,15 +248,15 @@ pub(crate) struct Veventq {
 #[derive(Debug)]
 pub(crate) struct HwQueue {
     pub viommu: ObjectId,
-    /// The queue that this one needs.
+    /// The queue that this one depends on.
     pub needs: Option<ObjectId>,
-    /// Whose mappings are pinned.
+    /// The IOAS of the pinned mappings.
     pub ioas: ObjectId,
     /// Whole pages.
     pub pages: RangeInclusive<u64>,
 }
 
-/// What keeps a mock device bound. Its device, and all that is attached there, ends with it.
+/// Keeps a mock device bound. Its device, with its attachments, ends with it.
 #[derive(Debug)]
 pub(crate) struct Selftest {
     pub dev: ObjectId,

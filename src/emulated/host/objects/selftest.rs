@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mock devices as objects: each is behind an object that stands for the program that has it.
+//! Mock devices as objects: each belongs to an object that represents the program that has it.
 
 use std::ops::RangeInclusive;
 
@@ -10,7 +10,7 @@ use crate::host::device::Slot;
 use crate::host::refusal::Outcome;
 use twostage::iommufd::ObjectId;
 
-/// What a new mock device got.
+/// The IDs of a new mock device.
 #[derive(Debug)]
 pub(crate) struct MockDeviceIds {
     pub selftest: ObjectId,
@@ -19,10 +19,11 @@ pub(crate) struct MockDeviceIds {
 }
 
 impl Objects {
-    /// Binds the mock device `name`, and attaches it to `pt`. Takes the device out of the machine
-    /// when that fails.
+    /// Binds the mock device `name`, and attaches it to `pt`. Removes the device from the machine
+    /// if that fails.
     pub fn add_mock_device(&mut self, name: &str, pt: ObjectId) -> Outcome<MockDeviceIds> {
-        // Linux makes the objects in this order, and so the ids. Nobody sees them before the end.
+        // Linux creates the objects in this order, which determines the IDs. They are not visible
+        // before the end.
         let selftest = Selftest { dev: ObjectId(0), name: name.to_owned() };
         let inserted = self.table.insert(Object::Selftest(selftest));
         let selftest = inserted.inspect_err(|_| self.remove_mock_device(name))?;
@@ -41,7 +42,7 @@ impl Objects {
         }
     }
 
-    /// Gives `slot` of the mock device behind `selftest` the page table `pt`.
+    /// Attaches `slot` of the mock device of `selftest` to the page table `pt`.
     pub fn change_mock(
         &mut self,
         selftest: ObjectId,
@@ -53,24 +54,24 @@ impl Objects {
         self.device_change(dev, slot, pt, change)
     }
 
-    /// Reserves IOVAs of `ioas` for as long as it lives.
+    /// Reserves IOVAs of `ioas` for its lifetime.
     ///
     /// # Errors
-    /// `ENOENT` there is no such IOAS; `EADDRINUSE` something is mapped there, or asked for.
+    /// `ENOENT` there is no such IOAS; `EADDRINUSE` something is mapped or allowed there.
     pub fn reserve_iovas(&mut self, ioas: ObjectId, range: RangeInclusive<u64>) -> Outcome<()> {
         let space = &mut self.table.ioas_mut(ioas)?.space;
         let range = [range];
         space.check_reservable(&range)?;
-        // For nobody else, so nothing takes it back.
+        // Owned by itself, so nothing removes the reservation.
         space.reserve(ioas, &range);
         Ok(())
     }
 
-    /// Ends the device behind `selftest`, if there is one still.
+    /// Ends the device of `selftest`, if it still exists.
     pub(super) fn end_mock_device(&mut self, selftest: ObjectId) -> Outcome<()> {
         let Selftest { dev, ref name } = *self.table.selftest(selftest)?;
         let name = name.clone();
-        // All devices are unbound before any other object ends when the iommufd is closed.
+        // When the iommufd is closed, all devices are unbound before other objects are destroyed.
         if self.table.device(dev).is_ok() {
             self.device_unbind(dev)?;
         }
@@ -79,7 +80,7 @@ impl Objects {
     }
 
     fn remove_mock_device(&self, name: &str) {
-        // Fails for one that is gone.
+        // Fails if it is already removed.
         let _ = self.machine.remove_device(name);
     }
 }

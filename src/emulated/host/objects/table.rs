@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The objects of one iommufd by id, and how many users each has.
+//! The objects of one iommufd by ID, with user counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,31 +10,31 @@ use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
-/// The highest id Linux gives out.
+/// Linux's highest ID.
 const MAX_ID: u32 = i32::MAX as u32;
 
 #[derive(Debug)]
 struct Entry {
     object: Object,
-    /// Objects that lead here, once for each way they do.
+    /// Number of references to it.
     users: u32,
 }
 
-/// All objects. One that has users is never removed, so an id held by an object stays valid.
+/// All objects. One with users is never removed, so an ID held by an object stays valid.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     entries: BTreeMap<ObjectId, Entry>,
-    /// Ids below the highest that are free.
+    /// Free IDs below the highest.
     free: BTreeSet<u32>,
-    /// The highest id ever given out.
+    /// The highest ID ever assigned.
     highest: u32,
 }
 
 impl Table {
-    /// Adds an object that nothing uses, under the lowest free id.
+    /// Adds an unused object, with the lowest free ID.
     ///
     /// # Errors
-    /// `ENOMEM` every id is taken, or there is no memory.
+    /// `ENOMEM` no ID or no memory is left.
     pub fn insert(&mut self, object: Object) -> Outcome<ObjectId> {
         allocate("an object")?;
         let id = self.next_id()?;
@@ -44,10 +44,10 @@ impl Table {
         Ok(id)
     }
 
-    /// The id that the next object gets.
+    /// The ID of the next object.
     ///
     /// # Errors
-    /// `ENOMEM` every id is taken.
+    /// `ENOMEM` no ID is left.
     pub fn next_id(&self) -> Outcome<ObjectId> {
         match self.free.first() {
             Some(id) => Ok(ObjectId(*id)),
@@ -56,15 +56,15 @@ impl Table {
         }
     }
 
-    /// Removes an object. Its id is free again.
+    /// Removes an object. Its ID is free again.
     pub fn remove(&mut self, id: ObjectId) -> Option<Object> {
         let entry = self.entries.remove(&id)?;
         self.free.insert(id.0);
         Some(entry.object)
     }
 
-    /// Removes an object whose user has not been told. Its id stays taken, so that the user cannot
-    /// hit another object with it.
+    /// Removes an object without its user's knowledge. Its ID stays reserved, so that the user
+    /// cannot reach another object with it.
     pub fn remove_leaving_tombstone(&mut self, id: ObjectId) -> Option<Object> {
         self.entries.remove(&id).map(|entry| entry.object)
     }
@@ -79,19 +79,19 @@ impl Table {
         self.entries.get_mut(&id).map(|entry| &mut entry.object)
     }
 
-    /// How many users `id` has.
+    /// Number of users of `id`.
     pub fn users(&self, id: ObjectId) -> u32 {
         self.entries.get(&id).map_or(0, |entry| entry.users)
     }
 
-    /// Counts one user more.
+    /// Adds a user.
     pub fn hold(&mut self, id: ObjectId) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.users += 1;
         }
     }
 
-    /// Counts one user less, after [`Self::hold`].
+    /// Removes a user, after [`Self::hold`].
     pub fn release(&mut self, id: ObjectId) {
         if let Some(entry) = self.entries.get_mut(&id) {
             debug_assert!(entry.users > 0, "{id:?} is released more often than held");

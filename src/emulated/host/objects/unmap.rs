@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Unmapping: whole areas, in ascending order, up to one that would be cut.
+//! Unmapping: whole areas in ascending order, up to one that would be split.
 
 use std::ops::RangeInclusive;
 
@@ -8,13 +8,13 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::{range_of, Taken};
 use twostage::iommufd::{Errno, ObjectId};
 
-/// An unmap on its way. It may have to stop and wait for access objects to let go of pages.
+/// An unmap in progress. It may have to stop and wait for access objects to unpin pages.
 #[derive(Debug)]
 pub(crate) struct Unmap {
-    /// Where.
+    /// The IOAS.
     pub ioas: ObjectId,
     range: RangeInclusive<u64>,
-    /// How much was unmapped so far, in bytes.
+    /// Number of bytes unmapped so far.
     pub bytes: u64,
 }
 
@@ -23,7 +23,7 @@ pub(crate) struct Unmap {
 pub(crate) enum Stop {
     /// All is unmapped.
     Done,
-    /// An access object has pages pinned of the area with this first IOVA and length in bytes.
+    /// An access object has pinned pages of the area with this first IOVA and length in bytes.
     Pinned(u64, u64),
 }
 
@@ -31,12 +31,12 @@ impl Unmap {
     /// The arguments of `IOMMU_IOAS_UNMAP`.
     ///
     /// # Errors
-    /// `EOVERFLOW` the largest number, or past the end of the address space; `EINVAL` no byte.
+    /// `EOVERFLOW` the largest number, or past the end of the address space; `EINVAL` empty.
     pub fn of_ioctl(ioas: ObjectId, iova: u64, length: u64) -> Outcome<Self> {
         if (iova, length) == (0, u64::MAX) {
             return Ok(Self::all(ioas));
         }
-        // The largest number stands for "all" in some verbs and for nothing in the others.
+        // The largest number means "all" in some verbs and is invalid in the others.
         if iova == u64::MAX || length == u64::MAX {
             return refuse(Errno::EOVERFLOW, "the IOVA or the length is 2^64-1");
         }
@@ -64,18 +64,18 @@ impl Unmap {
 }
 
 impl Objects {
-    /// Goes on with an unmap until it has to stop.
+    /// Continues an unmap until it has to stop.
     ///
     /// # Errors
-    /// `ENOENT` there is no such IOAS, or an area would be cut; `EBUSY` an area is locked. Whole
-    /// areas below it are unmapped all the same, as Linux does it.
+    /// `ENOENT` there is no such IOAS, or an area would be split; `EBUSY` an area is locked. Whole
+    /// areas below it are unmapped nevertheless, as in Linux.
     pub fn unmap(&mut self, unmap: &mut Unmap) -> Outcome<Stop> {
         let space = &mut self.table.ioas_mut(unmap.ioas)?.space;
         let mut areas = Vec::new();
         let stop = loop {
             match space.take_next(&unmap.range) {
                 Ok(Taken::Area(start, area)) => {
-                    // Only all of the address space does not fit, which no IOAS maps.
+                    // Only the whole address space does not fit, which no IOAS maps.
                     unmap.bytes = unmap.bytes.saturating_add(area.length(start));
                     areas.push((start, area));
                 }
@@ -85,7 +85,7 @@ impl Objects {
             }
         };
         if let Ok(Stop::Pinned(start, _)) = stop {
-            // What another thread maps below before the unmap goes on is none of its business.
+            // What another thread maps below before the unmap continues is not affected.
             unmap.range = start..=*unmap.range.end();
         }
         self.drop_areas(unmap.ioas, &areas)?;

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The IOAS that VFIO's own ioctls work on, which name none.
+//! The IOAS that VFIO's ioctls implicitly work on.
 
 use super::Objects;
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
 use twostage::iommufd::{Errno, ObjectId};
 
-/// What an iommufd knows as a VFIO container.
+/// The iommufd's state as a VFIO container.
 #[derive(Debug, Default)]
 pub(crate) struct VfioCompat {
     /// The IOAS of VFIO's ioctls.
     pub ioas: Option<ObjectId>,
-    /// A device without an IOMMU was put in.
+    /// A device without an IOMMU was added.
     pub no_iommu: bool,
 }
 
@@ -36,7 +36,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Makes an IOAS for VFIO's ioctls unless they have one: a group was put into the container.
+    /// Creates an IOAS for VFIO's ioctls unless they have one: a group was added to the container.
     ///
     /// # Errors
     /// `EINVAL` it has a device without an IOMMU.
@@ -50,7 +50,7 @@ impl Objects {
         Ok(())
     }
 
-    /// A device without an IOMMU was put into the container.
+    /// A device without an IOMMU was added to the container.
     ///
     /// # Errors
     /// `EINVAL` VFIO's ioctls have an IOAS.
@@ -62,12 +62,12 @@ impl Objects {
         Ok(())
     }
 
-    /// Whether a device without an IOMMU was put into the container.
+    /// Whether a device without an IOMMU was added to the container.
     pub fn vfio_no_iommu(&self) -> bool {
         self.vfio.no_iommu
     }
 
-    /// Whether every HWPT of the IOAS makes DMA coherent with caches, whatever a device asks for.
+    /// Whether every HWPT of the IOAS makes DMA coherent with caches, whatever a device requests.
     pub fn enforces_coherency(&self, ioas: ObjectId) -> Outcome<bool> {
         let enforces = |hwpt: &ObjectId| {
             self.table.hwpt_paging(*hwpt).is_ok_and(|hwpt| hwpt.domain.enforces_coherency())
@@ -75,7 +75,7 @@ impl Objects {
         Ok(self.table.ioas(ioas)?.hwpts.iter().all(enforces))
     }
 
-    /// The sizes of pages that VFIO names for the IOAS: a bit for each.
+    /// The page sizes that VFIO reports for the IOAS: a bit for each.
     pub fn vfio_page_sizes(&self, ioas: ObjectId) -> Outcome<u64> {
         let ioas = self.table.ioas(ioas)?;
         let mut sizes = u64::MAX;
@@ -83,18 +83,17 @@ impl Objects {
             sizes &= self.table.hwpt_paging(*hwpt)?.domain.page_sizes();
         }
         if sizes & (PAGE_SIZE - 1) != 0 {
-            // What can hold smaller pages can hold the host's.
+            // What supports smaller pages supports the host's.
             sizes = sizes & !(PAGE_SIZE - 1) | PAGE_SIZE;
         }
         Ok(sizes.max(ioas.alignment))
     }
 
-    /// Splits the area that `last` lies in after it, so that a part can be unmapped. Nothing
-    /// happens where nothing is mapped, nor at the last IOVA of an area.
+    /// Splits the area that contains `last` after it, so that a part can be unmapped. Does nothing
+    /// if nothing is mapped there, or at the last IOVA of an area.
     ///
     /// # Errors
-    /// As [`crate::ioas::IovaSpace::split`]; `EINVAL` also when a HWPT may hold a huge
-    /// page there.
+    /// As [`crate::ioas::IovaSpace::split`]; also `EINVAL` if a HWPT may have a huge page there.
     pub fn cut(&mut self, ioas: ObjectId, last: u64) -> Outcome<()> {
         let object = self.table.ioas_mut(ioas)?;
         let huge_pages = object.huge_pages && !object.hwpts.is_empty();
@@ -104,7 +103,7 @@ impl Objects {
         Ok(())
     }
 
-    /// The IOAS `id` is gone.
+    /// The IOAS `id` was destroyed.
     pub(super) fn forget_vfio_ioas(&mut self, id: ObjectId) {
         self.vfio.ioas = self.vfio.ioas.filter(|ioas| *ioas != id);
     }

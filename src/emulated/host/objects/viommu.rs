@@ -11,7 +11,7 @@ use crate::host::mmaps::Mmap;
 use crate::host::refusal::{refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
-/// The type of vIOMMU that none is of (`IOMMU_VIOMMU_TYPE_DEFAULT`).
+/// The default type of vIOMMU, which is invalid (`IOMMU_VIOMMU_TYPE_DEFAULT`).
 const DEFAULT: u32 = iommufd_bindings::iommu_viommu_type_IOMMU_VIOMMU_TYPE_DEFAULT;
 
 impl Objects {
@@ -97,7 +97,7 @@ impl Objects {
         Ok(vdevice)
     }
 
-    /// Ends a vDEVICE because its device is gone.
+    /// Ends a vDEVICE because its device was unbound.
     pub(super) fn end_vdevice(&mut self, id: ObjectId) -> Outcome<()> {
         self.forget_vdevice(id)?;
         self.release_all(self.holds(id));
@@ -105,7 +105,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Has the driver and the device forget a vDEVICE.
+    /// Removes a vDEVICE from the driver and the device.
     pub(super) fn forget_vdevice(&mut self, id: ObjectId) -> Outcome<()> {
         let &Vdevice { viommu, dev, virt_id } = self.table.vdevice(id)?;
         self.table.viommu(viommu)?.driver.vdevice_destroy(virt_id);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Access objects behind descriptors.
+//! Access objects with descriptors.
 
 use super::*;
 
@@ -11,7 +11,8 @@ fn create(program: &Program, ioas: u32, flags: u32) -> Result<u32, Errno> {
     program.test(op::CREATE_ACCESS, ioas, &[0, flags]).map(|body| body[0])
 }
 
-/// Pins `length` bytes at `iova`, which are to be the memory at `uptr`; the number of the pin.
+/// Pins `length` bytes at `iova`, which must be the memory at `uptr`; returns the number of the
+/// pin.
 fn pin(program: &Program, fd: u32, iova: u64, length: u64, uptr: u64) -> Result<u32, Errno> {
     let body = [vec![0, 0], words(&[iova, length, uptr])].concat();
     program.test(op::ACCESS_PAGES, fd, &body).map(|body| body[1])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Nested tables, vIOMMUs, and the caches of both.
+//! Nested tables, vIOMMUs, and their caches.
 
 use super::*;
 

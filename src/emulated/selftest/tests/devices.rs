@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mock devices: how they come, where they are attached, how they end.
+//! Mock devices: creation, attachment, end.
 
 use super::*;
 use twostage::iommufd::HwInfoData;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that is exported and taken back.
+//! Exported and revoked memory.
 
 use super::*;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page requests, and what belongs to a vIOMMU: events, queues, pages.
+//! Page requests, and a vIOMMU's events, queues and pages.
 
 use super::*;
 use crate::MmapRequest;
@@ -24,7 +24,7 @@ fn page_requests_reach_the_queue_of_the_hwpt_that_serves() {
     let fault = HwptFlags::new().with_fault_id_valid(true).into_bits();
     let nested = program.hwpt_of(mock.idev, parent, fault, queue.object().0, &[7]).unwrap();
     program.test(op::MOCK_DOMAIN_REPLACE, mock.stdev, &[nested]).unwrap();
-    // The user's tables say where its PASIDs go.
+    // The user's tables determine where its PASIDs go.
     for pasid in [0, 9] {
         ask(pasid).unwrap();
         let group = queue.next_group().unwrap().unwrap();

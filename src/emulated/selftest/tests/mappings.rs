@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is mapped, and what is pinned.
+//! Mappings and pins.
 
 use super::*;
 use twostage::iommufd::DirtyRange;
@@ -98,7 +98,7 @@ fn a_leaf_gets_dirty_as_a_whole() {
     let mock = program.mock(ioas, 0).unwrap();
     let dirty = HwptFlags::new().with_dirty_tracking(true);
     let hwpt = program.hwpt(mock.idev, ioas, dirty).unwrap();
-    // The memory is aligned to pages at least: both addresses to 4 KiB, and no more.
+    // The memory is at least page-aligned: align both addresses to exactly 4 KiB.
     let skew = program.at(0) % 0x2000;
     program.map(ioas, START + skew + 0x1000, 0, 0x1000);
     let mark = |iova, bit: u32| {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The operations as a program uses them.
+//! The operations as used by a program.
 
 mod access;
 mod caches;
@@ -75,14 +75,14 @@ struct Program {
     region: Arc<GuestRegionMmap>,
 }
 
-/// What `MOCK_DOMAIN` gives.
+/// The results of `MOCK_DOMAIN`.
 struct Mock {
     stdev: u32,
     hwpt: u32,
     idev: u32,
 }
 
-/// 64-bit fields as a body has them.
+/// 64-bit fields as words of a body.
 fn words(values: &[u64]) -> Vec<u32> {
     values.iter().flat_map(|value| [*value as u32, (*value >> 32) as u32]).collect()
 }
@@ -116,7 +116,8 @@ impl Program {
         self.at(offset)
     }
 
-    /// An ioctl on a structure of 32-bit words, the first of which is its size; what it is after.
+    /// An ioctl on a structure of 32-bit words, the first of which is its size; returns the
+    /// structure.
     fn ioctl(&self, request: u32, words: &[u32]) -> Answer {
         let size = 4 * words.len() as u32;
         let words = [size].into_iter().chain(words.iter().skip(1).copied());
@@ -126,7 +127,7 @@ impl Program {
         Ok(words.iter().map(|word| u32::from_ne_bytes(*word)).collect())
     }
 
-    /// A test operation with `body` as its part; that part as it is after.
+    /// A test operation with `body` as its part; returns that part.
     fn test(&self, operation: u32, id: u32, body: &[u32]) -> Answer {
         let mut words = vec![0, operation, id, 0];
         words.extend(body);
@@ -149,12 +150,12 @@ impl Program {
         id.map(|id| id.0).map_err(|error| error.errno)
     }
 
-    /// A HWPT with the driver's own data.
+    /// A HWPT with driver-specific data.
     fn hwpt_with(&self, dev: u32, pt: u32, flags: u32, data: &[u32]) -> Result<u32, Errno> {
         self.hwpt_of(dev, pt, flags, 0, data)
     }
 
-    /// A HWPT with the driver's own data, and a fault queue if the flags say so.
+    /// A HWPT with driver-specific data, and a fault queue if the flags say so.
     fn hwpt_of(
         &self,
         dev: u32,
@@ -170,7 +171,8 @@ impl Program {
         Ok(self.ioctl(HWPT_ALLOC, &words)?[4])
     }
 
-    /// `HWPT_INVALIDATE` with entries of `width` words; how many were done, and the error.
+    /// `HWPT_INVALIDATE` with entries of `width` words; returns the number completed, and the
+    /// error.
     fn invalidate(&self, hwpt: u32, width: usize, entries: &[u32]) -> (u32, Result<(), Errno>) {
         let address = self.put(0x7000, entries);
         let (low, high) = (address as u32, (address >> 32) as u32);

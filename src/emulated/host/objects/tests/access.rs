@@ -14,7 +14,7 @@ use crate::{
 use twostage::iommufd::{Errno, HostIommu, MapTarget, ObjectId, Protection, UserMemory};
 use twostage::spec::pci::Bdf;
 
-/// A mediated device: it pins what its driver tells it to, and lets go when asked.
+/// A mediated device: pins on behalf of its driver, and unpins on request.
 #[derive(Debug, Default)]
 struct Mediated {
     access: OnceLock<Access>,

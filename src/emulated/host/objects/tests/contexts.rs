@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Several iommufds on one IOMMU at once: none waits for another for good, and each device reaches
-//! the memory of its own.
+//! Several iommufds on one IOMMU concurrently: none blocks another forever, and each device
+//! accesses its own memory.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use twostage::spec::pci::Bdf;
 const IOVA: u64 = 0x10000;
 const ROUNDS: u64 = 100;
 
-/// Attaches, detaches, replaces and unmaps, over and over, what leads to memory that holds `mark`.
+/// Repeatedly attaches, detaches, replaces and unmaps, with memory that contains `mark`.
 fn churn(host: &EmulatedHost, name: &str, mark: u64) {
     let dev = host.device_bind(name).unwrap();
     let memory = memory(0x1000);
@@ -35,7 +35,7 @@ fn churn(host: &EmulatedHost, name: &str, mark: u64) {
     host.device_unbind(dev).unwrap();
 }
 
-/// Reads until told to stop; all that is ever found is `mark`.
+/// Reads until told to stop; only `mark` may be found.
 fn look(mut port: DmaPort, mark: u64, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let mut bytes = [0; 8];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Dirty tracking: what DMA writes is found, once and exactly.
+//! Dirty tracking: DMA writes are reported, once and exactly.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use twostage::spec::pci::Bdf;
 const DIRTY: HwptFlags = HwptFlags::new().with_dirty_tracking(true);
 const RW: Protection = Protection::READ_WRITE;
 const PAGE: u64 = 0x1000;
-/// Where the memory is mapped, and how much of it.
+/// Where the memory is mapped, and its size.
 const BASE: u64 = 0x4000_0000;
 const PAGES: u64 = 0x600;
 const NONE: [u64; 0] = [];
@@ -54,7 +54,7 @@ impl Rig {
         self.host.hwpt_set_dirty_tracking(self.hwpt, enable).unwrap();
     }
 
-    /// Numbers of the pages from `BASE` on that are dirty.
+    /// The dirty pages, numbered from `BASE`.
     fn dirty(&self, clear: bool) -> Vec<u64> {
         bits(&self.host, self.hwpt, &ALL, clear)
     }
@@ -153,7 +153,7 @@ fn what_is_refused() {
         assert_eq!(get(id, 0, PAGE, PAGE).errno(), Errno::ENOENT);
     }
     assert_eq!(bench.host.hwpt_set_dirty_tracking(plain, true).errno(), Errno::EOPNOTSUPP);
-    // Each row repairs what the one before it broke.
+    // Each row fixes what the one before it broke.
     for (hwpt, iova, length, page_size, errno) in [
         (plain, u64::MAX, 2, 0, Errno::EOVERFLOW),
         (plain, 0, 0, 0, Errno::EINVAL),
@@ -212,7 +212,7 @@ proptest! {
         ),
     ) {
         let mut rig = rig(PLAIN);
-        // The same memory, in areas that a range may cross.
+        // The same memory, in areas that a range may span.
         rig.host.ioas_unmap(rig.ioas, BASE, PAGES * PAGE).unwrap();
         let mut at = 0;
         for length in pieces.into_iter().chain([PAGES]) {

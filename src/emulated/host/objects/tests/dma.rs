@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The objects over the emulated hardware: what the verbs mean for DMA.
+//! The objects on the emulated hardware: the effect of verbs on DMA.
 
 use std::sync::Arc;
 use twostage::sync::Mutex;
@@ -49,7 +49,7 @@ impl Rig {
         self.memory.region().write_obj(value, MemoryRegionAddress(offset)).unwrap();
     }
 
-    /// What a DMA read of 8 bytes finds.
+    /// The result of a DMA read of 8 bytes.
     fn read(&mut self, attributes: DmaAttributes, iova: u64) -> Option<u64> {
         let mut bytes = [0; 8];
         let outcome = self.port.read(attributes, iova, &mut bytes);
@@ -95,7 +95,7 @@ fn read_only_memory_is_not_written() {
 #[test]
 fn a_nested_hwpt_walks_the_users_tables_and_keeps_them_cached() {
     let mut rig = rig();
-    // 4-level tables in the device's own view of memory: IOVA 0 leads to `leaf`.
+    // 4-level tables in the device's view of memory: IOVA 0 maps to `leaf`.
     for (level, table) in [0u64, 0x1000, 0x2000].into_iter().enumerate() {
         rig.poke(table, (0x11000 + 0x1000 * level as u64) | 7);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Each allocation of each verb fails in turn: the verb answers `ENOMEM` and has changed nothing,
-//! neither of the objects nor of the hardware; then it succeeds.
+//! Each allocation of each verb fails in turn: the verb returns `ENOMEM` and has no effect, neither
+//! on the objects nor on the hardware; then it succeeds.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use twostage::iommufd::{
 const PAGE: u64 = 0x1000;
 const RW: Protection = Protection::READ_WRITE;
 
-/// Pins, and is never asked to let go.
+/// For pinning; never called.
 #[derive(Debug)]
 struct Listener;
 
@@ -26,7 +26,7 @@ impl AccessUnmap for Listener {
     fn unmap(&self, _: u64, _: u64) {}
 }
 
-/// What the verbs are called on.
+/// The objects for the verbs.
 struct Scene {
     bench: Bench,
     /// Attached to `parent`.
@@ -61,18 +61,18 @@ impl Scene {
         let host = &bench.host;
         let viommu = host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent).unwrap();
         let nested = bench.nested(dev, viommu, PASID, 0x1000).unwrap();
-        // Closed: nobody but a HWPT holds it.
+        // Closed: only a HWPT holds it.
         let fault = host.fault_queue_alloc().unwrap().object();
         let access = host.access_create(Some(Arc::new(Listener))).unwrap();
         access.attach(ioas).unwrap();
-        // A few ids are free, so that one that is given back leaves no trace in the table.
+        // A few IDs are free, so that returning one leaves no trace in the table.
         let ids: Vec<_> = (0..4).map(|_| bench.ioas()).collect();
         ids.iter().for_each(|id| bench.host.destroy(*id).unwrap());
         bench.fake.told();
         Self { bench, dev, idle, ioas, bare, parent, nested, viommu, fault, access }
     }
 
-    /// All that a verb could have changed.
+    /// Everything that a verb could have changed.
     fn state(&self) -> String {
         let mut objects = self.bench.host.objects();
         let Objects { groups, vfio, mapped, mmaps, .. } = &*objects;
@@ -81,7 +81,7 @@ impl Scene {
             let users = objects.table.users(id);
             write!(state, "{id} {} {users} {:?} ", object.kind(), objects.holds(id)).unwrap();
             match object {
-                // With what its HWPTs hold of it.
+                // With the contents of its HWPTs.
                 Object::Ioas(ioas) => writeln!(state, "{ioas:?}"),
                 Object::Access(access) => writeln!(state, "{access:?}"),
                 Object::Viommu(viommu) => writeln!(state, "{:?}", viommu.events),
@@ -91,7 +91,7 @@ impl Scene {
             .unwrap();
         }
         writeln!(state, "{:?} {}", objects.table.next_id(), objects.pinned_bytes()).unwrap();
-        // A device that is not bound can be, and by somebody else.
+        // Whether unbound devices can be bound, also by another iommufd.
         let free = objects.device_bind("far").and_then(|dev| objects.device_unbind(dev));
         writeln!(state, "{free:?}").unwrap();
         drop(objects);
@@ -116,7 +116,7 @@ impl Scene {
     }
 }
 
-/// What fails of a call that is no verb of the trait.
+/// The errno of a call that is not a verb of the trait.
 fn errno_of<T>(outcome: std::result::Result<T, AccessError>) -> Result<()> {
     let error = |error: AccessError| HostError::new(Verb::IoasMap, None, error.errno, "");
     outcome.map(drop).map_err(error)
@@ -124,7 +124,7 @@ fn errno_of<T>(outcome: std::result::Result<T, AccessError>) -> Result<()> {
 
 type Call = fn(&Scene) -> Result<()>;
 
-/// Every verb, in the ways in which it does different things, and what may fail in it.
+/// Every verb, in all variants, with its number of allocations.
 const CALLS: [(&str, u64, Call); 36] = [
     ("bind", 1, |s| s.bench.host.device_bind("far").map(drop)),
     ("get hw info", 0, |s| s.bench.host.get_hw_info(s.dev).map(drop)),
@@ -136,7 +136,7 @@ const CALLS: [(&str, u64, Call); 36] = [
     ("map", 2, |s| s.map(s.bare, MapTarget::Fixed(0x10000))),
     ("map and pin", 4, |s| s.map(s.ioas, MapTarget::Fixed(0x10000))),
     ("map anywhere", 4, |s| s.map(s.ioas, MapTarget::Anywhere)),
-    // An area of each, pinned once; what is pinned already needs nothing.
+    // One area each, pinned once; what is already pinned needs nothing.
     ("copy", 6, |s| {
         let target = MapTarget::Fixed(0x10000);
         s.bench.host.ioas_copy(s.ioas, target, s.bare, PAGE, 2 * PAGE, RW).map(drop)
@@ -146,7 +146,7 @@ const CALLS: [(&str, u64, Call); 36] = [
         s.bench.host.ioas_copy(s.ioas, target, s.ioas, PAGE, 2 * PAGE, RW).map(drop)
     }),
     ("unmap", 0, |s| s.bench.host.ioas_unmap(s.ioas, 0, u64::MAX).map(drop)),
-    // The first HWPT has all pinned, others share it.
+    // The first HWPT pins everything, others share it.
     ("alloc first HWPT", 7, |s| s.hwpt(s.bare, PLAIN, None)),
     ("alloc next HWPT", 5, |s| s.hwpt(s.ioas, PARENT, None)),
     ("alloc nested HWPT", 2, |s| s.hwpt(s.parent, PASID, None)),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Each call of a scenario fails in turn: what was made before can be taken apart, and nothing is
+//! Each call of a scenario fails in turn: what was created before can be removed, and nothing is
 //! left.
 
 use super::fake::{memory, s1, Bench, PARENT, PASID};
@@ -9,7 +9,7 @@ use twostage::iommufd::{
     Protection, Result, ViommuKind,
 };
 
-/// What was made, so that it can be taken apart again in the opposite order.
+/// What was created, to be removed in reverse order.
 #[derive(Default)]
 struct Made {
     objects: Vec<ObjectId>,

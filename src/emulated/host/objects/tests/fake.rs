@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Hardware that only writes down what it is told, and a host around it.
+//! Hardware that only records calls, and a host around it.
 
 use std::sync::{Arc, Weak};
 use twostage::sync::Mutex;
@@ -19,10 +19,10 @@ use twostage::iommufd::{
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::regs::{Cap, Ecap};
 
-/// What the hardware was told.
+/// The recorded calls.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Told {
-    /// The top table of the user, if there is one.
+    /// The user's top table, if there is one.
     Install(u16, Option<u32>, Option<u64>),
     Remove(u16, Option<u32>),
     Invalidate(CacheTag, CacheRange),
@@ -35,7 +35,7 @@ pub enum Told {
 pub struct Fake {
     pub info: iommu_hw_info_vtd,
     pub pasid_bits: u8,
-    /// Its driver has vIOMMUs of one type and page requests, as no driver of VT-d has.
+    /// Its driver has vIOMMUs of one type and page requests, unlike that of VT-d.
     pub viommus: bool,
     pub extensions: Extensions,
     told: Mutex<Vec<Told>>,
@@ -43,7 +43,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// An IOMMU in scalable mode that can do all Linux asks for, 48 bits wide.
+    /// An IOMMU in scalable mode with all features that Linux uses, 48 bits wide.
     pub fn able() -> Self {
         let ecap = Ecap::new().with_smts(true).with_fsts(true).with_ssts(true).with_nest(true);
         let ecap = ecap.with_ssads(true).with_smpwcs(true);
@@ -71,12 +71,12 @@ impl Fake {
         }
     }
 
-    /// What it was told since the last time it was asked.
+    /// The calls since the last time.
     pub fn told(&self) -> Vec<Told> {
         std::mem::take(&mut self.told.lock())
     }
 
-    /// Which addresses were asked for and answered since the last time it was asked, and how.
+    /// The responses to page requests since the last time, with their addresses.
     pub fn answered(&self) -> Vec<(u64, PageResponseCode)> {
         std::mem::take(&mut self.answered.lock())
     }
@@ -155,7 +155,7 @@ pub struct Bench {
 pub const RID_A: u16 = 0x20;
 pub const RID_B: u16 = 0x28;
 
-/// A HwptAlloc on its way.
+/// Abbreviation for flags.
 pub const PLAIN: HwptFlags = HwptFlags::new();
 pub const PARENT: HwptFlags = HwptFlags::new().with_nest_parent(true);
 pub const PASID: HwptFlags = HwptFlags::new().with_pasid(true);
@@ -230,7 +230,7 @@ pub fn s1(pgtbl_addr: u64) -> iommu_hwpt_vtd_s1 {
     iommu_hwpt_vtd_s1 { pgtbl_addr, addr_width: 48, ..Default::default() }
 }
 
-/// Memory that is its own mapping, page-aligned.
+/// Memory with its own mapping, page-aligned.
 pub fn memory(length: u64) -> UserMemory {
     let length = usize::try_from(length).unwrap();
     UserMemory::whole(Arc::new(GuestRegionMmap::from_range(GuestAddress(0), length, None).unwrap()))

@@ -185,7 +185,7 @@ fn a_hwpt_outlives_the_device_it_was_made_for() {
 
 #[test]
 fn a_nesting_parent_holds_no_read_only_mappings() {
-    // Erratum 772415, which Linux 7.2 honours on every VT-d.
+    // Erratum 772415, which Linux 7.2 applies to every VT-d.
     let bench = Bench::new();
     let (a, ioas) = (bench.bind("a"), bench.ioas());
     let memory = super::fake::memory(0x1000);

@@ -261,7 +261,7 @@ fn a_nested_hwpt_has_no_ioas_of_its_own() {
 
 #[test]
 fn a_tebibyte_is_one_mapping() {
-    // Address space only: untouched memory costs nothing.
+    // Only address space: untouched memory costs nothing.
     let memory = memory(1 << 40);
     let bench = Bench::new();
     let (a, ioas) = (bench.bind("a"), bench.ioas());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The rules of the objects, each sentence a test.
+//! The rules of the objects, one test each.
 
 mod access;
 mod attach;

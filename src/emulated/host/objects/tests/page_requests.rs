@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page requests of emulated devices, from the DMA that meets no page to the answer.
+//! Page requests of emulated devices, from the DMA without a page to the response.
 
 use std::sync::{mpsc, Arc};
 use std::thread;
@@ -31,7 +31,7 @@ const CONTEXT: u64 = 0x1000;
 const TABLES: u64 = 0x2000;
 const PAGE: u64 = 0x8000;
 const IOVA: u64 = 0x12_3456_7000;
-/// How often a device asks for one page.
+/// How often a device requests one page.
 const TRIES: usize = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ use Architecture::{SmmuV3, Vtd};
 const BOTH: [Architecture; 2] = [Vtd, SmmuV3];
 
 impl Architecture {
-    /// A unit that takes page requests, or not.
+    /// A unit with or without page requests.
     fn unit(self, page_requests: bool) -> EmulatedUnit {
         match self {
             Vtd => {
@@ -58,7 +58,7 @@ impl Architecture {
         }
     }
 
-    /// A pointer to a table, and a page that may be read and written.
+    /// A table pointer, and a readable and writable page.
     fn entries(self) -> (u64, u64) {
         match self {
             Vtd => (7, 7),
@@ -67,7 +67,7 @@ impl Architecture {
     }
 }
 
-/// Rings when there is something to read.
+/// Wakes the test when there is something to read.
 struct Bell(mpsc::Sender<bool>);
 
 impl Readiness for Bell {
@@ -77,8 +77,8 @@ impl Readiness for Bell {
     }
 }
 
-/// A device that asks for pages, bound; a guest's memory, mapped at its addresses in an IOAS; and a
-/// fault queue.
+/// A bound device with page requests; a guest's memory, identity-mapped in an IOAS; and a fault
+/// queue.
 struct Rig {
     architecture: Architecture,
     host: Arc<EmulatedHost>,
@@ -119,7 +119,7 @@ impl Rig {
         self.host.hwpt_alloc(&HwptAlloc { flags, dev: self.dev, pt, data, fault }).unwrap()
     }
 
-    /// The device attached to the IOAS by a HWPT whose page requests go to the queue.
+    /// The device attached to the IOAS by a HWPT with the fault queue.
     fn paging() -> impl Iterator<Item = Self> {
         BOTH.map(Self::new).into_iter().inspect(|rig| {
             let hwpt = rig.hwpt(rig.ioas, FAULT, NONE);
@@ -165,7 +165,7 @@ impl Rig {
         self.memory.read_obj(MemoryRegionAddress(gpa)).unwrap()
     }
 
-    /// Has the guest's tables lead `iova`, next to [`IOVA`], to `page`.
+    /// Makes the guest's tables map `iova`, next to [`IOVA`], to `page`.
     fn lead(&self, iova: u64, page: u64) {
         let (_, leaf) = self.architecture.entries();
         self.set(TABLES + 0x3000 + (iova >> 12 & 0x1ff) * 8, page | leaf);
@@ -175,7 +175,7 @@ impl Rig {
         self.host.dma_port("edu").unwrap()
     }
 
-    /// The next group of page requests; waits for it.
+    /// Waits for the next group of page requests.
     #[track_caller]
     fn asked(&self) -> PageRequestGroup {
         loop {
@@ -190,7 +190,7 @@ impl Rig {
         self.queue.respond(self.asked().cookie, code).unwrap();
     }
 
-    /// What becomes of a DMA write to `iova` that `serve` answers the requests of.
+    /// The result of a DMA write to `iova` whose requests `serve` answers.
     fn write(&self, iova: u64, bytes: &[u8], serve: impl FnOnce(&Self)) -> Result<(), DmaError> {
         let mut port = self.port();
         thread::scope(|scope| {
@@ -209,7 +209,7 @@ fn refused(address: u64, response: PageResponseCode) -> Result<(), DmaError> {
 fn a_dma_waits_for_a_page_of_the_guests_tables() {
     for rig in Rig::nested() {
         rig.lead(IOVA, PAGE);
-        // The first page is there, the second is not.
+        // The first page is present, the second is not.
         let bytes: Vec<u8> = (0..16).collect();
         let outcome = rig.write(IOVA + 0xff8, &bytes, |rig| {
             let group = rig.asked();
@@ -265,7 +265,7 @@ fn a_page_that_does_not_allow_the_access_is_asked_for() {
             rig.lead(IOVA, PAGE);
             rig.queue.respond(group.cookie, PageResponseCode::Success).unwrap();
         });
-        // What is cached of the old entry does not allow it either, and is no reason to fail.
+        // The cached old entry does not allow it either, which must not fail the DMA.
         assert_eq!((outcome, rig.get(PAGE)), (Ok(()), 1));
     }
 }
@@ -357,7 +357,7 @@ fn unbinding_ends_the_wait_while_the_rest_of_the_group_stays_attached() {
     for architecture in BOTH {
         let grouped = DeviceConfig { group: Some(1), ..asking() };
         let mut rig = Rig::with(architecture, true, grouped.clone());
-        // No device joins a group that is in use.
+        // No device can join a group that is in use.
         rig.host.device_unbind(rig.dev).unwrap();
         rig.host.add_device("mate", rig.unit, Bdf::from_raw(0x28), grouped).unwrap();
         rig.dev = rig.host.device_bind("edu").unwrap();
@@ -405,7 +405,7 @@ fn what_nobody_serves_is_a_fault() {
         let error = rig.port().write(PLAIN, MEMORY, &[1]).unwrap_err();
         assert!(matches!(error, DmaError::Fault { address: MEMORY, .. }), "{error}");
         assert_eq!(seen.0.lock().len(), 1);
-        // A page is asked for, or there is a fault, never both.
+        // There is either a page request or a fault, never both.
         let hwpt = rig.hwpt(rig.ioas, FAULT, NONE);
         rig.host.device_attach(rig.dev, None, hwpt).unwrap();
         let mut port = rig.port();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Random verbs: whatever the order, the objects stay consistent and nothing leaks.
+//! Random verbs: in any order, the objects stay consistent and nothing leaks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -75,7 +75,7 @@ fn call() -> impl Strategy<Value = Call> {
     ]
 }
 
-/// Makes the call; whether it succeeded.
+/// Makes the call; returns whether it succeeded.
 fn make(bench: &Bench, call: &Call) -> bool {
     let host = &bench.host;
     let alloc = |dev, pt, flags, data| {
@@ -114,7 +114,7 @@ fn make(bench: &Bench, call: &Call) -> bool {
     }
 }
 
-/// What the hardware was last told of each requester.
+/// The hardware's current translation of each requester.
 #[derive(Default)]
 struct Installed(BTreeSet<(usize, u16, Option<u32>)>);
 
@@ -162,7 +162,7 @@ fn check(objects: &Objects, installed: &Installed) -> Result<(), TestCaseError> 
     check_mappings(objects)
 }
 
-/// A device has its regions reserved once, in the IOAS that serves it and in no other.
+/// A device's regions are reserved once, in the IOAS that it uses and in no other.
 fn check_reservations(objects: &Objects) -> Result<(), TestCaseError> {
     for (dev, object) in objects.table().iter() {
         let Object::Device(_) = object else { continue };
@@ -177,7 +177,7 @@ fn check_reservations(objects: &Objects) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Mappings lie outside reservations, DMA finds them, and their pages are accounted once.
+/// Mappings do not overlap reservations, are visible to DMA, and their pages are accounted once.
 fn check_mappings(objects: &Objects) -> Result<(), TestCaseError> {
     let mut pinned: BTreeSet<(*const Pages, u64)> = BTreeSet::new();
     for (id, object) in objects.table().iter() {
@@ -203,10 +203,10 @@ fn check_mappings(objects: &Objects) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Makes `calls`, and looks after each.
+/// Makes `calls`, and checks after each.
 fn check_calls(calls: &[Call]) -> Result<(), TestCaseError> {
     let bench = Bench::with_viommus();
-    // A start without which most sequences would only be refused.
+    // Initial calls, as most sequences would otherwise only be refused.
     for call in [
         Call::Bind(0),
         Call::Bind(1),
@@ -222,7 +222,7 @@ fn check_calls(calls: &[Call]) -> Result<(), TestCaseError> {
         let before = bench.host.graph();
         let done = make(&bench, call);
         let told = [bench.fake.told(), bench.other.told()];
-        // An unmap that stops at a mapping it would cut has unmapped those below.
+        // An unmap that stops at a mapping it would split has unmapped those below.
         if !done && !matches!(call, Call::Unmap(..)) {
             prop_assert_eq!(bench.host.graph(), before, "a call that fails changes nothing");
             prop_assert!(told.iter().all(Vec::is_empty), "{:?}: {:?}", call, told);
@@ -238,7 +238,7 @@ fn check_calls(calls: &[Call]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// An IOAS in the place of a device.
+/// An IOAS in place of a device.
 #[test]
 fn an_attachment_to_what_is_none() {
     let attach = Call::Attach(ObjectId(1), None, ObjectId(3));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A driver with vIOMMUs and page requests, for the rules of them: otherwise that of VT-d.
+//! A driver with vIOMMUs and page requests, to test their rules; otherwise like that of VT-d.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -19,9 +19,9 @@ use twostage::iommufd::{
     Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
 };
 
-/// The type of everything that it has.
+/// The type of everything that it supports.
 pub const KIND: u32 = ViommuKind::ArmSmmuV3.number();
-/// Its hardware queues: each needs the one before.
+/// Its hardware queues: each depends on the previous one.
 const HW_QUEUES: u32 = 2;
 
 /// See the [module's documentation](self).
@@ -37,7 +37,7 @@ impl WithViommus {
     }
 }
 
-/// What VT-d is to attach: it has no page requests.
+/// What VT-d attaches: without page requests.
 fn plain(domain: &Domain) -> Domain {
     Domain { page_requests: false, ..domain.clone() }
 }
@@ -88,7 +88,7 @@ impl Driver for WithViommus {
 
     fn alloc_viommu(&self, request: &ViommuRequest<'_>) -> Outcome<Arc<dyn ViommuDriver>> {
         if let Some(data) = request.data {
-            // A word comes in, and goes out again with where to map a page that has it.
+            // A word is returned in the answer, with the mmap offset of a page that contains it.
             let words: [u8; 16] = data.read_struct(KIND.into(), 16)?;
             let file = tempfile::tempfile().unwrap();
             file.write_all_at(&words[..8], 0).unwrap();
@@ -144,7 +144,7 @@ struct Viommu {
     driver: Arc<VtdDriver>,
     device: Requester,
     parent: Arc<dyn PagingDomain>,
-    /// What the guest calls its devices.
+    /// The guest's names of its devices.
     virt_ids: Mutex<BTreeMap<u64, u16>>,
     /// By number.
     queues: Mutex<BTreeMap<u32, ObjectId>>,
@@ -159,7 +159,7 @@ impl ViommuDriver for Viommu {
         self.driver.alloc_nested(&self.device, &self.parent, flags, data)
     }
 
-    /// Entries are virtual ids; devices that are not known end it.
+    /// Entries are virtual IDs; unknown devices stop it.
     fn invalidate(&self, entries: &dyn UserArray) -> Result<(), Partial> {
         for done in 0..entries.count() {
             let refused = |refusal| Partial { done, refusal };
@@ -211,5 +211,5 @@ impl ViommuDriver for Viommu {
     }
 }
 
-/// No device is known by this.
+/// This ID is refused for devices.
 pub const FORBIDDEN_ID: u64 = 0xbad;
