@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The debug-exit register: what a guest writes becomes the exit code of the process.
+//! The debug-exit register: the value a guest writes becomes the exit code of the process.
 
 use crate::bus::BusDevice;
 use crate::process::stop::{StopReason, Stopper};
@@ -7,7 +7,7 @@ use crate::process::stop::{StopReason, Stopper};
 /// Its length in bytes: as wide as QEMU's isa-debug-exit usually is.
 pub(crate) const LENGTH: u64 = 4;
 
-/// A register of up to four bytes, of which the first counts; reads as 0.
+/// A register of up to four bytes, of which only the first is used; reads as 0.
 pub(crate) struct DebugExit {
     stopper: Stopper,
 }

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::memory::MachineMemory;
 use twostage::spec::pci::Pasid;
 
-/// A request was refused: by the IOMMU, which has reported it, or because nothing is there.
+/// A refused request: the IOMMU blocked and reported it, or nothing answers at the address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("DMA at {address:#x} was refused")]
 pub struct DmaError {
@@ -14,21 +14,21 @@ pub struct DmaError {
     pub address: u64,
 }
 
-/// Makes memory requests in the name of one function.
+/// Makes memory requests on behalf of one function.
 ///
-/// A request lies in one 4 KiB page, as on PCI Express (PCIe 6.0 §2.2.7), and is done as a whole
-/// or not at all.
+/// A request lies in one 4 KiB page, as on PCI Express (PCIe 6.0 §2.2.7), and is done completely or
+/// not at all.
 pub trait DmaMaster: Send {
-    /// Fills `data` from `iova` on, with `pasid` on the request if there is one.
+    /// Fills `data` from `iova`, with `pasid` on the request if given.
     ///
     /// # Errors
-    /// The request was refused; `data` is then unspecified.
+    /// The request was refused; the contents of `data` are unspecified.
     fn read(&mut self, pasid: Option<Pasid>, iova: u64, data: &mut [u8]) -> Result<(), DmaError>;
 
-    /// Writes `data` to `iova` on, with `pasid` on the request if there is one.
+    /// Writes `data` to `iova`, with `pasid` on the request if given.
     ///
     /// # Errors
-    /// The request was refused; memory is then as it was.
+    /// The request was refused; memory is unchanged.
     fn write(&mut self, pasid: Option<Pasid>, iova: u64, data: &[u8]) -> Result<(), DmaError>;
 }
 
@@ -38,7 +38,7 @@ pub struct DirectMemory(pub MachineMemory);
 
 impl DirectMemory {
     fn check(&self, pasid: Option<Pasid>, iova: u64, length: usize) -> Result<(), DmaError> {
-        // Without an IOMMU nobody knows what a PASID means.
+        // Without an IOMMU, a PASID has no meaning.
         if pasid.is_some() || !self.0.contains(iova, length as u64) {
             return Err(DmaError { address: iova });
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Requests to the interrupt range: messages, whoever makes them and however.
+//! Requests to the interrupt address range: all are messages, however they are made.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,15 +9,15 @@ use crate::arch::layout::MESSAGE_RANGE;
 use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 
-/// A way to memory, with the interrupt range in front of it: a write of one dword there is sent as
-/// a message, and nothing else there is done.
+/// Memory access with the interrupt range in front: a dword write there is sent as a message, any
+/// other access there is refused.
 pub struct MessageWrites {
     memory: Box<dyn DmaMaster>,
     messages: Arc<dyn InterruptSink>,
 }
 
 impl MessageWrites {
-    /// `memory`, with the interrupt range going to `messages`.
+    /// `memory`, with the interrupt range routed to `messages`.
     pub fn new(memory: Box<dyn DmaMaster>, messages: Arc<dyn InterruptSink>) -> Self {
         Self { memory, messages }
     }

@@ -1,45 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whether a function may make memory requests: asked for each of them.
+//! The gate that decides whether a function may make memory requests; passed for each request.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::RwLockReadGuard;
 use twostage::sync::RwLock;
 
-/// The function may make no requests just now.
+/// The function may not make requests at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the function may make no requests now")]
 pub struct NotNow;
 
-/// The gate that the memory requests of one function pass.
+/// The gate for the memory requests of one function.
 ///
-/// Who takes the right away waits for the request that is being made, and for no other: none is
-/// made when they return. So a request, while its [`Permit`] is held, is a bounded piece of work in
-/// which nothing is waited for, but for one thing: behind a virtual VT-d without caching mode, a
-/// requester that its tables blocked waits for its turn at the unit's registers, before they are
-/// read again. Others have those for a fraction of a millisecond at a time, however long their
-/// commands are.
+/// Revoking the permission waits for the request under way (if any): when it returns, no request is
+/// made. A request, while its [`Permit`] is held, must therefore be a bounded piece of work that
+/// does not wait, with one exception: behind a virtual VT-d without caching mode, a requester that
+/// was blocked by cached tables waits for the register lock before the tables are read again. That
+/// lock is only ever held for a fraction of a millisecond, however long a command takes.
 #[derive(Debug, Default)]
 pub struct RequestGate {
-    /// Software lets the function be bus master (PCIe 6.0 §7.5.1.1.3).
+    /// Software has enabled bus mastering (PCIe 6.0 §7.5.1.1.3).
     bus_master: AtomicBool,
-    /// The function works: it was started, and not told to stop.
+    /// The function is running: started and not stopped.
     running: AtomicBool,
-    /// Held for reading while a request is made. Rights are looked at with it held, and taken away
-    /// before it is asked for: that cannot be overtaken by one request after the other.
+    /// Held for reading during a request. Permissions are checked while it is held, and revoked
+    /// before it is taken for writing, so at most one request can race with the revocation.
     under_way: RwLock<()>,
 }
 
-/// The right to make one request.
+/// Permission for one request.
 #[derive(Debug)]
 pub struct Permit<'a> {
     _under_way: RwLockReadGuard<'a, ()>,
 }
 
 impl RequestGate {
-    /// The right to make one request now.
+    /// Takes permission for one request.
     ///
     /// # Errors
-    /// The function has not got it.
+    /// The function has no permission.
     pub fn enter(&self) -> Result<Permit<'_>, NotNow> {
         let under_way = self.under_way.read();
         if self.is_open() {
@@ -54,12 +53,12 @@ impl RequestGate {
         self.bus_master() && self.running.load(Ordering::SeqCst)
     }
 
-    /// Whether software lets the function be bus master.
+    /// Whether software has enabled bus mastering.
     pub fn bus_master(&self) -> bool {
         self.bus_master.load(Ordering::SeqCst)
     }
 
-    /// Software lets the function be bus master, or not any more. Says whether that is a change.
+    /// Software enables or disables bus mastering. Returns whether this is a change.
     pub fn set_bus_master(&self, allowed: bool) -> bool {
         let changed = self.bus_master.swap(allowed, Ordering::SeqCst) != allowed;
         if changed && !allowed {
@@ -68,12 +67,12 @@ impl RequestGate {
         changed
     }
 
-    /// The function starts to work.
+    /// The function starts.
     pub fn start(&self) {
         self.running.store(true, Ordering::SeqCst);
     }
 
-    /// The function works no more.
+    /// The function stops.
     pub fn stop(&self) {
         self.running.store(false, Ordering::SeqCst);
         self.wait_for_request();
@@ -118,7 +117,7 @@ mod tests {
                 gate.set_bus_master(false);
                 assert!(over.load(Ordering::SeqCst), "the request was still being made");
             });
-            // Whether the other thread is there yet or not: it cannot be through.
+            // Whether the other thread is waiting yet or not, it cannot have finished.
             thread::yield_now();
             over.store(true, Ordering::SeqCst);
             drop(permit);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a device does, whatever transport it is on.
+//! What a device does, independent of its transport.
 
 use std::os::fd::RawFd;
 
@@ -10,29 +10,29 @@ use super::broken::{Broken, Unserved};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 
-/// Feature bits of a device or of a driver.
+/// Feature bits, of a device or of a driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Features(pub u64);
 
 impl Features {
-    /// The feature with this number, alone.
+    /// The feature with this number only.
     pub const fn bit(number: u32) -> Self {
         Self(1 << number)
     }
 
-    /// These and `other`.
+    /// Union with `other`.
     #[must_use]
     pub const fn with(self, number: u32) -> Self {
         Self(self.0 | 1 << number)
     }
 
-    /// Whether the feature with this number is among them.
+    /// Whether the feature with this number is set.
     pub const fn has(self, number: u32) -> bool {
         self.0 >> number & 1 != 0
     }
 
-    /// What every device offers (virtio 1.3 §6): version 1, indirect descriptors, event indices;
-    /// and behind an IOMMU that it is.
+    /// What every device offers (virtio 1.3 §6): version 1, indirect descriptors, event indices,
+    /// and behind an IOMMU, ACCESS_PLATFORM.
     pub const fn of_transport(behind_iommu: bool) -> Self {
         let features = Self(0)
             .with(VIRTIO_F_VERSION_1)
@@ -45,7 +45,7 @@ impl Features {
     }
 }
 
-/// What a device says of itself.
+/// The properties of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Model {
     /// Its name in log lines and reports.
@@ -54,36 +54,36 @@ pub struct Model {
     pub device_type: u16,
     /// PCI base class, sub-class and programming interface, from bit 23 down.
     pub class: u32,
-    /// What it offers beside [`Features::of_transport`].
+    /// Features offered in addition to [`Features::of_transport`].
     pub features: Features,
-    /// The most descriptors of each queue: powers of two.
+    /// Maximum size of each queue: powers of two.
     pub queue_sizes: &'static [u16],
-    /// Its configuration, which does not change.
+    /// Its configuration space, which does not change.
     pub config: Vec<u8>,
 }
 
-/// What a device does. It runs on a thread of its own.
+/// The device function. It runs on a thread of its own.
 pub trait Backend: Send {
-    /// What it says of itself. Always the same.
+    /// The properties of the device; always the same.
     fn model(&self) -> Model;
 
     /// The driver is ready and accepted `features`.
     ///
     /// # Errors
-    /// When the device cannot do that: it then needs a reset.
+    /// The device cannot do that; it then needs a reset.
     fn start(&mut self, features: Features) -> Result<(), Broken>;
 
-    /// What becomes readable when there is input from outside. It is asked for once after each
-    /// start; edges count, so input is read until there is no more.
+    /// What becomes readable when there is external input. Queried once after each start. It is
+    /// edge-triggered, so all input is read until there is no more.
     fn input(&self) -> Option<RawFd> {
         None
     }
 
-    /// Serves queue `number`, a bounded part of it. Says whether there may be more.
+    /// Serves a bounded part of queue `number`. Returns whether there may be more.
     ///
     /// # Errors
-    /// When the device cannot go on without a reset, or not now: it is then asked again when it
-    /// can, and the queue has again what was taken and not given back.
+    /// The device needs a reset, or may not make requests now: it is then called again when it may,
+    /// and buffers that were popped and not returned are back in the queue.
     fn serve(
         &mut self,
         number: usize,
@@ -91,7 +91,7 @@ pub trait Backend: Send {
         memory: &mut DeviceMemory,
     ) -> Result<bool, Unserved>;
 
-    /// The queue that input goes to, to be served when there is some.
+    /// The queue that is served when there is input.
     fn input_queue(&self) -> usize {
         0
     }

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Descriptor chains, read once, and the copies between their buffers and the device.
 //!
-//! What a driver wrote is read one time and checked; nothing later depends on what it may write
-//! meanwhile. Buffers are translated anew for each copy.
+//! What a driver wrote is read once and validated; later changes by the driver have no effect.
+//! Buffers are translated anew for each copy.
 
 use super::broken::Broken;
 use super::memory::{DeviceMemory, SectionMemory};
 use crate::devices::NotNow;
 
-/// A buffer as the driver described it: addresses of the device's own address space.
+/// A buffer as described by the driver, in the device's own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Buffer {
     /// In bytes.
@@ -17,7 +17,7 @@ struct Buffer {
     length: u32,
 }
 
-/// A chain of buffers, those for the device to read first (virtio 1.3 §2.7.4.2).
+/// A chain of buffers, device-readable ones first (virtio 1.3 §2.7.4.2).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain {
     head: u16,
@@ -31,7 +31,7 @@ pub enum NotCopied {
     /// The device may make no requests now.
     #[error(transparent)]
     NotNow(#[from] NotNow),
-    /// A buffer cannot be reached: the IOMMU, or the lack of memory, is in the way.
+    /// A buffer cannot be accessed: blocked by the IOMMU, or not in memory.
     #[error("a buffer cannot be reached")]
     Unreachable,
 }
@@ -61,7 +61,7 @@ impl Chain {
                 buffers.push(buffer);
             }
         }
-        // Iteration ends early where a descriptor cannot be read or leads nowhere.
+        // Iteration ends early where a descriptor cannot be read or is invalid.
         if !complete {
             return Err(Broken::Chain("it does not end"));
         }
@@ -73,20 +73,20 @@ impl Chain {
         self.head
     }
 
-    /// Bytes for the device to read.
+    /// Device-readable bytes.
     pub fn readable(&self) -> u64 {
         length(&self.readable)
     }
 
-    /// Bytes for the device to write.
+    /// Device-writable bytes.
     pub fn writable(&self) -> u64 {
         length(&self.writable)
     }
 
-    /// Fills `data` with the bytes to read from `offset` on, by one permission: keep it short.
+    /// Fills `data` from the readable bytes at `offset`, under one permit: keep it short.
     ///
     /// # Errors
-    /// When a buffer cannot be reached, or the chain has fewer bytes; when no requests are allowed.
+    /// A buffer cannot be accessed, the chain is too short, or no requests are allowed.
     pub fn read(
         &self,
         memory: &mut DeviceMemory,
@@ -103,10 +103,10 @@ impl Chain {
         reached(rest.is_empty())
     }
 
-    /// Writes `data` to the bytes to write from `offset` on, by one permission: keep it short.
+    /// Writes `data` to the writable bytes at `offset`, under one permit: keep it short.
     ///
     /// # Errors
-    /// As [`Chain::read`]; some bytes may have been written.
+    /// As for [`Chain::read`]; some bytes may have been written.
     pub fn write(
         &self,
         memory: &mut DeviceMemory,
@@ -132,8 +132,8 @@ fn length(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.length)).sum()
 }
 
-/// The pieces of `buffers` that are `count` bytes from `offset` on, as far as there are so many:
-/// address, if it is one and not past the end of the address space, and length.
+/// The pieces of `buffers` that make up `count` bytes from `offset` (fewer if they end before):
+/// address (`None` past the end of the address space) and length.
 fn pieces(
     buffers: &[Buffer],
     offset: u64,
@@ -161,7 +161,7 @@ mod tests {
         let mut address = 0x1000;
         let buffer = |length: &u32| {
             let buffer = Buffer { address, length: *length };
-            // A gap after each, so that no two are one.
+            // A gap after each, so that none are contiguous.
             address += u64::from(*length) + 3;
             buffer
         };

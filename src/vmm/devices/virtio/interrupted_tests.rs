@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What reaches into a request: bus mastering that is switched off, a reset, the machine's end.
+//! What interrupts a request: bus mastering disabled, a reset, the end of the machine.
 
 use std::io::Write;
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -12,12 +12,12 @@ use super::*;
 use crate::devices::NotNow;
 use twostage::patience::wait_until;
 
-/// Where the buffer of a request is in the driver's memory, and how long.
+/// Where the buffer of a request is in the driver's memory, and its length.
 const BUFFER: u64 = 0x2_0000;
 const LENGTH: u32 = 0x1000;
 const MARK: [u8; 8] = [0xaa; 8];
 
-/// What a device does with each chain.
+/// What a device does with a chain.
 type Serve = dyn FnMut(&mut DeviceMemory, &Chain) -> Result<u32, Unserved> + Send;
 
 struct Device(Box<Serve>);
@@ -55,7 +55,7 @@ fn rig(
     Rig::new(place, Box::new(Device(Box::new(serve))))
 }
 
-/// A request that never comes to its end writes its buffer piece by piece.
+/// A request that never ends writes its buffer piece by piece.
 fn endless(memory: &mut DeviceMemory, chain: &Chain) -> Result<u32, Unserved> {
     loop {
         match chain.write(memory, 0, &[0; LENGTH as usize]) {
@@ -72,7 +72,7 @@ fn wait_for_a_write(rig: &Rig) {
 
 fn assert_quiet(rig: &Rig) {
     rig.poke(BUFFER, &MARK);
-    // Long enough to be found out; however short, no reason to fail.
+    // Long enough to notice a mistake; a short sleep cannot make the test fail.
     thread::sleep(Duration::from_millis(10));
     assert_eq!(rig.peek(BUFFER, 8), MARK);
 }
@@ -89,7 +89,7 @@ fn bus_mastering_that_is_switched_off_ends_a_request_between_two_pieces() {
             wait_for_a_write(&rig);
             rig.write_config(4, &[2, 0]);
             assert_quiet(&rig);
-            // It goes on where it may, though nobody speaks of the queue again.
+            // It continues once allowed, without another notification.
             rig.write_config(4, &[6, 0]);
         }
         wait_for_a_write(&rig);
@@ -127,7 +127,7 @@ fn the_end_of_the_machine_ends_a_request_between_two_pieces() {
         if halted {
             rig.pci.halt();
             assert_quiet(&rig);
-            // Its driver does not know, and nothing comes of what it does.
+            // The driver does not know, and its actions have no effect.
             rig.start(0);
             assert_quiet(&rig);
         }
@@ -147,7 +147,7 @@ fn a_large_request_to_a_disk_ends_between_two_pieces_and_is_done_again() {
         Box::new(Block::new(Disk::open(file.path(), DiskAccess::default()).unwrap())),
     );
     let [queue] = &mut rig.start(0)[..] else { panic!() };
-    // Nothing but the first sector is not zero.
+    // All but the first sector is zero.
     let (header, status) = (0x8000, 0x9000);
     rig.poke(header, &[0; 16]);
     rig.poke(status, &[0xee]);
@@ -185,7 +185,7 @@ fn what_was_served_is_given_back_later_and_not_served_again() {
     queue.notify();
     served.recv().unwrap();
     assert_eq!(queue.used_index(), 0);
-    // Off for the bus as well, and on again.
+    // Off for the bus, too, and on again.
     rig.write_config(4, &[2, 0]);
     rig.write_config(4, &[6, 0]);
     rig.wait("both", || queue.used_index() == 2);
@@ -195,12 +195,12 @@ fn what_was_served_is_given_back_later_and_not_served_again() {
     rig.wait("a count", || rig.pci.counters().done.get() == 2);
 }
 
-/// A device whose host keeps it until it is let go, as often as there is somebody who may.
+/// A device stuck in a host call until it is released, as long as the sender exists.
 struct Stuck {
     rig: Rig,
     serving: Receiver<()>,
     go: Sender<()>,
-    /// The device, its memory included.
+    /// The device, including its memory.
     alive: Weak<()>,
     result: Receiver<Result<(), NotCopied>>,
 }
@@ -214,7 +214,7 @@ fn stuck() -> Stuck {
     let rig = rig(Place::Direct, move |memory, chain| {
         let _ = &here;
         serve.send(()).unwrap();
-        // As a call of the system's that does not return.
+        // Like a system call that does not return.
         let _ = wait.recv();
         let written = chain.write(memory, 0, &[0; 8]);
         let _ = tell.send(written);
@@ -232,7 +232,7 @@ fn stuck() -> Stuck {
 fn a_reset_does_not_wait_for_the_host_and_is_over_when_the_host_is() {
     let Stuck { rig, serving, go, result, .. } = stuck();
     rig.write(0x14, 1, 0);
-    // Not over, and nobody is kept from the registers, nor believed.
+    // The reset is not over, yet registers stay accessible and writes have no effect.
     assert_ne!(rig.status(), 0);
     rig.write(0x14, 1, 1);
     rig.write(0x14, 1, 0);
@@ -243,7 +243,7 @@ fn a_reset_does_not_wait_for_the_host_and_is_over_when_the_host_is() {
     assert_eq!(result.recv().unwrap(), Err(NotCopied::NotNow(NotNow)));
     rig.reset();
     assert_eq!(rig.peek(BUFFER, 8), MARK);
-    // And as new.
+    // As good as new.
     let [queue] = &mut rig.start(0)[..] else { panic!() };
     queue.add(&[(BUFFER, LENGTH, true)]);
     queue.notify();
@@ -255,7 +255,7 @@ fn a_reset_does_not_wait_for_the_host_and_is_over_when_the_host_is() {
 #[test]
 fn the_end_of_the_machine_does_not_wait_for_the_host_and_leaves_it_the_memory() {
     let Stuck { rig, go, alive, result, .. } = stuck();
-    // A test that hangs here fails.
+    // The test hangs here if it fails.
     drop(rig);
     assert!(alive.upgrade().is_some(), "the thread's memory went away under it");
     go.send(()).unwrap();
@@ -270,7 +270,7 @@ fn what_a_worker_that_is_left_behind_has_is_free_when_it_is_not_left_behind_any_
     assert!(!none_is_left_behind());
     go.send(()).unwrap();
     assert!(result.recv().unwrap().is_err());
-    // Others' workers may be left behind, too.
+    // Workers of other tests may be left behind, too.
     wait_until("the worker's end", none_is_left_behind);
     assert!(alive.upgrade().is_none(), "it has the device yet");
 }

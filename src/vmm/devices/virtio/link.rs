@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the transport and the worker of a device share, without waiting for each other.
+//! State shared by the transport and the worker of a device; neither waits for the other.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicU8, Ordering};
@@ -14,63 +14,64 @@ use crate::trace::Trace;
 use crate::{Error, Result};
 use twostage::ratelimit::RateLimit;
 
-/// The vector that is none (virtio 1.3 §4.1.4.3).
+/// The "no vector" value (virtio 1.3 §4.1.4.3).
 pub const NO_VECTOR: u16 = 0xffff;
 /// Interrupt status: a queue was used (§4.1.4.5).
 const ISR_QUEUE: u8 = 1;
 /// Interrupt status: the configuration changed.
 const ISR_CONFIGURATION: u8 = 2;
 
-/// A count that one thread adds to and others read.
+/// A counter that one thread increments and others read.
 #[derive(Debug, Default)]
 pub struct Count(AtomicU64);
 
 impl Count {
-    /// One more.
+    /// Increments it.
     pub fn add(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many there were.
+    /// Its value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Requests of a device. Reads are of each number alone, not of one moment.
+/// Request statistics of a device. Each counter is read on its own; together they are not a
+/// snapshot.
 #[derive(Debug, Default)]
 pub struct RequestCounters {
-    /// Requests that were served: chains that were taken one by one, and frames that came in.
+    /// Requests served: chains taken one by one, and frames received.
     pub done: Count,
-    /// Requests that failed because a buffer could not be reached.
+    /// Requests that failed because a buffer could not be accessed.
     pub unreachable: Count,
 }
 
-/// What passed between a queue's driver and the device. As [`RequestCounters`] otherwise.
+/// Statistics of a queue; otherwise like [`RequestCounters`].
 #[derive(Debug, Default)]
 pub struct QueueCounters {
-    /// Times the worker was told that there is something new.
+    /// Times the worker was notified.
     pub notified: Count,
-    /// Chains that were given back to the driver.
+    /// Chains returned to the driver.
     pub used: Count,
-    /// Interrupts that were asked for; a masked one waits.
+    /// Interrupts requested; a masked one stays pending.
     pub interrupts: Count,
 }
 
-/// What the transport and the worker of a device share.
+/// State shared by the transport and the worker of a device.
 pub struct Link {
     name: String,
     /// The vectors' messages.
     pub msix: Msix,
-    /// What the device's requests pass.
+    /// The gate of the device's requests.
     pub gate: Arc<RequestGate>,
-    /// Requests of the device.
+    /// Request statistics of the device.
     pub counters: Arc<RequestCounters>,
-    /// The queues, in their order.
+    /// Queue statistics, in queue order.
     pub queue_counters: Vec<QueueCounters>,
-    /// Written when a queue has something new: by the guest, or by the device itself.
+    /// Signalled when a queue has something new, by the guest or by the device itself.
     queue_events: Vec<EventFd>,
-    /// Queues that have something new which the device may not look at yet.
+    /// Queues with something new that the device may not look at yet.
     held_back: Vec<AtomicBool>,
     queue_vectors: Vec<AtomicU16>,
     config_vector: AtomicU16,
@@ -83,10 +84,10 @@ pub struct Link {
 
 impl Link {
     /// The link of a device with `queues` queues that interrupts through `msix` and makes requests
-    /// through `gate`; `name` is for log lines and `trace`.
+    /// through `gate`; `name` is used in logs and `trace`.
     ///
     /// # Errors
-    /// When the system has no file descriptors left.
+    /// The process is out of file descriptors.
     pub fn new(
         name: String,
         queues: usize,
@@ -113,7 +114,7 @@ impl Link {
         })
     }
 
-    /// Traces what happened at queue `number`.
+    /// Traces an event at queue `number`.
     pub fn trace(&self, event: &str, number: usize, args: impl FnOnce() -> Value) {
         if let Some(trace) = &self.trace {
             let mut args = args();
@@ -128,33 +129,32 @@ impl Link {
         &self.name
     }
 
-    /// The events of the queues, in their order.
+    /// The queue events, in queue order.
     pub fn queue_events(&self) -> &[EventFd] {
         &self.queue_events
     }
 
-    /// Counts for queue `number`, if there is one.
+    /// Increments a counter of queue `number`, if there is such a queue.
     pub fn count(&self, number: usize, which: impl FnOnce(&QueueCounters) -> &Count) {
         if let Some(counters) = self.queue_counters.get(number) {
             which(counters).add();
         }
     }
 
-    /// Tells the worker that queue `number` has something new.
+    /// Notifies the worker of queue `number`.
     pub fn notify(&self, number: usize) {
         if let Some(event) = self.queue_events.get(number) {
-            // It fails only when the event has been written 2^64 - 2 times and not read: the
-            // worker will look anyway.
+            // It fails only after 2^64 - 2 writes without a read: the worker will look anyway.
             let _ = event.write(1);
         }
     }
 
-    /// Tells the worker to look at every queue.
+    /// Notifies the worker of every queue.
     pub fn notify_all(&self) {
         (0..self.queue_events.len()).for_each(|number| self.notify(number));
     }
 
-    /// Interrupts the driver: queue `number` was used.
+    /// Interrupts the driver: queue `number` has used buffers.
     pub fn queue_used(&self, number: usize) {
         self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
         self.count(number, |queue| &queue.interrupts);
@@ -163,8 +163,8 @@ impl Link {
         }
     }
 
-    /// The device cannot go on until it is reset (§2.1.2); the driver is told if it is ready for
-    /// that.
+    /// The device cannot continue until it is reset (§2.1.2); the driver is notified if it is ready
+    /// for that.
     pub fn set_needs_reset(&self, why: &dyn fmt::Display) {
         self.mistake(why);
         self.needs_reset.store(true, Ordering::SeqCst);
@@ -174,27 +174,27 @@ impl Link {
         }
     }
 
-    /// Whether the device cannot go on until it is reset.
+    /// Whether the device needs a reset.
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// Logs what the driver did wrong.
+    /// Logs a mistake of the driver.
     pub fn mistake(&self, what: &dyn fmt::Display) {
         self.mistakes.warn(format_args!("{}: {what}", self.name));
     }
 
-    /// The driver is ready, or not any more.
+    /// The driver becomes ready, or stops being ready.
     pub fn set_driver_ok(&self, ok: bool) {
         self.driver_ok.store(ok, Ordering::SeqCst);
     }
 
-    /// The function may make requests of its own, or not any more: then none is made, nor a message
-    /// sent, when this returns. When it may again, only what was held back meanwhile is looked at:
-    /// queues that nobody spoke of may be a former driver's, which are no memory now.
+    /// The function may make requests, or may not any more: then no request or message is
+    /// outstanding when this returns. When it may again, only queues held back meanwhile are looked
+    /// at: others may belong to a former driver, whose rings are gone.
     pub fn set_bus_master(&self, allowed: bool) {
         let changed = self.gate.set_bus_master(allowed);
-        // Messages are requests too.
+        // Messages are requests, too.
         self.msix.set_bus_master(allowed);
         if changed && allowed {
             for (number, held_back) in self.held_back.iter().enumerate() {
@@ -205,11 +205,13 @@ impl Link {
         }
     }
 
-    /// Queue `number` has something that the device may not look at now: it is told to when it may.
+    /// Queue `number` has something that the device may not look at now: the worker is notified
+    /// when it may.
     pub fn hold_back(&self, number: usize) {
         if let Some(held_back) = self.held_back.get(number) {
             held_back.store(true, Ordering::SeqCst);
-            // It may be allowed by now, and whoever allowed it have looked before the store.
+            // It may be allowed by now, and the thread that allowed it may have checked before the
+            // store.
             if self.gate.is_open() && held_back.swap(false, Ordering::SeqCst) {
                 self.notify(number);
             }
@@ -226,7 +228,7 @@ impl Link {
         self.config_vector.load(Ordering::SeqCst)
     }
 
-    /// Sets the vector of configuration changes; one that is not there becomes none.
+    /// Sets the vector of configuration changes; a vector that does not exist becomes none.
     pub fn set_config_vector(&self, vector: u16) {
         self.config_vector.store(self.existing(vector), Ordering::SeqCst);
     }
@@ -236,14 +238,14 @@ impl Link {
         self.queue_vectors.get(number).map_or(NO_VECTOR, |vector| vector.load(Ordering::SeqCst))
     }
 
-    /// Sets the vector of queue `number`; one that is not there becomes none.
+    /// Sets the vector of queue `number`; a vector that does not exist becomes none.
     pub fn set_queue_vector(&self, number: usize, vector: u16) {
         if let Some(place) = self.queue_vectors.get(number) {
             place.store(self.existing(vector), Ordering::SeqCst);
         }
     }
 
-    /// Back to how it was made. The worker must have stopped.
+    /// Resets it to its initial state. The worker must have stopped.
     pub fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
         self.driver_ok.store(false, Ordering::SeqCst);
@@ -295,14 +297,14 @@ mod tests {
         assert_eq!(heard(), [false; 3]);
         link.set_bus_master(true);
         assert_eq!(heard(), [false, true, false]);
-        // Allowed by now: at once.
+        // Allowed by now: notified at once.
         link.hold_back(1);
         assert_eq!(heard(), [false, true, false]);
-        // Off and on again, with nothing new in between: nobody is sent to rings of before.
+        // Off and on again with nothing new in between: old rings are not looked at.
         link.set_bus_master(false);
         link.set_bus_master(true);
         assert_eq!(heard(), [false; 3]);
-        // One that was told to stop is not woken for it.
+        // A stopped function is not woken for it.
         gate.stop();
         link.hold_back(2);
         assert_eq!(heard(), [false; 3]);

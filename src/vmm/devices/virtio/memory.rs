@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory as a device reaches it: by GPA, or by IOVA through the IOMMU.
+//! Guest memory as a device accesses it: by GPA, or by IOVA through the IOMMU.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb,
 use crate::devices::{NotNow, Permit, RequestGate};
 use twostage_emulated::{DmaAttributes, DmaPort, PortIommu};
 
-/// The memory that one device reaches.
+/// The memory that one device can access.
 #[derive(Debug)]
 pub struct DeviceMemory {
     memory: GuestMemoryMmap,
@@ -19,10 +19,10 @@ pub struct DeviceMemory {
     gate: Arc<RequestGate>,
 }
 
-/// Guest memory for the length of one section, as `virtio_queue` wants it: for rings.
+/// Guest memory during one section, as `virtio_queue` needs it for rings.
 pub type SectionMemory<'a> = IommuMemory<GuestMemoryMmap, DmaSection<'a>>;
 
-/// A section: while there is one, nobody takes the right to make requests away.
+/// A section: while it exists, revoking the permission to make requests waits.
 #[derive(Debug)]
 pub struct Section<'a> {
     memory: SectionMemory<'a>,
@@ -38,18 +38,18 @@ impl<'a> Deref for Section<'a> {
 }
 
 impl DeviceMemory {
-    /// The memory of a device that no IOMMU is in front of: addresses are GPAs. Its gate is closed.
+    /// The memory of a device without an IOMMU: addresses are GPAs. Its gate is closed.
     pub fn direct(memory: GuestMemoryMmap) -> Self {
         Self { memory, port: None, gate: Arc::default() }
     }
 
-    /// The memory of a device behind an IOMMU: addresses are IOVAs, requests go through `port`.
-    /// `memory` has the regions that the IOMMU's second stage leads to. Its gate is closed.
+    /// The memory of a device behind an IOMMU: addresses are IOVAs, and requests go through `port`.
+    /// `memory` has the regions that the IOMMU's second stage maps. Its gate is closed.
     pub fn behind_iommu(memory: GuestMemoryMmap, port: DmaPort) -> Self {
         Self { memory, port: Some(port), gate: Arc::default() }
     }
 
-    /// What every section passes.
+    /// The gate of every section.
     pub fn gate(&self) -> Arc<RequestGate> {
         self.gate.clone()
     }
@@ -59,8 +59,8 @@ impl DeviceMemory {
         self.port.is_some()
     }
 
-    /// The way to buffers: until it is dropped, who takes away the right to make requests waits. It
-    /// is for one bounded piece of work, without input, output or any other wait.
+    /// Access to buffers: until it is dropped, revoking the permission to make requests waits. It
+    /// is for one bounded piece of work, without I/O or other waiting.
     ///
     /// # Errors
     /// The device may make no requests now.
@@ -69,9 +69,9 @@ impl DeviceMemory {
         Ok(Buffers { memory: &self.memory, port: self.port.as_mut(), _permit: permit })
     }
 
-    /// Starts a section, for rings: until it is dropped, invalidations wait, and who takes away the
-    /// right to make requests. It is for one bounded piece of work, without input, output or any
-    /// other wait. Faults are reported at its end.
+    /// Starts a section, for rings: until it is dropped, invalidations wait, and so does revoking
+    /// the permission to make requests. It is for one bounded piece of work, without I/O or other
+    /// waiting. Faults are reported at its end.
     ///
     /// # Errors
     /// The device may make no requests now.
@@ -87,7 +87,7 @@ impl DeviceMemory {
     }
 }
 
-/// The buffers of a device. Those behind an IOMMU go from IOVA to bytes by the port alone.
+/// The buffers of a device. Behind an IOMMU, IOVAs are translated by the port only.
 #[derive(Debug)]
 pub struct Buffers<'a> {
     memory: &'a GuestMemoryMmap,
@@ -96,7 +96,7 @@ pub struct Buffers<'a> {
 }
 
 impl Buffers<'_> {
-    /// Reads memory at `address` (bytes) into `data`. Says whether that is to be reached.
+    /// Reads memory at `address` into `data`. Returns whether it can be accessed.
     pub fn read(&mut self, address: u64, data: &mut [u8]) -> bool {
         match &mut self.port {
             Some(port) => port.read(DmaAttributes::default(), address, data).is_ok(),
@@ -104,8 +104,8 @@ impl Buffers<'_> {
         }
     }
 
-    /// Writes `data` to memory at `address` (bytes). Says whether that is to be reached; if not,
-    /// some may have been written.
+    /// Writes `data` to memory at `address`. Returns whether it can be accessed; if not, some bytes
+    /// may have been written.
     pub fn write(&mut self, address: u64, data: &[u8]) -> bool {
         match &mut self.port {
             Some(port) => port.write(DmaAttributes::default(), address, data).is_ok(),
@@ -114,10 +114,10 @@ impl Buffers<'_> {
     }
 }
 
-/// What translates for one section.
+/// The translation of one section.
 #[derive(Debug)]
 pub enum DmaSection<'a> {
-    /// Nothing: memory is reached by GPA, and this is not asked.
+    /// None: memory is accessed by GPA, and this is not called.
     Direct,
     /// The IOMMU.
     Behind(PortIommu<'a>),

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Virtio devices (OASIS Virtio 1.3): block, network and entropy, over PCI.
 //!
-//! vCPU threads work on the transport ([`VirtioPci`]); from the driver's DRIVER_OK to the reset a
-//! worker of its own has the device's [`Backend`] and queues to itself. A device reaches memory by
-//! its [`DeviceMemory`] alone, rings in sections and buffers by the IOMMU's port: bounded pieces of
-//! work in which nothing is waited for, each allowed by the device's
-//! [`RequestGate`](super::RequestGate). So an invalidation of the IOMMU returns when no copy by an
-//! older translation is under way, bus mastering that is switched off or a reset ends it in the
-//! middle of a request, and none of them waits for a disk or a network.
+//! vCPU threads work on the transport ([`VirtioPci`]); from DRIVER_OK to the reset, a worker thread
+//! owns the device's [`Backend`] and queues. A device accesses memory only through its
+//! [`DeviceMemory`]: rings in sections and buffers through the IOMMU's port, in bounded pieces of
+//! work that do not wait, each permitted by the device's [`RequestGate`](super::RequestGate). So an
+//! invalidation of the IOMMU returns when no copy by an older translation is under way, clearing
+//! bus mastering or a reset stops the device in the middle of a request, and none of them waits for
+//! a disk or a network.
 //!
-//! What a driver does wrong is ignored where registers are concerned; where queues are, the device
-//! needs a reset.
+//! Mistakes of the driver in registers are ignored; mistakes in queues make the device need a
+//! reset.
 
 mod backend;
 mod blk;

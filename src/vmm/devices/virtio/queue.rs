@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One virtqueue as its device works on it.
+//! One virtqueue, from the device's side.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use super::chain::Chain;
 use super::link::{Link, RequestCounters};
 use super::memory::DeviceMemory;
 
-/// Offset of the first element of the used ring, and length of one (virtio 1.3 §2.7.8).
+/// Offset of the first element of the used ring, and size of an element (virtio 1.3 §2.7.8).
 const USED_RING: u64 = 4;
 const USED_ELEMENT: u64 = 8;
-/// Offset of the first element of the available ring, and length of one (§2.7.6).
+/// Offset of the first element of the available ring, and size of an element (§2.7.6).
 const AVAILABLE_RING: u64 = 4;
 const AVAILABLE_ELEMENT: u64 = 2;
 
-/// What a driver said of one queue.
+/// A queue as set up by the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueSetup {
-    /// The most descriptors it can have: a power of two.
+    /// Maximum size: a power of two.
     pub max_size: u16,
-    /// How many it has.
+    /// Its size.
     pub size: u16,
-    /// The driver uses it.
+    /// Enabled by the driver.
     pub enabled: bool,
     /// Address of the descriptor table.
     pub descriptors: u64,
@@ -37,17 +37,17 @@ pub struct QueueSetup {
     pub used: u64,
 }
 
-/// A virtqueue in use. One that the driver did not enable never has anything.
+/// A virtqueue in use. A queue that the driver did not enable is always empty.
 #[derive(Debug)]
 pub struct Virtqueue {
     queue: Queue,
     number: usize,
     link: Arc<Link>,
-    /// Its areas were found to be memory that the device can reach.
+    /// Its areas were checked to be accessible memory.
     checked: bool,
-    /// Chains that were taken and not given back.
+    /// Chains popped and not returned.
     taken: u16,
-    /// A chain that was served and could not be given back as yet: head, bytes written.
+    /// A served chain that could not be returned yet: head, bytes written.
     served: Option<(u16, u32)>,
 }
 
@@ -55,7 +55,7 @@ impl Virtqueue {
     /// Queue `number` as the driver set it up; `event_index` was negotiated.
     ///
     /// # Errors
-    /// When the setup is no queue.
+    /// The setup is invalid.
     pub fn new(
         setup: &QueueSetup,
         event_index: bool,
@@ -74,7 +74,7 @@ impl Virtqueue {
         Ok(Self { queue, number, link, checked: false, taken: 0, served: None })
     }
 
-    /// Looks once whether the device can reach the queue's areas. Nothing else is done before.
+    /// Checks once whether the device can access the queue's areas, before anything else is done.
     ///
     /// # Errors
     /// It cannot, or may make no requests now.
@@ -88,20 +88,20 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// What became of the device's requests.
+    /// The device's request statistics.
     pub fn counters(&self) -> Arc<RequestCounters> {
         self.link.counters.clone()
     }
 
-    /// How many descriptors it has.
+    /// Its size.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// Takes the next chain that the driver made available.
+    /// Pops the next chain that the driver made available.
     ///
     /// # Errors
-    /// When the ring or the chain is malformed or cannot be reached; when no requests are allowed.
+    /// The ring or the chain is malformed or cannot be accessed, or no requests are allowed.
     pub fn pop(&mut self, memory: &mut DeviceMemory) -> Result<Option<Chain>, Unserved> {
         if !self.queue.ready() {
             return Ok(None);
@@ -111,8 +111,7 @@ impl Virtqueue {
         if available.0 == self.queue.next_avail() {
             return Ok(None);
         }
-        // Not the size that the driver chose: drivers go by what the device says of itself when
-        // they make indirect chains.
+        // Not the size chosen by the driver: drivers size indirect chains by the device's maximum.
         let limit = self.queue.max_size();
         let chain = self.queue.iter(&*section)?.next().ok_or(Broken::Available)?;
         let chain = Chain::read_from(chain, limit)?;
@@ -120,7 +119,7 @@ impl Virtqueue {
         Ok(Some(chain))
     }
 
-    /// The chains that were taken and not given back will be taken again.
+    /// Chains that were popped and not returned will be popped again.
     pub fn undo_pops(&mut self) {
         for _ in 0..std::mem::take(&mut self.taken) {
             self.queue.go_to_previous_position();
@@ -131,7 +130,7 @@ impl Virtqueue {
     /// to the start of its buffers, and interrupts the driver if it wants that.
     ///
     /// # Errors
-    /// When the used ring cannot be reached; when no requests are allowed.
+    /// The used ring cannot be accessed, or no requests are allowed.
     pub fn push(
         &mut self,
         memory: &mut DeviceMemory,
@@ -150,12 +149,11 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// Returns chains to the driver as [`Self::push`] does, in the order in which they were taken.
+    /// Returns chains to the driver like [`Self::push`], in the order in which they were popped.
     /// The driver sees all of them at once.
     ///
     /// # Errors
-    /// When the used ring cannot be reached; when no requests are allowed, and then none is
-    /// returned.
+    /// The used ring cannot be accessed; or no requests are allowed, and then none is returned.
     pub fn push_all(
         &mut self,
         memory: &mut DeviceMemory,
@@ -176,7 +174,7 @@ impl Virtqueue {
                 .map_err(virtio_queue::Error::GuestMemory)?;
             at = at.wrapping_add(1);
         }
-        // The last one makes the index cover those before it.
+        // The last one moves the index past all of them.
         self.queue.set_next_used(at);
         self.queue.add_used(&*section, *head, *written)?;
         // No more than there are descriptors.
@@ -184,7 +182,7 @@ impl Virtqueue {
         self.used(*head, *written);
         let mut interrupt = self.queue.needs_notification(&*section)?;
         if self.queue.event_idx_enabled() {
-            // That looked at the last one alone (§2.7.7.2).
+            // The check above covered only the last one (§2.7.7.2).
             let offset = AVAILABLE_RING + AVAILABLE_ELEMENT * u64::from(self.queue.size());
             let address = GuestAddress(self.queue.avail_ring().saturating_add(offset));
             let event = section.load::<u16>(address, Ordering::Relaxed);
@@ -204,10 +202,10 @@ impl Virtqueue {
         self.link.trace("used", self.number, || json!({ "head": head, "written": written }));
     }
 
-    /// Asks for a notification when there is more. Says whether there is more already.
+    /// Enables notifications. Returns whether there is more already.
     ///
     /// # Errors
-    /// When the rings cannot be reached; when no requests are allowed.
+    /// The rings cannot be accessed, or no requests are allowed.
     pub fn enable_notification(&mut self, memory: &mut DeviceMemory) -> Result<bool, Unserved> {
         if !self.queue.ready() {
             return Ok(false);
@@ -215,10 +213,10 @@ impl Virtqueue {
         Ok(self.queue.enable_notification(&*memory.section()?)?)
     }
 
-    /// Does without notifications for now.
+    /// Disables notifications.
     ///
     /// # Errors
-    /// When the used ring cannot be reached; when no requests are allowed.
+    /// The used ring cannot be accessed, or no requests are allowed.
     pub fn disable_notification(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
         if !self.queue.ready() {
             return Ok(());
@@ -226,12 +224,12 @@ impl Virtqueue {
         Ok(self.queue.disable_notification(&*memory.section()?)?)
     }
 
-    /// Serves what is available, at most one queue full: `serve` says how many bytes it wrote. Says
-    /// whether there may be more.
+    /// Serves available chains, at most one queue full: `serve` returns how many bytes it wrote.
+    /// Returns whether there may be more.
     ///
     /// # Errors
-    /// What `serve` fails with; when the queue is broken; when no requests are allowed. A chain
-    /// that `serve` was done with is not served again.
+    /// Errors of `serve`; the queue is broken; or no requests are allowed. A chain that `serve` has
+    /// completed is not served again.
     pub fn drain(
         &mut self,
         memory: &mut DeviceMemory,
@@ -256,7 +254,7 @@ impl Virtqueue {
         Ok(true)
     }
 
-    /// Returns the chain that was served, if there is one.
+    /// Returns the served chain to the driver, if there is one.
     fn return_served(&mut self, memory: &mut DeviceMemory) -> Result<(), Unserved> {
         if let Some((head, written)) = self.served {
             self.push(memory, head, written)?;

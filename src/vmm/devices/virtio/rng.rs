@@ -15,7 +15,7 @@ use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use crate::process::named_file;
 
-/// Bytes that one request is given at most; drivers take less than they ask for.
+/// Bytes for one request at most; drivers accept less than they ask for.
 const MAX_REQUEST: usize = 4096;
 
 /// The entropy device.
@@ -25,11 +25,11 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that gives what it reads from `source`.
+    /// A device that returns bytes from `source`.
     ///
     /// # Errors
-    /// When the source cannot be opened, or is neither a file nor a character device: reading a
-    /// FIFO may wait for ever, and a directory gives nothing.
+    /// The source cannot be opened, or is neither a file nor a character device: reading a FIFO may
+    /// block for ever, and a directory has no bytes.
     pub fn open(source: &Path) -> io::Result<Self> {
         let source = named_file::open(source, File::options().read(true), 0)?;
         let kind = source.metadata()?.file_type();
@@ -71,7 +71,7 @@ impl Backend for Rng {
             let data = &mut buffer[..length];
             let read = self.source.read(data);
             let count = read.map_err(|error| Broken::Device(format!("its source: {error}")))?;
-            // Nobody is told that a request failed: it gives nothing.
+            // A failed request cannot be reported: it returns no bytes.
             match chain.write(memory, 0, &data[..count]) {
                 Ok(()) => Ok(count as u32),
                 Err(NotCopied::NotNow(not_now)) => Err(not_now.into()),

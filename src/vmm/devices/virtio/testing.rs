@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A driver's side of a device, for tests: over guest memory, or over the emulated host with
-//! first-stage tables in it.
+//! The driver's side of a device, for tests: on guest memory, or on the emulated host with
+//! first-stage tables in guest memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -20,22 +20,22 @@ use twostage::spec::vtd::first_stage::index;
 use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 
 const PAGE: u64 = 0x1000;
-/// Bytes of guest memory.
+/// Size of guest memory.
 const MEMORY: u64 = 8 << 20;
 /// Where first-stage tables are.
 const TABLES: u64 = 0x1000;
-/// GPA of the memory that the driver uses; the IOVA behind an IOMMU.
+/// GPA of the driver's memory; behind an IOMMU, also its IOVA.
 const DATA: u64 = 0x40_0000;
 const IOVA: u64 = 0x7654_0000_0000;
-/// Pages of it.
+/// Its size in pages.
 const PAGES: u64 = 256;
-/// Bits of a leaf: present, writable, for users, accessed, dirty.
+/// Bits of a leaf: present, writable, user, accessed, dirty.
 const LEAF: u64 = 0x67;
 
-/// Where a device is.
+/// How a device is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// With nothing in front.
+    /// Without an IOMMU.
     Direct,
     /// Behind an emulated IOMMU.
     Behind,
@@ -71,8 +71,8 @@ pub struct Rig {
     host: Option<Host>,
 }
 
-/// Pages are scattered, so that whoever takes an IOVA for a GPA, or does not look again at a page's
-/// end, reads something else.
+/// Pages are scattered, so that code that takes an IOVA for a GPA, or does not translate again at a
+/// page boundary, reads something else.
 fn gpa_of_page(page: u64) -> u64 {
     DATA + (page ^ 0x55) * PAGE
 }
@@ -110,7 +110,7 @@ impl Rig {
         Self { pci, vectors: vectors.into_inner(), place, memory, host }
     }
 
-    /// Address of `offset` in the driver's memory, as the device knows it.
+    /// Device address of `offset` in the driver's memory.
     pub fn address(&self, offset: u64) -> u64 {
         assert!(offset < PAGES * PAGE);
         match self.place {
@@ -144,7 +144,7 @@ impl Rig {
         self.memory.store(value, self.gpa(offset), Ordering::Release).unwrap();
     }
 
-    /// Takes the page at `offset` away from the device. Behind an IOMMU only.
+    /// Unmaps the page at `offset` for the device. Behind an IOMMU only.
     pub fn unmap(&self, offset: u64) {
         let host = self.host.as_ref().expect("an IOMMU");
         host.unmap(&self.memory, IOVA + offset);
@@ -172,7 +172,7 @@ impl Rig {
         self.pci.write_bar(0, offset, &value.to_le_bytes()[..length]);
     }
 
-    /// Resets the device, as drivers do: they wait until the status is 0.
+    /// Resets the device as drivers do, waiting until the status is 0.
     pub fn reset(&self) {
         self.write(0x14, 1, 0);
         self.wait("a reset", || self.status() == 0);
@@ -182,7 +182,7 @@ impl Rig {
         self.read(0x14, 1)
     }
 
-    /// Bus master, and MSI-X with every vector unmasked.
+    /// Enables bus mastering, and MSI-X with every vector unmasked.
     pub fn enable_function(&self) {
         self.write_config(4, &[6, 0]);
         for vector in 0..self.vectors.len() as u64 {
@@ -205,7 +205,7 @@ impl Rig {
         None
     }
 
-    /// What the device offers.
+    /// The offered features.
     pub fn offered(&self) -> u64 {
         (0..2).fold(0, |features, select| {
             self.write(0, 4, select);
@@ -213,7 +213,7 @@ impl Rig {
         })
     }
 
-    /// Negotiates `features` and those that the device insists on, as far as FEATURES_OK.
+    /// Negotiates `features` and the mandatory ones, up to FEATURES_OK.
     pub fn negotiate(&self, features: u64) {
         self.reset();
         self.write(0x14, 1, 1);
@@ -227,7 +227,7 @@ impl Rig {
         assert_eq!(self.status(), 0xb);
     }
 
-    /// Everything from the start to DRIVER_OK, with queues of 16 descriptors.
+    /// Initializes the device up to DRIVER_OK, with queues of 16 descriptors.
     pub fn start(&self, features: u64) -> Vec<TestQueue<'_>> {
         self.enable_function();
         self.negotiate(features);
@@ -258,7 +258,7 @@ impl Rig {
             .collect()
     }
 
-    /// Waits until `over`, or fails.
+    /// Waits until `over` is true; panics after the limit.
     pub fn wait(&self, what: &str, over: impl Fn() -> bool) {
         wait_until(what, over);
     }
@@ -267,8 +267,8 @@ impl Rig {
         self.wait("NEEDS_RESET", || self.status() & 0x40 != 0);
     }
 
-    /// Waits for the interrupts of `vector`, which follow what they are about; there must be
-    /// `count` of them.
+    /// Waits for the interrupts of `vector`, which arrive later than what they signal; there must
+    /// be `count` of them.
     pub fn wait_for_interrupts(&self, vector: usize, count: u64) {
         let sent = || self.vectors[vector].0.load(Ordering::SeqCst);
         self.wait("interrupts", || sent() >= count);
@@ -309,7 +309,7 @@ impl Host {
     }
 }
 
-/// GPA of the leaf of `iova`; tables that are missing are made: one per level is enough here.
+/// GPA of the leaf for `iova`; missing tables are created: one per level suffices here.
 fn entry(memory: &GuestMemoryMmap, iova: u64) -> u64 {
     let mut table = TABLES;
     for level in (2..=4).rev() {
@@ -320,7 +320,7 @@ fn entry(memory: &GuestMemoryMmap, iova: u64) -> u64 {
     table + index(iova, 1) * 8
 }
 
-/// One buffer of a chain: offset in the driver's memory, length, whether the device writes it.
+/// One buffer of a chain: offset in the driver's memory, length, whether it is device-writable.
 pub type TestBuffer = (u64, u32, bool);
 
 /// The driver's side of a queue.
@@ -344,7 +344,7 @@ impl TestQueue<'_> {
         self.rig.poke(self.base + 16 * u64::from(index), &bytes);
     }
 
-    /// Makes the chain that starts with descriptor `head` available.
+    /// Makes the chain starting at descriptor `head` available.
     pub fn make_available(&self, head: u16) {
         let index = self.rig.u16(self.base + PAGE + 2);
         self.rig.set_u16(self.base + PAGE + 4 + 2 * u64::from(index % Self::SIZE), head);
@@ -360,7 +360,7 @@ impl TestQueue<'_> {
         self.free.into()
     }
 
-    /// Asks for an interrupt when the used index passes `index`, with event indices.
+    /// Requests an interrupt when the used index passes `index`, with event indices.
     pub fn set_used_event(&self, index: u16) {
         self.rig.set_u16(self.base + PAGE + 4 + 2 * u64::from(Self::SIZE), index);
     }
@@ -369,7 +369,7 @@ impl TestQueue<'_> {
         self.rig.write(0x3000 + 4 * self.number, 2, self.number);
     }
 
-    /// Makes a chain of `buffers` available; the head.
+    /// Makes a chain of `buffers` available; returns its head.
     pub fn add(&mut self, buffers: &[TestBuffer]) -> u16 {
         let head = self.free;
         for (at, (offset, length, writable)) in buffers.iter().enumerate() {
@@ -387,7 +387,7 @@ impl TestQueue<'_> {
         self.rig.u16(self.base + 2 * PAGE + 2)
     }
 
-    /// The used element `index`: head and length.
+    /// Used element `index`: head and length.
     pub fn used(&self, index: u16) -> (u32, u32) {
         let at = self.base + 2 * PAGE + 4 + 8 * u64::from(index % Self::SIZE);
         let bytes = self.rig.peek(at, 8);
@@ -395,7 +395,8 @@ impl TestQueue<'_> {
         (word(0), word(4))
     }
 
-    /// Makes a chain available, notifies, and waits; how many bytes the device says it wrote.
+    /// Makes a chain available, notifies, and waits; returns the number of bytes written by the
+    /// device.
     pub fn request(&mut self, buffers: &[TestBuffer]) -> u32 {
         let before = self.used_index();
         let head = self.add(buffers);

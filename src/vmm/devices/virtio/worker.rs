@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The thread of a device, from its driver's DRIVER_OK to the reset.
+//! The thread of a device, from DRIVER_OK to the reset.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -20,26 +20,26 @@ use super::link::Link;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 
-/// Events are told apart by these, or by the number of a queue.
+/// Event identifiers: this, or the number of a queue.
 const STOP: u32 = u32::MAX;
 const INPUT: u32 = u32::MAX - 1;
 const LOOK: u32 = u32::MAX - 2;
 
-/// What a device works with: its own part, and the memory it reaches.
+/// What the worker uses: the backend, and the memory it accesses.
 pub(super) struct Device {
     pub backend: Box<dyn Backend>,
     pub memory: DeviceMemory,
 }
 
-/// How long a worker that was told to stop is waited for before it is left behind. It makes no more
-/// requests then, and needs longer only in a call of the system's, such as a disk's.
+/// How long to wait for a stopping worker before it is left behind. It makes no more requests by
+/// then, and takes longer only in a system call, such as disk I/O.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Looks for input that came while the function might make no requests are so far apart.
+/// Interval of checks for input that arrived while the function could not make requests.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
-/// A running worker, who has the device to itself. Dropping it stops it and waits for that, but not
-/// for ever: what it works with is its own until its thread ends.
+/// A running worker, which owns the device. Dropping it stops it and waits for a limited time: the
+/// device belongs to its thread until that ends.
 #[derive(Debug)]
 pub(super) struct Worker {
     link: Arc<Link>,
@@ -50,7 +50,7 @@ pub(super) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Whether a worker has ended, and its device is free for another.
+/// Whether a worker has ended, so that its device is free for another.
 #[derive(Debug, Default)]
 pub(super) struct Ended {
     over: Mutex<bool>,
@@ -58,7 +58,7 @@ pub(super) struct Ended {
 }
 
 impl Ended {
-    /// Waits until it has ended, `limit` at the most. Says whether it has.
+    /// Waits until it has ended, at most for `limit`. Returns whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
         let over = self.over.lock();
         let waited = self.changed.wait_timeout_while(over, limit, |over| !*over);
@@ -71,7 +71,7 @@ impl Ended {
     }
 }
 
-/// Says that a worker has ended when it is dropped, however it ended.
+/// Signals when it is dropped that a worker has ended, for whatever reason.
 struct EndOf(Arc<Ended>);
 
 impl Drop for EndOf {
@@ -80,7 +80,7 @@ impl Drop for EndOf {
     }
 }
 
-/// Workers that were left behind, of all machines of the process: each has its device, with a
+/// Workers that were left behind, of all machines of the process: each keeps its device, with a
 /// disk's locks and the guest's memory, until it ends.
 static LEFT_BEHIND: Mutex<Vec<Arc<Ended>>> = Mutex::new(Vec::new());
 
@@ -88,7 +88,7 @@ fn left_behind() -> MutexGuard<'static, Vec<Arc<Ended>>> {
     LEFT_BEHIND.lock()
 }
 
-/// Whether all workers that were left behind have ended, and what they had is free.
+/// Whether all workers that were left behind have ended and released their resources.
 pub fn none_is_left_behind() -> bool {
     let mut left = left_behind();
     left.retain(|ended| !ended.wait(Duration::ZERO));
@@ -111,7 +111,7 @@ impl Worker {
         let of_worker = link.clone();
         link.gate.start();
         let thread = thread::Builder::new().name(name).spawn(move || {
-            // Dropped last, when the device is let go, or nobody else has it and it is gone.
+            // Dropped last, after the device is unlocked or freed.
             let _end = end;
             let (device, link) = (device, of_worker);
             let device = device.lock();
@@ -124,13 +124,13 @@ impl Worker {
         Ok(Self { link, stop, told: None, ended, thread: Some(thread) })
     }
 
-    /// Tells it to stop: it makes no more requests when this returns, and ends soon.
+    /// Tells it to stop: when this returns, it makes no more requests, and ends soon.
     pub fn tell_to_stop(&mut self) -> Arc<Ended> {
         if self.told.is_none() {
             self.told = Some(Instant::now());
             self.link.gate.stop();
             if let Err(error) = self.stop.write(1) {
-                // Never: nobody else writes it.
+                // Never: nothing else writes the event.
                 log::error!("{} cannot be stopped: {error}", self.link.name());
             }
         }
@@ -165,16 +165,17 @@ fn run(server: Server<'_>) -> Result<(), event_manager::Error> {
     Ok(())
 }
 
-/// Input that came while the function might make no requests. Nothing tells of it a second time.
+/// Input that arrived while the function could not make requests. It is not signalled a second
+/// time.
 ///
-/// It is not served as soon as the function may: the buffers may be a former driver's, whose memory
-/// has become another kernel's (kexec). That one switches bus mastering on and resets the device at
-/// once.
+/// It is not served as soon as requests are allowed: the buffers may be a former driver's, whose
+/// memory now belongs to another kernel (kexec). That kernel enables bus mastering and resets the
+/// device right away.
 struct LateInput {
     timer: TimerFd,
     /// There is some, and the timer runs.
     waits: bool,
-    /// The function might make requests at the last look.
+    /// The function could make requests at the last check.
     allowed: bool,
 }
 
@@ -188,9 +189,9 @@ impl LateInput {
         Ok(())
     }
 
-    /// The timer has run out. Whether the input can be served; else it waits on.
+    /// The timer has expired. Returns whether the input can be served; otherwise it keeps waiting.
     fn look(&mut self, allowed: bool) -> io::Result<bool> {
-        // It has, so this does not wait.
+        // It has expired, so this does not block.
         self.timer.wait()?;
         self.waits = false;
         if allowed && self.allowed {
@@ -219,7 +220,7 @@ impl Server<'_> {
             return;
         }
         match self.try_serve(number) {
-            // Other events get their turn first.
+            // Give other events their turn first.
             Ok(true) => self.link.notify(number),
             Ok(false) => {}
             Err(Unserved::NotNow(_)) => {
@@ -272,7 +273,7 @@ impl MutEventSubscriber for Server<'_> {
             self.link.set_needs_reset(&broken);
             self.over = true;
         }
-        // What the driver did before it was ready may not have been heard.
+        // Notifications before DRIVER_OK may have been missed.
         self.link.notify_all();
     }
 

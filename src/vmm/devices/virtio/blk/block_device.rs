@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the kernel tells of a block device. Source: Linux `include/uapi/linux/fs.h`, and
+//! What the kernel reports about a block device. Source: Linux `include/uapi/linux/fs.h`, and
 //! `Documentation/ABI/stable/sysfs-block`.
 #![allow(unsafe_code)]
 
@@ -8,39 +8,39 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-/// Asks whether a block device is read-only; `_IO(0x12, 94)`.
+/// Queries whether a block device is read-only; `_IO(0x12, 94)`.
 const BLKROGET: libc::c_ulong = 0x125e;
 
-/// Whether the block device `file` is read-only, which no open for writing is refused for.
+/// Whether the block device `file` is read-only; the kernel lets it be opened for writing all the
+/// same.
 ///
 /// # Errors
-/// What the system says.
+/// The system's error.
 pub(super) fn is_read_only(file: &File) -> io::Result<bool> {
     Ok(ask(file, BLKROGET)? != 0)
 }
 
-/// Length of a sector of the block device `file`, in bytes: what direct input and output are
-/// multiples of.
+/// Sector size of the block device `file`, in bytes: the granularity of direct I/O.
 ///
 /// # Errors
-/// What the system says.
+/// The system's error.
 pub(super) fn sector_size(file: &File) -> io::Result<u32> {
     // Never negative.
     Ok(ask(file, libc::BLKSSZGET as libc::c_ulong)? as u32)
 }
 
-/// A file that is the same whichever node `file`, a block device, was opened by: each node has
-/// locks of its own.
+/// A file that is the same for all device nodes of the block device `file`: each node has its own
+/// locks.
 ///
 /// # Errors
-/// What the system says, such as that there is no sysfs.
+/// The system's error, for example when there is no sysfs.
 pub(super) fn common_file(file: &File) -> io::Result<File> {
     let device = file.metadata()?.rdev();
     let (major, minor) = (libc::major(device), libc::minor(device));
     File::open(format!("/sys/dev/block/{major}:{minor}/dev"))
 }
 
-/// Asks what is an `int`.
+/// Issues a request that returns an `int`.
 fn ask(file: &File, request: libc::c_ulong) -> io::Result<libc::c_int> {
     let mut answer: libc::c_int = 0;
     // SAFETY: the descriptor is open while `file` is borrowed, and both requests that are used here
@@ -85,7 +85,7 @@ mod tests {
             }
         }
 
-        /// Another node of it.
+        /// Another device node for it.
         fn node(&self, name: &str) -> PathBuf {
             let device = std::fs::metadata(&self.path).unwrap().rdev();
             let (major, minor) = (libc::major(device), libc::minor(device));

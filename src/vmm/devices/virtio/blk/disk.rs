@@ -19,18 +19,18 @@ const PAGE_SIZE: usize = 4096;
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// It cannot be opened.
+    /// The image cannot be opened.
     #[error("{path}: {source}{}", advice(.source), path = .path.display())]
     Open {
         /// The image.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// It is neither a file nor a block device.
     #[error("{path}: neither a file nor a block device", path = .0.display())]
     Kind(PathBuf),
-    /// It is of a format that is not understood.
+    /// Its format is not supported.
     #[error(
         "{path}: an image of format {format}, and a disk is raw; make one of it with: qemu-img \
          convert -O raw {path} NEW (if it is raw, and the guest wrote that there, say format=raw)",
@@ -39,37 +39,37 @@ pub enum DiskError {
     Format {
         /// The image.
         path: PathBuf,
-        /// As `qemu-img` calls it.
+        /// The name that `qemu-img` uses.
         format: &'static str,
     },
-    /// The kernel lets nobody write the block device.
+    /// The kernel has the block device read-only.
     #[error("{path}: the block device is read-only; say readonly=on", path = .0.display())]
     ReadOnlyDevice(PathBuf),
-    /// The kernel gives the block device to nobody else.
+    /// The block device cannot be claimed.
     #[error(
         "{path}: the block device is in use: mounted, part of another device, or another machine's \
          or --disk's",
         path = .0.display()
     )]
     Claimed(PathBuf),
-    /// Somebody else has it.
+    /// The image is locked by another process.
     #[error(
         "{path}: the image is in use, by another machine or another --disk; several can have it \
          with readonly=on alone",
         path = .0.display()
     )]
     InUse(PathBuf),
-    /// There is nothing in it.
+    /// The image is empty.
     #[error("{path}: the image is empty", path = .0.display())]
     Empty(PathBuf),
-    /// Not whole blocks.
+    /// The size is not a multiple of the block size.
     #[error("{path}: {size} bytes are not a multiple of {block} bytes", path = .path.display())]
     Unaligned {
         /// The image.
         path: PathBuf,
-        /// Its length in bytes.
+        /// Its size in bytes.
         size: u64,
-        /// Length of a block in bytes.
+        /// Block size in bytes.
         block: u32,
     },
 }
@@ -84,14 +84,15 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// How an image is opened.
+/// How to open an image.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskAccess {
-    /// It cannot be written.
+    /// Read-only.
     pub read_only: bool,
-    /// Around the host's page cache (`O_DIRECT`).
+    /// Bypassing the host's page cache (`O_DIRECT`).
     pub direct: bool,
-    /// It is said to be raw: what it starts with, which a guest may have written, is not looked at.
+    /// Known to be raw: the format is not probed from its first bytes, which a guest may have
+    /// written.
     pub raw: bool,
 }
 
@@ -104,15 +105,15 @@ pub struct Disk {
     block_size: u32,
     read_only: bool,
     id: String,
-    /// Holds the lock of a block device, whichever node it is opened by.
+    /// Holds the lock of a block device, shared by all of its device nodes.
     _common: Option<File>,
 }
 
 impl Disk {
-    /// Opens the image at `path`. While it is open, others can have it only if nobody writes it.
+    /// Opens the image at `path`. While it is open, others can open it only if nobody writes to it.
     ///
     /// # Errors
-    /// When it cannot be opened, when somebody else has it, or when it is no raw disk.
+    /// It cannot be opened, is locked by somebody else, or is not a raw disk.
     pub fn open(path: &Path, access: DiskAccess) -> Result<Self, DiskError> {
         let DiskAccess { read_only, direct, raw } = access;
         let failed = |source| DiskError::Open { path: path.to_owned(), source };
@@ -120,7 +121,7 @@ impl Disk {
         let metadata = file.metadata().map_err(failed)?;
         let is_device = metadata.file_type().is_block_device();
         let common = lock_all(path, &file, is_device, !read_only)?;
-        // The length of a block device is not in its metadata.
+        // Metadata do not have the size of a block device.
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if size == 0 {
             return Err(DiskError::Empty(path.to_owned()));
@@ -132,7 +133,7 @@ impl Disk {
         };
         let mut head = BounceBuffer::new(block_size as usize);
         let length = file.read_at(head.bytes(), 0).map_err(failed)?;
-        // Never more than there is room for.
+        // Never more than the buffer holds.
         if let Some(format) = format::of(&head.bytes()[..length]).filter(|_| !raw) {
             return Err(DiskError::Format { path: path.to_owned(), format });
         }
@@ -144,34 +145,34 @@ impl Disk {
         Ok(Self { path, file, size, block_size, read_only, id, _common: common })
     }
 
-    /// A disk that is `file`, whatever that is.
+    /// A disk backed by `file`, of any kind.
     #[cfg(test)]
     pub(super) fn of(file: File, size: u64) -> Self {
         let (path, id) = ("test".into(), "0-0".into());
         Self { path, file, size, block_size: 512, read_only: false, id, _common: None }
     }
 
-    /// Length in bytes: whole blocks.
+    /// Size in bytes: a multiple of the block size.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The length in bytes that requests are multiples of.
+    /// The granularity of requests in bytes.
     pub fn block_size(&self) -> u32 {
         self.block_size
     }
 
-    /// Whether it cannot be written.
+    /// Whether it is read-only.
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
 
-    /// What tells it from other disks, in ASCII.
+    /// An identifier in ASCII that tells disks apart.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// Whether `length` bytes from `offset` on are whole blocks of the disk.
+    /// Whether the `length` bytes at `offset` are whole blocks of the disk.
     pub fn has(&self, offset: u64, length: u64) -> bool {
         let block = u64::from(self.block_size);
         let end = offset.checked_add(length);
@@ -179,31 +180,31 @@ impl Disk {
         whole && end.is_some_and(|end| end <= self.size)
     }
 
-    /// Reads the bytes from `offset` on.
+    /// Reads the bytes at `offset`.
     ///
     /// # Errors
-    /// What the system says; an image that became shorter is an error too.
+    /// The system's error; also when the image became shorter.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.named(self.file.read_exact_at(data, offset))
     }
 
-    /// Writes the bytes from `offset` on.
+    /// Writes the bytes at `offset`.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.named(self.file.write_all_at(data, offset))
     }
 
-    /// Returns when all that was written is on the medium.
+    /// Returns when all written data is on the medium.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     pub fn flush(&self) -> io::Result<()> {
         self.named(self.file.sync_data())
     }
 
-    /// An error with the name of the image, which is one of several.
+    /// Adds the name of the image to an error.
     fn named(&self, result: io::Result<()>) -> io::Result<()> {
         result.map_err(|error| {
             io::Error::new(error.kind(), format!("{}: {error}", self.path.display()))
@@ -211,7 +212,7 @@ impl Disk {
     }
 }
 
-/// Opens the file or block device at `path`. A block device to write is claimed.
+/// Opens the file or block device at `path`. A writable block device is claimed.
 fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<File, DiskError> {
     let failed = |source| DiskError::Open { path: path.to_owned(), source };
     let open = |flags| {
@@ -229,21 +230,21 @@ fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<File, DiskErr
     if block_device::is_read_only(&file).map_err(failed)? {
         return Err(DiskError::ReadOnlyDevice(path.to_owned()));
     }
-    // Who writes has it alone, whichever node it is named by. No claim says that one only reads: it
-    // is as much alone as any other.
+    // A writer needs exclusive access through all device nodes. A claim cannot express read-only
+    // use, so every claim is exclusive.
     let file = open(libc::O_EXCL).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => DiskError::Claimed(path.to_owned()),
         _ => failed(error),
     })?;
-    // The name may be of something else by now.
+    // The path may name something else by now.
     match kind(&file)?.is_block_device() {
         true => Ok(file),
         false => Err(DiskError::Kind(path.to_owned())),
     }
 }
 
-/// Takes the locks of `file`, and those that a block device has for all its nodes, which go with
-/// what is returned.
+/// Takes the locks of `file`, and for a block device also those shared by all its nodes, which are
+/// held as long as the returned file.
 fn lock_all(
     path: &Path,
     file: &File,
@@ -254,7 +255,7 @@ fn lock_all(
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             Err(DiskError::InUse(path.to_owned()))
         }
-        // As QEMU does: not every file system has locks.
+        // As QEMU does: not every file system supports locks.
         Err(error) => {
             log::warn!("{}: no lock is had: {error}", path.display());
             Ok(())
@@ -277,7 +278,7 @@ fn lock_all(
     }
 }
 
-/// The alignment that direct input and output of `file` needs: tried, as it has no better name.
+/// The alignment that direct I/O on `file` needs: found by trying, as there is no better way.
 fn direct_block_size(file: &File) -> io::Result<u32> {
     let mut buffer = BounceBuffer::new(PAGE_SIZE);
     match file.read_at(&mut buffer.bytes()[..SECTOR_SIZE as usize], 0) {
@@ -287,7 +288,7 @@ fn direct_block_size(file: &File) -> io::Result<u32> {
     }
 }
 
-/// Memory that is aligned as `O_DIRECT` wants it.
+/// Memory aligned for `O_DIRECT`.
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout)]
 #[repr(C, align(4096))]
 struct Page([u8; PAGE_SIZE]);
@@ -301,7 +302,7 @@ impl BounceBuffer {
         Self(vec![Page::new_zeroed(); length.div_ceil(PAGE_SIZE)])
     }
 
-    /// All of it.
+    /// All bytes of it.
     pub fn bytes(&mut self) -> &mut [u8] {
         self.0.as_mut_slice().as_mut_bytes()
     }
@@ -388,7 +389,7 @@ mod tests {
             let disk = match Disk::open(file.path(), DiskAccess { direct, ..DiskAccess::default() })
             {
                 Ok(disk) => disk,
-                // Not every file system of a test machine can do without its cache.
+                // Not every file system on a test machine supports O_DIRECT.
                 Err(DiskError::Open { source, .. })
                     if source.raw_os_error() == Some(libc::EINVAL) =>
                 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Image formats that are not raw, by what their files start with.
+//! Image formats other than raw, recognized by the first bytes of the file.
 
-/// Where a format's mark is, the mark, and what `qemu-img` calls the format. Only marks that no
-/// disk has by chance.
+/// Offset of the magic, the magic, and `qemu-img`'s name of the format. Only magics that a raw disk
+/// does not have by accident.
 const MARKS: [(usize, &[u8], &str); 9] = [
     (0, b"QFI\xfb", "qcow2"),
     (0, b"QED\0", "qed"),

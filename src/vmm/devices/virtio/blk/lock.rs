@@ -1,48 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lock of a disk image: one writes it, or several read it. Two protocols are kept together,
-//! both of advisory locks whose owner is the open file and not the process, so that one process
-//! cannot have an image twice.
+//! The lock of a disk image: one writer or several readers. Two protocols are followed at once.
+//! Both use advisory locks owned by the open file rather than the process, so that one process
+//! cannot open an image twice either.
 //!
-//! QEMU has a byte for each thing that one may do with an image, and another for each that one
-//! denies to others; all locks are shared. Who has taken its own looks whether somebody else has
-//! their counterparts: of two that come at once, one or both find the other. Source: QEMU's
-//! `block/file-posix.c`, and what QEMU 10.0 locks.
+//! QEMU has one byte for each permission that a user takes, and one for each that it denies to
+//! others; all locks are shared. After taking its own, a user checks whether anybody has locked the
+//! opposite bytes: of two racing users, one or both notice. Source: QEMU's `block/file-posix.c`,
+//! and the locks that QEMU 10.0 takes.
 //!
-//! cloud-hypervisor locks the whole image, alone to write it and shared to read it. Here that is
-//! all but QEMU's bytes, where a lock would say something else.
+//! cloud-hypervisor locks the whole image: exclusively to write, shared to read. Here that covers
+//! everything but QEMU's bytes, where a lock would mean something else.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// QEMU: locked by who does something ...
+/// QEMU: the user has this permission ...
 const DOES: i64 = 100;
-/// ... and by who denies it to others.
+/// ... or denies it to others.
 const DENIES: i64 = 200;
-/// What one may do: read what is consistent,
+/// Permissions: to read consistent data,
 const READ: i64 = 0;
-/// or write.
+/// or to write.
 const WRITE: i64 = 1;
-/// The first byte behind QEMU's.
+/// The first byte after QEMU's.
 const REST: i64 = 300;
 
-/// Takes the lock of the image that `file` is, until that is closed: alone, which takes a file that
-/// is open for writing, or together with others that only read.
+/// Locks the image `file` until it is closed: exclusively, which needs a file open for writing, or
+/// shared with other readers.
 ///
 /// # Errors
-/// `EAGAIN` somebody has it; what the system says of a file that has no locks.
+/// `EAGAIN`: somebody else has it; otherwise the system's error, for a file without locks.
 pub(super) fn take(file: &File, writes: bool) -> io::Result<()> {
     let kind = if writes { libc::F_WRLCK } else { libc::F_RDLCK };
-    // To the end, wherever that will be.
+    // To the end of the file, wherever that will be.
     set(file, kind, REST, 0)?;
     take_shared(file, writes)
 }
 
-/// As [`take`], with locks that a file has which is open for reading alone: QEMU's.
+/// Like [`take`], but only with locks that work on a file open for reading: QEMU's.
 ///
 /// # Errors
-/// As of [`take`].
+/// As for [`take`].
 pub(super) fn take_shared(file: &File, writes: bool) -> io::Result<()> {
     set(file, libc::F_RDLCK, DOES + READ, 1)?;
     if writes {
@@ -62,12 +62,12 @@ fn set(file: &File, kind: libc::c_int, start: i64, length: i64) -> io::Result<()
     call(file, libc::F_OFD_SETLK, &mut range(kind, start, length))
 }
 
-/// Whether somebody else has locked QEMU's byte `at` to say what it says.
+/// Whether somebody else has locked QEMU's byte `at` with QEMU's meaning.
 fn is_locked(file: &File, at: i64) -> io::Result<bool> {
     let mut lock = range(libc::F_WRLCK, at, 1);
     call(file, libc::F_OFD_GETLK, &mut lock)?;
-    // A shared lock of more than QEMU's bytes is a reader's of the whole image. QEMU would keep
-    // away.
+    // A shared lock of more than QEMU's bytes is a reader's lock of the whole image. QEMU would
+    // refuse.
     let whole = lock.l_len == 0 || lock.l_start.saturating_add(lock.l_len) > REST;
     let kind = libc::c_int::from(lock.l_type);
     Ok(kind == libc::F_WRLCK || (kind == libc::F_RDLCK && !whole))
@@ -80,7 +80,7 @@ fn range(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: start,
         l_len: length,
-        // Of no process.
+        // Not owned by a process.
         l_pid: 0,
     }
 }
@@ -98,13 +98,13 @@ fn call(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result
 mod tests {
     use super::*;
 
-    /// How somebody has an image.
+    /// How another program uses an image.
     #[derive(Debug, Clone, Copy, PartialEq)]
     enum User {
         Ours,
-        /// Takes its bytes, then looks for those of others.
+        /// Locks its bytes, then checks those of others.
         Qemu,
-        /// Takes the whole image.
+        /// Locks the whole image.
         CloudHypervisor,
     }
 

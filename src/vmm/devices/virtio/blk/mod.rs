@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The block device (virtio 1.3 §5.2).
 //!
-//! Data goes through a buffer of the device, piece by piece: the disk is read or written while no
-//! section is open, and memory is copied while nothing is waited for.
+//! Data goes through a bounce buffer, piece by piece: no section is open while the disk is
+//! accessed, and nothing waits while memory is copied.
 
 mod block_device;
 mod disk;
@@ -29,11 +29,11 @@ use twostage::ratelimit::RateLimit;
 
 pub use disk::{BounceBuffer, Disk, DiskAccess, DiskError, SECTOR_SIZE};
 
-/// Descriptors of the queue.
+/// Queue size.
 const QUEUE_SIZE: u16 = 256;
-/// Data buffers of a request: what is left of a queue full beside header and status.
+/// Data buffers of a request: the queue size less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Bytes that are transferred at once: what a section copies at most.
+/// Bytes transferred at once: the most that is copied in one section.
 const PIECE: usize = 128 << 10;
 
 /// Header of a request (§5.2.6).
@@ -45,7 +45,7 @@ struct Header {
     sector: U64,
 }
 
-/// The start of the configuration (§5.2.4): fields of features that are not offered are zero.
+/// The start of the configuration (§5.2.4): fields of features that are not offered are 0.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct Config {
@@ -89,17 +89,17 @@ pub struct Block {
     failures: RateLimit,
 }
 
-/// What does the requests.
+/// Performs the requests.
 #[derive(Debug)]
 struct Engine {
     disk: Disk,
     buffer: BounceBuffer,
-    /// The driver knows of flushes. If not, every write is one (§5.2.6.2).
+    /// The driver has negotiated flushes. If not, every write is flushed (§5.2.6.2).
     flushes: bool,
 }
 
 impl Block {
-    /// A device that holds `disk`.
+    /// A device backed by `disk`.
     pub fn new(disk: Disk) -> Self {
         let engine = Engine { disk, buffer: BounceBuffer::new(PIECE), flushes: false };
         Self { engine, failures: RateLimit::default() }
@@ -123,7 +123,7 @@ impl Backend for Block {
         Model {
             name: "blk",
             device_type: VIRTIO_ID_BLOCK as u16,
-            // Mass storage, of no standard kind.
+            // Mass storage, other.
             class: 0x01_8000,
             features: if disk.is_read_only() { features.with(VIRTIO_BLK_F_RO) } else { features },
             queue_sizes: &[QUEUE_SIZE],
@@ -145,7 +145,7 @@ impl Backend for Block {
         let Some(queue) = queues.get_mut(number) else { return Ok(false) };
         let counters = queue.counters();
         queue.drain(memory, |memory, chain| {
-            // The last byte to write is the status; the data is before it.
+            // The last writable byte is the status; data comes before it.
             let status_at = chain.writable().checked_sub(1).ok_or(Broken::Status)?;
             let result = self.engine.request(memory, chain, status_at);
             let (status, written) = match &result {
@@ -153,7 +153,7 @@ impl Backend for Block {
                 Err(Failure::NotCopied(NotCopied::NotNow(not_now))) => {
                     return Err((*not_now).into())
                 }
-                // How much of the data was written before is nobody's business.
+                // How much of the data was written does not matter.
                 Err(failure) => (failure.status(), if status_at == 0 { 1 } else { 0 }),
             };
             if let Err(failure) = result {
@@ -173,7 +173,7 @@ impl Backend for Block {
 }
 
 impl Engine {
-    /// Does the request of `chain`, which has `length` bytes for data to the driver.
+    /// Performs the request of `chain`, which has `length` bytes for data to the driver.
     fn request(
         &mut self,
         memory: &mut DeviceMemory,
@@ -186,7 +186,7 @@ impl Engine {
         match header.kind.get() {
             VIRTIO_BLK_T_IN => self.read(memory, chain, sector, length),
             VIRTIO_BLK_T_OUT => {
-                // The header has been read, so there are as many bytes.
+                // The header has been read, so the chain is at least as long.
                 let length = chain.readable() - size_of::<Header>() as u64;
                 self.write(memory, chain, sector, length)
             }
@@ -194,7 +194,7 @@ impl Engine {
             VIRTIO_BLK_T_GET_ID => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
                 id.iter_mut().zip(self.disk.id().bytes()).for_each(|(to, from)| *to = from);
-                // A driver that has less room gets less.
+                // A driver with a smaller buffer gets less.
                 let length = length.min(id.len() as u64) as usize;
                 Ok(chain.write(memory, 0, &id[..length])?)
             }
@@ -244,7 +244,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The byte that `sector` starts at, if `length` bytes from there on are blocks of the disk.
+    /// The byte offset of `sector`, if `length` bytes from there are blocks of the disk.
     fn start(&self, sector: u64, length: u64) -> Result<u64, Failure> {
         sector
             .checked_mul(SECTOR_SIZE)
@@ -254,7 +254,7 @@ impl Engine {
 }
 
 impl BounceBuffer {
-    /// The start of the buffer: `left` bytes, or all there is.
+    /// The start of the buffer: `left` bytes, or all of it.
     fn piece(&mut self, left: u64) -> &mut [u8] {
         let bytes = self.bytes();
         let length = left.min(bytes.len() as u64) as usize;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The block device, from its driver's side.
+//! The block device, seen from its driver.
 
 use std::io::Write;
 
 use super::*;
 use crate::devices::virtio::testing::{Place, Rig, TestBuffer, TestQueue, PLACES};
 
-/// Where requests are in the driver's memory. The data crosses pages.
+/// Where requests are in the driver's memory. The data crosses a page boundary.
 const HEADER: u64 = 0x8000;
 const STATUS: u64 = 0x9fff;
 const DATA: u64 = 0xaf00;
@@ -32,7 +32,7 @@ impl Machine {
         std::fs::read(self.file.path()).unwrap()
     }
 
-    /// Does a request of `kind`; its status and the length that was said to be written.
+    /// Makes a request of `kind`; returns its status and the reported length.
     fn request(
         &self,
         queue: &mut TestQueue<'_>,
@@ -144,7 +144,7 @@ fn what_cannot_be_done_fails_and_changes_nothing() {
     assert_eq!(machine.request(queue, 0, 0, &[(DATA, 512, true)]).0, 0);
 }
 
-/// `/dev/full` reads as zeros, and has room for nothing.
+/// `/dev/full` reads as zeros, and writes fail with ENOSPC.
 #[test]
 fn a_full_disk_is_an_error_of_the_request_alone() {
     let full = std::fs::File::options().read(true).write(true).open("/dev/full").unwrap();
@@ -152,7 +152,7 @@ fn a_full_disk_is_an_error_of_the_request_alone() {
     let machine = Machine { rig, file: tempfile::NamedTempFile::new().unwrap() };
     let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
     machine.rig.poke(DATA, &[7; 512]);
-    // More often than is said.
+    // More often than is logged.
     for _ in 0..20 {
         let (status, _) = machine.request(queue, 1, 0, &[(DATA, 512, false)]);
         assert_eq!(u32::from(status), VIRTIO_BLK_S_IOERR);
@@ -174,9 +174,9 @@ fn a_request_whose_buffer_the_iommu_blocks_fails() {
     }
     assert_eq!(machine.rig.pci.counters().unreachable.get(), 2);
     assert_eq!(machine.content(), before);
-    // Requests that stay clear of the page go on.
+    // Requests that do not touch the page still work.
     assert_eq!(machine.request(queue, 0, 0, &[(DATA, 512, true)]).0, 0);
-    // Not even the status can be written: that is the end.
+    // Not even the status can be written: the device needs a reset.
     queue.add(&[(HEADER, 16, false), (0x2_0000, 1, true)]);
     queue.notify();
     machine.rig.wait_for_needs_reset();
@@ -209,7 +209,7 @@ fn header_and_status_may_be_in_any_pieces() {
     let [queue] = &mut machine.rig.start(FLUSH)[..] else { panic!() };
     let content = machine.content();
     machine.rig.poke(HEADER, &[0; 16]);
-    // The header in two, the data together with the status.
+    // The header in two buffers, the data together with the status.
     let length = queue.request(&[(HEADER, 5, false), (HEADER + 5, 11, false), (DATA, 513, true)]);
     assert_eq!(length, 513);
     assert_eq!(machine.rig.peek(DATA, 512), content[..512]);

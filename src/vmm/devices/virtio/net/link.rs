@@ -12,7 +12,7 @@ use virtio_bindings::virtio_net::{
 use super::Tap;
 use crate::devices::virtio::backend::Features;
 
-/// What the driver takes, and what a tap interface calls that.
+/// Features of the driver, and the tap interface's flags for them.
 const OFFLOADS: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
     (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
@@ -20,8 +20,8 @@ const OFFLOADS: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
 ];
 
-/// Where frames come from and go to, each with a virtio-net header in front. Nothing waits; the
-/// file descriptor is readable when there is a frame.
+/// Source and sink of frames, each with a virtio-net header in front. Nothing blocks; the file
+/// descriptor is readable when there is a frame.
 pub trait FrameLink: AsRawFd + Send {
     /// Receives a frame.
     ///
@@ -32,14 +32,14 @@ pub trait FrameLink: AsRawFd + Send {
     /// Sends a frame.
     ///
     /// # Errors
-    /// What the system says; the frame is lost.
+    /// The system's error; the frame is dropped.
     fn send(&mut self, frame: &[u8]) -> io::Result<()>;
 
-    /// Frames may come in as a driver that accepted `features` takes them: with checksums that are
-    /// not complete, or longer than the wire's.
+    /// Received frames may be as a driver that accepted `features` takes them: with partial
+    /// checksums, or longer than the MTU.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     fn set_offloads(&mut self, features: Features) -> io::Result<()>;
 }
 
@@ -53,7 +53,7 @@ impl FrameLink for Tap {
     }
 
     fn set_offloads(&mut self, features: Features) -> io::Result<()> {
-        // The others need the first (virtio 1.3 §5.1.3.1).
+        // The others depend on the first (virtio 1.3 §5.1.3.1).
         let flags = match features.has(VIRTIO_NET_F_GUEST_CSUM) {
             true => {
                 OFFLOADS.iter().filter(|(bit, _)| features.has(*bit)).map(|(_, flag)| flag).sum()

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Addresses of network devices.
+//! MAC addresses of network devices.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A MAC address of one device.
+/// A unicast MAC address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
-    /// An address for the device `number` of a machine, administered locally.
+    /// A locally administered address for device `number` of a machine.
     pub fn local(number: u8) -> Self {
         Self([0x02, 0x74, 0x73, 0x00, 0x00, number])
     }
 }
 
-/// It is no MAC address of one device.
+/// Not a unicast MAC address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a MAC address of one device, such as 02:00:00:00:00:01")]
 pub struct NoMac;
@@ -30,7 +30,7 @@ impl FromStr for MacAddress {
             let part = parts.next().filter(|part| part.len() == 2).ok_or(NoMac)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| NoMac)?;
         }
-        // The lowest bit of the first byte is set in addresses of groups.
+        // The lowest bit of the first byte marks group addresses.
         let one_device = bytes[0] & 1 == 0 && bytes != [0; 6];
         match parts.next() {
             None if one_device => Ok(Self(bytes)),

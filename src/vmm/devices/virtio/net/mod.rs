@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The network device (virtio 1.3 §5.1), one pair of queues over a tap interface.
+//! The network device (virtio 1.3 §5.1), one pair of queues on a tap interface.
 //!
-//! The tap interface speaks the device's own headers, so checksums and segmentation that a driver
-//! leaves to the device are left to the host's network stack.
+//! The tap interface uses the same headers as the device, so checksum and segmentation offloads of
+//! the driver are passed to the host's network stack.
 
 mod link;
 mod mac;
@@ -31,17 +31,17 @@ pub use link::FrameLink;
 pub use mac::{MacAddress, NoMac};
 pub use tap::{Tap, TapError};
 
-/// Queue of buffers for what comes in.
+/// The receive queue.
 const RECEIVE: usize = 0;
-/// Queue of what goes out.
+/// The transmit queue.
 const TRANSMIT: usize = 1;
-/// Descriptors of each queue.
+/// Size of each queue.
 const QUEUE_SIZE: u16 = 256;
-/// The longest frame of the host's stack, its header included: 64 KiB and a link-layer header.
+/// The longest frame of the host's stack, including the header: 64 KiB and a link-layer header.
 const MAX_FRAME: usize = Tap::HEADER_SIZE + 65_536 + 18;
 /// The shortest: both headers.
 const MIN_FRAME: usize = Tap::HEADER_SIZE + 14;
-/// Header: the number of buffers that a frame is in (§5.1.6).
+/// Header: the number of buffers of a frame (§5.1.6).
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
 /// The network device.
@@ -49,39 +49,39 @@ const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 pub struct Net<L> {
     link: L,
     mac: MacAddress,
-    /// What came in, and has no buffer of the driver's yet.
+    /// A received frame for which the driver has no buffer yet.
     incoming: Vec<u8>,
     incoming_length: usize,
     outgoing: Vec<u8>,
-    /// A frame may be in several buffers of the driver's.
+    /// A frame may span several buffers of the driver.
     mergeable: bool,
     failures: RateLimit,
 }
 
-/// What comes of looking for a frame.
+/// The result of looking for a frame.
 enum Arrival {
     /// There is one.
     Frame,
-    /// There was one, and it is lost.
+    /// There was one, and it is dropped.
     Lost,
-    /// There may be one, but it was not to be had.
+    /// There may be one, but reading it failed.
     Failed,
     /// There is none.
     Nothing,
 }
 
-/// What buffers the driver has for a frame.
+/// The driver's buffers for a frame.
 enum Buffers {
     /// These.
     Enough(Vec<Chain>),
-    /// Too few as yet.
+    /// Not enough yet.
     NotYet,
-    /// All that there can be are too small.
+    /// Even a full queue is too small.
     NeverEnough,
 }
 
 impl<L: FrameLink> Net<L> {
-    /// A device with address `mac`, whose frames come from and go to `link`.
+    /// A device with address `mac` on `link`.
     pub fn new(link: L, mac: MacAddress) -> Self {
         Self {
             link,
@@ -94,7 +94,7 @@ impl<L: FrameLink> Net<L> {
         }
     }
 
-    /// Brings what comes in to the driver, as far as it has buffers, at most one queue full.
+    /// Delivers received frames to the driver while it has buffers, at most one queue full.
     fn receive(
         &mut self,
         queue: &mut Virtqueue,
@@ -111,7 +111,7 @@ impl<L: FrameLink> Net<L> {
                         failed += 1;
                         continue;
                     }
-                    // Buffers are there or are not: there is nothing to put in.
+                    // Whether there are buffers or not, there is nothing to put in.
                     Arrival::Nothing => return Ok(false),
                 }
             }
@@ -121,12 +121,12 @@ impl<L: FrameLink> Net<L> {
                 Buffers::NotYet => return Ok(false),
             }
         }
-        // An interface that is gone fails for ever: then something has to come in first.
+        // An interface that is gone fails for ever: then wait for new input.
         Ok(failed < QUEUE_SIZE)
     }
 
-    /// Takes the next frame from outside, if there is one. Whatever goes wrong is of one frame, and
-    /// the next may be better.
+    /// Takes the next received frame, if there is one. An error concerns one frame only; the next
+    /// may be better.
     fn next_frame(&mut self) -> Arrival {
         match self.link.receive(&mut self.incoming) {
             Ok(length) if length < MIN_FRAME => Arrival::Lost,
@@ -143,7 +143,7 @@ impl<L: FrameLink> Net<L> {
         }
     }
 
-    /// Takes as many buffers as the frame needs; or none, and notifications are on.
+    /// Takes as many buffers as the frame needs; or none, with notifications enabled.
     fn take_buffers(
         &self,
         queue: &mut Virtqueue,
@@ -151,7 +151,7 @@ impl<L: FrameLink> Net<L> {
     ) -> Result<Buffers, Unserved> {
         let limit = if self.mergeable { usize::from(queue.size()) } else { 1 };
         let (mut chains, mut room) = (Vec::new(), 0);
-        // A turn of the loop takes a buffer, or finds none and looks again.
+        // An iteration takes a buffer, or finds none and looks again.
         for _ in 0..2 * limit {
             match queue.pop(memory)? {
                 Some(chain) => {
@@ -175,8 +175,8 @@ impl<L: FrameLink> Net<L> {
         Ok(Buffers::NeverEnough)
     }
 
-    /// Puts the frame into the buffers of `chains`, and gives them to the driver together. A frame
-    /// whose buffers cannot be reached is lost; one that may not be put there now waits.
+    /// Writes the frame to the buffers of `chains`, and returns them to the driver together. A
+    /// frame whose buffers cannot be accessed is dropped; one that may not be delivered now waits.
     fn deliver(
         &mut self,
         chains: &[Chain],
@@ -212,8 +212,8 @@ impl<L: FrameLink> Net<L> {
         Ok(())
     }
 
-    /// Sends what the driver has. What is malformed, cannot be reached or has no room is lost, as
-    /// frames are.
+    /// Sends the driver's frames. Frames that are malformed, cannot be accessed or do not fit are
+    /// dropped.
     fn transmit(
         &mut self,
         queue: &mut Virtqueue,

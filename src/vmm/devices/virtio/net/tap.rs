@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A tap interface of the host.
+//! A host tap interface.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -10,22 +10,22 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use crate::process::named_file::set_nonblocking;
 
-/// Where tap interfaces are asked for.
+/// The device that tap interfaces are opened by.
 const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// Why there is no tap interface.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// No interface can have such a name.
+    /// Not a valid interface name.
     #[error("tap={0}: not a name of an interface (1 to 15 bytes)")]
     Name(String),
-    /// There is none of that name.
+    /// There is none with this name.
     #[error("tap={0}: no such interface; make it with: ip tuntap add mode tap name {0}")]
     NotThere(String),
     /// A descriptor of something else.
     #[error("fd={0}: no tap interface is behind this descriptor")]
     NotTap(RawFd),
-    /// What it receives and sends is not what is said here.
+    /// Its frame format is not the one needed here.
     #[error(
         "fd={fd}: the tap interface {interface} lacks {flag}; whoever opens it (TUNSETIFF) must ask \
          for IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
@@ -33,17 +33,17 @@ pub enum TapError {
     Flag {
         /// The descriptor.
         fd: RawFd,
-        /// What it leads to.
+        /// The interface.
         interface: String,
-        /// What was not asked for.
+        /// The missing flag.
         flag: &'static str,
     },
     /// The system refuses it.
     #[error("{name}: {source}{}", advice(.source))]
     Refused {
-        /// How it was named: `tap=NAME` or `fd=NUMBER`.
+        /// As specified: `tap=NAME` or `fd=NUMBER`.
         name: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -59,7 +59,7 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// A tap interface. Frames have a virtio-net header in front. Nothing waits.
+/// A tap interface. Frames have a virtio-net header in front. Nothing blocks.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
@@ -72,7 +72,7 @@ impl Tap {
     /// The interface with this name, which must exist.
     ///
     /// # Errors
-    /// When it does not, or may not be used.
+    /// It does not exist, or may not be used.
     pub fn open(name: &str) -> Result<Self, TapError> {
         let refused = |source| TapError::Refused { name: format!("tap={name}"), source };
         let bytes = name.as_bytes();
@@ -80,7 +80,7 @@ impl Tap {
         if bytes.is_empty() || bytes.len() >= libc::IFNAMSIZ {
             return Err(TapError::Name(name.to_owned()));
         }
-        // SAFETY: the argument is a string with a NUL at its end, which is only read.
+        // SAFETY: the argument is a NUL-terminated string, which is only read.
         if unsafe { libc::if_nametoindex(c_name.as_ptr()) } == 0 {
             return Err(TapError::NotThere(name.to_owned()));
         }
@@ -97,7 +97,7 @@ impl Tap {
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         // The three flags are in the low 16 bits, the width of the field.
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives on during the call.
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
         check(result).map_err(refused)?;
         Self { file }.prepared().map_err(refused)
@@ -106,17 +106,17 @@ impl Tap {
     /// The interface behind a file descriptor that this process was started with.
     ///
     /// # Errors
-    /// When it is no tap interface with virtio-net headers.
+    /// It is not a tap interface with virtio-net headers.
     pub fn from_fd(fd: RawFd) -> Result<Self, TapError> {
         let refused = |source| TapError::Refused { name: format!("fd={fd}"), source };
-        // SAFETY: F_DUPFD_CLOEXEC takes a number and touches no memory; a number that is no file
-        // descriptor is an error. The result, if it is one, is a new descriptor that nobody owns.
+        // SAFETY: F_DUPFD_CLOEXEC takes a number and touches no memory; an invalid descriptor is an
+        // error. The result, on success, is a new descriptor without another owner.
         let file = unsafe {
             let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
             check(copy).map_err(refused)?;
             File::from_raw_fd(copy)
         };
-        // No such request, or no interface: whatever it is, it is no tap.
+        // Not a tun/tap file, or without an interface: in any case, not a tap.
         let (interface, flags) = interface_of(&file).map_err(|_| TapError::NotTap(fd))?;
         if flags & libc::IFF_TAP == 0 {
             return Err(TapError::NotTap(fd));
@@ -133,15 +133,15 @@ impl Tap {
 
     fn prepared(self) -> io::Result<Self> {
         let size = Self::HEADER_SIZE as libc::c_int;
-        // SAFETY: TUNSETVNETHDRSZ reads one int, which lives on during the call.
+        // SAFETY: TUNSETVNETHDRSZ reads one int, which outlives the call.
         check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &size) })?;
         Ok(self)
     }
 
-    /// Says what the host may leave to the guest: `TUN_F_*`.
+    /// Sets which offloads the host may leave to the guest: `TUN_F_*`.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     pub fn set_offload(&self, flags: u32) -> io::Result<()> {
         // SAFETY: TUNSETOFFLOAD takes its argument as a number and touches no memory of ours.
         check(unsafe {
@@ -149,7 +149,7 @@ impl Tap {
         })
     }
 
-    /// Receives a frame with its header; a frame that is longer than `data` is cut.
+    /// Receives a frame with its header; a frame longer than `data` is truncated.
     ///
     /// # Errors
     /// `WouldBlock` when there is none.
@@ -160,7 +160,7 @@ impl Tap {
     /// Sends a frame with its header.
     ///
     /// # Errors
-    /// What the system says; `WouldBlock` when there is no room.
+    /// The system's error; `WouldBlock` when the queue is full.
     pub fn send(&self, data: &[u8]) -> io::Result<()> {
         (&self.file).write(data).map(drop)
     }
@@ -174,25 +174,25 @@ impl AsRawFd for Tap {
 
 /// A request about an interface, filled with zeros.
 fn no_interface() -> libc::ifreq {
-    // SAFETY: all bytes zero is a value of this plain C structure.
+    // SAFETY: all-zero bytes are a valid value of this plain C structure.
     unsafe { std::mem::zeroed() }
 }
 
 /// Name and flags of the interface behind `file`.
 fn interface_of(file: &File) -> io::Result<(String, libc::c_int)> {
     let mut answer = no_interface();
-    // SAFETY: TUNGETIFF writes one `ifreq`, which lives on during the call.
+    // SAFETY: TUNGETIFF writes one `ifreq`, which outlives the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &mut answer) })?;
-    // SAFETY: TUNGETIFF has written the flags; any number is one.
+    // SAFETY: TUNGETIFF has written the flags; any value is valid.
     let flags = unsafe { answer.ifr_ifru.ifru_flags }.into();
     let name = answer.ifr_name.iter().take_while(|byte| **byte != 0);
     let name: Vec<u8> = name.flat_map(|byte| byte.to_ne_bytes()).collect();
     Ok((String::from_utf8_lossy(&name).into_owned(), flags))
 }
 
-/// Whether the tap interface behind `file` has IFF_NO_PI. Among its `flags` that bit also says that
-/// it has no filter (IFF_NOFILTER of `linux/if_tun.h`), so it is given one for a moment, which all
-/// pass.
+/// Whether the tap interface behind `file` has IFF_NO_PI. In its `flags`, the same bit also means
+/// that no filter is attached (IFF_NOFILTER of `linux/if_tun.h`), so an accept-all filter is
+/// attached for a moment to tell.
 fn has_no_packet_info(file: &File, flags: libc::c_int) -> bool {
     if flags & libc::IFF_NO_PI == 0 {
         return false;
@@ -206,21 +206,21 @@ fn has_no_packet_info(file: &File, flags: libc::c_int) -> bool {
     };
     let mut filter = libc::sock_fprog { len: 0, filter: std::ptr::null_mut() };
     let fd = file.as_raw_fd();
-    // SAFETY: TUNGETFILTER writes one `sock_fprog`, which lives on during the call.
+    // SAFETY: TUNGETFILTER writes one `sock_fprog`, which outlives the call.
     let result = unsafe { libc::ioctl(fd, libc::TUNGETFILTER as _, &mut filter) };
-    // Other drivers of tap interfaces (macvtap) have no filters, and so no such flag. A filter that
-    // somebody chose is left alone; that may be ours of the machine's last life.
+    // Other drivers of tap interfaces (macvtap) have no filters, and no such flag. A filter
+    // attached by somebody else is left alone; it may be our own from before a reset.
     if check(result).is_err() || filter.len != 0 {
         return true;
     }
     filter = libc::sock_fprog { len: 1, filter: &mut all_pass };
-    // SAFETY: TUNATTACHFILTER reads the `sock_fprog` and the one instruction that it leads to,
-    // which both live on during the call.
+    // SAFETY: TUNATTACHFILTER reads the `sock_fprog` and the instruction it points to, which both
+    // outlive the call.
     if check(unsafe { libc::ioctl(fd, libc::TUNATTACHFILTER as _, &filter) }).is_err() {
         return true;
     }
     let flags = interface_of(file).map_or(flags, |(_, flags)| flags);
-    // SAFETY: TUNDETACHFILTER reads nothing of its argument.
+    // SAFETY: TUNDETACHFILTER reads nothing from its argument.
     unsafe { libc::ioctl(fd, libc::TUNDETACHFILTER as _, &filter) };
     flags & libc::IFF_NO_PI != 0
 }
@@ -247,7 +247,7 @@ mod tests {
             let error = Tap::open(name).unwrap_err().to_string();
             assert!(error.contains(hint), "{error}");
         }
-        // The loopback interface exists, and is no tap: refused, whoever asks.
+        // The loopback interface exists and is not a tap: refused for every user.
         assert!(matches!(Tap::open("lo").unwrap_err(), TapError::Refused { .. }));
     }
 
@@ -262,8 +262,7 @@ mod tests {
         assert!(matches!(Tap::from_fd(-1).unwrap_err(), TapError::Refused { .. }));
     }
 
-    /// An interface of a new name that was opened with these flags, for as long as the file is
-    /// open.
+    /// A new interface opened with these flags, which exists as long as the file is open.
     fn interface(flags: libc::c_int) -> Option<File> {
         let made = OpenOptions::new().read(true).write(true).open(TUN_DEVICE).and_then(|file| {
             let mut request = no_interface();
@@ -271,7 +270,7 @@ mod tests {
                 *to = *from as libc::c_char;
             }
             request.ifr_ifru.ifru_flags = flags as libc::c_short;
-            // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives on during the call.
+            // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
             let result =
                 unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
             check(result).map(|()| file)
@@ -296,7 +295,7 @@ mod tests {
                 (result, _) => panic!("{flags:#x}: {result:?}"),
             }
         }
-        // A descriptor that no interface was asked of.
+        // A descriptor without an interface.
         let Ok(file) = OpenOptions::new().read(true).write(true).open(TUN_DEVICE) else { return };
         let error = Tap::from_fd(file.as_raw_fd()).unwrap_err();
         assert!(matches!(error, TapError::NotTap(_)), "{error}");

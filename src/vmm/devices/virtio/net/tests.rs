@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The network device, from its driver's side, with a socket where the tap interface would be.
+//! The network device, seen from its driver, with a socket in place of the tap interface.
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
@@ -8,7 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use super::*;
 use crate::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
 
-/// One end of a pair of sockets.
+/// One end of a socket pair.
 #[derive(Debug)]
 struct Wire(UnixDatagram);
 
@@ -65,7 +65,7 @@ fn frames_go_out() {
             assert_eq!(received[..count], frame);
         }
         rig.wait_for_interrupts(2, 3);
-        // No frame, too long a frame, nothing at all: lost, and on it goes.
+        // No frame, too long a frame, nothing at all: dropped, and the device continues.
         transmit.request(&[(BUFFERS, 12, false)]);
         transmit.request(&[(BUFFERS, 40_000, false), (BUFFERS, 40_000, false)]);
         transmit.request(&[(BUFFERS, 12, true)]);
@@ -82,7 +82,7 @@ fn frames_come_in_as_far_as_there_are_buffers() {
     for place in PLACES {
         let (rig, far) = machine(place);
         let mut queues = rig.start(0);
-        // The first is there before any buffer, the second finds one waiting.
+        // The first arrives before any buffer, the second finds one waiting.
         let mut expected = [frame(1, 60), frame(2, 1500)];
         far.send(&expected[0]).unwrap();
         let receive = &mut queues[RECEIVE];
@@ -97,7 +97,7 @@ fn frames_come_in_as_far_as_there_are_buffers() {
         assert_eq!(rig.peek(BUFFERS + 0x3000, 12), expected[1][..12]);
         assert_eq!(rig.peek(BUFFERS + 0x4000, 1500), expected[1][12..]);
         rig.wait_for_interrupts(1, 2);
-        // Too small a buffer: the frame is lost, and the next one that fits is not.
+        // Too small a buffer: this frame is dropped, the next one that fits is not.
         receive.add(&[(BUFFERS, 100, true)]);
         receive.notify();
         far.send(&expected[1]).unwrap();
@@ -123,10 +123,10 @@ fn a_frame_may_be_in_several_buffers() {
                     .collect::<Vec<_>>()
             };
             let mut index = 0;
-            // Enough to go around the ring.
+            // Enough to wrap around the ring.
             for round in 0..8 {
                 let mut expected = frame(round, 2500);
-                // Too few at first: none of them is used until there are enough.
+                // Too few at first: none is used until there are enough.
                 let mut buffers = add(receive, 2);
                 receive.notify();
                 far.send(&expected).unwrap();
@@ -142,10 +142,10 @@ fn a_frame_may_be_in_several_buffers() {
                     index = index.wrapping_add(1);
                 }
                 rig.wait_for_interrupts(1, u64::from(round) + 1);
-                // In the middle of the next frame: that is asking for one interrupt.
+                // In the middle of the next frame: requests one interrupt.
                 receive.set_used_event(index + 1);
             }
-            // What all buffers together cannot hold is lost; what comes after is not.
+            // A frame larger than all buffers together is dropped; the next one is not.
             add(receive, 16);
             receive.notify();
             far.send(&frame(1, 20_000)).unwrap();
@@ -156,7 +156,7 @@ fn a_frame_may_be_in_several_buffers() {
     }
 }
 
-/// A wire on which these errors come before any frame.
+/// A wire that returns these errors before any frame.
 #[derive(Debug)]
 struct Trouble(Wire, VecDeque<i32>);
 
@@ -189,7 +189,7 @@ fn a_runt_is_lost_alone() {
         let (rig, far) = machine(place);
         let mut queues = rig.start(0);
         let receive = &mut queues[RECEIVE];
-        // All there before a buffer is: what comes in is told of once, and read until there is no
+        // All arrive before there is a buffer: input is signalled once, and read until there is no
         // more.
         for length in [0, 1, 11, 12, 13, 25] {
             far.send(&vec![0; length]).unwrap();
@@ -216,9 +216,9 @@ fn an_error_does_not_end_what_comes_in() {
         let receive = &mut queues[RECEIVE];
         receive.add(&[(BUFFERS, 2000, true)]);
         receive.notify();
-        // While it goes on failing, only another frame has it look again.
+        // While errors persist, only another frame triggers another look.
         rig.wait("a frame", || {
-            // There may be no room: what is there is enough, then.
+            // The socket may be full: what is there suffices then.
             let _ = far.send(&frame(1, 60));
             std::thread::sleep(std::time::Duration::from_millis(1));
             receive.used_index() == 1
@@ -237,12 +237,12 @@ fn a_frame_that_came_without_bus_mastering_is_received_with_it() {
         receive.add(&[(BUFFERS, 2000, true)]);
         receive.add(&[(BUFFERS + 0x1000, 2000, true)]);
         receive.notify();
-        // Everything was looked at: the next is told of by itself alone.
+        // Everything has been looked at: the next frame is signalled by itself.
         far.send(&frame(1, 60)).unwrap();
         rig.wait("a frame", || receive.used_index() == 1);
         rig.write_config(4, &[2, 0]);
         far.send(&frame(2, 60)).unwrap();
-        // Most likely it was heard of by now. If not, it arrives all the same.
+        // Most likely seen by now. If not, it arrives all the same.
         std::thread::sleep(std::time::Duration::from_millis(50));
         assert_eq!(receive.used_index(), 1);
         rig.write_config(4, &[6, 0]);

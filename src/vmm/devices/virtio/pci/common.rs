@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Common configuration (virtio 1.3 §4.1.4.3): feature negotiation, status, and the queues' setup.
+//! Common configuration (virtio 1.3 §4.1.4.3): feature negotiation, status, and queue setup.
 //!
-//! Registers only: nothing here waits, or touches memory. What the driver does out of order or out
-//! of range is a [`Mistake`] and changes nothing.
+//! Registers only: nothing here waits or touches memory. Out-of-order or out-of-range accesses by
+//! the driver are a [`Mistake`] and change nothing.
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
@@ -14,10 +14,10 @@ use crate::devices::virtio::backend::Features;
 use crate::devices::virtio::link::Link;
 use crate::devices::virtio::queue::QueueSetup;
 
-/// Bytes of the structure, without the fields of features that are not offered.
+/// Size of the structure, without the fields of features that are not offered.
 pub(super) const COMMON_SIZE: u32 = 0x38;
 
-// Status bits are the low byte of what the bindings have as u32.
+// Status bits are the low byte of the u32 values in the bindings.
 const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
@@ -41,11 +41,11 @@ enum Field {
     QueueMsixVector,
     QueueEnable,
     QueueNotifyOff,
-    /// One of the three addresses of a queue, or half of it.
+    /// One of the three addresses of a queue, or one half of it.
     Address(Area, Part),
 }
 
-/// What an address of a queue is the address of.
+/// What a queue address points to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Area {
     Descriptors,
@@ -53,7 +53,7 @@ enum Area {
     Used,
 }
 
-/// Which part of an address is accessed.
+/// The part of an address that is accessed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
     Low,
@@ -62,8 +62,8 @@ enum Part {
 }
 
 impl Field {
-    /// The field that an access of `length` bytes at `offset` is for. Drivers access each by its
-    /// own width, and the 64-bit ones also by halves (§4.1.3.1).
+    /// The field that an access of `length` bytes at `offset` selects. Drivers access each field
+    /// with its own width, and 64-bit fields also by halves (§4.1.3.1).
     fn at(offset: u64, length: usize) -> Option<Self> {
         Some(match (offset, length) {
             (0x00, 4) => Self::DeviceFeatureSelect,
@@ -98,7 +98,7 @@ impl Field {
     }
 }
 
-/// What the driver did wrong. It was ignored.
+/// A mistake of the driver, which was ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Mistake {
     #[error("no field of the common configuration has {length} bytes at {offset:#x}")]
@@ -123,18 +123,18 @@ pub(super) enum Mistake {
     QueueAlignment(u16),
 }
 
-/// What a write asks of the device.
+/// What a write triggers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Effect {
     /// Nothing beyond the registers.
     None,
-    /// The driver is ready: go.
+    /// The driver is ready: start.
     Start,
-    /// Back to the start.
+    /// Reset the device.
     Reset,
 }
 
-/// The registers, as far as they are the driver's doing. Vectors are the [`Link`]'s.
+/// The register state set by the driver. Vectors are in [`Link`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct CommonConfig {
     offered: Features,
@@ -178,7 +178,7 @@ impl CommonConfig {
         &self.queues
     }
 
-    /// Back to how it was made.
+    /// Resets it to its initial state.
     pub fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.offered, &sizes);
@@ -203,7 +203,7 @@ impl CommonConfig {
             // The configurations here never change.
             Field::ConfigGeneration => 0,
             Field::QueueSelect => self.queue_select.into(),
-            // Size 0 says that there is no such queue.
+            // Size 0 means that there is no such queue.
             Field::QueueSize => queue.map_or(0, |queue| queue.size).into(),
             Field::QueueMsixVector => link.queue_vector(self.queue_select.into()).into(),
             Field::QueueEnable => queue.is_some_and(|queue| queue.enabled).into(),
@@ -285,14 +285,14 @@ impl CommonConfig {
         self.accepted.0 = match self.driver_feature_select {
             0 => self.accepted.0 >> 32 << 32 | value,
             1 => self.accepted.0 & u64::from(u32::MAX) | value << 32,
-            // There are no features there; choosing none of them is fine.
+            // No features beyond these words; accepting none of them is fine.
             _ if value == 0 => self.accepted.0,
             _ => return Err(Mistake::Features(value)),
         };
         Ok(())
     }
 
-    /// The driver may move ahead, one step or several, and back to the start only (§3.1.1).
+    /// The driver may advance by one or more steps, and go back only to the start (§3.1.1).
     fn set_status(&mut self, to: u8, link: &Link) -> Result<Effect, Mistake> {
         if to == 0 {
             return Ok(Effect::Reset);
@@ -312,7 +312,7 @@ impl CommonConfig {
                 return refused;
             }
             if !self.acceptable() {
-                // FEATURES_OK stays clear: that is how the driver learns of it.
+                // FEATURES_OK stays clear: the driver reads it back.
                 return Err(Mistake::Features(self.accepted.0));
             }
             self.status |= FEATURES_OK;
@@ -328,15 +328,15 @@ impl CommonConfig {
         Ok(Effect::None)
     }
 
-    /// Whether the device can work with what the driver accepted: nothing that was not offered, no
-    /// legacy driver, and none that would hand out GPAs where IOVAs are needed (§6.2).
+    /// Whether the device supports what the driver accepted: nothing that was not offered, no
+    /// legacy driver, and none that would pass GPAs where IOVAs are needed (§6.2).
     fn acceptable(&self) -> bool {
         let needed = [VIRTIO_F_VERSION_1, VIRTIO_F_ACCESS_PLATFORM];
         self.accepted.0 & !self.offered.0 == 0
             && needed.iter().all(|&bit| !self.offered.has(bit) || self.accepted.has(bit))
     }
 
-    /// The queue selected, if it may be set up just now.
+    /// The selected queue, if it may be set up now.
     fn queue_to_set_up(&mut self) -> Result<&mut QueueSetup, Mistake> {
         let number = self.queue_select;
         let ready = self.status & FEATURES_OK != 0 && self.status & DRIVER_OK == 0;
@@ -364,7 +364,7 @@ impl CommonConfig {
     }
 }
 
-/// One of the words that features are accessed by; there is nothing beyond the second.
+/// A feature word; there is nothing beyond the second.
 fn word(features: Features, select: u32) -> u32 {
     match select {
         0 => features.0 as u32,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A window in configuration space through which the BAR can be accessed (virtio 1.3 §4.1.4.9), for
-//! software that cannot reach memory yet.
+//! A window in configuration space for accesses to the BAR (virtio 1.3 §4.1.4.9), for software that
+//! cannot access memory yet.
 
 use super::layout::{BAR, BAR_SIZE};
 use crate::pci::ConfigSpace;
@@ -19,7 +19,7 @@ pub(super) struct ConfigWindow {
     offset: u16,
 }
 
-/// An access that software set up.
+/// An access set up by software.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct WindowAccess {
     pub bar: usize,
@@ -29,7 +29,7 @@ pub(super) struct WindowAccess {
 }
 
 impl ConfigWindow {
-    /// Gives `config` the capability.
+    /// Adds the capability to `config`.
     pub fn add(config: &mut ConfigSpace) -> Self {
         // Type, BAR, ID, padding; then offset, length and data.
         let mut body = [0; 17];
@@ -40,14 +40,14 @@ impl ConfigWindow {
         Self { offset: config.add_vendor_capability(&body, &writable) }
     }
 
-    /// Whether an access to configuration space is one to the window's data.
+    /// Whether a configuration access is to the window's data.
     pub fn is_data(&self, offset: u16, length: usize) -> bool {
         let data = usize::from(self.offset + DATA);
         let offset = usize::from(offset);
         offset < data + 4 && data < offset + length
     }
 
-    /// The access, if it is one that the device has.
+    /// The access, if it is valid for the device.
     pub fn access(&self, config: &ConfigSpace) -> Option<WindowAccess> {
         let bar = config.u32(self.offset + BAR_REGISTER) as u8;
         let offset = config.u32(self.offset + OFFSET);
@@ -63,7 +63,7 @@ impl ConfigWindow {
         })
     }
 
-    /// The data that software wrote.
+    /// The data written by software.
     pub fn data(&self, config: &ConfigSpace) -> [u8; 4] {
         config.u32(self.offset + DATA).to_le_bytes()
     }

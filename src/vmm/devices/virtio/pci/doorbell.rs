@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Notifications that reach the worker without an exit to user space, as far as there is a KVM.
+//! Notifications that reach the worker without an exit to user space, if there is a KVM.
 
 use std::sync::Arc;
 
@@ -8,13 +8,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use twostage::warn_limited;
 
-/// What can turn guest writes to an address into events.
+/// Turns guest writes to an address into events.
 pub trait Doorbells: Send + Sync {
-    /// From now on a guest's write to `address` writes `event`, and reaches nobody else. Says
-    /// whether that is so; if not, writes come the usual way.
+    /// From now on a guest write to `address` only signals `event`. Returns whether that works; if
+    /// not, writes are dispatched as usual.
     fn attach(&self, address: u64, event: &EventFd) -> bool;
 
-    /// No longer.
+    /// Ends that.
     fn detach(&self, address: u64, event: &EventFd);
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the structures of a device are, and the capabilities that say so (virtio 1.3 §4.1.4).
+//! Where the structures of a device are, and the capabilities that describe this (virtio 1.3
+//! §4.1.4).
 
 use super::common::COMMON_SIZE;
 use crate::pci::{ConfigSpace, MsixPlace};
@@ -8,9 +9,9 @@ use crate::pci::{ConfigSpace, MsixPlace};
 pub(super) const BAR: u8 = 0;
 /// Its length in bytes.
 pub const BAR_SIZE: u32 = 0x8000;
-/// Each structure has a page of its own, so that they can be trapped, or not, each by itself.
+/// Each structure has a page of its own, so that each can be trapped or mapped separately.
 const PAGE: u64 = 0x1000;
-/// Notification: what is written there is queue `n`'s when it is at `n` times this.
+/// Notification: queue `n` is notified at offset `n` times this.
 pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
 
 /// A structure in the BAR.
@@ -52,13 +53,13 @@ impl Structure {
         page * PAGE as u32
     }
 
-    /// Its place in the terms of MSI-X.
+    /// Its place as MSI-X describes it.
     pub fn msix_place(self) -> MsixPlace {
         MsixPlace { bar: BAR, offset: self.start() }
     }
 }
 
-// Types of structures, in capabilities.
+// Structure types in capabilities.
 const COMMON_CFG: u8 = 1;
 const NOTIFY_CFG: u8 = 2;
 const ISR_CFG: u8 = 3;

@@ -37,13 +37,13 @@ pub use layout::BAR_SIZE;
 
 /// Vendor of all virtio devices.
 const VENDOR: u16 = 0x1af4;
-/// Device ID of device type 0; others follow.
+/// Device ID for device type 0; others follow.
 const DEVICE_BASE: u16 = 0x1040;
-/// Anything from 0x40 on says that there is no legacy interface (§4.1.2.1).
+/// 0x40 and above means that there is no legacy interface (§4.1.2.1).
 const SUBSYSTEM: u16 = 0x40;
 
-/// How long a driver's write of 0 to the status is held up so that the reset is over when it
-/// returns. Drivers are to read the status until it is 0 (§4.1.4.3.2), and some do not.
+/// How long a driver's write of 0 to the status is delayed so that the reset is over when it
+/// returns. Drivers should poll the status until it is 0 (§4.1.4.3.2), but some do not.
 const RESET_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A virtio device as a PCI function. Dropping it stops it.
@@ -62,23 +62,23 @@ pub struct VirtioPci {
 /// What vCPU threads work on.
 struct Transport {
     common: CommonConfig,
-    // The worker goes before the device that it works with.
+    // The worker is dropped before the device that it uses.
     worker: Option<Worker>,
     device: Arc<Mutex<Device>>,
-    /// The driver has asked for a reset, which is over when the worker has ended.
+    /// The driver has requested a reset, which is over when the worker has ended.
     resetting: bool,
-    /// The machine stops: no worker is started.
+    /// The machine is stopping: no worker is started.
     halted: bool,
-    /// Where notifications are doorbells: the address of the first.
+    /// When notifications are doorbells: the address of the first.
     attached: Option<u64>,
 }
 
 impl VirtioPci {
-    /// The device that `backend` is, named `name` in log lines and `trace`, with its BAR at
-    /// `address`. Each vector is made by `vector`.
+    /// The device `backend`, named `name` in logs and `trace`, with its BAR at `address`. `vector`
+    /// creates each vector.
     ///
     /// # Errors
-    /// When the system has no file descriptors left, or `vector` says so.
+    /// The process is out of file descriptors, or `vector` fails.
     pub fn new(
         name: String,
         backend: Box<dyn Backend>,
@@ -90,7 +90,7 @@ impl VirtioPci {
     ) -> Result<Self> {
         let model = backend.model();
         let queues = model.queue_sizes.len();
-        // One for each queue, one for the configuration. There are few.
+        // One for each queue, one for the configuration.
         let vectors = queues + 1;
         let mut config = ConfigSpace::new(Identity {
             vendor: VENDOR,
@@ -131,28 +131,28 @@ impl VirtioPci {
             transport: Mutex::new(transport),
             doorbells,
         };
-        // The BAR answers from the start.
+        // The BAR responds from the start.
         device.move_doorbells(&mut device.transport(), &placements);
         Ok(device)
     }
 
-    /// What kind of device it is, in reports.
+    /// The device type, for reports.
     pub fn model(&self) -> &'static str {
         self.model.name
     }
 
-    /// What became of its requests.
+    /// Request statistics.
     pub fn counters(&self) -> &RequestCounters {
         &self.link.counters
     }
 
-    /// What passed between each queue's driver and the device.
+    /// Queue statistics.
     pub fn queue_counters(&self) -> &[QueueCounters] {
         &self.link.queue_counters
     }
 
-    /// The machine stops: the device makes no more requests when this returns, and its thread ends
-    /// soon.
+    /// The machine is stopping: when this returns, the device makes no more requests, and its
+    /// thread ends soon.
     pub fn halt(&self) {
         let mut transport = self.transport();
         transport.halted = true;
@@ -184,7 +184,7 @@ impl VirtioPci {
             }
             Ok(Effect::Reset) => {
                 if let Some(ended) = transport.reset(&self.link) {
-                    // A disk may take long: nobody else has to wait for it.
+                    // A disk may take long: do not make others wait for it.
                     drop(transport);
                     ended.wait(RESET_PATIENCE);
                 }
@@ -193,7 +193,7 @@ impl VirtioPci {
         }
     }
 
-    /// Puts the doorbells where the BAR is now.
+    /// Moves the doorbells to where the BAR is now.
     fn move_doorbells(&self, transport: &mut Transport, placements: &[BarPlacement]) {
         let place = placements
             .first()
@@ -224,7 +224,7 @@ impl VirtioPci {
         }
     }
 
-    /// Where each queue is notified, the first at `first`, and its event.
+    /// The notification address of each queue, starting with `first`, and its event.
     fn addresses(
         &self,
         first: u64,
@@ -235,7 +235,7 @@ impl VirtioPci {
 }
 
 impl Transport {
-    /// Lets the device go, with the queues that the driver set up.
+    /// Starts the device with the queues that the driver set up.
     fn start(&mut self, link: &Arc<Link>) -> std::result::Result<(), Broken> {
         let features = self.common.accepted();
         let event_index = features.has(VIRTIO_RING_F_EVENT_IDX);
@@ -243,7 +243,7 @@ impl Transport {
         for (number, setup) in self.common.queues().iter().enumerate() {
             queues.push(Virtqueue::new(setup, event_index, number, link.clone())?);
         }
-        // Nobody has it: a worker of before has ended.
+        // Not locked: an earlier worker has ended.
         let mut device = self.device.lock();
         device.backend.start(features)?;
         drop(device);
@@ -254,7 +254,7 @@ impl Transport {
     }
 
     /// Resets the device: it makes no more requests when this returns. The reset is over, and the
-    /// status 0, when its worker has ended, which is to be waited for without a lock.
+    /// status 0, when its worker has ended, which the caller waits for without holding a lock.
     fn reset(&mut self, link: &Link) -> Option<Arc<Ended>> {
         self.resetting = true;
         link.set_driver_ok(false);
@@ -263,7 +263,7 @@ impl Transport {
         ended
     }
 
-    /// Brings a reset to its end if nobody stands in the way any more.
+    /// Completes a reset if its worker has ended.
     fn settle(&mut self, link: &Link) {
         if self.resetting && self.worker.as_ref().is_none_or(Worker::has_ended) {
             self.worker = None;
@@ -302,7 +302,7 @@ impl PciFunction for VirtioPci {
             }
             return;
         }
-        // The lock keeps two writers in order: what is applied last is what was written last.
+        // The lock serializes writers: the last write is applied last.
         let mut transport = self.transport();
         let (command, control, placements) = {
             let config = self.config.lock();
@@ -330,7 +330,7 @@ impl PciFunction for VirtioPci {
                 }
             }
             Some((Structure::Device, offset)) => {
-                // An offset in a page.
+                // An offset within a page.
                 let config = self.model.config.get(offset as usize..).unwrap_or_default();
                 data.iter_mut().zip(config).for_each(|(to, from)| *to = *from);
             }
@@ -343,12 +343,12 @@ impl PciFunction for VirtioPci {
     fn write_bar(&self, _bar: usize, offset: u64, data: &[u8]) {
         match Structure::at(offset) {
             Some((Structure::Common, offset)) => self.write_common(offset, data),
-            // The queue's address says which queue it is; what is written says the same.
+            // The address selects the queue; the value written is the same.
             Some((Structure::Notify, offset)) => {
                 self.link.notify((offset / u64::from(NOTIFY_MULTIPLIER)) as usize);
             }
             Some((Structure::MsixTable, offset)) => self.link.msix.write_table(offset, data),
-            // No configuration here has a field that drivers may write.
+            // No configuration here has driver-writable fields.
             Some((Structure::Device | Structure::Isr | Structure::MsixPending, _)) | None => {}
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The transport and its worker, from the driver's side.
+//! The transport and its worker, seen from the driver.
 
 use std::io::Write;
 
@@ -16,7 +16,7 @@ fn rng() -> Box<dyn Backend> {
 
 const BUFFER: u64 = 0x2_0000;
 
-/// A request of the entropy device, whose source gives zeroes.
+/// A request to the entropy device, whose source returns zeroes.
 fn zeroes(rig: &Rig, queue: &mut TestQueue<'_>) {
     rig.poke(BUFFER, &[7; 100]);
     assert_eq!(queue.request(&[(BUFFER, 64, true)]), 64);
@@ -68,7 +68,7 @@ fn the_bar_is_reached_through_configuration_space() {
     assert_eq!((rig.status(), rig.read_config(window + 16, 4)), (3, 3));
     access(0x12, 2);
     assert_eq!(rig.read_config(window + 16, 2), 1);
-    // What the device does not have reads as it was, and is not written.
+    // An access outside the device reads the old data and writes nothing.
     for (offset, length) in [(0x14, 3), (0x14, 0), (0x8000, 1), (0x15, 2), (u32::MAX, 1)] {
         access(offset, length);
         rig.write_config(window + 16, &[0; 4]);
@@ -96,7 +96,7 @@ fn it_serves_until_it_is_reset_and_again_after() {
             for _ in 0..20 {
                 let [queue] = &mut rig.start(event_index)[..] else { panic!() };
                 zeroes(&rig, queue);
-                // What is there from before counts too; this time without a notification.
+                // Buffers made available earlier count, too; this time without a notification.
                 rig.reset();
                 assert_eq!(rig.read(0x1a, 2), 0xffff);
                 queue.add(&[(BUFFER, 64, true)]);
@@ -191,7 +191,7 @@ fn indirect_chains_are_served() {
     for place in PLACES {
         let rig = Rig::new(place, rng());
         let [queue] = &mut rig.start(1 << 28)[..] else { panic!() };
-        // A table at the end of one page and the start of the next.
+        // A table across a page boundary.
         let table = BUFFER + 0xff0;
         for (at, length, flags) in [(0, 10u32, 3u16), (16, 54, 2)] {
             let mut entry = rig.address(BUFFER + 0x3000 + at).to_le_bytes().to_vec();
@@ -214,7 +214,7 @@ struct Recorder(Mutex<Vec<(bool, u64)>>);
 impl Doorbells for Recorder {
     fn attach(&self, address: u64, _: &EventFd) -> bool {
         self.0.lock().push((true, address));
-        // One that another device has.
+        // Taken by another device.
         address != 0xe120_3000
     }
 
@@ -249,7 +249,7 @@ fn doorbells_are_where_the_bar_is() {
     assert_eq!(take(), [(false, 0xe100_3000)]);
 }
 
-/// Frames that come from nowhere and go there.
+/// Frames from nowhere to nowhere.
 struct Silence(EventFd);
 
 impl std::os::fd::AsRawFd for Silence {
@@ -260,7 +260,7 @@ impl std::os::fd::AsRawFd for Silence {
 
 impl FrameLink for Silence {
     fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
-        // Always one more, so that buffers are used.
+        // Never runs dry, so that buffers are used.
         Ok(data.len().min(100))
     }
 
@@ -291,13 +291,13 @@ fn backend(kind: u8) -> Box<dyn Backend> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-    /// Whatever is in the rings, a reset comes through and the device works afterwards.
+    /// Whatever is in the rings, a reset succeeds and the device works afterwards.
     #[test]
     fn garbage_in_rings_neither_panics_nor_hangs(
         kind in 0u8..3,
         behind in any::<bool>(),
         event_index in any::<bool>(),
-        // Near what makes sense, so that some of it gets far: addresses are the driver's pages.
+        // Close to valid, so that some of it gets far: addresses are the driver's pages.
         descriptors in proptest::collection::vec(
             (0u64..0x10_0000, prop_oneof![0u32..0x2000, any::<u32>()], 0u16..8, 0u16..20),
             16,

@@ -38,7 +38,7 @@ impl Driver {
         }
     }
 
-    /// As far as FEATURES_OK.
+    /// Negotiated up to FEATURES_OK.
     fn negotiated() -> Self {
         let mut driver = Self::new();
         driver.write(0x14, 1, 1).unwrap();
@@ -57,7 +57,7 @@ fn features_are_negotiated() {
         assert_eq!(driver.read(0x04, 4), word);
     }
     driver.write(0x14, 1, 3).unwrap();
-    // No version 1; no IOMMU; something that was not offered.
+    // Without version 1; without ACCESS_PLATFORM; with a feature that was not offered.
     for bad in [1 << 33, 1 << 32, 7 << 32] {
         driver.accept(bad);
         assert_eq!(driver.write(0x14, 1, 0xb), Err(Mistake::Features(bad)));
