@@ -42,6 +42,10 @@ pub trait Observer: Send + Sync {
     /// The guest read a register, or writes one: what the write sets off follows.
     fn register(&self, _access: &RegisterAccess) {}
 
+    /// The guest switches translation off, which is on. Nothing has come of that as yet: the host
+    /// has all that the guest used.
+    fn disabling_translation(&self) {}
+
     /// A descriptor of the invalidation queue, or a command of the command queue, was taken; what
     /// it asks may still be gathered with what follows.
     fn descriptor(&self, _name: &'static str, _descriptor: &dyn fmt::Debug) {}

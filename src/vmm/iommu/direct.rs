@@ -6,17 +6,16 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::host::Host;
-use super::plan::bind;
+use super::plan::{bind, BoundDevice};
 use crate::report::HostReport;
 use crate::vfio::{VfioError, VfioProblem};
 use crate::Result;
-use twostage::iommufd::ObjectId;
 use twostage::spec::pci::Bdf;
 
 /// The devices. Dropping it detaches and unbinds them.
 pub(crate) struct DirectDevices {
     host: Host,
-    devices: Vec<(Bdf, ObjectId)>,
+    pub devices: Vec<BoundDevice>,
 }
 
 impl DirectDevices {
@@ -35,11 +34,6 @@ impl DirectDevices {
             verbs.device_attach(dev, None, direct.host.ioas.id()).map_err(refused)?;
         }
         Ok(direct)
-    }
-
-    /// The devices: as the guest and as the host knows them.
-    pub fn devices(&self) -> &[(Bdf, ObjectId)] {
-        &self.devices
     }
 
     /// What was asked of the host so far.

@@ -4,14 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::sync::Arc;
+use twostage::sync::Mutex;
 
+use crate::config::MachineConfig;
 use crate::memory::MachineMemory;
 use crate::report::CallReport;
 use crate::trace::Trace;
 use crate::{Error, Result};
 use twostage::iommufd::{
-    CountedHost, HostIommu, KernelHost, Protection, UserMemory, Verb, VerbCounters,
+    CountedHost, HostIommu, KernelHost, ObjectId, Protection, UserMemory, Verb, VerbCounters,
 };
 use twostage::nesting::GuestIoas;
 use twostage_emulated::{EmulatedHost, ObjectGraph};
@@ -25,8 +28,12 @@ pub(crate) struct Host {
     counters: Arc<VerbCounters>,
     /// The host itself, when it is in this process.
     pub emulated: Option<Arc<EmulatedHost>>,
+    /// The host itself, when it is the kernel.
+    kernel: Option<Arc<KernelHost>>,
     /// The guest's memory, for all devices that are the host's.
     pub ioas: Arc<GuestIoas>,
+    /// The most objects that there were when a guest switched translation off.
+    in_use: Arc<Mutex<Option<ObjectGraph>>>,
 }
 
 impl Host {
@@ -39,16 +46,29 @@ impl Host {
         Ok(Self { emulated: Some(emulated.clone()), ..Self::counted(emulated, memory, trace)? })
     }
 
-    /// That of the kernel, with `memory`.
+    /// That of the kernel, with `memory`, if `config` needs it.
     ///
     /// # Errors
-    /// As [`Host::emulated`].
-    pub fn kernel(
-        kernel: Arc<KernelHost>,
+    /// As [`Host::emulated`]; the kernel has none.
+    pub fn of_kernel(
+        config: &MachineConfig,
         memory: &MachineMemory,
         trace: Option<&Arc<Trace>>,
-    ) -> Result<Self> {
-        Self::counted(kernel, memory, trace)
+    ) -> Result<Option<Self>> {
+        let Some(path) = config.kernel_host() else { return Ok(None) };
+        let kernel = Arc::new(KernelHost::open(&path).map_err(Error::KernelHost)?);
+        let host = Self::counted(kernel.clone(), memory, trace)?;
+        Ok(Some(Self { kernel: Some(kernel), ..host }))
+    }
+
+    /// The file of `dev`, which is the kernel's.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn device_file(&self, dev: ObjectId) -> Result<Arc<File>> {
+        let kernel = self.kernel.as_ref();
+        let kernel = kernel.ok_or_else(|| Error::Iommu("the host is not the kernel".into()))?;
+        kernel.device_file(dev).map_err(|error| Error::Iommu(error.to_string()))
     }
 
     fn counted(
@@ -65,7 +85,7 @@ impl Host {
             ioas.map(memory.start_of(region), &whole, Protection::READ_WRITE)
                 .map_err(failed("guest memory"))?;
         }
-        Ok(Self { verbs, counters, emulated: None, ioas })
+        Ok(Self { verbs, counters, emulated: None, kernel: None, ioas, in_use: Arc::default() })
     }
 
     /// What was asked of it so far.
@@ -81,6 +101,25 @@ impl Host {
     /// Its objects. The kernel does not tell.
     pub fn graph(&self) -> Option<ObjectGraph> {
         self.emulated.as_ref().map(|emulated| emulated.graph())
+    }
+
+    /// What is to be called when a guest switches translation off: guests do before they end, and
+    /// nothing is to be seen of the objects that they used then.
+    pub fn noting_objects(&self) -> impl Fn() + Send + Sync {
+        let (emulated, in_use) = (self.emulated.clone(), self.in_use.clone());
+        move || {
+            let Some(graph) = emulated.as_ref().map(|emulated| emulated.graph()) else { return };
+            let mut most = in_use.lock();
+            // Of several units the first one to go shows the objects of all.
+            if most.as_ref().is_none_or(|most| most.objects.len() <= graph.objects.len()) {
+                *most = Some(graph);
+            }
+        }
+    }
+
+    /// The objects that were noted so, once a guest has switched translation off.
+    pub fn objects_in_use(&self) -> Option<ObjectGraph> {
+        self.in_use.lock().clone()
     }
 
     /// Lets go of the guest's memory; the objects that are left. The kernel does not tell.

@@ -191,11 +191,11 @@ mod tests {
         }
 
         fn write32(&self, offset: u64, value: u32) {
-            self.iommu().registers().write(offset, &value.to_le_bytes());
+            self.iommu().model.registers().write(offset, &value.to_le_bytes());
         }
 
         fn write64(&self, offset: u64, value: u64) {
-            self.iommu().registers().write(offset, &value.to_le_bytes());
+            self.iommu().model.registers().write(offset, &value.to_le_bytes());
         }
 
         /// Translation is on, and the function's entry is of `config`.
@@ -252,13 +252,13 @@ mod tests {
 
         fn read32(&self, offset: u64) -> u32 {
             let mut bytes = [0; 4];
-            self.iommu().registers().read(offset, &mut bytes);
+            self.iommu().model.registers().read(offset, &mut bytes);
             u32::from_le_bytes(bytes)
         }
 
         /// The function interrupts; whether the message went through.
         fn interrupt(&self, message: MsiMessage) -> bool {
-            let remapper = self.iommu().interrupt_remapper().unwrap().upgrade().unwrap();
+            let remapper = self.iommu().model.interrupt_remapper().unwrap().upgrade().unwrap();
             assert_eq!(remapper.translate(FUNCTION.bdf, message), None, "nobody may keep it");
             remapper.send_remapped(FUNCTION.bdf, message, &*self.arrived)
         }
@@ -360,7 +360,7 @@ mod tests {
     #[test]
     fn a_function_that_is_not_there_does_not_interrupt() {
         let guest = Guest::new();
-        let remapper = guest.iommu().interrupt_remapper().unwrap().upgrade().unwrap();
+        let remapper = guest.iommu().model.interrupt_remapper().unwrap().upgrade().unwrap();
         let message = MsiMessage { address: DOORBELL, data: 7 };
         assert!(!remapper.send_remapped(Bdf::from_raw(0x99), message, &*guest.arrived));
         assert_eq!(guest.arrived(), []);

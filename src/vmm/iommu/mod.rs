@@ -9,7 +9,6 @@
 mod direct;
 mod dma;
 mod host;
-mod in_use;
 mod messages;
 mod plan;
 mod smmuv3;
@@ -23,11 +22,10 @@ use std::sync::Arc;
 use crate::config::{HostChoice, IommuConfig, MachineConfig};
 use crate::memory::MachineMemory;
 use crate::report::{HostReport, IommuReport};
-use crate::trace::{Trace, TracedIommu};
+use crate::trace::{IommuObserver, Trace};
 use crate::{Error, Result};
 pub(super) use direct::DirectDevices;
 pub(super) use host::Host;
-use in_use::ObjectsInUse;
 use plan::Plan;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptSink, Observer};
@@ -58,14 +56,18 @@ pub(super) struct Surroundings<'a> {
     pub host: Host,
     pub memory: &'a MachineMemory,
     pub trace: Option<Arc<Trace>>,
-    in_use: Arc<ObjectsInUse>,
 }
 
 impl Surroundings<'_> {
-    /// Who sees what the virtual IOMMU `id` does, if anybody does.
-    fn observer(&self, id: &str) -> Option<Arc<dyn Observer>> {
-        let trace = self.trace.clone()?;
-        Some(Arc::new(TracedIommu { trace, id: id.to_owned() }))
+    /// Who sees what the virtual IOMMU `id` does; `disabling` is called when a guest switches
+    /// translation off.
+    fn observer(
+        &self,
+        id: &str,
+        disabling: impl Fn() + Send + Sync + 'static,
+    ) -> Arc<dyn Observer> {
+        let (id, trace, disabling) = (id.to_owned(), self.trace.clone(), Box::new(disabling));
+        Arc::new(IommuObserver { id, trace, disabling })
     }
 }
 
@@ -73,7 +75,6 @@ impl Surroundings<'_> {
 pub(super) struct Iommus {
     all: Vec<Iommu>,
     host: Host,
-    in_use: Arc<ObjectsInUse>,
     /// The host's objects before the guest runs.
     at_start: Option<ObjectGraph>,
 }
@@ -101,8 +102,7 @@ impl Iommus {
             (HostChoice::Kernel(_), Some(kernel)) => kernel.clone(),
             _ => Host::emulated(memory, trace.as_ref())?,
         };
-        let in_use = Arc::new(ObjectsInUse::new(host.emulated.clone()));
-        let around = Surroundings { host: host.clone(), memory, trace, in_use: in_use.clone() };
+        let around = Surroundings { host: host.clone(), memory, trace };
         let mut all = Vec::new();
         // What one emulated unit walks, the host says of all.
         let guest_second_stage =
@@ -121,7 +121,7 @@ impl Iommus {
             all.push(Iommu::new(plan, &around)?);
         }
         let at_start = host.graph();
-        Ok(Some(Self { all, host, in_use, at_start }))
+        Ok(Some(Self { all, host, at_start }))
     }
 
     /// Each of them, in the order of the configuration.
@@ -139,7 +139,7 @@ impl Iommus {
         HostReport {
             calls: self.host.calls(),
             at_start: self.at_start.clone(),
-            in_use: self.in_use.most(),
+            in_use: self.host.objects_in_use(),
             graph: self.host.graph(),
             left: None,
         }

@@ -21,7 +21,7 @@ use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use twostage_emulated::{DeviceConfig, DmaPort, UnitId};
 
 /// A device behind a virtual IOMMU, as the guest and as the host knows it.
-pub(super) type BoundDevice = (Bdf, ObjectId);
+pub(crate) type BoundDevice = (Bdf, ObjectId);
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
@@ -47,7 +47,7 @@ impl Plan<'_> {
 }
 
 /// What a model of a virtual IOMMU does in a machine.
-pub(super) trait VirtualIommu: fmt::Debug + Send + Sync {
+pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// Its registers.
     fn registers(&self) -> Arc<dyn BusDevice>;
 

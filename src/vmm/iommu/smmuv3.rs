@@ -11,7 +11,6 @@ use twostage::sync::Mutex;
 use vm_superio::Trigger;
 
 use super::host::failed;
-use super::in_use::ObjectsInUse;
 use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
 use super::plan::{bind_devices, BoundDevice, Plan, VirtualIommu};
 use super::{AssignedFunction, Surroundings};
@@ -26,7 +25,6 @@ use crate::Result;
 use twostage::nesting::smmuv3::{SmmuNesting, SmmuObjects, DEFAULT_EVENT_DEPTH};
 use twostage::nesting::{host_smmu, NestingError};
 use twostage::spec::pci::Bdf;
-use twostage::spec::smmuv3::regs::{self, Cr0};
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::viommu::smmuv3::{EventTarget, Smmu, SmmuConfig, SmmuInterrupt, SmmuInterrupts};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
@@ -43,7 +41,8 @@ pub(super) struct SmmuV3 {
     messages: Arc<dyn InterruptRemapper>,
     /// Where messages of each device go that are translated.
     translated: BTreeMap<Bdf, Arc<dyn InterruptSink>>,
-    registers: Arc<RegisterPages>,
+    /// The host's objects that it used as a guest switched translation off, the last time.
+    objects_in_use: Arc<Mutex<Option<SmmuObjects>>>,
     /// Unless the kernel has it.
     unit: Option<Arc<SmmuV3Unit>>,
 }
@@ -75,8 +74,17 @@ impl SmmuV3 {
         let tables = Arc::new(around.memory.map().clone());
         let interrupts =
             Arc::new(OwnInterrupts { messages: plan.interrupts.clone(), wires: OnceLock::new() });
-        let observer = around.observer(&plan.id);
-        let smmu = Smmu::new(&offered, tables, nesting.clone(), interrupts.clone(), observer)
+        let objects_in_use = Arc::<Mutex<_>>::default();
+        let observer = {
+            let note = around.host.noting_objects();
+            let (nesting, objects_in_use) = (nesting.clone(), objects_in_use.clone());
+            around.observer(&plan.id, move || {
+                note();
+                let objects = nesting.objects();
+                *objects_in_use.lock() = Some(objects);
+            })
+        };
+        let smmu = Smmu::new(&offered, tables, nesting.clone(), interrupts.clone(), Some(observer))
             .map_err(failed("--iommu"))?;
         let events: Arc<dyn EventTarget> = Arc::new(DoorbellWatch::new(smmu.clone(), windows));
         nesting.set_event_target(Arc::downgrade(&events));
@@ -92,12 +100,6 @@ impl SmmuV3 {
             None => Arc::new(ArrivedMessages),
         };
         let translated = devices.iter().map(|(bdf, _)| (*bdf, (plan.messages)(*bdf))).collect();
-        let registers = Arc::new(RegisterPages {
-            smmu: smmu.clone(),
-            nesting: nesting.clone(),
-            in_use: around.in_use.clone(),
-            objects: Mutex::default(),
-        });
         let smmu = Self {
             smmu,
             nesting,
@@ -105,7 +107,7 @@ impl SmmuV3 {
             interrupts,
             messages,
             translated,
-            registers,
+            objects_in_use,
             unit,
         };
         Ok((smmu, devices))
@@ -114,7 +116,7 @@ impl SmmuV3 {
 
 impl VirtualIommu for SmmuV3 {
     fn registers(&self) -> Arc<dyn BusDevice> {
-        self.registers.clone()
+        self.smmu.clone()
     }
 
     fn halt(&self) {
@@ -148,7 +150,7 @@ impl VirtualIommu for SmmuV3 {
             viommu: self.smmu.counters(),
             nesting: self.nesting.counters(),
             objects: self.nesting.objects(),
-            objects_in_use: self.registers.objects(),
+            objects_in_use: self.objects_in_use.lock().clone(),
             hardware: self.unit.as_ref().map(|unit| unit.counters()),
             sanitizer: self.unit.as_ref().and_then(|unit| unit.sanitizer_report()),
         })
@@ -165,43 +167,14 @@ impl fmt::Debug for SmmuV3 {
     }
 }
 
-/// The register pages as a bus device, which sees when a guest switches translation off: nothing of
-/// what it used is left after that.
-#[derive(Debug)]
-struct RegisterPages {
-    smmu: Arc<Smmu>,
-    nesting: Arc<SmmuNesting>,
-    in_use: Arc<ObjectsInUse>,
-    /// The host's objects then.
-    objects: Mutex<Option<SmmuObjects>>,
-}
-
-impl RegisterPages {
-    fn objects(&self) -> Option<SmmuObjects> {
-        self.objects.lock().clone()
-    }
-
-    /// Whether the write switches translation off, which is on.
-    fn switches_off(&self, offset: u64, data: &[u8]) -> bool {
-        let Ok(cr0) = <[u8; 4]>::try_from(data) else { return false };
-        offset == regs::CR0
-            && !Cr0::from_bits(u32::from_le_bytes(cr0)).smmuen()
-            && self.smmu.state().registers.cr0ack.smmuen()
-    }
-}
-
-impl BusDevice for RegisterPages {
+/// The register pages.
+impl BusDevice for Smmu {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        self.smmu.mmio_read(offset, data);
+        self.mmio_read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if self.switches_off(offset, data) {
-            self.in_use.note();
-            let objects = self.nesting.objects();
-            *self.objects.lock() = Some(objects);
-        }
-        self.smmu.mmio_write(offset, data);
+        self.mmio_write(offset, data);
     }
 }
 

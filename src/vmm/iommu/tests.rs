@@ -51,7 +51,7 @@ fn one(config: IommuConfig, memory: &MachineMemory) -> Iommus {
 
 /// Translation is enabled, with an empty root table at 0, in scalable mode (RTADDR.TTM 01b).
 fn enable(iommu: &Iommu) {
-    let write = |offset, value: u32| iommu.registers().write(offset, &value.to_le_bytes());
+    let write = |offset, value: u32| iommu.model.registers().write(offset, &value.to_le_bytes());
     write(0x20, 1 << 10);
     // SRTP, then TE.
     write(0x18, 1 << 30);
@@ -73,10 +73,10 @@ fn an_smmu_passes_until_translation_is_enabled_and_aborts_then() {
     let start = memory.start_of(&memory.regions()[0]);
     let iommus = one(SmmuV3Options::default().into(), &memory);
     let iommu = &iommus.all()[0];
-    assert_eq!(iommu.id(), "smmu0");
+    assert_eq!(iommu.id, "smmu0");
     let mut dma = iommu.dma_master(FUNCTION.bdf, Arc::new(NoInterrupts)).unwrap();
     dma.write(None, start + 0x4000, b"passes").unwrap();
-    let write = |offset, value: u32| iommu.registers().write(offset, &value.to_le_bytes());
+    let write = |offset, value: u32| iommu.model.registers().write(offset, &value.to_le_bytes());
     // CR0.SMMUEN, with a stream table of one entry, which is not valid.
     write(0x20, 1);
     dma.write(None, start + 0x4000, b"aborts").unwrap_err();
@@ -131,7 +131,7 @@ fn each_has_its_own_functions_over_the_same_memory() {
     let configs = [IommuConfig::default(), IommuConfig::default()];
     let iommus = iommus(&configs, &[FUNCTION, OTHER], &memory).unwrap();
     let [first, second] = iommus.all() else { panic!("{iommus:?}") };
-    assert_eq!((first.id(), second.id()), ("vtd0", "vtd1"));
+    assert_eq!((&*first.id, &*second.id), ("vtd0", "vtd1"));
     enable(second);
     first
         .dma_master(FUNCTION.bdf, Arc::new(NoInterrupts))
@@ -182,7 +182,7 @@ fn the_report_has_the_objects_from_before_translation_was_switched_off() {
     let memory = MachineMemory::new(1 << 20).unwrap();
     let iommus = one(IommuConfig::default(), &memory);
     let iommu = &iommus.all()[0];
-    let disable = || iommu.registers().write(0x18, &0u32.to_le_bytes());
+    let disable = || iommu.model.registers().write(0x18, &0u32.to_le_bytes());
     disable();
     assert_eq!(iommus.host_report().in_use, None, "it was not on");
     enable(iommu);
@@ -205,7 +205,7 @@ fn the_emulated_host_serves_what_is_asked_for() {
         VtdOptions { address_width, pasid_bits, ats, second_stage, ..VtdOptions::default() }
     };
     let check = |iommu: &Iommu, asked: bool| {
-        let (offered, config) = (iommu.model().vtd_capabilities().unwrap(), config(asked));
+        let (offered, config) = (iommu.model.vtd_capabilities().unwrap(), config(asked));
         assert_eq!(offered.cap.mgaw() + 1, config.address_width);
         assert_eq!(Some(offered.ecap.pasid_bits()), config.pasid_bits);
         assert_eq!((offered.ecap.dt(), offered.ecap.ssts()), (asked, asked));

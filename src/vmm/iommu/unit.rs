@@ -2,29 +2,29 @@
 //! One virtual IOMMU of a machine, whatever its model, and the devices behind it.
 
 use std::fmt;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use super::plan::{not_of_this_machine, BoundDevice, Plan, VirtualIommu};
 use super::smmuv3::SmmuV3;
 use super::vtd::Vtd;
 use super::Surroundings;
-use crate::arch::EdgeLine;
-use crate::bus::BusDevice;
 use crate::config::IommuModel;
 use crate::devices::DmaMaster;
 use crate::report::IommuReport;
 use crate::Result;
-use twostage::iommufd::{HostIommu, ObjectId};
+use twostage::iommufd::HostIommu;
 use twostage::spec::pci::Bdf;
-use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
+use twostage::viommu::InterruptSink;
 use twostage_emulated::DmaPort;
 
 /// One virtual IOMMU.
 pub(crate) struct Iommu {
-    id: String,
-    model: Box<dyn VirtualIommu>,
+    /// What devices call it.
+    pub id: String,
+    pub model: Box<dyn VirtualIommu>,
     host: Arc<dyn HostIommu>,
-    devices: Vec<BoundDevice>,
+    /// The devices behind it.
+    pub devices: Vec<BoundDevice>,
 }
 
 impl Iommu {
@@ -41,47 +41,6 @@ impl Iommu {
             }
         };
         Ok(Self { id: plan.id, model, host: around.host.verbs.clone(), devices })
-    }
-
-    /// What it does as the model it is.
-    #[cfg(test)]
-    pub(super) fn model(&self) -> &dyn VirtualIommu {
-        &*self.model
-    }
-
-    /// What devices call it.
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
-    /// Its registers.
-    pub fn registers(&self) -> Arc<dyn BusDevice> {
-        self.model.registers()
-    }
-
-    /// The machine stops: threads that work for the guest in here leave off soon.
-    pub fn halt(&self) {
-        self.model.halt();
-    }
-
-    /// Who remaps the interrupts of what is behind the IOMMU, if anybody does.
-    pub fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>> {
-        self.model.interrupt_remapper()
-    }
-
-    /// From now on `listener` is told when interrupts are remapped otherwise than before.
-    pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
-        self.model.add_interrupt_listener(listener);
-    }
-
-    /// Its own interrupts have these wires.
-    pub fn connect(&self, wires: Vec<EdgeLine>) {
-        self.model.connect(wires);
-    }
-
-    /// The devices behind it, as the guest and as the host knows them.
-    pub fn devices(&self) -> &[(Bdf, ObjectId)] {
-        &self.devices
     }
 
     /// How the function at `bdf`, which is in this process, makes its memory requests, interrupt

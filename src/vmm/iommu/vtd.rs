@@ -4,7 +4,6 @@
 use std::sync::{Arc, Weak};
 
 use super::host::failed;
-use super::in_use::{ObjectsInUse, RegisterPage};
 use super::plan::{bind_devices, BoundDevice, Plan, VirtualIommu};
 use super::Surroundings;
 use crate::bus::BusDevice;
@@ -29,7 +28,6 @@ pub(super) struct Vtd {
     interrupt_remapping: bool,
     /// Unless the kernel has it.
     unit: Option<Arc<VtdUnit>>,
-    in_use: Arc<ObjectsInUse>,
     /// Lent to the unit's sanitizer.
     _contexts: Arc<GuestContexts>,
 }
@@ -59,8 +57,9 @@ impl Vtd {
             .collect();
         let offered = vtd_config(options, plan.interrupt_remapping, &hosts).intersect(&hosts)?;
         let tables = Arc::new(around.memory.map().clone());
-        let (interrupts, observer) = (plan.interrupts.clone(), around.observer(&plan.id));
-        let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, observer)
+        let observer = around.observer(&plan.id, around.host.noting_objects());
+        let interrupts = plan.interrupts.clone();
+        let vtd = VtdIommu::new(offered, tables, nesting.clone(), interrupts, Some(observer))
             .map_err(failed("--iommu"))?;
         let target: Arc<dyn FaultTarget> = vtd.clone();
         nesting.set_fault_target(Arc::downgrade(&target));
@@ -73,15 +72,15 @@ impl Vtd {
         for (bdf, _) in &devices {
             vtd.add_device(*bdf);
         }
-        let (interrupt_remapping, in_use) = (plan.interrupt_remapping, around.in_use.clone());
-        let iommu = Self { vtd, nesting, interrupt_remapping, unit, in_use, _contexts: contexts };
+        let interrupt_remapping = plan.interrupt_remapping;
+        let iommu = Self { vtd, nesting, interrupt_remapping, unit, _contexts: contexts };
         Ok((iommu, devices))
     }
 }
 
 impl VirtualIommu for Vtd {
     fn registers(&self) -> Arc<dyn BusDevice> {
-        Arc::new(RegisterPage { vtd: self.vtd.clone(), in_use: self.in_use.clone() })
+        self.vtd.clone()
     }
 
     fn halt(&self) {
@@ -122,6 +121,17 @@ impl VirtualIommu for Vtd {
     #[cfg(test)]
     fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
         Some(self.vtd.capabilities())
+    }
+}
+
+/// The register page.
+impl BusDevice for VtdIommu {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.mmio_read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.mmio_write(offset, data);
     }
 }
 

@@ -122,7 +122,7 @@ impl PciTopology {
             let interrupts = builder
                 .wiring
                 .interrupts
-                .of_function(bdf, remapping.and_then(Iommu::interrupt_remapper));
+                .of_function(bdf, remapping.and_then(|iommu| iommu.model.interrupt_remapper()));
             let device = match config_of_device {
                 DeviceConfig::Edu(edu) => Device::Edu(builder.edu(bdf, edu, iommu, interrupts)?),
                 DeviceConfig::Vfio(vfio) => {
@@ -134,7 +134,7 @@ impl PciTopology {
                     Device::Virtio(builder.virtio(bdf, backend, iommu, interrupts)?)
                 }
             };
-            let iommu = iommu.map(|iommu| iommu.id().to_owned());
+            let iommu = iommu.map(|iommu| iommu.id.clone());
             devices.push(PlacedDevice { bdf, iommu, device });
         }
         Ok(Self { bus: Arc::new(builder.bus), devices, subscribers: builder.subscribers })

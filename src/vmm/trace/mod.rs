@@ -37,7 +37,7 @@ use serde_json::{json, Value};
 pub(super) use crate::arch::message::decoded;
 use crate::console::patient::Patient;
 use crate::{process::named_file, Error, Result};
-pub(super) use observers::{TracedDma, TracedInterrupts, TracedIommu};
+pub(super) use observers::{IommuObserver, TracedDma, TracedInterrupts};
 
 /// An open trace. Any thread may add to it.
 pub struct Trace {

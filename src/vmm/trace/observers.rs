@@ -57,63 +57,79 @@ impl InterruptSink for TracedInterrupts {
     }
 }
 
-/// Traces a virtual IOMMU under its id.
-pub(crate) struct TracedIommu {
-    pub trace: Arc<Trace>,
+/// Who sees what a virtual IOMMU does: the trace, if there is one, under its id.
+pub(crate) struct IommuObserver {
     pub id: String,
+    pub trace: Option<Arc<Trace>>,
+    /// Is called when the guest switches translation off.
+    pub disabling: Box<dyn Fn() + Send + Sync>,
 }
 
-impl TracedIommu {
-    fn instant(&self, category: &'static str, name: &str, mut args: Value) {
+impl IommuObserver {
+    fn instant(
+        &self,
+        category: &'static str,
+        name: impl fmt::Display,
+        args: impl FnOnce() -> Value,
+    ) {
+        let Some(trace) = &self.trace else { return };
+        let mut args = args();
         args["iommu"] = self.id.as_str().into();
-        self.trace.instant(category, name, args);
+        trace.instant(category, &name.to_string(), args);
     }
 }
 
-impl Observer for TracedIommu {
+impl Observer for IommuObserver {
     fn register(&self, access: &RegisterAccess) {
         let name = if access.write { "write" } else { "read" };
-        let args = json!({
-            "offset": format!("{:#x}", access.offset),
-            "size": access.size,
-            "value": format!("{:#x}", access.value),
+        self.instant("register", format_args!("{name} {}", access.name), || {
+            json!({
+                "offset": format!("{:#x}", access.offset),
+                "size": access.size,
+                "value": format!("{:#x}", access.value),
+            })
         });
-        self.instant("register", &format!("{name} {}", access.name), args);
+    }
+
+    fn disabling_translation(&self) {
+        (self.disabling)();
     }
 
     fn descriptor(&self, name: &'static str, descriptor: &dyn fmt::Debug) {
-        self.instant("descriptor", name, json!({ "descriptor": fields(descriptor) }));
+        self.instant("descriptor", name, || json!({ "descriptor": fields(descriptor) }));
     }
 
     fn policy(&self, requester: Requester, config: &RequesterConfig, applied: bool) {
-        let args = json!({ "config": fields(config), "applied": applied });
-        self.instant("policy", &requester.to_string(), args);
+        let args = || json!({ "config": fields(config), "applied": applied });
+        self.instant("policy", requester, args);
     }
 
     fn stream_policy(&self, stream: StreamId, policy: &StreamPolicy, applied: bool) {
-        let args = json!({ "policy": fields(policy), "applied": applied });
-        self.instant("policy", &stream.to_string(), args);
+        let args = || json!({ "policy": fields(policy), "applied": applied });
+        self.instant("policy", stream, args);
     }
 
     fn event(&self, record: &EventRecord, outcome: FaultOutcome) {
-        let args = json!({
-            "event": record.id().map(EventId::name),
-            "substream": record.substream().map(Pasid::raw),
-            "record": record.to_words().map(|word| format!("{word:#x}")),
-            "outcome": format!("{outcome:?}"),
+        self.instant("fault", record.stream(), || {
+            json!({
+                "event": record.id().map(EventId::name),
+                "substream": record.substream().map(Pasid::raw),
+                "record": record.to_words().map(|word| format!("{word:#x}")),
+                "outcome": format!("{outcome:?}"),
+            })
         });
-        self.instant("fault", &record.stream().to_string(), args);
     }
 
     fn fault(&self, fault: &DmaFault, reason: Option<FaultReason>, outcome: FaultOutcome) {
-        let args = json!({
-            "address": format!("{:#x}", fault.address),
-            "write": fault.write,
-            "stage2": fault.stage2,
-            "reason": reason.map(|reason| format!("{:#x}", reason.code())),
-            "outcome": format!("{outcome:?}"),
+        self.instant("fault", fault.requester, || {
+            json!({
+                "address": format!("{:#x}", fault.address),
+                "write": fault.write,
+                "stage2": fault.stage2,
+                "reason": reason.map(|reason| format!("{:#x}", reason.code())),
+                "outcome": format!("{outcome:?}"),
+            })
         });
-        self.instant("fault", &fault.requester.to_string(), args);
     }
 
     fn interrupt_fault(
@@ -123,10 +139,12 @@ impl Observer for TracedIommu {
         reason: FaultReason,
         outcome: FaultOutcome,
     ) {
-        let mut args = decoded(message);
-        args["reason"] = format!("{:#x}", reason.code()).into();
-        args["outcome"] = format!("{outcome:?}").into();
-        self.instant("interrupt fault", &source.to_string(), args);
+        self.instant("interrupt fault", source, || {
+            let mut args = decoded(message);
+            args["reason"] = format!("{:#x}", reason.code()).into();
+            args["outcome"] = format!("{outcome:?}").into();
+            args
+        });
     }
 }
 

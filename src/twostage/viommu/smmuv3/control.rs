@@ -26,6 +26,9 @@ impl Smmu {
         // Differs from CR0ACK where the write before could not be completed.
         let translating = self.streams.is_translating();
         if cr0.smmuen() != smmuen || cr0.smmuen() != translating {
+            if let (Some(observer), true, false) = (&self.observer, smmuen, cr0.smmuen()) {
+                observer.disabling_translation();
+            }
             let applied = if cr0.smmuen() {
                 self.enable_translation(registers)
             } else {

@@ -223,6 +223,11 @@ impl VtdIommu {
         // Differs from TES where the command before could not be completed.
         let translating = self.requesters.is_translating();
         if command.te() != registers.gsts.tes() || command.te() != translating {
+            if let (Some(observer), true, false) =
+                (&self.observer, registers.gsts.tes(), command.te())
+            {
+                observer.disabling_translation();
+            }
             self.set_translation_enabled(registers, command.te());
         }
         // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and without ECAP.IR

@@ -221,6 +221,10 @@ impl Observer for Trace {
         self.push(format!("{verb} {name} {offset:#x} {size} {value:#x}"));
     }
 
+    fn disabling_translation(&self) {
+        self.push("disabling".into());
+    }
+
     fn descriptor(&self, name: &'static str, _: &dyn fmt::Debug) {
         self.push(name.into());
     }
@@ -249,6 +253,9 @@ fn an_observer_sees_everything_in_order() {
     guest.write32(regs::CR0, 0b1101);
     guest.smmu.event(translation_fault(OTHER).to_words());
     guest.read32(regs::EVENTQ_PROD);
+    // Once: what is off is not switched off again.
+    guest.write32(regs::CR0, 0b1100);
+    guest.write32(regs::CR0, 0b1100);
     assert_eq!(
         *trace.0.lock(),
         [
@@ -261,6 +268,11 @@ fn an_observer_sees_everything_in_order() {
             "policy 0x4 Abort true",
             "event C_BAD_STE 0x4 Recorded",
             "read EVENTQ_PROD 0x100a8 4 0x1",
+            "write CR0 0x20 4 0xc",
+            "disabling",
+            "policy 0x3 GlobalBypass true",
+            "policy 0x4 GlobalBypass true",
+            "write CR0 0x20 4 0xc",
         ]
     );
 }

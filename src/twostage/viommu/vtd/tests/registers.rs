@@ -178,6 +178,10 @@ impl Observer for Trace {
         self.0.lock().push(format!("{verb} {name} {offset:#x} {size} {value:#x}"));
     }
 
+    fn disabling_translation(&self) {
+        self.0.lock().push("disabling".into());
+    }
+
     fn descriptor(&self, name: &'static str, _: &dyn fmt::Debug) {
         self.0.lock().push(name.into());
     }
@@ -210,6 +214,9 @@ fn an_observer_sees_everything_in_order() {
     guest.read32(0x22c);
     guest.enable_translation();
     guest.iommu.dma_fault(&fault(Requester::rid(RID)));
+    // Once: what is off is not switched off again.
+    guest.write32(regs::GCMD, 1 << 26);
+    guest.write32(regs::GCMD, 1 << 26);
     let lines = trace.0.lock();
     let lines: Vec<_> = lines.iter().filter(|line| !line.contains("GSTS")).collect();
     assert_eq!(
@@ -226,6 +233,10 @@ fn an_observer_sees_everything_in_order() {
             "write GCMD 0x18 4 0x84000000",
             "policy 01:01.0 true",
             "fault 0x30 Recorded",
+            "write GCMD 0x18 4 0x4000000",
+            "disabling",
+            "policy 01:01.0 true",
+            "write GCMD 0x18 4 0x4000000",
         ]
     );
 }

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The steps in which a machine is built, in order. Each says what is wrong with the configuration
+//! or the host where it cannot be done.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::Arc;
+
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use super::topology::{assigned_functions, direct_functions, PciTopology};
+use crate::arch::layout::{iommu_interrupts, ECAM_SIZE, ECAM_START, PCI_MMIO_LAST, PCI_MMIO_START};
+use crate::arch::{self, IrqChip};
+use crate::bus::Bus;
+use crate::config::MachineConfig;
+use crate::interrupts::{Interrupts, Messages, Ways};
+use crate::iommu::{DirectDevices, Host, Iommu, Iommus};
+use crate::memory::MachineMemory;
+use crate::pci::{Ecam, PciMemory};
+use crate::trace::Trace;
+use crate::{Error, Result};
+use twostage::spec::pci::Bdf;
+
+/// Guest memory, in files where a kernel is to map it.
+pub(super) fn memory(config: &MachineConfig) -> Result<MachineMemory> {
+    Ok(match config.kernel_host() {
+        Some(_) => MachineMemory::in_files(config.memory)?,
+        None => MachineMemory::new(config.memory)?,
+    })
+}
+
+/// Opens `/dev/kvm` and checks what the machine cannot do without.
+pub(crate) fn open_kvm() -> Result<Kvm> {
+    let kvm = Kvm::new().map_err(|error| Error::KvmOpen { source: error.into() })?;
+    const API_VERSION: i32 = 12;
+    if kvm.get_api_version() != API_VERSION {
+        return Err(Error::KvmLacks(format!(
+            "API version {}; this program speaks {API_VERSION}",
+            kvm.get_api_version()
+        )));
+    }
+    const CAPABILITIES: [(Cap, &str); 4] = [
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    ];
+    for (capability, name) in CAPABILITIES.iter().chain(arch::KVM_CAPABILITIES) {
+        if !kvm.check_extension(*capability) {
+            return Err(Error::KvmLacks(format!("it lacks {name}")));
+        }
+    }
+    Ok(kvm)
+}
+
+/// A machine of `kvm` that has `memory` and is to have the vCPUs of `config`.
+pub(super) fn vm(kvm: &Kvm, config: &MachineConfig, memory: &MachineMemory) -> Result<Arc<VmFd>> {
+    if usize::from(config.vcpus) > kvm.get_max_vcpus() {
+        return Err(Error::KvmLacks(format!(
+            "--cpus boot={}: it runs {} at the most",
+            config.vcpus,
+            kvm.get_max_vcpus()
+        )));
+    }
+    let vm = Arc::new(arch::create_vm(kvm)?);
+    memory.register(&vm)?;
+    Ok(vm)
+}
+
+/// What is traced, if anything is: `earlier` goes on.
+pub(super) fn trace(
+    config: &MachineConfig,
+    earlier: Option<Arc<Trace>>,
+) -> Result<Option<Arc<Trace>>> {
+    if let Some(trace) = earlier {
+        trace.next_life();
+        return Ok(Some(trace));
+    }
+    Ok(config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new))
+}
+
+/// The virtual IOMMUs, over `kernel` if `config` says so; `messages` go to `chip`.
+pub(super) fn iommus(
+    config: &MachineConfig,
+    chip: IrqChip,
+    memory: &MachineMemory,
+    kernel: Option<&Host>,
+    messages: &Messages,
+    trace: &Option<Arc<Trace>>,
+) -> Result<Option<Iommus>> {
+    let (remapping, functions) = (chip.remaps_interrupts(config), assigned_functions(config)?);
+    let messages = |source| messages.of(source);
+    Iommus::new(config, remapping, memory, kernel, &functions, &messages, trace.clone())
+}
+
+/// The devices of `kernel` that no virtual IOMMU is in front of, if there are any.
+pub(super) fn direct_devices(
+    config: &MachineConfig,
+    kernel: Option<&Host>,
+) -> Result<Option<DirectDevices>> {
+    match (direct_functions(config)?, kernel) {
+        (functions, Some(host)) if !functions.is_empty() => {
+            DirectDevices::new(host.clone(), &functions).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Interrupts that go through `ways`, remapped by `iommus`, whose own are connected.
+pub(super) fn interrupts(ways: Ways, iommus: &[Iommu]) -> Result<Arc<Interrupts>> {
+    // The interrupt controllers are behind the first.
+    let remapper = iommus.first().and_then(|iommu| iommu.model.interrupt_remapper());
+    let interrupts = Arc::new(Interrupts::new(ways, remapper));
+    for (number, iommu) in iommus.iter().enumerate() {
+        for listener in interrupts.listeners() {
+            iommu.model.add_interrupt_listener(listener);
+        }
+        let wires = iommu_interrupts(number).into_iter().flatten();
+        iommu.model.connect(wires.map(|gsi| interrupts.edge_line(gsi)).collect::<Result<_>>()?);
+    }
+    Ok(interrupts)
+}
+
+/// The files of the devices of `kernel`.
+pub(super) fn device_files(
+    kernel: Option<&Host>,
+    iommus: &[Iommu],
+    direct: Option<&DirectDevices>,
+) -> Result<BTreeMap<Bdf, Arc<File>>> {
+    let Some(kernel) = kernel else { return Ok(BTreeMap::new()) };
+    let of_iommus = iommus.iter().map(|iommu| &iommu.devices);
+    let bound = of_iommus.chain(direct.map(|direct| &direct.devices)).flatten();
+    bound.map(|(bdf, dev)| Ok((*bdf, kernel.device_file(*dev)?))).collect()
+}
+
+/// What answers in memory, but for the board.
+pub(super) fn mmio(config: &MachineConfig, pci: &PciTopology, iommus: &[Iommu]) -> Result<Bus> {
+    let mut mmio = Bus::default();
+    mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;
+    mmio.insert(ECAM_START..=ECAM_START + (ECAM_SIZE - 1), Arc::new(Ecam(pci.bus.clone())))?;
+    for (number, (iommu, of)) in iommus.iter().zip(&config.iommus).enumerate() {
+        let first = config.iommu_address(number);
+        mmio.insert(first..=first + (of.model.registers() - 1), iommu.model.registers())?;
+    }
+    Ok(mmio)
+}
