@@ -62,6 +62,7 @@
 
 mod dma;
 mod drivers;
+pub mod edu;
 mod host;
 mod ioas;
 #[cfg(feature = "selftest")]

@@ -10,11 +10,12 @@ use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
+use twostage_emulated::edu;
 use twostage_emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
 use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 use crate::callers::process::Process;
-use crate::files::edu::{Edu, BAR_SIZE};
+use crate::files::edu::Edu;
 use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
 use crate::files::groups::{Blocked, Groups};
 use crate::files::msi::{Msi, IRQS, MSI_FLAGS, MSI_INDEX};
@@ -36,6 +37,7 @@ const CONFIG_REGION: u32 = 7;
 /// A region's offset in the file is its index, shifted by this, as in vfio-pci.
 const REGION_SHIFT: u32 = 40;
 
+const BAR_SIZE: u64 = edu::BAR_SIZE as u64;
 const CONFIG_SIZE: usize = 256;
 const COMMAND: usize = 0x04;
 /// Memory space, bus master: the writable bits of the command register.

@@ -5,7 +5,7 @@
 //! from the program, so that it does not matter what happens to the first. Private memory cannot be
 //! mapped twice. It is used in place; when the program unmaps it, the hook leaves it in place until
 //! nobody uses it ([`Pins::release`]), and refuses to move it. Protections set by the program do
-//! not affect devices ([`sys::copy_anyway`]). Pages that the program discards, or punches out of
+//! not affect devices ([`sys::read_anyway`]). Pages that the program discards, or punches out of
 //! their file, are lost to devices, too: a kernel would keep them; here that is reported
 //! ([`crate::memory::taken`]).
 #![allow(unsafe_code)]

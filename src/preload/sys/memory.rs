@@ -87,15 +87,18 @@ pub unsafe fn map_file(
     checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
 }
 
-/// Copies between `part` and as many bytes of this process at `address`, whatever their protection,
-/// like a device that has the pages; returns whether all of them could be copied.
-pub fn copy_anyway(address: u64, part: &mut [u8], to_memory: bool) -> bool {
+/// Reads from this process at `address` on, whatever the protection, like a device that has the
+/// pages; returns whether all of it could be read.
+pub fn read_anyway(address: u64, bytes: &mut [u8]) -> bool {
+    let memory = File::open("/proc/self/mem");
+    memory.is_ok_and(|memory| memory.read_exact_at(bytes, address).is_ok())
+}
+
+/// Writes likewise.
+pub fn write_anyway(address: u64, bytes: &[u8]) -> bool {
     // Writes go to private pages even if they are read-only: `FOLL_FORCE`.
-    let memory = File::options().read(true).write(to_memory).open("/proc/self/mem");
-    memory.is_ok_and(|memory| match to_memory {
-        true => memory.write_all_at(part, address).is_ok(),
-        false => memory.read_exact_at(part, address).is_ok(),
-    })
+    let memory = File::options().write(true).open("/proc/self/mem");
+    memory.is_ok_and(|memory| memory.write_all_at(bytes, address).is_ok())
 }
 
 /// Whether `file` is backed by memory: shmem (a memfd, for example) or hugetlbfs.

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The educational device, 1234:11e8, as QEMU documents it in `docs/specs/edu`.
+//! The educational device ([`twostage_emulated::edu`]) as a PCI function.
 //!
-//! A BAR of registers, a factorial, interrupts by INTx or MSI, and DMA between memory and a 4 KiB
-//! buffer. A DMA is done by a worker of the device and is over as soon as it is over. One
-//! addition: with `pasid=on` the function has a PASID capability, and while software has that
-//! enabled, register 0xA0 puts a PASID on the DMA.
+//! It has INTx and MSI. DMA is done by a worker thread, with no artificial delay. With `pasid=on`
+//! the function has a PASID capability; while software has that enabled, the register for the PASID
+//! of DMA is available.
 
 mod dma;
-mod registers;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,8 +14,7 @@ use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use twostage::sync::Mutex;
 
-use self::dma::{Engine, Transfer};
-use self::registers::{Effect, Registers};
+use self::dma::GatedMemory;
 use super::{DmaMaster, RequestGate};
 use crate::config::EduConfig;
 use crate::pci::{
@@ -27,12 +24,11 @@ use crate::pci::{
 use crate::{Error, Result};
 use twostage::viommu::InterruptSink;
 use twostage::warn_limited;
+pub use twostage_emulated::edu::BAR_SIZE;
+use twostage_emulated::edu::{Effect, Engine, Registers, Transfer};
 
 const IDENTITY: Identity =
     Identity { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, revision: 0x10 };
-/// Length of BAR 0, in bytes.
-pub const BAR_SIZE: u32 = 1 << 20;
-
 /// DMA of a device. Reads are of each number alone, not of one moment.
 #[derive(Debug, Default)]
 pub struct DmaCounters {
@@ -106,14 +102,15 @@ impl Edu {
             counters: DmaCounters::default(),
         });
         let (transfers, work) = channel::<Transfer>();
-        let mut engine = Engine::new(memory, config.dma_mask, gate);
+        let mut engine = Engine::new(config.dma_mask);
+        let mut memory = GatedMemory { memory, gate };
         let worker = thread::Builder::new()
             .name("edu-dma".to_owned())
             .spawn({
                 let shared = shared.clone();
                 move || {
                     for transfer in work {
-                        shared.transfer(&mut engine, &transfer);
+                        shared.transfer(&mut engine, &mut memory, transfer);
                     }
                 }
             })
@@ -152,8 +149,8 @@ impl Shared {
     }
 
     /// Does one transfer, on the worker's thread.
-    fn transfer(&self, engine: &mut Engine, transfer: &Transfer) {
-        match engine.run(transfer) {
+    fn transfer(&self, engine: &mut Engine, memory: &mut GatedMemory, mut transfer: Transfer) {
+        match engine.run(&mut transfer, memory) {
             Ok(()) => self.counters.done.fetch_add(1, Ordering::Relaxed),
             Err(failure) => {
                 log::debug!("edu: {failure}");

@@ -10,6 +10,7 @@ use crate::devices::DirectMemory;
 use crate::memory::MachineMemory;
 use crate::pci::IntxRouter;
 use twostage::spec::pci::Bdf;
+use twostage_emulated::edu::BUFFER_START;
 
 struct Messages(Mutex<Sender<(u64, u32)>>);
 
@@ -121,11 +122,11 @@ fn dma_goes_both_ways_and_interrupts_at_its_end() {
     let fixture = Fixture::new();
     fixture.enable_msi();
     fixture.memory.map().write_slice(b"a message", GuestAddress(0x1000)).unwrap();
-    fixture.transfer(0x1000, dma::BUFFER_START + 8, 9, 0b101);
+    fixture.transfer(0x1000, BUFFER_START + 8, 9, 0b101);
     assert_eq!(fixture.messages.recv().unwrap(), (0xfee0_0000, 0x41));
     assert_eq!(fixture.read32(0x98), 0b100);
     assert_eq!(fixture.read32(0x24), 0x100);
-    fixture.transfer(dma::BUFFER_START + 8, 0x2ffc, 9, 0b111);
+    fixture.transfer(BUFFER_START + 8, 0x2ffc, 9, 0b111);
     fixture.messages.recv().unwrap();
     let mut data = [0; 9];
     fixture.memory.map().read_slice(&mut data, GuestAddress(0x2ffc)).unwrap();
@@ -138,13 +139,13 @@ fn dma_that_fails_ends_and_is_counted() {
     let fixture = Fixture::new();
     fixture.enable_msi();
     // No memory there; not in the buffer; a PASID that nobody can translate.
-    fixture.transfer(dma::BUFFER_START, 0x1_0000, 8, 0b111);
+    fixture.transfer(BUFFER_START, 0x1_0000, 8, 0b111);
     fixture.messages.recv().unwrap();
     fixture.transfer(0, 0x1000, 8, 0b111);
     fixture.messages.recv().unwrap();
     fixture.write_config(0x106, &[1, 0]);
     fixture.write32(0xa0, 0x8000_0001);
-    fixture.transfer(dma::BUFFER_START, 0x1000, 8, 0b111);
+    fixture.transfer(BUFFER_START, 0x1000, 8, 0b111);
     fixture.messages.recv().unwrap();
     assert_eq!(fixture.read32(0x98) & 1, 0);
     assert_eq!((fixture.edu.counters().done(), fixture.edu.counters().failed()), (0, 3));
@@ -155,7 +156,7 @@ fn without_bus_mastering_there_is_neither_dma_nor_msi() {
     let fixture = Fixture::new();
     fixture.enable_msi();
     fixture.write_config(4, &[2, 0]);
-    fixture.transfer(dma::BUFFER_START, 0x1000, 8, 0b111);
+    fixture.transfer(BUFFER_START, 0x1000, 8, 0b111);
     while fixture.read32(0x98) & 1 != 0 {
         thread::yield_now();
     }

@@ -1,41 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The registers of the educational device: what software reads and writes, and what follows.
+//! The registers.
 
 use super::dma::Transfer;
 use twostage::spec::pci::Pasid;
 
-/// Identification: major version 1, minor version 0.
-const ID: u64 = 0x00;
-const LIVENESS: u64 = 0x04;
-const FACTORIAL: u64 = 0x08;
-const STATUS: u64 = 0x20;
-const INTERRUPT_STATUS: u64 = 0x24;
-const INTERRUPT_RAISE: u64 = 0x60;
-const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
-const DMA_SOURCE: u64 = 0x80;
-const DMA_DESTINATION: u64 = 0x88;
-const DMA_COUNT: u64 = 0x90;
-const DMA_COMMAND: u64 = 0x98;
-/// Twostage's own: which PASID a DMA carries.
-const DMA_PASID: u64 = 0xa0;
+/// Identification, read-only: 0xRRrr00ed, of major version RR and minor version rr.
+pub const ID: u64 = 0x00;
+/// Reads as the inverse of what was written.
+pub const LIVENESS: u64 = 0x04;
+/// Reads as the factorial of what was written.
+pub const FACTORIAL: u64 = 0x08;
+/// [`STATUS_INTERRUPT`].
+pub const STATUS: u64 = 0x20;
+/// The causes of the interrupt, read-only.
+pub const INTERRUPT_STATUS: u64 = 0x24;
+/// Adds causes.
+pub const INTERRUPT_RAISE: u64 = 0x60;
+/// Takes causes away.
+pub const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
+/// The address that a DMA reads: of memory, or of the buffer.
+pub const DMA_SOURCE: u64 = 0x80;
+/// The address that a DMA writes.
+pub const DMA_DESTINATION: u64 = 0x88;
+/// Length of a DMA, in bytes.
+pub const DMA_COUNT: u64 = 0x90;
+/// [`COMMAND_START`] and the other bits.
+pub const DMA_COMMAND: u64 = 0x98;
+/// Twostage's: the PASID of DMA.
+pub const DMA_PASID: u64 = 0xa0;
+
+/// Status: interrupt after a factorial.
+pub const STATUS_INTERRUPT: u32 = 0x80;
+/// Command: start; reads as 1 until the transfer is over.
+pub const COMMAND_START: u64 = 1 << 0;
+/// Command: from the device to memory.
+pub const COMMAND_TO_MEMORY: u64 = 1 << 1;
+/// Command: interrupt when it is over.
+pub const COMMAND_INTERRUPT: u64 = 1 << 2;
+/// PASID register: the DMA carries the PASID.
+pub const PASID_VALID: u32 = 1 << 31;
+/// Interrupt cause: a factorial is done.
+pub const CAUSE_FACTORIAL: u32 = 0x001;
+/// Interrupt cause: a transfer is over.
+pub const CAUSE_DMA: u32 = 0x100;
 
 const IDENTIFICATION: u32 = 0x0100_00ed;
-/// Status: interrupt after a factorial.
-const STATUS_INTERRUPT: u32 = 0x80;
-/// Command: start; reads as 1 until the transfer is over.
-const COMMAND_START: u64 = 1 << 0;
-/// Command: from the device to memory.
-const COMMAND_TO_MEMORY: u64 = 1 << 1;
-/// Command: interrupt when it is over.
-const COMMAND_INTERRUPT: u64 = 1 << 2;
 const COMMAND_BITS: u64 = COMMAND_START | COMMAND_TO_MEMORY | COMMAND_INTERRUPT;
-/// PASID register: the DMA carries the PASID.
-const PASID_VALID: u32 = 1 << 31;
 const PASID_BITS: u32 = PASID_VALID | ((1 << Pasid::BITS) - 1);
-/// Interrupt cause: a factorial is done.
-const CAUSE_FACTORIAL: u32 = 0x001;
-/// Interrupt cause: a transfer is over.
-const CAUSE_DMA: u32 = 0x100;
 /// Registers below take accesses of 4 bytes only, those from here on of 8 too.
 const WIDE_START: u64 = 0x80;
 /// From this number on a factorial is a multiple of 2^32.
@@ -43,7 +54,7 @@ const FACTORIAL_ZERO: u32 = 34;
 
 /// What software can see of the device.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Registers {
+pub struct Registers {
     liveness: u32,
     factorial: u32,
     status: u32,
@@ -57,11 +68,14 @@ pub(super) struct Registers {
 
 /// What follows a change of the registers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Effect {
+pub enum Effect {
     /// Nothing.
     None,
-    /// The interrupt may have changed; `raised`: a cause was added.
-    Interrupt { raised: bool },
+    /// The interrupt may have changed.
+    Interrupt {
+        /// A cause was added: an MSI is to be sent.
+        raised: bool,
+    },
     /// A transfer starts.
     Transfer(Transfer),
 }
@@ -154,6 +168,7 @@ impl Registers {
             count: self.count,
             to_memory: self.command & COMMAND_TO_MEMORY != 0,
             pasid,
+            done: 0,
         }
     }
 }
@@ -251,6 +266,7 @@ mod tests {
             count: 16,
             to_memory: false,
             pasid: None,
+            done: 0,
         };
         let command = COMMAND_START | COMMAND_INTERRUPT;
         assert_eq!(write(&mut registers, DMA_COMMAND, command), Effect::Transfer(transfer));
