@@ -16,6 +16,7 @@
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 
+pub mod counters;
 pub mod iommufd;
 pub mod nesting;
 #[cfg(any(test, feature = "test-support"))]

@@ -6,6 +6,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::devices::virtio::QueueReport;
+use twostage::counters::CounterSet;
 use twostage::nesting::smmuv3::{SmmuNestingCounters, SmmuObjects};
 use twostage::nesting::survey::hexadecimal;
 use twostage::nesting::vtd::VtdNestingCounters;
@@ -29,13 +31,15 @@ pub struct Report {
     pub host: Option<HostReport>,
 }
 
-/// Message-signalled interrupts of devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct InterruptReport {
-    /// Those sent through a route in the kernel.
-    pub routed: u64,
-    /// Number of routing updates.
-    pub route_updates: u64,
+twostage::counters! {
+    /// Message-signalled interrupts of devices.
+    #[derive(Serialize)]
+    pub struct InterruptReport {
+        /// Those sent through a route in the kernel.
+        routed,
+        /// Number of routing updates.
+        route_updates,
+    }
 }
 
 /// One device.
@@ -54,18 +58,6 @@ pub struct DeviceReport {
     pub dma_failed: Option<u64>,
     /// The queues of a virtio device.
     pub queues: Vec<QueueReport>,
-}
-
-/// Traffic between a virtqueue's driver and its device: shows who waits for whom when a guest waits
-/// for a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct QueueReport {
-    /// Notifications to the device.
-    pub notified: u64,
-    /// Chains that the device returned.
-    pub used: u64,
-    /// Interrupts of the device.
-    pub interrupts: u64,
 }
 
 /// A virtual IOMMU.
@@ -212,9 +204,9 @@ fn found(f: &mut fmt::Formatter<'_>, id: &str, of: Option<&SanitizerReport>) -> 
 fn counters(
     f: &mut fmt::Formatter<'_>,
     id: &str,
-    viommu: &impl Serialize,
-    nesting: &impl Serialize,
-    hardware: Option<&impl Serialize>,
+    viommu: &impl CounterSet,
+    nesting: &impl CounterSet,
+    hardware: Option<&impl CounterSet>,
 ) -> fmt::Result {
     section(f, &format!("{id}, virtual IOMMU"), &fields(viommu))?;
     section(f, &format!("{id}, nesting"), &fields(nesting))?;
@@ -258,11 +250,9 @@ fn objects(f: &mut fmt::Formatter<'_>, title: &str, graph: &ObjectGraph) -> fmt:
     graph.to_string().lines().try_for_each(|line| writeln!(f, "  {line}"))
 }
 
-/// The values of a structure of counters, by name.
-fn fields<T: Serialize>(counters: &T) -> BTreeMap<String, u64> {
-    let value = serde_json::to_value(counters).unwrap_or_default();
-    let object = value.as_object().cloned().unwrap_or_default();
-    object.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
+/// The counters of a structure, by name.
+fn fields(counters: &impl CounterSet) -> BTreeMap<&'static str, u64> {
+    counters.each().into_iter().collect()
 }
 
 /// One line: the non-zero counters.

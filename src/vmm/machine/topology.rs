@@ -21,7 +21,7 @@ use crate::interrupts::{DeviceLine, FunctionInterrupts, Interrupts};
 use crate::iommu::{AssignedFunction, Iommu};
 use crate::memory::MachineMemory;
 use crate::pci::{EventVector, HostBridge, InterruptVector, IntxRouter, PciBus, PciFunction};
-use crate::report::{DeviceReport, QueueReport};
+use crate::report::DeviceReport;
 use crate::trace::{Trace, TracedDma};
 use crate::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioProblem};
 use crate::{Error, Result};
@@ -170,7 +170,7 @@ impl PciTopology {
             };
             let queues = match &placed.device {
                 Device::Virtio(virtio) => {
-                    virtio.queue_counters().iter().map(queue_report).collect()
+                    virtio.queue_counters().iter().map(QueueCounters::snapshot).collect()
                 }
                 Device::Edu(_) | Device::Vfio => Vec::new(),
             };
@@ -178,14 +178,6 @@ impl PciTopology {
             DeviceReport { bdf, model, iommu, dma_done, dma_failed, queues }
         };
         self.devices.iter().map(report).collect()
-    }
-}
-
-fn queue_report(counters: &QueueCounters) -> QueueReport {
-    QueueReport {
-        notified: counters.notified.get(),
-        used: counters.used.get(),
-        interrupts: counters.interrupts.get(),
     }
 }
 

@@ -1,78 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Counters of a unit.
 
-use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Counters of a unit of any architecture.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-        pub(in crate) struct Totals {
-            $($(#[$doc])* pub $name: u64,)*
-        }
-
-        impl AddAssign for Totals {
-            fn add_assign(&mut self, other: Self) {
-                $(self.$name += other.$name;)*
-            }
-        }
-
-        /// One thread's share of [`Totals`].
-        #[derive(Debug, Default)]
-        #[repr(align(128))]
-        pub(crate) struct LocalCounters {
-            $(pub $name: Counter,)*
-        }
-
-        impl LocalCounters {
-            fn read(&self) -> Totals {
-                Totals { $($name: self.$name.0.load(Ordering::Relaxed),)* }
-            }
-        }
-    };
+twostage::counters! {
+    /// Counters of a unit of any architecture.
+    pub(crate) struct Totals;
+    /// A thread's share of [`Totals`].
+    #[repr(align(128))]
+    running pub(crate) struct LocalCounters of Counter {
+        /// Requests that the IOTLB served.
+        iotlb_hits,
+        /// Requests that missed the IOTLB.
+        iotlb_misses,
+        /// IOTLB entries evicted.
+        iotlb_evictions,
+        /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was cached.
+        config_hits,
+        /// Requests whose configuration was not.
+        config_misses,
+        /// Cached configurations evicted.
+        config_evictions,
+        /// Walks of user-owned tables, finished or not.
+        walks,
+        /// Walks that started below the top table.
+        paging_structure_hits,
+        /// Walks that started at the top table.
+        paging_structure_misses,
+        /// Paging-structure entries evicted.
+        paging_structure_evictions,
+        /// Stage-2 translations that were cached.
+        stage2_hits,
+        /// Stage-2 translations that were not.
+        stage2_misses,
+        /// Cached stage-2 translations evicted.
+        stage2_evictions,
+        /// Requests that used a translation which the guest's tables no longer had.
+        stale_uses,
+        /// Requests that were blocked.
+        faults,
+        /// Invalidations, including those implied by changes of attachments and of stage 2.
+        invalidations,
+        /// Entries that invalidations dropped.
+        invalidated_entries,
+    }
 }
 
-counters! {
-    /// Requests that the IOTLB served.
-    iotlb_hits,
-    /// Requests that missed the IOTLB.
-    iotlb_misses,
-    /// IOTLB entries evicted.
-    iotlb_evictions,
-    /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was cached.
-    config_hits,
-    /// Requests whose configuration was not.
-    config_misses,
-    /// Cached configurations evicted.
-    config_evictions,
-    /// Walks of user-owned tables, finished or not.
-    walks,
-    /// Walks that started below the top table.
-    paging_structure_hits,
-    /// Walks that started at the top table.
-    paging_structure_misses,
-    /// Paging-structure entries evicted.
-    paging_structure_evictions,
-    /// Stage-2 translations that were cached.
-    stage2_hits,
-    /// Stage-2 translations that were not.
-    stage2_misses,
-    /// Cached stage-2 translations evicted.
-    stage2_evictions,
-    /// Requests that used a translation which the guest's tables no longer had.
-    stale_uses,
-    /// Requests that were blocked.
-    faults,
-    /// Invalidations, including those implied by changes of attachments and of stage 2.
-    invalidations,
-    /// Entries that invalidations dropped.
-    invalidated_entries,
-}
-
-/// A number with one writer at a time and any number of readers.
+/// A number with one writer at a time and any number of readers: cheaper than
+/// [`twostage::counters::Counter`].
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
@@ -87,7 +64,11 @@ impl Counter {
     #[inline]
     pub fn add(&self, number: u64) {
         // Not a read-modify-write: nobody else writes.
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(number), Ordering::Relaxed);
+        self.0.store(self.get().wrapping_add(number), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -107,7 +88,7 @@ impl Shares {
         let Self { living, gone } = self;
         living.retain_mut(|share| match Arc::get_mut(share) {
             Some(share) => {
-                *gone += share.read();
+                *gone += share.snapshot();
                 false
             }
             None => true,
@@ -131,7 +112,7 @@ impl Counters {
         shares.collect();
         let mut sum = shares.gone;
         for share in &shares.living {
-            sum += share.read();
+            sum += share.snapshot();
         }
         sum
     }

@@ -3,66 +3,43 @@
 
 use crate::units::engine::Totals;
 
-/// Counters of an emulated SMMUv3.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct SmmuV3Counters {
-    /// Requests that the IOTLB served.
-    pub iotlb_hits: u64,
-    /// Requests that missed the IOTLB.
-    pub iotlb_misses: u64,
-    /// IOTLB entries evicted.
-    pub iotlb_evictions: u64,
-    /// Requests whose configuration (stream table entry and context descriptor) was cached.
-    pub configuration_cache_hits: u64,
-    /// Requests whose configuration was not.
-    pub configuration_cache_misses: u64,
-    /// Configurations evicted from ports.
-    pub configuration_cache_evictions: u64,
-    /// Walks of user-owned tables, finished or not.
-    pub walks: u64,
-    /// Walks that started below the top table.
-    pub table_hits: u64,
-    /// Walks that started at the top table.
-    pub table_misses: u64,
-    /// Cached table descriptors evicted.
-    pub table_evictions: u64,
-    /// Stage-2 translations that were cached.
-    pub stage2_hits: u64,
-    /// Stage-2 translations that were not.
-    pub stage2_misses: u64,
-    /// Cached stage-2 translations evicted.
-    pub stage2_evictions: u64,
-    /// Requests that used a stale translation or context descriptor; counted by the sanitizer only.
-    pub stale_uses: u64,
-    /// Requests that were terminated.
-    pub faults: u64,
-    /// Invalidations, including those implied by changes of attachments and of stage 2.
-    pub invalidations: u64,
-    /// Entries that invalidations dropped.
-    pub invalidated_entries: u64,
-}
-
-impl From<Totals> for SmmuV3Counters {
-    fn from(totals: Totals) -> Self {
-        Self {
-            iotlb_hits: totals.iotlb_hits,
-            iotlb_misses: totals.iotlb_misses,
-            iotlb_evictions: totals.iotlb_evictions,
-            configuration_cache_hits: totals.config_hits,
-            configuration_cache_misses: totals.config_misses,
-            configuration_cache_evictions: totals.config_evictions,
-            walks: totals.walks,
-            table_hits: totals.paging_structure_hits,
-            table_misses: totals.paging_structure_misses,
-            table_evictions: totals.paging_structure_evictions,
-            stage2_hits: totals.stage2_hits,
-            stage2_misses: totals.stage2_misses,
-            stage2_evictions: totals.stage2_evictions,
-            stale_uses: totals.stale_uses,
-            faults: totals.faults,
-            invalidations: totals.invalidations,
-            invalidated_entries: totals.invalidated_entries,
-        }
+twostage::counters! {
+    /// Counters of an emulated SMMUv3.
+    #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+    pub struct SmmuV3Counters from Totals {
+        /// Requests that the IOTLB served.
+        iotlb_hits,
+        /// Requests that missed the IOTLB.
+        iotlb_misses,
+        /// IOTLB entries evicted.
+        iotlb_evictions,
+        /// Requests whose configuration (stream table entry and context descriptor) was cached.
+        configuration_cache_hits = config_hits,
+        /// Requests whose configuration was not.
+        configuration_cache_misses = config_misses,
+        /// Configurations evicted from ports.
+        configuration_cache_evictions = config_evictions,
+        /// Walks of user-owned tables, finished or not.
+        walks,
+        /// Walks that started below the top table.
+        table_hits = paging_structure_hits,
+        /// Walks that started at the top table.
+        table_misses = paging_structure_misses,
+        /// Cached table descriptors evicted.
+        table_evictions = paging_structure_evictions,
+        /// Stage-2 translations that were cached.
+        stage2_hits,
+        /// Stage-2 translations that were not.
+        stage2_misses,
+        /// Cached stage-2 translations evicted.
+        stage2_evictions,
+        /// Requests that used a stale translation or context descriptor; counted by the sanitizer only.
+        stale_uses,
+        /// Requests that were terminated.
+        faults,
+        /// Invalidations, including those implied by changes of attachments and of stage 2.
+        invalidations,
+        /// Entries that invalidations dropped.
+        invalidated_entries,
     }
 }

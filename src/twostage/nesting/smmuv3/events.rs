@@ -4,11 +4,11 @@
 use crate::sync::{Mutex, RwLock};
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::counters::Counter;
 use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 use crate::warn_limited;
@@ -24,8 +24,8 @@ const SEQUENCE_MASK: u32 = i32::MAX as u32;
 #[derive(Default)]
 pub(super) struct EventRoute {
     target: RwLock<Option<Weak<dyn EventTarget>>>,
-    delivered: AtomicU64,
-    lost: AtomicU64,
+    delivered: Counter,
+    lost: Counter,
 }
 
 impl EventRoute {
@@ -36,12 +36,12 @@ impl EventRoute {
 
     /// Events brought to a target so far.
     pub fn delivered(&self) -> u64 {
-        self.delivered.load(Ordering::Relaxed)
+        self.delivered.get()
     }
 
     /// Times that events turned out to be lost.
     pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+        self.lost.get()
     }
 
     fn target(&self) -> Option<Arc<dyn EventTarget>> {
@@ -51,12 +51,12 @@ impl EventRoute {
     fn deliver(&self, record: EventRecordWords) {
         if let Some(target) = self.target() {
             target.event(record);
-            self.delivered.fetch_add(1, Ordering::Relaxed);
+            self.delivered.count();
         }
     }
 
     fn events_lost(&self) {
-        self.lost.fetch_add(1, Ordering::Relaxed);
+        self.lost.count();
         if let Some(target) = self.target() {
             target.events_lost();
         }

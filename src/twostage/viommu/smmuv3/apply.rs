@@ -5,7 +5,6 @@
 //! a blocked stream is given is never older than its blocking: a block is published before the host
 //! has it, anything else after.
 
-use super::counters::count;
 use super::policy::{policy_while_disabled, ConfigFault};
 use super::state::Registers;
 use super::streams::{Decision, Given};
@@ -100,7 +99,7 @@ impl Smmu {
     /// Reads the stream table anew for the streams that `scope` names, and gives the host what
     /// changed. Nothing of their configuration, context descriptors included, is cached after that.
     pub(super) fn reevaluate(&self, registers: &Registers, scope: Scope) -> Applied {
-        count(&self.counters.evaluations);
+        self.counters.evaluations.count();
         let table = self.stream_table(registers.table_registers());
         let mut applied = Ok(());
         let mut unchanged = Vec::new();
@@ -181,7 +180,7 @@ impl Smmu {
                 self.host_failed(error)
             }
         };
-        count(&self.counters.policies);
+        self.counters.policies.count();
         if let Some(observer) = &self.observer {
             observer.stream_policy(stream, &policy, result.is_ok());
         }
@@ -191,7 +190,7 @@ impl Smmu {
     /// Counts and logs what the host refused. A mere refusal has its effect, for the stream is
     /// blocked; what cannot be blocked has none.
     pub(super) fn host_failed(&self, error: &HostSideError) -> Applied {
-        count(&self.counters.host_errors);
+        self.counters.host_errors.count();
         self.log.warn(format_args!("SMMUv3: the host refused: {error}"));
         if error.still_reachable {
             self.log.warn(format_args!("SMMUv3: and what it was to block is reachable still"));

@@ -14,11 +14,8 @@
 //! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number
 //! of commands.
 
-use std::sync::atomic::Ordering;
-
 use super::apply::NotApplied;
 use super::commands::Action;
-use super::counters::count;
 use super::interrupts::{Signal, SmmuInterrupt};
 use super::state::Registers;
 use super::{Smmu, SmmuInvalidateError};
@@ -195,8 +192,8 @@ impl Smmu {
         if batch.is_empty() {
             return Ok(());
         }
-        count(&self.counters.batches);
-        self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        self.counters.batches.count();
+        self.counters.invalidations.add(batch.len() as u64);
         self.host.invalidate(batch).inspect_err(|error| {
             if !error.flushed {
                 // What the host blocked for this is given anew at the next occasion.
@@ -231,7 +228,7 @@ impl Smmu {
             Stop::Host(index) => (index, CommandError::Illegal),
             Stop::Halted => return,
         };
-        count(&self.counters.command_errors);
+        self.counters.command_errors.count();
         self.log.warn(format_args!("SMMUv3: {error} at {:#x}", pass.queue.address(index)));
         registers.cmdq_cons = CmdqCons::new().with_rd(index).with_err(error.code());
         self.raise(Gerror::new().with_cmdq_err(true));

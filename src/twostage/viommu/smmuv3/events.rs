@@ -11,7 +11,6 @@
 //! Not for an entry that is not valid, and not when a command or SMMUEN names all streams: that is
 //! how drivers keep streams off which make no transactions, and an event would blame them for some.
 
-use super::counters::count;
 use super::eventq::Recorded;
 use super::policy::ConfigFault;
 use super::streams::Standing;
@@ -30,14 +29,14 @@ impl EventTarget for Smmu {
         match explain(&standing, record) {
             Some(record) => self.record_event(record),
             None => {
-                count(&self.counters.events_suppressed);
+                self.counters.events_suppressed.count();
                 self.observe_event(&record, FaultOutcome::Suppressed);
             }
         }
     }
 
     fn events_lost(&self) {
-        count(&self.counters.events_lost);
+        self.counters.events_lost.count();
         let signal = self.notices().lose(self.offered);
         self.send(signal);
     }
@@ -54,7 +53,7 @@ impl Smmu {
                 (&self.counters.events_lost, FaultOutcome::Lost)
             }
         };
-        count(counter);
+        counter.count();
         self.observe_event(&record, outcome);
         self.send(signal);
     }

@@ -65,7 +65,7 @@ use crate::ratelimit::RateLimit;
 use crate::spec::smmuv3::regs::Gerror;
 use crate::spec::smmuv3::StreamId;
 use cmdq::Slice;
-use counters::{count, Counters};
+use counters::Counters;
 use interrupts::Signal;
 use notices::Offered;
 use policy::{policy_while_disabled, StreamTable};
@@ -235,7 +235,7 @@ impl Smmu {
 
     /// Counts and logs a mistake of the guest that the architecture has no error for.
     fn guest_error(&self, what: fmt::Arguments<'_>) {
-        count(&self.counters.guest_errors);
+        self.counters.guest_errors.count();
         self.log.warn(format_args!("SMMUv3: guest mistake: {what}"));
     }
 }

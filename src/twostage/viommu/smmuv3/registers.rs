@@ -4,7 +4,6 @@
 //! What is reserved reads as zero, and so does what is no aligned 32- or 64-bit access; writes of
 //! both are ignored. So are writes of registers that are fixed while what they are for is enabled.
 
-use super::counters::count;
 use super::interrupts::InterruptConfig;
 use super::state::Registers;
 use super::Smmu;
@@ -18,7 +17,7 @@ use crate::viommu::register_slot::{pair, SlotAccess};
 impl Smmu {
     /// The guest reads `data.len()` bytes at `offset` of the register pages.
     pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
-        count(&self.counters.register_reads);
+        self.counters.register_reads.count();
         data.fill(0);
         let size = data.len();
         let Some(access) = SlotAccess::new(offset, size, regs::SIZE) else { return };
@@ -33,7 +32,7 @@ impl Smmu {
     /// The guest writes `data` at `offset` of the register pages. What the write asks for is done
     /// when this returns, or the registers do not say that it is.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
-        count(&self.counters.register_writes);
+        self.counters.register_writes.count();
         let Some(access) = SlotAccess::new(offset, data.len(), regs::SIZE) else {
             self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
             return;

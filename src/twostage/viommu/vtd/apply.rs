@@ -6,8 +6,6 @@
 //! published for faults so that the reason a blocked requester is given is never older than its
 //! blocking: a block is published before the host has it, anything else after.
 
-use std::sync::atomic::Ordering;
-
 use super::policy::blocked_config;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
@@ -211,7 +209,7 @@ impl VtdIommu {
                 self.host_failed(error)
             }
         };
-        self.counters.policies.fetch_add(1, Ordering::Relaxed);
+        self.counters.policies.count();
         if let Some(observer) = &self.observer {
             observer.policy(requester, &config, result.is_ok());
         }
@@ -221,7 +219,7 @@ impl VtdIommu {
     /// Counts and logs what the host refused. A mere refusal has its effect, for the requester is
     /// blocked; what cannot be blocked has none.
     pub(super) fn host_failed(&self, error: &HostSideError) -> Applied {
-        self.counters.host_errors.fetch_add(1, Ordering::Relaxed);
+        self.counters.host_errors.count();
         self.log.warn(format_args!("VT-d: the host refused: {error}"));
         if error.still_reachable {
             self.log.warn(format_args!("VT-d: and what it was to block is reachable still"));

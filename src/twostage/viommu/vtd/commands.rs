@@ -8,7 +8,6 @@
 //! have. Others have the registers in between, with the status of before; whoever comes with
 //! another command, or works through the queue, goes on with the one that is under way first.
 
-use std::sync::atomic::Ordering;
 use std::sync::MutexGuard;
 
 use super::apply::{Applied, NotApplied, Scope};
@@ -169,7 +168,7 @@ impl VtdIommu {
     /// A command is under way from now on.
     pub(super) fn begin_command(&self, scope: Scope, by: By, then: Then) {
         if by == By::Tables && scope != Scope::Lost {
-            self.counters.evaluations.fetch_add(1, Ordering::Relaxed);
+            self.counters.evaluations.count();
         }
         let what = What::Evaluate(Evaluation::new(scope, by));
         self.under_way().command = Some(Command { what, then });

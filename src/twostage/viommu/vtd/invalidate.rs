@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Invalidations that the host does, and the register-based interface (§6.5.1, §11.4.6).
 
-use std::sync::atomic::Ordering;
-
 use super::apply::Scope;
 use super::commands::Then;
 use super::evaluation::By;
@@ -25,8 +23,8 @@ impl VtdIommu {
         progress: &mut Progress,
     ) -> Result<(), HostSideError> {
         if progress.next().is_none() {
-            self.counters.batches.fetch_add(1, Ordering::Relaxed);
-            self.counters.invalidations.fetch_add(batch.len() as u64, Ordering::Relaxed);
+            self.counters.batches.count();
+            self.counters.invalidations.add(batch.len() as u64);
         }
         self.host.invalidate_some(batch, progress).inspect_err(|error| {
             // What the host blocked for this is given anew at the next occasion.

@@ -9,8 +9,6 @@
 //! A request costs one look at the tables, whoever makes how many: only those that find themselves
 //! served take the lock of the registers, for less than a slice of what others do.
 
-use std::sync::atomic::Ordering;
-
 use super::apply::is_blocked;
 use super::VtdIommu;
 use crate::viommu::vtd::requesters::given::Given;
@@ -44,7 +42,7 @@ impl VtdIommu {
             let _ = self.reevaluate_requester(requester, registers.root);
         }
         let served = is_served(self.requesters.given(requester));
-        self.counters.found_served.fetch_add(served.into(), Ordering::Relaxed);
+        self.counters.found_served.add(served.into());
         served
     }
 }

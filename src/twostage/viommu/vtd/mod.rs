@@ -248,7 +248,7 @@ impl VtdIommu {
 
     /// Counts and logs a mistake of the guest that the architecture has no error for.
     fn guest_error(&self, what: fmt::Arguments<'_>) {
-        self.counters.guest_errors.fetch_add(1, Ordering::Relaxed);
+        self.counters.guest_errors.count();
         self.log.warn(format_args!("VT-d: guest mistake: {what}"));
     }
 
@@ -256,10 +256,10 @@ impl VtdIommu {
     fn recorded(&self, (recorded, msi): (bool, Option<MsiMessage>)) -> FaultOutcome {
         self.send(msi);
         if recorded {
-            self.counters.faults_recorded.fetch_add(1, Ordering::Relaxed);
+            self.counters.faults_recorded.count();
             FaultOutcome::Recorded
         } else {
-            self.counters.faults_lost.fetch_add(1, Ordering::Relaxed);
+            self.counters.faults_lost.count();
             FaultOutcome::Lost
         }
     }
@@ -278,7 +278,7 @@ impl FaultTarget for VtdIommu {
                 self.recorded(recorded)
             }
             _ => {
-                self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+                self.counters.faults_suppressed.count();
                 FaultOutcome::Suppressed
             }
         };

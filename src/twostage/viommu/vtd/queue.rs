@@ -11,8 +11,6 @@
 //! number of descriptors; a wait is part of the slice that it ends. Where the tables of many
 //! requesters are to be read, that takes slices of its own, with IQH where it is.
 
-use std::sync::atomic::Ordering;
-
 use super::apply::{NotApplied, Scope, Scopes};
 use super::evaluation::{Budget, By, Evaluation};
 use super::faults::QueueError;
@@ -307,7 +305,7 @@ impl VtdIommu {
             while pass.scopes.take().is_some() {}
         }
         let scope = pass.scopes.take()?;
-        self.counters.evaluations.fetch_add(1, Ordering::Relaxed);
+        self.counters.evaluations.count();
         Some(Evaluation::new(scope, By::Tables))
     }
 
@@ -352,7 +350,7 @@ impl VtdIommu {
         }
         let mut unanswered = registers.unanswered.take();
         let head = registers.iqh.offset();
-        self.counters.queue_errors.fetch_add(1, Ordering::Relaxed);
+        self.counters.queue_errors.count();
         match stop {
             Stop::Guest(info) => {
                 registers.iqercd.set_iqei(info.code());

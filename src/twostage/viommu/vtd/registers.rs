@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The register page: reads, and writes with what they set off (§11.4).
 
-use std::sync::atomic::Ordering;
-
 use super::config::MMIO_SIZE;
 use super::queue::Slice;
 use super::state::Registers;
@@ -24,7 +22,7 @@ impl VtdIommu {
     /// The guest reads `data.len()` bytes at `offset` of the register page. Aligned 32- and 64-bit
     /// reads give registers; any other gives all ones.
     pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
-        self.counters.register_reads.fetch_add(1, Ordering::Relaxed);
+        self.counters.register_reads.count();
         let size = data.len();
         let Some(access) = SlotAccess::new(offset, size, MMIO_SIZE) else {
             data.fill(0xff);
@@ -41,7 +39,7 @@ impl VtdIommu {
     /// The guest writes `data` at `offset` of the register page. Aligned 32- and 64-bit writes
     /// take effect before this returns; any other is ignored.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
-        self.counters.register_writes.fetch_add(1, Ordering::Relaxed);
+        self.counters.register_writes.count();
         let Some(access) = SlotAccess::new(offset, data.len(), MMIO_SIZE) else {
             self.guest_error(format_args!("a {} byte write at {offset:#x}", data.len()));
             return;

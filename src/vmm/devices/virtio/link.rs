@@ -2,7 +2,7 @@
 //! State shared by the transport and the worker of a device; neither waits for the other.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU8, Ordering};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -12,6 +12,7 @@ use crate::devices::RequestGate;
 use crate::pci::Msix;
 use crate::trace::Trace;
 use crate::{Error, Result};
+use twostage::counters::Counter;
 use twostage::ratelimit::RateLimit;
 
 /// The "no vector" value (virtio 1.3 §4.1.4.3).
@@ -21,41 +22,30 @@ const ISR_QUEUE: u8 = 1;
 /// Interrupt status: the configuration changed.
 const ISR_CONFIGURATION: u8 = 2;
 
-/// A counter that one thread increments and others read.
-#[derive(Debug, Default)]
-pub struct Count(AtomicU64);
-
-impl Count {
-    /// Increments it.
-    pub fn add(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Its value.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
 /// Request statistics of a device. Each counter is read on its own; together they are not a
 /// snapshot.
 #[derive(Debug, Default)]
 pub struct RequestCounters {
     /// Requests served: chains taken one by one, and frames received.
-    pub done: Count,
+    pub done: Counter,
     /// Requests that failed because a buffer could not be accessed.
-    pub unreachable: Count,
+    pub unreachable: Counter,
 }
 
-/// Statistics of a queue; otherwise like [`RequestCounters`].
-#[derive(Debug, Default)]
-pub struct QueueCounters {
-    /// Times the worker was notified.
-    pub notified: Count,
-    /// Chains returned to the driver.
-    pub used: Count,
-    /// Interrupts requested; a masked one stays pending.
-    pub interrupts: Count,
+twostage::counters! {
+    /// Traffic between a virtqueue's driver and its device: shows who waits for whom when a guest
+    /// waits for a device.
+    #[derive(serde::Serialize)]
+    pub struct QueueReport;
+    /// The same while they are counted.
+    running pub struct QueueCounters of Counter {
+        /// Notifications to the device.
+        notified,
+        /// Chains that the device returned.
+        used,
+        /// Interrupts of the device; a masked one stays pending.
+        interrupts,
+    }
 }
 
 /// State shared by the transport and the worker of a device.
@@ -135,9 +125,9 @@ impl Link {
     }
 
     /// Increments a counter of queue `number`, if there is such a queue.
-    pub fn count(&self, number: usize, which: impl FnOnce(&QueueCounters) -> &Count) {
+    pub fn count(&self, number: usize, which: impl FnOnce(&QueueCounters) -> &Counter) {
         if let Some(counters) = self.queue_counters.get(number) {
-            which(counters).add();
+            which(counters).count();
         }
     }
 

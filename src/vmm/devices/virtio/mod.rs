@@ -32,7 +32,7 @@ pub use backend::{Backend, Features, Model};
 pub use blk::{Block, Disk, DiskAccess, DiskError};
 pub use broken::{Broken, Unserved};
 pub use chain::{Chain, NotCopied};
-pub use link::{Count, QueueCounters, RequestCounters};
+pub use link::{QueueCounters, QueueReport, RequestCounters};
 pub use memory::{Buffers, DeviceMemory, DmaSection, Section, SectionMemory};
 pub use net::{FrameLink, MacAddress, Net, NoMac, Tap, TapError};
 pub use pci::{Doorbells, KvmDoorbells, NoDoorbells, VirtioPci, BAR_SIZE};

@@ -259,7 +259,7 @@ impl Virtqueue {
         if let Some((head, written)) = self.served {
             self.push(memory, head, written)?;
             self.served = None;
-            self.link.counters.done.add();
+            self.link.counters.done.count();
         }
         Ok(())
     }

@@ -76,7 +76,7 @@ impl Backend for Rng {
                 Ok(()) => Ok(count as u32),
                 Err(NotCopied::NotNow(not_now)) => Err(not_now.into()),
                 Err(NotCopied::Unreachable) => {
-                    counters.unreachable.add();
+                    counters.unreachable.count();
                     Ok(0)
                 }
             }

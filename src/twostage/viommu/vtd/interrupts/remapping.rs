@@ -7,7 +7,6 @@
 
 use crate::sync::Mutex;
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, Weak};
 
 use crate::spec::pci::Bdf;
@@ -138,13 +137,13 @@ impl VtdIommu {
     }
 
     fn interrupt_blocked(&self, source: Bdf, message: MsiMessage, fault: InterruptFault) {
-        self.counters.interrupts_blocked.fetch_add(1, Ordering::Relaxed);
+        self.counters.interrupts_blocked.count();
         let InterruptFault { reason, index, fault_disabled } = fault;
         let outcome = if reason.is_recorded(fault_disabled) {
             let recorded = self.fault_log().record_interrupt(source, index, reason);
             self.recorded(recorded)
         } else {
-            self.counters.faults_suppressed.fetch_add(1, Ordering::Relaxed);
+            self.counters.faults_suppressed.count();
             FaultOutcome::Suppressed
         };
         if let Some(observer) = &self.observer {
@@ -159,7 +158,7 @@ impl InterruptRemapper for VtdIommu {
         match self.look_up(&mut entries, source, message) {
             Ok(MsiMessage { address, data }) => {
                 if entries.setup.is_some() {
-                    self.counters.interrupts_remapped.fetch_add(1, Ordering::Relaxed);
+                    self.counters.interrupts_remapped.count();
                 }
                 sink.send_msi(address, data);
                 return true;

@@ -158,7 +158,7 @@ impl Backend for Block {
             };
             if let Err(failure) = result {
                 if matches!(failure, Failure::NotCopied(_)) {
-                    counters.unreachable.add();
+                    counters.unreachable.count();
                 }
                 self.failures.warn(format_args!("blk: a request fails: {failure}"));
             }

@@ -208,7 +208,7 @@ impl<L: FrameLink> Net<L> {
         queue.push_all(memory, &used)?;
         self.incoming_length = 0;
         let counters = queue.counters();
-        if reached { &counters.done } else { &counters.unreachable }.add();
+        if reached { &counters.done } else { &counters.unreachable }.count();
         Ok(())
     }
 
@@ -233,7 +233,7 @@ impl<L: FrameLink> Net<L> {
                         log::debug!("net: a frame is lost: {error}");
                     }
                 }
-                Err(NotCopied::Unreachable) => counters.unreachable.add(),
+                Err(NotCopied::Unreachable) => counters.unreachable.count(),
                 Err(NotCopied::NotNow(not_now)) => return Err(not_now.into()),
             }
             Ok(0)
