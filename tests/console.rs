@@ -27,7 +27,7 @@ use rustix::termios::{
     tcgetattr, tcsetattr, LocalModes, OptionalActions, SpecialCodeIndex, Termios,
 };
 use tempfile::NamedTempFile;
-use twostage::patience::wait_until;
+use twostage::patience::{wait_until, PATIENCE};
 
 /// A guest that prints a line, and then idles.
 fn idle() -> NamedTempFile {
@@ -384,7 +384,7 @@ fn a_slow_reader_does_not_hold_up_the_end() {
     // About as much as is buffered for a late reader.
     let (mut machine, _) = flooded(60, writer);
     machine.signal("TERM");
-    // Takes something each time, and would need a quarter of a minute for all of it.
+    // Reads a piece each time; all of it would be over 60.
     let mut pieces = 0;
     let status = loop {
         if let Some(status) = machine.0.try_wait().unwrap() {
@@ -395,8 +395,8 @@ fn a_slow_reader_does_not_hold_up_the_end() {
         pieces += 1;
     };
     assert_eq!(status.code(), Some(143));
-    // A second of reading, and more for a busy machine.
-    assert!(pieces <= 20, "{pieces} pieces");
+    // Those of a second, and more on a busy machine.
+    assert!(pieces <= 50, "{pieces} pieces");
 }
 
 #[test]
@@ -416,13 +416,13 @@ fn reports_that_nobody_reads_do_not_keep_the_guest_from_its_input() {
     input.write_all(b".").unwrap();
     read_as_much(&mut output, b".");
     let started = Instant::now();
-    for _ in 0..40 {
+    for _ in 0..120 {
         machine.signal("USR1");
         input.write_all(b"x").unwrap();
         assert_eq!(read_as_much(&mut output, b"x"), b"x");
     }
     // If waited for, each would have taken a second.
-    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
     machine.signal("TERM");
     assert_eq!(machine.end().code(), Some(143));
 }

@@ -45,8 +45,9 @@
 //! * Pages that the program discards (`MADV_DONTNEED` and similar, for private memory), or punches
 //!   out of a file (holes, `MADV_REMOVE`, a shorter file), are lost to devices, too: they see what
 //!   the program sees, while a kernel leaves them the pinned pages. Tables that an IOMMU walks must
-//!   be in memory that stays readable and writable. Violations are reported on standard error
-//!   (`memory/taken.rs`).
+//!   be in memory that stays readable and writable. Violations by `madvise`, `fallocate`,
+//!   `ftruncate` and `mprotect` are reported on standard error (`memory/taken.rs`); others are not
+//!   seen: `truncate` by path, `O_TRUNC`, `process_madvise`, or another process's `ftruncate`.
 //! * A file sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`) can be mapped for
 //!   devices only for reading: `EINVAL`.
 //! * Private memory of another process cannot be pinned: `EFAULT`. Pinned private memory cannot be

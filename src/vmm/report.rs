@@ -130,6 +130,8 @@ pub struct HostReport {
     pub graph: Option<ObjectGraph>,
     /// Those left after the machine released everything, in the final report.
     pub left: Option<ObjectGraph>,
+    /// Releasing them took too long and was left to the end of the process, in the final report.
+    pub release_unfinished: bool,
 }
 
 /// Calls of one verb.
@@ -239,6 +241,9 @@ impl fmt::Display for HostReport {
         match &self.left {
             Some(left) if left.objects.is_empty() => writeln!(f, "host objects left behind: none"),
             Some(left) => objects(f, "host objects LEFT BEHIND", left),
+            None if self.release_unfinished => {
+                writeln!(f, "host objects left behind: unknown; the rest is released on exit")
+            }
             None => Ok(()),
         }
     }
@@ -308,6 +313,7 @@ mod tests {
                 in_use: None,
                 graph: Some(ObjectGraph { objects: Vec::new(), pinned_bytes: 0x2000 }),
                 left: None,
+                release_unfinished: false,
             }),
         }
     }
@@ -350,6 +356,12 @@ mod tests {
         let host = report.host.as_mut().unwrap();
         host.left = Some(ObjectGraph { objects: Vec::new(), pinned_bytes: 0 });
         assert!(report.to_string().ends_with("host objects left behind: none\n"));
+
+        let host = report.host.as_mut().unwrap();
+        (host.left, host.release_unfinished) = (None, true);
+        assert!(report
+            .to_string()
+            .ends_with("left behind: unknown; the rest is released on exit\n"));
 
         let graph = ObjectGraph { objects: vec![object], pinned_bytes: 0 };
         let host = report.host.as_mut().unwrap();

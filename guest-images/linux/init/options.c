@@ -27,11 +27,13 @@ const char *option(const char *name, const char *otherwise)
 {
     char prefix[64];
     int length = snprintf(prefix, sizeof(prefix), "twostage.%s=", name);
+    const char *value = otherwise;
 
+    // The last one counts, as for the kernel's own options.
     for (char **word = words(); *word; word++)
         if (strncmp(*word, prefix, (size_t)length) == 0)
-            return *word + length;
-    return otherwise;
+            value = *word + length;
+    return value;
 }
 
 unsigned long option_number(const char *name, unsigned long otherwise)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long the end of a machine waits for slow readers of its output: in total, a second after a
+//! How long the end of a machine waits for slow readers and for the host: in total, a second after a
 //! requested stop, and ten seconds after the guest ended by itself.
 
 use std::sync::MutexGuard;
@@ -20,11 +20,13 @@ struct Stop {
 /// The minimum for each turn, if earlier ones took too long.
 const LEAST: Duration = Duration::from_millis(100);
 
-/// The writers, in the order of their turns.
+/// What may take long, in the order of their turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
     /// The guest's output.
     Output,
+    /// Releasing the host's objects.
+    Release,
     /// The last report.
     Report,
     /// Final messages.
@@ -35,7 +37,8 @@ impl Turn {
     /// The end of the turn, relative to a requested stop.
     fn length(self) -> Duration {
         Duration::from_millis(match self {
-            Self::Output => 800,
+            Self::Output => 700,
+            Self::Release => 800,
             Self::Report => 900,
             Self::End => 1000,
         })
@@ -88,7 +91,7 @@ mod tests {
         let at = Instant::now();
         for (asked, seconds) in [(true, 1), (false, 10)] {
             let (stop, mut now) = (Stop { at, asked }, at);
-            for turn in [Turn::Output, Turn::Report, Turn::End] {
+            for turn in [Turn::Output, Turn::Release, Turn::Report, Turn::End] {
                 // Each waits as long as allowed.
                 let over = turn.over(stop, now);
                 assert!(over > now, "{turn:?}");

@@ -44,6 +44,7 @@ impl DirectDevices {
             in_use: None,
             graph: self.host.graph(),
             left: None,
+            release_unfinished: false,
         }
     }
 }

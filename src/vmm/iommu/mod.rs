@@ -142,6 +142,7 @@ impl Iommus {
             in_use: self.host.objects_in_use(),
             graph: self.host.graph(),
             left: None,
+            release_unfinished: false,
         }
     }
 

@@ -2,17 +2,19 @@
 //! A machine: its parts, put together and run.
 
 mod build;
+mod release;
 pub(crate) mod topology;
 mod vcpu;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::arch::exits::{ExitCounters, ExitKind, Exits};
 use crate::arch::{self, Board, Processor, Processors};
 use crate::boot;
 use crate::config::{MachineConfig, SerialConfig};
-use crate::console::deadline;
+use crate::console::deadline::{self, Turn};
 use crate::console::serial::SerialPort;
 use crate::console::Console;
 use crate::devices::virtio::KvmDoorbells;
@@ -21,12 +23,14 @@ use crate::iommu::{DirectDevices, Host, Iommu, Iommus};
 use crate::machine::topology::{PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::process::event_loop::{EventLoop, Wake};
+use crate::process::signals;
 use crate::process::stop::{StopReason, Stopper};
 use crate::report::Report;
 use crate::trace::Trace;
 use crate::vfio::KvmSlots;
 use crate::Result;
 pub(crate) use build::open_kvm;
+use release::{release, Released};
 use twostage_emulated::ObjectGraph;
 use vcpu::VcpuThread;
 
@@ -125,7 +129,8 @@ impl Machine {
         if let Err(error) = &result {
             self.stopper.stop(StopReason::Software(error.to_string()));
         }
-        deadline::begin(matches!(result, Ok(StopReason::Signal(_) | StopReason::Escape)));
+        let asked = matches!(result, Ok(StopReason::Signal(_) | StopReason::Escape));
+        deadline::begin(asked);
         // A vCPU may be in the invalidation queue, however long its guest has made that.
         for iommu in self.iommus() {
             iommu.model.halt();
@@ -138,24 +143,28 @@ impl Machine {
         drop(events);
         self.serial.flush();
         let mut report = self.report();
-        let left = self.close();
+        let released = self.close(deadline::of(Turn::Release).filter(|_| asked))?;
         if let Some(host) = &mut report.host {
-            host.left.clone_from(&left);
+            host.left = released.all().cloned().flatten();
+            host.release_unfinished = released.all().is_none();
         }
         on_report(&report);
-        Ok(match left {
-            Some(left) => result?.unless_left_behind(left.objects.len()),
-            None => result?,
-        })
+        let left = released.all().and_then(Option::as_ref).map_or(0, |left| left.objects.len());
+        Ok(released.reason(result?).unless_left_behind(left))
     }
 
-    /// Takes the machine apart; what is left of the host's objects.
-    fn close(self) -> Option<ObjectGraph> {
+    /// Takes the machine apart, until `limit`; returns the remaining objects of the host.
+    fn close(self, limit: Option<Instant>) -> Result<Released<Option<ObjectGraph>>> {
         // Whoever uses the IOMMUs goes before them, and the memory goes last.
-        let Self { exits, pci, iommus, direct, .. } = self;
+        let Self { exits, pci, iommus, direct, memory, .. } = self;
         drop((exits, pci));
-        drop(direct);
-        iommus.and_then(Iommus::close)
+        let work = move || {
+            drop(direct);
+            let left = iommus.and_then(Iommus::close);
+            drop(memory);
+            left
+        };
+        release(work, limit, signals::take_end)
     }
 
     /// Starts `processors`, which become `threads`, and serves `events` until the machine is

@@ -36,6 +36,9 @@ const SIGNALS: [c_int; 14] = [
     SIGVTALRM, SIGPROF, SIGIO, SIGPWR,
 ];
 
+/// Those of them that do not end the machine.
+const OTHERS: [c_int; 2] = [SIGUSR1, SIGCONT];
+
 extern "C" fn note(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     // Only async-signal-safe operations: an atomic and a write(2), whose errno nobody in between
     // reads.
@@ -129,6 +132,14 @@ pub(crate) fn take() -> impl Iterator<Item = c_int> {
     (1..=SIGRTMAX()).filter(move |signal| pending & bit(*signal) != 0)
 }
 
+/// Takes one signal that ends a machine, if there is any.
+pub(crate) fn take_end() -> Option<c_int> {
+    let ends = PENDING.load(Ordering::SeqCst) & !OTHERS.iter().fold(0, |bits, s| bits | bit(*s));
+    let end = (1..=SIGRTMAX()).find(|signal| ends & bit(*signal) != 0)?;
+    PENDING.fetch_and(!bit(end), Ordering::SeqCst);
+    Some(end)
+}
+
 /// Sleeps until there are signals to take, at most for `limit`.
 pub(crate) fn sleep(limit: Duration) {
     let wait = |event: &EventFd| {
@@ -153,7 +164,7 @@ pub(crate) fn wait_until(over: impl Fn() -> bool) -> Option<c_int> {
     let mut end = None;
     while end.is_none() && !over() {
         let come = take();
-        let (others, ends): (Vec<_>, Vec<_>) = come.partition(|s| [SIGUSR1, SIGCONT].contains(s));
+        let (others, ends): (Vec<_>, Vec<_>) = come.partition(|s| OTHERS.contains(s));
         later.extend(others);
         end = ends.first().copied();
         if end.is_none() {
@@ -177,5 +188,13 @@ mod tests {
         }
         assert_eq!(all, u64::MAX);
         assert_eq!((bit(0), bit(65)), (0, 0));
+    }
+
+    #[test]
+    fn an_end_is_taken_apart_from_other_signals() {
+        // Nothing else in this process's tests takes or notes signals.
+        [SIGUSR1, SIGTERM, SIGHUP].into_iter().for_each(put_back);
+        assert_eq!([take_end(), take_end(), take_end()], [Some(SIGHUP), Some(SIGTERM), None]);
+        assert_eq!(take().collect::<Vec<_>>(), [SIGUSR1]);
     }
 }

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Releasing what a machine used, for a limited time: a guest decides how many objects the host
+//! has for it.
+
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::process::stop::StopReason;
+use crate::{Error, Result};
+
+/// Polling interval for signals.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+
+/// What became of the work.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Released<T> {
+    /// It was finished, with this result.
+    All(T),
+    /// The deadline passed. The rest is left to the end of the process.
+    TimedOut,
+    /// This signal came. The rest is left to the end of the process.
+    Interrupted(i32),
+}
+
+/// Runs `work` in its own thread, until it is finished, `deadline` passes or `signal` returns one.
+///
+/// # Errors
+/// The thread cannot be created, or panicked.
+pub(super) fn release<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+    deadline: Option<Instant>,
+    signal: impl Fn() -> Option<i32>,
+) -> Result<Released<T>> {
+    let (sender, result) = mpsc::channel();
+    let thread = thread::Builder::new().name("release".into());
+    // Nobody receives the result of a thread that was abandoned.
+    thread.spawn(move || drop(sender.send(work()))).map_err(Error::os("thread"))?;
+    loop {
+        match result.recv_timeout(BETWEEN_LOOKS) {
+            Ok(result) => return Ok(Released::All(result)),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::Iommu("releasing the host's objects panicked".into()));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(signal) = signal() {
+            return Ok(Released::Interrupted(signal));
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Ok(Released::TimedOut);
+        }
+    }
+}
+
+impl<T> Released<T> {
+    /// The result, if the work was finished.
+    pub fn all(&self) -> Option<&T> {
+        match self {
+            Self::All(result) => Some(result),
+            Self::TimedOut | Self::Interrupted(_) => None,
+        }
+    }
+
+    /// The reason why the machine stopped, which was `reason` until now.
+    pub fn reason(&self, reason: StopReason) -> StopReason {
+        match (self, &reason) {
+            // It must not start again: the objects are still there.
+            (Self::Interrupted(signal), StopReason::Reset(_)) => StopReason::Signal(*signal),
+            _ => reason,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::stop::ResetCause;
+    use twostage::patience::PATIENCE;
+
+    const NONE: fn() -> Option<i32> = || None;
+
+    /// Work that ends with the test.
+    fn endless() -> (mpsc::Sender<()>, impl FnOnce() + Send + 'static) {
+        let (end, ended) = mpsc::channel();
+        let work = move || {
+            // Fails when the test ends.
+            let _ = ended.recv();
+        };
+        (end, work)
+    }
+
+    #[test]
+    fn finished_work_has_its_result() {
+        let deadline = Some(Instant::now() + PATIENCE);
+        let released = release(|| 7, deadline, NONE).unwrap();
+        assert_eq!((released.all(), &released), (Some(&7), &Released::All(7)));
+    }
+
+    #[test]
+    fn endless_work_ends_with_the_deadline_or_a_signal() {
+        let (_end, work) = endless();
+        assert_eq!(release(work, Some(Instant::now()), NONE).unwrap(), Released::TimedOut);
+        let (_end, work) = endless();
+        assert_eq!(release(work, None, || Some(15)).unwrap(), Released::Interrupted(15));
+    }
+
+    #[test]
+    fn a_panic_is_an_error() {
+        let panics = || -> u8 { panic!("of the test") };
+        assert!(release(panics, None, NONE).unwrap_err().to_string().contains("panicked"));
+    }
+
+    #[test]
+    fn an_interrupted_machine_does_not_start_again() {
+        let reset = StopReason::Reset(ResetCause::ResetRegister);
+        let (interrupted, timed_out) = (Released::<()>::Interrupted(15), Released::<()>::TimedOut);
+        assert_eq!(interrupted.reason(reset.clone()), StopReason::Signal(15));
+        assert_eq!(interrupted.reason(StopReason::PowerOff), StopReason::PowerOff);
+        assert_eq!(timed_out.reason(reset.clone()), reset);
+    }
+}
