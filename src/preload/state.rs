@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard, OnceLock};
 use twostage::sync::Mutex;
 
+use rustix::event::PollFlags;
 use twostage::iommufd::Errno;
 use twostage_emulated::{MappedPages, MmapRequest};
 
@@ -77,7 +78,7 @@ impl Slot {
     /// Whether the last descriptor of this process's file is closed.
     fn is_hung_up(&self) -> bool {
         match &self.kind {
-            Kind::Own(own) => sys::events(own.end.raw()) & libc::POLLHUP != 0,
+            Kind::Own(own) => sys::events(own.end.raw()).contains(PollFlags::HUP),
             Kind::Foreign => false,
         }
     }
@@ -211,7 +212,7 @@ impl State {
         for (fd, entry) in table::ours(0, u32::MAX) {
             table::set(fd, Entry::NotOurs);
             match entry {
-                Entry::Internal => drop(sys::close_number(fd)),
+                Entry::Internal => sys::close_number(fd),
                 Entry::File(_) | Entry::Closing => drop(self.recognise(fd)),
                 Entry::NotOurs => {}
             }

@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Weak};
 use twostage::sync::Mutex;
 
+use rustix::event::PollFlags;
 use twostage::iommufd::Errno;
 
 use crate::internal::Internal;
@@ -61,9 +62,9 @@ impl Processes {
         // Before Linux 6.5 by its ID, which is valid as long as it holds the other end.
         let pidfd = sys::peer_pidfd(channel).or_else(|_| sys::pidfd_open(pid))?;
         let process = self.other(pid, pidfd)?;
-        match sys::events(channel) & libc::POLLHUP {
-            0 => Ok(process),
-            _ => Err(Errno::from_raw(libc::ESRCH)),
+        match sys::events(channel).contains(PollFlags::HUP) {
+            false => Ok(process),
+            true => Err(Errno::from_raw(libc::ESRCH)),
         }
     }
 
@@ -98,7 +99,7 @@ impl Process {
 
     /// Whether it still exists.
     pub fn is_there(&self) -> bool {
-        let ended = |other: &Arc<Other>| sys::events(other.pidfd.raw()) & libc::POLLIN != 0;
+        let ended = |other: &Arc<Other>| sys::events(other.pidfd.raw()).contains(PollFlags::IN);
         !self.other.as_ref().is_some_and(ended)
     }
 

@@ -81,8 +81,10 @@ mod tests {
     use super::*;
     use std::os::fd::{AsRawFd, OwnedFd};
 
+    use rustix::event::PollFlags;
+
     fn polls_readable(fd: &OwnedFd) -> bool {
-        sys::events(fd.as_raw_fd()) & libc::POLLIN != 0
+        sys::events(fd.as_raw_fd()).contains(PollFlags::IN)
     }
 
     #[test]

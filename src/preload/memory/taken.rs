@@ -8,6 +8,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+use rustix::fs::Stat;
 
 use crate::memory::pins::{FileKey, Pins};
 use crate::{memory::maps, state, sys};
@@ -34,7 +35,7 @@ fn has_pinned(fd: RawFd) -> bool {
 }
 
 /// The key in lists of mappings of the file with `status`.
-pub fn key(status: &libc::stat64) -> FileKey {
+pub fn key(status: &Stat) -> FileKey {
     let (major, minor) = (libc::major(status.st_dev), libc::minor(status.st_dev));
     (format!("{major:02x}:{minor:02x}"), status.st_ino)
 }

@@ -4,19 +4,24 @@
 
 use std::ffi::{c_long, c_void};
 use std::fs::File;
-use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::ptr::without_provenance_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use libc::{iovec, syscall};
+use libc::iovec;
+use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
 use twostage::iommufd::Errno;
 
-use super::checked;
+use super::{checked, errno};
+
+/// `address`, for `rustix`.
+fn pointer(address: u64) -> *mut c_void {
+    without_provenance_mut(address as usize)
+}
 
 /// Reads from the memory of process `pid` at `address` on, up to the first unreadable byte; returns
-/// the number of bytes.
+/// the number of bytes. (`rustix` has neither this nor [`write_memory`].)
 pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
     let local = iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };
@@ -52,11 +57,12 @@ pub fn reserve(length: u64) -> Result<u64, Errno> {
         hint = AREA.start;
         NEXT.store(AREA.start.saturating_add(step), Ordering::Relaxed);
     }
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let (rights, flags) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: existing mappings are not affected, and the kernel may choose another place: this is
     // not MAP_FIXED.
-    let address = unsafe { syscall(libc::SYS_mmap, hint, length, libc::PROT_NONE, flags, -1, 0) };
-    checked(address).map(|address| address as u64)
+    let mapped =
+        unsafe { rustix::mm::mmap_anonymous(pointer(hint), length as usize, rights, flags) };
+    mapped.map(|mapped| mapped.addr() as u64).map_err(errno)
 }
 
 /// Maps the memory at `from`, `length` bytes in one shared mapping, a second time over `to`.
@@ -64,9 +70,11 @@ pub fn reserve(length: u64) -> Result<u64, Errno> {
 /// # Safety
 /// `length` bytes at `to` must be a mapping of the caller.
 pub unsafe fn map_again(from: u64, length: u64, to: u64) -> Result<(), Errno> {
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let (flags, length) = (MremapFlags::MAYMOVE, length as usize);
     // SAFETY: an old length of 0 does not affect `from`; what is at `to` is the caller's.
-    checked(unsafe { syscall(libc::SYS_mremap, from, 0, length, flags, to) }).map(drop)
+    unsafe { rustix::mm::mremap_fixed(pointer(from), 0, length, flags, pointer(to)) }
+        .map(drop)
+        .map_err(errno)
 }
 
 /// Maps `length` bytes of `file`, shared, over `to`.
@@ -80,11 +88,12 @@ pub unsafe fn map_file(
     writable: bool,
     to: u64,
 ) -> Result<(), Errno> {
-    let flags = libc::MAP_SHARED | libc::MAP_FIXED;
-    let rights = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
-    let fd = file.as_raw_fd();
+    let flags = MapFlags::SHARED | MapFlags::FIXED;
+    let rights = ProtFlags::READ | if writable { ProtFlags::WRITE } else { ProtFlags::empty() };
     // SAFETY: what is at `to` is the caller's.
-    checked(unsafe { syscall(libc::SYS_mmap, to, length, rights, flags, fd, offset) }).map(drop)
+    unsafe { rustix::mm::mmap(pointer(to), length as usize, rights, flags, file, offset) }
+        .map(drop)
+        .map_err(errno)
 }
 
 /// Reads from this process at `address` on, whatever the protection, like a device that has the
@@ -103,12 +112,8 @@ pub fn write_anyway(address: u64, bytes: &[u8]) -> bool {
 
 /// Whether `file` is backed by memory: shmem (a memfd, for example) or hugetlbfs.
 pub fn is_memory(file: &File) -> bool {
-    let mut status = MaybeUninit::<libc::statfs64>::zeroed();
-    // SAFETY: there is room for the status.
-    let result = unsafe { libc::fstatfs64(file.as_raw_fd(), status.as_mut_ptr()) };
-    // SAFETY: zeroes are a valid value, and so is what the kernel wrote.
-    let kind = unsafe { status.assume_init() }.f_type;
-    result == 0 && [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&kind)
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|status| [libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC].contains(&status.f_type))
 }
 
 /// Unmaps what the program requested to unmap earlier.
@@ -116,6 +121,6 @@ pub fn is_memory(file: &File) -> bool {
 /// # Safety
 /// Nothing may use the memory any more.
 pub unsafe fn unmap(address: u64, length: u64) {
-    // SAFETY: guaranteed by the caller.
-    unsafe { syscall(libc::SYS_munmap, address, length) };
+    // SAFETY: guaranteed by the caller. It does not fail for mapped memory.
+    let _ = unsafe { rustix::mm::munmap(pointer(address), length as usize) };
 }

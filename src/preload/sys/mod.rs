@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Safe wrappers of system calls. None of them goes through a hook.
+//! System calls. None of them goes through a hook: `rustix` does not call libc, and what it lacks is
+//! called by names that have no hook.
 #![allow(unsafe_code)]
 
 mod memory;
@@ -9,12 +10,17 @@ use std::ffi::{c_int, c_long, CStr};
 use std::fs::File;
 use std::io::Read;
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use libc::{pollfd, syscall};
+use libc::syscall;
+use rustix::event::{epoll, PollFd, PollFlags, Timespec};
+use rustix::fs::{MemfdFlags, Mode, OFlags, Stat, CWD};
+use rustix::io::FdFlags;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 use twostage::iommufd::Errno;
 
 pub use memory::*;
@@ -39,26 +45,38 @@ fn checked(result: c_long) -> Result<c_long, Errno> {
     Ok(result)
 }
 
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
+}
+
+/// `fd` as an argument of a system call.
+///
+/// # Errors
+/// `EBADF` it is negative.
+fn numbered(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
+    if fd < 0 {
+        return Err(Errno::EBADF);
+    }
+    // SAFETY: it is not -1. It is only passed to the kernel, which checks whether it is open; it is
+    // open, or was named by the program whose call this serves.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
 /// The process.
 pub fn process_id() -> i32 {
-    // SAFETY: the call has no preconditions.
-    unsafe { libc::getpid() }
+    std::process::id().cast_signed()
 }
 
 /// A descriptor of process `pid`, closed on exec.
 pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
-    // SAFETY: the call accesses no memory.
-    let fd = checked(unsafe { syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    // SAFETY: the number is new.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+    let pid = Pid::from_raw(pid).ok_or(Errno::EINVAL)?;
+    rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(errno)
 }
 
 /// The file that the process `pidfd` has open as `fd`, with close-on-exec.
 pub fn pidfd_getfd(pidfd: RawFd, fd: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: the call accesses no memory.
-    let fd = checked(unsafe { syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) })?;
-    // SAFETY: the number is new.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+    let flags = PidfdGetfdFlags::empty();
+    rustix::process::pidfd_getfd(numbered(pidfd)?, fd, flags).map_err(errno)
 }
 
 /// When process `pid` started, in clock ticks since boot.
@@ -73,28 +91,21 @@ pub fn start_time(pid: i32) -> Option<u64> {
 /// The calling thread.
 #[cfg(feature = "selftest")]
 pub fn thread_id() -> i32 {
-    // SAFETY: the call has no preconditions.
-    unsafe { libc::gettid() }
+    rustix::thread::gettid().as_raw_pid()
 }
 
 /// The effective capabilities of process `pid`; of this thread when it is 0. Bit `n` is capability
 /// `n`.
 pub fn capabilities(pid: i32) -> Result<u64, Errno> {
-    /// `_LINUX_CAPABILITY_VERSION_3`.
-    const VERSION: u32 = 0x2008_0522;
-    let header = [VERSION, pid as u32];
-    // Effective, permitted and inheritable; the low halves first.
-    let mut data = [[0u32; 3]; 2];
-    // SAFETY: this version has a header of two words, and two times three words of data.
-    checked(unsafe { syscall(libc::SYS_capget, header.as_ptr(), data.as_mut_ptr()) })?;
-    let [[low, ..], [high, ..]] = data;
-    Ok(u64::from(high) << 32 | u64::from(low))
+    let sets = rustix::thread::capabilities(Pid::from_raw(pid)).map_err(errno)?;
+    Ok(sets.effective.bits())
 }
 
 /// `RLIMIT_MEMLOCK` of process `pid`, in bytes; of this one when it is 0.
 pub fn memlock_limit(pid: i32) -> Result<u64, Errno> {
     let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
     let (old, new) = (&raw mut limit, std::ptr::null::<libc::rlimit64>());
+    // `rustix` cannot read limits of other processes without setting them.
     // SAFETY: there is room for the limits; none are set.
     checked(unsafe { syscall(libc::SYS_prlimit64, pid, libc::RLIMIT_MEMLOCK, new, old) })?;
     Ok(limit.rlim_cur)
@@ -102,8 +113,7 @@ pub fn memlock_limit(pid: i32) -> Result<u64, Errno> {
 
 /// The user that this process belongs to.
 pub fn user_id() -> u32 {
-    // SAFETY: the call has no preconditions.
-    unsafe { libc::getuid() }
+    rustix::process::getuid().as_raw()
 }
 
 /// Set in the address space where it was created, but not in a copy made by fork. (A `vfork` makes
@@ -120,14 +130,13 @@ impl Mark {
     /// A mark that is set.
     pub fn new() -> Result<Self, Errno> {
         const LENGTH: usize = 4096;
-        let rights = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
         // SAFETY: a new mapping accesses nothing.
-        let page = checked(unsafe { syscall(libc::SYS_mmap, 0, LENGTH, rights, flags, -1, 0) })?;
+        let page = unsafe { rustix::mm::mmap_anonymous(null_mut(), LENGTH, rights, flags) };
+        let page = page.map_err(errno)?;
         // SAFETY: the page is ours.
-        let wiped = unsafe { syscall(libc::SYS_madvise, page, LENGTH, libc::MADV_WIPEONFORK) };
-        checked(wiped)?;
-        let mark = Self(page as *const AtomicU32);
+        unsafe { rustix::mm::madvise(page, LENGTH, Advice::LinuxWipeOnFork) }.map_err(errno)?;
+        let mark = Self(page.cast_const().cast());
         // SAFETY: the page is as large, and zero.
         unsafe { &*mark.0 }.store(1, Ordering::Release);
         Ok(mark)
@@ -146,12 +155,8 @@ pub fn inode(fd: RawFd) -> Result<u64, Errno> {
 }
 
 /// `fstat(2)`.
-pub fn status(fd: RawFd) -> Result<libc::stat64, Errno> {
-    let mut status = MaybeUninit::<libc::stat64>::zeroed();
-    // SAFETY: there is room for the status.
-    checked(unsafe { syscall(libc::SYS_fstat, fd, status.as_mut_ptr()) })?;
-    // SAFETY: all zeroes are a valid value, and so is what the kernel wrote.
-    Ok(unsafe { status.assume_init() })
+pub fn status(fd: RawFd) -> Result<Stat, Errno> {
+    rustix::fs::fstat(numbered(fd)?).map_err(errno)
 }
 
 /// Numbers below are left to the program, as far as the limit allows.
@@ -159,27 +164,21 @@ const FIRST_INTERNAL: c_int = 512;
 
 /// A duplicate of `fd` with a number that programs do not expect; with close-on-exec.
 pub fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: duplicating affects nothing else.
-    let new = unsafe { syscall(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, FIRST_INTERNAL) };
-    // SAFETY: the number is new.
-    checked(new).map(|new| unsafe { OwnedFd::from_raw_fd(new as RawFd) })
+    rustix::io::fcntl_dupfd_cloexec(numbered(fd)?, FIRST_INTERNAL).map_err(errno)
 }
 
 /// Sets close-on-exec and non-blocking mode of `fd`.
 pub fn set_flags(fd: RawFd, close_on_exec: bool, nonblocking: bool) -> Result<(), Errno> {
-    let descriptor = if close_on_exec { libc::FD_CLOEXEC } else { 0 };
-    let file = if nonblocking { libc::O_NONBLOCK } else { 0 };
-    // SAFETY: only changes flags.
-    checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFD, descriptor) })?;
-    // SAFETY: as above.
-    checked(unsafe { syscall(libc::SYS_fcntl, fd, libc::F_SETFL, file) }).map(drop)
+    let descriptor = if close_on_exec { FdFlags::CLOEXEC } else { FdFlags::empty() };
+    let file = if nonblocking { OFlags::NONBLOCK } else { OFlags::empty() };
+    let fd = numbered(fd)?;
+    rustix::io::fcntl_setfd(fd, descriptor).map_err(errno)?;
+    rustix::fs::fcntl_setfl(fd, file).map_err(errno)
 }
 
 /// Writes the eight bytes of `number` to `fd`.
 pub fn write_number(fd: RawFd, number: u64) -> Result<(), Errno> {
-    let bytes = number.to_ne_bytes();
-    // SAFETY: the bytes are valid during the call, and only read.
-    checked(unsafe { syscall(libc::SYS_write, fd, bytes.as_ptr(), bytes.len()) }).map(drop)
+    rustix::io::write(numbered(fd)?, &number.to_ne_bytes()).map(drop).map_err(errno)
 }
 
 /// Whether `fd` is an eventfd.
@@ -192,66 +191,61 @@ pub fn is_eventfd(fd: RawFd) -> bool {
 /// A non-blocking eventfd with close-on-exec.
 #[cfg(test)]
 pub fn eventfd() -> Result<OwnedFd, Errno> {
-    // SAFETY: the call has no preconditions.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-    // SAFETY: the number is new.
-    checked(c_long::from(fd)).map(|fd| unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+    use rustix::event::EventfdFlags;
+
+    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+    rustix::event::eventfd(0, flags).map_err(errno)
 }
 
 /// Reads eight bytes from `fd`.
 #[cfg(test)]
 pub fn read_number(fd: RawFd) -> Result<u64, Errno> {
     let mut bytes = [0; 8];
-    // SAFETY: there is room for the bytes.
-    checked(unsafe { syscall(libc::SYS_read, fd, bytes.as_mut_ptr(), bytes.len()) })?;
+    rustix::io::read(numbered(fd)?, &mut bytes).map_err(errno)?;
     Ok(u64::from_ne_bytes(bytes))
 }
 
 /// Closes a number that is not owned by this library.
-pub fn close_number(fd: RawFd) -> Result<(), Errno> {
+pub fn close_number(fd: RawFd) {
     // SAFETY: the program requested it, or it was inherited and never handed out.
-    checked(unsafe { syscall(libc::SYS_close, fd) }).map(drop)
+    unsafe { rustix::io::close(fd) };
 }
 
 /// The current `poll(2)` events of `fd`.
-pub fn events(fd: RawFd) -> i16 {
-    let mut poll = pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: the structure is one.
-    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
-    if ready > 0 {
-        poll.revents
-    } else {
-        0
-    }
+pub fn events(fd: RawFd) -> PollFlags {
+    let Ok(fd) = numbered(fd) else { return PollFlags::empty() };
+    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let ready = rustix::event::poll(&mut polled, Some(&Timespec::default()));
+    let [polled] = polled;
+    ready.map_or(PollFlags::empty(), |_| polled.revents())
+}
+
+/// Waits until `fd` has one of the `events`, or the other end is closed.
+fn wait_until(fd: BorrowedFd<'_>, events: PollFlags) {
+    // A signal ends it early; the caller tries again.
+    let _ = rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, events)], None);
 }
 
 /// An `epoll` instance, closed on exec.
 pub fn epoll() -> Result<OwnedFd, Errno> {
-    // SAFETY: the call has no preconditions.
-    let fd = checked(c_long::from(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }))?;
-    // SAFETY: the number is new.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+    epoll::create(epoll::CreateFlags::CLOEXEC).map_err(errno)
 }
 
 /// Makes `epoll` report input and hang-ups of `fd`, as `key`.
 pub fn watch(epoll: RawFd, fd: RawFd, key: u64) -> Result<(), Errno> {
-    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: key };
-    // SAFETY: the event is one.
-    let result = unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &mut event) };
-    checked(c_long::from(result)).map(drop)
+    let (data, events) = (epoll::EventData::new_u64(key), epoll::EventFlags::IN);
+    epoll::add(numbered(epoll)?, numbered(fd)?, data, events).map_err(errno)
 }
 
 /// Waits for `epoll`; returns the key of one descriptor with an event.
 pub fn next_event(epoll: RawFd) -> Result<u64, Errno> {
-    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    let (data, flags) = (epoll::EventData::new_u64(0), epoll::EventFlags::empty());
+    let mut events = [epoll::Event { data, flags }];
     loop {
-        // SAFETY: there is room for one event.
-        let count = unsafe { libc::epoll_wait(epoll, &mut event, 1, -1) };
-        match checked(c_long::from(count)) {
-            Ok(0) => {}
-            Ok(_) => return Ok(event.u64),
-            Err(errno) if errno.raw() == libc::EINTR => {}
-            Err(errno) => return Err(errno),
+        match epoll::wait(numbered(epoll)?, &mut events, None) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(events[0].data.u64()),
+            Err(error) => return Err(errno(error)),
         }
     }
 }
@@ -273,13 +267,10 @@ pub fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
 
 /// The contents of the file at `path`. A `File` would be opened through the hook.
 pub fn read_to_string(path: &CStr) -> Result<String, Errno> {
-    let (flags, directory) = (libc::O_RDONLY | libc::O_CLOEXEC, libc::AT_FDCWD);
-    // SAFETY: the path is a C string.
-    let fd = checked(unsafe { syscall(libc::SYS_openat, directory, path.as_ptr(), flags) })?;
-    // SAFETY: the number is new.
-    let mut file = unsafe { File::from_raw_fd(fd as RawFd) };
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(errno)?;
     let mut text = String::new();
-    match file.read_to_string(&mut text) {
+    match File::from(file).read_to_string(&mut text) {
         Ok(_) => Ok(text),
         Err(error) => Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
     }
@@ -287,11 +278,8 @@ pub fn read_to_string(path: &CStr) -> Result<String, Errno> {
 
 /// An unnamed file that contains `bytes`, positioned at the start; with close-on-exec.
 pub fn file_of(bytes: &[u8]) -> Result<OwnedFd, Errno> {
-    // SAFETY: the name is a C string.
-    let fd = unsafe { libc::memfd_create(c"twostage-iommufd".as_ptr(), libc::MFD_CLOEXEC) };
-    let fd = checked(c_long::from(fd))? as RawFd;
-    // SAFETY: the number is new.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = rustix::fs::memfd_create(c"twostage-iommufd", MemfdFlags::CLOEXEC);
+    let file = File::from(file.map_err(errno)?);
     match file.write_all_at(bytes, 0) {
         Ok(()) => Ok(file.into()),
         Err(error) => Err(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))),
@@ -302,4 +290,18 @@ pub fn file_of(bytes: &[u8]) -> Result<OwnedFd, Errno> {
 pub fn at_fork_in_child(child: unsafe extern "C" fn()) {
     // SAFETY: the function is valid as long as the library, which is never unloaded.
     unsafe { libc::pthread_atfork(None, None, Some(child)) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With `use-libc`, calls of `rustix` would go through the hooks.
+    #[test]
+    fn rustix_does_not_call_libc() {
+        set_errno(Errno::EEXIST);
+        assert_eq!(status(1 << 20).unwrap_err(), Errno::EBADF);
+        assert_eq!(last_errno(), Errno::EEXIST);
+        assert_eq!(status(-1).unwrap_err(), Errno::EBADF);
+    }
 }
