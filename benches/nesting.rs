@@ -11,9 +11,9 @@ use twostage::nesting::vtd::{FlushSet, VtdNesting};
 use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::pasid::PagingMode;
+use twostage::spec::vtd::PageRange;
 use twostage::viommu::{
-    DomainTag, HostSide, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1,
-    VtdFirstStage,
+    DomainTag, HostSide, Invalidation, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
 };
 
 const UNMAPS: u64 = 1000;
@@ -46,7 +46,7 @@ fn nested_device() -> (Arc<RecordingHost>, VtdNesting) {
 }
 
 fn page(number: u64) -> Invalidation {
-    let range = PageRange { address: number << 12, pages: 1, leaf: true };
+    let range = PageRange::new(number << 12, 1, true);
     Invalidation { domain: Some(TAG.domain), pasid: Some(TAG.pasid), range: Some(range) }
 }
 

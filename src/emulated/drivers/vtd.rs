@@ -27,6 +27,7 @@ use twostage::iommufd::{
     HwptVtdSecondStage, ObjectId, PageRequest, PageResponseCode, VTD_INV_FLAGS_LEAF,
 };
 use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
+use twostage::spec::vtd::PageRange;
 
 /// Tables that a unit fills from an IOAS.
 #[derive(Debug)]
@@ -390,7 +391,7 @@ fn cache_range(entry: &iommu_hwpt_vtd_s1_invalidate, number: usize) -> Outcome<C
         return Ok(CacheRange::All);
     }
     let leaf = flags & VTD_INV_FLAGS_LEAF != 0;
-    Ok(CacheRange::Pages { address: addr, pages: bytes / PAGE_SIZE, leaf })
+    Ok(CacheRange::Pages(PageRange::new(addr, bytes / PAGE_SIZE, leaf)))
 }
 
 #[cfg(test)]
@@ -403,7 +404,7 @@ mod tests {
 
     #[test]
     fn an_entry_names_pages_or_everything() {
-        let pages = |address, pages, leaf| CacheRange::Pages { address, pages, leaf };
+        let pages = |address, pages, leaf| CacheRange::Pages(PageRange::new(address, pages, leaf));
         assert_eq!(range(0x1000, 3, 0).unwrap(), pages(0x1000, 3, false));
         assert_eq!(range(0x1000, 3, VTD_INV_FLAGS_LEAF).unwrap(), pages(0x1000, 3, true));
         assert_eq!(range(0, u64::MAX, 0).unwrap(), CacheRange::All);
@@ -416,7 +417,7 @@ mod tests {
         assert_eq!(range(u64::MAX - 0xfff, 2, 0).unwrap(), CacheRange::All);
         assert_eq!(range(0, 1 << 52, 0).unwrap(), CacheRange::All);
         assert_eq!(range(0x5000, 0, 0).unwrap(), CacheRange::All);
-        let one = CacheRange::Pages { address: 0, pages: 1, leaf: false };
+        let one = CacheRange::Pages(PageRange::new(0, 1, false));
         assert_eq!(range(0, (1 << 52) + 1, 0).unwrap(), one);
     }
 

@@ -10,6 +10,7 @@ use crate::units::stage2::Stage2;
 use twostage::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
 };
+use twostage::spec::vtd::PageRange;
 
 /// The tag of what an IOMMU caches for one HWPT: the domain ID that a host driver would choose.
 /// Unique among the HWPTs of the emulated host, and not reused soon.
@@ -43,9 +44,8 @@ pub(crate) struct Translation {
 pub(crate) enum CacheRange {
     /// All of them, including the paging-structure caches.
     All,
-    /// `pages` 4 KiB pages from `address` (bytes, 4 KiB aligned) on; `address + pages * 4096` is at
-    /// most 2^64. `leaf`: paging-structure caches may stay.
-    Pages { address: u64, pages: u64, leaf: bool },
+    /// These.
+    Pages(PageRange),
 }
 
 /// One VT-d unit. All calls may come from any thread, concurrently with DMA; a call returns only

@@ -26,6 +26,6 @@ pub use interrupts::{InterruptListener, InterruptRemapper, InterruptSink, MsiMes
 pub use memory::{BadAddress, TableMemory};
 pub use observer::{FaultOutcome, Observer, RegisterAccess};
 pub use policy::{
-    DomainTag, Invalidation, PageRange, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
+    DomainTag, Invalidation, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
     VtdSecondStage,
 };

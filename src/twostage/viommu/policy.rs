@@ -7,6 +7,7 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
+use crate::spec::vtd::PageRange;
 
 /// Who makes a DMA request: a PCI function, and the PASID when the request carries one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -98,18 +99,6 @@ pub struct RequesterConfig {
     pub tag: DomainTag,
     /// The guest's tables ask that faults be not recorded (FPD).
     pub fault_disabled: bool,
-}
-
-/// A range of 4 KiB pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PageRange {
-    /// First byte, 4 KiB aligned.
-    pub address: u64,
-    /// Number of 4 KiB pages, at least 1. `address + pages * 4096` may be past 2^64: whoever
-    /// forwards it clamps.
-    pub pages: u64,
-    /// Only leaf entries changed; paging-structure caches may stay (VT-d's invalidation hint).
-    pub leaf: bool,
 }
 
 /// "What you cache under this name is no longer true."

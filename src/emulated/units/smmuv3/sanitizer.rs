@@ -16,6 +16,7 @@ use crate::units::engine::{
 use crate::units::hardware::{CacheRange, CacheTag};
 use twostage::spec::pci::Bdf;
 use twostage::spec::smmuv3::command::AddressRange;
+use twostage::spec::vtd::PageRange;
 
 /// The finding, if any, for a request that went by `used` when the context descriptors in memory
 /// now give `now`.
@@ -95,6 +96,6 @@ impl From<AddressRange> for CacheRange {
     /// A command without a range names a page of 4 KiB, or a larger one around it.
     fn from(range: AddressRange) -> Self {
         let AddressRange { address, leaf, .. } = range;
-        Self::Pages { address, pages: range.bytes().unwrap_or(1 << 12) >> 12, leaf }
+        Self::Pages(PageRange::new(address, range.bytes().unwrap_or(1 << 12) >> 12, leaf))
     }
 }

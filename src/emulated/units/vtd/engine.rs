@@ -21,7 +21,6 @@ use crate::units::engine::{
 use crate::units::hardware::{CacheRange, CacheTag, Translation};
 use crate::units::stage2::Stage2;
 use twostage::spec::vtd::fault::FaultReason;
-use twostage::spec::vtd::first_stage::page_size;
 use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// Sizes of what one paging-structure entry spans: 2 MiB to 256 TiB.
@@ -150,9 +149,9 @@ impl Engine {
     /// as DMA waits.
     pub fn invalidate(&mut self, tag: CacheTag, ranges: &[CacheRange]) {
         let scope = Scope::of_tag(tag.0);
-        let pages = ascending(ranges.iter().filter_map(|range| addresses(*range)));
+        let pages = ascending(ranges.iter().map(|range| addresses(*range)));
         let without_leaves = ranges.iter().filter(|range| !is_leaf(**range));
-        let tables = ascending(without_leaves.filter_map(|range| addresses(*range)));
+        let tables = ascending(without_leaves.map(|range| addresses(*range)));
         let dropped = self.caches.drop_pages(scope, &pages, &PAGE_SHIFTS)
             + self.caches.drop_tables(scope, &tables, &STRUCTURE_SHIFTS);
         self.counters.invalidations.add(ranges.len() as u64);
@@ -187,20 +186,16 @@ impl Engine {
 }
 
 /// The addresses of `range`, if there are any.
-fn addresses(range: CacheRange) -> Option<IovaRange> {
+fn addresses(range: CacheRange) -> IovaRange {
     match range {
-        CacheRange::All => Some(IovaRange::ALL),
-        CacheRange::Pages { pages: 0, .. } => None,
-        CacheRange::Pages { address: first, pages, .. } => {
-            let length = pages.saturating_mul(page_size(1));
-            Some(IovaRange { first, last: first.saturating_add(length - 1) })
-        }
+        CacheRange::All => IovaRange::ALL,
+        CacheRange::Pages(range) => IovaRange { first: range.address(), last: range.last() },
     }
 }
 
 /// Whether the paging-structure caches may stay.
 fn is_leaf(range: CacheRange) -> bool {
-    matches!(range, CacheRange::Pages { leaf: true, .. })
+    matches!(range, CacheRange::Pages(range) if range.leaf())
 }
 
 impl crate::units::engine::Engine for Engine {

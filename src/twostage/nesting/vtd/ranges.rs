@@ -2,56 +2,37 @@
 //! Arithmetic of the page ranges that one HWPT is to forget.
 
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, VTD_INV_FLAGS_LEAF};
-use crate::viommu::PageRange;
+use crate::spec::vtd::PageRange;
 
-/// Pages are counted in 4 KiB, whatever the size of the mapping.
-const PAGE_SHIFT: u32 = 12;
-/// The page number past the last one of a 64-bit address space.
-const SPACE_END: u64 = 1 << (u64::BITS - PAGE_SHIFT);
 /// More ranges than this become one flush of everything: each costs the host a descriptor of its
 /// own, and refilling a cache from scratch is cheaper than so many. Far below what one call may
 /// carry (`IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX`, 2^19).
 const MAX_ENTRIES: usize = 256;
 /// So many ranges wait at the most before they are merged: few enough to keep, and so many more
 /// than [`MAX_ENTRIES`] that merging them costs each little.
-const MAX_SPANS: usize = 2 * MAX_ENTRIES;
+const MAX_RANGES: usize = 2 * MAX_ENTRIES;
 
 /// Everything, with the paging-structure caches: the uAPI's way to say so.
 pub(super) const EVERYTHING: iommu_hwpt_vtd_s1_invalidate =
     iommu_hwpt_vtd_s1_invalidate { addr: 0, npages: u64::MAX, flags: 0, __reserved: 0 };
-
-/// Pages `first..end`, by number. Numbers of pages, unlike addresses, cannot wrap.
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    first: u64,
-    end: u64,
-    leaf: bool,
-}
 
 /// What one HWPT is to forget: some ranges, or everything. Of a size that has a bound, whatever is
 /// added.
 #[derive(Debug, Clone, Default)]
 pub struct FlushSet {
     everything: bool,
-    spans: Vec<Span>,
+    ranges: Vec<PageRange>,
     added: u64,
 }
 
 impl FlushSet {
-    /// Adds `range`, clamped to the end of the address space, or everything.
+    /// Adds `range`, or everything.
     pub fn add(&mut self, range: Option<PageRange>) {
         self.added += 1;
-        if self.everything {
-            return;
+        match range {
+            Some(range) => self.push(range),
+            None => self.add_everything(),
         }
-        let Some(range) = range else { return self.add_everything() };
-        let first = range.address >> PAGE_SHIFT;
-        // At least one page: a range that names none would otherwise leave its page stale.
-        let end = first.saturating_add(range.pages.max(1)).min(SPACE_END);
-        if first == 0 && end == SPACE_END {
-            return self.add_everything();
-        }
-        self.push(Span { first, end, leaf: range.leaf });
     }
 
     /// Adds all of `other`.
@@ -60,8 +41,8 @@ impl FlushSet {
         if other.everything {
             self.add_everything();
         }
-        for span in &other.spans {
-            self.push(*span);
+        for range in &other.ranges {
+            self.push(*range);
         }
     }
 
@@ -71,29 +52,25 @@ impl FlushSet {
         self.add_everything();
     }
 
-    fn push(&mut self, span: Span) {
+    fn push(&mut self, range: PageRange) {
         if self.everything {
             return;
         }
-        self.spans.push(span);
-        if self.spans.len() > MAX_SPANS {
+        self.ranges.push(range);
+        if range.is_all() || self.ranges.len() > MAX_RANGES {
             self.merge();
         }
     }
 
     /// Joins ranges that overlap or are adjacent; more than [`MAX_ENTRIES`] become everything.
     fn merge(&mut self) {
-        self.spans.sort_unstable_by_key(|span| span.first);
-        self.spans.dedup_by(|next, last| {
-            let joins = next.first <= last.end;
-            if joins {
-                last.end = last.end.max(next.end);
-                last.leaf &= next.leaf;
-            }
-            joins
+        self.ranges.sort_unstable_by_key(|range| range.address());
+        self.ranges.dedup_by(|next, last| {
+            let joined = last.join(*next);
+            *last = joined.unwrap_or(*last);
+            joined.is_some()
         });
-        let covers_all = |span: &Span| span.first == 0 && span.end == SPACE_END;
-        if self.spans.len() > MAX_ENTRIES || self.spans.first().is_some_and(covers_all) {
+        if self.ranges.len() > MAX_ENTRIES || self.ranges.first().is_some_and(|all| all.is_all()) {
             self.add_everything();
         }
     }
@@ -105,7 +82,7 @@ impl FlushSet {
 
     fn add_everything(&mut self) {
         self.everything = true;
-        self.spans = Vec::new();
+        self.ranges = Vec::new();
     }
 
     /// The entries of one host call: ascending, none overlapping or adjacent to another, none past
@@ -117,18 +94,16 @@ impl FlushSet {
         if self.everything {
             return vec![EVERYTHING];
         }
-        self.spans.iter().map(Span::entry).collect()
+        self.ranges.into_iter().map(entry).collect()
     }
 }
 
-impl Span {
-    fn entry(&self) -> iommu_hwpt_vtd_s1_invalidate {
-        iommu_hwpt_vtd_s1_invalidate {
-            addr: self.first << PAGE_SHIFT,
-            npages: self.end - self.first,
-            flags: if self.leaf { VTD_INV_FLAGS_LEAF } else { 0 },
-            __reserved: 0,
-        }
+fn entry(range: PageRange) -> iommu_hwpt_vtd_s1_invalidate {
+    iommu_hwpt_vtd_s1_invalidate {
+        addr: range.address(),
+        npages: range.pages(),
+        flags: if range.leaf() { VTD_INV_FLAGS_LEAF } else { 0 },
+        __reserved: 0,
     }
 }
 
@@ -141,7 +116,7 @@ mod tests {
     use super::*;
 
     fn range(address: u64, pages: u64, leaf: bool) -> Option<PageRange> {
-        Some(PageRange { address, pages, leaf })
+        Some(PageRange::new(address, pages, leaf))
     }
 
     fn entries(ranges: &[Option<PageRange>]) -> Vec<(u64, u64, bool)> {
@@ -156,15 +131,15 @@ mod tests {
     #[test]
     fn a_set_keeps_no_more_than_its_bound() {
         let (mut added, mut extended) = (FlushSet::default(), FlushSet::default());
-        for number in 0..10 * MAX_SPANS as u64 {
+        for number in 0..10 * MAX_RANGES as u64 {
             // Apart from each other; then, in the other set, all within a few pages.
             added.add(range(number << 13, 1, true));
             let mut one = FlushSet::default();
             one.add(range((number % 8) << 12, 1, true));
             extended.extend(&one);
-            assert!(added.spans.len() <= MAX_SPANS && extended.spans.len() <= MAX_SPANS);
+            assert!(added.ranges.len() <= MAX_RANGES && extended.ranges.len() <= MAX_RANGES);
         }
-        assert!(added.spans.is_empty() && added.into_entries() == [EVERYTHING]);
+        assert!(added.ranges.is_empty() && added.into_entries() == [EVERYTHING]);
         assert_eq!(extended.into_entries().len(), 1);
     }
 
@@ -190,7 +165,7 @@ mod tests {
         let last_page = !0xfffu64;
         assert_eq!(entries(&[range(last_page, u64::MAX, true)]), [(last_page, 1, true)]);
         assert_eq!(entries(&[range(last_page, 1, true)]), [(last_page, 1, true)]);
-        assert_eq!(entries(&[range(0x1000, u64::MAX, true)]), [(0x1000, SPACE_END - 1, true)]);
+        assert_eq!(entries(&[range(0x1000, u64::MAX, true)]), [(0x1000, (1 << 52) - 1, true)]);
         assert_eq!(entries(&[range(0x1000, 0, true)]), [(0x1000, 1, true)]);
     }
 

@@ -8,11 +8,14 @@
 pub mod fault;
 pub mod first_stage;
 pub mod interrupt;
+mod page_range;
 pub mod pasid;
 pub mod qi;
 pub mod regs;
 pub mod root;
 pub mod second_stage;
+
+pub use page_range::PageRange;
 
 /// Size of a table and of the smallest page, in bytes.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;

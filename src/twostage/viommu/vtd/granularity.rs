@@ -3,8 +3,8 @@
 
 use crate::spec::pci::Pasid;
 use crate::spec::vtd::qi::{AddressMask, IotlbScope};
-use crate::spec::vtd::PAGE_SHIFT;
-use crate::viommu::{Invalidation, PageRange};
+use crate::spec::vtd::PageRange;
+use crate::viommu::Invalidation;
 
 /// What an IOTLB invalidation asks of the host. It names no PASID: every PASID of the domain.
 pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
@@ -30,31 +30,5 @@ pub(super) fn pasid_iotlb(domain: u16, pasid: Pasid, range: Option<AddressMask>)
 
 /// The pages of `range`; `None` when it spans all addresses.
 fn page_range(range: AddressMask) -> Option<PageRange> {
-    let AddressMask { address, mask, leaf } = range;
-    let shift = u32::from(mask) + PAGE_SHIFT;
-    (shift < u64::BITS).then(|| PageRange {
-        address: address & !((1 << shift) - 1),
-        pages: 1 << mask,
-        leaf,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn range(address: u64, mask: u8) -> Option<PageRange> {
-        page_range(AddressMask { address, mask, leaf: true })
-    }
-
-    #[test]
-    fn an_address_mask_is_an_aligned_range() {
-        let of = |address, pages| Some(PageRange { address, pages, leaf: true });
-        assert_eq!(range(0x1234_5000, 0), of(0x1234_5000, 1));
-        assert_eq!(range(0x1234_5000, 9), of(0x1220_0000, 512));
-        assert_eq!(range(u64::MAX << 12, 0), of(u64::MAX << 12, 1));
-        assert_eq!(range(u64::MAX << 12, 51), of(1 << 63, 1 << 51));
-        assert_eq!(range(0x1000, 52), None);
-        assert_eq!(range(0x1000, 63), None);
-    }
+    Some(PageRange::from(range)).filter(|range| !range.is_all())
 }

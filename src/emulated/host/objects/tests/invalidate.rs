@@ -6,6 +6,7 @@ use crate::units::hardware::CacheRange;
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1_invalidate, Errno, HostIommu, InvalidateData, InvalidateError, ObjectId,
 };
+use twostage::spec::vtd::PageRange;
 
 fn page(addr: u64) -> iommu_hwpt_vtd_s1_invalidate {
     iommu_hwpt_vtd_s1_invalidate { addr, npages: 1, ..Default::default() }
@@ -27,16 +28,16 @@ fn an_array_stops_at_the_first_bad_entry_and_says_how_many_are_done() {
     let entries = [page(0x1000), page(0x2000), page(0x3001), page(0x4000)];
     let outcome = bench.host.hwpt_invalidate(nested, InvalidateData::VtdS1(&entries));
     assert_eq!(failure(outcome), (2, Errno::EINVAL));
-    let addresses: Vec<_> = bench
+    let ranges: Vec<_> = bench
         .fake
         .told()
         .into_iter()
         .map(|told| match told {
-            Told::Invalidate(_, CacheRange::Pages { address, pages: 1, leaf: false }) => address,
+            Told::Invalidate(_, CacheRange::Pages(range)) => range,
             other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(addresses, [0x1000, 0x2000]);
+    assert_eq!(ranges, [0x1000, 0x2000].map(|address| PageRange::new(address, 1, false)));
     let flagged = iommu_hwpt_vtd_s1_invalidate { flags: 6, ..page(0) };
     let outcome = bench.host.hwpt_invalidate(nested, InvalidateData::VtdS1(&[page(0), flagged]));
     assert_eq!(failure(outcome), (1, Errno::EOPNOTSUPP));

@@ -69,7 +69,9 @@ impl From<CacheRange> for InvalidatedPages {
     fn from(range: CacheRange) -> Self {
         match range {
             CacheRange::All => Self::All,
-            CacheRange::Pages { address, pages, leaf } => Self::Range { address, pages, leaf },
+            CacheRange::Pages(range) => {
+                Self::Range { address: range.address(), pages: range.pages(), leaf: range.leaf() }
+            }
         }
     }
 }
@@ -318,11 +320,7 @@ fn is_of_leaves(pages: InvalidatedPages) -> bool {
 fn covers(range: CacheRange, first: u64, last: u64) -> bool {
     match range {
         CacheRange::All => true,
-        CacheRange::Pages { pages: 0, .. } => false,
-        CacheRange::Pages { address, pages, .. } => {
-            let end = address.saturating_add(pages.saturating_mul(size(UNIT_SHIFT)) - 1);
-            address <= last && end >= first
-        }
+        CacheRange::Pages(range) => range.address() <= last && range.last() >= first,
     }
 }
 

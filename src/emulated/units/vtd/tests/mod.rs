@@ -23,6 +23,7 @@ use twostage::iommufd::{iommu_hwpt_vtd_s1, HwptVtdSecondStage, Protection, UserM
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::spec::vtd::first_stage::{index, page_size, FirstStageEntry};
+use twostage::spec::vtd::PageRange;
 
 /// Requester id of the machine's device.
 pub const RID: u16 = 0x0018;
@@ -151,7 +152,7 @@ pub const ALL: CacheRange = CacheRange::All;
 
 /// The page of `address`.
 pub fn page(address: u64, leaf: bool) -> CacheRange {
-    CacheRange::Pages { address: address & !0xfff, pages: 1, leaf }
+    CacheRange::Pages(PageRange::new(address, 1, leaf))
 }
 
 impl FaultSink for Sink<HostFault> {

@@ -19,7 +19,7 @@ fn machine(level: u8) -> (Machine, u64, u64) {
 }
 
 fn pages(address: u64, pages: u64, leaf: bool) -> CacheRange {
-    CacheRange::Pages { address, pages, leaf }
+    CacheRange::Pages(PageRange::new(address, pages, leaf))
 }
 
 #[test]
@@ -288,9 +288,9 @@ fn many_ranges_are_one_look_through_the_caches() {
         (entries as u64 / 4, engine.caches().looks())
     });
     // Each spans more pages than there are sets, the last the one that was read.
-    let wide = |at: u64| CacheRange::Pages { address: at << 33, pages: 1 << 20, leaf: false };
+    let wide = |at: u64| pages(at << 33, 1 << 20, false);
     let mut ranges: Vec<_> = (1000..1255).map(wide).collect();
-    ranges.push(CacheRange::Pages { address: IOVA, pages: 1 << 11, leaf: false });
+    ranges.push(pages(IOVA, 1 << 11, false));
     machine.unit.invalidate(CacheTag(1), &ranges);
     let after = machine.unit.gate.write(|engine| engine.caches().looks());
     assert!(after - before <= 2 * sets, "{} sets are looked at", after - before);

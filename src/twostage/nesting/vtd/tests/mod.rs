@@ -20,9 +20,10 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
+use crate::spec::vtd::PageRange;
 use crate::viommu::{
-    DomainTag, HostSide, HostSideError, Invalidation, PageRange, Policy, Progress, Requester,
-    RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage,
+    DomainTag, HostSide, HostSideError, Invalidation, Policy, Progress, Requester, RequesterConfig,
+    Stage1, VtdFirstStage, VtdSecondStage,
 };
 
 /// The guest's devices: two behind one physical IOMMU, with 8-bit PASIDs.
@@ -68,7 +69,7 @@ fn second_stage(table: u64) -> Policy {
 }
 
 fn page(tag: DomainTag, address: u64) -> Invalidation {
-    let range = PageRange { address, pages: 1, leaf: true };
+    let range = PageRange::new(address, 1, true);
     Invalidation { domain: Some(tag.domain), pasid: Some(tag.pasid), range: Some(range) }
 }
 

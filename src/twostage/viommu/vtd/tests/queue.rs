@@ -6,7 +6,7 @@ use crate::spec::vtd::qi::{
     AddressMask, ContextScope, DeviceTlbRange, InterruptEntryScope, IotlbScope, PasidCacheScope,
 };
 use crate::spec::vtd::regs::{Fsts, IqErrorInfo, Iqercd};
-use crate::viommu::PageRange;
+use crate::spec::vtd::PageRange;
 
 const PASID_CACHE: Descriptor = Descriptor::PasidCache(PasidCacheScope::Global);
 const PAGE: AddressMask = AddressMask { address: 0x5000, mask: 0, leaf: false };
@@ -62,7 +62,7 @@ fn the_host_is_done_before_the_status_is_written() {
 #[test]
 fn what_stands_between_ordering_points_is_one_call() {
     let guest = Guest::running();
-    let pages = PageRange { address: 0x5000, pages: 1, leaf: false };
+    let pages = PageRange::new(0x5000, 1, false);
     let first = [pasid_iotlb(0, Some(PAGE)), iotlb(IotlbScope::Domain(DOMAIN))];
     let pages_of = IotlbScope::Pages { domain: DOMAIN, range: PAGE };
     guest.submit(&[

@@ -130,7 +130,7 @@ fn register_based_invalidation_in_legacy_mode() {
     assert_eq!(done(1 << 60), (1, vec![Call::Invalidate(vec![Invalidation::ALL])]));
     assert_eq!(done(2 << 60 | 3 << 32), (2, vec![Call::Invalidate(vec![of(None)])]));
     guest.write64(IVA, 0x1234_5041);
-    let range = crate::viommu::PageRange { address: 0x1234_4000, pages: 2, leaf: true };
+    let range = crate::spec::vtd::PageRange::new(0x1234_4000, 2, true);
     assert_eq!(done(3 << 60 | 3 << 32), (3, vec![Call::Invalidate(vec![of(Some(range))])]));
     // A mask beyond MAMV widens to the domain; granularity 00 does nothing.
     guest.write64(IVA, 0x1234_5000 | 19);
