@@ -7,7 +7,7 @@ use twostage::spec::smmuv3::command::{AddressRange, Command, SyncSignal};
 use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::StreamId;
 use twostage::viommu::smmuv3::{
-    RawCommand, Smmu, SmmuConfig, SmmuHostSide, SmmuInterrupt, SmmuInterrupts, SmmuInvalidateError,
+    Smmu, SmmuConfig, SmmuHostSide, SmmuInterrupt, SmmuInterrupts, SmmuInvalidateError,
     StreamPolicy,
 };
 use twostage::viommu::HostSideError;
@@ -28,7 +28,7 @@ impl SmmuHostSide for Idle {
         Ok(())
     }
 
-    fn invalidate(&self, _: &[RawCommand]) -> Result<(), SmmuInvalidateError> {
+    fn invalidate(&self, _: &[Command]) -> Result<(), SmmuInvalidateError> {
         Ok(())
     }
 }

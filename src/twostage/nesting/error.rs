@@ -77,7 +77,7 @@ pub enum NestingError {
     NoStream(StreamId),
     /// A command that only the owner of the physical SMMU can give.
     #[error("no invalidation of stage 1: {0}")]
-    NoInvalidation(String),
+    NoInvalidation(&'static str),
     /// The process can have no more threads.
     #[error("no thread can be started to bring the events of streams: {0}")]
     NoThread(String),

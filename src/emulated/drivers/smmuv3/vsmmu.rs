@@ -45,7 +45,8 @@ impl Vsmmu {
         Self { unit, tag, _parent: parent.clone(), streams }
     }
 
-    /// Converts a user's command for the SMMU.
+    /// Converts a user's command for the SMMU. It is decoded here and nowhere else: the uAPI carries
+    /// words, and a driver checks every bit of them.
     ///
     /// # Errors
     /// `EIO` the command is not allowed for users, its stream is unknown, or it has undefined bits

@@ -12,16 +12,13 @@ use std::mem::{discriminant, Discriminant};
 
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
-use crate::viommu::smmuv3::RawCommand;
 
 /// A command, with its number in what the virtual SMMU handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Numbered {
     /// How the virtual SMMU counts it.
     pub number: usize,
-    /// Its words, as the guest wrote them.
-    pub words: RawCommand,
-    /// What they say.
+    /// It.
     pub command: Command,
 }
 
@@ -52,9 +49,9 @@ pub(super) fn cache(command: &Command) -> Option<Cache> {
     }
 }
 
-/// Whether `words` are of a command about what a device keeps.
-pub(super) fn is_of_device(words: &RawCommand) -> bool {
-    Command::decode(*words).is_ok_and(|it| matches!(cache(&it), Some(Cache::Device(_))))
+/// Whether `command` is about what a device keeps.
+pub(super) fn is_of_device(command: &Command) -> bool {
+    matches!(cache(command), Some(Cache::Device(_)))
 }
 
 fn kind(command: &Command) -> Option<Discriminant<Cache>> {
@@ -132,11 +129,8 @@ mod tests {
 
     /// The numbers of those that are kept.
     fn kept(commands: &[Command]) -> Vec<usize> {
-        let numbered = commands.iter().enumerate().map(|(number, command)| Numbered {
-            number,
-            words: command.encode(),
-            command: *command,
-        });
+        let numbered =
+            commands.iter().enumerate().map(|(number, &command)| Numbered { number, command });
         without_covered(numbered.collect()).iter().map(|command| command.number).collect()
     }
 

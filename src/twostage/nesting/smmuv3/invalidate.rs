@@ -9,7 +9,6 @@ use crate::nesting::error::{NestingError, Result};
 use crate::spec::pci::Pasid;
 use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 use crate::spec::smmuv3::StreamId;
-use crate::viommu::smmuv3::RawCommand;
 
 /// So many commands go to the host in one call at the most: it copies them into memory in one
 /// piece.
@@ -31,9 +30,9 @@ pub(super) struct Refused {
 
 impl State {
     /// See [`crate::viommu::smmuv3::SmmuHostSide::invalidate`].
-    pub fn invalidate(&mut self, batch: &[RawCommand]) -> std::result::Result<(), Refused> {
+    pub fn invalidate(&mut self, batch: &[Command]) -> std::result::Result<(), Refused> {
         self.counters.commands_in += batch.len() as u64;
-        let (commands, foreign) = decode(batch);
+        let (commands, foreign) = own(batch);
         let commands = self.needed(commands);
         self.forward(&commands)?;
         foreign.map_or(Ok(()), Err)
@@ -45,10 +44,10 @@ impl State {
         if commands.is_empty() && !behind {
             return Ok(());
         }
-        let words: Vec<RawCommand> = commands.iter().map(|command| command.words).collect();
+        let all: Vec<Command> = commands.iter().map(|numbered| numbered.command).collect();
         let mut refusal = None;
         if !behind {
-            match self.issue(&words) {
+            match self.issue(&all) {
                 Ok(()) => return Ok(()),
                 Err(error) => refusal = Some(error),
             }
@@ -60,10 +59,9 @@ impl State {
         }
         // ... but the guest must be told: of the one that is to blame, or, where the host takes all
         // of them now, of the first, as any of them may have failed.
-        let culprit = self.first_refused(&words).or(refusal.map(|source| (0, source)));
+        let culprit = self.first_refused(&all).or(refusal.map(|source| (0, source)));
         let Some((at, source)) = culprit else { return Ok(()) };
         Err(Refused {
-            // There are as many commands as words.
             number: commands.get(at).map_or(0, |command| command.number),
             error: NestingError::Host { what: "invalidating".into(), source },
             flushed: true,
@@ -129,10 +127,9 @@ impl State {
             Some(Cache::Tlb) | None => 1,
             Some(Cache::Device(_)) => 2,
         });
-        let words: Vec<RawCommand> = commands.iter().map(Command::encode).collect();
         self.counters.full_flushes += 1;
         self.flush_due = true;
-        self.issue(&words)
+        self.issue(&commands)
             .map_err(|source| NestingError::Host { what: "flushing everything".into(), source })?;
         self.flush_due = false;
         self.tlb_used = self.any_translates();
@@ -157,7 +154,7 @@ impl State {
 
     /// Has the host work off `commands` again, in ever smaller pieces where it stops, down to the
     /// one that it refuses. None, if it does all of them now.
-    fn first_refused(&mut self, commands: &[RawCommand]) -> Option<(usize, HostError)> {
+    fn first_refused(&mut self, commands: &[Command]) -> Option<(usize, HostError)> {
         // All before `from` are done; somewhere before `to` the host is known to stop.
         let mut from = 0;
         let mut to = commands.len();
@@ -178,7 +175,7 @@ impl State {
 
     /// Has the host do `commands`, in order; where its SMMU may miss some of them, twice, each time
     /// to the end, and before what devices keep of the same translations is invalidated.
-    fn issue(&mut self, commands: &[RawCommand]) -> crate::iommufd::Result<()> {
+    fn issue(&mut self, commands: &[Command]) -> crate::iommufd::Result<()> {
         let Some(unit) = &self.unit else { return Ok(()) };
         if !unit.misses_invalidations() {
             return self.issue_once(commands);
@@ -196,13 +193,14 @@ impl State {
         Ok(())
     }
 
-    /// Has the host do `commands`, in order.
-    fn issue_once(&mut self, commands: &[RawCommand]) -> crate::iommufd::Result<()> {
+    /// Has the host do `commands`, in order. Here they become words, as the host wants them.
+    fn issue_once(&mut self, commands: &[Command]) -> crate::iommufd::Result<()> {
         let Some(unit) = &self.unit else { return Ok(()) };
         let viommu = unit.viommu();
         for piece in commands.chunks(MAX_COMMANDS) {
-            let piece: Vec<_> =
-                piece.iter().map(|&cmd| iommu_viommu_arm_smmuv3_invalidate { cmd }).collect();
+            let words =
+                |command: &Command| iommu_viommu_arm_smmuv3_invalidate { cmd: command.encode() };
+            let piece: Vec<_> = piece.iter().map(words).collect();
             self.objects
                 .host()
                 .hwpt_invalidate(viommu, InvalidateData::ArmSmmuV3(&piece))
@@ -215,20 +213,16 @@ impl State {
 
 /// The commands of `batch`, up to the first that is no invalidation of stage 1, which the virtual
 /// SMMU does not hand over; and that one.
-fn decode(batch: &[RawCommand]) -> (Vec<Numbered>, Option<Refused>) {
-    let mut commands = Vec::with_capacity(batch.len());
-    for (number, &words) in batch.iter().enumerate() {
-        let what = match Command::decode(words) {
-            Ok(command) if batch::cache(&command).is_some() => {
-                commands.push(Numbered { number, words, command });
-                continue;
-            }
-            Ok(command) => command.name().to_owned(),
-            Err(error) => error.to_string(),
-        };
-        let error = NestingError::NoInvalidation(what);
-        let refused = Refused { number, error, flushed: false, still_reachable: false };
-        return (commands, Some(refused));
-    }
-    (commands, None)
+fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
+    let own = batch.iter().take_while(|command| batch::cache(command).is_some());
+    let own = own.enumerate().map(|(number, &command)| Numbered { number, command });
+    let own: Vec<Numbered> = own.collect();
+    let number = own.len();
+    let foreign = batch.get(number).map(|command| Refused {
+        number,
+        error: NestingError::NoInvalidation(command.name()),
+        flushed: false,
+        still_reachable: false,
+    });
+    (own, foreign)
 }

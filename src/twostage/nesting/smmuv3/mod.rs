@@ -12,7 +12,7 @@
 //!   alone: no events are owed of it then, and it needs no object of its own;
 //! * a device is detached until it is first configured; from then on entries are replaced. Only
 //!   what the host refuses to abort is detached;
-//! * a batch of invalidations is one call on the vIOMMU, in the guest's own words. What cannot be
+//! * a batch of invalidations is one call on the vIOMMU, of the guest's own commands. What cannot be
 //!   cached is not forwarded. An SMMU that may miss invalidations, as its host says, is given each
 //!   twice, but for those of what devices keep. After a refusal everything is flushed, the command
 //!   to blame is looked for, and the virtual SMMU is told, even where all of them are taken the
@@ -38,10 +38,9 @@ use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
-use crate::viommu::smmuv3::{
-    EventTarget, RawCommand, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
-};
+use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
 use crate::viommu::HostSideError;
 pub use counters::SmmuNestingCounters;
 use events::{EventRoute, EventThread};
@@ -167,7 +166,7 @@ impl SmmuHostSide for SmmuNesting {
         })
     }
 
-    fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError> {
+    fn invalidate(&self, commands: &[Command]) -> Result<(), SmmuInvalidateError> {
         let refused = match self.state().invalidate(commands) {
             Ok(()) => return Ok(()),
             Err(refused) => refused,

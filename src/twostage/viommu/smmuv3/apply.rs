@@ -111,7 +111,7 @@ impl Smmu {
             let decision = table.policy(stream);
             if self.has(stream, decision) {
                 if matches!(decision, Ok(StreamPolicy::Stage1 { .. })) {
-                    unchanged.push(Command::CfgiCdAll { stream }.encode());
+                    unchanged.push(Command::CfgiCdAll { stream });
                 }
             } else {
                 applied = applied.and(self.give(stream, decision));

@@ -71,7 +71,7 @@ struct Pass {
     /// Index of the first command that is not fetched yet when the guest wrote CMDQ_PROD.
     end: u32,
     /// Invalidations gathered since the last that were done.
-    batch: Vec<Words>,
+    batch: Vec<Command>,
     /// The index of each of them.
     indices: Vec<u32>,
 }
@@ -123,8 +123,8 @@ impl Smmu {
             }
             match action {
                 Action::Nothing => {}
-                Action::Invalidate(words) => {
-                    pass.batch.push(words);
+                Action::Invalidate => {
+                    pass.batch.push(command);
                     pass.indices.push(pass.fetch);
                 }
                 Action::Configure(scope) => self
@@ -188,7 +188,7 @@ impl Smmu {
     ///
     /// # Errors
     /// The host refused something; it is counted and logged.
-    pub(super) fn invalidate_host(&self, batch: &[Words]) -> Result<(), SmmuInvalidateError> {
+    pub(super) fn invalidate_host(&self, batch: &[Command]) -> Result<(), SmmuInvalidateError> {
         if batch.is_empty() {
             return Ok(());
         }

@@ -2,12 +2,12 @@
 //! What is done for each command (§4): whether the SMMU offers it, and who carries it out.
 //!
 //! What changes the configuration of streams is carried out here. Invalidations of what hardware
-//! caches go to the host. They are written anew from their fields, so that no bit reaches the host
-//! that is not one of a field.
+//! caches go to the host: as commands, not as words, so that no bit reaches it that is not one of a
+//! field.
 
 use super::apply::Scope;
 use super::Smmu;
-use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, Words, ATC_SIZE_ALL};
+use crate::spec::smmuv3::command::{AddressRange, Command, SyncSignal, ATC_SIZE_ALL};
 use crate::spec::smmuv3::queue::CommandError;
 use crate::spec::smmuv3::regs::STALL_NONE;
 use crate::spec::smmuv3::StreamId;
@@ -17,8 +17,8 @@ use crate::spec::smmuv3::StreamId;
 pub(super) enum Action {
     /// Nothing: a hint, or a stream that is not here.
     Nothing,
-    /// The host invalidates.
-    Invalidate(Words),
+    /// The host does the command.
+    Invalidate,
     /// Stream table entries are read anew.
     Configure(Scope),
     /// All before it is complete: say so.
@@ -32,7 +32,7 @@ impl Smmu {
     /// The SMMU does not offer it.
     pub(super) fn action(&self, command: &Command) -> Result<Action, CommandError> {
         let idr0 = self.caps.idr0;
-        let invalidate = Action::Invalidate(command.encode());
+        let invalidate = Action::Invalidate;
         match *command {
             Command::PrefetchConfig { .. } | Command::PrefetchAddr { .. } => Ok(Action::Nothing),
             Command::CfgiSte { stream, .. } => Ok(Action::Configure(Scope::One(stream))),

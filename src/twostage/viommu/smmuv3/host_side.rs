@@ -2,15 +2,13 @@
 //! The small trait that a virtual SMMUv3 stands on, and the one it offers upward.
 //!
 //! They are not those of VT-d: an SMMU's invalidations name ASIDs and streams that only the guest's
-//! context descriptors tell apart, so that they reach the host as the guest wrote them.
+//! context descriptors tell apart, so that they reach the host as the guest gave them.
 
 use std::fmt::Debug;
 
+use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::HostSideError;
-
-/// The two words of a command, in host order (§4.1).
-pub type RawCommand = [u64; 2];
 
 /// The four words of an event record, in host order (§7.3).
 pub type EventRecordWords = [u64; 4];
@@ -48,14 +46,14 @@ pub trait SmmuHostSide: Debug + Send + Sync {
     /// [`HostSideError::still_reachable`].
     fn configure(&self, stream: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError>;
 
-    /// Does a batch of invalidations: commands of the guest's, in its own words and with its
-    /// StreamIDs, of those that a host takes from the owner of stage 1 (`TLBI_NH_ALL`,
+    /// Does a batch of invalidations: commands of the guest's, with its own StreamIDs, of those that
+    /// a host takes from the owner of stage 1 (`TLBI_NH_ALL`,
     /// `TLBI_NH_ASID`, `TLBI_NH_VA`, `TLBI_NH_VAA`, `TLBI_NSNH_ALL`, `CFGI_CD`, `CFGI_CD_ALL`,
     /// `ATC_INV`).
     ///
     /// # Errors
     /// The host refused something of it, even if that was made good.
-    fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError>;
+    fn invalidate(&self, commands: &[Command]) -> Result<(), SmmuInvalidateError>;
 }
 
 /// The host did not do a batch of invalidations.

@@ -51,7 +51,7 @@ pub use counters::SmmuCounters;
 pub use eventq::EventQueue;
 pub use gerror::GlobalErrors;
 pub use host_side::{
-    EventRecordWords, EventTarget, RawCommand, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
+    EventRecordWords, EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
 };
 pub use interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
 pub use intersection::HostSmmu;

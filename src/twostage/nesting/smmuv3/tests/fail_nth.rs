@@ -12,7 +12,7 @@ fn configure(n: &SmmuNesting, stream: StreamId, policy: StreamPolicy) -> Result<
 }
 
 fn invalidate(nesting: &SmmuNesting, commands: &[Command]) -> Result<(), String> {
-    nesting.invalidate(&words(commands)).map_err(|error| error.to_string())
+    nesting.invalidate(commands).map_err(|error| error.to_string())
 }
 
 const STEPS: &[Step] = &[

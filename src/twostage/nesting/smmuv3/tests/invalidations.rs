@@ -9,7 +9,7 @@ const EVERYTHING: &str = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0
                           0x2000000040:0x34, 0x2000000a40:0x34]";
 
 #[test]
-fn a_batch_is_one_call_in_the_guest_s_words() {
+fn a_batch_is_one_call_of_the_guest_s_commands() {
     let rig = Rig::nested();
     rig.invalidate(&[cd(STREAM_A), va(1, 5), asid(2), atc(STREAM_A)]).unwrap();
     rig.expect(&["HWPT_INVALIDATE #5 [0x2000000005:0x1, 0x1000000000012:0x5000, \
@@ -216,7 +216,7 @@ fn what_is_no_invalidation_of_stage_1_never_reaches_the_host() {
         assert!(refused.to_string().contains(foreign.name()), "{refused}");
         rig.expect(&["HWPT_INVALIDATE #5 [0x1000000000012:0x5000]"]);
     }
-    assert_eq!(rig.nesting.invalidate(&[[0xff, 0]]).unwrap_err().refused, 0);
+    assert_eq!(rig.invalidate(&[Command::TlbiEl2All]).unwrap_err().refused, 0);
     rig.expect(&[]);
 }
 

@@ -21,7 +21,7 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::smmuv3::command::{AddressRange, Command};
 use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
 use crate::spec::smmuv3::StreamId;
-use crate::viommu::smmuv3::{RawCommand, SmmuHostSide as _, SmmuInvalidateError, StreamPolicy};
+use crate::viommu::smmuv3::{SmmuHostSide as _, SmmuInvalidateError, StreamPolicy};
 use crate::viommu::HostSideError;
 
 /// The guest's devices: two behind one physical SMMU.
@@ -85,10 +85,6 @@ fn atc(stream: StreamId) -> Command {
     Command::AtcInv { stream, substream: None, global: false, address: 0x7000, size: 0 }
 }
 
-fn words(commands: &[Command]) -> Vec<RawCommand> {
-    commands.iter().map(Command::encode).collect()
-}
-
 /// Both devices added and passing, the log empty.
 struct Rig {
     host: Arc<RecordingHost>,
@@ -134,7 +130,7 @@ impl Rig {
     }
 
     fn invalidate(&self, commands: &[Command]) -> Result<(), SmmuInvalidateError> {
-        self.nesting.invalidate(&words(commands))
+        self.nesting.invalidate(commands)
     }
 
     /// What the host was asked since the last time.

@@ -65,16 +65,10 @@ impl SmmuHostSide for FakeHost {
         self.record(Call::Configure(stream, *policy))
     }
 
-    fn invalidate(&self, commands: &[RawCommand]) -> Result<(), SmmuInvalidateError> {
-        let decoded = commands.iter().map(|&words| {
-            let command = Command::decode(words).unwrap();
-            // No bit that is not one of a field.
-            assert_eq!(command.encode(), words);
-            command
-        });
+    fn invalidate(&self, commands: &[Command]) -> Result<(), SmmuInvalidateError> {
         let refused = *self.refused.lock();
         let flushed = self.flushes.load(Ordering::Relaxed);
-        self.record(Call::Invalidate(decoded.collect())).map_err(|error| SmmuInvalidateError {
+        self.record(Call::Invalidate(commands.to_vec())).map_err(|error| SmmuInvalidateError {
             refused,
             flushed,
             error,
