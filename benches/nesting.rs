@@ -12,9 +12,10 @@ use twostage::nesting::GuestIoas;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::pasid::PagingMode;
 use twostage::spec::vtd::PageRange;
-use twostage::viommu::{
-    DomainTag, HostSide, Invalidation, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
+use twostage::viommu::vtd::{
+    DomainTag, HostSide, Invalidation, Policy, RequesterConfig, Stage1, VtdFirstStage,
 };
+use twostage::viommu::Requester;
 
 const UNMAPS: u64 = 1000;
 const TAG: DomainTag = DomainTag { domain: 1, pasid: 0 };

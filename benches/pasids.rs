@@ -16,8 +16,9 @@ use twostage::nesting::GuestIoas;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::spec::vtd::qi::{AddressMask, Descriptor, IotlbScope, PasidCacheScope, StatusWrite};
 use twostage::spec::vtd::regs::{self, Gcmd, Iqa, Rtaddr};
+use twostage::viommu::vtd::FaultTarget;
 use twostage::viommu::vtd::{VtdConfig, VtdIommu};
-use twostage::viommu::{FaultTarget, InterruptSink};
+use twostage::viommu::InterruptSink;
 use twostage_emulated::{DeviceConfig, EmulatedHost, VtdUnit, VtdUnitConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 

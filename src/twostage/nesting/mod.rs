@@ -13,6 +13,10 @@
 //! * a batch of invalidations becomes one call, and what the host fails to invalidate is blocked
 //!   and reported.
 //!
+//! Files of the same name in both folders do the same, and can be read side by side: `attachments`
+//! (from policies to host objects), `invalidate` and `merge` (from invalidations to host calls),
+//! `nested` and `unit` (the objects), `state`, `faults` (back to the virtual IOMMU), `counters`.
+//!
 //! Nothing here ever sees guest memory or registers, nor leaves DMA on a translation that the guest
 //! has taken back.
 
@@ -20,6 +24,7 @@ mod error;
 mod guest_ioas;
 mod host_unit;
 mod hw_flags;
+mod nested;
 mod objects;
 pub mod smmuv3;
 pub mod survey;

@@ -3,29 +3,33 @@
 //!
 //! A model here knows guest memory ([`TableMemory`]), a place to send interrupts
 //! ([`InterruptSink`]; [`smmuv3::SmmuInterrupts`]) and the small trait of what is behind it
-//! ([`HostSide`]; [`smmuv3::SmmuHostSide`]). It never sees a file descriptor and never KVM. A pure
-//! function decides a policy from guest tables, the policy is applied to the host, and only then
-//! does the guest see it acknowledged.
+//! ([`vtd::HostSide`]; [`smmuv3::SmmuHostSide`]). It never sees a file descriptor and never KVM. A
+//! pure function decides a policy from guest tables, the policy is applied to the host, and only
+//! then does the guest see it acknowledged.
+//!
+//! Files of the same name in both models' folders do the same, and can be read side by side:
+//! `registers` and `control` (what a register write sets off), `queue`, `actions` (what is done for
+//! each descriptor or command), `invalidate`, `policy` (from tables), `apply` and `requesters` (to
+//! the host), `faults` (back to the guest), `config`, `caps`, `host_unit` (what hosts can serve),
+//! `host_side`, `counters`, `state`. What is the same protocol is in `ledger`.
 
 mod conflict;
+mod fair_mutex;
 mod host_side;
-mod in_turn;
 mod interrupts;
+mod ledger;
 mod memory;
 mod observer;
-mod policy;
 mod register_slot;
+mod requester;
 pub mod smmuv3;
 #[cfg(test)]
 mod testing;
 pub mod vtd;
 
 pub use conflict::CapabilityConflict;
-pub use host_side::{DmaFault, FaultTarget, HostSide, HostSideError, Progress};
+pub use host_side::HostSideError;
 pub use interrupts::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 pub use memory::{BadAddress, TableMemory};
 pub use observer::{FaultOutcome, Observer, RegisterAccess};
-pub use policy::{
-    DomainTag, Invalidation, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage,
-    VtdSecondStage,
-};
+pub use requester::Requester;

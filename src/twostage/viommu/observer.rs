@@ -4,7 +4,8 @@
 use std::fmt;
 
 use super::smmuv3::host_side::StreamPolicy;
-use super::{DmaFault, MsiMessage, Requester, RequesterConfig};
+use super::vtd::host_side::{DmaFault, RequesterConfig};
+use super::{MsiMessage, Requester};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::event::EventRecord;
 use crate::spec::smmuv3::StreamId;

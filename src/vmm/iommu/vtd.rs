@@ -14,10 +14,9 @@ use crate::Result;
 use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::{host_vtd, NestingError};
 use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use twostage::viommu::{
-    FaultTarget, InterruptListener, InterruptRemapper, InterruptSink, Policy, Requester, Stage1,
-};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, Requester};
 use twostage_emulated::{AddressWidth, ContextTables, DmaPort, DmaWay, VtdUnit, VtdUnitConfig};
 
 /// A virtual VT-d.

@@ -15,9 +15,9 @@ use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::StreamId;
 use twostage::spec::vtd::fault::FaultReason;
 use twostage::viommu::smmuv3::StreamPolicy;
+use twostage::viommu::vtd::{DmaFault, RequesterConfig};
 use twostage::viommu::{
-    DmaFault, FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
-    RequesterConfig,
+    FaultOutcome, InterruptSink, MsiMessage, Observer, RegisterAccess, Requester,
 };
 
 impl VerbObserver for Trace {

@@ -8,8 +8,9 @@ use twostage::nesting::vtd::VtdNesting;
 use twostage::nesting::GuestIoas;
 use twostage::nesting::{host_vtd, DeviceInfo};
 use twostage::spec::pci::{Bdf, Pasid};
+use twostage::viommu::vtd::{FaultTarget, Policy, Stage1};
 use twostage::viommu::vtd::{HostUnit, VtdConfig, VtdIommu};
-use twostage::viommu::{FaultTarget, InterruptSink, Policy, Requester, Stage1};
+use twostage::viommu::{InterruptSink, Requester};
 use twostage_emulated::{
     ContextTables, DeviceConfig, DmaAttributes, DmaError, DmaPort, DmaWay, EmulatedHost,
     ObjectGraph, VtdUnit, VtdUnitConfig,

@@ -45,7 +45,7 @@ impl Vsmmu {
         Self { unit, tag, _parent: parent.clone(), streams }
     }
 
-    /// Converts a user's command for the SMMU. It is decoded here and nowhere else: the uAPI carries
+    /// Converts a user's command for the SMMU. It is decoded here and nowhere else: the uAPI has
     /// words, and a driver checks every bit of them.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From the guest's invalidations to the host's: one call on the vIOMMU per batch.
 
-use super::batch::{self, Cache, Numbered};
+use super::merge::{self, Cache, Numbered};
 use super::nested;
 use super::state::{Device, State};
 use crate::iommufd::{iommu_viommu_arm_smmuv3_invalidate, HostError, InvalidateData};
@@ -76,7 +76,7 @@ impl State {
         let translates = self.any_translates();
         let before = commands.len();
         let mut stale = false;
-        commands.retain(|command| match batch::cache(&command.command) {
+        commands.retain(|command| match merge::cache(&command.command) {
             Some(Cache::Configuration(stream)) => {
                 self.device(stream).is_some_and(|device| self.may_translate(device))
             }
@@ -91,7 +91,7 @@ impl State {
         self.flush_due |= stale && self.tlb_used;
         let cached = commands.len();
         self.counters.not_cached += (before - cached) as u64;
-        let needed = batch::without_covered(commands);
+        let needed = merge::without_covered(commands);
         self.counters.merged += (cached - needed.len()) as u64;
         needed
     }
@@ -122,7 +122,7 @@ impl State {
             }
         }
         // Translations are made from context descriptors, and what devices keep from translations.
-        commands.sort_by_key(|command| match batch::cache(command) {
+        commands.sort_by_key(|command| match merge::cache(command) {
             Some(Cache::Configuration(_)) => 0,
             Some(Cache::Tlb) | None => 1,
             Some(Cache::Device(_)) => 2,
@@ -181,11 +181,11 @@ impl State {
             return self.issue_once(commands);
         }
         for run in
-            commands.chunk_by(|one, next| batch::is_of_device(one) == batch::is_of_device(next))
+            commands.chunk_by(|one, next| merge::is_of_device(one) == merge::is_of_device(next))
         {
             for piece in run.chunks(MAX_COMMANDS) {
                 self.issue_once(piece)?;
-                if !piece.first().is_some_and(batch::is_of_device) {
+                if !piece.first().is_some_and(merge::is_of_device) {
                     self.issue_once(piece)?;
                 }
             }
@@ -214,7 +214,7 @@ impl State {
 /// The commands of `batch`, up to the first that is no invalidation of stage 1, which the virtual
 /// SMMU does not hand over; and that one.
 fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
-    let own = batch.iter().take_while(|command| batch::cache(command).is_some());
+    let own = batch.iter().take_while(|command| merge::cache(command).is_some());
     let own = own.enumerate().map(|(number, &command)| Numbered { number, command });
     let own: Vec<Numbered> = own.collect();
     let number = own.len();

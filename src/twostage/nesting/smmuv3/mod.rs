@@ -12,21 +12,21 @@
 //!   alone: no events are owed of it then, and it needs no object of its own;
 //! * a device is detached until it is first configured; from then on entries are replaced. Only
 //!   what the host refuses to abort is detached;
-//! * a batch of invalidations is one call on the vIOMMU, of the guest's own commands. What cannot be
-//!   cached is not forwarded. An SMMU that may miss invalidations, as its host says, is given each
-//!   twice, but for those of what devices keep. After a refusal everything is flushed, the command
-//!   to blame is looked for, and the virtual SMMU is told, even where all of them are taken the
-//!   second time;
+//! * a batch of invalidations is one call on the vIOMMU, of the guest's own commands. What cannot
+//!   be cached is not forwarded. An SMMU that may miss invalidations, as its host says, is given
+//!   each twice, but for those of what devices keep. After a refusal everything is flushed, the
+//!   command to blame is looked for, and the virtual SMMU is told, even where all of them are taken
+//!   the second time;
 //! * a thread reads the vEVENTQ, and hands the events to the virtual SMMU.
 
-mod batch;
+mod attachments;
 mod counters;
-mod events;
+mod faults;
 mod invalidate;
+mod merge;
 mod nested;
 mod objects;
 mod state;
-mod streams;
 #[cfg(test)]
 mod tests;
 mod unit;
@@ -43,7 +43,7 @@ use crate::spec::smmuv3::StreamId;
 use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
 use crate::viommu::HostSideError;
 pub use counters::SmmuNestingCounters;
-use events::{EventRoute, EventThread};
+use faults::{EventRoute, EventThread};
 use invalidate::Refused;
 pub use objects::{DeviceObjects, NestedObject, SmmuObjects, UnitObjects};
 use state::State;

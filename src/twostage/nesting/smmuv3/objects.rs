@@ -73,11 +73,12 @@ impl State {
             vdevice: device.vdevice,
             attached: device.attached,
         });
-        let nested = self.nested.iter().map(|(hwpt, ste, users)| NestedObject {
-            hwpt,
-            ste,
-            streams: users.iter().copied().collect(),
-        });
+        let users = |hwpt| {
+            let on_it = self.devices.iter().filter(move |(_, it)| it.attached == Some(hwpt));
+            on_it.map(|(stream, _)| *stream).collect()
+        };
+        let nested = self.nested.iter();
+        let nested = nested.map(|(hwpt, ste)| NestedObject { hwpt, ste, streams: users(hwpt) });
         SmmuObjects {
             ioas: self.objects.ioas().ok().map(|ioas| ioas.id()),
             unit,

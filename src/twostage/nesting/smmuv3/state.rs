@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::counters::SmmuNestingCounters;
-use super::events::EventRoute;
-use super::nested::{self, Entry, NestedHwpts};
+use super::faults::EventRoute;
+use super::nested::{self, Entry};
 use super::unit::Unit;
 use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind};
 use crate::nesting::error::{Context, NestingError, Result};
 use crate::nesting::hw_flags;
+use crate::nesting::nested::NestedHwpts;
 use crate::nesting::objects::Objects;
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
@@ -41,7 +42,7 @@ pub(super) struct State {
     /// There while there are devices.
     pub unit: Option<Unit>,
     pub devices: BTreeMap<StreamId, Device>,
-    pub nested: NestedHwpts,
+    pub nested: NestedHwpts<Entry>,
     /// A stream used stage 1 since the host's TLB was last known to have nothing of the guest's.
     pub tlb_used: bool,
     /// Something in it is stale, though no stream that is not blocked can use it: it is to be
@@ -186,7 +187,7 @@ impl State {
 
     /// The guest's stream table entry that the host follows for `device`, as far as it is known.
     pub fn entry_of(&self, device: &Device) -> Option<Entry> {
-        self.nested.entry(device.attached?)
+        self.nested.stage1(device.attached?)
     }
 
     /// Whether `device` may use stage 1.

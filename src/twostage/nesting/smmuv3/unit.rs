@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::events::{EventRoute, EventThread};
+use super::faults::{EventRoute, EventThread};
 use crate::iommufd::{HwInfo, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
 use crate::nesting::error::{Context, NestingError, Result};
 use crate::nesting::hw_flags;

@@ -9,7 +9,8 @@ use std::sync::{Arc, Weak};
 use crate::iommufd::{FaultSink, HostFault, ObjectId};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
-use crate::viommu::{DmaFault, FaultTarget, Requester};
+use crate::viommu::vtd::{DmaFault, FaultTarget};
+use crate::viommu::Requester;
 
 /// Names the guest requester of each host fault and hands the fault to the virtual IOMMU.
 ///

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use super::ranges::{FlushSet, EVERYTHING};
-use super::stage1::NestedHwpts;
+use super::merge::{FlushSet, EVERYTHING};
+use super::nested::Nested;
 use super::state::State;
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateError, ObjectId};
 use crate::nesting::error::{NestingError, Result};
-use crate::viommu::{Invalidation, Progress, Stage1};
+use crate::viommu::vtd::{Invalidation, Progress, Stage1};
 
 /// A domain and a PASID, each or all of them.
 type Name = (Option<u16>, Option<u32>);
@@ -39,11 +39,7 @@ type Plan<'a> = BTreeMap<ObjectId, Vec<(Name, &'a FlushSet)>>;
 /// cached under the guest's names.
 ///
 /// The sets are shared, for the HWPTs may be many; each is put together when its turn comes.
-fn plan<'a>(
-    by_name: &'a ByName,
-    nested: &NestedHwpts,
-    from: ObjectId,
-) -> (Plan<'a>, Option<ObjectId>) {
+fn plan<'a>(by_name: &'a ByName, nested: &Nested, from: ObjectId) -> (Plan<'a>, Option<ObjectId>) {
     let (mut plan, mut left) = (Plan::new(), None);
     // Of each name at least one, so that every piece gets on.
     let of_each = (AT_ONCE / by_name.len().max(1)).max(1);
@@ -64,7 +60,7 @@ fn plan<'a>(
 
 /// A batch was not done.
 #[derive(Debug)]
-pub(super) struct Stale {
+pub(super) struct Refused {
     /// The first failure.
     pub error: NestingError,
     /// A requester could not be blocked, and may go on to use what was to be forgotten.
@@ -72,21 +68,21 @@ pub(super) struct Stale {
 }
 
 impl State {
-    /// See [`crate::viommu::HostSide::invalidate`].
-    pub fn invalidate(&mut self, batch: &[Invalidation]) -> std::result::Result<(), Stale> {
-        let (mut progress, mut stale) = (Progress::default(), None);
+    /// See [`crate::viommu::vtd::HostSide::invalidate`].
+    pub fn invalidate(&mut self, batch: &[Invalidation]) -> std::result::Result<(), Refused> {
+        let (mut progress, mut refused) = (Progress::default(), None);
         while !progress.is_done() {
-            self.invalidate_some(batch, &mut progress, &mut stale);
+            self.invalidate_some(batch, &mut progress, &mut refused);
         }
-        stale.map_or(Ok(()), Err)
+        refused.map_or(Ok(()), Err)
     }
 
-    /// See [`crate::viommu::HostSide::invalidate_some`].
+    /// See [`crate::viommu::vtd::HostSide::invalidate_some`].
     pub fn invalidate_some(
         &mut self,
         batch: &[Invalidation],
         progress: &mut Progress,
-        stale: &mut Option<Stale>,
+        refused: &mut Option<Refused>,
     ) {
         let from = match progress.next() {
             None => {
@@ -106,7 +102,7 @@ impl State {
             for hwpt in hwpts {
                 let mut ranges = FlushSet::default();
                 ranges.add(one.range.filter(|_| self.is_by_address(hwpt, one)));
-                self.forget(hwpt, ranges, stale);
+                self.forget(hwpt, ranges, refused);
             }
             left
         } else {
@@ -126,7 +122,7 @@ impl State {
                         ranges.extend_to_everything(set);
                     }
                 }
-                entries += self.forget(hwpt, ranges, stale);
+                entries += self.forget(hwpt, ranges, refused);
             }
             left
         };
@@ -139,17 +135,17 @@ impl State {
     }
 
     /// Makes `hwpt` forget `ranges`, and gives how many are left of them when they are merged. If
-    /// that fails, its users are blocked and `stale` says so.
-    fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, stale: &mut Option<Stale>) -> usize {
+    /// that fails, its users are blocked and `refused` says so.
+    fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, refused: &mut Option<Refused>) -> usize {
         let added = ranges.added();
         let entries = ranges.into_entries();
         self.counters.merged += added - entries.len() as u64;
         if let Err(error) = self.flush(hwpt, &entries) {
-            let stale = stale.get_or_insert(Stale { error, still_reachable: false });
+            let refused = refused.get_or_insert(Refused { error, still_reachable: false });
             // What cannot be invalidated must not be used.
             for requester in self.nested.users(hwpt) {
                 self.block(requester);
-                stale.still_reachable |= self.is_attached(requester);
+                refused.still_reachable |= self.is_reachable(requester);
             }
         }
         entries.len()

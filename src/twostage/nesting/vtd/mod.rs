@@ -10,16 +10,17 @@
 //!
 //! What the host refuses is blocked and reported; the next configuration tries again.
 
+mod attachments;
 mod counters;
 mod faults;
 mod invalidate;
-mod ranges;
-mod requesters;
+mod merge;
+mod nested;
 mod slot;
-mod stage1;
 mod state;
 #[cfg(test)]
 mod tests;
+mod unit;
 
 use crate::sync::Mutex;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -28,13 +29,12 @@ use crate::iommufd::ObjectId;
 use crate::nesting::objects::Objects;
 use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
-use crate::viommu::{
-    FaultTarget, HostSide, HostSideError, Invalidation, Progress, Requester, RequesterConfig,
-};
+use crate::viommu::vtd::{FaultTarget, HostSide, Invalidation, Progress, RequesterConfig};
+use crate::viommu::{HostSideError, Requester};
 pub use counters::VtdNestingCounters;
 use faults::FaultRouter;
-use invalidate::Stale;
-pub use ranges::FlushSet;
+use invalidate::Refused;
+pub use merge::FlushSet;
 use state::{Start, State};
 
 /// The host side of one virtual IOMMU. See the [module](self).
@@ -135,7 +135,7 @@ impl HostSide for VtdNesting {
     ) -> Result<(), HostSideError> {
         let mut state = self.state();
         state.configure(requester, config).map_err(|error| {
-            error.for_viommu(format!("configuring {requester}"), state.is_attached(requester))
+            error.for_viommu(format!("configuring {requester}"), state.is_reachable(requester))
         })
     }
 
@@ -148,14 +148,14 @@ impl HostSide for VtdNesting {
         batch: &[Invalidation],
         progress: &mut Progress,
     ) -> Result<(), HostSideError> {
-        let mut stale = None;
-        self.state().invalidate_some(batch, progress, &mut stale);
-        stale.map_or(Ok(()), |stale| Err(for_viommu(stale)))
+        let mut refused = None;
+        self.state().invalidate_some(batch, progress, &mut refused);
+        refused.map_or(Ok(()), |refused| Err(for_viommu(refused)))
     }
 }
 
-fn for_viommu(stale: Stale) -> HostSideError {
-    stale.error.for_viommu("invalidating".into(), stale.still_reachable)
+fn for_viommu(refused: Refused) -> HostSideError {
+    refused.error.for_viommu("invalidating".into(), refused.still_reachable)
 }
 
 impl Drop for VtdNesting {

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use crate::iommufd::ObjectId;
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::{DomainTag, Requester};
+use crate::viommu::vtd::DomainTag;
+use crate::viommu::Requester;
 
 /// What a requester is attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host objects and their lives: nesting parents and devices.
+//! The host objects and their lives: devices, and what each is attached to.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use super::counters::VtdNestingCounters;
 use super::faults::FaultRouter;
+use super::nested::Nested;
 use super::slot::{Attached, Slot};
-use super::stage1::NestedHwpts;
-use crate::iommufd::{Errno, FaultSink, HostError, HwInfo, ObjectId};
+use super::unit::{Parent, Parents};
+use crate::iommufd::{FaultSink, HwInfo, ObjectId};
 use crate::nesting::error::{Context, NestingError, Result};
 use crate::nesting::hw_flags;
 use crate::nesting::objects::Objects;
@@ -33,24 +34,14 @@ pub(super) enum Start {
     Passing,
 }
 
-/// A nesting parent: the `HWPT_PAGING` whose tables are stage 2.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Parent {
-    /// The HWPT.
-    pub hwpt: ObjectId,
-    /// Made with `IOMMU_HWPT_ALLOC_PASID`. As every attachment of a device must then have been
-    /// (the RID's and each PASID's), so are the nested HWPTs on it.
-    pub pasid: bool,
-}
-
 /// Everything behind the lock of [`super::VtdNesting`].
 #[derive(Debug)]
 pub(super) struct State {
     pub objects: Objects,
     faults: Arc<FaultRouter>,
-    parents: Vec<Parent>,
+    parents: Parents,
     pub devices: BTreeMap<Bdf, Device>,
-    pub nested: NestedHwpts,
+    pub nested: Nested,
     /// But for the host calls, which [`Objects`] counts.
     pub counters: VtdNestingCounters,
 }
@@ -61,9 +52,9 @@ impl State {
         Self {
             objects,
             faults,
-            parents: Vec::new(),
+            parents: Parents::default(),
             devices: BTreeMap::new(),
-            nested: NestedHwpts::default(),
+            nested: Nested::default(),
             counters: VtdNestingCounters::default(),
         }
     }
@@ -108,9 +99,10 @@ impl State {
                 .context(|| format!("asking for the faults of {rid}"))?;
         }
         self.faults.add(dev, rid);
-        let parent = self.attach_to_parent(rid, dev, &info).inspect_err(|_| {
-            self.faults.remove(dev);
-        })?;
+        let parent = self
+            .parents
+            .attach(&mut self.objects, &mut self.counters, (rid, dev), &info)
+            .inspect_err(|_| self.faults.remove(dev))?;
         self.devices.insert(rid, Device { dev, parent, info });
         self.nested.set(Requester::rid(rid), Slot::on(Attached::Parent, 0));
         if start == Start::Passing {
@@ -127,41 +119,6 @@ impl State {
         Ok(())
     }
 
-    /// Attaches `dev` to the nesting parent of its physical IOMMU. The uAPI does not say which
-    /// IOMMU that is; the parent of another one is refused with `EINVAL`. So each is tried, and if
-    /// none fits this is the first device behind its IOMMU.
-    fn attach_to_parent(&mut self, rid: Bdf, dev: ObjectId, info: &HwInfo) -> Result<Parent> {
-        let pasid = info.max_pasid_log2 > 0;
-        for parent in self.parents.clone() {
-            if pasid && !parent.pasid {
-                continue;
-            }
-            match self.objects.host().device_attach(dev, None, parent.hwpt) {
-                Ok(_) => return Ok(parent),
-                Err(error) if error.errno == Errno::EINVAL => {}
-                Err(error) => return self.refuse(rid, dev, error),
-            }
-        }
-        let hwpt = self.objects.alloc_parent(rid, dev, pasid)?;
-        if let Err(error) = self.objects.host().device_attach(dev, None, hwpt) {
-            let refused = self.refuse(rid, dev, error);
-            self.objects.destroy(hwpt);
-            return refused;
-        }
-        let parent = Parent { hwpt, pasid };
-        self.parents.push(parent);
-        Ok(parent)
-    }
-
-    /// After the first attach of a device failed: it stays blocked.
-    fn refuse(&mut self, rid: Bdf, dev: ObjectId, source: HostError) -> Result<Parent> {
-        self.counters.refused_attaches += 1;
-        if let Err(error) = self.objects.detach(dev, None) {
-            log::error!("{rid} could not be blocked: {error}");
-        }
-        Err(NestingError::Host { what: format!("attaching {rid} to its nesting parent"), source })
-    }
-
     /// See [`super::VtdNesting::remove_device`].
     pub fn remove_device(&mut self, rid: Bdf) -> Result<()> {
         let device = *self.devices.get(&rid).ok_or(NestingError::NoDevice(rid))?;
@@ -173,8 +130,7 @@ impl State {
             ioas.users().remove_device(device.dev);
         }
         if self.devices.values().all(|other| other.parent != device.parent) {
-            self.parents.retain(|parent| *parent != device.parent);
-            self.objects.destroy(device.parent.hwpt);
+            self.parents.end(device.parent, &mut self.objects);
         }
         Ok(())
     }

@@ -1,29 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies, from the guest's tables to the host.
 //!
-//! Everything here runs under the model's lock. A policy is published for events so that the reason
-//! a blocked stream is given is never older than its blocking: a block is published before the host
-//! has it, anything else after.
+//! Everything here runs under the model's lock.
 
 use super::policy::{policy_while_disabled, ConfigFault};
+use super::requesters::Decision;
 use super::state::Registers;
-use super::streams::{Decision, Given};
 use super::{Smmu, StreamPolicy};
 use crate::spec::smmuv3::command::{Command, RANGE_ALL};
 use crate::spec::smmuv3::StreamId;
+use crate::viommu::ledger::{host_refused, Applied, NotApplied};
 use crate::viommu::HostSideError;
-
-/// Why what the guest asks for may not be acknowledged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NotApplied {
-    /// The host let a stream keep what the guest has taken back, or did not invalidate.
-    Host,
-    /// The SMMU was halted on the way.
-    Halted,
-}
-
-/// Whether every stream has its policy, or is blocked where the host refused it.
-pub(super) type Applied = Result<(), NotApplied>;
 
 /// Which streams a CMD_CFGI_STE* names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +65,7 @@ impl Smmu {
         applied
     }
 
-    /// Stream table entries changed. A wrong one is told of, see [`super::events`].
+    /// Stream table entries changed. A wrong one is told of, see [`super::faults`].
     pub(super) fn configure(&self, registers: &Registers, scope: Scope) -> Applied {
         if !self.streams.is_translating() {
             return Ok(());
@@ -109,7 +96,7 @@ impl Smmu {
             }
             self.check_halted()?;
             let decision = table.policy(stream);
-            if self.has(stream, decision) {
+            if self.streams.has(stream, decision) {
                 if matches!(decision, Ok(StreamPolicy::Stage1 { .. })) {
                     unchanged.push(Command::CfgiCdAll { stream });
                 }
@@ -125,12 +112,12 @@ impl Smmu {
         }
     }
 
-    /// Gives the host what is owed: what it has lost because it could not invalidate it, and what
-    /// it would not take when it did not even block the stream. Whoever asks for invalidations
-    /// alone does not ask for the policies that were lost with them, and a command that failed may
-    /// never come again: but nothing is complete while a stream has what the guest took back.
-    pub(super) fn settle(&self, registers: &Registers) -> Applied {
-        if !self.streams.is_owed() {
+    /// Gives the host anew what it has lost because it could not invalidate it, and what it would
+    /// not take when it did not even block the stream. Whoever asks for invalidations alone does
+    /// not ask for the policies that were lost with them, and a command that failed may never come
+    /// again: but nothing is complete while a stream has what the guest took back.
+    pub(super) fn reapply(&self, registers: &Registers) -> Applied {
+        if !self.streams.has_unapplied() {
             return Ok(());
         }
         let table = self.stream_table(registers.table_registers());
@@ -145,59 +132,27 @@ impl Smmu {
             applied = applied.and(self.give(stream, decision));
         }
         applied?;
-        self.streams.set_owed(false);
+        self.streams.set_reapplied();
         Ok(())
-    }
-
-    /// Whether the host has `decision` for `stream`.
-    fn has(&self, stream: StreamId, decision: Decision) -> bool {
-        self.streams.given(stream) == Some(Given { decision, applied: true })
     }
 
     /// Gives `decision` to the host unless it has it. When the host refuses, the stream is blocked,
     /// and each of its transactions is a C_BAD_STE: the entry asks for what cannot be served.
     pub(super) fn give(&self, stream: StreamId, decision: Decision) -> Applied {
-        if self.has(stream, decision) {
-            return Ok(());
-        }
-        let given = Given { decision, applied: true };
         let policy = decision.unwrap_or(StreamPolicy::Abort);
-        if policy == StreamPolicy::Abort {
-            self.streams.give(stream, given);
-        }
-        let result = self.host.configure(stream, &policy);
-        let applied = match &result {
-            Ok(()) => {
-                self.streams.give(stream, given);
-                Ok(())
-            }
-            Err(error) => {
-                let decision = match policy {
-                    StreamPolicy::Abort => decision,
-                    _ => Err(ConfigFault::BAD_STE),
-                };
-                self.streams.give(stream, Given { decision, applied: false });
-                self.host_failed(error)
-            }
-        };
+        let configure = || self.host.configure(stream, &policy);
+        let given = self.streams.give(stream, decision, Err(ConfigFault::BAD_STE), configure);
+        let Some(result) = given else { return Ok(()) };
         self.counters.policies.count();
         if let Some(observer) = &self.observer {
             observer.stream_policy(stream, &policy, result.is_ok());
         }
-        applied
+        result.or_else(|error| self.host_failed(&error))
     }
 
-    /// Counts and logs what the host refused. A mere refusal has its effect, for the stream is
-    /// blocked; what cannot be blocked has none.
+    /// See [`host_refused`].
     pub(super) fn host_failed(&self, error: &HostSideError) -> Applied {
-        self.counters.host_errors.count();
-        self.log.warn(format_args!("SMMUv3: the host refused: {error}"));
-        if error.still_reachable {
-            self.log.warn(format_args!("SMMUv3: and what it was to block is reachable still"));
-            self.streams.set_owed(true);
-            return Err(NotApplied::Host);
-        }
-        Ok(())
+        host_refused("SMMUv3", &self.counters.host_errors, &self.log, error)
     }
 
     /// Ends what is long when the SMMU is halted.

@@ -20,7 +20,7 @@ impl Smmu {
             .with_cmdqen(value.cmdqen())
             .with_atschk(value.atschk() && idr0.ats());
         registers.cr0 = cr0;
-        self.notices().events.enabled = cr0.eventqen();
+        self.fault_log().events.enabled = cr0.eventqen();
         let smmuen = registers.cr0ack.smmuen();
         registers.cr0ack = cr0.with_smmuen(smmuen);
         // Differs from CR0ACK where the write before could not be completed.

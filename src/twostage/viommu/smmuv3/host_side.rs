@@ -46,10 +46,9 @@ pub trait SmmuHostSide: Debug + Send + Sync {
     /// [`HostSideError::still_reachable`].
     fn configure(&self, stream: StreamId, policy: &StreamPolicy) -> Result<(), HostSideError>;
 
-    /// Does a batch of invalidations: commands of the guest's, with its own StreamIDs, of those that
-    /// a host takes from the owner of stage 1 (`TLBI_NH_ALL`,
-    /// `TLBI_NH_ASID`, `TLBI_NH_VA`, `TLBI_NH_VAA`, `TLBI_NSNH_ALL`, `CFGI_CD`, `CFGI_CD_ALL`,
-    /// `ATC_INV`).
+    /// Does a batch of invalidations: the guest's commands, with its own StreamIDs, of those that a
+    /// host takes from the owner of stage 1 (`TLBI_NH_ALL`, `TLBI_NH_ASID`, `TLBI_NH_VA`,
+    /// `TLBI_NH_VAA`, `TLBI_NSNH_ALL`, `CFGI_CD`, `CFGI_CD_ALL`, `ATC_INV`).
     ///
     /// # Errors
     /// The host refused something of it, even if that was made good.

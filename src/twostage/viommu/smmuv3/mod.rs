@@ -21,24 +21,21 @@
 //! [`EventTarget`] takes. An event may therefore come from any thread, even while another waits in
 //! the host for DMA to end.
 
+mod actions;
 mod apply;
 mod caps;
-mod cmdq;
-mod commands;
 mod config;
 mod control;
 mod counters;
-mod eventq;
-mod events;
-mod gerror;
+mod faults;
 pub(super) mod host_side;
-mod interrupts;
-mod intersection;
-mod notices;
+mod host_unit;
+mod invalidate;
 mod policy;
+mod queue;
 mod registers;
+mod requesters;
 mod state;
-mod streams;
 
 use crate::sync::Mutex;
 use std::fmt;
@@ -48,28 +45,28 @@ use std::sync::{Arc, MutexGuard};
 pub use caps::Capabilities;
 pub use config::{SmmuConfig, SmmuConfigError};
 pub use counters::SmmuCounters;
-pub use eventq::EventQueue;
-pub use gerror::GlobalErrors;
+pub use faults::eventq::EventQueue;
+pub use faults::gerror::GlobalErrors;
+pub use faults::interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
+pub use faults::log::FaultLog;
 pub use host_side::{
     EventRecordWords, EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
 };
-pub use interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
-pub use intersection::HostSmmu;
-pub use notices::Notices;
+pub use host_unit::HostSmmu;
 pub use state::{Registers, SmmuState};
 
-use super::in_turn::InTurn;
+use super::fair_mutex::FairMutex;
 use super::observer::Observer;
 use super::TableMemory;
 use crate::ratelimit::RateLimit;
 use crate::spec::smmuv3::regs::Gerror;
 use crate::spec::smmuv3::StreamId;
-use cmdq::Slice;
 use counters::Counters;
-use interrupts::Signal;
-use notices::Offered;
+use faults::interrupts::Signal;
+use faults::log::Offered;
 use policy::{policy_while_disabled, StreamTable};
-use streams::{Streams, TableRegisters};
+use queue::Slice;
+use requesters::{Streams, TableRegisters};
 
 /// A virtual SMMUv3.
 pub struct Smmu {
@@ -79,9 +76,9 @@ pub struct Smmu {
     host: Arc<dyn SmmuHostSide>,
     interrupts: Arc<dyn SmmuInterrupts>,
     observer: Option<Arc<dyn Observer>>,
-    registers: InTurn<Registers>,
+    registers: FairMutex<Registers>,
     halted: AtomicBool,
-    notices: Mutex<Notices>,
+    faults: Mutex<FaultLog>,
     streams: Streams,
     counters: Counters,
     log: RateLimit,
@@ -107,9 +104,9 @@ impl Smmu {
             host,
             interrupts,
             observer,
-            registers: InTurn::default(),
+            registers: FairMutex::default(),
             halted: AtomicBool::new(false),
-            notices: Mutex::default(),
+            faults: Mutex::default(),
             streams: Streams::default(),
             counters: Counters::default(),
             log: RateLimit::default(),
@@ -193,7 +190,7 @@ impl Smmu {
         let registers = self.lock();
         SmmuState {
             registers: registers.clone(),
-            notices: self.notices().clone(),
+            faults: self.fault_log().clone(),
             streams: self.streams.all(),
         }
     }
@@ -202,8 +199,8 @@ impl Smmu {
         self.registers.lock()
     }
 
-    fn notices(&self) -> MutexGuard<'_, Notices> {
-        self.notices.lock()
+    fn fault_log(&self) -> MutexGuard<'_, FaultLog> {
+        self.faults.lock()
     }
 
     /// The stream table, to decide by.
@@ -214,7 +211,7 @@ impl Smmu {
 
     /// Makes global errors active.
     fn raise(&self, errors: Gerror) {
-        let signal = self.notices().raise(self.offered, errors);
+        let signal = self.fault_log().raise(self.offered, errors);
         self.send(signal);
     }
 

@@ -4,7 +4,7 @@
 //! What is reserved reads as zero, and so does what is no aligned 32- or 64-bit access; writes of
 //! both are ignored. So are writes of registers that are fixed while what they are for is enabled.
 
-use super::interrupts::InterruptConfig;
+use super::faults::interrupts::InterruptConfig;
 use super::state::Registers;
 use super::Smmu;
 use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, OutputCons, OutputProd, QueueBase};
@@ -74,29 +74,27 @@ impl Smmu {
             regs::CMDQ_PROD => {
                 pair(registers.cmdq_prod.into_bits(), registers.cmdq_cons.into_bits())
             }
-            slot => self.read_notice(slot),
+            slot => self.read_fault_slot(slot),
         }
     }
 
-    fn read_notice(&self, slot: u64) -> u64 {
-        let notices = self.notices();
+    fn read_fault_slot(&self, slot: u64) -> u64 {
+        let log = self.fault_log();
         match slot {
             regs::IRQ_CTRL => {
-                let irq_ctrl = notices.irq_ctrl.into_bits();
+                let irq_ctrl = log.irq_ctrl.into_bits();
                 pair(irq_ctrl, irq_ctrl)
             }
             regs::GERROR => {
-                let errors = notices.errors;
+                let errors = log.errors;
                 pair(errors.gerror.into_bits(), errors.gerrorn.into_bits())
             }
-            regs::GERROR_IRQ_CFG0 => notices.errors_interrupt.address.into_bits(),
-            regs::GERROR_IRQ_CFG1 => notices.errors_interrupt.message_words(),
-            regs::EVENTQ_BASE => notices.events.base.into_bits(),
-            regs::EVENTQ_IRQ_CFG0 => notices.events_interrupt.address.into_bits(),
-            regs::EVENTQ_IRQ_CFG1 => notices.events_interrupt.message_words(),
-            regs::EVENTQ_PROD => {
-                pair(notices.events.prod.into_bits(), notices.events.cons.into_bits())
-            }
+            regs::GERROR_IRQ_CFG0 => log.errors_interrupt.address.into_bits(),
+            regs::GERROR_IRQ_CFG1 => log.errors_interrupt.message_words(),
+            regs::EVENTQ_BASE => log.events.base.into_bits(),
+            regs::EVENTQ_IRQ_CFG0 => log.events_interrupt.address.into_bits(),
+            regs::EVENTQ_IRQ_CFG1 => log.events_interrupt.message_words(),
+            regs::EVENTQ_PROD => pair(log.events.prod.into_bits(), log.events.cons.into_bits()),
             _ => 0,
         }
     }
@@ -155,49 +153,48 @@ impl Smmu {
                     registers.cmdq_cons = CmdqCons::new().with_rd(cons.rd()).with_err(cons.err());
                 }
             }
-            _ => self.write_notice(access, value),
+            _ => self.write_fault_slot(access, value),
         }
     }
 
-    fn write_notice(&self, access: SlotAccess, value: u64) {
+    fn write_fault_slot(&self, access: SlotAccess, value: u64) {
         let (low, high) = access.halves(value);
-        let mut notices = self.notices();
-        let irq_ctrl = notices.irq_ctrl;
+        let mut log = self.fault_log();
+        let irq_ctrl = log.irq_ctrl;
         match access.slot {
             regs::IRQ_CTRL => {
                 if let Some(low) = low {
-                    let signals = notices.write_irq_ctrl(self.offered, IrqCtrl::from_bits(low));
-                    drop(notices);
+                    let signals = log.write_irq_ctrl(self.offered, IrqCtrl::from_bits(low));
+                    drop(log);
                     signals.into_iter().for_each(|signal| self.send(signal));
                 }
             }
             regs::GERROR => {
                 if let Some(high) = high {
-                    notices.errors.acknowledge(high);
+                    log.errors.acknowledge(high);
                 }
             }
             // Where a message goes is fixed while it may be on its way.
             regs::GERROR_IRQ_CFG0 | regs::GERROR_IRQ_CFG1 if !irq_ctrl.gerror_irqen() => {
-                self.write_message(&mut notices.errors_interrupt, access, value);
+                self.write_message(&mut log.errors_interrupt, access, value);
             }
             regs::EVENTQ_IRQ_CFG0 | regs::EVENTQ_IRQ_CFG1 if !irq_ctrl.eventq_irqen() => {
-                self.write_message(&mut notices.events_interrupt, access, value);
+                self.write_message(&mut log.events_interrupt, access, value);
             }
-            regs::EVENTQ_BASE if !notices.events.enabled => {
-                let old = notices.events.base.into_bits();
+            regs::EVENTQ_BASE if !log.events.enabled => {
+                let old = log.events.base.into_bits();
                 let new = access.merge(old, value, QueueBase::WRITABLE);
-                notices.events.base = QueueBase::from_bits(new);
+                log.events.base = QueueBase::from_bits(new);
             }
             regs::EVENTQ_PROD => {
                 // The SMMU's own while the queue is enabled.
-                if let Some(low) = low.filter(|_| !notices.events.enabled) {
+                if let Some(low) = low.filter(|_| !log.events.enabled) {
                     let prod = OutputProd::from_bits(low);
-                    notices.events.prod =
-                        OutputProd::new().with_wr(prod.wr()).with_ovflg(prod.ovflg());
+                    log.events.prod = OutputProd::new().with_wr(prod.wr()).with_ovflg(prod.ovflg());
                 }
                 if let Some(high) = high {
                     let cons = OutputCons::from_bits(high);
-                    notices.events.cons =
+                    log.events.cons =
                         OutputCons::new().with_rd(cons.rd()).with_ovackflg(cons.ovackflg());
                 }
             }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! All that the guest can see of a virtual SMMUv3, as plain data.
 
-use super::notices::Notices;
-use super::streams::TableRegisters;
+use super::faults::log::FaultLog;
+use super::requesters::TableRegisters;
 use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, QueueBase};
 use crate::spec::smmuv3::regs::{Cr0, Cr1, Cr2, Gbpa, StrtabBase, StrtabBaseCfg};
 use crate::spec::smmuv3::StreamId;
@@ -71,7 +71,7 @@ pub struct SmmuState {
     /// Registers but for those of events, errors and interrupts.
     pub registers: Registers,
     /// Those.
-    pub notices: Notices,
+    pub faults: FaultLog,
     /// The streams behind the SMMU, ascending.
     pub streams: Vec<StreamId>,
 }

@@ -2,9 +2,7 @@
 //! Policies, from the guest's tables to the host.
 //!
 //! Everything here runs under the model's lock, and is short: what names many requesters is an
-//! [`Evaluation`](super::evaluation::Evaluation), which goes through them in slices. A policy is
-//! published for faults so that the reason a blocked requester is given is never older than its
-//! blocking: a block is published before the host has it, anything else after.
+//! [`Evaluation`](super::evaluation::Evaluation), which goes through them in slices.
 
 use super::policy::blocked_config;
 use super::VtdIommu;
@@ -12,21 +10,11 @@ use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::qi::ContextScope;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::viommu::ledger::{host_refused, Applied, Entries};
+use crate::viommu::vtd::host_side::RequesterConfig;
 use crate::viommu::vtd::policy::tables::{Blocked, Tables};
-use crate::viommu::vtd::requesters::given::Given;
-use crate::viommu::{HostSideError, Policy, Requester, RequesterConfig};
-
-/// Why what the guest asks for may not be acknowledged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NotApplied {
-    /// The host let a requester keep what the guest has taken back.
-    StillReachable,
-    /// The unit was halted on the way.
-    Halted,
-}
-
-/// Whether every requester has its policy, or is blocked where the host refused it.
-pub(super) type Applied = Result<(), NotApplied>;
+use crate::viommu::vtd::requesters::{Functions, Given};
+use crate::viommu::{HostSideError, Requester};
 
 /// Which requesters an invalidation of context or PASID cache names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +29,7 @@ pub(super) enum Scope {
     /// PASID where RID_PASID is it.
     Pasid(Pasid),
     /// No invalidation: those whose configuration the host does not have.
-    Lost,
+    Unapplied,
 }
 
 impl Scope {
@@ -67,20 +55,20 @@ impl Scope {
     pub fn names_function(self, rid: Bdf) -> bool {
         match self {
             Self::Functions { source, ignored } => (rid.raw() ^ source.raw()) & !ignored == 0,
-            Self::Global | Self::Domain(_) | Self::Pasid(_) | Self::Lost => true,
+            Self::Global | Self::Domain(_) | Self::Pasid(_) | Self::Unapplied => true,
         }
     }
 
     /// Whether what was given to a requester, or what it is to be given, is named. One that was
     /// given nothing, or is blocked, was tagged by nothing that the guest knows.
     pub fn names(self, before: Option<Given>, after: &RequesterConfig) -> bool {
-        if self == Self::Lost {
+        if self == Self::Unapplied {
             return before.is_some_and(|given| !given.applied);
         }
-        let Some(before) = before.filter(|given| !is_blocked(&given.config)) else { return true };
-        let tags = [before.config.tag, after.tag];
+        let Some(before) = before.filter(|given| !is_blocked(&given.decision)) else { return true };
+        let tags = [before.decision.tag, after.tag];
         match self {
-            Self::Global | Self::Functions { .. } | Self::Lost => true,
+            Self::Global | Self::Functions { .. } | Self::Unapplied => true,
             Self::Domain(domain) => tags.iter().any(|tag| tag.domain == domain),
             Self::Pasid(pasid) => tags.iter().any(|tag| tag.pasid == pasid.raw()),
         }
@@ -118,7 +106,7 @@ impl Scopes {
 }
 
 pub(super) fn is_blocked(config: &RequesterConfig) -> bool {
-    matches!(config.policy, Policy::Blocked(_))
+    Functions::is_block(config)
 }
 
 impl VtdIommu {
@@ -170,7 +158,7 @@ impl VtdIommu {
         refused: FaultReason,
     ) -> Applied {
         let applied = self.give(requester, config, refused);
-        let done = self.requesters.given(requester) == Some(Given { config, applied: true });
+        let done = self.requesters.has(requester, config);
         if let (Some(pasid), true, true) = (requester.pasid, done, is_blocked(&config)) {
             self.requesters.forget_pasid(requester.rid, pasid);
         }
@@ -185,47 +173,21 @@ impl VtdIommu {
         config: RequesterConfig,
         refused: FaultReason,
     ) -> Applied {
-        if self.requesters.given(requester) == Some(Given { config, applied: true }) {
-            return Ok(());
-        }
-        let given = Given { config, applied: true };
-        if is_blocked(&config) {
-            self.requesters.give(requester, given);
-        }
-        let result = self.host.configure(requester, &config);
-        let applied = match &result {
-            Ok(()) => {
-                self.requesters.give(requester, given);
-                Ok(())
-            }
-            Err(error) => {
-                let config = if is_blocked(&config) {
-                    config
-                } else {
-                    let fault_disabled = config.fault_disabled;
-                    blocked_config(requester, Blocked { reason: refused, fault_disabled })
-                };
-                self.requesters.give(requester, Given { config, applied: false });
-                self.host_failed(error)
-            }
-        };
+        let fault_disabled = config.fault_disabled;
+        let refused = blocked_config(requester, Blocked { reason: refused, fault_disabled });
+        let configure = || self.host.configure(requester, &config);
+        let given = self.requesters.give(requester, config, refused, configure);
+        let Some(result) = given else { return Ok(()) };
         self.counters.policies.count();
         if let Some(observer) = &self.observer {
             observer.policy(requester, &config, result.is_ok());
         }
-        applied
+        result.or_else(|error| self.host_failed(&error))
     }
 
-    /// Counts and logs what the host refused. A mere refusal has its effect, for the requester is
-    /// blocked; what cannot be blocked has none.
+    /// See [`host_refused`].
     pub(super) fn host_failed(&self, error: &HostSideError) -> Applied {
-        self.counters.host_errors.count();
-        self.log.warn(format_args!("VT-d: the host refused: {error}"));
-        if error.still_reachable {
-            self.log.warn(format_args!("VT-d: and what it was to block is reachable still"));
-            return Err(NotApplied::StillReachable);
-        }
-        Ok(())
+        host_refused("VT-d", &self.counters.host_errors, &self.log, error)
     }
 }
 

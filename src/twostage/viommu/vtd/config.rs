@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What virtual VT-d to build.
 
-use super::host_unit::HostUnit;
 use crate::spec::pci::Pasid;
 
 /// Size of the register page, in bytes.
@@ -46,7 +45,7 @@ pub struct VtdConfig {
 
 /// Width of PASIDs where nobody asks for another. More cost the host a look at as many entries
 /// whenever a guest with a large PASID directory invalidates all of it.
-const DEFAULT_PASID_BITS: u8 = 8;
+pub(super) const DEFAULT_PASID_BITS: u8 = 8;
 
 impl Default for VtdConfig {
     fn default() -> Self {
@@ -89,13 +88,6 @@ pub enum ConfigError {
 }
 
 impl VtdConfig {
-    /// Width of PASIDs where nobody asks for one: as many as by default, or what all of `hosts`
-    /// have.
-    pub fn usual_pasid_bits(hosts: &[HostUnit]) -> u8 {
-        let least = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
-        least.map_or(DEFAULT_PASID_BITS, |bits| bits.min(DEFAULT_PASID_BITS))
-    }
-
     /// Whether the parts fit together.
     ///
     /// # Errors

@@ -7,16 +7,17 @@
 //! done, and not before: each requester has, at the latest then, what the tables said at some
 //! moment after it was asked for.
 
-use super::apply::{refused_reason, Applied, NotApplied, Scope};
+use super::apply::{refused_reason, Scope};
 use super::policy::blocked_config;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::TABLE_ENTRIES;
 use crate::spec::vtd::regs::Rtaddr;
+use crate::viommu::ledger::{Applied, Given, NotApplied};
+use crate::viommu::vtd::host_side::{DomainTag, Policy, RequesterConfig};
 use crate::viommu::vtd::policy::tables::Blocked;
-use crate::viommu::vtd::requesters::given::Given;
-use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig};
+use crate::viommu::Requester;
 
 /// How much one slice may do. A table entry that is read costs 1, and so does a directory entry
 /// that has no table.
@@ -125,8 +126,8 @@ impl VtdIommu {
             };
         }
         let applied = evaluation.applied;
-        if evaluation.scope == Scope::Lost && applied.is_ok() {
-            self.requesters.trust_host();
+        if evaluation.scope == Scope::Unapplied && applied.is_ok() {
+            self.requesters.set_reapplied();
         }
         Some(applied)
     }
@@ -171,7 +172,7 @@ impl VtdIommu {
                 budget.spend(Budget::CHANGE);
                 return None;
             }
-            (By::Tables, Scope::Lost) => {
+            (By::Tables, Scope::Unapplied) => {
                 return self.each_given((rid, from), u32::MAX, budget, |requester, budget| {
                     if self.requesters.given(requester).is_some_and(|given| !given.applied) {
                         budget.spend(Budget::CHANGE);
@@ -244,8 +245,7 @@ impl VtdIommu {
         change: impl FnOnce(&Self) -> Applied,
     ) {
         let before = self.requesters.given(requester);
-        let unchanged = before == Some(Given { config, applied: true });
-        if unchanged || !evaluation.scope.names(before, &config) {
+        if before == Some(Given::applied(config)) || !evaluation.scope.names(before, &config) {
             return budget.spend(1);
         }
         budget.spend(Budget::CHANGE);

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The units of a host, as far as a virtual one in front of them must know them.
+//! What every host unit can serve of a configuration.
+//!
+//! Pure functions. Abilities that a guest can do without (1 GiB pages, the extended accessed flag)
+//! are lowered to what every host unit has; those that were asked for by value (address width,
+//! PASID bits) make an error that names the bit and the device.
 
+use super::config::{VtdConfig, DEFAULT_PASID_BITS};
 use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::viommu::CapabilityConflict;
 
 /// What a host unit can serve, and a device behind it to name it by.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,4 +23,198 @@ pub struct HostUnit {
     pub guest_second_stage: bool,
     /// The host tells of requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
     pub fault_reports: bool,
+}
+
+impl VtdConfig {
+    /// Width of PASIDs where nobody asks for one: as many as by default, or what all of `hosts`
+    /// have.
+    pub fn usual_pasid_bits(hosts: &[HostUnit]) -> u8 {
+        let least = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
+        least.map_or(DEFAULT_PASID_BITS, |bits| bits.min(DEFAULT_PASID_BITS))
+    }
+
+    /// This configuration, lowered to what all of `hosts` can serve.
+    ///
+    /// # Errors
+    /// A unit cannot serve what was asked for by value.
+    pub fn intersect(&self, hosts: &[HostUnit]) -> Result<Self, CapabilityConflict> {
+        self.require_pasids(hosts)?;
+        let mut lowered = self.clone();
+        for host in hosts {
+            self.require(host)?;
+            lowered.first_stage_1g &= host.cap.fs1gp();
+            lowered.supervisor_requests &= host.ecap.srs();
+            lowered.extended_accessed &= host.ecap.eafs();
+            lowered.snoop_control &= host.ecap.sc();
+            lowered.coherent_walks &= host.ecap.smpwcs();
+        }
+        Ok(lowered)
+    }
+
+    /// As many PASID bits as are offered, by the unit that has the fewest.
+    fn require_pasids(&self, hosts: &[HostUnit]) -> Result<(), CapabilityConflict> {
+        let least = hosts.iter().min_by_key(|host| host.ecap.pasid_bits());
+        let Some(host) = least else { return Ok(()) };
+        let (asked, has) = (self.pasid_bits, host.ecap.pasid_bits());
+        if asked <= has {
+            return Ok(());
+        }
+        Err(CapabilityConflict {
+            device: host.device.clone(),
+            bit: if has == 0 { "ECAP.PASID" } else { "ECAP.PSS" },
+            needed_for: format!(
+                "pasid-bits={asked} was asked for; say pasid-bits={has}, the most that all devices have"
+            ),
+        })
+    }
+
+    fn require(&self, host: &HostUnit) -> Result<(), CapabilityConflict> {
+        let HostUnit { device, cap, ecap, guest_second_stage, fault_reports } = host;
+        let conflict = |bit, needed_for: String| {
+            Err(CapabilityConflict { device: device.clone(), bit, needed_for })
+        };
+        if self.scalable_mode && !ecap.smts() {
+            return conflict(
+                "ECAP.SMTS",
+                "nested translation needs scalable mode; leave the device out".into(),
+            );
+        }
+        if self.scalable_mode && !ecap.nest() {
+            return conflict(
+                "ECAP.NEST",
+                "the guest's first-stage tables are nested; leave the device out".into(),
+            );
+        }
+        if self.address_width == 57 && !cap.fs5lp() {
+            return conflict("CAP.FS5LP", "aw=57 was asked for; say aw=48".into());
+        }
+        if self.address_width > cap.guest_address_width() {
+            let (bits, has) = (self.address_width, cap.guest_address_width());
+            let needed_for =
+                format!("aw={bits} was asked for, and guest addresses have {has} bits there");
+            return conflict("CAP.MGAW", needed_for);
+        }
+        if self.second_stage && !guest_second_stage {
+            let needed_for = "second-stage=on was asked for; say second-stage=off";
+            return conflict("guest_second_stage", needed_for.into());
+        }
+        if !self.caching_mode && !fault_reports {
+            let needed_for = "caching-mode=off was asked for, and the host tells nobody of DMA that it \
+                              blocks, so that tables that come to serve a device would not be read; say \
+                              caching-mode=on";
+            return conflict("fault_reports", needed_for.into());
+        }
+        if self.device_iotlb && !ecap.dt() {
+            return conflict("ECAP.DT", "ats=on was asked for; say ats=off".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn able() -> HostUnit {
+        HostUnit {
+            device: "edu0".into(),
+            cap: Cap::new().with_mgaw(56).with_fs1gp(true).with_fs5lp(true),
+            ecap: Ecap::new()
+                .with_smts(true)
+                .with_nest(true)
+                .with_pasid(true)
+                .with_pss(19)
+                .with_dt(true)
+                .with_srs(true)
+                .with_eafs(true)
+                .with_sc(true)
+                .with_smpwcs(true),
+            guest_second_stage: true,
+            fault_reports: true,
+        }
+    }
+
+    #[test]
+    fn pasid_bits_that_nobody_asked_for_are_what_there_is() {
+        let has = |bits: u8| {
+            let mut host = able();
+            host.ecap = host.ecap.with_pasid(bits > 0).with_pss(bits.saturating_sub(1));
+            host
+        };
+        assert_eq!(VtdConfig::usual_pasid_bits(&[]), VtdConfig::default().pasid_bits);
+        for (hosts, bits) in [(vec![20], 8), (vec![20, 6], 6), (vec![0, 20], 0)] {
+            let hosts: Vec<_> = hosts.into_iter().map(has).collect();
+            let pasid_bits = VtdConfig::usual_pasid_bits(&hosts);
+            assert_eq!(pasid_bits, bits);
+            let config = VtdConfig { pasid_bits, ..Default::default() };
+            assert_eq!(config.intersect(&hosts).map(|config| config.pasid_bits), Ok(bits));
+        }
+    }
+
+    #[test]
+    fn what_a_guest_can_do_without_is_lowered() {
+        let config = VtdConfig { pasid_bits: 20, device_iotlb: true, ..Default::default() };
+        assert_eq!(config.intersect(&[able()]), Ok(config.clone()));
+        let mut poor = able();
+        poor.cap.set_fs1gp(false);
+        poor.ecap.set_eafs(false);
+        let lowered = config.intersect(&[able(), poor]).unwrap();
+        assert!(!lowered.first_stage_1g && !lowered.extended_accessed);
+        assert!(lowered.supervisor_requests && lowered.snoop_control);
+    }
+
+    #[test]
+    fn a_conflict_names_the_bit_and_the_device() {
+        let config = VtdConfig {
+            address_width: 57,
+            pasid_bits: 20,
+            device_iotlb: true,
+            second_stage: true,
+            caching_mode: false,
+            ..Default::default()
+        };
+        type TakeAway = fn(&mut HostUnit);
+        let lacking: [(TakeAway, &str); 9] = [
+            (
+                |host| host.ecap.set_smts(false),
+                "ECAP.SMTS: nested translation needs scalable mode; leave the device out",
+            ),
+            (
+                |host| host.ecap.set_nest(false),
+                "ECAP.NEST: the guest's first-stage tables are nested; leave the device out",
+            ),
+            (|host| host.cap.set_fs5lp(false), "CAP.FS5LP: aw=57 was asked for; say aw=48"),
+            (
+                |host| host.ecap.set_pasid(false),
+                "ECAP.PASID: pasid-bits=20 was asked for; say pasid-bits=0, the most that all devices \
+                 have",
+            ),
+            (
+                |host| host.ecap.set_pss(18),
+                "ECAP.PSS: pasid-bits=20 was asked for; say pasid-bits=19, the most that all devices \
+                 have",
+            ),
+            (|host| host.ecap.set_dt(false), "ECAP.DT: ats=on was asked for; say ats=off"),
+            (
+                |host| host.cap.set_mgaw(55),
+                "CAP.MGAW: aw=57 was asked for, and guest addresses have 56 bits there",
+            ),
+            (
+                |host| host.guest_second_stage = false,
+                "guest_second_stage: second-stage=on was asked for; say second-stage=off",
+            ),
+            (
+                |host| host.fault_reports = false,
+                "fault_reports: caching-mode=off was asked for, and the host tells nobody of DMA that \
+                 it blocks, so that tables that come to serve a device would not be read; say \
+                 caching-mode=on",
+            ),
+        ];
+        for (take_away, text) in lacking {
+            let mut host = HostUnit { device: "nic1".into(), ..able() };
+            take_away(&mut host);
+            let error = config.intersect(&[able(), host]).unwrap_err();
+            assert_eq!(error.to_string(), format!("the IOMMU of nic1 lacks {text}"));
+        }
+    }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Invalidations that the host does, and the register-based interface (§6.5.1, §11.4.6).
 
+use super::actions::iotlb;
 use super::apply::Scope;
-use super::commands::Then;
+use super::control::Then;
 use super::evaluation::By;
-use super::granularity::iotlb;
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::Bdf;
@@ -13,7 +13,8 @@ use crate::spec::vtd::regs::{
     Ccmd, ContextGranularity, IotlbGranularity, IotlbReg, Rtaddr, TranslationTableMode,
 };
 use crate::spec::vtd::PAGE_SHIFT;
-use crate::viommu::{HostSideError, Invalidation, Progress};
+use crate::viommu::vtd::host_side::{Invalidation, Progress};
+use crate::viommu::HostSideError;
 
 impl VtdIommu {
     /// Gives a batch to the host, from where `progress` is: as much of it as one slice may do.
@@ -28,7 +29,7 @@ impl VtdIommu {
         }
         self.host.invalidate_some(batch, progress).inspect_err(|error| {
             // What the host blocked for this is given anew at the next occasion.
-            self.requesters.distrust_host();
+            self.requesters.unapply_all();
             // Nobody acknowledges an invalidation that failed, whatever became of its requesters.
             let _ = self.host_failed(error);
         })
@@ -113,15 +114,15 @@ impl VtdIommu {
         registers.iotlb = IotlbReg::with_iaig(registers.iotlb, done).with_ivt(false);
     }
 
-    /// Whether what the host has lost because it could not invalidate it is to be given anew
-    /// ([`Scope::Lost`]). Whoever asks for invalidations alone does not ask for the policies that
-    /// were lost with them.
-    pub(super) fn must_regain(&self, registers: &Registers) -> bool {
-        if !self.requesters.distrusts_host() {
+    /// Whether the host is to be given anew what it has lost because it could not invalidate it, or
+    /// did not block ([`Scope::Unapplied`]). Whoever asks for invalidations alone does not ask for
+    /// the policies that were lost with them.
+    pub(super) fn must_reapply(&self, registers: &Registers) -> bool {
+        if !self.requesters.has_unapplied() {
             return false;
         }
         if !registers.gsts.tes() {
-            self.requesters.trust_host();
+            self.requesters.set_reapplied();
         }
         registers.gsts.tes()
     }

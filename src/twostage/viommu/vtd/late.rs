@@ -11,11 +11,11 @@
 
 use super::apply::is_blocked;
 use super::VtdIommu;
-use crate::viommu::vtd::requesters::given::Given;
+use crate::viommu::vtd::requesters::Given;
 use crate::viommu::Requester;
 
 impl VtdIommu {
-    /// See [`crate::viommu::FaultTarget::served_late`].
+    /// See [`crate::viommu::vtd::FaultTarget::served_late`].
     pub(super) fn find_served(&self, requester: Requester) -> bool {
         if self.caps.cap.cm() || self.is_halted() {
             return false;
@@ -49,5 +49,5 @@ impl VtdIommu {
 
 /// Whether the requester was given something else than to be blocked, and the host has it.
 fn is_served(given: Option<Given>) -> bool {
-    given.is_some_and(|given| given.applied && !is_blocked(&given.config))
+    given.is_some_and(|given| given.applied && !is_blocked(&given.decision))
 }

@@ -25,22 +25,22 @@
 //! has a lock of its own, between the registers and the fault log: interrupts may come from any
 //! thread, too.
 
+mod actions;
 mod apply;
 mod caps;
-mod commands;
 mod config;
+mod control;
 mod counters;
 mod evaluation;
-mod events;
 mod faults;
-mod granularity;
+pub(super) mod host_side;
 mod host_unit;
-mod interrupts;
 mod invalidate;
 mod late;
 mod policy;
 mod queue;
 mod registers;
+mod remapping;
 mod requesters;
 mod state;
 
@@ -52,27 +52,28 @@ use std::sync::{Arc, MutexGuard};
 pub use caps::Capabilities;
 pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
 pub use counters::VtdCounters;
-pub use events::EventRegisters;
-pub use faults::FaultLog;
+pub use faults::interrupts::EventRegisters;
+pub use faults::log::FaultLog;
+pub use host_side::{
+    DmaFault, DomainTag, FaultTarget, HostSide, Invalidation, Policy, Progress, RequesterConfig,
+    Stage1, VtdFirstStage, VtdSecondStage,
+};
 pub use host_unit::HostUnit;
 pub use state::{Registers, VtdState};
 
-use super::in_turn::InTurn;
-use super::observer::{FaultOutcome, Observer};
-use super::{
-    DmaFault, FaultTarget, HostSide, InterruptSink, MsiMessage, Policy, Requester, TableMemory,
-};
+use super::fair_mutex::FairMutex;
+use super::observer::Observer;
+use super::{InterruptSink, MsiMessage, Requester, TableMemory};
 use crate::ratelimit::RateLimit;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
-use commands::UnderWay;
+use control::UnderWay;
 use counters::Counters;
 use evaluation::{Budget, By, Evaluation};
-use interrupts::remapping::Remapping;
 use policy::blocked_config;
-use policy::explain::explain;
 use policy::tables::Blocked;
 use queue::Slice;
+use remapping::Remapping;
 use requesters::Requesters;
 
 /// So many PASIDs of a function that goes are blocked before others have the registers.
@@ -85,7 +86,7 @@ pub struct VtdIommu {
     host: Arc<dyn HostSide>,
     interrupts: Arc<dyn InterruptSink>,
     observer: Option<Arc<dyn Observer>>,
-    registers: InTurn<Registers>,
+    registers: FairMutex<Registers>,
     under_way: Mutex<UnderWay>,
     halted: AtomicBool,
     faults: Mutex<FaultLog>,
@@ -113,7 +114,7 @@ impl VtdIommu {
             host,
             interrupts,
             observer,
-            registers: InTurn::default(),
+            registers: FairMutex::default(),
             under_way: Mutex::default(),
             halted: AtomicBool::new(false),
             faults: Mutex::new(FaultLog::new(config.fault_records)),
@@ -250,46 +251,6 @@ impl VtdIommu {
     fn guest_error(&self, what: fmt::Arguments<'_>) {
         self.counters.guest_errors.count();
         self.log.warn(format_args!("VT-d: guest mistake: {what}"));
-    }
-
-    /// Counts what the fault log made of a fault, and sends its event.
-    fn recorded(&self, (recorded, msi): (bool, Option<MsiMessage>)) -> FaultOutcome {
-        self.send(msi);
-        if recorded {
-            self.counters.faults_recorded.count();
-            FaultOutcome::Recorded
-        } else {
-            self.counters.faults_lost.count();
-            FaultOutcome::Lost
-        }
-    }
-}
-
-impl FaultTarget for VtdIommu {
-    fn dma_fault(&self, fault: &DmaFault) {
-        let Some(standing) = self.requesters.standing(fault.requester) else {
-            self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
-            return;
-        };
-        let explained = explain(standing, &self.tables(standing.root), fault);
-        let outcome = match explained {
-            Some(Blocked { reason, fault_disabled }) if reason.is_recorded(fault_disabled) => {
-                let recorded = self.fault_log().record(fault, reason);
-                self.recorded(recorded)
-            }
-            _ => {
-                self.counters.faults_suppressed.count();
-                FaultOutcome::Suppressed
-            }
-        };
-        let reason = explained.map(|blocked| blocked.reason).or(fault.reason);
-        if let Some(observer) = &self.observer {
-            observer.fault(fault, reason, outcome);
-        }
-    }
-
-    fn served_late(&self, requester: Requester) -> bool {
-        self.find_served(requester)
     }
 }
 

@@ -11,19 +11,17 @@
 //! number of descriptors; a wait is part of the slice that it ends. Where the tables of many
 //! requesters are to be read, that takes slices of its own, with IQH where it is.
 
-use super::apply::{NotApplied, Scope, Scopes};
+use super::actions::{check_offered, iotlb, pasid_iotlb};
+use super::apply::{Scope, Scopes};
 use super::evaluation::{Budget, By, Evaluation};
-use super::faults::QueueError;
-use super::granularity::{iotlb, pasid_iotlb};
+use super::faults::log::QueueError;
 use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::Bdf;
-use crate::spec::vtd::qi::{
-    DecodeError, Descriptor, InterruptEntryScope, IotlbScope, PasidCacheScope, StatusWrite, Words,
-    WORDS,
-};
+use crate::spec::vtd::qi::{DecodeError, Descriptor, PasidCacheScope, StatusWrite, Words, WORDS};
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
-use crate::viommu::{Invalidation, Progress};
+use crate::viommu::ledger::NotApplied;
+use crate::viommu::vtd::host_side::{Invalidation, Progress};
 
 /// What is left of the queue after a slice of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,10 +137,13 @@ impl VtdIommu {
                 };
             }
             let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
-            if pass.is_ordered_before(&descriptor) {
+            // Nothing is complete while a requester has what the guest took back, even where the
+            // guest gives up on the descriptor that failed.
+            let is_wait = matches!(descriptor, Descriptor::Wait { .. });
+            if pass.is_ordered_before(&descriptor) || is_wait && self.must_reapply(registers) {
                 let flushed = self.flush(registers, pass)?;
                 // A wait is little work: it ends this slice, rather than being fetched again.
-                if flushed == Flushed::Some || !matches!(descriptor, Descriptor::Wait { .. }) {
+                if flushed == Flushed::Some || !is_wait {
                     return Ok(Slice::More);
                 }
             }
@@ -189,49 +190,9 @@ impl VtdIommu {
             DecodeError::Type(_) => IqErrorInfo::InvalidType,
             DecodeError::Reserved(_) => IqErrorInfo::ReservedField,
         })?;
-        self.check_supported(registers, &descriptor)?;
-        Ok(descriptor)
-    }
-
-    /// Whether the unit takes `descriptor` in its mode and with its capabilities.
-    fn check_supported(
-        &self,
-        registers: &Registers,
-        descriptor: &Descriptor,
-    ) -> Result<(), IqErrorInfo> {
-        let ecap = self.caps.ecap;
         let scalable = mode(registers) == Some(TranslationTableMode::Scalable);
-        let supported = match descriptor {
-            Descriptor::ContextCache(_) | Descriptor::Iotlb { .. } | Descriptor::Wait { .. } => {
-                true
-            }
-            Descriptor::DeviceTlb { .. } => ecap.dt(),
-            Descriptor::InterruptEntryCache(_) => ecap.ir(),
-            Descriptor::PasidIotlb { .. } | Descriptor::PasidCache(_) => scalable,
-            Descriptor::PasidDeviceTlb { .. } => scalable && ecap.dt(),
-            Descriptor::PageGroupResponse { .. } => scalable && ecap.prs(),
-        };
-        if !supported {
-            return Err(IqErrorInfo::InvalidType);
-        }
-        let reserved = match *descriptor {
-            Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
-                range.mask > self.caps.cap.mamv()
-            }
-            Descriptor::InterruptEntryCache(InterruptEntryScope::Index { mask, .. }) => {
-                mask > ecap.mhmv()
-            }
-            Descriptor::Wait { drain_page_requests, .. } => drain_page_requests && !ecap.pds(),
-            Descriptor::DeviceTlb { physical_function, .. }
-            | Descriptor::PasidDeviceTlb { physical_function, .. } => {
-                physical_function != 0 && !ecap.dit()
-            }
-            _ => false,
-        };
-        if reserved {
-            return Err(IqErrorInfo::ReservedField);
-        }
-        Ok(())
+        check_offered(&self.caps, scalable, &descriptor)?;
+        Ok(descriptor)
     }
 
     /// Does what `descriptor` asks, or gathers it.
@@ -298,8 +259,8 @@ impl VtdIommu {
 
     /// What tables are to be read for next. While translation is disabled nobody goes by them.
     fn next_evaluation(&self, registers: &Registers, pass: &mut Pass) -> Option<Evaluation> {
-        if self.must_regain(registers) {
-            return Some(Evaluation::new(Scope::Lost, By::Tables));
+        if self.must_reapply(registers) {
+            return Some(Evaluation::new(Scope::Unapplied, By::Tables));
         }
         if !registers.gsts.tes() {
             while pass.scopes.take().is_some() {}
@@ -382,7 +343,7 @@ impl VtdIommu {
 impl From<NotApplied> for Stop {
     fn from(not_applied: NotApplied) -> Self {
         match not_applied {
-            NotApplied::StillReachable => Self::Host,
+            NotApplied::Host => Self::Host,
             NotApplied::Halted => Self::Halted,
         }
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! All that the guest can see of a virtual VT-d, as plain data.
 
-use super::events::EventRegisters;
-use super::faults::FaultLog;
+use super::faults::interrupts::EventRegisters;
+use super::faults::log::FaultLog;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{
     Ccmd, Gsts, Ics, IotlbReg, Iqa, Iqercd, Irta, Iva, QueuePointer, Rtaddr,

@@ -248,7 +248,7 @@ fn pasids_have_attachments_of_their_own() {
     rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
     rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
     rig.nesting.state().forget_pasids(A).unwrap_err();
-    assert!(rig.nesting.state().is_attached(pasid(A, 5)));
+    assert!(rig.nesting.state().is_reachable(pasid(A, 5)));
     rig.expect(&[
         "DEVICE_DETACH #1 PASID 0x5 ! EIO",
         "DEVICE_DETACH #1 PASID 0x5 ! EIO",

@@ -6,7 +6,7 @@ use crate::sync::Mutex;
 use super::*;
 use crate::iommufd::{Errno, HostFault, Protection, Verb};
 use crate::nesting::NestingError;
-use crate::viommu::{DmaFault, FaultTarget};
+use crate::viommu::vtd::{DmaFault, FaultTarget};
 
 #[test]
 fn each_physical_iommu_has_a_nesting_parent() {

@@ -21,10 +21,11 @@ use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
-use crate::viommu::{
-    DomainTag, HostSide, HostSideError, Invalidation, Policy, Progress, Requester, RequesterConfig,
-    Stage1, VtdFirstStage, VtdSecondStage,
+use crate::viommu::vtd::{
+    DomainTag, HostSide, Invalidation, Policy, Progress, RequesterConfig, Stage1, VtdFirstStage,
+    VtdSecondStage,
 };
+use crate::viommu::{HostSideError, Requester};
 
 /// The guest's devices: two behind one physical IOMMU, with 8-bit PASIDs.
 const A: Bdf = Bdf::from_raw(0x20);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The SMMU as a guest drives it, over a host that records.
 
-mod cmdq;
 mod configuration;
 mod entry_updates;
-mod events;
 mod fail_nth;
+mod faults;
 mod interrupts;
 mod linux;
 mod properties;
+mod queue;
 mod registers;
 mod specification;
 

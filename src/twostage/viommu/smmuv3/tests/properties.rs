@@ -55,15 +55,15 @@ proptest! {
             guest.smmu.event(translation_fault(STREAM).to_words());
         }
         // A host that does all: what the guest asks for is acknowledged.
-        let SmmuState { registers, notices, streams } = guest.smmu.state();
+        let SmmuState { registers, faults: log, streams } = guest.smmu.state();
         prop_assert_eq!(registers.cr0, registers.cr0ack);
         prop_assert!(!registers.gbpa.update());
-        prop_assert_eq!(notices.events.enabled, registers.cr0.eventqen());
+        prop_assert_eq!(log.events.enabled, registers.cr0.eventqen());
         prop_assert_eq!(streams, vec![STREAM, OTHER]);
         // The queue stands only where it is off or has an error.
         let queue = registers.cmdq_base.layout(16, 12);
         let empty = queue.is_empty(registers.cmdq_prod.wr(), registers.cmdq_cons.rd());
-        prop_assert!(empty || !registers.cr0.cmdqen() || notices.errors.active().cmdq_err());
+        prop_assert!(empty || !registers.cr0.cmdqen() || log.errors.active().cmdq_err());
     }
 
     #[test]

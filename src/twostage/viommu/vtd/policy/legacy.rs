@@ -6,8 +6,9 @@ use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::{
     ContextHigh, ContextLow, ContextTranslationType, RootHalf, CONTEXT_ENTRY_SIZE, ROOT_ENTRY_SIZE,
 };
+use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdSecondStage};
 use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
-use crate::viommu::{DomainTag, Requester, Stage1, VtdSecondStage};
+use crate::viommu::Requester;
 
 /// What the tables at `root` say of `requester`.
 pub(in crate::viommu::vtd) fn serve(
@@ -84,8 +85,8 @@ mod tests {
     use crate::spec::pci::Bdf;
     use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
+    use crate::viommu::vtd::host_side::{Policy, RequesterConfig};
     use crate::viommu::vtd::policy::tables::Tables;
-    use crate::viommu::{Policy, RequesterConfig};
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     const ROOT: u64 = 0x1000;

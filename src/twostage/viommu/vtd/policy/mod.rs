@@ -5,16 +5,16 @@
 //! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
 //! request of a requester; what depends on the request (rights, privilege) is for the translation.
 
-pub(super) mod explain;
 pub(super) mod legacy;
 pub(super) mod scalable;
 pub(super) mod tables;
 
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::TranslationTableMode;
+use crate::viommu::vtd::host_side::{DomainTag, Policy, RequesterConfig};
 use crate::viommu::vtd::policy::scalable::{PasidTable, PasidTables};
 use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
-use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig};
+use crate::viommu::Requester;
 
 impl Tables<'_> {
     /// What becomes of `requester`'s untranslated requests.

@@ -12,8 +12,9 @@ use crate::spec::vtd::root::{
     RootHalf, ScalableContextHigh, ScalableContextLow, ROOT_ENTRY_SIZE, SCALABLE_CONTEXT_ENTRIES,
     SCALABLE_CONTEXT_ENTRY_SIZE,
 };
+use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdFirstStage, VtdSecondStage};
 use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
-use crate::viommu::{DomainTag, Requester, Stage1, VtdFirstStage, VtdSecondStage};
+use crate::viommu::Requester;
 
 /// What the tables at `root` say of `requester`.
 pub(in crate::viommu::vtd) fn serve(

@@ -6,7 +6,8 @@ use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH};
 use crate::viommu::vtd::caps::Capabilities;
-use crate::viommu::{BadAddress, DomainTag, Stage1, TableMemory};
+use crate::viommu::vtd::host_side::{DomainTag, Stage1};
+use crate::viommu::{BadAddress, TableMemory};
 
 /// What decides: guest memory, what the unit offers, and the root table as SRTP latched it.
 #[derive(Clone, Copy)]

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every requester was given, readable without the model's lock.
-//!
-//! The model (one thread at a time) writes here around its calls to the host; faults, from any
-//! thread, read what the guest is to be told. The lock is held for a lookup or an insertion, never
-//! across a call.
+//! What every requester was given ([`Ledger`]), and by which tables.
 
-pub(super) mod given;
 pub(super) mod packed;
 
-use crate::sync::RwLock;
 use std::collections::BTreeMap;
-use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::regs::Rtaddr;
+use crate::viommu::ledger::{Entries, Ledger};
+use crate::viommu::vtd::host_side::{Policy, RequesterConfig};
 use crate::viommu::Requester;
-use given::Given;
 use packed::PackedGiven;
+
+/// What a requester was given.
+pub(in crate::viommu::vtd) type Given = crate::viommu::ledger::Given<RequesterConfig>;
+
+/// Every requester and what it was given.
+pub(in crate::viommu::vtd) type Requesters = Ledger<Functions>;
 
 /// The requesters of one function.
 #[derive(Debug, Clone, Default)]
@@ -29,12 +29,42 @@ struct Function {
 
 /// The published state.
 #[derive(Debug, Clone, Default)]
-struct Published {
+pub(in crate::viommu::vtd) struct Functions {
     translating: bool,
     root: Option<Rtaddr>,
     functions: BTreeMap<Bdf, Function>,
-    /// The host lost what it was given, and was not given it anew since.
-    distrusted: bool,
+}
+
+impl Entries for Functions {
+    type Requester = Requester;
+    type Decision = RequesterConfig;
+
+    fn is_block(config: &RequesterConfig) -> bool {
+        matches!(config.policy, Policy::Blocked(_))
+    }
+
+    fn get(&self, requester: Requester) -> Option<Given> {
+        let function = self.functions.get(&requester.rid)?;
+        match requester.pasid {
+            None => function.rid,
+            Some(pasid) => function.pasids.get(pasid.raw()).map(|given| given.of(pasid)),
+        }
+    }
+
+    fn set(&mut self, requester: Requester, given: Given) {
+        let Some(function) = self.functions.get_mut(&requester.rid) else { return };
+        match requester.pasid {
+            None => function.rid = Some(given),
+            Some(pasid) => function.pasids.set(pasid.raw(), Some(PackedGiven::new(given))),
+        }
+    }
+
+    fn unapply_all(&mut self) {
+        for function in self.functions.values_mut() {
+            function.rid.iter_mut().for_each(|given| given.applied = false);
+            function.pasids.for_each_value(|given| *given = given.unapplied());
+        }
+    }
 }
 
 /// How translation stands, for whoever has a fault to explain.
@@ -48,21 +78,7 @@ pub(in crate::viommu::vtd) struct Standing {
     pub given: Option<Given>,
 }
 
-/// Every requester and what it was given.
-#[derive(Debug, Default)]
-pub(in crate::viommu::vtd) struct Requesters {
-    published: RwLock<Published>,
-}
-
 impl Requesters {
-    fn read(&self) -> RwLockReadGuard<'_, Published> {
-        self.published.read()
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Published> {
-        self.published.write()
-    }
-
     /// Adds a function, without configuration; `false` when it is there already.
     pub fn add(&self, rid: Bdf) -> bool {
         let mut published = self.write();
@@ -111,11 +127,6 @@ impl Requesters {
         published.root = root;
     }
 
-    /// What `requester` was given.
-    pub fn given(&self, requester: Requester) -> Option<Given> {
-        self.read().given(requester)
-    }
-
     /// What there is to know of a fault of `requester`; `None` when it is no function of this unit.
     pub fn standing(&self, requester: Requester) -> Option<Standing> {
         let published = self.read();
@@ -123,18 +134,8 @@ impl Requesters {
         Some(Standing {
             translating: published.translating,
             root: published.root,
-            given: published.given(requester),
+            given: published.get(requester),
         })
-    }
-
-    /// Publishes what `requester` is given. Nothing happens for a function that is not there.
-    pub fn give(&self, requester: Requester, given: Given) {
-        let mut published = self.write();
-        let Some(function) = published.functions.get_mut(&requester.rid) else { return };
-        match requester.pasid {
-            None => function.rid = Some(given),
-            Some(pasid) => function.pasids.set(pasid.raw(), Some(PackedGiven::new(given))),
-        }
     }
 
     /// Forgets one PASID.
@@ -144,39 +145,9 @@ impl Requesters {
         }
     }
 
-    /// The host may have lost any of what it was given: it is told again at the next occasion.
-    pub fn distrust_host(&self) {
-        let mut published = self.write();
-        published.distrusted = true;
-        for function in published.functions.values_mut() {
-            function.rid.iter_mut().for_each(|given| given.applied = false);
-            function.pasids.for_each_value(|given| *given = given.unapplied());
-        }
-    }
-
-    /// Whether the host has been distrusted since the last [`Requesters::trust_host`].
-    pub fn distrusts_host(&self) -> bool {
-        self.read().distrusted
-    }
-
-    /// All that the host had lost was given to it anew.
-    pub fn trust_host(&self) {
-        self.write().distrusted = false;
-    }
-
     /// Whether translation is enabled, or an attempt to enable it was not undone.
     pub fn is_translating(&self) -> bool {
         self.read().translating
-    }
-}
-
-impl Published {
-    fn given(&self, requester: Requester) -> Option<Given> {
-        let function = self.functions.get(&requester.rid)?;
-        match requester.pasid {
-            None => function.rid,
-            Some(pasid) => function.pasids.get(pasid.raw()).map(|given| given.of(pasid)),
-        }
     }
 }
 

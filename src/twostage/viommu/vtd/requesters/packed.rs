@@ -8,8 +8,10 @@ use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PAGE_SHIFT;
-use crate::viommu::vtd::requesters::given::Given;
-use crate::viommu::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
+use crate::viommu::vtd::host_side::{
+    DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage,
+};
+use crate::viommu::vtd::requesters::Given;
 
 /// Kinds of policy.
 const BLOCKED: u8 = 0;
@@ -54,7 +56,7 @@ pub(in crate::viommu::vtd) struct PackedGiven {
 
 impl PackedGiven {
     pub fn new(given: Given) -> Self {
-        let Given { config: RequesterConfig { policy, tag, fault_disabled }, applied } = given;
+        let Given { decision: RequesterConfig { policy, tag, fault_disabled }, applied } = given;
         let word = Word::new().with_fault_disabled(fault_disabled).with_applied(applied);
         // Tables are below the host's address width: 52 bits.
         let page = |table: u64| table >> PAGE_SHIFT & ((1 << Word::PAGE_BITS) - 1);
@@ -100,8 +102,8 @@ impl PackedGiven {
             _ => Policy::Blocked(reason),
         };
         let tag = DomainTag { domain, pasid: pasid.raw() };
-        let config = RequesterConfig { policy, tag, fault_disabled };
-        Given { config, applied: word.applied() }
+        let decision = RequesterConfig { policy, tag, fault_disabled };
+        Given { decision, applied: word.applied() }
     }
 
     /// The same, but that the host is to be told of it.
@@ -149,8 +151,8 @@ mod tests {
             applied: bool,
         ) {
             let tag = DomainTag { domain, pasid: raw };
-            let config = RequesterConfig { policy, tag, fault_disabled };
-            let (given, pasid) = (Given { config, applied }, Pasid::new(raw).unwrap());
+            let decision = RequesterConfig { policy, tag, fault_disabled };
+            let (given, pasid) = (Given { decision, applied }, Pasid::new(raw).unwrap());
             let packed = PackedGiven::new(given);
             prop_assert_eq!(packed.of(pasid), given);
             let unapplied = Given { applied: false, ..given };

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The unit as a guest drives it, over a host that records.
 
-mod commands;
+mod control;
 mod fail_nth;
 mod faults;
-mod interrupts;
 mod late;
 mod policies;
 mod properties;
 mod queue;
 mod races;
 mod registers;
+mod remapping;
 mod slices;
 mod translation;
 mod waits;
@@ -26,7 +26,8 @@ use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{self, FaultRecord};
 use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
-use crate::viommu::{HostSideError, Invalidation, Progress, RequesterConfig, Stage1};
+use crate::viommu::vtd::host_side::{Invalidation, Progress, RequesterConfig, Stage1};
+use crate::viommu::HostSideError;
 
 /// What the host was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -308,7 +309,7 @@ fn with_pasid(value: u32) -> Requester {
 
 /// The policy of tables at `table`, as [`Guest::write_pasid`] writes them.
 fn first_stage(table: u64) -> Policy {
-    Policy::Stage1(Stage1::VtdFirstStage(crate::viommu::VtdFirstStage {
+    Policy::Stage1(Stage1::VtdFirstStage(crate::viommu::vtd::VtdFirstStage {
         table,
         paging_mode: PagingMode::Level4,
         supervisor_requests: false,

@@ -4,8 +4,8 @@
 use super::*;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::AddressWidth;
+use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
 use crate::viommu::vtd::policy::tables::Tables;
-use crate::viommu::{DomainTag, VtdFirstStage, VtdSecondStage};
 
 /// Well-formed tables for [`RID`], to spoil.
 struct Spoiled {

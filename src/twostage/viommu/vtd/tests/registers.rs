@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::spec::vtd::regs::{Cap, Ecap};
+use crate::viommu::FaultOutcome;
 use crate::viommu::RegisterAccess;
 
 #[test]

@@ -5,56 +5,28 @@ use std::collections::BTreeMap;
 
 use super::slot::{Attached, Slot, Slots};
 use crate::iommufd::ObjectId;
-use crate::viommu::{DomainTag, Requester, Stage1};
+use crate::nesting::nested::NestedHwpts;
+use crate::viommu::vtd::{DomainTag, Stage1};
+use crate::viommu::Requester;
 
-/// One `HWPT_NESTED`.
-#[derive(Debug)]
-struct Nested {
-    parent: ObjectId,
-    stage1: Stage1,
-    /// How many requesters are attached to it.
-    users: usize,
-}
+/// What a `HWPT_NESTED` is of: a nesting parent, and tables of the guest's on it.
+pub(super) type Tables = (ObjectId, Stage1);
 
 /// Every `HWPT_NESTED` there is, and what each requester is attached to. Books only: nothing here
 /// calls the host.
 #[derive(Debug, Default)]
-pub(super) struct NestedHwpts {
+pub(super) struct Nested {
+    pub hwpts: NestedHwpts<Tables>,
     slots: Slots,
-    by_id: BTreeMap<ObjectId, Nested>,
-    by_tables: BTreeMap<(ObjectId, Stage1), ObjectId>,
     /// How many users of a HWPT are of a domain. Ordered by domain first, so that an invalidation
     /// finds what it names without a look at the rest.
     by_domain: BTreeMap<(u16, ObjectId), u32>,
 }
 
-impl NestedHwpts {
-    /// The HWPT of `stage1` on `parent`.
-    pub fn find(&self, parent: ObjectId, stage1: &Stage1) -> Option<ObjectId> {
-        self.by_tables.get(&(parent, *stage1)).copied()
-    }
-
-    /// Enters a new HWPT that nobody uses yet.
-    pub fn insert(&mut self, hwpt: ObjectId, parent: ObjectId, stage1: Stage1) {
-        self.by_id.insert(hwpt, Nested { parent, stage1, users: 0 });
-        self.by_tables.insert((parent, stage1), hwpt);
-    }
-
-    /// Strikes out a HWPT if nobody uses it. Says whether it did.
-    pub fn remove_unused(&mut self, hwpt: ObjectId) -> bool {
-        match self.by_id.get(&hwpt) {
-            Some(nested) if nested.users == 0 => {
-                self.by_tables.remove(&(nested.parent, nested.stage1));
-                self.by_id.remove(&hwpt);
-                true
-            }
-            _ => false,
-        }
-    }
-
+impl Nested {
     /// The tables of a HWPT.
     pub fn stage1(&self, hwpt: ObjectId) -> Option<Stage1> {
-        self.by_id.get(&hwpt).map(|nested| nested.stage1)
+        self.hwpts.stage1(hwpt).map(|(_, stage1)| stage1)
     }
 
     /// What each requester is attached to.
@@ -78,9 +50,7 @@ impl NestedHwpts {
         self.slots.set(requester, slot);
         if let Attached::Nested(hwpt) = slot.attached {
             *self.by_domain.entry((slot.domain, hwpt)).or_default() += 1;
-            if let Some(nested) = self.by_id.get_mut(&hwpt) {
-                nested.users += 1;
-            }
+            self.hwpts.join(hwpt);
         }
         if let Attached::Nested(hwpt) = before.attached {
             self.leave(hwpt, before.domain);
@@ -96,10 +66,8 @@ impl NestedHwpts {
     }
 
     fn leave(&mut self, hwpt: ObjectId, domain: u16) {
+        self.hwpts.leave(hwpt);
         // Counts are at least 1: an entry of 0 is removed at once.
-        if let Some(nested) = self.by_id.get_mut(&hwpt) {
-            nested.users -= 1;
-        }
         if let Some(count) = self.by_domain.get_mut(&(domain, hwpt)) {
             *count -= 1;
             if *count == 0 {
@@ -108,9 +76,8 @@ impl NestedHwpts {
         }
     }
 
-    /// Every HWPT from `from` on with a user that an invalidation of `domain` and `pasid` names, as
-    /// [`Invalidation::names`](crate::viommu::Invalidation::names) has it; each once, in ascending
-    /// order.
+    /// Every HWPT from `from` on with a user that an invalidation of `domain` and `pasid` names
+    /// ([`Invalidation::names`](crate::viommu::vtd::Invalidation::names)); each once, ascending.
     pub fn named(
         &self,
         domain: Option<u16>,
@@ -119,10 +86,7 @@ impl NestedHwpts {
     ) -> Box<dyn Iterator<Item = ObjectId> + '_> {
         const LAST: ObjectId = ObjectId(u32::MAX);
         match (domain, pasid) {
-            (None, None) => {
-                let used = self.by_id.range(from..).filter(|(_, nested)| nested.users != 0);
-                Box::new(used.map(|(hwpt, _)| *hwpt))
-            }
+            (None, None) => Box::new(self.hwpts.used_from(from)),
             (Some(domain), None) => {
                 let named = self.by_domain.range((domain, from)..=(domain, LAST));
                 Box::new(named.map(|((_, hwpt), _)| *hwpt))
@@ -139,12 +103,6 @@ impl NestedHwpts {
             }
         }
     }
-
-    /// How many HWPTs there are.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.by_id.len()
-    }
 }
 
 #[cfg(test)]
@@ -156,7 +114,7 @@ mod tests {
     use super::*;
     use crate::spec::pci::{Bdf, Pasid};
     use crate::spec::vtd::root::AddressWidth;
-    use crate::viommu::{Invalidation, VtdSecondStage};
+    use crate::viommu::vtd::{Invalidation, VtdSecondStage};
 
     const PARENT: ObjectId = ObjectId(1);
 
@@ -168,26 +126,6 @@ mod tests {
         Slot::on(Attached::Nested(hwpt), domain)
     }
 
-    #[test]
-    fn a_hwpt_is_found_by_its_tables_until_its_last_user_is_gone() {
-        let (hwpt, tag) = (ObjectId(2), DomainTag { domain: 3, pasid: 0 });
-        let (one, two) = (Requester::rid(Bdf::from_raw(8)), Requester::rid(Bdf::from_raw(9)));
-        let mut books = NestedHwpts::default();
-        books.insert(hwpt, PARENT, tables(0x1000));
-        books.set(one, on(hwpt, 3));
-        books.set(two, on(hwpt, 3));
-        assert_eq!(books.find(PARENT, &tables(0x1000)), Some(hwpt));
-        assert_eq!(books.find(ObjectId(9), &tables(0x1000)), None);
-        assert_eq!(books.users(hwpt), [one, two]);
-        books.set(one, Slot::default());
-        assert!(books.knows(hwpt, tag));
-        assert!(!books.remove_unused(hwpt));
-        books.set(two, Slot::default());
-        assert!(!books.knows(hwpt, tag));
-        assert!(books.remove_unused(hwpt));
-        assert_eq!((books.find(PARENT, &tables(0x1000)), books.len()), (None, 0));
-    }
-
     proptest! {
         /// What an invalidation names, against asking each user.
         #[test]
@@ -197,9 +135,9 @@ mod tests {
             domain in prop::option::of(0u16..3),
             pasid in prop::option::of(0u32..3),
         ) {
-            let mut books = NestedHwpts::default();
+            let mut books = Nested::default();
             for id in 0..4 {
-                books.insert(ObjectId(10 + id), PARENT, tables(u64::from(id) << 12));
+                books.hwpts.insert(ObjectId(10 + id), (PARENT, tables(u64::from(id) << 12)));
             }
             let mut naive = BTreeMap::new();
             for (id, rid, domain, own, rid_pasid, joins) in users {
@@ -233,7 +171,7 @@ mod tests {
                     prop_assert_eq!(books.knows(hwpt, tag), known);
                 }
                 let unused = naive.values().all(|(of, _)| *of != hwpt);
-                prop_assert_eq!(books.remove_unused(hwpt), unused);
+                prop_assert_eq!(books.hwpts.remove_unused(hwpt), unused);
             }
         }
     }

@@ -6,9 +6,10 @@
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
 use crate::spec::vtd::{fault::FaultReason, PAGE_SHIFT};
-use crate::viommu::{DmaFault, MsiMessage};
+use crate::viommu::vtd::host_side::DmaFault;
+use crate::viommu::MsiMessage;
 
-use super::events::EventRegisters;
+use super::interrupts::EventRegisters;
 
 /// Fault status and records, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,7 +27,7 @@ pub struct FaultLog {
 
 /// An error of the invalidation queue (§6.5.2.10 and FSTS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum QueueError {
+pub(in crate::viommu::vtd) enum QueueError {
     /// IQE: the descriptor at the head is wrong.
     Queue,
     /// ITE: a device did not answer.
@@ -35,7 +36,7 @@ pub(super) enum QueueError {
 
 impl FaultLog {
     /// An empty log with `records` fault recording registers (1 to 256).
-    pub(super) fn new(records: u16) -> Self {
+    pub(in crate::viommu::vtd) fn new(records: u16) -> Self {
         Self {
             status: Fsts::new(),
             event: EventRegisters::default(),
@@ -46,7 +47,7 @@ impl FaultLog {
 
     /// Records a fault of DMA with `reason`. `false` when there was no room: the overflow is then
     /// set.
-    pub(super) fn record(
+    pub(in crate::viommu::vtd) fn record(
         &mut self,
         fault: &DmaFault,
         reason: FaultReason,
@@ -55,7 +56,7 @@ impl FaultLog {
     }
 
     /// Records a fault of an interrupt that `source` sent, as [`FaultLog::record`] does.
-    pub(super) fn record_interrupt(
+    pub(in crate::viommu::vtd) fn record_interrupt(
         &mut self,
         source: Bdf,
         index: u16,
@@ -89,7 +90,7 @@ impl FaultLog {
     }
 
     /// The invalidation queue stops with `error`.
-    pub(super) fn queue_error(&mut self, error: QueueError) -> Option<MsiMessage> {
+    pub(in crate::viommu::vtd) fn queue_error(&mut self, error: QueueError) -> Option<MsiMessage> {
         let raise = !self.condition();
         match error {
             QueueError::Queue => self.status.set_iqe(true),
@@ -103,27 +104,27 @@ impl FaultLog {
     }
 
     /// Whether an error holds the invalidation queue.
-    pub(super) fn holds_queue(&self) -> bool {
+    pub(in crate::viommu::vtd) fn holds_queue(&self) -> bool {
         self.status.iqe() || self.status.ite()
     }
 
     /// The guest writes FSTS: bits that are 1 clear what they name.
-    pub(super) fn write_status(&mut self, value: u32) {
+    pub(in crate::viommu::vtd) fn write_status(&mut self, value: u32) {
         let clear = Fsts::from_bits(value);
         self.status.set_pfo(self.status.pfo() && !clear.pfo());
         self.status.set_iqe(self.status.iqe() && !clear.iqe());
         self.status.set_ice(self.status.ice() && !clear.ice());
         self.status.set_ite(self.status.ite() && !clear.ite());
-        self.settle();
+        self.end_event();
     }
 
     /// The 64-bit word `word` (two a record) of the fault recording registers.
-    pub(super) fn record_word(&self, word: usize) -> u64 {
+    pub(in crate::viommu::vtd) fn record_word(&self, word: usize) -> u64 {
         self.records.get(word / 2).map_or(0, |record| record.to_words()[word % 2])
     }
 
     /// The guest writes `value` to that word: 1 clears F, all else is read-only.
-    pub(super) fn write_record_word(&mut self, word: usize, value: u64) {
+    pub(in crate::viommu::vtd) fn write_record_word(&mut self, word: usize, value: u64) {
         if word.is_multiple_of(2) || !FaultRecordHigh::from_bits(value).f() {
             return;
         }
@@ -133,7 +134,7 @@ impl FaultLog {
         if !self.records.iter().any(|record| record.high.f()) {
             self.status.set_ppf(false);
         }
-        self.settle();
+        self.end_event();
     }
 
     /// Whether anything that raises the fault event is set.
@@ -142,7 +143,8 @@ impl FaultLog {
         status.ppf() || status.iqe() || status.ice() || status.ite()
     }
 
-    fn settle(&mut self) {
+    /// No event is pending for what is not there any more.
+    fn end_event(&mut self) {
         if !self.condition() {
             self.event.clear();
         }

@@ -1,39 +1,86 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest is told of a DMA fault that the host brought back.
+//! DMA faults that the host brings back, and what the guest is told of them (§7).
 //!
 //! A requester that the virtual unit blocked: the reason it was blocked for. One that goes through
 //! the guest's tables: the reason of the walk, put in terms of the guest's own tables, as if the
 //! host's stage 2 were the memory that they stand in.
 
+pub(super) mod interrupts;
+pub(super) mod log;
+
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::viommu::observer::FaultOutcome;
 use crate::viommu::vtd::apply::is_blocked;
+use crate::viommu::vtd::host_side::{DmaFault, FaultTarget, Policy, RequesterConfig, Stage1};
 use crate::viommu::vtd::policy::tables::{Blocked, Tables};
 use crate::viommu::vtd::requesters::Standing;
-use crate::viommu::{DmaFault, Policy, RequesterConfig, Stage1};
+use crate::viommu::vtd::VtdIommu;
+use crate::viommu::{MsiMessage, Requester};
+
+impl FaultTarget for VtdIommu {
+    fn dma_fault(&self, fault: &DmaFault) {
+        let Some(standing) = self.requesters.standing(fault.requester) else {
+            self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
+            return;
+        };
+        let explained = explain(standing, &self.tables(standing.root), fault);
+        let outcome = match explained {
+            Some(Blocked { reason, fault_disabled }) if reason.is_recorded(fault_disabled) => {
+                let recorded = self.fault_log().record(fault, reason);
+                self.recorded(recorded)
+            }
+            _ => {
+                self.counters.faults_suppressed.count();
+                FaultOutcome::Suppressed
+            }
+        };
+        let reason = explained.map(|blocked| blocked.reason).or(fault.reason);
+        if let Some(observer) = &self.observer {
+            observer.fault(fault, reason, outcome);
+        }
+    }
+
+    fn served_late(&self, requester: Requester) -> bool {
+        self.find_served(requester)
+    }
+}
+
+impl VtdIommu {
+    /// Counts what the fault log made of a fault, and sends its event.
+    pub(in crate::viommu::vtd) fn recorded(
+        &self,
+        (recorded, msi): (bool, Option<MsiMessage>),
+    ) -> FaultOutcome {
+        self.send(msi);
+        if recorded {
+            self.counters.faults_recorded.count();
+            FaultOutcome::Recorded
+        } else {
+            self.counters.faults_lost.count();
+            FaultOutcome::Lost
+        }
+    }
+}
 
 /// Explains `fault`, given how its requester stands; `None` when the guest is told nothing, as
 /// translation is not enabled.
-pub(in crate::viommu::vtd) fn explain(
-    standing: Standing,
-    tables: &Tables<'_>,
-    fault: &DmaFault,
-) -> Option<Blocked> {
+fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<Blocked> {
     if !standing.translating {
         return None;
     }
     let config = match standing.given {
-        Some(given) if is_blocked(&given.config) && !tables.caps.cap.cm() => {
+        Some(given) if is_blocked(&given.decision) && !tables.caps.cap.cm() => {
             // Nothing is cached of entries that block: these are what the request was blocked by,
             // unless it was the host that refused.
             let now = tables.config(fault.requester);
             if is_blocked(&now) {
                 now
             } else {
-                given.config
+                given.decision
             }
         }
-        Some(given) => given.config,
+        Some(given) => given.decision,
         // A PASID that was given nothing had no present entry when its tables were read last.
         None => unserved(tables.config(fault.requester)),
     };
@@ -126,8 +173,9 @@ mod tests {
     use crate::spec::vtd::pasid::PagingMode;
     use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
-    use crate::viommu::vtd::requesters::given::Given;
-    use crate::viommu::{DomainTag, Requester, VtdFirstStage, VtdSecondStage};
+    use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
+    use crate::viommu::vtd::requesters::Given;
+    use crate::viommu::Requester;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     const FIRST: Policy = Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
@@ -149,7 +197,7 @@ mod tests {
         let tables = Tables { memory: &memory, caps: &caps, root };
         let tag = DomainTag { domain: 1, pasid: 0 };
         let config = RequesterConfig { policy, tag, fault_disabled };
-        let given = Some(Given { config, applied: true });
+        let given = Some(Given::applied(config));
         explain(Standing { translating: true, root, given }, &tables, &fault)
     }
 

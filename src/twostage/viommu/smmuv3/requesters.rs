@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every stream was given, readable without the model's lock.
+//! What every stream was given ([`Ledger`]), and by which table.
 
-use crate::sync::RwLock;
 use std::collections::BTreeMap;
-use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::policy::ConfigFault;
 use super::StreamPolicy;
 use crate::spec::smmuv3::regs::{StrtabBase, StrtabBaseCfg};
 use crate::spec::smmuv3::StreamId;
+use crate::viommu::ledger::{Entries, Ledger};
 
 /// What is decided for a stream: a policy, or why it is blocked.
 pub(super) type Decision = Result<StreamPolicy, ConfigFault>;
@@ -21,12 +20,10 @@ pub(super) struct TableRegisters {
 }
 
 /// What a stream was given.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Given {
-    pub decision: Decision,
-    /// The host has done it. If not, it is given again at the next occasion.
-    pub applied: bool,
-}
+pub(super) type Given = crate::viommu::ledger::Given<Decision>;
+
+/// The streams behind an SMMU, and what each was given.
+pub(super) type Streams = Ledger<Published>;
 
 /// What there is to know of an event of a stream.
 #[derive(Debug, Clone, Copy)]
@@ -38,30 +35,38 @@ pub(super) struct Standing {
     pub given: Option<Given>,
 }
 
-/// The streams behind an SMMU. A lock of its own, taken last and for a moment.
+/// The published state.
 #[derive(Debug, Default)]
-pub(super) struct Streams {
-    published: RwLock<Published>,
-}
-
-#[derive(Debug, Default)]
-struct Published {
+pub(super) struct Published {
     table: Option<TableRegisters>,
     recording_bad_streams: bool,
-    /// The host is yet to be given what it lost, or did not take though it blocks nothing.
-    owed: bool,
     streams: BTreeMap<StreamId, Option<Given>>,
 }
 
+impl Entries for Published {
+    type Requester = StreamId;
+    type Decision = Decision;
+
+    fn is_block(decision: &Decision) -> bool {
+        matches!(decision, Ok(StreamPolicy::Abort) | Err(_))
+    }
+
+    fn get(&self, stream: StreamId) -> Option<Given> {
+        self.streams.get(&stream).copied().flatten()
+    }
+
+    fn set(&mut self, stream: StreamId, given: Given) {
+        if let Some(place) = self.streams.get_mut(&stream) {
+            *place = Some(given);
+        }
+    }
+
+    fn unapply_all(&mut self) {
+        self.streams.values_mut().flatten().for_each(|given| given.applied = false);
+    }
+}
+
 impl Streams {
-    fn read(&self) -> RwLockReadGuard<'_, Published> {
-        self.published.read()
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Published> {
-        self.published.write()
-    }
-
     /// Adds a stream that was given nothing; `false` when it is there already.
     pub fn add(&self, stream: StreamId) -> bool {
         let mut published = self.write();
@@ -99,11 +104,6 @@ impl Streams {
         self.write().recording_bad_streams = recording;
     }
 
-    /// What `stream` was given.
-    pub fn given(&self, stream: StreamId) -> Option<Given> {
-        self.read().streams.get(&stream).copied().flatten()
-    }
-
     /// What there is to know of an event of `stream`; `None` when it is not here.
     pub fn standing(&self, stream: StreamId) -> Option<Standing> {
         let published = self.read();
@@ -113,30 +113,6 @@ impl Streams {
             recording_bad_streams: published.recording_bad_streams,
             given,
         })
-    }
-
-    /// Publishes what `stream` is given. Nothing happens for a stream that is not here.
-    pub fn give(&self, stream: StreamId, given: Given) {
-        if let Some(place) = self.write().streams.get_mut(&stream) {
-            *place = Some(given);
-        }
-    }
-
-    /// The host may have lost any of what it was given: all of it is owed.
-    pub fn distrust_host(&self) {
-        let mut published = self.write();
-        published.owed = true;
-        published.streams.values_mut().flatten().for_each(|given| given.applied = false);
-    }
-
-    /// Whatever the host does not have is owed, or is not any more.
-    pub fn set_owed(&self, owed: bool) {
-        self.write().owed = owed;
-    }
-
-    /// Whether anything is owed to the host before more is acknowledged to the guest.
-    pub fn is_owed(&self) -> bool {
-        self.read().owed
     }
 
     /// Every stream whose decision the host does not have.

@@ -9,7 +9,8 @@ use crate::iommufd::{
 };
 use crate::nesting::error::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
-use crate::viommu::{DomainTag, Policy, Requester, RequesterConfig, Stage1, VtdFirstStage};
+use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage};
+use crate::viommu::Requester;
 use crate::warn_limited;
 
 /// Tables start a page of 4 KiB. The kernel would take the low bits for flags of the PASID entry.
@@ -20,7 +21,7 @@ impl State {
         self.nested.slots().get(requester)
     }
 
-    /// See [`crate::viommu::HostSide::configure`].
+    /// See [`crate::viommu::vtd::HostSide::configure`].
     pub fn configure(&mut self, requester: Requester, config: &RequesterConfig) -> Result<()> {
         let result = self.apply(requester, config);
         if result.is_err() {
@@ -69,7 +70,7 @@ impl State {
         stage1: Stage1,
         tag: DomainTag,
     ) -> Result<()> {
-        let found = self.nested.find(device.parent.hwpt, &stage1);
+        let found = self.nested.hwpts.find(&(device.parent.hwpt, stage1));
         let hwpt = match found {
             Some(hwpt) => hwpt,
             None => self.alloc_nested(requester, device, stage1)?,
@@ -128,7 +129,7 @@ impl State {
         let hwpt =
             self.objects.alloc_hwpt(&args, || format!("nesting the tables of {requester}"))?;
         self.counters.nested_allocs += 1;
-        self.nested.insert(hwpt, device.parent.hwpt, stage1);
+        self.nested.hwpts.insert(hwpt, (device.parent.hwpt, stage1));
         Ok(hwpt)
     }
 
@@ -187,7 +188,7 @@ impl State {
     /// If nobody uses the `HWPT_NESTED` any more, it goes.
     fn destroy_unused(&mut self, attached: Attached) {
         if let Attached::Nested(hwpt) = attached {
-            if self.nested.remove_unused(hwpt) {
+            if self.nested.hwpts.remove_unused(hwpt) {
                 self.objects.destroy(hwpt);
             }
         }
@@ -195,7 +196,7 @@ impl State {
 
     /// Whether the host may let DMA of `requester` through: what was attached and never detached
     /// is.
-    pub fn is_attached(&self, requester: Requester) -> bool {
+    pub fn is_reachable(&self, requester: Requester) -> bool {
         self.slot(requester) != Slot::default()
     }
 

@@ -28,19 +28,19 @@ impl Default for EventRegisters {
 
 impl EventRegisters {
     /// The condition of the event came true: a message to send, or a pending one when masked.
-    pub(super) fn raise(&mut self) -> Option<MsiMessage> {
+    pub(in crate::viommu::vtd) fn raise(&mut self) -> Option<MsiMessage> {
         self.control.set_ip(true);
         self.deliver()
     }
 
     /// The guest cleared every status that makes the condition.
-    pub(super) fn clear(&mut self) {
+    pub(in crate::viommu::vtd) fn clear(&mut self) {
         self.control.set_ip(false);
     }
 
     /// The guest writes the control register, the data register or both; unmasking sends what is
     /// pending, with the data that came with it.
-    pub(super) fn write_control(
+    pub(in crate::viommu::vtd) fn write_control(
         &mut self,
         control: Option<u32>,
         data: Option<u32>,
@@ -51,7 +51,11 @@ impl EventRegisters {
     }
 
     /// The guest writes the address register, the upper address register or both.
-    pub(super) fn write_address(&mut self, address: Option<u32>, upper: Option<u32>) {
+    pub(in crate::viommu::vtd) fn write_address(
+        &mut self,
+        address: Option<u32>,
+        upper: Option<u32>,
+    ) {
         self.address = address.map_or(self.address, |address| address & !0x3);
         self.upper_address = upper.unwrap_or(self.upper_address);
     }

@@ -10,7 +10,7 @@
 
 use std::sync::MutexGuard;
 
-use super::apply::{Applied, NotApplied, Scope};
+use super::apply::Scope;
 use super::evaluation::{Budget, By, Evaluation};
 use super::queue::{Pass, Slice};
 use super::state::Registers;
@@ -18,7 +18,9 @@ use super::VtdIommu;
 use crate::spec::vtd::regs::{
     ContextGranularity, Gcmd, IotlbGranularity, QueuePointer, TranslationTableMode,
 };
-use crate::viommu::{HostSideError, Invalidation, Progress, Requester};
+use crate::viommu::ledger::{Applied, NotApplied};
+use crate::viommu::vtd::host_side::{Invalidation, Progress};
+use crate::viommu::{HostSideError, Requester};
 
 /// What is being done, and is not acknowledged yet. Changed with the registers locked only.
 #[derive(Debug, Default)]
@@ -134,7 +136,7 @@ impl VtdIommu {
             // is enabled the policies are given anew right after.
             (Then::RootTable { applied, .. }, Err(error)) => {
                 if error.still_reachable {
-                    *applied = Err(NotApplied::StillReachable);
+                    *applied = Err(NotApplied::Host);
                 }
                 false
             }
@@ -152,8 +154,8 @@ impl VtdIommu {
                 self.requesters.set_translating(true, registers.root);
                 self.begin_command(Scope::Global, By::Tables, then);
             }
-            Then::Iotlb(_) if self.must_regain(registers) => {
-                self.begin_command(Scope::Lost, By::Tables, then);
+            Then::Iotlb(_) if self.must_reapply(registers) => {
+                self.begin_command(Scope::Unapplied, By::Tables, then);
             }
             then => self.acknowledge(registers, then, Ok(())),
         }
@@ -167,7 +169,7 @@ impl VtdIommu {
 
     /// A command is under way from now on.
     pub(super) fn begin_command(&self, scope: Scope, by: By, then: Then) {
-        if by == By::Tables && scope != Scope::Lost {
+        if by == By::Tables && scope != Scope::Unapplied {
             self.counters.evaluations.count();
         }
         let what = What::Evaluate(Evaluation::new(scope, by));

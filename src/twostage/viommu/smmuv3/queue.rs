@@ -14,14 +14,14 @@
 //! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number
 //! of commands.
 
-use super::apply::NotApplied;
-use super::commands::Action;
-use super::interrupts::{Signal, SmmuInterrupt};
+use super::actions::Action;
+use super::faults::interrupts::{Signal, SmmuInterrupt};
 use super::state::Registers;
-use super::{Smmu, SmmuInvalidateError};
+use super::Smmu;
 use crate::spec::smmuv3::command::{Command, SyncSignal, Words};
 use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SIZE};
 use crate::spec::smmuv3::regs::Gerror;
+use crate::viommu::ledger::NotApplied;
 
 /// The most commands of a slice, and so of a call to the host; of those that may make a host look
 /// through all that it caches a quarter of it, as more would hold the registers for long.
@@ -79,7 +79,7 @@ struct Pass {
 impl Smmu {
     /// Works through the queue up to the end of a slice, its end or its first error.
     pub(super) fn run_slice(&self, registers: &mut Registers) -> Slice {
-        if !registers.cr0ack.cmdqen() || self.notices().errors.active().cmdq_err() {
+        if !registers.cr0ack.cmdqen() || self.fault_log().errors.active().cmdq_err() {
             return Slice::Done;
         }
         let queue = registers.cmdq_base.layout(COMMAND_SIZE, self.caps.idr1.cmdqs());
@@ -171,37 +171,18 @@ impl Smmu {
         self.flush(registers, pass)
     }
 
-    /// Gives what was gathered, and what is owed, to the host; CMDQ_CONS then follows. What fails
-    /// is blamed on a command that was gathered, or else on the one at the fetch index.
+    /// Gives what was gathered, and what it must be given anew, to the host; CMDQ_CONS then
+    /// follows. What fails is blamed on a command that was gathered, or else on the one at the
+    /// fetch index.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         let batch = std::mem::take(&mut pass.batch);
         let indices = std::mem::take(&mut pass.indices);
         let blamed = indices.first().copied().unwrap_or(pass.fetch);
         self.invalidate_host(&batch)
             .map_err(|error| Stop::Host(indices.get(error.refused).copied().unwrap_or(blamed)))?;
-        self.settle(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
+        self.reapply(registers).map_err(|not_applied| Stop::of(not_applied, blamed))?;
         registers.cmdq_cons = CmdqCons::new().with_rd(pass.fetch);
         Ok(())
-    }
-
-    /// Gives a batch to the host; nothing for an empty one.
-    ///
-    /// # Errors
-    /// The host refused something; it is counted and logged.
-    pub(super) fn invalidate_host(&self, batch: &[Command]) -> Result<(), SmmuInvalidateError> {
-        if batch.is_empty() {
-            return Ok(());
-        }
-        self.counters.batches.count();
-        self.counters.invalidations.add(batch.len() as u64);
-        self.host.invalidate(batch).inspect_err(|error| {
-            if !error.flushed {
-                // What the host blocked for this is given anew at the next occasion.
-                self.streams.distrust_host();
-            }
-            // Nobody acknowledges an invalidation that failed, whatever became of its streams.
-            let _ = self.host_failed(&error.error);
-        })
     }
 
     fn complete_sync(&self, signal: SyncSignal) {

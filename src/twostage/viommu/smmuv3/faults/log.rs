@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the SMMU tells software by itself: events and global errors, and the interrupts of both.
+//! What the SMMU tells software by itself: the event queue and global errors, and the interrupts of
+//! both (§7.2, §7.5).
 //!
 //! A lock of its own, taken after the model's, because events come from any thread.
 
@@ -13,7 +14,7 @@ use crate::viommu::TableMemory;
 /// The event queue, the global errors and their interrupts, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct Notices {
+pub struct FaultLog {
     /// IRQ_CTRL, and IRQ_CTRLACK: they never differ.
     pub irq_ctrl: IrqCtrl,
     /// GERROR, GERRORN.
@@ -28,7 +29,7 @@ pub struct Notices {
 
 /// What of the identification registers counts here.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Offered {
+pub(in crate::viommu::smmuv3) struct Offered {
     /// IDR0.MSI.
     pub msi: bool,
     /// IDR1.EVENTQS.
@@ -41,9 +42,9 @@ impl Offered {
     }
 }
 
-impl Notices {
+impl FaultLog {
     /// Records an event. With it, what makes it known.
-    pub(super) fn record(
+    pub(in crate::viommu::smmuv3) fn record(
         &mut self,
         offered: Offered,
         memory: &dyn TableMemory,
@@ -67,20 +68,24 @@ impl Notices {
     }
 
     /// Events were lost before they came here: an overflow.
-    pub(super) fn lose(&mut self, offered: Offered) -> Option<Signal> {
+    pub(in crate::viommu::smmuv3) fn lose(&mut self, offered: Offered) -> Option<Signal> {
         (self.events.enabled && self.events.overflow())
             .then(|| self.events_signal(offered))
             .flatten()
     }
 
     /// Makes `errors` active. What makes them known, if that is news.
-    pub(super) fn raise(&mut self, offered: Offered, errors: Gerror) -> Option<Signal> {
+    pub(in crate::viommu::smmuv3) fn raise(
+        &mut self,
+        offered: Offered,
+        errors: Gerror,
+    ) -> Option<Signal> {
         self.errors.raise(errors).then(|| self.errors_signal(offered)).flatten()
     }
 
     /// Software writes IRQ_CTRL. What came to pass while an interrupt was disabled is made known
     /// when it is enabled: nobody waits for ever.
-    pub(super) fn write_irq_ctrl(
+    pub(in crate::viommu::smmuv3) fn write_irq_ctrl(
         &mut self,
         offered: Offered,
         value: IrqCtrl,

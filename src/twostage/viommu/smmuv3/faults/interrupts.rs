@@ -41,22 +41,22 @@ pub struct InterruptConfig {
 
 impl InterruptConfig {
     /// The bits of CFG2 that software can write: SH, MemAttr.
-    pub(super) const ATTRIBUTES: u32 = 0x3f;
+    pub(in crate::viommu::smmuv3) const ATTRIBUTES: u32 = 0x3f;
 
     /// CFG1 and CFG2 as they stand side by side.
-    pub(super) fn message_words(self) -> u64 {
+    pub(in crate::viommu::smmuv3) fn message_words(self) -> u64 {
         pair(self.data, self.attributes)
     }
 
     /// What makes `interrupt` known, where `msi` says whether messages are offered.
-    pub(super) fn signal(self, interrupt: SmmuInterrupt, msi: bool) -> Signal {
+    pub(in crate::viommu::smmuv3) fn signal(self, interrupt: SmmuInterrupt, msi: bool) -> Signal {
         Signal::new(interrupt, self.address.address().filter(|_| msi), self.data)
     }
 }
 
 /// An interrupt on its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Signal {
+pub(in crate::viommu::smmuv3) struct Signal {
     pub interrupt: SmmuInterrupt,
     /// Address and data of a message; `None` for a wire.
     pub message: Option<(u64, u32)>,

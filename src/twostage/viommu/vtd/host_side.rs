@@ -1,38 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual IOMMU asks of the host: policies of requesters, and invalidations.
+//! The small trait that a virtual VT-d stands on, the one it offers upward, and what both are
+//! about: policies of requesters, and invalidations.
 
-use std::fmt;
+use std::fmt::Debug;
 
-use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PageRange;
-
-/// Who makes a DMA request: a PCI function, and the PASID when the request carries one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Requester {
-    /// Requester ID as the guest sees it.
-    pub rid: Bdf,
-    /// PASID of the request; `None` for a request without.
-    pub pasid: Option<Pasid>,
-}
-
-impl Requester {
-    /// `rid`'s requests without PASID.
-    pub const fn rid(rid: Bdf) -> Self {
-        Self { rid, pasid: None }
-    }
-}
-
-impl fmt::Display for Requester {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.pasid {
-            Some(pasid) => write!(f, "{} PASID {pasid}", self.rid),
-            None => write!(f, "{}", self.rid),
-        }
-    }
-}
+use crate::viommu::{HostSideError, Requester};
 
 /// A first-stage table (VT-d scalable mode, PGTT first-stage).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -134,6 +110,110 @@ impl Invalidation {
             Stage1::VtdFirstStage(_) => self.pasid.is_some(),
             Stage1::VtdSecondStage(_) => true,
         }
+    }
+}
+
+/// What is behind a virtual VT-d: it turns policies into translations.
+///
+/// Calls come one at a time (the virtual VT-d's lock is held). A call returns only when the host
+/// has done what was asked: the virtual VT-d acknowledges to the guest right after.
+pub trait HostSide: Debug + Send + Sync {
+    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing,
+    /// and a PASID that is blocked no memory.
+    ///
+    /// The tag of a request with PASID has that PASID.
+    ///
+    /// # Errors
+    /// The host refused; the requester is then blocked, whatever it was before, unless the error
+    /// says [`HostSideError::still_reachable`].
+    fn configure(
+        &self,
+        requester: Requester,
+        config: &RequesterConfig,
+    ) -> Result<(), HostSideError>;
+
+    /// Invalidates a batch, in any order within it: all of what stands between two ordering points
+    /// of the guest's queue.
+    ///
+    /// # Errors
+    /// The host could not do all of it. What it could not invalidate is then blocked, so that no
+    /// stale translation is used, unless the error says [`HostSideError::still_reachable`]; the
+    /// guest must be told.
+    fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError>;
+
+    /// Does as much of [`HostSide::invalidate`] as takes a fraction of a millisecond, from where
+    /// `progress` is, and moves that on: so others need not wait where a batch names very much.
+    ///
+    /// # Errors
+    /// Those of [`HostSide::invalidate`]. The rest can still be done.
+    fn invalidate_some(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        progress.go_on_at(None);
+        self.invalidate(batch)
+    }
+}
+
+/// How much of a batch of invalidations is done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// A number of the host side's own; none before it has begun.
+    next: Option<u64>,
+    done: bool,
+}
+
+impl Progress {
+    /// Where to go on, if it has begun.
+    pub fn next(self) -> Option<u64> {
+        self.next
+    }
+
+    /// Everything before `next` is done, or everything.
+    pub fn go_on_at(&mut self, next: Option<u64>) {
+        *self = Self { next, done: next.is_none() };
+    }
+
+    /// Whether all is done.
+    pub fn is_done(self) -> bool {
+        self.done
+    }
+}
+
+/// An unrecoverable fault of a DMA request, brought back from the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DmaFault {
+    /// Who made the request.
+    pub requester: Requester,
+    /// The IOVA, in bytes.
+    pub address: u64,
+    /// It was a write (or an atomic).
+    pub write: bool,
+    /// It asked to execute.
+    pub execute: bool,
+    /// It asked for supervisor privilege.
+    pub privileged: bool,
+    /// The reason as the host saw it; `None` when it says none, or none that there is. Meaningless
+    /// for a requester that the virtual IOMMU itself has blocked: it knows the reason better.
+    pub reason: Option<FaultReason>,
+    /// The host's stage 2 refused: the guest's tables lead to what is no guest memory.
+    pub stage2: bool,
+}
+
+/// What a virtual VT-d offers to whoever brings faults back.
+pub trait FaultTarget: Send + Sync {
+    /// Records the fault as the architecture says. May be called from any thread that holds no
+    /// lock of the host.
+    fn dma_fault(&self, fault: &DmaFault);
+
+    /// A request of `requester` is about to fail because the host blocks it. Whether the host was
+    /// given something else for it by now, so that the request is to be tried again: tables that
+    /// serve a requester need not be told of everywhere. Called as [`FaultTarget::dma_fault`] is;
+    /// takes the virtual VT-d's lock, whose holder may wait for DMA to end.
+    fn served_late(&self, requester: Requester) -> bool {
+        let _ = requester;
+        false
     }
 }
 

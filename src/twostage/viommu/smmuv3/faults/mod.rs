@@ -11,11 +11,17 @@
 //! Not for an entry that is not valid, and not when a command or SMMUEN names all streams: that is
 //! how drivers keep streams off which make no transactions, and an event would blame them for some.
 
-use super::eventq::Recorded;
-use super::policy::ConfigFault;
-use super::streams::Standing;
-use super::{EventRecordWords, EventTarget, Smmu, StreamPolicy};
+pub(super) mod eventq;
+pub(super) mod gerror;
+pub(super) mod interrupts;
+pub(super) mod log;
+
+use eventq::Recorded;
+
 use crate::spec::smmuv3::event::{Event1, EventClass, EventId, EventRecord};
+use crate::viommu::smmuv3::policy::ConfigFault;
+use crate::viommu::smmuv3::requesters::Standing;
+use crate::viommu::smmuv3::{EventRecordWords, EventTarget, Smmu, StreamPolicy};
 use crate::viommu::FaultOutcome;
 
 impl EventTarget for Smmu {
@@ -37,15 +43,15 @@ impl EventTarget for Smmu {
 
     fn events_lost(&self) {
         self.counters.events_lost.count();
-        let signal = self.notices().lose(self.offered);
+        let signal = self.fault_log().lose(self.offered);
         self.send(signal);
     }
 }
 
 impl Smmu {
     /// Puts an event into the event queue, or shows that it was lost.
-    pub(super) fn record_event(&self, record: EventRecord) {
-        let (recorded, signal) = self.notices().record(self.offered, &*self.memory, record);
+    pub(in crate::viommu::smmuv3) fn record_event(&self, record: EventRecord) {
+        let (recorded, signal) = self.fault_log().record(self.offered, &*self.memory, record);
         let (counter, outcome) = match recorded {
             Recorded::Yes { .. } => (&self.counters.events_recorded, FaultOutcome::Recorded),
             Recorded::Disabled => (&self.counters.events_suppressed, FaultOutcome::Suppressed),

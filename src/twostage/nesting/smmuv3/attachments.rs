@@ -33,7 +33,7 @@ impl State {
         }
         let entry = nested::entry(policy);
         let found = match entry {
-            Some(entry) => self.nested.find(entry),
+            Some(entry) => self.nested.find(&entry),
             None => self.unit.as_ref().map(Unit::parent),
         };
         let attached = self.devices.get(&stream).and_then(|device| device.attached);
@@ -107,9 +107,9 @@ impl State {
         }
         let before = device.attached.replace(hwpt);
         device.unsettled = false;
-        self.nested.join(hwpt, stream);
+        self.nested.join(hwpt);
         self.counters.replaces += u64::from(before.is_some());
-        self.release(stream, before);
+        self.release(before);
         Ok(())
     }
 
@@ -126,7 +126,7 @@ impl State {
 
     fn abort(&mut self, stream: StreamId) -> Result<()> {
         let Some(device) = self.devices.get(&stream).copied() else { return Ok(()) };
-        let hwpt = match self.nested.find(ABORT) {
+        let hwpt = match self.nested.find(&ABORT) {
             // The host would take the attach for done.
             Some(hwpt) if device.attached == Some(hwpt) => return self.detach(stream),
             Some(hwpt) => hwpt,
@@ -147,20 +147,23 @@ impl State {
         }
         let before = device.attached.take();
         device.unsettled = false;
-        self.release(stream, before);
+        self.release(before);
         Ok(())
     }
 
-    /// `stream` does not use `hwpt` any more.
-    fn release(&mut self, stream: StreamId, hwpt: Option<ObjectId>) {
+    /// A stream does not use `hwpt` any more.
+    fn release(&mut self, hwpt: Option<ObjectId>) {
         if let Some(hwpt) = hwpt {
-            self.nested.leave(hwpt, stream);
+            self.nested.leave(hwpt);
             self.destroy_unused(hwpt);
         }
     }
 
+    /// If nobody uses the `HWPT_NESTED` any more, it goes. Those that abort and bypass stay: the
+    /// guest needs them again.
     fn destroy_unused(&mut self, hwpt: ObjectId) {
-        if self.nested.remove_unused(hwpt) {
+        let of_the_guest = self.nested.stage1(hwpt).is_some_and(nested::translates);
+        if of_the_guest && self.nested.remove_unused(hwpt) {
             self.objects.destroy(hwpt);
         }
     }

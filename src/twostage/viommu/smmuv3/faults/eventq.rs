@@ -21,7 +21,7 @@ pub struct EventQueue {
 
 /// What became of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Recorded {
+pub(in crate::viommu::smmuv3) enum Recorded {
     /// It is in the queue, which was empty before when `first`.
     Yes { first: bool },
     /// The queue is disabled.
@@ -34,7 +34,7 @@ pub(super) enum Recorded {
 
 impl EventQueue {
     /// Puts `record` into the queue, which has at most `2^max_log2size` entries.
-    pub(super) fn push(
+    pub(in crate::viommu::smmuv3) fn push(
         &mut self,
         memory: &dyn TableMemory,
         max_log2size: u8,
@@ -60,7 +60,7 @@ impl EventQueue {
     }
 
     /// An event was lost. `false` when the guest is to be told of that already.
-    pub(super) fn overflow(&mut self) -> bool {
+    pub(in crate::viommu::smmuv3) fn overflow(&mut self) -> bool {
         if self.has_overflow() {
             return false;
         }
@@ -69,7 +69,7 @@ impl EventQueue {
     }
 
     /// Whether there is anything that software has not seen.
-    pub(super) fn has_news(&self, max_log2size: u8) -> bool {
+    pub(in crate::viommu::smmuv3) fn has_news(&self, max_log2size: u8) -> bool {
         let queue = self.layout(max_log2size);
         self.enabled && (self.has_overflow() || !queue.is_empty(self.prod.wr(), self.cons.rd()))
     }

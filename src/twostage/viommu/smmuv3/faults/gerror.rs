@@ -20,14 +20,14 @@ impl GlobalErrors {
     }
 
     /// Makes `errors` active. `false` when all of them were.
-    pub(super) fn raise(&mut self, errors: Gerror) -> bool {
+    pub(in crate::viommu::smmuv3) fn raise(&mut self, errors: Gerror) -> bool {
         let new = errors.into_bits() & !self.active().into_bits();
         self.gerror = Gerror::from_bits(self.gerror.into_bits() ^ new);
         new != 0
     }
 
     /// Software writes GERRORN. Only what is active can be acknowledged: other bits are left alone.
-    pub(super) fn acknowledge(&mut self, value: u32) {
+    pub(in crate::viommu::smmuv3) fn acknowledge(&mut self, value: u32) {
         let toggled = (value ^ self.gerrorn.into_bits()) & self.active().into_bits();
         self.gerrorn = Gerror::from_bits(self.gerrorn.into_bits() ^ toggled);
     }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Interrupt remapping as it runs: the interrupt entry cache (§6.2.5), and interrupts that are sent
-//! through it.
+//! Interrupt remapping (§5.1) as it runs: the interrupt entry cache (§6.2.5), and interrupts that
+//! are sent through it.
 //!
 //! An interrupt is looked up and delivered under one lock, which an invalidation takes too: when it
 //! is complete, nothing of the old entry is on its way.
+
+pub(super) mod entries;
 
 use crate::sync::Mutex;
 use std::collections::HashMap;
@@ -13,7 +15,7 @@ use crate::spec::pci::Bdf;
 use crate::spec::vtd::interrupt::Irte;
 use crate::spec::vtd::qi::InterruptEntryScope;
 use crate::viommu::observer::FaultOutcome;
-use crate::viommu::vtd::interrupts::entries::{
+use crate::viommu::vtd::remapping::entries::{
     decide, is_interrupt_request, is_valid, read_entry, InterruptFault, Setup,
 };
 use crate::viommu::vtd::state::Registers;

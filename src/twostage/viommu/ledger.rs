@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What every requester was given, and whether the host has it.
+//!
+//! The model (one thread at a time) writes here around its calls to the host; faults, from any
+//! thread, are explained by what is published here. So that the reason a blocked requester is given
+//! is never older than its blocking, a block is published before the host has it, anything else
+//! after. The lock is held for a look-up or an insertion, never across a call.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
+
+use super::HostSideError;
+use crate::counters::Counter;
+use crate::ratelimit::RateLimit;
+use crate::sync::RwLock;
+
+/// Why what the guest asks for may not be acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NotApplied {
+    /// The host let a requester keep what the guest has taken back, or did not invalidate.
+    Host,
+    /// The virtual IOMMU was halted on the way.
+    Halted,
+}
+
+/// Whether every requester has its policy, or is blocked where the host refused it.
+pub(super) type Applied = Result<(), NotApplied>;
+
+/// What a requester was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Given<D> {
+    pub decision: D,
+    /// The host has it. Otherwise the host refused, or lost it, and must be told again.
+    pub applied: bool,
+}
+
+impl<D> Given<D> {
+    /// What the host has.
+    pub fn applied(decision: D) -> Self {
+        Self { decision, applied: true }
+    }
+}
+
+/// Where a model keeps what its requesters were given.
+pub(super) trait Entries {
+    type Requester: Copy;
+    type Decision: Copy + PartialEq;
+
+    /// Whether the decision blocks every request.
+    fn is_block(decision: &Self::Decision) -> bool;
+
+    /// What a requester was given.
+    fn get(&self, requester: Self::Requester) -> Option<Given<Self::Decision>>;
+
+    /// Gives it something. Nothing happens for a requester that is not there.
+    fn set(&mut self, requester: Self::Requester, given: Given<Self::Decision>);
+
+    /// The host has nothing of what was given any more.
+    fn unapply_all(&mut self);
+}
+
+/// See the [module](self).
+#[derive(Debug, Default)]
+pub(super) struct Ledger<E> {
+    published: RwLock<E>,
+    /// Something that was given is to be given to the host again before more is acknowledged to the
+    /// guest. Changed by the model alone.
+    unapplied: AtomicBool,
+}
+
+impl<E> Ledger<E> {
+    pub fn read(&self) -> RwLockReadGuard<'_, E> {
+        self.published.read()
+    }
+
+    pub fn write(&self) -> RwLockWriteGuard<'_, E> {
+        self.published.write()
+    }
+
+    /// Whether something is to be given to the host again before more is acknowledged: it lost it,
+    /// or let a requester keep what was taken back.
+    pub fn has_unapplied(&self) -> bool {
+        self.unapplied.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is, any more.
+    pub fn set_reapplied(&self) {
+        self.unapplied.store(false, Ordering::Relaxed);
+    }
+}
+
+impl<E: Entries> Ledger<E> {
+    /// What `requester` was given.
+    pub fn given(&self, requester: E::Requester) -> Option<Given<E::Decision>> {
+        self.read().get(requester)
+    }
+
+    /// Whether the host has `decision` for `requester`.
+    pub fn has(&self, requester: E::Requester, decision: E::Decision) -> bool {
+        self.given(requester) == Some(Given::applied(decision))
+    }
+
+    /// The host may have lost any of what it was given.
+    pub fn unapply_all(&self) {
+        self.write().unapply_all();
+        self.unapplied.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives `decision` to the host, by `configure`; `None` if the host has it. When the host
+    /// refuses, the requester is blocked: by `refused`, if `decision` is no block itself.
+    pub fn give(
+        &self,
+        requester: E::Requester,
+        decision: E::Decision,
+        refused: E::Decision,
+        configure: impl FnOnce() -> Result<(), HostSideError>,
+    ) -> Option<Result<(), HostSideError>> {
+        if self.has(requester, decision) {
+            return None;
+        }
+        let is_block = E::is_block(&decision);
+        if is_block {
+            self.set(requester, Given::applied(decision));
+        }
+        let result = configure();
+        match &result {
+            Ok(()) => self.set(requester, Given::applied(decision)),
+            Err(error) => {
+                let decision = if is_block { decision } else { refused };
+                self.set(requester, Given { decision, applied: false });
+                self.unapplied.fetch_or(error.still_reachable, Ordering::Relaxed);
+            }
+        }
+        Some(result)
+    }
+
+    fn set(&self, requester: E::Requester, given: Given<E::Decision>) {
+        self.write().set(requester, given);
+    }
+}
+
+/// Counts in `errors` and logs what the host refused to `model`. A mere refusal has its effect, for
+/// the requester is blocked; what cannot be blocked has none.
+pub(super) fn host_refused(
+    model: impl fmt::Display,
+    errors: &Counter,
+    log: &RateLimit,
+    error: &HostSideError,
+) -> Applied {
+    errors.count();
+    log.warn(format_args!("{model}: the host refused: {error}"));
+    if error.still_reachable {
+        log.warn(format_args!("{model}: and what it was to block is reachable still"));
+        return Err(NotApplied::Host);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// Decisions are numbers, and those below 0 are blocks.
+    #[derive(Default)]
+    struct Numbers(BTreeMap<u8, Option<Given<i8>>>);
+
+    impl Entries for Numbers {
+        type Requester = u8;
+        type Decision = i8;
+
+        fn is_block(decision: &i8) -> bool {
+            *decision < 0
+        }
+
+        fn get(&self, requester: u8) -> Option<Given<i8>> {
+            self.0.get(&requester).copied().flatten()
+        }
+
+        fn set(&mut self, requester: u8, given: Given<i8>) {
+            if let Some(place) = self.0.get_mut(&requester) {
+                *place = Some(given);
+            }
+        }
+
+        fn unapply_all(&mut self) {
+            self.0.values_mut().flatten().for_each(|given| given.applied = false);
+        }
+    }
+
+    fn ledger() -> Ledger<Numbers> {
+        let ledger = Ledger::<Numbers>::default();
+        ledger.write().0.insert(7, None);
+        ledger
+    }
+
+    fn refusal(still_reachable: bool) -> Result<(), HostSideError> {
+        let source = Arc::new(std::io::Error::other("refused"));
+        Err(HostSideError { what: "test".into(), still_reachable, source })
+    }
+
+    #[test]
+    fn a_block_is_published_before_the_host_has_it_and_anything_else_after() {
+        let ledger = ledger();
+        for (decision, then) in [(1, None), (-1, Some(-1)), (2, Some(-1)), (3, Some(2))] {
+            let look = || {
+                assert_eq!(ledger.given(7).map(|given| given.decision), then);
+                Ok(())
+            };
+            assert!(ledger.give(7, decision, -9, look).is_some_and(|result| result.is_ok()));
+            assert!(ledger.has(7, decision));
+        }
+        assert!(ledger.give(7, 3, -9, || unreachable!("the host has it")).is_none());
+        // Nobody.
+        assert!(ledger.give(8, 1, -9, || Ok(())).is_some());
+        assert_eq!(ledger.given(8), None);
+    }
+
+    #[test]
+    fn what_is_refused_is_published_as_a_block_and_given_again() {
+        let ledger = ledger();
+        for (decision, published) in [(1, -9), (-1, -1)] {
+            assert!(ledger.give(7, decision, -9, || refusal(false)).is_some_and(|it| it.is_err()));
+            let given = Given { decision: published, applied: false };
+            assert_eq!(ledger.given(7), Some(given));
+            assert!(!ledger.has_unapplied(), "it is blocked");
+        }
+        assert!(ledger.give(7, -1, -9, || Ok(())).is_some());
+        assert!(ledger.has(7, -1));
+    }
+
+    #[test]
+    fn what_the_host_lost_or_does_not_block_is_to_be_given_again() {
+        let ledger = ledger();
+        assert!(ledger.give(7, 1, -9, || Ok(())).is_some());
+        ledger.unapply_all();
+        assert!(ledger.has_unapplied() && !ledger.has(7, 1));
+        assert!(ledger.give(7, 1, -9, || Ok(())).is_some());
+        ledger.set_reapplied();
+        assert!(ledger.has(7, 1));
+        assert!(ledger.give(7, -1, -9, || refusal(true)).is_some());
+        assert!(ledger.has_unapplied());
+    }
+}
