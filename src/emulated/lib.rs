@@ -65,6 +65,7 @@ mod drivers;
 pub mod edu;
 mod host;
 mod ioas;
+pub mod maps;
 #[cfg(feature = "selftest")]
 pub mod selftest;
 pub mod uapi;

@@ -5,20 +5,17 @@
 //! the file; private memory by its address. `/proc/self/maps` (see `proc_pid_maps(5)`)
 //! distinguishes them.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader};
-use std::ops::Range;
-
 use crate::host::refusal::{refuse, Outcome};
 use crate::host::user_space::UserSpace;
 use crate::ioas::PAGE_SIZE;
+use crate::maps::{self, FileKey, Mapping};
 use twostage::iommufd::{Errno, UserMemory};
 
 /// The start of some memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The file, by device and inode; none for private memory.
-    file: Option<(String, u64)>,
+    file: Option<FileKey>,
     /// The offset in the file, or the address, in bytes.
     at: u64,
 }
@@ -41,38 +38,26 @@ impl Place {
 #[derive(Debug)]
 pub struct Places(Vec<Mapping>);
 
-#[derive(Debug, PartialEq, Eq)]
-struct Mapping {
-    addresses: Range<u64>,
-    /// Of shared memory: the file, and the offset of the first byte in it.
-    shared: Option<((String, u64), u64)>,
-}
-
 impl Places {
     /// The mappings as they are now.
     ///
     /// # Errors
     /// `EIO` when `/proc` cannot be read.
     pub fn now() -> Outcome<Self> {
-        Self::read().or_else(|error| refuse(Errno::EIO, format!("/proc/self/maps: {error}")))
-    }
-
-    fn read() -> io::Result<Self> {
-        let lines = BufReader::new(File::open("/proc/self/maps")?).lines();
-        let mappings: io::Result<Vec<_>> =
-            lines.map(|line| line.map(|line| Mapping::parse(&line))).collect();
-        Ok(Self(mappings?.into_iter().flatten().collect()))
+        match maps::list(std::process::id().cast_signed()) {
+            Ok(list) => Ok(Self(list)),
+            Err(error) => refuse(Errno::EIO, format!("/proc/self/maps: {error}")),
+        }
     }
 
     /// The start of `memory`; none if it is not mapped (any more).
     pub fn of(&self, memory: &UserMemory) -> Option<Place> {
         let address = memory.user_va();
-        let mapping = self.0.iter().find(|mapping| mapping.addresses.contains(&address))?;
-        Some(match &mapping.shared {
-            Some((file, offset)) => {
-                Place { file: Some(file.clone()), at: offset + (address - mapping.addresses.start) }
-            }
-            None => Place { file: None, at: address },
+        let mapping = self.0.iter().find(|mapping| mapping.has(address))?;
+        let offset = mapping.offset + (address - mapping.start);
+        Some(match mapping.shared {
+            true => Place { file: Some(mapping.file.clone()), at: offset },
+            false => Place { file: None, at: address },
         })
     }
 }
@@ -120,23 +105,6 @@ impl Held {
     }
 }
 
-impl Mapping {
-    /// A line of the list.
-    fn parse(line: &str) -> Option<Self> {
-        let mut fields = line.split_ascii_whitespace();
-        let (start, end) = fields.next()?.split_once('-')?;
-        let rights = fields.next()?;
-        let hex = |text| u64::from_str_radix(text, 16).ok();
-        let (offset, device, inode) = (hex(fields.next()?)?, fields.next()?, fields.next()?);
-        let shared = if rights.ends_with('s') {
-            Some(((device.to_owned(), inode.parse().ok()?), offset))
-        } else {
-            None
-        };
-        Some(Self { addresses: hex(start)?..hex(end)?, shared })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,16 +136,5 @@ mod tests {
         assert_eq!(places.of(&one), places.of(&one.clone()));
         assert_ne!(places.of(&one), places.of(&other));
         assert!(!places.of(&one).unwrap().is_in_pages(&places.of(&other).unwrap(), 0x2000));
-    }
-
-    #[test]
-    fn lines_of_the_list() {
-        let line = "7f3c00200000-7f3c00210000 rw-s 00001000 00:01 1037 /dev/zero (deleted)";
-        let shared = Some((("00:01".to_owned(), 1037), 0x1000));
-        let addresses = 0x7f3c_0020_0000..0x7f3c_0021_0000;
-        assert_eq!(Mapping::parse(line), Some(Mapping { addresses, shared }));
-        let private = Mapping::parse("1000-2000 r--p 00003000 08:01 77 /bin/true").unwrap();
-        assert_eq!(private, Mapping { addresses: 0x1000..0x2000, shared: None });
-        assert_eq!(Mapping::parse("1000 r--p 0 00:00 0"), None);
     }
 }

@@ -2,7 +2,6 @@
 //! The program's memory: mappings, pins, accounting and status.
 
 pub mod accounts;
-pub mod maps;
 pub mod pins;
 pub mod proc_status;
 pub mod taken;

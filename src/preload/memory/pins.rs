@@ -18,10 +18,10 @@ use twostage::sync::Mutex;
 
 use libc::{PROT_READ, PROT_WRITE};
 use twostage::iommufd::{Errno, UserMemory};
+use twostage_emulated::maps::{self, FileKey, Mapping};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::memory::maps::{self, Mapping};
 use crate::sys;
 
 const PAGE_SIZE: u64 = 4096;
@@ -35,9 +35,6 @@ pub struct Pins {
     /// Files that were mapped directly, by device and inode.
     files: Mutex<Vec<(FileKey, Weak<File>)>>,
 }
-
-/// A file, as in lists of mappings: device and inode.
-pub type FileKey = (String, u64);
 
 #[derive(Debug, Default)]
 struct List {

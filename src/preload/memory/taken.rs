@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libc::{FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 use rustix::fs::Stat;
 
-use crate::memory::pins::{FileKey, Pins};
-use crate::{memory::maps, state, sys};
+use twostage_emulated::maps::{self, FileKey};
+
+use crate::memory::pins::Pins;
+use crate::{state, sys};
 
 /// How often one thing happened.
 type Times = AtomicU64;

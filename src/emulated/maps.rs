@@ -2,21 +2,28 @@
 //! The mappings of a process, from `/proc/PID/maps`.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
+
+/// A file, as the list names it: device and inode.
+pub type FileKey = (String, u64);
 
 /// One mapping.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping {
-    /// First address, and one past the last.
+    /// First address.
     pub start: u64,
+    /// One past the last.
     pub end: u64,
+    /// It can be read.
     pub readable: bool,
+    /// It can be written.
     pub writable: bool,
+    /// Writes go to the file, or to other processes.
     pub shared: bool,
     /// Its offset in the file, in bytes.
     pub offset: u64,
-    /// The file: device and inode. Unnamed shared memory has one, too.
-    pub file: (String, u64),
+    /// The file. Unnamed shared memory has one, too.
+    pub file: FileKey,
 }
 
 impl Mapping {
@@ -37,6 +44,11 @@ impl Mapping {
         })
     }
 
+    /// Whether `address` is in it.
+    pub fn has(&self, address: u64) -> bool {
+        (self.start..self.end).contains(&address)
+    }
+
     /// Its length, in bytes.
     pub fn length(&self) -> u64 {
         self.end - self.start
@@ -48,15 +60,23 @@ impl Mapping {
     }
 }
 
-/// The mapping of process `pid` that contains `address`; also none if the process is gone.
-pub fn find(pid: i32, address: u64) -> Option<Mapping> {
-    let list = BufReader::new(File::open(format!("/proc/{pid}/maps")).ok()?);
-    find_in(list, |mapping| (mapping.start..mapping.end).contains(&address))
+/// All mappings of process `pid`, as they are now.
+///
+/// # Errors
+/// The process is gone, or `/proc` cannot be read.
+pub fn list(pid: i32) -> io::Result<Vec<Mapping>> {
+    let parse = |line: io::Result<String>| line.map(|line| Mapping::parse(&line)).transpose();
+    lines(pid)?.filter_map(parse).collect()
 }
 
-/// The first of the mappings in `list` that `wanted` accepts.
-pub fn find_in(list: impl BufRead, wanted: impl Fn(&Mapping) -> bool) -> Option<Mapping> {
-    list.lines().map_while(Result::ok).filter_map(|line| Mapping::parse(&line)).find(wanted)
+/// The mapping of process `pid` that contains `address`; also none if the process is gone.
+pub fn find(pid: i32, address: u64) -> Option<Mapping> {
+    let lines = lines(pid).ok()?.map_while(Result::ok);
+    lines.filter_map(|line| Mapping::parse(&line)).find(|mapping| mapping.has(address))
+}
+
+fn lines(pid: i32) -> io::Result<impl Iterator<Item = io::Result<String>>> {
+    Ok(BufReader::new(File::open(format!("/proc/{pid}/maps"))?).lines())
 }
 
 #[cfg(test)]
@@ -74,6 +94,11 @@ mod tests {
         assert!(!private.writable && !private.shared);
         assert_eq!(Mapping::parse("1000 r--p 0 00:00 0"), None);
         assert_eq!(Mapping::parse(""), None);
+        let file = Mapping::parse("1000-2000 r--p 00003000 08:01 77 /bin/true").unwrap();
+        assert_eq!(
+            (file.shared, file.offset, file.file),
+            (false, 0x3000, ("08:01".to_owned(), 77))
+        );
     }
 
     #[test]
@@ -82,8 +107,11 @@ mod tests {
         let address = &raw const *variable as u64;
         let mapping = find(std::process::id() as i32, address).unwrap();
         assert!(mapping.writable && !mapping.shared);
-        assert!(mapping.start <= address && address < mapping.end);
+        assert!(mapping.has(address) && !mapping.has(mapping.end));
         assert_eq!(find(std::process::id() as i32, 0), None);
         assert_eq!(find(-1, address), None);
+        let list_now = list(std::process::id() as i32).unwrap();
+        assert!(list_now.iter().any(|mapping| mapping.has(address)));
+        assert!(list(-1).is_err());
     }
 }
