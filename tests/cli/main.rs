@@ -12,6 +12,7 @@ mod images;
 
 mod ends;
 mod guests;
+mod help;
 mod offers;
 mod refused;
 

@@ -18,7 +18,8 @@ impl FromStr for ModuleConfig {
         };
         let mut pairs = Pairs::parse(pairs)?;
         let path = pairs.take("path", None, |text| Ok(Some(PathBuf::from(text))))?;
-        pairs.finish("path, cmdline, which comes last")?;
+        let known = |error| format!("{error}, cmdline, which comes last");
+        pairs.finish().map_err(known)?;
         Ok(Self { path: path.ok_or("path=FILE is missing")?, cmdline: cmdline.to_owned() })
     }
 }

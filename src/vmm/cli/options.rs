@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Option values of the form `name,key=value,…`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -17,6 +17,8 @@ use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 #[derive(Default)]
 pub(super) struct Pairs<'a> {
     pairs: BTreeMap<&'a str, &'a str>,
+    /// Keys that were asked for: all there can be.
+    known: BTreeSet<&'static str>,
 }
 
 impl<'a> Pairs<'a> {
@@ -31,26 +33,28 @@ impl<'a> Pairs<'a> {
                 return Err(format!("'{key}' is given twice"));
             }
         }
-        Ok(Self { pairs })
+        Ok(Self { pairs, ..Self::default() })
     }
 
     /// Takes the value of `key`, parsed by `parse`, or `default` if not given.
     pub(super) fn take<T>(
         &mut self,
-        key: &str,
+        key: &'static str,
         default: T,
         parse: impl Fn(&str) -> Result<T, String>,
     ) -> Result<T, String> {
+        self.known.insert(key);
         match self.pairs.remove(key) {
             Some(value) => parse(value).map_err(|error| format!("{key}: {error}")),
             None => Ok(default),
         }
     }
 
-    /// Fails if a key has not been taken; `known` lists the valid keys.
-    pub(super) fn finish(self, known: &str) -> Result<(), String> {
+    /// Every key must have been taken.
+    pub(super) fn finish(self) -> Result<(), String> {
+        let known = || self.known.iter().copied().collect::<Vec<_>>().join(", ");
         match self.pairs.keys().next() {
-            Some(key) => Err(format!("unknown key '{key}'; known: {known}")),
+            Some(key) => Err(format!("unknown key '{key}'; known: {}", known())),
             None => Ok(()),
         }
     }
@@ -81,7 +85,7 @@ impl FromStr for CpusOption {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut pairs = Pairs::parse(text)?;
         let boot = pairs.take("boot", 1, small)?;
-        pairs.finish("boot")?;
+        pairs.finish()?;
         Ok(Self { boot })
     }
 }
@@ -104,7 +108,7 @@ impl FromStr for MemoryOption {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut pairs = Pairs::parse(text)?;
         let size = pairs.take("size", Self::DEFAULT_SIZE, parse_size)?;
-        pairs.finish("size")?;
+        pairs.finish()?;
         Ok(Self { size })
     }
 }
@@ -130,12 +134,7 @@ impl FromStr for IommuConfig {
             "smmuv3" => IommuModel::SmmuV3(smmuv3(&mut pairs, host == HostChoice::Emulated)?),
             _ => return Err(format!("unknown IOMMU '{model}'; known: smmuv3, vtd")),
         };
-        pairs.finish(match model {
-            IommuModel::Vtd(_) => {
-                "addr, ats, aw, caching-mode, host, id, intremap, pasid-bits, sanitize, second-stage"
-            }
-            IommuModel::SmmuV3(_) => "addr, ats, aw, granules, host, id, pasid-bits, ril, sanitize",
-        })?;
+        pairs.finish()?;
         Ok(Self { id, address, host, model })
     }
 }
@@ -274,7 +273,7 @@ impl FromStr for DeviceConfig {
             pasid: pairs.take("pasid", default.pasid, on_off)?,
             dma_mask: pairs.take("dma-mask", default.dma_mask, parse_number)?,
         };
-        pairs.finish("dma-mask, iommu, pasid")?;
+        pairs.finish()?;
         Ok(Self::Edu(config))
     }
 }
@@ -290,7 +289,7 @@ impl FromStr for VfioConfig {
             id: pairs.take("id", None, |text| Ok(Some(text.to_owned())))?,
             iommu: iommu(&mut pairs)?,
         };
-        pairs.finish("id, iommu, path")?;
+        pairs.finish()?;
         Ok(config)
     }
 }

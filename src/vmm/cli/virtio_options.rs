@@ -9,7 +9,7 @@ use crate::config::{DiskConfig, NetConfig, RngConfig, TapConfig};
 use crate::devices::virtio::DiskAccess;
 
 /// Takes `key`, whose value is a path.
-fn path(pairs: &mut Pairs<'_>, key: &str) -> Result<Option<PathBuf>, String> {
+fn path(pairs: &mut Pairs<'_>, key: &'static str) -> Result<Option<PathBuf>, String> {
     pairs.take(key, None, |text| Ok(Some(PathBuf::from(text))))
 }
 
@@ -36,7 +36,7 @@ impl FromStr for DiskConfig {
             },
             iommu: iommu(&mut pairs)?,
         };
-        pairs.finish("direct, format, iommu, path, readonly")?;
+        pairs.finish()?;
         Ok(config)
     }
 }
@@ -60,7 +60,7 @@ impl FromStr for NetConfig {
             text.parse().map(Some).map_err(|error| format!("'{text}': {error}"))
         })?;
         let config = Self { tap, mac, iommu: iommu(&mut pairs)? };
-        pairs.finish("fd, iommu, mac, tap")?;
+        pairs.finish()?;
         Ok(config)
     }
 }
@@ -75,7 +75,7 @@ impl FromStr for RngConfig {
             source: source.ok_or("src=FILE is missing, such as src=/dev/urandom")?,
             iommu: iommu(&mut pairs)?,
         };
-        pairs.finish("iommu, src")?;
+        pairs.finish()?;
         Ok(config)
     }
 }
