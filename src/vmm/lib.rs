@@ -2,32 +2,31 @@
 //! The lightweight VMM: a KVM machine just large enough to connect a guest, a virtual IOMMU and PCI
 //! devices.
 //!
-//! [`Machine`] is built from a [`config::MachineConfig`] and runs until the guest ends it. vCPU
-//! threads dispatch register accesses through the [`bus`]; one event loop serves file descriptors;
+//! `Machine` is built from a `config::MachineConfig` and runs until the guest ends it. vCPU
+//! threads dispatch register accesses through the `bus`; one event loop serves file descriptors;
 //! each device that does DMA has a worker thread, and so has each output, so that nobody waits for
 //! readers. Nothing here decides what a DMA may access: that is the IOMMU's job.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 
-pub mod arch;
-pub mod boot;
-pub mod bus;
+mod arch;
+mod boot;
+mod bus;
 pub mod cli;
-pub mod config;
+mod config;
 mod console;
-pub mod devices;
-pub mod error;
+mod devices;
+mod error;
 mod interrupts;
 mod iommu;
 mod machine;
-pub mod memory;
-pub mod pci;
+mod memory;
+mod pci;
 mod process;
-pub mod report;
-pub mod trace;
-pub mod vfio;
+mod report;
+mod trace;
+mod vfio;
 
-pub use error::{Error, Result};
-pub use machine::Machine;
+use error::{Error, Result};
+use machine::Machine;
 pub use process::exit_code;
-pub use process::stop::StopReason;

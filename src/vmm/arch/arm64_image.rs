@@ -31,6 +31,7 @@ pub enum ImageError {
     },
     /// There is no memory for the kernel.
     #[error("a kernel that takes {start:#x}..{end:#x}, which is not RAM")]
+    #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "nothing is loaded"))]
     NoRoom {
         /// First address.
         start: u64,

@@ -94,6 +94,7 @@ pub struct Module {
 
 /// The boot information for a kernel, whatever the protocol.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "for kernels of PCs"))]
 pub struct BootInfo<'a> {
     /// The machine's memory.
     pub memory: &'a MachineMemory,
@@ -114,6 +115,7 @@ impl BootInfo<'_> {
 
 /// A module for a kernel.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(target_arch = "aarch64", allow(dead_code, reason = "for kernels of PCs"))]
 pub struct NamedModule<'a> {
     /// Its memory.
     pub memory: Module,

@@ -14,7 +14,9 @@ use twostage::spec::smmuv3::regs;
 use twostage::spec::smmuv3::translation::Granule;
 use twostage::viommu::vtd::MMIO_SIZE;
 
-pub use check::{ConfigError, MAX_DEVICES};
+pub use check::ConfigError;
+#[cfg(target_arch = "x86_64")]
+pub use check::MAX_DEVICES;
 pub use payload::{ModuleConfig, PayloadConfig};
 
 /// Linux's iommufd.

@@ -20,8 +20,10 @@ pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
 pub use config_space::{ConfigSpace, Identity};
 pub use ecam::Ecam;
 pub use host_bridge::HostBridge;
-pub use intx::{line_of_pin, EventLine, IntxLine, IntxPin, IntxRouter};
-pub use layout::{Command, MsixControl};
+#[cfg(target_arch = "x86_64")]
+pub use intx::line_of_pin;
+pub use intx::{EventLine, IntxLine, IntxPin, IntxRouter};
+pub use layout::MsixControl;
 pub use msix::{EventVector, InterruptVector, Msix, MsixCapability, MsixPlace};
 
 pub use twostage::viommu::MsiMessage;

@@ -148,11 +148,6 @@ impl Msix {
         self.state().vectors.len()
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Software may have written message control.
     pub fn set_control(&self, control: MsixControl) {
         let mut state = self.state();

@@ -31,6 +31,7 @@ pub enum StopReason {
 
 /// How the guest reset the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code, reason = "each architecture has some of them")]
 pub enum ResetCause {
     /// The keyboard controller's reset line.
     KeyboardController,

@@ -37,15 +37,11 @@ mod testing;
 mod tests;
 mod vectors;
 
-pub use bars::{Lender, Loan};
-pub use config_image::ConfigError;
+pub use bars::Lender;
 pub use device_file::DeviceFile;
 pub use doorbell::DoorbellWatch;
 pub use error::{VfioError, VfioProblem};
 pub use function::{Surroundings, VfioPci};
-pub use host_device::{HostDevice, Irq, IrqInfo};
 pub use kvm_slots::KvmSlots;
-pub use mapping::{page_size, Mapping};
+pub use mapping::page_size;
 pub use message_window::message_window;
-pub use region::Region;
-pub use vectors::MakeVector;

@@ -15,11 +15,6 @@ use super::queue::Virtqueue;
 pub struct Features(pub u64);
 
 impl Features {
-    /// The feature with this number only.
-    pub const fn bit(number: u32) -> Self {
-        Self(1 << number)
-    }
-
     /// Union with `other`.
     #[must_use]
     pub const fn with(self, number: u32) -> Self {

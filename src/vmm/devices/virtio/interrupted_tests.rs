@@ -7,6 +7,10 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
+use super::backend::{Features, Model};
+use super::broken::{Broken, Unserved};
+use super::chain::{Chain, NotCopied};
+use super::queue::Virtqueue;
 use super::testing::{Place, Rig, PLACES};
 use super::*;
 use crate::devices::NotNow;

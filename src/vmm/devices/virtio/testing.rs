@@ -8,7 +8,8 @@ use twostage::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::{Backend, DeviceMemory, Doorbells, NoDoorbells, VirtioPci};
+use super::pci::NoDoorbells;
+use super::{Backend, DeviceMemory, Doorbells, VirtioPci};
 use crate::pci::{InterruptVector, MsiMessage, PciFunction};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, HostIommu, HwptAlloc, HwptData, HwptFlags,

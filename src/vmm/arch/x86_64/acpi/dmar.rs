@@ -31,6 +31,7 @@ pub enum Flags {
 
 /// DMA remapping reporting table (§8.1).
 #[derive(Debug)]
+#[allow(clippy::upper_case_acronyms)] // As the tables of `acpi_tables`.
 pub struct DMAR {
     oem_id: [u8; 6],
     oem_table_id: [u8; 8],

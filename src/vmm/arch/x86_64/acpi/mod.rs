@@ -8,7 +8,8 @@
 //!
 //! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
 
-pub mod dmar;
+#[cfg_attr(not(test), allow(dead_code, reason = "all of the table, as acpi_tables would have it"))]
+mod dmar;
 mod dsdt;
 mod fadt;
 mod madt;

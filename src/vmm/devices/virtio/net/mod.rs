@@ -28,7 +28,7 @@ use super::queue::Virtqueue;
 use twostage::ratelimit::RateLimit;
 
 pub use link::FrameLink;
-pub use mac::{MacAddress, NoMac};
+pub use mac::MacAddress;
 pub use tap::{Tap, TapError};
 
 /// The receive queue.

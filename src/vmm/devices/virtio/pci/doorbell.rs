@@ -41,9 +41,11 @@ impl Doorbells for KvmDoorbells {
 }
 
 /// No doorbells: every notification is an exit.
+#[cfg(test)]
 #[derive(Debug)]
 pub struct NoDoorbells;
 
+#[cfg(test)]
 impl Doorbells for NoDoorbells {
     fn attach(&self, _: u64, _: &EventFd) -> bool {
         false

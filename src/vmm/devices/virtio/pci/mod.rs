@@ -32,7 +32,9 @@ use crate::pci::{
 use crate::trace::Trace;
 use crate::Result;
 
-pub use doorbell::{Doorbells, KvmDoorbells, NoDoorbells};
+#[cfg(test)]
+pub use doorbell::NoDoorbells;
+pub use doorbell::{Doorbells, KvmDoorbells};
 pub use layout::BAR_SIZE;
 
 /// Vendor of all virtio devices.

@@ -7,8 +7,9 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::devices::virtio::net::FrameLink;
 use crate::devices::virtio::testing::{Place, Rig, TestQueue, PLACES};
-use crate::devices::virtio::{Block, Disk, DiskAccess, FrameLink, MacAddress, Net, Rng};
+use crate::devices::virtio::{Block, Disk, DiskAccess, MacAddress, Net, Rng};
 
 fn rng() -> Box<dyn Backend> {
     Box::new(Rng::open("/dev/zero".as_ref()).unwrap())
