@@ -2,8 +2,8 @@
 //! What nesting of a virtual SMMUv3 has done so far.
 
 crate::counters! {
-    /// Counters of a [`super::SmmuNesting`]. Those of events go on while they are read; the rest are
-    /// from one moment.
+    /// Counters of a [`super::SmmuNesting`]. Those of events go on while they are read; the rest
+    /// are from one moment.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     pub struct SmmuNestingCounters {
         /// `HWPT_NESTED` objects made.
@@ -24,8 +24,8 @@ crate::counters! {
         merged,
         /// Commands that needed no host call, because nothing that they name can be cached.
         not_cached,
-        /// Times that everything was flushed: after a refused batch, or for what was kept back while no
-        /// stream used stage 1.
+        /// Times that everything was flushed: after a refused batch, or for what was kept back
+        /// while no stream used stage 1.
         full_flushes,
         /// Events that were brought to the virtual SMMU.
         events,

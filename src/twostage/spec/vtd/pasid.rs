@@ -268,6 +268,12 @@ mod tests {
         for bits in 0..8 {
             let round = Pgtt::from_bits(bits).map_or(0, Pgtt::into_bits);
             assert_eq!(round, if (1..=4).contains(&bits) { bits } else { 0 });
+            let mode = PagingMode::from_bits(bits);
+            assert_eq!(mode.map(PagingMode::into_bits), (bits < 2).then_some(bits));
+            assert_eq!(
+                mode.map(PagingMode::address_width),
+                [48, 57].get(usize::from(bits)).copied()
+            );
         }
     }
 }

@@ -235,6 +235,16 @@ mod tests {
     }
 
     #[test]
+    fn a_width_has_nine_bits_more_for_each_level() {
+        for (aw, bits) in (0..8).zip([None, Some(39), Some(48), Some(57), None, None, None, None]) {
+            let width = AddressWidth::from_bits(aw);
+            assert_eq!(width.map(AddressWidth::bits), bits);
+            assert_eq!(width.map(AddressWidth::into_bits), bits.and(Some(aw)));
+            assert!(width.is_none_or(|width| AddressWidth::ALL.contains(&width)));
+        }
+    }
+
+    #[test]
     fn the_directory_reaches_at_most_20_bits_of_pasid() {
         assert_eq!(ScalableContextLow::new().with_pdts(0).pasids(), 1 << 13);
         assert_eq!(ScalableContextLow::new().with_pdts(7).pasids(), 1 << 20);

@@ -46,7 +46,8 @@ crate::counters! {
         batches,
         /// Commands in them.
         invalidations,
-        /// Times that stream table entries were read anew for all that a command, or an enable, names.
+        /// Times that stream table entries were read anew for all that a command, or an enable,
+        /// names.
         evaluations,
         /// Policies given to the host.
         policies,

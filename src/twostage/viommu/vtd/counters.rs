@@ -40,8 +40,8 @@ crate::counters! {
         evaluations,
         /// Policies given to the host.
         policies,
-        /// Requests of a requester that was blocked, and that the tables were found to serve by then.
-        /// Only without caching mode.
+        /// Requests of a requester that was blocked, and that the tables were found to serve by
+        /// then. Only without caching mode.
         found_served,
         /// Faults in fault records.
         faults_recorded,

@@ -2,6 +2,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::spec::vtd::PAGE_SIZE;
 
 fn page() -> impl Strategy<Value = u64> {
     any::<u64>().prop_map(|address| address & !(PAGE_SIZE - 1))
