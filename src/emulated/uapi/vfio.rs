@@ -14,10 +14,15 @@ use crate::host::objects::Change;
 use crate::host::refusal::{refuse, Outcome};
 use crate::Machine;
 use twostage::iommufd::{Errno, ObjectId};
+use vfio_bindings::bindings::vfio::{
+    vfio_device_attach_iommufd_pt as Attach, vfio_device_bind_iommufd as Bind,
+    vfio_device_detach_iommufd_pt as Detach, VFIO_BASE, VFIO_DEVICE_ATTACH_PASID as FLAG_PASID,
+    VFIO_DEVICE_BIND_FLAG_TOKEN as FLAG_TOKEN, VFIO_TYPE,
+};
 
 /// The number of an ioctl of `linux/vfio.h`: `_IO(VFIO_TYPE, VFIO_BASE + n)`.
 pub const fn vfio_request(n: u32) -> u32 {
-    (b';' as u32) << 8 | (100 + n)
+    (VFIO_TYPE as u32) << 8 | (VFIO_BASE + n)
 }
 
 /// `VFIO_DEVICE_BIND_IOMMUFD`.
@@ -26,38 +31,6 @@ pub const BIND_IOMMUFD: u32 = vfio_request(18);
 pub const ATTACH_IOMMUFD_PT: u32 = vfio_request(19);
 /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
 pub const DETACH_IOMMUFD_PT: u32 = vfio_request(20);
-/// `VFIO_DEVICE_ATTACH_PASID` and `VFIO_DEVICE_DETACH_PASID`.
-const FLAG_PASID: u32 = 1;
-/// `VFIO_DEVICE_BIND_FLAG_TOKEN`.
-const FLAG_TOKEN: u32 = 1;
-
-/// `struct vfio_device_bind_iommufd`.
-#[repr(C)]
-struct Bind {
-    argsz: u32,
-    flags: u32,
-    iommufd: i32,
-    out_devid: u32,
-    token_uuid_ptr: u64,
-}
-
-/// `struct vfio_device_attach_iommufd_pt`.
-#[repr(C)]
-struct Attach {
-    argsz: u32,
-    flags: u32,
-    pt_id: u32,
-    pasid: u32,
-}
-
-/// `struct vfio_device_detach_iommufd_pt`.
-#[repr(C)]
-struct Detach {
-    argsz: u32,
-    flags: u32,
-    pasid: u32,
-}
-
 /// An open VFIO character device. Dropping it closes it: the device is detached and unbound.
 #[derive(Debug)]
 pub struct DeviceFile {

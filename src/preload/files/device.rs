@@ -13,6 +13,11 @@ use twostage::iommufd::Errno;
 use twostage_emulated::edu;
 use twostage_emulated::uapi::{self, vfio_request, DeviceFile, UserSpace};
 use twostage_emulated::uapi::{ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
+use vfio_bindings::bindings::vfio::{
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_BAR0_REGION_INDEX as BAR0_REGION,
+    VFIO_PCI_CONFIG_REGION_INDEX as CONFIG_REGION, VFIO_PCI_NUM_REGIONS as REGIONS,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+};
 
 use crate::callers::process::Process;
 use crate::files::edu::Edu;
@@ -26,14 +31,8 @@ const GET_IRQ_INFO: u32 = vfio_request(9);
 const SET_IRQS: u32 = vfio_request(10);
 const RESET: u32 = vfio_request(11);
 
-/// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.
-const DEVICE_FLAGS: u32 = 0b11;
-/// `VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE`.
-const REGION_FLAGS: u32 = 0b11;
-/// `VFIO_PCI_NUM_REGIONS`, and the two that have a size.
-const REGIONS: u32 = 9;
-const BAR0_REGION: u32 = 0;
-const CONFIG_REGION: u32 = 7;
+const DEVICE_FLAGS: u32 = VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI;
+const REGION_FLAGS: u32 = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
 /// A region's offset in the file is its index, shifted by this, as in vfio-pci.
 const REGION_SHIFT: u32 = 40;
 

@@ -12,6 +12,9 @@ use twostage::sync::Mutex;
 use twostage::iommufd::{Errno, UserMemory};
 use twostage_emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
 use twostage_emulated::EmulatedHost;
+use vfio_bindings::bindings::vfio::{
+    VFIO_GROUP_FLAGS_CONTAINER_SET as CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE as VIABLE,
+};
 
 use crate::files::device::Device;
 use crate::files::file::{Answer, Call, Caller, File};
@@ -21,10 +24,6 @@ const GET_STATUS: u32 = vfio_request(3);
 const SET_CONTAINER: u32 = vfio_request(4);
 const UNSET_CONTAINER: u32 = vfio_request(5);
 const GET_DEVICE_FD: u32 = vfio_request(6);
-
-/// `VFIO_GROUP_FLAGS_VIABLE`, `VFIO_GROUP_FLAGS_CONTAINER_SET`.
-const VIABLE: u32 = 1;
-const CONTAINER_SET: u32 = 2;
 
 /// Maximum length of a device name, in bytes.
 const LONGEST_NAME: u64 = 64;

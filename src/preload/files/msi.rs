@@ -4,27 +4,22 @@
 use std::mem::size_of;
 
 use twostage::iommufd::Errno;
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER as TRIGGER,
+    VFIO_IRQ_SET_ACTION_TYPE_MASK as ACTION, VFIO_IRQ_SET_DATA_BOOL as DATA_BOOL,
+    VFIO_IRQ_SET_DATA_EVENTFD as DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE as DATA_NONE,
+    VFIO_IRQ_SET_DATA_TYPE_MASK as DATA,
+};
+pub use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_MSI_IRQ_INDEX as MSI_INDEX, VFIO_PCI_NUM_IRQS as IRQS,
+};
 
 use crate::callers::process::Process;
 use crate::internal::Internal;
 use crate::sys;
 
-/// `VFIO_PCI_MSI_IRQ_INDEX`.
-pub const MSI_INDEX: u32 = 1;
-/// `VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE`.
-pub const MSI_FLAGS: u32 = 1 | 1 << 3;
-
-/// `VFIO_PCI_NUM_IRQS`.
-pub const IRQS: u32 = 5;
-
-/// `VFIO_IRQ_SET_DATA_NONE`, `_BOOL`, `_EVENTFD`: all of `VFIO_IRQ_SET_DATA_TYPE_MASK`.
-const DATA_NONE: u32 = 1 << 0;
-const DATA_BOOL: u32 = 1 << 1;
-const DATA_EVENTFD: u32 = 1 << 2;
-const DATA: u32 = DATA_NONE | DATA_BOOL | DATA_EVENTFD;
-/// `VFIO_IRQ_SET_ACTION_TRIGGER`, and `VFIO_IRQ_SET_ACTION_TYPE_MASK` with mask and unmask.
-const TRIGGER: u32 = 1 << 5;
-const ACTION: u32 = 1 << 3 | 1 << 4 | TRIGGER;
+/// The capabilities of the vector.
+pub const MSI_FLAGS: u32 = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE;
 
 /// `struct vfio_irq_set` without its data: argsz, flags, index, start, count.
 type Head = [u32; 5];

@@ -11,6 +11,10 @@ use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::Source;
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, MapTarget, Protection};
+use vfio_bindings::bindings::vfio::{
+    VFIO_DMA_MAP_FLAG_READ as MAP_READ, VFIO_DMA_MAP_FLAG_WRITE as MAP_WRITE,
+    VFIO_DMA_UNMAP_FLAG_ALL as UNMAP_ALL,
+};
 
 /// `struct vfio_iommu_type1_dma_map`.
 #[repr(C)]
@@ -23,9 +27,6 @@ struct Map {
     size: u64,
 }
 
-const MAP_READ: u32 = 1 << 0;
-const MAP_WRITE: u32 = 1 << 1;
-
 /// `struct vfio_iommu_type1_dma_unmap`, without the dirty bitmap that may follow.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -35,8 +36,6 @@ struct UnmapDma {
     iova: u64,
     size: u64,
 }
-
-const UNMAP_ALL: u32 = 1 << 1;
 
 pub(super) fn map(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) -> Outcome<()> {
     let mut bytes = [0; size_of::<Map>()];

@@ -10,6 +10,7 @@ use super::super::UserSpace;
 use crate::host::refusal::{refuse, Outcome};
 use crate::EmulatedHost;
 use twostage::iommufd::Errno;
+use vfio_bindings::bindings::vfio::*;
 
 /// `struct vfio_iommu_type1_info`.
 #[repr(C)]
@@ -25,9 +26,6 @@ struct Info {
 /// Size of the first version.
 const INFO_MIN: usize = offset_of!(Info, cap_offset);
 
-const INFO_PGSIZES: u32 = 1 << 0;
-const INFO_CAPS: u32 = 1 << 1;
-
 /// `struct vfio_info_cap_header`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -40,9 +38,6 @@ struct CapHeader {
 
 /// `struct vfio_iova_range`: the first and the last IOVA.
 type IovaRange = [u64; 2];
-
-const CAP_IOVA_RANGE: u16 = 1;
-const CAP_DMA_AVAIL: u16 = 3;
 
 /// Remaining mappings: VFIO's limit does not apply here; this is Linux's value.
 const DMA_AVAIL: u32 = u32::MAX;
@@ -78,7 +73,7 @@ pub(super) fn get_info(host: &EmulatedHost, argument: u64, user: &dyn UserSpace)
         before = Some(offset);
         offset += capability.bytes.len().next_multiple_of(size_of::<u64>());
     }
-    info.flags = INFO_PGSIZES | INFO_CAPS;
+    info.flags = VFIO_IOMMU_INFO_PGSIZES | VFIO_IOMMU_INFO_CAPS;
     info.cap_offset = if room >= offset { size_of::<Info>() as u32 } else { 0 };
     // At most 2^32 ranges fit in memory.
     info.argsz = offset as u32;
@@ -108,14 +103,14 @@ impl Capability {
 
 /// `struct vfio_iommu_type1_info_dma_avail`.
 fn dma_avail() -> Capability {
-    let mut bytes = header(CAP_DMA_AVAIL);
+    let mut bytes = header(VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL);
     bytes.extend_from_slice(DMA_AVAIL.as_bytes());
     Capability { fixed: bytes.len(), bytes }
 }
 
 /// `struct vfio_iommu_type1_info_cap_iova_range`.
 fn iova_ranges(ranges: &[RangeInclusive<u64>]) -> Capability {
-    let mut bytes = header(CAP_IOVA_RANGE);
+    let mut bytes = header(VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE);
     bytes.extend_from_slice([ranges.len() as u32, 0].as_bytes());
     let fixed = bytes.len();
     for range in ranges {
@@ -125,8 +120,9 @@ fn iova_ranges(ranges: &[RangeInclusive<u64>]) -> Capability {
     Capability { bytes, fixed }
 }
 
-fn header(id: u16) -> Vec<u8> {
-    CapHeader { id, version: 1, next: 0 }.as_bytes().to_vec()
+fn header(id: u32) -> Vec<u8> {
+    // IDs have 16 bits.
+    CapHeader { id: id as u16, version: 1, next: 0 }.as_bytes().to_vec()
 }
 
 /// The address `offset` bytes after `address`.

@@ -7,6 +7,10 @@ mod info;
 use std::mem::offset_of;
 
 use iommufd_bindings::*;
+use vfio_bindings::bindings::vfio::{
+    VFIO_TYPE1v2_IOMMU as VFIO_TYPE1V2_IOMMU, VFIO_API_VERSION, VFIO_DMA_CC_IOMMU,
+    VFIO_NOIOMMU_IOMMU, VFIO_TYPE1_IOMMU, VFIO_UNMAP_ALL,
+};
 
 use super::argument::Argument;
 use super::vfio_request;
@@ -21,15 +25,6 @@ const SET_IOMMU: u32 = vfio_request(2);
 const IOMMU_GET_INFO: u32 = vfio_request(12);
 const IOMMU_MAP_DMA: u32 = vfio_request(13);
 const IOMMU_UNMAP_DMA: u32 = vfio_request(14);
-
-const API_VERSION: i32 = 0;
-
-/// Extensions, including kinds of IOMMU.
-const TYPE1_IOMMU: u64 = 1;
-const TYPE1V2_IOMMU: u64 = 3;
-const DMA_CC_IOMMU: u64 = 4;
-const NOIOMMU_IOMMU: u64 = 8;
-const UNMAP_ALL: u64 = 9;
 
 const GET: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_GET;
 const SET: u32 = iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET;
@@ -51,7 +46,7 @@ impl EmulatedHost {
         user: &dyn UserSpace,
     ) -> Result<i32, Errno> {
         let outcome = match request {
-            GET_API_VERSION => Ok(API_VERSION),
+            GET_API_VERSION => Ok(VFIO_API_VERSION as i32),
             CHECK_EXTENSION => check_extension(self, argument),
             SET_IOMMU => set_iommu(self, argument, user).map(|()| 0),
             IOMMU_GET_INFO => info::get_info(self, argument, user).map(|()| 0),
@@ -110,10 +105,10 @@ pub(super) fn vfio_ioas(
 
 fn check_extension(host: &EmulatedHost, extension: u64) -> Outcome<i32> {
     let objects = host.objects();
-    let has = match extension {
-        TYPE1_IOMMU | TYPE1V2_IOMMU | UNMAP_ALL => !objects.vfio_no_iommu(),
-        NOIOMMU_IOMMU => true,
-        DMA_CC_IOMMU => objects.enforces_coherency(objects.vfio_ioas()?)?,
+    let has = match u32::try_from(extension) {
+        Ok(VFIO_TYPE1_IOMMU | VFIO_TYPE1V2_IOMMU | VFIO_UNMAP_ALL) => !objects.vfio_no_iommu(),
+        Ok(VFIO_NOIOMMU_IOMMU) => true,
+        Ok(VFIO_DMA_CC_IOMMU) => objects.enforces_coherency(objects.vfio_ioas()?)?,
         _ => false,
     };
     Ok(has.into())
@@ -122,14 +117,14 @@ fn check_extension(host: &EmulatedHost, extension: u64) -> Outcome<i32> {
 /// The first version can unmap parts of a mapping, so pages must not be larger than the host's.
 fn set_iommu(host: &EmulatedHost, kind: u64, user: &dyn UserSpace) -> Outcome<()> {
     let mut objects = host.objects();
-    match (kind, objects.vfio_no_iommu()) {
-        (NOIOMMU_IOMMU, true) if user.credentials().sys_rawio => Ok(()),
-        (NOIOMMU_IOMMU, true) => refuse(Errno::EPERM, "the process lacks CAP_SYS_RAWIO"),
-        (TYPE1_IOMMU, false) => {
+    match (u32::try_from(kind), objects.vfio_no_iommu()) {
+        (Ok(VFIO_NOIOMMU_IOMMU), true) if user.credentials().sys_rawio => Ok(()),
+        (Ok(VFIO_NOIOMMU_IOMMU), true) => refuse(Errno::EPERM, "the process lacks CAP_SYS_RAWIO"),
+        (Ok(VFIO_TYPE1_IOMMU), false) => {
             let ioas = objects.vfio_ioas()?;
             objects.set_huge_pages(ioas, false)
         }
-        (TYPE1V2_IOMMU, false) => objects.vfio_ioas().map(drop),
+        (Ok(VFIO_TYPE1V2_IOMMU), false) => objects.vfio_ioas().map(drop),
         (_, no_iommu) => {
             let without = if no_iommu { "without" } else { "with" };
             refuse(Errno::EINVAL, format!("IOMMU {kind} for a device {without} an IOMMU"))
