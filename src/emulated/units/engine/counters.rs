@@ -17,7 +17,8 @@ twostage::counters! {
         iotlb_misses,
         /// IOTLB entries evicted.
         iotlb_evictions,
-        /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was cached.
+        /// Requests whose configuration (VT-d: PASID-table entry; SMMU: context descriptor) was
+        /// cached.
         config_hits,
         /// Requests whose configuration was not.
         config_misses,
@@ -67,6 +68,7 @@ impl Counter {
         self.0.store(self.get().wrapping_add(number), Ordering::Relaxed);
     }
 
+    #[inline]
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }

@@ -33,7 +33,8 @@ twostage::counters! {
         stage2_misses,
         /// Cached stage-2 translations evicted.
         stage2_evictions,
-        /// Requests that used a stale translation or context descriptor; counted by the sanitizer only.
+        /// Requests that used a stale translation or context descriptor; counted by the sanitizer
+        /// only.
         stale_uses,
         /// Requests that were terminated.
         faults,
