@@ -33,7 +33,7 @@ pub trait CounterSet {
 }
 
 /// Declares a structure of counters, by the documented names of its fields: all `u64`, a
-/// [`CounterSet`](crate::counters::CounterSet), and to be added up.
+/// [`CounterSet`], and to be added up.
 ///
 /// * `struct Name; running struct Running of Counter { … }` declares a second one for those who
 ///   count: its fields are `Counter`s, and `snapshot` reads them.

@@ -14,10 +14,29 @@ use crate::viommu::vtd::host_side::{
 use crate::viommu::vtd::requesters::Given;
 
 /// Kinds of policy.
-const BLOCKED: u8 = 0;
-const BYPASS: u8 = 1;
-const FIRST_STAGE: u8 = 2;
-const SECOND_STAGE: u8 = 3;
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Blocked,
+    Bypass,
+    FirstStage,
+    SecondStage,
+}
+
+impl Kind {
+    const fn into_bits(self) -> u8 {
+        self as u8
+    }
+
+    /// Of two bits.
+    const fn from_bits(bits: u8) -> Self {
+        match bits {
+            0 => Self::Blocked,
+            1 => Self::Bypass,
+            2 => Self::FirstStage,
+            _ => Self::SecondStage,
+        }
+    }
+}
 
 /// No word has it.
 const UNKNOWN: FaultReason = FaultReason::RootTableAddressInvalid;
@@ -30,7 +49,7 @@ struct Word {
     #[bits(40)]
     page: u64,
     #[bits(2)]
-    kind: u8,
+    kind: Kind,
     /// FSPM or AW.
     #[bits(2)]
     width: u8,
@@ -61,17 +80,17 @@ impl PackedGiven {
         // Tables are below the host's address width: 52 bits.
         let page = |table: u64| table >> PAGE_SHIFT & ((1 << Word::PAGE_BITS) - 1);
         let word = match policy {
-            Policy::Blocked(reason) => word.with_kind(BLOCKED).with_reason(reason.code()),
-            Policy::Bypass => word.with_kind(BYPASS),
+            Policy::Blocked(reason) => word.with_kind(Kind::Blocked).with_reason(reason.code()),
+            Policy::Bypass => word.with_kind(Kind::Bypass),
             Policy::Stage1(Stage1::VtdFirstStage(tables)) => word
-                .with_kind(FIRST_STAGE)
+                .with_kind(Kind::FirstStage)
                 .with_page(page(tables.table))
                 .with_width(tables.paging_mode.into_bits())
                 .with_supervisor_requests(tables.supervisor_requests)
                 .with_write_protect(tables.write_protect)
                 .with_extended_accessed(tables.extended_accessed),
             Policy::Stage1(Stage1::VtdSecondStage(tables)) => word
-                .with_kind(SECOND_STAGE)
+                .with_kind(Kind::SecondStage)
                 .with_page(page(tables.table))
                 .with_width(tables.address_width.into_bits()),
         };
@@ -82,24 +101,24 @@ impl PackedGiven {
     pub fn of(self, pasid: Pasid) -> Given {
         let Self { word, domain } = self;
         let table = word.page() << PAGE_SHIFT;
-        // Words hold what `new` put there, so that none of these is ever reserved.
+        // A word holds what `new` put there: of these, the one that counts is never reserved.
         let paging_mode = PagingMode::from_bits(word.width()).unwrap_or(PagingMode::Level4);
         let address_width = AddressWidth::from_bits(word.width()).unwrap_or(AddressWidth::Bits39);
         let reason = FaultReason::from_code(word.reason()).unwrap_or(UNKNOWN);
         let fault_disabled = word.fault_disabled();
         let policy = match word.kind() {
-            BYPASS => Policy::Bypass,
-            FIRST_STAGE => Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
+            Kind::Bypass => Policy::Bypass,
+            Kind::FirstStage => Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {
                 table,
                 paging_mode,
                 supervisor_requests: word.supervisor_requests(),
                 write_protect: word.write_protect(),
                 extended_accessed: word.extended_accessed(),
             })),
-            SECOND_STAGE => {
+            Kind::SecondStage => {
                 Policy::Stage1(Stage1::VtdSecondStage(VtdSecondStage { table, address_width }))
             }
-            _ => Policy::Blocked(reason),
+            Kind::Blocked => Policy::Blocked(reason),
         };
         let tag = DomainTag { domain, pasid: pasid.raw() };
         let decision = RequesterConfig { policy, tag, fault_disabled };
