@@ -64,8 +64,7 @@ pub(super) trait Entries {
 #[derive(Debug, Default)]
 pub(super) struct Ledger<E> {
     published: RwLock<E>,
-    /// Something that was given is to be given to the host again before more is acknowledged to the
-    /// guest. Changed by the model alone.
+    /// Something that was given is to be given to the host again. Changed by the model alone.
     unapplied: AtomicBool,
 }
 
@@ -78,10 +77,14 @@ impl<E> Ledger<E> {
         self.published.write()
     }
 
-    /// Whether something is to be given to the host again before more is acknowledged: it lost it,
-    /// or let a requester keep what was taken back.
+    /// Whether something is to be given to the host again.
     pub fn has_unapplied(&self) -> bool {
         self.unapplied.load(Ordering::Relaxed)
+    }
+
+    /// Something is: the host let a requester keep what was taken back.
+    pub fn set_unapplied(&self) {
+        self.unapplied.store(true, Ordering::Relaxed);
     }
 
     /// Nothing is, any more.
@@ -104,7 +107,7 @@ impl<E: Entries> Ledger<E> {
     /// The host may have lost any of what it was given.
     pub fn unapply_all(&self) {
         self.write().unapply_all();
-        self.unapplied.store(true, Ordering::Relaxed);
+        self.set_unapplied();
     }
 
     /// Gives `decision` to the host, by `configure`; `None` if the host has it. When the host
@@ -126,10 +129,9 @@ impl<E: Entries> Ledger<E> {
         let result = configure();
         match &result {
             Ok(()) => self.set(requester, Given::applied(decision)),
-            Err(error) => {
+            Err(_) => {
                 let decision = if is_block { decision } else { refused };
                 self.set(requester, Given { decision, applied: false });
-                self.unapplied.fetch_or(error.still_reachable, Ordering::Relaxed);
             }
         }
         Some(result)
@@ -197,9 +199,9 @@ mod tests {
         ledger
     }
 
-    fn refusal(still_reachable: bool) -> Result<(), HostSideError> {
+    fn refusal() -> Result<(), HostSideError> {
         let source = Arc::new(std::io::Error::other("refused"));
-        Err(HostSideError { what: "test".into(), still_reachable, source })
+        Err(HostSideError { what: "test".into(), still_reachable: false, source })
     }
 
     #[test]
@@ -223,7 +225,7 @@ mod tests {
     fn what_is_refused_is_published_as_a_block_and_given_again() {
         let ledger = ledger();
         for (decision, published) in [(1, -9), (-1, -1)] {
-            assert!(ledger.give(7, decision, -9, || refusal(false)).is_some_and(|it| it.is_err()));
+            assert!(ledger.give(7, decision, -9, || refusal()).is_some_and(|it| it.is_err()));
             let given = Given { decision: published, applied: false };
             assert_eq!(ledger.given(7), Some(given));
             assert!(!ledger.has_unapplied(), "it is blocked");
@@ -240,8 +242,8 @@ mod tests {
         assert!(ledger.has_unapplied() && !ledger.has(7, 1));
         assert!(ledger.give(7, 1, -9, || Ok(())).is_some());
         ledger.set_reapplied();
-        assert!(ledger.has(7, 1));
-        assert!(ledger.give(7, -1, -9, || refusal(true)).is_some());
-        assert!(ledger.has_unapplied());
+        assert!(ledger.has(7, 1) && !ledger.has_unapplied());
+        ledger.set_unapplied();
+        assert!(ledger.has(7, 1) && ledger.has_unapplied());
     }
 }

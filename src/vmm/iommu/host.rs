@@ -19,6 +19,9 @@ use twostage::iommufd::{
 use twostage::nesting::GuestIoas;
 use twostage_emulated::{EmulatedHost, ObjectGraph};
 
+/// More objects are not noted: looking at them takes long.
+const MAX_NOTED: usize = 1000;
+
 /// The host, its calls counted and traced.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
@@ -103,12 +106,15 @@ impl Host {
         self.emulated.as_ref().map(|emulated| emulated.graph())
     }
 
-    /// What is to be called when a guest switches translation off: guests do before they end, and
-    /// nothing is to be seen of the objects that they used then.
+    /// To be called when a guest disables translation, as guests do before they end: afterwards the
+    /// objects that they used are gone. The caller holds the IOMMU's registers, so that guests with
+    /// very many objects are passed over.
     pub fn noting_objects(&self) -> impl Fn() + Send + Sync {
         let (emulated, in_use) = (self.emulated.clone(), self.in_use.clone());
         move || {
-            let Some(graph) = emulated.as_ref().map(|emulated| emulated.graph()) else { return };
+            let few = |emulated: &&Arc<EmulatedHost>| emulated.live_objects() <= MAX_NOTED;
+            let Some(emulated) = emulated.as_ref().filter(few) else { return };
+            let graph = emulated.graph();
             let mut most = in_use.lock();
             // Of several units the first one to go shows the objects of all.
             if most.as_ref().is_none_or(|most| most.objects.len() <= graph.objects.len()) {

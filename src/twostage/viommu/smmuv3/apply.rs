@@ -147,7 +147,12 @@ impl Smmu {
         if let Some(observer) = &self.observer {
             observer.stream_policy(stream, &policy, result.is_ok());
         }
-        result.or_else(|error| self.host_failed(&error))
+        result.or_else(|error| {
+            if error.still_reachable {
+                self.streams.set_unapplied();
+            }
+            self.host_failed(&error)
+        })
     }
 
     /// See [`host_refused`].

@@ -114,9 +114,9 @@ impl VtdIommu {
         registers.iotlb = IotlbReg::with_iaig(registers.iotlb, done).with_ivt(false);
     }
 
-    /// Whether the host is to be given anew what it has lost because it could not invalidate it, or
-    /// did not block ([`Scope::Unapplied`]). Whoever asks for invalidations alone does not ask for
-    /// the policies that were lost with them.
+    /// Whether the host is to be given anew what it has lost because it could not invalidate it
+    /// ([`Scope::Unapplied`]). Whoever asks for invalidations alone does not ask for the policies
+    /// that were lost with them.
     pub(super) fn must_reapply(&self, registers: &Registers) -> bool {
         if !self.requesters.has_unapplied() {
             return false;

@@ -137,13 +137,10 @@ impl VtdIommu {
                 };
             }
             let descriptor = self.fetch(registers, pass.fetch).map_err(Stop::Guest)?;
-            // Nothing is complete while a requester has what the guest took back, even where the
-            // guest gives up on the descriptor that failed.
-            let is_wait = matches!(descriptor, Descriptor::Wait { .. });
-            if pass.is_ordered_before(&descriptor) || is_wait && self.must_reapply(registers) {
+            if pass.is_ordered_before(&descriptor) {
                 let flushed = self.flush(registers, pass)?;
                 // A wait is little work: it ends this slice, rather than being fetched again.
-                if flushed == Flushed::Some || !is_wait {
+                if flushed == Flushed::Some || !matches!(descriptor, Descriptor::Wait { .. }) {
                     return Ok(Slice::More);
                 }
             }

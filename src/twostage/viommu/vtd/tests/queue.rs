@@ -283,26 +283,6 @@ fn what_the_host_cannot_block_stops_the_queue_and_is_tried_again() {
 }
 
 #[test]
-fn nothing_is_complete_while_a_requester_has_what_was_taken_back() {
-    let guest = Guest::running();
-    guest.submit(&[wait(1)]);
-    guest.write(DIRECTORY, &[0]);
-    guest.fail_to_block(true);
-    let head = guest.head();
-    guest.submit(&[PASID_CACHE, wait(2)]);
-    guest.assert_stopped_by_host(head);
-    // As Linux does: a wait takes the place of the descriptor that failed.
-    guest.write(QUEUE + head, &wait(3).encode());
-    guest.write32(regs::FSTS, 1 << 4);
-    guest.assert_stopped_by_host(head);
-    assert_eq!(guest.status(), 1);
-    guest.fail_to_block(false);
-    guest.write32(regs::FSTS, 1 << 4);
-    assert_eq!(guest.status(), 2);
-    assert_eq!(guest.reason(Requester::rid(RID)), Some(0x51));
-}
-
-#[test]
 fn invalidations_of_context_and_pasid_cache_are_merged() {
     let guest = Guest::running();
     let evaluations = |descriptors: &[Descriptor]| {
