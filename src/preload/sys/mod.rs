@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! System calls. None of them goes through a hook: `rustix` does not call libc, and what it lacks is
-//! called by names that have no hook.
+//! System calls. None of them goes through a hook: `rustix` does not call libc, and what it lacks
+//! is called by names that have no hook.
 #![allow(unsafe_code)]
 
 mod memory;

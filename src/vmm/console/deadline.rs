@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long the end of a machine waits for slow readers and for the host: in total, a second after a
-//! requested stop, and ten seconds after the guest ended by itself.
+//! How long the end of a machine waits for slow readers and for the host: in total, a second after
+//! a requested stop, and ten seconds after the guest ended by itself.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
