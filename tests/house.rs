@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! House rules that no compiler checks: no circular imports between files, limits on the size of
-//! files and folders, comments within 100 columns.
+//! files and folders, comments within 100 columns, the same file names for both architectures.
 //!
 //! Imports are parsed as text: `use` items and paths that begin with `crate`, `super` or `self`.
 //! Reexports of a module (`pub use`) count for their users, not for the module; but reexports of
@@ -296,6 +296,25 @@ fn no_file_and_no_folder_is_too_large() {
         }
     }
     assert!(too_large.is_empty(), "{}", too_large.join("\n"));
+}
+
+/// Both architectures can be read side by side: what does the same has the same file name. Listed
+/// here are the files that only one of them has.
+#[test]
+fn files_of_both_architectures_have_the_same_names() {
+    let names = |folder: &str| -> BTreeSet<String> {
+        let entries = fs::read_dir(root().join("src/twostage").join(folder)).unwrap();
+        let stem = |path: PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
+        entries.map(|entry| stem(entry.unwrap().path())).collect()
+    };
+    for (one, other, alone) in [
+        ("viommu/vtd", "viommu/smmuv3", &["evaluation", "late", "remapping"][..]),
+        ("viommu/vtd/faults", "viommu/smmuv3/faults", &["eventq", "gerror"]),
+        ("nesting/vtd", "nesting/smmuv3", &["objects", "slot"]),
+    ] {
+        let (one, other) = (names(one), names(other));
+        assert_eq!(one.symmetric_difference(&other).collect::<Vec<_>>(), alone);
+    }
 }
 
 #[test]
