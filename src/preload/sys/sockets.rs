@@ -42,10 +42,14 @@ pub fn bind_name(fd: RawFd, name: &[u8]) -> Result<(), Errno> {
     rustix::net::bind(numbered(fd)?, &address).map_err(errno)
 }
 
-/// The name of the socket at the other end of `fd`; `None` if `fd` is no socket, or has none.
+/// The abstract name of the socket at the other end of `fd`; `None` if `fd` is no socket, or has
+/// none.
 pub fn peer_name(fd: RawFd) -> Option<Vec<u8>> {
     let address = rustix::net::getpeername(numbered(fd).ok()?).ok()??;
-    SocketAddrUnix::try_from(address).ok()?.abstract_name().map(<[u8]>::to_vec)
+    // The kernel counts the end of a path of the full length, and `rustix` panics at that.
+    let fits = address.addr_len() as usize <= size_of::<libc::sockaddr_un>();
+    let address = SocketAddrUnix::try_from(fits.then_some(address)?).ok()?;
+    address.abstract_name().filter(|name| !name.is_empty()).map(<[u8]>::to_vec)
 }
 
 /// Reads an option of the socket `fd` into `value`.
@@ -129,4 +133,48 @@ pub fn receive(
         _ => None,
     });
     Ok(Some((length, passed)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn only_an_abstract_name_is_a_name() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        assert_eq!(peer_name(one.as_raw_fd()), None);
+        assert_eq!(peer_name(std::io::stdin().as_raw_fd()), None);
+        // The longest path: the kernel's length then is one more than the structure's.
+        let folder = tempfile::tempdir().unwrap();
+        let room = size_of::<libc::sockaddr_un>() - size_of::<libc::sa_family_t>();
+        let name = "n".repeat(room - folder.path().as_os_str().len() - 1);
+        let path = folder.path().join(name);
+        let (_listener, near) = full_path(&path);
+        assert_eq!(peer_name(near.as_raw_fd()), None);
+    }
+
+    /// A socket connected to one at `path`, which fills the address without a NUL at its end.
+    fn full_path(path: &std::path::Path) -> (OwnedFd, OwnedFd) {
+        let mut address = libc::sockaddr_un { sun_family: libc::AF_UNIX as _, sun_path: [0; 108] };
+        let bytes = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str());
+        assert_eq!(bytes.len(), address.sun_path.len());
+        for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+            *to = *from as libc::c_char;
+        }
+        let socket = || {
+            let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
+            rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).unwrap()
+        };
+        let (far, near) = (socket(), socket());
+        let (address, length) = ((&raw const address).cast(), size_of_val(&address) as u32);
+        // SAFETY: the address is as long as said.
+        assert_eq!(unsafe { libc::bind(far.as_raw_fd(), address, length) }, 0);
+        rustix::net::listen(&far, 1).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::connect(near.as_raw_fd(), address, length) }, 0);
+        (far, near)
+    }
 }

@@ -119,9 +119,9 @@ struct RunArgs {
     devices: Vec<DeviceConfig>,
 
     /// Virtio block device with a raw image or a block device; may be given several times, after
-    /// every --device. format=raw: the image is raw whatever its contents look like. It is locked
-    /// against other writers with the locks of QEMU and cloud-hypervisor, and a block device is
-    /// claimed exclusively.
+    /// every --device. format=raw: the image is raw whatever its contents look like. It has one
+    /// writer, or several readers (readonly=on): the locks are those of QEMU and cloud-hypervisor,
+    /// and a writer of a block device claims it exclusively.
     #[arg(
         long = "disk",
         value_name = "path=FILE[,readonly=on|off,direct=on|off,format=raw,iommu=on|off|ID]"
@@ -150,10 +150,10 @@ struct RunArgs {
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     serial: SerialConfig,
 
-    /// What happens when the guest resets the machine. A restarted machine is a new one, with its
-    /// own report, which is appended to the files of the old one. After lives of less than a second
-    /// the restart is delayed, by at most 8 seconds; it also waits for pending requests to a slow
-    /// disk.
+    /// What happens when the guest resets the machine. A restarted machine is a new one with its
+    /// own report; reports and serial output are appended to the files of the old one. After lives
+    /// of less than a second the restart is delayed, by at most 8 seconds; it also waits for
+    /// pending requests to a slow disk.
     #[arg(long, value_enum, default_value = "exit")]
     on_reset: OnReset,
 

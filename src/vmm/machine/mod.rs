@@ -143,7 +143,7 @@ impl Machine {
         drop(events);
         self.serial.flush();
         let mut report = self.report();
-        let released = self.close(deadline::of(Turn::Release).filter(|_| asked))?;
+        let released = self.close(deadline::of(Turn::Release).filter(|_| asked));
         if let Some(host) = &mut report.host {
             host.left = released.all().cloned().flatten();
             host.release_unfinished = released.all().is_none();
@@ -154,7 +154,7 @@ impl Machine {
     }
 
     /// Takes the machine apart, until `limit`; returns the remaining objects of the host.
-    fn close(self, limit: Option<Instant>) -> Result<Released<Option<ObjectGraph>>> {
+    fn close(self, limit: Option<Instant>) -> Released<Option<ObjectGraph>> {
         // Whoever uses the IOMMUs goes before them, and the memory goes last.
         let Self { exits, pci, iommus, direct, memory, .. } = self;
         drop((exits, pci));
@@ -164,7 +164,9 @@ impl Machine {
             drop(memory);
             left
         };
-        release(work, limit, signals::take_end)
+        // A requested stop has its limit already.
+        let signal = || limit.is_none().then(signals::take_end).flatten();
+        release(work, limit, signal)
     }
 
     /// Starts `processors`, which become `threads`, and serves `events` until the machine is

@@ -7,7 +7,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::process::stop::StopReason;
-use crate::{Error, Result};
 
 /// Polling interval for signals.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
@@ -21,34 +20,36 @@ pub(super) enum Released<T> {
     TimedOut,
     /// This signal came. The rest is left to the end of the process.
     Interrupted(i32),
+    /// The thread panicked: a bug.
+    Panicked,
 }
 
 /// Runs `work` in its own thread, until it is finished, `deadline` passes or `signal` returns one.
 ///
-/// # Errors
-/// The thread cannot be created, or panicked.
+/// Without a thread the work is abandoned at once.
 pub(super) fn release<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
     deadline: Option<Instant>,
     signal: impl Fn() -> Option<i32>,
-) -> Result<Released<T>> {
+) -> Released<T> {
     let (sender, result) = mpsc::channel();
     let thread = thread::Builder::new().name("release".into());
     // Nobody receives the result of a thread that was abandoned.
-    thread.spawn(move || drop(sender.send(work()))).map_err(Error::os("thread"))?;
+    if let Err(error) = thread.spawn(move || drop(sender.send(work()))) {
+        log::warn!("no thread releases the host's objects: {error}");
+        return Released::TimedOut;
+    }
     loop {
         match result.recv_timeout(BETWEEN_LOOKS) {
-            Ok(result) => return Ok(Released::All(result)),
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::Iommu("releasing the host's objects panicked".into()));
-            }
+            Ok(result) => return Released::All(result),
+            Err(RecvTimeoutError::Disconnected) => return Released::Panicked,
             Err(RecvTimeoutError::Timeout) => {}
         }
         if let Some(signal) = signal() {
-            return Ok(Released::Interrupted(signal));
+            return Released::Interrupted(signal);
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            return Ok(Released::TimedOut);
+            return Released::TimedOut;
         }
     }
 }
@@ -58,7 +59,7 @@ impl<T> Released<T> {
     pub fn all(&self) -> Option<&T> {
         match self {
             Self::All(result) => Some(result),
-            Self::TimedOut | Self::Interrupted(_) => None,
+            Self::TimedOut | Self::Interrupted(_) | Self::Panicked => None,
         }
     }
 
@@ -67,6 +68,9 @@ impl<T> Released<T> {
         match (self, &reason) {
             // It must not start again: the objects are still there.
             (Self::Interrupted(signal), StopReason::Reset(_)) => StopReason::Signal(*signal),
+            (Self::Panicked, _) => {
+                StopReason::Software("releasing the host's objects panicked".to_owned())
+            }
             _ => reason,
         }
     }
@@ -93,22 +97,24 @@ mod tests {
     #[test]
     fn finished_work_has_its_result() {
         let deadline = Some(Instant::now() + PATIENCE);
-        let released = release(|| 7, deadline, NONE).unwrap();
+        let released = release(|| 7, deadline, NONE);
         assert_eq!((released.all(), &released), (Some(&7), &Released::All(7)));
     }
 
     #[test]
     fn endless_work_ends_with_the_deadline_or_a_signal() {
         let (_end, work) = endless();
-        assert_eq!(release(work, Some(Instant::now()), NONE).unwrap(), Released::TimedOut);
+        assert_eq!(release(work, Some(Instant::now()), NONE), Released::TimedOut);
         let (_end, work) = endless();
-        assert_eq!(release(work, None, || Some(15)).unwrap(), Released::Interrupted(15));
+        assert_eq!(release(work, None, || Some(15)), Released::Interrupted(15));
     }
 
     #[test]
-    fn a_panic_is_an_error() {
+    fn a_panic_is_a_bug() {
         let panics = || -> u8 { panic!("of the test") };
-        assert!(release(panics, None, NONE).unwrap_err().to_string().contains("panicked"));
+        let released = release(panics, None, NONE);
+        assert_eq!(released, Released::Panicked);
+        assert!(matches!(released.reason(StopReason::PowerOff), StopReason::Software(_)));
     }
 
     #[test]

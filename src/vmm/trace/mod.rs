@@ -6,8 +6,8 @@
 //! the last 64 KiB may be missing. It continues when a machine restarts: each life is a process of
 //! the trace.
 //!
-//! Sources of events have an `Option` of it: without a trace an event only costs checking that, and
-//! is not built.
+//! Sources of events have an `Option` of it: without a trace the arguments of an event are not
+//! built.
 //!
 //! | category | events |
 //! |---|---|
