@@ -38,7 +38,7 @@ help:
 	@echo 'make clean         remove all build results'
 
 run: binary
-	scripts/linux-guest --timeout 900 </dev/null
+	scripts/linux-guest --timeout 600 </dev/null
 
 demo: guest kvm binary
 	$(binary) run $(demo_flags)
@@ -71,7 +71,7 @@ test-arm64: binary-arm64
 # If this machine's KVM cannot run Linux, the small guest runs in the nested host, too.
 nested-check: guest binary
 	@[ "$(NESTED)" = off ] || $(binary) probe --report line || \
-		scripts/nested/x86_64 --timeout 900 -- run $(demo_flags) </dev/null
+		scripts/nested/x86_64 --timeout 600 -- run $(demo_flags) </dev/null
 	@NESTED=$(NESTED) scripts/check/linux-checks
 
 preload:
