@@ -225,7 +225,7 @@ mod tests {
     fn what_is_refused_is_published_as_a_block_and_given_again() {
         let ledger = ledger();
         for (decision, published) in [(1, -9), (-1, -1)] {
-            assert!(ledger.give(7, decision, -9, || refusal()).is_some_and(|it| it.is_err()));
+            assert!(ledger.give(7, decision, -9, refusal).is_some_and(|it| it.is_err()));
             let given = Given { decision: published, applied: false };
             assert_eq!(ledger.given(7), Some(given));
             assert!(!ledger.has_unapplied(), "it is blocked");
