@@ -298,8 +298,8 @@ fn no_file_and_no_folder_is_too_large() {
     assert!(too_large.is_empty(), "{}", too_large.join("\n"));
 }
 
-/// Both architectures can be read side by side: what does the same has the same file name. Listed
-/// here are the files that only one of them has.
+/// Both architectures can be read side by side: files with the same purpose have the same name.
+/// Listed here are the files that only one of them has.
 #[test]
 fn files_of_both_architectures_have_the_same_names() {
     let names = |folder: &str| -> BTreeSet<String> {

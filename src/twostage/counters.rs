@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Counters: structures of numbers whose fields are written down once, see [`counters!`].
+//! Counter structures whose fields are written once, see [`counters!`].
 //!
 //! [`counters!`]: crate::counters!
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A number that any thread adds to and any reads.
+/// A number that any thread may increment and read.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -15,12 +15,12 @@ impl Counter {
         self.add(1);
     }
 
-    /// `number` more.
+    /// Adds `number`.
     pub fn add(&self, number: u64) {
         self.0.fetch_add(number, Ordering::Relaxed);
     }
 
-    /// How many there were so far.
+    /// The value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -32,13 +32,13 @@ pub trait CounterSet {
     fn each(&self) -> Vec<(&'static str, u64)>;
 }
 
-/// Declares a structure of counters, by the documented names of its fields: all `u64`, a
-/// [`CounterSet`], and to be added up.
+/// Declares a structure of counters with documented field names; all of them are `u64`, implement
+/// [`CounterSet`], and can be summed.
 ///
-/// * `struct Name; running struct Running of Counter { … }` declares a second one for those who
-///   count: its fields are `Counter`s, and `snapshot` reads them.
-/// * `struct Name from Totals { … }` makes it of another; a field of another name there is written
-///   `name = there`.
+/// * `struct Name; running struct Running of Counter { … }` declares a second one for counting: its
+///   fields are `Counter`s, and `snapshot` reads them.
+/// * `struct Name from Totals { … }` converts from another structure; a field with another name
+///   there is written `name = there`.
 ///
 /// ```
 /// use twostage::counters::{Counter, CounterSet};
@@ -78,7 +78,7 @@ macro_rules! counters {
         }
 
         impl $running {
-            /// The numbers: each is read alone, not all of one moment.
+            /// The values: each is read on its own, so they are not a snapshot.
             pub fn snapshot(&self) -> $name {
                 $name { $($field: self.$field.get(),)* }
             }
@@ -129,7 +129,7 @@ mod tests {
     crate::counters! {
         /// All.
         struct Totals;
-        /// As they run.
+        /// While they are counted.
         running struct Running of Counter {
             /// One.
             one,

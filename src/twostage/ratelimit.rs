@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Log lines that a guest can cause: so many, and then only how many more there were.
+//! Rate limiting of log lines that a guest can cause: a burst, then only the number of suppressed
+//! lines.
 
 use crate::sync::Mutex;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// Lines let through in one [`WINDOW`].
+/// Lines allowed in one [`WINDOW`].
 const BURST: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(5);
 
-/// Lets a burst of lines through, then is silent until the window is over.
+/// Allows a burst of lines, then suppresses them until the window has passed.
 #[derive(Debug, Default)]
 pub struct RateLimit {
     window: Mutex<Option<Window>>,
@@ -21,8 +22,8 @@ struct Window {
     lines: u32,
 }
 
-/// Logs a warning that a guest can bring about again and again. Each place of the code that does
-/// has a limit of its own, for all machines of the process.
+/// Logs a warning that a guest can provoke repeatedly. Each call site has a limit of its own, for
+/// all machines of the process.
 #[macro_export]
 macro_rules! warn_limited {
     ($($line:tt)*) => {{
@@ -34,18 +35,18 @@ macro_rules! warn_limited {
 /// What to do with a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// Log it; this many were dropped before it.
+    /// Log it; this many were suppressed before it.
     Log(u32),
     Drop,
 }
 
 impl RateLimit {
-    /// A limit of which nothing is used up.
+    /// An unused limit.
     pub const fn new() -> Self {
         Self { window: Mutex::new(None) }
     }
 
-    /// Logs a warning about what the guest or the host did, if the limit allows.
+    /// Logs a warning about the guest or the host, if the limit allows.
     pub fn warn(&self, line: fmt::Arguments<'_>) {
         match self.admit(Instant::now()) {
             Verdict::Log(0) => log::warn!("{line}"),

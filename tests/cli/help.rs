@@ -13,7 +13,8 @@ fn help(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Each block of `document` that begins with `$ twostage ARGS --help`: those, and what follows.
+/// Each block of `document` that begins with `$ twostage ARGS --help`: the arguments, and what
+/// follows.
 fn quoted(document: &str) -> impl Iterator<Item = (Vec<&str>, &str)> {
     let blocks = document.split("\n```\n$ twostage ").skip(1);
     blocks.filter_map(|block| {
@@ -68,7 +69,7 @@ fn it_names_the_keys_that_there_are() {
     ] {
         let name = format!("{option} <");
         let grammar = help.split(&name).nth(1).and_then(|rest| rest.split(">\n").next()).unwrap();
-        // That of the model, where there are several.
+        // The model's part, if there are several.
         let model = grammar.split("]|").find(|model| model.starts_with(value)).unwrap_or(grammar);
         let value = format!("{value},no-such-key=1");
         let output = twostage(&["run", "--kernel", "kernel", option, &value]);

@@ -16,7 +16,7 @@ pub const STATUS: u64 = 0x20;
 pub const INTERRUPT_STATUS: u64 = 0x24;
 /// Adds causes.
 pub const INTERRUPT_RAISE: u64 = 0x60;
-/// Takes causes away.
+/// Clears causes.
 pub const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
 /// The address that a DMA reads: of memory, or of the buffer.
 pub const DMA_SOURCE: u64 = 0x80;
@@ -35,24 +35,24 @@ pub const STATUS_INTERRUPT: u32 = 0x80;
 pub const COMMAND_START: u64 = 1 << 0;
 /// Command: from the device to memory.
 pub const COMMAND_TO_MEMORY: u64 = 1 << 1;
-/// Command: interrupt when it is over.
+/// Command: interrupt at the end.
 pub const COMMAND_INTERRUPT: u64 = 1 << 2;
 /// PASID register: the DMA carries the PASID.
 pub const PASID_VALID: u32 = 1 << 31;
-/// Interrupt cause: a factorial is done.
+/// Interrupt cause: factorial done.
 pub const CAUSE_FACTORIAL: u32 = 0x001;
-/// Interrupt cause: a transfer is over.
+/// Interrupt cause: transfer done.
 pub const CAUSE_DMA: u32 = 0x100;
 
 const IDENTIFICATION: u32 = 0x0100_00ed;
 const COMMAND_BITS: u64 = COMMAND_START | COMMAND_TO_MEMORY | COMMAND_INTERRUPT;
 const PASID_BITS: u32 = PASID_VALID | ((1 << Pasid::BITS) - 1);
-/// Registers below take accesses of 4 bytes only, those from here on of 8 too.
+/// Registers below this offset take 4-byte accesses only, others also 8-byte ones.
 const WIDE_START: u64 = 0x80;
 /// From this number on a factorial is a multiple of 2^32.
 const FACTORIAL_ZERO: u32 = 34;
 
-/// What software can see of the device.
+/// The register state that software sees.
 #[derive(Debug, Clone, Default)]
 pub struct Registers {
     liveness: u32,
@@ -66,7 +66,7 @@ pub struct Registers {
     pasid: u32,
 }
 
-/// What follows a change of the registers.
+/// What a register access causes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
     /// Nothing.
@@ -81,8 +81,8 @@ pub enum Effect {
 }
 
 impl Registers {
-    /// Software reads `size` bytes at `offset`; what is no register, or no access for it, reads
-    /// as ones. `pasid`: the PASID register is there.
+    /// Software reads `size` bytes at `offset`; unknown registers and unsupported accesses read as
+    /// ones. `pasid`: the PASID register exists.
     pub fn read(&self, offset: u64, size: usize, pasid: bool) -> u64 {
         if !access_fits(offset, size) {
             return u64::MAX;
@@ -113,7 +113,7 @@ impl Registers {
             LIVENESS => self.liveness = !low,
             FACTORIAL => {
                 self.factorial = factorial(low);
-                // Done at once, so software never sees the bit that says "computing".
+                // Computed at once, so software never sees the "computing" bit.
                 if self.status & STATUS_INTERRUPT != 0 {
                     return self.raise(CAUSE_FACTORIAL);
                 }
@@ -124,7 +124,7 @@ impl Registers {
                 self.interrupt_status &= !low;
                 return Effect::Interrupt { raised: false };
             }
-            // A transfer under way is not to be changed.
+            // Parameters of a running transfer cannot be changed.
             _ if self.command & COMMAND_START != 0 => {}
             DMA_SOURCE => self.source = value,
             DMA_DESTINATION => self.destination = value,
@@ -139,7 +139,7 @@ impl Registers {
         Effect::None
     }
 
-    /// The transfer that was started is over, well or not.
+    /// The transfer has ended, successfully or not.
     pub fn transfer_ended(&mut self) -> Effect {
         self.command &= !COMMAND_START;
         if self.command & COMMAND_INTERRUPT != 0 {
@@ -148,7 +148,7 @@ impl Registers {
         Effect::None
     }
 
-    /// Whether the device asks for an interrupt.
+    /// Whether the device requests an interrupt.
     pub fn interrupt_pending(&self) -> bool {
         self.interrupt_status != 0
     }
@@ -173,7 +173,7 @@ impl Registers {
     }
 }
 
-/// Whether an access is one that the device answers: aligned, and of a size it takes there.
+/// Whether the device supports an access: aligned, and of a size allowed at this offset.
 fn access_fits(offset: u64, size: usize) -> bool {
     let sized = size == 4 || size == 8 && offset >= WIDE_START;
     sized && offset.is_multiple_of(size as u64)

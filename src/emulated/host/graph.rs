@@ -71,7 +71,8 @@ impl ObjectGraph {
         self.objects.iter().filter(move |object| object.kind == kind)
     }
 
-    /// The objects on each object, with the way to it. A guest can make 60,000 objects.
+    /// The objects below each object, with the kind of reference. A guest can create 60,000
+    /// objects.
     fn above(&self) -> Above<'_> {
         let mut above = Above::new();
         for object in &self.objects {

@@ -52,7 +52,7 @@ fn errno(error: rustix::io::Errno) -> Errno {
 /// `fd` as an argument of a system call.
 ///
 /// # Errors
-/// `EBADF` it is negative.
+/// `EBADF`: it is negative.
 fn numbered(fd: RawFd) -> Result<BorrowedFd<'static>, Errno> {
     if fd < 0 {
         return Err(Errno::EBADF);

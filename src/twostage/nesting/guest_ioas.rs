@@ -10,11 +10,10 @@ use super::hw_flags;
 use crate::iommufd::{HostIommu, HwInfo, MapTarget, ObjectId, Protection, UserMemory};
 use crate::spec::pci::Bdf;
 
-/// The guest's memory map (GPA → host memory) as an IOAS of the host: made once, and shared by
-/// every virtual IOMMU of the guest and by devices outside of them, so that memory is pinned and
-/// accounted once.
+/// The guest's memory map (GPA → host memory) as one IOAS of the host, shared by every virtual
+/// IOMMU of the guest and by devices without one, so that memory is pinned and accounted once.
 ///
-/// The IOAS is destroyed with the last who has this. Its lock is taken after that of a virtual
+/// The IOAS is destroyed with the last reference. Its lock is taken after the lock of a virtual
 /// IOMMU's nesting.
 ///
 /// ```
@@ -44,38 +43,37 @@ pub struct GuestIoas {
 /// An IOMMU with erratum 772415 may write through a read-only stage 2 when it nests.
 #[derive(Debug, Default)]
 pub(super) struct Users {
-    /// Where read-only mappings start, in bytes.
+    /// Start addresses of read-only mappings, in bytes.
     read_only: BTreeSet<u64>,
     /// The devices behind an IOMMU with the erratum.
     erratum: BTreeMap<ObjectId, Bdf>,
 }
 
 impl GuestIoas {
-    /// An empty IOAS on `host`.
+    /// Creates an empty IOAS on `host`.
     ///
     /// # Errors
-    /// The host makes none.
+    /// The host's error.
     pub fn new(host: Arc<dyn HostIommu>) -> Result<Arc<Self>> {
         let id = host.ioas_alloc().context(|| "making the IOAS".into())?;
         Ok(Arc::new(Self { host, id, given_up: false, users: Mutex::default() }))
     }
 
-    /// The host that it is of.
+    /// The host it belongs to.
     pub fn host(&self) -> &Arc<dyn HostIommu> {
         &self.host
     }
 
-    /// The object, which a device that is to reach all of the guest's memory is attached to.
+    /// The object to which a device is attached that may access all guest memory.
     pub fn id(&self) -> ObjectId {
         self.id
     }
 
-    /// From now on `memory` is the guest's at `gpa` (bytes, as aligned as the host asks), for every
-    /// device.
+    /// Maps `memory` at `gpa` (bytes, aligned as the host requires), for every device.
     ///
     /// # Errors
-    /// The host refuses; or the mapping is read-only and a device's IOMMU cannot keep it so under
-    /// nested translation (erratum 772415).
+    /// The host refuses; or the mapping is read-only and the IOMMU of a device cannot enforce that
+    /// under nested translation (erratum 772415).
     pub fn map(&self, gpa: u64, memory: &UserMemory, access: Protection) -> Result<()> {
         let mut users = self.users();
         if !access.write {
@@ -90,11 +88,10 @@ impl GuestIoas {
         Ok(())
     }
 
-    /// From now on the guest has no memory at `gpa`, for `length` bytes: whole pieces, as they were
-    /// mapped.
+    /// Unmaps `length` bytes at `gpa`, which must be whole mappings.
     ///
     /// # Errors
-    /// The host refuses: nothing is there, or a piece would be cut.
+    /// The host refuses: nothing is mapped there, or a mapping would be split.
     pub fn unmap(&self, gpa: u64, length: u64) -> Result<()> {
         let mut users = self.users();
         self.host
@@ -104,12 +101,12 @@ impl GuestIoas {
         Ok(())
     }
 
-    /// Its users, locked: mapping and adding devices take turns.
+    /// Its users, locked: mapping and adding devices exclude each other.
     pub(super) fn users(&self) -> MutexGuard<'_, Users> {
         self.users.lock()
     }
 
-    /// Gives it up; the object, for the last to destroy.
+    /// Gives up this reference; returns the object to the last owner, to be destroyed.
     pub(super) fn give_up(self: Arc<Self>) -> Option<ObjectId> {
         let mut last = Arc::into_inner(self)?;
         last.given_up = true;
@@ -122,7 +119,7 @@ impl Drop for GuestIoas {
         if self.given_up {
             return;
         }
-        // Once more if it fails: nobody else will.
+        // Retry once: nobody else will.
         if let Err(error) = self.host.destroy(self.id).or_else(|_| self.host.destroy(self.id)) {
             log::error!("guest memory stays mapped: {error}");
         }
@@ -130,7 +127,7 @@ impl Drop for GuestIoas {
 }
 
 impl Users {
-    /// Whether memory may be mapped read-only, at `gpa`.
+    /// Checks whether memory may be mapped read-only at `gpa`.
     fn check_read_only(&self, gpa: u64) -> Result<()> {
         match self.erratum.values().next() {
             Some(rid) => Err(NestingError::ReadOnlyErratum { gpa, rid: *rid }),
@@ -138,18 +135,18 @@ impl Users {
         }
     }
 
-    /// Memory is mapped read-only from `gpa` on.
+    /// Memory is mapped read-only at `gpa`.
     fn mapped_read_only(&mut self, gpa: u64) {
         self.read_only.insert(gpa);
     }
 
-    /// Nothing is mapped at `gpa`, for `length` bytes.
+    /// `length` bytes at `gpa` are unmapped.
     fn unmapped(&mut self, gpa: u64, length: u64) {
         let last = gpa.saturating_add(length.saturating_sub(1));
         self.read_only.retain(|start| !(gpa..=last).contains(start));
     }
 
-    /// `dev`, the guest's `rid`, is to nest on the IOAS, if it may.
+    /// Adds `dev`, the guest's `rid`, which will nest on the IOAS, if that is allowed.
     pub fn add_device(&mut self, rid: Bdf, dev: ObjectId, info: &HwInfo) -> Result<()> {
         if !hw_flags::writes_through_read_only(info) {
             return Ok(());
@@ -161,7 +158,7 @@ impl Users {
         Ok(())
     }
 
-    /// `dev` does not nest on the IOAS.
+    /// `dev` no longer nests on the IOAS.
     pub fn remove_device(&mut self, dev: ObjectId) {
         self.erratum.remove(&dev);
     }

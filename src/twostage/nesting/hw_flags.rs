@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The flags of `IOMMU_GET_HW_INFO`: what a host asks of whoever nests on it, and what it may ask
-//! that is not known here.
+//! The flags of `IOMMU_GET_HW_INFO`: requirements of the host for nesting, known and unknown.
 
 use crate::sync::Mutex;
 use std::collections::BTreeSet;
@@ -10,19 +9,19 @@ use crate::iommufd::{
 };
 use crate::spec::pci::Bdf;
 
-/// Whether an IOMMU may write through a read-only stage 2 when it nests (VT-d's erratum 772415).
+/// Whether an IOMMU may write through a read-only stage 2 when nesting (VT-d erratum 772415).
 pub(super) fn writes_through_read_only(info: &HwInfo) -> bool {
     matches!(info.data, HwInfoData::Vtd(vtd) if vtd.flags & HW_INFO_VTD_ERRATA_772415_SPR17 != 0)
 }
 
-/// Whether an SMMU may miss a CMD_TLBI_* or a CMD_CFGI_* when it is given but once (Tegra264's
-/// erratum; Linux 7.3 and later say so).
+/// Whether an SMMU may miss a CMD_TLBI_* or a CMD_CFGI_* that is issued only once (Tegra264
+/// erratum; reported by Linux 7.3 and later).
 pub(super) fn misses_invalidations(info: &HwInfo) -> bool {
     matches!(info.data, HwInfoData::ArmSmmuV3(smmu)
         if smmu.flags & HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI != 0)
 }
 
-/// The flags whose meaning nobody here knows; 0 for none.
+/// The flags of unknown meaning; 0 for none.
 pub(super) fn unknown_flags(info: &HwInfo) -> u32 {
     match info.data {
         HwInfoData::Vtd(vtd) => vtd.flags & !HW_INFO_VTD_ERRATA_772415_SPR17,
@@ -31,9 +30,9 @@ pub(super) fn unknown_flags(info: &HwInfo) -> u32 {
     }
 }
 
-/// Says once which flags of the IOMMU of `rid` are not known, and of which number.
+/// Logs, once per flag, which flags of the IOMMU of `rid` are unknown.
 pub(super) fn say_unknown(rid: Bdf, info: &HwInfo) {
-    /// What was said, of all hosts that this process has.
+    /// The flags logged so far, for all hosts of this process.
     static SAID: Mutex<BTreeSet<(&str, u32)>> = Mutex::new(BTreeSet::new());
     let mut said = SAID.lock();
     if let Some(line) = news(rid, info, &mut said) {
@@ -41,7 +40,7 @@ pub(super) fn say_unknown(rid: Bdf, info: &HwInfo) {
     }
 }
 
-/// The line that is to be said, if not all of it has been.
+/// The log line, if any of the flags has not been logged.
 fn news(rid: Bdf, info: &HwInfo, said: &mut BTreeSet<(&'static str, u32)>) -> Option<String> {
     let name = match info.data {
         HwInfoData::Vtd(_) => "VT-d",
@@ -50,7 +49,7 @@ fn news(rid: Bdf, info: &HwInfo, said: &mut BTreeSet<(&'static str, u32)>) -> Op
     };
     let unknown = unknown_flags(info);
     let bits = (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| unknown & bit != 0);
-    // Every one of them, not only the first that is new.
+    // All of them, not only the first new one.
     let new = bits.fold(0, |new, bit| new | if said.insert((name, bit)) { bit } else { 0 });
     (new != 0).then(|| {
         format!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The books of the `HWPT_NESTED` objects: which stage 1 each is of, and how many use it.
+//! Bookkeeping of the `HWPT_NESTED` objects: the stage 1 of each, and its number of users.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ struct Nested<S> {
     users: usize,
 }
 
-/// Every `HWPT_NESTED` there is, one for each stage 1. Books only: nothing here calls the host.
+/// All `HWPT_NESTED` objects, one for each stage 1. Bookkeeping only: nothing here calls the host.
 #[derive(Debug)]
 pub(super) struct NestedHwpts<S> {
     by_id: BTreeMap<ObjectId, Nested<S>>,
@@ -25,12 +25,12 @@ impl<S> Default for NestedHwpts<S> {
 }
 
 impl<S: Copy + Ord> NestedHwpts<S> {
-    /// The HWPT of `stage1`.
+    /// The HWPT for `stage1`.
     pub fn find(&self, stage1: &S) -> Option<ObjectId> {
         self.by_stage1.get(stage1).copied()
     }
 
-    /// Enters a new HWPT that nobody uses yet.
+    /// Adds a new HWPT without users.
     pub fn insert(&mut self, hwpt: ObjectId, stage1: S) {
         self.by_id.insert(hwpt, Nested { stage1, users: 0 });
         self.by_stage1.insert(stage1, hwpt);
@@ -41,22 +41,22 @@ impl<S: Copy + Ord> NestedHwpts<S> {
         self.by_id.get(&hwpt).map(|nested| nested.stage1)
     }
 
-    /// One more uses a HWPT. Nothing happens for an object that is none.
+    /// Adds a user to a HWPT. Does nothing for another object.
     pub fn join(&mut self, hwpt: ObjectId) {
         if let Some(nested) = self.by_id.get_mut(&hwpt) {
             nested.users += 1;
         }
     }
 
-    /// One who joined uses it no more.
+    /// Removes a user from a HWPT.
     pub fn leave(&mut self, hwpt: ObjectId) {
         if let Some(nested) = self.by_id.get_mut(&hwpt) {
-            // Whoever leaves has joined.
+            // A user that leaves has joined.
             nested.users -= 1;
         }
     }
 
-    /// Strikes out a HWPT if nobody uses it. Says whether it did.
+    /// Removes a HWPT without users. Returns whether it did.
     pub fn remove_unused(&mut self, hwpt: ObjectId) -> bool {
         match self.by_id.get(&hwpt) {
             Some(nested) if nested.users == 0 => {
@@ -68,7 +68,7 @@ impl<S: Copy + Ord> NestedHwpts<S> {
         }
     }
 
-    /// Every HWPT from `from` on that is used, ascending.
+    /// Every HWPT with users, from `from`, ascending.
     pub fn used_from(&self, from: ObjectId) -> impl Iterator<Item = ObjectId> + '_ {
         self.by_id.range(from..).filter(|(_, nested)| nested.users != 0).map(|(hwpt, _)| *hwpt)
     }
@@ -78,7 +78,7 @@ impl<S: Copy + Ord> NestedHwpts<S> {
         self.by_id.iter().map(|(hwpt, nested)| (*hwpt, nested.stage1))
     }
 
-    /// Strikes out every HWPT.
+    /// Removes every HWPT.
     pub fn take_all(&mut self) -> Vec<ObjectId> {
         self.by_stage1.clear();
         std::mem::take(&mut self.by_id).into_keys().collect()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What nesting of every architecture stands on: the host, the guest's memory, and what is to be
-//! destroyed.
+//! The common base of nesting for all architectures: the host, the guest's memory, and objects to
+//! be destroyed.
 
 use std::sync::Arc;
 
@@ -10,22 +10,22 @@ use crate::iommufd::{Errno, Extensions, HostIommu, HwptAlloc, HwptData, HwptFlag
 use crate::spec::pci::Bdf;
 use crate::warn_limited;
 
-/// So many objects may wait for a destroy that failed to succeed; beyond, no HWPT is made, so that
-/// a guest cannot pile up host objects that never go.
+/// At most this many objects may be waiting to be destroyed after a failure; beyond that no HWPT is
+/// created, so that a guest cannot accumulate host objects.
 const MAX_DOOMED: usize = 16;
 
-/// The host as one virtual IOMMU uses it.
+/// The host, as one virtual IOMMU uses it.
 #[derive(Debug)]
 pub(super) struct Objects {
     host: Arc<dyn HostIommu>,
     calls: u64,
-    /// Destroyed by the last who shares it.
+    /// Destroyed by the last owner.
     ioas: Option<Arc<GuestIoas>>,
     doomed: Vec<ObjectId>,
 }
 
 impl Objects {
-    /// On the guest's memory `ioas`.
+    /// With the guest's memory `ioas`.
     pub fn new(ioas: Arc<GuestIoas>) -> Self {
         Self { host: ioas.host().clone(), calls: 0, ioas: Some(ioas), doomed: Vec::new() }
     }
@@ -36,12 +36,12 @@ impl Objects {
         &*self.host
     }
 
-    /// How many calls there were, of any verb.
+    /// The number of calls, of any verb.
     pub fn calls(&self) -> u64 {
         self.calls
     }
 
-    /// What the host can do beyond the uAPI.
+    /// The host's abilities beyond the uAPI.
     pub fn extensions(&self) -> Extensions {
         self.host.extensions()
     }
@@ -51,7 +51,8 @@ impl Objects {
         self.ioas.clone().ok_or(NestingError::ShutDown)
     }
 
-    /// Makes a nesting parent that `dev`, the guest's `rid`, can use: a stage 2 of guest memory.
+    /// Allocates a nesting parent, a stage 2 of guest memory, that `dev`, the guest's `rid`, can
+    /// use.
     pub fn alloc_parent(&mut self, rid: Bdf, dev: ObjectId, pasid: bool) -> Result<ObjectId> {
         let args = HwptAlloc {
             flags: HwptFlags::new().with_nest_parent(true).with_pasid(pasid),
@@ -63,7 +64,7 @@ impl Objects {
         self.alloc_hwpt(&args, || format!("making a nesting parent for {rid}"))
     }
 
-    /// Makes a HWPT.
+    /// Allocates a HWPT.
     pub fn alloc_hwpt(&mut self, args: &HwptAlloc, what: impl Fn() -> String) -> Result<ObjectId> {
         if self.doomed.len() >= MAX_DOOMED {
             self.sweep().context(&what)?;
@@ -71,8 +72,8 @@ impl Objects {
         self.host().hwpt_alloc(args).context(what)
     }
 
-    /// Detaches `dev`, or its `pasid`. Nothing else blocks it for certain, so it is tried once more
-    /// if it fails. A device that is not there any more (`ENOENT`) is attached to nothing.
+    /// Detaches `dev`, or its `pasid`. Only a detach is certain to block it, so a failed one is
+    /// retried once. A device that no longer exists (`ENOENT`) is attached to nothing.
     pub fn detach(&mut self, dev: ObjectId, pasid: Option<u32>) -> crate::iommufd::Result<()> {
         let mut result = self.host().device_detach(dev, pasid);
         if result.is_err() {
@@ -84,7 +85,7 @@ impl Objects {
         }
     }
 
-    /// Destroys an object that nothing uses; if the host fails to, later.
+    /// Destroys an unused object; if the host fails, it is retried later.
     pub fn destroy(&mut self, id: ObjectId) {
         self.doomed.push(id);
         if let Err(error) = self.sweep() {
@@ -92,14 +93,14 @@ impl Objects {
         }
     }
 
-    /// Gives up the IOAS, and destroys what is left. To be called when nothing stands on it any
-    /// more; may be called again, to try again.
+    /// Gives up the IOAS, and destroys what is left. To be called when nothing uses it any more;
+    /// may be called again to retry.
     pub fn end(&mut self) -> Result<()> {
         self.doomed.extend(self.ioas.take().and_then(GuestIoas::give_up));
         self.sweep().or_else(|_| self.sweep()).context(|| "destroying the last host objects".into())
     }
 
-    /// Destroys what is to be destroyed, in the order it came: users before what they use.
+    /// Destroys the waiting objects in order: users before what they use.
     fn sweep(&mut self) -> crate::iommufd::Result<()> {
         let mut result = Ok(());
         for id in std::mem::take(&mut self.doomed) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A fair mutex: a thread that locks it again queues behind those who wait.
+//! A fair mutex: a thread that locks it again queues behind those that wait.
 
 use crate::sync::Mutex;
 use std::sync::MutexGuard;
@@ -8,14 +8,14 @@ use std::sync::MutexGuard;
 /// slices, and gets them back after the threads that wait.
 #[derive(Debug, Default)]
 pub(super) struct FairMutex<T> {
-    /// Held for a moment before `value`: by the thread that is next to get it, so that one that
-    /// comes back waits here.
+    /// Held for a moment before `value` by the next thread to get it, so that a thread that locks
+    /// again waits here.
     next: Mutex<()>,
     value: Mutex<T>,
 }
 
 impl<T> FairMutex<T> {
-    /// The value, after those who wait for it.
+    /// Locks the value, after those that wait for it.
     pub fn lock(&self) -> MutexGuard<'_, T> {
         let _next = self.next.lock();
         self.value.lock()

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the host sides of all virtual IOMMUs have in common.
+//! Common to the host sides of all virtual IOMMUs.
 
 /// The host refused.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{what}: {source}")]
 pub struct HostSideError {
-    /// What was being done, and for which requester.
+    /// The attempted operation, and the requester.
     pub what: String,
-    /// Not even blocking succeeded: DMA may still take a way that the guest has taken back, so that
-    /// nobody may tell the guest that it is gone.
+    /// Blocking failed, too: DMA may still use a mapping that the guest has revoked, so the guest
+    /// must not be told that it is gone.
     pub still_reachable: bool,
     /// The verb that failed.
     #[source]

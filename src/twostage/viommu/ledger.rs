@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every requester was given, and whether the host has it.
+//! The decision made for every requester, and whether the host has applied it.
 //!
-//! The model (one thread at a time) writes here around its calls to the host; faults, from any
-//! thread, are explained by what is published here. So that the reason a blocked requester is given
-//! is never older than its blocking, a block is published before the host has it, anything else
-//! after. The lock is held for a look-up or an insertion, never across a call.
+//! The model (one thread at a time) updates it around its host calls; faults, from any thread, are
+//! explained by what is published here. A block is published before the host applies it, anything
+//! else after, so that the reason of a blocked requester is never older than its blocking. The lock
+//! is held for a look-up or an insertion, never across a call.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,34 +15,34 @@ use crate::counters::Counter;
 use crate::ratelimit::RateLimit;
 use crate::sync::RwLock;
 
-/// Why what the guest asks for may not be acknowledged.
+/// Why a request of the guest must not be acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NotApplied {
-    /// The host let a requester keep what the guest has taken back, or did not invalidate.
+    /// The host left a requester with a revoked mapping, or failed to invalidate.
     Host,
-    /// The virtual IOMMU was halted on the way.
+    /// The virtual IOMMU was halted meanwhile.
     Halted,
 }
 
 /// Whether every requester has its policy, or is blocked where the host refused it.
 pub(super) type Applied = Result<(), NotApplied>;
 
-/// What a requester was given.
+/// The decision made for a requester.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Given<D> {
     pub decision: D,
-    /// The host has it. Otherwise the host refused, or lost it, and must be told again.
+    /// The host has applied it. Otherwise the host refused or lost it, and must be told again.
     pub applied: bool,
 }
 
 impl<D> Given<D> {
-    /// What the host has.
+    /// A decision that the host has applied.
     pub fn applied(decision: D) -> Self {
         Self { decision, applied: true }
     }
 }
 
-/// Where a model keeps what its requesters were given.
+/// The storage of a model's decisions.
 pub(super) trait Entries {
     type Requester: Copy;
     type Decision: Copy + PartialEq;
@@ -50,13 +50,13 @@ pub(super) trait Entries {
     /// Whether the decision blocks every request.
     fn is_block(decision: &Self::Decision) -> bool;
 
-    /// What a requester was given.
+    /// The decision for a requester.
     fn get(&self, requester: Self::Requester) -> Option<Given<Self::Decision>>;
 
-    /// Gives it something. Nothing happens for a requester that is not there.
+    /// Sets the decision. Does nothing for an unknown requester.
     fn set(&mut self, requester: Self::Requester, given: Given<Self::Decision>);
 
-    /// The host has nothing of what was given any more.
+    /// Marks all decisions as not applied by the host.
     fn unapply_all(&mut self);
 }
 
@@ -64,7 +64,7 @@ pub(super) trait Entries {
 #[derive(Debug, Default)]
 pub(super) struct Ledger<E> {
     published: RwLock<E>,
-    /// Something that was given is to be given to the host again. Changed by the model alone.
+    /// Some decision must be given to the host again. Changed by the model only.
     unapplied: AtomicBool,
 }
 
@@ -77,41 +77,41 @@ impl<E> Ledger<E> {
         self.published.write()
     }
 
-    /// Whether something is to be given to the host again.
+    /// Whether some decision must be given to the host again.
     pub fn has_unapplied(&self) -> bool {
         self.unapplied.load(Ordering::Relaxed)
     }
 
-    /// Something is: the host let a requester keep what was taken back.
+    /// Some decision must be: the host left a requester with a revoked mapping.
     pub fn set_unapplied(&self) {
         self.unapplied.store(true, Ordering::Relaxed);
     }
 
-    /// Nothing is, any more.
+    /// Clears [`Ledger::has_unapplied`].
     pub fn set_reapplied(&self) {
         self.unapplied.store(false, Ordering::Relaxed);
     }
 }
 
 impl<E: Entries> Ledger<E> {
-    /// What `requester` was given.
+    /// The decision for `requester`.
     pub fn given(&self, requester: E::Requester) -> Option<Given<E::Decision>> {
         self.read().get(requester)
     }
 
-    /// Whether the host has `decision` for `requester`.
+    /// Whether the host has applied `decision` for `requester`.
     pub fn has(&self, requester: E::Requester, decision: E::Decision) -> bool {
         self.given(requester) == Some(Given::applied(decision))
     }
 
-    /// The host may have lost any of what it was given.
+    /// The host may have lost any decision.
     pub fn unapply_all(&self) {
         self.write().unapply_all();
         self.set_unapplied();
     }
 
-    /// Gives `decision` to the host, by `configure`; `None` if the host has it. When the host
-    /// refuses, the requester is blocked: by `refused`, if `decision` is no block itself.
+    /// Gives `decision` to the host with `configure`; `None` if the host has it already. If the
+    /// host refuses, the requester is blocked: with `refused`, unless `decision` is itself a block.
     pub fn give(
         &self,
         requester: E::Requester,
@@ -142,8 +142,8 @@ impl<E: Entries> Ledger<E> {
     }
 }
 
-/// Counts in `errors` and logs what the host refused to `model`. A mere refusal has its effect, for
-/// the requester is blocked; what cannot be blocked has none.
+/// Counts in `errors` and logs a refusal of the host to `model`. A mere refusal counts as applied,
+/// as the requester is blocked; a failure to block does not.
 pub(super) fn host_refused(
     model: impl fmt::Display,
     errors: &Counter,
@@ -166,7 +166,7 @@ mod tests {
 
     use super::*;
 
-    /// Decisions are numbers, and those below 0 are blocks.
+    /// Decisions are numbers; negative ones are blocks.
     #[derive(Default)]
     struct Numbers(BTreeMap<u8, Option<Given<i8>>>);
 
@@ -216,7 +216,7 @@ mod tests {
             assert!(ledger.has(7, decision));
         }
         assert!(ledger.give(7, 3, -9, || unreachable!("the host has it")).is_none());
-        // Nobody.
+        // Unknown.
         assert!(ledger.give(8, 1, -9, || Ok(())).is_some());
         assert_eq!(ledger.given(8), None);
     }

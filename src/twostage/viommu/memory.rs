@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory as a virtual IOMMU sees it: tables to read, status words to write.
+//! Guest memory as a virtual IOMMU uses it: reading tables, writing status words.
 
 use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-/// The guest named memory that it does not have.
+/// The guest used an address outside its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("guest physical address {address:#x} (+{length:#x} bytes) is not guest memory")]
 pub struct BadAddress {
@@ -17,28 +17,28 @@ pub struct BadAddress {
 
 /// Access to guest memory by guest physical address.
 pub trait TableMemory: Send + Sync {
-    /// Fills `bytes` from `address` on.
+    /// Fills `bytes` from `address`.
     ///
     /// # Errors
-    /// When not all of it is guest memory; `bytes` is then unspecified.
+    /// Not all of it is guest memory; `bytes` is then unspecified.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), BadAddress>;
 
-    /// Writes `bytes` from `address` on.
+    /// Writes `bytes` to `address`.
     ///
     /// # Errors
-    /// When not all of it is guest memory; part of it may then be written.
+    /// Not all of it is guest memory; part of it may have been written.
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), BadAddress>;
 
-    /// Stores 32 bits at `address` (4-byte aligned) in one piece, after everything stored before.
+    /// Stores 32 bits at `address` (4-byte aligned) atomically, after all earlier stores.
     ///
     /// # Errors
-    /// When it is not guest memory.
+    /// It is not guest memory.
     fn store_u32(&self, address: u64, value: u32) -> Result<(), BadAddress>;
 
-    /// Loads the 64-bit word at `address` (8-byte aligned) in one piece.
+    /// Loads the 64-bit word at `address` (8-byte aligned) atomically.
     ///
     /// # Errors
-    /// When it is not guest memory.
+    /// It is not guest memory.
     fn load_u64(&self, address: u64) -> Result<u64, BadAddress>;
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The guest-facing virtual IOMMUs: registers, queues, tables and faults.
 //!
-//! A model here knows guest memory ([`TableMemory`]), a place to send interrupts
-//! ([`InterruptSink`]; [`smmuv3::SmmuInterrupts`]) and the small trait of what is behind it
-//! ([`vtd::HostSide`]; [`smmuv3::SmmuHostSide`]). It never sees a file descriptor and never KVM. A
-//! pure function decides a policy from guest tables, the policy is applied to the host, and only
-//! then does the guest see it acknowledged.
+//! A model here uses guest memory ([`TableMemory`]), a sink for interrupts ([`InterruptSink`];
+//! [`smmuv3::SmmuInterrupts`]) and a small trait for what is behind it ([`vtd::HostSide`];
+//! [`smmuv3::SmmuHostSide`]). It knows neither file descriptors nor KVM. A pure function derives a
+//! policy from guest tables, the policy is applied to the host, and only then is it acknowledged to
+//! the guest.
 //!
 //! Files of the same name in both models' folders do the same, and can be read side by side:
 //! `registers` and `control` (what a register write sets off), `queue`, `actions` (what is done for

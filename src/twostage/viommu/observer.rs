@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who watches a virtual IOMMU, for traces.
+//! Observers of a virtual IOMMU, for traces.
 
 use std::fmt;
 
@@ -22,46 +22,46 @@ pub struct RegisterAccess {
     pub size: u8,
     /// What was read or written.
     pub value: u64,
-    /// The guest wrote.
+    /// It is a write.
     pub write: bool,
 }
 
-/// What became of a fault of a DMA or interrupt request.
+/// What happened to a fault of a DMA or interrupt request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultOutcome {
     /// It is in a fault record.
     Recorded,
-    /// There was no room for it: the guest sees the overflow.
+    /// There was no space: the guest sees the overflow.
     Lost,
-    /// The guest's tables ask that it be not recorded, or translation is off.
+    /// The guest's tables suppress it, or translation is off.
     Suppressed,
 }
 
-/// Sees what a virtual IOMMU does, in the order it does it. Called with locks of the virtual IOMMU
-/// held: an observer calls nothing of it. Without an observer no event is even built.
+/// Observes what a virtual IOMMU does, in order. Called with locks of the virtual IOMMU held: an
+/// observer must not call it. Without an observer, events are not even constructed.
 pub trait Observer: Send + Sync {
-    /// The guest read a register, or writes one: what the write sets off follows.
+    /// The guest read a register, or is about to write one: the effects of the write follow.
     fn register(&self, _access: &RegisterAccess) {}
 
-    /// The guest switches translation off, which is on. Nothing has come of that as yet: the host
+    /// The guest disables translation, which is enabled. Nothing has changed yet: the host still
     /// has all that the guest used.
     fn disabling_translation(&self) {}
 
-    /// A descriptor of the invalidation queue, or a command of the command queue, was taken; what
-    /// it asks may still be gathered with what follows.
+    /// A descriptor of the invalidation queue, or a command of the command queue, was fetched; its
+    /// execution may be deferred to batch it with later ones.
     fn descriptor(&self, _name: &'static str, _descriptor: &dyn fmt::Debug) {}
 
-    /// A policy was given to the host, which refused it when `applied` is false.
+    /// A policy was given to the host, which refused it if `applied` is false.
     fn policy(&self, _requester: Requester, _config: &RequesterConfig, _applied: bool) {}
 
-    /// A policy of an SMMU's stream was given to the host, which refused it when `applied` is
-    /// false.
+    /// The policy of an SMMU stream was given to the host, which refused it if `applied` is false.
     fn stream_policy(&self, _stream: StreamId, _policy: &StreamPolicy, _applied: bool) {}
 
-    /// An SMMU tells of an event of a transaction, as the record says.
+    /// An SMMU event for a transaction, with its record.
     fn event(&self, _record: &EventRecord, _outcome: FaultOutcome) {}
 
-    /// A DMA request failed; `reason` is what the guest is told, or would be if it were recorded.
+    /// A DMA request failed; `reason` is what the guest is told, or would be told if it were
+    /// recorded.
     fn fault(&self, _fault: &DmaFault, _reason: Option<FaultReason>, _outcome: FaultOutcome) {}
 
     /// An interrupt of `source` was blocked; `reason` is what the guest is told.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Register pages as rows of 64-bit slots: each one 64-bit register or two 32-bit ones. An access
-//! is a slot or half of one.
+//! covers a slot or one half of it.
 
 const LOW: u64 = 0x0000_0000_ffff_ffff;
 const HIGH: u64 = 0xffff_ffff_0000_0000;
 
-/// One access: the slot it falls in, and its bits there.
+/// An access: its slot, and its bits in the slot.
 #[derive(Clone, Copy)]
 pub(super) struct SlotAccess {
     /// Offset of the slot, in bytes.
@@ -30,12 +30,12 @@ impl SlotAccess {
         }
     }
 
-    /// What is read when the slot holds `value`: in the low bits, whichever half it is.
+    /// The value read when the slot holds `value`: in the low bits, for either half.
     pub fn extract(self, value: u64) -> u64 {
         (value & self.mask) >> self.shift
     }
 
-    /// What is written, in its place in the slot.
+    /// The value written, at its place in the slot.
     pub fn place(self, data: &[u8]) -> u64 {
         let mut bytes = [0; 8];
         for (byte, from) in bytes.iter_mut().zip(data) {
@@ -44,21 +44,21 @@ impl SlotAccess {
         u64::from_le_bytes(bytes) << self.shift
     }
 
-    /// `old` with those bits of this access that are `writable` taken from `value`, all three in
-    /// their place in the slot.
+    /// `old` with those bits of this access that are `writable` taken from `value`; all three as
+    /// slot values.
     pub fn merge(self, old: u64, value: u64, writable: u64) -> u64 {
         let mask = self.mask & writable;
         old & !mask | value & mask
     }
 
-    /// The lower and the upper 32 bits of `value`, as far as the access is of them.
+    /// The lower and the upper 32 bits of `value`, where the access covers them.
     pub fn halves(self, value: u64) -> (Option<u32>, Option<u32>) {
         let low = (self.mask & LOW != 0).then_some(value as u32);
         let high = (self.mask & HIGH != 0).then_some((value >> 32) as u32);
         (low, high)
     }
 
-    /// `value` as far as the access is of it.
+    /// The bits of `value` that the access covers.
     pub fn masked(self, value: u64) -> u64 {
         value & self.mask
     }

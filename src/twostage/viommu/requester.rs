@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who makes DMA requests, as PCI has it.
+//! The source of DMA requests, in PCI terms.
 
 use std::fmt;
 
 use crate::spec::pci::{Bdf, Pasid};
 
-/// Who makes a DMA request: a PCI function, and the PASID when the request carries one.
+/// The source of a DMA request: a PCI function, and a PASID if the request carries one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Requester {
     /// Requester ID as the guest sees it.
@@ -15,7 +15,7 @@ pub struct Requester {
 }
 
 impl Requester {
-    /// `rid`'s requests without PASID.
+    /// Requests of `rid` without PASID.
     pub const fn rid(rid: Bdf) -> Self {
         Self { rid, pasid: None }
     }

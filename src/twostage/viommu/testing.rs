@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the tests of both models are written with: what a host refuses, and how a guest reaches its
-//! registers and memory.
+//! Shared by the tests of both models: refusals of the host, and a guest's access to registers and
+//! memory.
 
 use crate::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,18 +11,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::HostSideError;
 
-/// Guest memory that tables, queues and status words lie in.
+/// Guest memory for tables, queues and status words.
 pub(super) const MEMORY_SIZE: u64 = 0x10_0000;
 
 pub(super) fn guest_memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap()
 }
 
-/// What a host refuses.
+/// Which calls the host refuses.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     which: Mutex<Which>,
-    /// What is refused is not blocked either.
+    /// Blocking fails as well.
     blocks_nothing: AtomicBool,
 }
 
@@ -46,12 +46,12 @@ impl Refusals {
         *self.which.lock() = Which::After(calls);
     }
 
-    /// Says of what is refused whether it is not blocked either.
+    /// Sets whether blocking fails as well.
     pub fn block_nothing(&self, nothing: bool) {
         self.blocks_nothing.store(nothing, Ordering::Relaxed);
     }
 
-    /// What becomes of the next call.
+    /// The result of the next call.
     pub fn next_call(&self) -> Result<(), HostSideError> {
         let refused = match &mut *self.which.lock() {
             Which::Nothing => false,
@@ -102,7 +102,7 @@ pub(super) trait GuestAccess {
         self.mmio_write(offset, &value.to_le_bytes());
     }
 
-    /// Does what [`any_access`] made up.
+    /// Makes an access from [`any_access`].
     fn access(&self, access: &AnyAccess) {
         let mut data = [0; 16];
         data[..8].copy_from_slice(&access.value.to_le_bytes());
@@ -114,7 +114,7 @@ pub(super) trait GuestAccess {
     }
 }
 
-/// A register access that need not make sense.
+/// A register access, possibly invalid.
 #[derive(Debug, Clone)]
 pub(super) struct AnyAccess {
     pub offset: u64,
@@ -123,7 +123,7 @@ pub(super) struct AnyAccess {
     pub write: bool,
 }
 
-/// Accesses at offsets like these, most of them aligned and of a size that registers have.
+/// Accesses at such offsets, most of them aligned and of a valid size.
 pub(super) fn any_access(offset: impl Strategy<Value = u64>) -> impl Strategy<Value = AnyAccess> {
     let aligned = offset
         .prop_flat_map(|offset| prop_oneof![Just(offset & !7), Just(offset & !3), Just(offset)]);

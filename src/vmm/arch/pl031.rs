@@ -22,7 +22,7 @@ impl BusDevice for Pl031 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
-            // An offset in a page.
+            // An offset within a page.
             self.0.lock().read(offset as u16, word);
         }
     }

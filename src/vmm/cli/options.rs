@@ -17,7 +17,7 @@ use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 #[derive(Default)]
 pub(super) struct Pairs<'a> {
     pairs: BTreeMap<&'a str, &'a str>,
-    /// Keys that were asked for: all there can be.
+    /// Keys that were queried: all valid ones.
     known: BTreeSet<&'static str>,
 }
 
@@ -50,7 +50,7 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    /// Every key must have been taken.
+    /// Every key must have been used.
     pub(super) fn finish(self) -> Result<(), String> {
         let known = || self.known.iter().copied().collect::<Vec<_>>().join(", ");
         match self.pairs.keys().next() {

@@ -64,7 +64,7 @@ impl ReportOption {
     /// Creates the report file, before a machine runs for nothing.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// Read-only.
     pub fn create(&self) -> Result<(), ReportError> {
         let Some(path) = &self.file else { return Ok(()) };
         let created = named_file::open(path, OpenOptions::new().create(true).append(true), 0);

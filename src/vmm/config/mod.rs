@@ -353,7 +353,7 @@ pub struct NetConfig {
     pub iommu: IommuChoice,
 }
 
-/// A tap interface of the host.
+/// A host tap interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TapConfig {
     /// By name.

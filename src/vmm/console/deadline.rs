@@ -20,7 +20,7 @@ struct Stop {
 /// The minimum for each turn, if earlier ones took too long.
 const LEAST: Duration = Duration::from_millis(100);
 
-/// What may take long, in the order of their turns.
+/// Steps that may take long, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
     /// The guest's output.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A DMA port of the emulated host as a device's way to memory.
+//! A DMA port of the emulated host as a device's access to memory.
 
 use crate::devices::{DmaError, DmaMaster};
 use twostage::spec::pci::Pasid;
@@ -25,7 +25,7 @@ impl DmaMaster for DmaPort {
     }
 }
 
-/// What a request with `pasid` says of itself.
+/// The attributes of a request with `pasid`.
 pub(super) fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
     DmaAttributes { pasid: pasid.map(Pasid::raw), ..DmaAttributes::default() }
 }

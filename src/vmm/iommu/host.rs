@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Who serves the verbs for a machine, and the guest's memory there: a host in this process, for
-//! devices in this process, or the kernel, for devices of this machine.
+//! The host behind a machine's virtual IOMMUs, and the guest memory it has mapped: a host in this
+//! process, for emulated devices, or the kernel, for devices of this machine.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,28 +19,28 @@ use twostage::iommufd::{
 use twostage::nesting::GuestIoas;
 use twostage_emulated::{EmulatedHost, ObjectGraph};
 
-/// More objects are not noted: looking at them takes long.
+/// Larger graphs are not recorded: that takes too long.
 const MAX_NOTED: usize = 1000;
 
-/// The host, its calls counted and traced.
+/// The host; its calls are counted and traced.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
-    /// For calls.
+    /// Host calls.
     pub verbs: Arc<dyn HostIommu>,
-    /// Of those.
+    /// Their counters.
     counters: Arc<VerbCounters>,
-    /// The host itself, when it is in this process.
+    /// The host itself, if it is in this process.
     pub emulated: Option<Arc<EmulatedHost>>,
-    /// The host itself, when it is the kernel.
+    /// The host itself, if it is the kernel.
     kernel: Option<Arc<KernelHost>>,
-    /// The guest's memory, for all devices that are the host's.
+    /// The guest's memory, shared by all devices of the host.
     pub ioas: Arc<GuestIoas>,
-    /// The most objects that there were when a guest switched translation off.
+    /// The most objects seen at the time a guest disabled translation.
     in_use: Arc<Mutex<Option<ObjectGraph>>>,
 }
 
 impl Host {
-    /// A new one in this process, with `memory`.
+    /// A new host in this process, with `memory`.
     ///
     /// # Errors
     /// The memory cannot be mapped.
@@ -49,10 +49,10 @@ impl Host {
         Ok(Self { emulated: Some(emulated.clone()), ..Self::counted(emulated, memory, trace)? })
     }
 
-    /// That of the kernel, with `memory`, if `config` needs it.
+    /// The kernel's host, with `memory`, if `config` needs one.
     ///
     /// # Errors
-    /// As [`Host::emulated`]; the kernel has none.
+    /// As for [`Host::emulated`]; or the kernel has no IOMMUFD.
     pub fn of_kernel(
         config: &MachineConfig,
         memory: &MachineMemory,
@@ -64,10 +64,10 @@ impl Host {
         Ok(Some(Self { kernel: Some(kernel), ..host }))
     }
 
-    /// The file of `dev`, which is the kernel's.
+    /// The file of `dev`, a device of the kernel.
     ///
     /// # Errors
-    /// It is not.
+    /// It is not one.
     pub fn device_file(&self, dev: ObjectId) -> Result<Arc<File>> {
         let kernel = self.kernel.as_ref();
         let kernel = kernel.ok_or_else(|| Error::Iommu("the host is not the kernel".into()))?;
@@ -91,7 +91,7 @@ impl Host {
         Ok(Self { verbs, counters, emulated: None, kernel: None, ioas, in_use: Arc::default() })
     }
 
-    /// What was asked of it so far.
+    /// Host calls so far.
     pub fn calls(&self) -> BTreeMap<&'static str, CallReport> {
         let of = |verb: &Verb| CallReport {
             calls: self.counters.calls(*verb),
@@ -101,7 +101,7 @@ impl Host {
         calls.filter(|(_, report)| report.calls != 0).collect()
     }
 
-    /// Its objects. The kernel does not tell.
+    /// Its objects. Unknown for the kernel.
     pub fn graph(&self) -> Option<ObjectGraph> {
         self.emulated.as_ref().map(|emulated| emulated.graph())
     }
@@ -116,19 +116,19 @@ impl Host {
             let Some(emulated) = emulated.as_ref().filter(few) else { return };
             let graph = emulated.graph();
             let mut most = in_use.lock();
-            // Of several units the first one to go shows the objects of all.
+            // With several units, the first call sees the objects of all.
             if most.as_ref().is_none_or(|most| most.objects.len() <= graph.objects.len()) {
                 *most = Some(graph);
             }
         }
     }
 
-    /// The objects that were noted so, once a guest has switched translation off.
+    /// The objects recorded by it, once a guest has disabled translation.
     pub fn objects_in_use(&self) -> Option<ObjectGraph> {
         self.in_use.lock().clone()
     }
 
-    /// Lets go of the guest's memory; the objects that are left. The kernel does not tell.
+    /// Releases the guest's memory; returns the objects that are left. Unknown for the kernel.
     pub fn close(self) -> Option<ObjectGraph> {
         let Self { emulated, ioas, .. } = self;
         drop(ioas);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The virtual IOMMUs of a machine and all that is behind them: nesting, the host's verbs, counted,
-//! and the host that serves them.
+//! The virtual IOMMUs of a machine and everything behind them: nesting, host calls with their
+//! counters, and the host itself.
 //!
-//! There is one host with one IOAS, the guest's memory, for devices outside of them, too. Each
-//! virtual IOMMU has a host side of its own over it. Where the host is in this process, an emulated
-//! unit of its own is behind that; where it is the kernel, a unit of this machine is.
+//! There is one host with one IOAS, the guest's memory, which is also used by devices without a
+//! virtual IOMMU. Each virtual IOMMU has its own vIOMMU object on it. If the host is in this
+//! process, an emulated unit serves it; if it is the kernel, a physical unit does.
 
 mod direct;
 mod dma;
@@ -32,26 +32,26 @@ use twostage::viommu::{InterruptSink, Observer};
 use twostage_emulated::ObjectGraph;
 pub(super) use unit::Iommu;
 
-/// A function that is to be behind a virtual IOMMU.
+/// A function to be placed behind a virtual IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AssignedFunction {
     pub bdf: Bdf,
     /// It has the PASID capability.
     pub pasid: bool,
-    /// The number of the virtual IOMMU.
+    /// The index of the virtual IOMMU.
     pub iommu: usize,
-    /// The device of this machine that it is, if it is one.
+    /// The device of this machine behind it, if it is one.
     pub vfio: Option<PathBuf>,
 }
 
-/// Who the virtual IOMMU `number` is as a source of messages: no function on the bus is.
+/// The source ID of messages from virtual IOMMU `number`: not that of any function on the bus.
 pub(super) fn interrupt_source(number: usize) -> Bdf {
     const LAST_BUS: u16 = 0xff00;
-    // No machine has room for the registers of more.
+    // No machine has space for the registers of more.
     Bdf::from_raw(LAST_BUS | number as u16 & 0xff)
 }
 
-/// What the virtual IOMMUs of a machine have in common.
+/// What all virtual IOMMUs of a machine share.
 pub(super) struct Surroundings<'a> {
     pub host: Host,
     pub memory: &'a MachineMemory,
@@ -59,8 +59,7 @@ pub(super) struct Surroundings<'a> {
 }
 
 impl Surroundings<'_> {
-    /// Who sees what the virtual IOMMU `id` does; `disabling` is called when a guest switches
-    /// translation off.
+    /// The observer of virtual IOMMU `id`; `disabling` is called when a guest disables translation.
     fn observer(
         &self,
         id: &str,
@@ -80,10 +79,10 @@ pub(super) struct Iommus {
 }
 
 impl Iommus {
-    /// The virtual IOMMUs of `config`, in front of `functions`, over a host that has `memory` as
-    /// stage 2: `kernel` if they say so, and else an emulated one; `None` when there are none.
-    /// `messages` says where those of a source go, one of them or a function, that are not to be
-    /// remapped (any more); they remap those of functions if `interrupt_remapping`.
+    /// The virtual IOMMUs of `config`, in front of `functions`, on a host that maps `memory` as
+    /// stage 2: `kernel` if the configuration says so, otherwise an emulated one; `None` when there
+    /// are none. `messages` returns the sink for messages of a source, an IOMMU or a function, that
+    /// need no (further) remapping; messages of functions are remapped if `interrupt_remapping`.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,
@@ -104,7 +103,7 @@ impl Iommus {
         };
         let around = Surroundings { host: host.clone(), memory, trace };
         let mut all = Vec::new();
-        // What one emulated unit walks, the host says of all.
+        // The host reports the features of one emulated unit for all.
         let guest_second_stage =
             config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.second_stage));
         for (number, iommu) in config.iommus.iter().enumerate() {
@@ -124,17 +123,17 @@ impl Iommus {
         Ok(Some(Self { all, host, at_start }))
     }
 
-    /// Each of them, in the order of the configuration.
+    /// All of them, in configuration order.
     pub fn all(&self) -> &[Iommu] {
         &self.all
     }
 
-    /// What each has done so far.
+    /// Reports of what each has done so far.
     pub fn reports(&self) -> Vec<IommuReport> {
         self.all.iter().map(Iommu::report).collect()
     }
 
-    /// What was asked of the host so far, and its objects.
+    /// Host calls so far, and the host's objects.
     pub fn host_report(&self) -> HostReport {
         HostReport {
             calls: self.host.calls(),
@@ -146,7 +145,8 @@ impl Iommus {
         }
     }
 
-    /// Gives every host object back; those that are left, which should be none, if the host tells.
+    /// Releases all host objects; returns those that are left, which should be none, if the host
+    /// can tell.
     pub fn close(self) -> Option<ObjectGraph> {
         let Self { all, host, .. } = self;
         drop(all);

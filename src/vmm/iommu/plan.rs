@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual IOMMU of any model is built from, and what it does in a machine.
+//! What a virtual IOMMU of any model is built from, and the interface of the models.
 
 use std::fmt;
 use std::path::Path;
@@ -20,25 +20,25 @@ use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use twostage_emulated::{DeviceConfig, DmaPort, UnitId};
 
-/// A device behind a virtual IOMMU, as the guest and as the host knows it.
+/// A device behind a virtual IOMMU, by its guest and host identities.
 pub(crate) type BoundDevice = (Bdf, ObjectId);
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
     pub id: String,
-    /// Where its own interrupts go.
+    /// Sink of its own interrupts.
     pub interrupts: Arc<dyn InterruptSink>,
-    /// Where messages of a function go once they are remapped.
+    /// Returns the sink for remapped messages of a function.
     pub messages: &'a dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
     pub config: &'a IommuConfig,
     pub interrupt_remapping: bool,
-    /// The emulated unit walks second-stage tables of the guest's, whether they are offered or not.
+    /// The emulated unit walks the guest's second-stage tables, whether or not that is offered.
     pub guest_second_stage: bool,
     pub functions: Vec<AssignedFunction>,
 }
 
 impl Plan<'_> {
-    /// What errors call the function at `rid`: a device of this machine by its path, too.
+    /// How error messages name the function at `rid`: a device of this machine with its path.
     pub fn device_name(&self, rid: Bdf) -> String {
         let of_rid = |function: &&AssignedFunction| function.bdf == rid;
         let path = self.functions.iter().find(of_rid).and_then(|function| function.vfio.as_ref());
@@ -46,48 +46,48 @@ impl Plan<'_> {
     }
 }
 
-/// What a model of a virtual IOMMU does in a machine.
+/// A model of a virtual IOMMU, as the machine uses it.
 pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// Its registers.
     fn registers(&self) -> Arc<dyn BusDevice>;
 
-    /// The machine stops: threads that work for the guest in here leave off soon.
+    /// The machine is stopping: threads working for the guest return soon.
     fn halt(&self);
 
-    /// Who remaps the interrupts of what is behind the IOMMU, if anybody does.
+    /// The remapper of interrupts from behind the IOMMU, if it remaps.
     fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>>;
 
-    /// From now on `listener` is told when interrupts are remapped otherwise than before.
+    /// From now on `listener` is notified when interrupt remapping changes.
     fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>);
 
-    /// Its own interrupts have these wires, in the order that its model says.
+    /// Connects its own interrupts to these wires, in the order that its model defines.
     fn connect(&self, _wires: Vec<EdgeLine>) {}
 
-    /// Where memory requests of the function at `bdf`, which is in this process, enter the IOMMU;
-    /// `None` where the unit is of this machine.
+    /// The DMA port of the function at `bdf`, in this process; `None` where the unit is a physical
+    /// one.
     fn dma_port(&self, bdf: Bdf) -> Option<DmaPort>;
 
-    /// The same, with what of it is interrupt messages: those that are none by the tables go to
+    /// The same with interrupt messages handled: writes that are not translated as memory go to
     /// `messages`, which remaps them.
     fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>>;
 
-    /// What was done so far.
+    /// A report of what was done so far.
     fn report(&self) -> ModelReport;
 
-    /// Gives every host object back.
+    /// Releases all host objects.
     ///
     /// # Errors
-    /// The host does not let go of something.
+    /// The host refuses to release something.
     fn shutdown(&self) -> std::result::Result<(), NestingError>;
 
-    /// What the guest is offered, by a VT-d.
+    /// What a VT-d offers to the guest.
     #[cfg(test)]
     fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
         None
     }
 }
 
-/// Binds the functions of `plan` to the host and tells its nesting of each by `add`: those of this
+/// Binds the functions of `plan` to the host and adds each to its nesting with `add`: those of this
 /// process behind `unit`, with ATS or without.
 pub(super) fn bind_devices(
     plan: &Plan<'_>,
@@ -117,7 +117,8 @@ pub(super) fn bind_devices(
     Ok(devices)
 }
 
-/// Why `function` of `plan` is not behind its virtual IOMMU, and what to say instead.
+/// Error: why `function` of `plan` cannot be placed behind its virtual IOMMU, and what to do
+/// instead.
 fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) -> Error {
     match error {
         NestingError::OtherSmmu { rid, first } => Error::HostLacks(format!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual SMMUv3 of a machine: its registers, its nesting, and the unit behind it.
+//! A virtual SMMUv3 of a machine: registers, nesting, and the unit behind it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -35,20 +35,20 @@ use twostage_emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
 pub(super) struct SmmuV3 {
     smmu: Arc<Smmu>,
     nesting: Arc<SmmuNesting>,
-    /// Lent to nesting.
+    /// Nesting holds a weak reference.
     _events: Arc<dyn EventTarget>,
     interrupts: Arc<OwnInterrupts>,
     messages: Arc<dyn InterruptRemapper>,
-    /// Where messages of each device go that are translated.
+    /// Sinks for translated messages, by device.
     translated: BTreeMap<Bdf, Arc<dyn InterruptSink>>,
-    /// The host's objects that it used as a guest switched translation off, the last time.
+    /// The host objects in use when a guest last disabled translation.
     objects_in_use: Arc<Mutex<Option<SmmuObjects>>>,
-    /// Unless the kernel has it.
+    /// `None` if the kernel has it.
     unit: Option<Arc<SmmuV3Unit>>,
 }
 
 impl SmmuV3 {
-    /// The one of `plan` as `options` say, and the devices behind it.
+    /// The SMMUv3 of `plan`, as `options` say, and the devices behind it.
     pub fn new(
         plan: &Plan<'_>,
         options: &SmmuV3Options,
@@ -127,11 +127,11 @@ impl VirtualIommu for SmmuV3 {
         Some(Arc::downgrade(&self.messages))
     }
 
-    /// What is kept of messages never changes: see [`super::messages`].
+    /// No message translation is cached: see [`super::messages`].
     fn add_interrupt_listener(&self, _: Weak<dyn InterruptListener>) {}
 
     fn connect(&self, wires: Vec<EdgeLine>) {
-        // Once only, when the machine is built.
+        // Called once, when the machine is built.
         let _ = self.interrupts.wires.set(wires);
     }
 
@@ -178,10 +178,10 @@ impl BusDevice for Smmu {
     }
 }
 
-/// The interrupts of the SMMU itself.
+/// The SMMU's own interrupts.
 struct OwnInterrupts {
     messages: Arc<dyn InterruptSink>,
-    /// Of events, global errors and CMD_SYNC, in this order.
+    /// Events, global errors and CMD_SYNC, in this order.
     wires: OnceLock<Vec<EdgeLine>>,
 }
 
@@ -213,7 +213,7 @@ impl fmt::Debug for OwnInterrupts {
     }
 }
 
-/// Where the host has the messages of those of `functions` go that are of this machine.
+/// Where the host directs the messages of those `functions` that are devices of this machine.
 fn message_windows(
     functions: &[AssignedFunction],
     around: &Surroundings<'_>,
@@ -224,7 +224,7 @@ fn message_windows(
     functions.iter().filter_map(|function| function.vfio.as_ref()).map(window).collect()
 }
 
-/// The emulated unit that can serve `options`.
+/// The emulated unit that supports `options`.
 fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
     let default = SmmuV3UnitConfig::default();
     SmmuV3UnitConfig {
@@ -237,7 +237,7 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
     }
 }
 
-/// What the guest is to be offered.
+/// What to offer to the guest.
 fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
     let offered =
         |granule| options.granules.as_ref().is_none_or(|granules| granules.contains(&granule));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Virtual IOMMUs over the emulated host, without a guest.
+//! Virtual IOMMUs on the emulated host, without a guest.
 
 use super::*;
 use crate::config::{testing, SmmuV3Options, VtdOptions};
@@ -33,7 +33,7 @@ fn iommus(
     iommus_with(configs, functions, memory, &no_interrupts)
 }
 
-/// The same, with somewhere for messages to go.
+/// The same, with a sink for messages.
 pub(super) fn iommus_with(
     configs: &[IommuConfig],
     functions: &[AssignedFunction],
@@ -44,12 +44,12 @@ pub(super) fn iommus_with(
     Iommus::new(&config, false, memory, None, functions, messages, None).map(Option::unwrap)
 }
 
-/// One of them, in front of one function.
+/// A single one, in front of one function.
 fn one(config: IommuConfig, memory: &MachineMemory) -> Iommus {
     iommus(&[config], &[FUNCTION], memory).unwrap()
 }
 
-/// Translation is enabled, with an empty root table at 0, in scalable mode (RTADDR.TTM 01b).
+/// Enables translation, with an empty root table at 0, in scalable mode (RTADDR.TTM 01b).
 fn enable(iommu: &Iommu) {
     let write = |offset, value: u32| iommu.model.registers().write(offset, &value.to_le_bytes());
     write(0x20, 1 << 10);
@@ -58,7 +58,7 @@ fn enable(iommu: &Iommu) {
     write(0x18, 1 << 31);
 }
 
-/// How many faults each has recorded.
+/// The number of faults each has recorded.
 fn faults(iommus: &Iommus) -> Vec<u64> {
     let faults = |report: IommuReport| match report.of {
         ModelReport::Vtd(of) => of.viommu.faults_recorded,
@@ -77,7 +77,7 @@ fn an_smmu_passes_until_translation_is_enabled_and_aborts_then() {
     let mut dma = iommu.dma_master(FUNCTION.bdf, Arc::new(NoInterrupts)).unwrap();
     dma.write(None, start + 0x4000, b"passes").unwrap();
     let write = |offset, value: u32| iommu.model.registers().write(offset, &value.to_le_bytes());
-    // CR0.SMMUEN, with a stream table of one entry, which is not valid.
+    // CR0.SMMUEN, with a stream table of one invalid entry.
     write(0x20, 1);
     dma.write(None, start + 0x4000, b"aborts").unwrap_err();
     write(0x20, 0);
@@ -213,14 +213,14 @@ fn the_emulated_host_serves_what_is_asked_for() {
     for asked in [false, true] {
         check(&one(config(asked).into(), &memory).all()[0], asked);
     }
-    // Beside each other, too.
+    // Both in one machine, too.
     let both =
         iommus(&[config(false).into(), config(true).into()], &[FUNCTION, OTHER], &memory).unwrap();
     check(&both.all()[0], false);
     check(&both.all()[1], true);
 }
 
-/// What `twostage info` says that there can be, and what a machine that asks for it has.
+/// Compares `twostage info`'s capabilities with the registers of a machine that asks for them.
 #[test]
 fn a_machine_has_the_registers_of_the_offer() {
     let host = EmulatedHost::new();
@@ -242,7 +242,7 @@ fn a_machine_has_the_registers_of_the_offer() {
     let iommus = iommus.unwrap().unwrap();
     let ModelReport::Vtd(report) = iommus.all()[0].report().of else { panic!("a VT-d") };
     assert_eq!(report.registers, offer.registers);
-    // One call of each for the one device that there is.
+    // One call of each for the single device.
     let calls = iommus.host_report().calls;
     let of = |verb| calls.get(verb).map_or(0, |report| report.calls);
     assert_eq!(["GET_HW_INFO", "DEVICE_ATTACH", "DEVICE_DETACH"].map(of), [1, 1, 0]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The steps in which a machine is built, in order. Each says what is wrong with the configuration
-//! or the host where it cannot be done.
+//! The steps of building a machine, in order. Each reports what is wrong with the configuration or
+//! the host.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,7 +21,7 @@ use crate::trace::Trace;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
-/// Guest memory, in files where a kernel is to map it.
+/// Guest memory, file-backed if a kernel is to map it.
 pub(super) fn memory(config: &MachineConfig) -> Result<MachineMemory> {
     Ok(match config.kernel_host() {
         Some(_) => MachineMemory::in_files(config.memory)?,
@@ -29,7 +29,7 @@ pub(super) fn memory(config: &MachineConfig) -> Result<MachineMemory> {
     })
 }
 
-/// Opens `/dev/kvm` and checks what the machine cannot do without.
+/// Opens `/dev/kvm` and checks that it has all that the machine needs.
 pub(crate) fn open_kvm() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| Error::KvmOpen { source: error.into() })?;
     const API_VERSION: i32 = 12;
@@ -53,7 +53,7 @@ pub(crate) fn open_kvm() -> Result<Kvm> {
     Ok(kvm)
 }
 
-/// A machine of `kvm` that has `memory` and is to have the vCPUs of `config`.
+/// A VM of `kvm` with `memory`, for the vCPUs of `config`.
 pub(super) fn vm(kvm: &Kvm, config: &MachineConfig, memory: &MachineMemory) -> Result<Arc<VmFd>> {
     if usize::from(config.vcpus) > kvm.get_max_vcpus() {
         return Err(Error::KvmLacks(format!(
@@ -67,7 +67,7 @@ pub(super) fn vm(kvm: &Kvm, config: &MachineConfig, memory: &MachineMemory) -> R
     Ok(vm)
 }
 
-/// What is traced, if anything is: `earlier` goes on.
+/// The trace, if one is configured; `earlier` is continued.
 pub(super) fn trace(
     config: &MachineConfig,
     earlier: Option<Arc<Trace>>,
@@ -79,7 +79,7 @@ pub(super) fn trace(
     Ok(config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new))
 }
 
-/// The virtual IOMMUs, over `kernel` if `config` says so; `messages` go to `chip`.
+/// The virtual IOMMUs, on `kernel` if `config` says so; `messages` go to `chip`.
 pub(super) fn iommus(
     config: &MachineConfig,
     chip: IrqChip,
@@ -93,7 +93,7 @@ pub(super) fn iommus(
     Iommus::new(config, remapping, memory, kernel, &functions, &messages, trace.clone())
 }
 
-/// The devices of `kernel` that no virtual IOMMU is in front of, if there are any.
+/// The devices of `kernel` without a virtual IOMMU, if there are any.
 pub(super) fn direct_devices(
     config: &MachineConfig,
     kernel: Option<&Host>,
@@ -106,7 +106,8 @@ pub(super) fn direct_devices(
     }
 }
 
-/// Interrupts that go through `ways`, remapped by `iommus`, whose own are connected.
+/// Interrupts delivered through `ways` and remapped by `iommus`, whose own interrupts are
+/// connected.
 pub(super) fn interrupts(ways: Ways, iommus: &[Iommu]) -> Result<Arc<Interrupts>> {
     // The interrupt controllers are behind the first.
     let remapper = iommus.first().and_then(|iommu| iommu.model.interrupt_remapper());
@@ -133,7 +134,7 @@ pub(super) fn device_files(
     bound.map(|(bdf, dev)| Ok((*bdf, kernel.device_file(*dev)?))).collect()
 }
 
-/// What answers in memory, but for the board.
+/// Everything in MMIO space but the board's devices.
 pub(super) fn mmio(config: &MachineConfig, pci: &PciTopology, iommus: &[Iommu]) -> Result<Bus> {
     let mut mmio = Bus::default();
     mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;

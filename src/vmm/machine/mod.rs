@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A machine: its parts, put together and run.
+//! A machine: its parts, assembled and run.
 
 mod build;
 mod release;
@@ -36,7 +36,7 @@ use vcpu::VcpuThread;
 
 /// A machine that has not run yet.
 pub struct Machine {
-    // Dropped in this order: whoever uses a part goes before it, and the memory goes last.
+    // Dropped in this order: users of a part go before it, and the memory goes last.
     processors: Vec<Processor>,
     exits: Arc<Exits>,
     pci: PciTopology,
@@ -51,13 +51,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What is traced of it, if anything is.
+    /// Its trace, if there is one.
     pub fn trace(&self) -> Option<Arc<Trace>> {
         self.trace.clone()
     }
 
-    /// Builds the machine that `config` describes, its kernel loaded. If it lived before, `earlier`
-    /// is its trace of then, which goes on.
+    /// Builds the machine that `config` describes, with its kernel loaded. After a reset, `earlier`
+    /// is the trace to continue.
     ///
     /// # Errors
     /// What is wrong with the configuration, the files, or this host.
@@ -69,7 +69,7 @@ impl Machine {
         let kvm = open_kvm()?;
         let vm = build::vm(&kvm, config, &memory)?;
         let Processors { chip, all: processors } = Processors::new(&kvm, &vm, config, &start)?;
-        // Not before most of what can go wrong: a machine that cannot be leaves no files behind.
+        // As late as possible: a machine that cannot be built should leave no files behind.
         let trace = build::trace(config, earlier)?;
         let messages = Messages::new(vm.clone(), trace.clone());
         let host = Host::of_kernel(config, &memory, trace.as_ref())?;
@@ -108,11 +108,11 @@ impl Machine {
         })
     }
 
-    /// Runs the machine until the guest, a signal or an error ends it. `on_report` is given a
-    /// report on every SIGUSR1, and at the end.
+    /// Runs the machine until the guest, a signal or an error ends it. `on_report` gets a report on
+    /// every SIGUSR1, and at the end.
     ///
     /// # Errors
-    /// When its threads or the event loop cannot be started.
+    /// Its threads or the event loop cannot be started.
     pub fn run(mut self, on_report: &mut dyn FnMut(&Report)) -> Result<StopReason> {
         let mut events = EventLoop::new(self.stopper.clone())?;
         if self.console {
@@ -131,15 +131,15 @@ impl Machine {
         }
         let asked = matches!(result, Ok(StopReason::Signal(_) | StopReason::Escape));
         deadline::begin(asked);
-        // A vCPU may be in the invalidation queue, however long its guest has made that.
+        // A vCPU may be processing a long invalidation queue of its guest.
         for iommu in self.iommus() {
             iommu.model.halt();
         }
-        // Nor is a vCPU that resets a device to wait for what that does.
+        // Nor should a vCPU that resets a device wait for the device's work.
         self.pci.halt();
-        // Waits for the vCPUs: none of them does anything after the last report.
+        // Waits for the vCPUs: nothing happens after the last report.
         drop(threads);
-        // The terminal is its user's again before anything is said of the end.
+        // Restore the terminal before anything is printed about the end.
         drop(events);
         self.serial.flush();
         let mut report = self.report();
@@ -155,7 +155,7 @@ impl Machine {
 
     /// Takes the machine apart, until `limit`; returns the remaining objects of the host.
     fn close(self, limit: Option<Instant>) -> Released<Option<ObjectGraph>> {
-        // Whoever uses the IOMMUs goes before them, and the memory goes last.
+        // Users of the IOMMUs go before them, and the memory goes last.
         let Self { exits, pci, iommus, direct, memory, .. } = self;
         drop((exits, pci));
         let work = move || {
@@ -169,8 +169,7 @@ impl Machine {
         release(work, limit, signal)
     }
 
-    /// Starts `processors`, which become `threads`, and serves `events` until the machine is
-    /// stopped.
+    /// Starts `processors` as `threads`, and serves `events` until the machine is stopped.
     fn serve(
         &self,
         processors: Vec<Processor>,
@@ -203,7 +202,7 @@ impl Machine {
             devices: self.pci.report(),
             iommus: self.iommus.as_ref().map(Iommus::reports).unwrap_or_default(),
             host: self.iommus.as_ref().map(Iommus::host_report).or_else(|| {
-                // All that is asked for those is asked of the kernel.
+                // The only host calls are for these devices.
                 self.direct.as_ref().map(DirectDevices::host_report)
             }),
         }

@@ -11,7 +11,7 @@ use crate::process::stop::StopReason;
 /// Polling interval for signals.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
-/// What became of the work.
+/// The outcome of the work.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Released<T> {
     /// It was finished, with this result.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The PCI bus of a machine, as its configuration has it.
+//! The PCI bus of a machine, as configured.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,7 +27,7 @@ use crate::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioP
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
-/// The functions that go behind virtual IOMMUs.
+/// The functions to be placed behind virtual IOMMUs.
 pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
@@ -43,7 +43,7 @@ pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
     Ok(functions)
 }
 
-/// The devices of this machine that no virtual IOMMU is in front of.
+/// The devices of this machine without a virtual IOMMU.
 pub(crate) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathBuf)>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
@@ -57,13 +57,13 @@ pub(crate) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathB
     Ok(functions)
 }
 
-/// How devices reach the vCPUs, and are reached.
+/// How devices interrupt vCPUs and how vCPUs access devices.
 pub(crate) struct Wiring {
     /// For INTx and messages.
     pub interrupts: Arc<Interrupts>,
     /// For notifications.
     pub doorbells: Arc<dyn Doorbells>,
-    /// For memory of devices.
+    /// For mapping device memory.
     pub lender: Arc<dyn Lender>,
     /// The devices of this machine.
     pub files: BTreeMap<Bdf, Arc<File>>,
@@ -74,18 +74,18 @@ pub(crate) struct Wiring {
 pub(crate) struct PciTopology {
     pub bus: Arc<PciBus>,
     devices: Vec<PlacedDevice>,
-    /// To be served in the event loop, until somebody takes it there.
+    /// To be served in the event loop, until taken there.
     subscribers: Vec<Box<dyn MutEventSubscriber>>,
 }
 
 struct PlacedDevice {
     bdf: Bdf,
-    /// What it is behind, by its id.
+    /// The id of the IOMMU in front of it.
     iommu: Option<String>,
     device: Device,
 }
 
-/// A device, by what reports say of it.
+/// A device, as reports need it.
 enum Device {
     Edu(Arc<Edu>),
     Virtio(Arc<VirtioPci>),
@@ -93,7 +93,8 @@ enum Device {
 }
 
 impl PciTopology {
-    /// The host bridge at 00:00.0 and the devices of `config` from 00:01.0 up, their BARs placed.
+    /// The host bridge at 00:00.0 and the devices of `config` from 00:01.0 up, with their BARs
+    /// placed.
     pub fn new(
         config: &MachineConfig,
         memory: &MachineMemory,
@@ -140,12 +141,12 @@ impl PciTopology {
         Ok(Self { bus: Arc::new(builder.bus), devices, subscribers: builder.subscribers })
     }
 
-    /// What the devices want to be served in the event loop; once.
+    /// The devices' event handlers, to be served in the event loop; can be taken once.
     pub fn take_subscribers(&mut self) -> Vec<Box<dyn MutEventSubscriber>> {
         std::mem::take(&mut self.subscribers)
     }
 
-    /// The machine stops: no virtio device makes requests any more when this returns.
+    /// The machine is stopping: no virtio device makes requests any more when this returns.
     pub fn halt(&self) {
         for placed in &self.devices {
             if let Device::Virtio(virtio) = &placed.device {
@@ -154,7 +155,7 @@ impl PciTopology {
         }
     }
 
-    /// What the devices have done so far.
+    /// Reports of what the devices have done so far.
     pub fn report(&self) -> Vec<DeviceReport> {
         let report = |placed: &PlacedDevice| {
             let (model, dma_done, dma_failed) = match &placed.device {
@@ -192,7 +193,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// A place for a BAR.
+    /// Allocates an address for a BAR.
     fn place(&mut self, size: u32) -> Result<u32> {
         // The window lies below 4 GiB.
         place(&mut self.window, size.into()).map(|address| address as u32)
@@ -283,14 +284,14 @@ impl Builder<'_> {
     }
 }
 
-/// A place in `window` for a BAR of `size` bytes, a power of two.
+/// Allocates an address in `window` for a BAR of `size` bytes, a power of two.
 fn place(window: &mut AddressAllocator, size: u64) -> Result<u64> {
     let range = window.allocate(size, size, AllocPolicy::FirstMatch);
     let no_room = |error| Error::Pci(format!("no room for a BAR of {size:#x} bytes: {error}"));
     range.map(|range| range.start()).map_err(no_room)
 }
 
-/// What the virtio device of `config` does, with the files that takes open.
+/// The virtio backend of `config`, with the files that it opens.
 fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
     Ok(match config {
         DeviceConfig::Disk(disk) => Box::new(Block::new(Disk::open(&disk.path, disk.access)?)),

@@ -57,11 +57,11 @@ impl InterruptSink for TracedInterrupts {
     }
 }
 
-/// Who sees what a virtual IOMMU does: the trace, if there is one, under its id.
+/// The observer of a virtual IOMMU: the trace, if there is one, under its id.
 pub(crate) struct IommuObserver {
     pub id: String,
     pub trace: Option<Arc<Trace>>,
-    /// Is called when the guest switches translation off.
+    /// Called when the guest disables translation.
     pub disabling: Box<dyn Fn() + Send + Sync>,
 }
 

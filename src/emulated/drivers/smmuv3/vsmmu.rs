@@ -45,8 +45,8 @@ impl Vsmmu {
         Self { unit, tag, _parent: parent.clone(), streams }
     }
 
-    /// Converts a user's command for the SMMU. It is decoded here and nowhere else: the uAPI has
-    /// words, and a driver checks every bit of them.
+    /// Decodes a user's command for the SMMU, the only place that does: the uAPI has words, and
+    /// drivers check every bit of them.
     ///
     /// # Errors
     /// `EIO` the command is not allowed for users, its stream is unknown, or it has undefined bits

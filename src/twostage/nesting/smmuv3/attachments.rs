@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! From policies to attachments: what each stream's DMA goes through.
+//! From policies to attachments: where each stream's DMA is attached.
 
 use super::nested::{self, Entry, ABORT};
 use super::state::State;
@@ -48,7 +48,7 @@ impl State {
         let hwpt = match (found, entry) {
             (Some(hwpt), _) => hwpt,
             (None, Some(entry)) => self.alloc_nested(device.rid, device.dev, entry)?,
-            // Where there are devices there is a nesting parent.
+            // With a device there is a nesting parent.
             (None, None) => return Err(NestingError::NoDevice(device.rid)),
         };
         let result = self.prepare_stage1(entry).and_then(|()| self.attach(stream, hwpt));
@@ -64,7 +64,7 @@ impl State {
         result
     }
 
-    /// Before a stream goes through stage 1 by `entry`: nothing stale may wait for it.
+    /// Before a stream uses stage 1 with `entry`: flushes pending stale translations.
     fn prepare_stage1(&mut self, entry: Option<Entry>) -> Result<()> {
         if !entry.is_some_and(nested::translates) {
             return Ok(());
@@ -76,7 +76,7 @@ impl State {
         Ok(())
     }
 
-    /// Makes the `HWPT_NESTED` of `entry`, without a user yet.
+    /// Allocates the `HWPT_NESTED` of `entry`, without users.
     fn alloc_nested(&mut self, rid: Bdf, dev: ObjectId, entry: Entry) -> Result<ObjectId> {
         let Some(unit) = &self.unit else { return Err(NestingError::NoDevice(rid)) };
         let args = HwptAlloc {
@@ -94,8 +94,8 @@ impl State {
         Ok(hwpt)
     }
 
-    /// Attaches `stream` to `hwpt`, in place of what was there. A SMMU goes on with what was there
-    /// when it refuses.
+    /// Attaches `stream` to `hwpt`, replacing its attachment. If refused, an SMMU continues with
+    /// the old one.
     fn attach(&mut self, stream: StreamId, hwpt: ObjectId) -> Result<()> {
         let Some(device) = self.devices.get_mut(&stream) else {
             return Err(NestingError::NoStream(stream));
@@ -113,8 +113,8 @@ impl State {
         Ok(())
     }
 
-    /// Blocks `stream`, as far as the host lets it be done: by an entry that aborts, or else by a
-    /// detach. What fails is tried again when the stream is next configured or removed.
+    /// Blocks `stream` as far as the host allows: with an aborting entry, or else with a detach. A
+    /// failure is retried when the stream is next configured or removed.
     pub fn block(&mut self, stream: StreamId) {
         if !self.is_reachable(stream) {
             return;
@@ -127,7 +127,7 @@ impl State {
     fn abort(&mut self, stream: StreamId) -> Result<()> {
         let Some(device) = self.devices.get(&stream).copied() else { return Ok(()) };
         let hwpt = match self.nested.find(&ABORT) {
-            // The host would take the attach for done.
+            // The host would consider it attached already.
             Some(hwpt) if device.attached == Some(hwpt) => return self.detach(stream),
             Some(hwpt) => hwpt,
             None => self.alloc_nested(device.rid, device.dev, ABORT)?,
@@ -151,7 +151,7 @@ impl State {
         Ok(())
     }
 
-    /// A stream does not use `hwpt` any more.
+    /// A stream no longer uses `hwpt`.
     fn release(&mut self, hwpt: Option<ObjectId>) {
         if let Some(hwpt) = hwpt {
             self.nested.leave(hwpt);
@@ -159,8 +159,8 @@ impl State {
         }
     }
 
-    /// If nobody uses the `HWPT_NESTED` any more, it goes. Those that abort and bypass stay: the
-    /// guest needs them again.
+    /// Destroys a `HWPT_NESTED` without users. The aborting and the bypassing one stay: the guest
+    /// needs them again.
     fn destroy_unused(&mut self, hwpt: ObjectId) {
         let of_the_guest = self.nested.stage1(hwpt).is_some_and(nested::translates);
         if of_the_guest && self.nested.remove_unused(hwpt) {
@@ -168,7 +168,7 @@ impl State {
         }
     }
 
-    /// Whether the host may let DMA of `stream` through.
+    /// Whether the host may let DMA of `stream` pass.
     pub fn is_reachable(&self, stream: StreamId) -> bool {
         self.devices.get(&stream).is_some_and(|device| {
             device.unsettled || device.attached.is_some() && self.entry_of(device) != Some(ABORT)

@@ -1,35 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What nesting of a virtual SMMUv3 has done so far.
+//! Statistics of the nesting of a virtual SMMUv3.
 
 crate::counters! {
-    /// Counters of a [`super::SmmuNesting`]. Those of events go on while they are read; the rest
-    /// are from one moment.
+    /// Counters of a [`super::SmmuNesting`]. Those of events may change while they are read; the
+    /// others are a snapshot.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     pub struct SmmuNestingCounters {
-        /// `HWPT_NESTED` objects made.
+        /// `HWPT_NESTED` objects allocated.
         nested_allocs,
-        /// Streams that were given a `HWPT_NESTED` that was there already.
+        /// Streams attached to an existing `HWPT_NESTED`.
         nested_shares,
-        /// Configurations that asked for what was there and cost no host call.
+        /// Configurations without a change, and so without a host call.
         unchanged,
-        /// Attachments that replaced another.
+        /// Attachments that replaced another one.
         replaces,
-        /// Attachments that the host refused.
+        /// Attachments refused by the host.
         refused_attaches,
-        /// Commands that the virtual SMMU handed over.
+        /// Commands received from the virtual SMMU.
         commands_in,
-        /// Commands that the host completed; one that it is given twice counts twice.
+        /// Commands completed by the host; one that is issued twice counts twice.
         commands_out,
-        /// Commands that needed no host call, because another one of their batch does the same.
+        /// Commands that needed no host call, because another one of their batch has the same
+        /// effect.
         merged,
-        /// Commands that needed no host call, because nothing that they name can be cached.
+        /// Commands that needed no host call, because nothing they name can be cached.
         not_cached,
-        /// Times that everything was flushed: after a refused batch, or for what was kept back
-        /// while no stream used stage 1.
+        /// Flushes of everything: after a refused batch, or for invalidations withheld while no
+        /// stream used stage 1.
         full_flushes,
-        /// Events that were brought to the virtual SMMU.
+        /// Events delivered to the virtual SMMU.
         events,
-        /// Times that events turned out to be lost.
+        /// Times that events were found to be lost.
         events_lost,
         /// Calls to the host, of any verb.
         host_calls,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The way back: the events of a vEVENTQ reach the virtual SMMU.
+//! The way back: delivers the events of a vEVENTQ to the virtual SMMU.
 
 use crate::sync::{Mutex, RwLock};
 use std::fmt;
@@ -13,14 +13,14 @@ use crate::iommufd::{Errno, EventQueue, HostError, ObjectId, Readiness, Vevent};
 use crate::viommu::smmuv3::{EventRecordWords, EventTarget};
 use crate::warn_limited;
 
-/// How long the first pause is after a read that failed for want of memory, and the longest; each
-/// is twice the one before.
+/// The first and the longest pause after a read failed for lack of memory; each pause is twice as
+/// long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Events are numbered modulo 2^31.
 const SEQUENCE_MASK: u32 = i32::MAX as u32;
 
-/// Where events go, and how many did.
+/// Where events go, and their number.
 #[derive(Default)]
 pub(super) struct EventRoute {
     target: RwLock<Option<Weak<dyn EventTarget>>>,
@@ -29,17 +29,17 @@ pub(super) struct EventRoute {
 }
 
 impl EventRoute {
-    /// From now on events go to `target`, while that lives.
+    /// From now on events go to `target`, while it lives.
     pub fn set_target(&self, target: Weak<dyn EventTarget>) {
         *self.target.write() = Some(target);
     }
 
-    /// Events brought to a target so far.
+    /// Events delivered so far.
     pub fn delivered(&self) -> u64 {
         self.delivered.get()
     }
 
-    /// Times that events turned out to be lost.
+    /// Times that events were found to be lost.
     pub fn lost(&self) -> u64 {
         self.lost.get()
     }
@@ -72,7 +72,7 @@ impl fmt::Debug for EventRoute {
     }
 }
 
-/// Reads one vEVENTQ in the order of its events.
+/// Reads one vEVENTQ in order.
 struct Reader {
     queue: Arc<dyn EventQueue>,
     route: Arc<EventRoute>,
@@ -81,8 +81,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads the queue until it is empty. What fails for now is tried again, with pauses by
-    /// `pause`, which says whether to go on.
+    /// Reads the queue until it is empty. Temporary failures are retried after a `pause`, which
+    /// returns whether to continue.
     fn drain(&mut self, pause: impl Fn(Duration) -> bool) -> Drained {
         let mut next_pause = FIRST_PAUSE;
         loop {
@@ -128,9 +128,9 @@ impl Reader {
 /// How reading a queue ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Drained {
-    /// Nothing is left for now.
+    /// It is empty for now.
     Empty,
-    /// Nothing is to be read any more.
+    /// It is not to be read any more.
     Over,
 }
 
@@ -139,7 +139,7 @@ fn passes(errno: Errno) -> bool {
     errno == Errno::ENOMEM
 }
 
-/// What the user is told of a queue that cannot be read.
+/// The user's message about a queue that cannot be read.
 struct Unreadable<'a>(&'a HostError);
 
 impl fmt::Display for Unreadable<'_> {
@@ -178,17 +178,17 @@ impl Signal {
         self.wanted.lock()
     }
 
-    /// Waits until there is something to read; false: until it is time to stop.
+    /// Waits until there is something to read (true) or it is time to stop (false).
     fn wait(&self) -> bool {
         let idle = |wanted: &mut Wanted| !wanted.readable && !wanted.stop;
         let mut wanted =
             self.changed.wait_while(self.wanted(), idle).unwrap_or_else(PoisonError::into_inner);
-        // What comes after the queue was found empty is told anew.
+        // Anything that arrives after the queue was found empty is signalled again.
         wanted.readable = false;
         !wanted.stop
     }
 
-    /// Waits for so long; false: it is time to stop.
+    /// Waits for `time`; false when it is time to stop.
     fn pause(&self, time: Duration) -> bool {
         let going = |wanted: &mut Wanted| !wanted.stop;
         let waited = self.changed.wait_timeout_while(self.wanted(), time, going);
@@ -208,7 +208,7 @@ impl Readiness for Signal {
     }
 }
 
-/// A thread that reads one vEVENTQ, and takes no lock of nesting: whoever holds one may be waiting
+/// A thread that reads one vEVENTQ. It takes no lock of nesting: the holder of one may be waiting
 /// for the virtual SMMU, which the thread calls.
 #[derive(Debug)]
 pub(super) struct EventThread {
@@ -218,7 +218,7 @@ pub(super) struct EventThread {
 }
 
 impl EventThread {
-    /// Starts to bring the events of `queue` along `route`.
+    /// Starts delivering the events of `queue` along `route`.
     pub fn start(queue: Arc<dyn EventQueue>, route: Arc<EventRoute>) -> io::Result<Self> {
         let object = queue.object();
         let signal = Arc::<Signal>::default();
@@ -249,8 +249,8 @@ impl Drop for EventThread {
     fn drop(&mut self) {
         self.signal.stop();
         let Some(thread) = self.thread.take() else { return };
-        // The last owner of the virtual SMMU may be the thread itself, which called it: it ends by
-        // itself, right after.
+        // The last owner of the virtual SMMU may be the thread itself, in a call to it: then it
+        // ends by itself, right after.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             log::error!("the thread that brings events ended early");
         }
@@ -278,7 +278,7 @@ mod tests {
         }
     }
 
-    /// Gives what it was told to give, and is empty then.
+    /// Returns its scripted results, then is empty.
     #[derive(Debug, Default)]
     struct Script {
         reads: Mutex<VecDeque<crate::iommufd::Result<Vevent>>>,
@@ -310,7 +310,7 @@ mod tests {
         Err(HostError::new(Verb::Vevent, ObjectId(6), errno, "read: refused"))
     }
 
-    /// A route, and what comes out of it.
+    /// A route, and its target.
     fn route() -> (Arc<EventRoute>, Arc<Target>) {
         let (route, target) = (Arc::<EventRoute>::default(), Arc::new(Target::default()));
         let weak: Weak<Target> = Arc::downgrade(&target);
@@ -357,7 +357,7 @@ mod tests {
         assert_eq!(reader.drain(pause), Drained::Empty);
         assert_eq!(*target.0.lock(), [Some(1), Some(2)]);
         assert_eq!(route.lost(), 0);
-        // Each longer than the one before, and from the start after a success.
+        // Each longer than the one before; a success starts again from the first.
         assert_eq!(*pauses.lock(), [1, 2, 1]);
     }
 
@@ -383,7 +383,7 @@ mod tests {
             let pause = |_| unreachable!("nothing is tried again");
             assert_eq!(reader.drain(pause), Drained::Over);
             assert_eq!(*target.0.lock(), [Some(1), None]);
-            // The thread is over as well: more to read wakes nobody.
+            // The thread has ended as well: more to read wakes nobody.
             let thread = EventThread::start(queue.clone(), Arc::default()).unwrap();
             wait_until("the thread's read", || queue.reads.lock().len() != 1);
             queue.reads.lock().push_back(refused(errno));

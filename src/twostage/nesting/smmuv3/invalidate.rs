@@ -10,21 +10,20 @@ use crate::spec::pci::Pasid;
 use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 use crate::spec::smmuv3::StreamId;
 
-/// So many commands go to the host in one call at the most: it copies them into memory in one
-/// piece.
+/// Commands per host call at most: the host copies them into contiguous memory.
 const MAX_COMMANDS: usize = 4096;
 
-/// A batch was not done as it stands.
+/// A batch was not done as given.
 #[derive(Debug)]
 pub(super) struct Refused {
-    /// The number of the command that the host refused; those before it are complete. The first one
-    /// when no single one is to blame.
+    /// The number of the command that the host refused; earlier ones are complete. The first
+    /// command if it is not known which one failed.
     pub number: usize,
-    /// Why.
+    /// The error.
     pub error: NestingError,
     /// Everything was flushed instead.
     pub flushed: bool,
-    /// A stream could not be blocked, and may go on to use what was to be forgotten.
+    /// A stream could not be blocked, and may continue to use stale translations.
     pub still_reachable: bool,
 }
 
@@ -39,7 +38,7 @@ impl State {
     }
 
     fn forward(&mut self, commands: &[Numbered]) -> std::result::Result<(), Refused> {
-        // A stream that could not be blocked when a flush failed is there still.
+        // A stream that could not be blocked when a flush failed is still there.
         let behind = self.flush_due && self.any_translates();
         if commands.is_empty() && !behind {
             return Ok(());
@@ -52,13 +51,13 @@ impl State {
                 Err(error) => refusal = Some(error),
             }
         }
-        // How far the host came is not to be known: what it says is too much after a command that
-        // it does not take. A flush of everything does what the whole batch asks for, ...
+        // How far the host got is unknown: the number it reports is too large after a command that
+        // it does not accept. A flush of everything does what the whole batch asks for, ...
         if let Err(error) = self.flush_everything() {
             return Err(self.give_up(error));
         }
-        // ... but the guest must be told: of the one that is to blame, or, where the host takes all
-        // of them now, of the first, as any of them may have failed.
+        // ... but the guest must be told: with the command to blame, or, if the host accepts all of
+        // them now, with the first, as any of them may have failed.
         let culprit = self.first_refused(&all).or(refusal.map(|source| (0, source)));
         let Some((at, source)) = culprit else { return Ok(()) };
         Err(Refused {
@@ -69,9 +68,8 @@ impl State {
         })
     }
 
-    /// What of `commands` the host must do. Of a stream that does not use stage 1 nothing is
-    /// cached, but for translations: what is stale of those is flushed before the next stream uses
-    /// stage 1.
+    /// The subset of `commands` that the host must do. For a stream that does not use stage 1 only
+    /// translations can be cached; stale ones are flushed before the next stream uses stage 1.
     fn needed(&mut self, mut commands: Vec<Numbered>) -> Vec<Numbered> {
         let translates = self.any_translates();
         let before = commands.len();
@@ -100,7 +98,7 @@ impl State {
         self.devices.get(&stream)
     }
 
-    /// Forgets all that streams may have cached of stage 1.
+    /// Flushes everything of stage 1 that may be cached for streams.
     pub fn flush_everything(&mut self) -> Result<()> {
         let mut commands = vec![Command::TlbiNhAll { vmid: 0 }];
         let streams = self.devices.iter().filter(|(_, device)| self.may_translate(device));
@@ -121,7 +119,7 @@ impl State {
                 }
             }
         }
-        // Translations are made from context descriptors, and what devices keep from translations.
+        // Translations are made from context descriptors, and device-TLB entries from translations.
         commands.sort_by_key(|command| match merge::cache(command) {
             Some(Cache::Configuration(_)) => 0,
             Some(Cache::Tlb) | None => 1,
@@ -152,16 +150,16 @@ impl State {
         Refused { number: 0, error, flushed: false, still_reachable }
     }
 
-    /// Has the host work off `commands` again, in ever smaller pieces where it stops, down to the
-    /// one that it refuses. None, if it does all of them now.
+    /// Has the host repeat `commands`, bisecting down to the one that it refuses. `None` if it
+    /// accepts all of them now.
     fn first_refused(&mut self, commands: &[Command]) -> Option<(usize, HostError)> {
-        // All before `from` are done; somewhere before `to` the host is known to stop.
+        // All before `from` are done; the host is known to stop somewhere before `to`.
         let mut from = 0;
         let mut to = commands.len();
         while from < commands.len() {
             let middle = from + (to - from).div_ceil(2);
-            // Never empty, for from < to: both start so, and `to` only comes down to a middle
-            // beyond `from`.
+            // Never empty, as from < to: true at the start, and `to` is only lowered to a middle
+            // above `from`.
             let piece = commands.get(from..middle)?;
             match self.issue(piece) {
                 Ok(()) if middle == to => (from, to) = (middle, commands.len()),
@@ -173,8 +171,8 @@ impl State {
         None
     }
 
-    /// Has the host do `commands`, in order; where its SMMU may miss some of them, twice, each time
-    /// to the end, and before what devices keep of the same translations is invalidated.
+    /// Has the host do `commands`, in order; twice if its SMMU may miss some of them, each time
+    /// completely, and before the device-TLBs of the same translations are invalidated.
     fn issue(&mut self, commands: &[Command]) -> crate::iommufd::Result<()> {
         let Some(unit) = &self.unit else { return Ok(()) };
         if !unit.misses_invalidations() {
@@ -193,7 +191,7 @@ impl State {
         Ok(())
     }
 
-    /// Has the host do `commands`, in order. Here they become words, as the host wants them.
+    /// Has the host do `commands`, in order. They are encoded here.
     fn issue_once(&mut self, commands: &[Command]) -> crate::iommufd::Result<()> {
         let Some(unit) = &self.unit else { return Ok(()) };
         let viommu = unit.viommu();
@@ -211,8 +209,8 @@ impl State {
     }
 }
 
-/// The commands of `batch`, up to the first that is no invalidation of stage 1, which the virtual
-/// SMMU does not hand over; and that one.
+/// The commands of `batch` up to the first that is not an invalidation of stage 1, which the
+/// virtual SMMU does not pass on; and that one, as an error.
 fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
     let own = batch.iter().take_while(|command| merge::cache(command).is_some());
     let own = own.enumerate().map(|(number, &command)| Numbered { number, command });

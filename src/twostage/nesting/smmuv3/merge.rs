@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which commands of a batch say nothing that another one does not.
+//! Finds the commands of a batch that another one makes redundant.
 //!
-//! The guest wrote every command of a batch, and changed what it is about, before the first one
-//! reaches the host. So commands of one kind may take each other's place while no other kind stands
-//! between them. Between kinds the order counts: translations are made from context descriptors,
-//! and what devices keep is made from translations, so that a cache may be filled again from a
-//! stale one that is invalidated only later.
+//! The guest wrote every command of a batch, and changed the structures concerned, before the first
+//! command reaches the host. So commands for the same cache may be merged as long as no command for
+//! another cache is between them. Across caches the order matters: translations are made from
+//! context descriptors, and device-TLB entries from translations, so a cache may be refilled from a
+//! stale one that is only invalidated later.
 
 use std::collections::HashSet;
 use std::mem::{discriminant, Discriminant};
@@ -13,27 +13,27 @@ use std::mem::{discriminant, Discriminant};
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
 
-/// A command, with its number in what the virtual SMMU handed over.
+/// A command, with its number in the batch from the virtual SMMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Numbered {
-    /// How the virtual SMMU counts it.
+    /// Its number in the batch.
     pub number: usize,
-    /// It.
+    /// The command.
     pub command: Command,
 }
 
-/// Which cache a command is about.
+/// The cache that a command invalidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cache {
     /// Context descriptors of this stream.
     Configuration(StreamId),
     /// Translations.
     Tlb,
-    /// Translations that the device of this stream keeps.
+    /// Translations cached by the device of this stream.
     Device(StreamId),
 }
 
-/// Which cache `command` is about; none for one that is no invalidation of stage 1.
+/// The cache that `command` invalidates; `None` if it is not an invalidation of stage 1.
 pub(super) fn cache(command: &Command) -> Option<Cache> {
     match *command {
         Command::CfgiCd { stream, .. } | Command::CfgiCdAll { stream } => {
@@ -49,7 +49,7 @@ pub(super) fn cache(command: &Command) -> Option<Cache> {
     }
 }
 
-/// Whether `command` is about what a device keeps.
+/// Whether `command` invalidates a device-TLB.
 pub(super) fn is_of_device(command: &Command) -> bool {
     matches!(cache(command), Some(Cache::Device(_)))
 }
@@ -58,7 +58,7 @@ fn kind(command: &Command) -> Option<Discriminant<Cache>> {
     cache(command).as_ref().map(discriminant)
 }
 
-/// `commands` without those that another one covers, in their order.
+/// `commands`, in order, without those that another one covers.
 pub(super) fn without_covered(commands: Vec<Numbered>) -> Vec<Numbered> {
     let mut kept = Vec::with_capacity(commands.len());
     for run in commands.chunk_by(|one, next| kind(&one.command) == kind(&next.command)) {
@@ -72,8 +72,7 @@ pub(super) fn without_covered(commands: Vec<Numbered>) -> Vec<Numbered> {
     kept
 }
 
-/// The host puts its own VMID in place of the guest's, and has one command for what is of all
-/// translations.
+/// The host replaces the guest's VMID with its own, and has one command for all translations.
 fn same_for_host(command: Command) -> Command {
     match command {
         Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => Command::TlbiNhAll { vmid: 0 },
@@ -88,8 +87,8 @@ fn is_of_all(command: &Command) -> bool {
     matches!(command, Command::TlbiNhAll { .. } | Command::TlbiNsnhAll | Command::CfgiCdAll { .. })
 }
 
-/// Whether `all`, which [`is_of_all`], does what another kind of command does. `TLBI_NH_ASID`
-/// covers none: those by address are of global translations, too, and it is not.
+/// Whether `all`, which [`is_of_all`], also does what the other kind of command does.
+/// `TLBI_NH_ASID` covers none: invalidations by address include global translations, it does not.
 fn covers(all: &Command, command: &Command) -> bool {
     match (all, command) {
         (Command::CfgiCdAll { stream: all }, Command::CfgiCd { stream, .. }) => all == stream,
@@ -127,7 +126,7 @@ mod tests {
         Command::AtcInv { stream, substream: None, global: false, address: 0, size: 52 }
     }
 
-    /// The numbers of those that are kept.
+    /// The numbers of the commands kept.
     fn kept(commands: &[Command]) -> Vec<usize> {
         let numbered =
             commands.iter().enumerate().map(|(number, &command)| Numbered { number, command });

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual SMMUv3 decides, as host objects.
+//! Turns the decisions of a virtual SMMUv3 into host objects.
 //!
-//! [`SmmuNesting`] implements its [`SmmuHostSide`] as [`super`] says, and:
+//! [`SmmuNesting`] implements its [`SmmuHostSide`] as described in [`super`], and:
 //!
 //! * all devices of one virtual SMMU are behind one physical SMMU: one nesting parent, one vIOMMU
-//!   on it, one vEVENTQ, and a vDEVICE for every StreamID, made before the device is first
+//!   on it, one vEVENTQ, and a vDEVICE for every StreamID, created before the device is first
 //!   attached;
-//! * a `HWPT_NESTED` is of words 0 and 1 of a stream table entry. Two are of no table: the one that
-//!   aborts and the one that bypasses stage 1. They are made when first needed, and stay. While
-//!   translation is off, what GBPA lets pass is attached to the nesting parent, which is stage 2
-//!   alone: no events are owed of it then, and it needs no object of its own;
-//! * a device is detached until it is first configured; from then on entries are replaced. Only
-//!   what the host refuses to abort is detached;
-//! * a batch of invalidations is one call on the vIOMMU, of the guest's own commands. What cannot
-//!   be cached is not forwarded. An SMMU that may miss invalidations, as its host says, is given
-//!   each twice, but for those of what devices keep. After a refusal everything is flushed, the
-//!   command to blame is looked for, and the virtual SMMU is told, even where all of them are taken
-//!   the second time;
-//! * a thread reads the vEVENTQ, and hands the events to the virtual SMMU.
+//! * a `HWPT_NESTED` stands for words 0 and 1 of a stream table entry. Two of them have no table:
+//!   the aborting one and the one that bypasses stage 1. They are created on first use, and stay.
+//!   While translation is off, streams that GBPA lets pass are attached to the nesting parent,
+//!   which is stage 2 alone: no events are due then, so that no other object is needed;
+//! * a device is detached until it is first configured; from then on entries are replaced. It is
+//!   detached again only if the host refuses an aborting entry;
+//! * a batch of invalidations is one call on the vIOMMU, with the guest's own commands. What cannot
+//!   be cached is not forwarded. If the host reports that its SMMU may miss invalidations, each is
+//!   issued twice, except those of device-TLBs. After a refusal everything is flushed, the command
+//!   to blame is searched for, and the virtual SMMU is told even if all commands are accepted the
+//!   second time;
+//! * a thread reads the vEVENTQ, and passes the events to the virtual SMMU.
 
 mod attachments;
 mod counters;
@@ -49,13 +49,13 @@ pub use objects::{DeviceObjects, NestedObject, SmmuObjects, UnitObjects};
 use state::State;
 use unit::Unit;
 
-/// How many events the host keeps for the guest, unless it is told otherwise.
+/// How many events the host keeps for the guest by default.
 pub const DEFAULT_EVENT_DEPTH: u32 = 256;
 
 /// The host side of one virtual SMMUv3. See the [module](self).
 ///
-/// Its lock is taken after the virtual SMMU's and held across host calls; the way of events back to
-/// the guest takes none of it.
+/// Its lock is taken after the virtual SMMU's and held across host calls; events on their way back
+/// to the guest do not take it.
 #[derive(Debug)]
 pub struct SmmuNesting {
     state: Mutex<State>,
@@ -64,7 +64,7 @@ pub struct SmmuNesting {
 
 impl SmmuNesting {
     /// Without devices, for a guest whose memory is `ioas`. The host keeps up to `event_depth`
-    /// events that were not read yet.
+    /// unread events.
     pub fn new(ioas: Arc<GuestIoas>, event_depth: u32) -> Self {
         let route = Arc::new(EventRoute::default());
         let state = State::new(Objects::new(ioas), route.clone(), event_depth);
@@ -74,36 +74,36 @@ impl SmmuNesting {
     /// The guest's memory, for another virtual SMMU of the same guest.
     ///
     /// # Errors
-    /// This one is shut down.
+    /// It is shut down.
     pub fn ioas(&self) -> Result<Arc<GuestIoas>, NestingError> {
         self.state().objects.ioas()
     }
 
-    /// `dev`, a device bound to the host, is the guest's `rid`, which is its StreamID. It is
+    /// Adds `dev`, a device bound to the host, as the guest's `rid`, which is its StreamID. It is
     /// blocked until the virtual SMMU configures it.
     ///
     /// # Errors
-    /// The host refuses; the Requester ID or the device is in use; the device is behind no SMMUv3,
-    /// behind one that cannot nest, or behind another one than those that were added before. The
-    /// device is not added.
+    /// The host refuses; the Requester ID or the device is in use; or the device is not behind an
+    /// SMMUv3, behind one that cannot nest, or behind another one than the devices added earlier.
+    /// The device is not added.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
         let result = self.state().add_device(rid, dev);
         self.end_idle_unit();
         result
     }
 
-    /// The guest's `rid` is gone: it is blocked, and its host objects destroyed if nobody shares
-    /// them. The device object itself stays its owner's.
+    /// Removes the guest's `rid`: it is blocked, and its host objects are destroyed unless shared.
+    /// The device object itself stays with its owner.
     ///
     /// # Errors
-    /// There is no such device; or the host did not detach it, and it is still there.
+    /// There is no such device; or the host did not detach it, and it was not removed.
     pub fn remove_device(&self, rid: Bdf) -> Result<(), NestingError> {
         let result = self.state().remove_device(rid);
         self.end_idle_unit();
         result
     }
 
-    /// What the host says of each device.
+    /// The host's description of each device.
     pub fn hw_infos(&self) -> Vec<DeviceInfo> {
         let state = self.state();
         let info = |device: &state::Device| DeviceInfo {
@@ -114,36 +114,37 @@ impl SmmuNesting {
         state.devices.values().map(info).collect()
     }
 
-    /// From now on events go to `target`, while that lives.
+    /// From now on events go to `target`, while it lives.
     pub fn set_event_target(&self, target: Weak<dyn EventTarget>) {
         self.route.set_target(target);
     }
 
-    /// What was done so far.
+    /// Statistics.
     pub fn counters(&self) -> SmmuNestingCounters {
         self.state().counters()
     }
 
-    /// The host objects there are.
+    /// The existing host objects.
     pub fn objects(&self) -> SmmuObjects {
         self.state().list()
     }
 
-    /// Brings no more events, detaches every device and destroys every object made here; the IOAS
-    /// goes with the last that shares it. Also done on drop; here the outcome is told. May be
-    /// called again, to try again. As [`SmmuNesting::remove_device`], not to be called while the
-    /// virtual SMMU is locked: an event may be on its way to it, and is waited for.
+    /// Stops delivering events, detaches every device and destroys every object created here; the
+    /// IOAS goes with its last user. Also done on drop; here errors are returned. May be called
+    /// again to retry. Like [`SmmuNesting::remove_device`], not to be called with the virtual SMMU
+    /// locked: it waits for an event that may be on its way there.
     ///
     /// # Errors
-    /// The host did not let go of something.
+    /// The host refused to release something.
     pub fn shutdown(&self) -> Result<(), NestingError> {
         let events = self.state().unit.as_mut().and_then(Unit::take_events);
         let queue = events.map(EventThread::stop);
         self.state().shutdown(queue)
     }
 
-    /// Gives up the objects of the physical SMMU after the last device. The thread that brings
-    /// events is waited for without the lock, for it may wait for one who waits for the lock.
+    /// Releases the objects of the physical SMMU after the last device. The event thread is waited
+    /// for without the lock, as it may wait for a holder of the virtual SMMU's lock that needs this
+    /// one.
     fn end_idle_unit(&self) {
         let unit = self.state().take_idle_unit();
         if let Some(mut unit) = unit {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which host objects there are, and which stand on which, for reports.
+//! The existing host objects and their dependencies, for reports.
 
 use super::nested::Entry;
 use super::state::State;
@@ -10,17 +10,17 @@ use crate::spec::smmuv3::StreamId;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SmmuObjects {
-    /// The IOAS, until a shutdown.
+    /// The IOAS, until shutdown.
     pub ioas: Option<ObjectId>,
-    /// What stands on it, while there are devices.
+    /// The objects on it, while there are devices.
     pub unit: Option<UnitObjects>,
     /// The devices, by StreamID.
     pub devices: Vec<DeviceObjects>,
-    /// What they are attached to, or were.
+    /// What they are or were attached to.
     pub nested: Vec<NestedObject>,
 }
 
-/// What a virtual SMMUv3 has of the physical one.
+/// The part of the physical SMMU that a virtual SMMUv3 has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct UnitObjects {
@@ -36,14 +36,14 @@ pub struct UnitObjects {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct DeviceObjects {
-    /// By which the guest knows it.
+    /// Its identity for the guest.
     pub stream: StreamId,
     /// The device object.
     pub device: ObjectId,
     /// Its vDEVICE, on the vIOMMU.
     pub vdevice: ObjectId,
     /// The `HWPT_NESTED` that it is attached to, or the nesting parent while translation is off;
-    /// none while it is detached.
+    /// `None` while it is detached.
     pub attached: Option<ObjectId>,
 }
 
@@ -55,7 +55,7 @@ pub struct NestedObject {
     pub hwpt: ObjectId,
     /// Words 0 and 1 of its stream table entry.
     pub ste: Entry,
-    /// Who is attached to it.
+    /// The streams attached to it.
     pub streams: Vec<StreamId>,
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host objects and their lives: the unit, devices, and what each is attached to.
+//! The host objects and their lifecycle: the unit, devices, and their attachments.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,17 +19,18 @@ use crate::spec::smmuv3::StreamId;
 /// A device of the guest.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Device {
-    /// As the guest knows it.
+    /// Its identity for the guest.
     pub rid: Bdf,
     /// The device object.
     pub dev: ObjectId,
-    /// Which the vIOMMU knows by its StreamID.
+    /// By which the vIOMMU knows its StreamID.
     pub vdevice: ObjectId,
-    /// What the host says of it.
+    /// The host's description of it.
     pub info: HwInfo,
-    /// The `HWPT_NESTED` that the host was last told of; none while it is detached.
+    /// The `HWPT_NESTED` that the host last reported success for; `None` while it is detached.
     pub attached: Option<ObjectId>,
-    /// An attach or a detach failed since, so that the host's books and its hardware may disagree.
+    /// An attach or a detach has failed since, so that the host's bookkeeping and its hardware may
+    /// disagree.
     pub unsettled: bool,
 }
 
@@ -39,16 +40,16 @@ pub(super) struct State {
     pub objects: Objects,
     route: Arc<EventRoute>,
     event_depth: u32,
-    /// There while there are devices.
+    /// Present while there are devices.
     pub unit: Option<Unit>,
     pub devices: BTreeMap<StreamId, Device>,
     pub nested: NestedHwpts<Entry>,
-    /// A stream used stage 1 since the host's TLB was last known to have nothing of the guest's.
+    /// A stream has used stage 1 since the host's TLB was last known to hold nothing of the guest.
     pub tlb_used: bool,
-    /// Something in it is stale, though no stream that is not blocked can use it: it is to be
-    /// flushed before one does.
+    /// The TLB may hold stale entries that no unblocked stream can use: it must be flushed before
+    /// one can.
     pub flush_due: bool,
-    /// But for the host calls and events, which are counted where they are made.
+    /// Except the host calls and events, which are counted where they occur.
     pub counters: SmmuNestingCounters,
 }
 
@@ -68,7 +69,7 @@ impl State {
         }
     }
 
-    /// What was done so far.
+    /// Statistics.
     pub fn counters(&self) -> SmmuNestingCounters {
         SmmuNestingCounters {
             host_calls: self.objects.calls(),
@@ -122,8 +123,8 @@ impl State {
         }
     }
 
-    /// Whether `dev` is behind another physical SMMU than the unit's: a nesting parent, too, is of
-    /// one SMMU, and for a device behind another the host makes no vIOMMU on it.
+    /// Whether `dev` is behind another physical SMMU than the unit's: the nesting parent, too,
+    /// belongs to one SMMU, and the host creates no vIOMMU on it for a device behind another.
     fn is_behind_another(&mut self, dev: ObjectId) -> bool {
         let Some(parent) = self.unit.as_ref().map(Unit::parent) else { return false };
         match self.objects.host().viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent) {
@@ -145,7 +146,7 @@ impl State {
         Ok(())
     }
 
-    /// See [`super::SmmuNesting::shutdown`]. `queue` is the vEVENTQ, which is closed.
+    /// See [`super::SmmuNesting::shutdown`]. `queue` is the closed vEVENTQ.
     pub fn shutdown(&mut self, queue: Option<ObjectId>) -> Result<()> {
         if let Some(queue) = queue {
             self.objects.destroy(queue);
@@ -155,7 +156,7 @@ impl State {
         for stream in &streams {
             result = result.and(self.detach(*stream));
         }
-        // What is still attached holds all that is below it: the next call tries again.
+        // What is still attached keeps everything below it: the next call retries.
         result?;
         self.destroy_nested();
         for device in std::mem::take(&mut self.devices).into_values() {
@@ -167,14 +168,14 @@ impl State {
         self.objects.end()
     }
 
-    /// The objects of the physical SMMU when there is no device, to be given up.
+    /// The objects of the physical SMMU, to be released, if there is no device.
     pub fn take_idle_unit(&mut self) -> Option<Unit> {
         if !self.devices.is_empty() {
             return None;
         }
         let unit = self.unit.take()?;
         self.destroy_nested();
-        // The next one's VMID is new.
+        // The next unit has a new VMID.
         (self.tlb_used, self.flush_due) = (false, false);
         Some(unit)
     }
@@ -185,7 +186,7 @@ impl State {
         }
     }
 
-    /// The guest's stream table entry that the host follows for `device`, as far as it is known.
+    /// The guest's stream table entry that the host uses for `device`, as far as known.
     pub fn entry_of(&self, device: &Device) -> Option<Entry> {
         self.nested.stage1(device.attached?)
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The physical SMMU that all streams of a virtual one are behind, as host objects.
+//! The physical SMMU in front of all streams of a virtual one, as host objects.
 
 use std::sync::Arc;
 
@@ -20,8 +20,8 @@ pub(super) struct Unit {
 }
 
 impl Unit {
-    /// Makes the objects for the SMMU that `dev`, the guest's `rid`, is behind, of which the host
-    /// says `info`.
+    /// Creates the objects for the SMMU of `dev`, the guest's `rid`, which the host describes by
+    /// `info`.
     pub fn new(
         objects: &mut Objects,
         rid: Bdf,
@@ -68,22 +68,22 @@ impl Unit {
         self.viommu
     }
 
-    /// Whether its SMMU may miss a CMD_TLBI_* or CMD_CFGI_* that is given once.
+    /// Whether its SMMU may miss a CMD_TLBI_* or CMD_CFGI_* that is issued only once.
     pub fn misses_invalidations(&self) -> bool {
         self.misses_invalidations
     }
 
-    /// The vEVENTQ, while events are brought.
+    /// The vEVENTQ, while events are delivered.
     pub fn event_queue(&self) -> Option<ObjectId> {
         self.events.as_ref().map(EventThread::object)
     }
 
-    /// The thread that brings events, to be stopped.
+    /// The event thread, to be stopped.
     pub fn take_events(&mut self) -> Option<EventThread> {
         self.events.take()
     }
 
-    /// Gives up the objects, on which nothing stands any more but the closed `queue`.
+    /// Destroys the objects, which nothing but the closed `queue` uses any more.
     pub fn end(self, queue: Option<ObjectId>, objects: &mut Objects) {
         for object in queue.into_iter().chain([self.viommu, self.parent]) {
             objects.destroy(object);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What one device's answers mean for whoever nests.
+//! What the host's description of one device means for nesting.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -10,37 +10,37 @@ use crate::nesting::hw_flags;
 use crate::spec::smmuv3::regs::{Idr1, Idr3, Idr5};
 use crate::spec::vtd::regs::{Cap, Ecap};
 
-/// Where Linux has devices behind an SMMU send interrupt messages: a window of IOVAs that it maps
-/// to the real doorbell itself (`IOMMU_RESV_SW_MSI`).
+/// Where devices behind an SMMU send interrupt messages under Linux: a window of IOVAs that Linux
+/// maps to the real doorbell (`IOMMU_RESV_SW_MSI`).
 const SOFTWARE_MSI: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
-/// Where PCs send them (`IOMMU_RESV_MSI`).
+/// The same for PCs (`IOMMU_RESV_MSI`).
 const PC_MSI: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 /// `IOMMU_HW_INFO_TYPE_AMD`.
 const AMD: u32 = iommufd_bindings::iommu_hw_info_type_IOMMU_HW_INFO_TYPE_AMD;
 
-/// What a device offers to whoever nests on its IOMMU.
+/// What a device offers for nesting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct DeviceReport {
-    /// The device, as it was named.
+    /// The device's name as given.
     pub name: String,
     /// The architecture of its IOMMU.
     pub iommu: String,
-    /// The number of its SMMU among those of the devices: one vIOMMU is of one.
+    /// The index of its SMMU among those of the devices: a vIOMMU belongs to one SMMU.
     pub smmu: Option<usize>,
-    /// Why nothing can be nested, if so.
+    /// Why nesting is impossible, if it is.
     pub cannot_nest: Option<String>,
-    /// Formats of stage 1 that a guest can use.
+    /// Stage-1 formats that a guest can use.
     pub stage1_formats: Vec<String>,
     /// Its PASIDs.
     pub pasids: PasidReport,
-    /// What the owner of stage 1 has to invalidate, by the names of the architecture.
+    /// What the owner of stage 1 has to invalidate, by the architecture's names.
     pub invalidations: Vec<&'static str>,
-    /// Pages that DMA writes can be tracked.
+    /// Pages written by DMA can be tracked.
     pub dirty_tracking: bool,
-    /// ... below nested tables, too.
+    /// ... also with nested tables.
     pub dirty_tracking_nested: bool,
-    /// It can ask for pages.
+    /// It can make page requests.
     pub page_requests: bool,
     /// It may have a device-TLB (PCIe ATS).
     pub ats: bool,
@@ -48,9 +48,9 @@ pub struct DeviceReport {
     pub last_gpa: u64,
     /// What no IOAS can map while the device is attached.
     pub reserved: Vec<Region>,
-    /// Errata that concern nesting.
+    /// Errata that affect nesting.
     pub errata: Vec<&'static str>,
-    /// Flags of the host's about its IOMMU that are not known here; 0 for none.
+    /// Unknown flags of its IOMMU; 0 for none.
     pub unknown_flags: u32,
 }
 
@@ -60,11 +60,11 @@ pub struct DeviceReport {
 pub struct PasidReport {
     /// Their width in bits; 0 for none.
     pub bits: u8,
-    /// Who allocates them, and what it takes for one to be used.
+    /// Who allocates them, and what is needed to use one.
     pub allocated_by: Option<&'static str>,
 }
 
-/// IOVAs that cannot be mapped, both ends included.
+/// IOVAs that cannot be mapped, bounds included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Region {
@@ -72,7 +72,7 @@ pub struct Region {
     pub first: u64,
     /// The last one.
     pub last: u64,
-    /// What it is for.
+    /// Its purpose.
     pub kind: RegionKind,
 }
 
@@ -81,10 +81,10 @@ pub struct Region {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum RegionKind {
-    /// Interrupt messages, which are translated by no table.
+    /// Interrupt messages, which are not translated.
     Msi,
-    /// Interrupt messages, which tables translate as they do all else: the guest has to map the
-    /// window 1:1 in stage 1.
+    /// Interrupt messages, which are translated like other writes: the guest has to map the window
+    /// 1:1 in stage 1.
     SoftwareMsi,
     /// Firmware's, or another device's.
     Other,
@@ -102,7 +102,7 @@ impl Region {
 }
 
 impl DeviceReport {
-    /// What `facts` mean.
+    /// Interprets `facts`.
     pub fn new(facts: &DeviceFacts) -> Self {
         let info = &facts.info;
         let mut report = Self {
@@ -169,7 +169,7 @@ impl DeviceReport {
         let granules =
             [("4 KiB", idr5.gran4k()), ("16 KiB", idr5.gran16k()), ("64 KiB", idr5.gran64k())];
         for (granule, _) in granules.iter().filter(|(_, there)| *there) {
-            // 52 bits with the smaller granules are LPA2, of which Linux tells nothing.
+            // 52 bits with smaller granules are LPA2, which Linux does not report.
             let bits = if wide && *granule == "64 KiB" { 52 } else { 48 };
             self.stage1_formats.push(format!("AArch64, {granule} granule, {bits} bits"));
         }

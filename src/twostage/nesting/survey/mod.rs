@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What nesting a host's devices offer, and what a virtual IOMMU in front of them could.
+//! The nesting that a host's devices support, and what a virtual IOMMU in front of them could
+//! offer.
 //!
-//! [`survey`] tries it out with a host's verbs and leaves nothing behind. What the answers mean is
-//! decided by pure functions: [`DeviceReport::new`] for one device, [`Offer::new`] for all of them
+//! [`survey`] finds out with a host's verbs and leaves nothing behind. The answers are interpreted
+//! by pure functions: [`DeviceReport::new`] for one device, [`Offer::new`] for all of them
 //! together.
 
 mod device;
@@ -23,14 +24,14 @@ pub use trial::{survey, DeviceFacts};
 pub struct NestingReport {
     /// Each device by itself.
     pub devices: Vec<DeviceReport>,
-    /// The most that one virtual IOMMU over all of them can offer.
+    /// The most that one virtual IOMMU for all of them can offer.
     pub offer: Option<Offer>,
     /// Why there can be none.
     pub no_offer: Option<String>,
 }
 
 impl NestingReport {
-    /// What `facts` mean.
+    /// Interprets `facts`.
     pub fn new(facts: &[DeviceFacts]) -> Self {
         let (offer, no_offer) = match Offer::new(facts) {
             Ok(offer) => (Some(offer), None),

@@ -12,32 +12,31 @@ use crate::viommu::smmuv3::SmmuConfig;
 use crate::viommu::vtd::{HostUnit, VtdConfig};
 use crate::viommu::CapabilityConflict;
 
-/// The most that one virtual IOMMU over all devices can offer.
+/// The most that one virtual IOMMU for all devices can offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Offer {
-    /// Which one.
+    /// Its kind.
     pub kind: OfferKind,
     /// Width of the IOVAs in bits.
     pub address_bits: u8,
-    /// Width of the PASIDs in bits; 0 for none. A device may have fewer, or none.
+    /// Width of the PASIDs in bits; 0 for none. A device may support fewer, or none.
     pub pasid_bits: u8,
-    /// Device-TLBs of those devices that have them.
+    /// Device-TLBs, for devices that have them.
     pub ats: bool,
-    /// Dirty pages can be tracked while devices are behind it.
+    /// Dirty pages can be tracked with devices behind it.
     pub dirty_tracking: bool,
-    /// What a driver of its finds, one thing each.
+    /// What its driver detects, one item each.
     pub features: Vec<String>,
-    /// Its identification registers, by name; in JSON each is a string, in hexadecimal.
+    /// Its identification registers by name; in JSON each is a hexadecimal string.
     #[cfg_attr(feature = "serde", serde(serialize_with = "hexadecimal"))]
     pub registers: BTreeMap<&'static str, u64>,
 }
 
-/// Registers by name, as JSON has them: 64 bits are more than a number there holds. For
-/// `serialize_with`.
+/// Registers by name, as JSON has them: JSON numbers cannot hold 64 bits. For `serialize_with`.
 ///
 /// # Errors
-/// Those of the serializer.
+/// The serializer's errors.
 #[cfg(feature = "serde")]
 pub fn hexadecimal<S: serde::Serializer>(
     registers: &BTreeMap<&'static str, u64>,
@@ -68,28 +67,28 @@ pub enum OfferError {
     CannotNest {
         /// Its name.
         device: String,
-        /// What the host said.
+        /// The host's error.
         why: String,
     },
-    /// No virtual IOMMU of its architecture is there.
+    /// There is no virtual IOMMU for its architecture.
     #[error("{0} is behind an IOMMU on which nobody nests")]
     UnknownIommu(String),
     /// Two architectures.
     #[error("{0} and {1} are behind IOMMUs of different architectures")]
     Mixed(String, String),
-    /// Two SMMUs, where a vIOMMU is of one.
+    /// Two SMMUs; a vIOMMU belongs to one.
     #[error("{0} and {1} are behind different SMMUs: each needs a virtual SMMUv3 of its own")]
     TwoSmmus(String, String),
-    /// A unit lacks what a virtual IOMMU cannot do without.
+    /// A unit lacks a feature that a virtual IOMMU needs.
     #[error(transparent)]
     Conflict(#[from] CapabilityConflict),
-    /// No configuration has what the units have.
+    /// No configuration matches the units' features.
     #[error("no virtual IOMMU has what the units have: {0}")]
     Impossible(String),
 }
 
 impl Offer {
-    /// What one virtual IOMMU over all of `facts` can offer.
+    /// What one virtual IOMMU for all devices of `facts` can offer.
     ///
     /// # Errors
     /// There can be none.
@@ -124,7 +123,7 @@ fn mixed(first: &DeviceFacts, device: &DeviceFacts) -> OfferError {
 }
 
 fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> {
-    // What is offered is for hardware: without what only an emulated host can do.
+    // The offer is for hardware: without extensions of an emulated host.
     let unit = |device: &DeviceFacts| {
         host_vtd(device.name.clone(), &device.info, Extensions::default())
             .ok_or_else(|| mixed(first, device))
@@ -136,7 +135,8 @@ fn vtd(first: &DeviceFacts, facts: &[DeviceFacts]) -> Result<Offer, OfferError> 
         address_width: if hosts.iter().all(wide) { 57 } else { 48 },
         pasid_bits,
         device_iotlb: ats(facts) && hosts.iter().all(|host| host.ecap.dt()),
-        // Of the virtual unit alone; a machine has it where its interrupt controllers can be split.
+        // A feature of the virtual unit alone; a machine has it if its interrupt controllers can be
+        // split.
         interrupt_remapping: true,
         ..VtdConfig::default()
     };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Trying out what a host lets be done with a device.
+//! Finding out what a host allows with a device.
 
 use std::ops::RangeInclusive;
 
@@ -8,31 +8,31 @@ use crate::iommufd::{
     Result, ViommuKind,
 };
 
-/// What a host says of a device, and what it let be done.
+/// The host's description of a device, and what it allowed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeviceFacts {
-    /// The device, as it was named.
+    /// The device's name as given.
     pub name: String,
     /// `GET_HW_INFO`.
     pub info: HwInfo,
-    /// Nothing can be nested: what the host said to `HWPT_ALLOC` with `NEST_PARENT`, or to
+    /// Nesting is impossible: the host's error for `HWPT_ALLOC` with `NEST_PARENT`, or for
     /// `VIOMMU_ALLOC` where nesting needs one.
     pub refusal: Option<HostError>,
     /// A nesting parent can track dirty pages.
     pub dirty_nesting: bool,
-    /// The device, with its IOMMU, makes page requests that the host hands on.
+    /// The device, with its IOMMU, makes page requests that the host forwards.
     pub page_requests: bool,
-    /// The IOVAs that stage 2 can map while the device is attached to nothing: GPAs.
+    /// The IOVAs that stage 2 can map while the device is not attached: GPAs.
     pub iovas: Vec<RangeInclusive<u64>>,
-    /// What of them cannot be mapped while it is attached.
+    /// Those of them that cannot be mapped while it is attached.
     pub reserved: Vec<RangeInclusive<u64>>,
-    /// The number of its SMMU among those of the devices: one vIOMMU is of one. `None` where
+    /// The index of its SMMU among those of the devices: a vIOMMU belongs to one SMMU. `None` where
     /// nesting needs no vIOMMU.
     pub smmu: Option<usize>,
 }
 
-/// Binds the devices of `host` that `names` name, tries what can be done with each, and unbinds
-/// them again. Their DMA is blocked meanwhile.
+/// Binds the devices of `host` given by `names`, finds out what each supports, and unbinds them
+/// again. Their DMA is blocked meanwhile.
 ///
 /// # Errors
 /// A device cannot be bound, or a verb failed that every host has.
@@ -45,11 +45,11 @@ pub fn survey(host: &dyn HostIommu, names: &[String]) -> Result<Vec<DeviceFacts>
     names.iter().zip(devices).map(|(name, dev)| trial.device(name, dev)).collect()
 }
 
-/// What is there only for as long as the trial lasts.
+/// Objects that exist only during the trial.
 struct Trial<'a> {
     host: &'a dyn HostIommu,
     devices: Vec<ObjectId>,
-    /// In the order in which they were made.
+    /// In the order of creation.
     objects: Vec<ObjectId>,
     /// One for each SMMU.
     viommus: Vec<ObjectId>,
@@ -102,8 +102,8 @@ impl Trial<'_> {
         Ok(hwpt)
     }
 
-    /// What of `iovas`, which is all that `ioas` can map, it cannot while `dev` is attached to
-    /// `hwpt`.
+    /// The part of `iovas`, which is all that `ioas` can map, that cannot be mapped while `dev` is
+    /// attached to `hwpt`.
     fn reserved(
         &self,
         dev: ObjectId,
@@ -117,7 +117,7 @@ impl Trial<'_> {
         Ok(difference(iovas, &attached))
     }
 
-    /// Whether the device can be attached to a HWPT that takes page requests.
+    /// Whether the device can be attached to a HWPT with page requests.
     fn page_requests(&mut self, dev: ObjectId, ioas: ObjectId) -> Result<bool> {
         let queue = self.host.fault_queue_alloc()?;
         // The file is closed when this returns; the object can be destroyed from then on.
@@ -130,13 +130,13 @@ impl Trial<'_> {
         Ok(attached)
     }
 
-    /// The number of the SMMU of `dev`: that of the vIOMMU on which it can have a vDEVICE.
+    /// The index of the SMMU of `dev`: that of the vIOMMU on which it can have a vDEVICE.
     fn smmu(&mut self, dev: ObjectId, parent: ObjectId) -> Result<usize> {
-        // Unique among the devices, as a virtual id has to be.
+        // Unique among the devices, as required of a virtual id.
         let virt_id = u64::from(dev.0);
         for (number, viommu) in self.viommus.iter().enumerate() {
             match self.host.vdevice_alloc(*viommu, dev, virt_id) {
-                // It goes when the device is unbound.
+                // Destroyed when the device is unbound.
                 Ok(_) => return Ok(number),
                 Err(error) if error.errno == Errno::EINVAL => {}
                 Err(error) => return Err(error),
@@ -152,7 +152,7 @@ impl Trial<'_> {
 
 impl Drop for Trial<'_> {
     fn drop(&mut self) {
-        // Whatever uses an object goes before it; what fails is tried once more.
+        // Users of an object go before it; a failure is retried once.
         for dev in self.devices.drain(..) {
             let unbind = || self.host.device_unbind(dev);
             if let Err(error) = unbind().or_else(|_| unbind()) {
@@ -168,14 +168,14 @@ impl Drop for Trial<'_> {
     }
 }
 
-/// What is in `all`, and not in `some`; both ascend.
+/// The part of `all` that is not in `some`; both are ascending.
 pub(super) fn difference(
     all: &[RangeInclusive<u64>],
     some: &[RangeInclusive<u64>],
 ) -> Vec<RangeInclusive<u64>> {
     let mut missing = Vec::new();
     for range in all {
-        // The first address of the range that nothing so far has; `None` past the last.
+        // The first address of the range not covered so far; `None` past the last.
         let mut next = Some(*range.start());
         for part in some.iter().filter(|part| part.start() <= range.end()) {
             let Some(start) = next.filter(|start| part.end() >= start) else { continue };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! From policies to attachments: what each requester's DMA goes through.
+//! From policies to attachments: where each requester's DMA is attached.
 
 use super::slot::{Attached, Slot};
 use super::state::{Device, State};
@@ -13,7 +13,7 @@ use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstSta
 use crate::viommu::Requester;
 use crate::warn_limited;
 
-/// Tables start a page of 4 KiB. The kernel would take the low bits for flags of the PASID entry.
+/// Tables are aligned to 4 KiB. The kernel would take the low bits for flags of the PASID entry.
 const TABLE_ALIGNMENT: u64 = 4096;
 
 impl State {
@@ -38,7 +38,7 @@ impl State {
             };
         };
         if requester.pasid.is_some_and(|pasid| pasid.raw() == 0) {
-            // On the host, attaching to PASID 0 is attaching the RID.
+            // On the host, attaching to PASID 0 means attaching the RID.
             return Err(NestingError::PasidZero(requester));
         }
         if self.slot(requester).unsettled {
@@ -62,7 +62,7 @@ impl State {
         Ok(())
     }
 
-    /// Sends `requester` through `stage1`.
+    /// Attaches `requester` to `stage1`.
     fn nest(
         &mut self,
         requester: Requester,
@@ -75,9 +75,9 @@ impl State {
             Some(hwpt) => hwpt,
             None => self.alloc_nested(requester, device, stage1)?,
         };
-        // The host caches under a tag of its own for each HWPT, the guest under a DomainTag for
-        // each user. Under a tag that none of the users had, the guest knows nothing to be cached,
-        // and need not have invalidated what the host still caches for the others.
+        // The host caches under its own tag for each HWPT, the guest under a DomainTag for each
+        // user. Under a tag that no other user of the HWPT has, nothing is cached in the guest's
+        // view, so it need not have invalidated what the host still caches for the others.
         let adopts = found.is_some() && !self.nested.knows(hwpt, tag);
         if adopts {
             self.flush_everything(hwpt)?;
@@ -94,7 +94,7 @@ impl State {
         Ok(())
     }
 
-    /// Makes the `HWPT_NESTED` of `stage1`, without a user yet.
+    /// Allocates the `HWPT_NESTED` of `stage1`, without users.
     fn alloc_nested(
         &mut self,
         requester: Requester,
@@ -133,8 +133,8 @@ impl State {
         Ok(hwpt)
     }
 
-    /// Attaches `requester` to `pt`, in place of what was there. When the host refuses, the
-    /// requester is blocked and `pt` is gone if nobody else uses it.
+    /// Attaches `requester` to `pt`, replacing its attachment. If the host refuses, the requester
+    /// is blocked and `pt` is destroyed if unused.
     fn attach(
         &mut self,
         requester: Requester,
@@ -147,8 +147,8 @@ impl State {
         let pasid = requester.pasid.map(Pasid::raw);
         if let Err(source) = self.objects.host().device_attach(device.dev, pasid, pt) {
             self.counters.refused_attaches += 1;
-            // VT-d blocks before it checks, and never reverts; iommufd goes on to believe in the
-            // old page table, and would take attaching that again for done.
+            // VT-d blocks before it checks, and never reverts; but iommufd still records the old
+            // page table, and would ignore an attach of that one.
             self.nested.set(requester, Slot { unsettled: true, ..before });
             self.block(requester);
             self.destroy_unused(slot.attached);
@@ -160,8 +160,8 @@ impl State {
         Ok(())
     }
 
-    /// Blocks `requester`, as far as the host lets it be done. What fails is tried again when the
-    /// requester is next configured or removed.
+    /// Blocks `requester` as far as the host allows. A failure is retried when the requester is
+    /// next configured or removed.
     pub fn block(&mut self, requester: Requester) {
         if let Err(error) = self.detach(requester) {
             warn_limited!("{requester} could not be blocked: {error}");
@@ -171,7 +171,7 @@ impl State {
     /// Detaches `requester`: its DMA is blocked.
     pub fn detach(&mut self, requester: Requester) -> Result<()> {
         let slot = self.slot(requester);
-        // A slot that says anything belongs to a device.
+        // A non-default slot belongs to a device.
         let Some(device) = self.devices.get(&requester.rid).copied() else { return Ok(()) };
         if slot == Slot::default() {
             return Ok(());
@@ -185,7 +185,7 @@ impl State {
         Ok(())
     }
 
-    /// If nobody uses the `HWPT_NESTED` any more, it goes.
+    /// Destroys the `HWPT_NESTED` if unused.
     fn destroy_unused(&mut self, attached: Attached) {
         if let Attached::Nested(hwpt) = attached {
             if self.nested.hwpts.remove_unused(hwpt) {
@@ -194,13 +194,12 @@ impl State {
         }
     }
 
-    /// Whether the host may let DMA of `requester` through: what was attached and never detached
-    /// is.
+    /// Whether the host may let DMA of `requester` pass: it was attached and not detached since.
     pub fn is_reachable(&self, requester: Requester) -> bool {
         self.slot(requester) != Slot::default()
     }
 
-    /// Blocks every PASID of `rid`. Those that cannot be are blocked at a later call, of this or of
+    /// Blocks every PASID of `rid`. Failures are retried at a later call of this or of
     /// [`State::configure`].
     pub fn forget_pasids(&mut self, rid: Bdf) -> Result<()> {
         let mut result = Ok(());
@@ -214,7 +213,7 @@ impl State {
     }
 }
 
-/// Linux answers an attach of a PASID to a device without PASIDs with success, and does nothing.
+/// For a device without PASIDs, Linux ignores an attach of a PASID and returns success.
 fn check_pasid(requester: Requester, device: &Device) -> Result<()> {
     let bits = device.info.max_pasid_log2;
     match requester.pasid {

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What nesting has done so far.
+//! Statistics of nesting.
 
 crate::counters! {
-    /// Counters of a [`super::VtdNesting`], all from one moment.
+    /// Counters of a [`super::VtdNesting`]: a snapshot.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     pub struct VtdNestingCounters {
-        /// `HWPT_NESTED` objects made.
+        /// `HWPT_NESTED` objects allocated.
         nested_allocs,
-        /// Requesters that were given a `HWPT_NESTED` that others used already.
+        /// Requesters attached to a `HWPT_NESTED` that others used already.
         nested_shares,
-        /// Configurations that asked for what was there and cost no host call.
+        /// Configurations without a change, and so without a host call.
         unchanged,
-        /// Attachments that replaced another.
+        /// Attachments that replaced another one.
         replaces,
-        /// Attachments that the host refused.
+        /// Attachments refused by the host.
         refused_attaches,
-        /// Invalidations that the virtual IOMMU handed over.
+        /// Invalidations received from the virtual IOMMU.
         invalidations_in,
-        /// Invalidation entries that the host completed.
+        /// Invalidation entries completed by the host.
         entries_out,
         /// Ranges that needed no entry of their own, because another one covers them.
         merged,

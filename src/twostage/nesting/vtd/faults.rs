@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The way back: a fault of a host device becomes one of a guest requester.
+//! The way back: maps a fault of a host device to a guest requester.
 
 use crate::sync::RwLock;
 use std::collections::HashMap;
@@ -12,11 +12,11 @@ use crate::spec::vtd::fault::FaultReason;
 use crate::viommu::vtd::{DmaFault, FaultTarget};
 use crate::viommu::Requester;
 
-/// Names the guest requester of each host fault and hands the fault to the virtual IOMMU.
+/// Finds the guest requester of each host fault and passes the fault to the virtual IOMMU.
 ///
 /// Faults come from DMA threads, while another thread may hold the lock of [`super::VtdNesting`] in
-/// an invalidation that waits for just that DMA. So this part has locks of its own, held for a
-/// look-up only: never while anything is called.
+/// an invalidation that waits for that very DMA. So this part has its own locks, held during a
+/// look-up only: never across a call.
 #[derive(Default)]
 pub(super) struct FaultRouter {
     rids: RwLock<HashMap<ObjectId, Bdf>>,
@@ -24,17 +24,17 @@ pub(super) struct FaultRouter {
 }
 
 impl FaultRouter {
-    /// From now on faults go to `target`, while that lives.
+    /// From now on faults go to `target`, while it lives.
     pub fn set_target(&self, target: Weak<dyn FaultTarget>) {
         *self.target.write() = Some(target);
     }
 
-    /// Faults of `dev` are the guest's `rid`'s.
+    /// Faults of `dev` belong to the guest's `rid`.
     pub fn add(&self, dev: ObjectId, rid: Bdf) {
         self.rids.write().insert(dev, rid);
     }
 
-    /// Faults of `dev` are nobody's any more.
+    /// Faults of `dev` are dropped from now on.
     pub fn remove(&self, dev: ObjectId) {
         self.rids.write().remove(&dev);
     }

@@ -10,14 +10,14 @@ use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, InvalidateData, InvalidateErr
 use crate::nesting::error::{NestingError, Result};
 use crate::viommu::vtd::{Invalidation, Progress, Stage1};
 
-/// A domain and a PASID, each or all of them.
+/// What an invalidation names: a domain and a PASID, each or all of them.
 type Name = (Option<u16>, Option<u32>);
 
 /// Ranges by what they name.
 type ByName = BTreeMap<Name, FlushSet>;
 
-/// What `batch` says, gathered before the names are looked up: so a guest pays for the length of
-/// its batch and for the names it has given, not for their product.
+/// `batch`, grouped by name before the names are looked up: so the cost is the length of the batch
+/// plus the number of names in use, not their product.
 fn by_name(batch: &[Invalidation]) -> ByName {
     let mut by_name = ByName::new();
     for invalidation in batch {
@@ -27,21 +27,22 @@ fn by_name(batch: &[Invalidation]) -> ByName {
     by_name
 }
 
-/// So many HWPTs forget something in one piece of a batch, and none more once they forget so many
-/// ranges together: it is short also where the hardware takes a while for each.
+/// At most this many HWPTs are invalidated in one piece of a batch, and no further ones once the
+/// ranges together reach this number: a piece stays short even if the hardware needs some time for
+/// each.
 const AT_ONCE: usize = 32;
 
-/// Which sets of ranges each HWPT is to forget, by name.
+/// The sets of ranges that each HWPT is to invalidate, by name.
 type Plan<'a> = BTreeMap<ObjectId, Vec<(Name, &'a FlushSet)>>;
 
-/// The next piece of a batch: HWPTs from `from` on, and the one that is left for the next piece.
-/// Requesters that are blocked or bypass stage 1 use no nested HWPT, and nothing of theirs is
-/// cached under the guest's names.
+/// The next piece of a batch: HWPTs from `from`, and the first one left for the next piece.
+/// Requesters that are blocked or bypass stage 1 use no nested HWPT, and have nothing cached under
+/// the guest's names.
 ///
-/// The sets are shared, for the HWPTs may be many; each is put together when its turn comes.
+/// The sets are shared, as there may be many HWPTs; each is assembled when its turn comes.
 fn plan<'a>(by_name: &'a ByName, nested: &Nested, from: ObjectId) -> (Plan<'a>, Option<ObjectId>) {
     let (mut plan, mut left) = (Plan::new(), None);
-    // Of each name at least one, so that every piece gets on.
+    // At least one of each name, so that every piece makes progress.
     let of_each = (AT_ONCE / by_name.len().max(1)).max(1);
     for (&(domain, pasid), ranges) in by_name {
         let mut named = nested.named(domain, pasid, from);
@@ -63,7 +64,7 @@ fn plan<'a>(by_name: &'a ByName, nested: &Nested, from: ObjectId) -> (Plan<'a>, 
 pub(super) struct Refused {
     /// The first failure.
     pub error: NestingError,
-    /// A requester could not be blocked, and may go on to use what was to be forgotten.
+    /// A requester could not be blocked, and may continue to use stale translations.
     pub still_reachable: bool,
 }
 
@@ -89,11 +90,11 @@ impl State {
                 self.counters.invalidations_in += batch.len() as u64;
                 ObjectId(0)
             }
-            // An id, as it was put there.
+            // It was an id when it was stored.
             Some(next) => ObjectId(next as u32),
         };
         // A guest that waits for each of its invalidations sends one at a time. There is nothing to
-        // gather then, and it is what costs most.
+        // merge then, and this is the most frequent case.
         let left = if let [one] = batch {
             let mut named = self.nested.named(one.domain, one.pasid, from);
             let hwpts: Vec<_> = named.by_ref().take(AT_ONCE).collect();
@@ -134,8 +135,8 @@ impl State {
         self.nested.stage1(hwpt).is_some_and(|stage1| invalidation.is_by_address(&stage1))
     }
 
-    /// Makes `hwpt` forget `ranges`, and gives how many are left of them when they are merged. If
-    /// that fails, its users are blocked and `refused` says so.
+    /// Invalidates `ranges` in `hwpt`; returns the number of ranges after merging. On failure, its
+    /// users are blocked and `refused` records it.
     fn forget(&mut self, hwpt: ObjectId, ranges: FlushSet, refused: &mut Option<Refused>) -> usize {
         let added = ranges.added();
         let entries = ranges.into_entries();
@@ -151,14 +152,13 @@ impl State {
         entries.len()
     }
 
-    /// Makes `hwpt` forget everything.
+    /// Flushes all of `hwpt`.
     pub fn flush_everything(&mut self, hwpt: ObjectId) -> Result<()> {
         self.flush(hwpt, &[EVERYTHING])
     }
 
-    /// Has the host work off `entries`. Where it stops, a flush of everything takes the place of
-    /// the entry that failed: it does what that one and all after it ask for, and those before it
-    /// are complete.
+    /// Has the host process `entries`. Where it stops, a flush of everything replaces the failed
+    /// entry and all after it; those before it are complete.
     fn flush(&mut self, hwpt: ObjectId, entries: &[iommu_hwpt_vtd_s1_invalidate]) -> Result<()> {
         let Err(stopped) = self.invalidate_hwpt(hwpt, entries) else { return Ok(()) };
         log::debug!("the rest of HWPT {hwpt} is flushed whole: {stopped}");

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Arithmetic of the page ranges that one HWPT is to forget.
+//! Arithmetic on the page ranges to invalidate in one HWPT.
 
 use crate::iommufd::{iommu_hwpt_vtd_s1_invalidate, VTD_INV_FLAGS_LEAF};
 use crate::spec::vtd::PageRange;
 
 /// More ranges than this become one flush of everything: each costs the host a descriptor of its
-/// own, and refilling a cache from scratch is cheaper than so many. Far below what one call may
-/// carry (`IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX`, 2^19).
+/// own, and refilling a cache is cheaper than that many. Far below the limit of one call
+/// (`IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX`, 2^19).
 const MAX_ENTRIES: usize = 256;
-/// So many ranges wait at the most before they are merged: few enough to keep, and so many more
-/// than [`MAX_ENTRIES`] that merging them costs each little.
+/// Ranges collected before they are merged: few enough to store, and enough above [`MAX_ENTRIES`]
+/// to make the amortized cost of merging small.
 const MAX_RANGES: usize = 2 * MAX_ENTRIES;
 
-/// Everything, with the paging-structure caches: the uAPI's way to say so.
+/// Everything, including paging-structure caches, as the uAPI expresses it.
 pub(super) const EVERYTHING: iommu_hwpt_vtd_s1_invalidate =
     iommu_hwpt_vtd_s1_invalidate { addr: 0, npages: u64::MAX, flags: 0, __reserved: 0 };
 
-/// What one HWPT is to forget: some ranges, or everything. Of a size that has a bound, whatever is
+/// What to invalidate in one HWPT: some ranges, or everything. Its size is bounded, whatever is
 /// added.
 #[derive(Debug, Clone, Default)]
 pub struct FlushSet {
@@ -46,7 +46,7 @@ impl FlushSet {
         }
     }
 
-    /// Adds everything, for which all of `other` stands.
+    /// Adds everything, which covers all of `other`.
     pub fn extend_to_everything(&mut self, other: &Self) {
         self.added += other.added;
         self.add_everything();
@@ -75,7 +75,7 @@ impl FlushSet {
         }
     }
 
-    /// How many ranges were added so far.
+    /// The number of ranges added so far.
     pub fn added(&self) -> u64 {
         self.added
     }
@@ -85,10 +85,10 @@ impl FlushSet {
         self.ranges = Vec::new();
     }
 
-    /// The entries of one host call: ascending, none overlapping or adjacent to another, none past
-    /// 2^64. Together they cover every range that was added, and nothing else unless there were so
-    /// many at a time that everything is cheaper. An entry leaves paging-structure caches alone
-    /// only if each range in it asked for no more.
+    /// The entries of one host call: ascending, neither overlapping nor adjacent, and not wrapping.
+    /// Together they cover every range that was added, and nothing else unless there were so many
+    /// that flushing everything is cheaper. An entry leaves paging-structure caches alone only if
+    /// each range in it does.
     pub fn into_entries(mut self) -> Vec<iommu_hwpt_vtd_s1_invalidate> {
         self.merge();
         if self.everything {
@@ -132,7 +132,7 @@ mod tests {
     fn a_set_keeps_no_more_than_its_bound() {
         let (mut added, mut extended) = (FlushSet::default(), FlushSet::default());
         for number in 0..10 * MAX_RANGES as u64 {
-            // Apart from each other; then, in the other set, all within a few pages.
+            // Disjoint; then, in the other set, all within a few pages.
             added.add(range(number << 13, 1, true));
             let mut one = FlushSet::default();
             one.add(range((number % 8) << 12, 1, true));
@@ -190,7 +190,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a page-by-page account: the same pages, and `leaf` nowhere it was not asked.
+        /// Against a page-by-page model: the same pages, and `leaf` only where requested.
         #[test]
         fn merged_ranges_cover_the_same_pages(
             ranges in prop::collection::vec((0u64..400, 1u64..20, any::<bool>()), 0..60),
@@ -233,7 +233,7 @@ mod tests {
                 set.add(range(address, pages, true));
             }
             let entries = set.into_entries();
-            // In 128 bits nothing wraps by itself.
+            // In 128 bits nothing wraps.
             let last = |address: u64, pages: u64| u128::from(address) + u128::from(pages) * 4096 - 1;
             let space = u128::from(u64::MAX);
             for entry in &entries {

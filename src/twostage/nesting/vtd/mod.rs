@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual VT-d decides, as host objects.
+//! Turns the decisions of a virtual VT-d into host objects.
 //!
-//! [`VtdNesting`] implements its [`HostSide`] as [`super`] says, and:
+//! [`VtdNesting`] implements its [`HostSide`] as described in [`super`], and:
 //!
-//! * the nesting parent of a device that has PASIDs must be made for PASIDs, so that a physical
-//!   IOMMU has a second one if a device without came first;
+//! * the nesting parent of a device with PASIDs must be allocated for PASIDs, so a physical IOMMU
+//!   has a second parent if a device without PASIDs came first;
 //! * *blocked* is detached, *bypass* is attached to the parent;
 //! * a batch of invalidations becomes one call per `HWPT_NESTED` that it names.
 //!
-//! What the host refuses is blocked and reported; the next configuration tries again.
+//! What the host refuses is blocked and reported; the next configuration retries.
 
 mod attachments;
 mod counters;
@@ -40,7 +40,7 @@ use state::{Start, State};
 /// The host side of one virtual IOMMU. See the [module](self).
 ///
 /// Its lock is taken after the virtual IOMMU's and held across host calls, which may wait for DMA;
-/// the way of faults back to the guest takes none of it.
+/// faults on their way back to the guest do not take it.
 #[derive(Debug)]
 pub struct VtdNesting {
     state: Mutex<State>,
@@ -58,13 +58,13 @@ impl VtdNesting {
     /// The guest's memory, for another virtual IOMMU of the same guest.
     ///
     /// # Errors
-    /// This one is shut down.
+    /// It is shut down.
     pub fn ioas(&self) -> Result<Arc<GuestIoas>, NestingError> {
         self.state().objects.ioas()
     }
 
-    /// `dev`, a device bound to the host, is the guest's `rid`. It is blocked until the virtual
-    /// IOMMU configures it, also when that is enabled already.
+    /// Adds `dev`, a device bound to the host, as the guest's `rid`. It is blocked until the
+    /// virtual IOMMU configures it, even if that is enabled already.
     ///
     /// # Errors
     /// The host refuses; the Requester ID or the device is in use; or its IOMMU has erratum 772415
@@ -73,26 +73,26 @@ impl VtdNesting {
         self.state().add_device(rid, dev, Start::Blocked)
     }
 
-    /// As [`VtdNesting::add_device`], but the device passes until the virtual IOMMU configures it:
-    /// for a device of a virtual IOMMU that is off, as it is when a machine starts. Saves a detach,
-    /// and an attach.
+    /// Like [`VtdNesting::add_device`], but the device bypasses translation until the virtual IOMMU
+    /// configures it: for a virtual IOMMU that is off, as when a machine starts. Saves a detach and
+    /// an attach.
     ///
     /// # Errors
-    /// As those.
+    /// As for [`VtdNesting::add_device`].
     pub fn add_passing_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
         self.state().add_device(rid, dev, Start::Passing)
     }
 
-    /// The guest's `rid` is gone: it and its PASIDs are blocked, and its host objects destroyed if
-    /// nobody shares them. The device object itself stays its owner's.
+    /// Removes the guest's `rid`: it and its PASIDs are blocked, and its host objects are destroyed
+    /// unless shared. The device object itself stays with its owner.
     ///
     /// # Errors
-    /// There is no such device; or the host did not detach it, and it is still there.
+    /// There is no such device; or the host did not detach it, and it was not removed.
     pub fn remove_device(&self, rid: Bdf) -> Result<(), NestingError> {
         self.state().remove_device(rid)
     }
 
-    /// What the host says of each device.
+    /// The host's description of each device.
     pub fn hw_infos(&self) -> Vec<DeviceInfo> {
         let state = self.state();
         let info = |(rid, device): (&Bdf, &state::Device)| DeviceInfo {
@@ -103,21 +103,21 @@ impl VtdNesting {
         state.devices.iter().map(info).collect()
     }
 
-    /// From now on DMA faults go to `target`, while that lives.
+    /// From now on DMA faults go to `target`, while it lives.
     pub fn set_fault_target(&self, target: Weak<dyn FaultTarget>) {
         self.faults.set_target(target);
     }
 
-    /// What was done so far.
+    /// Statistics.
     pub fn counters(&self) -> VtdNestingCounters {
         self.state().counters()
     }
 
-    /// Detaches every device and destroys every object made here; the IOAS goes with the last that
-    /// shares it. Also done on drop; here the outcome is told. May be called again, to try again.
+    /// Detaches every device and destroys every object created here; the IOAS goes with its last
+    /// user. Also done on drop; here errors are returned. May be called again to retry.
     ///
     /// # Errors
-    /// The host did not let go of something.
+    /// The host refused to release something.
     pub fn shutdown(&self) -> Result<(), NestingError> {
         self.state().shutdown()
     }

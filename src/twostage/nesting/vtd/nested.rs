@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The books of the `HWPT_NESTED` objects: which tables, who uses each, under which names.
+//! Bookkeeping of the `HWPT_NESTED` objects: their tables, their users, and the guest's names for
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +10,17 @@ use crate::nesting::nested::NestedHwpts;
 use crate::viommu::vtd::{DomainTag, Stage1};
 use crate::viommu::Requester;
 
-/// What a `HWPT_NESTED` is of: a nesting parent, and tables of the guest's on it.
+/// What a `HWPT_NESTED` stands for: guest tables on a nesting parent.
 pub(super) type Tables = (ObjectId, Stage1);
 
-/// Every `HWPT_NESTED` there is, and what each requester is attached to. Books only: nothing here
+/// All `HWPT_NESTED` objects, and the attachment of each requester. Bookkeeping only: nothing here
 /// calls the host.
 #[derive(Debug, Default)]
 pub(super) struct Nested {
     pub hwpts: NestedHwpts<Tables>,
     slots: Slots,
-    /// How many users of a HWPT are of a domain. Ordered by domain first, so that an invalidation
-    /// finds what it names without a look at the rest.
+    /// The number of users of a HWPT in a domain. Ordered by domain first, so that an invalidation
+    /// finds its HWPTs without a search.
     by_domain: BTreeMap<(u16, ObjectId), u32>,
 }
 
@@ -29,22 +30,22 @@ impl Nested {
         self.hwpts.stage1(hwpt).map(|(_, stage1)| stage1)
     }
 
-    /// What each requester is attached to.
+    /// The attachments of all requesters.
     pub fn slots(&self) -> &Slots {
         &self.slots
     }
 
-    /// Who uses a HWPT.
+    /// The users of a HWPT.
     pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
         self.slots.users(hwpt)
     }
 
-    /// Whether any user of `hwpt` is known by `tag`.
+    /// Whether any user of `hwpt` has the tag `tag`.
     pub fn knows(&self, hwpt: ObjectId, tag: DomainTag) -> bool {
         self.slots.knows(hwpt, tag)
     }
 
-    /// From now on `requester` has this slot.
+    /// Sets the slot of `requester`.
     pub fn set(&mut self, requester: Requester, slot: Slot) {
         let before = self.slots.get(requester);
         self.slots.set(requester, slot);
@@ -57,9 +58,9 @@ impl Nested {
         }
     }
 
-    /// From now on the guest knows what `requester` uses by `tag`, whose domain its slot has.
+    /// Sets the tag by which the guest names what `requester` caches; its slot has the domain.
     pub fn name(&mut self, requester: Requester, tag: DomainTag) {
-        // A request with PASID is known by that.
+        // A request with PASID is named by that.
         if requester.pasid.is_none() {
             self.slots.name_rid(requester.rid, tag.pasid);
         }
@@ -76,8 +77,9 @@ impl Nested {
         }
     }
 
-    /// Every HWPT from `from` on with a user that an invalidation of `domain` and `pasid` names
-    /// ([`Invalidation::names`](crate::viommu::vtd::Invalidation::names)); each once, ascending.
+    /// Every HWPT from `from` with a user that an invalidation of `domain` and `pasid` names
+    /// ([`Invalidation::names`](crate::viommu::vtd::Invalidation::names)); without duplicates,
+    /// ascending.
     pub fn named(
         &self,
         domain: Option<u16>,
@@ -127,7 +129,7 @@ mod tests {
     }
 
     proptest! {
-        /// What an invalidation names, against asking each user.
+        /// What an invalidation names, compared with asking each user.
         #[test]
         fn an_invalidation_finds_the_users_it_names(
             users in prop::collection::vec(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each requester is attached to.
+//! The attachment of each requester.
 
 use std::collections::BTreeMap;
 
@@ -21,21 +21,22 @@ pub(super) enum Attached {
     Nested(ObjectId),
 }
 
-/// What the host was last told of a requester. Small, and mostly the same for the PASIDs of a
+/// What the host was last told about a requester. Small, and mostly equal for the PASIDs of a
 /// function, of which there may be 2^20.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Slot {
-    /// What it was attached to.
+    /// Its attachment.
     pub attached: Attached,
-    /// The domain id by which the guest names what is cached of a `HWPT_NESTED`; 0 otherwise.
+    /// The domain id under which the guest names the cached translations of a `HWPT_NESTED`; 0
+    /// otherwise.
     pub domain: u16,
-    /// An attach or a detach failed since, so that the host's books and its hardware may disagree.
-    /// Only a detach makes them agree again.
+    /// An attach or a detach has failed since, so that the host's bookkeeping and its hardware may
+    /// disagree until the next detach.
     pub unsettled: bool,
 }
 
 impl Slot {
-    /// Attached, without a doubt.
+    /// Attached for certain.
     pub fn on(attached: Attached, domain: u16) -> Self {
         Self { attached, domain, unsettled: false }
     }
@@ -44,22 +45,22 @@ impl Slot {
 /// The slots of all requesters.
 #[derive(Debug, Default)]
 pub(super) struct Slots {
-    /// Those with a slot that says anything.
+    /// Functions with a non-default slot.
     functions: BTreeMap<Bdf, Function>,
 }
 
 /// The slots of one function.
 #[derive(Debug, Default)]
 struct Function {
-    /// Of requests without PASID.
+    /// For requests without PASID.
     rid: Slot,
-    /// The PASID by which the guest names what is cached of those (RID_PASID).
+    /// The PASID under which the guest names the cached translations of those (RID_PASID).
     rid_pasid: u32,
     pasids: Runs<Slot>,
 }
 
 impl Slots {
-    /// The slot of a requester: that of one without says nothing.
+    /// The slot of a requester; the default if it has none.
     pub fn get(&self, requester: Requester) -> Slot {
         let Some(function) = self.functions.get(&requester.rid) else { return Slot::default() };
         match requester.pasid {
@@ -68,7 +69,7 @@ impl Slots {
         }
     }
 
-    /// Gives a requester a slot.
+    /// Sets the slot of a requester.
     pub fn set(&mut self, requester: Requester, slot: Slot) {
         let nothing = slot == Slot::default();
         match requester.pasid {
@@ -87,20 +88,21 @@ impl Slots {
         }
     }
 
-    /// From now on the guest names what is cached of `rid`'s requests without PASID by `pasid`.
+    /// Sets the PASID under which the guest names the cached translations of `rid`'s requests
+    /// without PASID.
     pub fn name_rid(&mut self, rid: Bdf, pasid: u32) {
         if let Some(function) = self.functions.get_mut(&rid) {
             function.rid_pasid = pasid;
         }
     }
 
-    /// The first PASID of `rid` from `pasid` on that has a slot.
+    /// The first PASID of `rid` from `pasid` that has a slot.
     pub fn pasid_from(&self, rid: Bdf, pasid: u32) -> Option<Requester> {
         let pasid = Pasid::new(self.functions.get(&rid)?.pasids.next(pasid)?);
         Some(Requester { rid, pasid })
     }
 
-    /// Every `HWPT_NESTED` that the guest knows by `pasid`, with the domain id.
+    /// Every `HWPT_NESTED` that the guest names by `pasid`, with the domain id.
     pub fn named(&self, pasid: u32) -> impl Iterator<Item = (ObjectId, u16)> + '_ {
         self.functions.values().flat_map(move |function| {
             let rid = (function.rid_pasid == pasid).then_some(function.rid);
@@ -113,18 +115,18 @@ impl Slots {
         })
     }
 
-    /// How many entries are kept of the PASIDs of all functions.
+    /// The number of entries stored for the PASIDs of all functions.
     #[cfg(test)]
     pub fn kept(&self) -> usize {
         self.functions.values().map(|function| function.pasids.runs()).sum()
     }
 
-    /// Whether any requester is attached to `hwpt` and known by `tag`.
+    /// Whether any requester attached to `hwpt` has the tag `tag`.
     pub fn knows(&self, hwpt: ObjectId, tag: DomainTag) -> bool {
         self.named(tag.pasid).any(|named| named == (hwpt, tag.domain))
     }
 
-    /// Every requester that is attached to `hwpt`. Looks at all there are.
+    /// All requesters attached to `hwpt`. A linear search.
     pub fn users(&self, hwpt: ObjectId) -> Vec<Requester> {
         let on_it = |slot: &Slot| slot.attached == Attached::Nested(hwpt);
         let of_function = |(&rid, function): (&Bdf, &Function)| {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host objects and their lives: devices, and what each is attached to.
+//! The host objects and their lifecycle: devices and their attachments.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -21,13 +21,13 @@ use crate::viommu::Requester;
 pub(super) struct Device {
     /// The device object.
     pub dev: ObjectId,
-    /// The nesting parent of the physical IOMMU it is behind.
+    /// The nesting parent for its physical IOMMU.
     pub parent: Parent,
-    /// What the host says of it.
+    /// The host's description of it.
     pub info: HwInfo,
 }
 
-/// What a new device may do until the virtual IOMMU configures it.
+/// The state of a new device until the virtual IOMMU configures it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Start {
     Blocked,
@@ -42,7 +42,7 @@ pub(super) struct State {
     parents: Parents,
     pub devices: BTreeMap<Bdf, Device>,
     pub nested: Nested,
-    /// But for the host calls, which [`Objects`] counts.
+    /// Except the host calls, which [`Objects`] counts.
     pub counters: VtdNestingCounters,
 }
 
@@ -59,12 +59,12 @@ impl State {
         }
     }
 
-    /// What was done so far.
+    /// Statistics.
     pub fn counters(&self) -> VtdNestingCounters {
         VtdNestingCounters { host_calls: self.objects.calls(), ..self.counters }
     }
 
-    /// Whether the host walks second-stage tables that the guest owns.
+    /// Whether the host walks second-stage tables owned by the guest.
     pub fn nests_second_stage(&self) -> bool {
         self.objects.extensions().guest_second_stage
     }
@@ -89,7 +89,7 @@ impl State {
         result
     }
 
-    /// Makes `dev` the device `rid`, on its nesting parent.
+    /// Adds `dev` as `rid`, attached to its nesting parent.
     fn attach_first(&mut self, rid: Bdf, dev: ObjectId, info: HwInfo, start: Start) -> Result<()> {
         if self.objects.extensions().fault_reports {
             let sink = Arc::downgrade(&self.faults) as Weak<dyn FaultSink>;
@@ -108,8 +108,8 @@ impl State {
         if start == Start::Passing {
             return Ok(());
         }
-        // The attachment has shown which parent is the device's. Whether the device may use it
-        // is for the virtual IOMMU to say.
+        // The attach has shown which parent fits. Whether the device may use it is up to the
+        // virtual IOMMU.
         if let Err(error) = self.detach(Requester::rid(rid)) {
             if let Err(error) = self.remove_device(rid) {
                 log::error!("{rid} could not be blocked, and is still there: {error}");
@@ -142,7 +142,7 @@ impl State {
         for rid in rids {
             result = result.and(self.remove_device(rid));
         }
-        // What is still attached holds its parent, and that the IOAS: the next call tries again.
+        // What is still attached keeps its parent, and that the IOAS: the next call retries.
         result?;
         self.objects.end()
     }

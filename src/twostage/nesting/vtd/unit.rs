@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The physical IOMMUs that the devices of a virtual one are behind, as host objects.
+//! The physical IOMMUs in front of the devices of a virtual one, as host objects.
 
 use super::counters::VtdNestingCounters;
 use crate::iommufd::{Errno, HostError, HwInfo, ObjectId};
@@ -12,8 +12,8 @@ use crate::spec::pci::Bdf;
 pub(super) struct Parent {
     /// The HWPT.
     pub hwpt: ObjectId,
-    /// Made with `IOMMU_HWPT_ALLOC_PASID`. As every attachment of a device must then have been
-    /// (the RID's and each PASID's), so are the nested HWPTs on it.
+    /// Allocated with `IOMMU_HWPT_ALLOC_PASID`. All attachments of a device (the RID's and each
+    /// PASID's) must then have that flag, and so must the nested HWPTs on this one.
     pub pasid: bool,
 }
 
@@ -23,8 +23,8 @@ pub(super) struct Parents(Vec<Parent>);
 
 impl Parents {
     /// Attaches `dev` to the nesting parent of its physical IOMMU. The uAPI does not say which
-    /// IOMMU that is; the parent of another one is refused with `EINVAL`. So each is tried, and if
-    /// none fits this is the first device behind its IOMMU.
+    /// IOMMU that is, but refuses the parent of another one with `EINVAL`. So each is tried, and if
+    /// none fits, this is the first device behind its IOMMU.
     pub fn attach(
         &mut self,
         objects: &mut Objects,
@@ -32,7 +32,7 @@ impl Parents {
         (rid, dev): (Bdf, ObjectId),
         info: &HwInfo,
     ) -> Result<Parent> {
-        // After the first attach of a device failed it stays blocked.
+        // After the first attach of a device failed, it stays blocked.
         let mut refuse = |objects: &mut Objects, source: HostError| {
             counters.refused_attaches += 1;
             if let Err(error) = objects.detach(dev, None) {
@@ -60,7 +60,7 @@ impl Parents {
         Ok(parent)
     }
 
-    /// Gives up a nesting parent, on which nothing stands any more.
+    /// Destroys a nesting parent that nothing uses any more.
     pub fn end(&mut self, parent: Parent, objects: &mut Objects) {
         self.0.retain(|other| *other != parent);
         objects.destroy(parent.hwpt);

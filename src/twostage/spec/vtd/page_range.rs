@@ -7,10 +7,10 @@ use super::{PAGE_SHIFT, PAGE_SIZE};
 /// The page number past the last one of a 64-bit address space.
 const SPACE_END: u64 = 1 << (u64::BITS - PAGE_SHIFT);
 
-/// Neighbouring pages of 4 KiB in a 64-bit address space: at least one, and none past its end.
+/// A range of 4 KiB pages in a 64-bit address space: not empty, and not past its end.
 ///
-/// There is no other value of this type, and pages are counted, not bytes: so nothing that is done
-/// with ranges can wrap.
+/// The type has no other values, and counts pages rather than bytes, so no operation on ranges can
+/// wrap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageRange {
     /// Number of the first page.
@@ -21,8 +21,8 @@ pub struct PageRange {
 }
 
 impl PageRange {
-    /// `pages` pages from the one of `address` on, as far as there are so many. A range that names
-    /// none would leave its page stale: it is of one.
+    /// `pages` pages from that of `address`, or as many as there are. A range of 0 pages would
+    /// leave its page stale: it becomes one page.
     pub const fn new(address: u64, pages: u64, leaf: bool) -> Self {
         let first = address >> PAGE_SHIFT;
         // More than 0, as every page number is below the end.
@@ -45,7 +45,7 @@ impl PageRange {
         (self.end - 1) << PAGE_SHIFT | (PAGE_SIZE - 1)
     }
 
-    /// How many pages there are, up to 2^52.
+    /// The number of pages, up to 2^52.
     pub const fn pages(self) -> u64 {
         self.end - self.first
     }
@@ -55,13 +55,13 @@ impl PageRange {
         self.leaf
     }
 
-    /// Whether these are all the pages there are.
+    /// Whether it covers the whole address space.
     pub const fn is_all(self) -> bool {
         self.pages() == SPACE_END
     }
 
-    /// Both as one, if they overlap or one begins where the other ends. Paging-structure caches
-    /// stay only if both let them.
+    /// The union, if they overlap or are adjacent. Paging-structure caches may stay only if both
+    /// allow it.
     pub fn join(self, other: Self) -> Option<Self> {
         (self.first <= other.end && other.first <= self.end).then(|| Self {
             first: self.first.min(other.first),

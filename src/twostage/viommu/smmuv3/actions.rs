@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is done for each command (§4): whether the SMMU offers it, and who carries it out.
+//! The action for each command (§4): whether the SMMU supports it, and who executes it.
 //!
-//! What changes the configuration of streams is carried out here. Invalidations of what hardware
-//! caches go to the host: as commands, not as words, so that no bit reaches it that is not one of a
-//! field.
+//! Changes to the configuration of streams are executed here. Invalidations of hardware caches go
+//! to the host: as decoded commands, so that no bit outside a known field reaches it.
 
 use super::apply::Scope;
 use super::Smmu;
@@ -12,24 +11,24 @@ use crate::spec::smmuv3::queue::CommandError;
 use crate::spec::smmuv3::regs::STALL_NONE;
 use crate::spec::smmuv3::StreamId;
 
-/// What is to be done for a command.
+/// The action for a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Nothing: a hint, or a stream that is not here.
+    /// None: a hint, or an unknown stream.
     Nothing,
-    /// The host does the command.
+    /// The host executes the command.
     Invalidate,
-    /// Stream table entries are read anew.
+    /// Stream table entries are read again.
     Configure(Scope),
-    /// All before it is complete: say so.
+    /// All earlier commands are complete: signal it.
     Sync(SyncSignal),
 }
 
 impl Smmu {
-    /// What `command` asks for.
+    /// The action for `command`.
     ///
     /// # Errors
-    /// The SMMU does not offer it.
+    /// The SMMU does not support it.
     pub(super) fn action(&self, command: &Command) -> Result<Action, CommandError> {
         let idr0 = self.caps.idr0;
         let invalidate = Action::Invalidate;
@@ -60,7 +59,7 @@ impl Smmu {
             Command::TlbiS2Ipa { range, .. } => {
                 offered(idr0.s2p() && self.offers_range(range), invalidate)
             }
-            // Larger sizes may be refused; of hardware that does, the guest is not to know.
+            // Hardware may refuse larger sizes; the guest should not depend on that.
             Command::AtcInv { size, .. } if size > ATC_SIZE_ALL => Err(CommandError::Illegal),
             Command::AtcInv { stream, .. } => {
                 let translating = self.streams.is_translating();
@@ -75,7 +74,7 @@ impl Smmu {
         }
     }
 
-    /// `action` if `stream` is here: nobody caches anything of one that is not.
+    /// `action` if `stream` exists: nothing is cached for another one.
     fn of_stream(&self, stream: StreamId, action: Action) -> Action {
         if self.streams.contains(stream) {
             action
@@ -84,7 +83,7 @@ impl Smmu {
         }
     }
 
-    /// `action` if there are such ASIDs: of 8 bits, nothing has a larger one.
+    /// `action` if the ASID is valid: with 8-bit ASIDs, nothing has a larger one.
     fn of_asid(&self, asid: u16, action: Action) -> Action {
         if self.caps.idr0.asid16() || asid <= u8::MAX.into() {
             action
@@ -93,8 +92,8 @@ impl Smmu {
         }
     }
 
-    /// Whether the SMMU takes the fields of `range`. Without IDR3.RIL they are reserved; to ignore
-    /// them would leave most of the range stale.
+    /// Whether the SMMU supports the fields of `range`. Without IDR3.RIL they are reserved;
+    /// ignoring them would leave most of the range stale.
     fn offers_range(&self, range: AddressRange) -> bool {
         (self.caps.idr3.ril() || !range.needs_ril()) && !range.is_reserved()
     }

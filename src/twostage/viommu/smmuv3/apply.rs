@@ -12,12 +12,12 @@ use crate::spec::smmuv3::StreamId;
 use crate::viommu::ledger::{host_refused, Applied, NotApplied};
 use crate::viommu::HostSideError;
 
-/// Which streams a CMD_CFGI_STE* names.
+/// The streams that a CMD_CFGI_STE* names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
     /// All.
     All,
-    /// All that equal `stream` but for the low `bits` bits.
+    /// All that equal `stream` except in the low `bits` bits.
     Range { stream: StreamId, bits: u32 },
     /// One.
     One(StreamId),
@@ -49,14 +49,14 @@ impl Smmu {
         self.reevaluate(registers, Scope::All)
     }
 
-    /// Disables translation: every stream goes by GBPA.
+    /// Disables translation: every stream follows GBPA.
     pub(super) fn disable_translation(&self, registers: &Registers) -> Applied {
         self.bypass_globally(registers)?;
         self.streams.set_table(None);
         Ok(())
     }
 
-    /// Gives every stream what it has while translation is disabled.
+    /// Applies to every stream the policy for disabled translation.
     pub(super) fn bypass_globally(&self, registers: &Registers) -> Applied {
         let mut applied = Ok(());
         for stream in self.streams.all() {
@@ -65,7 +65,7 @@ impl Smmu {
         applied
     }
 
-    /// Stream table entries changed. A wrong one is told of, see [`super::faults`].
+    /// Stream table entries changed. A wrong one is reported, see [`super::faults`].
     pub(super) fn configure(&self, registers: &Registers, scope: Scope) -> Applied {
         if !self.streams.is_translating() {
             return Ok(());
@@ -83,8 +83,8 @@ impl Smmu {
         Ok(())
     }
 
-    /// Reads the stream table anew for the streams that `scope` names, and gives the host what
-    /// changed. Nothing of their configuration, context descriptors included, is cached after that.
+    /// Reads the stream table again for the streams that `scope` names, and gives changes to the
+    /// host. Afterwards nothing of their configuration, context descriptors included, is cached.
     pub(super) fn reevaluate(&self, registers: &Registers, scope: Scope) -> Applied {
         self.counters.evaluations.count();
         let table = self.stream_table(registers.table_registers());
@@ -104,18 +104,18 @@ impl Smmu {
                 applied = applied.and(self.give(stream, decision));
             }
         }
-        // Whatever became of the others: the guest may never ask for these again.
+        // Even if others failed: the guest may never repeat this for these.
         match self.invalidate_host(&unchanged) {
-            // Of commands that the guest did not give it need not be told.
+            // For commands that the guest did not issue, it need not be told.
             Err(error) if !error.flushed => Err(NotApplied::Host),
             _ => applied,
         }
     }
 
-    /// Gives the host anew what it has lost because it could not invalidate it, and what it would
-    /// not take when it did not even block the stream. Whoever asks for invalidations alone does
-    /// not ask for the policies that were lost with them, and a command that failed may never come
-    /// again: but nothing is complete while a stream has what the guest took back.
+    /// Gives the host again what it lost because an invalidation failed, and what it refused
+    /// without even blocking the stream. A guest that only invalidates does not ask for the lost
+    /// policies, and a failed command may never be repeated: but nothing is complete while a stream
+    /// has a mapping that the guest revoked.
     pub(super) fn reapply(&self, registers: &Registers) -> Applied {
         if !self.streams.has_unapplied() {
             return Ok(());
@@ -136,8 +136,8 @@ impl Smmu {
         Ok(())
     }
 
-    /// Gives `decision` to the host unless it has it. When the host refuses, the stream is blocked,
-    /// and each of its transactions is a C_BAD_STE: the entry asks for what cannot be served.
+    /// Gives `decision` to the host unless it has it. If the host refuses, the stream is blocked,
+    /// and each of its transactions is a C_BAD_STE: the entry asks for something unsupported.
     pub(super) fn give(&self, stream: StreamId, decision: Decision) -> Applied {
         let policy = decision.unwrap_or(StreamPolicy::Abort);
         let configure = || self.host.configure(stream, &policy);
@@ -160,7 +160,7 @@ impl Smmu {
         host_refused("SMMUv3", &self.counters.host_errors, &self.log, error)
     }
 
-    /// Ends what is long when the SMMU is halted.
+    /// Aborts long operations when the SMMU is halted.
     pub(super) fn check_halted(&self) -> Applied {
         if self.is_halted() {
             return Err(NotApplied::Halted);

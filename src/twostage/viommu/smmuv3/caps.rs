@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! IDR0 to IDR5, IIDR and AIDR: what the configuration offers.
+//! IDR0 to IDR5, IIDR and AIDR for a configuration.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::spec::smmuv3::regs::{
 /// IDR0.TTENDIAN: translation tables are little-endian.
 const LITTLE_ENDIAN: u8 = 0b10;
 
-/// The identification registers of a virtual SMMUv3, and what they cannot tell.
+/// The identification registers of a virtual SMMUv3, and what they cannot express.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
     /// IDR0.
@@ -22,17 +22,17 @@ pub struct Capabilities {
     pub idr3: Idr3,
     /// IDR5.
     pub idr5: Idr5,
-    /// IIDR: no implementer is named, so that no guest works around errata that the host already
-    /// works around.
+    /// IIDR: no implementer, so that guests do not work around errata that the host already
+    /// handles.
     pub iidr: Iidr,
     /// AIDR.
     pub aidr: Aidr,
-    /// Stage 1 is to be kept from stalling transactions ([`SmmuConfig::host_stalls`]).
+    /// Stage 1 must be kept from stalling transactions ([`SmmuConfig::host_stalls`]).
     pub disable_stalls: bool,
 }
 
 impl Capabilities {
-    /// The registers by name, as reports show them.
+    /// The registers by name, for reports.
     pub fn registers(&self) -> BTreeMap<&'static str, u64> {
         BTreeMap::from([
             ("IDR0", self.idr0.into_bits().into()),
@@ -45,7 +45,7 @@ impl Capabilities {
 }
 
 impl SmmuConfig {
-    /// The identification registers that offer this configuration. Everything else reads as zero:
+    /// The identification registers for this configuration. All other features read as absent:
     /// stage 2, EL2, stalls, page requests, hardware updates of tables, broadcast maintenance,
     /// address translation operations.
     ///

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What virtual SMMUv3 to build.
+//! The configuration of a virtual SMMUv3.
 
 use crate::spec::smmuv3::translation::Granule;
 use crate::spec::smmuv3::SubstreamId;
 
-/// The largest queue that IDR1 may tell of, as binary logarithm of its entries (§6.3.2).
+/// The largest queue that IDR1 can express, as binary logarithm of its entries (§6.3.2).
 const MAX_QUEUE_BITS: u8 = 19;
-/// The smallest queue that Linux's driver takes: more commands than one of its batches has.
+/// The smallest queue that Linux's driver accepts: more commands than one of its batches has.
 const MIN_QUEUE_BITS: u8 = 7;
 
 /// What the virtual SMMUv3 offers to the guest.
@@ -14,7 +14,7 @@ const MIN_QUEUE_BITS: u8 = 7;
 pub struct SmmuConfig {
     /// Width of StreamIDs in bits, 1 to 32. 16 cover every PCI function of a segment.
     pub stream_bits: u8,
-    /// Width of SubstreamIDs in bits, at most 20, 0 for none. `None`: what the hosts have.
+    /// Width of SubstreamIDs in bits, at most 20, 0 for none. `None`: as the hosts support.
     pub substream_bits: Option<u8>,
     /// Width of input addresses (VAX) in bits: 48, or 52 with the 64 KiB granule.
     pub input_bits: u8,
@@ -26,34 +26,35 @@ pub struct SmmuConfig {
     pub granule_16k: bool,
     /// Offer the 64 KiB granule.
     pub granule_64k: bool,
-    /// Each granule that is offered was asked for: a host that lacks one is a conflict. Otherwise
-    /// one is enough, and the others are taken back.
+    /// All granules offered were requested explicitly: a host that lacks one is a conflict.
+    /// Otherwise one is enough, and the others are dropped.
     pub require_granules: bool,
-    /// Offer 16 bits of ASID, not 8 (ASID16).
+    /// Offer 16-bit ASIDs rather than 8-bit ones (ASID16).
     pub asid16: bool,
     /// Offer 2-level tables of context descriptors (CD2L).
     pub two_level_contexts: bool,
     /// Offer invalidation by range (RIL).
     pub range_invalidation: bool,
-    /// That was asked for: a host that lacks it is a conflict. Otherwise it is taken back.
+    /// Range invalidation was requested explicitly: a host that lacks it is a conflict. Otherwise
+    /// it is dropped.
     pub require_range_invalidation: bool,
-    /// How little care block sizes may be changed with (BBML), 0 to 2.
+    /// Level of support for changing block sizes without break-before-make (BBML), 0 to 2.
     pub break_before_make_level: u8,
-    /// Offer ATS. A device has it where its configuration space says so, too.
+    /// Offer ATS, for devices that have the capability in configuration space.
     pub ats: bool,
     /// Send interrupts as messages (MSI).
     pub msi: bool,
-    /// Binary logarithm of the most entries of the command queue, 7 to 19.
+    /// Binary logarithm of the maximum command queue size, 7 to 19.
     pub command_queue_bits: u8,
-    /// Binary logarithm of the most entries of the event queue, 7 to 19.
+    /// Binary logarithm of the maximum event queue size, 7 to 19.
     pub event_queue_bits: u8,
-    /// Tell the guest that terminated transactions are always aborted (TERM_MODEL): it must ask for
+    /// Tell the guest that terminated transactions are always aborted (TERM_MODEL): it must request
     /// that in each context descriptor.
     pub always_abort: bool,
-    /// The host lets context descriptors stall transactions. Nobody could resume them, so that it
-    /// is told not to (S1STALLD), and the guest is not offered it.
+    /// The host lets context descriptors stall transactions. Nothing could resume them, so the host
+    /// is told not to (S1STALLD), and stalls are not offered to the guest.
     pub host_stalls: bool,
-    /// The x of the SMMUv3.x that the guest is told of (AIDR).
+    /// The x of the SMMUv3.x reported to the guest (AIDR).
     pub minor_revision: u8,
 }
 
@@ -75,18 +76,18 @@ impl Default for SmmuConfig {
             break_before_make_level: 2,
             ats: false,
             msi: true,
-            // Linux makes queues as large as it may: 64 KiB of commands, 128 KiB of events.
+            // Linux makes queues as large as possible: 64 KiB of commands, 128 KiB of events.
             command_queue_bits: 12,
             event_queue_bits: 12,
             always_abort: true,
             host_stalls: false,
-            // The first with invalidation by range and levels of break-before-make.
+            // The first with range invalidation and break-before-make levels.
             minor_revision: 2,
         }
     }
 }
 
-/// A configuration that no virtual SMMUv3 can have.
+/// An invalid configuration of a virtual SMMUv3.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SmmuConfigError {
     /// StreamIDs have 1 to 32 bits.
@@ -98,13 +99,13 @@ pub enum SmmuConfigError {
     /// Input addresses have 48 or 52 bits.
     #[error("input addresses of {0} bits are not supported; they have 48 or 52")]
     InputBits(u8),
-    /// The architecture has no such output address size.
+    /// The architecture does not define this output address size.
     #[error("output addresses of {0} bits are not possible; 32, 36, 40, 42, 44, 48 and 52 are")]
     OutputBits(u8),
-    /// 52 bits exist with the 64 KiB granule only.
+    /// 52 bits need the 64 KiB granule.
     #[error("input addresses of 52 bits need the 64 KiB granule")]
     WideWithoutGranule,
-    /// There would be no kind of translation table.
+    /// There would be no translation table format.
     #[error("no translation granule is on; nothing could be translated")]
     NoGranule,
     /// BBML is 0 to 2.
@@ -119,10 +120,10 @@ pub enum SmmuConfigError {
 }
 
 impl SmmuConfig {
-    /// Whether the parts fit together.
+    /// Whether the settings are consistent.
     ///
     /// # Errors
-    /// They do not.
+    /// They are not.
     pub fn check(&self) -> Result<(), SmmuConfigError> {
         if !(1..=32).contains(&self.stream_bits) {
             return Err(SmmuConfigError::StreamBits(self.stream_bits));
@@ -155,13 +156,13 @@ impl SmmuConfig {
         Ok(())
     }
 
-    /// The granules that are offered.
+    /// The granules offered.
     pub(super) fn granules(&self) -> impl Iterator<Item = Granule> {
         let offered = [self.granule_4k, self.granule_16k, self.granule_64k];
         Granule::ALL.into_iter().zip(offered).filter_map(|(granule, on)| on.then_some(granule))
     }
 
-    /// The encoding of the output address size; `None` where there is none.
+    /// The encoding of the output address size; `None` if invalid.
     pub(super) fn oas(&self) -> Option<u8> {
         (0..8).find(|&bits| crate::spec::smmuv3::address_size(bits) == Some(self.output_bits))
     }

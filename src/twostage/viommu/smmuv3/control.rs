@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Enables, and what holds while they are off: CR0, CR1, CR2, GBPA (§6.3).
+//! Enable registers and those that are fixed while enabled: CR0, CR1, CR2, GBPA (§6.3).
 //!
 //! What a write asks for has been given to the host when the register says so: CR0ACK follows CR0,
-//! and GBPA.Update is clear again. Where the host lets a stream keep what the guest takes back,
-//! they stay, and the next write tries again.
+//! and GBPA.Update is clear again. If the host leaves a stream with a revoked mapping, these stay
+//! unchanged, and the next write retries.
 
 use super::state::Registers;
 use super::Smmu;
 use crate::spec::smmuv3::regs::{Cr0, Cr1, Cr2, Gbpa};
 
 impl Smmu {
-    /// The guest writes CR0. Queues come first, so that events of what is enabled are recorded.
+    /// The guest writes CR0. Queues come first, so that events of newly enabled parts are recorded.
     pub(super) fn write_cr0(&self, registers: &mut Registers, value: Cr0) {
         let idr0 = self.caps.idr0;
         let cr0 = Cr0::new()
@@ -23,7 +23,7 @@ impl Smmu {
         self.fault_log().events.enabled = cr0.eventqen();
         let smmuen = registers.cr0ack.smmuen();
         registers.cr0ack = cr0.with_smmuen(smmuen);
-        // Differs from CR0ACK where the write before could not be completed.
+        // Differs from CR0ACK if an earlier write could not be completed.
         let translating = self.streams.is_translating();
         if cr0.smmuen() != smmuen || cr0.smmuen() != translating {
             if let (Some(observer), true, false) = (&self.observer, smmuen, cr0.smmuen()) {
@@ -40,8 +40,8 @@ impl Smmu {
         }
     }
 
-    /// The guest writes CR1: attributes of accesses, which are coherent whatever they say. Those of
-    /// what is enabled stay.
+    /// The guest writes CR1: attributes of accesses, which are coherent in any case. Those of
+    /// enabled parts are fixed.
     pub(super) fn write_cr1(&self, registers: &mut Registers, value: Cr1) {
         let Registers { cr0, cr0ack, cr1, .. } = *registers;
         let queues = [cr0, cr0ack].iter().any(|cr0| cr0.cmdqen() || cr0.eventqen());
@@ -63,12 +63,12 @@ impl Smmu {
         self.streams.set_recording_bad_streams(value.recinvsid());
     }
 
-    /// The guest writes GBPA: without Update it says nothing.
+    /// The guest writes GBPA: without Update it has no effect.
     pub(super) fn write_gbpa(&self, registers: &mut Registers, value: Gbpa) {
         if !value.update() {
             return;
         }
-        // Through the fields, so that no reserved bit stays.
+        // Field by field, so that no reserved bit is kept.
         registers.gbpa = Gbpa::new()
             .with_memattr(value.memattr())
             .with_mtcfg(value.mtcfg())

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual SMMUv3 has done, in numbers.
+//! Statistics of a virtual SMMUv3.
 
 use crate::counters::Counter;
 use crate::spec::smmuv3::command::Command;
 
 crate::counters! {
-    /// What a virtual SMMUv3 has done so far.
+    /// Statistics of a virtual SMMUv3.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     pub struct SmmuCounters;
     /// The counters as they run.
@@ -46,22 +46,22 @@ crate::counters! {
         batches,
         /// Commands in them.
         invalidations,
-        /// Times that stream table entries were read anew for all that a command, or an enable,
+        /// Times that stream table entries were read again for all that a command, or an enable,
         /// names.
         evaluations,
         /// Policies given to the host.
         policies,
-        /// Events in the event queue.
+        /// Events written to the event queue.
         events_recorded,
-        /// Events that found no room or no memory, and times that the host said it lost some.
+        /// Events lost for lack of space or memory, and reports of lost events by the host.
         events_lost,
-        /// Events that the guest is not to be told of.
+        /// Events suppressed.
         events_suppressed,
         /// Times the command queue stopped with an error.
         command_errors,
-        /// Other mistakes of the guest: writes that were ignored, messages to where nothing is.
+        /// Other mistakes of the guest: ignored writes, messages to invalid addresses.
         guest_errors,
-        /// Requests that the host refused.
+        /// Requests refused by the host.
         host_errors,
     }
 }

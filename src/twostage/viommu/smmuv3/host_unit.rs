@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every host unit can serve of a configuration.
+//! The part of a configuration that every host unit supports.
 //!
-//! Pure functions. Abilities that a guest can do without (a granule, invalidation by range) are
-//! lowered to what every host unit has; those that were asked for by value (52-bit addresses,
-//! SubstreamID bits) make an error that names the bit and the device, and says what to ask for.
+//! Pure functions. Features that a guest can do without (a granule, range invalidation) are reduced
+//! to what every host unit has; those requested by value (52-bit addresses, SubstreamID bits) cause
+//! an error that names the bit and the device, and what to request.
 
 use super::config::SmmuConfig;
 use crate::spec::smmuv3::regs::{Aidr, Idr0, Idr1, Idr3, Idr5, TTF_AARCH64};
 use crate::spec::smmuv3::translation::Granule;
 use crate::viommu::CapabilityConflict;
 
-/// IDR0.STALL_MODEL: every fault stalls that can.
+/// IDR0.STALL_MODEL: every fault that can stall does.
 const STALL_FORCED: u8 = 0b10;
-/// IDR0.STALL_MODEL: context descriptors say whether faults stall.
+/// IDR0.STALL_MODEL: context descriptors choose whether faults stall.
 const STALL_OR_TERMINATE: u8 = 0b00;
 /// IDR0.TTENDIAN: translation tables are big-endian.
 const BIG_ENDIAN: u8 = 0b11;
 
-/// What a host unit can serve, and a device behind it to name it by.
+/// The features of a host unit, and a device behind it, for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSmmu {
     device: String,
@@ -26,13 +26,13 @@ pub struct HostSmmu {
     idr3: Idr3,
     idr5: Idr5,
     aidr: Aidr,
-    /// The device can use ATS, which no register says.
+    /// The device can use ATS, which no register reports.
     ats: bool,
 }
 
 impl HostSmmu {
-    /// The fields of IDR0 to IDR5 that `struct iommu_hw_info_arm_smmuv3` lets its users read. The
-    /// others are the hardware's, whether or not the kernel serves them to a guest.
+    /// The fields of IDR0 to IDR5 that users of `struct iommu_hw_info_arm_smmuv3` may interpret.
+    /// The others describe the hardware, whether or not the kernel supports them for a guest.
     const READABLE: [u32; 6] = [
         Idr0::new()
             .with_ttf(!0 >> 6)
@@ -55,7 +55,7 @@ impl HostSmmu {
             .into_bits(),
     ];
 
-    /// What `IOMMU_GET_HW_INFO` of `device` says; `ats`: its capabilities are without
+    /// The answer of `IOMMU_GET_HW_INFO` for `device`; `ats`: its capabilities lack
     /// `IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED`.
     pub fn new(device: String, idr: [u32; 6], aidr: u32, ats: bool) -> Self {
         let [mask0, mask1, _, mask3, _, mask5] = Self::READABLE;
@@ -71,7 +71,7 @@ impl HostSmmu {
         }
     }
 
-    /// The x of its SMMUv3.x. A later major revision has all that the last minor one has.
+    /// The x of its SMMUv3.x. A later major revision has all features of the last minor one.
     fn minor_revision(&self) -> u8 {
         if self.aidr.major() == 0 {
             self.aidr.minor()
@@ -94,13 +94,13 @@ impl HostSmmu {
 }
 
 impl SmmuConfig {
-    /// This configuration, lowered to what all of `hosts` can serve.
+    /// This configuration, reduced to what all of `hosts` support.
     ///
     /// # Errors
-    /// A unit cannot serve what was asked for by value, or what every virtual SMMUv3 needs.
+    /// A unit does not support what was requested by value, or what every virtual SMMUv3 needs.
     pub fn intersect(&self, hosts: &[HostSmmu]) -> Result<Self, CapabilityConflict> {
         self.require_substreams(hosts)?;
-        // Some devices behind an SMMU may have it, and others not.
+        // Only some of the devices behind an SMMU may support it.
         if let Some(host) = hosts.first().filter(|_| self.ats && !hosts.iter().any(|host| host.ats))
         {
             let needed_for =
@@ -133,7 +133,7 @@ impl SmmuConfig {
         Ok(lowered)
     }
 
-    /// As many SubstreamID bits as were asked for, by the unit that has the fewest.
+    /// As many SubstreamID bits as requested, on the unit with the fewest.
     fn require_substreams(&self, hosts: &[HostSmmu]) -> Result<(), CapabilityConflict> {
         let least = hosts.iter().min_by_key(|host| host.idr1.ssidsize());
         let (Some(asked), Some(host)) = (self.substream_bits, least) else { return Ok(()) };
@@ -147,7 +147,7 @@ impl SmmuConfig {
         Err(host.lacks("IDR1.SSIDSIZE", needed_for))
     }
 
-    /// What else was asked for by value, or is needed by every virtual SMMUv3.
+    /// Everything else that was requested by value, or that every virtual SMMUv3 needs.
     fn require(&self, host: &HostSmmu) -> Result<(), CapabilityConflict> {
         let needed = |bit, what: &str| {
             let leave = "no virtual SMMUv3 can be without; leave the device out";
@@ -185,7 +185,7 @@ impl SmmuConfig {
     }
 }
 
-/// Each granule, its bit, and what users call it.
+/// Each granule, its bit, and its name for users.
 const GRANULES: [(Granule, &str, &str); 3] = [
     (Granule::K4, "IDR5.GRAN4K", "4K"),
     (Granule::K16, "IDR5.GRAN16K", "16K"),
@@ -196,7 +196,7 @@ const GRANULES: [(Granule, &str, &str); 3] = [
 mod tests {
     use super::*;
 
-    /// A unit that has everything, as registers.
+    /// A unit with all features, as registers.
     fn able() -> ([u32; 6], u32) {
         let idr0 = Idr0::new()
             .with_ttf(3)

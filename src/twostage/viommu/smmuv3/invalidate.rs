@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Invalidations that the host does.
+//! Invalidations executed by the host.
 
 use super::{Smmu, SmmuInvalidateError};
 use crate::spec::smmuv3::command::Command;
 
 impl Smmu {
-    /// Gives a batch to the host; nothing for an empty one.
+    /// Gives a batch to the host, unless it is empty.
     ///
     /// # Errors
     /// The host refused something; it is counted and logged.
@@ -17,10 +17,10 @@ impl Smmu {
         self.counters.invalidations.add(batch.len() as u64);
         self.host.invalidate(batch).inspect_err(|error| {
             if !error.flushed {
-                // What the host blocked for this is given anew at the next occasion.
+                // What the host blocked because of it is given again at the next occasion.
                 self.streams.unapply_all();
             }
-            // Nobody acknowledges an invalidation that failed, whatever became of its streams.
+            // A failed invalidation is never acknowledged, whatever happened to its streams.
             let _ = self.host_failed(&error.error);
         })
     }

@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual Arm SMMUv3: registers, command queue, stream table and events, as a guest drives them.
+//! A virtual Arm SMMUv3: registers, command queue, stream table and events, as driven by a guest.
 //!
-//! A register write is complete when [`Smmu::mmio_write`] returns: what it asks has been given to
-//! the host, and only then does CR0ACK, GBPA.Update or CMDQ_CONS say so. While CR0ACK.SMMUEN is set
-//! every stream goes by its entry, and is blocked where that is none or a wrong one.
+//! A register write is complete when [`Smmu::mmio_write`] returns: its request has been given to
+//! the host, and only then do CR0ACK, GBPA.Update or CMDQ_CONS say so. While CR0ACK.SMMUEN is set,
+//! every stream follows its entry, and is blocked if that is missing or wrong.
 //!
-//! Where the host cannot even block what the guest takes back, nothing is acknowledged: the command
-//! queue stops with CERROR_ILL, CR0ACK and GBPA.Update stay as they were, and the next write tries
-//! again. No CMD_SYNC completes before.
+//! If the host cannot even block what the guest revokes, nothing is acknowledged: the command queue
+//! stops with CERROR_ILL, CR0ACK and GBPA.Update stay as they were, and the next write retries. No
+//! CMD_SYNC completes before that.
 //!
-//! Not offered: stage 2 of the guest's own, EL2, page requests, stalls, address translation
+//! Not offered: a stage 2 of the guest's own, EL2, page requests, stalls, address translation
 //! operations, the Secure state. Their registers read as zero, their commands are CERROR_ILL.
 //!
 //! # Locks
-//! The registers are one lock, held across calls to the host and to [`SmmuInterrupts`], neither of
-//! which may call the SMMU but to report events and to halt it. Whoever works through the command
-//! queue lets go of it after each CMD_SYNC and each change of configuration, and those who wait
-//! have it in turn. Event queue and global errors have a lock of their own, and so have the
-//! published policies: both are taken after the registers, for a moment, and are all that
-//! [`EventTarget`] takes. An event may therefore come from any thread, even while another waits in
-//! the host for DMA to end.
+//! The registers have one lock, held across calls to the host and to [`SmmuInterrupts`], neither of
+//! which may call the SMMU except to report events and to halt it. A thread that works through the
+//! command queue unlocks it after each CMD_SYNC and each change of configuration, and queues behind
+//! those that wait. Event queue and global errors have a lock of their own, and so have the
+//! published policies: both are taken after the registers, for a moment, and are the only locks
+//! that [`EventTarget`] takes. An event may therefore come from any thread, even while another one
+//! waits in the host for DMA to end.
 
 mod actions;
 mod apply;
@@ -118,9 +118,9 @@ impl Smmu {
         self.caps
     }
 
-    /// Puts a stream behind the SMMU. It goes by GBPA while translation is disabled, and by its
-    /// stream table entry when it is enabled. Nothing happens for a stream that is there already.
-    /// What the host refuses is logged; the stream is then blocked.
+    /// Adds a stream. It follows GBPA while translation is disabled, and its stream table entry
+    /// while it is enabled. Does nothing for a stream that exists already. A refusal of the host is
+    /// logged; the stream is then blocked.
     pub fn add_stream(&self, stream: StreamId) {
         let registers = self.lock();
         if !self.streams.add(stream) {
@@ -131,12 +131,12 @@ impl Smmu {
         } else {
             Ok(policy_while_disabled(registers.gbpa))
         };
-        // The host has it blocked until it is given something, so that a refusal leaves it so.
+        // The host blocks it until it is configured, so a refusal leaves it blocked.
         let _ = self.give(stream, decision);
     }
 
-    /// Takes a stream away: it is blocked. Nothing happens for a stream that is not there. What the
-    /// host does not block is logged, and is for whoever takes the device from the host.
+    /// Removes a stream: it is blocked. Does nothing for an unknown stream. If the host fails to
+    /// block it, that is logged, and left to the owner of the device.
     pub fn remove_stream(&self, stream: StreamId) {
         // Held so that nobody gives the stream a policy meanwhile.
         let _registers = self.lock();
@@ -144,7 +144,7 @@ impl Smmu {
             return;
         }
         if let Err(error) = self.host.configure(stream, &StreamPolicy::Abort) {
-            // Nobody is told: the guest has no part in it.
+            // Not reported: the guest is not involved.
             let _ = self.host_failed(&error);
         }
     }
@@ -152,16 +152,15 @@ impl Smmu {
     /// Works through the command queue up to its end or its first error. Register writes do so
     /// themselves; any other thread may, too, and several at once share the work.
     ///
-    /// Others have the registers in turn after each slice of the queue, however much of it there
-    /// is.
+    /// The registers are unlocked after each slice of the queue, however long it is.
     pub fn drain_queue(&self) {
         while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
     }
 
-    /// The machine stops: whoever works through the queue leaves off at the next command, and
-    /// nobody begins again. What is under way is not acknowledged to the guest.
+    /// The machine is stopping: threads working through the queue return at the next command, and
+    /// none starts again. Work in progress is not acknowledged to the guest.
     ///
-    /// Waits for nothing. Registers can be read and written as before.
+    /// Does not block. Registers can be read and written as before.
     pub fn halt(&self) {
         self.halted.store(true, Ordering::Relaxed);
     }
@@ -170,22 +169,22 @@ impl Smmu {
         self.halted.load(Ordering::Relaxed)
     }
 
-    /// What the guest's tables say of `stream` at this moment, whatever it was given; `None` while
-    /// translation is disabled, and for a stream that is not here. For who looks for invalidations
-    /// that the guest forgot: DMA goes by what was given.
+    /// The policy for `stream` by the guest's tables at this moment, regardless of the applied one;
+    /// `None` while translation is disabled, and for an unknown stream. For finding missing
+    /// invalidations of the guest: DMA follows the applied policy.
     ///
-    /// May be called from anywhere: it waits for nobody who waits for the host.
+    /// May be called from anywhere: it never waits for a thread that waits for the host.
     pub fn policy_by_tables(&self, stream: StreamId) -> Option<StreamPolicy> {
         let table = self.streams.standing(stream)?.table?;
         Some(self.stream_table(table).policy(stream).unwrap_or(StreamPolicy::Abort))
     }
 
-    /// What the SMMU has done so far.
+    /// Statistics.
     pub fn counters(&self) -> SmmuCounters {
         self.counters.snapshot()
     }
 
-    /// All that the guest can see, at one moment.
+    /// The guest-visible state at one moment.
     pub fn state(&self) -> SmmuState {
         let registers = self.lock();
         SmmuState {
@@ -203,7 +202,7 @@ impl Smmu {
         self.faults.lock()
     }
 
-    /// The stream table, to decide by.
+    /// The stream table at `registers`.
     fn stream_table(&self, registers: TableRegisters) -> StreamTable<'_> {
         let TableRegisters { base, cfg } = registers;
         StreamTable { memory: &*self.memory, caps: &self.caps, base, cfg }
@@ -216,7 +215,7 @@ impl Smmu {
     }
 
     /// Sends an interrupt. A message is a write: to guest memory if its address is there. One that
-    /// nothing takes is a global error, which is news but once.
+    /// nothing accepts is a global error, reported once.
     fn send(&self, signal: Option<Signal>) {
         let Some(signal) = signal else { return };
         let Some((address, data)) = signal.message else {

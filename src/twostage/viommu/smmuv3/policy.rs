@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What becomes of a stream's transactions, from the guest's stream table (§3.3, §5.1, §5.2).
+//! The treatment of a stream's transactions, from the guest's stream table (§3.3, §5.1, §5.2).
 //!
-//! Pure functions: they read guest memory and nothing else. Context descriptors and what is behind
-//! them are not looked at: the host's hardware reads those itself.
+//! Pure functions: they read guest memory and nothing else. Context descriptors and translation
+//! tables are not looked at: the host's hardware reads those itself.
 
 use super::caps::Capabilities;
 use super::StreamPolicy;
@@ -15,14 +15,14 @@ use crate::spec::smmuv3::stream_table::{
 use crate::spec::smmuv3::{StreamId, ADDRESS_WIDTH};
 use crate::viommu::{BadAddress, TableMemory};
 
-/// Why the stream table serves no transaction of a stream: every one is terminated.
+/// Why the stream table cannot serve the transactions of a stream: all are terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ConfigFault {
     /// The event of such a transaction: C_BAD_STREAMID, F_STE_FETCH or C_BAD_STE.
     pub event: EventId,
-    /// FetchAddr: the address that could not be read, 0 where there is none.
+    /// FetchAddr: the address that could not be read, 0 if there is none.
     pub fetch_address: u64,
-    /// There is no valid entry: a driver keeps a stream off so, it need not be a mistake.
+    /// There is no valid entry: drivers turn streams off like that, so it need not be a mistake.
     pub off: bool,
 }
 
@@ -31,7 +31,7 @@ impl ConfigFault {
     pub const BAD_STE: Self = Self { event: EventId::BadSte, fetch_address: 0, off: false };
     const INVALID_STE: Self = Self { off: true, ..Self::BAD_STE };
 
-    /// The record of a transaction of `stream` that ends by this.
+    /// The record of a transaction of `stream` that ends with this.
     pub fn record(self, stream: StreamId) -> EventRecord {
         let second_address = self.fetch_address & EventRecord::FETCH_ADDRESS;
         EventRecord { second_address, ..EventRecord::new(self.event, stream, None) }
@@ -44,7 +44,7 @@ impl From<BadAddress> for ConfigFault {
     }
 }
 
-/// What becomes of every stream while translation is off (§6.3.14).
+/// The policy of every stream while translation is off (§6.3.14).
 pub(super) const fn policy_while_disabled(gbpa: Gbpa) -> StreamPolicy {
     if gbpa.abort() {
         StreamPolicy::Abort
@@ -53,8 +53,8 @@ pub(super) const fn policy_while_disabled(gbpa: Gbpa) -> StreamPolicy {
     }
 }
 
-/// What decides while translation is on: guest memory, what the SMMU offers, and where the stream
-/// table is.
+/// The inputs of the decision while translation is on: guest memory, the SMMU's features, and the
+/// stream table's location.
 #[derive(Clone, Copy)]
 pub(super) struct StreamTable<'a> {
     pub memory: &'a dyn TableMemory,
@@ -64,20 +64,20 @@ pub(super) struct StreamTable<'a> {
 }
 
 impl StreamTable<'_> {
-    /// What becomes of `stream`.
+    /// The policy of `stream`.
     ///
     /// # Errors
     /// The table has no valid entry for it.
     pub fn policy(&self, stream: StreamId) -> Result<StreamPolicy, ConfigFault> {
         let address = self.entry(stream)?;
-        // An entry is 64-byte aligned, so that none of its words wraps.
+        // An entry is 64-byte aligned, so none of its words wraps.
         let qw0 = Ste0::from_bits(self.memory.load_u64(address)?);
         let qw1 = Ste1::from_bits(self.memory.load_u64(address + 8)?);
-        // The other words are of stage 2, which is not offered.
+        // The other words concern stage 2, which is not offered.
         stream_policy(&Ste { qw0, qw1, ..Ste::default() }, self.caps)
     }
 
-    /// Address of the stream table entry of `stream`, in bytes.
+    /// Address of the stream table entry of `stream`.
     fn entry(&self, stream: StreamId) -> Result<u64, ConfigFault> {
         let log2size = self.cfg.log2size().min(self.caps.idr1.sidsize());
         let index = u64::from(stream.raw());
@@ -92,35 +92,35 @@ impl StreamTable<'_> {
         let descriptor = self.memory.load_u64(table + (index >> split) * L1_DESCRIPTOR_SIZE)?;
         let descriptor = L1StreamTableDescriptor::from_bits(descriptor);
         let index = index & ((1 << split) - 1);
-        // A table that is larger than what the descriptor is for makes it void.
+        // A descriptor whose table is larger than one split is invalid.
         if descriptor.span() > split + 1 || index >= u64::from(descriptor.entries()) {
             return Err(ConfigFault::BAD_STREAM_ID);
         }
         Ok(self.within_output(descriptor.l2_table()) + index * STE_SIZE)
     }
 
-    /// Address of the table that STRTAB_BASE names, of `2^log2_bytes` bytes or 64 if that is more:
-    /// it is aligned to its size.
+    /// Address of the table that STRTAB_BASE names, of `2^log2_bytes` bytes or at least 64: it is
+    /// aligned to its size.
     fn table(&self, log2_bytes: u8) -> u64 {
         let low = u64::MAX.checked_shl(log2_bytes.max(6).into()).unwrap_or(0);
         self.within_output(self.base.address()) & low
     }
 
-    /// `address` without the bits that output addresses do not have (§3.4.3).
+    /// `address` without the bits above the output address size (§3.4.3).
     fn within_output(&self, address: u64) -> u64 {
         address & !above_output(self.caps)
     }
 }
 
-/// The bits that output addresses, which are GPAs, do not have.
+/// The bits above the output address size of GPAs.
 fn above_output(caps: &Capabilities) -> u64 {
     u64::MAX << caps.idr5.output_bits().unwrap_or(ADDRESS_WIDTH)
 }
 
-/// What the entry `ste` asks for.
+/// The policy of the entry `ste`.
 ///
-/// The words of a stage 1 have no bit that does not count, so that entries that mean the same are
-/// equal, and a host sees no field that belongs to the owner of stage 2.
+/// The words of a stage 1 are normalized, so that equivalent entries are equal, and the host sees
+/// no field that belongs to the owner of stage 2.
 fn stream_policy(ste: &Ste, caps: &Capabilities) -> Result<StreamPolicy, ConfigFault> {
     if !ste.qw0.v() {
         return Err(ConfigFault::INVALID_STE);
@@ -201,7 +201,7 @@ mod tests {
         linear(log2size).with_fmt(1).with_split(split)
     }
 
-    /// What `entry` makes of a stream of an SMMU with `caps`.
+    /// The policy of `entry` on an SMMU with `caps`.
     fn of_entry(entry: [u64; 2], caps: &Capabilities) -> Result<StreamPolicy, EventId> {
         let memory = memory();
         write(&memory, TABLE + 3 * STE_SIZE, &entry);
@@ -211,8 +211,8 @@ mod tests {
 
     const BAD_STE: Result<StreamPolicy, EventId> = Err(EventId::BadSte);
 
-    /// An entry with its fields where Linux's driver puts them: stage 1, one context descriptor,
-    /// write-back and inner shareable.
+    /// An entry as Linux's driver writes it: stage 1, one context descriptor, write-back and inner
+    /// shareable.
     const LINUX_STAGE_1: [u64; 2] = [0xf0f0_f0f0_f0c0 | 5 << 1 | 1, 1 << 2 | 1 << 4 | 3 << 6];
 
     #[test]
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_host_sees_no_field_of_stage_2_or_of_the_architecture_at_large() {
-        // What iommufd lets the owner of stage 1 say (IOMMU_HWPT_DATA_ARM_SMMUV3).
+        // The fields that iommufd accepts from the owner of stage 1 (IOMMU_HWPT_DATA_ARM_SMMUV3).
         const ALLOWED: [u64; 2] = [0xf80f_ffff_ffff_ffff, 0x3800_00ff];
         let [qw0, qw1] = LINUX_STAGE_1;
         let noisy = [qw0 | !ALLOWED[0], qw1 | !ALLOWED[1]];
@@ -310,7 +310,7 @@ mod tests {
         assert_eq!(tables(linear(9)).policy(StreamId(0x1ff)), Ok(StreamPolicy::Abort));
         assert_eq!(tables(linear(8)).policy(StreamId(0x1ff)), Err(bad));
         assert_eq!(tables(linear(0)).policy(StreamId(1)), Err(bad));
-        // LOG2SIZE counts as SIDSIZE at most.
+        // LOG2SIZE is capped at SIDSIZE.
         assert_eq!(tables(linear(63)).policy(StreamId(0x1_0000)), Err(bad));
     }
 

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The command queue (§3.5, §4, §7.1).
 //!
-//! Invalidations are gathered up to the next CMD_SYNC, change of configuration or the end of the
-//! queue, and given to the host in one call. CMDQ_CONS moves past a command only when what it asks
-//! is done, so that a CMD_SYNC has nothing to wait for when its turn comes.
+//! Invalidations are batched up to the next CMD_SYNC, change of configuration or the end of the
+//! queue, and given to the host in one call. CMDQ_CONS moves past a command only when it is done,
+//! so a CMD_SYNC has nothing to wait for when its turn comes.
 //!
-//! A command that is wrong, or that the host refuses, is where CMDQ_CONS stops; what stands before
-//! it is done. Consumption goes on from that command once GERROR.CMDQ_ERR is acknowledged. That
-//! holds even where the host made a refusal good by forgetting everything: CERROR_ILL then stands
-//! at the first of the batch, for none is known to have been taken, and a driver that goes on
-//! behind it, or does all of them again, loses nothing.
+//! CMDQ_CONS stops at a command that is wrong or that the host refuses; all before it is done.
+//! Consumption resumes at that command once GERROR.CMDQ_ERR is acknowledged. That holds even if the
+//! host made a refusal good by flushing everything: CERROR_ILL then points to the first of the
+//! batch, as none is known to have been accepted, and a driver that skips it, or repeats all of
+//! them, loses nothing.
 //!
-//! The queue is worked through in slices, up to a CMD_SYNC, a change of configuration or a number
-//! of commands.
+//! The queue is processed in slices, up to a CMD_SYNC, a change of configuration or a number of
+//! commands.
 
 use super::actions::Action;
 use super::faults::interrupts::{Signal, SmmuInterrupt};
@@ -23,14 +23,14 @@ use crate::spec::smmuv3::queue::{CmdqCons, CommandError, QueueLayout, COMMAND_SI
 use crate::spec::smmuv3::regs::Gerror;
 use crate::viommu::ledger::NotApplied;
 
-/// The most commands of a slice, and so of a call to the host; of those that may make a host look
-/// through all that it caches a quarter of it, as more would hold the registers for long.
+/// The maximum cost of a slice, and so of a host call, in commands; commands that may make a host
+/// search its whole cache count four times, as more would hold the registers for long.
 const SLICE: u32 = 256;
 
-/// So many bytes a host looks up page by page.
+/// Ranges up to this size a host looks up page by page.
 const FEW_PAGES: u64 = 64 << 12;
 
-/// How much of a slice `command` takes.
+/// The cost of `command` in a slice.
 fn cost(command: &Command) -> u32 {
     match command {
         Command::TlbiNhVa { range, .. } | Command::TlbiNhVaa { range, .. }
@@ -43,21 +43,21 @@ fn cost(command: &Command) -> u32 {
     }
 }
 
-/// What is left of the queue after a slice of it.
+/// What is left of the queue after a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Slice {
-    /// Perhaps more commands.
+    /// Possibly more commands.
     More,
-    /// None, or none may be done before the guest has acknowledged an error.
+    /// None, or none before the guest has acknowledged an error.
     Done,
 }
 
 /// Why consumption stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stop {
-    /// The command at the fetch index is wrong, or is nowhere.
+    /// The command at the fetch index is wrong, or not in memory.
     Guest(CommandError),
-    /// The host did not do what the command at this index asks.
+    /// The host did not do the command at this index.
     Host(u32),
     /// The SMMU was halted.
     Halted,
@@ -68,9 +68,9 @@ struct Pass {
     queue: QueueLayout,
     /// Index of the next command to fetch.
     fetch: u32,
-    /// Index of the first command that is not fetched yet when the guest wrote CMDQ_PROD.
+    /// The guest's CMDQ_PROD: the index behind the last command.
     end: u32,
-    /// Invalidations gathered since the last that were done.
+    /// Invalidations batched and not done yet.
     batch: Vec<Command>,
     /// The index of each of them.
     indices: Vec<u32>,
@@ -100,7 +100,7 @@ impl Smmu {
     }
 
     fn walk(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Slice, Stop> {
-        // Indices that no queue can have, more than its size apart, only make commands be fetched
+        // Invalid indices, further apart than the queue's size, only cause commands to be fetched
         // twice: the end is met before the wrap bit comes round.
         let mut left = SLICE;
         while left > 0 {
@@ -149,7 +149,7 @@ impl Smmu {
 
     /// Reads and decodes the command at the fetch index.
     fn fetch(&self, pass: &Pass) -> Result<Command, CommandError> {
-        // The guest is done with what is before the end: words need not be read one by one.
+        // The guest no longer writes what is before the end: words need not be read one by one.
         let mut bytes = [0; COMMAND_SIZE as usize];
         let address = pass.queue.address(pass.fetch);
         self.memory.read(address, &mut bytes).map_err(|_| CommandError::Abort)?;
@@ -163,7 +163,7 @@ impl Smmu {
         })
     }
 
-    /// [`Smmu::flush`], unless there is nothing to blame for what fails.
+    /// [`Smmu::flush`], unless there is nothing to blame for a failure.
     fn flush_batch(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         if pass.batch.is_empty() {
             return Ok(());
@@ -171,9 +171,8 @@ impl Smmu {
         self.flush(registers, pass)
     }
 
-    /// Gives what was gathered, and what it must be given anew, to the host; CMDQ_CONS then
-    /// follows. What fails is blamed on a command that was gathered, or else on the one at the
-    /// fetch index.
+    /// Gives the batch, and what must be given again, to the host; CMDQ_CONS then follows. A
+    /// failure is blamed on a batched command, or else on the one at the fetch index.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         let batch = std::mem::take(&mut pass.batch);
         let indices = std::mem::take(&mut pass.indices);
@@ -187,7 +186,7 @@ impl Smmu {
 
     fn complete_sync(&self, signal: SyncSignal) {
         match signal {
-            // No processor here waits for an event: all come back to CMDQ_CONS by themselves.
+            // No processor here waits for an event: all poll CMDQ_CONS.
             SyncSignal::None | SyncSignal::Event => {}
             SyncSignal::Interrupt { address, data } => {
                 let address = (self.caps.idr0.msi() && address != 0).then_some(address);
@@ -197,7 +196,7 @@ impl Smmu {
     }
 
     fn stop_queue(&self, registers: &mut Registers, pass: &mut Pass, stop: Stop) {
-        // What stands before a wrong command is done all the same.
+        // Commands before a wrong one are still done.
         let stop = match stop {
             Stop::Guest(error) => {
                 self.flush_batch(registers, pass).err().unwrap_or(Stop::Guest(error))
@@ -217,7 +216,7 @@ impl Smmu {
 }
 
 impl Stop {
-    /// What the command at `index` asks was not done.
+    /// The command at `index` was not done.
     fn of(not_applied: NotApplied, index: u32) -> Self {
         match not_applied {
             NotApplied::Host => Self::Host(index),

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The register pages: reads, and writes with what they set off (§6.2, §6.3).
+//! The register pages: reads, and writes with their effects (§6.2, §6.3).
 //!
-//! What is reserved reads as zero, and so does what is no aligned 32- or 64-bit access; writes of
-//! both are ignored. So are writes of registers that are fixed while what they are for is enabled.
+//! Reserved registers, and accesses other than aligned 32- or 64-bit ones, read as zero; writes to
+//! both are ignored. So are writes to registers that are fixed while the part they concern is
+//! enabled.
 
 use super::faults::interrupts::InterruptConfig;
 use super::state::Registers;
@@ -29,8 +30,8 @@ impl Smmu {
         self.observe_access(offset, size, value, false);
     }
 
-    /// The guest writes `data` at `offset` of the register pages. What the write asks for is done
-    /// when this returns, or the registers do not say that it is.
+    /// The guest writes `data` at `offset` of the register pages. Its effect is complete when this
+    /// returns, or the registers do not say that it is.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         self.counters.register_writes.count();
         let Some(access) = SlotAccess::new(offset, data.len(), regs::SIZE) else {
@@ -42,7 +43,7 @@ impl Smmu {
         self.observe_access(offset, data.len(), access.extract(value), true);
         self.write_slot(&mut registers, access, value);
         drop(registers);
-        // What lets the queue go on: it is enabled, has more commands, or an error was
+        // What lets the queue continue: it is enabled, has more commands, or an error was
         // acknowledged.
         if matches!(access.slot, regs::CR0 | regs::GERROR | regs::CMDQ_PROD) {
             self.drain_queue();
@@ -52,7 +53,7 @@ impl Smmu {
     fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
         if let Some(observer) = &self.observer {
             let name = regs::name(offset);
-            // `SlotAccess::new` took 4 or 8.
+            // `SlotAccess::new` accepts 4 or 8.
             let size = size as u8;
             observer.register(&RegisterAccess { name, offset, size, value, write });
         }
@@ -99,7 +100,7 @@ impl Smmu {
         }
     }
 
-    /// `value` has the bits of the access in their place in the slot.
+    /// `value` has the bits of the access at their place in the slot.
     fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
         let (low, high) = access.halves(value);
         match access.slot {
@@ -147,7 +148,7 @@ impl Smmu {
                     let wr = CmdqProd::from_bits(low).wr();
                     registers.cmdq_prod = CmdqProd::new().with_wr(wr);
                 }
-                // The SMMU's own while the queue is enabled.
+                // Owned by the SMMU while the queue is enabled.
                 if let Some(high) = high.filter(|_| !registers.cr0.cmdqen()) {
                     let cons = CmdqCons::from_bits(high);
                     registers.cmdq_cons = CmdqCons::new().with_rd(cons.rd()).with_err(cons.err());
@@ -174,7 +175,7 @@ impl Smmu {
                     log.errors.acknowledge(high);
                 }
             }
-            // Where a message goes is fixed while it may be on its way.
+            // The target of a message is fixed while it may be on its way.
             regs::GERROR_IRQ_CFG0 | regs::GERROR_IRQ_CFG1 if !irq_ctrl.gerror_irqen() => {
                 self.write_message(&mut log.errors_interrupt, access, value);
             }
@@ -187,7 +188,7 @@ impl Smmu {
                 log.events.base = QueueBase::from_bits(new);
             }
             regs::EVENTQ_PROD => {
-                // The SMMU's own while the queue is enabled.
+                // Owned by the SMMU while the queue is enabled.
                 if let Some(low) = low.filter(|_| !log.events.enabled) {
                     let prod = OutputProd::from_bits(low);
                     log.events.prod = OutputProd::new().with_wr(prod.wr()).with_ovflg(prod.ovflg());
@@ -202,7 +203,7 @@ impl Smmu {
         }
     }
 
-    /// Writes the registers of a message: reserved where there are none.
+    /// Writes the registers of a message: reserved if there are no messages.
     fn write_message(&self, config: &mut InterruptConfig, access: SlotAccess, value: u64) {
         if !self.offered.msi {
             return;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every stream was given ([`Ledger`]), and by which table.
+//! The decision made for every stream ([`Ledger`]), and by which table.
 
 use std::collections::BTreeMap;
 
@@ -9,26 +9,26 @@ use crate::spec::smmuv3::regs::{StrtabBase, StrtabBaseCfg};
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::ledger::{Entries, Ledger};
 
-/// What is decided for a stream: a policy, or why it is blocked.
+/// The decision for a stream: a policy, or why it is blocked.
 pub(super) type Decision = Result<StreamPolicy, ConfigFault>;
 
-/// Where the stream table is (STRTAB_BASE, STRTAB_BASE_CFG).
+/// The location of the stream table (STRTAB_BASE, STRTAB_BASE_CFG).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TableRegisters {
     pub base: StrtabBase,
     pub cfg: StrtabBaseCfg,
 }
 
-/// What a stream was given.
+/// The decision made for a stream.
 pub(super) type Given = crate::viommu::ledger::Given<Decision>;
 
-/// The streams behind an SMMU, and what each was given.
+/// The streams behind an SMMU, and their decisions.
 pub(super) type Streams = Ledger<Published>;
 
-/// What there is to know of an event of a stream.
+/// The state needed to explain an event of a stream.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Standing {
-    /// Where the stream table is, while translation is enabled or is being enabled.
+    /// The location of the stream table, while translation is enabled or being enabled.
     pub table: Option<TableRegisters>,
     /// C_BAD_STREAMID is recorded (CR2.RECINVSID).
     pub recording_bad_streams: bool,
@@ -67,7 +67,7 @@ impl Entries for Published {
 }
 
 impl Streams {
-    /// Adds a stream that was given nothing; `false` when it is there already.
+    /// Adds a stream without a decision; `false` if it exists already.
     pub fn add(&self, stream: StreamId) -> bool {
         let mut published = self.write();
         let new = !published.streams.contains_key(&stream);
@@ -75,7 +75,7 @@ impl Streams {
         new
     }
 
-    /// Removes a stream; `false` when it is not there.
+    /// Removes a stream; `false` if it does not exist.
     pub fn remove(&self, stream: StreamId) -> bool {
         self.write().streams.remove(&stream).is_some()
     }
@@ -89,22 +89,22 @@ impl Streams {
         self.read().streams.contains_key(&stream)
     }
 
-    /// From now on streams go by the table, or there is none and no event.
+    /// From now on streams follow the table; with `None`, there are no events.
     pub fn set_table(&self, table: Option<TableRegisters>) {
         self.write().table = table;
     }
 
-    /// Whether translation is enabled, or an attempt to enable it was not undone.
+    /// Whether translation is enabled, or a failed attempt to enable it was not undone.
     pub fn is_translating(&self) -> bool {
         self.read().table.is_some()
     }
 
-    /// From now on C_BAD_STREAMID is recorded, or not (CR2.RECINVSID).
+    /// Sets whether C_BAD_STREAMID is recorded (CR2.RECINVSID).
     pub fn set_recording_bad_streams(&self, recording: bool) {
         self.write().recording_bad_streams = recording;
     }
 
-    /// What there is to know of an event of `stream`; `None` when it is not here.
+    /// The state needed to explain an event of `stream`; `None` if it does not exist.
     pub fn standing(&self, stream: StreamId) -> Option<Standing> {
         let published = self.read();
         let given = *published.streams.get(&stream)?;
@@ -115,7 +115,7 @@ impl Streams {
         })
     }
 
-    /// Every stream whose decision the host does not have.
+    /// All streams whose decision the host has not applied.
     pub fn unapplied(&self) -> Vec<StreamId> {
         let published = self.read();
         let unapplied =

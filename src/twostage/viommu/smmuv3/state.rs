@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! All that the guest can see of a virtual SMMUv3, as plain data.
+//! The guest-visible state of a virtual SMMUv3, as plain data.
 
 use super::faults::log::FaultLog;
 use super::requesters::TableRegisters;
@@ -7,19 +7,19 @@ use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, QueueBase};
 use crate::spec::smmuv3::regs::{Cr0, Cr1, Cr2, Gbpa, StrtabBase, StrtabBaseCfg};
 use crate::spec::smmuv3::StreamId;
 
-/// Registers but for those of events, errors and interrupts, which have a lock of their own.
+/// Registers except those of events, errors and interrupts, which have a lock of their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Registers {
     /// CR0, as written.
     pub cr0: Cr0,
-    /// CR0ACK: what of it has taken effect.
+    /// CR0ACK: the part of it in effect.
     pub cr0ack: Cr0,
     /// CR1.
     pub cr1: Cr1,
     /// CR2.
     pub cr2: Cr2,
-    /// GBPA. Update is set while the host could not do what was asked.
+    /// GBPA. Update stays set while the host has failed.
     pub gbpa: Gbpa,
     /// STRTAB_BASE.
     pub strtab_base: StrtabBase,
@@ -29,7 +29,7 @@ pub struct Registers {
     pub cmdq_base: QueueBase,
     /// CMDQ_PROD.
     pub cmdq_prod: CmdqProd,
-    /// CMDQ_CONS: all before it is complete.
+    /// CMDQ_CONS: everything before it is complete.
     pub cmdq_cons: CmdqCons,
 }
 
@@ -52,25 +52,25 @@ impl Default for Registers {
 }
 
 impl Registers {
-    /// Whether translation is enabled, or is being enabled or disabled: the registers that it goes
-    /// by are then fixed.
+    /// Whether translation is enabled, or is being enabled or disabled: registers that it depends
+    /// on are then fixed.
     pub(super) fn smmu_in_use(&self) -> bool {
         self.cr0.smmuen() || self.cr0ack.smmuen()
     }
 
-    /// Where the stream table is.
+    /// The location of the stream table.
     pub(super) fn table_registers(&self) -> TableRegisters {
         TableRegisters { base: self.strtab_base, cfg: self.strtab_base_cfg }
     }
 }
 
-/// Everything the guest can see; a snapshot of one moment.
+/// The guest-visible state: a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SmmuState {
-    /// Registers but for those of events, errors and interrupts.
+    /// Registers except those of events, errors and interrupts.
     pub registers: Registers,
-    /// Those.
+    /// The registers of events, errors and interrupts.
     pub faults: FaultLog,
     /// The streams behind the SMMU, ascending.
     pub streams: Vec<StreamId>,

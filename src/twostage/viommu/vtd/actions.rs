@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is done for each descriptor (§6.5.2): whether the unit takes it, and what the host is asked
-//! for it, by the granularities of an IOTLB invalidation (§6.5.2.3, §6.5.2.4).
+//! The action for each descriptor (§6.5.2): whether the unit accepts it, and the invalidation for
+//! the host, by the granularities of an IOTLB invalidation (§6.5.2.3, §6.5.2.4).
 
 use super::caps::Capabilities;
 use crate::spec::pci::Pasid;
@@ -9,7 +9,7 @@ use crate::spec::vtd::regs::IqErrorInfo;
 use crate::spec::vtd::PageRange;
 use crate::viommu::vtd::host_side::Invalidation;
 
-/// Whether a unit with `caps` takes `descriptor`, in scalable mode or not.
+/// Whether a unit with `caps` accepts `descriptor`, in scalable mode or not.
 pub(super) fn check_offered(
     caps: &Capabilities,
     scalable: bool,
@@ -47,7 +47,8 @@ pub(super) fn check_offered(
     Ok(())
 }
 
-/// What an IOTLB invalidation asks of the host. It names no PASID: every PASID of the domain.
+/// The host's invalidation for an IOTLB invalidation. It names no PASID, so it means every PASID of
+/// the domain.
 pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
     match scope {
         IotlbScope::Global => Invalidation::ALL,
@@ -60,7 +61,7 @@ pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
     }
 }
 
-/// What a PASID-based IOTLB invalidation asks of the host.
+/// The host's invalidation for a PASID-based IOTLB invalidation.
 pub(super) fn pasid_iotlb(domain: u16, pasid: Pasid, range: Option<AddressMask>) -> Invalidation {
     Invalidation {
         domain: Some(domain),
@@ -69,7 +70,7 @@ pub(super) fn pasid_iotlb(domain: u16, pasid: Pasid, range: Option<AddressMask>)
     }
 }
 
-/// The pages of `range`; `None` when it spans all addresses.
+/// The pages of `range`; `None` if it spans all addresses.
 fn page_range(range: AddressMask) -> Option<PageRange> {
     Some(PageRange::from(range)).filter(|range| !range.is_all())
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies, from the guest's tables to the host.
 //!
-//! Everything here runs under the model's lock, and is short: what names many requesters is an
-//! [`Evaluation`](super::evaluation::Evaluation), which goes through them in slices.
+//! Everything here runs under the model's lock, and is short: operations on many requesters are an
+//! [`Evaluation`](super::evaluation::Evaluation), which processes them in slices.
 
 use super::policy::blocked_config;
 use super::VtdIommu;
@@ -16,28 +16,28 @@ use crate::viommu::vtd::policy::tables::{Blocked, Tables};
 use crate::viommu::vtd::requesters::{Functions, Given};
 use crate::viommu::{HostSideError, Requester};
 
-/// Which requesters an invalidation of context or PASID cache names.
+/// The requesters that an invalidation of the context or PASID cache names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
     /// All.
     Global,
-    /// Those tagged with the domain, by what they were given or by what the tables say now.
+    /// Those tagged with the domain, in their applied configuration or in the current tables.
     Domain(u16),
-    /// Functions: all that equal `source` but for the bits `ignored`.
+    /// Functions: all that equal `source` except in the bits `ignored`.
     Functions { source: Bdf, ignored: u16 },
     /// Those that a PASID table entry serves: the PASID of each function, and requests without
-    /// PASID where RID_PASID is it.
+    /// PASID if it is RID_PASID.
     Pasid(Pasid),
-    /// No invalidation: those whose configuration the host does not have.
+    /// Not an invalidation: those whose configuration the host has not applied.
     Unapplied,
 }
 
 impl Scope {
-    /// What an invalidation of the context cache names in the translation table mode `mode`.
+    /// The scope of a context cache invalidation in the translation table mode `mode`.
     pub fn of_contexts(scope: ContextScope, mode: Option<TranslationTableMode>) -> Self {
         match scope {
             ContextScope::Global => Self::Global,
-            // The context entries of scalable mode have no domain id that could tell them apart.
+            // Context entries of scalable mode have no domain id that could tell them apart.
             ContextScope::Domain(_) if mode == Some(TranslationTableMode::Scalable) => Self::Global,
             ContextScope::Domain(domain) => Self::Domain(domain),
             ContextScope::Device { source, function_mask, .. } => {
@@ -59,8 +59,8 @@ impl Scope {
         }
     }
 
-    /// Whether what was given to a requester, or what it is to be given, is named. One that was
-    /// given nothing, or is blocked, was tagged by nothing that the guest knows.
+    /// Whether the old or the new configuration of a requester is named. A requester without
+    /// configuration, or blocked, had no tag that the guest knows.
     pub fn names(self, before: Option<Given>, after: &RequesterConfig) -> bool {
         if self == Self::Unapplied {
             return before.is_some_and(|given| !given.applied);
@@ -75,15 +75,15 @@ impl Scope {
     }
 }
 
-/// What several invalidations of context or PASID cache name together.
+/// The union of several invalidations of the context or PASID cache.
 #[derive(Debug, Default)]
 pub(super) struct Scopes(Vec<Scope>);
 
 impl Scopes {
-    /// More than so many are cheaper done as one that names all.
+    /// Beyond this number, one that names everything is cheaper.
     const MAX: usize = 8;
 
-    /// Adds `scope`, unless it is named already.
+    /// Adds `scope`, unless it is covered already.
     pub fn add(&mut self, scope: Scope) {
         if self.0.contains(&Scope::Global) || self.0.contains(&scope) {
             return;
@@ -99,7 +99,7 @@ impl Scopes {
         self.0.is_empty()
     }
 
-    /// The next that is to be done.
+    /// Takes the next one to process.
     pub fn take(&mut self) -> Option<Scope> {
         (!self.0.is_empty()).then(|| self.0.remove(0))
     }
@@ -110,19 +110,19 @@ pub(super) fn is_blocked(config: &RequesterConfig) -> bool {
 }
 
 impl VtdIommu {
-    /// The tables at `root`, to decide by.
+    /// The tables at `root`.
     pub(super) fn tables(&self, root: Option<Rtaddr>) -> Tables<'_> {
         Tables { memory: &*self.memory, caps: &self.caps, root }
     }
 
-    /// Reads the tables anew for one PASID of one function.
+    /// Reads the tables again for one PASID of one function.
     fn reevaluate_pasid(
         &self,
         tables: &Tables<'_>,
         requester: Requester,
         refused: FaultReason,
     ) -> Applied {
-        // PASID 0 is never given apart from its requester; see `Tables::pasid_tables`.
+        // PASID 0 is never configured apart from its requester; see `Tables::pasid_tables`.
         if requester.pasid.is_none_or(|pasid| pasid.raw() == 0) {
             return Ok(());
         }
@@ -133,7 +133,7 @@ impl VtdIommu {
         self.give_or_withdraw(requester, config, refused)
     }
 
-    /// Reads the tables anew for one requester.
+    /// Reads the tables again for one requester.
     pub(super) fn reevaluate_requester(
         &self,
         requester: Requester,
@@ -146,11 +146,11 @@ impl VtdIommu {
         }
     }
 
-    /// Gives `config` to a PASID. One that is blocked by it is forgotten when the host has done so:
-    /// faults are then explained by the tables themselves.
+    /// Gives `config` to a PASID. If it blocks the PASID, that is forgotten once the host has
+    /// applied it: faults are then explained by the tables themselves.
     ///
-    /// That is told from `config` alone, for whoever saw that the PASID was gone saw it in a read
-    /// of its own, and the guest may have written the tables since.
+    /// This is decided from `config` alone: the caller found the entry gone in a read of its own,
+    /// and the guest may have written the tables since.
     pub(super) fn give_or_withdraw(
         &self,
         requester: Requester,
@@ -165,8 +165,8 @@ impl VtdIommu {
         applied
     }
 
-    /// Gives `config` to the host unless it has it. When the host refuses, the requester is
-    /// blocked, and the guest is told `refused` of each of its requests.
+    /// Gives `config` to the host unless it has it. If the host refuses, the requester is blocked,
+    /// and the guest is told `refused` for each of its requests.
     pub(super) fn give(
         &self,
         requester: Requester,
@@ -191,8 +191,8 @@ impl VtdIommu {
     }
 }
 
-/// What the guest is told of a requester that the host refused to serve: the entry that asked for
-/// it is programmed wrongly.
+/// The reason that the guest sees for a requester that the host refused: the entry is programmed
+/// wrongly.
 pub(super) fn refused_reason(root: Option<Rtaddr>) -> FaultReason {
     match root.map(Rtaddr::mode) {
         Some(TranslationTableMode::Scalable) => FaultReason::PasidEntryInvalid,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! CAP and ECAP: what the configuration offers.
+//! CAP and ECAP for a configuration.
 
 use std::collections::BTreeMap;
 
 use super::config::{ConfigError, VtdConfig};
 use crate::spec::vtd::regs::{Cap, Ecap};
 
-/// Where the IVA and IOTLB registers stand, in 16 bytes.
+/// Location of the IVA and IOTLB registers, in units of 16 bytes.
 const IRO: u16 = 0x10;
-/// Where the fault recording registers stand, in 16 bytes.
+/// Location of the fault recording registers, in units of 16 bytes.
 const FRO: u16 = 0x22;
 /// The largest invalidation of interrupt entries: half of the largest table.
 const MHMV: u8 = 15;
@@ -25,22 +25,22 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// The registers by name, as reports show them.
+    /// The registers by name, for reports.
     pub fn registers(&self) -> BTreeMap<&'static str, u64> {
         BTreeMap::from([("CAP", self.cap.into_bits()), ("ECAP", self.ecap.into_bits())])
     }
 }
 
 impl VtdConfig {
-    /// The capability registers that offer this configuration.
+    /// The capability registers for this configuration.
     ///
     /// # Errors
     /// The configuration is impossible ([`VtdConfig::check`]).
     pub fn capabilities(&self) -> Result<Capabilities, ConfigError> {
         self.check()?;
         let five_level = self.address_width == 57;
-        // Bit 1: 39 bits, bit 2: 48, bit 3: 57. None without second-stage tables (§11.4.2), where
-        // nothing is translated in legacy mode: its drivers leave such a unit alone.
+        // Bit 1: 39 bits, bit 2: 48, bit 3: 57. None without second-stage tables (§11.4.2); nothing
+        // is translated in legacy mode then, and legacy-mode drivers leave such a unit alone.
         let sagaw = match (self.second_stage, five_level) {
             (false, _) => 0,
             (true, false) => 0b00110,
@@ -55,7 +55,7 @@ impl VtdConfig {
             .with_fro(FRO)
             .with_sslps(if self.second_stage { 0b11 } else { 0 })
             .with_psi(true)
-            // `check` bounds the number from 1 to 128.
+            // `check` limits the number to 1 to 128.
             .with_nfr((self.fault_records - 1) as u8)
             .with_mamv(MAMV)
             .with_dwd(true)
@@ -77,7 +77,7 @@ impl VtdConfig {
             .with_srs(self.scalable_mode && self.supervisor_requests)
             .with_eafs(self.scalable_mode && self.extended_accessed)
             .with_pasid(self.pasid_bits > 0)
-            // No page request is ever pending, so that a wait has none to drain.
+            // No page request is ever pending, so a wait has none to drain.
             .with_pds(self.scalable_mode)
             .with_pss(self.pasid_bits.saturating_sub(1))
             .with_smts(self.scalable_mode)
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!((cap.guest_address_width(), ecap.pasid_bits()), (48, 8));
         assert_eq!((cap.fault_records(), cap.fault_record_offset()), (8, 0x220));
         assert!(!cap.fs5lp());
-        // A driver of legacy mode finds no width that it could use.
+        // A legacy-mode driver finds no usable width.
         assert_eq!((cap.sagaw(), cap.sslps()), (0, 0));
     }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What virtual VT-d to build.
+//! The configuration of a virtual VT-d.
 
 use crate::spec::pci::Pasid;
 
 /// Size of the register page, in bytes.
 pub const MMIO_SIZE: u64 = 0x1000;
 
-/// The most fault recording registers that the register page has room for.
+/// The maximum number of fault recording registers in the register page.
 const MAX_FAULT_RECORDS: u16 = 128;
 
 /// What the virtual VT-d offers to the guest.
@@ -16,13 +16,13 @@ pub struct VtdConfig {
     pub address_width: u8,
     /// Width of PASIDs in bits, 0 for none, at most 20.
     pub pasid_bits: u8,
-    /// Offer scalable mode, and with it first-stage tables.
+    /// Offer scalable mode, including first-stage tables.
     pub scalable_mode: bool,
-    /// Offer second-stage tables that the guest owns: legacy mode, and PGTT second-stage. Only a
-    /// host that walks them on top of its own can do this.
+    /// Offer second-stage tables owned by the guest: legacy mode, and PGTT second-stage. Only
+    /// possible on a host that walks them on top of its own.
     pub second_stage: bool,
-    /// Caching mode: the guest tells of entries that become present or right, too. Without it the
-    /// tables are read again for each request that they blocked, so that the host has to ask before
+    /// Caching mode: the guest also invalidates entries that become present or valid. Without it,
+    /// the tables are read again for each request that they blocked, so the host has to ask before
     /// it fails one ([`crate::iommufd::Extensions::fault_reports`]).
     pub caching_mode: bool,
     /// Offer device-TLBs (ATS).
@@ -43,8 +43,8 @@ pub struct VtdConfig {
     pub fault_records: u16,
 }
 
-/// Width of PASIDs where nobody asks for another. More cost the host a look at as many entries
-/// whenever a guest with a large PASID directory invalidates all of it.
+/// Default PASID width. With wider PASIDs, invalidating all of a large PASID directory costs the
+/// host a look at as many entries.
 pub(super) const DEFAULT_PASID_BITS: u8 = 8;
 
 impl Default for VtdConfig {
@@ -67,7 +67,7 @@ impl Default for VtdConfig {
     }
 }
 
-/// A configuration that no virtual VT-d can have.
+/// An invalid configuration of a virtual VT-d.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// The address width is neither 48 nor 57.
@@ -88,10 +88,10 @@ pub enum ConfigError {
 }
 
 impl VtdConfig {
-    /// Whether the parts fit together.
+    /// Whether the settings are consistent.
     ///
     /// # Errors
-    /// They do not.
+    /// They are not.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !matches!(self.address_width, 48 | 57) {
             return Err(ConfigError::AddressWidth(self.address_width));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The global command register (§11.4.4), and what a command of any register waits for.
+//! The global command register (§11.4.4), and the completion of commands of any register.
 //!
-//! Each command is complete when its write returns, or its status does not say so. That is when the
-//! host lets a requester keep what the guest takes back: the guest may give the command again.
+//! Each command is complete when its write returns, or its status does not say so: when the host
+//! leaves a requester with a revoked mapping, the guest may repeat the command.
 //!
-//! A command that concerns many requesters is *under way* until each of them has what it is to
-//! have. Others have the registers in between, with the status of before; whoever comes with
-//! another command, or works through the queue, goes on with the one that is under way first.
+//! A command that concerns many requesters is *under way* until all of them are done. The registers
+//! are unlocked in between, with the old status; a thread that comes with another command, or works
+//! through the queue, first continues the one under way.
 
 use std::sync::MutexGuard;
 
@@ -22,11 +22,11 @@ use crate::viommu::ledger::{Applied, NotApplied};
 use crate::viommu::vtd::host_side::{Invalidation, Progress};
 use crate::viommu::{HostSideError, Requester};
 
-/// What is being done, and is not acknowledged yet. Changed with the registers locked only.
+/// Work in progress that is not acknowledged yet. Changed with the registers locked only.
 #[derive(Debug, Default)]
 pub(super) struct UnderWay {
     command: Option<Command>,
-    /// The invalidations that the head of the queue stands at.
+    /// The invalidations at the head of the queue.
     pub queue: Option<Pass>,
 }
 
@@ -37,35 +37,35 @@ struct Command {
     then: Then,
 }
 
-/// What a command is at.
+/// The current step of a command.
 #[derive(Debug)]
 enum What {
     Invalidate(Invalidation, Progress),
     Evaluate(Evaluation),
 }
 
-/// What is to be done when what a command asks of the host is.
+/// What to do after the host part of a command.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Then {
-    /// RTPS is set, if all before went well; then the rest of the command is carried out.
+    /// Set RTPS, if everything went well; then execute the rest of the command.
     RootTable {
-        /// Whether all before went well.
+        /// Whether everything went well so far.
         applied: Applied,
         /// The command that SRTP is part of.
         rest: Gcmd,
     },
-    /// TES becomes this.
+    /// Set TES to this.
     Translation(bool),
-    /// CAIG says what was done, and ICC is cleared.
+    /// Report in CAIG what was done, and clear ICC.
     Context(ContextGranularity),
-    /// IAIG says what was done, and IVT is cleared.
+    /// Report in IAIG what was done, and clear IVT.
     Iotlb(IotlbGranularity),
     /// The same, but nothing was done.
     Failed,
 }
 
 impl UnderWay {
-    /// Whether translation is being disabled, and that is done for `requester`.
+    /// Whether translation is being disabled, and already is for `requester`.
     pub fn has_disabled(&self, requester: Requester) -> bool {
         let command = self.command.as_ref().map(|command| &command.what);
         matches!(command, Some(What::Evaluate(evaluation))
@@ -78,7 +78,7 @@ impl VtdIommu {
         self.under_way.lock()
     }
 
-    /// The registers, when no command is under way.
+    /// Locks the registers once no command is under way.
     pub(super) fn lock_idle(&self) -> MutexGuard<'_, Registers> {
         loop {
             let mut registers = self.lock();
@@ -88,7 +88,7 @@ impl VtdIommu {
         }
     }
 
-    /// Goes on with the command that is under way, for one slice.
+    /// Continues the command under way for one slice.
     pub(super) fn run_command(&self, registers: &mut Registers) -> Slice {
         let Some(mut command) = self.under_way().command.take() else { return Slice::Done };
         if self.is_halted() {
@@ -128,12 +128,12 @@ impl VtdIommu {
         }
     }
 
-    /// What a failed invalidation is to a command. Whether it ends with it.
+    /// Handles a failed invalidation of a command. Returns whether the command ends with it.
     fn note_failure(&self, then: &mut Then, result: Result<(), HostSideError>) -> bool {
         match (then, result) {
             (_, Ok(())) => false,
-            // What the host could not empty it has blocked: that is logged, and where translation
-            // is enabled the policies are given anew right after.
+            // What the host could not invalidate it has blocked: that is logged, and if translation
+            // is enabled, the policies are given again right after.
             (Then::RootTable { applied, .. }, Err(error)) => {
                 if error.still_reachable {
                     *applied = Err(NotApplied::Host);
@@ -147,7 +147,7 @@ impl VtdIommu {
         }
     }
 
-    /// What a command has invalidated is: now for the tables.
+    /// The invalidation of a command is done: now for the tables.
     fn after_invalidation(&self, registers: &mut Registers, then: Then) {
         match then {
             Then::RootTable { .. } if registers.gsts.tes() => {
@@ -161,13 +161,13 @@ impl VtdIommu {
         }
     }
 
-    /// A command that invalidates something is under way from now on.
+    /// Starts a command with an invalidation.
     pub(super) fn begin_invalidation(&self, invalidation: Invalidation, then: Then) {
         let what = What::Invalidate(invalidation, Progress::default());
         self.under_way().command = Some(Command { what, then });
     }
 
-    /// A command is under way from now on.
+    /// Starts a command.
     pub(super) fn begin_command(&self, scope: Scope, by: By, then: Then) {
         if by == By::Tables && scope != Scope::Unapplied {
             self.counters.evaluations.count();
@@ -199,9 +199,9 @@ impl VtdIommu {
         }
     }
 
-    /// Carries out what `command` changes. Drivers change one thing a write; where several change,
+    /// Executes the changes of `command`. Drivers change one thing per write; if several change,
     /// pointers come first and translation last, so that nothing is enabled half-way. The queue is
-    /// worked through after all of them.
+    /// processed after all of them.
     pub(super) fn global_command(&self, registers: &mut Registers, command: Gcmd) {
         if command.srtp() {
             self.set_root_table_pointer(registers, command);
@@ -210,7 +210,7 @@ impl VtdIommu {
         }
     }
 
-    /// All of a command but SRTP.
+    /// All of a command except SRTP.
     fn rest_of_global_command(&self, registers: &mut Registers, command: Gcmd) {
         if command.sirtp() && self.caps.ecap.ir() {
             self.set_interrupt_table_pointer(registers);
@@ -221,7 +221,7 @@ impl VtdIommu {
         if self.caps.ecap.ir() {
             self.set_interrupt_remapping(registers, command);
         }
-        // Differs from TES where the command before could not be completed.
+        // Differs from TES if an earlier command could not be completed.
         let translating = self.requesters.is_translating();
         if command.te() != registers.gsts.tes() || command.te() != translating {
             if let (Some(observer), true, false) =
@@ -232,10 +232,10 @@ impl VtdIommu {
             self.set_translation_enabled(registers, command.te());
         }
         // WBF has nothing to flush (CAP.RWBF), SFL and EAFL no log (CAP.AFL), and without ECAP.IR
-        // there is nothing to remap: such bits are ignored, and their status stays clear.
+        // there is nothing to remap: these bits are ignored, and their status stays clear.
     }
 
-    /// Latches RTADDR. Caches are emptied with it (CAP.ESRTPS).
+    /// Latches RTADDR. This also invalidates the caches (CAP.ESRTPS).
     fn set_root_table_pointer(&self, registers: &mut Registers, command: Gcmd) {
         registers.gsts.set_rtps(false);
         registers.root = Some(registers.rtaddr);
@@ -260,7 +260,7 @@ impl VtdIommu {
 
     fn set_queue_enabled(&self, registers: &mut Registers, enabled: bool) {
         registers.gsts.set_qies(enabled);
-        // Invalidations that were under way are not acknowledged: the head is at the start.
+        // Invalidations under way are not acknowledged: the head is at the start.
         self.under_way().queue = None;
         if !enabled {
             registers.iqh = QueuePointer::new();
@@ -268,7 +268,7 @@ impl VtdIommu {
         }
     }
 
-    /// Requesters are blocked or served by their tables before TES is set, and pass before it is
+    /// Requesters follow their tables, or are blocked, before TES is set, and pass before it is
     /// cleared.
     fn set_translation_enabled(&self, registers: &Registers, enabled: bool) {
         let by = if enabled { By::Tables } else { By::Nothing };

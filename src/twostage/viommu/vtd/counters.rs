@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual VT-d has done, in numbers.
+//! Statistics of a virtual VT-d.
 
 use crate::counters::Counter;
 use crate::spec::vtd::qi::Descriptor;
 
 crate::counters! {
-    /// What a virtual VT-d has done so far.
+    /// Statistics of a virtual VT-d.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     pub struct VtdCounters;
     /// The counters as they run.
@@ -36,30 +36,29 @@ crate::counters! {
         batches,
         /// Invalidations in them.
         invalidations,
-        /// Times that tables were read anew for all that an invalidation, or a command, names.
+        /// Times that tables were read again for all that an invalidation, or a command, names.
         evaluations,
         /// Policies given to the host.
         policies,
-        /// Requests of a requester that was blocked, and that the tables were found to serve by
-        /// then. Only without caching mode.
+        /// Requests of a blocked requester that was found to be served by the tables by then. Only
+        /// without caching mode.
         found_served,
         /// Faults in fault records.
         faults_recorded,
-        /// Faults that found no room.
+        /// Faults lost for lack of space.
         faults_lost,
-        /// Faults that the guest's tables asked not to record.
+        /// Faults suppressed by the guest's tables.
         faults_suppressed,
-        /// Interrupts that were sent through the unit while it remaps. Those that go past it by a
-        /// translation it gave are not counted.
+        /// Interrupts sent through the unit while it remaps. Those that bypass it with a
+        /// translation from it are not counted.
         interrupts_remapped,
         /// Interrupts that were blocked.
         interrupts_blocked,
         /// Times the invalidation queue stopped with an error.
         queue_errors,
-        /// Other mistakes of the guest: commands that were ignored, status addresses that are no
-        /// memory.
+        /// Other mistakes of the guest: ignored commands, status addresses outside memory.
         guest_errors,
-        /// Requests that the host refused.
+        /// Requests refused by the host.
         host_errors,
     }
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tables that are read anew for many requesters, a slice at a time.
+//! Reading tables again for many requesters, a slice at a time.
 //!
-//! A function may have 2^20 PASIDs, and a guest may ask for all of them with one descriptor or one
-//! register write. So an [`Evaluation`] goes on where its last slice ended, with whoever has the
-//! registers then; others have them in between. What asked for it is acknowledged when all of it is
-//! done, and not before: each requester has, at the latest then, what the tables said at some
-//! moment after it was asked for.
+//! A function may have 2^20 PASIDs, and a guest may name all of them with one descriptor or one
+//! register write. So an [`Evaluation`] continues where its last slice ended, on any thread that
+//! has the registers then; they are unlocked in between. The cause is acknowledged only when all of
+//! it is done: by then each requester has what the tables said at some moment after the guest's
+//! request.
 
 use super::apply::{refused_reason, Scope};
 use super::policy::blocked_config;
@@ -19,16 +19,15 @@ use crate::viommu::vtd::host_side::{DomainTag, Policy, RequesterConfig};
 use crate::viommu::vtd::policy::tables::Blocked;
 use crate::viommu::Requester;
 
-/// How much one slice may do. A table entry that is read costs 1, and so does a directory entry
-/// that has no table.
+/// The work of one slice. Reading a table entry costs 1, and so does a directory entry without a
+/// table.
 #[derive(Debug)]
 pub(super) struct Budget(u32);
 
 impl Budget {
-    /// A fraction of a millisecond, also where each change is a call of the kernel that waits for
-    /// hardware.
+    /// A fraction of a millisecond, even if each change is a system call that waits for hardware.
     const SLICE: u32 = 1024;
-    /// What a requester costs whose configuration changes.
+    /// The cost of a requester whose configuration changes.
     const CHANGE: u32 = 32;
 
     fn spend(&mut self, cost: u32) {
@@ -46,28 +45,28 @@ impl Default for Budget {
     }
 }
 
-/// By what requesters go.
+/// What the configuration of requesters is derived from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum By {
     /// The guest's tables.
     Tables,
-    /// None, as translation is disabled: requests without PASID pass, those with PASID are blocked.
+    /// Nothing, as translation is disabled: requests without PASID pass, those with PASID are
+    /// blocked.
     Nothing,
 }
 
-/// What is left of reading the tables anew.
+/// The rest of reading the tables again.
 #[derive(Debug)]
 pub(super) struct Evaluation {
     scope: Scope,
     by: By,
-    /// The function whose turn it is: its requests without PASID, or those from a PASID on. None
-    /// after the last.
+    /// The next function: its requests without PASID, or those from a PASID on. `None` at the end.
     next: Option<(Bdf, Option<u32>)>,
     applied: Applied,
 }
 
 impl Evaluation {
-    /// For all that `scope` names.
+    /// For everything that `scope` names.
     pub fn new(scope: Scope, by: By) -> Self {
         Self { scope, by, next: Some((Bdf::from_raw(0), None)), applied: Ok(()) }
     }
@@ -78,12 +77,12 @@ impl Evaluation {
         Self { next, ..Self::new(Scope::Functions { source: rid, ignored: 0 }, by) }
     }
 
-    /// By what it goes.
+    /// What configurations are derived from.
     pub fn by(&self) -> By {
         self.by
     }
 
-    /// Whether the turn of `requester` is over.
+    /// Whether `requester` has been processed.
     pub fn has_passed(&self, requester: Requester) -> bool {
         // Requests without PASID come before those with one.
         let turn = (requester.rid, requester.pasid.map(Pasid::raw));
@@ -92,7 +91,7 @@ impl Evaluation {
 }
 
 impl VtdIommu {
-    /// Goes on with `evaluation` by the tables at `root`, for one slice. Gives the outcome when
+    /// Continues `evaluation` with the tables at `root`, for one slice. Returns the outcome when
     /// nothing is left.
     pub(super) fn evaluate(
         &self,
@@ -113,7 +112,7 @@ impl VtdIommu {
                 budget.spend(1);
                 after
             } else {
-                // The one whose turn it was may be gone.
+                // The next one may be gone by now.
                 match pasid.filter(|_| rid == from) {
                     None => {
                         self.evaluate_rid(evaluation, rid, root, budget);
@@ -154,7 +153,7 @@ impl VtdIommu {
         });
     }
 
-    /// PASIDs of a function, from one on. Gives the one whose turn it is when the budget is spent.
+    /// PASIDs of a function, from one on. Returns the next one when the budget is spent.
     fn evaluate_pasids(
         &self,
         evaluation: &mut Evaluation,
@@ -183,7 +182,7 @@ impl VtdIommu {
             }
             _ => {}
         }
-        // What was given to a PASID that has no entry is taken from it.
+        // A configured PASID without an entry is withdrawn.
         let gone = Blocked::recorded(FaultReason::PasidEntryNotPresent);
         let by_tables = evaluation.by == By::Tables;
         let withdraw = |evaluation: &mut Evaluation, requester, budget: &mut Budget| {
@@ -211,7 +210,7 @@ impl VtdIommu {
                 next = left.unwrap_or(table_end);
                 continue;
             };
-            // PASID 0 is left out: see `Tables::pasid_tables`.
+            // PASID 0 is skipped: see `Tables::pasid_tables`.
             while next < table_end && !budget.is_spent() && !self.is_halted() {
                 let pasid = Pasid::new(next).filter(|pasid| pasid.raw() != 0);
                 next += 1;
@@ -235,7 +234,7 @@ impl VtdIommu {
         })
     }
 
-    /// Does `change`, unless `requester` has its `config` or is not named.
+    /// Makes `change`, unless `requester` has its `config` or is not named.
     fn evaluate_requester(
         &self,
         evaluation: &mut Evaluation,
@@ -252,8 +251,8 @@ impl VtdIommu {
         evaluation.applied = evaluation.applied.and(change(self));
     }
 
-    /// Calls `visit` with each PASID of a function from one up to `end` that was given something.
-    /// Gives the one whose turn it is when the budget is spent.
+    /// Calls `visit` for each configured PASID of a function, from one up to `end`. Returns the
+    /// next one when the budget is spent.
     fn each_given(
         &self,
         (rid, from): (Bdf, u32),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The small trait that a virtual VT-d stands on, the one it offers upward, and what both are
-//! about: policies of requesters, and invalidations.
+//! The small trait that a virtual VT-d is built on, the one it offers to its callers, and their
+//! subjects: policies of requesters, and invalidations.
 
 use std::fmt::Debug;
 
@@ -15,7 +15,7 @@ use crate::viommu::{HostSideError, Requester};
 pub struct VtdFirstStage {
     /// GPA of the top table, in bytes (FSPTPTR).
     pub table: u64,
-    /// How many levels there are (FSPM).
+    /// The number of levels (FSPM).
     pub paging_mode: PagingMode,
     /// Supervisor requests are allowed (SRE).
     pub supervisor_requests: bool,
@@ -39,22 +39,22 @@ pub struct VtdSecondStage {
 pub enum Stage1 {
     /// VT-d first-stage: hardware nests it.
     VtdFirstStage(VtdFirstStage),
-    /// VT-d second-stage: only a host with [`crate::iommufd::Extensions::guest_second_stage`].
+    /// VT-d second-stage: only on a host with [`crate::iommufd::Extensions::guest_second_stage`].
     VtdSecondStage(VtdSecondStage),
 }
 
-/// What becomes of a requester's DMA.
+/// The treatment of a requester's DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Policy {
-    /// Every request fails, and the guest is told this reason of each.
+    /// Every request fails with this reason, as seen by the guest.
     Blocked(FaultReason),
-    /// Untranslated: the IOVA is the GPA. A decision, never a leftover.
+    /// Untranslated: the IOVA is the GPA. Always an explicit decision.
     Bypass,
-    /// Through tables that the guest owns.
+    /// Translated by tables owned by the guest.
     Stage1(Stage1),
 }
 
-/// How the guest's invalidations name what a requester caches.
+/// How the guest's invalidations name the cached translations of a requester.
 ///
 /// VT-d tags by domain id and PASID; for requests without PASID, `pasid` is the context entry's
 /// RID_PASID (0 in legacy mode).
@@ -66,25 +66,25 @@ pub struct DomainTag {
     pub pasid: u32,
 }
 
-/// A requester's policy with all the guest has said of it.
+/// A requester's policy and everything else in the guest's tables about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RequesterConfig {
-    /// What becomes of its DMA.
+    /// The treatment of its DMA.
     pub policy: Policy,
     /// How invalidations name it.
     pub tag: DomainTag,
-    /// The guest's tables ask that faults be not recorded (FPD).
+    /// The guest's tables suppress fault recording (FPD).
     pub fault_disabled: bool,
 }
 
-/// "What you cache under this name is no longer true."
+/// An invalidation of cached translations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Invalidation {
     /// Domain id; `None` for every domain.
     pub domain: Option<u16>,
     /// PASID; `None` for every PASID of the domain.
     pub pasid: Option<u32>,
-    /// Addresses; `None` for all of them. Not every kind of tables is named by them, see
+    /// Addresses; `None` for all of them. They do not apply to every kind of tables, see
     /// [`Invalidation::is_by_address`].
     pub range: Option<PageRange>,
 }
@@ -99,12 +99,12 @@ impl Invalidation {
             && self.pasid.is_none_or(|pasid| pasid == tag.pasid)
     }
 
-    /// Whether [`Invalidation::range`] counts for tables like `stage1`; if not, all that is cached
-    /// of them goes.
+    /// Whether [`Invalidation::range`] applies to tables like `stage1`; if not, everything cached
+    /// from them is invalidated.
     ///
-    /// What names no PASID is a page-selective-within-domain invalidation. Its addresses are those
-    /// of second-stage tables; of first-stage tables it names every page of the domain, and every
-    /// paging-structure entry, hint or not (§6.5.2.3).
+    /// An invalidation without PASID is page-selective-within-domain. Its addresses are those of
+    /// second-stage tables; of first-stage tables it invalidates every page of the domain, and
+    /// every paging-structure entry, hint or not (§6.5.2.3).
     pub fn is_by_address(&self, stage1: &Stage1) -> bool {
         match stage1 {
             Stage1::VtdFirstStage(_) => self.pasid.is_some(),
@@ -113,13 +113,13 @@ impl Invalidation {
     }
 }
 
-/// What is behind a virtual VT-d: it turns policies into translations.
+/// What is behind a virtual VT-d: turns policies into translations.
 ///
-/// Calls come one at a time (the virtual VT-d's lock is held). A call returns only when the host
-/// has done what was asked: the virtual VT-d acknowledges to the guest right after.
+/// Calls come one at a time (the virtual VT-d's lock is held). A call returns only when the host is
+/// done: the virtual VT-d acknowledges to the guest right after.
 pub trait HostSide: Debug + Send + Sync {
-    /// From now on `requester`'s DMA goes by `config`. An unchanged configuration costs nothing,
-    /// and a PASID that is blocked no memory.
+    /// Applies `config` to `requester`'s DMA. An unchanged configuration costs nothing, and a
+    /// blocked PASID takes no memory.
     ///
     /// The tag of a request with PASID has that PASID.
     ///
@@ -132,8 +132,8 @@ pub trait HostSide: Debug + Send + Sync {
         config: &RequesterConfig,
     ) -> Result<(), HostSideError>;
 
-    /// Invalidates a batch, in any order within it: all of what stands between two ordering points
-    /// of the guest's queue.
+    /// Does a batch of invalidations, in any order: everything between two ordering points of the
+    /// guest's queue.
     ///
     /// # Errors
     /// The host could not do all of it. What it could not invalidate is then blocked, so that no
@@ -141,8 +141,8 @@ pub trait HostSide: Debug + Send + Sync {
     /// guest must be told.
     fn invalidate(&self, batch: &[Invalidation]) -> Result<(), HostSideError>;
 
-    /// Does as much of [`HostSide::invalidate`] as takes a fraction of a millisecond, from where
-    /// `progress` is, and moves that on: so others need not wait where a batch names very much.
+    /// Does a part of [`HostSide::invalidate`] that takes a fraction of a millisecond, starting at
+    /// `progress`, and advances that: so others need not wait for a large batch.
     ///
     /// # Errors
     /// Those of [`HostSide::invalidate`]. The rest can still be done.
@@ -156,21 +156,21 @@ pub trait HostSide: Debug + Send + Sync {
     }
 }
 
-/// How much of a batch of invalidations is done.
+/// The progress of a batch of invalidations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// A number of the host side's own; none before it has begun.
+    /// A number defined by the host side; `None` before the start.
     next: Option<u64>,
     done: bool,
 }
 
 impl Progress {
-    /// Where to go on, if it has begun.
+    /// Where to continue, if it has started.
     pub fn next(self) -> Option<u64> {
         self.next
     }
 
-    /// Everything before `next` is done, or everything.
+    /// Everything before `next`, or everything, is done.
     pub fn go_on_at(&mut self, next: Option<u64>) {
         *self = Self { next, done: next.is_none() };
     }
@@ -181,36 +181,37 @@ impl Progress {
     }
 }
 
-/// An unrecoverable fault of a DMA request, brought back from the host.
+/// An unrecoverable fault of a DMA request, reported by the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DmaFault {
-    /// Who made the request.
+    /// The source of the request.
     pub requester: Requester,
     /// The IOVA, in bytes.
     pub address: u64,
     /// It was a write (or an atomic).
     pub write: bool,
-    /// It asked to execute.
+    /// It requested execute permission.
     pub execute: bool,
-    /// It asked for supervisor privilege.
+    /// It requested supervisor privilege.
     pub privileged: bool,
-    /// The reason as the host saw it; `None` when it says none, or none that there is. Meaningless
-    /// for a requester that the virtual IOMMU itself has blocked: it knows the reason better.
+    /// The reason reported by the host; `None` if there is none, or an undefined one. Meaningless
+    /// for a requester blocked by the virtual IOMMU itself, which knows the reason better.
     pub reason: Option<FaultReason>,
-    /// The host's stage 2 refused: the guest's tables lead to what is no guest memory.
+    /// The host's stage 2 refused: the guest's tables point outside guest memory.
     pub stage2: bool,
 }
 
-/// What a virtual VT-d offers to whoever brings faults back.
+/// What a virtual VT-d offers to the source of faults.
 pub trait FaultTarget: Send + Sync {
-    /// Records the fault as the architecture says. May be called from any thread that holds no
+    /// Records the fault as the architecture requires. May be called from any thread that holds no
     /// lock of the host.
     fn dma_fault(&self, fault: &DmaFault);
 
-    /// A request of `requester` is about to fail because the host blocks it. Whether the host was
-    /// given something else for it by now, so that the request is to be tried again: tables that
-    /// serve a requester need not be told of everywhere. Called as [`FaultTarget::dma_fault`] is;
-    /// takes the virtual VT-d's lock, whose holder may wait for DMA to end.
+    /// A request of `requester` is about to fail because the host blocks it. Returns whether the
+    /// requester has been unblocked by now, so that the request is to be retried: not every guest
+    /// has to invalidate when its tables start to serve a requester. To be called like
+    /// [`FaultTarget::dma_fault`]; takes the virtual VT-d's lock, whose holder may wait for DMA to
+    /// end.
     fn served_late(&self, requester: Requester) -> bool {
         let _ = requester;
         false

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every host unit can serve of a configuration.
+//! The part of a configuration that every host unit supports.
 //!
-//! Pure functions. Abilities that a guest can do without (1 GiB pages, the extended accessed flag)
-//! are lowered to what every host unit has; those that were asked for by value (address width,
-//! PASID bits) make an error that names the bit and the device.
+//! Pure functions. Features that a guest can do without (1 GiB pages, the extended accessed flag)
+//! are reduced to what every host unit has; those requested by value (address width, PASID bits)
+//! cause an error that names the bit and the device.
 
 use super::config::{VtdConfig, DEFAULT_PASID_BITS};
 use crate::spec::vtd::regs::{Cap, Ecap};
 use crate::viommu::CapabilityConflict;
 
-/// What a host unit can serve, and a device behind it to name it by.
+/// The features of a host unit, and a device behind it, for messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostUnit {
     /// The device whose `IOMMU_GET_HW_INFO` this is.
@@ -19,24 +19,23 @@ pub struct HostUnit {
     /// ECAP of the unit.
     pub ecap: Ecap,
     /// The host walks second-stage tables of the guest on top of its own
-    /// ([`crate::iommufd::Extensions::guest_second_stage`]). No register says so.
+    /// ([`crate::iommufd::Extensions::guest_second_stage`]). No register reports this.
     pub guest_second_stage: bool,
-    /// The host tells of requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
+    /// The host reports requests that it blocks ([`crate::iommufd::Extensions::fault_reports`]).
     pub fault_reports: bool,
 }
 
 impl VtdConfig {
-    /// Width of PASIDs where nobody asks for one: as many as by default, or what all of `hosts`
-    /// have.
+    /// PASID width if none is requested: the default, or what all of `hosts` support.
     pub fn usual_pasid_bits(hosts: &[HostUnit]) -> u8 {
         let least = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
         least.map_or(DEFAULT_PASID_BITS, |bits| bits.min(DEFAULT_PASID_BITS))
     }
 
-    /// This configuration, lowered to what all of `hosts` can serve.
+    /// This configuration, reduced to what all of `hosts` support.
     ///
     /// # Errors
-    /// A unit cannot serve what was asked for by value.
+    /// A unit does not support what was requested by value.
     pub fn intersect(&self, hosts: &[HostUnit]) -> Result<Self, CapabilityConflict> {
         self.require_pasids(hosts)?;
         let mut lowered = self.clone();
@@ -51,7 +50,7 @@ impl VtdConfig {
         Ok(lowered)
     }
 
-    /// As many PASID bits as are offered, by the unit that has the fewest.
+    /// As many PASID bits as offered, on the unit with the fewest.
     fn require_pasids(&self, hosts: &[HostUnit]) -> Result<(), CapabilityConflict> {
         let least = hosts.iter().min_by_key(|host| host.ecap.pasid_bits());
         let Some(host) = least else { return Ok(()) };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Invalidations that the host does, and the register-based interface (§6.5.1, §11.4.6).
+//! Invalidations executed by the host, and the register-based interface (§6.5.1, §11.4.6).
 
 use super::actions::iotlb;
 use super::apply::Scope;
@@ -17,7 +17,7 @@ use crate::viommu::vtd::host_side::{Invalidation, Progress};
 use crate::viommu::HostSideError;
 
 impl VtdIommu {
-    /// Gives a batch to the host, from where `progress` is: as much of it as one slice may do.
+    /// Gives a batch to the host, starting at `progress`: as much of it as one slice may do.
     pub(super) fn invalidate_host(
         &self,
         batch: &[Invalidation],
@@ -28,15 +28,16 @@ impl VtdIommu {
             self.counters.invalidations.add(batch.len() as u64);
         }
         self.host.invalidate_some(batch, progress).inspect_err(|error| {
-            // What the host blocked for this is given anew at the next occasion.
+            // What the host blocked because of it is given again at the next occasion.
             self.requesters.unapply_all();
-            // Nobody acknowledges an invalidation that failed, whatever became of its requesters.
+            // A failed invalidation is never acknowledged, whatever happened to its requesters.
             let _ = self.host_failed(error);
         })
     }
 
-    /// CCMD.ICC was written as 1. When it is done ICC is cleared and CAIG says what: nothing, when
-    /// the register-based interface may not be used, the request is reserved or the host fails.
+    /// CCMD.ICC was written as 1. Afterwards ICC is cleared and CAIG reports what was done:
+    /// nothing, if the register-based interface may not be used, the request is reserved or the
+    /// host fails.
     pub(super) fn context_command(&self, registers: &mut Registers) {
         let command = registers.ccmd;
         let granularity = ContextGranularity::from_bits(command.cirg())
@@ -62,7 +63,7 @@ impl VtdIommu {
         self.acknowledge_context_command(registers, Some(granularity));
     }
 
-    /// ICC is cleared, and CAIG says what was done.
+    /// Clears ICC, and reports in CAIG what was done.
     pub(super) fn acknowledge_context_command(
         &self,
         registers: &mut Registers,
@@ -72,13 +73,13 @@ impl VtdIommu {
         registers.ccmd = Ccmd::with_caig(registers.ccmd, done).with_icc(false);
     }
 
-    /// IOTLB.IVT was written as 1. IAIG says what was done, as CAIG does.
+    /// IOTLB.IVT was written as 1. IAIG reports what was done, like CAIG.
     pub(super) fn iotlb_command(&self, registers: &mut Registers) {
         let command = registers.iotlb;
         let iva = registers.iva;
         let granularity = IotlbGranularity::from_bits(command.iirg())
             .filter(|_| register_interface_allowed(registers))
-            // A mask that is larger than offered widens to the domain.
+            // A mask larger than offered widens to the domain.
             .map(|granularity| match granularity {
                 IotlbGranularity::Page if iva.am() > self.caps.cap.mamv() => {
                     IotlbGranularity::Domain
@@ -104,7 +105,7 @@ impl VtdIommu {
         self.begin_invalidation(iotlb(scope), Then::Iotlb(granularity));
     }
 
-    /// IVT is cleared, and IAIG says what was done.
+    /// Clears IVT, and reports in IAIG what was done.
     pub(super) fn acknowledge_iotlb_command(
         &self,
         registers: &mut Registers,
@@ -114,9 +115,8 @@ impl VtdIommu {
         registers.iotlb = IotlbReg::with_iaig(registers.iotlb, done).with_ivt(false);
     }
 
-    /// Whether the host is to be given anew what it has lost because it could not invalidate it
-    /// ([`Scope::Unapplied`]). Whoever asks for invalidations alone does not ask for the policies
-    /// that were lost with them.
+    /// Whether decisions that the host lost because an invalidation failed must be given again
+    /// ([`Scope::Unapplied`]). A guest that only invalidates does not ask for the lost policies.
     pub(super) fn must_reapply(&self, registers: &Registers) -> bool {
         if !self.requesters.has_unapplied() {
             return false;
@@ -128,8 +128,8 @@ impl VtdIommu {
     }
 }
 
-/// Whether the register-based interface may be used: not beside the queue, and not in scalable
-/// mode, which has queued invalidation only (§6.5).
+/// Whether the register-based interface may be used: not together with the queue, and not in
+/// scalable mode, which has queued invalidation only (§6.5).
 fn register_interface_allowed(registers: &Registers) -> bool {
     let mode = registers.root.map(Rtaddr::mode);
     !registers.gsts.qies() && mode != Some(TranslationTableMode::Scalable)

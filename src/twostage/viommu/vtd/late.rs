@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tables that came to serve a requester, and nobody was told.
+//! Tables that start to serve a requester without an invalidation.
 //!
-//! Without caching mode (CAP.CM, §6.1) nothing is cached of entries that are not present or
-//! programmed wrongly: software changes them to others and tells nobody, and the next request goes
-//! by what they are then. So a request of a requester that its tables blocked is not blocked before
-//! they have been read again. What served the requester, and may be cached, is not looked at.
+//! Without caching mode (CAP.CM, §6.1), entries that are not present or programmed wrongly are not
+//! cached: software changes them without an invalidation, and the next request follows the new
+//! entry. So before a request of a blocked requester fails, the tables are read again. A requester
+//! that is served, whose entries may be cached, is not looked at.
 //!
-//! A request costs one look at the tables, whoever makes how many: only those that find themselves
-//! served take the lock of the registers, for less than a slice of what others do.
+//! A blocked request costs one read of the tables, however many there are; only requests that are
+//! found to be served take the lock of the registers, for less than a slice of other work.
 
 use super::apply::is_blocked;
 use super::VtdIommu;
@@ -21,24 +21,27 @@ impl VtdIommu {
             return false;
         }
         let Some(standing) = self.requesters.standing(requester) else { return false };
-        // Another thread may have found it, and what is published as served is the host's already.
+        // Another thread may have found it, and anything published as served has been applied by
+        // the host.
         if !standing.translating || is_served(standing.given) {
             return standing.translating;
         }
         if is_blocked(&self.tables(standing.root).config(requester)) {
             return false;
         }
-        // Who asks holds others up while it waits: for its turn, and not until a command is done.
-        // What is given here is taken away again by one that is yet to come to it, ...
+        // The caller delays others while it waits, so it waits for the lock only, and not for a
+        // command to complete. What is configured here is withdrawn by a command that has yet to
+        // process the requester, ...
         let registers = self.lock();
-        // All may have changed since, and the function may be gone.
+        // Everything may have changed since, and the function may be gone.
         let Some(standing) = self.requesters.standing(requester) else { return false };
         if !standing.translating || self.is_halted() {
             return false;
         }
-        // ... and must not be given where translation is disabled already but for the last word.
+        // ... and must not be configured if a command that disables translation has already
+        // processed the requester.
         if !is_served(standing.given) && !self.under_way().has_disabled(requester) {
-            // Who asks is told what came of it; to the guest nothing is acknowledged.
+            // The caller gets the result; nothing is acknowledged to the guest.
             let _ = self.reevaluate_requester(requester, registers.root);
         }
         let served = is_served(self.requesters.given(requester));
@@ -47,7 +50,7 @@ impl VtdIommu {
     }
 }
 
-/// Whether the requester was given something else than to be blocked, and the host has it.
+/// Whether the requester has a configuration other than a block, and the host has applied it.
 fn is_served(given: Option<Given>) -> bool {
     given.is_some_and(|given| given.applied && !is_blocked(&given.decision))
 }

@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual Intel VT-d: registers, queued invalidation, tables and faults, as a guest drives them.
+//! A virtual Intel VT-d: registers, queued invalidation, tables and faults, as driven by a guest.
 //!
-//! A register write is complete when [`VtdIommu::mmio_write`] returns: what it asks has been given
-//! to the host, and only then does a status register, a status word in memory or the queue head
-//! say so. From the moment translation is enabled every function is blocked until its tables say
+//! A register write is complete when [`VtdIommu::mmio_write`] returns: its request has been given
+//! to the host, and only then does a status register, a status word in memory or the queue head say
+//! so. From the moment translation is enabled, every function is blocked until its tables say
 //! otherwise.
 //!
-//! Where the host cannot even block what the guest takes back, nothing is acknowledged: the queue
-//! stops with an error, TES stays as it was and RTPS clear, and the next command tries again.
+//! If the host cannot even block what the guest revokes, nothing is acknowledged: the queue stops
+//! with an error, TES stays as it was and RTPS clear, and the next command retries.
 //!
 //! Not offered: page requests, advanced fault logging, protected memory regions, nested tables of
 //! the guest's own. Their registers read as after reset.
 //!
 //! # Locks
-//! The registers are one lock, held across calls to the host and to the interrupt sink, neither of
-//! which may call the unit but to report faults and to halt it. Whoever works through the queue
-//! lets go of it at each ordering point, and whoever reads tables anew for many PASIDs does so
-//! after some of them; those who wait have it in turn. What is under way then has a lock that is
-//! taken with the registers only. The fault log has a lock of its own, and so have the published
-//! policies: both are taken after the registers, for a moment, and are all that
+//! The registers have one lock, held across calls to the host and to the interrupt sink, neither of
+//! which may call the unit except to report faults and to halt it. A thread that works through the
+//! queue unlocks it at each ordering point, and one that reads tables again for many PASIDs after
+//! some of them; both queue behind those that wait. Work in progress has a lock that is taken with
+//! the registers only. The fault log has a lock of its own, and so have the published policies:
+//! both are taken after the registers, for a moment, and are the only locks that
 //! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while another
-//! waits in the host for DMA to end. Without caching mode a request that is blocked may take the
-//! registers, too, before it becomes a fault ([`FaultTarget::served_late`]). Interrupt remapping
-//! has a lock of its own, between the registers and the fault log: interrupts may come from any
-//! thread, too.
+//! one waits in the host for DMA to end. Without caching mode, a blocked request may also take the
+//! registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt remapping has a
+//! lock of its own, between the registers and the fault log: interrupts may come from any thread,
+//! too.
 
 mod actions;
 mod apply;
@@ -76,7 +76,7 @@ use queue::Slice;
 use remapping::Remapping;
 use requesters::Requesters;
 
-/// So many PASIDs of a function that goes are blocked before others have the registers.
+/// PASIDs of a removed function that are blocked before the registers are unlocked.
 const REMOVED_AT_ONCE: u32 = 32;
 
 /// A virtual VT-d unit.
@@ -130,9 +130,9 @@ impl VtdIommu {
         self.caps
     }
 
-    /// Puts a function behind the unit. It passes while translation is disabled, and goes by its
-    /// tables when it is enabled. Nothing happens for a function that is there already. What the
-    /// host refuses is logged; the function is then blocked.
+    /// Adds a function. It passes while translation is disabled, and follows its tables while it is
+    /// enabled. Does nothing for a function that exists already. A refusal of the host is logged;
+    /// the function is then blocked.
     pub fn add_device(&self, rid: Bdf) {
         let mut registers = self.lock_idle();
         if !self.requesters.add(rid) {
@@ -143,9 +143,9 @@ impl VtdIommu {
             false => By::Nothing,
         };
         let mut evaluation = Evaluation::of_function(rid, by(&registers));
-        // Where translation was enabled or disabled meanwhile, that concerned this function, too.
+        // If translation was enabled or disabled meanwhile, that covered this function, too.
         while by(&registers) == evaluation.by() {
-            // The host has it blocked until it is given something, so that a refusal leaves it so.
+            // The host blocks it until it is configured, so a refusal leaves it blocked.
             let mut budget = Budget::default();
             if self.evaluate(&mut evaluation, registers.root, &mut budget).is_some() {
                 return;
@@ -155,11 +155,11 @@ impl VtdIommu {
         }
     }
 
-    /// Takes a function away: it is blocked. Nothing happens for a function that is not there. What
-    /// the host does not block is logged, and is for whoever takes the device from the host.
+    /// Removes a function: it is blocked. Does nothing for an unknown function. If the host fails
+    /// to block it, that is logged, and left to the owner of the device.
     pub fn remove_device(&self, rid: Bdf) {
         let mut registers = self.lock();
-        // Nobody gives it a policy from now on.
+        // It gets no policy from now on.
         let Some(pasids) = self.requesters.remove(rid) else { return };
         let mut next = pasids.from(0);
         let mut slice = 0;
@@ -175,12 +175,12 @@ impl VtdIommu {
         self.take_away(Requester::rid(rid));
     }
 
-    /// Blocks a requester of a function that is gone.
+    /// Blocks a requester of a removed function.
     fn take_away(&self, requester: Requester) {
         let gone = Blocked { reason: FaultReason::ContextNotPresent, fault_disabled: true };
         let config = blocked_config(requester, gone);
         if let Err(error) = self.host.configure(requester, &config) {
-            // Nobody is told: the guest has no part in it.
+            // Not reported: the guest is not involved.
             let _ = self.host_failed(&error);
         }
     }
@@ -188,17 +188,17 @@ impl VtdIommu {
     /// Works through the invalidation queue up to its tail or its first error. Register writes do
     /// so themselves; any other thread may, too, and several at once share the work.
     ///
-    /// Others have the registers in turn at each ordering point of the queue, and after some of the
+    /// The registers are unlocked at each ordering point of the queue, and after some of the
     /// requesters that one invalidation names, however many there are.
     pub fn drain_queue(&self) {
         while !self.is_halted() && self.run_slice(&mut self.lock()) == Slice::More {}
     }
 
-    /// The machine stops: whoever works through the queue, or through the PASIDs of a function,
-    /// leaves off at the next descriptor or PASID, and nobody begins again. What is under way
-    /// is not acknowledged to the guest.
+    /// The machine is stopping: threads working through the queue, or the PASIDs of a function,
+    /// return at the next descriptor or PASID, and none starts again. Work in progress is not
+    /// acknowledged to the guest.
     ///
-    /// Waits for nothing. Registers can be read and written as before.
+    /// Does not block. Registers can be read and written as before.
     pub fn halt(&self) {
         self.halted.store(true, Ordering::Relaxed);
     }
@@ -207,23 +207,23 @@ impl VtdIommu {
         self.halted.load(Ordering::Relaxed)
     }
 
-    /// What the guest's tables say of `requester` at this moment, whatever it was given; `None`
-    /// while translation is disabled, and for a function that is not here. For who looks for
-    /// invalidations that the guest forgot: DMA goes by what was given.
+    /// The policy for `requester` by the guest's tables at this moment, regardless of the applied
+    /// one; `None` while translation is disabled, and for an unknown function. For finding missing
+    /// invalidations of the guest: DMA follows the applied policy.
     ///
-    /// May be called from anywhere: it waits for nobody who waits for the host.
+    /// May be called from anywhere: it never waits for a thread that waits for the host.
     pub fn policy_by_tables(&self, requester: Requester) -> Option<Policy> {
         let standing = self.requesters.standing(requester)?;
         let tables = self.tables(standing.root);
         standing.translating.then(|| tables.config(requester).policy)
     }
 
-    /// What the unit has done so far.
+    /// Statistics.
     pub fn counters(&self) -> VtdCounters {
         self.counters.snapshot()
     }
 
-    /// All that the guest can see, at one moment.
+    /// The guest-visible state at one moment.
     pub fn state(&self) -> VtdState {
         let registers = self.lock();
         VtdState {

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The invalidation queue (§6.5.2).
 //!
-//! IOTLB invalidations are gathered up to the next ordering point (a wait, an invalidation of the
-//! context, PASID or interrupt entry cache, the tail) and given to the host in one call; so are
-//! invalidations of context and PASID cache, up to anything else, and tables are read once for all
-//! of them. IQH moves past a descriptor only when what it asks is done; a wait is answered before
-//! that. When the host cannot do a batch, IQH stays at its first descriptor and the queue stops.
+//! IOTLB invalidations are batched up to the next ordering point (a wait, an invalidation of the
+//! context, PASID or interrupt entry cache, the tail) and given to the host in one call;
+//! invalidations of the context and PASID caches are batched up to any other descriptor, and tables
+//! are read once for all of them. IQH moves past a descriptor only when it is done; a wait is
+//! answered before that. If the host cannot do a batch, IQH stays at its first descriptor and the
+//! queue stops.
 //!
-//! The queue is worked through in slices, from one ordering point to the next, but not more than a
-//! number of descriptors; a wait is part of the slice that it ends. Where the tables of many
-//! requesters are to be read, that takes slices of its own, with IQH where it is.
+//! The queue is processed in slices, from one ordering point to the next, up to a maximum number of
+//! descriptors; a wait belongs to the slice that it ends. Reading the tables of many requesters
+//! takes slices of its own, with IQH unchanged.
 
 use super::actions::{check_offered, iotlb, pasid_iotlb};
 use super::apply::{Scope, Scopes};
@@ -23,12 +24,12 @@ use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTable
 use crate::viommu::ledger::NotApplied;
 use crate::viommu::vtd::host_side::{Invalidation, Progress};
 
-/// What is left of the queue after a slice of it.
+/// What is left of the queue after a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Slice {
     /// Descriptors before the tail.
     More,
-    /// Nothing, or nothing may be done before the guest has cleared an error.
+    /// Nothing, or nothing before the guest has cleared an error.
     Done,
 }
 
@@ -40,33 +41,33 @@ enum Stop {
     Host,
     /// The unit was halted.
     Halted,
-    /// A wait came after a device-TLB invalidation that no device answered.
+    /// A wait followed a device-TLB invalidation that no device answered.
     TimeOut(Bdf),
 }
 
-/// How much of what was gathered is done.
+/// How much of the batch is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flushed {
     All,
-    /// Others have the registers before the rest.
+    /// Some: the registers are unlocked before the rest.
     Some,
 }
 
-/// Descriptors in one slice at the most.
+/// Maximum number of descriptors in one slice.
 const SLICE: usize = 1024;
 
-/// One slice of the queue. Invalidations of one kind at a time are gathered.
+/// One slice of the queue. Invalidations of one kind at a time are batched.
 #[derive(Debug, Default)]
 pub(super) struct Pass {
     /// Offset of the next descriptor to fetch, in bytes.
     fetch: u64,
-    /// IOTLB invalidations gathered since the last ordering point.
+    /// IOTLB invalidations since the last ordering point.
     batch: Vec<Invalidation>,
     /// How much of them is done.
     progress: Progress,
-    /// Invalidations of context and PASID cache gathered since then.
+    /// Invalidations of the context and PASID caches since then.
     scopes: Scopes,
-    /// The one of them that is being done.
+    /// The one in progress.
     evaluation: Option<Evaluation>,
 }
 
@@ -75,7 +76,7 @@ impl Pass {
         self.batch.is_empty() && self.scopes.is_empty() && self.evaluation.is_none()
     }
 
-    /// Whether what was gathered must be done before `descriptor`.
+    /// Whether the batch must be done before `descriptor`.
     fn is_ordered_before(&self, descriptor: &Descriptor) -> bool {
         match descriptor {
             Descriptor::Iotlb { .. }
@@ -92,7 +93,7 @@ impl Pass {
 
 impl VtdIommu {
     /// Works through the queue up to the next ordering point, its tail or its first error. A
-    /// command that is under way comes first: invalidations are done by what it makes hold.
+    /// command under way comes first: invalidations depend on its outcome.
     pub(super) fn run_slice(&self, registers: &mut Registers) -> Slice {
         if self.run_command(registers) == Slice::More {
             return Slice::More;
@@ -166,15 +167,15 @@ impl VtdIommu {
                 _ => {}
             }
         }
-        // The tail, too, may come later.
+        // The end of the queue may be left to a later slice, too.
         self.flush(registers, pass)?;
         Ok(Slice::More)
     }
 
     /// Reads and decodes the descriptor at `offset` of the queue.
     fn fetch(&self, registers: &Registers, offset: u64) -> Result<Descriptor, IqErrorInfo> {
-        // The guest is done with what is before the tail: words need not be read one by one. There
-        // are two of them or four.
+        // The guest no longer writes what is before the tail: words need not be read one by one.
+        // There are two or four of them.
         let mut bytes = [0; WORDS * size_of::<u64>()];
         let (bytes, _) = bytes.split_at_mut(registers.iqa.descriptor_size() as usize);
         let address = registers.iqa.base().checked_add(offset).ok_or(IqErrorInfo::FetchError)?;
@@ -192,15 +193,15 @@ impl VtdIommu {
         Ok(descriptor)
     }
 
-    /// Does what `descriptor` asks, or gathers it.
+    /// Executes `descriptor`, or adds it to the batch.
     fn perform(&self, registers: &mut Registers, pass: &mut Pass, descriptor: &Descriptor) {
         match *descriptor {
             Descriptor::Iotlb { scope, .. } => pass.batch.push(iotlb(scope)),
             Descriptor::PasidIotlb { domain, pasid, range } => {
                 pass.batch.push(pasid_iotlb(domain, pasid, range));
             }
-            // The host flushes device-TLBs together with its IOTLB. What remains is the device
-            // that is not there.
+            // The host flushes device-TLBs together with its IOTLB. What remains is the case of a
+            // missing device.
             Descriptor::DeviceTlb { source, .. } | Descriptor::PasidDeviceTlb { source, .. } => {
                 if !self.requesters.contains(source) {
                     registers.unanswered.get_or_insert(source);
@@ -212,18 +213,17 @@ impl VtdIommu {
             Descriptor::PasidCache(scope) => pass.scopes.add(scope.into()),
             Descriptor::InterruptEntryCache(scope) => self.invalidate_interrupt_entries(scope),
             Descriptor::Wait { status, interrupt, .. } => {
-                // A wait behind a device that did not answer is aborted: no status, no interrupt.
+                // A wait after a device that did not answer is aborted: no status, no interrupt.
                 if registers.unanswered.is_none() {
                     self.complete_wait(registers, status, interrupt);
                 }
             }
-            // No unit offers page requests yet, so there is no request to respond to.
+            // Page requests are not offered, so there is none to respond to.
             Descriptor::PageGroupResponse { .. } => {}
         }
     }
 
-    /// Gives what was gathered to the host, as far as it can be done in one slice; when all is
-    /// done, IQH follows.
+    /// Gives the batch to the host, as far as possible in one slice; when all is done, IQH follows.
     fn flush(&self, registers: &mut Registers, pass: &mut Pass) -> Result<Flushed, Stop> {
         if !pass.batch.is_empty() {
             let result = self.invalidate_host(&pass.batch, &mut pass.progress);
@@ -235,7 +235,7 @@ impl VtdIommu {
             pass.progress = Progress::default();
         }
         if !registers.gsts.tes() {
-            // Begun before translation was disabled: nobody goes by tables any more.
+            // Started before translation was disabled: tables are not used any more.
             pass.evaluation = None;
         }
         let mut budget = Budget::default();
@@ -254,7 +254,7 @@ impl VtdIommu {
         Ok(Flushed::All)
     }
 
-    /// What tables are to be read for next. While translation is disabled nobody goes by them.
+    /// The next requesters to read tables for. While translation is disabled, tables are not used.
     fn next_evaluation(&self, registers: &Registers, pass: &mut Pass) -> Option<Evaluation> {
         if self.must_reapply(registers) {
             return Some(Evaluation::new(Scope::Unapplied, By::Tables));
@@ -290,12 +290,12 @@ impl VtdIommu {
     }
 
     fn stop_queue(&self, registers: &mut Registers, mut pass: Pass, stop: Stop) -> Slice {
-        // What stands before a wrong descriptor is done all the same.
+        // Descriptors before a wrong one are still done.
         let stop = match stop {
             Stop::Guest(info) => match self.flush(registers, &mut pass) {
                 Ok(Flushed::All) => Stop::Guest(info),
                 Ok(Flushed::Some) => {
-                    // And then that descriptor is met again.
+                    // Then that descriptor is fetched again.
                     self.under_way().queue = Some(pass);
                     return Slice::More;
                 }
@@ -317,7 +317,7 @@ impl VtdIommu {
                     .warn(format_args!("VT-d: invalidation queue error at {head:#x}: {info:?}"));
             }
             Stop::Host => {
-                // No code of the specification says that the unit itself failed.
+                // The specification has no code for a failure of the unit itself.
                 registers.iqercd.set_iqei(0);
                 self.raise_queue_error(QueueError::Queue);
                 self.log.warn(format_args!("VT-d: the invalidations at {head:#x} failed"));
@@ -351,7 +351,7 @@ impl From<PasidCacheScope> for Scope {
         match scope {
             PasidCacheScope::Global => Self::Global,
             PasidCacheScope::Domain(domain) => Self::Domain(domain),
-            // Without regard to the domain: an entry that becomes present changes domains.
+            // For any domain: an entry that becomes present changes domains.
             PasidCacheScope::Pasid { pasid, .. } => Self::Pasid(pasid),
         }
     }
@@ -361,7 +361,7 @@ fn mode(registers: &Registers) -> Option<TranslationTableMode> {
     registers.root.map(Rtaddr::mode)
 }
 
-/// Whether queue and translation table mode fit, and the tail lies in the queue.
+/// Whether queue and translation table mode match, and the tail is inside the queue.
 fn check_queue(registers: &Registers, scalable_mode: bool) -> Result<(), IqErrorInfo> {
     let Registers { iqa, iqt, .. } = registers;
     let width_allowed = match mode(registers) {

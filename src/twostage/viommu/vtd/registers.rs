@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The register page: reads, and writes with what they set off (§11.4).
+//! The register page: reads, and writes with their effects (§11.4).
 
 use super::config::MMIO_SIZE;
 use super::queue::Slice;
@@ -11,16 +11,16 @@ use crate::spec::vtd::regs::{
 use crate::viommu::observer::RegisterAccess;
 use crate::viommu::register_slot::{pair, SlotAccess};
 
-/// The version of the architecture that VER tells: 4.0.
+/// The architecture version in VER: 4.0.
 const VERSION: u32 = 0x40;
 
-/// The slots whose upper halves are FSTS and ICS; nothing is in their lower halves.
+/// The slots whose upper halves are FSTS and ICS; their lower halves are reserved.
 const FSTS_SLOT: u64 = regs::FSTS - 4;
 const ICS_SLOT: u64 = regs::ICS - 4;
 
 impl VtdIommu {
     /// The guest reads `data.len()` bytes at `offset` of the register page. Aligned 32- and 64-bit
-    /// reads give registers; any other gives all ones.
+    /// reads return registers; any other returns all ones.
     pub fn mmio_read(&self, offset: u64, data: &mut [u8]) {
         self.counters.register_reads.count();
         let size = data.len();
@@ -36,8 +36,8 @@ impl VtdIommu {
         self.observe_access(offset, size, value, false);
     }
 
-    /// The guest writes `data` at `offset` of the register page. Aligned 32- and 64-bit writes
-    /// take effect before this returns; any other is ignored.
+    /// The guest writes `data` at `offset` of the register page. Aligned 32- and 64-bit writes take
+    /// effect before this returns; any other is ignored.
     pub fn mmio_write(&self, offset: u64, data: &[u8]) {
         self.counters.register_writes.count();
         let Some(access) = SlotAccess::new(offset, data.len(), MMIO_SIZE) else {
@@ -56,7 +56,7 @@ impl VtdIommu {
         if slice == Slice::More {
             drop(self.lock_idle());
         }
-        // What lets the queue go on: it is enabled, has a new tail, or an error was cleared.
+        // What lets the queue continue: it is enabled, has a new tail, or an error was cleared.
         if matches!(access.slot, regs::GCMD | FSTS_SLOT | regs::IQT) {
             self.drain_queue();
         }
@@ -65,7 +65,7 @@ impl VtdIommu {
     fn observe_access(&self, offset: u64, size: usize, value: u64, write: bool) {
         if let Some(observer) = &self.observer {
             let name = regs::name(offset, self.caps.cap, self.caps.ecap);
-            // `SlotAccess::new` took 4 or 8.
+            // `SlotAccess::new` accepts 4 or 8.
             let size = size as u8;
             observer.register(&RegisterAccess { name, offset, size, value, write });
         }
@@ -107,7 +107,7 @@ impl VtdIommu {
         }
     }
 
-    /// `value` has the bits of the access in their place in the slot.
+    /// `value` has the bits of the access at their place in the slot.
     fn write_slot(&self, registers: &mut Registers, access: SlotAccess, value: u64) {
         let (low, high) = access.halves(value);
         let event = &mut registers.invalidation_event;
@@ -189,7 +189,7 @@ impl VtdIommu {
         self.caps.ecap.iotlb_offset() + regs::IOTLB
     }
 
-    /// Which 64-bit word of the fault recording registers `slot` is.
+    /// The 64-bit word of the fault recording registers at `slot`.
     fn fault_record_word(&self, slot: u64) -> Option<usize> {
         let offset = slot.checked_sub(self.caps.cap.fault_record_offset())?;
         let inside = offset < self.caps.cap.fault_records() * FRCD_SIZE;

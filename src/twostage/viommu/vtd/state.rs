@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! All that the guest can see of a virtual VT-d, as plain data.
+//! The guest-visible state of a virtual VT-d, as plain data.
 
 use super::faults::interrupts::EventRegisters;
 use super::faults::log::FaultLog;
@@ -8,7 +8,7 @@ use crate::spec::vtd::regs::{
     Ccmd, Gsts, Ics, IotlbReg, Iqa, Iqercd, Irta, Iva, QueuePointer, Rtaddr,
 };
 
-/// Registers but for those of faults, which have a lock of their own.
+/// Registers except those of faults, which have a lock of their own.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Registers {
@@ -16,7 +16,7 @@ pub struct Registers {
     pub gsts: Gsts,
     /// RTADDR, as written.
     pub rtaddr: Rtaddr,
-    /// The root table that GCMD.SRTP latched: the one that decides.
+    /// The root table latched by GCMD.SRTP, which is the one in use.
     pub root: Option<Rtaddr>,
     /// CCMD.
     pub ccmd: Ccmd,
@@ -26,11 +26,12 @@ pub struct Registers {
     pub iotlb: IotlbReg,
     /// IQA.
     pub iqa: Iqa,
-    /// IQH: all before it is complete.
+    /// IQH: everything before it is complete.
     pub iqh: QueuePointer,
     /// IQT.
     pub iqt: QueuePointer,
-    /// A device that did not answer a device-TLB invalidation: the next wait is aborted for it.
+    /// A device that did not answer a device-TLB invalidation: the next wait is aborted because of
+    /// it.
     pub unanswered: Option<Bdf>,
     /// IQERCD.
     pub iqercd: Iqercd,
@@ -40,15 +41,15 @@ pub struct Registers {
     pub invalidation_event: EventRegisters,
     /// IRTA, as written.
     pub irta: Irta,
-    /// The interrupt remapping table that GCMD.SIRTP latched: the one that decides.
+    /// The interrupt remapping table latched by GCMD.SIRTP, which is the one in use.
     pub interrupt_table: Irta,
 }
 
-/// Everything the guest can see; a snapshot of one moment.
+/// The guest-visible state: a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct VtdState {
-    /// Registers but for those of faults.
+    /// Registers except those of faults.
     pub registers: Registers,
     /// Fault status and records.
     pub faults: FaultLog,

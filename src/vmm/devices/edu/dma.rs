@@ -47,7 +47,7 @@ mod tests {
     use twostage::sync::Mutex;
     use twostage_emulated::edu::{Engine, Failure, Transfer, BUFFER_START};
 
-    /// While its first request is made, somebody takes the right away.
+    /// Loses its permission while its first request is made.
     struct Revoked {
         requests: Arc<Mutex<Vec<u64>>>,
         gate: Arc<RequestGate>,
@@ -77,7 +77,7 @@ mod tests {
             let revoker = std::thread::spawn({
                 let gate = gate.clone();
                 move || {
-                    // An error says that the other end is gone.
+                    // An error means that the other end is gone.
                     revoked.recv().unwrap_err();
                     gate.set_bus_master(false);
                 }

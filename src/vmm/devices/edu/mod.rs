@@ -29,7 +29,7 @@ use twostage_emulated::edu::{Effect, Engine, Registers, Transfer};
 
 const IDENTITY: Identity =
     Identity { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, revision: 0x10 };
-/// DMA of a device. Reads are of each number alone, not of one moment.
+/// DMA statistics of a device. Each counter is read on its own; together they are not a snapshot.
 #[derive(Debug, Default)]
 pub struct DmaCounters {
     done: AtomicU64,
@@ -37,18 +37,18 @@ pub struct DmaCounters {
 }
 
 impl DmaCounters {
-    /// Transfers that were done.
+    /// Completed transfers.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Transfers that were refused by the IOMMU, or that no memory or no buffer answers.
+    /// Transfers that the IOMMU refused, or that lie outside memory or the buffer.
     pub fn failed(&self) -> u64 {
         self.failed.load(Ordering::Relaxed)
     }
 }
 
-/// The device. Dropping it ends its worker.
+/// The device. Dropping it stops its worker.
 pub struct Edu {
     shared: Arc<Shared>,
     /// Taken when the device is dropped, which ends the worker.
@@ -56,7 +56,7 @@ pub struct Edu {
     worker: Option<JoinHandle<()>>,
 }
 
-/// What vCPU threads and the worker share. Lock order: registers, then configuration space.
+/// Shared by vCPU threads and the worker. Lock order: registers, then configuration space.
 struct Shared {
     registers: Mutex<Registers>,
     config: Mutex<ConfigSpace>,
@@ -69,11 +69,11 @@ struct Shared {
 }
 
 impl Edu {
-    /// A device whose BAR is at `address`, which interrupts through `intx` or `messages` and makes
-    /// its DMA through `memory`.
+    /// A device with its BAR at `address`, which interrupts through `intx` or `messages` and makes
+    /// DMA requests through `memory`.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// No thread can be started.
     pub fn new(
         config: &EduConfig,
         address: u32,
@@ -118,7 +118,7 @@ impl Edu {
         Ok(Self { shared, transfers: Some(Mutex::new(transfers)), worker: Some(worker) })
     }
 
-    /// What became of the device's DMA.
+    /// DMA statistics.
     pub fn counters(&self) -> &DmaCounters {
         &self.shared.counters
     }
@@ -127,7 +127,7 @@ impl Edu {
         let Some(transfers) = &self.transfers else { return };
         let sent = transfers.lock().send(transfer);
         if sent.is_err() {
-            // The worker panicked. The device goes on without DMA.
+            // The worker panicked. The device continues without DMA.
             warn_limited!("edu: the DMA worker is gone");
             self.shared.registers().transfer_ended();
         }
@@ -143,12 +143,12 @@ impl Shared {
         self.config.lock()
     }
 
-    /// Register 0xA0 is there only while software has the PASID capability enabled.
+    /// Register 0xA0 exists only while software has the PASID capability enabled.
     fn pasid_enabled(&self) -> bool {
         self.pasid.is_some_and(|capability| capability.enabled(&self.config()))
     }
 
-    /// Does one transfer, on the worker's thread.
+    /// Performs one transfer, on the worker's thread.
     fn transfer(&self, engine: &mut Engine, memory: &mut GatedMemory, mut transfer: Transfer) {
         match engine.run(&mut transfer, memory) {
             Ok(()) => self.counters.done.fetch_add(1, Ordering::Relaxed),
@@ -163,7 +163,7 @@ impl Shared {
         }
     }
 
-    /// Brings the interrupt outputs in line with `registers`; `raised`: a cause was just raised.
+    /// Updates the interrupt outputs from `registers`; `raised`: a cause was just raised.
     fn interrupt(&self, registers: &Registers, raised: bool) {
         let pending = registers.interrupt_pending();
         let mut config = self.config();
@@ -184,9 +184,9 @@ impl PciFunction for Edu {
     }
 
     fn config_written(&self, _offset: u16, _length: usize) {
-        // MSI may have been switched, INTx disabled, or the right to make requests taken: when this
-        // returns, there is no request and no message by what was before. The lock keeps two
-        // writers in order.
+        // MSI may have been switched, INTx disabled, or the permission to make requests revoked:
+        // when this returns, no request or message under the old settings is outstanding. The lock
+        // serializes writers.
         let registers = self.shared.registers();
         let command = self.shared.config().command();
         self.shared.gate.set_bus_master(command.bus_master());
@@ -197,7 +197,7 @@ impl PciFunction for Edu {
         let pasid = self.shared.pasid_enabled();
         let value = self.shared.registers().read(offset, data.len(), pasid);
         let bytes = value.to_le_bytes();
-        // A register access has at most eight bytes.
+        // A register access is at most eight bytes.
         data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The device as software sees it: BAR, configuration space, interrupts, DMA by the worker.
+//! The device as software sees it: BAR, configuration space, interrupts, and DMA by the worker.
 
 use std::sync::mpsc::{channel, Receiver};
 
@@ -33,7 +33,7 @@ impl Fixture {
         let (send_level, levels) = channel();
         let send_level = Mutex::new(send_level);
         let router = IntxRouter::new(Arc::new(move |gsi, level| {
-            // The same level goes to an input of the IOAPIC.
+            // The IOAPIC input has the same level.
             if gsi < 16 {
                 send_level.lock().send((gsi, level)).unwrap();
             }
@@ -138,7 +138,7 @@ fn dma_goes_both_ways_and_interrupts_at_its_end() {
 fn dma_that_fails_ends_and_is_counted() {
     let fixture = Fixture::new();
     fixture.enable_msi();
-    // No memory there; not in the buffer; a PASID that nobody can translate.
+    // No memory there; outside the buffer; a PASID that cannot be translated.
     fixture.transfer(BUFFER_START, 0x1_0000, 8, 0b111);
     fixture.messages.recv().unwrap();
     fixture.transfer(0, 0x1000, 8, 0b111);

@@ -48,7 +48,7 @@ impl Unrouted {
         }
     }
 
-    /// No longer.
+    /// Ends that.
     pub fn remove(&self, gsi: u32, event: &EventFd) {
         let mut blocked = self.blocked();
         if blocked.routes.remove(&gsi).is_some() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which host calls a configuration costs, and in what order.
+//! Which host calls a configuration costs, and their order.
 
 use super::*;
 use crate::iommufd::{Errno, Protection, Verb};
@@ -44,7 +44,7 @@ fn an_unchanged_entry_costs_nothing() {
     assert_eq!(rig.nesting.counters().unchanged, 3);
 }
 
-/// Linux tells nobody of events of a stream that is attached to the nesting parent.
+/// Linux reports no events of a stream that is attached to the nesting parent.
 #[test]
 fn an_entry_that_bypasses_is_no_global_bypass() {
     let rig = Rig::new();
@@ -95,7 +95,7 @@ fn the_same_entry_is_one_object_until_its_last_user_leaves() {
         "DEVICE_ATTACH #1 to #10",
         "DEVICE_ATTACH #2 to #10",
         "DESTROY #9",
-        // What aborts stays; what passes while translation is off is stage 2 itself.
+        // The aborting entry stays; what passes while translation is off is stage 2 itself.
         "DEVICE_ATTACH #1 to #4",
         "DEVICE_ATTACH #2 to #4",
         "DEVICE_ATTACH #1 to #10",
@@ -122,7 +122,7 @@ fn a_refused_attach_blocks_and_is_tried_again() {
         "DESTROY #11",
     ]);
     assert_eq!(rig.nesting.counters().refused_attaches, 1);
-    // The same again is no repetition: it had failed.
+    // The same again is not a repetition: it had failed.
     rig.configure(STREAM_A, stage1(0x3000, false)).unwrap();
     rig.expect(&["HWPT_ALLOC ARM_SMMUV3(0x300b, 0x0) on #5 for #1 = #9", "DEVICE_ATTACH #1 to #9"]);
     rig.ends_clean();
@@ -143,7 +143,7 @@ fn what_cannot_be_aborted_is_detached() {
         "DEVICE_DETACH #1",
         "DESTROY #9",
     ]);
-    // Blocked is blocked.
+    // Already blocked.
     rig.configure(STREAM_A, StreamPolicy::Abort).unwrap();
     rig.expect(&[]);
     rig.ends_clean();
@@ -204,8 +204,8 @@ fn a_stream_without_a_device_is_blocked_already() {
     rig.expect(&[]);
 }
 
-/// What a Linux guest asks for from power-on to a shell, with one device: a peer needs 4 HWPTs and
-/// 6 attaches for it.
+/// What a Linux guest asks for from power-on to a shell, with one device: QEMU needs 4 HWPTs and 6
+/// attaches for it.
 #[test]
 fn the_calls_of_a_boot() {
     let host = RecordingHost::new(Extensions::default());
@@ -213,7 +213,7 @@ fn the_calls_of_a_boot() {
     let nesting = SmmuNesting::new(GuestIoas::new(host.clone()).unwrap(), 64);
     nesting.add_device(A, dev).unwrap();
     let rig = Rig { host, nesting };
-    // GBPA, as the machine starts; then the driver's reset, and its stream table.
+    // GBPA at power-on; then the driver's reset, and its stream table.
     rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
     rig.invalidate(&[Command::TlbiNsnhAll]).unwrap();
     rig.configure(STREAM_A, StreamPolicy::Abort).unwrap();

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Every host call fails in turn: no panic, no leak, the stream blocked, the error returned.
+//! Every host call fails in turn: no panic, no leak, the stream is blocked, and the error is
+//! returned.
 
 use super::*;
 use crate::iommufd::{Errno, Protection};
 
-/// One step of a guest's life, and the device that it leaves blocked when it fails.
+/// One step of a guest's life, and the device that is left blocked when it fails.
 type Step = (Option<ObjectId>, fn(&SmmuNesting) -> Result<(), String>);
 
 fn configure(n: &SmmuNesting, stream: StreamId, policy: StreamPolicy) -> Result<(), String> {
@@ -36,7 +37,7 @@ const STEPS: &[Step] = &[
     (Some(DEV_B), |n| n.remove_device(B).map_err(|e| e.to_string())),
 ];
 
-/// What `dev` reaches that blocks it: nothing, or the entry that aborts.
+/// Whether `dev` is blocked: detached, or attached to the aborting entry.
 fn is_blocked(nesting: &SmmuNesting, host: &RecordingHost, dev: ObjectId) -> bool {
     let aborts = |hwpt| {
         let nested = nesting.objects().nested;
@@ -45,7 +46,7 @@ fn is_blocked(nesting: &SmmuNesting, host: &RecordingHost, dev: ObjectId) -> boo
     host.reaches(dev, None).is_none_or(aborts)
 }
 
-/// Runs all steps with one failing call; says whether the failure was reached.
+/// Runs all steps with one failing call; returns whether the failure was reached.
 fn run(nth: u64, errno: Errno) -> bool {
     let host = RecordingHost::new(Extensions::default());
     host.add_device(0, hw_info());
@@ -75,8 +76,8 @@ fn every_call_fails_in_turn() {
     }
 }
 
-/// A call that fails is either made good (a destroy, an invalidation) or told of: never both silent
-/// and without effect.
+/// A failing call is either made good (a destroy, an invalidation) or reported: never silently
+/// without effect.
 #[test]
 fn a_failed_configuration_is_told_or_made_good() {
     for nth in 0..8 {

@@ -4,7 +4,7 @@
 use super::*;
 use crate::iommufd::{Errno, Verb, HW_INFO_ARM_SMMUV3_ERRATA_REPEAT_TLBI_CFGI};
 
-/// Everything, of [`Rig::nested`]: context descriptors, translations, what A's device keeps.
+/// A flush of everything for [`Rig::nested`]: context descriptors, translations, A's device-TLB.
 const EVERYTHING: &str = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0, 0x10:0x0, \
                           0x2000000040:0x34, 0x2000000a40:0x34]";
 
@@ -31,11 +31,11 @@ fn what_another_command_covers_is_not_sent() {
 #[test]
 fn what_cannot_be_cached_costs_no_call() {
     let rig = Rig::new();
-    // No stream ever used stage 1.
+    // No stream has ever used stage 1.
     rig.invalidate(&[Command::TlbiNsnhAll, va(1, 1), cd(STREAM_A), atc(STREAM_A)]).unwrap();
     rig.configure(STREAM_A, stage1(0x1000, false)).unwrap();
     rig.host.take_log();
-    // B bypasses, A's device keeps nothing, and nobody is 0x99.
+    // B bypasses, A's device caches nothing, and 0x99 does not exist.
     rig.invalidate(&[cd(STREAM_B), atc(STREAM_B), atc(STREAM_A), cd(StreamId(0x99))]).unwrap();
     rig.expect(&[]);
     assert_eq!(rig.nesting.counters().not_cached, 8);
@@ -56,7 +56,7 @@ fn what_was_kept_back_is_flushed_before_a_stream_uses_stage_1_again() {
         "HWPT_INVALIDATE #5 [0x10:0x0]",
         "DEVICE_ATTACH #2 to #9",
     ]);
-    // Once is enough, and nothing was kept back since.
+    // Once is enough: nothing was withheld since.
     rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
     assert!(rig.host.take_log().iter().all(|call| !call.starts_with("HWPT_INVALIDATE")));
@@ -106,7 +106,7 @@ fn a_refused_command_is_found_and_nothing_is_stale() {
         ]
     );
     assert_eq!(rig.nesting.counters().full_flushes, 1);
-    // Streams go on: nothing of theirs is stale.
+    // Streams continue: none of their translations is stale.
     assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(9)));
     rig.ends_clean();
 }
@@ -126,7 +126,7 @@ fn a_failure_that_passes_is_made_good_and_told() {
     rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.host.take_log();
     rig.host.fail_next(Verb::HwptInvalidate, Errno::ENOMEM);
-    // Nobody knows which of those that the host was asked for it was: the first will do.
+    // Which of the forwarded commands failed is unknown: the first will do.
     let refused = rig.invalidate(&[cd(STREAM_B), va(1, 5), va(1, 6), va(1, 7)]).unwrap_err();
     assert_eq!((refused.refused, refused.flushed, refused.error.still_reachable), (1, true, false));
     assert!(refused.to_string().contains("ENOMEM"), "{refused}");
@@ -142,7 +142,7 @@ fn a_flush_that_was_due_is_no_refusal() {
     for _ in 0..2 {
         rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
     }
-    // Neither the batch nor the flush, nor do the streams let themselves be blocked.
+    // Neither the batch nor the flush succeeds, nor can the streams be blocked.
     for _ in 0..4 {
         rig.host.fail_next(Verb::DeviceAttach, Errno::EIO);
         rig.host.fail_next(Verb::DeviceDetach, Errno::EIO);
@@ -172,7 +172,7 @@ fn what_cannot_be_flushed_is_blocked() {
         "DEVICE_ATTACH #2 to #11",
         "DESTROY #10",
     ]);
-    // They are nested anew when they are next configured, and nothing of theirs is stale then.
+    // They are nested again at the next configuration, with nothing stale.
     rig.configure(STREAM_B, stage1(0x2000, false)).unwrap();
     rig.expect(&[
         "HWPT_ALLOC ARM_SMMUV3(0x200b, 0x0) on #5 for #2 = #9",
@@ -239,16 +239,16 @@ fn an_smmu_that_may_miss_invalidations_is_given_each_twice() {
         "HWPT_INVALIDATE #5 [0x2000000005:0x1, 0x1000000000012:0x5000]",
         "HWPT_INVALIDATE #5 [0x1000000000012:0x6000]",
     );
-    // What devices keep is made from translations, and goes after them.
+    // Device-TLB entries are made from translations, and invalidated after them.
     rig.expect(&[first, first, "HWPT_INVALIDATE #5 [0x2000000040:0x7000]", last, last]);
-    // What is flushed after a refusal, too: also of the second time.
+    // The flush after a refusal is also issued twice.
     rig.host.refuse_command(va(1, 7).encode());
     let refused = rig.invalidate(&[va(1, 7)]).unwrap_err();
     assert!(refused.flushed);
     let log = rig.host.take_log();
     let flush = "HWPT_INVALIDATE #5 [0x2000000006:0x0, 0x2800000006:0x0, 0x10:0x0]";
     assert_eq!(log[1..3], [flush; 2], "{log:#?}");
-    // Before a stream comes back to stage 1, as well.
+    // So is the flush before a stream returns to stage 1.
     rig.configure(STREAM_A, StreamPolicy::GlobalBypass).unwrap();
     rig.configure(STREAM_B, StreamPolicy::GlobalBypass).unwrap();
     rig.invalidate(&[asid(1)]).unwrap();

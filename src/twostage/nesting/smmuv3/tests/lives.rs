@@ -19,7 +19,7 @@ fn devices_behind_two_smmus_are_told_apart() {
     host.take_log();
     let error = nesting.add_device(B, other).unwrap_err();
     assert_eq!(error, NestingError::OtherSmmu { rid: B, first: A });
-    // The second call is what makes it certain.
+    // The second call makes it certain.
     let calls = host.take_log();
     let refused = ["VDEVICE_ALLOC", "VIOMMU_ALLOC"];
     assert!(calls.len() == 3 && calls[0].starts_with("GET_HW_INFO"), "{calls:?}");
@@ -103,7 +103,7 @@ fn a_removed_device_leaves_nothing() {
     assert_eq!(rig.host.reaches(DEV_B, None), None);
     assert_eq!(rig.nesting.add_device(B, DEV_A), Err(NestingError::DeviceExists(B)));
     assert_eq!(rig.nesting.add_device(A, DEV_B), Err(NestingError::DeviceExists(A)));
-    // A new VMID: what was stale is not.
+    // A new VMID: nothing is stale.
     rig.host.take_log();
     rig.configure(STREAM_B, stage1(0x1000, false)).unwrap();
     assert_eq!(rig.host.take_log().len(), 2);
@@ -195,7 +195,7 @@ fn events_come_back_while_nesting_is_locked() {
     rig.host.push_event(VIOMMU, Vevent::Event { sequence: 2, data });
     assert_eq!((next(), next()), (None, Some(record)));
     assert_eq!(rig.nesting.counters().events_lost, 1);
-    // It is closed with the device that it is of.
+    // It is closed together with the device that it belongs to.
     rig.nesting.shutdown().unwrap();
     assert!(!rig.host.push_event(VIOMMU, Vevent::Lost { sequence: 3 }));
 }

@@ -30,10 +30,10 @@ const B: Bdf = Bdf::from_raw(0x28);
 /// Their streams.
 const STREAM_A: StreamId = StreamId(0x20);
 const STREAM_B: StreamId = StreamId(0x28);
-/// The device objects of the two: the first ids that the host gives.
+/// The device objects of the two: the first ids that the host assigns.
 const DEV_A: ObjectId = ObjectId(1);
 const DEV_B: ObjectId = ObjectId(2);
-/// What comes after them.
+/// The next ids.
 const IOAS: ObjectId = ObjectId(3);
 const PARENT: ObjectId = ObjectId(4);
 const VIOMMU: ObjectId = ObjectId(5);
@@ -59,7 +59,7 @@ fn memory() -> UserMemory {
     UserMemory::whole(Arc::new(region))
 }
 
-/// Stage 1 by the context descriptors at `table`, with ATS or without.
+/// Stage 1 with the context descriptors at `table`, with ATS or without.
 fn stage1(table: u64, ats: bool) -> StreamPolicy {
     let low = Ste0::new()
         .with_v(true)
@@ -85,7 +85,7 @@ fn atc(stream: StreamId) -> Command {
     Command::AtcInv { stream, substream: None, global: false, address: 0x7000, size: 0 }
 }
 
-/// Both devices added and passing, the log empty.
+/// Both devices added and bypassing, the log empty.
 struct Rig {
     host: Arc<RecordingHost>,
     nesting: SmmuNesting,
@@ -96,7 +96,7 @@ impl Rig {
         Self::on(hw_info())
     }
 
-    /// On an SMMU of which the host says `info`.
+    /// On an SMMU that the host describes by `info`.
     fn on(info: HwInfo) -> Self {
         let host = RecordingHost::new(Extensions::default());
         let (a, b) = (host.add_device(0, info), host.add_device(0, info));
@@ -133,13 +133,13 @@ impl Rig {
         self.nesting.invalidate(commands)
     }
 
-    /// What the host was asked since the last time.
+    /// Checks the host calls since the last time.
     #[track_caller]
     fn expect(&self, calls: &[&str]) {
         assert_eq!(self.host.take_log(), calls);
     }
 
-    /// Drops nesting: nothing may be left of what it made.
+    /// Drops nesting: nothing that it created may be left.
     #[track_caller]
     fn ends_clean(self) {
         drop(self.nesting);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Random policies, commands and failures against a model of a TLB: no stream uses what the guest
-//! was told is forgotten.
+//! Random policies, commands and failures against a model of a TLB: no stream uses a translation
+//! that the guest was told is invalidated.
 
 use std::collections::BTreeMap;
 
@@ -12,14 +12,14 @@ use crate::iommufd::{Errno, Verb};
 const ASIDS: u16 = 2;
 const PAGES: u64 = 3;
 
-/// What is cached of: a page of an ASID.
+/// The tag of a cached translation: a page of an ASID.
 type Name = (u16, u64);
 
 fn names() -> impl Iterator<Item = Name> {
     (0..ASIDS).flat_map(|asid| (0..PAGES).map(move |page| (asid, page)))
 }
 
-/// Which names a command is about.
+/// Whether a command invalidates a tag.
 fn is_about(command: &Command, (asid, page): Name) -> bool {
     match *command {
         Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => true,
@@ -36,14 +36,14 @@ enum Step {
         b: bool,
         policy: u8,
     },
-    /// The guest changes these pages, and invalidates by these commands.
+    /// The guest changes these pages, and invalidates them with these commands.
     Invalidate {
         changed: Vec<Name>,
         commands: Vec<Command>,
     },
     /// The next call of this verb fails.
     Fail(Verb),
-    /// The host refuses this command from now on; or takes all again.
+    /// The host refuses this command from now on; or accepts all again.
     Refuse(Option<Command>),
 }
 
@@ -77,14 +77,14 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// An SMMU that caches whatever it can, as soon as it can.
+/// An SMMU that caches as much as it can, as early as it can.
 #[derive(Debug, Default)]
 struct Hardware {
-    /// Which `HWPT_NESTED` translate.
+    /// The `HWPT_NESTED` objects that translate.
     translating: Vec<String>,
-    /// What each device object reaches.
+    /// The attachment of each device object.
     attached: BTreeMap<String, String>,
-    /// What is cached: how often the guest had changed the page by then.
+    /// Cached translations: the version of the page at the time it was cached.
     tlb: BTreeMap<Name, u32>,
 }
 
@@ -93,7 +93,7 @@ impl Hardware {
         self.attached.values().any(|hwpt| self.translating.contains(hwpt))
     }
 
-    /// Does what the host was asked, and fills the TLB while a stream uses stage 1.
+    /// Executes a host call, and fills the TLB while a stream uses stage 1.
     fn serve(&mut self, call: &str, now: &BTreeMap<Name, u32>) {
         if !call.contains('!') {
             let words: Vec<&str> = call.split(' ').collect();
@@ -139,7 +139,7 @@ proptest! {
     fn what_is_told_to_be_forgotten_is_not_used(steps in prop::collection::vec(step(), 1..40)) {
         let rig = Rig::new();
         let mut hardware = Hardware::default();
-        // How often the guest changed each page, and how much of that every stream must see.
+        // The version of each page, and the oldest version that streams may see.
         let mut now: BTreeMap<Name, u32> = names().map(|name| (name, 0)).collect();
         let mut promised = now.clone();
         let mut reachable = false;
@@ -185,7 +185,7 @@ proptest! {
             for call in rig.host.take_log() {
                 hardware.serve(&call, &now);
             }
-            // What the guest was told may still be stale is not held against anybody.
+            // If the guest was told of an error, stale translations are allowed.
             if hardware.translates() && !reachable {
                 for (name, seen) in &hardware.tlb {
                     prop_assert!(*seen >= promised[name], "{name:?} is stale: {hardware:?}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which host calls a configuration costs, and in what order.
+//! Which host calls a configuration costs, and their order.
 
 use super::*;
 use crate::iommufd::{Errno, Protection, Verb};
@@ -33,7 +33,7 @@ fn a_device_that_passes_from_the_start_is_attached_once() {
     let nesting = VtdNesting::new(GuestIoas::new(host.clone()).unwrap());
     nesting.add_passing_device(A, dev).unwrap();
     let rig = Rig { host, nesting };
-    // What a virtual IOMMU that is off says of it.
+    // What a virtual IOMMU that is off asks for.
     rig.configure(Requester::rid(A), Policy::Bypass).unwrap();
     rig.expect(&[
         "IOAS_ALLOC - = #2",
@@ -117,10 +117,10 @@ fn a_table_shared_under_a_new_name_is_flushed_first() {
     rig.host.take_log();
     rig.configure_tagged(Requester::rid(B), first_stage(0x1000), new).unwrap();
     rig.expect(&["HWPT_INVALIDATE #5 [all]", "DEVICE_ATTACH #2 to #5"]);
-    // Now both names are known: the guest keeps each in order.
+    // Now both tags are in use: the guest invalidates under each.
     rig.configure_tagged(Requester::rid(A), first_stage(0x1000), new).unwrap();
     rig.expect(&[]);
-    // Nobody goes by the old name any more: it is new again.
+    // Nothing has the old tag any more: it is new again.
     rig.configure_tagged(Requester::rid(B), first_stage(0x1000), old).unwrap();
     rig.expect(&["HWPT_INVALIDATE #5 [all]"]);
     rig.ends_clean();
@@ -182,7 +182,7 @@ fn a_refused_attach_blocks_and_is_tried_again() {
     ]);
     assert_eq!(rig.host.reaches(DEV_A, None), None);
     assert_eq!(rig.nesting.counters().refused_attaches, 1);
-    // The same again is no repetition: it had failed.
+    // The same again is not a repetition: it had failed.
     rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap();
     rig.expect(&[
         "HWPT_ALLOC VTD_S1(0x2000, 48 bits, flags 0x0) PASID on #4 for #1 = #5",
@@ -199,7 +199,7 @@ fn after_a_refused_attach_the_old_tables_can_be_reached_again() {
     rig.host.fail_next(Verb::DeviceAttach, Errno::EINVAL);
     rig.configure(Requester::rid(A), first_stage(0x2000)).unwrap_err();
     rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
-    // Without the detach the host would have taken this for done, and left A blocked.
+    // Without the detach the host would have ignored this, and left A blocked.
     assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(5)));
     rig.ends_clean();
 }
@@ -227,7 +227,7 @@ fn a_detach_that_fails_is_tried_once_more_and_then_first_of_all() {
     let error = rig.configure(Requester::rid(B), BLOCKED).unwrap_err();
     assert!(error.still_reachable);
     rig.host.take_log();
-    // What it is attached to is not to be trusted: no repetition, though it is the parent still.
+    // Its attachment is uncertain: not a repetition, although it is still the parent.
     rig.configure(Requester::rid(B), Policy::Bypass).unwrap();
     rig.expect(&["DEVICE_DETACH #2", "DEVICE_ATTACH #2 to #4"]);
     rig.ends_clean();

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Every host call fails in turn: no panic, no leak, the requester blocked, the error returned.
+//! Every host call fails in turn: no panic, no leak, the requester is blocked, and the error is
+//! returned.
 
 use super::*;
 use crate::iommufd::{Errno, Protection};
 
-/// One step of a guest's life, and the requester that it leaves blocked when it fails.
+/// One step of a guest's life, and the requester that is left blocked when it fails.
 type Step = (Option<(ObjectId, Option<u32>)>, fn(&VtdNesting) -> Result<(), String>);
 
 fn configure(
@@ -42,7 +43,7 @@ const STEPS: &[Step] = &[
     (Some((DEV_B, None)), |n| n.remove_device(B).map_err(|e| e.to_string())),
 ];
 
-/// Runs all steps with one failing call; says whether the failure was reached.
+/// Runs all steps with one failing call; returns whether the failure was reached.
 fn run(nth: u64, errno: Errno) -> bool {
     let host = RecordingHost::new(Extensions { fault_reports: true, ..Extensions::default() });
     host.add_device(0, hw_info(0, 8));
@@ -73,8 +74,8 @@ fn every_call_fails_in_turn() {
     }
 }
 
-/// A call that fails is either made good (a detach, a destroy, an invalidation, the next parent)
-/// or told of: never both silent and without effect.
+/// A failing call is either made good (a detach, a destroy, an invalidation, the next parent) or
+/// reported: never silently without effect.
 #[test]
 fn a_failed_configuration_is_told_or_made_good() {
     for nth in 0..8 {

@@ -101,7 +101,7 @@ fn what_cannot_be_invalidated_is_blocked_and_the_rest_is_done() {
         "HWPT_INVALIDATE #6 [0x1000/1 leaf]",
     ]);
     assert_eq!(rig.host.reaches(DEV_A, None), None);
-    // Blocked requesters are nested anew when they are next configured.
+    // Blocked requesters are nested again at the next configuration.
     rig.configure(Requester::rid(A), first_stage(0x1000)).unwrap();
     assert_eq!(rig.host.reaches(DEV_A, None), Some(ObjectId(5)));
     rig.ends_clean();
@@ -148,7 +148,7 @@ fn a_batch_that_names_many_tables_is_done_in_pieces() {
         // Each once, and as with one call.
         assert_eq!((all.len(), &all), (100, &rig.host.take_log()));
     }
-    // One that fails on the way is told, and the rest can be done.
+    // A failure on the way is reported, and the rest can be done.
     rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
     rig.host.fail_next(Verb::HwptInvalidate, Errno::EIO);
     let mut progress = Progress::default();
@@ -168,7 +168,7 @@ fn a_batch_of_many_ranges_is_done_in_pieces() {
         rig.configure_tagged(pasid(A, value), first_stage(u64::from(value) << 12), tag(value))
             .unwrap();
     }
-    // Few of some, very many of others; all of them apart.
+    // Few of some, very many of others; all disjoint.
     let ranges = [200, 1, 1, 100, 20, 20, 256, 3];
     let batch: Vec<_> = (1..)
         .zip(ranges)
@@ -180,7 +180,7 @@ fn a_batch_of_many_ranges_is_done_in_pieces() {
     while !progress.is_done() {
         rig.nesting.invalidate_some(&batch, &mut progress).unwrap();
         let entries = rig.nesting.counters().entries_out;
-        // One HWPT may have 256; another is begun where there are fewer than 32.
+        // One HWPT may have 256; another one is started below 32.
         assert!(entries - done <= 31 + 256, "{} ranges in a piece", entries - done);
         (pieces, done) = (pieces + 1, entries);
         all.extend(rig.host.take_log());

@@ -52,7 +52,7 @@ fn virtual_iommus_of_one_guest_share_its_memory_and_nothing_else() {
     first.ioas().unwrap().map(0, &memory(), Protection::READ_WRITE).unwrap();
     first.add_device(A, sound).unwrap();
     second.add_device(B, flawed).unwrap();
-    // The mapping would be of the memory of both.
+    // The mapping would be in the memory of both.
     let refusal = NestingError::ReadOnlyErratum { gpa: 0xf0000, rid: B };
     assert_eq!(first.ioas().unwrap().map(0xf0000, &memory(), Protection::READ_ONLY), Err(refusal));
     host.take_log();

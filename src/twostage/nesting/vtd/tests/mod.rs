@@ -30,10 +30,10 @@ use crate::viommu::{HostSideError, Requester};
 /// The guest's devices: two behind one physical IOMMU, with 8-bit PASIDs.
 const A: Bdf = Bdf::from_raw(0x20);
 const B: Bdf = Bdf::from_raw(0x28);
-/// The device objects of the two: the first ids that the host gives.
+/// The device objects of the two: the first ids that the host assigns.
 const DEV_A: ObjectId = ObjectId(1);
 const DEV_B: ObjectId = ObjectId(2);
-/// What comes after them.
+/// The next ids.
 const IOAS: ObjectId = ObjectId(3);
 const PARENT: ObjectId = ObjectId(4);
 
@@ -74,7 +74,7 @@ fn page(tag: DomainTag, address: u64) -> Invalidation {
     Invalidation { domain: Some(tag.domain), pasid: Some(tag.pasid), range: Some(range) }
 }
 
-/// Both devices added and passing, the log empty.
+/// Both devices added and bypassing, the log empty.
 struct Rig {
     host: Arc<RecordingHost>,
     nesting: VtdNesting,
@@ -115,13 +115,13 @@ impl Rig {
         self.nesting.configure(requester, &RequesterConfig { policy, tag, fault_disabled: false })
     }
 
-    /// What the host was asked since the last time.
+    /// Checks the host calls since the last time.
     #[track_caller]
     fn expect(&self, calls: &[&str]) {
         assert_eq!(self.host.take_log(), calls);
     }
 
-    /// Drops nesting: nothing may be left of what it made.
+    /// Drops nesting: nothing that it created may be left.
     #[track_caller]
     fn ends_clean(self) {
         drop(self.nesting);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Fields of descriptors from and to their words.
+//! Conversion of descriptor fields to and from words.
 
 use super::words;
 use super::{

@@ -9,7 +9,7 @@ use crate::viommu::TableMemory;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct EventQueue {
-    /// CR0.EVENTQEN, as it has taken effect.
+    /// CR0.EVENTQEN, as in effect.
     pub enabled: bool,
     /// EVENTQ_BASE.
     pub base: QueueBase,
@@ -19,21 +19,21 @@ pub struct EventQueue {
     pub cons: OutputCons,
 }
 
-/// What became of a record.
+/// What happened to a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::viommu::smmuv3) enum Recorded {
-    /// It is in the queue, which was empty before when `first`.
+    /// It is in the queue; `first` if that was empty before.
     Yes { first: bool },
     /// The queue is disabled.
     Disabled,
-    /// The queue is full. `news` when the guest is not to be told of an overflow already.
+    /// The queue is full. `news` unless an overflow is already being reported.
     Full { news: bool },
-    /// The queue is no guest memory, or was none and the guest has not acknowledged that yet.
+    /// The queue is outside guest memory, or was and the guest has not acknowledged that yet.
     NoMemory,
 }
 
 impl EventQueue {
-    /// Puts `record` into the queue, which has at most `2^max_log2size` entries.
+    /// Writes `record` to the queue, which has at most `2^max_log2size` entries.
     pub(in crate::viommu::smmuv3) fn push(
         &mut self,
         memory: &dyn TableMemory,
@@ -59,7 +59,7 @@ impl EventQueue {
         Recorded::Yes { first: queue.is_empty(prod, cons) }
     }
 
-    /// An event was lost. `false` when the guest is to be told of that already.
+    /// An event was lost. Returns `false` if that is already being reported.
     pub(in crate::viommu::smmuv3) fn overflow(&mut self) -> bool {
         if self.has_overflow() {
             return false;
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(queue.push(&memory, 19, record(4)), Recorded::Full { news: true });
         assert_eq!(queue.push(&memory, 19, record(5)), Recorded::Full { news: false });
         assert_eq!(queue.prod.into_bits(), 1 << 31 | 4);
-        // There is room again before the acknowledgement.
+        // There is space again before the acknowledgement.
         queue.cons.set_rd(1);
         assert_eq!(queue.push(&memory, 19, record(6)), Recorded::Yes { first: false });
         queue.cons.set_ovackflg(true);

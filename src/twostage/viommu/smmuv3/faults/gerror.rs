@@ -14,19 +14,19 @@ pub struct GlobalErrors {
 }
 
 impl GlobalErrors {
-    /// The errors that software has not acknowledged.
+    /// The unacknowledged errors.
     pub fn active(self) -> Gerror {
         Gerror::from_bits(self.gerror.into_bits() ^ self.gerrorn.into_bits())
     }
 
-    /// Makes `errors` active. `false` when all of them were.
+    /// Makes `errors` active. Returns `false` if all of them were.
     pub(in crate::viommu::smmuv3) fn raise(&mut self, errors: Gerror) -> bool {
         let new = errors.into_bits() & !self.active().into_bits();
         self.gerror = Gerror::from_bits(self.gerror.into_bits() ^ new);
         new != 0
     }
 
-    /// Software writes GERRORN. Only what is active can be acknowledged: other bits are left alone.
+    /// Software writes GERRORN. Only active errors can be acknowledged: other bits are ignored.
     pub(in crate::viommu::smmuv3) fn acknowledge(&mut self, value: u32) {
         let toggled = (value ^ self.gerrorn.into_bits()) & self.active().into_bits();
         self.gerrorn = Gerror::from_bits(self.gerrorn.into_bits() ^ toggled);
@@ -51,7 +51,7 @@ mod tests {
         // Again: the bit toggles back.
         assert!(errors.raise(command));
         assert_eq!(errors.gerror, abort);
-        // Bits that are not active do not become so.
+        // Inactive bits do not become active.
         errors.acknowledge(u32::MAX);
         assert_eq!((errors.gerrorn.into_bits(), errors.active().into_bits()), (5, 1));
         errors.acknowledge(errors.gerror.into_bits());

@@ -1,29 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The interrupts of a virtual SMMUv3 itself: messages, or wires where it has no messages (§3.18).
+//! The interrupts of a virtual SMMUv3 itself: messages, or wires if it has no messages (§3.18).
 
 use crate::spec::smmuv3::regs::{Gerror, IrqCfg0};
 use crate::viommu::register_slot::pair;
 
-/// An interrupt of an SMMU, by what it is for: the wires of an SMMU have these names in a device
-/// tree.
+/// An interrupt of an SMMU, by purpose, named as in device trees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SmmuInterrupt {
-    /// `eventq`: the event queue is not empty any more, or has lost events.
+    /// `eventq`: the event queue is no longer empty, or has lost events.
     EventQueue,
     /// `gerror`: a global error is active.
     GlobalError,
-    /// `cmdq-sync`: a CMD_SYNC that asks for an interrupt is complete.
+    /// `cmdq-sync`: a CMD_SYNC that requests an interrupt is complete.
     CommandSync,
 }
 
-/// Where the interrupts of an SMMU go. It must not wait for anybody, and calls nothing of the SMMU.
+/// The sink of an SMMU's interrupts. It must not block, and must not call the SMMU.
 pub trait SmmuInterrupts: Send + Sync {
-    /// Writes the message `data` to `address`, which is no guest memory. `false` when nothing is
-    /// there to take it: the guest is told of a global error.
+    /// Writes the message `data` to `address`, outside guest memory. Returns `false` if nothing
+    /// accepts it: the guest then sees a global error.
     fn message(&self, address: u64, data: u32) -> bool;
 
-    /// Raises an edge on a wire. Only an SMMU that offers no messages, or whose guest has set none
-    /// up, does.
+    /// Raises an edge on a wire. Used only by an SMMU that offers no messages, or whose guest has
+    /// not set them up.
     fn wire(&self, interrupt: SmmuInterrupt);
 }
 
@@ -31,24 +30,24 @@ pub trait SmmuInterrupts: Send + Sync {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct InterruptConfig {
-    /// CFG0: where the message is written.
+    /// CFG0: the address of the message.
     pub address: IrqCfg0,
-    /// CFG1: what is written.
+    /// CFG1: its data.
     pub data: u32,
     /// CFG2: memory attributes of the message, without effect.
     pub attributes: u32,
 }
 
 impl InterruptConfig {
-    /// The bits of CFG2 that software can write: SH, MemAttr.
+    /// The writable bits of CFG2: SH, MemAttr.
     pub(in crate::viommu::smmuv3) const ATTRIBUTES: u32 = 0x3f;
 
-    /// CFG1 and CFG2 as they stand side by side.
+    /// CFG1 and CFG2 as one 64-bit value.
     pub(in crate::viommu::smmuv3) fn message_words(self) -> u64 {
         pair(self.data, self.attributes)
     }
 
-    /// What makes `interrupt` known, where `msi` says whether messages are offered.
+    /// The signal for `interrupt`; `msi` says whether messages are offered.
     pub(in crate::viommu::smmuv3) fn signal(self, interrupt: SmmuInterrupt, msi: bool) -> Signal {
         Signal::new(interrupt, self.address.address().filter(|_| msi), self.data)
     }
@@ -63,7 +62,7 @@ pub(in crate::viommu::smmuv3) struct Signal {
 }
 
 impl Signal {
-    /// `interrupt` as a message of `data`, when there is an address.
+    /// `interrupt` as a message with `data`, if there is an address.
     pub fn new(interrupt: SmmuInterrupt, address: Option<u64>, data: u32) -> Self {
         Self { interrupt, message: address.map(|address| (address, data)) }
     }

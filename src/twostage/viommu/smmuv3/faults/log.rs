@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the SMMU tells software by itself: the event queue and global errors, and the interrupts of
-//! both (§7.2, §7.5).
+//! What the SMMU reports to software on its own: the event queue and global errors, and the
+//! interrupts of both (§7.2, §7.5).
 //!
-//! A lock of its own, taken after the model's, because events come from any thread.
+//! It has a separate lock, taken after the model's, because events come from any thread.
 
 use super::eventq::{EventQueue, Recorded};
 use super::gerror::GlobalErrors;
@@ -15,7 +15,7 @@ use crate::viommu::TableMemory;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FaultLog {
-    /// IRQ_CTRL, and IRQ_CTRLACK: they never differ.
+    /// IRQ_CTRL and IRQ_CTRLACK, which are always equal.
     pub irq_ctrl: IrqCtrl,
     /// GERROR, GERRORN.
     pub errors: GlobalErrors,
@@ -27,7 +27,7 @@ pub struct FaultLog {
     pub events_interrupt: InterruptConfig,
 }
 
-/// What of the identification registers counts here.
+/// The identification register fields that matter here.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::viommu::smmuv3) struct Offered {
     /// IDR0.MSI.
@@ -43,14 +43,14 @@ impl Offered {
 }
 
 impl FaultLog {
-    /// Records an event. With it, what makes it known.
+    /// Records an event. Returns also the interrupt to send.
     pub(in crate::viommu::smmuv3) fn record(
         &mut self,
         offered: Offered,
         memory: &dyn TableMemory,
         record: EventRecord,
     ) -> (Recorded, Option<Signal>) {
-        // After an aborted write nothing is written until software knows of it (§7.2.1).
+        // After an aborted write nothing is written until software acknowledges it (§7.2.1).
         let recorded = if self.errors.active().eventq_abt_err() {
             Recorded::NoMemory
         } else {
@@ -67,14 +67,14 @@ impl FaultLog {
         (recorded, signal)
     }
 
-    /// Events were lost before they came here: an overflow.
+    /// Events were lost on their way here: an overflow.
     pub(in crate::viommu::smmuv3) fn lose(&mut self, offered: Offered) -> Option<Signal> {
         (self.events.enabled && self.events.overflow())
             .then(|| self.events_signal(offered))
             .flatten()
     }
 
-    /// Makes `errors` active. What makes them known, if that is news.
+    /// Makes `errors` active. Returns the interrupt, if that is a change.
     pub(in crate::viommu::smmuv3) fn raise(
         &mut self,
         offered: Offered,
@@ -83,8 +83,8 @@ impl FaultLog {
         self.errors.raise(errors).then(|| self.errors_signal(offered)).flatten()
     }
 
-    /// Software writes IRQ_CTRL. What came to pass while an interrupt was disabled is made known
-    /// when it is enabled: nobody waits for ever.
+    /// Software writes IRQ_CTRL. Conditions that arose while an interrupt was disabled are
+    /// signalled when it is enabled, so that software does not wait for ever.
     pub(in crate::viommu::smmuv3) fn write_irq_ctrl(
         &mut self,
         offered: Offered,

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Events of transactions, and what the guest is told of them (§7.3).
 //!
-//! A stream that the virtual SMMU blocked: why it did. One that goes through the guest's tables:
-//! the event of the walk, put in terms of the guest's own tables, as if the host's stage 2 were the
-//! memory that they stand in.
+//! For a stream blocked by the virtual SMMU: the reason. For one that uses the guest's tables: the
+//! event of the walk, expressed in terms of the guest's own tables, as if the host's stage 2 were
+//! the memory that contains them.
 //!
-//! No host tells of the transactions of a stream that is blocked: its own entry for the stream
-//! aborts, which makes no event. So that a wrong entry does not stay unnoticed, its event is
-//! recorded once when CMD_CFGI_STE makes the guest's wish known, without address and SubstreamID.
-//! Not for an entry that is not valid, and not when a command or SMMUEN names all streams: that is
-//! how drivers keep streams off which make no transactions, and an event would blame them for some.
+//! No host reports transactions of a blocked stream: its own entry for the stream aborts, which
+//! causes no event. So that a wrong entry does not go unnoticed, its event is recorded once when
+//! the guest announces the entry with CMD_CFGI_STE, without address and SubstreamID. Not for an
+//! invalid (V=0) entry, and not when a command or SMMUEN names all streams: drivers turn off idle
+//! streams like that, and an event would blame them for transactions that they do not make.
 
 pub(super) mod eventq;
 pub(super) mod gerror;
@@ -49,7 +49,7 @@ impl EventTarget for Smmu {
 }
 
 impl Smmu {
-    /// Puts an event into the event queue, or shows that it was lost.
+    /// Writes an event to the event queue, or shows that it was lost.
     pub(in crate::viommu::smmuv3) fn record_event(&self, record: EventRecord) {
         let (recorded, signal) = self.fault_log().record(self.offered, &*self.memory, record);
         let (counter, outcome) = match recorded {
@@ -71,7 +71,7 @@ impl Smmu {
     }
 }
 
-/// What the guest is told of `record`, given how its stream stands; `None` for nothing.
+/// The event that the guest sees for `record`, given the state of its stream; `None` for no event.
 fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
     // Without a stream table nothing is recorded.
     standing.table?;
@@ -85,7 +85,7 @@ fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
             let second_address = blocked.record(record.stream()).second_address;
             Some(EventRecord { second_address, ..told })
         }
-        // The entry, or GBPA, says so: no event.
+        // By the entry, or GBPA: no event.
         Ok(StreamPolicy::Abort | StreamPolicy::GlobalBypass) => None,
         Ok(StreamPolicy::Bypass) if record.qw1.s2() => Some(beyond_memory(record)),
         Ok(StreamPolicy::Stage1 { .. }) if record.qw1.s2() => Some(by_stage_2(record)),
@@ -93,14 +93,14 @@ fn explain(standing: &Standing, record: EventRecord) -> Option<EventRecord> {
     }
 }
 
-/// The guest's own entry or tables refused the access. Nothing stalls: the guest was not offered
-/// it. The second address is UNKNOWN, or one of the host's.
+/// The guest's own entry or tables refused the access. It does not stall: stalls are not offered to
+/// the guest. The second address is UNKNOWN, or a host address.
 fn by_stage_1(record: EventRecord) -> EventRecord {
     let qw1 = record.qw1.with_stall(false).with_stag(0);
     EventRecord { qw1, second_address: 0, ..record }
 }
 
-/// The host's stage 2 refused an access that the SMMU made, or was to let pass.
+/// The host's stage 2 refused an access of the SMMU or of the transaction itself.
 fn by_stage_2(record: EventRecord) -> EventRecord {
     let second_address = record.second_address & EventRecord::FETCH_ADDRESS;
     match EventClass::from_bits(record.qw1.class()) {
@@ -115,12 +115,12 @@ fn by_stage_2(record: EventRecord) -> EventRecord {
     }
 }
 
-/// The access is to where the guest has no memory: beyond its addresses.
+/// The access is outside guest memory: beyond its address size.
 fn beyond_memory(record: EventRecord) -> EventRecord {
     with_access(EventId::AddressSize, EventClass::Input, record)
 }
 
-/// An event `id` of stage 1 and `class`, of the access that `record` is of.
+/// An event `id` of stage 1 and `class`, for the access in `record`.
 fn with_access(id: EventId, class: EventClass, record: EventRecord) -> EventRecord {
     let access = record.qw1;
     let qw1 = Event1::new()

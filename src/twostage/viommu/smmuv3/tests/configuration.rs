@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Streams: what they are given, and when the guest is told that they were.
+//! Streams: their policies, and when the guest is told that they are applied.
 
 use super::*;
 
@@ -12,7 +12,7 @@ fn streams_pass_until_translation_is_enabled() {
     let guest = Guest::new(&SmmuConfig::default());
     guest.smmu.add_stream(StreamId(5));
     assert_eq!(guest.calls(), [Call::Configure(StreamId(5), GLOBAL_BYPASS)]);
-    // It is there already.
+    // It exists already.
     guest.smmu.add_stream(StreamId(5));
     assert_eq!(guest.calls(), []);
     guest.smmu.remove_stream(StreamId(5));
@@ -38,7 +38,7 @@ fn enabling_is_acknowledged_when_the_host_has_it() {
     guest.write_entry(STREAM, stage1_entry(CONTEXTS));
     guest.write_entry(OTHER, [1, 0]);
     guest.write_table_registers();
-    // The host serves neither, and keeps letting them pass.
+    // The host supports neither, and keeps letting them pass.
     guest.fail_to_block(true);
     guest.write32(regs::CR0, 1);
     assert_eq!((guest.read32(regs::CR0), guest.read32(regs::CR0ACK)), (1, 0));
@@ -88,7 +88,7 @@ fn a_stream_that_the_host_refuses_is_blocked_and_told() {
     assert_eq!(guest.consumed(), (2, None));
     assert_eq!(guest.take_event().unwrap(), EventRecord::new(EventId::BadSte, STREAM, None));
     assert_eq!(guest.told(STREAM), Some(EventId::BadSte));
-    // It is tried again, and told but once.
+    // It is retried, and reported only once.
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
     assert_eq!(guest.take_event(), None);
     guest.refuse(false);
@@ -130,11 +130,11 @@ fn an_unchanged_entry_costs_no_configuration_but_its_context_descriptors_are_rea
     let guest = Guest::running();
     guest.submit(&[cfgi_ste(STREAM), cfgi_ste(OTHER), SYNC]);
     assert_eq!(guest.calls(), [Call::Invalidate(vec![cfgi_cd_all(STREAM)])]);
-    // Bits that mean nothing are no change.
+    // Meaningless bits are not a change.
     guest.write_entry(STREAM, [stage1_entry(CONTEXTS)[0], 0xf << 20]);
     guest.submit(&[CFGI_ALL, SYNC]);
     assert_eq!(guest.calls(), [Call::Invalidate(vec![cfgi_cd_all(STREAM)])]);
-    // The host cannot: not acknowledged.
+    // The host cannot do it: not acknowledged.
     guest.refuse(true);
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
     let (cons, error) = guest.consumed();
@@ -205,13 +205,13 @@ fn a_wrong_entry_is_told_once_when_its_command_comes() {
 #[test]
 fn streams_that_are_kept_off_are_not_told_of() {
     let guest = Guest::running();
-    // No valid entry, and a command that names all of them.
+    // No valid entry, and a command that names all streams.
     guest.write_entry(STREAM, [0, 0]);
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
     guest.write_entry(OTHER, BAD_ENTRY);
     guest.submit(&[CFGI_ALL, SYNC]);
     assert_eq!(guest.take_event(), None);
-    // Who brings their transactions is told all the same.
+    // A host that reports their transactions still gets an answer.
     assert_eq!(guest.told(STREAM), Some(EventId::BadSte));
     assert_eq!(guest.told(OTHER), Some(EventId::BadSte));
 }
@@ -222,7 +222,7 @@ fn what_the_host_refuses_for_one_stream_leaves_no_context_of_another_stale() {
     guest.write_entry(OTHER, stage1_entry(0x7000));
     guest.submit(&[cfgi_ste(OTHER), SYNC]);
     guest.calls();
-    // STREAM keeps what the guest takes back; OTHER's entry is as it was.
+    // STREAM keeps a revoked mapping; OTHER's entry is unchanged.
     guest.write_entry(STREAM, [1, 0]);
     guest.host.refusals.block_nothing(true);
     guest.host.refusals.after(0);

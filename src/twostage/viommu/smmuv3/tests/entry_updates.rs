@@ -16,14 +16,14 @@ fn used([word0, word1]: [u64; 2]) -> [u64; 2] {
     match (word0 & V, (word0 & CONFIG) >> 1) {
         (0, _) => [V, 0],
         (_, 4) => [V | CONFIG, SHCFG],
-        // A stream that stage 1 lets pass has its shareability from here.
+        // With S1DSS bypass, the shareability is taken from here.
         (_, 5) if word1 & 3 == 1 => [V | CONFIG | STAGE1[0], STAGE1[1] | SHCFG],
         (_, 5) => [V | CONFIG | STAGE1[0], STAGE1[1]],
         _ => [V | CONFIG, 0],
     }
 }
 
-/// The entries that memory holds one after the other, to make `from` into `to`.
+/// The entries that memory holds in sequence to turn `from` into `to`.
 fn steps(from: [u64; 2], to: [u64; 2]) -> Vec<[u64; 2]> {
     let (in_use, wanted) = (used(from), used(to));
     let mut early = from;
@@ -36,7 +36,7 @@ fn steps(from: [u64; 2], to: [u64; 2]) -> Vec<[u64; 2]> {
     }
     match critical[..] {
         [] => vec![to],
-        // One word makes the difference: what is unused comes before it, and goes after it.
+        // One word makes the difference: unused bits are set before it, and cleared after it.
         [word] => {
             early[word] = from[word];
             let mut switched = early;
@@ -47,7 +47,7 @@ fn steps(from: [u64; 2], to: [u64; 2]) -> Vec<[u64; 2]> {
     }
 }
 
-/// An entry as the driver makes it for a device: off, untranslated, or through one or many context
+/// An entry as the driver writes it for a device: off, bypass, or with one or many context
 /// descriptors.
 fn entry() -> impl Strategy<Value = [u64; 2]> {
     let contexts = (1u64..64, prop::sample::select(vec![0u64, 6, 16]), 0u64..3, 0u64..3);
@@ -60,7 +60,7 @@ fn entry() -> impl Strategy<Value = [u64; 2]> {
     prop_oneof![1 => Just([1, 0]), 1 => Just([4 << 1 | 1, 1 << 44]), 4 => stage1]
 }
 
-/// What the entry asks for.
+/// The policy of the entry.
 fn policy([word0, word1]: [u64; 2]) -> StreamPolicy {
     match word0 >> 1 & 7 {
         4 => StreamPolicy::Bypass,
@@ -78,7 +78,7 @@ fn guest() -> Guest {
     guest
 }
 
-/// Changes the entry of [`STREAM`] step by step; gives what the host was told to do for it.
+/// Changes the entry of [`STREAM`] step by step; returns the resulting host calls.
 fn update(guest: &Guest, from: [u64; 2], to: [u64; 2]) -> Vec<StreamPolicy> {
     let mut before = from;
     for step in steps(from, to) {
@@ -91,7 +91,7 @@ fn update(guest: &Guest, from: [u64; 2], to: [u64; 2]) -> Vec<StreamPolicy> {
     let policies = guest.calls().into_iter().filter_map(|call| match call {
         Call::Configure(STREAM, policy) => Some(policy),
         Call::Configure(..) => panic!("no entry but one has changed"),
-        // Context descriptors of an entry that means the same.
+        // Context descriptors of an equivalent entry.
         Call::Invalidate(_) => None,
     });
     policies.collect()
@@ -128,7 +128,7 @@ proptest! {
             prop_assert_eq!(update(&guest, from, to), expected);
             from = to;
         }
-        // No step on the way is a mistake of the guest's.
+        // No intermediate step is a mistake of the guest.
         prop_assert_eq!(guest.take_event(), None);
         let counters = guest.smmu.counters();
         prop_assert_eq!((counters.guest_errors, counters.command_errors), (0, 0));

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A life of the SMMU in which each call to the host fails in turn.
+//! A life of the SMMU in which each host call fails in turn.
 
 use super::*;
 
-/// As Linux does: what is wrong becomes a CMD_SYNC. Whatever the host did, all is consumed.
+/// As Linux does: a wrong command is replaced with a CMD_SYNC. Whatever the host did, all is
+/// consumed.
 fn submit(guest: &Guest, commands: &[Command]) {
     guest.submit(commands);
     while let (index, Some(CommandError::Illegal)) = guest.consumed() {
@@ -23,7 +24,7 @@ fn life(guest: &Guest) {
     guest.smmu.add_stream(StreamId(5));
     guest.smmu.remove_stream(StreamId(5));
     submit(guest, &[cfgi_cd_all(STREAM), SYNC]);
-    // What failed is served again, once the entry is said to have changed.
+    // What failed is served again, once the guest announces a change of the entry.
     submit(guest, &[CFGI_ALL, SYNC]);
     while guest.take_event().is_some() {}
     assert_eq!(guest.told(STREAM), Some(EventId::Translation));
@@ -36,7 +37,7 @@ fn life(guest: &Guest) {
 }
 
 impl Guest {
-    /// [`Guest::start`], of which no call is forgotten.
+    /// [`Guest::start`], keeping the recorded calls.
     fn start_recording(&self) {
         self.write_entry(STREAM, stage1_entry(CONTEXTS));
         self.write_entry(OTHER, BYPASS_ENTRY);

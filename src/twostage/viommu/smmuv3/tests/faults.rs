@@ -10,7 +10,7 @@ fn send(guest: &Guest, record: EventRecord) -> Option<EventRecord> {
     guest.take_event()
 }
 
-/// A read at 0x7123 by SubstreamID 5 that the host's stage 2 refused, at GPA 0x9_9000.
+/// A read at 0x7123 with SubstreamID 5 that the host's stage 2 refused, at GPA 0x9_9000.
 fn stage2_fault(class: u8) -> EventRecord {
     EventRecord {
         qw1: Event1::new().with_rnw(true).with_s2(true).with_class(class).with_stag(7),
@@ -42,7 +42,7 @@ fn a_refusal_of_the_hosts_stage_2_is_told_as_the_guests_own() {
     let guest = Guest::running();
     let access = Event1::new().with_rnw(true);
     let substream = Pasid::new(5);
-    // Of a context descriptor, of a table, of the page itself.
+    // For a context descriptor, a table, the page itself.
     let context = EventRecord {
         second_address: 0x9_9000,
         ..EventRecord::new(EventId::CdFetch, STREAM, substream)
@@ -62,7 +62,7 @@ fn a_refusal_of_the_hosts_stage_2_is_told_as_the_guests_own() {
     };
     assert_eq!(send(&guest, stage2_fault(2)), Some(page));
     assert_eq!(send(&guest, stage2_fault(3)), Some(page));
-    // What passes untranslated can only be beyond memory.
+    // Untranslated transactions can only be beyond memory.
     guest.write_entry(STREAM, BYPASS_ENTRY);
     guest.submit(&[cfgi_ste(STREAM)]);
     assert_eq!(send(&guest, stage2_fault(2)), Some(page));
@@ -89,7 +89,7 @@ fn a_blocked_stream_gets_the_event_of_its_blocking() {
     guest.submit(&[CFGI_ALL, SYNC]);
     let bad_ste = EventRecord::new(EventId::BadSte, STREAM, Pasid::new(5));
     assert_eq!(send(&guest, stage2_fault(1)), Some(bad_ste));
-    // An entry that aborts says so.
+    // By an aborting entry.
     assert_eq!(guest.told(OTHER), None);
     assert_eq!(guest.smmu.counters().events_suppressed, 1);
 }
@@ -125,7 +125,7 @@ fn without_translation_there_are_no_events() {
     let guest = Guest::running();
     guest.write32(regs::CR0, 0b1100);
     assert_eq!(guest.told(STREAM), None);
-    // Of a stream that is not here neither.
+    // Nor for a removed stream.
     guest.smmu.remove_stream(STREAM);
     assert_eq!(guest.told(STREAM), None);
 }
@@ -147,12 +147,12 @@ fn a_full_queue_overflows() {
     for _ in 0..20 {
         guest.smmu.event(translation_fault(STREAM).to_words());
     }
-    // One when there is something, one when something is lost.
+    // One for the first record, one for the loss.
     assert_eq!(guest.interrupts(), [Interrupt::Message(1), Interrupt::Message(1)]);
     assert_eq!(guest.read32(regs::EVENTQ_PROD), 1 << 31 | 16);
     let counters = guest.smmu.counters();
     assert_eq!((counters.events_recorded, counters.events_lost), (16, 4));
-    // The driver takes what is there, and acknowledges.
+    // The driver takes all records, and acknowledges.
     let mut taken = 0;
     while guest.take_event().is_some() {
         taken += 1;
@@ -197,7 +197,7 @@ fn events_come_while_the_host_is_at_work() {
     *guest.host.faulting.lock() = Some(guest.smmu.clone());
     guest.submit(&[tlbi(1), SYNC]);
     assert_eq!(guest.take_event(), Some(translation_fault(STREAM)));
-    // The reason of a blocking is never older than the blocking.
+    // The reason of a block is never older than the block.
     guest.write_entry(STREAM, [0, 0]);
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
     assert_eq!(guest.take_event().unwrap().id(), Some(EventId::BadSte));

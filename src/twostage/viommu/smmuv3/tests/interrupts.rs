@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Interrupts: messages, wires, and messages that go nowhere.
+//! Interrupts: messages, wires, and messages to nowhere.
 
 use super::*;
 
@@ -49,7 +49,7 @@ fn a_message_without_address_is_a_wire() {
 fn messages_that_nothing_takes_are_global_errors() {
     let guest = Guest::running();
     guest.submit(&[sync_message(0x9_0000_0000), SYNC]);
-    // MSI_CMDQ_ABT_ERR; the queue goes on.
+    // MSI_CMDQ_ABT_ERR; the queue continues.
     assert_eq!((guest.errors(), guest.consumed()), (1 << 4, (2, None)));
     assert_eq!(guest.interrupts(), [Interrupt::Message(2)]);
     guest.write32(regs::IRQ_CTRL, 0);

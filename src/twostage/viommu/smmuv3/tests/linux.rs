@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What Linux's driver does, in its order.
+//! The behaviour of Linux's driver, in order.
 
 use super::*;
 
-/// As the driver waits for CR0ACK.
+/// The driver waits for CR0ACK.
 fn write_cr0(guest: &Guest, value: u32) {
     guest.write32(regs::CR0, value);
     assert_eq!(guest.read32(regs::CR0ACK), value);
 }
 
-/// As the driver waits for a CMD_SYNC by CMDQ_CONS.
+/// The driver waits for a CMD_SYNC through CMDQ_CONS.
 fn command_with_sync(guest: &Guest, command: Command) {
     guest.submit(&[command, SYNC]);
     assert_eq!(guest.consumed(), (guest.read32(regs::CMDQ_PROD), None));
@@ -65,7 +65,7 @@ fn reset_and_the_life_of_a_device() {
     let pages: Vec<_> = (0..40).map(tlbi).collect();
     guest.submit(&[pages.as_slice(), &[SYNC]].concat());
     assert_eq!(guest.calls(), [Call::Invalidate(pages)]);
-    // A fault is told.
+    // A fault is reported.
     assert_eq!(guest.told(STREAM), Some(EventId::Translation));
     assert_eq!(guest.interrupts(), [Interrupt::Message(1)]);
     // The device is detached.
@@ -73,7 +73,7 @@ fn reset_and_the_life_of_a_device() {
     command_with_sync(&guest, cfgi_ste(STREAM));
     assert_eq!(guest.calls(), [Call::Configure(STREAM, abort)]);
 
-    // The next kernel finds the SMMU enabled, and aborts by GBPA before it disables it.
+    // The next kernel finds the SMMU enabled, and aborts through GBPA before it disables it.
     guest.write32(regs::GBPA, guest.read32(regs::GBPA) | 1 << 31 | 1 << 20);
     assert_eq!(guest.read32(regs::GBPA), 0x10_1000);
     write_cr0(&guest, 0);
@@ -89,7 +89,7 @@ fn a_wrong_command_is_replaced_by_a_sync() {
     assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)));
     assert_eq!(guest.interrupts(), [Interrupt::Message(2)]);
     assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1)])]);
-    // A new tail starts nothing.
+    // A new tail has no effect.
     guest.submit(&[SYNC]);
     assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)));
     guest.write(COMMANDS + 16, &SYNC.encode());

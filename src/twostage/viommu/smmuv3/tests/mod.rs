@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The SMMU as a guest drives it, over a host that records.
+//! The SMMU driven by a guest, on a recording host.
 
 mod configuration;
 mod entry_updates;
@@ -25,25 +25,25 @@ use crate::spec::smmuv3::regs;
 use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
 use crate::viommu::HostSideError;
 
-/// What the host was asked.
+/// Host calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Call {
     Configure(StreamId, StreamPolicy),
     Invalidate(Vec<Command>),
 }
 
-/// A host that records what it is asked, and what CMDQ_CONS was then.
+/// A host that records its calls, and CMDQ_CONS at the time.
 #[derive(Debug, Default)]
 struct FakeHost {
     calls: Mutex<Vec<Call>>,
     refusals: Refusals,
-    /// Of a batch that is refused: the command that is.
+    /// The index of the refused command in a refused batch.
     refused: Mutex<usize>,
-    /// Instead of a batch that is refused everything is forgotten.
+    /// A refused batch is replaced with a flush of everything.
     flushes: AtomicBool,
     /// An SMMU that is halted during every call.
     halting: Mutex<Option<Arc<Smmu>>>,
-    /// An SMMU that is told of an event of [`STREAM`] during every call.
+    /// An SMMU that gets an event of [`STREAM`] during every call.
     faulting: Mutex<Option<Arc<Smmu>>>,
 }
 
@@ -76,7 +76,7 @@ impl SmmuHostSide for FakeHost {
     }
 }
 
-/// Interrupts as they came; messages are taken at [`DOORBELL`] alone.
+/// The interrupts received; messages are accepted at [`DOORBELL`] only.
 #[derive(Debug, Default)]
 struct FakeInterrupts(Mutex<Vec<Interrupt>>);
 
@@ -154,8 +154,8 @@ impl Guest {
         guest
     }
 
-    /// A default SMMU that translates: [`STREAM`] by stage 1, [`OTHER`] not at all; with queues and
-    /// interrupts.
+    /// A default SMMU with translation enabled: [`STREAM`] uses stage 1, [`OTHER`] is blocked; with
+    /// queues and interrupts.
     fn running() -> Self {
         let guest = Self::new(&SmmuConfig::default());
         guest.start();
@@ -200,7 +200,7 @@ impl Guest {
         self.write(STREAM_TABLE + 64 * u64::from(stream.0), &words);
     }
 
-    /// Puts commands behind CMDQ_PROD without moving it; gives the index they need.
+    /// Writes commands behind CMDQ_PROD without moving it; returns the new index.
     fn queue_words(&self, commands: &[Words]) -> u32 {
         let mut prod = self.read32(regs::CMDQ_PROD);
         for words in commands {
@@ -220,14 +220,14 @@ impl Guest {
         self.submit_words(&words);
     }
 
-    /// CMDQ_CONS: the index, and why consumption stopped, while that is so.
+    /// CMDQ_CONS: the index, and the error if the queue is stopped.
     fn consumed(&self) -> (u32, Option<CommandError>) {
         let cons = CmdqCons::from_bits(self.read32(regs::CMDQ_CONS));
         let active = self.errors() & 1 != 0;
         (cons.rd(), CommandError::from_code(cons.err()).filter(|_| active))
     }
 
-    /// The global errors that are active.
+    /// The active global errors.
     fn errors(&self) -> u32 {
         self.read32(regs::GERROR) ^ self.read32(regs::GERRORN)
     }
@@ -236,7 +236,7 @@ impl Guest {
         self.write32(regs::GERRORN, self.read32(regs::GERROR));
     }
 
-    /// What the host was asked since the last time.
+    /// Host calls since the last time.
     fn calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.host.calls.lock())
     }
@@ -245,7 +245,7 @@ impl Guest {
         self.host.refusals.everything(refuse);
     }
 
-    /// The host refuses everything, blocking included; or nothing any more.
+    /// The host refuses everything, including blocking; or nothing any more.
     fn fail_to_block(&self, fail: bool) {
         self.refuse(fail);
         self.host.refusals.block_nothing(fail);
@@ -256,7 +256,7 @@ impl Guest {
         std::mem::take(&mut self.interrupts.0.lock())
     }
 
-    /// Takes the next record out of the event queue, as a driver does.
+    /// Takes the next record from the event queue, like a driver.
     fn take_event(&self) -> Option<EventRecord> {
         let cons = self.read32(regs::EVENTQ_CONS);
         if (self.read32(regs::EVENTQ_PROD) ^ cons) & 0x1f == 0 {
@@ -268,7 +268,7 @@ impl Guest {
         Some(record)
     }
 
-    /// What the guest is told of a translation fault that the host reports for `stream`.
+    /// The event that the guest sees for a translation fault of `stream` reported by the host.
     fn told(&self, stream: StreamId) -> Option<EventId> {
         assert_eq!(self.take_event(), None);
         self.smmu.event(translation_fault(stream).to_words());
@@ -289,7 +289,7 @@ fn stage1(contexts: u64) -> StreamPolicy {
 }
 
 const BYPASS_ENTRY: [u64; 2] = [4 << 1 | 1, 0];
-/// Stage 2 alone, which is not offered.
+/// Stage 2 only, which is not offered.
 const BAD_ENTRY: [u64; 2] = [6 << 1 | 1, 0];
 
 /// A write that faulted in stage 1.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whatever a guest does, the SMMU answers.
+//! Whatever a guest does, the SMMU responds.
 
 use proptest::prelude::*;
 
@@ -10,7 +10,7 @@ fn words() -> impl Strategy<Value = Words> {
     let opcodes = prop::sample::select(vec![
         0x01u64, 0x02, 0x03, 0x04, 0x05, 0x06, 0x10, 0x11, 0x12, 0x13, 0x28, 0x30, 0x40, 0x44, 0x46,
     ]);
-    // Random words are nearly always of a reserved opcode; these are often taken.
+    // Random words nearly always have a reserved opcode; these are often valid.
     let near = (opcodes, 0..16u64, any::<u32>(), any::<u64>()).prop_map(
         |(opcode, stream, fields, high)| {
             [opcode | u64::from(fields) << 8 & !(1 << 10) & 0xffff_ffff | stream << 32, high]
@@ -54,13 +54,13 @@ proptest! {
             guest.smmu.event([value, offset, value, offset]);
             guest.smmu.event(translation_fault(STREAM).to_words());
         }
-        // A host that does all: what the guest asks for is acknowledged.
+        // The host does everything: the guest's requests are acknowledged.
         let SmmuState { registers, faults: log, streams } = guest.smmu.state();
         prop_assert_eq!(registers.cr0, registers.cr0ack);
         prop_assert!(!registers.gbpa.update());
         prop_assert_eq!(log.events.enabled, registers.cr0.eventqen());
         prop_assert_eq!(streams, vec![STREAM, OTHER]);
-        // The queue stands only where it is off or has an error.
+        // The queue stops only if it is off or has an error.
         let queue = registers.cmdq_base.layout(16, 12);
         let empty = queue.is_empty(registers.cmdq_prod.wr(), registers.cmdq_cons.rd());
         prop_assert!(empty || !registers.cr0.cmdqen() || log.errors.active().cmdq_err());
@@ -83,7 +83,7 @@ proptest! {
         guest.write32(regs::STRTAB_BASE_CFG, if valid { 4 } else { cfg });
         guest.write32(regs::CR0, 0b1101);
         prop_assert_eq!(guest.read32(regs::CR0ACK), 0b1101);
-        // What was given is what the table says.
+        // The applied policy is that of the table.
         let policy = guest.smmu.policy_by_tables(STREAM).unwrap();
         let given = guest.calls().into_iter().find_map(|call| match call {
             Call::Configure(STREAM, policy) => Some(policy),

@@ -57,7 +57,7 @@ fn the_queue_wraps() {
     assert_eq!(guest.consumed(), ((256 + 120 + 200) & 0x1ff, None));
 }
 
-/// The lengths of the calls that 4096 times `command` are.
+/// The lengths of the host calls for 4096 times `command`.
 fn calls_of(command: Command) -> Vec<usize> {
     let guest = Guest::new(&SmmuConfig::default());
     guest.write64(regs::CMDQ_BASE, 0x2_0000 | 12);
@@ -80,7 +80,7 @@ fn calls_of(command: Command) -> Vec<usize> {
 #[test]
 fn a_long_queue_is_cut_into_calls() {
     assert_eq!(calls_of(tlbi(1)), [256; 16]);
-    // What may make a host look through all that it caches.
+    // Commands that may make a host search its whole cache.
     assert_eq!(calls_of(Command::TlbiNhAsid { vmid: 0, asid: 1 }), [64; 64]);
     assert_eq!(calls_of(Command::TlbiNhAll { vmid: 0 }), [64; 64]);
     let pages = |num, scale| {
@@ -100,7 +100,7 @@ fn indices_that_no_queue_can_have_end_all_the_same() {
     // One before CMDQ_CONS: 511 commands in a queue of 256.
     guest.write32(regs::CMDQ_PROD, 0x1ff);
     assert_eq!((guest.consumed(), guest.smmu.counters().sync), ((0x1ff, None), 511));
-    // Bits that the size of the queue does not have do not count.
+    // Index bits above the size of the queue are ignored.
     guest.write32(regs::CMDQ_PROD, 0xf_fe01);
     assert_eq!((guest.consumed(), guest.smmu.counters().sync), ((1, None), 513));
 }
@@ -115,7 +115,7 @@ fn each_wrong_command_stops_the_queue_at_itself() {
         // For a Secure stream.
         [0x03 | 1 << 10, 0],
         [0x46 | 3 << 12, 0],
-        // What is not offered.
+        // Not offered.
         Command::TlbiEl2All.encode(),
         Command::TlbiEl2Asid { asid: 1 }.encode(),
         Command::TlbiEl2Va { asid: 1, range: range(0, 0) }.encode(),
@@ -134,11 +134,11 @@ fn each_wrong_command_stops_the_queue_at_itself() {
         let guest = Guest::running();
         guest.submit_words(&[tlbi(1).encode(), words, SYNC.encode()]);
         assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)), "{words:x?}");
-        // What stands before it was done, what stands behind was not looked at.
+        // Commands before it were done, those after it not looked at.
         assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1)])]);
         assert_eq!(guest.smmu.counters().sync, 0);
         assert_eq!(guest.interrupts(), [Interrupt::Message(2)]);
-        // A good command in its place, and the error acknowledged.
+        // A valid command in its place, and the error acknowledged.
         guest.write(COMMANDS + 16, &tlbi(2).encode());
         guest.acknowledge_errors();
         assert_eq!(guest.consumed(), (3, None));
@@ -190,7 +190,7 @@ fn device_caches_are_invalidated_where_ats_is_offered() {
         address: 0x7000,
         size: 52,
     };
-    // The host knows nothing of a stream that is not here.
+    // The host does not know a removed stream.
     guest.submit(&[of(STREAM), of(StreamId(9)), SYNC]);
     assert_eq!(guest.calls(), [Call::Invalidate(vec![of(STREAM)])]);
     assert_eq!(guest.consumed(), (3, None));
@@ -218,7 +218,7 @@ fn a_queue_outside_memory_is_an_abort() {
         guest.write32(regs::CR0, 0b1000);
         guest.write32(regs::CMDQ_PROD, 2);
         assert_eq!(guest.consumed(), (0, Some(CommandError::Abort)));
-        // It is tried again.
+        // It is retried.
         guest.acknowledge_errors();
         assert_eq!(guest.consumed(), (0, Some(CommandError::Abort)));
         assert_eq!(guest.smmu.counters().command_errors, 2);
@@ -229,7 +229,8 @@ fn a_queue_outside_memory_is_an_abort() {
 fn what_stands_in_memory_is_done_before_an_abort() {
     let guest = Guest::new(&SmmuConfig::default());
     let base = MEMORY_SIZE - 16;
-    // A queue of 2, but the second entry is no memory: so is none whose base is aligned to it.
+    // A queue of 2 whose second entry is outside memory: an aligned base makes the whole queue
+    // invalid.
     guest.write64(regs::CMDQ_BASE, base & !31 | 1);
     guest.write(base & !31, &tlbi(1).encode());
     guest.write(base, &tlbi(2).encode());
@@ -249,7 +250,7 @@ fn a_refused_command_is_where_the_queue_stops() {
     assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1), tlbi(2), tlbi(3)])]);
     let counters = guest.smmu.counters();
     assert_eq!((counters.host_errors, counters.command_errors), (1, 1));
-    // Linux puts a CMD_SYNC there. What the host blocked for the failure is given anew.
+    // Linux puts a CMD_SYNC there. What the host blocked because of the failure is given again.
     guest.refuse(false);
     guest.write(COMMANDS + 48, &SYNC.encode());
     guest.acknowledge_errors();
@@ -272,7 +273,7 @@ fn a_refusal_that_is_made_good_is_shown_and_costs_nobody_the_stream() {
     assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1), tlbi(2)])]);
     let counters = guest.smmu.counters();
     assert_eq!((counters.host_errors, counters.command_errors), (1, 1));
-    // Nothing goes on before the guest has taken notice; then none of them is left out.
+    // The queue waits for the acknowledgement; then none of the commands is skipped.
     guest.submit(&[SYNC]);
     assert_eq!(guest.calls(), []);
     guest.acknowledge_errors();
@@ -285,7 +286,7 @@ fn a_refusal_that_is_made_good_is_none_of_a_command_that_asked_for_something_els
     let guest = Guest::running();
     guest.host.flushes.store(true, Ordering::Relaxed);
     guest.refuse(true);
-    // The entry is unchanged: what may be cached of its context descriptors goes.
+    // The entry is unchanged: its cached context descriptors are invalidated.
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
     assert_eq!(guest.calls(), [Call::Invalidate(vec![cfgi_cd_all(STREAM)])]);
     assert_eq!(guest.consumed(), (2, None));
@@ -323,7 +324,7 @@ fn no_sync_completes_while_a_stream_has_what_the_guest_took_back() {
     guest.write_entry(STREAM, [1, 0]);
     guest.fail_to_block(true);
     guest.submit(&[cfgi_ste(STREAM), SYNC]);
-    // As Linux does: it gives up the command, not what it was for.
+    // As Linux does: it drops the command, but not its purpose.
     guest.write(COMMANDS, &SYNC.encode());
     for _ in 0..3 {
         guest.acknowledge_errors();
@@ -344,9 +345,9 @@ fn an_error_is_never_behind_the_last_command() {
     guest.write(COMMANDS, &Command::PrefetchConfig { stream: STREAM, substream: None }.encode());
     guest.fail_to_block(true);
     guest.acknowledge_errors();
-    // A hint waits for nothing.
+    // A hint does not wait for anything.
     assert_eq!(guest.consumed(), (1, None));
-    // What comes next does, and is where the queue stops.
+    // The next command does, and the queue stops there.
     guest.submit(&[tlbi(2)]);
     assert_eq!(guest.consumed(), (1, Some(CommandError::Illegal)));
     guest.fail_to_block(false);
@@ -409,7 +410,7 @@ fn a_halted_smmu_leaves_the_rest_of_the_queue() {
     let word = SyncSignal::Interrupt { address: WORD, data: 1 };
     guest.submit(&[tlbi(1), Command::Sync { signal: word }, tlbi(2), SYNC]);
     *guest.host.halting.lock() = None;
-    // The invalidation is complete, the CMD_SYNC is not answered.
+    // The invalidation is complete, the CMD_SYNC is not.
     assert_eq!(guest.calls(), [Call::Invalidate(vec![tlbi(1)])]);
     assert_eq!(guest.memory.read_obj::<u32>(GuestAddress(WORD)).unwrap(), 0);
     assert_eq!(guest.consumed(), (1, None));
@@ -426,7 +427,7 @@ fn a_halted_smmu_leaves_the_rest_of_the_streams() {
     guest.submit(&[CFGI_ALL, SYNC]);
     *guest.host.halting.lock() = None;
     assert_eq!(guest.calls(), [Call::Configure(STREAM, StreamPolicy::Bypass)]);
-    // Not acknowledged, and no error of the guest.
+    // Not acknowledged, and not an error of the guest.
     assert_eq!((guest.consumed(), guest.errors()), ((0, None), 0));
 }
 

@@ -50,7 +50,7 @@ fn reserved_bits_of_32_bit_registers_read_as_zero() {
     let guest = Guest::new(&SmmuConfig::default());
     for (offset, readable) in [
         (regs::CR1, 0xfff),
-        // Without EL2 no E2H.
+        // Without EL2 there is no E2H.
         (regs::CR2, 0b110),
         (regs::STRTAB_BASE_CFG, 0x3_07ff),
         (regs::CMDQ_PROD, 0xf_ffff),
@@ -62,7 +62,7 @@ fn reserved_bits_of_32_bit_registers_read_as_zero() {
         (regs::EVENTQ_IRQ_CFG1, u32::MAX),
         (regs::EVENTQ_IRQ_CFG2, 0x3f),
         (regs::GBPA, 0x001f_3f1f),
-        // Without page requests no PRIQ.
+        // Without page requests there is no PRIQ.
         (regs::IRQ_CTRL, 0b101),
         (regs::GERRORN, 0),
         (regs::PRIQ_BASE, 0),
@@ -74,7 +74,7 @@ fn reserved_bits_of_32_bit_registers_read_as_zero() {
         guest.write32(offset, u32::MAX);
         assert_eq!(guest.read32(offset), readable, "{}", regs::name(offset));
     }
-    // CR0 last, as it fixes others: without ATS no ATSCHK.
+    // CR0 last, as it fixes others: without ATS there is no ATSCHK.
     guest.write32(regs::CR0, u32::MAX);
     assert_eq!(guest.read64(regs::CR0), 0xd_0000_000d);
 }
@@ -86,7 +86,7 @@ fn read_only_registers_keep_their_values() {
         regs::CR0ACK,
         regs::IRQ_CTRLACK,
         regs::GERROR,
-        // Aliases of page 1 are not there.
+        // Aliases of page 1 do not exist.
         0xa8,
         0xac,
         0xfd0,
@@ -142,7 +142,7 @@ fn what_is_in_use_is_fixed() {
         assert_eq!(guest.read32(offset), before, "{}", regs::name(offset));
     }
     assert_eq!(guest.calls(), []);
-    // Off again, it is free.
+    // Disabled again, it is writable.
     guest.write32(regs::CR0, 0);
     guest.write32(regs::IRQ_CTRL, 0);
     for offset in [regs::STRTAB_BASE, regs::CMDQ_BASE, regs::EVENTQ_BASE, regs::GERROR_IRQ_CFG1] {
@@ -175,7 +175,7 @@ fn gbpa_needs_its_update_bit() {
     guest.write32(regs::GBPA, 1 << 31);
     let bypass = StreamPolicy::GlobalBypass;
     assert_eq!(guest.calls(), [Call::Configure(STREAM, bypass), Call::Configure(OTHER, bypass)]);
-    // Not done: not told.
+    // Not done: not acknowledged.
     guest.fail_to_block(true);
     guest.write32(regs::GBPA, 1 << 31 | 1 << 20);
     assert_eq!(guest.read32(regs::GBPA), 1 << 31 | 1 << 20);
@@ -253,7 +253,7 @@ fn an_observer_sees_everything_in_order() {
     guest.write32(regs::CR0, 0b1101);
     guest.smmu.event(translation_fault(OTHER).to_words());
     guest.read32(regs::EVENTQ_PROD);
-    // Once: what is off is not switched off again.
+    // Once: translation that is off is not disabled again.
     guest.write32(regs::CR0, 0b1100);
     guest.write32(regs::CR0, 0b1100);
     assert_eq!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Rules of the architecture that no driver leans on every day.
+//! Rules of the architecture that drivers do not rely on every day.
 
 use super::*;
 use crate::spec::smmuv3::command::ATC_SIZE_ALL;
@@ -15,7 +15,7 @@ fn atc_inv(size: u8) -> Command {
     Command::AtcInv { stream: STREAM, substream: None, global: false, address: 0, size }
 }
 
-/// What the host was asked for `command` alone.
+/// The host calls for `command` alone.
 fn forwarded(guest: &Guest, command: Command) -> Vec<Call> {
     guest.submit(&[command, SYNC]);
     assert_eq!(guest.consumed(), (guest.read32(regs::CMDQ_PROD), None));
@@ -71,7 +71,7 @@ fn after_an_aborted_write_the_event_queue_waits_for_the_guest() {
     assert_eq!(guest.told(STREAM), Some(EventId::Translation));
 }
 
-/// §7.3: what has no meaning in an event of stage 1 may come from the host's own addresses.
+/// §7.3: fields without meaning in an event of stage 1 may hold host addresses.
 #[test]
 fn no_address_of_the_hosts_is_told() {
     let guest = Guest::running();
@@ -84,7 +84,7 @@ fn no_address_of_the_hosts_is_told() {
     }
 }
 
-/// §4.4.1: the 16 KiB granule has no level 1 to tell a range of one granule by.
+/// §4.4.1: the 16 KiB granule has no level 1 to describe a range of one granule.
 #[test]
 fn a_range_that_the_host_would_refuse_does_not_reach_it() {
     let guest = Guest::running();

@@ -27,19 +27,20 @@ impl Default for EventRegisters {
 }
 
 impl EventRegisters {
-    /// The condition of the event came true: a message to send, or a pending one when masked.
+    /// The condition of the event became true: returns the message, unless it is masked and so
+    /// pending.
     pub(in crate::viommu::vtd) fn raise(&mut self) -> Option<MsiMessage> {
         self.control.set_ip(true);
         self.deliver()
     }
 
-    /// The guest cleared every status that makes the condition.
+    /// The guest cleared every status bit of the condition.
     pub(in crate::viommu::vtd) fn clear(&mut self) {
         self.control.set_ip(false);
     }
 
-    /// The guest writes the control register, the data register or both; unmasking sends what is
-    /// pending, with the data that came with it.
+    /// The guest writes the control register, the data register or both; unmasking sends a pending
+    /// message, with the data written at the same time.
     pub(in crate::viommu::vtd) fn write_control(
         &mut self,
         control: Option<u32>,

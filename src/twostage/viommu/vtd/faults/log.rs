@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The fault log: fault status, fault records and the fault event (§7.2, §7.3, §11.4.7).
 //!
-//! A lock of its own, taken after the model's, because faults come from any thread.
+//! It has a separate lock, taken after the model's, because faults come from any thread.
 
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::regs::{FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
@@ -21,7 +21,7 @@ pub struct FaultLog {
     pub event: EventRegisters,
     /// FRCD, one for each fault recording register.
     pub records: Vec<FaultRecord>,
-    /// The record that the next fault goes to.
+    /// The record for the next fault.
     pub next: u8,
 }
 
@@ -45,8 +45,8 @@ impl FaultLog {
         }
     }
 
-    /// Records a fault of DMA with `reason`. `false` when there was no room: the overflow is then
-    /// set.
+    /// Records a DMA fault with `reason`. Returns `false` if there was no space: the overflow bit
+    /// is then set.
     pub(in crate::viommu::vtd) fn record(
         &mut self,
         fault: &DmaFault,
@@ -55,7 +55,7 @@ impl FaultLog {
         self.add(dma_record(fault, reason))
     }
 
-    /// Records a fault of an interrupt that `source` sent, as [`FaultLog::record`] does.
+    /// Records a fault of an interrupt that `source` sent, like [`FaultLog::record`].
     pub(in crate::viommu::vtd) fn record_interrupt(
         &mut self,
         source: Bdf,
@@ -103,12 +103,12 @@ impl FaultLog {
         }
     }
 
-    /// Whether an error holds the invalidation queue.
+    /// Whether an error stops the invalidation queue.
     pub(in crate::viommu::vtd) fn holds_queue(&self) -> bool {
         self.status.iqe() || self.status.ite()
     }
 
-    /// The guest writes FSTS: bits that are 1 clear what they name.
+    /// The guest writes FSTS: writing 1 clears a bit.
     pub(in crate::viommu::vtd) fn write_status(&mut self, value: u32) {
         let clear = Fsts::from_bits(value);
         self.status.set_pfo(self.status.pfo() && !clear.pfo());
@@ -118,12 +118,12 @@ impl FaultLog {
         self.end_event();
     }
 
-    /// The 64-bit word `word` (two a record) of the fault recording registers.
+    /// The 64-bit word `word` (two per record) of the fault recording registers.
     pub(in crate::viommu::vtd) fn record_word(&self, word: usize) -> u64 {
         self.records.get(word / 2).map_or(0, |record| record.to_words()[word % 2])
     }
 
-    /// The guest writes `value` to that word: 1 clears F, all else is read-only.
+    /// The guest writes `value` to that word: 1 clears F, everything else is read-only.
     pub(in crate::viommu::vtd) fn write_record_word(&mut self, word: usize, value: u64) {
         if word.is_multiple_of(2) || !FaultRecordHigh::from_bits(value).f() {
             return;
@@ -137,13 +137,13 @@ impl FaultLog {
         self.end_event();
     }
 
-    /// Whether anything that raises the fault event is set.
+    /// Whether any cause of the fault event is set.
     fn condition(&self) -> bool {
         let status = self.status;
         status.ppf() || status.iqe() || status.ice() || status.ite()
     }
 
-    /// No event is pending for what is not there any more.
+    /// No event stays pending without its cause.
     fn end_event(&mut self) {
         if !self.condition() {
             self.event.clear();
@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(record.address(), 0x1234_5000);
         assert_eq!((record.high.sid(), record.high.fr()), (0x0108, 0x71));
         assert!(record.high.f() && record.high.t1() && !record.high.t2());
-        // Privilege and execution mean nothing without a PASID.
+        // Privilege and execute bits have no meaning without a PASID.
         assert!(!record.high.pp() && !record.high.exe() && !record.high.privileged());
         let pasid = Pasid::new(0xabcde);
         let requester = Requester { pasid, ..fault(0).requester };
@@ -222,7 +222,7 @@ mod tests {
         assert!(log.status.ppf());
         log.write_record_word(3, 1 << 63);
         assert!(!log.status.ppf());
-        // IQE is still set: a new fault is no new condition.
+        // IQE is still set: a new fault is not a new condition.
         assert_eq!(log.record(&fault(0), REASON), (true, None));
         log.write_status(1 << 4);
         log.write_record_word(5, 1 << 63);
@@ -239,7 +239,7 @@ mod tests {
         assert!(!log.status.pfo());
         assert!(!log.record(&fault(0), REASON).0);
         assert!(log.status.pfo());
-        // Room alone is not enough.
+        // Free space alone is not enough.
         log.write_record_word(1, 1 << 63);
         assert!(!log.record(&fault(0), REASON).0);
         log.write_status(1);

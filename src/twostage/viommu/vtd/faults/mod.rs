@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! DMA faults that the host brings back, and what the guest is told of them (§7).
+//! DMA faults reported by the host, and what the guest is told of them (§7).
 //!
-//! A requester that the virtual unit blocked: the reason it was blocked for. One that goes through
-//! the guest's tables: the reason of the walk, put in terms of the guest's own tables, as if the
-//! host's stage 2 were the memory that they stand in.
+//! For a requester blocked by the virtual unit: the reason of the block. For one that uses the
+//! guest's tables: the reason of the walk, expressed in terms of the guest's own tables, as if the
+//! host's stage 2 were the memory that contains them.
 
 pub(super) mod interrupts;
 pub(super) mod log;
@@ -47,7 +47,7 @@ impl FaultTarget for VtdIommu {
 }
 
 impl VtdIommu {
-    /// Counts what the fault log made of a fault, and sends its event.
+    /// Counts the outcome in the fault log, and sends its event.
     pub(in crate::viommu::vtd) fn recorded(
         &self,
         (recorded, msi): (bool, Option<MsiMessage>),
@@ -63,7 +63,7 @@ impl VtdIommu {
     }
 }
 
-/// Explains `fault`, given how its requester stands; `None` when the guest is told nothing, as
+/// Explains `fault`, given the state of its requester; `None` if the guest is told nothing, as
 /// translation is not enabled.
 fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<Blocked> {
     if !standing.translating {
@@ -71,8 +71,8 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
     }
     let config = match standing.given {
         Some(given) if is_blocked(&given.decision) && !tables.caps.cap.cm() => {
-            // Nothing is cached of entries that block: these are what the request was blocked by,
-            // unless it was the host that refused.
+            // Blocking entries are not cached: these are the ones that blocked the request, unless
+            // the host refused.
             let now = tables.config(fault.requester);
             if is_blocked(&now) {
                 now
@@ -81,7 +81,7 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
             }
         }
         Some(given) => given.decision,
-        // A PASID that was given nothing had no present entry when its tables were read last.
+        // An unconfigured PASID had no present entry when its tables were last read.
         None => unserved(tables.config(fault.requester)),
     };
     let legacy = standing.root.map(Rtaddr::mode) == Some(TranslationTableMode::Legacy);
@@ -96,7 +96,7 @@ fn explain(standing: Standing, tables: &Tables<'_>, fault: &DmaFault) -> Option<
     Some(Blocked { reason, fault_disabled: config.fault_disabled })
 }
 
-/// `config` of tables that may have changed since: what would be served now was not then.
+/// `config` from tables that may have changed since: what would be served now was not then.
 fn unserved(config: RequesterConfig) -> RequesterConfig {
     match config.policy {
         Policy::Blocked(_) => config,
@@ -130,7 +130,7 @@ fn first_stage(fault: &DmaFault) -> FaultReason {
         Some(R::FirstStageFlagsSecondStageDenied | R::FirstStageFlagsUpdate) => {
             R::FirstStageFlagsUpdate
         }
-        // The page itself is no memory that the request may use.
+        // The page itself is not memory that the request may access.
         _ => denied(fault),
     }
 }
@@ -145,7 +145,7 @@ fn second_stage(fault: &DmaFault) -> FaultReason {
     }
 }
 
-/// Through second-stage tables, in legacy mode: the same faults by their legacy codes.
+/// Through second-stage tables, in legacy mode: the same faults with their legacy codes.
 fn legacy_second_stage(fault: &DmaFault) -> FaultReason {
     use FaultReason as R;
     match fault.reason {
@@ -240,7 +240,7 @@ mod tests {
         for reason in [0x71, 0x72, 0x80, 0x81, 0x85, 0x86] {
             assert_eq!(code(FIRST, 1, reason, true, false), reason);
         }
-        // A host that gives no reason, or one that does not exist.
+        // A host that gives no reason, or an undefined one.
         assert_eq!(code(FIRST, 1, 0, true, false), 0x85);
         assert_eq!(code(FIRST, 1, 0xff, false, false), 0x86);
     }

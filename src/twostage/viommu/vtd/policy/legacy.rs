@@ -10,7 +10,7 @@ use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdSecondStage};
 use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::Requester;
 
-/// What the tables at `root` say of `requester`.
+/// What the tables at `root` say about `requester`.
 pub(in crate::viommu::vtd) fn serve(
     tables: &Tables<'_>,
     root: Rtaddr,
@@ -25,7 +25,7 @@ pub(in crate::viommu::vtd) fn serve(
     let translation_type = low.translation_type().ok_or(invalid)?;
     let width = tables.second_stage_width(high.aw()).ok_or(invalid)?;
     let translated = match translation_type {
-        // §9.3: AW is then the widest that is supported.
+        // §9.3: AW is then the widest supported.
         ContextTranslationType::PassThrough if Some(width) == tables.widest_second_stage() => false,
         ContextTranslationType::PassThrough => return Err(invalid),
         ContextTranslationType::Untranslated => true,
@@ -112,7 +112,7 @@ mod tests {
         config
     }
 
-    /// What they decide.
+    /// The resulting configuration.
     fn decide(config: &VtdConfig, root: [u64; 2], context: [u64; 2]) -> Policy {
         configured(config, root, context).policy
     }
@@ -166,14 +166,13 @@ mod tests {
             ([0; 2], [0b0100, 0], 0x03),
             ([0; 2], [0, 2], 0x03),
             ([0; 2], [0, 1], 0x03),
-            // The top table is no memory.
+            // The top table is outside memory.
             ([0; 2], [0x10_0000, 0], 0x03),
         ];
         for &(root, context, reason) in cases {
             assert_eq!(decide(&config, root, context), blocked(reason), "{root:x?} {context:x?}");
         }
-        // Second-stage tables that are not offered, and with them no width that an entry could
-        // have.
+        // Second-stage tables are not offered, so an entry has no valid width.
         for entry in [0, 0b1000] {
             assert_eq!(decide(&VtdConfig::default(), [0; 2], [entry, 0]), blocked(0x03));
         }

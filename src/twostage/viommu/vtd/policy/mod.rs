@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! From the guest's tables to the policy of a requester. Pure: reads, decides, changes nothing.
+//! From the guest's tables to the policy of a requester. Pure functions.
 //!
-//! When several things are wrong with the tables the guest is told of the one that the
-//! translation process (§3.4, §6.2.2, §7.1.3) meets first. Decided here is what holds for every
-//! request of a requester; what depends on the request (rights, privilege) is for the translation.
+//! If several things are wrong with the tables, the guest is told of the one that the translation
+//! process (§3.4, §6.2.2, §7.1.3) meets first. Only what holds for every request of a requester is
+//! decided here; what depends on the request (rights, privilege) is up to the translation.
 
 pub(super) mod legacy;
 pub(super) mod scalable;
@@ -17,7 +17,7 @@ use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::Requester;
 
 impl Tables<'_> {
-    /// What becomes of `requester`'s untranslated requests.
+    /// The configuration for `requester`'s untranslated requests.
     pub fn config(&self, requester: Requester) -> RequesterConfig {
         let served = self.root().and_then(|root| match root.mode() {
             TranslationTableMode::Scalable => scalable::serve(self, root, requester),
@@ -26,10 +26,10 @@ impl Tables<'_> {
         to_config(requester, served)
     }
 
-    /// The PASID tables of `rid`; none when its requests have no PASID.
+    /// The PASID tables of `rid`; `None` if its requests have no PASID.
     ///
-    /// PASID 0 is for nobody to give: hosts keep their own requests without PASID there, so that a
-    /// PASID 0 cannot be attached apart from its requester.
+    /// PASID 0 cannot be configured separately: hosts use it for the requests without PASID, so
+    /// that it cannot be attached apart from its requester.
     pub fn pasid_tables(&self, rid: Bdf) -> Option<PasidTables<'_>> {
         let root = self.root().ok().filter(|root| root.mode() == TranslationTableMode::Scalable)?;
         PasidTables::of(self, root, rid)
@@ -37,8 +37,8 @@ impl Tables<'_> {
 }
 
 impl PasidTable<'_> {
-    /// What becomes of requests of `requester`, whose PASID is in this table; none when its entry
-    /// is not present.
+    /// The configuration for requests of `requester`, whose PASID is in this table; `None` if its
+    /// entry is not present.
     pub fn config(&self, requester: Requester) -> Option<RequesterConfig> {
         Some(to_config(requester, self.serve(requester.pasid?)?))
     }
@@ -54,7 +54,7 @@ fn to_config(requester: Requester, served: Result<Served, Blocked>) -> Requester
     }
 }
 
-/// The configuration of a requester that is blocked.
+/// The configuration of a blocked requester.
 pub(in crate::viommu::vtd) fn blocked_config(
     requester: Requester,
     blocked: Blocked,

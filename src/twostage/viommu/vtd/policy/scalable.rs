@@ -16,7 +16,7 @@ use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdFirstStage, VtdSecondS
 use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::Requester;
 
-/// What the tables at `root` say of `requester`.
+/// What the tables at `root` say about `requester`.
 pub(in crate::viommu::vtd) fn serve(
     tables: &Tables<'_>,
     root: Rtaddr,
@@ -46,19 +46,19 @@ pub(in crate::viommu::vtd) struct PasidTables<'a> {
 }
 
 impl<'a> PasidTables<'a> {
-    /// Those of `rid`; none when it has no requests with PASID.
+    /// The tables of `rid`; `None` if it has no requests with PASID.
     pub fn of(tables: &'a Tables<'a>, root: Rtaddr, rid: Bdf) -> Option<Self> {
         let context = context_entry(tables, root, rid).ok()?;
         context.low.paside().then_some(Self { tables, context })
     }
 
-    /// PASIDs that may have an entry: `0..pasids`. The smaller of what the directory reaches and
-    /// what the unit offers.
+    /// PASIDs that may have an entry: `0..pasids`. The smaller of the directory's range and what
+    /// the unit offers.
     pub fn pasids(&self) -> u32 {
         self.context.pasids(self.tables)
     }
 
-    /// The table that `pasid` is in; none when there is none, or a wrong one.
+    /// The table that contains `pasid`; `None` if there is none, or a wrong one.
     pub fn table(&self, pasid: u32) -> Option<PasidTable<'a>> {
         let directory = directory_entry(self.tables, &self.context, pasid / TABLE_ENTRIES).ok()?;
         Some(PasidTable { tables: self.tables, directory })
@@ -72,14 +72,14 @@ pub(in crate::viommu::vtd) struct PasidTable<'a> {
 }
 
 impl PasidTable<'_> {
-    /// What the entry of `pasid`, which is in this table, says; none when it is not present.
+    /// What the entry of `pasid`, which is in this table, says; `None` if it is not present.
     pub fn serve(&self, pasid: Pasid) -> Option<Result<Served, Blocked>> {
         let entry = table_entry(self.tables, &self.directory, pasid.raw()).ok()?;
         Some(entry.serve(self.tables, pasid.raw()))
     }
 }
 
-/// A context entry that is present and well formed.
+/// A present and well-formed context entry.
 struct Context {
     low: ScalableContextLow,
     high: ScalableContextHigh,
@@ -133,7 +133,7 @@ fn context_entry(tables: &Tables<'_>, root: Rtaddr, rid: Bdf) -> Result<Context,
     Ok(Context { low, high })
 }
 
-/// A PASID directory entry that is present and well formed.
+/// A present and well-formed PASID directory entry.
 struct Directory {
     table: u64,
     /// FPD of the context entry or of this one.
@@ -162,11 +162,11 @@ fn directory_entry(
     Ok(Directory { table: entry.pasid_table(), fault_disabled })
 }
 
-/// A PASID table entry that is present.
+/// A present PASID table entry.
 struct TableEntry {
     words: [u64; 8],
     entry: PasidEntry,
-    /// FPD of this entry or of one before.
+    /// FPD of this entry or of an earlier one.
     fault_disabled: bool,
 }
 
@@ -203,8 +203,8 @@ impl TableEntry {
         Ok(Served { stage1, tag, fault_disabled: self.fault_disabled })
     }
 
-    /// Whether a field is set that is reserved always, or because the unit does not offer what
-    /// it controls.
+    /// Whether a reserved field is set, including fields that control features which the unit does
+    /// not offer.
     fn has_reserved_bits(&self, tables: &Tables<'_>) -> bool {
         let PasidEntry { qw0, qw1, qw2, .. } = self.entry;
         let ecap = tables.caps.ecap;
@@ -216,7 +216,7 @@ impl TableEntry {
             || (qw2.sre() && !ecap.srs())
             || (qw2.ere() && !ecap.ers())
             || (qw2.eafe() && !ecap.eafs());
-        // A pointer counts only where the type uses it.
+        // A pointer matters only if the type uses it.
         let beyond_width = match self.entry.translation_type() {
             Some(Pgtt::FirstStage) => tables.is_beyond_width(self.entry.first_stage_table()),
             Some(Pgtt::SecondStage) => tables.is_beyond_width(self.entry.second_stage_table()),
@@ -225,8 +225,7 @@ impl TableEntry {
         reserved || not_offered || beyond_width
     }
 
-    /// The tables that the entry names, none for pass-through; `None` when it is programmed
-    /// wrongly.
+    /// The tables of the entry, none for pass-through; `None` if it is programmed wrongly.
     fn stage1(&self, tables: &Tables<'_>) -> Option<Option<Stage1>> {
         let PasidEntry { qw0, qw2, .. } = self.entry;
         let ecap = tables.caps.ecap;
@@ -250,7 +249,7 @@ impl TableEntry {
                 Some(Some(Stage1::VtdSecondStage(VtdSecondStage { table, address_width })))
             }
             Pgtt::PassThrough if ecap.pt() => Some(None),
-            // Nested: there is no unit to nest the guest's two stages on a third.
+            // Nested: no unit can nest the guest's two stages on a third.
             Pgtt::FirstStage | Pgtt::SecondStage | Pgtt::Nested | Pgtt::PassThrough => None,
         }
     }

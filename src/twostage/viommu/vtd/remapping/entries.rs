@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What becomes of one interrupt request (§5.1): a pure function of the request, of what the guest
-//! set up, and of the table entry.
+//! The outcome of one interrupt request (§5.1): a pure function of the request, the guest's setup,
+//! and the table entry.
 
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
@@ -11,10 +11,10 @@ use crate::spec::vtd::interrupt::{
 use crate::spec::vtd::regs::Irta;
 use crate::viommu::{BadAddress, MsiMessage, TableMemory};
 
-/// How the guest wants its interrupts remapped, while it does.
+/// The guest's setup of interrupt remapping, while it is enabled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(in crate::viommu::vtd) struct Setup {
-    /// The table that GCMD.SIRTP latched.
+    /// The table latched by GCMD.SIRTP.
     pub table: Irta,
     /// GSTS.CFIS: compatibility-format interrupts pass.
     pub compatibility: bool,
@@ -24,13 +24,13 @@ pub(in crate::viommu::vtd) struct Setup {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::viommu::vtd) struct InterruptFault {
     pub reason: FaultReason,
-    /// The table entry; 0 where the request names none.
+    /// The table entry; 0 if the request names none.
     pub index: u16,
-    /// The entry asks that the fault be not recorded (FPD).
+    /// The entry suppresses fault recording (FPD).
     pub fault_disabled: bool,
 }
 
-/// Whether a write to `address` is an interrupt request, and no access to memory (§3.14).
+/// Whether a write to `address` is an interrupt request rather than a memory access (§3.14).
 pub(in crate::viommu::vtd) fn is_interrupt_request(address: u64) -> bool {
     address >> 32 == 0 && CompatibilityAddress::from_bits(address as u32).is_interrupt()
 }
@@ -47,11 +47,11 @@ pub(in crate::viommu::vtd) fn read_entry(
             memory.load_u64(address)
         })
     };
-    // P first: of an entry that is made present last, all else is there.
+    // P first: when an entry is made present last, everything else is there.
     Ok(Irte::from_words([word(0)?, word(8)?]))
 }
 
-/// What the interrupt request `message` of `source` becomes; `entry` gives table entries.
+/// The outcome of the interrupt request `message` of `source`; `entry` returns table entries.
 pub(in crate::viommu::vtd) fn decide(
     setup: Setup,
     source: Bdf,
@@ -87,7 +87,7 @@ pub(in crate::viommu::vtd) fn decide(
     }
 }
 
-/// Why `irte` does not serve `source`, if it does not.
+/// Why `irte` does not serve `source`, if so.
 fn refused(irte: Irte, extended: bool, source: Bdf) -> Option<FaultReason> {
     if !irte.low.p() {
         Some(FaultReason::InterruptEntryNotPresent)
@@ -100,7 +100,7 @@ fn refused(irte: Irte, extended: bool, source: Bdf) -> Option<FaultReason> {
     }
 }
 
-/// Whether an entry like `irte` is sound, whoever uses it.
+/// Whether `irte` is valid, for any source.
 pub(in crate::viommu::vtd) fn is_valid(irte: Irte, extended: bool) -> bool {
     irte.low.p() && !irte.has_reserved(extended)
 }
@@ -155,7 +155,7 @@ mod tests {
         MsiMessage { address: address.into(), data }
     }
 
-    /// What is blocked, and for which entry, when entry 7 is `words`.
+    /// The fault and its index, when entry 7 is `words`.
     fn blocked(setup: Setup, message: MsiMessage, words: [u64; 2]) -> Option<(FaultReason, u16)> {
         let entry = |index| {
             assert_eq!(index, 7);
@@ -191,7 +191,7 @@ mod tests {
         let low = |bits: u64| [bits, 0];
         for (words, reason) in [
             (low(0), InterruptEntryNotPresent),
-            // Reserved bits count only in a present entry.
+            // Reserved bits matter only in a present entry.
             (low(1 << 12), InterruptEntryNotPresent),
             (low(1 << 12 | 1), InterruptEntryReserved),
             (low(1 << 15 | 1), InterruptEntryReserved),

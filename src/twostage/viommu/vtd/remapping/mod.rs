@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Interrupt remapping (§5.1) as it runs: the interrupt entry cache (§6.2.5), and interrupts that
-//! are sent through it.
+//! Interrupt remapping (§5.1) in operation: the interrupt entry cache (§6.2.5), and the interrupts
+//! sent through it.
 //!
-//! An interrupt is looked up and delivered under one lock, which an invalidation takes too: when it
-//! is complete, nothing of the old entry is on its way.
+//! An interrupt is looked up and delivered under one lock, which an invalidation takes too: when
+//! that is complete, no interrupt by the old entry is on its way.
 
 pub(super) mod entries;
 
@@ -32,21 +32,21 @@ pub(in crate::viommu::vtd) struct Remapping {
 
 #[derive(Default)]
 struct Entries {
-    /// What the guest set up, while remapping is enabled.
+    /// The guest's setup, while remapping is enabled.
     setup: Option<Setup>,
-    /// Everything that was read and may be kept. At most one for each index of the table.
+    /// Cached entries, at most one for each index of the table.
     cache: HashMap<u16, Irte>,
 }
 
-/// Why a message does not get through.
+/// Why a message is not delivered.
 enum Refusal {
-    /// It is no interrupt request.
+    /// It is not an interrupt request.
     NoInterrupt,
     Fault(InterruptFault),
 }
 
 impl Entries {
-    /// The message as the LAPICs get it. `keep_all`: entries that are not valid are cached, too.
+    /// The message as the LAPICs receive it. `keep_all`: invalid entries are cached, too.
     fn look_up(
         &mut self,
         memory: &dyn TableMemory,
@@ -92,7 +92,7 @@ impl Remapping {
         self.listeners.lock()
     }
 
-    /// Tells the listeners that are still there.
+    /// Notifies the listeners that still exist.
     fn tell(&self) {
         let listeners: Vec<_> = self.listeners().iter().filter_map(Weak::upgrade).collect();
         for listener in listeners {
@@ -102,12 +102,12 @@ impl Remapping {
 }
 
 impl VtdIommu {
-    /// From now on `listener` is told of changes. It asks anew for what it has already.
+    /// From now on `listener` is notified of changes. It must look up again what it has already.
     pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
         self.remapping.listeners().push(listener);
     }
 
-    /// Latches IRTA. The cache is emptied with it (CAP.ESIRTPS).
+    /// Latches IRTA. This also invalidates the cache (CAP.ESIRTPS).
     pub(in crate::viommu::vtd) fn set_interrupt_table_pointer(&self, registers: &mut Registers) {
         registers.interrupt_table = registers.irta;
         self.remapping.entries().cache.clear();
@@ -115,7 +115,7 @@ impl VtdIommu {
         self.publish_remapping(registers);
     }
 
-    /// What the registers say of interrupt remapping holds when this returns.
+    /// Applies the interrupt remapping state of the registers before this returns.
     pub(in crate::viommu::vtd) fn publish_remapping(&self, registers: &Registers) {
         let setup =
             Setup { table: registers.interrupt_table, compatibility: registers.gsts.cfis() };
@@ -123,7 +123,7 @@ impl VtdIommu {
         self.remapping.tell();
     }
 
-    /// Forgets what is cached of `scope`.
+    /// Invalidates the cached entries of `scope`.
     pub(in crate::viommu::vtd) fn invalidate_interrupt_entries(&self, scope: InterruptEntryScope) {
         self.remapping.entries().invalidate(scope);
         self.remapping.tell();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What every requester was given ([`Ledger`]), and by which tables.
+//! The configuration of every requester ([`Ledger`]), and by which tables.
 
 pub(super) mod packed;
 
@@ -13,10 +13,10 @@ use crate::viommu::vtd::host_side::{Policy, RequesterConfig};
 use crate::viommu::Requester;
 use packed::PackedGiven;
 
-/// What a requester was given.
+/// The configuration of a requester.
 pub(in crate::viommu::vtd) type Given = crate::viommu::ledger::Given<RequesterConfig>;
 
-/// Every requester and what it was given.
+/// All requesters and their configurations.
 pub(in crate::viommu::vtd) type Requesters = Ledger<Functions>;
 
 /// The requesters of one function.
@@ -67,19 +67,19 @@ impl Entries for Functions {
     }
 }
 
-/// How translation stands, for whoever has a fault to explain.
+/// The state needed to explain a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::viommu::vtd) struct Standing {
     /// Translation is enabled, or is being enabled.
     pub translating: bool,
-    /// The root table that decides.
+    /// The root table in use.
     pub root: Option<Rtaddr>,
-    /// What the requester was given; `None` for a PASID without a present table entry.
+    /// The configuration of the requester; `None` for a PASID without a present table entry.
     pub given: Option<Given>,
 }
 
 impl Requesters {
-    /// Adds a function, without configuration; `false` when it is there already.
+    /// Adds a function without configuration; `false` if it exists already.
     pub fn add(&self, rid: Bdf) -> bool {
         let mut published = self.write();
         let absent = !published.functions.contains_key(&rid);
@@ -87,8 +87,7 @@ impl Requesters {
         absent
     }
 
-    /// Removes a function, and gives the PASIDs of it that were given something; none when it is
-    /// not there.
+    /// Removes a function, and returns its configured PASIDs; `None` if it does not exist.
     pub fn remove(&self, rid: Bdf) -> Option<GivenPasids> {
         let function = self.write().functions.remove(&rid)?;
         Some(GivenPasids { rid, pasids: function.pasids })
@@ -104,17 +103,17 @@ impl Requesters {
         self.read().functions.contains_key(&rid)
     }
 
-    /// The first function from `rid` on.
+    /// The first function from `rid`.
     pub fn function_from(&self, rid: Bdf) -> Option<Bdf> {
         self.read().functions.range(rid..).next().map(|(rid, _)| *rid)
     }
 
-    /// The first PASID of `rid` from `pasid` on that was given something.
+    /// The first configured PASID of `rid` from `pasid`.
     pub fn pasid_from(&self, rid: Bdf, pasid: u32) -> Option<Pasid> {
         Pasid::new(self.read().functions.get(&rid)?.pasids.next(pasid)?)
     }
 
-    /// How many entries are kept of the PASIDs of `rid`.
+    /// The number of entries stored for the PASIDs of `rid`.
     #[cfg(test)]
     pub fn kept(&self, rid: Bdf) -> usize {
         self.read().functions.get(&rid).map_or(0, |function| function.pasids.runs())
@@ -127,7 +126,8 @@ impl Requesters {
         published.root = root;
     }
 
-    /// What there is to know of a fault of `requester`; `None` when it is no function of this unit.
+    /// The state needed to explain a fault of `requester`; `None` if it is not a function of this
+    /// unit.
     pub fn standing(&self, requester: Requester) -> Option<Standing> {
         let published = self.read();
         published.functions.get(&requester.rid)?;
@@ -138,20 +138,20 @@ impl Requesters {
         })
     }
 
-    /// Forgets one PASID.
+    /// Removes the configuration of one PASID.
     pub fn forget_pasid(&self, rid: Bdf, pasid: Pasid) {
         if let Some(function) = self.write().functions.get_mut(&rid) {
             function.pasids.set(pasid.raw(), None);
         }
     }
 
-    /// Whether translation is enabled, or an attempt to enable it was not undone.
+    /// Whether translation is enabled, or a failed attempt to enable it was not undone.
     pub fn is_translating(&self) -> bool {
         self.read().translating
     }
 }
 
-/// PASIDs of a function that is gone.
+/// Configured PASIDs of a removed function.
 #[derive(Debug)]
 pub(in crate::viommu::vtd) struct GivenPasids {
     rid: Bdf,
@@ -159,7 +159,7 @@ pub(in crate::viommu::vtd) struct GivenPasids {
 }
 
 impl GivenPasids {
-    /// The first of them from `pasid` on.
+    /// The first of them from `pasid`.
     pub fn from(&self, pasid: u32) -> Option<Requester> {
         let pasid = Pasid::new(self.pasids.next(pasid)?);
         Some(Requester { rid: self.rid, pasid })

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a PASID was given, in few bytes: there may be 2^20 of them behind each function.
+//! The configuration of a PASID in a few bytes: there may be 2^20 of them behind each function.
 
 use bitfield_struct::bitfield;
 
@@ -38,10 +38,10 @@ impl Kind {
     }
 }
 
-/// No word has it.
+/// Never stored.
 const UNKNOWN: FaultReason = FaultReason::RootTableAddressInvalid;
 
-/// All but the domain.
+/// Everything but the domain.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 struct Word {
@@ -64,8 +64,8 @@ struct Word {
     __: u8,
 }
 
-/// A [`Given`] of a request with PASID, whose tag names that PASID.
-// Packed: its alignment would be another four bytes.
+/// A [`Given`] of a request with PASID, whose tag has that PASID.
+// Packed: its alignment would cost another four bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(Rust, packed(4))]
 pub(in crate::viommu::vtd) struct PackedGiven {
@@ -97,11 +97,11 @@ impl PackedGiven {
         Self { word, domain: tag.domain }
     }
 
-    /// What `pasid` was given.
+    /// The configuration of `pasid`.
     pub fn of(self, pasid: Pasid) -> Given {
         let Self { word, domain } = self;
         let table = word.page() << PAGE_SHIFT;
-        // A word holds what `new` put there: of these, the one that counts is never reserved.
+        // A word contains what `new` wrote: the value that matters is never reserved.
         let paging_mode = PagingMode::from_bits(word.width()).unwrap_or(PagingMode::Level4);
         let address_width = AddressWidth::from_bits(word.width()).unwrap_or(AddressWidth::Bits39);
         let reason = FaultReason::from_code(word.reason()).unwrap_or(UNKNOWN);
@@ -125,7 +125,7 @@ impl PackedGiven {
         Given { decision, applied: word.applied() }
     }
 
-    /// The same, but that the host is to be told of it.
+    /// The same, to be given to the host again.
     pub fn unapplied(self) -> Self {
         Self { word: { self.word }.with_applied(false), ..self }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Commands that concern many requesters: under way in slices, and acknowledged after the last.
+//! Commands that concern many requesters: under way in slices, and acknowledged after the last one.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +42,7 @@ fn translation_is_enabled_when_the_last_requester_is_served() {
         slice = guest.slice();
     }
     assert_eq!(asked, PASIDS as usize);
-    // And disabled when the last is taken back.
+    // And disabled when the last one is withdrawn.
     let mut slice = guest.begin_command(|enabled| enabled & !TES);
     while slice == Slice::More {
         assert_eq!(guest.status_bits(TES), TES);
@@ -79,7 +79,7 @@ fn invalidations_wait_for_a_command_that_is_under_way() {
     guest.write_every_pasid(0x6000);
     guest.calls();
     assert_eq!(guest.begin_command(|enabled| enabled | TES), Slice::More);
-    // While TES is clear, invalidations have nothing to do. But these PASIDs have been served.
+    // While TES is clear, invalidations have nothing to do. But these PASIDs were served.
     guest.write_pasid(1, 0x7000);
     let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(1) };
     guest.submit(&[Descriptor::PasidCache(scope), wait(1)]);
@@ -105,7 +105,7 @@ fn a_second_command_comes_after_the_first() {
 
 #[test]
 fn a_context_command_of_many_requesters_stays_set_until_it_is_done() {
-    // PASIDs that legacy mode finds attached, because the host would not let them go.
+    // PASIDs still attached in legacy mode, because the host failed to detach them.
     let guest = Guest::with_directory();
     guest.write_every_pasid(0x6000);
     guest.submit(&[PASID_CACHE]);

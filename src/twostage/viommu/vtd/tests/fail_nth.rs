@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A life of the unit in which each call to the host fails in turn.
+//! A life of the unit in which each host call fails in turn.
 
 use super::*;
 use crate::spec::vtd::qi::PasidCacheScope;
@@ -20,7 +20,7 @@ fn life(guest: &Guest) {
     guest.iommu.add_device(UPPER_RID);
     guest.iommu.remove_device(UPPER_RID);
     guest.write32(regs::FSTS, 1 << 4);
-    // Whatever the host did, the queue has come to its end.
+    // Whatever the host did, the queue has been processed.
     assert_eq!(guest.status(), 2);
     guest.submit(&[changed, wait(3)]);
     assert_eq!(guest.status(), 3);
@@ -44,7 +44,7 @@ fn each_failure_is_counted_told_and_survived() {
             return;
         };
         assert_eq!(counters.host_errors, 1, "{call:?}");
-        // The first call is SRTP's, which has no way to fail.
+        // The first call is SRTP's, which cannot report a failure.
         let queue_errors = u64::from(matches!(call, Call::Invalidate(_)) && failing > 0);
         assert_eq!(counters.queue_errors, queue_errors, "{call:?}");
     }

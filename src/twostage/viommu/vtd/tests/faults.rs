@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Faults that the host brings back.
+//! Faults reported by the host.
 
 use super::*;
 use crate::spec::vtd::regs::Fsts;
@@ -50,7 +50,7 @@ fn a_blocked_pasid_is_told_by_its_tables() {
     assert_eq!(guest.reason(with_pasid(9)), Some(0x59));
     assert_eq!(guest.reason(with_pasid(64)), Some(0x51));
     assert_eq!(guest.reason(with_pasid(0xf_ffff)), Some(0x46));
-    // Present since, and not yet told: still blocked.
+    // Present by now, without an invalidation: still blocked.
     guest.write_pasid(9, 0x6000);
     assert_eq!(guest.reason(with_pasid(9)), Some(0x59));
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tables that come to serve a requester without anybody's being told: no caching mode.
+//! Tables that start to serve a requester without an invalidation: no caching mode.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ fn a_requester_is_served_once_its_tables_do() {
     let guest = empty(VtdConfig::default());
     let own = Requester::rid(RID);
     assert!(!guest.iommu.served_late(own));
-    // Entry by entry, and each is what the guest is told of.
+    // Entry by entry, each with its reason.
     guest.write(ROOT + 0x10, &[CONTEXT | 1, 0]);
     assert!(!guest.iommu.served_late(own));
     assert_eq!(guest.reason(own), Some(0x41));
@@ -47,7 +47,7 @@ fn a_pasid_is_served_apart_from_its_function() {
     assert!(guest.iommu.served_late(with_pasid(9)));
     assert!(!guest.iommu.served_late(with_pasid(8)));
     assert_eq!(guest.calls(), [Call::Configure(with_pasid(9), first_stage(0x6000))]);
-    // What was found is the guest's to invalidate, as what it told of is.
+    // What was found must be invalidated by the guest like anything else.
     guest.write(PASID_TABLE + 64 * 9, &[0]);
     let one = crate::spec::vtd::qi::PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(9) };
     guest.submit(&[Descriptor::PasidCache(one)]);
@@ -86,7 +86,7 @@ fn what_the_tables_ask_of_faults_now_holds() {
     let guest = empty(VtdConfig::default());
     guest.write_tables();
     guest.write(PASID_TABLE, &[2]);
-    // FPD, in an entry that was not looked at when the requester was blocked.
+    // FPD, in an entry that was not read when the requester was blocked.
     assert_eq!(guest.reason(Requester::rid(RID)), None);
     assert_eq!(guest.iommu.counters().faults_suppressed, 1);
 }
@@ -128,8 +128,8 @@ fn what_the_host_refuses_is_tried_again_at_the_next_request() {
     assert_eq!(guest.iommu.counters().found_served, 1);
 }
 
-/// Whether a function that the tables came to serve is served, when `meanwhile` happens while who
-/// asks most likely waits for the registers.
+/// Whether a function that the tables have started to serve is served, if `meanwhile` happens while
+/// the caller most likely waits for the registers.
 fn served_after(guest: &Guest, meanwhile: impl FnOnce()) -> bool {
     let registers = guest.iommu.lock();
     let iommu = guest.iommu.clone();
@@ -144,8 +144,7 @@ fn served_after(guest: &Guest, meanwhile: impl FnOnce()) -> bool {
 fn tables_are_read_by_who_has_the_registers() {
     let guest = empty(VtdConfig::default());
     guest.write_tables();
-    // Whether it waits by now or is yet to look: the tables as they are when it has the registers
-    // are what counts.
+    // Whether it is waiting already or not: what counts is the tables when it has the registers.
     assert!(!served_after(&guest, || guest.write(PASID_TABLE, &[0])));
     assert_eq!(
         guest
@@ -160,16 +159,15 @@ fn tables_are_read_by_who_has_the_registers() {
 fn nobody_serves_a_function_that_went_meanwhile() {
     let guest = empty(VtdConfig::default());
     guest.write_tables();
-    // As `remove_device` does with the registers.
+    // Like `remove_device`, with the registers locked.
     assert!(!served_after(&guest, || {
         guest.iommu.requesters.remove(RID).unwrap();
     }));
     assert_eq!(guest.calls(), []);
 }
 
-/// Of a function with thousands of PASIDs 63 and 127 come to be served when the first of them has
-/// been passed by a command that `change`s what they go by, and the other has not. Gives what the
-/// host has.
+/// Of a function with thousands of PASIDs, 63 and 127 start to be served when a command that makes
+/// `change` has processed the first of them, and not the other. Returns what the host has.
 fn amid_a_command(change: impl FnOnce(u32) -> u32) -> (Guest, BTreeMap<Requester, Policy>) {
     let config = VtdConfig { caching_mode: false, pasid_bits: 13, ..Default::default() };
     let guest = Guest::with_directory_of(config);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The unit as a guest drives it, over a host that records.
+//! The unit driven by a guest, on a recording host.
 
 mod control;
 mod fail_nth;
@@ -29,21 +29,21 @@ use crate::viommu::testing::{guest_memory, GuestAccess, Refusals, MEMORY_SIZE};
 use crate::viommu::vtd::host_side::{Invalidation, Progress, RequesterConfig, Stage1};
 use crate::viommu::HostSideError;
 
-/// What the host was asked.
+/// Host calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Call {
     Configure(Requester, Policy),
     Invalidate(Vec<Invalidation>),
 }
 
-/// A host that records what it is asked, and the word at [`STATUS`] as it was then.
+/// A host that records its calls, and the word at [`STATUS`] at the time.
 #[derive(Debug)]
 struct FakeHost {
     memory: GuestMemoryMmap,
     calls: Mutex<Vec<Call>>,
     status_then: Mutex<Vec<u32>>,
     refusals: Refusals,
-    /// In so many pieces it invalidates a batch; the call is recorded with the last.
+    /// It invalidates a batch in this many pieces; the call is recorded with the last one.
     pieces: Mutex<u64>,
     /// A unit that is halted during every call.
     halting: Mutex<Option<Arc<VtdIommu>>>,
@@ -144,7 +144,7 @@ impl Guest {
         Self::reading(config, memory.clone(), Arc::new(memory))
     }
 
-    /// The same, where the unit has `read` for the guest's `memory`.
+    /// The same, with `read` as the unit's access to the guest's `memory`.
     fn reading(config: VtdConfig, memory: GuestMemoryMmap, read: Arc<dyn TableMemory>) -> Self {
         let host = Arc::new(FakeHost {
             memory: memory.clone(),
@@ -197,7 +197,7 @@ impl Guest {
         self.memory.read_obj(GuestAddress(STATUS)).unwrap()
     }
 
-    /// A global command as drivers give it: what is enabled, and one bit changed.
+    /// A global command as drivers write it: the enabled bits, and one change.
     fn command(&self, change: impl FnOnce(u32) -> u32) {
         let enabled = self.read32(regs::GSTS) & 0x96ff_ffff;
         self.write32(regs::GCMD, change(enabled));
@@ -224,7 +224,7 @@ impl Guest {
         self.command(|enabled| enabled | 1 << 26);
     }
 
-    /// Puts raw 256-bit descriptors behind the tail without moving it; gives the tail they need.
+    /// Writes raw 256-bit descriptors behind the tail without moving it; returns the new tail.
     fn queue_words(&self, descriptors: &[[u64; 4]]) -> u64 {
         let mut tail = self.read64(regs::IQT);
         for words in descriptors {
@@ -244,7 +244,7 @@ impl Guest {
         self.submit_words(&words);
     }
 
-    /// What the host was asked since the last time.
+    /// Host calls since the last time.
     fn calls(&self) -> Vec<Call> {
         self.host.status_then.lock().clear();
         std::mem::take(&mut self.host.calls.lock())
@@ -254,7 +254,7 @@ impl Guest {
         self.host.refusals.everything(refuse);
     }
 
-    /// The host refuses everything, blocking included; or nothing any more.
+    /// The host refuses everything, including blocking; or nothing any more.
     fn fail_to_block(&self, fail: bool) {
         self.refuse(fail);
         self.host.refusals.block_nothing(fail);
@@ -270,8 +270,8 @@ impl Guest {
         FaultRecord::from_words([self.read64(offset), self.read64(offset + 8)])
     }
 
-    /// The reason that a DMA fault of `requester` is recorded with, whatever the host says;
-    /// `None` when it is not recorded.
+    /// The recorded reason of a DMA fault of `requester`, whatever the host says; `None` if it is
+    /// not recorded.
     fn reason(&self, requester: Requester) -> Option<u8> {
         self.iommu.dma_fault(&fault(requester));
         let record = self.fault_record(0);
@@ -286,7 +286,7 @@ impl Guest {
     }
 }
 
-/// A write that faulted for no reason that the host says.
+/// A write that faulted, without a reason from the host.
 fn fault(requester: Requester) -> DmaFault {
     DmaFault {
         requester,
@@ -307,7 +307,7 @@ fn with_pasid(value: u32) -> Requester {
     Requester { rid: RID, pasid: Some(pasid(value)) }
 }
 
-/// The policy of tables at `table`, as [`Guest::write_pasid`] writes them.
+/// The policy of tables at `table`, as written by [`Guest::write_pasid`].
 fn first_stage(table: u64) -> Policy {
     Policy::Stage1(Stage1::VtdFirstStage(crate::viommu::vtd::VtdFirstStage {
         table,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What scalable-mode tables decide, and the reason for each thing that can be wrong with them.
+//! Decisions from scalable-mode tables, and the reason for each possible error in them.
 
 use super::*;
 use crate::spec::vtd::regs::Rtaddr;
@@ -7,7 +7,7 @@ use crate::spec::vtd::root::AddressWidth;
 use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
 use crate::viommu::vtd::policy::tables::Tables;
 
-/// Well-formed tables for [`RID`], to spoil.
+/// Well-formed tables for [`RID`], to be corrupted.
 struct Spoiled {
     config: VtdConfig,
     memory: GuestMemoryMmap,
@@ -57,7 +57,7 @@ fn well_formed_tables_are_served() {
     let config = tables.decide(with_pasid(5));
     assert_eq!(config.policy, first_stage(0x6000));
     assert_eq!(config.tag, DomainTag { domain: DOMAIN, pasid: 5 });
-    // RID_PASID leads requests without PASID.
+    // RID_PASID selects the entry of requests without PASID.
     let config = tables.with(CONTEXT_ENTRY + 8, |_| 5).decide(Requester::rid(RID));
     assert_eq!(config.policy, first_stage(0x6000));
     assert_eq!(config.tag, DomainTag { domain: DOMAIN, pasid: 5 });
@@ -146,14 +146,14 @@ fn requests_with_pasid_have_checks_of_their_own() {
     let tables = Spoiled::new(VtdConfig { pasid_bits: 20, ..Default::default() });
     assert_eq!(tables.decide(with_pasid(1 << 13)).policy, blocked(0x46));
     assert_eq!(tables.decide(with_pasid((1 << 13) - 1)).policy, blocked(0x51));
-    // More in the directory than the unit offers.
+    // The directory has more than the unit offers.
     let narrow = Spoiled::new(VtdConfig { pasid_bits: 3, ..Default::default() });
     assert_eq!(narrow.decide(with_pasid(8)).policy, blocked(0x46));
     assert_eq!(narrow.decide(with_pasid(5)).policy, first_stage(0x6000));
     let off = tables.with(CONTEXT_ENTRY, |word| word & !(1 << 3));
     assert_eq!(off.decide(with_pasid(5)).policy, blocked(0x45));
     assert_eq!(off.policy(), first_stage(FIRST_STAGE));
-    // PASIDE where no PASID is offered.
+    // PASIDE without PASIDs offered.
     let none = Spoiled::new(VtdConfig { pasid_bits: 0, ..Default::default() });
     assert_eq!(none.policy(), blocked(0x42));
 }
@@ -164,13 +164,13 @@ fn fpd_of_any_entry_on_the_way_counts() {
         let tables = default_tables().with(address, |word| word | 2);
         let config = tables.decide(Requester::rid(RID));
         assert_eq!((config.policy, config.fault_disabled), (first_stage(FIRST_STAGE), true));
-        // Even where it is not present.
+        // Even if it is not present.
         let tables = tables.with(address, |word| word & !1);
         let config = tables.decide(Requester::rid(RID));
         assert!(matches!(config.policy, Policy::Blocked(_)), "{address:#x}");
         assert!(config.fault_disabled, "{address:#x}");
     }
-    // Behind the entry that is wrong, it does not.
+    // After the wrong entry, it does not count.
     let tables =
         default_tables().with(DIRECTORY, |word| word | 4).with(PASID_TABLE, |word| word | 2);
     assert_eq!(tables.policy(), blocked(0x52));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whatever a guest does, the unit answers.
+//! Whatever a guest does, the unit responds.
 
 use proptest::prelude::*;
 
@@ -9,7 +9,7 @@ use crate::viommu::InterruptRemapper;
 
 fn words() -> impl Strategy<Value = [u64; 4]> {
     let sparse = any::<[u64; 4]>().prop_map(|[low, high, ..]| [low & !0xfffc_0e00, high, 0, 0]);
-    // Random words are nearly always of a reserved type; these are nearly always taken.
+    // Random words nearly always have a reserved type; these are nearly always valid.
     let near = (0..16u64, 0..4u64, any::<u32>(), any::<u64>()).prop_map(|(kind, g, ids, high)| {
         [kind | g << 4 | u64::from(ids) << 16, high & !0xf80, 0, 0]
     });
@@ -51,7 +51,7 @@ proptest! {
             guest.access(&access);
             guest.iommu.dma_fault(&fault(with_pasid((access.value & 0xf_ffff) as u32)));
         }
-        // Whatever happened, the host knows the device and the records are consistent.
+        // Whatever happened, the device exists and the records are consistent.
         let state = guest.iommu.state();
         let used = state.faults.records.iter().any(|record| record.high.f());
         prop_assert_eq!(state.faults.status.ppf(), used);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The invalidation queue: order, batches, errors and how it goes on after them.
+//! The invalidation queue: order, batches, errors, and how it continues after them.
 
 use super::*;
 use crate::spec::vtd::qi::{
@@ -33,7 +33,7 @@ impl Guest {
         Fsts::from_bits(self.read32(regs::FSTS))
     }
 
-    /// The queue stopped at `head` for a failure of the host.
+    /// Checks that the queue stopped at `head` because of the host.
     #[track_caller]
     fn assert_stopped_by_host(&self, head: u64) {
         assert!(self.fault_status().iqe());
@@ -41,7 +41,7 @@ impl Guest {
         assert_eq!(self.head(), head);
     }
 
-    /// The queue stopped at `head` with `info`.
+    /// Checks that the queue stopped at `head` with `info`.
     fn assert_stopped(&self, head: u64, info: IqErrorInfo) {
         assert!(self.fault_status().iqe(), "{info:?}");
         assert_eq!(self.head(), head, "{info:?}");
@@ -85,7 +85,7 @@ fn what_stands_between_ordering_points_is_one_call() {
     assert_eq!(guest.calls(), batches.map(Call::Invalidate));
     assert_eq!(guest.head(), 9 * 32);
     let counters = guest.iommu.counters();
-    // The first batch of the unit's life is SRTP's.
+    // The first batch ever is SRTP's.
     assert_eq!((counters.batches, counters.invalidations), (5, 7));
     assert_eq!((counters.pasid_iotlb, counters.iotlb, counters.wait), (3, 3, 1));
 }
@@ -135,7 +135,7 @@ fn each_wrong_descriptor_stops_the_queue_at_itself() {
         ([0x25, STATUS | 1, 0, 0], ReservedField),
         ([0x16, 0, 0, 0], ReservedField),
         ([0x27, 0, 0, 0], ReservedField),
-        // What the unit does not offer.
+        // Not offered by the unit.
         (iotlb(IotlbScope::Pages { domain: 0, range: large }).encode(), ReservedField),
         (device_tlb(RID).encode(), InvalidType),
         (Descriptor::InterruptEntryCache(index).encode(), InvalidType),
@@ -146,13 +146,13 @@ fn each_wrong_descriptor_stops_the_queue_at_itself() {
         let guest = Guest::running();
         guest.submit_words(&[pasid_iotlb(0, None).encode(), words, wait(9).encode()]);
         guest.assert_stopped(32, info);
-        // What stood before it was done, what stands behind was not looked at.
+        // Descriptors before it were done, those after it not looked at.
         assert_eq!(guest.calls(), [Call::Invalidate(vec![invalidation(Some(0), None)])]);
         assert_eq!(guest.status(), 0);
-        // A new tail starts nothing.
+        // A new tail has no effect.
         guest.submit(&[wait(8)]);
         assert_eq!((guest.status(), guest.head()), (0, 32));
-        // The driver's way out: a good descriptor in its place, and IQE cleared.
+        // The driver's recovery: a valid descriptor in its place, and IQE cleared.
         guest.write(QUEUE + 32, &wait(5).encode());
         guest.write32(regs::FSTS, 1 << 4);
         assert_eq!((guest.status(), guest.head()), (8, 4 * 32));
@@ -239,7 +239,7 @@ fn a_batch_that_the_host_cannot_do_stops_the_queue_before_it() {
     assert_eq!((guest.head(), guest.status()), (32, 1));
     let counters = guest.iommu.counters();
     assert_eq!((counters.host_errors, counters.queue_errors), (1, 1));
-    // Once the host is well the batch is done, and what it had blocked for it is given anew.
+    // Once the host works again, the batch is done, and what it had blocked is given again.
     guest.refuse(false);
     guest.calls();
     guest.write32(regs::FSTS, 1 << 4);
@@ -298,7 +298,7 @@ fn invalidations_of_context_and_pasid_cache_are_merged() {
     assert_eq!(evaluations(&[one(1), one(2), one(1)]), 2);
     assert_eq!(evaluations(&[one(1), PASID_CACHE, one(2)]), 1);
     assert_eq!(evaluations(&(1..20).map(one).collect::<Vec<_>>()), 1);
-    // Not past what is ordered behind them.
+    // Not past what is ordered after them.
     assert_eq!(evaluations(&[PASID_CACHE, wait(1), PASID_CACHE]), 2);
     assert_eq!(evaluations(&[PASID_CACHE, pasid_iotlb(0, None), PASID_CACHE]), 2);
     assert_eq!(guest.head(), guest.read64(regs::IQT));
@@ -310,7 +310,7 @@ fn the_registers_are_let_go_at_each_ordering_point() {
     let queued = [PASID_CACHE, PASID_CACHE, pasid_iotlb(0, None), PASID_CACHE, wait(1), wait(2)];
     let tail = guest.queue_words(&queued.map(|descriptor| descriptor.encode()));
     guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
-    // The first wait is done with what it waits for.
+    // The first wait is complete with what it waits for.
     for head in [2, 3, 5] {
         assert_eq!(guest.iommu.run_slice(&mut guest.iommu.lock()), Slice::More);
         assert_eq!(guest.head(), 32 * head);
@@ -355,7 +355,7 @@ fn a_halted_unit_leaves_the_rest_of_the_pasids() {
     guest.submit(&[PASID_CACHE, wait(3)]);
     *guest.host.halting.lock() = None;
     assert_eq!(guest.calls(), [Call::Configure(with_pasid(1), first_stage(0x6000))]);
-    // Not acknowledged, and no error of the guest.
+    // Not acknowledged, and not an error of the guest.
     assert_eq!((guest.head(), guest.status()), (0, 0));
     assert!(!guest.fault_status().iqe());
 }
@@ -385,12 +385,12 @@ fn a_wait_behind_a_device_that_does_not_answer_is_aborted() {
     guest.submit(&[device_tlb(UPPER_RID), iotlb(IotlbScope::Global), wait(2), wait(3)]);
     assert!(guest.fault_status().ite() && !guest.fault_status().iqe());
     assert_eq!(Iqercd::from_bits(guest.read64(regs::IQERCD)).itesid(), UPPER_RID.raw());
-    // The invalidation of the IOTLB was done; IQH is past the aborted wait.
+    // The IOTLB invalidation was done; IQH is past the aborted wait.
     assert_eq!((guest.status(), guest.head()), (1, 5 * 32));
     assert_eq!(guest.calls(), [Call::Invalidate(vec![Invalidation::ALL])]);
     guest.write32(regs::FSTS, 1 << 6);
     assert_eq!((guest.status(), guest.head()), (3, 6 * 32));
-    // Without a wait behind it the error comes at the tail.
+    // Without a wait after it, the error comes at the tail.
     guest.submit(&[device_tlb(UPPER_RID)]);
     assert!(guest.fault_status().ite());
     assert_eq!(guest.head(), 7 * 32);
@@ -402,7 +402,7 @@ fn a_disabled_queue_stands_at_its_start() {
     guest.submit(&[wait(1)]);
     guest.command(|enabled| enabled & !(1 << 26));
     assert_eq!((guest.head(), guest.read64(regs::IQT)), (0, 32));
-    // Tails are taken while it is disabled, and worked on when it is enabled.
+    // Tails are accepted while it is disabled, and processed when it is enabled.
     guest.write(QUEUE, &wait(4).encode());
     guest.write64(regs::IQT, 32);
     assert_eq!(guest.status(), 1);

@@ -14,7 +14,7 @@ struct Racing {
 struct Change {
     address: u64,
     value: u64,
-    /// After so many more reads of the word.
+    /// After this many more reads of the word.
     reads: u32,
 }
 
@@ -45,8 +45,8 @@ impl TableMemory for Racing {
     }
 }
 
-/// PASID 9 is served, then taken away, and served by other tables as soon as the word at `address`
-/// was seen `reads` times to be 0: nobody is told, as there is no caching mode. Gives whether the
+/// PASID 9 is served, then withdrawn, and served by other tables once the word at `address` has
+/// been read as 0 `reads` times, without an invalidation (no caching mode). Returns whether the
 /// host attached it.
 fn served_again(address: u64, reads: u32) -> (Guest, bool) {
     let memory = guest_memory();
@@ -70,9 +70,9 @@ fn served_again(address: u64, reads: u32) -> (Guest, bool) {
     (guest, attached)
 }
 
-/// Whatever is read when: what the host attached is blocked when `end` takes it away.
+/// Whatever is read when: what the host attached is blocked when `end` withdraws it.
 fn what_was_attached_ends(end: impl Fn(&Guest)) {
-    // Any of these words is enough to take PASID 9 away.
+    // Clearing any of these words withdraws PASID 9.
     for address in [ROOT + 0x10, CONTEXT + 0x100, DIRECTORY, PASID_TABLE + 64 * 9] {
         let mut attachments = 0;
         for reads in 1..8 {

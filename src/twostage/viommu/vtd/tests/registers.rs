@@ -137,7 +137,7 @@ fn register_based_invalidation_in_legacy_mode() {
     guest.write64(IVA, 0x1234_5000 | 19);
     assert_eq!(done(3 << 60 | 3 << 32), (2, vec![Call::Invalidate(vec![of(None)])]));
     assert_eq!(done(0), (0, vec![]));
-    // The host fails: nothing was done, as far as the guest may count on.
+    // The host fails: the guest must assume that nothing was done.
     guest.refuse(true);
     assert_eq!(done(1 << 60).0, 0);
 }
@@ -215,7 +215,7 @@ fn an_observer_sees_everything_in_order() {
     guest.read32(0x22c);
     guest.enable_translation();
     guest.iommu.dma_fault(&fault(Requester::rid(RID)));
-    // Once: what is off is not switched off again.
+    // Once: translation that is off is not disabled again.
     guest.write32(regs::GCMD, 1 << 26);
     guest.write32(regs::GCMD, 1 << 26);
     let lines = trace.0.lock();

@@ -38,7 +38,7 @@ impl Guest {
         Self::new(VtdConfig { interrupt_remapping: true, ..config })
     }
 
-    /// A unit that remaps, without caching mode, over a table of no entries.
+    /// A remapping unit without caching mode, with an empty table.
     fn remapping() -> Self {
         let guest = Self::with_remapping(VtdConfig { caching_mode: false, ..Default::default() });
         guest.enable_queue(0x800);
@@ -60,7 +60,7 @@ impl Guest {
         self.write(TABLE + 16 * index, &words);
     }
 
-    /// What [`RID`]'s message comes out as.
+    /// The remapped message of [`RID`].
     fn interrupt(&self, message: MsiMessage) -> Option<(u64, u32)> {
         let sink = FakeSink::default();
         let sent = self.iommu.send_remapped(RID, message, &sink);
@@ -69,12 +69,12 @@ impl Guest {
         messages.first().copied()
     }
 
-    /// The vector that `handle` comes out as.
+    /// The remapped vector of `handle`.
     fn vector(&self, handle: u16) -> Option<u32> {
         self.interrupt(of_handle(handle)).map(|(_, data)| data & 0xff)
     }
 
-    /// The fault record that is in use, cleared: reason, source and index.
+    /// The fault record in use, which is cleared: reason, source and index.
     fn interrupt_fault(&self) -> Option<(u8, u16, u16)> {
         let status = Fsts::from_bits(self.read32(regs::FSTS));
         let number = status.ppf().then(|| u64::from(status.fri()))?;
@@ -128,7 +128,7 @@ fn a_table_pointer_counts_from_its_command_on() {
     assert_eq!(guest.vector(1), Some(0x41));
     guest.write64(regs::IRTA, (TABLE + 0x1000) | SIZE);
     assert_eq!(guest.vector(1), Some(0x41));
-    // The command empties the cache.
+    // The command invalidates the cache.
     guest.command(|enabled| enabled | 1 << 24);
     assert_eq!(guest.vector(1), Some(0x42));
 }
@@ -204,7 +204,7 @@ fn an_entry_is_stale_until_its_invalidation() {
     assert_eq!(vectors(), [0x41; 8]);
     guest.submit(&[entries(3, 0)]);
     assert_eq!(vectors(), [0x41, 0x41, 0x41, 0x42, 0x41, 0x41, 0x41, 0x41]);
-    // The low bits of the index do not count.
+    // The low bits of the index are ignored.
     guest.submit(&[entries(5, 1)]);
     assert_eq!(vectors(), [0x41, 0x41, 0x41, 0x42, 0x42, 0x42, 0x41, 0x41]);
     guest.submit(&[entries(0, 15)]);
@@ -213,12 +213,12 @@ fn an_entry_is_stale_until_its_invalidation() {
     assert_eq!(vectors(), [0x42; 8]);
     guest.submit(&[ALL, wait(1)]);
     assert_eq!((vectors(), guest.status()), (vec![0x43; 8], 1));
-    // An entry that is taken away, too.
+    // So is a removed entry.
     (0..8).for_each(|index| guest.write_irte(index, [0, 0]));
     assert_eq!(vectors(), [0x43; 8]);
     guest.submit(&[entries(0, 3)]);
     assert_eq!(guest.vector(0), None);
-    // It was not cached: that it is there again needs no telling.
+    // It was not cached: that it is present again needs no invalidation.
     change(0x44);
     assert_eq!(guest.vector(0), Some(0x44));
 }
@@ -244,7 +244,7 @@ fn a_mask_beyond_what_is_offered_stops_the_queue() {
     assert_eq!(code, IqErrorInfo::ReservedField.code());
 }
 
-/// Records what a message becomes, and the status word, each time it is told of a change.
+/// Records the translation of a message, and the status word, at each notification of a change.
 struct Listener {
     guest: Guest,
     told: Mutex<Vec<(Option<u32>, u32)>>,
@@ -279,12 +279,12 @@ fn a_listener_knows_before_the_guest_does() {
     guest.command(|enabled| enabled | 1 << 23);
     guest.command(|enabled| enabled & !(1 << 25));
     assert_eq!(told(), [(Some(0x41), 8), (Some(0), 8)]);
-    // A command that changes nothing is no change; a translation that blocks is no fault.
+    // A command that changes nothing is not a change; a translation that blocks is not a fault.
     guest.command(|enabled| enabled);
     assert_eq!((told(), guest.interrupt_fault()), (vec![], None));
 }
 
-/// Takes vectors, none of which may be below the floor.
+/// Receives vectors, none of which may be below the floor.
 #[derive(Default)]
 struct Rising {
     floor: AtomicU32,
@@ -314,12 +314,12 @@ fn no_interrupt_of_before_comes_after_the_invalidation() {
             })
         });
         for vector in 0x21..0xf0 {
-            // The vector alone changes: whoever reads an entry meanwhile finds either.
+            // Only the vector changes: a concurrent reader sees either entry.
             guest.write_irte(1, irte(vector));
             guest.submit(&[entries(1, 0), wait(vector as u32)]);
             assert_eq!(guest.status(), vector as u32);
             sink.floor.store(vector as u32, Ordering::SeqCst);
-            // One with the new vector, so that the old one would be missed.
+            // One with the new vector, so that the old one would be noticed.
             wait_until("an interrupt by the new entry", || {
                 assert!(senders.iter().all(|sender| !sender.is_finished()));
                 sink.seen.load(Ordering::SeqCst) >= vector as u32

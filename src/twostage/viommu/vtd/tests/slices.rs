@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tables of many PASIDs, read anew in slices: what others see in between, and what is made of it.
+//! Reading the tables of many PASIDs again in slices: what others see in between, and the result.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +43,7 @@ impl Guest {
         (0..64).for_each(|pasid| self.write_pasid(pasid, table));
     }
 
-    /// Descriptors are there, and nobody has begun with them.
+    /// Descriptors are queued, and not processed yet.
     pub(super) fn queue(&self, descriptors: &[Descriptor]) {
         let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
         let tail = self.queue_words(&words);
@@ -54,7 +54,7 @@ impl Guest {
         self.iommu.run_slice(&mut self.iommu.lock())
     }
 
-    /// A global command, of which nothing but the first slice is carried out.
+    /// A global command, of which only the first slice is executed.
     pub(super) fn begin_command(&self, change: impl FnOnce(u32) -> u32) -> Slice {
         let enabled = self.read32(regs::GSTS) & 0x96ff_ffff;
         let mut registers = self.iommu.lock_idle();
@@ -66,7 +66,7 @@ impl Guest {
         self.read32(regs::GSTS) & bits
     }
 
-    /// What the host was left with, from all that it was asked since the last time.
+    /// Updates what the host has from its calls since the last time.
     pub(super) fn host_has(&self, has: &mut BTreeMap<Requester, Policy>) {
         for call in self.calls() {
             match call {
@@ -81,7 +81,7 @@ impl Guest {
         }
     }
 
-    /// What the tables say, of all that is not blocked.
+    /// What the tables say, for everything that is not blocked.
     pub(super) fn tables_say(&self) -> BTreeMap<Requester, Policy> {
         let pasids = (1..PASIDS).map(with_pasid);
         let requesters = [Requester::rid(RID)].into_iter().chain(pasids);
@@ -113,7 +113,7 @@ fn a_slice_is_of_few_requesters_and_nothing_is_acknowledged_before_the_last() {
     assert_eq!((guest.head(), guest.status()), (64, 1));
     assert_eq!(guest.iommu.counters().evaluations, 2);
 
-    // Where nothing changes, a slice is of more of them, but not of all.
+    // Without changes, a slice covers more of them, but not all.
     guest.queue(&[PASID_CACHE, wait(2)]);
     let mut slices = 0;
     while guest.slice() == Slice::More {
@@ -206,7 +206,7 @@ fn any_thread_goes_on_with_what_another_has_begun() {
         }
     });
     assert_eq!((guest.head(), guest.status()), (64, 1));
-    // Each was given once.
+    // Each was configured once.
     assert_eq!(guest.calls().len(), PASIDS as usize);
 }
 
@@ -216,7 +216,7 @@ fn a_withdrawn_table_is_as_many_slices() {
     guest.write_every_pasid(0x6000);
     guest.submit(&[PASID_CACHE]);
     guest.calls();
-    // One context entry takes all of them away.
+    // One context entry removes all of them.
     guest.write(CONTEXT + 0x100, &[0]);
     guest.queue(&[PASID_CACHE, wait(1)]);
     let mut asked = 0;
@@ -238,13 +238,13 @@ fn tables_that_change_in_between_are_taken_as_they_are_then() {
     guest.write_every_pasid(0x6000);
     guest.queue(&[PASID_CACHE, wait(1)]);
     assert_eq!(guest.slice(), Slice::More);
-    // The rest is gone before its turn, and what was given stays.
+    // The rest is gone before its turn, and what was configured stays.
     guest.write(DIRECTORY, &[0; 128]);
     while guest.slice() == Slice::More {}
     assert_eq!(guest.status(), 1);
     let given = guest.calls();
     assert!((30..66).contains(&given.len()), "{}", given.len());
-    // So does a directory that is nowhere.
+    // So does a directory outside memory.
     guest.submit(&[PASID_CACHE]);
     guest.write_every_pasid(0x6000);
     (0..128).for_each(|index| guest.write(DIRECTORY + 8 * index, &[PASID_TABLE | 1]));
@@ -360,14 +360,14 @@ fn a_function_comes_and_goes_with_all_its_pasids() {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
-    /// Whatever changes while tables are read, and whoever reads them: after the last invalidation
-    /// the host has what they say.
+    /// Whatever changes while tables are read, by whichever thread: after the last invalidation the
+    /// host has what they say.
     #[test]
     fn the_host_ends_with_what_the_tables_say(
         steps in prop::collection::vec((0u8..9, 0u64..128, 0u64..64, 0usize..60), 1..12),
     ) {
         let guest = Guest::with_directory();
-        // Two table pages, to be told apart.
+        // Two table pages, to tell them apart.
         let other = 0xa000;
         let mut has = BTreeMap::new();
         guest.host_has(&mut has);

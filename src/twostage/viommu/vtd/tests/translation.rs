@@ -62,7 +62,7 @@ fn a_changed_entry_is_taken_at_its_invalidation_and_not_before() {
     let scope = PasidCacheScope::Pasid { domain: DOMAIN, pasid: pasid(0) };
     guest.submit(&[Descriptor::PasidCache(scope), wait(2)]);
     assert_eq!(guest.calls(), [configured(Requester::rid(RID), first_stage(0x6000))]);
-    // Unchanged: nothing to tell the host.
+    // Unchanged: nothing for the host.
     guest.submit(&[Descriptor::PasidCache(scope), wait(3)]);
     assert_eq!(guest.calls(), []);
 }
@@ -137,7 +137,7 @@ fn context_invalidations_name_functions_by_mask() {
     }
 }
 
-/// The context entries of scalable mode are in no domain: each is named by any.
+/// Context entries of scalable mode have no domain: each is named by any domain.
 #[test]
 fn a_domain_names_every_context_of_scalable_mode() {
     let guest = Guest::running();
@@ -254,7 +254,7 @@ fn commands_are_not_acknowledged_while_requesters_are_reachable() {
     guest.enable_translation();
     assert_eq!(guest.read32(regs::GSTS) & TES, 0);
     guest.fail_to_block(false);
-    // Taken back, and given again.
+    // Withdrawn, and configured again.
     guest.calls();
     guest.disable_translation();
     assert_eq!(guest.calls()[0], configured(Requester::rid(RID), Policy::Bypass));

@@ -42,7 +42,7 @@ fn a_status_address_that_is_no_memory_is_no_hang() {
     assert_eq!(guest.iommu.counters().guest_errors, 1);
 }
 
-/// As Linux sets PD where it recovers from an error of the queue.
+/// Linux sets PD when it recovers from an error of the queue.
 #[test]
 fn a_wait_may_ask_to_drain_page_requests_of_which_there_are_none() {
     let drain = Descriptor::Wait {
@@ -55,7 +55,7 @@ fn a_wait_may_ask_to_drain_page_requests_of_which_there_are_none() {
     assert_eq!(guest.read64(regs::ECAP) >> 42 & 1, 1, "ECAP.PDS");
     guest.submit(&[drain]);
     assert_eq!((guest.status(), guest.read64(regs::IQH)), (7, 32));
-    // Where it is not offered the bit is reserved.
+    // If not offered, the bit is reserved.
     let legacy =
         VtdConfig { scalable_mode: false, second_stage: true, pasid_bits: 0, ..Default::default() };
     let guest = Guest::new(legacy);

@@ -95,7 +95,7 @@ pub enum ImageError {
     Outside {
         /// Its first address.
         start: u64,
-        /// Its length in bytes.
+        /// Its size in bytes.
         length: u64,
     },
     /// An entry point outside of the segments.
