@@ -59,7 +59,7 @@ impl State<'_> {
             Permissions::Write => &[DmaAccess::Write],
             Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],
         };
-        // If somebody still iterates over it, it stays with them.
+        // One that somebody still iterates over is left to them, and a new one starts empty.
         let mut iotlb = Arc::into_inner(std::mem::take(&mut self.iotlb)).unwrap_or_default();
         let mut at = iova;
         while at < end {

@@ -285,7 +285,7 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
     fn removed(&self, _device: &Requester) {}
 
     /// Whether the user's tables determine the page table of each PASID of a device that is
-    /// attached to a nested one: page requests of PASIDs are then reported to its fault queue.
+    /// attached to a nested one: page requests of PASIDs then go to the nested one's fault queue.
     fn user_pasid_table(&self) -> bool {
         false
     }

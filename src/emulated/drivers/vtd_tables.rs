@@ -76,7 +76,7 @@ impl Features {
             first_stage_1g: cap.fs1gp(),
             second_stage_large: cap.sslps(),
             guest_address_width,
-            // The widest table of SAGAW, as far as MGAW needs it.
+            // The widest table of SAGAW for which the next smaller one is too narrow for MGAW.
             second_stage_width: match guest_address_width {
                 49.. if cap.sagaw() >= 1 << 3 => guest_address_width.min(57),
                 40.. if cap.sagaw() >= 1 << 2 => guest_address_width.min(48),

@@ -38,8 +38,8 @@ impl<'a> Transfer<'a> {
 impl Pages {
     /// Copies to or from the pages at `offset` (bytes).
     ///
-    /// As in Linux, without pinning if it is done by the process that owns the pages; otherwise
-    /// they are pinned and accounted.
+    /// As in Linux, without pinning while the process that they come from has them; if it has not,
+    /// the pages that are pinned are used.
     ///
     /// # Errors
     /// As [`Pages::pin`]; a part may have been copied.

@@ -174,7 +174,7 @@ pub(super) fn unmap(
     Ok(())
 }
 
-/// Where to map; a fixed IOVA is checked even if it is not used.
+/// Where to map; the IOVA is checked even if the flags do not ask for it.
 fn target(flags: u32, iova: u64) -> Outcome<MapTarget> {
     if iova == u64::MAX {
         return refuse(Errno::EOVERFLOW, "the IOVA is 2^64-1");

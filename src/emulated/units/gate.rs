@@ -22,7 +22,7 @@
 //! * *What the writer did happens before what readers do.* The writer opens the gate by a release
 //!   store. A reader that entered after the writer checked its slot has the writer's *closed*
 //!   before its own load in the total order, so the load sees that or something newer: the release
-//!   store of this writer, or a later writer's store, which had the mutex after this one.
+//!   store of this writer, or a store of a later one, which had the mutex after this writer.
 //! * *Writers exclude each other* by a mutex. *Closed* is only true while it is held, so a reader
 //!   that holds it may mark its slot busy without checking.
 //!
@@ -31,7 +31,7 @@
 //! # Progress
 //!
 //! A writer waits for at most one read section of each reader: a closed gate lets nobody in. A
-//! reader waits for the mutex, which a writer holds for one write; once it has it, it enters
+//! reader waits for the mutex, which a writer holds for one write; a reader that has it enters
 //! regardless of other writers. The mutex is as fair as the system's: threads that write
 //! continuously may overtake a sleeping reader, but no writer makes it start over.
 //!

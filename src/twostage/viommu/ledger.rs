@@ -82,7 +82,7 @@ impl<E> Ledger<E> {
         self.unapplied.load(Ordering::Relaxed)
     }
 
-    /// Some decision must be: the host left a requester with a revoked mapping.
+    /// Sets [`Ledger::has_unapplied`]: the host left a requester with a revoked mapping.
     pub fn set_unapplied(&self) {
         self.unapplied.store(true, Ordering::Relaxed);
     }

@@ -45,8 +45,8 @@ impl Vsmmu {
         Self { unit, tag, _parent: parent.clone(), streams }
     }
 
-    /// Decodes a user's command for the SMMU, the only place that does: the uAPI has words, and
-    /// drivers check every bit of them.
+    /// Converts a user's command for the SMMU. Only here is it decoded: the uAPI has words, and a
+    /// driver checks every bit of them.
     ///
     /// # Errors
     /// `EIO` the command is not allowed for users, its stream is unknown, or it has undefined bits
@@ -58,7 +58,7 @@ impl Vsmmu {
             _ => return refuse(Errno::EIO, format!("the command {words:x?} is not the user's")),
         };
         Ok(match command {
-            // The user's part is its VMID.
+            // Everything cached for the user has its VMID.
             Command::TlbiNsnhAll | Command::TlbiNhAll { .. } => Invalidation::All { tag },
             Command::TlbiNhAsid { asid, .. } => Invalidation::Asid { tag, asid },
             Command::TlbiNhVa { asid, range, .. } => Invalidation::Va { tag, asid, range },

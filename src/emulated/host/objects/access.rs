@@ -42,7 +42,7 @@ impl Objects {
         Ok(self.table.ioas(ioas)?.accesses.iter().filter_map(listener).collect())
     }
 
-    /// Starts to move an access object to the IOAS `new`, or to none. Unless that is no change, the
+    /// Starts to move an access object to the IOAS `new`, or to none. If that is a change, the
     /// listener must then be told to unpin everything, followed by [`Self::access_finish_move`].
     ///
     /// # Errors

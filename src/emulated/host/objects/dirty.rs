@@ -85,9 +85,9 @@ impl Objects {
 
 /// The IOVAs of `range`, if they are whole pages of the IOAS and of the bitmap.
 ///
-/// Linux 7.2 accepts two invalid ranges, and later kernels the second: an empty one is the whole
-/// address space, or nothing; and with a page size that is no power of two it sets more bits than
-/// the range has pages. Both write past the end of the bitmap.
+/// Linux 7.2 accepts two invalid ranges, and later kernels the second: an empty one, which it takes
+/// for the whole address space, or for nothing; and one with a page size that is no power of two,
+/// for which it sets more bits than the range has pages. Both write past the end of the bitmap.
 fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64>> {
     let DirtyRange { iova, length, page_size } = *range;
     if length == 0 {

@@ -141,8 +141,8 @@ impl Cache {
     }
 
     /// Drops the entries of `scope` that translate an address in one of `ranges`, as made by
-    /// [`ascending`](super::ranges::ascending), and have one of `shifts`; returns their number. No
-    /// matter how many ranges there are, each set is searched at most once.
+    /// [`ascending`](super::ranges::ascending), and have one of `shifts`; returns their number.
+    /// However many ranges there are, no more sets are searched than the cache has.
     pub fn drop_ranges(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         // Probing each span of a shift in a range is cheaper than looking at all entries while
         // there are fewer of them than sets.

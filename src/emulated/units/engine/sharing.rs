@@ -46,7 +46,7 @@ pub(crate) struct Gone {
 impl Sharing {
     /// One more context for `tag` on `stage2`. Returns the tag of the stage 2.
     pub fn add(&mut self, tag: u32, stage2: &Arc<Stage2>) -> u32 {
-        // If no tag is free, those in use are 0 to their number. There are fewer than 2^32.
+        // If no tag is free, those in use are all below their number. There are fewer than 2^32.
         let next = self.stages2.len() as u32;
         let free = &mut self.free_stage2_tags;
         let users = self.stages2.entry(key(stage2)).or_insert_with(|| Stage2Users {

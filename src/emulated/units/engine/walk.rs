@@ -264,8 +264,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Sets the flags that a request of `kind` sets in the entries of `steps`. Fails if an entry
-    /// has changed since it was read.
+    /// Sets the flags that a request of `kind` sets in the entries of `steps`. Returns `false` if
+    /// an entry has changed since it was read.
     fn set_flags<F: TableFormat>(
         &self,
         tables: &F,

@@ -82,7 +82,7 @@ impl KernelHost {
         };
         let outcome = self.iommufd.invalidate_hwpt(&mut invalidate).map_err(errno_of);
         outcome.map_err(|errno| {
-            // The kernel does not change the number if it fails early.
+            // If the kernel fails early, it may leave the number unchanged.
             let done = (invalidate.entry_num as usize).min(entries.len().saturating_sub(1));
             (done, errno)
         })

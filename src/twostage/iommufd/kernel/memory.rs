@@ -53,7 +53,7 @@ impl MappedMemory {
         };
         mappings
             .range(..=last)
-            // Mappings are neither empty nor wrap: the kernel accepted them.
+            // No mapping is empty, and none wraps: the kernel accepted them.
             .filter(|(at, memory)| *at + (memory.length() - 1) >= iova)
             .map(|(at, memory)| (*at, memory.clone()))
             .collect()

@@ -87,8 +87,8 @@ impl KernelHost {
         Ok(Self { devices: Mutex::default(), iommufd, memory: Mutex::default() })
     }
 
-    /// The VFIO file of a bound device, for its regions and interrupts. The device is not unbound
-    /// while anybody holds it.
+    /// The VFIO file of a bound device, for its regions and interrupts. While anybody holds it, the
+    /// device cannot be unbound.
     ///
     /// # Errors
     /// `ENOENT` no such device.

@@ -88,7 +88,7 @@ fn is_of_all(command: &Command) -> bool {
 }
 
 /// Whether `all`, which [`is_of_all`], also does what the other kind of command does.
-/// `TLBI_NH_ASID` covers none: invalidations by address include global translations, it does not.
+/// `TLBI_NH_ASID` covers none: it spares global translations, which invalidations by address drop.
 fn covers(all: &Command, command: &Command) -> bool {
     match (all, command) {
         (Command::CfgiCdAll { stream: all }, Command::CfgiCd { stream, .. }) => all == stream,

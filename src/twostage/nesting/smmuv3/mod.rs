@@ -83,7 +83,7 @@ impl SmmuNesting {
     /// blocked until the virtual SMMU configures it.
     ///
     /// # Errors
-    /// The host refuses; the Requester ID or the device is in use; or the device is not behind an
+    /// The host refuses; the Requester ID or the device is in use; or the device is behind no
     /// SMMUv3, behind one that cannot nest, or behind another one than the devices added earlier.
     /// The device is not added.
     pub fn add_device(&self, rid: Bdf, dev: ObjectId) -> Result<(), NestingError> {
@@ -143,8 +143,7 @@ impl SmmuNesting {
     }
 
     /// Releases the objects of the physical SMMU after the last device. The event thread is waited
-    /// for without the lock, as it may wait for a holder of the virtual SMMU's lock that needs this
-    /// one.
+    /// for without the lock, as it may itself wait for a thread that waits for the lock.
     fn end_idle_unit(&self) {
         let unit = self.state().take_idle_unit();
         if let Some(mut unit) = unit {

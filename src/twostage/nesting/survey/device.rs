@@ -13,7 +13,7 @@ use crate::spec::vtd::regs::{Cap, Ecap};
 /// Where devices behind an SMMU send interrupt messages under Linux: a window of IOVAs that Linux
 /// maps to the real doorbell (`IOMMU_RESV_SW_MSI`).
 const SOFTWARE_MSI: RangeInclusive<u64> = 0x800_0000..=0x80f_ffff;
-/// The same for PCs (`IOMMU_RESV_MSI`).
+/// Where devices of PCs send them (`IOMMU_RESV_MSI`).
 const PC_MSI: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 /// `IOMMU_HW_INFO_TYPE_AMD`.
 const AMD: u32 = iommufd_bindings::iommu_hw_info_type_IOMMU_HW_INFO_TYPE_AMD;

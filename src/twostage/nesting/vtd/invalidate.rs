@@ -94,7 +94,7 @@ impl State {
             Some(next) => ObjectId(next as u32),
         };
         // A guest that waits for each of its invalidations sends one at a time. There is nothing to
-        // merge then, and this is the most frequent case.
+        // merge then, and merging is what costs most.
         let left = if let [one] = batch {
             let mut named = self.nested.named(one.domain, one.pasid, from);
             let hwpts: Vec<_> = named.by_ref().take(AT_ONCE).collect();

@@ -20,7 +20,7 @@ pub(super) struct Nested {
     pub hwpts: NestedHwpts<Tables>,
     slots: Slots,
     /// The number of users of a HWPT in a domain. Ordered by domain first, so that an invalidation
-    /// finds its HWPTs without a search.
+    /// finds its HWPTs without a look at the others.
     by_domain: BTreeMap<(u16, ObjectId), u32>,
 }
 

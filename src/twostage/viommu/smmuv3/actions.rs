@@ -59,7 +59,7 @@ impl Smmu {
             Command::TlbiS2Ipa { range, .. } => {
                 offered(idr0.s2p() && self.offers_range(range), invalidate)
             }
-            // Hardware may refuse larger sizes; the guest should not depend on that.
+            // Larger sizes may be refused: they always are, whatever the host's hardware does.
             Command::AtcInv { size, .. } if size > ATC_SIZE_ALL => Err(CommandError::Illegal),
             Command::AtcInv { stream, .. } => {
                 let translating = self.streams.is_translating();

@@ -14,7 +14,7 @@ const MIN_QUEUE_BITS: u8 = 7;
 pub struct SmmuConfig {
     /// Width of StreamIDs in bits, 1 to 32. 16 cover every PCI function of a segment.
     pub stream_bits: u8,
-    /// Width of SubstreamIDs in bits, at most 20, 0 for none. `None`: as the hosts support.
+    /// Width of SubstreamIDs in bits, at most 20, 0 for none. `None`: as many as the hosts have.
     pub substream_bits: Option<u8>,
     /// Width of input addresses (VAX) in bits: 48, or 52 with the 64 KiB granule.
     pub input_bits: u8,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Enable registers and those that are fixed while enabled: CR0, CR1, CR2, GBPA (§6.3).
+//! Enables (CR0), settings that are fixed while enabled (CR1, CR2), and what applies while
+//! translation is disabled (GBPA); §6.3.
 //!
 //! What a write asks for has been given to the host when the register says so: CR0ACK follows CR0,
 //! and GBPA.Update is clear again. If the host leaves a stream with a revoked mapping, these stay

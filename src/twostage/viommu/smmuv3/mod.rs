@@ -15,11 +15,11 @@
 //! # Locks
 //! The registers have one lock, held across calls to the host and to [`SmmuInterrupts`], neither of
 //! which may call the SMMU except to report events and to halt it. A thread that works through the
-//! command queue unlocks it after each CMD_SYNC and each change of configuration, and queues behind
-//! those that wait. Event queue and global errors have a lock of their own, and so have the
-//! published policies: both are taken after the registers, for a moment, and are the only locks
-//! that [`EventTarget`] takes. An event may therefore come from any thread, even while another one
-//! waits in the host for DMA to end.
+//! command queue unlocks the registers after each CMD_SYNC and each change of configuration, and
+//! queues behind those that wait for them. Event queue and global errors have a lock of their own,
+//! and so have the published policies: both are taken after the registers, for a moment, and are
+//! the only locks that [`EventTarget`] takes. An event may therefore come from any thread, even
+//! while another thread waits in the host for DMA to end.
 
 mod actions;
 mod apply;

@@ -99,7 +99,7 @@ impl StreamTable<'_> {
         Ok(self.within_output(descriptor.l2_table()) + index * STE_SIZE)
     }
 
-    /// Address of the table that STRTAB_BASE names, of `2^log2_bytes` bytes or at least 64: it is
+    /// Address of the table that STRTAB_BASE names, of `2^log2_bytes` bytes but at least 64: it is
     /// aligned to its size.
     fn table(&self, log2_bytes: u8) -> u64 {
         let low = u64::MAX.checked_shl(log2_bytes.max(6).into()).unwrap_or(0);
@@ -112,7 +112,7 @@ impl StreamTable<'_> {
     }
 }
 
-/// The bits above the output address size of GPAs.
+/// The bits above the size of output addresses, which are GPAs.
 fn above_output(caps: &Capabilities) -> u64 {
     u64::MAX << caps.idr5.output_bits().unwrap_or(ADDRESS_WIDTH)
 }

@@ -163,7 +163,7 @@ impl Smmu {
         })
     }
 
-    /// [`Smmu::flush`], unless there is nothing to blame for a failure.
+    /// [`Smmu::flush`], unless the batch is empty: no command could be blamed for a failure.
     fn flush_batch(&self, registers: &mut Registers, pass: &mut Pass) -> Result<(), Stop> {
         if pass.batch.is_empty() {
             return Ok(());

@@ -208,10 +208,10 @@ pub trait FaultTarget: Send + Sync {
     fn dma_fault(&self, fault: &DmaFault);
 
     /// A request of `requester` is about to fail because the host blocks it. Returns whether the
-    /// requester has been unblocked by now, so that the request is to be retried: not every guest
-    /// has to invalidate when its tables start to serve a requester. To be called like
-    /// [`FaultTarget::dma_fault`]; takes the virtual VT-d's lock, whose holder may wait for DMA to
-    /// end.
+    /// requester has been unblocked by now, so that the request is to be retried: without
+    /// caching mode a guest need not invalidate when its tables start to serve a requester. To be
+    /// called like [`FaultTarget::dma_fault`]; takes the virtual VT-d's lock, whose holder may wait
+    /// for DMA to end.
     fn served_late(&self, requester: Requester) -> bool {
         let _ = requester;
         false

@@ -26,7 +26,7 @@ pub struct HostUnit {
 }
 
 impl VtdConfig {
-    /// PASID width if none is requested: the default, or what all of `hosts` support.
+    /// PASID width if none is requested: the default, or less if not all of `hosts` have that.
     pub fn usual_pasid_bits(hosts: &[HostUnit]) -> u8 {
         let least = hosts.iter().map(|host| host.ecap.pasid_bits()).min();
         least.map_or(DEFAULT_PASID_BITS, |bits| bits.min(DEFAULT_PASID_BITS))

@@ -6,8 +6,9 @@
 //! entry. So before a request of a blocked requester fails, the tables are read again. A requester
 //! that is served, whose entries may be cached, is not looked at.
 //!
-//! A blocked request costs one read of the tables, however many there are; only requests that are
-//! found to be served take the lock of the registers, for less than a slice of other work.
+//! Each blocked request costs one read of the tables, however many requests there are and whoever
+//! makes them; only those that are found to be served take the lock of the registers, for less than
+//! a slice of other work.
 
 use super::apply::is_blocked;
 use super::VtdIommu;

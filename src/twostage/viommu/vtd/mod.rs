@@ -15,15 +15,15 @@
 //! # Locks
 //! The registers have one lock, held across calls to the host and to the interrupt sink, neither of
 //! which may call the unit except to report faults and to halt it. A thread that works through the
-//! queue unlocks it at each ordering point, and one that reads tables again for many PASIDs after
-//! some of them; both queue behind those that wait. Work in progress has a lock that is taken with
-//! the registers only. The fault log has a lock of its own, and so have the published policies:
-//! both are taken after the registers, for a moment, and are the only locks that
-//! [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even while another
-//! one waits in the host for DMA to end. Without caching mode, a blocked request may also take the
-//! registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt remapping has a
-//! lock of its own, between the registers and the fault log: interrupts may come from any thread,
-//! too.
+//! queue unlocks the registers at each ordering point, and one that reads tables again for many
+//! PASIDs after some of them; both queue behind those that wait for them. Work in progress has a
+//! lock that is taken only with the registers locked. The fault log has a lock of its own, and so
+//! have the published policies: both are taken after the registers, for a moment, and are the only
+//! locks that [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even
+//! while another thread waits in the host for DMA to end. Without caching mode, a blocked request may
+//! also take the registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt
+//! remapping has a lock of its own, between the registers and the fault log: interrupts may come
+//! from any thread, too.
 
 mod actions;
 mod apply;

@@ -99,7 +99,7 @@ pub struct StaleContext {
     pub needed: ContextInvalidation,
     /// Number of such requests.
     pub uses: u64,
-    /// The invalidation came later.
+    /// The context was invalidated or replaced later.
     pub invalidated_since: bool,
 }
 

@@ -117,7 +117,7 @@ fn addresses_of_52_bits_come_with_the_64k_granule() {
     tables.map(iova, 3, far + 0x1_0000, RW);
     let mut port = machine.port();
     assert_eq!(machine.read(&mut port, PLAIN, iova), Ok(6));
-    // A context descriptor that limits more gets less.
+    // A context descriptor that asks for fewer output bits (IPS) gets no more.
     let cd = tables.cd();
     machine.attach(&Cd { qw0: cd.qw0.with_ips(5), ..cd });
     machine.invalidate(ALL);

@@ -115,7 +115,7 @@ fn by_stage_2(record: EventRecord) -> EventRecord {
     }
 }
 
-/// The access is outside guest memory: beyond its address size.
+/// The access is outside guest memory: to the guest, beyond the address size.
 fn beyond_memory(record: EventRecord) -> EventRecord {
     with_access(EventId::AddressSize, EventClass::Input, record)
 }

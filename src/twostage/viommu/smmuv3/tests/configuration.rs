@@ -211,7 +211,7 @@ fn streams_that_are_kept_off_are_not_told_of() {
     guest.write_entry(OTHER, BAD_ENTRY);
     guest.submit(&[CFGI_ALL, SYNC]);
     assert_eq!(guest.take_event(), None);
-    // A host that reports their transactions still gets an answer.
+    // If the host reports their transactions, the guest is told all the same.
     assert_eq!(guest.told(STREAM), Some(EventId::BadSte));
     assert_eq!(guest.told(OTHER), Some(EventId::BadSte));
 }

@@ -229,8 +229,8 @@ fn a_queue_outside_memory_is_an_abort() {
 fn what_stands_in_memory_is_done_before_an_abort() {
     let guest = Guest::new(&SmmuConfig::default());
     let base = MEMORY_SIZE - 16;
-    // A queue of 2 whose second entry is outside memory: an aligned base makes the whole queue
-    // invalid.
+    // The second entry of a queue of 2 at `base` would be outside memory, but a base is aligned to
+    // the queue's size: with that, both entries are inside.
     guest.write64(regs::CMDQ_BASE, base & !31 | 1);
     guest.write(base & !31, &tlbi(1).encode());
     guest.write(base, &tlbi(2).encode());

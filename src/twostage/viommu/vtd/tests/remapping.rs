@@ -319,7 +319,7 @@ fn no_interrupt_of_before_comes_after_the_invalidation() {
             guest.submit(&[entries(1, 0), wait(vector as u32)]);
             assert_eq!(guest.status(), vector as u32);
             sink.floor.store(vector as u32, Ordering::SeqCst);
-            // One with the new vector, so that the old one would be noticed.
+            // One by the new entry comes first, so that a late one by the old would be noticed.
             wait_until("an interrupt by the new entry", || {
                 assert!(senders.iter().all(|sender| !sender.is_finished()));
                 sink.seen.load(Ordering::SeqCst) >= vector as u32
