@@ -290,7 +290,7 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
         false
     }
 
-    /// Sets who serves the page requests of `device`, if it makes any.
+    /// From now on `sink` serves the page requests of `device`, if it makes any, or nobody does.
     fn set_page_request_sink(&self, _device: &Requester, _sink: Option<Arc<dyn PageRequestSink>>) {}
 
     /// Responds to a group of page requests of `device`, the last of which was `request`. Called

@@ -9,7 +9,7 @@ use twostage::iommufd::Errno;
 
 /// Maximum alignment that placement uses: that of a huge page, in bytes.
 const MAX_ALIGNMENT: u64 = 2 << 20;
-/// Placement does not use the first page (so that 0 stays invalid) and the last one.
+/// Placement uses neither the first page (so that 0 stays an invalid IOVA) nor the last one.
 const SEARCHED: RangeInclusive<u64> = PAGE_SIZE..=u64::MAX - PAGE_SIZE;
 
 impl IovaSpace {

@@ -51,8 +51,9 @@ struct Interface {
 }
 
 impl PageRequests {
-    /// Sets who serves the requests of `rid`. Requests made before count as refused, and waiting
-    /// devices are woken. (The attachment may continue: other devices of the group may stay.)
+    /// From now on `sink` serves the requests of `rid`, or nobody does. Requests made before count
+    /// as refused, and who waits for a response is woken. (The attachment may continue: other
+    /// devices of the group may stay.)
     pub fn set_sink(&self, rid: u16, sink: Option<Arc<dyn PageRequestSink>>) {
         let mut devices = self.devices();
         let interface = devices.entry(rid).or_default();

@@ -193,8 +193,8 @@ pub(crate) struct Vdevice {
 /// The user of pages pinned by an [`Access`](crate::Access).
 pub trait AccessUnmap: Debug + Send + Sync {
     /// The user unmaps `length` bytes at `iova`, or everything (`0`, `u64::MAX`) when the access
-    /// object is detached. When this returns, nothing pinned there is in use, and it is unpinned
-    /// ([`Access::unpin_pages`](crate::Access::unpin_pages)).
+    /// object leaves its IOAS. When this returns, nothing pinned there is in use, and it is
+    /// unpinned ([`Access::unpin_pages`](crate::Access::unpin_pages)).
     ///
     /// Called with no lock of the host held, by the unmapping thread, which waits; concurrently, if
     /// several threads unmap. It must not unmap anything itself, nor attach, replace or detach the

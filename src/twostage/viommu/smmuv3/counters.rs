@@ -8,7 +8,7 @@ crate::counters! {
     /// Statistics of a virtual SMMUv3.
     #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
     pub struct SmmuCounters;
-    /// The counters as they run.
+    /// The counters as they run: a snapshot reads one after the other, not all at one moment.
     running pub(super) struct Counters of Counter {
         /// Register reads by the guest.
         register_reads,

@@ -8,8 +8,9 @@
 //! No host reports transactions of a blocked stream: its own entry for the stream aborts, which
 //! causes no event. So that a wrong entry does not go unnoticed, its event is recorded once when
 //! the guest announces the entry with CMD_CFGI_STE, without address and SubstreamID. Not for an
-//! invalid (V=0) entry, and not when a command or SMMUEN names all streams: drivers turn off idle
-//! streams like that, and an event would blame them for transactions that they do not make.
+//! entry that is missing or not valid (V=0), and not when a command or SMMUEN names all streams:
+//! drivers turn off idle streams like that, and an event would blame them for transactions that
+//! they do not make.
 
 pub(super) mod eventq;
 pub(super) mod gerror;
