@@ -12,7 +12,7 @@ use twostage::iommufd::{Errno, UserMemory};
 /// is neither pinned nor accounted, and not available to access objects.
 ///
 /// Its driver may revoke it, for example when the device is reset. Existing mappings then lead
-/// nowhere for good: restored memory must be mapped anew.
+/// nowhere for good: restored memory must be mapped again.
 #[derive(Debug)]
 pub struct DmaBuf {
     memory: UserMemory,

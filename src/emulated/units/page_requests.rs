@@ -52,7 +52,7 @@ struct Interface {
 
 impl PageRequests {
     /// From now on `sink` serves the requests of `rid`, or nobody does. Requests made before count
-    /// as refused, and who waits for a response is woken. (The attachment may continue: other
+    /// as refused, and whoever waits for a response is woken. (The attachment may continue: other
     /// devices of the group may stay.)
     pub fn set_sink(&self, rid: u16, sink: Option<Arc<dyn PageRequestSink>>) {
         let mut devices = self.devices();
