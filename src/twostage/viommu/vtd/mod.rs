@@ -20,8 +20,8 @@
 //! lock that is taken only with the registers locked. The fault log has a lock of its own, and so
 //! have the published policies: both are taken after the registers, for a moment, and are the only
 //! locks that [`FaultTarget::dma_fault`] takes. A fault may therefore come from any thread, even
-//! while another thread waits in the host for DMA to end. Without caching mode, a blocked request may
-//! also take the registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt
+//! while another thread waits in the host for DMA to end. Without caching mode, a blocked request
+//! may also take the registers before it becomes a fault ([`FaultTarget::served_late`]). Interrupt
 //! remapping has a lock of its own, between the registers and the fault log: interrupts may come
 //! from any thread, too.
 
