@@ -101,8 +101,8 @@ struct RunArgs {
     /// Virtual IOMMU; may be given several times. A device selects one by its `id` (`iommu=ID`; by
     /// default vtd0, vtd1 and so on, or smmu0); the default, and `on`, is the first. PCs have
     /// `vtd`, arm64 has `smmuv3`. With `iommu=off` a device's DMA is not translated; MSIs of virtio
-    /// devices are remapped nevertheless. PASIDs have `pasid-bits` bits, at most 20: by default 8
-    /// behind a vtd, and what the devices' SMMU has behind an smmuv3. IOVAs have `aw` bits.
+    /// devices are remapped nevertheless. PASIDs have `pasid-bits` bits, at most 20: by default up
+    /// to 8 behind a vtd, and what the devices' SMMU has behind an smmuv3. IOVAs have `aw` bits.
     /// Granules and invalidation by range (`ril`) default to what the devices' SMMU has, which must
     /// support what is given. Interrupt remapping is for all units or none, and moves the IOAPIC
     /// out of the kernel; `intremap=off` leaves it there, and `intremap=on` fails if KVM does not
