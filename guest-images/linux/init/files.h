@@ -20,7 +20,7 @@ bool exists(const char *path);
 // Calls `each` with the names in a directory, sorted, until it returns false.
 void for_each_name(const char *directory, bool (*each)(const char *name, void *context), void *context);
 
-// Time limit of a check in seconds, generous for a busy machine.
+// Time limit of a wait in seconds, generous for a busy machine.
 enum { PATIENCE_S = 60 };
 
 // Waits until a condition holds. False if it does not within PATIENCE_S.

@@ -105,8 +105,8 @@ bool read_faults(const struct edu *edu, u32 pasid, u64 iova, unsigned reason);
 // The access moves no byte and nothing is recorded.
 bool write_vanishes(const struct edu *edu, u32 pasid, u64 iova, volatile u64 *page);
 
-// Entries have changed that were not present, or invalid, which a unit without caching mode does
-// not cache (VT-d 6.1): invalidates them with caching mode.
+// To be called when entries have changed that were not present, or invalid: in caching mode it
+// invalidates them. Otherwise a unit does not cache them (VT-d 6.1).
 bool mend(void);
 
 // Runs an invalidation; fails the check if the queue refuses it.

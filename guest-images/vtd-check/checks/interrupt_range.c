@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// FEEx_xxxxh is for interrupts (VT-d 3.14): requests without PASID to it are never translated, and
-// no translation may lead into it.
+// FEEx_xxxxh is for interrupts (VT-d 3.14): requests without PASID to it are MSIs, which are never
+// translated, and no translation may lead into it.
 #include "fixture.h"
 
 static void message_while_blocked(void)

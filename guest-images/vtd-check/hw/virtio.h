@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // A virtio device over PCI (Virtio 1.3, chapter 4.1) with one queue, with Twostage's layout: the
-// common structure at the start of BAR 0, followed by a page for each other.
+// common structure at the start of BAR 0, followed by the others, a page each.
 #pragma once
 #include "hw/pci.h"
 

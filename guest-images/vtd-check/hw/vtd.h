@@ -65,7 +65,7 @@ enum {
     IQEI_TAIL_ALIGNMENT = 6,
 };
 
-// The invalidation queue, for software (see queue.h).
+// Software's state of the invalidation queue (see queue.h).
 struct queue {
     u64 ring;
     u32 tail;

@@ -17,7 +17,7 @@
 
 #define STARTED "twostage.kexec=started"
 
-// It is about the IOMMU, not about throughput: less is written and sent than by the first one.
+// The second kernel checks the IOMMU, not throughput: it writes and sends less than the first.
 #define LESS "twostage.blk.mib=16 twostage.blk.blocks=100 twostage.net.mib=4"
 
 // The second kernel's command line is the first one's, plus a word that distinguishes them.

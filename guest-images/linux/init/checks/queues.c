@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-// An NVMe controller has a queue for each processor, each with its own MSI-X vector. A processor's
-// reads are interrupts of one queue: as many as reads, and few more.
+// An NVMe controller has a queue for each processor, each with its own MSI-X vector. The interrupts
+// of a processor's reads are those of one queue: as many as reads, and few more.
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>

@@ -24,7 +24,7 @@ struct record {
     char rest[BLOCK - 16];
 } __attribute__((aligned(BLOCK)));
 
-// The record; negative if there is none.
+// The record's position; negative if there is none.
 static off_t open_record(int *file)
 {
     struct device devices[MAX_DEVICES];
