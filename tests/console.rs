@@ -384,7 +384,7 @@ fn a_slow_reader_does_not_hold_up_the_end() {
     // About as much as is buffered for a late reader.
     let (mut machine, _) = flooded(60, writer);
     machine.signal("TERM");
-    // Reads a piece each time; all of it would be over 60.
+    // Reads a piece each time; all of it would be more than 60 pieces.
     let mut pieces = 0;
     let status = loop {
         if let Some(status) = machine.0.try_wait().unwrap() {

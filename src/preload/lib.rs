@@ -16,8 +16,8 @@
 //! # What is promised
 //!
 //! * A descriptor of an emulated file is a real one: one end of a socket pair. It can be duplicated
-//!   and polled, has close-on-exec, and is counted by the kernel: the file ends with the last
-//!   descriptor, in whichever process.
+//!   and polled, has close-on-exec as requested, and is counted by the kernel: the file ends with
+//!   the last descriptor, in whichever process.
 //! * The machine is created at the first open, and lives in the process that created it (the
 //!   *owner*). Calls on a descriptor inherited through fork or exec, or received through a socket,
 //!   are forwarded to the owner; if that is gone they fail with `ENODEV`. What a child opens itself

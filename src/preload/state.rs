@@ -248,7 +248,7 @@ impl State {
         let name = format!("{NAME_PREFIX}{}/{number}/{}", self.pid, file.name());
         let inode = sys::inode(fd.as_raw_fd())?;
         let own = Arc::new(Own { file, end });
-        // A file with such a name is known by it.
+        // Before it is named: a file with such a name must be known.
         let slot = self.insert(Slot { inode, kind: Kind::Own(own.clone()) });
         let named = sys::bind_name(own.end.raw(), name.as_bytes());
         if let Err(errno) = named.and_then(|()| service.watch(own.end.raw(), inode)) {

@@ -25,7 +25,7 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
             let caller = CallingProcess::own();
             let mut result = make(state, &own, &caller, call);
             if result.is_err_and(|errno| errno == Errno::EBUSY) {
-                // Perhaps needed because of a process that is gone.
+                // Perhaps busy only because of a process that is gone.
                 state.end_hung_up();
                 result = make(state, &own, &caller, call);
             }
@@ -45,9 +45,10 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
     Some(result.map(|answer| answer.value))
 }
 
-/// Makes `call` on a file of this process. Its effects on others are done here: DMA that waits for
-/// a page continues ([`Waiting::resume`](crate::files::waiting::Waiting::resume), while serving)
-/// before the writer of the response, or whoever ended the attachment, gets its result.
+/// Makes `call` on a file of this process. Its effects on others are left to the caller: DMA that
+/// waits for a page must continue ([`Waiting::resume`](crate::files::waiting::Waiting::resume),
+/// while serving) before the writer of the response, or whoever ended the attachment, gets the
+/// result.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
     let result = own.file.call(caller, call);
     if matches!(call, Call::Write { .. }) {

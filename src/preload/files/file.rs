@@ -80,7 +80,7 @@ pub trait File: Debug + Send + Sync {
         Err(Errno::ENODEV)
     }
 
-    /// The file of a test operation that it is.
+    /// The file of a test operation, if it is one.
     fn as_test_file(&self) -> Option<&Arc<dyn TestFile>> {
         None
     }

@@ -87,7 +87,7 @@ impl Msi {
     /// Sends the message.
     pub fn send(&self) {
         if let Some(Some(event)) = &self.on {
-            // If it is full, it is already signalled; other writers cannot fail.
+            // If it is full, it is already signalled; writing does not fail otherwise.
             let _ = sys::write_number(event.raw(), 1);
         }
     }

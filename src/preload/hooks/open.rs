@@ -23,7 +23,7 @@ unsafe fn open_ours(path: *const c_char, flags: c_int) -> Option<c_int> {
     if let Some((state, node)) = unsafe { node(path) } {
         let opened = state.world().and_then(|world| match world.open(node) {
             Err(Errno::EBUSY) => {
-                // Perhaps needed because of a process that is gone.
+                // Perhaps busy only because of a process that is gone.
                 state.end_hung_up();
                 world.open(node)
             }

@@ -33,8 +33,8 @@ pub fn read_memory(pid: i32, address: u64, bytes: &mut [u8]) -> Result<usize, Er
 /// Writes to the memory of process `pid` from `address` on; returns the number of bytes written.
 ///
 /// # Safety
-/// If `pid` is this process, the memory must be passed for writing, as the program does with a
-/// system call's argument.
+/// If `pid` is this process, the program must have passed the memory for writing, such as in an
+/// argument of a system call.
 pub unsafe fn write_memory(pid: i32, address: u64, bytes: &[u8]) -> Result<usize, Errno> {
     let local = iovec { iov_base: bytes.as_ptr() as *mut c_void, iov_len: bytes.len() };
     let remote = iovec { iov_base: address as *mut c_void, iov_len: bytes.len() };

@@ -149,7 +149,7 @@ impl Mark {
     }
 }
 
-/// A number that is unique among all open files: that of the file behind `fd`.
+/// The number of the file behind `fd`, which no other open file has.
 pub fn inode(fd: RawFd) -> Result<u64, Errno> {
     status(fd).map(|status| status.st_ino)
 }

@@ -60,7 +60,7 @@ pub fn placement(subject: &Subject) {
     let first = host.ioas_map(ioas, &memory.whole(), MapTarget::Anywhere, RW).expect("room");
     assert!(range.contains(&first) && range.contains(&(first + 8 * PAGE - 1)));
     refused(host.ioas_map(ioas, &memory.whole(), MapTarget::Anywhere, RW), Errno::ENOSPC);
-    // With automatic placement the requested address may be elsewhere.
+    // A fixed address may be outside of the allowed ranges.
     host.ioas_map(ioas, &memory.whole(), MapTarget::Fixed(0), RW).expect("IOAS_MAP");
     allow(&[]).expect("IOAS_ALLOW_IOVAS");
     let second = host.ioas_map(ioas, &memory.whole(), MapTarget::Anywhere, RW).expect("room");

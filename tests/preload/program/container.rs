@@ -22,7 +22,7 @@ fn call(fd: i32, number: u32, argument: u64) -> Result<i32> {
 }
 
 /// Maps, makes the device at the PCI address `device` of the group at `path` do DMA, and unmaps;
-/// then checks that the group and its character device `own` exclude each other.
+/// then checks that the group and the device's own character device `own` exclude each other.
 pub fn run(path: &str, device: &str, own: &str) {
     let container = open("/dev/vfio/vfio");
     println!("version {:?}, type1v2 {:?}", call(container, 0, 0).ok(), call(container, 1, 3).ok());
@@ -66,7 +66,7 @@ pub fn run(path: &str, device: &str, own: &str) {
     device.start().expect("the device");
     println!("map: {}", outcome(ioctl(container, vfio(13), &mut map)));
     println!("the other descriptor: fetch {}", device.fetch(IOVA, 16));
-    // Through the group's character device, which the program has open anyway.
+    // Through the device's own character device, which can be opened at any time.
     let iommufd = open("/dev/iommu");
     let mut own = Device::open(own);
     println!("bind beside the group: {}", outcome(own.bind(iommufd)));

@@ -72,7 +72,8 @@ pub fn fork() {
         assert_eq!(libc::waitpid(pid, null_mut(), 0), pid);
     }
 
-    // The owner exits before its child, which prints through a pipe. SAFETY: as above.
+    // The owner exits before its child, which waits at a pipe and then prints.
+    // SAFETY: as above.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let fd = open("/dev/iommu");
@@ -166,7 +167,8 @@ pub fn inherited(fd: RawFd) {
 pub fn closing() {
     const ROUNDS: u32 = 3_000;
     let iommufd = open("/dev/iommu");
-    // Read-only: empty. SAFETY: the path is a C string.
+    // Read-only: empty.
+    // SAFETY: the path is a C string.
     let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY) };
     let start = std::sync::Barrier::new(2);
     let fd = std::sync::atomic::AtomicI32::new(-1);

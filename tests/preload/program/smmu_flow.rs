@@ -107,8 +107,8 @@ fn print_usable(what: &str, iommufd: i32, ioas: u32) {
     println!("{what}: {below:x?}");
 }
 
-/// An IOAS that maps something in the MSI window, or whose user has reserved it, cannot be used for
-/// the device.
+/// An IOAS that maps something in the MSI window, or whose user requires its IOVAs, cannot be used
+/// for the device.
 fn window_is_in_the_way(guest: &Guest, device: &Device, iommufd: i32) {
     let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
     let window = ioas_map(iommufd, ioas, guest.address(), PAGE, MSI_WINDOW);

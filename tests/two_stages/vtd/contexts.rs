@@ -215,7 +215,7 @@ proptest! {
 
     #[test]
     fn pasid_entries_go_as_the_text_says(
-        // Whatever an invalidation of the context cache drops in addition, no DMA may use it.
+        // Without invalidations of the context cache, which may drop such entries, too.
         steps in steps(5, true, pasid_cache().prop_map(Descriptor::PasidCache)),
     ) {
         let machine = machine();
