@@ -124,7 +124,8 @@ pub struct HostReport {
     pub calls: BTreeMap<&'static str, CallReport>,
     /// Its objects before the guest ran, if the host lists them: the kernel does not.
     pub at_start: Option<ObjectGraph>,
-    /// Its objects when a guest disabled translation: the most of them, but no more than 1,000.
+    /// Its objects when a guest disabled translation, at the time with the most of them; not noted
+    /// if there are more than 1,000.
     pub in_use: Option<ObjectGraph>,
     /// Its current objects, likewise.
     pub graph: Option<ObjectGraph>,

@@ -193,7 +193,7 @@ impl From<SmmuV3Options> for IommuConfig {
 pub struct VtdOptions {
     /// Input address width of first-stage tables, in bits: 48 or 57.
     pub address_width: u8,
-    /// Width of PASIDs, in bits; 0 for none. Default: 8, or what all hosts have.
+    /// Width of PASIDs, in bits; 0 for none. Default: what all hosts have, at most 8.
     pub pasid_bits: Option<u8>,
     /// Offers guest-owned second-stage tables.
     pub second_stage: bool,

@@ -144,8 +144,8 @@ impl Output {
         shared.filled.notify_one();
     }
 
-    /// Buffers all of `text`, whatever its length, if there is any room; waits for that and for its
-    /// being written up to `until`, if given.
+    /// Buffers all of `text`, whatever its length, if there is any room. With `until`, waits up to
+    /// then, for room and until it is written.
     ///
     /// # Errors
     /// Nobody has read it by then.

@@ -24,7 +24,8 @@ pub(crate) fn is_there() -> bool {
     io::stdin().is_terminal()
 }
 
-/// Whether this process may read and change the terminal: also if it does not control this session.
+/// Whether this process may read and change the terminal, which need not be the session's
+/// controlling terminal.
 pub(crate) fn is_ours() -> bool {
     tcgetpgrp(stdin()).map_or(true, |foreground| foreground == getpgrp())
 }

@@ -15,10 +15,8 @@
 //! | `descriptor` | descriptors of the invalidation queue, with their fields |
 //! | `policy` | changes of how a requester's DMA is translated |
 //! | `host` | host calls, with the objects they name, a new one first, and their duration |
-//! | `fault`, `interrupt fault` | what was refused, why, and whether the fault is reported to the
-//! guest |
-//! | `interrupt` | messages as sent by a function or the IOAPIC, `MSI` as received by the LAPICs,
-//! triggered routes |
+//! | `fault`, `interrupt fault` | what was refused, why, and whether it is reported to the guest |
+//! | `interrupt` | messages as sent by a function or the IOAPIC, `MSI` as received by the LAPICs, triggered routes |
 //! | `device` | notified queues, returned buffers, DMA of `edu` |
 
 mod observers;

@@ -7,16 +7,14 @@
 //! | Register of the header | The guest sees | Because |
 //! |---|---|---|
 //! | vendor, device, class, revision, subsystem | the device's | its driver is found by them |
-//! | command | its own; memory space, bus master and INTx disable are forwarded | I/O ports are not
-//! supported, and the rest concerns the host's bus |
+//! | command | its own; memory space, bus master and INTx disable are forwarded | I/O ports are not supported, and the rest concerns the host's bus |
 //! | status | the device's, read only | errors are the host's to clear |
 //! | cache line size | its own | it means nothing to PCI Express |
 //! | header type | one function | the others are not assigned with it |
 //! | BARs | its own; none for I/O ports | the host's addresses are private to the host |
 //! | expansion ROM | none | only firmware would run it, and guests here have none |
 //! | capabilities pointer | the list of visible ones | see the tables of `capabilities.rs` |
-//! | interrupt line and pin | its own; INTA if the device has INTx | each function here is a device
-//! of its own |
+//! | interrupt line and pin | its own; INTA if the device has INTx | each function here is a device of its own |
 
 use super::capabilities::{
     capabilities, extended_capabilities, treatment, why_hidden, Capability, Treatment,

@@ -45,7 +45,7 @@ pub const SCI: u32 = 9;
 pub const TIMER_ISA_IRQ: u32 = 0;
 /// The IOAPIC pin of the interval timer: pin 0 is connected to the PIC, if there is one.
 pub const TIMER_PIN: u32 = 2;
-/// First I/O port of the debug exit: four, as usual for QEMU's isa-debug-exit.
+/// First of the debug exit's I/O ports: four, as usual for QEMU's isa-debug-exit.
 pub const DEBUG_EXIT_PORT: u64 = 0xf4;
 
 /// The IOAPIC's ID after reset, as in the MADT.

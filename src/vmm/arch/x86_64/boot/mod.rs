@@ -49,7 +49,7 @@ pub enum ImageError {
     /// Not a kernel known here.
     #[error("neither a bzImage nor an ELF image")]
     Unknown,
-    /// An old Linux.
+    /// A Linux that is too old.
     #[error(
         "a Linux kernel of boot protocol {}.{:02}; it takes at least 2.10 and a bzImage",
         .0 >> 8, .0 & 0xff
