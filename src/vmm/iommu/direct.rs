@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Devices of this machine assigned to the guest without a virtual IOMMU: each can access all guest
-//! memory by guest-physical address, and nothing else.
+//! Physical devices that the guest has without a virtual IOMMU: each reaches all of the guest's
+//! memory, by guest-physical addresses, and nothing else.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -19,10 +19,10 @@ pub(crate) struct DirectDevices {
 }
 
 impl DirectDevices {
-    /// `devices`, by path, attached to the guest memory of `host`.
+    /// Binds `devices`, named by their paths, and attaches them to the guest's memory in `host`.
     ///
     /// # Errors
-    /// Errors of the host.
+    /// What the host says.
     pub fn new(host: Host, devices: &[(Bdf, PathBuf)]) -> Result<Self> {
         let mut direct = Self { host, devices: Vec::new() };
         for (bdf, path) in devices {
@@ -36,7 +36,7 @@ impl DirectDevices {
         Ok(direct)
     }
 
-    /// Host calls so far.
+    /// The calls of the host so far, and its objects.
     pub fn host_report(&self) -> HostReport {
         HostReport {
             calls: self.host.calls(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A DMA port of the emulated host as a device's access to memory.
+//! A DMA port of the emulated host, as a device uses it to reach memory.
 
 use crate::devices::{DmaError, DmaMaster};
 use twostage::spec::pci::Pasid;

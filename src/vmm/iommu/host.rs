@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host behind a machine's virtual IOMMUs, and the guest memory it has mapped: a host in this
-//! process, for emulated devices, or the kernel, for devices of this machine.
+//! The host that serves the verbs for a machine, with the guest's memory mapped: an emulated one in
+//! this process, for devices in this process, or the kernel, for physical devices.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,28 +19,28 @@ use twostage::iommufd::{
 use twostage::nesting::GuestIoas;
 use twostage_emulated::{EmulatedHost, ObjectGraph};
 
-/// Larger graphs are not recorded: that takes too long.
+/// With more objects than this none are noted, because collecting them takes too long.
 const MAX_NOTED: usize = 1000;
 
-/// The host; its calls are counted and traced.
+/// The host, its calls counted and traced.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
-    /// Host calls.
+    /// What calls go through.
     pub verbs: Arc<dyn HostIommu>,
-    /// Their counters.
+    /// The counters of these calls.
     counters: Arc<VerbCounters>,
-    /// The host itself, if it is in this process.
+    /// The host itself, when it is in this process.
     pub emulated: Option<Arc<EmulatedHost>>,
-    /// The host itself, if it is the kernel.
+    /// The host itself, when it is the kernel.
     kernel: Option<Arc<KernelHost>>,
-    /// The guest's memory, shared by all devices of the host.
+    /// The guest's memory, for all devices of this host.
     pub ioas: Arc<GuestIoas>,
-    /// The most objects seen at the time a guest disabled translation.
+    /// The most objects that there were when a guest switched translation off.
     in_use: Arc<Mutex<Option<ObjectGraph>>>,
 }
 
 impl Host {
-    /// A new host in this process, with `memory`.
+    /// A new host in this process, with `memory` mapped.
     ///
     /// # Errors
     /// The memory cannot be mapped.
@@ -49,10 +49,10 @@ impl Host {
         Ok(Self { emulated: Some(emulated.clone()), ..Self::counted(emulated, memory, trace)? })
     }
 
-    /// The kernel's host, with `memory`, if `config` needs one.
+    /// The kernel's host, with `memory` mapped, if `config` needs it.
     ///
     /// # Errors
-    /// As for [`Host::emulated`]; or the kernel has no IOMMUFD.
+    /// As [`Host::emulated`], or the kernel's cannot be opened.
     pub fn of_kernel(
         config: &MachineConfig,
         memory: &MachineMemory,
@@ -64,10 +64,10 @@ impl Host {
         Ok(Some(Self { kernel: Some(kernel), ..host }))
     }
 
-    /// The file of `dev`, a device of the kernel.
+    /// The file of `dev`, a device of the kernel's host.
     ///
     /// # Errors
-    /// It is not one.
+    /// This host is not the kernel's, or has no such device.
     pub fn device_file(&self, dev: ObjectId) -> Result<Arc<File>> {
         let kernel = self.kernel.as_ref();
         let kernel = kernel.ok_or_else(|| Error::Iommu("the host is not the kernel".into()))?;
@@ -91,7 +91,7 @@ impl Host {
         Ok(Self { verbs, counters, emulated: None, kernel: None, ioas, in_use: Arc::default() })
     }
 
-    /// Host calls so far.
+    /// The calls so far.
     pub fn calls(&self) -> BTreeMap<&'static str, CallReport> {
         let of = |verb: &Verb| CallReport {
             calls: self.counters.calls(*verb),
@@ -101,14 +101,14 @@ impl Host {
         calls.filter(|(_, report)| report.calls != 0).collect()
     }
 
-    /// Its objects. Unknown for the kernel.
+    /// The host's objects; `None` for the kernel, which does not tell.
     pub fn graph(&self) -> Option<ObjectGraph> {
         self.emulated.as_ref().map(|emulated| emulated.graph())
     }
 
-    /// To be called when a guest disables translation, as guests do before they end: afterwards the
-    /// objects that they used are gone. The caller holds the IOMMU's registers, so that guests with
-    /// very many objects are passed over.
+    /// Returns what to call when a guest disables translation, as guests do before they end:
+    /// afterwards the objects that they used are gone. The call happens with the IOMMU's registers
+    /// locked, so nothing is noted when there are very many objects.
     pub fn noting_objects(&self) -> impl Fn() + Send + Sync {
         let (emulated, in_use) = (self.emulated.clone(), self.in_use.clone());
         move || {
@@ -116,19 +116,20 @@ impl Host {
             let Some(emulated) = emulated.as_ref().filter(few) else { return };
             let graph = emulated.graph();
             let mut most = in_use.lock();
-            // With several units, the first call sees the objects of all.
+            // With several units, the first to be disabled shows the objects of all.
             if most.as_ref().is_none_or(|most| most.objects.len() <= graph.objects.len()) {
                 *most = Some(graph);
             }
         }
     }
 
-    /// The objects recorded by it, once a guest has disabled translation.
+    /// The objects that were noted, once a guest has switched translation off.
     pub fn objects_in_use(&self) -> Option<ObjectGraph> {
         self.in_use.lock().clone()
     }
 
-    /// Releases the guest's memory; returns the objects that are left. Unknown for the kernel.
+    /// Lets go of the guest's memory. Returns the objects that are left; `None` for the kernel,
+    /// which does not tell.
     pub fn close(self) -> Option<ObjectGraph> {
         let Self { emulated, ioas, .. } = self;
         drop(ioas);

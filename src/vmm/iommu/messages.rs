@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How interrupt messages of devices behind a virtual SMMUv3 are handled.
+//! The interrupt messages of devices behind a virtual SMMUv3.
 //!
-//! To an SMMU a message is a write like any other: the STE and stage 1 translate it, and only a
-//! write to the doorbell of the interrupt controller interrupts. Here each message is translated
-//! anew, so that invalidations by the guest need no extra work. An SMMU may cache translations of
-//! the doorbell but need not; here they are not cached, so a guest's missing invalidation goes
-//! unnoticed. Context descriptors are cached.
+//! To an SMMU a message is a write like any other: the stream's entry and stage 1 say where it
+//! goes, and only a write that ends at the doorbell of the interrupt controller interrupts. Here
+//! each message is translated anew, so that nobody has to be told when the guest invalidates.
+//! Translations to the doorbell are not cached (an SMMU may cache them, but need not), so a guest
+//! that forgets to invalidate one is not found out. Context descriptors are cached.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,24 +19,24 @@ use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::{InterruptRemapper, InterruptSink, MsiMessage};
 use twostage_emulated::{DmaError as Refusal, DmaPort};
 
-/// GITS_TRANSLATER: at offset 0x40 of the doorbell page.
+/// GITS_TRANSLATER: at 0x40 in the page to interrupt.
 pub(super) const DOORBELL: u64 = *MESSAGE_RANGE.start() + 0x40;
 
-/// Sends `data` to the interrupt controller if `address`, in the doorbell page, is the doorbell.
-/// The rest of the page ignores writes.
+/// Sends `data` to the interrupt controller if `address`, which is in the page to interrupt, is the
+/// doorbell. The rest of the page ignores writes.
 fn deliver(address: u64, data: u32, sink: &dyn InterruptSink) {
     if address == DOORBELL {
         sink.send_msi(address, data);
     }
 }
 
-/// Messages of devices in this process: writes through the emulated SMMU.
+/// Messages of devices of this process: writes through the emulated SMMU.
 pub(super) struct TranslatedMessages {
     ports: BTreeMap<Bdf, Mutex<DmaPort>>,
 }
 
 impl TranslatedMessages {
-    /// For the devices with `ports`.
+    /// Those of the devices that have `ports`.
     pub fn new(ports: impl IntoIterator<Item = (Bdf, DmaPort)>) -> Self {
         let ports = ports.into_iter().map(|(bdf, port)| (bdf, Mutex::new(port)));
         Self { ports: ports.collect() }
@@ -44,7 +44,7 @@ impl TranslatedMessages {
 }
 
 impl InterruptRemapper for TranslatedMessages {
-    /// A message that is translated to memory is written there, and not blocked.
+    /// A message that the tables lead to memory is written there; that counts as sent.
     fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
         let Some(port) = self.ports.get(&source) else { return false };
         let mut port = port.lock();
@@ -54,7 +54,7 @@ impl InterruptRemapper for TranslatedMessages {
             .is_ok()
     }
 
-    /// Nothing is cached: the guest's tables may change before the next message.
+    /// Never a result that could be kept: at the next message the guest's tables may differ.
     fn translate(&self, _: Bdf, _: MsiMessage) -> Option<MsiMessage> {
         None
     }
@@ -66,9 +66,9 @@ impl fmt::Debug for TranslatedMessages {
     }
 }
 
-/// Messages of devices of this machine: the physical SMMU translates them, or VFIO makes the device
-/// send them to the right place. What the guest programmed is not what is on the bus, and a message
-/// that arrives here needs no translation.
+/// Messages of physical devices. The kernel and the physical SMMU see to their address, so the one
+/// that the guest gave the device is not the one on the bus. A message that arrives here has passed
+/// the SMMU already.
 #[derive(Debug)]
 pub(super) struct ArrivedMessages;
 
@@ -83,7 +83,7 @@ impl InterruptRemapper for ArrivedMessages {
     }
 }
 
-/// Memory requests of a device in this process; a write may be a message.
+/// The memory requests of a device of this process, of which a write may be a message.
 pub(super) struct SmmuDma {
     pub port: DmaPort,
     /// Where translated messages go.
@@ -103,7 +103,7 @@ impl DmaMaster for SmmuDma {
                     deliver(address, word, &**messages);
                 })
                 .map_err(|_: Refusal| DmaError { address: iova }),
-            // Nothing else interrupts.
+            // Only aligned writes of four bytes interrupt.
             _ => DmaMaster::write(port, pasid, iova, data),
         }
     }
@@ -129,7 +129,7 @@ mod tests {
     use twostage::spec::smmuv3::translation::{Descriptor, Granule};
     use twostage::spec::smmuv3::StreamId;
 
-    /// What the interrupt controller received: (address, data).
+    /// What the interrupt controller got: (address, data).
     #[derive(Default)]
     struct Arrived(Mutex<Vec<(u64, u32)>>);
 
@@ -139,7 +139,7 @@ mod tests {
         }
     }
 
-    /// Where the guest has its tables and queues: page offsets in memory.
+    /// Where the guest has its tables and queues: pages from the start of memory.
     const STREAMS: u64 = 0x1000;
     const CONTEXT: u64 = 0x2000;
     const LEVEL_2: u64 = 0x3000;
@@ -149,7 +149,7 @@ mod tests {
     const PAGE: u64 = 0x7000;
     const QUEUE_BITS: u8 = 7;
     const ASID: u16 = 3;
-    /// The address that the function writes its messages to, and its page.
+    /// Where the function is told to write its messages, and the page.
     const IOVA: u64 = 0x1230_0000;
     const MESSAGE: MsiMessage = MsiMessage { address: IOVA + 0x40, data: 7 };
 
@@ -177,7 +177,7 @@ mod tests {
             &self.iommus.all()[0]
         }
 
-        /// The GPA of `offset` in memory.
+        /// The GPA of what is at `offset` in memory.
         fn gpa(&self, offset: u64) -> u64 {
             self.memory.start_of(&self.memory.regions()[0]) + offset
         }
@@ -198,7 +198,7 @@ mod tests {
             self.iommu().model.registers().write(offset, &value.to_le_bytes());
         }
 
-        /// Enables translation, with `config` in the function's STE.
+        /// Translation is on, and the function's entry is of `config`.
         fn enable(&mut self, config: StreamConfig) {
             self.set(config);
             let strtab = StrtabBase::new().with_addr(self.gpa(STREAMS) >> 6);
@@ -211,7 +211,7 @@ mod tests {
             self.write32(regs::CR0, cr0.into_bits());
         }
 
-        /// Sets `config` in the function's STE; stage 1 has two-level tables of 30 bits.
+        /// The function's entry is of `config`; stage 1 has tables of two levels, of 30 bits.
         fn set(&self, config: StreamConfig) {
             let ste = Ste0::new().with_v(true).with_config(config.into_bits());
             let ste = ste.with_s1contextptr(self.gpa(CONTEXT) >> 6);
@@ -231,7 +231,7 @@ mod tests {
             self.store(LEVEL_2 + (IOVA >> 21) * 8, table.into_bits());
         }
 
-        /// Stage 1 maps the message page to `gpa`, or unmaps it, without an invalidation.
+        /// Stage 1 leads the page of messages to `gpa`, or nowhere; the unit is not told.
         fn map(&self, gpa: Option<u64>) {
             let leaf = Descriptor::new().with_valid(true).with_table(true).with_af(true);
             let leaf = leaf.with_ng(true).with_ap_unprivileged(true);
@@ -239,7 +239,7 @@ mod tests {
             self.store(LEVEL_3 + (IOVA >> 12 & 0x1ff) * 8, leaf);
         }
 
-        /// The unit executes `command`.
+        /// The unit does `command`.
         fn submit(&mut self, command: Command) {
             let at = COMMANDS + u64::from(self.submitted) * 16;
             let [low, high] = command.encode();
@@ -256,19 +256,19 @@ mod tests {
             u32::from_le_bytes(bytes)
         }
 
-        /// The function interrupts; returns whether the message was delivered.
+        /// The function interrupts; whether the message went through.
         fn interrupt(&self, message: MsiMessage) -> bool {
             let remapper = self.iommu().model.interrupt_remapper().unwrap().upgrade().unwrap();
             assert_eq!(remapper.translate(FUNCTION.bdf, message), None, "nobody may keep it");
             remapper.send_remapped(FUNCTION.bdf, message, &*self.arrived)
         }
 
-        /// The messages since the last call.
+        /// What arrived since the last time.
         fn arrived(&self) -> Vec<(u64, u32)> {
             std::mem::take(&mut *self.arrived.0.lock())
         }
 
-        /// The next event, written by another thread.
+        /// The next event, which another thread brings.
         fn event(&mut self) -> EventRecord {
             wait_until("an event", || self.read32(regs::EVENTQ_PROD) != self.seen);
             let at = EVENTS + u64::from(self.seen) * 32;
@@ -282,9 +282,9 @@ mod tests {
         let guest = Guest::new();
         assert!(guest.interrupt(MsiMessage { address: DOORBELL, data: 7 }));
         assert_eq!(guest.arrived(), [(DOORBELL, 7)]);
-        // The rest of the page does not interrupt.
+        // The rest of the page interrupts nobody.
         guest.interrupt(MsiMessage { address: DOORBELL + 4, data: 7 });
-        // Anything but the doorbell is memory, or nothing.
+        // What is no doorbell is memory, or nothing.
         assert!(guest.interrupt(MsiMessage { address: guest.gpa(PAGE), data: 8 }));
         assert!(!guest.interrupt(MsiMessage { address: 1 << 40, data: 9 }));
         assert_eq!((guest.arrived(), guest.load(PAGE)), (vec![], 8));
@@ -322,11 +322,11 @@ mod tests {
         guest.map(Some(DOORBELL & !0xfff));
         assert!(guest.interrupt(MESSAGE));
         assert_eq!(guest.arrived(), [(DOORBELL, 7)]);
-        // The untranslated doorbell address has no meaning.
+        // The doorbell's own address means nothing.
         assert!(!guest.interrupt(MsiMessage { address: DOORBELL & 0x3fff_ffff, data: 7 }));
         assert_eq!(guest.event().input_address, DOORBELL & 0x3fff_ffff);
 
-        // Translated to memory, it is a memory write.
+        // To memory it is a write to memory.
         guest.map(Some(guest.gpa(PAGE)));
         let range = AddressRange::at(IOVA);
         guest.submit(Command::TlbiNhVa { vmid: 0, asid: ASID, range });
@@ -349,7 +349,7 @@ mod tests {
         guest.map(Some(DOORBELL & !0xfff));
         dma.write(None, MESSAGE.address, &9u32.to_le_bytes()).unwrap();
         assert_eq!(guest.arrived(), [(DOORBELL, 9)]);
-        // Messages have no other length, and cannot be read.
+        // No message has another length, or is read.
         dma.write(None, MESSAGE.address, &[0; 8]).unwrap_err();
         dma.read(None, MESSAGE.address, &mut [0; 4]).unwrap_err();
         guest.map(Some(guest.gpa(PAGE)));

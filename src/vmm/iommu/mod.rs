@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The virtual IOMMUs of a machine and everything behind them: nesting, host calls with their
-//! counters, and the host itself.
+//! The virtual IOMMUs of a machine and all that is behind them: nesting, the counted verbs of the
+//! host, and the host that serves them.
 //!
-//! There is one host with one IOAS, the guest's memory, which is also used by devices without a
-//! virtual IOMMU. Each virtual IOMMU has its own vIOMMU object on it. If the host is in this
-//! process, an emulated unit serves it; if it is the kernel, a physical unit does.
+//! A machine has one host for all its virtual IOMMUs, and in it one IOAS, which maps the guest's
+//! memory; devices of the kernel that are behind no virtual IOMMU use it, too. Each virtual IOMMU
+//! has a host side of its own. If the host is in this process, each also has an emulated unit of
+//! its own; if the host is the kernel, the units are the physical ones.
 
 mod direct;
 mod dma;
@@ -32,26 +33,26 @@ use twostage::viommu::{InterruptSink, Observer};
 use twostage_emulated::ObjectGraph;
 pub(super) use unit::Iommu;
 
-/// A function to be placed behind a virtual IOMMU.
+/// A function that is to be behind a virtual IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AssignedFunction {
     pub bdf: Bdf,
     /// It has the PASID capability.
     pub pasid: bool,
-    /// The index of the virtual IOMMU.
+    /// The number of the virtual IOMMU.
     pub iommu: usize,
-    /// The device of this machine behind it, if it is one.
+    /// The path of the physical device that it is, if it is one.
     pub vfio: Option<PathBuf>,
 }
 
-/// The source ID of messages from virtual IOMMU `number`: not that of any function on the bus.
+/// The source of the messages of virtual IOMMU `number`; no function on the bus has this BDF.
 pub(super) fn interrupt_source(number: usize) -> Bdf {
     const LAST_BUS: u16 = 0xff00;
-    // No machine has space for the registers of more.
+    // No machine has room for the registers of more than 256.
     Bdf::from_raw(LAST_BUS | number as u16 & 0xff)
 }
 
-/// What all virtual IOMMUs of a machine share.
+/// What the virtual IOMMUs of a machine have in common.
 pub(super) struct Surroundings<'a> {
     pub host: Host,
     pub memory: &'a MachineMemory,
@@ -59,7 +60,8 @@ pub(super) struct Surroundings<'a> {
 }
 
 impl Surroundings<'_> {
-    /// The observer of virtual IOMMU `id`; `disabling` is called when a guest disables translation.
+    /// An observer of what the virtual IOMMU `id` does; `disabling` is called when a guest switches
+    /// translation off.
     fn observer(
         &self,
         id: &str,
@@ -79,10 +81,11 @@ pub(super) struct Iommus {
 }
 
 impl Iommus {
-    /// The virtual IOMMUs of `config`, in front of `functions`, on a host that maps `memory` as
-    /// stage 2: `kernel` if the configuration says so, otherwise an emulated one; `None` when there
-    /// are none. `messages` returns the sink for messages of a source, an IOMMU or a function, that
-    /// need no (further) remapping; messages of functions are remapped if `interrupt_remapping`.
+    /// The virtual IOMMUs of `config`, in front of `functions`; `None` when there are none. Their
+    /// host has `memory` as stage 2: it is `kernel` if the configuration says so, or else an
+    /// emulated one. `messages` gives the sink for the messages of a source (a virtual IOMMU or a
+    /// function) that need no remapping or have been remapped. With `interrupt_remapping` the
+    /// virtual IOMMUs remap the messages of functions.
     pub fn new(
         config: &MachineConfig,
         interrupt_remapping: bool,
@@ -103,7 +106,7 @@ impl Iommus {
         };
         let around = Surroundings { host: host.clone(), memory, trace };
         let mut all = Vec::new();
-        // The host reports the features of one emulated unit for all.
+        // The host has this extension only if all its units have it.
         let guest_second_stage =
             config.iommus.iter().any(|iommu| iommu.model.vtd().is_some_and(|vtd| vtd.second_stage));
         for (number, iommu) in config.iommus.iter().enumerate() {
@@ -123,17 +126,17 @@ impl Iommus {
         Ok(Some(Self { all, host, at_start }))
     }
 
-    /// All of them, in configuration order.
+    /// Each of them, in the order of the configuration.
     pub fn all(&self) -> &[Iommu] {
         &self.all
     }
 
-    /// Reports of what each has done so far.
+    /// What each has done so far.
     pub fn reports(&self) -> Vec<IommuReport> {
         self.all.iter().map(Iommu::report).collect()
     }
 
-    /// Host calls so far, and the host's objects.
+    /// The calls of the host so far, and its objects.
     pub fn host_report(&self) -> HostReport {
         HostReport {
             calls: self.host.calls(),
@@ -145,8 +148,8 @@ impl Iommus {
         }
     }
 
-    /// Releases all host objects; returns those that are left, which should be none, if the host
-    /// can tell.
+    /// Gives every host object back. Returns the objects that are left, if the host tells; there
+    /// should be none.
     pub fn close(self) -> Option<ObjectGraph> {
         let Self { all, host, .. } = self;
         drop(all);

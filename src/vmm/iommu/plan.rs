@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a virtual IOMMU of any model is built from, and the interface of the models.
+//! What a virtual IOMMU of any model is built from, and the trait that each model implements.
 
 use std::fmt;
 use std::path::Path;
@@ -20,25 +20,26 @@ use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
 use twostage_emulated::{DeviceConfig, DmaPort, UnitId};
 
-/// A device behind a virtual IOMMU, by its guest and host identities.
+/// A device behind a virtual IOMMU: its BDF in the guest and its object in the host.
 pub(crate) type BoundDevice = (Bdf, ObjectId);
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
     pub id: String,
-    /// Sink of its own interrupts.
+    /// Where its own interrupts go.
     pub interrupts: Arc<dyn InterruptSink>,
-    /// Returns the sink for remapped messages of a function.
+    /// Where messages of a function go once they are remapped.
     pub messages: &'a dyn Fn(Bdf) -> Arc<dyn InterruptSink>,
     pub config: &'a IommuConfig,
     pub interrupt_remapping: bool,
-    /// The emulated unit walks the guest's second-stage tables, whether or not that is offered.
+    /// The emulated unit walks second-stage tables of the guest, even if this virtual IOMMU does
+    /// not offer them.
     pub guest_second_stage: bool,
     pub functions: Vec<AssignedFunction>,
 }
 
 impl Plan<'_> {
-    /// How error messages name the function at `rid`: a device of this machine with its path.
+    /// The name of the function at `rid` in errors; that of a physical device includes its path.
     pub fn device_name(&self, rid: Bdf) -> String {
         let of_rid = |function: &&AssignedFunction| function.bdf == rid;
         let path = self.functions.iter().find(of_rid).and_then(|function| function.vfio.as_ref());
@@ -46,49 +47,49 @@ impl Plan<'_> {
     }
 }
 
-/// A model of a virtual IOMMU, as the machine uses it.
+/// What a model of a virtual IOMMU does in a machine.
 pub(crate) trait VirtualIommu: fmt::Debug + Send + Sync {
     /// Its registers.
     fn registers(&self) -> Arc<dyn BusDevice>;
 
-    /// The machine is stopping: threads working for the guest return soon.
+    /// The machine stops: threads that are in here on behalf of the guest return soon.
     fn halt(&self);
 
-    /// The remapper of interrupts from behind the IOMMU, if it remaps.
+    /// Who remaps the interrupts of what is behind the IOMMU, if anybody does.
     fn interrupt_remapper(&self) -> Option<Weak<dyn InterruptRemapper>>;
 
-    /// From now on `listener` is notified when interrupt remapping changes.
+    /// From now on `listener` is told when the remapping of interrupts changes.
     fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>);
 
-    /// Connects its own interrupts to these wires, in the order that its model defines.
+    /// Gives it the wires of its own interrupts, in the order that its model defines.
     fn connect(&self, _wires: Vec<EdgeLine>) {}
 
-    /// The DMA port of the function at `bdf`, in this process; `None` where the unit is a physical
-    /// one.
+    /// Where memory requests of the function at `bdf`, which is in this process, enter the IOMMU;
+    /// `None` if the host is the kernel.
     fn dma_port(&self, bdf: Bdf) -> Option<DmaPort>;
 
-    /// The same with interrupt messages handled: writes that are not translated as memory go to
-    /// `messages`, which remaps them.
+    /// The same, with interrupt messages taken out of the writes. Where the address of a message is
+    /// not translated, as on VT-d, they go to `messages`, which remaps them.
     fn dma_master(&self, bdf: Bdf, messages: Arc<dyn InterruptSink>) -> Option<Box<dyn DmaMaster>>;
 
-    /// A report of what was done so far.
+    /// What it has done so far.
     fn report(&self) -> ModelReport;
 
-    /// Releases all host objects.
+    /// Gives every host object back.
     ///
     /// # Errors
-    /// The host refuses to release something.
+    /// The host does not let go of something.
     fn shutdown(&self) -> std::result::Result<(), NestingError>;
 
-    /// What a VT-d offers to the guest.
+    /// What the guest is offered, by a VT-d.
     #[cfg(test)]
     fn vtd_capabilities(&self) -> Option<twostage::viommu::vtd::Capabilities> {
         None
     }
 }
 
-/// Binds the functions of `plan` to the host and adds each to its nesting with `add`: those of this
-/// process behind `unit`, with ATS or without.
+/// Binds the functions of `plan` to the host and adds each to the nesting by `add`. Functions in
+/// this process are put behind `unit`; `ats` says whether they have ATS.
 pub(super) fn bind_devices(
     plan: &Plan<'_>,
     unit: Option<UnitId>,
@@ -117,8 +118,8 @@ pub(super) fn bind_devices(
     Ok(devices)
 }
 
-/// Error: why `function` of `plan` cannot be placed behind its virtual IOMMU, and what to do
-/// instead.
+/// The error for `function` of `plan`, which could not be put behind its virtual IOMMU. It says
+/// what to configure instead.
 fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) -> Error {
     match error {
         NestingError::OtherSmmu { rid, first } => Error::HostLacks(format!(
@@ -138,7 +139,7 @@ fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) 
     }
 }
 
-/// Binds the device of this machine at `path`.
+/// Binds the physical device at `path`.
 pub(super) fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
     let name = path.display().to_string();
     let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual SMMUv3 of a machine: registers, nesting, and the unit behind it.
+//! A virtual SMMUv3 of a machine: its registers, its nesting, and the unit behind it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -35,20 +35,20 @@ use twostage_emulated::{DmaPort, SmmuV3Unit, SmmuV3UnitConfig};
 pub(super) struct SmmuV3 {
     smmu: Arc<Smmu>,
     nesting: Arc<SmmuNesting>,
-    /// Nesting holds a weak reference.
+    /// Kept alive for nesting, which has a weak reference.
     _events: Arc<dyn EventTarget>,
     interrupts: Arc<OwnInterrupts>,
     messages: Arc<dyn InterruptRemapper>,
-    /// Sinks for translated messages, by device.
+    /// Where the translated messages of each device go.
     translated: BTreeMap<Bdf, Arc<dyn InterruptSink>>,
-    /// The host objects in use when a guest last disabled translation.
+    /// The host objects in use when a guest last switched translation off.
     objects_in_use: Arc<Mutex<Option<SmmuObjects>>>,
-    /// `None` if the kernel has it.
+    /// The emulated unit; `None` if the host is the kernel.
     unit: Option<Arc<SmmuV3Unit>>,
 }
 
 impl SmmuV3 {
-    /// The SMMUv3 of `plan`, as `options` say, and the devices behind it.
+    /// The virtual SMMUv3 of `plan` with `options`, and the devices behind it.
     pub fn new(
         plan: &Plan<'_>,
         options: &SmmuV3Options,
@@ -127,11 +127,11 @@ impl VirtualIommu for SmmuV3 {
         Some(Arc::downgrade(&self.messages))
     }
 
-    /// No message translation is cached: see [`super::messages`].
+    /// No listener is needed: what can be kept of a message never changes, see [`super::messages`].
     fn add_interrupt_listener(&self, _: Weak<dyn InterruptListener>) {}
 
     fn connect(&self, wires: Vec<EdgeLine>) {
-        // Called once, when the machine is built.
+        // Once only, when the machine is built.
         let _ = self.interrupts.wires.set(wires);
     }
 
@@ -178,10 +178,10 @@ impl BusDevice for Smmu {
     }
 }
 
-/// The SMMU's own interrupts.
+/// The interrupts of the SMMU itself.
 struct OwnInterrupts {
     messages: Arc<dyn InterruptSink>,
-    /// Events, global errors and CMD_SYNC, in this order.
+    /// Those of events, global errors and CMD_SYNC, in this order.
     wires: OnceLock<Vec<EdgeLine>>,
 }
 
@@ -213,7 +213,7 @@ impl fmt::Debug for OwnInterrupts {
     }
 }
 
-/// Where the host directs the messages of those `functions` that are devices of this machine.
+/// The ranges to which the host directs the messages of the physical devices among `functions`.
 fn message_windows(
     functions: &[AssignedFunction],
     around: &Surroundings<'_>,
@@ -224,7 +224,7 @@ fn message_windows(
     functions.iter().filter_map(|function| function.vfio.as_ref()).map(window).collect()
 }
 
-/// The emulated unit that supports `options`.
+/// The emulated unit that can serve `options`.
 fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
     let default = SmmuV3UnitConfig::default();
     SmmuV3UnitConfig {
@@ -237,7 +237,7 @@ fn unit_config(options: &SmmuV3Options) -> SmmuV3UnitConfig {
     }
 }
 
-/// What to offer to the guest.
+/// What the guest is to be offered.
 fn smmu_config(options: &SmmuV3Options) -> SmmuConfig {
     let offered =
         |granule| options.granules.as_ref().is_none_or(|granules| granules.contains(&granule));

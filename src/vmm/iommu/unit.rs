@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One virtual IOMMU of a machine, of any model, and the devices behind it.
+//! One virtual IOMMU of a machine, whatever its model, and the devices behind it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use twostage_emulated::DmaPort;
 
 /// One virtual IOMMU.
 pub(crate) struct Iommu {
-    /// The name that devices refer to.
+    /// The name by which devices refer to it.
     pub id: String,
     pub model: Box<dyn VirtualIommu>,
     host: Arc<dyn HostIommu>,
@@ -43,11 +43,11 @@ impl Iommu {
         Ok(Self { id: plan.id, model, host: around.host.verbs.clone(), devices })
     }
 
-    /// How the function at `bdf`, in this process, makes its memory requests, including interrupt
-    /// messages, which go to `messages`.
+    /// How the function at `bdf`, which is in this process, makes its memory requests, including
+    /// interrupt messages, which go to `messages`.
     ///
     /// # Errors
-    /// The unit is a physical one, and serves only its own devices.
+    /// The host is the kernel, which knows only physical devices.
     pub fn dma_master(
         &self,
         bdf: Bdf,
@@ -57,22 +57,22 @@ impl Iommu {
         dma.ok_or_else(|| not_of_this_machine(&self.id, bdf))
     }
 
-    /// The DMA port of the function at `bdf`.
+    /// Where memory requests of the function at `bdf` enter the IOMMU.
     ///
     /// # Errors
-    /// As for [`Iommu::dma_master`].
+    /// As [`Iommu::dma_master`].
     pub fn dma_port(&self, bdf: Bdf) -> Result<DmaPort> {
         self.model.dma_port(bdf).ok_or_else(|| not_of_this_machine(&self.id, bdf))
     }
 
-    /// A report of what was done so far.
+    /// What was done so far.
     pub(super) fn report(&self) -> IommuReport {
         IommuReport { id: self.id.clone(), of: self.model.report() }
     }
 }
 
 impl Drop for Iommu {
-    /// Releases all host objects, in order.
+    /// Gives every host object back, in order.
     fn drop(&mut self) {
         if let Err(error) = self.model.shutdown() {
             log::error!("{}: host objects are left behind: {error}", self.id);

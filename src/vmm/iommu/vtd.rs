@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual VT-d of a machine: registers, nesting, and the unit behind it.
+//! A virtual VT-d of a machine: its registers, its nesting, and the unit behind it.
 
 use std::sync::{Arc, Weak};
 
@@ -25,14 +25,14 @@ pub(super) struct Vtd {
     vtd: Arc<VtdIommu>,
     nesting: Arc<VtdNesting>,
     interrupt_remapping: bool,
-    /// `None` if the kernel has it.
+    /// The emulated unit; `None` if the host is the kernel.
     unit: Option<Arc<VtdUnit>>,
-    /// The unit's sanitizer holds a weak reference.
+    /// Kept alive for the unit's sanitizer, which has a weak reference.
     _contexts: Arc<GuestContexts>,
 }
 
 impl Vtd {
-    /// The VT-d of `plan`, as `options` say, and the devices behind it.
+    /// The virtual VT-d of `plan` with `options`, and the devices behind it.
     pub fn new(
         plan: &Plan<'_>,
         options: &VtdOptions,
@@ -134,7 +134,7 @@ impl BusDevice for VtdIommu {
     }
 }
 
-/// The emulated unit that supports `config`.
+/// The emulated unit that can serve `config`.
 fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
     VtdUnitConfig {
         address_width: match config.address_width {
@@ -148,7 +148,7 @@ fn unit_config(config: &VtdOptions, guest_second_stage: bool) -> VtdUnitConfig {
     }
 }
 
-/// What to offer to the guest.
+/// What the guest is to be offered.
 fn vtd_config(config: &VtdOptions, interrupt_remapping: bool, hosts: &[HostUnit]) -> VtdConfig {
     VtdConfig {
         address_width: config.address_width,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The steps of building a machine, in order. Each reports what is wrong with the configuration or
-//! the host.
+//! The steps of building a machine, in order. A step that fails says what is wrong with the
+//! configuration or the host.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,7 +21,7 @@ use crate::trace::Trace;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
-/// Guest memory, file-backed if a kernel is to map it.
+/// Guest memory, in files if the host is the kernel, which then maps them.
 pub(super) fn memory(config: &MachineConfig) -> Result<MachineMemory> {
     Ok(match config.kernel_host() {
         Some(_) => MachineMemory::in_files(config.memory)?,
@@ -29,7 +29,7 @@ pub(super) fn memory(config: &MachineConfig) -> Result<MachineMemory> {
     })
 }
 
-/// Opens `/dev/kvm` and checks that it has all that the machine needs.
+/// Opens `/dev/kvm` and checks for what the machine cannot do without.
 pub(crate) fn open_kvm() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|error| Error::KvmOpen { source: error.into() })?;
     const API_VERSION: i32 = 12;
@@ -53,7 +53,7 @@ pub(crate) fn open_kvm() -> Result<Kvm> {
     Ok(kvm)
 }
 
-/// A VM of `kvm` with `memory`, for the vCPUs of `config`.
+/// A VM of `kvm` with `memory`; it can run the vCPUs of `config`.
 pub(super) fn vm(kvm: &Kvm, config: &MachineConfig, memory: &MachineMemory) -> Result<Arc<VmFd>> {
     if usize::from(config.vcpus) > kvm.get_max_vcpus() {
         return Err(Error::KvmLacks(format!(
@@ -67,7 +67,7 @@ pub(super) fn vm(kvm: &Kvm, config: &MachineConfig, memory: &MachineMemory) -> R
     Ok(vm)
 }
 
-/// The trace, if one is configured; `earlier` is continued.
+/// The trace, if there is one; `earlier` is continued.
 pub(super) fn trace(
     config: &MachineConfig,
     earlier: Option<Arc<Trace>>,
@@ -79,7 +79,7 @@ pub(super) fn trace(
     Ok(config.trace.as_deref().map(Trace::create).transpose()?.map(Arc::new))
 }
 
-/// The virtual IOMMUs, on `kernel` if `config` says so; `messages` go to `chip`.
+/// The virtual IOMMUs, over `kernel` if `config` says so; `messages` go to `chip`.
 pub(super) fn iommus(
     config: &MachineConfig,
     chip: IrqChip,
@@ -93,7 +93,7 @@ pub(super) fn iommus(
     Iommus::new(config, remapping, memory, kernel, &functions, &messages, trace.clone())
 }
 
-/// The devices of `kernel` without a virtual IOMMU, if there are any.
+/// The devices of `kernel` that are behind no virtual IOMMU, if there are any.
 pub(super) fn direct_devices(
     config: &MachineConfig,
     kernel: Option<&Host>,
@@ -106,10 +106,10 @@ pub(super) fn direct_devices(
     }
 }
 
-/// Interrupts delivered through `ways` and remapped by `iommus`, whose own interrupts are
-/// connected.
+/// Interrupts that go through `ways` and are remapped by `iommus`. Connects the wires of the
+/// virtual IOMMUs' own interrupts.
 pub(super) fn interrupts(ways: Ways, iommus: &[Iommu]) -> Result<Arc<Interrupts>> {
-    // The interrupt controllers are behind the first.
+    // The interrupt controllers are behind the first virtual IOMMU.
     let remapper = iommus.first().and_then(|iommu| iommu.model.interrupt_remapper());
     let interrupts = Arc::new(Interrupts::new(ways, remapper));
     for (number, iommu) in iommus.iter().enumerate() {
@@ -134,7 +134,7 @@ pub(super) fn device_files(
     bound.map(|(bdf, dev)| Ok((*bdf, kernel.device_file(*dev)?))).collect()
 }
 
-/// Everything in MMIO space but the board's devices.
+/// Everything that answers in the memory space, except the board.
 pub(super) fn mmio(config: &MachineConfig, pci: &PciTopology, iommus: &[Iommu]) -> Result<Bus> {
     let mut mmio = Bus::default();
     mmio.insert(PCI_MMIO_START..=PCI_MMIO_LAST, Arc::new(PciMemory(pci.bus.clone())))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A machine: its parts, assembled and run.
+//! A machine: its parts, put together and run.
 
 mod build;
 mod release;
@@ -36,7 +36,7 @@ use vcpu::VcpuThread;
 
 /// A machine that has not run yet.
 pub struct Machine {
-    // Dropped in this order: users of a part go before it, and the memory goes last.
+    // Dropped in this order: whoever uses a part goes before it, and the memory goes last.
     processors: Vec<Processor>,
     exits: Arc<Exits>,
     pci: PciTopology,
@@ -56,11 +56,11 @@ impl Machine {
         self.trace.clone()
     }
 
-    /// Builds the machine that `config` describes, with its kernel loaded. After a reset, `earlier`
-    /// is the trace to continue.
+    /// Builds the machine that `config` describes and loads its kernel. After a reset, `earlier` is
+    /// the trace so far, which is continued.
     ///
     /// # Errors
-    /// What is wrong with the configuration, the files, or this host.
+    /// What is wrong with the configuration, the files, or the host.
     pub fn new(config: &MachineConfig, earlier: Option<Arc<Trace>>) -> Result<Self> {
         deadline::clear();
         config.validate()?;
@@ -69,7 +69,7 @@ impl Machine {
         let kvm = open_kvm()?;
         let vm = build::vm(&kvm, config, &memory)?;
         let Processors { chip, all: processors } = Processors::new(&kvm, &vm, config, &start)?;
-        // As late as possible: a machine that cannot be built should leave no files behind.
+        // After most of what can go wrong: a machine that cannot be built leaves no files behind.
         let trace = build::trace(config, earlier)?;
         let messages = Messages::new(vm.clone(), trace.clone());
         let host = Host::of_kernel(config, &memory, trace.as_ref())?;
@@ -108,11 +108,11 @@ impl Machine {
         })
     }
 
-    /// Runs the machine until the guest, a signal or an error ends it. `on_report` gets a report on
-    /// every SIGUSR1, and at the end.
+    /// Runs the machine until the guest, a signal or an error ends it. `on_report` is given a
+    /// report on every SIGUSR1, and at the end.
     ///
     /// # Errors
-    /// Its threads or the event loop cannot be started.
+    /// When its threads or the event loop cannot be started.
     pub fn run(mut self, on_report: &mut dyn FnMut(&Report)) -> Result<StopReason> {
         let mut events = EventLoop::new(self.stopper.clone())?;
         if self.console {
@@ -131,15 +131,15 @@ impl Machine {
         }
         let asked = matches!(result, Ok(StopReason::Signal(_) | StopReason::Escape));
         deadline::begin(asked);
-        // A vCPU may be processing a long invalidation queue of its guest.
+        // A vCPU may be processing the invalidation queue; it must not go on to the end of it.
         for iommu in self.iommus() {
             iommu.model.halt();
         }
-        // Nor should a vCPU that resets a device wait for the device's work.
+        // Nor may a vCPU that resets a device wait until the device is done with its requests.
         self.pci.halt();
-        // Waits for the vCPUs: nothing happens after the last report.
+        // Waits for the vCPUs: none of them does anything after the last report.
         drop(threads);
-        // Restore the terminal before anything is printed about the end.
+        // The user has the terminal back before anything is printed about the end.
         drop(events);
         self.serial.flush();
         let mut report = self.report();
@@ -153,9 +153,10 @@ impl Machine {
         Ok(released.reason(result?).unless_left_behind(left))
     }
 
-    /// Takes the machine apart, until `limit`; returns the remaining objects of the host.
+    /// Takes the machine apart, for which it waits until `limit`. Returns the remaining objects of
+    /// the host.
     fn close(self, limit: Option<Instant>) -> Released<Option<ObjectGraph>> {
-        // Users of the IOMMUs go before them, and the memory goes last.
+        // Whoever uses the IOMMUs goes before them, and the memory goes last.
         let Self { exits, pci, iommus, direct, memory, .. } = self;
         drop((exits, pci));
         let work = move || {
@@ -169,7 +170,8 @@ impl Machine {
         release(work, limit, signal)
     }
 
-    /// Starts `processors` as `threads`, and serves `events` until the machine is stopped.
+    /// Starts `processors`, which become `threads`, and serves `events` until the machine is
+    /// stopped.
     fn serve(
         &self,
         processors: Vec<Processor>,
@@ -202,7 +204,7 @@ impl Machine {
             devices: self.pci.report(),
             iommus: self.iommus.as_ref().map(Iommus::reports).unwrap_or_default(),
             host: self.iommus.as_ref().map(Iommus::host_report).or_else(|| {
-                // The only host calls are for these devices.
+                // Without virtual IOMMUs only direct devices use the host.
                 self.direct.as_ref().map(DirectDevices::host_report)
             }),
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The PCI bus of a machine, as configured.
+//! The PCI bus of a machine, as its configuration has it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,7 +27,7 @@ use crate::vfio::{self, page_size, DeviceFile, Lender, VfioError, VfioPci, VfioP
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
 
-/// The functions to be placed behind virtual IOMMUs.
+/// The functions that go behind virtual IOMMUs.
 pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedFunction>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
@@ -43,7 +43,7 @@ pub(crate) fn assigned_functions(config: &MachineConfig) -> Result<Vec<AssignedF
     Ok(functions)
 }
 
-/// The devices of this machine without a virtual IOMMU.
+/// The physical devices that are behind no virtual IOMMU.
 pub(crate) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathBuf)>> {
     let mut functions = Vec::new();
     for (number, device) in config.devices.iter().enumerate() {
@@ -57,15 +57,15 @@ pub(crate) fn direct_functions(config: &MachineConfig) -> Result<Vec<(Bdf, PathB
     Ok(functions)
 }
 
-/// How devices interrupt vCPUs and how vCPUs access devices.
+/// What connects devices with the vCPUs.
 pub(crate) struct Wiring {
     /// For INTx and messages.
     pub interrupts: Arc<Interrupts>,
     /// For notifications.
     pub doorbells: Arc<dyn Doorbells>,
-    /// For mapping device memory.
+    /// For mapping the memory of devices into the guest.
     pub lender: Arc<dyn Lender>,
-    /// The devices of this machine.
+    /// The files of physical devices.
     pub files: BTreeMap<Bdf, Arc<File>>,
     pub trace: Option<Arc<Trace>>,
 }
@@ -74,18 +74,18 @@ pub(crate) struct Wiring {
 pub(crate) struct PciTopology {
     pub bus: Arc<PciBus>,
     devices: Vec<PlacedDevice>,
-    /// To be served in the event loop, until taken there.
+    /// What the event loop has to serve, until [`PciTopology::take_subscribers`].
     subscribers: Vec<Box<dyn MutEventSubscriber>>,
 }
 
 struct PlacedDevice {
     bdf: Bdf,
-    /// The id of the IOMMU in front of it.
+    /// The id of the virtual IOMMU that it is behind.
     iommu: Option<String>,
     device: Device,
 }
 
-/// A device, as reports need it.
+/// A device, with what its report needs.
 enum Device {
     Edu(Arc<Edu>),
     Virtio(Arc<VirtioPci>),
@@ -93,8 +93,7 @@ enum Device {
 }
 
 impl PciTopology {
-    /// The host bridge at 00:00.0 and the devices of `config` from 00:01.0 up, with their BARs
-    /// placed.
+    /// The host bridge at 00:00.0 and the devices of `config` from 00:01.0 up, their BARs placed.
     pub fn new(
         config: &MachineConfig,
         memory: &MachineMemory,
@@ -141,12 +140,12 @@ impl PciTopology {
         Ok(Self { bus: Arc::new(builder.bus), devices, subscribers: builder.subscribers })
     }
 
-    /// The devices' event handlers, to be served in the event loop; can be taken once.
+    /// What the event loop has to serve for the devices; empty from the second call on.
     pub fn take_subscribers(&mut self) -> Vec<Box<dyn MutEventSubscriber>> {
         std::mem::take(&mut self.subscribers)
     }
 
-    /// The machine is stopping: no virtio device makes requests any more when this returns.
+    /// The machine stops: when this returns, the virtio devices make no more requests.
     pub fn halt(&self) {
         for placed in &self.devices {
             if let Device::Virtio(virtio) = &placed.device {
@@ -155,7 +154,7 @@ impl PciTopology {
         }
     }
 
-    /// Reports of what the devices have done so far.
+    /// What the devices have done so far.
     pub fn report(&self) -> Vec<DeviceReport> {
         let report = |placed: &PlacedDevice| {
             let (model, dma_done, dma_failed) = match &placed.device {
@@ -193,7 +192,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// Allocates an address for a BAR.
+    /// A place for a BAR.
     fn place(&mut self, size: u32) -> Result<u32> {
         // The window lies below 4 GiB.
         place(&mut self.window, size.into()).map(|address| address as u32)
@@ -284,14 +283,14 @@ impl Builder<'_> {
     }
 }
 
-/// Allocates an address in `window` for a BAR of `size` bytes, a power of two.
+/// A place in `window` for a BAR of `size` bytes, a power of two.
 fn place(window: &mut AddressAllocator, size: u64) -> Result<u64> {
     let range = window.allocate(size, size, AllocPolicy::FirstMatch);
     let no_room = |error| Error::Pci(format!("no room for a BAR of {size:#x} bytes: {error}"));
     range.map(|range| range.start()).map_err(no_room)
 }
 
-/// The virtio backend of `config`, with the files that it opens.
+/// The backend of the virtio device of `config`, with its files open.
 fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
     Ok(match config {
         DeviceConfig::Disk(disk) => Box::new(Block::new(Disk::open(&disk.path, disk.access)?)),

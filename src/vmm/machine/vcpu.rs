@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The threads of vCPUs.
+//! The thread that each vCPU runs in.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// Runs `processor` in a thread of its own until the machine stops.
 ///
 /// # Errors
-/// No thread can be started.
+/// The thread cannot be started.
 pub(crate) fn spawn(
     processor: Processor,
     exits: Arc<Exits>,
@@ -53,7 +53,7 @@ fn run(mut processor: Processor, exits: &Exits, memory: &MachineMemory, stopper:
     }
 }
 
-/// Stops the machine if the thread that holds it panics.
+/// Stops the machine when the thread that holds it panics.
 struct PanicGuard<'a>(&'a Stopper);
 
 impl Drop for PanicGuard<'_> {
@@ -64,15 +64,15 @@ impl Drop for PanicGuard<'_> {
     }
 }
 
-/// A running vCPU. Dropping it waits for the thread; the machine must have been stopped.
+/// A running vCPU. Dropping it waits for the thread; the machine must have been stopped before.
 #[derive(Debug)]
 pub(crate) struct VcpuThread(Option<JoinHandle<()>>);
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
         let Some(handle) = self.0.take() else { return };
-        // A signal that arrives just before the thread enters KVM is lost, so it is repeated until
-        // the thread has ended.
+        // A signal that comes just before the thread enters KVM is lost, so it is sent until the
+        // thread is gone.
         while !handle.is_finished() {
             if let Err(error) = handle.kill(kick_signal()) {
                 log::debug!("kicking a vCPU: {error}");
