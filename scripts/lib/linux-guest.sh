@@ -7,6 +7,8 @@
 . "$root/scripts/lib/options.sh"
 
 kernel=7.2-cloud cpus=1 memory=256M timeout=120 log='' extra=''
+# Seconds without output after which a nested host hangs. A check takes 40 s on an idle machine.
+silence=300
 
 # take_guest_option: one of the options that both scripts have; fails for others.
 take_guest_option() {

@@ -14,7 +14,7 @@ prepare=$tree/job/prepare
 : >"$prepare"
 environment=$work/environment
 : >"$environment"
-timeout=120 log='' memory=2G cpus=2 binary='' shell='' outputs=''
+timeout=120 silence='' log='' memory=2G cpus=2 binary='' shell='' outputs=''
 
 # quoted WORD: quoted for a shell.
 quoted() {
@@ -55,6 +55,7 @@ take_option() {
     case $option in
         --shell) shell=1 ;;
         --timeout) timeout=$value ;;
+        --silence) silence=$value ;;
         --log) log=$value ;;
         --memory) memory=$value ;;
         --cpus) cpus=$value ;;
@@ -106,7 +107,7 @@ add_command() {
         terminal=1
     fi
     # Diagnostics before the time is over, except in an interactive shell.
-    [ "$timeout" -lt 60 ] || [ -n "$shell" ] || on_start overdue $((timeout - 20))
+    [ "$timeout" -lt 120 ] || [ -n "$shell" ] || on_start overdue $((timeout - 60))
     {
         echo "directory=$(quoted "$PWD")"
         echo "terminal=$terminal shell=$shell"
@@ -129,6 +130,21 @@ make_log() {
     } >"$log/versions"
 }
 
+# end_when_silent: ends QEMU, and makes $work/silent, when the guest has printed nothing for $silence
+# seconds. A nested host that hangs shows nothing else.
+end_when_silent() {
+    size='' since=$(date +%s)
+    while sleep 5; do
+        before=$size size=$(wc -c <"$log/guest.log")
+        [ "$size" = "$before" ] || since=$(date +%s)
+        if [ $(($(date +%s) - since)) -ge "$silence" ]; then
+            : >"$work/silent"
+            kill "$(cat "$work/qemu.pid")"
+            return
+        fi
+    done
+}
+
 # run_nested ARCHIVE... -- QEMU WORD...: boots with an initramfs of the archives and of what has
 # been added, and exits with the program's status.
 run_nested() {
@@ -141,12 +157,18 @@ run_nested() {
     shift
     cat "$work/run.cpio" >>"$work/initramfs"
 
-    status=0
+    status=0 watcher=''
+    if [ -n "$silence" ]; then
+        end_when_silent >/dev/null 2>&1 </dev/null &
+        watcher=$!
+    fi
     timeout --foreground -k 5 "$timeout" "$@" -nodefaults -display none -no-reboot -smp "$cpus" -m "$memory" \
+        -pidfile "$work/qemu.pid" \
         -chardev "file,id=host,path=$log/host.log" \
         -chardev "stdio,id=guest,signal=off,logfile=$log/guest.log" \
         -chardev "file,id=output,path=$work/output.tar" \
         -initrd "$work/initramfs" || status=$?
+    [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
 
     if [ -n "$outputs" ] && ! tar -xf "$work/output.tar" -C /; then
         echo "nested: cannot unpack the output files" >&2
@@ -154,7 +176,10 @@ run_nested() {
 
     ended=$(sed -n 's/^nested: .*: exit status \([0-9]*\).*/\1/p' "$log/host.log")
     if [ -z "$ended" ]; then
-        if [ "$status" = 124 ]; then
+        if [ -e "$work/silent" ]; then
+            echo "nested: NO OUTPUT for $silence s" >&2
+            status=124
+        elif [ "$status" = 124 ]; then
             echo "nested: NOT ENDED within $timeout s" >&2
         else
             echo "nested: THE NESTED HOST DIED (QEMU's status $status)" >&2
