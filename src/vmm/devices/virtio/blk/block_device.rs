@@ -58,6 +58,7 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
+    use super::super::disk::reopen;
     use super::super::{Disk, DiskAccess, DiskError};
 
     /// A loop device over a file of 1 MiB.
@@ -106,8 +107,12 @@ mod tests {
         }
     }
 
+    fn access(read_only: bool) -> DiskAccess {
+        DiskAccess { read_only, ..DiskAccess::default() }
+    }
+
     fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
-        Disk::open(path, DiskAccess { read_only, ..DiskAccess::default() })
+        Disk::open(path, access(read_only))
     }
 
     #[test]
@@ -128,7 +133,7 @@ mod tests {
                     .unwrap();
             assert_eq!((disk.block_size(), disk.size()), (size, 1 << 20));
             drop(disk);
-            assert_eq!(open(&device.path, false).unwrap().block_size(), 512);
+            assert_eq!(reopen(&device.path, access(false)).unwrap().block_size(), 512);
         }
     }
 
@@ -139,7 +144,7 @@ mod tests {
         for (first, second, may) in
             [(true, true, true), (true, false, false), (false, true, false), (false, false, false)]
         {
-            let _first = open(&one, first).unwrap();
+            let _first = reopen(&one, access(first)).unwrap();
             match open(&other, second) {
                 Ok(_) => assert!(may, "readonly {first}, then {second}"),
                 Err(DiskError::InUse(_) | DiskError::Claimed(_)) => {
@@ -159,7 +164,7 @@ mod tests {
         assert!(matches!(error, DiskError::Claimed(_)), "{error}");
         assert!(open(&device.path, true).is_ok());
         drop(claim);
-        let _disk = open(&device.path, false).unwrap();
+        let _disk = reopen(&device.path, access(false)).unwrap();
         let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.path);
         assert_eq!(claim.unwrap_err().raw_os_error(), Some(libc::EBUSY));
     }

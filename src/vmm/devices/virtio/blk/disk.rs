@@ -314,6 +314,21 @@ impl std::fmt::Debug for BounceBuffer {
     }
 }
 
+/// Opens a disk that the test has closed. A process that another test starts has all descriptors of
+/// this one, their locks and claims included, until it executes its program.
+#[cfg(test)]
+pub(super) fn reopen(path: &Path, access: DiskAccess) -> Result<Disk, DiskError> {
+    let mut disk = Disk::open(path, access);
+    twostage::patience::wait_until("a closed disk to be free", || {
+        if matches!(disk, Err(DiskError::InUse(_) | DiskError::Claimed(_))) {
+            disk = Disk::open(path, access);
+            return false;
+        }
+        true
+    });
+    disk
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -369,7 +384,8 @@ mod tests {
             assert!(matches!(open(&file, read_only), Err(DiskError::InUse(_))), "{read_only}");
         }
         drop(writer);
-        let _readers = [open(&file, true).unwrap(), open(&file, true).unwrap()];
+        let first = reopen(file.path(), READ_ONLY).unwrap();
+        let _readers = [first, open(&file, true).unwrap()];
         assert!(matches!(open(&file, false), Err(DiskError::InUse(_))));
     }
 
@@ -386,8 +402,7 @@ mod tests {
     fn direct_or_not_it_holds_what_was_written() {
         let file = image(16384);
         for direct in [false, true] {
-            let disk = match Disk::open(file.path(), DiskAccess { direct, ..DiskAccess::default() })
-            {
+            let disk = match reopen(file.path(), DiskAccess { direct, ..DiskAccess::default() }) {
                 Ok(disk) => disk,
                 // Not every file system on a test machine supports O_DIRECT.
                 Err(DiskError::Open { source, .. })

@@ -128,21 +128,26 @@ mod tests {
         }
     }
 
-    #[test]
-    fn who_writes_is_alone_and_readers_are_together() {
+    /// A new image, opened twice, for writing or not. (A process that another test starts keeps the
+    /// locks of images that are closed until it executes its program.)
+    fn opened(writes: bool, other_writes: bool) -> (File, File) {
         let image = tempfile::NamedTempFile::new().unwrap();
         let open = |writes| File::options().read(true).write(writes).open(image.path()).unwrap();
+        (open(writes), open(other_writes))
+    }
+
+    #[test]
+    fn who_writes_is_alone_and_readers_are_together() {
         for other in [User::Ours, User::Qemu, User::CloudHypervisor] {
             for (writes, other_writes) in
                 [(false, false), (false, true), (true, false), (true, true)]
             {
                 let may = !writes && !other_writes;
-                let (file, their) = (open(writes), open(other_writes));
+                let (file, their) = opened(writes, other_writes);
                 assert!(take_as(User::Ours, &file, writes));
                 let got = take_as(other, &their, other_writes);
                 assert_eq!(got, may, "ours {writes}, then {other:?} {other_writes}");
-                drop((file, their));
-                let (file, their) = (open(writes), open(other_writes));
+                let (file, their) = opened(writes, other_writes);
                 assert!(take_as(other, &their, other_writes));
                 let got = take_as(User::Ours, &file, writes);
                 assert_eq!(got, may, "{other:?} {other_writes}, then ours {writes}");
@@ -152,10 +157,8 @@ mod tests {
 
     #[test]
     fn what_is_taken_is_what_qemu_takes() {
-        let image = tempfile::NamedTempFile::new().unwrap();
-        let open = || File::options().read(true).write(true).open(image.path()).unwrap();
         for (writes, bytes) in [(false, &[100, 201][..]), (true, &[100, 101, 201])] {
-            let (file, other) = (open(), open());
+            let (file, other) = opened(true, true);
             take_shared(&file, writes).unwrap();
             let locked: Vec<i64> = (0..REST).filter(|at| is_locked(&other, *at).unwrap()).collect();
             assert_eq!(locked, bytes, "{writes}");
@@ -164,9 +167,8 @@ mod tests {
 
     #[test]
     fn what_somebody_denies_is_not_done() {
-        let image = tempfile::NamedTempFile::new().unwrap();
         for (at, writes, may) in [(200, false, false), (201, false, true), (203, true, true)] {
-            let (file, other) = (image.reopen().unwrap(), image.reopen().unwrap());
+            let (file, other) = opened(true, true);
             set(&other, libc::F_RDLCK, at, 1).unwrap();
             assert_eq!(take(&file, writes).is_ok(), may, "{at}");
         }
