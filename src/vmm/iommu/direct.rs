@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::host::Host;
-use super::plan::{bind, BoundDevice};
+use super::plan::{bind, unbind, BoundDevice};
 use crate::report::HostReport;
 use crate::vfio::{VfioError, VfioProblem};
 use crate::Result;
@@ -38,24 +38,13 @@ impl DirectDevices {
 
     /// The calls of the host so far, and its objects.
     pub fn host_report(&self) -> HostReport {
-        HostReport {
-            calls: self.host.calls(),
-            at_start: None,
-            in_use: None,
-            graph: self.host.graph(),
-            left: None,
-            release_unfinished: false,
-        }
+        self.host.report()
     }
 }
 
 impl Drop for DirectDevices {
     fn drop(&mut self) {
-        for (bdf, dev) in self.devices.drain(..) {
-            if let Err(error) = self.host.verbs.device_unbind(dev) {
-                log::error!("{bdf} stays bound: {error}");
-            }
-        }
+        unbind(&*self.host.verbs, self.devices.drain(..));
     }
 }
 

@@ -10,7 +10,7 @@ use twostage::sync::Mutex;
 
 use crate::config::MachineConfig;
 use crate::memory::MachineMemory;
-use crate::report::CallReport;
+use crate::report::{CallReport, HostReport};
 use crate::trace::Trace;
 use crate::{Error, Result};
 use twostage::iommufd::{
@@ -92,7 +92,7 @@ impl Host {
     }
 
     /// The calls so far.
-    pub fn calls(&self) -> BTreeMap<&'static str, CallReport> {
+    fn calls(&self) -> BTreeMap<&'static str, CallReport> {
         let of = |verb: &Verb| CallReport {
             calls: self.counters.calls(*verb),
             failures: self.counters.failures(*verb),
@@ -123,9 +123,16 @@ impl Host {
         }
     }
 
-    /// The objects that were noted, once a guest has switched translation off.
-    pub fn objects_in_use(&self) -> Option<ObjectGraph> {
-        self.in_use.lock().clone()
+    /// The calls so far, and the objects, in use and now.
+    pub fn report(&self) -> HostReport {
+        HostReport {
+            calls: self.calls(),
+            at_start: None,
+            in_use: self.in_use.lock().clone(),
+            graph: self.graph(),
+            left: None,
+            release_unfinished: false,
+        }
     }
 
     /// Lets go of the guest's memory. Returns the objects that are left; `None` for the kernel,

@@ -138,14 +138,7 @@ impl Iommus {
 
     /// The calls of the host so far, and its objects.
     pub fn host_report(&self) -> HostReport {
-        HostReport {
-            calls: self.host.calls(),
-            at_start: self.at_start.clone(),
-            in_use: self.host.objects_in_use(),
-            graph: self.host.graph(),
-            left: None,
-            release_unfinished: false,
-        }
+        HostReport { at_start: self.at_start.clone(), ..self.host.report() }
     }
 
     /// Gives every host object back. Returns the objects that are left, if the host tells; there

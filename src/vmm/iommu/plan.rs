@@ -146,6 +146,15 @@ pub(super) fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
     Ok(host.device_bind(&name).map_err(refused)?)
 }
 
+/// Unbinds `devices` from the host.
+pub(super) fn unbind(host: &dyn HostIommu, devices: impl Iterator<Item = BoundDevice>) {
+    for (bdf, dev) in devices {
+        if let Err(error) = host.device_unbind(dev) {
+            log::error!("{bdf} stays bound: {error}");
+        }
+    }
+}
+
 pub(super) fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
     Error::Iommu(format!("{bdf} is not a device of this machine, and {id} knows only those"))
 }

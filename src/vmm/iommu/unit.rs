@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::plan::{not_of_this_machine, BoundDevice, Plan, VirtualIommu};
+use super::plan::{not_of_this_machine, unbind, BoundDevice, Plan, VirtualIommu};
 use super::smmuv3::SmmuV3;
 use super::vtd::Vtd;
 use super::Surroundings;
@@ -77,11 +77,7 @@ impl Drop for Iommu {
         if let Err(error) = self.model.shutdown() {
             log::error!("{}: host objects are left behind: {error}", self.id);
         }
-        for (bdf, dev) in self.devices.drain(..) {
-            if let Err(error) = self.host.device_unbind(dev) {
-                log::error!("{bdf} stays bound: {error}");
-            }
-        }
+        unbind(&*self.host, self.devices.drain(..));
     }
 }
 
