@@ -166,7 +166,7 @@ fn every_key_is_the_guests_but_those_behind_ctrl_a() {
     assert!(rest.contains("Ctrl-A x  end the machine\r\n"), "{rest}");
     let mut said = String::new();
     machine.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(said, "twostage: Ctrl-A x ends the machine, Ctrl-A h tells more\n");
+    assert_eq!(said, "twostage: Ctrl-A x ends the machine, Ctrl-A h shows help\n");
     assert_same(&pty.modes(), &before, "Ctrl-A x");
 }
 

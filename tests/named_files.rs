@@ -145,7 +145,7 @@ fn a_disk_of_another_format_is_said() {
             }
             let disk = format!("path=image{options}");
             let hint =
-                format!("of format {format}, and a disk is raw; make one of it with: qemu-img");
+                format!("of format {format}, and disks are raw; convert it with: qemu-img");
             files.refuse(&with_kernel(&["--disk", &disk]), NO_INPUT, &hint);
             // A guest may write that to a disk, and the disk must still be accepted next time.
             let output = files.run(&with_kernel(&["--disk", &format!("{disk},format=raw")]));

@@ -42,7 +42,9 @@ fn find(found: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
 
 /// `fn name(arguments) -> result, type of the function in libc, the system call;`
 macro_rules! next {
-    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty, $libc:ty, $system_call:expr;)*) => {
+    ($(
+        fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty, $libc:ty, $system_call:expr;
+    )*) => {
         $(
             /// The next library's function.
             ///
@@ -166,16 +168,19 @@ next! {
     fn __pread_chk(fd: c_int, to: Buffer, count: size_t, offset: off64_t, room: size_t) -> ssize_t,
         unsafe extern "C" fn(c_int, Buffer, size_t, off64_t, size_t) -> ssize_t,
         syscall(libc::SYS_pread64, fd, to, count.min(room), offset);
-    fn __pread64_chk(fd: c_int, to: Buffer, count: size_t, offset: off64_t, room: size_t) -> ssize_t,
+    fn __pread64_chk(fd: c_int, to: Buffer, count: size_t, offset: off64_t, room: size_t)
+        -> ssize_t,
         unsafe extern "C" fn(c_int, Buffer, size_t, off64_t, size_t) -> ssize_t,
         syscall(libc::SYS_pread64, fd, to, count.min(room), offset);
 
-    fn mmap(address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t)
-        -> Buffer,
+    fn mmap(
+        address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t
+    ) -> Buffer,
         unsafe extern "C" fn(Buffer, size_t, c_int, c_int, c_int, off64_t) -> Buffer,
         syscall(libc::SYS_mmap, address, length, protection, flags, fd, offset);
-    fn mmap64(address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t)
-        -> Buffer,
+    fn mmap64(
+        address: Buffer, length: size_t, protection: c_int, flags: c_int, fd: c_int, offset: off64_t
+    ) -> Buffer,
         unsafe extern "C" fn(Buffer, size_t, c_int, c_int, c_int, off64_t) -> Buffer,
         syscall(libc::SYS_mmap, address, length, protection, flags, fd, offset);
     fn mprotect(address: Buffer, length: size_t, protection: c_int) -> c_int,
@@ -227,7 +232,8 @@ next! {
     fn fstatat64(directory: c_int, path: Path, status: *mut libc::stat64, flags: c_int) -> c_int,
         unsafe extern "C" fn(c_int, Path, *mut libc::stat64, c_int) -> c_int,
         syscall(libc::SYS_newfstatat, directory, path, status, flags);
-    fn statx(directory: c_int, path: Path, flags: c_int, mask: u32, status: *mut libc::statx) -> c_int,
+    fn statx(directory: c_int, path: Path, flags: c_int, mask: u32, status: *mut libc::statx)
+        -> c_int,
         unsafe extern "C" fn(c_int, Path, c_int, u32, *mut libc::statx) -> c_int,
         syscall(libc::SYS_statx, directory, path, flags, mask, status);
     fn access(path: Path, mode: c_int) -> c_int,

@@ -50,7 +50,7 @@ impl RateLimit {
     pub fn warn(&self, line: fmt::Arguments<'_>) {
         match self.admit(Instant::now()) {
             Verdict::Log(0) => log::warn!("{line}"),
-            Verdict::Log(dropped) => log::warn!("{line} ({dropped} lines before were dropped)"),
+            Verdict::Log(dropped) => log::warn!("{line} ({dropped} earlier lines were suppressed)"),
             Verdict::Drop => {}
         }
     }

@@ -220,7 +220,9 @@ mod tests {
             prop_assert_eq!(runs.is_empty(), naive.is_empty());
             for keys in [0..=0, 3..=8, 2..=4097, 4094..=LAST - 1] {
                 let ranges: Vec<_> = runs.ranges_in(keys.clone()).collect();
-                let flat = ranges.iter().flat_map(|(keys, value)| keys.clone().map(|key| (key, *value)));
+                let flat = ranges
+                    .iter()
+                    .flat_map(|(keys, value)| keys.clone().map(|key| (key, *value)));
                 let within = naive.range(keys).map(|(key, value)| (*key, *value));
                 prop_assert_eq!(flat.collect::<Vec<_>>(), within.collect::<Vec<_>>());
                 for pair in ranges.windows(2) {
@@ -237,7 +239,8 @@ mod tests {
             let mut before = None;
             for (&key, &value) in &naive {
                 let new_block = key % (1 << BLOCK_BITS) == 0;
-                expected += usize::from(new_block || before != key.checked_sub(1).map(|key| (key, value)));
+                let equal = key.checked_sub(1).map(|key| (key, value));
+                expected += usize::from(new_block || before != equal);
                 before = Some((key, value));
             }
             prop_assert_eq!(runs.runs(), expected);

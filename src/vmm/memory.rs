@@ -150,7 +150,7 @@ impl MachineMemory {
             // SAFETY: the region is mapped with exactly this length, no other slot names it, and
             // the machine drops its vCPUs and its VM before it drops the memory.
             unsafe { vm.set_user_memory_region(slot) }
-                .map_err(Error::kvm("giving the guest its memory"))?;
+                .map_err(Error::kvm("setting the guest's memory"))?;
         }
         Ok(())
     }

@@ -232,7 +232,7 @@ impl fmt::Display for HostReport {
         let (Some(at_start), Some(graph)) = (&self.at_start, &self.graph) else { return Ok(()) };
         objects(f, "host objects at the start", at_start)?;
         if let Some(in_use) = &self.in_use {
-            objects(f, "host objects before the guest switched translation off", in_use)?;
+            objects(f, "host objects before the guest disabled translation", in_use)?;
         }
         if graph.objects == at_start.objects {
             writeln!(f, "host objects: as at the start")?;
@@ -370,7 +370,7 @@ mod tests {
         (host.graph, host.left) = (Some(graph.clone()), Some(graph));
         let text = report.to_string();
         for title in [
-            "before the guest switched translation off",
+            "before the guest disabled translation",
             "host objects",
             "host objects LEFT BEHIND",
         ] {

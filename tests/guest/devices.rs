@@ -159,7 +159,7 @@ fn a_machine_starts_again_when_its_devices_are_through_with_the_host_and_not_bef
     command.stderr(File::create(directory.path().join("said")).unwrap());
     let mut child = Running(command.spawn().unwrap());
     let lives = || read(&directory, "serial").matches("busy").count();
-    let waits = || read(&directory, "said").matches("it starts again when").count();
+    let waits = || read(&directory, "said").matches("the machine restarts when").count();
     for life in 1..=3 {
         // A life whose thread did not get to read the source ends without a wait.
         wait_until("a wait for the source", || waits() >= life);

@@ -208,7 +208,7 @@ fn a_device_reaches_memory_whatever_the_program_may() {
         ]
     );
     let said = |what| error.lines().filter(|line| line.contains(what)).count();
-    let all = ["no longer to be read and written", "discarded", "cut out of a file"].map(said);
+    let all = ["now protected", "discarded", "hole is punched"].map(said);
     assert_eq!(all, [2, 1, 2], "{error}");
 }
 

@@ -42,7 +42,7 @@ pub enum DmaError {
         group: u16,
     },
     /// The page is not present although the device has requested it.
-    #[error("DMA to {address:#x} did not get the page it asked for: {response:?}")]
+    #[error("DMA to {address:#x} did not get the page it requested: {response:?}")]
     PageRefused {
         /// IOVA, in bytes, of the first byte that could not be reached.
         address: u64,
@@ -59,7 +59,7 @@ pub enum DmaError {
         address: u64,
     },
     /// There is no memory behind it: never, as mappings are as long as their memory.
-    #[error("DMA to {address:#x} leads to no memory")]
+    #[error("DMA to {address:#x} is not backed by memory")]
     NoMemory {
         /// IOVA in bytes.
         address: u64,

@@ -54,7 +54,7 @@ impl State<'_> {
         access: Permissions,
     ) -> Result<(), String> {
         let directions: &[DmaAccess] = match access {
-            Permissions::No => return Err("no access asked for".into()),
+            Permissions::No => return Err("no access requested".into()),
             Permissions::Read => &[DmaAccess::Read],
             Permissions::Write => &[DmaAccess::Write],
             Permissions::ReadWrite => &[DmaAccess::Read, DmaAccess::Write],

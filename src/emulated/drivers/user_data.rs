@@ -149,7 +149,7 @@ impl UserData for OwnData {
     }
 
     fn write(&self, _: &[u8]) -> Outcome<()> {
-        refuse(Errno::EFAULT, "the structure is not to be written")
+        refuse(Errno::EFAULT, "the structure is read-only")
     }
 }
 

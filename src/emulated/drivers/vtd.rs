@@ -114,7 +114,7 @@ impl NestedDomain for VtdNested {
         let expected = self.invalidation_type();
         if entries.data_type() != expected {
             let detail =
-                format!("the tables take no invalidations of type {:#x}", entries.data_type());
+                format!("the page table has no invalidations of type {:#x}", entries.data_type());
             return refuse(Errno::EINVAL, detail).map_err(Partial::from);
         }
         // One call for all entries: each call stops DMA.

@@ -27,7 +27,7 @@ impl DomainIds {
             None if taken < all => {
                 self.attached.insert(tag.0, count);
             }
-            None => return refuse(Errno::ENOSPC, format!("all of {all} domain ids are taken")),
+            None => return refuse(Errno::ENOSPC, format!("all {all} domain ids are in use")),
         }
         Ok(())
     }

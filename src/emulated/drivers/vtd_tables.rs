@@ -169,7 +169,7 @@ impl Features {
             Stage::Second { coherent: true, .. } if !self.snoop_control => "snoop control",
             Stage::Second { .. } => return Ok(()),
         };
-        refuse(Errno::EINVAL, format!("the device's IOMMU does not do {misfit}"))
+        refuse(Errno::EINVAL, format!("the device's IOMMU does not support {misfit}"))
     }
 }
 

@@ -43,7 +43,8 @@ pub struct DeviceConfig {
     /// host.device_attach(dev, None, hwpt)?;
     ///
     /// let mut port = host.dma_port("nic").expect("the device");
-    /// let dma = std::thread::spawn(move || port.write(DmaAttributes::default(), 0x8000, b"hello"));
+    /// let attributes = DmaAttributes::default();
+    /// let dma = std::thread::spawn(move || port.write(attributes, 0x8000, b"hello"));
     /// let group = loop {
     ///     match queue.next_group()? {
     ///         Some(group) => break group,

@@ -98,7 +98,7 @@ pub enum MachineError {
     #[error("a PASID has at most 20 bits, not {0}")]
     PasidTooWide(u8),
     /// A device without a device TLB sends no page requests (PCIe 6.0 §10.4).
-    #[error("PRI takes ATS")]
+    #[error("PRI needs ATS")]
     PriWithoutAts,
     /// There is no device of that name.
     #[error("there is no device named '{0}'")]

@@ -32,7 +32,7 @@ impl Mmaps {
     /// `EINVAL` not a whole number of pages, or empty; `ENOSPC` there is no space.
     pub fn add(&self, mmap: Mmap) -> Outcome<u64> {
         if mmap.length == 0 || !mmap.length.is_multiple_of(PAGE_SIZE) {
-            return refuse(Errno::EINVAL, format!("{:#x} bytes are no pages", mmap.length));
+            return refuse(Errno::EINVAL, format!("{:#x} bytes are not whole pages", mmap.length));
         }
         let mut mmaps = self.lock();
         // The first page is not used, so that an offset is never 0.

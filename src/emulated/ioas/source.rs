@@ -56,7 +56,7 @@ impl Source {
             Self::User(user, start) => Ok(user.memory(start + offset, length, writable)?),
             Self::File(user, file, start) => {
                 if !user.is_memory(file) {
-                    return refuse(Errno::EINVAL, "the pages of the file are not memory's own");
+                    return refuse(Errno::EINVAL, "the file is not backed by memory");
                 }
                 pin_file(file, start + offset, length, writable)
             }

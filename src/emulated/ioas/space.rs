@@ -67,7 +67,7 @@ impl IovaSpace {
             if let Some(allowed) = self.allowed.iter().find(|allowed| overlap(allowed, range)) {
                 return refuse(
                     Errno::EADDRINUSE,
-                    format!("{allowed:#x?} was asked for, {range:#x?} is reserved"),
+                    format!("{range:#x?} is reserved, and {allowed:#x?} must be allowed"),
                 );
             }
         }
@@ -123,7 +123,7 @@ impl IovaSpace {
         if !iova.is_multiple_of(alignment) {
             return refuse(
                 Errno::EINVAL,
-                format!("IOVA {iova:#x} is no multiple of {alignment:#x}"),
+                format!("IOVA {iova:#x} is not a multiple of {alignment:#x}"),
             );
         }
         let Some(range) = range_of(iova, length) else {
@@ -176,7 +176,7 @@ impl IovaSpace {
         };
         let (parts, whole) = self.parts(&range);
         if !whole {
-            return refuse(Errno::ENOENT, format!("{range:#x?} is not mapped as a whole"));
+            return refuse(Errno::ENOENT, format!("{range:#x?} is not completely mapped"));
         }
         Ok(parts.into_iter().map(|part| part.piece).collect())
     }
@@ -259,7 +259,7 @@ impl IovaSpace {
         if start < *range.start() || last > *range.end() {
             return refuse(
                 Errno::ENOENT,
-                format!("{range:#x?} would cut the mapping {start:#x}..={last:#x}"),
+                format!("{range:#x?} would split the mapping {start:#x}..={last:#x}"),
             );
         }
         let pinned = area.pins > 0;

@@ -224,7 +224,7 @@ fn with_access(
     let file = process.test_file(fd);
     match file.as_deref().and_then(|file| (file as &dyn Any).downcast_ref()) {
         Some(access) => with(access),
-        None => refuse(Errno::EBADFD, format!("{fd} is no access object")),
+        None => refuse(Errno::EBADFD, format!("{fd} is not an access object")),
     }
 }
 
@@ -259,7 +259,8 @@ fn is_memory_at(
             let found = place.as_ref().map(|place| place.plus(piece.length() - (end - at)));
             let Some(wanted) = wanted.next() else { return held.fault.clone() };
             if !found.is_some_and(|found| found.is_in_pages(&wanted, 1)) {
-                return refuse(EBADE, format!("{at:#x} is other memory than that at {address:#x}"));
+                return refuse(EBADE, format!("the memory at {at:#x} differs from that at \
+                                              {address:#x}"));
             }
             at = (at / PAGE_SIZE + 1) * PAGE_SIZE;
         }

@@ -26,7 +26,7 @@ pub fn check_map(
         let objects = host.objects();
         let paging = objects.table().hwpt_paging(hwpt)?;
         if mock_paging(&*paging.domain).is_none() {
-            return refuse(Errno::EINVAL, format!("HWPT_PAGING {hwpt} is no mock domain"));
+            return refuse(Errno::EINVAL, format!("HWPT_PAGING {hwpt} is not a mock domain"));
         }
         (paging.domain.page_size(), objects.table().ioas(paging.ioas)?.stage2.clone())
     };

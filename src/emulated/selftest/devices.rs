@@ -36,7 +36,7 @@ impl MockDevices {
     pub fn add(&self, dirty_tracking: bool) -> Outcome<Bdf> {
         let mut devices = self.lock();
         let Some(number) = (0..=u16::MAX).find(|number| !devices.contains_key(number)) else {
-            return refuse(Errno::ENOSPC, "there are as many mock devices as there can be");
+            return refuse(Errno::ENOSPC, "the maximum number of mock devices is reached");
         };
         let device = MockDevice {
             dirty_tracking,

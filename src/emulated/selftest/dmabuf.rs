@@ -48,7 +48,7 @@ pub fn get(body: &DmabufGet, process: &dyn Process) -> Outcome<i32> {
 pub fn revoke(fd: i32, revoked: bool, process: &dyn Process) -> Outcome<()> {
     let Some(buf) = process.dma_buf(fd) else {
         let errno = if process.file(fd).is_some() { Errno::EINVAL } else { Errno::EBADF };
-        return refuse(errno, format!("{fd} is no dma-buf"));
+        return refuse(errno, format!("{fd} is not a dma-buf"));
     };
     buf.revoke();
     if !revoked {

@@ -23,7 +23,7 @@ pub fn with_driver<T>(
     let part: Arc<Part> = host.objects().table().device(dev)?.part.clone();
     match (&*part.driver as &dyn Any).downcast_ref::<MockDriver>() {
         Some(driver) => with(driver, &part),
-        None => refuse(Errno::EINVAL, format!("device {dev} is no mock device")),
+        None => refuse(Errno::EINVAL, format!("device {dev} is not a mock device")),
     }
 }
 

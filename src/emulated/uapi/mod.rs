@@ -103,7 +103,12 @@ static OPERATIONS: [Operation; 21] = [
         __reserved: u32,
         hwpt::invalidate
     ),
-    operation!(IOMMUFD_CMD_FAULT_QUEUE_ALLOC, iommu_fault_alloc, out_fault_fd: u32, events::fault_queue),
+    operation!(
+        IOMMUFD_CMD_FAULT_QUEUE_ALLOC,
+        iommu_fault_alloc,
+        out_fault_fd: u32,
+        events::fault_queue
+    ),
     operation!(IOMMUFD_CMD_IOAS_MAP_FILE, iommu_ioas_map_file, iova: u64, ioas::map_file),
     operation!(IOMMUFD_CMD_VIOMMU_ALLOC, iommu_viommu_alloc, out_viommu_id: u32, viommu::alloc),
     operation!(IOMMUFD_CMD_VDEVICE_ALLOC, iommu_vdevice_alloc, virt_id: u64, viommu::vdevice),
@@ -113,7 +118,12 @@ static OPERATIONS: [Operation; 21] = [
         __reserved: u32,
         ioas::change_process
     ),
-    operation!(IOMMUFD_CMD_VEVENTQ_ALLOC, iommu_veventq_alloc, out_veventq_fd: u32, viommu::event_queue),
+    operation!(
+        IOMMUFD_CMD_VEVENTQ_ALLOC,
+        iommu_veventq_alloc,
+        out_veventq_fd: u32,
+        viommu::event_queue
+    ),
     operation!(IOMMUFD_CMD_HW_QUEUE_ALLOC, iommu_hw_queue_alloc, length: u64, viommu::hw_queue),
 ];
 

@@ -61,7 +61,7 @@ impl Bound {
         let (mut argument, pasid) = slot(user, offset_of!(Attach, pasid))?;
         let pt = argument.id(offset_of!(Attach, pt_id));
         if pasid.is_some_and(|pasid| i32::try_from(pasid).is_err()) {
-            return refuse(Errno::ENOSPC, format!("PASID {pasid:x?} is no number of VFIO's"));
+            return refuse(Errno::ENOSPC, format!("PASID {pasid:x?} is not valid for VFIO"));
         }
         let attached = self.attached.contains(&pasid);
         let change = if attached { Change::Replace } else { Change::Attach };
@@ -154,7 +154,7 @@ impl DeviceFile {
             .iommufd(iommufd)
             .or_else(|errno| refuse(errno, format!("descriptor {iommufd}")))?;
         if !Arc::ptr_eq(host.machine(), &self.machine) {
-            return refuse(Errno::ENODEV, "the iommufd is of another machine");
+            return refuse(Errno::ENODEV, "the iommufd belongs to another machine");
         }
         let mut objects = host.objects();
         let dev = match host.context().device_bind(&mut objects, &self.name) {

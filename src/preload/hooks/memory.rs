@@ -61,7 +61,8 @@ macro_rules! mmap {
         ) -> *mut c_void {
             let fixed = flags & libc::MAP_FIXED != 0;
             if fixed && is_held(address, length) {
-                log::error!("private memory at {address:?} is pinned: nothing can be mapped over it");
+                log::error!("private memory at {address:?} is pinned: nothing can be mapped over \
+                             it");
                 return failed(Errno::ENOMEM);
             }
             let (mut fd, mut offset, mut window) = (fd, offset, None);

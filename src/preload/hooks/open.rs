@@ -105,7 +105,10 @@ macro_rules! fopen {
 fopen!(fopen fopen64);
 
 macro_rules! hooks {
-    ($(fn $name:ident $([$before:ident: $before_type:ty])? (path, flags $(, $mode:ident: $mode_type:ty)?);)*) => {
+    ($(
+        fn $name:ident $([$before:ident: $before_type:ty])?
+            (path, flags $(, $mode:ident: $mode_type:ty)?);
+    )*) => {
         $(
             #[cfg_attr(not(test), no_mangle)]
             unsafe extern "C" fn $name(

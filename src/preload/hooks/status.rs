@@ -49,7 +49,10 @@ unsafe fn fill(node: Node, status: *mut libc::stat64) -> c_int {
 }
 
 macro_rules! of_paths {
-    ($(fn $name:ident $([$before:ident: $before_type:ty])? (path, status $(, $flags:ident: $flags_type:ty)?);)*) => {
+    ($(
+        fn $name:ident $([$before:ident: $before_type:ty])?
+            (path, status $(, $flags:ident: $flags_type:ty)?);
+    )*) => {
         $(
             #[cfg_attr(not(test), no_mangle)]
             unsafe extern "C" fn $name(

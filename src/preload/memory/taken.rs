@@ -50,8 +50,8 @@ pub fn protected(address: u64, length: u64, protection: c_int) {
         say(
             &TIMES,
             format_args!(
-                "private memory at {address:#x} is pinned and no longer to be read and written: devices do \
-                 all the same, but tables that an IOMMU walks must not be there"
+                "private memory at {address:#x} is pinned and now protected: devices can still \
+                 access it, but an IOMMU cannot walk tables there"
             ),
         );
     }
@@ -69,8 +69,8 @@ pub fn advised(address: u64, length: u64, advice: c_int) {
         say(
             &TIMES,
             format_args!(
-                "private memory at {address:#x} is pinned and discarded: devices find new pages there, as the \
-                 program does, where a kernel leaves them the old ones"
+                "private memory at {address:#x} is pinned and discarded: devices see the new \
+                 pages, like the program, while on a kernel they keep the old ones"
             ),
         );
     }
@@ -103,8 +103,8 @@ fn cut() {
     say(
         &TIMES,
         format_args!(
-            "pages are cut out of a file that is pinned: devices lose them, as the program does, where a kernel \
-             leaves them to the devices"
+            "a hole is punched in a pinned file: devices lose the pages, like the program, while \
+             on a kernel they keep them"
         ),
     );
 }

@@ -94,7 +94,7 @@ impl<H: HostIommu + ?Sized> Forwarding for FailNth<H> {
                 *failing = None;
             }
             let object = named.first().copied();
-            return Err(HostError::new(verb, object, errno, "a failure was asked for").into());
+            return Err(HostError::new(verb, object, errno, "injected failure").into());
         }
         drop(failing);
         call(&self.inner)

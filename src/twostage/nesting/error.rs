@@ -46,7 +46,7 @@ pub enum NestingError {
     },
     /// On the host, PASID 0 stands for the requests without PASID: it cannot be configured
     /// separately.
-    #[error("{0}: the host translates PASID 0 as it does requests without PASID")]
+    #[error("{0}: the host uses PASID 0 for requests without PASID")]
     PasidZero(Requester),
     /// The guest uses second-stage tables of its own, which the host cannot walk.
     #[error("{0}: the host cannot nest second-stage tables that the guest owns")]
@@ -60,7 +60,7 @@ pub enum NestingError {
         table: u64,
     },
     /// The device is behind another kind of IOMMU, or none.
-    #[error("{0} is not behind an SMMUv3, which alone can serve a virtual one")]
+    #[error("{0} is not behind an SMMUv3, which a virtual SMMUv3 needs")]
     NoSmmu(Bdf),
     /// All streams of one virtual SMMU must be behind one physical SMMU.
     #[error(
@@ -77,10 +77,10 @@ pub enum NestingError {
     #[error("no device was added with the StreamID {0}")]
     NoStream(StreamId),
     /// A command that only the owner of the physical SMMU may issue.
-    #[error("no invalidation of stage 1: {0}")]
+    #[error("not an invalidation of stage 1: {0}")]
     NoInvalidation(&'static str),
     /// The process cannot create another thread.
-    #[error("no thread can be started to bring the events of streams: {0}")]
+    #[error("no thread can be started to deliver the events of streams: {0}")]
     NoThread(String),
     /// It was shut down.
     #[error("the host objects are gone already")]

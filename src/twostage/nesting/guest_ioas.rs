@@ -55,7 +55,7 @@ impl GuestIoas {
     /// # Errors
     /// The host's error.
     pub fn new(host: Arc<dyn HostIommu>) -> Result<Arc<Self>> {
-        let id = host.ioas_alloc().context(|| "making the IOAS".into())?;
+        let id = host.ioas_alloc().context(|| "allocating the IOAS".into())?;
         Ok(Arc::new(Self { host, id, given_up: false, users: Mutex::default() }))
     }
 

@@ -53,8 +53,8 @@ fn news(rid: Bdf, info: &HwInfo, said: &mut BTreeSet<(&'static str, u32)>) -> Op
     let new = bits.fold(0, |new, bit| new | if said.insert((name, bit)) { bit } else { 0 });
     (new != 0).then(|| {
         format!(
-            "the kernel sets flags {new:#x} of the {name} of {rid}, which are not known here: what \
-             they ask of a VMM is not done; a newer version may know them"
+            "the kernel sets unknown flags {new:#x} of the {name} of {rid}: what they require of a \
+             VMM is not done; a newer version may support them"
         )
     })
 }

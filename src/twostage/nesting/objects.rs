@@ -61,7 +61,7 @@ impl Objects {
             data: HwptData::None,
             fault: None,
         };
-        self.alloc_hwpt(&args, || format!("making a nesting parent for {rid}"))
+        self.alloc_hwpt(&args, || format!("allocating a nesting parent for {rid}"))
     }
 
     /// Allocates a HWPT.
@@ -89,7 +89,7 @@ impl Objects {
     pub fn destroy(&mut self, id: ObjectId) {
         self.doomed.push(id);
         if let Err(error) = self.sweep() {
-            warn_limited!("left for later: {error}");
+            warn_limited!("will be retried: {error}");
         }
     }
 

@@ -16,13 +16,16 @@ const BIG_ENDIAN: u64 = 1 << 0;
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// Not a kernel that is known here.
-    #[error("not an arm64 Linux Image{hint}", hint = .0.map_or(String::new(), |kind| format!(", but {kind}")))]
+    #[error(
+        "not an arm64 Linux Image{hint}",
+        hint = .0.map_or(String::new(), |kind| format!(", but {kind}"))
+    )]
     Unknown(Option<&'static str>),
     /// A kernel of the other byte order.
     #[error("a big-endian kernel; this machine is little-endian")]
     BigEndian,
     /// The file is longer than the memory that the kernel claims.
-    #[error("{file} bytes, more than the {memory} that its header says the kernel takes")]
+    #[error("{file} bytes, more than the {memory} that its header declares")]
     TooLong {
         /// Length of the file.
         file: u64,
@@ -30,7 +33,7 @@ pub enum ImageError {
         memory: u64,
     },
     /// There is no memory for the kernel.
-    #[error("a kernel that takes {start:#x}..{end:#x}, which is not RAM")]
+    #[error("a kernel that occupies {start:#x}..{end:#x}, which is not RAM")]
     #[cfg_attr(not(target_arch = "aarch64"), allow(dead_code, reason = "nothing is loaded"))]
     NoRoom {
         /// First address.
@@ -102,7 +105,7 @@ fn known_mistake(bytes: &[u8]) -> Option<&'static str> {
     if bytes.starts_with(GZIP) {
         Some("a gzip file: gunzip it first")
     } else if bytes.starts_with(ELF) {
-        Some("an ELF file: take arch/arm64/boot/Image, not vmlinux")
+        Some("an ELF file: use arch/arm64/boot/Image, not vmlinux")
     } else if bytes.get(4..8) == Some(EFI_ZBOOT) {
         Some("a compressed EFI program: unpack it first")
     } else {

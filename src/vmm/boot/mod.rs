@@ -69,7 +69,7 @@ enum Reason {
     #[error("{length} bytes, and guest memory has {max}: {error}")]
     TooLong { length: u64, max: u64, error: ImageError },
     #[error(
-        "{0:#x} bytes of guest memory are too few to boot; it takes more than {MEMORY_MIN:#x}"
+        "{0:#x} bytes of guest memory are too few to boot; more than {MEMORY_MIN:#x} are needed"
     )]
     MemoryTooSmall(u64),
     #[error("guest memory: {0}")]

@@ -20,9 +20,9 @@ use twostage_emulated::{
 /// Exit codes of the subcommand.
 pub(super) const EXIT_CODES: &str = "\
 Exit codes:
-    0  every device was looked at, whatever it offers
+    0  every device was examined, whatever it offers
    64  the command line contradicts itself
-   66  a device is not there, or not bound to vfio-pci
+   66  a device does not exist, or is not bound to vfio-pci
    69  there is no such host, or it refused something
    74  the result cannot be written";
 
@@ -65,14 +65,14 @@ enum Emulated {
 fn parse_vfio(text: &str) -> Result<String, String> {
     match text.strip_prefix("path=") {
         Some(path) if !path.is_empty() => Ok(path.to_owned()),
-        _ => Err("it is path= and the path of a device".to_owned()),
+        _ => Err("write path=PATH, the path of a device".to_owned()),
     }
 }
 
 /// Why `info` fails.
 #[derive(Debug, thiserror::Error)]
 enum InfoError {
-    #[error("--vfio names devices of the kernel's; the emulated host has one of its own")]
+    #[error("--vfio names devices of the kernel; the emulated host has its own")]
     VfioOfEmulated,
     #[error(transparent)]
     Open(#[from] OpenError),

@@ -110,7 +110,10 @@ struct RunArgs {
     /// assigned ones (--vfio).
     #[arg(
         long = "iommu",
-        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,ril=on|off,host=emulated|PATH,sanitize=on|off]"
+        value_name = "vtd[,id=NAME,aw=48|57,pasid-bits=N,addr=ADDRESS,second-stage=on|off,\
+            ats=on|off,caching-mode=on|off,intremap=on|off,host=emulated|PATH,sanitize=on|off]|\
+            smmuv3[,id=NAME,addr=ADDRESS,aw=48|52,granules=4K+16K+64K,pasid-bits=N,ats=on|off,\
+            ril=on|off,host=emulated|PATH,sanitize=on|off]"
     )]
     iommus: Vec<IommuConfig>,
 
@@ -293,7 +296,7 @@ fn run(args: RunArgs) -> u8 {
 fn wait_for_devices() -> Option<i32> {
     if !none_is_left_behind() {
         log::warn!(
-            "threads of the machine's devices wait for the host: it starts again when they ended"
+            "device threads are waiting for the host: the machine restarts when they end"
         );
     }
     signals::wait_until(none_is_left_behind)

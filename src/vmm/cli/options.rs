@@ -164,8 +164,9 @@ fn caching_mode(pairs: &mut Pairs<'_>, default: bool, emulated: bool) -> Result<
     let on = pairs.take("caching-mode", default, on_off)?;
     if !on && !emulated {
         // Nesting refuses it, too; here before any device is touched.
-        return Err("caching-mode=off needs host=emulated: a kernel tells nobody of DMA that it blocks, \
-                    so that tables that come to serve a device would never be read; say caching-mode=on"
+        return Err("caching-mode=off needs host=emulated: a kernel does not report DMA that it \
+                    blocks, so that tables that start to serve a device would never be read; say \
+                    caching-mode=on"
             .into());
     }
     Ok(on)
@@ -174,7 +175,7 @@ fn caching_mode(pairs: &mut Pairs<'_>, default: bool, emulated: bool) -> Result<
 fn sanitize(pairs: &mut Pairs<'_>, emulated: bool) -> Result<bool, String> {
     let on = pairs.take("sanitize", false, on_off)?;
     if on && !emulated {
-        return Err("sanitize=on needs host=emulated: it looks into that one's caches".into());
+        return Err("sanitize=on needs host=emulated, whose caches it inspects".into());
     }
     Ok(on)
 }
@@ -208,7 +209,7 @@ fn granules(text: &str) -> Result<Vec<Granule>, String> {
         "4K" => Ok(Granule::K4),
         "16K" => Ok(Granule::K16),
         "64K" => Ok(Granule::K64),
-        _ => Err(format!("'{size}' is none of 4K, 16K, 64K, of which several are joined by +")),
+        _ => Err(format!("'{size}' is none of 4K, 16K, 64K; join several with +")),
     };
     text.split('+').map(granule).collect()
 }
@@ -232,7 +233,7 @@ fn host(text: &str) -> Result<HostChoice, String> {
 /// A name that differs from the other values of a device's `iommu=`.
 fn id(text: &str) -> Result<String, String> {
     match text {
-        "on" | "off" => Err(format!("'{text}' is no name: iommu={text} means something else")),
+        "on" | "off" => Err(format!("'{text}' is not a name: iommu={text} means something else")),
         _ => Ok(text.to_owned()),
     }
 }
@@ -331,7 +332,8 @@ mod tests {
         assert_eq!("size=1G".parse(), Ok(MemoryOption { size: 1 << 30 }));
         assert_eq!("vtd".parse(), Ok(IommuConfig::default()));
         assert_eq!(
-            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,caching-mode=off,intremap=on,sanitize=on"
+            "vtd,id=a,aw=57,pasid-bits=16,addr=0xfed00000,second-stage=off,ats=on,\
+             caching-mode=off,intremap=on,sanitize=on"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("a".to_owned()),
@@ -364,7 +366,8 @@ mod tests {
         let sanitize = SmmuV3Options { sanitize: true, ..SmmuV3Options::default() };
         assert_eq!("smmuv3,sanitize=on".parse(), Ok(IommuConfig::from(sanitize)));
         assert_eq!(
-            "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,granules=4K+64K,ril=off"
+            "smmuv3,id=s,addr=0xa000000,host=/dev/iommu,ats=on,pasid-bits=4,aw=52,\
+             granules=4K+64K,ril=off"
                 .parse(),
             Ok(IommuConfig {
                 id: Some("s".to_owned()),

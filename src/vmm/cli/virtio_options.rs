@@ -49,7 +49,7 @@ impl FromStr for NetConfig {
         let name = pairs.take("tap", None, |text| Ok(Some(TapConfig::Name(text.to_owned()))))?;
         let fd = pairs.take("fd", None, |text| match text.parse() {
             Ok(fd @ 0..) => Ok(Some(TapConfig::Fd(fd))),
-            _ => Err(format!("'{text}' is no file descriptor")),
+            _ => Err(format!("'{text}' is not a file descriptor")),
         })?;
         let tap = match (name, fd) {
             (Some(tap), None) | (None, Some(tap)) => tap,

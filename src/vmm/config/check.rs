@@ -12,22 +12,22 @@ pub enum ConfigError {
     #[error("--cpus: a machine needs at least one vCPU; boot=0 gives it none")]
     NoVcpus,
     /// A virtual IOMMU's registers overlap something else.
-    #[error("--iommu: addr={0:#x} is where {1} is")]
+    #[error("--iommu: addr={0:#x} overlaps {1}")]
     RegisterPage(u64, &'static str),
     /// The registers of two virtual IOMMUs overlap.
-    #[error("--iommu: addr={0:#x} is where the registers of {1} are")]
+    #[error("--iommu: addr={0:#x} overlaps the registers of {1}")]
     SameRegisterPage(u64, String),
     /// This architecture's firmware cannot describe it.
-    #[error("--iommu {0}: a guest on this processor is told of {known} alone", known = arch::IOMMU)]
+    #[error("--iommu {0}: this architecture has {known} only", known = arch::IOMMU)]
     OtherArchitecture(&'static str),
     /// The registers are not aligned.
-    #[error("--iommu: addr={0:#x} is no multiple of {1:#x}")]
+    #[error("--iommu: addr={0:#x} is not a multiple of {1:#x}")]
     Unaligned(u64, u64),
     /// Two virtual IOMMUs have the same name.
     #[error("--iommu: there are two with id={0}")]
     SameIommu(String),
     /// Linux, for example, remaps the interrupts of all units or of none.
-    #[error("--iommu: intremap=on and intremap=off contradict each other; it is one for all")]
+    #[error("--iommu: intremap=on and intremap=off contradict each other; it applies to all")]
     SomeInterruptsRemapped,
     /// A device behind an IOMMU, but there is none.
     #[error("{0} {1}: iommu=on, but there is no --iommu")]
@@ -40,7 +40,7 @@ pub enum ConfigError {
     #[error("{0}")]
     WrongHost(String),
     /// Virtual IOMMUs of one machine share one IOAS.
-    #[error("--iommu: host= is one for all of a machine")]
+    #[error("--iommu: host= must be the same for all of a machine")]
     SeveralHosts,
     /// The same device twice.
     #[error("--vfio: {0} is given twice")]
@@ -136,8 +136,11 @@ impl MachineConfig {
     /// Checks that the virtual IOMMU of `device` has the right host for it.
     fn validate_host(&self, number: usize, device: &DeviceConfig) -> Result<(), ConfigError> {
         if let DeviceConfig::Vfio(vfio) = device {
-            let same = |other: &&DeviceConfig| matches!(other, DeviceConfig::Vfio(other) if other.path == vfio.path);
-            if self.devices.iter().filter(same).count() > 1 {
+            let paths = self.devices.iter().filter_map(|device| match device {
+                DeviceConfig::Vfio(vfio) => Some(&vfio.path),
+                _ => None,
+            });
+            if paths.filter(|path| **path == vfio.path).count() > 1 {
                 return Err(ConfigError::SameDevice(vfio.path.display().to_string()));
             }
         }
@@ -153,8 +156,8 @@ impl MachineConfig {
             }
             (DeviceConfig::Vfio(_), _) | (_, None | Some(HostChoice::Emulated)) => Ok(()),
             (_, Some(HostChoice::Kernel(_))) => Err(ConfigError::WrongHost(format!(
-                "{option} {number}: {id} has host={DEV_IOMMU}, which takes devices of this machine \
-                 alone (--vfio); this one needs iommu=off"
+                "{option} {number}: {id} has host={DEV_IOMMU}, which takes only devices of this \
+                 machine (--vfio); this one needs iommu=off"
             ))),
         }
     }
@@ -239,7 +242,7 @@ mod tests {
                 "--device 1: vtd0 has host=/dev/iommu",
             ),
             (vec![], vec![vfio("/a", off.clone()), vfio("/a", off.clone())], "/a is given twice"),
-            (vec![kernel.clone(), IommuConfig::default()], vec![], "one for all"),
+            (vec![kernel.clone(), IommuConfig::default()], vec![], "the same for all"),
         ] {
             let config = MachineConfig { iommus, devices, ..testing::machine() };
             let error = config.validate().unwrap_err().to_string();

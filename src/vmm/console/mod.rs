@@ -38,7 +38,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
 const ESCAPE: u8 = 0x01;
 
-const HINT: &str = "twostage: Ctrl-A x ends the machine, Ctrl-A h tells more";
+const HINT: &str = "twostage: Ctrl-A x ends the machine, Ctrl-A h shows help";
 const HELP: &str = "\r\n\
 Ctrl-A h  this help\r\n\
 Ctrl-A x  end the machine\r\n\

@@ -155,7 +155,8 @@ impl GsiTable {
             [(gsi, Some(refused))] => {
                 let address = refused.message.address;
                 warn_limited!(
-                    "interrupt route {gsi}: KVM takes no message to {address:#x}, which is left out"
+                    "interrupt route {gsi}: KVM does not accept a message to {address:#x}, which \
+                     is left out"
                 );
                 table.set((*gsi, None));
                 table.refused.insert(*gsi, *refused);

@@ -123,8 +123,8 @@ pub(super) fn bind_devices(
 fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) -> Error {
     match error {
         NestingError::OtherSmmu { rid, first } => Error::HostLacks(format!(
-            "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add one more \
-             --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
+            "{} is behind another SMMU than {}, and one virtual SMMU cannot serve both: add one \
+             more --iommu smmuv3,id=ID,host=/dev/iommu, and iommu=ID to its --vfio",
             plan.device_name(rid),
             plan.device_name(first)
         )),
@@ -132,7 +132,7 @@ fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) 
             if function.vfio.is_some() && source.errno == Errno::EOPNOTSUPP =>
         {
             Error::HostLacks(format!(
-                "{source}; iommu=off in its --vfio gives the guest the device past the virtual IOMMU"
+                "{source}; iommu=off in its --vfio assigns the device without the virtual IOMMU"
             ))
         }
         error => failed("adding a device")(error),
@@ -156,5 +156,5 @@ pub(super) fn unbind(host: &dyn HostIommu, devices: impl Iterator<Item = BoundDe
 }
 
 pub(super) fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
-    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} knows only those"))
+    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} takes only those"))
 }

@@ -35,7 +35,7 @@ pub(crate) fn open_kvm() -> Result<Kvm> {
     const API_VERSION: i32 = 12;
     if kvm.get_api_version() != API_VERSION {
         return Err(Error::KvmLacks(format!(
-            "API version {}; this program speaks {API_VERSION}",
+            "API version {}; this program needs {API_VERSION}",
             kvm.get_api_version()
         )));
     }
@@ -57,7 +57,7 @@ pub(crate) fn open_kvm() -> Result<Kvm> {
 pub(super) fn vm(kvm: &Kvm, config: &MachineConfig, memory: &MachineMemory) -> Result<Arc<VmFd>> {
     if usize::from(config.vcpus) > kvm.get_max_vcpus() {
         return Err(Error::KvmLacks(format!(
-            "--cpus boot={}: it runs {} at the most",
+            "--cpus boot={}: it supports at most {}",
             config.vcpus,
             kvm.get_max_vcpus()
         )));

@@ -257,8 +257,8 @@ impl Builder<'_> {
     ) -> Result<()> {
         let name = config.name();
         let file = self.wiring.files.remove(&bdf);
-        let file = file.ok_or_else(|| Error::Pci(format!("--vfio {name}: nobody has bound it")))?;
-        let what = "asking what it is";
+        let file = file.ok_or_else(|| Error::Pci(format!("--vfio {name}: it is not bound")))?;
+        let what = "querying its description";
         let host = DeviceFile::new(file)
             .map_err(|source| VfioError::new(&name, VfioProblem::Call { what, source }))?;
         let Self { window, intx, wiring, subscribers, .. } = self;
@@ -307,7 +307,7 @@ fn backend(bdf: Bdf, config: &DeviceConfig) -> Result<Box<dyn Backend>> {
             Box::new(Rng::open(&rng.source).map_err(failed)?)
         }
         DeviceConfig::Edu(_) | DeviceConfig::Vfio(_) => {
-            return Err(Error::Pci(format!("{bdf} is no virtio device")));
+            return Err(Error::Pci(format!("{bdf} is not a virtio device")));
         }
     })
 }

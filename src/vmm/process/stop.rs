@@ -103,7 +103,7 @@ impl fmt::Display for StopReason {
             }
             Self::Stuck(what) | Self::Software(what) => f.write_str(what),
             Self::Signal(SIGXCPU) => {
-                write!(f, "signal {SIGXCPU}: the limit of processor time (RLIMIT_CPU) is reached")
+                write!(f, "signal {SIGXCPU}: the CPU time limit (RLIMIT_CPU) is reached")
             }
             Self::Signal(number) => write!(f, "signal {number} ended the machine"),
             Self::Escape => f.write_str("the user ended the machine with Ctrl-A x"),

@@ -98,7 +98,7 @@ pub const EXTENDED_RULES: &[Rule] = &[
     rule(0x0d, "ACS", Treatment::Hidden, "the host keeps devices apart"),
     rule(0x0e, "ARI", Treatment::Hidden, "the guest's bus has its own numbers"),
     rule(0x0f, "ATS", Treatment::Hidden, "no virtual IOMMU offers it for assigned devices yet"),
-    rule(0x10, "SR-IOV", Treatment::Hidden, "virtual functions are the host's to make"),
+    rule(0x10, "SR-IOV", Treatment::Hidden, "virtual functions are created by the host"),
     rule(0x13, "PRI", Treatment::Hidden, "as ATS"),
     rule(0x15, "resizable BAR", Treatment::Hidden, "a BAR is as long as the host made it"),
     rule(0x18, "LTR", Treatment::Hidden, "there is no link"),
@@ -116,7 +116,7 @@ pub fn treatment(rules: &[Rule], id: u16) -> Treatment {
 pub fn why_hidden(rules: &[Rule], id: u16) -> String {
     match rules.iter().find(|rule| rule.id == id) {
         Some(rule) => format!("{}: {}", rule.name, rule.reason),
-        None => format!("{id:#x}: nobody here knows it"),
+        None => format!("{id:#x}: it is unknown"),
     }
 }
 
@@ -233,9 +233,9 @@ mod tests {
         }
         assert_eq!(
             why_hidden(EXTENDED_RULES, 0x10),
-            "SR-IOV: virtual functions are the host's to make"
+            "SR-IOV: virtual functions are created by the host"
         );
-        assert_eq!(why_hidden(RULES, 0xff), "0xff: nobody here knows it");
+        assert_eq!(why_hidden(RULES, 0xff), "0xff: it is unknown");
         assert_eq!(treatment(RULES, 0x11), Treatment::Msix);
         assert_eq!(treatment(RULES, 0xff), Treatment::Hidden);
     }

@@ -50,9 +50,10 @@ impl EventTarget for DoorbellWatch {
         let event = EventRecord::from_words(record);
         match self.of_lost_message(&event) {
             Some(window) if !self.told.swap(true, Ordering::Relaxed) => log::warn!(
-                "an interrupt of the assigned device with StreamID {} is lost: it is a write to {:#x}, \
-                 which the guest does not map. It has to map {window:#x?} to itself for the device, as the \
-                 device tree tells (iommu-addresses); more such interrupts are not told",
+                "an interrupt of the assigned device with StreamID {} is lost: it is a write to \
+                 {:#x}, which the guest does not map. It has to map {window:#x?} to itself for the \
+                 device, as the device tree says (iommu-addresses); more such interrupts are not \
+                 reported",
                 event.stream(),
                 event.input_address,
             ),

@@ -38,8 +38,8 @@ pub enum VfioProblem {
     },
     /// The host's MSI window overlaps guest memory.
     #[error(
-        "the host has its interrupt messages go to {0:#x?}, where the guest has memory: none would \
-         arrive; give the guest so little --memory that it ends before, or leave the device out"
+        "the host directs its interrupt messages to {0:#x?}, where the guest has memory: none \
+         would arrive; reduce --memory so that it ends before, or leave the device out"
     )]
     Messages(RangeInclusive<u64>),
     /// It cannot be assigned.

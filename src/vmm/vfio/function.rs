@@ -88,11 +88,11 @@ impl VfioPci {
     /// It cannot be assigned; or VFIO or KVM refuse what it needs.
     pub fn new(name: String, host: Arc<dyn HostDevice>, around: Surroundings<'_>) -> Result<Self> {
         let problem = |problem: VfioProblem| VfioError::new(&name, problem);
-        let asking = |source| problem(VfioProblem::Call { what: "asking what it has", source });
+        let asking = |source| problem(VfioProblem::Call { what: "querying its description", source });
         if !host.can_reset() {
-            log::warn!("--vfio {name}: it cannot be reset, and may still do what it did before");
+            log::warn!("--vfio {name}: it cannot be reset, and may continue what it did before");
         } else if let Err(error) = host.reset() {
-            log::warn!("--vfio {name}: reset: {error}; it may still do what it did before");
+            log::warn!("--vfio {name}: reset: {error}; it may continue what it did before");
         }
 
         let config_region = host.region(VFIO_PCI_CONFIG_REGION_INDEX).map_err(asking)?;
@@ -319,7 +319,7 @@ impl Drop for VfioPci {
         self.forward(COMMAND, &Command::new().into_bits().to_le_bytes());
         if self.host.can_reset() {
             if let Err(error) = self.host.reset() {
-                log::warn!("--vfio {}: reset: {error}; it may go on with what it did", self.name);
+                log::warn!("--vfio {}: reset: {error}; it may continue what it did", self.name);
             }
         }
     }

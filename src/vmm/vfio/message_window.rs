@@ -98,9 +98,9 @@ mod tests {
         assert_eq!(window.unwrap(), 0xa000_0000..=0xa00f_ffff);
         assert_eq!(
             told("0x0000000048000000 0x00000000480fffff msi\n").unwrap_err().to_string(),
-            "--vfio 0000:00:02.0: the host has its interrupt messages go to \
-             0x48000000..=0x480fffff, where the guest has memory: none would arrive; give the guest \
-             so little --memory that it ends before, or leave the device out"
+            "--vfio 0000:00:02.0: the host directs its interrupt messages to \
+             0x48000000..=0x480fffff, where the guest has memory: none would arrive; reduce \
+             --memory so that it ends before, or leave the device out"
         );
         for beside in ["0x3ff00000 0x3fffffff msi", "0x50000000 0x500fffff msi"] {
             told(beside).unwrap();

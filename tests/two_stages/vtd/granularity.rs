@@ -124,7 +124,8 @@ fn iotlb_scope(masks: &'static [u8]) -> impl Strategy<Value = IotlbScope> {
     prop_oneof![
         1 => Just(IotlbScope::Global),
         2 => domain().prop_map(IotlbScope::Domain),
-        6 => (domain(), range(masks)).prop_map(|(domain, range)| IotlbScope::Pages { domain, range }),
+        6 => (domain(), range(masks))
+            .prop_map(|(domain, range)| IotlbScope::Pages { domain, range }),
     ]
 }
 

@@ -197,7 +197,7 @@ impl State {
                 (group.respond)(code);
                 Ok(())
             }
-            None => refuse(Errno::EINVAL, format!("nothing was asked by the cookie {cookie}")),
+            None => refuse(Errno::EINVAL, format!("no page request has the cookie {cookie}")),
         }
     }
 }

@@ -56,7 +56,7 @@ impl Objects {
         let object = self.table.access(access)?;
         let old = object.ioas;
         if old != object.pinned_in {
-            return refuse(Errno::EBUSY, format!("access object {access} is on the move"));
+            return refuse(Errno::EBUSY, format!("access object {access} is changing its IOAS"));
         }
         if let Some(new) = new {
             self.table.ioas(new)?;
@@ -118,7 +118,7 @@ impl Objects {
     ) -> Outcome<Vec<UserMemory>> {
         let object = self.table.access(access)?;
         if object.listener.is_none() {
-            return refuse(Errno::EINVAL, "nobody would be told of an unmap");
+            return refuse(Errno::EINVAL, "there is no callback for unmaps");
         }
         let (ioas, range) = self.attached(access, iova, length)?;
         allocate("the record of a pin")?;
@@ -267,7 +267,8 @@ fn check_pages(area: Option<&Area>, part: &Part, range: &RangeInclusive<u64>) ->
     let end = piece.pages.page_offset(piece.offset + piece.length);
     let last = area.is_some_and(|area| *range.end() <= area.last);
     if piece.pages.page_offset(piece.offset) != 0 || (end != 0 && !last) {
-        return refuse(Errno::EINVAL, format!("the mapping at {iova:#x} is not of whole pages"));
+        return refuse(Errno::EINVAL, format!("the mapping at {iova:#x} does not consist of whole \
+                                              pages"));
     }
     Ok(())
 }
@@ -286,14 +287,14 @@ fn check_area(area: Option<&Area>, iova: u64, wanted: Wanted) -> Outcome<()> {
         return refuse(Errno::EPERM, format!("the mapping at {iova:#x} allows no {wanted:?}"));
     }
     if area.is_some_and(|area| area.pages.dma_buf().is_some()) {
-        return refuse(Errno::EINVAL, format!("at {iova:#x} is memory of a device"));
+        return refuse(Errno::EINVAL, format!("{iova:#x} maps device memory"));
     }
     Ok(())
 }
 
 fn check_whole(whole: bool, range: &RangeInclusive<u64>) -> Outcome<()> {
     if !whole {
-        return refuse(Errno::ENOENT, format!("{range:#x?} is not mapped as a whole"));
+        return refuse(Errno::ENOENT, format!("{range:#x?} is not completely mapped"));
     }
     Ok(())
 }

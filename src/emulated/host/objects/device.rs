@@ -76,7 +76,7 @@ impl Objects {
         let part = &self.table.device(dev)?.part;
         // In Linux 0 means "no PASID", so it cannot be attached.
         if slot == Some(0) {
-            return refuse(Errno::EINVAL, "PASID 0 is none of the device's");
+            return refuse(Errno::EINVAL, "PASID 0 cannot be attached");
         }
         let attached = self.is_attached(part.group, slot, dev);
         let change = if attached { Change::Replace } else { Change::Attach };
@@ -100,7 +100,7 @@ impl Objects {
             }
             Some(other) => {
                 let kind = other.kind();
-                refuse(Errno::EINVAL, format!("{kind} {pt} is no page table"))
+                refuse(Errno::EINVAL, format!("{kind} {pt} is not a page table"))
             }
             None => refuse(Errno::ENOENT, format!("there is no object {pt}")),
         }
@@ -151,7 +151,7 @@ impl Objects {
     pub fn set_fault_sink(&self, dev: ObjectId, sink: Weak<dyn FaultSink>) -> Outcome<()> {
         let part = &self.table.device(dev)?.part;
         if !part.driver.extensions().fault_reports {
-            return refuse(Errno::EOPNOTSUPP, "the IOMMU reports no faults to its user");
+            return refuse(Errno::EOPNOTSUPP, "the IOMMU does not report faults to user space");
         }
         part.driver.set_fault_sink(&part.requester, Some((dev, sink)));
         Ok(())

@@ -91,7 +91,7 @@ impl Objects {
 fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64>> {
     let DirtyRange { iova, length, page_size } = *range;
     if length == 0 {
-        return refuse(Errno::EINVAL, "a range of no bytes");
+        return refuse(Errno::EINVAL, "an empty range");
     }
     let Some(iovas) = range_of(iova, length) else {
         return refuse(Errno::EOVERFLOW, format!("{iova:#x} + {length:#x} is past 2^64"));
@@ -100,7 +100,8 @@ fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64
     if !aligned(alignment) || !page_size.is_power_of_two() || !aligned(page_size) {
         return refuse(
             Errno::EINVAL,
-            format!("{iova:#x}+{length:#x} is not of pages of {alignment:#x} and {page_size:#x}"),
+            format!("{iova:#x}+{length:#x} is not aligned to {alignment:#x} and pages of \
+                     {page_size:#x}"),
         );
     }
     Ok(iovas)

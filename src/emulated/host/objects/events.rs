@@ -33,7 +33,7 @@ impl Objects {
         depth: u32,
     ) -> Outcome<(ObjectId, Arc<VeventQueue>)> {
         if kind == DEFAULT {
-            return refuse(Errno::EOPNOTSUPP, "the default type of vEVENTQ is none");
+            return refuse(Errno::EOPNOTSUPP, "a vEVENTQ cannot have the default type");
         }
         if depth == 0 || depth > MAX_DEPTH {
             return refuse(Errno::EINVAL, format!("a vEVENTQ of {depth} events"));
@@ -82,7 +82,7 @@ impl Objects {
         let served = self.page_requests_of(dev, &request)?;
         let Some((queue, attachment, by)) = served else {
             part.driver.page_response(&part.requester, &request, PageResponseCode::Invalid);
-            return refuse(Errno::EINVAL, "nobody serves the page requests");
+            return refuse(Errno::EINVAL, "no HWPT of the device takes page requests");
         };
         let device = self.table.device_mut(dev)?;
         if !request.flags.last_page() {

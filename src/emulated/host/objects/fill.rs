@@ -132,7 +132,7 @@ fn take_back(ioas: &Ioas, start: u64, area: &Area) {
 fn make_room(domain: &dyn PagingDomain, start: u64, protection: Protection) -> Outcome<()> {
     // Only VFIO's ioctl makes such a mapping.
     if !protection.read && !protection.write {
-        return refuse(Errno::EINVAL, format!("the mapping at {start:#x} allows nothing"));
+        return refuse(Errno::EINVAL, format!("the mapping at {start:#x} allows no access"));
     }
     if domain.only_writable() && !protection.write {
         return refuse(

@@ -182,8 +182,8 @@ impl Objects {
             if slot.is_some() || with_pasid {
                 return refuse(
                     Errno::EINVAL,
-                    "a HWPT without the PASID flag serves no PASID and no device with PASIDs \
-                     attached",
+                    "a HWPT without the PASID flag can be attached neither to a PASID nor to a \
+                     device with PASIDs",
                 );
             }
         }

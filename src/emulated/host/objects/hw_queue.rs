@@ -33,10 +33,10 @@ impl Objects {
     pub fn hw_queue_alloc(&mut self, arguments: &HwQueueArguments) -> Outcome<ObjectId> {
         let HwQueueArguments { viommu, kind, index, base, length } = *arguments;
         if kind == DEFAULT {
-            return refuse(Errno::EOPNOTSUPP, "the default type of hardware queue is none");
+            return refuse(Errno::EOPNOTSUPP, "a hardware queue cannot have the default type");
         }
         if length == 0 {
-            return refuse(Errno::EINVAL, "a hardware queue of no length");
+            return refuse(Errno::EINVAL, "an empty hardware queue");
         }
         if base.checked_add(length - 1).is_none() {
             return refuse(Errno::EOVERFLOW, format!("{base:#x} + {length:#x} is past 2^64"));
@@ -101,7 +101,7 @@ fn one_piece(places: &[UserMemory], offset: u64, length: u64) -> Outcome<UserMem
             UserMemory::new(first.region().clone(), first.offset() + offset, length)
                 .or_else(|error| refuse(Errno::EFAULT, error.to_string()))
         }
-        _ => refuse(Errno::EFAULT, "the queue's memory is not of one piece"),
+        _ => refuse(Errno::EFAULT, "the queue's memory is not contiguous"),
     }
 }
 

@@ -70,7 +70,7 @@ impl Objects {
             }
             Some(other) => {
                 let kind = other.kind();
-                refuse(Errno::EINVAL, format!("no HWPT can be made on {kind} {}", request.pt))
+                refuse(Errno::EINVAL, format!("no HWPT can be allocated on {kind} {}", request.pt))
             }
             // Linux does not return ENOENT for the page table.
             None => refuse(Errno::EINVAL, format!("there is no object {}", request.pt)),
@@ -181,7 +181,7 @@ impl Objects {
         let fault = request.fault.filter(|_| request.flags.fault_id_valid());
         match fault {
             None if request.flags.fault_id_valid() => {
-                refuse(Errno::ENOENT, "no fault queue is named")
+                refuse(Errno::ENOENT, "no fault queue is given")
             }
             None => Ok(None),
             Some(fault) => self.table.fault(fault).map(|_| Some(fault)),

@@ -239,7 +239,7 @@ fn find_iova(ioas: &Ioas, target: MapTarget, length: u64, start: u64) -> Outcome
     if !length.is_multiple_of(alignment) {
         return refuse(
             Errno::EINVAL,
-            format!("length {length:#x} is no multiple of {alignment:#x}"),
+            format!("length {length:#x} is not a multiple of {alignment:#x}"),
         );
     }
     match target {

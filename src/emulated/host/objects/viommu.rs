@@ -24,7 +24,7 @@ impl Objects {
         data: Option<&dyn UserData>,
     ) -> Outcome<ObjectId> {
         if kind == DEFAULT {
-            return refuse(Errno::EOPNOTSUPP, "the default type of vIOMMU is none");
+            return refuse(Errno::EOPNOTSUPP, "a vIOMMU cannot have the default type");
         }
         let part = self.table.device(dev)?.part.clone();
         if !part.driver.has_viommu(kind) {

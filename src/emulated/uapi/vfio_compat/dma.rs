@@ -59,7 +59,7 @@ pub(super) fn unmap(host: &EmulatedHost, argument: u64, user: &dyn UserSpace) ->
     let ioas = host.objects().vfio_ioas()?;
     let all = flags & UNMAP_ALL != 0;
     if all && (iova, size) != (0, 0) {
-        return refuse(Errno::EINVAL, "all is unmapped from 0 on, with no size");
+        return refuse(Errno::EINVAL, "unmapping everything needs IOVA 0 and size 0");
     }
     if !all {
         cut(host, iova, size)?;

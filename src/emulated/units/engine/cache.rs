@@ -281,7 +281,8 @@ mod tests {
     proptest! {
         #[test]
         fn a_range_drops_what_overlaps_it_and_no_more(
-            entries in prop::collection::vec((0u32..3, 0u32..3, 0u64..1 << 33, prop::sample::select(&SHIFTS)), 1..64),
+            entries in prop::collection::vec(
+                (0u32..3, 0u32..3, 0u64..1 << 33, prop::sample::select(&SHIFTS)), 1..64),
             tag in 0u32..3,
             spaces in spaces(),
             // A few short ranges are probed, long ones and many scanned.

@@ -25,7 +25,7 @@ impl FaultQueue for SilentQueue {
     }
 
     fn respond(&self, cookie: u32, _: PageResponseCode) -> Result<()> {
-        let detail = format!("nothing was asked by the cookie {cookie}");
+        let detail = format!("no page request has the cookie {cookie}");
         Err(HostError::new(Verb::PageResponse, self.0, Errno::EINVAL, detail))
     }
 

@@ -37,7 +37,10 @@ pub(super) fn cdev_of(name: &str) -> Result<PathBuf, Refusal> {
     if !path.is_dir() {
         return Err((
             Errno::ENODEV,
-            format!("there is no device {name}; a VFIO device is named by its path in {CDEVS} or in /sys/bus/pci/devices"),
+            format!(
+                "there is no device {name}; a VFIO device is named by its path in {CDEVS} or in \
+                 /sys/bus/pci/devices"
+            ),
         ));
     }
     let entries = fs::read_dir(path.join("vfio-dev")).into_iter().flatten().flatten();
@@ -77,11 +80,15 @@ pub(super) fn open_cdev(cdev: &Path) -> Result<File, Refusal> {
     File::options().read(true).write(true).open(cdev).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => (
             Errno::ENODEV,
-            format!("there is no {shown}: bind the device to vfio-pci, in a kernel with CONFIG_VFIO_DEVICE_CDEV"),
+            format!(
+                "there is no {shown}: bind the device to vfio-pci, in a kernel with \
+                 CONFIG_VFIO_DEVICE_CDEV"
+            ),
         ),
-        io::ErrorKind::PermissionDenied => {
-            (Errno::EACCES, format!("{shown} may not be opened: its owner or its mode does not allow it"))
-        }
+        io::ErrorKind::PermissionDenied => (
+            Errno::EACCES,
+            format!("{shown} may not be opened: its owner or its mode does not allow it"),
+        ),
         _ => {
             let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
             (errno, format!("{shown} cannot be opened: {error}"))

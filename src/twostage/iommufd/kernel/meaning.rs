@@ -19,9 +19,9 @@ pub(super) fn of(verb: Verb, errno: Errno) -> Cow<'static, str> {
 fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
     use Verb::*;
     let text = match (verb, errno) {
-        (_, Errno::ENOTTY) => "this kernel is too old for it, or the file is none that can do it",
+        (_, Errno::ENOTTY) => "this kernel is too old, or the file does not support it",
         (DeviceBind, Errno::EINVAL) => {
-            "somebody has the device open already, or its DMA is not cache-coherent"
+            "the device is already open, or its DMA is not cache-coherent"
         }
         (DeviceBind, Errno::EBUSY) => {
             "its IOMMU group is in use: bind every device of the group to vfio-pci, and close \
@@ -33,18 +33,18 @@ fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
         }
         (DeviceAttach, Errno::ENOENT) => "there is no such page table",
         (DeviceAttach, Errno::EINVAL) => {
-            "the page table does not fit: that of another IOMMU, without the PASID flag beside \
-             PASIDs, or in a format that the IOMMU does not have"
+            "the page table is incompatible: it belongs to another IOMMU, lacks the PASID flag \
+             with PASIDs in use, or has a format that the IOMMU does not support"
         }
         (DeviceAttach, Errno::EADDRINUSE) => {
-            "the IOAS maps what is reserved for the device (IOVA_RANGES tells what is free)"
+            "the IOAS maps IOVAs that are reserved for the device (IOVA_RANGES lists the free ones)"
         }
         (DeviceAttach, Errno::EBUSY) => "the device is being reset, or the PASID is attached",
         (DeviceAttach, Errno::ENODEV) => {
-            "the page table has a fault queue, and the device or its IOMMU no page requests"
+            "the page table has a fault queue, but the device or its IOMMU has no page requests"
         }
         (DeviceAttach | DeviceDetach, Errno::EOPNOTSUPP) => {
-            "the driver of the device or of its IOMMU does not attach PASIDs"
+            "the driver of the device or of its IOMMU does not support PASIDs"
         }
         (DeviceAttach, Errno::ENOSPC) => "the IOMMU has no domain id or PASID left",
         (Destroy, Errno::ENOENT) => "there is no such object",
@@ -53,62 +53,64 @@ fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
              queue"
         }
         (IoasAllowIovas, Errno::EINVAL) => "a range has less than two bytes, or two overlap",
-        (IoasAllowIovas, Errno::EADDRINUSE) => "a range meets what is reserved for a device",
+        (IoasAllowIovas, Errno::EADDRINUSE) => "a range overlaps IOVAs that are reserved for a \
+                                                device",
         (IoasMap | IoasCopy, Errno::EINVAL) => {
-            "empty, not aligned, reserved for a device, or read-only beside a nesting parent of VT-d"
+            "empty, not aligned, reserved for a device, or read-only with a nesting parent of VT-d"
         }
         (IoasMap | IoasCopy, Errno::EEXIST) => "something is mapped there",
         (IoasMap | IoasCopy, Errno::EADDRINUSE) => "reserved for a device",
         (IoasMap | IoasCopy, Errno::EOVERFLOW) => "past the end of the address space",
-        (IoasMap | IoasCopy, Errno::ENOSPC) => "no room is left among the IOVAs that are allowed",
-        (IoasMap, Errno::EFAULT) => "the memory is not there, or may not be written",
-        (IoasCopy, Errno::EPERM) => "what is mapped for reading alone cannot be copied for writing",
+        (IoasMap | IoasCopy, Errno::ENOSPC) => "no space is left in the allowed IOVAs",
+        (IoasMap, Errno::EFAULT) => "the memory does not exist, or is not writable",
+        (IoasCopy, Errno::EPERM) => "a read-only mapping cannot be copied as writable",
         (IoasMap | IoasCopy | HwptAlloc | DeviceAttach, Errno::ENOMEM) => {
-            "no memory, or more of it is pinned than RLIMIT_MEMLOCK allows (ulimit -l)"
+            "out of memory, or more is pinned than RLIMIT_MEMLOCK allows (ulimit -l)"
         }
         (IoasCopy, Errno::ENOENT) => {
             "there is no such IOAS, or the source does not map the whole range"
         }
         (IoasUnmap, Errno::ENOENT) => {
-            "there is no such IOAS, nothing is mapped there, or a mapping would be cut"
+            "there is no such IOAS, nothing is mapped there, or a mapping would be split"
         }
         (HwptAlloc, Errno::EINVAL) => {
-            "the page table to stand on is none, is no nesting parent, or is another IOMMU's"
+            "the parent is not a page table, not a nesting parent, or belongs to another IOMMU"
         }
         (HwptAlloc, Errno::EADDRINUSE) => {
             "the IOAS maps more than the IOMMU can address, or in smaller pages"
         }
         (HwptAlloc, Errno::ENOENT) => "there is no such device or fault queue",
-        (HwptAlloc, Errno::EIO) => "a stream table entry has bits that are not the guest's to set",
+        (HwptAlloc, Errno::EIO) => "a stream table entry has bits that a guest may not set",
         (HwptInvalidate, Errno::EINVAL) => {
             "it is neither a nested HWPT nor a vIOMMU, or an entry is malformed"
         }
         (HwptInvalidate, Errno::EIO) => {
-            "a command that the owner of stage 1 cannot give, or of a stream without a vDEVICE"
+            "a command that the owner of stage 1 may not issue, or for a stream without a vDEVICE"
         }
         (HwptInvalidate, Errno::EOPNOTSUPP) => {
-            "this IOMMU takes no invalidations from user space, or an entry has unknown flags"
+            "this IOMMU does not support invalidations from user space, or an entry has unknown \
+             flags"
         }
         (HwptInvalidate, Errno::ETIMEDOUT) => "the IOMMU or the device did not answer in time",
         (HwptSetDirtyTracking | HwptGetDirtyBitmap, Errno::EOPNOTSUPP) => {
             "the HWPT was not allocated with DIRTY_TRACKING"
         }
         (HwptGetDirtyBitmap, Errno::EFAULT) => "the bitmap is too short",
-        (ViommuAlloc, Errno::EINVAL) => "the HWPT is no nesting parent of this IOMMU",
+        (ViommuAlloc, Errno::EINVAL) => "the HWPT is not a nesting parent of this IOMMU",
         (ViommuAlloc, Errno::ENOENT) => "there is no such device or no such HWPT",
         (VdeviceAlloc, Errno::EINVAL) => {
-            "the device is behind another IOMMU than the vIOMMU, or the id is one that its driver \
-             does not take"
+            "the device is behind another IOMMU than the vIOMMU, or its driver does not accept the \
+             id"
         }
         (VdeviceAlloc, Errno::EOPNOTSUPP) => {
-            "the device has more StreamIDs than the one that a vIOMMU knows it by"
+            "the device has several StreamIDs, and a vIOMMU supports one"
         }
         (VdeviceAlloc, Errno::EEXIST) => "the device has a vDEVICE, or the id is taken",
         (VdeviceAlloc, Errno::ENOENT) => "there is no such vIOMMU or no such device",
         (VeventqAlloc, Errno::EEXIST) => "the vIOMMU has a vEVENTQ of this type",
         (VeventqAlloc, Errno::EOPNOTSUPP) => "the vIOMMU has no events of this type",
         (VeventqAlloc, Errno::EINVAL) => "the depth is 0 or more than 2^19",
-        (_, Errno::EMFILE) => "this process can have no more open files (ulimit -n)",
+        (_, Errno::EMFILE) => "this process cannot open more files (ulimit -n)",
         _ => return None,
     };
     Some(text)
@@ -141,14 +143,15 @@ pub(super) fn hwpt_unsupported(name: &str, info: &HwInfo, args: &HwptAlloc) -> S
 pub(super) fn cannot_nest(name: &str, info: &HwInfo) -> String {
     let why = match info.data {
         HwInfoData::Vtd(_) => {
-            "VT-d needs scalable mode and nested translation (ECAP.SMTS and NEST; intel_iommu=sm_on)"
+            "VT-d needs scalable mode and nested translation (ECAP.SMTS and NEST; \
+             intel_iommu=sm_on)"
         }
         HwInfoData::ArmSmmuV3(_) => {
             "an SMMUv3 needs both stages, and S2FWB or CANWBS in the firmware's description of the \
              root complex"
         }
-        HwInfoData::Other(_) => "Linux nests on VT-d and SMMUv3 alone",
-        HwInfoData::None => "it says nothing of itself to user space",
+        HwInfoData::Other(_) => "Linux supports nesting on VT-d and SMMUv3 only",
+        HwInfoData::None => "it does not describe itself to user space",
     };
     format!("the IOMMU of {name} cannot nest: {why}")
 }

@@ -59,7 +59,7 @@ pub enum OpenError {
     #[error("{} may not be opened: its owner or its mode does not allow it", .0.display())]
     Permission(PathBuf),
     /// Not an iommufd.
-    #[error("{} is no iommufd", .0.display())]
+    #[error("{} is not an iommufd", .0.display())]
     NotIommufd(PathBuf),
     /// Another error of the open.
     #[error("{} cannot be opened: {}", .0.display(), .1)]

@@ -136,7 +136,7 @@ impl<T: Send + 'static> Queue<T> {
         if poller.is_none() {
             match Poller::start(self.object, self.shared.clone()) {
                 Ok(started) => *poller = Some(started),
-                Err(error) => log::error!("queue {}: nobody waits for it: {error}", self.object),
+                Err(error) => log::error!("queue {} is not read: {error}", self.object),
             }
         }
     }
@@ -170,7 +170,7 @@ impl Poller {
         let name = format!("queue {object}");
         let wait = move || {
             if let Err(error) = wait(&epoll, &shared) {
-                log::error!("queue {object}: nobody waits for it any more: {error}");
+                log::error!("queue {object} is no longer read: {error}");
             }
         };
         let thread = std::thread::Builder::new().name(name).spawn(wait)?;
@@ -234,7 +234,7 @@ impl FaultQueue for Queue<PageRequestGroup> {
         (&self.shared.file).write_all(&response).map_err(|error| {
             let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
             let detail = match errno {
-                Errno::EINVAL => format!("no group {cookie} waits for an answer"),
+                Errno::EINVAL => format!("no page request group {cookie} is waiting for a response"),
                 _ => format!("group {cookie}: {error}"),
             };
             HostError::new(Verb::PageResponse, self.object, errno, detail)

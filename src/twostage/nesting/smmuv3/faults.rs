@@ -94,7 +94,7 @@ impl Reader {
                 Ok(None) => return Drained::Empty,
                 Err(error) if passes(error.errno) => {
                     if next_pause == FIRST_PAUSE {
-                        warn_limited!("{error}: it is tried again until it can be done");
+                        warn_limited!("{error}; retrying until it works");
                     }
                     if !pause(next_pause) {
                         return Drained::Over;
@@ -120,7 +120,7 @@ impl Reader {
         }
         match record(data) {
             Some(record) => self.route.deliver(record),
-            None => warn_limited!("an event of {} bytes is no record of an SMMU", data.len()),
+            None => warn_limited!("an event of {} bytes is not an SMMU record", data.len()),
         }
     }
 }
@@ -146,8 +146,8 @@ impl fmt::Display for Unreadable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{}: faults of the devices behind this virtual SMMU reach the guest no more, nor are they \
-             told here; everything else goes on. To have them again, end the guest and start it anew",
+            "{}: faults of the devices behind this virtual SMMU are no longer reported, neither to \
+             the guest nor here; everything else continues. Restart the guest to get them back",
             self.0
         )
     }
@@ -252,7 +252,7 @@ impl Drop for EventThread {
         // The last owner of the virtual SMMU may be the thread itself, in a call to it: then it
         // ends by itself, right after.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
-            log::error!("the thread that brings events ended early");
+            log::error!("the event thread ended early");
         }
     }
 }
@@ -399,9 +399,9 @@ mod tests {
         let error = refused(Errno::EIO).unwrap_err();
         assert_eq!(
             Unreadable(&error).to_string(),
-            "VEVENT on object 6: EIO: read: refused: faults of the devices behind this virtual SMMU \
-             reach the guest no more, nor are they told here; everything else goes on. To have them \
-             again, end the guest and start it anew"
+            "VEVENT on object 6: EIO: read: refused: faults of the devices behind this virtual \
+             SMMU are no longer reported, neither to the guest nor here; everything else \
+             continues. Restart the guest to get them back"
         );
     }
 }

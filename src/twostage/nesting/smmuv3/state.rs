@@ -89,7 +89,7 @@ impl State {
             .objects
             .host()
             .get_hw_info(dev)
-            .context(|| format!("asking which IOMMU {rid} is behind"))?;
+            .context(|| format!("querying the IOMMU of {rid}"))?;
         if !matches!(info.data, HwInfoData::ArmSmmuV3(_)) {
             return Err(NestingError::NoSmmu(rid));
         }
@@ -117,7 +117,7 @@ impl State {
                 Err(NestingError::OtherSmmu { rid, first })
             }
             _ => {
-                let what = format!("telling the vIOMMU of {rid}");
+                let what = format!("allocating the vDEVICE of {rid}");
                 Err(NestingError::Host { what, source })
             }
         }

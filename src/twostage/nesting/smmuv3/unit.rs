@@ -34,14 +34,14 @@ impl Unit {
         let viommu = objects
             .host()
             .viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent)
-            .context(|| format!("making a vIOMMU of the SMMU of {rid}"))
+            .context(|| format!("allocating a vIOMMU for the SMMU of {rid}"))
             .inspect_err(|_| objects.destroy(parent))?;
         let misses_invalidations = hw_flags::misses_invalidations(info);
         let unit = Self { parent, viommu, events: None, misses_invalidations };
         let queue = objects
             .host()
             .veventq_alloc(viommu, VEVENTQ_ARM_SMMUV3, event_depth)
-            .context(|| format!("making an event queue for the SMMU of {rid}"));
+            .context(|| format!("allocating an event queue for the SMMU of {rid}"));
         let (object, started) = match queue {
             Ok(queue) => (queue.object(), EventThread::start(queue, route.clone())),
             Err(error) => {

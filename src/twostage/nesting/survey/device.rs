@@ -123,10 +123,10 @@ impl DeviceReport {
             unknown_flags: hw_flags::unknown_flags(info),
         };
         if hw_flags::writes_through_read_only(info) {
-            report.errata.push("772415: beside nested tables no memory can be read-only");
+            report.errata.push("772415: no read-only memory with nested tables");
         }
         if hw_flags::misses_invalidations(info) {
-            report.errata.push("of Tegra264: each TLBI and CFGI command has to be given twice");
+            report.errata.push("Tegra264: each TLBI and CFGI command has to be issued twice");
         }
         match &info.data {
             HwInfoData::Vtd(vtd) => {
@@ -196,7 +196,7 @@ fn iommu_name(data: &HwInfoData) -> String {
         HwInfoData::ArmSmmuV3(_) => "SMMUv3".to_owned(),
         HwInfoData::Other(AMD) => "AMD-Vi".to_owned(),
         HwInfoData::Other(kind) => format!("IOMMU of type {kind}"),
-        HwInfoData::None => "IOMMU that says nothing of itself".to_owned(),
+        HwInfoData::None => "IOMMU that does not describe itself".to_owned(),
     }
 }
 
@@ -232,7 +232,7 @@ impl fmt::Display for DeviceReport {
             writeln!(f, "  to invalidate: {invalidation}")?;
         }
         let nested = match (self.dirty_tracking, self.dirty_tracking_nested) {
-            (true, false) => " (not below nested tables)",
+            (true, false) => " (not with nested tables)",
             _ => "",
         };
         writeln!(f, "  dirty tracking: {}{nested}", yes(self.dirty_tracking))?;
@@ -252,7 +252,7 @@ impl fmt::Display for DeviceReport {
         if self.unknown_flags != 0 {
             writeln!(
                 f,
-                "  flags of the kernel's that are not known here: {:#x}",
+                "  unknown flags of the kernel: {:#x}",
                 self.unknown_flags
             )?;
         }

@@ -60,7 +60,7 @@ pub enum OfferKind {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OfferError {
     /// There is no device.
-    #[error("no device is named")]
+    #[error("no device is given")]
     NoDevice,
     /// The IOMMU of this device cannot nest.
     #[error("{device}: {why}")]
@@ -71,7 +71,7 @@ pub enum OfferError {
         why: String,
     },
     /// There is no virtual IOMMU for its architecture.
-    #[error("{0} is behind an IOMMU on which nobody nests")]
+    #[error("{0} is behind an IOMMU of an architecture without a virtual IOMMU")]
     UnknownIommu(String),
     /// Two architectures.
     #[error("{0} and {1} are behind IOMMUs of different architectures")]
@@ -83,7 +83,7 @@ pub enum OfferError {
     #[error(transparent)]
     Conflict(#[from] CapabilityConflict),
     /// No configuration matches the units' features.
-    #[error("no virtual IOMMU has what the units have: {0}")]
+    #[error("no virtual IOMMU matches the units: {0}")]
     Impossible(String),
 }
 
@@ -217,7 +217,7 @@ impl fmt::Display for Offer {
             writeln!(f, "  device-TLBs (ATS)")?;
         }
         if self.dirty_tracking {
-            writeln!(f, "  dirty tracking below it")?;
+            writeln!(f, "  dirty page tracking")?;
         }
         write!(f, "  registers:")?;
         for (name, value) in &self.registers {

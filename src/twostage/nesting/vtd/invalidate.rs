@@ -161,7 +161,7 @@ impl State {
     /// entry and all after it; those before it are complete.
     fn flush(&mut self, hwpt: ObjectId, entries: &[iommu_hwpt_vtd_s1_invalidate]) -> Result<()> {
         let Err(stopped) = self.invalidate_hwpt(hwpt, entries) else { return Ok(()) };
-        log::debug!("the rest of HWPT {hwpt} is flushed whole: {stopped}");
+        log::debug!("HWPT {hwpt} is flushed completely: {stopped}");
         self.invalidate_hwpt(hwpt, &[EVERYTHING]).map_err(|stopped| NestingError::Host {
             what: format!("invalidating HWPT {hwpt}"),
             source: stopped.error,

@@ -234,7 +234,8 @@ mod tests {
             }
             let entries = set.into_entries();
             // In 128 bits nothing wraps.
-            let last = |address: u64, pages: u64| u128::from(address) + u128::from(pages) * 4096 - 1;
+            let last =
+                |address: u64, pages: u64| u128::from(address) + u128::from(pages) * 4096 - 1;
             let space = u128::from(u64::MAX);
             for entry in &entries {
                 prop_assert!(*entry == EVERYTHING || last(entry.addr, entry.npages) <= space);

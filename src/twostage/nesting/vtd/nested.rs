@@ -133,7 +133,9 @@ mod tests {
         #[test]
         fn an_invalidation_finds_the_users_it_names(
             users in prop::collection::vec(
-                (0u32..4, 0u16..8, 0u16..3, prop::option::of(1u32..3), 0u32..3, any::<bool>()), 0..40),
+                (0u32..4, 0u16..8, 0u16..3, prop::option::of(1u32..3), 0u32..3, any::<bool>()),
+                0..40,
+            ),
             domain in prop::option::of(0u16..3),
             pasid in prop::option::of(0u32..3),
         ) {

@@ -79,7 +79,7 @@ impl State {
             .objects
             .host()
             .get_hw_info(dev)
-            .context(|| format!("asking which IOMMU {rid} is behind"))?;
+            .context(|| format!("querying the IOMMU of {rid}"))?;
         hw_flags::say_unknown(rid, &info);
         ioas.users().add_device(rid, dev, &info)?;
         let result = self.attach_first(rid, dev, info, start);
@@ -96,7 +96,7 @@ impl State {
             self.objects
                 .host()
                 .set_fault_sink(dev, sink)
-                .context(|| format!("asking for the faults of {rid}"))?;
+                .context(|| format!("subscribing to the faults of {rid}"))?;
         }
         self.faults.add(dev, rid);
         let parent = self
@@ -112,7 +112,7 @@ impl State {
         // virtual IOMMU.
         if let Err(error) = self.detach(Requester::rid(rid)) {
             if let Err(error) = self.remove_device(rid) {
-                log::error!("{rid} could not be blocked, and is still there: {error}");
+                log::error!("{rid} could not be blocked, and was not removed: {error}");
             }
             return Err(error);
         }

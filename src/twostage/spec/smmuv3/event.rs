@@ -25,8 +25,10 @@ pub enum SecondAddress {
 }
 
 macro_rules! event_ids {
-    ($($(#[$doc:meta])* $variant:ident = $code:literal, $name:literal,
-        substream $substream:literal, input $input:literal, $second:ident, stall $stall:literal;)*) => {
+    ($(
+        $(#[$doc:meta])* $variant:ident = $code:literal, $name:literal,
+        substream $substream:literal, input $input:literal, $second:ident, stall $stall:literal;
+    )*) => {
         /// The number of an event (§7.3.2 to §7.3.20).
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum EventId {
@@ -106,7 +108,8 @@ event_ids! {
     /// A transaction without SubstreamID, or with SubstreamID 0, that STE.S1DSS refuses.
     StreamDisabled = 0x06, "F_STREAM_DISABLED", substream false, input false, None, stall false;
     /// A translated transaction of a stream without ATS.
-    TranslatedForbidden = 0x07, "F_TRANSL_FORBIDDEN", substream false, input true, None, stall false;
+    TranslatedForbidden = 0x07, "F_TRANSL_FORBIDDEN",
+        substream false, input true, None, stall false;
     /// The SubstreamID is beyond the context descriptor table, or it has no level 2 table.
     BadSubstreamId = 0x08, "C_BAD_SUBSTREAMID", substream true, input false, None, stall false;
     /// The context descriptor could not be read.

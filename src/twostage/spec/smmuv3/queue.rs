@@ -232,7 +232,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_produced_is_consumed(log2size in 0..20u64, start in any::<u32>(), steps in 0..100u32) {
+        fn what_is_produced_is_consumed(
+            log2size in 0..20u64,
+            start in any::<u32>(),
+            steps in 0..100u32,
+        ) {
             let layout = QueueBase::from_bits(log2size).layout(COMMAND_SIZE, 19);
             let cons = layout.truncate(start);
             let mut prod = cons;

@@ -4,7 +4,9 @@
 use std::fmt;
 
 macro_rules! fault_reasons {
-    ($($(#[$doc:meta])* $variant:ident = $code:literal, $condition:literal, $qualified:literal;)*) => {
+    ($(
+        $(#[$doc:meta])* $variant:ident = $code:literal, $condition:literal, $qualified:literal;
+    )*) => {
         /// Reason of an unrecoverable fault, as in a fault record's FR field (§7.1.3).
         ///
         /// [`FaultReason::condition`] is the specification's short name of the condition;

@@ -91,30 +91,30 @@ impl Default for SmmuConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SmmuConfigError {
     /// StreamIDs have 1 to 32 bits.
-    #[error("{0} StreamID bits are not possible; from 1 to 32 are")]
+    #[error("{0} StreamID bits are not possible; use 1 to 32")]
     StreamBits(u8),
     /// SubstreamIDs have at most 20 bits.
     #[error("{0} SubstreamID bits are too many; the most is {max}", max = SubstreamId::BITS)]
     SubstreamBits(u8),
     /// Input addresses have 48 or 52 bits.
-    #[error("input addresses of {0} bits are not supported; they have 48 or 52")]
+    #[error("input addresses of {0} bits are not supported; use 48 or 52")]
     InputBits(u8),
     /// The architecture does not define this output address size.
-    #[error("output addresses of {0} bits are not possible; 32, 36, 40, 42, 44, 48 and 52 are")]
+    #[error("output addresses of {0} bits are not possible; use 32, 36, 40, 42, 44, 48 or 52")]
     OutputBits(u8),
     /// 52 bits need the 64 KiB granule.
     #[error("input addresses of 52 bits need the 64 KiB granule")]
     WideWithoutGranule,
     /// There would be no translation table format.
-    #[error("no translation granule is on; nothing could be translated")]
+    #[error("no translation granule is enabled; nothing could be translated")]
     NoGranule,
     /// BBML is 0 to 2.
-    #[error("break-before-make level {0} is reserved; 0, 1 and 2 exist")]
+    #[error("break-before-make level {0} is reserved; use 0, 1 or 2")]
     BreakBeforeMakeLevel(u8),
     /// A queue is too small or too large.
     #[error(
-        "a queue of at most 2^{0} entries is not possible; \
-         from 2^{MIN_QUEUE_BITS} to 2^{MAX_QUEUE_BITS} are"
+        "a queue of at most 2^{0} entries is not possible; use 2^{MIN_QUEUE_BITS} to \
+         2^{MAX_QUEUE_BITS}"
     )]
     QueueBits(u8),
 }

@@ -54,7 +54,7 @@ impl Smmu {
     /// The guest writes CR2, which is fixed while translation is enabled.
     pub(super) fn write_cr2(&self, registers: &mut Registers, value: Cr2) {
         if registers.smmu_in_use() {
-            self.guest_error(format_args!("CR2 written while SMMUEN"));
+            self.guest_error(format_args!("CR2 is written while SMMUEN is set"));
             return;
         }
         registers.cr2 = Cr2::new()

@@ -104,7 +104,7 @@ impl SmmuConfig {
         if let Some(host) = hosts.first().filter(|_| self.ats && !hosts.iter().any(|host| host.ats))
         {
             let needed_for =
-                "ats=on was asked for, and no other device has ATS either; say ats=off";
+                "ats=on was requested, and no other device has ATS either; say ats=off";
             return Err(host.lacks("ATS", needed_for.into()));
         }
         let mut lowered = self.clone();
@@ -142,7 +142,7 @@ impl SmmuConfig {
             return Ok(());
         }
         let needed_for = format!(
-            "pasid-bits={asked} was asked for; pasid-bits={has} is the most that all devices have"
+            "pasid-bits={asked} was requested; pasid-bits={has} is the most that all devices have"
         );
         Err(host.lacks("IDR1.SSIDSIZE", needed_for))
     }
@@ -150,7 +150,7 @@ impl SmmuConfig {
     /// Everything else that was requested by value, or that every virtual SMMUv3 needs.
     fn require(&self, host: &HostSmmu) -> Result<(), CapabilityConflict> {
         let needed = |bit, what: &str| {
-            let leave = "no virtual SMMUv3 can be without; leave the device out";
+            let leave = "no virtual SMMUv3 can do without; leave the device out";
             Err(host.lacks(bit, format!("{what}, which {leave}")))
         };
         if host.idr0.ttf() & TTF_AARCH64 == 0 {
@@ -164,22 +164,22 @@ impl SmmuConfig {
             return needed("IDR0.STALL_MODEL that can terminate", what);
         }
         if self.input_bits == 52 && host.idr5.vax() == 0 {
-            return Err(host.lacks("IDR5.VAX", "aw=52 was asked for; say aw=48".into()));
+            return Err(host.lacks("IDR5.VAX", "aw=52 was requested; say aw=48".into()));
         }
         if self.input_bits == 52 && !host.idr5.gran64k() {
-            let needed_for = "aw=52 was asked for, which needs the 64 KiB granule; say aw=48";
+            let needed_for = "aw=52 was requested, which needs the 64 KiB granule; say aw=48";
             return Err(host.lacks("IDR5.GRAN64K", needed_for.into()));
         }
         if self.require_granules {
             for (granule, bit, name) in GRANULES {
                 if self.granules().any(|offered| offered == granule) && !host.has_granule(granule) {
-                    let needed_for = format!("granules= with {name} was asked for; leave that out");
+                    let needed_for = format!("granules= with {name} was requested; leave that out");
                     return Err(host.lacks(bit, needed_for));
                 }
             }
         }
         if self.require_range_invalidation && !host.idr3.ril() {
-            return Err(host.lacks("IDR3.RIL", "ril=on was asked for; say ril=off".into()));
+            return Err(host.lacks("IDR3.RIL", "ril=on was requested; say ril=off".into()));
         }
         Ok(())
     }
@@ -267,7 +267,7 @@ mod tests {
         let conflict = config.intersect(&[host("a", false), host("b", false)]).unwrap_err();
         assert_eq!(
             conflict.to_string(),
-            "the IOMMU of a lacks ATS: ats=on was asked for, and no other device has ATS either; \
+            "the IOMMU of a lacks ATS: ats=on was requested, and no other device has ATS either; \
              say ats=off"
         );
         assert!(config.intersect(&[host("a", false), host("b", true)]).unwrap().ats);
@@ -309,7 +309,7 @@ mod tests {
         let narrow = only(false, true, false);
         let asked = SmmuConfig { require_granules: true, ..only(false, true, true) };
         let ril = SmmuConfig { require_range_invalidation: true, ..Default::default() };
-        let no_other = "no virtual SMMUv3 can be without; leave the device out";
+        let no_other = "no virtual SMMUv3 can do without; leave the device out";
         type Change = fn(&mut [u32; 6]);
         let lacking: [(&SmmuConfig, Change, &str); 9] = [
             (
@@ -328,16 +328,16 @@ mod tests {
                 "IDR0.STALL_MODEL that can terminate: nobody could resume a transaction that \
                  stalls, which ",
             ),
-            (&config, |idr| idr[5] &= !(3 << 10), "IDR5.VAX: aw=52 was asked for; say aw=48"),
+            (&config, |idr| idr[5] &= !(3 << 10), "IDR5.VAX: aw=52 was requested; say aw=48"),
             (
                 &config,
                 |idr| idr[5] &= !(1 << 6),
-                "IDR5.GRAN64K: aw=52 was asked for, which needs the 64 KiB granule; say aw=48",
+                "IDR5.GRAN64K: aw=52 was requested, which needs the 64 KiB granule; say aw=48",
             ),
             (
                 &config,
                 |idr| idr[1] = 19 << 6,
-                "IDR1.SSIDSIZE: pasid-bits=20 was asked for; pasid-bits=19 is the most that all \
+                "IDR1.SSIDSIZE: pasid-bits=20 was requested; pasid-bits=19 is the most that all \
                  devices have",
             ),
             (
@@ -349,9 +349,9 @@ mod tests {
             (
                 &asked,
                 |idr| idr[5] &= !(1 << 5),
-                "IDR5.GRAN16K: granules= with 16K was asked for; leave that out",
+                "IDR5.GRAN16K: granules= with 16K was requested; leave that out",
             ),
-            (&ril, |idr| idr[3] &= !(1 << 10), "IDR3.RIL: ril=on was asked for; say ril=off"),
+            (&ril, |idr| idr[3] &= !(1 << 10), "IDR3.RIL: ril=on was requested; say ril=off"),
         ];
         for (config, change, text) in lacking {
             let hosts = [host("edu0", |_| ()), host("nic1", change)];

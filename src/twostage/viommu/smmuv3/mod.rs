@@ -224,7 +224,7 @@ impl Smmu {
         };
         if self.memory.store_u32(address, data).is_err() && !self.interrupts.message(address, data)
         {
-            self.guest_error(format_args!("a message to {address:#x}, where nothing takes it"));
+            self.guest_error(format_args!("a message to {address:#x}, which nothing accepts"));
             self.raise(signal.abort_error());
         }
     }

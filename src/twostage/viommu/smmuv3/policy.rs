@@ -393,7 +393,8 @@ mod tests {
                 write(&memory, TABLE + index * STE_SIZE, &[qw0 | 1, qw1]);
             }
             write(&memory, 0x8_0000, &[TABLE | u64::from(split + 1)]);
-            let one = StreamTable { memory: &memory, caps: &caps, base: base(TABLE), cfg: linear(6) };
+            let (base_one, cfg) = (base(TABLE), linear(6));
+            let one = StreamTable { memory: &memory, caps: &caps, base: base_one, cfg };
             let two = StreamTable { base: base(0x8_0000), cfg: two_level(6, split), ..one };
             prop_assert_eq!(one.policy(StreamId(stream)), two.policy(StreamId(stream)));
         }

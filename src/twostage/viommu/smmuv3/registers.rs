@@ -123,7 +123,7 @@ impl Smmu {
                 }
             }
             regs::STRTAB_BASE | regs::STRTAB_BASE_CFG if registers.smmu_in_use() => {
-                self.guest_error(format_args!("the stream table is moved while SMMUEN"));
+                self.guest_error(format_args!("the stream table is moved while SMMUEN is set"));
             }
             regs::STRTAB_BASE => {
                 let old = registers.strtab_base.into_bits();
@@ -137,7 +137,7 @@ impl Smmu {
                 }
             }
             regs::CMDQ_BASE if registers.cr0.cmdqen() => {
-                self.guest_error(format_args!("the command queue is moved while CMDQEN"));
+                self.guest_error(format_args!("the command queue is moved while CMDQEN is set"));
             }
             regs::CMDQ_BASE => {
                 let new = access.merge(registers.cmdq_base.into_bits(), value, QueueBase::WRITABLE);

@@ -241,7 +241,7 @@ impl VtdIommu {
         registers.root = Some(registers.rtaddr);
         if registers.rtaddr.mode() == TranslationTableMode::Legacy && self.caps.cap.sagaw() == 0 {
             self.guest_error(format_args!(
-                "a root table of legacy mode, where nothing is translated: CAP.SAGAW is 0, as \
+                "a legacy-mode root table, which translates nothing: CAP.SAGAW is 0, as \
                  second-stage tables are not offered"
             ));
         }

@@ -62,7 +62,8 @@ impl VtdConfig {
             device: host.device.clone(),
             bit: if has == 0 { "ECAP.PASID" } else { "ECAP.PSS" },
             needed_for: format!(
-                "pasid-bits={asked} was asked for; say pasid-bits={has}, the most that all devices have"
+                "pasid-bits={asked} was requested; say pasid-bits={has}, the most that all devices \
+                 have"
             ),
         })
     }
@@ -85,26 +86,26 @@ impl VtdConfig {
             );
         }
         if self.address_width == 57 && !cap.fs5lp() {
-            return conflict("CAP.FS5LP", "aw=57 was asked for; say aw=48".into());
+            return conflict("CAP.FS5LP", "aw=57 was requested; say aw=48".into());
         }
         if self.address_width > cap.guest_address_width() {
             let (bits, has) = (self.address_width, cap.guest_address_width());
             let needed_for =
-                format!("aw={bits} was asked for, and guest addresses have {has} bits there");
+                format!("aw={bits} was requested, and guest addresses have {has} bits there");
             return conflict("CAP.MGAW", needed_for);
         }
         if self.second_stage && !guest_second_stage {
-            let needed_for = "second-stage=on was asked for; say second-stage=off";
+            let needed_for = "second-stage=on was requested; say second-stage=off";
             return conflict("guest_second_stage", needed_for.into());
         }
         if !self.caching_mode && !fault_reports {
-            let needed_for = "caching-mode=off was asked for, and the host tells nobody of DMA that it \
-                              blocks, so that tables that come to serve a device would not be read; say \
-                              caching-mode=on";
+            let needed_for = "caching-mode=off was requested, and the host does not report DMA \
+                              that it blocks, so that tables that start to serve a device would \
+                              not be read; say caching-mode=on";
             return conflict("fault_reports", needed_for.into());
         }
         if self.device_iotlb && !ecap.dt() {
-            return conflict("ECAP.DT", "ats=on was asked for; say ats=off".into());
+            return conflict("ECAP.DT", "ats=on was requested; say ats=off".into());
         }
         Ok(())
     }
@@ -182,31 +183,31 @@ mod tests {
                 |host| host.ecap.set_nest(false),
                 "ECAP.NEST: the guest's first-stage tables are nested; leave the device out",
             ),
-            (|host| host.cap.set_fs5lp(false), "CAP.FS5LP: aw=57 was asked for; say aw=48"),
+            (|host| host.cap.set_fs5lp(false), "CAP.FS5LP: aw=57 was requested; say aw=48"),
             (
                 |host| host.ecap.set_pasid(false),
-                "ECAP.PASID: pasid-bits=20 was asked for; say pasid-bits=0, the most that all devices \
-                 have",
+                "ECAP.PASID: pasid-bits=20 was requested; say pasid-bits=0, the most that all \
+                 devices have",
             ),
             (
                 |host| host.ecap.set_pss(18),
-                "ECAP.PSS: pasid-bits=20 was asked for; say pasid-bits=19, the most that all devices \
-                 have",
+                "ECAP.PSS: pasid-bits=20 was requested; say pasid-bits=19, the most that all \
+                 devices have",
             ),
-            (|host| host.ecap.set_dt(false), "ECAP.DT: ats=on was asked for; say ats=off"),
+            (|host| host.ecap.set_dt(false), "ECAP.DT: ats=on was requested; say ats=off"),
             (
                 |host| host.cap.set_mgaw(55),
-                "CAP.MGAW: aw=57 was asked for, and guest addresses have 56 bits there",
+                "CAP.MGAW: aw=57 was requested, and guest addresses have 56 bits there",
             ),
             (
                 |host| host.guest_second_stage = false,
-                "guest_second_stage: second-stage=on was asked for; say second-stage=off",
+                "guest_second_stage: second-stage=on was requested; say second-stage=off",
             ),
             (
                 |host| host.fault_reports = false,
-                "fault_reports: caching-mode=off was asked for, and the host tells nobody of DMA that \
-                 it blocks, so that tables that come to serve a device would not be read; say \
-                 caching-mode=on",
+                "fault_reports: caching-mode=off was requested, and the host does not report DMA \
+                 that it blocks, so that tables that start to serve a device would not be read; \
+                 say caching-mode=on",
             ),
         ];
         for (take_away, text) in lacking {

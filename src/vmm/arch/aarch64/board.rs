@@ -53,7 +53,7 @@ impl Board {
         match event {
             KVM_SYSTEM_EVENT_SHUTDOWN => StopReason::PowerOff,
             KVM_SYSTEM_EVENT_RESET => StopReason::Reset(ResetCause::Psci),
-            event => StopReason::Stuck(format!("KVM tells of a system event of type {event}")),
+            event => StopReason::Stuck(format!("KVM reports a system event of type {event}")),
         }
     }
 }

@@ -33,5 +33,5 @@ pub(crate) const IOMMU: &str = "smmuv3";
 /// # Errors
 /// KVM cannot create one.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
-    kvm.create_vm().map_err(Error::kvm("making a virtual machine"))
+    kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))
 }

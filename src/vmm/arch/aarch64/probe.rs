@@ -59,7 +59,7 @@ impl Probe {
         match self.lacking {
             None => "Linux runs on this machine's KVM".to_owned(),
             Some(name) => {
-                format!("Linux does not run on this machine's KVM, which cannot make {name}")
+                format!("Linux does not run on this machine's KVM, which cannot create {name}")
             }
         }
     }

@@ -58,9 +58,9 @@ impl Processor {
     /// A vCPU of `vm`. The first starts with `start`; the others wait for PSCI's CPU_ON, which the
     /// kernel serves.
     fn new(vm: &VmFd, id: u8, start: &StartState) -> Result<Self> {
-        let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("making a vCPU"))?;
+        let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("creating a vCPU"))?;
         let mut init = kvm_vcpu_init::default();
-        vm.get_preferred_target(&mut init).map_err(Error::kvm("asking for a kind of vCPU"))?;
+        vm.get_preferred_target(&mut init).map_err(Error::kvm("querying the vCPU type"))?;
         init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
         if id != 0 {
             init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
@@ -122,7 +122,7 @@ impl Processor {
                         "the processor refuses to enter the guest (reason {reason:#x})"
                     )),
                     VcpuExit::InternalError => stuck("KVM internal error".to_owned()),
-                    other => stuck(format!("KVM left the guest for {other:?}")),
+                    other => stuck(format!("unexpected exit of KVM: {other:?}")),
                 }
             }
         };
@@ -135,8 +135,8 @@ impl Processor {
         let known = self.fd.get_one_reg(core_register(PC), &mut pc).is_ok();
         let at = known.then(|| format!(" at PC {:#x}", u64::from_le_bytes(pc)));
         format!(
-            "vCPU {}: the guest's instruction{} accesses no memory, and is none that KVM can do \
-             for a device: a pair, a vector, or one that changes its base register",
+            "vCPU {}: the guest's instruction{} accesses no memory, and KVM cannot emulate it as a \
+             device access: a pair, a vector, or one with writeback of the base register",
             self.id,
             at.unwrap_or_default()
         )

@@ -38,7 +38,7 @@ pub(crate) const IOMMU: &str = "vtd";
 /// # Errors
 /// KVM cannot create one.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
-    let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
+    let vm = kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))?;
     // Ignored by processors that need no such segment; KVM requires it before any vCPU.
     vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
     Ok(vm)

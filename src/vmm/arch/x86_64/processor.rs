@@ -67,10 +67,10 @@ impl Processor {
     /// in-kernel LAPICs.
     fn new(kvm: &Kvm, vm: &VmFd, identity: VcpuIdentity, start: &StartState) -> Result<Self> {
         let id = identity.id;
-        let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("making a vCPU"))?;
+        let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("creating a vCPU"))?;
         let mut cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("asking for CPUID"))?;
+            .map_err(Error::kvm("querying CPUID"))?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         cpuid::set_identity(&mut cpuid, identity, tsc_deadline);
         fd.set_cpuid2(&cpuid).map_err(Error::kvm("setting CPUID"))?;
@@ -122,7 +122,7 @@ impl Processor {
                 self.id
             )),
             Next::Unexpected => StopReason::Stuck(format!(
-                "vCPU {}: KVM left the guest for reason {}, which nobody asked for",
+                "vCPU {}: unexpected exit of KVM, reason {}",
                 self.id,
                 self.fd.get_kvm_run().exit_reason
             )),
@@ -141,7 +141,7 @@ impl Processor {
         let rip = self.rip().unwrap_or(0);
         let Some(instruction) = self.instruction_at(rip, memory) else {
             return format!(
-                "vCPU {}: the guest went to RIP {rip:#x}, where no memory of it can be read (KVM \
+                "vCPU {}: the guest went to RIP {rip:#x}, where its memory cannot be read (KVM \
                  internal error, suberror {suberror})",
                 self.id
             );
@@ -191,7 +191,7 @@ fn set_firmware_msrs(fd: &VcpuFd) -> Result<()> {
         })?;
         let set = fd.set_msrs(&msrs).map_err(Error::kvm("setting model-specific registers"))?;
         if set == 0 {
-            log::debug!("KVM does not let model-specific register {:#x} be set", msr.index);
+            log::debug!("KVM refuses to set model-specific register {:#x}", msr.index);
         }
     }
     Ok(())

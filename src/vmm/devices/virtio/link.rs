@@ -85,7 +85,7 @@ impl Link {
         gate: Arc<RequestGate>,
         trace: Option<Arc<Trace>>,
     ) -> Result<Self> {
-        let event = |_| EventFd::new(EFD_NONBLOCK).map_err(Error::os("making an event"));
+        let event = |_| EventFd::new(EFD_NONBLOCK).map_err(Error::os("creating an event"));
         Ok(Self {
             name,
             msix,

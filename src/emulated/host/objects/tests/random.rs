@@ -63,7 +63,7 @@ fn call() -> impl Strategy<Value = Call> {
         4 => (id(), pages(), target(), any::<bool>())
             .prop_map(|(ioas, (_, length), target, write)| Call::Map(ioas, length, target, write)),
         3 => (id(), id(), target(), pages())
-            .prop_map(|(dst, src, target, (iova, length))| Call::Copy(dst, src, target, iova, length)),
+            .prop_map(|(dst, src, to, (iova, length))| Call::Copy(dst, src, to, iova, length)),
         2 => (id(), pages()).prop_map(|(ioas, (iova, length))| Call::Unmap(ioas, iova, length)),
         1 => id().prop_map(|ioas| Call::Unmap(ioas, 0, u64::MAX)),
         4 => (id(), id(), 0u32..20).prop_map(|(dev, pt, flags)| Call::Paging(dev, pt, flags)),

@@ -30,7 +30,7 @@ impl fmt::Display for DmaWay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Blocked => f.write_str("nowhere"),
-            Self::Bypass => f.write_str("past all tables"),
+            Self::Bypass => f.write_str("untranslated"),
             Self::FirstStage(table) => write!(f, "through first-stage tables at {table:#x}"),
             Self::SecondStage(table) => write!(f, "through second-stage tables at {table:#x}"),
             Self::AddressSpace { asid, tables } => {
@@ -60,12 +60,13 @@ impl fmt::Display for ContextInvalidation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vtd => f.write_str(
-                "invalidation of the PASID cache (in legacy mode, of the context cache), then of the \
-                 IOTLB",
+                "invalidation of the PASID cache (in legacy mode, of the context cache), then of \
+                 the IOTLB",
             ),
             Self::SmmuV3CfgiCd { substream } => write!(
                 f,
-                "CMD_CFGI_CD with SubstreamID {substream:#x}, then CMD_TLBI_NH_ASID with the old ASID"
+                "CMD_CFGI_CD with SubstreamID {substream:#x}, then CMD_TLBI_NH_ASID with the old \
+                 ASID"
             ),
         }
     }

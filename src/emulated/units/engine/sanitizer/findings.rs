@@ -139,7 +139,7 @@ impl fmt::Display for StaleUse {
         write!(f, ", {access} at IOVA {:#x}: the entry of level {} ", self.iova, self.level)?;
         match self.old {
             Some(old) => write!(f, "was {old:#x} when it was cached and is ")?,
-            None => f.write_str("was another when it was cached and is ")?,
+            None => f.write_str("was different when it was cached and is ")?,
         }
         match self.new {
             Some(new) => write!(f, "{new:#x} now")?,

@@ -105,9 +105,9 @@ fn a_forgotten_cfgi_is_caught_and_named() {
     assert_eq!(
         stale.to_string(),
         format!(
-            "00:03.0, DMA went through the tables of ASID 0x7, TTB0 {:#x}, and by context descriptors \
-             goes through the tables of ASID 0x7, TTB0 {:#x} now; needed: CMD_CFGI_CD with SubstreamID \
-             0x0, then CMD_TLBI_NH_ASID with the old ASID",
+            "00:03.0, DMA went through the tables of ASID 0x7, TTB0 {:#x}, and by context \
+             descriptors goes through the tables of ASID 0x7, TTB0 {:#x} now; needed: CMD_CFGI_CD \
+             with SubstreamID 0x0, then CMD_TLBI_NH_ASID with the old ASID",
             old.root, new.root
         )
     );

@@ -86,9 +86,9 @@ fn requests_with_pasid_and_second_stage_tables_are_compared_too() {
     let text: Vec<_> = found.iter().map(StaleUse::to_string).collect();
     let old = OLD | RW;
     assert_eq!(text, [
-        format!("00:03.0 PASID 0x5, write at IOVA {IOVA:#x}: the entry of level 1 was {old:#x} when \
-                 it was cached and is 0x0 now; needed: PASID-based IOTLB invalidation of 1 page \
-                 from {IOVA:#x}, leaf entries; last seen: none"),
+        format!("00:03.0 PASID 0x5, write at IOVA {IOVA:#x}: the entry of level 1 was {old:#x} \
+                 when it was cached and is 0x0 now; needed: PASID-based IOTLB invalidation of 1 \
+                 page from {IOVA:#x}, leaf entries; last seen: none"),
         "00:03.0 PASID 0x6, read at IOVA 0x5000: the entry of level 1 was 0x40000003 when it was \
          cached and is 0x0 now; needed: IOTLB invalidation of 1 page from 0x5000, leaf entries; \
          last seen: none".to_owned(),

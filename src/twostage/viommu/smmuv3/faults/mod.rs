@@ -30,7 +30,7 @@ impl EventTarget for Smmu {
         let record = EventRecord::from_words(record);
         let stream = record.stream();
         let Some(standing) = self.streams.standing(stream) else {
-            self.log.warn(format_args!("SMMUv3: an event of stream {stream}, which is not here"));
+            self.log.warn(format_args!("SMMUv3: an event of the unknown stream {stream}"));
             return;
         };
         match explain(&standing, record) {

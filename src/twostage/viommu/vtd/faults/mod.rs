@@ -21,7 +21,7 @@ use crate::viommu::{MsiMessage, Requester};
 impl FaultTarget for VtdIommu {
     fn dma_fault(&self, fault: &DmaFault) {
         let Some(standing) = self.requesters.standing(fault.requester) else {
-            self.log.warn(format_args!("VT-d: a fault of {}, no device here", fault.requester));
+            self.log.warn(format_args!("VT-d: a fault of the unknown device {}", fault.requester));
             return;
         };
         let explained = explain(standing, &self.tables(standing.root), fault);

@@ -102,10 +102,13 @@ proptest! {
         ttm in 0..4u64,
         value in prop::option::of(0..1u32 << 20),
     ) {
-        let guest = Guest::new(VtdConfig { pasid_bits: 6, second_stage: true, ..Default::default() });
-        let keep = |word: u64, address: u64| if pointers { word & 0xffe | address | 1 } else { word };
+        let config = VtdConfig { pasid_bits: 6, second_stage: true, ..Default::default() };
+        let guest = Guest::new(config);
+        let keep =
+            |word: u64, address: u64| if pointers { word & 0xffe | address | 1 } else { word };
         guest.write(ROOT + 0x10, &[keep(root[0], CONTEXT), root[1]]);
-        guest.write(CONTEXT + 0x100, &[keep(context[0], DIRECTORY), context[1], context[2], context[3]]);
+        let [first, second, third, fourth] = context;
+        guest.write(CONTEXT + 0x100, &[keep(first, DIRECTORY), second, third, fourth]);
         guest.write(DIRECTORY, &[PASID_TABLE | 1]);
         guest.write(PASID_TABLE, &entry);
         guest.set_root(ttm << 10);

@@ -86,8 +86,8 @@ impl IrqChip {
 fn create(vm: &VmFd, (kind, name): &(u32, &str)) -> Result<DeviceFd> {
     vm.create_device(&mut kvm_create_device { type_: *kind, fd: 0, flags: 0 }).map_err(|error| {
         match error.errno() {
-            libc::ENODEV => Error::KvmLacks(format!("it cannot make {name}, which guests need")),
-            _ => Error::kvm("making an interrupt controller")(error),
+            libc::ENODEV => Error::KvmLacks(format!("it cannot create {name}, which guests need")),
+            _ => Error::kvm("creating an interrupt controller")(error),
         }
     })
 }

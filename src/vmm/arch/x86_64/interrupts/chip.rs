@@ -130,7 +130,7 @@ fn pins_in_the_kernel() -> impl Iterator<Item = (u32, u32, u32)> {
 }
 
 fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
-    vm.create_irq_chip().map_err(Error::kvm("making interrupt controllers"))?;
+    vm.create_irq_chip().map_err(Error::kvm("creating interrupt controllers"))?;
     // Masked, as firmware leaves them: a guest that ignores them must not get interrupts at their
     // initial vectors, which are exceptions of the processor.
     for (chip_id, elcr_mask) in PICS {
@@ -141,7 +141,7 @@ fn create_in_kernel(vm: &VmFd) -> Result<IrqChip> {
     }
     // Port 0x61 is emulated, too, so that guests that use it to measure time do not hang.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
-    vm.create_pit2(pit).map_err(Error::kvm("making the interval timer"))?;
+    vm.create_pit2(pit).map_err(Error::kvm("creating the interval timer"))?;
     Routing::set(vm, &IrqChip::InKernel.pin_routes(), &BTreeMap::new())
         .map_err(Error::kvm("routing interrupts"))?;
     Ok(IrqChip::InKernel)

@@ -89,7 +89,7 @@ impl fmt::Display for Outcome {
                 write!(f, "FAILS: KVM_EXIT_INTERNAL_ERROR, suberror {suberror}")
             }
             Self::TripleFault => f.write_str("FAILS: triple fault"),
-            Self::Hangs => f.write_str("FAILS: comes to no end"),
+            Self::Hangs => f.write_str("FAILS: does not end"),
             Self::Other(what) => write!(f, "FAILS: {what}"),
         }
     }
@@ -108,7 +108,7 @@ pub(super) fn run(kvm: &Kvm, cpuid: &CpuId, program: &Program) -> Result<Outcome
         what: "writing guest memory",
         source: io::Error::other(error),
     })?;
-    let vm = kvm.create_vm().map_err(Error::kvm("making a virtual machine"))?;
+    let vm = kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))?;
     vm.set_tss_address(KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
     memory.register(&vm)?;
     let vcpu = make_vcpu(&vm, cpuid)?;
@@ -138,7 +138,7 @@ fn load(memory: &MachineMemory, program: &Program) -> std::result::Result<(), Gu
 
 /// A vCPU about to run the program.
 fn make_vcpu(vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd> {
-    let vcpu = vm.create_vcpu(0).map_err(Error::kvm("making a vCPU"))?;
+    let vcpu = vm.create_vcpu(0).map_err(Error::kvm("creating a vCPU"))?;
     vcpu.set_cpuid2(cpuid).map_err(Error::kvm("setting CPUID"))?;
     let mut sregs = vcpu.get_sregs().map_err(Error::kvm("reading registers"))?;
     set_sregs(&mut sregs, XSAVE.is_set(cpuid));

@@ -75,7 +75,7 @@ impl Probe {
         signals::install_kick()?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("asking for CPUID"))?;
+            .map_err(Error::kvm("querying CPUID"))?;
         let ring0 = PROGRAMS
             .iter()
             .map(|program| {

@@ -32,7 +32,7 @@ pub enum DiskError {
     Kind(PathBuf),
     /// Its format is not supported.
     #[error(
-        "{path}: an image of format {format}, and a disk is raw; make one of it with: qemu-img \
+        "{path}: an image of format {format}, and disks are raw; convert it with: qemu-img \
          convert -O raw {path} NEW (if it is raw, and the guest wrote that there, say format=raw)",
         path = .path.display()
     )]
@@ -54,8 +54,8 @@ pub enum DiskError {
     Claimed(PathBuf),
     /// The image is locked by another process.
     #[error(
-        "{path}: the image is in use, by another machine or another --disk; several can have it \
-         with readonly=on alone",
+        "{path}: the image is in use, by another machine or another --disk; it can be shared with \
+         readonly=on only",
         path = .0.display()
     )]
     InUse(PathBuf),
@@ -77,9 +77,9 @@ pub enum DiskError {
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
-            "; what may only be read needs readonly=on"
+            "; a read-only file needs readonly=on"
         }
-        Some(libc::EINVAL) => "; not every file system has direct=on",
+        Some(libc::EINVAL) => "; not every file system supports direct=on",
         _ => "",
     }
 }
@@ -257,7 +257,7 @@ fn lock_all(
         }
         // As QEMU does: not every file system supports locks.
         Err(error) => {
-            log::warn!("{}: no lock is had: {error}", path.display());
+            log::warn!("{}: it cannot be locked: {error}", path.display());
             Ok(())
         }
         Ok(()) => Ok(()),
@@ -272,7 +272,7 @@ fn lock_all(
             Ok(Some(common))
         }
         Err(error) => {
-            log::warn!("{}: no lock is had but that of this node: {error}", path.display());
+            log::warn!("{}: only this device node can be locked: {error}", path.display());
             Ok(None)
         }
     }

@@ -23,12 +23,12 @@ pub enum TapError {
     #[error("tap={0}: no such interface; make it with: ip tuntap add mode tap name {0}")]
     NotThere(String),
     /// A descriptor of something else.
-    #[error("fd={0}: no tap interface is behind this descriptor")]
+    #[error("fd={0}: the descriptor is not a tap interface")]
     NotTap(RawFd),
     /// Its frame format is not the one needed here.
     #[error(
-        "fd={fd}: the tap interface {interface} lacks {flag}; whoever opens it (TUNSETIFF) must ask \
-         for IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+        "fd={fd}: the tap interface {interface} lacks {flag}; whoever opens it (TUNSETIFF) must \
+         ask for IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
     )]
     Flag {
         /// The descriptor.
@@ -257,7 +257,7 @@ mod tests {
         let (socket, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
         for fd in [file.as_raw_fd(), socket.as_raw_fd()] {
             let error = Tap::from_fd(fd).unwrap_err().to_string();
-            assert_eq!(error, format!("fd={fd}: no tap interface is behind this descriptor"));
+            assert_eq!(error, format!("fd={fd}: the descriptor is not a tap interface"));
         }
         assert!(matches!(Tap::from_fd(-1).unwrap_err(), TapError::Refused { .. }));
     }
@@ -286,7 +286,7 @@ mod tests {
             (IFF_TAP | IFF_NO_PI, Some("lacks IFF_VNET_HDR")),
             (IFF_TAP | IFF_VNET_HDR, Some("lacks IFF_NO_PI")),
             (IFF_TAP, Some("the tap interface twostage")),
-            (IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, Some("no tap interface")),
+            (IFF_TUN | IFF_NO_PI | IFF_VNET_HDR, Some("not a tap interface")),
         ] {
             let Some(file) = interface(flags) else { return };
             match (Tap::from_fd(file.as_raw_fd()), hint) {
