@@ -321,7 +321,7 @@ mod tests {
         let smmu = machine(&[SmmuV3Options::default().into()], EduConfig::default());
         let error = smmu.validate().unwrap_err();
         assert_eq!(error, ConfigError::OtherArchitecture("smmuv3"));
-        assert!(error.to_string().contains("told of vtd alone"), "{error}");
+        assert!(error.to_string().contains("has vtd only"), "{error}");
     }
 
     #[test]

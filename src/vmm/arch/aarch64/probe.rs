@@ -95,7 +95,7 @@ mod tests {
             ioeventfd: false,
         };
         let probe = Probe { kvm, lacking: Some("a GICv3"), linux: false };
-        assert!(probe.to_string().ends_with("cannot make a GICv3\n"), "{probe}");
+        assert!(probe.to_string().ends_with("cannot create a GICv3\n"), "{probe}");
         assert_eq!(serde_json::to_value(&probe).unwrap()["kvm"]["address_bits"], 40);
     }
 }
