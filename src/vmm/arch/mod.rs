@@ -10,7 +10,7 @@
 //!  interrupts ─► IrqChip, Lines, EdgeLine      the inputs of the interrupt controllers
 //!  memory, pci ► layout                        where everything is
 //!  cli ────────► probe::Probe                  what this machine's KVM can do
-//!  trace ──────► message                       what an interrupt's message says
+//!  trace ──────► decoded_message               what an interrupt's message says
 //! ```
 //!
 //! This is the only file that depends on the target architecture.
@@ -36,6 +36,6 @@ pub use x86_64 as current;
 
 pub use current::{boot, layout, probe};
 pub(super) use current::{
-    create_vm, firmware, message, Board, EdgeLine, IrqChip, Lines, Processor, Processors, IOMMU,
-    KVM_CAPABILITIES,
+    create_vm, decoded_message, firmware, Board, EdgeLine, IrqChip, Lines, Processor, Processors,
+    IOMMU, KVM_CAPABILITIES,
 };

@@ -6,17 +6,18 @@ pub mod boot;
 pub(crate) mod firmware;
 mod interrupts;
 pub mod layout;
-pub(crate) mod message;
 pub mod probe;
 mod processor;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use serde_json::{json, Value};
 
 pub(crate) use board::Board;
 pub(crate) use interrupts::{EdgeLine, IrqChip, Lines};
 pub(crate) use processor::{Processor, Processors};
 
 use crate::{Error, Result};
+use twostage::viommu::MsiMessage;
 
 /// KVM capabilities that the machine requires, besides those of every architecture.
 pub(crate) const KVM_CAPABILITIES: &[(Cap, &str)] = &[
@@ -34,4 +35,11 @@ pub(crate) const IOMMU: &str = "smmuv3";
 /// KVM cannot create one.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))
+}
+
+/// An interrupt's `message`, decoded for traces: its data is the event number, which the interrupt
+/// translation service looks up by the sender's device ID.
+pub(crate) fn decoded_message(message: MsiMessage) -> Value {
+    let MsiMessage { address, data } = message;
+    json!({ "address": format!("{address:#x}"), "event": data })
 }

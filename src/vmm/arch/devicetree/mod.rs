@@ -4,10 +4,7 @@
 //! Source: Devicetree Specification 0.4; Linux, `Documentation/devicetree/bindings`, by the names
 //! in `compatible`.
 
-mod interrupts;
-mod pci;
-mod processors;
-mod reserved;
+mod nodes;
 
 use vm_fdt::{Error, FdtWriter};
 
@@ -135,88 +132,211 @@ pub fn tree(platform: &Platform<'_>) -> Result<Vec<u8>, Error> {
     fdt.property_u32("#address-cells", ADDRESS_CELLS)?;
     fdt.property_u32("#size-cells", SIZE_CELLS)?;
     fdt.property_u32("interrupt-parent", GIC)?;
-    chosen(&mut fdt, platform)?;
+    nodes::chosen(&mut fdt, platform)?;
     for span in &platform.memory {
         let node = fdt.begin_node(&format!("memory@{:x}", span.start))?;
         fdt.property_string("device_type", "memory")?;
         fdt.property_array_u64("reg", &span.cells())?;
         fdt.end_node(node)?;
     }
-    reserved::memory(&mut fdt, &platform.assigned)?;
-    processors::nodes(&mut fdt, platform.vcpus)?;
-    interrupts::gic(&mut fdt, &platform.gic)?;
-    serial(&mut fdt, &platform.serial)?;
-    clock(&mut fdt, platform.clock)?;
+    nodes::reserved_memory(&mut fdt, &platform.assigned)?;
+    nodes::processors(&mut fdt, platform.vcpus)?;
+    nodes::gic(&mut fdt, &platform.gic)?;
+    nodes::serial(&mut fdt, &platform.serial)?;
+    nodes::clock(&mut fdt, platform.clock)?;
     for (number, smmu) in (0..).zip(&platform.smmus) {
-        smmu_node(&mut fdt, number, smmu)?;
+        nodes::smmu(&mut fdt, number, smmu)?;
     }
-    pci::host_bridge(&mut fdt, platform)?;
+    nodes::host_bridge(&mut fdt, platform)?;
     fdt.end_node(root)?;
     fdt.finish()
 }
 
-fn chosen(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
-    let node = fdt.begin_node("chosen")?;
-    fdt.property_string("bootargs", platform.cmdline)?;
-    fdt.property_string("stdout-path", &format!("/{}", serial_name(&platform.serial)))?;
-    if let Some(module) = platform.initramfs {
-        fdt.property_u64("linux,initrd-start", module.start)?;
-        fdt.property_u64("linux,initrd-end", module.start + module.length)?;
-    }
-    fdt.end_node(node)
-}
-
-fn serial_name(serial: &Serial) -> String {
-    format!("serial@{:x}", serial.registers.start)
-}
-
-/// `ns16550a`.
-fn serial(fdt: &mut FdtWriter, serial: &Serial) -> Result<(), Error> {
-    /// As in a PC's serial port; nothing here depends on it.
-    const CLOCK: u32 = 1_843_200;
-    let node = fdt.begin_node(&serial_name(serial))?;
-    fdt.property_string("compatible", "ns16550a")?;
-    fdt.property_array_u64("reg", &serial.registers.cells())?;
-    fdt.property_u32("clock-frequency", CLOCK)?;
-    fdt.property_array_u32("interrupts", &interrupts::edge(serial.spi))?;
-    fdt.end_node(node)
-}
-
-/// `arm,pl031`, with the bus clock that its binding requires.
-fn clock(fdt: &mut FdtWriter, registers: Span) -> Result<(), Error> {
-    /// Nothing here depends on it.
-    const BUS_HERTZ: u32 = 24_000_000;
-    let node = fdt.begin_node("apb-pclk")?;
-    fdt.property_string("compatible", "fixed-clock")?;
-    fdt.property_u32("#clock-cells", 0)?;
-    fdt.property_u32("clock-frequency", BUS_HERTZ)?;
-    fdt.property_phandle(BUS_CLOCK)?;
-    fdt.end_node(node)?;
-    let node = fdt.begin_node(&format!("rtc@{:x}", registers.start))?;
-    let compatible = ["arm,pl031", "arm,primecell"].map(str::to_owned);
-    fdt.property_string_list("compatible", compatible.into())?;
-    fdt.property_array_u64("reg", &registers.cells())?;
-    fdt.property_u32("clocks", BUS_CLOCK)?;
-    fdt.property_string("clock-names", "apb_pclk")?;
-    fdt.end_node(node)
-}
-
-/// `arm,smmu-v3`.
-fn smmu_node(fdt: &mut FdtWriter, number: u32, smmu: &Smmu) -> Result<(), Error> {
-    let node = fdt.begin_node(&format!("iommu@{:x}", smmu.registers.start))?;
-    fdt.property_string("compatible", "arm,smmu-v3")?;
-    fdt.property_array_u64("reg", &smmu.registers.cells())?;
-    if let Some(spis) = smmu.spis {
-        fdt.property_array_u32("interrupts", &spis.map(interrupts::edge).concat())?;
-        let names = ["eventq", "gerror", "cmdq-sync"].map(str::to_owned);
-        fdt.property_string_list("interrupt-names", names.into())?;
-    }
-    fdt.property_array_u32("msi-parent", &[ITS, smmu.device_id])?;
-    fdt.property_null("dma-coherent")?;
-    fdt.property_u32("#iommu-cells", 1)?;
-    fdt.property_phandle(FIRST_SMMU + number)?;
-    fdt.end_node(node)
-}
-
 #[cfg(test)]
-mod tests;
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn span(start: u64, length: u64) -> Span {
+        Span { start, length }
+    }
+
+    fn platform() -> Platform<'static> {
+        Platform {
+            vcpus: 2,
+            memory: vec![span(0x4000_0000, 0x2000_0000)],
+            cmdline: "console=ttyS0",
+            initramfs: None,
+            gic: Gic {
+                distributor: span(0xc00_0000, 0x1_0000),
+                redistributors: span(0xd00_0000, 0x4_0000),
+                its: span(0xc10_0000, 0x2_0000),
+            },
+            serial: Serial { registers: span(0x900_0000, 0x1000), spi: 1 },
+            clock: span(0x902_0000, 0x1000),
+            pci: Pci {
+                ecam: span(0xf00_0000, 0x10_0000),
+                last_bus: 0,
+                mmio: span(0x1000_0000, 0x3000_0000),
+                intx: vec![4, 5, 6, 7],
+            },
+            smmus: Vec::new(),
+            assigned: Vec::new(),
+        }
+    }
+
+    fn smmu(functions: &[u16]) -> Smmu {
+        let functions = functions.iter().copied().map(Bdf::from_raw).collect();
+        let registers = span(0xa00_0000, 0x2_0000);
+        Smmu { registers, spis: Some([8, 9, 10]), device_id: 0xff00, functions }
+    }
+
+    /// A tree, by the paths of its nodes.
+    struct Tree(BTreeMap<String, BTreeMap<String, Vec<u8>>>);
+
+    impl Tree {
+        /// Parses the tree of `platform` (Devicetree Specification 0.4, chapter 5).
+        fn of(platform: &Platform<'_>) -> Self {
+            let blob = tree(platform).unwrap();
+            let word = |at: usize| u32::from_be_bytes(blob[at..at + 4].try_into().unwrap());
+            let text = |at: usize| {
+                let end = at + blob[at..].iter().position(|byte| *byte == 0).unwrap();
+                String::from_utf8(blob[at..end].to_vec()).unwrap()
+            };
+            assert_eq!((word(0), word(4) as usize), (0xd00d_feed, blob.len()));
+            let strings = word(12) as usize;
+            let (mut at, mut path, mut nodes) = (word(8) as usize, Vec::new(), BTreeMap::new());
+            loop {
+                let token = word(at);
+                at += 4;
+                match token {
+                    1 => {
+                        path.push(text(at));
+                        at = (at + text(at).len() + 1).next_multiple_of(4);
+                        nodes.insert(path.join("/"), BTreeMap::new());
+                    }
+                    2 => drop(path.pop().unwrap()),
+                    3 => {
+                        let (length, name) =
+                            (word(at) as usize, text(strings + word(at + 4) as usize));
+                        let value = blob[at + 8..at + 8 + length].to_vec();
+                        nodes.get_mut(&path.join("/")).unwrap().insert(name, value);
+                        at = (at + 8 + length).next_multiple_of(4);
+                    }
+                    9 => break,
+                    token => panic!("token {token} at {at:#x}"),
+                }
+            }
+            Self(nodes)
+        }
+
+        fn cells(&self, node: &str, property: &str) -> Vec<u32> {
+            let cell = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+            self.0[node][property].chunks_exact(4).map(cell).collect()
+        }
+
+        fn text(&self, node: &str, property: &str) -> &str {
+            std::str::from_utf8(&self.0[node][property]).unwrap().trim_end_matches('\0')
+        }
+
+        /// Number of nodes and properties whose name ends with this.
+        fn count(&self, name: &str) -> usize {
+            let properties = self.0.values().flat_map(BTreeMap::keys);
+            self.0.keys().chain(properties).filter(|key| key.ends_with(name)).count()
+        }
+    }
+
+    #[test]
+    fn a_small_machine_is_described() {
+        let tree = Tree::of(&platform());
+        assert_eq!(tree.text("/chosen", "bootargs"), "console=ttyS0");
+        assert_eq!(tree.text("/chosen", "stdout-path"), "/serial@9000000");
+        assert_eq!(tree.cells("/memory@40000000", "reg"), [0, 0x4000_0000, 0, 0x2000_0000]);
+        assert_eq!((tree.cells("/cpus/cpu@1", "reg"), tree.count("cpu@2")), (vec![1], 0));
+        assert_eq!(tree.text("/psci", "method"), "hvc");
+        assert_eq!(tree.cells("/timer", "interrupts").len(), 4 * 3);
+        assert_eq!(tree.cells("/serial@9000000", "interrupts"), [0, 1, 1]);
+        let clock = "/rtc@9020000";
+        assert_eq!(tree.text(clock, "compatible"), "arm,pl031\0arm,primecell");
+        assert_eq!(tree.cells(clock, "reg"), [0, 0x902_0000, 0, 0x1000]);
+        assert_eq!(tree.cells(clock, "clocks"), tree.cells("/apb-pclk", "phandle"));
+        let gic = "/interrupt-controller@c000000";
+        assert_eq!(
+            tree.cells(gic, "reg"),
+            [0, 0xc00_0000, 0, 0x1_0000, 0, 0xd00_0000, 0, 0x4_0000]
+        );
+        let its = format!("{gic}/msi-controller@c100000");
+        assert_eq!(tree.text(&its, "compatible"), "arm,gic-v3-its");
+        // References point to existing nodes.
+        assert_eq!(tree.cells("", "interrupt-parent"), tree.cells(gic, "phandle"));
+        assert_eq!(tree.cells("/pcie@f000000", "msi-map")[1..2], tree.cells(&its, "phandle"));
+        for name in ["iommu-map", "reserved-memory", "linux,initrd-start"] {
+            assert_eq!(tree.count(name), 0, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_initramfs_is_told_by_both_its_ends() {
+        let initramfs = Some(Module { start: 0x5000_0000, length: 0x1234 });
+        let tree = Tree::of(&Platform { initramfs, ..platform() });
+        assert_eq!(tree.cells("/chosen", "linux,initrd-start"), [0, 0x5000_0000]);
+        assert_eq!(tree.cells("/chosen", "linux,initrd-end"), [0, 0x5000_1234]);
+    }
+
+    #[test]
+    fn a_cmdline_with_a_zero_byte_is_an_error() {
+        assert!(tree(&Platform { cmdline: "a\0b", ..platform() }).is_err());
+    }
+
+    #[test]
+    fn every_pin_leads_to_a_line() {
+        let tree = Tree::of(&platform());
+        let map = tree.cells("/pcie@f000000", "interrupt-map");
+        // A child's address and pin, the parent, its address and its three cells.
+        let entries: Vec<_> = map.chunks_exact(3 + 1 + 1 + 2 + 3).collect();
+        assert_eq!(entries.len(), 4);
+        assert_eq!(entries[2], [2 << 11, 0, 0, 1, GIC, 0, 0, 0, 6, 4]);
+        assert_eq!(tree.cells("/pcie@f000000", "interrupt-map-mask"), [3 << 11, 0, 0, 7]);
+    }
+
+    #[test]
+    fn the_memory_window_has_the_same_addresses_on_both_sides() {
+        let window = Tree::of(&platform()).cells("/pcie@f000000", "ranges");
+        assert_eq!(window, [0x0200_0000, 0, 0x1000_0000, 0, 0x1000_0000, 0, 0x3000_0000]);
+    }
+
+    #[test]
+    fn functions_are_behind_the_smmu_that_says_so() {
+        let other = Smmu { registers: span(0xa02_0000, 0x2_0000), ..smmu(&[0x18]) };
+        let tree = Tree::of(&Platform { smmus: vec![smmu(&[8, 0x10]), other], ..platform() });
+        let (first, second) = ("/iommu@a000000", "/iommu@a020000");
+        let [first_handle, second_handle] =
+            [first, second].map(|node| tree.cells(node, "phandle")[0]);
+        assert_ne!(first_handle, second_handle);
+        assert_eq!(
+            tree.cells("/pcie@f000000", "iommu-map"),
+            [8, first_handle, 8, 1, 0x10, first_handle, 0x10, 1, 0x18, second_handle, 0x18, 1]
+        );
+        assert_eq!(tree.cells(first, "interrupts"), [0, 8, 1, 0, 9, 1, 0, 10, 1]);
+        assert_eq!(tree.text(first, "interrupt-names"), "eventq\0gerror\0cmdq-sync");
+        assert_eq!(tree.cells(first, "msi-parent"), [ITS, 0xff00]);
+    }
+
+    #[test]
+    fn assigned_devices_have_their_messages_led_to_the_same_addresses() {
+        let messages = span(0x800_0000, 0x10_0000);
+        let device = |rid| Assigned { bdf: Bdf::from_raw(rid), identity: messages };
+        let tree = Tree::of(&Platform { assigned: vec![device(8), device(0x11)], ..platform() });
+        let (one, two) = ("/pcie@f000000/device@1,0", "/pcie@f000000/device@2,1");
+        assert_eq!(tree.cells(two, "reg"), [0x1100, 0, 0, 0, 0]);
+        let piece = "/reserved-memory/messages@8000000";
+        assert_eq!(tree.cells(piece, "reg"), [0, 0x800_0000, 0, 0x10_0000]);
+        let handles = [one, two].map(|node| tree.cells(node, "phandle")[0]);
+        let led = handles.map(|handle| [handle, 0x200_0000, 0, 0x800_0000, 0, 0x10_0000]).concat();
+        assert_eq!(tree.cells(piece, "iommu-addresses"), led);
+        for node in [one, two] {
+            assert_eq!(tree.cells(node, "memory-region"), tree.cells(piece, "phandle"));
+        }
+    }
+}

@@ -7,13 +7,15 @@ use std::sync::Arc;
 use event_manager::MutEventSubscriber;
 
 use super::config_ports::ConfigPorts;
-use super::interrupts::{Ioapic, Lines};
-use super::keyboard::{KeyboardController, COMMAND_PORT, DATA_PORT};
+use super::interrupts::Lines;
+use super::ioapic::Ioapic;
 use super::layout::{DEBUG_EXIT_PORT, IOAPIC_ADDRESS, IOAPIC_SIZE, SERIAL_PORT, TIMER_PIN};
-use super::power::{Pm1Registers, PortsWithReset, PM1_EVENT_PORT, PM1_SIZE};
+use super::power::{
+    KeyboardController, Pm1Registers, PmTimer, PortsWithReset, KEYBOARD_COMMAND_PORT,
+    KEYBOARD_DATA_PORT, PM1_EVENT_PORT, PM1_SIZE, PM_TIMER_PORT, PM_TIMER_SIZE,
+};
 use super::timers::{
-    Pit, PitTimer, PmTimer, Rtc, PIT_FIRST_PORT, PIT_LAST_PORT, PM_TIMER_PORT, PM_TIMER_SIZE,
-    PORT_B, RTC_FIRST_PORT, RTC_LAST_PORT,
+    Pit, PitTimer, Rtc, PIT_FIRST_PORT, PIT_LAST_PORT, PORT_B, RTC_FIRST_PORT, RTC_LAST_PORT,
 };
 use crate::bus::{Bus, BusDevice};
 use crate::console::serial::{SerialPort, REGISTERS};
@@ -58,8 +60,11 @@ impl Board {
                 DEBUG_EXIT_PORT..=DEBUG_EXIT_PORT + (debug_exit::LENGTH - 1),
                 Arc::new(DebugExit::new(stopper.clone())),
             ),
-            (DATA_PORT..=DATA_PORT, Arc::new(keyboard.port(DATA_PORT))),
-            (COMMAND_PORT..=COMMAND_PORT, Arc::new(keyboard.port(COMMAND_PORT))),
+            (KEYBOARD_DATA_PORT..=KEYBOARD_DATA_PORT, Arc::new(keyboard.port(KEYBOARD_DATA_PORT))),
+            (
+                KEYBOARD_COMMAND_PORT..=KEYBOARD_COMMAND_PORT,
+                Arc::new(keyboard.port(KEYBOARD_COMMAND_PORT)),
+            ),
             (RTC_FIRST_PORT..=RTC_LAST_PORT, Arc::new(Rtc::new())),
             (pm_timer..=pm_timer + u64::from(PM_TIMER_SIZE - 1), Arc::new(PmTimer::new())),
             (ConfigPorts::FIRST_PORT..=ConfigPorts::LAST_PORT, Arc::new(config_ports)),

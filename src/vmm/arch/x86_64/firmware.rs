@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a PC's firmware leaves in memory: ACPI's tables, the BIOS data area, and the reset vector.
 
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
 use super::acpi::{self, IoApic, IommuPlatform, IommuUnit, Platform};
 use super::boot::StartState;
-use super::layout::{IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
-use super::{bios_data, power, IrqChip};
-use crate::config::bdf_of;
-use crate::config::MachineConfig;
+use super::layout::{BASE_MEMORY_KIB, EXTENDED_BIOS_DATA, IOAPIC_ADDRESS, IOAPIC_BDF, IOAPIC_ID};
+use super::{power, IrqChip};
+use crate::config::{bdf_of, MachineConfig};
 use crate::memory::MachineMemory;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
+
+/// In the BIOS data area, the segment of the extended one: a word.
+const EXTENDED_SEGMENT: u64 = 0x40e;
+/// The memory below the extended area, in KiB: a word.
+const BASE_MEMORY: u64 = 0x413;
+/// The extended area's length in KiB, stored in its first byte.
+const EXTENDED_KIB: u8 = 1;
 
 /// Writes the firmware's tables for the machine of `config`, whose kernel has `_start`.
 ///
@@ -21,7 +29,7 @@ pub(crate) fn write(
     chip: IrqChip,
     _start: &StartState,
 ) -> Result<()> {
-    bios_data::write(memory)
+    write_bios_data(memory)
         .map_err(|error| Error::Firmware(format!("the BIOS data area: {error}")))?;
     power::write_reset_vector(memory)
         .map_err(|error| Error::Firmware(format!("the reset vector: {error}")))?;
@@ -61,4 +69,29 @@ fn scopes(config: &MachineConfig, interrupt_remapping: bool) -> Result<Vec<Vec<B
         }
     }
     Ok(scopes)
+}
+
+/// Writes the BIOS data area in the first 640 KiB, and the extended one at their end. An operating
+/// system that starts its other processors looks there for unused memory.
+///
+/// Source: System BIOS for IBM PCs, Compatibles, and EISA Computers (Phoenix), "BIOS Data Area".
+fn write_bios_data(memory: &MachineMemory) -> std::result::Result<(), GuestMemoryError> {
+    let (map, segment) = (memory.map(), (EXTENDED_BIOS_DATA >> 4) as u16);
+    map.write_slice(&segment.to_le_bytes(), GuestAddress(EXTENDED_SEGMENT))?;
+    map.write_slice(&BASE_MEMORY_KIB.to_le_bytes(), GuestAddress(BASE_MEMORY))?;
+    map.write_slice(&[EXTENDED_KIB], GuestAddress(EXTENDED_BIOS_DATA))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_data_area_tells_where_base_memory_ends() {
+        let memory = MachineMemory::new(1 << 20).unwrap();
+        write_bios_data(&memory).unwrap();
+        let word = |at| memory.map().read_obj::<u16>(GuestAddress(at)).unwrap();
+        assert_eq!((word(0x40e), word(0x413)), (0x9fc0, 639));
+        assert_eq!(word(0x9_fc00), 1);
+    }
 }

@@ -9,6 +9,10 @@ use twostage::spec::vtd::interrupt::INTERRUPT_RANGE;
 
 /// First address of RAM.
 pub const RAM_START: u64 = 0;
+/// The BIOS's extended data area, at the end of the first 640 KiB: all memory below it is RAM.
+pub const EXTENDED_BIOS_DATA: u64 = 0x9_fc00;
+/// The memory below it, in KiB.
+pub const BASE_MEMORY_KIB: u16 = (EXTENDED_BIOS_DATA >> 10) as u16;
 /// End of the RAM below 4 GiB, and start of PCI configuration space (ECAM).
 const LOW_RAM_END: u64 = 0xb000_0000;
 /// Start of the RAM that does not fit below [`LOW_RAM_END`].

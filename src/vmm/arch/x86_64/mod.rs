@@ -2,7 +2,6 @@
 //! A PC: PIC, IOAPIC and LAPICs, I/O ports, ACPI.
 
 pub mod acpi;
-mod bios_data;
 mod board;
 pub mod boot;
 mod config_ports;
@@ -10,21 +9,25 @@ mod cpuid;
 mod exits;
 pub(crate) mod firmware;
 mod interrupts;
-mod keyboard;
+mod ioapic;
 pub mod layout;
-pub(crate) mod message;
 mod power;
 pub mod probe;
 mod processor;
 mod timers;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use serde_json::{json, Value};
 
 pub(crate) use board::Board;
 pub(crate) use interrupts::{EdgeLine, IrqChip, Lines};
 pub(crate) use processor::{Processor, Processors};
 
 use crate::{Error, Result};
+use twostage::spec::vtd::interrupt::{
+    CompatibilityAddress, MessageData, RemappableAddress, RemappableData,
+};
+use twostage::viommu::MsiMessage;
 
 /// KVM capabilities that the machine requires, besides those of every architecture.
 pub(crate) const KVM_CAPABILITIES: &[(Cap, &str)] =
@@ -42,4 +45,54 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     // Ignored by processors that need no such segment; KVM requires it before any vCPU.
     vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("placing its TSS"))?;
     Ok(vm)
+}
+
+/// An interrupt's `message`, decoded for traces: in remappable format an interrupt index; otherwise
+/// a vector and a destination, of 32 bits if it has been remapped.
+pub(crate) fn decoded_message(message: MsiMessage) -> Value {
+    let MsiMessage { address, data } = message;
+    let mut value = json!({ "address": format!("{address:#x}"), "data": format!("{data:#x}") });
+    // The upper half is another part of the destination.
+    let compatibility = CompatibilityAddress::from_bits(address as u32);
+    if compatibility.remappable() {
+        let address = RemappableAddress::from_bits(address as u32);
+        value["handle"] = address.handle().into();
+        if address.shv() {
+            value["subhandle"] = RemappableData::from_bits(data).subhandle().into();
+        }
+        return value;
+    }
+    let data = MessageData::from_bits(data);
+    let high = (address >> 32) as u32 & !0xff;
+    value["vector"] = data.vector().into();
+    value["destination"] = (high | u32::from(compatibility.destination())).into();
+    value["logical"] = compatibility.logical().into();
+    value["delivery_mode"] = data.delivery_mode().into();
+    value["level"] = data.level().into();
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remapped_message_has_a_vector_and_a_wide_destination() {
+        let message = MsiMessage { address: 0x0001_0200_fee3_4004, data: 0xc131 };
+        let value = decoded_message(message);
+        assert_eq!(value["vector"], 0x31);
+        assert_eq!(value["destination"], 0x0001_0234);
+        assert_eq!((&value["logical"], &value["level"]), (&true.into(), &true.into()));
+        assert_eq!((&value["delivery_mode"], &value["data"]), (&1.into(), &"0xc131".into()));
+    }
+
+    #[test]
+    fn a_message_to_be_remapped_names_an_entry() {
+        let value = decoded_message(MsiMessage { address: 0xfee0_00b8, data: 3 });
+        assert_eq!((&value["handle"], &value["subhandle"]), (&5.into(), &3.into()));
+        assert!(value.get("vector").is_none());
+        assert!(decoded_message(MsiMessage { address: 0xfee0_00b0, data: 3 })
+            .get("subhandle")
+            .is_none());
+    }
 }

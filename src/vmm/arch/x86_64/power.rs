@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Power: the registers through which a guest powers the machine off or resets it with ACPI.
+//! Power: the registers through which a guest switches the machine off or resets it, and ACPI's
+//! power management timer.
 //!
-//! Source: ACPI 6.5, §4.8.3.1 and §4.8.3.2 (PM1 event and control registers), §4.8.3.6 (reset
-//! register); the ports of the reset register are a PC chipset's.
+//! Source: ACPI 6.5, §4.8.2.1 and §4.8.3.3 (timer), §4.8.3.1 and §4.8.3.2 (PM1 event and control
+//! registers), §4.8.3.6 (reset register); the ports of the reset register and of the keyboard
+//! controller, which also resets, are a PC chipset's.
 
-use twostage::sync::Mutex;
+use std::sync::{Arc, MutexGuard};
+use std::time::Instant;
 
 use bitfield_struct::bitfield;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_superio::{I8042Device, Trigger};
 
 use super::config_ports::ConfigPorts;
+use super::timers::ticks;
 use crate::bus::BusDevice;
 use crate::memory::MachineMemory;
 use crate::process::stop::{ResetCause, StopReason, Stopper};
+use twostage::sync::Mutex;
 
 /// Port of the PM1 event registers: status, then enable.
 pub(super) const PM1_EVENT_PORT: u16 = 0x600;
@@ -148,11 +154,109 @@ impl BusDevice for PortsWithReset {
     }
 }
 
+/// The keyboard controller's I/O port for data. Those between the two belong to other devices: 0x61
+/// is the chipset's port B.
+pub(super) const KEYBOARD_DATA_PORT: u64 = 0x60;
+/// Its I/O port for commands, and for the status.
+pub(super) const KEYBOARD_COMMAND_PORT: u64 = 0x64;
+
+/// Stops the machine when the controller's reset line is pulsed.
+struct ResetLine(Stopper);
+
+impl Trigger for ResetLine {
+    type E = std::convert::Infallible;
+
+    fn trigger(&self) -> Result<(), Self::E> {
+        self.0.stop(StopReason::Reset(ResetCause::KeyboardController));
+        Ok(())
+    }
+}
+
+/// The keyboard controller, behind both of its ports: what guests need of it to reset the machine.
+pub(super) struct KeyboardController(Mutex<I8042Device<ResetLine>>);
+
+impl KeyboardController {
+    pub fn new(stopper: Stopper) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(I8042Device::new(ResetLine(stopper)))))
+    }
+
+    /// The port `number`, one of the two.
+    pub fn port(self: &Arc<Self>, number: u64) -> KeyboardPort {
+        // At most five ports from the first to the last.
+        KeyboardPort { controller: self.clone(), offset: (number - KEYBOARD_DATA_PORT) as u8 }
+    }
+}
+
+/// One of the keyboard controller's ports.
+pub(super) struct KeyboardPort {
+    controller: Arc<KeyboardController>,
+    /// From the first of them.
+    offset: u8,
+}
+
+impl KeyboardPort {
+    fn device(&self) -> MutexGuard<'_, I8042Device<ResetLine>> {
+        self.controller.0.lock()
+    }
+}
+
+impl BusDevice for KeyboardPort {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let [byte] = data {
+            *byte = self.device().read(self.offset);
+        }
+    }
+
+    fn write(&self, _: u64, data: &[u8]) {
+        if let [byte] = data {
+            let Ok(()) = self.device().write(self.offset, *byte);
+        }
+    }
+}
+
+/// I/O port of the power management timer.
+pub(super) const PM_TIMER_PORT: u16 = 0x608;
+/// Length of its only register, in bytes: a 32-bit timer.
+pub(super) const PM_TIMER_SIZE: u8 = 4;
+/// §4.8.2.1: 3.579545 MHz.
+const PM_TIMER_HERTZ: u32 = 3_579_545;
+
+/// The power management timer: a counter that runs since the machine's start (§4.8.2.1, §4.8.3.3).
+/// It has no interrupt when it wraps: the machine has no SCI.
+pub(super) struct PmTimer(Instant);
+
+impl PmTimer {
+    /// A timer that starts now.
+    pub fn new() -> Self {
+        Self(Instant::now())
+    }
+}
+
+/// The timer's value after so many nanoseconds.
+fn pm_timer(nanoseconds: u128) -> u32 {
+    // It wraps.
+    ticks(nanoseconds, PM_TIMER_HERTZ) as u32
+}
+
+impl BusDevice for PmTimer {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let value = u64::from(pm_timer(self.0.elapsed().as_nanos()));
+        // An access is within the four bytes.
+        let bytes = (value >> (8 * offset)).to_le_bytes();
+        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    }
+
+    /// It is read-only.
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::pci::PciBus;
-    use std::sync::Arc;
 
     #[test]
     fn only_soft_off_that_is_enabled_switches_off() {
@@ -214,5 +318,45 @@ mod tests {
         assert_eq!(u32::from_le_bytes(address), 0x8000_0004);
         ports.write(1, &[RESET_VALUE]);
         assert_eq!(stopper.reason(), Some(&StopReason::Reset(ResetCause::ResetRegister)));
+    }
+
+    #[test]
+    fn the_reset_command_stops_the_machine() {
+        let stopper = Stopper::new().unwrap();
+        let controller = KeyboardController::new(stopper.clone());
+        let (data, command) =
+            (controller.port(KEYBOARD_DATA_PORT), controller.port(KEYBOARD_COMMAND_PORT));
+        command.write(0, &[0x20]);
+        data.write(0, &[0xfe]);
+        assert_eq!(stopper.reason(), None);
+        command.write(0, &[0xfe]);
+        assert_eq!(stopper.reason(), Some(&StopReason::Reset(ResetCause::KeyboardController)));
+    }
+
+    #[test]
+    fn it_counts_3_579_545_a_second_and_wraps() {
+        assert_eq!(pm_timer(0), 0);
+        assert_eq!(pm_timer(1_000_000_000), 3_579_545);
+        let wraps = u128::from(1u64 << 32) * 1_000_000_000 / u128::from(PM_TIMER_HERTZ);
+        assert_eq!((pm_timer(wraps), pm_timer(wraps + 1000)), (u32::MAX, 3));
+        assert_eq!(pm_timer(1_000_000_000 * 3600 * 24 * 365 * 100), 3_452_825_088);
+    }
+
+    #[test]
+    fn it_runs_however_it_is_read() {
+        let start = Instant::now().checked_sub(Duration::from_secs(100)).unwrap();
+        let timer = PmTimer(start);
+        let read = |offset, length| {
+            let mut data = [0; 4];
+            timer.read(offset, &mut data[..length]);
+            u32::from_le_bytes(data)
+        };
+        timer.write(0, &[0; 4]);
+        let first = read(0, 4);
+        assert!(first >= 100 * PM_TIMER_HERTZ);
+        assert!(read(0, 4) >= first);
+        // Only the upper half.
+        let (before, half, after) = (read(0, 4), read(2, 2), read(0, 4));
+        assert!((before >> 16..=after >> 16).contains(&half), "{half:#x}");
     }
 }

@@ -68,9 +68,8 @@ impl Processor {
     fn new(kvm: &Kvm, vm: &VmFd, identity: VcpuIdentity, start: &StartState) -> Result<Self> {
         let id = identity.id;
         let fd = vm.create_vcpu(id.into()).map_err(Error::kvm("creating a vCPU"))?;
-        let mut cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("querying CPUID"))?;
+        let mut cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("querying CPUID"))?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         cpuid::set_identity(&mut cpuid, identity, tsc_deadline);
         fd.set_cpuid2(&cpuid).map_err(Error::kvm("setting CPUID"))?;

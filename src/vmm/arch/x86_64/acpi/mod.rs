@@ -11,18 +11,26 @@
 #[cfg_attr(not(test), allow(dead_code, reason = "all of the table, as acpi_tables would have it"))]
 mod dmar;
 mod dsdt;
-mod fadt;
-mod madt;
 
 use acpi_tables::facs::FACS;
+use acpi_tables::fadt::{FADTBuilder, Flags, FADT};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic as IoApicEntry, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
+use zerocopy::byteorder::little_endian::{U16, U32};
+use zerocopy::{Immutable, IntoBytes, Unaligned};
 
-use super::layout::{ECAM_START, PCI_BUSES};
+use super::layout::{ECAM_START, PCI_BUSES, SCI, TIMER_ISA_IRQ, TIMER_PIN};
+use super::power::{
+    PM1_CONTROL_PORT, PM1_CONTROL_SIZE, PM1_EVENT_PORT, PM1_EVENT_SIZE, PM_TIMER_PORT,
+    PM_TIMER_SIZE, RESET_PORT, RESET_VALUE,
+};
+use super::timers::CENTURY;
 use crate::memory::MachineMemory;
 use crate::{Error, Result};
 use twostage::spec::pci::Bdf;
@@ -103,8 +111,8 @@ pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Resul
     let dsdt = writer.write(&dsdt::dsdt())?;
     let facs = writer.write(&FACS::new())?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    xsdt.add_entry(writer.write(&fadt::fadt(dsdt, facs))?);
-    xsdt.add_entry(writer.write(&madt::madt(platform))?);
+    xsdt.add_entry(writer.write(&fadt(dsdt, facs))?);
+    xsdt.add_entry(writer.write(&madt(platform))?);
     xsdt.add_entry(writer.write(&mcfg())?);
     if let Some(iommu) = &platform.iommu {
         xsdt.add_entry(writer.write(&dmar(iommu, platform.ioapic))?);
@@ -113,6 +121,115 @@ pub(super) fn write_tables(memory: &MachineMemory, platform: &Platform) -> Resul
     writer.next = RSDP_ADDRESS;
     writer.write(&Rsdp::new(OEM_ID, xsdt))?;
     Ok(())
+}
+
+/// IA-PC boot architecture flags (§5.2.9.3). The bits for legacy devices and an 8042 stay clear:
+/// guests with ACPI need neither.
+const VGA_NOT_PRESENT: u16 = 1 << 2;
+const PCIE_ASPM_CONTROLS: u16 = 1 << 4;
+
+/// Latencies in microseconds that indicate that the C-state does not exist.
+const NO_C2: u16 = 101;
+const NO_C3: u16 = 1001;
+
+/// The fixed features (§5.2.9) of a machine whose DSDT is at `dsdt`, and whose FACS at `facs`.
+fn fadt(dsdt: u64, facs: u64) -> FADT {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        // Below 1 MiB, like all tables.
+        .firmware_ctrl_32(facs as u32)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::ProcC1)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        // The real-time clock cannot wake the system.
+        .flag(Flags::FixRtc)
+        .flag(Flags::TmrValExt)
+        .flag(Flags::ResetRegSup);
+    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | PCIE_ASPM_CONTROLS).into();
+    fadt.century = CENTURY;
+    // An ISA interrupt.
+    fadt.sci_int = (SCI as u16).into();
+    fadt.pm1a_evt_blk = u32::from(PM1_EVENT_PORT).into();
+    fadt.pm1_evt_len = PM1_EVENT_SIZE;
+    fadt.x_pm1a_evt_blk = io_ports(PM1_EVENT_PORT, PM1_EVENT_SIZE, AccessSize::WordAccess);
+    fadt.pm1a_cnt_blk = u32::from(PM1_CONTROL_PORT).into();
+    fadt.pm1_cnt_len = PM1_CONTROL_SIZE;
+    fadt.x_pm1a_cnt_blk = io_ports(PM1_CONTROL_PORT, PM1_CONTROL_SIZE, AccessSize::WordAccess);
+    fadt.pm_tmr_blk = u32::from(PM_TIMER_PORT).into();
+    fadt.pm_tmr_len = PM_TIMER_SIZE;
+    fadt.x_pm_tmr_blk = io_ports(PM_TIMER_PORT, PM_TIMER_SIZE, AccessSize::DwordAccess);
+    fadt.p_lvl2_lat = NO_C2.into();
+    fadt.p_lvl3_lat = NO_C3.into();
+    fadt.reset_reg = io_ports(RESET_PORT, 1, AccessSize::ByteAccess);
+    fadt.reset_value = RESET_VALUE;
+    fadt.finalize()
+}
+
+/// Registers of `length` bytes from the port `first` on.
+fn io_ports(first: u16, length: u8, access: AccessSize) -> GAS {
+    GAS::new(AddressSpace::SystemIo, 8 * length, 0, access, first.into())
+}
+
+/// Revision of the MADT.
+const MADT_REVISION: u8 = 5;
+/// Address of every LAPIC after reset.
+const LAPIC_ADDRESS: u32 = 0xfee0_0000;
+/// PCAT_COMPAT: there is also a pair of 8259s, to be masked by users of the IOAPIC.
+const PCAT_COMPAT: u32 = 1 << 0;
+
+/// MPS INTI flags (table 5.27).
+const AS_ISA: u16 = 0;
+const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
+
+/// Interrupt source override (§5.2.12.5).
+#[derive(Debug, Clone, Copy, IntoBytes, Immutable, Unaligned)]
+#[repr(C)]
+struct InterruptSourceOverride {
+    kind: u8,
+    length: u8,
+    bus: u8,
+    source: u8,
+    global_system_interrupt: U32,
+    flags: U16,
+}
+
+impl InterruptSourceOverride {
+    /// ISA interrupt `source` leads to `gsi`, with this polarity and trigger mode.
+    fn new(source: u8, gsi: u32, flags: u16) -> Self {
+        const KIND: u8 = 2;
+        const ISA: u8 = 0;
+        Self {
+            kind: KIND,
+            length: size_of::<Self>() as u8,
+            bus: ISA,
+            source,
+            global_system_interrupt: gsi.into(),
+            flags: flags.into(),
+        }
+    }
+}
+
+/// Processors and interrupt controllers (§5.2.12).
+fn madt(platform: &Platform) -> Table {
+    let mut sdt =
+        Sdt::new(*b"APIC", HEADER_LENGTH, MADT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let flags = if platform.pic { PCAT_COMPAT } else { 0 };
+    sdt.append_slice(&LAPIC_ADDRESS.to_le_bytes());
+    sdt.append_slice(&flags.to_le_bytes());
+    for id in 0..platform.vcpus {
+        let lapic = ProcessorLocalApic::new(id, id, EnabledStatus::Enabled);
+        sdt.append_slice(lapic.as_bytes());
+    }
+    if let Some(ioapic) = platform.ioapic {
+        sdt.append_slice(IoApicEntry::new(ioapic.id, ioapic.address, 0).as_bytes());
+        let timer = InterruptSourceOverride::new(TIMER_ISA_IRQ as u8, TIMER_PIN, AS_ISA);
+        let sci = InterruptSourceOverride::new(SCI as u8, SCI, ACTIVE_HIGH_LEVEL);
+        for source_override in [timer, sci] {
+            sdt.append_slice(source_override.as_bytes());
+        }
+    }
+    Table(sdt)
 }
 
 /// PCI configuration space.

@@ -12,8 +12,7 @@ use linux_loader::loader::bzimage;
 use linux_loader::loader::KernelLoader;
 use vm_memory::{ByteValued, GuestAddress};
 
-use super::memory_map::memory_map;
-use super::{BootInfo, ImageError, StartState, CMDLINE_START, KERNEL_START};
+use super::{memory_map, BootInfo, ImageError, StartState, CMDLINE_START, KERNEL_START};
 use crate::arch::x86_64::acpi::RSDP_ADDRESS;
 use crate::memory::MachineMemory;
 

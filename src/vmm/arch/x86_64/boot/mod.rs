@@ -6,9 +6,7 @@
 
 mod bzimage;
 mod elf;
-mod memory_map;
-mod multiboot;
-mod pvh;
+mod elf_protocols;
 mod start_state;
 #[cfg(test)]
 mod test_images;
@@ -19,10 +17,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 pub use start_state::StartState;
 
+use super::layout::{ECAM_SIZE, ECAM_START, EXTENDED_BIOS_DATA};
 use crate::boot::BootInfo;
 use crate::memory::MachineMemory;
 use bzimage::BzImage;
-use elf::{Class, ElfImage};
+use elf::ElfImage;
 
 /// Kernels are loaded from here up; the boot information is below.
 pub const KERNEL_START: u64 = 0x10_0000;
@@ -191,10 +190,7 @@ impl<'a> Image<'a> {
                 write_text(info.memory, CMDLINE_START, info.cmdline)?;
                 image.load(info)
             }
-            Self::Elf(image) => match image.class {
-                Class::Elf64 => pvh::load(image, info),
-                Class::Elf32 => multiboot::load(image, info),
-            },
+            Self::Elf(image) => elf_protocols::load(image, info),
         }
     }
 }
@@ -221,4 +217,42 @@ fn check_segments(memory: &MachineMemory, image: &ElfImage<'_>) -> Result<(), Im
         }
     }
     Ok(())
+}
+
+/// Type numbers of a PC's BIOS, which all protocols use: usable memory.
+const RAM: u32 = 1;
+/// Reserved.
+const RESERVED: u32 = 2;
+/// Start of the legacy area: the BIOS's extended data, video and option ROMs.
+const LEGACY_START: u64 = EXTENDED_BIOS_DATA;
+/// End of the legacy area.
+const LEGACY_END: u64 = 0x10_0000;
+
+/// One range of the memory map for a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct MapEntry {
+    start: u64,
+    length: u64,
+    kind: u32,
+}
+
+/// The map of `memory`, ascending.
+fn memory_map(memory: &MachineMemory) -> Vec<MapEntry> {
+    let mut entries = vec![
+        MapEntry { start: 0, length: LEGACY_START, kind: RAM },
+        MapEntry { start: LEGACY_START, length: LEGACY_END - LEGACY_START, kind: RESERVED },
+    ];
+    for (start, length) in memory.ranges() {
+        // The first region contains the legacy area: a machine that boots has more memory than
+        // that.
+        let skipped = if start == 0 { LEGACY_END } else { 0 };
+        entries.push(MapEntry {
+            start: start + skipped,
+            length: length.saturating_sub(skipped),
+            kind: RAM,
+        });
+    }
+    entries.push(MapEntry { start: ECAM_START, length: ECAM_SIZE, kind: RESERVED });
+    entries.sort_by_key(|entry| entry.start);
+    entries
 }

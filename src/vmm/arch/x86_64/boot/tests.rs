@@ -356,3 +356,17 @@ proptest! {
         let _ = load_image(&image);
     }
 }
+
+#[test]
+fn the_map_names_ram_and_configuration_space() {
+    let map = memory_map(&MachineMemory::new(0x200_0000).unwrap());
+    assert_eq!(
+        map,
+        [
+            MapEntry { start: 0, length: 0x9_fc00, kind: super::RAM },
+            MapEntry { start: 0x9_fc00, length: 0x6_0400, kind: RESERVED },
+            MapEntry { start: 0x10_0000, length: 0x1f0_0000, kind: super::RAM },
+            MapEntry { start: ECAM_START, length: ECAM_SIZE, kind: RESERVED },
+        ]
+    );
+}

@@ -15,7 +15,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::signal::Killable;
 
-use super::programs::{Program, BREAKPOINT_HANDLER, DATA, END, RESULT_PORT, RIGHT, XSAVE};
+use super::{Program, BREAKPOINT_HANDLER, DATA, END, RESULT_PORT, RIGHT, XSAVE};
 use crate::arch::x86_64::layout::KVM_TSS;
 use crate::memory::MachineMemory;
 use crate::process::signals::kick_signal;

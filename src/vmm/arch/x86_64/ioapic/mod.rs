@@ -1,14 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An IOAPIC: turns interrupt lines into messages.
+//! An IOAPIC, which turns interrupt lines into messages: its registers, its redirection entries,
+//! and the lines that assigned devices assert.
+//!
+//! Source: Intel 82093AA data sheet (§3.0), with the EOI register of version 20h; redirection
+//! entries in remappable format are VT-d's (§5.1.5.1).
 
 use std::fmt;
 use std::sync::{Arc, MutexGuard, Weak};
-use twostage::sync::Mutex;
 
-use super::redirection::{self as registers, RedirectionEntry};
+use bitfield_struct::bitfield;
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::arch::layout::PINS;
 use crate::bus::BusDevice;
+use crate::interrupts::device_line::LineEvents;
+use crate::pci::{EventLine, IntxPin};
+use twostage::spec::vtd::interrupt::MessageData;
+use twostage::sync::Mutex;
 use twostage::viommu::{InterruptListener, MsiMessage};
+
+/// Version: 20h has an EOI register.
+const VERSION: u8 = 0x20;
+
+/// Offset of IOREGSEL, which selects a register.
+const REGISTER_SELECT: u64 = 0x00;
+/// Offset of IOWIN, the selected register.
+const WINDOW: u64 = 0x10;
+/// Offset of the EOI register.
+const EOI: u64 = 0x40;
+
+/// Index of IOAPICID.
+const ID: u8 = 0x00;
+/// Index of IOAPICVER.
+const VERSION_REGISTER: u8 = 0x01;
+/// Index of IOAPICARB.
+const ARBITRATION: u8 = 0x02;
+/// Index of the low half of the first redirection entry; its high half follows.
+const REDIRECTION: u8 = 0x10;
 
 /// Destination of an IOAPIC's messages. Called with the IOAPIC locked: it must not call the IOAPIC.
 pub(super) trait PinOutput: Send + Sync {
@@ -140,7 +170,7 @@ impl Ioapic {
     fn write_register(&self, value: u32) {
         let mut state = self.state();
         let Some((pin, high)) = redirection_half(state.select) else {
-            if state.select == registers::ID {
+            if state.select == ID {
                 state.id = (value >> 24) as u8 & 0xf;
             }
             return;
@@ -164,8 +194,8 @@ impl Ioapic {
 impl State {
     fn read_register(&self) -> u32 {
         match self.select {
-            registers::ID | registers::ARBITRATION => u32::from(self.id) << 24,
-            registers::VERSION_REGISTER => (PINS - 1) << 16 | u32::from(registers::VERSION),
+            ID | ARBITRATION => u32::from(self.id) << 24,
+            VERSION_REGISTER => (PINS - 1) << 16 | u32::from(VERSION),
             select => redirection_half(select)
                 .and_then(|(pin, high)| {
                     let bits = self.entries.get(pin as usize)?.into_bits();
@@ -179,7 +209,7 @@ impl State {
 /// The pin of the redirection entry that the register `select` belongs to, and whether it is the
 /// high half.
 fn redirection_half(select: u8) -> Option<(u32, bool)> {
-    let offset = u32::from(select.checked_sub(registers::REDIRECTION)?);
+    let offset = u32::from(select.checked_sub(REDIRECTION)?);
     Some((offset / 2, offset % 2 != 0))
 }
 
@@ -187,8 +217,8 @@ impl BusDevice for Ioapic {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let state = self.state();
         let value = match offset {
-            registers::REGISTER_SELECT => state.select.into(),
-            registers::WINDOW => state.read_register(),
+            REGISTER_SELECT => state.select.into(),
+            WINDOW => state.read_register(),
             _ => 0,
         };
         data.fill(0);
@@ -200,9 +230,9 @@ impl BusDevice for Ioapic {
         bytes.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
         let value = u32::from_le_bytes(bytes);
         match offset {
-            registers::REGISTER_SELECT => self.state().select = value as u8,
-            registers::WINDOW => self.write_register(value),
-            registers::EOI => self.end_of_interrupt(value as u8),
+            REGISTER_SELECT => self.state().select = value as u8,
+            WINDOW => self.write_register(value),
+            EOI => self.end_of_interrupt(value as u8),
             _ => {}
         }
     }
@@ -220,179 +250,131 @@ impl fmt::Debug for Ioapic {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+/// A redirection entry.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+struct RedirectionEntry {
+    /// Vector; in remappable format only used to match EOIs.
+    pub vector: u8,
+    /// Delivery mode.
+    #[bits(3)]
+    pub delivery_mode: u8,
+    /// Destination mode: logical. In remappable format bit 15 of the interrupt index.
+    pub logical: bool,
+    /// Delivery status. Read-only; messages are delivered at once.
+    pub delivery_status: bool,
+    /// Polarity: active low. Ignored: lines here are asserted or not.
+    pub active_low: bool,
+    /// Remote IRR: a level-triggered interrupt waits for its EOI. Read-only.
+    pub remote_irr: bool,
+    /// Trigger mode: level.
+    pub level: bool,
+    /// Masked.
+    #[bits(default = true)]
+    pub masked: bool,
+    #[bits(31)]
+    __: u32,
+    /// Bits 19:4 of the message's address: the destination in the upper eight; in remappable format
+    /// the interrupt index above the format bit.
+    pub address: u16,
+}
 
-    use super::*;
+impl RedirectionEntry {
+    /// Bits that software can write.
+    const WRITABLE: u64 = 0xffff_0000_0001_afff;
 
-    #[derive(Default)]
-    struct Output {
-        sent: Mutex<Vec<u32>>,
-        watched: Mutex<Vec<Option<MsiMessage>>>,
-        blocked: AtomicBool,
+    /// The entry after software wrote the bits `mask` of it. An edge-triggered interrupt does not
+    /// wait for an EOI.
+    const fn written(self, value: u64, mask: u64) -> Self {
+        let mask = mask & Self::WRITABLE;
+        let new = Self::from_bits(self.into_bits() & !mask | value & mask);
+        let waits = new.remote_irr() && new.level();
+        new.with_remote_irr(waits)
     }
 
-    impl PinOutput for Arc<Output> {
-        fn watch(&self, messages: &[Option<MsiMessage>]) {
-            *self.watched.lock() = messages.to_vec();
-        }
-
-        fn send(&self, message: MsiMessage) -> bool {
-            self.sent.lock().push(message.data & 0xff);
-            !self.blocked.load(Ordering::SeqCst)
-        }
-    }
-
-    fn ioapic() -> (Arc<Ioapic>, Arc<Output>) {
-        let output = Arc::new(Output::default());
-        (Ioapic::new(5, Box::new(output.clone())), output)
-    }
-
-    impl Ioapic {
-        fn get(&self, index: u8) -> u32 {
-            self.write(0, &[index]);
-            let mut data = [0; 4];
-            self.read(0x10, &mut data);
-            u32::from_le_bytes(data)
-        }
-
-        fn set(&self, index: u8, value: u32) {
-            self.write(0, &u32::from(index).to_le_bytes());
-            self.write(0x10, &value.to_le_bytes());
-        }
-
-        fn set_pin(&self, pin: u8, value: u32) {
-            self.set(0x10 + 2 * pin, value);
-        }
-
-        fn remote_irr(&self, pin: u8) -> bool {
-            self.get(0x10 + 2 * pin) & 1 << 14 != 0
-        }
-    }
-
-    impl Output {
-        fn take(&self) -> Vec<u32> {
-            std::mem::take(&mut self.sent.lock())
-        }
-    }
-
-    const LEVEL: u32 = 1 << 15;
-    const MASKED: u32 = 1 << 16;
-
-    #[test]
-    fn registers_are_what_the_data_sheet_says() {
-        let (ioapic, _) = ioapic();
-        assert_eq!((ioapic.get(0), ioapic.get(1), ioapic.get(2)), (5 << 24, 0x17_0020, 5 << 24));
-        ioapic.set(0, 0xffff_ffff);
-        assert_eq!(ioapic.get(0), 0xf << 24);
-        ioapic.set(1, 0);
-        assert_eq!(ioapic.get(1), 0x17_0020);
-        for pin in 0..24 {
-            assert_eq!((ioapic.get(0x10 + 2 * pin), ioapic.get(0x11 + 2 * pin)), (MASKED, 0));
-        }
-        ioapic.set(0x3f, 0xffff_ffff);
-        ioapic.set(0x3e, 0xffff_ffff);
-        assert_eq!((ioapic.get(0x3e), ioapic.get(0x3f)), (0x1_afff, 0xffff_0000));
-        // Beyond the last entry there is nothing.
-        for index in [0x03, 0x0f, 0x40, 0x41, 0xff] {
-            ioapic.set(index, 0xffff_ffff);
-            assert_eq!(ioapic.get(index), 0);
-        }
-        let mut data = [0xaa; 8];
-        ioapic.read(0x20, &mut data);
-        assert_eq!(data, [0; 8]);
-        ioapic.read(0x00, &mut data);
-        assert_eq!(data, [0xff, 0, 0, 0, 0, 0, 0, 0]);
-    }
-
-    #[test]
-    fn an_edge_is_sent_once_and_lost_while_masked() {
-        let (ioapic, output) = ioapic();
-        ioapic.pulse(4);
-        ioapic.set_pin(4, 0x34);
-        assert_eq!(output.take(), [0u32; 0]);
-        ioapic.set_line(4, true);
-        ioapic.set_line(4, true);
-        assert_eq!((output.take(), ioapic.remote_irr(4)), (vec![0x34], false));
-        ioapic.set_line(4, false);
-        ioapic.pulse(4);
-        assert_eq!(output.take(), [0x34]);
-        ioapic.set_line(24, true);
-        ioapic.set_line(255, true);
-        assert_eq!(output.take(), [0u32; 0]);
-    }
-
-    #[test]
-    fn a_level_is_sent_again_at_each_eoi_until_it_falls() {
-        let (ioapic, output) = ioapic();
-        ioapic.set_line(16, true);
-        ioapic.set_pin(16, LEVEL | 0x50);
-        assert_eq!((output.take(), ioapic.remote_irr(16)), (vec![0x50], true));
-        ioapic.set_line(16, true);
-        ioapic.end_of_interrupt(0x51);
-        assert_eq!(output.take(), [0u32; 0]);
-        ioapic.end_of_interrupt(0x50);
-        assert_eq!((output.take(), ioapic.remote_irr(16)), (vec![0x50], true));
-        ioapic.set_line(16, false);
-        assert!(ioapic.remote_irr(16));
-        // By the register, too.
-        ioapic.write(0x40, &0x50u32.to_le_bytes());
-        assert_eq!((output.take(), ioapic.remote_irr(16)), (vec![], false));
-    }
-
-    #[test]
-    fn a_masked_level_is_sent_when_it_is_unmasked() {
-        let (ioapic, output) = ioapic();
-        ioapic.set_pin(16, LEVEL | MASKED | 0x50);
-        ioapic.set_line(16, true);
-        assert_eq!(output.take(), [0u32; 0]);
-        ioapic.set_pin(16, LEVEL | 0x50);
-        assert_eq!(output.take(), [0x50]);
-        // Masked while in service: its EOI counts, and nothing is sent until it is unmasked.
-        ioapic.set_pin(16, LEVEL | MASKED | 0x50);
-        assert!(ioapic.remote_irr(16));
-        ioapic.end_of_interrupt(0x50);
-        assert_eq!((output.take(), ioapic.remote_irr(16)), (vec![], false));
-        ioapic.set_pin(16, LEVEL | 0x50);
-        assert_eq!(output.take(), [0x50]);
-        // How software without the EOI register ends an interrupt: edge, then level again.
-        ioapic.set_pin(16, MASKED | 0x50);
-        assert!(!ioapic.remote_irr(16));
-        ioapic.set_pin(16, LEVEL | 0x50);
-        assert_eq!(output.take(), [0x50]);
-    }
-
-    #[test]
-    fn a_blocked_level_waits_for_no_eoi() {
-        let (ioapic, output) = ioapic();
-        output.blocked.store(true, Ordering::SeqCst);
-        ioapic.set_pin(16, LEVEL | 0x50);
-        ioapic.set_line(16, true);
-        assert_eq!((output.take(), ioapic.remote_irr(16)), (vec![0x50], false));
-    }
-
-    #[test]
-    fn ends_are_wanted_of_level_pins_only() {
-        let (ioapic, output) = ioapic();
-        ioapic.set_pin(3, 0x33);
-        ioapic.set_pin(16, LEVEL | MASKED | 0x50);
-        ioapic.set(0x10 + 2 * 16 + 1, 0x0200_0000);
-        let message = MsiMessage { address: 0xfee0_2000, data: 0xc050 };
-        let watched = || output.watched.lock().clone();
-        let mut wanted = vec![None; 24];
-        wanted[16] = Some(message);
-        assert_eq!(watched(), wanted);
-        output.watched.lock().clear();
-        // No change, no notification.
-        ioapic.set_pin(3, 0x33);
-        assert_eq!(watched(), []);
-        ioapic.interrupts_changed();
-        assert_eq!(watched(), wanted);
-        // Registered before the interrupt is sent, whatever was registered before.
-        ioapic.set_pin(16, LEVEL | 0x50);
-        output.watched.lock().clear();
-        ioapic.set_line(16, true);
-        assert_eq!((watched(), output.take()), (wanted, vec![0x50]));
+    /// The entry's message: its bits map to address and data in the same way in both formats.
+    fn message(self) -> MsiMessage {
+        let address = 0xfee0_0000 | u64::from(self.address()) << 4 | u64::from(self.logical()) << 2;
+        let data = MessageData::new()
+            .with_vector(self.vector())
+            .with_delivery_mode(self.delivery_mode())
+            .with_assert(true)
+            .with_level(self.level());
+        MsiMessage { address, data: data.into_bits() }
     }
 }
+
+/// The line of one pin. The event loop asserts it when its eventfd is written; the vCPU whose
+/// interrupt ends deasserts it and writes the other eventfd.
+pub(super) struct PinLine {
+    pin: IntxPin,
+    events: LineEvents,
+}
+
+impl PinLine {
+    /// The line of `pin` with the eventfds `events`.
+    pub fn new(pin: IntxPin, events: LineEvents) -> Arc<Self> {
+        Arc::new(Self { pin, events })
+    }
+
+    /// The eventfd was written.
+    fn assert(&self) {
+        if self.events.assert.read().is_ok() {
+            self.pin.set(true);
+        }
+    }
+}
+
+impl EndListener for PinLine {
+    /// Also if another device on the line caused the interrupt: then nothing was masked, and
+    /// unmasking has no effect.
+    fn interrupt_ended(&self) {
+        self.pin.set(false);
+        if let Err(error) = self.events.end.write(1) {
+            log::debug!("{:?}: {error}", self.pin);
+        }
+    }
+}
+
+/// A [`PinLine`] as owned by its device.
+pub(super) struct OwnedPinLine(pub Arc<PinLine>);
+
+impl EventLine for OwnedPinLine {
+    fn assert_event(&self) -> &EventFd {
+        &self.0.events.assert
+    }
+
+    fn end_event(&self) -> &EventFd {
+        &self.0.events.end
+    }
+
+    fn release(&self) {
+        // Discards an unread write, so that it does not assert the line later.
+        let _ = self.0.events.assert.read();
+        self.0.pin.set(false);
+    }
+}
+
+/// A [`PinLine`] in the event loop.
+pub(super) struct WatchedPinLine(pub Arc<PinLine>);
+
+impl MutEventSubscriber for WatchedPinLine {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.0.events.assert, EventSet::IN)) {
+            log::error!("{:?} is never asserted: {error:?}", self.0.pin);
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.0.assert();
+    }
+}
+
+impl fmt::Debug for PinLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PinLine").field(&self.pin).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests;

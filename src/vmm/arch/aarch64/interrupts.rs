@@ -1,25 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The interrupt controllers that KVM gives a machine.
+//! An arm64 machine's interrupt controllers, all in the kernel, and their inputs: the GIC's shared
+//! peripheral interrupts.
 //!
 //! Source: Linux, `Documentation/virt/kvm/devices/arm-vgic-v3.rst` and `arm-vgic-its.rst`.
 
 use std::fmt;
+use std::io;
+use std::sync::{Arc, Weak};
 
 use kvm_bindings::{
     kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, KVM_DEV_ARM_VGIC_CTRL_INIT,
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_REDIST,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, KVM_ARM_IRQ_TYPE_SHIFT,
+    KVM_ARM_IRQ_TYPE_SPI, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
+    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_IRQ_ROUTING_IRQCHIP,
+    KVM_VGIC_ITS_ADDR_TYPE, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
+use vm_superio::Trigger;
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use crate::arch::layout::{
     DISTRIBUTOR_ADDRESS, FIRST_SPI, ITS_ADDRESS, PINS, REDISTRIBUTORS_ADDRESS,
 };
 use crate::config::MachineConfig;
+use crate::interrupts::{DeviceLine, GsiTable, ResampledLine, Ways};
+use crate::pci::IntxPin;
 use crate::{Error, Result};
+use twostage::viommu::{InterruptListener, InterruptRemapper};
+use twostage::warn_limited;
 
 /// KVM's devices that a machine needs.
 const KINDS: [(u32, &str); 2] = [
@@ -102,4 +111,69 @@ fn set<T>(device: &DeviceFd, group: u32, attribute: u32, value: &T) -> Result<()
 
 fn init(device: &DeviceFd) -> Result<()> {
     set(device, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, &())
+}
+
+/// The inputs; their GSIs are the numbers of the shared peripheral interrupts.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    vm: Arc<VmFd>,
+}
+
+impl Lines {
+    /// The inputs of the controllers in `ways`. They are in `_table`, KVM's routing, from the
+    /// start, and are no messages that `_remapper` could remap.
+    pub fn new(
+        ways: &Ways,
+        _table: &Arc<GsiTable>,
+        _remapper: Option<Weak<dyn InterruptRemapper>>,
+    ) -> Self {
+        Self { vm: ways.vm.clone() }
+    }
+
+    /// The listener for changes of interrupt remapping: none, as these are never remapped.
+    pub fn listener(&self) -> Option<Weak<dyn InterruptListener>> {
+        None
+    }
+
+    /// The edge-triggered input `gsi`.
+    ///
+    /// # Errors
+    /// KVM cannot wire it.
+    pub fn edge(&self, gsi: u32) -> Result<EdgeLine> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("eventfd"))?;
+        self.vm.register_irqfd(&event, gsi).map_err(Error::kvm("wiring an interrupt"))?;
+        Ok(EdgeLine(event))
+    }
+
+    /// The line of `pin`, which an assigned device asserts.
+    ///
+    /// # Errors
+    /// KVM cannot wire it.
+    pub fn device_line(&self, pin: IntxPin) -> Result<DeviceLine> {
+        let gsi = pin.gsis().last().copied();
+        let gsi = gsi.ok_or_else(|| Error::Interrupts("a pin leads nowhere".into()))?;
+        let line = Box::new(ResampledLine::new(self.vm.clone(), gsi)?);
+        Ok(DeviceLine { line, subscriber: None })
+    }
+
+    /// Drives the level-triggered input `gsi`.
+    pub fn set(&self, gsi: u32, level: bool) {
+        // Independent of routing: the interrupt's type, and its number at the GIC.
+        let interrupt = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (FIRST_SPI + gsi);
+        if let Err(error) = self.vm.set_irq_line(interrupt, level) {
+            warn_limited!("interrupt line {gsi}: {error}");
+        }
+    }
+}
+
+/// An edge-triggered interrupt line.
+#[derive(Debug)]
+pub(crate) struct EdgeLine(EventFd);
+
+impl Trigger for EdgeLine {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
 }

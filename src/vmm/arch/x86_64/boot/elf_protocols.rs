@@ -1,20 +1,97 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Multiboot: a 32-bit ELF image with a header near its start.
+//! The boot protocols of ELF images: PVH starts an ELF64 image at its 32-bit physical entry, and
+//! Multiboot an ELF32 image with a header near its start.
 //!
-//! Source: Multiboot Specification 0.6.96, §3.1 (header), §3.2 (machine state), §3.3 (boot
-//! information).
+//! Source: Xen, `docs/misc/pvh.pandoc` and `public/arch-x86/hvm/start_info.h`; Multiboot
+//! Specification 0.6.96, §3.1 (header), §3.2 (machine state), §3.3 (boot information).
 
+use std::io::Cursor;
+
+use linux_loader::configurator::pvh::PvhBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::elf::start_info::{
+    hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
+};
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::KernelLoader;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::super::bios_data::BASE_MEMORY_KIB;
-use super::elf::ElfImage;
-use super::memory_map::memory_map;
-use super::{module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START};
+use super::elf::{Class, ElfImage};
+use super::{
+    memory_map, module_cmdlines, write_text, BootInfo, ImageError, StartState, CMDLINE_START,
+};
+use crate::arch::x86_64::acpi::RSDP_ADDRESS;
+use crate::arch::x86_64::layout::BASE_MEMORY_KIB;
 use crate::boot::Module;
 
-/// The header must be within so many bytes of the file's start.
+/// Guest-physical addresses of the boot information and its parts, the same for both.
+const INFORMATION: u64 = 0x6000;
+const LOADER_NAME: u64 = 0x6700;
+const MODULE_LIST: u64 = 0x6800;
+const MEMORY_MAP: u64 = 0x7000;
+
+/// Loads `image` and passes it `info`.
+pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
+    match image.class {
+        Class::Elf64 => load_pvh(image, info),
+        Class::Elf32 => load_multiboot(image, info),
+    }
+}
+
+/// PVH: magic number and version of the boot information.
+const START_MAGIC: u32 = 0x336e_c578;
+const START_VERSION: u32 = 1;
+
+/// Loads `image` through its PVH entry.
+fn load_pvh(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
+    let loaded = Elf::load(info.memory.map(), None, &mut Cursor::new(image.bytes), None)?;
+    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+        return Err(ImageError::NoPvhEntry);
+    };
+    if !image.covers(entry.0) {
+        return Err(ImageError::Entry(entry.0));
+    }
+    let map: Vec<_> = memory_map(info.memory)
+        .into_iter()
+        .map(|entry| hvm_memmap_table_entry {
+            addr: entry.start,
+            size: entry.length,
+            type_: entry.kind,
+            reserved: 0,
+        })
+        .collect();
+    write_text(info.memory, CMDLINE_START, info.cmdline)?;
+    let mut modules = Vec::new();
+    for (module, cmdline) in info.modules.iter().zip(module_cmdlines()) {
+        write_text(info.memory, cmdline, module.cmdline)?;
+        modules.push(hvm_modlist_entry {
+            paddr: module.memory.start,
+            size: module.memory.length,
+            cmdline_paddr: cmdline,
+            ..hvm_modlist_entry::default()
+        });
+    }
+    let start_info = hvm_start_info {
+        magic: START_MAGIC,
+        version: START_VERSION,
+        nr_modules: modules.len() as u32,
+        modlist_paddr: if modules.is_empty() { 0 } else { MODULE_LIST },
+        cmdline_paddr: CMDLINE_START,
+        rsdp_paddr: RSDP_ADDRESS,
+        memmap_paddr: MEMORY_MAP,
+        memmap_entries: map.len() as u32,
+        ..hvm_start_info::default()
+    };
+    let mut params = BootParams::new(&start_info, GuestAddress(INFORMATION));
+    params.set_sections(&map, GuestAddress(MEMORY_MAP));
+    params.set_modules(&modules, GuestAddress(MODULE_LIST));
+    PvhBootConfigurator::write_bootparams(&params, info.memory.map())?;
+    Ok(StartState { rip: entry.0, rax: 0, rbx: INFORMATION, rsi: 0 })
+}
+
+/// Multiboot: the header must be within so many bytes of the file's start.
 const SEARCH: usize = 8192;
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 const LOADER_MAGIC: u32 = 0x2bad_b002;
@@ -35,11 +112,6 @@ const INFO_LOADER_NAME: u32 = 1 << 9;
 const INFORMATION_GIVEN: u32 =
     INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME;
 
-const INFORMATION: u64 = 0x6000;
-const LOADER_NAME: u64 = 0x6700;
-const MODULE_LIST: u64 = 0x6800;
-const MEMORY_MAP: u64 = 0x7000;
-
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct Header {
@@ -48,7 +120,7 @@ struct Header {
     checksum: U32,
 }
 
-/// §3.3, up to the last field used here.
+/// Multiboot §3.3, up to the last field used here.
 #[derive(Default, IntoBytes, Immutable, Unaligned)]
 #[repr(C)]
 struct Information {
@@ -89,8 +161,8 @@ struct MemoryMapEntry {
     kind: U32,
 }
 
-/// Loads `image` and passes it `info`.
-pub(super) fn load(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
+/// Loads `image` as its Multiboot header asks.
+fn load_multiboot(image: &ElfImage<'_>, info: &BootInfo<'_>) -> Result<StartState, ImageError> {
     let flags = find_header(image.bytes).ok_or(ImageError::NoMultibootHeader)?;
     if flags & HEADER_ADDRESSES != 0 {
         return Err(ImageError::MultibootFlag(
