@@ -369,11 +369,9 @@ mod tests {
         host.in_use = Some(graph.clone());
         (host.graph, host.left) = (Some(graph.clone()), Some(graph));
         let text = report.to_string();
-        for title in [
-            "before the guest disabled translation",
-            "host objects",
-            "host objects LEFT BEHIND",
-        ] {
+        for title in
+            ["before the guest disabled translation", "host objects", "host objects LEFT BEHIND"]
+        {
             assert!(text.contains(&format!("{title}:\n  IOAS 7\n")), "'{title}' in {text}");
         }
     }

@@ -1,28 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The command line, in the style of cloud-hypervisor's.
 
-mod backoff;
-mod files;
-mod info;
-mod module_option;
+mod device_options;
+mod info_probe;
 mod options;
-mod probe;
-mod report_output;
-mod size;
-mod virtio_options;
+mod outputs;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use env_logger::Target;
 
-use self::backoff::Backoff;
-use self::info::{info, InfoArgs};
+use self::info_probe::{info, probe, InfoArgs, ProbeArgs, INFO_EXIT_CODES, PROBE_EXIT_CODES};
 use self::options::{CpusOption, MemoryOption};
-use self::probe::{probe, ProbeArgs};
-use self::report_output::ReportOption;
+use self::outputs::{check_outputs, ReportOption};
 use crate::config::{
     DeviceConfig, DiskConfig, IommuConfig, MachineConfig, ModuleConfig, NetConfig, PayloadConfig,
     RngConfig, SerialConfig, VfioConfig,
@@ -47,10 +41,10 @@ enum Command {
     #[command(next_line_help = true, after_help = EXIT_CODES)]
     Run(Box<RunArgs>),
     /// Reports what devices and their IOMMUs offer to a virtual IOMMU.
-    #[command(after_help = info::EXIT_CODES)]
+    #[command(after_help = INFO_EXIT_CODES)]
     Info(InfoArgs),
     /// Reports what this machine's KVM can do, and whether Linux runs on it.
-    #[command(after_help = probe::EXIT_CODES)]
+    #[command(after_help = PROBE_EXIT_CODES)]
     Probe(ProbeArgs),
 }
 
@@ -243,7 +237,7 @@ fn run(args: RunArgs) -> u8 {
     let mut output = args.report.clone();
     let on_reset = args.on_reset;
     let mut config = args.machine_config();
-    if let Err(contradiction) = files::check_outputs(&config, output.file()) {
+    if let Err(contradiction) = check_outputs(&config, output.file()) {
         complain(&contradiction);
         return exit_code::USAGE;
     }
@@ -291,13 +285,57 @@ fn run(args: RunArgs) -> u8 {
     }
 }
 
+/// After a shorter life of a machine, the restart waits.
+const SHORT: Duration = Duration::from_secs(1);
+/// The wait after the first short life.
+const FIRST: Duration = Duration::from_millis(125);
+/// The maximum wait.
+const LONGEST: Duration = Duration::from_secs(8);
+
+/// The wait before a restart, for machines that keep resetting themselves: doubles with each short
+/// life; a longer one resets it.
+#[derive(Debug, Default)]
+struct Backoff {
+    last: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    /// Runs and times one life.
+    fn time<T>(&mut self, life: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let result = life();
+        self.ended_after(started.elapsed());
+        result
+    }
+
+    fn ended_after(&mut self, life: Duration) {
+        self.last = life;
+        self.next = match life < SHORT {
+            true => self.next.saturating_mul(2).clamp(FIRST, LONGEST),
+            false => Duration::ZERO,
+        };
+    }
+
+    /// Waits, if it is due; a signal ends the wait and is left for the next life.
+    fn wait(&self) {
+        if self.next.is_zero() {
+            return;
+        }
+        log::warn!(
+            "the guest reset the machine after {} ms; it starts again in {} ms",
+            self.last.as_millis(),
+            self.next.as_millis()
+        );
+        signals::sleep(self.next);
+    }
+}
+
 /// The old machine's devices may still hold resources such as a disk's lock: waits for their
 /// threads. Returns the signal if one that ends the machine came.
 fn wait_for_devices() -> Option<i32> {
     if !none_is_left_behind() {
-        log::warn!(
-            "device threads are waiting for the host: the machine restarts when they end"
-        );
+        log::warn!("device threads are waiting for the host: the machine restarts when they end");
     }
     signals::wait_until(none_is_left_behind)
 }
@@ -382,5 +420,16 @@ mod tests {
         let Command::Run(args) = cli.command else { panic!("{cli:?}") };
         assert_eq!(args.devices.len(), 2);
         assert_eq!(args.iommus, [IommuConfig::default()]);
+    }
+
+    #[test]
+    fn short_lives_are_ever_further_apart() {
+        let mut backoff = Backoff::default();
+        let mut after = |milliseconds| {
+            backoff.ended_after(Duration::from_millis(milliseconds));
+            backoff.next.as_millis()
+        };
+        let waits: Vec<_> = [5, 999, 0, 7, 0, 0, 0, 0, 1000, 1].map(&mut after).into();
+        assert_eq!(waits, [125, 250, 500, 1000, 2000, 4000, 8000, 8000, 0, 125]);
     }
 }

@@ -2,7 +2,6 @@
 //! The configuration of a machine. The command line is one way to fill it in.
 
 mod check;
-mod payload;
 
 use std::path::PathBuf;
 
@@ -17,7 +16,6 @@ use twostage::viommu::vtd::MMIO_SIZE;
 pub use check::ConfigError;
 #[cfg(target_arch = "x86_64")]
 pub use check::MAX_DEVICES;
-pub use payload::{ModuleConfig, PayloadConfig};
 
 /// Linux's iommufd.
 pub const DEV_IOMMU: &str = "/dev/iommu";
@@ -104,6 +102,30 @@ impl MachineConfig {
     pub fn interrupt_remapping(&self) -> Option<bool> {
         self.iommus.iter().find_map(|iommu| iommu.model.vtd()?.interrupt_remapping)
     }
+}
+
+/// The payload of a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PayloadConfig {
+    /// A kernel that [`arch::boot`](crate::arch::boot) supports: on a PC, a bzImage, an ELF64 image
+    /// with a PVH entry, or an ELF32 image with a Multiboot header.
+    pub kernel: PathBuf,
+    /// The kernel's initial file system. For a Multiboot or PVH kernel it is the first module, with
+    /// the kernel's command line.
+    pub initramfs: Option<PathBuf>,
+    /// The modules of a Multiboot or PVH kernel, after that.
+    pub modules: Vec<ModuleConfig>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A file for a kernel that takes several, such as a hypervisor and its first guest's kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleConfig {
+    /// The file.
+    pub path: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
 }
 
 /// A virtual IOMMU.

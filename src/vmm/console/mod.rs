@@ -6,9 +6,7 @@
 //! consumes them.
 
 pub(crate) mod deadline;
-mod input;
 pub(crate) mod output;
-pub(crate) mod patient;
 pub(crate) mod serial;
 pub(crate) mod terminal;
 
@@ -23,8 +21,8 @@ use rustix::stdio::stdin;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::console::input::Input;
 use crate::console::serial::SerialPort;
+use crate::console::terminal::Input;
 use crate::process::stop::{StopReason, Stopper};
 use crate::{Error, Result};
 

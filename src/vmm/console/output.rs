@@ -14,8 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use twostage::sync::Mutex;
 
-use crate::console::deadline::{self, Turn};
-use crate::console::patient::{write_some, Patient, PATIENCE, PIECE};
+use crate::console::deadline::{self, write_some, Patient, Turn, PATIENCE, PIECE};
 use crate::{Error, Result};
 
 /// Capacity of the buffer, in bytes.

@@ -33,7 +33,7 @@ use twostage::sync::Mutex;
 use serde_json::{json, Value};
 
 pub(super) use crate::arch::decoded_message as decoded;
-use crate::console::patient::Patient;
+use crate::console::deadline::Patient;
 use crate::{process::named_file, Error, Result};
 pub(super) use observers::{IommuObserver, TracedDma, TracedInterrupts};
 

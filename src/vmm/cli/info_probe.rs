@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `twostage info`.
+//! `twostage info`: what devices and their IOMMUs offer. `twostage probe`: what KVM can do.
 
 use std::fs;
 use std::io::{self, Write};
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use super::complain;
+use crate::arch::probe::Probe;
 use crate::process::exit_code;
 use twostage::iommufd::{Errno, HostError, HostIommu, KernelHost, OpenError};
 use twostage::nesting::survey::{survey, NestingReport};
@@ -17,8 +18,8 @@ use twostage_emulated::{
     DeviceConfig, EmulatedHost, EmulatedUnit, SmmuV3Unit, SmmuV3UnitConfig, VtdUnit, VtdUnitConfig,
 };
 
-/// Exit codes of the subcommand.
-pub(super) const EXIT_CODES: &str = "\
+/// Exit codes of `info`.
+pub(super) const INFO_EXIT_CODES: &str = "\
 Exit codes:
     0  every device was examined, whatever it offers
    64  the command line contradicts itself
@@ -47,11 +48,11 @@ pub(super) struct InfoArgs {
 
     /// Format of the result on standard output.
     #[arg(long, value_enum, default_value = "text")]
-    report: Form,
+    report: InfoForm,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Form {
+enum InfoForm {
     Text,
     Json,
 }
@@ -106,9 +107,9 @@ impl From<HostError> for InfoError {
     }
 }
 
-/// Surveys and reports; returns the exit code.
+/// Surveys devices and reports; returns the exit code.
 pub(super) fn info(args: &InfoArgs) -> u8 {
-    match report(args).and_then(|report| Ok(write(&report, args.report)?)) {
+    match survey_devices(args).and_then(|report| Ok(write_report(&report, args.report)?)) {
         Ok(()) => 0,
         Err(error) => {
             complain(&error);
@@ -117,7 +118,7 @@ pub(super) fn info(args: &InfoArgs) -> u8 {
     }
 }
 
-fn report(args: &InfoArgs) -> Result<NestingReport, InfoError> {
+fn survey_devices(args: &InfoArgs) -> Result<NestingReport, InfoError> {
     let (host, names): (Arc<dyn HostIommu>, _) = if args.host == Path::new("emulated") {
         if !args.vfio.is_empty() {
             return Err(InfoError::VfioOfEmulated);
@@ -163,11 +164,73 @@ fn bound_devices() -> Result<Vec<String>, InfoError> {
     Ok(paths)
 }
 
-fn write(report: &NestingReport, form: Form) -> io::Result<()> {
+fn write_report(report: &NestingReport, form: InfoForm) -> io::Result<()> {
     let text = match form {
-        Form::Text => report.to_string(),
-        Form::Json => serde_json::to_string_pretty(report)? + "\n",
+        InfoForm::Text => report.to_string(),
+        InfoForm::Json => serde_json::to_string_pretty(report)? + "\n",
     };
+    print(&text)
+}
+
+/// Exit codes of `probe`.
+pub(super) const PROBE_EXIT_CODES: &str = "\
+Exit codes:
+    0  Linux runs on this machine's KVM
+    1  it does not
+   64  the command line cannot be understood
+   69  there is no KVM, or it lacks what every guest needs
+   71  the operating system or KVM refused a resource
+   74  the result cannot be written";
+
+/// Linux runs on this machine's KVM.
+const RUNS: u8 = 0;
+/// Linux does not run.
+const DOES_NOT: u8 = 1;
+
+#[derive(Debug, Args)]
+pub(super) struct ProbeArgs {
+    /// Format of the result on standard output: everything, its last line only, or JSON.
+    #[arg(long, value_enum, default_value = "text")]
+    report: ProbeForm,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProbeForm {
+    Text,
+    Line,
+    Json,
+}
+
+/// Probes this machine's KVM and reports; returns the exit code.
+pub(super) fn probe(args: &ProbeArgs) -> u8 {
+    let probe = match Probe::new() {
+        Ok(probe) => probe,
+        Err(error) => {
+            complain(&error);
+            return error.exit_code();
+        }
+    };
+    match write_probe(&probe, args.report) {
+        Ok(()) if probe.linux => RUNS,
+        Ok(()) => DOES_NOT,
+        Err(error) => {
+            complain(&format_args!("--report: {error}"));
+            exit_code::IO_ERROR
+        }
+    }
+}
+
+fn write_probe(probe: &Probe, form: ProbeForm) -> io::Result<()> {
+    let text = match form {
+        ProbeForm::Text => probe.to_string(),
+        ProbeForm::Line => probe.verdict() + "\n",
+        ProbeForm::Json => serde_json::to_string_pretty(probe)? + "\n",
+    };
+    print(&text)
+}
+
+/// Prints `text` to standard output.
+fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
