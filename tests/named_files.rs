@@ -144,8 +144,7 @@ fn a_disk_of_another_format_is_said() {
                 continue;
             }
             let disk = format!("path=image{options}");
-            let hint =
-                format!("of format {format}, and disks are raw; convert it with: qemu-img");
+            let hint = format!("of format {format}, and disks are raw; convert it with: qemu-img");
             files.refuse(&with_kernel(&["--disk", &disk]), NO_INPUT, &hint);
             // A guest may write that to a disk, and the disk must still be accepted next time.
             let output = files.run(&with_kernel(&["--disk", &format!("{disk},format=raw")]));

@@ -136,7 +136,8 @@ pub(crate) trait ViommuDriver: Any + Debug + Send + Sync {
     /// # Errors
     /// As [`NestedDomain::invalidate`], but the number of completed entries may be wrong.
     fn invalidate(&self, _entries: &dyn UserArray) -> Result<(), Partial> {
-        refuse(Errno::EOPNOTSUPP, "the vIOMMU does not support invalidations").map_err(Partial::from)
+        refuse(Errno::EOPNOTSUPP, "the vIOMMU does not support invalidations")
+            .map_err(Partial::from)
     }
 
     /// The guest knows `device` as `virt_id` from now on.

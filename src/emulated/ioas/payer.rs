@@ -97,7 +97,10 @@ impl Process {
 
 fn lock(account: &LockedMemory, bytes: u64, limit: u64) -> Outcome<()> {
     if !account.lock(bytes, limit) {
-        return refuse(Errno::ENOMEM, format!("{bytes:#x} more bytes exceed the memory-lock limit"));
+        return refuse(
+            Errno::ENOMEM,
+            format!("{bytes:#x} more bytes exceed the memory-lock limit"),
+        );
     }
     Ok(())
 }

@@ -259,8 +259,13 @@ fn is_memory_at(
             let found = place.as_ref().map(|place| place.plus(piece.length() - (end - at)));
             let Some(wanted) = wanted.next() else { return held.fault.clone() };
             if !found.is_some_and(|found| found.is_in_pages(&wanted, 1)) {
-                return refuse(EBADE, format!("the memory at {at:#x} differs from that at \
-                                              {address:#x}"));
+                return refuse(
+                    EBADE,
+                    format!(
+                        "the memory at {at:#x} differs from that at \
+                                              {address:#x}"
+                    ),
+                );
             }
             at = (at / PAGE_SIZE + 1) * PAGE_SIZE;
         }

@@ -88,7 +88,8 @@ impl VfioPci {
     /// It cannot be assigned; or VFIO or KVM refuse what it needs.
     pub fn new(name: String, host: Arc<dyn HostDevice>, around: Surroundings<'_>) -> Result<Self> {
         let problem = |problem: VfioProblem| VfioError::new(&name, problem);
-        let asking = |source| problem(VfioProblem::Call { what: "querying its description", source });
+        let asking =
+            |source| problem(VfioProblem::Call { what: "querying its description", source });
         if !host.can_reset() {
             log::warn!("--vfio {name}: it cannot be reset, and may continue what it did before");
         } else if let Err(error) = host.reset() {

@@ -55,8 +55,15 @@ impl Vsmmu {
         let tag = self.tag;
         let command = match Command::decode(words) {
             Ok(command) if is_whole(self.unit.config(), &command, words) => command,
-            _ => return refuse(Errno::EIO, format!("the command {words:x?} is not allowed for user \
-                                                    space")),
+            _ => {
+                return refuse(
+                    Errno::EIO,
+                    format!(
+                        "the command {words:x?} is not allowed for user \
+                                                    space"
+                    ),
+                )
+            }
         };
         Ok(match command {
             // Everything cached for the user has its VMID.
@@ -74,7 +81,12 @@ impl Vsmmu {
                 self.streams.sid(stream)?;
                 Invalidation::DeviceTlb
             }
-            _ => return refuse(Errno::EIO, format!("{} is not allowed for user space", command.name())),
+            _ => {
+                return refuse(
+                    Errno::EIO,
+                    format!("{} is not allowed for user space", command.name()),
+                )
+            }
         })
     }
 }

@@ -267,8 +267,13 @@ fn check_pages(area: Option<&Area>, part: &Part, range: &RangeInclusive<u64>) ->
     let end = piece.pages.page_offset(piece.offset + piece.length);
     let last = area.is_some_and(|area| *range.end() <= area.last);
     if piece.pages.page_offset(piece.offset) != 0 || (end != 0 && !last) {
-        return refuse(Errno::EINVAL, format!("the mapping at {iova:#x} does not consist of whole \
-                                              pages"));
+        return refuse(
+            Errno::EINVAL,
+            format!(
+                "the mapping at {iova:#x} does not consist of whole \
+                                              pages"
+            ),
+        );
     }
     Ok(())
 }

@@ -100,8 +100,10 @@ fn check_range(range: &DirtyRange, alignment: u64) -> Outcome<RangeInclusive<u64
     if !aligned(alignment) || !page_size.is_power_of_two() || !aligned(page_size) {
         return refuse(
             Errno::EINVAL,
-            format!("{iova:#x}+{length:#x} is not aligned to {alignment:#x} and pages of \
-                     {page_size:#x}"),
+            format!(
+                "{iova:#x}+{length:#x} is not aligned to {alignment:#x} and pages of \
+                     {page_size:#x}"
+            ),
         );
     }
     Ok(iovas)

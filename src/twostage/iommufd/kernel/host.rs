@@ -162,8 +162,13 @@ impl HostIommu for KernelHost {
         match pasid {
             // VFIO treats PASID 0 as the device itself, which it then loses track of.
             Some(0) => {
-                return Err(HostError::new(verb, dev, Errno::EINVAL, "PASID 0 stands for the device \
-                                                                     itself"))
+                return Err(HostError::new(
+                    verb,
+                    dev,
+                    Errno::EINVAL,
+                    "PASID 0 stands for the device \
+                                                                     itself",
+                ))
             }
             // Linux would return success and do nothing.
             Some(pasid) if bits == 0 => {
@@ -387,7 +392,8 @@ impl HostIommu for KernelHost {
         outcome.map_err(|errno| {
             let detail = match (errno, self.named(dev)) {
                 (Errno::EOPNOTSUPP, Some((_, info))) if matches!(info.data, HwInfoData::Vtd(_)) => {
-                    "Linux has no vIOMMU for VT-d: nested HWPTs are allocated on the parent itself".into()
+                    "Linux has no vIOMMU for VT-d: nested HWPTs are allocated on the parent itself"
+                        .into()
                 }
                 (Errno::EOPNOTSUPP, Some((name, info))) => {
                     Cow::from(meaning::cannot_nest(&name, &info))

@@ -234,7 +234,9 @@ impl FaultQueue for Queue<PageRequestGroup> {
         (&self.shared.file).write_all(&response).map_err(|error| {
             let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
             let detail = match errno {
-                Errno::EINVAL => format!("no page request group {cookie} is waiting for a response"),
+                Errno::EINVAL => {
+                    format!("no page request group {cookie} is waiting for a response")
+                }
                 _ => format!("group {cookie}: {error}"),
             };
             HostError::new(Verb::PageResponse, self.object, errno, detail)

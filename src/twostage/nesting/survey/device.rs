@@ -250,11 +250,7 @@ impl fmt::Display for DeviceReport {
             writeln!(f, "  erratum {erratum}")?;
         }
         if self.unknown_flags != 0 {
-            writeln!(
-                f,
-                "  unknown flags of the kernel: {:#x}",
-                self.unknown_flags
-            )?;
+            writeln!(f, "  unknown flags of the kernel: {:#x}", self.unknown_flags)?;
         }
         Ok(())
     }

@@ -76,9 +76,7 @@ pub enum DiskError {
 
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
-            "; a read-only file needs readonly=on"
-        }
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => "; a read-only file needs readonly=on",
         Some(libc::EINVAL) => "; not every file system supports direct=on",
         _ => "",
     }
