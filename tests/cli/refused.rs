@@ -17,7 +17,7 @@ fn contradictory_and_impossible_options_are_usage_errors() {
         (&["--memory", "512M"], "key=value"),
         (&["--iommu", "amd"], "unknown IOMMU 'amd'"),
         (&["--iommu", "vtd,aw=39"], "neither 48 nor 57"),
-        (&["--iommu", "vtd,addr=0x1000"], "where RAM is"),
+        (&["--iommu", "vtd,addr=0x1000"], "overlaps RAM"),
         (&["--device", "edu,iommu=on"], "there is no --iommu"),
         (&["--device", "edu,pasid=on"], "behind an IOMMU"),
         (&["--iommu", "vtd", "--device", "edu,pasid=on,iommu=off"], "behind an IOMMU"),
@@ -89,8 +89,8 @@ fn devices_and_hosts_that_are_none_are_named() {
         UNAVAILABLE,
         "there is no /dev/no-iommu: the kernel needs",
     );
-    refused(&["--host", "/dev/null"], UNAVAILABLE, "/dev/null is no iommufd");
-    refused(&["--host", "emulated", "--vfio", "path=/dev/null"], USAGE, "one of its own");
+    refused(&["--host", "/dev/null"], UNAVAILABLE, "/dev/null is not an iommufd");
+    refused(&["--host", "emulated", "--vfio", "path=/dev/null"], USAGE, "has its own");
     refused(&["--vfio", "/dev/null"], USAGE, "path=");
     refused(&["--report", "xml"], USAGE, "'xml'");
 }
