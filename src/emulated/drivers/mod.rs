@@ -32,9 +32,8 @@ pub(crate) use vtd::VtdDriver;
 use crate::host::device::{Requester, Slot};
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome, Refusal};
-use crate::units::dirty::DirtyLog;
 use crate::units::page_requests::PageRequestSink;
-use crate::units::stage2::Stage2;
+use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
     iommu_hw_info_arm_smmuv3, iommu_hw_info_vtd, Errno, Extensions, FaultSink, HwptFlags, ObjectId,
     PageRequest, PageResponseCode, UserMemory,

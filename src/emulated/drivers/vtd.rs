@@ -18,10 +18,9 @@ use super::{
 use crate::host::device::{Requester, Slot};
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::PAGE_SIZE;
-use crate::units::dirty::DirtyLog;
 use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use crate::units::page_requests::{PageRequestSink, PageRequests};
-use crate::units::stage2::Stage2;
+use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
     iommu_hwpt_vtd_s1, iommu_hwpt_vtd_s1_invalidate, Errno, Extensions, FaultSink, HwptFlags,
     HwptVtdSecondStage, ObjectId, PageRequest, PageResponseCode, VTD_INV_FLAGS_LEAF,

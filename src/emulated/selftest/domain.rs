@@ -10,7 +10,7 @@ use super::page_table::{leaf_at, FORMAT_APERTURE, FORMAT_SIZES, HUGE_SIZES};
 use super::vdevices::MockVdevices;
 use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray, UserData};
 use crate::host::refusal::{refuse, Outcome};
-use crate::units::dirty::DirtyLog;
+use crate::units::stage2::DirtyLog;
 use twostage::iommufd::{Errno, HwptFlags};
 
 /// Tables filled from an IOAS.

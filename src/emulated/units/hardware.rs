@@ -4,9 +4,8 @@
 use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 
-use crate::units::dirty::DirtyLog;
 use crate::units::page_requests::PageRequests;
-use crate::units::stage2::Stage2;
+use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
     iommu_hw_info_vtd, iommu_hwpt_vtd_s1, Extensions, FaultSink, HwptVtdSecondStage, ObjectId,
 };

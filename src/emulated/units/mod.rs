@@ -2,7 +2,6 @@
 //! The hardware half: IOMMUs that walk stage 1 through stage 2, with the caches that hardware may
 //! have.
 
-pub(crate) mod dirty;
 pub(crate) mod engine;
 pub(crate) mod gate;
 pub(crate) mod hardware;

@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, MutexGuard, PoisonError};
 use twostage::sync::Mutex;
 
 use crate::host::refusal::Outcome;
-use crate::units::engine::request::Request;
+use crate::units::engine::Request;
 use twostage::iommufd::{PageRequest, PageRequestFlags, PageRequestPermissions, PageResponseCode};
 
 /// Maximum number of open groups of a device: an index has 9 bits (PCIe 6.0 §10.4.1).

@@ -8,7 +8,7 @@ use super::Objects;
 use crate::host::fault_injection::allocate;
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::range_of;
-use crate::units::dirty::DirtyLog;
+use crate::units::stage2::DirtyLog;
 use twostage::iommufd::{DirtyRange, Errno, ObjectId};
 
 /// The dirty pages of one page table.

@@ -12,8 +12,7 @@
 use std::fmt;
 use std::sync::atomic::{fence, AtomicU64, AtomicUsize, Ordering};
 
-use super::key::{Key, Scope, Source};
-use super::ranges::IovaRange;
+use super::key::{IovaRange, Key, Scope, Source};
 
 /// Entries that one key can be in.
 const WAYS: usize = 4;
@@ -141,7 +140,7 @@ impl Cache {
     }
 
     /// Drops the entries of `scope` that translate an address in one of `ranges`, as made by
-    /// [`ascending`](super::ranges::ascending), and have one of `shifts`; returns their number.
+    /// [`ascending`](super::key::ascending), and have one of `shifts`; returns their number.
     /// However many ranges there are, no more sets are searched than the cache has.
     pub fn drop_ranges(&mut self, scope: Scope, ranges: &[IovaRange], shifts: &[u8]) -> u64 {
         // Probing each span of a shift in a range is cheaper than looking at all entries while
@@ -216,8 +215,7 @@ impl fmt::Debug for Cache {
 
 #[cfg(test)]
 mod tests {
-    use super::super::key::{size, Spaces};
-    use super::super::ranges::ascending;
+    use super::super::key::{ascending, size, Spaces};
     use super::*;
     use proptest::prelude::*;
     use std::sync::atomic::AtomicBool;

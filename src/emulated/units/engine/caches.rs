@@ -13,14 +13,11 @@ use vm_memory::{VolatileMemory, VolatileSlice};
 
 use super::cache::Cache;
 use super::counters::LocalCounters;
-use super::format::{Path, Stage2Refusal, TableFormat};
-use super::host_stage2::HostStage2;
-use super::key::{size, Key, Scope, Source};
+use super::format::{Path, RequestKind, Rights, Stage2Refusal, TableFormat};
+use super::host_stage2::{Gone, HostStage2};
+use super::key::{size, IovaRange, Key, Scope, Source};
 use super::memories::{CachedPlace, Memories, Memory, Place};
 use super::origins::{CachesOfWalk, Origins};
-use super::ranges::IovaRange;
-use super::request::{RequestKind, Rights};
-use super::sharing::Gone;
 use crate::units::stage2::Mapping;
 
 /// Sizes of the pieces of stage 2 that are cached, as powers of two: 4 KiB, 2 MiB, 1 GiB.

@@ -10,20 +10,15 @@
 
 mod cache;
 mod caches;
-mod config_cache;
 mod counters;
 mod format;
 mod host_stage2;
 mod key;
 mod memories;
 mod origins;
-mod ranges;
-pub(crate) mod request;
 mod sanitizer;
-mod sharing;
 #[cfg(test)]
 pub(crate) mod testing;
-mod trail;
 mod walk;
 
 use std::fmt::Debug;
@@ -34,23 +29,17 @@ use crate::dma::error::DmaFaultReason;
 use crate::units::gate::Gate;
 use crate::units::page_requests::PageRequests;
 
-pub(crate) use caches::{CacheSizes, Caches, Table};
-pub(crate) use counters::{Counters, Totals};
-pub(crate) use format::{At, Entry, Path, Stage2Refusal, TableFormat};
-pub(crate) use host_stage2::HostStage2;
-pub(crate) use key::{size, Scope, Source, Spaces};
-pub(crate) use origins::Origins;
-pub(crate) use ranges::{ascending, IovaRange};
-pub(crate) use request::Rights;
+pub(crate) use caches::{CacheSizes, Caches, Table, Target};
+pub(crate) use counters::{Counters, LocalCounters, Totals};
+pub(crate) use format::{
+    At, Entry, Path, Request, RequestKind, Rights, Stage2Refusal, TableFormat,
+};
+pub(crate) use host_stage2::{Gone, HostStage2, Sharing};
+pub(crate) use key::{ascending, size, IovaRange, Scope, Source, Spaces};
+pub(crate) use origins::{Origins, Trail};
 pub(crate) use sanitizer::{Sanitizer, Used};
-pub(crate) use sharing::{Gone, Sharing};
-pub(crate) use trail::Trail;
 pub(crate) use walk::Walk;
 
-pub(crate) use caches::Target;
-pub(crate) use config_cache::ConfigCache;
-pub(crate) use counters::LocalCounters;
-pub(crate) use request::{Request, RequestKind};
 pub use sanitizer::{
     ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,
     StaleUse, TlbInvalidation,
@@ -132,4 +121,42 @@ pub(crate) trait Unit: Debug + Send + Sync {
 
     /// The reason of `fault` for the requester, and whether the host's stage 2 refused.
     fn reason(fault: <Self::Engine as Engine>::Fault) -> (DmaFaultReason, bool);
+}
+
+/// Lines of a [`ConfigCache`], each for the PASIDs of one remainder.
+const CONFIG_LINES: usize = 8;
+
+/// Per-thread cache: the indices of one requester's configurations in a table of the engine, by
+/// PASID. Invalid as soon as the table has changed, which gives it another *generation*.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct ConfigCache {
+    generation: u64,
+    /// The PASID and the index of its configuration.
+    lines: [Option<(Option<u32>, usize)>; CONFIG_LINES],
+}
+
+impl ConfigCache {
+    /// The index of the configuration for requests with `pasid`, if cached in the table's
+    /// `generation`.
+    #[inline]
+    pub fn get(&self, generation: u64, pasid: Option<u32>) -> Option<usize> {
+        // In bounds: a remainder of a division by the length.
+        let (held, index) = self.lines[config_line(pasid)]?;
+        (self.generation == generation && held == pasid).then_some(index)
+    }
+
+    /// Caches the `index` for requests with `pasid`; returns whether another one was evicted.
+    pub fn fill(&mut self, generation: u64, pasid: Option<u32>, index: usize) -> bool {
+        if self.generation != generation {
+            *self = Self { generation, ..Self::default() };
+        }
+        // In bounds: a remainder of a division by the length.
+        self.lines[config_line(pasid)].replace((pasid, index)).is_some()
+    }
+}
+
+/// The line for requests with `pasid`.
+#[inline]
+fn config_line(pasid: Option<u32>) -> usize {
+    pasid.unwrap_or(0) as usize % CONFIG_LINES
 }

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::caches::{CachedPage, Caches, Stage2Page, Table};
 use super::counters::LocalCounters;
-use super::format::{At, Entry, Path, Stage2Refusal, TableFormat};
+use super::format::{At, Entry, Path, RequestKind, Rights, Stage2Refusal, TableFormat};
 use super::host_stage2::HostStage2;
 use super::key::{size, Source};
-use super::request::{RequestKind, Rights};
-use crate::units::dirty::DirtyLog;
+use crate::units::stage2::DirtyLog;
 
 /// How often a walk restarts because an entry changed between reading it and setting its flags. The
 /// guest may change entries continuously; it must not keep a walk running.

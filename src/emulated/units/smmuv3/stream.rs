@@ -8,10 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::config::SmmuV3UnitConfig;
-use crate::units::dirty::DirtyLog;
 use crate::units::engine::HostStage2;
 use crate::units::hardware::CacheTag;
-use crate::units::stage2::Stage2;
+use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::spec::smmuv3::regs::Idr0;
 use twostage::spec::smmuv3::stream_table::{S1Format, Ste};
 
