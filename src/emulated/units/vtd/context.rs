@@ -1,76 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host-side PASID-table entry of one requester.
+//! The host-side PASID table, behind each port's PASID cache, and its entries.
 
-use super::config::{AddressWidth, VtdUnitConfig};
-use super::first_stage::FirstStage;
-use super::second_stage::SecondStage;
-use crate::units::engine::{HostStage2, Source};
-use crate::units::hardware::{CacheTag, Translation, UserTables};
-use twostage::iommufd::{
-    iommu_hwpt_vtd_s1, HwptVtdSecondStage, VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE,
-};
+use std::collections::BTreeMap;
+
+use super::config::VtdUnitConfig;
+use super::tables::Tables;
+use crate::units::engine::{ConfigCache, HostStage2, Source};
+use crate::units::hardware::{CacheTag, Translation};
+use twostage::runs::Runs;
 
 /// PASID that tags translations for requests without PASID (RID_PASID, as set by Linux).
 const RID_PASID: u32 = 0;
-
-/// The user's tables that translate a request before stage 2.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tables {
-    /// None: stage 2 only.
-    None,
-    /// First-stage tables.
-    FirstStage(FirstStage),
-    /// Second-stage tables.
-    SecondStage(SecondStage),
-    /// Tables that the unit cannot walk: invalid programming.
-    Unsupported,
-}
-
-impl Tables {
-    fn new(tables: Option<&UserTables>, config: &VtdUnitConfig) -> Self {
-        match tables {
-            None => Self::None,
-            Some(UserTables::VtdFirstStage(data)) => {
-                first_stage(data, config).map_or(Self::Unsupported, Self::FirstStage)
-            }
-            Some(UserTables::VtdSecondStage(data)) => {
-                second_stage(data, config).map_or(Self::Unsupported, Self::SecondStage)
-            }
-        }
-    }
-}
-
-fn first_stage(data: &iommu_hwpt_vtd_s1, config: &VtdUnitConfig) -> Option<FirstStage> {
-    let levels = match data.addr_width {
-        48 => 4,
-        57 if config.address_width == AddressWidth::Bits57 => 5,
-        _ => return None,
-    };
-    let supervisor_requests = data.flags & VTD_S1_SRE != 0;
-    Some(FirstStage {
-        table: data.pgtbl_addr & !0xfff,
-        levels,
-        huge_pages: config.huge_pages,
-        supervisor_requests,
-        // WPE matters only with SRE.
-        write_protect: supervisor_requests && data.flags & VTD_S1_WPE != 0,
-        extended_accessed: data.flags & VTD_S1_EAFE != 0,
-        // The uAPI has no flags for these two.
-        execute_requests: false,
-        no_execute: false,
-    })
-}
-
-fn second_stage(data: &HwptVtdSecondStage, config: &VtdUnitConfig) -> Option<SecondStage> {
-    let levels = match data.addr_width {
-        39 => 3,
-        48 => 4,
-        57 if config.address_width == AddressWidth::Bits57 => 5,
-        _ => return None,
-    };
-    let large_pages = config.second_stage_large_pages();
-    Some(SecondStage { table: data.pgtbl_addr & !0xfff, levels, large_pages })
-}
 
 /// An entry of the PASID table, the same for all requesters that are attached to a HWPT.
 #[derive(Debug)]
@@ -98,5 +38,132 @@ impl Context {
     #[inline]
     pub fn source(&self, pasid: Option<u32>) -> Source {
         Source::new(self.tag.0, pasid.unwrap_or(RID_PASID))
+    }
+}
+
+/// Where each requester's DMA goes. Requesters without an entry are blocked.
+#[derive(Debug, Default)]
+pub(super) struct PasidTable {
+    /// Contexts by index. Requesters that are attached to the same HWPT share one.
+    contexts: Vec<Option<Shared>>,
+    /// Unused indices.
+    free: Vec<u32>,
+    /// The index of the context of each HWPT.
+    by_tag: BTreeMap<u32, u32>,
+    functions: BTreeMap<u16, Function>,
+    /// Counts changes: lookups of earlier generations are invalid.
+    generation: u64,
+}
+
+/// A context, and its number of requesters: at least one.
+#[derive(Debug)]
+struct Shared {
+    context: Context,
+    users: usize,
+}
+
+/// The indices of the contexts of one requester id.
+#[derive(Debug, Default)]
+struct Function {
+    own: Option<u32>,
+    pasids: Runs<u32>,
+}
+
+impl PasidTable {
+    /// Gives `rid` (or its `pasid`), which must have none, the context that `new` makes, or the
+    /// existing one of the same `tag`.
+    pub fn insert(
+        &mut self,
+        rid: u16,
+        pasid: Option<u32>,
+        tag: CacheTag,
+        new: impl FnOnce() -> Context,
+    ) {
+        self.generation += 1;
+        let index = match self.by_tag.get(&tag.0) {
+            Some(index) => *index,
+            None => self.add(tag, new()),
+        };
+        if let Some(Some(shared)) = self.contexts.get_mut(index as usize) {
+            shared.users += 1;
+        }
+        self.functions.entry(rid).or_default().set(pasid, Some(index));
+    }
+
+    /// Adds an unused context.
+    fn add(&mut self, tag: CacheTag, context: Context) -> u32 {
+        let shared = Some(Shared { context, users: 0 });
+        // There are fewer contexts than tags, which have 32 bits.
+        let index = self.free.pop().unwrap_or(self.contexts.len() as u32);
+        match self.contexts.get_mut(index as usize) {
+            Some(slot) => *slot = shared,
+            None => self.contexts.push(shared),
+        }
+        self.by_tag.insert(tag.0, index);
+        index
+    }
+
+    /// The context of `rid` (or its `pasid`).
+    pub fn get(&self, rid: u16, pasid: Option<u32>) -> Option<&Context> {
+        self.context(self.index(rid, pasid)?)
+    }
+
+    /// Removes the context of `rid` (or its `pasid`); `gone` is called for it.
+    pub fn remove(&mut self, rid: u16, pasid: Option<u32>, gone: impl FnOnce(&Context)) {
+        self.generation += 1;
+        let Some(index) = self.index(rid, pasid) else { return };
+        if let Some(function) = self.functions.get_mut(&rid) {
+            function.set(pasid, None);
+            if function.own.is_none() && function.pasids.is_empty() {
+                self.functions.remove(&rid);
+            }
+        }
+        let Some(place) = self.contexts.get_mut(index as usize) else { return };
+        let Some(shared) = place else { return };
+        gone(&shared.context);
+        shared.users -= 1;
+        if shared.users == 0 {
+            self.by_tag.remove(&shared.context.tag.0);
+            self.free.push(index);
+            *place = None;
+        }
+    }
+
+    fn index(&self, rid: u16, pasid: Option<u32>) -> Option<u32> {
+        let function = self.functions.get(&rid)?;
+        pasid.map_or(function.own, |pasid| function.pasids.get(pasid))
+    }
+
+    #[inline]
+    fn context(&self, index: u32) -> Option<&Context> {
+        Some(&self.contexts.get(index as usize)?.as_ref()?.context)
+    }
+
+    /// The context of requests with `pasid`, if `cache` has it.
+    #[inline]
+    pub fn cached(&self, cache: &ConfigCache, pasid: Option<u32>) -> Option<&Context> {
+        Some(&self.contexts.get(cache.get(self.generation, pasid)?)?.as_ref()?.context)
+    }
+
+    /// Looks up the context of `rid` (or its `pasid`) and caches it in `cache`; returns it and
+    /// whether another was evicted. A missing context is not cached.
+    pub fn fill(
+        &self,
+        cache: &mut ConfigCache,
+        rid: u16,
+        pasid: Option<u32>,
+    ) -> Option<(&Context, bool)> {
+        let index = self.index(rid, pasid)?;
+        let context = self.context(index)?;
+        Some((context, cache.fill(self.generation, pasid, index as usize)))
+    }
+}
+
+impl Function {
+    fn set(&mut self, pasid: Option<u32>, index: Option<u32>) {
+        match pasid {
+            None => self.own = index,
+            Some(pasid) => self.pasids.set(pasid, index),
+        }
     }
 }

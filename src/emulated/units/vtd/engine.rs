@@ -8,12 +8,10 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::config::VtdUnitConfig;
-use super::context::{Context, Tables};
-use super::fault::Fault;
-use super::first_stage::PAGE_SHIFTS;
-use super::pasid_table::PasidTable;
-use super::reasons::page_refused;
+use super::context::{Context, PasidTable};
+use super::fault::{page_refused, Fault};
 use super::sanitizer::Sanitizer;
+use super::tables::{Tables, PAGE_SHIFTS};
 use crate::units::engine::{
     ascending, Blocked, Caches, ConfigCache, Gone, IovaRange, LocalCounters, Request, Rights,
     Scope, Sharing, Target, Walk,

@@ -9,14 +9,10 @@
 
 mod config;
 mod context;
-mod counters;
 mod engine;
 mod fault;
-mod first_stage;
-mod pasid_table;
-mod reasons;
 mod sanitizer;
-mod second_stage;
+mod tables;
 #[cfg(test)]
 mod tests;
 
@@ -26,10 +22,9 @@ use twostage::sync::Mutex;
 
 use crate::dma::error::DmaFaultReason;
 use crate::units::engine::{
-    ContextTables, Counters, LocalCounters, Request, RequestKind, SanitizerReport, Unit,
+    ContextTables, Counters, LocalCounters, Request, RequestKind, SanitizerReport, Totals, Unit,
 };
 use crate::units::gate::Gate;
-
 use crate::units::hardware::{CacheRange, CacheTag, Hardware, Translation, UserTables};
 use crate::units::page_requests::PageRequests;
 use crate::units::stage2::Stage2;
@@ -40,7 +35,6 @@ use twostage::iommufd::{iommu_hw_info_vtd, Extensions, FaultSink, HostFault, Obj
 use twostage::spec::vtd::fault::FaultReason;
 
 pub use config::{AddressWidth, VtdUnitConfig};
-pub use counters::VtdCounters;
 
 /// An emulated VT-d unit in scalable mode, for devices of this process.
 ///
@@ -196,5 +190,47 @@ impl Hardware for VtdUnit {
             Some(sink) => sinks.insert(rid, sink),
             None => sinks.remove(&rid),
         };
+    }
+}
+
+twostage::counters! {
+    /// Counters of an emulated VT-d unit.
+    #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+    pub struct VtdCounters from Totals {
+        /// Requests that the IOTLB served.
+        iotlb_hits,
+        /// Requests that missed the IOTLB.
+        iotlb_misses,
+        /// IOTLB entries evicted.
+        iotlb_evictions,
+        /// Requests whose PASID-table entry was cached.
+        pasid_cache_hits = config_hits,
+        /// Requests whose PASID-table entry was not.
+        pasid_cache_misses = config_misses,
+        /// PASID-cache entries evicted.
+        pasid_cache_evictions = config_evictions,
+        /// Walks of user-owned tables, finished or not.
+        walks,
+        /// Walks that started below the top table.
+        paging_structure_hits,
+        /// Walks that started at the top table.
+        paging_structure_misses,
+        /// Paging-structure entries evicted.
+        paging_structure_evictions,
+        /// Stage-2 translations that were cached.
+        stage2_hits,
+        /// Stage-2 translations that were not.
+        stage2_misses,
+        /// Cached stage-2 translations evicted.
+        stage2_evictions,
+        /// Requests that used a translation which the guest's tables no longer had; counted by the
+        /// sanitizer only.
+        stale_uses,
+        /// Requests that were blocked.
+        faults,
+        /// Invalidations, including those implied by changes of attachments and of stage 2.
+        invalidations,
+        /// Entries that invalidations dropped.
+        invalidated_entries,
     }
 }

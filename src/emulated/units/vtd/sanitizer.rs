@@ -6,8 +6,8 @@
 
 use std::sync::{OnceLock, Weak};
 
-use super::context::{Context, Tables};
-use super::first_stage::PAGE_SHIFTS;
+use super::context::Context;
+use super::tables::{Tables, PAGE_SHIFTS};
 use crate::units::engine::{
     self, Caches, ContextInvalidation, ContextTables, DmaWay, LocalCounters, Request, StaleContext,
     TableFormat, Target, TlbInvalidation, Used,

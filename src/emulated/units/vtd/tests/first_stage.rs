@@ -3,8 +3,8 @@
 
 use super::*;
 use crate::units::engine::{Caches, RequestKind, Walk};
-use crate::units::vtd::context::{Context, Tables};
-use crate::units::vtd::first_stage::FirstStage;
+use crate::units::vtd::context::Context;
+use crate::units::vtd::tables::{FirstStage, Tables};
 use twostage::iommufd::{VTD_S1_EAFE, VTD_S1_SRE, VTD_S1_WPE};
 
 fn machine() -> Machine {

@@ -5,8 +5,6 @@ mod attachments;
 mod first_stage;
 mod reference;
 mod sanitizer;
-mod second_stage;
-mod sections;
 mod staleness;
 
 use std::ops::Deref;
