@@ -9,15 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::config::SmmuV3UnitConfig;
-use super::configurations::{Configuration, Configurations};
-use super::context::AddressSpace;
-use super::context_table::{choose, Choice, ContextTable};
+use super::context::{choose, AddressSpace, Choice, ContextTable};
 use super::fault::Fault;
 use super::invalidation::{
     drop_range, drop_spaces, known_range, Invalidation, GLOBAL, STAGE2_ONLY,
 };
 use super::sanitizer;
-use super::stream::{Stream, StreamEntry, StreamTable, UserStage1};
+use super::streams::{Configuration, Configurations, Stream, StreamEntry, StreamTable, UserStage1};
 use crate::units::engine::{
     Blocked, Caches, ConfigCache, Gone, LocalCounters, Request, RequestKind, Rights, Sanitizer,
     Sharing, Source, Spaces, Target, Walk,

@@ -9,16 +9,13 @@
 //! the same here as on hardware.
 
 mod config;
-mod configurations;
 mod context;
-mod context_table;
-mod counters;
 mod engine;
 mod fault;
 mod invalidation;
 mod sanitizer;
-mod stage1;
-mod stream;
+mod streams;
+mod tables;
 #[cfg(test)]
 mod tests;
 
@@ -29,7 +26,7 @@ use twostage::sync::Mutex;
 
 use crate::dma::error::DmaFaultReason;
 use crate::units::engine::{
-    Counters, LocalCounters, Request, RequestKind, Sanitizer, SanitizerReport, Unit,
+    Counters, LocalCounters, Request, RequestKind, Sanitizer, SanitizerReport, Totals, Unit,
 };
 use crate::units::gate::Gate;
 use crate::units::page_requests::PageRequests;
@@ -39,9 +36,8 @@ use fault::Fault;
 use twostage::spec::smmuv3::event::EventRecord;
 
 pub use config::SmmuV3UnitConfig;
-pub use counters::SmmuV3Counters;
 pub(crate) use invalidation::Invalidation;
-pub(crate) use stream::StreamEntry;
+pub(crate) use streams::StreamEntry;
 
 /// Destination of the events of one stream: what its driver does with the event queue.
 pub(crate) trait EventSink: Debug + Send + Sync {
@@ -172,5 +168,47 @@ impl Unit for SmmuV3Unit {
             Fault::Abort => (DmaFaultReason::SmmuV3Abort, false),
             Fault::Event { id, stage2, .. } => (DmaFaultReason::SmmuV3(id), stage2),
         }
+    }
+}
+
+twostage::counters! {
+    /// Counters of an emulated SMMUv3.
+    #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+    pub struct SmmuV3Counters from Totals {
+        /// Requests that the IOTLB served.
+        iotlb_hits,
+        /// Requests that missed the IOTLB.
+        iotlb_misses,
+        /// IOTLB entries evicted.
+        iotlb_evictions,
+        /// Requests whose configuration (stream table entry and context descriptor) was cached.
+        configuration_cache_hits = config_hits,
+        /// Requests whose configuration was not.
+        configuration_cache_misses = config_misses,
+        /// Configurations evicted from ports.
+        configuration_cache_evictions = config_evictions,
+        /// Walks of user-owned tables, finished or not.
+        walks,
+        /// Walks that started below the top table.
+        table_hits = paging_structure_hits,
+        /// Walks that started at the top table.
+        table_misses = paging_structure_misses,
+        /// Cached table descriptors evicted.
+        table_evictions = paging_structure_evictions,
+        /// Stage-2 translations that were cached.
+        stage2_hits,
+        /// Stage-2 translations that were not.
+        stage2_misses,
+        /// Cached stage-2 translations evicted.
+        stage2_evictions,
+        /// Requests that used a stale translation or context descriptor; counted by the sanitizer
+        /// only.
+        stale_uses,
+        /// Requests that were terminated.
+        faults,
+        /// Invalidations, including those implied by changes of attachments and of stage 2.
+        invalidations,
+        /// Entries that invalidations dropped.
+        invalidated_entries,
     }
 }

@@ -5,10 +5,10 @@
 //! is cached. So a guest that forgets CMD_CFGI_STE is not noticed: the host's entry is still the
 //! old one, too.
 
-use super::configurations::Configuration;
 use super::context::AddressSpace;
 use super::fault::Fault;
 use super::invalidation::{known_range, Invalidation, GLOBAL};
+use super::streams::Configuration;
 use crate::units::engine::{
     Caches, ContextInvalidation, DmaWay, LocalCounters, Request, Sanitizer, Scope, Source, Spaces,
     StaleContext, Target, TlbInvalidation, Used,

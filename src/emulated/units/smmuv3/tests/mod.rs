@@ -2,11 +2,8 @@
 //! Tests of the unit as a whole, and a small machine to do them on.
 
 mod attachments;
-mod contexts;
-mod events;
 mod reference;
 mod sanitizer;
-mod stage1;
 mod staleness;
 
 use std::ops::Deref;
@@ -18,9 +15,8 @@ use super::*;
 use crate::units::engine::testing::{self, *};
 use crate::units::hardware::CacheTag;
 use crate::{DmaAttributes, DmaError, DmaPort};
-use twostage::iommufd::Protection;
 use twostage::spec::smmuv3::command::AddressRange;
-use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1, Cd2, L1ContextDescriptor, CD_SIZE};
+use twostage::spec::smmuv3::context::{Cd, Cd0, Cd1, Cd2, CD_SIZE};
 use twostage::spec::smmuv3::event::EventId;
 use twostage::spec::smmuv3::stream_table::{S1Format, Ste0, Ste1, StreamConfig};
 use twostage::spec::smmuv3::translation::{Descriptor, Granule, LAST_LEVEL};
