@@ -10,20 +10,19 @@
 //! its own locks and never calls an iommufd. A failed call has no effect.
 
 mod smmuv3;
-mod tags;
 mod user_data;
 mod vtd;
-mod vtd_domains;
 mod vtd_tables;
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::fs::File;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
 pub(crate) use smmuv3::SmmuDriver;
-pub(crate) use tags::CacheTags;
 pub(crate) use user_data::{
     OwnArray, OwnData, UserArray, UserData, VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
 };
@@ -32,6 +31,7 @@ pub(crate) use vtd::VtdDriver;
 use crate::host::device::{Requester, Slot};
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome, Refusal};
+use crate::units::hardware::CacheTag;
 use crate::units::page_requests::PageRequestSink;
 use crate::units::stage2::{DirtyLog, Stage2};
 use twostage::iommufd::{
@@ -304,4 +304,54 @@ pub(crate) trait Driver: Any + Debug + Send + Sync {
 
     /// Where faults of `device` go, and under which device object; `None`: nowhere.
     fn set_fault_sink(&self, _device: &Requester, _sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {}
+}
+
+/// The tags of all page tables of a machine.
+#[derive(Debug, Default)]
+pub(crate) struct CacheTags(Mutex<Tags>);
+
+#[derive(Debug, Default)]
+struct Tags {
+    /// The last one assigned.
+    last: u32,
+    living: BTreeSet<u32>,
+}
+
+/// A tag that no other existing page table has.
+#[derive(Debug)]
+struct OwnedTag {
+    tag: CacheTag,
+    tags: Arc<CacheTags>,
+}
+
+impl OwnedTag {
+    /// The tag.
+    fn tag(&self) -> CacheTag {
+        self.tag
+    }
+}
+
+impl CacheTags {
+    fn lock(&self) -> MutexGuard<'_, Tags> {
+        self.0.lock()
+    }
+
+    /// A tag for one more page table.
+    fn next(self: &Arc<Self>) -> OwnedTag {
+        let mut tags = self.lock();
+        // After 2^32 page tables tags wrap around; those still in use are skipped.
+        loop {
+            let tag = tags.last.wrapping_add(1);
+            tags.last = tag;
+            if tags.living.insert(tag) {
+                return OwnedTag { tag: CacheTag(tag), tags: self.clone() };
+            }
+        }
+    }
+}
+
+impl Drop for OwnedTag {
+    fn drop(&mut self) {
+        self.tags.lock().living.remove(&self.tag.0);
+    }
 }

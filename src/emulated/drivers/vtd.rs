@@ -7,13 +7,11 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
-use super::tags::{CacheTags, OwnedTag};
 use super::user_data::{split, VTD_S1, VTD_S1_INVALIDATE};
-use super::vtd_domains::DomainIds;
-use super::vtd_tables::{Features, Tables};
+use super::vtd_tables::{DomainIds, Features, Tables};
 use super::{
-    Domain, Driver, DriverInfo, NestedDomain, PagingDomain, Partial, UserArray, UserData,
-    VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
+    CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag, PagingDomain, Partial,
+    UserArray, UserData, VTD_SECOND_STAGE, VTD_SECOND_STAGE_INVALIDATE,
 };
 use crate::host::device::{Requester, Slot};
 use crate::host::refusal::{refuse, Outcome};

@@ -3,34 +3,31 @@
 //! for nesting parents; the user's stage 1 is nested through a vIOMMU, which takes commands of the
 //! user's queue and reports events of its streams.
 
-mod domains;
-mod events;
-mod streams;
 #[cfg(test)]
 mod tests;
 mod vsmmu;
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
-use super::tags::CacheTags;
 use super::{
-    Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
+    CacheTags, Domain, Driver, DriverInfo, NestedDomain, OwnedTag, PagingDomain, UserData,
+    ViommuDriver, ViommuRequest,
 };
 use crate::host::device::{Requester, Slot};
 use crate::host::refusal::{refuse, Outcome};
+use crate::units::hardware::CacheTag;
 use crate::units::page_requests::{PageRequestSink, PageRequests};
 use crate::units::smmuv3::{SmmuV3Unit, StreamEntry};
 use crate::units::stage2::Stage2;
-use domains::{own_nested, own_paging, SmmuPaging, Stage};
-use events::Master;
-use streams::Vmaster;
 use twostage::iommufd::{
     Errno, Extensions, FaultSink, HwptFlags, ObjectId, PageRequest, PageResponseCode, ViommuKind,
 };
-use vsmmu::Vsmmu;
+use twostage::spec::smmuv3::translation::Granule;
+use vsmmu::{own_nested, Master, Vmaster, Vsmmu};
 
 /// Linux's window for the doorbells of interrupt controllers (`MSI_IOVA_BASE`): no IOAS of a device
 /// behind an SMMU can map anything else there.
@@ -38,6 +35,9 @@ const SW_MSI: RangeInclusive<u64> = 0x0800_0000..=0x080f_ffff;
 
 /// SubstreamID bits of a linear context descriptor table (`CTXDESC_LINEAR_CDMAX`).
 const LINEAR_SSID_BITS: u8 = 10;
+
+/// Width of the host kernel's virtual addresses, in bits: the limit of its stage 1.
+const HOST_VA_BITS: u8 = 48;
 
 /// The driver of one SMMU.
 #[derive(Debug)]
@@ -309,5 +309,100 @@ impl Driver for SmmuDriver {
 
     fn set_fault_sink(&self, device: &Requester, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
         self.stream(&mut self.streams(), device).master.set_fault_sink(sink);
+    }
+}
+
+/// The stage of a page table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Stage 1, with a context descriptor of the host's.
+    One,
+    /// Stage 2.
+    Two,
+}
+
+/// Tables that an SMMU fills from an IOAS.
+#[derive(Debug)]
+struct SmmuPaging {
+    /// The SMMU that can use them.
+    unit: Arc<SmmuV3Unit>,
+    tag: OwnedTag,
+    stage: Stage,
+    granule: Granule,
+}
+
+impl SmmuPaging {
+    /// Tables of `stage` for `unit`.
+    ///
+    /// # Errors
+    /// `ENOMEM` the SMMU has no granule, as in Linux.
+    fn new(unit: &Arc<SmmuV3Unit>, tag: OwnedTag, stage: Stage) -> Outcome<Self> {
+        // The granule of the host's pages if supported, otherwise the next larger.
+        let has = |granule: &Granule| unit.config().has_granule(*granule);
+        let Some(granule) = Granule::ALL.into_iter().find(has) else {
+            return refuse(Errno::ENOMEM, "the SMMU has no granule");
+        };
+        Ok(Self { unit: unit.clone(), tag, stage, granule })
+    }
+
+    /// Tag of what is cached of them: the VMID of a stage 2.
+    fn tag(&self) -> CacheTag {
+        self.tag.tag()
+    }
+
+    /// Their stage.
+    fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Checks that they are for `unit`.
+    ///
+    /// # Errors
+    /// `EINVAL` they are another's.
+    fn check_unit(&self, unit: &Arc<SmmuV3Unit>) -> Outcome<()> {
+        if Arc::ptr_eq(&self.unit, unit) {
+            return Ok(());
+        }
+        refuse(Errno::EINVAL, "the page table is for another SMMU")
+    }
+}
+
+impl PagingDomain for SmmuPaging {
+    fn aperture(&self) -> RangeInclusive<u64> {
+        let bits = match self.stage {
+            Stage::One => HOST_VA_BITS,
+            Stage::Two => self.unit.config().output_bits(),
+        };
+        // At most 52 bits.
+        0..=(1 << bits) - 1
+    }
+
+    fn page_size(&self) -> u64 {
+        self.granule.size()
+    }
+
+    fn page_sizes(&self) -> u64 {
+        // Pages of level 3 and blocks of level 2; of level 1 too with the smallest granule.
+        let large = if self.granule == Granule::K4 { self.granule.level_size(1) } else { 0 };
+        self.granule.size() | self.granule.level_size(2) | large
+    }
+
+    fn only_writable(&self) -> bool {
+        false
+    }
+
+    fn enforces_coherency(&self) -> bool {
+        self.unit.config().canwbs
+    }
+}
+
+/// Downcasts `domain` to this driver's.
+///
+/// # Errors
+/// `EINVAL` it is another's.
+fn own_paging(domain: &dyn PagingDomain) -> Outcome<&SmmuPaging> {
+    match (domain as &dyn Any).downcast_ref() {
+        Some(paging) => Ok(paging),
+        None => refuse(Errno::EINVAL, "the page table is another driver's"),
     }
 }

@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vIOMMU of an SMMU: the user's streams by the user's StreamIDs, and invalidation commands.
+//! A vIOMMU of an SMMU: the user's streams and their events, the user's stream table entries, and
+//! invalidation commands.
 
-use std::sync::Arc;
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::sync::{Arc, MutexGuard, Weak};
+use twostage::sync::Mutex;
 
-use super::domains::SmmuNested;
-use super::streams::Streams;
 use crate::drivers::user_data::{ARM_SMMUV3, ARM_SMMUV3_INVALIDATE};
 use crate::drivers::{NestedDomain, PagingDomain, Partial, UserArray, UserData, ViommuDriver};
 use crate::host::device::Requester;
 use crate::host::events::ViommuEvents;
 use crate::host::refusal::{refuse, Outcome};
 use crate::units::hardware::CacheTag;
-use crate::units::smmuv3::{Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
-use twostage::iommufd::{Errno, HwptFlags};
+use crate::units::smmuv3::{EventSink, Invalidation, SmmuV3Unit, SmmuV3UnitConfig};
+use twostage::iommufd::{Errno, FaultSink, HostFault, HwptFlags, ObjectId, VEVENTQ_ARM_SMMUV3};
 use twostage::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
+use twostage::spec::smmuv3::event::EventRecord;
+use twostage::spec::smmuv3::stream_table::{EnableAts, Ste, Ste0, Ste1, StreamConfig};
+use twostage::spec::smmuv3::StreamId;
 
 /// Commands that Linux issues together (`CMDQ_BATCH_ENTRIES`, without the CMD_SYNC).
 const BLOCK: usize = 63;
@@ -181,4 +186,272 @@ fn read_all(entries: &dyn UserArray) -> Outcome<Vec<[u64; 2]>> {
 fn words(bytes: [u8; COMMAND_SIZE]) -> [u64; 2] {
     let value = u128::from_le_bytes(bytes);
     [value as u64, (value >> 64) as u64]
+}
+
+/// The streams of a vIOMMU.
+#[derive(Debug)]
+struct Streams {
+    /// Requester IDs by the user's StreamIDs.
+    by_vsid: Mutex<BTreeMap<u64, u16>>,
+    events: Arc<ViommuEvents>,
+}
+
+impl Streams {
+    /// No streams yet; their events will go to `events`.
+    fn new(events: Arc<ViommuEvents>) -> Self {
+        Self { by_vsid: Mutex::default(), events }
+    }
+
+    /// The user calls the stream of requester ID `rid` `vsid`.
+    fn insert(&self, vsid: u64, rid: u16) {
+        self.by_vsid().insert(vsid, rid);
+    }
+
+    /// Removes the stream called `vsid`.
+    fn remove(&self, vsid: u64) {
+        self.by_vsid().remove(&vsid);
+    }
+
+    /// Destination of the events of `device`, if the vIOMMU knows it.
+    fn vmaster(&self, device: &Requester) -> Option<Vmaster> {
+        let (vsid, _) = self
+            .by_vsid()
+            .iter()
+            .map(|(vsid, sid)| (*vsid, *sid))
+            .find(|(_, sid)| *sid == device.rid.raw())?;
+        // Linux truncates it like this.
+        Some(Vmaster { vsid: vsid as u32, events: self.events.clone() })
+    }
+
+    /// The stream that the user calls `vsid`.
+    ///
+    /// # Errors
+    /// `EIO` there is none.
+    fn sid(&self, vsid: StreamId) -> Outcome<u16> {
+        match self.by_vsid().get(&vsid.raw().into()) {
+            Some(sid) => Ok(*sid),
+            None => refuse(Errno::EIO, format!("no vDEVICE has the StreamID {vsid}")),
+        }
+    }
+
+    fn by_vsid(&self) -> MutexGuard<'_, BTreeMap<u64, u16>> {
+        self.by_vsid.lock()
+    }
+}
+
+/// Destination of the events of a user's stream.
+#[derive(Debug, Clone)]
+pub(super) struct Vmaster {
+    /// The user's StreamID.
+    pub vsid: u32,
+    /// The vEVENTQs of the vIOMMU.
+    pub events: Arc<ViommuEvents>,
+}
+
+/// The event destinations of a stream: stage 1's events go to the vIOMMU that it is attached
+/// through, with the user's StreamID; stage 2's concern the host.
+#[derive(Debug, Default)]
+pub(super) struct Master(Mutex<Targets>);
+
+#[derive(Default)]
+struct Targets {
+    /// The vIOMMU that the stream is attached through.
+    vmaster: Option<Vmaster>,
+    /// Beyond Linux: gets the faults of stage 2.
+    sink: Option<(ObjectId, Weak<dyn FaultSink>)>,
+}
+
+impl std::fmt::Debug for Targets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Targets").field("vmaster", &self.vmaster).finish_non_exhaustive()
+    }
+}
+
+impl Master {
+    /// Sets the vIOMMU that the stream is attached through, if any.
+    pub fn set_vmaster(&self, vmaster: Option<Vmaster>) {
+        self.targets().vmaster = vmaster;
+    }
+
+    /// Sets the sink for faults of stage 2.
+    pub fn set_fault_sink(&self, sink: Option<(ObjectId, Weak<dyn FaultSink>)>) {
+        self.targets().sink = sink;
+    }
+
+    fn targets(&self) -> MutexGuard<'_, Targets> {
+        self.0.lock()
+    }
+}
+
+impl EventSink for Master {
+    fn event(&self, record: &EventRecord) {
+        let targets = self.targets();
+        if !record.qw1.s2() {
+            if let Some(Vmaster { vsid, events }) = &targets.vmaster {
+                let record = EventRecord { qw0: record.qw0.with_stream_id(*vsid), ..*record };
+                let bytes: Vec<u8> =
+                    record.to_words().into_iter().flat_map(u64::to_le_bytes).collect();
+                // Without a vEVENTQ the event is dropped.
+                let _ = events.report(VEVENTQ_ARM_SMMUV3, &bytes);
+            }
+            return;
+        }
+        let sink = targets.sink.as_ref().and_then(|(dev, sink)| Some((*dev, sink.upgrade()?)));
+        drop(targets);
+        if let Some((dev, sink)) = sink {
+            sink.dma_fault(&HostFault {
+                dev,
+                pasid: record.substream().map(|substream| substream.raw()),
+                address: record.input_address,
+                write: !record.qw1.rnw(),
+                execute: record.qw1.ind(),
+                privileged: record.qw1.pnu(),
+                reason: record.qw0.id(),
+                stage2: true,
+            });
+        }
+    }
+}
+
+/// The user's stream table entry, for streams of a vIOMMU.
+#[derive(Debug)]
+pub(super) struct SmmuNested {
+    /// Words 0 and 1, without EATS.
+    ste: [u64; 2],
+    /// The streams of the vIOMMU.
+    streams: Arc<Streams>,
+}
+
+impl SmmuNested {
+    /// The entry `ste` for streams of a vIOMMU.
+    ///
+    /// # Errors
+    /// `EIO` it has fields that the user must not set, or a configuration that cannot be nested
+    /// (`arm_smmu_validate_vste`).
+    fn new(ste: [u64; 2], streams: &Arc<Streams>) -> Outcome<Self> {
+        Ok(Self { ste: validate(ste)?, streams: streams.clone() })
+    }
+
+    fn config(&self) -> StreamConfig {
+        StreamConfig::from_bits(Ste0::from_bits(self.ste[0]).config())
+    }
+
+    /// The destination of events of `device` while it is attached here.
+    ///
+    /// # Errors
+    /// `ENOENT` it has no vDEVICE, but would be translated.
+    pub fn vmaster(&self, device: &Requester) -> Outcome<Option<Vmaster>> {
+        match (self.streams.vmaster(device), self.config()) {
+            (Some(vmaster), _) => Ok(Some(vmaster)),
+            (None, StreamConfig::Abort | StreamConfig::Bypass) => Ok(None),
+            (None, _) => refuse(Errno::ENOENT, "the device has no vDEVICE on the vIOMMU"),
+        }
+    }
+
+    /// The user's part of the stream table entry: none to abort; otherwise nothing, or the words of
+    /// stage 1.
+    pub fn stream_stage1(&self) -> Option<Option<[u64; 2]>> {
+        match self.config() {
+            StreamConfig::Stage1 => Some(Some(self.ste)),
+            StreamConfig::Bypass => Some(None),
+            _ => None,
+        }
+    }
+}
+
+impl NestedDomain for SmmuNested {
+    fn invalidate(&self, _: &dyn UserArray) -> Result<(), Partial> {
+        refuse(Errno::EOPNOTSUPP, "invalidations are for the vIOMMU").map_err(Partial::from)
+    }
+
+    fn describe(&self) -> String {
+        match self.config() {
+            StreamConfig::Stage1 => {
+                let table = Ste0::from_bits(self.ste[0]).s1contextptr() << 6;
+                format!("ARM_SMMUV3 stage 1, context descriptors at {table:#x}")
+            }
+            StreamConfig::Bypass => "ARM_SMMUV3 bypass".into(),
+            _ => "ARM_SMMUV3 abort".into(),
+        }
+    }
+}
+
+/// Linux's version of the user's words: 0 for an entry that is not valid.
+fn validate([low, high]: [u64; 2]) -> Outcome<[u64; 2]> {
+    let (word0, word1) = (Ste0::from_bits(low), Ste1::from_bits(high));
+    if !word0.v() {
+        return Ok([0, 0]);
+    }
+    let ste = Ste { qw0: word0, qw1: word1, ..Ste::default() };
+    let nests = matches!(word0.config(), 0 | 4 | 5);
+    let ats = matches!(ste.ats(), EnableAts::Off | EnableAts::Full);
+    if low & !allowed0() != 0 || high & !allowed1() != 0 || !nests || !ats {
+        return refuse(Errno::EIO, format!("the stream table entry is {low:#x}, {high:#x}"));
+    }
+    Ok([low, word1.with_eats(0).into_bits()])
+}
+
+/// The fields of word 0 that the user may set (`STRTAB_STE_0_NESTING_ALLOWED`).
+fn allowed0() -> u64 {
+    Ste0::new()
+        .with_v(true)
+        .with_config(7)
+        .with_s1fmt(3)
+        .with_s1contextptr((1 << 46) - 1)
+        .with_s1cdmax(31)
+        .into_bits()
+}
+
+/// The fields of word 1 that the user may set (`STRTAB_STE_1_NESTING_ALLOWED`).
+fn allowed1() -> u64 {
+    Ste1::new()
+        .with_s1dss(3)
+        .with_s1cir(3)
+        .with_s1cor(3)
+        .with_s1csh(3)
+        .with_s1stalld(true)
+        .with_eats(3)
+        .into_bits()
+}
+
+/// Downcasts `domain` to this driver's.
+///
+/// # Errors
+/// `EINVAL` it is another's.
+pub(super) fn own_nested(domain: &dyn NestedDomain) -> Outcome<&SmmuNested> {
+    match (domain as &dyn Any).downcast_ref() {
+        Some(nested) => Ok(nested),
+        None => refuse(Errno::EINVAL, "the nested page table is another driver's"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_bits_are_those_that_linux_allows() {
+        assert_eq!(allowed0(), 0xf80f_ffff_ffff_ffff);
+        assert_eq!(allowed1(), 0x3800_00ff);
+    }
+
+    #[test]
+    fn an_entry_that_does_not_nest_is_refused() {
+        for ste in [
+            [1 | 6 << 1, 0],
+            [1 | 7 << 1, 0],
+            [1 | 1 << 1, 0],
+            [1 | 5 << 1 | 1 << 52, 0],
+            [1 | 5 << 1, 1 << 8],
+            [1 | 5 << 1, 2 << 28],
+            [1 | 5 << 1, 3 << 28],
+            [1 | 5 << 1, 1 << 44],
+        ] {
+            assert_eq!(validate(ste).unwrap_err().errno, Errno::EIO, "{ste:x?}");
+        }
+        let good = [1 | 5 << 1 | 0x1000 | 3 << 59, 0xff | 1 << 28];
+        assert_eq!(validate(good).unwrap(), [good[0], 0xff]);
+        assert_eq!(validate([1, 0]).unwrap(), [1, 0]);
+        assert_eq!(validate([0xfff0, u64::MAX]).unwrap(), [0, 0], "not valid: nobody looks");
+    }
 }
