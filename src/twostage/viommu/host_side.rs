@@ -1,5 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Common to the host sides of all virtual IOMMUs.
+//! Common to the host sides of all virtual IOMMUs: the source of DMA requests, and what a host
+//! refuses.
+
+use std::fmt;
+
+use crate::spec::pci::{Bdf, Pasid};
+
+/// The source of a DMA request: a PCI function, and a PASID if the request carries one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Requester {
+    /// Requester ID as the guest sees it.
+    pub rid: Bdf,
+    /// PASID of the request; `None` for a request without.
+    pub pasid: Option<Pasid>,
+}
+
+impl Requester {
+    /// Requests of `rid` without PASID.
+    pub const fn rid(rid: Bdf) -> Self {
+        Self { rid, pasid: None }
+    }
+}
+
+impl fmt::Display for Requester {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pasid {
+            Some(pasid) => write!(f, "{} PASID {pasid}", self.rid),
+            None => write!(f, "{}", self.rid),
+        }
+    }
+}
 
 /// The host refused.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -13,4 +43,16 @@ pub struct HostSideError {
     /// The verb that failed.
     #[source]
     pub source: std::sync::Arc<dyn std::error::Error + Send + Sync>,
+}
+
+/// A host unit does not support what the configuration asks for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the IOMMU of {device} lacks {bit}: {needed_for}")]
+pub struct CapabilityConflict {
+    /// A device behind the unit.
+    pub device: String,
+    /// The register and field, such as `ECAP.NEST`, or the host's capability.
+    pub bit: &'static str,
+    /// What the field is needed for, and what to change.
+    pub needed_for: String,
 }

@@ -8,28 +8,23 @@
 //! the guest.
 //!
 //! Files of the same name in both models' folders do the same, and can be read side by side:
-//! `registers` and `control` (what a register write sets off), `queue`, `actions` (what is done for
-//! each descriptor or command), `invalidate`, `policy` (from tables), `apply` and `requesters` (to
-//! the host), `faults` (back to the guest), `config`, `caps`, `host_unit` (what hosts can serve),
-//! `host_side`, `counters`, `state`. What is the same protocol is in `ledger`.
+//! `registers` and `control` (what a register write sets off), `queue` (and what is done for each
+//! descriptor or command), `policy` (from tables), `apply` and `requesters` (to the host), `faults`
+//! and `fault_log` (back to the guest), `config`, `host_unit` (what hosts can serve), `host_side`,
+//! `state` (and statistics). What is the same protocol is in `ledger`.
 
-mod conflict;
-mod fair_mutex;
 mod host_side;
-mod interrupts;
 mod ledger;
-mod memory;
+mod machine;
 mod observer;
-mod register_slot;
-mod requester;
+mod registers;
 pub mod smmuv3;
 #[cfg(test)]
 mod testing;
 pub mod vtd;
 
-pub use conflict::CapabilityConflict;
-pub use host_side::HostSideError;
-pub use interrupts::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
-pub use memory::{BadAddress, TableMemory};
+pub use host_side::{CapabilityConflict, HostSideError, Requester};
+pub use machine::{
+    BadAddress, InterruptListener, InterruptRemapper, InterruptSink, MsiMessage, TableMemory,
+};
 pub use observer::{FaultOutcome, Observer, RegisterAccess};
-pub use requester::Requester;

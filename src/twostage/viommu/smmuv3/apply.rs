@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Policies, from the guest's tables to the host.
+//! Policies, from the guest's tables to the host, and invalidations.
 //!
 //! Everything here runs under the model's lock.
 
 use super::policy::{policy_while_disabled, ConfigFault};
 use super::requesters::Decision;
 use super::state::Registers;
-use super::{Smmu, StreamPolicy};
+use super::{Smmu, SmmuInvalidateError, StreamPolicy};
 use crate::spec::smmuv3::command::{Command, RANGE_ALL};
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::ledger::{host_refused, Applied, NotApplied};
@@ -152,6 +152,26 @@ impl Smmu {
                 self.streams.set_unapplied();
             }
             self.host_failed(&error)
+        })
+    }
+
+    /// Gives a batch to the host, unless it is empty.
+    ///
+    /// # Errors
+    /// The host refused something; it is counted and logged.
+    pub(super) fn invalidate_host(&self, batch: &[Command]) -> Result<(), SmmuInvalidateError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.counters.batches.count();
+        self.counters.invalidations.add(batch.len() as u64);
+        self.host.invalidate(batch).inspect_err(|error| {
+            if !error.flushed {
+                // What the host blocked because of it is given again at the next occasion.
+                self.streams.unapply_all();
+            }
+            // A failed invalidation is never acknowledged, whatever happened to its streams.
+            let _ = self.host_failed(&error.error);
         })
     }
 

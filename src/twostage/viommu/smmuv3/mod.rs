@@ -21,16 +21,13 @@
 //! the only locks that [`EventTarget`] takes. An event may therefore come from any thread, even
 //! while another thread waits in the host for DMA to end.
 
-mod actions;
 mod apply;
-mod caps;
 mod config;
 mod control;
-mod counters;
+mod fault_log;
 mod faults;
 pub(super) mod host_side;
 mod host_unit;
-mod invalidate;
 mod policy;
 mod queue;
 mod registers;
@@ -42,31 +39,26 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
-pub use caps::Capabilities;
-pub use config::{SmmuConfig, SmmuConfigError};
-pub use counters::SmmuCounters;
-pub use faults::eventq::EventQueue;
-pub use faults::gerror::GlobalErrors;
-pub use faults::interrupts::{InterruptConfig, SmmuInterrupt, SmmuInterrupts};
-pub use faults::log::FaultLog;
+pub use config::{Capabilities, SmmuConfig, SmmuConfigError};
+pub use fault_log::{
+    EventQueue, FaultLog, GlobalErrors, InterruptConfig, SmmuInterrupt, SmmuInterrupts,
+};
 pub use host_side::{
     EventRecordWords, EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
 };
 pub use host_unit::HostSmmu;
-pub use state::{Registers, SmmuState};
+pub use state::{Registers, SmmuCounters, SmmuState};
 
-use super::fair_mutex::FairMutex;
-use super::observer::Observer;
-use super::TableMemory;
+use super::registers::FairMutex;
+use super::{Observer, TableMemory};
 use crate::ratelimit::RateLimit;
 use crate::spec::smmuv3::regs::Gerror;
 use crate::spec::smmuv3::StreamId;
-use counters::Counters;
-use faults::interrupts::Signal;
-use faults::log::Offered;
+use fault_log::{Offered, Signal};
 use policy::{policy_while_disabled, StreamTable};
 use queue::Slice;
 use requesters::{Streams, TableRegisters};
+use state::Counters;
 
 /// A virtual SMMUv3.
 pub struct Smmu {

@@ -4,7 +4,7 @@
 //! Pure functions: they read guest memory and nothing else. Context descriptors and translation
 //! tables are not looked at: the host's hardware reads those itself.
 
-use super::caps::Capabilities;
+use super::config::Capabilities;
 use super::StreamPolicy;
 use crate::spec::smmuv3::event::{EventId, EventRecord};
 use crate::spec::smmuv3::regs::{Gbpa, StrtabBase, StrtabBaseCfg, StrtabFormat};

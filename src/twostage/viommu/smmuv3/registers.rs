@@ -5,15 +5,15 @@
 //! both are ignored. So are writes to registers that are fixed while the part they concern is
 //! enabled.
 
-use super::faults::interrupts::InterruptConfig;
+use super::fault_log::InterruptConfig;
 use super::state::Registers;
 use super::Smmu;
 use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, OutputCons, OutputProd, QueueBase};
 use crate::spec::smmuv3::regs::{
     self, Cr0, Cr1, Cr2, Gbpa, IrqCfg0, IrqCtrl, StrtabBase, StrtabBaseCfg,
 };
-use crate::viommu::observer::RegisterAccess;
-use crate::viommu::register_slot::{pair, SlotAccess};
+use crate::viommu::registers::{pair, SlotAccess};
+use crate::viommu::RegisterAccess;
 
 impl Smmu {
     /// The guest reads `data.len()` bytes at `offset` of the register pages.

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Policies, from the guest's tables to the host.
+//! Policies, from the guest's tables to the host, and invalidations.
 //!
 //! Everything here runs under the model's lock, and is short: operations on many requesters are an
 //! [`Evaluation`](super::evaluation::Evaluation), which processes them in slices.
 
-use super::policy::blocked_config;
+use super::host_side::{Invalidation, Progress, RequesterConfig};
+use super::policy::{blocked_config, Blocked, Tables};
+use super::requesters::{Functions, Given};
+use super::state::Registers;
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::qi::ContextScope;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
 use crate::viommu::ledger::{host_refused, Applied, Entries};
-use crate::viommu::vtd::host_side::RequesterConfig;
-use crate::viommu::vtd::policy::tables::{Blocked, Tables};
-use crate::viommu::vtd::requesters::{Functions, Given};
 use crate::viommu::{HostSideError, Requester};
 
 /// The requesters that an invalidation of the context or PASID cache names.
@@ -183,6 +183,36 @@ impl VtdIommu {
             observer.policy(requester, &config, result.is_ok());
         }
         result.or_else(|error| self.host_failed(&error))
+    }
+
+    /// Gives a batch to the host, starting at `progress`: as much of it as one slice may do.
+    pub(super) fn invalidate_host(
+        &self,
+        batch: &[Invalidation],
+        progress: &mut Progress,
+    ) -> Result<(), HostSideError> {
+        if progress.next().is_none() {
+            self.counters.batches.count();
+            self.counters.invalidations.add(batch.len() as u64);
+        }
+        self.host.invalidate_some(batch, progress).inspect_err(|error| {
+            // What the host blocked because of it is given again at the next occasion.
+            self.requesters.unapply_all();
+            // A failed invalidation is never acknowledged, whatever happened to its requesters.
+            let _ = self.host_failed(error);
+        })
+    }
+
+    /// Whether decisions that the host lost because an invalidation failed must be given again
+    /// ([`Scope::Unapplied`]). A guest that only invalidates does not ask for the lost policies.
+    pub(super) fn must_reapply(&self, registers: &Registers) -> bool {
+        if !self.requesters.has_unapplied() {
+            return false;
+        }
+        if !registers.gsts.tes() {
+            self.requesters.set_reapplied();
+        }
+        registers.gsts.tes()
     }
 
     /// See [`host_refused`].

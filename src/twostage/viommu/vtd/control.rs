@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The global command register (§11.4.4), and the completion of commands of any register.
+//! The global command register (§11.4.4), the register-based invalidation interface (§6.5.1,
+//! §11.4.6), and the completion of commands of any register.
 //!
 //! Each command is complete when its write returns, or its status does not say so: when the host
 //! leaves a requester with a revoked mapping, the guest may repeat the command.
@@ -12,14 +13,18 @@ use std::sync::MutexGuard;
 
 use super::apply::Scope;
 use super::evaluation::{Budget, By, Evaluation};
-use super::queue::{Pass, Slice};
+use super::host_side::{Invalidation, Progress};
+use super::queue::{iotlb, Pass, Slice};
 use super::state::Registers;
 use super::VtdIommu;
+use crate::spec::pci::Bdf;
+use crate::spec::vtd::qi::{AddressMask, ContextScope, IotlbScope};
 use crate::spec::vtd::regs::{
-    ContextGranularity, Gcmd, IotlbGranularity, QueuePointer, TranslationTableMode,
+    Ccmd, ContextGranularity, Gcmd, IotlbGranularity, IotlbReg, QueuePointer, Rtaddr,
+    TranslationTableMode,
 };
+use crate::spec::vtd::PAGE_SHIFT;
 use crate::viommu::ledger::{Applied, NotApplied};
-use crate::viommu::vtd::host_side::{Invalidation, Progress};
 use crate::viommu::{HostSideError, Requester};
 
 /// Work in progress that is not acknowledged yet. Changed with the registers locked only.
@@ -46,7 +51,7 @@ enum What {
 
 /// What to do after the host part of a command.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Then {
+enum Then {
     /// Set RTPS, if everything went well; then execute the rest of the command.
     RootTable {
         /// Whether everything went well so far.
@@ -162,13 +167,13 @@ impl VtdIommu {
     }
 
     /// Starts a command with an invalidation.
-    pub(super) fn begin_invalidation(&self, invalidation: Invalidation, then: Then) {
+    fn begin_invalidation(&self, invalidation: Invalidation, then: Then) {
         let what = What::Invalidate(invalidation, Progress::default());
         self.under_way().command = Some(Command { what, then });
     }
 
     /// Starts a command.
-    pub(super) fn begin_command(&self, scope: Scope, by: By, then: Then) {
+    fn begin_command(&self, scope: Scope, by: By, then: Then) {
         if by == By::Tables && scope != Scope::Unapplied {
             self.counters.evaluations.count();
         }
@@ -277,4 +282,87 @@ impl VtdIommu {
         }
         self.begin_command(Scope::Global, by, Then::Translation(enabled));
     }
+
+    /// CCMD.ICC was written as 1. Afterwards ICC is cleared and CAIG reports what was done:
+    /// nothing, if the register-based interface may not be used, the request is reserved or the
+    /// host fails.
+    pub(super) fn context_command(&self, registers: &mut Registers) {
+        let command = registers.ccmd;
+        let granularity = ContextGranularity::from_bits(command.cirg())
+            .filter(|_| register_interface_allowed(registers));
+        let scope = granularity.map(|granularity| match granularity {
+            ContextGranularity::Global => ContextScope::Global,
+            ContextGranularity::Domain => ContextScope::Domain(command.did()),
+            ContextGranularity::Device => ContextScope::Device {
+                domain: command.did(),
+                source: Bdf::from_raw(command.sid()),
+                function_mask: command.fm(),
+            },
+        });
+        let (Some(scope), Some(granularity)) = (scope, granularity) else {
+            let what = "a context command that is not allowed";
+            self.guest_error(format_args!("{what}: {command:?}"));
+            return self.acknowledge_context_command(registers, None);
+        };
+        if registers.gsts.tes() {
+            let scope = Scope::of_contexts(scope, registers.root.map(Rtaddr::mode));
+            return self.begin_command(scope, By::Tables, Then::Context(granularity));
+        }
+        self.acknowledge_context_command(registers, Some(granularity));
+    }
+
+    /// Clears ICC, and reports in CAIG what was done.
+    fn acknowledge_context_command(
+        &self,
+        registers: &mut Registers,
+        done: Option<ContextGranularity>,
+    ) {
+        let done = done.map_or(0, ContextGranularity::into_bits);
+        registers.ccmd = Ccmd::with_caig(registers.ccmd, done).with_icc(false);
+    }
+
+    /// IOTLB.IVT was written as 1. IAIG reports what was done, like CAIG.
+    pub(super) fn iotlb_command(&self, registers: &mut Registers) {
+        let command = registers.iotlb;
+        let iva = registers.iva;
+        let granularity = IotlbGranularity::from_bits(command.iirg())
+            .filter(|_| register_interface_allowed(registers))
+            // A mask larger than offered widens to the domain.
+            .map(|granularity| match granularity {
+                IotlbGranularity::Page if iva.am() > self.caps.cap.mamv() => {
+                    IotlbGranularity::Domain
+                }
+                granularity => granularity,
+            });
+        let scope = granularity.map(|granularity| match granularity {
+            IotlbGranularity::Global => IotlbScope::Global,
+            IotlbGranularity::Domain => IotlbScope::Domain(command.did()),
+            IotlbGranularity::Page => IotlbScope::Pages {
+                domain: command.did(),
+                range: AddressMask {
+                    address: iva.addr() << PAGE_SHIFT,
+                    mask: iva.am(),
+                    leaf: iva.ih(),
+                },
+            },
+        });
+        let (Some(scope), Some(granularity)) = (scope, granularity) else {
+            self.guest_error(format_args!("an IOTLB command that is not allowed: {command:?}"));
+            return self.acknowledge_iotlb_command(registers, None);
+        };
+        self.begin_invalidation(iotlb(scope), Then::Iotlb(granularity));
+    }
+
+    /// Clears IVT, and reports in IAIG what was done.
+    fn acknowledge_iotlb_command(&self, registers: &mut Registers, done: Option<IotlbGranularity>) {
+        let done = done.map_or(0, IotlbGranularity::into_bits);
+        registers.iotlb = IotlbReg::with_iaig(registers.iotlb, done).with_ivt(false);
+    }
+}
+
+/// Whether the register-based interface may be used: not together with the queue, and not in
+/// scalable mode, which has queued invalidation only (§6.5).
+fn register_interface_allowed(registers: &Registers) -> bool {
+    let mode = registers.root.map(Rtaddr::mode);
+    !registers.gsts.qies() && mode != Some(TranslationTableMode::Scalable)
 }

@@ -8,15 +8,14 @@
 //! request.
 
 use super::apply::{refused_reason, Scope};
-use super::policy::blocked_config;
+use super::host_side::{DomainTag, Policy, RequesterConfig};
+use super::policy::{blocked_config, Blocked};
 use super::VtdIommu;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::TABLE_ENTRIES;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::viommu::ledger::{Applied, Given, NotApplied};
-use crate::viommu::vtd::host_side::{DomainTag, Policy, RequesterConfig};
-use crate::viommu::vtd::policy::tables::Blocked;
 use crate::viommu::Requester;
 
 /// The work of one slice. Reading a table entry costs 1, and so does a directory entry without a

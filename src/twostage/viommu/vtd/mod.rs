@@ -25,18 +25,14 @@
 //! remapping has a lock of its own, between the registers and the fault log: interrupts may come
 //! from any thread, too.
 
-mod actions;
 mod apply;
-mod caps;
 mod config;
 mod control;
-mod counters;
 mod evaluation;
+mod fault_log;
 mod faults;
 pub(super) mod host_side;
 mod host_unit;
-mod invalidate;
-mod late;
 mod policy;
 mod queue;
 mod registers;
@@ -49,32 +45,27 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
-pub use caps::Capabilities;
-pub use config::{ConfigError, VtdConfig, MMIO_SIZE};
-pub use counters::VtdCounters;
-pub use faults::interrupts::EventRegisters;
-pub use faults::log::FaultLog;
+pub use config::{Capabilities, ConfigError, VtdConfig, MMIO_SIZE};
+pub use fault_log::{EventRegisters, FaultLog};
 pub use host_side::{
     DmaFault, DomainTag, FaultTarget, HostSide, Invalidation, Policy, Progress, RequesterConfig,
     Stage1, VtdFirstStage, VtdSecondStage,
 };
 pub use host_unit::HostUnit;
-pub use state::{Registers, VtdState};
+pub use state::{Registers, VtdCounters, VtdState};
 
-use super::fair_mutex::FairMutex;
-use super::observer::Observer;
-use super::{InterruptSink, MsiMessage, Requester, TableMemory};
+use super::registers::FairMutex;
+use super::{InterruptSink, MsiMessage, Observer, Requester, TableMemory};
 use crate::ratelimit::RateLimit;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
 use control::UnderWay;
-use counters::Counters;
 use evaluation::{Budget, By, Evaluation};
-use policy::blocked_config;
-use policy::tables::Blocked;
+use policy::{blocked_config, Blocked};
 use queue::Slice;
 use remapping::Remapping;
 use requesters::Requesters;
+use state::Counters;
 
 /// PASIDs of a removed function that are blocked before the registers are unlocked.
 const REMOVED_AT_ONCE: u32 = 32;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The invalidation queue (§6.5.2).
+//! The invalidation queue (§6.5.2), and the action for each descriptor.
 //!
 //! IOTLB invalidations are batched up to the next ordering point (a wait, an invalidation of the
 //! context, PASID or interrupt entry cache, the tail) and given to the host in one call;
@@ -12,17 +12,21 @@
 //! descriptors; a wait belongs to the slice that it ends. Reading the tables of many requesters
 //! takes slices of its own, with IQH unchanged.
 
-use super::actions::{check_offered, iotlb, pasid_iotlb};
 use super::apply::{Scope, Scopes};
+use super::config::Capabilities;
 use super::evaluation::{Budget, By, Evaluation};
-use super::faults::log::QueueError;
+use super::fault_log::QueueError;
+use super::host_side::{Invalidation, Progress};
 use super::state::Registers;
 use super::VtdIommu;
-use crate::spec::pci::Bdf;
-use crate::spec::vtd::qi::{DecodeError, Descriptor, PasidCacheScope, StatusWrite, Words, WORDS};
+use crate::spec::pci::{Bdf, Pasid};
+use crate::spec::vtd::qi::{
+    AddressMask, DecodeError, Descriptor, InterruptEntryScope, IotlbScope, PasidCacheScope,
+    StatusWrite, Words, WORDS,
+};
 use crate::spec::vtd::regs::{IqErrorInfo, QueuePointer, Rtaddr, TranslationTableMode};
+use crate::spec::vtd::PageRange;
 use crate::viommu::ledger::NotApplied;
-use crate::viommu::vtd::host_side::{Invalidation, Progress};
 
 /// What is left of the queue after a slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -379,4 +383,70 @@ fn check_queue(registers: &Registers, scalable_mode: bool) -> Result<(), IqError
         return Err(IqErrorInfo::TailMisaligned);
     }
     Ok(())
+}
+
+/// Whether a unit with `caps` accepts `descriptor`, in scalable mode or not.
+fn check_offered(
+    caps: &Capabilities,
+    scalable: bool,
+    descriptor: &Descriptor,
+) -> Result<(), IqErrorInfo> {
+    let ecap = caps.ecap;
+    let supported = match descriptor {
+        Descriptor::ContextCache(_) | Descriptor::Iotlb { .. } | Descriptor::Wait { .. } => true,
+        Descriptor::DeviceTlb { .. } => ecap.dt(),
+        Descriptor::InterruptEntryCache(_) => ecap.ir(),
+        Descriptor::PasidIotlb { .. } | Descriptor::PasidCache(_) => scalable,
+        Descriptor::PasidDeviceTlb { .. } => scalable && ecap.dt(),
+        Descriptor::PageGroupResponse { .. } => scalable && ecap.prs(),
+    };
+    if !supported {
+        return Err(IqErrorInfo::InvalidType);
+    }
+    let reserved = match *descriptor {
+        Descriptor::Iotlb { scope: IotlbScope::Pages { range, .. }, .. } => {
+            range.mask > caps.cap.mamv()
+        }
+        Descriptor::InterruptEntryCache(InterruptEntryScope::Index { mask, .. }) => {
+            mask > ecap.mhmv()
+        }
+        Descriptor::Wait { drain_page_requests, .. } => drain_page_requests && !ecap.pds(),
+        Descriptor::DeviceTlb { physical_function, .. }
+        | Descriptor::PasidDeviceTlb { physical_function, .. } => {
+            physical_function != 0 && !ecap.dit()
+        }
+        _ => false,
+    };
+    if reserved {
+        return Err(IqErrorInfo::ReservedField);
+    }
+    Ok(())
+}
+
+/// The host's invalidation for an IOTLB invalidation. It names no PASID, so it means every PASID of
+/// the domain.
+pub(super) fn iotlb(scope: IotlbScope) -> Invalidation {
+    match scope {
+        IotlbScope::Global => Invalidation::ALL,
+        IotlbScope::Domain(domain) => {
+            Invalidation { domain: Some(domain), pasid: None, range: None }
+        }
+        IotlbScope::Pages { domain, range } => {
+            Invalidation { domain: Some(domain), pasid: None, range: page_range(range) }
+        }
+    }
+}
+
+/// The host's invalidation for a PASID-based IOTLB invalidation.
+fn pasid_iotlb(domain: u16, pasid: Pasid, range: Option<AddressMask>) -> Invalidation {
+    Invalidation {
+        domain: Some(domain),
+        pasid: Some(pasid.raw()),
+        range: range.and_then(page_range),
+    }
+}
+
+/// The pages of `range`; `None` if it spans all addresses.
+fn page_range(range: AddressMask) -> Option<PageRange> {
+    Some(PageRange::from(range)).filter(|range| !range.is_all())
 }

@@ -8,8 +8,8 @@ use super::VtdIommu;
 use crate::spec::vtd::regs::{
     self, Ccmd, EventControl, Gcmd, Ics, IotlbReg, Iqa, Irta, Iva, QueuePointer, Rtaddr, FRCD_SIZE,
 };
-use crate::viommu::observer::RegisterAccess;
-use crate::viommu::register_slot::{pair, SlotAccess};
+use crate::viommu::registers::{pair, SlotAccess};
+use crate::viommu::RegisterAccess;
 
 /// The architecture version in VER: 4.0.
 const VERSION: u32 = 0x40;

@@ -2,10 +2,7 @@
 //! The SMMU driven by a guest, on a recording host.
 
 mod configuration;
-mod entry_updates;
-mod fail_nth;
 mod faults;
-mod interrupts;
 mod linux;
 mod properties;
 mod queue;

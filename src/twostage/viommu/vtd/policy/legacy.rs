@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from legacy root and context entries (§3.4.2, §9.1, §9.3).
 
+use super::{Blocked, Served, Tables};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::{
     ContextHigh, ContextLow, ContextTranslationType, RootHalf, CONTEXT_ENTRY_SIZE, ROOT_ENTRY_SIZE,
 };
 use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdSecondStage};
-use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::Requester;
 
 /// What the tables at `root` say about `requester`.
-pub(in crate::viommu::vtd) fn serve(
+pub(super) fn serve(
     tables: &Tables<'_>,
     root: Rtaddr,
     requester: Requester,
@@ -86,7 +86,6 @@ mod tests {
     use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
     use crate::viommu::vtd::host_side::{Policy, RequesterConfig};
-    use crate::viommu::vtd::policy::tables::Tables;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     const ROOT: u64 = 0x1000;

@@ -5,16 +5,51 @@
 //! process (§3.4, §6.2.2, §7.1.3) meets first. Only what holds for every request of a requester is
 //! decided here; what depends on the request (rights, privilege) is up to the translation.
 
-pub(super) mod legacy;
-pub(super) mod scalable;
-pub(super) mod tables;
+mod legacy;
+mod scalable;
 
+use super::config::Capabilities;
+use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1};
 use crate::spec::pci::{Bdf, Pasid};
-use crate::spec::vtd::regs::TranslationTableMode;
-use crate::viommu::vtd::host_side::{DomainTag, Policy, RequesterConfig};
-use crate::viommu::vtd::policy::scalable::{PasidTable, PasidTables};
-use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
-use crate::viommu::Requester;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
+use crate::spec::vtd::root::AddressWidth;
+use crate::spec::vtd::{above_width, HOST_ADDRESS_WIDTH};
+use crate::viommu::{BadAddress, Requester, TableMemory};
+use scalable::{PasidTable, PasidTables};
+
+/// The inputs of the decision: guest memory, the unit's features, and the root table as latched by
+/// SRTP.
+#[derive(Clone, Copy)]
+pub(super) struct Tables<'a> {
+    pub memory: &'a dyn TableMemory,
+    pub caps: &'a Capabilities,
+    /// `None` until the guest sets a root table.
+    pub root: Option<Rtaddr>,
+}
+
+/// Why a requester is blocked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Blocked {
+    pub reason: FaultReason,
+    /// An entry on the way, including this one, has FPD set.
+    pub fault_disabled: bool,
+}
+
+impl Blocked {
+    pub const fn recorded(reason: FaultReason) -> Self {
+        Self { reason, fault_disabled: false }
+    }
+}
+
+/// The configuration of a requester that the tables serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Served {
+    /// The guest-owned tables, or `None` for pass-through.
+    stage1: Option<Stage1>,
+    tag: DomainTag,
+    fault_disabled: bool,
+}
 
 impl Tables<'_> {
     /// The configuration for `requester`'s untranslated requests.
@@ -33,6 +68,50 @@ impl Tables<'_> {
     pub fn pasid_tables(&self, rid: Bdf) -> Option<PasidTables<'_>> {
         let root = self.root().ok().filter(|root| root.mode() == TranslationTableMode::Scalable)?;
         PasidTables::of(self, root, rid)
+    }
+
+    /// The latched root table, if its mode and address are valid.
+    fn root(&self) -> Result<Rtaddr, Blocked> {
+        let invalid = Blocked::recorded(FaultReason::RootTableAddressInvalid);
+        let root = self.root.ok_or(invalid)?;
+        let supported = match root.mode() {
+            TranslationTableMode::Legacy => true,
+            TranslationTableMode::Scalable => self.caps.ecap.smts(),
+            TranslationTableMode::Reserved | TranslationTableMode::AbortDma => false,
+        };
+        if !supported || self.is_beyond_width(root.root_table()) {
+            return Err(invalid);
+        }
+        Ok(root)
+    }
+
+    /// Whether the table pointer `address` has bits beyond the unit's address width.
+    fn is_beyond_width(&self, address: u64) -> bool {
+        address & above_width(HOST_ADDRESS_WIDTH) != 0
+    }
+
+    /// The width of `aw`, if second-stage tables may have it.
+    fn second_stage_width(&self, aw: u8) -> Option<AddressWidth> {
+        AddressWidth::from_bits(aw).filter(|width| self.offers_width(*width))
+    }
+
+    /// The width of the widest possible second-stage table.
+    fn widest_second_stage(&self) -> Option<AddressWidth> {
+        AddressWidth::ALL.into_iter().rfind(|width| self.offers_width(*width))
+    }
+
+    fn offers_width(&self, width: AddressWidth) -> bool {
+        self.caps.cap.sagaw() >> width.into_bits() & 1 != 0
+    }
+
+    /// `N` 64-bit words at `address`, each read atomically.
+    fn words<const N: usize>(&self, address: u64) -> Result<[u64; N], BadAddress> {
+        let mut words = [0; N];
+        for (word, offset) in words.iter_mut().zip((0..).step_by(8)) {
+            // Tables are page-aligned and below the address width, so the sum does not wrap.
+            *word = self.memory.load_u64(address + offset)?;
+        }
+        Ok(words)
     }
 }
 
@@ -55,10 +134,7 @@ fn to_config(requester: Requester, served: Result<Served, Blocked>) -> Requester
 }
 
 /// The configuration of a blocked requester.
-pub(in crate::viommu::vtd) fn blocked_config(
-    requester: Requester,
-    blocked: Blocked,
-) -> RequesterConfig {
+pub(super) fn blocked_config(requester: Requester, blocked: Blocked) -> RequesterConfig {
     let Blocked { reason, fault_disabled } = blocked;
     RequesterConfig {
         policy: Policy::Blocked(reason),
@@ -70,8 +146,6 @@ pub(in crate::viommu::vtd) fn blocked_config(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::vtd::regs::Rtaddr;
-    use crate::viommu::vtd::caps::Capabilities;
     use crate::viommu::vtd::config::VtdConfig;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Policies from scalable-mode root, context and PASID entries (§3.4.3, §6.2, §9.2, §9.4–§9.6).
 
+use super::{Blocked, Served, Tables};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::{
@@ -13,11 +14,10 @@ use crate::spec::vtd::root::{
     SCALABLE_CONTEXT_ENTRY_SIZE,
 };
 use crate::viommu::vtd::host_side::{DomainTag, Stage1, VtdFirstStage, VtdSecondStage};
-use crate::viommu::vtd::policy::tables::{Blocked, Served, Tables};
 use crate::viommu::Requester;
 
 /// What the tables at `root` say about `requester`.
-pub(in crate::viommu::vtd) fn serve(
+pub(super) fn serve(
     tables: &Tables<'_>,
     root: Rtaddr,
     requester: Requester,
@@ -73,7 +73,7 @@ pub(in crate::viommu::vtd) struct PasidTable<'a> {
 
 impl PasidTable<'_> {
     /// What the entry of `pasid`, which is in this table, says; `None` if it is not present.
-    pub fn serve(&self, pasid: Pasid) -> Option<Result<Served, Blocked>> {
+    pub(super) fn serve(&self, pasid: Pasid) -> Option<Result<Served, Blocked>> {
         let entry = table_entry(self.tables, &self.directory, pasid.raw()).ok()?;
         Some(entry.serve(self.tables, pasid.raw()))
     }

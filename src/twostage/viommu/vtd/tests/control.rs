@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Commands that concern many requesters: under way in slices, and acknowledged after the last one.
+//! Units that are halted on the way, and threads that share the queue.
 
 use std::collections::BTreeMap;
 
+use super::queue::pasid_iotlb;
 use super::slices::{PASIDS, PASID_CACHE, RTPS, TES};
 use super::*;
 use crate::spec::vtd::qi::PasidCacheScope;
@@ -21,6 +23,46 @@ fn a_unit_that_is_halted_on_the_way_acknowledges_nothing() {
     guest.disable_translation();
     assert_eq!(guest.calls(), []);
     assert_eq!(guest.status_bits(TES), TES);
+}
+
+#[test]
+fn a_halted_unit_leaves_the_rest_of_the_queue() {
+    let guest = Guest::running();
+    let queued = [pasid_iotlb(0, None), PASID_CACHE].repeat(50);
+    *guest.host.halting.lock() = Some(guest.iommu.clone());
+    let before = guest.iommu.counters().evaluations;
+    guest.submit(&queued);
+    *guest.host.halting.lock() = None;
+    assert_eq!(guest.calls().len(), 1);
+    assert_eq!(guest.iommu.counters().evaluations, before);
+    assert_eq!(guest.head(), 32);
+    assert!(!guest.fault_status().iqe());
+    guest.submit(&[wait(3)]);
+    assert_eq!(guest.status(), 0);
+}
+
+#[test]
+fn a_unit_that_is_halted_before_a_wait_does_not_answer_it() {
+    let guest = Guest::running();
+    *guest.host.halting.lock() = Some(guest.iommu.clone());
+    guest.submit(&[pasid_iotlb(0, None), wait(3)]);
+    *guest.host.halting.lock() = None;
+    assert_eq!(guest.calls().len(), 1);
+    assert_eq!((guest.head(), guest.status()), (32, 0));
+    assert!(!guest.fault_status().iqe());
+}
+
+#[test]
+fn a_halted_unit_leaves_the_rest_of_the_pasids() {
+    let guest = Guest::running();
+    (1..40).for_each(|value| guest.write_pasid(value, 0x6000));
+    *guest.host.halting.lock() = Some(guest.iommu.clone());
+    guest.submit(&[PASID_CACHE, wait(3)]);
+    *guest.host.halting.lock() = None;
+    assert_eq!(guest.calls(), [Call::Configure(with_pasid(1), first_stage(0x6000))]);
+    // Not acknowledged, and not an error of the guest.
+    assert_eq!((guest.head(), guest.status()), (0, 0));
+    assert!(!guest.fault_status().iqe());
 }
 
 #[test]
@@ -130,4 +172,30 @@ fn a_context_command_of_many_requesters_stays_set_until_it_is_done() {
     assert!(slices > PASIDS / 33 - 1, "{slices}");
     assert_eq!(guest.read64(regs::CCMD) >> 59, 0b00101);
     assert_eq!(guest.iommu.requesters.pasid_from(RID, 0), None);
+}
+
+#[test]
+fn threads_that_drain_the_queue_at_once_share_it() {
+    let guest = Guest::running();
+    let descriptors: Vec<_> = (0..60).flat_map(|data| [pasid_iotlb(0, None), wait(data)]).collect();
+    let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
+    let tail = guest.queue_words(&words);
+    guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| guest.iommu.drain_queue());
+        }
+    });
+    assert_eq!((guest.status(), guest.head()), (59, tail));
+    assert_eq!(guest.calls().len(), 60);
+}
+
+#[test]
+fn any_thread_may_drain_the_queue() {
+    let guest = Guest::running();
+    let tail = guest.queue_words(&[wait(6).encode()]);
+    guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
+    let iommu = guest.iommu.clone();
+    std::thread::spawn(move || iommu.drain_queue()).join().unwrap();
+    assert_eq!((guest.status(), guest.head()), (6, tail));
 }

@@ -2,18 +2,15 @@
 //! The unit driven by a guest, on a recording host.
 
 mod control;
-mod fail_nth;
 mod faults;
 mod late;
 mod policies;
 mod properties;
 mod queue;
-mod races;
 mod registers;
 mod remapping;
 mod slices;
 mod translation;
-mod waits;
 
 use crate::sync::Mutex;
 use std::sync::Arc;

@@ -5,7 +5,7 @@ use super::*;
 use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::AddressWidth;
 use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
-use crate::viommu::vtd::policy::tables::Tables;
+use crate::viommu::vtd::policy::Tables;
 
 /// Well-formed tables for [`RID`], to be corrupted.
 struct Spoiled {

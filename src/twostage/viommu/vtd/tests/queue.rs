@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The invalidation queue: order, batches, errors, and how it continues after them.
+//! The invalidation queue: order, batches, waits, errors, and how it continues after them.
 
 use super::*;
 use crate::spec::vtd::qi::{
     AddressMask, ContextScope, DeviceTlbRange, InterruptEntryScope, IotlbScope, PasidCacheScope,
+    StatusWrite,
 };
 use crate::spec::vtd::regs::{Fsts, IqErrorInfo, Iqercd};
 use crate::spec::vtd::PageRange;
@@ -15,7 +16,7 @@ fn iotlb(scope: IotlbScope) -> Descriptor {
     Descriptor::Iotlb { scope, drain_writes: true, drain_reads: true }
 }
 
-fn pasid_iotlb(value: u32, range: Option<AddressMask>) -> Descriptor {
+pub(super) fn pasid_iotlb(value: u32, range: Option<AddressMask>) -> Descriptor {
     Descriptor::PasidIotlb { domain: DOMAIN, pasid: pasid(value), range }
 }
 
@@ -29,7 +30,7 @@ fn invalidation(pasid: Option<u32>, range: Option<PageRange>) -> Invalidation {
 }
 
 impl Guest {
-    fn fault_status(&self) -> Fsts {
+    pub(super) fn fault_status(&self) -> Fsts {
         Fsts::from_bits(self.read32(regs::FSTS))
     }
 
@@ -321,62 +322,6 @@ fn the_registers_are_let_go_at_each_ordering_point() {
 }
 
 #[test]
-fn a_halted_unit_leaves_the_rest_of_the_queue() {
-    let guest = Guest::running();
-    let queued = [pasid_iotlb(0, None), PASID_CACHE].repeat(50);
-    *guest.host.halting.lock() = Some(guest.iommu.clone());
-    let before = guest.iommu.counters().evaluations;
-    guest.submit(&queued);
-    *guest.host.halting.lock() = None;
-    assert_eq!(guest.calls().len(), 1);
-    assert_eq!(guest.iommu.counters().evaluations, before);
-    assert_eq!(guest.head(), 32);
-    assert!(!guest.fault_status().iqe());
-    guest.submit(&[wait(3)]);
-    assert_eq!(guest.status(), 0);
-}
-
-#[test]
-fn a_unit_that_is_halted_before_a_wait_does_not_answer_it() {
-    let guest = Guest::running();
-    *guest.host.halting.lock() = Some(guest.iommu.clone());
-    guest.submit(&[pasid_iotlb(0, None), wait(3)]);
-    *guest.host.halting.lock() = None;
-    assert_eq!(guest.calls().len(), 1);
-    assert_eq!((guest.head(), guest.status()), (32, 0));
-    assert!(!guest.fault_status().iqe());
-}
-
-#[test]
-fn a_halted_unit_leaves_the_rest_of_the_pasids() {
-    let guest = Guest::running();
-    (1..40).for_each(|value| guest.write_pasid(value, 0x6000));
-    *guest.host.halting.lock() = Some(guest.iommu.clone());
-    guest.submit(&[PASID_CACHE, wait(3)]);
-    *guest.host.halting.lock() = None;
-    assert_eq!(guest.calls(), [Call::Configure(with_pasid(1), first_stage(0x6000))]);
-    // Not acknowledged, and not an error of the guest.
-    assert_eq!((guest.head(), guest.status()), (0, 0));
-    assert!(!guest.fault_status().iqe());
-}
-
-#[test]
-fn threads_that_drain_the_queue_at_once_share_it() {
-    let guest = Guest::running();
-    let descriptors: Vec<_> = (0..60).flat_map(|data| [pasid_iotlb(0, None), wait(data)]).collect();
-    let words: Vec<_> = descriptors.iter().map(Descriptor::encode).collect();
-    let tail = guest.queue_words(&words);
-    guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
-    std::thread::scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| guest.iommu.drain_queue());
-        }
-    });
-    assert_eq!((guest.status(), guest.head()), (59, tail));
-    assert_eq!(guest.calls().len(), 60);
-}
-
-#[test]
 fn a_wait_behind_a_device_that_does_not_answer_is_aborted() {
     let guest = Guest::new(VtdConfig { device_iotlb: true, ..Default::default() });
     guest.enable_queue(0x800);
@@ -411,11 +356,66 @@ fn a_disabled_queue_stands_at_its_start() {
 }
 
 #[test]
-fn any_thread_may_drain_the_queue() {
+fn a_wait_can_interrupt() {
     let guest = Guest::running();
-    let tail = guest.queue_words(&[wait(6).encode()]);
-    guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
-    let iommu = guest.iommu.clone();
-    std::thread::spawn(move || iommu.drain_queue()).join().unwrap();
-    assert_eq!((guest.status(), guest.head()), (6, tail));
+    guest.write32(regs::IEDATA, 0x42);
+    guest.write64(regs::IEADDR, 0x1_fee0_1000);
+    let interrupting =
+        Descriptor::Wait { status: None, interrupt: true, fence: true, drain_page_requests: false };
+    guest.submit(&[interrupting]);
+    // Masked after reset: pending.
+    assert_eq!(guest.messages(), []);
+    assert_eq!((guest.read32(regs::ICS), guest.read32(regs::IECTL)), (1, 3 << 30));
+    guest.write32(regs::IECTL, 0);
+    assert_eq!(guest.messages(), [(0x1_fee0_1000, 0x42)]);
+    assert_eq!(guest.read32(regs::IECTL), 0);
+    // IWC is still set: no new event.
+    guest.submit(&[interrupting]);
+    assert_eq!(guest.messages(), []);
+    guest.write32(regs::ICS, 1);
+    assert_eq!(guest.read32(regs::ICS), 0);
+    guest.submit(&[interrupting]);
+    assert_eq!(guest.messages().len(), 1);
+}
+
+#[test]
+fn a_status_address_that_is_no_memory_is_no_hang() {
+    let guest = Guest::running();
+    let status = StatusWrite { address: !3, data: 1 };
+    let lost = Descriptor::Wait {
+        status: Some(status),
+        interrupt: false,
+        fence: false,
+        drain_page_requests: false,
+    };
+    guest.submit(&[lost, wait(2)]);
+    assert_eq!((guest.status(), guest.read64(regs::IQH)), (2, 64));
+    assert_eq!(guest.iommu.counters().guest_errors, 1);
+}
+
+/// Linux sets PD when it recovers from an error of the queue.
+#[test]
+fn a_wait_may_ask_to_drain_page_requests_of_which_there_are_none() {
+    let drain = Descriptor::Wait {
+        status: Some(StatusWrite { address: STATUS, data: 7 }),
+        interrupt: false,
+        fence: true,
+        drain_page_requests: true,
+    };
+    let guest = Guest::running();
+    assert_eq!(guest.read64(regs::ECAP) >> 42 & 1, 1, "ECAP.PDS");
+    guest.submit(&[drain]);
+    assert_eq!((guest.status(), guest.read64(regs::IQH)), (7, 32));
+    // If not offered, the bit is reserved.
+    let legacy =
+        VtdConfig { scalable_mode: false, second_stage: true, pasid_bits: 0, ..Default::default() };
+    let guest = Guest::new(legacy);
+    assert_eq!(guest.read64(regs::ECAP) >> 42 & 1, 0, "ECAP.PDS");
+    guest.enable_queue(0);
+    guest.write(QUEUE, &drain.encode()[..2]);
+    guest.write64(regs::IQT, 16);
+    assert!(guest.fault_status().iqe());
+    let code = Iqercd::from_bits(guest.read64(regs::IQERCD)).iqei();
+    assert_eq!(IqErrorInfo::from_code(code), Some(IqErrorInfo::ReservedField));
+    assert_eq!(guest.status(), 0);
 }

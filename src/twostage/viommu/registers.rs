@@ -1,6 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Register pages as rows of 64-bit slots: each one 64-bit register or two 32-bit ones. An access
-//! covers a slot or one half of it.
+//! Common to the registers of all virtual IOMMUs: their lock, and their pages.
+//!
+//! A page is a row of 64-bit slots: each one 64-bit register or two 32-bit ones. An access covers a
+//! slot or one half of it.
+
+use std::sync::MutexGuard;
+
+use crate::sync::Mutex;
+
+/// A fair mutex, for the registers: a thread that locks them again queues behind those that wait.
+/// One that works through a queue unlocks them between two slices.
+#[derive(Debug, Default)]
+pub(super) struct FairMutex<T> {
+    /// Held for a moment before `value` by the next thread to get it, so that a thread that locks
+    /// again waits here.
+    next: Mutex<()>,
+    value: Mutex<T>,
+}
+
+impl<T> FairMutex<T> {
+    /// Locks the value, after those that wait for it.
+    pub fn lock(&self) -> MutexGuard<'_, T> {
+        let _next = self.next.lock();
+        self.value.lock()
+    }
+}
 
 const LOW: u64 = 0x0000_0000_ffff_ffff;
 const HIGH: u64 = 0xffff_ffff_0000_0000;

@@ -12,17 +12,11 @@
 //! drivers turn off idle streams like that, and an event would blame them for transactions that
 //! they do not make.
 
-pub(super) mod eventq;
-pub(super) mod gerror;
-pub(super) mod interrupts;
-pub(super) mod log;
-
-use eventq::Recorded;
-
+use super::fault_log::Recorded;
+use super::policy::ConfigFault;
+use super::requesters::Standing;
+use super::{EventRecordWords, EventTarget, Smmu, StreamPolicy};
 use crate::spec::smmuv3::event::{Event1, EventClass, EventId, EventRecord};
-use crate::viommu::smmuv3::policy::ConfigFault;
-use crate::viommu::smmuv3::requesters::Standing;
-use crate::viommu::smmuv3::{EventRecordWords, EventTarget, Smmu, StreamPolicy};
 use crate::viommu::FaultOutcome;
 
 impl EventTarget for Smmu {
@@ -51,7 +45,7 @@ impl EventTarget for Smmu {
 
 impl Smmu {
     /// Writes an event to the event queue, or shows that it was lost.
-    pub(in crate::viommu::smmuv3) fn record_event(&self, record: EventRecord) {
+    pub(super) fn record_event(&self, record: EventRecord) {
         let (recorded, signal) = self.fault_log().record(self.offered, &*self.memory, record);
         let (counter, outcome) = match recorded {
             Recorded::Yes { .. } => (&self.counters.events_recorded, FaultOutcome::Recorded),

@@ -4,19 +4,25 @@
 //! For a requester blocked by the virtual unit: the reason of the block. For one that uses the
 //! guest's tables: the reason of the walk, expressed in terms of the guest's own tables, as if the
 //! host's stage 2 were the memory that contains them.
+//!
+//! # Tables that start to serve a requester without an invalidation
+//! Without caching mode (CAP.CM, §6.1), entries that are not present or programmed wrongly are not
+//! cached: software changes them without an invalidation, and the next request follows the new
+//! entry. So before a request of a blocked requester fails, the tables are read again. A requester
+//! that is served, whose entries may be cached, is not looked at.
+//!
+//! Each blocked request costs one read of the tables, however many requests there are and whoever
+//! makes them; only those that are found to be served take the lock of the registers, for less than
+//! a slice of other work.
 
-pub(super) mod interrupts;
-pub(super) mod log;
-
+use super::apply::is_blocked;
+use super::host_side::{DmaFault, FaultTarget, Policy, RequesterConfig, Stage1};
+use super::policy::{Blocked, Tables};
+use super::requesters::{Given, Standing};
+use super::VtdIommu;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::regs::{Rtaddr, TranslationTableMode};
-use crate::viommu::observer::FaultOutcome;
-use crate::viommu::vtd::apply::is_blocked;
-use crate::viommu::vtd::host_side::{DmaFault, FaultTarget, Policy, RequesterConfig, Stage1};
-use crate::viommu::vtd::policy::tables::{Blocked, Tables};
-use crate::viommu::vtd::requesters::Standing;
-use crate::viommu::vtd::VtdIommu;
-use crate::viommu::{MsiMessage, Requester};
+use crate::viommu::{FaultOutcome, MsiMessage, Requester};
 
 impl FaultTarget for VtdIommu {
     fn dma_fault(&self, fault: &DmaFault) {
@@ -42,16 +48,42 @@ impl FaultTarget for VtdIommu {
     }
 
     fn served_late(&self, requester: Requester) -> bool {
-        self.find_served(requester)
+        if self.caps.cap.cm() || self.is_halted() {
+            return false;
+        }
+        let Some(standing) = self.requesters.standing(requester) else { return false };
+        // Another thread may have found it, and anything published as served has been applied by
+        // the host.
+        if !standing.translating || is_served(standing.given) {
+            return standing.translating;
+        }
+        if is_blocked(&self.tables(standing.root).config(requester)) {
+            return false;
+        }
+        // The caller delays others while it waits, so it waits for the lock only, and not for a
+        // command to complete. What is configured here is withdrawn by a command that has yet to
+        // process the requester, ...
+        let registers = self.lock();
+        // Everything may have changed since, and the function may be gone.
+        let Some(standing) = self.requesters.standing(requester) else { return false };
+        if !standing.translating || self.is_halted() {
+            return false;
+        }
+        // ... and must not be configured if a command that disables translation has already
+        // processed the requester.
+        if !is_served(standing.given) && !self.under_way().has_disabled(requester) {
+            // The caller gets the result; nothing is acknowledged to the guest.
+            let _ = self.reevaluate_requester(requester, registers.root);
+        }
+        let served = is_served(self.requesters.given(requester));
+        self.counters.found_served.add(served.into());
+        served
     }
 }
 
 impl VtdIommu {
     /// Counts the outcome in the fault log, and sends its event.
-    pub(in crate::viommu::vtd) fn recorded(
-        &self,
-        (recorded, msi): (bool, Option<MsiMessage>),
-    ) -> FaultOutcome {
+    pub(super) fn recorded(&self, (recorded, msi): (bool, Option<MsiMessage>)) -> FaultOutcome {
         self.send(msi);
         if recorded {
             self.counters.faults_recorded.count();
@@ -61,6 +93,11 @@ impl VtdIommu {
             FaultOutcome::Lost
         }
     }
+}
+
+/// Whether the requester has a configuration other than a block, and the host has applied it.
+fn is_served(given: Option<Given>) -> bool {
+    given.is_some_and(|given| given.applied && !is_blocked(&given.decision))
 }
 
 /// Explains `fault`, given the state of its requester; `None` if the guest is told nothing, as
@@ -174,8 +211,6 @@ mod tests {
     use crate::spec::vtd::root::AddressWidth;
     use crate::viommu::vtd::config::VtdConfig;
     use crate::viommu::vtd::host_side::{DomainTag, VtdFirstStage, VtdSecondStage};
-    use crate::viommu::vtd::requesters::Given;
-    use crate::viommu::Requester;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     const FIRST: Policy = Policy::Stage1(Stage1::VtdFirstStage(VtdFirstStage {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The fault log: fault status, fault records and the fault event (§7.2, §7.3, §11.4.7).
+//! The fault log: fault status, fault records and the fault event (§7.2, §7.3, §11.4.7); and the
+//! registers of any event (§11.4.9).
 //!
-//! It has a separate lock, taken after the model's, because faults come from any thread.
+//! The log has a separate lock, taken after the model's, because faults come from any thread.
 
+use super::host_side::DmaFault;
 use crate::spec::pci::Bdf;
-use crate::spec::vtd::regs::{FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
-use crate::spec::vtd::{fault::FaultReason, PAGE_SHIFT};
-use crate::viommu::vtd::host_side::DmaFault;
+use crate::spec::vtd::fault::FaultReason;
+use crate::spec::vtd::regs::{EventControl, FaultRecord, FaultRecordHigh, FaultRecordLow, Fsts};
+use crate::spec::vtd::PAGE_SHIFT;
 use crate::viommu::MsiMessage;
-
-use super::interrupts::EventRegisters;
 
 /// Fault status and records, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub struct FaultLog {
 
 /// An error of the invalidation queue (§6.5.2.10 and FSTS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::viommu::vtd) enum QueueError {
+pub(super) enum QueueError {
     /// IQE: the descriptor at the head is wrong.
     Queue,
     /// ITE: a device did not answer.
@@ -36,7 +36,7 @@ pub(in crate::viommu::vtd) enum QueueError {
 
 impl FaultLog {
     /// An empty log with `records` fault recording registers (1 to 256).
-    pub(in crate::viommu::vtd) fn new(records: u16) -> Self {
+    pub(super) fn new(records: u16) -> Self {
         Self {
             status: Fsts::new(),
             event: EventRegisters::default(),
@@ -47,7 +47,7 @@ impl FaultLog {
 
     /// Records a DMA fault with `reason`. Returns `false` if there was no space: the overflow bit
     /// is then set.
-    pub(in crate::viommu::vtd) fn record(
+    pub(super) fn record(
         &mut self,
         fault: &DmaFault,
         reason: FaultReason,
@@ -56,7 +56,7 @@ impl FaultLog {
     }
 
     /// Records a fault of an interrupt that `source` sent, like [`FaultLog::record`].
-    pub(in crate::viommu::vtd) fn record_interrupt(
+    pub(super) fn record_interrupt(
         &mut self,
         source: Bdf,
         index: u16,
@@ -90,7 +90,7 @@ impl FaultLog {
     }
 
     /// The invalidation queue stops with `error`.
-    pub(in crate::viommu::vtd) fn queue_error(&mut self, error: QueueError) -> Option<MsiMessage> {
+    pub(super) fn queue_error(&mut self, error: QueueError) -> Option<MsiMessage> {
         let raise = !self.condition();
         match error {
             QueueError::Queue => self.status.set_iqe(true),
@@ -104,12 +104,12 @@ impl FaultLog {
     }
 
     /// Whether an error stops the invalidation queue.
-    pub(in crate::viommu::vtd) fn holds_queue(&self) -> bool {
+    pub(super) fn holds_queue(&self) -> bool {
         self.status.iqe() || self.status.ite()
     }
 
     /// The guest writes FSTS: writing 1 clears a bit.
-    pub(in crate::viommu::vtd) fn write_status(&mut self, value: u32) {
+    pub(super) fn write_status(&mut self, value: u32) {
         let clear = Fsts::from_bits(value);
         self.status.set_pfo(self.status.pfo() && !clear.pfo());
         self.status.set_iqe(self.status.iqe() && !clear.iqe());
@@ -119,12 +119,12 @@ impl FaultLog {
     }
 
     /// The 64-bit word `word` (two per record) of the fault recording registers.
-    pub(in crate::viommu::vtd) fn record_word(&self, word: usize) -> u64 {
+    pub(super) fn record_word(&self, word: usize) -> u64 {
         self.records.get(word / 2).map_or(0, |record| record.to_words()[word % 2])
     }
 
     /// The guest writes `value` to that word: 1 clears F, everything else is read-only.
-    pub(in crate::viommu::vtd) fn write_record_word(&mut self, word: usize, value: u64) {
+    pub(super) fn write_record_word(&mut self, word: usize, value: u64) {
         if word.is_multiple_of(2) || !FaultRecordHigh::from_bits(value).f() {
             return;
         }
@@ -167,10 +167,73 @@ fn dma_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
     FaultRecord { low: FaultRecordLow::new().with_fi(fault.address >> PAGE_SHIFT), high }
 }
 
+/// The four registers of one event: control, data, address, upper address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct EventRegisters {
+    /// FECTL, IECTL.
+    pub control: EventControl,
+    /// FEDATA, IEDATA.
+    pub data: u32,
+    /// FEADDR, IEADDR.
+    pub address: u32,
+    /// FEUADDR, IEUADDR.
+    pub upper_address: u32,
+}
+
+impl Default for EventRegisters {
+    /// The state after reset: masked.
+    fn default() -> Self {
+        let control = EventControl::new().with_im(true);
+        Self { control, data: 0, address: 0, upper_address: 0 }
+    }
+}
+
+impl EventRegisters {
+    /// The condition of the event became true: returns the message, unless it is masked and so
+    /// pending.
+    pub(super) fn raise(&mut self) -> Option<MsiMessage> {
+        self.control.set_ip(true);
+        self.deliver()
+    }
+
+    /// The guest cleared every status bit of the condition.
+    pub(super) fn clear(&mut self) {
+        self.control.set_ip(false);
+    }
+
+    /// The guest writes the control register, the data register or both; unmasking sends a pending
+    /// message, with the data written at the same time.
+    pub(super) fn write_control(
+        &mut self,
+        control: Option<u32>,
+        data: Option<u32>,
+    ) -> Option<MsiMessage> {
+        self.data = data.unwrap_or(self.data);
+        self.control.set_im(EventControl::from_bits(control?).im());
+        self.deliver()
+    }
+
+    /// The guest writes the address register, the upper address register or both.
+    pub(super) fn write_address(&mut self, address: Option<u32>, upper: Option<u32>) {
+        self.address = address.map_or(self.address, |address| address & !0x3);
+        self.upper_address = upper.unwrap_or(self.upper_address);
+    }
+
+    fn deliver(&mut self) -> Option<MsiMessage> {
+        if self.control.im() || !self.control.ip() {
+            return None;
+        }
+        self.control.set_ip(false);
+        let address = u64::from(self.upper_address) << 32 | u64::from(self.address);
+        Some(MsiMessage { address, data: self.data })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::pci::{Bdf, Pasid};
+    use crate::spec::pci::Pasid;
     use crate::viommu::Requester;
 
     fn fault(address: u64) -> DmaFault {
@@ -266,5 +329,28 @@ mod tests {
         log.write_record_word(7, u64::MAX);
         assert_eq!(log.records[0], before);
         assert_eq!((log.record_word(0), log.record_word(2)), (0x5000, 0));
+    }
+
+    #[test]
+    fn a_masked_event_waits_for_the_unmask() {
+        let mut event = EventRegisters::default();
+        event.write_address(Some(0xfee0_1003), Some(1));
+        assert_eq!(event.raise(), None);
+        assert!(event.control.ip());
+        assert_eq!(event.write_control(Some(1 << 31), Some(0x40)), None);
+        let msi = MsiMessage { address: 0x1_fee0_1000, data: 0x41 };
+        assert_eq!(event.write_control(None, None), None);
+        assert_eq!(event.write_control(Some(0), Some(0x41)), Some(msi));
+        assert!(!event.control.ip());
+        assert_eq!(event.write_control(Some(0), None), None);
+        assert_eq!(event.raise(), Some(msi));
+    }
+
+    #[test]
+    fn a_cleared_event_is_not_pending() {
+        let mut event = EventRegisters::default();
+        assert_eq!(event.raise(), None);
+        event.clear();
+        assert_eq!(event.write_control(Some(0), None), None);
     }
 }

@@ -1,46 +1,211 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The outcome of one interrupt request (§5.1): a pure function of the request, the guest's setup,
-//! and the table entry.
+//! Interrupt remapping (§5.1) in operation: the interrupt entry cache (§6.2.5), and the interrupts
+//! sent through it.
+//!
+//! An interrupt is looked up and delivered under one lock, which an invalidation takes too: when
+//! that is complete, no interrupt by the old entry is on its way.
+//!
+//! The outcome of one interrupt request is a pure function of the request, the guest's setup, and
+//! the table entry.
 
+use std::collections::HashMap;
+use std::sync::Weak;
+
+use super::state::Registers;
+use super::VtdIommu;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::interrupt::{
     CompatibilityAddress, Irte, MessageData, RemappableAddress, RemappableData, SourceValidation,
     IRTE_SIZE,
 };
+use crate::spec::vtd::qi::InterruptEntryScope;
 use crate::spec::vtd::regs::Irta;
-use crate::viommu::{BadAddress, MsiMessage, TableMemory};
+use crate::sync::Mutex;
+use crate::viommu::{
+    BadAddress, FaultOutcome, InterruptListener, InterruptRemapper, InterruptSink, MsiMessage,
+    TableMemory,
+};
+
+/// Interrupt remapping of a unit. Its lock is taken after that of the registers, and before that of
+/// the fault log.
+#[derive(Default)]
+pub(super) struct Remapping {
+    entries: Mutex<Entries>,
+    listeners: Mutex<Vec<Weak<dyn InterruptListener>>>,
+}
+
+#[derive(Default)]
+struct Entries {
+    /// The guest's setup, while remapping is enabled.
+    setup: Option<Setup>,
+    /// Cached entries, at most one for each index of the table.
+    cache: HashMap<u16, Irte>,
+}
+
+/// Why a message is not delivered.
+enum Refusal {
+    /// It is not an interrupt request.
+    NoInterrupt,
+    Fault(InterruptFault),
+}
+
+impl Entries {
+    /// The message as the LAPICs receive it. `keep_all`: invalid entries are cached, too.
+    fn look_up(
+        &mut self,
+        memory: &dyn TableMemory,
+        keep_all: bool,
+        source: Bdf,
+        message: MsiMessage,
+    ) -> Result<MsiMessage, Refusal> {
+        let Some(setup) = self.setup else { return Ok(message) };
+        if !is_interrupt_request(message.address) {
+            return Err(Refusal::NoInterrupt);
+        }
+        let cache = &mut self.cache;
+        decide(setup, source, message, |index| {
+            if let Some(irte) = cache.get(&index) {
+                return Ok(*irte);
+            }
+            let irte = read_entry(memory, setup.table, index)?;
+            if keep_all || is_valid(irte, setup.table.eime()) {
+                cache.insert(index, irte);
+            }
+            Ok(irte)
+        })
+        .map_err(Refusal::Fault)
+    }
+
+    fn invalidate(&mut self, scope: InterruptEntryScope) {
+        match scope {
+            InterruptEntryScope::Global => self.cache.clear(),
+            InterruptEntryScope::Index { index, mask } => {
+                let same = |other: u16| u32::from(index ^ other).checked_shr(mask.into());
+                self.cache.retain(|other, _| same(*other).unwrap_or(0) != 0);
+            }
+        }
+    }
+}
+
+impl Remapping {
+    /// Notifies the listeners that still exist.
+    fn tell(&self) {
+        let listeners: Vec<_> = self.listeners.lock().iter().filter_map(Weak::upgrade).collect();
+        for listener in listeners {
+            listener.interrupts_changed();
+        }
+    }
+}
+
+impl VtdIommu {
+    /// From now on `listener` is notified of changes. It must look up again what it has already.
+    pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
+        self.remapping.listeners.lock().push(listener);
+    }
+
+    /// Latches IRTA. This also invalidates the cache (CAP.ESIRTPS).
+    pub(super) fn set_interrupt_table_pointer(&self, registers: &mut Registers) {
+        registers.interrupt_table = registers.irta;
+        self.remapping.entries.lock().cache.clear();
+        registers.gsts.set_irtps(true);
+        self.publish_remapping(registers);
+    }
+
+    /// Applies the interrupt remapping state of the registers before this returns.
+    pub(super) fn publish_remapping(&self, registers: &Registers) {
+        let setup =
+            Setup { table: registers.interrupt_table, compatibility: registers.gsts.cfis() };
+        self.remapping.entries.lock().setup = registers.gsts.ires().then_some(setup);
+        self.remapping.tell();
+    }
+
+    /// Invalidates the cached entries of `scope`.
+    pub(super) fn invalidate_interrupt_entries(&self, scope: InterruptEntryScope) {
+        self.remapping.entries.lock().invalidate(scope);
+        self.remapping.tell();
+    }
+
+    fn look_up(
+        &self,
+        entries: &mut Entries,
+        source: Bdf,
+        message: MsiMessage,
+    ) -> Result<MsiMessage, Refusal> {
+        entries.look_up(&*self.memory, self.caps.cap.cm(), source, message)
+    }
+
+    fn interrupt_blocked(&self, source: Bdf, message: MsiMessage, fault: InterruptFault) {
+        self.counters.interrupts_blocked.count();
+        let InterruptFault { reason, index, fault_disabled } = fault;
+        let outcome = if reason.is_recorded(fault_disabled) {
+            let recorded = self.fault_log().record_interrupt(source, index, reason);
+            self.recorded(recorded)
+        } else {
+            self.counters.faults_suppressed.count();
+            FaultOutcome::Suppressed
+        };
+        if let Some(observer) = &self.observer {
+            observer.interrupt_fault(source, message, reason, outcome);
+        }
+    }
+}
+
+impl InterruptRemapper for VtdIommu {
+    fn send_remapped(&self, source: Bdf, message: MsiMessage, sink: &dyn InterruptSink) -> bool {
+        let mut entries = self.remapping.entries.lock();
+        match self.look_up(&mut entries, source, message) {
+            Ok(MsiMessage { address, data }) => {
+                if entries.setup.is_some() {
+                    self.counters.interrupts_remapped.count();
+                }
+                sink.send_msi(address, data);
+                return true;
+            }
+            Err(Refusal::NoInterrupt) => {
+                let address = message.address;
+                self.guest_error(format_args!("{source} interrupts at {address:#x}"));
+            }
+            Err(Refusal::Fault(fault)) => {
+                // The fault event is an interrupt, too.
+                drop(entries);
+                self.interrupt_blocked(source, message, fault);
+            }
+        }
+        false
+    }
+
+    fn translate(&self, source: Bdf, message: MsiMessage) -> Option<MsiMessage> {
+        self.look_up(&mut self.remapping.entries.lock(), source, message).ok()
+    }
+}
 
 /// The guest's setup of interrupt remapping, while it is enabled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(in crate::viommu::vtd) struct Setup {
+struct Setup {
     /// The table latched by GCMD.SIRTP.
-    pub table: Irta,
+    table: Irta,
     /// GSTS.CFIS: compatibility-format interrupts pass.
-    pub compatibility: bool,
+    compatibility: bool,
 }
 
 /// Why an interrupt is blocked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::viommu::vtd) struct InterruptFault {
-    pub reason: FaultReason,
+struct InterruptFault {
+    reason: FaultReason,
     /// The table entry; 0 if the request names none.
-    pub index: u16,
+    index: u16,
     /// The entry suppresses fault recording (FPD).
-    pub fault_disabled: bool,
+    fault_disabled: bool,
 }
 
 /// Whether a write to `address` is an interrupt request rather than a memory access (§3.14).
-pub(in crate::viommu::vtd) fn is_interrupt_request(address: u64) -> bool {
+fn is_interrupt_request(address: u64) -> bool {
     address >> 32 == 0 && CompatibilityAddress::from_bits(address as u32).is_interrupt()
 }
 
 /// Reads entry `index` of the table at `table`.
-pub(in crate::viommu::vtd) fn read_entry(
-    memory: &dyn TableMemory,
-    table: Irta,
-    index: u16,
-) -> Result<Irte, BadAddress> {
+fn read_entry(memory: &dyn TableMemory, table: Irta, index: u16) -> Result<Irte, BadAddress> {
     let word = |offset: u64| {
         let address = table.base().checked_add(IRTE_SIZE * u64::from(index) + offset);
         address.map_or(Err(BadAddress { address: u64::MAX, length: 8 }), |address| {
@@ -52,7 +217,7 @@ pub(in crate::viommu::vtd) fn read_entry(
 }
 
 /// The outcome of the interrupt request `message` of `source`; `entry` returns table entries.
-pub(in crate::viommu::vtd) fn decide(
+fn decide(
     setup: Setup,
     source: Bdf,
     message: MsiMessage,
@@ -101,7 +266,7 @@ fn refused(irte: Irte, extended: bool, source: Bdf) -> Option<FaultReason> {
 }
 
 /// Whether `irte` is valid, for any source.
-pub(in crate::viommu::vtd) fn is_valid(irte: Irte, extended: bool) -> bool {
+fn is_valid(irte: Irte, extended: bool) -> bool {
     irte.low.p() && !irte.has_reserved(extended)
 }
 

@@ -1,17 +1,173 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The configuration of a PASID in a few bytes: there may be 2^20 of them behind each function.
+//! The configuration of every requester ([`Ledger`]), and by which tables.
+
+use std::collections::BTreeMap;
 
 use bitfield_struct::bitfield;
 
-use crate::spec::pci::Pasid;
+use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
+use crate::runs::Runs;
+use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
 use crate::spec::vtd::pasid::PagingMode;
+use crate::spec::vtd::regs::Rtaddr;
 use crate::spec::vtd::root::AddressWidth;
 use crate::spec::vtd::PAGE_SHIFT;
-use crate::viommu::vtd::host_side::{
-    DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage,
-};
-use crate::viommu::vtd::requesters::Given;
+use crate::viommu::ledger::{Entries, Ledger};
+use crate::viommu::Requester;
+
+/// The configuration of a requester.
+pub(super) type Given = crate::viommu::ledger::Given<RequesterConfig>;
+
+/// All requesters and their configurations.
+pub(super) type Requesters = Ledger<Functions>;
+
+/// The requesters of one function.
+#[derive(Debug, Clone, Default)]
+struct Function {
+    /// Requests without PASID; `None` before the first configuration.
+    rid: Option<Given>,
+    pasids: Runs<PackedGiven>,
+}
+
+/// The published state.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Functions {
+    translating: bool,
+    root: Option<Rtaddr>,
+    functions: BTreeMap<Bdf, Function>,
+}
+
+impl Entries for Functions {
+    type Requester = Requester;
+    type Decision = RequesterConfig;
+
+    fn is_block(config: &RequesterConfig) -> bool {
+        matches!(config.policy, Policy::Blocked(_))
+    }
+
+    fn get(&self, requester: Requester) -> Option<Given> {
+        let function = self.functions.get(&requester.rid)?;
+        match requester.pasid {
+            None => function.rid,
+            Some(pasid) => function.pasids.get(pasid.raw()).map(|given| given.of(pasid)),
+        }
+    }
+
+    fn set(&mut self, requester: Requester, given: Given) {
+        let Some(function) = self.functions.get_mut(&requester.rid) else { return };
+        match requester.pasid {
+            None => function.rid = Some(given),
+            Some(pasid) => function.pasids.set(pasid.raw(), Some(PackedGiven::new(given))),
+        }
+    }
+
+    fn unapply_all(&mut self) {
+        for function in self.functions.values_mut() {
+            function.rid.iter_mut().for_each(|given| given.applied = false);
+            function.pasids.for_each_value(|given| *given = given.unapplied());
+        }
+    }
+}
+
+/// The state needed to explain a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// Translation is enabled, or is being enabled.
+    pub translating: bool,
+    /// The root table in use.
+    pub root: Option<Rtaddr>,
+    /// The configuration of the requester; `None` for a PASID without a present table entry.
+    pub given: Option<Given>,
+}
+
+impl Requesters {
+    /// Adds a function without configuration; `false` if it exists already.
+    pub fn add(&self, rid: Bdf) -> bool {
+        let mut published = self.write();
+        let absent = !published.functions.contains_key(&rid);
+        published.functions.entry(rid).or_default();
+        absent
+    }
+
+    /// Removes a function, and returns its configured PASIDs; `None` if it does not exist.
+    pub fn remove(&self, rid: Bdf) -> Option<GivenPasids> {
+        let function = self.write().functions.remove(&rid)?;
+        Some(GivenPasids { rid, pasids: function.pasids })
+    }
+
+    /// Every function, in ascending order.
+    pub fn functions(&self) -> Vec<Bdf> {
+        self.read().functions.keys().copied().collect()
+    }
+
+    /// Whether `rid` is a function of this unit.
+    pub fn contains(&self, rid: Bdf) -> bool {
+        self.read().functions.contains_key(&rid)
+    }
+
+    /// The first function from `rid`.
+    pub fn function_from(&self, rid: Bdf) -> Option<Bdf> {
+        self.read().functions.range(rid..).next().map(|(rid, _)| *rid)
+    }
+
+    /// The first configured PASID of `rid` from `pasid`.
+    pub fn pasid_from(&self, rid: Bdf, pasid: u32) -> Option<Pasid> {
+        Pasid::new(self.read().functions.get(&rid)?.pasids.next(pasid)?)
+    }
+
+    /// The number of entries stored for the PASIDs of `rid`.
+    #[cfg(test)]
+    pub fn kept(&self, rid: Bdf) -> usize {
+        self.read().functions.get(&rid).map_or(0, |function| function.pasids.runs())
+    }
+
+    /// From now on faults are explained by the tables at `root`, or not at all.
+    pub fn set_translating(&self, translating: bool, root: Option<Rtaddr>) {
+        let mut published = self.write();
+        published.translating = translating;
+        published.root = root;
+    }
+
+    /// The state needed to explain a fault of `requester`; `None` if it is not a function of this
+    /// unit.
+    pub fn standing(&self, requester: Requester) -> Option<Standing> {
+        let published = self.read();
+        published.functions.get(&requester.rid)?;
+        Some(Standing {
+            translating: published.translating,
+            root: published.root,
+            given: published.get(requester),
+        })
+    }
+
+    /// Removes the configuration of one PASID.
+    pub fn forget_pasid(&self, rid: Bdf, pasid: Pasid) {
+        if let Some(function) = self.write().functions.get_mut(&rid) {
+            function.pasids.set(pasid.raw(), None);
+        }
+    }
+
+    /// Whether translation is enabled, or a failed attempt to enable it was not undone.
+    pub fn is_translating(&self) -> bool {
+        self.read().translating
+    }
+}
+
+/// Configured PASIDs of a removed function.
+#[derive(Debug)]
+pub(super) struct GivenPasids {
+    rid: Bdf,
+    pasids: Runs<PackedGiven>,
+}
+
+impl GivenPasids {
+    /// The first of them from `pasid`.
+    pub fn from(&self, pasid: u32) -> Option<Requester> {
+        let pasid = Pasid::new(self.pasids.next(pasid)?);
+        Some(Requester { rid: self.rid, pasid })
+    }
+}
 
 /// Kinds of policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,17 +220,18 @@ struct Word {
     __: u8,
 }
 
-/// A [`Given`] of a request with PASID, whose tag has that PASID.
+/// A [`Given`] of a request with PASID, whose tag has that PASID, in a few bytes: there may be 2^20
+/// of them behind each function.
 // Packed: its alignment would cost another four bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(Rust, packed(4))]
-pub(in crate::viommu::vtd) struct PackedGiven {
+struct PackedGiven {
     word: Word,
     domain: u16,
 }
 
 impl PackedGiven {
-    pub fn new(given: Given) -> Self {
+    fn new(given: Given) -> Self {
         let Given { decision: RequesterConfig { policy, tag, fault_disabled }, applied } = given;
         let word = Word::new().with_fault_disabled(fault_disabled).with_applied(applied);
         // Tables are below the host's address width: 52 bits.
@@ -98,7 +255,7 @@ impl PackedGiven {
     }
 
     /// The configuration of `pasid`.
-    pub fn of(self, pasid: Pasid) -> Given {
+    fn of(self, pasid: Pasid) -> Given {
         let Self { word, domain } = self;
         let table = word.page() << PAGE_SHIFT;
         // A word contains what `new` wrote: the value that matters is never reserved.
@@ -126,7 +283,7 @@ impl PackedGiven {
     }
 
     /// The same, to be given to the host again.
-    pub fn unapplied(self) -> Self {
+    fn unapplied(self) -> Self {
         Self { word: { self.word }.with_applied(false), ..self }
     }
 }
