@@ -372,7 +372,7 @@ mod tests {
         ];
         assert_eq!(
             config.intersect(&hosts).unwrap_err().to_string(),
-            "the IOMMU of b lacks IDR1.SSIDSIZE: pasid-bits=17 was asked for; pasid-bits=4 is the \
+            "the IOMMU of b lacks IDR1.SSIDSIZE: pasid-bits=17 was requested; pasid-bits=4 is the \
              most that all devices have"
         );
         let config = SmmuConfig { substream_bits: Some(4), ..config };
