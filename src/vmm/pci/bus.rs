@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Bus 0: its functions and the places of their BARs.
+//! Bus 0: its functions, the places of their BARs, the windows for accesses, and the host bridge.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use twostage::sync::{Mutex, RwLock};
 
-use super::{BarPlacement, ConfigSpace};
+use super::layout::CONFIG_SIZE;
+use super::{BarPlacement, ConfigSpace, Identity};
 use crate::arch::layout::{PCI_MMIO_LAST, PCI_MMIO_START};
 use crate::bus::BusDevice;
 use twostage::spec::pci::Bdf;
@@ -139,10 +140,68 @@ impl BusDevice for PciMemory {
     }
 }
 
+/// Configuration space as memory: 4 KiB a function (ECAM, §7.2.2).
+#[derive(Debug)]
+pub struct Ecam(pub Arc<PciBus>);
+
+/// The function and the register at `offset` of the window.
+fn ecam_target(offset: u64) -> (Bdf, u16) {
+    // At most 256 buses of 1 MiB: bits 27:12 are the function, so both casts are lossless.
+    let bdf = Bdf::from_raw((offset / CONFIG_SIZE as u64) as u16);
+    (bdf, (offset % CONFIG_SIZE as u64) as u16)
+}
+
+impl BusDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let (bdf, register) = ecam_target(offset);
+        self.0.read_config(bdf, register, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let (bdf, register) = ecam_target(offset);
+        self.0.write_config(bdf, register, data);
+    }
+}
+
+/// An Intel virtual PCI Express host bridge.
+const HOST_BRIDGE: Identity =
+    Identity { vendor: 0x8086, device: 0x0d57, class: 0x06_0000, revision: 0 };
+
+/// The host bridge, 00:00.0, without any function.
+#[derive(Debug)]
+pub struct HostBridge {
+    config: Mutex<ConfigSpace>,
+}
+
+impl HostBridge {
+    /// A host bridge.
+    pub fn new() -> Self {
+        Self { config: Mutex::new(ConfigSpace::new(HOST_BRIDGE)) }
+    }
+}
+
+impl Default for HostBridge {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn config(&self) -> &Mutex<ConfigSpace> {
+        &self.config
+    }
+
+    fn read_bar(&self, _bar: usize, _offset: u64, data: &mut [u8]) {
+        // It has no BAR.
+        data.fill(0xff);
+    }
+
+    fn write_bar(&self, _bar: usize, _offset: u64, _data: &[u8]) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pci::Identity;
 
     struct Echo(Mutex<ConfigSpace>);
 
@@ -201,5 +260,11 @@ mod tests {
         bus.read_config(Bdf::new(0, 3, 1).unwrap(), 0, &mut data);
         assert_eq!(data, [0xff; 4]);
         bus.write_config(Bdf::new(1, 3, 0).unwrap(), 4, &[2, 0]);
+    }
+
+    #[test]
+    fn the_address_names_function_and_register() {
+        assert_eq!(ecam_target(0x0000_8104), (Bdf::new(0, 1, 0).unwrap(), 0x104));
+        assert_eq!(ecam_target(0x0fff_fffc), (Bdf::new(0xff, 0x1f, 7).unwrap(), 0xffc));
     }
 }

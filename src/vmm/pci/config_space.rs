@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The configuration space of one function: bytes, and which bits software may change.
+//! The configuration space of one function: bytes, which bits software may change, and the base
+//! address registers with the memory they decode.
 
 use std::fmt;
 
-use super::bar::{self, BarPlacement, MemoryBar};
 use super::layout::*;
 
 /// The identification of a function.
@@ -120,8 +120,8 @@ impl ConfigSpace {
         // The low bits are read-only: that is how software learns the size.
         let (value, writable) = ((address | bar.kind()).to_le_bytes(), bar.address_mask());
         let registers = if bar.wide { 8 } else { 4 };
-        self.put(bar::register(index), &value[..registers]);
-        self.allow(bar::register(index), &writable.to_le_bytes()[..registers]);
+        self.put(bar_register(index), &value[..registers]);
+        self.allow(bar_register(index), &writable.to_le_bytes()[..registers]);
         self.bars[index] = Some(bar);
         let command = self.command().with_memory_space(true);
         self.put(COMMAND, &command.into_bits().to_le_bytes());
@@ -215,7 +215,7 @@ impl ConfigSpace {
         let bars = self.bars.iter().enumerate();
         bars.filter_map(|(index, bar)| {
             let bar = bar.as_ref()?;
-            let register = bar::register(index);
+            let register = bar_register(index);
             let high = if bar.wide { self.u32(register + 4) } else { 0 };
             let value = u64::from(high) << 32 | u64::from(self.u32(register));
             Some(BarPlacement::new(index, value & bar.address_mask(), bar.size))
@@ -258,6 +258,64 @@ impl fmt::Debug for ConfigSpace {
             .field("command", &self.command())
             .finish_non_exhaustive()
     }
+}
+
+/// The kind of a memory BAR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryBar {
+    /// Bytes, a power of two.
+    pub size: u64,
+    /// Its address has 64 bits and uses the next register, too.
+    pub wide: bool,
+    /// Reads have no side effects.
+    pub prefetchable: bool,
+}
+
+impl MemoryBar {
+    /// The minimum size: the low four bits of a register encode the kind of BAR.
+    pub const MIN_SIZE: u64 = 16;
+
+    /// The low four bits of its register (§7.5.1.2.1).
+    fn kind(&self) -> u64 {
+        u64::from(self.wide) << 2 | u64::from(self.prefetchable) << 3
+    }
+
+    /// The bits of its address.
+    fn address_mask(&self) -> u64 {
+        let width = if self.wide { u64::MAX } else { u32::MAX.into() };
+        width & !(self.size - 1)
+    }
+}
+
+/// The current place of a memory BAR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarPlacement {
+    /// Which BAR.
+    pub index: usize,
+    /// First address.
+    pub start: u64,
+    /// Last address, included.
+    pub last: u64,
+}
+
+impl BarPlacement {
+    /// BAR `index` of `size` bytes at `start`, a multiple of that.
+    fn new(index: usize, start: u64, size: u64) -> Self {
+        // `start` is a multiple of the size, so the bits do not overlap.
+        Self { index, start, last: start | (size - 1) }
+    }
+
+    /// The offset in the BAR of an access to `address`, if all of its `length` bytes are in it.
+    pub(super) fn offset(&self, address: u64, length: usize) -> Option<u64> {
+        let last = address.checked_add((length as u64).checked_sub(1)?)?;
+        (last <= self.last).then(|| address.checked_sub(self.start)).flatten()
+    }
+}
+
+/// Offset of BAR `index` in configuration space.
+fn bar_register(index: usize) -> u16 {
+    // Six registers of four bytes.
+    BAR0 + 4 * index as u16
 }
 
 #[cfg(test)]
@@ -353,5 +411,23 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         config.write(4094, &data);
         config.write(u16::MAX, &data);
+    }
+
+    #[test]
+    fn the_register_says_what_kind_it_is() {
+        let narrow = MemoryBar { size: 0x1000, wide: false, prefetchable: false };
+        assert_eq!((narrow.kind(), narrow.address_mask()), (0, 0xffff_f000));
+        let wide = MemoryBar { size: 1 << 33, wide: true, prefetchable: true };
+        assert_eq!((wide.kind(), wide.address_mask()), (0xc, !0 << 33));
+    }
+
+    #[test]
+    fn an_access_lies_in_the_bar_or_does_not() {
+        let bar = BarPlacement::new(0, 0xe000_0000, 0x1000);
+        assert_eq!(bar.offset(0xe000_0ffc, 4), Some(0xffc));
+        assert_eq!(bar.offset(0xe000_0ffd, 4), None);
+        assert_eq!(bar.offset(0xdfff_ffff, 4), None);
+        assert_eq!(bar.offset(u64::MAX, 4), None);
+        assert_eq!(bar.offset(0xe000_0000, 0), None);
     }
 }

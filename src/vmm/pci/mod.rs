@@ -4,22 +4,16 @@
 //! Sources: PCI Local Bus Specification 3.0 (chapter 6), PCI Express Base Specification 6.0
 //! (§7.2 ECAM, §7.5 registers, §7.7.1 MSI, §7.7.2 MSI-X, §7.8.9 PASID).
 
-mod bar;
 mod bus;
 mod capabilities;
 mod config_space;
-mod ecam;
-mod host_bridge;
 mod intx;
 pub(crate) mod layout;
 mod msix;
 
-pub use bar::{BarPlacement, MemoryBar};
-pub use bus::{PciBus, PciFunction, PciMemory};
+pub use bus::{Ecam, HostBridge, PciBus, PciFunction, PciMemory};
 pub use capabilities::{add_express_capability, MsiCapability, PasidCapability};
-pub use config_space::{ConfigSpace, Identity};
-pub use ecam::Ecam;
-pub use host_bridge::HostBridge;
+pub use config_space::{BarPlacement, ConfigSpace, Identity, MemoryBar};
 #[cfg(target_arch = "x86_64")]
 pub use intx::line_of_pin;
 pub use intx::{EventLine, IntxLine, IntxPin, IntxRouter};
