@@ -4,11 +4,9 @@
 //! A line is one of their inputs. A message is remapped on the way, if a virtual IOMMU does that.
 
 pub(super) mod device_line;
-mod function;
 mod gsi;
 mod messages;
 mod routes;
-mod source;
 
 use std::fmt;
 use std::sync::{Arc, Weak};
@@ -16,21 +14,21 @@ use std::sync::{Arc, Weak};
 use kvm_ioctls::VmFd;
 
 pub(super) use device_line::{DeviceLine, ResampledLine};
-pub use function::FunctionInterrupts;
 #[cfg(target_arch = "x86_64")]
 pub(super) use gsi::Routing;
 pub(super) use gsi::{GsiTable, SentMessage};
+pub use messages::InterruptSource;
 pub(super) use messages::Messages;
 pub use routes::MsiRoutes;
 pub(super) use routes::UnroutedInterrupts;
-pub use source::InterruptSource;
+use routes::{VectorRoute, Writer};
 
 use crate::arch::{EdgeLine, IrqChip, Lines};
 use crate::report::InterruptReport;
 use crate::trace::Trace;
 use crate::Result;
 use twostage::spec::pci::Bdf;
-use twostage::viommu::{InterruptListener, InterruptRemapper};
+use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink, MsiMessage};
 
 /// What a machine's interrupts need.
 pub(super) struct Ways {
@@ -124,5 +122,52 @@ impl fmt::Debug for Interrupts {
             .field("lines", &self.lines)
             .field("routes", &self.routes)
             .finish_non_exhaustive()
+    }
+}
+
+/// The interrupts of one function. A message sent through its [`InterruptSink`] is remapped each
+/// time; frequent ones have a [`VectorRoute`].
+#[derive(Clone)]
+pub struct FunctionInterrupts {
+    source: InterruptSource,
+    messages: Arc<dyn InterruptSink>,
+    routes: Arc<MsiRoutes>,
+}
+
+impl FunctionInterrupts {
+    fn new(
+        source: InterruptSource,
+        messages: Arc<dyn InterruptSink>,
+        routes: Arc<MsiRoutes>,
+    ) -> Self {
+        Self { source, messages, routes }
+    }
+
+    /// A route for one vector of the function.
+    ///
+    /// # Errors
+    /// KVM has no more GSIs, or the process no more file descriptors.
+    pub fn vector(&self) -> Result<Arc<VectorRoute>> {
+        self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Here)
+    }
+
+    /// The same for a vector that the device triggers itself, by writing the route's eventfd.
+    ///
+    /// # Errors
+    /// As [`FunctionInterrupts::vector`].
+    pub fn device_vector(&self) -> Result<Arc<VectorRoute>> {
+        self.routes.allocate(self.source.clone(), self.messages.clone(), Writer::Device)
+    }
+}
+
+impl InterruptSink for FunctionInterrupts {
+    fn send_msi(&self, address: u64, data: u32) {
+        self.source.send(MsiMessage { address, data }, &*self.messages);
+    }
+}
+
+impl fmt::Debug for FunctionInterrupts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FunctionInterrupts").field(&self.source).finish()
     }
 }

@@ -4,18 +4,22 @@
 //! The eventfd is written here, or by somebody who knows nothing of routes: an assigned device's
 //! driver in the host. In the latter case KVM has the eventfd only while it has a route. While the
 //! vector is masked nobody reads the eventfd, so that a pending write is sent with the next
-//! message; while the message is blocked it is read here ([`unrouted`]), so that the fault is
+//! message; while the message is blocked it is read here ([`Unrouted`]), so that the fault is
 //! reported to the guest.
 
 #[cfg(test)]
 mod tests;
-mod unrouted;
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
@@ -25,8 +29,9 @@ use crate::pci::{EventVector, InterruptVector};
 use crate::{Error, Result};
 use twostage::viommu::{InterruptListener, InterruptSink, MsiMessage};
 use twostage::warn_limited;
-pub(crate) use unrouted::UnroutedInterrupts;
-use unrouted::{BlockedRoute, Unrouted};
+
+/// How many eventfds are looked at each time; the others wait for the next.
+const BATCH: usize = 16;
 
 /// Connects eventfds to GSIs.
 pub(super) trait Irqfds: Send + Sync {
@@ -216,8 +221,9 @@ impl EventVector for VectorRoute {
     }
 }
 
-impl BlockedRoute for VectorRoute {
-    fn serve(&self) {
+impl VectorRoute {
+    /// The eventfd of this route, which may be blocked, was written.
+    fn serve_blocked(&self) {
         let mut state = self.state();
         // It may have been routed or masked since: then KVM reads it, or nobody.
         let (Some(message), None) = (state.message, state.routed) else { return };
@@ -225,9 +231,7 @@ impl BlockedRoute for VectorRoute {
             self.send_one(&mut state, message);
         }
     }
-}
 
-impl VectorRoute {
     /// Sends `message` directly, without KVM's routing.
     fn send_one(&self, state: &mut State, message: MsiMessage) {
         if self.source.send(message, &*self.messages) {
@@ -319,5 +323,108 @@ impl fmt::Debug for VectorRoute {
             .field("gsi", &self.gsi)
             .field("state", &self.state)
             .finish_non_exhaustive()
+    }
+}
+
+/// The blocked routes of a machine, whose eventfds somebody else writes: here they are read, each
+/// time, so that the interrupt is sent the long way and the guest is told that it is blocked.
+#[derive(Default)]
+struct Unrouted(Mutex<Blocked>);
+
+#[derive(Default)]
+struct Blocked {
+    /// Waits for them all. Made with the first.
+    epoll: Option<Arc<Epoll>>,
+    routes: BTreeMap<u32, Weak<VectorRoute>>,
+}
+
+impl Unrouted {
+    /// From now on `event`, of the route of `gsi`, is read here.
+    fn add(&self, gsi: u32, event: &EventFd, route: Weak<VectorRoute>) {
+        let mut blocked = self.blocked();
+        if blocked.routes.insert(gsi, route).is_some() {
+            return;
+        }
+        let Some(epoll) = &blocked.epoll else { return };
+        let watched = EpollEvent::new(EventSet::IN, gsi.into());
+        if let Err(error) = epoll.ctl(ControlOperation::Add, event.as_raw_fd(), watched) {
+            warn_limited!("interrupt route {gsi}: {error}; it is lost while it is blocked");
+        }
+    }
+
+    /// Ends that.
+    fn remove(&self, gsi: u32, event: &EventFd) {
+        let mut blocked = self.blocked();
+        if blocked.routes.remove(&gsi).is_some() {
+            if let Some(epoll) = &blocked.epoll {
+                let nothing = EpollEvent::default();
+                // It was there, or could not be added.
+                let _ = epoll.ctl(ControlOperation::Delete, event.as_raw_fd(), nothing);
+            }
+        }
+    }
+
+    /// What becomes readable when one of them was written.
+    fn epoll(&self) -> io::Result<Arc<Epoll>> {
+        let mut blocked = self.blocked();
+        if let Some(epoll) = &blocked.epoll {
+            return Ok(epoll.clone());
+        }
+        let epoll = Arc::new(Epoll::new()?);
+        blocked.epoll = Some(epoll.clone());
+        Ok(epoll)
+    }
+
+    /// Sends what was written.
+    fn serve(&self, epoll: &Epoll) {
+        let mut events = [EpollEvent::default(); BATCH];
+        let count = epoll.wait(0, &mut events).unwrap_or(0);
+        for event in events.iter().take(count) {
+            let gsi = event.data() as u32;
+            // Not locked while the route is: it locks this when it changes.
+            let route = self.blocked().routes.get(&gsi).and_then(Weak::upgrade);
+            if let Some(route) = route {
+                route.serve_blocked();
+            }
+        }
+    }
+
+    fn blocked(&self) -> MutexGuard<'_, Blocked> {
+        self.0.lock()
+    }
+}
+
+impl fmt::Debug for Unrouted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.blocked().routes.keys()).finish()
+    }
+}
+
+/// Serves the blocked routes of a machine in its event loop.
+pub(crate) struct UnroutedInterrupts {
+    unrouted: Arc<Unrouted>,
+    epoll: Arc<Epoll>,
+}
+
+impl UnroutedInterrupts {
+    /// Those of `unrouted`, before there are any.
+    ///
+    /// # Errors
+    /// The process has no file descriptors left.
+    fn new(unrouted: Arc<Unrouted>) -> io::Result<Self> {
+        let epoll = unrouted.epoll()?;
+        Ok(Self { unrouted, epoll })
+    }
+}
+
+impl MutEventSubscriber for UnroutedInterrupts {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&*self.epoll, EventSet::IN)) {
+            log::error!("blocked interrupts of assigned devices are lost: {error:?}");
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.unrouted.serve(&self.epoll);
     }
 }

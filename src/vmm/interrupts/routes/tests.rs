@@ -5,8 +5,6 @@ use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 
 use super::super::gsi::tests::FakeRouting;
-use vmm_sys_util::epoll::Epoll;
-
 use super::*;
 use crate::arch::layout::PINS;
 use twostage::spec::pci::Bdf;
