@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A machine: its parts, put together and run.
+//! A machine: its parts, put together and run, each vCPU in a thread of its own.
 
 mod build;
 mod release;
 pub(crate) mod topology;
-mod vcpu;
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::signal::Killable;
 
 use crate::arch::exits::{ExitCounters, ExitKind, Exits};
 use crate::arch::{self, Board, Processor, Processors};
@@ -23,16 +26,15 @@ use crate::iommu::{DirectDevices, Host, Iommu, Iommus};
 use crate::machine::topology::{PciTopology, Wiring};
 use crate::memory::MachineMemory;
 use crate::process::event_loop::{EventLoop, Wake};
-use crate::process::signals;
+use crate::process::signals::{self, kick_signal};
 use crate::process::stop::{StopReason, Stopper};
 use crate::report::Report;
 use crate::trace::Trace;
 use crate::vfio::KvmSlots;
-use crate::Result;
+use crate::{Error, Result};
 pub(crate) use build::open_kvm;
 use release::{release, Released};
 use twostage_emulated::ObjectGraph;
-use vcpu::VcpuThread;
 
 /// A machine that has not run yet.
 pub struct Machine {
@@ -181,7 +183,7 @@ impl Machine {
     ) -> Result<StopReason> {
         for processor in processors {
             let (exits, memory) = (self.exits.clone(), self.memory.clone());
-            threads.push(vcpu::spawn(processor, exits, memory, self.stopper.clone())?);
+            threads.push(spawn_vcpu(processor, exits, memory, self.stopper.clone())?);
         }
         loop {
             match events.wait()? {
@@ -218,5 +220,75 @@ impl fmt::Debug for Machine {
             .field("exits", &self.exits)
             .field("iommus", &self.iommus)
             .finish_non_exhaustive()
+    }
+}
+
+/// Runs `processor` in a thread of its own until the machine stops.
+///
+/// # Errors
+/// The thread cannot be started.
+fn spawn_vcpu(
+    processor: Processor,
+    exits: Arc<Exits>,
+    memory: MachineMemory,
+    stopper: Stopper,
+) -> Result<VcpuThread> {
+    let handle = thread::Builder::new()
+        .name(format!("vcpu{}", processor.id()))
+        .spawn(move || {
+            let _guard = PanicGuard(&stopper);
+            run_vcpu(processor, &exits, &memory, &stopper);
+        })
+        .map_err(Error::os("vCPU thread"))?;
+    Ok(VcpuThread(Some(handle)))
+}
+
+fn run_vcpu(mut processor: Processor, exits: &Exits, memory: &MachineMemory, stopper: &Stopper) {
+    while stopper.reason().is_none() {
+        match processor.enter(exits, memory) {
+            Ok(ControlFlow::Continue(())) => {}
+            Ok(ControlFlow::Break(reason)) => {
+                stopper.stop(reason);
+            }
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                exits.counters.count(ExitKind::Interrupted);
+            }
+            Err(error) => {
+                let stuck = format!("vCPU {}: KVM_RUN: {error}", processor.id());
+                stopper.stop(StopReason::Stuck(stuck));
+            }
+        }
+    }
+}
+
+/// Stops the machine when the thread that holds it panics.
+struct PanicGuard<'a>(&'a Stopper);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.stop(StopReason::Software("a vCPU thread panicked".to_owned()));
+        }
+    }
+}
+
+/// A running vCPU. Dropping it waits for the thread; the machine must have been stopped before.
+#[derive(Debug)]
+struct VcpuThread(Option<JoinHandle<()>>);
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        let Some(handle) = self.0.take() else { return };
+        // A signal that comes just before the thread enters KVM is lost, so it is sent until the
+        // thread is gone.
+        while !handle.is_finished() {
+            if let Err(error) = handle.kill(kick_signal()) {
+                log::debug!("kicking a vCPU: {error}");
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        if handle.join().is_err() {
+            log::error!("a vCPU thread panicked");
+        }
     }
 }
