@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The host that serves the verbs for a machine, with the guest's memory mapped: an emulated one in
-//! this process, for devices in this process, or the kernel, for physical devices.
+//! this process, for devices in this process, or the kernel, for physical devices. Some of these
+//! are behind no virtual IOMMU.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
@@ -12,15 +14,20 @@ use crate::config::MachineConfig;
 use crate::memory::MachineMemory;
 use crate::report::{CallReport, HostReport};
 use crate::trace::Trace;
+use crate::vfio::{VfioError, VfioProblem};
 use crate::{Error, Result};
 use twostage::iommufd::{
     CountedHost, HostIommu, KernelHost, ObjectId, Protection, UserMemory, Verb, VerbCounters,
 };
 use twostage::nesting::GuestIoas;
+use twostage::spec::pci::Bdf;
 use twostage_emulated::{EmulatedHost, ObjectGraph};
 
 /// With more objects than this none are noted, because collecting them takes too long.
 const MAX_NOTED: usize = 1000;
+
+/// A bound device: its BDF in the guest and its object in the host.
+pub(crate) type BoundDevice = (Bdf, ObjectId);
 
 /// The host, its calls counted and traced.
 #[derive(Debug, Clone)]
@@ -141,6 +148,65 @@ impl Host {
         let Self { emulated, ioas, .. } = self;
         drop(ioas);
         emulated.map(|emulated| emulated.graph())
+    }
+}
+
+/// Physical devices that the guest has without a virtual IOMMU: each reaches all of the guest's
+/// memory, by guest-physical addresses, and nothing else. Dropping it detaches and unbinds them.
+pub(crate) struct DirectDevices {
+    host: Host,
+    pub devices: Vec<BoundDevice>,
+}
+
+impl DirectDevices {
+    /// Binds `devices`, named by their paths, and attaches them to the guest's memory in `host`.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn new(host: Host, devices: &[(Bdf, PathBuf)]) -> Result<Self> {
+        let mut direct = Self { host, devices: Vec::new() };
+        for (bdf, path) in devices {
+            let verbs = direct.host.verbs.clone();
+            let dev = bind(&*verbs, path)?;
+            direct.devices.push((*bdf, dev));
+            let name = path.display().to_string();
+            let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
+            verbs.device_attach(dev, None, direct.host.ioas.id()).map_err(refused)?;
+        }
+        Ok(direct)
+    }
+
+    /// The calls of the host so far, and its objects.
+    pub fn host_report(&self) -> HostReport {
+        self.host.report()
+    }
+}
+
+impl Drop for DirectDevices {
+    fn drop(&mut self) {
+        unbind(&*self.host.verbs, self.devices.drain(..));
+    }
+}
+
+impl fmt::Debug for DirectDevices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.devices).finish()
+    }
+}
+
+/// Binds the physical device at `path`.
+pub(super) fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
+    let name = path.display().to_string();
+    let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
+    Ok(host.device_bind(&name).map_err(refused)?)
+}
+
+/// Unbinds `devices` from the host.
+pub(super) fn unbind(host: &dyn HostIommu, devices: impl Iterator<Item = BoundDevice>) {
+    for (bdf, dev) in devices {
+        if let Err(error) = host.device_unbind(dev) {
+            log::error!("{bdf} stays bound: {error}");
+        }
     }
 }
 

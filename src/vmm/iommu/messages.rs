@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-use super::dma::attributes;
+use super::plan::attributes;
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::devices::{DmaError, DmaMaster};
 use twostage::spec::pci::{Bdf, Pasid};

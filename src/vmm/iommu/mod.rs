@@ -7,31 +7,31 @@
 //! has a host side of its own. If the host is in this process, each also has an emulated unit of
 //! its own; if the host is the kernel, the units are the physical ones.
 
-mod direct;
-mod dma;
 mod host;
 mod messages;
 mod plan;
 mod smmuv3;
-mod unit;
 mod vtd;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::config::{HostChoice, IommuConfig, MachineConfig};
+use crate::config::{HostChoice, IommuConfig, IommuModel, MachineConfig};
+use crate::devices::DmaMaster;
 use crate::memory::MachineMemory;
 use crate::report::{HostReport, IommuReport};
 use crate::trace::{IommuObserver, Trace};
 use crate::{Error, Result};
-pub(super) use direct::DirectDevices;
-pub(super) use host::Host;
-use plan::Plan;
+use host::{unbind, BoundDevice};
+pub(super) use host::{DirectDevices, Host};
+use plan::{not_of_this_machine, Plan, VirtualIommu};
+use smmuv3::SmmuV3;
+use twostage::iommufd::HostIommu;
 use twostage::spec::pci::Bdf;
 use twostage::viommu::{InterruptSink, Observer};
-use twostage_emulated::ObjectGraph;
-pub(super) use unit::Iommu;
+use twostage_emulated::{DmaPort, ObjectGraph};
+use vtd::Vtd;
 
 /// A function that is to be behind a virtual IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,6 +153,79 @@ impl Iommus {
 impl fmt::Debug for Iommus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(&self.all).finish()
+    }
+}
+
+/// One virtual IOMMU of a machine, whatever its model, and the devices behind it.
+pub(super) struct Iommu {
+    /// The name by which devices refer to it.
+    pub id: String,
+    pub model: Box<dyn VirtualIommu>,
+    host: Arc<dyn HostIommu>,
+    /// The devices behind it.
+    pub devices: Vec<BoundDevice>,
+}
+
+impl Iommu {
+    /// The virtual IOMMU of `plan`.
+    fn new(plan: Plan<'_>, around: &Surroundings<'_>) -> Result<Self> {
+        let (model, devices): (Box<dyn VirtualIommu>, _) = match &plan.config.model {
+            IommuModel::Vtd(options) => {
+                let (vtd, devices) = Vtd::new(&plan, options, around)?;
+                (Box::new(vtd), devices)
+            }
+            IommuModel::SmmuV3(options) => {
+                let (smmu, devices) = SmmuV3::new(&plan, options, around)?;
+                (Box::new(smmu), devices)
+            }
+        };
+        Ok(Self { id: plan.id, model, host: around.host.verbs.clone(), devices })
+    }
+
+    /// How the function at `bdf`, which is in this process, makes its memory requests, including
+    /// interrupt messages, which go to `messages`.
+    ///
+    /// # Errors
+    /// The host is the kernel, which knows only physical devices.
+    pub fn dma_master(
+        &self,
+        bdf: Bdf,
+        messages: Arc<dyn InterruptSink>,
+    ) -> Result<Box<dyn DmaMaster>> {
+        let dma = self.model.dma_master(bdf, messages);
+        dma.ok_or_else(|| not_of_this_machine(&self.id, bdf))
+    }
+
+    /// Where memory requests of the function at `bdf` enter the IOMMU.
+    ///
+    /// # Errors
+    /// As [`Iommu::dma_master`].
+    pub fn dma_port(&self, bdf: Bdf) -> Result<DmaPort> {
+        self.model.dma_port(bdf).ok_or_else(|| not_of_this_machine(&self.id, bdf))
+    }
+
+    /// What was done so far.
+    fn report(&self) -> IommuReport {
+        IommuReport { id: self.id.clone(), of: self.model.report() }
+    }
+}
+
+impl Drop for Iommu {
+    /// Gives every host object back, in order.
+    fn drop(&mut self) {
+        if let Err(error) = self.model.shutdown() {
+            log::error!("{}: host objects are left behind: {error}", self.id);
+        }
+        unbind(&*self.host, self.devices.drain(..));
+    }
+}
+
+impl fmt::Debug for Iommu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Iommu")
+            .field("id", &self.id)
+            .field("model", &self.model)
+            .finish_non_exhaustive()
     }
 }
 

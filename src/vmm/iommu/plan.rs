@@ -2,26 +2,21 @@
 //! What a virtual IOMMU of any model is built from, and the trait that each model implements.
 
 use std::fmt;
-use std::path::Path;
 use std::sync::{Arc, Weak};
 
-use super::host::failed;
+use super::host::{bind, failed, BoundDevice};
 use super::{AssignedFunction, Surroundings};
 use crate::arch::EdgeLine;
 use crate::bus::BusDevice;
 use crate::config::IommuConfig;
-use crate::devices::DmaMaster;
+use crate::devices::{DmaError, DmaMaster};
 use crate::report::ModelReport;
-use crate::vfio::{VfioError, VfioProblem};
 use crate::{Error, Result};
-use twostage::iommufd::{Errno, HostIommu, ObjectId};
+use twostage::iommufd::{Errno, ObjectId};
 use twostage::nesting::NestingError;
 use twostage::spec::pci::{Bdf, Pasid};
 use twostage::viommu::{InterruptListener, InterruptRemapper, InterruptSink};
-use twostage_emulated::{DeviceConfig, DmaPort, UnitId};
-
-/// A device behind a virtual IOMMU: its BDF in the guest and its object in the host.
-pub(crate) type BoundDevice = (Bdf, ObjectId);
+use twostage_emulated::{DeviceConfig, DmaAttributes, DmaPort, UnitId};
 
 /// What a virtual IOMMU is built from.
 pub(super) struct Plan<'a> {
@@ -139,22 +134,32 @@ fn not_added(plan: &Plan<'_>, function: &AssignedFunction, error: NestingError) 
     }
 }
 
-/// Binds the physical device at `path`.
-pub(super) fn bind(host: &dyn HostIommu, path: &Path) -> Result<ObjectId> {
-    let name = path.display().to_string();
-    let refused = |error| VfioError::new(&name, VfioProblem::Bind(error));
-    Ok(host.device_bind(&name).map_err(refused)?)
+pub(super) fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
+    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} takes only those"))
 }
 
-/// Unbinds `devices` from the host.
-pub(super) fn unbind(host: &dyn HostIommu, devices: impl Iterator<Item = BoundDevice>) {
-    for (bdf, dev) in devices {
-        if let Err(error) = host.device_unbind(dev) {
-            log::error!("{bdf} stays bound: {error}");
-        }
+/// A port of the emulated host, as a device uses it to reach memory.
+impl DmaMaster for DmaPort {
+    fn read(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &mut [u8],
+    ) -> std::result::Result<(), DmaError> {
+        DmaPort::read(self, attributes(pasid), iova, data).map_err(|_| DmaError { address: iova })
+    }
+
+    fn write(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &[u8],
+    ) -> std::result::Result<(), DmaError> {
+        DmaPort::write(self, attributes(pasid), iova, data).map_err(|_| DmaError { address: iova })
     }
 }
 
-pub(super) fn not_of_this_machine(id: &str, bdf: Bdf) -> Error {
-    Error::Iommu(format!("{bdf} is not a device of this machine, and {id} takes only those"))
+/// The attributes of a request with `pasid`.
+pub(super) fn attributes(pasid: Option<Pasid>) -> DmaAttributes {
+    DmaAttributes { pasid: pasid.map(Pasid::raw), ..DmaAttributes::default() }
 }

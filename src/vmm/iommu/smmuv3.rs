@@ -10,9 +10,9 @@ use twostage::sync::Mutex;
 
 use vm_superio::Trigger;
 
-use super::host::failed;
+use super::host::{failed, BoundDevice};
 use super::messages::{ArrivedMessages, SmmuDma, TranslatedMessages};
-use super::plan::{bind_devices, BoundDevice, Plan, VirtualIommu};
+use super::plan::{bind_devices, Plan, VirtualIommu};
 use super::{AssignedFunction, Surroundings};
 use crate::arch::layout::MESSAGE_RANGE;
 use crate::arch::EdgeLine;

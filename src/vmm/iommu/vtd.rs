@@ -3,8 +3,8 @@
 
 use std::sync::{Arc, Weak};
 
-use super::host::failed;
-use super::plan::{bind_devices, BoundDevice, Plan, VirtualIommu};
+use super::host::{failed, BoundDevice};
+use super::plan::{bind_devices, Plan, VirtualIommu};
 use super::Surroundings;
 use crate::bus::BusDevice;
 use crate::config::VtdOptions;
