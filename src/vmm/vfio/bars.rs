@@ -7,9 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use twostage::sync::Mutex;
 
-use super::host_device::HostDevice;
-use super::mapping::Mapping;
-use super::region::Region;
+use super::host_device::{HostDevice, Region};
+use super::mapping::{Lender, Loan, Mapping};
 use crate::pci::layout::{BAR0, BARS, CONFIG_SIZE};
 use crate::pci::{BarPlacement, MemoryBar};
 use twostage::warn_limited;
@@ -61,18 +60,6 @@ pub fn memory_bars(
         index += 1 + usize::from(wide);
     }
     Ok(bars)
-}
-
-/// Memory that is mapped into the guest while this exists.
-pub trait Loan: Send {}
-
-/// Maps memory of this process into the guest.
-pub trait Lender: Send + Sync {
-    /// Maps `mapping` into the guest at `address`. Both are whole pages.
-    ///
-    /// # Errors
-    /// KVM's error.
-    fn lend(&self, address: u64, mapping: Arc<Mapping>) -> io::Result<Box<dyn Loan>>;
 }
 
 /// The parts of one BAR that can be mapped.

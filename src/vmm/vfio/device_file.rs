@@ -22,9 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
-use super::host_device::{HostDevice, Irq, IrqInfo};
+use super::host_device::{HostDevice, Irq, IrqInfo, Region};
 use super::mapping::Mapping;
-use super::region::Region;
 use request::*;
 
 /// The ioctl numbers. The macro's items have no documentation.

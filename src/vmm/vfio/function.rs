@@ -8,16 +8,13 @@ use twostage::sync::Mutex;
 
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
-use super::bars::{memory_bars, DeviceBar, Lender, LentBars};
-use super::config_draft::{LiveRange, MsixStructures};
-use super::config_image::ConfigImage;
-use super::error::{VfioError, VfioProblem};
-use super::host_device::{HostDevice, Irq};
-use super::interrupts::{DeviceInterrupts, DeviceMsix};
-use super::intx::Intx;
-use super::msi::Msi;
-use super::region::Region;
+use super::bars::{memory_bars, DeviceBar, LentBars};
+use super::config_image::{ConfigImage, LiveRange, MsixStructures};
+use super::host_device::{HostDevice, Irq, Region};
+use super::interrupts::{DeviceInterrupts, DeviceMsix, Intx, Msi};
+use super::mapping::Lender;
 use super::vectors::{MakeVector, TableVector, Vectors};
+use super::{VfioError, VfioProblem};
 use crate::pci::layout::{
     Command, BARS, COMMAND, CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, STATUS, STATUS_CAPABILITIES,
 };

@@ -17,31 +17,65 @@
 
 mod bars;
 mod capabilities;
-mod config_draft;
 mod config_image;
 mod device_file;
-mod doorbell;
-mod error;
 mod function;
 mod host_device;
 mod interrupts;
-mod intx;
-mod kvm_slots;
 mod mapping;
 mod message_window;
-mod msi;
-mod region;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
 mod vectors;
 
-pub use bars::Lender;
+use std::io;
+use std::ops::RangeInclusive;
+
+use config_image::ConfigError;
 pub use device_file::DeviceFile;
-pub use doorbell::DoorbellWatch;
-pub use error::{VfioError, VfioProblem};
 pub use function::{Surroundings, VfioPci};
-pub use kvm_slots::KvmSlots;
-pub use mapping::page_size;
-pub use message_window::message_window;
+pub use mapping::{page_size, KvmSlots, Lender};
+pub use message_window::{message_window, DoorbellWatch};
+use twostage::iommufd::HostError;
+
+/// A device cannot be assigned.
+#[derive(Debug, thiserror::Error)]
+#[error("--vfio {device}: {problem}")]
+pub struct VfioError {
+    device: String,
+    problem: VfioProblem,
+}
+
+impl VfioError {
+    /// `device`, as named by the user, has `problem`.
+    pub fn new(device: &str, problem: VfioProblem) -> Self {
+        Self { device: device.to_owned(), problem }
+    }
+}
+
+/// Why a device cannot be assigned.
+#[derive(Debug, thiserror::Error)]
+pub enum VfioProblem {
+    /// It is not bound to vfio-pci, or in use: the host's error says what to do.
+    #[error(transparent)]
+    Bind(#[from] HostError),
+    /// VFIO refused something.
+    #[error("{what}: {source}")]
+    Call {
+        /// The operation.
+        what: &'static str,
+        /// VFIO's error.
+        source: io::Error,
+    },
+    /// The host's MSI window overlaps guest memory.
+    #[error(
+        "the host directs its interrupt messages to {0:#x?}, where the guest has memory: none \
+         would arrive; reduce --memory so that it ends before, or leave the device out"
+    )]
+    Messages(RangeInclusive<u64>),
+    /// It cannot be assigned.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}

@@ -8,10 +8,8 @@ use twostage::sync::Mutex;
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use super::bars::{Lender, Loan};
-use super::host_device::{HostDevice, Irq, IrqInfo};
-use super::mapping::Mapping;
-use super::region::Region;
+use super::host_device::{HostDevice, Irq, IrqInfo, Region};
+use super::mapping::{Lender, Loan, Mapping};
 use super::vectors::MakeVector;
 use crate::pci::{EventVector, InterruptVector};
 use twostage::viommu::MsiMessage;
