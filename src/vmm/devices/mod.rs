@@ -2,12 +2,8 @@
 //! Emulated devices, and how they reach memory.
 
 pub(crate) mod debug_exit;
-mod dma_master;
 pub mod edu;
-mod message_writes;
-mod request_gate;
+mod requests;
 pub mod virtio;
 
-pub use dma_master::{DirectMemory, DmaError, DmaMaster};
-pub use message_writes::MessageWrites;
-pub use request_gate::{NotNow, Permit, RequestGate};
+pub use requests::{DirectMemory, DmaError, DmaMaster, MessageWrites, NotNow, Permit, RequestGate};

@@ -5,8 +5,6 @@
 //! the function has a PASID capability; while software has that enabled, the register for the PASID
 //! of DMA is available.
 
-mod dma;
-
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Sender};
@@ -14,21 +12,22 @@ use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use twostage::sync::Mutex;
 
-use self::dma::GatedMemory;
-use super::{DmaMaster, RequestGate};
+use super::{DmaError, DmaMaster, NotNow, RequestGate};
 use crate::config::EduConfig;
 use crate::pci::{
     add_express_capability, ConfigSpace, Identity, IntxPin, MsiCapability, PasidCapability,
     PciFunction,
 };
 use crate::{Error, Result};
+use twostage::spec::pci::Pasid;
 use twostage::viommu::InterruptSink;
 use twostage::warn_limited;
 pub use twostage_emulated::edu::BAR_SIZE;
-use twostage_emulated::edu::{Effect, Engine, Registers, Transfer};
+use twostage_emulated::edu::{Effect, Engine, Registers, Requests, Transfer};
 
 const IDENTITY: Identity =
     Identity { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, revision: 0x10 };
+
 /// DMA statistics of a device. Each counter is read on its own; together they are not a snapshot.
 #[derive(Debug, Default)]
 pub struct DmaCounters {
@@ -236,6 +235,49 @@ impl fmt::Debug for Edu {
             .field("registers", &self.shared.registers)
             .field("counters", &self.shared.counters)
             .finish_non_exhaustive()
+    }
+}
+
+/// Memory behind a gate: each request needs its permission.
+struct GatedMemory {
+    memory: Box<dyn DmaMaster>,
+    gate: Arc<RequestGate>,
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+enum Stop {
+    /// The function may not make requests.
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
+    /// The IOMMU blocked it, or there is no memory.
+    #[error(transparent)]
+    Refused(#[from] DmaError),
+}
+
+impl Requests for GatedMemory {
+    type Stop = Stop;
+
+    fn read(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &mut [u8],
+    ) -> std::result::Result<usize, Stop> {
+        let _permit = self.gate.enter()?;
+        self.memory.read(pasid, iova, data)?;
+        Ok(data.len())
+    }
+
+    fn write(
+        &mut self,
+        pasid: Option<Pasid>,
+        iova: u64,
+        data: &[u8],
+    ) -> std::result::Result<usize, Stop> {
+        let _permit = self.gate.enter()?;
+        self.memory.write(pasid, iova, data)?;
+        Ok(data.len())
     }
 }
 

@@ -9,8 +9,9 @@ use super::*;
 use crate::devices::DirectMemory;
 use crate::memory::MachineMemory;
 use crate::pci::IntxRouter;
+use twostage::patience::wait_until;
 use twostage::spec::pci::Bdf;
-use twostage_emulated::edu::BUFFER_START;
+use twostage_emulated::edu::{Failure, BUFFER_START};
 
 struct Messages(Mutex<Sender<(u64, u32)>>);
 
@@ -175,4 +176,64 @@ fn accesses_of_any_size_are_harmless() {
         fixture.edu.write_bar(0, 4, &data);
     }
     assert_eq!(fixture.read32(4), 0);
+}
+
+/// Loses its permission while its first request is made.
+struct Revoked {
+    requests: Arc<Mutex<Vec<u64>>>,
+    gate: Arc<RequestGate>,
+    revoke: Option<Sender<()>>,
+}
+
+impl DmaMaster for Revoked {
+    fn read(
+        &mut self,
+        _: Option<Pasid>,
+        iova: u64,
+        _: &mut [u8],
+    ) -> std::result::Result<(), DmaError> {
+        self.write(None, iova, &[])
+    }
+
+    fn write(
+        &mut self,
+        _: Option<Pasid>,
+        iova: u64,
+        _: &[u8],
+    ) -> std::result::Result<(), DmaError> {
+        self.requests.lock().push(iova);
+        drop(self.revoke.take());
+        wait_until("the loss of the right", || !self.gate.is_open());
+        Ok(())
+    }
+}
+
+#[test]
+fn the_right_is_asked_for_each_request() {
+    for to_memory in [false, true] {
+        let gate = Arc::new(RequestGate::default());
+        gate.set_bus_master(true);
+        gate.start();
+        let (revoke, revoked) = channel();
+        let revoker = thread::spawn({
+            let gate = gate.clone();
+            move || {
+                // An error means that the other end is gone.
+                revoked.recv().unwrap_err();
+                gate.set_bus_master(false);
+            }
+        });
+        let requests = Arc::<Mutex<Vec<u64>>>::default();
+        let (seen, revoke) = (requests.clone(), Some(revoke));
+        let memory = Revoked { requests, gate: gate.clone(), revoke };
+        let mut memory = GatedMemory { memory: Box::new(memory), gate };
+        let (source, destination) =
+            if to_memory { (BUFFER_START, 0x1ff0) } else { (0x1ff0, BUFFER_START) };
+        let (count, pasid, done) = (0x20, None, 0);
+        let mut transfer = Transfer { source, destination, count, to_memory, pasid, done };
+        let result = Engine::new(u64::MAX).run(&mut transfer, &mut memory);
+        assert_eq!(result, Err(Failure::Stopped { iova: 0x2000, stop: NotNow.into() }));
+        assert_eq!(*seen.lock(), [0x1ff0]);
+        revoker.join().unwrap();
+    }
 }

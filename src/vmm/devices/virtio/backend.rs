@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::broken::{Broken, Unserved};
+use super::chain::{Broken, Unserved};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 

@@ -8,8 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::backend::{Features, Model};
-use super::broken::{Broken, Unserved};
-use super::chain::{Chain, NotCopied};
+use super::chain::{Broken, Chain, NotCopied, Unserved};
 use super::queue::Virtqueue;
 use super::testing::{Place, Rig, PLACES};
 use super::*;

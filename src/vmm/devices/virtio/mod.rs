@@ -14,7 +14,6 @@
 
 mod backend;
 mod blk;
-mod broken;
 mod chain;
 #[cfg(test)]
 mod interrupted_tests;

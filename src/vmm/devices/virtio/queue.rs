@@ -8,8 +8,7 @@ use serde_json::json;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::broken::{Broken, Unserved};
-use super::chain::Chain;
+use super::chain::{Broken, Chain, Unserved};
 use super::link::{Link, RequestCounters};
 use super::memory::DeviceMemory;
 

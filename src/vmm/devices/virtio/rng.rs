@@ -9,8 +9,7 @@ use std::path::Path;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::backend::{Backend, Features, Model};
-use super::broken::{Broken, Unserved};
-use super::chain::NotCopied;
+use super::chain::{Broken, NotCopied, Unserved};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use crate::process::named_file;

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::backend::Backend;
-use super::broken::{Broken, Unserved};
+use super::chain::{Broken, Unserved};
 use super::link::Link;
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;

@@ -1,20 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A raw disk image, and the buffer between it and guest memory.
+//! A raw disk image.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
-
-use super::{block_device, format, lock};
+use super::{image_file, BounceBuffer, PAGE_SIZE};
 use crate::process::named_file;
 
 /// Bytes of a sector, the unit of addresses (virtio 1.3 §5.2.6).
 pub const SECTOR_SIZE: u64 = 512;
-/// What `O_DIRECT` may want offsets, lengths and buffers aligned to.
-const PAGE_SIZE: usize = 4096;
+/// Image formats other than raw: offset of the magic, the magic, and `qemu-img`'s name of the
+/// format. Only magics that a raw disk does not have by accident.
+const MARKS: [(usize, &[u8], &str); 9] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"WithoutFreeSpace", "parallels"),
+];
 
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
@@ -126,13 +135,13 @@ impl Disk {
         }
         let block_size = match (direct, is_device) {
             (false, _) => SECTOR_SIZE as u32,
-            (true, true) => block_device::sector_size(&file).map_err(failed)?,
+            (true, true) => image_file::sector_size(&file).map_err(failed)?,
             (true, false) => direct_block_size(&file).map_err(failed)?,
         };
         let mut head = BounceBuffer::new(block_size as usize);
         let length = file.read_at(head.bytes(), 0).map_err(failed)?;
         // Never more than the buffer holds.
-        if let Some(format) = format::of(&head.bytes()[..length]).filter(|_| !raw) {
+        if let Some(format) = format_of(&head.bytes()[..length]).filter(|_| !raw) {
             return Err(DiskError::Format { path: path.to_owned(), format });
         }
         if !size.is_multiple_of(block_size.into()) {
@@ -225,7 +234,7 @@ fn open_file(path: &Path, read_only: bool, direct: bool) -> Result<File, DiskErr
         _ if read_only => return Ok(file),
         _ => {}
     }
-    if block_device::is_read_only(&file).map_err(failed)? {
+    if image_file::is_read_only(&file).map_err(failed)? {
         return Err(DiskError::ReadOnlyDevice(path.to_owned()));
     }
     // A writer needs exclusive access through all device nodes. A claim cannot express read-only
@@ -260,13 +269,13 @@ fn lock_all(
         }
         Ok(()) => Ok(()),
     };
-    locked(lock::take(file, writes))?;
+    locked(image_file::lock(file, writes))?;
     if !is_device {
         return Ok(None);
     }
-    match block_device::common_file(file) {
+    match image_file::common_file(file) {
         Ok(common) => {
-            locked(lock::take_shared(&common, writes))?;
+            locked(image_file::lock_shared(&common, writes))?;
             Ok(Some(common))
         }
         Err(error) => {
@@ -286,30 +295,10 @@ fn direct_block_size(file: &File) -> io::Result<u32> {
     }
 }
 
-/// Memory aligned for `O_DIRECT`.
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout)]
-#[repr(C, align(4096))]
-struct Page([u8; PAGE_SIZE]);
-
-/// A buffer aligned to 4096 bytes.
-pub struct BounceBuffer(Vec<Page>);
-
-impl BounceBuffer {
-    /// A buffer of `length` bytes, rounded up to whole pages.
-    pub fn new(length: usize) -> Self {
-        Self(vec![Page::new_zeroed(); length.div_ceil(PAGE_SIZE)])
-    }
-
-    /// All bytes of it.
-    pub fn bytes(&mut self) -> &mut [u8] {
-        self.0.as_mut_slice().as_mut_bytes()
-    }
-}
-
-impl std::fmt::Debug for BounceBuffer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "BounceBuffer({} pages)", self.0.len())
-    }
+/// The format of an image that starts with `head`, if it is known and not raw.
+fn format_of(head: &[u8]) -> Option<&'static str> {
+    let has = |at: usize, mark| head.get(at..).is_some_and(|rest| rest.starts_with(mark));
+    MARKS.iter().find(|(at, mark, _)| has(*at, mark)).map(|(_, _, name)| *name)
 }
 
 /// Opens a disk that the test has closed. A process that another test starts has all descriptors of
@@ -329,8 +318,9 @@ pub(super) fn reopen(path: &Path, access: DiskAccess) -> Result<Disk, DiskError>
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write;
+
+    use super::*;
 
     const READ_ONLY: DiskAccess = DiskAccess { read_only: true, direct: false, raw: false };
 
@@ -420,5 +410,22 @@ mod tests {
             assert!(buffer.bytes()[..4096].iter().all(|byte| *byte == u8::from(direct)));
             assert!(disk.read(16384, buffer.bytes()).is_err());
         }
+    }
+
+    #[test]
+    fn formats_are_told_by_their_marks_alone() {
+        for (at, mark, name) in MARKS {
+            let mut head = vec![0; 512];
+            head[at..at + mark.len()].copy_from_slice(mark);
+            assert_eq!(format_of(&head), Some(name));
+            head.insert(0, 0);
+            assert_eq!(format_of(&head), None, "{name}, a byte further");
+            assert_eq!(format_of(&mark[..mark.len() - 1]), None);
+        }
+        assert_eq!(format_of(&[]), None);
+        // An MBR.
+        let mut head = vec![0; 512];
+        head[510..].copy_from_slice(&[0x55, 0xaa]);
+        assert_eq!(format_of(&head), None);
     }
 }

@@ -4,12 +4,12 @@
 //! Data goes through a bounce buffer, piece by piece: no section is open while the disk is
 //! accessed, and nothing waits while memory is copied.
 
-mod block_device;
 mod disk;
-mod format;
-mod lock;
+mod image_file;
 #[cfg(test)]
 mod tests;
+
+use std::fmt;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -18,16 +18,15 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::backend::{Backend, Features, Model};
-use super::broken::{Broken, Unserved};
-use super::chain::{Chain, NotCopied};
+use super::chain::{Broken, Chain, NotCopied, Unserved};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use twostage::ratelimit::RateLimit;
 
-pub use disk::{BounceBuffer, Disk, DiskAccess, DiskError, SECTOR_SIZE};
+pub use disk::{Disk, DiskAccess, DiskError, SECTOR_SIZE};
 
 /// Queue size.
 const QUEUE_SIZE: u16 = 256;
@@ -35,6 +34,8 @@ const QUEUE_SIZE: u16 = 256;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes transferred at once: the most that is copied in one section.
 const PIECE: usize = 128 << 10;
+/// What `O_DIRECT` may want offsets, lengths and buffers aligned to.
+const PAGE_SIZE: usize = 4096;
 
 /// Header of a request (§5.2.6).
 #[derive(FromBytes, IntoBytes)]
@@ -253,11 +254,35 @@ impl Engine {
     }
 }
 
+/// Memory aligned for `O_DIRECT`.
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_SIZE]);
+
+/// A buffer aligned to 4096 bytes.
+struct BounceBuffer(Vec<Page>);
+
 impl BounceBuffer {
+    /// A buffer of `length` bytes, rounded up to whole pages.
+    fn new(length: usize) -> Self {
+        Self(vec![Page::new_zeroed(); length.div_ceil(PAGE_SIZE)])
+    }
+
+    /// All bytes of it.
+    fn bytes(&mut self) -> &mut [u8] {
+        self.0.as_mut_slice().as_mut_bytes()
+    }
+
     /// The start of the buffer: `left` bytes, or all of it.
     fn piece(&mut self, left: u64) -> &mut [u8] {
         let bytes = self.bytes();
         let length = left.min(bytes.len() as u64) as usize;
         &mut bytes[..length]
+    }
+}
+
+impl fmt::Debug for BounceBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BounceBuffer({} pages)", self.0.len())
     }
 }

@@ -4,14 +4,14 @@
 //! The tap interface uses the same headers as the device, so checksum and segmentation offloads of
 //! the driver are passed to the host's network stack.
 
-mod link;
-mod mac;
 mod tap;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::str::FromStr;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -21,14 +21,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::backend::{Backend, Features, Model};
-use super::broken::{Broken, Unserved};
-use super::chain::{Chain, NotCopied};
+use super::chain::{Broken, Chain, NotCopied, Unserved};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
 use twostage::ratelimit::RateLimit;
 
-pub use link::FrameLink;
-pub use mac::MacAddress;
 pub use tap::{Tap, TapError};
 
 /// The receive queue.
@@ -43,6 +40,13 @@ const MAX_FRAME: usize = Tap::HEADER_SIZE + 65_536 + 18;
 const MIN_FRAME: usize = Tap::HEADER_SIZE + 14;
 /// Header: the number of buffers of a frame (§5.1.6).
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+/// Features of the driver, and the tap interface's flags for them.
+const OFFLOADS: [(u32, u32); 4] = [
+    (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+];
 
 /// The network device.
 #[derive(Debug)]
@@ -291,5 +295,91 @@ impl<L: FrameLink> Backend for Net<L> {
             TRANSMIT => self.transmit(queue, memory),
             _ => Ok(false),
         }
+    }
+}
+
+/// Source and sink of frames, each with a virtio-net header in front. Nothing blocks; the file
+/// descriptor is readable when there is a frame.
+pub trait FrameLink: AsRawFd + Send {
+    /// Receives a frame.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none.
+    fn receive(&mut self, data: &mut [u8]) -> io::Result<usize>;
+
+    /// Sends a frame.
+    ///
+    /// # Errors
+    /// The system's error; the frame is dropped.
+    fn send(&mut self, frame: &[u8]) -> io::Result<()>;
+
+    /// Received frames may be as a driver that accepted `features` takes them: with partial
+    /// checksums, or longer than the MTU.
+    ///
+    /// # Errors
+    /// The system's error.
+    fn set_offloads(&mut self, features: Features) -> io::Result<()>;
+}
+
+impl FrameLink for Tap {
+    fn receive(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        Tap::receive(self, data)
+    }
+
+    fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        Tap::send(self, frame)
+    }
+
+    fn set_offloads(&mut self, features: Features) -> io::Result<()> {
+        // The others depend on the first (virtio 1.3 §5.1.3.1).
+        let flags = match features.has(VIRTIO_NET_F_GUEST_CSUM) {
+            true => {
+                OFFLOADS.iter().filter(|(bit, _)| features.has(*bit)).map(|(_, flag)| flag).sum()
+            }
+            false => 0,
+        };
+        self.set_offload(flags)
+    }
+}
+
+/// A unicast MAC address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// A locally administered address for device `number` of a machine.
+    pub fn local(number: u8) -> Self {
+        Self([0x02, 0x74, 0x73, 0x00, 0x00, number])
+    }
+}
+
+/// Not a unicast MAC address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a MAC address of one device, such as 02:00:00:00:00:01")]
+pub struct NoMac;
+
+impl FromStr for MacAddress {
+    type Err = NoMac;
+
+    fn from_str(text: &str) -> Result<Self, NoMac> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or(NoMac)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| NoMac)?;
+        }
+        // The lowest bit of the first byte marks group addresses.
+        let one_device = bytes[0] & 1 == 0 && bytes != [0; 6];
+        match parts.next() {
+            None if one_device => Ok(Self(bytes)),
+            _ => Err(NoMac),
+        }
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
     }
 }

@@ -2,7 +2,6 @@
 //! The network device, seen from its driver, with a socket in place of the tap interface.
 
 use std::collections::VecDeque;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use super::*;
@@ -302,4 +301,24 @@ fn the_host_answers_through_a_tap_interface() {
         frame[12..18] == mac.0 && frame[24..26] == [8, 6] && frame[32..34] == [0, 2]
     };
     rig.wait("an answer", || (0..receive.used_index()).any(is_answer));
+}
+
+#[test]
+fn addresses_are_of_one_device() {
+    let mac: MacAddress = "02:00:5e:10:00:fF".parse().unwrap();
+    assert_eq!(mac.to_string(), "02:00:5e:10:00:ff");
+    assert_eq!(mac.to_string().parse(), Ok(mac));
+    assert_eq!(MacAddress::local(7).to_string().parse(), Ok(MacAddress::local(7)));
+    for bad in [
+        "",
+        "02:00:00:00:00",
+        "02:00:00:00:00:01:02",
+        "01:00:00:00:00:01",
+        "00:00:00:00:00:00",
+        "2:00:00:00:00:01",
+        "02-00-00-00-00-01",
+        "+2:00:00:00:00:01x",
+    ] {
+        assert_eq!(bad.parse::<MacAddress>(), Err(NoMac), "{bad}");
+    }
 }

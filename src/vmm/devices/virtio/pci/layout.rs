@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the structures of a device are, and the capabilities that describe this (virtio 1.3
-//! §4.1.4).
+//! Where the structures of a device are, the capabilities that describe this (virtio 1.3 §4.1.4),
+//! and the one that is a window to them.
 
 use super::common::COMMON_SIZE;
 use crate::pci::{ConfigSpace, MsixPlace};
@@ -64,6 +64,7 @@ const COMMON_CFG: u8 = 1;
 const NOTIFY_CFG: u8 = 2;
 const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
+const PCI_CFG: u8 = 5;
 
 /// Adds the capabilities of a device with `queues` queues and `config` bytes of configuration.
 pub(super) fn add_structures(space: &mut ConfigSpace, queues: u32, config: u32) {
@@ -82,5 +83,73 @@ pub(super) fn add_structures(space: &mut ConfigSpace, queues: u32, config: u32) 
             body.extend(NOTIFY_MULTIPLIER.to_le_bytes());
         }
         space.add_vendor_capability(&body, &[]);
+    }
+}
+
+// From the start of the capability.
+const WINDOW_BAR: u16 = 4;
+const WINDOW_OFFSET: u16 = 8;
+const WINDOW_LENGTH: u16 = 12;
+const WINDOW_DATA: u16 = 16;
+
+/// A window in configuration space for accesses to the BAR (§4.1.4.9), for software that cannot
+/// access memory yet: its capability.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ConfigWindow {
+    offset: u16,
+}
+
+/// An access set up by software.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct WindowAccess {
+    pub bar: usize,
+    pub offset: u64,
+    /// 1, 2 or 4.
+    pub length: usize,
+}
+
+impl ConfigWindow {
+    /// Adds the capability to `config`.
+    pub fn add(config: &mut ConfigSpace) -> Self {
+        // Type, BAR, ID, padding; then offset, length and data.
+        let mut body = [0; 17];
+        body[0] = PCI_CFG;
+        let mut writable = [0xff; 17];
+        writable[0] = 0;
+        writable[2..5].fill(0);
+        Self { offset: config.add_vendor_capability(&body, &writable) }
+    }
+
+    /// Whether a configuration access is to the window's data.
+    pub fn is_data(&self, offset: u16, length: usize) -> bool {
+        let data = usize::from(self.offset + WINDOW_DATA);
+        let offset = usize::from(offset);
+        offset < data + 4 && data < offset + length
+    }
+
+    /// The access, if it is valid for the device.
+    pub fn access(&self, config: &ConfigSpace) -> Option<WindowAccess> {
+        let bar = config.u32(self.offset + WINDOW_BAR) as u8;
+        let offset = config.u32(self.offset + WINDOW_OFFSET);
+        let length = config.u32(self.offset + WINDOW_LENGTH);
+        let possible = bar == BAR
+            && matches!(length, 1 | 2 | 4)
+            && offset.is_multiple_of(length)
+            && offset < BAR_SIZE;
+        possible.then_some(WindowAccess {
+            bar: bar.into(),
+            offset: offset.into(),
+            length: length as usize,
+        })
+    }
+
+    /// The data written by software.
+    pub fn data(&self, config: &ConfigSpace) -> [u8; 4] {
+        config.u32(self.offset + WINDOW_DATA).to_le_bytes()
+    }
+
+    /// Sets the data that software will read.
+    pub fn set_data(&self, config: &mut ConfigSpace, data: [u8; 4]) {
+        config.set_u32(self.offset + WINDOW_DATA, u32::from_le_bytes(data));
     }
 }

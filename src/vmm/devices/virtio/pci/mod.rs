@@ -2,8 +2,6 @@
 //! Virtio over PCI (virtio 1.3 §4.1), without the legacy interface and without INTx.
 
 mod common;
-mod config_window;
-mod doorbell;
 mod layout;
 #[cfg(test)]
 mod tests;
@@ -14,13 +12,14 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use twostage::sync::Mutex;
 
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vmm_sys_util::eventfd::EventFd;
 
 use self::common::{CommonConfig, Effect};
-use self::config_window::ConfigWindow;
-use self::layout::{Structure, NOTIFY_MULTIPLIER};
+use self::layout::{ConfigWindow, Structure, NOTIFY_MULTIPLIER};
 use super::backend::{Backend, Features, Model};
-use super::broken::Broken;
+use super::chain::Broken;
 use super::link::{Link, QueueCounters, RequestCounters};
 use super::memory::DeviceMemory;
 use super::queue::Virtqueue;
@@ -31,10 +30,8 @@ use crate::pci::{
 };
 use crate::trace::Trace;
 use crate::Result;
+use twostage::warn_limited;
 
-#[cfg(test)]
-pub use doorbell::NoDoorbells;
-pub use doorbell::{Doorbells, KvmDoorbells};
 pub use layout::BAR_SIZE;
 
 /// Vendor of all virtio devices.
@@ -227,10 +224,7 @@ impl VirtioPci {
     }
 
     /// The notification address of each queue, starting with `first`, and its event.
-    fn addresses(
-        &self,
-        first: u64,
-    ) -> impl Iterator<Item = (u64, &vmm_sys_util::eventfd::EventFd)> {
+    fn addresses(&self, first: u64) -> impl Iterator<Item = (u64, &EventFd)> {
         let addresses = (first..).step_by(NOTIFY_MULTIPLIER as usize);
         addresses.zip(self.link.queue_events())
     }
@@ -368,6 +362,52 @@ impl fmt::Debug for VirtioPci {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VirtioPci").field("link", &self.link).finish_non_exhaustive()
     }
+}
+
+/// Turns guest writes to an address into events.
+pub trait Doorbells: Send + Sync {
+    /// From now on a guest write to `address` only signals `event`. Returns whether that works; if
+    /// not, writes are dispatched as usual.
+    fn attach(&self, address: u64, event: &EventFd) -> bool;
+
+    /// Ends that.
+    fn detach(&self, address: u64, event: &EventFd);
+}
+
+/// Doorbells of a KVM: ioeventfd.
+#[derive(Debug)]
+pub struct KvmDoorbells(pub Arc<VmFd>);
+
+impl Doorbells for KvmDoorbells {
+    fn attach(&self, address: u64, event: &EventFd) -> bool {
+        let result = self.0.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
+        if let Err(error) = &result {
+            warn_limited!("notifications at {address:#x} go through user space: {error}");
+        }
+        result.is_ok()
+    }
+
+    fn detach(&self, address: u64, event: &EventFd) {
+        if let Err(error) =
+            self.0.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+        {
+            warn_limited!("notifications stay at {address:#x}: {error}");
+        }
+    }
+}
+
+/// No doorbells: every notification is an exit.
+#[cfg(test)]
+#[derive(Debug)]
+pub struct NoDoorbells;
+
+#[cfg(test)]
+impl Doorbells for NoDoorbells {
+    fn attach(&self, _: u64, _: &EventFd) -> bool {
+        false
+    }
+
+    fn detach(&self, _: u64, _: &EventFd) {}
 }
 
 /// A little-endian number of at most eight bytes.

@@ -4,7 +4,6 @@
 use std::io::Write;
 
 use proptest::prelude::*;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::devices::virtio::net::FrameLink;

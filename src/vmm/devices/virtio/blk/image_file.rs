@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The file of a disk image: its lock, and what the kernel reports if it is a block device.
+//!
+//! The lock is for one writer or several readers. Two protocols are followed at once. Both use
+//! advisory locks owned by the open file rather than the process, so that one process cannot open
+//! an image twice either.
+//!
+//! QEMU has one byte for each permission that a user takes, and one for each that it denies to
+//! others; all locks are shared. After taking its own, a user checks whether anybody has locked the
+//! opposite bytes: of two racing users, one or both notice. Source: QEMU's `block/file-posix.c`,
+//! and the locks that QEMU 10.0 takes.
+//!
+//! cloud-hypervisor locks the whole image: exclusively to write, shared to read. Here that covers
+//! everything but QEMU's bytes, where a lock would mean something else.
+//!
+//! Source for block devices: Linux `include/uapi/linux/fs.h`, and
+//! `Documentation/ABI/stable/sysfs-block`.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+/// QEMU: the user has this permission ...
+const DOES: i64 = 100;
+/// ... or denies it to others.
+const DENIES: i64 = 200;
+/// Permissions: to read consistent data,
+const READ: i64 = 0;
+/// or to write.
+const WRITE: i64 = 1;
+/// The first byte after QEMU's.
+const REST: i64 = 300;
+
+/// Locks the image `file` until it is closed: exclusively, which needs a file open for writing, or
+/// shared with other readers.
+///
+/// # Errors
+/// `EAGAIN`: somebody else has it; otherwise the system's error, for a file without locks.
+pub(super) fn lock(file: &File, writes: bool) -> io::Result<()> {
+    let kind = if writes { libc::F_WRLCK } else { libc::F_RDLCK };
+    // To the end of the file, wherever that will be.
+    set(file, kind, REST, 0)?;
+    lock_shared(file, writes)
+}
+
+/// Like [`lock`], but only with locks that work on a file open for reading: QEMU's.
+///
+/// # Errors
+/// As for [`lock`].
+pub(super) fn lock_shared(file: &File, writes: bool) -> io::Result<()> {
+    set(file, libc::F_RDLCK, DOES + READ, 1)?;
+    if writes {
+        set(file, libc::F_RDLCK, DOES + WRITE, 1)?;
+    }
+    set(file, libc::F_RDLCK, DENIES + WRITE, 1)?;
+
+    let read_by_us = is_locked(file, DENIES + READ)?;
+    let written_by_us = writes && is_locked(file, DENIES + WRITE)?;
+    match read_by_us || written_by_us || is_locked(file, DOES + WRITE)? {
+        true => Err(io::ErrorKind::WouldBlock.into()),
+        false => Ok(()),
+    }
+}
+
+fn set(file: &File, kind: libc::c_int, start: i64, length: i64) -> io::Result<()> {
+    call(file, libc::F_OFD_SETLK, &mut range(kind, start, length))
+}
+
+/// Whether somebody else has locked QEMU's byte `at` with QEMU's meaning.
+fn is_locked(file: &File, at: i64) -> io::Result<bool> {
+    let mut lock = range(libc::F_WRLCK, at, 1);
+    call(file, libc::F_OFD_GETLK, &mut lock)?;
+    // A shared lock of more than QEMU's bytes is a reader's lock of the whole image. QEMU would
+    // refuse.
+    let whole = lock.l_len == 0 || lock.l_start.saturating_add(lock.l_len) > REST;
+    let kind = libc::c_int::from(lock.l_type);
+    Ok(kind == libc::F_WRLCK || (kind == libc::F_RDLCK && !whole))
+}
+
+fn range(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
+    libc::flock {
+        // The three kinds and SEEK_SET are small.
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: length,
+        // Not owned by a process.
+        l_pid: 0,
+    }
+}
+
+fn call(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the descriptor is open while `file` is borrowed; both commands that are used here
+    // read one `flock`, and one writes it, which lives until the call returns.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Queries whether a block device is read-only; `_IO(0x12, 94)`.
+const BLKROGET: libc::c_ulong = 0x125e;
+
+/// Whether the block device `file` is read-only; the kernel lets it be opened for writing all the
+/// same.
+///
+/// # Errors
+/// The system's error.
+pub(super) fn is_read_only(file: &File) -> io::Result<bool> {
+    Ok(ask(file, BLKROGET)? != 0)
+}
+
+/// Sector size of the block device `file`, in bytes: the granularity of direct I/O.
+///
+/// # Errors
+/// The system's error.
+pub(super) fn sector_size(file: &File) -> io::Result<u32> {
+    // Never negative.
+    Ok(ask(file, libc::BLKSSZGET as libc::c_ulong)? as u32)
+}
+
+/// A file that is the same for all device nodes of the block device `file`: each node has its own
+/// locks.
+///
+/// # Errors
+/// The system's error, for example when there is no sysfs.
+pub(super) fn common_file(file: &File) -> io::Result<File> {
+    let device = file.metadata()?.rdev();
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    File::open(format!("/sys/dev/block/{major}:{minor}/dev"))
+}
+
+/// Issues a request that returns an `int`.
+fn ask(file: &File, request: libc::c_ulong) -> io::Result<libc::c_int> {
+    let mut answer: libc::c_int = 0;
+    // SAFETY: the descriptor is open while `file` is borrowed, and both requests that are used here
+    // write one `int`, which lives until the call returns.
+    match unsafe { libc::ioctl(file.as_raw_fd(), request as _, &mut answer) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(answer),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    use super::super::disk::reopen;
+    use super::super::{Disk, DiskAccess, DiskError};
+    use super::*;
+
+    /// How another program uses an image.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum User {
+        Ours,
+        /// Locks its bytes, then checks those of others.
+        Qemu,
+        /// Locks the whole image.
+        CloudHypervisor,
+    }
+
+    fn take_as(user: User, file: &File, writes: bool) -> bool {
+        let others = |at| {
+            let mut lock = range(libc::F_WRLCK, at, 1);
+            call(file, libc::F_OFD_GETLK, &mut lock).unwrap();
+            libc::c_int::from(lock.l_type) != libc::F_UNLCK
+        };
+        match user {
+            User::Ours => lock(file, writes).is_ok(),
+            User::Qemu => {
+                for at in [100, 201].into_iter().chain(writes.then_some(101)) {
+                    set(file, libc::F_RDLCK, at, 1).unwrap();
+                }
+                !(others(101) || others(200) || (writes && others(201)))
+            }
+            User::CloudHypervisor => {
+                set(file, if writes { libc::F_WRLCK } else { libc::F_RDLCK }, 0, 0).is_ok()
+            }
+        }
+    }
+
+    /// A new image, opened twice, for writing or not. (A process that another test starts keeps the
+    /// locks of images that are closed until it executes its program.)
+    fn opened(writes: bool, other_writes: bool) -> (File, File) {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let open = |writes| File::options().read(true).write(writes).open(image.path()).unwrap();
+        (open(writes), open(other_writes))
+    }
+
+    #[test]
+    fn who_writes_is_alone_and_readers_are_together() {
+        for other in [User::Ours, User::Qemu, User::CloudHypervisor] {
+            for (writes, other_writes) in
+                [(false, false), (false, true), (true, false), (true, true)]
+            {
+                let may = !writes && !other_writes;
+                let (file, their) = opened(writes, other_writes);
+                assert!(take_as(User::Ours, &file, writes));
+                let got = take_as(other, &their, other_writes);
+                assert_eq!(got, may, "ours {writes}, then {other:?} {other_writes}");
+                let (file, their) = opened(writes, other_writes);
+                assert!(take_as(other, &their, other_writes));
+                let got = take_as(User::Ours, &file, writes);
+                assert_eq!(got, may, "{other:?} {other_writes}, then ours {writes}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_taken_is_what_qemu_takes() {
+        for (writes, bytes) in [(false, &[100, 201][..]), (true, &[100, 101, 201])] {
+            let (file, other) = opened(true, true);
+            lock_shared(&file, writes).unwrap();
+            let locked: Vec<i64> = (0..REST).filter(|at| is_locked(&other, *at).unwrap()).collect();
+            assert_eq!(locked, bytes, "{writes}");
+        }
+    }
+
+    #[test]
+    fn what_somebody_denies_is_not_done() {
+        for (at, writes, may) in [(200, false, false), (201, false, true), (203, true, true)] {
+            let (file, other) = opened(true, true);
+            set(&other, libc::F_RDLCK, at, 1).unwrap();
+            assert_eq!(lock(&file, writes).is_ok(), may, "{at}");
+        }
+    }
+
+    /// A loop device over a file of 1 MiB.
+    struct Loop {
+        path: PathBuf,
+        directory: tempfile::TempDir,
+    }
+
+    impl Loop {
+        fn new(options: &[&str]) -> Option<Self> {
+            let directory = tempfile::tempdir().unwrap();
+            let image = directory.path().join("image");
+            File::create(&image).unwrap().set_len(1 << 20).unwrap();
+            let made =
+                Command::new("losetup").args(["--show", "-f"]).args(options).arg(&image).output();
+            match made {
+                Ok(made) if made.status.success() => {
+                    let path = String::from_utf8(made.stdout).unwrap();
+                    Some(Self { path: path.trim().into(), directory })
+                }
+                made => {
+                    eprintln!("no loop device is had: NOT tested: {made:?}");
+                    None
+                }
+            }
+        }
+
+        /// Another device node for it.
+        fn node(&self, name: &str) -> PathBuf {
+            let device = fs::metadata(&self.path).unwrap().rdev();
+            let (major, minor) = (libc::major(device), libc::minor(device));
+            let node = self.directory.path().join(name);
+            let made = Command::new("mknod")
+                .arg(&node)
+                .args(["b", &major.to_string(), &minor.to_string()])
+                .status();
+            assert!(made.unwrap().success());
+            node
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let detached = Command::new("losetup").arg("-d").arg(&self.path).status();
+            assert!(detached.unwrap().success());
+        }
+    }
+
+    fn access(read_only: bool) -> DiskAccess {
+        DiskAccess { read_only, ..DiskAccess::default() }
+    }
+
+    fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
+        Disk::open(path, access(read_only))
+    }
+
+    #[test]
+    fn what_the_kernel_lets_nobody_write_is_no_disk_to_write() {
+        let Some(device) = Loop::new(&["--read-only"]) else { return };
+        let error = open(&device.path, false).unwrap_err();
+        assert!(matches!(error, DiskError::ReadOnlyDevice(_)), "{error}");
+        assert!(error.to_string().contains("readonly=on"), "{error}");
+        assert!(open(&device.path, true).unwrap().is_read_only());
+    }
+
+    #[test]
+    fn blocks_are_the_device_s_sectors_without_the_page_cache() {
+        for (sector, size) in [("512", 512), ("4096", 4096)] {
+            let Some(device) = Loop::new(&["--sector-size", sector]) else { return };
+            let disk =
+                Disk::open(&device.path, DiskAccess { direct: true, ..DiskAccess::default() })
+                    .unwrap();
+            assert_eq!((disk.block_size(), disk.size()), (size, 1 << 20));
+            drop(disk);
+            assert_eq!(reopen(&device.path, access(false)).unwrap().block_size(), 512);
+        }
+    }
+
+    #[test]
+    fn all_nodes_of_a_device_are_one_disk() {
+        let Some(device) = Loop::new(&[]) else { return };
+        let (one, other) = (device.node("one"), device.node("other"));
+        for (first, second, may) in
+            [(true, true, true), (true, false, false), (false, true, false), (false, false, false)]
+        {
+            let _first = reopen(&one, access(first)).unwrap();
+            match open(&other, second) {
+                Ok(_) => assert!(may, "readonly {first}, then {second}"),
+                Err(DiskError::InUse(_) | DiskError::Claimed(_)) => {
+                    assert!(!may, "readonly {first}, then {second}");
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_gave_to_somebody_is_not_written() {
+        let Some(device) = Loop::new(&[]) else { return };
+        // As a mount does.
+        let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.path);
+        let error = open(&device.path, false).unwrap_err();
+        assert!(matches!(error, DiskError::Claimed(_)), "{error}");
+        assert!(open(&device.path, true).is_ok());
+        drop(claim);
+        let _disk = reopen(&device.path, access(false)).unwrap();
+        let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.path);
+        assert_eq!(claim.unwrap_err().raw_os_error(), Some(libc::EBUSY));
+    }
+}
