@@ -18,16 +18,12 @@ use twostage::iommufd::Errno;
 use twostage_emulated::{MappedPages, MmapRequest};
 
 use crate::callers::process::Processes;
-use crate::callers::service::Service;
-use crate::files::file::File;
-use crate::files::waiting::Waiting;
-use crate::internal::Internal;
+use crate::files::file::{File, Service, Waiting};
+use crate::files::iommufd::Windows;
 use crate::memory::accounts::Accounts;
 use crate::memory::pins::Pins;
-use crate::memory::windows::Windows;
-use crate::sharing;
 use crate::sys::{self, Mark};
-use crate::table::{self, Entry};
+use crate::table::{self, Entry, Internal};
 use crate::world::World;
 
 /// The prefix of the names of the owner's ends.
@@ -175,12 +171,12 @@ impl State {
     /// Whether the current descriptors are those of the state: not in a child of vfork, which
     /// shares its parent's memory but not its descriptors, nor in a thread that unshared them.
     pub fn has_descriptors(&self) -> bool {
-        self.pid == sys::process_id() && !sharing::is_apart()
+        self.pid == sys::process_id() && !table::is_apart()
     }
 
     /// Whether the program has no other thread.
     pub fn is_alone(&self) -> bool {
-        sharing::is_alone(self.service.get().is_some_and(Result::is_ok).into())
+        table::is_alone(self.service.get().is_some_and(Result::is_ok).into())
     }
 
     fn files(&self) -> MutexGuard<'_, Files> {

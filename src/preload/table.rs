@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The table of this process's descriptors, as far as this library knows them.
+//! This process's descriptors, as far as this library knows them: the table of them, the threads
+//! that it holds for, and the library's own.
 //!
 //! Hooks look up every descriptor of the program, also in signal handlers: no lock, one load.
 
-use std::os::fd::RawFd;
+use std::cell::Cell;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::sys;
 
 /// Higher numbers are never ours: an open that would return one fails with `EMFILE`.
 const CAPACITY: usize = 1 << 16;
@@ -86,6 +90,69 @@ pub fn ours(first: u32, last: u32) -> impl Iterator<Item = (RawFd, Entry)> {
     })
 }
 
+/// A descriptor that the program must not touch.
+#[derive(Debug)]
+pub struct Internal(OwnedFd);
+
+impl Internal {
+    /// Moves `fd` to a number that programs do not expect.
+    pub fn new(fd: OwnedFd) -> Self {
+        let fd = sys::duplicate(fd.as_raw_fd()).unwrap_or(fd);
+        // A number beyond the table is unlikely to be closed by accident.
+        set(fd.as_raw_fd(), Entry::Internal);
+        Self(fd)
+    }
+
+    /// The number.
+    pub fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Drop for Internal {
+    fn drop(&mut self) {
+        set(self.raw(), Entry::NotOurs);
+    }
+}
+
+thread_local! {
+    /// The table holds for all threads, except those that unshared their descriptors
+    /// (`CLOSE_RANGE_UNSHARE`).
+    static APART: Cell<bool> = const { Cell::new(false) };
+}
+
+/// This thread has unshared its descriptors.
+pub fn leave() {
+    APART.set(true);
+}
+
+/// Whether this thread has unshared its descriptors.
+pub fn is_apart() -> bool {
+    APART.get()
+}
+
+/// Whether the process has at most this thread and `ours` others. False if `/proc` is not
+/// available.
+pub fn is_alone(ours: usize) -> bool {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return false };
+    let live = |task: std::io::Result<std::fs::DirEntry>| match task {
+        Ok(task) => {
+            std::fs::read_to_string(task.path().join("stat")).is_ok_and(|stat| is_live(&stat))
+        }
+        Err(_) => true,
+    };
+    tasks.map(live).filter(|live| *live).count() <= 1 + ours
+}
+
+/// Whether a thread with this `stat` in `/proc` is not exiting: a joined thread may still be listed
+/// there.
+fn is_live(stat: &str) -> bool {
+    const PF_EXITING: u64 = 4;
+    // The name may contain anything.
+    let flags = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(6)?.parse().ok());
+    flags.is_none_or(|flags: u64| flags & PF_EXITING == 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,5 +177,23 @@ mod tests {
             assert_eq!(get(fd), Entry::NotOurs);
             assert_eq!(set(fd, Entry::Internal), None);
         }
+    }
+
+    #[test]
+    fn threads_that_end() {
+        let stat = |flags| format!("7 (a) (b) R 1 7 7 0 -1 {flags} 93 0 0");
+        assert!(is_live(&stat("4194304")));
+        assert!(!is_live(&stat("4194308")));
+        assert!(is_live("what no kernel writes"));
+    }
+
+    #[test]
+    fn threads_are_seen() {
+        let (end, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || wait.recv());
+        assert!(!is_alone(0));
+        assert!(is_alone(1 << 20));
+        drop(end);
+        assert!(other.join().is_ok());
     }
 }

@@ -13,11 +13,10 @@ use twostage_emulated::{
 };
 
 use crate::config::{Config, Device as DeviceEntry, Iommu, Model};
+use crate::files::device::Groups;
 use crate::files::file::File;
-use crate::files::group::{Group, GroupFile};
-use crate::files::groups::Groups;
+use crate::files::group::{device_name, Entry, Group, GroupFile, Opener};
 use crate::files::iommufd::Iommufd;
-use crate::files::opener::{device_name, Entry, Opener};
 use crate::memory::pins::Pins;
 
 /// Names the file that describes the machine.

@@ -16,8 +16,8 @@ use twostage::sync::Mutex;
 use rustix::event::PollFlags;
 use twostage::iommufd::Errno;
 
-use crate::internal::Internal;
 use crate::sys;
+use crate::table::Internal;
 
 /// A process.
 #[derive(Debug, Clone)]

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A VFIO device: `/dev/vfio/devices/vfioN`.
+//! A VFIO device: `/dev/vfio/devices/vfioN`; and the groups, which its binding keeps from being
+//! opened.
 //!
 //! The ioctls that concern iommufd are the emulated host's; here is the device itself, as in
 //! `linux/vfio.h`: a PCI function with configuration space and BAR 0, both by `pread` and `pwrite`.
 //! Its only interrupt is MSI; its regions cannot be mapped.
 
+use std::any::Any;
+use std::collections::BTreeMap;
 use std::mem::size_of;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
@@ -22,7 +25,6 @@ use vfio_bindings::bindings::vfio::{
 use crate::callers::process::Process;
 use crate::files::edu::Edu;
 use crate::files::file::{Answer, Argument, Call, Caller, Excess, File};
-use crate::files::groups::{Blocked, Groups};
 use crate::files::msi::{Msi, IRQS, MSI_FLAGS, MSI_INDEX};
 
 const GET_INFO: u32 = vfio_request(7);
@@ -367,4 +369,78 @@ fn answer<const N: usize>(
     let bytes = bytes.get(..room).unwrap_or_default();
     process.write(address + size_of::<u32>() as u64, bytes).map_err(|_| Errno::EFAULT)?;
     Ok(0)
+}
+
+/// The groups of a machine, by number, and their users: as in Linux, a group is open once, or some
+/// of its devices are bound through their own character devices, but not both.
+#[derive(Debug, Default)]
+pub struct Groups(Mutex<BTreeMap<u32, Users>>);
+
+#[derive(Debug, Default)]
+struct Users {
+    /// The opener, which still has it.
+    open: Option<Weak<dyn Any + Send + Sync>>,
+    /// Number of devices bound through their own character devices.
+    bound: usize,
+}
+
+impl Users {
+    fn is_open(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.strong_count() > 0)
+    }
+}
+
+impl Groups {
+    /// Opens the group `number`, created by `group`.
+    ///
+    /// # Errors
+    /// `EBUSY` it is open, or a device of it is bound.
+    pub fn open<G>(&self, number: u32, group: impl FnOnce() -> G) -> Result<Arc<G>, Errno>
+    where
+        G: Any + Send + Sync,
+    {
+        let mut groups = self.lock();
+        let users = groups.entry(number).or_default();
+        if users.is_open() || users.bound > 0 {
+            return Err(Errno::EBUSY);
+        }
+        let group = Arc::new(group());
+        let open: Weak<G> = Arc::downgrade(&group);
+        users.open = Some(open);
+        Ok(group)
+    }
+
+    /// Prevents the group `number` from being opened while the result exists, as a device of it is
+    /// to be bound.
+    ///
+    /// # Errors
+    /// `EBUSY` it is open.
+    fn block(self: &Arc<Self>, number: u32) -> Result<Blocked, Errno> {
+        let mut groups = self.lock();
+        let users = groups.entry(number).or_default();
+        if users.is_open() {
+            return Err(Errno::EBUSY);
+        }
+        users.bound += 1;
+        Ok(Blocked { groups: self.clone(), number })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Users>> {
+        self.0.lock()
+    }
+}
+
+/// A group that cannot be opened.
+#[derive(Debug)]
+struct Blocked {
+    groups: Arc<Groups>,
+    number: u32,
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        if let Some(users) = self.groups.lock().get_mut(&self.number) {
+            users.bound = users.bound.saturating_sub(1);
+        }
+    }
 }

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Emulated files, and their callers.
+//! Emulated files: their calls and callers, those that wait for a call on another one, and the
+//! thread that serves them.
 
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::os::fd::RawFd;
+use std::sync::{Arc, MutexGuard, Weak};
+use std::thread;
+use twostage::sync::Mutex;
 
 use twostage::iommufd::Errno;
 use twostage_emulated::uapi::{self, TestFile, UserSpace};
 use twostage_emulated::{EmulatedHost, MappedPages, MmapRequest};
 
 use crate::callers::process::Process;
-use crate::internal::Internal;
+use crate::sys;
+use crate::table::Internal;
 
 /// A call on a descriptor. Addresses are the caller's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +32,8 @@ pub enum Call {
 pub struct Answer {
     /// Its return value.
     pub value: i64,
-    /// A message of the owner must be taken from the descriptor: see [`crate::files::events`].
+    /// A message of the owner must be taken from the descriptor: see
+    /// [`crate::files::iommufd::Events`].
     pub take_message: bool,
 }
 
@@ -181,9 +187,81 @@ fn check_zero(process: &Process, address: u64, length: usize) -> Result<(), Errn
     Ok(())
 }
 
+/// The files that wait for a call on another one: a DMA, for the response to its page requests.
+#[derive(Debug, Default)]
+pub struct Waiting(Mutex<Vec<Weak<dyn File>>>);
+
+impl Waiting {
+    /// `file` was written to, and may be waiting from now on.
+    pub fn written(&self, file: &Arc<dyn File>) {
+        // What it waits for may have come before it is registered.
+        if file.resume() {
+            let file = Arc::downgrade(file);
+            let mut files = self.files();
+            if !files.iter().any(|known| known.ptr_eq(&file)) {
+                files.push(file);
+            }
+        }
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.files().is_empty()
+    }
+
+    /// Continues every file that can. Nobody else sees the list empty, or accesses it, before that
+    /// is done.
+    pub fn resume(&self) {
+        self.files().retain(|file| file.upgrade().is_some_and(|file| file.resume()));
+    }
+
+    fn files(&self) -> MutexGuard<'_, Vec<Weak<dyn File>>> {
+        self.0.lock()
+    }
+}
+
+/// An owner's thread that notices descriptors closed elsewhere, and serves the calls of other
+/// processes. It is started with the first file.
+#[derive(Debug)]
+pub struct Service {
+    epoll: Arc<Internal>,
+}
+
+impl Service {
+    /// Starts the thread, which calls `serve` for a file, by the inode of its descriptors, whenever
+    /// it has an event. It takes no signals.
+    ///
+    /// # Errors
+    /// `EAGAIN` no more threads; the kernel's error if there are no more descriptors.
+    pub fn start(serve: fn(u64)) -> Result<Self, Errno> {
+        let epoll = Arc::new(Internal::new(sys::epoll()?));
+        let builder = thread::Builder::new().name("twostage-iommufd".to_owned());
+        let events = epoll.clone();
+        sys::with_signals_blocked(|| builder.spawn(move || watch(&events, serve)))
+            .map_err(|_| Errno::from_raw(libc::EAGAIN))?;
+        Ok(Self { epoll })
+    }
+
+    /// Watches the owner's end `end` of the file whose descriptors have `inode`.
+    ///
+    /// # Errors
+    /// The error of `epoll_ctl(2)`.
+    pub fn watch(&self, end: RawFd, inode: u64) -> Result<(), Errno> {
+        sys::watch(self.epoll.raw(), end, inode)
+    }
+}
+
+fn watch(epoll: &Internal, serve: fn(u64)) {
+    // Fails if the process has lost the descriptor: nothing is served then.
+    while let Ok(inode) = sys::next_event(epoll.raw()) {
+        serve(inode);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     fn structure(size: u32, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
@@ -227,5 +305,61 @@ mod tests {
         user[15] = 5;
         argument.copy_out(&process).unwrap();
         assert_eq!(user[8..], [7, 0, 9, 0, 0, 0, 0, 5]);
+    }
+
+    #[derive(Debug, Default)]
+    struct Device {
+        waits: AtomicBool,
+        resumed: AtomicU32,
+    }
+
+    impl File for Device {
+        fn name(&self) -> String {
+            "device".into()
+        }
+
+        fn call(&self, _: &dyn Caller, _: Call) -> Result<Answer, Errno> {
+            Err(Errno::ENOTTY)
+        }
+
+        fn resume(&self) -> bool {
+            self.resumed.fetch_add(1, Ordering::Relaxed);
+            self.waits.load(Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn only_what_waits_goes_on() {
+        let (waiting, idle, device) = (Waiting::default(), Arc::default(), Arc::default());
+        let (idle, device): (Arc<Device>, Arc<Device>) = (idle, device);
+        let files: [Arc<dyn File>; 2] = [idle.clone(), device.clone()];
+        device.waits.store(true, Ordering::Relaxed);
+        files.iter().for_each(|file| waiting.written(file));
+        waiting.written(&files[1]);
+        let resumed = || [&idle, &device].map(|device| device.resumed.load(Ordering::Relaxed));
+        assert_eq!((waiting.is_empty(), resumed()), (false, [1, 2]));
+        waiting.resume();
+        assert_eq!(
+            (waiting.is_empty(), resumed()),
+            (false, [1, 3]),
+            "once, though it is known twice"
+        );
+        device.waits.store(false, Ordering::Relaxed);
+        waiting.resume();
+        waiting.resume();
+        assert_eq!((waiting.is_empty(), resumed()), (true, [1, 4]));
+    }
+
+    #[test]
+    fn a_file_that_waits_is_not_kept() {
+        let waiting = Waiting::default();
+        let device = Arc::new(Device { waits: true.into(), ..Device::default() });
+        let file: Arc<dyn File> = device.clone();
+        waiting.written(&file);
+        drop(file);
+        assert_eq!(Arc::strong_count(&device), 1);
+        drop(device);
+        waiting.resume();
+        assert!(waiting.is_empty());
     }
 }

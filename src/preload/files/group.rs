@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A VFIO group, `/dev/vfio/N`: how programs that use containers get their devices.
+//! VFIO groups, `/dev/vfio/N`: how programs that use containers get their devices; and opening the
+//! machine's devices, in a group or by number.
 //!
 //! As in a Linux whose containers are iommufds: the group is added to a container, which then has
 //! an IOAS; a device opened through the group is bound to that iommufd, and attached to the IOAS.
@@ -10,15 +11,18 @@ use std::sync::{Arc, MutexGuard, Weak};
 use twostage::sync::Mutex;
 
 use twostage::iommufd::{Errno, UserMemory};
+use twostage::spec::pci::Bdf;
 use twostage_emulated::uapi::{self, vfio_request, Credentials, UserFault, UserSpace};
-use twostage_emulated::EmulatedHost;
+use twostage_emulated::{EmulatedHost, Machine};
 use vfio_bindings::bindings::vfio::{
     VFIO_GROUP_FLAGS_CONTAINER_SET as CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE as VIABLE,
 };
 
+use crate::config::{Device as DeviceEntry, Dma};
 use crate::files::device::Device;
+use crate::files::edu::Edu;
 use crate::files::file::{Answer, Call, Caller, File};
-use crate::files::opener::Opener;
+use crate::memory::pins::Pins;
 
 const GET_STATUS: u32 = vfio_request(3);
 const SET_CONTAINER: u32 = vfio_request(4);
@@ -225,4 +229,61 @@ impl uapi::Process for InGroup<'_> {
     fn iommufd(&self, _: i32) -> Result<Arc<EmulatedHost>, Errno> {
         Ok(self.host.clone())
     }
+}
+
+/// A device of the machine.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its part of the machine's description.
+    pub config: DeviceEntry,
+    /// The number of its group.
+    pub group: u32,
+}
+
+/// Opens devices of a machine, or of one group in it.
+#[derive(Debug)]
+pub struct Opener {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// Its devices, by number.
+    pub devices: Arc<BTreeMap<u32, Entry>>,
+    /// Keeps memory available for DMA, whatever the program does.
+    pub pins: Arc<Pins>,
+    /// The only group whose devices are found by name; none for all.
+    pub group: Option<u32>,
+}
+
+impl Opener {
+    /// Opens the device `number`.
+    ///
+    /// # Errors
+    /// `ENODEV` there is none.
+    pub fn open(&self, number: u32) -> Result<Device, Errno> {
+        let device = self.devices.get(&number).ok_or(Errno::ENODEV)?;
+        let name = device_name(number);
+        let file = self.machine.open_device(&name)?;
+        let edu = match device.config.dma {
+            Dma::None => None,
+            Dma::Edu => {
+                let port = self.machine.dma_port(&name);
+                port.map(|port| Edu::new(port, self.pins.clone()))
+            }
+        };
+        Ok(Device::new(name, file, edu))
+    }
+
+    /// The number of the device at the PCI address `name`, such as `0000:00:04.0`.
+    pub fn named(&self, name: &str) -> Option<u32> {
+        let name = name.strip_prefix("0000:").unwrap_or(name);
+        let rid = name.parse::<Bdf>().ok()?;
+        let is_it = |device: &&Entry| {
+            device.config.rid() == Ok(rid) && self.group.is_none_or(|group| device.group == group)
+        };
+        self.devices.values().find(is_it).map(|device| device.config.vfio)
+    }
+}
+
+/// The machine's name of device `number`.
+pub fn device_name(number: u32) -> String {
+    format!("vfio{number}")
 }

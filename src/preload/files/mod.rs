@@ -3,14 +3,9 @@
 
 pub mod device;
 pub mod edu;
-pub mod events;
 #[cfg(feature = "selftest")]
 pub mod fail_nth;
 pub mod file;
 pub mod group;
-pub mod groups;
 pub mod iommufd;
 pub mod msi;
-pub mod opener;
-pub mod test_file;
-pub mod waiting;

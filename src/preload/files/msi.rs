@@ -15,8 +15,8 @@ pub use vfio_bindings::bindings::vfio::{
 };
 
 use crate::callers::process::Process;
-use crate::internal::Internal;
 use crate::sys;
+use crate::table::Internal;
 
 /// The capabilities of the vector.
 pub const MSI_FLAGS: u32 = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE;

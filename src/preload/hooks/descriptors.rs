@@ -10,7 +10,7 @@ use twostage::iommufd::Errno;
 use super::answer_int;
 use crate::state::{self, State};
 use crate::table::{self, Entry};
-use crate::{next, sharing, sys};
+use crate::{next, sys};
 
 /// Whether the table describes this process's descriptors. Looks for one of ours in it first, as
 /// most programs have none.
@@ -76,13 +76,13 @@ unsafe extern "C" fn close_range(first: u32, last: u32, flags: c_int) -> c_int {
     let unshares = flags & unshare as c_int != 0;
     // The descriptors of a single-threaded program are shared with this library's thread only, and
     // stay so.
-    let is_alone = unshares && state::begun().map_or_else(|| sharing::is_alone(0), State::is_alone);
+    let is_alone = unshares && state::begun().map_or_else(|| table::is_alone(0), State::is_alone);
     let flags = if is_alone { flags & !(unshare as c_int) } else { flags };
     let close = |first, last| {
         // SAFETY: as above.
         let result = unsafe { next::close_range(first, last, flags) };
         if result == 0 && unshares && !is_alone {
-            sharing::leave();
+            table::leave();
         }
         result
     };

@@ -9,8 +9,7 @@
 mod descriptors;
 mod io;
 mod memory;
-mod open;
-mod status;
+mod paths;
 
 use std::ffi::{c_char, c_int, CStr};
 use std::os::fd::RawFd;

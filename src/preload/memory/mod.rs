@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The program's memory: mappings, pins, accounting and status.
+//! The program's memory: pins, accounting and status.
 
 pub mod accounts;
 pub mod pins;
 pub mod proc_status;
 pub mod taken;
-pub mod windows;
