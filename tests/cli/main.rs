@@ -10,11 +10,9 @@ mod code;
 #[path = "../../src/vmm/arch/x86_64/boot/test_images.rs"]
 mod images;
 
-mod ends;
 mod guests;
-mod help;
 mod offers;
-mod refused;
+mod options;
 
 use std::io::{Read, Write};
 use std::path::Path;

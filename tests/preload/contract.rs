@@ -51,5 +51,5 @@ fn a_device_behind_an_smmu() {
 
 #[test]
 fn kernel() {
-    contract::kernel::check_named();
+    contract::check_kernel();
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! HWPTs without user-owned tables, and devices on them.
+//! HWPTs without user-owned tables: devices on them, dirty tracking, and fault queues, as far as
+//! possible without a device with page requests.
 
 use std::ops::RangeInclusive;
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use twostage::iommufd::{
-    iommu_hwpt_vtd_s1, Errno, HwInfoData, HwptAlloc, HwptData, HwptFlags, MapTarget, ObjectId,
-    Protection,
+    iommu_hwpt_vtd_s1, DirtyRange, Errno, HwInfoData, HwptAlloc, HwptData, HwptFlags, MapTarget,
+    ObjectId, PageResponseCode, Protection, Readiness,
 };
 
 use super::memory::Memory;
@@ -167,4 +170,88 @@ pub fn pasids(subject: &Subject) {
         destroy(host, &[flagged]);
     }
     destroy(host, &[hwpt, ioas]);
+}
+
+/// Dirty tracking, if the IOMMU supports it.
+pub fn dirty_tracking(subject: &Subject) {
+    let mut bound = Bound::new(subject);
+    let host = bound.host();
+    let memory = Memory::new(8);
+    let ioas = ioas_of(host, &memory, BASE);
+    let plain = bound.hwpt(ioas, HwptFlags::new(), HwptData::None).expect("HWPT_ALLOC");
+    let range = DirtyRange { iova: BASE, length: 8 * PAGE, page_size: PAGE };
+    refused(host.hwpt_set_dirty_tracking(plain, true), Errno::EOPNOTSUPP);
+    refused(host.hwpt_get_dirty_bitmap(plain, &range, true, &mut [0]), Errno::EOPNOTSUPP);
+    refused(host.hwpt_set_dirty_tracking(ioas, true), Errno::ENOENT);
+    destroy(host, &[plain]);
+    let tracked = bound.hwpt(ioas, HwptFlags::new().with_dirty_tracking(true), HwptData::None);
+    let can = host.get_hw_info(bound.dev).expect("GET_HW_INFO").capabilities.dirty_tracking();
+    if !can {
+        println!("  this IOMMU has none");
+        refused(tracked, Errno::EOPNOTSUPP);
+        destroy(host, &[ioas]);
+        return;
+    }
+    let hwpt = tracked.expect("HWPT_ALLOC");
+    bound.attach(hwpt);
+    host.hwpt_set_dirty_tracking(hwpt, true).expect("HWPT_SET_DIRTY_TRACKING");
+    let dirty = |clear| {
+        let mut bitmap = [0];
+        host.hwpt_get_dirty_bitmap(hwpt, &range, clear, &mut bitmap).expect("the bitmap");
+        bitmap[0]
+    };
+    assert_eq!(dirty(true), 0, "nothing is dirty when it starts");
+    assert!(bound.moves(&memory, (0, BASE), (3 * PAGE, BASE + 3 * PAGE)));
+    assert_eq!((dirty(false), dirty(true), dirty(true)), (1 << 3, 1 << 3, 0));
+    let get = |range: DirtyRange, bitmap: &mut [u64]| {
+        host.hwpt_get_dirty_bitmap(hwpt, &range, true, bitmap)
+    };
+    refused(get(DirtyRange { iova: BASE + 1, ..range }, &mut [0]), Errno::EINVAL);
+    refused(get(DirtyRange { length: PAGE / 2, ..range }, &mut [0]), Errno::EINVAL);
+    refused(get(range, &mut []), Errno::EFAULT);
+    host.hwpt_set_dirty_tracking(hwpt, false).expect("HWPT_SET_DIRTY_TRACKING");
+    bound.detach();
+    destroy(host, &[hwpt, ioas]);
+}
+
+/// Forwards notifications.
+pub struct Told(Mutex<Sender<bool>>);
+
+impl Told {
+    pub fn new() -> (Arc<Self>, Receiver<bool>) {
+        let (sender, receiver) = channel();
+        (Arc::new(Self(Mutex::new(sender))), receiver)
+    }
+}
+
+impl Readiness for Told {
+    fn changed(&self, readable: bool) {
+        // The check may have ended.
+        let _ = self.0.lock().unwrap_or_else(PoisonError::into_inner).send(readable);
+    }
+}
+
+pub fn fault_queues(subject: &Subject) {
+    let bound = Bound::new(subject);
+    let host = bound.host();
+    let queue = host.fault_queue_alloc().expect("FAULT_QUEUE_ALLOC");
+    let id = queue.object();
+    assert_eq!(queue.next_group().expect("a read"), None);
+    refused(queue.respond(1, PageResponseCode::Success), Errno::EINVAL);
+    let (watcher, told) = Told::new();
+    queue.watch(watcher);
+    assert_eq!(told.recv(), Ok(false));
+    refused(host.destroy(id), Errno::EBUSY);
+    let ioas = host.ioas_alloc().expect("IOAS_ALLOC");
+    let args = HwptAlloc {
+        flags: HwptFlags::new().with_fault_id_valid(true),
+        dev: bound.dev,
+        pt: ioas,
+        data: HwptData::None,
+        fault: Some(id),
+    };
+    let hwpt = host.hwpt_alloc(&args).expect("HWPT_ALLOC");
+    drop(queue);
+    refused(host.destroy(id), Errno::EBUSY);
+    destroy(host, &[hwpt, id, ioas]);
 }

@@ -12,8 +12,8 @@ use twostage::spec::smmuv3::event::{EventId, EventRecord};
 use twostage::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
 use twostage::spec::smmuv3::translation::{Descriptor, Granule};
 
+use super::hwpt::Told;
 use super::memory::Memory;
-use super::queues::Told;
 use super::{destroy, ioas_of, refused, Bound, Subject, BASE, PAGE};
 
 /// The guest's StreamID of the device.

@@ -2,7 +2,7 @@
 //! VFIO before iommufd: a container, a group, a device of the group.
 #![allow(unsafe_code)]
 
-use crate::processes::child;
+use crate::descriptors::child;
 use crate::uapi::*;
 use std::ffi::CString;
 use std::fs::File;

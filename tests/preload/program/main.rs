@@ -10,35 +10,30 @@
 
 mod container;
 mod descriptors;
-mod flow;
-mod guest;
 mod memory;
-mod page_requests;
-mod processes;
 mod smmu;
-mod smmu_flow;
-mod taken;
 mod uapi;
+mod vtd;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["flow", device] => flow::run(device),
-        ["smmu", device] => smmu_flow::run(device),
+        ["flow", device] => vtd::flow(device),
+        ["smmu", device] => smmu::flow(device),
         ["container", group, device, own] => container::run(group, device, own),
         ["descriptors"] => descriptors::run(),
         ["ranges"] => descriptors::ranges(),
         ["memory", device] => memory::run(device),
-        ["protected", device] => taken::protected(device),
-        ["files", device] => taken::files(device),
-        ["closing"] => processes::closing(),
-        ["page-requests", device] => page_requests::run(device),
-        ["fork"] => processes::fork(),
-        ["vfork"] => processes::vfork(),
-        ["exec"] => processes::exec(),
-        ["inherited", fd] => processes::inherited(fd.parse().expect("a number")),
-        ["threads"] => processes::threads(),
+        ["protected", device] => memory::protected(device),
+        ["files", device] => memory::files(device),
+        ["closing"] => descriptors::closing(),
+        ["page-requests", device] => vtd::page_requests(device),
+        ["fork"] => descriptors::fork(),
+        ["vfork"] => descriptors::vfork(),
+        ["exec"] => descriptors::exec(),
+        ["inherited", fd] => descriptors::inherited(fd.parse().expect("a number")),
+        ["threads"] => descriptors::threads(),
         _ => panic!("no such program: {arguments:?}"),
     }
 }

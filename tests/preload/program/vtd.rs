@@ -1,21 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The nested flow: guest memory on a nesting parent, guest tables on it, DMA through both.
+//! The nested flow on a VT-d: guest memory on a nesting parent, guest tables on it, DMA through
+//! both; and the page requests of a device.
 #![allow(unsafe_code)]
 
-use crate::guest::{Guest, MEMORY, PAGE};
+use std::io::{Error, Result};
+use std::mem::size_of;
+use std::os::fd::RawFd;
+
+use iommufd_bindings::{iommu_hwpt_page_response, iommu_hwpt_pgfault};
+
+use crate::descriptors::child;
 use crate::uapi::*;
 
 /// The guest's tables, and two pages for data.
-pub const TABLES: u64 = 0x10_0000;
-pub const FIRST: u64 = 0x20_0000;
-pub const SECOND: u64 = 0x20_1000;
+const TABLES: u64 = 0x10_0000;
+const FIRST: u64 = 0x20_0000;
+const SECOND: u64 = 0x20_1000;
 /// The guest's address of the data.
-pub const IOVA: u64 = 0x12_3456_7000;
+const IOVA: u64 = 0x12_3456_7000;
 /// Present, writable, user, accessed, dirty.
 const ENTRY: u64 = 0x67;
 
 /// Makes the tables of four levels map `iova` to `page`; `None`: to nothing.
-pub fn map(guest: &Guest, iova: u64, page: Option<u64>) {
+fn map(guest: &Guest, iova: u64, page: Option<u64>) {
     for level in (0..4u64).rev() {
         // One table for each level is enough.
         let table = TABLES + (3 - level) * PAGE;
@@ -47,7 +54,7 @@ fn faults(iommufd: i32) {
 }
 
 /// The flow on the device at `path`.
-pub fn run(path: &str) {
+pub fn flow(path: &str) {
     let guest = Guest::new();
     let iommufd = open("/dev/iommu");
     let mut device = Device::open(path);
@@ -110,4 +117,102 @@ pub fn run(path: &str) {
     println!("unmap: {:#x}", ioas_unmap(iommufd, ioas, 0, u64::MAX).expect("IOAS_UNMAP"));
     println!("destroy IOAS: {}", outcome(destroy(iommufd, ioas)));
     println!("destroy device: {}", outcome(destroy(iommufd, dev)));
+}
+
+/// `IOMMUFD_PAGE_RESP_SUCCESS`, `IOMMUFD_PAGE_RESP_INVALID`.
+const SUCCESS: u32 = 0;
+const INVALID: u32 = 1;
+
+/// The pending request in the fault queue `fd`, if any.
+fn asked(fd: RawFd) -> Option<iommu_hwpt_pgfault> {
+    let mut fault = iommu_hwpt_pgfault::default();
+    let size = size_of::<iommu_hwpt_pgfault>();
+    // SAFETY: there is room for a record.
+    let read = unsafe { libc::read(fd, (&raw mut fault).cast(), size) };
+    (read == size as isize).then_some(fault)
+}
+
+/// Responds to a request.
+fn respond(fd: RawFd, cookie: u32, code: u32) -> Result<()> {
+    let response = iommu_hwpt_page_response { cookie, code };
+    let size = size_of::<iommu_hwpt_page_response>();
+    // SAFETY: the structure is as long as that.
+    match unsafe { libc::write(fd, (&raw const response).cast(), size) } {
+        written if written == size as isize => Ok(()),
+        _ => Err(Error::last_os_error()),
+    }
+}
+
+fn is_readable(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: there is one.
+    unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+}
+
+/// The device at `path` requests a page that is missing in the guest's tables, and continues after
+/// a response that it is there.
+pub fn page_requests(path: &str) {
+    let guest = Guest::new();
+    let iommufd = open("/dev/iommu");
+    let mut device = Device::open(path);
+    let dev = device.bind(iommufd).expect("bind");
+    let ioas = ioas_alloc(iommufd).expect("IOAS_ALLOC");
+    ioas_map(iommufd, ioas, guest.address(), MEMORY, 0).expect("IOAS_MAP");
+    let parent = plain_nesting_parent(iommufd, dev, ioas).expect("a nesting parent");
+    let (id, faults) = fault_queue(iommufd).expect("FAULT_QUEUE_ALLOC");
+    map(&guest, IOVA, None);
+    let nested = nested(iommufd, dev, parent, TABLES, Some(id)).expect("nested tables");
+    println!("attach: {}", outcome(device.attach(nested)));
+
+    // The contents of the buffer come from the guest, too.
+    map(&guest, IOVA, Some(FIRST));
+    guest.set(FIRST, 0x1111);
+    assert!(device.fetch(IOVA, 8));
+    println!("readable {}", is_readable(faults));
+    device.start_store(IOVA + 0x1008, 8);
+    println!("readable {}, busy {}, {:?}", is_readable(faults), device.is_busy(), device.result());
+    let fault = asked(faults).expect("a request");
+    assert_eq!(fault.dev_id, dev);
+    let iommu_hwpt_pgfault { flags, pasid, grpid, perm, addr, length, cookie, .. } = fault;
+    println!("asked: {flags:#x} {pasid} {grpid} {perm:#x} {addr:#x} {length} {cookie}");
+    println!("readable {}, busy {}", is_readable(faults), device.is_busy());
+    map(&guest, IOVA + 0x1000, Some(SECOND));
+    println!("moved {:#x}", guest.get(SECOND + 8));
+    println!("respond: {}", outcome(respond(faults, cookie, SUCCESS)));
+    println!("moved {:#x}", guest.get(SECOND + 8));
+    println!("busy {}, {:?}", device.is_busy(), device.result());
+    println!("respond again: {}", outcome(respond(faults, cookie, SUCCESS)));
+
+    // The response claims that it is there; then it is refused.
+    device.start_store(IOVA + 0x2000, 8);
+    for code in [SUCCESS, SUCCESS, INVALID] {
+        let fault = asked(faults).expect("a request");
+        println!("asked: {:#x}", fault.addr);
+        respond(faults, fault.cookie, code).expect("a response");
+    }
+    println!("busy {}, {:x?}, {}", device.is_busy(), device.result(), is_readable(faults));
+
+    // The attachment ends.
+    device.start_store(IOVA + 0x2000, 8);
+    println!("busy {}", device.is_busy());
+    println!("detach: {}", outcome(device.detach()));
+    println!("busy {}, {:x?}", device.is_busy(), device.result());
+    println!("nothing to read: {}", asked(faults).is_none());
+
+    // A child process serves.
+    device.attach(nested).expect("attach");
+    device.start_store(IOVA + 0x2000, 8);
+    child(|| {
+        let fault = asked(faults).expect("a request");
+        map(&guest, IOVA + 0x2000, Some(FIRST));
+        respond(faults, fault.cookie, SUCCESS).expect("a response");
+    });
+    println!("busy {}, {:?}", device.is_busy(), device.result());
+
+    // Nobody responds.
+    device.start_store(IOVA + 0x3000, 8);
+    let cookie = asked(faults).expect("a request").cookie;
+    drop(device);
+    println!("respond too late: {}", outcome(respond(faults, cookie, SUCCESS)));
+    println!("destroy nested: {}", outcome(destroy(iommufd, nested)));
 }
