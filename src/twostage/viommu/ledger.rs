@@ -7,7 +7,7 @@
 //! is held for a look-up or an insertion, never across a call.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::HostSideError;
@@ -64,8 +64,11 @@ pub(super) trait Entries {
 #[derive(Debug, Default)]
 pub(super) struct Ledger<E> {
     published: RwLock<E>,
-    /// Some decision must be given to the host again. Changed by the model only.
-    unapplied: AtomicBool,
+    /// How many times the host lost decisions, or left a requester with a revoked mapping. These
+    /// are changed by the model only.
+    losses: AtomicU64,
+    /// How many of them are made up for.
+    reapplied: AtomicU64,
 }
 
 impl<E> Ledger<E> {
@@ -79,17 +82,23 @@ impl<E> Ledger<E> {
 
     /// Whether some decision must be given to the host again.
     pub fn has_unapplied(&self) -> bool {
-        self.unapplied.load(Ordering::Relaxed)
+        self.losses() != self.reapplied.load(Ordering::Relaxed)
     }
 
     /// Sets [`Ledger::has_unapplied`]: the host left a requester with a revoked mapping.
     pub fn set_unapplied(&self) {
-        self.unapplied.store(true, Ordering::Relaxed);
+        self.losses.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Clears [`Ledger::has_unapplied`].
-    pub fn set_reapplied(&self) {
-        self.unapplied.store(false, Ordering::Relaxed);
+    /// The number of losses so far, for [`Ledger::set_reapplied`].
+    pub fn losses(&self) -> u64 {
+        self.losses.load(Ordering::Relaxed)
+    }
+
+    /// The host has all decisions again that it lost in the first `losses` losses: read before the
+    /// first decision was given again, as there may have been more meanwhile.
+    pub fn set_reapplied(&self, losses: u64) {
+        self.reapplied.store(losses, Ordering::Relaxed);
     }
 }
 
@@ -241,9 +250,14 @@ mod tests {
         ledger.unapply_all();
         assert!(ledger.has_unapplied() && !ledger.has(7, 1));
         assert!(ledger.give(7, 1, -9, || Ok(())).is_some());
-        ledger.set_reapplied();
+        ledger.set_reapplied(ledger.losses());
         assert!(ledger.has(7, 1) && !ledger.has_unapplied());
         ledger.set_unapplied();
         assert!(ledger.has(7, 1) && ledger.has_unapplied());
+        // One more, while the host is given what it lost before.
+        let losses = ledger.losses();
+        ledger.set_unapplied();
+        ledger.set_reapplied(losses);
+        assert!(ledger.has_unapplied());
     }
 }

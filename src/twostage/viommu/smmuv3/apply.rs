@@ -120,6 +120,7 @@ impl Smmu {
         if !self.streams.has_unapplied() {
             return Ok(());
         }
+        let losses = self.streams.losses();
         let table = self.stream_table(registers.table_registers());
         let mut applied = Ok(());
         for stream in self.streams.unapplied() {
@@ -132,7 +133,7 @@ impl Smmu {
             applied = applied.and(self.give(stream, decision));
         }
         applied?;
-        self.streams.set_reapplied();
+        self.streams.set_reapplied(losses);
         Ok(())
     }
 

@@ -210,7 +210,7 @@ impl VtdIommu {
             return false;
         }
         if !registers.gsts.tes() {
-            self.requesters.set_reapplied();
+            self.requesters.set_reapplied(self.requesters.losses());
         }
         registers.gsts.tes()
     }

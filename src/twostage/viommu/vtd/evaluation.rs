@@ -62,12 +62,14 @@ pub(super) struct Evaluation {
     /// The next function: its requests without PASID, or those from a PASID on. `None` at the end.
     next: Option<(Bdf, Option<u32>)>,
     applied: Applied,
+    /// What the host had lost at the first slice.
+    losses: Option<u64>,
 }
 
 impl Evaluation {
     /// For everything that `scope` names.
     pub fn new(scope: Scope, by: By) -> Self {
-        Self { scope, by, next: Some((Bdf::from_raw(0), None)), applied: Ok(()) }
+        Self { scope, by, next: Some((Bdf::from_raw(0), None)), applied: Ok(()), losses: None }
     }
 
     /// For one function.
@@ -98,6 +100,7 @@ impl VtdIommu {
         root: Option<Rtaddr>,
         budget: &mut Budget,
     ) -> Option<Applied> {
+        let losses = *evaluation.losses.get_or_insert_with(|| self.requesters.losses());
         while let Some((from, pasid)) = evaluation.next {
             if self.is_halted() {
                 return Some(Err(NotApplied::Halted));
@@ -125,7 +128,7 @@ impl VtdIommu {
         }
         let applied = evaluation.applied;
         if evaluation.scope == Scope::Unapplied && applied.is_ok() {
-            self.requesters.set_reapplied();
+            self.requesters.set_reapplied(losses);
         }
         Some(applied)
     }

@@ -343,6 +343,22 @@ fn what_the_host_lost_is_given_again_in_slices() {
 }
 
 #[test]
+fn what_the_host_loses_while_it_gets_decisions_again_is_given_once_more() {
+    let guest = Guest::with_directory();
+    guest.write_every_pasid(0x6000);
+    guest.submit(&[PASID_CACHE]);
+    guest.iommu.requesters.unapply_all();
+    guest.calls();
+    guest.queue(&[wait(3)]);
+    assert_eq!(guest.slice(), Slice::More);
+    assert!(!guest.calls().is_empty());
+    guest.iommu.requesters.unapply_all();
+    while guest.slice() == Slice::More {}
+    assert_eq!((guest.calls().len(), guest.status()), (PASIDS as usize, 3));
+    assert!(!guest.iommu.requesters.has_unapplied());
+}
+
+#[test]
 fn a_function_comes_and_goes_with_all_its_pasids() {
     let guest = Guest::with_directory();
     guest.write_every_pasid(0x6000);
