@@ -81,13 +81,13 @@ pub use dma::error::{DmaError, DmaFaultReason};
 pub use dma::port_iommu::PortIommu;
 pub use dma::{DmaAccess, DmaAttributes, DmaPort, PageTries, Translated};
 pub use host::access::{Access, AccessError};
+pub use host::context::{MappedPages, MmapRequest};
 pub use host::device::DeviceConfig;
 pub use host::dma_buf::DmaBuf;
 pub use host::emulated_host::EmulatedHost;
 pub use host::event_file::EventFile;
 pub use host::graph::{GraphEdge, GraphObject, ObjectGraph};
 pub use host::machine::{EmulatedUnit, Machine, MachineError, UnitId};
-pub use host::mapped_pages::{MappedPages, MmapRequest};
 pub use host::objects::{AccessUnmap, ObjectKind};
 pub use units::engine::{
     ContextInvalidation, ContextTables, DmaWay, InvalidatedPages, SanitizerReport, StaleContext,

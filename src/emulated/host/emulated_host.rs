@@ -12,7 +12,7 @@ use crate::host::device::DeviceConfig;
 use crate::host::event_file::{OpenFaultQueue, OpenVeventq};
 use crate::host::graph::ObjectGraph;
 use crate::host::machine::{EmulatedUnit, Machine, MachineError, UnitId};
-use crate::host::objects::{HwptRequest, MapRequest, Objects};
+use crate::host::objects::{HwptRequest, MapRequest, Objects, Stop, Unmap};
 use crate::host::refusal::{refuse, Outcome};
 use crate::ioas::Source;
 use twostage::iommufd::{
@@ -21,6 +21,9 @@ use twostage::iommufd::{
     PageRequest, Protection, Result, UserMemory, Verb, ViommuKind,
 };
 use twostage::spec::pci::Bdf;
+
+/// How often access objects are told to unpin one area before that counts as a deadlock.
+const TRIES: u32 = 100;
 
 /// An iommufd on a [`Machine`] of emulated IOMMUs and devices, like an open `/dev/iommu`.
 ///
@@ -156,15 +159,36 @@ impl EmulatedHost {
     pub(crate) fn objects(&self) -> MutexGuard<'_, Objects> {
         self.context.objects()
     }
-}
 
-/// Refuses a PASID of a device without PASIDs: Linux returns success and does nothing.
-fn check_pasid(objects: &Objects, dev: ObjectId, pasid: Option<u32>) -> Outcome<()> {
-    match pasid {
-        Some(pasid) if objects.get_hw_info(dev)?.pasid_bits == 0 => {
-            refuse(Errno::EINVAL, format!("PASID {pasid}: the device has no PASIDs"))
+    /// `IOMMU_IOAS_UNMAP`; returns the bytes unmapped.
+    pub(crate) fn unmap(&self, ioas: ObjectId, iova: u64, length: u64) -> Outcome<u64> {
+        self.objects().table().ioas(ioas)?;
+        let mut unmap = Unmap::of_ioctl(ioas, iova, length)?;
+        self.finish_unmap(&mut unmap)?;
+        if unmap.bytes == 0 && length != u64::MAX {
+            return refuse(Errno::ENOENT, format!("nothing is mapped at {iova:#x}+{length:#x}"));
         }
-        _ => Ok(()),
+        Ok(unmap.bytes)
+    }
+
+    /// Continues `unmap` until it is done.
+    ///
+    /// # Errors
+    /// As [`crate::host::objects::Objects::unmap`]; `EDEADLK` an access object does not unpin.
+    pub(crate) fn finish_unmap(&self, unmap: &mut Unmap) -> Outcome<()> {
+        let mut tries = 0;
+        let mut waits_for = None;
+        loop {
+            let mut objects = self.objects();
+            let Stop::Pinned(iova, length) = objects.unmap(unmap)? else { return Ok(()) };
+            let listeners = objects.unmap_listeners(unmap.ioas)?;
+            drop(objects);
+            tries = if waits_for.replace(iova) == Some(iova) { tries + 1 } else { 1 };
+            if tries > TRIES {
+                return refuse(Errno::EDEADLK, format!("{iova:#x}+{length:#x} stays pinned"));
+            }
+            listeners.iter().for_each(|listener| listener.unmap(iova, length));
+        }
     }
 }
 
@@ -345,5 +369,15 @@ impl HostIommu for EmulatedHost {
         self.objects()
             .set_fault_sink(dev, sink)
             .map_err(|refusal| refusal.of(Verb::DeviceBind, dev))
+    }
+}
+
+/// Refuses a PASID of a device without PASIDs: Linux returns success and does nothing.
+fn check_pasid(objects: &Objects, dev: ObjectId, pasid: Option<u32>) -> Outcome<()> {
+    match pasid {
+        Some(pasid) if objects.get_hw_info(dev)?.pasid_bits == 0 => {
+            refuse(Errno::EINVAL, format!("PASID {pasid}: the device has no PASIDs"))
+        }
+        _ => Ok(()),
     }
 }

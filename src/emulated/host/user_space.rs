@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The process that makes an ioctl: its memory, its files, and its permissions.
+//! The process that makes an ioctl: its memory, its files and descriptors, and its permissions.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +11,7 @@ use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
 use crate::host::dma_buf::DmaBuf;
 use crate::host::refusal::Refusal;
+use crate::{EmulatedHost, EventFile};
 use twostage::iommufd::{Errno, UserMemory};
 
 /// A pointer to something that is not the user's memory: `EFAULT`.
@@ -215,6 +217,59 @@ impl UserSpace for RegionSpace {
         self.who.clone()
     }
 }
+
+/// A file opened by an operation of Linux's selftests (feature `selftest`). Dropping it closes it.
+#[doc(hidden)]
+pub trait TestFile: Any + Debug + Send + Sync {
+    /// Its name, for logs.
+    fn name(&self) -> &'static str;
+
+    /// The device memory, if it is that.
+    fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
+        None
+    }
+}
+
+/// The process that makes an ioctl, with its descriptors of emulated files; by default it has none
+/// and cannot open any.
+pub trait Process: UserSpace {
+    /// The iommufd open as `fd`.
+    ///
+    /// # Errors
+    /// `EBADF` nothing is open there; `EBADFD` something else is.
+    fn iommufd(&self, fd: i32) -> Result<Arc<EmulatedHost>, Errno> {
+        let _ = fd;
+        Err(Errno::EBADF)
+    }
+
+    /// Opens `file` with close-on-exec, and returns its descriptor. Called without locks held.
+    ///
+    /// # Errors
+    /// `EMFILE`, or another error of the process.
+    fn install(&self, file: EventFile) -> Result<i32, Errno> {
+        let _ = file;
+        Err(Errno::EMFILE)
+    }
+
+    /// Opens `file` with close-on-exec, and returns its descriptor.
+    ///
+    /// # Errors
+    /// `EMFILE`, or another error of the process.
+    #[doc(hidden)]
+    fn install_test_file(&self, file: Arc<dyn TestFile>) -> Result<i32, Errno> {
+        let _ = file;
+        Err(Errno::EMFILE)
+    }
+
+    /// The file of a test operation open as `fd`.
+    #[doc(hidden)]
+    fn test_file(&self, fd: i32) -> Option<Arc<dyn TestFile>> {
+        let _ = fd;
+        None
+    }
+}
+
+impl Process for RegionSpace {}
 
 #[cfg(test)]
 mod tests {

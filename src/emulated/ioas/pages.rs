@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
-use super::coverage::Coverage;
+use super::ranges::Coverage;
 use super::{Payer, RlimitMode, Source, PAGE_SIZE};
 use crate::host::dma_buf::DmaBuf;
-use crate::host::fault_injection::allocate;
-use crate::host::refusal::{refuse, Outcome};
+use crate::host::refusal::{allocate, refuse, Outcome};
 use crate::host::user_space::Credentials;
 use twostage::iommufd::{Errno, UserMemory};
 

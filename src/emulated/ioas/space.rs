@@ -6,8 +6,7 @@ use std::ops::RangeInclusive;
 
 use super::ranges::{complement, merged, overlap, range_of};
 use super::{Area, Part, Piece, Taken};
-use crate::host::fault_injection::allocate;
-use crate::host::refusal::{refuse, Outcome};
+use crate::host::refusal::{allocate, refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
 /// The use of one IOAS's IOVAs. Finding, adding and removing an area takes time logarithmic in the

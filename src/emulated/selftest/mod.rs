@@ -33,7 +33,7 @@ mod tests;
 mod vdevices;
 mod viommu;
 
-pub use crate::host::fault_injection::{fail_nth, set_fail_nth};
+pub use crate::host::refusal::{fail_nth, set_fail_nth};
 
 use iommufd_bindings::IOMMUFD_CMD_BASE;
 

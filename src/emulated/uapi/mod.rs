@@ -18,8 +18,9 @@ mod vfio;
 mod vfio_compat;
 mod viommu;
 
-pub use crate::host::process::{Process, TestFile};
-pub use crate::host::user_space::{Credentials, LockedMemory, RegionSpace, UserFault, UserSpace};
+pub use crate::host::user_space::{
+    Credentials, LockedMemory, Process, RegionSpace, TestFile, UserFault, UserSpace,
+};
 pub use vfio::{vfio_request, DeviceFile, ATTACH_IOMMUFD_PT, BIND_IOMMUFD, DETACH_IOMMUFD_PT};
 
 pub(crate) use argument::Argument;

@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use super::object::{Access, AccessUnmap, Object};
 use super::Objects;
-use crate::host::fault_injection::allocate;
-use crate::host::refusal::{refuse, Outcome};
+use crate::host::refusal::{allocate, refuse, Outcome};
 use crate::ioas::{range_of, Area, Part, Transfer};
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
 
@@ -269,10 +268,7 @@ fn check_pages(area: Option<&Area>, part: &Part, range: &RangeInclusive<u64>) ->
     if piece.pages.page_offset(piece.offset) != 0 || (end != 0 && !last) {
         return refuse(
             Errno::EINVAL,
-            format!(
-                "the mapping at {iova:#x} does not consist of whole \
-                                              pages"
-            ),
+            format!("the mapping at {iova:#x} does not consist of whole pages"),
         );
     }
     Ok(())

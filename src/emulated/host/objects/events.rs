@@ -7,8 +7,7 @@ use super::object::{Fault, Object, Veventq};
 use super::Objects;
 use crate::host::device::Slot;
 use crate::host::events::{AttachmentId, FaultQueue, PendingGroup, VeventQueue, MAX_DEPTH};
-use crate::host::fault_injection::allocate;
-use crate::host::refusal::{refuse, Outcome};
+use crate::host::refusal::{allocate, refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId, PageRequest, PageResponseCode};
 
 /// The default type of vEVENTQ, which is invalid (`IOMMU_VEVENTQ_TYPE_DEFAULT`).

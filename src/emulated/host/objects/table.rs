@@ -6,8 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::object::{
     Access, Device, Fault, HwptPaging, Ioas, Object, ObjectKind, Selftest, Vdevice, Viommu,
 };
-use crate::host::fault_injection::allocate;
-use crate::host::refusal::{refuse, Outcome};
+use crate::host::refusal::{allocate, refuse, Outcome};
 use twostage::iommufd::{Errno, ObjectId};
 
 /// Linux's highest ID.

@@ -5,7 +5,6 @@ mod bad_input;
 mod dirty;
 mod dma_buf;
 mod events;
-mod fail_pin;
 mod generic;
 mod hwpt;
 mod ioas;

@@ -3,16 +3,12 @@
 
 mod access;
 mod attach;
-mod contexts;
 mod dirty;
 mod dma;
 mod events;
-mod fail_allocations;
-mod fail_nth;
+mod failures;
 pub(crate) mod fake;
-mod groups;
 mod hwpt;
-mod invalidate;
 mod ioas;
 mod lifetime;
 mod page_requests;

@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Each allocation of each verb fails in turn: the verb returns `ENOMEM` and has no effect, neither
-//! on the objects nor on the hardware; then it succeeds.
+//! Each step fails in turn: an allocation of a verb or a pin, after which the verb has had no
+//! effect, and a call of a scenario, of which all can be removed then.
 
 use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::fake::{memory, s1, Bench, PARENT, PASID, PLAIN};
 use super::viommus::KIND;
-use crate::host::fault_injection::{fail_nth, set_fail_nth};
-use crate::host::objects::{HwQueueArguments, Object, Objects};
+use crate::host::objects::{HwQueueArguments, MapRequest, Object, Objects};
+use crate::host::refusal::{fail_nth, set_fail_nth};
+use crate::ioas::Source;
+use crate::uapi::{RegionSpace, UserFault, UserSpace};
 use crate::{Access, AccessError, AccessUnmap};
 use twostage::iommufd::{
-    DirtyRange, Errno, HostError, HostIommu, HwptAlloc, HwptData, HwptFlags, InvalidateData,
-    MapTarget, ObjectId, Protection, Result, Verb, ViommuKind,
+    DirtyRange, Errno, FailNth, HostError, HostIommu, HwptAlloc, HwptData, HwptFlags,
+    InvalidateData, MapTarget, ObjectId, Protection, Result, UserMemory, Verb, ViommuKind,
 };
 
 const PAGE: u64 = 0x1000;
@@ -208,5 +213,220 @@ fn whichever_allocation_fails_the_verb_has_changed_nothing() {
             assert_eq!(errno, Err(Errno::ENOMEM), "{name}, allocation {nth}");
             assert_eq!(scene.state(), before, "{name}, allocation {nth}");
         }
+    }
+}
+
+/// What was created, to be removed in reverse order.
+#[derive(Default)]
+struct Made {
+    objects: Vec<ObjectId>,
+    attached: Vec<(ObjectId, Option<u32>)>,
+    devices: Vec<ObjectId>,
+}
+
+fn set_up(host: &dyn HostIommu, made: &mut Made) -> Result<()> {
+    let dev = host.device_bind("a")?;
+    made.devices.push(dev);
+    let ioas = host.ioas_alloc()?;
+    made.objects.push(ioas);
+    let target = MapTarget::Fixed(0);
+    host.ioas_map(ioas, &memory(0x4000), target, RW)?;
+    host.get_hw_info(dev)?;
+    let parent = PARENT.with_pasid(true);
+    let args = HwptAlloc { flags: parent, dev, pt: ioas, data: HwptData::None, fault: None };
+    let parent = host.hwpt_alloc(&args)?;
+    made.objects.push(parent);
+    host.device_attach(dev, None, parent)?;
+    made.attached.push((dev, None));
+    // Closed when the set-up ends.
+    let faults = host.fault_queue_alloc()?;
+    made.objects.push(faults.object());
+    let viommu = host.viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent)?;
+    made.objects.push(viommu);
+    made.objects.push(host.vdevice_alloc(viommu, dev, 1)?);
+    let events = host.veventq_alloc(viommu, KIND, 4)?;
+    made.objects.push(events.object());
+    let data = HwptData::VtdS1(s1(0x1000));
+    let (flags, fault) = (PASID.with_fault_id_valid(true), Some(faults.object()));
+    let nested = host.hwpt_alloc(&HwptAlloc { flags, dev, pt: viommu, data, fault })?;
+    made.objects.push(nested);
+    host.device_attach(dev, Some(1), nested)?;
+    made.attached.push((dev, Some(1)));
+    host.device_attach(dev, None, nested)?;
+    host.hwpt_invalidate(nested, InvalidateData::VtdS1(&[])).map_err(|error| error.error)?;
+    host.ioas_unmap(ioas, 0, 0x4000)?;
+    Ok(())
+}
+
+fn take_apart(host: &dyn HostIommu, made: &Made) {
+    for (dev, slot) in made.attached.iter().rev() {
+        host.device_detach(*dev, *slot).unwrap();
+    }
+    for object in made.objects.iter().rev() {
+        host.destroy(*object).unwrap();
+    }
+    for dev in &made.devices {
+        host.device_unbind(*dev).unwrap();
+    }
+}
+
+#[test]
+fn whichever_call_fails_nothing_leaks() {
+    let mut failures = 0;
+    for nth in 1.. {
+        let bench = Bench::with_viommus();
+        let host = FailNth::new(bench.host.clone());
+        host.fail_nth(nth, Errno::ENOMEM);
+        let mut made = Made::default();
+        let outcome = set_up(&host, &mut made);
+        if host.is_armed() {
+            outcome.unwrap();
+            break;
+        }
+        assert_eq!(outcome.unwrap_err().errno, Errno::ENOMEM);
+        failures += 1;
+        take_apart(&host, &made);
+        assert_eq!(bench.host.live_objects(), 0, "call {nth}");
+        assert_eq!(bench.host.pinned_bytes(), 0, "call {nth}");
+    }
+    assert_eq!(failures, 15);
+}
+
+/// A process whose memory consists of pieces of one page, one of which cannot be pinned.
+#[derive(Debug, Clone)]
+struct Fragile {
+    space: RegionSpace,
+    /// Pages pinned before the failing one; negative if none fails.
+    left: Arc<AtomicU64>,
+}
+
+const NEVER: u64 = u64::MAX / 2;
+
+impl UserSpace for Fragile {
+    fn share(&self) -> Arc<dyn UserSpace> {
+        Arc::new(self.clone())
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> std::result::Result<(), UserFault> {
+        self.space.read(address, bytes)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> std::result::Result<(), UserFault> {
+        self.space.write(address, bytes)
+    }
+
+    fn memory(
+        &self,
+        address: u64,
+        length: u64,
+        writable: bool,
+    ) -> std::result::Result<UserMemory, UserFault> {
+        if self.left.fetch_sub(1, Ordering::Relaxed) == 0 {
+            return Err(UserFault { address, length });
+        }
+        self.space.memory(address, length.min(PAGE - address % PAGE), writable)
+    }
+}
+
+/// Two IOASes, the second with a HWPT, and an access object in the first.
+struct Rig {
+    bench: Bench,
+    dev: ObjectId,
+    src: ObjectId,
+    dst: ObjectId,
+    access: Access,
+    user: Fragile,
+    start: u64,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let bench = Bench::new();
+        let (dev, src, dst) = (bench.bind("a"), bench.ioas(), bench.ioas());
+        bench.paging(dev, dst, PLAIN).unwrap();
+        let access = bench.host.access_create(Some(Arc::new(Listener))).unwrap();
+        access.attach(src).unwrap();
+        let region = GuestRegionMmap::from_range(GuestAddress(0), 0x10000, None).unwrap();
+        let region = Arc::new(region);
+        let start = region.as_ptr() as u64;
+        let (space, left) = (RegionSpace::new(vec![region]), Arc::new(AtomicU64::new(NEVER)));
+        Self { bench, dev, src, dst, access, user: Fragile { space, left }, start }
+    }
+
+    fn map(&self, ioas: ObjectId, iova: u64, pages: u64) -> std::result::Result<(), Errno> {
+        let source = Source::User(self.user.share(), self.start);
+        let (target, length) = (MapTarget::Fixed(iova), pages * PAGE);
+        let request = MapRequest { target, source, length, protection: RW };
+        let mut objects = self.bench.host.objects();
+        objects.ioas_map(ioas, request).map(drop).map_err(|refusal| refusal.errno)
+    }
+
+    /// Everything that pins, in sequence; stops at the first failure.
+    fn everything(&self) -> std::result::Result<(), Errno> {
+        self.map(self.src, 0x10000, 3)?;
+        self.map(self.src, 0x13000, 3)?;
+        self.access.pin_pages(0x11000, 3 * PAGE, true).map_err(|error| error.errno)?;
+        let copy = MapTarget::Fixed(0x20000);
+        let (host, dst) = (&self.bench.host, self.dst);
+        host.ioas_copy(dst, copy, self.src, 0x10000, 6 * PAGE, RW).map_err(|error| error.errno)?;
+        self.map(dst, 0x30000, 2)?;
+        self.bench.paging(self.dev, self.src, PLAIN).map(drop).map_err(|error| error.errno)
+    }
+
+    /// What is mapped and pinned.
+    fn state(&self) -> (String, u64) {
+        (self.bench.host.graph().to_string(), self.bench.host.pinned_bytes())
+    }
+}
+
+#[test]
+fn a_pin_that_fails_leaves_nothing_behind() {
+    let asked = {
+        let rig = Rig::new();
+        rig.everything().unwrap();
+        NEVER - rig.user.left.load(Ordering::Relaxed)
+    };
+    // 6 pages shared by everything, 2 separate ones.
+    assert_eq!(asked, 8, "each page is asked for once, however many share it");
+    for failing in 0..asked {
+        let rig = Rig::new();
+        rig.user.left.store(failing, Ordering::Relaxed);
+        assert_eq!(rig.everything(), Err(Errno::EFAULT), "{failing}");
+        rig.user.left.store(NEVER, Ordering::Relaxed);
+        let pinned = rig.state().1;
+        assert!(pinned < asked * PAGE && pinned.is_multiple_of(PAGE));
+        // What failed succeeds now.
+        let again = rig.bench.paging(rig.dev, rig.src, PLAIN).unwrap();
+        rig.bench.host.destroy(again).unwrap();
+        assert_eq!(rig.state().1, pinned, "{failing}");
+        rig.access.detach().unwrap();
+        for ioas in [rig.src, rig.dst] {
+            rig.bench.unmapped(ioas);
+        }
+        assert_eq!(rig.bench.host.pinned_bytes(), 0, "{failing}");
+    }
+}
+
+#[test]
+fn a_call_whose_pin_fails_changes_nothing() {
+    let rig = Rig::new();
+    rig.map(rig.src, 0x10000, 4).unwrap();
+    rig.access.pin_pages(0x11000, PAGE, true).unwrap();
+    let before = rig.state();
+    // A pinned page is not looked up.
+    for failing in 0..3 {
+        let fail = || rig.user.left.store(failing, Ordering::Relaxed);
+        fail();
+        assert_eq!(rig.access.pin_pages(0x10000, 4 * PAGE, true).unwrap_err().errno, Errno::EFAULT);
+        fail();
+        let copy = MapTarget::Fixed(0x20000);
+        let copied = rig.bench.host.ioas_copy(rig.dst, copy, rig.src, 0x10000, 4 * PAGE, RW);
+        assert_eq!(copied.unwrap_err().errno, Errno::EFAULT);
+        fail();
+        assert_eq!(rig.map(rig.dst, 0x20000, 4), Err(Errno::EFAULT));
+        fail();
+        let hwpt = rig.bench.paging(rig.dev, rig.src, PLAIN);
+        assert_eq!(hwpt.unwrap_err().errno, Errno::EFAULT);
+        assert_eq!(rig.state(), before, "{failing}");
     }
 }
