@@ -6,14 +6,10 @@
 //! written back. The rules of the objects are those of [`EmulatedHost`].
 
 mod argument;
-mod dirty;
-mod events;
 mod hwpt;
 mod ioas;
-mod option;
 #[cfg(test)]
 mod tests;
-mod user_data;
 mod vfio;
 mod vfio_compat;
 mod viommu;
@@ -82,7 +78,7 @@ static OPERATIONS: [Operation; 21] = [
     ),
     operation!(IOMMUFD_CMD_IOAS_MAP, iommu_ioas_map, iova: u64, ioas::map),
     operation!(IOMMUFD_CMD_IOAS_UNMAP, iommu_ioas_unmap, length: u64, ioas::unmap),
-    operation!(IOMMUFD_CMD_OPTION, iommu_option, val64: u64, option::option),
+    operation!(IOMMUFD_CMD_OPTION, iommu_option, val64: u64, ioas::option),
     operation!(IOMMUFD_CMD_VFIO_IOAS, iommu_vfio_ioas, __reserved: u16, vfio_compat::vfio_ioas),
     operation!(IOMMUFD_CMD_HWPT_ALLOC, iommu_hwpt_alloc, __reserved: u32, hwpt::alloc),
     operation!(IOMMUFD_CMD_GET_HW_INFO, iommu_hw_info, __reserved: [u8; 3], hwpt::hw_info),
@@ -90,13 +86,13 @@ static OPERATIONS: [Operation; 21] = [
         IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING,
         iommu_hwpt_set_dirty_tracking,
         __reserved: u32,
-        dirty::set_tracking
+        hwpt::set_dirty_tracking
     ),
     operation!(
         IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP,
         iommu_hwpt_get_dirty_bitmap,
         data: u64,
-        dirty::get_bitmap
+        hwpt::get_dirty_bitmap
     ),
     operation!(
         IOMMUFD_CMD_HWPT_INVALIDATE,
@@ -108,7 +104,7 @@ static OPERATIONS: [Operation; 21] = [
         IOMMUFD_CMD_FAULT_QUEUE_ALLOC,
         iommu_fault_alloc,
         out_fault_fd: u32,
-        events::fault_queue
+        viommu::fault_queue
     ),
     operation!(IOMMUFD_CMD_IOAS_MAP_FILE, iommu_ioas_map_file, iova: u64, ioas::map_file),
     operation!(IOMMUFD_CMD_VIOMMU_ALLOC, iommu_viommu_alloc, out_viommu_id: u32, viommu::alloc),

@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The byte-level rules, one file per ioctl.
+//! The byte-level rules: those of all ioctls, then by what the ioctls are for.
 
-mod bad_input;
-mod dirty;
-mod dma_buf;
-mod events;
-mod generic;
 mod hwpt;
 mod ioas;
+mod structures;
 mod vfio;
 mod vfio_compat;
 mod viommu;
@@ -19,10 +15,10 @@ use twostage::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
 
 use super::{request_of, Credentials, RegionSpace, UserFault, UserSpace};
-use crate::host::objects::tests::fake::Bench;
-use crate::DmaBuf;
-use crate::EventFile;
+use crate::host::objects::tests::fake::{Bench, Fake};
+use crate::{DeviceConfig, DmaBuf, EmulatedHost, EventFile, VtdUnit, VtdUnitConfig};
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
+use twostage::spec::pci::Bdf;
 
 /// A field of an argument.
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +97,16 @@ const NOWHERE: u64 = 0x1000;
 impl Process {
     fn new() -> Self {
         Self::of(Bench::new())
+    }
+
+    /// A process on a host with the device `edu` behind a VT-d.
+    fn with_edu() -> Self {
+        let host = EmulatedHost::new();
+        let unit = host.add_unit(VtdUnit::new(VtdUnitConfig::default()));
+        host.add_device("edu", unit, Bdf::from_raw(0x20), DeviceConfig::default()).unwrap();
+        let mut bench = Bench::of(Fake::able(), Fake::able());
+        bench.host = host;
+        Self::of(bench)
     }
 
     fn of(bench: Bench) -> Self {
