@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A program that acts as a device without an IOMMU: access objects, each with a descriptor.
+//! A program that acts as a device without an IOMMU: access objects, each with a descriptor. Their
+//! IOVAs may be given by the index of a mapping, which a fuzzer guesses more easily.
 
 use std::any::Any;
 use std::mem::offset_of;
@@ -7,13 +8,14 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, OnceLock, Weak};
 use twostage::sync::Mutex;
 
+use iommufd_bindings::{iommu_ioas_copy, IOMMUFD_CMD_IOAS_COPY};
+
 use super::abi::{self, AccessPages, AccessRw, CreateAccess, BODY};
-use super::areas::in_area;
-use super::places::{Held, Places};
+use super::checks::{Held, Places};
 use crate::host::access::{Access, AccessError};
 use crate::host::objects::AccessUnmap;
 use crate::host::refusal::{refuse, Outcome, Refusal};
-use crate::ioas::{range_of, PAGE_SIZE};
+use crate::ioas::{range_of, IovaSpace, PAGE_SIZE};
 use crate::uapi::{Argument, Process, TestFile};
 use crate::EmulatedHost;
 use twostage::iommufd::{Errno, ObjectId, UserMemory};
@@ -25,7 +27,7 @@ const MAX_LENGTH: u64 = 16 << 20;
 
 /// An access object of a test.
 #[derive(Debug)]
-pub struct TestAccess {
+struct TestAccess {
     access: Arc<Access>,
     /// Only with permission to pin.
     items: Option<Arc<Items>>,
@@ -88,6 +90,25 @@ impl AccessUnmap for Items {
 impl From<AccessError> for Refusal {
     fn from(error: AccessError) -> Self {
         Self { errno: error.errno, detail: error.to_string().into() }
+    }
+}
+
+impl TestAccess {
+    /// The effective IOVA: [`in_area`], with the flag for it.
+    fn iova(&self, host: &EmulatedHost, iova: u64, flags: u32) -> u64 {
+        if flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
+            return iova;
+        }
+        let objects = host.objects();
+        let ioas = objects.access_ioas(self.access.id()).ok().flatten();
+        let ioas = ioas.and_then(|ioas| objects.table().ioas(ioas).ok());
+        ioas.map_or(0, |ioas| in_area(&ioas.space, iova))
+    }
+}
+
+impl TestFile for TestAccess {
+    fn name(&self) -> &'static str {
+        "iommufd_test_staccess"
     }
 }
 
@@ -193,25 +214,6 @@ pub fn read_write(
     })
 }
 
-impl TestAccess {
-    /// The effective IOVA: [`in_area`], with the flag for it.
-    fn iova(&self, host: &EmulatedHost, iova: u64, flags: u32) -> u64 {
-        if flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
-            return iova;
-        }
-        let objects = host.objects();
-        let ioas = objects.access_ioas(self.access.id()).ok().flatten();
-        let ioas = ioas.and_then(|ioas| objects.table().ioas(ioas).ok());
-        ioas.map_or(0, |ioas| in_area(&ioas.space, iova))
-    }
-}
-
-impl TestFile for TestAccess {
-    fn name(&self) -> &'static str {
-        "iommufd_test_staccess"
-    }
-}
-
 /// Calls `with` with the access object open as `fd`.
 ///
 /// # Errors
@@ -261,10 +263,7 @@ fn is_memory_at(
             if !found.is_some_and(|found| found.is_in_pages(&wanted, 1)) {
                 return refuse(
                     EBADE,
-                    format!(
-                        "the memory at {at:#x} differs from that at \
-                                              {address:#x}"
-                    ),
+                    format!("the memory at {at:#x} differs from that at {address:#x}"),
                 );
             }
             at = (at / PAGE_SIZE + 1) * PAGE_SIZE;
@@ -272,4 +271,27 @@ fn is_memory_at(
         at = end;
     }
     Ok(())
+}
+
+/// The IOVA encoded in `iova`: its lower half is the index of a mapping, by ascending IOVA, the
+/// upper half an offset in it. 0 if there is no such mapping.
+fn in_area(space: &IovaSpace, iova: u64) -> u64 {
+    // Truncated to the lower half.
+    let (number, offset) = (iova as u32, iova >> 32);
+    space.areas().nth(number as usize).map_or(0, |(start, _)| start.wrapping_add(offset))
+}
+
+/// Converts an `IOAS_COPY` with the flag for a source by index to an ordinary one.
+pub fn convert_copy(host: &EmulatedHost, number: u32, argument: &mut Argument) {
+    const FLAGS: usize = offset_of!(iommu_ioas_copy, flags);
+    const SRC_IOVA: usize = offset_of!(iommu_ioas_copy, src_iova);
+    let flags = argument.u32(FLAGS);
+    if number != IOMMUFD_CMD_IOAS_COPY || flags & abi::MOCK_FLAGS_ACCESS_SYZ == 0 {
+        return;
+    }
+    argument.set_u32(FLAGS, flags & !abi::MOCK_FLAGS_ACCESS_SYZ);
+    let objects = host.objects();
+    if let Ok(ioas) = objects.table().ioas(argument.id(offset_of!(iommu_ioas_copy, src_ioas_id))) {
+        argument.set_u64(SRC_IOVA, in_area(&ioas.space, argument.u64(SRC_IOVA)));
+    }
 }

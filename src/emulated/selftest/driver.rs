@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The mock driver: an IOMMU that translates nothing, with caches that can be inspected.
+//! The mock driver: an IOMMU that translates nothing, with caches that can be inspected; and the
+//! devices behind it.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -7,17 +8,18 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::abi;
-use super::devices::MockDevices;
+use super::devices::{MockDevices, MockVdevices};
 use super::domain::{MockNested, MockPaging};
-use super::vdevices::MockVdevices;
 use super::viommu::MockViommu;
 use crate::drivers::{
     Domain, Driver, DriverInfo, NestedDomain, PagingDomain, UserData, ViommuDriver, ViommuRequest,
 };
-use crate::host::device::{Requester, Slot};
+use crate::host::device::{DeviceConfig, Requester, Slot};
+use crate::host::machine::{Machine, Part};
 use crate::host::refusal::{refuse, Outcome};
 use crate::units::stage2::Stage2;
-use twostage::iommufd::{Errno, HwptFlags};
+use crate::EmulatedHost;
+use twostage::iommufd::{Errno, HwptFlags, ObjectId};
 
 /// The driver of a machine's mock IOMMU.
 #[derive(Debug, Default)]
@@ -165,4 +167,45 @@ pub fn mock_nested(domain: &dyn NestedDomain) -> Option<&MockNested> {
 /// `domain`, if it is the mock driver's.
 pub fn mock_paging(domain: &dyn PagingDomain) -> Option<&MockPaging> {
     (domain as &dyn Any).downcast_ref()
+}
+
+/// The mock device `dev`, and its driver.
+///
+/// # Errors
+/// `ENOENT` there is no such device; `EINVAL` it is another driver's.
+pub fn with_driver<T>(
+    host: &EmulatedHost,
+    dev: ObjectId,
+    with: impl FnOnce(&MockDriver, &Part) -> Outcome<T>,
+) -> Outcome<T> {
+    let part: Arc<Part> = host.objects().table().device(dev)?.part.clone();
+    match (&*part.driver as &dyn Any).downcast_ref::<MockDriver>() {
+        Some(driver) => with(driver, &part),
+        None => refuse(Errno::EINVAL, format!("device {dev} is not a mock device")),
+    }
+}
+
+/// Adds a mock device with `flags` (`MOCK_FLAGS_DEVICE_*`); returns its name. The first one also
+/// adds the IOMMU.
+///
+/// # Errors
+/// `EINVAL` unknown flags; `ENOSPC` there are too many.
+pub fn add_mock_device(machine: &Machine, flags: u32) -> Outcome<String> {
+    const KNOWN: u32 = abi::MOCK_FLAGS_DEVICE_NO_DIRTY | abi::MOCK_FLAGS_DEVICE_PASID;
+    if flags & !KNOWN != 0 {
+        return refuse(Errno::EINVAL, format!("mock devices have no flags {:#x}", flags & !KNOWN));
+    }
+    let (unit, driver) = machine.unit_of::<MockDriver>();
+    let rid = driver.devices().add(flags & abi::MOCK_FLAGS_DEVICE_NO_DIRTY == 0)?;
+    let pasid = flags & abi::MOCK_FLAGS_DEVICE_PASID != 0;
+    let pasid_bits = if pasid { abi::MOCK_PASID_WIDTH } else { 0 };
+    let config = DeviceConfig { pasid_bits, ..DeviceConfig::default() };
+    let name = format!("iommufd_mock{}", rid.raw());
+    match machine.add_device(&name, unit, rid, config) {
+        Ok(()) => Ok(name),
+        Err(error) => {
+            driver.devices().remove(rid);
+            refuse(Errno::EBUSY, error.to_string())
+        }
+    }
 }

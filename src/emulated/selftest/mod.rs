@@ -15,22 +15,13 @@
 
 mod abi;
 mod access;
-mod areas;
 mod checks;
 mod devices;
-mod dirty;
-mod dmabuf;
 mod domain;
 mod driver;
-mod events;
-mod machine;
-mod memory;
 mod operations;
-mod page_table;
-mod places;
 #[cfg(test)]
 mod tests;
-mod vdevices;
 mod viommu;
 
 pub use crate::host::refusal::{fail_nth, set_fail_nth};
@@ -47,5 +38,5 @@ pub(crate) static OPERATIONS: TestOperations = TestOperations {
         min_size: abi::MIN_SIZE,
         run: |host, argument, process| operations::run(host, argument, process),
     },
-    convert: areas::convert_copy,
+    convert: access::convert_copy,
 };

@@ -3,17 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::{Arc, MutexGuard};
 use twostage::sync::Mutex;
 
 use zerocopy::IntoBytes;
 
 use super::abi::{self, ViommuData, ViommuInvalidate};
-use super::devices::MockDevices;
+use super::devices::{MockDevices, MockVdevices};
 use super::domain::{clear, MockNested};
-use super::memory::unnamed_memory;
-use super::vdevices::MockVdevices;
 use crate::drivers::{
     HwQueueRequest, NestedDomain, Partial, UserArray, UserData, ViommuDriver, ViommuRequest,
 };
@@ -24,6 +23,8 @@ use twostage::iommufd::{Errno, HwptFlags, ObjectId};
 
 /// Pages of a mock vIOMMU for mmap.
 const MMAP_PAGES: u64 = 2;
+/// A folder of files in memory.
+const DIRECTORY: &str = "/dev/shm";
 
 /// A vIOMMU. It invalidates the devices' caches.
 #[derive(Debug)]
@@ -158,4 +159,18 @@ fn extend<const N: usize>(entries: &dyn UserArray, index: usize) -> Outcome<[u8;
     let mut structure = [0; N];
     structure.iter_mut().zip(known).for_each(|(to, from)| *to = *from);
     Ok(structure)
+}
+
+/// An unnamed file: `length` bytes of zeroes, in memory.
+///
+/// # Errors
+/// `ENOMEM` not available.
+fn unnamed_memory(length: u64) -> Outcome<File> {
+    let open = || -> io::Result<File> {
+        let mut options = File::options();
+        let file = options.read(true).write(true).custom_flags(libc::O_TMPFILE).open(DIRECTORY)?;
+        file.set_len(length)?;
+        Ok(file)
+    };
+    open().or_else(|error| refuse(Errno::ENOMEM, format!("{DIRECTORY}: {error}")))
 }

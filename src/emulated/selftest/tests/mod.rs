@@ -2,11 +2,9 @@
 //! The operations as used by a program.
 
 mod access;
-mod caches;
 mod devices;
-mod dmabuf;
-mod events;
 mod mappings;
+mod viommu;
 
 use std::sync::Arc;
 use twostage::sync::Mutex;
