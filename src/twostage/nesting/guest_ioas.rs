@@ -5,8 +5,7 @@ use crate::sync::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, MutexGuard};
 
-use super::error::{Context, NestingError, Result};
-use super::hw_flags;
+use super::{hw_info, Context, NestingError, Result};
 use crate::iommufd::{HostIommu, HwInfo, MapTarget, ObjectId, Protection, UserMemory};
 use crate::spec::pci::Bdf;
 
@@ -148,7 +147,7 @@ impl Users {
 
     /// Adds `dev`, the guest's `rid`, which will nest on the IOAS, if that is allowed.
     pub fn add_device(&mut self, rid: Bdf, dev: ObjectId, info: &HwInfo) -> Result<()> {
-        if !hw_flags::writes_through_read_only(info) {
+        if !hw_info::writes_through_read_only(info) {
             return Ok(());
         }
         if let Some(gpa) = self.read_only.first() {

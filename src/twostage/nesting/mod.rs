@@ -14,27 +14,28 @@
 //!   reported.
 //!
 //! Files of the same name in both folders do the same and can be read side by side: `attachments`
-//! (from policies to host objects), `invalidate` and `merge` (from invalidations to host calls),
-//! `nested` and `unit` (the objects), `state`, `faults` (back to the virtual IOMMU), `counters`.
+//! (from policies to host objects), `invalidate` (from invalidations to host calls), `state` (the
+//! objects), `faults` (back to the virtual IOMMU). VT-d alone has `nested`: the PASIDs of its
+//! devices have attachments of their own.
 //!
 //! Nothing here accesses guest memory or registers, or leaves DMA on a translation that the guest
 //! has revoked.
 
-mod error;
 mod guest_ioas;
-mod host_unit;
-mod hw_flags;
-mod nested;
+mod hw_info;
 mod objects;
 pub mod smmuv3;
 pub mod survey;
 pub mod vtd;
 
-use crate::iommufd::{HwInfo, ObjectId};
+use std::sync::Arc;
+
+use crate::iommufd::{HostError, HwInfo, ObjectId};
 use crate::spec::pci::Bdf;
-pub use error::NestingError;
+use crate::spec::smmuv3::StreamId;
+use crate::viommu::{HostSideError, Requester};
 pub use guest_ioas::GuestIoas;
-pub use host_unit::{host_smmu, host_vtd};
+pub use hw_info::{host_smmu, host_vtd};
 
 /// The host's description of one device, from which the guest's capabilities are derived.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,4 +46,106 @@ pub struct DeviceInfo {
     pub dev: ObjectId,
     /// The registers of its IOMMU, and its PASID width.
     pub info: HwInfo,
+}
+
+/// What nesting refuses, or what the host refused it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NestingError {
+    /// A host call failed.
+    #[error("{what}: {source}")]
+    Host {
+        /// What the call was for.
+        what: String,
+        /// The host's error.
+        source: HostError,
+    },
+    /// The requester's device was never added.
+    #[error("no device was added as {0}")]
+    NoDevice(Bdf),
+    /// The Requester ID, or the device object, was already added.
+    #[error("{0} cannot be added: the Requester ID or the device object is in use already")]
+    DeviceExists(Bdf),
+    /// Erratum 772415: this IOMMU may write through read-only mappings of a nesting parent.
+    #[error(
+        "the guest memory at {gpa:#x} is mapped read-only, which erratum 772415 (SPR17) of the \
+         IOMMU of {rid} forbids under nested translation; map it read-write, or not at all"
+    )]
+    ReadOnlyErratum {
+        /// Address of the read-only mapping, in bytes.
+        gpa: u64,
+        /// A device behind an IOMMU with the erratum.
+        rid: Bdf,
+    },
+    /// The device's PASIDs are too narrow.
+    #[error("{requester}: the device has {bits}-bit PASIDs only")]
+    PasidTooWide {
+        /// The requester being configured.
+        requester: Requester,
+        /// Width of the device's PASIDs, in bits; 0 for none.
+        bits: u8,
+    },
+    /// On the host, PASID 0 stands for the requests without PASID: it cannot be configured
+    /// separately.
+    #[error("{0}: the host uses PASID 0 for requests without PASID")]
+    PasidZero(Requester),
+    /// The guest uses second-stage tables of its own, which the host cannot walk.
+    #[error("{0}: the host cannot nest second-stage tables that the guest owns")]
+    GuestSecondStage(Requester),
+    /// A table that is not page-aligned.
+    #[error("{requester}: the stage-1 table {table:#x} is not 4 KiB aligned")]
+    UnalignedTable {
+        /// The requester being configured.
+        requester: Requester,
+        /// GPA of the table, in bytes.
+        table: u64,
+    },
+    /// The device is behind another kind of IOMMU, or none.
+    #[error("{0} is not behind an SMMUv3, which a virtual SMMUv3 needs")]
+    NoSmmu(Bdf),
+    /// All streams of one virtual SMMU must be behind one physical SMMU.
+    #[error(
+        "{rid} is behind another SMMU than {first}, and one virtual SMMU cannot serve both: give \
+         each a virtual SMMU of its own"
+    )]
+    OtherSmmu {
+        /// The device being added.
+        rid: Bdf,
+        /// A device added earlier.
+        first: Bdf,
+    },
+    /// The stream's device was never added.
+    #[error("no device was added with the StreamID {0}")]
+    NoStream(StreamId),
+    /// A command that only the owner of the physical SMMU may issue.
+    #[error("not an invalidation of stage 1: {0}")]
+    NoInvalidation(&'static str),
+    /// The process cannot create another thread.
+    #[error("no thread can be started to deliver the events of streams: {0}")]
+    NoThread(String),
+    /// It was shut down.
+    #[error("the host objects are gone already")]
+    ShutDown,
+}
+
+impl NestingError {
+    /// As an error for the virtual IOMMU: `what` it had requested, and whether DMA that was to be
+    /// blocked is still possible.
+    fn for_viommu(self, what: String, still_reachable: bool) -> HostSideError {
+        HostSideError { what, still_reachable, source: Arc::new(self) }
+    }
+}
+
+/// The result of nesting's parts.
+type Result<T> = std::result::Result<T, NestingError>;
+
+/// Describes the purpose of a host call in its error.
+trait Context<T> {
+    /// Adds `what`.
+    fn context(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> Context<T> for crate::iommufd::Result<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|source| NestingError::Host { what: what(), source })
+    }
 }

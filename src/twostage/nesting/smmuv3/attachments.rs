@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From policies to attachments: where each stream's DMA is attached.
 
-use super::nested::{self, Entry, ABORT};
-use super::state::State;
-use super::unit::Unit;
+use super::state::{self, Entry, State, Unit, ABORT};
 use crate::iommufd::{iommu_hwpt_arm_smmuv3, HwptAlloc, HwptData, HwptFlags, ObjectId};
-use crate::nesting::error::{NestingError, Result};
+use crate::nesting::{NestingError, Result};
 use crate::spec::pci::Bdf;
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::smmuv3::StreamPolicy;
@@ -31,7 +29,7 @@ impl State {
         if device.unsettled {
             self.detach(stream)?;
         }
-        let entry = nested::entry(policy);
+        let entry = state::entry(policy);
         let found = match entry {
             Some(entry) => self.nested.find(&entry),
             None => self.unit.as_ref().map(Unit::parent),
@@ -66,7 +64,7 @@ impl State {
 
     /// Before a stream uses stage 1 with `entry`: flushes pending stale translations.
     fn prepare_stage1(&mut self, entry: Option<Entry>) -> Result<()> {
-        if !entry.is_some_and(nested::translates) {
+        if !entry.is_some_and(state::translates) {
             return Ok(());
         }
         if self.flush_due {
@@ -162,7 +160,7 @@ impl State {
     /// Destroys a `HWPT_NESTED` without users. The aborting and the bypassing one stay: the guest
     /// needs them again.
     fn destroy_unused(&mut self, hwpt: ObjectId) {
-        let of_the_guest = self.nested.stage1(hwpt).is_some_and(nested::translates);
+        let of_the_guest = self.nested.stage1(hwpt).is_some_and(state::translates);
         if of_the_guest && self.nested.remove_unused(hwpt) {
             self.objects.destroy(hwpt);
         }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! From the guest's invalidations to the host's: one call on the vIOMMU per batch.
+//! From the guest's invalidations to the host's: one call on the vIOMMU per batch, without the
+//! commands that another one makes redundant.
 
-use super::merge::{self, Cache, Numbered};
-use super::nested;
-use super::state::{Device, State};
+use std::collections::HashSet;
+use std::mem::{discriminant, Discriminant};
+
+use super::state::{self, Device, State};
 use crate::iommufd::{iommu_viommu_arm_smmuv3_invalidate, HostError, InvalidateData};
-use crate::nesting::error::{NestingError, Result};
+use crate::nesting::{NestingError, Result};
 use crate::spec::pci::Pasid;
 use crate::spec::smmuv3::command::{Command, ATC_SIZE_ALL};
 use crate::spec::smmuv3::StreamId;
@@ -74,12 +76,12 @@ impl State {
         let translates = self.any_translates();
         let before = commands.len();
         let mut stale = false;
-        commands.retain(|command| match merge::cache(&command.command) {
+        commands.retain(|command| match cache(&command.command) {
             Some(Cache::Configuration(stream)) => {
                 self.device(stream).is_some_and(|device| self.may_translate(device))
             }
             Some(Cache::Device(stream)) => self.device(stream).is_some_and(|device| {
-                device.unsettled || self.entry_of(device).is_some_and(nested::uses_ats)
+                device.unsettled || self.entry_of(device).is_some_and(state::uses_ats)
             }),
             Some(Cache::Tlb) | None => {
                 stale |= !translates;
@@ -89,7 +91,7 @@ impl State {
         self.flush_due |= stale && self.tlb_used;
         let cached = commands.len();
         self.counters.not_cached += (before - cached) as u64;
-        let needed = merge::without_covered(commands);
+        let needed = without_covered(commands);
         self.counters.merged += (cached - needed.len()) as u64;
         needed
     }
@@ -105,7 +107,7 @@ impl State {
         for (&stream, device) in streams.clone() {
             commands.push(Command::CfgiCdAll { stream });
             let entry = self.entry_of(device);
-            if entry.is_some_and(nested::uses_ats) {
+            if entry.is_some_and(state::uses_ats) {
                 let all = |substream| Command::AtcInv {
                     stream,
                     substream,
@@ -114,13 +116,13 @@ impl State {
                     size: ATC_SIZE_ALL,
                 };
                 commands.push(all(None));
-                if entry.is_some_and(nested::has_substreams) {
+                if entry.is_some_and(state::has_substreams) {
                     commands.push(all(Pasid::new(0)));
                 }
             }
         }
         // Translations are made from context descriptors, and device-TLB entries from translations.
-        commands.sort_by_key(|command| match merge::cache(command) {
+        commands.sort_by_key(|command| match cache(command) {
             Some(Cache::Configuration(_)) => 0,
             Some(Cache::Tlb) | None => 1,
             Some(Cache::Device(_)) => 2,
@@ -178,12 +180,10 @@ impl State {
         if !unit.misses_invalidations() {
             return self.issue_once(commands);
         }
-        for run in
-            commands.chunk_by(|one, next| merge::is_of_device(one) == merge::is_of_device(next))
-        {
+        for run in commands.chunk_by(|one, next| is_of_device(one) == is_of_device(next)) {
             for piece in run.chunks(MAX_COMMANDS) {
                 self.issue_once(piece)?;
-                if !piece.first().is_some_and(merge::is_of_device) {
+                if !piece.first().is_some_and(is_of_device) {
                     self.issue_once(piece)?;
                 }
             }
@@ -212,7 +212,7 @@ impl State {
 /// The commands of `batch` up to the first that is not an invalidation of stage 1, which the
 /// virtual SMMU does not pass on; and that one, as an error.
 fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
-    let own = batch.iter().take_while(|command| merge::cache(command).is_some());
+    let own = batch.iter().take_while(|command| cache(command).is_some());
     let own = own.enumerate().map(|(number, &command)| Numbered { number, command });
     let own: Vec<Numbered> = own.collect();
     let number = own.len();
@@ -223,4 +223,158 @@ fn own(batch: &[Command]) -> (Vec<Numbered>, Option<Refused>) {
         still_reachable: false,
     });
     (own, foreign)
+}
+
+/// A command, with its number in the batch from the virtual SMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Numbered {
+    /// Its number in the batch.
+    pub number: usize,
+    /// The command.
+    pub command: Command,
+}
+
+/// The cache that a command invalidates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cache {
+    /// Context descriptors of this stream.
+    Configuration(StreamId),
+    /// Translations.
+    Tlb,
+    /// Translations cached by the device of this stream.
+    Device(StreamId),
+}
+
+/// The cache that `command` invalidates; `None` if it is not an invalidation of stage 1.
+fn cache(command: &Command) -> Option<Cache> {
+    match *command {
+        Command::CfgiCd { stream, .. } | Command::CfgiCdAll { stream } => {
+            Some(Cache::Configuration(stream))
+        }
+        Command::TlbiNhAll { .. }
+        | Command::TlbiNhAsid { .. }
+        | Command::TlbiNhVa { .. }
+        | Command::TlbiNhVaa { .. }
+        | Command::TlbiNsnhAll => Some(Cache::Tlb),
+        Command::AtcInv { stream, .. } => Some(Cache::Device(stream)),
+        _ => None,
+    }
+}
+
+/// Whether `command` invalidates a device-TLB.
+fn is_of_device(command: &Command) -> bool {
+    matches!(cache(command), Some(Cache::Device(_)))
+}
+
+fn kind(command: &Command) -> Option<Discriminant<Cache>> {
+    cache(command).as_ref().map(discriminant)
+}
+
+/// `commands`, in order, without those that another one covers.
+///
+/// The guest wrote every command of a batch, and changed the structures concerned, before the first
+/// command reaches the host. So commands for the same cache may be merged as long as no command for
+/// another cache is between them. Across caches the order matters: translations are made from
+/// context descriptors, and device-TLB entries from translations, so a cache may be refilled from a
+/// stale one that is only invalidated later.
+fn without_covered(commands: Vec<Numbered>) -> Vec<Numbered> {
+    let mut kept = Vec::with_capacity(commands.len());
+    for run in commands.chunk_by(|one, next| kind(&one.command) == kind(&next.command)) {
+        let all: Vec<&Numbered> = run.iter().filter(|of| is_of_all(&of.command)).collect();
+        let mut seen = HashSet::new();
+        kept.extend(run.iter().filter(|this| {
+            let covered = all.iter().any(|all| covers(&all.command, &this.command));
+            !covered && seen.insert(same_for_host(this.command))
+        }));
+    }
+    kept
+}
+
+/// The host replaces the guest's VMID with its own, and has one command for all translations.
+fn same_for_host(command: Command) -> Command {
+    match command {
+        Command::TlbiNhAll { .. } | Command::TlbiNsnhAll => Command::TlbiNhAll { vmid: 0 },
+        Command::TlbiNhAsid { asid, .. } => Command::TlbiNhAsid { vmid: 0, asid },
+        Command::TlbiNhVa { asid, range, .. } => Command::TlbiNhVa { vmid: 0, asid, range },
+        Command::TlbiNhVaa { range, .. } => Command::TlbiNhVaa { vmid: 0, range },
+        other => other,
+    }
+}
+
+fn is_of_all(command: &Command) -> bool {
+    matches!(command, Command::TlbiNhAll { .. } | Command::TlbiNsnhAll | Command::CfgiCdAll { .. })
+}
+
+/// Whether `all`, which [`is_of_all`], also does what the other kind of command does.
+/// `TLBI_NH_ASID` covers none: it spares global translations, which invalidations by address drop.
+fn covers(all: &Command, command: &Command) -> bool {
+    match (all, command) {
+        (Command::CfgiCdAll { stream: all }, Command::CfgiCd { stream, .. }) => all == stream,
+        (
+            Command::TlbiNhAll { .. } | Command::TlbiNsnhAll,
+            Command::TlbiNhAsid { .. } | Command::TlbiNhVa { .. } | Command::TlbiNhVaa { .. },
+        ) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::smmuv3::command::AddressRange;
+
+    const ALL: Command = Command::TlbiNhAll { vmid: 0 };
+
+    fn page(asid: u16, page: u64) -> Command {
+        Command::TlbiNhVa { vmid: 0, asid, range: AddressRange::at(page << 12) }
+    }
+
+    fn asid(asid: u16) -> Command {
+        Command::TlbiNhAsid { vmid: 0, asid }
+    }
+
+    fn cd(stream: u32, substream: u32) -> Command {
+        let substream = Pasid::new(substream).unwrap();
+        Command::CfgiCd { stream: StreamId(stream), substream, leaf: true }
+    }
+
+    fn atc(stream: u32) -> Command {
+        let stream = StreamId(stream);
+        Command::AtcInv { stream, substream: None, global: false, address: 0, size: 52 }
+    }
+
+    /// The numbers of the commands kept.
+    fn kept(commands: &[Command]) -> Vec<usize> {
+        let numbered =
+            commands.iter().enumerate().map(|(number, &command)| Numbered { number, command });
+        without_covered(numbered.collect()).iter().map(|command| command.number).collect()
+    }
+
+    #[test]
+    fn what_is_of_all_covers_the_rest_of_its_run() {
+        assert_eq!(kept(&[page(1, 1), asid(1), ALL, page(2, 2)]), [2]);
+        assert_eq!(kept(&[ALL, Command::TlbiNsnhAll, page(1, 1)]), [0]);
+        let all_of_8 = Command::CfgiCdAll { stream: StreamId(8) };
+        assert_eq!(kept(&[cd(8, 0), cd(9, 0), all_of_8, cd(8, 5)]), [1, 2]);
+    }
+
+    #[test]
+    fn repetitions_go() {
+        assert_eq!(kept(&[page(1, 1), page(1, 2), page(1, 1), page(2, 1)]), [0, 1, 3]);
+        let other_vmid = Command::TlbiNhAsid { vmid: 7, asid: 1 };
+        assert_eq!(kept(&[asid(1), other_vmid, atc(8), atc(8)]), [0, 2]);
+    }
+
+    #[test]
+    fn an_asid_does_not_cover_addresses_for_they_may_be_global() {
+        assert_eq!(kept(&[page(1, 1), asid(1)]), [0, 1]);
+    }
+
+    #[test]
+    fn nothing_moves_past_another_kind() {
+        // Between the first and the last, the TLB may be filled from a stale context descriptor.
+        assert_eq!(kept(&[page(1, 1), cd(8, 0), page(1, 1)]), [0, 1, 2]);
+        assert_eq!(kept(&[page(1, 1), cd(8, 0), ALL]), [0, 1, 2]);
+        assert_eq!(kept(&[atc(8), page(1, 1), atc(8)]), [0, 1, 2]);
+    }
 }

@@ -20,16 +20,11 @@
 //! * a thread reads the vEVENTQ, and passes the events to the virtual SMMU.
 
 mod attachments;
-mod counters;
 mod faults;
 mod invalidate;
-mod merge;
-mod nested;
-mod objects;
 mod state;
 #[cfg(test)]
 mod tests;
-mod unit;
 
 use crate::sync::Mutex;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -42,12 +37,9 @@ use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::smmuv3::{EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy};
 use crate::viommu::HostSideError;
-pub use counters::SmmuNestingCounters;
 use faults::{EventRoute, EventThread};
 use invalidate::Refused;
-pub use objects::{DeviceObjects, NestedObject, SmmuObjects, UnitObjects};
-use state::State;
-use unit::Unit;
+use state::{Entry, State, Unit};
 
 /// How many events the host keeps for the guest by default.
 pub const DEFAULT_EVENT_DEPTH: u32 = 256;
@@ -126,7 +118,30 @@ impl SmmuNesting {
 
     /// The existing host objects.
     pub fn objects(&self) -> SmmuObjects {
-        self.state().list()
+        let state = self.state();
+        let unit = state.unit.as_ref().map(|unit| UnitObjects {
+            parent: unit.parent(),
+            viommu: unit.viommu(),
+            event_queue: unit.event_queue(),
+        });
+        let devices = state.devices.iter().map(|(stream, device)| DeviceObjects {
+            stream: *stream,
+            device: device.dev,
+            vdevice: device.vdevice,
+            attached: device.attached,
+        });
+        let users = |hwpt| {
+            let on_it = state.devices.iter().filter(move |(_, it)| it.attached == Some(hwpt));
+            on_it.map(|(stream, _)| *stream).collect()
+        };
+        let nested = state.nested.iter();
+        let nested = nested.map(|(hwpt, ste)| NestedObject { hwpt, ste, streams: users(hwpt) });
+        SmmuObjects {
+            ioas: state.objects.ioas().ok().map(|ioas| ioas.id()),
+            unit,
+            devices: devices.collect(),
+            nested: nested.collect(),
+        }
     }
 
     /// Stops delivering events, detaches every device and destroys every object created here; the
@@ -182,5 +197,94 @@ impl Drop for SmmuNesting {
         if let Err(error) = self.shutdown() {
             log::error!("host objects are left behind: {error}");
         }
+    }
+}
+
+/// The host objects of one virtual SMMUv3.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct SmmuObjects {
+    /// The IOAS, until shutdown.
+    pub ioas: Option<ObjectId>,
+    /// The objects on it, while there are devices.
+    pub unit: Option<UnitObjects>,
+    /// The devices, by StreamID.
+    pub devices: Vec<DeviceObjects>,
+    /// What they are or were attached to.
+    pub nested: Vec<NestedObject>,
+}
+
+/// The part of the physical SMMU that a virtual SMMUv3 has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct UnitObjects {
+    /// The nesting parent, on the IOAS.
+    pub parent: ObjectId,
+    /// The vIOMMU, on the parent.
+    pub viommu: ObjectId,
+    /// The vEVENTQ, on the vIOMMU.
+    pub event_queue: Option<ObjectId>,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct DeviceObjects {
+    /// Its identity for the guest.
+    pub stream: StreamId,
+    /// The device object.
+    pub device: ObjectId,
+    /// Its vDEVICE, on the vIOMMU.
+    pub vdevice: ObjectId,
+    /// The `HWPT_NESTED` that it is attached to, or the nesting parent while translation is off;
+    /// `None` while it is detached.
+    pub attached: Option<ObjectId>,
+}
+
+/// A `HWPT_NESTED`, on the vIOMMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct NestedObject {
+    /// The object.
+    pub hwpt: ObjectId,
+    /// Words 0 and 1 of its stream table entry.
+    pub ste: Entry,
+    /// The streams attached to it.
+    pub streams: Vec<StreamId>,
+}
+
+crate::counters! {
+    /// Counters of a [`SmmuNesting`]. Those of events may change while they are read; the
+    /// others are a snapshot.
+    #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    pub struct SmmuNestingCounters {
+        /// `HWPT_NESTED` objects allocated.
+        nested_allocs,
+        /// Streams attached to an existing `HWPT_NESTED`.
+        nested_shares,
+        /// Configurations without a change, and so without a host call.
+        unchanged,
+        /// Attachments that replaced another one.
+        replaces,
+        /// Attachments refused by the host.
+        refused_attaches,
+        /// Commands received from the virtual SMMU.
+        commands_in,
+        /// Commands completed by the host; one that is issued twice counts twice.
+        commands_out,
+        /// Commands that needed no host call, because another one of their batch has the same
+        /// effect.
+        merged,
+        /// Commands that needed no host call, because nothing they name can be cached.
+        not_cached,
+        /// Flushes of everything: after a refused batch, or for invalidations withheld while no
+        /// stream used stage 1.
+        full_flushes,
+        /// Events delivered to the virtual SMMU.
+        events,
+        /// Times that events were found to be lost.
+        events_lost,
+        /// Calls to the host, of any verb.
+        host_calls,
     }
 }

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host objects and their lifecycle: the unit, devices, and their attachments.
+//! The host objects and their lifecycle: the unit, devices, their attachments, and the stream table
+//! entries that a `HWPT_NESTED` stands for.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::counters::SmmuNestingCounters;
-use super::faults::EventRoute;
-use super::nested::{self, Entry};
-use super::unit::Unit;
-use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind};
-use crate::nesting::error::{Context, NestingError, Result};
-use crate::nesting::hw_flags;
-use crate::nesting::nested::NestedHwpts;
-use crate::nesting::objects::Objects;
+use super::faults::{EventRoute, EventThread};
+use super::SmmuNestingCounters;
+use crate::iommufd::{Errno, HwInfo, HwInfoData, ObjectId, ViommuKind, VEVENTQ_ARM_SMMUV3};
+use crate::nesting::objects::{NestedHwpts, Objects};
+use crate::nesting::{hw_info, Context, NestingError, Result};
 use crate::spec::pci::Bdf;
+use crate::spec::smmuv3::stream_table::{Ste0, Ste1, StreamConfig};
 use crate::spec::smmuv3::StreamId;
+use crate::viommu::smmuv3::StreamPolicy;
 
 /// A device of the guest.
 #[derive(Debug, Clone, Copy)]
@@ -93,7 +92,7 @@ impl State {
         if !matches!(info.data, HwInfoData::ArmSmmuV3(_)) {
             return Err(NestingError::NoSmmu(rid));
         }
-        hw_flags::say_unknown(rid, &info);
+        hw_info::say_unknown(rid, &info);
         let viommu = match &self.unit {
             Some(unit) => unit.viommu(),
             None => {
@@ -193,11 +192,131 @@ impl State {
 
     /// Whether `device` may use stage 1.
     pub fn may_translate(&self, device: &Device) -> bool {
-        device.unsettled || self.entry_of(device).is_some_and(nested::translates)
+        device.unsettled || self.entry_of(device).is_some_and(translates)
     }
 
     /// Whether any stream may use stage 1.
     pub fn any_translates(&self) -> bool {
         self.devices.values().any(|device| self.may_translate(device))
     }
+}
+
+/// A nesting parent, the vIOMMU on it, and the vIOMMU's event queue.
+#[derive(Debug)]
+pub(super) struct Unit {
+    parent: ObjectId,
+    viommu: ObjectId,
+    events: Option<EventThread>,
+    misses_invalidations: bool,
+}
+
+impl Unit {
+    /// Creates the objects for the SMMU of `dev`, the guest's `rid`, which the host describes by
+    /// `info`.
+    pub fn new(
+        objects: &mut Objects,
+        rid: Bdf,
+        dev: ObjectId,
+        info: &HwInfo,
+        event_depth: u32,
+        route: &Arc<EventRoute>,
+    ) -> Result<Self> {
+        let parent = objects.alloc_parent(rid, dev, false)?;
+        let viommu = objects
+            .host()
+            .viommu_alloc(ViommuKind::ArmSmmuV3, dev, parent)
+            .context(|| format!("allocating a vIOMMU for the SMMU of {rid}"))
+            .inspect_err(|_| objects.destroy(parent))?;
+        let misses_invalidations = hw_info::misses_invalidations(info);
+        let unit = Self { parent, viommu, events: None, misses_invalidations };
+        let queue = objects
+            .host()
+            .veventq_alloc(viommu, VEVENTQ_ARM_SMMUV3, event_depth)
+            .context(|| format!("allocating an event queue for the SMMU of {rid}"));
+        let (object, started) = match queue {
+            Ok(queue) => (queue.object(), EventThread::start(queue, route.clone())),
+            Err(error) => {
+                unit.end(None, objects);
+                return Err(error);
+            }
+        };
+        match started {
+            Ok(events) => Ok(Self { events: Some(events), ..unit }),
+            Err(error) => {
+                unit.end(Some(object), objects);
+                Err(NestingError::NoThread(error.to_string()))
+            }
+        }
+    }
+
+    /// The nesting parent.
+    pub fn parent(&self) -> ObjectId {
+        self.parent
+    }
+
+    /// The vIOMMU.
+    pub fn viommu(&self) -> ObjectId {
+        self.viommu
+    }
+
+    /// Whether its SMMU may miss a CMD_TLBI_* or CMD_CFGI_* that is issued only once.
+    pub fn misses_invalidations(&self) -> bool {
+        self.misses_invalidations
+    }
+
+    /// The vEVENTQ, while events are delivered.
+    pub fn event_queue(&self) -> Option<ObjectId> {
+        self.events.as_ref().map(EventThread::object)
+    }
+
+    /// The event thread, to be stopped.
+    pub fn take_events(&mut self) -> Option<EventThread> {
+        self.events.take()
+    }
+
+    /// Destroys the objects, which nothing but the closed `queue` uses any more.
+    pub fn end(self, queue: Option<ObjectId>, objects: &mut Objects) {
+        for object in queue.into_iter().chain([self.viommu, self.parent]) {
+            objects.destroy(object);
+        }
+    }
+}
+
+/// Words 0 and 1 of a stream table entry.
+pub(super) type Entry = [u64; 2];
+
+/// The entry that terminates every transaction.
+pub(super) const ABORT: Entry = fixed(StreamConfig::Abort);
+/// The entry that lets every transaction pass, with events for those that cannot.
+const BYPASS: Entry = fixed(StreamConfig::Bypass);
+
+const fn fixed(config: StreamConfig) -> Entry {
+    [Ste0::new().with_v(true).with_config(config.into_bits()).into_bits(), 0]
+}
+
+/// The entry of `policy`; `None` while translation is off, when the stream is attached to the
+/// nesting parent. Linux reports no events of such a stream to the owner of stage 1, and none are
+/// due.
+pub(super) fn entry(policy: &StreamPolicy) -> Option<Entry> {
+    match policy {
+        StreamPolicy::Abort => Some(ABORT),
+        StreamPolicy::GlobalBypass => None,
+        StreamPolicy::Bypass => Some(BYPASS),
+        StreamPolicy::Stage1 { ste } => Some(*ste),
+    }
+}
+
+/// Whether transactions use stage 1 with `entry`.
+pub(super) fn translates(entry: Entry) -> bool {
+    StreamConfig::from_bits(Ste0::from_bits(entry[0]).config()).stage1()
+}
+
+/// Whether devices may cache translations with `entry` (EATS).
+pub(super) fn uses_ats(entry: Entry) -> bool {
+    translates(entry) && Ste1::from_bits(entry[1]).eats() != 0
+}
+
+/// Whether `entry` may have context descriptors for substreams (S1CDMax).
+pub(super) fn has_substreams(entry: Entry) -> bool {
+    translates(entry) && Ste0::from_bits(entry[0]).s1cdmax() != 0
 }

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 
 use super::DeviceFacts;
 use crate::iommufd::HwInfoData;
-use crate::nesting::hw_flags;
+use crate::nesting::hw_info;
 use crate::spec::smmuv3::regs::{Idr1, Idr3, Idr5};
 use crate::spec::vtd::regs::{Cap, Ecap};
 
@@ -120,12 +120,12 @@ impl DeviceReport {
             last_gpa: facts.iovas.last().map_or(0, |range| *range.end()),
             reserved: facts.reserved.iter().map(|range| Region::new(&info.data, range)).collect(),
             errata: Vec::new(),
-            unknown_flags: hw_flags::unknown_flags(info),
+            unknown_flags: hw_info::unknown_flags(info),
         };
-        if hw_flags::writes_through_read_only(info) {
+        if hw_info::writes_through_read_only(info) {
             report.errata.push("772415: no read-only memory with nested tables");
         }
-        if hw_flags::misses_invalidations(info) {
+        if hw_info::misses_invalidations(info) {
             report.errata.push("Tegra264: each TLBI and CFGI command has to be issued twice");
         }
         match &info.data {

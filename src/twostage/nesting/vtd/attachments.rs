@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From policies to attachments: where each requester's DMA is attached.
 
-use super::slot::{Attached, Slot};
+use super::nested::{Attached, Slot};
 use super::state::{Device, State};
 use crate::iommufd::{
     iommu_hwpt_vtd_s1, HwptAlloc, HwptData, HwptFlags, HwptVtdSecondStage, ObjectId, VTD_S1_EAFE,
     VTD_S1_SRE, VTD_S1_WPE,
 };
-use crate::nesting::error::{NestingError, Result};
+use crate::nesting::{NestingError, Result};
 use crate::spec::pci::{Bdf, Pasid};
 use crate::viommu::vtd::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage};
 use crate::viommu::Requester;

@@ -11,16 +11,12 @@
 //! What the host refuses is blocked and reported; the next configuration retries.
 
 mod attachments;
-mod counters;
 mod faults;
 mod invalidate;
-mod merge;
 mod nested;
-mod slot;
 mod state;
 #[cfg(test)]
 mod tests;
-mod unit;
 
 use crate::sync::Mutex;
 use std::sync::{Arc, MutexGuard, Weak};
@@ -31,10 +27,9 @@ use crate::nesting::{DeviceInfo, GuestIoas, NestingError};
 use crate::spec::pci::Bdf;
 use crate::viommu::vtd::{FaultTarget, HostSide, Invalidation, Progress, RequesterConfig};
 use crate::viommu::{HostSideError, Requester};
-pub use counters::VtdNestingCounters;
 use faults::FaultRouter;
+pub use invalidate::FlushSet;
 use invalidate::Refused;
-pub use merge::FlushSet;
 use state::{Start, State};
 
 /// The host side of one virtual IOMMU. See the [module](self).
@@ -163,5 +158,30 @@ impl Drop for VtdNesting {
         if let Err(error) = self.shutdown() {
             log::error!("host objects are left behind: {error}");
         }
+    }
+}
+
+crate::counters! {
+    /// Counters of a [`VtdNesting`]: a snapshot.
+    #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    pub struct VtdNestingCounters {
+        /// `HWPT_NESTED` objects allocated.
+        nested_allocs,
+        /// Requesters attached to a `HWPT_NESTED` that others used already.
+        nested_shares,
+        /// Configurations without a change, and so without a host call.
+        unchanged,
+        /// Attachments that replaced another one.
+        replaces,
+        /// Attachments refused by the host.
+        refused_attaches,
+        /// Invalidations received from the virtual IOMMU.
+        invalidations_in,
+        /// Invalidation entries completed by the host.
+        entries_out,
+        /// Ranges that needed no entry of their own, because another one covers them.
+        merged,
+        /// Calls to the host, of any verb.
+        host_calls,
     }
 }

@@ -2,7 +2,6 @@
 //! Tests of [`SmmuNesting`] against a host that records its calls.
 
 mod calls;
-mod fail_nth;
 mod invalidations;
 mod lives;
 mod random;

@@ -2,7 +2,6 @@
 //! Tests of [`VtdNesting`](super::VtdNesting) against a host that records its calls.
 
 mod calls;
-mod fail_nth;
 mod invalidations;
 mod lives;
 
