@@ -3,9 +3,7 @@
 //!
 //! [`HostIommu`] is implemented by the kernel's `/dev/iommu` and by the emulated host of package
 //! `twostage-emulated`. Errors are Linux's errno with the verb and the object.
-mod counted;
 mod error;
-mod fail_nth;
 #[cfg(any(test, feature = "test-support"))]
 #[doc(hidden)]
 pub mod fake;
@@ -13,16 +11,14 @@ mod forwarding;
 mod host;
 #[cfg(feature = "kernel")]
 mod kernel;
-mod memory;
-mod queues;
 mod types;
 
-pub use counted::{CountedHost, VerbCounters, VerbObserver};
 pub use error::{Errno, HostError, Result, Verb};
-pub use fail_nth::FailNth;
-pub use host::{FaultSink, HostIommu};
+pub use forwarding::{CountedHost, FailNth, VerbCounters, VerbObserver};
+pub use host::{
+    EventQueue, FaultQueue, FaultSink, HostIommu, PageRequestGroup, Readiness, UserMemory,
+    UserMemoryError,
+};
 #[cfg(feature = "kernel")]
 pub use kernel::{KernelHost, OpenError};
-pub use memory::{UserMemory, UserMemoryError};
-pub use queues::{EventQueue, FaultQueue, PageRequestGroup, Readiness};
 pub use types::*;

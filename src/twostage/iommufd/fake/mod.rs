@@ -6,22 +6,21 @@
 //! before attachments, which commands an SMMU accepts, and the effects of a failed replace. Page
 //! tables and DMA are left to the emulated host.
 
-mod queues;
 mod state;
-mod text;
 
 use crate::sync::Mutex;
+use std::fmt::Write as _;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, MutexGuard, Weak};
 
 use super::{
-    DirtyRange, Errno, EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostFault,
-    HostIommu, HwInfo, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
-    ObjectId, Protection, Result, UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
+    iommu_hwpt_vtd_s1_invalidate, iommu_viommu_arm_smmuv3_invalidate, DirtyRange, Errno,
+    EventQueue, Extensions, FaultQueue, FaultSink, HostError, HostFault, HostIommu, HwInfo,
+    HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget, ObjectId,
+    Protection, Result, UserMemory, Verb, Vevent, ViommuKind, VEVENTQ_ARM_SMMUV3,
+    VTD_INV_FLAGS_LEAF,
 };
-use queues::{Events, OpenEvents, SilentQueue};
-use state::{Object, State};
-use text::{entries_text, hwpt_text, source, Answer};
+use state::{Events, Object, OpenEvents, SilentQueue, State};
 
 /// A host that records its calls. See the [module](self).
 #[derive(Debug)]
@@ -365,4 +364,83 @@ impl HostIommu for RecordingHost {
         state.sinks.insert(dev, sink);
         Ok(())
     }
+}
+
+/// The text of a result in the log.
+trait Answer {
+    fn text(&self) -> String;
+}
+
+impl Answer for () {
+    fn text(&self) -> String {
+        String::new()
+    }
+}
+
+impl Answer for ObjectId {
+    fn text(&self) -> String {
+        format!(" = {self:?}")
+    }
+}
+
+impl Answer for u64 {
+    fn text(&self) -> String {
+        String::new()
+    }
+}
+
+impl Answer for HwInfo {
+    fn text(&self) -> String {
+        String::new()
+    }
+}
+
+fn source(dev: ObjectId, pasid: Option<u32>) -> String {
+    match pasid {
+        Some(pasid) => format!("{dev:?} PASID {pasid:#x}"),
+        None => format!("{dev:?}"),
+    }
+}
+
+fn hwpt_text(args: &HwptAlloc) -> String {
+    let mut text = match args.data {
+        HwptData::None => "paging".to_owned(),
+        HwptData::VtdS1(s1) => {
+            format!("VTD_S1({:#x}, {} bits, flags {:#x})", s1.pgtbl_addr, s1.addr_width, s1.flags)
+        }
+        HwptData::VtdSecondStage(ss) => {
+            format!("second-stage({:#x}, {} bits)", ss.pgtbl_addr, ss.addr_width)
+        }
+        HwptData::ArmSmmuV3(smmu) => format!("ARM_SMMUV3({:#x}, {:#x})", smmu.ste[0], smmu.ste[1]),
+    };
+    if args.flags.nest_parent() {
+        text.push_str(" NEST_PARENT");
+    }
+    if args.flags.pasid() {
+        text.push_str(" PASID");
+    }
+    // Writing to a string cannot fail.
+    let _ = write!(text, " on {:?} for {:?}", args.pt, args.dev);
+    text
+}
+
+fn entries_text(data: InvalidateData<'_>) -> String {
+    let (kind, entries) = match data {
+        InvalidateData::VtdS1(entries) => ("", entries),
+        InvalidateData::VtdSecondStage(entries) => ("second-stage ", entries),
+        InvalidateData::ArmSmmuV3(commands) => {
+            let one = |command: &iommu_viommu_arm_smmuv3_invalidate| {
+                format!("{:#x}:{:#x}", command.cmd[0], command.cmd[1])
+            };
+            return format!("[{}]", commands.iter().map(one).collect::<Vec<_>>().join(", "));
+        }
+    };
+    let one = |entry: &iommu_hwpt_vtd_s1_invalidate| {
+        if entry.npages == u64::MAX {
+            return "all".to_owned();
+        }
+        let leaf = if entry.flags & VTD_INV_FLAGS_LEAF != 0 { " leaf" } else { "" };
+        format!("{:#x}/{}{leaf}", entry.addr, entry.npages)
+    };
+    format!("{kind}[{}]", entries.iter().map(one).collect::<Vec<_>>().join(", "))
 }

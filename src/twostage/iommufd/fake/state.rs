@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The state of the recording host: objects, attachments, and requested failures.
+//! The state of the recording host: objects, attachments, requested failures, and queues: an empty
+//! one, and one that a test fills.
 
+use crate::sync::Mutex;
 use std::collections::{BTreeMap, VecDeque};
-use std::result::Result;
-use std::sync::Weak;
+use std::fmt;
+use std::sync::{Arc, MutexGuard, Weak};
 
-use super::super::{Errno, FaultSink, HwInfo, HwInfoData, ObjectId, Verb, ViommuKind};
-use super::queues::Events;
+use super::super::{
+    Errno, EventQueue, FaultQueue, FaultSink, HostError, HwInfo, HwInfoData, ObjectId,
+    PageRequestGroup, PageResponseCode, Readiness, Verb, Vevent, ViommuKind,
+};
 
 #[derive(Debug, Default)]
 pub(super) struct State {
@@ -222,4 +226,83 @@ impl State {
 
 fn is_smmu(info: &HwInfo) -> bool {
     matches!(info.data, HwInfoData::ArmSmmuV3(_))
+}
+
+/// A fault queue of devices without page requests.
+#[derive(Debug)]
+pub(super) struct SilentQueue(pub ObjectId);
+
+impl FaultQueue for SilentQueue {
+    fn object(&self) -> ObjectId {
+        self.0
+    }
+
+    fn next_group(&self) -> crate::iommufd::Result<Option<PageRequestGroup>> {
+        Ok(None)
+    }
+
+    fn respond(&self, cookie: u32, _: PageResponseCode) -> crate::iommufd::Result<()> {
+        let detail = format!("no page request has the cookie {cookie}");
+        Err(HostError::new(Verb::PageResponse, self.0, Errno::EINVAL, detail))
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        watcher.changed(false);
+    }
+}
+
+/// The contents of a vEVENTQ, and its watcher.
+#[derive(Default)]
+pub(super) struct Events(Mutex<Held>);
+
+#[derive(Default)]
+struct Held {
+    events: VecDeque<Vevent>,
+    watcher: Option<Arc<dyn Readiness>>,
+}
+
+impl Events {
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.0.lock()
+    }
+
+    /// Adds an event asynchronously, like a host.
+    pub fn push(&self, event: Vevent) {
+        let mut held = self.held();
+        held.events.push_back(event);
+        if let Some(watcher) = &held.watcher {
+            watcher.changed(true);
+        }
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Events").field(&self.held().events).finish()
+    }
+}
+
+/// An open vEVENTQ.
+#[derive(Debug)]
+pub(super) struct OpenEvents(pub ObjectId, pub Arc<Events>);
+
+impl EventQueue for OpenEvents {
+    fn object(&self) -> ObjectId {
+        self.0
+    }
+
+    fn next_event(&self) -> crate::iommufd::Result<Option<Vevent>> {
+        let mut held = self.1.held();
+        let event = held.events.pop_front();
+        if let (true, Some(watcher)) = (held.events.is_empty(), &held.watcher) {
+            watcher.changed(false);
+        }
+        Ok(event)
+    }
+
+    fn watch(&self, watcher: Arc<dyn Readiness>) {
+        let mut held = self.1.held();
+        watcher.changed(!held.events.is_empty());
+        held.watcher = Some(watcher);
+    }
 }

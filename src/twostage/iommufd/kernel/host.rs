@@ -13,7 +13,7 @@ use vm_memory::GuestMemoryRegion;
 use super::device::{self, Device};
 use super::ioctls::{self, errno_of, size, IommuFdExt, VfioCdev};
 use super::queues::{self, Queue};
-use super::{detach_all, meaning, records, KernelHost};
+use super::{detach_all, meaning, KernelHost};
 use crate::iommufd::{
     DirtyRange, Errno, EventQueue, FaultQueue, HostError, HostIommu, HwCapabilities, HwInfo,
     HwInfoData, HwptAlloc, HwptData, InvalidateData, InvalidateError, IovaRanges, MapTarget,
@@ -162,13 +162,8 @@ impl HostIommu for KernelHost {
         match pasid {
             // VFIO treats PASID 0 as the device itself, which it then loses track of.
             Some(0) => {
-                return Err(HostError::new(
-                    verb,
-                    dev,
-                    Errno::EINVAL,
-                    "PASID 0 stands for the device \
-                                                                     itself",
-                ))
+                let detail = "PASID 0 stands for the device itself";
+                return Err(HostError::new(verb, dev, Errno::EINVAL, detail));
             }
             // Linux would return success and do nothing.
             Some(pasid) if bits == 0 => {
@@ -421,7 +416,7 @@ impl HostIommu for KernelHost {
     fn fault_queue_alloc(&self) -> Result<Arc<dyn FaultQueue>> {
         let outcome = self.iommufd.alloc_fault_queue();
         let (id, file) = outcome.map_err(|errno| error(Verb::FaultQueueAlloc, None, errno))?;
-        Ok(Arc::new(Queue::new(ObjectId(id), Verb::PageRequest, file, records::page_requests)))
+        Ok(Arc::new(Queue::new(ObjectId(id), Verb::PageRequest, file, queues::page_requests)))
     }
 
     fn veventq_alloc(

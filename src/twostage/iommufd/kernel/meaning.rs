@@ -54,8 +54,7 @@ fn known(verb: Verb, errno: Errno) -> Option<&'static str> {
         }
         (IoasAllowIovas, Errno::EINVAL) => "a range has less than two bytes, or two overlap",
         (IoasAllowIovas, Errno::EADDRINUSE) => {
-            "a range overlaps IOVAs that are reserved for a \
-                                                device"
+            "a range overlaps IOVAs that are reserved for a device"
         }
         (IoasMap | IoasCopy, Errno::EINVAL) => {
             "empty, not aligned, reserved for a device, or read-only with a nesting parent of VT-d"

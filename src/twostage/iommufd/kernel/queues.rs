@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, MutexGuard};
 use std::thread::JoinHandle;
@@ -19,15 +20,14 @@ use iommufd_bindings::*;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::records::{self, Parse};
 use crate::iommufd::{
-    Errno, EventQueue, FaultQueue, HostError, ObjectId, PageRequestGroup, PageResponseCode,
-    Readiness, Result, Verb, Vevent,
+    Errno, EventQueue, FaultQueue, HostError, ObjectId, PageRequest, PageRequestFlags,
+    PageRequestGroup, PageRequestPermissions, PageResponseCode, Readiness, Result, Verb, Vevent,
 };
 
 /// Maximum read size in bytes: a whole number of page requests. A longer group of page requests
 /// cannot be read.
-const READ: usize = 1024 * records::PAGE_REQUEST;
+const READ: usize = 1024 * PAGE_REQUEST;
 
 /// An open queue of `T`s.
 pub(super) struct Queue<T> {
@@ -267,13 +267,72 @@ impl EventQueue for Queue<Vevent> {
 pub(super) fn vevent_parser(kind: u32) -> Option<Parse<Vevent>> {
     match kind {
         iommu_veventq_type_IOMMU_VEVENTQ_TYPE_ARM_SMMUV3 => {
-            Some(records::vevents::<iommu_vevent_arm_smmuv3>)
+            Some(vevents::<iommu_vevent_arm_smmuv3>)
         }
         iommu_veventq_type_IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV => {
-            Some(records::vevents::<iommu_vevent_tegra241_cmdqv>)
+            Some(vevents::<iommu_vevent_tegra241_cmdqv>)
         }
         _ => None,
     }
+}
+
+/// Bytes of a page request.
+const PAGE_REQUEST: usize = size_of::<iommu_hwpt_pgfault>();
+/// Bytes before an event's data.
+const VEVENT_HEADER: usize = size_of::<iommufd_vevent_header>();
+
+/// Parses what was read from a queue; `None` if it is invalid.
+pub(super) type Parse<T> = fn(&[u8]) -> Option<Vec<T>>;
+
+fn u32_at(record: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(*record.get(offset..)?.first_chunk()?))
+}
+
+fn u64_at(record: &[u8], offset: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(*record.get(offset..)?.first_chunk()?))
+}
+
+/// Whole groups of `struct iommu_hwpt_pgfault`: adjacent ones with the same cookie.
+pub(super) fn page_requests(bytes: &[u8]) -> Option<Vec<PageRequestGroup>> {
+    let mut groups: Vec<PageRequestGroup> = Vec::new();
+    for record in bytes.chunks(PAGE_REQUEST) {
+        let cookie = u32_at(record, offset_of!(iommu_hwpt_pgfault, cookie))?;
+        let dev = ObjectId(u32_at(record, offset_of!(iommu_hwpt_pgfault, dev_id))?);
+        let request = PageRequest {
+            flags: PageRequestFlags::from(u32_at(record, offset_of!(iommu_hwpt_pgfault, flags))?),
+            pasid: u32_at(record, offset_of!(iommu_hwpt_pgfault, pasid))?,
+            group: u32_at(record, offset_of!(iommu_hwpt_pgfault, grpid))?,
+            permissions: PageRequestPermissions::from(u32_at(
+                record,
+                offset_of!(iommu_hwpt_pgfault, perm),
+            )?),
+            address: u64_at(record, offset_of!(iommu_hwpt_pgfault, addr))?,
+        };
+        match groups.last_mut() {
+            Some(group) if group.cookie == cookie => group.requests.push(request),
+            _ => groups.push(PageRequestGroup { cookie, dev, requests: vec![request] }),
+        }
+    }
+    Some(groups)
+}
+
+/// Events whose data is a `T`.
+fn vevents<T>(mut bytes: &[u8]) -> Option<Vec<Vevent>> {
+    let mut events = Vec::new();
+    while !bytes.is_empty() {
+        let flags = u32_at(bytes, offset_of!(iommufd_vevent_header, flags))?;
+        let sequence = u32_at(bytes, offset_of!(iommufd_vevent_header, sequence))?;
+        let after = bytes.get(VEVENT_HEADER..)?;
+        if flags & iommu_veventq_flag_IOMMU_VEVENTQ_FLAG_LOST_EVENTS != 0 {
+            events.push(Vevent::Lost { sequence });
+            bytes = after;
+        } else {
+            let (data, rest) = after.split_at_checked(size_of::<T>())?;
+            events.push(Vevent::Event { sequence, data: data.to_vec() });
+            bytes = rest;
+        }
+    }
+    Some(events)
 }
 
 #[cfg(test)]
@@ -359,5 +418,44 @@ mod tests {
         assert_eq!(told.recv(), Ok(true));
         let error = queue.next().unwrap_err();
         assert_eq!((error.errno, error.object), (Errno::EIO, Some(ObjectId(7))), "{error}");
+    }
+
+    fn words(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    #[test]
+    fn requests_of_one_cookie_are_one_group() {
+        // flags, dev_id, pasid, grpid, perm, reserved, addr (two words), length, cookie
+        let record = |flags, addr, cookie| words(&[flags, 7, 5, 9, 3, 0, addr, 0, 0, cookie]);
+        let bytes = [record(1, 0x1000, 1), record(3, 0x2000, 1), record(3, 0x3000, 2)].concat();
+        let groups = page_requests(&bytes).unwrap();
+        assert_eq!(groups.len(), 2);
+        assert_eq!((groups[0].cookie, groups[0].dev), (1, ObjectId(7)));
+        let addresses: Vec<u64> = groups[0].requests.iter().map(|each| each.address).collect();
+        assert_eq!(addresses, [0x1000, 0x2000]);
+        let last = groups[1].requests[0];
+        assert!(last.flags.last_page() && last.flags.pasid_valid());
+        assert!(last.permissions.read() && last.permissions.write());
+        assert_eq!((last.pasid, last.group), (5, 9));
+        assert_eq!(page_requests(&[]), Some(vec![]));
+        assert_eq!(page_requests(&bytes[..60]), None);
+    }
+
+    #[test]
+    fn events_and_lost_ones() {
+        let data = |byte: u8| [byte; size_of::<iommu_vevent_arm_smmuv3>()].to_vec();
+        let bytes = [words(&[0, 4]), data(1), words(&[0, 5]), data(2), words(&[1, 9])].concat();
+        let events = vevents::<iommu_vevent_arm_smmuv3>(&bytes).unwrap();
+        assert_eq!(
+            events,
+            [
+                Vevent::Event { sequence: 4, data: data(1) },
+                Vevent::Event { sequence: 5, data: data(2) },
+                Vevent::Lost { sequence: 9 }
+            ]
+        );
+        assert_eq!(vevents::<iommu_vevent_arm_smmuv3>(&bytes[..20]), None);
+        assert_eq!(vevents::<iommu_vevent_arm_smmuv3>(&bytes[..4]), None);
     }
 }
