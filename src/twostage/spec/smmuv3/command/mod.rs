@@ -5,20 +5,10 @@
 //! stages, its features) is up to the caller. Reserved fields are ignored, and are 0 in the result
 //! of [`Command::encode`].
 
-mod range;
-#[cfg(test)]
-mod tests;
-mod words;
-
-pub use range::AddressRange;
+mod encoding;
 
 use super::StreamId;
 use crate::spec::pci::Pasid;
-use range::ADDRESS_SHIFT;
-use words::{
-    AtcWord, LeafWord, PrefetchWord, PriWord, RangeWord, ResumeWord, StagWord, StreamWord,
-    SyncAddress, SyncWord, TlbiWord,
-};
 
 /// The words of a command, in host order.
 pub type Words = [u64; 2];
@@ -254,194 +244,205 @@ impl Command {
             Self::Sync { .. } => (0x46, "CMD_SYNC"),
         }
     }
+}
 
-    /// Decodes `words`.
-    ///
-    /// # Errors
-    /// No SMMU accepts it.
-    pub fn decode(words: Words) -> Result<Self, DecodeError> {
-        let [low, high] = words;
-        let opcode = StreamWord::from_bits(low).opcode();
-        match opcode {
-            0x10..=0x30 => decode_tlbi(opcode, low, high),
-            0x46 => decode_sync(low, high),
-            _ => decode_of_stream(opcode, low, high),
+/// The addresses of a CMD_TLBI_* by address: one, or a range with a hint of the level (§4.4.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AddressRange {
+    /// Address: of the first byte, 4 KiB aligned.
+    pub address: u64,
+    /// Leaf: only entries of the last level changed.
+    pub leaf: bool,
+    /// TG: 0 for an entry of any size at the address; 1, 2, 3 for a range in 4 KiB, 16 KiB, 64 KiB.
+    pub tg: u8,
+    /// TTL: level of the leaf entries, 1 to 3; 0 for any.
+    pub ttl: u8,
+    /// NUM: see [`AddressRange::bytes`].
+    pub num: u8,
+    /// SCALE: see [`AddressRange::bytes`].
+    pub scale: u8,
+}
+
+impl AddressRange {
+    /// The entries that translate `address`, whatever their size.
+    pub const fn at(address: u64) -> Self {
+        Self { address, leaf: false, tg: 0, ttl: 0, num: 0, scale: 0 }
+    }
+
+    /// Binary logarithm of the granule of TG; `None` without a range.
+    pub const fn granule_shift(self) -> Option<u32> {
+        match self.tg {
+            1 => Some(12),
+            2 => Some(14),
+            3 => Some(16),
+            _ => None,
         }
     }
 
-    /// Whether every bit set in `words`, which it was decoded from, belongs to a field that it has:
-    /// the SubstreamID of a CMD_ATC_INV without SSV is ignored, not reserved.
-    pub fn is_all_of(&self, words: Words) -> bool {
-        let [low, high] = words;
-        let low = match self {
-            Self::AtcInv { substream: None, .. } => {
-                StreamWord::from_bits(low).with_substream(0).into()
-            }
-            _ => low,
-        };
-        self.encode() == [low, high]
+    /// Length of the range in bytes, `(NUM + 1) * 2^SCALE` granules, which is below 2^53; `None`
+    /// without a range.
+    pub const fn bytes(self) -> Option<u64> {
+        match self.granule_shift() {
+            Some(granule) => Some((self.num as u64 + 1) << (self.scale as u32 + granule)),
+            None => None,
+        }
     }
 
-    /// The words of the command, which [`Command::decode`] decodes to the same.
-    pub fn encode(&self) -> Words {
-        let of =
-            |stream: StreamId| StreamWord::new().with_opcode(self.opcode()).with_stream(stream.0);
-        let with = |stream, substream: Option<Pasid>| {
-            of(stream).with_ssv(substream.is_some()).with_substream(substream.map_or(0, Pasid::raw))
-        };
-        let tlbi = TlbiWord::new().with_opcode(self.opcode());
-        match *self {
-            Self::PrefetchConfig { stream, substream } => [with(stream, substream).into_bits(), 0],
-            Self::PrefetchAddr { stream, substream, address, size, stride } => {
-                let high = PrefetchWord::new()
-                    .with_address(address >> ADDRESS_SHIFT)
-                    .with_size(size & 0x1f)
-                    .with_stride(stride & 0x1f);
-                [with(stream, substream).into_bits(), high.into_bits()]
-            }
-            Self::CfgiSte { stream, leaf } => {
-                [of(stream).into_bits(), LeafWord::new().with_leaf(leaf).into_bits()]
-            }
-            Self::CfgiSteRange { stream, range } => {
-                [of(stream).into_bits(), RangeWord::new().with_range(range & 0x1f).into_bits()]
-            }
-            Self::CfgiCd { stream, substream, leaf } => [
-                of(stream).with_substream(substream.raw()).into_bits(),
-                LeafWord::new().with_leaf(leaf).into_bits(),
-            ],
-            Self::CfgiCdAll { stream } | Self::StallTerm { stream } => [of(stream).into_bits(), 0],
-            Self::TlbiNhAll { vmid } | Self::TlbiS12Vmall { vmid } => {
-                [tlbi.with_vmid(vmid).into_bits(), 0]
-            }
-            Self::TlbiNhAsid { vmid, asid } => {
-                [tlbi.with_vmid(vmid).with_asid(asid).into_bits(), 0]
-            }
-            Self::TlbiNhVa { vmid, asid, range } => {
-                range.encode(tlbi.with_vmid(vmid).with_asid(asid))
-            }
-            Self::TlbiNhVaa { vmid, range } | Self::TlbiS2Ipa { vmid, range } => {
-                range.encode(tlbi.with_vmid(vmid))
-            }
-            Self::TlbiEl2Asid { asid } => [tlbi.with_asid(asid).into_bits(), 0],
-            Self::TlbiEl2Va { asid, range } => range.encode(tlbi.with_asid(asid)),
-            Self::TlbiEl2Vaa { range } => range.encode(tlbi),
-            Self::TlbiEl2All | Self::TlbiNsnhAll => [tlbi.into_bits(), 0],
-            Self::AtcInv { stream, substream, global, address, size } => {
-                let high =
-                    AtcWord::new().with_address(address >> ADDRESS_SHIFT).with_size(size & 0x3f);
-                [with(stream, substream).with_global(global).into_bits(), high.into_bits()]
-            }
-            Self::PriResp { stream, substream, group, response } => {
-                let high = PriWord::new().with_group(group & 0x1ff).with_response(response & 3);
-                [with(stream, substream).into_bits(), high.into_bits()]
-            }
-            Self::Resume { stream, stag, response } => {
-                let low = ResumeWord::new()
-                    .with_opcode(self.opcode())
-                    .with_response(response & 3)
-                    .with_stream(stream.0);
-                [low.into_bits(), StagWord::new().with_stag(stag).into_bits()]
-            }
-            Self::Sync { signal } => encode_sync(self.opcode(), signal),
-        }
+    /// Whether this is the range that the specification reserves: one granule without a level,
+    /// which would look like an invalidation without range.
+    pub const fn is_reserved(self) -> bool {
+        self.tg != 0 && self.ttl == 0 && self.num == 0 && self.scale == 0
+    }
+
+    /// Whether it uses the fields that need IDR3.RIL.
+    pub const fn needs_ril(self) -> bool {
+        self.tg != 0
     }
 }
 
-fn decode_of_stream(opcode: u8, low: u64, high: u64) -> Result<Command, DecodeError> {
-    let word = StreamWord::from_bits(low);
-    let stream = StreamId(word.stream());
-    // 20 bits are always a PASID.
-    let id = Pasid::new(word.substream());
-    let substream = id.filter(|_| word.ssv());
-    let command = match opcode {
-        0x01 => Command::PrefetchConfig { stream, substream },
-        0x02 => {
-            let high = PrefetchWord::from_bits(high);
-            Command::PrefetchAddr {
-                stream,
-                substream,
-                address: high.address() << ADDRESS_SHIFT,
-                size: high.size(),
-                stride: high.stride(),
-            }
-        }
-        0x03 => Command::CfgiSte { stream, leaf: LeafWord::from_bits(high).leaf() },
-        0x04 => Command::CfgiSteRange { stream, range: RangeWord::from_bits(high).range() },
-        0x05 => {
-            let substream = id.ok_or(DecodeError::Opcode(opcode))?;
-            Command::CfgiCd { stream, substream, leaf: LeafWord::from_bits(high).leaf() }
-        }
-        0x06 => Command::CfgiCdAll { stream },
-        0x40 => {
-            let high = AtcWord::from_bits(high);
-            Command::AtcInv {
-                stream,
-                substream,
-                global: word.global(),
-                address: high.address() << ADDRESS_SHIFT,
-                size: high.size(),
-            }
-        }
-        0x41 => {
-            let high = PriWord::from_bits(high);
-            Command::PriResp { stream, substream, group: high.group(), response: high.response() }
-        }
-        0x44 => Command::Resume {
-            stream,
-            stag: StagWord::from_bits(high).stag(),
-            response: ResumeWord::from_bits(low).response(),
-        },
-        0x45 => Command::StallTerm { stream },
-        _ => return Err(DecodeError::Opcode(opcode)),
-    };
-    if word.ssec() {
-        return Err(DecodeError::Secure(opcode));
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const STREAM: StreamId = StreamId(0x1_0008);
+    const SID: u64 = 0x1_0008 << 32;
+
+    fn substream(value: u32) -> Option<Pasid> {
+        Pasid::new(value)
     }
-    Ok(command)
-}
 
-fn decode_tlbi(opcode: u8, low: u64, high: u64) -> Result<Command, DecodeError> {
-    let low = TlbiWord::from_bits(low);
-    let (vmid, asid) = (low.vmid(), low.asid());
-    let range = AddressRange::decode(low, high);
-    Ok(match opcode {
-        0x10 => Command::TlbiNhAll { vmid },
-        0x11 => Command::TlbiNhAsid { vmid, asid },
-        0x12 => Command::TlbiNhVa { vmid, asid, range },
-        0x13 => Command::TlbiNhVaa { vmid, range },
-        0x20 => Command::TlbiEl2All,
-        0x21 => Command::TlbiEl2Asid { asid },
-        0x22 => Command::TlbiEl2Va { asid, range },
-        0x23 => Command::TlbiEl2Vaa { range },
-        0x28 => Command::TlbiS12Vmall { vmid },
-        0x2a => Command::TlbiS2Ipa { vmid, range },
-        0x30 => Command::TlbiNsnhAll,
-        _ => return Err(DecodeError::Opcode(opcode)),
-    })
-}
-
-fn decode_sync(low: u64, high: u64) -> Result<Command, DecodeError> {
-    let low = SyncWord::from_bits(low);
-    let signal = match low.signal() {
-        0 => SyncSignal::None,
-        1 => SyncSignal::Interrupt {
-            address: SyncAddress::from_bits(high).address() << 2,
-            data: low.data(),
-        },
-        2 => SyncSignal::Event,
-        _ => return Err(DecodeError::Signal),
-    };
-    Ok(Command::Sync { signal })
-}
-
-fn encode_sync(opcode: u8, signal: SyncSignal) -> Words {
-    let low = SyncWord::new().with_opcode(opcode);
-    match signal {
-        SyncSignal::None => [low.into_bits(), 0],
-        SyncSignal::Interrupt { address, data } => {
-            let high = SyncAddress::new().with_address(address >> 2 & ((1 << 50) - 1));
-            [low.with_signal(1).with_data(data).into_bits(), high.into_bits()]
+    #[test]
+    fn fields_stand_where_the_specification_puts_them() {
+        let range =
+            AddressRange { address: 0x1234_5000, leaf: true, tg: 1, ttl: 3, num: 31, scale: 18 };
+        let five = substream(5);
+        let message = SyncSignal::Interrupt { address: 0x808_0040, data: 7 };
+        let cases: &[(Command, Words)] = &[
+            (Command::PrefetchConfig { stream: STREAM, substream: None }, [SID | 0x01, 0]),
+            (
+                Command::PrefetchAddr {
+                    stream: STREAM,
+                    substream: five,
+                    address: 0x7000,
+                    size: 1,
+                    stride: 2,
+                },
+                [SID | 5 << 12 | 1 << 11 | 0x02, 0x7041],
+            ),
+            (Command::CfgiSte { stream: STREAM, leaf: true }, [SID | 0x03, 1]),
+            (Command::CfgiSteRange { stream: StreamId(0), range: 31 }, [0x04, 31]),
+            (
+                Command::CfgiCd { stream: STREAM, substream: five.unwrap(), leaf: true },
+                [SID | 5 << 12 | 0x05, 1],
+            ),
+            (Command::CfgiCdAll { stream: STREAM }, [SID | 0x06, 0]),
+            (Command::TlbiNhAll { vmid: 2 }, [2 << 32 | 0x10, 0]),
+            (Command::TlbiNhAsid { vmid: 2, asid: 3 }, [3 << 48 | 2 << 32 | 0x11, 0]),
+            (
+                Command::TlbiNhVa { vmid: 2, asid: 3, range },
+                [3 << 48 | 2 << 32 | 18 << 20 | 31 << 12 | 0x12, 0x1234_5701],
+            ),
+            (
+                Command::TlbiNhVaa { vmid: 2, range: AddressRange::at(0x5000) },
+                [2 << 32 | 0x13, 0x5000],
+            ),
+            (Command::TlbiEl2All, [0x20, 0]),
+            (Command::TlbiEl2Asid { asid: 3 }, [3 << 48 | 0x21, 0]),
+            (Command::TlbiEl2Va { asid: 3, range: AddressRange::at(0) }, [3 << 48 | 0x22, 0]),
+            (Command::TlbiEl2Vaa { range: AddressRange::at(0x5000) }, [0x23, 0x5000]),
+            (Command::TlbiS12Vmall { vmid: 2 }, [2 << 32 | 0x28, 0]),
+            (
+                Command::TlbiS2Ipa { vmid: 2, range: AddressRange::at(0x5000) },
+                [2 << 32 | 0x2a, 0x5000],
+            ),
+            (Command::TlbiNsnhAll, [0x30, 0]),
+            (
+                Command::AtcInv {
+                    stream: STREAM,
+                    substream: five,
+                    global: true,
+                    address: 0x7000,
+                    size: 52,
+                },
+                [SID | 5 << 12 | 1 << 11 | 1 << 9 | 0x40, 0x7034],
+            ),
+            (
+                Command::PriResp { stream: STREAM, substream: five, group: 0x1ff, response: 2 },
+                [SID | 5 << 12 | 1 << 11 | 0x41, 2 << 12 | 0x1ff],
+            ),
+            (
+                Command::Resume { stream: STREAM, stag: 0x1234, response: 1 },
+                [SID | 1 << 12 | 0x44, 0x1234],
+            ),
+            (Command::StallTerm { stream: STREAM }, [SID | 0x45, 0]),
+            (Command::Sync { signal: SyncSignal::None }, [0x46, 0]),
+            (Command::Sync { signal: message }, [7 << 32 | 1 << 12 | 0x46, 0x808_0040]),
+            (Command::Sync { signal: SyncSignal::Event }, [2 << 12 | 0x46, 0]),
+        ];
+        for (command, words) in cases {
+            assert_eq!(command.encode(), *words, "{}", command.name());
+            assert_eq!(Command::decode(*words), Ok(*command), "{}", command.name());
+            assert_eq!(u64::from(command.opcode()), words[0] & 0xff);
         }
-        SyncSignal::Event => [low.with_signal(2).into_bits(), 0],
+    }
+
+    #[test]
+    fn memory_attributes_and_reserved_fields_do_not_count() {
+        // As Linux writes it: MSH, MSIAttr, SIG_SEV.
+        let linux = [0x46 | 2 << 12 | 3 << 22 | 0xf << 24, 0];
+        assert_eq!(Command::decode(linux), Ok(Command::Sync { signal: SyncSignal::Event }));
+        assert_eq!(Command::decode([0x30 | 1 << 63, !0]), Ok(Command::TlbiNsnhAll));
+    }
+
+    #[test]
+    fn the_command_for_all_streams_has_a_name_of_its_own() {
+        let of = |range| Command::CfgiSteRange { stream: STREAM, range }.name();
+        assert_eq!((of(31), of(30)), ("CMD_CFGI_ALL", "CMD_CFGI_STE_RANGE"));
+    }
+
+    #[test]
+    fn what_no_smmu_takes() {
+        for opcode in [0, 0x07, 0x0f, 0x14, 0x18, 0x31, 0x42, 0x47, 0xff] {
+            assert_eq!(Command::decode([opcode.into(), 0]), Err(DecodeError::Opcode(opcode)));
+        }
+        for opcode in [0x01, 0x03, 0x06, 0x40, 0x44] {
+            let secure = [u64::from(opcode) | 1 << 10, 0];
+            assert_eq!(Command::decode(secure), Err(DecodeError::Secure(opcode)));
+        }
+        assert_eq!(Command::decode([0x46 | 3 << 12, 0]), Err(DecodeError::Signal));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_decoded_is_encoded_as_the_same(opcode in 0..0x50u64, low: u64, high: u64) {
+            if let Ok(command) = Command::decode([low & !0xff | opcode, high]) {
+                prop_assert_eq!(Command::decode(command.encode()), Ok(command));
+                prop_assert_eq!(u64::from(command.opcode()), opcode);
+                // No bit is set that the guest did not set.
+                let [canonical_low, canonical_high] = command.encode();
+                prop_assert_eq!(canonical_low & !(low & !0xff | opcode), 0);
+                prop_assert_eq!(canonical_high & !high, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_are_in_granules() {
+        let of = |tg, num, scale| AddressRange { tg, num, scale, ..AddressRange::at(0) }.bytes();
+        assert_eq!(of(0, 31, 31), None);
+        assert_eq!(of(1, 0, 0), Some(0x1000));
+        assert_eq!(of(2, 2, 1), Some(3 * 2 * 0x4000));
+        assert_eq!(of(3, 31, 31), Some(1 << 52));
+    }
+
+    #[test]
+    fn one_granule_without_a_level_is_reserved() {
+        let granule = AddressRange { tg: 1, ..AddressRange::at(0) };
+        assert!(granule.is_reserved() && granule.needs_ril());
+        assert!(!AddressRange { ttl: 3, ..granule }.is_reserved());
+        assert!(!AddressRange { num: 1, ..granule }.is_reserved());
+        assert!(!AddressRange::at(!0).is_reserved() && !AddressRange::at(!0).needs_ril());
     }
 }

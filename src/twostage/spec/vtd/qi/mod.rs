@@ -5,10 +5,8 @@
 //! granularities. Whether a unit supports the descriptor (its translation table mode, its
 //! capabilities, the maximum mask) is up to the unit.
 
-mod fields;
-mod words;
+mod encoding;
 
-use super::PAGE_SHIFT;
 use crate::spec::pci::{Bdf, Pasid};
 
 /// 64-bit words of a descriptor. A 128-bit descriptor has the first two; the others are treated as
@@ -203,7 +201,7 @@ pub enum Descriptor {
 impl Descriptor {
     /// The type of the descriptor `words`, whatever else they contain: 0 to 127.
     pub const fn raw_type(words: Words) -> u8 {
-        let header = words::Header::from_bits(words[0]);
+        let header = encoding::Header::from_bits(words[0]);
         header.low() | header.high() << 4
     }
 
@@ -236,103 +234,196 @@ impl Descriptor {
             Self::PageGroupResponse { .. } => "page-group-response",
         }
     }
-
-    /// Decodes `words`.
-    ///
-    /// # Errors
-    /// The type is reserved, or a reserved field is set.
-    pub fn decode(words: Words) -> Result<Self, DecodeError> {
-        let kind = Self::raw_type(words);
-        let reserved = DecodeError::Reserved(kind);
-        let mask = words::reserved(kind).ok_or(DecodeError::Type(kind))?;
-        if words.iter().zip(mask).any(|(word, mask)| word & mask != 0) {
-            return Err(reserved);
-        }
-        let [low, high, ..] = words;
-        match kind {
-            1 => fields::decode_context_cache(low).map(Self::ContextCache),
-            2 => fields::decode_iotlb(low, high),
-            3 => Some(fields::decode_device_tlb(low, high)),
-            4 => Some(Self::InterruptEntryCache(fields::decode_interrupt_entry_cache(low))),
-            5 => Some(fields::decode_wait(low, high)),
-            6 => fields::decode_pasid_iotlb(low, high),
-            7 => fields::decode_pasid_cache(low).map(Self::PasidCache),
-            8 => fields::decode_pasid_device_tlb(low, high),
-            // `words::reserved` only knows types 1 to 9.
-            _ => fields::decode_page_group_response(low, high),
-        }
-        .ok_or(reserved)
-    }
-
-    /// The words of the descriptor, which [`Descriptor::decode`] decodes to the same.
-    pub fn encode(&self) -> Words {
-        let [low, high] = match *self {
-            Self::ContextCache(scope) => [fields::encode_context_cache(scope), 0],
-            Self::Iotlb { scope, drain_writes, drain_reads } => {
-                fields::encode_iotlb(scope, drain_writes, drain_reads)
-            }
-            Self::DeviceTlb { source, physical_function, max_pending, range } => [
-                words::DeviceTlbLow::new()
-                    .with_pfsid_low(physical_function as u8 & 0xf)
-                    .with_mip(max_pending & 0x1f)
-                    .with_sid(source.raw())
-                    .with_pfsid_high(physical_function >> 4)
-                    .into_bits(),
-                fields::encode_device_range(range),
-            ],
-            Self::InterruptEntryCache(scope) => [fields::encode_interrupt_entry_cache(scope), 0],
-            Self::Wait { status, interrupt, fence, drain_page_requests } => {
-                let low = words::WaitLow::new()
-                    .with_interrupt(interrupt)
-                    .with_sw(status.is_some())
-                    .with_fence(fence)
-                    .with_pd(drain_page_requests)
-                    .with_data(status.map_or(0, |status| status.data));
-                [low.into_bits(), status.map_or(0, |status| status.address & !3)]
-            }
-            Self::PasidIotlb { domain, pasid, range } => {
-                let low = words::PasidLow::new()
-                    .with_g(if range.is_some() { 3 } else { 2 })
-                    .with_did(domain)
-                    .with_pasid(pasid.raw());
-                [low.into_bits(), range.map_or(0, fields::encode_range)]
-            }
-            Self::PasidCache(scope) => [fields::encode_pasid_cache(scope), 0],
-            Self::PasidDeviceTlb {
-                source,
-                pasid,
-                global,
-                physical_function,
-                max_pending,
-                range,
-            } => [
-                words::PasidDeviceTlbLow::new()
-                    .with_mip(max_pending & 0x1f)
-                    .with_pfsid_low(physical_function as u8 & 0xf)
-                    .with_sid(source.raw())
-                    .with_pasid(pasid.raw())
-                    .with_pfsid_high(physical_function >> 4)
-                    .into_bits(),
-                words::PasidDeviceTlbHigh::new()
-                    .with_g(global)
-                    .with_s(range.size)
-                    .with_addr(range.address >> PAGE_SHIFT)
-                    .into_bits(),
-            ],
-            Self::PageGroupResponse { requester, pasid, group, code } => [
-                words::PageGroupLow::new()
-                    .with_pp(pasid.is_some())
-                    .with_rc(code & 0xf)
-                    .with_rid(requester.raw())
-                    .with_pasid(pasid.map_or(0, Pasid::raw))
-                    .into_bits(),
-                words::PageGroupHigh::new().with_prgi(group & 0x1ff).into_bits(),
-            ],
-        };
-        let kind = words::Header::new().with_low(self.descriptor_type());
-        [low | kind.into_bits(), high, 0, 0]
-    }
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::spec::vtd::PAGE_SIZE;
+
+    fn page() -> impl Strategy<Value = u64> {
+        any::<u64>().prop_map(|address| address & !(PAGE_SIZE - 1))
+    }
+
+    fn bdf() -> impl Strategy<Value = Bdf> {
+        any::<u16>().prop_map(Bdf::from_raw)
+    }
+
+    fn pasid() -> impl Strategy<Value = Pasid> {
+        (0..1u32 << Pasid::BITS).prop_map(|pasid| Pasid::new(pasid).unwrap())
+    }
+
+    fn address_mask() -> impl Strategy<Value = AddressMask> {
+        (page(), 0..64u8, any::<bool>()).prop_map(|(address, mask, leaf)| AddressMask {
+            address,
+            mask,
+            leaf,
+        })
+    }
+
+    fn device_range() -> impl Strategy<Value = DeviceTlbRange> {
+        (page(), any::<bool>()).prop_map(|(address, size)| DeviceTlbRange { address, size })
+    }
+
+    fn context_scope() -> impl Strategy<Value = ContextScope> {
+        prop_oneof![
+            Just(ContextScope::Global),
+            any::<u16>().prop_map(ContextScope::Domain),
+            (any::<u16>(), bdf(), 0..4u8).prop_map(|(domain, source, function_mask)| {
+                ContextScope::Device { domain, source, function_mask }
+            }),
+        ]
+    }
+
+    fn iotlb_scope() -> impl Strategy<Value = IotlbScope> {
+        prop_oneof![
+            Just(IotlbScope::Global),
+            any::<u16>().prop_map(IotlbScope::Domain),
+            (any::<u16>(), address_mask())
+                .prop_map(|(domain, range)| IotlbScope::Pages { domain, range }),
+        ]
+    }
+
+    fn status() -> impl Strategy<Value = StatusWrite> {
+        (any::<u64>(), any::<u32>())
+            .prop_map(|(address, data)| StatusWrite { address: address & !3, data })
+    }
+
+    fn descriptor() -> impl Strategy<Value = Descriptor> {
+        prop_oneof![
+            context_scope().prop_map(Descriptor::ContextCache),
+            (iotlb_scope(), any::<bool>(), any::<bool>()).prop_map(
+                |(scope, drain_writes, drain_reads)| Descriptor::Iotlb {
+                    scope,
+                    drain_writes,
+                    drain_reads
+                }
+            ),
+            (bdf(), any::<u16>(), 0..32u8, device_range()).prop_map(
+                |(source, physical_function, max_pending, range)| Descriptor::DeviceTlb {
+                    source,
+                    physical_function,
+                    max_pending,
+                    range
+                }
+            ),
+            Just(Descriptor::InterruptEntryCache(InterruptEntryScope::Global)),
+            (any::<u16>(), 0..32u8).prop_map(|(index, mask)| {
+                Descriptor::InterruptEntryCache(InterruptEntryScope::Index { index, mask })
+            }),
+            (proptest::option::of(status()), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+                |(status, interrupt, fence, drain_page_requests)| Descriptor::Wait {
+                    status,
+                    interrupt,
+                    fence,
+                    drain_page_requests
+                }
+            ),
+            (any::<u16>(), pasid(), proptest::option::of(address_mask()))
+                .prop_map(|(domain, pasid, range)| Descriptor::PasidIotlb { domain, pasid, range }),
+            Just(Descriptor::PasidCache(PasidCacheScope::Global)),
+            any::<u16>().prop_map(|domain| Descriptor::PasidCache(PasidCacheScope::Domain(domain))),
+            (any::<u16>(), pasid()).prop_map(|(domain, pasid)| {
+                Descriptor::PasidCache(PasidCacheScope::Pasid { domain, pasid })
+            }),
+            (bdf(), pasid(), any::<bool>(), any::<u16>(), 0..32u8, device_range()).prop_map(
+                |(source, pasid, global, physical_function, max_pending, range)| {
+                    Descriptor::PasidDeviceTlb {
+                        source,
+                        pasid,
+                        global,
+                        physical_function,
+                        max_pending,
+                        range,
+                    }
+                }
+            ),
+            (bdf(), proptest::option::of(pasid()), 0..512u16, 0..16u8).prop_map(
+                |(requester, pasid, group, code)| Descriptor::PageGroupResponse {
+                    requester,
+                    pasid,
+                    group,
+                    code
+                }
+            ),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(descriptor in descriptor()) {
+            prop_assert_eq!(Descriptor::decode(descriptor.encode()), Ok(descriptor));
+        }
+
+        #[test]
+        fn every_reserved_bit_is_refused(descriptor in descriptor(), bit in 0..256usize) {
+            let kind = descriptor.descriptor_type();
+            let mut words = descriptor.encode();
+            words[bit / 64] |= 1 << (bit % 64);
+            let mask = encoding::reserved(kind).unwrap();
+            if mask[bit / 64] >> (bit % 64) & 1 != 0 {
+                prop_assert_eq!(Descriptor::decode(words), Err(DecodeError::Reserved(kind)));
+            }
+        }
+
+        #[test]
+        fn any_words_decode_or_are_refused(words in any::<[u64; 4]>(), kind in 0..16u64) {
+            for words in [words, [words[0] & !0xe0f | kind, words[1], 0, 0]] {
+                let kind = Descriptor::raw_type(words);
+                match Descriptor::decode(words) {
+                    // Fields that the scope does not use are dropped, so only the type is compared.
+                    Ok(descriptor) => {
+                        prop_assert_eq!(descriptor.descriptor_type(), kind);
+                        prop_assert_eq!(Descriptor::decode(descriptor.encode()), Ok(descriptor));
+                    }
+                    Err(DecodeError::Type(of)) => prop_assert!(of == kind && !(1..=9).contains(&kind)),
+                    Err(DecodeError::Reserved(of)) => prop_assert_eq!(of, kind),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn known_words() {
+        // As a driver writes them: domain-selective IOTLB with drains, page-selective PASID IOTLB.
+        let iotlb = Descriptor::decode([0x0005_00e2, 0, 0, 0]).unwrap();
+        let expected = Descriptor::Iotlb {
+            scope: IotlbScope::Domain(5),
+            drain_writes: true,
+            drain_reads: true,
+        };
+        assert_eq!(iotlb, expected);
+        let pasid_iotlb = Descriptor::decode([0x0000_0007_0005_0036, 0x1234_5043, 0, 0]).unwrap();
+        let expected = Descriptor::PasidIotlb {
+            domain: 5,
+            pasid: Pasid::new(7).unwrap(),
+            range: Some(AddressMask { address: 0x1234_5000, mask: 3, leaf: true }),
+        };
+        assert_eq!(pasid_iotlb, expected);
+        let wait = Descriptor::decode([0x0000_0002_0000_0025, 0x8000, 0, 0]).unwrap();
+        let expected = Descriptor::Wait {
+            status: Some(StatusWrite { address: 0x8000, data: 2 }),
+            interrupt: false,
+            fence: false,
+            drain_page_requests: false,
+        };
+        assert_eq!(wait, expected);
+    }
+
+    #[test]
+    fn reserved_granularities_are_refused() {
+        for low in [0x01, 0x02, 0x06, 0x16, 0x27u64] {
+            let kind = low as u8 & 0xf;
+            assert_eq!(Descriptor::decode([low, 0, 0, 0]), Err(DecodeError::Reserved(kind)));
+        }
+    }
+
+    #[test]
+    fn the_type_has_seven_bits() {
+        assert_eq!(Descriptor::raw_type([0x201, 0, 0, 0]), 0x11);
+        assert_eq!(Descriptor::decode([0x211, 0, 0, 0]), Err(DecodeError::Type(0x11)));
+        assert_eq!(Descriptor::decode([0; 4]), Err(DecodeError::Type(0)));
+    }
+}
