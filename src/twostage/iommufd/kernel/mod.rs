@@ -250,6 +250,6 @@ mod tests {
         let words = |path: &str| KernelHost::open(Path::new(path)).unwrap_err().to_string();
         let absent = words("/dev/no-such-iommu");
         assert!(absent.contains("there is no /dev/no-such-iommu") && absent.contains("modprobe"));
-        assert_eq!(words("/dev/null"), "/dev/null is no iommufd");
+        assert_eq!(words("/dev/null"), "/dev/null is not an iommufd");
     }
 }
