@@ -24,6 +24,8 @@ help:
 	@echo '                   emulated arm64 host'
 	@echo 'make nested-check  the part of test that runs Linux guests'
 	@echo 'make preload       libtwostage_iommufd.so: an emulated /dev/iommu for any program'
+	@echo 'make package       in target/package: the crates as crates.io takes them, and the library as a'
+	@echo '                   Debian package'
 	@echo 'make selftests     Linux'"'"'s iommufd selftests, unmodified, under that library'
 	@echo 'make bench         benchmarks (criterion), then comparisons with QEMU'
 	@echo 'make compare-arm64 /dev/iommu calls for the same arm64 guest, compared with QEMU'"'"'s'
@@ -59,6 +61,7 @@ test-all: test loom
 	@[ "$(TSAN)" = off ] || scripts/check/tsan
 	TWOSTAGE_KVM=$(KVM) PROPTEST_CASES=4096 TWOSTAGE_STRESS_SECONDS=60 \
 		cargo test --locked --release -- --include-ignored
+	scripts/package
 	scripts/check/guest-under-qemu
 	@[ "$(NESTED)" = off ] || scripts/check/bad-inputs
 	@[ "$(NESTED)" = off ] || scripts/check/xen
@@ -78,6 +81,9 @@ preload:
 	@$(need) cc cargo
 	cargo build --release --locked -p twostage-iommufd-preload
 	@echo 'built target/release/libtwostage_iommufd.so; set LD_PRELOAD to it'
+
+package:
+	@scripts/package
 
 selftests:
 	@scripts/check/iommufd-selftests
@@ -145,6 +151,6 @@ clean:
 	cargo clean
 	rm -rf guest-images/build
 
-.PHONY: help run demo test test-all test-arm64 nested-check preload selftests bench compare-arm64 \
+.PHONY: help run demo test test-all test-arm64 nested-check preload package selftests bench compare-arm64 \
 	fuzz loom tsan lint doc guest binary binary-arm64 kvm clean
 .DEFAULT_GOAL := help
