@@ -69,4 +69,5 @@ mod next;
 mod state;
 mod sys;
 mod table;
+mod trace;
 mod world;

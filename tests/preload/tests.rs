@@ -84,6 +84,24 @@ fn the_nested_flow() {
     );
 }
 
+#[test]
+fn every_call_is_traced_with_its_fields() {
+    let mut command = preloaded(PROGRAM, &["flow", "/dev/vfio/devices/vfio0"]);
+    let output = output(command.env("TWOSTAGE_IOMMUFD_LOG", "trace"));
+    let error = String::from_utf8_lossy(&output.stderr);
+    for line in [
+        "IOMMU_IOAS_ALLOC(flags=0x0, out_ioas_id=0x0) = 0, out_ioas_id=0x",
+        "IOMMU_HWPT_ALLOC(flags=0x3, dev_id=0x",
+        "IOMMU_DESTROY(id=0x",
+        ") = -1 EBUSY",
+        "VFIO_DEVICE_BIND_IOMMUFD(argsz=0x",
+        "write(0x8, offset=0x80) = 8",
+    ] {
+        assert!(error.contains(line), "no '{line}' in\n{error}");
+    }
+    assert!(!error.contains("ioctl("), "an ioctl without a name:\n{error}");
+}
+
 /// The output on Linux's iommufd is the same: `scripts/check/smmu-flow-arm64`.
 #[test]
 fn the_nested_flow_on_an_smmu() {

@@ -19,7 +19,7 @@ use crate::files::iommufd::{Events, OpenTestFile};
 use crate::memory::{accounts::Pinned, taken};
 use crate::state::{self, Kind, Own, Slot, State};
 use crate::world::World;
-use crate::{sys, table};
+use crate::{sys, table, trace};
 
 /// Answers a call on `fd`; `None` if it is not an emulated file. `EBADF` if it is being closed.
 pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> {
@@ -57,7 +57,7 @@ pub fn call(state: &State, fd: RawFd, call: Call) -> Option<Result<i64, Errno>> 
 /// while serving) before the writer of the response, or whoever ended the attachment, gets the
 /// result.
 fn make(state: &State, own: &Own, caller: &CallingProcess, call: Call) -> Result<Answer, Errno> {
-    let result = own.file.call(caller, call);
+    let result = trace::call(&*own.file, caller, call);
     if matches!(call, Call::Write { .. }) {
         state.waiting.written(&own.file);
     }
