@@ -26,8 +26,12 @@ fn root() -> PathBuf {
 fn files(folder: &Path) -> (Vec<PathBuf>, BTreeMap<PathBuf, usize>) {
     let (mut found, mut sizes, mut open) = (Vec::new(), BTreeMap::new(), vec![folder.to_owned()]);
     while let Some(next) = open.pop() {
-        let entries: Vec<_> =
-            fs::read_dir(&next).unwrap().map(|entry| entry.unwrap().path()).collect();
+        // Packages have links to the licences.
+        let entries: Vec<_> = fs::read_dir(&next)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| !path.is_symlink())
+            .collect();
         sizes.insert(next, entries.len());
         for path in entries {
             if path.is_dir() {
