@@ -85,7 +85,11 @@ fn there_is_a_dmar_when_there_is_an_iommu() {
 fn the_dmar_names_what_is_behind_the_unit() {
     let dmar = |iommu: IommuPlatform| {
         let tables = tables(&Platform { iommu: Some(iommu), ..platform() });
-        tables["DMAR"][36..].to_vec()
+        let (header, rest) = tables["DMAR"].split_at(36);
+        // The length and the checksum are checked already.
+        assert_eq!((&header[..4], header[8]), (&b"DMAR"[..], 1));
+        assert_eq!(header[10..], *b"TWOSTGTWOSTAGE\x01\0\0\0RVAT\0\0\0\x01");
+        rest.to_vec()
     };
     let header = |flags: u8| [[HOST_ADDRESS_WIDTH - 1, flags].as_slice(), &[0; 10]].concat();
     let drhd_at = |page: u8, length: u8, flags: u8| {
