@@ -12,10 +12,13 @@
 //! # Features
 //!
 //! * `kernel`: the host on the kernel's `/dev/iommu`, with VFIO's character devices.
+//! * `acpi`: the firmware tables DMAR and IORT, in the form of the package `acpi_tables`.
 //! * `serde`: `Serialize` for reports, counters and guest-visible states.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 
+#[cfg(feature = "acpi")]
+pub mod acpi;
 pub mod counters;
 pub mod iommufd;
 pub mod nesting;

@@ -323,8 +323,8 @@ mod tests {
         assert_eq!(tree.cells(first, "msi-parent"), [ITS, 0xff00]);
     }
 
-    /// The whole tree, by its length and its FNV-1a sum: no guest is told anything else because code
-    /// moves. Whoever changes what the machine tells its guests changes the numbers.
+    /// The whole tree, by its length and its FNV-1a sum: no guest is told anything else because
+    /// code moves. Whoever changes what the machine tells its guests changes the numbers.
     #[test]
     fn a_full_machine_is_described_byte_for_byte_as_before() {
         let other = Smmu { registers: span(0xa02_0000, 0x2_0000), spis: None, ..smmu(&[0x18]) };

@@ -6,10 +6,8 @@
 //! Xen's first domain not even Xen's. The tables are in a PC's BIOS area, which no memory map
 //! declares as RAM.
 //!
-//! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG); VT-d (DMAR).
+//! Source: ACPI 6.5; PCI Firmware 3.3 (MCFG).
 
-#[cfg_attr(not(test), allow(dead_code, reason = "all of the table, as acpi_tables would have it"))]
-mod dmar;
 mod dsdt;
 
 use acpi_tables::facs::FACS;
@@ -33,6 +31,7 @@ use super::power::{
 use super::timers::CENTURY;
 use crate::memory::MachineMemory;
 use crate::{Error, Result};
+use twostage::acpi::dmar;
 use twostage::spec::pci::Bdf;
 use twostage::spec::vtd::HOST_ADDRESS_WIDTH;
 
