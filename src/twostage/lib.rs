@@ -13,7 +13,7 @@
 //!
 //! * `kernel`: the host on the kernel's `/dev/iommu`, with VFIO's character devices.
 //! * `acpi`: the firmware tables DMAR and IORT, in the form of the package `acpi_tables`.
-//! * `serde`: `Serialize` for reports, counters and guest-visible states.
+//! * `serde`: `Serialize` for reports, counters and snapshots, and `Deserialize` for snapshots.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 

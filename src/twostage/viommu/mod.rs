@@ -11,13 +11,15 @@
 //! `registers` and `control` (what a register write sets off), `queue` (and what is done for each
 //! descriptor or command), `policy` (from tables), `apply` and `requesters` (to the host), `faults`
 //! and `fault_log` (back to the guest), `config`, `host_unit` (what hosts can serve), `host_side`,
-//! `state` (and statistics). What is the same protocol is in `ledger`.
+//! `state` (and statistics), `restore` (and snapshot, and reset). What is the same protocol is in
+//! `ledger`.
 
 mod host_side;
 mod ledger;
 mod machine;
 mod observer;
 mod registers;
+mod restore;
 pub mod smmuv3;
 #[cfg(test)]
 mod testing;
@@ -28,3 +30,4 @@ pub use machine::{
     BadAddress, InterruptListener, InterruptRemapper, InterruptSink, MsiMessage, TableMemory,
 };
 pub use observer::{FaultOutcome, Observer, RegisterAccess};
+pub use restore::{RestoreError, SnapshotError};

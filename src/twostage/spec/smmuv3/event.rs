@@ -31,6 +31,7 @@ macro_rules! event_ids {
     )*) => {
         /// The number of an event (§7.3.2 to §7.3.20).
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         pub enum EventId {
             $($(#[$doc])* #[doc(alias = $name)] $variant,)*
         }

@@ -12,6 +12,7 @@ macro_rules! fault_reasons {
         /// [`FaultReason::condition`] is the specification's short name of the condition;
         /// documentation search finds variants by it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         pub enum FaultReason {
             $($(#[$doc])* #[doc(alias = $condition)] $variant,)*
         }

@@ -76,6 +76,7 @@ impl Pgtt {
 /// The number of levels of first-stage tables (FSPM), which determines the width of their input
 /// addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum PagingMode {
     /// 00: 4 levels, 48 bits.
     Level4,

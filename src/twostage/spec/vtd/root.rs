@@ -111,6 +111,7 @@ impl ContextHigh {
 
 /// The input address width of second-stage tables: the encoding of AW fields (§9.3, §9.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum AddressWidth {
     /// 001: 39 bits, 3 levels.
     Bits39,

@@ -173,16 +173,36 @@ impl VtdIommu {
         config: RequesterConfig,
         refused: FaultReason,
     ) -> Applied {
+        self.try_give(requester, config, refused).or_else(|error| self.host_failed(&error))
+    }
+
+    /// The same, with the host's error, which is not logged yet.
+    pub(super) fn try_give(
+        &self,
+        requester: Requester,
+        config: RequesterConfig,
+        refused: FaultReason,
+    ) -> Result<(), HostSideError> {
         let fault_disabled = config.fault_disabled;
         let refused = blocked_config(requester, Blocked { reason: refused, fault_disabled });
         let configure = || self.host.configure(requester, &config);
         let given = self.requesters.give(requester, config, refused, configure);
         let Some(result) = given else { return Ok(()) };
+        self.policy_given(requester, &config, &result);
+        result
+    }
+
+    /// Counts and shows what the host was given.
+    pub(super) fn policy_given(
+        &self,
+        requester: Requester,
+        config: &RequesterConfig,
+        result: &Result<(), HostSideError>,
+    ) {
         self.counters.policies.count();
         if let Some(observer) = &self.observer {
-            observer.policy(requester, &config, result.is_ok());
+            observer.policy(requester, config, result.is_ok());
         }
-        result.or_else(|error| self.host_failed(&error))
     }
 
     /// Gives a batch to the host, starting at `progress`: as much of it as one slice may do.

@@ -22,6 +22,11 @@ const MAMV: u8 = 18;
 
 /// What the virtual VT-d offers to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct VtdConfig {
     /// Width of IOVAs in bits: 48, or 57 for 5-level tables.
     pub address_width: u8,

@@ -44,6 +44,15 @@ impl Default for Budget {
     }
 }
 
+/// The configuration of requests without PASID while translation is disabled.
+pub(super) const PASSING: RequesterConfig = RequesterConfig {
+    policy: Policy::Bypass,
+    tag: DomainTag { domain: 0, pasid: 0 },
+    fault_disabled: false,
+};
+/// What PASIDs are withdrawn with.
+pub(super) const PASID_GONE: Blocked = Blocked::recorded(FaultReason::PasidEntryNotPresent);
+
 /// What the configuration of requesters is derived from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum By {
@@ -144,11 +153,7 @@ impl VtdIommu {
         let requester = Requester::rid(rid);
         let (config, refused) = match evaluation.by {
             By::Tables => (self.tables(root).config(requester), refused_reason(root)),
-            By::Nothing => {
-                let tag = DomainTag { domain: 0, pasid: 0 };
-                let config = RequesterConfig { policy: Policy::Bypass, tag, fault_disabled: false };
-                (config, FaultReason::RootTableAddressInvalid)
-            }
+            By::Nothing => (PASSING, FaultReason::RootTableAddressInvalid),
         };
         self.evaluate_requester(evaluation, requester, config, budget, |unit| {
             unit.give(requester, config, refused)
@@ -185,12 +190,11 @@ impl VtdIommu {
             _ => {}
         }
         // A configured PASID without an entry is withdrawn.
-        let gone = Blocked::recorded(FaultReason::PasidEntryNotPresent);
         let by_tables = evaluation.by == By::Tables;
         let withdraw = |evaluation: &mut Evaluation, requester, budget: &mut Budget| {
             let config = match by_tables {
                 true => tables.config(requester),
-                false => blocked_config(requester, gone),
+                false => blocked_config(requester, PASID_GONE),
             };
             self.evaluate_requester(evaluation, requester, config, budget, |unit| {
                 unit.give_or_withdraw(requester, config, refused)

@@ -13,7 +13,11 @@ use crate::viommu::MsiMessage;
 
 /// Fault status and records, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct FaultLog {
     /// FSTS.
     pub status: Fsts,
@@ -169,7 +173,11 @@ fn dma_record(fault: &DmaFault, reason: FaultReason) -> FaultRecord {
 
 /// The four registers of one event: control, data, address, upper address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct EventRegisters {
     /// FECTL, IECTL.
     pub control: EventControl,

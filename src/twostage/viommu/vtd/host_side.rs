@@ -12,6 +12,11 @@ use crate::viommu::{HostSideError, Requester};
 
 /// A first-stage table (VT-d scalable mode, PGTT first-stage).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct VtdFirstStage {
     /// GPA of the top table, in bytes (FSPTPTR).
     pub table: u64,
@@ -27,6 +32,11 @@ pub struct VtdFirstStage {
 
 /// A second-stage table that the guest owns (VT-d legacy mode, or PGTT second-stage).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct VtdSecondStage {
     /// GPA of the top table, in bytes (SSPTPTR).
     pub table: u64,
@@ -36,6 +46,7 @@ pub struct VtdSecondStage {
 
 /// Guest-owned tables, by format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Stage1 {
     /// VT-d first-stage: hardware nests it.
     VtdFirstStage(VtdFirstStage),
@@ -45,6 +56,7 @@ pub enum Stage1 {
 
 /// The treatment of a requester's DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Policy {
     /// Every request fails with this reason, as seen by the guest.
     Blocked(FaultReason),
@@ -59,6 +71,11 @@ pub enum Policy {
 /// VT-d tags by domain id and PASID; for requests without PASID, `pasid` is the context entry's
 /// RID_PASID (0 in legacy mode).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct DomainTag {
     /// Domain id.
     pub domain: u16,
@@ -68,6 +85,11 @@ pub struct DomainTag {
 
 /// A requester's policy and everything else in the guest's tables about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct RequesterConfig {
     /// The treatment of its DMA.
     pub policy: Policy,

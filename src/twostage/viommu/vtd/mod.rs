@@ -38,6 +38,7 @@ mod queue;
 mod registers;
 mod remapping;
 mod requesters;
+mod restore;
 mod state;
 
 use crate::sync::Mutex;
@@ -52,7 +53,10 @@ pub use host_side::{
     Stage1, VtdFirstStage, VtdSecondStage,
 };
 pub use host_unit::HostUnit;
-pub use state::{Registers, VtdCounters, VtdState};
+pub use state::{
+    DecisionState, FunctionState, InterruptEntryState, PasidState, Registers, Translating,
+    VtdCounters, VtdState,
+};
 
 use super::registers::FairMutex;
 use super::{InterruptSink, MsiMessage, Observer, Requester, TableMemory};
@@ -72,6 +76,7 @@ const REMOVED_AT_ONCE: u32 = 32;
 
 /// A virtual VT-d unit.
 pub struct VtdIommu {
+    config: VtdConfig,
     caps: Capabilities,
     memory: Arc<dyn TableMemory>,
     host: Arc<dyn HostSide>,
@@ -99,7 +104,18 @@ impl VtdIommu {
         interrupts: Arc<dyn InterruptSink>,
         observer: Option<Arc<dyn Observer>>,
     ) -> Result<Arc<Self>, ConfigError> {
-        Ok(Arc::new(Self {
+        Self::build(config, memory, host, interrupts, observer).map(Arc::new)
+    }
+
+    /// See [`VtdIommu::new`].
+    fn build(
+        config: VtdConfig,
+        memory: Arc<dyn TableMemory>,
+        host: Arc<dyn HostSide>,
+        interrupts: Arc<dyn InterruptSink>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Self, ConfigError> {
+        Ok(Self {
             caps: config.capabilities()?,
             memory,
             host,
@@ -113,7 +129,8 @@ impl VtdIommu {
             remapping: Remapping::default(),
             counters: Counters::default(),
             log: RateLimit::default(),
-        }))
+            config,
+        })
     }
 
     /// The capability registers.
@@ -189,7 +206,8 @@ impl VtdIommu {
     /// return at the next descriptor or PASID, and none starts again. Work in progress is not
     /// acknowledged to the guest.
     ///
-    /// Does not block. Registers can be read and written as before.
+    /// Does not block. Registers can be read and written as before. There is no snapshot from then
+    /// on, until [`VtdIommu::reset`].
     pub fn halt(&self) {
         self.halted.store(true, Ordering::Relaxed);
     }
@@ -212,16 +230,6 @@ impl VtdIommu {
     /// Statistics.
     pub fn counters(&self) -> VtdCounters {
         self.counters.snapshot()
-    }
-
-    /// The guest-visible state at one moment.
-    pub fn state(&self) -> VtdState {
-        let registers = self.lock();
-        VtdState {
-            registers: registers.clone(),
-            faults: self.fault_log().clone(),
-            devices: self.requesters.functions(),
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {

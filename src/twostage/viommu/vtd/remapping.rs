@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::sync::Weak;
 
-use super::state::Registers;
+use super::state::{InterruptEntryState, Registers};
 use super::VtdIommu;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::fault::FaultReason;
@@ -89,6 +89,23 @@ impl Entries {
 }
 
 impl Remapping {
+    /// The cached entries, ascending.
+    pub fn cached(&self) -> Vec<InterruptEntryState> {
+        let entries = self.entries.lock();
+        let cached = entries.cache.iter();
+        let mut cached: Vec<_> = cached
+            .map(|(&index, irte)| InterruptEntryState { index, entry: irte.to_words() })
+            .collect();
+        cached.sort_unstable_by_key(|cached| cached.index);
+        cached
+    }
+
+    /// Replaces the cached entries.
+    pub fn set_cached(&self, cached: &[InterruptEntryState]) {
+        let entries = cached.iter().map(|cached| (cached.index, Irte::from_words(cached.entry)));
+        self.entries.lock().cache = entries.collect();
+    }
+
     /// Notifies the listeners that still exist.
     fn tell(&self) {
         let listeners: Vec<_> = self.listeners.lock().iter().filter_map(Weak::upgrade).collect();
@@ -99,9 +116,13 @@ impl Remapping {
 }
 
 impl VtdIommu {
-    /// From now on `listener` is notified of changes. It must look up again what it has already.
+    /// From now on `listener` is notified of changes; and once before this returns, as whatever it
+    /// has may be from before.
     pub fn add_interrupt_listener(&self, listener: Weak<dyn InterruptListener>) {
-        self.remapping.listeners.lock().push(listener);
+        self.remapping.listeners.lock().push(listener.clone());
+        if let Some(listener) = listener.upgrade() {
+            listener.interrupts_changed();
+        }
     }
 
     /// Latches IRTA. This also invalidates the cache (CAP.ESIRTPS).

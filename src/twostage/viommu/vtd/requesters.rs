@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use bitfield_struct::bitfield;
 
 use super::host_side::{DomainTag, Policy, RequesterConfig, Stage1, VtdFirstStage, VtdSecondStage};
+use super::state::{FunctionState, PasidState, Translating};
 use crate::runs::Runs;
 use crate::spec::pci::{Bdf, Pasid};
 use crate::spec::vtd::fault::FaultReason;
@@ -101,6 +102,26 @@ impl Requesters {
         self.read().functions.keys().copied().collect()
     }
 
+    /// What a snapshot has of them.
+    pub fn snapshot(&self) -> (Translating, Vec<FunctionState>) {
+        let published = self.read();
+        let pasids = |function: &Function| -> Vec<_> {
+            let runs = function.pasids.ranges().filter_map(|(pasids, given)| {
+                let (first, last) = pasids.into_inner();
+                let decision = given.of(Pasid::new(first)?).into();
+                Some(PasidState { first, last, decision })
+            });
+            runs.collect()
+        };
+        let functions = published.functions.iter().map(|(&rid, function)| FunctionState {
+            rid,
+            decision: function.rid.map(Into::into),
+            pasids: pasids(function),
+        });
+        let Functions { translating: enabled, root, .. } = *published;
+        (Translating { enabled, root }, functions.collect())
+    }
+
     /// Whether `rid` is a function of this unit.
     pub fn contains(&self, rid: Bdf) -> bool {
         self.read().functions.contains_key(&rid)
@@ -152,6 +173,12 @@ impl Requesters {
     pub fn is_translating(&self) -> bool {
         self.read().translating
     }
+}
+
+/// Whether the configuration of `pasid` can be stored as it is: its tables are at page boundaries
+/// below 2^52, and the tag is its own.
+pub(super) fn can_keep(pasid: Pasid, given: Given) -> bool {
+    PackedGiven::new(given).of(pasid) == given
 }
 
 /// Configured PASIDs of a removed function.

@@ -1,17 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest-visible state of a virtual VT-d as plain data, and its statistics.
+//! The state of a virtual VT-d as plain data, and its statistics.
 
+use super::config::VtdConfig;
 use super::fault_log::{EventRegisters, FaultLog};
+use super::host_side::RequesterConfig;
 use crate::counters::Counter;
 use crate::spec::pci::Bdf;
 use crate::spec::vtd::qi::Descriptor;
 use crate::spec::vtd::regs::{
     Ccmd, Gsts, Ics, IotlbReg, Iqa, Iqercd, Irta, Iva, QueuePointer, Rtaddr,
 };
+use crate::viommu::ledger::Given;
+
+/// The model, in errors.
+pub(super) const MODEL: &str = "VT-d";
 
 /// Registers except those of faults, which have a lock of their own.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct Registers {
     /// GSTS.
     pub gsts: Gsts,
@@ -46,16 +56,140 @@ pub struct Registers {
     pub interrupt_table: Irta,
 }
 
-/// The guest-visible state: a snapshot.
+/// All that [`VtdIommu::restore`](super::VtdIommu::restore) needs, as plain data: a snapshot.
+///
+/// With the feature `serde`, any format that keeps the order of fields refuses another version
+/// before it reads anything else, and all formats refuse fields that are unknown. What the host has
+/// for the unit, caches included, is not part of it: that follows from the decisions. So does what
+/// is left of the invalidation queue, from IQH.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
 pub struct VtdState {
+    /// [`VtdState::VERSION`].
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "version"))]
+    pub version: u32,
+    /// The configuration of the unit.
+    pub config: VtdConfig,
     /// Registers except those of faults.
     pub registers: Registers,
     /// Fault status and records.
     pub faults: FaultLog,
-    /// The functions behind the unit, ascending.
-    pub devices: Vec<Bdf>,
+    /// Whether functions follow tables.
+    pub translating: Translating,
+    /// Some decision must be given to the host again, at the next occasion.
+    pub unapplied: bool,
+    /// The functions behind the unit, ascending, each with its decisions: all that nesting has to
+    /// make again.
+    pub functions: Vec<FunctionState>,
+    /// The interrupt entry cache, ascending: the table may differ, until the guest invalidates.
+    pub interrupt_entries: Vec<InterruptEntryState>,
+}
+
+impl VtdState {
+    /// The version that this release reads and writes.
+    pub const VERSION: u32 = 1;
+}
+
+#[cfg(feature = "serde")]
+fn version<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    crate::viommu::restore::read_version(deserializer, MODEL, VtdState::VERSION)
+}
+
+/// By which tables faults are explained, which differs from the registers if the host failed to
+/// apply a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct Translating {
+    /// Translation is enabled, or a failed attempt to enable it was not undone.
+    pub enabled: bool,
+    /// The root table in use.
+    pub root: Option<Rtaddr>,
+}
+
+/// A function behind a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct FunctionState {
+    /// Its Requester ID.
+    pub rid: Bdf,
+    /// The decision for its requests without PASID; `None` before the first.
+    pub decision: Option<DecisionState>,
+    /// The decisions for its PASIDs, ascending, of those that have one.
+    pub pasids: Vec<PasidState>,
+}
+
+/// Adjacent PASIDs of a function with the same decision, except for their own tags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct PasidState {
+    /// The first of them, never 0.
+    pub first: u32,
+    /// The last of them.
+    pub last: u32,
+    /// The decision, with the tag of the first.
+    pub decision: DecisionState,
+}
+
+/// The decision for a requester, made from the guest's tables as they were then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct DecisionState {
+    /// The decision.
+    pub config: RequesterConfig,
+    /// The host has applied it. Otherwise the host refused or lost it, and must be told again.
+    pub applied: bool,
+}
+
+impl From<Given<RequesterConfig>> for DecisionState {
+    fn from(given: Given<RequesterConfig>) -> Self {
+        Self { config: given.decision, applied: given.applied }
+    }
+}
+
+impl From<DecisionState> for Given<RequesterConfig> {
+    fn from(state: DecisionState) -> Self {
+        Self { decision: state.config, applied: state.applied }
+    }
+}
+
+/// A cached entry of the interrupt remapping table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct InterruptEntryState {
+    /// Its index in the table.
+    pub index: u16,
+    /// Its words.
+    pub entry: [u64; 2],
 }
 
 crate::counters! {

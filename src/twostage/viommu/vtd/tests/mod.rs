@@ -9,6 +9,7 @@ mod properties;
 mod queue;
 mod registers;
 mod remapping;
+mod restore;
 mod slices;
 mod translation;
 
@@ -49,6 +50,18 @@ struct FakeHost {
 }
 
 impl FakeHost {
+    fn new(memory: GuestMemoryMmap) -> Arc<Self> {
+        Arc::new(Self {
+            memory,
+            calls: Mutex::default(),
+            status_then: Mutex::default(),
+            refusals: Refusals::default(),
+            pieces: Mutex::default(),
+            halting: Mutex::default(),
+            faulting: Mutex::default(),
+        })
+    }
+
     fn record(&self, call: Call) -> Result<(), HostSideError> {
         self.calls.lock().push(call);
         let status = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
@@ -143,15 +156,7 @@ impl Guest {
 
     /// The same, with `read` as the unit's access to the guest's `memory`.
     fn reading(config: VtdConfig, memory: GuestMemoryMmap, read: Arc<dyn TableMemory>) -> Self {
-        let host = Arc::new(FakeHost {
-            memory: memory.clone(),
-            calls: Mutex::default(),
-            status_then: Mutex::default(),
-            refusals: Refusals::default(),
-            pieces: Mutex::default(),
-            halting: Mutex::default(),
-            faulting: Mutex::default(),
-        });
+        let host = FakeHost::new(memory.clone());
         let sink = Arc::new(FakeSink::default());
         let iommu = VtdIommu::new(config, read, host.clone(), sink.clone(), None).unwrap();
         iommu.add_device(RID);
@@ -273,7 +278,7 @@ impl Guest {
         self.iommu.dma_fault(&fault(requester));
         let record = self.fault_record(0);
         let recorded = record.high.f().then_some(record.high.fr());
-        let index = self.iommu.state().faults.next;
+        let index = self.iommu.snapshot().unwrap().faults.next;
         // Back to the first record for the next time.
         if index != 0 {
             self.iommu.fault_log().next = 0;

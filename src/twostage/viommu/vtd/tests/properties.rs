@@ -33,7 +33,7 @@ proptest! {
             guest.write32(regs::FSTS, 0x70);
             guest.iommu.drain_queue();
         }
-        let state = guest.iommu.state();
+        let state = guest.iommu.snapshot().unwrap();
         let (head, tail) = (state.registers.iqh, state.registers.iqt);
         let stopped = state.faults.status.iqe() || state.faults.status.ite();
         prop_assert!(stopped || head == tail, "{head:?} {tail:?}");
@@ -53,10 +53,10 @@ proptest! {
             guest.iommu.dma_fault(&fault(with_pasid((access.value & 0xf_ffff) as u32)));
         }
         // Whatever happened, the device exists and the records are consistent.
-        let state = guest.iommu.state();
+        let state = guest.iommu.snapshot().unwrap();
         let used = state.faults.records.iter().any(|record| record.high.f());
         prop_assert_eq!(state.faults.status.ppf(), used);
-        prop_assert_eq!(state.devices, vec![RID]);
+        prop_assert_eq!(guest.iommu.requesters.functions(), vec![RID]);
     }
 
     #[test]
@@ -89,7 +89,7 @@ proptest! {
                 guest.write32(regs::GCMD, command);
             }
         }
-        let state = guest.iommu.state();
+        let state = guest.iommu.snapshot().unwrap();
         let used = state.faults.records.iter().any(|record| record.high.f());
         prop_assert_eq!(state.faults.status.ppf(), used);
     }

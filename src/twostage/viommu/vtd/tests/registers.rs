@@ -51,11 +51,11 @@ fn other_accesses_read_all_ones_and_write_nothing() {
         assert_eq!(data, [0xff; 4]);
         guest.iommu.mmio_write(offset, &data);
     }
-    let before = guest.iommu.state();
+    let before = guest.iommu.snapshot().unwrap();
     guest.iommu.mmio_write(regs::RTADDR, &[0xff; 2]);
     guest.iommu.mmio_write(regs::RTADDR + 2, &[0xff; 4]);
     guest.iommu.mmio_write(regs::RTADDR + 4, &[0xff; 8]);
-    assert_eq!(guest.iommu.state(), before);
+    assert_eq!(guest.iommu.snapshot().unwrap(), before);
 }
 
 #[test]
@@ -81,11 +81,14 @@ fn what_is_not_offered_is_ignored() {
 fn the_root_table_is_latched_by_its_command() {
     let guest = Guest::new(VtdConfig::default());
     guest.write64(regs::RTADDR, ROOT | 0x400);
-    assert_eq!((guest.read32(regs::GSTS), guest.iommu.state().registers.root), (0, None));
+    assert_eq!(
+        (guest.read32(regs::GSTS), guest.iommu.snapshot().unwrap().registers.root),
+        (0, None)
+    );
     guest.command(|enabled| enabled | 1 << 30);
     assert_eq!(guest.read32(regs::GSTS), 1 << 30);
     guest.write64(regs::RTADDR, 0x9000);
-    let root = guest.iommu.state().registers.root.unwrap();
+    let root = guest.iommu.snapshot().unwrap().registers.root.unwrap();
     assert_eq!(root.root_table(), ROOT);
     // RTPS stays through other commands.
     guest.command(|enabled| enabled);
@@ -247,7 +250,7 @@ fn an_observer_sees_everything_in_order() {
 fn the_state_round_trips() {
     let guest = Guest::running();
     guest.iommu.dma_fault(&fault(Requester::rid(RID)));
-    let state = guest.iommu.state();
+    let state = guest.iommu.snapshot().unwrap();
     let text = serde_json::to_string(&state).unwrap();
     assert_eq!(serde_json::from_str::<VtdState>(&text).unwrap(), state);
 }

@@ -267,6 +267,8 @@ fn a_listener_knows_before_the_guest_does() {
     let told = || std::mem::take(&mut *listener.told.lock());
     let weak = Arc::downgrade(&listener);
     guest.iommu.add_interrupt_listener(weak);
+    // It may have looked up something before.
+    assert_eq!(told(), [(Some(0), 0)]);
     guest.set_interrupt_table(SIZE);
     assert_eq!(told(), [(Some(0), 0)]);
     guest.enable_remapping();
@@ -282,6 +284,23 @@ fn a_listener_knows_before_the_guest_does() {
     // A command that changes nothing is not a change; a translation that blocks is not a fault.
     guest.command(|enabled| enabled);
     assert_eq!((told(), guest.interrupt_fault()), (vec![], None));
+}
+
+#[test]
+fn what_is_cached_stays_cached_in_a_restored_unit() {
+    let guest = Guest::remapping();
+    guest.write_irte(1, irte(0x41));
+    guest.write_irte(2, irte(0x51));
+    assert_eq!((guest.vector(1), guest.vector(2)), (Some(0x41), Some(0x51)));
+    // Not announced.
+    guest.write_irte(1, irte(0x42));
+    let state = guest.iommu.snapshot().unwrap();
+    let indices: Vec<_> = state.interrupt_entries.iter().map(|entry| entry.index).collect();
+    assert_eq!(indices, [1, 2]);
+    let restored = guest.restored(&state).unwrap();
+    assert_eq!((restored.vector(1), restored.vector(2)), (Some(0x41), Some(0x51)));
+    restored.submit(&[entries(1, 0), wait(1)]);
+    assert_eq!((restored.vector(1), restored.status()), (Some(0x42), 1));
 }
 
 /// Receives vectors, none of which may be below the floor.
