@@ -140,20 +140,38 @@ impl Smmu {
     /// Gives `decision` to the host unless it has it. If the host refuses, the stream is blocked,
     /// and each of its transactions is a C_BAD_STE: the entry asks for something unsupported.
     pub(super) fn give(&self, stream: StreamId, decision: Decision) -> Applied {
+        self.try_give(stream, decision).or_else(|error| self.host_failed(&error))
+    }
+
+    /// The same, with the host's error, which is not logged yet.
+    pub(super) fn try_give(
+        &self,
+        stream: StreamId,
+        decision: Decision,
+    ) -> Result<(), HostSideError> {
         let policy = decision.unwrap_or(StreamPolicy::Abort);
         let configure = || self.host.configure(stream, &policy);
         let given = self.streams.give(stream, decision, Err(ConfigFault::BAD_STE), configure);
         let Some(result) = given else { return Ok(()) };
-        self.counters.policies.count();
-        if let Some(observer) = &self.observer {
-            observer.stream_policy(stream, &policy, result.is_ok());
-        }
-        result.or_else(|error| {
+        self.policy_given(stream, &policy, &result);
+        result.inspect_err(|error| {
             if error.still_reachable {
                 self.streams.set_unapplied();
             }
-            self.host_failed(&error)
         })
+    }
+
+    /// Counts and shows what the host was given.
+    pub(super) fn policy_given(
+        &self,
+        stream: StreamId,
+        policy: &StreamPolicy,
+        result: &Result<(), HostSideError>,
+    ) {
+        self.counters.policies.count();
+        if let Some(observer) = &self.observer {
+            observer.stream_policy(stream, policy, result.is_ok());
+        }
     }
 
     /// Gives a batch to the host, unless it is empty.

@@ -19,6 +19,11 @@ const LITTLE_ENDIAN: u8 = 0b10;
 
 /// What the virtual SMMUv3 offers to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct SmmuConfig {
     /// Width of StreamIDs in bits, 1 to 32. 16 cover every PCI function of a segment.
     pub stream_bits: u8,

@@ -12,7 +12,11 @@ use crate::viommu::TableMemory;
 
 /// The event queue, the global errors and their interrupts, as the guest sees them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct FaultLog {
     /// IRQ_CTRL and IRQ_CTRLACK, which are always equal.
     pub irq_ctrl: IrqCtrl,
@@ -110,7 +114,11 @@ impl FaultLog {
 
 /// Registers of the event queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct EventQueue {
     /// CR0.EVENTQEN, as in effect.
     pub enabled: bool,
@@ -188,7 +196,11 @@ impl EventQueue {
 
 /// GERROR and GERRORN (§7.5): an error is active while its bits in them differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct GlobalErrors {
     /// GERROR: toggled by the SMMU.
     pub gerror: Gerror,
@@ -240,7 +252,11 @@ pub trait SmmuInterrupts: Send + Sync {
 
 /// The registers of one interrupt: `*_IRQ_CFG0` to `*_IRQ_CFG2`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct InterruptConfig {
     /// CFG0: the address of the message.
     pub address: IrqCfg0,

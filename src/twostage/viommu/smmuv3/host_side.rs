@@ -15,6 +15,7 @@ pub type EventRecordWords = [u64; 4];
 
 /// The treatment of a stream's DMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum StreamPolicy {
     /// Every transaction is terminated.
     Abort,

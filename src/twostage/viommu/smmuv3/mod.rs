@@ -32,6 +32,7 @@ mod policy;
 mod queue;
 mod registers;
 mod requesters;
+mod restore;
 mod state;
 
 use crate::sync::Mutex;
@@ -47,7 +48,8 @@ pub use host_side::{
     EventRecordWords, EventTarget, SmmuHostSide, SmmuInvalidateError, StreamPolicy,
 };
 pub use host_unit::HostSmmu;
-pub use state::{Registers, SmmuCounters, SmmuState};
+pub use policy::ConfigFault;
+pub use state::{DecisionState, Registers, SmmuCounters, SmmuState, StreamState, TableRegisters};
 
 use super::registers::FairMutex;
 use super::{Observer, TableMemory};
@@ -57,11 +59,12 @@ use crate::spec::smmuv3::StreamId;
 use fault_log::{Offered, Signal};
 use policy::{policy_while_disabled, StreamTable};
 use queue::Slice;
-use requesters::{Streams, TableRegisters};
+use requesters::Streams;
 use state::Counters;
 
 /// A virtual SMMUv3.
 pub struct Smmu {
+    config: SmmuConfig,
     caps: Capabilities,
     offered: Offered,
     memory: Arc<dyn TableMemory>,
@@ -88,8 +91,20 @@ impl Smmu {
         interrupts: Arc<dyn SmmuInterrupts>,
         observer: Option<Arc<dyn Observer>>,
     ) -> Result<Arc<Self>, SmmuConfigError> {
+        Self::build(config, memory, host, interrupts, observer).map(Arc::new)
+    }
+
+    /// See [`Smmu::new`].
+    fn build(
+        config: &SmmuConfig,
+        memory: Arc<dyn TableMemory>,
+        host: Arc<dyn SmmuHostSide>,
+        interrupts: Arc<dyn SmmuInterrupts>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Self, SmmuConfigError> {
         let caps = config.capabilities()?;
-        Ok(Arc::new(Self {
+        Ok(Self {
+            config: config.clone(),
             caps,
             offered: Offered::new(caps.idr0, caps.idr1),
             memory,
@@ -102,7 +117,7 @@ impl Smmu {
             streams: Streams::default(),
             counters: Counters::default(),
             log: RateLimit::default(),
-        }))
+        })
     }
 
     /// The identification registers.
@@ -132,9 +147,13 @@ impl Smmu {
     pub fn remove_stream(&self, stream: StreamId) {
         // Held so that nobody gives the stream a policy meanwhile.
         let _registers = self.lock();
-        if !self.streams.remove(stream) {
-            return;
+        if self.streams.remove(stream) {
+            self.take_away(stream);
         }
+    }
+
+    /// Blocks a stream that is not one of this SMMU any more.
+    fn take_away(&self, stream: StreamId) {
         if let Err(error) = self.host.configure(stream, &StreamPolicy::Abort) {
             // Not reported: the guest is not involved.
             let _ = self.host_failed(&error);
@@ -152,7 +171,8 @@ impl Smmu {
     /// The machine is stopping: threads working through the queue return at the next command, and
     /// none starts again. Work in progress is not acknowledged to the guest.
     ///
-    /// Does not block. Registers can be read and written as before.
+    /// Does not block. Registers can be read and written as before. There is no snapshot from then
+    /// on, until [`Smmu::reset`].
     pub fn halt(&self) {
         self.halted.store(true, Ordering::Relaxed);
     }
@@ -174,16 +194,6 @@ impl Smmu {
     /// Statistics.
     pub fn counters(&self) -> SmmuCounters {
         self.counters.snapshot()
-    }
-
-    /// The guest-visible state at one moment.
-    pub fn state(&self) -> SmmuState {
-        let registers = self.lock();
-        SmmuState {
-            registers: registers.clone(),
-            faults: self.fault_log().clone(),
-            streams: self.streams.all(),
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {

@@ -17,7 +17,12 @@ use crate::viommu::{BadAddress, TableMemory};
 
 /// Why the stream table cannot serve the transactions of a stream: all are terminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ConfigFault {
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+pub struct ConfigFault {
     /// The event of such a transaction: C_BAD_STREAMID, F_STE_FETCH or C_BAD_STE.
     pub event: EventId,
     /// FetchAddr: the address that could not be read, 0 if there is none.
@@ -28,11 +33,11 @@ pub(super) struct ConfigFault {
 
 impl ConfigFault {
     const BAD_STREAM_ID: Self = Self { event: EventId::BadStreamId, fetch_address: 0, off: true };
-    pub const BAD_STE: Self = Self { event: EventId::BadSte, fetch_address: 0, off: false };
+    pub(super) const BAD_STE: Self = Self { event: EventId::BadSte, fetch_address: 0, off: false };
     const INVALID_STE: Self = Self { off: true, ..Self::BAD_STE };
 
     /// The record of a transaction of `stream` that ends with this.
-    pub fn record(self, stream: StreamId) -> EventRecord {
+    pub(super) fn record(self, stream: StreamId) -> EventRecord {
         let second_address = self.fetch_address & EventRecord::FETCH_ADDRESS;
         EventRecord { second_address, ..EventRecord::new(self.event, stream, None) }
     }

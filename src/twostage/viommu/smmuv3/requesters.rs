@@ -4,20 +4,13 @@
 use std::collections::BTreeMap;
 
 use super::policy::ConfigFault;
+use super::state::{StreamState, TableRegisters};
 use super::StreamPolicy;
-use crate::spec::smmuv3::regs::{StrtabBase, StrtabBaseCfg};
 use crate::spec::smmuv3::StreamId;
 use crate::viommu::ledger::{Entries, Ledger};
 
 /// The decision for a stream: a policy, or why it is blocked.
 pub(super) type Decision = Result<StreamPolicy, ConfigFault>;
-
-/// The location of the stream table (STRTAB_BASE, STRTAB_BASE_CFG).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct TableRegisters {
-    pub base: StrtabBase,
-    pub cfg: StrtabBaseCfg,
-}
 
 /// The decision made for a stream.
 pub(super) type Given = crate::viommu::ledger::Given<Decision>;
@@ -83,6 +76,16 @@ impl Streams {
     /// Every stream, ascending.
     pub fn all(&self) -> Vec<StreamId> {
         self.read().streams.keys().copied().collect()
+    }
+
+    /// What a snapshot has of them: the location of the stream table, and the streams.
+    pub fn snapshot(&self) -> (Option<TableRegisters>, Vec<StreamState>) {
+        let published = self.read();
+        let streams = published
+            .streams
+            .iter()
+            .map(|(&stream, given)| StreamState { stream, decision: given.map(Into::into) });
+        (published.table, streams.collect())
     }
 
     pub fn contains(&self, stream: StreamId) -> bool {

@@ -1,17 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest-visible state of a virtual SMMUv3 as plain data, and its statistics.
+//! The state of a virtual SMMUv3 as plain data, and its statistics.
 
+use super::config::SmmuConfig;
 use super::fault_log::FaultLog;
-use super::requesters::TableRegisters;
+use super::host_side::StreamPolicy;
+use super::policy::ConfigFault;
 use crate::counters::Counter;
 use crate::spec::smmuv3::command::Command;
 use crate::spec::smmuv3::queue::{CmdqCons, CmdqProd, QueueBase};
 use crate::spec::smmuv3::regs::{Cr0, Cr1, Cr2, Gbpa, StrtabBase, StrtabBaseCfg};
 use crate::spec::smmuv3::StreamId;
 
+/// The model, in errors.
+pub(super) const MODEL: &str = "SMMUv3";
+
 /// Registers except those of events, errors and interrupts, which have a lock of their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct Registers {
     /// CR0, as written.
     pub cr0: Cr0,
@@ -66,16 +75,105 @@ impl Registers {
     }
 }
 
-/// The guest-visible state: a snapshot.
+/// The location of a stream table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+pub struct TableRegisters {
+    /// STRTAB_BASE.
+    pub base: StrtabBase,
+    /// STRTAB_BASE_CFG.
+    pub cfg: StrtabBaseCfg,
+}
+
+/// All that [`Smmu::restore`](super::Smmu::restore) needs, as plain data: a snapshot.
+///
+/// With the feature `serde`, any format that keeps the order of fields refuses another version
+/// before it reads anything else, and all formats refuse fields that are unknown. What the host has
+/// for the SMMU, caches included, is not part of it: that follows from the decisions. So does what
+/// is left of the command queue, from CMDQ_CONS.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
 pub struct SmmuState {
+    /// [`SmmuState::VERSION`].
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "version"))]
+    pub version: u32,
+    /// The configuration of the SMMU.
+    pub config: SmmuConfig,
     /// Registers except those of events, errors and interrupts.
     pub registers: Registers,
     /// The registers of events, errors and interrupts.
     pub faults: FaultLog,
-    /// The streams behind the SMMU, ascending.
-    pub streams: Vec<StreamId>,
+    /// The stream table in use, while translation is enabled or a failed attempt to enable it was
+    /// not undone.
+    pub table: Option<TableRegisters>,
+    /// Some decision must be given to the host again, at the next occasion.
+    pub unapplied: bool,
+    /// The streams behind the SMMU, ascending, each with its decision: all that nesting has to make
+    /// again.
+    pub streams: Vec<StreamState>,
+}
+
+impl SmmuState {
+    /// The version that this release reads and writes.
+    pub const VERSION: u32 = 1;
+}
+
+#[cfg(feature = "serde")]
+fn version<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    crate::viommu::restore::read_version(deserializer, MODEL, SmmuState::VERSION)
+}
+
+/// A stream behind an SMMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct StreamState {
+    /// Its StreamID.
+    pub stream: StreamId,
+    /// The decision for its transactions; `None` before the first.
+    pub decision: Option<DecisionState>,
+}
+
+/// The decision for a stream, made from the guest's tables as they were then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct DecisionState {
+    /// The decision: a policy, or why the stream is blocked.
+    pub policy: Result<StreamPolicy, ConfigFault>,
+    /// The host has applied it. Otherwise the host refused or lost it, and must be told again.
+    pub applied: bool,
+}
+
+type Given = crate::viommu::ledger::Given<Result<StreamPolicy, ConfigFault>>;
+
+impl From<Given> for DecisionState {
+    fn from(given: Given) -> Self {
+        Self { policy: given.decision, applied: given.applied }
+    }
+}
+
+impl From<DecisionState> for Given {
+    fn from(state: DecisionState) -> Self {
+        Self { decision: state.policy, applied: state.applied }
+    }
 }
 
 crate::counters! {

@@ -18,7 +18,7 @@ fn streams_pass_until_translation_is_enabled() {
     guest.smmu.remove_stream(StreamId(5));
     guest.smmu.remove_stream(StreamId(5));
     assert_eq!(guest.calls(), [Call::Configure(StreamId(5), ABORT)]);
-    assert_eq!(guest.smmu.state().streams, [STREAM, OTHER]);
+    assert_eq!(guest.smmu.streams.all(), [STREAM, OTHER]);
 }
 
 #[test]

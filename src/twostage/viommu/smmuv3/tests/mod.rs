@@ -7,6 +7,7 @@ mod linux;
 mod properties;
 mod queue;
 mod registers;
+mod restore;
 mod specification;
 
 use crate::sync::Mutex;

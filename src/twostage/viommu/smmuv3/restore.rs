@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Snapshot, restore and reset of an SMMU.
+//!
+//! A snapshot has the decisions that the host was given, not what the stream table says by then:
+//! the guest may have written entries that it has yet to announce. What the host has cached is not
+//! part of it. A cache may drop anything at any time (§3.17), so a new host that starts without is
+//! one that the guest has to expect. Between two slices of the command queue nothing is under way.
+
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+use super::fault_log::FaultLog;
+use super::policy::policy_while_disabled;
+use super::state::{Registers, SmmuState, StreamState, MODEL};
+use super::{Smmu, SmmuHostSide, SmmuInterrupts, StreamPolicy};
+use crate::spec::smmuv3::command::Command;
+use crate::spec::smmuv3::event::EventId;
+use crate::viommu::ledger::Entries;
+use crate::viommu::restore::check_version;
+use crate::viommu::{HostSideError, Observer, RestoreError, SnapshotError, TableMemory};
+
+impl Smmu {
+    /// The state at one moment, for [`Smmu::restore`].
+    ///
+    /// For a state that is worth restoring, vCPUs and the DMA of devices have been stopped before,
+    /// and events that the host had for them were delivered.
+    ///
+    /// # Errors
+    /// The SMMU is halted: it may have dropped a command that the guest waits for.
+    pub fn snapshot(&self) -> Result<SmmuState, SnapshotError> {
+        let registers = self.lock();
+        if self.is_halted() {
+            return Err(SnapshotError::Halted { model: MODEL });
+        }
+        let (table, streams) = self.streams.snapshot();
+        Ok(SmmuState {
+            version: SmmuState::VERSION,
+            config: self.config.clone(),
+            registers: registers.clone(),
+            faults: self.fault_log().clone(),
+            table,
+            unapplied: self.streams.has_unapplied(),
+            streams,
+        })
+    }
+
+    /// An SMMU that goes on where [`Smmu::snapshot`] left off, with the memory of then.
+    ///
+    /// `host` has all of the streams, blocked, and nothing else: it is given every decision again.
+    /// The command queue goes on with the guest's next access, or by [`Smmu::drain_queue`].
+    /// Counters start at 0.
+    ///
+    /// # Errors
+    /// The state is of another version or not one of an SMMU, or the host refused part of it. The
+    /// host then blocks all that it was given.
+    pub fn restore(
+        state: &SmmuState,
+        memory: Arc<dyn TableMemory>,
+        host: Arc<dyn SmmuHostSide>,
+        interrupts: Arc<dyn SmmuInterrupts>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Arc<Self>, RestoreError> {
+        check_version(MODEL, state.version, SmmuState::VERSION)?;
+        let smmu = Self::build(&state.config, memory, host, interrupts, observer)
+            .map_err(|error| RestoreError::Config { model: MODEL, what: error.to_string() })?;
+        check(state).map_err(|what| RestoreError::Inconsistent { model: MODEL, what })?;
+        *smmu.lock() = state.registers.clone();
+        *smmu.fault_log() = state.faults.clone();
+        smmu.streams.set_table(state.table);
+        smmu.streams.set_recording_bad_streams(state.registers.cr2.recinvsid());
+        for stream in &state.streams {
+            smmu.streams.add(stream.stream);
+        }
+        smmu.give_again(&state.streams)?;
+        if state.unapplied {
+            smmu.streams.set_unapplied();
+        }
+        Ok(Arc::new(smmu))
+    }
+
+    /// Gives the decisions of `streams` to the host, or none of them.
+    fn give_again(&self, streams: &[StreamState]) -> Result<(), RestoreError> {
+        for (index, &StreamState { stream, decision }) in streams.iter().enumerate() {
+            let Some(decision) = decision else { continue };
+            let policy = decision.policy.unwrap_or(StreamPolicy::Abort);
+            let result = self.host.configure(stream, &policy);
+            self.policy_given(stream, &policy, &result);
+            if let Err(source) = result {
+                let given = streams.iter().take(index + 1).rev();
+                let given = given.filter(|stream| stream.decision.is_some());
+                given.for_each(|stream| self.take_away(stream.stream));
+                let requester = format!("stream {stream}");
+                return Err(RestoreError::Refused { requester, source });
+            }
+            // One that was not applied is given once more when its entry is read again.
+            self.streams.write().set(stream, decision.into());
+        }
+        Ok(())
+    }
+
+    /// The SMMU is as after power-on, with the same streams behind it, and no longer halted.
+    ///
+    /// All transactions then pass, so what does DMA still has all of guest memory: vCPUs and
+    /// devices are to be stopped and bus mastering cleared before. By the time this returns, no
+    /// table of the guest is in use.
+    ///
+    /// # Errors
+    /// The host refused part of it. What it did not let go of the tables it blocks, unless the
+    /// error says [`HostSideError::still_reachable`]; and the reset can be repeated.
+    pub fn reset(&self) -> Result<(), HostSideError> {
+        let mut registers = self.lock();
+        if let (Some(observer), true) = (&self.observer, registers.cr0ack.smmuen()) {
+            observer.disabling_translation();
+        }
+        *registers = Registers::default();
+        // From here on, no event is recorded.
+        self.streams.set_table(None);
+        self.streams.set_recording_bad_streams(false);
+        *self.fault_log() = FaultLog::default();
+        let losses = self.streams.losses();
+        let mut result = Ok(());
+        let mut commands = vec![Command::TlbiNsnhAll];
+        for stream in self.streams.all() {
+            let given = self.try_give(stream, Ok(policy_while_disabled(registers.gbpa)));
+            result = result.and(given.inspect_err(|error| {
+                // Counted and logged: the caller learns of the first only.
+                let _ = self.host_failed(error);
+            }));
+            commands.push(Command::CfgiCdAll { stream });
+        }
+        // Last, as DMA may have filled caches until then; they outlive the stream's policy.
+        let invalidated = match self.invalidate_host(&commands) {
+            Err(error) if !error.flushed => Err(error.error),
+            _ => Ok(()),
+        };
+        result = result.and(invalidated);
+        if result.is_ok() {
+            self.streams.set_reapplied(losses);
+            self.halted.store(false, Ordering::Relaxed);
+        }
+        result
+    }
+}
+
+/// Whether an SMMU can be in this state, which may be from a file that someone changed.
+fn check(state: &SmmuState) -> Result<(), String> {
+    if !state.streams.is_sorted_by(|one, next| one.stream < next.stream) {
+        return Err("the streams do not ascend".into());
+    }
+    for StreamState { stream, decision } in &state.streams {
+        let fault = decision.and_then(|decision| decision.policy.err());
+        let possible = [EventId::BadStreamId, EventId::SteFetch, EventId::BadSte];
+        if let Some(fault) = fault.filter(|fault| !possible.contains(&fault.event)) {
+            let event = fault.event.name();
+            return Err(format!("stream {stream} is blocked by {event}, which no entry causes"));
+        }
+    }
+    Ok(())
+}
