@@ -13,6 +13,7 @@
 //!
 //! * `kernel`: the host on the kernel's `/dev/iommu`, with VFIO's character devices.
 //! * `acpi`: the firmware tables DMAR and IORT, in the form of the package `acpi_tables`.
+//! * `devicetree`: the nodes of virtual SMMUs in device trees, with the package `vm-fdt`.
 //! * `serde`: `Serialize` for reports, counters and snapshots, and `Deserialize` for snapshots.
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
@@ -20,6 +21,8 @@
 #[cfg(feature = "acpi")]
 pub mod acpi;
 pub mod counters;
+#[cfg(feature = "devicetree")]
+pub mod devicetree;
 pub mod iommufd;
 pub mod nesting;
 #[cfg(any(test, feature = "test-support"))]

@@ -6,10 +6,11 @@
 
 mod nodes;
 
-use vm_fdt::{Error, FdtWriter};
-
 use crate::boot::Module;
+use twostage::devicetree::{self, AssignedPhandles, Error, FdtWriter, Messages};
 use twostage::spec::pci::Bdf;
+
+pub use twostage::devicetree::{Assigned, Span};
 
 /// Cells of an address, and of a size, of 32 bits each.
 const ADDRESS_CELLS: u32 = 2;
@@ -20,23 +21,8 @@ const GIC: u32 = 1;
 const ITS: u32 = 2;
 const BUS_CLOCK: u32 = 3;
 const FIRST_SMMU: u32 = 0x100;
-const FIRST_ASSIGNED: u32 = 0x1000;
-
-/// Guest-physical addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// The first one.
-    pub start: u64,
-    /// How many there are.
-    pub length: u64,
-}
-
-impl Span {
-    /// As the property `reg` has it.
-    fn cells(self) -> [u64; 2] {
-        [self.start, self.length]
-    }
-}
+/// Those of reserved memory follow those of devices, of which bus 0 has fewer.
+const ASSIGNED: AssignedPhandles = AssignedPhandles { devices: 0x1000, ranges: 0x2000 };
 
 /// What the tree describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,15 +97,6 @@ pub struct Smmu {
     pub functions: Vec<Bdf>,
 }
 
-/// An assigned device of the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Assigned {
-    /// Its address.
-    pub bdf: Bdf,
-    /// The range that its IOMMU must always map 1:1: the host's MSI window.
-    pub identity: Span,
-}
-
 /// The flattened tree of `platform`.
 ///
 /// # Errors
@@ -139,13 +116,15 @@ pub fn tree(platform: &Platform<'_>) -> Result<Vec<u8>, Error> {
         fdt.property_array_u64("reg", &span.cells())?;
         fdt.end_node(node)?;
     }
-    nodes::reserved_memory(&mut fdt, &platform.assigned)?;
+    devicetree::reserved_memory(&mut fdt, &platform.assigned, ASSIGNED)?;
     nodes::processors(&mut fdt, platform.vcpus)?;
     nodes::gic(&mut fdt, &platform.gic)?;
     nodes::serial(&mut fdt, &platform.serial)?;
     nodes::clock(&mut fdt, platform.clock)?;
-    for (number, smmu) in (0..).zip(&platform.smmus) {
-        nodes::smmu(&mut fdt, number, smmu)?;
+    for (phandle, smmu) in (FIRST_SMMU..).zip(&platform.smmus) {
+        let Smmu { registers, spis, device_id, .. } = *smmu;
+        let messages = Some(Messages { its: ITS, device_id });
+        devicetree::smmu(&mut fdt, &devicetree::Smmu { registers, spis, messages, phandle })?;
     }
     nodes::host_bridge(&mut fdt, platform)?;
     fdt.end_node(root)?;

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The nodes of the device tree, by their bindings.
 
-use std::collections::BTreeMap;
-
-use vm_fdt::{Error, FdtWriter};
-
 use super::{
-    Assigned, Gic, Pci, Platform, Serial, Smmu, Span, ADDRESS_CELLS, BUS_CLOCK, FIRST_ASSIGNED,
-    FIRST_SMMU, GIC, ITS, SIZE_CELLS,
+    Gic, Pci, Platform, Serial, Span, ADDRESS_CELLS, ASSIGNED, BUS_CLOCK, FIRST_SMMU, GIC, ITS,
+    SIZE_CELLS,
 };
+use twostage::devicetree::{self, Behind, Error, FdtWriter};
 
 /// `chosen`: what the kernel starts with.
 pub(super) fn chosen(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
@@ -54,23 +51,6 @@ pub(super) fn clock(fdt: &mut FdtWriter, registers: Span) -> Result<(), Error> {
     fdt.property_array_u64("reg", &registers.cells())?;
     fdt.property_u32("clocks", BUS_CLOCK)?;
     fdt.property_string("clock-names", "apb_pclk")?;
-    fdt.end_node(node)
-}
-
-/// A virtual SMMU: `arm,smmu-v3`.
-pub(super) fn smmu(fdt: &mut FdtWriter, number: u32, smmu: &Smmu) -> Result<(), Error> {
-    let node = fdt.begin_node(&format!("iommu@{:x}", smmu.registers.start))?;
-    fdt.property_string("compatible", "arm,smmu-v3")?;
-    fdt.property_array_u64("reg", &smmu.registers.cells())?;
-    if let Some(spis) = smmu.spis {
-        fdt.property_array_u32("interrupts", &spis.map(edge_spi).concat())?;
-        let names = ["eventq", "gerror", "cmdq-sync"].map(str::to_owned);
-        fdt.property_string_list("interrupt-names", names.into())?;
-    }
-    fdt.property_array_u32("msi-parent", &[ITS, smmu.device_id])?;
-    fdt.property_null("dma-coherent")?;
-    fdt.property_u32("#iommu-cells", 1)?;
-    fdt.property_phandle(FIRST_SMMU + number)?;
     fdt.end_node(node)
 }
 
@@ -190,7 +170,7 @@ pub(super) fn host_bridge(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Resul
     // A function's device ID at the translation service is its requester ID.
     fdt.property_array_u32("msi-map", &[0, ITS, 0, REQUESTERS])?;
     iommu_map(fdt, platform)?;
-    assigned_functions(fdt, &platform.assigned)?;
+    devicetree::assigned_functions(fdt, &platform.assigned, ASSIGNED)?;
     fdt.end_node(node)
 }
 
@@ -215,81 +195,13 @@ fn interrupt_map(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), Error> {
     fdt.property_array_u32("interrupt-map-mask", &[devices, 0, 0, 7])
 }
 
-/// The SMMU of each function; the StreamID is its requester ID.
+/// The SMMU of each function.
 fn iommu_map(fdt: &mut FdtWriter, platform: &Platform<'_>) -> Result<(), Error> {
-    let mut map = Vec::new();
-    for (handle, smmu) in (FIRST_SMMU..).zip(&platform.smmus) {
-        for function in &smmu.functions {
-            let rid = u32::from(function.raw());
-            map.extend([rid, handle, rid, 1]);
-        }
-    }
-    if map.is_empty() {
-        return Ok(());
-    }
-    fdt.property_array_u32("iommu-map", &map)
-}
-
-/// Phandles of reserved memory follow those of devices, of which bus 0 has fewer.
-const FIRST_RESERVED: u32 = FIRST_ASSIGNED + 0x1000;
-
-/// Each range of memory, with the phandles of its devices.
-fn pieces(assigned: &[Assigned]) -> BTreeMap<(u64, u64), Vec<u32>> {
-    let mut pieces = BTreeMap::<_, Vec<_>>::new();
-    for (handle, device) in (FIRST_ASSIGNED..).zip(assigned) {
-        let Span { start, length } = device.identity;
-        pieces.entry((start, length)).or_default().push(handle);
-    }
-    pieces
-}
-
-/// `reserved-memory`: the addresses that an assigned device's IOMMU must always map 1:1, if any.
-///
-/// The host maps the MSIs of assigned devices to addresses of its own choice. If the hardware walks
-/// the guest's tables first, these must map them 1:1, or MSIs are lost.
-///
-/// Source: Linux, `reserved-memory/reserved-memory.yaml` of the bindings (`iommu-addresses`).
-pub(super) fn reserved_memory(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), Error> {
-    if assigned.is_empty() {
-        return Ok(());
-    }
-    let node = fdt.begin_node("reserved-memory")?;
-    fdt.property_u32("#address-cells", ADDRESS_CELLS)?;
-    fdt.property_u32("#size-cells", SIZE_CELLS)?;
-    fdt.property_null("ranges")?;
-    for (number, ((start, length), devices)) in (0..).zip(pieces(assigned)) {
-        let piece = fdt.begin_node(&format!("messages@{start:x}"))?;
-        // The same addresses on both sides: without `reg` they would be reserved, but not mapped.
-        fdt.property_array_u64("reg", &[start, length])?;
-        let addresses: Vec<_> = devices
-            .into_iter()
-            // In the cells of the device's bus.
-            .flat_map(|device| {
-                [&[device, PCI_MEMORY][..], &halves(start), &halves(length)].concat()
-            })
-            .collect();
-        fdt.property_array_u32("iommu-addresses", &addresses)?;
-        fdt.property_phandle(FIRST_RESERVED + number)?;
-        fdt.end_node(piece)?;
-    }
-    fdt.end_node(node)
-}
-
-/// The functions of bus 0 with reservations, which a guest finds by their nodes.
-fn assigned_functions(fdt: &mut FdtWriter, assigned: &[Assigned]) -> Result<(), Error> {
-    let pieces = pieces(assigned);
-    for (handle, Assigned { bdf, .. }) in (FIRST_ASSIGNED..).zip(assigned) {
-        let node = fdt.begin_node(&format!("device@{:x},{:x}", bdf.device(), bdf.function()))?;
-        // Its configuration space, by bus, device and function in bits 23:8.
-        fdt.property_array_u32("reg", &[u32::from(bdf.raw()) << 8, 0, 0, 0, 0])?;
-        let reserved = (FIRST_RESERVED..).zip(pieces.values());
-        let reserved = reserved.filter(|(_, devices)| devices.contains(&handle));
-        let reserved: Vec<_> = reserved.map(|(reserved, _)| reserved).collect();
-        fdt.property_array_u32("memory-region", &reserved)?;
-        fdt.property_phandle(handle)?;
-        fdt.end_node(node)?;
-    }
-    Ok(())
+    let smmus = (FIRST_SMMU..).zip(&platform.smmus);
+    let functions = smmus.flat_map(|(handle, smmu)| {
+        smmu.functions.iter().map(move |first| Behind { first: *first, count: 1, smmu: handle })
+    });
+    devicetree::iommu_map(fdt, functions)
 }
 
 #[cfg(test)]
