@@ -124,13 +124,15 @@ lint:
 	@# The fuzz targets compile. Nothing is linked, so libFuzzer is not built.
 	CUSTOM_LIBFUZZER_PATH=./none cargo check --locked --manifest-path tests/fuzz/Cargo.toml
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --workspace --quiet
+	@# As docs.rs does.
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --all-features --quiet -p twostage -p twostage-emulated
 	scripts/check/cargo-deny --log-level error check licenses bans sources
 	@# A mutation whose line is gone tests nothing.
 	scripts/check/mutate-invalidations --lines
 
 doc:
 	@$(need) cc cargo
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps -p twostage -p twostage-emulated
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --all-features -p twostage -p twostage-emulated
 	@echo 'open target/doc/twostage/index.html'
 
 guest:

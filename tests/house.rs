@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! House rules that no compiler checks: no circular imports between files, limits on the size of
-//! files and folders, comments within 100 columns, the same file names for both architectures.
+//! files and folders, comments within 100 columns, the same file names for both architectures,
+//! features and links in what users read.
 //!
 //! Imports are parsed as text: `use` items and paths that begin with `crate`, `super` or `self`.
 //! Reexports of a module (`pub use`) count for their users, not for the module; but reexports of
@@ -318,6 +319,49 @@ fn files_of_both_architectures_have_the_same_names() {
         let (one, other) = (names(one), names(other));
         assert_eq!(one.symmetric_difference(&other).collect::<Vec<_>>(), alone);
     }
+}
+
+/// What a user of the packages reads leads somewhere: every feature is explained in the crate's
+/// documentation, docs.rs builds all of them for both architectures, and links lead to files.
+#[test]
+fn what_users_read_is_complete() {
+    let read = |path: &str| fs::read_to_string(root().join(path)).unwrap();
+    let mut missing = Vec::new();
+    for package in ["twostage", "emulated", "vmm"] {
+        let manifest = read(&format!("src/{package}/Cargo.toml"));
+        let section = |name: &str| {
+            let rest = manifest.split_once(&format!("[{name}]\n")).map_or("", |(_, rest)| rest);
+            rest.split("\n[").next().unwrap().to_owned()
+        };
+        let docs = read(&format!("src/{package}/lib.rs"));
+        let explained = |feature: &str| docs.contains(&format!("//! * `{feature}`: "));
+        let features = section("features");
+        let features = features.lines().filter_map(|line| line.split_once(" = "));
+        let unexplained = features.map(|(name, _)| name).filter(|name| !explained(name));
+        missing.extend(unexplained.map(|name| format!("src/{package}/lib.rs: feature {name}")));
+        let docs_rs = section("package.metadata.docs.rs");
+        for part in ["all-features = true", "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"]
+        {
+            if !docs_rs.contains(part) {
+                missing.push(format!("src/{package}/Cargo.toml: {part} for docs.rs"));
+            }
+        }
+    }
+    let docs = fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let pages =
+        ["README.md", "CHANGELOG.md", "guest-images/README.md"].map(|page| root().join(page));
+    for page in pages.into_iter().chain(docs.filter(|path| path.extension() == Some("md".as_ref())))
+    {
+        let text = fs::read_to_string(&page).unwrap();
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for link in links.filter(|link| !link.starts_with("https://") && !link.starts_with('#')) {
+            let file = link.split('#').next().unwrap();
+            if !page.with_file_name(file).exists() {
+                missing.push(format!("{}: {link} leads nowhere", page.display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
 }
 
 #[test]

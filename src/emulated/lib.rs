@@ -53,6 +53,16 @@
 //! assert_eq!((load(0x8000)?, load(0x9000)?), (2, 3));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! * `serde`: `Serialize` for the counters and graphs that reports carry, and the feature of the
+//!   same name of `twostage`.
+//! * `selftest`: the mock driver and the test operations that Linux's own iommufd selftests drive.
+//!   It is not for ordinary builds, and may change in any version.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 #![cfg_attr(

@@ -11,10 +11,15 @@
 //!
 //! # Features
 //!
+//! None is on by default.
+//!
 //! * `kernel`: the host on the kernel's `/dev/iommu`, with VFIO's character devices.
 //! * `acpi`: the firmware tables DMAR and IORT, in the form of the package `acpi_tables`.
 //! * `devicetree`: the nodes of virtual SMMUs in device trees, with the package `vm-fdt`.
 //! * `serde`: `Serialize` for reports, counters and snapshots, and `Deserialize` for snapshots.
+//! * `test-support`: a host that records its calls, for tests of what stands on the verbs. It may
+//!   change in any version.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs)]
 #![warn(missing_debug_implementations)]
 
