@@ -18,6 +18,20 @@ pub(super) fn guest_memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap()
 }
 
+/// The contents of guest memory.
+pub(super) fn contents(memory: &GuestMemoryMmap) -> Vec<u8> {
+    let mut bytes = vec![0; MEMORY_SIZE as usize];
+    memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes
+}
+
+/// Guest memory with the same contents.
+pub(super) fn copy_of(memory: &GuestMemoryMmap) -> GuestMemoryMmap {
+    let copy = guest_memory();
+    copy.write_slice(&contents(memory), GuestAddress(0)).unwrap();
+    copy
+}
+
 /// Which calls the host refuses.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
@@ -44,6 +58,18 @@ impl Refusals {
     /// Refuses one call, after this many.
     pub fn after(&self, calls: i64) {
         *self.which.lock() = Which::After(calls);
+    }
+
+    /// What [`any_refusal`] says, for one step of a life.
+    pub fn during<T>(&self, refusal: Option<(i64, bool)>, step: impl FnOnce() -> T) -> T {
+        if let Some((after, blocks_nothing)) = refusal {
+            self.after(after);
+            self.block_nothing(blocks_nothing);
+        }
+        let result = step();
+        self.everything(false);
+        self.block_nothing(false);
+        result
     }
 
     /// Sets whether blocking fails as well.
@@ -112,6 +138,11 @@ pub(super) trait GuestAccess {
             self.mmio_read(access.offset, &mut data[..access.size]);
         }
     }
+}
+
+/// Seldom: the call of a step that is refused, and whether blocking fails as well.
+pub(super) fn any_refusal() -> impl Strategy<Value = Option<(i64, bool)>> {
+    prop::option::weighted(0.2, (0..4i64, any::<bool>()))
 }
 
 /// A register access, possibly invalid.

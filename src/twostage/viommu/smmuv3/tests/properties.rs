@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::viommu::testing::{any_access, AnyAccess};
+use crate::viommu::testing::{any_access, any_refusal, contents, copy_of, AnyAccess};
 
 fn words() -> impl Strategy<Value = Words> {
     let opcodes = prop::sample::select(vec![
@@ -154,5 +154,134 @@ fn each_failure_is_counted_told_and_survived() {
         assert_eq!(counters.host_errors, 1, "{call:?}");
         let command_errors = u64::from(matches!(call, Call::Invalidate(_)));
         assert_eq!(counters.command_errors, command_errors, "{call:?}");
+    }
+}
+
+/// A step of a guest and its devices.
+#[derive(Debug, Clone)]
+enum Step {
+    /// A stream table entry is written.
+    Entry(StreamId, [u64; 2]),
+    /// Commands are queued.
+    Queue(Vec<Words>),
+    /// CR0 is written.
+    Enable(u32),
+    Access(AnyAccess),
+    /// Global errors are acknowledged.
+    Acknowledge,
+    Event(StreamId),
+    /// Events are taken from the queue.
+    TakeEvents,
+    /// A stream comes, or goes.
+    Plug(StreamId, bool),
+}
+
+fn stream() -> impl Strategy<Value = StreamId> {
+    // One is not behind the SMMU, at first.
+    prop::sample::select(vec![STREAM, OTHER, StreamId(5)])
+}
+
+fn command() -> impl Strategy<Value = Words> {
+    let message =
+        |(address, data)| Command::Sync { signal: SyncSignal::Interrupt { address, data } };
+    let known = prop_oneof![
+        Just(SYNC),
+        Just(CFGI_ALL),
+        Just(Command::TlbiNsnhAll),
+        stream().prop_map(cfgi_ste),
+        stream().prop_map(cfgi_cd_all),
+        (0..4u16).prop_map(tlbi),
+        (prop::sample::select(vec![DOORBELL, WORD, 0x40_0000]), any::<u32>()).prop_map(message),
+    ];
+    prop_oneof![12 => known.prop_map(|command| command.encode()), 1 => words()]
+}
+
+fn commands() -> impl Strategy<Value = Vec<Words>> {
+    prop::collection::vec(command(), 1..8)
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let entries =
+        vec![[0, 0], [1, 0], BYPASS_ENTRY, BAD_ENTRY, stage1_entry(CONTEXTS), stage1_entry(0x7000)];
+    prop_oneof![
+        4 => (stream(), prop::sample::select(entries))
+            .prop_map(|(stream, entry)| Step::Entry(stream, entry)),
+        6 => commands().prop_map(Step::Queue),
+        2 => prop::sample::select(vec![0b1101, 0b1101, 0b1100, 0b0101, 0]).prop_map(Step::Enable),
+        2 => access().prop_map(Step::Access),
+        3 => Just(Step::Acknowledge),
+        2 => stream().prop_map(Step::Event),
+        2 => Just(Step::TakeEvents),
+        1 => (stream(), any::<bool>()).prop_map(|(stream, there)| Step::Plug(stream, there)),
+    ]
+}
+
+type Steps = Vec<(Step, Option<(i64, bool)>)>;
+
+fn steps() -> impl Strategy<Value = Steps> {
+    prop::collection::vec((step(), any_refusal()), 0..40)
+}
+
+impl Guest {
+    fn step(&self, step: &Step) -> Vec<EventRecord> {
+        match step {
+            Step::Entry(stream, entry) => self.write_entry(*stream, *entry),
+            Step::Queue(commands) => self.submit_words(commands),
+            Step::Enable(bits) => self.write32(regs::CR0, *bits),
+            Step::Access(access) => self.access(access),
+            Step::Acknowledge => self.acknowledge_errors(),
+            Step::Event(stream) => self.smmu.event(translation_fault(*stream).to_words()),
+            Step::TakeEvents => {
+                return std::iter::from_fn(|| self.take_event()).take(16).collect();
+            }
+            Step::Plug(stream, true) => self.smmu.add_stream(*stream),
+            Step::Plug(stream, false) => self.smmu.remove_stream(*stream),
+        }
+        Vec::new()
+    }
+
+    /// Everything that is seen of the steps from outside.
+    fn play(&self, steps: &Steps) -> Vec<String> {
+        let step = |(step, refusal): &(Step, Option<(i64, bool)>)| {
+            let result = self.host.refusals.during(*refusal, || self.step(step));
+            let (calls, interrupts) = (self.calls(), self.interrupts());
+            format!("{step:?}, {refusal:?}: {result:?} {calls:?} {interrupts:?}")
+        };
+        steps.iter().map(step).collect()
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_life_goes_on_in_a_restored_smmu(
+        before in steps(),
+        (queued, slices) in (commands(), 0..4usize),
+        after in steps(),
+    ) {
+        let guest = Guest::running();
+        guest.play(&before);
+        // In the middle of the queue.
+        let end = guest.queue_words(&queued);
+        guest.smmu.lock().cmdq_prod.set_wr(end);
+        (0..slices).for_each(|_| {
+            guest.smmu.run_slice(&mut guest.smmu.lock());
+        });
+        let state = guest.smmu.snapshot().unwrap();
+        let memory = copy_of(&guest.memory);
+        let restored = guest.restored_with(Arc::default(), memory, &state).unwrap();
+        prop_assert_eq!(restored.smmu.snapshot().unwrap(), state);
+        prop_assert_eq!(restored.every_register(), guest.every_register());
+        let rest = [&guest, &restored].map(|guest| {
+            guest.calls();
+            guest.interrupts();
+            guest.smmu.drain_queue();
+            let drained = format!("{:?} {:?}", guest.calls(), guest.interrupts());
+            let steps = guest.play(&after);
+            let state = guest.smmu.snapshot().unwrap();
+            (drained, steps, guest.every_register(), state)
+        });
+        let [one, other] = rest;
+        prop_assert_eq!(one, other);
+        prop_assert!(contents(&guest.memory) == contents(&restored.memory), "memory differs");
     }
 }

@@ -21,16 +21,27 @@ impl Guest {
         self.restored_on(Arc::default(), state)
     }
 
-    fn restored_on(&self, host: Arc<FakeHost>, state: &SmmuState) -> Result<Self, RestoreError> {
-        let memory = self.memory.clone();
+    /// The same with a host, and with another copy of memory.
+    pub(super) fn restored_with(
+        &self,
+        host: Arc<FakeHost>,
+        memory: GuestMemoryMmap,
+        state: &SmmuState,
+    ) -> Result<Self, RestoreError> {
         let interrupts = Arc::new(FakeInterrupts::default());
         let tables = Arc::new(memory.clone());
         let smmu = Smmu::restore(state, tables, host.clone(), interrupts.clone(), None)?;
         Ok(Self { memory, host, interrupts, smmu })
     }
 
-    fn every_register(&self) -> Vec<u64> {
-        (0..regs::SIZE).step_by(8).map(|offset| self.read64(offset)).collect()
+    fn restored_on(&self, host: Arc<FakeHost>, state: &SmmuState) -> Result<Self, RestoreError> {
+        self.restored_with(host, self.memory.clone(), state)
+    }
+
+    /// Of both pages, all that are not reserved.
+    pub(super) fn every_register(&self) -> Vec<u64> {
+        let pages = [0, 0x1_0000].map(|page| page..page + 0x200);
+        pages.into_iter().flatten().step_by(8).map(|offset| self.read64(offset)).collect()
     }
 
     /// Three streams: with stage 1, blocked and wrong. [`OTHER`]'s entry is another by now, but the

@@ -3,9 +3,10 @@
 
 use proptest::prelude::*;
 
+use super::remapping::{irte, SIZE};
 use super::*;
-use crate::spec::vtd::qi::PasidCacheScope;
-use crate::viommu::testing::{any_access, AnyAccess};
+use crate::spec::vtd::qi::{InterruptEntryScope, IotlbScope, PasidCacheScope};
+use crate::viommu::testing::{any_access, any_refusal, contents, copy_of, AnyAccess};
 use crate::viommu::InterruptRemapper;
 
 fn words() -> impl Strategy<Value = [u64; 4]> {
@@ -163,5 +164,181 @@ fn each_failure_is_counted_told_and_survived() {
         // The first call is SRTP's, which cannot report a failure.
         let queue_errors = u64::from(matches!(call, Call::Invalidate(_)) && failing > 0);
         assert_eq!(counters.queue_errors, queue_errors, "{call:?}");
+    }
+}
+
+/// A step of a guest and its devices.
+#[derive(Debug, Clone)]
+enum Step {
+    /// A PASID table entry is written: absent, or with one of some tables.
+    Pasid(u64, u64),
+    /// An interrupt table entry is written.
+    Irte(u64, u64),
+    /// The root table or the interrupt table is set as it was at first.
+    Root,
+    InterruptTable,
+    /// Descriptors are queued.
+    Queue(Vec<[u64; 4]>),
+    /// A bit of GCMD changes.
+    Command(u32),
+    Access(AnyAccess),
+    /// Queue errors are cleared.
+    Clear,
+    /// Faults are cleared.
+    ClearFaults,
+    Fault(Requester),
+    /// A blocked request, before it fails.
+    Late(Requester),
+    Interrupt(u16),
+    /// The second function comes, or goes.
+    Plug(bool),
+}
+
+fn descriptor() -> impl Strategy<Value = [u64; 4]> {
+    let status = |data| Some(crate::spec::vtd::qi::StatusWrite { address: STATUS, data });
+    let known = prop_oneof![
+        Just(Descriptor::PasidCache(PasidCacheScope::Global)),
+        Just(Descriptor::Iotlb {
+            scope: IotlbScope::Global,
+            drain_writes: false,
+            drain_reads: false
+        }),
+        (1..8u32).prop_map(|value| Descriptor::PasidIotlb {
+            domain: DOMAIN,
+            pasid: pasid(value),
+            range: None
+        }),
+        Just(Descriptor::InterruptEntryCache(InterruptEntryScope::Global)),
+        (0..4u16).prop_map(|index| {
+            Descriptor::InterruptEntryCache(InterruptEntryScope::Index { index, mask: 0 })
+        }),
+        (any::<u32>(), any::<bool>()).prop_map(move |(data, interrupt)| Descriptor::Wait {
+            status: status(data),
+            interrupt,
+            fence: false,
+            drain_page_requests: false,
+        }),
+    ];
+    prop_oneof![12 => known.prop_map(|descriptor| descriptor.encode()), 1 => words()]
+}
+
+fn descriptors() -> impl Strategy<Value = Vec<[u64; 4]>> {
+    prop::collection::vec(descriptor(), 1..8)
+}
+
+fn requester() -> impl Strategy<Value = Requester> {
+    let with = |value| Requester { rid: RID, pasid: Pasid::new(value) };
+    prop_oneof![
+        (0..8u32).prop_map(with),
+        Just(Requester::rid(RID)),
+        Just(Requester::rid(UPPER_RID))
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..8u64, 0..4u64).prop_map(|(pasid, table)| Step::Pasid(pasid, table)),
+        2 => (0..4u64, 0..256u64).prop_map(|(index, vector)| Step::Irte(index, vector)),
+        1 => Just(Step::Root),
+        1 => Just(Step::InterruptTable),
+        6 => descriptors().prop_map(Step::Queue),
+        2 => prop::sample::select(vec![31, 31, 30, 26, 25, 24, 23]).prop_map(Step::Command),
+        2 => access().prop_map(Step::Access),
+        3 => Just(Step::Clear),
+        1 => Just(Step::ClearFaults),
+        2 => requester().prop_map(Step::Fault),
+        2 => requester().prop_map(Step::Late),
+        2 => (0..4u16).prop_map(Step::Interrupt),
+        1 => any::<bool>().prop_map(Step::Plug),
+    ]
+}
+
+type Steps = Vec<(Step, Option<(i64, bool)>)>;
+
+fn steps() -> impl Strategy<Value = Steps> {
+    prop::collection::vec((step(), any_refusal()), 0..40)
+}
+
+impl Guest {
+    fn step(&self, step: &Step) -> Option<u32> {
+        match step {
+            Step::Pasid(pasid, 0) => self.write(PASID_TABLE + 64 * pasid, &[0]),
+            Step::Pasid(pasid, table) => self.write_pasid(*pasid, FIRST_STAGE + 0x1000 * table),
+            Step::Irte(index, vector) => self.write_irte(*index, irte(*vector)),
+            Step::Root => self.set_root(0x400),
+            Step::InterruptTable => self.set_interrupt_table(SIZE),
+            Step::Queue(descriptors) => self.submit_words(descriptors),
+            Step::Command(bit) => self.command(|enabled| enabled ^ 1 << bit),
+            Step::Access(access) => self.access(access),
+            Step::Clear => self.write32(regs::FSTS, 0x71),
+            Step::ClearFaults => {
+                (0..8).for_each(|index| self.write64(0x228 + 16 * index, 1 << 63));
+            }
+            Step::Fault(requester) => self.iommu.dma_fault(&fault(*requester)),
+            Step::Late(requester) => return Some(self.iommu.served_late(*requester).into()),
+            Step::Interrupt(handle) => return self.vector(*handle),
+            Step::Plug(true) => self.iommu.add_device(UPPER_RID),
+            Step::Plug(false) => self.iommu.remove_device(UPPER_RID),
+        }
+        None
+    }
+
+    /// Everything that is seen of the steps from outside.
+    fn play(&self, steps: &Steps) -> Vec<String> {
+        let step = |(step, refusal): &(Step, Option<(i64, bool)>)| {
+            let result = self.host.refusals.during(*refusal, || self.step(step));
+            let (calls, messages) = (self.calls(), self.messages());
+            format!("{step:?}, {refusal:?}: {result:?} {calls:?} {messages:?} {}", self.status())
+        };
+        steps.iter().map(step).collect()
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_life_goes_on_in_a_restored_unit(
+        caching_mode in any::<bool>(),
+        before in steps(),
+        (queued, slices, pieces) in (descriptors(), 0..4usize, 1..4u64),
+        command in prop::option::of(prop::sample::select(vec![31, 30, 26, 25])),
+        after in steps(),
+    ) {
+        let guest = Guest::with_remapping(VtdConfig { caching_mode, ..Default::default() });
+        guest.write_tables();
+        guest.set_root(0x400);
+        guest.enable_queue(0x800);
+        guest.set_interrupt_table(SIZE);
+        guest.enable_remapping();
+        guest.enable_translation();
+        guest.write32(regs::IECTL, 0);
+        guest.play(&before);
+        // In the middle of the queue, and of a command.
+        *guest.host.pieces.lock() = pieces;
+        let tail = guest.queue_words(&queued);
+        guest.iommu.lock().iqt = regs::QueuePointer::from_offset(tail);
+        (0..slices).for_each(|_| {
+            guest.slice();
+        });
+        if let Some(bit) = command {
+            guest.begin_command(|enabled| enabled ^ 1 << bit);
+        }
+        let state = guest.iommu.snapshot().unwrap();
+        let host = FakeHost::new(copy_of(&guest.memory));
+        *host.pieces.lock() = pieces;
+        let restored = guest.restored_on(host, &state).unwrap();
+        prop_assert_eq!(restored.iommu.snapshot().unwrap(), state);
+        prop_assert_eq!(restored.every_register(), guest.every_register());
+        let rest = [&guest, &restored].map(|guest| {
+            guest.calls();
+            guest.messages();
+            guest.iommu.drain_queue();
+            let drained = format!("{:?} {:?}", guest.calls(), guest.messages());
+            let steps = guest.play(&after);
+            let state = guest.iommu.snapshot().unwrap();
+            (drained, steps, guest.every_register(), state)
+        });
+        let [one, other] = rest;
+        prop_assert_eq!(one, other);
+        prop_assert!(contents(&guest.memory) == contents(&restored.memory), "memory differs");
     }
 }

@@ -12,7 +12,7 @@ use crate::viommu::{InterruptListener, InterruptRemapper};
 
 const TABLE: u64 = 0x9000;
 /// IRTA.S of a table of 256 entries.
-const SIZE: u64 = 7;
+pub(super) const SIZE: u64 = 7;
 const EXTENDED: u64 = 1 << 11;
 
 const ALL: Descriptor = Descriptor::InterruptEntryCache(InterruptEntryScope::Global);
@@ -22,7 +22,7 @@ fn entries(index: u16, mask: u8) -> Descriptor {
 }
 
 /// An entry, for any source, that sends `vector` to APIC 2.
-fn irte(vector: u64) -> [u64; 2] {
+pub(super) fn irte(vector: u64) -> [u64; 2] {
     [0x200 << 32 | vector << 16 | 1, 0]
 }
 
@@ -34,7 +34,7 @@ fn of_handle(handle: u16) -> MsiMessage {
 const COMPATIBILITY: MsiMessage = MsiMessage { address: 0xfee0_3000, data: 0x33 };
 
 impl Guest {
-    fn with_remapping(config: VtdConfig) -> Self {
+    pub(super) fn with_remapping(config: VtdConfig) -> Self {
         Self::new(VtdConfig { interrupt_remapping: true, ..config })
     }
 
@@ -47,16 +47,16 @@ impl Guest {
         guest
     }
 
-    fn set_interrupt_table(&self, flags: u64) {
+    pub(super) fn set_interrupt_table(&self, flags: u64) {
         self.write64(regs::IRTA, TABLE | flags);
         self.command(|enabled| enabled | 1 << 24);
     }
 
-    fn enable_remapping(&self) {
+    pub(super) fn enable_remapping(&self) {
         self.command(|enabled| enabled | 1 << 25);
     }
 
-    fn write_irte(&self, index: u64, words: [u64; 2]) {
+    pub(super) fn write_irte(&self, index: u64, words: [u64; 2]) {
         self.write(TABLE + 16 * index, &words);
     }
 
@@ -70,7 +70,7 @@ impl Guest {
     }
 
     /// The remapped vector of `handle`.
-    fn vector(&self, handle: u16) -> Option<u32> {
+    pub(super) fn vector(&self, handle: u16) -> Option<u32> {
         self.interrupt(of_handle(handle)).map(|(_, data)| data & 0xff)
     }
 

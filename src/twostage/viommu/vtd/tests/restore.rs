@@ -26,15 +26,20 @@ impl Guest {
         self.restored_on(FakeHost::new(self.memory.clone()), state)
     }
 
-    fn restored_on(&self, host: Arc<FakeHost>, state: &VtdState) -> Result<Self, RestoreError> {
-        let memory = self.memory.clone();
+    /// With a host that has the memory to use.
+    pub(super) fn restored_on(
+        &self,
+        host: Arc<FakeHost>,
+        state: &VtdState,
+    ) -> Result<Self, RestoreError> {
+        let memory = host.memory.clone();
         let sink = Arc::new(FakeSink::default());
         let tables = Arc::new(memory.clone());
         let iommu = VtdIommu::restore(state, tables, host.clone(), sink.clone(), None)?;
         Ok(Self { memory, host, sink, iommu })
     }
 
-    fn every_register(&self) -> Vec<u64> {
+    pub(super) fn every_register(&self) -> Vec<u64> {
         (0..MMIO_SIZE).step_by(8).map(|offset| self.read64(offset)).collect()
     }
 
