@@ -248,8 +248,8 @@ mod tests {
     }
 
     fn has(block: &[u8], cells: &[u32]) -> bool {
-        let bytes: Vec<_> = cells.iter().flat_map(|cell| cell.to_be_bytes()).collect();
-        block.windows(bytes.len()).any(|window| window == bytes)
+        let words = block.chunks_exact(4).map(|word| u32::from_be_bytes(word.try_into().unwrap()));
+        words.collect::<Vec<_>>().windows(cells.len()).any(|window| window == cells)
     }
 
     #[test]
