@@ -168,7 +168,11 @@ fn devices_and_hosts_that_are_none_are_named() {
         "there is no /dev/no-iommu: the kernel needs",
     );
     refused(&["--host", "/dev/null"], UNAVAILABLE, "/dev/null is not an iommufd");
-    refused(&["--host", "emulated", "--vfio", "path=/dev/null"], USAGE, "one of its own");
+    refused(
+        &["--host", "emulated", "--vfio", "path=/dev/null"],
+        USAGE,
+        "the emulated host has its own",
+    );
     refused(&["--vfio", "/dev/null"], USAGE, "path=");
     refused(&["--report", "xml"], USAGE, "'xml'");
 }
