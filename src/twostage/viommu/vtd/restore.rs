@@ -211,6 +211,9 @@ fn check(state: &VtdState) -> Result<(), String> {
     if !head.is_multiple_of(step) {
         return Err(format!("IQH is {head:#x}, which is inside a descriptor of {step} bytes"));
     }
+    if head != 0 && !registers.gsts.qies() {
+        return Err(format!("IQH is {head:#x}, but the queue is disabled"));
+    }
     if !interrupt_entries.is_sorted_by(|one, next| one.index < next.index) {
         return Err("the cached interrupt entries do not ascend".into());
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::slices::{PASIDS, PASID_CACHE, TES};
+use super::slices::{PASIDS, PASID_CACHE, RTPS, TES};
 use super::*;
 use crate::spec::vtd::qi::{IotlbScope, StatusWrite};
 use crate::viommu::{RestoreError, SnapshotError};
@@ -227,13 +227,14 @@ fn what_no_unit_can_have_is_refused_and_the_host_is_not_called() {
          it is 48 or 57"
     );
     let entry = |index| InterruptEntryState { index, entry: [0; 2] };
-    let changes: [(Change, &str); 13] = [
+    let changes: [(Change, &str); 14] = [
         (&|state| state.faults.records.truncate(7), "7 fault records, but 8 are configured"),
         (&|state| state.faults.next = 8, "fault record 8 is the next one, but there are 8"),
         (
             &|state| state.registers.iqh = regs::QueuePointer::from_offset(0x10),
             "IQH is 0x10, which is inside a descriptor of 32 bytes",
         ),
+        (&|state| state.registers.gsts.set_qies(false), "IQH is 0x40, but the queue is disabled"),
         (
             &|state| state.interrupt_entries = vec![entry(3), entry(3)],
             "the cached interrupt entries do not ascend",
@@ -353,7 +354,7 @@ fn a_reset_unit_is_as_new() {
     guest.write_every_pasid(0x6000);
     guest.queue(&[PASID_CACHE, wait(1)]);
     assert_eq!(guest.slice(), Slice::More);
-    assert_eq!(guest.begin_command(|enabled| enabled & !TES), Slice::More);
+    assert_eq!(guest.begin_command(|enabled| enabled | RTPS), Slice::More);
     guest.iommu.reset().unwrap();
     let state = guest.iommu.snapshot().unwrap();
     assert_eq!((state.registers, state.functions[0].pasids.len()), (Registers::default(), 0));
